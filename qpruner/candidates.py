@@ -1,0 +1,205 @@
+"""The rows of the final table: each gets the same fine-tune and the same evaluation.
+
+The functions here are what a worker process runs for one row; they know nothing of Ray.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qpruner.config import RunConfig
+from qpruner.errors import CorruptFile
+from qpruner.records import TaskScore
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One row: a plan on a checkpoint.
+
+    Attributes:
+        name: As the table shows it.
+        checkpoint: Folder (or hub id) of the dense model.
+        bank: Folder of the bank.
+        plan: Bits by group; all 16 for the unquantized rows.
+        folder: Where its adapter and checkpoints go.
+    """
+
+    name: str
+    checkpoint: Path
+    bank: Path
+    plan: Mapping[str, int]
+    folder: Path
+
+    @property
+    def adapter(self) -> Path:
+        """The fine-tuned adapter, in peft's format."""
+        return self.folder / "adapter"
+
+    @property
+    def progress(self) -> Path:
+        """`step total loss` of a fine-tune under way."""
+        return self.folder / "progress"
+
+
+@dataclass(frozen=True)
+class CandidateJob:
+    """A row and what a worker needs for it."""
+
+    config: RunConfig
+    candidate: Candidate
+    data: Path
+    threads: int
+
+
+@dataclass(frozen=True)
+class FinetuneOutcome:
+    """What a fine-tune ended with."""
+
+    steps: int
+    train_loss: float
+    validation_loss: float
+    peak_memory_bytes: int
+    memory_counter: str
+
+
+def finetune_candidate(job: CandidateJob) -> FinetuneOutcome:
+    """Fine-tune a row from its LoftQ start on all training rows and save the adapter; goes on from a checkpoint."""
+    from qpruner.calibration import mean_loss
+    from qpruner.data import load_encoded
+    from qpruner.finetune import Listener, Schedule, finetune
+    from qpruner.memory import PeakMemory
+    from qpruner.models.loading import load_tokenizer
+
+    _limit_threads(job.threads)
+    config, candidate = job.config, job.candidate
+    train, validation = load_encoded(job.data / "train"), load_encoded(job.data / "validation")
+    pad_id = int(load_tokenizer(str(candidate.checkpoint)).pad_token_id)
+    memory = PeakMemory()
+    model = build(config, candidate)
+    candidate.folder.mkdir(parents=True, exist_ok=True)
+
+    def on_step(step: int, total: int, loss: float) -> None:
+        candidate.progress.write_text(f"{step} {total} {loss:.4f}")
+
+    work = candidate.folder / "checkpoints"
+    result = finetune(
+        model,
+        train,
+        config.training,
+        Schedule(config.finetune.steps, config.finetune.epochs, save_steps=config.finetune.save_steps),
+        work,
+        config.seed,
+        pad_id,
+        start=latest_checkpoint(work),
+        listener=Listener(on_step=on_step),
+    )
+    peak = memory.bytes()
+    loss = mean_loss(model, validation, pad_id, config.evaluate.batch_size).mean
+    model.save_pretrained(candidate.adapter)
+    shutil.rmtree(work, ignore_errors=True)
+    return FinetuneOutcome(result.steps, result.train_loss, loss, peak, memory.counter)
+
+
+def evaluate_candidate(job: CandidateJob) -> tuple[TaskScore, ...]:
+    """Score a row on the held-out tasks, with its adapter if it has one."""
+    from qpruner.evaluate import score_tasks
+    from qpruner.models.loading import load_tokenizer
+
+    _limit_threads(job.threads)
+    settings = job.config.evaluate
+    model = build(job.config, job.candidate)
+    if job.candidate.adapter.exists():
+        load_adapter(model, job.candidate.adapter)
+    else:
+        model.disable_adapter_layers()
+    return score_tasks(
+        model,  # type: ignore[arg-type]
+        load_tokenizer(str(job.candidate.checkpoint)),
+        settings.tasks,
+        settings.include_path,
+        settings.limit,
+        settings.batch_size,
+        settings.num_fewshot,
+    )
+
+
+@dataclass(frozen=True)
+class ConfirmationJob:
+    """A finished trial to be scored on the confirmation rows."""
+
+    config: RunConfig
+    candidate: Candidate
+    checkpoint: Path
+    data: Path
+    threads: int
+
+
+def confirm_trial(job: ConfirmationJob) -> tuple[float, float]:
+    """Loss and its standard error on the confirmation rows, with the adapter of the trial's last rung."""
+    from qpruner.calibration import mean_loss
+    from qpruner.data import load_encoded
+    from qpruner.models.loading import load_tokenizer
+
+    _limit_threads(job.threads)
+    model = build(job.config, job.candidate)
+    load_adapter(model, job.checkpoint)
+    pad_id = int(load_tokenizer(str(job.candidate.checkpoint)).pad_token_id)
+    result = mean_loss(model, load_encoded(job.data / "confirmation"), pad_id, job.config.evaluate.batch_size)
+    return result.mean, result.stderr
+
+
+def build(config: RunConfig, candidate: Candidate) -> PeftModel:
+    """The row's model with its adapter start."""
+    from qpruner.quantization.assembly import assemble, attach_adapters
+
+    model, starts = assemble(
+        candidate.checkpoint,
+        candidate.bank,
+        config.quantize.group,
+        candidate.plan,
+        config.model.dtype,
+        config.quantize.double_quant,
+    )
+    return attach_adapters(model, starts, config.lora, config.quantize.group, config.seed)
+
+
+def load_adapter(model: PeftModel, folder: Path) -> None:
+    """Put saved adapter weights into a model that already has adapters.
+
+    Raises:
+        CorruptFile: If the file is missing or cut short.
+    """
+    from peft import set_peft_model_state_dict
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    path = folder / "adapter_model.safetensors"
+    try:
+        state: dict[str, Any] = load_file(path)
+    except (FileNotFoundError, SafetensorError) as error:
+        raise CorruptFile(f"adapter {path} cannot be read: {error}") from error
+    set_peft_model_state_dict(model, state)
+
+
+def latest_checkpoint(folder: Path) -> Path | None:
+    """The newest whole checkpoint of an interrupted fine-tune; transformers writes `trainer_state.json` last but one."""
+    complete = [
+        path
+        for path in folder.glob("checkpoint-*")
+        if (path / "trainer_state.json").is_file() and (path / "rng_state.pth").is_file()
+    ]
+    return max(complete, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
+
+
+def _limit_threads(threads: int) -> None:
+    import torch
+
+    if not torch.cuda.is_available():
+        torch.set_num_threads(threads)

@@ -1,0 +1,218 @@
+"""The command line: verbs, options, and what a person sees while stages work.
+
+Exit codes: 0 on success, 2 on a user's mistake, 1 on ours. With `--json` the last line of stdout is one JSON object.
+Heavy imports stay inside the verbs, so that `qpruner --help` answers at once.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from qpruner import __version__
+from qpruner.config import RunConfig, config_schema, load_config
+from qpruner.errors import QprunerError
+
+if TYPE_CHECKING:
+    from qpruner.records import Results
+    from qpruner.terminal import Terminal
+
+VERBS = {
+    "run": ("report", "Run the whole flow: prune, search, fine-tune, evaluate, report."),
+    "prepare": ("prepare", "Bring the base model into a folder and encode the data."),
+    "prune": ("prune", "Run up to the pruned checkpoint."),
+    "sensitivity": ("sensitivity", "Run up to the sensitivities."),
+    "bank": ("bank", "Run up to the bank of packed weights and adapter starts."),
+    "search": ("search", "Run up to the precision search."),
+    "finetune": ("finetune", "Run up to the final fine-tune."),
+    "evaluate": ("evaluate", "Run up to the held-out evaluation."),
+    "report": ("report", "Run the whole flow; with everything recorded, write the report anew."),
+}
+
+
+class _Suggesting(click.Group):
+    """Names the nearest verb when one is mistyped."""
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        import difflib
+
+        try:
+            return super().resolve_command(ctx, args)
+        except click.UsageError as error:
+            nearest = difflib.get_close_matches(args[0], self.list_commands(ctx), n=1)
+            hint = f"; did you mean `qpruner {nearest[0]}`?" if nearest else ""
+            raise click.UsageError(f"{error.message.rstrip('.')}{hint}", ctx) from error
+
+
+@click.group(cls=_Suggesting, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="qpruner")
+def main() -> None:
+    """Make a large language model fit the memory you have, at the least loss."""
+
+
+def _options(function: Callable[..., None]) -> Callable[..., None]:
+    for option in (
+        click.argument("config", type=click.Path(path_type=Path)),
+        click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a key: search.trials=20."),
+        click.option("--address", help="Ray cluster to join (auto or HOST:PORT); starts a local one without it."),
+        click.option("--json", "as_json", is_flag=True, help="End stdout with one JSON object."),
+        click.option("--quiet", is_flag=True, help="Print the result only."),
+    ):
+        function = option(function)
+    return function
+
+
+def _add_verb(name: str, until: str, text: str) -> None:
+    @main.command(name, help=text)
+    @_options
+    def verb(config: Path, overrides: tuple[str, ...], address: str | None, as_json: bool, quiet: bool) -> None:
+        _guarded(as_json, lambda: _run(config, overrides, address, until, as_json, quiet))
+
+
+for _name, (_until, _text) in VERBS.items():
+    _add_verb(_name, _until, _text)
+
+
+@main.command(help="Validate a configuration and say what the run would be; loads no weights.")
+@_options
+def check(config: Path, overrides: tuple[str, ...], address: str | None, as_json: bool, quiet: bool) -> None:
+    _guarded(as_json, lambda: _check(config, overrides, address, quiet))
+
+
+@main.command(help="Print the JSON schema of the configuration, for editors.")
+def schema() -> None:
+    click.echo(config_schema(), nl=False)
+
+
+def _run(
+    path: Path, overrides: tuple[str, ...], address: str | None, until: str, as_json: bool, quiet: bool
+) -> dict[str, Any]:
+    config = load_config(path, list(overrides))
+    _quiet_libraries()
+    from qpruner.pipeline import run
+    from qpruner.terminal import Terminal
+
+    root = Path(config.output).expanduser()
+    _log_to(root)
+    with Terminal(quiet=quiet) as terminal:
+        results = run(config, terminal.emit, address, until)
+    if until == "report":
+        _print_table(results, terminal)
+    return {"status": "ok", "run": str(root.resolve()), "stages": _figures(results)}
+
+
+def _print_table(results: Results, terminal: Terminal) -> None:
+    from qpruner.report import markdown, table
+
+    terminal.table(markdown.HEADINGS, [markdown.cells(row) for row in table.rows(results)])
+    terminal.say(table.claim(results))
+
+
+def _figures(results: Results) -> dict[str, Any]:
+    """What fits one line: the claim and table if there are any, and the seconds of each stage."""
+    dumped = results.model_dump(mode="json")
+    figures: dict[str, Any] = {
+        "seconds": {name: record["seconds"] for name, record in dumped.items() if record is not None}
+    }
+    if results.search:
+        figures["best_plan"] = results.search.best_plan
+    if results.finetune and results.evaluate:
+        from qpruner.report import table
+
+        figures["claim"] = table.claim(results)
+        figures["table"] = [vars(row) for row in table.rows(results)]
+    return figures
+
+
+def _check(path: Path, overrides: tuple[str, ...], address: str | None, quiet: bool) -> dict[str, Any]:
+    import yaml
+
+    config = load_config(path, list(overrides))
+    _quiet_libraries()
+    from qpruner import preflight
+    from qpruner.execution.cluster import connect, disconnect, local_slots
+
+    inspection = preflight.inspect(config)
+    slots = connect(address) if address else local_slots()
+    if address:
+        disconnect()
+    asked = config.search.resources_per_trial
+    resources = slots.resources_per_trial(asked.model_dump() if asked else None)
+    layout, levels = inspection.pruned, config.quantize.bits
+    facts = {
+        "num_groups": len(layout.groups),
+        "parameters_base": inspection.base.num_parameters,
+        "parameters_pruned": layout.num_parameters,
+        "is_estimate": inspection.is_estimate,
+        **{f"bytes_all_{bits}": layout.plan_bytes(layout.uniform(bits)) for bits in levels},
+        "bytes_budget": inspection.budget_bytes,
+        "concurrent_trials": slots.concurrent(resources, config.search.max_concurrent),
+        "rungs": list(config.search.rungs),
+        "rows": {name: len(rows) for name, rows in inspection.examples.items()},
+    }
+    if not quiet:
+        click.echo(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
+        click.echo(_check_text(config, facts))
+    return {"status": "ok", **facts}
+
+
+def _check_text(config: RunConfig, facts: dict[str, Any]) -> str:
+    about = " (estimate: global selection leaves the widths open)" if facts["is_estimate"] else ""
+    sizes = [f"all {bits}-bit {facts[f'bytes_all_{bits}'] / 1e6:.1f} MB" for bits in config.quantize.bits]
+    rows = ", ".join(f"{count} {name}" for name, count in facts["rows"].items())
+    return "\n".join(
+        [
+            f"groups:     {facts['num_groups']} ({config.quantize.group})",
+            f"parameters: {facts['parameters_base'] / 1e6:.1f} M -> {facts['parameters_pruned'] / 1e6:.1f} M",
+            f"plan bytes: {', '.join(sizes)}, budget {facts['bytes_budget'] / 1e6:.1f} MB{about}",
+            f"trials:     {config.search.trials}, {facts['concurrent_trials']} at once, rungs at steps {facts['rungs']}",
+            f"rows:       {rows}",
+            "The configuration is valid.",
+        ]
+    )
+
+
+def _guarded(as_json: bool, work: Callable[[], dict[str, Any]]) -> None:
+    """Run a verb; errors of ours end in a message and their exit code, not in a traceback."""
+    try:
+        outcome = work()
+    except QprunerError as error:
+        logging.getLogger(__name__).debug("failed", exc_info=True)
+        click.echo(f"error: {error}", err=True)
+        outcome = {"status": "error", "kind": type(error).__name__, "error": str(error)}
+        if as_json:
+            click.echo(json.dumps(outcome))
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        click.echo("interrupted; repeat the same command to go on", err=True)
+        sys.exit(130)
+    if as_json:
+        click.echo(json.dumps(outcome))
+
+
+def _quiet_libraries() -> None:
+    """Progress bars and banners of the libraries would tear the terminal's own; their warnings go to the log."""
+    os.environ.setdefault("TQDM_DISABLE", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+
+
+def _log_to(root: Path) -> None:
+    root.mkdir(parents=True, exist_ok=True)
+    handler = logging.FileHandler(root / "qpruner.log")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    logging.basicConfig(level=logging.INFO, handlers=[handler])
+    logging.captureWarnings(True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,443 @@
+"""The run's configuration: one YAML file, frozen models, every problem told at once.
+
+Unknown keys are errors, nothing is inherited between files, and the JSON schema under `tune_configs/schema.json` is
+generated from the models here (`qpruner schema`).
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from qpruner.errors import ConfigError, UserError
+
+Positive = Annotated[int, Field(ge=1)]
+Bits = Literal[4, 8, 16]
+
+
+class Section(BaseModel):
+    """Base of every section: frozen, no unknown keys."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+
+class ModelConfig(Section):
+    """The base model."""
+
+    source: str
+    """Hub id, local folder, `.gguf` file, or `package:NAME/FILE` for a file inside an installed Python package."""
+    revision: str | None = None
+    """Git revision of a hub model; the default branch when null."""
+    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
+    """Type of the unquantized weights."""
+    trust_remote_code: bool = False
+    """Run Python code that a hub model brings along. Off unless you trust its author."""
+
+
+class DataSource(Section):
+    """Rows from one place."""
+
+    source: str
+    """Hub id, a local .jsonl / .json / .parquet / .txt file, or `package:NAME/FILE`."""
+    format: Literal["instruction", "multiple_choice", "text"] = "instruction"
+    """How a row becomes a prompt and a response."""
+    columns: dict[str, str | tuple[str, ...]] = Field(default_factory=dict)
+    """Our column name -> theirs. instruction: instruction, input, output; multiple_choice: question, choices, answer;
+    text: text. `choices` may be one column (a list, or ARC's text/label pair) or a list of columns."""
+    subset: str | None = None
+    """Configuration name of a hub data set."""
+    split: str = "train"
+    """Split, slices allowed (`train[:1000]`)."""
+    limit: Positive | None = None
+    """Take only the first rows."""
+
+
+class DataConfig(Section):
+    """Training, validation and confirmation rows; test rows are the tasks under `evaluate`."""
+
+    train: Annotated[tuple[DataSource, ...], Field(min_length=1)]
+    """Rows to fine-tune on."""
+    validation: Annotated[tuple[DataSource, ...], Field(min_length=1)]
+    """Rows that score a trial."""
+    confirmation: Annotated[tuple[DataSource, ...], Field(min_length=1)]
+    """Rows that decide among the best trials."""
+    template: Literal["alpaca", "chat"] = "alpaca"
+    """How instruction rows are written: the Alpaca prompt, or the tokenizer's own chat template."""
+    max_length: Annotated[int, Field(ge=8)] = 256
+    """Tokens a row may have; longer ones are cut."""
+    response_only: bool = True
+    """Count the loss on the response only."""
+    packing: bool = False
+    """Concatenate rows to full length instead of padding."""
+
+
+class CalibrationConfig(Section):
+    """Samples that importance and sensitivity are measured on."""
+
+    data: tuple[DataSource, ...] | None = None
+    """Calibrate on these rows; null takes the training rows (importance to the target task)."""
+    num_samples: Positive = 10
+    """Rows used for importance."""
+    num_sensitivity_samples: Positive = 64
+    """Rows used for sensitivity."""
+    max_length: Annotated[int, Field(ge=4)] = 64
+    """Tokens a sample may have."""
+
+
+class PruneConfig(Section):
+    """Structured pruning: whole key/value groups with their query heads, and MLP channels."""
+
+    rate: Annotated[float, Field(ge=0.0, le=0.9)] = 0.2
+    """Share of *all* parameters to remove; 0 skips the cut."""
+    importance: Literal["taylor", "magnitude"] = "taylor"
+    """First-order Taylor on the calibration samples, or the weights' L2 norm."""
+    selection: Literal["per_layer", "global"] = "per_layer"
+    """The same share from every block, or the least important units wherever they are."""
+    first_layer: Annotated[int, Field(ge=0)] = 0
+    """First block that may be cut, counted from 0."""
+    last_layer: int = -1
+    """Last block that may be cut (inclusive); negative counts from the end."""
+
+
+class BudgetConfig(Section):
+    """The bytes a plan may take; exactly one of the keys."""
+
+    fraction: Annotated[float, Field(ge=0.0, le=1.0)] | None = None
+    """0 is every group at its lowest bits, 1 every group at its highest."""
+    mean_bits: float | None = None
+    """Mean bits per grouped weight."""
+    gib: Annotated[float, Field(gt=0)] | None = None
+    """Gibibytes of the whole model, adapters included."""
+    bytes: Positive | None = None
+    """Bytes of the whole model, adapters included."""
+
+    @model_validator(mode="after")
+    def exactly_one(self) -> BudgetConfig:
+        given = [name for name in type(self).model_fields if getattr(self, name) is not None]
+        if len(given) != 1:
+            raise ValueError(f"give exactly one of fraction, mean_bits, gib, bytes; got {given or 'none'}")
+        return self
+
+
+class QuantizeConfig(Section):
+    """Mixed precision."""
+
+    group: Literal["block", "sublayer", "projection"] = "block"
+    """What gets one bit-width."""
+    bits: tuple[Bits, ...] = (4, 8)
+    """Bit-widths a group may take: 4 (NF4), 8 (LLM.int8), 16 (unquantized)."""
+    double_quant: bool = False
+    """Quantize the 4-bit scales too."""
+    budget: BudgetConfig = BudgetConfig(fraction=0.5)
+    """The bytes a plan may take."""
+
+    @model_validator(mode="after")
+    def ascending(self) -> QuantizeConfig:
+        if len(self.bits) < 2 or list(self.bits) != sorted(set(self.bits)):
+            raise ValueError(f"`bits` must be at least two different bit-widths in ascending order, got {self.bits}")
+        return self
+
+
+class LoraConfig(Section):
+    """The adapters."""
+
+    rank: Positive = 8
+    """Rank of each adapter."""
+    alpha: Annotated[float, Field(gt=0)] = 16.0
+    """Adapters are scaled by alpha / rank."""
+    dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    """Dropout before each adapter."""
+    init: Literal["loftq", "plain"] = "loftq"
+    """Start from the quantization error (LoftQ), or from zero."""
+    loftq_iterations: Positive = 1
+    """Alternations of quantization and SVD."""
+    svd: Literal["exact", "randomized"] = "randomized"
+    """Randomized SVD is many times faster and loses little at these ranks."""
+
+
+class TrainingConfig(Section):
+    """One optimizer setting for trials and the final fine-tune."""
+
+    learning_rate: Annotated[float, Field(gt=0)] = 1e-4
+    """Peak learning rate (AdamW, warm-up, cosine)."""
+    batch_size: Positive = 64
+    """Rows an optimizer step sees."""
+    micro_batch_size: Positive = 4
+    """Rows a forward pass sees; the rest is gradient accumulation."""
+    warmup_ratio: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.05
+    """Share of the steps that warms up."""
+    weight_decay: Annotated[float, Field(ge=0.0)] = 0.0
+    """AdamW's weight decay."""
+    max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
+    """Gradients are clipped to this norm."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, a third more time."""
+
+    @model_validator(mode="after")
+    def whole_accumulation(self) -> TrainingConfig:
+        if self.batch_size % self.micro_batch_size:
+            raise ValueError(
+                f"`batch_size` must be a multiple of `micro_batch_size`, got {self.batch_size} and "
+                f"{self.micro_batch_size}"
+            )
+        return self
+
+
+class SensitivityConfig(Section):
+    """Mutual information between a group's output and the model's prediction."""
+
+    num_components: Positive = 4
+    """Leading principal components kept of a group's output."""
+    num_neighbors: Positive = 3
+    """k of the nearest-neighbour estimator."""
+    num_shuffles: Positive = 5
+    """Shuffled-label baselines that are averaged and subtracted."""
+    max_positions: Annotated[int, Field(ge=32)] = 512
+    """Predicted positions used, at most."""
+
+
+class ResourcesConfig(Section):
+    """What Ray reserves for one trial."""
+
+    cpu: Annotated[float, Field(gt=0)] = 1.0
+    """CPU cores."""
+    gpu: Annotated[float, Field(ge=0)] = 0.0
+    """GPUs, or a share of one."""
+
+
+class SearchConfig(Section):
+    """The precision search."""
+
+    searcher: Literal["hyperopt", "random"] = "hyperopt"
+    """hyperopt is TPE through Ray's HyperOptSearch; random is the control."""
+    trials: Positive = 16
+    """Trials in all, uniform and seed plans included."""
+    max_concurrent: Positive | None = None
+    """Trials in flight; null takes as many as the cluster has slots."""
+    steps: Positive = 16
+    """Optimizer steps of a full trial: the last rung."""
+    first_rung: Positive = 4
+    """Steps before ASHA may stop a trial for the first time."""
+    reduction_factor: Annotated[int, Field(ge=2)] = 2
+    """ASHA keeps one in this many at each rung."""
+    metric: Literal["loss", "accuracy"] = "loss"
+    """Validation loss, or the mean accuracy of `tasks`."""
+    tasks: tuple[str, ...] = ()
+    """lm-eval tasks scored at every rung."""
+    limit: Positive | None = None
+    """Questions a task, at most."""
+    confirm: Positive = 3
+    """Best trials that are scored again on the confirmation rows."""
+    resources_per_trial: ResourcesConfig | None = None
+    """null takes one GPU where there are GPUs and one CPU core where there are none."""
+
+    @property
+    def rungs(self) -> tuple[int, ...]:
+        """Steps at which a trial is scored: first_rung times powers of the factor, and the last step."""
+        rungs, step = [], self.first_rung
+        while step < self.steps:
+            rungs.append(step)
+            step *= self.reduction_factor
+        return (*rungs, self.steps)
+
+    @model_validator(mode="after")
+    def consistent(self) -> SearchConfig:
+        if self.first_rung > self.steps:
+            raise ValueError(f"`first_rung` must be at most `steps` ({self.steps}), got {self.first_rung}")
+        if self.metric == "accuracy" and not self.tasks:
+            raise ValueError("`metric: accuracy` needs at least one task under `tasks`")
+        return self
+
+
+class FinetuneConfig(Section):
+    """The final fine-tune; give steps or epochs."""
+
+    steps: Positive | None = None
+    """Optimizer steps."""
+    epochs: Annotated[float, Field(gt=0)] | None = None
+    """Passes over the training rows."""
+    save_steps: Positive = 50
+    """Steps between checkpoints."""
+    compare: bool = False
+    """Give base, pruned, uniform and seed plans the same fine-tune, for the final table."""
+
+    @model_validator(mode="after")
+    def one_length(self) -> FinetuneConfig:
+        if (self.steps is None) == (self.epochs is None):
+            raise ValueError("give exactly one of `steps` and `epochs`")
+        return self
+
+
+class EvaluateConfig(Section):
+    """The final measurement, on tasks the search never saw."""
+
+    tasks: Annotated[tuple[str, ...], Field(min_length=1)]
+    """lm-eval tasks."""
+    include_path: str | None = None
+    """A folder of further lm-eval task files (also `package:NAME/FOLDER`); they serve `search.tasks` too."""
+    limit: Positive | None = None
+    """Questions a task, at most."""
+    num_fewshot: Annotated[int, Field(ge=0)] = 0
+    """Worked examples before each question."""
+    batch_size: Positive = 16
+    """Requests a forward pass answers."""
+
+
+class RunConfig(Section):
+    """Everything a run needs."""
+
+    output: str
+    """The run folder."""
+    seed: Annotated[int, Field(ge=0)] = 0
+    """Seeds sampling, adapters, data order and the searcher alike."""
+    model: ModelConfig
+    data: DataConfig
+    calibration: CalibrationConfig = CalibrationConfig()
+    prune: PruneConfig = PruneConfig()
+    sensitivity: SensitivityConfig = SensitivityConfig()
+    quantize: QuantizeConfig = QuantizeConfig()
+    lora: LoraConfig = LoraConfig()
+    training: TrainingConfig = TrainingConfig()
+    search: SearchConfig = SearchConfig()
+    finetune: FinetuneConfig
+    evaluate: EvaluateConfig
+
+    @model_validator(mode="after")
+    def unseen_tasks(self) -> RunConfig:
+        seen = sorted(set(self.search.tasks) & set(self.evaluate.tasks))
+        if seen:
+            raise ValueError(
+                f"`evaluate.tasks` must not share tasks with `search.tasks`, both name {', '.join(seen)}: the report "
+                "must be on tasks the search never saw"
+            )
+        return self
+
+
+class _UniqueKeyLoader(yaml.SafeLoader):
+    """A safe loader that refuses a key given twice; YAML would silently keep the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[Any] = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if key in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"key `{key}` is given twice", key_node.start_mark
+                )
+            seen.add(key)
+        return super().construct_mapping(node, deep=deep)
+
+
+def load_config(path: Path, overrides: list[str] | None = None) -> RunConfig:
+    """Read and validate a configuration file.
+
+    Args:
+        path: The YAML file.
+        overrides: `section.key=value` pairs; values are YAML.
+
+    Raises:
+        UserError: If the file is missing or is no YAML.
+        ConfigError: With every problem found.
+    """
+    if not path.is_file():
+        raise UserError(f"configuration file {path} does not exist; see tune_configs/ for complete examples")
+    try:
+        raw = yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeyLoader)  # noqa: S506 (a SafeLoader)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not valid YAML: {error}") from error
+    if not isinstance(raw, dict):
+        raise UserError(f"{path} must be a mapping of sections, got {type(raw).__name__}")
+    for override in overrides or []:
+        _apply_override(raw, override)
+    return validate_config(raw, str(path))
+
+
+def validate_config(raw: dict[str, Any], source: str | None = None) -> RunConfig:
+    """Build a `RunConfig` from plain data; raises `ConfigError` with every problem found."""
+    try:
+        return RunConfig.model_validate(raw)
+    except ValidationError as error:
+        raise ConfigError([_explain(problem) for problem in _root_causes(error)], source) from error
+
+
+def _root_causes(error: ValidationError) -> list[Any]:
+    """The problems, less those that only repeat that something inside them is wrong."""
+    problems = error.errors()
+    places = [problem["loc"] for problem in problems]
+
+    def repeats(problem: Any) -> bool:
+        place = problem["loc"]
+        inside = any(other[: len(place)] == place and len(other) > len(place) for other in places)
+        return inside and problem["type"] == "too_short"
+
+    return [problem for problem in problems if not repeats(problem)]
+
+
+def config_schema() -> str:
+    """The JSON schema of the configuration, for editors."""
+    return json.dumps(RunConfig.model_json_schema(), indent=2, sort_keys=True) + "\n"
+
+
+def _apply_override(raw: dict[str, Any], override: str) -> None:
+    key, separator, text = override.partition("=")
+    if not separator or not key:
+        raise UserError(f"--set takes section.key=value, got {override!r}")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise UserError(f"--set {override}: the value is not valid YAML: {error}") from error
+    *sections, last = key.split(".")
+    here = raw
+    for section in sections:
+        here = here.setdefault(section, {})
+        if not isinstance(here, dict):
+            raise UserError(f"--set {override}: `{section}` is not a section")
+    here[last] = value
+
+
+def _explain(problem: Any) -> str:
+    """One pydantic error as a sentence that names the key, the value, the rule and the remedy."""
+    location = [part for part in problem["loc"]]
+    key = ".".join(str(part) for part in location) or "configuration"
+    if problem["type"] == "extra_forbidden":
+        return _explain_unknown_key(location)
+    if problem["type"] == "missing":
+        return f"`{key}` is missing: it must be given"
+    rule = problem["msg"].removeprefix("Value error, ")
+    if problem["type"] == "value_error":
+        return f"`{key}`: {rule}"
+    return f"`{key}`: {rule[0].lower() + rule[1:]}, got {problem['input']!r}"
+
+
+def _explain_unknown_key(location: list[str | int]) -> str:
+    known = _known_keys(location[:-1])
+    name = str(location[-1])
+    prefix = "".join(f"{part}." for part in location[:-1])
+    nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    hint = f"did you mean `{prefix}{nearest[0]}`?" if nearest else f"known keys: {', '.join(sorted(known))}"
+    return f"`{prefix}{name}` is not a known key; {hint}"
+
+
+def _known_keys(location: list[str | int]) -> list[str]:
+    """The fields of the section that a location leads to."""
+    section: type[BaseModel] = RunConfig
+    for part in location:
+        if isinstance(part, int):
+            continue
+        section = _section_of(section.model_fields[part].annotation) or section
+    return list(section.model_fields)
+
+
+def _section_of(annotation: Any) -> type[BaseModel] | None:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    for argument in get_args(annotation):
+        found = _section_of(argument)
+        if found:
+            return found
+    return None

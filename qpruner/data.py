@@ -1,0 +1,288 @@
+"""Rows: where they come from, how they become prompts and responses, and how those become tokens.
+
+Three row formats: `instruction` (instruction, input, output), `multiple_choice` (question, choices, answer; ARC's
+layout is understood) and `text`. A multiple-choice row is written as lm-eval writes ARC, "Question: ...\\nAnswer: ...",
+so that training, validation loss and lm-eval accuracy speak of the same thing.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qpruner.config import DataSource
+from qpruner.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+IGNORED_LABEL = -100
+"""torch's cross entropy leaves these positions out."""
+
+COLUMNS = {
+    "instruction": ("instruction", "input", "output"),
+    "multiple_choice": ("question", "choices", "answer"),
+    "text": ("text",),
+}
+OPTIONAL_COLUMNS = {"input"}
+DEFAULT_COLUMNS = {"answer": "answerKey"}
+
+ALPACA = (
+    "Below is an instruction that describes a task{context}. Write a response that appropriately completes the "
+    "request.\n\n### Instruction:\n{instruction}\n\n{input}### Response:\n"
+)
+"""The prompt of Stanford Alpaca, with and without an input."""
+
+
+@dataclass(frozen=True)
+class Example:
+    """One row. `prompt` is the bare question or instruction, by which rows are told apart.
+
+    Attributes:
+        format: The row format it came from.
+        prompt: Question or instruction; empty for text.
+        context: An instruction's input.
+        response: What the model should write.
+    """
+
+    format: str
+    prompt: str
+    context: str
+    response: str
+
+    @property
+    def identity(self) -> str:
+        """What makes two rows the same row: the words of prompt and context, or of the text."""
+        return normalized(f"{self.prompt} {self.context}" if self.prompt else self.response)
+
+
+def normalized(text: str) -> str:
+    """Lower-case words only, so that spacing and punctuation do not hide a shared row."""
+    return " ".join(re.findall(r"\w+", text.lower()))
+
+
+def load_examples(sources: Sequence[DataSource], key: str) -> list[Example]:
+    """Read rows and map their columns.
+
+    Args:
+        sources: Where the rows are.
+        key: The config key of `sources`, for errors.
+
+    Raises:
+        UserError: For a missing file, missing columns (the ones there are get listed), or no rows at all.
+    """
+    examples: list[Example] = []
+    for index, source in enumerate(sources):
+        rows = _read_rows(source, f"{key}.{index}")
+        examples.extend(_to_example(row, source, f"{key}.{index}") for row in rows)
+    if not examples:
+        raise UserError(f"`{key}` has no rows")
+    return examples
+
+
+def check_disjoint(splits: Mapping[str, Iterable[str]]) -> None:
+    """Refuse a row that stands in two splits.
+
+    Args:
+        splits: Name of the split -> identities of its rows (`Example.identity` or `normalized` text).
+
+    Raises:
+        UserError: Naming both splits, how many rows they share and one of them.
+    """
+    seen: list[tuple[str, set[str]]] = []
+    for name, identities in splits.items():
+        rows = {identity for identity in identities if identity}
+        for other, other_rows in seen:
+            shared = rows & other_rows
+            if shared:
+                raise UserError(
+                    f"{other} and {name} share {len(shared)} row(s), such as {min(shared)[:90]!r}; training, "
+                    "validation, confirmation and test data must not overlap: take other rows or another split"
+                )
+        seen.append((name, rows))
+
+
+def encode(
+    examples: Sequence[Example],
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+    template: str = "alpaca",
+    response_only: bool = True,
+) -> list[dict[str, list[int]]]:
+    """Token ids and labels of each row, cut at `max_length` tokens; rows without a token to predict are dropped.
+
+    Returns:
+        One ``{"input_ids": ..., "labels": ...}`` a row; labels are -100 on the prompt when `response_only`.
+
+    Raises:
+        UserError: If no row has a response token left within `max_length`.
+    """
+    encoded = []
+    for example in examples:
+        prompt, response = _render(example, tokenizer, template)
+        special = example.format != "instruction" or template != "chat"
+        prompt_ids = tokenizer(prompt, add_special_tokens=special)["input_ids"] if prompt else []
+        response_ids = tokenizer(response, add_special_tokens=not prompt)["input_ids"]
+        ids = (prompt_ids + response_ids)[:max_length]
+        masked = len(prompt_ids) if response_only else 0
+        labels = ([IGNORED_LABEL] * masked + ids[masked:])[:max_length]
+        if any(label != IGNORED_LABEL for label in labels[1:]):
+            encoded.append({"input_ids": ids, "labels": labels})
+    if not encoded:
+        raise UserError(
+            f"`data.max_length` of {max_length} tokens leaves no row a token to predict; make it longer than the prompts"
+        )
+    return encoded
+
+
+def pack(rows: Sequence[dict[str, list[int]]], length: int) -> list[dict[str, list[int]]]:
+    """Concatenate encoded rows into chunks of `length` tokens; the incomplete last chunk is kept."""
+    ids = [token for row in rows for token in row["input_ids"]]
+    # The first label of a row would be predicted from the row before it.
+    labels = [label for row in rows for label in (IGNORED_LABEL, *row["labels"][1:])]
+    return [
+        {"input_ids": ids[start : start + length], "labels": labels[start : start + length]}
+        for start in range(0, len(ids), length)
+    ]
+
+
+def collate(rows: Sequence[Mapping[str, list[int]]], pad_id: int) -> dict[str, Any]:
+    """Right-pad rows to one batch: ``input_ids``, ``attention_mask``, ``labels``, each ``(batch, seq)`` int64."""
+    import torch
+
+    longest = max(len(row["input_ids"]) for row in rows)
+
+    def padded(name: str, fill: int) -> Any:
+        return torch.tensor([list(row[name]) + [fill] * (longest - len(row[name])) for row in rows])
+
+    mask = [[1] * len(row["input_ids"]) + [0] * (longest - len(row["input_ids"])) for row in rows]
+    return {
+        "input_ids": padded("input_ids", pad_id),
+        "attention_mask": torch.tensor(mask),
+        "labels": padded("labels", IGNORED_LABEL),
+    }
+
+
+def _read_rows(source: DataSource, key: str) -> list[dict[str, Any]]:
+    import datasets
+
+    from qpruner.models.loading import resolve_source
+
+    datasets.disable_progress_bars()
+    path = resolve_source(source.source, f"{key}.source")
+    builders = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".txt": "text"}
+    suffix = Path(path).suffix
+    try:
+        if suffix in builders:
+            if not Path(path).is_file():
+                raise UserError(f"`{key}.source`: file {path} does not exist")
+            rows = datasets.load_dataset(builders[suffix], data_files=path, split=source.split)
+        elif path.startswith((".", "/", "~")):
+            raise UserError(
+                f"`{key}.source`: {path} is no data file; give a .jsonl, .json, .parquet or .txt file, or a hub id"
+            )
+        else:
+            rows = datasets.load_dataset(path, source.subset, split=source.split)
+    except UserError:
+        raise
+    except Exception as error:  # datasets raises many types for files that cannot be parsed and hubs out of reach
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(f"`{key}.source`: no rows can be read from {source.source!r}: {reason}") from error
+    _check_columns(rows.column_names, source, key)
+    count = len(rows) if source.limit is None else min(source.limit, len(rows))
+    return [dict(row) for row in rows.select(range(count))]
+
+
+def _check_columns(available: Sequence[str], source: DataSource, key: str) -> None:
+    """Refuse a mapping of unknown columns, or to columns that the data lack."""
+    ours = COLUMNS[source.format]
+    unknown = sorted(set(source.columns) - set(ours))
+    if unknown:
+        raise UserError(
+            f"`{key}.columns` names {', '.join(unknown)}; a {source.format} row has the columns {', '.join(ours)}"
+        )
+    for column in ours:
+        theirs = _mapped(source, column)
+        missing = [name for name in theirs if name not in available]
+        if missing and not (column in OPTIONAL_COLUMNS and column not in source.columns):
+            raise UserError(
+                f"`{key}.columns.{column}`: the data have no column {', '.join(missing)}; "
+                f"they have {', '.join(available)}"
+            )
+
+
+def _mapped(source: DataSource, column: str) -> tuple[str, ...]:
+    value = source.columns.get(column, DEFAULT_COLUMNS.get(column, column))
+    return (value,) if isinstance(value, str) else tuple(value)
+
+
+def _to_example(row: dict[str, Any], source: DataSource, key: str) -> Example:
+    def value(column: str) -> str:
+        return str(row.get(_mapped(source, column)[0]) or "")
+
+    if source.format == "text":
+        return Example("text", "", "", value("text"))
+    if source.format == "instruction":
+        return Example("instruction", value("instruction"), value("input"), value("output"))
+    choices, labels = _choices(row, _mapped(source, "choices"))
+    answer = row[_mapped(source, "answer")[0]]
+    if isinstance(answer, str) and answer in labels:
+        index = labels.index(answer)
+    elif str(answer).isdigit() and int(answer) < len(choices):
+        index = int(answer)
+    else:
+        raise UserError(
+            f"`{key}.columns.answer`: {answer!r} is neither one of the labels {', '.join(labels)} nor a position "
+            f"from 0 to {len(choices) - 1}"
+        )
+    return Example("multiple_choice", value("question"), "", choices[index])
+
+
+def _choices(row: dict[str, Any], columns: tuple[str, ...]) -> tuple[list[str], list[str]]:
+    """Texts and labels of the choices: several columns, a list, or ARC's {text, label}."""
+    if len(columns) > 1:
+        texts = [str(row[column]) for column in columns]
+    elif isinstance(row[columns[0]], dict):
+        return list(row[columns[0]]["text"]), list(row[columns[0]]["label"])
+    else:
+        texts = [str(text) for text in row[columns[0]]]
+    return texts, [chr(ord("A") + position) for position in range(len(texts))]
+
+
+def _render(example: Example, tokenizer: PreTrainedTokenizerBase, template: str) -> tuple[str, str]:
+    """Prompt and response as the model sees them."""
+    if example.format == "text":
+        return "", example.response
+    if example.format == "multiple_choice":
+        return f"Question: {example.prompt}\nAnswer:", f" {example.response}"
+    if template == "chat":
+        if not tokenizer.chat_template:
+            raise UserError("`data.template: chat` needs a tokenizer with a chat template; this one has none: use alpaca")
+        content = f"{example.prompt}\n\n{example.context}" if example.context else example.prompt
+        messages = [{"role": "user", "content": content}]
+        prompt = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        return str(prompt), f"{example.response}{tokenizer.eos_token}"
+    prompt = ALPACA.format(
+        context=", paired with an input that provides further context" if example.context else "",
+        instruction=example.prompt,
+        input=f"### Input:\n{example.context}\n\n" if example.context else "",
+    )
+    return prompt, f"{example.response}{tokenizer.eos_token}"
+
+
+def save_encoded(rows: Sequence[Mapping[str, list[int]]], folder: Path) -> None:
+    """Write encoded rows as an Arrow folder, which every trial maps into memory instead of encoding again."""
+    import datasets
+
+    datasets.disable_progress_bars()
+    datasets.Dataset.from_list([dict(row) for row in rows]).save_to_disk(folder)
+
+
+def load_encoded(folder: Path) -> list[dict[str, list[int]]]:
+    """Read what `save_encoded` wrote."""
+    import datasets
+
+    return [dict(row) for row in datasets.load_from_disk(str(folder))]

@@ -1,0 +1,62 @@
+"""The errors a person can meet, and the exit code each one means.
+
+`UserError` is a mistake in the input (exit code 2): its message names the key, the value, the rule and the remedy.
+`StageError` is a stage that could not go on (exit code 1): a full disk, a diverging loss, a truncated file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+
+class QprunerError(Exception):
+    """Base of every error that is reported without a traceback."""
+
+    exit_code = 1
+
+
+class UserError(QprunerError):
+    """Something in the user's input cannot work; nothing expensive has been done yet."""
+
+    exit_code = 2
+
+
+class ConfigError(UserError):
+    """One or more problems in a configuration, collected and shown together.
+
+    Attributes:
+        problems: One complete sentence a problem.
+    """
+
+    def __init__(self, problems: Iterable[str], source: str | None = None) -> None:
+        self.problems = tuple(problems)
+        heading = f"{source}: " if source else ""
+        count = len(self.problems)
+        lines = "\n".join(f"  - {problem}" for problem in self.problems)
+        super().__init__(f"{heading}{count} problem{'s' if count != 1 else ''} in the configuration:\n{lines}")
+
+
+class StageError(QprunerError):
+    """A stage failed while it ran; what was recorded before it stays valid.
+
+    Attributes:
+        stage: Name of the stage, as in the records.
+        cause: What happened, in one sentence.
+        remedy: What to do next, in one sentence.
+    """
+
+    def __init__(self, stage: str, cause: str, remedy: str) -> None:
+        self.stage, self.cause, self.remedy = stage, cause, remedy
+        super().__init__(f"stage `{stage}` failed: {cause}\n  remedy: {remedy}")
+
+    def __reduce__(self) -> tuple[type[StageError], tuple[str, str, str]]:
+        """Exceptions with several arguments need this to travel between Ray's processes."""
+        return (StageError, (self.stage, self.cause, self.remedy))
+
+
+class TrainingDiverged(QprunerError):
+    """The training or validation loss became NaN or infinite."""
+
+
+class CorruptFile(QprunerError):
+    """A file the run folder vouches for cannot be read as what it should be."""

@@ -1,0 +1,142 @@
+"""Accuracy on lm-eval tasks, built-in ones and those of a folder."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import math
+import os
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from qpruner.errors import UserError
+from qpruner.records import TaskScore
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+METRICS = ("acc", "exact_match")
+"""Metrics that give one number between 0 and 1 a question, in order of preference."""
+
+
+def score_tasks(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    tasks: Sequence[str],
+    include_path: str | None,
+    limit: int | None,
+    batch_size: int,
+    num_fewshot: int = 0,
+) -> tuple[TaskScore, ...]:
+    """Run lm-eval on a model in memory.
+
+    Args:
+        model: The model, with or without adapters.
+        tokenizer: Its tokenizer.
+        tasks: Task or group names.
+        include_path: Folder of further task files.
+        limit: First questions of each task, all when None.
+        batch_size: Requests per forward pass.
+        num_fewshot: Worked examples before each question.
+
+    Returns:
+        One score a task (the subtasks of a group one by one), with the standard error of a mean of 0/1 outcomes.
+    """
+    from lm_eval import simple_evaluate
+    from lm_eval.models.huggingface import HFLM
+
+    was_training = model.training
+    model.eval()
+    results: Any = simple_evaluate(
+        model=HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size),
+        tasks=list(tasks),
+        task_manager=_task_manager(include_path),
+        num_fewshot=num_fewshot,
+        limit=limit,
+        bootstrap_iters=0,
+        log_samples=True,
+    )
+    model.train(was_training)
+    return tuple(_score(task, samples) for task, samples in results["samples"].items())
+
+
+def mean_accuracy(scores: Sequence[TaskScore]) -> tuple[float, float]:
+    """Unweighted mean over tasks and its standard error."""
+    mean = sum(score.value for score in scores) / len(scores)
+    return mean, math.sqrt(sum(score.stderr**2 for score in scores)) / len(scores)
+
+
+def task_questions(tasks: Sequence[str], include_path: str | None, key: str) -> dict[str, list[str]]:
+    """The question texts of each task, to compare with the training rows.
+
+    Raises:
+        UserError: For an unknown task, or one whose rows cannot be loaded.
+    """
+    _check_known(tasks, include_path, key)
+    try:
+        loaded = _task_manager(include_path).load(list(tasks))["tasks"]
+    except Exception as error:  # the loaders of many data sets raise many types
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(f"`{key}`: the rows of {', '.join(tasks)} cannot be loaded: {reason}") from error
+    return {name: [_question(task, doc) for doc in task.eval_docs] for name, task in loaded.items()}
+
+
+def _check_known(tasks: Sequence[str], include_path: str | None, key: str) -> None:
+    import difflib
+
+    known = _task_manager(include_path).all_tasks
+    for task in tasks:
+        if task not in known:
+            nearest = difflib.get_close_matches(task, known, n=3)
+            hint = f"did you mean {', '.join(nearest)}?" if nearest else "`lm_eval ls tasks` lists the known ones"
+            raise UserError(f"`{key}`: lm-eval has no task `{task}`; {hint}")
+
+
+@functools.lru_cache(maxsize=4)
+def _task_manager(include_path: str | None) -> Any:
+    # lm-eval draws progress bars and logs every request it builds; the stages emit their own events.
+    os.environ.setdefault("TQDM_DISABLE", "1")
+    from lm_eval.tasks import TaskManager
+
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    return TaskManager(include_path=include_path)
+
+
+def _question(task: Any, doc: dict[str, Any]) -> str:
+    """A task's question without the words around it, where the row has it in a column of its own."""
+    for column in ("question", "goal", "query", "ctx", "sentence"):
+        if isinstance(doc.get(column), str):
+            passage = doc.get("passage", "")
+            return f"{doc[column]} {passage}".strip()
+    return str(task.doc_to_text(doc))
+
+
+def _score(task: str, samples: list[dict[str, Any]]) -> TaskScore:
+    metric = next((name for name in METRICS if name in samples[0]), None)
+    if metric is None:
+        raise UserError(f"task `{task}` reports none of {', '.join(METRICS)}; choose an accuracy task")
+    ordered = sorted(samples, key=lambda sample: int(sample["doc_id"]))
+    correct = tuple(float(sample[metric]) for sample in ordered)
+    count = len(correct)
+    value = sum(correct) / count
+    stderr = math.sqrt(value * (1 - value) / (count - 1)) if count > 1 else math.nan
+    return TaskScore(
+        task=task,
+        metric=metric,
+        value=value,
+        stderr=stderr,
+        num_questions=count,
+        correct=correct,
+        answer_loss=_answer_losses(ordered),
+    )
+
+
+def _answer_losses(samples: list[dict[str, Any]]) -> tuple[float, ...]:
+    """Negative log-likelihood of the right choice: finer than right or wrong, so small differences show sooner."""
+    losses = []
+    for sample in samples:
+        responses, target = sample["filtered_resps"], sample["target"]
+        if not str(target).isdigit() or len(responses) < 2 or int(target) >= len(responses):
+            return ()
+        losses.append(-float(responses[int(target)][0]))
+    return tuple(losses)

@@ -1,0 +1,134 @@
+"""Ray outside Tune: starting or joining a cluster, and running stage work as tasks on its nodes."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from qpruner.errors import UserError
+
+# Set before Ray is imported: no usage report leaves the machine.
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+
+Result = TypeVar("Result")
+
+OBJECT_STORE_BYTES = 200 * 1024**2
+"""Weights travel through the run folder, so Ray's shared memory stays small on a single machine."""
+
+
+@dataclass(frozen=True)
+class Slots:
+    """What the cluster can run at once.
+
+    Attributes:
+        cpus: CPU cores of all nodes.
+        gpus: GPUs of all nodes.
+    """
+
+    cpus: float
+    gpus: float
+
+    def resources_per_trial(self, asked: dict[str, float] | None) -> dict[str, float]:
+        """What one trial reserves: what was asked for, else a GPU where there is one, else a core."""
+        if asked:
+            return {name: amount for name, amount in asked.items() if amount > 0}
+        return {"cpu": 1.0, "gpu": 1.0} if self.gpus >= 1 else {"cpu": 1.0}
+
+    def concurrent(self, resources: dict[str, float], limit: int | None) -> int:
+        """Trials that fit at once, at most `limit`.
+
+        Raises:
+            UserError: If not even one fits.
+        """
+        fits = int(self.cpus // resources.get("cpu", 1.0)) if resources.get("cpu") else 10**6
+        if resources.get("gpu"):
+            fits = min(fits, int(self.gpus / resources["gpu"]))
+        if fits < 1:
+            raise UserError(
+                f"`search.resources_per_trial` asks for {resources}, but the cluster has {self.cpus:g} CPUs and "
+                f"{self.gpus:g} GPUs: ask for less"
+            )
+        return min(fits, limit) if limit else fits
+
+
+def local_slots() -> Slots:
+    """This machine's slots, without starting Ray."""
+    import torch
+
+    return Slots(float(os.cpu_count() or 1), float(torch.cuda.device_count()))
+
+
+def connect(address: str | None) -> Slots:
+    """Join the cluster at `address`, or start Ray on this machine, on loopback; returns its slots."""
+    import ray
+
+    environment = {"env_vars": {"TQDM_DISABLE": "1", "TOKENIZERS_PARALLELISM": "false"}}
+    if not ray.is_initialized():
+        if address:
+            ray.init(address=address, log_to_driver=False, logging_level="ERROR", runtime_env=environment)
+        else:
+            ray.init(
+                include_dashboard=False,
+                log_to_driver=False,
+                logging_level="ERROR",
+                object_store_memory=OBJECT_STORE_BYTES,
+                runtime_env=environment,
+                _node_ip_address="127.0.0.1",
+            )
+    total = ray.cluster_resources()
+    return Slots(float(total.get("CPU", 0.0)), float(total.get("GPU", 0.0)))
+
+
+def disconnect() -> None:
+    """Leave the cluster; a local one ends."""
+    import ray
+
+    ray.shutdown()
+
+
+def run_tasks(
+    function: Callable[[Any], Result],
+    jobs: Sequence[Any],
+    resources: dict[str, float],
+    max_concurrent: int,
+    fresh: bool,
+    on_tick: Callable[[], None] = lambda: None,
+) -> Iterator[tuple[int, Result]]:
+    """Run `function(job)` for every job in worker processes.
+
+    Args:
+        function: A module-level function.
+        jobs: Its arguments.
+        resources: Ray resources of one job.
+        max_concurrent: Jobs in flight.
+        fresh: Give every job a process that ends with it, so that its memory can be measured.
+        on_tick: Called about once a second while jobs run.
+
+    Yields:
+        Position of the job and its result, as they finish. An error of a job is raised as it was.
+    """
+    import ray
+    from ray.exceptions import RayTaskError
+
+    remote = ray.remote(
+        num_cpus=resources.get("cpu", 1.0),
+        num_gpus=resources.get("gpu", 0.0),
+        max_calls=1 if fresh else 0,
+        max_retries=0,
+    )(function)
+    waiting = list(enumerate(jobs))
+    running: dict[Any, int] = {}
+    while waiting or running:
+        while waiting and len(running) < max_concurrent:
+            position, job = waiting.pop(0)
+            running[remote.remote(job)] = position
+        done, _ = ray.wait(list(running), num_returns=1, timeout=1.0)
+        on_tick()
+        for reference in done:
+            position = running.pop(reference)
+            try:
+                yield position, ray.get(reference)
+            except RayTaskError as error:
+                raise error.cause from error

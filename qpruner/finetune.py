@@ -1,0 +1,176 @@
+"""The one training loop: transformers' Trainer and a callback, for trials and the final fine-tune alike.
+
+Rungs are steps at which the loop saves a checkpoint and then calls back; a checkpoint holds adapter, optimizer,
+scheduler and random state, so a run that goes on from one is the run that was never interrupted.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import Trainer, TrainerCallback, TrainingArguments
+
+from qpruner.calibration import Rows
+from qpruner.config import TrainingConfig
+from qpruner.data import collate
+from qpruner.errors import TrainingDiverged
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How long to train and where to save.
+
+    Attributes:
+        steps: Optimizer steps, or None to count epochs.
+        epochs: Passes over the rows, or None to count steps.
+        rungs: Steps at which a checkpoint is saved and `on_rung` is called.
+        save_steps: Steps between further checkpoints; None saves at rungs only.
+    """
+
+    steps: int | None
+    epochs: float | None = None
+    rungs: Sequence[int] = ()
+    save_steps: int | None = None
+
+
+@dataclass(frozen=True)
+class Listener:
+    """Who is told how the training goes.
+
+    Attributes:
+        on_rung: Step, checkpoint folder and training loss; may raise to stop.
+        on_step: Step, steps in all and training loss.
+    """
+
+    on_rung: Callable[[int, Path, float], None] = lambda step, checkpoint, loss: None
+    on_step: Callable[[int, int, float], None] = lambda step, total, loss: None
+
+
+@dataclass(frozen=True)
+class TrainingResult:
+    """Steps taken and the loss of the last one, in nats per token."""
+
+    steps: int
+    train_loss: float
+
+
+def finetune(
+    model: PeftModel,
+    rows: Rows,
+    settings: TrainingConfig,
+    schedule: Schedule,
+    output: Path,
+    seed: int,
+    pad_id: int,
+    start: Path | None = None,
+    listener: Listener | None = None,
+) -> TrainingResult:
+    """Train the adapters in place.
+
+    Args:
+        model: What `attach_adapters` made.
+        rows: Encoded training rows.
+        settings: Optimizer settings.
+        schedule: Length, rungs and checkpoints.
+        output: Folder for checkpoints.
+        seed: Seeds data order and dropout.
+        pad_id: Padding token.
+        start: A checkpoint of this very training to go on from.
+        listener: Callbacks.
+
+    Raises:
+        TrainingDiverged: At the step whose loss or gradient is NaN or infinite.
+    """
+    callback = _Callback(schedule.rungs, listener or Listener())
+    if settings.gradient_checkpointing:
+        model.enable_input_require_grads()
+    trainer = Trainer(
+        model=model,
+        args=_arguments(settings, schedule, output, seed),
+        train_dataset=list(rows),  # type: ignore[arg-type]
+        data_collator=lambda batch: collate(batch, pad_id),
+        callbacks=[callback],
+    )
+    trainer.remove_callback(_progress_printer(trainer))
+    trainer.train(resume_from_checkpoint=str(start) if start else None)
+    return TrainingResult(int(trainer.state.global_step), callback.train_loss)
+
+
+def _arguments(settings: TrainingConfig, schedule: Schedule, output: Path, seed: int) -> TrainingArguments:
+    length: dict[str, Any] = (
+        {"max_steps": schedule.steps} if schedule.steps is not None else {"num_train_epochs": schedule.epochs}
+    )
+    saving: dict[str, Any] = (
+        {"save_strategy": "steps", "save_steps": schedule.save_steps, "save_total_limit": 2}
+        if schedule.save_steps
+        else {"save_strategy": "no"}
+    )
+    return TrainingArguments(
+        output_dir=str(output),
+        per_device_train_batch_size=settings.micro_batch_size,
+        gradient_accumulation_steps=settings.batch_size // settings.micro_batch_size,
+        learning_rate=settings.learning_rate,
+        lr_scheduler_type="cosine",
+        warmup_steps=settings.warmup_ratio,  # a share below 1 since transformers 5
+        weight_decay=settings.weight_decay,
+        max_grad_norm=settings.max_grad_norm,
+        gradient_checkpointing=settings.gradient_checkpointing,
+        gradient_checkpointing_kwargs={"use_reentrant": False},
+        optim="adamw_torch",
+        seed=seed,
+        data_seed=seed,
+        use_cpu=not torch.cuda.is_available(),
+        bf16=torch.cuda.is_available() and torch.cuda.is_bf16_supported(),
+        dataloader_pin_memory=torch.cuda.is_available(),
+        remove_unused_columns=False,
+        logging_steps=1,
+        logging_nan_inf_filter=False,
+        report_to=[],
+        disable_tqdm=True,
+        **length,
+        **saving,
+    )
+
+
+def _progress_printer(trainer: Trainer) -> TrainerCallback:
+    """transformers' callback that prints every logged loss; the stages emit their own events."""
+    from transformers.trainer_callback import PrinterCallback
+
+    return PrinterCallback
+
+
+class _Callback(TrainerCallback):  # type: ignore[misc]
+    """Saves at rungs, tells the listener, and stops a diverging run."""
+
+    def __init__(self, rungs: Sequence[int], listener: Listener) -> None:
+        self.rungs = frozenset(rungs)
+        self.listener = listener
+        self.train_loss = math.nan
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step in self.rungs:
+            control.should_save = True
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
+        if not logs or "loss" not in logs:
+            return
+        self.train_loss = float(logs["loss"])
+        norm = float(logs.get("grad_norm", 0.0))
+        if not math.isfinite(self.train_loss) or not math.isfinite(norm):
+            raise TrainingDiverged(
+                f"the training loss is {self.train_loss} and the gradient norm {norm} at step {state.global_step}"
+            )
+        self.listener.on_step(state.global_step, state.max_steps, self.train_loss)
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step in self.rungs:
+            checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+            self.listener.on_rung(state.global_step, checkpoint, self.train_loss)

@@ -1,0 +1,58 @@
+"""The flow, top to bottom: prepare, prune, sensitivity, bank, search, finetune, evaluate, report.
+
+Each stage leaves a record; a stage whose record has the digest of its present inputs is skipped, which makes
+`qpruner run` safe to repeat after any crash.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from qpruner import preflight
+from qpruner.config import RunConfig
+from qpruner.events import Emit
+from qpruner.pipeline.compress import bank, prepare, prune, sensitivity
+from qpruner.pipeline.context import Context
+from qpruner.pipeline.finish import evaluate, finetune
+from qpruner.pipeline.report import report
+from qpruner.pipeline.search import search
+from qpruner.records import Results
+from qpruner.rundir import RunDir
+
+STAGES = ("prepare", "prune", "sensitivity", "bank", "search", "finetune", "evaluate", "report")
+
+
+def run(config: RunConfig, emit: Emit, address: str | None = None, until: str = "report") -> Results:
+    """Run the flow up to a stage, skipping what is recorded.
+
+    Args:
+        config: The configuration.
+        emit: Told of every event.
+        address: A running Ray cluster to join; None starts Ray on this machine when it is needed.
+        until: The last stage to run, one of `STAGES`.
+
+    Returns:
+        The records so far; those of stages after `until` are None.
+
+    Raises:
+        UserError: Before any weight is loaded, when the input cannot work.
+        StageError: When a stage cannot go on.
+    """
+    inspection = preflight.inspect(config)
+    context = Context(config, RunDir(Path(config.output)), emit, address, inspection)
+    last = STAGES.index(until)
+    try:
+        prepared = prepare(context)
+        pruned = prune(context, prepared) if last >= 1 else None
+        measured = sensitivity(context, pruned) if pruned and last >= 2 else None
+        banked = bank(context, pruned) if pruned and last >= 3 else None
+        searched = search(context, banked, measured) if banked and measured and last >= 4 else None
+        tuned = finetune(context, searched, measured) if searched and measured and last >= 5 else None
+        scored = evaluate(context, tuned, searched, measured) if tuned and searched and measured and last >= 6 else None
+        results = Results(
+            prepare=prepared, prune=pruned, sensitivity=measured, bank=banked, search=searched, finetune=tuned,
+            evaluate=scored,
+        )
+        return report(context, results) if last >= 7 else results
+    finally:
+        context.close()

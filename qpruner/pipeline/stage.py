@@ -1,0 +1,127 @@
+"""How a stage runs: skipped when its record has the digest it would have now, else run, committed and recorded.
+
+What can go wrong while a stage works (a full disk, no memory, a diverging loss, a broken file) becomes a `StageError`
+that names the stage, the cause and the remedy; what was recorded before it stays valid.
+"""
+
+from __future__ import annotations
+
+import errno
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from qpruner.errors import CorruptFile, QprunerError, StageError, TrainingDiverged
+from qpruner.events import Emit, Message, StageFinished, StageSkipped, StageStarted
+from qpruner.records import Record, digest_of
+from qpruner.rundir import RunDir
+
+RecordType = TypeVar("RecordType", bound=Record)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage of the flow.
+
+    Attributes:
+        name: Its folder and record.
+        detail: What it is about to do, for the line that starts it.
+        inputs: Everything its result depends on.
+    """
+
+    name: str
+    detail: str
+    inputs: tuple[Any, ...]
+
+    @property
+    def digest(self) -> str:
+        return digest_of(self.name, *self.inputs)
+
+
+def run_stage(
+    run: RunDir,
+    stage: Stage,
+    kind: type[RecordType],
+    work: Callable[[Path], dict[str, Any]],
+    figures: Callable[[RecordType], str],
+    emit: Emit,
+) -> RecordType:
+    """Run a stage unless it is recorded.
+
+    Args:
+        run: The run folder.
+        stage: What to run.
+        kind: Class of its record.
+        work: Writes the stage's files into a scratch folder and returns the record's fields.
+        figures: The record as one line.
+        emit: Told of start, skip and end.
+
+    Raises:
+        StageError: If the stage cannot go on.
+    """
+    record = _recorded(run, stage, kind, emit)
+    if record is not None:
+        emit(StageSkipped(stage.name, figures(record)))
+        return record
+    emit(StageStarted(stage.name, stage.detail))
+    started = time.monotonic()
+    with explained(stage.name):
+        scratch = run.scratch(stage.name)
+        fields = work(scratch)
+        record = kind(digest=stage.digest, seconds=time.monotonic() - started, **fields)
+        run.commit(stage.name, scratch, record)
+    emit(StageFinished(stage.name, record.seconds, figures(record)))
+    return record
+
+
+def _recorded(run: RunDir, stage: Stage, kind: type[RecordType], emit: Emit) -> RecordType | None:
+    try:
+        record = run.read_record(stage.name, kind)
+    except CorruptFile as error:
+        emit(Message(stage.name, f"{error}; the stage is run again"))
+        return None
+    if record is None or record.digest != stage.digest or not run.stage(stage.name).is_dir():
+        return None
+    return record
+
+
+@contextmanager
+def explained(stage: str) -> Iterator[None]:
+    """Turn what a stage may meet into a `StageError`."""
+    try:
+        yield
+    except StageError:
+        raise
+    except TrainingDiverged as error:
+        raise StageError(stage, str(error), "lower `training.learning_rate`, or use bfloat16 or float32") from error
+    except CorruptFile as error:
+        raise StageError(stage, str(error), "repeat the command: stages whose records are whole are skipped") from error
+    except QprunerError:
+        raise
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise StageError(
+            stage, f"no space left on the disk ({error.filename or 'writing'})", "make room, then repeat the command"
+        ) from error
+    except Exception as error:
+        cause = _known_cause(error)
+        if cause is None:
+            raise
+        raise StageError(stage, *cause) from error
+
+
+def _known_cause(error: Exception) -> tuple[str, str] | None:
+    """Cause and remedy of errors that libraries raise under types of their own."""
+    text = str(error)
+    if type(error).__name__ == "OutOfMemoryError" or isinstance(error, MemoryError) or "can't allocate memory" in text:
+        remedy = "lower `training.micro_batch_size` or `data.max_length`, or set `training.gradient_checkpointing`"
+        return f"out of memory ({text.splitlines()[0][:120] if text else 'MemoryError'})", remedy
+    if "No space left on device" in text:
+        return "no space left on the disk", "make room, then repeat the command"
+    if type(error).__name__ == "SafetensorError":
+        return f"a safetensors file is damaged ({text})", "delete the stage's folder, then repeat the command"
+    return None

@@ -1,0 +1,226 @@
+"""Precision plans, the groups they speak of, and what a plan weighs.
+
+The byte formulas below are those of the packed bitsandbytes tensors (QLoRA, arXiv 2305.14314, section 3, for NF4 and
+double quantization; LLM.int8(), arXiv 2208.07339, for 8 bits). A test holds formula == packed tensors.
+Plain data: neither torch nor ray is imported here.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+NF4_BLOCK_SIZE = 64
+"""Weights that share one absmax scale."""
+NESTED_BLOCK_SIZE = 256
+"""Scales that share one nested scale under double quantization."""
+FULL_BITS = 16
+"""A group at this level keeps the model's own floating-point weights."""
+
+
+@dataclass(frozen=True)
+class LinearShape:
+    """A linear layer's weight: ``name`` is the module's full path, the weight is ``(rows, columns)``."""
+
+    name: str
+    rows: int
+    columns: int
+
+    @property
+    def num_weights(self) -> int:
+        return self.rows * self.columns
+
+
+def packed_bytes(linear: LinearShape, bits: int, element_bytes: int, double_quant: bool) -> int:
+    """Bytes of one linear layer's packed weight, its scales and code tables included (bias excluded).
+
+    Args:
+        linear: The layer.
+        bits: 4 (NF4), 8 (LLM.int8) or 16 (unquantized).
+        element_bytes: Bytes of one unquantized weight.
+        double_quant: Whether the 4-bit scales are quantized themselves.
+    """
+    if bits == FULL_BITS:
+        return linear.num_weights * element_bytes
+    if bits == 8:
+        return linear.num_weights + 4 * linear.rows
+    num_scales = math.ceil(linear.num_weights / NF4_BLOCK_SIZE)
+    codes_and_table = math.ceil(linear.num_weights / 2) + 16 * 4
+    if not double_quant:
+        return codes_and_table + 4 * num_scales
+    num_nested = math.ceil(num_scales / NESTED_BLOCK_SIZE)
+    return codes_and_table + num_scales + 4 * num_nested + 256 * 4
+
+
+@dataclass(frozen=True)
+class Group:
+    """Linear layers that share one bit-width."""
+
+    name: str
+    linears: tuple[LinearShape, ...]
+
+    @property
+    def num_weights(self) -> int:
+        return sum(linear.num_weights for linear in self.linears)
+
+    def bytes_at(self, bits: int, element_bytes: int, double_quant: bool) -> int:
+        return sum(packed_bytes(linear, bits, element_bytes, double_quant) for linear in self.linears)
+
+
+@dataclass(frozen=True)
+class PrecisionPlan:
+    """A bit-width for every group; hashable, ordered like the model.
+
+    Attributes:
+        groups: Names of the groups, from the first block to the last.
+        bits: One of 4, 8, 16 for each of them.
+    """
+
+    groups: tuple[str, ...]
+    bits: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        if len(self.groups) != len(self.bits):
+            raise ValueError(f"{len(self.groups)} groups but {len(self.bits)} bit-widths")
+
+    @classmethod
+    def from_dict(cls, bits: Mapping[str, int]) -> PrecisionPlan:
+        return cls(tuple(bits), tuple(int(value) for value in bits.values()))
+
+    def as_dict(self) -> dict[str, int]:
+        return dict(zip(self.groups, self.bits, strict=True))
+
+    def __str__(self) -> str:
+        """The plan as a short bar: one character a group (``4``, ``8``, ``F`` for 16)."""
+        return "".join({4: "4", 8: "8", FULL_BITS: "F"}[value] for value in self.bits)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The groups of one model and the bytes that no plan changes.
+
+    Attributes:
+        groups: The groups, in model order.
+        ungrouped_bytes: Embeddings, head, norms, biases: what stays unquantized.
+        adapter_bytes: The LoRA matrices (float32, as peft keeps them beside quantized weights).
+        element_bytes: Bytes of one unquantized weight.
+        double_quant: Whether 4-bit scales are quantized themselves.
+        num_parameters: Parameters of the model without adapters.
+    """
+
+    groups: tuple[Group, ...]
+    ungrouped_bytes: int
+    adapter_bytes: int
+    element_bytes: int
+    double_quant: bool
+    num_parameters: int
+
+    def uniform(self, bits: int) -> PrecisionPlan:
+        return PrecisionPlan(tuple(group.name for group in self.groups), (bits,) * len(self.groups))
+
+    def group_bytes(self, bits: int) -> list[int]:
+        """Bytes of each group at ``bits``, in model order."""
+        return [group.bytes_at(bits, self.element_bytes, self.double_quant) for group in self.groups]
+
+    def plan_bytes(self, plan: PrecisionPlan) -> int:
+        """Bytes of the whole model under ``plan``: packed groups, unquantized rest, adapters."""
+        grouped = sum(
+            group.bytes_at(bits, self.element_bytes, self.double_quant)
+            for group, bits in zip(self.groups, plan.bits, strict=True)
+        )
+        return grouped + self.ungrouped_bytes + self.adapter_bytes
+
+    def mean_bits(self, plan: PrecisionPlan) -> float:
+        """Nominal bits per grouped weight (scales and the unquantized rest not counted)."""
+        total = sum(group.num_weights for group in self.groups)
+        return sum(group.num_weights * bits for group, bits in zip(self.groups, plan.bits, strict=True)) / total
+
+    def bits_by_linear(self, plan: PrecisionPlan) -> dict[str, int]:
+        """The plan spelled out: bit-width by full module path."""
+        return {
+            linear.name: bits
+            for group, bits in zip(self.groups, plan.bits, strict=True)
+            for linear in group.linears
+        }
+
+
+@dataclass(frozen=True)
+class PlanSpace:
+    """All plans of a layout that stay inside a byte budget.
+
+    Attributes:
+        layout: The model's groups and sizes.
+        levels: The bit-widths a group may take, ascending.
+        budget_bytes: The most a plan may weigh.
+    """
+
+    layout: Layout
+    levels: tuple[int, ...]
+    budget_bytes: int
+
+    def is_feasible(self, plan: PrecisionPlan) -> bool:
+        return self.layout.plan_bytes(plan) <= self.budget_bytes
+
+    def best_by_gain(self, gains: Sequence[Sequence[float]]) -> PrecisionPlan:
+        """The feasible plan with the largest summed gain: a multiple-choice knapsack, solved exactly.
+
+        Args:
+            gains: ``(groups, levels)``: what giving a group that level is worth.
+
+        Raises:
+            ValueError: If even the lowest levels are over the budget.
+        """
+        plan = self._solve(gains, avoid=())
+        if plan is None:
+            raise ValueError(f"no plan fits {self.budget_bytes} bytes")
+        return plan
+
+    def nearest_feasible(self, plan: PrecisionPlan, avoid: Iterable[PrecisionPlan] = ()) -> PrecisionPlan | None:
+        """The feasible plan that agrees with ``plan`` in the most groups and is not in ``avoid``.
+
+        Ties go to the plan that keeps more bytes. Returns None when every feasible plan is to be avoided.
+        """
+        known = set(avoid)
+        if self.is_feasible(plan) and plan not in known:
+            return plan
+        sizes = [self.layout.group_bytes(bits) for bits in self.levels]
+        # The byte term sums to less than one over all groups, so it only breaks ties between equal agreements.
+        whole = 1.0 + sum(max(sizes[level][group] for level in range(len(sizes))) for group in range(len(plan.bits)))
+        gains = [
+            [(1.0 if bits == plan.bits[group] else 0.0) + sizes[level][group] / whole
+             for level, bits in enumerate(self.levels)]
+            for group in range(len(plan.bits))
+        ]
+        return self._solve(gains, known)
+
+    def _solve(self, gains: Sequence[Sequence[float]], avoid: Iterable[PrecisionPlan]) -> PrecisionPlan | None:
+        """Maximize the summed gain under the budget, each group at one level, none of ``avoid``."""
+        import numpy as np
+        from scipy.optimize import Bounds, LinearConstraint, milp
+
+        gain = np.asarray(gains, dtype=float)
+        num_groups, num_levels = gain.shape
+        sizes = np.array([self.layout.group_bytes(bits) for bits in self.levels], dtype=float).T
+        capacity = float(self.budget_bytes - self.layout.ungrouped_bytes - self.layout.adapter_bytes)
+        constraints = [LinearConstraint(np.kron(np.eye(num_groups), np.ones(num_levels)), 1, 1)]
+        known = [[bits == level for bits in other.bits for level in self.levels] for other in avoid]
+        if known:
+            constraints.append(LinearConstraint(np.array(known, dtype=float), -np.inf, num_groups - 1))
+        names = tuple(group.name for group in self.layout.groups)
+        # HiGHS accepts a row that is violated by up to 1e-6; where that lets a plan over the budget, ask for a margin.
+        for margin in (0.0, 2e-6, 2e-5):
+            budget = LinearConstraint(sizes.ravel()[None, :] / max(capacity, 1.0), -np.inf, 1.0 - margin)
+            solution = milp(
+                c=-gain.ravel(),
+                constraints=[*constraints, budget],
+                integrality=np.ones(gain.size),
+                bounds=Bounds(0, 1),
+            )
+            if not solution.success:
+                return None
+            chosen = solution.x.reshape(num_groups, num_levels).argmax(axis=1)
+            plan = PrecisionPlan(names, tuple(self.levels[index] for index in chosen))
+            if self.is_feasible(plan):
+                return plan
+        return None

@@ -1,0 +1,203 @@
+"""Everything that can be known to be wrong before a weight is loaded, and what the run would be.
+
+`inspect` is what `qpruner check` prints and what `qpruner run` does first.
+"""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from qpruner.config import BudgetConfig, RunConfig
+from qpruner.data import Example, check_disjoint, load_examples, normalized
+from qpruner.errors import UserError
+from qpruner.evaluate import task_questions
+from qpruner.models.layout import layout_of, num_layers, skeleton
+from qpruner.models.loading import load_model_config, resolve_source
+from qpruner.models.ragged import set_widths
+from qpruner.models.structure import family_of
+from qpruner.plan import Layout
+from qpruner.pruning.selection import counts_per_layer, layer_range, unit_sizes
+
+DTYPE_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
+GIB = 1024**3
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """What a run would be.
+
+    Attributes:
+        model_config: transformers config of the base model.
+        base: Sizes of the base model.
+        pruned: Sizes after pruning; an estimate when `is_estimate`.
+        is_estimate: Global selection leaves the widths open until the scores are known.
+        budget_bytes: The byte budget for the pruned model.
+        examples: Rows by split.
+    """
+
+    model_config: Any
+    base: Layout
+    pruned: Layout
+    is_estimate: bool
+    budget_bytes: int
+    examples: dict[str, list[Example]]
+
+
+def inspect(config: RunConfig) -> Inspection:
+    """Validate a configuration against the model, the data, the tasks, the device and the disk; no weights are read.
+
+    Raises:
+        UserError: For the first thing that cannot work.
+    """
+    model_config = load_model_config(config.model)
+    family_of(model_config)
+    base = layout_for(config, model_config)
+    pruned = layout_for(config, _pruned_config(config, model_config, base))
+    budget = budget_bytes(config.quantize.budget, pruned, config.quantize.bits)
+    _check_device(config)
+    examples = _check_data(config)
+    _check_disk(config, base, pruned)
+    return Inspection(model_config, base, pruned, config.prune.selection == "global", budget, examples)
+
+
+def layout_for(config: RunConfig, model_config: Any) -> Layout:
+    """Groups and sizes of a model under this configuration's quantization and adapters."""
+    return layout_of(
+        model_config,
+        config.quantize.group,
+        DTYPE_BYTES[config.model.dtype],
+        config.quantize.double_quant,
+        config.lora.rank,
+    )
+
+
+def include_path(config: RunConfig) -> str | None:
+    """The folder of further lm-eval tasks, as a path."""
+    source = config.evaluate.include_path
+    if source is None:
+        return None
+    path = resolve_source(source, "evaluate.include_path")
+    if not Path(path).is_dir():
+        raise UserError(f"`evaluate.include_path`: folder {path} does not exist")
+    return path
+
+
+def is_pruned(model_config: Any) -> bool:
+    """Whether the blocks already differ in width, so that the cut is skipped."""
+    return bool(model_config.is_heterogeneous)
+
+
+def prune_target(config: RunConfig, num_parameters: int) -> int:
+    """Parameters to remove: `prune.rate` is a share of all."""
+    return round(config.prune.rate * num_parameters)
+
+
+def budget_bytes(budget: BudgetConfig, layout: Layout, levels: tuple[int, ...]) -> int:
+    """The budget in bytes.
+
+    Raises:
+        UserError: If no plan meets it; the smallest that works is named.
+    """
+    lowest, highest = layout.plan_bytes(layout.uniform(levels[0])), layout.plan_bytes(layout.uniform(levels[-1]))
+    if budget.fraction is not None:
+        return round(lowest + budget.fraction * (highest - lowest))
+    if budget.mean_bits is not None:
+        if not levels[0] <= budget.mean_bits <= levels[-1]:
+            raise UserError(
+                f"`quantize.budget.mean_bits` must be between the lowest and highest of `quantize.bits`, {levels[0]} "
+                f"and {levels[-1]}, got {budget.mean_bits}"
+            )
+        return round(lowest + (budget.mean_bits - levels[0]) / (levels[-1] - levels[0]) * (highest - lowest))
+    given = budget.bytes if budget.bytes is not None else round((budget.gib or 0) * GIB)
+    if given < lowest:
+        name = "bytes" if budget.bytes is not None else "gib"
+        raise UserError(
+            f"`quantize.budget.{name}` is below the pruned model with every group at {levels[0]} bits: the smallest "
+            f"that works is {lowest} bytes ({_rounded_up_gib(lowest)} GiB), got {given} bytes"
+        )
+    return given
+
+
+def _rounded_up_gib(size: int) -> float:
+    return -(-size * 10**4 // GIB) / 10**4
+
+
+def _pruned_config(config: RunConfig, model_config: Any, base: Layout) -> Any:
+    """The config after pruning, or what it would be on average with global selection."""
+    import copy
+
+    layers = layer_range(config.prune.first_layer, config.prune.last_layer, num_layers(model_config))
+    if config.prune.rate == 0 or is_pruned(model_config):
+        return model_config
+    sizes = unit_sizes(skeleton(model_config), layers[0])
+    counts = counts_per_layer(prune_target(config, base.num_parameters), sizes, len(layers))
+    widths = {
+        index: {
+            "attention": sizes.count["attention"] - counts.attention,
+            "mlp": sizes.count["mlp"] - counts.mlp[position],
+        }
+        for position, index in enumerate(layers)
+    }
+    pruned = copy.deepcopy(model_config)
+    set_widths(pruned, widths)
+    return pruned
+
+
+def _check_device(config: RunConfig) -> None:
+    import torch
+
+    if not torch.cuda.is_available():
+        if config.model.dtype == "float16":
+            raise UserError("`model.dtype`: float16 cannot be trained on a CPU; use bfloat16 or float32")
+        return
+    capability = torch.cuda.get_device_capability()
+    if 8 in config.quantize.bits and capability < (7, 5):
+        raise UserError(
+            f"`quantize.bits`: this GPU (compute capability {capability[0]}.{capability[1]}) cannot run 8-bit layers, "
+            "which need 7.5; leave 8 out"
+        )
+
+
+def _check_data(config: RunConfig) -> dict[str, list[Example]]:
+    splits = {
+        "train": config.data.train,
+        "validation": config.data.validation,
+        "confirmation": config.data.confirmation,
+    }
+    examples = {name: load_examples(sources, f"data.{name}") for name, sources in splits.items()}
+    identities = {f"`data.{name}`": [row.identity for row in rows] for name, rows in examples.items()}
+    calibration = config.calibration.data
+    examples["calibration"] = load_examples(calibration, "calibration.data") if calibration else examples["train"]
+    wanted = max(config.calibration.num_samples, config.calibration.num_sensitivity_samples)
+    if len(examples["calibration"]) < wanted:
+        raise UserError(
+            f"`calibration.num_samples` and `calibration.num_sensitivity_samples` ask for {wanted} rows, but there are "
+            f"{len(examples['calibration'])}: ask for fewer or give more data"
+        )
+    for section, tasks in (("search", config.search.tasks), ("evaluate", config.evaluate.tasks)):
+        if tasks:
+            questions = task_questions(tasks, include_path(config), f"{section}.tasks")
+            identities[f"`{section}.tasks`"] = [normalized(text) for texts in questions.values() for text in texts]
+    # Trials may be scored on the same questions twice, as loss and as accuracy: both are validation.
+    if "`search.tasks`" in identities:
+        identities["`data.validation`"] = [*identities["`data.validation`"], *identities.pop("`search.tasks`")]
+    check_disjoint(identities)
+    return examples
+
+
+def _check_disk(config: RunConfig, base: Layout, pruned: Layout) -> None:
+    """Refuse a disk that cannot hold the run's largest files."""
+    folder = Path(config.output).expanduser().resolve()
+    existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
+    sizes = [pruned.plan_bytes(pruned.uniform(bits)) for bits in config.quantize.bits]
+    adapters = pruned.adapter_bytes * 3 * (config.search.trials + 8)  # weights and two Adam moments each
+    needed = base.num_parameters * base.element_bytes * 2 + sum(sizes) + adapters
+    free = shutil.disk_usage(existing).free
+    if free < needed:
+        raise UserError(
+            f"`output`: the run needs about {needed / GIB:.1f} GiB in {existing}, where {free / GIB:.1f} GiB are free: "
+            "make room or name another folder"
+        )

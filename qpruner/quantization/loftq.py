@@ -1,0 +1,101 @@
+"""LoftQ: an adapter start that gives back what quantization took (Li et al., arXiv 2310.08659, algorithm 1).
+
+Alternate ``Q_t = quantize(W - s B A)`` and a rank-r SVD of ``W - dequantize(Q_t)``; with one iteration the codes are
+those of plain quantization and only the adapter differs. An iteration is kept only if the residual shrank.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from qpruner.quantization.mixed import pack, unpack
+
+OVERSAMPLING = 8
+"""Extra directions of the randomized SVD (Halko et al., arXiv 0909.4061)."""
+
+
+@dataclass(frozen=True)
+class LoftqStart:
+    """A packed weight and the adapter that starts from its error.
+
+    Attributes:
+        packed: Serialized tensors of the layer.
+        lora_a: ``(rank, columns)`` float32.
+        lora_b: ``(rows, rank)`` float32.
+        plain_error: Frobenius norm of ``W - dequantize(quantize(W))``.
+        error: Frobenius norm of ``W - dequantize(Q) - scaling * B A``.
+    """
+
+    packed: dict[str, torch.Tensor]
+    lora_a: torch.Tensor
+    lora_b: torch.Tensor
+    plain_error: float
+    error: float
+
+
+def loftq_start(
+    weight: torch.Tensor,
+    bits: int,
+    rank: int,
+    scaling: float,
+    iterations: int,
+    svd: str,
+    double_quant: bool,
+    seed: int,
+) -> LoftqStart:
+    """The LoftQ start of one linear layer; a pure function of its arguments.
+
+    Args:
+        weight: ``(rows, columns)``.
+        bits: 4 or 8.
+        rank: Rank of the adapter.
+        scaling: What peft multiplies ``B A`` with (alpha / rank).
+        iterations: Alternations, at least 1.
+        svd: `exact` or `randomized`.
+        double_quant: Whether the 4-bit scales are quantized.
+        seed: Seeds the randomized SVD.
+    """
+    target = weight.detach().float()
+    packed = pack(weight, bits, double_quant)
+    residual = target - unpack(packed, torch.float32)
+    plain_error = float(residual.norm())
+    best = LoftqStart(
+        packed,
+        torch.zeros(rank, weight.shape[1], device=weight.device),
+        torch.zeros(weight.shape[0], rank, device=weight.device),
+        plain_error,
+        plain_error,
+    )
+    for iteration in range(iterations):
+        if iteration > 0:
+            packed = pack((target - scaling * best.lora_b @ best.lora_a).to(weight.dtype), bits, double_quant)
+            residual = target - unpack(packed, torch.float32)
+        lora_a, lora_b = _factorize(residual, rank, scaling, svd, seed + iteration)
+        error = float((residual - scaling * lora_b @ lora_a).norm())
+        if error >= best.error:
+            break
+        best = LoftqStart(packed, lora_a, lora_b, plain_error, error)
+    return best
+
+
+def _factorize(
+    residual: torch.Tensor, rank: int, scaling: float, svd: str, seed: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """``A`` and ``B`` with ``scaling * B A`` the best rank-r approximation of the residual, sharing its scale evenly."""
+    rank_possible = min(rank, *residual.shape)
+    if svd == "exact":
+        left, values, right = torch.linalg.svd(residual, full_matrices=False)
+        right = right.T
+    else:
+        devices = [residual.device] if residual.is_cuda else []
+        with torch.random.fork_rng(devices=devices):
+            torch.manual_seed(seed)
+            left, values, right = torch.svd_lowrank(residual, q=min(rank + OVERSAMPLING, *residual.shape), niter=2)
+    root = values[:rank_possible].sqrt()
+    lora_a = torch.zeros(rank, residual.shape[1], device=residual.device)
+    lora_b = torch.zeros(residual.shape[0], rank, device=residual.device)
+    lora_a[:rank_possible] = root[:, None] * right[:, :rank_possible].T
+    lora_b[:, :rank_possible] = left[:, :rank_possible] * root[None, :] / scaling
+    return lora_a, lora_b

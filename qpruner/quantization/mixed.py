@@ -1,0 +1,166 @@
+"""Real bitsandbytes layers of several bit-widths in one model, and their registration with transformers.
+
+`BitsAndBytesConfig` refuses 4 and 8 bits at once, so a quantization method of our own, `qpruner`, builds each linear
+layer at its own width and leaves reading and writing of the packed tensors to transformers' and bitsandbytes' code.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import bitsandbytes as bnb
+import torch
+from bitsandbytes.functional import QuantState, dequantize_4bit, int8_vectorwise_dequant, int8_vectorwise_quant
+from bitsandbytes.functional import quantize_4bit as bnb_quantize_4bit
+from transformers.core_model_loading import ConversionOps
+from transformers.integrations.bitsandbytes import Bnb4bitDeserialize, Bnb8bitDeserialize
+from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.base import HfQuantizer
+from transformers.quantizers.quantizers_utils import get_module_from_name
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from qpruner.plan import FULL_BITS, NF4_BLOCK_SIZE
+
+METHOD = "qpruner"
+
+
+def pack(weight: torch.Tensor, bits: int, double_quant: bool) -> dict[str, torch.Tensor]:
+    """Quantize one weight into the tensors that bitsandbytes keeps on disk.
+
+    Args:
+        weight: ``(rows, columns)``, floating point.
+        bits: 4 (NF4, blocks of 64) or 8 (LLM.int8, one scale a row).
+        double_quant: Quantize the 4-bit scales too.
+
+    Returns:
+        Serialized name, as it follows the layer's path and a dot -> tensor.
+    """
+    if bits == 8:
+        codes, scales, _ = int8_vectorwise_quant(weight.to(torch.float16))
+        return {"weight": codes, "SCB": scales, "weight_format": torch.tensor(0, dtype=torch.uint8)}
+    codes, state = bnb_quantize_4bit(
+        weight, blocksize=NF4_BLOCK_SIZE, compress_statistics=double_quant, quant_type="nf4"
+    )
+    tensors = {f"weight.{name}": tensor for name, tensor in state.as_dict(packed=True).items()}
+    return {"weight": codes, **tensors}
+
+
+def unpack(tensors: dict[str, torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
+    """Dequantize what `pack` made: ``(rows, columns)`` in ``dtype``."""
+    if "SCB" in tensors:
+        return int8_vectorwise_dequant(tensors["weight"], tensors["SCB"]).to(dtype)
+    state = {name.removeprefix("weight."): tensor for name, tensor in tensors.items() if name != "weight"}
+    device = tensors["weight"].device
+    return dequantize_4bit(tensors["weight"], QuantState.from_dict(state, device=device)).to(dtype)
+
+
+def replace_linears(
+    model: torch.nn.Module, bits_by_linear: dict[str, int], dtype: torch.dtype, double_quant: bool
+) -> None:
+    """Replace each named `nn.Linear` of a meta-device model by an empty bitsandbytes layer of its width, in place."""
+    for path, bits in bits_by_linear.items():
+        if bits == FULL_BITS:
+            continue
+        linear = model.get_submodule(path)
+        if type(linear) is not torch.nn.Linear:
+            raise ValueError(f"{path} is a {type(linear).__name__}, only nn.Linear can be quantized")
+        with torch.device("meta"):
+            replacement = _empty_layer(linear, bits, dtype, double_quant)
+        replacement.source_cls = torch.nn.Linear
+        replacement.requires_grad_(False)
+        model.set_submodule(path, replacement)
+
+
+def _empty_layer(linear: torch.nn.Linear, bits: int, dtype: torch.dtype, double_quant: bool) -> torch.nn.Module:
+    has_bias = linear.bias is not None
+    if bits == 8:
+        layer = bnb.nn.Linear8bitLt(
+            linear.in_features, linear.out_features, has_bias, has_fp16_weights=False, threshold=6.0
+        )
+        layer.weight.data = layer.weight.data.to(torch.int8)
+        return layer
+    layer = bnb.nn.Linear4bit(
+        linear.in_features, linear.out_features, has_bias, dtype, compress_statistics=double_quant, quant_type="nf4"
+    )
+    layer.weight.data = layer.weight.data.to(torch.uint8)
+    return layer
+
+
+@register_quantization_config(METHOD)
+class MixedPrecisionConfig(QuantizationConfigMixin):  # type: ignore[misc]
+    """The `quantization_config` of a mixed-precision checkpoint.
+
+    Args:
+        bits: Full module path -> 4 or 8; layers that are not named stay unquantized.
+        double_quant: Whether 4-bit scales are quantized.
+    """
+
+    def __init__(self, bits: dict[str, int], double_quant: bool = False, **_: Any) -> None:
+        self.quant_method = METHOD
+        self.bits = {path: width for path, width in bits.items() if width != FULL_BITS}
+        self.double_quant = double_quant
+
+
+class _Deserialize(ConversionOps):  # type: ignore[misc]
+    """Hands a layer's packed tensors to transformers' own 4- or 8-bit reader.
+
+    transformers leaves the dtypes of packed tensors alone only if the op has an attribute named `hf_quantizer`;
+    otherwise the 8-bit scales (SCB) are cast to int8 (seen with 5.24).
+    """
+
+    def __init__(self, hf_quantizer: HfQuantizer) -> None:
+        self.hf_quantizer = hf_quantizer
+
+    def convert(self, input_dict: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
+        reader = Bnb8bitDeserialize if "SCB" in input_dict else Bnb4bitDeserialize
+        result: dict[str, Any] = reader(self.hf_quantizer).convert(input_dict, **kwargs)
+        return result
+
+
+@register_quantizer(METHOD)
+class MixedPrecisionQuantizer(HfQuantizer):  # type: ignore[misc]
+    """Builds the mixed model for `from_pretrained` and lets `save_pretrained` write it."""
+
+    requires_calibration = True
+    serialized_names = {
+        "weight": [
+            "weight",
+            "weight.nested_absmax",
+            "weight.nested_quant_map",
+            "weight.quant_map",
+            "weight.absmax",
+            "weight.quant_state.bitsandbytes__nf4",
+            "SCB",
+            "weight_format",
+        ]
+    }
+
+    def param_needs_quantization(self, model: Any, param_name: str, **kwargs: Any) -> bool:
+        module, name = get_module_from_name(model, param_name)
+        return isinstance(module, bnb.nn.Linear4bit | bnb.nn.Linear8bitLt) and name != "bias"
+
+    def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
+        config = self.quantization_config
+        replace_linears(model, config.bits, model.dtype, config.double_quant)
+
+    def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        # peft picks its 4- or 8-bit LoRA class per layer only where the model says that it may have such layers.
+        model.is_loaded_in_4bit = True
+        model.is_loaded_in_8bit = True
+        # The packed tensors are written as they are; transformers 5.24 would ask our reader for its inverse and fail.
+        model._weight_conversions = [
+            conversion
+            for conversion in model._weight_conversions
+            if not any(isinstance(operation, _Deserialize) for operation in getattr(conversion, "operations", ()))
+        ]
+        return model
+
+    def get_load_operations(self) -> dict[str, type[ConversionOps]]:
+        return {"deserialize": _Deserialize}
+
+    def is_serializable(self) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        return True

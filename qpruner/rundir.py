@@ -1,0 +1,126 @@
+"""The run folder: one class that owns every path, and the only code that commits files to it.
+
+A stage writes into a scratch folder; `commit` makes the files durable, renames the folder into place and writes the
+stage's record last. A record that can be read therefore vouches for whole files, whatever was killed and when.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import TypeVar
+
+from pydantic import BaseModel, ValidationError
+
+from qpruner.errors import CorruptFile, UserError
+
+RecordType = TypeVar("RecordType", bound=BaseModel)
+
+
+class RunDir:
+    """Paths and records of one run.
+
+    Args:
+        root: The folder; created when missing.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self.root = root.expanduser().resolve()
+        if self.root.exists() and not self.root.is_dir():
+            raise UserError(f"`output`: {self.root} is a file; name a folder")
+        self.root.mkdir(parents=True, exist_ok=True)
+
+    def stage(self, name: str) -> Path:
+        """The committed folder of a stage."""
+        return self.root / name
+
+    @property
+    def trials(self) -> Path:
+        """One folder a trial: its record and its last checkpoint."""
+        return self.root / "trials"
+
+    @property
+    def candidates(self) -> Path:
+        """One folder a row of the final table."""
+        return self.root / "candidates"
+
+    @property
+    def tune(self) -> Path:
+        """Ray Tune's own experiment folders and TensorBoard files: scratch, never read back."""
+        return self.root / "tune"
+
+    @property
+    def log_file(self) -> Path:
+        return self.root / "qpruner.log"
+
+    def scratch(self, name: str) -> Path:
+        """An empty folder beside the stage's own."""
+        folder = self.root / f".scratch-{name}"
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        return folder
+
+    def commit(self, name: str, scratch: Path, record: BaseModel) -> None:
+        """Make a stage's scratch folder its folder and write the record, in that order."""
+        self._record_path(name).unlink(missing_ok=True)
+        publish_folder(scratch, self.stage(name))
+        self.write_record(name, record)
+
+    def write_record(self, name: str, record: BaseModel) -> None:
+        write_json(self._record_path(name), record)
+
+    def read_record(self, name: str, kind: type[RecordType]) -> RecordType | None:
+        """A stage's record, or None when there is none; raises `CorruptFile` when it cannot be read."""
+        return read_json(self._record_path(name), kind)
+
+    def _record_path(self, name: str) -> Path:
+        return self.root / "records" / f"{name}.json"
+
+
+def write_json(path: Path, data: BaseModel) -> None:
+    """Write a record so that a reader sees the old one or the new one, never half of it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    aside.write_text(data.model_dump_json(indent=2) + "\n", encoding="utf-8")
+    _sync(aside)
+    aside.replace(path)
+    _sync(path.parent)
+
+
+def read_json(path: Path, kind: type[RecordType]) -> RecordType | None:
+    """Read what `write_json` wrote; None when the file is missing, `CorruptFile` when it is not a `kind`."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        return None
+    try:
+        return kind.model_validate(json.loads(text))
+    except (ValueError, ValidationError) as error:
+        raise CorruptFile(f"{path} is not a {kind.__name__}: {error}") from error
+
+
+def file_digest(path: Path) -> str:
+    """sha256 of a file, in hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def publish_folder(scratch: Path, target: Path) -> None:
+    """Make a finished folder durable and move it to its name, which must be free or hold an unfinished attempt."""
+    for path in scratch.rglob("*"):
+        if path.is_file():
+            _sync(path)
+    shutil.rmtree(target, ignore_errors=True)
+    scratch.rename(target)
+    _sync(target.parent)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,108 @@
+"""One trial: a plan fine-tuned for a few steps and scored at every rung. Knows nothing of Ray.
+
+`run_trial(job, start, report)`: `start` is nothing or the trial's own last checkpoint; `report` takes the rung's result
+and its checkpoint folder, and may raise to stop.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from qpruner.calibration import Rows, mean_loss
+from qpruner.config import RunConfig
+from qpruner.data import load_encoded
+from qpruner.evaluate import mean_accuracy, score_tasks
+from qpruner.finetune import Listener, Schedule, finetune
+from qpruner.models.loading import load_tokenizer
+from qpruner.quantization.assembly import assemble, attach_adapters
+from qpruner.records import RungResult
+
+Report = Callable[[RungResult, Path], None]
+
+
+@dataclass(frozen=True)
+class Materials:
+    """Where a trial finds what it needs; paths that every node can read.
+
+    Attributes:
+        checkpoint: Folder of the dense (pruned) model and its tokenizer.
+        bank: Folder of the bank.
+        data: Folder of the encoded rows.
+    """
+
+    checkpoint: Path
+    bank: Path
+    data: Path
+
+
+@dataclass(frozen=True)
+class TrialJob:
+    """What a trial is: a plan on the run's materials."""
+
+    config: RunConfig
+    materials: Materials
+    plan: Mapping[str, int]
+
+
+def run_trial(job: TrialJob, start: Path | None, report: Report) -> None:
+    """Assemble the plan's model, fine-tune it from rung to rung, score and report each rung.
+
+    Raises:
+        TrainingDiverged: If training or validation loss is NaN or infinite.
+    """
+    config = job.config
+    # One seed for adapters, data order and dropout of all trials: another order moves the loss more than most plans do.
+    model, starts = assemble(
+        job.materials.checkpoint,
+        job.materials.bank,
+        config.quantize.group,
+        job.plan,
+        config.model.dtype,
+        config.quantize.double_quant,
+    )
+    peft_model = attach_adapters(model, starts, config.lora, config.quantize.group, config.seed)
+    tokenizer = load_tokenizer(str(job.materials.checkpoint))
+    pad_id = int(tokenizer.pad_token_id)
+    validation = load_encoded(job.materials.data / "validation")
+
+    def on_rung(step: int, checkpoint: Path, train_loss: float) -> None:
+        report(score(peft_model, tokenizer, validation, config, step, train_loss), checkpoint)
+
+    with tempfile.TemporaryDirectory(prefix="qpruner-trial-") as work:
+        finetune(
+            peft_model,
+            load_encoded(job.materials.data / "train"),
+            config.training,
+            Schedule(steps=config.search.steps, rungs=config.search.rungs),
+            Path(work),
+            config.seed,
+            pad_id,
+            start=start,
+            listener=Listener(on_rung=on_rung),
+        )
+
+
+def score(
+    model: torch.nn.Module, tokenizer: object, validation: Rows, config: RunConfig, step: int, train_loss: float
+) -> RungResult:
+    """Validation loss and, if the search has tasks, their mean accuracy."""
+    # Scoring must not move the random state that dropout and data order go on from.
+    with torch.random.fork_rng():
+        loss = mean_loss(model, validation, int(tokenizer.pad_token_id), config.evaluate.batch_size).mean  # type: ignore[attr-defined]
+        if not config.search.tasks:
+            return RungResult(step=step, loss=loss, train_loss=train_loss)
+        scores = score_tasks(
+            model,  # type: ignore[arg-type]
+            tokenizer,  # type: ignore[arg-type]
+            config.search.tasks,
+            config.evaluate.include_path,
+            config.search.limit,
+            config.evaluate.batch_size,
+        )
+    accuracy, stderr = mean_accuracy(scores)
+    return RungResult(step=step, loss=loss, accuracy=accuracy, accuracy_stderr=stderr, train_loss=train_loss)

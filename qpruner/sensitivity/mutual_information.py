@@ -1,0 +1,151 @@
+"""Mutual information between each group's output and the model's prediction: QPruner's sensitivity signal.
+
+Estimator: Ross (2014, doi:10.1371/journal.pone.0087357), the k-nearest-neighbour estimator for a continuous and a
+discrete variable that scikit-learn's `mutual_info_classif` uses, here over several components jointly. The continuous
+variable is the leading principal components of the group's output at the predicted positions, whitened; the discrete
+one is the model's predicted token, rare tokens pooled. At these sample sizes the estimate is biased, so the mean over
+shuffled labels is subtracted.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from qpruner.calibration import Rows, visit_outputs
+from qpruner.config import SensitivityConfig
+from qpruner.errors import UserError
+from qpruner.models.layout import output_modules
+from qpruner.plan import PlanSpace, PrecisionPlan
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+ESTIMATOR = "k-nearest neighbours, continuous-discrete (Ross 2014), joint over whitened principal components"
+SOURCE = "group outputs at the predicted positions against the model's predicted token"
+BIAS = "the mean of the shuffled-label estimates is subtracted; what remains can be slightly negative"
+
+Floats = npt.NDArray[np.float64]
+Integers = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class MutualInformation:
+    """Estimates in nats, one a group, in model order."""
+
+    groups: tuple[str, ...]
+    raw: tuple[float, ...]
+    baseline: tuple[float, ...]
+    num_positions: int
+    num_classes: int
+
+    @property
+    def values(self) -> tuple[float, ...]:
+        """Raw estimate less its shuffled-label baseline."""
+        return tuple(raw - base for raw, base in zip(self.raw, self.baseline, strict=True))
+
+
+def measure(
+    model: PreTrainedModel, rows: Rows, group: str, settings: SensitivityConfig, pad_id: int, batch_size: int, seed: int
+) -> MutualInformation:
+    """Estimate every group's mutual information with the prediction in one pass over the samples.
+
+    Args:
+        model: The pruned model.
+        rows: Encoded calibration samples.
+        group: `block`, `sublayer` or `projection`.
+        settings: Components, neighbours, baselines.
+        pad_id: Padding token.
+        batch_size: Samples per forward pass.
+        seed: Seeds the shuffles.
+
+    Raises:
+        UserError: If the samples have too few predicted positions or the model predicts one token only.
+    """
+    modules = output_modules(model.config, group)
+    outputs: dict[str, list[torch.Tensor]] = {name: [] for name in modules}
+    predictions: list[torch.Tensor] = []
+
+    def visit(batch: dict[str, torch.Tensor], predicted: torch.Tensor) -> None:
+        room = settings.max_positions - sum(len(tokens) for tokens in predictions)
+        predictions.append(predicted[:room])
+        for name, paths in modules.items():
+            outputs[name].append(torch.cat([batch[path][:room] for path in paths], dim=1))
+
+    listened = {path: model.get_submodule(path) for paths in modules.values() for path in paths}
+    visit_outputs(model, listened, rows, pad_id, visit, batch_size)
+    labels = pool_rare(torch.cat(predictions).numpy(), settings.num_neighbors + 1)
+    num_classes = len(np.unique(labels))
+    if num_classes < 2:
+        raise UserError(
+            f"`calibration.num_sensitivity_samples`: the model predicts one token at all {len(labels)} positions, so "
+            "mutual information says nothing; give more or longer samples"
+        )
+    shuffled = [np.random.default_rng([seed, turn]).permutation(labels) for turn in range(settings.num_shuffles)]
+    raw, baseline = [], []
+    for name in modules:
+        components = whitened_components(torch.cat(outputs.pop(name)), settings.num_components)
+        raw.append(estimate(components, labels, settings.num_neighbors))
+        baseline.append(float(np.mean([estimate(components, other, settings.num_neighbors) for other in shuffled])))
+    return MutualInformation(tuple(modules), tuple(raw), tuple(baseline), len(labels), num_classes)
+
+
+def estimate(components: Floats, labels: Integers, num_neighbors: int) -> float:
+    """Ross's estimator, ``psi(N) + <psi(k)> - <psi(N_c)> - <psi(m)>``, in nats; may be negative.
+
+    Args:
+        components: ``(samples, components)``.
+        labels: ``(samples,)``; every label occurs more than once.
+        num_neighbors: k; a label with fewer other samples uses as many as it has.
+    """
+    from scipy.special import digamma
+    from sklearn.neighbors import KDTree, NearestNeighbors
+
+    count = len(labels)
+    radius, used, members = np.empty(count), np.empty(count), np.empty(count)
+    for label in np.unique(labels):
+        same = labels == label
+        neighbors = min(num_neighbors, int(same.sum()) - 1)
+        nearest = NearestNeighbors(n_neighbors=neighbors, metric="chebyshev").fit(components[same])
+        # The radius just below the k-th neighbour, so that m counts the points strictly closer, and the point itself.
+        radius[same] = np.nextafter(nearest.kneighbors()[0][:, -1], 0)
+        used[same], members[same] = neighbors, same.sum()
+    closer = KDTree(components, metric="chebyshev").query_radius(components, radius, count_only=True)
+    return float(
+        digamma(count) + digamma(used).mean() - digamma(members).mean() - digamma(np.maximum(closer, 1)).mean()
+    )
+
+
+def whitened_components(outputs: torch.Tensor, num_components: int) -> Floats:
+    """Leading principal components of outputs ``(samples, features)``, each scaled to unit variance."""
+    centered = outputs.double() - outputs.double().mean(dim=0)
+    left, values, _ = torch.linalg.svd(centered, full_matrices=False)
+    kept = min(num_components, int((values > values[0] * 1e-9).sum()))
+    whitened: Floats = (left[:, :kept] * len(outputs) ** 0.5).numpy()
+    return whitened
+
+
+def pool_rare(labels: Integers, minimum: int) -> Integers:
+    """Give every label that occurs fewer than `minimum` times the one label -1; a lone leftover joins the largest."""
+    values, counts = np.unique(labels, return_counts=True)
+    pooled = np.where(np.isin(labels, values[counts >= minimum]), labels, -1)
+    if 0 < (pooled == -1).sum() < minimum:
+        pooled[pooled == -1] = values[counts.argmax()]
+    return pooled
+
+
+def seed_plan(values: tuple[float, ...], space: PlanSpace) -> PrecisionPlan:
+    """More bits where the mutual information is larger: the exact knapsack under the byte budget.
+
+    A group's gain is its mutual information times the share of the way from the lowest to the highest bits; groups at
+    or below zero still get a little, so that the budget is used.
+    """
+    lowest, highest = space.levels[0], space.levels[-1]
+    floor = 1e-3 * max(max(values), 1e-9)
+    return space.best_by_gain(
+        [[max(value, floor) * (bits - lowest) / (highest - lowest) for bits in space.levels] for value in values]
+    )
