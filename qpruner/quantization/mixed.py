@@ -83,6 +83,9 @@ def _empty_layer(linear: torch.nn.Linear, bits: int, dtype: torch.dtype, double_
         linear.in_features, linear.out_features, has_bias, dtype, compress_statistics=double_quant, quant_type="nf4"
     )
     layer.weight.data = layer.weight.data.to(torch.uint8)
+    # On CPUs with AVX512-BF16 bitsandbytes 0.50 repacks a layer at its first evaluation: it rounds the scales to bf16,
+    # which changes the model, and refuses widths that are no multiple of 32, which pruning makes.
+    layer.support_avx512bf16_for_cpu = False
     return layer
 
 
