@@ -98,6 +98,8 @@ class PruneConfig(Section):
     """First-order Taylor on the calibration samples, or the weights' L2 norm."""
     selection: Literal["per_layer", "global"] = "per_layer"
     """The same share from every block, or the least important units wherever they are."""
+    round_to: Positive = 64
+    """MLP channels that stay in a block are a multiple of this: 64 suits the kernels, 1 hits the rate most closely."""
     first_layer: Annotated[int, Field(ge=0)] = 0
     """First block that may be cut, counted from 0."""
     last_layer: int = -1

@@ -48,9 +48,10 @@ def score_tasks(
     was_training = model.training
     model.eval()
     results: Any = simple_evaluate(
-        model=HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size),
+        # In bf16 a log-probability of -6 is known to 0.03, more than most plans differ by.
+        model=HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, softmax_dtype="float32"),
         tasks=list(tasks),
-        task_manager=_task_manager(include_path),
+        task_manager=_task_manager(include_path, tuple(tasks)),
         num_fewshot=num_fewshot,
         limit=limit,
         bootstrap_iters=0,
@@ -74,7 +75,7 @@ def task_questions(tasks: Sequence[str], include_path: str | None, key: str) -> 
     """
     _check_known(tasks, include_path, key)
     try:
-        loaded = _task_manager(include_path).load(list(tasks))["tasks"]
+        loaded = _task_manager(include_path, tuple(tasks)).load(list(tasks))["tasks"]
     except Exception as error:  # the loaders of many data sets raise many types
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(f"`{key}`: the rows of {', '.join(tasks)} cannot be loaded: {reason}") from error
@@ -84,7 +85,7 @@ def task_questions(tasks: Sequence[str], include_path: str | None, key: str) -> 
 def _check_known(tasks: Sequence[str], include_path: str | None, key: str) -> None:
     import difflib
 
-    known = _task_manager(include_path).all_tasks
+    known = _task_manager(include_path, tuple(tasks)).all_tasks
     for task in tasks:
         if task not in known:
             nearest = difflib.get_close_matches(task, known, n=3)
@@ -93,12 +94,20 @@ def _check_known(tasks: Sequence[str], include_path: str | None, key: str) -> No
 
 
 @functools.lru_cache(maxsize=4)
-def _task_manager(include_path: str | None) -> Any:
+def _task_manager(include_path: str | None, tasks: tuple[str, ...]) -> Any:
+    """lm-eval's index of tasks; the built-in ones (6 s to read) only if the folder alone does not serve `tasks`.
+
+    Groups of a folder may name built-in tasks, so only plain tasks count as served.
+    """
     # lm-eval draws progress bars and logs every request it builds; the stages emit their own events.
     os.environ.setdefault("TQDM_DISABLE", "1")
     from lm_eval.tasks import TaskManager
 
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    if include_path:
+        own = TaskManager(include_path=include_path, include_defaults=False)
+        if set(tasks) <= set(own.all_subtasks):
+            return own
     return TaskManager(include_path=include_path)
 
 

@@ -18,7 +18,7 @@ from qpruner.models.layout import layout_of, num_layers, skeleton
 from qpruner.models.loading import load_model_config, resolve_source
 from qpruner.models.ragged import set_widths
 from qpruner.models.structure import family_of
-from qpruner.plan import Layout
+from qpruner.plan import Layout, check_cpu_widths
 from qpruner.pruning.selection import counts_per_layer, layer_range, unit_sizes
 
 DTYPE_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
@@ -57,7 +57,7 @@ def inspect(config: RunConfig) -> Inspection:
     base = layout_for(config, model_config)
     pruned = layout_for(config, _pruned_config(config, model_config, base))
     budget = budget_bytes(config.quantize.budget, pruned, config.quantize.bits)
-    _check_device(config)
+    _check_device(config, pruned)
     examples = _check_data(config)
     _check_disk(config, base, pruned)
     return Inspection(model_config, base, pruned, config.prune.selection == "global", budget, examples)
@@ -133,7 +133,7 @@ def _pruned_config(config: RunConfig, model_config: Any, base: Layout) -> Any:
     if config.prune.rate == 0 or is_pruned(model_config):
         return model_config
     sizes = unit_sizes(skeleton(model_config), layers[0])
-    counts = counts_per_layer(prune_target(config, base.num_parameters), sizes, len(layers))
+    counts = counts_per_layer(prune_target(config, base.num_parameters), sizes, len(layers), config.prune.round_to)
     widths = {
         index: {
             "attention": sizes.count["attention"] - counts.attention,
@@ -146,12 +146,14 @@ def _pruned_config(config: RunConfig, model_config: Any, base: Layout) -> Any:
     return pruned
 
 
-def _check_device(config: RunConfig) -> None:
+def _check_device(config: RunConfig, pruned: Layout) -> None:
     import torch
 
     if not torch.cuda.is_available():
         if config.model.dtype == "float16":
             raise UserError("`model.dtype`: float16 cannot be trained on a CPU; use bfloat16 or float32")
+        if 4 in config.quantize.bits and config.prune.selection == "per_layer":
+            check_cpu_widths([linear for group in pruned.groups for linear in group.linears])
         return
     capability = torch.cuda.get_device_capability()
     if 8 in config.quantize.bits and capability < (7, 5):

@@ -11,7 +11,7 @@ from qpruner.config import DataSource
 from qpruner.events import Message, Progress
 from qpruner.pipeline.context import Context
 from qpruner.pipeline.stage import Stage, run_stage
-from qpruner.plan import FULL_BITS
+from qpruner.plan import FULL_BITS, check_cpu_widths
 from qpruner.records import BankRecord, LayerWidths, PrepareRecord, PruneRecord, SensitivityRecord
 from qpruner.rundir import file_digest
 
@@ -133,6 +133,8 @@ def bank(context: Context, pruned: PruneRecord) -> BankRecord:
         from qpruner.quantization.bank import EntrySettings, build_entry, write_entry
 
         model = context.pruned_model()
+        if 4 in levels and not model.device.type == "cuda":
+            check_cpu_widths([linear for group in context.layout.groups for linear in group.linears])
         settings = EntrySettings(config.lora, quantize.double_quant, config.seed)
         groups = group_linears(model.config, quantize.group)
         files: dict[str, str] = {}

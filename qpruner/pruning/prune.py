@@ -43,7 +43,7 @@ def prune(model: PreTrainedModel, settings: PruneConfig, rows: Rows, pad_id: int
     scores = magnitude(model, layers) if settings.importance == "magnitude" else taylor(model, layers, rows, pad_id)
     values = {index: {kind: score.tolist() for kind, score in kinds.items()} for index, kinds in scores.items()}
     select = select_per_layer if settings.selection == "per_layer" else select_global
-    kept = select(values, round(settings.rate * before), sizes)
+    kept = select(values, round(settings.rate * before), sizes, settings.round_to)
     smaller = cut(model, kept)
     return Pruned(smaller, kept, before, num_parameters(smaller))
 

@@ -1,7 +1,7 @@
 """Which units stay: the least important go until the asked share of all parameters is gone.
 
-The share is reached to within one MLP channel: attention units are coarse (a key/value head of Llama-2-7B is 1.6
-million weights), so they are chosen first and the channels make up the difference.
+The share is reached to within one MLP channel, or `round_to` of them: attention units are coarse (a key/value head of
+Llama-2-7B with its query head is 2.1 million weights), so they are chosen first and the channels make up the difference.
 """
 
 from __future__ import annotations
@@ -58,37 +58,41 @@ def layer_range(first: int, last: int, num_layers: int) -> range:
     return range(first, end + 1)
 
 
-def counts_per_layer(target: int, sizes: UnitSizes, num_layers: int) -> Counts:
+def counts_per_layer(target: int, sizes: UnitSizes, num_layers: int, round_to: int = 1) -> Counts:
     """How many units each block loses when all lose the same share.
 
     Args:
         target: Parameters to remove in all.
         sizes: The units of one block.
         num_layers: Blocks in the range.
+        round_to: Channels that stay in a block are a multiple of this.
 
     Raises:
         UserError: If the blocks do not have that many parameters to give.
     """
-    attention_size, mlp_size = sizes.parameters["attention"], sizes.parameters["mlp"]
+    heads, channels = sizes.count["attention"], sizes.count["mlp"]
+    most_bundles, fewest_bundles = channels // round_to, 1
+    if most_bundles < 1:
+        raise UserError(f"`prune.round_to` must be at most the {channels} MLP channels of a block, got {round_to}")
     available = num_layers * sum(sizes.parameters[kind] * sizes.count[kind] for kind in ("attention", "mlp"))
     _check_available(target, available)
-    share = target / available
-    attention = min(int(share * sizes.count["attention"] + 0.5), sizes.count["attention"] - 1)
-    while True:
-        channels = round((target - num_layers * attention * attention_size) / mlp_size)
-        if channels <= num_layers * (sizes.count["mlp"] - 1):
+    for attention in range(min(int(target / available * heads + 0.5), heads - 1), heads):
+        channels_out = (target - num_layers * attention * sizes.parameters["attention"]) / sizes.parameters["mlp"]
+        bundles_left = round((num_layers * channels - channels_out) / round_to)
+        if bundles_left >= num_layers * fewest_bundles:
             break
-        attention += 1
-        if attention >= sizes.count["attention"]:
-            raise _too_much(target, available)
-    channels = max(channels, 0)
-    each, extra = divmod(channels, num_layers)
-    return Counts(attention, tuple(each + (1 if position < extra else 0) for position in range(num_layers)))
+    else:
+        raise _too_much(target, available)
+    each, extra = divmod(min(bundles_left, num_layers * most_bundles), num_layers)
+    stays = tuple((each + (1 if position < extra else 0)) * round_to for position in range(num_layers))
+    return Counts(attention, tuple(channels - kept for kept in stays))
 
 
-def select_per_layer(scores: Mapping[int, Mapping[str, list[float]]], target: int, sizes: UnitSizes) -> Kept:
+def select_per_layer(
+    scores: Mapping[int, Mapping[str, list[float]]], target: int, sizes: UnitSizes, round_to: int = 1
+) -> Kept:
     """Keep the most important units of each block, the same share everywhere."""
-    counts = counts_per_layer(target, sizes, len(scores))
+    counts = counts_per_layer(target, sizes, len(scores), round_to)
     kept: Kept = {}
     for position, (index, by_kind) in enumerate(scores.items()):
         remove = {"attention": counts.attention, "mlp": counts.mlp[position]}
@@ -96,28 +100,44 @@ def select_per_layer(scores: Mapping[int, Mapping[str, list[float]]], target: in
     return kept
 
 
-def select_global(scores: Mapping[int, Mapping[str, list[float]]], target: int, sizes: UnitSizes) -> Kept:
-    """Remove the units of least importance per parameter wherever they are; every block keeps one of each kind."""
-    available = sum(sizes.parameters[kind] * len(values) for by_kind in scores.values() for kind, values in by_kind.items())
-    _check_available(target, available)
-    ranked = sorted(
-        (value / sizes.parameters[kind], index, kind, unit)
-        for index, by_kind in scores.items()
-        for kind, values in by_kind.items()
-        for unit, value in enumerate(values)
-    )
-    left = {(index, kind): set(range(len(values))) for index, by_kind in scores.items() for kind, values in by_kind.items()}
-    removed = 0
-    for _, index, kind, unit in ranked:
-        size = sizes.parameters[kind]
-        if removed + size > target + sizes.parameters["mlp"] // 2 or len(left[index, kind]) == 1:
-            continue
-        left[index, kind].remove(unit)
-        removed += size
-    if target - removed > sizes.parameters["mlp"]:
-        raise _too_much(target, available)
+def select_global(
+    scores: Mapping[int, Mapping[str, list[float]]], target: int, sizes: UnitSizes, round_to: int = 1
+) -> Kept:
+    """Remove the bundles of least importance per parameter wherever they are; every block keeps one of each kind.
+
+    A bundle is a key/value group, or `round_to` channels of one block that are neighbours in its ranking.
+    """
+    width = {"attention": 1, "mlp": round_to}
+    bundles: dict[tuple[int, str], list[list[int]]] = {}
+    ranked: list[tuple[float, int, str, int]] = []
+    for index, by_kind in scores.items():
+        for kind, values in by_kind.items():
+            order = sorted(range(len(values)), key=lambda unit: (values[unit], unit))
+            # The first bundle takes what is left over, so that what stays is always a multiple.
+            first = len(order) % width[kind] or width[kind]
+            starts = [0, *range(first, len(order), width[kind])]
+            parts = [order[a:b] for a, b in zip(starts, [*starts[1:], len(order)], strict=True)]
+            bundles[index, kind] = parts
+            for position, part in enumerate(parts[:-1]):
+                size = sizes.parameters[kind] * len(part)
+                ranked.append((sum(values[unit] for unit in part) / size, index, kind, position))
+    _check_available(target, sum(sizes.parameters[kind] * len(v) for by in scores.values() for kind, v in by.items()))
+    gone: dict[tuple[int, str], int] = dict.fromkeys(bundles, 0)
+    removed, slack = 0, sizes.parameters["mlp"] * round_to // 2
+    for _, index, kind, position in sorted(ranked):
+        size = sizes.parameters[kind] * len(bundles[index, kind][position])
+        # Bundles of a block go in order; one that was too large for what is left keeps its successors.
+        if removed + size <= target + slack and gone[index, kind] == position:
+            gone[index, kind] += 1
+            removed += size
+    if target - removed > sizes.parameters["mlp"] * round_to:
+        raise _too_much(target, removed)
     return {
-        index: {kind: tuple(sorted(left[index, kind])) for kind in by_kind} for index, by_kind in scores.items()
+        index: {
+            kind: tuple(sorted(unit for part in bundles[index, kind][gone[index, kind] :] for unit in part))
+            for kind in by_kind
+        }
+        for index, by_kind in scores.items()
     }
 
 

@@ -6,6 +6,7 @@ layer at its own width and leaves reading and writing of the packed tensors to t
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import bitsandbytes as bnb
@@ -19,9 +20,19 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.quantizers.quantizers_utils import get_module_from_name
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from qpruner.plan import FULL_BITS, NF4_BLOCK_SIZE
+from qpruner.plan import FULL_BITS, NF4_BLOCK_SIZE, LinearShape, check_cpu_widths
 
 METHOD = "qpruner"
+
+
+class _CastFilter(logging.Filter):
+    """Drops bitsandbytes' warning that 8-bit layers cast to float16, which it repeats at every call."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        return not record.getMessage().startswith("MatMul8bitLt: inputs will be cast")
+
+
+logging.getLogger("bitsandbytes.autograd._functions").addFilter(_CastFilter())
 
 
 def pack(weight: torch.Tensor, bits: int, double_quant: bool) -> dict[str, torch.Tensor]:
@@ -64,6 +75,8 @@ def replace_linears(
         linear = model.get_submodule(path)
         if type(linear) is not torch.nn.Linear:
             raise ValueError(f"{path} is a {type(linear).__name__}, only nn.Linear can be quantized")
+        if bits == 4 and not torch.cuda.is_available():
+            check_cpu_widths([LinearShape(path, linear.out_features, linear.in_features)])
         with torch.device("meta"):
             replacement = _empty_layer(linear, bits, dtype, double_quant)
         replacement.source_cls = torch.nn.Linear

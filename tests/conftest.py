@@ -1,0 +1,123 @@
+"""A two-layer Llama with a tokenizer of its own, built once a session, and a whole configuration around it."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+from collections.abc import Callable
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+# Before any library is imported: no hub, no progress bars.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TQDM_DISABLE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest
+import yaml
+
+DEMO_DATA = files("qpruner") / "demo" / "data"
+
+
+def demo_rows(name: str) -> list[dict[str, Any]]:
+    """Rows of one of the demo's data files."""
+    return [json.loads(line) for line in (DEMO_DATA / name).read_text().splitlines()]
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a random two-layer Llama (2 key/value heads, 4 query heads, 256 channels) and a byte-level BPE."""
+    import torch
+    from tokenizers import ByteLevelBPETokenizer
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    folder = tmp_path_factory.mktemp("tiny-llama")
+    bpe = ByteLevelBPETokenizer()
+    texts = [f"Question: {row['question']}\nAnswer: {' '.join(row['choices']['text'])}" for row in demo_rows("questions_train.jsonl")]
+    bpe.train_from_iterator(texts, vocab_size=512, special_tokens=["<s>", "</s>"], show_progress=False)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=bpe._tokenizer, bos_token="<s>", eos_token="</s>", pad_token="</s>"
+    )
+    tokenizer.save_pretrained(folder)
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=64,
+        intermediate_size=256,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=64,
+        max_position_embeddings=256,
+        tie_word_embeddings=True,
+        bos_token_id=0,
+        eos_token_id=1,
+        pad_token_id=1,
+        dtype="bfloat16",
+    )
+    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
+    return folder
+
+
+def raw_config(model: Path, output: Path) -> dict[str, Any]:
+    """A small but complete configuration as plain data."""
+    source = "package:qpruner/demo/data"
+    return {
+        "output": str(output),
+        "model": {"source": str(model)},
+        "data": {
+            "train": [{"source": f"{source}/questions_train.jsonl", "format": "multiple_choice", "limit": 48}],
+            "validation": [{"source": f"{source}/questions_validation.jsonl", "format": "multiple_choice", "limit": 16}],
+            "confirmation": [
+                {"source": f"{source}/questions_confirmation.jsonl", "format": "multiple_choice", "limit": 16}
+            ],
+            "max_length": 64,
+        },
+        "calibration": {"num_samples": 8, "num_sensitivity_samples": 32},
+        "prune": {"rate": 0.2},
+        "sensitivity": {"max_positions": 64, "num_shuffles": 2},
+        "quantize": {"group": "projection", "bits": [4, 8], "budget": {"fraction": 0.5}},
+        "lora": {"rank": 4, "alpha": 8},
+        "training": {"learning_rate": 0.001, "batch_size": 4, "micro_batch_size": 4},
+        "search": {"trials": 5, "steps": 4, "first_rung": 1, "confirm": 2},
+        "finetune": {"steps": 4, "compare": True},
+        "evaluate": {
+            "tasks": ["qpruner_everyday_test"],
+            "include_path": "package:qpruner/demo/tasks",
+            "limit": 8,
+            "batch_size": 8,
+        },
+    }
+
+
+def with_key(raw: dict[str, Any], key: str, value: Any) -> dict[str, Any]:
+    """A copy of `raw` with `section.key` set."""
+    changed = copy.deepcopy(raw)
+    here = changed
+    *sections, last = key.split(".")
+    for section in sections:
+        here = here[int(section)] if isinstance(here, list) else here.setdefault(section, {})
+    if isinstance(here, list):
+        here[int(last)] = value
+    else:
+        here[last] = value
+    return changed
+
+
+@pytest.fixture()
+def tiny_raw(tiny_model: Path, tmp_path: Path) -> dict[str, Any]:
+    return raw_config(tiny_model, tmp_path / "run")
+
+
+@pytest.fixture()
+def write_yaml(tmp_path: Path) -> Callable[[dict[str, Any]], Path]:
+    """Writes plain data as the YAML file that the command line takes."""
+
+    def write(raw: dict[str, Any]) -> Path:
+        path = tmp_path / "config.yaml"
+        path.write_text(yaml.safe_dump(raw))
+        return path
+
+    return write

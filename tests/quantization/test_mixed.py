@@ -1,0 +1,304 @@
+"""4, 8 and 16 bits in one model: real bitsandbytes layers, read back as they were written, at the promised size."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import bitsandbytes as bnb
+import pytest
+import torch
+from mixed_models import DTYPE, GROUP, LORA, fill_bank, logits_of, mixed_model, mixed_plan, token_ids
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, LlamaConfig, LlamaForCausalLM
+
+from qpruner.errors import UserError
+from qpruner.models.checkpoint import save_checkpoint
+from qpruner.models.layout import group_linears, layout_of
+from qpruner.models.loading import load_dense, load_tokenizer
+from qpruner.plan import LinearShape, PrecisionPlan, check_cpu_widths
+from qpruner.quantization.assembly import assemble, attach_adapters
+from qpruner.quantization.mixed import pack, replace_linears, unpack
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+PATTERNS = {"all-4": (4,), "all-8": (8,), "all-16": (16,), "mixed": (4, 8, 16, 8, 4)}
+LAYERS = {4: bnb.nn.Linear4bit, 8: bnb.nn.Linear8bitLt, 16: torch.nn.Linear}
+
+FRESH_PROCESS = """
+import sys
+import torch
+import qpruner.hf
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1])
+assert "bitsandbytes" in type(model.get_submodule(sys.argv[4]).base_layer).__module__
+with torch.no_grad():
+    logits = model(input_ids=load_file(sys.argv[2])["input_ids"], use_cache=False).logits
+save_file({"logits": logits}, sys.argv[3])
+"""
+
+
+@pytest.fixture(scope="module", params=[False, True], ids=["plain-scales", "double-quant"])
+def double_quant(request: pytest.FixtureRequest) -> bool:
+    return bool(request.param)
+
+
+@pytest.fixture(scope="module")
+def bank(tiny_model: Path, double_quant: bool, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
+    folder = tmp_path_factory.mktemp("bank")
+    return folder, fill_bank(tiny_model, folder, double_quant)
+
+
+@pytest.mark.parametrize("pattern", PATTERNS.values(), ids=PATTERNS)
+def test_a_saved_model_loads_bit_for_bit(
+    tiny_model: Path, bank: tuple[Path, list[str]], double_quant: bool, pattern: tuple[int, ...], tmp_path: Path
+) -> None:
+    folder, names = bank
+    plan = mixed_plan(names, pattern)
+    model = mixed_model(tiny_model, folder, plan, double_quant)
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    assert torch.equal(logits_of(loaded), logits_of(model))
+    # And once more: what was loaded can be saved.
+    loaded.save_pretrained(tmp_path / "again")
+    written, again = load_file(tmp_path / "model.safetensors"), load_file(tmp_path / "again" / "model.safetensors")
+    assert written.keys() == again.keys()
+    assert all(torch.equal(written[name], again[name]) for name in written)
+
+
+@pytest.mark.parametrize("pattern", PATTERNS.values(), ids=PATTERNS)
+def test_each_layer_is_of_its_plan(
+    tiny_model: Path, bank: tuple[Path, list[str]], double_quant: bool, pattern: tuple[int, ...]
+) -> None:
+    folder, names = bank
+    plan = mixed_plan(names, pattern)
+    model = mixed_model(tiny_model, folder, plan, double_quant)
+    for name, paths in group_linears(model.config, GROUP).items():
+        for path in paths:
+            layer = model.get_submodule(path)
+            assert type(layer) is LAYERS[plan[name]]
+            if plan[name] == 4:
+                assert layer.weight.dtype == torch.uint8
+                assert layer.weight.quant_state.quant_type == "nf4"
+                assert layer.weight.quant_state.nested == double_quant
+            elif plan[name] == 8:
+                assert layer.weight.dtype == torch.int8
+                assert not layer.state.has_fp16_weights
+            else:
+                assert layer.weight.dtype == torch.bfloat16
+    assert type(model.lm_head) is torch.nn.Linear
+
+
+@pytest.mark.parametrize("pattern", [(4,), (8,), (4, 8, 16, 8, 4)], ids=str)
+def test_the_model_computes_what_its_packed_weights_say(
+    tiny_model: Path, bank: tuple[Path, list[str]], double_quant: bool, pattern: tuple[int, ...]
+) -> None:
+    """Against the dense model with every quantized weight replaced by its dequantized self."""
+    folder, names = bank
+    plan = mixed_plan(names, pattern)
+    dense = load_dense(str(tiny_model), DTYPE).eval()
+    before = logits_of(dense)
+    with torch.no_grad():
+        for name, paths in group_linears(dense.config, GROUP).items():
+            entry = load_file(folder / f"{plan[name]}bit" / f"{name}.safetensors") if plan[name] != 16 else {}
+            for path in paths:
+                packed = {key.removeprefix(f"{path}."): value for key, value in entry.items() if key.startswith(path)}
+                packed = {key: value for key, value in packed.items() if not key.startswith("lora")}
+                if packed:
+                    dense.get_submodule(path).weight.copy_(unpack(packed, torch.bfloat16))
+    expected, found = logits_of(dense), logits_of(mixed_model(tiny_model, folder, plan, double_quant))
+    distance = (found - expected).norm() / expected.norm()
+    # bfloat16 rounding, and the 8-bit activations of LLM.int8.
+    assert distance < 0.02
+    if 4 in pattern:
+        assert distance < 0.5 * (found - before).norm() / before.norm()
+
+
+def test_the_plan_stands_in_the_config(tiny_model: Path, bank: tuple[Path, list[str]], tmp_path: Path) -> None:
+    folder, names = bank
+    plan = mixed_plan(names, (4, 8, 16))
+    model = mixed_model(tiny_model, folder, plan, double_quant=False)
+    model.save_pretrained(tmp_path)
+    written = json.loads((tmp_path / "config.json").read_text())["quantization_config"]
+    paths = group_linears(AutoConfig.from_pretrained(tiny_model), GROUP)
+    assert written["quant_method"] == "qpruner"
+    assert written["bits"] == {path: plan[name] for name in names for path in paths[name] if plan[name] != 16}
+
+
+@pytest.mark.parametrize("pattern", PATTERNS.values(), ids=PATTERNS)
+@pytest.mark.parametrize("nested", [False, True])
+def test_the_folder_is_as_large_as_the_plan_said(pattern: tuple[int, ...], nested: bool, tmp_path: Path) -> None:
+    """A budget that the files on disk do not keep would be no budget."""
+    config = LlamaConfig(
+        vocab_size=1000,
+        hidden_size=256,
+        intermediate_size=704,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        tie_word_embeddings=True,
+    )
+    torch.manual_seed(0)
+    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(tmp_path / "dense")
+    plain = LORA.model_copy(update={"init": "plain"})
+    names = fill_bank(tmp_path / "dense", tmp_path / "bank", nested, plain)
+    plan = mixed_plan(names, pattern)
+    mixed_model(tmp_path / "dense", tmp_path / "bank", plan, nested).save_pretrained(tmp_path / "saved")
+    on_disk = sum(path.stat().st_size for path in (tmp_path / "saved").glob("*.safetensors"))
+    layout = layout_of(config, GROUP, 2, nested, LORA.rank)
+    promised = layout.plan_bytes(PrecisionPlan.from_dict(plan)) - layout.adapter_bytes
+    assert on_disk == pytest.approx(promised, rel=0.01)
+
+
+def test_adapters_weigh_what_the_layout_says(tiny_model: Path, bank: tuple[Path, list[str]], tmp_path: Path) -> None:
+    folder, names = bank
+    peft_model = peft_of(tiny_model, folder, mixed_plan(names, (4, 8)), double_quant=False)
+    layout = layout_of(AutoConfig.from_pretrained(tiny_model), GROUP, 2, False, LORA.rank)
+    adapters = [parameter for name, parameter in peft_model.named_parameters() if "lora_" in name]
+    assert sum(parameter.nbytes for parameter in adapters) == layout.adapter_bytes
+
+
+def peft_of(checkpoint: Path, bank: Path, plan: dict[str, int], double_quant: bool) -> torch.nn.Module:
+    model, starts = assemble(checkpoint, bank, GROUP, plan, DTYPE, double_quant)
+    peft_model: torch.nn.Module = attach_adapters(model, starts, LORA, GROUP, seed=0)
+    return peft_model
+
+
+@pytest.mark.parametrize("pattern", PATTERNS.values(), ids=PATTERNS)
+def test_a_training_step_moves_the_adapters_and_nothing_else(
+    tiny_model: Path, bank: tuple[Path, list[str]], double_quant: bool, pattern: tuple[int, ...]
+) -> None:
+    folder, names = bank
+    model = peft_of(tiny_model, folder, mixed_plan(names, pattern), double_quant).train()
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.SGD(trained, lr=1.0)
+    losses = []
+    for _ in range(2):
+        optimizer.zero_grad()
+        loss = model(input_ids=token_ids(), labels=token_ids()).loss
+        loss.backward()
+        losses.append(float(loss.detach()))
+        gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
+        optimizer.step()
+    for name, gradient in gradients.items():
+        if "lora_" in name:
+            assert gradient is not None
+            assert torch.isfinite(gradient).all()
+            assert gradient.abs().max() > 0
+        else:
+            assert gradient is None
+            assert torch.equal(dict(model.named_parameters())[name], before[name])
+    assert losses[1] < losses[0]
+
+
+SHAPES = [(64, 64), (96, 77), (77, 64), (192, 576), (1, 64), (33, 130)]
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_packing_loses_little_at_8_bits_and_more_at_4(shape: tuple[int, int], dtype: torch.dtype) -> None:
+    weight = torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(dtype)
+
+    def error(bits: int, nested: bool) -> float:
+        unpacked = unpack(pack(weight, bits, nested), torch.float32)
+        assert unpacked.shape == weight.shape
+        return float((unpacked - weight.float()).norm() / weight.float().norm())
+
+    at_8, at_4, at_4_nested = error(8, False), error(4, False), error(4, True)
+    assert at_8 < 0.012
+    assert at_8 < at_4 < 0.15
+    assert at_4_nested < 0.15
+
+
+def test_a_row_of_zeros_stays_zero() -> None:
+    weight = torch.randn(8, 64, generator=torch.Generator().manual_seed(1))
+    weight[3] = 0
+    for bits in (4, 8):
+        unpacked = unpack(pack(weight, bits, False), torch.float32)
+        assert torch.isfinite(unpacked).all()
+        assert (unpacked[3] == 0).all()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the CPU kernel's limits")
+def test_every_width_is_decoded_rightly_or_refused() -> None:
+    """Some widths come out of bitsandbytes' CPU kernel as noise; nobody may train on those unawares."""
+    generator = torch.Generator().manual_seed(0)
+    for columns in range(1, 260):
+        weight = torch.randn(64, columns, generator=generator)
+        try:
+            check_cpu_widths([LinearShape("layer", 64, columns)])
+        except UserError as refused:
+            assert f"{columns} columns" in str(refused)
+            assert columns % 64
+            continue
+        error = (unpack(pack(weight, 4, False), torch.float32) - weight).norm() / weight.norm()
+        assert error < 0.12, f"{columns} columns"
+
+
+def test_only_linear_layers_can_be_quantized(tiny_model: Path) -> None:
+    model = load_dense(str(tiny_model), DTYPE)
+    with pytest.raises(ValueError, match="embed_tokens is a Embedding"):
+        replace_linears(model, {"model.embed_tokens": 8}, torch.bfloat16, double_quant=False)
+
+
+def test_a_final_folder_stops_where_the_base_model_stops(tiny_model: Path, tmp_path: Path) -> None:
+    """Chat models end a turn with a token that only generation_config.json names."""
+    base = tmp_path / "base"
+    shutil.copytree(tiny_model, base)
+    GenerationConfig(eos_token_id=[1, 7], do_sample=True, temperature=0.25).save_pretrained(base)
+    fill_bank(base, tmp_path / "bank", double_quant=False)
+    names = list(group_linears(AutoConfig.from_pretrained(base), GROUP))
+    model = mixed_model(base, tmp_path / "bank", mixed_plan(names, (8,)), double_quant=False)
+    assert model.generation_config.eos_token_id == [1, 7]
+    assert model.generation_config.temperature == 0.25
+
+
+@pytest.fixture(scope="module")
+def final(
+    tiny_model: Path, bank: tuple[Path, list[str]], double_quant: bool, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, torch.Tensor]:
+    """A final folder as the pipeline writes it, with an adapter that is no longer its start, and the logits in memory."""
+    folder, names = bank
+    plan = mixed_plan(names, PATTERNS["mixed"])
+    root = tmp_path_factory.mktemp("final")
+    peft_model = peft_of(tiny_model, folder, plan, double_quant).eval()
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for name, parameter in peft_model.named_parameters():
+            if "lora_" in name:
+                parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
+    peft_model.save_pretrained(root / "adapter")
+    model: PreTrainedModel = assemble(tiny_model, folder, GROUP, plan, DTYPE, double_quant)[0]
+    save_checkpoint(model, load_tokenizer(str(tiny_model)), root / "final")
+    for file in ("adapter_config.json", "adapter_model.safetensors"):
+        shutil.copy2(root / "adapter" / file, root / "final" / file)
+    without = logits_of(model.eval())
+    logits = logits_of(peft_model)
+    assert (logits - without).norm() > 0.02 * without.norm(), "the adapter must matter for this to say anything"
+    return root / "final", logits
+
+
+def test_a_final_folder_carries_its_adapter(final: tuple[Path, torch.Tensor], tiny_model: Path, tmp_path: Path) -> None:
+    """What a person who got the folder does: one import of ours, and plain transformers in a new process."""
+    folder, expected = final
+    save_file({"input_ids": token_ids()}, tmp_path / "prompt.safetensors")
+    output = tmp_path / "logits.safetensors"
+    finished = subprocess.run(
+        [sys.executable, "-c", FRESH_PROCESS, str(folder), str(tmp_path / "prompt.safetensors"), str(output)]
+        + ["model.layers.0.self_attn.q_proj"],
+        env={**os.environ, "HF_HUB_OFFLINE": "1"},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert finished.returncode == 0, finished.stderr
+    assert torch.equal(load_file(output)["logits"], expected)

@@ -1,0 +1,637 @@
+"""Bad inputs, one a row: each is refused with a `UserError` that says what is wrong where, before a weight is loaded."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from conftest import DEMO_DATA, demo_rows, raw_config, with_key
+
+from qpruner.config import RunConfig, load_config, validate_config
+from qpruner.errors import ConfigError, UserError
+from qpruner.models.structure import FAMILIES
+from qpruner.preflight import inspect
+
+QUESTIONS = "package:qpruner/demo/data/questions_{}.jsonl"
+INSTRUCTIONS = "package:qpruner/demo/data/instructions.jsonl"
+TEST_TASK = "qpruner_everyday_test"
+
+
+@dataclass(frozen=True)
+class Scene:
+    """What a row may build its bad input from.
+
+    Attributes:
+        folder: A folder of the row's own; `{folder}` in what it expects.
+        model: The tiny model's folder.
+    """
+
+    folder: Path
+    model: Path
+
+    def file(self, name: str, content: str | bytes) -> str:
+        """Writes a file; returns its path."""
+        path = self.folder / name
+        path.write_bytes(content.encode() if isinstance(content, str) else content)
+        return str(path)
+
+    def edited_model(self, edit: Callable[[Path], object]) -> dict[str, Any]:
+        """The keys of a configuration whose model folder is a copy that `edit` has spoilt."""
+        copy = shutil.copytree(self.model, self.folder / "model")
+        edit(copy)
+        return {"model.source": str(copy)}
+
+
+Change = dict[str, Any] | Callable[[Scene], dict[str, Any]]
+
+
+def refused(name: str, change: Change, key: str, value: str, rule: str, remedy: str | None = None, **options: Any) -> Any:
+    """A row: the keys to change, and what the message must hold.
+
+    Args:
+        name: The row's id.
+        change: Dotted keys and their bad values, or a function of the scene that returns them.
+        key: Names the setting.
+        value: Names what was found.
+        rule: Says what it breaks.
+        remedy: Says what to do; where the rule says so itself, as a bound does, it is not given.
+        options: Passed on to `pytest.param`.
+    """
+    return pytest.param(change, (key, value, rule, remedy or rule), id=name, **options)
+
+
+# ---- what is wrong with the configuration alone
+
+CONFIGURATION = [
+    refused("key-unknown", {"outptu": "x"}, "`outptu`", "outptu", "not a known key", "did you mean `output`"),
+    refused("key-misspelt", {"lora.rnak": 8}, "`lora.rnak`", "rnak", "not a known key", "did you mean `lora.rank`"),
+    refused(
+        "key-misspelt-deep", {"quantize.budget.bitez": 3}, "`quantize.budget.bitez`", "bitez", "not a known key",
+        "did you mean `quantize.budget.bytes`",
+    ),
+    refused(
+        "key-misspelt-in-list", {"data.train.0.spilt": "x"}, "`data.train.0.spilt`", "spilt", "not a known key",
+        "did you mean `data.train.0.split`",
+    ),
+    refused(
+        "key-like-no-other", {"prune.zzzz": 1}, "`prune.zzzz`", "zzzz", "not a known key",
+        "first_layer, importance, last_layer, rate",
+    ),
+    refused("section-missing", lambda _: {"model": {}}, "`model.source`", "model.source", "missing", "must be given"),
+    refused("string-for-integer", {"lora.rank": "eight"}, "`lora.rank`", "'eight'", "valid integer"),
+    refused("fraction-for-integer", {"search.trials": 2.5}, "`search.trials`", "2.5", "valid integer"),
+    refused("boolean-for-integer", {"lora.rank": True}, "`lora.rank`", "True", "valid integer"),
+    refused("list-for-scalar", {"seed": [1, 2]}, "`seed`", "[1, 2]", "valid integer"),
+    refused("mapping-for-list", {"data.train": {"source": "x"}}, "`data.train`", "{'source': 'x'}", "list"),
+    refused("string-for-list", {"evaluate.tasks": TEST_TASK}, "`evaluate.tasks`", TEST_TASK, "list"),
+    refused("scalar-for-section", {"prune": 3}, "`prune`", "3", "mapping"),
+    refused("nothing-for-section", {"lora": None}, "`lora`", "None", "mapping"),
+    refused("choice-misspelt", {"prune.importance": "tailor"}, "importance`", "'tailor'", "'taylor' or 'magnitude'"),
+    refused("no-training-data", {"data.train": []}, "`data.train`", "[]", "at least 1 item"),
+    refused("rate-negative", {"prune.rate": -0.1}, "`prune.rate`", "-0.1", "greater than or equal to 0"),
+    refused("rate-too-large", {"prune.rate": 0.95}, "`prune.rate`", "0.95", "less than or equal to 0.9"),
+    refused("bits-unsupported", {"quantize.bits": [3, 8]}, "`quantize.bits.0`", "got 3", "4, 8 or 16"),
+    refused("bits-single", {"quantize.bits": [4]}, "`bits`", "4", "at least two", "in ascending order"),
+    refused("bits-descending", {"quantize.bits": [8, 4]}, "`bits`", "8, 4", "in ascending order"),
+    refused("bits-duplicated", {"quantize.bits": [4, 4]}, "`bits`", "4, 4", "two different", "in ascending order"),
+    refused(
+        "budget-empty", {"quantize.budget": {}}, "`quantize.budget`", "none", "exactly one",
+        "fraction, mean_bits, gib, bytes",
+    ),
+    refused(
+        "budget-twice", {"quantize.budget": {"fraction": 0.5, "mean_bits": 5}}, "`quantize.budget`",
+        "['fraction', 'mean_bits']", "exactly one", "fraction, mean_bits, gib, bytes",
+    ),
+    refused(
+        "budget-fraction", {"quantize.budget": {"fraction": 1.5}}, "`quantize.budget.fraction`", "1.5",
+        "less than or equal to 1",
+    ),
+    refused("budget-infinite", {"quantize.budget": {"gib": float("inf")}}, "`quantize.budget.gib`", "inf", "finite"),
+    refused("rank-0", {"lora.rank": 0}, "`lora.rank`", "got 0", "greater than or equal to 1"),
+    refused("dropout-1", {"lora.dropout": 1}, "`lora.dropout`", "got 1", "less than 1"),
+    refused("learning-rate-infinite", {"training.learning_rate": float("inf")}, "learning_rate`", "inf", "finite"),
+    refused(
+        "batch-not-whole", {"training.batch_size": 6}, "`batch_size`", "6 and 4", "a multiple of `micro_batch_size`"
+    ),
+    refused("first-rung-late", {"search.first_rung": 9}, "`first_rung`", "got 9", "at most `steps` (4)"),
+    refused(
+        "reduction-factor-1", {"search.reduction_factor": 1}, "`search.reduction_factor`", "got 1",
+        "greater than or equal to 2",
+    ),
+    refused(
+        "accuracy-of-nothing", {"search.metric": "accuracy"}, "`metric: accuracy`", "accuracy", "at least one task",
+        "`tasks`",
+    ),
+    refused("finetune-both", {"finetune": {"steps": 4, "epochs": 1}}, "`finetune`", "both", "exactly one", "`epochs`"),
+    refused("finetune-neither", {"finetune": {}}, "`finetune`", "neither", "exactly one", "`epochs`"),
+    refused(
+        "task-searched-and-held-out", {"search.tasks": [TEST_TASK]}, "`evaluate.tasks`", TEST_TASK,
+        "must not share tasks with `search.tasks`",
+    ),
+    refused("output-unnamed", {"output": ""}, "`output`", "''", "at least 1 character"),
+]
+
+# ---- what cannot be for this model, budget, device or disk
+
+
+def _config_keys(folder: Path, **keys: Any) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | keys))
+
+
+def _pickled_only(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+    torch.save({}, folder / "pytorch_model.bin")
+
+
+def _second_shard_missing(folder: Path) -> None:
+    first, second = (f"model-0000{number}-of-00002.safetensors" for number in (1, 2))
+    (folder / "model.safetensors").rename(folder / first)
+    index = {"metadata": {}, "weight_map": {"model.norm.weight": first, "model.embed_tokens.weight": second}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def _gpt2(folder: Path) -> None:
+    from transformers import GPT2Config
+
+    GPT2Config(n_layer=2, n_head=2, n_embd=32, vocab_size=300, bos_token_id=0, eos_token_id=1).save_pretrained(folder)
+
+
+def _gguf(scene: Scene, keep: Callable[[bytes], bytes]) -> dict[str, Any]:
+    """A one-block Llama as a .gguf file of which only a part is left."""
+    import numpy as np
+    from gguf import GGUFWriter
+
+    path = scene.folder / "part.gguf"
+    writer = GGUFWriter(path, "llama")
+    for name, count in (("block_count", 1), ("context_length", 64), ("embedding_length", 64), ("head_count", 2)):
+        getattr(writer, f"add_{name}")(count)
+    writer.add_feed_forward_length(128)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_vocab_size(100)
+    writer.add_tensor("token_embd.weight", np.zeros((100, 64), dtype=np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    path.write_bytes(keep(path.read_bytes()))
+    return {"model.source": str(path)}
+
+
+SUPPORTED = ", ".join(family.model_type for family in FAMILIES)
+ON_CPU = pytest.mark.skipif(torch.cuda.is_available(), reason="float16 is refused on a CPU only")
+
+MODEL = [
+    refused(
+        "rate-unreachable", {"prune.rate": 0.6, "prune.first_layer": 1}, "`prune.rate`", "0.6", "at least one unit",
+        "lower the rate or widen `prune.first_layer`",
+    ),
+    refused(
+        "layers-outside", {"prune.last_layer": 7}, "`prune.last_layer` 7", "7", "within the model's 2 blocks", "0 to 1"
+    ),
+    refused(
+        "layers-before-first", {"prune.last_layer": -5}, "`prune.last_layer` -5", "-5", "the model's 2 blocks", "0 to 1"
+    ),
+    refused(
+        "layers-reversed", {"prune.first_layer": 1, "prune.last_layer": 0}, "`prune.first_layer` 1",
+        "`prune.last_layer` 0", "must be a range", "0 to 1",
+    ),
+    refused(
+        "budget-bytes", {"quantize.budget": {"bytes": 1000}}, "`quantize.budget.bytes`", "got 1000", "every group at 4",
+        "the smallest that works is",
+    ),
+    refused(
+        "budget-gib", {"quantize.budget": {"gib": 1e-6}}, "`quantize.budget.gib`", "1e-06", "every group at 4",
+        "the smallest that works is",
+    ),
+    refused(
+        "budget-mean-bits-high", {"quantize.budget": {"mean_bits": 9}}, "`quantize.budget.mean_bits`", "got 9",
+        "between the lowest and highest of `quantize.bits`", "4 and 8",
+    ),
+    refused(
+        "budget-mean-bits-low", {"quantize.budget": {"mean_bits": 3}}, "`quantize.budget.mean_bits`", "got 3",
+        "between the lowest and highest of `quantize.bits`", "4 and 8",
+    ),
+    refused(
+        "model-missing", lambda scene: {"model.source": str(scene.folder / "none")}, "`model.source`", "{folder}/none",
+        "does not exist", "name a model folder",
+    ),
+    refused(
+        "model-a-file", lambda scene: {"model.source": scene.file("weights.pt", "")}, "`model.source`",
+        "{folder}/weights.pt", "is a file", "name a model folder",
+    ),
+    refused(
+        "model-without-config", lambda scene: scene.edited_model(lambda folder: (folder / "config.json").unlink()),
+        "`model.source`", "{folder}/model", "no config.json", "name a model folder",
+    ),
+    refused(
+        "model-config-not-json",
+        lambda scene: scene.edited_model(lambda folder: (folder / "config.json").write_text('{"model_type": "lla')),
+        "`model.source`", "{folder}/model", "not a valid JSON file",
+    ),
+    refused(
+        "model-config-impossible",
+        lambda scene: scene.edited_model(lambda folder: _config_keys(folder, num_attention_heads=3)),
+        "`model.source`", "{folder}/model", "not a multiple of the number of attention heads (3)",
+    ),
+    refused(
+        "model-pickled", lambda scene: scene.edited_model(_pickled_only), "`model.source`", "{folder}/model",
+        "pickled .bin weights are not read", "save_pretrained",
+    ),
+    refused(
+        "model-shard-missing", lambda scene: scene.edited_model(_second_shard_missing), "`model.source`",
+        "model-00002-of-00002.safetensors", "lacks", "fetch",
+    ),
+    refused(
+        "model-index-not-json",
+        lambda scene: scene.edited_model(lambda folder: (folder / "model.safetensors.index.json").write_text('{"wei')),
+        "`model.source`", "model.safetensors.index.json", "not valid JSON", "fetch",
+    ),
+    refused(
+        "model-weights-truncated",
+        lambda scene: scene.edited_model(lambda folder: os.truncate(folder / "model.safetensors", 20_000)),
+        "`model.source`", "{folder}/model/model.safetensors", "truncated", "fetch",
+    ),
+    refused(
+        "model-without-tokenizer",
+        lambda scene: scene.edited_model(lambda folder: [path.unlink() for path in folder.glob("tokenizer*")]),
+        "`model.source`", "{folder}/model", "tokenizer",
+    ),
+    refused(
+        "model-quantized",
+        lambda scene: scene.edited_model(
+            lambda folder: _config_keys(folder, quantization_config={"quant_method": "gptq", "bits": 4})
+        ),
+        "`model.source`", "{folder}/model", "already quantized", "give the full-precision checkpoint",
+    ),
+    refused(
+        "model-unsupported", lambda scene: scene.edited_model(_gpt2), "`model.source`", "`gpt2`", "not supported",
+        f"supported: {SUPPORTED}",
+    ),
+    refused(
+        "package-not-installed", {"model.source": "package:no_such_package/model.gguf"}, "`model.source`",
+        "`no_such_package`", "not installed", "install it",
+    ),
+    refused(
+        "package-without-file", {"model.source": "package:qpruner/demo/model.gguf"}, "`model.source`",
+        "`demo/model.gguf`", "package `qpruner` has no file", "name",
+    ),
+    refused(
+        "gguf-missing", lambda scene: {"model.source": str(scene.folder / "none.gguf")}, "`model.source`",
+        "{folder}/none.gguf", "does not exist", "name",
+    ),
+    refused(
+        "gguf-not-gguf", lambda scene: {"model.source": scene.file("text.gguf", "hello world")}, "`model.source`",
+        "{folder}/text.gguf", "not a GGUF file",
+    ),
+    refused(
+        "gguf-header-truncated", lambda scene: _gguf(scene, lambda whole: whole[:100]), "`model.source`",
+        "{folder}/part.gguf", "truncated", "fetch",
+    ),
+    refused(
+        "gguf-weights-truncated", lambda scene: _gguf(scene, lambda whole: whole[:-5000]), "`model.source`",
+        "{folder}/part.gguf", "truncated", "fetch",
+    ),
+    refused(
+        "float16-on-cpu", {"model.dtype": "float16"}, "`model.dtype`", "float16", "cannot be trained on a CPU",
+        "bfloat16 or float32", marks=ON_CPU,
+    ),
+    refused(
+        "output-a-file", lambda scene: {"output": scene.file("taken", "")}, "`output`", "{folder}/taken", "is a file",
+        "name a folder",
+    ),
+    refused(
+        "output-below-a-file", lambda scene: {"output": scene.file("taken", "") + "/run"}, "`output`",
+        "{folder}/taken", "is a file", "name a folder",
+    ),
+]
+
+# ---- what is wrong with data and tasks
+
+
+def _rows(scene: Scene, name: str, *rows: dict[str, Any]) -> dict[str, Any]:
+    return {"data.train.0.source": scene.file(name, "".join(json.dumps(row) + "\n" for row in rows))}
+
+
+def _test_rows_as_a_search_task(scene: Scene) -> dict[str, Any]:
+    """A task of another name that asks the held-out questions."""
+    demo = shutil.copytree(DEMO_DATA.parent, scene.folder / "demo")
+    text = (demo / "tasks" / f"{TEST_TASK}.yaml").read_text()
+    (demo / "tasks" / "copy.yaml").write_text(text.replace(f"task: {TEST_TASK}", "task: copy_of_test"))
+    return {"search.tasks": ["copy_of_test"], "evaluate.include_path": str(demo / "tasks")}
+
+
+QUESTION = {"question": "Is water wet?", "choices": {"text": ["no", "yes"], "label": ["A", "B"]}, "answerKey": "B"}
+OVERLAP = "must not overlap"
+OTHER_ROWS = "take other rows"
+
+DATA = [
+    refused(
+        "data-missing", {"data.train.0.source": "/no/such.jsonl"}, "`data.train.0.source`", "/no/such.jsonl",
+        "does not exist", "name",
+    ),
+    refused(
+        "data-wrong-extension", lambda scene: {"data.train.0.source": scene.file("rows.csv", "question,answer\n")},
+        "`data.train.0.source`", "{folder}/rows.csv", "no data file", ".jsonl, .json, .parquet or .txt",
+    ),
+    refused(
+        "data-wrong-extension-relative", {"data.train.0.source": "rows.csv"}, "`data.train.0.source`", "rows.csv",
+        "no data file", ".jsonl, .json, .parquet or .txt",
+    ),
+    refused(
+        "data-not-json", lambda scene: {"data.train.0.source": scene.file("bad.jsonl", "{not json\n")},
+        "`data.train.0.source`", "{folder}/bad.jsonl", "JSON parse error", "name another",
+    ),
+    refused(
+        "data-empty", lambda scene: {"data.train.0.source": scene.file("empty.jsonl", "")}, "`data.train.0.source`",
+        "{folder}/empty.jsonl", "empty", "name another",
+    ),
+    refused(
+        "data-split-unknown", {"data.train.0.split": "trian"}, "`data.train.0.source`", '"trian"', "Unknown split",
+        "['train']",
+    ),
+    refused(
+        "data-format-unknown", {"data.train.0.format": "chat"}, "`data.train.0.format`", "'chat'",
+        "'instruction', 'multiple_choice' or 'text'",
+    ),
+    refused(
+        "column-missing", lambda scene: _rows(scene, "rows.jsonl", {"q": "?", "choices": ["a"], "answerKey": "A"}),
+        "`data.train.0.columns.question`", "question", "no column", "they have q, choices, answerKey",
+    ),
+    refused(
+        "column-mapped-to-nothing", {"data.train.0.columns": {"answer": "solution"}}, "`data.train.0.columns.answer`",
+        "solution", "no column", "they have id, question, choices, answerKey",
+    ),
+    refused(
+        "column-unknown", {"data.train.0.columns": {"quetsion": "question"}}, "`data.train.0.columns`", "quetsion",
+        "a multiple_choice row has the columns question, choices, answer",
+    ),
+    refused(
+        "column-list-for-one", {"data.train.0.columns": {"question": ["question", "topic"]}},
+        "`data.train.0.columns.question`", "question, topic", "one column",
+    ),
+    refused(
+        "choices-no-list", {"data.train.0.columns": {"choices": "question"}}, "`data.train.0.columns.choices`",
+        "question", "list",
+    ),
+    refused(
+        "answer-no-label", lambda scene: _rows(scene, "rows.jsonl", QUESTION, QUESTION | {"answerKey": "E"}),
+        "`data.train.0.columns.answer`", "'E'", "one of the labels A, B", "from 0 to 1",
+    ),
+    refused(
+        "rows-cut-to-nothing", {"data.max_length": 8}, "`data.max_length`", "8", "no row a token to predict",
+        "make it longer",
+    ),
+    refused(
+        "chat-without-template", {"data.template": "chat", "data.train.0": {"source": INSTRUCTIONS}},
+        "`data.template: chat`", "chat", "needs a tokenizer with a chat template", "use alpaca",
+    ),
+    refused(
+        "calibration-rows", {"calibration.num_sensitivity_samples": 64}, "num_sensitivity_samples`", "64",
+        "there are 48", "ask for fewer or give more data",
+    ),
+    refused(
+        "train-in-validation", {"data.validation.0.source": QUESTIONS.format("train")}, "`data.train`",
+        "`data.validation` share 16", OVERLAP, OTHER_ROWS,
+    ),
+    refused(
+        "train-in-confirmation", {"data.confirmation.0.source": QUESTIONS.format("train")}, "`data.train`",
+        "`data.confirmation` share 16", OVERLAP, OTHER_ROWS,
+    ),
+    refused(
+        "validation-in-confirmation", {"data.confirmation.0.source": QUESTIONS.format("validation")},
+        "`data.validation`", "`data.confirmation` share 16", OVERLAP, OTHER_ROWS,
+    ),
+    refused(
+        "test-in-train", {"data.train.0.source": QUESTIONS.format("test")}, "`data.train`",
+        "`evaluate.tasks` share 48", OVERLAP, OTHER_ROWS,
+    ),
+    refused(
+        "test-in-validation", {"data.validation.0.source": QUESTIONS.format("test")}, "`data.validation`",
+        "`evaluate.tasks` share 16", OVERLAP, OTHER_ROWS,
+    ),
+    refused(
+        "test-in-calibration",
+        {"calibration.data": [{"source": QUESTIONS.format("test"), "format": "multiple_choice"}]},
+        "`calibration.data`", "`evaluate.tasks`", OVERLAP, OTHER_ROWS,
+    ),
+    refused(
+        "test-in-search-task", _test_rows_as_a_search_task, "`search.tasks`", "`evaluate.tasks`", OVERLAP, OTHER_ROWS
+    ),
+    refused(
+        "task-unknown", {"evaluate.tasks": ["qpruner_everyday_tset"]}, "`evaluate.tasks`", "`qpruner_everyday_tset`",
+        "has no task", f"did you mean {TEST_TASK}",
+    ),
+    refused(
+        "search-task-unknown", {"search.tasks": ["qpruner_everyday_tset"]}, "`search.tasks`",
+        "`qpruner_everyday_tset`", "has no task", f"did you mean {TEST_TASK}",
+    ),
+    refused(
+        "include-path-missing", {"evaluate.include_path": "/no/tasks"}, "`evaluate.include_path`", "/no/tasks",
+        "does not exist", "name",
+    ),
+    refused(
+        "include-path-a-file", {"evaluate.include_path": "package:qpruner/demo/__init__.py"},
+        "`evaluate.include_path`", "demo/__init__.py", "is a file", "name a folder",
+    ),
+]
+
+
+@pytest.fixture()
+def scene(tmp_path: Path, tiny_model: Path) -> Scene:
+    return Scene(tmp_path, tiny_model)
+
+
+@pytest.fixture(autouse=True)
+def _no_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever loads weights while an input is judged fails the test."""
+    from transformers import PreTrainedModel
+
+    def refuse(*args: object, **options: object) -> None:
+        pytest.fail("weights were loaded before the input was refused")
+
+    monkeypatch.setattr(PreTrainedModel, "from_pretrained", refuse)
+
+
+def config_of(scene: Scene, change: Change = {}) -> RunConfig:  # noqa: B006 (never changed)
+    """The tiny configuration with some keys changed, validated."""
+    raw = raw_config(scene.model, scene.folder / "run")
+    for key, value in (change(scene) if callable(change) else change).items():
+        raw = with_key(raw, key, value)
+    return validate_config(raw)
+
+
+def test_the_configuration_that_the_rows_spoil_is_accepted(scene: Scene) -> None:
+    inspection = inspect(config_of(scene))
+    assert inspection.budget_bytes > 0
+    assert not (scene.folder / "run").exists(), "inspecting leaves nothing behind"
+
+
+@pytest.mark.parametrize(("change", "said"), [*CONFIGURATION, *MODEL, *DATA])
+def test_refused_with_key_value_rule_and_remedy(change: Change, said: tuple[str, ...], scene: Scene) -> None:
+    with pytest.raises(UserError) as caught:
+        inspect(config_of(scene, change))
+    assert caught.value.exit_code == 2
+    expected = [part.replace("{folder}", str(scene.folder)) for part in said]
+    assert [part for part in expected if part not in str(caught.value)] == [], str(caught.value)
+    assert not (scene.folder / "run").exists(), "a refusal leaves nothing behind"
+
+
+def test_every_problem_is_told_at_once(scene: Scene) -> None:
+    with pytest.raises(ConfigError) as caught:
+        config_of(scene, {"lora.rank": 0, "prune.rate": 2, "prune.rat": 1, "search.first_rung": 9})
+    assert len(caught.value.problems) == 4
+    assert "4 problems" in str(caught.value)
+
+
+def test_the_smallest_budget_that_the_error_names_works(scene: Scene) -> None:
+    with pytest.raises(UserError) as caught:
+        inspect(config_of(scene, {"quantize.budget": {"bytes": 1}}))
+    found = re.search(r"smallest that works is (\d+) bytes \(([\d.]+) GiB\)", str(caught.value))
+    assert found, str(caught.value)
+    smallest, smallest_gib = int(found[1]), float(found[2])
+    inspection = inspect(config_of(scene, {"quantize.budget": {"bytes": smallest}}))
+    assert inspection.budget_bytes == smallest == inspection.pruned.plan_bytes(inspection.pruned.uniform(4))
+    assert inspect(config_of(scene, {"quantize.budget": {"gib": smallest_gib}})).budget_bytes >= smallest
+    with pytest.raises(UserError, match="smallest that works"):
+        inspect(config_of(scene, {"quantize.budget": {"bytes": smallest - 1}}))
+
+
+# ---- the file itself, and --set
+
+
+def spoilt(name: str, text: str | bytes, *said: str) -> Any:
+    """A row: what is appended to the whole file, or the whole of it if that starts with `=`."""
+    return pytest.param(text, said, id=name)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        spoilt("key-twice", "seed: 1\nseed: 2\n", "`seed`", "given twice", "line"),
+        spoilt("key-twice-nested", "=lora:\n  rank: 4\n  rank: 8\n", "`rank`", "given twice", "line 3"),
+        spoilt("syntax", "lora: [1\n", "not valid YAML", "line", "expected ',' or ']'"),
+        spoilt("tab", "lora:\n\trank: 1\n", "not valid YAML", "line", "'\\t'"),
+        spoilt("list", "=- output\n- model\n", "mapping of sections", "list"),
+        spoilt("empty", "=", "mapping of sections"),
+        spoilt("binary", b"\xff\xfe\x00", "not valid YAML"),
+        spoilt("list-as-key", "? [a]\n: b\n", "not valid YAML", "line", "key"),
+        spoilt("python-object", "seed: !!python/object:os.system x\n", "not valid YAML", "python/object"),
+    ],
+)
+def test_refused_file(text: str | bytes, said: tuple[str, ...], scene: Scene) -> None:
+    whole = b"" if text[:1] in ("=", b"\xff") else yaml.safe_dump({"output": "runs/x"}).encode()
+    path = scene.file("config.yaml", whole + (text.removeprefix("=").encode() if isinstance(text, str) else text))
+    with pytest.raises(UserError) as caught:
+        load_config(Path(path))
+    assert [part for part in (path, *said) if part not in str(caught.value)] == [], str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["missing.yaml", "."])
+def test_refused_file_that_is_none(name: str, scene: Scene) -> None:
+    with pytest.raises(UserError, match=r"configuration file .* does not exist.*tune_configs/"):
+        load_config(scene.folder / name)
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        pytest.param("lora.rank", ("section.key=value", "'lora.rank'"), id="without-equals"),
+        pytest.param("=3", ("section.key=value", "'=3'"), id="without-key"),
+        pytest.param("model.source.x=3", ("model.source.x=3", "`source` is not a section"), id="into-a-value"),
+        pytest.param("lora.rank=[", ("lora.rank=[", "not valid YAML"), id="not-yaml"),
+        pytest.param("lora.rnak=3", ("`lora.rnak`", "did you mean `lora.rank`"), id="misspelt"),
+        pytest.param("lora.rank=", ("`lora.rank`", "None", "valid integer"), id="without-value"),
+        pytest.param("quantize.budget.bytes=9", ("`quantize.budget`", "exactly one", "bytes"), id="second-budget"),
+    ],
+)
+def test_refused_override(override: str, said: tuple[str, ...], scene: Scene) -> None:
+    path = scene.file("config.yaml", yaml.safe_dump(raw_config(scene.model, scene.folder / "run")))
+    with pytest.raises(UserError) as caught:
+        load_config(Path(path), [override])
+    assert [part for part in said if part not in str(caught.value)] == [], str(caught.value)
+
+
+# ---- a disk too small
+
+
+@pytest.fixture()
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A real disk of one MiB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "qpruner-test", folder], capture_output=True)
+    if mounted.returncode:
+        pytest.skip(f"mounting is not permitted here: {mounted.stderr.decode().strip()}")
+    yield folder
+    subprocess.run(["umount", folder], check=True)
+
+
+def test_a_disk_too_small_is_refused(small_disk: Path, scene: Scene) -> None:
+    # Enough trials that their checkpoints alone do not fit.
+    with pytest.raises(UserError) as caught:
+        inspect(config_of(scene, {"output": str(small_disk / "run"), "search.trials": 50}))
+    said = str(caught.value)
+    assert [part for part in ("`output`", str(small_disk), "needs about", "make room") if part not in said] == [], said
+    amounts = [float(number) for number in re.findall(r"(\d+(?:\.\d+)?) [KMG]i?B", said)]
+    assert len(amounts) == 2 and all(amounts), f"both amounts are told in a unit that shows them: {said}"
+
+
+# ---- the command line
+
+COMMANDS = [
+    pytest.param("check", {"lora.rnak": 8}, (), "did you mean `lora.rank`", id="unknown-key"),
+    pytest.param("check", {}, ("--set", "lora.rank"), "section.key=value", id="set-without-equals"),
+    pytest.param("check", {"quantize.budget": {"bytes": 1}}, (), "the smallest that works is", id="budget"),
+    pytest.param("check", lambda scene: scene.edited_model(_gpt2), (), "`gpt2` is not supported", id="architecture"),
+    pytest.param("check", DATA[3].values[0], (), "JSON parse error", id="data-not-json"),
+    pytest.param("check", {"search.resources_per_trial": {"gpu": 999}}, (), "ask for less", id="resources"),
+    pytest.param("run", lambda scene: {"output": scene.file("taken", "")}, (), "name a folder", id="run-into-a-file"),
+    pytest.param("run", {"search.resources_per_trial": {"gpu": 999}}, (), "ask for less", id="run-resources"),
+]
+
+
+def command(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "qpruner.cli", *map(str, arguments)], capture_output=True, text=True, timeout=300
+    )
+
+
+@pytest.mark.parametrize(("verb", "change", "options", "said"), COMMANDS)
+def test_the_command_ends_with_code_2_and_no_traceback(
+    verb: str, change: Change, options: tuple[str, ...], said: str, scene: Scene
+) -> None:
+    raw = raw_config(scene.model, scene.folder / "run")
+    for key, value in (change(scene) if callable(change) else change).items():
+        raw = with_key(raw, key, value)
+    done = command(verb, scene.file("config.yaml", yaml.safe_dump(raw)), "--json", *options)
+    assert done.returncode == 2, done.stderr
+    assert "Traceback" not in done.stderr
+    assert "error: " in done.stderr and said in done.stderr
+    told = json.loads(done.stdout.splitlines()[-1])
+    assert told["status"] == "error" and said in told["error"]
+    assert not (scene.folder / "run" / "prepare").exists(), "no stage has run"
+
+
+def test_without_json_the_error_is_on_stderr_alone(scene: Scene) -> None:
+    done = command("check", scene.folder / "none.yaml")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("error: configuration file ")
+
+
+def test_no_row_of_the_demo_is_shared(scene: Scene) -> None:
+    """The overlap rows above mean something only if the demo's own files are disjoint."""
+    names = ("train", "validation", "confirmation", "test")
+    questions = [{row["question"] for row in demo_rows(f"questions_{name}.jsonl")} for name in names]
+    assert sum(map(len, questions)) == len(set().union(*questions))
