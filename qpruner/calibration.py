@@ -81,10 +81,11 @@ def visit_gradients(
         for parameter in model.parameters():
             parameter.requires_grad_(id(parameter) in wanted)
         for name, parameter in parameters.items():
-            handles.append(parameter.register_post_accumulate_grad_hook(hook_for(name)))
+            handles.append(parameter.register_post_accumulate_grad_hook(hook_for(name)))  # type: ignore[no-untyped-call]
         for batch in batches(rows, batch_size, pad_id, model.device):
             logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False).logits
-            token_losses(logits, batch["labels"]).sum().div(count_labels(batch["labels"])).backward()
+            loss = token_losses(logits, batch["labels"]).sum() / count_labels(batch["labels"])
+            loss.backward()  # type: ignore[no-untyped-call]
     finally:
         for handle in handles:
             handle.remove()

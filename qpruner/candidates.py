@@ -189,7 +189,7 @@ def load_adapter(model: PeftModel, folder: Path) -> None:
 
 
 def latest_checkpoint(folder: Path) -> Path | None:
-    """The newest whole checkpoint of an interrupted fine-tune; transformers writes `trainer_state.json` last but one."""
+    """The newest whole checkpoint of an interrupted fine-tune; a checkpoint is whole with these two files."""
     complete = [
         path
         for path in folder.glob("checkpoint-*")

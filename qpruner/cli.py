@@ -62,7 +62,9 @@ def main() -> None:
 def _options(function: Callable[..., None]) -> Callable[..., None]:
     for option in (
         click.argument("config", type=click.Path(path_type=Path)),
-        click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a key: search.trials=20."),
+        click.option(
+            "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a key: search.trials=20."
+        ),
         click.option("--address", help="Ray cluster to join (auto or HOST:PORT); starts a local one without it."),
         click.option("--json", "as_json", is_flag=True, help="End stdout with one JSON object."),
         click.option("--quiet", is_flag=True, help="Print the result only."),
@@ -174,7 +176,7 @@ def _check_text(config: RunConfig, facts: dict[str, Any]) -> str:
             f"groups:     {facts['num_groups']} ({config.quantize.group})",
             f"parameters: {facts['parameters_base'] / 1e6:.1f} M -> {facts['parameters_pruned'] / 1e6:.1f} M",
             f"plan bytes: {', '.join(sizes)}, budget {facts['bytes_budget'] / 1e6:.1f} MB{about}",
-            f"trials:     {config.search.trials}, {facts['concurrent_trials']} at once, rungs at steps {facts['rungs']}",
+            f"trials:     {config.search.trials}, {facts['concurrent_trials']} at once, rungs at {facts['rungs']} steps",
             f"rows:       {rows}",
             "The configuration is valid.",
         ]

@@ -328,9 +328,7 @@ class _UniqueKeyLoader(yaml.SafeLoader):
         for key_node, _ in node.value:
             key = self.construct_object(key_node, deep=True)
             if key in seen:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"key `{key}` is given twice", key_node.start_mark
-                )
+                raise yaml.constructor.ConstructorError(None, None, f"key `{key}` is given twice", key_node.start_mark)
             seen.add(key)
         return super().construct_mapping(node, deep=deep)
 
@@ -404,7 +402,7 @@ def _apply_override(raw: dict[str, Any], override: str) -> None:
 
 def _explain(problem: Any) -> str:
     """One pydantic error as a sentence that names the key, the value, the rule and the remedy."""
-    location = [part for part in problem["loc"]]
+    location = list(problem["loc"])
     key = ".".join(str(part) for part in location) or "configuration"
     if problem["type"] == "extra_forbidden":
         return _explain_unknown_key(location)

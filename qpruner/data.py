@@ -132,9 +132,7 @@ def encode(
         if any(label != IGNORED_LABEL for label in labels[1:]):
             encoded.append({"input_ids": ids, "labels": labels})
     if not encoded:
-        raise UserError(
-            f"`data.max_length` of {max_length} tokens leaves no row a token to predict; make it longer than the prompts"
-        )
+        raise UserError(f"`data.max_length` of {max_length} tokens leaves no row a token to predict: make it longer")
     return encoded
 
 
@@ -260,7 +258,9 @@ def _render(example: Example, tokenizer: PreTrainedTokenizerBase, template: str)
         return f"Question: {example.prompt}\nAnswer:", f" {example.response}"
     if template == "chat":
         if not tokenizer.chat_template:
-            raise UserError("`data.template: chat` needs a tokenizer with a chat template; this one has none: use alpaca")
+            raise UserError(
+                "`data.template: chat` needs a tokenizer with a chat template; this one has none: use alpaca"
+            )
         content = f"{example.prompt}\n\n{example.context}" if example.context else example.prompt
         messages = [{"role": "user", "content": content}]
         prompt = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)

@@ -159,9 +159,7 @@ class Layout:
     def bits_by_linear(self, plan: PrecisionPlan) -> dict[str, int]:
         """The plan spelled out: bit-width by full module path."""
         return {
-            linear.name: bits
-            for group, bits in zip(self.groups, plan.bits, strict=True)
-            for linear in group.linears
+            linear.name: bits for group, bits in zip(self.groups, plan.bits, strict=True) for linear in group.linears
         }
 
 
@@ -208,8 +206,10 @@ class PlanSpace:
         # The byte term sums to less than one over all groups, so it only breaks ties between equal agreements.
         whole = 1.0 + sum(max(sizes[level][group] for level in range(len(sizes))) for group in range(len(plan.bits)))
         gains = [
-            [(1.0 if bits == plan.bits[group] else 0.0) + sizes[level][group] / whole
-             for level, bits in enumerate(self.levels)]
+            [
+                (1.0 if bits == plan.bits[group] else 0.0) + sizes[level][group] / whole
+                for level, bits in enumerate(self.levels)
+            ]
             for group in range(len(plan.bits))
         ]
         return self._solve(gains, known)

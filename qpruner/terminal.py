@@ -6,7 +6,15 @@ from collections.abc import Sequence
 from types import TracebackType
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 
 from qpruner import events
@@ -22,7 +30,7 @@ class Terminal:
     def __init__(self, quiet: bool) -> None:
         self._console = Console(highlight=False, soft_wrap=True)
         self._quiet = quiet
-        self._bars: dict[str, int] = {}
+        self._bars: dict[str, TaskID] = {}
         self._progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
@@ -81,4 +89,4 @@ class Terminal:
 
     def _end_bar(self, stage: str) -> None:
         if stage in self._bars:
-            self._progress.remove_task(self._bars.pop(stage))  # type: ignore[arg-type]
+            self._progress.remove_task(self._bars.pop(stage))

@@ -35,7 +35,10 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     folder = tmp_path_factory.mktemp("tiny-llama")
     bpe = ByteLevelBPETokenizer()
-    texts = [f"Question: {row['question']}\nAnswer: {' '.join(row['choices']['text'])}" for row in demo_rows("questions_train.jsonl")]
+    texts = [
+        f"Question: {row['question']}\nAnswer: {' '.join(row['choices']['text'])}"
+        for row in demo_rows("questions_train.jsonl")
+    ]
     bpe.train_from_iterator(texts, vocab_size=512, special_tokens=["<s>", "</s>"], show_progress=False)
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=bpe._tokenizer, bos_token="<s>", eos_token="</s>", pad_token="</s>"
@@ -69,7 +72,9 @@ def raw_config(model: Path, output: Path) -> dict[str, Any]:
         "model": {"source": str(model)},
         "data": {
             "train": [{"source": f"{source}/questions_train.jsonl", "format": "multiple_choice", "limit": 48}],
-            "validation": [{"source": f"{source}/questions_validation.jsonl", "format": "multiple_choice", "limit": 16}],
+            "validation": [
+                {"source": f"{source}/questions_validation.jsonl", "format": "multiple_choice", "limit": 16}
+            ],
             "confirmation": [
                 {"source": f"{source}/questions_confirmation.jsonl", "format": "multiple_choice", "limit": 16}
             ],
@@ -106,12 +111,12 @@ def with_key(raw: dict[str, Any], key: str, value: Any) -> dict[str, Any]:
     return changed
 
 
-@pytest.fixture()
+@pytest.fixture
 def tiny_raw(tiny_model: Path, tmp_path: Path) -> dict[str, Any]:
     return raw_config(tiny_model, tmp_path / "run")
 
 
-@pytest.fixture()
+@pytest.fixture
 def write_yaml(tmp_path: Path) -> Callable[[dict[str, Any]], Path]:
     """Writes plain data as the YAML file that the command line takes."""
 

@@ -36,7 +36,14 @@ def prepare_base(model: ModelConfig, folder: Path) -> Base:
         return Base(str(folder), converted=True)
     from huggingface_hub import snapshot_download
 
-    patterns = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", *(["*.py"] if model.trust_remote_code else [])]
+    patterns = [
+        "*.safetensors",
+        "*.json",
+        "*.jinja",
+        "*.model",
+        "*.txt",
+        *(["*.py"] if model.trust_remote_code else []),
+    ]
     return Base(snapshot_download(source, revision=model.revision, allow_patterns=patterns), converted=False)
 
 

@@ -50,7 +50,12 @@ def run(config: RunConfig, emit: Emit, address: str | None = None, until: str = 
         tuned = finetune(context, searched, measured) if searched and measured and last >= 5 else None
         scored = evaluate(context, tuned, searched, measured) if tuned and searched and measured and last >= 6 else None
         results = Results(
-            prepare=prepared, prune=pruned, sensitivity=measured, bank=banked, search=searched, finetune=tuned,
+            prepare=prepared,
+            prune=pruned,
+            sensitivity=measured,
+            bank=banked,
+            search=searched,
+            finetune=tuned,
             evaluate=scored,
         )
         return report(context, results) if last >= 7 else results

@@ -133,7 +133,7 @@ def bank(context: Context, pruned: PruneRecord) -> BankRecord:
         from qpruner.quantization.bank import EntrySettings, build_entry, write_entry
 
         model = context.pruned_model()
-        if 4 in levels and not model.device.type == "cuda":
+        if 4 in levels and model.device.type != "cuda":
             check_cpu_widths([linear for group in context.layout.groups for linear in group.linears])
         settings = EntrySettings(config.lora, quantize.double_quant, config.seed)
         groups = group_linears(model.config, quantize.group)
@@ -179,7 +179,10 @@ def _encode_splits(context: Context, model_path: str, folder: Path) -> dict[str,
     random.Random(config.seed).shuffle(samples)
     length = config.calibration.max_length
     # Importance is the whole text's loss, as in LLM-Pruner; sensitivity looks where an answer is predicted.
-    importance, sensitivity = samples[: config.calibration.num_samples], samples[: config.calibration.num_sensitivity_samples]
+    importance, sensitivity = (
+        samples[: config.calibration.num_samples],
+        samples[: config.calibration.num_sensitivity_samples],
+    )
     splits["importance"] = encode(importance, tokenizer, length, settings.template, response_only=False)
     splits["sensitivity"] = encode(sensitivity, tokenizer, settings.max_length, settings.template)
     for name, rows in splits.items():
@@ -198,7 +201,8 @@ def _source_digests(context: Context) -> list[str]:
     paths = [Path(resolve_source(name, "source")) for name in names]
     files = [path for path in paths if path.is_file()]
     folder = paths[-1]
-    files += sorted(folder.glob("*.safetensors")) + [folder / "config.json"] if folder.is_dir() else []
+    if folder.is_dir():
+        files += [*sorted(folder.glob("*.safetensors")), folder / "config.json"]
     return [file_digest(path) for path in files]
 
 

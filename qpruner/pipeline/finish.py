@@ -9,7 +9,6 @@ from typing import Any
 from qpruner.candidates import Candidate, CandidateJob, evaluate_candidate, finetune_candidate
 from qpruner.events import Message, Progress
 from qpruner.pipeline.context import Context
-from qpruner.pipeline.search import MUTUAL_INFORMATION_SEED
 from qpruner.pipeline.stage import Stage, run_stage
 from qpruner.plan import FULL_BITS, Layout, PrecisionPlan
 from qpruner.preflight import layout_for

@@ -23,7 +23,15 @@ def search(context: Context, banked: BankRecord, measured: SensitivityRecord) ->
     config, settings, space = context.config, context.config.search, context.space
     # What a trial's result depends on: another number of trials or slots goes on from the same ones.
     open_ended = settings.model_copy(update={"trials": 1, "max_concurrent": None, "resources_per_trial": None})
-    inputs = (banked.digest, measured.digest, config.training, config.seed, space.budget_bytes, space.levels, open_ended)
+    inputs = (
+        banked.digest,
+        measured.digest,
+        config.training,
+        config.seed,
+        space.budget_bytes,
+        space.levels,
+        open_ended,
+    )
     trials_digest = digest_of("trials", *inputs, config.evaluate.include_path)
     detail = (
         f"{settings.trials} trials of {settings.steps} steps, {settings.searcher}, "

@@ -74,8 +74,7 @@ def _empty_scores(model: PreTrainedModel, layers: range) -> Scores:
     family = family_of(model.config)
     return {
         index: {
-            kind.name: torch.zeros(kind.num_units)
-            for kind in family.unit_kinds(model.config.per_layer_config[index])
+            kind.name: torch.zeros(kind.num_units) for kind in family.unit_kinds(model.config.per_layer_config[index])
         }
         for index in layers
     }

@@ -1,7 +1,7 @@
 """Which units stay: the least important go until the asked share of all parameters is gone.
 
 The share is reached to within one MLP channel, or `round_to` of them: attention units are coarse (a key/value head of
-Llama-2-7B with its query head is 2.1 million weights), so they are chosen first and the channels make up the difference.
+Llama-2-7B with its query head is 2.1 million weights), so they are chosen first and channels make up the difference.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 
@@ -28,10 +28,12 @@ def cut(model: PreTrainedModel, kept: Kept) -> PreTrainedModel:
     for index, by_kind in kept.items():
         for kind in family.unit_kinds(model.config.per_layer_config[index]):
             for item in kind.slices:
-                linear = model.get_submodule(f"{family.block_path(index)}.{item.linear}")
+                linear = cast(torch.nn.Linear, model.get_submodule(f"{family.block_path(index)}.{item.linear}"))
                 _cut_linear(linear, item, kind.num_units, by_kind[kind.name])
     config = model.config
-    set_widths(config, {index: {kind: len(units) for kind, units in by_kind.items()} for index, by_kind in kept.items()})
+    set_widths(
+        config, {index: {kind: len(units) for kind, units in by_kind.items()} for index, by_kind in kept.items()}
+    )
     device, state = model.device, model.state_dict()
     rebuilt: PreTrainedModel = type(model).from_pretrained(None, config=config, state_dict=state, dtype=model.dtype)
     return rebuilt.to(device)
@@ -43,7 +45,7 @@ def unit_indices(item: UnitSlice, units: tuple[int, ...]) -> torch.Tensor:
     return (starts + torch.arange(item.width)).flatten()
 
 
-def _cut_linear(linear: torch.nn.Module, item: UnitSlice, num_units: int, units: tuple[int, ...]) -> None:
+def _cut_linear(linear: torch.nn.Linear, item: UnitSlice, num_units: int, units: tuple[int, ...]) -> None:
     size = linear.weight.shape[item.dim]
     owned = torch.arange(item.offset, item.offset + num_units * item.width)
     stays = torch.ones(size, dtype=torch.bool)

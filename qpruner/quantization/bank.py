@@ -103,5 +103,7 @@ def read_plan(bank: Path, bits_by_group: Mapping[str, int]) -> dict[str, torch.T
         try:
             tensors |= load_file(path)
         except (FileNotFoundError, SafetensorError) as error:
-            raise CorruptFile(f"bank file {path} cannot be read: {error}; delete the bank folder to rebuild it") from error
+            raise CorruptFile(
+                f"bank file {path} cannot be read: {error}; delete the bank folder to rebuild it"
+            ) from error
     return tensors

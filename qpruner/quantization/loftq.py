@@ -83,7 +83,7 @@ def loftq_start(
 def _factorize(
     residual: torch.Tensor, rank: int, scaling: float, svd: str, seed: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """``A`` and ``B`` with ``scaling * B A`` the best rank-r approximation of the residual, sharing its scale evenly."""
+    """``A`` and ``B`` with ``scaling * B A`` the best rank-r approximation of the residual, its scale shared evenly."""
     rank_possible = min(rank, *residual.shape)
     if svd == "exact":
         left, values, right = torch.linalg.svd(residual, full_matrices=False)

@@ -59,10 +59,12 @@ def pack(weight: torch.Tensor, bits: int, double_quant: bool) -> dict[str, torch
 def unpack(tensors: dict[str, torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
     """Dequantize what `pack` made: ``(rows, columns)`` in ``dtype``."""
     if "SCB" in tensors:
-        return int8_vectorwise_dequant(tensors["weight"], tensors["SCB"]).to(dtype)
+        weight: torch.Tensor = int8_vectorwise_dequant(tensors["weight"], tensors["SCB"])
+        return weight.to(dtype)
     state = {name.removeprefix("weight."): tensor for name, tensor in tensors.items() if name != "weight"}
     device = tensors["weight"].device
-    return dequantize_4bit(tensors["weight"], QuantState.from_dict(state, device=device)).to(dtype)
+    decoded: torch.Tensor = dequantize_4bit(tensors["weight"], QuantState.from_dict(state, device=device))
+    return decoded.to(dtype)
 
 
 def replace_linears(
@@ -79,15 +81,15 @@ def replace_linears(
             check_cpu_widths([LinearShape(path, linear.out_features, linear.in_features)])
         with torch.device("meta"):
             replacement = _empty_layer(linear, bits, dtype, double_quant)
-        replacement.source_cls = torch.nn.Linear
+        replacement.source_cls = torch.nn.Linear  # type: ignore[assignment]
         replacement.requires_grad_(False)
         model.set_submodule(path, replacement)
 
 
-def _empty_layer(linear: torch.nn.Linear, bits: int, dtype: torch.dtype, double_quant: bool) -> torch.nn.Module:
+def _empty_layer(linear: torch.nn.Linear, bits: int, dtype: torch.dtype, double_quant: bool) -> torch.nn.Linear:
     has_bias = linear.bias is not None
     if bits == 8:
-        layer = bnb.nn.Linear8bitLt(
+        layer: torch.nn.Linear = bnb.nn.Linear8bitLt(
             linear.in_features, linear.out_features, has_bias, has_fp16_weights=False, threshold=6.0
         )
         layer.weight.data = layer.weight.data.to(torch.int8)
@@ -98,7 +100,7 @@ def _empty_layer(linear: torch.nn.Linear, bits: int, dtype: torch.dtype, double_
     layer.weight.data = layer.weight.data.to(torch.uint8)
     # On CPUs with AVX512-BF16 bitsandbytes 0.50 repacks a layer at its first evaluation: it rounds the scales to bf16,
     # which changes the model, and refuses widths that are no multiple of 32, which pruning makes.
-    layer.support_avx512bf16_for_cpu = False
+    layer.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
     return layer
 
 

@@ -70,8 +70,8 @@ def claim(results: Results) -> str:
     spent = searched.plan_bytes / seed.plan_bytes - 1
     if spent > SAME_BYTES:
         return (
-            f"No claim: the searched plan spends {spent:.1%} more bytes than the seed plan ({sizes}), so the two cannot "
-            "be compared."
+            f"No claim: the searched plan spends {spent:.1%} more bytes than the seed plan ({sizes}), so the two "
+            "cannot be compared."
         )
     scores = results.evaluate.scores
     parts = [

@@ -37,7 +37,10 @@ class Observation:
 class Proposer(Protocol):
     """Proposes a plan, feasible or not, from what is known."""
 
-    name: str
+    @property
+    def name(self) -> str:
+        """What the records call it."""
+        ...
 
     def propose(self, index: int, observations: Sequence[Observation]) -> PrecisionPlan:
         """The plan for suggestion `index`; `observations` are in order of their indices."""

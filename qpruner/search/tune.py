@@ -152,9 +152,7 @@ class HyperOptProposer:
 
     def propose(self, index: int, observations: Sequence[Observation]) -> PrecisionPlan:
         """A plan; equal arguments give equal plans."""
-        known = [
-            {name: str(bits) for name, bits in observation.plan.as_dict().items()} for observation in observations
-        ]
+        known = [{name: str(bits) for name, bits in observation.plan.as_dict().items()} for observation in observations]
         search = HyperOptSearch(
             self._search_space,
             metric=METRIC,

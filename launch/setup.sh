@@ -1,0 +1,55 @@
+#!/usr/bin/env bash
+# Makes .venv in the project's root and installs qpruner with some extras; does nothing where that is done already.
+# Usage: bash launch/setup.sh EXTRAS [GROUP]     (demo.sh and test.sh call it)
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+extras=${1:?which extras of pyproject.toml, such as demo}
+group=${2:-}
+
+fail() { printf 'error: %s\n' "$1" >&2; exit 1; }
+
+python=""
+for candidate in "${PYTHON:-python3}" python3.13 python3.12 python3.11 python3; do
+  if command -v "$candidate" >/dev/null 2>&1 &&
+     "$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
+    python=$candidate
+    break
+  fi
+done
+if [ -z "$python" ]; then
+  command -v python3 >/dev/null 2>&1 || fail "python3 was not found; install Python 3.11 or newer"
+  fail "$(python3 --version 2>&1) is too old; install Python 3.11 or newer, or name one: PYTHON=/path/to/python bash $0"
+fi
+"$python" -c 'import venv, ensurepip' 2>/dev/null ||
+  fail "$python has no venv module; on Debian and Ubuntu: apt-get install python3-venv"
+
+# What is installed is a function of pyproject.toml and of what was asked for.
+wanted=$("$python" - "$extras" "$group" <<'PY'
+import hashlib, pathlib, sys
+print(hashlib.sha256(pathlib.Path("pyproject.toml").read_bytes() + " ".join(sys.argv[1:]).encode()).hexdigest())
+PY
+)
+marker=".venv/qpruner-installed-$extras"
+if [ -f "$marker" ] && [ "$(cat "$marker")" = "$wanted" ]; then
+  echo "== .venv has qpruner[$extras] already"
+  exit 0
+fi
+
+free_mib=$(df -Pm . | awk 'NR == 2 { print $4 }')
+[ "$free_mib" -ge 4000 ] || fail "the installation takes about 4 GB, but only ${free_mib} MB are free in $PWD; make room"
+
+if [ ! -x .venv/bin/python ]; then
+  echo "== making .venv with $("$python" --version)"
+  "$python" -m venv .venv
+fi
+pip() { .venv/bin/python -m pip --disable-pip-version-check --quiet "$@"; }
+echo "== installing qpruner[$extras] (torch, transformers, ray and others; a few minutes the first time)"
+# Dependency groups need pip 25.1; this is also the first thing that needs the network.
+pip install --upgrade 'pip>=25.1' ||
+  fail "pip cannot reach a package index; check the network or proxy, then run this again"
+pip install --editable ".[$extras]" || fail "the installation failed; pip's own message is above"
+if [ -n "$group" ]; then
+  echo "== installing the group $group (without dependencies)"
+  pip install --no-deps --group "$group" || fail "the group $group could not be installed; pip's own message is above"
+fi
+printf '%s' "$wanted" > "$marker"

@@ -1,0 +1,13 @@
+#!/usr/bin/env bash
+# The fast tests and every static check, from a fresh machine: makes .venv, installs, runs them.
+# Usage: bash launch/test.sh [options of pytest]     Long tests: .venv/bin/pytest -m slow
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+bash launch/setup.sh dev demo-model
+for check in "ruff check ." "ruff format --check ." "mypy" "lint-imports"; do
+  echo "== $check"
+  # shellcheck disable=SC2086
+  .venv/bin/$check
+done
+echo "== pytest"
+exec .venv/bin/python -m pytest -q "$@"

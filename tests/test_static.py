@@ -1,0 +1,63 @@
+"""What a person notices before anything runs: the help answers at once, the schema is current, the configs load."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from qpruner.config import config_schema, load_config
+
+ROOT = Path(__file__).resolve().parent.parent
+CONFIGS = sorted((ROOT / "tune_configs").glob("*.yaml"))
+
+
+def test_help_imports_no_heavy_library() -> None:
+    code = (
+        "import sys\nfrom click.testing import CliRunner\nfrom qpruner.cli import main\n"
+        "assert CliRunner().invoke(main, ['--help']).exit_code == 0\n"
+        "heavy = {'torch', 'ray', 'transformers', 'peft', 'datasets'} & set(sys.modules)\nassert not heavy, heavy"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+def test_unknown_verb_names_the_nearest() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "qpruner.cli", "serach", "x.yaml"], capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 2
+    assert "did you mean `qpruner search`?" in done.stderr
+
+
+def test_schema_is_current() -> None:
+    written = (ROOT / "tune_configs" / "schema.json").read_text()
+    assert written == config_schema(), "run: qpruner schema > tune_configs/schema.json"
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_config_is_complete_and_says_how_to_run_it(path: Path) -> None:
+    config = load_config(path)
+    head = path.read_text().splitlines()[:3]
+    assert all(line.startswith("#") for line in head)
+    text = " ".join(head)
+    assert all(word in text for word in ("Hardware:", "Time:", "Command:", path.name)), text
+    given = yaml.safe_load(path.read_text())
+    # Complete: a section that is left out would take values that the file does not show.
+    shown = {"model", "data", "calibration", "prune", "quantize", "lora", "training", "search", "finetune", "evaluate"}
+    assert shown <= set(given)
+    assert config.output == given["output"]
+
+
+def test_the_seven_billion_recipes_follow_the_paper() -> None:
+    for name in ("llama2_7b_p20", "llama2_7b_p50", "vicuna_7b_p30"):
+        config = load_config(ROOT / "tune_configs" / f"{name}.yaml")
+        assert (config.prune.first_layer, config.prune.last_layer) == (4, 29)
+        assert (config.calibration.num_samples, config.calibration.max_length) == (10, 64)
+        assert (config.lora.rank, config.training.batch_size, config.training.learning_rate) == (8, 64, 1e-4)
+        assert config.finetune.epochs == 2
+        assert set(config.evaluate.tasks) == {
+            "boolq", "piqa", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "openbookqa",
+        }  # fmt: skip
