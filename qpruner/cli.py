@@ -109,7 +109,7 @@ def _run(
         results = run(config, terminal.emit, address, until)
     if until == "report":
         _print_table(results, terminal)
-    return {"status": "ok", "run": str(root.resolve()), "stages": _figures(results)}
+    return {"status": "ok", "run": str(root.resolve()), **_figures(results)}
 
 
 def _print_table(results: Results, terminal: Terminal) -> None:
@@ -171,12 +171,13 @@ def _check_text(config: RunConfig, facts: dict[str, Any]) -> str:
     about = " (estimate: global selection leaves the widths open)" if facts["is_estimate"] else ""
     sizes = [f"all {bits}-bit {facts[f'bytes_all_{bits}'] / 1e6:.1f} MB" for bits in config.quantize.bits]
     rows = ", ".join(f"{count} {name}" for name, count in facts["rows"].items())
+    trials = f"{config.search.trials}, {facts['concurrent_trials']} at once, scored at steps {facts['rungs']}"
     return "\n".join(
         [
             f"groups:     {facts['num_groups']} ({config.quantize.group})",
             f"parameters: {facts['parameters_base'] / 1e6:.1f} M -> {facts['parameters_pruned'] / 1e6:.1f} M",
             f"plan bytes: {', '.join(sizes)}, budget {facts['bytes_budget'] / 1e6:.1f} MB{about}",
-            f"trials:     {config.search.trials}, {facts['concurrent_trials']} at once, rungs at {facts['rungs']} steps",
+            f"trials:     {trials}",
             f"rows:       {rows}",
             "The configuration is valid.",
         ]

@@ -1,4 +1,8 @@
-"""Bad inputs, one a row: each is refused with a `UserError` that says what is wrong where, before a weight is loaded."""
+"""Bad inputs, one a row: each is refused before a weight is loaded.
+
+A row is what to change in a configuration that is otherwise accepted, and what the error must hold: the key, the value
+found, the rule it breaks, the remedy.
+"""
 
 from __future__ import annotations
 
@@ -75,37 +79,26 @@ def refused(
 
 # ---- what is wrong with the configuration alone
 
+# fmt: off
 CONFIGURATION = [
     refused("key-unknown", {"outptu": "x"}, "`outptu`", "outptu", "not a known key", "did you mean `output`"),
     refused("key-misspelt", {"lora.rnak": 8}, "`lora.rnak`", "rnak", "not a known key", "did you mean `lora.rank`"),
     refused(
-        "key-misspelt-deep",
-        {"quantize.budget.bitez": 3},
-        "`quantize.budget.bitez`",
-        "bitez",
-        "not a known key",
-        "did you mean `quantize.budget.bytes`",
+        "key-misspelt-deep", {"quantize.budget.bitez": 3}, "`quantize.budget.bitez`", "bitez", "not a known key",
+        "did you mean `quantize.budget.bytes`"
     ),
     refused(
-        "key-misspelt-in-list",
-        {"data.train.0.spilt": "x"},
-        "`data.train.0.spilt`",
-        "spilt",
-        "not a known key",
-        "did you mean `data.train.0.split`",
+        "key-misspelt-in-list", {"data.train.0.spilt": "x"}, "`data.train.0.spilt`", "spilt", "not a known key",
+        "did you mean `data.train.0.split`"
     ),
     refused(
-        "key-like-no-other",
-        {"prune.zzzz": 1},
-        "`prune.zzzz`",
-        "zzzz",
-        "not a known key",
-        "first_layer, importance, last_layer, rate",
+        "key-like-no-other", {"prune.zzzz": 1}, "`prune.zzzz`", "zzzz", "not a known key",
+        "first_layer, importance, last_layer, rate"
     ),
     refused("section-missing", lambda _: {"model": {}}, "`model.source`", "model.source", "missing", "must be given"),
     refused("string-for-integer", {"lora.rank": "eight"}, "`lora.rank`", "'eight'", "valid integer"),
     refused("fraction-for-integer", {"search.trials": 2.5}, "`search.trials`", "2.5", "valid integer"),
-    refused("boolean-for-integer", {"lora.rank": True}, "`lora.rank`", "True", "valid integer"),
+    refused("boolean-for-integer", {"lora.rank": True}, "`lora.rank`", "True", "not be a boolean"),
     refused("list-for-scalar", {"seed": [1, 2]}, "`seed`", "[1, 2]", "valid integer"),
     refused("mapping-for-list", {"data.train": {"source": "x"}}, "`data.train`", "{'source': 'x'}", "list"),
     refused("string-for-list", {"evaluate.tasks": TEST_TASK}, "`evaluate.tasks`", TEST_TASK, "list"),
@@ -120,27 +113,16 @@ CONFIGURATION = [
     refused("bits-descending", {"quantize.bits": [8, 4]}, "`bits`", "8, 4", "in ascending order"),
     refused("bits-duplicated", {"quantize.bits": [4, 4]}, "`bits`", "4, 4", "two different", "in ascending order"),
     refused(
-        "budget-empty",
-        {"quantize.budget": {}},
-        "`quantize.budget`",
-        "none",
-        "exactly one",
-        "fraction, mean_bits, gib, bytes",
+        "budget-empty", {"quantize.budget": {}}, "`quantize.budget`", "none", "exactly one",
+        "fraction, mean_bits, gib, bytes"
     ),
     refused(
-        "budget-twice",
-        {"quantize.budget": {"fraction": 0.5, "mean_bits": 5}},
-        "`quantize.budget`",
-        "['fraction', 'mean_bits']",
-        "exactly one",
-        "fraction, mean_bits, gib, bytes",
+        "budget-twice", {"quantize.budget": {"fraction": 0.5, "mean_bits": 5}}, "`quantize.budget`",
+        "['fraction', 'mean_bits']", "exactly one", "fraction, mean_bits, gib, bytes"
     ),
     refused(
-        "budget-fraction",
-        {"quantize.budget": {"fraction": 1.5}},
-        "`quantize.budget.fraction`",
-        "1.5",
-        "less than or equal to 1",
+        "budget-fraction", {"quantize.budget": {"fraction": 1.5}}, "`quantize.budget.fraction`", "1.5",
+        "less than or equal to 1"
     ),
     refused("budget-infinite", {"quantize.budget": {"gib": float("inf")}}, "`quantize.budget.gib`", "inf", "finite"),
     refused("rank-0", {"lora.rank": 0}, "`lora.rank`", "got 0", "greater than or equal to 1"),
@@ -151,31 +133,22 @@ CONFIGURATION = [
     ),
     refused("first-rung-late", {"search.first_rung": 9}, "`first_rung`", "got 9", "at most `steps` (4)"),
     refused(
-        "reduction-factor-1",
-        {"search.reduction_factor": 1},
-        "`search.reduction_factor`",
-        "got 1",
-        "greater than or equal to 2",
+        "reduction-factor-1", {"search.reduction_factor": 1}, "`search.reduction_factor`", "got 1",
+        "greater than or equal to 2"
     ),
     refused(
-        "accuracy-of-nothing",
-        {"search.metric": "accuracy"},
-        "`metric: accuracy`",
-        "accuracy",
-        "at least one task",
-        "`tasks`",
+        "accuracy-of-nothing", {"search.metric": "accuracy"}, "`metric: accuracy`", "accuracy", "at least one task",
+        "`tasks`"
     ),
     refused("finetune-both", {"finetune": {"steps": 4, "epochs": 1}}, "`finetune`", "both", "exactly one", "`epochs`"),
     refused("finetune-neither", {"finetune": {}}, "`finetune`", "neither", "exactly one", "`epochs`"),
     refused(
-        "task-searched-and-held-out",
-        {"search.tasks": [TEST_TASK]},
-        "`evaluate.tasks`",
-        TEST_TASK,
-        "must not share tasks with `search.tasks`",
+        "task-searched-and-held-out", {"search.tasks": [TEST_TASK]}, "`evaluate.tasks`", TEST_TASK,
+        "must not share tasks with `search.tasks`"
     ),
     refused("output-unnamed", {"output": ""}, "`output`", "''", "at least 1 character"),
 ]
+# fmt: on
 
 # ---- what cannot be for this model, budget, device or disk
 
@@ -227,14 +200,11 @@ def _gguf(scene: Scene, keep: Callable[[bytes], bytes]) -> dict[str, Any]:
 SUPPORTED = ", ".join(family.model_type for family in FAMILIES)
 ON_CPU = pytest.mark.skipif(torch.cuda.is_available(), reason="float16 is refused on a CPU only")
 
+# fmt: off
 MODEL = [
     refused(
-        "rate-unreachable",
-        {"prune.rate": 0.6, "prune.first_layer": 1},
-        "`prune.rate`",
-        "0.6",
-        "at least one unit",
-        "lower the rate or widen `prune.first_layer`",
+        "rate-unreachable", {"prune.rate": 0.6, "prune.first_layer": 1}, "`prune.rate`", "0.6", "at least one unit",
+        "lower the rate or widen `prune.first_layer`"
     ),
     refused(
         "layers-outside", {"prune.last_layer": 7}, "`prune.last_layer` 7", "7", "within the model's 2 blocks", "0 to 1"
@@ -243,219 +213,127 @@ MODEL = [
         "layers-before-first", {"prune.last_layer": -5}, "`prune.last_layer` -5", "-5", "the model's 2 blocks", "0 to 1"
     ),
     refused(
-        "layers-reversed",
-        {"prune.first_layer": 1, "prune.last_layer": 0},
-        "`prune.first_layer` 1",
-        "`prune.last_layer` 0",
-        "must be a range",
-        "0 to 1",
+        "layers-reversed", {"prune.first_layer": 1, "prune.last_layer": 0}, "`prune.first_layer` 1",
+        "`prune.last_layer` 0", "must be a range", "0 to 1"
     ),
     refused(
-        "budget-bytes",
-        {"quantize.budget": {"bytes": 1000}},
-        "`quantize.budget.bytes`",
-        "got 1000",
-        "every group at 4",
-        "the smallest that works is",
+        "budget-bytes", {"quantize.budget": {"bytes": 1000}}, "`quantize.budget.bytes`", "got 1000", "every group at 4",
+        "the smallest that works is"
     ),
     refused(
-        "budget-gib",
-        {"quantize.budget": {"gib": 1e-6}},
-        "`quantize.budget.gib`",
-        "1e-06",
-        "every group at 4",
-        "the smallest that works is",
+        "budget-gib", {"quantize.budget": {"gib": 1e-6}}, "`quantize.budget.gib`", "1e-06", "every group at 4",
+        "the smallest that works is"
     ),
     refused(
-        "budget-mean-bits-high",
-        {"quantize.budget": {"mean_bits": 9}},
-        "`quantize.budget.mean_bits`",
-        "got 9",
-        "between the lowest and highest of `quantize.bits`",
-        "4 and 8",
+        "budget-mean-bits-high", {"quantize.budget": {"mean_bits": 9}}, "`quantize.budget.mean_bits`", "got 9",
+        "between the lowest and highest of `quantize.bits`", "4 and 8"
     ),
     refused(
-        "budget-mean-bits-low",
-        {"quantize.budget": {"mean_bits": 3}},
-        "`quantize.budget.mean_bits`",
-        "got 3",
-        "between the lowest and highest of `quantize.bits`",
-        "4 and 8",
+        "budget-mean-bits-low", {"quantize.budget": {"mean_bits": 3}}, "`quantize.budget.mean_bits`", "got 3",
+        "between the lowest and highest of `quantize.bits`", "4 and 8"
     ),
     refused(
-        "model-missing",
-        lambda scene: {"model.source": str(scene.folder / "none")},
-        "`model.source`",
-        "{folder}/none",
-        "does not exist",
-        "name a model folder",
+        "model-missing", lambda scene: {"model.source": str(scene.folder / "none")}, "`model.source`", "{folder}/none",
+        "does not exist", "name a model folder"
     ),
     refused(
-        "model-a-file",
-        lambda scene: {"model.source": scene.file("weights.pt", "")},
-        "`model.source`",
-        "{folder}/weights.pt",
-        "is a file",
-        "name a model folder",
+        "model-a-file", lambda scene: {"model.source": scene.file("weights.pt", "")}, "`model.source`",
+        "{folder}/weights.pt", "is a file", "name a model folder"
     ),
     refused(
-        "model-without-config",
-        lambda scene: scene.edited_model(lambda folder: (folder / "config.json").unlink()),
-        "`model.source`",
-        "{folder}/model",
-        "no config.json",
-        "name a model folder",
+        "model-without-config", lambda scene: scene.edited_model(lambda folder: (folder / "config.json").unlink()),
+        "`model.source`", "{folder}/model", "no config.json", "name a model folder"
     ),
     refused(
         "model-config-not-json",
         lambda scene: scene.edited_model(lambda folder: (folder / "config.json").write_text('{"model_type": "lla')),
-        "`model.source`",
-        "{folder}/model",
-        "not a valid JSON file",
+        "`model.source`", "{folder}/model", "not a valid JSON file"
     ),
     refused(
         "model-config-impossible",
-        lambda scene: scene.edited_model(lambda folder: _config_keys(folder, num_attention_heads=3)),
-        "`model.source`",
-        "{folder}/model",
-        "not a multiple of the number of attention heads (3)",
+        lambda scene: scene.edited_model(lambda folder: _config_keys(folder, num_attention_heads=3)), "`model.source`",
+        "{folder}/model", "not a multiple of the number of attention heads (3)"
     ),
     refused(
-        "model-pickled",
-        lambda scene: scene.edited_model(_pickled_only),
-        "`model.source`",
-        "{folder}/model",
-        "pickled .bin weights are not read",
-        "save_pretrained",
+        "model-pickled", lambda scene: scene.edited_model(_pickled_only), "`model.source`", "{folder}/model",
+        "pickled .bin weights are not read", "save_pretrained"
     ),
     refused(
-        "model-shard-missing",
-        lambda scene: scene.edited_model(_second_shard_missing),
-        "`model.source`",
-        "model-00002-of-00002.safetensors",
-        "lacks",
-        "fetch",
+        "model-shard-missing", lambda scene: scene.edited_model(_second_shard_missing), "`model.source`",
+        "model-00002-of-00002.safetensors", "lacks", "fetch"
     ),
     refused(
         "model-index-not-json",
         lambda scene: scene.edited_model(lambda folder: (folder / "model.safetensors.index.json").write_text('{"wei')),
-        "`model.source`",
-        "model.safetensors.index.json",
-        "not valid JSON",
-        "fetch",
+        "`model.source`", "model.safetensors.index.json", "not valid JSON", "fetch"
     ),
     refused(
         "model-weights-truncated",
         lambda scene: scene.edited_model(lambda folder: os.truncate(folder / "model.safetensors", 20_000)),
-        "`model.source`",
-        "{folder}/model/model.safetensors",
-        "truncated",
-        "fetch",
+        "`model.source`", "{folder}/model/model.safetensors", "truncated", "fetch"
     ),
     refused(
         "model-without-tokenizer",
         lambda scene: scene.edited_model(lambda folder: [path.unlink() for path in folder.glob("tokenizer*")]),
-        "`model.source`",
-        "{folder}/model",
-        "tokenizer",
+        "`model.source`", "{folder}/model", "tokenizer"
     ),
     refused(
         "model-quantized",
-        lambda scene: scene.edited_model(
-            lambda folder: _config_keys(folder, quantization_config={"quant_method": "gptq", "bits": 4})
-        ),
-        "`model.source`",
-        "{folder}/model",
-        "already quantized",
-        "give the full-precision checkpoint",
+        lambda scene: scene.edited_model(lambda folder: _config_keys(folder, quantization_config={"bits": 4})),
+        "`model.source`", "{folder}/model", "already quantized", "give the full-precision checkpoint"
     ),
     refused(
-        "model-unsupported",
-        lambda scene: scene.edited_model(_gpt2),
-        "`model.source`",
-        "`gpt2`",
-        "not supported",
-        f"supported: {SUPPORTED}",
+        "model-unsupported", lambda scene: scene.edited_model(_gpt2), "`model.source`", "`gpt2`", "not supported",
+        f"supported: {SUPPORTED}"
     ),
     refused(
-        "package-not-installed",
-        {"model.source": "package:no_such_package/model.gguf"},
-        "`model.source`",
-        "`no_such_package`",
-        "not installed",
-        "install it",
+        "package-not-installed", {"model.source": "package:no_such_package/model.gguf"}, "`model.source`",
+        "`no_such_package`", "not installed", "install it"
     ),
     refused(
-        "package-without-file",
-        {"model.source": "package:qpruner/demo/model.gguf"},
-        "`model.source`",
-        "`demo/model.gguf`",
-        "package `qpruner` has no file",
-        "name",
+        "package-without-file", {"model.source": "package:qpruner/demo/model.gguf"}, "`model.source`",
+        "`demo/model.gguf`", "package `qpruner` has no file", "name"
     ),
     refused(
-        "gguf-missing",
-        lambda scene: {"model.source": str(scene.folder / "none.gguf")},
-        "`model.source`",
-        "{folder}/none.gguf",
-        "does not exist",
-        "name",
+        "gguf-missing", lambda scene: {"model.source": str(scene.folder / "none.gguf")}, "`model.source`",
+        "{folder}/none.gguf", "does not exist", "name"
     ),
     refused(
-        "gguf-not-gguf",
-        lambda scene: {"model.source": scene.file("text.gguf", "hello world")},
-        "`model.source`",
-        "{folder}/text.gguf",
-        "not a GGUF file",
+        "gguf-not-gguf", lambda scene: {"model.source": scene.file("text.gguf", "hello world")}, "`model.source`",
+        "{folder}/text.gguf", "not a GGUF file"
     ),
     refused(
-        "gguf-header-truncated",
-        lambda scene: _gguf(scene, lambda whole: whole[:100]),
-        "`model.source`",
-        "{folder}/part.gguf",
-        "truncated",
-        "fetch",
+        "gguf-header-truncated", lambda scene: _gguf(scene, lambda whole: whole[:100]), "`model.source`",
+        "{folder}/part.gguf", "truncated", "fetch"
     ),
     refused(
-        "gguf-weights-truncated",
-        lambda scene: _gguf(scene, lambda whole: whole[:-5000]),
-        "`model.source`",
-        "{folder}/part.gguf",
-        "truncated",
-        "fetch",
+        "gguf-weights-truncated", lambda scene: _gguf(scene, lambda whole: whole[:-5000]), "`model.source`",
+        "{folder}/part.gguf", "truncated", "fetch"
     ),
     refused(
-        "float16-on-cpu",
-        {"model.dtype": "float16"},
-        "`model.dtype`",
-        "float16",
-        "cannot be trained on a CPU",
-        "bfloat16 or float32",
-        marks=ON_CPU,
+        "float16-on-cpu", {"model.dtype": "float16"}, "`model.dtype`", "float16", "cannot be trained on a CPU",
+        "bfloat16 or float32", marks=ON_CPU
     ),
     refused(
-        "output-a-file",
-        lambda scene: {"output": scene.file("taken", "")},
-        "`output`",
-        "{folder}/taken",
-        "is a file",
-        "name a folder",
+        "output-a-file", lambda scene: {"output": scene.file("taken", "")}, "`output`", "{folder}/taken", "is a file",
+        "name a folder"
     ),
     refused(
-        "output-below-a-file",
-        lambda scene: {"output": scene.file("taken", "") + "/run"},
-        "`output`",
-        "{folder}/taken",
-        "is a file",
-        "name a folder",
+        "output-below-a-file", lambda scene: {"output": scene.file("taken", "") + "/run"}, "`output`", "{folder}/taken",
+        "is a file", "name a folder"
     ),
 ]
+# fmt: on
 
 # ---- what is wrong with data and tasks
 
 
 def _rows(scene: Scene, name: str, *rows: dict[str, Any]) -> dict[str, Any]:
     return {"data.train.0.source": scene.file(name, "".join(json.dumps(row) + "\n" for row in rows))}
+
+
+def _not_json(scene: Scene) -> dict[str, Any]:
+    return {"data.train.0.source": scene.file("bad.jsonl", "{not json\n")}
 
 
 def _test_rows_as_a_search_task(scene: Scene) -> dict[str, Any]:
@@ -470,215 +348,118 @@ QUESTION = {"question": "Is water wet?", "choices": {"text": ["no", "yes"], "lab
 OVERLAP = "must not overlap"
 OTHER_ROWS = "take other rows"
 
+# fmt: off
 DATA = [
     refused(
-        "data-missing",
-        {"data.train.0.source": "/no/such.jsonl"},
-        "`data.train.0.source`",
-        "/no/such.jsonl",
-        "does not exist",
-        "name",
+        "data-missing", {"data.train.0.source": "/no/such.jsonl"}, "`data.train.0.source`", "/no/such.jsonl",
+        "does not exist", "name"
     ),
     refused(
-        "data-wrong-extension",
-        lambda scene: {"data.train.0.source": scene.file("rows.csv", "question,answer\n")},
-        "`data.train.0.source`",
-        "{folder}/rows.csv",
-        "no data file",
-        ".jsonl, .json, .parquet or .txt",
+        "data-wrong-extension", lambda scene: {"data.train.0.source": scene.file("rows.csv", "question,answer\n")},
+        "`data.train.0.source`", "{folder}/rows.csv", "no data file", ".jsonl, .json, .parquet or .txt"
     ),
     refused(
-        "data-wrong-extension-relative",
-        {"data.train.0.source": "rows.csv"},
-        "`data.train.0.source`",
-        "rows.csv",
-        "no data file",
-        ".jsonl, .json, .parquet or .txt",
+        "data-wrong-extension-relative", {"data.train.0.source": "rows.csv"}, "`data.train.0.source`", "rows.csv",
+        "no data file", ".jsonl, .json, .parquet or .txt"
     ),
     refused(
-        "data-not-json",
-        lambda scene: {"data.train.0.source": scene.file("bad.jsonl", "{not json\n")},
-        "`data.train.0.source`",
-        "{folder}/bad.jsonl",
-        "JSON parse error",
-        "name another",
+        "data-not-json", _not_json,
+        "`data.train.0.source`", "{folder}/bad.jsonl", "JSON parse error", "name another"
     ),
     refused(
-        "data-empty",
-        lambda scene: {"data.train.0.source": scene.file("empty.jsonl", "")},
-        "`data.train.0.source`",
-        "{folder}/empty.jsonl",
-        "empty",
-        "name another",
+        "data-empty", lambda scene: {"data.train.0.source": scene.file("empty.jsonl", "")}, "`data.train.0.source`",
+        "{folder}/empty.jsonl", "empty", "name another"
     ),
     refused(
-        "data-split-unknown",
-        {"data.train.0.split": "trian"},
-        "`data.train.0.source`",
-        '"trian"',
-        "Unknown split",
-        "['train']",
+        "data-split-unknown", {"data.train.0.split": "trian"}, "`data.train.0.source`", '"trian"', "Unknown split",
+        "['train']"
     ),
     refused(
-        "data-format-unknown",
-        {"data.train.0.format": "chat"},
-        "`data.train.0.format`",
-        "'chat'",
-        "'instruction', 'multiple_choice' or 'text'",
+        "data-format-unknown", {"data.train.0.format": "chat"}, "`data.train.0.format`", "'chat'",
+        "'instruction', 'multiple_choice' or 'text'"
     ),
     refused(
-        "column-missing",
-        lambda scene: _rows(scene, "rows.jsonl", {"q": "?", "choices": ["a"], "answerKey": "A"}),
-        "`data.train.0.columns.question`",
-        "question",
-        "no column",
-        "they have q, choices, answerKey",
+        "column-missing", lambda scene: _rows(scene, "rows.jsonl", {"q": "?", "choices": ["a"], "answerKey": "A"}),
+        "`data.train.0.columns.question`", "question", "no column", "they have q, choices, answerKey"
     ),
     refused(
-        "column-mapped-to-nothing",
-        {"data.train.0.columns": {"answer": "solution"}},
-        "`data.train.0.columns.answer`",
-        "solution",
-        "no column",
-        "they have id, question, choices, answerKey",
+        "column-mapped-to-nothing", {"data.train.0.columns": {"answer": "solution"}}, "`data.train.0.columns.answer`",
+        "solution", "no column", "they have id, question, choices, answerKey"
     ),
     refused(
-        "column-unknown",
-        {"data.train.0.columns": {"quetsion": "question"}},
-        "`data.train.0.columns`",
-        "quetsion",
-        "a multiple_choice row has the columns question, choices, answer",
+        "column-unknown", {"data.train.0.columns": {"quetsion": "question"}}, "`data.train.0.columns`", "quetsion",
+        "a multiple_choice row has the columns question, choices, answer"
     ),
     refused(
-        "column-list-for-one",
-        {"data.train.0.columns": {"question": ["question", "topic"]}},
-        "`data.train.0.columns.question`",
-        "question, topic",
-        "one column",
+        "column-list-for-one", {"data.train.0.columns": {"question": ["question", "topic"]}},
+        "`data.train.0.columns.question`", "question, topic", "one column"
     ),
     refused(
-        "choices-no-list",
-        {"data.train.0.columns": {"choices": "question"}},
-        "`data.train.0.columns.choices`",
-        "question",
-        "list",
+        "choices-no-list", {"data.train.0.columns": {"choices": "question"}}, "`data.train.0.columns.choices`",
+        "question", "list"
     ),
     refused(
-        "answer-no-label",
-        lambda scene: _rows(scene, "rows.jsonl", QUESTION, QUESTION | {"answerKey": "E"}),
-        "`data.train.0.columns.answer`",
-        "'E'",
-        "one of the labels A, B",
-        "from 0 to 1",
+        "answer-no-label", lambda scene: _rows(scene, "rows.jsonl", QUESTION, QUESTION | {"answerKey": "E"}),
+        "`data.train.0.columns.answer`", "'E'", "one of the labels A, B", "from 0 to 1"
     ),
     refused(
-        "rows-cut-to-nothing",
-        {"data.max_length": 8},
-        "`data.max_length`",
-        "8",
-        "no row a token to predict",
-        "make it longer",
+        "rows-cut-to-nothing", {"data.max_length": 8}, "`data.max_length`", "8", "no row a token to predict",
+        "make it longer"
     ),
     refused(
-        "chat-without-template",
-        {"data.template": "chat", "data.train.0": {"source": INSTRUCTIONS}},
-        "`data.template: chat`",
-        "chat",
-        "needs a tokenizer with a chat template",
-        "use alpaca",
+        "chat-without-template", {"data.template": "chat", "data.train.0": {"source": INSTRUCTIONS}},
+        "`data.template: chat`", "chat", "needs a tokenizer with a chat template", "use alpaca"
     ),
     refused(
-        "calibration-rows",
-        {"calibration.num_sensitivity_samples": 64},
-        "num_sensitivity_samples`",
-        "64",
-        "there are 48",
-        "ask for fewer or give more data",
+        "calibration-rows", {"calibration.num_sensitivity_samples": 64}, "num_sensitivity_samples`", "64",
+        "there are 48", "ask for fewer or give more data"
     ),
     refused(
-        "train-in-validation",
-        {"data.validation.0.source": QUESTIONS.format("train")},
-        "`data.train`",
-        "`data.validation` share 16",
-        OVERLAP,
-        OTHER_ROWS,
+        "train-in-validation", {"data.validation.0.source": QUESTIONS.format("train")}, "`data.train`",
+        "`data.validation` share 16", OVERLAP, OTHER_ROWS
     ),
     refused(
-        "train-in-confirmation",
-        {"data.confirmation.0.source": QUESTIONS.format("train")},
-        "`data.train`",
-        "`data.confirmation` share 16",
-        OVERLAP,
-        OTHER_ROWS,
+        "train-in-confirmation", {"data.confirmation.0.source": QUESTIONS.format("train")}, "`data.train`",
+        "`data.confirmation` share 16", OVERLAP, OTHER_ROWS
     ),
     refused(
-        "validation-in-confirmation",
-        {"data.confirmation.0.source": QUESTIONS.format("validation")},
-        "`data.validation`",
-        "`data.confirmation` share 16",
-        OVERLAP,
-        OTHER_ROWS,
+        "validation-in-confirmation", {"data.confirmation.0.source": QUESTIONS.format("validation")},
+        "`data.validation`", "`data.confirmation` share 16", OVERLAP, OTHER_ROWS
     ),
     refused(
-        "test-in-train",
-        {"data.train.0.source": QUESTIONS.format("test")},
-        "`data.train`",
-        "`evaluate.tasks` share 48",
-        OVERLAP,
-        OTHER_ROWS,
+        "test-in-train", {"data.train.0.source": QUESTIONS.format("test")}, "`data.train`", "`evaluate.tasks` share 48",
+        OVERLAP, OTHER_ROWS
     ),
     refused(
-        "test-in-validation",
-        {"data.validation.0.source": QUESTIONS.format("test")},
-        "`data.validation`",
-        "`evaluate.tasks` share 16",
-        OVERLAP,
-        OTHER_ROWS,
+        "test-in-validation", {"data.validation.0.source": QUESTIONS.format("test")}, "`data.validation`",
+        "`evaluate.tasks` share 16", OVERLAP, OTHER_ROWS
     ),
     refused(
         "test-in-calibration",
-        {"calibration.data": [{"source": QUESTIONS.format("test"), "format": "multiple_choice"}]},
-        "`calibration.data`",
-        "`evaluate.tasks`",
-        OVERLAP,
-        OTHER_ROWS,
+        {"calibration.data": [{"source": QUESTIONS.format("test"), "format": "multiple_choice"}]}, "`calibration.data`",
+        "`evaluate.tasks`", OVERLAP, OTHER_ROWS
     ),
     refused(
         "test-in-search-task", _test_rows_as_a_search_task, "`search.tasks`", "`evaluate.tasks`", OVERLAP, OTHER_ROWS
     ),
     refused(
-        "task-unknown",
-        {"evaluate.tasks": ["qpruner_everyday_tset"]},
-        "`evaluate.tasks`",
-        "`qpruner_everyday_tset`",
-        "has no task",
-        f"did you mean {TEST_TASK}",
+        "task-unknown", {"evaluate.tasks": ["qpruner_everyday_tset"]}, "`evaluate.tasks`", "`qpruner_everyday_tset`",
+        "has no task", f"did you mean {TEST_TASK}"
     ),
     refused(
-        "search-task-unknown",
-        {"search.tasks": ["qpruner_everyday_tset"]},
-        "`search.tasks`",
-        "`qpruner_everyday_tset`",
-        "has no task",
-        f"did you mean {TEST_TASK}",
+        "search-task-unknown", {"search.tasks": ["qpruner_everyday_tset"]}, "`search.tasks`", "`qpruner_everyday_tset`",
+        "has no task", f"did you mean {TEST_TASK}"
     ),
     refused(
-        "include-path-missing",
-        {"evaluate.include_path": "/no/tasks"},
-        "`evaluate.include_path`",
-        "/no/tasks",
-        "does not exist",
-        "name",
+        "include-path-missing", {"evaluate.include_path": "/no/tasks"}, "`evaluate.include_path`", "/no/tasks",
+        "does not exist", "name"
     ),
     refused(
-        "include-path-a-file",
-        {"evaluate.include_path": "package:qpruner/demo/__init__.py"},
-        "`evaluate.include_path`",
-        "demo/__init__.py",
-        "is a file",
-        "name a folder",
+        "include-path-a-file", {"evaluate.include_path": "package:qpruner/demo/__init__.py"}, "`evaluate.include_path`",
+        "demo/__init__.py", "is a file", "name a folder"
     ),
 ]
+# fmt: on
 
 
 @pytest.fixture
@@ -828,17 +609,18 @@ COMMANDS = [
     pytest.param("check", {}, ("--set", "lora.rank"), "section.key=value", id="set-without-equals"),
     pytest.param("check", {"quantize.budget": {"bytes": 1}}, (), "the smallest that works is", id="budget"),
     pytest.param("check", lambda scene: scene.edited_model(_gpt2), (), "`gpt2` is not supported", id="architecture"),
-    pytest.param("check", DATA[3].values[0], (), "JSON parse error", id="data-not-json"),
+    pytest.param("check", _not_json, (), "JSON parse error", id="data-not-json"),
     pytest.param("check", {"search.resources_per_trial": {"gpu": 999}}, (), "ask for less", id="resources"),
+    pytest.param("check", {}, ("--address", "127.0.0.1:1"), "no Ray cluster answers", id="address"),
     pytest.param("run", lambda scene: {"output": scene.file("taken", "")}, (), "name a folder", id="run-into-a-file"),
     pytest.param("run", {"search.resources_per_trial": {"gpu": 999}}, (), "ask for less", id="run-resources"),
 ]
 
 
-def command(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "qpruner.cli", *map(str, arguments)], capture_output=True, text=True, timeout=300
-    )
+def command(scene: Scene, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    """Runs `qpruner` in the row's folder."""
+    arguments = (sys.executable, "-m", "qpruner.cli", *arguments)
+    return subprocess.run(arguments, cwd=scene.folder, capture_output=True, text=True, timeout=100)
 
 
 @pytest.mark.parametrize(("verb", "change", "options", "said"), COMMANDS)
@@ -848,17 +630,17 @@ def test_the_command_ends_with_code_2_and_no_traceback(
     raw = raw_config(scene.model, scene.folder / "run")
     for key, value in (change(scene) if callable(change) else change).items():
         raw = with_key(raw, key, value)
-    done = command(verb, scene.file("config.yaml", yaml.safe_dump(raw)), "--json", *options)
+    done = command(scene, verb, scene.file("config.yaml", yaml.safe_dump(raw)), "--json", *options)
     assert done.returncode == 2, done.stderr
     assert "Traceback" not in done.stderr
-    assert "error: " in done.stderr and said in done.stderr
+    assert done.stderr.startswith("error: ") and said in done.stderr
     told = json.loads(done.stdout.splitlines()[-1])
     assert told["status"] == "error" and said in told["error"]
     assert not (scene.folder / "run" / "prepare").exists(), "no stage has run"
 
 
 def test_without_json_the_error_is_on_stderr_alone(scene: Scene) -> None:
-    done = command("check", scene.folder / "none.yaml")
+    done = command(scene, "check", scene.folder / "none.yaml")
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith("error: configuration file ")
 

@@ -8,7 +8,6 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import bitsandbytes as bnb
 import pytest
@@ -25,9 +24,6 @@ from qpruner.plan import LinearShape, PrecisionPlan, check_cpu_widths
 from qpruner.quantization.assembly import assemble, attach_adapters
 from qpruner.quantization.mixed import pack, replace_linears, unpack
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
 PATTERNS = {"all-4": (4,), "all-8": (8,), "all-16": (16,), "mixed": (4, 8, 16, 8, 4)}
 LAYERS = {4: bnb.nn.Linear4bit, 8: bnb.nn.Linear8bitLt, 16: torch.nn.Linear}
 
@@ -38,7 +34,7 @@ import qpruner.hf
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 model = AutoModelForCausalLM.from_pretrained(sys.argv[1])
-assert "bitsandbytes" in type(model.get_submodule(sys.argv[4]).base_layer).__module__
+assert "bitsandbytes" in type(model.get_submodule("model.layers.0.self_attn.q_proj").base_layer).__module__
 with torch.no_grad():
     logits = model(input_ids=load_file(sys.argv[2])["input_ids"], use_cache=False).logits
 save_file({"logits": logits}, sys.argv[3])
@@ -121,45 +117,55 @@ def test_the_model_computes_what_its_packed_weights_say(
         assert distance < 0.5 * (found - before).norm() / before.norm()
 
 
-def test_the_plan_stands_in_the_config(tiny_model: Path, bank: tuple[Path, list[str]], tmp_path: Path) -> None:
+def test_the_plan_stands_in_the_config(
+    tiny_model: Path, bank: tuple[Path, list[str]], double_quant: bool, tmp_path: Path
+) -> None:
     folder, names = bank
     plan = mixed_plan(names, (4, 8, 16))
-    model = mixed_model(tiny_model, folder, plan, double_quant=False)
-    model.save_pretrained(tmp_path)
+    mixed_model(tiny_model, folder, plan, double_quant).save_pretrained(tmp_path)
     written = json.loads((tmp_path / "config.json").read_text())["quantization_config"]
     paths = group_linears(AutoConfig.from_pretrained(tiny_model), GROUP)
-    assert written["quant_method"] == "qpruner"
+    assert (written["quant_method"], written["double_quant"]) == ("qpruner", double_quant)
     assert written["bits"] == {path: plan[name] for name in names for path in paths[name] if plan[name] != 16}
 
 
-@pytest.mark.parametrize("pattern", PATTERNS.values(), ids=PATTERNS)
-@pytest.mark.parametrize("nested", [False, True])
-def test_the_folder_is_as_large_as_the_plan_said(pattern: tuple[int, ...], nested: bool, tmp_path: Path) -> None:
-    """A budget that the files on disk do not keep would be no budget."""
+@pytest.fixture(scope="module")
+def larger(double_quant: bool, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
+    """A model large enough that file headers are small change, with its bank: `dense` and `bank` in one folder."""
     config = LlamaConfig(
         vocab_size=1000,
-        hidden_size=256,
-        intermediate_size=704,
-        num_hidden_layers=4,
-        num_attention_heads=4,
+        hidden_size=512,
+        intermediate_size=1408,
+        num_hidden_layers=2,
+        num_attention_heads=8,
         num_key_value_heads=2,
         tie_word_embeddings=True,
     )
+    root = tmp_path_factory.mktemp("larger")
     torch.manual_seed(0)
-    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(tmp_path / "dense")
-    plain = LORA.model_copy(update={"init": "plain"})
-    names = fill_bank(tmp_path / "dense", tmp_path / "bank", nested, plain)
+    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(root / "dense")
+    return root, fill_bank(root / "dense", root / "bank", double_quant, LORA.model_copy(update={"init": "plain"}))
+
+
+@pytest.mark.parametrize("pattern", PATTERNS.values(), ids=PATTERNS)
+def test_the_folder_is_as_large_as_the_plan_said(
+    larger: tuple[Path, list[str]], double_quant: bool, pattern: tuple[int, ...], tmp_path: Path
+) -> None:
+    """A budget that the files on disk do not keep would be no budget."""
+    root, names = larger
     plan = mixed_plan(names, pattern)
-    mixed_model(tmp_path / "dense", tmp_path / "bank", plan, nested).save_pretrained(tmp_path / "saved")
-    on_disk = sum(path.stat().st_size for path in (tmp_path / "saved").glob("*.safetensors"))
-    layout = layout_of(config, GROUP, 2, nested, LORA.rank)
+    mixed_model(root / "dense", root / "bank", plan, double_quant).save_pretrained(tmp_path)
+    on_disk = sum(path.stat().st_size for path in tmp_path.glob("*.safetensors"))
+    layout = layout_of(AutoConfig.from_pretrained(root / "dense"), GROUP, 2, double_quant, LORA.rank)
     promised = layout.plan_bytes(PrecisionPlan.from_dict(plan)) - layout.adapter_bytes
     assert on_disk == pytest.approx(promised, rel=0.01)
 
 
-def test_adapters_weigh_what_the_layout_says(tiny_model: Path, bank: tuple[Path, list[str]], tmp_path: Path) -> None:
+def test_adapters_weigh_what_the_layout_says(
+    tiny_model: Path, bank: tuple[Path, list[str]], double_quant: bool
+) -> None:
     folder, names = bank
-    peft_model = peft_of(tiny_model, folder, mixed_plan(names, (4, 8)), double_quant=False)
+    peft_model = peft_of(tiny_model, folder, mixed_plan(names, (4, 8)), double_quant)
     layout = layout_of(AutoConfig.from_pretrained(tiny_model), GROUP, 2, False, LORA.rank)
     adapters = [parameter for name, parameter in peft_model.named_parameters() if "lora_" in name]
     assert sum(parameter.nbytes for parameter in adapters) == layout.adapter_bytes
@@ -227,20 +233,26 @@ def test_a_row_of_zeros_stays_zero() -> None:
         assert (unpacked[3] == 0).all()
 
 
+def is_refused(columns: int) -> bool:
+    try:
+        check_cpu_widths([LinearShape("layer", 64, columns)])
+    except UserError:
+        return True
+    return False
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the CPU kernel's limits")
-def test_every_width_is_decoded_rightly_or_refused() -> None:
+@pytest.mark.parametrize("columns", [*range(1, 18), *range(24, 264, 8), 63, 65, 77, 130, 576, 1536])
+def test_every_width_is_decoded_rightly_or_refused(columns: int) -> None:
     """Some widths come out of bitsandbytes' CPU kernel as noise; nobody may train on those unawares."""
-    generator = torch.Generator().manual_seed(0)
-    for columns in range(1, 260):
-        weight = torch.randn(64, columns, generator=generator)
-        try:
+    if is_refused(columns):
+        with pytest.raises(UserError, match=f"layer has {columns} columns"):
             check_cpu_widths([LinearShape("layer", 64, columns)])
-        except UserError as refused:
-            assert f"{columns} columns" in str(refused)
-            assert columns % 64
-            continue
-        error = (unpack(pack(weight, 4, False), torch.float32) - weight).norm() / weight.norm()
-        assert error < 0.12, f"{columns} columns"
+        assert columns % 64, "multiples of 64 are what models are made of"
+        return
+    weight = torch.randn(16, columns, generator=torch.Generator().manual_seed(0))
+    error = (unpack(pack(weight, 4, False), torch.float32) - weight).norm() / weight.norm()
+    assert error < 0.15
 
 
 def test_only_linear_layers_can_be_quantized(tiny_model: Path) -> None:
@@ -249,51 +261,40 @@ def test_only_linear_layers_can_be_quantized(tiny_model: Path) -> None:
         replace_linears(model, {"model.embed_tokens": 8}, torch.bfloat16, double_quant=False)
 
 
-def test_a_final_folder_stops_where_the_base_model_stops(tiny_model: Path, tmp_path: Path) -> None:
+def test_a_final_folder_stops_where_the_base_model_stops(
+    tiny_model: Path, bank: tuple[Path, list[str]], double_quant: bool, tmp_path: Path
+) -> None:
     """Chat models end a turn with a token that only generation_config.json names."""
+    folder, names = bank
     base = tmp_path / "base"
     shutil.copytree(tiny_model, base)
     GenerationConfig(eos_token_id=[1, 7], do_sample=True, temperature=0.25).save_pretrained(base)
-    fill_bank(base, tmp_path / "bank", double_quant=False)
-    names = list(group_linears(AutoConfig.from_pretrained(base), GROUP))
-    model = mixed_model(base, tmp_path / "bank", mixed_plan(names, (8,)), double_quant=False)
-    assert model.generation_config.eos_token_id == [1, 7]
-    assert model.generation_config.temperature == 0.25
+    kept = mixed_model(base, folder, mixed_plan(names, (8,)), double_quant).generation_config
+    assert kept.eos_token_id == [1, 7]
+    assert (kept.do_sample, kept.temperature) == (True, 0.25)
 
 
-@pytest.fixture(scope="module")
-def final(
-    tiny_model: Path, bank: tuple[Path, list[str]], double_quant: bool, tmp_path_factory: pytest.TempPathFactory
-) -> tuple[Path, torch.Tensor]:
-    """A final folder as the pipeline writes it, with an adapter that is no longer its start, and the logits in memory."""
-    folder, names = bank
+def test_a_final_folder_carries_its_adapter(tiny_model: Path, tmp_path: Path) -> None:
+    """What a person who got the folder does: one import of ours, and plain transformers in a new process."""
+    names = fill_bank(tiny_model, tmp_path / "bank", double_quant=True)
     plan = mixed_plan(names, PATTERNS["mixed"])
-    root = tmp_path_factory.mktemp("final")
-    peft_model = peft_of(tiny_model, folder, plan, double_quant).eval()
+    peft_model = peft_of(tiny_model, tmp_path / "bank", plan, double_quant=True).eval()
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
         for name, parameter in peft_model.named_parameters():
             if "lora_" in name:
                 parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
-    peft_model.save_pretrained(root / "adapter")
-    model: PreTrainedModel = assemble(tiny_model, folder, GROUP, plan, DTYPE, double_quant)[0]
-    save_checkpoint(model, load_tokenizer(str(tiny_model)), root / "final")
+    expected = logits_of(peft_model)
+    # As pipeline/finish.py writes it.
+    peft_model.save_pretrained(tmp_path / "adapter")
+    model = mixed_model(tiny_model, tmp_path / "bank", plan, double_quant=True)
+    save_checkpoint(model, load_tokenizer(str(tiny_model)), tmp_path / "final")
     for file in ("adapter_config.json", "adapter_model.safetensors"):
-        shutil.copy2(root / "adapter" / file, root / "final" / file)
-    without = logits_of(model.eval())
-    logits = logits_of(peft_model)
-    assert (logits - without).norm() > 0.02 * without.norm(), "the adapter must matter for this to say anything"
-    return root / "final", logits
-
-
-def test_a_final_folder_carries_its_adapter(final: tuple[Path, torch.Tensor], tiny_model: Path, tmp_path: Path) -> None:
-    """What a person who got the folder does: one import of ours, and plain transformers in a new process."""
-    folder, expected = final
+        shutil.copy2(tmp_path / "adapter" / file, tmp_path / "final" / file)
     save_file({"input_ids": token_ids()}, tmp_path / "prompt.safetensors")
-    output = tmp_path / "logits.safetensors"
+    paths = [str(tmp_path / name) for name in ("final", "prompt.safetensors", "logits.safetensors")]
     finished = subprocess.run(
-        [sys.executable, "-c", FRESH_PROCESS, str(folder), str(tmp_path / "prompt.safetensors"), str(output)]
-        + ["model.layers.0.self_attn.q_proj"],
+        [sys.executable, "-c", FRESH_PROCESS, *paths],
         env={**os.environ, "HF_HUB_OFFLINE": "1"},
         cwd=tmp_path,
         capture_output=True,
@@ -301,4 +302,9 @@ def test_a_final_folder_carries_its_adapter(final: tuple[Path, torch.Tensor], ti
         check=False,
     )
     assert finished.returncode == 0, finished.stderr
-    assert torch.equal(load_file(output)["logits"], expected)
+    found = load_file(tmp_path / "logits.safetensors")["logits"]
+    effect = (expected - logits_of(model)).norm()
+    assert effect > 0.1 * expected.norm(), "the adapter must matter for this to say anything"
+    # transformers 5.24 rounds adapters on 4- and 16-bit layers to the model's bfloat16; peft keeps them in float32.
+    assert (found - expected).norm() < 0.05 * effect
+    assert (found - expected).norm() < 0.015 * expected.norm()

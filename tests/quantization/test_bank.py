@@ -1,0 +1,171 @@
+"""The bank: what was packed once is what every trial gets, and a broken file is named."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from mixed_models import DTYPE, GROUP, LORA, fill_bank, logits_of, mixed_plan
+from safetensors.torch import load_file
+
+from qpruner.config import LoraConfig
+from qpruner.errors import CorruptFile
+from qpruner.models.layout import group_linears
+from qpruner.models.loading import load_dense
+from qpruner.quantization.assembly import assemble, attach_adapters
+from qpruner.quantization.bank import EntrySettings, build_entry, entry_file, read_plan, write_entry
+from qpruner.quantization.mixed import pack, unpack
+
+
+def weights() -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return {
+        "model.layers.0.mlp.gate_proj": torch.randn(96, 64, generator=generator).to(torch.bfloat16),
+        "model.layers.0.mlp.up_proj": torch.randn(77, 128, generator=generator).to(torch.bfloat16),
+    }
+
+
+def settings(**changes: object) -> EntrySettings:
+    return EntrySettings(LORA.model_copy(update=changes), double_quant=False, seed=0)
+
+
+def same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> bool:
+    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.parametrize("init", ["loftq", "plain"])
+def test_a_plan_reads_what_was_written(tmp_path: Path, init: str) -> None:
+    entries = {bits: build_entry(weights(), bits, settings(init=init)) for bits in (4, 8)}
+    for bits, entry in entries.items():
+        write_entry(tmp_path, "layers.0.mlp", bits, entry)
+    for bits, entry in entries.items():
+        assert same(read_plan(tmp_path, {"layers.0.mlp": bits}), entry.tensors)
+    assert read_plan(tmp_path, {"layers.0.mlp": 16}) == {}
+
+
+def test_an_entry_can_be_written_again(tmp_path: Path) -> None:
+    """A stage that was killed half way starts over in the same folder."""
+    write_entry(tmp_path, "layers.0", 4, build_entry(weights(), 4, settings(init="plain")))
+    entry = build_entry(weights(), 4, settings())
+    path = write_entry(tmp_path, "layers.0", 4, entry)
+    assert path == entry_file(tmp_path, "layers.0", 4)
+    assert same(load_file(path), entry.tensors)
+
+
+def test_an_entry_is_a_pure_function_of_weights_and_bits() -> None:
+    torch.manual_seed(1)
+    first = build_entry(weights(), 4, settings(loftq_iterations=2))
+    torch.manual_seed(2)
+    state = torch.get_rng_state()
+    second = build_entry(weights(), 4, settings(loftq_iterations=2))
+    assert same(first.tensors, second.tensors)
+    assert first.residual_ratio == second.residual_ratio
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("rank", [2, 8, 64])
+def test_the_residual_ratio_is_the_share_of_the_error_that_is_left(bits: int, rank: int) -> None:
+    entry = build_entry(weights(), bits, settings(rank=rank, alpha=float(rank), svd="exact"))
+    plain, left = 0.0, 0.0
+    for path, weight in weights().items():
+        packed = {
+            name.removeprefix(f"{path}."): tensor for name, tensor in entry.tensors.items() if name.startswith(path)
+        }
+        adapter = packed.pop("lora_B") @ packed.pop("lora_A")
+        left += float((weight.float() - unpack(packed, torch.float32) - adapter).norm()) ** 2
+        plain += float((weight.float() - unpack(pack(weight, bits, False), torch.float32)).norm()) ** 2
+    assert entry.residual_ratio == pytest.approx((left / plain) ** 0.5, rel=1e-3, abs=1e-4)
+    assert 0 <= entry.residual_ratio < 1
+
+
+def test_without_loftq_nothing_is_given_back() -> None:
+    entry = build_entry(weights(), 4, settings(init="plain"))
+    assert entry.residual_ratio == 1.0
+    assert not any("lora" in name for name in entry.tensors)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.01, 0.5, 0.99])
+def test_a_truncated_file_is_named(tmp_path: Path, share: float) -> None:
+    write_entry(tmp_path, "layers.0.qkv", 8, build_entry(weights(), 8, settings()))
+    path = write_entry(tmp_path, "layers.0.mlp", 4, build_entry(weights(), 4, settings()))
+    os.truncate(path, int(path.stat().st_size * share))
+    with pytest.raises(CorruptFile, match=str(path)):
+        read_plan(tmp_path, {"layers.0.qkv": 8, "layers.0.mlp": 4})
+    assert read_plan(tmp_path, {"layers.0.qkv": 8})
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(CorruptFile, match=str(tmp_path / "4bit" / "layers.1.mlp.safetensors")):
+        read_plan(tmp_path, {"layers.1.mlp": 4})
+
+
+def test_a_broken_checkpoint_shard_is_named(tiny_model: Path, tmp_path: Path) -> None:
+    checkpoint = tmp_path / "pruned"
+    load_dense(str(tiny_model), DTYPE).save_pretrained(checkpoint, max_shard_size="60KB")
+    names = list(group_linears(load_dense(str(checkpoint), DTYPE).config, GROUP))
+    shards = sorted(checkpoint.glob("*.safetensors"))
+    assert len(shards) > 1
+    os.truncate(shards[1], 100)
+    with pytest.raises(CorruptFile, match=shards[1].name):
+        assemble(checkpoint, tmp_path / "bank", GROUP, mixed_plan(names, (16,)), DTYPE, double_quant=False)
+
+
+@pytest.fixture(scope="module")
+def bank(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
+    folder = tmp_path_factory.mktemp("bank")
+    return folder, fill_bank(tiny_model, folder, double_quant=False)
+
+
+def adapted(tiny_model: Path, bank: Path, plan: dict[str, int], lora: LoraConfig, seed: int) -> torch.nn.Module:
+    model, starts = assemble(tiny_model, bank, GROUP, plan, DTYPE, double_quant=False)
+    peft_model: torch.nn.Module = attach_adapters(model, starts, lora, GROUP, seed).eval()
+    return peft_model
+
+
+def test_two_assemblies_of_a_plan_are_the_same_model(tiny_model: Path, bank: tuple[Path, list[str]]) -> None:
+    """Trials are compared with one another, so nothing but the plan may differ between two of them."""
+    folder, names = bank
+    plan = mixed_plan(names, (4, 8, 16))
+    torch.manual_seed(11)
+    first = adapted(tiny_model, folder, plan, LORA, seed=5)
+    torch.manual_seed(12)
+    second = adapted(tiny_model, folder, plan, LORA, seed=5)
+    assert torch.equal(logits_of(first), logits_of(second))
+    state, other = first.state_dict(), second.state_dict()
+    assert same(
+        {name: value for name, value in state.items() if "lora_" in name}, {n: other[n] for n in state if "lora_" in n}
+    )
+
+
+def test_every_grouped_layer_gets_an_adapter_and_its_own_start(tiny_model: Path, bank: tuple[Path, list[str]]) -> None:
+    folder, names = bank
+    plan = mixed_plan(names, (4, 8, 16))
+    model = adapted(tiny_model, folder, plan, LORA, seed=0)
+    paths = {path: plan[name] for name, paths in group_linears(model.config, GROUP).items() for path in paths}
+    banked = read_plan(folder, plan)
+    for path, bits in paths.items():
+        layer = model.base_model.model.get_submodule(path)
+        a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+        assert a.dtype == b.dtype == torch.float32
+        if bits == 16:
+            assert a.abs().max() > 0
+            assert not b.any(), "an unquantized layer starts as it is"
+        else:
+            assert torch.equal(a, banked[f"{path}.lora_A"])
+            assert torch.equal(b, banked[f"{path}.lora_B"])
+
+
+def test_the_seed_reaches_the_plain_starts(tiny_model: Path, bank: tuple[Path, list[str]]) -> None:
+    folder, names = bank
+    plan = mixed_plan(names, (16,))
+    starts = [
+        adapted(tiny_model, folder, plan, LORA, seed=seed).state_dict()[
+            "base_model.model.model.layers.0.mlp.up_proj.lora_A.default.weight"
+        ]
+        for seed in (0, 0, 1)
+    ]
+    assert torch.equal(starts[0], starts[1])
+    assert not torch.equal(starts[0], starts[2])

@@ -1,0 +1,161 @@
+"""The LoftQ start: an adapter that gives back what quantization took, never less than nothing."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from mixed_models import DTYPE, GROUP, LORA, fill_bank, logits_of, mixed_plan
+
+from qpruner.models.loading import load_dense
+from qpruner.quantization.assembly import assemble, attach_adapters
+from qpruner.quantization.loftq import LoftqStart, loftq_start
+from qpruner.quantization.mixed import pack, unpack
+
+SHAPES = [(64, 128), (77, 64), (96, 77), (3, 64), (130, 5)]
+SCALING = 2.0
+
+
+def weight_of(shape: tuple[int, int], dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """Random with a few large directions and outliers, as trained weights have."""
+    generator = torch.Generator().manual_seed(shape[0] * 1000 + shape[1])
+    weight = 0.02 * torch.randn(shape, generator=generator)
+    weight += 0.05 * torch.randn(shape[0], 1, generator=generator) @ torch.randn(1, shape[1], generator=generator)
+    weight[0, 0] = 0.5
+    return weight.to(dtype)
+
+
+def start_of(weight: torch.Tensor, bits: int, **changes: object) -> LoftqStart:
+    options = {"rank": 8, "scaling": SCALING, "iterations": 1, "svd": "exact", "double_quant": False, "seed": 0}
+    return loftq_start(weight, bits, **(options | changes))  # type: ignore[arg-type]
+
+
+def error_of(weight: torch.Tensor, start: LoftqStart, scaling: float = SCALING) -> float:
+    """What is missing of the weight when layer and adapter are added up, as the forward pass does."""
+    rebuilt = unpack(start.packed, torch.float32) + scaling * start.lora_b @ start.lora_a
+    return float((weight.float() - rebuilt).norm())
+
+
+def plain_error_of(weight: torch.Tensor, bits: int, double_quant: bool = False) -> float:
+    return float((weight.float() - unpack(pack(weight, bits, double_quant), torch.float32)).norm())
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("svd", ["exact", "randomized"])
+@pytest.mark.parametrize("iterations", [1, 3])
+@pytest.mark.parametrize("rank", [1, 8, 200])
+def test_the_adapter_never_makes_it_worse(
+    shape: tuple[int, int], bits: int, svd: str, iterations: int, rank: int
+) -> None:
+    weight = weight_of(shape)
+    start = start_of(weight, bits, svd=svd, iterations=iterations, rank=rank)
+    plain = plain_error_of(weight, bits)
+    assert start.lora_a.shape == (rank, shape[1])
+    assert start.lora_b.shape == (shape[0], rank)
+    assert start.plain_error == pytest.approx(plain, rel=1e-5)
+    assert start.error == pytest.approx(error_of(weight, start), rel=1e-3, abs=1e-6)
+    assert error_of(weight, start) < plain
+
+
+@pytest.mark.parametrize("double_quant", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_half_precision_weights_gain_too(dtype: torch.dtype, double_quant: bool) -> None:
+    weight = weight_of((128, 192), dtype)
+    for bits in (4, 8):
+        start = start_of(weight, bits, double_quant=double_quant, iterations=2)
+        assert error_of(weight, start) < plain_error_of(weight, bits, double_quant)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_a_full_rank_gives_everything_back(shape: tuple[int, int], bits: int) -> None:
+    weight = weight_of(shape)
+    start = start_of(weight, bits, rank=min(shape))
+    assert error_of(weight, start) < 1e-4 * plain_error_of(weight, bits)
+
+
+def test_more_rank_gives_more_back() -> None:
+    weight = weight_of((96, 128))
+    errors = [start_of(weight, 4, rank=rank).error for rank in (1, 4, 16, 64)]
+    assert errors == sorted(errors, reverse=True)
+    assert errors[0] > 1.2 * errors[2]
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_more_iterations_never_end_worse(bits: int) -> None:
+    for shape in SHAPES:
+        weight = weight_of(shape)
+        errors = [start_of(weight, bits, iterations=iterations).error for iterations in (1, 2, 4)]
+        assert errors == sorted(errors, reverse=True)
+
+
+def test_one_iteration_is_the_best_low_rank_approximation_of_the_error() -> None:
+    """Eckart-Young: what is left is the tail of the error's singular values, whatever the adapter's scaling."""
+    weight = weight_of((64, 128))
+    residual = weight - unpack(pack(weight, 4, False), torch.float32)
+    tail = float(torch.linalg.svdvals(residual)[8:].norm())
+    for scaling in (0.5, 1.0, 4.0):
+        start = start_of(weight, 4, scaling=scaling)
+        assert start.error == pytest.approx(tail, rel=1e-4)
+        assert error_of(weight, start, scaling) == pytest.approx(tail, rel=1e-4)
+
+
+def test_the_randomized_svd_is_nearly_the_exact_one() -> None:
+    weight = weight_of((192, 256))
+    exact, randomized = start_of(weight, 4), start_of(weight, 4, svd="randomized")
+    assert exact.error <= randomized.error * (1 + 1e-6)
+    assert randomized.error < 1.01 * exact.error
+
+
+@pytest.mark.parametrize("svd", ["exact", "randomized"])
+def test_the_same_seed_makes_the_same_tensors(svd: str) -> None:
+    """Every node that builds a bank entry must build the same one."""
+    weight = weight_of((96, 128))
+    first = start_of(weight, 4, svd=svd, iterations=3, seed=7)
+    torch.rand(100)
+    second = start_of(weight, 4, svd=svd, iterations=3, seed=7)
+    assert torch.equal(first.lora_a, second.lora_a)
+    assert torch.equal(first.lora_b, second.lora_b)
+    assert all(torch.equal(first.packed[name], second.packed[name]) for name in first.packed)
+    if svd == "randomized":
+        assert not torch.equal(first.lora_a, start_of(weight, 4, svd=svd, iterations=3, seed=8).lora_a)
+
+
+@pytest.mark.parametrize("svd", ["exact", "randomized"])
+def test_the_random_state_of_the_process_is_left_alone(svd: str) -> None:
+    torch.manual_seed(3)
+    before = torch.get_rng_state()
+    start_of(weight_of((96, 128)), 4, svd=svd, iterations=3)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_weight_without_error_needs_no_adapter() -> None:
+    start = start_of(torch.zeros(32, 64), 4)
+    assert start.plain_error == start.error == 0.0
+    assert not start.lora_a.any()
+    assert not start.lora_b.any()
+
+
+def test_the_start_keeps_no_graph_of_a_trained_weight() -> None:
+    """A bank of a whole model made from parameters must not keep every step of its making in memory."""
+    start = start_of(torch.nn.Parameter(weight_of((64, 128))), 8, iterations=2)
+    for tensor in (start.lora_a, start.lora_b, *start.packed.values()):
+        assert not tensor.requires_grad
+
+
+@pytest.mark.parametrize("pattern", [(4,), (4, 8)], ids=str)
+def test_the_model_starts_closer_to_the_dense_one(tiny_model: Path, tmp_path: Path, pattern: tuple[int, ...]) -> None:
+    """What LoftQ is for: before any training the adapted model is nearer to what it was quantized from."""
+    dense = logits_of(load_dense(str(tiny_model), DTYPE).eval()).float()
+    distance = {}
+    for init in ("plain", "loftq"):
+        lora = LORA.model_copy(update={"init": init, "rank": 16, "alpha": 16.0})
+        names = fill_bank(tiny_model, tmp_path / init, double_quant=False, lora=lora)
+        plan = mixed_plan(names, pattern)
+        model, starts = assemble(tiny_model, tmp_path / init, GROUP, plan, DTYPE, double_quant=False)
+        assert bool(starts) == (init == "loftq")
+        adapted = attach_adapters(model, starts, lora, GROUP, seed=0).eval()
+        distance[init] = float((logits_of(adapted).float() - dense).norm())
+    assert distance["loftq"] < 0.9 * distance["plain"]

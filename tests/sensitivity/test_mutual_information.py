@@ -1,0 +1,230 @@
+"""Mutual information against known values: if this broke, the seed plans would give bits to the wrong groups."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pytest
+import torch
+
+from qpruner.config import SensitivityConfig
+from qpruner.errors import UserError
+from qpruner.models.layout import group_linears
+from qpruner.models.loading import load_dense
+from qpruner.plan import Group, Layout, LinearShape, PlanSpace
+from qpruner.sensitivity.mutual_information import (
+    MutualInformation,
+    estimate,
+    measure,
+    pool_rare,
+    seed_plan,
+    whitened_components,
+)
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+Array = np.ndarray
+
+
+def less_baseline(outputs: Array, labels: Array, components: int = 4) -> float:
+    """Raw estimate less the mean over shuffled labels, as `measure` reports it."""
+    found = whitened_components(torch.tensor(outputs, dtype=torch.float32), components)
+    shuffled = [np.random.default_rng([9, turn]).permutation(labels) for turn in range(5)]
+    return estimate(found, labels, 3) - float(np.mean([estimate(found, other, 3) for other in shuffled]))
+
+
+def mixture_information(means: Array, weights: Array) -> float:
+    """I(X; Y) of unit Gaussians at `means` ``(classes, 2)``: the entropy of X, integrated, less that of one Gaussian."""
+    axis = np.linspace(-12, 12, 601)
+    x, y = np.meshgrid(axis, axis)
+    density = sum(
+        weight * np.exp(-((x - mean[0]) ** 2 + (y - mean[1]) ** 2) / 2) / (2 * np.pi)
+        for mean, weight in zip(means, weights, strict=True)
+    )
+    cell = (axis[1] - axis[0]) ** 2
+    entropy = -float((density * np.log(density)).sum() * cell)
+    return entropy - float(np.log(2 * np.pi * np.e))
+
+
+@pytest.mark.parametrize("distance", [0.5, 1.5, 3.0, 6.0])
+@pytest.mark.parametrize("num_classes", [2, 5])
+def test_a_gaussian_mixture_has_the_information_of_its_integral(distance: float, num_classes: int) -> None:
+    generator = np.random.default_rng(0)
+    angles = np.arange(num_classes) * 2 * np.pi / num_classes
+    means = distance * np.stack([np.cos(angles), np.sin(angles)], axis=1)
+    weights = np.full(num_classes, 1 / num_classes)
+    labels = generator.integers(0, num_classes, 3000)
+    outputs = means[labels] + generator.normal(size=(3000, 2))
+    assert less_baseline(outputs, labels) == pytest.approx(mixture_information(means, weights), abs=0.06)
+
+
+def test_unequal_classes_too() -> None:
+    generator = np.random.default_rng(1)
+    means, weights = np.array([[0.0, 0.0], [2.5, 0.0], [0.0, 4.0]]), np.array([0.8, 0.15, 0.05])
+    labels = generator.choice(3, 4000, p=weights)
+    outputs = means[labels] + generator.normal(size=(4000, 2))
+    assert less_baseline(outputs, labels) == pytest.approx(mixture_information(means, weights), abs=0.05)
+
+
+def test_scale_and_rotation_do_not_matter() -> None:
+    """A layer whose outputs are a thousand times as large says no more about the prediction."""
+    generator = np.random.default_rng(2)
+    labels = generator.integers(0, 4, 500)
+    outputs = generator.normal(size=(500, 3)) + 1.5 * labels[:, None]
+    rotation, _ = np.linalg.qr(generator.normal(size=(3, 3)))
+    expected = less_baseline(outputs, labels)
+    assert less_baseline(1000 * outputs, labels) == pytest.approx(expected, abs=0.02)
+    assert less_baseline(outputs @ rotation + 7, labels) == pytest.approx(expected, abs=0.02)
+
+
+@pytest.mark.parametrize(("samples", "num_classes"), [(128, 3), (512, 8), (512, 40)])
+def test_independent_labels_carry_nothing(samples: int, num_classes: int) -> None:
+    found = []
+    for seed in range(12):
+        generator = np.random.default_rng(seed)
+        labels = pool_rare(generator.integers(0, num_classes, samples), 4)
+        found.append(less_baseline(generator.normal(size=(samples, 32)), labels))
+    assert abs(np.mean(found)) < 0.05
+    assert max(map(abs, found)) < 0.3
+
+
+@pytest.mark.parametrize("num_classes", [2, 8])
+@pytest.mark.parametrize("jitter", [1e-1, 1e-3, 0.0])
+def test_an_output_that_decides_the_prediction_carries_its_entropy(num_classes: int, jitter: float) -> None:
+    """Without jitter outputs repeat exactly, as those of the first projections do: they see a token and no context."""
+    generator = np.random.default_rng(3)
+    labels = generator.integers(0, num_classes, 400)
+    outputs = generator.normal(size=(num_classes, 64))[labels] + jitter * generator.normal(size=(400, 64))
+    noise = less_baseline(generator.normal(size=(400, 64)), labels)
+    found = less_baseline(outputs, labels)
+    assert found > noise + 0.3
+    assert found == pytest.approx(np.log(num_classes), abs=0.25)
+
+
+def test_a_dead_output_carries_nothing() -> None:
+    """Blocks that were inserted with zero weights put out one constant; they must not stop the stage."""
+    labels = np.random.default_rng(4).integers(0, 3, 200)
+    assert abs(less_baseline(np.full((200, 16), 0.5), labels)) < 0.05
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_pooling_leaves_no_rare_label(seed: int) -> None:
+    generator = np.random.default_rng(seed)
+    minimum = int(generator.integers(2, 7))
+    labels = generator.geometric(generator.uniform(0.05, 0.6), size=int(generator.integers(minimum, 300)))
+    before = labels.copy()
+    pooled = pool_rare(labels, minimum)
+    assert (labels == before).all(), "the predictions themselves are left alone"
+    assert len(pooled) == len(labels)
+    values, counts = np.unique(pooled, return_counts=True)
+    assert counts.min() >= minimum
+    for label, count in zip(*np.unique(labels, return_counts=True), strict=True):
+        if count >= minimum:
+            assert (pooled[labels == label] == label).all()
+        else:
+            assert len(set(pooled[labels == label].tolist())) == 1
+    assert set(values.tolist()) <= set(labels.tolist()) | {-1}
+
+
+def space_of(num_groups: int, share: float, levels: tuple[int, ...] = (4, 8)) -> PlanSpace:
+    groups = tuple(Group(f"layers.{index}", (LinearShape(f"l{index}", 64, 64),)) for index in range(num_groups))
+    layout = Layout(groups, 500, 100, 2, double_quant=False, num_parameters=64 * 64 * num_groups)
+    lowest, highest = layout.plan_bytes(layout.uniform(levels[0])), layout.plan_bytes(layout.uniform(levels[-1]))
+    return PlanSpace(layout, levels, lowest + int(share * (highest - lowest)))
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("levels", [(4, 8), (4, 8, 16)], ids=str)
+def test_more_information_gets_more_bits(levels: tuple[int, ...], seed: int) -> None:
+    values = tuple(np.random.default_rng(seed).uniform(0.05, 1.0, 8).tolist())
+    space = space_of(8, 0.5, levels)
+    plan = seed_plan(values, space)
+    assert space.layout.plan_bytes(plan) <= space.budget_bytes
+    by_value = sorted(zip(values, plan.bits, strict=True))
+    assert [bits for _, bits in by_value] == sorted(plan.bits)
+    assert len(set(plan.bits)) > 1
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        (0.5, -0.01, 0.0, -0.02, 0.3, -0.5),
+        (-0.01, -0.02, -0.03, -0.01, -0.02, -0.03),
+        (0.0,) * 6,
+        (2e-4, 1e-4, 5e-5, -1e-4, 1e-5, 0.0),
+    ],
+    ids=["some-negative", "all-negative", "all-zero", "all-tiny"],
+)
+def test_the_budget_is_used_whatever_the_estimates(values: tuple[float, ...]) -> None:
+    """Groups without information still get what is left: bytes that nobody uses help nobody."""
+    space = space_of(6, 0.67)
+    plan = seed_plan(values, space)
+    assert sorted(plan.bits) == [4, 4, 8, 8, 8, 8]
+    best = max(range(6), key=values.__getitem__)
+    assert plan.bits[best] == 8
+
+
+ROWS = 24
+
+
+@pytest.fixture(scope="module")
+def rows() -> list[dict[str, list[int]]]:
+    generator = torch.Generator().manual_seed(1)
+    ids = [torch.randint(2, 400, (8 + index % 5,), generator=generator).tolist() for index in range(ROWS)]
+    return [{"input_ids": row, "labels": [-100] * 3 + row[3:]} for row in ids]
+
+
+@pytest.fixture(scope="module")
+def model(tiny_model: Path) -> PreTrainedModel:
+    return load_dense(str(tiny_model), "float32").eval()
+
+
+def measured(
+    model: PreTrainedModel, rows: list[dict[str, list[int]]], group: str, batch_size: int = 8, **changes: int
+) -> MutualInformation:
+    settings = SensitivityConfig.model_validate({"max_positions": 128, "num_shuffles": 2} | changes)
+    return measure(model, rows, group, settings, pad_id=1, batch_size=batch_size, seed=0)
+
+
+@pytest.mark.parametrize("group", ["block", "sublayer", "projection"])
+def test_every_group_gets_one_finite_estimate(
+    model: PreTrainedModel, rows: list[dict[str, list[int]]], group: str
+) -> None:
+    found = measured(model, rows, group)
+    assert found.groups == tuple(group_linears(model.config, group))
+    assert len(found.values) == len(found.groups)
+    assert np.isfinite(found.values).all()
+    # Each row of n tokens, three of them masked, predicts n - 3.
+    assert found.num_positions == min(128, sum(len(row["input_ids"]) - 3 for row in rows))
+    assert found.num_classes >= 2
+
+
+def test_the_same_samples_give_the_same_estimates(model: PreTrainedModel, rows: list[dict[str, list[int]]]) -> None:
+    before = torch.get_rng_state()
+    first, second = measured(model, rows, "projection"), measured(model, rows, "projection")
+    assert first == second
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_padding_and_batches_do_not_matter(model: PreTrainedModel, rows: list[dict[str, list[int]]]) -> None:
+    together, alone = measured(model, rows, "sublayer"), measured(model, rows, "sublayer", batch_size=1)
+    assert together.num_positions == alone.num_positions
+    assert together.values == pytest.approx(alone.values, abs=0.02)
+
+
+def test_the_last_block_tells_of_the_prediction(model: PreTrainedModel, rows: list[dict[str, list[int]]]) -> None:
+    """The prediction is computed from the last block's output and nothing else."""
+    found = measured(model, rows, "block")
+    values = dict(zip(found.groups, found.values, strict=True))
+    assert values["layers.1"] > 0.1
+
+
+def test_a_model_that_predicts_one_token_is_told(tiny_model: Path, rows: list[dict[str, list[int]]]) -> None:
+    model = load_dense(str(tiny_model), "float32").eval()
+    with torch.no_grad():
+        model.lm_head.weight = torch.nn.Parameter(torch.zeros_like(model.lm_head.weight))
+    with pytest.raises(UserError, match="predicts one token"):
+        measured(model, rows, "block")

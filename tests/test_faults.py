@@ -1,0 +1,268 @@
+"""Real faults while stages work: damaged files, a full disk, weights and losses that are no numbers.
+
+Nothing of qpruner is replaced here: files are cut short, a real file system is filled, and the weights really are NaN.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import raw_config, with_key
+
+from qpruner.config import validate_config
+from qpruner.errors import StageError, UserError
+from qpruner.events import Event, Message, StageFinished, StageSkipped, StageStarted
+from qpruner.pipeline import run
+from qpruner.pipeline.stage import explained
+from qpruner.records import BankRecord, PrepareRecord, PruneRecord, Results, SensitivityRecord
+from qpruner.rundir import RunDir
+
+RECORDS = {"prepare": PrepareRecord, "prune": PruneRecord, "sensitivity": SensitivityRecord, "bank": BankRecord}
+
+
+def names(events: list[Event], kind: type[Event]) -> list[str]:
+    """The stages that an event of this kind tells of, in order."""
+    return [event.stage for event in events if isinstance(event, kind)]
+
+
+def go(raw: dict[str, Any], until: str, emit: Callable[[Event], None] | None = None) -> tuple[Results, list[Event]]:
+    """Runs the flow in process; returns the records and what it said."""
+    events: list[Event] = []
+
+    def tell(event: Event) -> None:
+        events.append(event)
+        if emit:
+            emit(event)
+
+    return run(validate_config(raw), tell, until=until), events
+
+
+def failing(raw: dict[str, Any], until: str, emit: Callable[[Event], None] | None = None) -> StageError:
+    """Runs the flow, which must fail in a stage; returns the error."""
+    with pytest.raises(StageError) as caught:
+        go(raw, until, emit)
+    assert caught.value.exit_code == 1
+    return caught.value
+
+
+@pytest.fixture(scope="module")
+def pruned(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Path:
+    """A run that has got as far as the pruned checkpoint."""
+    root = tmp_path_factory.mktemp("pruned") / "run"
+    go(raw_config(tiny_model, root), "prune")
+    return root
+
+
+@pytest.fixture(scope="module")
+def banked(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path, pruned: Path) -> Path:
+    """The same run, gone on to the bank."""
+    root = shutil.copytree(pruned, tmp_path_factory.mktemp("banked") / "run")
+    go(raw_config(tiny_model, root), "bank")
+    return root
+
+
+def copy_of(root: Path, raw: dict[str, Any]) -> Path:
+    """A copy of a run where the configuration has its own."""
+    return shutil.copytree(root, Path(raw["output"]))
+
+
+# ---- damaged files
+
+DAMAGES = [
+    pytest.param("prune/model.safetensors", lambda path: os.truncate(path, 20_000), id="weights-truncated"),
+    pytest.param("prune/model.safetensors", lambda path: os.truncate(path, 0), id="weights-empty"),
+    pytest.param("prune/model.safetensors", Path.unlink, id="weights-missing"),
+    pytest.param("prune/config.json", lambda path: os.truncate(path, 40), id="config-truncated"),
+    pytest.param("prepare/data/sensitivity", lambda path: os.truncate(next(path.glob("*.arrow")), 200), id="rows-cut"),
+    pytest.param("prepare/data/sensitivity", shutil.rmtree, id="rows-missing"),
+]
+
+
+@pytest.mark.parametrize(("file", "damage"), DAMAGES)
+def test_a_damaged_file_is_named_and_the_remedy_heals(
+    file: str, damage: Callable[[Path], object], pruned: Path, tiny_raw: dict[str, Any]
+) -> None:
+    root = copy_of(pruned, tiny_raw)
+    damage(root / file)
+    error = failing(tiny_raw, "bank")
+    assert error.stage == "sensitivity"
+    assert str(root / file) in error.cause
+    # Repeating the command alone would meet the same file again.
+    made_by = root / file.partition("/")[0]
+    assert f"delete {made_by}" in error.remedy
+    assert failing(tiny_raw, "bank").cause == error.cause
+
+    shutil.rmtree(made_by)
+    results, events = go(tiny_raw, "bank")
+    assert made_by.name in names(events, StageFinished)
+    assert results.bank is not None
+
+
+def test_a_stage_whose_folder_is_gone_is_run_again(banked: Path, tiny_raw: dict[str, Any]) -> None:
+    root = copy_of(banked, tiny_raw)
+    shutil.rmtree(root / "prune")
+    _, events = go(tiny_raw, "bank")
+    assert names(events, StageFinished) == ["prune"]
+    assert names(events, StageSkipped) == ["prepare", "sensitivity", "bank"]
+
+
+def _flip(text: bytes) -> bytes:
+    """One bit of a key's name is another."""
+    at = text.index(b'"seconds"') + 3
+    return text[:at] + bytes([text[at] ^ 1]) + text[at + 1 :]
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        pytest.param(lambda text: text[: len(text) // 2], id="truncated"),
+        pytest.param(lambda text: b"", id="empty"),
+        pytest.param(lambda text: b"\0" * len(text), id="zeros"),
+        pytest.param(lambda text: b"\xff\xfe" + text[2:], id="no-text"),
+        pytest.param(lambda text: b"[]", id="no-record"),
+        pytest.param(_flip, id="bit-flipped"),
+    ],
+)
+@pytest.mark.parametrize("stage", ["prepare", "prune"])
+def test_a_corrupt_record_is_told_and_its_stage_run_again(
+    stage: str, damage: Callable[[bytes], bytes], banked: Path, tiny_raw: dict[str, Any]
+) -> None:
+    root = copy_of(banked, tiny_raw)
+    record = root / "records" / f"{stage}.json"
+    whole = record.read_bytes()
+    record.write_bytes(damage(whole))
+    _, events = go(tiny_raw, "bank")
+    told = [event.text for event in events if isinstance(event, Message) and event.stage == stage]
+    assert len(told) == 1 and str(record) in told[0] and "run again" in told[0]
+    assert "\n" not in told[0], "a message is one line"
+    assert names(events, StageFinished) == [stage], "what depends on it is as it was"
+    kind = RECORDS[stage]
+    again, before = (kind.model_validate_json(text).model_dump() for text in (record.read_bytes(), whole))
+    assert again | {"seconds": 0} == before | {"seconds": 0}
+
+
+# ---- a full disk
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[Path]:
+    """A real file system of 16 MiB: enough for the run, if nothing else fills it."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=16m", "qpruner-test", folder], capture_output=True)
+    if mounted.returncode:
+        pytest.skip(f"mounting is not permitted here: {mounted.stderr.decode().strip()}")
+    yield folder
+    subprocess.run(["umount", folder], check=True)
+
+
+def fill(disk: Path, leave: int) -> Path:
+    """Takes all of a file system but some bytes; returns the file that holds them."""
+    filler = disk / "filler"
+    filler.write_bytes(b"\0" * (shutil.disk_usage(disk).free - leave))
+    return filler
+
+
+def test_a_full_disk_is_refused_before_the_first_stage(disk: Path, tiny_raw: dict[str, Any]) -> None:
+    fill(disk, leave=50_000)
+    with pytest.raises(UserError, match=r"`output`: the run needs about .* make room"):
+        go(with_key(tiny_raw, "output", str(disk / "run")), "bank")
+
+
+@pytest.mark.parametrize("leave", [0, 4096, 100_000])
+@pytest.mark.parametrize("stage", ["prune", "bank"])
+def test_a_disk_that_fills_up_in_a_stage_costs_that_stage_only(
+    stage: str, leave: int, disk: Path, banked: Path, tiny_raw: dict[str, Any]
+) -> None:
+    raw = with_key(tiny_raw, "output", str(disk / "run"))
+
+    def fill_at_start(event: Event) -> None:
+        if isinstance(event, StageStarted) and event.stage == stage:
+            fill(disk, leave)
+
+    error = failing(raw, "bank", fill_at_start)
+    assert error.stage == stage
+    assert "no space left" in error.cause and str(disk) in error.cause
+    assert "make room, then repeat the command" in error.remedy
+
+    earlier = list(RECORDS)[: list(RECORDS).index(stage)]
+    run_dir = RunDir(disk / "run")
+    assert [run_dir.read_record(name, RECORDS[name]) is not None for name in RECORDS] == [
+        name in earlier for name in RECORDS
+    ]
+
+    (disk / "filler").unlink()
+    results, events = go(raw, "bank")
+    assert names(events, StageSkipped) == earlier
+    undisturbed = RunDir(banked).read_record("bank", BankRecord)
+    assert results.bank and undisturbed and results.bank.files == undisturbed.files, "the same bank, bit for bit"
+
+
+# ---- what is no number
+
+
+def poisoned_model(model: Path, folder: Path, parameter: str) -> Path:
+    """A copy of a model with one NaN in one parameter."""
+    from safetensors.torch import load_file, save_file
+
+    copy = shutil.copytree(model, folder)
+    tensors = load_file(copy / "model.safetensors")
+    tensors[parameter].view(-1)[0] = math.nan
+    save_file(tensors, copy / "model.safetensors", metadata={"format": "pt"})
+    return copy
+
+
+@pytest.mark.parametrize(
+    ("importance", "rate", "parameter", "stage"),
+    [
+        pytest.param("taylor", 0.2, "model.layers.1.mlp.down_proj.weight", "prune", id="taylor"),
+        pytest.param("magnitude", 0.2, "model.layers.1.mlp.up_proj.weight", "prune", id="magnitude"),
+        # No cut looks at these, so the first to meet them is the forward pass.
+        pytest.param("magnitude", 0.2, "model.norm.weight", "sensitivity", id="outside-the-blocks"),
+        pytest.param("taylor", 0.0, "model.layers.0.self_attn.q_proj.weight", "sensitivity", id="not-pruned"),
+    ],
+)
+def test_weights_that_are_no_numbers_stop_the_stage_that_meets_them(
+    importance: str, rate: float, parameter: str, stage: str, tiny_raw: dict[str, Any], tmp_path: Path
+) -> None:
+    model = poisoned_model(Path(tiny_raw["model"]["source"]), tmp_path / "model", parameter)
+    raw = with_key(with_key(tiny_raw, "prune.importance", importance), "prune.rate", rate)
+    error = failing(with_key(raw, "model.source", str(model)), "bank")
+    assert error.stage == stage
+    assert "NaN" in error.cause and "model." in error.cause, "the cause names a module or parameter"
+    assert "weights" in error.remedy and "learning_rate" not in error.remedy, "nothing has been trained yet"
+
+
+@pytest.mark.parametrize("first_rung", [1, 4])
+def test_a_diverging_trial_names_the_step_and_the_learning_rate(
+    first_rung: int, banked: Path, tiny_raw: dict[str, Any]
+) -> None:
+    from qpruner.search.trial import Materials, TrialJob, run_trial
+
+    root = copy_of(banked, tiny_raw)
+    raw = with_key(with_key(tiny_raw, "training.learning_rate", 1e30), "search.first_rung", first_rung)
+    bank = RunDir(root).read_record("bank", BankRecord)
+    assert bank is not None
+    plan = dict.fromkeys(bank.residual_ratio["4"], 4)
+    job = TrialJob(validate_config(raw), Materials(root / "prune", root / "bank", root / "prepare" / "data"), plan)
+    with pytest.raises(StageError) as caught, explained("search"):
+        run_trial(job, None, lambda result, checkpoint: None)
+    assert caught.value.stage == "search"
+    assert "nan" in caught.value.cause.lower() and "at step" in caught.value.cause
+    assert "`training.learning_rate`" in caught.value.remedy
+
+
+@pytest.mark.slow
+def test_a_search_of_diverging_trials_only_fails_with_their_reason(banked: Path, tiny_raw: dict[str, Any]) -> None:
+    copy_of(banked, tiny_raw)
+    error = failing(with_key(with_key(tiny_raw, "training.learning_rate", 1e30), "search.trials", 2), "search")
+    assert error.stage == "search"
+    assert "none of 2 trials finished" in error.cause and "TrainingDiverged" in error.cause and "step" in error.cause
+    assert "`training.learning_rate`" in error.remedy

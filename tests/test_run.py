@@ -1,0 +1,189 @@
+"""`qpruner run` as a user types it: real Ray, real bitsandbytes, real lm-eval, on the two-layer model.
+
+Also the promise that a run may be killed at any instant and repeated: same plans, same losses, same report.
+"""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import yaml
+from conftest import raw_config, with_key
+
+MINUTES = 60.0
+NOT_COMPARED = {"seconds", "peak_memory_bytes", "model_path", "output", "resumed", "environment"}
+"""What may differ between two runs of one configuration: times, memory, folders, and that it was resumed."""
+
+
+def command(config: Path, *options: str) -> list[str]:
+    return [sys.executable, "-m", "qpruner.cli", "run", str(config), "--json", *options]
+
+
+def comparable(value: Any) -> Any:
+    """A result without what may differ."""
+    if isinstance(value, dict):
+        return {key: comparable(item) for key, item in value.items() if key not in NOT_COMPARED}
+    if isinstance(value, list):
+        return [comparable(item) for item in value]
+    return value
+
+
+def outcome(run: Path) -> dict[str, Any]:
+    """The report's data, and the plan, rungs and end of every trial."""
+    trials = [json.loads(path.read_text()) for path in sorted((run / "trials").glob("*/*/trial.json"))]
+    report = json.loads((run / "results.json").read_text())
+    return {"report": comparable(report), "trials": comparable(trials)}
+
+
+def written_config(folder: Path, model: Path) -> Path:
+    folder.mkdir(parents=True)
+    # One trial at a time: then the order of results, and with it every proposal, is fixed.
+    raw = with_key(raw_config(model, folder / "run"), "search.max_concurrent", 1)
+    path = folder / "config.yaml"
+    path.write_text(yaml.safe_dump(raw))
+    return path
+
+
+def kill_when(config: Path, condition: Callable[[], bool]) -> None:
+    """Start a run, SIGKILL the driver once the condition holds, and wait until Ray's processes are gone."""
+    driver = subprocess.Popen(command(config), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    descendants: list[psutil.Process] = []
+    try:
+        deadline = time.monotonic() + 4 * MINUTES
+        while not condition():
+            assert driver.poll() is None, "the run ended before the kill point was reached"
+            assert time.monotonic() < deadline, "the kill point was not reached"
+            time.sleep(0.02)
+        descendants = psutil.Process(driver.pid).children(recursive=True)
+        driver.send_signal(signal.SIGKILL)
+        driver.wait(timeout=MINUTES)
+        _, alive = psutil.wait_procs(descendants, timeout=MINUTES)
+        assert not alive, f"left over after the driver's death: {alive}"
+    finally:
+        for process in [*descendants, *([psutil.Process(driver.pid)] if driver.poll() is None else [])]:
+            if process.is_running():
+                process.kill()
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, dict[str, Any]]]:
+    """A finished run's folder and the JSON object on its last line of stdout."""
+    config = written_config(tmp_path_factory.mktemp("undisturbed") / "a", tiny_model)
+    done = subprocess.run(command(config), capture_output=True, text=True, timeout=8 * MINUTES)
+    assert done.returncode == 0, done.stderr[-3000:]
+    yield config.parent / "run", json.loads(done.stdout.splitlines()[-1])
+
+
+def test_whole_run_ends_in_the_table(undisturbed: tuple[Path, dict[str, Any]]) -> None:
+    run, told = undisturbed
+    report = json.loads((run / "results.json").read_text())
+    names = [row["name"] for row in report["table"]]
+    assert names == ["base", "pruned", "uniform 4-bit", "uniform 8-bit", "mutual-information seed", "searched"]
+    assert told["status"] == "ok"
+    assert told["claim"] == report["claim"]
+    assert {row["name"]: row["plan_bytes"] for row in told["table"]}["searched"] <= report["records"]["search"]["budget_bytes"]
+    text = (run / "report.md").read_text()
+    assert all(f"| {name} |" in text for name in names)
+    assert report["claim"] in text
+    # Every row had the same fine-tune.
+    assert {row["steps"] for row in report["records"]["finetune"]["candidates"]} == {4}
+
+
+def test_no_trial_is_over_budget_or_twice(undisturbed: tuple[Path, dict[str, Any]]) -> None:
+    run, _ = undisturbed
+    search = json.loads((run / "results.json").read_text())["records"]["search"]
+    trials = [json.loads(path.read_text()) for path in sorted((run / "trials").glob("*/*/trial.json"))]
+    plans = [tuple(trial["plan"].values()) for trial in trials]
+    assert len(plans) == len(set(plans)) == search["num_trials"]
+    assert all(trial["plan_bytes"] <= search["budget_bytes"] for trial in trials)
+    controls = [trial for trial in trials if trial["origin"].startswith(("uniform-", "seed-"))]
+    assert controls
+    assert all(trial["status"] == "finished" for trial in controls), "controls are exempt from ASHA"
+
+
+def test_final_folder_loads_in_plain_transformers(undisturbed: tuple[Path, dict[str, Any]]) -> None:
+    run, _ = undisturbed
+    code = (
+        "import sys, qpruner.hf, torch\n"
+        "from transformers import AutoModelForCausalLM, AutoTokenizer\n"
+        "model = AutoModelForCausalLM.from_pretrained(sys.argv[1])\n"
+        "tokenizer = AutoTokenizer.from_pretrained(sys.argv[1])\n"
+        "kinds = {type(m).__name__ for m in model.modules()}\n"
+        "assert {'Linear4bit', 'Linear8bitLt'} & kinds, kinds\n"
+        "assert any('lora_A' in name for name, _ in model.named_parameters())\n"
+        "ids = tokenizer('Question: What is ice?', return_tensors='pt')\n"
+        "assert model.generate(**ids, max_new_tokens=4).shape[1] > ids['input_ids'].shape[1]\n"
+    )
+    subprocess.run([sys.executable, "-c", code, str(run / "final")], check=True, timeout=2 * MINUTES)
+
+
+def test_bytes_on_disk_are_the_bytes_told(undisturbed: tuple[Path, dict[str, Any]]) -> None:
+    run, _ = undisturbed
+    searched = json.loads((run / "results.json").read_text())["table"][-1]
+    on_disk = sum(path.stat().st_size for path in (run / "final").glob("*.safetensors"))
+    # Names and JSON headers weigh about 100 bytes a tensor, which shows on a model this small.
+    headers = 100 * 9 * 14 + 100 * 28
+    assert searched["plan_bytes"] * 0.99 <= on_disk <= searched["plan_bytes"] * 1.01 + headers
+
+
+def test_tensorboard_lists_every_trial(undisturbed: tuple[Path, dict[str, Any]]) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    run, told = undisturbed
+    folders = sorted({path.parent for path in (run / "tune").rglob("events.out.tfevents*")})
+    scalars = [EventAccumulator(str(folder)).Reload().Tags()["scalars"] for folder in folders]
+    trials = list((run / "trials").glob("*/*/trial.json"))
+    assert sum("ray/tune/loss" in tags for tags in scalars) == len(trials)
+
+
+def test_repeating_a_finished_run_computes_nothing(undisturbed: tuple[Path, dict[str, Any]]) -> None:
+    run, _ = undisturbed
+    before = {path: path.stat().st_mtime_ns for path in (run / "records").iterdir()}
+    done = subprocess.run(command(run.parent / "config.yaml"), capture_output=True, text=True, timeout=2 * MINUTES)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("already recorded") == 7
+    assert {path: path.stat().st_mtime_ns for path in (run / "records").iterdir()} == before
+
+
+def trial_is_between_rungs(run: Path, index: int) -> bool:
+    for path in run.glob(f"trials/*/{index:04d}/trial.json"):
+        trial = json.loads(path.read_text())
+        return bool(trial["rungs"]) and trial["status"] == "running"
+    return False
+
+
+def test_killed_twice_and_repeated_gives_the_same(
+    undisturbed: tuple[Path, dict[str, Any]], tiny_model: Path, tmp_path: Path
+) -> None:
+    config = written_config(tmp_path / "killed", tiny_model)
+    run = config.parent / "run"
+    kill_when(config, lambda: trial_is_between_rungs(run, 1))
+    kill_when(config, lambda: len(list(run.glob("candidates/*/record.json"))) >= 2)
+    done = subprocess.run(command(config), capture_output=True, text=True, timeout=8 * MINUTES)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert outcome(run) == outcome(undisturbed[0])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", ["prepare", "prune", "sensitivity", "bank", "search", "finetune", "evaluate"])
+def test_killed_inside_each_stage_gives_the_same(
+    stage: str, undisturbed: tuple[Path, dict[str, Any]], tiny_model: Path, tmp_path: Path
+) -> None:
+    config = written_config(tmp_path / "killed", tiny_model)
+    run = config.parent / "run"
+    kill_when(config, lambda: (run / f".scratch-{stage}").exists())
+    done = subprocess.run(command(config), capture_output=True, text=True, timeout=8 * MINUTES)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert outcome(run) == outcome(undisturbed[0])
+    assert not list(run.glob(".scratch-*")), "nothing half-made is left"
+
+
