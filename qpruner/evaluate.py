@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import logging
 import math
 import os
@@ -67,8 +68,8 @@ def mean_accuracy(scores: Sequence[TaskScore]) -> tuple[float, float]:
     return mean, math.sqrt(sum(score.stderr**2 for score in scores)) / len(scores)
 
 
-def task_questions(tasks: Sequence[str], include_path: str | None, key: str) -> dict[str, list[str]]:
-    """The question texts of each task, to compare with the training rows.
+def task_questions(tasks: Sequence[str], include_path: str | None, key: str, limit: int | None) -> dict[str, list[str]]:
+    """The question texts of each task, the first `limit` of them, to compare with the training rows.
 
     Raises:
         UserError: For an unknown task, or one whose rows cannot be loaded.
@@ -79,7 +80,9 @@ def task_questions(tasks: Sequence[str], include_path: str | None, key: str) -> 
     except Exception as error:  # the loaders of many data sets raise many types
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(f"`{key}`: the rows of {', '.join(tasks)} cannot be loaded: {reason}") from error
-    return {name: [_question(task, doc) for doc in task.eval_docs] for name, task in loaded.items()}
+    return {
+        name: [_question(task, doc) for doc in itertools.islice(task.eval_docs, limit)] for name, task in loaded.items()
+    }
 
 
 def _check_known(tasks: Sequence[str], include_path: str | None, key: str) -> None:

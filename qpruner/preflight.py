@@ -179,9 +179,13 @@ def _check_data(config: RunConfig) -> dict[str, list[Example]]:
             f"`calibration.num_samples` and `calibration.num_sensitivity_samples` ask for {wanted} rows, but there are "
             f"{len(examples['calibration'])}: ask for fewer or give more data"
         )
-    for section, tasks in (("search", config.search.tasks), ("evaluate", config.evaluate.tasks)):
+    asked = {
+        "search": (config.search.tasks, config.search.limit),
+        "evaluate": (config.evaluate.tasks, config.evaluate.limit),
+    }
+    for section, (tasks, limit) in asked.items():
         if tasks:
-            questions = task_questions(tasks, include_path(config), f"{section}.tasks")
+            questions = task_questions(tasks, include_path(config), f"{section}.tasks", limit)
             identities[f"`{section}.tasks`"] = [normalized(text) for texts in questions.values() for text in texts]
     # Trials may be scored on the same questions twice, as loss and as accuracy: both are validation.
     if "`search.tasks`" in identities:

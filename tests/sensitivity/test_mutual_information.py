@@ -37,7 +37,7 @@ def less_baseline(outputs: Array, labels: Array, components: int = 4) -> float:
 
 
 def mixture_information(means: Array, weights: Array) -> float:
-    """I(X; Y) of unit Gaussians at `means` ``(classes, 2)``: the entropy of X, integrated, less that of one Gaussian."""
+    """I(X; Y) of unit Gaussians at `means` ``(classes, 2)``: entropy of X, integrated, less that of one Gaussian."""
     axis = np.linspace(-12, 12, 601)
     x, y = np.meshgrid(axis, axis)
     density = sum(

@@ -1,0 +1,386 @@
+"""From rows to tokens: if this broke, people would train on the wrong words and be scored on rows they trained on."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+
+from qpruner.config import DataSource
+from qpruner.data import (
+    Example,
+    check_disjoint,
+    collate,
+    encode,
+    load_encoded,
+    load_examples,
+    normalized,
+    pack,
+    save_encoded,
+)
+from qpruner.errors import UserError
+from qpruner.models.loading import load_tokenizer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+IGNORED = -100
+ARC = {
+    "question": "Which gas do plants take in?",
+    "choices": {"text": ["oxygen", "carbon dioxide", "helium", "neon"], "label": ["A", "B", "C", "D"]},
+    "answerKey": "B",
+}
+CHAT_TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}[{{ message['role'] }}]{{ message['content'] }}{% endfor %}"
+    "{% if add_generation_prompt %}[assistant]{% endif %}"
+)
+
+
+@pytest.fixture
+def tokenizer(tiny_model: Path) -> PreTrainedTokenizerBase:
+    return load_tokenizer(str(tiny_model))
+
+
+@pytest.fixture
+def with_bos(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+    """The tokenizer as Llama's: a text begins with the beginning-of-sequence token."""
+    from tokenizers.processors import TemplateProcessing
+
+    tokenizer._tokenizer.post_processor = TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", tokenizer.bos_token_id)]
+    )
+    return tokenizer
+
+
+def rows_file(tmp_path: Path, rows: list[dict[str, Any]], name: str = "rows.jsonl") -> str:
+    path = tmp_path / name
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def examples_of(tmp_path: Path, rows: list[dict[str, Any]], **source: Any) -> list[Example]:
+    return load_examples([DataSource(source=rows_file(tmp_path, rows), **source)], "data.train")
+
+
+def predicted(row: dict[str, list[int]]) -> list[int]:
+    return [label for label in row["labels"] if label != IGNORED]
+
+
+# Rows
+
+
+def test_an_instruction_row_with_and_without_input(tmp_path: Path) -> None:
+    rows = [
+        {"instruction": "Add them.", "input": "2 and 3", "output": "5"},
+        {"instruction": "Name a colour.", "input": "", "output": "red"},
+        {"instruction": "Name a fruit.", "input": None, "output": "plum"},
+    ]
+    assert examples_of(tmp_path, rows) == [
+        Example("instruction", "Add them.", "2 and 3", "5"),
+        Example("instruction", "Name a colour.", "", "red"),
+        Example("instruction", "Name a fruit.", "", "plum"),
+    ]
+
+
+def test_the_input_column_may_be_missing(tmp_path: Path) -> None:
+    rows = [{"instruction": "Name a colour.", "output": "red"}]
+    assert examples_of(tmp_path, rows) == [Example("instruction", "Name a colour.", "", "red")]
+
+
+def test_columns_of_other_names(tmp_path: Path) -> None:
+    rows = [{"prompt": "Name a colour.", "completion": "red", "context": "warm"}]
+    columns = {"instruction": "prompt", "output": "completion", "input": "context"}
+    assert examples_of(tmp_path, rows, columns=columns) == [Example("instruction", "Name a colour.", "warm", "red")]
+
+
+@pytest.mark.parametrize("value", [0, 7, 2.5, False])
+def test_a_number_is_a_response(tmp_path: Path, value: float) -> None:
+    """Sums have the answer 0 now and then."""
+    rows = [{"instruction": "What is left?", "output": value}]
+    assert examples_of(tmp_path, rows)[0].response == str(value)
+
+
+def test_multiple_choice_in_the_layout_of_arc(tmp_path: Path) -> None:
+    expected = Example("multiple_choice", ARC["question"], "", "carbon dioxide")
+    assert examples_of(tmp_path, [ARC], format="multiple_choice") == [expected]
+
+
+def test_labels_that_are_digits_are_labels(tmp_path: Path) -> None:
+    """Some of ARC's rows are labelled 1 to 4: the key "1" is the first choice, not the second."""
+    row = ARC | {"choices": {"text": ["a", "b", "c", "d"], "label": ["1", "2", "3", "4"]}, "answerKey": "1"}
+    assert examples_of(tmp_path, [row], format="multiple_choice")[0].response == "a"
+
+
+@pytest.mark.parametrize(("answer", "expected"), [(0, "first"), (1, "second"), ("1", "second"), ("B", "second")])
+def test_multiple_choice_from_several_columns(tmp_path: Path, answer: int | str, expected: str) -> None:
+    """PIQA's layout: two columns and a position counted from 0."""
+    rows = [{"goal": "How?", "sol1": "first", "sol2": "second", "label": answer}]
+    columns = {"question": "goal", "choices": ("sol1", "sol2"), "answer": "label"}
+    found = examples_of(tmp_path, rows, format="multiple_choice", columns=columns)
+    assert found == [Example("multiple_choice", "How?", "", expected)]
+
+
+@pytest.mark.parametrize(("answer", "expected"), [(2, "12"), ("2", "12"), ("C", "12"), ("A", "10")])
+def test_multiple_choice_from_a_list(tmp_path: Path, answer: int | str, expected: str) -> None:
+    rows = [{"question": "How many?", "endings": [10, 11, 12], "answer": answer}]
+    columns = {"choices": "endings", "answer": "answer"}
+    assert examples_of(tmp_path, rows, format="multiple_choice", columns=columns)[0].response == expected
+
+
+@pytest.mark.parametrize("answer", ["E", 4, -1, "", "carbon dioxide"])
+def test_an_answer_that_is_no_choice_is_refused(tmp_path: Path, answer: int | str) -> None:
+    with pytest.raises(UserError) as caught:
+        examples_of(tmp_path, [ARC | {"answerKey": answer}], format="multiple_choice")
+    assert "`data.train.0.columns.answer`" in str(caught.value)
+    assert repr(answer) in str(caught.value)
+    assert "A, B, C, D" in str(caught.value)
+
+
+def test_a_text_file_is_a_row_a_line(tmp_path: Path) -> None:
+    (tmp_path / "plain.txt").write_text("The first line.\nThe second.\n")
+    source = DataSource(source=str(tmp_path / "plain.txt"), format="text")
+    found = load_examples([source], "data.train")
+    assert found == [Example("text", "", "", "The first line."), Example("text", "", "", "The second.")]
+
+
+def test_every_file_type_reads_the_same(tmp_path: Path) -> None:
+    import datasets
+
+    rows = [{"instruction": f"Say {number}.", "output": str(number)} for number in range(3)]
+    datasets.Dataset.from_list(rows).to_parquet(tmp_path / "rows.parquet")
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    expected = examples_of(tmp_path, rows)
+    for name in ("rows.parquet", "rows.json"):
+        assert load_examples([DataSource(source=str(tmp_path / name))], "data.train") == expected
+
+
+def test_limit_and_split_take_the_first_rows(tmp_path: Path) -> None:
+    rows = [{"instruction": f"Say {number}.", "output": str(number)} for number in range(10)]
+    assert [example.response for example in examples_of(tmp_path, rows, limit=3)] == ["0", "1", "2"]
+    assert [example.response for example in examples_of(tmp_path, rows, split="train[4:6]")] == ["4", "5"]
+    assert len(examples_of(tmp_path, rows, limit=99)) == 10
+
+
+def test_several_sources_are_joined_in_order(tmp_path: Path) -> None:
+    first = rows_file(tmp_path, [{"text": "one"}], "a.jsonl")
+    second = rows_file(tmp_path, [ARC], "b.jsonl")
+    found = load_examples(
+        [DataSource(source=first, format="text"), DataSource(source=second, format="multiple_choice")], "data.train"
+    )
+    assert [example.response for example in found] == ["one", "carbon dioxide"]
+
+
+def test_missing_columns_are_told_with_the_ones_there_are(tmp_path: Path) -> None:
+    with pytest.raises(UserError) as caught:
+        examples_of(tmp_path, [{"prompt": "Say it.", "completion": "it"}])
+    message = str(caught.value)
+    assert "`data.train.0.columns.instruction`" in message
+    assert "no column instruction" in message
+    assert "prompt, completion" in message
+
+
+def test_a_mapping_to_a_column_that_is_not_there_is_refused_even_if_optional(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no column context"):
+        examples_of(tmp_path, [{"instruction": "a", "output": "b"}], columns={"input": "context"})
+
+
+def test_a_mapping_of_an_unknown_column_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError) as caught:
+        examples_of(tmp_path, [{"text": "a"}], format="text", columns={"question": "text"})
+    assert "names question; a text row has the columns text" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "told"),
+    [
+        ("gone.jsonl", None, "does not exist"),
+        ("rows.csv", "a,b\n1,2\n", "give a .jsonl, .json, .parquet or .txt file"),
+        ("broken.jsonl", '{"instruction": "a", "outp', "no rows can be read"),
+        ("broken.parquet", "not parquet", "no rows can be read"),
+    ],
+)
+def test_a_file_that_is_no_data_is_named(tmp_path: Path, name: str, content: str | None, told: str) -> None:
+    path = tmp_path / name
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(UserError) as caught:
+        load_examples([DataSource(source=str(path))], "data.validation")
+    assert "`data.validation.0.source`" in str(caught.value)
+    assert str(path) in str(caught.value)
+    assert told in str(caught.value)
+
+
+# Shared rows
+
+
+@pytest.mark.parametrize(
+    "same", ["which gas do plants take in", "Which gas do plants take in?!", "  Which  gas, do plants TAKE in ?"]
+)
+def test_punctuation_and_case_do_not_hide_a_shared_row(same: str) -> None:
+    splits = {"data.train": [normalized("Which gas do plants take in?")], "evaluate.tasks": [normalized(same)]}
+    with pytest.raises(UserError) as caught:
+        check_disjoint(splits)
+    assert "data.train and evaluate.tasks share 1 row(s)" in str(caught.value)
+    assert "which gas do plants take in" in str(caught.value)
+
+
+def test_all_pairs_of_splits_are_looked_at() -> None:
+    splits = {"a": ["one", "two"], "b": ["three"], "c": ["four", "three"]}
+    with pytest.raises(UserError, match="b and c share 1"):
+        check_disjoint(splits)
+    check_disjoint({"a": ["one", "one"], "b": ["two"], "c": [""], "d": [""]})
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ("Which gas do plants take in?", "Which gas do plants give off?"),
+        ("What is 7 + 5?", "What is 7 * 5?"),
+        ("What is C++?", "What is C#?"),
+        ("Что это?", "Кто это?"),
+    ],
+)
+def test_different_questions_are_different_rows(one: str, other: str) -> None:
+    check_disjoint({"train": [normalized(one)], "test": [normalized(other)]})
+
+
+def test_an_instruction_counts_with_its_input_and_a_text_by_itself() -> None:
+    add = [Example("instruction", "Add them.", context, "x").identity for context in ("2 and 3", "4 and 5")]
+    assert add[0] != add[1]
+    assert Example("text", "", "", "Some words.").identity == normalized("some words")
+    question = [Example("multiple_choice", "Why?", "", response).identity for response in ("a", "b")]
+    assert question[0] == question[1]
+
+
+# Tokens
+
+
+@pytest.mark.parametrize(
+    ("example", "prompt", "response"),
+    [
+        (
+            Example("multiple_choice", "Why?", "", "because"),
+            "Question: Why?\nAnswer:",
+            " because",
+        ),
+        (
+            Example("instruction", "Name a colour.", "", "red"),
+            "Below is an instruction that describes a task. Write a response that appropriately completes the "
+            "request.\n\n### Instruction:\nName a colour.\n\n### Response:\n",
+            "red</s>",
+        ),
+        (
+            Example("instruction", "Add them.", "2 and 3", "5"),
+            "Below is an instruction that describes a task, paired with an input that provides further context. Write "
+            "a response that appropriately completes the request.\n\n### Instruction:\nAdd them.\n\n### Input:\n"
+            "2 and 3\n\n### Response:\n",
+            "5</s>",
+        ),
+    ],
+)
+def test_the_loss_is_on_the_response_and_on_nothing_else(
+    tokenizer: PreTrainedTokenizerBase, example: Example, prompt: str, response: str
+) -> None:
+    row = encode([example], tokenizer, max_length=512)[0]
+    num_prompt = len(tokenizer(prompt)["input_ids"])
+    assert tokenizer.decode(row["input_ids"]) == prompt + response
+    assert row["labels"][:num_prompt] == [IGNORED] * num_prompt
+    assert row["labels"][num_prompt:] == row["input_ids"][num_prompt:]
+    assert tokenizer.decode(predicted(row)) == response
+
+
+def test_the_loss_may_be_on_everything(tokenizer: PreTrainedTokenizerBase) -> None:
+    row = encode([Example("multiple_choice", "Why?", "", "because")], tokenizer, 512, response_only=False)[0]
+    assert row["labels"] == row["input_ids"]
+
+
+def test_text_has_no_prompt_to_mask(tokenizer: PreTrainedTokenizerBase) -> None:
+    row = encode([Example("text", "", "", "Just some words here.")], tokenizer, 512)[0]
+    assert tokenizer.decode(row["input_ids"]) == "Just some words here."
+    assert row["labels"] == row["input_ids"]
+
+
+@pytest.mark.parametrize(
+    ("example", "template"),
+    [
+        (Example("multiple_choice", "Why?", "", "because"), "alpaca"),
+        (Example("instruction", "Name a colour.", "", "red"), "alpaca"),
+        (Example("text", "", "", "Just some words."), "alpaca"),
+        (Example("instruction", "Name a colour.", "", "red"), "chat"),
+        (Example("multiple_choice", "Why?", "", "because"), "chat"),
+    ],
+)
+def test_a_row_begins_with_one_beginning_of_sequence(
+    with_bos: PreTrainedTokenizerBase, example: Example, template: str
+) -> None:
+    """Two of them, or one in the middle, is something the model never saw."""
+    with_bos.chat_template = CHAT_TEMPLATE
+    row = encode([example], with_bos, 512, template)[0]
+    assert row["input_ids"][0] == with_bos.bos_token_id
+    assert row["input_ids"].count(with_bos.bos_token_id) == 1
+
+
+@pytest.mark.parametrize("context", ["", "2 and 3"])
+def test_the_chat_template_is_the_tokenizers_own(tokenizer: PreTrainedTokenizerBase, context: str) -> None:
+    tokenizer.chat_template = CHAT_TEMPLATE
+    row = encode([Example("instruction", "Add them.", context, "5")], tokenizer, 512, template="chat")[0]
+    asked = f"Add them.\n\n{context}" if context else "Add them."
+    assert tokenizer.decode(row["input_ids"]) == f"<s>[user]{asked}[assistant]5</s>"
+    assert tokenizer.decode(predicted(row)) == "5</s>"
+
+
+def test_chat_without_a_template_is_refused(tokenizer: PreTrainedTokenizerBase) -> None:
+    tokenizer.chat_template = None
+    with pytest.raises(UserError, match="this one has none"):
+        encode([Example("instruction", "Add them.", "", "5")], tokenizer, 512, template="chat")
+
+
+def test_long_rows_are_cut_and_rows_without_an_answer_left_are_dropped(tokenizer: PreTrainedTokenizerBase) -> None:
+    short = Example("multiple_choice", "Why?", "", "because of the rain")
+    long_prompt = Example("multiple_choice", "Why " * 200, "", "because")
+    num_prompt = len(tokenizer("Question: Why?\nAnswer:")["input_ids"])
+    whole = encode([short], tokenizer, 512)[0]
+    cut = encode([short, long_prompt], tokenizer, num_prompt + 2)
+    assert len(cut) == 1
+    assert cut[0]["input_ids"] == whole["input_ids"][: num_prompt + 2]
+    assert len(predicted(cut[0])) == 2
+    with pytest.raises(UserError, match=f"`data.max_length` of {num_prompt} tokens"):
+        encode([short], tokenizer, num_prompt)
+
+
+def test_packing_keeps_every_token_and_predicts_none_across_rows() -> None:
+    rows = [
+        {
+            "input_ids": list(range(start, start + length)),
+            "labels": [IGNORED] * masked + list(range(start + masked, start + length)),
+        }
+        for start, length, masked in ((100, 7, 3), (200, 4, 0), (300, 9, 1))
+    ]
+    packed = pack(rows, 8)
+    assert [len(row["input_ids"]) for row in packed] == [8, 8, 4]
+    assert all(len(row["labels"]) == len(row["input_ids"]) for row in packed)
+    ids = [token for row in packed for token in row["input_ids"]]
+    labels = [label for row in packed for label in row["labels"]]
+    assert ids == [token for row in rows for token in row["input_ids"]]
+    # The first token of a row would be predicted from another row; all else is as it was.
+    expected = [label for row in rows for label in [IGNORED, *row["labels"][1:]]]
+    assert labels == expected
+    assert {token for token, label in zip(ids, labels, strict=True) if label == IGNORED} == {100, 101, 102, 200, 300}
+
+
+def test_a_batch_is_padded_on_the_right_and_the_padding_is_not_learned() -> None:
+    rows = [{"input_ids": [5, 6, 7, 8], "labels": [IGNORED, IGNORED, 7, 8]}, {"input_ids": [9, 3], "labels": [9, 3]}]
+    batch = collate(rows, pad_id=1)
+    assert batch["input_ids"].tolist() == [[5, 6, 7, 8], [9, 3, 1, 1]]
+    assert batch["attention_mask"].tolist() == [[1, 1, 1, 1], [1, 1, 0, 0]]
+    assert batch["labels"].tolist() == [[IGNORED, IGNORED, 7, 8], [9, 3, IGNORED, IGNORED]]
+    assert all(tensor.dtype == torch.int64 for tensor in batch.values())
+
+
+def test_encoded_rows_survive_the_disk(tmp_path: Path) -> None:
+    rows = [{"input_ids": [5, 6, 7], "labels": [IGNORED, 6, 7]}, {"input_ids": [9], "labels": [9]}]
+    save_encoded(rows, tmp_path / "train")
+    assert load_encoded(tmp_path / "train") == rows
