@@ -128,6 +128,11 @@ def visit_outputs(
             predicting = torch.zeros_like(batch["labels"], dtype=torch.bool)
             predicting[:, :-1] = batch["labels"][:, 1:] != IGNORED_LABEL
             kept = {name: output[predicting].float().cpu() for name, output in outputs.items()}
+            for name, output in kept.items():
+                if not torch.isfinite(output).all():
+                    raise TrainingDiverged(f"the output of {name} is NaN or infinite on the calibration samples")
+            if not torch.isfinite(logits[predicting]).all():
+                raise TrainingDiverged("the output of model.lm_head is NaN or infinite on the calibration samples")
             visit(kept, logits[predicting].argmax(dim=-1).cpu())
             outputs.clear()
     finally:

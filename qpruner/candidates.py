@@ -184,7 +184,7 @@ def load_adapter(model: PeftModel, folder: Path) -> None:
     try:
         state: dict[str, Any] = load_file(path)
     except (FileNotFoundError, SafetensorError) as error:
-        raise CorruptFile(f"adapter {path} cannot be read: {error}") from error
+        raise CorruptFile(f"adapter {path} cannot be read: {error}", path) from error
     set_peft_model_state_dict(model, state)
 
 

@@ -101,9 +101,10 @@ def _run(
     config = load_config(path, list(overrides))
     _quiet_libraries()
     from qpruner.pipeline import run
+    from qpruner.rundir import run_root
     from qpruner.terminal import Terminal
 
-    root = Path(config.output).expanduser()
+    root = run_root(Path(config.output))
     _log_to(root)
     with Terminal(quiet=quiet) as terminal:
         results = run(config, terminal.emit, address, until)

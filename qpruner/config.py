@@ -8,28 +8,39 @@ from __future__ import annotations
 
 import difflib
 import json
+from collections.abc import Hashable
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic_core.core_schema import ValidationInfo
 
 from qpruner.errors import ConfigError, UserError
 
 Positive = Annotated[int, Field(ge=1)]
+Named = Annotated[str, Field(min_length=1)]
 Bits = Literal[4, 8, 16]
 
 
 class Section(BaseModel):
-    """Base of every section: frozen, no unknown keys."""
+    """Base of every section: frozen, no unknown keys, no infinities, no `yes` for a 1."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def no_boolean_number(cls, value: Any, info: ValidationInfo) -> Any:
+        field = cls.model_fields[str(info.field_name)]
+        if isinstance(value, bool) and field.annotation is not bool:
+            raise ValueError(f"must not be a boolean, got {value}; YAML reads yes, no, on and off as booleans")
+        return value
 
 
 class ModelConfig(Section):
     """The base model."""
 
-    source: str
+    source: Named
     """Hub id, local folder, `.gguf` file, or `package:NAME/FILE` for a file inside an installed Python package."""
     revision: str | None = None
     """Git revision of a hub model; the default branch when null."""
@@ -42,7 +53,7 @@ class ModelConfig(Section):
 class DataSource(Section):
     """Rows from one place."""
 
-    source: str
+    source: Named
     """Hub id, a local .jsonl / .json / .parquet / .txt file, or `package:NAME/FILE`."""
     format: Literal["instruction", "multiple_choice", "text"] = "instruction"
     """How a row becomes a prompt and a response."""
@@ -271,7 +282,8 @@ class FinetuneConfig(Section):
     @model_validator(mode="after")
     def one_length(self) -> FinetuneConfig:
         if (self.steps is None) == (self.epochs is None):
-            raise ValueError("give exactly one of `steps` and `epochs`")
+            given = "neither" if self.steps is None else "both"
+            raise ValueError(f"give exactly one of `steps` and `epochs`, got {given}")
         return self
 
 
@@ -293,7 +305,7 @@ class EvaluateConfig(Section):
 class RunConfig(Section):
     """Everything a run needs."""
 
-    output: str
+    output: Named
     """The run folder."""
     seed: Annotated[int, Field(ge=0)] = 0
     """Seeds sampling, adapters, data order and the searcher alike."""
@@ -326,7 +338,11 @@ class _UniqueKeyLoader(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[Any] = set()
         for key_node, _ in node.value:
+            if key_node.tag == "tag:yaml.org,2002:merge":
+                continue
             key = self.construct_object(key_node, deep=True)
+            if not isinstance(key, Hashable):
+                raise yaml.constructor.ConstructorError(None, None, f"{key!r} cannot be a key", key_node.start_mark)
             if key in seen:
                 raise yaml.constructor.ConstructorError(None, None, f"key `{key}` is given twice", key_node.start_mark)
             seen.add(key)
@@ -410,7 +426,14 @@ def _explain(problem: Any) -> str:
         return f"`{key}` is missing: it must be given"
     rule = problem["msg"].removeprefix("Value error, ")
     if problem["type"] == "value_error":
-        return f"`{key}`: {rule}"
+        return f"`{key}`: {rule}" if location else rule
+    # pydantic's own words for these name Python types.
+    rule = {
+        "tuple_type": "must be a list",
+        "dict_type": "must be a mapping of keys",
+        "model_type": "must be a mapping of keys (a section)",
+        "too_short": "must have at least 1 item",
+    }.get(problem["type"], rule)
     return f"`{key}`: {rule[0].lower() + rule[1:]}, got {problem['input']!r}"
 
 

@@ -7,6 +7,7 @@ so that training, validation loss and lm-eval accuracy speak of the same thing.
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qpruner.config import DataSource
-from qpruner.errors import UserError
+from qpruner.errors import CorruptFile, UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -28,6 +29,8 @@ COLUMNS = {
     "text": ("text",),
 }
 OPTIONAL_COLUMNS = {"input"}
+OTHER_SUFFIXES = {".csv", ".tsv", ".xlsx", ".gz", ".zip", ".arrow", ".yaml", ".yml"}
+"""Files that are not read; without them a relative path would be looked for on the hub."""
 DEFAULT_COLUMNS = {"answer": "answerKey"}
 
 ALPACA = (
@@ -173,12 +176,15 @@ def _read_rows(source: DataSource, key: str) -> list[dict[str, Any]]:
     path = resolve_source(source.source, f"{key}.source")
     builders = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".txt": "text"}
     suffix = Path(path).suffix
+    logging.getLogger("datasets").setLevel(logging.CRITICAL)  # what fails is told by the error below
     try:
         if suffix in builders:
             if not Path(path).is_file():
-                raise UserError(f"`{key}.source`: file {path} does not exist")
+                raise UserError(f"`{key}.source`: file {path} does not exist; name a data file or a hub id")
+            if not Path(path).stat().st_size:
+                raise UserError(f"`{key}.source`: file {path} is empty; name another")
             rows = datasets.load_dataset(builders[suffix], data_files=path, split=source.split)
-        elif path.startswith((".", "/", "~")):
+        elif path.startswith((".", "/")) or Path(path).exists() or suffix in OTHER_SUFFIXES:
             raise UserError(
                 f"`{key}.source`: {path} is no data file; give a .jsonl, .json, .parquet or .txt file, or a hub id"
             )
@@ -187,8 +193,11 @@ def _read_rows(source: DataSource, key: str) -> list[dict[str, Any]]:
     except UserError:
         raise
     except Exception as error:  # datasets raises many types for files that cannot be parsed and hubs out of reach
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(f"`{key}.source`: no rows can be read from {source.source!r}: {reason}") from error
+        cause = error.__cause__ or error  # datasets only says that generating the data set failed
+        reason = str(cause).strip().splitlines()[0] if str(cause).strip() else type(cause).__name__
+        raise UserError(
+            f"`{key}.source`: no rows can be read from {source.source!r}: {reason}; mend it or name another"
+        ) from error
     _check_columns(rows.column_names, source, key)
     count = len(rows) if source.limit is None else min(source.limit, len(rows))
     return [dict(row) for row in rows.select(range(count))]
@@ -204,6 +213,8 @@ def _check_columns(available: Sequence[str], source: DataSource, key: str) -> No
         )
     for column in ours:
         theirs = _mapped(source, column)
+        if len(theirs) > 1 and column != "choices":
+            raise UserError(f"`{key}.columns.{column}` must name one column, got {', '.join(theirs)}")
         missing = [name for name in theirs if name not in available]
         if missing and not (column in OPTIONAL_COLUMNS and column not in source.columns):
             raise UserError(
@@ -225,7 +236,13 @@ def _to_example(row: dict[str, Any], source: DataSource, key: str) -> Example:
         return Example("text", "", "", value("text"))
     if source.format == "instruction":
         return Example("instruction", value("instruction"), value("input"), value("output"))
-    choices, labels = _choices(row, _mapped(source, "choices"))
+    columns = _mapped(source, "choices")
+    if len(columns) == 1 and not isinstance(row[columns[0]], (list, dict)):
+        raise UserError(
+            f"`{key}.columns.choices`: column {columns[0]} must hold a list of choices, got {row[columns[0]]!r:.60}; "
+            "where each choice has a column, give a list of columns"
+        )
+    choices, labels = _choices(row, columns)
     answer = row[_mapped(source, "answer")[0]]
     if isinstance(answer, str) and answer in labels:
         index = labels.index(answer)
@@ -285,4 +302,7 @@ def load_encoded(folder: Path) -> list[dict[str, list[int]]]:
     """Read what `save_encoded` wrote."""
     import datasets
 
-    return [dict(row) for row in datasets.load_from_disk(str(folder))]
+    try:
+        return [dict(row) for row in datasets.load_from_disk(str(folder))]
+    except (OSError, ValueError, KeyError) as error:  # pyarrow's errors are among them
+        raise CorruptFile(f"the encoded rows in {folder} cannot be read: {error}", folder) from error

@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from pathlib import Path
 
 
 class QprunerError(Exception):
@@ -59,4 +60,12 @@ class TrainingDiverged(QprunerError):
 
 
 class CorruptFile(QprunerError):
-    """A file the run folder vouches for cannot be read as what it should be."""
+    """A file the run folder vouches for cannot be read as what it should be.
+
+    Attributes:
+        path: The file or folder, as far as it is known.
+    """
+
+    def __init__(self, message: str, path: Path | None = None) -> None:
+        self.path = path
+        super().__init__(message)

@@ -11,15 +11,16 @@ from pathlib import Path
 from typing import Any
 
 from qpruner.config import BudgetConfig, RunConfig
-from qpruner.data import Example, check_disjoint, load_examples, normalized
+from qpruner.data import Example, check_disjoint, encode, load_examples, normalized
 from qpruner.errors import UserError
 from qpruner.evaluate import task_questions
 from qpruner.models.layout import layout_of, num_layers, skeleton
-from qpruner.models.loading import load_model_config, resolve_source
+from qpruner.models.loading import check_source, load_model_config, load_tokenizer, resolve_source
 from qpruner.models.ragged import set_widths
 from qpruner.models.structure import family_of
 from qpruner.plan import Layout, check_cpu_widths
 from qpruner.pruning.selection import counts_per_layer, layer_range, unit_sizes
+from qpruner.rundir import run_root
 
 DTYPE_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 GIB = 1024**3
@@ -59,6 +60,7 @@ def inspect(config: RunConfig) -> Inspection:
     budget = budget_bytes(config.quantize.budget, pruned, config.quantize.bits)
     _check_device(config, pruned)
     examples = _check_data(config)
+    _check_encoding(config, examples)
     _check_disk(config, base, pruned)
     return Inspection(model_config, base, pruned, config.prune.selection == "global", budget, examples)
 
@@ -81,7 +83,8 @@ def include_path(config: RunConfig) -> str | None:
         return None
     path = resolve_source(source, "evaluate.include_path")
     if not Path(path).is_dir():
-        raise UserError(f"`evaluate.include_path`: folder {path} does not exist")
+        state = "is a file" if Path(path).exists() else "does not exist"
+        raise UserError(f"`evaluate.include_path`: {path} {state}; name a folder of lm-eval task files")
     return path
 
 
@@ -116,13 +119,18 @@ def budget_bytes(budget: BudgetConfig, layout: Layout, levels: tuple[int, ...]) 
         name = "bytes" if budget.bytes is not None else "gib"
         raise UserError(
             f"`quantize.budget.{name}` is below the pruned model with every group at {levels[0]} bits: the smallest "
-            f"that works is {lowest} bytes ({_rounded_up_gib(lowest)} GiB), got {given} bytes"
+            f"that works is {lowest} bytes ({_rounded_up_gib(lowest)} GiB), got {getattr(budget, name)}"
         )
     return given
 
 
 def _rounded_up_gib(size: int) -> float:
     return -(-size * 10**4 // GIB) / 10**4
+
+
+def _amount(size: int) -> str:
+    """`1.5 GiB`, or MiB where GiB would show nothing."""
+    return f"{size / GIB:.1f} GiB" if size >= GIB else f"{-(-size * 10 // 1024**2) / 10:.1f} MiB"
 
 
 def _pruned_config(config: RunConfig, model_config: Any, base: Layout) -> Any:
@@ -133,7 +141,10 @@ def _pruned_config(config: RunConfig, model_config: Any, base: Layout) -> Any:
     if config.prune.rate == 0 or is_pruned(model_config):
         return model_config
     sizes = unit_sizes(skeleton(model_config), layers[0])
-    counts = counts_per_layer(prune_target(config, base.num_parameters), sizes, len(layers), config.prune.round_to)
+    try:
+        counts = counts_per_layer(prune_target(config, base.num_parameters), sizes, len(layers), config.prune.round_to)
+    except UserError as error:
+        raise UserError(f"{error} (`prune.rate` is {config.prune.rate:g})") from error
     widths = {
         index: {
             "attention": sizes.count["attention"] - counts.attention,
@@ -188,15 +199,39 @@ def _check_data(config: RunConfig) -> dict[str, list[Example]]:
             questions = task_questions(tasks, include_path(config), f"{section}.tasks", limit)
             identities[f"`{section}.tasks`"] = [normalized(text) for texts in questions.values() for text in texts]
     # Trials may be scored on the same questions twice, as loss and as accuracy: both are validation.
-    if "`search.tasks`" in identities:
-        identities["`data.validation`"] = [*identities["`data.validation`"], *identities.pop("`search.tasks`")]
+    searched = identities.pop("`search.tasks`", [])
     check_disjoint(identities)
+    others = {name: rows for name, rows in identities.items() if name != "`data.validation`"}
+    check_disjoint({"`search.tasks`": searched, **others})
+    if calibration:
+        rows = [row.identity for row in examples["calibration"]]
+        check_disjoint({"`calibration.data`": rows, "`evaluate.tasks`": identities["`evaluate.tasks`"]})
     return examples
+
+
+def _check_encoding(config: RunConfig, examples: dict[str, list[Example]]) -> None:
+    """Refuse a tokenizer that cannot write the rows; a .gguf file's takes 15 s to convert and is left to `prepare`."""
+    source = check_source(config.model)
+    if source.endswith(".gguf"):
+        return
+    try:
+        tokenizer = load_tokenizer(source, config.model)
+    except Exception as error:  # missing and broken tokenizer files raise many types
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"`model.source`: no tokenizer can be loaded from {source}: {reason}") from error
+    settings = config.data
+    for rows in examples.values():
+        # The first rows and one of each format are enough, unless all of them are too long.
+        sample = [*rows[:64], *{row.format: row for row in rows}.values()]
+        try:
+            encode(sample, tokenizer, settings.max_length, settings.template, settings.response_only)
+        except UserError:
+            encode(rows, tokenizer, settings.max_length, settings.template, settings.response_only)
 
 
 def _check_disk(config: RunConfig, base: Layout, pruned: Layout) -> None:
     """Refuse a disk that cannot hold the run's largest files."""
-    folder = Path(config.output).expanduser().resolve()
+    folder = run_root(Path(config.output))
     existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
     sizes = [pruned.plan_bytes(pruned.uniform(bits)) for bits in config.quantize.bits]
     adapters = pruned.adapter_bytes * 3 * (config.search.trials + 8)  # weights and two Adam moments each
@@ -204,6 +239,6 @@ def _check_disk(config: RunConfig, base: Layout, pruned: Layout) -> None:
     free = shutil.disk_usage(existing).free
     if free < needed:
         raise UserError(
-            f"`output`: the run needs about {needed / GIB:.1f} GiB in {existing}, where {free / GIB:.1f} GiB are free: "
+            f"`output`: the run needs about {_amount(needed)} in {existing}, where {_amount(free)} are free: "
             "make room or name another folder"
         )

@@ -28,9 +28,7 @@ class RunDir:
     """
 
     def __init__(self, root: Path) -> None:
-        self.root = root.expanduser().resolve()
-        if self.root.exists() and not self.root.is_dir():
-            raise UserError(f"`output`: {self.root} is a file; name a folder")
+        self.root = run_root(root)
         self.root.mkdir(parents=True, exist_ok=True)
 
     def stage(self, name: str) -> Path:
@@ -80,6 +78,15 @@ class RunDir:
         return self.root / "records" / f"{name}.json"
 
 
+def run_root(output: Path) -> Path:
+    """The run folder as a full path; `UserError` when it, or what should hold it, is a file."""
+    root = output.expanduser().resolve()
+    existing = next(path for path in (root, *root.parents) if path.exists())
+    if not existing.is_dir():
+        raise UserError(f"`output`: {existing} is a file; name a folder")
+    return root
+
+
 def write_json(path: Path, data: BaseModel) -> None:
     """Write a record so that a reader sees the old one or the new one, never half of it."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -93,13 +100,15 @@ def write_json(path: Path, data: BaseModel) -> None:
 def read_json(path: Path, kind: type[RecordType]) -> RecordType | None:
     """Read what `write_json` wrote; None when the file is missing, `CorruptFile` when it is not a `kind`."""
     try:
-        text = path.read_text(encoding="utf-8")
+        return kind.model_validate(json.loads(path.read_bytes()))
     except FileNotFoundError:
         return None
-    try:
-        return kind.model_validate(json.loads(text))
-    except (ValueError, ValidationError) as error:
-        raise CorruptFile(f"{path} is not a {kind.__name__}: {error}") from error
+    except ValidationError as error:
+        problem = error.errors()[0]
+        place = ".".join(str(part) for part in problem["loc"]) or "the whole"
+        raise CorruptFile(f"{path} is not a {kind.__name__}: {place}: {problem['msg']}", path) from error
+    except ValueError as error:  # not JSON, or not even text
+        raise CorruptFile(f"{path} is not a {kind.__name__}: {error}", path) from error
 
 
 def file_digest(path: Path) -> str:

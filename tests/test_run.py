@@ -88,7 +88,7 @@ def undisturbed(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> I
     config = written_config(tmp_path_factory.mktemp("undisturbed") / "a", tiny_model)
     done = subprocess.run(command(config), capture_output=True, text=True, timeout=8 * MINUTES)
     assert done.returncode == 0, done.stderr[-3000:]
-    yield config.parent / "run", json.loads(done.stdout.splitlines()[-1])
+    return config.parent / "run", json.loads(done.stdout.splitlines()[-1])
 
 
 def test_whole_run_ends_in_the_table(undisturbed: tuple[Path, dict[str, Any]]) -> None:
@@ -148,7 +148,7 @@ def test_bytes_on_disk_are_the_bytes_told(undisturbed: tuple[Path, dict[str, Any
 def test_tensorboard_lists_every_trial(undisturbed: tuple[Path, dict[str, Any]]) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    run, told = undisturbed
+    run, _told = undisturbed
     folders = sorted({path.parent for path in (run / "tune").rglob("events.out.tfevents*")})
     scalars = [EventAccumulator(str(folder)).Reload().Tags()["scalars"] for folder in folders]
     trials = list((run / "trials").glob("*/*/trial.json"))

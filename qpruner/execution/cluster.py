@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -67,6 +68,7 @@ def connect(address: str | None) -> Slots:
     environment = {"env_vars": {"TQDM_DISABLE": "1", "TOKENIZERS_PARALLELISM": "false"}}
     if not ray.is_initialized():
         if address:
+            _check_reachable(address)
             ray.init(address=address, log_to_driver=False, logging_level="ERROR", runtime_env=environment)
         else:
             ray.init(
@@ -79,6 +81,20 @@ def connect(address: str | None) -> Slots:
             )
     total = ray.cluster_resources()
     return Slots(float(total.get("CPU", 0.0)), float(total.get("GPU", 0.0)))
+
+
+def _check_reachable(address: str, seconds: float = 5.0) -> None:
+    """Refuse an address that nothing listens at; Ray itself would try for minutes."""
+    host, separator, port = address.removeprefix("ray://").rpartition(":")
+    if not separator:  # `auto` and `local` are Ray's own words
+        return
+    try:
+        socket.create_connection((host, int(port)), timeout=seconds).close()
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"--address {address}: no Ray cluster answers there ({error}); start one with `ray start --head` or "
+            "`ray up`, or leave --address out"
+        ) from error
 
 
 def disconnect() -> None:

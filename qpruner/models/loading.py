@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import struct
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +31,8 @@ def resolve_source(source: str, key: str) -> str:
     Raises:
         UserError: If the package is not installed or has no such file.
     """
+    if source.startswith("~"):
+        return str(Path(source).expanduser())
     if not source.startswith("package:"):
         return source
     package, _, inner = source.removeprefix("package:").partition("/")
@@ -39,9 +42,10 @@ def resolve_source(source: str, key: str) -> str:
         spec = None
     if spec is None or not spec.submodule_search_locations:
         raise UserError(f"`{key}`: Python package `{package}` is not installed; install it or name another source")
-    path = Path(next(iter(spec.submodule_search_locations))) / inner
+    folder = Path(next(iter(spec.submodule_search_locations)))
+    path = folder / inner
     if not path.exists():
-        raise UserError(f"`{key}`: package `{package}` has no file `{inner}`")
+        raise UserError(f"`{key}`: package `{package}` has no file `{inner}`; name one below {folder}")
     return str(path)
 
 
@@ -51,13 +55,15 @@ def check_source(model: ModelConfig) -> str:
     path = Path(source)
     if source.endswith(".gguf"):
         if not path.is_file():
-            raise UserError(f"`model.source`: file {source} does not exist")
+            raise UserError(f"`model.source`: file {source} does not exist; name a model folder, .gguf file or hub id")
         if importlib.util.find_spec("gguf") is None:
             raise UserError("`model.source`: reading .gguf files needs the gguf package: pip install 'qpruner[gguf]'")
     elif path.is_dir():
         _check_folder(path)
-    elif source.startswith((".", "/", "~")):
-        raise UserError(f"`model.source`: folder {source} does not exist")
+    elif path.exists():
+        raise UserError(f"`model.source`: {source} is a file, but no .gguf; name a model folder, .gguf file or hub id")
+    elif source.startswith((".", "/")):
+        raise UserError(f"`model.source`: folder {source} does not exist; name a model folder, .gguf file or hub id")
     return source
 
 
@@ -70,9 +76,10 @@ def load_model_config(model: ModelConfig) -> Any:
         config = AutoConfig.from_pretrained(
             **_where(source), revision=model.revision, trust_remote_code=model.trust_remote_code
         )
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # a broken config or .gguf header ends in many types
+        damaged = "the file may be truncated: fetch it again" if source.endswith(".gguf") else "mend its config.json"
         raise UserError(
-            f"`model.source`: no model config can be read from {model.source!r}: {_first_line(error)}"
+            f"`model.source`: no model config can be read from {model.source!r}: {_reason(error)}; {damaged}"
         ) from error
     if getattr(config, "quantization_config", None) is not None and not source.endswith(".gguf"):
         raise UserError(f"`model.source`: {model.source} is already quantized; give the full-precision checkpoint")
@@ -115,9 +122,24 @@ def load_dense(source: str, dtype: str, model: ModelConfig | None = None) -> Pre
         loaded: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
             **_where(source), dtype=getattr(torch, dtype), **options
         )
-    except SafetensorError as error:
-        raise CorruptFile(f"weights in {source} cannot be read: {error}; fetch or write that file again") from error
+    except (SafetensorError, OSError) as error:
+        if isinstance(error, OSError) and error.errno is not None:  # the disk's, not transformers' "no such file"
+            raise
+        path = damaged_file(Path(source))
+        raise CorruptFile(f"{path} is missing or damaged: {_reason(error)}", path) from error
     return loaded.to(device())
+
+
+def damaged_file(folder: Path) -> Path:
+    """The first file of a checkpoint that cannot be read; the folder itself when all can."""
+    config, weights = folder / "config.json", sorted(folder.glob("*.safetensors"))
+    try:
+        json.loads(config.read_bytes())
+    except (OSError, ValueError):
+        return config
+    if not weights:
+        return folder / "model.safetensors"
+    return next((file for file in weights if not _is_whole(file)), folder)
 
 
 def device() -> str:
@@ -144,11 +166,41 @@ def _check_folder(path: Path) -> None:
         )
     index = path / "model.safetensors.index.json"
     if index.is_file():
-        shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        shards = _shards(index)
         missing = sorted(shard for shard in shards if not (path / shard).is_file())
         if missing:
-            raise UserError(f"`model.source`: folder {path} lacks the weight file(s) {', '.join(missing)}")
+            raise UserError(
+                f"`model.source`: folder {path} lacks the weight file(s) {', '.join(missing)}; fetch the model again"
+            )
+    for file in sorted(path.glob("*.safetensors")):
+        if not _is_whole(file):
+            raise UserError(f"`model.source`: weight file {file} is truncated or damaged; fetch it again")
 
 
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0]
+def _shards(index: Path) -> set[str]:
+    """The weight files that a shard index names."""
+    try:
+        return set(json.loads(index.read_bytes())["weight_map"].values())
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"`model.source`: {index} is not valid JSON with a `weight_map`; fetch it again") from error
+
+
+def _is_whole(file: Path) -> bool:
+    """Whether a safetensors file is as long as its header says; the weights are not read."""
+    size = file.stat().st_size
+    try:
+        with file.open("rb") as stream:
+            (length,) = struct.unpack("<Q", stream.read(8))
+            header = json.loads(stream.read(min(length, size)))
+        end = 8 + length + max(entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__")
+    except (struct.error, ValueError, KeyError, TypeError, AttributeError):
+        return False
+    return bool(end == size)
+
+
+def _reason(error: Exception) -> str:
+    """The last line of an error's text: the first one of a validation error only says that there is one."""
+    lines = str(error).strip().splitlines()
+    if isinstance(error, (OSError, KeyError)) or len(lines) < 2:
+        return lines[0] if lines else type(error).__name__
+    return lines[-1].strip() if "alidation" in lines[0] else lines[0]

@@ -11,6 +11,7 @@ from pathlib import Path
 from qpruner import preflight
 from qpruner.config import RunConfig
 from qpruner.events import Emit
+from qpruner.execution.cluster import local_slots
 from qpruner.pipeline.compress import bank, prepare, prune, sensitivity
 from qpruner.pipeline.context import Context
 from qpruner.pipeline.finish import evaluate, finetune
@@ -20,6 +21,13 @@ from qpruner.records import Results
 from qpruner.rundir import RunDir
 
 STAGES = ("prepare", "prune", "sensitivity", "bank", "search", "finetune", "evaluate", "report")
+
+
+def _check_slots(context: Context) -> None:
+    """Refuse a trial that does not fit the cluster now, not after pruning; joins a cluster that was named."""
+    slots = context.slots if context.address else local_slots()
+    asked = context.config.search.resources_per_trial
+    slots.concurrent(slots.resources_per_trial(asked.model_dump() if asked else None), None)
 
 
 def run(config: RunConfig, emit: Emit, address: str | None = None, until: str = "report") -> Results:
@@ -42,6 +50,8 @@ def run(config: RunConfig, emit: Emit, address: str | None = None, until: str = 
     context = Context(config, RunDir(Path(config.output)), emit, address, inspection)
     last = STAGES.index(until)
     try:
+        if last >= STAGES.index("search"):
+            _check_slots(context)
         prepared = prepare(context)
         pruned = prune(context, prepared) if last >= 1 else None
         measured = sensitivity(context, pruned) if pruned and last >= 2 else None

@@ -107,10 +107,12 @@ def _finalists(trials: list[TrialRecord], num_best: int, job: Any) -> list[Trial
     finished = [trial for trial in trials if trial.status == "finished"]
     if not finished:
         reasons = [trial.reason for trial in trials if trial.reason]
+        diverged = bool(reasons) and all("TrainingDiverged" in reason for reason in reasons)
+        mend = "lower `training.learning_rate`" if diverged else "mend the cause, delete the run's trials folder"
         raise StageError(
             "search",
             f"none of {len(trials)} trials finished; the first said: {reasons[0] if reasons else 'nothing'}",
-            "mend the cause, delete the run's trials folder and repeat the command",
+            f"{mend} and repeat the command",
         )
     ranked = sorted(finished, key=lambda trial: (objective(trial.rungs[-1], job.config), trial.index))
     chosen = {trial.index: trial for trial in [*ranked[:num_best], *(t for t in finished if t.is_control)]}

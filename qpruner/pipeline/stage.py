@@ -68,7 +68,7 @@ def run_stage(
         return record
     emit(StageStarted(stage.name, stage.detail))
     started = time.monotonic()
-    with explained(stage.name):
+    with explained(stage.name, run.root):
         scratch = run.scratch(stage.name)
         fields = work(scratch)
         record = kind(digest=stage.digest, seconds=time.monotonic() - started, **fields)
@@ -89,39 +89,59 @@ def _recorded(run: RunDir, stage: Stage, kind: type[RecordType], emit: Emit) -> 
 
 
 @contextmanager
-def explained(stage: str) -> Iterator[None]:
-    """Turn what a stage may meet into a `StageError`."""
+def explained(stage: str, root: Path | None = None) -> Iterator[None]:
+    """Turn what a stage may meet into a `StageError`.
+
+    Args:
+        stage: Its name.
+        root: The run folder, to tell its own files from the user's.
+    """
     try:
         yield
     except StageError:
         raise
     except TrainingDiverged as error:
-        raise StageError(stage, str(error), "lower `training.learning_rate`, or use bfloat16 or float32") from error
+        raise StageError(stage, str(error), _against_nan(stage)) from error
     except CorruptFile as error:
-        raise StageError(stage, str(error), "repeat the command: stages whose records are whole are skipped") from error
+        raise StageError(stage, str(error), _mend(error.path, root)) from error
     except QprunerError:
         raise
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
-        raise StageError(
-            stage, f"no space left on the disk ({error.filename or 'writing'})", "make room, then repeat the command"
-        ) from error
+        place = f"{error.filename or root or 'the disk'}"
+        raise StageError(stage, f"no space left for {place}", "make room, then repeat the command") from error
     except Exception as error:
-        cause = _known_cause(error)
+        cause = _known_cause(error, root)
         if cause is None:
             raise
         raise StageError(stage, *cause) from error
 
 
-def _known_cause(error: Exception) -> tuple[str, str] | None:
+def _against_nan(stage: str) -> str:
+    """What to do about NaN; before anything is trained it comes with the weights."""
+    if stage in ("search", "finetune"):
+        return "lower `training.learning_rate`, or use bfloat16 or float32"
+    return "the base model's weights are broken or too large for `model.dtype`: take another copy or dtype"
+
+
+def _mend(path: Path | None, root: Path | None) -> str:
+    """What to do about a file that cannot be read; a stage whose folder is gone is run again."""
+    if path is None or root is None or not path.is_relative_to(root):
+        return "fetch or write that file again, then repeat the command"
+    top = path.relative_to(root).parts[0]
+    folder = path.parent if top in ("trials", "candidates") else root / top
+    return f"delete {folder}, then repeat the command: what it held is made again"
+
+
+def _known_cause(error: Exception, root: Path | None) -> tuple[str, str] | None:
     """Cause and remedy of errors that libraries raise under types of their own."""
     text = str(error)
     if type(error).__name__ == "OutOfMemoryError" or isinstance(error, MemoryError) or "can't allocate memory" in text:
         remedy = "lower `training.micro_batch_size` or `data.max_length`, or set `training.gradient_checkpointing`"
         return f"out of memory ({text.splitlines()[0][:120] if text else 'MemoryError'})", remedy
     if "No space left on device" in text:
-        return "no space left on the disk", "make room, then repeat the command"
+        return f"no space left for {root or 'the disk'}", "make room, then repeat the command"
     if type(error).__name__ == "SafetensorError":
         return f"a safetensors file is damaged ({text})", "delete the stage's folder, then repeat the command"
     return None

@@ -106,6 +106,6 @@ def _dense_tensors(checkpoint: Path, leave_out: set[str]) -> dict[str, torch.Ten
                 tensors |= {name: file.get_tensor(name) for name in file.keys() if name not in leave_out}  # noqa: SIM118
         except SafetensorError as error:
             raise CorruptFile(
-                f"weight file {shard} cannot be read: {error}; delete its folder to rebuild it"
+                f"weight file {shard} cannot be read: {error}; delete its folder to rebuild it", shard
             ) from error
     return tensors

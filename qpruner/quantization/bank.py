@@ -104,6 +104,6 @@ def read_plan(bank: Path, bits_by_group: Mapping[str, int]) -> dict[str, torch.T
             tensors |= load_file(path)
         except (FileNotFoundError, SafetensorError) as error:
             raise CorruptFile(
-                f"bank file {path} cannot be read: {error}; delete the bank folder to rebuild it"
+                f"bank file {path} cannot be read: {error}; delete the bank folder to rebuild it", path
             ) from error
     return tensors

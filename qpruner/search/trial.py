@@ -16,6 +16,7 @@ import torch
 from qpruner.calibration import Rows, mean_loss
 from qpruner.config import RunConfig
 from qpruner.data import load_encoded
+from qpruner.errors import TrainingDiverged
 from qpruner.evaluate import mean_accuracy, score_tasks
 from qpruner.finetune import Listener, Schedule, finetune
 from qpruner.models.loading import load_tokenizer
@@ -71,7 +72,11 @@ def run_trial(job: TrialJob, start: Path | None, report: Report) -> None:
     validation = load_encoded(job.materials.data / "validation")
 
     def on_rung(step: int, checkpoint: Path, train_loss: float) -> None:
-        report(score(peft_model, tokenizer, validation, config, step, train_loss), checkpoint)
+        try:
+            result = score(peft_model, tokenizer, validation, config, step, train_loss)
+        except TrainingDiverged as error:
+            raise TrainingDiverged(f"{error} at step {step}") from error
+        report(result, checkpoint)
 
     with tempfile.TemporaryDirectory(prefix="qpruner-trial-") as work:
         finetune(
