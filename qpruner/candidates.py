@@ -65,6 +65,7 @@ class FinetuneOutcome:
     steps: int
     train_loss: float
     validation_loss: float
+    measured_bytes: int
     peak_memory_bytes: int
     memory_counter: str
 
@@ -76,6 +77,7 @@ def finetune_candidate(job: CandidateJob) -> FinetuneOutcome:
     from qpruner.finetune import Listener, Schedule, finetune
     from qpruner.memory import PeakMemory
     from qpruner.models.loading import load_tokenizer
+    from qpruner.quantization.assembly import measured_bytes
 
     _limit_threads(job.threads)
     config, candidate = job.config, job.candidate
@@ -104,7 +106,8 @@ def finetune_candidate(job: CandidateJob) -> FinetuneOutcome:
     loss = mean_loss(model, validation, pad_id, config.evaluate.batch_size).mean
     model.save_pretrained(candidate.adapter)
     shutil.rmtree(work, ignore_errors=True)
-    return FinetuneOutcome(result.steps, result.train_loss, loss, peak, memory.counter)
+    size = measured_bytes(model)
+    return FinetuneOutcome(result.steps, result.train_loss, loss, size, peak, memory.counter)
 
 
 def evaluate_candidate(job: CandidateJob) -> tuple[TaskScore, ...]:

@@ -10,6 +10,7 @@ import json
 import logging
 import os
 import sys
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -196,6 +197,13 @@ def _guarded(as_json: bool, work: Callable[[], dict[str, Any]]) -> None:
         if as_json:
             click.echo(json.dumps(outcome))
         sys.exit(error.exit_code)
+    except Exception as error:
+        # Ours to mend: the traceback is for the report, the JSON line for whoever waits for one.
+        logging.getLogger(__name__).exception("unexpected error")
+        traceback.print_exc()
+        if as_json:
+            click.echo(json.dumps({"status": "error", "kind": type(error).__name__, "error": str(error)}))
+        sys.exit(1)
     except KeyboardInterrupt:
         click.echo("interrupted; repeat the same command to go on", err=True)
         sys.exit(130)

@@ -106,6 +106,8 @@ class TrialRecord(BaseModel):
     rungs: tuple[RungResult, ...] = ()
     reason: str | None = None
     seconds: float = 0.0
+    kills: int = 0
+    """Times that Ray killed workers for memory while this trial ran."""
 
     @property
     def is_control(self) -> bool:
@@ -146,6 +148,9 @@ class CandidateRecord(Record):
     name: str
     plan: dict[str, int]
     plan_bytes: int
+    """By the formula."""
+    measured_bytes: int
+    """Of the packed tensors."""
     mean_bits: float
     num_parameters: int
     steps: int

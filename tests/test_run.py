@@ -98,12 +98,14 @@ def test_whole_run_ends_in_the_table(undisturbed: tuple[Path, dict[str, Any]]) -
     assert names == ["base", "pruned", "uniform 4-bit", "uniform 8-bit", "mutual-information seed", "searched"]
     assert told["status"] == "ok"
     assert told["claim"] == report["claim"]
-    assert {row["name"]: row["plan_bytes"] for row in told["table"]}["searched"] <= report["records"]["search"][
+    assert {row["name"]: row["measured_bytes"] for row in told["table"]}["searched"] <= report["records"]["search"][
         "budget_bytes"
     ]
     text = (run / "report.md").read_text()
     assert all(f"| {name} |" in text for name in names)
     assert report["claim"] in text
+    candidates = report["records"]["finetune"]["candidates"]
+    assert all(row["measured_bytes"] == row["plan_bytes"] for row in candidates), "the formula is the packed tensors"
     # Every row had the same fine-tune.
     assert {row["steps"] for row in report["records"]["finetune"]["candidates"]} == {4}
 
@@ -142,7 +144,7 @@ def test_bytes_on_disk_are_the_bytes_told(undisturbed: tuple[Path, dict[str, Any
     on_disk = sum(path.stat().st_size for path in (run / "final").glob("*.safetensors"))
     # Names and JSON headers weigh about 100 bytes a tensor, which shows on a model this small.
     headers = 100 * 9 * 14 + 100 * 28
-    assert searched["plan_bytes"] * 0.99 <= on_disk <= searched["plan_bytes"] * 1.01 + headers
+    assert searched["measured_bytes"] * 0.99 <= on_disk <= searched["measured_bytes"] * 1.01 + headers
 
 
 def test_tensorboard_lists_every_trial(undisturbed: tuple[Path, dict[str, Any]]) -> None:
@@ -162,6 +164,36 @@ def test_repeating_a_finished_run_computes_nothing(undisturbed: tuple[Path, dict
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("already recorded") == 7
     assert {path: path.stat().st_mtime_ns for path in (run / "records").iterdir()} == before
+
+
+TRIAL_ALONE = """
+import json, sys
+from pathlib import Path
+import torch
+torch.set_num_threads(1)
+from qpruner.config import load_config
+from qpruner.search.trial import Materials, TrialJob, run_trial
+run, plan = Path(sys.argv[1]), json.loads(sys.argv[2])
+materials = Materials(run / "prune", run / "bank", run / "prepare" / "data")
+rungs = []
+run_trial(TrialJob(load_config(run.parent / "config.yaml"), materials, plan), None, lambda rung, _: rungs.append(rung))
+print(json.dumps([rung.model_dump() for rung in rungs]))
+"""
+
+
+def test_a_trial_alone_gives_the_losses_of_the_search(undisturbed: tuple[Path, dict[str, Any]]) -> None:
+    """The last trial ran in an actor that others had used; without Ray, in a fresh process, it is the same."""
+    run, _ = undisturbed
+    trial = json.loads(sorted((run / "trials").glob("*/*/trial.json"))[-1].read_text())
+    done = subprocess.run(
+        [sys.executable, "-c", TRIAL_ALONE, str(run), json.dumps(trial["plan"])],
+        capture_output=True,
+        text=True,
+        timeout=2 * MINUTES,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    alone = json.loads(done.stdout.splitlines()[-1])
+    assert alone[: len(trial["rungs"])] == trial["rungs"]
 
 
 def trial_is_between_rungs(run: Path, index: int) -> bool:

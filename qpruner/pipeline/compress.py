@@ -97,6 +97,7 @@ def sensitivity(context: Context, pruned: PruneRecord) -> SensitivityRecord:
             pad_id=int(load_tokenizer(str(context.checkpoint)).pad_token_id),
             batch_size=config.evaluate.batch_size,
             seed=config.seed,
+            on_group=lambda done, total: context.emit(Progress("sensitivity", done, total)),
         )
         return {
             "estimator": mi.ESTIMATOR,

@@ -13,7 +13,7 @@ def cells(row: Row) -> tuple[str, ...]:
     return (
         row.name,
         f"{row.num_parameters / 1e6:.1f} M",
-        f"{row.plan_bytes / 1e6:.1f} MB",
+        f"{row.measured_bytes / 1e6:.1f} MB",
         f"{row.mean_bits:.2f}",
         f"{row.peak_memory_bytes / 1e6:.0f} MB",
         f"{row.validation_loss:.4f}",

@@ -20,7 +20,7 @@ class Row:
     name: str
     plan: str
     num_parameters: int
-    plan_bytes: int
+    measured_bytes: int
     mean_bits: float
     peak_memory_bytes: int
     validation_loss: float
@@ -64,10 +64,10 @@ def claim(results: Results) -> str:
             "No claim: only the winner was fine-tuned (`finetune.compare` is off), so there is nothing of equal bytes "
             "to compare it with."
         )
-    sizes = f"{searched.plan_bytes / 1e6:.2f} MB against {seed.plan_bytes / 1e6:.2f} MB"
+    sizes = f"{searched.measured_bytes / 1e6:.2f} MB against {seed.measured_bytes / 1e6:.2f} MB"
     if searched.plan == seed.plan:
         return f"The search returned the mutual-information seed plan itself ({sizes}): there is no gain to claim."
-    spent = searched.plan_bytes / seed.plan_bytes - 1
+    spent = searched.measured_bytes / seed.measured_bytes - 1
     if spent > SAME_BYTES:
         return (
             f"No claim: the searched plan spends {spent:.1%} more bytes than the seed plan ({sizes}), so the two "
@@ -120,7 +120,7 @@ def _row(record: CandidateRecord, scores: tuple[TaskScore, ...]) -> Row:
         name=record.name,
         plan=bar,
         num_parameters=record.num_parameters,
-        plan_bytes=record.plan_bytes,
+        measured_bytes=record.measured_bytes,
         mean_bits=record.mean_bits,
         peak_memory_bytes=record.peak_memory_bytes,
         validation_loss=record.validation_loss,

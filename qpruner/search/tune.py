@@ -39,6 +39,8 @@ from qpruner.search.trial import Materials, TrialJob, run_trial
 METRIC = "score"
 """What Tune minimizes: the validation loss, or one minus the accuracy."""
 TIME = "step"
+MAX_KILLS = 3
+"""Kills for want of memory that a trial may run through; which of several running trials took too much is not known."""
 
 
 @dataclass(frozen=True)
@@ -69,18 +71,35 @@ class SearchJob:
 
 
 def search(job: SearchJob, emit: Emit) -> list[TrialRecord]:
-    """Run or continue the search until its trials are spent; returns every trial's record, in order."""
+    """Run or continue the search until its trials are spent; returns every trial's record, in order.
+
+    When Ray kills a worker because its node runs out of memory, `Tuner.fit` ends with a RuntimeError whatever
+    `max_failures` says (Ray 2.60): the search then goes on from the records, and a trial that ran through several
+    such kills is recorded as failed.
+    """
+    while True:
+        try:
+            _fit(job, emit)
+        except RuntimeError as error:
+            if "killed" not in str(error):
+                raise
+            emit(Message("search", "Ray killed a worker that ran out of memory; going on from the records"))
+            _count_kill(job.trials)
+        else:
+            return read_trials(job.trials)
+
+
+def _fit(job: SearchJob, emit: Emit) -> None:
+    """One session of Ray Tune, from the records to the last trial."""
     ledger = Ledger(job.space, make_proposer(job.config, job.space), job.controls, job.config.search.trials)
     recorded = read_trials(job.trials)
-    scheduler = _RecordedAsha(job.config, recorded)
     _restore(ledger, recorded, job.config)
-    searcher = _PlanSearcher(job, ledger, emit)
     attempt = len(list(job.scratch.glob("search-*"))) if job.scratch.exists() else 0
     tuner = tune.Tuner(
         tune.with_resources(tune.with_parameters(_trainable, job=job), job.resources),
         tune_config=tune.TuneConfig(
-            search_alg=searcher,
-            scheduler=scheduler,
+            search_alg=_PlanSearcher(job, ledger, emit),
+            scheduler=_RecordedAsha(job.config, recorded),
             num_samples=-1,
             max_concurrent_trials=job.max_concurrent,
             reuse_actors=True,
@@ -96,7 +115,16 @@ def search(job: SearchJob, emit: Emit) -> list[TrialRecord]:
         ),
     )
     tuner.fit()
-    return read_trials(job.trials)
+
+
+def _count_kill(trials: Path) -> None:
+    """Note a kill in every trial that was running; one with too many of them has failed."""
+    for record in read_trials(trials):
+        if record.status == "running":
+            update: dict[str, Any] = {"kills": record.kills + 1}
+            if record.kills + 1 >= MAX_KILLS:
+                update |= {"status": "failed", "reason": f"out of memory: killed by Ray {MAX_KILLS} times"}
+            write_json(trial_folder(trials, record.index) / "trial.json", record.model_copy(update=update))
 
 
 def read_trials(folder: Path) -> list[TrialRecord]:

@@ -9,6 +9,7 @@ shuffled labels is subtracted.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -50,7 +51,14 @@ class MutualInformation:
 
 
 def measure(
-    model: PreTrainedModel, rows: Rows, group: str, settings: SensitivityConfig, pad_id: int, batch_size: int, seed: int
+    model: PreTrainedModel,
+    rows: Rows,
+    group: str,
+    settings: SensitivityConfig,
+    pad_id: int,
+    batch_size: int,
+    seed: int,
+    on_group: Callable[[int, int], None] = lambda done, total: None,
 ) -> MutualInformation:
     """Estimate every group's mutual information with the prediction in one pass over the samples.
 
@@ -62,6 +70,7 @@ def measure(
         pad_id: Padding token.
         batch_size: Samples per forward pass.
         seed: Seeds the shuffles.
+        on_group: Told how many groups of how many are done.
 
     Raises:
         UserError: If the samples have too few predicted positions or the model predicts one token only.
@@ -91,6 +100,7 @@ def measure(
         components = whitened_components(torch.cat(outputs.pop(name)), settings.num_components)
         raw.append(estimate(components, labels, settings.num_neighbors))
         baseline.append(float(np.mean([estimate(components, other, settings.num_neighbors) for other in shuffled])))
+        on_group(len(raw), len(modules))
     return MutualInformation(tuple(modules), tuple(raw), tuple(baseline), len(labels), num_classes)
 
 

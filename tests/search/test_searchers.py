@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import random
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import pytest
@@ -105,7 +106,21 @@ def test_a_control_that_equals_another_runs_once() -> None:
     assert origins == ["uniform-4", "random", "random", "random"]
 
 
-@PROPOSERS
+@dataclass(frozen=True)
+class Neighbour:
+    """A searcher that goes on from the last result it is told: the least it takes for the order to matter."""
+
+    space: PlanSpace
+    seed: int
+    name: str = "neighbour"
+
+    def propose(self, index: int, observations: Sequence[Observation]) -> PrecisionPlan:
+        bits = list(observations[-1].plan.bits if observations else self.space.layout.uniform(8).bits)
+        bits[index % len(bits)] = 12 - bits[index % len(bits)]
+        return PrecisionPlan(self.space.layout.uniform(4).groups, tuple(bits))
+
+
+@pytest.mark.parametrize("make", [RandomProposer, HyperOptProposer, Neighbour], ids=["random", "hyperopt", "neighbour"])
 def test_the_order_in_which_results_arrive_does_not_matter(make: MakeProposer) -> None:
     """On a cluster the same trials end in another order every time."""
     space = space_of(10)

@@ -1,0 +1,121 @@
+"""The training loop: going on from a checkpoint is the training that was never interrupted."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import demo_rows
+from peft import PeftModel
+
+from qpruner.config import LoraConfig, TrainingConfig
+from qpruner.data import Example, encode
+from qpruner.errors import TrainingDiverged
+from qpruner.finetune import Listener, Schedule, finetune
+from qpruner.models.loading import load_tokenizer
+from qpruner.quantization.assembly import assemble, attach_adapters
+
+SETTINGS = TrainingConfig(learning_rate=1e-2, batch_size=4, micro_batch_size=2)
+
+
+@pytest.fixture
+def rows(tiny_model: Path) -> list[dict[str, list[int]]]:
+    examples = [
+        Example("multiple_choice", row["question"], "", row["choices"]["text"][0])
+        for row in demo_rows("questions_train.jsonl")[:24]
+    ]
+    return encode(examples, load_tokenizer(str(tiny_model)), 64)
+
+
+@pytest.fixture
+def fresh(tiny_model: Path) -> Callable[[], PeftModel]:
+    """Builds the same model with plain adapters each time."""
+
+    def build() -> PeftModel:
+        model, starts = assemble(tiny_model, tiny_model, "block", {"layers.0": 16, "layers.1": 16}, "bfloat16", False)
+        return attach_adapters(model, starts, LoraConfig(rank=4, dropout=0.1, init="plain"), "block", seed=3)
+
+    return build
+
+
+def losses(
+    model: PeftModel,
+    rows: list[dict[str, list[int]]],
+    output: Path,
+    start: Path | None,
+    settings: TrainingConfig = SETTINGS,
+) -> list[float]:
+    seen: list[float] = []
+    schedule = Schedule(steps=6, rungs=(3, 6))
+    listener = Listener(on_step=lambda step, total, loss: seen.append(loss))
+    finetune(model, rows, settings, schedule, output, seed=5, pad_id=1, start=start, listener=listener)
+    return seen
+
+
+def test_going_on_from_a_rung_repeats_the_uninterrupted_run(
+    fresh: Callable[[], PeftModel], rows: list[dict[str, list[int]]], tmp_path: Path
+) -> None:
+    whole = losses(fresh(), rows, tmp_path / "whole", None)
+    assert len(whole) == 6
+    resumed = losses(fresh(), rows, tmp_path / "resumed", tmp_path / "whole" / "checkpoint-3")
+    assert resumed == whole[3:]
+    one = torch.load(tmp_path / "whole" / "checkpoint-6" / "optimizer.pt", weights_only=True)
+    other = torch.load(tmp_path / "resumed" / "checkpoint-6" / "optimizer.pt", weights_only=True)
+    assert all(
+        torch.equal(a["exp_avg"], b["exp_avg"])
+        for a, b in zip(one["state"].values(), other["state"].values(), strict=True)
+    )
+
+
+def test_rungs_are_called_in_order_with_whole_checkpoints(
+    fresh: Callable[[], PeftModel], rows: list[dict[str, list[int]]], tmp_path: Path
+) -> None:
+    called: list[tuple[int, bool]] = []
+
+    def on_rung(step: int, checkpoint: Path, loss: float) -> None:
+        called.append((step, (checkpoint / "adapter_model.safetensors").is_file()))
+
+    schedule = Schedule(steps=4, rungs=(1, 2, 4))
+    finetune(fresh(), rows, SETTINGS, schedule, tmp_path, seed=0, pad_id=1, listener=Listener(on_rung=on_rung))
+    assert called == [(1, True), (2, True), (4, True)]
+
+
+def test_gradient_checkpointing_changes_no_loss(
+    fresh: Callable[[], PeftModel], rows: list[dict[str, list[int]]], tmp_path: Path
+) -> None:
+    plain = SETTINGS
+    recomputed = SETTINGS.model_copy(update={"gradient_checkpointing": True})
+    one = losses(fresh(), rows, tmp_path / "plain", None, plain)
+    other = losses(fresh(), rows, tmp_path / "recomputed", None, recomputed)
+    assert other == pytest.approx(one, rel=1e-3)
+
+
+def test_accumulation_is_the_same_batch(
+    fresh: Callable[[], PeftModel], rows: list[dict[str, list[int]]], tmp_path: Path
+) -> None:
+    small = losses(fresh(), rows, tmp_path / "small", None, SETTINGS.model_copy(update={"micro_batch_size": 1}))
+    large = losses(fresh(), rows, tmp_path / "large", None, SETTINGS.model_copy(update={"micro_batch_size": 4}))
+    assert small[0] == pytest.approx(large[0], rel=1e-2)
+
+
+def test_only_adapters_change(fresh: Callable[[], PeftModel], rows: list[dict[str, list[int]]], tmp_path: Path) -> None:
+    model = fresh()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    losses(model, rows, tmp_path, None)
+    changed = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}
+    assert changed
+    assert all("lora_" in name for name in changed)
+
+
+def test_a_diverging_run_stops_and_names_the_step(
+    fresh: Callable[[], PeftModel], rows: list[dict[str, list[int]]], tmp_path: Path
+) -> None:
+    model = fresh()
+    with torch.no_grad():
+        model.get_submodule("base_model.model.model.norm").weight.fill_(float("nan"))
+    with pytest.raises(TrainingDiverged, match="at step 1"):
+        losses(model, rows, tmp_path, None)
+    shutil.rmtree(tmp_path, ignore_errors=True)
