@@ -107,9 +107,9 @@ def test_a_multiple_wider_than_the_block_is_refused() -> None:
 @pytest.mark.parametrize(
     ("parameters", "count", "num_layers", "rate"),
     [
-        # Two key/value heads and an MLP smaller than half of the attention, as in the first blocks of small models.
-        ({"attention": 6000, "mlp": 30}, {"attention": 2, "mlp": 150}, 4, 0.3),
-        # SmolLM2-135M: 3 key/value heads.
+        # Two large key/value groups and a small MLP: half of the attention is more than all that is to go.
+        ({"attention": 6000, "mlp": 30}, {"attention": 2, "mlp": 300}, 4, 0.26),
+        # SmolLM2-135M: 3 key/value groups.
         ({"attention": 64 * 576 * 8, "mlp": 3 * 576}, {"attention": 3, "mlp": 1536}, 30, 0.2),
     ],
 )
@@ -121,6 +121,13 @@ def test_coarse_attention_units_do_not_overshoot(
     counts = counts_per_layer(target, sizes, num_layers)
     removed = num_layers * counts.attention * parameters["attention"] + sum(counts.mlp) * parameters["mlp"]
     assert abs(target - removed) <= parameters["mlp"]
+
+
+def test_a_rate_between_what_units_can_make_up_is_refused() -> None:
+    """All channels are less than what is to go, and one key/value group of every block is more."""
+    sizes = UnitSizes({"attention": 6000, "mlp": 30}, {"attention": 2, "mlp": 150})
+    with pytest.raises(UserError, match="lower the rate or widen"):
+        counts_per_layer(19800, sizes, 4)
 
 
 @pytest.mark.parametrize("select", [select_per_layer, select_global])
