@@ -63,8 +63,8 @@ class Example:
 
 
 def normalized(text: str) -> str:
-    """Lower-case words only, so that spacing and punctuation do not hide a shared row."""
-    return " ".join(re.findall(r"\w+", text.lower()))
+    """Lower-case words and signs, so that spacing and punctuation do not hide a shared row, and 7 + 5 is not 7 * 5."""
+    return " ".join(re.findall(r"[^\W_]+|-(?=\d)|[+*/=<>#%$^&|~\u20ac\u00a3\u00d7\u00f7]", text.lower()))
 
 
 def load_examples(sources: Sequence[DataSource], key: str) -> list[Example]:
@@ -230,7 +230,8 @@ def _mapped(source: DataSource, column: str) -> tuple[str, ...]:
 
 def _to_example(row: dict[str, Any], source: DataSource, key: str) -> Example:
     def value(column: str) -> str:
-        return str(row.get(_mapped(source, column)[0]) or "")
+        found = row.get(_mapped(source, column)[0])
+        return "" if found is None else str(found)
 
     if source.format == "text":
         return Example("text", "", "", value("text"))

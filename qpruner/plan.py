@@ -236,6 +236,7 @@ class PlanSpace:
                 constraints=[*constraints, budget],
                 integrality=np.ones(gain.size),
                 bounds=Bounds(0, 1),
+                options={"mip_rel_gap": 0.0},
             )
             if not solution.success:
                 return None

@@ -427,12 +427,12 @@ DATA = [
         "`data.validation`", "`data.confirmation` share 16", OVERLAP, OTHER_ROWS
     ),
     refused(
-        "test-in-train", {"data.train.0.source": QUESTIONS.format("test")}, "`data.train`", "`evaluate.tasks` share 48",
+        "test-in-train", {"data.train.0.source": QUESTIONS.format("test")}, "`data.train`", "`evaluate.tasks` share 8",
         OVERLAP, OTHER_ROWS
     ),
     refused(
         "test-in-validation", {"data.validation.0.source": QUESTIONS.format("test")}, "`data.validation`",
-        "`evaluate.tasks` share 16", OVERLAP, OTHER_ROWS
+        "`evaluate.tasks` share 8", OVERLAP, OTHER_ROWS
     ),
     refused(
         "test-in-calibration",

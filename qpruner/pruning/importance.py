@@ -43,6 +43,9 @@ def taylor(model: PreTrainedModel, layers: range, rows: Rows, pad_id: int) -> Sc
     """
     owned = {name: (parameter, slices) for name, parameter, slices in _owned(model, layers)}
     scores = _empty_scores(model, layers)
+    for name, (parameter, _) in owned.items():
+        # One broken weight makes every gradient NaN, so it is looked for before they are taken.
+        _check_finite(parameter, f"the weight {name}")
 
     def visit(name: str, parameter: torch.nn.Parameter, gradient: torch.Tensor) -> None:
         salience = (parameter.detach().float() * gradient.float()).abs()
@@ -87,8 +90,12 @@ def _add(
     name: str,
 ) -> None:
     """Add a weight's salience ``(rows, columns)`` to the units that own parts of it."""
-    if not torch.isfinite(salience).all():
-        raise TrainingDiverged(f"the importance of {name} is NaN or infinite")
+    _check_finite(salience, f"the importance of {name}")
     for index, kind, num_units, item in slices:
         along = salience.sum(dim=1 - item.dim)[item.offset : item.offset + num_units * item.width]
         scores[index][kind] += along.view(num_units, item.width).sum(dim=1).cpu()
+
+
+def _check_finite(values: torch.Tensor, what: str) -> None:
+    if not torch.isfinite(values).all():
+        raise TrainingDiverged(f"{what} is NaN or infinite")

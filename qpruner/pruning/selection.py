@@ -76,12 +76,16 @@ def counts_per_layer(target: int, sizes: UnitSizes, num_layers: int, round_to: i
         raise UserError(f"`prune.round_to` must be at most the {channels} MLP channels of a block, got {round_to}")
     available = num_layers * sum(sizes.parameters[kind] * sizes.count[kind] for kind in ("attention", "mlp"))
     _check_available(target, available)
-    for attention in range(min(int(target / available * heads + 0.5), heads - 1), heads):
+    # Attention units are coarse: no more of them than the target has room for.
+    room = target // (num_layers * sizes.parameters["attention"])
+    for attention in range(min(int(target / available * heads + 0.5), heads - 1, room), heads):
         channels_out = (target - num_layers * attention * sizes.parameters["attention"]) / sizes.parameters["mlp"]
         bundles_left = round((num_layers * channels - channels_out) / round_to)
         if bundles_left >= num_layers * fewest_bundles:
             break
     else:
+        raise _too_much(target, available)
+    if channels_out < -round_to:
         raise _too_much(target, available)
     each, extra = divmod(min(bundles_left, num_layers * most_bundles), num_layers)
     stays = tuple((each + (1 if position < extra else 0)) * round_to for position in range(num_layers))

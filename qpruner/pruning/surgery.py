@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, cast
 
 import torch
 
-from qpruner.models.ragged import set_widths
+from qpruner.models import ragged
 from qpruner.models.structure import UnitSlice, family_of
 from qpruner.pruning.selection import Kept
 
@@ -24,6 +24,7 @@ def cut(model: PreTrainedModel, kept: Kept) -> PreTrainedModel:
         model: Dense model; unusable afterwards.
         kept: The units that stay.
     """
+    ragged.install()
     family = family_of(model.config)
     for index, by_kind in kept.items():
         for kind in family.unit_kinds(model.config.per_layer_config[index]):
@@ -31,11 +32,12 @@ def cut(model: PreTrainedModel, kept: Kept) -> PreTrainedModel:
                 linear = cast(torch.nn.Linear, model.get_submodule(f"{family.block_path(index)}.{item.linear}"))
                 _cut_linear(linear, item, kind.num_units, by_kind[kind.name])
     config = model.config
-    set_widths(
+    ragged.set_widths(
         config, {index: {kind: len(units) for kind, units in by_kind.items()} for index, by_kind in kept.items()}
     )
-    device, state = model.device, model.state_dict()
+    device, state, generation = model.device, model.state_dict(), model.generation_config
     rebuilt: PreTrainedModel = type(model).from_pretrained(None, config=config, state_dict=state, dtype=model.dtype)
+    rebuilt.generation_config = generation
     return rebuilt.to(device)
 
 

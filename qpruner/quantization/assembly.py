@@ -42,7 +42,7 @@ def assemble(
     Returns:
         The model, and its adapter starts: `<layer>.lora_A` ``(rank, columns)`` and `<layer>.lora_B` ``(rows, rank)``.
     """
-    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, GenerationConfig
 
     ragged.install()
     config = AutoConfig.from_pretrained(checkpoint)
@@ -59,6 +59,8 @@ def assemble(
     model: PreTrainedModel = model_class.from_pretrained(
         None, config=config, state_dict=state, dtype=getattr(torch, dtype)
     )
+    if (checkpoint / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(checkpoint)
     return model.to(device()), starts
 
 

@@ -57,7 +57,8 @@ def loftq_start(
         double_quant: Whether the 4-bit scales are quantized.
         seed: Seeds the randomized SVD.
     """
-    target = weight.detach().float()
+    weight = weight.detach()
+    target = weight.float()
     packed = pack(weight, bits, double_quant)
     residual = target - unpack(packed, torch.float32)
     plain_error = float(residual.norm())

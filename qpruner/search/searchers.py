@@ -7,6 +7,7 @@ Suggestion k depends only on the seed, k and the results known when it is asked 
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -95,9 +96,10 @@ class Ledger:
         """The next suggestion, or None when the trials are spent or every feasible plan is known."""
         if self.unfinished:
             return self.unfinished.pop(0)
-        index = len(self._known)
-        if index >= self.max_trials:
+        if len(self._known) >= self.max_trials:
             return None
+        taken = set(self._known.values())
+        index = next(number for number in itertools.count() if number not in taken)
         suggestion = self._control(index) or self._proposal(index)
         if suggestion:
             self._known[suggestion.plan] = index

@@ -134,9 +134,11 @@ def whitened_components(outputs: torch.Tensor, num_components: int) -> Floats:
     """Leading principal components of outputs ``(samples, features)``, each scaled to unit variance."""
     centered = outputs.double() - outputs.double().mean(dim=0)
     left, values, _ = torch.linalg.svd(centered, full_matrices=False)
-    kept = min(num_components, int((values > values[0] * 1e-9).sum()))
+    kept = max(1, min(num_components, int((values > values[0] * 1e-9).sum())))
     whitened: Floats = (left[:, :kept] * len(outputs) ** 0.5).numpy()
-    return whitened
+    # The estimator is one of densities: outputs that repeat exactly (the first projections see one token and no
+    # context) would count as knowing nothing. A little noise parts them, as in scikit-learn's mutual_info_classif.
+    return whitened + 1e-6 * np.random.default_rng(0).standard_normal(whitened.shape)
 
 
 def pool_rare(labels: Integers, minimum: int) -> Integers:
@@ -155,7 +157,9 @@ def seed_plan(values: tuple[float, ...], space: PlanSpace) -> PrecisionPlan:
     or below zero still get a little, so that the budget is used.
     """
     lowest, highest = space.levels[0], space.levels[-1]
-    floor = 1e-3 * max(max(values), 1e-9)
+    # In units of the largest, so that the solver's tolerances do not matter.
+    largest = max(max(values), 1e-9)
+    gains = [max(value / largest, 1e-3) for value in values]
     return space.best_by_gain(
-        [[max(value, floor) * (bits - lowest) / (highest - lowest) for bits in space.levels] for value in values]
+        [[gain * (bits - lowest) / (highest - lowest) for bits in space.levels] for gain in gains]
     )
