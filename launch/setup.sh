@@ -42,7 +42,7 @@ if [ ! -x .venv/bin/python ]; then
   echo "== making .venv with $("$python" --version)"
   "$python" -m venv .venv
 fi
-pip() { .venv/bin/python -m pip --disable-pip-version-check --quiet "$@"; }
+pip() { PYTHONWARNINGS=ignore .venv/bin/python -m pip --disable-pip-version-check --quiet "$@"; }
 echo "== installing qpruner[$extras] (torch, transformers, ray and others; a few minutes the first time)"
 # Dependency groups need pip 25.1; this is also the first thing that needs the network.
 pip install --upgrade 'pip>=25.1' ||

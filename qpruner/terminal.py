@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from types import TracebackType
 
@@ -19,6 +20,8 @@ from rich.table import Table
 
 from qpruner import events
 
+PLAIN_WIDTH = 120
+
 
 class Terminal:
     """Prints events; `NO_COLOR` is honoured by rich.
@@ -28,7 +31,9 @@ class Terminal:
     """
 
     def __init__(self, quiet: bool) -> None:
-        self._console = Console(highlight=False, soft_wrap=True)
+        # Where nobody sees a window's edge, lines and tables are not folded at 80 columns.
+        width = None if sys.stdout.isatty() else PLAIN_WIDTH
+        self._console = Console(highlight=False, soft_wrap=True, width=width)
         self._quiet = quiet
         self._bars: dict[str, TaskID] = {}
         self._progress = Progress(

