@@ -78,6 +78,11 @@ class BankRecord(Record):
     """bits -> group -> Frobenius norm of W - Q - BA over that of W - Q."""
 
 
+def is_control(origin: str) -> bool:
+    """Whether a plan of this origin is a control: a uniform plan or a seed, not a searcher's proposal."""
+    return origin.startswith(("uniform-", "seed-"))
+
+
 class RungResult(BaseModel):
     """A trial's score at one rung."""
 
@@ -111,7 +116,7 @@ class TrialRecord(BaseModel):
 
     @property
     def is_control(self) -> bool:
-        return self.origin.startswith(("uniform-", "seed-"))
+        return is_control(self.origin)
 
 
 class Confirmation(BaseModel):

@@ -13,6 +13,7 @@ from qpruner.pipeline.stage import Stage, run_stage
 from qpruner.plan import PrecisionPlan
 from qpruner.records import BankRecord, Confirmation, SearchRecord, SensitivityRecord, TrialRecord, digest_of
 from qpruner.rundir import write_json
+from qpruner.search.trial_records import checkpoint_of, objective, read_trials
 from qpruner.sensitivity.mutual_information import seed_plan
 
 MUTUAL_INFORMATION_SEED = "seed-mutual-information"
@@ -55,7 +56,7 @@ def search(context: Context, banked: BankRecord, measured: SensitivityRecord) ->
             resources=resources,
             max_concurrent=context.slots.concurrent(resources, settings.max_concurrent),
         )
-        resumed = sum(1 for trial in ray_tune.read_trials(job.trials) if trial.rungs)
+        resumed = sum(1 for trial in read_trials(job.trials) if trial.rungs)
         if resumed:
             context.emit(Message("search", f"going on from {resumed} recorded trial(s)"))
         trials = ray_tune.search(job, context.emit)
@@ -102,8 +103,6 @@ def _finalists(trials: list[TrialRecord], num_best: int, job: Any) -> list[Trial
     Raises:
         StageError: If no trial finished, with the first reason.
     """
-    from qpruner.search.tune import objective
-
     finished = [trial for trial in trials if trial.status == "finished"]
     if not finished:
         reasons = [trial.reason for trial in trials if trial.reason]
@@ -122,7 +121,6 @@ def _finalists(trials: list[TrialRecord], num_best: int, job: Any) -> list[Trial
 def _confirm(context: Context, finalists: list[TrialRecord], trials: Path) -> list[Confirmation]:
     """Loss of each finalist on rows that no trial was scored on."""
     from qpruner.execution.cluster import run_tasks
-    from qpruner.search.tune import checkpoint_of
 
     resources, concurrent = context.task_resources(len(finalists))
     jobs = []

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from qpruner.records import CandidateRecord, Results, TaskScore
+from qpruner.records import CandidateRecord, Results, TaskScore, is_control
 
 SEARCHED, SEED = "searched", "mutual-information seed"
 Z_95 = 1.96
@@ -78,7 +78,8 @@ def claim(results: Results) -> str:
         _part("accuracy", compare(scores[SEED], scores[SEARCHED], "correct"), "{:+.3f}", larger_is_better=True),
         _part("answer loss", compare(scores[SEED], scores[SEARCHED], "answer_loss"), "{:+.4f} nats", False),
     ]
-    origin = f" (the winner is the control {results.search.best_origin})" if _is_control(results) else ""
+    best = results.search.best_origin
+    origin = f" (the winner is the control {best})" if is_control(best) else ""
     stated = "; ".join(part for part in parts if part)
     return f"Searched{origin} against the mutual-information seed at equal bytes ({sizes}): {stated}."
 
@@ -105,11 +106,6 @@ def _part(name: str, found: Comparison | None, style: str, larger_is_better: boo
         return f"{figure}, not distinguishable"
     better = (found.difference > 0) == larger_is_better
     return f"{figure}, {'better' if better else 'worse'} beyond the 95 % interval of this one training seed"
-
-
-def _is_control(results: Results) -> bool:
-    assert results.search
-    return results.search.best_origin.startswith(("uniform-", "seed-"))
 
 
 def _row(record: CandidateRecord, scores: tuple[TaskScore, ...]) -> Row:

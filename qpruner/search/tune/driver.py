@@ -1,0 +1,104 @@
+"""What lives in the driver while Tune runs: the searcher that hands out plans, and the teller of rungs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ray.tune.callback import Callback
+from ray.tune.search import Searcher
+
+from qpruner.events import Emit, Message, Progress
+from qpruner.plan import PrecisionPlan
+from qpruner.records import TrialRecord
+from qpruner.rundir import read_json, write_json
+from qpruner.search.searchers import Ledger, Suggestion
+from qpruner.search.trial_records import final_score, read_trials, trial_folder
+from qpruner.search.tune.job import METRIC, TIME, SearchJob, params_to_plan
+
+
+class _LivesInDriver:
+    """Tune pickles searcher and callbacks into a snapshot that is never restored; these hold the terminal, so they
+    leave nothing there."""
+
+    def __reduce__(self) -> tuple[type[object], tuple[()]]:
+        return object, ()
+
+
+class PlanSearcher(_LivesInDriver, Searcher):  # type: ignore[misc]
+    """Hands the ledger's suggestions to Tune and writes each trial's record before it runs."""
+
+    def __init__(self, job: SearchJob, ledger: Ledger, emit: Emit) -> None:
+        super().__init__(metric=METRIC, mode="min")
+        self._job, self._ledger, self._emit = job, ledger, emit
+        self._live: dict[str, Suggestion] = {}
+        self._done = sum(1 for record in read_trials(job.trials) if record.status != "running")
+
+    def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
+        suggestion = self._ledger.next()
+        if suggestion is None:
+            finished: str = Searcher.FINISHED
+            return finished
+        self._live[trial_id] = suggestion
+        path = trial_folder(self._job.trials, suggestion.index) / "trial.json"
+        if not path.exists():
+            layout = self._job.space.layout
+            write_json(
+                path,
+                TrialRecord(
+                    index=suggestion.index,
+                    digest=self._job.digest,
+                    origin=suggestion.origin,
+                    plan=suggestion.plan.as_dict(),
+                    plan_bytes=layout.plan_bytes(suggestion.plan),
+                    mean_bits=layout.mean_bits(suggestion.plan),
+                    status="running",
+                ),
+            )
+        bits = {f"bits/{name}": value for name, value in suggestion.plan.as_dict().items()}
+        return {"trial": suggestion.index, "origin": suggestion.origin, **bits}
+
+    # Ray calls these by keyword, so the parameters keep its names.
+    def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
+        suggestion = self._live.pop(trial_id)
+        path = trial_folder(self._job.trials, suggestion.index) / "trial.json"
+        record = read_json(path, TrialRecord)
+        assert record is not None
+        if record.status == "running":
+            update = (
+                {"status": "failed", "reason": "the worker process died"}
+                if error
+                else {"status": "stopped", "reason": f"stopped by ASHA at step {record.rungs[-1].step}"}
+            )
+            record = record.model_copy(update=update)
+            write_json(path, record)
+        self._ledger.observe(suggestion, final_score(record, self._job.config))
+        self._done += 1
+        self._emit(Progress("search", self._done, self._job.config.search.trials))
+        if record.status == "failed":
+            self._emit(Message("search", f"trial {record.index} failed: {record.reason}"))
+
+    def save(self, checkpoint_path: str) -> None:
+        """Nothing to save: the trials' records are the searcher's state."""
+
+    def restore(self, checkpoint_path: str) -> None:
+        """Nothing to restore; see `save`."""
+
+
+class RungEvents(_LivesInDriver, Callback):  # type: ignore[misc]
+    """Tells the terminal about every rung."""
+
+    def __init__(self, job: SearchJob, emit: Emit) -> None:
+        self._steps, self._emit = job.config.search.steps, emit
+
+    def on_trial_result(
+        self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
+    ) -> None:
+        bar = str(PrecisionPlan.from_dict(params_to_plan(trial.config)))
+        accuracy = f" accuracy {result['accuracy']:.3f}" if "accuracy" in result else ""
+        self._emit(
+            Message(
+                "search",
+                f"trial {trial.config['trial']:>3} [{bar}] step {result[TIME]}/{self._steps} "
+                f"loss {result['loss']:.4f}{accuracy} ({trial.config['origin']})",
+            )
+        )

@@ -1,0 +1,51 @@
+"""TPE through Ray's HyperOptSearch, as a proposer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from ray import tune
+from ray.tune.search.hyperopt import HyperOptSearch
+
+from qpruner.plan import PlanSpace, PrecisionPlan
+from qpruner.search.searchers import Observation
+from qpruner.search.tune.job import METRIC
+
+
+class HyperOptProposer:
+    """TPE (Bergstra et al. 2011) through Ray's HyperOptSearch.
+
+    HyperOptSearch cannot be told of plans it did not propose, and its proposals depend on all it was asked before. So
+    each proposal is made by a fresh one, seeded from (seed, index), that takes every known plan as a point to evaluate
+    and is told its score: what ran is what it learns from (0.6 ms a known plan, 30 groups).
+    """
+
+    name = "hyperopt"
+    INITIAL_RANDOM = 4
+    """Observations before TPE models anything; Ray's default of 20 would leave small searches random."""
+
+    def __init__(self, space: PlanSpace, seed: int) -> None:
+        self._seed = seed
+        self._names = tuple(group.name for group in space.layout.groups)
+        # hyperopt gives lists back as tuples and takes numbers for ranges; strings come back as they are.
+        levels = [str(bits) for bits in space.levels]
+        self._search_space = HyperOptSearch.convert_search_space({name: tune.choice(levels) for name in self._names})
+
+    def propose(self, index: int, observations: Sequence[Observation]) -> PrecisionPlan:
+        """A plan; equal arguments give equal plans."""
+        known = [{name: str(bits) for name, bits in observation.plan.as_dict().items()} for observation in observations]
+        search = HyperOptSearch(
+            self._search_space,
+            metric=METRIC,
+            mode="min",
+            n_initial_points=self.INITIAL_RANDOM,
+            points_to_evaluate=known or None,
+            random_state_seed=int(np.random.default_rng([self._seed, index]).integers(2**31)),
+        )
+        for observation in observations:
+            search.suggest(f"known-{observation.index}")
+            search.on_trial_complete(f"known-{observation.index}", {METRIC: observation.score})
+        suggested = search.suggest("new")
+        assert suggested is not None
+        return PrecisionPlan(self._names, tuple(int(suggested[name]) for name in self._names))

@@ -1,0 +1,48 @@
+"""What a search under Tune is given, and the names that its parts share."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from qpruner.config import RunConfig
+from qpruner.plan import PlanSpace, PrecisionPlan
+from qpruner.search.trial import Materials
+
+METRIC = "score"
+"""What Tune minimizes: the validation loss, or one minus the accuracy."""
+TIME = "step"
+
+
+@dataclass(frozen=True)
+class SearchJob:
+    """Everything the search needs.
+
+    Attributes:
+        config: The run's configuration.
+        materials: Model, bank and data.
+        space: The feasible plans.
+        controls: (origin, plan) of the uniform and seed plans inside the budget.
+        trials: Folder of the trials' own folders.
+        scratch: Folder for Ray Tune's experiment files.
+        digest: Inputs a trial's result depends on.
+        resources: Ray resources of one trial.
+        max_concurrent: Trials in flight.
+    """
+
+    config: RunConfig
+    materials: Materials
+    space: PlanSpace
+    controls: Sequence[tuple[str, PrecisionPlan]]
+    trials: Path
+    scratch: Path
+    digest: str
+    resources: dict[str, float]
+    max_concurrent: int
+
+
+def params_to_plan(params: dict[str, Any]) -> dict[str, int]:
+    """The plan in a trial's Tune configuration, whose keys read `bits/GROUP`."""
+    return {name.removeprefix("bits/"): bits for name, bits in params.items() if name.startswith("bits/")}
