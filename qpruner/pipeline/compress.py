@@ -54,7 +54,7 @@ def prune(context: Context, prepared: PrepareRecord) -> PruneRecord:
             context.emit(Message("prune", "the model was pruned earlier: the cut is skipped"))
             effective = settings.model_copy(update={"rate": 0.0})
         rows = load_encoded(context.data / "importance")
-        pruned = cut(model, effective, rows, int(tokenizer.pad_token_id))
+        pruned = cut(model, effective, rows, int(tokenizer.pad_token_id), config.calibration.batch_size)
         save_checkpoint(pruned.model, tokenizer, scratch)
         context.keep_pruned_model(pruned.model)
         removed = pruned.parameters_before - pruned.parameters_after

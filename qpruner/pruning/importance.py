@@ -30,16 +30,18 @@ def magnitude(model: PreTrainedModel, layers: range) -> Scores:
     return scores
 
 
-def taylor(model: PreTrainedModel, layers: range, rows: Rows, pad_id: int) -> Scores:
+def taylor(model: PreTrainedModel, layers: range, rows: Rows, pad_id: int, batch_size: int | None = None) -> Scores:
     """First-order Taylor, element-wise: sum of ``|w * dL/dw|`` over a unit's weights (arXiv 2305.11627, eq. 4).
 
-    All samples go through one backward pass, so the gradient is that of their mean loss, as in LLM-Pruner.
+    Samples of a batch go through one backward pass, so the gradient is that of their mean loss, as in LLM-Pruner, which
+    takes all at once; over several batches the scores are summed.
 
     Args:
         model: Dense model.
         layers: Blocks to score.
         rows: Encoded calibration samples.
         pad_id: Padding token.
+        batch_size: Samples a backward pass; None takes all.
     """
     owned = {name: (parameter, slices) for name, parameter, slices in _owned(model, layers)}
     scores = _empty_scores(model, layers)
@@ -52,7 +54,7 @@ def taylor(model: PreTrainedModel, layers: range, rows: Rows, pad_id: int) -> Sc
         _add(scores, owned[name][1], salience, name)
 
     parameters = {name: parameter for name, (parameter, _) in owned.items()}
-    visit_gradients(model, parameters, rows, pad_id, visit, batch_size=len(rows))
+    visit_gradients(model, parameters, rows, pad_id, visit, batch_size or len(rows))
     return scores
 
 

@@ -26,7 +26,9 @@ class Pruned:
     parameters_after: int
 
 
-def prune(model: PreTrainedModel, settings: PruneConfig, rows: Rows, pad_id: int) -> Pruned:
+def prune(
+    model: PreTrainedModel, settings: PruneConfig, rows: Rows, pad_id: int, batch_size: int | None = None
+) -> Pruned:
     """Cut the least important units until `settings.rate` of all parameters is gone.
 
     Args:
@@ -34,13 +36,17 @@ def prune(model: PreTrainedModel, settings: PruneConfig, rows: Rows, pad_id: int
         settings: Rate, criterion, selection, range of blocks.
         rows: Encoded calibration samples (Taylor only).
         pad_id: Padding token.
+        batch_size: Samples a backward pass; None takes all.
     """
     before = num_parameters(model)
     if settings.rate == 0:
         return Pruned(model, {}, before, before)
     layers = layer_range(settings.first_layer, settings.last_layer, num_layers(model.config))
     sizes = unit_sizes(model, layers[0])
-    scores = magnitude(model, layers) if settings.importance == "magnitude" else taylor(model, layers, rows, pad_id)
+    if settings.importance == "magnitude":
+        scores = magnitude(model, layers)
+    else:
+        scores = taylor(model, layers, rows, pad_id, batch_size)
     values = {index: {kind: score.tolist() for kind, score in kinds.items()} for index, kinds in scores.items()}
     select = select_per_layer if settings.selection == "per_layer" else select_global
     kept = select(values, round(settings.rate * before), sizes, settings.round_to)
