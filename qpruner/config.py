@@ -95,8 +95,8 @@ class CalibrationConfig(Section):
     num_samples: Positive = 10
     """Rows used for importance."""
     batch_size: Positive = 10
-    """Samples a backward pass sees. One batch gives |w * sum of gradients| exactly; over several the absolute values are
-    summed. Memory grows with samples x tokens x vocabulary."""
+    """Samples a backward pass sees: |w * gradient| is exact for one batch, over several the absolute values are summed.
+    Memory grows with samples x tokens x vocabulary."""
     num_sensitivity_samples: Positive = 64
     """Rows used for sensitivity."""
     max_length: Annotated[int, Field(ge=4)] = 64
