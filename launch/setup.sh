@@ -38,9 +38,9 @@ fi
 free_mib=$(df -Pm . | awk 'NR == 2 { print $4 }')
 [ "$free_mib" -ge 4000 ] || fail "the installation takes about 4 GB, but only ${free_mib} MB are free in $PWD; make room"
 
-if [ ! -x .venv/bin/python ]; then
+if ! .venv/bin/python -m pip --version >/dev/null 2>&1; then
   echo "== making .venv with $("$python" --version)"
-  "$python" -m venv .venv
+  "$python" -m venv --clear .venv
 fi
 pip() { PYTHONWARNINGS=ignore .venv/bin/python -m pip --disable-pip-version-check --quiet "$@"; }
 echo "== installing qpruner[$extras] (torch, transformers, ray and others; a few minutes the first time)"

@@ -6,6 +6,7 @@ The functions here are what a worker process runs for one row; they know nothing
 from __future__ import annotations
 
 import shutil
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +30,7 @@ class Candidate:
         bank: Folder of the bank.
         plan: Bits by group; all 16 for the unquantized rows.
         folder: Where its adapter and checkpoints go.
+        tuned: Whether the row is scored with its adapter.
     """
 
     name: str
@@ -36,6 +38,7 @@ class Candidate:
     bank: Path
     plan: Mapping[str, int]
     folder: Path
+    tuned: bool = True
 
     @property
     def adapter(self) -> Path:
@@ -62,6 +65,7 @@ class CandidateJob:
 class FinetuneOutcome:
     """What a fine-tune ended with."""
 
+    seconds: float
     steps: int
     train_loss: float
     validation_loss: float
@@ -72,6 +76,9 @@ class FinetuneOutcome:
 
 def finetune_candidate(job: CandidateJob) -> FinetuneOutcome:
     """Fine-tune a row from its LoftQ start on all training rows and save the adapter; goes on from a checkpoint."""
+    # Imported before memory is measured: the rise should be the model's, not the libraries'.
+    import peft  # noqa: F401
+
     from qpruner.calibration import mean_loss
     from qpruner.data import load_encoded
     from qpruner.finetune import Listener, Schedule, finetune
@@ -79,6 +86,7 @@ def finetune_candidate(job: CandidateJob) -> FinetuneOutcome:
     from qpruner.models.loading import load_tokenizer
     from qpruner.quantization.assembly import measured_bytes
 
+    started = time.monotonic()
     _limit_threads(job.threads)
     config, candidate = job.config, job.candidate
     train, validation = load_encoded(job.data / "train"), load_encoded(job.data / "validation")
@@ -105,20 +113,29 @@ def finetune_candidate(job: CandidateJob) -> FinetuneOutcome:
     peak = memory.bytes()
     loss = mean_loss(model, validation, pad_id, config.evaluate.batch_size).mean
     model.save_pretrained(candidate.adapter)
-    shutil.rmtree(work, ignore_errors=True)
+    # Renamed first, so that a half-deleted checkpoint is never taken for a whole one.
+    doomed = work.with_name("checkpoints-done")
+    shutil.rmtree(doomed, ignore_errors=True)
+    work.rename(doomed)
+    shutil.rmtree(doomed, ignore_errors=True)
     size = measured_bytes(model)
-    return FinetuneOutcome(result.steps, result.train_loss, loss, size, peak, memory.counter)
+    seconds = time.monotonic() - started
+    return FinetuneOutcome(seconds, result.steps, result.train_loss, loss, size, peak, memory.counter)
 
 
 def evaluate_candidate(job: CandidateJob) -> tuple[TaskScore, ...]:
-    """Score a row on the held-out tasks, with its adapter if it has one."""
+    """Score a row on the held-out tasks.
+
+    Raises:
+        CorruptFile: If the row was fine-tuned and its adapter cannot be read.
+    """
     from qpruner.evaluate import score_tasks
     from qpruner.models.loading import load_tokenizer
 
     _limit_threads(job.threads)
     settings = job.config.evaluate
     model = build(job.config, job.candidate)
-    if job.candidate.adapter.exists():
+    if job.candidate.tuned:
         load_adapter(model, job.candidate.adapter)
     else:
         model.disable_adapter_layers()

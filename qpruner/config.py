@@ -100,7 +100,7 @@ class CalibrationConfig(Section):
     num_sensitivity_samples: Positive = 64
     """Rows used for sensitivity."""
     max_length: Annotated[int, Field(ge=4)] = 64
-    """Tokens a sample may have."""
+    """Tokens an importance sample may have; sensitivity samples have `data.max_length`."""
 
 
 class PruneConfig(Section):
@@ -222,8 +222,8 @@ class ResourcesConfig(Section):
 
     cpu: Annotated[float, Field(gt=0)] = 1.0
     """CPU cores."""
-    gpu: Annotated[float, Field(ge=0)] = 0.0
-    """GPUs, or a share of one."""
+    gpu: Annotated[float, Field(ge=0)] | None = None
+    """GPUs, or a share of one; null takes one where there are GPUs."""
 
 
 class SearchConfig(Section):

@@ -127,12 +127,12 @@ def encode(
     for example in examples:
         prompt, response = _render(example, tokenizer, template)
         special = example.format != "instruction" or template != "chat"
-        prompt_ids = tokenizer(prompt, add_special_tokens=special)["input_ids"] if prompt else []
-        response_ids = tokenizer(response, add_special_tokens=not prompt)["input_ids"]
-        ids = (prompt_ids + response_ids)[:max_length]
-        masked = len(prompt_ids) if response_only else 0
+        # Together and cut where the prompt ends, as lm-eval does: some tokenizers put a space before a lone response.
+        prompt_length = len(tokenizer(prompt, add_special_tokens=special)["input_ids"]) if prompt else 0
+        ids = tokenizer(prompt + response, add_special_tokens=special)["input_ids"][:max_length]
+        masked = prompt_length if response_only else 0
         labels = ([IGNORED_LABEL] * masked + ids[masked:])[:max_length]
-        if any(label != IGNORED_LABEL for label in labels[1:]):
+        if _has_label(labels):
             encoded.append({"input_ids": ids, "labels": labels})
     if not encoded:
         raise UserError(f"`data.max_length` of {max_length} tokens leaves no row a token to predict: make it longer")
@@ -140,14 +140,20 @@ def encode(
 
 
 def pack(rows: Sequence[dict[str, list[int]]], length: int) -> list[dict[str, list[int]]]:
-    """Concatenate encoded rows into chunks of `length` tokens; the incomplete last chunk is kept."""
+    """Concatenate encoded rows into chunks of `length` tokens; chunks without a token to predict are dropped."""
     ids = [token for row in rows for token in row["input_ids"]]
     # The first label of a row would be predicted from the row before it.
     labels = [label for row in rows for label in (IGNORED_LABEL, *row["labels"][1:])]
-    return [
+    chunks = [
         {"input_ids": ids[start : start + length], "labels": labels[start : start + length]}
         for start in range(0, len(ids), length)
     ]
+    return [chunk for chunk in chunks if _has_label(chunk["labels"])]
+
+
+def _has_label(labels: Sequence[int]) -> bool:
+    """Whether any token is predicted; the first one of a row never is."""
+    return any(label != IGNORED_LABEL for label in labels[1:])
 
 
 def collate(rows: Sequence[Mapping[str, list[int]]], pad_id: int) -> dict[str, Any]:
@@ -282,13 +288,13 @@ def _render(example: Example, tokenizer: PreTrainedTokenizerBase, template: str)
         content = f"{example.prompt}\n\n{example.context}" if example.context else example.prompt
         messages = [{"role": "user", "content": content}]
         prompt = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        return str(prompt), f"{example.response}{tokenizer.eos_token}"
+        return str(prompt), f"{example.response}{tokenizer.eos_token or ''}"
     prompt = ALPACA.format(
         context=", paired with an input that provides further context" if example.context else "",
         instruction=example.prompt,
         input=f"### Input:\n{example.context}\n\n" if example.context else "",
     )
-    return prompt, f"{example.response}{tokenizer.eos_token}"
+    return prompt, f"{example.response}{tokenizer.eos_token or ''}"
 
 
 def save_encoded(rows: Sequence[Mapping[str, list[int]]], folder: Path) -> None:

@@ -37,6 +37,7 @@ class Inspection:
         is_estimate: Global selection leaves the widths open until the scores are known.
         budget_bytes: The byte budget for the pruned model.
         examples: Rows by split.
+        questions: Words of the tasks' questions, by section (`search`, `evaluate`).
     """
 
     model_config: Any
@@ -45,6 +46,7 @@ class Inspection:
     is_estimate: bool
     budget_bytes: int
     examples: dict[str, list[Example]]
+    questions: dict[str, list[str]]
 
 
 def inspect(config: RunConfig) -> Inspection:
@@ -59,10 +61,10 @@ def inspect(config: RunConfig) -> Inspection:
     pruned = layout_for(config, _pruned_config(config, model_config, base))
     budget = budget_bytes(config.quantize.budget, pruned, config.quantize.bits)
     _check_device(config, pruned)
-    examples = _check_data(config)
+    examples, questions = _check_data(config)
     _check_encoding(config, examples)
     _check_disk(config, base, pruned)
-    return Inspection(model_config, base, pruned, config.prune.selection == "global", budget, examples)
+    return Inspection(model_config, base, pruned, config.prune.selection == "global", budget, examples, questions)
 
 
 def layout_for(config: RunConfig, model_config: Any) -> Layout:
@@ -163,8 +165,13 @@ def _check_device(config: RunConfig, pruned: Layout) -> None:
     if not torch.cuda.is_available():
         if config.model.dtype == "float16":
             raise UserError("`model.dtype`: float16 cannot be trained on a CPU; use bfloat16 or float32")
-        if 4 in config.quantize.bits and config.prune.selection == "per_layer":
+        if 4 in config.quantize.bits:
             check_cpu_widths([linear for group in pruned.groups for linear in group.linears])
+            if config.prune.selection == "global" and config.prune.rate > 0 and config.prune.round_to % 64:
+                raise UserError(
+                    f"`prune.round_to` must be a multiple of 64 for `selection: global` with 4-bit layers on a CPU, "
+                    f"got {config.prune.round_to}: bitsandbytes decodes some of the widths in between wrongly"
+                )
         return
     capability = torch.cuda.get_device_capability()
     if 8 in config.quantize.bits and capability < (7, 5):
@@ -174,7 +181,7 @@ def _check_device(config: RunConfig, pruned: Layout) -> None:
         )
 
 
-def _check_data(config: RunConfig) -> dict[str, list[Example]]:
+def _check_data(config: RunConfig) -> tuple[dict[str, list[Example]], dict[str, list[str]]]:
     splits = {
         "train": config.data.train,
         "validation": config.data.validation,
@@ -194,19 +201,21 @@ def _check_data(config: RunConfig) -> dict[str, list[Example]]:
         "search": (config.search.tasks, config.search.limit),
         "evaluate": (config.evaluate.tasks, config.evaluate.limit),
     }
+    words: dict[str, list[str]] = {"search": [], "evaluate": []}
     for section, (tasks, limit) in asked.items():
         if tasks:
             questions = task_questions(tasks, include_path(config), f"{section}.tasks", limit)
-            identities[f"`{section}.tasks`"] = [normalized(text) for texts in questions.values() for text in texts]
+            words[section] = [normalized(text) for texts in questions.values() for text in texts]
     # Trials may be scored on the same questions twice, as loss and as accuracy: both are validation.
-    searched = identities.pop("`search.tasks`", [])
+    identities["`evaluate.tasks`"] = words["evaluate"]
     check_disjoint(identities)
     others = {name: rows for name, rows in identities.items() if name != "`data.validation`"}
-    check_disjoint({"`search.tasks`": searched, **others})
+    check_disjoint({"`search.tasks`": words["search"], **others})
     if calibration:
         rows = [row.identity for row in examples["calibration"]]
-        check_disjoint({"`calibration.data`": rows, "`evaluate.tasks`": identities["`evaluate.tasks`"]})
-    return examples
+        for name in ("`data.validation`", "`data.confirmation`", "`evaluate.tasks`"):
+            check_disjoint({"`calibration.data`": rows, name: identities[name]})
+    return examples, words
 
 
 def _check_encoding(config: RunConfig, examples: dict[str, list[Example]]) -> None:

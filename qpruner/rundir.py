@@ -74,6 +74,10 @@ class RunDir:
         """A stage's record, or None when there is none; raises `CorruptFile` when it cannot be read."""
         return read_json(self._record_path(name), kind)
 
+    def forget(self, name: str) -> None:
+        """Drop a stage's record, so that it is run again."""
+        self._record_path(name).unlink(missing_ok=True)
+
     def _record_path(self, name: str) -> Path:
         return self.root / "records" / f"{name}.json"
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -31,11 +31,11 @@ class Slots:
     cpus: float
     gpus: float
 
-    def resources_per_trial(self, asked: dict[str, float] | None) -> dict[str, float]:
+    def resources_per_trial(self, asked: Mapping[str, float | None] | None) -> dict[str, float]:
         """What one trial reserves: what was asked for, else a GPU where there is one, else a core."""
-        if asked:
-            return {name: amount for name, amount in asked.items() if amount > 0}
-        return {"cpu": 1.0, "gpu": 1.0} if self.gpus >= 1 else {"cpu": 1.0}
+        automatic = {"cpu": 1.0, "gpu": 1.0} if self.gpus >= 1 else {"cpu": 1.0}
+        given = {name: amount for name, amount in (asked or {}).items() if amount is not None}
+        return {name: amount for name, amount in (automatic | given).items() if amount > 0}
 
     def concurrent(self, resources: dict[str, float], limit: int | None) -> int:
         """Trials that fit at once, at most `limit`.
@@ -58,7 +58,7 @@ def local_slots() -> Slots:
     """This machine's slots, without starting Ray."""
     import torch
 
-    return Slots(float(os.cpu_count() or 1), float(torch.cuda.device_count()))
+    return Slots(float(len(os.sched_getaffinity(0))), float(torch.cuda.device_count()))
 
 
 def connect(address: str | None) -> Slots:
@@ -72,6 +72,7 @@ def connect(address: str | None) -> Slots:
             ray.init(address=address, log_to_driver=False, logging_level="ERROR", runtime_env=environment)
         else:
             ray.init(
+                address="local",
                 include_dashboard=False,
                 log_to_driver=False,
                 logging_level="ERROR",

@@ -81,7 +81,7 @@ def prune(context: Context, prepared: PrepareRecord) -> PruneRecord:
 def sensitivity(context: Context, pruned: PruneRecord) -> SensitivityRecord:
     """Mutual information of each group with the prediction."""
     config = context.config
-    inputs = (pruned.digest, config.sensitivity, config.quantize.group, config.seed)
+    inputs = (pruned.digest, config.sensitivity, config.quantize.group, config.seed, config.evaluate.batch_size)
     stage = Stage("sensitivity", "mutual information between group outputs and the prediction", inputs)
 
     def work(scratch: Path) -> dict[str, Any]:
@@ -125,7 +125,8 @@ def bank(context: Context, pruned: PruneRecord) -> BankRecord:
     """Packed weights and adapter starts of every (group, bits)."""
     config, quantize = context.config, context.config.quantize
     levels = tuple(bits for bits in quantize.bits if bits != FULL_BITS)
-    inputs = (pruned.digest, quantize.group, levels, quantize.double_quant, config.lora, config.seed)
+    starts = config.lora.model_copy(update={"dropout": 0.0})
+    inputs = (pruned.digest, quantize.group, levels, quantize.double_quant, starts, config.seed)
     named = ", ".join(map(str, levels))
     stage = Stage("bank", f"packing every group at {named} bits, {config.lora.init} start", inputs)
 
@@ -203,7 +204,7 @@ def _source_digests(context: Context) -> list[str]:
     files = [path for path in paths if path.is_file()]
     folder = paths[-1]
     if folder.is_dir():
-        files += [*sorted(folder.glob("*.safetensors")), folder / "config.json"]
+        files += sorted(path for path in folder.rglob("*") if path.is_file())
     return [file_digest(path) for path in files]
 
 

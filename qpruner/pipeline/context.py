@@ -12,7 +12,8 @@ from qpruner.config import RunConfig
 from qpruner.events import Emit
 from qpruner.execution.cluster import Slots, connect, disconnect
 from qpruner.plan import Layout, PlanSpace
-from qpruner.rundir import RunDir
+from qpruner.records import digest_of
+from qpruner.rundir import RunDir, file_digest
 
 
 @dataclass
@@ -57,6 +58,13 @@ class Context:
         return self.config.model_copy(update={"evaluate": evaluate})
 
     @cached_property
+    def task_digest(self) -> str:
+        """Digest of the tasks' questions and of the files under `evaluate.include_path`: others are another measurement."""
+        folder = preflight.include_path(self.config)
+        files = sorted(path for path in Path(folder).rglob("*") if path.is_file()) if folder else []
+        return digest_of(self.inspection.questions, *[file_digest(path) for path in files if path.suffix != ".pyc"])
+
+    @cached_property
     def layout(self) -> Layout:
         """Groups and sizes of the pruned model as it is."""
         from transformers import AutoConfig
@@ -90,7 +98,14 @@ class Context:
 
     def drop_pruned_model(self) -> None:
         """Free its memory before the trials start."""
+        import gc
+
+        import torch
+
         self._model = None
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
 
     def trial_resources(self) -> dict[str, float]:
         """What Ray reserves for one trial."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -34,11 +35,16 @@ def finetune(context: Context, searched: SearchRecord, measured: SensitivityReco
     config = context.config
     rows = table_rows(context, searched, measured)
     length = f"{config.finetune.steps} steps" if config.finetune.steps else f"{config.finetune.epochs:g} epochs"
-    settings = config.finetune.model_copy(update={"save_steps": 1})
-    stage = Stage("finetune", f"{len(rows)} row(s), {length}", (searched.digest, settings, config.training))
+    # Where checkpoints fall, and which rows stand beside it, changes no row.
+    settings = config.finetune.model_copy(update={"save_steps": 1, "compare": False})
+    row_inputs = (searched.trials_digest, settings, config.training, config.evaluate.batch_size)
+    inputs = (searched.digest, searched.best_plan, config.finetune.compare, *row_inputs)
+    stage = Stage("finetune", f"{len(rows)} row(s), {length}", inputs)
+    if not all((row.adapter / "adapter_model.safetensors").is_file() for row in _distinct(rows)):
+        context.run_dir.forget("finetune")
 
     def work(scratch: Path) -> dict[str, Any]:
-        finetuned = _finetune_rows(context, rows, stage.digest)
+        finetuned = _finetune_rows(context, rows, digest_of(*row_inputs))
         _write_final(context, next(row for row in rows if row.name == SEARCHED), scratch)
         return {"winner": SEARCHED, "candidates": finetuned}
 
@@ -57,7 +63,7 @@ def evaluate(
     settings = context.config.evaluate
     rows = [*_untuned_rows(context), *table_rows(context, searched, measured)]
     detail = f"{', '.join(settings.tasks)} for {len(rows)} models"
-    stage = Stage("evaluate", detail, (tuned.digest, settings))
+    stage = Stage("evaluate", detail, (tuned.digest, settings, context.task_digest))
 
     def work(scratch: Path) -> dict[str, Any]:
         from qpruner.execution.cluster import run_tasks
@@ -84,7 +90,9 @@ def table_rows(context: Context, searched: SearchRecord, measured: SensitivityRe
     if context.config.finetune.compare:
         layout = context.space.layout
         uniform = {f"uniform {bits}-bit": layout.uniform(bits) for bits in context.space.levels if bits != FULL_BITS}
-        seed = {"mutual-information seed": seed_plan(measured.mutual_information_nats, context.space)}
+        # At the winner's own bytes, so that the claim compares like with like.
+        equal_bytes = replace(context.space, budget_bytes=layout.plan_bytes(plans[SEARCHED]))
+        seed = {"mutual-information seed": seed_plan(measured.mutual_information_nats, equal_bytes)}
         plans = {BASE: layout.uniform(FULL_BITS), PRUNED: layout.uniform(FULL_BITS), **uniform, **seed, **plans}
     return [_candidate(context, name, plan) for name, plan in plans.items()]
 
@@ -109,7 +117,8 @@ def _prepared(context: Context) -> PrepareRecord:
 
 def _untuned_rows(context: Context) -> list[Candidate]:
     plan = context.space.layout.uniform(FULL_BITS)
-    return [_candidate(context, UNTUNED.format(name), plan) for name in (BASE, PRUNED)]
+    rows = [_candidate(context, UNTUNED.format(name), plan) for name in (BASE, PRUNED)]
+    return [replace(row, tuned=False) for row in rows]
 
 
 def _distinct(rows: list[Candidate]) -> list[Candidate]:
@@ -126,7 +135,7 @@ def _same_as(row: Candidate, others: list[Candidate]) -> Candidate:
     """The one of `others` with the same checkpoint, plan and fine-tune, or the row itself."""
 
     def key(each: Candidate) -> tuple[Any, ...]:
-        return each.checkpoint, tuple(each.plan.items()), each.name.endswith("(no fine-tune)")
+        return each.checkpoint, tuple(each.plan.items()), each.tuned
 
     return next((other for other in others if key(other) == key(row)), row)
 
@@ -140,8 +149,6 @@ def _jobs(context: Context, rows: list[Candidate]) -> tuple[list[CandidateJob], 
 
 def _finetune_rows(context: Context, rows: list[Candidate], digest: str) -> list[CandidateRecord]:
     """Fine-tune every distinct row that has no record yet, each in a process of its own."""
-    import time
-
     from qpruner.execution.cluster import run_tasks
 
     distinct = _distinct(rows)
@@ -153,7 +160,6 @@ def _finetune_rows(context: Context, rows: list[Candidate], digest: str) -> list
         elif record is None or record.digest != _row_digest(row, digest):
             _forget_other_inputs(row, _row_digest(row, digest))
     left = [row for row in distinct if row.name not in done]
-    started = time.monotonic()
     if left:
         jobs, resources, concurrent = _jobs(context, left)
         progress = _StepProgress(context, left, len(done), len(distinct))
@@ -165,7 +171,6 @@ def _finetune_rows(context: Context, rows: list[Candidate], digest: str) -> list
             plan = PrecisionPlan.from_dict(dict(row.plan))
             record = CandidateRecord(
                 digest=_row_digest(row, digest),
-                seconds=time.monotonic() - started,
                 name=row.name,
                 plan=dict(row.plan),
                 plan_bytes=layout.plan_bytes(plan),

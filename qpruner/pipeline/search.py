@@ -23,22 +23,25 @@ def search(context: Context, banked: BankRecord, measured: SensitivityRecord) ->
     """Candidate plans as parallel trials; the best few are scored again on the confirmation rows."""
     config, settings, space = context.config, context.config.search, context.space
     # What a trial's result depends on: another number of trials or slots goes on from the same ones.
-    open_ended = settings.model_copy(update={"trials": 1, "max_concurrent": None, "resources_per_trial": None})
+    open_ended = settings.model_copy(
+        update={"trials": 1, "confirm": 1, "max_concurrent": None, "resources_per_trial": None}
+    )
     inputs = (
         banked.digest,
         measured.digest,
         config.training,
+        config.lora,
         config.seed,
         space.budget_bytes,
         space.levels,
-        open_ended,
     )
-    trials_digest = digest_of("trials", *inputs, config.evaluate.include_path)
+    tasks = context.task_digest if settings.tasks else ""
+    trials_digest = digest_of("trials", *inputs, open_ended, config.evaluate.batch_size, tasks)
     detail = (
         f"{settings.trials} trials of {settings.steps} steps, {settings.searcher}, "
         f"budget {space.budget_bytes / 1e6:.1f} MB"
     )
-    stage = Stage("search", detail, (trials_digest, settings.trials))
+    stage = Stage("search", detail, (trials_digest, settings.trials, settings.confirm))
 
     def work(scratch: Path) -> dict[str, Any]:
         from qpruner.search import tune as ray_tune

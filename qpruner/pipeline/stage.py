@@ -129,8 +129,9 @@ def _mend(path: Path | None, root: Path | None) -> str:
     """What to do about a file that cannot be read; a stage whose folder is gone is run again."""
     if path is None or root is None or not path.is_relative_to(root):
         return "fetch or write that file again, then repeat the command"
-    top = path.relative_to(root).parts[0]
-    folder = path.parent if top in ("trials", "candidates") else root / top
+    parts = path.relative_to(root).parts
+    # A trial is a folder of trials/DIGEST, a row one of candidates; every other stage is one folder.
+    folder = root.joinpath(*parts[: {"trials": 3, "candidates": 2}.get(parts[0], 1)])
     return f"delete {folder}, then repeat the command: what it held is made again"
 
 

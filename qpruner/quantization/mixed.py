@@ -67,6 +67,23 @@ def unpack(tensors: dict[str, torch.Tensor], dtype: torch.dtype) -> torch.Tensor
     return decoded.to(dtype)
 
 
+class Int8Linear(bnb.nn.Linear8bitLt):  # type: ignore[misc]
+    """An 8-bit layer whose codes and scales follow when a parent module is moved to another device.
+
+    A parent's `.to` replaces the weight's data but leaves bitsandbytes' alias of the codes and the scales where they
+    were (0.50); only the layer's own `.to` moves them.
+    """
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        super()._apply(fn, recurse)
+        for holder in (self.weight, self.state):
+            if getattr(holder, "CB", None) is not None:
+                holder.CB = self.weight.data
+            if getattr(holder, "SCB", None) is not None and not holder.SCB.is_meta:
+                holder.SCB = holder.SCB.to(self.weight.device)
+        return self
+
+
 def replace_linears(
     model: torch.nn.Module, bits_by_linear: dict[str, int], dtype: torch.dtype, double_quant: bool
 ) -> None:
@@ -89,7 +106,7 @@ def replace_linears(
 def _empty_layer(linear: torch.nn.Linear, bits: int, dtype: torch.dtype, double_quant: bool) -> torch.nn.Linear:
     has_bias = linear.bias is not None
     if bits == 8:
-        layer: torch.nn.Linear = bnb.nn.Linear8bitLt(
+        layer: torch.nn.Linear = Int8Linear(
             linear.in_features, linear.out_features, has_bias, has_fp16_weights=False, threshold=6.0
         )
         layer.weight.data = layer.weight.data.to(torch.int8)

@@ -68,10 +68,11 @@ def claim(results: Results) -> str:
     if searched.plan == seed.plan:
         return f"The search returned the mutual-information seed plan itself ({sizes}): there is no gain to claim."
     spent = searched.measured_bytes / seed.measured_bytes - 1
-    if spent > SAME_BYTES:
+    if abs(spent) > SAME_BYTES:
+        more_or_less = "more" if spent > 0 else "fewer"
         return (
-            f"No claim: the searched plan spends {spent:.1%} more bytes than the seed plan ({sizes}), so the two "
-            "cannot be compared."
+            f"No claim at equal bytes: the searched plan takes {abs(spent):.1%} {more_or_less} bytes than the nearest "
+            f"seed plan ({sizes}), so the two cannot be compared."
         )
     scores = results.evaluate.scores
     parts = [

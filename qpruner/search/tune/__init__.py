@@ -13,7 +13,10 @@ import os
 # Set before Ray is imported: no usage report leaves the machine, and no banner is printed.
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
+# Its handler makes fit() return as if the search were over, and stays installed after it.
+os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"
 
+import errno
 import shutil
 import time
 from collections.abc import Sequence
@@ -23,6 +26,7 @@ from typing import Any
 from ray import tune
 
 from qpruner.config import RunConfig
+from qpruner.errors import StageError
 from qpruner.events import Emit, Message
 from qpruner.plan import PlanSpace, PrecisionPlan
 from qpruner.records import RungResult, TrialRecord
@@ -37,6 +41,8 @@ from qpruner.search.tune.job import METRIC, TIME, SearchJob, params_to_plan
 
 __all__ = ["HyperOptProposer", "SearchJob", "make_proposer", "search"]
 
+DISK_FULL = "no space left on the disk"
+"""Reason of a trial that says nothing of its plan, so it is tried again."""
 MAX_KILLS = 3
 """Kills for want of memory that a trial may run through; which of several running trials took too much is not known."""
 
@@ -57,7 +63,7 @@ def search(job: SearchJob, emit: Emit) -> list[TrialRecord]:
             emit(Message("search", "Ray killed a worker that ran out of memory; going on from the records"))
             _count_kill(job.trials)
         else:
-            return read_trials(job.trials)
+            return _whole(job)
 
 
 def _fit(job: SearchJob, emit: Emit) -> None:
@@ -88,6 +94,22 @@ def _fit(job: SearchJob, emit: Emit) -> None:
     tuner.fit()
 
 
+def _whole(job: SearchJob) -> list[TrialRecord]:
+    """The records of a search that ended by itself.
+
+    Raises:
+        KeyboardInterrupt: If trials are still running: somebody's signal ended Tune, and what is half done must not
+            pass for the result.
+        StageError: If trials failed for want of disk; they are tried again when the command is repeated.
+    """
+    trials = [trial for trial in read_trials(job.trials) if trial.index < job.config.search.trials]
+    if any(trial.status == "running" for trial in trials):
+        raise KeyboardInterrupt
+    if any(trial.reason == DISK_FULL for trial in trials):
+        raise StageError("search", DISK_FULL, "make room, then repeat the command: those trials are tried again")
+    return trials
+
+
 def _count_kill(trials: Path) -> None:
     """Note a kill in every trial that was running; one with too many of them has failed."""
     for record in read_trials(trials):
@@ -108,7 +130,7 @@ def make_proposer(config: RunConfig, space: PlanSpace) -> Proposer:
 def _restore(ledger: Ledger, recorded: Sequence[TrialRecord], config: RunConfig) -> None:
     for record in recorded:
         suggestion = Suggestion(record.index, record.origin, PrecisionPlan.from_dict(record.plan))
-        if record.status == "running":
+        if record.status == "running" or record.reason == DISK_FULL:
             ledger.resume(suggestion)
         else:
             ledger.recall(suggestion, final_score(record, config))
@@ -147,7 +169,9 @@ def _trainable(params: dict[str, Any], job: SearchJob) -> None:
     try:
         run_trial(TrialJob(job.config, job.materials, params_to_plan(params)), start, report)
     except Exception as error:
-        failed = record.model_copy(update={"status": "failed", "reason": failure_reason(error)})
+        full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+        reason = DISK_FULL if full else failure_reason(error)
+        failed = record.model_copy(update={"status": "failed", "reason": reason})
         write_json(folder / "trial.json", failed)
         raise
 

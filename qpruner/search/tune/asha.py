@@ -39,6 +39,10 @@ class RecordedAsha(ASHAScheduler):  # type: ignore[misc]
             return str(TrialScheduler.CONTINUE)
         return action
 
+    def on_trial_complete(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> None:
+        """Rungs were recorded when reported; Ray would enter a stopped trial's last score again, lower down."""
+        self._trial_info.pop(trial.trial_id, None)
+
 
 @dataclass(frozen=True)
 class _Recorded:
