@@ -59,7 +59,7 @@ class Context:
 
     @cached_property
     def task_digest(self) -> str:
-        """Digest of the tasks' questions and of the files under `evaluate.include_path`: others are another measurement."""
+        """Digest of the tasks' questions and files: with others it is another measurement."""
         folder = preflight.include_path(self.config)
         files = sorted(path for path in Path(folder).rglob("*") if path.is_file()) if folder else []
         return digest_of(self.inspection.questions, *[file_digest(path) for path in files if path.suffix != ".pyc"])

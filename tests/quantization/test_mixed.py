@@ -79,7 +79,7 @@ def test_each_layer_is_of_its_plan(
     for name, paths in group_linears(model.config, GROUP).items():
         for path in paths:
             layer = model.get_submodule(path)
-            assert type(layer) is LAYERS[plan[name]]
+            assert isinstance(layer, LAYERS[plan[name]])
             if plan[name] == 4:
                 assert layer.weight.dtype == torch.uint8
                 assert layer.weight.quant_state.quant_type == "nf4"

@@ -1,0 +1,128 @@
+"""8-bit layers that are moved with their model: peft, accelerate and transformers move parents, never single layers."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import bitsandbytes as bnb
+import pytest
+import torch
+from mixed_models import fill_bank, logits_of, mixed_model, mixed_plan, token_ids
+
+Model = torch.nn.Module
+
+
+@pytest.fixture(scope="module")
+def bank(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
+    folder = tmp_path_factory.mktemp("bank")
+    return folder, fill_bank(tiny_model, folder, double_quant=False)
+
+
+@pytest.fixture(params=[(8,), (4, 8, 16)], ids=["all-8", "mixed"])
+def model(request: pytest.FixtureRequest, tiny_model: Path, bank: tuple[Path, list[str]]) -> Model:
+    folder, names = bank
+    return mixed_model(tiny_model, folder, mixed_plan(names, request.param), double_quant=False)
+
+
+def int8_layers(model: Model) -> dict[str, bnb.nn.Linear8bitLt]:
+    found = {name: module for name, module in model.named_modules() if isinstance(module, bnb.nn.Linear8bitLt)}
+    assert found
+    return found
+
+
+def aliases(layer: bnb.nn.Linear8bitLt) -> list[torch.Tensor]:
+    """The other names of a layer's codes: of the weight before the first forward pass, of the state after it."""
+    return [holder.CB for holder in (layer.weight, layer.state) if holder.CB is not None]
+
+
+def scales(layer: bnb.nn.Linear8bitLt) -> list[torch.Tensor]:
+    return [holder.SCB for holder in (layer.weight, layer.state) if holder.SCB is not None]
+
+
+def elsewhere(tensor: torch.Tensor) -> torch.Tensor:
+    """As a move to another device: other memory, and nothing to be found at the old place."""
+    moved = tensor.clone()
+    if tensor.dtype == torch.int8:
+        tensor.zero_()
+    return moved
+
+
+@pytest.mark.parametrize("used", [False, True], ids=["before-the-first-pass", "after-it"])
+def test_codes_follow_their_model(model: Model, used: bool) -> None:
+    expected = logits_of(copy.deepcopy(model))
+    if used:
+        assert torch.equal(logits_of(model), expected)
+    before = {name: layer.weight.data_ptr() for name, layer in int8_layers(model).items()}
+    with torch.no_grad():
+        model._apply(elsewhere)
+    for name, layer in int8_layers(model).items():
+        assert layer.weight.data_ptr() != before[name], "nothing was moved"
+        assert aliases(layer)
+        assert all(codes.data_ptr() == layer.weight.data_ptr() for codes in aliases(layer))
+    assert torch.equal(logits_of(model), expected)
+    # bitsandbytes puts its alias back as the weight after each pass; the next pass must be no other.
+    assert torch.equal(logits_of(model), expected)
+
+
+def on_meta(tensor: torch.Tensor) -> torch.Tensor:
+    """The one other device that every machine has; bitsandbytes' own parameters cannot be put there by `.to`."""
+    return torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
+
+
+def test_codes_and_scales_go_to_the_device_of_the_model(model: Model) -> None:
+    logits_of(model)
+    layers = int8_layers(model)
+    assert all(len(aliases(layer)) == len(scales(layer)) == 1 for layer in layers.values())
+    model._apply(on_meta)
+    for layer in layers.values():
+        assert layer.weight.is_meta
+        assert layer.state.CB.is_meta
+        assert layer.state.SCB.is_meta
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("used", [False, True], ids=["before-the-first-pass", "after-it"])
+def test_a_model_may_leave_the_gpu_and_come_back(model: Model, used: bool) -> None:
+    parent = torch.nn.Sequential(model.to("cuda"))
+    expected = model(input_ids=token_ids().cuda(), use_cache=False).logits if used else None
+    parent.to("cpu")
+    assert logits_of(model).device.type == "cpu"
+    parent.to("cuda")
+    again = model(input_ids=token_ids().cuda(), use_cache=False).logits
+    assert expected is None or torch.equal(again, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("used", [False, True], ids=["before-the-first-pass", "after-it"])
+def test_another_dtype_leaves_codes_and_scales_alone(model: Model, used: bool, dtype: torch.dtype) -> None:
+    expected = logits_of(copy.deepcopy(model))
+    if used:
+        logits_of(model)
+    layers = int8_layers(model)
+    before = {name: (layer.weight.data.clone(), scales(layer)[0].clone()) for name, layer in layers.items()}
+    torch.nn.Sequential(model).to(dtype)
+    for name, layer in layers.items():
+        codes, scale = before[name]
+        assert layer.weight.dtype == torch.int8
+        assert torch.equal(layer.weight.data, codes)
+        assert all(torch.equal(alias, codes) for alias in aliases(layer))
+        assert all(torch.equal(each, scale) for each in scales(layer))
+    distance = (logits_of(model).float() - expected.float()).norm() / expected.float().norm()
+    assert distance < 0.02, "bfloat16 rounds activations to 8 bits of mantissa"
+
+
+def test_a_moved_model_is_saved_as_it_was(tiny_model: Path, bank: tuple[Path, list[str]], tmp_path: Path) -> None:
+    from safetensors.torch import load_file
+
+    folder, names = bank
+    model = mixed_model(tiny_model, folder, mixed_plan(names, (8,)), double_quant=False)
+    logits_of(model)
+    model.save_pretrained(tmp_path / "before")
+    with torch.no_grad():
+        model._apply(elsewhere)
+    model.save_pretrained(tmp_path / "after")
+    before, after = (load_file(tmp_path / name / "model.safetensors") for name in ("before", "after"))
+    assert before.keys() == after.keys()
+    assert any(name.endswith("SCB") for name in before)
+    assert all(torch.equal(before[name], after[name]) for name in before)

@@ -1,0 +1,251 @@
+"""Early stopping: controls run to the end, the poor stop, and an interruption changes no decision.
+
+Ray's own ASHA code runs here. Of a trial it looks at nothing but the id, and we at its configuration besides.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import raw_config, with_key
+
+from qpruner.config import RunConfig, validate_config
+from qpruner.records import RungResult, TrialRecord
+from qpruner.search.trial_records import objective
+from qpruner.search.tune.asha import RecordedAsha
+from qpruner.search.tune.job import METRIC, TIME
+
+STOP, CONTINUE = "STOP", "CONTINUE"
+CONTROLS = ["uniform-4", "uniform-8", "seed-mutual-information"]
+
+
+def config_of(steps: int = 8, factor: int = 2, metric: str = "loss") -> RunConfig:
+    raw = raw_config(Path("model"), Path("run"))
+    for key, value in (
+        ("search.steps", steps),
+        ("search.reduction_factor", factor),
+        ("search.tasks", ["piqa"]),
+        ("search.metric", metric),
+    ):
+        raw = with_key(raw, key, value)
+    return validate_config(raw)
+
+
+@dataclass(frozen=True)
+class RayTrial:
+    """As much of Ray's trial as a scheduler looks at."""
+
+    trial_id: str
+    config: dict[str, Any]
+
+
+@dataclass
+class Session:
+    """One life of the scheduler, called as Ray's controller calls it."""
+
+    config: RunConfig
+    recorded: Sequence[TrialRecord] = ()
+    trials: dict[int, RayTrial] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.scheduler = RecordedAsha(self.config, self.recorded, METRIC, TIME)
+
+    def report(self, index: int, origin: str, rung: RungResult) -> str:
+        """What the scheduler says of a trial's rung."""
+        if index not in self.trials:
+            self.trials[index] = RayTrial(f"ray-{index}", {"trial": index, "origin": origin})
+            self.scheduler.on_trial_add(None, self.trials[index])
+        result = {METRIC: objective(rung, self.config), TIME: rung.step, "loss": rung.loss}
+        action = self.scheduler.on_trial_result(None, self.trials[index], result)
+        if action == STOP:
+            self.scheduler.on_trial_complete(None, self.trials[index], result)
+        return str(action)
+
+
+def rung(step: int, value: float) -> RungResult:
+    """A rung whose loss and error rate are the same figure."""
+    return RungResult(step=step, loss=value, accuracy=1.0 - value)
+
+
+def record(index: int, status: Any, rungs: Sequence[RungResult], origin: str = "hyperopt") -> TrialRecord:
+    return TrialRecord(
+        index=index,
+        digest="0" * 16,
+        origin=origin,
+        plan={"layers.0": 4},
+        plan_bytes=1,
+        mean_bits=4.0,
+        status=status,
+        rungs=tuple(rungs),
+    )
+
+
+# Who is stopped
+
+
+@pytest.mark.parametrize("origin", CONTROLS)
+def test_a_control_runs_to_the_last_rung_however_poor(origin: str) -> None:
+    session = Session(config_of())
+    for index in range(4):
+        assert session.report(index, "hyperopt", rung(1, 0.1)) == CONTINUE
+    actions = [session.report(9, origin, rung(step, 0.9)) for step in (1, 2, 4, 8)]
+    assert actions == [CONTINUE, CONTINUE, CONTINUE, STOP]
+
+
+@pytest.mark.parametrize("metric", ["loss", "accuracy"])
+@pytest.mark.parametrize("factor", [2, 3, 4])
+def test_what_is_worse_than_the_cutoff_stops(metric: str, factor: int) -> None:
+    """The best 1/factor of what a rung has seen goes on (arXiv 1810.05934, as Ray counts it)."""
+    session = Session(config_of(steps=8, factor=factor, metric=metric))
+    seen: list[float] = []
+    actions = []
+    for index, value in enumerate(np.random.default_rng(0).uniform(0.2, 0.8, 40)):
+        worst_kept = np.percentile(seen, 100 / factor) if seen else np.inf
+        expected = STOP if value > worst_kept else CONTINUE
+        actions.append(session.report(index, "hyperopt", rung(1, value)))
+        assert actions[-1] == expected
+        seen.append(value)
+    assert {STOP, CONTINUE} == set(actions)
+
+
+def test_a_control_sets_the_cutoff_for_others() -> None:
+    session = Session(config_of())
+    assert session.report(0, "seed-mutual-information", rung(1, 0.3)) == CONTINUE
+    assert session.report(1, "hyperopt", rung(1, 0.4)) == STOP
+    assert session.report(2, "hyperopt", rung(1, 0.2)) == CONTINUE
+
+
+def test_the_last_rung_ends_every_trial() -> None:
+    session = Session(config_of(steps=6))
+    assert session.config.search.rungs == (1, 2, 4, 6)
+    assert [session.report(0, "hyperopt", rung(step, 0.5)) for step in (1, 2, 4, 6)] == [CONTINUE] * 3 + [STOP]
+
+
+# Going on from records
+
+
+def test_recorded_rungs_set_the_cutoff() -> None:
+    config = config_of()
+    recorded = [
+        record(0, "finished", [rung(step, 0.2) for step in (1, 2, 4, 8)]),
+        record(1, "stopped", [rung(1, 0.5)]),
+        record(2, "failed", [rung(1, 0.3)]),
+    ]
+    # Rung 1 has seen 0.2, 0.3, 0.5; rung 2 only 0.2.
+    session = Session(config, recorded)
+    assert session.report(3, "hyperopt", rung(1, 0.31)) == STOP
+    session = Session(config, recorded)
+    assert session.report(3, "hyperopt", rung(1, 0.29)) == CONTINUE
+    assert session.report(3, "hyperopt", rung(2, 0.29)) == STOP
+    session = Session(config, recorded)
+    assert [session.report(4, "hyperopt", rung(step, 0.1)) for step in (1, 2, 4, 8)] == [CONTINUE] * 3 + [STOP]
+
+
+def test_a_stopped_trials_score_does_not_sink_to_lower_rungs() -> None:
+    """Ray enters a trial's last score again when it ends; under its new id, a resumed trial is new to lower rungs."""
+    recorded = [
+        record(0, "finished", [rung(step, 1.0) for step in (1, 2, 4, 8)]),
+        record(1, "running", [rung(1, 0.5), rung(2, 9.0)]),
+    ]
+    session = Session(config_of(), recorded)
+    assert session.report(1, "hyperopt", rung(2, 9.0)) == STOP
+    # Rung 1 has seen 1.0 and 0.5. With 9.0 among them, 0.9 would be among the better half.
+    assert session.report(2, "hyperopt", rung(1, 0.9)) == STOP
+
+
+@dataclass
+class Search:
+    """Trials one after the other, each recorded before it is reported, as the trainable and the searcher do it."""
+
+    config: RunConfig
+    values: np.ndarray  # (trials, rungs)
+    records: dict[int, TrialRecord] = field(default_factory=dict)
+    decisions: dict[tuple[int, int], str] = field(default_factory=dict)
+
+    def origin(self, index: int) -> str:
+        return CONTROLS[index] if index < len(CONTROLS) else "hyperopt"
+
+    def run(self, interruptions: Collection[tuple[int, int]] = ()) -> None:
+        """Run all trials; the scheduler is lost after each (trial, step) in `interruptions` was reported."""
+        session = Session(self.config)
+        for index, row in enumerate(self.values):
+            for step, value in zip(self.config.search.rungs, row, strict=True):
+                result = rung(step, float(value))
+                before = self.records[index].rungs if index in self.records else ()
+                status = "finished" if step == self.config.search.steps else "running"
+                self.records[index] = record(index, status, (*before, result), self.origin(index))
+                action = self._decide(session, index, result)
+                if (index, step) in interruptions:
+                    session = Session(self.config, [self.records[known] for known in sorted(self.records)])
+                    if status == "running":
+                        # As a trial that goes on does, whether or not the decision had been heard.
+                        action = self._decide(session, index, result)
+                if action == STOP:
+                    if status == "running":
+                        self.records[index] = self.records[index].model_copy(update={"status": "stopped"})
+                    break
+
+    def _decide(self, session: Session, index: int, result: RungResult) -> str:
+        action = session.report(index, self.origin(index), result)
+        assert self.decisions.setdefault((index, result.step), action) == action, "asked again, answered otherwise"
+        return action
+
+
+def values_of(seed: int) -> np.ndarray:
+    """``(24, 4)``: plans differ, get better as they are trained, and do not keep their order exactly."""
+    generator = np.random.default_rng(seed)
+    plans = generator.uniform(0.3, 0.7, (24, 1))
+    return plans - np.array([0.0, 0.1, 0.15, 0.18]) + generator.normal(0, 0.12, (24, 4))
+
+
+@pytest.mark.parametrize("metric", ["loss", "accuracy"])
+@pytest.mark.parametrize("steps", [8, 6])
+@pytest.mark.parametrize("seed", [0, 1, 3])
+def test_an_interruption_anywhere_changes_no_decision(seed: int, steps: int, metric: str) -> None:
+    config = config_of(steps=steps, metric=metric)
+    undisturbed = Search(config, values_of(seed))
+    undisturbed.run()
+    stopped_at = {step for (_, step), action in undisturbed.decisions.items() if action == STOP}
+    assert stopped_at == set(config.search.rungs), "every rung must decide something for this to say anything"
+    for place in undisturbed.decisions:
+        interrupted = Search(config, values_of(seed))
+        interrupted.run([place])
+        assert interrupted.decisions == undisturbed.decisions, f"interrupted after {place}"
+        assert interrupted.records == undisturbed.records
+    # And a search that is interrupted at every turn.
+    interrupted = Search(config, values_of(seed))
+    interrupted.run(undisturbed.decisions)
+    assert interrupted.decisions == undisturbed.decisions
+
+
+def test_two_trials_running_at_the_interruption_go_on_as_they_would_have() -> None:
+    config = config_of()
+    ended = [record(0, "finished", [rung(step, 0.5) for step in (1, 2, 4, 8)])]
+    first, second = [0.45, 0.4, 0.3, 0.2], [0.4, 0.39, 0.45, 0.2]
+    session = Session(config, ended)
+    expected = []
+    for step, one, other in zip((1, 2, 4), first, second, strict=False):
+        expected.append(
+            (session.report(1, "hyperopt", rung(step, one)), session.report(2, "hyperopt", rung(step, other)))
+        )
+    assert expected == [(CONTINUE, CONTINUE), (CONTINUE, CONTINUE), (CONTINUE, STOP)]
+
+    for reported in (1, 2, 3):
+        steps = config.search.rungs[:reported]
+        running = [
+            record(index, "running", [rung(step, value) for step, value in zip(steps, values, strict=False)])
+            for index, values in ((1, first), (2, second))
+        ]
+        session = Session(config, [*ended, *running])
+        for position in range(reported - 1, 3):
+            step = config.search.rungs[position]
+            found = (
+                session.report(1, "hyperopt", rung(step, first[position])),
+                session.report(2, "hyperopt", rung(step, second[position])),
+            )
+            assert found == expected[position]
