@@ -87,7 +87,7 @@ def finetune_candidate(job: CandidateJob) -> FinetuneOutcome:
     from qpruner.quantization.assembly import measured_bytes
 
     started = time.monotonic()
-    _limit_threads(job.threads)
+    _start(job.threads)
     config, candidate = job.config, job.candidate
     train, validation = load_encoded(job.data / "train"), load_encoded(job.data / "validation")
     pad_id = int(load_tokenizer(str(candidate.checkpoint)).pad_token_id)
@@ -132,7 +132,7 @@ def evaluate_candidate(job: CandidateJob) -> tuple[TaskScore, ...]:
     from qpruner.evaluate import score_tasks
     from qpruner.models.loading import load_tokenizer
 
-    _limit_threads(job.threads)
+    _start(job.threads)
     settings = job.config.evaluate
     model = build(job.config, job.candidate)
     if job.candidate.tuned:
@@ -167,7 +167,7 @@ def confirm_trial(job: ConfirmationJob) -> tuple[float, float]:
     from qpruner.data import load_encoded
     from qpruner.models.loading import load_tokenizer
 
-    _limit_threads(job.threads)
+    _start(job.threads)
     model = build(job.config, job.candidate)
     load_adapter(model, job.checkpoint)
     pad_id = int(load_tokenizer(str(job.candidate.checkpoint)).pad_token_id)
@@ -218,8 +218,12 @@ def latest_checkpoint(folder: Path) -> Path | None:
     return max(complete, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
 
 
-def _limit_threads(threads: int) -> None:
+def _start(threads: int) -> None:
+    """Begin a job in a worker that may have done others: give back their memory, take no more cores than reserved."""
     import torch
 
+    from qpruner.memory import release
+
+    release()
     if not torch.cuda.is_available():
         torch.set_num_threads(threads)

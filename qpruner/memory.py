@@ -1,7 +1,10 @@
-"""Peak memory of a piece of work in this process: CUDA's own counter, or the rise of resident memory on a CPU."""
+"""Memory of this process: giving back what a model took, and the peak of a piece of work."""
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
+import gc
 import resource
 import sys
 from pathlib import Path
@@ -9,8 +12,23 @@ from pathlib import Path
 STATUS, CLEAR_REFS = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
+def release() -> None:
+    """Give back what dropped models held: to the GPU's other users, and on Linux to the system.
+
+    Trainer, model and callbacks refer to each other, so a dropped model waits for the cycle collector, which counts
+    objects and not bytes: without this a reused actor grew by 0.6 GB a trial on SmolLM2 (measured 2026-11-25).
+    """
+    import torch
+
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
+
+
 class PeakMemory:
-    """Starts counting when it is made.
+    """Peak memory from now on: CUDA's own counter, or the rise of resident memory on a CPU.
 
     Attributes:
         counter: What was counted, for the record.

@@ -323,6 +323,40 @@ def test_a_row_begins_with_one_beginning_of_sequence(
     assert row["input_ids"].count(with_bos.bos_token_id) == 1
 
 
+@pytest.mark.parametrize("template", ["alpaca", "chat"])
+def test_a_response_gets_no_space_that_only_a_text_of_its_own_gets(
+    tokenizer: PreTrainedTokenizerBase, template: str
+) -> None:
+    """Some tokenizers put a space before every text; lm-eval's prompt and answer are one text, and so must ours be."""
+    from tokenizers.pre_tokenizers import ByteLevel
+
+    tokenizer._tokenizer.pre_tokenizer = ByteLevel(add_prefix_space=True)
+    tokenizer.chat_template = CHAT_TEMPLATE
+    assert tokenizer.decode(tokenizer("red")["input_ids"]) == " red", "the tokenizer must be one of those"
+    row = encode([Example("instruction", "Name a colour.", "", "red")], tokenizer, 512, template)[0]
+    assert tokenizer.decode(predicted(row)) == "red</s>"
+
+
+def test_a_token_across_the_border_is_one_as_in_lm_eval(tokenizer: PreTrainedTokenizerBase) -> None:
+    """A prompt that ends in a space: the space belongs to the word after it wherever both are one text."""
+    tokenizer.chat_template = "{{ messages[0]['content'] }} Answer: "
+    prompt, response = "Name a gas. Answer: ", "oxygen"
+    row = encode([Example("instruction", "Name a gas.", "", response)], tokenizer, 512, template="chat")[0]
+    apart = tokenizer(prompt)["input_ids"] + tokenizer(f"{response}</s>")["input_ids"]
+    assert row["input_ids"] == tokenizer(f"{prompt}{response}</s>")["input_ids"] != apart
+    num_prompt = len(tokenizer(prompt)["input_ids"])
+    assert row["labels"] == [IGNORED] * num_prompt + row["input_ids"][num_prompt:]
+
+
+@pytest.mark.parametrize("template", ["alpaca", "chat"])
+def test_a_tokenizer_without_an_end_of_sequence_writes_none(tokenizer: PreTrainedTokenizerBase, template: str) -> None:
+    """Not the word None, which a model would learn to end its answers with."""
+    tokenizer.chat_template = CHAT_TEMPLATE
+    tokenizer.eos_token = None
+    row = encode([Example("instruction", "Name a colour.", "", "red")], tokenizer, 512, template)[0]
+    assert tokenizer.decode(predicted(row)) == "red"
+
+
 @pytest.mark.parametrize("context", ["", "2 and 3"])
 def test_the_chat_template_is_the_tokenizers_own(tokenizer: PreTrainedTokenizerBase, context: str) -> None:
     tokenizer.chat_template = CHAT_TEMPLATE
@@ -369,6 +403,36 @@ def test_packing_keeps_every_token_and_predicts_none_across_rows() -> None:
     expected = [label for row in rows for label in [IGNORED, *row["labels"][1:]]]
     assert labels == expected
     assert {token for token, label in zip(ids, labels, strict=True) if label == IGNORED} == {100, 101, 102, 200, 300}
+
+
+def test_a_chunk_without_a_token_to_predict_is_dropped() -> None:
+    """The loss of a batch of such chunks is a division by zero, and one NaN ends a trial."""
+    rows = [
+        {"input_ids": [10, 11, 12, 13, 14, 15], "labels": [IGNORED] * 5 + [15]},
+        {"input_ids": [20, 21, 22, 23, 24, 25], "labels": [IGNORED] * 6},
+        {"input_ids": [30, 31, 32, 33], "labels": [IGNORED, IGNORED, IGNORED, 33]},
+        {"input_ids": [40, 41, 42, 43], "labels": [IGNORED, 41, IGNORED, IGNORED]},
+    ]
+    # Chunks of 4: 10-13, 14 15 20 21, 22-25, 30-33, 40-43.
+    assert pack(rows, 4) == [
+        {"input_ids": [14, 15, 20, 21], "labels": [IGNORED, 15, IGNORED, IGNORED]},
+        {"input_ids": [30, 31, 32, 33], "labels": [IGNORED, IGNORED, IGNORED, 33]},
+        {"input_ids": [40, 41, 42, 43], "labels": [IGNORED, 41, IGNORED, IGNORED]},
+    ]
+    # Chunks of 5: that of 15 to 23 has its only label in the first place, where nothing comes before it.
+    assert [chunk["input_ids"] for chunk in pack(rows, 5)] == [[33, 40, 41, 42, 43]]
+    assert pack([rows[1]], 3) == []
+
+
+def test_every_packed_chunk_has_a_loss(tokenizer: PreTrainedTokenizerBase) -> None:
+    examples = [Example("multiple_choice", "Why " * 30, "", "because"), Example("text", "", "", "Some words.")]
+    packed = pack(encode(examples * 3, tokenizer, 512), 8)
+    assert packed
+    for chunk in packed:
+        batch = collate([chunk], pad_id=1)
+        shifted = batch["labels"][:, 1:].flatten()
+        uniform = torch.zeros(len(shifted), len(tokenizer))
+        assert torch.isfinite(torch.nn.functional.cross_entropy(uniform, shifted, ignore_index=IGNORED))
 
 
 def test_a_batch_is_padded_on_the_right_and_the_padding_is_not_learned() -> None:

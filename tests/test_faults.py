@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from conftest import raw_config, with_key
 
 from qpruner.config import validate_config
@@ -21,8 +22,8 @@ from qpruner.errors import StageError, UserError
 from qpruner.events import Event, Message, StageFinished, StageSkipped, StageStarted
 from qpruner.pipeline import run
 from qpruner.pipeline.stage import explained
-from qpruner.records import BankRecord, PrepareRecord, PruneRecord, Results, SensitivityRecord
-from qpruner.rundir import RunDir
+from qpruner.records import BankRecord, PrepareRecord, PruneRecord, Results, SensitivityRecord, TrialRecord
+from qpruner.rundir import RunDir, read_json
 
 RECORDS = {"prepare": PrepareRecord, "prune": PruneRecord, "sensitivity": SensitivityRecord, "bank": BankRecord}
 
@@ -103,6 +104,47 @@ def test_a_damaged_file_is_named_and_the_remedy_heals(
     results, events = go(tiny_raw, "bank")
     assert made_by.name in names(events, StageFinished)
     assert results.bank is not None
+
+
+@pytest.mark.parametrize(
+    ("file", "folder"),
+    [
+        ("trials/0123abcd/0003/trial.json", "trials/0123abcd/0003"),
+        ("trials/0123abcd/0003/checkpoint-4/trainer_state.json", "trials/0123abcd/0003"),
+        ("candidates/uniform-4-bit/record.json", "candidates/uniform-4-bit"),
+        ("candidates/searched/adapter/adapter_config.json", "candidates/searched"),
+        ("search/best.json", "search"),
+        ("bank/4bit/layers.0.json", "bank"),
+    ],
+)
+def test_the_remedy_costs_one_trial_or_row_and_no_other(file: str, folder: str, tmp_path: Path) -> None:
+    """What can be read of the other trials took hours; half of the damaged one would be met again."""
+    path = tmp_path / "run" / file
+    path.parent.mkdir(parents=True)
+    path.write_text('{"index": 3, "dig')
+    with pytest.raises(StageError) as caught, explained("search", tmp_path / "run"):
+        read_json(path, TrialRecord)
+    assert str(path) in caught.value.cause
+    assert caught.value.remedy.startswith(f"delete {tmp_path / 'run' / folder}, then repeat the command")
+
+
+def test_the_remedy_for_an_adapter_that_is_gone_names_its_row(tmp_path: Path) -> None:
+    from qpruner.candidates import load_adapter
+
+    root = tmp_path / "run"
+    with pytest.raises(StageError) as caught, explained("evaluate", root):
+        load_adapter(torch.nn.Identity(), root / "candidates" / "searched" / "adapter")  # type: ignore[arg-type]
+    assert caught.value.remedy.startswith(f"delete {root / 'candidates' / 'searched'}, then")
+
+
+def test_nobody_is_told_to_delete_a_file_of_their_own(tmp_path: Path) -> None:
+    path = tmp_path / "models" / "trials" / "record.json"
+    path.parent.mkdir(parents=True)
+    path.write_text("{")
+    with pytest.raises(StageError) as caught, explained("prune", tmp_path / "run"):
+        read_json(path, TrialRecord)
+    assert "delete" not in caught.value.remedy
+    assert "fetch or write that file again" in caught.value.remedy
 
 
 def test_a_stage_whose_folder_is_gone_is_run_again(banked: Path, tiny_raw: dict[str, Any]) -> None:

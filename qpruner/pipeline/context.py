@@ -11,6 +11,7 @@ from qpruner import preflight
 from qpruner.config import RunConfig
 from qpruner.events import Emit
 from qpruner.execution.cluster import Slots, connect, disconnect
+from qpruner.memory import release
 from qpruner.plan import Layout, PlanSpace
 from qpruner.records import digest_of
 from qpruner.rundir import RunDir, file_digest
@@ -98,14 +99,8 @@ class Context:
 
     def drop_pruned_model(self) -> None:
         """Free its memory before the trials start."""
-        import gc
-
-        import torch
-
         self._model = None
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        release()
 
     def trial_resources(self) -> dict[str, float]:
         """What Ray reserves for one trial."""

@@ -203,9 +203,8 @@ def values_of(seed: int) -> np.ndarray:
     return plans - np.array([0.0, 0.1, 0.15, 0.18]) + generator.normal(0, 0.12, (24, 4))
 
 
-@pytest.mark.parametrize("metric", ["loss", "accuracy"])
-@pytest.mark.parametrize("steps", [8, 6])
-@pytest.mark.parametrize("seed", [0, 1, 3])
+@pytest.mark.parametrize(("steps", "metric"), [(8, "loss"), (6, "accuracy")])
+@pytest.mark.parametrize("seed", [0, 1])
 def test_an_interruption_anywhere_changes_no_decision(seed: int, steps: int, metric: str) -> None:
     config = config_of(steps=steps, metric=metric)
     undisturbed = Search(config, values_of(seed))

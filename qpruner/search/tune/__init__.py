@@ -28,6 +28,7 @@ from ray import tune
 from qpruner.config import RunConfig
 from qpruner.errors import StageError
 from qpruner.events import Emit, Message
+from qpruner.memory import release
 from qpruner.plan import PlanSpace, PrecisionPlan
 from qpruner.records import RungResult, TrialRecord
 from qpruner.rundir import publish_folder, read_json, write_json
@@ -166,6 +167,7 @@ def _trainable(params: dict[str, Any], job: SearchJob) -> None:
         tune.report(_metrics(result, job.config))
 
     _limit_threads(job.resources)
+    release()  # the actor's last trial
     try:
         run_trial(TrialJob(job.config, job.materials, params_to_plan(params)), start, report)
     except Exception as error:

@@ -1,0 +1,205 @@
+"""The rows of the final table, on real files: a row is scored with the adapter it was given, or not at all."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import DEMO_DATA, raw_config, with_key
+
+from qpruner.calibration import mean_loss
+from qpruner.candidates import (
+    Candidate,
+    CandidateJob,
+    ConfirmationJob,
+    FinetuneOutcome,
+    build,
+    confirm_trial,
+    evaluate_candidate,
+    finetune_candidate,
+    latest_checkpoint,
+    load_adapter,
+)
+from qpruner.config import RunConfig, validate_config
+from qpruner.data import load_encoded
+from qpruner.errors import CorruptFile
+from qpruner.evaluate import score_tasks
+from qpruner.models.layout import layout_of
+from qpruner.models.loading import load_dense, load_tokenizer
+from qpruner.pipeline import run
+from qpruner.plan import PrecisionPlan
+from qpruner.rundir import RunDir
+
+ADAPTER = "adapter_model.safetensors"
+
+
+@pytest.fixture(scope="module")
+def config(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
+    """A configuration whose run has got as far as the bank."""
+    raw = raw_config(tiny_model, tmp_path_factory.mktemp("candidates") / "run")
+    for key, value in (
+        ("evaluate.include_path", str(DEMO_DATA.parent / "tasks")),
+        ("training.learning_rate", 0.01),
+    ):
+        raw = with_key(raw, key, value)
+    config = validate_config(raw)
+    run(config, lambda event: None, until="bank")
+    return config
+
+
+def job_of(config: RunConfig, folder: Path, bits: tuple[int, ...] = (4, 8), tuned: bool = True) -> CandidateJob:
+    run_dir = RunDir(Path(config.output))
+    names = sorted(path.stem for path in (run_dir.stage("bank") / "4bit").iterdir())
+    plan = {name: bits[position % len(bits)] for position, name in enumerate(names)}
+    row = Candidate("searched", run_dir.stage("prune"), run_dir.stage("bank"), plan, folder, tuned)
+    return CandidateJob(config, row, run_dir.stage("prepare") / "data", threads=1)
+
+
+@pytest.fixture(scope="module")
+def tuned(config: RunConfig, tmp_path_factory: pytest.TempPathFactory) -> tuple[CandidateJob, FinetuneOutcome]:
+    """A row that was fine-tuned."""
+    job = job_of(config, tmp_path_factory.mktemp("tuned") / "searched")
+    return job, finetune_candidate(job)
+
+
+@pytest.fixture
+def copied(tuned: tuple[CandidateJob, FinetuneOutcome], tmp_path: Path) -> CandidateJob:
+    """The row in a folder of its own, to be damaged."""
+    job = tuned[0]
+    folder = shutil.copytree(job.candidate.folder, tmp_path / "searched")
+    return replace(job, candidate=replace(job.candidate, folder=folder))
+
+
+def untuned(job: CandidateJob) -> CandidateJob:
+    return replace(job, candidate=replace(job.candidate, tuned=False))
+
+
+def validation_loss(job: CandidateJob, model: torch.nn.Module) -> float:
+    pad_id = int(load_tokenizer(str(job.candidate.checkpoint)).pad_token_id)
+    return mean_loss(model, load_encoded(job.data / "validation"), pad_id, job.config.evaluate.batch_size).mean
+
+
+# Fine-tuning
+
+
+def test_a_fine_tune_leaves_its_adapter_and_nothing_to_go_on_from(tuned: tuple[CandidateJob, FinetuneOutcome]) -> None:
+    job, outcome = tuned
+    assert (job.candidate.adapter / ADAPTER).is_file()
+    assert sorted(path.name for path in job.candidate.folder.iterdir()) == ["adapter", "progress"]
+    assert latest_checkpoint(job.candidate.folder / "checkpoints") is None
+    assert outcome.steps == 4
+    step, total, _ = job.candidate.progress.read_text().split()
+    assert (step, total) == ("4", "4")
+
+
+def test_the_outcome_is_that_of_the_saved_adapter(tuned: tuple[CandidateJob, FinetuneOutcome]) -> None:
+    job, outcome = tuned
+    start = build(job.config, job.candidate)
+    before = validation_loss(job, start)
+    load_adapter(start, job.candidate.adapter)
+    assert validation_loss(job, start) == pytest.approx(outcome.validation_loss, abs=1e-6)
+    assert outcome.validation_loss < before
+
+
+def test_the_measured_bytes_are_those_of_the_plan(tuned: tuple[CandidateJob, FinetuneOutcome]) -> None:
+    from transformers import AutoConfig
+
+    job, outcome = tuned
+    settings = job.config.quantize
+    model_config = AutoConfig.from_pretrained(job.candidate.checkpoint)
+    layout = layout_of(model_config, settings.group, 2, settings.double_quant, job.config.lora.rank)
+    names = [group.name for group in layout.groups]
+    plan = PrecisionPlan.from_dict({name: job.candidate.plan[name] for name in names})
+    assert outcome.measured_bytes == layout.plan_bytes(plan)
+
+
+def checkpoint(folder: Path, step: int, *lacking: str) -> Path:
+    path = folder / f"checkpoint-{step}"
+    path.mkdir(parents=True)
+    for name in {ADAPTER, "trainer_state.json", "rng_state.pth"} - set(lacking):
+        (path / name).write_bytes(b"")
+    return path
+
+
+def test_the_newest_whole_checkpoint_is_the_one_to_go_on_from(tmp_path: Path) -> None:
+    assert latest_checkpoint(tmp_path / "none") is None
+    checkpoint(tmp_path, 9)
+    newest = checkpoint(tmp_path, 10)
+    checkpoint(tmp_path, 11, "rng_state.pth")
+    checkpoint(tmp_path, 12, "trainer_state.json")
+    assert latest_checkpoint(tmp_path) == newest
+
+
+# Scoring
+
+
+def test_a_fine_tuned_row_is_scored_with_its_adapter(tuned: tuple[CandidateJob, FinetuneOutcome]) -> None:
+    job = tuned[0]
+    with_adapter, without = evaluate_candidate(job), evaluate_candidate(untuned(job))
+    assert [score.task for score in with_adapter] == ["qpruner_everyday_test"]
+    assert with_adapter[0].num_questions == len(with_adapter[0].answer_loss) == 8
+    assert sum(with_adapter[0].answer_loss) < sum(without[0].answer_loss), "it learned how an answer looks"
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        pytest.param(lambda adapter: shutil.rmtree(adapter), id="folder-missing"),
+        pytest.param(lambda adapter: (adapter / ADAPTER).unlink(), id="file-missing"),
+        pytest.param(lambda adapter: os.truncate(adapter / ADAPTER, 1000), id="truncated"),
+        pytest.param(lambda adapter: os.truncate(adapter / ADAPTER, 0), id="empty"),
+    ],
+)
+def test_a_fine_tuned_row_without_its_adapter_is_not_scored(
+    copied: CandidateJob, damage: Callable[[Path], object]
+) -> None:
+    """The untuned model's accuracy would stand in the table as the fine-tuned one's."""
+    damage(copied.candidate.adapter)
+    with pytest.raises(CorruptFile) as caught:
+        evaluate_candidate(copied)
+    assert caught.value.path == copied.candidate.adapter / ADAPTER
+    assert str(caught.value.path) in str(caught.value)
+
+
+def test_a_row_is_taken_for_fine_tuned_unless_told_otherwise(config: RunConfig, tmp_path: Path) -> None:
+    job = job_of(config, tmp_path / "row")
+    plain = Candidate(
+        job.candidate.name, job.candidate.checkpoint, job.candidate.bank, job.candidate.plan, job.candidate.folder
+    )
+    assert plain.tuned
+    with pytest.raises(CorruptFile):
+        evaluate_candidate(replace(job, candidate=plain))
+
+
+def test_an_untuned_row_is_the_model_as_it_is(config: RunConfig, tuned: tuple[CandidateJob, FinetuneOutcome]) -> None:
+    """Neither an adapter that lies in its folder nor a start may touch the `no fine-tune` rows."""
+    job = job_of(config, tuned[0].candidate.folder, bits=(16,), tuned=False)
+    settings = config.evaluate
+    expected = score_tasks(
+        load_dense(str(job.candidate.checkpoint), config.model.dtype),
+        load_tokenizer(str(job.candidate.checkpoint)),
+        settings.tasks,
+        settings.include_path,
+        settings.limit,
+        settings.batch_size,
+    )
+    assert evaluate_candidate(job) == expected
+
+
+def test_a_confirmation_scores_the_last_rungs_adapter(tuned: tuple[CandidateJob, FinetuneOutcome]) -> None:
+    job = tuned[0]
+    confirmation = ConfirmationJob(job.config, job.candidate, job.candidate.adapter, job.data, threads=1)
+    model = build(job.config, job.candidate)
+    load_adapter(model, job.candidate.adapter)
+    pad_id = int(load_tokenizer(str(job.candidate.checkpoint)).pad_token_id)
+    rows = load_encoded(job.data / "confirmation")
+    expected = mean_loss(model, rows, pad_id, job.config.evaluate.batch_size)
+    assert confirm_trial(confirmation) == pytest.approx((expected.mean, expected.stderr), abs=1e-6)
+    assert confirm_trial(confirmation)[0] != pytest.approx(tuned[1].validation_loss), "rows of its own"
+    with pytest.raises(CorruptFile, match="adapter"):
+        confirm_trial(replace(confirmation, checkpoint=job.candidate.folder))
