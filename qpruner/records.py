@@ -175,7 +175,7 @@ class FinetuneRecord(Record):
 class TaskScore(BaseModel):
     """An lm-eval accuracy. Per-question values are kept, in the task's order, so that rows can be paired."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, ser_json_inf_nan="constants")
 
     task: str
     metric: str
@@ -190,6 +190,9 @@ class TaskScore(BaseModel):
 
 class EvalRecord(Record):
     """Accuracies of every row on the held-out tasks: before any fine-tune, and after."""
+
+    # The standard error of a single question is NaN.
+    model_config = ConfigDict(extra="forbid", frozen=True, ser_json_inf_nan="constants")
 
     scores: dict[str, tuple[TaskScore, ...]]
 

@@ -81,12 +81,12 @@ def claim(results: Results) -> str:
     ]
     best = results.search.best_origin
     origin = f" (the winner is the control {best})" if is_control(best) else ""
-    stated = "; ".join(part for part in parts if part)
+    stated = "; ".join(part for part in parts if part) or "not distinguishable on a single question"
     return f"Searched{origin} against the mutual-information seed at equal bytes ({sizes}): {stated}."
 
 
 def compare(first: tuple[TaskScore, ...], second: tuple[TaskScore, ...], value: str) -> Comparison | None:
-    """Paired difference over every question of every task; None where a task keeps no such value."""
+    """Paired difference over every question of every task; None without such values or with one only."""
     differences: list[float] = []
     for one, other in zip(first, second, strict=True):
         left, right = getattr(one, value), getattr(other, value)
@@ -94,6 +94,8 @@ def compare(first: tuple[TaskScore, ...], second: tuple[TaskScore, ...], value: 
             return None
         differences.extend(b - a for a, b in zip(left, right, strict=True))
     count = len(differences)
+    if count < 2:
+        return None  # one question has no spread
     mean = sum(differences) / count
     variance = sum((difference - mean) ** 2 for difference in differences) / max(count - 1, 1)
     return Comparison(mean, math.sqrt(variance / count), count)
