@@ -191,12 +191,13 @@ def _check_data(config: RunConfig) -> tuple[dict[str, list[Example]], dict[str, 
     identities = {f"`data.{name}`": [row.identity for row in rows] for name, rows in examples.items()}
     calibration = config.calibration.data
     examples["calibration"] = load_examples(calibration, "calibration.data") if calibration else examples["train"]
-    wanted = max(config.calibration.num_samples, config.calibration.num_sensitivity_samples)
-    if len(examples["calibration"]) < wanted:
-        raise UserError(
-            f"`calibration.num_samples` and `calibration.num_sensitivity_samples` ask for {wanted} rows, but there are "
-            f"{len(examples['calibration'])}: ask for fewer or give more data"
-        )
+    for key in ("num_samples", "num_sensitivity_samples"):
+        wanted = getattr(config.calibration, key)
+        if len(examples["calibration"]) < wanted:
+            raise UserError(
+                f"`calibration.{key}` asks for {wanted} rows, but there are {len(examples['calibration'])}: ask for fewer "
+                "or give more data"
+            )
     asked = {
         "search": (config.search.tasks, config.search.limit),
         "evaluate": (config.evaluate.tasks, config.evaluate.limit),

@@ -388,7 +388,7 @@ DATA = [
     ),
     refused(
         "column-unknown", {"data.train.0.columns": {"quetsion": "question"}}, "`data.train.0.columns`", "quetsion",
-        "a multiple_choice row has the columns question, choices, answer"
+        "rows of format multiple_choice have the columns question, choices, answer"
     ),
     refused(
         "column-list-for-one", {"data.train.0.columns": {"question": ["question", "topic"]}},
