@@ -215,7 +215,8 @@ def _check_columns(available: Sequence[str], source: DataSource, key: str) -> No
     unknown = sorted(set(source.columns) - set(ours))
     if unknown:
         raise UserError(
-            f"`{key}.columns` names {', '.join(unknown)}; rows of format {source.format} have the columns {', '.join(ours)}"
+            f"`{key}.columns` names {', '.join(unknown)}; rows of format {source.format} have the columns "
+            f"{', '.join(ours)}"
         )
     for column in ours:
         theirs = _mapped(source, column)

@@ -195,8 +195,8 @@ def _check_data(config: RunConfig) -> tuple[dict[str, list[Example]], dict[str, 
         wanted = getattr(config.calibration, key)
         if len(examples["calibration"]) < wanted:
             raise UserError(
-                f"`calibration.{key}` asks for {wanted} rows, but there are {len(examples['calibration'])}: ask for fewer "
-                "or give more data"
+                f"`calibration.{key}` asks for {wanted} rows, but there are {len(examples['calibration'])}: ask for "
+                "fewer or give more data"
             )
     asked = {
         "search": (config.search.tasks, config.search.limit),

@@ -190,7 +190,7 @@ def test_a_mapping_to_a_column_that_is_not_there_is_refused_even_if_optional(tmp
 def test_a_mapping_of_an_unknown_column_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError) as caught:
         examples_of(tmp_path, [{"text": "a"}], format="text", columns={"question": "text"})
-    assert "names question; a text row has the columns text" in str(caught.value)
+    assert "names question; rows of format text have the columns text" in str(caught.value)
 
 
 @pytest.mark.parametrize(
