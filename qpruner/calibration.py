@@ -28,8 +28,6 @@ class LossResult:
 
     mean: float
     stderr: float
-    row_sums: tuple[float, ...]
-    row_tokens: tuple[int, ...]
 
 
 def batches(rows: Rows, batch_size: int, pad_id: int, device: torch.device) -> Iterator[dict[str, torch.Tensor]]:
@@ -150,7 +148,7 @@ def mean_loss(model: torch.nn.Module, rows: Rows, pad_id: int, batch_size: int) 
     was_training = model.training
     model.eval()
     device = next(model.parameters()).device
-    # Rows of like length together, so that little is spent on padding; results go back to the rows' own order.
+    # Rows of like length together, so that little is spent on padding.
     order = sorted(range(len(rows)), key=lambda index: len(rows[index]["input_ids"]))
     sums: list[float] = []
     counts: list[int] = []
@@ -165,13 +163,7 @@ def mean_loss(model: torch.nn.Module, rows: Rows, pad_id: int, batch_size: int) 
     if not math.isfinite(mean):
         raise TrainingDiverged(f"the validation loss is {mean}")
     squares = sum((row - mean * count) ** 2 for row, count in zip(sums, counts, strict=True))
-    place = sorted(range(len(order)), key=order.__getitem__)
-    return LossResult(
-        mean,
-        math.sqrt(squares) / tokens,
-        tuple(sums[position] for position in place),
-        tuple(counts[position] for position in place),
-    )
+    return LossResult(mean, math.sqrt(squares) / tokens)
 
 
 def token_losses(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:

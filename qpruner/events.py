@@ -51,7 +51,3 @@ class Message:
 
 Event = StageStarted | StageFinished | StageSkipped | Progress | Message
 Emit = Callable[[Event], None]
-
-
-def ignore(event: Event) -> None:
-    """Emit to nobody."""

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_callback import PrinterCallback
 
 from qpruner.calibration import Rows
 from qpruner.config import TrainingConfig
@@ -99,7 +100,7 @@ def finetune(
         data_collator=lambda batch: collate(batch, pad_id),
         callbacks=[callback],
     )
-    trainer.remove_callback(_progress_printer(trainer))
+    trainer.remove_callback(PrinterCallback)  # it prints every logged loss; the stages emit their own events
     trainer.train(resume_from_checkpoint=str(start) if start else None)
     return TrainingResult(int(trainer.state.global_step), callback.train_loss)
 
@@ -138,13 +139,6 @@ def _arguments(settings: TrainingConfig, schedule: Schedule, output: Path, seed:
         **length,
         **saving,
     )
-
-
-def _progress_printer(trainer: Trainer) -> TrainerCallback:
-    """transformers' callback that prints every logged loss; the stages emit their own events."""
-    from transformers.trainer_callback import PrinterCallback
-
-    return PrinterCallback
 
 
 class _Callback(TrainerCallback):  # type: ignore[misc]

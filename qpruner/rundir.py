@@ -50,10 +50,6 @@ class RunDir:
         """Ray Tune's own experiment folders and TensorBoard files: scratch, never read back."""
         return self.root / "tune"
 
-    @property
-    def log_file(self) -> Path:
-        return self.root / "qpruner.log"
-
     def scratch(self, name: str) -> Path:
         """An empty folder beside the stage's own."""
         folder = self.root / f".scratch-{name}"
