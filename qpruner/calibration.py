@@ -1,14 +1,14 @@
-"""Calibration samples and what is read off a model with them: gradients, group outputs and losses, one batch at a time.
+"""Calibration samples and what is read off a model with them: gradients, inputs, outputs and losses, batch by batch.
 
-Nothing here keeps more than it was asked for: a gradient is handed over in its own hook and dropped at once, outputs
-are kept at the predicted positions only.
+Nothing here keeps more than it was asked for: a gradient is handed over in its own hook and dropped at once, inputs of
+layers are reduced as they come, outputs are kept at the predicted positions only.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -20,6 +20,26 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 Rows = Sequence[Mapping[str, list[int]]]
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Encoded calibration samples and how they go through a model.
+
+    Attributes:
+        rows: Token ids and labels; the loss is over every token that has a label.
+        pad_id: Padding token.
+        batch_size: Samples a pass.
+    """
+
+    rows: Rows
+    pad_id: int
+    batch_size: int
+
+    @property
+    def one_by_one(self) -> Samples:
+        """The same samples, each in a pass of its own."""
+        return replace(self, batch_size=1)
 
 
 @dataclass(frozen=True)
@@ -40,10 +60,8 @@ def batches(rows: Rows, batch_size: int, pad_id: int, device: torch.device) -> I
 def visit_gradients(
     model: PreTrainedModel,
     parameters: Mapping[str, torch.nn.Parameter],
-    rows: Rows,
-    pad_id: int,
+    samples: Samples,
     visit: Callable[[str, torch.nn.Parameter, torch.Tensor], None],
-    batch_size: int,
 ) -> None:
     """Run the loss backward batch by batch and hand each parameter's gradient over before it is dropped.
 
@@ -52,10 +70,8 @@ def visit_gradients(
     Args:
         model: A dense model; its `requires_grad` flags are restored afterwards.
         parameters: The parameters to visit, by name.
-        rows: Encoded samples; the loss is over every token that has a label.
-        pad_id: Padding token.
+        samples: The samples; a batch's loss is the mean over its tokens.
         visit: Called with name, parameter and gradient ``(rows, columns)`` once per batch.
-        batch_size: Samples per backward pass.
 
     Raises:
         TrainingDiverged: Naming the parameter whose gradient is NaN or infinite.
@@ -80,15 +96,82 @@ def visit_gradients(
             parameter.requires_grad_(id(parameter) in wanted)
         for name, parameter in parameters.items():
             handles.append(parameter.register_post_accumulate_grad_hook(hook_for(name)))  # type: ignore[no-untyped-call]
-        for batch in batches(rows, batch_size, pad_id, model.device):
+        for batch in batches(samples.rows, samples.batch_size, samples.pad_id, model.device):
             logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False).logits
-            loss = token_losses(logits, batch["labels"]).sum() / count_labels(batch["labels"])
+            labels = batch["labels"].to(logits.device)
+            loss = token_losses(logits, labels).sum() / count_labels(labels)
             loss.backward()  # type: ignore[no-untyped-call]
     finally:
         for handle in handles:
             handle.remove()
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(flags[name])
+
+
+class InputMoments:
+    """Running mean and mean square of a layer's input features, over tokens; float64 on the CPU."""
+
+    def __init__(self) -> None:
+        self._count, self._sum, self._squares = 0, torch.zeros(()), torch.zeros(())
+
+    def add(self, inputs: torch.Tensor) -> None:
+        """Count inputs ``(tokens, features)`` in."""
+        self._count += len(inputs)
+        self._sum = self._sum + inputs.sum(dim=0, dtype=torch.float32).double().cpu()
+        self._squares = self._squares + inputs.float().square().sum(dim=0).double().cpu()
+
+    @property
+    def mean(self) -> torch.Tensor:
+        """``(features,)``."""
+        return self._sum / self._count
+
+    @property
+    def mean_square(self) -> torch.Tensor:
+        """``(features,)``."""
+        return self._squares / self._count
+
+    @property
+    def variance(self) -> torch.Tensor:
+        """``(features,)``, never below zero."""
+        return (self.mean_square - self.mean.square()).clamp(min=0)
+
+
+@torch.no_grad()
+def visit_inputs(
+    model: PreTrainedModel,
+    modules: Mapping[str, torch.nn.Module],
+    samples: Samples,
+    visit: Callable[[str, torch.Tensor], None],
+) -> None:
+    """Run the samples forward and hand over each module's inputs, padding left out, as they come.
+
+    Args:
+        model: The model.
+        modules: The modules to listen to, by name.
+        samples: The samples.
+        visit: Called per batch and module with name and inputs ``(tokens, features)``.
+    """
+    tokens = torch.empty(0, dtype=torch.bool)
+
+    def hook_for(name: str) -> Callable[..., None]:
+        def hook(module: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+            visit(name, at_tokens(inputs[0], tokens))
+
+        return hook
+
+    handles = [module.register_forward_pre_hook(hook_for(name)) for name, module in modules.items()]
+    try:
+        for batch in batches(samples.rows, samples.batch_size, samples.pad_id, model.device):
+            tokens = batch["attention_mask"].bool()
+            model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def at_tokens(inputs: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    """Inputs ``(batch, seq, features)``, or with batch and sequence in one, at the tokens ``(batch, seq)``."""
+    return inputs.reshape(-1, inputs.shape[-1])[tokens.flatten().to(inputs.device)]
 
 
 @torch.no_grad()

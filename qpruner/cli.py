@@ -22,7 +22,7 @@ from qpruner.config import RunConfig, config_schema, load_config
 from qpruner.errors import QprunerError
 
 if TYPE_CHECKING:
-    from qpruner.records import Results
+    from qpruner.records import PruneRecord, Results
     from qpruner.terminal import Terminal
 
 VERBS = {
@@ -82,7 +82,20 @@ def _add_verb(name: str, until: str, text: str) -> None:
 
 
 for _name, (_until, _text) in VERBS.items():
-    _add_verb(_name, _until, _text)
+    if _name != "prune":
+        _add_verb(_name, _until, _text)
+
+
+@main.command(help=VERBS["prune"][1])
+@_options
+@click.option("--dry-run", is_flag=True, help="Show what would be kept; write nothing.")
+def prune(
+    config: Path, overrides: tuple[str, ...], address: str | None, as_json: bool, quiet: bool, dry_run: bool
+) -> None:
+    if dry_run:
+        _guarded(as_json, lambda: _preview(config, overrides, quiet))
+    else:
+        _guarded(as_json, lambda: _run(config, overrides, address, "prune", as_json, quiet))
 
 
 @main.command(help="Validate a configuration and say what the run would be; loads no weights.")
@@ -109,9 +122,31 @@ def _run(
     _log_to(root)
     with Terminal(quiet=quiet) as terminal:
         results = run(config, terminal.emit, address, until)
+    if until == "prune":
+        assert results.prune
+        _print_layers(results.prune, terminal)
     if until == "report":
         _print_table(results, terminal)
     return {"status": "ok", "run": str(root.resolve()), **_figures(results)}
+
+
+def _preview(path: Path, overrides: tuple[str, ...], quiet: bool) -> dict[str, Any]:
+    config = load_config(path, list(overrides))
+    _quiet_libraries()
+    from qpruner.pipeline import preview
+    from qpruner.terminal import Terminal
+
+    with Terminal(quiet=quiet) as terminal:
+        record = preview(config, terminal.emit)
+    _print_layers(record, terminal)
+    return {"status": "ok", "dry_run": True, "prune": record.model_dump(mode="json")}
+
+
+def _print_layers(record: PruneRecord, terminal: Terminal) -> None:
+    from qpruner.report import markdown
+
+    terminal.table(markdown.LAYER_HEADINGS, [markdown.layer_cells(layer) for layer in record.layers])
+    terminal.say(markdown.prune_summary(record))
 
 
 def _print_table(results: Results, terminal: Terminal) -> None:

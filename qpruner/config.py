@@ -46,6 +46,8 @@ class ModelConfig(Section):
     """Git revision of a hub model; the default branch when null."""
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
     """Type of the unquantized weights."""
+    device_map: Literal["single", "auto"] = "single"
+    """Where the dense model lies while it is pruned: on one device, or spread over all GPUs by accelerate."""
     trust_remote_code: bool = False
     """Run Python code that a hub model brings along. Off unless you trust its author."""
 
@@ -92,8 +94,12 @@ class CalibrationConfig(Section):
 
     data: tuple[DataSource, ...] | None = None
     """Calibrate on these rows; null takes the training rows (importance to the target task)."""
+    token_ids: str | None = None
+    """Importance is measured on these instead: a JSON file with a list of lists of token ids."""
+    packing: bool = False
+    """Concatenate the rows and cut them into samples of exactly `max_length` tokens."""
     num_samples: Positive = 10
-    """Rows used for importance."""
+    """Samples used for importance."""
     batch_size: Positive = 10
     """Samples a backward pass sees: |w * gradient| is exact for one batch, over several the absolute values are summed.
     Memory grows with samples x tokens x vocabulary."""
@@ -104,20 +110,127 @@ class CalibrationConfig(Section):
 
 
 class PruneConfig(Section):
-    """Structured pruning: whole key/value groups with their query heads, and MLP channels."""
+    """Structured pruning: whole blocks, key/value groups with their query heads, MLP channels, experts."""
 
-    rate: Annotated[float, Field(ge=0.0, le=0.9)] = 0.2
-    """Share of *all* parameters to remove; 0 skips the cut."""
-    importance: Literal["taylor", "magnitude"] = "taylor"
-    """First-order Taylor on the calibration samples, or the weights' L2 norm."""
+    rate: Annotated[float, Field(ge=0.0, le=0.9)] | None = 0.2
+    """Share of *all* parameters to remove; 0 skips the cut. Null with `layer_rate`."""
+    layer_rate: Annotated[float, Field(gt=0.0, lt=1.0)] | None = None
+    """Instead of `rate`: the share of its own units that every block of the range loses (LLM-Pruner's ratio)."""
+    units: Annotated[tuple[Literal["block", "attention", "mlp", "expert"], ...], Field(min_length=1)] = (
+        "attention",
+        "mlp",
+    )
+    """What may go: whole blocks, key/value groups with their query heads, MLP channels (of every expert, where there
+    are experts), whole experts."""
+    depth_share: Annotated[float, Field(gt=0.0, lt=1.0)] | None = None
+    """Share of `rate` that whole blocks take where `units` names `block` beside others; null takes half."""
+    depth_importance: Literal["block_influence", "taylor"] = "block_influence"
+    """How blocks are ranked: by how little they turn their hidden states (ShortGPT), or by first-order Taylor."""
+    importance: Literal["taylor", "magnitude", "fluctuation", "activation_norm", "random"] = "taylor"
+    """How units are ranked: by Taylor expansion of the loss (LLM-Pruner), by their weights, by the fluctuation of what
+    reaches the output projection (FLAP), by its norm (Wanda), or at random as a control."""
+    order: Literal["first", "second", "mixed"] = "first"
+    """Taylor only: gradient, squared gradient, or both."""
+    aggregation: Literal["element", "vector"] = "element"
+    """Taylor only: absolute values weight by weight, or of the sum over each row or column."""
+    norm: Literal["l1", "l2"] = "l2"
+    """Magnitude only: absolute or squared weights."""
+    reduction: Literal["sum", "mean", "max", "product", "last"] = "sum"
+    """Taylor and magnitude: how the matrices of a unit become one score; `last` is the output projection alone."""
     selection: Literal["per_layer", "global"] = "per_layer"
     """The same share from every block, or the least important units wherever they are."""
+    compensation: Literal["none", "bias", "least_squares"] = "none"
+    """What the output projections (o, down) do for what was cut: nothing, a bias (FLAP), or weights solved anew on the
+    calibration samples, block by block."""
+    ridge: Annotated[float, Field(gt=0.0)] = 0.01
+    """Least squares only: weight of staying near the original weights, relative to the inputs' mean square."""
+    steps: Positive = 1
+    """Cut in this many steps, importance measured anew before each."""
     round_to: Positive = 64
     """MLP channels that stay in a block are a multiple of this: 64 suits the kernels, 1 hits the rate most closely."""
+    uniform: bool = False
+    """Give every block the same widths, so that the folder is a plain checkpoint that needs no qpruner."""
     first_layer: Annotated[int, Field(ge=0)] = 0
     """First block that may be cut, counted from 0."""
     last_layer: int = -1
     """Last block that may be cut (inclusive); negative counts from the end."""
+    protected_layers: tuple[int, ...] = ()
+    """Blocks inside the range that keep everything; negative counts from the end."""
+
+    @property
+    def is_off(self) -> bool:
+        """Whether nothing is cut."""
+        return self.rate == 0
+
+    @property
+    def drops_blocks(self) -> bool:
+        """Whether whole blocks go."""
+        return "block" in self.units
+
+    @property
+    def width_units(self) -> tuple[str, ...]:
+        """The kinds of unit that go out of blocks."""
+        return tuple(unit for unit in self.units if unit != "block")
+
+    @property
+    def block_rate(self) -> float:
+        """Share of all parameters that whole blocks take."""
+        if not self.drops_blocks:
+            return 0.0
+        return (self.rate or 0.0) * ((self.depth_share or 0.5) if self.width_units else 1.0)
+
+    @model_validator(mode="before")
+    @classmethod
+    def one_rate(cls, raw: Any) -> Any:
+        if isinstance(raw, dict) and raw.get("layer_rate") is not None:
+            if raw.get("rate") is not None:
+                raise ValueError("give `rate` or `layer_rate`, not both")
+            return {**raw, "rate": None}
+        return raw
+
+    @model_validator(mode="after")
+    def consistent(self) -> PruneConfig:
+        problems = [message for is_wrong, message in self._rules() if is_wrong]
+        if problems:
+            raise ValueError("; ".join(problems))
+        return self
+
+    def _rules(self) -> tuple[tuple[bool, str], ...]:
+        """What keys ask of one another; a key that would be ignored is a mistake."""
+        by_rate, width = self.layer_rate is not None, bool(self.width_units)
+        is_taylor, reduces = self.importance == "taylor", self.importance in ("taylor", "magnitude")
+        return (
+            (not by_rate and self.rate is None, "give `rate` or `layer_rate`, got neither"),
+            (len(set(self.units)) < len(self.units), f"`units` names a kind twice: {list(self.units)}"),
+            (
+                {"expert", "mlp"} <= set(self.units),
+                "`units` may name `expert` or `mlp`, not both: whole experts go, or channels of every expert",
+            ),
+            (by_rate and self.drops_blocks, "`layer_rate` is about units inside blocks: take `block` out of `units`"),
+            (by_rate and self.selection == "global", "`layer_rate` needs `selection: per_layer`"),
+            (self.uniform and self.selection == "global", "`uniform` needs `selection: per_layer`"),
+            (
+                self.depth_share is not None and not (self.drops_blocks and width),
+                "`depth_share` needs `units` with `block` and another kind",
+            ),
+            (not is_taylor and self.order != "first", f"`order` is Taylor's; `importance` is {self.importance}"),
+            (
+                not is_taylor and self.aggregation != "element",
+                f"`aggregation` is Taylor's; `importance` is {self.importance}",
+            ),
+            (
+                self.importance != "magnitude" and self.norm != "l2",
+                f"`norm` is magnitude's; `importance` is {self.importance}",
+            ),
+            (
+                not reduces and self.reduction != "sum",
+                f"`reduction` is Taylor's and magnitude's; `importance` is {self.importance}",
+            ),
+            (
+                not width and (self.compensation != "none" or self.steps > 1),
+                "`compensation` and `steps` are about units inside blocks, but `units` names whole blocks only",
+            ),
+        )
 
 
 class BudgetConfig(Section):

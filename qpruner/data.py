@@ -7,6 +7,7 @@ so that training, validation loss and lm-eval accuracy speak of the same thing.
 
 from __future__ import annotations
 
+import json
 import logging
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -125,18 +126,23 @@ def encode(
     """
     encoded = []
     for example in examples:
-        prompt, response = _render(example, tokenizer, template)
-        special = example.format != "instruction" or template != "chat"
-        # Together and cut where the prompt ends, as lm-eval does: some tokenizers put a space before a lone response.
-        prompt_length = len(tokenizer(prompt, add_special_tokens=special)["input_ids"]) if prompt else 0
-        ids = tokenizer(prompt + response, add_special_tokens=special)["input_ids"][:max_length]
+        ids, prompt_length = _tokens(example, tokenizer, template)
         masked = prompt_length if response_only else 0
         labels = ([IGNORED_LABEL] * masked + ids[masked:])[:max_length]
         if _has_label(labels):
-            encoded.append({"input_ids": ids, "labels": labels})
+            encoded.append({"input_ids": ids[:max_length], "labels": labels})
     if not encoded:
         raise UserError(f"`data.max_length` of {max_length} tokens leaves no row a token to predict: make it longer")
     return encoded
+
+
+def _tokens(example: Example, tokenizer: PreTrainedTokenizerBase, template: str) -> tuple[list[int], int]:
+    """A row's token ids, and how many of them are its prompt's."""
+    prompt, response = _render(example, tokenizer, template)
+    special = example.format != "instruction" or template != "chat"
+    # Together and cut where the prompt ends, as lm-eval does: some tokenizers put a space before a lone response.
+    prompt_length = len(tokenizer(prompt, add_special_tokens=special)["input_ids"]) if prompt else 0
+    return tokenizer(prompt + response, add_special_tokens=special)["input_ids"], prompt_length
 
 
 def pack(rows: Sequence[dict[str, list[int]]], length: int) -> list[dict[str, list[int]]]:
@@ -149,6 +155,54 @@ def pack(rows: Sequence[dict[str, list[int]]], length: int) -> list[dict[str, li
         for start in range(0, len(ids), length)
     ]
     return [chunk for chunk in chunks if _has_label(chunk["labels"])]
+
+
+def windows(
+    examples: Iterable[Example], tokenizer: PreTrainedTokenizerBase, count: int, length: int, template: str
+) -> list[dict[str, list[int]]]:
+    """`count` samples of exactly `length` tokens, from as many rows, one after the other, as that takes.
+
+    Raises:
+        UserError: If the rows have fewer tokens.
+    """
+    ids: list[int] = []
+    for example in examples:
+        if len(ids) >= count * length:
+            break
+        ids += _tokens(example, tokenizer, template)[0]
+    if len(ids) < count * length:
+        raise UserError(
+            f"`calibration.num_samples` asks for {count} samples of {length} tokens, but the text has {len(ids)} "
+            f"tokens: ask for at most {len(ids) // length}, make `calibration.max_length` shorter or give more text"
+        )
+    parts = [ids[start : start + length] for start in range(0, count * length, length)]
+    return [{"input_ids": part, "labels": part} for part in parts]
+
+
+def load_token_ids(path: Path, vocabulary_size: int) -> list[dict[str, list[int]]]:
+    """Samples given as token ids: a JSON file with a list of lists.
+
+    Raises:
+        UserError: If the file is none, or an id is outside the vocabulary.
+    """
+    key = "`calibration.token_ids`"
+    try:
+        samples = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{key}: {path} cannot be read as JSON: {error}") from error
+    is_list = isinstance(samples, list) and samples and all(isinstance(sample, list) for sample in samples)
+    if not is_list:
+        raise UserError(f"{key}: {path} must hold a list of lists of token ids, such as [[1, 306, 4658], [1, 910]]")
+    for position, sample in enumerate(samples):
+        wrong = [token for token in sample if type(token) is not int or not 0 <= token < vocabulary_size]
+        if wrong:
+            raise UserError(
+                f"{key}: sample {position} of {path} has {wrong[0]!r}, but a token id is a whole number from 0 to "
+                f"{vocabulary_size - 1} for this model"
+            )
+        if len(sample) < 2:
+            raise UserError(f"{key}: sample {position} of {path} has {len(sample)} token(s); two at least are needed")
+    return [{"input_ids": sample, "labels": sample} for sample in samples]
 
 
 def _has_label(labels: Sequence[int]) -> bool:

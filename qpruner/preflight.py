@@ -11,15 +11,14 @@ from pathlib import Path
 from typing import Any
 
 from qpruner.config import BudgetConfig, RunConfig
-from qpruner.data import Example, check_disjoint, encode, load_examples, normalized
+from qpruner.data import Example, check_disjoint, encode, load_examples, load_token_ids, normalized
 from qpruner.errors import UserError
 from qpruner.evaluate import task_questions
-from qpruner.models.layout import layout_of, num_layers, skeleton
+from qpruner.models.layout import layout_of
 from qpruner.models.loading import check_source, load_model_config, load_tokenizer, resolve_source
-from qpruner.models.ragged import set_widths
 from qpruner.models.structure import family_of
 from qpruner.plan import Layout, check_cpu_widths
-from qpruner.pruning.selection import counts_per_layer, layer_range, unit_sizes
+from qpruner.pruning.prune import expected_config
 from qpruner.rundir import run_root
 
 DTYPE_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
@@ -34,7 +33,7 @@ class Inspection:
         model_config: transformers config of the base model.
         base: Sizes of the base model.
         pruned: Sizes after pruning; an estimate when `is_estimate`.
-        is_estimate: Global selection leaves the widths open until the scores are known.
+        is_estimate: Global selection, or which blocks go, leaves the widths open until the scores are known.
         budget_bytes: The byte budget for the pruned model.
         examples: Rows by split.
         questions: Words of the tasks' questions, by section (`search`, `evaluate`).
@@ -58,13 +57,14 @@ def inspect(config: RunConfig) -> Inspection:
     model_config = load_model_config(config.model)
     family_of(model_config)
     base = layout_for(config, model_config)
-    pruned = layout_for(config, _pruned_config(config, model_config, base))
+    pruned = layout_for(config, _pruned_config(config, model_config))
     budget = budget_bytes(config.quantize.budget, pruned, config.quantize.bits)
     _check_device(config, pruned)
-    examples, questions = _check_data(config)
+    examples, questions = _check_data(config, model_config)
     _check_encoding(config, examples)
     _check_disk(config, base, pruned)
-    return Inspection(model_config, base, pruned, config.prune.selection == "global", budget, examples, questions)
+    is_estimate = config.prune.selection == "global" and not config.prune.is_off
+    return Inspection(model_config, base, pruned, is_estimate, budget, examples, questions)
 
 
 def layout_for(config: RunConfig, model_config: Any) -> Layout:
@@ -95,9 +95,19 @@ def is_pruned(model_config: Any) -> bool:
     return bool(model_config.is_heterogeneous)
 
 
-def prune_target(config: RunConfig, num_parameters: int) -> int:
-    """Parameters to remove: `prune.rate` is a share of all."""
-    return round(config.prune.rate * num_parameters)
+def check_quantizable(model_config: Any) -> None:
+    """Refuse weights that no bit-width can be given to; pruning alone works for such models.
+
+    Raises:
+        UserError: Naming the first parameter.
+    """
+    family = family_of(model_config)
+    if family.unquantizable:
+        raise UserError(
+            f"`quantize`: the experts of a {family.model_type} model are stacked in one parameter "
+            f"({family.block_path(0)}.{family.unquantizable[0]}), which bitsandbytes' 4- and 8-bit layers cannot hold: "
+            "such a model can be pruned (`qpruner prune`), not quantized"
+        )
 
 
 def budget_bytes(budget: BudgetConfig, layout: Layout, levels: tuple[int, ...]) -> int:
@@ -135,28 +145,17 @@ def _amount(size: int) -> str:
     return f"{size / GIB:.1f} GiB" if size >= GIB else f"{-(-size * 10 // 1024**2) / 10:.1f} MiB"
 
 
-def _pruned_config(config: RunConfig, model_config: Any, base: Layout) -> Any:
-    """The config after pruning, or what it would be on average with global selection."""
-    import copy
-
-    layers = layer_range(config.prune.first_layer, config.prune.last_layer, num_layers(model_config))
-    if config.prune.rate == 0 or is_pruned(model_config):
+def _pruned_config(config: RunConfig, model_config: Any) -> Any:
+    """The config after pruning, or what it would be on average where the scores decide."""
+    if is_pruned(model_config):
         return model_config
-    sizes = unit_sizes(skeleton(model_config), layers[0])
     try:
-        counts = counts_per_layer(prune_target(config, base.num_parameters), sizes, len(layers), config.prune.round_to)
+        return expected_config(model_config, config.prune)
     except UserError as error:
-        raise UserError(f"{error} (`prune.rate` is {config.prune.rate:g})") from error
-    widths = {
-        index: {
-            "attention": sizes.count["attention"] - counts.attention,
-            "mlp": sizes.count["mlp"] - counts.mlp[position],
-        }
-        for position, index in enumerate(layers)
-    }
-    pruned = copy.deepcopy(model_config)
-    set_widths(pruned, widths)
-    return pruned
+        rate = config.prune.rate if config.prune.layer_rate is None else config.prune.layer_rate
+        raise UserError(
+            f"{error} (`prune.{'rate' if config.prune.layer_rate is None else 'layer_rate'}` is {rate:g})"
+        ) from error
 
 
 def _check_device(config: RunConfig, pruned: Layout) -> None:
@@ -167,7 +166,7 @@ def _check_device(config: RunConfig, pruned: Layout) -> None:
             raise UserError("`model.dtype`: float16 cannot be trained on a CPU; use bfloat16 or float32")
         if 4 in config.quantize.bits:
             check_cpu_widths([linear for group in pruned.groups for linear in group.linears])
-            if config.prune.selection == "global" and config.prune.rate > 0 and config.prune.round_to % 64:
+            if config.prune.selection == "global" and not config.prune.is_off and config.prune.round_to % 64:
                 raise UserError(
                     f"`prune.round_to` must be a multiple of 64 for `selection: global` with 4-bit layers on a CPU, "
                     f"got {config.prune.round_to}: bitsandbytes decodes some of the widths in between wrongly"
@@ -181,7 +180,7 @@ def _check_device(config: RunConfig, pruned: Layout) -> None:
         )
 
 
-def _check_data(config: RunConfig) -> tuple[dict[str, list[Example]], dict[str, list[str]]]:
+def _check_data(config: RunConfig, model_config: Any) -> tuple[dict[str, list[Example]], dict[str, list[str]]]:
     splits = {
         "train": config.data.train,
         "validation": config.data.validation,
@@ -191,7 +190,11 @@ def _check_data(config: RunConfig) -> tuple[dict[str, list[Example]], dict[str, 
     identities = {f"`data.{name}`": [row.identity for row in rows] for name, rows in examples.items()}
     calibration = config.calibration.data
     examples["calibration"] = load_examples(calibration, "calibration.data") if calibration else examples["train"]
-    for key in ("num_samples", "num_sensitivity_samples"):
+    if config.calibration.token_ids:
+        load_token_ids(Path(config.calibration.token_ids), model_config.vocab_size)
+    # Packed samples are counted in tokens, once they are encoded.
+    counted = () if config.calibration.token_ids or config.calibration.packing else ("num_samples",)
+    for key in (*counted, "num_sensitivity_samples"):
         wanted = getattr(config.calibration, key)
         if len(examples["calibration"]) < wanted:
             raise UserError(

@@ -31,15 +31,21 @@ class PrepareRecord(Record):
 
 
 class LayerWidths(BaseModel):
-    """What is kept of one block, as indices into the base model."""
+    """What is kept of one block, as indices into the base model; empty where the whole block went."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     layer: int
     kept_kv_groups: tuple[int, ...]
     kept_mlp_channels: tuple[int, ...]
+    """Where experts are stacked: expert * channels + channel."""
+    kept_experts: tuple[int, ...] | None = None
     base_kv_groups: int
     base_mlp_channels: int
+    base_experts: int | None = None
+    heads_per_group: int
+    base_parameters: int
+    kept_parameters: int
 
 
 class PruneRecord(Record):
@@ -47,10 +53,19 @@ class PruneRecord(Record):
 
     importance: str
     selection: str
-    target_rate: float
+    compensation: str
+    target: str
+    target_rate: float | None
+    """Share of all parameters asked for; None when each block's own share was."""
     achieved_rate: float
     parameters_before: int
     parameters_after: int
+    bytes_before: int
+    bytes_after: int
+    peak_memory_bytes: int
+    """Above the loaded model."""
+    memory_counter: str
+    dropped_blocks: tuple[int, ...]
     layers: tuple[LayerWidths, ...]
 
 

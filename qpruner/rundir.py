@@ -24,12 +24,14 @@ class RunDir:
     """Paths and records of one run.
 
     Args:
-        root: The folder; created when missing.
+        root: The folder.
+        create: Make it when it is missing.
     """
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, create: bool = True) -> None:
         self.root = run_root(root)
-        self.root.mkdir(parents=True, exist_ok=True)
+        if create:
+            self.root.mkdir(parents=True, exist_ok=True)
 
     def stage(self, name: str) -> Path:
         """The committed folder of a stage."""

@@ -79,13 +79,9 @@ def _shape(path: str, module: Any) -> LinearShape:
 def output_modules(config: Any, group: str) -> dict[str, tuple[str, ...]]:
     """Group name -> the modules whose outputs are the group's output, in model order."""
     family = family_of(config)
-    linears = group_linears(config, group)
-    if group == "projection":
-        return linears
-    inner = {"block": ("",), "sublayer": (family.attention, family.mlp)}[group]
-    paths = [
-        ".".join(part for part in (family.block_path(index), name) if part)
+    outputs = [
+        tuple(".".join(part for part in (family.block_path(index), path) if part) for path in paths)
         for index in range(num_layers(config))
-        for name in inner
+        for paths in family.group_outputs(group).values()
     ]
-    return {name: (path,) for name, path in zip(linears, paths, strict=True)}
+    return dict(zip(group_linears(config, group), outputs, strict=True))

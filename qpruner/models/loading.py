@@ -98,12 +98,12 @@ def load_tokenizer(source: str, model: ModelConfig | None = None) -> PreTrainedT
 
 
 def load_dense(source: str, dtype: str, model: ModelConfig | None = None) -> PreTrainedModel:
-    """Dense weights on the best device, pruned widths included.
+    """Dense weights, pruned widths included, on the best device or spread over all of them.
 
     Args:
         source: A folder, hub id or .gguf file (already resolved).
         dtype: Name of the torch dtype of the weights.
-        model: Revision and trust settings for a hub model.
+        model: Revision and trust settings for a hub model, and its `device_map`.
 
     Raises:
         CorruptFile: If a weight file is truncated.
@@ -118,6 +118,9 @@ def load_dense(source: str, dtype: str, model: ModelConfig | None = None) -> Pre
     )
     if model:
         options |= {"revision": model.revision, "trust_remote_code": model.trust_remote_code}
+    is_spread = model is not None and model.device_map == "auto"
+    if is_spread:
+        options["device_map"] = "auto"
     try:
         loaded: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
             **_where(source), dtype=getattr(torch, dtype), **options
@@ -127,7 +130,7 @@ def load_dense(source: str, dtype: str, model: ModelConfig | None = None) -> Pre
             raise
         path = damaged_file(Path(source))
         raise CorruptFile(f"{path} is missing or damaged: {_reason(error)}", path) from error
-    return loaded.to(device())
+    return loaded if is_spread else loaded.to(device())
 
 
 def damaged_file(folder: Path) -> Path:

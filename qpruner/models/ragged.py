@@ -1,8 +1,8 @@
 """Decoder blocks of different widths in one model.
 
-transformers 5.24 reads and writes `per_layer_config` but its Llama and Qwen blocks do not look at it yet
+transformers 5.24 reads and writes `per_layer_config` but its blocks do not look at it yet
 (huggingface/transformers#45332), so each block is built from its own layer config here. Once transformers does that
-itself, this module goes and the checkpoints stay as they are.
+itself, most of this module goes and the checkpoints stay as they are.
 """
 
 from __future__ import annotations
@@ -10,9 +10,13 @@ from __future__ import annotations
 import functools
 import importlib
 import logging
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from qpruner.models.structure import FAMILIES, Family, family_of
+from qpruner.models.structure import Family, families, family_of
+
+OUTPUT_BIASES = "qpruner_output_biases"
+"""Config key: linear layers of a block that got a bias for what was cut, where the family has none."""
 
 
 class _GlobalReadFilter(logging.Filter):
@@ -26,41 +30,80 @@ class _GlobalReadFilter(logging.Filter):
 
 
 def install() -> None:
-    """Make every supported family build each block from `config.per_layer_config[i]`; idempotent, imports nothing."""
+    """Make every supported family build each block from `config.per_layer_config[i]`; idempotent."""
     logger = logging.getLogger("transformers.integrations.heterogeneity.configuration_utils")
     if not any(isinstance(existing, _GlobalReadFilter) for existing in logger.filters):
         logger.addFilter(_GlobalReadFilter())
-    for family in FAMILIES:
+    for family in families().values():
         _install_family(family)
 
 
 def _install_family(family: Family) -> None:
-    module_name, class_name = family.decoder_layer
-    block = getattr(importlib.import_module(module_name), class_name)
-    original = block.__init__
+    block_class = block_class_of(family)
+    original = block_class.__init__
     if getattr(original, "reads_per_layer_config", False):
         return
 
     @functools.wraps(original)
     def build(self: Any, config: Any, layer_idx: int) -> None:
-        original(self, config.per_layer_config[layer_idx], layer_idx)
+        original(self, family.build_config(config, layer_idx), layer_idx)
+        family.after_build(self, config, layer_idx)
+        add_output_biases(self, getattr(config, OUTPUT_BIASES, ()))
 
     build.reads_per_layer_config = True  # type: ignore[attr-defined]
-    block.__init__ = build
+    block_class.__init__ = build
 
 
-def set_widths(config: Any, kept: dict[int, dict[str, int]]) -> None:
-    """Write the widths of the cut blocks into a config.
+def block_class_of(family: Family) -> Any:
+    """The family's decoder block."""
+    module_name, class_name = family.decoder_layer
+    return getattr(importlib.import_module(module_name), class_name)
+
+
+def add_output_biases(block: Any, linears: Sequence[str]) -> None:
+    """Give linear layers of a block a bias of zeros where they have none."""
+    import torch
+
+    for path in linears:
+        linear = block.get_submodule(path)
+        if linear.bias is None:
+            linear.bias = torch.nn.Parameter(linear.weight.new_zeros(linear.out_features))
+
+
+def set_widths(config: Any, num_units: Mapping[int, Mapping[str, int]]) -> None:
+    """Write the widths of the cut blocks into a config: globally where all blocks are alike, by block where not.
 
     Args:
         config: The model's config; changed in place.
-        kept: Block index -> kind of unit -> units kept.
+        num_units: Block index -> kind of unit -> units kept (channels of one expert where they are stacked).
     """
     family = family_of(config)
-    overrides = {
-        index: family.layer_overrides(config.per_layer_config[index], num_units) for index, num_units in kept.items()
-    }
+    widths = {}
+    for index in range(config.num_hidden_layers):
+        layer_config = config.per_layer_config[index]
+        kinds = family.unit_kinds(layer_config, index)
+        present = {kind.name: kind.units_per_partition for kind in kinds}
+        widths[index] = family.widths(layer_config, index, present | dict(num_units.get(index, {})))
     # Without an explicit head size transformers derives it from the (now per-layer) number of heads.
     config.head_dim = family.head_dim(config.per_layer_config[0])
+    config.per_layer_config = None
     config.allow_global_per_layer_attribute_access = True
-    config.per_layer_config = overrides
+    first = widths[0]
+    is_plain = family.is_plain(config, first) and not getattr(config, OUTPUT_BIASES, ())
+    if is_plain and all(other == first for other in widths.values()):
+        for key, value in first.items():
+            setattr(config, key, value)
+        config.__dict__.pop("allow_global_per_layer_attribute_access")
+    else:
+        config.per_layer_config = widths
+
+
+def keep_blocks(config: Any, kept: Sequence[int]) -> None:
+    """Leave only some blocks, given by their present indices in ascending order; changes the config in place."""
+    family = family_of(config)
+    overrides: Mapping[int, Any] = config._heterogeneity_spec.per_layer_overrides if config.is_heterogeneous else {}
+    config.per_layer_config = None
+    family.keep_blocks(config, list(kept))
+    config.num_hidden_layers = len(kept)
+    if overrides:
+        config.per_layer_config = {new: overrides.get(old, {}) for new, old in enumerate(kept)}

@@ -12,12 +12,14 @@ from qpruner import preflight
 from qpruner.config import RunConfig
 from qpruner.events import Emit
 from qpruner.execution.cluster import local_slots
-from qpruner.pipeline.compress import bank, prepare, prune, sensitivity
+from qpruner.pipeline.compress import bank, prepare, sensitivity
 from qpruner.pipeline.context import Context
 from qpruner.pipeline.finish import evaluate, finetune
+from qpruner.pipeline.prune import preview_prune, prune
 from qpruner.pipeline.report import report
 from qpruner.pipeline.search import search
-from qpruner.records import Results
+from qpruner.pipeline.stage import explained
+from qpruner.records import PruneRecord, Results
 from qpruner.rundir import RunDir
 
 STAGES = ("prepare", "prune", "sensitivity", "bank", "search", "finetune", "evaluate", "report")
@@ -49,6 +51,8 @@ def run(config: RunConfig, emit: Emit, address: str | None = None, until: str = 
     inspection = preflight.inspect(config)
     context = Context(config, RunDir(Path(config.output)), emit, address, inspection)
     last = STAGES.index(until)
+    if last >= STAGES.index("sensitivity"):
+        preflight.check_quantizable(inspection.model_config)
     try:
         if last >= STAGES.index("search"):
             _check_slots(context)
@@ -71,3 +75,18 @@ def run(config: RunConfig, emit: Emit, address: str | None = None, until: str = 
         return report(context, results) if last >= 7 else results
     finally:
         context.close()
+
+
+def preview(config: RunConfig, emit: Emit) -> PruneRecord:
+    """What the prune stage would leave, with nothing written.
+
+    Args:
+        config: The configuration.
+        emit: Told of every event.
+
+    Raises:
+        UserError: When the input cannot work.
+    """
+    inspection = preflight.inspect(config)
+    with explained("prune"):
+        return preview_prune(Context(config, RunDir(Path(config.output), create=False), emit, None, inspection))

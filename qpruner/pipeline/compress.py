@@ -1,19 +1,23 @@
-"""The one-time stages: prepare, prune, sensitivity, bank."""
+"""The one-time stages around the cut: prepare, sensitivity, bank."""
 
 from __future__ import annotations
 
 import random
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from qpruner import preflight
 from qpruner.config import DataSource
-from qpruner.events import Message, Progress
+from qpruner.events import Progress
 from qpruner.pipeline.context import Context
 from qpruner.pipeline.stage import Stage, run_stage
 from qpruner.plan import FULL_BITS, check_cpu_widths
-from qpruner.records import BankRecord, LayerWidths, PrepareRecord, PruneRecord, SensitivityRecord
+from qpruner.records import BankRecord, PrepareRecord, PruneRecord, SensitivityRecord
 from qpruner.rundir import file_digest
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from qpruner.data import Example
 
 
 def prepare(context: Context) -> PrepareRecord:
@@ -35,47 +39,6 @@ def prepare(context: Context) -> PrepareRecord:
         return ", ".join(f"{count} {name}" for name, count in record.num_rows.items()) + " rows"
 
     return run_stage(context.run_dir, stage, PrepareRecord, work, figures, context.emit)
-
-
-def prune(context: Context, prepared: PrepareRecord) -> PruneRecord:
-    """Score, select, cut, save."""
-    config, settings = context.config, context.config.prune
-    detail = f"{settings.rate:.0%} of all parameters by {settings.importance}, {settings.selection}"
-
-    def work(scratch: Path) -> dict[str, Any]:
-        from qpruner.data import load_encoded
-        from qpruner.models.checkpoint import save_checkpoint
-        from qpruner.models.loading import load_dense, load_tokenizer
-        from qpruner.pruning.prune import prune as cut
-
-        model, tokenizer = load_dense(prepared.model_path, config.model.dtype), load_tokenizer(prepared.model_path)
-        effective = settings
-        if preflight.is_pruned(model.config):
-            context.emit(Message("prune", "the model was pruned earlier: the cut is skipped"))
-            effective = settings.model_copy(update={"rate": 0.0})
-        rows = load_encoded(context.data / "importance")
-        pruned = cut(model, effective, rows, int(tokenizer.pad_token_id), config.calibration.batch_size)
-        save_checkpoint(pruned.model, tokenizer, scratch)
-        context.keep_pruned_model(pruned.model)
-        removed = pruned.parameters_before - pruned.parameters_after
-        return {
-            "importance": settings.importance,
-            "selection": settings.selection,
-            "target_rate": effective.rate,
-            "achieved_rate": removed / pruned.parameters_before,
-            "parameters_before": pruned.parameters_before,
-            "parameters_after": pruned.parameters_after,
-            "layers": [_widths(context, index, kept) for index, kept in pruned.kept.items()],
-        }
-
-    def figures(record: PruneRecord) -> str:
-        return (
-            f"{record.parameters_before / 1e6:.1f}M -> {record.parameters_after / 1e6:.1f}M parameters "
-            f"(target {record.target_rate:.2%}, achieved {record.achieved_rate:.2%})"
-        )
-
-    stage = Stage("prune", detail, (prepared.digest, settings))
-    return run_stage(context.run_dir, stage, PruneRecord, work, figures, context.emit)
 
 
 def sensitivity(context: Context, pruned: PruneRecord) -> SensitivityRecord:
@@ -177,19 +140,32 @@ def _encode_splits(context: Context, model_path: str, folder: Path) -> dict[str,
     }
     if settings.packing:
         splits["train"] = pack(splits["train"], settings.max_length)
-    samples = list(examples["calibration"])
-    random.Random(config.seed).shuffle(samples)
-    length = config.calibration.max_length
+    splits["importance"] = importance_samples(context, tokenizer)
     # Importance is the whole text's loss, as in LLM-Pruner; sensitivity looks where an answer is predicted.
-    importance, sensitivity = (
-        samples[: config.calibration.num_samples],
-        samples[: config.calibration.num_sensitivity_samples],
-    )
-    splits["importance"] = encode(importance, tokenizer, length, settings.template, response_only=False)
+    sensitivity = _shuffled_calibration(context)[: config.calibration.num_sensitivity_samples]
     splits["sensitivity"] = encode(sensitivity, tokenizer, settings.max_length, settings.template)
     for name, rows in splits.items():
         save_encoded(rows, folder / name)
     return {name: len(rows) for name, rows in splits.items()}
+
+
+def importance_samples(context: Context, tokenizer: PreTrainedTokenizerBase) -> list[dict[str, list[int]]]:
+    """What importance is measured on: given token ids, packed windows, or the first rows of a shuffle."""
+    from qpruner.data import encode, load_token_ids, windows
+
+    settings, template = context.config.calibration, context.config.data.template
+    if settings.token_ids:
+        return load_token_ids(Path(settings.token_ids), len(tokenizer))
+    rows = _shuffled_calibration(context)
+    if settings.packing:
+        return windows(rows, tokenizer, settings.num_samples, settings.max_length, template)
+    return encode(rows[: settings.num_samples], tokenizer, settings.max_length, template, response_only=False)
+
+
+def _shuffled_calibration(context: Context) -> list[Example]:
+    rows = list(context.inspection.examples["calibration"])
+    random.Random(context.config.seed).shuffle(rows)
+    return rows
 
 
 def _source_digests(context: Context) -> list[str]:
@@ -202,18 +178,9 @@ def _source_digests(context: Context) -> list[str]:
     names = [source.source for source in sources] + [config.model.source]
     paths = [Path(resolve_source(name, "source")) for name in names]
     files = [path for path in paths if path.is_file()]
+    if config.calibration.token_ids:
+        paths.insert(0, Path(config.calibration.token_ids))
     folder = paths[-1]
     if folder.is_dir():
         files += sorted(path for path in folder.rglob("*") if path.is_file())
     return [file_digest(path) for path in files]
-
-
-def _widths(context: Context, index: int, kept: dict[str, tuple[int, ...]]) -> LayerWidths:
-    layer = context.inspection.model_config.per_layer_config[index]
-    return LayerWidths(
-        layer=index,
-        kept_kv_groups=kept["attention"],
-        kept_mlp_channels=kept["mlp"],
-        base_kv_groups=layer.num_key_value_heads,
-        base_mlp_channels=layer.intermediate_size,
-    )

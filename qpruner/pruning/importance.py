@@ -1,101 +1,284 @@
 """How much each unit matters: the importance criteria.
 
-A unit's score is summed over the rows and columns it owns in every layer of its group, as LLM-Pruner does with its
-default `sum` aggregation (arXiv 2305.11627, section 3.2).
+Taylor and magnitude look at every matrix a unit owns part of: a salience of each weight is summed over the unit's rows
+or columns of a matrix, and the matrices are reduced to one score (`reduction`; the default `sum` and the others are
+those of LLM-Pruner, arXiv 2305.11627, section 3.2). Fluctuation and activation norm look at what reaches the output
+projection (o, down). Biases and norms are cut with their unit but do not count, as in LLM-Pruner.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
 
-from qpruner.calibration import Rows, visit_gradients
+from qpruner.calibration import InputMoments, Samples, visit_gradients, visit_inputs
+from qpruner.config import PruneConfig
 from qpruner.errors import TrainingDiverged
-from qpruner.models.structure import UnitSlice, family_of
+from qpruner.models.structure import UnitKind, UnitSlice, family_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 Scores = dict[int, dict[str, torch.Tensor]]
-"""Block index -> kind of unit -> ``(units,)`` float32."""
+"""Block index -> kind of unit -> ``(units,)`` float64, on the CPU."""
+
+Owner = tuple[int, UnitKind, int]
+"""Block, kind and position among the kind's matrices: what one matrix's salience is added to."""
+
+Transform = Callable[[torch.Tensor, str], torch.Tensor | None]
+"""What an entry counts for, given the entries and a name for where they come from; None adds nothing."""
 
 
-def magnitude(model: PreTrainedModel, layers: range) -> Scores:
-    """Sum of squared weights of a unit (LLM-Pruner's `l2`)."""
-    scores = _empty_scores(model, layers)
-    for name, parameter, slices in _owned(model, layers):
-        _add(scores, slices, parameter.detach().float().square(), name)
-    return scores
-
-
-def taylor(model: PreTrainedModel, layers: range, rows: Rows, pad_id: int, batch_size: int | None = None) -> Scores:
-    """First-order Taylor, element-wise: sum of ``|w * dL/dw|`` over a unit's weights (arXiv 2305.11627, eq. 4).
-
-    Samples of a batch go through one backward pass, so the gradient is that of their mean loss, as in LLM-Pruner, which
-    takes all at once; over several batches the scores are summed.
+def score(
+    model: PreTrainedModel, layers: Sequence[int], settings: PruneConfig, samples: Samples, seed: int = 0
+) -> Scores:
+    """Importance of every unit that may go, by the criterion of `settings`.
 
     Args:
         model: Dense model.
-        layers: Blocks to score.
-        rows: Encoded calibration samples.
-        pad_id: Padding token.
-        batch_size: Samples a backward pass; None takes all.
+        layers: Blocks that may be cut.
+        settings: Criterion, its options and the kinds of unit.
+        samples: Calibration samples; not read by `magnitude` and `random`.
+        seed: Of the random control.
+
+    Raises:
+        TrainingDiverged: Naming the parameter whose weight, gradient or importance is NaN or infinite.
     """
-    owned = {name: (parameter, slices) for name, parameter, slices in _owned(model, layers)}
-    scores = _empty_scores(model, layers)
-    for name, (parameter, _) in owned.items():
+    kinds = unit_kinds_of(model, layers, settings.width_units)
+    if settings.importance == "random":
+        generator = torch.Generator().manual_seed(seed)
+        return {
+            index: {kind.name: torch.rand(kind.num_units, generator=generator, dtype=torch.float64) for kind in some}
+            for index, some in kinds.items()
+        }
+    if settings.importance == "magnitude":
+        return magnitude(model, kinds, settings.norm, settings.reduction)
+    if settings.importance == "taylor":
+        return taylor(model, kinds, samples, settings.order, settings.aggregation, settings.reduction)
+    moments = output_moments(model, kinds, samples)
+    return (fluctuation if settings.importance == "fluctuation" else activation_norm)(model, kinds, moments)
+
+
+def magnitude(
+    model: PreTrainedModel, kinds: Mapping[int, Sequence[UnitKind]], norm: str = "l2", reduction: str = "sum"
+) -> Scores:
+    """Sum over a unit's weights of ``|w|`` (`l1`) or ``w^2`` (`l2`; no root is taken, as in LLM-Pruner)."""
+    collected = _Collected(kinds)
+    for name, parameter, owners in _matrices(model, kinds):
+        weight = parameter.detach().float()
+        collected.add(
+            owners, weight, f"the weight {name}", (lambda w, _: w.abs()) if norm == "l1" else (lambda w, _: w.square())
+        )
+    return collected.reduce(reduction)
+
+
+def taylor(
+    model: PreTrainedModel,
+    kinds: Mapping[int, Sequence[UnitKind]],
+    samples: Samples,
+    order: str = "first",
+    aggregation: str = "element",
+    reduction: str = "sum",
+) -> Scores:
+    """The change of the loss when a unit's weights are set to zero (arXiv 2305.11627, eqs. 3 to 5).
+
+    The entries of a matrix's salience are ``s = w g`` weight by weight (`element`, eq. 5), or summed over each row or
+    column a unit owns (`vector`, eq. 4). With ``s`` from the gradient of the mean loss over a batch and ``s_j`` from
+    that of sample j alone, an entry counts as ``|s|`` (`first`), ``1/N sum_j s_j^2`` (`second`: the diagonal of the
+    Fisher information stands for the Hessian's, without the half, as in LLM-Pruner's code; with `vector` it is that of
+    a mask on the row, arXiv 2204.09656, eq. 7) or ``|s - 1/2 1/N sum_j s_j^2|`` (`mixed`). Entries are summed over the
+    unit.
+
+    LLM-Pruner puts all samples through one backward pass: with one batch this is the same; over several, the absolute
+    values of each batch are summed. `mixed` with `element` holds one float32 tensor more for every weight it scores.
+
+    Args:
+        model: Dense model.
+        kinds: Units to score, by block.
+        samples: Calibration samples.
+        order: `first`, `second` or `mixed`.
+        aggregation: `element` or `vector`.
+        reduction: How the matrices of a group become one score.
+    """
+    collected = _Collected(kinds)
+    owners = {name: (parameter, owners) for name, parameter, owners in _matrices(model, kinds)}
+    for name, (parameter, _) in owners.items():
         # One broken weight makes every gradient NaN, so it is looked for before they are taken.
         _check_finite(parameter, f"the weight {name}")
+    parameters = {name: parameter for name, (parameter, _) in owners.items()}
+    mean_squares: dict[str, torch.Tensor] = {}
 
-    def visit(name: str, parameter: torch.nn.Parameter, gradient: torch.Tensor) -> None:
-        salience = (parameter.detach().float() * gradient.float()).abs()
-        _add(scores, owned[name][1], salience, name)
+    def first(entries: torch.Tensor, key: str) -> torch.Tensor:
+        return entries.abs()
 
-    parameters = {name: parameter for name, (parameter, _) in owned.items()}
-    visit_gradients(model, parameters, rows, pad_id, visit, batch_size or len(rows))
+    def second(entries: torch.Tensor, key: str) -> torch.Tensor:
+        return entries.square() / len(samples.rows)
+
+    def note_squares(entries: torch.Tensor, key: str) -> None:
+        mean_squares[key] = mean_squares[key] + second(entries, key) if key in mean_squares else second(entries, key)
+
+    def mixed(entries: torch.Tensor, key: str) -> torch.Tensor:
+        return (entries - 0.5 * mean_squares[key]).abs()
+
+    def visit_with(transform: Transform) -> Callable[[str, torch.nn.Parameter, torch.Tensor], None]:
+        def visit(name: str, parameter: torch.nn.Parameter, gradient: torch.Tensor) -> None:
+            salience = parameter.detach().float() * gradient.float()
+            collected.add(owners[name][1], salience, f"the importance of {name}", transform, aggregation)
+
+        return visit
+
+    if order == "second":
+        visit_gradients(model, parameters, samples.one_by_one, visit_with(second))
+        return collected.reduce(reduction)
+    if order == "mixed":
+        visit_gradients(model, parameters, samples.one_by_one, visit_with(note_squares))
+    visit_gradients(model, parameters, samples, visit_with(first if order == "first" else mixed))
+    return collected.reduce(reduction)
+
+
+def output_moments(
+    model: PreTrainedModel, kinds: Mapping[int, Sequence[UnitKind]], samples: Samples
+) -> dict[str, InputMoments]:
+    """Mean and mean square of every input feature of the output projections, in one pass over the samples."""
+    linears = {path: model.get_submodule(path) for path in output_linears(model, kinds).values()}
+    moments = {path: InputMoments() for path in linears}
+    visit_inputs(model, linears, samples, lambda path, inputs: moments[path].add(inputs))
+    return moments
+
+
+def fluctuation(
+    model: PreTrainedModel, kinds: Mapping[int, Sequence[UnitKind]], moments: Mapping[str, InputMoments]
+) -> Scores:
+    """FLAP's weighted input feature variance, ``Var(x_j) * ||W_:j||^2`` (arXiv 2312.11983, eq. 4), summed over a unit's
+    columns: what the output loses when a feature is replaced by its mean."""
+    return _by_output(model, kinds, lambda path: moments[path].variance)
+
+
+def activation_norm(
+    model: PreTrainedModel, kinds: Mapping[int, Sequence[UnitKind]], moments: Mapping[str, InputMoments]
+) -> Scores:
+    """Wanda's ``|W| * ||x||`` for structures, squared: ``E[x_j^2] * ||W_:j||^2`` (after arXiv 2306.11695, eq. 1),
+    summed over a unit's columns: what the output loses when a feature is replaced by zero."""
+    return _by_output(model, kinds, lambda path: moments[path].mean_square)
+
+
+def output_linears(model: PreTrainedModel, kinds: Mapping[int, Sequence[UnitKind]]) -> dict[tuple[int, str], str]:
+    """(block, kind) -> full path of the output projection, for kinds that have one."""
+    family = family_of(model.config)
+    return {
+        (index, kind.name): f"{family.block_path(index)}.{kind.output_linear}"
+        for index, some in kinds.items()
+        for kind in some
+        if kind.output_linear
+    }
+
+
+def _by_output(
+    model: PreTrainedModel,
+    kinds: Mapping[int, Sequence[UnitKind]],
+    feature_weight: Callable[[str], torch.Tensor],
+) -> Scores:
+    """Squared norm of each column of an output projection times a weight of its input feature."""
+    scores: Scores = {index: {} for index in kinds}
+    paths = output_linears(model, kinds)
+    for index, some in kinds.items():
+        for kind in some:
+            path = paths[index, kind.name]
+            weight = model.get_parameter(f"{path}.weight").detach().float()
+            salience = weight.square().sum(dim=0).cpu().double() * feature_weight(path)
+            _check_finite(salience, f"the importance of {path}")
+            scores[index][kind.name] = salience.view(kind.num_units, -1).sum(dim=1)
     return scores
 
 
-def _owned(
-    model: PreTrainedModel, layers: range
-) -> list[tuple[str, torch.nn.Parameter, list[tuple[int, str, int, UnitSlice]]]]:
-    """Each weight of the blocks with the slices that units own of it."""
-    family = family_of(model.config)
-    found = []
-    for index in layers:
-        by_linear: dict[str, list[tuple[int, str, int, UnitSlice]]] = {}
-        for kind in family.unit_kinds(model.config.per_layer_config[index]):
-            for item in kind.slices:
-                by_linear.setdefault(item.linear, []).append((index, kind.name, kind.num_units, item))
-        for linear, slices in by_linear.items():
-            path = f"{family.block_path(index)}.{linear}"
-            found.append((f"{path}.weight", model.get_submodule(path).weight, slices))
-    return found  # type: ignore[return-value]
-
-
-def _empty_scores(model: PreTrainedModel, layers: range) -> Scores:
+def unit_kinds_of(
+    model: PreTrainedModel, layers: Sequence[int], units: Sequence[str]
+) -> dict[int, tuple[UnitKind, ...]]:
+    """The kinds of unit that may go, by block."""
     family = family_of(model.config)
     return {
-        index: {
-            kind.name: torch.zeros(kind.num_units) for kind in family.unit_kinds(model.config.per_layer_config[index])
-        }
+        index: tuple(
+            kind for kind in family.unit_kinds(model.config.per_layer_config[index], index) if kind.name in units
+        )
         for index in layers
     }
 
 
-def _add(
-    scores: Mapping[int, dict[str, torch.Tensor]],
-    slices: list[tuple[int, str, int, UnitSlice]],
-    salience: torch.Tensor,
-    name: str,
-) -> None:
-    """Add a weight's salience ``(rows, columns)`` to the units that own parts of it."""
-    _check_finite(salience, f"the importance of {name}")
-    for index, kind, num_units, item in slices:
-        along = salience.sum(dim=1 - item.dim)[item.offset : item.offset + num_units * item.width]
-        scores[index][kind] += along.view(num_units, item.width).sum(dim=1).cpu()
+def _matrices(
+    model: PreTrainedModel, kinds: Mapping[int, Sequence[UnitKind]]
+) -> list[tuple[str, torch.nn.Parameter, list[tuple[Owner, UnitSlice]]]]:
+    """Each matrix of the blocks with the slices that units own of it; norms and biases are left out."""
+    family = family_of(model.config)
+    found = []
+    for index, some in kinds.items():
+        owners: dict[str, list[tuple[Owner, UnitSlice]]] = {}
+        for kind in some:
+            for position, item in enumerate(kind.slices):
+                owners.setdefault(item.parameter, []).append(((index, kind, position), item))
+        for path, slices in owners.items():
+            name = f"{family.block_path(index)}.{path}"
+            parameter = model.get_parameter(name)
+            if parameter.dim() > 1:
+                found.append((name, parameter, slices))
+    return found
+
+
+class _Collected:
+    """Scores of units by matrix, until they are reduced to one."""
+
+    def __init__(self, kinds: Mapping[int, Sequence[UnitKind]]) -> None:
+        self._kinds = kinds
+        self._scores: dict[tuple[int, str], dict[int, torch.Tensor]] = {}
+
+    def add(
+        self,
+        slices: list[tuple[Owner, UnitSlice]],
+        salience: torch.Tensor,
+        what: str,
+        transform: Transform,
+        aggregation: str = "element",
+    ) -> None:
+        """Add a matrix's salience ``(rows, columns)``, or ``(experts, rows, columns)``, to the units that own it."""
+        _check_finite(salience, what)
+        if aggregation == "element":
+            entries = transform(salience, what)
+            if entries is None:
+                return
+            salience = entries
+        for (index, kind, position), item in slices:
+            kept = (0, item.dim) if kind.partitions > 1 else (item.dim,)
+            along = salience.sum(dim=[dim for dim in range(salience.dim()) if dim not in kept]).view(
+                kind.partitions, -1
+            )
+            owned = along[:, item.offset : item.offset + kind.units_per_partition * item.width]
+            if aggregation == "vector":
+                entries = transform(owned, f"{what} {kind.name} {position}")
+                if entries is None:
+                    continue
+                owned = entries
+            by_unit = owned.double().reshape(kind.num_units, item.width).sum(dim=1).cpu()
+            scores = self._scores.setdefault((index, kind.name), {})
+            scores[position] = scores[position] + by_unit if position in scores else by_unit
+
+    def reduce(self, reduction: str) -> Scores:
+        """One score a unit."""
+        scores: Scores = {index: {} for index in self._kinds}
+        for (index, name), by_matrix in self._scores.items():
+            stacked = torch.stack([by_matrix[position] for position in sorted(by_matrix)])
+            scores[index][name] = REDUCTIONS[reduction](stacked)
+        return scores
+
+
+REDUCTIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "sum": lambda scores: scores.sum(dim=0),
+    "mean": lambda scores: scores.mean(dim=0),
+    "max": lambda scores: scores.amax(dim=0),
+    "product": lambda scores: scores.prod(dim=0),
+    "last": lambda scores: scores[-1],
+}
+"""``(matrices, units)`` -> ``(units,)``; the last matrix is the output projection."""
 
 
 def _check_finite(values: torch.Tensor, what: str) -> None:

@@ -1,59 +1,291 @@
-"""The prune step: score, select, cut."""
+"""The prune step: drop blocks, then score, select, compensate and cut, once or in several steps."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
-from qpruner.calibration import Rows
+from qpruner.calibration import Samples
 from qpruner.config import PruneConfig
-from qpruner.models.layout import num_layers
-from qpruner.pruning.importance import magnitude, taylor
-from qpruner.pruning.selection import Kept, layer_range, select_global, select_per_layer, unit_sizes
-from qpruner.pruning.surgery import cut
+from qpruner.errors import UserError
+from qpruner.models import ragged
+from qpruner.models.layout import num_layers, skeleton
+from qpruner.models.structure import EXPERT, MLP, family_of
+from qpruner.pruning.compensation import compensate
+from qpruner.pruning.depth import block_importance, num_blocks_to_drop
+from qpruner.pruning.importance import Scores, score
+from qpruner.pruning.selection import Kept, Sizes, layer_range, select, select_rate, unit_sizes
+from qpruner.pruning.surgery import check_not_shared, cut, keep_blocks
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+GROUPED_MATMUL_MULTIPLE = 8
+"""Channels of a stacked expert come in multiples of this: `torch._grouped_mm` (2.13) refuses strides that are no
+multiple of 16 bytes."""
+GONE = float("-inf")
+"""Score of a unit that an earlier step removed."""
+
 
 @dataclass(frozen=True)
 class Pruned:
-    """The cut model and what it kept."""
+    """The cut model and what it kept, by block of the base model.
+
+    Attributes:
+        model: The smaller model.
+        kept: Units that stay; blocks that were not cut are not listed.
+        dropped_blocks: Blocks that went whole.
+        scores: Importance of every unit, as measured before the first cut.
+        block_scores: Importance of every block that might have gone whole.
+        parameters_before: Parameters of the base model, tied ones once.
+        parameters_after: Parameters of the smaller model.
+    """
 
     model: PreTrainedModel
     kept: Kept
     parameters_before: int
     parameters_after: int
+    dropped_blocks: tuple[int, ...] = ()
+    scores: Scores = field(default_factory=dict)
+    block_scores: dict[int, float] = field(default_factory=dict)
 
 
 def prune(
-    model: PreTrainedModel, settings: PruneConfig, rows: Rows, pad_id: int, batch_size: int | None = None
+    model: PreTrainedModel,
+    settings: PruneConfig,
+    samples: Samples,
+    seed: int = 0,
+    on_step: Callable[[int, int], None] = lambda done, total: None,
 ) -> Pruned:
-    """Cut the least important units until `settings.rate` of all parameters is gone.
+    """Cut the least important units until the asked share of all parameters is gone.
 
     Args:
-        model: Dense model; unusable afterwards unless the rate is 0.
-        settings: Rate, criterion, selection, range of blocks.
-        rows: Encoded calibration samples (Taylor only).
-        pad_id: Padding token.
-        batch_size: Samples a backward pass; None takes all.
+        model: Dense model; it is cut in place.
+        settings: Rate, criterion, selection, compensation, range of blocks.
+        samples: Calibration samples.
+        seed: Of the random control.
+        on_step: Told how many steps of how many are done.
+
+    Raises:
+        UserError: If the rate cannot be met, or the model shares weights that a cut would break.
     """
     before = num_parameters(model)
-    if settings.rate == 0:
+    if settings.is_off:
         return Pruned(model, {}, before, before)
-    layers = layer_range(settings.first_layer, settings.last_layer, num_layers(model.config))
-    sizes = unit_sizes(model, layers[0])
-    if settings.importance == "magnitude":
-        scores = magnitude(model, layers)
-    else:
-        scores = taylor(model, layers, rows, pad_id, batch_size)
-    values = {index: {kind: score.tolist() for kind, score in kinds.items()} for index, kinds in scores.items()}
-    select = select_per_layer if settings.selection == "per_layer" else select_global
-    kept = select(values, round(settings.rate * before), sizes, settings.round_to)
-    smaller = cut(model, kept)
-    return Pruned(smaller, kept, before, num_parameters(smaller))
+    check_not_shared(model)
+    layers = layer_range(settings.first_layer, settings.last_layer, num_layers(model.config), settings.protected_layers)
+    check_settings(model.config, settings)
+    blocks, block_scores = list(range(num_layers(model.config))), {}
+    gone: set[int] = set()
+    if settings.drops_blocks:
+        block_scores = block_importance(model, layers, settings.depth_importance, samples)
+        gone = set(sorted(layers, key=lambda index: block_scores[index])[: num_dropped(model, settings, layers)])
+        blocks = [index for index in blocks if index not in gone]
+        keep_blocks(model, blocks)
+        layers = tuple(blocks.index(index) for index in layers if index not in gone)
+    kept: Kept = {}
+    scores: Scores = {}
+    if settings.width_units:
+        target = round((settings.rate or 0) * before) - (before - num_parameters(model))
+        kept, scores = _cut_widths(model, settings, layers, target, samples, seed, on_step)
+    return Pruned(
+        model,
+        {blocks[index]: by_kind for index, by_kind in kept.items()},
+        before,
+        num_parameters(model),
+        tuple(sorted(gone)),
+        {blocks[index]: by_kind for index, by_kind in scores.items()},
+        block_scores,
+    )
 
 
-def num_parameters(model: PreTrainedModel) -> int:
+def _cut_widths(
+    model: PreTrainedModel,
+    settings: PruneConfig,
+    layers: Sequence[int],
+    target: int,
+    samples: Samples,
+    seed: int,
+    on_step: Callable[[int, int], None],
+) -> tuple[Kept, Scores]:
+    """Cut units in `settings.steps` steps; importance is measured anew before each."""
+    sizes = unit_sizes(model, layers, settings.width_units)
+    alive: Kept = {
+        index: {name: tuple(range(size.count * size.partitions)) for name, size in kinds.items()}
+        for index, kinds in sizes.items()
+    }
+    first: Scores = {}
+    for step in range(1, settings.steps + 1):
+        scores = score(model, layers, settings, samples, seed)
+        first = first or scores
+        values = {
+            index: {
+                name: _spread(scores[index][name].tolist(), alive[index][name], size) for name, size in kinds.items()
+            }
+            for index, kinds in sizes.items()
+        }
+        kept = choose(values, sizes, settings, target, step / settings.steps)
+        present = {
+            index: {name: _positions(alive[index][name], units) for name, units in by_kind.items()}
+            for index, by_kind in kept.items()
+        }
+        if settings.compensation != "none":
+            compensate(model, present, settings.compensation, settings.ridge, samples)
+        cut(model, present)
+        alive = kept
+        on_step(step, settings.steps)
+    return alive, first
+
+
+def choose(values: Any, sizes: Sizes, settings: PruneConfig, target: int, progress: float = 1.0) -> Kept:
+    """The units that stay under `settings`, after a share of the way."""
+    if settings.layer_rate is not None:
+        return select_rate(values, sizes, settings.layer_rate, settings.round_to, progress)
+    return select(values, sizes, target, settings.selection, settings.round_to, settings.uniform, progress)
+
+
+def expected_config(model_config: Any, settings: PruneConfig) -> Any:
+    """The config after pruning, with no weights read; where scores decide on widths, what it would be on average.
+
+    Raises:
+        UserError: For everything about the settings that this model cannot meet.
+    """
+    layers = layer_range(settings.first_layer, settings.last_layer, num_layers(model_config), settings.protected_layers)
+    if settings.is_off:
+        return model_config
+    check_settings(model_config, settings)
+    model = skeleton(copy.deepcopy(model_config))
+    check_not_shared(model)
+    before = num_parameters(model)
+    if settings.drops_blocks:
+        gone = layers[len(layers) - num_dropped(model, settings, layers) :]
+        kept_blocks = [index for index in range(num_layers(model_config)) if index not in gone]
+        keep_blocks(model, kept_blocks)
+        layers = tuple(kept_blocks.index(index) for index in layers if index not in gone)
+    if settings.width_units:
+        sizes = unit_sizes(model, layers, settings.width_units)
+        target = round((settings.rate or 0) * before) - (before - num_parameters(model))
+        equal = settings.model_copy(update={"selection": "per_layer"})
+        values = {
+            index: {name: [0.0] * (size.count * size.partitions) for name, size in kinds.items()}
+            for index, kinds in sizes.items()
+        }
+        cut(model, choose(values, sizes, equal, target))
+    if settings.compensation == "bias":
+        family = family_of(model.config)
+        kinds = family.unit_kinds(model.config.per_layer_config[layers[0]], layers[0])
+        linears = [kind.output_linear for kind in kinds if kind.name in settings.width_units]
+        setattr(model.config, ragged.OUTPUT_BIASES, sorted(linear for linear in linears if linear))
+    return model.config
+
+
+def num_dropped(model: PreTrainedModel, settings: PruneConfig, layers: Sequence[int]) -> int:
+    """Blocks that go whole.
+
+    Raises:
+        UserError: If the rate is too small for one block or leaves none.
+    """
+    family = family_of(model.config)
+    sizes = [num_parameters(model.get_submodule(family.block_path(index))) for index in layers]
+    share = settings.block_rate
+    count = num_blocks_to_drop(share, num_parameters(model), sizes)
+    one = sizes[0] / num_parameters(model)
+    if count < 1:
+        raise UserError(
+            f"`prune.rate`: whole blocks are to take {share:.2%} of all parameters, less than half of one block "
+            f"({one:.2%}): raise the rate or `prune.depth_share`, or take `block` out of `prune.units`"
+        )
+    if abs(count * sizes[0] - share * num_parameters(model)) > max(sizes):
+        raise UserError(
+            f"`prune.rate`: whole blocks are to take {share:.2%} of all parameters, but the {len(sizes)} blocks that "
+            f"may go have {sum(sizes) / num_parameters(model):.2%} and one must stay: lower the rate or widen the range"
+        )
+    return count
+
+
+def check_settings(model_config: Any, settings: PruneConfig) -> None:
+    """Refuse what this model's family cannot do.
+
+    Raises:
+        UserError: Naming the key and the remedy.
+    """
+    family, count = family_of(model_config), num_layers(model_config)
+    kinds = {
+        kind.name: kind
+        for index in range(count)
+        for kind in family.unit_kinds(model_config.per_layer_config[index], index)
+        if kind.name in settings.width_units
+    }
+    stacked = [kind for kind in kinds.values() if kind.partitions > 1 or kind.name == EXPERT]
+    uses_outputs = settings.importance in ("fluctuation", "activation_norm")
+    for key, value in (
+        ("importance", settings.importance if uses_outputs else None),
+        ("compensation", settings.compensation),
+    ):
+        if stacked and value not in (None, "none"):
+            raise UserError(
+                f"`prune.{key}`: {value} looks at the inputs of one output projection, but the experts of a "
+                f"{family.model_type} model are stacked in one parameter ({stacked[0].slices[0].parameter}): use "
+                + ("taylor, magnitude or random" if key == "importance" else "none")
+                + ", or `prune.units: [attention]`"
+            )
+    if stacked and MLP in kinds and settings.round_to % GROUPED_MATMUL_MULTIPLE:
+        raise UserError(
+            f"`prune.round_to` must be a multiple of {GROUPED_MATMUL_MULTIPLE} for the experts of a "
+            f"{family.model_type} model, got {settings.round_to}: torch's grouped matrix product takes rows of whole "
+            "16 bytes only"
+        )
+    if settings.uniform:
+        _check_uniform(model_config, settings, count)
+
+
+def _check_uniform(model_config: Any, settings: PruneConfig, count: int) -> None:
+    family = family_of(model_config)
+    layers = layer_range(settings.first_layer, settings.last_layer, count, settings.protected_layers)
+    if len(layers) < count and settings.width_units:
+        raise UserError(
+            f"`prune.uniform`: all {count} blocks must be cut alike, but only {len(layers)} may be cut: leave "
+            "`prune.first_layer`, `prune.last_layer` and `prune.protected_layers` out, or set `uniform: false`"
+        )
+    layer_config = model_config.per_layer_config[0]
+    kinds = family.unit_kinds(layer_config, 0)
+    if any(family.unit_kinds(model_config.per_layer_config[index], index) != kinds for index in range(count)):
+        raise UserError("`prune.uniform`: the blocks of this model are not alike to begin with: set `uniform: false`")
+    fewer = {kind.name: kind.units_per_partition - (1 if kind.name in settings.width_units else 0) for kind in kinds}
+    if not family.is_plain(model_config, family.widths(layer_config, 0, fewer)):
+        raise UserError(
+            f"`prune.uniform`: {family.model_type} takes hidden size / heads for the size of a head, so no plain "
+            f"checkpoint can have fewer heads: set `prune.units: [{MLP}]`, or `uniform: false`"
+        )
+    has_biases = all(
+        getattr(skeleton(model_config).get_submodule(f"{family.block_path(0)}.{kind.output_linear}"), "bias", None)
+        is not None
+        for kind in kinds
+        if kind.output_linear
+    )
+    if settings.compensation == "bias" and not has_biases:
+        raise UserError(
+            f"`prune.compensation`: a plain {family.model_type} checkpoint (`prune.uniform`) has no place for output "
+            "biases: use least_squares or none"
+        )
+
+
+def _spread(scores: list[float], alive: tuple[int, ...], size: Any) -> list[float]:
+    """Scores of the present units as scores of the base model's; units that are gone come first to go."""
+    spread = [GONE] * (size.count * size.partitions)
+    for unit, value in zip(alive, scores, strict=True):
+        spread[unit] = value
+    return spread
+
+
+def _positions(alive: tuple[int, ...], kept: tuple[int, ...]) -> tuple[int, ...]:
+    """Where the units that stay stand among those that are there now."""
+    position = {unit: index for index, unit in enumerate(alive)}
+    return tuple(position[unit] for unit in kept)
+
+
+def num_parameters(model: Any) -> int:
     """Parameters, tied ones once."""
     return sum(parameter.numel() for parameter in model.parameters())

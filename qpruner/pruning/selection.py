@@ -1,162 +1,370 @@
 """Which units stay: the least important go until the asked share of all parameters is gone.
 
-The share is reached to within one MLP channel, or `round_to` of them: attention units are coarse (a key/value head of
-Llama-2-7B with its query head is 2.1 million weights), so they are chosen first and channels make up the difference.
+The share is reached to within one MLP channel, or `round_to` of them: attention units and experts are coarse (a
+key/value head of Llama-2-7B with its query head is 2.1 million weights), so they are chosen first and channels make up
+the difference. Where only coarse kinds may go, the nearest number of them goes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from qpruner.errors import UserError
-from qpruner.models.structure import family_of
+from qpruner.models.structure import ATTENTION, EXPERT, MLP, family_of, owned_parameters
 
 Kept = dict[int, dict[str, tuple[int, ...]]]
 """Block index -> kind of unit -> indices of the units that stay, ascending."""
 
-
-@dataclass(frozen=True)
-class UnitSizes:
-    """Parameters of one unit and units of one block, by kind."""
-
-    parameters: Mapping[str, int]
-    count: Mapping[str, int]
+Values = Mapping[int, Mapping[str, Sequence[float]]]
+"""Block index -> kind of unit -> importance of each unit."""
 
 
 @dataclass(frozen=True)
-class Counts:
-    """Units to remove from every block of the range: the same number of attention units, channels by block."""
+class KindSize:
+    """What one kind of unit weighs in one block.
 
-    attention: int
-    mlp: tuple[int, ...]
+    Attributes:
+        parameters: Of one unit, biases included; for stacked experts, of one channel of every expert.
+        count: Units; for stacked experts, channels of one expert.
+        least: Units that must stay.
+        partitions: Experts whose channels are chosen one by one.
+        rows: Rows of the key projection a unit has (the head size); 1 for channels and experts.
+    """
+
+    parameters: int
+    count: int
+    least: int = 1
+    partitions: int = 1
+    rows: int = 1
 
 
-def unit_sizes(model: Any, layer: int) -> UnitSizes:
-    """Sizes of a block's units, biases included; the model may be on the meta device."""
+Sizes = Mapping[int, Mapping[str, KindSize]]
+"""Block index -> kind of unit -> its size."""
+
+
+def unit_sizes(model: Any, layers: Sequence[int], units: Sequence[str]) -> dict[int, dict[str, KindSize]]:
+    """Sizes of the units that may go; the model may be on the meta device.
+
+    Args:
+        model: The model.
+        layers: Blocks that may be cut.
+        units: Kinds of unit that may go.
+
+    Raises:
+        UserError: If no block has units of a kind that was named.
+    """
     family = family_of(model.config)
-    kinds = family.unit_kinds(model.config.per_layer_config[layer])
-    parameters = {}
-    for kind in kinds:
-        parameters[kind.name] = 0
-        for item in kind.slices:
-            linear = model.get_submodule(f"{family.block_path(layer)}.{item.linear}")
-            parameters[kind.name] += linear.weight.shape[1 - item.dim] * item.width
-            parameters[kind.name] += item.width if item.dim == 0 and linear.bias is not None else 0
-    return UnitSizes(parameters, {kind.name: kind.num_units for kind in kinds})
+    sizes: dict[int, dict[str, KindSize]] = {}
+    for index in layers:
+        block = model.get_submodule(family.block_path(index))
+        layer_config = model.config.per_layer_config[index]
+        sizes[index] = {}
+        for kind in family.unit_kinds(layer_config, index):
+            if kind.name not in units:
+                continue
+            owned = sum(
+                parameter.numel() // parameter.shape[item.dim] * item.width
+                for item, parameter in owned_parameters(block, kind)
+            )
+            least = family.least_experts(layer_config) if kind.name == EXPERT else 1
+            rows = family.head_dim(layer_config) if kind.name == ATTENTION else 1
+            sizes[index][kind.name] = KindSize(owned, kind.units_per_partition, least, kind.partitions, rows)
+    for name in units:
+        if not any(name in kinds for kinds in sizes.values()):
+            raise UserError(
+                f"`prune.units` names {name}, but no block of this {family.model_type} model has such units: leave it "
+                "out"
+            )
+    return sizes
 
 
-def layer_range(first: int, last: int, num_layers: int) -> range:
-    """The blocks that may be cut; `UserError` when the range is out of bounds."""
+def layer_range(first: int, last: int, num_layers: int, protected: Sequence[int] = ()) -> tuple[int, ...]:
+    """The blocks that may be cut; `UserError` when the range or a protected block is out of bounds."""
     end = last if last >= 0 else num_layers + last
     if not 0 <= first <= end < num_layers:
         raise UserError(
             f"`prune.first_layer` {first} and `prune.last_layer` {last} must be a range within the model's "
             f"{num_layers} blocks, 0 to {num_layers - 1}"
         )
-    return range(first, end + 1)
+    for index in protected:
+        if not -num_layers <= index < num_layers:
+            raise UserError(
+                f"`prune.protected_layers`: there is no block {index}; the model has {num_layers}, 0 to "
+                f"{num_layers - 1}"
+            )
+    kept_whole = {index % num_layers for index in protected}
+    layers = tuple(index for index in range(first, end + 1) if index not in kept_whole)
+    if not layers:
+        raise UserError(
+            "`prune.protected_layers` leaves no block that may be cut: name fewer, or widen `prune.first_layer` / "
+            "`prune.last_layer`"
+        )
+    return layers
 
 
-def counts_per_layer(target: int, sizes: UnitSizes, num_layers: int, round_to: int = 1) -> Counts:
-    """How many units each block loses when all lose the same share.
+def select(
+    values: Values,
+    sizes: Sizes,
+    target: int,
+    selection: str,
+    round_to: int = 1,
+    uniform: bool = False,
+    progress: float = 1.0,
+) -> Kept:
+    """The units that stay.
 
     Args:
-        target: Parameters to remove in all.
-        sizes: The units of one block.
-        num_layers: Blocks in the range.
+        values: Importance of every unit that may go.
+        sizes: What the units weigh.
+        target: Parameters to remove.
+        selection: `per_layer` takes the same share from every block, `global` the units of least importance per
+            parameter wherever they are.
         round_to: Channels that stay in a block are a multiple of this.
+        uniform: Every block keeps the same number of units (`per_layer` only).
+        progress: Share of the way to go, for cutting in several steps.
+
+    Raises:
+        UserError: If the blocks do not have that many parameters to give, or are narrower than `round_to`.
+    """
+    check_round_to(sizes, round_to)
+    _check_target(sizes, target, round_to)
+    if selection == "global":
+        return _select_global(values, sizes, round(target * progress), round_to)
+    return _keep_most_important(values, sizes, counts_per_layer(sizes, target, round_to, uniform), progress)
+
+
+def select_rate(values: Values, sizes: Sizes, layer_rate: float, round_to: int = 1, progress: float = 1.0) -> Kept:
+    """The units that stay when every block loses a share of its own units, with LLM-Pruner's arithmetic.
+
+    Of ``C`` channels, and of ``C`` rows of the key projection, ``C - int(C * (1 - layer_rate))`` go: channels are
+    rounded up and heads, of which only whole ones can go, down (its `metapruner.py`, `prune_local`).
+    """
+    check_round_to(sizes, round_to)
+    removed = {
+        index: {name: units_at_rate(size, layer_rate, round_to if name == MLP else 1) for name, size in kinds.items()}
+        for index, kinds in sizes.items()
+    }
+    return _keep_most_important(values, sizes, removed, progress)
+
+
+def units_at_rate(size: KindSize, layer_rate: float, round_to: int = 1) -> int:
+    """Units of one kind that a block loses at `layer_rate`."""
+    rows = size.count * size.rows
+    removed = (rows - int(rows * (1 - layer_rate))) // size.rows
+    if round_to > 1:
+        stays = max(round((size.count - removed) / round_to), 1) * round_to
+        removed = max(size.count - stays, 0)
+    return min(removed, size.count - size.least)
+
+
+def available(sizes: Sizes) -> int:
+    """Parameters that the units have in all."""
+    return sum(size.parameters * size.count for kinds in sizes.values() for size in kinds.values())
+
+
+def _most_removable(sizes: Sizes, round_to: int) -> int:
+    """Parameters that can go when every block keeps the least of each kind."""
+    return sum(
+        size.parameters * (size.count - (round_to if name == MLP else size.least))
+        for kinds in sizes.values()
+        for name, size in kinds.items()
+    )
+
+
+def _check_target(sizes: Sizes, target: int, round_to: int) -> None:
+    most = _most_removable(sizes, round_to)
+    if target > most + _finest(sizes, round_to) // 2:
+        raise too_much(target, most)
+
+
+def _finest(sizes: Sizes, round_to: int) -> int:
+    """Parameters of the smallest step."""
+    return min(
+        size.parameters * (round_to if name == MLP else 1) for kinds in sizes.values() for name, size in kinds.items()
+    )
+
+
+def check_round_to(sizes: Sizes, round_to: int) -> None:
+    """Refuse a multiple that is wider than a block."""
+    narrowest = min((kinds[MLP].count for kinds in sizes.values() if MLP in kinds), default=round_to)
+    if round_to > narrowest:
+        raise UserError(
+            f"`prune.round_to` must be at most the {narrowest} MLP channels of a block, got {round_to}: no multiple of "
+            "it would be left"
+        )
+
+
+def counts_per_layer(sizes: Sizes, target: int, round_to: int = 1, uniform: bool = False) -> dict[int, dict[str, int]]:
+    """How many units each block loses when all lose the same share.
 
     Raises:
         UserError: If the blocks do not have that many parameters to give.
     """
-    heads, channels = sizes.count["attention"], sizes.count["mlp"]
-    most_bundles, fewest_bundles = channels // round_to, 1
-    if most_bundles < 1:
-        raise UserError(f"`prune.round_to` must be at most the {channels} MLP channels of a block, got {round_to}")
-    available = num_layers * sum(sizes.parameters[kind] * sizes.count[kind] for kind in ("attention", "mlp"))
-    _check_available(target, available)
-    # Attention units are coarse: no more of them than the target has room for.
-    room = target // (num_layers * sizes.parameters["attention"])
-    for attention in range(min(int(target / available * heads + 0.5), heads - 1, room), heads):
-        channels_out = (target - num_layers * attention * sizes.parameters["attention"]) / sizes.parameters["mlp"]
-        bundles_left = round((num_layers * channels - channels_out) / round_to)
-        if bundles_left >= num_layers * fewest_bundles:
-            break
-    else:
-        raise _too_much(target, available)
-    if channels_out < -round_to:
-        raise _too_much(target, available)
-    each, extra = divmod(min(bundles_left, num_layers * most_bundles), num_layers)
-    stays = tuple((each + (1 if position < extra else 0)) * round_to for position in range(num_layers))
-    return Counts(attention, tuple(channels - kept for kept in stays))
+    share = target / available(sizes)
+    removed: dict[int, dict[str, int]] = {index: {} for index in sizes}
+    left = target
+    coarse = [name for name in (EXPERT, ATTENTION) if any(name in kinds for kinds in sizes.values())]
+    has_channels = any(MLP in kinds for kinds in sizes.values())
+    for position, name in enumerate(coarse):
+        having = {index: kinds[name] for index, kinds in sizes.items() if name in kinds}
+        is_last = position == len(coarse) - 1 and not has_channels
+        counts = _nearest_counts(having, left, uniform) if is_last else _share_counts(having, share, left)
+        for index, count in counts.items():
+            removed[index][name] = count
+            left -= count * having[index].parameters
+    if has_channels:
+        channels = {index: kinds[MLP] for index, kinds in sizes.items() if MLP in kinds}
+        # Where channels cannot give the rest, coarse units give more: one more a block, of whichever kind has them.
+        while coarse and left > _most_from_channels(channels, round_to):
+            gained = _one_more_everywhere(sizes, removed, coarse)
+            if not gained:
+                raise too_much(target, _most_removable(sizes, round_to))
+            left -= gained
+        for index, count in _channel_counts(channels, left, round_to, uniform).items():
+            removed[index][MLP] = count
+    return removed
 
 
-def select_per_layer(
-    scores: Mapping[int, Mapping[str, list[float]]], target: int, sizes: UnitSizes, round_to: int = 1
-) -> Kept:
-    """Keep the most important units of each block, the same share everywhere."""
-    counts = counts_per_layer(target, sizes, len(scores), round_to)
-    kept: Kept = {}
-    for position, (index, by_kind) in enumerate(scores.items()):
-        remove = {"attention": counts.attention, "mlp": counts.mlp[position]}
-        kept[index] = {kind: _most_important(values, remove[kind]) for kind, values in by_kind.items()}
-    return kept
+def _share_counts(having: Mapping[int, KindSize], share: float, room: int) -> dict[int, int]:
+    """Whole units that each block loses at a share, but no more of them than the target has room for: finer units can
+    take more away, not give it back."""
+    counts = {index: min(int(share * size.count + 0.5), size.count - size.least) for index, size in having.items()}
+    while sum(count * having[index].parameters for index, count in counts.items()) > room:
+        counts = {index: max(count - 1, 0) for index, count in counts.items()}
+    return counts
 
 
-def select_global(
-    scores: Mapping[int, Mapping[str, list[float]]], target: int, sizes: UnitSizes, round_to: int = 1
-) -> Kept:
-    """Remove the bundles of least importance per parameter wherever they are; every block keeps one of each kind.
-
-    A bundle is a key/value group, or `round_to` channels of one block that are neighbours in its ranking.
-    """
-    width = {"attention": 1, "mlp": round_to}
-    bundles: dict[tuple[int, str], list[list[int]]] = {}
-    ranked: list[tuple[float, int, str, int]] = []
-    for index, by_kind in scores.items():
-        for kind, values in by_kind.items():
-            order = sorted(range(len(values)), key=lambda unit: (values[unit], unit))
-            # The first bundle takes what is left over, so that what stays is always a multiple.
-            first = len(order) % width[kind] or width[kind]
-            starts = [0, *range(first, len(order), width[kind])]
-            parts = [order[a:b] for a, b in zip(starts, [*starts[1:], len(order)], strict=True)]
-            bundles[index, kind] = parts
-            for position, part in enumerate(parts[:-1]):
-                size = sizes.parameters[kind] * len(part)
-                ranked.append((sum(values[unit] for unit in part) / size, index, kind, position))
-    _check_available(target, sum(sizes.parameters[kind] * len(v) for by in scores.values() for kind, v in by.items()))
-    gone: dict[tuple[int, str], int] = dict.fromkeys(bundles, 0)
-    removed, slack = 0, sizes.parameters["mlp"] * round_to // 2
-    for _, index, kind, position in sorted(ranked):
-        size = sizes.parameters[kind] * len(bundles[index, kind][position])
-        # Bundles of a block go in order; one that was too large for what is left keeps its successors.
-        if removed + size <= target + slack and gone[index, kind] == position:
-            gone[index, kind] += 1
-            removed += size
-    if target - removed > sizes.parameters["mlp"] * round_to:
-        raise _too_much(target, removed)
+def _nearest_counts(having: Mapping[int, KindSize], target: int, uniform: bool) -> dict[int, int]:
+    """Whole units that each block loses so that the target is nearest; where it is uneven, the first lose one more."""
+    total = round(target / next(iter(having.values())).parameters)
+    if uniform:
+        total = round(total / len(having)) * len(having)
+    base, extra = divmod(total, len(having))
     return {
-        index: {
-            kind: tuple(sorted(unit for part in bundles[index, kind][gone[index, kind] :] for unit in part))
-            for kind in by_kind
-        }
-        for index, by_kind in scores.items()
+        index: min(base + (1 if position < extra else 0), size.count - size.least)
+        for position, (index, size) in enumerate(having.items())
     }
 
 
-def _most_important(values: list[float], num_removed: int) -> tuple[int, ...]:
-    order = sorted(range(len(values)), key=lambda unit: (values[unit], unit))
-    return tuple(sorted(order[num_removed:]))
+def _most_from_channels(channels: Mapping[int, KindSize], round_to: int) -> float:
+    """Parameters that channels can give when every block keeps one bundle; half a bundle more counts as reached."""
+    most = sum((size.count - round_to) * size.parameters for size in channels.values())
+    return most + min(size.parameters for size in channels.values()) * round_to / 2
 
 
-def _check_available(target: int, available: int) -> None:
-    if target >= available:
-        raise _too_much(target, available)
+def _one_more_everywhere(sizes: Sizes, removed: dict[int, dict[str, int]], coarse: Sequence[str]) -> int:
+    for name in coarse:
+        having = {index: kinds[name] for index, kinds in sizes.items() if name in kinds}
+        if all(removed[index][name] < size.count - size.least for index, size in having.items()):
+            for index in having:
+                removed[index][name] += 1
+            return sum(size.parameters for size in having.values())
+    return 0
 
 
-def _too_much(target: int, available: int) -> UserError:
+def _channel_counts(channels: Mapping[int, KindSize], left: int, round_to: int, uniform: bool) -> dict[int, int]:
+    """Channels that each block loses so that `left` parameters go: the same share, in bundles, the rest spread."""
+    total = sum(size.parameters * size.count for size in channels.values())
+    share = max(left, 0) / total
+    bundles = {index: (1 - share) * size.count / round_to for index, size in channels.items()}
+    if uniform:
+        return {
+            index: size.count - min(max(round(bundles[index]), 1), size.count // round_to) * round_to
+            for index, size in channels.items()
+        }
+    stays = {index: min(max(int(bundles[index]), 1), size.count // round_to) for index, size in channels.items()}
+    # Whole bundles are dealt out by what rounding down took from each block, until the target is nearest.
+    order = sorted(stays, key=lambda index: (stays[index] - bundles[index], index))
+    over = sum((size.count - stays[index] * round_to) * size.parameters for index, size in channels.items()) - left
+    while over > 0:
+        grown = False
+        for index in order:
+            size = channels[index]
+            bundle = size.parameters * round_to
+            if over >= bundle / 2 and (stays[index] + 1) * round_to <= size.count:
+                stays[index] += 1
+                over -= bundle
+                grown = True
+        if not grown:
+            break
+    return {index: size.count - stays[index] * round_to for index, size in channels.items()}
+
+
+def _select_global(values: Values, sizes: Sizes, target: int, round_to: int) -> Kept:
+    """Remove the bundles of least importance per parameter wherever they are.
+
+    A bundle is a key/value group, an expert, or `round_to` channels of one block that are neighbours in its ranking
+    (of every expert of the block, where they are stacked).
+    """
+    bundles: dict[tuple[int, str], list[list[int]]] = {}
+    ranked: list[tuple[float, int, str, int]] = []
+    for index, by_kind in values.items():
+        for name, scores in by_kind.items():
+            size = sizes[index][name]
+            parts = _bundles(scores, size, round_to if name == MLP else 1)
+            bundles[index, name] = parts
+            weight = size.parameters / size.partitions
+            for position, part in enumerate(parts[: len(parts) - size.least]):
+                score = sum(scores[unit] for unit in part) / (weight * len(part))
+                ranked.append((score, index, name, position))
+    gone = dict.fromkeys(bundles, 0)
+    removed = 0
+    finest = _finest(sizes, round_to)
+    for _, index, name, position in sorted(ranked):
+        size = sizes[index][name]
+        parameters = size.parameters * len(bundles[index, name][position]) // size.partitions
+        # Bundles of a block go in order; one that was too large for what is left keeps its successors.
+        if removed + parameters <= target + finest // 2 and gone[index, name] == position:
+            gone[index, name] += 1
+            removed += parameters
+    if MLP in {name for _, name in bundles} and target - removed > finest:
+        raise too_much(target, removed)
+    return {
+        index: {
+            name: tuple(sorted(unit for part in bundles[index, name][gone[index, name] :] for unit in part))
+            for name in by_kind
+        }
+        for index, by_kind in values.items()
+    }
+
+
+def _bundles(scores: Sequence[float], size: KindSize, width: int) -> list[list[int]]:
+    """Units in the order in which they go, `width` of them at once; the first takes what is left over, so that what
+    stays is always a multiple."""
+    orders = [
+        sorted(range(part * size.count, (part + 1) * size.count), key=lambda unit: (scores[unit], unit))
+        for part in range(size.partitions)
+    ]
+    first = size.count % width or width
+    starts = [0, *range(first, size.count, width)]
+    ends = [*starts[1:], size.count]
+    return [[unit for order in orders for unit in order[a:b]] for a, b in zip(starts, ends, strict=True)]
+
+
+def _keep_most_important(
+    values: Values, sizes: Sizes, removed: Mapping[int, Mapping[str, int]], progress: float
+) -> Kept:
+    return {
+        index: {
+            name: tuple(
+                sorted(
+                    unit
+                    for bundle in _bundles(scores, sizes[index][name], 1)[int(removed[index][name] * progress) :]
+                    for unit in bundle
+                )
+            )
+            for name, scores in by_kind.items()
+        }
+        for index, by_kind in values.items()
+    }
+
+
+def too_much(target: int, most: int) -> UserError:
+    """What to say when a rate asks for more than there is."""
     return UserError(
-        f"`prune.rate` asks for {target:,} parameters to go, but the blocks of the layer range have {available:,} and "
-        "each must keep at least one unit: lower the rate or widen `prune.first_layer` / `prune.last_layer`"
+        f"`prune.rate` asks for {target:,} parameters to go, but at most {most:,} can when each block that may be cut "
+        "keeps at least one unit of each kind: lower the rate, widen `prune.first_layer` / `prune.last_layer` or name "
+        "more `prune.units`"
     )

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, cast
+import itertools
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 
+from qpruner.errors import UserError
 from qpruner.models import ragged
-from qpruner.models.structure import UnitSlice, family_of
+from qpruner.models.structure import UnitKind, UnitSlice, family_of, owned_parameters
 from qpruner.pruning.selection import Kept
 
 if TYPE_CHECKING:
@@ -15,45 +18,133 @@ if TYPE_CHECKING:
 
 
 def cut(model: PreTrainedModel, kept: Kept) -> PreTrainedModel:
-    """Remove every unit that is not kept.
+    """Remove every unit that is not kept, in place.
 
-    Layers are cut one after the other and the old weight is freed at once, so two copies never exist; the returned
-    model is built from the cut tensors and its own config, as a loaded checkpoint would be.
+    Parameters are cut one after the other and the old ones freed at once; a cut block is built anew from its own config
+    around the same tensors. Two copies never exist.
 
     Args:
-        model: Dense model; unusable afterwards.
-        kept: The units that stay.
+        model: Dense model.
+        kept: The units that stay; blocks and kinds that are not named keep everything.
+
+    Returns:
+        The same model, as loading its checkpoint would give it.
+    """
+    ragged.install()
+    family, config = family_of(model.config), model.config
+    num_units: dict[int, dict[str, int]] = {}
+    for index, by_kind in kept.items():
+        block = model.get_submodule(family.block_path(index))
+        kinds = family.unit_kinds(config.per_layer_config[index], index)
+        num_units[index] = {kind.name: kind.units_per_partition for kind in kinds}
+        # Whole experts come before channels, so that the channels of those that stay are cut together.
+        for kind in kinds:
+            if kind.name in by_kind:
+                num_units[index][kind.name] = _cut_kind(block, kind, by_kind[kind.name])
+    ragged.set_widths(config, num_units)
+    for index in kept:
+        _rebuild_block(model, index)
+    return model
+
+
+def keep_blocks(model: PreTrainedModel, kept: Sequence[int]) -> PreTrainedModel:
+    """Remove every block but some, in place.
+
+    Args:
+        model: Dense model.
+        kept: Indices of the blocks that stay, ascending.
     """
     ragged.install()
     family = family_of(model.config)
-    for index, by_kind in kept.items():
-        for kind in family.unit_kinds(model.config.per_layer_config[index]):
-            for item in kind.slices:
-                linear = cast(torch.nn.Linear, model.get_submodule(f"{family.block_path(index)}.{item.linear}"))
-                _cut_linear(linear, item, kind.num_units, by_kind[kind.name])
-    config = model.config
-    ragged.set_widths(
-        config, {index: {kind: len(units) for kind, units in by_kind.items()} for index, by_kind in kept.items()}
-    )
-    device, state, generation = model.device, model.state_dict(), model.generation_config
-    rebuilt: PreTrainedModel = type(model).from_pretrained(None, config=config, state_dict=state, dtype=model.dtype)
-    rebuilt.generation_config = generation
-    return rebuilt.to(device)
+    blocks: Any = model.get_submodule(family.blocks)
+    remaining = torch.nn.ModuleList(blocks[index] for index in kept)
+    ragged.keep_blocks(model.config, kept)
+    model.set_submodule(family.blocks, remaining)
+    # A block knows its position, for the cache and for what its config lists by block.
+    for new, old in enumerate(kept):
+        if new != old:
+            _rebuild_block(model, new)
+    return model
 
 
-def unit_indices(item: UnitSlice, units: tuple[int, ...]) -> torch.Tensor:
+def check_not_shared(model: PreTrainedModel) -> None:
+    """Refuse a model whose blocks share weights with one another or with the rest: a cut of one would break the other.
+
+    Raises:
+        UserError: Naming both parameters.
+    """
+    family = family_of(model.config)
+    owners: dict[int, str] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        place = id(parameter) if parameter.is_meta else parameter.data_ptr()
+        other = owners.setdefault(place, name)
+        if other != name and any(path.startswith(f"{family.blocks}.") for path in (name, other)):
+            raise UserError(
+                f"`model.source`: {other} and {name} are one shared (tied) weight, so cutting one would break the "
+                "other; untie them, or leave pruning out with `prune.rate: 0`"
+            )
+
+
+def unit_indices(item: UnitSlice, units: Sequence[int]) -> torch.Tensor:
     """The indices along `item.dim` that some units own."""
-    starts = torch.tensor(units).unsqueeze(1) * item.width + item.offset
+    starts = torch.tensor(units, dtype=torch.long).unsqueeze(1) * item.width + item.offset
     return (starts + torch.arange(item.width)).flatten()
 
 
-def _cut_linear(linear: torch.nn.Linear, item: UnitSlice, num_units: int, units: tuple[int, ...]) -> None:
-    size = linear.weight.shape[item.dim]
-    owned = torch.arange(item.offset, item.offset + num_units * item.width)
-    stays = torch.ones(size, dtype=torch.bool)
-    stays[owned] = False
-    stays[unit_indices(item, units)] = True
-    indices = stays.nonzero().flatten().to(linear.weight.device)
-    linear.weight = torch.nn.Parameter(linear.weight.data.index_select(item.dim, indices))
-    if item.dim == 0 and linear.bias is not None:
-        linear.bias = torch.nn.Parameter(linear.bias.data.index_select(0, indices))
+def _cut_kind(block: torch.nn.Module, kind: UnitKind, units: tuple[int, ...]) -> int:
+    """Cut one kind's units out of a block; returns how many stay (of one expert, where channels are stacked)."""
+    size = kind.units_per_partition
+    by_partition = [
+        [unit % size for unit in group] for _, group in itertools.groupby(sorted(units), key=lambda unit: unit // size)
+    ]
+    slices: dict[str, list[UnitSlice]] = {}
+    for item, _ in owned_parameters(block, kind):
+        slices.setdefault(item.parameter, []).append(item)
+    for path, items in slices.items():
+        parameter = block.get_parameter(path)
+        dim = items[0].dim
+        stays = [_stays(parameter.shape[dim], items, size, part).to(parameter.device) for part in by_partition]
+        if kind.partitions == 1:
+            data = parameter.data.index_select(dim, stays[0])
+        else:
+            data = torch.stack(
+                [expert.index_select(dim - 1, part) for expert, part in zip(parameter.data, stays, strict=True)]
+            )
+        owner, _, name = path.rpartition(".")
+        setattr(block.get_submodule(owner), name, torch.nn.Parameter(data, requires_grad=parameter.requires_grad))
+    return len(by_partition[0])
+
+
+def _stays(length: int, items: Sequence[UnitSlice], num_units: int, units: Sequence[int]) -> torch.Tensor:
+    """The indices of a dimension that stay: those of the kept units, and those that no unit owns."""
+    stays = torch.ones(length, dtype=torch.bool)
+    for item in items:
+        stays[item.offset : item.offset + num_units * item.width] = False
+    for item in items:
+        stays[unit_indices(item, units)] = True
+    return stays.nonzero().flatten()
+
+
+def _rebuild_block(model: PreTrainedModel, index: int) -> None:
+    """Build a block anew from its config around its present tensors."""
+    path = family_of(model.config).block_path(index)
+    old: Any = model.get_submodule(path)
+    with torch.device("meta"):
+        new = type(old)(model.config, index)
+    new.load_state_dict(old.state_dict(), assign=True)
+    new.train(old.training)
+    for parameter, before in zip(new.parameters(), old.parameters(), strict=True):
+        parameter.requires_grad_(before.requires_grad)
+    if hasattr(old, "_hf_hook"):  # a model that accelerate spread over several devices
+        _move_hooks(old, new)
+    model.set_submodule(path, new)
+
+
+def _move_hooks(old: torch.nn.Module, new: torch.nn.Module) -> None:
+    """Give a rebuilt block the hooks that carry its inputs to its device."""
+    from accelerate.hooks import add_hook_to_module
+
+    replaced = dict(new.named_modules())
+    for path, module in old.named_modules():
+        if hasattr(module, "_hf_hook"):
+            add_hook_to_module(replaced[path], module._hf_hook)

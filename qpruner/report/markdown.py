@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from qpruner.records import Results, TaskScore
+from qpruner.records import LayerWidths, PruneRecord, Results, TaskScore
 from qpruner.report.table import Row, claim, rows
 
+LAYER_HEADINGS = ("block", "query heads", "key/value heads", "MLP channels", "kept parameters")
 HEADINGS = ("row", "parameters", "bytes", "mean bits", "peak memory", "validation loss", "test accuracy")
 
 
@@ -18,6 +19,36 @@ def cells(row: Row) -> tuple[str, ...]:
         f"{row.peak_memory_bytes / 1e6:.0f} MB",
         f"{row.validation_loss:.4f}",
         f"{row.accuracy:.3f} +- {row.accuracy_stderr:.3f}",
+    )
+
+
+def layer_cells(layer: LayerWidths) -> tuple[str, ...]:
+    """A block as the prune table shows it."""
+    groups, heads = len(layer.kept_kv_groups), layer.heads_per_group
+    channels, base = len(layer.kept_mlp_channels), layer.base_mlp_channels
+    if layer.base_experts:
+        kept = len(layer.kept_experts or ())
+        mlp = f"{kept} x {channels // max(kept, 1)} of {layer.base_experts} x {base // layer.base_experts}"
+    else:
+        mlp = f"{channels} of {base}"
+    return (
+        str(layer.layer),
+        f"{groups * heads} of {layer.base_kv_groups * heads}",
+        f"{groups} of {layer.base_kv_groups}",
+        mlp,
+        f"{layer.kept_parameters / layer.base_parameters:.1%}",
+    )
+
+
+def prune_summary(record: PruneRecord) -> str:
+    """The cut in two lines."""
+    dropped = f"; whole blocks removed: {', '.join(map(str, record.dropped_blocks))}" if record.dropped_blocks else ""
+    return (
+        f"{record.importance}, {record.selection}, compensation {record.compensation}: {record.target}, achieved "
+        f"{record.achieved_rate:.2%}{dropped}.\n"
+        f"{record.parameters_before:,} -> {record.parameters_after:,} parameters, {record.bytes_before / 1e6:.1f} -> "
+        f"{record.bytes_after / 1e6:.1f} MB, {record.seconds:.1f} s, {record.peak_memory_bytes / 1e6:.0f} MB at most "
+        f"above the loaded model ({record.memory_counter})."
     )
 
 
@@ -68,9 +99,11 @@ def render(results: Results, config_name: str, config_text: str, environment: di
         "",
         "## Pruning",
         "",
-        f"{results.prune.importance}, {results.prune.selection}: {results.prune.parameters_before:,} -> "
-        f"{results.prune.parameters_after:,} parameters (target {results.prune.target_rate:.2%}, achieved "
-        f"{results.prune.achieved_rate:.2%}).",
+        prune_summary(results.prune),
+        "",
+        "![importance of every unit and what was kept](prune/importance.png)",
+        "",
+        _table(LAYER_HEADINGS, [layer_cells(layer) for layer in results.prune.layers]),
         "",
         "## To repeat it",
         "",

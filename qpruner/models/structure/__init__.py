@@ -1,20 +1,47 @@
 """Where each model family keeps its projections, and what a pruning unit of it consists of.
 
-A family is one file in this folder: a `Family` and nothing else. Everything outside asks `family_of(config)`.
+A family is one file in this folder that makes a `Family` instance; it is found here by itself. Everything outside asks
+`family_of(config)`.
 """
 
 from __future__ import annotations
 
+import functools
+import importlib
+import pkgutil
 from typing import Any
 
 from qpruner.errors import UserError
-from qpruner.models.structure.family import Family, UnitKind, UnitSlice
-from qpruner.models.structure.llama import LLAMA, MISTRAL
-from qpruner.models.structure.qwen import QWEN2, QWEN3
+from qpruner.models.structure.family import (
+    ATTENTION,
+    EXPERT,
+    MLP,
+    Family,
+    UnitKind,
+    UnitSlice,
+    owned_parameters,
+)
 
-FAMILIES: tuple[Family, ...] = (LLAMA, MISTRAL, QWEN2, QWEN3)
+__all__ = [
+    "ATTENTION",
+    "EXPERT",
+    "MLP",
+    "Family",
+    "UnitKind",
+    "UnitSlice",
+    "families",
+    "family_of",
+    "family_of_type",
+    "owned_parameters",
+]
 
-__all__ = ["FAMILIES", "Family", "UnitKind", "UnitSlice", "family_of", "family_of_type"]
+
+@functools.cache
+def families() -> dict[str, Family]:
+    """Every family by its `model_type`, from the files of this folder."""
+    modules = [importlib.import_module(f"{__name__}.{info.name}") for info in pkgutil.iter_modules(__path__)]
+    found = [value for module in modules for value in vars(module).values() if isinstance(value, Family)]
+    return {family.model_type: family for family in sorted(found, key=lambda family: family.model_type)}
 
 
 def family_of(config: Any) -> Family:
@@ -24,11 +51,10 @@ def family_of(config: Any) -> Family:
 
 def family_of_type(model_type: str) -> Family:
     """The family of a `model_type`; `UserError` with the supported list when there is none."""
-    for family in FAMILIES:
-        if family.model_type == model_type:
-            return family
-    supported = ", ".join(family.model_type for family in FAMILIES)
-    raise UserError(
-        f"`model.source`: architecture `{model_type}` is not supported; supported: {supported}. "
-        "A new family is one file in qpruner/models/structure/"
-    )
+    family = families().get(model_type)
+    if family is None:
+        raise UserError(
+            f"`model.source`: architecture `{model_type}` is not supported; supported: {', '.join(families())}. "
+            "A new family is one file: docs/families.md says how"
+        )
+    return family

@@ -2,25 +2,32 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+
+ATTENTION, MLP, EXPERT = "attention", "mlp", "expert"
+"""Kinds of unit: a key/value head with its query heads, an MLP channel, a whole expert with its row of the router."""
 
 
 @dataclass(frozen=True)
 class UnitSlice:
-    """The part of one linear layer that a unit owns.
+    """The part of one parameter that a unit owns.
 
-    Unit ``i`` owns indices ``offset + i * width`` to ``offset + (i + 1) * width`` along ``dim`` of the layer's weight
-    ``(rows, columns)``; with ``dim`` 0 also of its bias, if it has one.
+    Unit ``i`` owns indices ``offset + i * width`` to ``offset + (i + 1) * width`` along ``dim``. Where rows of a linear
+    layer's weight go, the same entries of its bias go too (`owned_parameters` adds them).
 
     Attributes:
-        linear: Path of the layer inside its decoder block.
-        dim: 0 cuts rows (outputs), 1 cuts columns (inputs).
+        parameter: Path of the parameter inside its decoder block.
+        dim: For a linear layer's weight ``(rows, columns)``: 0 cuts outputs, 1 inputs.
         width: Consecutive indices a unit.
         offset: Where the first unit starts, for fused layers.
     """
 
-    linear: str
+    parameter: str
     dim: int
     width: int
     offset: int = 0
@@ -31,25 +38,51 @@ class UnitKind:
     """One kind of unit in a block: what pruning removes whole.
 
     Attributes:
-        name: `attention` (a key/value head with its query heads) or `mlp` (a channel).
+        name: `attention`, `mlp` or `expert`.
         num_units: Units the block has now.
-        slices: What one unit owns, layer by layer.
+        slices: What one unit owns, parameter by parameter.
+        partitions: Experts whose channels are stacked in one parameter ``(experts, rows, columns)``: unit
+            ``expert * channels + channel``. Every expert keeps the same number of channels, each its own.
     """
 
     name: str
     num_units: int
     slices: tuple[UnitSlice, ...]
+    partitions: int = 1
+
+    @property
+    def units_per_partition(self) -> int:
+        """Channels of one expert; all units where nothing is stacked."""
+        return self.num_units // self.partitions
+
+    @property
+    def output_linear(self) -> str | None:
+        """The linear layer whose columns the units own (o, down); None where it is stacked in one parameter."""
+        outputs = [item for item in self.slices if item.dim == 1 and item.parameter.endswith(".weight")]
+        return outputs[-1].parameter.removesuffix(".weight") if outputs and self.partitions == 1 else None
+
+
+def owned_parameters(block: torch.nn.Module, kind: UnitKind) -> Iterator[tuple[UnitSlice, torch.nn.Parameter]]:
+    """Every parameter that the units of a kind own parts of, the biases of cut rows included."""
+    for item in kind.slices:
+        yield item, block.get_parameter(item.parameter)
+        path, _, name = item.parameter.rpartition(".")
+        bias = getattr(block.get_submodule(path), "bias", None)
+        if item.dim == 0 and name == "weight" and bias is not None:
+            yield replace(item, parameter=f"{path}.bias"), bias
 
 
 @dataclass(frozen=True)
 class Family:
-    """Separate q/k/v/o and gate/up/down projections, heads grouped by key/value head.
+    """Separate q/k/v/o and gate/up/down projections, heads grouped by key/value head; other families override parts.
 
     Attributes:
         model_type: transformers' `config.model_type`.
         decoder_layer: Module and class of the decoder block, so that each block can be built from its own config.
+        blocks: Path of the list of blocks in the model.
         attention: Path of the attention module in a block.
-        mlp: Path of the MLP in a block.
+        mlp: Path of the MLP in a block; '' where its layers lie in the block itself.
+        layerwise_keys: Config keys that hold a list with one entry a block.
     """
 
     model_type: str
@@ -57,12 +90,15 @@ class Family:
     blocks: str = "model.layers"
     attention: str = "self_attn"
     mlp: str = "mlp"
+    layerwise_keys: tuple[str, ...] = ("layer_types",)
 
     def block_path(self, index: int) -> str:
         return f"{self.blocks}.{index}"
 
+    # What servers fuse ------------------------------------------------------------------------------------------------
+
     def projections(self) -> dict[str, tuple[str, ...]]:
-        """Fused the way servers fuse them: name -> paths inside a block."""
+        """Fused the way servers fuse them: name -> paths of linear layers inside a block; attention's are qkv and o."""
         attention, mlp = self.attention, self.mlp
         return {
             "qkv": (f"{attention}.q_proj", f"{attention}.k_proj", f"{attention}.v_proj"),
@@ -77,44 +113,111 @@ class Family:
         if group == "projection":
             return projections
         attention = projections["qkv"] + projections["o"]
-        mlp = projections["gate_up"] + projections["down"]
-        return {"attention": attention, "mlp": mlp} if group == "sublayer" else {"": attention + mlp}
+        mlp = tuple(path for name, paths in projections.items() if name not in ("qkv", "o") for path in paths)
+        if group == "block":
+            return {"": attention + mlp}
+        return {"attention": attention, "mlp": mlp} if mlp else {"attention": attention}
 
-    def unit_kinds(self, layer_config: Any) -> tuple[UnitKind, ...]:
-        """The units of a block, from that block's own config."""
+    def group_outputs(self, group: str) -> dict[str, tuple[str, ...]]:
+        """The modules whose outputs are a group's output, in the order of `groups`; '' is the block itself."""
+        if group == "projection":
+            return self.projections()
+        down = list(self.projections().values())[-1]
+        outputs = {"": ("",), "attention": (self.attention,), "mlp": (self.mlp,) if self.mlp else down}
+        return {name: outputs[name] for name in self.groups(group)}
+
+    def least_experts(self, layer_config: Any) -> int:
+        """Experts that a block must keep."""
+        return 1
+
+    @property
+    def unquantizable(self) -> tuple[str, ...]:
+        """Weights of a block that no group can hold, because they are stacked in one parameter."""
+        return ()
+
+    # What pruning removes ---------------------------------------------------------------------------------------------
+
+    def unit_kinds(self, layer_config: Any, index: int) -> tuple[UnitKind, ...]:
+        """The units of block `index`, from that block's own config; whole experts before channels."""
+        return (self.attention_kind(layer_config), self.mlp_kind(layer_config))
+
+    def attention_kind(self, layer_config: Any) -> UnitKind:
+        """Key/value heads with their query heads."""
         head_dim = self.head_dim(layer_config)
         queries = layer_config.num_attention_heads // layer_config.num_key_value_heads * head_dim
-        attention, mlp = self.attention, self.mlp
-        return (
-            UnitKind(
-                "attention",
-                layer_config.num_key_value_heads,
-                (
-                    UnitSlice(f"{attention}.q_proj", 0, queries),
-                    UnitSlice(f"{attention}.k_proj", 0, head_dim),
-                    UnitSlice(f"{attention}.v_proj", 0, head_dim),
-                    UnitSlice(f"{attention}.o_proj", 1, queries),
-                ),
-            ),
-            UnitKind(
-                "mlp",
-                layer_config.intermediate_size,
-                (
-                    UnitSlice(f"{mlp}.gate_proj", 0, 1),
-                    UnitSlice(f"{mlp}.up_proj", 0, 1),
-                    UnitSlice(f"{mlp}.down_proj", 1, 1),
-                ),
-            ),
+        attention = self.attention
+        slices = (
+            UnitSlice(f"{attention}.q_proj.weight", 0, queries),
+            UnitSlice(f"{attention}.k_proj.weight", 0, head_dim),
+            UnitSlice(f"{attention}.v_proj.weight", 0, head_dim),
+            UnitSlice(f"{attention}.o_proj.weight", 1, queries),
         )
+        return UnitKind(ATTENTION, layer_config.num_key_value_heads, slices)
 
-    def layer_overrides(self, layer_config: Any, num_units: dict[str, int]) -> dict[str, int]:
-        """The config keys of a block that keeps `num_units` units of each kind."""
+    def mlp_kind(self, layer_config: Any) -> UnitKind:
+        """Channels: a row of gate and of up, a column of down."""
+        slices = (
+            UnitSlice(f"{self.mlp}.gate_proj.weight", 0, 1),
+            UnitSlice(f"{self.mlp}.up_proj.weight", 0, 1),
+            UnitSlice(f"{self.mlp}.down_proj.weight", 1, 1),
+        )
+        return UnitKind(MLP, layer_config.intermediate_size, slices)
+
+    # How a config says it ---------------------------------------------------------------------------------------------
+
+    def widths(self, layer_config: Any, index: int, num_units: dict[str, int]) -> dict[str, int]:
+        """The config keys of block `index` when it keeps `num_units` of each kind; for MLPs with experts, channels of
+        one expert."""
         heads_per_group = layer_config.num_attention_heads // layer_config.num_key_value_heads
         return {
-            "num_key_value_heads": num_units["attention"],
-            "num_attention_heads": num_units["attention"] * heads_per_group,
-            "intermediate_size": num_units["mlp"],
+            "num_key_value_heads": num_units[ATTENTION],
+            "num_attention_heads": num_units[ATTENTION] * heads_per_group,
+            "intermediate_size": num_units[MLP],
         }
+
+    def is_plain(self, config: Any, widths: dict[str, int]) -> bool:
+        """Whether the family's own code builds blocks of these widths when they are the global ones."""
+        return True
 
     def head_dim(self, config: Any) -> int:
         return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
+
+    def keep_blocks(self, config: Any, kept: list[int]) -> None:
+        """Shorten what the config lists by block; `num_hidden_layers` is the caller's."""
+        for key in self.layerwise_keys:
+            values = getattr(config, key, None)
+            if values is not None:
+                setattr(config, key, [values[index] for index in kept])
+
+    # How a block of other widths is built -----------------------------------------------------------------------------
+
+    def build_config(self, config: Any, index: int) -> Any:
+        """What the block's own class is given."""
+        return config.per_layer_config[index]
+
+    def after_build(self, block: Any, config: Any, index: int) -> None:
+        """Mend what the block's own class cannot build from `build_config`."""
+
+
+@dataclass(frozen=True)
+class DerivedHeadFamily(Family):
+    """The block's class takes hidden size / heads for the head size, so a block with fewer heads is built with all of
+    them and resized, and attention of fewer heads is never plain."""
+
+    def is_plain(self, config: Any, widths: dict[str, int]) -> bool:
+        return bool(widths["num_attention_heads"] * self.head_dim(config) == config.hidden_size)
+
+    def build_config(self, config: Any, index: int) -> Any:
+        layer_config = config.per_layer_config[index]
+        if layer_config is not config:
+            layer_config.num_attention_heads = config.hidden_size // self.head_dim(config)
+        return layer_config
+
+
+def resized(linear: torch.nn.Linear, rows: int, columns: int) -> torch.nn.Linear:
+    """An empty layer of another size on the same device, of the same dtype, with a bias if the old one had one."""
+    import torch
+
+    return torch.nn.Linear(
+        columns, rows, bias=linear.bias is not None, device=linear.weight.device, dtype=linear.weight.dtype
+    )

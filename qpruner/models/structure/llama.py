@@ -1,6 +1,5 @@
-"""Llama 1-3.x (SmolLM, TinyLlama, Vicuna among them) and Mistral, which has the same block."""
+"""Llama 1-3.x; SmolLM, TinyLlama and Vicuna are of this family."""
 
 from qpruner.models.structure.family import Family
 
 LLAMA = Family("llama", ("transformers.models.llama.modeling_llama", "LlamaDecoderLayer"))
-MISTRAL = Family("mistral", ("transformers.models.mistral.modeling_mistral", "MistralDecoderLayer"))

@@ -1,0 +1,5 @@
+"""Gemma 2: norms before and after each sublayer, windowed and full attention in turn, soft-capped logits."""
+
+from qpruner.models.structure.family import Family
+
+GEMMA2 = Family("gemma2", ("transformers.models.gemma2.modeling_gemma2", "Gemma2DecoderLayer"))

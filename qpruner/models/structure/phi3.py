@@ -1,0 +1,43 @@
+"""Phi-3 and Phi-4 (text): q, k and v in one layer, one after the other; gate and up likewise."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from qpruner.models.structure.family import ATTENTION, MLP, Family, UnitKind, UnitSlice
+
+
+@dataclass(frozen=True)
+class Phi3(Family):
+    """Rows of `qkv_proj` are all queries, then all keys, then all values; of `gate_up_proj` all gates, then all ups."""
+
+    def projections(self) -> dict[str, tuple[str, ...]]:
+        return {
+            "qkv": ("self_attn.qkv_proj",),
+            "o": ("self_attn.o_proj",),
+            "gate_up": ("mlp.gate_up_proj",),
+            "down": ("mlp.down_proj",),
+        }
+
+    def attention_kind(self, layer_config: Any) -> UnitKind:
+        head_dim, groups = self.head_dim(layer_config), layer_config.num_key_value_heads
+        queries = layer_config.num_attention_heads // groups * head_dim
+        keys = groups * queries
+        slices = (
+            UnitSlice("self_attn.qkv_proj.weight", 0, queries),
+            UnitSlice("self_attn.qkv_proj.weight", 0, head_dim, offset=keys),
+            UnitSlice("self_attn.qkv_proj.weight", 0, head_dim, offset=keys + groups * head_dim),
+            UnitSlice("self_attn.o_proj.weight", 1, queries),
+        )
+        return UnitKind(ATTENTION, groups, slices)
+
+    def mlp_kind(self, layer_config: Any) -> UnitKind:
+        channels = layer_config.intermediate_size
+        slices = (
+            UnitSlice("mlp.gate_up_proj.weight", 0, 1),
+            UnitSlice("mlp.gate_up_proj.weight", 0, 1, offset=channels),
+            UnitSlice("mlp.down_proj.weight", 1, 1),
+        )
+        return UnitKind(MLP, channels, slices)
+
+
+PHI3 = Phi3("phi3", ("transformers.models.phi3.modeling_phi3", "Phi3DecoderLayer"))

@@ -1,0 +1,161 @@
+"""The prune stage: the cut model, and what it kept of every block."""
+
+from __future__ import annotations
+
+import copy
+import tempfile
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qpruner import preflight
+from qpruner.config import PruneConfig
+from qpruner.events import Message, Progress, StageStarted
+from qpruner.models.layout import num_layers
+from qpruner.models.structure import ATTENTION, EXPERT, MLP, family_of
+from qpruner.pipeline.compress import importance_samples
+from qpruner.pipeline.context import Context
+from qpruner.pipeline.stage import Stage, run_stage
+from qpruner.records import LayerWidths, PrepareRecord, PruneRecord
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from qpruner.calibration import Rows
+    from qpruner.pruning.prune import Pruned
+
+
+def prune(context: Context, prepared: PrepareRecord) -> PruneRecord:
+    """Score, select, compensate, cut, save."""
+    config, settings = context.config, context.config.prune
+
+    def work(scratch: Path) -> dict[str, Any]:
+        from qpruner.data import load_encoded
+        from qpruner.models.checkpoint import save_checkpoint
+        from qpruner.models.loading import load_dense, load_tokenizer
+        from qpruner.report.importance_map import load_importance, save_importance, write_pictures
+
+        tokenizer = load_tokenizer(prepared.model_path)
+        model = load_dense(prepared.model_path, config.model.dtype, config.model)
+        pruned, fields = cut_model(context, model, tokenizer, load_encoded(context.data / "importance"))
+        context.emit(Message("prune", "saving"))
+        save_checkpoint(pruned.model, tokenizer, scratch)
+        save_importance(scratch, pruned.scores, pruned.block_scores)
+        write_pictures(scratch, PruneRecord(digest="", seconds=0.0, **fields), load_importance(scratch))
+        context.keep_pruned_model(pruned.model)
+        return fields
+
+    def figures(record: PruneRecord) -> str:
+        return (
+            f"{record.parameters_before / 1e6:.1f}M -> {record.parameters_after / 1e6:.1f}M parameters "
+            f"({record.target}, achieved {record.achieved_rate:.2%})"
+        )
+
+    stage = Stage("prune", describe(settings), (prepared.digest, settings, config.calibration.batch_size))
+    return run_stage(context.run_dir, stage, PruneRecord, work, figures, context.emit)
+
+
+def preview_prune(context: Context) -> PruneRecord:
+    """What `prune` would leave, with nothing written: the model is cut in memory and dropped."""
+    from qpruner.models.checkpoint import prepare_base
+    from qpruner.models.loading import load_dense, load_tokenizer
+
+    config = context.config
+    context.emit(StageStarted("prune", f"{describe(config.prune)}; nothing is written"))
+    started = time.monotonic()
+    with tempfile.TemporaryDirectory() as scratch:
+        base = prepare_base(config.model, Path(scratch))
+        tokenizer = load_tokenizer(base.path)
+        rows = importance_samples(context, tokenizer)
+        model = load_dense(base.path, config.model.dtype, config.model)
+        _, fields = cut_model(context, model, tokenizer, rows)
+    return PruneRecord(digest="", seconds=time.monotonic() - started, **fields)
+
+
+def cut_model(
+    context: Context, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: Rows
+) -> tuple[Pruned, dict[str, Any]]:
+    """Cut a loaded model; returns what was made and the fields of its record."""
+    from qpruner.calibration import Samples
+    from qpruner.memory import PeakMemory
+    from qpruner.pruning.prune import prune as cut
+
+    config, settings = context.config, context.config.prune
+    if preflight.is_pruned(model.config):
+        context.emit(Message("prune", "the model was pruned earlier: the cut is skipped"))
+        settings = settings.model_copy(update={"rate": 0.0, "layer_rate": None})
+    samples = Samples(rows, int(tokenizer.pad_token_id), config.calibration.batch_size)
+    before = [block_parameters(model, index) for index in range(num_layers(model.config))]
+    base = copy.deepcopy(model.config)
+    memory = PeakMemory()
+    pruned = cut(
+        model, settings, samples, config.seed, lambda done, total: context.emit(Progress("prune", done, total))
+    )
+    removed = pruned.parameters_before - pruned.parameters_after
+    element_bytes = preflight.DTYPE_BYTES[config.model.dtype]
+    return pruned, {
+        "importance": settings.importance,
+        "selection": settings.selection,
+        "compensation": settings.compensation,
+        "target": target_text(settings),
+        "target_rate": settings.rate,
+        "achieved_rate": removed / pruned.parameters_before,
+        "parameters_before": pruned.parameters_before,
+        "parameters_after": pruned.parameters_after,
+        "bytes_before": pruned.parameters_before * element_bytes,
+        "bytes_after": pruned.parameters_after * element_bytes,
+        "peak_memory_bytes": memory.bytes(),
+        "memory_counter": memory.counter,
+        "dropped_blocks": pruned.dropped_blocks,
+        "layers": layer_widths(base, pruned, before),
+    }
+
+
+def describe(settings: PruneConfig) -> str:
+    """What the prune stage is about to do, in one line."""
+    parts = [target_text(settings), f"by {settings.importance}", settings.selection]
+    if settings.compensation != "none":
+        parts.append(f"{settings.compensation.replace('_', ' ')} compensation")
+    return ", ".join(parts)
+
+
+def target_text(settings: PruneConfig) -> str:
+    """`target 20.00% of all parameters`, or `25.00% of each block's units`."""
+    if settings.layer_rate is not None:
+        return f"target {settings.layer_rate:.2%} of each block's {' and '.join(settings.width_units)} units"
+    return f"target {settings.rate or 0:.2%} of all parameters"
+
+
+def layer_widths(base: Any, pruned: Pruned, before: list[int]) -> list[LayerWidths]:
+    """What each block of the base model keeps."""
+    family = family_of(base)
+    position = {old: new for new, old in enumerate(sorted(set(range(len(before))) - set(pruned.dropped_blocks)))}
+    layers = []
+    for index, parameters in enumerate(before):
+        layer_config = base.per_layer_config[index]
+        kinds = {kind.name: kind for kind in family.unit_kinds(layer_config, index)}
+        everything = {name: tuple(range(kind.num_units)) for name, kind in kinds.items()}
+        gone = index in pruned.dropped_blocks
+        kept = dict.fromkeys(everything, ()) if gone else everything | pruned.kept.get(index, {})
+        layers.append(
+            LayerWidths(
+                layer=index,
+                kept_kv_groups=kept[ATTENTION],
+                kept_mlp_channels=kept[MLP],
+                kept_experts=kept.get(EXPERT),
+                base_kv_groups=kinds[ATTENTION].num_units,
+                base_mlp_channels=kinds[MLP].num_units,
+                base_experts=kinds[EXPERT].num_units if EXPERT in kinds else None,
+                heads_per_group=layer_config.num_attention_heads // kinds[ATTENTION].num_units,
+                base_parameters=parameters,
+                kept_parameters=0 if gone else block_parameters(pruned.model, position[index]),
+            )
+        )
+    return layers
+
+
+def block_parameters(model: PreTrainedModel, index: int) -> int:
+    """Parameters of one decoder block."""
+    from qpruner.pruning.prune import num_parameters
+
+    return num_parameters(model.get_submodule(family_of(model.config).block_path(index)))

@@ -1,0 +1,107 @@
+"""Calibration samples on their way down the model, one block at a time.
+
+What a block is given besides its hidden states (masks, positions, windows by layer type) does not depend on them, so it
+is caught once in a pass through the whole model; after that each block runs by itself, however often it is changed in
+between. A model of L blocks costs a few times L block passes, not L squared.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from qpruner.calibration import Samples, at_tokens, batches
+from qpruner.models.structure import family_of
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+class _Enough(Exception):
+    """What was listened for has been heard: the rest of the block need not run."""
+
+
+class BlockStream:
+    """Hidden states ``(batch, seq, hidden)`` in front of one block, and what every block is called with.
+
+    Args:
+        model: Dense model.
+        samples: The samples that go down it.
+    """
+
+    @torch.no_grad()
+    def __init__(self, model: PreTrainedModel, samples: Samples) -> None:
+        self._model = model
+        self._path = family_of(model.config).block_path
+        self._num_blocks = model.config.num_hidden_layers
+        self._hidden: list[torch.Tensor] = []
+        self._tokens: list[torch.Tensor] = []
+        self._calls: list[dict[int, tuple[tuple[Any, ...], dict[str, Any]]]] = []
+        for batch in batches(samples.rows, samples.batch_size, samples.pad_id, model.device):
+            self._tokens.append(batch["attention_mask"].bool())
+            self._calls.append({})
+            with self._caught():
+                model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
+
+    @torch.no_grad()
+    def visit_inputs(self, index: int, linear: str, visit: Callable[[torch.Tensor], None]) -> None:
+        """Run one block as far as one of its linear layers and hand that layer's inputs over, batch by batch.
+
+        Args:
+            index: The block that the hidden states stand in front of.
+            linear: Path of the layer inside the block.
+            visit: Called with inputs ``(tokens, features)``, padding left out.
+        """
+        block = self._model.get_submodule(self._path(index))
+        for batch, tokens in enumerate(self._tokens):
+
+            def hook(module: torch.nn.Module, inputs: tuple[torch.Tensor, ...], at: torch.Tensor = tokens) -> None:
+                visit(at_tokens(inputs[0], at))
+                raise _Enough
+
+            handle = block.get_submodule(linear).register_forward_pre_hook(hook)
+            try:
+                self._run(block, index, batch)
+            except _Enough:
+                pass
+            finally:
+                handle.remove()
+
+    @torch.no_grad()
+    def advance(self, index: int) -> None:
+        """Take the hidden states through a block."""
+        block = self._model.get_submodule(self._path(index))
+        self._hidden = [self._run(block, index, batch) for batch in range(len(self._hidden))]
+
+    def _run(self, block: Any, index: int, batch: int) -> torch.Tensor:
+        args, kwargs = self._calls[batch][index]
+        output = block(self._hidden[batch], *args, **kwargs)
+        hidden: torch.Tensor = output[0] if isinstance(output, tuple) else output
+        return hidden
+
+    @contextmanager
+    def _caught(self) -> Iterator[None]:
+        """Note the first block's hidden states and every block's other arguments while the model runs."""
+
+        def hook_for(index: int) -> Callable[..., None]:
+            def hook(block: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+                others = dict(kwargs)
+                hidden = args[0] if args else others.pop("hidden_states")
+                if index == 0:
+                    self._hidden.append(hidden)
+                self._calls[-1][index] = (args[1:], others)
+
+            return hook
+
+        handles = [
+            self._model.get_submodule(self._path(index)).register_forward_pre_hook(hook_for(index), with_kwargs=True)
+            for index in range(self._num_blocks)
+        ]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()

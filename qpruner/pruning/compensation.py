@@ -1,0 +1,135 @@
+"""What the layers that stay do for what was cut: nothing, a bias, or weights solved anew.
+
+Every removed unit ends in columns of an output projection (o, down). Before the cut those columns are set to zero, and
+what they gave is handed to the bias (FLAP, arXiv 2312.11983, section 3.3) or to the columns that stay (least squares,
+as in SliceGPT, ZipLM and SoBP): the cut itself then changes nothing.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from qpruner.calibration import InputMoments, Samples
+from qpruner.errors import TrainingDiverged
+from qpruner.models import ragged
+from qpruner.models.structure import UnitKind, family_of
+from qpruner.pruning.block_stream import BlockStream
+from qpruner.pruning.selection import Kept
+from qpruner.pruning.surgery import unit_indices
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+class _Gram:
+    """Sum of outer products of a layer's inputs: all that least squares needs to know of the activations."""
+
+    def __init__(self) -> None:
+        self.matrix: torch.Tensor | None = None
+        self.count = 0
+
+    def add(self, inputs: torch.Tensor) -> None:
+        """Count inputs ``(tokens, features)`` in; the sum is ``(features, features)`` float32."""
+        inputs = inputs.float()
+        if self.matrix is None:
+            self.matrix = inputs.T @ inputs
+        else:
+            self.matrix.addmm_(inputs.T, inputs)
+        self.count += len(inputs)
+
+
+def compensate(model: PreTrainedModel, kept: Kept, method: str, ridge: float, samples: Samples) -> None:
+    """Zero the columns of the units that go and make up for them, block by block with the already pruned inputs.
+
+    Args:
+        model: Dense model; its output projections are changed in place.
+        kept: The units that stay.
+        method: `bias` or `least_squares`.
+        ridge: Weight of staying near the original weights, relative to the mean square of the inputs.
+        samples: Calibration samples.
+    """
+    family = family_of(model.config)
+    stream = BlockStream(model, samples)
+    biased: set[str] = set()
+    for index in range(model.config.num_hidden_layers):
+        kinds = family.unit_kinds(model.config.per_layer_config[index], index) if index in kept else ()
+        # Attention first: the MLP's inputs are those behind the pruned attention.
+        for kind in kinds:
+            units = kept[index].get(kind.name)
+            if units is None or len(units) == kind.num_units:
+                continue
+            linear = kind.output_linear
+            assert linear is not None, "preflight refuses to compensate what has no output projection"
+            module = model.get_submodule(f"{family.block_path(index)}.{linear}")
+            stays = _columns(kind, units)
+            if method == "bias":
+                moments = InputMoments()
+                stream.visit_inputs(index, linear, moments.add)
+                ragged.add_output_biases(model.get_submodule(family.block_path(index)), [linear])
+                biased.add(linear)
+                _shift_bias(module, stays, moments.mean)
+            else:
+                gram = _Gram()
+                stream.visit_inputs(index, linear, gram.add)
+                _solve(module, stays, gram, ridge, f"{family.block_path(index)}.{linear}")
+        stream.advance(index)
+    if biased:
+        _declare_biases(model, biased)
+
+
+def _columns(kind: UnitKind, units: tuple[int, ...]) -> torch.Tensor:
+    """The columns of the output projection that some units own."""
+    output = next(item for item in kind.slices if item.parameter == f"{kind.output_linear}.weight")
+    return unit_indices(output, units)
+
+
+@torch.no_grad()
+def _shift_bias(linear: torch.nn.Linear, stays: torch.Tensor, mean: torch.Tensor) -> None:
+    """Put what the removed columns gave on average into the bias: ``b += W_R mean(x_R)`` (FLAP, eq. 5)."""
+    removed = _others(stays, linear.in_features)
+    weight = linear.weight.data
+    given = weight[:, removed].float() @ mean[removed].float().to(weight.device)
+    linear.bias.add_(given.to(linear.bias.dtype))
+    weight[:, removed] = 0
+
+
+@torch.no_grad()
+def _solve(linear: torch.nn.Linear, stays: torch.Tensor, gram: _Gram, ridge: float, name: str) -> None:
+    """Solve the columns that stay anew and zero the others.
+
+    With ``G = X^T X`` over the calibration tokens, S the columns that stay and R those that go, the weights ``W'`` that
+    minimize ``|X W^T - X_S W'^T|^2 + lambda |W' - W_S|^2`` are ``W_S + W_R G_RS (G_SS + lambda I)^-1``.
+    """
+    assert gram.matrix is not None
+    device = gram.matrix.device
+    kept, removed = stays.to(device), _others(stays, linear.in_features).to(device)
+    inner = gram.matrix[kept][:, kept]
+    penalty = max(ridge * float(inner.diagonal().mean()), torch.finfo(torch.float32).tiny)
+    inner.diagonal().add_(penalty)
+    weight = linear.weight.data
+    given = weight[:, removed].float() @ gram.matrix[removed][:, kept]
+    factor, failed = torch.linalg.cholesky_ex(inner)
+    change = torch.cholesky_solve(given.T, factor).T
+    if failed or not torch.isfinite(change).all():
+        raise TrainingDiverged(
+            f"the least-squares weights of {name} are NaN or infinite; raise `prune.ridge` or give more text"
+        )
+    weight[:, kept] = (weight[:, kept].float() + change).to(weight.dtype)
+    weight[:, removed] = 0
+
+
+def _others(stays: torch.Tensor, length: int) -> torch.Tensor:
+    others = torch.ones(length, dtype=torch.bool)
+    others[stays] = False
+    return others.nonzero().flatten()
+
+
+def _declare_biases(model: PreTrainedModel, linears: set[str]) -> None:
+    """Give the layers a bias in every block, and say so in the config, from which blocks are built."""
+    family = family_of(model.config)
+    for index in range(model.config.num_hidden_layers):
+        ragged.add_output_biases(model.get_submodule(family.block_path(index)), sorted(linears))
+    known = set(getattr(model.config, ragged.OUTPUT_BIASES, ()))
+    setattr(model.config, ragged.OUTPUT_BIASES, sorted(known | linears))

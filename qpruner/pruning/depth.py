@@ -1,0 +1,76 @@
+"""Whole blocks: which matter least."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, cast
+
+import torch
+
+from qpruner.calibration import Samples, at_tokens, batches
+from qpruner.models.structure import family_of
+from qpruner.pruning.importance import taylor, unit_kinds_of
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def block_importance(model: PreTrainedModel, layers: Sequence[int], method: str, samples: Samples) -> dict[int, float]:
+    """Importance of every block that may go.
+
+    Args:
+        model: Dense model.
+        layers: Blocks that may go.
+        method: `block_influence` or `taylor`.
+        samples: Calibration samples.
+    """
+    if method == "block_influence":
+        return block_influence(model, layers, samples)
+    every = {
+        kind.name
+        for index in layers
+        for kind in family_of(model.config).unit_kinds(model.config.per_layer_config[index], index)
+    }
+    scores = taylor(model, unit_kinds_of(model, layers, tuple(every)), samples)
+    return {index: sum(float(score.sum()) for score in kinds.values()) for index, kinds in scores.items()}
+
+
+@torch.no_grad()
+def block_influence(model: PreTrainedModel, layers: Sequence[int], samples: Samples) -> dict[int, float]:
+    """One minus the mean cosine between a block's input and output (ShortGPT, arXiv 2403.03853, eq. 1): a block that
+    hardly turns its hidden states can go."""
+    family = family_of(model.config)
+    sums = dict.fromkeys(layers, 0.0)
+    tokens = torch.empty(0, dtype=torch.bool)
+    count = 0
+
+    def hook_for(index: int):  # type: ignore[no-untyped-def]
+        def hook(block: torch.nn.Module, args: tuple, kwargs: dict, output: object) -> None:  # type: ignore[type-arg]
+            before = args[0] if args else kwargs["hidden_states"]
+            after = output[0] if isinstance(output, tuple) else output
+            cosine = torch.nn.functional.cosine_similarity(
+                at_tokens(before, tokens).float(), at_tokens(cast(torch.Tensor, after), tokens).float()
+            )
+            sums[index] += float(cosine.sum())
+
+        return hook
+
+    handles = [
+        model.get_submodule(family.block_path(index)).register_forward_hook(hook_for(index), with_kwargs=True)
+        for index in layers
+    ]
+    try:
+        for batch in batches(samples.rows, samples.batch_size, samples.pad_id, model.device):
+            tokens = batch["attention_mask"].bool()
+            count += int(tokens.sum())
+            model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return {index: 1.0 - total / count for index, total in sums.items()}
+
+
+def num_blocks_to_drop(rate: float, num_parameters: int, block_parameters: Sequence[int]) -> int:
+    """The number of blocks nearest to a share of all parameters; one block stays."""
+    mean = sum(block_parameters) / len(block_parameters)
+    return min(round(rate * num_parameters / mean), len(block_parameters) - 1)
