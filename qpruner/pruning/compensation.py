@@ -58,17 +58,20 @@ def compensate(model: PreTrainedModel, kept: Kept, method: str, ridge: float, sa
         # Attention first: the MLP's inputs are those behind the pruned attention.
         for kind in kinds:
             units = kept[index].get(kind.name)
-            if units is None or len(units) == kind.num_units:
+            if units is None:
                 continue
             linear = kind.output_linear
             assert linear is not None, "preflight refuses to compensate what has no output projection"
             module = model.get_submodule(f"{family.block_path(index)}.{linear}")
+            if method == "bias" and module.bias is None:
+                biased.add(linear)
+            if len(units) == kind.num_units:
+                continue
             stays = _columns(kind, units)
             if method == "bias":
                 moments = InputMoments()
                 stream.visit_inputs(index, linear, moments.add)
                 ragged.add_output_biases(model.get_submodule(family.block_path(index)), [linear])
-                biased.add(linear)
                 _shift_bias(module, stays, moments.mean)
             else:
                 gram = _Gram()

@@ -67,9 +67,13 @@ def magnitude(
     """Sum over a unit's weights of ``|w|`` (`l1`) or ``w^2`` (`l2`; no root is taken, as in LLM-Pruner)."""
     collected = _Collected(kinds)
     for name, parameter, owners in _matrices(model, kinds):
+        _check_finite(parameter, f"the weight {name}")
         weight = parameter.detach().float()
         collected.add(
-            owners, weight, f"the weight {name}", (lambda w, _: w.abs()) if norm == "l1" else (lambda w, _: w.square())
+            owners,
+            weight,
+            f"the importance of {name}",
+            (lambda w, _: w.abs()) if norm == "l1" else (lambda w, _: w.square()),
         )
     return collected.reduce(reduction)
 
@@ -259,6 +263,7 @@ class _Collected:
                     continue
                 owned = entries
             by_unit = owned.double().reshape(kind.num_units, item.width).sum(dim=1).cpu()
+            _check_finite(by_unit, what)
             scores = self._scores.setdefault((index, kind.name), {})
             scores[position] = scores[position] + by_unit if position in scores else by_unit
 

@@ -88,7 +88,7 @@ def prune(
     kept: Kept = {}
     scores: Scores = {}
     if settings.width_units:
-        target = round((settings.rate or 0) * before) - (before - num_parameters(model))
+        target = width_target(model, settings, layers, before)
         kept, scores = _cut_widths(model, settings, layers, target, samples, seed, on_step)
     return Pruned(
         model,
@@ -166,19 +166,39 @@ def expected_config(model_config: Any, settings: PruneConfig) -> Any:
         layers = tuple(kept_blocks.index(index) for index in layers if index not in gone)
     if settings.width_units:
         sizes = unit_sizes(model, layers, settings.width_units)
-        target = round((settings.rate or 0) * before) - (before - num_parameters(model))
+        target = width_target(model, settings, layers, before)
         equal = settings.model_copy(update={"selection": "per_layer"})
         values = {
             index: {name: [0.0] * (size.count * size.partitions) for name, size in kinds.items()}
             for index, kinds in sizes.items()
         }
+        linears = new_biases(model, settings, layers)
         cut(model, choose(values, sizes, equal, target))
-    if settings.compensation == "bias":
-        family = family_of(model.config)
-        kinds = family.unit_kinds(model.config.per_layer_config[layers[0]], layers[0])
-        linears = [kind.output_linear for kind in kinds if kind.name in settings.width_units]
-        setattr(model.config, ragged.OUTPUT_BIASES, sorted(linear for linear in linears if linear))
+        if linears:
+            setattr(model.config, ragged.OUTPUT_BIASES, linears)
     return model.config
+
+
+def width_target(model: PreTrainedModel, settings: PruneConfig, layers: Sequence[int], before: int) -> int:
+    """Parameters that must go out of blocks when the whole blocks are gone; new biases have to be made up for."""
+    family = family_of(model.config)
+    hidden = [
+        model.get_submodule(f"{family.block_path(index)}.{linear}").out_features
+        for linear in new_biases(model, settings, layers)
+        for index in range(num_layers(model.config))
+    ]
+    return max(round((settings.rate or 0) * before) - (before - num_parameters(model)) + sum(hidden), 0)
+
+
+def new_biases(model: PreTrainedModel, settings: PruneConfig, layers: Sequence[int]) -> list[str]:
+    """Output projections that compensation gives a bias where the family has none."""
+    if settings.compensation != "bias":
+        return []
+    family = family_of(model.config)
+    kinds = family.unit_kinds(model.config.per_layer_config[layers[0]], layers[0])
+    linears = [kind.output_linear for kind in kinds if kind.name in settings.width_units and kind.output_linear]
+    block = model.get_submodule(family.block_path(layers[0]))
+    return sorted(linear for linear in linears if block.get_submodule(linear).bias is None)
 
 
 def num_dropped(model: PreTrainedModel, settings: PruneConfig, layers: Sequence[int]) -> int:
@@ -191,11 +211,19 @@ def num_dropped(model: PreTrainedModel, settings: PruneConfig, layers: Sequence[
     sizes = [num_parameters(model.get_submodule(family.block_path(index))) for index in layers]
     share = settings.block_rate
     count = num_blocks_to_drop(share, num_parameters(model), sizes)
+    if settings.width_units:
+        # Finer units can take more away, not give it back.
+        count = min(count, int((settings.rate or 0) * num_parameters(model) / max(sizes)))
     one = sizes[0] / num_parameters(model)
+    if len(sizes) < 2:
+        raise UserError(
+            "`prune.units` names block, but only one block may go and one must stay: widen `prune.first_layer` / "
+            "`prune.last_layer`, name fewer `prune.protected_layers`, or take `block` out"
+        )
     if count < 1:
         raise UserError(
-            f"`prune.rate`: whole blocks are to take {share:.2%} of all parameters, less than half of one block "
-            f"({one:.2%}): raise the rate or `prune.depth_share`, or take `block` out of `prune.units`"
+            f"`prune.rate`: whole blocks are to take {share:.2%} of all parameters, but one block has {one:.2%}: raise "
+            "the rate or `prune.depth_share`, or take `block` out of `prune.units`"
         )
     if abs(count * sizes[0] - share * num_parameters(model)) > max(sizes):
         raise UserError(

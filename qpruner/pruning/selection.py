@@ -216,9 +216,9 @@ def counts_per_layer(sizes: Sizes, target: int, round_to: int = 1, uniform: bool
             left -= count * having[index].parameters
     if has_channels:
         channels = {index: kinds[MLP] for index, kinds in sizes.items() if MLP in kinds}
-        # Where channels cannot give the rest, coarse units give more: one more a block, of whichever kind has them.
+        # Where channels cannot give the rest, coarse units give more, of whichever kind has them.
         while coarse and left > _most_from_channels(channels, round_to):
-            gained = _one_more_everywhere(sizes, removed, coarse)
+            gained = _one_more_everywhere(sizes, removed, coarse) if uniform else _one_more(sizes, removed, coarse)
             if not gained:
                 raise too_much(target, _most_removable(sizes, round_to))
             left -= gained
@@ -261,6 +261,21 @@ def _one_more_everywhere(sizes: Sizes, removed: dict[int, dict[str, int]], coars
             for index in having:
                 removed[index][name] += 1
             return sum(size.parameters for size in having.values())
+    return 0
+
+
+def _one_more(sizes: Sizes, removed: dict[int, dict[str, int]], coarse: Sequence[str]) -> int:
+    """One more coarse unit from the block that has lost the fewest."""
+    for name in coarse:
+        able = [
+            index
+            for index, kinds in sizes.items()
+            if name in kinds and removed[index][name] < kinds[name].count - kinds[name].least
+        ]
+        if able:
+            index = min(able, key=lambda index: (removed[index][name], index))
+            removed[index][name] += 1
+            return sizes[index][name].parameters
     return 0
 
 
@@ -312,15 +327,31 @@ def _select_global(values: Values, sizes: Sizes, target: int, round_to: int) -> 
     gone = dict.fromkeys(bundles, 0)
     removed = 0
     finest = _finest(sizes, round_to)
-    for _, index, name, position in sorted(ranked):
+
+    def weight_of(index: int, name: str, position: int) -> int:
         size = sizes[index][name]
-        parameters = size.parameters * len(bundles[index, name][position]) // size.partitions
+        return size.parameters * len(bundles[index, name][position]) // size.partitions
+
+    for _, index, name, position in sorted(ranked):
+        parameters = weight_of(index, name, position)
         # Bundles of a block go in order; one that was too large for what is left keeps its successors.
         if removed + parameters <= target + finest // 2 and gone[index, name] == position:
             gone[index, name] += 1
             removed += parameters
-    if MLP in {name for _, name in bundles} and target - removed > finest:
-        raise too_much(target, removed)
+    if any(name == MLP for _, name in bundles):
+        # Channels may not suffice: then coarse units go although they are too large, and channels come back.
+        for _, index, name, position in sorted(ranked):
+            if target - removed <= finest:
+                break
+            if name != MLP and gone[index, name] == position:
+                gone[index, name] += 1
+                removed += weight_of(index, name, position)
+        for score, index, name, position in sorted(ranked, reverse=True):
+            parameters = weight_of(index, name, position)
+            is_last = name == MLP and gone[index, name] == position + 1 and score > float("-inf")
+            if is_last and removed - target > parameters // 2:
+                gone[index, name] -= 1
+                removed -= parameters
     return {
         index: {
             name: tuple(sorted(unit for part in bundles[index, name][gone[index, name] :] for unit in part))

@@ -3,99 +3,220 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import pytest
 import torch
-from tiny_families import CHANNELS, FAMILY_NAMES, KEPT, KEY_VALUE_HEADS, LAYERS, QUERY_HEADS, family_model, logits_of
+from tiny_families import (
+    CHANNELS,
+    EXPERT_CHANNELS,
+    EXPERTS,
+    EXPERTS_PER_TOKEN,
+    FAMILY_NAMES,
+    HEADWISE,
+    KEY_VALUE_HEADS,
+    LAYERS,
+    MIXTURES,
+    MODEL_NAMES,
+    QUERY_HEADS,
+    blocks_of,
+    family_model,
+    family_name,
+    has_experts,
+    head_columns,
+    kept_experts,
+    kept_of,
+    logits_of,
+    num_parameters,
+    output_projections,
+    silenced,
+    skip_blocks,
+    stacked_channels,
+    training_losses,
+    unit_parameters,
+)
 from transformers import AutoConfig
 
+from qpruner.config import LoraConfig
 from qpruner.errors import UserError
 from qpruner.models.layout import group_linears, layout_of, output_modules
-from qpruner.models.structure import FAMILIES, family_of, family_of_type
+from qpruner.models.structure import families, family_of, family_of_type
 from qpruner.pruning.selection import unit_sizes
-from qpruner.pruning.surgery import cut
+from qpruner.pruning.surgery import cut, keep_blocks
+from qpruner.quantization.assembly import attach_adapters
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from qpruner.pruning.selection import Kept
 
-@torch.no_grad()
-def silence(model: PreTrainedModel, kept: dict[int, dict[str, tuple[int, ...]]]) -> PreTrainedModel:
-    """The same model with everything of the removed units at zero, from first principles: no slice of ours is used."""
-    head_dim = model.model.layers[0].self_attn.head_dim
-    heads_per_group = QUERY_HEADS // KEY_VALUE_HEADS
-    for index, units in kept.items():
-        block = model.model.layers[index]
-        for removed in set(range(KEY_VALUE_HEADS)) - set(units["attention"]):
-            keys = slice(removed * head_dim, (removed + 1) * head_dim)
-            queries = slice(removed * heads_per_group * head_dim, (removed + 1) * heads_per_group * head_dim)
-            for linear, rows in (
-                (block.self_attn.q_proj, queries),
-                (block.self_attn.k_proj, keys),
-                (block.self_attn.v_proj, keys),
-            ):
-                linear.weight[rows] = 0
-                if linear.bias is not None:
-                    linear.bias[rows] = 0
-            block.self_attn.o_proj.weight[:, queries] = 0
-        for removed in set(range(CHANNELS)) - set(units["mlp"]):
-            block.mlp.gate_proj.weight[removed] = 0
-            block.mlp.up_proj.weight[removed] = 0
-            block.mlp.down_proj.weight[:, removed] = 0
-    return model
+MIXTURE_MODELS = tuple(name for name in MODEL_NAMES if family_name(name) in MIXTURES)
 
 
-def num_parameters(model: PreTrainedModel) -> int:
-    return sum(parameter.numel() for parameter in model.parameters())
+def assert_cut_equals_silenced(name: str, kept: Kept) -> None:
+    model = family_model(name)
+    expected = logits_of(silenced(copy.deepcopy(model), name, kept))
+    whole = logits_of(model)
+    found = logits_of(cut(model, kept))
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=2e-5)
+    assert (found - whole).norm() > 0.2 * whole.norm(), "the cut must be visible for this test to say anything"
 
 
 def test_the_tiny_models_are_of_every_supported_family() -> None:
-    assert {family.model_type for family in FAMILIES} == set(FAMILY_NAMES)
+    """A family without a tiny model would be supported in name only."""
+    assert tuple(families()) == FAMILY_NAMES
     for name in FAMILY_NAMES:
-        assert type(family_model(name)).__module__ == f"transformers.models.{name}.modeling_{name}"
+        module = name.removesuffix("_text")
+        assert type(family_model(name)).__module__ == f"transformers.models.{module}.modeling_{module}"
 
 
-@pytest.mark.parametrize("name", FAMILY_NAMES)
+# Cut == masked --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", MODEL_NAMES)
 def test_cutting_units_is_the_same_as_silencing_them(name: str) -> None:
-    model = family_model(name)
-    silenced = logits_of(silence(copy.deepcopy(model), KEPT))
-    whole = logits_of(model)
-    cut_logits = logits_of(cut(model, KEPT))
-    torch.testing.assert_close(cut_logits, silenced, rtol=1e-4, atol=1e-4)
-    assert (cut_logits - whole).abs().max() > 0.05, "the cut must be visible for this test to say anything"
+    assert_cut_equals_silenced(name, kept_of(name))
+
+
+@pytest.mark.parametrize("kind", ["attention", "mlp"])
+@pytest.mark.parametrize("name", MODEL_NAMES)
+def test_one_kind_can_be_cut_alone(name: str, kind: str) -> None:
+    """A rate that takes attention units only, or channels only."""
+    assert_cut_equals_silenced(name, {index: {kind: units[kind]} for index, units in kept_of(name).items()})
+
+
+@pytest.mark.parametrize("name", MIXTURE_MODELS)
+def test_cutting_experts_is_the_same_as_never_routing_to_them(name: str) -> None:
+    assert_cut_equals_silenced(name, kept_experts(name))
+
+
+@pytest.mark.parametrize("name", MIXTURE_MODELS)
+def test_channels_are_numbered_as_before_when_experts_go_with_them(name: str) -> None:
+    experts = (1, 2, 3)
+    assert_cut_equals_silenced(name, {1: {"expert": experts, "mlp": stacked_channels(7, experts, 8)}})
 
 
 @pytest.mark.parametrize("name", FAMILY_NAMES)
+def test_a_cut_in_two_steps_is_the_cut_in_one(name: str) -> None:
+    """`prune.steps` numbers the units of the second cut by what the first one left."""
+    kept = kept_of(name)
+    once, twice = cut(family_model(name), kept), family_model(name)
+    for kind in ("attention", "mlp"):
+        cut(twice, {index: {kind: units[kind]} for index, units in kept.items()})
+    assert torch.equal(logits_of(twice), logits_of(once))
+    last = kept[0]["attention"][-1]
+    fewer = {**kept, 0: {**kept[0], "attention": (last,)}}
+    cut(twice, {0: {"attention": (len(kept[0]["attention"]) - 1,)}})
+    assert torch.equal(logits_of(twice), logits_of(cut(family_model(name), fewer)))
+
+
+@pytest.mark.parametrize("name", MODEL_NAMES)
 def test_keeping_every_unit_changes_no_logit(name: str) -> None:
     model = family_model(name)
     before = logits_of(model)
-    everything = {"attention": tuple(range(KEY_VALUE_HEADS)), "mlp": tuple(range(CHANNELS))}
-    assert torch.equal(logits_of(cut(model, dict.fromkeys(range(LAYERS), everything))), before)
-
-
-@pytest.mark.parametrize("name", FAMILY_NAMES)
-def test_the_model_shrinks_by_what_the_units_promise(name: str) -> None:
-    model = family_model(name)
-    sizes, before = unit_sizes(model, 0), num_parameters(model)
-    removed_heads = sum(KEY_VALUE_HEADS - len(units["attention"]) for units in KEPT.values())
-    removed_channels = sum(CHANNELS - len(units["mlp"]) for units in KEPT.values())
-    after = cut(model, KEPT)
-    promised = removed_heads * sizes.parameters["attention"] + removed_channels * sizes.parameters["mlp"]
-    assert before - num_parameters(after) == promised
+    everything: Kept = {}
     for index in range(LAYERS):
-        block, units = after.model.layers[index], KEPT.get(index)
-        heads = len(units["attention"]) if units else KEY_VALUE_HEADS
-        channels = len(units["mlp"]) if units else CHANNELS
-        assert block.self_attn.k_proj.weight.shape[0] == heads * block.self_attn.head_dim
-        assert block.self_attn.o_proj.weight.shape[1] == heads * 2 * block.self_attn.head_dim
-        assert block.mlp.down_proj.weight.shape[1] == channels
+        channels = EXPERTS * EXPERT_CHANNELS if has_experts(name, index) else CHANNELS
+        everything[index] = {"attention": tuple(range(attention_units(name))), "mlp": tuple(range(channels))}
+        if has_experts(name, index):
+            everything[index]["expert"] = tuple(range(EXPERTS))
+    assert torch.equal(logits_of(cut(model, everything)), before)
+    assert not model.config.is_heterogeneous
+
+
+def attention_units(name: str) -> int:
+    return QUERY_HEADS if family_name(name) in HEADWISE else KEY_VALUE_HEADS
+
+
+# Whole blocks ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stay", [(0, 2), (1, 2)], ids=str)
+@pytest.mark.parametrize("name", MODEL_NAMES)
+def test_dropping_blocks_is_the_same_as_passing_them_by(name: str, stay: tuple[int, ...]) -> None:
+    """Windows, experts and cache positions belong to the block, not to the place where it stood."""
+    model = family_model(name)
+    whole = logits_of(model)
+    gone = [index for index in range(LAYERS) if index not in stay]
+    expected = logits_of(skip_blocks(copy.deepcopy(model), gone))
+    found = logits_of(keep_blocks(model, stay))
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=2e-5)
+    assert len(blocks_of(model)) == model.config.num_hidden_layers == 2
+    assert (found - whole).norm() > 0.2 * whole.norm()
 
 
 @pytest.mark.parametrize("name", FAMILY_NAMES)
-def test_sizes_are_known_without_weights(name: str) -> None:
+def test_cut_blocks_can_be_dropped_and_dropped_models_cut(name: str) -> None:
+    kept, stay = kept_of(name), (1, 2)
+    cut_first = keep_blocks(cut(family_model(name), kept), stay)
+    dropped_first = cut(keep_blocks(family_model(name), stay), {stay.index(2): kept[2]})
+    expected = logits_of(skip_blocks(silenced(family_model(name), name, kept), [0]))
+    torch.testing.assert_close(logits_of(cut_first), expected, rtol=1e-5, atol=2e-5)
+    torch.testing.assert_close(logits_of(dropped_first), expected, rtol=1e-5, atol=2e-5)
+    assert num_parameters(cut_first) == num_parameters(dropped_first)
+
+
+@pytest.mark.parametrize(
+    ("name", "key", "value"),
+    [
+        ("gemma2", "layer_types", ["full_attention", "sliding_attention"]),
+        ("gemma3_text", "layer_types", ["full_attention", "sliding_attention"]),
+        ("qwen2", "layer_types", ["full_attention", "sliding_attention"]),
+        ("qwen3_moe", "mlp_only_layers", [1]),
+        ("qwen3_moe, every second block", "mlp_only_layers", [1]),
+        ("qwen3_moe, every second block", "decoder_sparse_step", 1),
+    ],
+)
+def test_what_a_config_lists_by_block_follows_the_blocks(name: str, key: str, value: object) -> None:
+    assert getattr(keep_blocks(family_model(name), (1, 2)).config, key) == value
+
+
+# Sizes ----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("cut_of", [kept_of, kept_experts])
+@pytest.mark.parametrize("name", MODEL_NAMES)
+def test_the_model_shrinks_by_what_the_units_promise(name: str, cut_of: Callable[[str], Kept]) -> None:
+    model, kept = family_model(name), cut_of(name)
+    by_hand, promised = unit_parameters(name), 0
+    for index, units in kept.items():
+        sizes = unit_sizes(model, [index], tuple(units))[index]
+        for kind, stays in units.items():
+            stacked = kind == "mlp" and has_experts(name, index)
+            size = sizes[kind]
+            assert size.parameters == by_hand["channel of every expert" if stacked else kind]
+            promised += (size.count - len(stays) // size.partitions) * size.parameters
+    before = num_parameters(model)
+    assert before - num_parameters(cut(model, kept)) == promised > 0
+
+
+@pytest.mark.parametrize("name", MODEL_NAMES)
+def test_the_blocks_have_the_widths_that_were_kept(name: str) -> None:
+    model, kept = cut(family_model(name), kept_of(name)), kept_of(name)
+    for index, block in enumerate(blocks_of(model)):
+        attention, mlp = output_projections(block, family_name(name))
+        units = kept.get(index, {})
+        heads = len(units.get("attention", range(attention_units(name))))
+        assert attention.in_features == attention.weight.shape[1] == heads * head_columns(model, family_name(name))
+        if mlp is not None:
+            assert mlp.in_features == mlp.weight.shape[1] == len(units.get("mlp", range(CHANNELS)))
+        else:
+            channels = len(units.get("mlp", range(EXPERTS * EXPERT_CHANNELS))) // EXPERTS
+            assert block.mlp.experts.down_proj.shape[::2] == (EXPERTS, channels)
+
+
+@pytest.mark.parametrize("name", MIXTURES)
+def test_a_block_keeps_the_experts_that_a_token_is_sent_to(name: str) -> None:
+    """With fewer, the router could not pick as many as it must."""
+    assert unit_sizes(family_model(name), [0], ["expert"])[0]["expert"].least == EXPERTS_PER_TOKEN
+
+
+@pytest.mark.parametrize("cut_of", [kept_of, kept_experts])
+@pytest.mark.parametrize("name", MODEL_NAMES)
+def test_sizes_are_known_without_weights(name: str, cut_of: Callable[[str], Kept]) -> None:
     """`qpruner check` tells sizes from the config alone; they must be those of the model that is made."""
-    model = cut(family_model(name), KEPT)
+    model = cut(family_model(name), cut_of(name))
     layout = layout_of(model.config, "projection", 4, double_quant=False, lora_rank=2)
     assert layout.num_parameters == num_parameters(model)
     assert layout.plan_bytes(layout.uniform(16)) - layout.adapter_bytes == 4 * num_parameters(model)
@@ -104,22 +225,66 @@ def test_sizes_are_known_without_weights(name: str) -> None:
             assert tuple(model.get_submodule(linear.name).weight.shape) == (linear.rows, linear.columns)
 
 
-@pytest.mark.parametrize("name", FAMILY_NAMES)
-@pytest.mark.parametrize(("group", "per_block"), [("block", 1), ("sublayer", 2), ("projection", 4)])
-def test_every_projection_is_in_one_group(name: str, group: str, per_block: int) -> None:
-    model = family_model(name)
+# Groups ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("group", ["block", "sublayer", "projection"])
+@pytest.mark.parametrize("name", MODEL_NAMES)
+def test_every_linear_layer_of_a_block_is_in_one_group(name: str, group: str) -> None:
+    """Layers outside all groups would silently stay at 16 bits. Models with experts group their attention only."""
+    model, is_mixture = family_model(name), family_name(name) in MIXTURES
     groups = group_linears(model.config, group)
     paths = [path for linears in groups.values() for path in linears]
-    projections = {
+    blocks = {id(module) for block in blocks_of(model) for module in block.modules()}
+    linears = {
         path
         for path, module in model.named_modules()
-        if isinstance(module, torch.nn.Linear) and path.startswith("model.layers.")
+        if isinstance(module, torch.nn.Linear) and id(module) in blocks and not (is_mixture and ".mlp." in path)
     }
-    assert len(groups) == per_block * LAYERS
-    assert len(paths) == len(set(paths)) == 7 * LAYERS
-    assert set(paths) == projections
-    for modules in output_modules(model.config, group).values():
-        assert all(model.get_submodule(path) is not None for path in modules)
+    assert (
+        len(groups)
+        == LAYERS * {"block": 1, "sublayer": 1 if is_mixture else 2, "projection": 2 if is_mixture else 4}[group]
+    )
+    assert len(paths) == len(set(paths))
+    assert set(paths) == linears
+
+
+SUBLAYERS = {
+    "gpt_neox": ("gpt_neox.layers.1.attention", "gpt_neox.layers.1.mlp"),
+    "opt": ("model.decoder.layers.1.self_attn", "model.decoder.layers.1.fc2"),
+}
+
+
+@pytest.mark.parametrize("name", FAMILY_NAMES)
+def test_a_group_is_measured_where_its_output_leaves(name: str) -> None:
+    """Sensitivity listens to these modules: all of them must exist and be called with the group's result."""
+    config = family_model(name).config
+    attention, mlp = SUBLAYERS.get(name, ("model.layers.1.self_attn", "model.layers.1.mlp"))
+    block = attention.rpartition(".")[0]
+    assert output_modules(config, "block")["layers.1"] == (block,)
+    by_sublayer = output_modules(config, "sublayer")
+    assert by_sublayer["layers.1.attention"] == (attention,)
+    assert by_sublayer.get("layers.1.mlp") == (None if name in MIXTURES else (mlp,))
+    assert output_modules(config, "projection") == group_linears(config, "projection")
+
+
+@pytest.mark.parametrize("name", FAMILY_NAMES)
+def test_adapters_sit_on_the_grouped_layers_and_a_step_lowers_the_loss(name: str) -> None:
+    """In models with experts that is the attention."""
+    kept = kept_experts(name) if name in MIXTURES else kept_of(name)
+    model = cut(family_model(name), kept)
+    grouped = {path for paths in group_linears(model.config, "block").values() for path in paths}
+    before = {key: parameter.detach().clone() for key, parameter in model.named_parameters()}
+    adapted = attach_adapters(model, {}, LoraConfig(rank=4, alpha=8), "block", seed=0)
+    found = {key.partition(".lora_A")[0] for key, _ in adapted.named_parameters() if ".lora_A." in key}
+    assert found == {f"base_model.model.{path}" for path in grouped}
+    losses = training_losses(adapted)
+    assert losses[1] < losses[0] - 1e-3
+    after = {key.replace(".base_layer.", "."): parameter for key, parameter in model.named_parameters()}
+    assert all(torch.equal(after[key], parameter) for key, parameter in before.items())
+
+
+# What is not supported ------------------------------------------------------------------------------------------------
 
 
 def test_an_unknown_architecture_is_told_with_the_supported_ones() -> None:
@@ -127,6 +292,7 @@ def test_an_unknown_architecture_is_told_with_the_supported_ones() -> None:
         family_of(AutoConfig.for_model("gpt2"))
     message = str(caught.value)
     assert "`gpt2` is not supported" in message
-    assert all(name in message for name in FAMILY_NAMES)
+    assert f"supported: {', '.join(FAMILY_NAMES)}." in message
+    assert "docs/families.md" in message
     with pytest.raises(UserError, match="`mamba`"):
         family_of_type("mamba")

@@ -1,8 +1,13 @@
-"""A tiny random model of every supported family, of that family's own class, and cuts to try on it."""
+"""A tiny random model of every supported family, of that family's own class, cuts to try on it, and what a cut must do.
+
+`silenced` is the reference: the removed parts of the uncut model are switched off from first principles, by family,
+with no slice of the package's. Widths are such that every layer can hold 4 bits on a CPU (`plan.check_cpu_widths`).
+"""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -11,40 +16,119 @@ from qpruner.models import ragged
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-HIDDEN, HEAD_DIM, CHANNELS, LAYERS = 48, 12, 40, 3
+    from qpruner.pruning.selection import Kept
+
+HIDDEN, HEAD_DIM, DERIVED_HEAD_DIM, CHANNELS, LAYERS = 60, 14, 10, 40, 3
 QUERY_HEADS, KEY_VALUE_HEADS = 6, 3
-FAMILY_NAMES = ("llama", "mistral", "qwen2", "qwen3")
+EXPERTS, EXPERT_CHANNELS, EXPERTS_PER_TOKEN = 4, 24, 2
+WINDOW = 6
+"""Shorter than the prompt."""
 
-KEPT = {
-    0: {"attention": (0, 2), "mlp": (*range(3, 20), 38)},
-    2: {"attention": (1,), "mlp": tuple(range(0, 40, 3))},
+FAMILY_NAMES = (
+    "gemma2",
+    "gemma3_text",
+    "gpt_neox",
+    "granite",
+    "llama",
+    "mistral",
+    "mixtral",
+    "olmo2",
+    "opt",
+    "phi3",
+    "qwen2",
+    "qwen3",
+    "qwen3_moe",
+)
+HEADWISE = ("gpt_neox", "opt")
+"""As many key/value heads as query heads, so a unit is one head."""
+MIXTURES = ("mixtral", "qwen3_moe")
+DENSE = tuple(name for name in FAMILY_NAMES if name not in MIXTURES)
+
+LAYER_TYPES = ["sliding_attention", "full_attention", "sliding_attention"]
+OPTIONS: dict[str, dict[str, Any]] = {
+    "gemma2": {"head_dim": HEAD_DIM, "query_pre_attn_scalar": 20, "sliding_window": WINDOW, "layer_types": LAYER_TYPES},
+    "gemma3_text": {
+        "head_dim": HEAD_DIM,
+        "query_pre_attn_scalar": 20,
+        "sliding_window": WINDOW,
+        "layer_types": LAYER_TYPES,
+    },
+    "gpt_neox": {},
+    "granite": {
+        "embedding_multiplier": 3.0,
+        "logits_scaling": 0.5,
+        "residual_multiplier": 0.7,
+        "attention_multiplier": 0.4,
+        "tie_word_embeddings": True,
+    },
+    "llama": {"head_dim": HEAD_DIM, "tie_word_embeddings": True},
+    "mistral": {"head_dim": HEAD_DIM, "sliding_window": WINDOW},
+    "mixtral": {
+        "head_dim": HEAD_DIM,
+        "intermediate_size": EXPERT_CHANNELS,
+        "num_local_experts": EXPERTS,
+        "num_experts_per_tok": EXPERTS_PER_TOKEN,
+    },
+    "olmo2": {},
+    "opt": {"ffn_dim": CHANNELS, "word_embed_proj_dim": HIDDEN},
+    "phi3": {},
+    "qwen2": {"use_sliding_window": True, "sliding_window": WINDOW, "max_window_layers": 2},
+    "qwen3": {"head_dim": HEAD_DIM, "tie_word_embeddings": True},
+    "qwen3_moe": {
+        "head_dim": HEAD_DIM,
+        "moe_intermediate_size": EXPERT_CHANNELS,
+        "num_experts": EXPERTS,
+        "num_experts_per_tok": EXPERTS_PER_TOKEN,
+        "mlp_only_layers": [2],
+    },
 }
-"""Blocks 0 and 2 get different widths, block 1 keeps its own."""
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama, biases": ("llama", {"attention_bias": True, "mlp_bias": True}),
+    "gpt_neox, one after the other": ("gpt_neox", {"use_parallel_residual": False}),
+    "opt-350m": ("opt", {"do_layer_norm_before": False, "word_embed_proj_dim": 32}),
+    "opt, no biases": ("opt", {"enable_bias": False}),
+    "phi-4-mini": ("phi3", {"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.8}}),
+    "qwen3_moe, every second block": ("qwen3_moe", {"mlp_only_layers": [], "decoder_sparse_step": 2}),
+    "qwen3_moe, weights sum to one": ("qwen3_moe", {"norm_topk_prob": True}),
+}
+"""Switches of a family that change what a unit owns or how it is used: name -> family and config keys."""
+MODEL_NAMES = (*FAMILY_NAMES, *VARIANTS)
 
 
-def family_model(name: str) -> PreTrainedModel:
-    """Three float32 blocks, two query heads to a key/value head; norms and biases are random, not one and zero."""
+def family_name(name: str) -> str:
+    """The `model_type` of one of `MODEL_NAMES`."""
+    return VARIANTS[name][0] if name in VARIANTS else name
+
+
+def family_model(name: str, **others: Any) -> PreTrainedModel:
+    """Three float32 blocks; norms and biases are random, not one and zero.
+
+    Args:
+        name: One of `MODEL_NAMES`.
+        **others: Config keys that this model has differently.
+    """
     from transformers import AutoConfig, AutoModelForCausalLM
 
     ragged.install()  # as loading does
-    # Qwen2's config has no head size of its own; Mistral's window is shorter than the prompt.
-    options = {"qwen2": {}, "mistral": {"head_dim": HEAD_DIM, "sliding_window": 6}}.get(name, {"head_dim": HEAD_DIM})
-    config = AutoConfig.for_model(
-        name,
-        vocab_size=97,
-        hidden_size=QUERY_HEADS * HEAD_DIM if name == "qwen2" else HIDDEN,
-        intermediate_size=CHANNELS,
-        num_hidden_layers=LAYERS,
-        num_attention_heads=QUERY_HEADS,
-        num_key_value_heads=KEY_VALUE_HEADS,
-        max_position_embeddings=128,
-        tie_word_embeddings=name in ("llama", "qwen3"),
-        bos_token_id=1,
-        eos_token_id=2,
-        pad_token_id=0,
-        **options,
-    )
-    torch.manual_seed(FAMILY_NAMES.index(name))
+    family, changes = VARIANTS.get(name, (name, {}))
+    options = {
+        "vocab_size": 97,
+        "hidden_size": HIDDEN,
+        "intermediate_size": CHANNELS,
+        "num_hidden_layers": LAYERS,
+        "num_attention_heads": QUERY_HEADS,
+        "num_key_value_heads": KEY_VALUE_HEADS,
+        "max_position_embeddings": 128,
+        "tie_word_embeddings": False,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "pad_token_id": 0,
+    }
+    unknown = {"gpt_neox": ["num_key_value_heads"], "opt": ["num_key_value_heads", "intermediate_size"]}
+    for key in unknown.get(family, []):
+        del options[key]
+    config = AutoConfig.for_model(family, **options | OPTIONS[family] | changes | others)
+    torch.manual_seed(MODEL_NAMES.index(name))
     model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     with torch.no_grad():
         for key, parameter in model.named_parameters():
@@ -52,8 +136,170 @@ def family_model(name: str) -> PreTrainedModel:
                 parameter.copy_(torch.randn_like(parameter) * 0.3 + (0.0 if key.endswith("bias") else 1.0))
             else:
                 # Larger than transformers' 0.02, so that every part of a block shows in the logits.
-                parameter.mul_(6.0)
+                parameter.mul_(6.0 if parameter.dim() == 2 else 12.0)
     return model.eval()
+
+
+# Cuts -----------------------------------------------------------------------------------------------------------------
+
+
+def kept_of(name: str) -> Kept:
+    """Blocks 0 and 2 get different widths, block 1 keeps its own: attention units and channels."""
+    heads = {0: (0, 2, 3, 5), 2: (1, 4)} if family_name(name) in HEADWISE else {0: (0, 2), 2: (1,)}
+    channels = {0: (*range(3, 20), 38), 2: tuple(range(0, CHANNELS, 3))}
+    for index in (0, 2):
+        if has_experts(name, index):
+            channels[index] = stacked_channels(index, range(EXPERTS), 16 if index == 0 else 8)
+    return {index: {"attention": heads[index], "mlp": channels[index]} for index in (0, 2)}
+
+
+def kept_experts(name: str) -> Kept:
+    """Whole experts and a little attention; block 0 keeps more experts than a token is sent to, block 1 as many."""
+    kept: Kept = {0: {"attention": (0, 2)}, 2: {"attention": (1, 2)}}
+    for index, experts in ((0, (0, 2, 3)), (1, (1, 3))):
+        if has_experts(name, index):
+            kept.setdefault(index, {})["expert"] = experts
+    return kept
+
+
+def stacked_channels(seed: int, experts: Sequence[int], count: int) -> tuple[int, ...]:
+    """`count` channels of each of some experts, other ones of each expert."""
+    generator = torch.Generator().manual_seed(seed)
+    return tuple(
+        expert * EXPERT_CHANNELS + channel
+        for expert in experts
+        for channel in sorted(torch.randperm(EXPERT_CHANNELS, generator=generator)[:count].tolist())
+    )
+
+
+def has_experts(name: str, index: int) -> bool:
+    """Whether block `index` of an uncut tiny model has experts."""
+    dense = {"qwen3_moe": (2,), "qwen3_moe, every second block": (0, 2), "qwen3_moe, weights sum to one": (2,)}
+    return family_name(name) in MIXTURES and index not in dense.get(name, ())
+
+
+# What a cut must do ---------------------------------------------------------------------------------------------------
+
+
+def blocks_of(model: PreTrainedModel) -> Any:
+    """The list of blocks, as transformers names it."""
+    paths = {"gpt_neox": "gpt_neox.layers", "opt": "model.decoder.layers"}
+    return model.get_submodule(paths.get(model.config.model_type, "model.layers"))
+
+
+def output_projections(block: torch.nn.Module, family: str) -> tuple[Any, Any]:
+    """What the attention and a plain MLP end in; the second is None where there are experts."""
+    if family == "gpt_neox":
+        return block.get_submodule("attention.dense"), block.get_submodule("mlp.dense_4h_to_h")
+    if family == "opt":
+        return block.get_submodule("self_attn.out_proj"), block.get_submodule("fc2")
+    return block.get_submodule("self_attn.o_proj"), getattr(block.get_submodule("mlp"), "down_proj", None)
+
+
+@torch.no_grad()
+def silenced(model: PreTrainedModel, name: str, kept: Kept) -> PreTrainedModel:
+    """The uncut model with everything that is not kept switched off, in place.
+
+    Heads and channels: their columns of the output projection are zero, so nothing of them arrives. Experts: the router
+    gives them minus infinity. OLMo 2: the removed heads are left out of the mean that the query and key norms take.
+    """
+    family = family_name(name)
+    for index, units in kept.items():
+        block = blocks_of(model)[index]
+        attention_out, mlp_out = output_projections(block, family)
+        if "attention" in units:
+            width = head_columns(model, family)
+            gone = _removed(units["attention"], attention_out.in_features // width)
+            attention_out.weight.view(HIDDEN, -1, width)[:, gone] = 0
+            if family == "olmo2":
+                for norm in (block.self_attn.q_norm, block.self_attn.k_norm):
+                    _leave_out_of_mean(norm, gone, attention_out.in_features // width)
+        if "expert" in units:
+            _never_route_to(block.mlp.gate, _removed(units["expert"], EXPERTS))
+        if "mlp" in units and mlp_out is not None:
+            mlp_out.weight[:, _removed(units["mlp"], CHANNELS)] = 0
+        elif "mlp" in units:
+            down = block.mlp.experts.down_proj
+            for unit in _removed(units["mlp"], EXPERTS * EXPERT_CHANNELS):
+                down[unit // EXPERT_CHANNELS, :, unit % EXPERT_CHANNELS] = 0
+    return model
+
+
+def head_columns(model: PreTrainedModel, family: str) -> int:
+    """Columns of the output projection that an attention unit owns, in the uncut model."""
+    has_own_size = "head_dim" in OPTIONS[family]
+    head_dim = HEAD_DIM if has_own_size else DERIVED_HEAD_DIM
+    return head_dim * (1 if family in HEADWISE else QUERY_HEADS // KEY_VALUE_HEADS)
+
+
+def skip_blocks(model: PreTrainedModel, gone: Sequence[int]) -> PreTrainedModel:
+    """The uncut model whose blocks `gone` hand their hidden states through, in place."""
+    for index in gone:
+        blocks_of(model)[index].forward = lambda hidden_states, *args, **kwargs: hidden_states
+    return model
+
+
+def _removed(kept: Sequence[int], count: int) -> list[int]:
+    return [unit for unit in range(count) if unit not in kept]
+
+
+def _leave_out_of_mean(norm: Any, gone: Sequence[int], units: int) -> None:
+    """Give an RMS norm over all heads a mean over the heads that stay."""
+    stays = torch.ones(units, norm.weight.numel() // units)
+    stays[list(gone)] = 0
+    mask = stays.flatten()
+
+    def forward(hidden: torch.Tensor) -> torch.Tensor:
+        mean_square = (hidden.square() * mask).sum(dim=-1, keepdim=True) / mask.sum()
+        return norm.weight * hidden * torch.rsqrt(mean_square + norm.variance_epsilon)
+
+    norm.forward = forward
+
+
+def _never_route_to(router: Any, gone: Sequence[int]) -> None:
+    """Give a router's removed experts no chance; the rest is what Mixtral's and Qwen3's routers do."""
+    keeps_sum = getattr(router, "norm_topk_prob", True)
+
+    def forward(hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        logits = hidden.reshape(-1, HIDDEN) @ router.weight.T
+        logits[:, list(gone)] = -torch.inf
+        values, indices = torch.softmax(logits, dim=-1).topk(EXPERTS_PER_TOKEN, dim=-1)
+        return logits, values / values.sum(dim=-1, keepdim=True) if keeps_sum else values, indices
+
+    router.forward = forward
+
+
+def unit_parameters(name: str) -> dict[str, int]:
+    """Parameters of one unit of each kind, counted by hand; of a channel of every expert where they are stacked."""
+    family = family_name(name)
+    head_dim = HEAD_DIM if "head_dim" in OPTIONS[family] else DERIVED_HEAD_DIM
+    queries = head_dim * (1 if family in HEADWISE else QUERY_HEADS // KEY_VALUE_HEADS)
+    # Rows of q, k and v, columns of o; rows of gate and up (or of one layer), columns of down.
+    attention, channel = (2 * queries + 2 * head_dim) * HIDDEN, (2 if family in HEADWISE else 3) * HIDDEN
+    if family in ("gpt_neox", "opt", "qwen2") or name == "llama, biases":
+        attention += queries + 2 * head_dim  # biases of q, k and v
+    if family == "olmo2":
+        attention += queries + head_dim  # query and key norms
+    if family in HEADWISE:
+        channel += 1
+    if name == "llama, biases":
+        channel += 2
+    if name == "opt, no biases":
+        attention, channel = attention - 3 * head_dim, channel - 1
+    router_row = HIDDEN
+    return {
+        "attention": attention,
+        "mlp": channel,
+        "expert": 3 * HIDDEN * EXPERT_CHANNELS + router_row,
+        "channel of every expert": EXPERTS * 3 * HIDDEN,
+    }
+
+
+def num_parameters(model: PreTrainedModel) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+# Looking at models ----------------------------------------------------------------------------------------------------
 
 
 def prompt() -> torch.Tensor:
@@ -62,6 +308,20 @@ def prompt() -> torch.Tensor:
 
 
 @torch.no_grad()
-def logits_of(model: PreTrainedModel) -> torch.Tensor:
+def logits_of(model: torch.nn.Module) -> torch.Tensor:
     logits: torch.Tensor = model(input_ids=prompt(), use_cache=False).logits
     return logits
+
+
+def training_losses(model: torch.nn.Module, steps: int = 2, rate: float = 0.5) -> list[float]:
+    """Losses on the prompt before each of some steps of gradient descent on what requires a gradient."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.SGD(trained, lr=rate)
+    losses = []
+    for _ in range(steps):
+        optimizer.zero_grad()
+        loss = model(input_ids=prompt(), labels=prompt(), use_cache=False).loss
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss.detach()))
+    return losses
