@@ -108,6 +108,64 @@ def visit_gradients(
             parameter.requires_grad_(flags[name])
 
 
+def visit_mask_gradients(
+    model: PreTrainedModel,
+    linears: Mapping[str, tuple[torch.nn.Linear, int]],
+    samples: Samples,
+    visit: Callable[[str, torch.Tensor], None],
+) -> None:
+    """Hand over ``sum_j w_ij dL/dw_ij`` for every row, or ``sum_i`` for every column, of linear layers, by sample.
+
+    It is the gradient of a sample's mean loss L with respect to a factor on that row or column, and needs no gradient
+    of any weight: with ``y = W x`` it is ``sum_t (y_ti - b_i) dL/dy_ti`` for rows and ``sum_t x_tj dL/dx_tj`` for
+    columns, over the tokens t. So a batch gives every sample's own in one backward pass.
+
+    Args:
+        model: A dense model; its `requires_grad` flags are restored afterwards.
+        linears: Name -> the layer, and 0 for its rows or 1 for its columns.
+        samples: The samples.
+        visit: Called per batch with name and values ``(samples, rows or columns)`` float32.
+
+    Raises:
+        TrainingDiverged: Naming the layer whose gradient is NaN or infinite.
+    """
+    flags = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    num_rows = 0
+
+    def hook_for(name: str, dim: int) -> Callable[..., None]:
+        def listen(module: torch.nn.Linear, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
+            features = inputs[0] if dim == 1 else output
+            bias = module.bias if dim == 0 else None
+
+            def on_gradient(gradient: torch.Tensor) -> None:
+                values = features.detach().float() if bias is None else features.detach().float() - bias.float()
+                by_sample = (values * gradient.float()).reshape(num_rows, -1, gradient.shape[-1]).sum(dim=1)
+                if not torch.isfinite(by_sample).all():
+                    raise TrainingDiverged(f"the gradient at {name} is NaN or infinite on the calibration samples")
+                visit(name, by_sample)
+
+            features.register_hook(on_gradient)  # type: ignore[no-untyped-call]
+
+        return listen
+
+    embeddings = model.get_input_embeddings()
+    handles = [embeddings.register_forward_hook(lambda module, inputs, output: output.requires_grad_(True))]
+    handles += [linear.register_forward_hook(hook_for(name, dim)) for name, (linear, dim) in linears.items()]
+    try:
+        model.requires_grad_(False)
+        for batch in batches(samples.rows, samples.batch_size, samples.pad_id, model.device):
+            num_rows = len(batch["input_ids"])
+            logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False).logits
+            labels = batch["labels"].to(logits.device)
+            counts = (labels[:, 1:] != IGNORED_LABEL).sum(dim=1)
+            (token_losses(logits, labels).sum(dim=1) / counts).sum().backward()  # type: ignore[no-untyped-call]
+    finally:
+        for handle in handles:
+            handle.remove()
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(flags[name])
+
+
 class InputMoments:
     """Running mean and mean square of a layer's input features, over tokens; float64 on the CPU."""
 

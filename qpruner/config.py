@@ -173,6 +173,11 @@ class PruneConfig(Section):
         return tuple(unit for unit in self.units if unit != "block")
 
     @property
+    def looks_at_outputs(self) -> bool:
+        """Whether importance is measured on what reaches the output projections."""
+        return self.importance in ("fluctuation", "activation_norm")
+
+    @property
     def block_rate(self) -> float:
         """Share of all parameters that whole blocks take."""
         if not self.drops_blocks:

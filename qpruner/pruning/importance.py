@@ -9,11 +9,18 @@ projection (o, down). Biases and norms are cut with their unit but do not count,
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 
-from qpruner.calibration import InputMoments, Samples, visit_gradients, visit_inputs
+from qpruner.calibration import (
+    InputMoments,
+    Samples,
+    count_labels,
+    visit_gradients,
+    visit_inputs,
+    visit_mask_gradients,
+)
 from qpruner.config import PruneConfig
 from qpruner.errors import TrainingDiverged
 from qpruner.models.structure import UnitKind, UnitSlice, family_of
@@ -26,9 +33,6 @@ Scores = dict[int, dict[str, torch.Tensor]]
 
 Owner = tuple[int, UnitKind, int]
 """Block, kind and position among the kind's matrices: what one matrix's salience is added to."""
-
-Transform = Callable[[torch.Tensor, str], torch.Tensor | None]
-"""What an entry counts for, given the entries and a name for where they come from; None adds nothing."""
 
 
 def score(
@@ -66,15 +70,9 @@ def magnitude(
 ) -> Scores:
     """Sum over a unit's weights of ``|w|`` (`l1`) or ``w^2`` (`l2`; no root is taken, as in LLM-Pruner)."""
     collected = _Collected(kinds)
-    for name, parameter, owners in _matrices(model, kinds):
-        _check_finite(parameter, f"the weight {name}")
+    for name, (parameter, owners) in _checked_matrices(model, kinds).items():
         weight = parameter.detach().float()
-        collected.add(
-            owners,
-            weight,
-            f"the importance of {name}",
-            (lambda w, _: w.abs()) if norm == "l1" else (lambda w, _: w.square()),
-        )
+        collected.add(owners, weight.abs() if norm == "l1" else weight.square(), f"the importance of {name}")
     return collected.reduce(reduction)
 
 
@@ -95,8 +93,10 @@ def taylor(
     a mask on the row, arXiv 2204.09656, eq. 7) or ``|s - 1/2 1/N sum_j s_j^2|`` (`mixed`). Entries are summed over the
     unit.
 
-    LLM-Pruner puts all samples through one backward pass: with one batch this is the same; over several, the absolute
-    values of each batch are summed. `mixed` with `element` holds one float32 tensor more for every weight it scores.
+    LLM-Pruner puts all samples through one backward pass. `vector` is exact for any number of batches, and needs no
+    gradient of a weight. `element` is exact for one batch; over several, the absolute values of each are summed, and
+    `second` and `mixed` take a pass for every sample. `mixed` with `element` holds one float32 tensor more for every
+    weight it scores.
 
     Args:
         model: Dense model.
@@ -106,40 +106,74 @@ def taylor(
         aggregation: `element` or `vector`.
         reduction: How the matrices of a group become one score.
     """
+    by_vector = aggregation == "vector"
+    return (_taylor_by_vector if by_vector else _taylor_by_element)(model, kinds, samples, order).reduce(reduction)
+
+
+def _taylor_by_vector(
+    model: PreTrainedModel, kinds: Mapping[int, Sequence[UnitKind]], samples: Samples, order: str
+) -> _Collected:
+    """From the gradients of masks on rows and columns: one pass, whatever the order."""
+    matrices = _checked_matrices(model, kinds)
+    linears = {
+        name: (cast(torch.nn.Linear, model.get_submodule(name.removesuffix(".weight"))), owners[0][1].dim)
+        for name, (_, owners) in matrices.items()
+    }
+    # The batch of all samples is the mean over tokens, so a sample counts as many times as it has tokens to predict.
+    counts = torch.tensor([count_labels(torch.tensor([row["labels"]])) for row in samples.rows])
+    shares = counts / counts.sum()
+    sums: dict[str, torch.Tensor] = {}
+    squares: dict[str, torch.Tensor] = {}
+    seen = dict.fromkeys(linears, 0)
+
+    def visit(name: str, by_sample: torch.Tensor) -> None:
+        part = shares[seen[name] : seen[name] + len(by_sample)].to(by_sample.device)
+        seen[name] += len(by_sample)
+        sums[name] = sums.get(name, 0) + part @ by_sample
+        squares[name] = squares.get(name, 0) + by_sample.square().sum(dim=0) / len(samples.rows)
+
+    visit_mask_gradients(model, linears, samples, visit)
     collected = _Collected(kinds)
-    owners = {name: (parameter, owners) for name, parameter, owners in _matrices(model, kinds)}
-    for name, (parameter, _) in owners.items():
-        # One broken weight makes every gradient NaN, so it is looked for before they are taken.
-        _check_finite(parameter, f"the weight {name}")
-    parameters = {name: parameter for name, (parameter, _) in owners.items()}
+    for name, (_, owners) in matrices.items():
+        entries = {
+            "first": lambda name=name: sums[name].abs(),
+            "second": lambda name=name: squares[name],
+            "mixed": lambda name=name: (sums[name] - 0.5 * squares[name]).abs(),
+        }[order]()
+        collected.add(owners, entries.unsqueeze(1 - owners[0][1].dim), f"the importance of {name}")
+    return collected
+
+
+def _taylor_by_element(
+    model: PreTrainedModel, kinds: Mapping[int, Sequence[UnitKind]], samples: Samples, order: str
+) -> _Collected:
+    """From every weight's own gradient, which its hook hands over and drops."""
+    matrices = _checked_matrices(model, kinds)
+    parameters = {name: parameter for name, (parameter, _) in matrices.items()}
+    collected = _Collected(kinds)
     mean_squares: dict[str, torch.Tensor] = {}
 
-    def first(entries: torch.Tensor, key: str) -> torch.Tensor:
-        return entries.abs()
+    def add(name: str, entries: torch.Tensor) -> None:
+        collected.add(matrices[name][1], entries, f"the importance of {name}")
 
-    def second(entries: torch.Tensor, key: str) -> torch.Tensor:
-        return entries.square() / len(samples.rows)
+    def visit_sample(name: str, parameter: torch.nn.Parameter, gradient: torch.Tensor) -> None:
+        square = (parameter.detach().float() * gradient.float()).square_().div_(len(samples.rows))
+        if order == "second":  # a sum of positive terms: each sample's can be added by itself
+            add(name, square)
+        else:
+            mean_squares[name] = mean_squares[name].add_(square) if name in mean_squares else square
 
-    def note_squares(entries: torch.Tensor, key: str) -> None:
-        mean_squares[key] = mean_squares[key] + second(entries, key) if key in mean_squares else second(entries, key)
+    def visit_batch(name: str, parameter: torch.nn.Parameter, gradient: torch.Tensor) -> None:
+        salience = parameter.detach().float() * gradient.float()
+        if order == "mixed":
+            salience = salience - 0.5 * mean_squares[name]
+        add(name, salience.abs_())
 
-    def mixed(entries: torch.Tensor, key: str) -> torch.Tensor:
-        return (entries - 0.5 * mean_squares[key]).abs()
-
-    def visit_with(transform: Transform) -> Callable[[str, torch.nn.Parameter, torch.Tensor], None]:
-        def visit(name: str, parameter: torch.nn.Parameter, gradient: torch.Tensor) -> None:
-            salience = parameter.detach().float() * gradient.float()
-            collected.add(owners[name][1], salience, f"the importance of {name}", transform, aggregation)
-
-        return visit
-
-    if order == "second":
-        visit_gradients(model, parameters, samples.one_by_one, visit_with(second))
-        return collected.reduce(reduction)
-    if order == "mixed":
-        visit_gradients(model, parameters, samples.one_by_one, visit_with(note_squares))
-    visit_gradients(model, parameters, samples, visit_with(first if order == "first" else mixed))
-    return collected.reduce(reduction)
+    if order != "first":
+        visit_gradients(model, parameters, samples.one_by_one, visit_sample)
+    if order != "second":
+        visit_gradients(model, parameters, samples, visit_batch)
+    return collected
 
 
 def output_moments(
@@ -210,12 +244,15 @@ def unit_kinds_of(
     }
 
 
-def _matrices(
+def _checked_matrices(
     model: PreTrainedModel, kinds: Mapping[int, Sequence[UnitKind]]
-) -> list[tuple[str, torch.nn.Parameter, list[tuple[Owner, UnitSlice]]]]:
-    """Each matrix of the blocks with the slices that units own of it; norms and biases are left out."""
+) -> dict[str, tuple[torch.nn.Parameter, list[tuple[Owner, UnitSlice]]]]:
+    """Each matrix of the blocks with the slices that units own of it; norms and biases are left out.
+
+    One broken weight makes every gradient NaN, so it is looked for before they are taken.
+    """
     family = family_of(model.config)
-    found = []
+    found = {}
     for index, some in kinds.items():
         owners: dict[str, list[tuple[Owner, UnitSlice]]] = {}
         for kind in some:
@@ -225,7 +262,8 @@ def _matrices(
             name = f"{family.block_path(index)}.{path}"
             parameter = model.get_parameter(name)
             if parameter.dim() > 1:
-                found.append((name, parameter, slices))
+                _check_finite(parameter, f"the weight {name}")
+                found[name] = (parameter, slices)
     return found
 
 
@@ -236,32 +274,12 @@ class _Collected:
         self._kinds = kinds
         self._scores: dict[tuple[int, str], dict[int, torch.Tensor]] = {}
 
-    def add(
-        self,
-        slices: list[tuple[Owner, UnitSlice]],
-        salience: torch.Tensor,
-        what: str,
-        transform: Transform,
-        aggregation: str = "element",
-    ) -> None:
-        """Add a matrix's salience ``(rows, columns)``, or ``(experts, rows, columns)``, to the units that own it."""
-        _check_finite(salience, what)
-        if aggregation == "element":
-            entries = transform(salience, what)
-            if entries is None:
-                return
-            salience = entries
+    def add(self, slices: list[tuple[Owner, UnitSlice]], entries: torch.Tensor, what: str) -> None:
+        """Add a matrix's entries ``(rows, columns)``, or ``(experts, rows, columns)``, to the units that own them."""
         for (index, kind, position), item in slices:
             kept = (0, item.dim) if kind.partitions > 1 else (item.dim,)
-            along = salience.sum(dim=[dim for dim in range(salience.dim()) if dim not in kept]).view(
-                kind.partitions, -1
-            )
+            along = entries.sum(dim=[dim for dim in range(entries.dim()) if dim not in kept]).view(kind.partitions, -1)
             owned = along[:, item.offset : item.offset + kind.units_per_partition * item.width]
-            if aggregation == "vector":
-                entries = transform(owned, f"{what} {kind.name} {position}")
-                if entries is None:
-                    continue
-                owned = entries
             by_unit = owned.double().reshape(kind.num_units, item.width).sum(dim=1).cpu()
             _check_finite(by_unit, what)
             scores = self._scores.setdefault((index, kind.name), {})

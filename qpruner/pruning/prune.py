@@ -187,7 +187,8 @@ def width_target(model: PreTrainedModel, settings: PruneConfig, layers: Sequence
         for linear in new_biases(model, settings, layers)
         for index in range(num_layers(model.config))
     ]
-    return max(round((settings.rate or 0) * before) - (before - num_parameters(model)) + sum(hidden), 0)
+    asked: int = round((settings.rate or 0.0) * before)
+    return max(asked - (before - num_parameters(model)) + sum(hidden), 0)
 
 
 def new_biases(model: PreTrainedModel, settings: PruneConfig, layers: Sequence[int]) -> list[str]:
@@ -213,7 +214,7 @@ def num_dropped(model: PreTrainedModel, settings: PruneConfig, layers: Sequence[
     count = num_blocks_to_drop(share, num_parameters(model), sizes)
     if settings.width_units:
         # Finer units can take more away, not give it back.
-        count = min(count, int((settings.rate or 0) * num_parameters(model) / max(sizes)))
+        count = min(count, int((settings.rate or 0.0) * num_parameters(model) / max(sizes)))
     one = sizes[0] / num_parameters(model)
     if len(sizes) < 2:
         raise UserError(
@@ -247,18 +248,21 @@ def check_settings(model_config: Any, settings: PruneConfig) -> None:
         if kind.name in settings.width_units
     }
     stacked = [kind for kind in kinds.values() if kind.partitions > 1 or kind.name == EXPERT]
-    uses_outputs = settings.importance in ("fluctuation", "activation_norm")
-    for key, value in (
-        ("importance", settings.importance if uses_outputs else None),
-        ("compensation", settings.compensation),
-    ):
-        if stacked and value not in (None, "none"):
-            raise UserError(
-                f"`prune.{key}`: {value} looks at the inputs of one output projection, but the experts of a "
-                f"{family.model_type} model are stacked in one parameter ({stacked[0].slices[0].parameter}): use "
-                + ("taylor, magnitude or random" if key == "importance" else "none")
-                + ", or `prune.units: [attention]`"
-            )
+    by_linear = [
+        f"{key} {value} ({remedy})"
+        for key, value, remedy, looks_at_linears in (
+            ("importance", settings.importance, "taylor, magnitude or random", settings.looks_at_outputs),
+            ("aggregation", settings.aggregation, "element", settings.aggregation == "vector"),
+            ("compensation", settings.compensation, "none", settings.compensation != "none"),
+        )
+        if looks_at_linears
+    ]
+    if stacked and by_linear:
+        raise UserError(
+            f"`prune`: the experts of a {family.model_type} model are stacked in one parameter "
+            f"({stacked[0].slices[0].parameter}), which no linear layer holds; what looks at linear layers cannot be "
+            f"used: {', '.join(by_linear)}; take the ones in brackets, or `prune.units: [attention]`"
+        )
     if stacked and MLP in kinds and settings.round_to % GROUPED_MATMUL_MULTIPLE:
         raise UserError(
             f"`prune.round_to` must be a multiple of {GROUPED_MATMUL_MULTIPLE} for the experts of a "
