@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from qpruner.config import BudgetConfig, RunConfig
-from qpruner.data import Example, check_disjoint, encode, load_examples, load_token_ids, normalized
+from qpruner.data import Example, check_disjoint, encode, load_examples, load_token_ids, normalized, windows
 from qpruner.errors import UserError
 from qpruner.evaluate import task_questions
 from qpruner.models.layout import layout_of
@@ -240,6 +240,10 @@ def _check_encoding(config: RunConfig, examples: dict[str, list[Example]]) -> No
             encode(sample, tokenizer, settings.max_length, settings.template, settings.response_only)
         except UserError:
             encode(rows, tokenizer, settings.max_length, settings.template, settings.response_only)
+    calibration = config.calibration
+    if calibration.packing and not calibration.token_ids:
+        rows = examples["calibration"]
+        windows(rows, tokenizer, calibration.num_samples, calibration.max_length, settings.template)
 
 
 def _check_disk(config: RunConfig, base: Layout, pruned: Layout) -> None:

@@ -155,7 +155,7 @@ def importance_samples(context: Context, tokenizer: PreTrainedTokenizerBase) -> 
 
     settings, template = context.config.calibration, context.config.data.template
     if settings.token_ids:
-        return load_token_ids(Path(settings.token_ids), len(tokenizer))
+        return load_token_ids(Path(settings.token_ids), context.inspection.model_config.vocab_size)
     rows = _shuffled_calibration(context)
     if settings.packing:
         return windows(rows, tokenizer, settings.num_samples, settings.max_length, template)
@@ -179,7 +179,7 @@ def _source_digests(context: Context) -> list[str]:
     paths = [Path(resolve_source(name, "source")) for name in names]
     files = [path for path in paths if path.is_file()]
     if config.calibration.token_ids:
-        paths.insert(0, Path(config.calibration.token_ids))
+        files.append(Path(config.calibration.token_ids))
     folder = paths[-1]
     if folder.is_dir():
         files += sorted(path for path in folder.rglob("*") if path.is_file())

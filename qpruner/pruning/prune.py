@@ -12,11 +12,20 @@ from qpruner.config import PruneConfig
 from qpruner.errors import UserError
 from qpruner.models import ragged
 from qpruner.models.layout import num_layers, skeleton
-from qpruner.models.structure import EXPERT, MLP, family_of
+from qpruner.models.structure import ATTENTION, EXPERT, MLP, family_of
 from qpruner.pruning.compensation import compensate
 from qpruner.pruning.depth import block_importance, num_blocks_to_drop
 from qpruner.pruning.importance import Scores, score
-from qpruner.pruning.selection import Kept, Sizes, layer_range, select, select_rate, unit_sizes
+from qpruner.pruning.selection import (
+    Kept,
+    Sizes,
+    layer_range,
+    plain_counts,
+    select,
+    select_rate,
+    unit_sizes,
+    units_at_rate,
+)
 from qpruner.pruning.surgery import check_not_shared, cut, keep_blocks
 
 if TYPE_CHECKING:
@@ -142,8 +151,21 @@ def _cut_widths(
 def choose(values: Any, sizes: Sizes, settings: PruneConfig, target: int, progress: float = 1.0) -> Kept:
     """The units that stay under `settings`, after a share of the way."""
     if settings.layer_rate is not None:
+        if settings.uniform:
+            _check_plain(sizes, settings.layer_rate)
         return select_rate(values, sizes, settings.layer_rate, settings.round_to, progress)
     return select(values, sizes, target, settings.selection, settings.round_to, settings.uniform, progress)
+
+
+def _check_plain(sizes: Sizes, layer_rate: float) -> None:
+    for size in (kinds[ATTENTION] for kinds in sizes.values() if ATTENTION in kinds):
+        stays = size.count - units_at_rate(size, layer_rate)
+        if size.plain and stays not in size.plain:
+            raise UserError(
+                f"`prune.uniform`: `layer_rate` {layer_rate:g} leaves {stays} key/value groups in a block, but a plain "
+                f"checkpoint of this family can have {', '.join(map(str, size.plain))}: give `rate` instead, or set "
+                "`uniform: false`"
+            )
 
 
 def expected_config(model_config: Any, settings: PruneConfig) -> Any:
@@ -188,7 +210,7 @@ def width_target(model: PreTrainedModel, settings: PruneConfig, layers: Sequence
         for index in range(num_layers(model.config))
     ]
     asked: int = round((settings.rate or 0.0) * before)
-    return max(asked - (before - num_parameters(model)) + sum(hidden), 0)
+    return int(max(asked - (before - num_parameters(model)) + sum(hidden), 0))
 
 
 def new_biases(model: PreTrainedModel, settings: PruneConfig, layers: Sequence[int]) -> list[str]:
@@ -281,15 +303,13 @@ def _check_uniform(model_config: Any, settings: PruneConfig, count: int) -> None
             f"`prune.uniform`: all {count} blocks must be cut alike, but only {len(layers)} may be cut: leave "
             "`prune.first_layer`, `prune.last_layer` and `prune.protected_layers` out, or set `uniform: false`"
         )
-    layer_config = model_config.per_layer_config[0]
-    kinds = family.unit_kinds(layer_config, 0)
+    kinds = family.unit_kinds(model_config.per_layer_config[0], 0)
     if any(family.unit_kinds(model_config.per_layer_config[index], index) != kinds for index in range(count)):
         raise UserError("`prune.uniform`: the blocks of this model are not alike to begin with: set `uniform: false`")
-    fewer = {kind.name: kind.units_per_partition - (1 if kind.name in settings.width_units else 0) for kind in kinds}
-    if not family.is_plain(model_config, family.widths(layer_config, 0, fewer)):
+    if ATTENTION in settings.width_units and len(plain_counts(model_config, 0)) < 2:
         raise UserError(
-            f"`prune.uniform`: {family.model_type} takes hidden size / heads for the size of a head, so no plain "
-            f"checkpoint can have fewer heads: set `prune.units: [{MLP}]`, or `uniform: false`"
+            f"`prune.uniform`: no plain {family.model_type} checkpoint can have fewer heads, for its hidden size must "
+            f"be made up of them: set `prune.units: [{MLP}]`, or `uniform: false`"
         )
     has_biases = all(
         getattr(skeleton(model_config).get_submodule(f"{family.block_path(0)}.{kind.output_linear}"), "bias", None)

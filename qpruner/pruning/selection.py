@@ -31,6 +31,7 @@ class KindSize:
         least: Units that must stay.
         partitions: Experts whose channels are chosen one by one.
         rows: Rows of the key projection a unit has (the head size); 1 for channels and experts.
+        plain: Numbers of units that a plain checkpoint can keep; empty where it can keep any.
     """
 
     parameters: int
@@ -38,6 +39,7 @@ class KindSize:
     least: int = 1
     partitions: int = 1
     rows: int = 1
+    plain: tuple[int, ...] = ()
 
 
 Sizes = Mapping[int, Mapping[str, KindSize]]
@@ -70,7 +72,8 @@ def unit_sizes(model: Any, layers: Sequence[int], units: Sequence[str]) -> dict[
             )
             least = family.least_experts(layer_config) if kind.name == EXPERT else 1
             rows = family.head_dim(layer_config) if kind.name == ATTENTION else 1
-            sizes[index][kind.name] = KindSize(owned, kind.units_per_partition, least, kind.partitions, rows)
+            plain = plain_counts(model.config, index) if kind.name == ATTENTION else ()
+            sizes[index][kind.name] = KindSize(owned, kind.units_per_partition, least, kind.partitions, rows, plain)
     for name in units:
         if not any(name in kinds for kinds in sizes.values()):
             raise UserError(
@@ -78,6 +81,18 @@ def unit_sizes(model: Any, layers: Sequence[int], units: Sequence[str]) -> dict[
                 "out"
             )
     return sizes
+
+
+def plain_counts(config: Any, index: int) -> tuple[int, ...]:
+    """Numbers of key/value groups that a plain checkpoint of this family can keep in every block; the most last."""
+    family = family_of(config)
+    layer_config = config.per_layer_config[index]
+    kinds = {kind.name: kind.units_per_partition for kind in family.unit_kinds(layer_config, index)}
+    return tuple(
+        count
+        for count in range(1, kinds[ATTENTION] + 1)
+        if family.is_plain(config, family.widths(layer_config, index, kinds | {ATTENTION: count}))
+    )
 
 
 def layer_range(first: int, last: int, num_layers: int, protected: Sequence[int] = ()) -> tuple[int, ...]:
@@ -210,7 +225,15 @@ def counts_per_layer(sizes: Sizes, target: int, round_to: int = 1, uniform: bool
     for position, name in enumerate(coarse):
         having = {index: kinds[name] for index, kinds in sizes.items() if name in kinds}
         is_last = position == len(coarse) - 1 and not has_channels
-        counts = _nearest_counts(having, left, uniform) if is_last else _share_counts(having, share, left)
+        if is_last:
+            counts = _nearest_counts(having, left, uniform)
+        elif uniform or has_channels:
+            counts = _share_counts(having, share, left)
+        else:
+            # Nothing much finer follows that could make up for one more or less in every block.
+            counts = _dealt(having, int(share * sum(size.count for size in having.values())))
+        if uniform:
+            counts = {index: _plain_count(having[index], count, nearest=is_last) for index, count in counts.items()}
         for index, count in counts.items():
             removed[index][name] = count
             left -= count * having[index].parameters
@@ -227,6 +250,16 @@ def counts_per_layer(sizes: Sizes, target: int, round_to: int = 1, uniform: bool
     return removed
 
 
+def _plain_count(size: KindSize, removed: int, nearest: bool = False) -> int:
+    """Units to remove so that a plain checkpoint can have the rest: the nearest number, or the next smaller one."""
+    stays = size.count - removed
+    if not size.plain:
+        return removed
+    if nearest:
+        return size.count - min(size.plain, key=lambda count: (abs(count - stays), -count))
+    return size.count - min(count for count in size.plain if count >= stays)
+
+
 def _share_counts(having: Mapping[int, KindSize], share: float, room: int) -> dict[int, int]:
     """Whole units that each block loses at a share, but no more of them than the target has room for: finer units can
     take more away, not give it back."""
@@ -237,10 +270,15 @@ def _share_counts(having: Mapping[int, KindSize], share: float, room: int) -> di
 
 
 def _nearest_counts(having: Mapping[int, KindSize], target: int, uniform: bool) -> dict[int, int]:
-    """Whole units that each block loses so that the target is nearest; where it is uneven, the first lose one more."""
+    """Whole units that each block loses so that the target is nearest."""
     total = round(target / next(iter(having.values())).parameters)
     if uniform:
         total = round(total / len(having)) * len(having)
+    return _dealt(having, total)
+
+
+def _dealt(having: Mapping[int, KindSize], total: int) -> dict[int, int]:
+    """Whole units spread over the blocks; where it is uneven, the first lose one more."""
     base, extra = divmod(total, len(having))
     return {
         index: min(base + (1 if position < extra else 0), size.count - size.least)
@@ -257,10 +295,22 @@ def _most_from_channels(channels: Mapping[int, KindSize], round_to: int) -> floa
 def _one_more_everywhere(sizes: Sizes, removed: dict[int, dict[str, int]], coarse: Sequence[str]) -> int:
     for name in coarse:
         having = {index: kinds[name] for index, kinds in sizes.items() if name in kinds}
-        if all(removed[index][name] < size.count - size.least for index, size in having.items()):
+        more = {
+            index: next(
+                (
+                    count
+                    for count in range(removed[index][name] + 1, size.count - size.least + 1)
+                    if not size.plain or size.count - count in size.plain
+                ),
+                0,
+            )
+            for index, size in having.items()
+        }
+        if all(more.values()):
+            gained = sum((more[index] - removed[index][name]) * size.parameters for index, size in having.items())
             for index in having:
-                removed[index][name] += 1
-            return sum(size.parameters for size in having.values())
+                removed[index][name] = more[index]
+            return gained
     return 0
 
 

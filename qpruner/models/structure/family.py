@@ -214,6 +214,15 @@ class DerivedHeadFamily(Family):
         return layer_config
 
 
+@dataclass(frozen=True)
+class DividedFamily(Family):
+    """The family's config refuses a hidden size that is no multiple of the query heads, though the head size is given:
+    a plain checkpoint can have only some numbers of them."""
+
+    def is_plain(self, config: Any, widths: dict[str, int]) -> bool:
+        return bool(config.hidden_size % widths["num_attention_heads"] == 0)
+
+
 def resized(linear: torch.nn.Linear, rows: int, columns: int) -> torch.nn.Linear:
     """An empty layer of another size on the same device, of the same dtype, with a bias if the old one had one."""
     import torch
