@@ -114,17 +114,17 @@ def visit_mask_gradients(
     samples: Samples,
     visit: Callable[[str, torch.Tensor], None],
 ) -> None:
-    """Hand over ``sum_j w_ij dL/dw_ij`` for every row, or ``sum_i`` for every column, of linear layers, by token.
+    """Hand over ``sum_j w_ij dL/dw_ij`` for every row, or ``sum_i`` for every column, of linear layers, by sample.
 
-    Summed over a sample's tokens it is the gradient of that sample's mean loss L with respect to a factor (a mask) on
-    the row or column, and needs no gradient of any weight: with ``y = W x + b`` token t adds ``(y_ti - b_i) dL/dy_ti``
-    to a row's and ``x_tj dL/dx_tj`` to a column's. So a batch gives every sample's own in one backward pass.
+    It is the gradient of a sample's mean loss L with respect to a factor (a mask) on the row or column, and needs no
+    gradient of any weight: with ``y = W x + b`` token t adds ``(y_ti - b_i) dL/dy_ti`` to a row's and ``x_tj dL/dx_tj``
+    to a column's. So a batch gives every sample's own in one backward pass.
 
     Args:
         model: A dense model; its `requires_grad` flags are restored afterwards.
         linears: Name -> the layer, and 0 for its rows or 1 for its columns.
         samples: The samples.
-        visit: Called per batch with name and values ``(samples, tokens, rows or columns)`` float32.
+        visit: Called per batch with name and values ``(samples, rows or columns)`` float32.
 
     Raises:
         TrainingDiverged: Naming the layer whose gradient is NaN or infinite.
@@ -139,10 +139,10 @@ def visit_mask_gradients(
 
             def on_gradient(gradient: torch.Tensor) -> None:
                 values = features.detach().float() if bias is None else features.detach().float() - bias.float()
-                by_token = (values * gradient.float()).reshape(num_rows, -1, gradient.shape[-1])
-                if not torch.isfinite(by_token).all():
+                by_sample = (values * gradient.float()).reshape(num_rows, -1, gradient.shape[-1]).sum(dim=1)
+                if not torch.isfinite(by_sample).all():
                     raise TrainingDiverged(f"the gradient at {name} is NaN or infinite on the calibration samples")
-                visit(name, by_token)
+                visit(name, by_sample)
 
             features.register_hook(on_gradient)  # type: ignore[no-untyped-call]
 

@@ -181,6 +181,7 @@ def _check(path: Path, overrides: tuple[str, ...], address: str | None, quiet: b
     from qpruner.execution.cluster import connect, disconnect, local_slots
 
     inspection = preflight.inspect(config)
+    preflight.check_quantizable(inspection.model_config)
     slots = connect(address) if address else local_slots()
     if address:
         disconnect()

@@ -51,7 +51,7 @@ def prune(context: Context, prepared: PrepareRecord) -> PruneRecord:
             f"({record.target}, achieved {record.achieved_rate:.2%})"
         )
 
-    stage = Stage("prune", describe(settings), (prepared.digest, settings, config.calibration.batch_size))
+    stage = Stage("prune", describe(settings), (prepared.digest, settings))
     return run_stage(context.run_dir, stage, PruneRecord, work, figures, context.emit)
 
 

@@ -28,7 +28,6 @@ from qpruner.models.structure import UnitKind, UnitSlice, family_of
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-TOKEN = False
 Scores = dict[int, dict[str, torch.Tensor]]
 """Block index -> kind of unit -> ``(units,)`` float64, on the CPU."""
 
@@ -127,14 +126,11 @@ def _taylor_by_vector(
     squares: dict[str, torch.Tensor] = {}
     seen = dict.fromkeys(linears, 0)
 
-    def visit(name: str, by_token: torch.Tensor) -> None:
-        by_sample = by_token.sum(dim=1)
+    def visit(name: str, by_sample: torch.Tensor) -> None:
         part = shares[seen[name] : seen[name] + len(by_sample)].to(by_sample.device)
         seen[name] += len(by_sample)
         sums[name] = sums.get(name, 0) + part @ by_sample
-        squares[name] = squares.get(name, 0) + (
-            by_token.square().sum(dim=(0, 1)) if TOKEN else by_sample.square().sum(dim=0)
-        ) / len(samples.rows)
+        squares[name] = squares.get(name, 0) + by_sample.square().sum(dim=0) / len(samples.rows)
 
     visit_mask_gradients(model, linears, samples, visit)
     collected = _Collected(kinds)

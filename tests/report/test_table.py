@@ -76,13 +76,27 @@ def results_of(
             **STAGE,
             importance="taylor",
             selection="global",
+            compensation="none",
+            target="target 20.00% of all parameters",
             target_rate=0.2,
             achieved_rate=0.1984,
             parameters_before=150_000_000,
             parameters_after=120_240_000,
+            bytes_before=300_000_000,
+            bytes_after=240_480_000,
+            peak_memory_bytes=0,
+            memory_counter="none",
+            dropped_blocks=(),
             layers=(
                 LayerWidths(
-                    layer=0, kept_kv_groups=(0,), kept_mlp_channels=(0, 1), base_kv_groups=2, base_mlp_channels=4
+                    layer=0,
+                    kept_kv_groups=(0,),
+                    kept_mlp_channels=(0, 1),
+                    base_kv_groups=2,
+                    base_mlp_channels=4,
+                    heads_per_group=1,
+                    base_parameters=60,
+                    kept_parameters=30,
                 ),
             ),
         ),
@@ -355,7 +369,9 @@ def test_the_report_tells_how_search_and_pruning_ended(whole: Results) -> None:
     assert "| 11 | 2.0625 | 0.0312 |" in text
     assert "| layers.0 | 0.5125 | 8 |" in text
     assert "| layers.1 | 0.2500 | 4 |" in text
-    assert "150,000,000 -> 120,240,000 parameters (target 20.00%, achieved 19.84%)" in text
+    assert "target 20.00% of all parameters, achieved 19.84%" in text
+    assert "150,000,000 -> 120,240,000 parameters, 300.0 -> 240.5 MB" in text
+    assert "| 0 | 1 of 2 | 1 of 2 | 2 of 4 | 50.0% |" in text
 
 
 def test_no_cell_of_the_table_breaks_it(whole: Results) -> None:
