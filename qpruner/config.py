@@ -95,18 +95,19 @@ class CalibrationConfig(Section):
     data: tuple[DataSource, ...] | None = None
     """Calibrate on these rows; null takes the training rows (importance to the target task)."""
     token_ids: str | None = None
-    """Importance is measured on these instead: a JSON file with a list of lists of token ids."""
-    packing: bool = False
-    """Concatenate the rows and cut them into samples of exactly `max_length` tokens."""
-    num_samples: Positive = 10
-    """Samples used for importance."""
+    """Importance is measured on these instead: a JSON file with a list of lists of token ids, each a sample as it is;
+    `packing`, `num_samples` and `max_length` do not apply."""
+    packing: bool = True
+    """Concatenate the rows and cut them into samples of exactly `max_length` tokens; off, a row is a sample."""
+    num_samples: Positive = 64
+    """Samples used for importance and compensation."""
     batch_size: Positive = 10
     """Samples a backward pass sees: |w * gradient| is exact for one batch, over several the absolute values are summed.
     Memory grows with samples x tokens x vocabulary."""
     num_sensitivity_samples: Positive = 64
     """Rows used for sensitivity."""
-    max_length: Annotated[int, Field(ge=4)] = 64
-    """Tokens an importance sample may have; sensitivity samples have `data.max_length`."""
+    max_length: Annotated[int, Field(ge=4)] = 128
+    """Tokens an importance sample has, or may have without packing; sensitivity samples have `data.max_length`."""
 
 
 class PruneConfig(Section):
@@ -126,9 +127,10 @@ class PruneConfig(Section):
     """Share of `rate` that whole blocks take where `units` names `block` beside others; null takes half."""
     depth_importance: Literal["block_influence", "taylor"] = "block_influence"
     """How blocks are ranked: by how little they turn their hidden states (ShortGPT), or by first-order Taylor."""
-    importance: Literal["taylor", "magnitude", "fluctuation", "activation_norm", "random"] = "taylor"
-    """How units are ranked: by Taylor expansion of the loss (LLM-Pruner), by their weights, by the fluctuation of what
-    reaches the output projection (FLAP), by its norm (Wanda), or at random as a control."""
+    importance: Literal["fisher", "taylor", "magnitude", "fluctuation", "activation_norm", "random"] = "fisher"
+    """How units are ranked: by the Fisher information of a mask on each row and column (that is Taylor of second order
+    by vector), by Taylor expansion of the loss (LLM-Pruner), by their weights, by the fluctuation of what reaches the
+    output projection (FLAP), by its norm (Wanda), or at random as a control."""
     order: Literal["first", "second", "mixed"] = "first"
     """Taylor only: gradient, squared gradient, or both."""
     aggregation: Literal["element", "vector"] = "element"
@@ -136,13 +138,14 @@ class PruneConfig(Section):
     norm: Literal["l1", "l2"] = "l2"
     """Magnitude only: absolute or squared weights."""
     reduction: Literal["sum", "mean", "max", "product", "last"] = "sum"
-    """Taylor and magnitude: how the matrices of a unit become one score; `last` is the output projection alone."""
-    selection: Literal["per_layer", "global"] = "per_layer"
-    """The same share from every block, or the least important units wherever they are."""
-    compensation: Literal["none", "bias", "least_squares"] = "none"
+    """Fisher, Taylor, magnitude: how the matrices of a unit become one score; `last` is the output projection."""
+    selection: Literal["per_layer", "global"] = "global"
+    """The same share from every block, or the least important units wherever they are; `per_layer` where `layer_rate`
+    or `uniform` needs it and nothing is said."""
+    compensation: Literal["none", "bias", "least_squares"] = "least_squares"
     """What the output projections (o, down) do for what was cut: nothing, a bias (FLAP), or weights solved anew on the
     calibration samples, block by block."""
-    ridge: Annotated[float, Field(gt=0.0)] = 0.01
+    ridge: Annotated[float, Field(gt=0.0)] = 0.3
     """Least squares only: weight of staying near the original weights, relative to the inputs' mean square."""
     steps: Positive = 1
     """Cut in this many steps, importance measured anew before each."""
@@ -173,9 +176,9 @@ class PruneConfig(Section):
         return tuple(unit for unit in self.units if unit != "block")
 
     @property
-    def looks_at_outputs(self) -> bool:
-        """Whether importance is measured on what reaches the output projections."""
-        return self.importance in ("fluctuation", "activation_norm")
+    def looks_at_linears(self) -> bool:
+        """Whether importance is measured on what goes through linear layers."""
+        return self.importance in ("fisher", "fluctuation", "activation_norm")
 
     @property
     def block_rate(self) -> float:
@@ -186,12 +189,19 @@ class PruneConfig(Section):
 
     @model_validator(mode="before")
     @classmethod
-    def one_rate(cls, raw: Any) -> Any:
-        if isinstance(raw, dict) and raw.get("layer_rate") is not None:
+    def fill_in(cls, raw: Any) -> Any:
+        if not isinstance(raw, dict):
+            return raw
+        implied: dict[str, Any] = {}
+        if raw.get("layer_rate") is not None:
             if raw.get("rate") is not None:
                 raise ValueError("give `rate` or `layer_rate`, not both")
-            return {**raw, "rate": None}
-        return raw
+            implied["rate"] = None
+        if raw.get("layer_rate") is not None or raw.get("uniform") is True:
+            implied["selection"] = "per_layer"
+        if set(raw.get("units") or ()) == {"block"}:
+            implied["compensation"] = "none"
+        return implied | raw | ({"rate": None} if "rate" in implied else {})
 
     @model_validator(mode="after")
     def consistent(self) -> PruneConfig:
@@ -203,7 +213,7 @@ class PruneConfig(Section):
     def _rules(self) -> tuple[tuple[bool, str], ...]:
         """What keys ask of one another; a key that would be ignored is a mistake."""
         by_rate, width = self.layer_rate is not None, bool(self.width_units)
-        is_taylor, reduces = self.importance == "taylor", self.importance in ("taylor", "magnitude")
+        is_taylor, reduces = self.importance == "taylor", self.importance in ("fisher", "taylor", "magnitude")
         return (
             (not by_rate and self.rate is None, "give `rate` or `layer_rate`, got neither"),
             (len(set(self.units)) < len(self.units), f"`units` names a kind twice: {list(self.units)}"),
@@ -229,7 +239,7 @@ class PruneConfig(Section):
             ),
             (
                 not reduces and self.reduction != "sum",
-                f"`reduction` is Taylor's and magnitude's; `importance` is {self.importance}",
+                f"`reduction` is Fisher's, Taylor's and magnitude's; `importance` is {self.importance}",
             ),
             (
                 not width and (self.compensation != "none" or self.steps > 1),

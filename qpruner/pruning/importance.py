@@ -59,6 +59,8 @@ def score(
         }
     if settings.importance == "magnitude":
         return magnitude(model, kinds, settings.norm, settings.reduction)
+    if settings.importance == "fisher":
+        return taylor(model, kinds, samples, "second", "vector", settings.reduction)
     if settings.importance == "taylor":
         return taylor(model, kinds, samples, settings.order, settings.aggregation, settings.reduction)
     moments = output_moments(model, kinds, samples)
