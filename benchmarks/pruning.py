@@ -15,11 +15,14 @@ import argparse
 import copy
 import json
 import math
+import multiprocessing
+import os
 import statistics
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from importlib.resources import files
 from pathlib import Path
@@ -77,7 +80,6 @@ class Row:
     perplexity: float
     ratio: float
     seconds: float
-    figures: dict[str, float] = field(default_factory=dict)
 
 
 class Bench:
@@ -169,14 +171,7 @@ class Bench:
         return self.row(part, criterion, settings, calibration, model, time.monotonic() - started)
 
     def row(
-        self,
-        part: str,
-        criterion: str,
-        settings: PruneConfig,
-        calibration: str,
-        model: Any,
-        seconds: float,
-        figures: dict[str, float] | None = None,
+        self, part: str, criterion: str, settings: PruneConfig, calibration: str, model: Any, seconds: float
     ) -> Row:
         """A measured model as a row."""
         perplexity = self.perplexity(model)
@@ -192,7 +187,6 @@ class Bench:
             perplexity,
             perplexity / self.base_perplexity,
             seconds,
-            figures or {},
         )
         say(row)
         return row
@@ -209,72 +203,56 @@ def _rows(ids: Sequence[int], length: int) -> list[dict[str, list[int]]]:
     ]
 
 
-def quality(bench: Bench) -> list[Row]:
-    """Every criterion and selection at 20 %, calibrated on each text; and LLM-Pruner's own setting."""
-    rows = []
-    for calibration in bench.texts:
-        rows.append(bench.measure("quality", "LLM-Pruner", LLM_PRUNER, f"10 x 64, {calibration}"))
-        for name, keys in CRITERIA.items():
-            for selection in ("per_layer", "global"):
-                rows.append(
-                    bench.measure(
-                        "quality",
-                        name,
-                        PruneConfig(rate=0.2, selection=selection, compensation="none", **keys),
-                        calibration,
-                    )
-                )
+def quality(bench: Bench, text: str) -> list[Row]:
+    """Every criterion and selection at 20 %, calibrated on one text; and LLM-Pruner's own setting."""
+    rows = [bench.measure("quality", "LLM-Pruner", LLM_PRUNER, f"10 x 64, {text}")]
+    for name, keys in CRITERIA.items():
+        if keys["importance"] in ("magnitude", "random") and text != bench.texts[0]:
+            continue  # they do not look at any text
+        for selection in ("per_layer", "global"):
+            settings = PruneConfig(rate=0.2, selection=selection, compensation="none", **keys)
+            rows.append(bench.measure("quality", name, settings, text))
     return rows
 
 
-def compensated(bench: Bench, found: list[Row]) -> list[Row]:
-    """The best three of them with every compensation at every rate."""
+def compensated(bench: Bench, text: str, chosen: list[tuple[str, str]]) -> list[Row]:
+    """Criteria and selections with every compensation at every rate; none at 20 % is in the first table."""
+    return [
+        bench.measure(
+            "compensation",
+            criterion,
+            PruneConfig(rate=rate, selection=selection, compensation=method, **CRITERIA[criterion]),
+            text,
+        )
+        for criterion, selection in chosen
+        for rate in (0.2, 0.3, 0.5)
+        for method in ("none", "bias", "least_squares")
+        if (rate, method) != (0.2, "none")
+    ]
+
+
+def finetuned(bench: Bench, text: str, recipes: list[tuple[str, str, str]]) -> list[Row]:
+    """Recipes at 20 % and LLM-Pruner's setting, each after the same short LoRA fine-tune."""
+    settings = [
+        (criterion, PruneConfig(rate=0.2, selection=selection, compensation=method, **CRITERIA[criterion]), text)
+        for criterion, selection, method in recipes
+    ]
     rows = []
-    for criterion, selection in best(found, 3):
-        for rate in (0.2, 0.3, 0.5):
-            for method in ("none", "bias", "least_squares"):
-                settings = PruneConfig(rate=rate, selection=selection, compensation=method, **CRITERIA[criterion])
-                rows += [bench.measure("compensation", criterion, settings, calibration) for calibration in bench.texts]
+    for criterion, each, calibration in [*settings, ("LLM-Pruner", LLM_PRUNER, f"10 x 64, {text}")]:
+        model = bench.prune(each, calibration)
+        started = time.monotonic()
+        tuned = _finetune(bench, model)
+        rows.append(bench.row("finetune", criterion, each, calibration, tuned, time.monotonic() - started))
     return rows
 
 
-def best(rows: list[Row], count: int) -> list[tuple[str, str]]:
-    """The criteria and selections with the lowest mean log perplexity over the texts, at 20 %."""
-    by_key: dict[tuple[str, str], list[float]] = {}
+def best(rows: list[Row], count: int, *keys: str) -> list[tuple[str, ...]]:
+    """The recipes with the lowest mean log perplexity over the texts at 20 %, told by some of a row's fields."""
+    found: dict[tuple[str, ...], list[float]] = {}
     for row in rows:
         if row.criterion in CRITERIA and row.rate == 0.2:
-            by_key.setdefault((row.criterion, row.selection), []).append(math.log(row.perplexity))
-    return sorted(by_key, key=lambda key: statistics.mean(by_key[key]))[:count]
-
-
-def finetuned(bench: Bench, found: list[Row]) -> list[Row]:
-    """The best four recipes at 20 % and LLM-Pruner's setting, each after the same short LoRA fine-tune."""
-    by_recipe: dict[tuple[str, str, str], list[float]] = {}
-    for row in found:
-        if row.rate == 0.2 and row.criterion in CRITERIA:
-            by_recipe.setdefault((row.criterion, row.selection, row.compensation), []).append(math.log(row.perplexity))
-    recipes = sorted(by_recipe, key=lambda key: statistics.mean(by_recipe[key]))[:4]
-    rows = []
-    for calibration in bench.texts:
-        settings = [
-            (
-                criterion,
-                PruneConfig(rate=0.2, selection=selection, compensation=method, **CRITERIA[criterion]),
-                calibration,
-            )
-            for criterion, selection, method in recipes
-        ]
-        for criterion, each, text in [*settings, ("LLM-Pruner", LLM_PRUNER, f"10 x 64, {calibration}")]:
-            model = bench.prune(each, text)
-            before = bench.perplexity(model)
-            started = time.monotonic()
-            tuned = _finetune(bench, model)
-            rows.append(
-                bench.row(
-                    "finetune", criterion, each, text, tuned, time.monotonic() - started, {"perplexity_before": before}
-                )
-            )
-    return rows
+            found.setdefault(tuple(getattr(row, key) for key in keys), []).append(math.log(row.perplexity))
+    return sorted(found, key=lambda recipe: statistics.mean(found[recipe]))[:count]
 
 
 def _finetune(bench: Bench, model: Any) -> Any:
@@ -354,13 +332,46 @@ def _decode(model: Any, bench: Bench, num_tokens: int = 24) -> float:
 
 def say(row: Row) -> None:
     """One row of the table, as soon as it is known."""
-    extra = "".join(f"  {name} {value:.2f}" for name, value in row.figures.items())
     print(
         f"{row.part:12} {row.criterion:20} {row.selection:14} {row.compensation:13} {row.rate:4.0%} "
         f"(achieved {row.achieved_rate:.2%})  {row.calibration:20} perplexity {row.perplexity:9.2f} = {row.ratio:7.3f} "
-        f"x base  {row.seconds:5.1f} s{extra}",
+        f"x base  {row.seconds:5.1f} s",
         flush=True,
     )
+
+
+_bench: Bench | None = None
+
+
+def _open(evaldata: Path, threads: int) -> None:
+    global _bench
+    torch.set_num_threads(threads)
+    _bench = Bench(evaldata)
+
+
+def _call(part: Any, *arguments: Any) -> Any:
+    return part(_bench, *arguments)
+
+
+def measure_texts(evaldata: Path, parts: Sequence[str]) -> list[Row]:
+    """The perplexity parts, each calibration text in a process of its own: they share nothing."""
+    texts = ["same text", "web text"] if (evaldata / "text").is_dir() else ["same text"]
+    threads = max(1, (os.cpu_count() or 1) // len(texts))
+    context = multiprocessing.get_context("spawn")
+    workers = {text: ProcessPoolExecutor(1, context, _open, (evaldata, threads)) for text in texts}
+
+    def on_each(part: Any, *arguments: Any) -> list[Row]:
+        futures = [worker.submit(_call, part, text, *arguments) for text, worker in workers.items()]
+        return [row for future in futures for row in future.result()]
+
+    rows = on_each(quality)
+    if {"compensation", "finetune"} & set(parts):
+        rows += on_each(compensated, best(rows, 3, "criterion", "selection"))
+    if "finetune" in parts:
+        rows += on_each(finetuned, best(rows, 4, "criterion", "selection", "compensation"))
+    for worker in workers.values():
+        worker.shutdown()
+    return rows
 
 
 def main() -> None:
@@ -369,22 +380,11 @@ def main() -> None:
     parser.add_argument("--evaldata", type=Path, default=Path("../shared/evaldata"))
     parser.add_argument("--parts", nargs="+", default=["quality", "compensation", "finetune", "speed"])
     arguments = parser.parse_args()
-    torch.manual_seed(0)
-    bench = Bench(arguments.evaldata)
-    print(f"base: {bench.num_parameters:,} parameters, perplexity {bench.base_perplexity:.2f}", flush=True)
     rows: list[Row] = []
-    timings: list[dict[str, Any]] = []
-    if "speed" in arguments.parts:
-        timings = speed(bench)
-    if {"quality", "compensation", "finetune"} & set(arguments.parts):
-        rows += quality(bench)
-    if {"compensation", "finetune"} & set(arguments.parts):
-        rows += compensated(bench, rows)
-    if "finetune" in arguments.parts:
-        rows += finetuned(bench, rows)
-    print(
-        json.dumps({"base_perplexity": bench.base_perplexity, "rows": [asdict(row) for row in rows], "speed": timings})
-    )
+    if set(arguments.parts) != {"speed"}:
+        rows = measure_texts(arguments.evaldata, arguments.parts)
+    timings = speed(Bench(arguments.evaldata)) if "speed" in arguments.parts else []
+    print(json.dumps({"rows": [asdict(row) for row in rows], "speed": timings}))
 
 
 if __name__ == "__main__":
