@@ -221,7 +221,8 @@ def visit_inputs(
     try:
         for batch in batches(samples.rows, samples.batch_size, samples.pad_id, model.device):
             tokens = batch["attention_mask"].bool()
-            model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
+            # Without the head: nobody reads the logits.
+            model.base_model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
     finally:
         for handle in handles:
             handle.remove()

@@ -44,7 +44,8 @@ class BlockStream:
             self._tokens.append(batch["attention_mask"].bool())
             self._calls.append({})
             with self._caught():
-                model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
+                # Without the head: nobody reads the logits.
+                model.base_model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
 
     @torch.no_grad()
     def visit_inputs(self, index: int, linear: str, visit: Callable[[torch.Tensor], None]) -> None:

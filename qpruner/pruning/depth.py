@@ -63,7 +63,7 @@ def block_influence(model: PreTrainedModel, layers: Sequence[int], samples: Samp
         for batch in batches(samples.rows, samples.batch_size, samples.pad_id, model.device):
             tokens = batch["attention_mask"].bool()
             count += int(tokens.sum())
-            model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
+            model.base_model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
     finally:
         for handle in handles:
             handle.remove()
