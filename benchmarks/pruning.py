@@ -4,8 +4,8 @@
     .venv/bin/python benchmarks/pruning.py --parts speed    # quality, compensation, finetune or speed alone
 
 Text: WikiText-2 validation and web documents (C4) from `--evaldata` where that folder is, else the demo's own.
-Evaluated on the first 16k tokens at context 128 (on 4k where many rows are screened: the table says); calibrated on the second half of the same text, or on C4; fine-tuned
-on what lies between.
+Evaluated on the first 16k tokens at context 128 (the first 4k where many rows are screened: the table says). Calibrated
+on the second half of the same text, or on C4; fine-tuned on what lies between.
 One table a part, then one JSON line with all rows. Perplexities are given as ratios to the unpruned model's, too.
 """
 
@@ -350,7 +350,8 @@ def say(row: Row) -> None:
     """One row of the table, as soon as it is known."""
     print(
         f"{row.part:12} {row.criterion:20} {row.selection:14} {row.compensation:13} {row.rate:4.0%} "
-        f"(achieved {row.achieved_rate:.2%})  {row.calibration:20} {row.evaluated_tokens // 1024:3}k tokens perplexity {row.perplexity:9.2f} = {row.ratio:7.3f} "
+        f"(achieved {row.achieved_rate:.2%})  {row.calibration:20} {row.evaluated_tokens // 1024:3}k tokens "
+        f"perplexity {row.perplexity:9.2f} = {row.ratio:7.3f} "
         f"x base  {row.seconds:5.1f} s",
         flush=True,
     )

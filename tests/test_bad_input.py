@@ -24,7 +24,7 @@ from conftest import DEMO_DATA, demo_rows, raw_config, with_key
 
 from qpruner.config import RunConfig, load_config, validate_config
 from qpruner.errors import ConfigError, UserError
-from qpruner.models.structure import FAMILIES
+from qpruner.models.structure import families
 from qpruner.preflight import inspect
 
 QUESTIONS = "package:qpruner/demo/data/questions_{}.jsonl"
@@ -93,7 +93,7 @@ CONFIGURATION = [
     ),
     refused(
         "key-like-no-other", {"prune.zzzz": 1}, "`prune.zzzz`", "zzzz", "not a known key",
-        "first_layer, importance, last_layer, rate"
+        "aggregation, compensation, depth_importance, depth_share, first_layer, importance, last_layer, layer_rate"
     ),
     refused("section-missing", lambda _: {"model": {}}, "`model.source`", "model.source", "missing", "must be given"),
     refused("string-for-integer", {"lora.rank": "eight"}, "`lora.rank`", "'eight'", "valid integer"),
@@ -104,10 +104,67 @@ CONFIGURATION = [
     refused("string-for-list", {"evaluate.tasks": TEST_TASK}, "`evaluate.tasks`", TEST_TASK, "list"),
     refused("scalar-for-section", {"prune": 3}, "`prune`", "3", "mapping"),
     refused("nothing-for-section", {"lora": None}, "`lora`", "None", "mapping"),
-    refused("choice-misspelt", {"prune.importance": "tailor"}, "importance`", "'tailor'", "'taylor' or 'magnitude'"),
+    refused("choice-misspelt", {"prune.importance": "tailor"}, "importance`", "'tailor'", "'taylor', 'magnitude',"),
     refused("no-training-data", {"data.train": []}, "`data.train`", "[]", "at least 1 item"),
     refused("rate-negative", {"prune.rate": -0.1}, "`prune.rate`", "-0.1", "greater than or equal to 0"),
     refused("rate-too-large", {"prune.rate": 0.95}, "`prune.rate`", "0.95", "less than or equal to 0.9"),
+    refused("rate-twice", {"prune.layer_rate": 0.25}, "`prune`", "`layer_rate`", "not both", "give `rate` or"),
+    refused("rate-missing", {"prune": {"rate": None}}, "`prune`", "neither", "give `rate` or `layer_rate`"),
+    refused("layer-rate-1", {"prune": {"layer_rate": 1}}, "`prune.layer_rate`", "got 1", "less than 1"),
+    refused("layer-rate-0", {"prune": {"layer_rate": 0}}, "`prune.layer_rate`", "got 0", "greater than 0"),
+    refused(
+        "layer-rate-of-blocks", {"prune": {"layer_rate": 0.2, "units": ["block", "mlp"]}}, "`layer_rate`", "`units`",
+        "units inside blocks", "take `block` out of `units`"
+    ),
+    refused(
+        "layer-rate-global", {"prune": {"layer_rate": 0.2, "selection": "global"}}, "`layer_rate`", "`selection:",
+        "needs `selection: per_layer`"
+    ),
+    refused("units-none", {"prune.units": []}, "`prune.units`", "[]", "at least 1 item"),
+    refused("units-unknown", {"prune.units": ["heads"]}, "`prune.units.0`", "'heads'", "'attention', 'mlp' or 'exp"),
+    refused("units-twice", {"prune.units": ["mlp", "mlp"]}, "`units`", "['mlp', 'mlp']", "names a kind twice"),
+    refused(
+        "units-expert-and-mlp", {"prune.units": ["expert", "mlp"]}, "`units`", "`expert` or `mlp`", "not both",
+        "whole experts go, or channels of every expert"
+    ),
+    refused(
+        "uniform-global", {"prune.uniform": True, "prune.selection": "global"}, "`uniform`", "`uniform`",
+        "needs `selection: per_layer`"
+    ),
+    refused("uniform-number", {"prune.uniform": 3}, "`prune.uniform`", "got 3", "valid boolean"),
+    refused(
+        "depth-share-alone", {"prune.depth_share": 0.5}, "`depth_share`", "`units`", "with `block` and another kind"
+    ),
+    refused(
+        "depth-share-1", {"prune.depth_share": 1, "prune.units": ["block", "mlp"]}, "`prune.depth_share`", "got 1",
+        "less than 1"
+    ),
+    refused(
+        "order-of-magnitude", {"prune.importance": "magnitude", "prune.order": "second"}, "`order`", "magnitude",
+        "is Taylor's", "`importance`"
+    ),
+    refused(
+        "aggregation-of-fluctuation", {"prune.importance": "fluctuation", "prune.aggregation": "vector"},
+        "`aggregation`", "fluctuation", "is Taylor's", "`importance`"
+    ),
+    refused("norm-of-fisher", {"prune.norm": "l1"}, "`norm`", "fisher", "is magnitude's", "`importance`"),
+    refused(
+        "reduction-of-random", {"prune.importance": "random", "prune.reduction": "max"}, "`reduction`", "random",
+        "is Fisher's, Taylor's and magnitude's", "`importance`"
+    ),
+    refused(
+        "compensation-of-blocks", {"prune.units": ["block"], "prune.compensation": "bias"}, "`compensation`", "`units`",
+        "names whole blocks only"
+    ),
+    refused(
+        "steps-of-blocks", {"prune.units": ["block"], "prune.steps": 2}, "`steps`", "`units`", "names whole blocks only"
+    ),
+    refused("steps-0", {"prune.steps": 0}, "`prune.steps`", "got 0", "greater than or equal to 1"),
+    refused("ridge-0", {"prune.ridge": 0}, "`prune.ridge`", "got 0", "greater than 0"),
+    refused("round-to-0", {"prune.round_to": 0}, "`prune.round_to`", "got 0", "greater than or equal to 1"),
+    refused("first-layer-negative", {"prune.first_layer": -1}, "first_layer`", "got -1", "greater than or equal to 0"),
+    refused("calibration-batch-0", {"calibration.batch_size": 0}, "batch_size`", "got 0", "greater than or equal to 1"),
+    refused("calibration-length", {"calibration.max_length": 3}, "max_length`", "got 3", "greater than or equal to 4"),
     refused("bits-unsupported", {"quantize.bits": [3, 8]}, "`quantize.bits.0`", "got 3", "4, 8 or 16"),
     refused("bits-single", {"quantize.bits": [4]}, "`bits`", "4", "at least two", "in ascending order"),
     refused("bits-descending", {"quantize.bits": [8, 4]}, "`bits`", "8, 4", "in ascending order"),
@@ -176,6 +233,14 @@ def _gpt2(folder: Path) -> None:
     GPT2Config(n_layer=2, n_head=2, n_embd=32, vocab_size=300, bos_token_id=0, eos_token_id=1).save_pretrained(folder)
 
 
+BY_WEIGHT = {"prune.importance": "magnitude", "prune.compensation": "none"}
+"""What looks at no linear layer."""
+
+
+def _mixtral(folder: Path) -> None:
+    _config_keys(folder, model_type="mixtral", num_local_experts=4, num_experts_per_tok=2)
+
+
 def _gguf(scene: Scene, keep: Callable[[bytes], bytes]) -> dict[str, Any]:
     """A one-block Llama as a .gguf file of which only a part is left."""
     import numpy as np
@@ -197,14 +262,14 @@ def _gguf(scene: Scene, keep: Callable[[bytes], bytes]) -> dict[str, Any]:
     return {"model.source": str(path)}
 
 
-SUPPORTED = ", ".join(family.model_type for family in FAMILIES)
+SUPPORTED = ", ".join(families())
 ON_CPU = pytest.mark.skipif(torch.cuda.is_available(), reason="float16 is refused on a CPU only")
 
 # fmt: off
 MODEL = [
     refused(
         "rate-unreachable", {"prune.rate": 0.6, "prune.first_layer": 1}, "`prune.rate`", "0.6", "at least one unit",
-        "lower the rate or widen `prune.first_layer`"
+        "lower the rate, widen `prune.first_layer`"
     ),
     refused(
         "layers-outside", {"prune.last_layer": 7}, "`prune.last_layer` 7", "7", "within the model's 2 blocks", "0 to 1"
@@ -215,6 +280,68 @@ MODEL = [
     refused(
         "layers-reversed", {"prune.first_layer": 1, "prune.last_layer": 0}, "`prune.first_layer` 1",
         "`prune.last_layer` 0", "must be a range", "0 to 1"
+    ),
+    refused(
+        "layers-protected-outside", {"prune.protected_layers": [0, 2]}, "`prune.protected_layers`", "no block 2",
+        "the model has 2", "0 to 1"
+    ),
+    refused(
+        "layers-all-protected", {"prune.protected_layers": [0, -1]}, "`prune.protected_layers`", "no block",
+        "may be cut", "name fewer"
+    ),
+    refused(
+        "round-to-too-wide", {"prune.round_to": 320}, "`prune.round_to`", "got 320", "at most the 256 MLP channels",
+        "no multiple of it would be left"
+    ),
+    refused(
+        "round-to-too-wide-for-layer-rate", {"prune": {"layer_rate": 0.2, "round_to": 320}}, "`prune.round_to`",
+        "got 320", "at most the 256 MLP channels", "`prune.layer_rate` is 0.2"
+    ),
+    refused(
+        "round-to-leaves-too-much", {"prune.round_to": 256, "prune.units": ["mlp"]}, "`prune.rate`", "0.2",
+        "at most 0 can", "lower the rate"
+    ),
+    refused(
+        "round-to-on-cpu", {"prune.round_to": 32}, "`quantize.bits`", "has 160 columns", "wrongly",
+        "set `prune.round_to` to 64", marks=ON_CPU
+    ),
+    refused(
+        "round-to-on-cpu-global", {"prune.round_to": 32, "prune.selection": "global", "prune.rate": 0.1},
+        "`prune.round_to`", "got 32", "a multiple of 64", "4-bit layers on a CPU", marks=ON_CPU
+    ),
+    refused(
+        "rate-of-attention-alone", {"prune.rate": 0.5, "prune.units": ["attention"]}, "`prune.rate`", "0.5",
+        "at least one unit of each kind", "name more `prune.units`"
+    ),
+    refused(
+        "units-that-are-not-there", {"prune.units": ["attention", "expert"]}, "`prune.units`", "expert",
+        "no block of this llama model has such units", "leave it out"
+    ),
+    refused(
+        "block-larger-than-the-rate", {"prune.rate": 0.1, "prune.units": ["block"]}, "`prune.rate`", "10.00%",
+        "but one block has 42.85%", "raise the rate"
+    ),
+    refused(
+        "block-alone-in-its-range", {"prune.rate": 0.5, "prune.units": ["block"], "prune.first_layer": 1},
+        "`prune.units`", "block", "one must stay", "widen `prune.first_layer`"
+    ),
+    refused(
+        "uniform-in-a-range", {"prune.uniform": True, "prune.first_layer": 1}, "`prune.uniform`", "only 1 may be cut",
+        "all 2 blocks must be cut alike", "`uniform: false`"
+    ),
+    refused(
+        "uniform-with-biases", {"prune.uniform": True, "prune.compensation": "bias"}, "`prune.compensation`", "llama",
+        "no place for output biases", "use least_squares or none"
+    ),
+    refused(
+        "experts-by-activations",
+        lambda scene: {**scene.edited_model(_mixtral), "prune.importance": "fluctuation"}, "`prune`",
+        "mlp.experts.gate_up_proj", "stacked in one parameter", "taylor, magnitude or random"
+    ),
+    refused(
+        "experts-narrower-than-kernels",
+        lambda scene: {**scene.edited_model(_mixtral), **BY_WEIGHT, "prune.round_to": 12}, "`prune.round_to`", "got 12",
+        "a multiple of 8", "experts of a mixtral model"
     ),
     refused(
         "budget-bytes", {"quantize.budget": {"bytes": 1000}}, "`quantize.budget.bytes`", "got 1000", "every group at 4",
@@ -336,6 +463,10 @@ def _not_json(scene: Scene) -> dict[str, Any]:
     return {"data.train.0.source": scene.file("bad.jsonl", "{not json\n")}
 
 
+def _token_ids(content: str | bytes) -> Callable[[Scene], dict[str, Any]]:
+    return lambda scene: {"calibration.token_ids": scene.file("ids.json", content)}
+
+
 def _test_rows_as_a_search_task(scene: Scene) -> dict[str, Any]:
     """A task of another name that asks the held-out questions."""
     demo = shutil.copytree(DEMO_DATA.parent, scene.folder / "demo")
@@ -414,6 +545,46 @@ DATA = [
         "calibration-rows", {"calibration.num_sensitivity_samples": 64}, "num_sensitivity_samples`", "64",
         "there are 48", "ask for fewer or give more data"
     ),
+    refused(
+        "calibration-rows-of-importance", {"calibration.num_samples": 64, "calibration.packing": False},
+        "`calibration.num_samples`", "64", "there are 48", "ask for fewer or give more data"
+    ),
+    refused(
+        "calibration-text-too-short", {"calibration.packing": True, "calibration.num_samples": 4000},
+        "`calibration.num_samples`", "4000 samples of 128 tokens", "but the text has", "ask for at most"
+    ),
+    refused(
+        "token-ids-missing", {"calibration.token_ids": "/no/ids.json"}, "`calibration.token_ids`", "/no/ids.json",
+        "cannot be read", "No such file"
+    ),
+    refused(
+        "token-ids-a-folder", lambda scene: {"calibration.token_ids": str(scene.folder)}, "`calibration.token_ids`",
+        "{folder}", "cannot be read", "directory"
+    ),
+    refused("token-ids-not-json", _token_ids("[[1, 2"), "`calibration.token_ids`", "ids.json", "cannot be read as"),
+    refused("token-ids-not-text", _token_ids(b"\xff\xfe"), "`calibration.token_ids`", "ids.json", "cannot be read"),
+    refused("token-ids-empty", _token_ids("[]"), "`calibration.token_ids`", "ids.json", "a list of lists of token ids"),
+    refused(
+        "token-ids-one-list", _token_ids("[1, 2, 3]"), "`calibration.token_ids`", "ids.json", "a list of lists",
+        "such as [["
+    ),
+    refused(
+        "token-ids-mapping", _token_ids('{"ids": [[1, 2]]}'), "`calibration.token_ids`", "ids.json", "a list of lists",
+        "such as [["
+    ),
+    refused(
+        "token-ids-beyond", _token_ids("[[1, 2], [3, 512]]"), "`calibration.token_ids`", "sample 1", "has 512",
+        "from 0 to 511"
+    ),
+    refused("token-ids-negative", _token_ids("[[1, -2]]"), "`calibration.token_ids`", "has -2", "from 0 to 511"),
+    refused("token-ids-fraction", _token_ids("[[1, 2.0]]"), "`calibration.token_ids`", "has 2.0", "a whole number"),
+    refused("token-ids-boolean", _token_ids("[[1, true]]"), "`calibration.token_ids`", "has True", "a whole number"),
+    refused("token-ids-text", _token_ids('[["Hello"]]'), "`calibration.token_ids`", "has 'Hello'", "a whole number"),
+    refused(
+        "token-ids-too-few", _token_ids("[[1, 2], [3]]"), "`calibration.token_ids`", "sample 1", "1 token(s)",
+        "two at least"
+    ),
+    refused("token-ids-none", _token_ids("[[1, 2], []]"), "`calibration.token_ids`", "sample 1", "0 token(s)"),
     refused(
         "train-in-validation", {"data.validation.0.source": QUESTIONS.format("train")}, "`data.train`",
         "`data.validation` share 16", OVERLAP, OTHER_ROWS

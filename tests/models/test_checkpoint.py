@@ -7,109 +7,197 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 import torch
-from safetensors.torch import load_file
-from tiny_families import FAMILY_NAMES, KEPT, LAYERS, family_model, logits_of, prompt
+from safetensors.torch import load_file, save_file
+from tiny_families import (
+    CHANNELS,
+    DENSE,
+    EXPERTS,
+    FAMILY_NAMES,
+    HEADWISE,
+    LAYERS,
+    MIXTURES,
+    MODEL_NAMES,
+    family_model,
+    family_name,
+    has_experts,
+    kept_experts,
+    kept_of,
+    logits_of,
+    prompt,
+    stacked_channels,
+    with_output_biases,
+)
 
 from qpruner.config import ModelConfig
 from qpruner.errors import CorruptFile, UserError
 from qpruner.models.checkpoint import prepare_base, save_checkpoint
 from qpruner.models.loading import load_dense, load_model_config, load_tokenizer
-from qpruner.pruning.surgery import cut
+from qpruner.pruning.surgery import cut, keep_blocks
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+    from qpruner.pruning.selection import Kept
+
+NEW_TOKENS = 8
 
 FRESH_PROCESS = """
 import sys
 from pathlib import Path
 import torch
-import qpruner.hf
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
-input_ids = load_file(sys.argv[1])["input_ids"]
-found = {}
-for folder in sys.argv[3:]:
+
+root, tensors = Path(sys.argv[1]), {}
+input_ids = load_file(root / "prompt.safetensors")["input_ids"]
+
+def look_at(folder):
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    name = folder.relative_to(root).as_posix()
     with torch.no_grad():
-        found[Path(folder).name] = model(input_ids=input_ids, use_cache=False).logits
-save_file(found, sys.argv[2])
+        tensors[f"{name}/logits"] = model(input_ids=input_ids, use_cache=False).logits
+    for cache in (True, False):
+        options = {"max_new_tokens": int(sys.argv[2]), "min_new_tokens": int(sys.argv[2]), "do_sample": False}
+        found = model.generate(
+            input_ids, use_cache=cache, output_logits=True, return_dict_in_generate=True, **options
+        )
+        tensors[f"{name}/tokens, cache {cache}"] = found.sequences
+        tensors[f"{name}/scores, cache {cache}"] = torch.stack(found.logits)
+
+for folder in sorted(root.glob("plain/*/*")):
+    look_at(folder)
+assert not any(name.startswith("qpruner") for name in sys.modules)
+import qpruner.hf
+for folder in sorted(root.glob("ragged/*/*")):
+    look_at(folder)
+save_file(tensors, root / "found.safetensors")
 """
+
+
+def alike(name: str) -> Kept:
+    """Every block keeps the same units, but heads where no plain checkpoint can and channels where blocks differ."""
+    channels = {"mixtral": stacked_channels(3, range(EXPERTS), 16), "qwen3_moe": None}.get(name, tuple(range(3, 27)))
+    units = {"attention": None if name in HEADWISE else (0, 2), "mlp": channels}
+    return {index: {kind: kept for kind, kept in units.items() if kept is not None} for index in range(LAYERS)}
+
+
+KINDS: dict[str, tuple[Sequence[str], Callable[[str], PreTrainedModel]]] = {
+    "ragged/widths": (MODEL_NAMES, lambda name: cut(family_model(name), kept_of(name))),
+    "ragged/depth": (FAMILY_NAMES, lambda name: keep_blocks(cut(family_model(name), kept_of(name)), (1, 2))),
+    "ragged/biases": (DENSE, lambda name: cut(with_output_biases(name), kept_of(name))),
+    "ragged/experts": (MIXTURES, lambda name: cut(family_model(name), kept_experts(name))),
+    "plain/depth": (FAMILY_NAMES, lambda name: keep_blocks(family_model(name), (1, 2))),
+    "plain/alike": (FAMILY_NAMES, lambda name: cut(family_model(name), alike(name))),
+}
+"""Kinds of pruned model by the folder they are written to: `ragged` needs our import, `plain` must not."""
+CUT_MODELS = tuple(f"{kind}/{name}" for kind, (names, _) in KINDS.items() for name in names)
 
 
 @pytest.fixture(scope="module")
 def cut_models() -> dict[str, PreTrainedModel]:
-    return {name: cut(family_model(name), KEPT) for name in FAMILY_NAMES}
+    return {f"{kind}/{name}": make(name) for kind, (names, make) in KINDS.items() for name in names}
 
 
 @pytest.fixture(scope="module")
-def folders(
-    cut_models: dict[str, PreTrainedModel], tiny_model: Path, tmp_path_factory: pytest.TempPathFactory
-) -> dict[str, Path]:
+def root(cut_models: dict[str, PreTrainedModel], tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where every model lies in the folder of its name."""
     root, tokenizer = tmp_path_factory.mktemp("pruned"), load_tokenizer(str(tiny_model))
     for name, model in cut_models.items():
         save_checkpoint(model, tokenizer, root / name)
-    return {name: root / name for name in cut_models}
+    return root
 
 
 @pytest.fixture(scope="module")
-def fresh_logits(folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, torch.Tensor]:
-    """Logits of every folder as a new Python process computes them, with `import qpruner.hf` and transformers only."""
-    from safetensors.torch import save_file
-
-    work = tmp_path_factory.mktemp("fresh")
-    save_file({"input_ids": prompt()}, work / "prompt.safetensors")
-    command = [sys.executable, "-c", FRESH_PROCESS, str(work / "prompt.safetensors"), str(work / "logits.safetensors")]
+def fresh(root: Path) -> dict[str, torch.Tensor]:
+    """What a new Python process finds in the folders: logits and generated tokens."""
+    save_file({"input_ids": prompt()}, root / "prompt.safetensors")
     finished = subprocess.run(
-        [*command, *map(str, folders.values())],
+        [sys.executable, "-c", FRESH_PROCESS, str(root), str(NEW_TOKENS)],
         env={**os.environ, "HF_HUB_OFFLINE": "1"},
-        cwd=work,
+        cwd=root,
         capture_output=True,
         text=True,
         check=False,
     )
     assert finished.returncode == 0, finished.stderr
-    return load_file(work / "logits.safetensors")
+    return load_file(root / "found.safetensors")
+
+
+@pytest.fixture(scope="module")
+def folders(root: Path) -> dict[str, Path]:
+    return {name: root / "ragged/widths" / name for name in MODEL_NAMES}
+
+
+@pytest.mark.parametrize("name", CUT_MODELS)
+def test_a_new_process_finds_the_same_model(
+    name: str, fresh: dict[str, torch.Tensor], cut_models: dict[str, PreTrainedModel]
+) -> None:
+    """With `import qpruner.hf` for blocks of different widths, with plain transformers where all blocks are alike."""
+    assert torch.equal(fresh[f"{name}/logits"], logits_of(cut_models[name]))
+
+
+@pytest.mark.parametrize("name", CUT_MODELS)
+def test_generation_with_a_cache_is_generation_without(name: str, fresh: dict[str, torch.Tensor]) -> None:
+    """A block that stands at another place, or has other heads, must still find its own keys and values."""
+    cached, uncached = fresh[f"{name}/scores, cache True"], fresh[f"{name}/scores, cache False"]
+    assert cached.shape == (NEW_TOKENS, 2, 97)
+    torch.testing.assert_close(cached, uncached, rtol=1e-4, atol=1e-4)
+    assert torch.equal(fresh[f"{name}/tokens, cache True"], fresh[f"{name}/tokens, cache False"])
 
 
 @pytest.mark.parametrize("name", FAMILY_NAMES)
-def test_a_pruned_folder_loads_bit_for_bit(
+def test_blocks_cut_alike_load_also_where_their_heads_do_not_divide_the_hidden_size(name: str, tmp_path: Path) -> None:
+    """Some configs refuse such a number of heads as the value for all blocks: then each block must have its own."""
+    groups = {"num_attention_heads": 10} | ({} if name in HEADWISE else {"num_key_value_heads": 5})
+    stays = tuple(range(8)) if name in HEADWISE else (0, 1, 3, 4)
+    kept = {index: units | {"attention": stays} for index, units in alike(name).items()}
+    model = cut(family_model(name, **groups), kept)
+    model.save_pretrained(tmp_path)
+    assert torch.equal(logits_of(load_dense(str(tmp_path), "float32")), logits_of(model))
+
+
+@pytest.mark.parametrize("name", FAMILY_NAMES)
+def test_loading_for_the_next_stage_is_bit_for_bit(
     name: str, folders: dict[str, Path], cut_models: dict[str, PreTrainedModel]
 ) -> None:
-    assert torch.equal(logits_of(load_dense(str(folders[name]), "float32")), logits_of(cut_models[name]))
+    loaded = load_dense(str(folders[name]), "float32")
+    assert torch.equal(logits_of(loaded), logits_of(cut_models[f"ragged/widths/{name}"]))
 
 
-@pytest.mark.parametrize("name", FAMILY_NAMES)
-def test_a_new_process_needs_one_import(
-    name: str, fresh_logits: dict[str, torch.Tensor], cut_models: dict[str, PreTrainedModel]
-) -> None:
-    assert torch.equal(fresh_logits[name], logits_of(cut_models[name]))
-
-
-@pytest.mark.parametrize("name", FAMILY_NAMES)
+@pytest.mark.parametrize("name", MODEL_NAMES)
 def test_the_widths_stand_under_the_standard_key(name: str, folders: dict[str, Path]) -> None:
     written = json.loads((folders[name] / "config.json").read_text())
-    assert written["model_type"] == name
+    assert written["model_type"] == family_name(name)
     assert set(written["per_layer_config"]) == {"0", "2"}, "block 1 was not cut"
-    for index, units in KEPT.items():
-        layer = written["per_layer_config"][str(index)]
-        assert layer["num_key_value_heads"] == len(units["attention"])
-        assert layer["num_attention_heads"] == 2 * len(units["attention"])
-        assert layer["intermediate_size"] == len(units["mlp"])
+    for index, units in kept_of(name).items():
+        heads = len(units["attention"])
+        if family_name(name) in HEADWISE:
+            expected = {"num_attention_heads": heads}
+        else:
+            expected = {"num_key_value_heads": heads, "num_attention_heads": 2 * heads}
+        channels = len(units["mlp"])
+        if has_experts(name, index):
+            key = "intermediate_size" if name == "mixtral" else "moe_intermediate_size"
+            expected[key] = channels // EXPERTS
+        else:
+            expected["ffn_dim" if family_name(name) == "opt" else "intermediate_size"] = channels
+        assert written["per_layer_config"][str(index)] == expected
 
 
-@pytest.mark.parametrize("name", FAMILY_NAMES)
-def test_generation_with_a_cache_is_generation_without(name: str, folders: dict[str, Path]) -> None:
-    model = load_dense(str(folders[name]), "float32")
-    options = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False}
-    cached = model.generate(prompt(), use_cache=True, **options)
-    uncached = model.generate(prompt(), use_cache=False, **options)
-    assert cached.shape == (2, 14)
-    assert torch.equal(cached, uncached)
+@pytest.mark.parametrize("name", MIXTURES)
+def test_the_experts_of_a_block_stand_there_too(name: str, root: Path) -> None:
+    written = json.loads((root / "ragged/experts" / name / "config.json").read_text())["per_layer_config"]
+    key = "num_local_experts" if name == "mixtral" else "num_experts"
+    assert written["0"][key] == 3
+    assert written["1"] == {key: 2}
+    config = load_model_config(ModelConfig(source=str(root / "ragged/experts" / name)))
+    assert getattr(config.per_layer_config[2], key) == EXPERTS
 
 
 def test_the_tokenizer_comes_along(folders: dict[str, Path], tiny_model: Path) -> None:
@@ -123,15 +211,15 @@ def test_an_instruct_model_stops_where_it_did_before() -> None:
     model.generation_config.eos_token_id = [2, 7]
     model.generation_config.temperature = 0.25
     model.generation_config.do_sample = True
-    kept = cut(model, KEPT).generation_config
+    kept = cut(model, kept_of("llama")).generation_config
     assert kept.eos_token_id == [2, 7]
     assert (kept.do_sample, kept.temperature) == (True, 0.25)
 
 
 def test_a_folder_of_shards_loads_like_one_file(cut_models: dict[str, PreTrainedModel], tmp_path: Path) -> None:
-    cut_models["qwen2"].save_pretrained(tmp_path, max_shard_size="20KB")
+    cut_models["ragged/widths/qwen2"].save_pretrained(tmp_path, max_shard_size="20KB")
     assert len(list(tmp_path.glob("*.safetensors"))) > 2
-    assert torch.equal(logits_of(load_dense(str(tmp_path), "float32")), logits_of(cut_models["qwen2"]))
+    assert torch.equal(logits_of(load_dense(str(tmp_path), "float32")), logits_of(cut_models["ragged/widths/qwen2"]))
 
 
 def test_a_truncated_weight_file_is_named(folders: dict[str, Path], tmp_path: Path) -> None:
@@ -146,7 +234,7 @@ def test_a_truncated_weight_file_is_named(folders: dict[str, Path], tmp_path: Pa
 def test_a_missing_shard_is_told_before_anything_is_loaded(
     cut_models: dict[str, PreTrainedModel], tmp_path: Path
 ) -> None:
-    cut_models["llama"].save_pretrained(tmp_path, max_shard_size="20KB")
+    cut_models["ragged/widths/llama"].save_pretrained(tmp_path, max_shard_size="20KB")
     gone = min(tmp_path.glob("*.safetensors"))
     gone.unlink()
     with pytest.raises(UserError, match=gone.name):
@@ -162,4 +250,4 @@ def test_a_local_folder_is_used_where_it_is(folders: dict[str, Path], tmp_path: 
 def test_the_config_of_a_pruned_folder_knows_its_widths(folders: dict[str, Path]) -> None:
     config = load_model_config(ModelConfig(source=str(folders["qwen3"])))
     widths = [config.per_layer_config[index].intermediate_size for index in range(LAYERS)]
-    assert widths == [len(KEPT[0]["mlp"]), 40, len(KEPT[2]["mlp"])]
+    assert widths == [len(kept_of("qwen3")[0]["mlp"]), CHANNELS, len(kept_of("qwen3")[2]["mlp"])]

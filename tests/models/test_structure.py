@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
@@ -23,6 +24,7 @@ from tiny_families import (
     blocks_of,
     family_model,
     family_name,
+    generated_scores,
     has_experts,
     head_columns,
     kept_experts,
@@ -38,17 +40,16 @@ from tiny_families import (
 )
 from transformers import AutoConfig
 
-from qpruner.config import LoraConfig
+from qpruner.config import LoraConfig, PruneConfig
 from qpruner.errors import UserError
 from qpruner.models.layout import group_linears, layout_of, output_modules
 from qpruner.models.structure import families, family_of, family_of_type
+from qpruner.pruning.prune import check_settings
 from qpruner.pruning.selection import unit_sizes
 from qpruner.pruning.surgery import cut, keep_blocks
 from qpruner.quantization.assembly import attach_adapters
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
     from qpruner.pruning.selection import Kept
 
 MIXTURE_MODELS = tuple(name for name in MODEL_NAMES if family_name(name) in MIXTURES)
@@ -155,6 +156,10 @@ def test_cut_blocks_can_be_dropped_and_dropped_models_cut(name: str) -> None:
     torch.testing.assert_close(logits_of(cut_first), expected, rtol=1e-5, atol=2e-5)
     torch.testing.assert_close(logits_of(dropped_first), expected, rtol=1e-5, atol=2e-5)
     assert num_parameters(cut_first) == num_parameters(dropped_first)
+    # Without a reload: a block that kept its old position would look for its keys and values there.
+    for model in (cut_first, dropped_first):
+        cached, uncached = (generated_scores(model, use_cache) for use_cache in (True, False))
+        torch.testing.assert_close(cached, uncached, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -284,6 +289,39 @@ def test_adapters_sit_on_the_grouped_layers_and_a_step_lowers_the_loss(name: str
     assert all(torch.equal(after[key], parameter) for key, parameter in before.items())
 
 
+LOOKS_AT_LINEARS = (
+    {"importance": "fisher"},
+    {"importance": "fluctuation"},
+    {"importance": "activation_norm"},
+    {"aggregation": "vector"},
+    {"compensation": "bias"},
+    {"compensation": "least_squares"},
+)
+LOOKS_AT_PARAMETERS = {"importance": "taylor", "compensation": "none"}
+
+
+@pytest.mark.parametrize("changes", LOOKS_AT_LINEARS, ids=lambda changes: "-".join(changes.values()))
+@pytest.mark.parametrize("name", MIXTURE_MODELS)
+def test_experts_refuse_what_looks_at_linear_layers(name: str, changes: dict[str, str]) -> None:
+    """Also where a plain block comes after those with experts; attention alone can be scored that way."""
+    config, settings = family_model(name).config, LOOKS_AT_PARAMETERS | changes
+    for units in (("mlp",), ("expert",), ("attention", "mlp")):
+        check_settings(config, PruneConfig(units=units, **LOOKS_AT_PARAMETERS))
+        with pytest.raises(UserError, match=r"mlp\.experts\.gate_up_proj"):
+            check_settings(config, PruneConfig(units=units, **settings))
+    check_settings(config, PruneConfig(units=("attention",), **settings))
+
+
+@pytest.mark.parametrize("name", MIXTURE_MODELS)
+def test_channels_of_experts_come_in_eights(name: str) -> None:
+    """torch's grouped matrix product takes no other widths, and would say so in the first forward pass only."""
+    config = family_model(name).config
+    with pytest.raises(UserError, match="must be a multiple of 8"):
+        check_settings(config, PruneConfig(units=("mlp",), round_to=4, **LOOKS_AT_PARAMETERS))
+    check_settings(config, PruneConfig(units=("mlp",), round_to=8, **LOOKS_AT_PARAMETERS))
+    check_settings(config, PruneConfig(units=("expert",), round_to=4, **LOOKS_AT_PARAMETERS))
+
+
 # What is not supported ------------------------------------------------------------------------------------------------
 
 
@@ -296,3 +334,9 @@ def test_an_unknown_architecture_is_told_with_the_supported_ones() -> None:
     assert "docs/families.md" in message
     with pytest.raises(UserError, match="`mamba`"):
         family_of_type("mamba")
+
+
+def test_the_page_on_families_names_every_one_of_them() -> None:
+    page = (Path(__file__).parents[2] / "docs/families.md").read_text()
+    rows = [line.split("|")[1].strip() for line in page.splitlines() if line.startswith("| `")]
+    assert sorted(rows) == sorted(["`model_type`", *(f"`{name}`" for name in FAMILY_NAMES)])

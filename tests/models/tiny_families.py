@@ -140,6 +140,19 @@ def family_model(name: str, **others: Any) -> PreTrainedModel:
     return model.eval()
 
 
+def with_output_biases(name: str) -> PreTrainedModel:
+    """As `compensation: bias` leaves a model: biases on o and down, where the family has none, named in the config."""
+    model = family_model(name)
+    for block in blocks_of(model):
+        paths = {id(module): path for path, module in block.named_modules()}
+        linears = [paths[id(module)] for module in output_projections(block, family_name(name))]
+        ragged.add_output_biases(block, linears)
+        for path in linears:
+            torch.nn.init.normal_(block.get_submodule(path).bias, std=0.3)
+    setattr(model.config, ragged.OUTPUT_BIASES, linears)
+    return model
+
+
 # Cuts -----------------------------------------------------------------------------------------------------------------
 
 
@@ -311,6 +324,13 @@ def prompt() -> torch.Tensor:
 def logits_of(model: torch.nn.Module) -> torch.Tensor:
     logits: torch.Tensor = model(input_ids=prompt(), use_cache=False).logits
     return logits
+
+
+def generated_scores(model: PreTrainedModel, use_cache: bool) -> torch.Tensor:
+    """Logits ``(tokens, 2, vocabulary)`` of four tokens that are generated greedily behind the prompt."""
+    options = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False, "output_logits": True}
+    found = model.generate(prompt(), use_cache=use_cache, return_dict_in_generate=True, **options)
+    return torch.stack(found.logits)
 
 
 def training_losses(model: torch.nn.Module, steps: int = 2, rate: float = 0.5) -> list[float]:

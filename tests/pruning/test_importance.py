@@ -2,173 +2,401 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import TYPE_CHECKING
+import weakref
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
+from tiny_decoders import PAD, rows_of, samples_of, settings_of, stacked_inputs, tiny
 
-from qpruner.calibration import visit_gradients
+from qpruner.calibration import Samples, visit_gradients, visit_mask_gradients
 from qpruner.errors import TrainingDiverged
-from qpruner.models.loading import load_dense
-from qpruner.pruning.importance import Scores, magnitude, taylor
+from qpruner.pruning.importance import Scores, score
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-PAD = 1
-LAYERS = range(2)
+LAYERS = range(3)
+ROWS_OF_UNIT = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "mlp.gate_proj", "mlp.up_proj")
+COLUMNS_OF_UNIT = ("self_attn.o_proj", "mlp.down_proj")
+MATRICES = {
+    "attention": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj"),
+    "mlp": ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"),
+}
 
 
 @pytest.fixture
-def model(tiny_model: Path) -> PreTrainedModel:
-    return load_dense(str(tiny_model), "float32")
+def model() -> PreTrainedModel:
+    """Its predictions are so sure of themselves that second order shows beside the first."""
+    model = tiny("llama")
+    with torch.no_grad():
+        model.model.norm.weight.mul_(60)
+    return model
 
 
 @pytest.fixture(scope="module")
-def rows() -> list[dict[str, list[int]]]:
-    """Six samples of different lengths, prompts masked in half of them."""
-    generator = torch.Generator().manual_seed(1)
-    samples = []
-    for index in range(6):
-        ids = torch.randint(2, 400, (5 + 3 * index,), generator=generator).tolist()
-        masked = 3 if index % 2 else 0
-        samples.append({"input_ids": ids, "labels": [-100] * masked + ids[masked:]})
-    return samples
+def samples() -> Samples:
+    """Five samples of different lengths in one batch, prompts masked in two of them."""
+    rows = rows_of((9, 16, 12, 7, 16))
+    masked = [{**row, "labels": [-100] * 3 + row["labels"][3:]} if index % 2 else row for index, row in enumerate(rows)]
+    return Samples(masked, PAD, batch_size=8)
 
 
-def by_unit(model: PreTrainedModel, salience: dict[str, torch.Tensor]) -> Scores:
-    """Sum a salience of every weight over each unit, written out head by head and channel by channel."""
-    scores: Scores = {}
+def units_of(matrix: str, salience: torch.Tensor, model: PreTrainedModel, aggregation: str = "element") -> torch.Tensor:
+    """Sum a matrix's salience over each unit, written out head by head and channel by channel."""
     config = model.config
-    head_dim, groups = config.head_dim, config.num_key_value_heads
-    num_queries = config.num_attention_heads // groups * head_dim
-    for index in LAYERS:
-        part = {
-            name.removeprefix(f"model.layers.{index}."): value
-            for name, value in salience.items()
-            if name.startswith(f"model.layers.{index}.")
-        }
-        heads = []
-        for group in range(groups):
-            keys = slice(group * head_dim, (group + 1) * head_dim)
-            queries = slice(group * num_queries, (group + 1) * num_queries)
-            heads.append(
-                part["self_attn.q_proj.weight"][queries].sum()
-                + part["self_attn.k_proj.weight"][keys].sum()
-                + part["self_attn.v_proj.weight"][keys].sum()
-                + part["self_attn.o_proj.weight"][:, queries].sum()
+    by_line = salience.sum(dim=0 if matrix in COLUMNS_OF_UNIT else 1)
+    if aggregation == "vector":
+        by_line = by_line.abs()
+    if matrix.startswith("mlp"):
+        return by_line
+    groups = config.num_key_value_heads
+    width = config.head_dim if matrix.endswith(("k_proj", "v_proj")) else config.head_dim * 2
+    return torch.stack([by_line[group * width : (group + 1) * width].sum() for group in range(groups)])
+
+
+def by_unit(model: PreTrainedModel, salience: dict[str, torch.Tensor], aggregation: str = "element") -> Scores:
+    """The sum over a unit's matrices."""
+    return {
+        index: {
+            kind: sum(
+                (
+                    units_of(matrix, salience[f"model.layers.{index}.{matrix}.weight"], model, aggregation)
+                    for matrix in matrices
+                ),
+                torch.zeros(()),
             )
-        channels = [
-            part["mlp.gate_proj.weight"][channel].sum()
-            + part["mlp.up_proj.weight"][channel].sum()
-            + part["mlp.down_proj.weight"][:, channel].sum()
-            for channel in range(config.intermediate_size)
-        ]
-        scores[index] = {"attention": torch.stack(heads), "mlp": torch.stack(channels)}
-    return scores
+            for kind, matrices in MATRICES.items()
+        }
+        for index in LAYERS
+    }
 
 
 def weights_of(model: PreTrainedModel) -> dict[str, torch.nn.Parameter]:
     return {name: parameter for name, parameter in model.named_parameters() if name.endswith("proj.weight")}
 
 
-def assert_same(scores: Scores, expected: Scores) -> None:
-    assert list(scores) == list(expected)
-    for index, kinds in expected.items():
-        for kind, values in kinds.items():
-            torch.testing.assert_close(scores[index][kind], values, rtol=1e-4, atol=0)
-
-
-def test_taylor_is_weight_times_gradient_of_the_mean_loss(
-    model: PreTrainedModel, tiny_model: Path, rows: list[dict[str, list[int]]]
-) -> None:
-    scores = taylor(model, LAYERS, rows, PAD)
-    # transformers' own loss on one padded batch, with autograd's own gradients.
+def padded(rows: list[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
     longest = max(len(row["input_ids"]) for row in rows)
-    batch = {
+    return {
         "input_ids": torch.tensor([row["input_ids"] + [PAD] * (longest - len(row["input_ids"])) for row in rows]),
         "labels": torch.tensor([row["labels"] + [-100] * (longest - len(row["labels"])) for row in rows]),
         "attention_mask": torch.tensor(
             [[1] * len(row["input_ids"]) + [0] * (longest - len(row["input_ids"])) for row in rows]
         ),
     }
-    other = load_dense(str(tiny_model), "float32")
-    other(**batch).loss.backward()
-    salience = {name: (weight * weight.grad).abs().detach() for name, weight in weights_of(other).items()}
-    assert_same(scores, by_unit(other, salience))
-    assert all(values.std() > 0 for kinds in scores.values() for values in kinds.values())
 
 
-def test_magnitude_is_the_sum_of_squares(model: PreTrainedModel) -> None:
-    salience = {name: weight.detach() ** 2 for name, weight in weights_of(model).items()}
-    assert_same(magnitude(model, LAYERS), by_unit(model, salience))
+def gradients(model: PreTrainedModel, rows: Any) -> dict[str, torch.Tensor]:
+    """autograd's gradients of transformers' own loss on one padded batch, times the weights."""
+    model.zero_grad()
+    model(**padded(list(rows))).loss.backward()
+    found = {name: (weight * weight.grad).detach().clone() for name, weight in weights_of(model).items()}
+    model.zero_grad(set_to_none=True)
+    return found
 
 
-def test_scoring_a_range_of_blocks_is_scoring_them_among_all(
-    model: PreTrainedModel, rows: list[dict[str, list[int]]]
+def assert_same(scores: Scores, expected: Scores) -> None:
+    assert list(scores) == list(expected)
+    for index, kinds in expected.items():
+        assert set(scores[index]) == set(kinds)
+        for kind, values in kinds.items():
+            torch.testing.assert_close(scores[index][kind], values.double(), rtol=1e-4, atol=0)
+    assert all(values.std() > 0 for kinds in scores.values() for values in kinds.values()), "nothing is told apart"
+
+
+def test_taylor_is_weight_times_gradient_of_the_mean_loss(model: PreTrainedModel, samples: Samples) -> None:
+    scores = score(model, LAYERS, settings_of(importance="taylor"), samples)
+    salience = {name: value.abs() for name, value in gradients(model, samples.rows).items()}
+    assert_same(scores, by_unit(model, salience))
+
+
+def test_second_order_is_the_mean_of_each_samples_square(model: PreTrainedModel, samples: Samples) -> None:
+    """The squares of one gradient of all samples would be another thing: there what they disagree on cancels."""
+    scores = score(model, LAYERS, settings_of(importance="taylor", order="second"), samples)
+    each = [gradients(model, [row]) for row in samples.rows]
+    salience = {name: sum(one[name] ** 2 for one in each) / len(each) for name in each[0]}
+    assert_same(scores, by_unit(model, salience))
+    together = {name: value**2 for name, value in gradients(model, samples.rows).items()}
+    assert not torch.allclose(scores[0]["mlp"], by_unit(model, together)[0]["mlp"].double(), rtol=0.05)
+
+
+def test_mixed_order_takes_half_the_second_off_the_first(model: PreTrainedModel, samples: Samples) -> None:
+    scores = score(model, LAYERS, settings_of(importance="taylor", order="mixed"), samples)
+    each = [gradients(model, [row]) for row in samples.rows]
+    whole = gradients(model, samples.rows)
+    salience = {name: (whole[name] - 0.5 * sum(one[name] ** 2 for one in each) / len(each)).abs() for name in whole}
+    assert_same(scores, by_unit(model, salience))
+
+
+@pytest.mark.parametrize("batch_size", [2, 8])
+@pytest.mark.parametrize("order", ["first", "second", "mixed"])
+def test_vectors_are_summed_before_the_absolute_value(
+    model: PreTrainedModel, samples: Samples, order: str, batch_size: int
 ) -> None:
-    every, last = taylor(model, LAYERS, rows, PAD), taylor(model, range(1, 2), rows, PAD)
-    assert list(last) == [1]
-    assert all(torch.equal(last[1][kind], every[1][kind]) for kind in ("attention", "mlp"))
+    """Signs cancel within a row or column, never between two of them; batches make no difference here."""
+    settings = settings_of(importance="taylor", aggregation="vector", order=order)
+    scores = score(model, LAYERS, settings, Samples(samples.rows, PAD, batch_size))
+    each, whole = [gradients(model, [row]) for row in samples.rows], gradients(model, samples.rows)
+    expected: Scores = {index: {} for index in LAYERS}
+    for index in LAYERS:
+        for kind, matrices in MATRICES.items():
+            total = torch.zeros(())
+            for matrix in matrices:
+                name, dim = f"model.layers.{index}.{matrix}.weight", 0 if matrix in COLUMNS_OF_UNIT else 1
+                first = whole[name].sum(dim)
+                second = sum(one[name].sum(dim) ** 2 for one in each) / len(each)
+                lines = {"first": first.abs(), "second": second, "mixed": (first - 0.5 * second).abs()}[order]
+                width = len(lines) // (48 if kind == "mlp" else 2)
+                total = total + lines.view(-1, width).sum(1)
+            expected[index][kind] = total
+    assert_same(scores, expected)
 
 
+@pytest.mark.parametrize("reduction", ["sum", "max"])
+def test_fisher_is_second_order_by_vector(model: PreTrainedModel, samples: Samples, reduction: str) -> None:
+    """Two names of one thing: the mean square of each sample's gradient of a mask on a row or column."""
+    named = score(model, LAYERS, settings_of(importance="fisher", reduction=reduction), samples)
+    options = {"order": "second", "aggregation": "vector", "reduction": reduction}
+    assert_same(named, score(model, LAYERS, settings_of(**options), samples))
+
+
+def test_over_several_batches_the_absolute_values_are_summed(model: PreTrainedModel, samples: Samples) -> None:
+    parts = [samples.rows[:2], samples.rows[2:4], samples.rows[4:]]
+    expected = [by_unit(model, {n: v.abs() for n, v in gradients(model, part).items()}) for part in parts]
+    total = {
+        index: {kind: sum((one[index][kind] for one in expected), torch.zeros(())) for kind in MATRICES}
+        for index in LAYERS
+    }
+    assert_same(score(model, LAYERS, settings_of(), Samples(samples.rows, PAD, batch_size=2)), total)
+
+
+@pytest.mark.parametrize(("norm", "power"), [("l1", 1), ("l2", 2)])
+def test_magnitude_is_the_sum_of_absolute_or_squared_weights(
+    model: PreTrainedModel, samples: Samples, norm: str, power: int
+) -> None:
+    salience = {name: weight.detach().abs() ** power for name, weight in weights_of(model).items()}
+    scores = score(model, LAYERS, settings_of(importance="magnitude", norm=norm), samples)
+    assert_same(scores, by_unit(model, salience))
+
+
+@pytest.mark.parametrize("importance", ["magnitude", "taylor"])
+@pytest.mark.parametrize(
+    ("reduction", "reduce"),
+    [
+        ("mean", lambda parts: parts.mean(0)),
+        ("max", lambda parts: parts.max(0).values),
+        ("product", lambda parts: parts.prod(0)),
+        ("last", lambda parts: parts[-1]),
+    ],
+)
+def test_matrices_are_reduced_to_one_score(
+    model: PreTrainedModel, samples: Samples, importance: str, reduction: str, reduce: Any
+) -> None:
+    if importance == "magnitude":
+        salience = {name: weight.detach() ** 2 for name, weight in weights_of(model).items()}
+    else:
+        salience = {name: value.abs() for name, value in gradients(model, samples.rows).items()}
+    expected = {
+        index: {
+            kind: reduce(
+                torch.stack(
+                    [
+                        units_of(matrix, salience[f"model.layers.{index}.{matrix}.weight"], model).double()
+                        for matrix in matrices
+                    ]
+                )
+            )
+            for kind, matrices in MATRICES.items()
+        }
+        for index in LAYERS
+    }
+    assert_same(score(model, LAYERS, settings_of(importance=importance, reduction=reduction), samples), expected)
+
+
+@pytest.mark.parametrize("importance", ["fluctuation", "activation_norm"])
+@pytest.mark.parametrize("batch_size", [2, 8])
+def test_what_reaches_the_output_projections_is_weighted_by_their_columns(
+    model: PreTrainedModel, samples: Samples, importance: str, batch_size: int
+) -> None:
+    """FLAP's variance and Wanda's norm, each over all real tokens however they were batched."""
+    scores = score(model, LAYERS, settings_of(importance=importance), Samples(samples.rows, PAD, batch_size=batch_size))
+    expected: Scores = {index: {} for index in LAYERS}
+    for index in LAYERS:
+        for kind, linear, units in (("attention", "self_attn.o_proj", 2), ("mlp", "mlp.down_proj", 48)):
+            path = f"model.layers.{index}.{linear}"
+            inputs = stacked_inputs(model, path, samples)
+            by_feature = inputs.var(0, unbiased=False) if importance == "fluctuation" else inputs.square().mean(0)
+            columns = model.get_submodule(path).weight.detach().double().square().sum(0)
+            expected[index][kind] = (by_feature * columns).view(units, -1).sum(1)
+    assert_same(scores, expected)
+
+
+def test_random_scores_are_those_of_the_seed_alone(model: PreTrainedModel, samples: Samples) -> None:
+    settings = settings_of(importance="random")
+    first, again = (score(tiny("llama", seed=seed), LAYERS, settings, samples, seed=3) for seed in (0, 1))
+    other = score(model, LAYERS, settings, samples, seed=4)
+    assert {kind: len(values) for kind, values in first[0].items()} == {"attention": 2, "mlp": 48}
+    for index in LAYERS:
+        for kind in MATRICES:
+            assert torch.equal(first[index][kind], again[index][kind])
+            assert not torch.equal(first[index][kind], other[index][kind])
+    assert not torch.equal(first[0]["mlp"], first[1]["mlp"])
+
+
+@pytest.mark.parametrize("importance", ["fisher", "taylor", "magnitude", "fluctuation", "activation_norm"])
+def test_scoring_a_range_of_blocks_is_scoring_them_among_all(
+    model: PreTrainedModel, samples: Samples, importance: str
+) -> None:
+    settings = settings_of(importance=importance)
+    every, last = score(model, LAYERS, settings, samples), score(model, (1, 2), settings, samples)
+    assert list(last) == [1, 2]
+    assert all(torch.equal(last[index][kind], every[index][kind]) for index in (1, 2) for kind in MATRICES)
+
+
+def test_only_the_kinds_that_may_go_are_scored(model: PreTrainedModel, samples: Samples) -> None:
+    every = score(model, LAYERS, settings_of(), samples)
+    some = score(model, LAYERS, settings_of(units=["mlp"]), samples)
+    assert [list(kinds) for kinds in some.values()] == [["mlp"]] * 3
+    assert all(torch.equal(some[index]["mlp"], every[index]["mlp"]) for index in LAYERS)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"order": "first"}, {"order": "mixed"}, {"aggregation": "vector"}, {"importance": "fluctuation"}],
+    ids=str,
+)
 @pytest.mark.parametrize("frozen", ["model.embed_tokens.weight", "model.layers.0.mlp.up_proj.weight"])
 def test_scoring_leaves_the_model_as_it_was(
-    model: PreTrainedModel, rows: list[dict[str, list[int]]], frozen: str
+    model: PreTrainedModel, samples: Samples, frozen: str, options: dict[str, str]
 ) -> None:
     model.get_parameter(frozen).requires_grad_(False)
     flags = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
-    first = taylor(model, LAYERS, rows, PAD)
+    first = score(model, LAYERS, settings_of(**options), samples)
     assert all(parameter.grad is None for parameter in model.parameters())
     assert {name: parameter.requires_grad for name, parameter in model.named_parameters()} == flags
     assert all(torch.equal(parameter, before[name]) for name, parameter in model.named_parameters())
-    second = taylor(model, LAYERS, rows, PAD)
+    second = score(model, LAYERS, settings_of(**options), samples)
     assert all(torch.equal(first[index][kind], second[index][kind]) for index in LAYERS for kind in first[index])
 
 
-def test_one_gradient_at_a_time_is_alive(model: PreTrainedModel, rows: list[dict[str, list[int]]]) -> None:
-    """What keeps pruning within the memory of the weights: each gradient is dropped before the next is handed over."""
+def test_one_gradient_at_a_time_is_alive(model: PreTrainedModel, samples: Samples) -> None:
+    """What keeps pruning within the memory of the weights: each gradient is freed before the next is handed over."""
     weights = weights_of(model)
+    handed: list[weakref.ref[torch.Tensor]] = []
     alive: list[int] = []
 
     def visit(name: str, parameter: torch.nn.Parameter, gradient: torch.Tensor) -> None:
+        alive.append(sum(reference() is not None for reference in handed))
         alive.append(sum(weight.grad is not None for weight in weights.values()))
+        handed.append(weakref.ref(gradient))
 
-    visit_gradients(model, weights, rows, PAD, visit, batch_size=3)
-    assert len(alive) == 2 * len(weights), "once per batch and weight"
-    assert max(alive) <= 1
+    visit_gradients(model, weights, Samples(samples.rows, PAD, batch_size=3), visit)
+    assert len(handed) == 2 * len(weights), "once per batch and weight"
+    assert max(alive) == 0
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2", "phi3", "opt", "gpt_neox"])
+@pytest.mark.parametrize("dim", [0, 1])
+def test_a_mask_gradient_is_the_sum_of_weight_times_gradient(name: str, dim: int, samples: Samples) -> None:
+    """Of every row, or column, of a linear layer, for each sample by itself; biases, windows and padding included."""
+    model = tiny(name)
+    # Of columns only where nothing else reads the layer's inputs.
+    last = ("o_proj", "out_proj", "dense", "down_proj", "fc2", "dense_4h_to_h")
+    linears = {
+        path: (module, dim)
+        for path, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear) and "layers" in path and (dim == 0 or path.endswith(last))
+    }
+    found: dict[str, list[torch.Tensor]] = {path: [] for path in linears}
+    grads: list[bool] = []
+
+    def visit(path: str, parts: torch.Tensor) -> None:
+        # Token by token, or summed over them already.
+        found[path].append(parts.reshape(len(parts), -1, parts.shape[-1]).sum(dim=1))
+        grads.append(any(parameter.grad is not None for parameter in model.parameters()))
+
+    model.get_parameter(next(iter(dict(model.named_parameters())))).requires_grad_(False)
+    flags = [parameter.requires_grad for parameter in model.parameters()]
+    visit_mask_gradients(model, linears, Samples(samples.rows, PAD, 3), visit)
+    assert [parameter.requires_grad for parameter in model.parameters()] == flags
+    assert not any(grads) and len(grads) == 2 * len(linears), "no weight needs a gradient for it"
+    model.requires_grad_(True)
+    for index, row in enumerate(samples.rows):
+        model.zero_grad()
+        model(**padded([row])).loss.backward()
+        for path, (linear, _) in linears.items():
+            expected = (linear.weight * linear.weight.grad).detach().sum(1 - dim)
+            largest = float(expected.abs().max())
+            torch.testing.assert_close(torch.cat(found[path])[index], expected, rtol=1e-3, atol=1e-3 * largest)
+            assert largest > 1e-4
 
 
 def test_gradients_add_up_over_batches(model: PreTrainedModel) -> None:
     """Two batches of equal token counts give twice the gradient of all rows at once."""
-    ids = torch.randint(2, 400, (4, 9), generator=torch.Generator().manual_seed(2)).tolist()
-    rows = [{"input_ids": row, "labels": row} for row in ids]
-    sums: dict[int, torch.Tensor] = {}
     weight = {"q": model.model.layers[0].self_attn.q_proj.weight}
-
+    sums: dict[int, torch.Tensor] = {}
     for batch_size in (4, 2):
         total = torch.zeros_like(weight["q"])
         visit_gradients(
-            model, weight, rows, PAD, lambda name, parameter, gradient, t=total: t.add_(gradient), batch_size
+            model,
+            weight,
+            samples_of((9, 9, 9, 9), batch_size=batch_size),
+            lambda name, parameter, gradient, t=total: t.add_(gradient),
         )
         sums[batch_size] = total
-    torch.testing.assert_close(sums[2], 2 * sums[4], rtol=1e-3, atol=1e-7)
+    torch.testing.assert_close(sums[2], 2 * sums[4], rtol=1e-3, atol=1e-6)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-@pytest.mark.parametrize("criterion", ["magnitude", "taylor"])
+@pytest.mark.parametrize(
+    "criterion",
+    [
+        {"importance": "magnitude"},
+        {"importance": "fisher"},
+        {"importance": "taylor"},
+        {"importance": "taylor", "aggregation": "vector"},
+        {"importance": "fluctuation"},
+        {"importance": "activation_norm"},
+    ],
+    ids=str,
+)
 def test_a_broken_weight_is_named(
-    model: PreTrainedModel, rows: list[dict[str, list[int]]], criterion: str, bad: float
+    model: PreTrainedModel, samples: Samples, criterion: dict[str, str], bad: float
 ) -> None:
     """Without the name, a person with a damaged checkpoint could only guess which of hundreds of weights it is."""
-    name = "model.layers.0.mlp.up_proj.weight"
+    name = "model.layers.1.mlp.down_proj"
     with torch.no_grad():
-        model.get_parameter(name)[3, 4] = bad
+        model.get_parameter(f"{name}.weight")[3, 4] = bad
     flags = {key: parameter.requires_grad for key, parameter in model.named_parameters()}
     with pytest.raises(TrainingDiverged) as caught:
-        magnitude(model, LAYERS) if criterion == "magnitude" else taylor(model, LAYERS, rows, PAD)
+        score(model, LAYERS, settings_of(**criterion), samples)
     assert name in str(caught.value)
+    assert "NaN or infinite" in str(caught.value)
     assert {key: parameter.requires_grad for key, parameter in model.named_parameters()} == flags
     assert all(parameter.grad is None for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("criterion", ["magnitude", "activation_norm"])
+def test_importance_that_overflows_is_named(model: PreTrainedModel, samples: Samples, criterion: str) -> None:
+    """The weight is finite, its square is not: nothing could be ranked against it."""
+    name = "model.layers.1.mlp.down_proj"
+    with torch.no_grad():
+        model.get_parameter(f"{name}.weight")[3, 4] = 1e30
+    with pytest.raises(TrainingDiverged, match=f"the importance of {name}.* is NaN or infinite"):
+        score(model, LAYERS, settings_of(importance=criterion), samples)
+
+
+@pytest.mark.parametrize("aggregation", ["element", "vector"])
+def test_a_gradient_that_is_broken_elsewhere_is_named(
+    model: PreTrainedModel, samples: Samples, aggregation: str
+) -> None:
+    """A final norm that is NaN: no scored weight is to blame, but what it makes of them is told."""
+    with torch.no_grad():
+        model.model.norm.weight[0] = float("nan")
+    flags = [parameter.requires_grad for parameter in model.parameters()]
+    with pytest.raises(TrainingDiverged, match=r"the gradient (of|at) model\.layers\.2\.\S+ is NaN or infinite"):
+        score(model, LAYERS, settings_of(aggregation=aggregation), samples)
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert [parameter.requires_grad for parameter in model.parameters()] == flags

@@ -2,161 +2,245 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
-from qpruner.config import PruneConfig
 from qpruner.errors import UserError
-from qpruner.models.loading import load_dense
-from qpruner.pruning.prune import num_parameters, prune
 from qpruner.pruning.selection import (
     Kept,
-    UnitSizes,
+    KindSize,
+    Sizes,
+    available,
     counts_per_layer,
     layer_range,
-    select_global,
-    select_per_layer,
-    unit_sizes,
+    select,
+    select_rate,
+    units_at_rate,
 )
 
 Values = dict[int, dict[str, list[float]]]
+SELECTIONS = ["per_layer", "global"]
+REMEDY = "lower the rate, widen"
 
 
-def random_sizes(generator: np.random.Generator) -> tuple[UnitSizes, int]:
-    """Units of a random but possible decoder, from tiny to Llama's, and how many blocks may be cut."""
+def sizes_of(num_layers: int, attention: tuple[int, int] | None = None, mlp: tuple[int, int] | None = None) -> Sizes:
+    """Blocks that are all alike, from (parameters, count) by kind; counted from 3, as behind `first_layer: 3`."""
+    one = {}
+    if attention:
+        one["attention"] = KindSize(*attention)
+    if mlp:
+        one["mlp"] = KindSize(*mlp)
+    return {index: dict(one) for index in range(3, 3 + num_layers)}
+
+
+def random_sizes(generator: np.random.Generator, multiple: int = 1) -> Sizes:
+    """Units of a random but possible decoder, from tiny to Llama's, 1 to 40 blocks of it."""
     head_dim, heads_per_group = int(generator.choice([16, 64, 128])), int(generator.choice([1, 2, 4, 8]))
     groups = int(generator.integers(2, 33))
     hidden = max(64, head_dim * heads_per_group * groups)
     channels = int(hidden * generator.uniform(1.5, 5.0))
-    return UnitSizes(
-        parameters={"attention": hidden * head_dim * (2 * heads_per_group + 2), "mlp": 3 * hidden},
-        count={"attention": groups, "mlp": channels},
-    ), int(generator.integers(1, 41))
+    return sizes_of(
+        int(generator.integers(1, 41)),
+        attention=(hidden * head_dim * (2 * heads_per_group + 2), groups),
+        mlp=(3 * hidden, channels - channels % multiple),
+    )
 
 
-def available(sizes: UnitSizes, num_layers: int) -> int:
-    return num_layers * sum(sizes.parameters[kind] * sizes.count[kind] for kind in ("attention", "mlp"))
+def smollm_sizes(generator: np.random.Generator) -> Sizes:
+    """A few blocks like those of SmolLM2-135M: two to five large key/value groups beside small channels."""
+    return sizes_of(
+        int(generator.integers(2, 6)),
+        attention=(64 * 576 * 8, int(generator.integers(2, 6))),
+        mlp=(3 * 576, int(generator.integers(900, 1600))),
+    )
 
 
-def random_scores(generator: np.random.Generator, sizes: UnitSizes, num_layers: int) -> Values:
+def random_scores(generator: np.random.Generator, sizes: Sizes, weight_of_heads: float = 1.0) -> Values:
+    """Gamma-distributed; heads matter `weight_of_heads` times as much a parameter as channels."""
     return {
-        index: {kind: generator.gamma(2.0, 1.0, count).tolist() for kind, count in sizes.count.items()}
-        for index in range(3, 3 + num_layers)
+        index: {
+            kind: (
+                generator.gamma(2.0, 1.0, size.count * size.partitions)
+                * (weight_of_heads * size.parameters / kinds["mlp"].parameters if kind == "attention" else 1.0)
+            ).tolist()
+            for kind, size in kinds.items()
+        }
+        for index, kinds in sizes.items()
     }
+
+
+def parameters_of(counts: dict[int, dict[str, int]], sizes: Sizes) -> int:
+    return sum(
+        number * sizes[index][kind].parameters for index, kinds in counts.items() for kind, number in kinds.items()
+    )
+
+
+def removed_by(kept: Kept, sizes: Sizes) -> int:
+    return sum(
+        (size.count * size.partitions - len(kept[index][kind])) * size.parameters // size.partitions
+        for index, kinds in sizes.items()
+        for kind, size in kinds.items()
+    )
 
 
 def channels_kept(kept: Kept) -> list[int]:
     return [len(kinds["mlp"]) for kinds in kept.values()]
 
 
-def removed_by(kept: Kept, scores: Values, sizes: UnitSizes) -> int:
-    return sum(
-        (len(values) - len(kept[index][kind])) * sizes.parameters[kind]
-        for index, kinds in scores.items()
-        for kind, values in kinds.items()
-    )
+def spread(counts: dict[int, dict[str, int]], kind: str) -> int:
+    """By how much the blocks differ."""
+    numbers = [kinds[kind] for kinds in counts.values()]
+    return max(numbers) - min(numbers)
+
+
+# ---- the rate
 
 
 @pytest.mark.parametrize("seed", range(300))
 def test_the_asked_share_goes_to_within_one_channel(seed: int) -> None:
     generator = np.random.default_rng(seed)
-    sizes, num_layers = random_sizes(generator)
-    target = int(available(sizes, num_layers) * generator.uniform(0.01, 0.8))
-    counts = counts_per_layer(target, sizes, num_layers)
-    removed = num_layers * counts.attention * sizes.parameters["attention"] + sum(counts.mlp) * sizes.parameters["mlp"]
-    assert abs(target - removed) <= sizes.parameters["mlp"]
-    assert 0 <= counts.attention < sizes.count["attention"]
-    assert len(counts.mlp) == num_layers
-    assert all(0 <= channels < sizes.count["mlp"] for channels in counts.mlp)
-    assert max(counts.mlp) - min(counts.mlp) <= 1
+    sizes = random_sizes(generator)
+    target = int(available(sizes) * generator.uniform(0.01, 0.8))
+    counts = counts_per_layer(sizes, target)
+    assert abs(target - parameters_of(counts, sizes)) <= sizes[3]["mlp"].parameters
+    assert list(counts) == list(sizes)
+    assert all(0 <= counts[index][kind] < size.count for index, kinds in sizes.items() for kind, size in kinds.items())
+    assert spread(counts, "mlp") <= 1
+    assert spread(counts, "attention") <= 1
 
 
-@pytest.mark.parametrize("round_to", [8, 64])
+@pytest.mark.parametrize("round_to", [8, 64, 128])
 @pytest.mark.parametrize("seed", range(40))
 def test_rounded_widths_cost_at_most_one_bundle(seed: int, round_to: int) -> None:
     generator = np.random.default_rng(seed)
-    sizes, num_layers = random_sizes(generator)
-    sizes.count["mlp"] -= sizes.count["mlp"] % round_to  # type: ignore[index]
-    target = int(available(sizes, num_layers) * generator.uniform(0.01, 0.5))
-    counts = counts_per_layer(target, sizes, num_layers, round_to)
-    removed = num_layers * counts.attention * sizes.parameters["attention"] + sum(counts.mlp) * sizes.parameters["mlp"]
-    assert abs(target - removed) <= sizes.parameters["mlp"] * round_to
-    assert all((sizes.count["mlp"] - channels) % round_to == 0 for channels in counts.mlp)
+    sizes = random_sizes(generator, multiple=round_to)
+    if sizes[3]["mlp"].count <= round_to:
+        sizes = sizes_of(len(sizes), (sizes[3]["attention"].parameters, 4), (sizes[3]["mlp"].parameters, 4 * round_to))
+    target = int(available(sizes) * generator.uniform(0.01, 0.5))
+    counts = counts_per_layer(sizes, target, round_to)
+    assert abs(target - parameters_of(counts, sizes)) <= sizes[3]["mlp"].parameters * round_to
+    assert all((sizes[index]["mlp"].count - kinds["mlp"]) % round_to == 0 for index, kinds in counts.items())
+    assert spread(counts, "mlp") <= round_to
 
 
-@pytest.mark.parametrize("select", [select_per_layer, select_global])
+@pytest.mark.parametrize("selection", SELECTIONS)
 @pytest.mark.parametrize("channels", [640, 600])
-def test_what_stays_is_a_multiple_of_round_to(select: object, channels: int) -> None:
+@pytest.mark.parametrize("round_to", [32, 64, 128])
+@pytest.mark.parametrize("rate", [0.05, 0.4])
+def test_what_stays_is_a_multiple_of_round_to(selection: str, channels: int, round_to: int, rate: float) -> None:
     """Also when the base model's own width is none."""
-    sizes = UnitSizes({"attention": 20000, "mlp": 60}, {"attention": 3, "mlp": channels})
-    scores = random_scores(np.random.default_rng(0), sizes, 4)
-    target = int(0.4 * available(sizes, 4))
-    kept = select(scores, target, sizes, 64)  # type: ignore[operator]
-    assert abs(target - removed_by(kept, scores, sizes)) <= 64 * sizes.parameters["mlp"]
-    assert all(width % 64 == 0 and width > 0 for width in channels_kept(kept) if width != channels)
+    sizes = sizes_of(4, attention=(20000, 3), mlp=(60, channels))
+    target = int(rate * available(sizes))
+    scores = random_scores(np.random.default_rng(0), sizes, weight_of_heads=5.0)
+    kept = select(scores, sizes, target, selection, round_to)
+    assert abs(target - removed_by(kept, sizes)) <= round_to * sizes[3]["mlp"].parameters
+    assert all(width % round_to == 0 and width > 0 for width in channels_kept(kept) if width != channels)
+    assert any(width != channels for width in channels_kept(kept))
 
 
-def test_a_multiple_wider_than_the_block_is_refused() -> None:
-    sizes = UnitSizes({"attention": 2000, "mlp": 60}, {"attention": 2, "mlp": 50})
+@pytest.mark.parametrize("selection", SELECTIONS)
+def test_a_multiple_wider_than_the_block_is_refused(selection: str) -> None:
+    sizes = sizes_of(2, attention=(2000, 2), mlp=(60, 50))
+    scores = random_scores(np.random.default_rng(0), sizes)
     with pytest.raises(UserError, match="at most the 50 MLP channels of a block, got 64"):
-        counts_per_layer(1000, sizes, 2, round_to=64)
+        select(scores, sizes, 1000, selection, round_to=64)
+    with pytest.raises(UserError, match="at most the 50 MLP channels of a block, got 64"):
+        select_rate(scores, sizes, 0.2, round_to=64)
 
 
 @pytest.mark.parametrize(
-    ("parameters", "count", "num_layers", "rate"),
+    ("attention", "mlp", "num_layers", "rate"),
     [
         # Two large key/value groups and a small MLP: half of the attention is more than all that is to go.
-        ({"attention": 6000, "mlp": 30}, {"attention": 2, "mlp": 300}, 4, 0.26),
+        ((6000, 2), (30, 300), 4, 0.26),
         # SmolLM2-135M: 3 key/value groups.
-        ({"attention": 64 * 576 * 8, "mlp": 3 * 576}, {"attention": 3, "mlp": 1536}, 30, 0.2),
+        ((64 * 576 * 8, 3), (3 * 576, 1536), 30, 0.2),
+        ((64 * 576 * 8, 3), (3 * 576, 1536), 30, 0.3),
+        ((64 * 576 * 8, 3), (3 * 576, 1536), 30, 0.5),
+        # Channels alone are a little less than what is to go, and one group of every block would be far more.
+        ((6000, 2), (30, 150), 4, 19800 / 66000),
+        ((6000, 2), (30, 150), 4, 17900 / 66000),
     ],
 )
 def test_coarse_attention_units_do_not_overshoot(
-    parameters: dict[str, int], count: dict[str, int], num_layers: int, rate: float
+    attention: tuple[int, int], mlp: tuple[int, int], num_layers: int, rate: float
 ) -> None:
-    sizes = UnitSizes(parameters, count)
-    target = int(rate * available(sizes, num_layers))
-    counts = counts_per_layer(target, sizes, num_layers)
-    removed = num_layers * counts.attention * parameters["attention"] + sum(counts.mlp) * parameters["mlp"]
-    assert abs(target - removed) <= parameters["mlp"]
+    sizes = sizes_of(num_layers, attention, mlp)
+    target = int(rate * available(sizes))
+    counts = counts_per_layer(sizes, target)
+    assert abs(target - parameters_of(counts, sizes)) <= mlp[0]
+    assert spread(counts, "attention") <= 1
 
 
-def test_a_rate_between_what_units_can_make_up_is_refused() -> None:
-    """All channels are less than what is to go, and one key/value group of every block is more."""
-    sizes = UnitSizes({"attention": 6000, "mlp": 30}, {"attention": 2, "mlp": 150})
-    with pytest.raises(UserError, match="lower the rate or widen"):
-        counts_per_layer(19800, sizes, 4)
-
-
-@pytest.mark.parametrize("select", [select_per_layer, select_global])
+@pytest.mark.parametrize("selection", SELECTIONS)
+@pytest.mark.parametrize("weight_of_heads", [0.01, 1.0, 30.0])
 @pytest.mark.parametrize("seed", range(20))
-def test_every_block_keeps_a_unit_of_each_kind(select: object, seed: int) -> None:
+def test_every_block_keeps_a_unit_of_each_kind(selection: str, weight_of_heads: float, seed: int) -> None:
+    """However the scores fall: heads that matter most of all still go where channels cannot make up the rate."""
     generator = np.random.default_rng(seed)
-    sizes = UnitSizes(
-        {"attention": 64 * 576 * 8, "mlp": 3 * 576},
-        {"attention": int(generator.integers(2, 6)), "mlp": int(generator.integers(900, 1600))},
-    )
-    num_layers = int(generator.integers(2, 6))
-    scores = random_scores(generator, sizes, num_layers)
-    target = int(available(sizes, num_layers) * generator.uniform(0.05, 0.7))
-    kept = select(scores, target, sizes)  # type: ignore[operator]
+    sizes = smollm_sizes(generator)
+    scores = random_scores(generator, sizes, weight_of_heads)
+    target = int(available(sizes) * generator.uniform(0.05, 0.75))
+    kept = select(scores, sizes, target, selection)
     assert list(kept) == list(scores)
     for index, kinds in kept.items():
+        assert list(kinds) == ["attention", "mlp"]
         for kind, units in kinds.items():
             assert len(units) >= 1
             assert list(units) == sorted(set(units))
             assert set(units) <= set(range(len(scores[index][kind])))
-    assert abs(target - removed_by(kept, scores, sizes)) <= sizes.parameters["mlp"]
+    assert abs(target - removed_by(kept, sizes)) <= sizes[3]["mlp"].parameters
+
+
+@pytest.mark.parametrize("selection", SELECTIONS)
+@pytest.mark.parametrize("rate", [0.18, 0.2, 0.25, 0.3, 0.5])
+def test_three_key_value_heads_alone_go_to_the_nearest_possible_number(selection: str, rate: float) -> None:
+    """SmolLM2's attention: not every rate is possible, but none nearer than what goes."""
+    size = 64 * 576 * 8
+    sizes = sizes_of(5, attention=(size, 3))
+    scores = {index: {"attention": [3.0, 1.0, 2.0]} for index in sizes}
+    target = int(rate * available(sizes))
+    kept = select(scores, sizes, target, selection)
+    assert abs(target - removed_by(kept, sizes)) <= size / 2
+    assert all({0} <= set(kinds["attention"]) <= {0, 1, 2} for kinds in kept.values())
+    assert all(1 not in kinds["attention"] for kinds in kept.values() if len(kinds["attention"]) < 3)
+    # What does not divide evenly is spread over the blocks.
+    numbers = [len(kinds["attention"]) for kinds in kept.values()]
+    assert max(numbers) - min(numbers) <= (1 if selection == "per_layer" else 2)
+
+
+@pytest.mark.parametrize("selection", SELECTIONS)
+def test_more_than_the_blocks_have_is_refused_with_what_to_do(selection: str) -> None:
+    sizes = sizes_of(2, attention=(2000, 2), mlp=(60, 50))
+    scores = random_scores(np.random.default_rng(0), sizes)
+    everything = available(sizes)
+    for target in (everything, everything + 1, everything - 100):
+        with pytest.raises(UserError, match=REMEDY) as caught:
+            select(scores, sizes, target, selection)
+        assert f"{target:,} parameters to go, but at most {2 * (2000 + 49 * 60):,} can" in str(caught.value)
+    assert removed_by(select(scores, sizes, 2 * (2000 + 49 * 60), selection), sizes) == 2 * (2000 + 49 * 60)
+
+
+@pytest.mark.parametrize("selection", SELECTIONS)
+def test_a_share_that_rounds_to_every_head_leaves_one(selection: str) -> None:
+    sizes = sizes_of(3, attention=(1000, 2), mlp=(10, 2000))
+    target = int(0.85 * available(sizes))
+    kept = select(random_scores(np.random.default_rng(0), sizes, weight_of_heads=0.01), sizes, target, selection)
+    assert [len(kinds["attention"]) for kinds in kept.values()] == [1, 1, 1]
+    assert abs(target - removed_by(kept, sizes)) <= 10
+
+
+# ---- which
 
 
 @pytest.mark.parametrize("seed", range(5))
 def test_the_least_important_go_first_in_every_block(seed: int) -> None:
     generator = np.random.default_rng(seed)
-    sizes = UnitSizes({"attention": 2000, "mlp": 60}, {"attention": 4, "mlp": 200})
-    scores = random_scores(generator, sizes, 4)
-    kept = select_per_layer(scores, int(0.3 * available(sizes, 4)), sizes)
+    sizes = sizes_of(4, attention=(2000, 4), mlp=(60, 200))
+    scores = random_scores(generator, sizes)
+    kept = select(scores, sizes, int(0.3 * available(sizes)), "per_layer")
     for index, kinds in scores.items():
         for kind, values in kinds.items():
             gone = set(range(len(values))) - set(kept[index][kind])
@@ -167,12 +251,12 @@ def test_the_least_important_go_first_in_every_block(seed: int) -> None:
 @pytest.mark.parametrize("seed", range(5))
 def test_a_global_selection_takes_the_least_important_wherever_they_are(seed: int) -> None:
     generator = np.random.default_rng(seed)
-    sizes = UnitSizes({"attention": 2000, "mlp": 60}, {"attention": 4, "mlp": 200})
-    scores = random_scores(generator, sizes, 4)
+    sizes = sizes_of(4, attention=(2000, 4), mlp=(60, 200))
+    scores = random_scores(generator, sizes, weight_of_heads=0.1)
     # The first block matters least, so it must lose more than the last.
     for kind in ("attention", "mlp"):
         scores[3][kind] = [value / 20 for value in scores[3][kind]]
-    kept = select_global(scores, int(0.3 * available(sizes, 4)), sizes)
+    kept = select(scores, sizes, int(0.3 * available(sizes)), "global")
     for kind in ("attention", "mlp"):
         gone = [
             value for index in scores for unit, value in enumerate(scores[index][kind]) if unit not in kept[index][kind]
@@ -187,29 +271,211 @@ def test_a_global_selection_takes_the_least_important_wherever_they_are(seed: in
 
 def test_attention_and_channels_compete_per_parameter() -> None:
     """A unit a hundred times as large has to matter a hundred times as much to stay."""
-    sizes = UnitSizes({"attention": 1000, "mlp": 10}, {"attention": 2, "mlp": 300})
+    sizes = {0: {"attention": KindSize(1000, 2), "mlp": KindSize(10, 300)}}
     cheap_head = {0: {"attention": [900.0, 5.0], "mlp": [1.0] * 300}}
     dear_head = {0: {"attention": [900.0, 500.0], "mlp": [1.0] * 300}}
-    assert select_global(cheap_head, 1000, sizes)[0]["attention"] == (0,)
-    assert select_global(dear_head, 1000, sizes)[0]["attention"] == (0, 1)
+    assert select(cheap_head, sizes, 1000, "global")[0]["attention"] == (0,)
+    assert select(dear_head, sizes, 1000, "global")[0]["attention"] == (0, 1)
 
 
-@pytest.mark.parametrize("select", [select_per_layer, select_global])
-def test_more_than_the_blocks_have_is_refused_with_what_to_do(select: object) -> None:
-    sizes = UnitSizes({"attention": 2000, "mlp": 60}, {"attention": 2, "mlp": 50})
-    scores = random_scores(np.random.default_rng(0), sizes, 2)
-    everything = available(sizes, 2)
-    for target in (everything, everything + 1, everything - 100):
-        with pytest.raises(UserError, match="lower the rate or widen"):
-            select(scores, target, sizes)  # type: ignore[operator]
+def test_channels_come_back_when_a_head_has_to_go() -> None:
+    """Channels alone fall short of 1200; the head that must go is worth 100 of them, and the dearest channels stay."""
+    sizes = {0: {"attention": KindSize(1000, 2), "mlp": KindSize(10, 100)}}
+    scores = {0: {"attention": [1e9, 1e8], "mlp": [float(unit) for unit in range(100)]}}
+    kept = select(scores, sizes, 1200, "global")
+    assert kept[0] == {"attention": (0,), "mlp": tuple(range(20, 100))}
+
+
+@pytest.mark.parametrize("selection", SELECTIONS)
+@pytest.mark.parametrize("round_to", [1, 8])
+def test_steps_remove_more_and_more_of_the_same(selection: str, round_to: int) -> None:
+    """A unit that is gone scores minus infinity and never comes back; the last step ends where one step would."""
+    generator = np.random.default_rng(4)
+    sizes = sizes_of(3, attention=(2000, 4), mlp=(60, 200))
+    target = int(0.4 * available(sizes))
+    once = select(random_scores(generator, sizes), sizes, target, selection, round_to)
+    before: Kept = {index: {kind: tuple(range(s.count)) for kind, s in kinds.items()} for index, kinds in sizes.items()}
+    removed = [0]
+    for step in (1, 2, 3):
+        scores = random_scores(generator, sizes)
+        for index, kinds in scores.items():
+            for kind, values in kinds.items():
+                for unit in set(range(len(values))) - set(before[index][kind]):
+                    values[unit] = float("-inf")
+        kept = select(scores, sizes, target, selection, round_to, progress=step / 3)
+        assert all(set(kept[index][kind]) <= set(before[index][kind]) for index in sizes for kind in sizes[index])
+        removed.append(removed_by(kept, sizes))
+        before = kept
+    assert removed == sorted(set(removed)), "every step takes something"
+    assert abs(removed[-1] - removed_by(once, sizes)) <= 60 * round_to
+    assert abs(removed[-1] - target) <= 60 * round_to
+
+
+def test_what_an_earlier_step_removed_never_comes_back() -> None:
+    """Channels went first; the head that the last step must take is worth more of them than can still return."""
+    sizes = {0: {"attention": KindSize(1000, 2), "mlp": KindSize(10, 100)}}
+    scores: Values = {0: {"attention": [1e9, 1e8], "mlp": [float(unit) for unit in range(100)]}}
+    first = select(scores, sizes, 1200, "global", progress=0.5)
+    assert first[0] == {"attention": (0, 1), "mlp": tuple(range(60, 100))}
+    scores[0]["mlp"][:60] = [float("-inf")] * 60
+    last = select(scores, sizes, 1200, "global")
+    assert set(last[0]["mlp"]) <= set(first[0]["mlp"])
+    assert 1200 <= removed_by(last, sizes) <= 1200 + 1000
+
+
+# ---- every block alike
+
+
+@pytest.mark.parametrize("round_to", [1, 64])
+@pytest.mark.parametrize("seed", range(40))
+def test_uniform_widths_are_alike_and_as_near_as_one_unit_of_every_block(seed: int, round_to: int) -> None:
+    generator = np.random.default_rng(seed)
+    sizes = random_sizes(generator, multiple=round_to)
+    target = int(available(sizes) * generator.uniform(0.05, 0.5))
+    counts = counts_per_layer(sizes, target, round_to, uniform=True)
+    assert len({tuple(kinds.items()) for kinds in counts.values()}) == 1
+    assert (sizes[3]["mlp"].count - counts[3]["mlp"]) % round_to == 0
+    off = abs(target - parameters_of(counts, sizes))
+    assert off <= len(sizes) * sizes[3]["mlp"].parameters * (round_to / 2 if round_to > 1 else 1)
+
+
+@pytest.mark.parametrize(("rate", "stays"), [(0.1, 16), (0.2, 16), (0.3, 8), (0.6, 8), (0.7, 4)])
+def test_uniform_heads_are_of_a_number_that_a_plain_checkpoint_can_have(rate: float, stays: int) -> None:
+    """transformers refuses a Llama whose hidden size is no multiple of its heads: 26 of 32 cannot be loaded."""
+    plain = tuple(count for count in range(1, 17) if 64 % count == 0)
+    sizes = {index: {"attention": KindSize(1000, 16, plain=plain)} for index in range(3)}
+    counts = counts_per_layer(sizes, int(rate * available(sizes)), uniform=True)
+    assert [16 - kinds["attention"] for kinds in counts.values()] == [stays] * 3
+    # Where channels can make up the difference, heads never go too far, and the rate is met.
+    both = {index: {"attention": KindSize(1000, 16, plain=plain), "mlp": KindSize(10, 4000)} for index in range(3)}
+    target = int(rate * available(both))
+    counts = counts_per_layer(both, target, uniform=True)
+    assert 16 - counts[0]["attention"] in plain
+    assert counts[0]["attention"] <= rate * 16
+    assert abs(target - parameters_of(counts, both)) <= 3 * 10
+
+
+def test_uniform_heads_go_further_when_channels_cannot_give_the_rest() -> None:
+    plain = (1, 2, 4, 8)
+    sizes = {index: {"attention": KindSize(1000, 8, plain=plain), "mlp": KindSize(10, 101)} for index in range(2)}
+    counts = counts_per_layer(sizes, 2 * 3500, uniform=True)
+    assert [8 - kinds["attention"] for kinds in counts.values()] == [4, 4]
+    assert abs(parameters_of(counts, sizes) - 2 * 4000) <= 0, "four heads are more than asked, so no channel goes"
+
+
+# ---- experts
+
+
+@pytest.mark.parametrize("selection", SELECTIONS)
+def test_every_expert_keeps_its_own_channels_of_one_number(selection: str) -> None:
+    """Stacked experts have one shape: each may keep other channels, none more of them."""
+    generator = np.random.default_rng(0)
+    sizes = {index: {"attention": KindSize(900, 3), "mlp": KindSize(40, 32, partitions=4)} for index in range(3)}
+    scores = random_scores(generator, sizes)
+    target = int(0.3 * available(sizes))
+    kept = select(scores, sizes, target, selection, round_to=8)
+    assert abs(target - removed_by(kept, sizes)) <= 40 * 8
+    for index, kinds in kept.items():
+        by_expert = [[unit % 32 for unit in kinds["mlp"] if unit // 32 == expert] for expert in range(4)]
+        assert len({len(channels) for channels in by_expert}) == 1
+        assert len(by_expert[0]) % 8 == 0 and len(by_expert[0]) >= 8
+        if len(by_expert[0]) < 32:
+            assert len({tuple(channels) for channels in by_expert}) > 1
+        for expert, channels in enumerate(by_expert):
+            values = scores[index]["mlp"][expert * 32 : (expert + 1) * 32]
+            gone = [values[channel] for channel in range(32) if channel not in channels]
+            assert not gone or max(gone) <= min(values[channel] for channel in channels)
+
+
+@pytest.mark.parametrize("selection", SELECTIONS)
+@pytest.mark.parametrize("rate", [0.2, 0.5])
+def test_a_token_finds_as_many_experts_as_it_is_sent_to(selection: str, rate: float) -> None:
+    sizes = {index: {"attention": KindSize(900, 4), "expert": KindSize(3000, 8, least=6)} for index in range(3)}
+    scores: Values = {index: {"attention": [9.0] * 4, "expert": [float(unit) for unit in range(8)]} for index in sizes}
+    target = min(int(rate * available(sizes)), 3 * (3 * 900 + 2 * 3000))
+    kept = select(scores, sizes, target, selection)
+    assert all(len(kinds["expert"]) >= 6 for kinds in kept.values())
+    assert abs(target - removed_by(kept, sizes)) <= 900
+    assert all(kinds["expert"][-1] == 7 for kinds in kept.values())
+
+
+@pytest.mark.parametrize("rate", [0.1, 0.2, 0.3, 0.5])
+def test_experts_and_attention_meet_the_rate_and_share_it(rate: float) -> None:
+    """Mixtral-8x7B: experts 34 times as large as key/value groups, which could not make up for one less a block."""
+    expert, group = 3 * 4096 * 14336 + 4096, 4096 * 128 * 10
+    sizes = {index: {"attention": KindSize(group, 8), "expert": KindSize(expert, 8, least=2)} for index in range(32)}
+    target = int(rate * available(sizes))
+    counts = counts_per_layer(sizes, target)
+    assert abs(target - parameters_of(counts, sizes)) <= group
+    assert spread(counts, "expert") <= 1
+    assert all(kinds["attention"] <= 8 * rate + 3 for kinds in counts.values()), "it does not stand in for experts"
+
+
+# ---- each block's own share
 
 
 @pytest.mark.parametrize(
-    ("first", "last", "expected"),
-    [(0, -1, range(0, 8)), (2, 5, range(2, 6)), (3, 3, range(3, 4)), (7, -1, range(7, 8))],
+    ("rows", "count", "rate", "removed"),
+    [
+        # 3 heads of 64: `(192 - int(192 * (1 - rate))) // 64`.
+        (64, 3, 0.2, 0),
+        (64, 3, 0.328, 0),
+        (64, 3, 0.329, 1),
+        (64, 3, 0.66, 1),
+        (64, 3, 0.67, 2),
+        # 32 heads of 128, and 11008 channels: Llama-2-7B.
+        (128, 32, 0.25, 8),
+        (128, 32, 0.2, 6),
+        (1, 11008, 0.25, 2752),
+        (1, 11008, 0.2, 2202),
+        (1, 1536, 0.001, 2),
+        # The last one stays.
+        (64, 1, 0.9, 0),
+        (1, 4, 0.99, 3),
+    ],
 )
-def test_a_range_of_blocks_includes_both_ends(first: int, last: int, expected: range) -> None:
-    assert layer_range(first, last, 8) == expected
+def test_a_blocks_own_share_is_counted_as_published(rows: int, count: int, rate: float, removed: int) -> None:
+    assert units_at_rate(KindSize(7, count, rows=rows), rate) == removed
+
+
+@pytest.mark.parametrize(("rate", "stays"), [(0.2, 192), (0.3, 192), (0.4, 128), (0.5, 128), (0.95, 64), (0.05, 256)])
+def test_a_blocks_own_share_is_rounded_to_a_multiple(rate: float, stays: int) -> None:
+    assert 256 - units_at_rate(KindSize(7, 256), rate, round_to=64) == stays
+
+
+def test_a_blocks_own_share_takes_its_least_important() -> None:
+    sizes = {0: {"attention": KindSize(900, 4, rows=8), "mlp": KindSize(10, 10)}, 5: {"mlp": KindSize(10, 20)}}
+    scores: Values = {
+        0: {"attention": [4.0, 1.0, 3.0, 2.0], "mlp": [float(-unit) for unit in range(10)]},
+        5: {"mlp": [float(unit) for unit in range(20)]},
+    }
+    assert select_rate(scores, sizes, 0.5) == {
+        0: {"attention": (0, 2), "mlp": tuple(range(5))},
+        5: {"mlp": tuple(range(10, 20))},
+    }
+    half_way = select_rate(scores, sizes, 0.5, progress=0.5)
+    assert [len(half_way[0]["attention"]), len(half_way[0]["mlp"]), len(half_way[5]["mlp"])] == [3, 8, 15]
+
+
+# ---- which blocks
+
+
+@pytest.mark.parametrize(
+    ("first", "last", "protected", "expected"),
+    [
+        (0, -1, (), range(0, 8)),
+        (2, 5, (), range(2, 6)),
+        (3, 3, (), range(3, 4)),
+        (7, -1, (), range(7, 8)),
+        (0, -1, (0, -1), range(1, 7)),
+        (1, -2, (3, -4), (1, 2, 5, 6)),
+        (2, 4, (0, 7), (2, 3, 4)),
+    ],
+)
+def test_a_range_of_blocks_includes_both_ends_but_not_the_protected(
+    first: int, last: int, protected: tuple[int, ...], expected: Any
+) -> None:
+    assert layer_range(first, last, 8, protected) == tuple(expected)
 
 
 @pytest.mark.parametrize(("first", "last"), [(8, -1), (0, 8), (5, 4), (0, -9), (3, -7)])
@@ -218,38 +484,12 @@ def test_a_range_outside_the_model_is_refused(first: int, last: int) -> None:
         layer_range(first, last, 8)
 
 
-@pytest.mark.parametrize("selection", ["per_layer", "global"])
-@pytest.mark.parametrize(("importance", "round_to"), [("magnitude", 1), ("taylor", 1), ("magnitude", 64)])
-def test_the_model_loses_the_rate_that_was_asked(
-    tiny_model: Path, selection: str, importance: str, round_to: int
-) -> None:
-    model = load_dense(str(tiny_model), "float32")
-    channel = unit_sizes(model, 0).parameters["mlp"]
-    before = num_parameters(model)
-    rows = [{"input_ids": list(range(5, 25)), "labels": list(range(5, 25))}] * 2
-    settings = PruneConfig.model_validate(
-        {"rate": 0.15, "selection": selection, "importance": importance, "round_to": round_to}
-    )
-    pruned = prune(model, settings, rows, pad_id=1)
-    assert pruned.parameters_before == before
-    assert pruned.parameters_after == num_parameters(pruned.model)
-    assert abs((before - pruned.parameters_after) - 0.15 * before) <= channel * round_to
-    assert all(width % round_to == 0 for width in channels_kept(pruned.kept))
+@pytest.mark.parametrize("protected", [(8,), (-9,), (1, 12)])
+def test_a_protected_block_outside_the_model_is_refused(protected: tuple[int, ...]) -> None:
+    with pytest.raises(UserError, match=rf"no block {protected[-1]}; the model has 8, 0 to 7"):
+        layer_range(0, -1, 8, protected)
 
 
-def test_blocks_outside_the_range_keep_their_weights(tiny_model: Path) -> None:
-    model = load_dense(str(tiny_model), "float32")
-    first = {name: value.clone() for name, value in model.model.layers[0].state_dict().items()}
-    settings = PruneConfig(rate=0.1, importance="magnitude", first_layer=1, round_to=1)
-    pruned = prune(model, settings, [], pad_id=1)
-    after = pruned.model.model.layers[0].state_dict()
-    assert all((after[name] == value).all() for name, value in first.items())
-    assert list(pruned.kept) == [1]
-
-
-def test_a_rate_of_zero_changes_nothing(tiny_model: Path) -> None:
-    model = load_dense(str(tiny_model), "float32")
-    pruned = prune(model, PruneConfig(rate=0.0), [], pad_id=1)
-    assert pruned.model is model
-    assert pruned.kept == {}
-    assert pruned.parameters_before == pruned.parameters_after == num_parameters(model)
+def test_protecting_every_block_is_refused() -> None:
+    with pytest.raises(UserError, match=r"leaves no block that may be cut: name fewer, or widen `prune\.first_layer`"):
+        layer_range(2, 3, 8, (2, -5))
