@@ -14,9 +14,9 @@ from qpruner.config import BudgetConfig, RunConfig
 from qpruner.data import Example, check_disjoint, encode, load_examples, load_token_ids, normalized, windows
 from qpruner.errors import UserError
 from qpruner.evaluate import task_questions
-from qpruner.models.layout import layout_of
+from qpruner.models.layout import layout_of, num_layers
 from qpruner.models.loading import check_source, load_model_config, load_tokenizer, resolve_source
-from qpruner.models.structure import family_of
+from qpruner.models.structure import EXPERT, family_of
 from qpruner.plan import Layout, check_cpu_widths
 from qpruner.pruning.prune import expected_config
 from qpruner.rundir import run_root
@@ -103,9 +103,15 @@ def check_quantizable(model_config: Any) -> None:
     """
     family = family_of(model_config)
     if family.unquantizable:
+        with_experts = (
+            index
+            for index in range(num_layers(model_config))
+            if any(kind.name == EXPERT for kind in family.unit_kinds(model_config.per_layer_config[index], index))
+        )
+        path = f"{family.block_path(next(with_experts, 0))}.{family.unquantizable[0]}"
         raise UserError(
-            f"`quantize`: the experts of a {family.model_type} model are stacked in one parameter "
-            f"({family.block_path(0)}.{family.unquantizable[0]}), which bitsandbytes' 4- and 8-bit layers cannot hold: "
+            f"`quantize`: the experts of a {family.model_type} model are stacked in one parameter ({path}), which "
+            "bitsandbytes' 4- and 8-bit layers cannot hold: "
             "such a model can be pruned (`qpruner prune`), not quantized"
         )
 

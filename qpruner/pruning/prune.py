@@ -263,13 +263,12 @@ def check_settings(model_config: Any, settings: PruneConfig) -> None:
         UserError: Naming the key and the remedy.
     """
     family, count = family_of(model_config), num_layers(model_config)
-    kinds = {
-        kind.name: kind
+    stacked = [
+        kind
         for index in range(count)
         for kind in family.unit_kinds(model_config.per_layer_config[index], index)
-        if kind.name in settings.width_units
-    }
-    stacked = [kind for kind in kinds.values() if kind.partitions > 1 or kind.name == EXPERT]
+        if kind.name in settings.width_units and (kind.partitions > 1 or kind.name == EXPERT)
+    ]
     by_linear = [
         f"{key} {value} ({remedy})"
         for key, value, remedy, looks_at_linears in (
@@ -285,7 +284,7 @@ def check_settings(model_config: Any, settings: PruneConfig) -> None:
             f"({stacked[0].slices[0].parameter}), which no linear layer holds; what looks at linear layers cannot be "
             f"used: {', '.join(by_linear)}; take the ones in brackets, or `prune.units: [attention]`"
         )
-    if stacked and MLP in kinds and settings.round_to % GROUPED_MATMUL_MULTIPLE:
+    if any(kind.name == MLP for kind in stacked) and settings.round_to % GROUPED_MATMUL_MULTIPLE:
         raise UserError(
             f"`prune.round_to` must be a multiple of {GROUPED_MATMUL_MULTIPLE} for the experts of a "
             f"{family.model_type} model, got {settings.round_to}: torch's grouped matrix product takes rows of whole "

@@ -1,0 +1,176 @@
+"""4- and 8-bit layers in every family: if this broke, a family could be pruned but the run would end at its bank."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import bitsandbytes as bnb
+import pytest
+import torch
+from tiny_families import (
+    DENSE,
+    MIXTURES,
+    VARIANTS,
+    family_model,
+    family_name,
+    kept_of,
+    logits_of,
+    training_losses,
+    with_output_biases,
+)
+from transformers import AutoModelForCausalLM
+
+from qpruner.config import LoraConfig
+from qpruner.errors import UserError
+from qpruner.models.layout import group_linears, layout_of
+from qpruner.plan import PrecisionPlan
+from qpruner.preflight import check_quantizable
+from qpruner.pruning.surgery import cut
+from qpruner.quantization.assembly import assemble, attach_adapters, measured_bytes
+from qpruner.quantization.bank import EntrySettings, build_entry, write_entry
+from qpruner.quantization.mixed import unpack
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+GROUP, DTYPE, LORA = "projection", "float32", LoraConfig(rank=12, alpha=24)
+LAYERS = {4: bnb.nn.Linear4bit, 8: bnb.nn.Linear8bitLt, 16: torch.nn.Linear}
+PATTERN = (4, 8, 16, 8, 4)
+"""Five widths over four projections a block, so that each projection gets others in each block."""
+WITH_OUTPUT_BIASES = "llama, output biases"
+NAMES = (*DENSE, *(name for name in VARIANTS if family_name(name) in DENSE), WITH_OUTPUT_BIASES)
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """One family's cut model, its folder, and the same with packed layers.
+
+    Attributes:
+        dense: The cut model.
+        unpacked: The cut model with every packed weight replaced by what it decodes to.
+        model: What `assemble` made of the folder and the bank.
+        plan: Bits by group.
+        folder: Where `model` (the checkpoint) and `bank` lie.
+    """
+
+    dense: PreTrainedModel
+    unpacked: PreTrainedModel
+    model: PreTrainedModel
+    plan: dict[str, int]
+    folder: Path
+
+
+@pytest.fixture(scope="module", params=NAMES)
+def quantized(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Quantized:
+    """One family at a time: cut, saved, packed group by group into a bank, put together again."""
+    folder = tmp_path_factory.mktemp("family")
+    dense = cut_model(request.param)
+    dense.save_pretrained(folder / "model")
+    groups = group_linears(dense.config, GROUP)
+    plan = {name: PATTERN[position % len(PATTERN)] for position, name in enumerate(groups)}
+    unpacked: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float32)
+    for name, paths in groups.items():
+        if plan[name] == 16:
+            continue
+        weights = {path: dense.get_submodule(path).weight.detach() for path in paths}
+        entry = build_entry(weights, plan[name], EntrySettings(LORA, double_quant=False, seed=0))
+        write_entry(folder / "bank", name, plan[name], entry)
+        for path in paths:
+            packed = {key.removeprefix(f"{path}."): value for key, value in entry.tensors.items()}
+            own = {key: value for key, value in packed.items() if key in ("SCB", "weight") or key.startswith("weight.")}
+            unpacked.get_submodule(path).weight.data = unpack(own, torch.float32)
+    return Quantized(dense, unpacked.eval(), put_together(folder, plan)[0], plan, folder)
+
+
+def put_together(folder: Path, plan: dict[str, int]) -> tuple[PreTrainedModel, dict[str, torch.Tensor]]:
+    model, starts = assemble(folder / "model", folder / "bank", GROUP, plan, DTYPE, double_quant=False)
+    return model.eval(), starts
+
+
+def cut_model(name: str) -> PreTrainedModel:
+    if name == WITH_OUTPUT_BIASES:
+        return cut(with_output_biases("llama"), kept_of("llama"))
+    return cut(family_model(name), kept_of(name))
+
+
+def distance(found: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((found - expected).norm() / expected.norm())
+
+
+def test_each_layer_is_of_its_plan(quantized: Quantized) -> None:
+    groups = group_linears(quantized.model.config, GROUP)
+    assert set(quantized.plan.values()) == {4, 8, 16}
+    packed = {path for path, module in quantized.model.named_modules() if isinstance(module, (LAYERS[4], LAYERS[8]))}
+    assert packed == {path for name, paths in groups.items() for path in paths if quantized.plan[name] != 16}
+    for name, paths in groups.items():
+        for path in paths:
+            layer, dense = quantized.model.get_submodule(path), quantized.dense.get_submodule(path)
+            assert isinstance(layer, LAYERS[quantized.plan[name]])
+            assert (layer.out_features, layer.in_features) == tuple(dense.weight.shape)
+
+
+def test_what_is_not_quantized_survives(quantized: Quantized) -> None:
+    """Biases of cut rows, norms, embeddings: one that was left at its initial value would cost accuracy silently."""
+    groups = group_linears(quantized.model.config, GROUP)
+    packed = {f"{path}.weight" for name, paths in groups.items() for path in paths if quantized.plan[name] != 16}
+    found = dict(quantized.model.named_parameters())
+    expected = {name: parameter for name, parameter in quantized.dense.named_parameters() if name not in packed}
+    assert set(found) - packed == set(expected)
+    for name, parameter in expected.items():
+        assert parameter.abs().max() > 0
+        assert torch.equal(found[name], parameter), name
+
+
+def test_the_logits_are_those_of_the_packed_weights(quantized: Quantized) -> None:
+    found, dense = logits_of(quantized.model), logits_of(quantized.dense)
+    expected = logits_of(quantized.unpacked)
+    # The activations of LLM.int8 are rounded to 8 bits.
+    assert distance(found, expected) < 0.05
+    assert 0.02 < distance(found, dense) < 0.5
+
+
+def test_the_model_weighs_what_the_plan_says(quantized: Quantized) -> None:
+    layout = layout_of(quantized.dense.config, GROUP, 4, double_quant=False, lora_rank=LORA.rank)
+    promised = layout.plan_bytes(PrecisionPlan.from_dict(quantized.plan)) - layout.adapter_bytes
+    assert measured_bytes(quantized.model) == promised
+
+
+def test_a_saved_model_loads_bit_for_bit(quantized: Quantized, tmp_path: Path) -> None:
+    quantized.model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    assert torch.equal(logits_of(loaded), logits_of(quantized.model))
+
+
+def test_adapters_start_from_the_error_and_a_training_step_lowers_the_loss(quantized: Quantized) -> None:
+    grouped = [path for paths in group_linears(quantized.model.config, GROUP).values() for path in paths]
+    adapted = attach_adapters(*put_together(quantized.folder, quantized.plan), LORA, GROUP, seed=0)
+    found = {key.partition(".lora_A")[0] for key, _ in adapted.named_parameters() if ".lora_A." in key}
+    assert found == {f"base_model.model.{path}" for path in grouped}
+    dense = logits_of(quantized.dense)
+    assert distance(logits_of(adapted), dense) < 0.9 * distance(logits_of(quantized.model), dense)
+    losses = training_losses(adapted)
+    assert losses[1] < losses[0] - 1e-3
+
+
+@pytest.mark.parametrize("name", MIXTURES)
+def test_stacked_experts_are_refused_by_name(name: str) -> None:
+    model = family_model(name)
+    with pytest.raises(UserError, match=r"\(model\.layers\.0\.mlp\.experts\.gate_up_proj\)") as caught:
+        check_quantizable(model.config)
+    assert f"the experts of a {name} model" in str(caught.value)
+    assert model.get_parameter("model.layers.0.mlp.experts.gate_up_proj").dim() == 3
+
+
+def test_the_parameter_that_is_named_exists() -> None:
+    """Qwen3-MoE may begin with plain blocks."""
+    model = family_model("qwen3_moe", mlp_only_layers=[0])
+    with pytest.raises(UserError, match=r"\(model\.layers\.1\.mlp\.experts\.gate_up_proj\)"):
+        check_quantizable(model.config)
+    assert model.get_parameter("model.layers.1.mlp.experts.gate_up_proj").dim() == 3
+
+
+@pytest.mark.parametrize("name", DENSE)
+def test_families_without_experts_are_not_refused(name: str) -> None:
+    check_quantizable(family_model(name).config)
