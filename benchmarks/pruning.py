@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 
 from qpruner.calibration import Samples, mean_loss
 from qpruner.config import LoraConfig, PruneConfig, TrainingConfig
@@ -88,9 +89,11 @@ class Bench:
 
     Args:
         evaldata: Folder of public data; the demo's own text is taken where it is absent.
+        scratch: Where importance is kept, for the other processes.
     """
 
-    def __init__(self, evaldata: Path) -> None:
+    def __init__(self, evaldata: Path, scratch: Path) -> None:
+        self._scratch = scratch
         self.has_evaldata = (evaldata / "text").is_dir()
         self._evaldata = evaldata
         with tempfile.TemporaryDirectory() as folder:
@@ -100,7 +103,6 @@ class Bench:
             self.base = load_dense(folder, "bfloat16").eval()
         self.pad_id = int(self.tokenizer.pad_token_id)
         self.num_parameters = num_parameters(self.base)
-        self._scores: dict[tuple[Any, ...], Scores] = {}
         self._base: dict[int, float] = {}
 
     @cached_property
@@ -162,44 +164,40 @@ class Bench:
 
     def scores(self, settings: PruneConfig, calibration: str) -> Scores:
         """Importance of every unit of every block."""
-        key = (settings.importance, settings.order, settings.aggregation, settings.norm, calibration)
-        if key not in self._scores:
+        names = (settings.importance, settings.order, settings.aggregation, settings.norm, calibration)
+        file = self._scratch / f"{'-'.join(names).replace(' ', '')}.safetensors"
+        if not file.exists():
             every = range(self.base.config.num_hidden_layers)
-            self._scores[key] = score(copy.deepcopy(self.base), every, settings, self.samples(calibration))
-        return self._scores[key]
+            found = score(copy.deepcopy(self.base), every, settings, self.samples(calibration))
+            flat = {f"{index}.{kind}": each for index, kinds in found.items() for kind, each in kinds.items()}
+            save_file(flat, file.with_suffix(f".{os.getpid()}"))
+            file.with_suffix(f".{os.getpid()}").rename(file)
+        scores: Scores = {}
+        for name, each in load_file(file).items():
+            index, _, kind = name.partition(".")
+            scores.setdefault(int(index), {})[kind] = each
+        return scores
 
-    def measure(
-        self, part: str, criterion: str, settings: PruneConfig, calibration: str, num_windows: int = NUM_EVALUATED
-    ) -> Row:
-        """Prune and evaluate; says the row as it is known."""
+    def measure(self, task: Task) -> Row:
+        """Prune, perhaps fine-tune, and evaluate; says the row as soon as it is known."""
         started = time.monotonic()
-        model = self.prune(settings, calibration)
-        return self.row(part, criterion, settings, calibration, model, time.monotonic() - started, num_windows)
-
-    def row(
-        self,
-        part: str,
-        criterion: str,
-        settings: PruneConfig,
-        calibration: str,
-        model: Any,
-        seconds: float,
-        num_windows: int,
-    ) -> Row:
-        """A measured model as a row."""
-        perplexity = self.perplexity(model, num_windows)
+        settings = task.settings
+        model = self.prune(settings, task.calibration)
+        if task.part == "finetune":
+            model = _finetune(self, model)
+        seconds = time.monotonic() - started
+        perplexity = self.perplexity(model, task.num_windows)
         row = Row(
-            part,
-            criterion,
-            settings.selection
-            + ("" if settings.first_layer == 0 else f" {settings.first_layer}-{settings.last_layer}"),
+            task.part,
+            task.criterion,
+            settings.selection if settings.first_layer == 0 else f"{settings.selection} 4-25",
             settings.compensation,
             settings.rate or 0.196,
-            calibration,
+            task.calibration,
             1 - num_parameters(model) / self.num_parameters,
-            num_windows * CONTEXT,
+            task.num_windows * CONTEXT,
             perplexity,
-            perplexity / self.base_perplexity(num_windows),
+            perplexity / self.base_perplexity(task.num_windows),
             seconds,
         )
         say(row)
@@ -217,22 +215,44 @@ def _rows(ids: Sequence[int], length: int) -> list[dict[str, list[int]]]:
     ]
 
 
-def quality(bench: Bench, text: str) -> list[Row]:
-    """Every criterion and selection at 20 %, calibrated on one text; and LLM-Pruner's own setting."""
-    rows = [bench.measure("quality", "LLM-Pruner", LLM_PRUNER, f"10 x 64, {text}", NUM_SCREENED)]
-    for name, keys in CRITERIA.items():
-        if keys["importance"] in ("magnitude", "random") and text != bench.texts[0]:
-            continue  # they do not look at any text
-        for selection in ("per_layer", "global"):
-            settings = PruneConfig(rate=0.2, selection=selection, compensation="none", **keys)
-            rows.append(bench.measure("quality", name, settings, text, NUM_SCREENED))
-    return rows
+@dataclass(frozen=True)
+class Task:
+    """One row to be measured.
+
+    Attributes:
+        part: The table it belongs to; `finetune` trains before it evaluates.
+        num_windows: Windows to evaluate on.
+    """
+
+    part: str
+    criterion: str
+    settings: PruneConfig
+    calibration: str
+    num_windows: int
 
 
-def compensated(bench: Bench, text: str, chosen: list[tuple[str, str]]) -> list[Row]:
-    """Criteria and selections with every compensation at every rate."""
+def quality(texts: Sequence[str]) -> list[Task]:
+    """Every criterion and selection at 20 %, calibrated on each text; and LLM-Pruner's own setting."""
+    peer = [Task("quality", "LLM-Pruner", LLM_PRUNER, f"10 x 64, {text}", NUM_SCREENED) for text in texts]
+    return peer + [
+        Task(
+            "quality",
+            criterion,
+            PruneConfig(rate=0.2, selection=selection, compensation="none", **keys),
+            text,
+            NUM_SCREENED,
+        )
+        for selection in ("per_layer", "global")
+        for criterion, keys in CRITERIA.items()
+        for text in texts
+        if text == texts[0] or keys["importance"] not in ("magnitude", "random")  # they do not look at any text
+    ]
+
+
+def compensated(texts: Sequence[str], chosen: list[tuple[str, ...]]) -> list[Task]:
+    """Criteria and selections with every compensation: at 20 % on each text, at 30 and 50 % on the first."""
     return [
-        bench.measure(
+        Task(
             "compensation",
             criterion,
             PruneConfig(rate=rate, selection=selection, compensation=method, **CRITERIA[criterion]),
@@ -241,25 +261,24 @@ def compensated(bench: Bench, text: str, chosen: list[tuple[str, str]]) -> list[
         )
         for rate in (0.2, 0.3, 0.5)
         for criterion, selection in chosen
-        for method in ("none", "bias", "least_squares")
+        for method in ("least_squares", "bias", "none")
+        for text in (texts if rate == 0.2 else texts[:1])
     ]
 
 
-def finetuned(bench: Bench, text: str, recipes: list[tuple[str, str, str]]) -> list[Row]:
+def finetuned(text: str, recipes: list[tuple[str, ...]]) -> list[Task]:
     """Recipes at 20 % and LLM-Pruner's setting, each after the same short LoRA fine-tune."""
-    settings = [
-        (criterion, PruneConfig(rate=0.2, selection=selection, compensation=method, **CRITERIA[criterion]), text)
+    ours = [
+        Task(
+            "finetune",
+            criterion,
+            PruneConfig(rate=0.2, selection=selection, compensation=method, **CRITERIA[criterion]),
+            text,
+            NUM_EVALUATED,
+        )
         for criterion, selection, method in recipes
     ]
-    rows = []
-    for criterion, each, calibration in [*settings, ("LLM-Pruner", LLM_PRUNER, f"10 x 64, {text}")]:
-        model = bench.prune(each, calibration)
-        started = time.monotonic()
-        tuned = _finetune(bench, model)
-        rows.append(
-            bench.row("finetune", criterion, each, calibration, tuned, time.monotonic() - started, NUM_EVALUATED)
-        )
-    return rows
+    return [*ours, Task("finetune", "LLM-Pruner", LLM_PRUNER, f"10 x 64, {text}", NUM_EVALUATED)]
 
 
 def best(rows: list[Row], count: int, *keys: str) -> list[tuple[str, ...]]:
@@ -360,36 +379,34 @@ def say(row: Row) -> None:
 _bench: Bench | None = None
 
 
-def _open(evaldata: Path, threads: int) -> None:
+def _open(evaldata: Path, scratch: Path, threads: int) -> None:
     global _bench
     torch.set_num_threads(threads)
-    _bench = Bench(evaldata)
+    _bench = Bench(evaldata, scratch)
 
 
-def _call(part: Any, *arguments: Any) -> Any:
-    return part(_bench, *arguments)
+def _measure(task: Task) -> Row:
+    assert _bench is not None
+    return _bench.measure(task)
 
 
-def measure_texts(evaldata: Path, parts: Sequence[str]) -> list[Row]:
-    """The perplexity parts, each calibration text in a process of its own: they share nothing."""
+def measure_rows(evaldata: Path, scratch: Path, parts: Sequence[str]) -> list[Row]:
+    """The perplexity parts, a row in each of several processes at a time."""
     texts = ["same text", "web text"] if (evaldata / "text").is_dir() else ["same text"]
-    threads = max(1, (os.cpu_count() or 1) // len(texts))
+    cores = os.cpu_count() or 1
+    count = min(cores, 4)
+    threads = max(1, cores // count)
     context = multiprocessing.get_context("spawn")
-    workers = {text: ProcessPoolExecutor(1, context, _open, (evaldata, threads)) for text in texts}
-
-    def on_each(part: Any, *arguments: Any) -> list[Row]:
-        futures = [worker.submit(_call, part, text, *arguments) for text, worker in workers.items()]
-        return [row for future in futures for row in future.result()]
-
-    rows = on_each(quality)
-    if {"compensation", "finetune"} & set(parts):
-        rows += on_each(compensated, best(rows, 3, "criterion", "selection"))
-    if "finetune" in parts:
-        compared = [row for row in rows if row.part == "compensation"]
-        rows += on_each(finetuned, best(compared, 4, "criterion", "selection", "compensation"))
-    for worker in workers.values():
-        worker.shutdown()
-    return rows
+    with ProcessPoolExecutor(count, context, _open, (evaldata, scratch, threads)) as pool:
+        rows = list(pool.map(_measure, quality(texts)))
+        compared: list[Row] = []
+        if {"compensation", "finetune"} & set(parts):
+            compared = list(pool.map(_measure, compensated(texts, best(rows, 3, "criterion", "selection"))))
+        tuned: list[Row] = []
+        if "finetune" in parts:
+            recipes = best(compared, 4, "criterion", "selection", "compensation")
+            tuned = list(pool.map(_measure, finetuned(texts[0], recipes)))
+    return [*rows, *compared, *tuned]
 
 
 def main() -> None:
@@ -398,10 +415,11 @@ def main() -> None:
     parser.add_argument("--evaldata", type=Path, default=Path("../shared/evaldata"))
     parser.add_argument("--parts", nargs="+", default=["quality", "compensation", "finetune", "speed"])
     arguments = parser.parse_args()
-    rows: list[Row] = []
-    if set(arguments.parts) != {"speed"}:
-        rows = measure_texts(arguments.evaldata, arguments.parts)
-    timings = speed(Bench(arguments.evaldata)) if "speed" in arguments.parts else []
+    with tempfile.TemporaryDirectory() as folder:
+        scratch, rows = Path(folder), []
+        if set(arguments.parts) != {"speed"}:
+            rows = measure_rows(arguments.evaldata, scratch, arguments.parts)
+        timings = speed(Bench(arguments.evaldata, scratch)) if "speed" in arguments.parts else []
     print(json.dumps({"rows": [asdict(row) for row in rows], "speed": timings}))
 
 
