@@ -148,6 +148,8 @@ def test_a_multiple_wider_than_the_block_is_refused(selection: str) -> None:
         select(scores, sizes, 1000, selection, round_to=64)
     with pytest.raises(UserError, match="at most the 50 MLP channels of a block, got 64"):
         select_rate(scores, sizes, 0.2, round_to=64)
+    with pytest.raises(UserError, match="at most the 50 MLP channels"):
+        select_rate(scores, {3: sizes[3], 4: {"mlp": KindSize(60, 100)}}, 0.2, round_to=64)
 
 
 @pytest.mark.parametrize(
@@ -162,6 +164,7 @@ def test_a_multiple_wider_than_the_block_is_refused(selection: str) -> None:
         # Channels alone are a little less than what is to go, and one group of every block would be far more.
         ((6000, 2), (30, 150), 4, 19800 / 66000),
         ((6000, 2), (30, 150), 4, 17900 / 66000),
+        ((1500, 8), (30, 20), 4, 0.56),
     ],
 )
 def test_coarse_attention_units_do_not_overshoot(

@@ -1,0 +1,486 @@
+"""The prune stage as a user runs it: the folder it leaves, its record, its pictures, and when it is run again."""
+
+from __future__ import annotations
+
+import io
+import json
+import logging
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import raw_config, with_key
+
+from qpruner.config import validate_config
+from qpruner.errors import StageError, UserError
+from qpruner.events import Event, Message, Progress, StageFinished, StageSkipped, StageStarted
+from qpruner.models.loading import load_dense
+from qpruner.pipeline import preview, run
+from qpruner.pruning.importance import score
+from qpruner.records import PruneRecord
+
+if TYPE_CHECKING:
+    from click.testing import Result
+    from transformers import PreTrainedModel
+
+Raw = dict[str, Any]
+PROMPT = [[5, 77, 300, 12, 45, 201]]
+WITHOUT_QPRUNER = """
+import importlib.abc, json, sys
+
+class Blocker(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] == "qpruner":
+            raise ModuleNotFoundError(f"No module named {name!r}")
+
+sys.meta_path.insert(0, Blocker())
+try:
+    import qpruner
+except ModuleNotFoundError:
+    pass
+else:
+    sys.exit("qpruner is there after all")
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+prompt, *folders = json.loads(sys.argv[1])
+for folder in folders:
+    try:
+        model, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+    except Exception as error:
+        print(json.dumps({"refused": f"{type(error).__name__}: {error}"}))
+        continue
+    assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")), info
+    AutoTokenizer.from_pretrained(folder)
+    ids = torch.tensor(prompt)
+    with torch.no_grad():
+        logits = model(ids).logits.float()
+    made = model.generate(ids, max_new_tokens=5, do_sample=False, eos_token_id=None)
+    print(json.dumps({"logits": logits.tolist(), "made": made.tolist(), "layers": model.config.num_hidden_layers}))
+assert not any(name.split(".")[0] == "qpruner" for name in sys.modules)
+"""
+
+
+@pytest.fixture
+def raw(tiny_model: Path, tmp_path: Path) -> Raw:
+    """First-order Taylor, block by block, in widths that are not bound to what 4-bit layers on a CPU need."""
+    raw = with_key(raw_config(tiny_model, tmp_path / "run"), "quantize.bits", [8, 16])
+    recipe = {"importance": "taylor", "selection": "per_layer", "compensation": "none", "round_to": 1}
+    return with_key(with_key(raw, "prune", {"rate": 0.2, **recipe}), "calibration.packing", False)
+
+
+def changed(raw: Raw, **keys: Any) -> Raw:
+    """Some keys of `prune` set."""
+    return with_key(raw, "prune", {**raw["prune"], **keys})
+
+
+def pruned(raw: Raw) -> tuple[PruneRecord, Path, list[Event]]:
+    """Runs the flow up to the prune stage; returns record, folder of the stage and what was told."""
+    events: list[Event] = []
+    record = run(validate_config(raw), events.append, until="prune").prune
+    assert record is not None
+    return record, Path(raw["output"]) / "prune", events
+
+
+def stages(events: list[Event]) -> dict[str, bool]:
+    """Whether each stage did its work."""
+    told = [event for event in events if isinstance(event, StageStarted | StageSkipped)]
+    return {event.stage: isinstance(event, StageStarted) for event in told}
+
+
+@torch.no_grad()
+def logits_of(model: PreTrainedModel) -> torch.Tensor:
+    logits: torch.Tensor = model(torch.tensor(PROMPT)).logits.float()
+    return logits
+
+
+def command(*arguments: str | Path) -> Result:
+    """`qpruner` as typed, in this process."""
+    from click.testing import CliRunner
+
+    from qpruner.cli import main
+
+    try:
+        return CliRunner().invoke(main, [str(argument) for argument in arguments])
+    finally:
+        logging.captureWarnings(False)
+
+
+# ---- the folder and the record
+
+
+def test_the_folder_holds_the_units_that_the_record_lists(raw: Raw, tiny_model: Path) -> None:
+    """Indices into the base model: anyone can repeat the cut with them."""
+    record, folder, _ = pruned(changed(raw, rate=0.3))
+    assert record == PruneRecord.model_validate_json((folder.parent / "records" / "prune.json").read_text())
+    base, cut = load_dense(str(tiny_model), "bfloat16"), load_dense(str(folder), "bfloat16")
+    assert [layer.layer for layer in record.layers] == [0, 1]
+    for layer in record.layers:
+        old, new = base.model.layers[layer.layer], cut.model.layers[layer.layer]
+        rows = torch.cat([torch.arange(64 * group, 64 * (group + 1)) for group in layer.kept_kv_groups])
+        queries = torch.cat([torch.arange(128 * group, 128 * (group + 1)) for group in layer.kept_kv_groups])
+        channels = list(layer.kept_mlp_channels)
+        assert torch.equal(new.self_attn.k_proj.weight, old.self_attn.k_proj.weight[rows])
+        assert torch.equal(new.self_attn.o_proj.weight, old.self_attn.o_proj.weight[:, queries])
+        assert torch.equal(new.mlp.down_proj.weight, old.mlp.down_proj.weight[:, channels])
+        assert (layer.base_kv_groups, layer.base_mlp_channels, layer.heads_per_group) == (2, 256, 2)
+        assert layer.base_parameters == sum(parameter.numel() for parameter in old.parameters())
+        assert layer.kept_parameters == sum(parameter.numel() for parameter in new.parameters())
+
+
+def test_the_figures_are_those_of_the_two_models(raw: Raw, tiny_model: Path) -> None:
+    record, folder, events = pruned(changed(raw, rate=0.3, compensation="least_squares", steps=2))
+    before, after = (
+        sum(parameter.numel() for parameter in load_dense(str(source), "bfloat16").parameters())
+        for source in (tiny_model, folder)
+    )
+    assert (record.parameters_before, record.parameters_after) == (before, after)
+    assert (record.bytes_before, record.bytes_after) == (2 * before, 2 * after)
+    assert record.achieved_rate == pytest.approx((before - after) / before)
+    assert abs(record.achieved_rate - 0.3) * before <= 3 * 64
+    assert (record.target_rate, record.target) == (0.3, "target 30.00% of all parameters")
+    assert (record.importance, record.selection, record.compensation) == ("taylor", "per_layer", "least_squares")
+    assert record.seconds > 0
+    assert record.peak_memory_bytes >= 0 and record.memory_counter
+    finished = next(event for event in events if isinstance(event, StageFinished) and event.stage == "prune")
+    assert f"{record.achieved_rate:.2%}" in finished.figures
+    assert [(e.done, e.total) for e in events if isinstance(e, Progress)] == [(1, 2), (2, 2)]
+
+
+def test_a_grid_too_coarse_is_told_with_target_and_what_was_possible(raw: Raw) -> None:
+    """Two key/value groups a block: a few per cent of the parameters each, so 10 % cannot be met."""
+    record, _, events = pruned(changed(raw, rate=0.1, units=["attention"]))
+    groups = [len(layer.kept_kv_groups) for layer in record.layers]
+    possible = [count * 64 * 64 * 6 / record.parameters_before for count in range(3)]
+    assert record.achieved_rate == min(possible, key=lambda rate: abs(rate - 0.1)) != 0.1
+    assert sum(2 - count for count in groups) == possible.index(record.achieved_rate)
+    told = next(event.figures for event in events if isinstance(event, StageFinished) and event.stage == "prune")
+    assert f"target 10.00% of all parameters, achieved {record.achieved_rate:.2%}" in told
+
+
+def test_whole_blocks_are_listed_and_keep_nothing(raw: Raw) -> None:
+    record, folder, _ = pruned(changed(raw, rate=0.5, units=["block", "mlp"], depth_share=0.8))
+    assert len(record.dropped_blocks) == 1
+    for layer in record.layers:
+        gone = layer.layer in record.dropped_blocks
+        assert (layer.kept_parameters == 0, layer.kept_kv_groups, layer.kept_mlp_channels == ()) == (
+            gone,
+            () if gone else (0, 1),
+            gone,
+        )
+    assert json.loads((folder / "config.json").read_text())["num_hidden_layers"] == 1
+    assert abs(record.achieved_rate - 0.5) * record.parameters_before <= 3 * 64
+    with np.load(folder / "importance.npz") as scores:
+        assert scores["block"][:, 0].tolist() == [0, 1]
+        assert int(scores["block"][scores["block"][:, 1].argmin(), 0]) == record.dropped_blocks[0]
+
+
+def test_a_share_of_each_blocks_own_units_goes(raw: Raw) -> None:
+    """LLM-Pruner's ratio, to repeat its published runs."""
+    keys = {name: value for name, value in raw["prune"].items() if name != "rate"}
+    record, _, _ = pruned(with_key(raw, "prune", {**keys, "layer_rate": 0.25, "first_layer": 1}))
+    assert [len(layer.kept_mlp_channels) for layer in record.layers] == [256, 192]
+    assert [len(layer.kept_kv_groups) for layer in record.layers] == [2, 2]
+    assert record.target_rate is None
+    assert record.target == "target 25.00% of each block's attention and mlp units"
+
+
+def test_a_model_that_was_pruned_earlier_is_taken_as_it_is(raw: Raw, tmp_path: Path) -> None:
+    first, folder, _ = pruned(changed(raw, rate=0.3, first_layer=1))
+    again = with_key(with_key(raw, "model.source", str(folder)), "output", str(tmp_path / "again"))
+    record, _, events = pruned(again)
+    assert "pruned earlier: the cut is skipped" in next(event.text for event in events if isinstance(event, Message))
+    assert record.parameters_before == record.parameters_after == first.parameters_after
+    assert record.achieved_rate == 0
+
+
+# ---- folders that need no qpruner
+
+
+def test_uniform_folders_run_where_qpruner_is_not_installed(raw: Raw, tmp_path: Path) -> None:
+    """Widths alone, whole blocks alone, and both. Blocks of different widths, and biases that Llama has no place for,
+    end in an error there: a model with weights left out would answer, but wrongly."""
+    kinds = {
+        "width": {"rate": 0.3, "uniform": True},
+        "solved": {"rate": 0.3, "uniform": True, "compensation": "least_squares", "steps": 2},
+        "depth": {"rate": 0.3, "units": ["block"]},
+        "both": {"rate": 0.5, "units": ["block", "attention", "mlp"], "uniform": True},
+        "ragged": {"rate": 0.3, "first_layer": 1},
+        "biased": {"rate": 0.3, "compensation": "bias"},
+    }
+    folders = {
+        name: pruned(with_key(changed(raw, **keys), "output", str(tmp_path / name)))[1] for name, keys in kinds.items()
+    }
+    arguments = json.dumps([PROMPT, *map(str, folders.values())])
+    done = subprocess.run(
+        [sys.executable, "-c", WITHOUT_QPRUNER, arguments], cwd=tmp_path, capture_output=True, text=True, timeout=100
+    )
+    assert done.returncode == 0, done.stderr
+    told = dict(zip(folders, map(json.loads, done.stdout.splitlines()), strict=True))
+    for name in ("width", "solved", "depth", "both"):
+        model = load_dense(str(folders[name]), "bfloat16")
+        assert "refused" not in told[name], told[name]
+        torch.testing.assert_close(torch.tensor(told[name]["logits"]), logits_of(model), rtol=0, atol=0)
+        made = model.generate(torch.tensor(PROMPT), max_new_tokens=5, do_sample=False, eos_token_id=None)
+        assert told[name]["made"] == made.tolist()
+        assert told[name]["layers"] == (1 if name in ("depth", "both") else 2)
+        assert "per_layer_config" not in (folders[name] / "config.json").read_text()
+    for name in ("ragged", "biased"):
+        assert "size" in told[name]["refused"], told[name]
+        assert torch.isfinite(logits_of(load_dense(str(folders[name]), "bfloat16"))).all(), "with qpruner they run"
+
+
+# ---- importance and its pictures
+
+
+def test_importance_is_kept_as_arrays(raw: Raw, tiny_model: Path) -> None:
+    """Of every unit of the base model, by block and kind."""
+    settings = changed(raw, rate=0.3, importance="magnitude", protected_layers=[0])
+    record, folder, _ = pruned(settings)
+    model = load_dense(str(tiny_model), "bfloat16")
+    config = validate_config(settings).prune
+    expected = score(model, (1,), config, None)  # type: ignore[arg-type]
+    with np.load(folder / "importance.npz") as scores:
+        assert set(scores.files) == {"1.attention", "1.mlp"}
+        for kind in ("attention", "mlp"):
+            np.testing.assert_array_equal(scores[f"1.{kind}"], expected[1][kind].numpy())
+        kept = list(record.layers[1].kept_mlp_channels)
+        gone = [channel for channel in range(256) if channel not in kept]
+        assert gone and scores["1.mlp"][gone].max() <= scores["1.mlp"][kept].min()
+
+
+def test_tensorboard_shows_the_picture_of_the_report(raw: Raw) -> None:
+    import matplotlib.image
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    _, folder, _ = pruned(raw)
+    events = EventAccumulator(str(folder / "tensorboard"), size_guidance={"images": 0}).Reload()
+    assert len(events.Tags()["images"]) == 1
+    (tag,) = events.Tags()["images"]
+    assert "importance" in tag and "kept" in tag
+    (image,) = events.Images(tag)
+    shown = matplotlib.image.imread(io.BytesIO(image.encoded_image_string))[..., :3]
+    saved = matplotlib.image.imread(folder / "importance.png")[..., :3]
+    np.testing.assert_array_equal(shown, saved)
+    assert len(np.unique(shown.reshape(-1, 3), axis=0)) > 50, "a heat map, not an empty page"
+
+
+# ---- when it is run again
+
+
+def test_only_a_key_of_prune_runs_it_again(raw: Raw) -> None:
+    """Hours of scoring are not repeated for another learning rate; another criterion does not find the old folder."""
+    first, folder, events = pruned(raw)
+    assert stages(events) == {"prepare": True, "prune": True}
+    assert stages(pruned(raw)[2]) == {"prepare": False, "prune": False}
+    for key, value in {
+        "lora.rank": 8,
+        "quantize.budget.fraction": 0.75,
+        "training.learning_rate": 0.5,
+        "search.trials": 7,
+        "sensitivity.num_neighbors": 5,
+        "evaluate.limit": 4,
+        "finetune.steps": 2,
+    }.items():
+        record, _, events = pruned(with_key(raw, key, value))
+        assert stages(events) == {"prepare": False, "prune": False}, key
+        assert record == first
+    digests = {first.digest}
+    for keys in (
+        {"rate": 0.3},
+        {"importance": "magnitude"},
+        {"order": "second"},
+        {"aggregation": "vector"},
+        {"reduction": "max"},
+        {"selection": "global"},
+        {"compensation": "least_squares"},
+        {"compensation": "least_squares", "ridge": 0.1},
+        {"steps": 2},
+        {"round_to": 64},
+        {"uniform": True},
+        {"units": ["mlp"]},
+        {"units": ["block", "mlp"], "rate": 0.5, "depth_share": 0.8},
+        {"units": ["block", "mlp"], "rate": 0.5, "depth_share": 0.8, "depth_importance": "taylor"},
+        {"protected_layers": [0]},
+    ):
+        record, _, events = pruned(changed(raw, **keys))
+        assert stages(events) == {"prepare": False, "prune": True}, keys
+        assert record.digest not in digests
+        digests.add(record.digest)
+    assert pruned(raw)[0].layers == first.layers, "the same again, from the same configuration"
+    assert (folder / "importance.npz").is_file()
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("calibration.num_samples", 4), ("calibration.packing", True), ("calibration.max_length", 32)]
+)
+def test_other_calibration_samples_run_it_again(raw: Raw, key: str, value: Any) -> None:
+    pruned(raw)
+    assert stages(pruned(with_key(raw, key, value))[2]) == {"prepare": True, "prune": True}
+
+
+def test_other_token_ids_in_the_same_file_run_it_again(raw: Raw, tmp_path: Path) -> None:
+    file = tmp_path / "ids.json"
+    file.write_text("[[5, 6, 7, 8, 9]]")
+    raw = with_key(raw, "calibration.token_ids", str(file))
+    pruned(raw)
+    assert stages(pruned(raw)[2]) == {"prepare": False, "prune": False}
+    file.write_text("[[5, 6, 7, 8, 10]]")
+    assert stages(pruned(raw)[2]) == {"prepare": True, "prune": True}
+
+
+# ---- calibration samples
+
+
+def importance_rows(raw: Raw) -> list[list[int]]:
+    from qpruner.data import load_encoded
+
+    return [row["input_ids"] for row in load_encoded(Path(raw["output"]) / "prepare" / "data" / "importance")]
+
+
+def test_packed_samples_are_all_of_the_asked_length(raw: Raw, tiny_model: Path) -> None:
+    """As LLM-Pruner takes its samples, but from as many rows as it takes: none is short, none is padded."""
+    from qpruner.data import load_examples
+    from qpruner.models.loading import load_tokenizer
+
+    raw = with_key(with_key(raw, "calibration.packing", True), "calibration.max_length", 50)
+    pruned(raw)
+    rows = importance_rows(raw)
+    assert [len(row) for row in rows] == [50] * 8
+    tokenizer = load_tokenizer(str(tiny_model))
+    text = tokenizer.decode([token for row in rows for token in row])
+    questions = [example.prompt for example in load_examples(validate_config(raw).data.train, "data.train")]
+    found = [question for question in questions if question in text]
+    assert len(found) > 8, "one row after the other"
+
+
+def test_token_ids_are_the_samples(raw: Raw, tmp_path: Path) -> None:
+    """To repeat a published run, whose samples were drawn by another program."""
+    drawn = torch.randint(2, 400, (6, 20), generator=torch.Generator().manual_seed(3)).tolist()
+    samples = [*drawn, [9, 8, 7]]
+    (tmp_path / "ids.json").write_text(json.dumps(samples))
+    raw = with_key(raw, "calibration.token_ids", str(tmp_path / "ids.json"))
+    _, folder, _ = pruned(raw)
+    assert importance_rows(raw) == samples
+    assert validate_config(raw).calibration.num_samples == 8, "all samples of the file count"
+    from qpruner.calibration import Samples
+
+    model = load_dense(str(raw["model"]["source"]), "bfloat16")
+    rows = [{"input_ids": row, "labels": row} for row in samples]
+    expected = score(model, (0, 1), validate_config(raw).prune, Samples(rows, 1, 10))
+    with np.load(folder / "importance.npz") as scores:
+        np.testing.assert_allclose(scores["0.mlp"], expected[0]["mlp"].numpy(), rtol=1e-6)
+
+
+def test_a_token_id_of_the_models_vocabulary_is_none_of_the_tokenizers_business(
+    raw: Raw, tiny_model: Path, tmp_path: Path
+) -> None:
+    """Embeddings are padded to round numbers: an id that check accepts must not be refused hours later."""
+    import shutil
+
+    model = load_dense(str(tiny_model), "bfloat16")
+    size = model.config.vocab_size
+    model.resize_token_embeddings(size + 8)
+    folder = tmp_path / "padded"
+    shutil.copytree(tiny_model, folder)
+    model.save_pretrained(folder)
+    (tmp_path / "ids.json").write_text(json.dumps([[5, size + 7, 6]]))
+    raw = with_key(with_key(raw, "model.source", str(folder)), "calibration.token_ids", str(tmp_path / "ids.json"))
+    pruned(raw)
+    (tmp_path / "ids.json").write_text(json.dumps([[5, size + 8, 6]]))
+    with pytest.raises(UserError, match=rf"sample 0 of .* has {size + 8}, .* from 0 to {size + 7} for this model"):
+        pruned(raw)
+
+
+def test_a_damaged_weight_is_told_with_its_name_and_what_to_do(raw: Raw, tiny_model: Path, tmp_path: Path) -> None:
+    import shutil
+
+    folder = tmp_path / "damaged"
+    shutil.copytree(tiny_model, folder)
+    model = load_dense(str(tiny_model), "bfloat16")
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight[0, 0] = float("nan")
+    model.save_pretrained(folder)
+    for importance in ("taylor", "magnitude"):
+        with pytest.raises(StageError) as caught:
+            pruned(changed(with_key(raw, "model.source", str(folder)), importance=importance))
+        assert "model.layers.1.mlp.up_proj.weight is NaN or infinite" in str(caught.value)
+        assert "take another copy" in str(caught.value)
+    assert not (Path(raw["output"]) / "prune").exists()
+
+
+# ---- the command
+
+
+def test_the_command_ends_with_a_table_of_the_blocks(
+    tiny_model: Path, tmp_path: Path, write_yaml: Callable[[Raw], Path]
+) -> None:
+    """At the defaults."""
+    raw = raw_config(tiny_model, tmp_path / "run")
+    done = command("prune", write_yaml(raw))
+    assert done.exit_code == 0, done.output
+    record = PruneRecord.model_validate_json((Path(raw["output"]) / "records" / "prune.json").read_text())
+    for heading in ("block", "query heads", "key/value heads", "MLP channels", "kept parameters"):
+        assert heading in done.output
+    table = [
+        [cell.strip() for cell in line.split("\u2502")[1:-1]] for line in done.output.splitlines() if "\u2502" in line
+    ]
+    assert len(table) == 2
+    for cells, layer in zip(table, record.layers, strict=True):
+        groups, channels = len(layer.kept_kv_groups), len(layer.kept_mlp_channels)
+        assert cells == [
+            str(layer.layer),
+            f"{2 * groups} of 4",
+            f"{groups} of 2",
+            f"{channels} of 256",
+            f"{layer.kept_parameters / layer.base_parameters:.1%}",
+        ]
+    for figure in (
+        f"{record.parameters_before:,} -> {record.parameters_after:,} parameters",
+        f"{record.bytes_before / 1e6:.1f} -> {record.bytes_after / 1e6:.1f} MB",
+        f"{record.seconds:.1f} s",
+        f"{record.peak_memory_bytes / 1e6:.0f} MB at most above the loaded model",
+        f"target 20.00% of all parameters, achieved {record.achieved_rate:.2%}",
+    ):
+        assert figure in done.output.replace("\n", " "), figure
+
+
+def test_a_dry_run_shows_the_outcome_and_leaves_nothing(raw: Raw, write_yaml: Callable[[Raw], Path]) -> None:
+    raw = changed(raw, rate=0.5, units=["block", "attention", "mlp"], depth_share=0.8, compensation="least_squares")
+    path = write_yaml(raw)
+    before = sorted(path.parent.rglob("*"))
+    done = command("prune", path, "--dry-run", "--json")
+    assert done.exit_code == 0, done.output
+    assert sorted(path.parent.rglob("*")) == before
+    told = json.loads(done.output.splitlines()[-1])
+    assert (told["status"], told["dry_run"]) == ("ok", True)
+    record, _, _ = pruned(raw)
+    real = record.model_dump(mode="json")
+    differing = {"digest", "seconds", "peak_memory_bytes"}
+    assert {k: v for k, v in told["prune"].items() if k not in differing} == {
+        k: v for k, v in real.items() if k not in differing
+    }
+    assert f"whole blocks removed: {record.dropped_blocks[0]}" in done.output
+    assert "nothing is written" in done.output
+
+
+def test_a_dry_run_after_a_run_leaves_the_run_as_it_is(raw: Raw) -> None:
+    pruned(raw)
+    root = Path(raw["output"])
+    files = {path: path.stat().st_mtime_ns for path in root.rglob("*")}
+    record = preview(validate_config(changed(raw, rate=0.3)), lambda event: None)
+    assert abs(record.achieved_rate - 0.3) * record.parameters_before <= 3 * 64
+    assert {path: path.stat().st_mtime_ns for path in root.rglob("*")} == files
+
+
+def test_a_dry_run_refuses_what_a_run_refuses(raw: Raw, write_yaml: Callable[[Raw], Path]) -> None:
+    done = command("prune", write_yaml(changed(raw, rate=0.9)), "--dry-run", "--json")
+    assert done.exit_code == 2
+    assert "lower the rate" in json.loads(done.stdout.splitlines()[-1])["error"]
+    assert not Path(raw["output"]).exists()

@@ -1,0 +1,201 @@
+"""Whole blocks: which go, how many, and together with what out of the others."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import tiny_decoders
+import torch
+from tiny_decoders import PAD, logits_of, rows_of, samples_of, tiny
+
+from qpruner.calibration import Samples
+from qpruner.config import PruneConfig
+from qpruner.errors import UserError
+from qpruner.pruning.depth import block_importance, num_blocks_to_drop
+from qpruner.pruning.prune import expected_config, num_parameters, prune
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+NUM_BLOCKS = 6
+
+
+def decoder(name: str = "llama", seed: int = 0) -> PreTrainedModel:
+    """Six blocks; of a Llama's, the one after the first hardly does anything."""
+    model = tiny(name, seed, num_hidden_layers=NUM_BLOCKS)
+    if name == "llama":
+        with torch.no_grad():
+            model.model.layers[1].self_attn.o_proj.weight.mul_(0.05)
+            model.model.layers[1].mlp.down_proj.weight.mul_(0.05)
+    return model
+
+
+def settings_of(**options: Any) -> PruneConfig:
+    return tiny_decoders.settings_of(**{"units": ["block"], **options})
+
+
+@torch.no_grad()
+def influence_by_hand(model: PreTrainedModel, samples: Samples) -> dict[int, float]:
+    """One minus the mean cosine between what goes into a block and what comes out, token by token, row by row."""
+    cosines: dict[int, list[float]] = {index: [] for index in range(NUM_BLOCKS)}
+    for row in samples.rows:
+        model.model.norm = torch.nn.Identity()  # otherwise the last hidden states are normed
+        states = model.model(
+            input_ids=torch.tensor([row["input_ids"]]), output_hidden_states=True, use_cache=False
+        ).hidden_states
+        for index in range(NUM_BLOCKS):
+            for before, after in zip(states[index][0].double(), states[index + 1][0].double(), strict=True):
+                cosines[index].append(float(before @ after / (before.norm() * after.norm())))
+    return {index: 1 - sum(values) / len(values) for index, values in cosines.items()}
+
+
+@pytest.mark.parametrize("batch_size", [2, 8])
+def test_block_influence_is_how_far_a_block_turns_its_tokens(batch_size: int) -> None:
+    """Padding is no token: with it the shorter samples would count for more."""
+    model, samples = decoder(), samples_of(batch_size=batch_size)
+    scores = block_importance(model, range(NUM_BLOCKS), "block_influence", samples)
+    expected = influence_by_hand(decoder(), samples)
+    assert list(scores) == list(range(NUM_BLOCKS))
+    assert scores == pytest.approx(expected, rel=1e-4)
+    assert max(expected.values()) > 1.2 * min(expected.values()), "the blocks are told apart"
+
+
+def test_taylor_is_the_sum_over_all_matrices_of_a_block() -> None:
+    rows = rows_of((12, 12, 12))
+    model = decoder()
+    ids = torch.tensor([row["input_ids"] for row in rows])
+    model(ids, labels=ids).loss.backward()
+    expected = {
+        index: sum(
+            float((parameter * parameter.grad).detach().abs().sum())
+            for name, parameter in model.model.layers[index].named_parameters()
+            if name.endswith("proj.weight")
+        )
+        for index in (1, 2, 4)
+    }
+    scores = block_importance(decoder(), (1, 2, 4), "taylor", Samples(rows, PAD, 8))
+    assert scores == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2", "opt", "gpt_neox", "mixtral"])
+@pytest.mark.parametrize("method", ["block_influence", "taylor"])
+def test_the_least_important_blocks_go_and_the_rest_runs_as_before(name: str, method: str) -> None:
+    """Dropping a block is leaving it out: the others keep their weights, windows and places in the cache."""
+    model, base = decoder(name), decoder(name)
+    # Early blocks, so that those behind them move up.
+    pruned = prune(model, settings_of(rate=0.3, depth_importance=method, last_layer=3), samples_of())
+    ranked = sorted(pruned.block_scores, key=lambda index: pruned.block_scores[index])
+    assert list(pruned.block_scores) == [0, 1, 2, 3]
+    assert len(pruned.dropped_blocks) >= 2
+    assert pruned.dropped_blocks == tuple(sorted(ranked[: len(pruned.dropped_blocks)]))
+    assert pruned.model.config.num_hidden_layers == NUM_BLOCKS - len(pruned.dropped_blocks)
+    assert not pruned.model.config.is_heterogeneous, "a plain checkpoint"
+    assert pruned.kept == {}
+
+    paths = {"gpt_neox": "gpt_neox.layers", "opt": "model.decoder.layers"}
+    blocks = base.get_submodule(paths.get(name, "model.layers"))
+    for index in pruned.dropped_blocks:
+        blocks[index].forward = lambda hidden, *args, **kwargs: hidden
+    torch.testing.assert_close(logits_of(pruned.model), logits_of(base), rtol=1e-5, atol=1e-5)
+
+
+def test_generation_uses_the_cache_of_the_blocks_that_stay() -> None:
+    """A block that kept its old number would write behind the end of a cache of fewer blocks."""
+    model = decoder()
+    assert 1 in prune(model, settings_of(rate=0.3), samples_of()).dropped_blocks
+    prompt = torch.randint(3, 60, (1, 7), generator=torch.Generator().manual_seed(0))
+    settings = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": PAD, "eos_token_id": None}
+    cached = model.generate(prompt, use_cache=True, **settings)
+    assert torch.equal(cached, model.generate(prompt, use_cache=False, **settings))
+    assert cached.shape == (1, 13)
+    assert [block.self_attn.layer_idx for block in model.model.layers] == list(range(len(model.model.layers)))
+
+
+@pytest.mark.parametrize("rate", [0.2, 0.3, 0.5])
+def test_the_number_of_blocks_nearest_to_the_rate_goes(rate: float) -> None:
+    model = decoder()
+    before, block = num_parameters(model), num_parameters(model.model.layers[0])
+    pruned = prune(model, settings_of(rate=rate), samples_of())
+    removed = before - pruned.parameters_after
+    assert removed == len(pruned.dropped_blocks) * block
+    assert abs(removed - rate * before) <= block / 2
+
+
+def test_only_blocks_of_the_range_go() -> None:
+    settings = settings_of(rate=0.3, first_layer=1, last_layer=-2, protected_layers=(2, -3))
+    pruned = prune(decoder(), settings, samples_of())
+    assert set(pruned.block_scores) == {1, 4}
+    assert set(pruned.dropped_blocks) < {1, 4}
+
+
+@pytest.mark.parametrize("selection", ["per_layer", "global"])
+@pytest.mark.parametrize("depth_share", [None, 0.6])
+@pytest.mark.parametrize("rate", [0.3, 0.5])
+def test_blocks_and_units_together_meet_the_rate(selection: str, depth_share: float | None, rate: float) -> None:
+    model = decoder()
+    before, channel = num_parameters(model), 3 * 32
+    options = {"depth_share": depth_share} if depth_share else {}
+    settings = settings_of(rate=rate, units=["block", "attention", "mlp"], selection=selection, **options)
+    pruned = prune(model, settings, samples_of())
+    block = num_parameters(decoder().model.layers[0])
+    assert abs(before - num_parameters(pruned.model) - rate * before) <= channel
+    assert abs(len(pruned.dropped_blocks) * block - (depth_share or 0.5) * rate * before) <= block / 2
+    assert 1 in pruned.dropped_blocks
+    # What is kept is told by block of the base model.
+    assert set(pruned.kept) == set(pruned.scores) == set(range(NUM_BLOCKS)) - set(pruned.dropped_blocks)
+    base = decoder()
+    for new, old in enumerate(sorted(pruned.kept)):
+        rows = list(pruned.kept[old]["mlp"])
+        up = base.model.layers[old].mlp.up_proj.weight[rows]
+        assert torch.equal(pruned.model.model.layers[new].mlp.up_proj.weight, up)
+
+
+@pytest.mark.parametrize(
+    ("units", "depth_share"),
+    [(["block", "attention", "mlp"], 0.9), (["block", "attention"], 0.9), (["block", "mlp"], 0.95)],
+)
+def test_blocks_never_take_more_than_the_rate_where_units_could_take_the_rest(
+    units: list[str], depth_share: float
+) -> None:
+    """Three quarters of a block are nearest to one whole, but that is more than all that was to go."""
+    model = tiny("llama")
+    block = num_parameters(model.model.layers[0]) / num_parameters(model)
+    settings = settings_of(rate=0.8 * block, units=units, depth_share=depth_share)
+    for attempt in (lambda: prune(model, settings, samples_of()), lambda: expected_config(model.config, settings)):
+        with pytest.raises(UserError, match=rf"but one block has {block:.2%}: raise the rate or `prune.depth_share`"):
+            attempt()
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_the_number_of_blocks_is_the_nearest_and_one_stays(seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    count, size, others = (
+        int(torch.randint(low, high, (), generator=generator)) for low, high in ((2, 40), (9, 99), (0, 2000))
+    )
+    rate = float(torch.rand((), generator=generator)) * 0.9
+    total = count * size + others
+    dropped = num_blocks_to_drop(rate, total, [size] * count)
+    assert 0 <= dropped < count
+    assert all(abs(dropped * size - rate * total) <= abs(other * size - rate * total) + 1e-6 for other in range(count))
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"rate": 0.02}, "but one block has"),
+        ({"rate": 0.9, "first_layer": 1}, "the 5 blocks that may go have"),
+        ({"rate": 0.5, "first_layer": 3, "last_layer": 4}, "the 2 blocks that may go have"),
+        ({"rate": 0.3, "first_layer": 3, "last_layer": 3}, "only one block may go and one must stay"),
+        ({"rate": 0.1, "units": ["block", "mlp"], "depth_share": 0.05}, "raise the rate or `prune.depth_share`"),
+    ],
+    ids=str,
+)
+def test_a_rate_that_no_number_of_blocks_meets_is_refused(options: dict[str, Any], said: str) -> None:
+    """The same before the weights are read and after."""
+    model, settings = decoder(), settings_of(**options)
+    with pytest.raises(UserError, match=said):
+        expected_config(model.config, settings)
+    with pytest.raises(UserError, match=said):
+        prune(model, settings, samples_of())
+    assert len(model.model.layers) == NUM_BLOCKS

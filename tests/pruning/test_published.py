@@ -1,0 +1,116 @@
+"""The same units as LLM-Pruner (arXiv 2305.11627) removes with its own settings, from a plain rewriting of its code.
+
+Its published results are on units chosen this way: if this broke, a comparison with them would compare other models.
+Where query heads share key/value heads, each counts for the one it is cut with (its code adds query head h to key/value
+head h modulo their number).
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+from tiny_decoders import PAD, rows_of, settings_of, tiny
+
+from qpruner.calibration import Samples
+from qpruner.pruning.prune import prune
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+HEAD_DIM, CHANNELS, LENGTH = 8, 48, 14
+HEADS = {"multi-head": (4, 4), "grouped": (6, 3)}
+CRITERIA: dict[str, dict[str, str]] = {
+    "param_first": {"importance": "taylor"},
+    "param_second": {"importance": "taylor", "order": "second"},
+    "param_mix": {"importance": "taylor", "order": "mixed"},
+    "vectorize": {"importance": "taylor", "aggregation": "vector"},
+    "l1": {"importance": "magnitude", "norm": "l1"},
+    "l2": {"importance": "magnitude", "norm": "l2"},
+}
+
+
+def decoder(heads: str, seed: int = 0) -> PreTrainedModel:
+    """A Llama whose predictions are so sure of themselves that second order shows beside the first."""
+    num_heads, groups = HEADS[heads]
+    model = tiny("llama", seed, hidden_size=48, num_attention_heads=num_heads, num_key_value_heads=groups)
+    with torch.no_grad():
+        model.model.norm.weight.mul_(60)
+    return model
+
+
+def accumulate(model: PreTrainedModel, prompts: torch.Tensor, criterion: str) -> dict[str, torch.Tensor]:
+    """Its `acc_grad`: the mean square of each sample's gradient; then `.grad` of the loss of all samples at once."""
+    squares: dict[str, torch.Tensor] = {}
+    if criterion in ("param_second", "param_mix"):
+        for prompt in prompts:
+            model.zero_grad()
+            model(prompt.unsqueeze(0), labels=prompt.unsqueeze(0)).loss.backward()
+            for name, parameter in model.named_parameters():
+                square = parameter.grad * parameter.grad / len(prompts)
+                squares[name] = squares[name] + square if name in squares else square
+    model.zero_grad()
+    model(prompts, labels=prompts).loss.backward()
+    return squares
+
+
+def lines(name: str, model: PreTrainedModel, squares: dict[str, torch.Tensor], criterion: str) -> torch.Tensor:
+    """Its importance of each row of a `linear_out` layer and each column of a `linear_in` one."""
+    weight = model.get_parameter(name).detach()
+    dim = 0 if name.endswith(("o_proj.weight", "down_proj.weight")) else 1
+    if criterion in ("l1", "l2"):
+        return weight.abs().pow(int(criterion[1])).sum(dim)
+    salience = weight * model.get_parameter(name).grad
+    if criterion == "param_second":
+        salience = weight * squares[name] * weight
+    elif criterion == "param_mix":
+        salience = salience - 0.5 * weight * squares[name] * weight
+    return salience.sum(dim).abs() if criterion == "vectorize" else salience.abs().sum(dim)
+
+
+def published(model: PreTrainedModel, prompts: torch.Tensor, criterion: str, ratio: float) -> dict[int, Any]:
+    """Per layer, the key/value heads and channels that stay when `ratio` of a layer's own goes."""
+    squares = accumulate(model, prompts, criterion)
+    groups = model.config.num_key_value_heads
+    kept = {}
+    for index in range(model.config.num_hidden_layers):
+
+        def of(matrix: str, index: int = index) -> torch.Tensor:
+            return lines(f"model.layers.{index}.{matrix}.weight", model, squares, criterion)
+
+        heads = sum(
+            (of(f"self_attn.{name}_proj").view(groups, -1).sum(1) for name in ("q", "k", "v", "o")), torch.zeros(groups)
+        )
+        channels = of("mlp.gate_proj") + of("mlp.up_proj") + of("mlp.down_proj")
+        rows = groups * HEAD_DIM
+        heads_gone = (rows - int(rows * (1 - ratio))) // HEAD_DIM
+        channels_gone = CHANNELS - int(CHANNELS * (1 - ratio))
+        kept[index] = {
+            "attention": tuple(sorted(torch.argsort(heads)[heads_gone:].tolist())),
+            "mlp": tuple(sorted(torch.argsort(channels)[channels_gone:].tolist())),
+        }
+    return kept
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("heads", HEADS)
+@pytest.mark.parametrize("criterion", CRITERIA)
+def test_the_same_units_stay(criterion: str, heads: str, seed: int) -> None:
+    model, groups = decoder(heads, seed), HEADS[heads][1]
+    rows = rows_of([LENGTH] * 5, seed=seed + 10)
+    ratio = (0.25, 0.4, 0.5)[seed]
+    expected = published(model, torch.tensor([row["input_ids"] for row in rows]), criterion, ratio)
+    model.zero_grad(set_to_none=True)
+    settings = settings_of(layer_rate=ratio, **CRITERIA[criterion])
+    pruned = prune(model, settings, Samples(rows, PAD, batch_size=len(rows)))
+    assert pruned.kept == expected
+    gone = [(groups - len(kinds["attention"]), CHANNELS - len(kinds["mlp"])) for kinds in expected.values()]
+    assert all(channels > 0 for _, channels in gone) and (gone[0][0] > 0) == (groups * ratio >= 1), "a real choice"
+
+
+def test_the_criteria_disagree() -> None:
+    """Six rows that agreed on everything would tell nothing apart."""
+    prompts = torch.tensor([row["input_ids"] for row in rows_of([LENGTH] * 5, seed=10)])
+    kept = [published(decoder("multi-head"), prompts, criterion, 0.5)[1]["mlp"] for criterion in CRITERIA]
+    assert len(set(kept)) == len(kept)

@@ -1,0 +1,98 @@
+"""Tiny random decoders and samples for the pruning tests, and what their activations are by whole-model passes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from qpruner.calibration import Samples
+from qpruner.config import PruneConfig
+from qpruner.models import ragged
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+VOCABULARY, PAD = 60, 0
+SIZES = {"vocab_size": VOCABULARY, "hidden_size": 32, "max_position_embeddings": 64, "num_hidden_layers": 3}
+TOKENS = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": PAD, "tie_word_embeddings": True}
+FAMILIES: dict[str, dict[str, Any]] = {
+    "llama": {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "intermediate_size": 48},
+    # A window shorter than the samples, in every second block.
+    "gemma2": {
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "intermediate_size": 48,
+        "sliding_window": 4,
+    },
+    "phi3": {"num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 48},
+    "opt": {"num_attention_heads": 4, "ffn_dim": 48, "word_embed_proj_dim": 32},
+    # Attention and MLP side by side.
+    "gpt_neox": {"num_attention_heads": 4, "intermediate_size": 48},
+    "mixtral": {
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "intermediate_size": 24,
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+    },
+}
+
+
+def tiny(name: str = "llama", seed: int = 0, **options: Any) -> PreTrainedModel:
+    """Three float32 blocks of a family, wide enough in their weights that every unit shows in the logits."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    ragged.install()  # as loading does
+    config = AutoConfig.for_model(name, **(SIZES | TOKENS | FAMILIES[name] | options))
+    torch.manual_seed(seed)
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    with torch.no_grad():
+        for key, parameter in model.named_parameters():
+            if parameter.dim() > 1:
+                parameter.mul_(6.0)
+            elif key.endswith("bias"):
+                parameter.normal_(0.0, 0.2)
+    return model.eval()
+
+
+def settings_of(**options: Any) -> PruneConfig:
+    """First-order Taylor block by block, nothing made up for, to within one channel; whatever the defaults are."""
+    recipe = {"importance": "taylor", "selection": "per_layer", "compensation": "none", "round_to": 1}
+    return PruneConfig.model_validate(recipe | options)
+
+
+def rows_of(lengths: Sequence[int], seed: int = 1) -> list[dict[str, list[int]]]:
+    """Random samples of some lengths, every token of them predicted."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = [torch.randint(3, VOCABULARY, (length,), generator=generator).tolist() for length in lengths]
+    return [{"input_ids": row, "labels": row} for row in ids]
+
+
+def samples_of(lengths: Sequence[int] = (9, 16, 12, 7, 16), seed: int = 1, batch_size: int = 8) -> Samples:
+    """Samples of different lengths, so that most batches are padded."""
+    return Samples(rows_of(lengths, seed), PAD, batch_size)
+
+
+@torch.no_grad()
+def logits_of(model: PreTrainedModel, seed: int = 5) -> torch.Tensor:
+    """Logits ``(2, 11, vocabulary)`` of a prompt that is in no sample."""
+    prompt = torch.randint(3, VOCABULARY, (2, 11), generator=torch.Generator().manual_seed(seed))
+    logits: torch.Tensor = model(input_ids=prompt, use_cache=False).logits
+    return logits
+
+
+@torch.no_grad()
+def stacked_inputs(model: PreTrainedModel, linear: str, samples: Samples) -> torch.Tensor:
+    """What reaches a linear layer ``(tokens, features)`` float64: sample by sample, so that there is no padding."""
+    seen: list[torch.Tensor] = []
+    handle = model.get_submodule(linear).register_forward_pre_hook(
+        lambda module, inputs: seen.append(inputs[0].reshape(-1, inputs[0].shape[-1]).double())
+    )
+    for row in samples.rows:
+        model(input_ids=torch.tensor([row["input_ids"]]), use_cache=False)
+    handle.remove()
+    return torch.cat(seen)
