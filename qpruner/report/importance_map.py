@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     import torch
 
 FILE, PICTURE = "importance.npz", "importance.png"
+BLOCKS = "block"
 NUM_COLUMNS = 96
 """Units of a block are drawn in at most this many columns, each the mean of its neighbours in the ranking."""
 KINDS = {"attention": "kept_kv_groups", "mlp": "kept_mlp_channels", "expert": "kept_experts"}
@@ -31,7 +32,7 @@ def save_importance(
         f"{index}.{kind}": score.numpy() for index, kinds in scores.items() for kind, score in kinds.items()
     }
     if blocks:
-        arrays["block"] = np.array([[index, score] for index, score in blocks.items()])
+        arrays[BLOCKS] = np.array([[index, score] for index, score in blocks.items()])
     np.savez_compressed(folder / FILE, **arrays)
 
 
@@ -46,13 +47,14 @@ def load_importance(folder: Path) -> dict[str, Floats]:
 
 def draw(record: PruneRecord, scores: Mapping[str, Floats]) -> Any:
     """The heat map as a matplotlib figure: by block, importance of the units in the order of their ranking, and beside
-    it the share of them that was kept."""
+    it the share of them that was kept; last, importance of whole blocks, where they could go, those that went in red."""
     from matplotlib.figure import Figure
 
     kinds = [kind for kind in KINDS if any(name.endswith(f".{kind}") for name in scores)] or ["attention", "mlp"]
-    figure = Figure(figsize=(5.5 * len(kinds), 1.2 + 0.16 * len(record.layers)), layout="constrained")
-    axes = figure.subplots(1, 2 * len(kinds), squeeze=False, width_ratios=[5, 1] * len(kinds), sharey=True)[0]
-    for kind, importance_axis, kept_axis in zip(kinds, axes[::2], axes[1::2], strict=True):
+    widths = [5, 1] * len(kinds) + ([2] if BLOCKS in scores else [])
+    figure = Figure(figsize=(0.92 * sum(widths), 1.2 + 0.16 * len(record.layers)), layout="constrained")
+    axes = figure.subplots(1, len(widths), squeeze=False, width_ratios=widths, sharey=True)[0]
+    for kind, importance_axis, kept_axis in zip(kinds, axes[::2], axes[1::2], strict=False):
         rows = [_ranked(scores.get(f"{layer.layer}.{kind}")) for layer in record.layers]
         with np.errstate(divide="ignore"):
             importance = np.log10(np.array(rows))
@@ -63,6 +65,11 @@ def draw(record: PruneRecord, scores: Mapping[str, Floats]) -> Any:
         kept = [_kept_share(layer, kind) for layer in record.layers]
         kept_axis.barh(range(len(kept)), kept, color="tab:gray")
         kept_axis.set(title="kept", xlim=(0, 1))
+    if BLOCKS in scores:
+        indices, values = scores[BLOCKS].T
+        colors = ["tab:red" if index in record.dropped_blocks else "tab:gray" for index in indices]
+        axes[-1].barh(indices, values, color=colors)
+        axes[-1].set(title="whole blocks", xlabel="importance")
     axes[0].set(ylabel="block", ylim=(len(record.layers) - 0.5, -0.5))
     return figure
 

@@ -184,3 +184,12 @@ def test_many_blocks_make_a_taller_picture_not_thinner_rows(scores: dict[str, An
     """Of 80 blocks every row must still be told from the next."""
     few, many = draw(RECORD, scores), draw(record_of(*[layer(index, 4, 200) for index in range(80)]), scores)
     assert many.get_size_inches()[1] > few.get_size_inches()[1] + 8
+
+
+def test_blocks_that_went_whole_stand_out(scores: dict[str, Any]) -> None:
+    """With `units: [block]` this panel is all there is to see of the choice."""
+    record = record_of(layer(0, 4, 200), layer(1, 0, 0), layer(2, 4, 200)).model_copy(update={"dropped_blocks": (1,)})
+    panel = draw(record, {**scores, "block": np.array([[0, 0.5], [1, 0.1], [2, 0.3]])}).axes
+    bars = next(axis for axis in panel if axis.get_title() == "whole blocks").patches
+    assert [bar.get_width() for bar in bars] == [0.5, 0.1, 0.3]
+    assert bars[1].get_facecolor() != bars[0].get_facecolor() == bars[2].get_facecolor()
