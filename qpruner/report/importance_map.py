@@ -47,7 +47,7 @@ def load_importance(folder: Path) -> dict[str, Floats]:
 
 def draw(record: PruneRecord, scores: Mapping[str, Floats]) -> Any:
     """The heat map as a matplotlib figure: by block, importance of the units in the order of their ranking, and beside
-    it the share of them that was kept; last, importance of whole blocks, where they could go, those that went in red."""
+    it the share of them that was kept; last, importance of whole blocks where they could go, those that went in red."""
     from matplotlib.figure import Figure
 
     kinds = [kind for kind in KINDS if any(name.endswith(f".{kind}") for name in scores)] or ["attention", "mlp"]

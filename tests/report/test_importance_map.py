@@ -156,7 +156,7 @@ def test_without_scores_of_units_there_is_still_a_picture_of_what_was_kept(
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         write_pictures(tmp_path, record, scores)
-        _, groups, _, channels = panels(draw(record, scores))
+        _, groups, _, channels, *_ = panels(draw(record, scores))
     assert bars(groups) == bars(channels) == [1.0, 0.0, 1.0]
     assert (tmp_path / "importance.png").stat().st_size > 1000
 
