@@ -52,8 +52,8 @@ FINETUNE_STEPS = 30
 CRITERIA: dict[str, dict[str, str]] = {
     "taylor first": {"importance": "taylor"},
     "taylor first vector": {"importance": "taylor", "aggregation": "vector"},
-    "taylor second": {"importance": "taylor", "order": "second"},
     "fisher": {"importance": "fisher"},
+    "fisher vector": {"importance": "fisher", "aggregation": "vector"},
     "taylor mixed": {"importance": "taylor", "order": "mixed"},
     "magnitude l1": {"importance": "magnitude", "norm": "l1"},
     "magnitude l2": {"importance": "magnitude"},

@@ -60,7 +60,7 @@ def score(
     if settings.importance == "magnitude":
         return magnitude(model, kinds, settings.norm, settings.reduction)
     if settings.importance == "fisher":
-        return taylor(model, kinds, samples, "second", "vector", settings.reduction)
+        return taylor(model, kinds, samples, "second", settings.aggregation, settings.reduction)
     if settings.importance == "taylor":
         return taylor(model, kinds, samples, settings.order, settings.aggregation, settings.reduction)
     moments = output_moments(model, kinds, samples)

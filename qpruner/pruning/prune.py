@@ -272,7 +272,7 @@ def check_settings(model_config: Any, settings: PruneConfig) -> None:
     by_linear = [
         f"{key} {value} ({remedy})"
         for key, value, remedy, looks_at_linears in (
-            ("importance", settings.importance, "taylor, magnitude or random", settings.looks_at_linears),
+            ("importance", settings.importance, "fisher, taylor, magnitude or random", settings.looks_at_linears),
             ("aggregation", settings.aggregation, "element", settings.aggregation == "vector"),
             ("compensation", settings.compensation, "none", settings.compensation != "none"),
         )

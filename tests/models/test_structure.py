@@ -290,7 +290,7 @@ def test_adapters_sit_on_the_grouped_layers_and_a_step_lowers_the_loss(name: str
 
 
 LOOKS_AT_LINEARS = (
-    {"importance": "fisher"},
+    {"importance": "fisher", "aggregation": "vector"},
     {"importance": "fluctuation"},
     {"importance": "activation_norm"},
     {"aggregation": "vector"},

@@ -28,7 +28,7 @@ CHANNEL = 3 * 32
 CRITERIA: list[dict[str, Any]] = [
     {"importance": "fisher"},
     {"importance": "taylor"},
-    {"importance": "taylor", "order": "second"},
+    {"importance": "fisher", "aggregation": "vector"},
     {"importance": "taylor", "order": "mixed", "aggregation": "vector", "reduction": "max"},
     {"importance": "magnitude", "norm": "l1", "reduction": "product"},
     {"importance": "magnitude", "reduction": "mean"},
@@ -422,11 +422,11 @@ def test_experts_are_cut_whole_or_channel_by_channel(units: list[str], selection
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"importance": "fluctuation"}, ("importance fluctuation (taylor, magnitude or random)",)),
+        ({"importance": "fluctuation"}, ("importance fluctuation (fisher, taylor, magnitude or random)",)),
         ({"aggregation": "vector"}, ("aggregation vector (element)",)),
         (
-            {"importance": "fisher", "compensation": "least_squares"},
-            ("importance fisher (taylor, magnitude or random)", "compensation least_squares (none)"),
+            {"importance": "fisher", "aggregation": "vector", "compensation": "least_squares"},
+            ("aggregation vector (element)", "compensation least_squares (none)"),
         ),
         ({"compensation": "bias"}, ("compensation bias (none)", "`prune.units: [attention]`")),
         ({"compensation": "least_squares", "units": ["expert"]}, ("mlp.experts.gate_up_proj", "least_squares (none)")),

@@ -154,10 +154,12 @@ def test_vectors_are_summed_before_the_absolute_value(
 
 
 @pytest.mark.parametrize("reduction", ["sum", "max"])
-def test_fisher_is_second_order_by_vector(model: PreTrainedModel, samples: Samples, reduction: str) -> None:
-    """Two names of one thing: the mean square of each sample's gradient of a mask on a row or column."""
-    named = score(model, LAYERS, settings_of(importance="fisher", reduction=reduction), samples)
-    options = {"order": "second", "aggregation": "vector", "reduction": reduction}
+@pytest.mark.parametrize("aggregation", ["element", "vector"])
+def test_fisher_is_second_order(model: PreTrainedModel, samples: Samples, aggregation: str, reduction: str) -> None:
+    """Two names of one thing: the mean square of each sample's own salience."""
+    options = {"aggregation": aggregation, "reduction": reduction}
+    named = score(model, LAYERS, settings_of(importance="fisher", **options), samples)
+    options["order"] = "second"
     assert_same(named, score(model, LAYERS, settings_of(**options), samples))
 
 
@@ -355,8 +357,8 @@ def test_gradients_add_up_over_batches(model: PreTrainedModel) -> None:
     [
         {"importance": "magnitude"},
         {"importance": "fisher"},
+        {"importance": "fisher", "aggregation": "vector"},
         {"importance": "taylor"},
-        {"importance": "taylor", "aggregation": "vector"},
         {"importance": "fluctuation"},
         {"importance": "activation_norm"},
     ],
