@@ -38,7 +38,6 @@ def prune(context: Context, prepared: PrepareRecord) -> PruneRecord:
         tokenizer = load_tokenizer(prepared.model_path)
         model = load_dense(prepared.model_path, config.model.dtype, config.model)
         pruned, fields = cut_model(context, model, tokenizer, load_encoded(context.data / "importance"))
-        context.emit(Message("prune", "saving"))
         save_checkpoint(pruned.model, tokenizer, scratch)
         save_importance(scratch, pruned.scores, pruned.block_scores)
         write_pictures(scratch, PruneRecord(digest="", seconds=0.0, **fields), load_importance(scratch))
