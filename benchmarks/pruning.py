@@ -312,17 +312,18 @@ def _finetune(bench: Bench, model: Any) -> Any:
 
 
 def speed(bench: Bench) -> list[dict[str, Any]]:
-    """Tokens a second, prefill and decode, of base and pruned models side by side, in turns."""
+    """Tokens a second, prefill and decode (of 1 and of 16 sequences), of base and pruned models in turns."""
     default = PruneConfig(rate=0.2)
     models = {"base": bench.base}
     for round_to in (1, 32, 64):
         settings = default.model_copy(update={"round_to": round_to})
         models[f"round_to {round_to}"] = bench.prune(settings, bench.texts[0])
-    seen: dict[str, dict[str, list[float]]] = {name: {"prefill": [], "decode": []} for name in models}
+    seen: dict[str, dict[str, list[float]]] = {name: {"prefill": [], "decode": [], "decode_16": []} for name in models}
     for _ in range(7):
         for name, model in models.items():
             seen[name]["prefill"].append(_prefill(model, bench))
-            seen[name]["decode"].append(_decode(model, bench))
+            seen[name]["decode"].append(_decode(model, bench, 1))
+            seen[name]["decode_16"].append(_decode(model, bench, 16))
     rows = []
     for name, model in models.items():
         share = 1 - num_parameters(model) / bench.num_parameters
@@ -357,15 +358,16 @@ def _prefill(model: Any, bench: Bench) -> float:
 
 
 @torch.no_grad()
-def _decode(model: Any, bench: Bench, num_tokens: int = 24) -> float:
-    ids = torch.tensor([bench.windows["evaluated"][0]["input_ids"]], device=model.device)
+def _decode(model: Any, bench: Bench, batch_size: int, num_tokens: int = 24) -> float:
+    rows = bench.windows["evaluated"][:batch_size]
+    ids = torch.tensor([row["input_ids"] for row in rows], device=model.device)
     output = model(input_ids=ids, use_cache=True, logits_to_keep=1)
     started = time.perf_counter()
     for _ in range(num_tokens):
         token = output.logits[:, -1:].argmax(dim=-1)
         output = model(input_ids=token, past_key_values=output.past_key_values, use_cache=True)
     float(output.logits.sum())
-    return num_tokens / (time.perf_counter() - started)
+    return batch_size * num_tokens / (time.perf_counter() - started)
 
 
 def say(row: Row) -> None:
