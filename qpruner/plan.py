@@ -7,8 +7,12 @@ Plain data: neither torch nor ray is imported here.
 
 from __future__ import annotations
 
+import ctypes
 import math
-from collections.abc import Iterable, Mapping, Sequence
+import os
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from qpruner.errors import UserError
@@ -19,6 +23,24 @@ NESTED_BLOCK_SIZE = 256
 """Scales that share one nested scale under double quantization."""
 FULL_BITS = 16
 """A group at this level keeps the model's own floating-point weights."""
+
+
+@contextmanager
+def _native_output_dropped() -> Iterator[None]:
+    """Drop what native code prints: HiGHS (scipy 1.18) leaves a debugging line in C's buffer on some problems, which
+    would follow the JSON object at the end of stdout."""
+    library = ctypes.CDLL(None)
+    sys.stdout.flush()
+    library.fflush(None)
+    kept, nowhere = os.dup(1), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 1)
+    try:
+        yield
+    finally:
+        library.fflush(None)
+        os.dup2(kept, 1)
+        os.close(kept)
+        os.close(nowhere)
 
 
 @dataclass(frozen=True)
@@ -231,13 +253,14 @@ class PlanSpace:
         # HiGHS accepts a row that is violated by up to 1e-6; where that lets a plan over the budget, ask for a margin.
         for margin in (0.0, 2e-6, 2e-5):
             budget = LinearConstraint(sizes.ravel()[None, :] / max(capacity, 1.0), -np.inf, 1.0 - margin)
-            solution = milp(
-                c=-gain.ravel(),
-                constraints=[*constraints, budget],
-                integrality=np.ones(gain.size),
-                bounds=Bounds(0, 1),
-                options={"mip_rel_gap": 0.0},
-            )
+            with _native_output_dropped():
+                solution = milp(
+                    c=-gain.ravel(),
+                    constraints=[*constraints, budget],
+                    integrality=np.ones(gain.size),
+                    bounds=Bounds(0, 1),
+                    options={"mip_rel_gap": 0.0},
+                )
             if not solution.success:
                 return None
             chosen = solution.x.reshape(num_groups, num_levels).argmax(axis=1)

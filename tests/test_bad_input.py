@@ -145,7 +145,7 @@ CONFIGURATION = [
     ),
     refused(
         "aggregation-of-fluctuation", {"prune.importance": "fluctuation", "prune.aggregation": "vector"},
-        "`aggregation`", "fluctuation", "is Taylor's", "`importance`"
+        "`aggregation`", "fluctuation", "is Fisher's and Taylor's", "`importance`"
     ),
     refused("norm-of-fisher", {"prune.norm": "l1"}, "`norm`", "fisher", "is magnitude's", "`importance`"),
     refused(

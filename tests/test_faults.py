@@ -187,7 +187,9 @@ def test_a_corrupt_record_is_told_and_its_stage_run_again(
     assert names(events, StageFinished) == [stage], "what depends on it is as it was"
     kind = RECORDS[stage]
     again, before = (kind.model_validate_json(text).model_dump() for text in (record.read_bytes(), whole))
-    assert again | {"seconds": 0} == before | {"seconds": 0}
+    # What the machine measured is another figure each time.
+    measured = {"seconds": 0} | ({"peak_memory_bytes": 0} if stage == "prune" else {})
+    assert again | measured == before | measured
 
 
 # ---- a full disk

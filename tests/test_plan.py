@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from qpruner import plan as plan_module
 from qpruner.plan import FULL_BITS, Group, Layout, LinearShape, PlanSpace, PrecisionPlan, packed_bytes
 from qpruner.quantization.mixed import pack
 
@@ -221,3 +222,15 @@ def test_a_plan_survives_being_written_down(bits: tuple[int, ...]) -> None:
 def test_a_plan_needs_a_width_for_every_group() -> None:
     with pytest.raises(ValueError, match="2 groups but 1"):
         PrecisionPlan(("layers.0", "layers.1"), (4,))
+
+
+def test_the_solver_leaves_nothing_on_stdout(capfd: pytest.CaptureFixture[str]) -> None:
+    """HiGHS prints from C, after Python's own last line: `--json` promises that the JSON object comes last."""
+    import ctypes
+
+    library = ctypes.CDLL(None)
+    with plan_module._native_output_dropped():
+        library.puts(b"a line of native code")
+    print("ours")
+    library.fflush(None)
+    assert capfd.readouterr().out == "ours\n"
