@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, cast
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from qpruner.calibration import Samples, at_tokens, batches
 from qpruner.models.structure import family_of
-from qpruner.pruning.importance import taylor, unit_kinds_of
+from qpruner.pruning.importance import taylor
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -26,12 +26,10 @@ def block_importance(model: PreTrainedModel, layers: Sequence[int], method: str,
     """
     if method == "block_influence":
         return block_influence(model, layers, samples)
-    every = {
-        kind.name
-        for index in layers
-        for kind in family_of(model.config).unit_kinds(model.config.per_layer_config[index], index)
-    }
-    scores = taylor(model, unit_kinds_of(model, layers, tuple(every)), samples)
+    family, config = family_of(model.config), model.config
+    scores = taylor(
+        model, {index: family.unit_kinds(config.per_layer_config[index], index) for index in layers}, samples
+    )
     return {index: sum(float(score.sum()) for score in kinds.values()) for index, kinds in scores.items()}
 
 
@@ -44,14 +42,12 @@ def block_influence(model: PreTrainedModel, layers: Sequence[int], samples: Samp
     tokens = torch.empty(0, dtype=torch.bool)
     count = 0
 
-    def hook_for(index: int):  # type: ignore[no-untyped-def]
-        def hook(block: torch.nn.Module, args: tuple, kwargs: dict, output: object) -> None:  # type: ignore[type-arg]
+    def hook_for(index: int) -> Callable[..., None]:
+        def hook(block: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
             before = args[0] if args else kwargs["hidden_states"]
             after = output[0] if isinstance(output, tuple) else output
-            cosine = torch.nn.functional.cosine_similarity(
-                at_tokens(before, tokens).float(), at_tokens(cast(torch.Tensor, after), tokens).float()
-            )
-            sums[index] += float(cosine.sum())
+            pair = at_tokens(before, tokens).float(), at_tokens(after, tokens).float()
+            sums[index] += float(torch.nn.functional.cosine_similarity(*pair).sum())
 
         return hook
 

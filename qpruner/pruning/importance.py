@@ -108,8 +108,8 @@ def taylor(
         aggregation: `element` or `vector`.
         reduction: How the matrices of a group become one score.
     """
-    by_vector = aggregation == "vector"
-    return (_taylor_by_vector if by_vector else _taylor_by_element)(model, kinds, samples, order).reduce(reduction)
+    collect = _taylor_by_vector if aggregation == "vector" else _taylor_by_element
+    return collect(model, kinds, samples, order).reduce(reduction)
 
 
 def _taylor_by_vector(
@@ -137,11 +137,10 @@ def _taylor_by_vector(
     visit_mask_gradients(model, linears, samples, visit)
     collected = _Collected(kinds)
     for name, (_, owners) in matrices.items():
-        entries = {
-            "first": lambda name=name: sums[name].abs(),
-            "second": lambda name=name: squares[name],
-            "mixed": lambda name=name: (sums[name] - 0.5 * squares[name]).abs(),
-        }[order]()
+        if order == "second":
+            entries = squares[name]
+        else:
+            entries = (sums[name] if order == "first" else sums[name] - 0.5 * squares[name]).abs()
         collected.add(owners, entries.unsqueeze(1 - owners[0][1].dim), f"the importance of {name}")
     return collected
 

@@ -91,9 +91,7 @@ def prune(
     if settings.drops_blocks:
         block_scores = block_importance(model, layers, settings.depth_importance, samples)
         gone = set(sorted(layers, key=lambda index: block_scores[index])[: num_dropped(model, settings, layers)])
-        blocks = [index for index in blocks if index not in gone]
-        keep_blocks(model, blocks)
-        layers = tuple(blocks.index(index) for index in layers if index not in gone)
+        blocks, layers = _drop_blocks(model, layers, gone)
     kept: Kept = {}
     scores: Scores = {}
     if settings.width_units:
@@ -108,6 +106,13 @@ def prune(
         {blocks[index]: by_kind for index, by_kind in scores.items()},
         block_scores,
     )
+
+
+def _drop_blocks(model: PreTrainedModel, layers: Sequence[int], gone: set[int]) -> tuple[list[int], tuple[int, ...]]:
+    """Remove whole blocks; returns the base model's index of each that stays, and where the rest of `layers` now is."""
+    blocks = [index for index in range(num_layers(model.config)) if index not in gone]
+    keep_blocks(model, blocks)
+    return blocks, tuple(new for new, old in enumerate(blocks) if old in layers)
 
 
 def _cut_widths(
@@ -182,10 +187,8 @@ def expected_config(model_config: Any, settings: PruneConfig) -> Any:
     check_not_shared(model)
     before = num_parameters(model)
     if settings.drops_blocks:
-        gone = layers[len(layers) - num_dropped(model, settings, layers) :]
-        kept_blocks = [index for index in range(num_layers(model_config)) if index not in gone]
-        keep_blocks(model, kept_blocks)
-        layers = tuple(kept_blocks.index(index) for index in layers if index not in gone)
+        gone = set(layers[len(layers) - num_dropped(model, settings, layers) :])
+        _, layers = _drop_blocks(model, layers, gone)
     if settings.width_units:
         sizes = unit_sizes(model, layers, settings.width_units)
         target = width_target(model, settings, layers, before)
@@ -310,13 +313,11 @@ def _check_uniform(model_config: Any, settings: PruneConfig, count: int) -> None
             f"`prune.uniform`: no plain {family.model_type} checkpoint can have fewer heads, for its hidden size must "
             f"be made up of them: set `prune.units: [{MLP}]`, or `uniform: false`"
         )
-    has_biases = all(
-        getattr(skeleton(model_config).get_submodule(f"{family.block_path(0)}.{kind.output_linear}"), "bias", None)
-        is not None
-        for kind in kinds
-        if kind.output_linear
-    )
-    if settings.compensation == "bias" and not has_biases:
+    if settings.compensation != "bias":
+        return
+    block = skeleton(model_config).get_submodule(family.block_path(0))
+    outputs = [block.get_submodule(kind.output_linear) for kind in kinds if kind.output_linear]
+    if any(output.bias is None for output in outputs):
         raise UserError(
             f"`prune.compensation`: a plain {family.model_type} checkpoint (`prune.uniform`) has no place for output "
             "biases: use least_squares or none"
