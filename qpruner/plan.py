@@ -187,20 +187,53 @@ class Layout:
 
 @dataclass(frozen=True)
 class PlanSpace:
-    """All plans of a layout that stay inside a byte budget.
+    """All plans that stay inside a byte budget: what a searcher knows of a model.
 
     Attributes:
-        layout: The model's groups and sizes.
+        groups: Names of the groups, in model order.
         levels: The bit-widths a group may take, ascending.
+        group_bytes: ``(groups, levels)``: bytes of each group at each level.
+        fixed_bytes: Bytes that no plan changes.
         budget_bytes: The most a plan may weigh.
     """
 
-    layout: Layout
+    groups: tuple[str, ...]
     levels: tuple[int, ...]
+    group_bytes: tuple[tuple[int, ...], ...]
+    fixed_bytes: int
     budget_bytes: int
 
+    @classmethod
+    def of(cls, layout: Layout, levels: tuple[int, ...], budget_bytes: int) -> PlanSpace:
+        """The plans of a model that stay inside a budget."""
+        by_level = [layout.group_bytes(bits) for bits in levels]
+        return cls(
+            groups=tuple(group.name for group in layout.groups),
+            levels=levels,
+            group_bytes=tuple(zip(*by_level, strict=True)),
+            fixed_bytes=layout.ungrouped_bytes + layout.adapter_bytes,
+            budget_bytes=budget_bytes,
+        )
+
+    def uniform(self, bits: int) -> PrecisionPlan:
+        """Every group at `bits`."""
+        return PrecisionPlan(self.groups, (bits,) * len(self.groups))
+
+    def plan_of(self, indices: Iterable[int]) -> PrecisionPlan:
+        """The plan that gives each group the level of that index."""
+        return PrecisionPlan(self.groups, tuple(self.levels[int(index)] for index in indices))
+
+    def indices_of(self, plan: PrecisionPlan) -> tuple[int, ...]:
+        """Index of each group's level."""
+        return tuple(self.levels.index(bits) for bits in plan.bits)
+
+    def plan_bytes(self, plan: PrecisionPlan) -> int:
+        """Bytes of the whole model under `plan`."""
+        grouped = sum(sizes[level] for sizes, level in zip(self.group_bytes, self.indices_of(plan), strict=True))
+        return grouped + self.fixed_bytes
+
     def is_feasible(self, plan: PrecisionPlan) -> bool:
-        return self.layout.plan_bytes(plan) <= self.budget_bytes
+        return self.plan_bytes(plan) <= self.budget_bytes
 
     def best_by_gain(self, gains: Sequence[Sequence[float]]) -> PrecisionPlan:
         """The feasible plan with the largest summed gain: a multiple-choice knapsack, solved exactly.
@@ -224,17 +257,15 @@ class PlanSpace:
         known = set(avoid)
         if self.is_feasible(plan) and plan not in known:
             return plan
-        sizes = [self.layout.group_bytes(bits) for bits in self.levels]
         # The byte term sums to less than one over all groups, so it only breaks ties between equal agreements.
-        whole = 1.0 + sum(max(sizes[level][group] for level in range(len(sizes))) for group in range(len(plan.bits)))
+        whole = 1.0 + sum(max(sizes) for sizes in self.group_bytes)
         gains = [
-            [
-                (1.0 if bits == plan.bits[group] else 0.0) + sizes[level][group] / whole
-                for level, bits in enumerate(self.levels)
-            ]
-            for group in range(len(plan.bits))
+            [(1.0 if level == wanted else 0.0) + size / whole for level, size in zip(self.levels, sizes, strict=True)]
+            for wanted, sizes in zip(plan.bits, self.group_bytes, strict=True)
         ]
-        return self._solve(gains, known)
+        # Known plans become rows of the problem; most proposals are repaired into a new one without them.
+        found = self._solve(gains, ())
+        return self._solve(gains, known) if found in known else found
 
     def _solve(self, gains: Sequence[Sequence[float]], avoid: Iterable[PrecisionPlan]) -> PrecisionPlan | None:
         """Maximize the summed gain under the budget, each group at one level, none of ``avoid``."""
@@ -243,13 +274,12 @@ class PlanSpace:
 
         gain = np.asarray(gains, dtype=float)
         num_groups, num_levels = gain.shape
-        sizes = np.array([self.layout.group_bytes(bits) for bits in self.levels], dtype=float).T
-        capacity = float(self.budget_bytes - self.layout.ungrouped_bytes - self.layout.adapter_bytes)
+        sizes = np.array(self.group_bytes, dtype=float)
+        capacity = float(self.budget_bytes - self.fixed_bytes)
         constraints = [LinearConstraint(np.kron(np.eye(num_groups), np.ones(num_levels)), 1, 1)]
         known = [[bits == level for bits in other.bits for level in self.levels] for other in avoid]
         if known:
             constraints.append(LinearConstraint(np.array(known, dtype=float), -np.inf, num_groups - 1))
-        names = tuple(group.name for group in self.layout.groups)
         # HiGHS accepts a row that is violated by up to 1e-6; where that lets a plan over the budget, ask for a margin.
         for margin in (0.0, 2e-6, 2e-5):
             budget = LinearConstraint(sizes.ravel()[None, :] / max(capacity, 1.0), -np.inf, 1.0 - margin)
@@ -264,7 +294,7 @@ class PlanSpace:
             if not solution.success:
                 return None
             chosen = solution.x.reshape(num_groups, num_levels).argmax(axis=1)
-            plan = PrecisionPlan(names, tuple(self.levels[index] for index in chosen))
+            plan = self.plan_of(chosen)
             if self.is_feasible(plan):
                 return plan
         return None

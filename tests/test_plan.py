@@ -37,13 +37,13 @@ def random_layout(generator: np.random.Generator, num_groups: int) -> Layout:
 
 
 def all_plans(space: PlanSpace) -> Iterator[PrecisionPlan]:
-    names = tuple(group.name for group in space.layout.groups)
+    names = space.groups
     for bits in itertools.product(space.levels, repeat=len(names)):
         yield PrecisionPlan(names, bits)
 
 
 def feasible_plans(space: PlanSpace) -> list[PrecisionPlan]:
-    return [plan for plan in all_plans(space) if space.layout.plan_bytes(plan) <= space.budget_bytes]
+    return [plan for plan in all_plans(space) if space.plan_bytes(plan) <= space.budget_bytes]
 
 
 def agreement(plan: PrecisionPlan, other: PrecisionPlan) -> int:
@@ -87,7 +87,7 @@ def test_a_plan_weighs_its_groups_and_everything_that_no_plan_changes() -> None:
 def test_the_seed_plan_is_the_best_plan_there_is(levels: tuple[int, ...], seed: int) -> None:
     generator = np.random.default_rng(seed)
     layout = random_layout(generator, 7 if len(levels) == 2 else 5)
-    space = PlanSpace(layout, levels, budget_between(layout, levels, float(generator.uniform(0.05, 0.95))))
+    space = PlanSpace.of(layout, levels, budget_between(layout, levels, float(generator.uniform(0.05, 0.95))))
     gains = generator.normal(size=(len(layout.groups), len(levels)))
 
     def total(plan: PrecisionPlan) -> float:
@@ -104,7 +104,7 @@ def test_the_seed_plan_is_exact_for_a_whole_model_too(seed: int) -> None:
     generator = np.random.default_rng(seed)
     layout = layout_of([(64, 64)] * 30)
     step = layout.group_bytes(8)[0] - layout.group_bytes(4)[0]
-    space = PlanSpace(layout, (4, 8), layout.plan_bytes(layout.uniform(4)) + 15 * step)
+    space = PlanSpace.of(layout, (4, 8), layout.plan_bytes(layout.uniform(4)) + 15 * step)
     gains = 1.0 + 1e-6 * generator.permutation(30)
     found = space.best_by_gain([[0.0, float(gain)] for gain in gains])
     chosen = {group for group, bits in enumerate(found.bits) if bits == 8}
@@ -132,7 +132,7 @@ def test_the_seed_plan_is_exact_for_blocks_of_different_widths(seed: int) -> Non
     layout = layout_of([(64, int(columns)) for columns in generator.integers(2, 40, 56) * 8])
     budget = budget_between(layout, (4, 8), 0.47)
     gains = generator.uniform(0.95, 1.05, 56)
-    found = PlanSpace(layout, (4, 8), budget).best_by_gain([[0.0, float(gain)] for gain in gains])
+    found = PlanSpace.of(layout, (4, 8), budget).best_by_gain([[0.0, float(gain)] for gain in gains])
     total = sum(gain for gain, bits in zip(gains, found.bits, strict=True) if bits == 8)
     room = budget - layout.plan_bytes(layout.uniform(4))
     assert layout.plan_bytes(found) <= budget
@@ -145,9 +145,9 @@ def test_a_budget_of_exactly_the_extremes_is_used_and_never_passed(levels: tuple
     layout = random_layout(np.random.default_rng(seed), 6)
     gains = [[float(bits) for bits in levels] for _ in layout.groups]
     lowest, highest = layout.uniform(levels[0]), layout.uniform(levels[-1])
-    assert PlanSpace(layout, levels, layout.plan_bytes(highest)).best_by_gain(gains) == highest
-    assert PlanSpace(layout, levels, layout.plan_bytes(lowest)).best_by_gain(gains) == lowest
-    one_byte_less = PlanSpace(layout, levels, layout.plan_bytes(highest) - 1)
+    assert PlanSpace.of(layout, levels, layout.plan_bytes(highest)).best_by_gain(gains) == highest
+    assert PlanSpace.of(layout, levels, layout.plan_bytes(lowest)).best_by_gain(gains) == lowest
+    one_byte_less = PlanSpace.of(layout, levels, layout.plan_bytes(highest) - 1)
     assert layout.plan_bytes(one_byte_less.best_by_gain(gains)) < layout.plan_bytes(highest)
 
 
@@ -156,7 +156,7 @@ def test_a_plan_over_by_one_byte_of_a_large_model_is_not_taken() -> None:
     layout = layout_of([(4096, 11008)] * 12, rest=2**30)
     levels = (4, 8)
     highest = layout.uniform(8)
-    space = PlanSpace(layout, levels, layout.plan_bytes(highest) - 1)
+    space = PlanSpace.of(layout, levels, layout.plan_bytes(highest) - 1)
     gains = [[0.0, 1.0] for _ in layout.groups]
     assert sorted(space.best_by_gain(gains).bits) == [4] + [8] * 11
     near = space.nearest_feasible(highest)
@@ -166,7 +166,7 @@ def test_a_plan_over_by_one_byte_of_a_large_model_is_not_taken() -> None:
 
 def test_no_plan_below_the_lowest_levels() -> None:
     layout = layout_of([(64, 64), (77, 64)])
-    space = PlanSpace(layout, (4, 8), layout.plan_bytes(layout.uniform(4)) - 1)
+    space = PlanSpace.of(layout, (4, 8), layout.plan_bytes(layout.uniform(4)) - 1)
     with pytest.raises(ValueError, match="no plan fits"):
         space.best_by_gain([[0.0, 1.0]] * 2)
     assert space.nearest_feasible(layout.uniform(8)) is None
@@ -177,7 +177,7 @@ def test_no_plan_below_the_lowest_levels() -> None:
 def test_a_repaired_proposal_keeps_as_much_of_it_as_the_budget_allows(levels: tuple[int, ...], seed: int) -> None:
     generator = np.random.default_rng(seed)
     layout = random_layout(generator, 5)
-    space = PlanSpace(layout, levels, budget_between(layout, levels, float(generator.uniform(0.2, 0.8))))
+    space = PlanSpace.of(layout, levels, budget_between(layout, levels, float(generator.uniform(0.2, 0.8))))
     plans, feasible = list(all_plans(space)), feasible_plans(space)
     for _ in range(5):
         wanted = plans[generator.integers(len(plans))]
@@ -193,7 +193,7 @@ def test_a_repaired_proposal_keeps_as_much_of_it_as_the_budget_allows(levels: tu
 
 def test_a_new_plan_inside_the_budget_is_left_as_it_is() -> None:
     layout = random_layout(np.random.default_rng(0), 4)
-    space = PlanSpace(layout, (4, 8), budget_between(layout, (4, 8), 0.6))
+    space = PlanSpace.of(layout, (4, 8), budget_between(layout, (4, 8), 0.6))
     for plan in feasible_plans(space):
         assert space.nearest_feasible(plan) == plan
         others = [other for other in feasible_plans(space) if other != plan]
@@ -203,7 +203,7 @@ def test_a_new_plan_inside_the_budget_is_left_as_it_is() -> None:
 @pytest.mark.parametrize("levels", [(4, 8), (4, 8, 16)], ids=str)
 def test_every_feasible_plan_is_handed_out_once_and_then_none(levels: tuple[int, ...]) -> None:
     layout = random_layout(np.random.default_rng(3), 3)
-    space = PlanSpace(layout, levels, budget_between(layout, levels, 0.5))
+    space = PlanSpace.of(layout, levels, budget_between(layout, levels, 0.5))
     known: list[PrecisionPlan] = []
     while (plan := space.nearest_feasible(layout.uniform(levels[-1]), avoid=known)) is not None:
         assert plan not in known

@@ -77,7 +77,7 @@ class Context:
         """The plans inside the budget."""
         quantize = self.config.quantize
         budget = preflight.budget_bytes(quantize.budget, self.layout, quantize.bits)
-        return PlanSpace(self.layout, quantize.bits, budget)
+        return PlanSpace.of(self.layout, quantize.bits, budget)
 
     @cached_property
     def slots(self) -> Slots:

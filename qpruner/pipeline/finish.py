@@ -88,7 +88,7 @@ def table_rows(context: Context, searched: SearchRecord, measured: SensitivityRe
     """The rows of the final table; only the winner without `finetune.compare`."""
     plans = {SEARCHED: PrecisionPlan.from_dict(searched.best_plan)}
     if context.config.finetune.compare:
-        layout = context.space.layout
+        layout = context.layout
         uniform = {f"uniform {bits}-bit": layout.uniform(bits) for bits in context.space.levels if bits != FULL_BITS}
         # At the winner's own bytes, so that the claim compares like with like.
         equal_bytes = replace(context.space, budget_bytes=layout.plan_bytes(plans[SEARCHED]))
@@ -116,7 +116,7 @@ def _prepared(context: Context) -> PrepareRecord:
 
 
 def _untuned_rows(context: Context) -> list[Candidate]:
-    plan = context.space.layout.uniform(FULL_BITS)
+    plan = context.layout.uniform(FULL_BITS)
     rows = [_candidate(context, UNTUNED.format(name), plan) for name in (BASE, PRUNED)]
     return [replace(row, tuned=False) for row in rows]
 
@@ -200,7 +200,7 @@ def _forget_other_inputs(row: Candidate, digest: str) -> None:
 
 def _row_layout(context: Context, row: Candidate) -> Layout:
     if row.checkpoint == context.checkpoint:
-        return context.space.layout
+        return context.layout
     return layout_for(context.config, context.inspection.model_config)
 
 

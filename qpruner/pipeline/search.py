@@ -51,8 +51,10 @@ def search(context: Context, banked: BankRecord, measured: SensitivityRecord) ->
         job = ray_tune.SearchJob(
             config=context.worker_config,
             materials=Materials(context.checkpoint, context.bank, context.data),
+            layout=context.layout,
             space=space,
             controls=controls(context, measured),
+            priors={},
             trials=context.run_dir.trials / trials_digest,
             scratch=context.run_dir.tune,
             digest=trials_digest,
@@ -95,7 +97,7 @@ def search(context: Context, banked: BankRecord, measured: SensitivityRecord) ->
 def controls(context: Context, measured: SensitivityRecord) -> list[tuple[str, PrecisionPlan]]:
     """The plans every search starts with: uniform ones inside the budget, and the mutual-information seed."""
     space = context.space
-    uniform = [(f"uniform-{bits}", space.layout.uniform(bits)) for bits in space.levels]
+    uniform = [(f"uniform-{bits}", space.uniform(bits)) for bits in space.levels]
     seed = (MUTUAL_INFORMATION_SEED, seed_plan(measured.mutual_information_nats, space))
     return [(origin, plan) for origin, plan in [*uniform, seed] if space.is_feasible(plan)]
 

@@ -1,20 +1,23 @@
 """What proposes the next plan, and the ledger that keeps every proposal inside the budget and new.
 
-Nothing here knows of Ray. A `Proposer` turns results into a plan; the `Ledger` hands out controls first, repairs a
-proposal that is over budget to the nearest feasible plan, replaces one that is known, and remembers what ran.
+Nothing here knows of Ray. A `Proposer` turns what is known into a plan; the `Ledger` hands out controls first, repairs
+a proposal that is over budget to the nearest feasible plan, replaces one that is known, and remembers what ran.
 Suggestion k depends only on the seed, k and the results known when it is asked for.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import numpy as np
 
 from qpruner.plan import PlanSpace, PrecisionPlan
+
+Prior = Mapping[int, Sequence[float]]
+"""One sensitivity as a searcher sees it: bits -> predicted rise of the loss of every group, in nats or its own unit."""
 
 
 @dataclass(frozen=True)
@@ -28,23 +31,67 @@ class Suggestion:
 
 @dataclass(frozen=True)
 class Observation:
-    """The score a suggestion ended with; smaller is better."""
+    """A trial's score at one rung; smaller is better.
+
+    Attributes:
+        index: The suggestion.
+        plan: The plan that ran.
+        step: Optimizer steps of the rung.
+        score: What is minimized.
+        stderr: Its standard error where the measurement tells it (an accuracy), else None.
+    """
 
     index: int
     plan: PrecisionPlan
+    step: int
     score: float
+    stderr: float | None = None
+
+
+@dataclass(frozen=True)
+class History:
+    """All that is known when a plan is asked for.
+
+    Attributes:
+        observations: Every rung of every trial, also of those still running; by index, then step.
+        pending: Plans in flight, by index.
+    """
+
+    observations: tuple[Observation, ...] = ()
+    pending: tuple[PrecisionPlan, ...] = ()
+
+    def last(self) -> list[Observation]:
+        """The latest rung of each trial that is over."""
+        running = set(self.pending)
+        latest = {item.index: item for item in self.observations if item.plan not in running}
+        return list(latest.values())
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """A plan, feasible or not.
+
+    Attributes:
+        plan: What is proposed.
+        expected_improvement: Over the best plan so far, in the score's unit; None where the searcher has no model.
+        noise: Standard deviation of a score, as the searcher's model has it.
+    """
+
+    plan: PrecisionPlan
+    expected_improvement: float | None = None
+    noise: float | None = None
 
 
 class Proposer(Protocol):
-    """Proposes a plan, feasible or not, from what is known."""
+    """Proposes a plan from what is known."""
 
     @property
     def name(self) -> str:
         """What the records call it."""
         ...
 
-    def propose(self, index: int, observations: Sequence[Observation]) -> PrecisionPlan:
-        """The plan for suggestion `index`; `observations` are in order of their indices."""
+    def propose(self, index: int, history: History) -> Proposal:
+        """The plan for suggestion `index`; equal arguments give equal plans."""
         ...
 
 
@@ -56,10 +103,51 @@ class RandomProposer:
     seed: int
     name: str = "random"
 
-    def propose(self, index: int, observations: Sequence[Observation]) -> PrecisionPlan:
+    def propose(self, index: int, history: History) -> Proposal:
         generator = np.random.default_rng([self.seed, index])
-        names = tuple(group.name for group in self.space.layout.groups)
-        return PrecisionPlan(names, tuple(int(bits) for bits in generator.choice(self.space.levels, len(names))))
+        return Proposal(self.space.plan_of(generator.integers(len(self.space.levels), size=len(self.space.groups))))
+
+
+@dataclass(frozen=True)
+class ScalarizedProposer:
+    """Serves the Pareto front of score and bytes with a searcher of one objective.
+
+    As in ParEGO (Knowles 2006): every suggestion weighs the two anew and the searcher is told the augmented
+    Chebyshev distance of each plan from the best of both.
+    """
+
+    inner: Proposer
+    space: PlanSpace
+    seed: int
+
+    @property
+    def name(self) -> str:
+        return self.inner.name
+
+    def propose(self, index: int, history: History) -> Proposal:
+        weight = float(np.random.default_rng([self.seed, index, 1]).uniform())
+        scores = np.array([item.score for item in history.observations])
+        sizes = np.array([float(self.space.plan_bytes(item.plan)) for item in history.observations])
+        told = [
+            replace(item, score=float(score), stderr=None)
+            for item, score in zip(history.observations, _chebyshev(scores, sizes, weight), strict=True)
+        ]
+        return replace(self.inner.propose(index, replace(history, observations=tuple(told))), expected_improvement=None)
+
+
+def _chebyshev(scores: np.ndarray, sizes: np.ndarray, weight: float) -> np.ndarray:
+    if len(scores) == 0:
+        return scores
+    unit = np.stack([_to_unit(scores), _to_unit(sizes)])
+    weighted = unit * np.array([[weight], [1 - weight]])
+    distances: np.ndarray = weighted.max(axis=0) + 0.05 * weighted.sum(axis=0)
+    return distances
+
+
+def _to_unit(values: np.ndarray) -> np.ndarray:
+    width = values.max() - values.min()
+    scaled: np.ndarray = (values - values.min()) / (width if width > 0 else 1.0)
+    return scaled
 
 
 @dataclass
@@ -70,45 +158,76 @@ class Ledger:
         space: The feasible plans.
         proposer: The searcher behind it.
         controls: (origin, plan) pairs that come first; all inside the budget.
-        max_trials: Suggestions in all.
-        unfinished: Suggestions of an interrupted search, handed out again before new ones.
+        max_trials: Suggestions in all; those that another budget's search made do not count.
+        patience: Proposals in a row whose expected improvement is below the noise before the search ends; None never.
+        ended: Why there are no more suggestions, once there are none.
     """
 
     space: PlanSpace
     proposer: Proposer
     controls: Sequence[tuple[str, PrecisionPlan]]
     max_trials: int
-    unfinished: list[Suggestion] = field(default_factory=list)
+    patience: int | None = None
+    ended: str | None = None
     _known: dict[PrecisionPlan, int] = field(default_factory=dict)
-    _observations: dict[int, Observation] = field(default_factory=dict)
+    _counted: set[int] = field(default_factory=set)
+    _live: dict[int, PrecisionPlan] = field(default_factory=dict)
+    _unfinished: list[Suggestion] = field(default_factory=list)
+    _observations: dict[tuple[int, int], Observation] = field(default_factory=dict)
+    _unpromising: int = 0
 
-    def recall(self, suggestion: Suggestion, score: float | None) -> None:
-        """Take over a suggestion that an earlier session ran; `score` is None when it failed."""
+    def recall(self, suggestion: Suggestion, rungs: Sequence[Observation], counts: bool = True) -> None:
+        """Take over a trial that is over, finished or not; `counts` is off for another budget's."""
         self._known[suggestion.plan] = suggestion.index
-        self.observe(suggestion, score)
+        if counts:
+            self._counted.add(suggestion.index)
+        for rung in rungs:
+            self.observe(rung)
 
-    def resume(self, suggestion: Suggestion) -> None:
-        """Take over a suggestion that was still running."""
-        self._known[suggestion.plan] = suggestion.index
-        self.unfinished.append(suggestion)
+    def resume(self, suggestion: Suggestion, rungs: Sequence[Observation]) -> None:
+        """Take over a trial that was still running; it is handed out again before new ones."""
+        self.recall(suggestion, rungs)
+        self._unfinished.append(suggestion)
 
     def next(self) -> Suggestion | None:
-        """The next suggestion, or None when the trials are spent or every feasible plan is known."""
-        if self.unfinished:
-            return self.unfinished.pop(0)
-        if len(self._known) >= self.max_trials:
+        """The next suggestion, or None when the search is over; `ended` then says why."""
+        suggestion = self._unfinished.pop(0) if self._unfinished else self._new()
+        if suggestion:
+            self._live[suggestion.index] = suggestion.plan
+        return suggestion
+
+    def observe(self, observation: Observation) -> None:
+        """Tell a rung's score; the plan that ran is told, not the one that was proposed."""
+        self._observations[observation.index, observation.step] = observation
+
+    def close(self, suggestion: Suggestion) -> None:
+        """Tell that a trial is over, with what was observed or with nothing."""
+        self._live.pop(suggestion.index, None)
+
+    def end(self, reason: str) -> None:
+        """No new suggestions from now on; the first reason stays."""
+        self.ended = self.ended or reason
+
+    def history(self) -> History:
+        """What the searcher is told."""
+        return History(
+            tuple(self._observations[key] for key in sorted(self._observations)),
+            tuple(self._live[index] for index in sorted(self._live)),
+        )
+
+    def _new(self) -> Suggestion | None:
+        if self.ended:
+            return None
+        if len(self._counted) >= self.max_trials:
+            self.end(f"all {self.max_trials} trials were spent (`search.max_trials`)")
             return None
         taken = set(self._known.values())
         index = next(number for number in itertools.count() if number not in taken)
         suggestion = self._control(index) or self._proposal(index)
         if suggestion:
             self._known[suggestion.plan] = index
+            self._counted.add(index)
         return suggestion
-
-    def observe(self, suggestion: Suggestion, score: float | None) -> None:
-        """Tell how a suggestion ended; the plan that ran is told, not the one that was proposed."""
-        if score is not None:
-            self._observations[suggestion.index] = Observation(suggestion.index, suggestion.plan, score)
 
     def _control(self, index: int) -> Suggestion | None:
         for origin, plan in self.controls:
@@ -117,7 +236,21 @@ class Ledger:
         return None
 
     def _proposal(self, index: int) -> Suggestion | None:
-        observations = [self._observations[known] for known in sorted(self._observations)]
-        proposed = self.proposer.propose(index, observations)
-        plan = self.space.nearest_feasible(proposed, avoid=self._known)
-        return Suggestion(index, self.proposer.name, plan) if plan else None
+        proposal = self.proposer.propose(index, self.history())
+        plan = self.space.nearest_feasible(proposal.plan, avoid=self._known)
+        if plan is None:
+            self.end("every plan inside the budget was tried")
+            return None
+        if self._is_hopeless(proposal):
+            self.end(
+                f"the expected improvement ({proposal.expected_improvement:.2g}) was below the noise "
+                f"({proposal.noise:.2g}) for {self.patience} proposals in a row (`search.patience`)"
+            )
+            return None
+        return Suggestion(index, self.proposer.name, plan)
+
+    def _is_hopeless(self, proposal: Proposal) -> bool:
+        if self.patience is None or proposal.expected_improvement is None or proposal.noise is None:
+            return False
+        self._unpromising = self._unpromising + 1 if proposal.expected_improvement < proposal.noise else 0
+        return self._unpromising >= self.patience

@@ -33,10 +33,3 @@ def objective(result: RungResult, config: RunConfig) -> float:
         return result.loss
     assert result.accuracy is not None
     return 1.0 - result.accuracy
-
-
-def final_score(record: TrialRecord, config: RunConfig) -> float | None:
-    """What the searcher learns of a trial: its last rung, or nothing when it failed."""
-    if record.status == "failed" or not record.rungs:
-        return None
-    return objective(record.rungs[-1], config)

@@ -69,7 +69,7 @@ def test_the_seed_row_is_the_best_seed_of_the_winners_bytes(raw: dict[str, Any])
     context = context_of(raw)
     measured = context.run_dir.read_record("sensitivity", SensitivityRecord)
     assert measured is not None
-    layout = context.space.layout
+    layout = context.layout
     names = tuple(group.name for group in layout.groups)
     assert names == measured.groups
     every = [PrecisionPlan(names, bits) for bits in itertools.product((4, 8), repeat=len(names))]
@@ -94,5 +94,5 @@ def test_the_seed_row_is_the_best_seed_of_the_winners_bytes(raw: dict[str, Any])
 
 def test_without_compare_the_winner_stands_alone(raw: dict[str, Any]) -> None:
     context = context_of(with_key(raw, "finetune.compare", False))
-    winner = context.space.layout.uniform(4)
+    winner = context.layout.uniform(4)
     assert plans_by_name(context, winner) == {"searched": winner}

@@ -26,20 +26,18 @@ def space_of(num_groups: int, share: float = 0.5, levels: tuple[int, ...] = (4, 
     )
     layout = Layout(groups, 5000, 300, 2, double_quant=False, num_parameters=10**6)
     lowest, highest = layout.plan_bytes(layout.uniform(levels[0])), layout.plan_bytes(layout.uniform(levels[-1]))
-    return PlanSpace(layout, levels, lowest + int(share * (highest - lowest)))
+    return PlanSpace.of(layout, levels, lowest + int(share * (highest - lowest)))
 
 
 def feasible_plans(space: PlanSpace) -> set[PrecisionPlan]:
-    names = tuple(group.name for group in space.layout.groups)
+    names = space.groups
     plans = (PrecisionPlan(names, bits) for bits in itertools.product(space.levels, repeat=len(names)))
-    return {plan for plan in plans if space.layout.plan_bytes(plan) <= space.budget_bytes}
+    return {plan for plan in plans if space.plan_bytes(plan) <= space.budget_bytes}
 
 
 def controls_of(space: PlanSpace) -> list[tuple[str, PrecisionPlan]]:
-    gains = [
-        [0.0, float(index)] + [float(index)] * (len(space.levels) - 2) for index in range(len(space.layout.groups))
-    ]
-    return [("uniform-4", space.layout.uniform(4)), ("seed-mutual-information", space.best_by_gain(gains))]
+    gains = [[0.0, float(index)] + [float(index)] * (len(space.levels) - 2) for index in range(len(space.groups))]
+    return [("uniform-4", space.uniform(4)), ("seed-mutual-information", space.best_by_gain(gains))]
 
 
 def ledger_of(space: PlanSpace, make: MakeProposer, seed: int = 0, max_trials: int = 12) -> Ledger:
@@ -77,7 +75,7 @@ def test_no_plan_twice_and_none_over_budget(make: MakeProposer, seed: int, level
     plans = [item.plan for item in suggestions]
     assert len(plans) == 12
     assert len(set(plans)) == 12
-    assert all(space.layout.plan_bytes(plan) <= space.budget_bytes for plan in plans)
+    assert all(space.plan_bytes(plan) <= space.budget_bytes for plan in plans)
     assert [item.index for item in suggestions] == list(range(12))
 
 
@@ -100,7 +98,7 @@ def test_the_trials_that_were_asked_for_are_given_and_no_more() -> None:
 
 def test_a_control_that_equals_another_runs_once() -> None:
     space = space_of(5)
-    plan = space.layout.uniform(4)
+    plan = space.uniform(4)
     ledger = Ledger(space, RandomProposer(space, 0), [("uniform-4", plan), ("seed-mutual-information", plan)], 4)
     origins = [item.origin for item in run(ledger)]
     assert origins == ["uniform-4", "random", "random", "random"]
@@ -115,9 +113,9 @@ class Neighbour:
     name: str = "neighbour"
 
     def propose(self, index: int, observations: Sequence[Observation]) -> PrecisionPlan:
-        bits = list(observations[-1].plan.bits if observations else self.space.layout.uniform(8).bits)
+        bits = list(observations[-1].plan.bits if observations else self.space.uniform(8).bits)
         bits[index % len(bits)] = 12 - bits[index % len(bits)]
-        return PrecisionPlan(self.space.layout.uniform(4).groups, tuple(bits))
+        return PrecisionPlan(self.space.uniform(4).groups, tuple(bits))
 
 
 @pytest.mark.parametrize("make", [RandomProposer, HyperOptProposer, Neighbour], ids=["random", "hyperopt", "neighbour"])
@@ -166,7 +164,7 @@ def test_a_suggestion_depends_on_seed_position_and_results_only(make: MakePropos
 def test_a_random_proposal_does_not_look_at_results() -> None:
     space = space_of(10)
     proposer = RandomProposer(space, 4)
-    results = [Observation(0, space.layout.uniform(4), 1.0)]
+    results = [Observation(0, space.uniform(4), 1.0)]
     assert proposer.propose(7, results) == proposer.propose(7, [])
     plans = {proposer.propose(index, []) for index in range(20)}
     assert len(plans) > 15
@@ -184,7 +182,7 @@ def test_tpe_learns_from_what_ran() -> None:
     """After 30 results that all say "8 bits in the first groups", it proposes that more often than chance does."""
     space = space_of(8, 1.0)
     generator = np.random.default_rng(0)
-    names = tuple(group.name for group in space.layout.groups)
+    names = space.groups
     plans = [PrecisionPlan(names, tuple(int(bits) for bits in generator.choice((4, 8), 8))) for _ in range(30)]
     results = [
         Observation(index, plan, 3.0 - 0.5 * plan.bits[:3].count(8) + 0.5 * plan.bits[5:].count(8))

@@ -142,7 +142,7 @@ def test_more_information_gets_more_bits(levels: tuple[int, ...], seed: int) -> 
     values = tuple(np.random.default_rng(seed).uniform(0.05, 1.0, 8).tolist())
     space = space_of(8, 0.5, levels)
     plan = seed_plan(values, space)
-    assert space.layout.plan_bytes(plan) <= space.budget_bytes
+    assert space.plan_bytes(plan) <= space.budget_bytes
     by_value = sorted(zip(values, plan.bits, strict=True))
     assert [bits for _, bits in by_value] == sorted(plan.bits)
     assert len(set(plan.bits)) > 1

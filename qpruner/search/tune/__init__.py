@@ -19,7 +19,7 @@ os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"
 import errno
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,13 +32,13 @@ from qpruner.memory import release
 from qpruner.plan import PlanSpace, PrecisionPlan
 from qpruner.records import RungResult, TrialRecord
 from qpruner.rundir import publish_folder, read_json, write_json
-from qpruner.search.searchers import Ledger, Proposer, RandomProposer, Suggestion
+from qpruner.search.searchers import Ledger, Prior, Proposer, RandomProposer, Suggestion
 from qpruner.search.trial import TrialJob, run_trial
-from qpruner.search.trial_records import checkpoint_of, final_score, objective, read_trials, trial_folder
+from qpruner.search.trial_records import checkpoint_of, objective, read_trials, trial_folder
 from qpruner.search.tune.asha import RecordedAsha
 from qpruner.search.tune.driver import PlanSearcher, RungEvents
 from qpruner.search.tune.hyperopt import HyperOptProposer
-from qpruner.search.tune.job import METRIC, TIME, SearchJob, params_to_plan
+from qpruner.search.tune.job import METRIC, TIME, SearchJob, observations_of, params_to_plan
 
 __all__ = ["HyperOptProposer", "SearchJob", "make_proposer", "search"]
 
@@ -69,7 +69,9 @@ def search(job: SearchJob, emit: Emit) -> list[TrialRecord]:
 
 def _fit(job: SearchJob, emit: Emit) -> None:
     """One session of Ray Tune, from the records to the last trial."""
-    ledger = Ledger(job.space, make_proposer(job.config, job.space), job.controls, job.config.search.trials)
+    settings = job.config.search
+    proposer = make_proposer(settings.searcher, job.space, job.config.seed, job.priors)
+    ledger = Ledger(job.space, proposer, job.controls, settings.trials)
     recorded = read_trials(job.trials)
     _restore(ledger, recorded, job.config)
     attempt = len(list(job.scratch.glob("search-*"))) if job.scratch.exists() else 0
@@ -121,20 +123,27 @@ def _count_kill(trials: Path) -> None:
             write_json(trial_folder(trials, record.index) / "trial.json", record.model_copy(update=update))
 
 
-def make_proposer(config: RunConfig, space: PlanSpace) -> Proposer:
-    """The searcher that `search.searcher` names."""
-    if config.search.searcher == "random":
-        return RandomProposer(space, config.seed)
-    return HyperOptProposer(space, config.seed)
+def make_proposer(name: str, space: PlanSpace, seed: int, priors: Mapping[str, Prior]) -> Proposer:
+    """The searcher that `search.searcher` names.
+
+    Args:
+        name: `hyperopt` or `random`.
+        space: The feasible plans.
+        seed: Seeds its proposals.
+        priors: Sensitivities by method, for a searcher that starts from them.
+    """
+    if name == "random":
+        return RandomProposer(space, seed)
+    return HyperOptProposer(space, seed)
 
 
 def _restore(ledger: Ledger, recorded: Sequence[TrialRecord], config: RunConfig) -> None:
     for record in recorded:
         suggestion = Suggestion(record.index, record.origin, PrecisionPlan.from_dict(record.plan))
         if record.status == "running" or record.reason == DISK_FULL:
-            ledger.resume(suggestion)
+            ledger.resume(suggestion, observations_of(record, config))
         else:
-            ledger.recall(suggestion, final_score(record, config))
+            ledger.recall(suggestion, observations_of(record, config))
 
 
 def _trainable(params: dict[str, Any], job: SearchJob) -> None:

@@ -11,9 +11,9 @@ from qpruner.events import Emit, Message, Progress
 from qpruner.plan import PrecisionPlan
 from qpruner.records import TrialRecord
 from qpruner.rundir import read_json, write_json
-from qpruner.search.searchers import Ledger, Suggestion
-from qpruner.search.trial_records import final_score, read_trials, trial_folder
-from qpruner.search.tune.job import METRIC, TIME, SearchJob, params_to_plan
+from qpruner.search.searchers import Ledger, Observation, Suggestion
+from qpruner.search.trial_records import read_trials, trial_folder
+from qpruner.search.tune.job import METRIC, TIME, SearchJob, observations_of, params_to_plan
 
 
 class _LivesInDriver:
@@ -41,7 +41,7 @@ class PlanSearcher(_LivesInDriver, Searcher):  # type: ignore[misc]
         self._live[trial_id] = suggestion
         path = trial_folder(self._job.trials, suggestion.index) / "trial.json"
         if not path.exists():
-            layout = self._job.space.layout
+            layout = self._job.layout
             write_json(
                 path,
                 TrialRecord(
@@ -58,6 +58,13 @@ class PlanSearcher(_LivesInDriver, Searcher):  # type: ignore[misc]
         return {"trial": suggestion.index, "origin": suggestion.origin, **bits}
 
     # Ray calls these by keyword, so the parameters keep its names.
+    def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
+        suggestion = self._live[trial_id]
+        stderr = result.get("accuracy_stderr") if self._job.config.search.metric == "accuracy" else None
+        self._ledger.observe(
+            Observation(suggestion.index, suggestion.plan, int(result[TIME]), float(result[METRIC]), stderr)
+        )
+
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
         suggestion = self._live.pop(trial_id)
         path = trial_folder(self._job.trials, suggestion.index) / "trial.json"
@@ -71,7 +78,9 @@ class PlanSearcher(_LivesInDriver, Searcher):  # type: ignore[misc]
             )
             record = record.model_copy(update=update)
             write_json(path, record)
-        self._ledger.observe(suggestion, final_score(record, self._job.config))
+        for observation in observations_of(record, self._job.config):
+            self._ledger.observe(observation)
+        self._ledger.close(suggestion)
         self._done += 1
         self._emit(Progress("search", self._done, self._job.config.search.trials))
         if record.status == "failed":

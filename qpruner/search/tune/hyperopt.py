@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
 from ray import tune
 from ray.tune.search.hyperopt import HyperOptSearch
 
 from qpruner.plan import PlanSpace, PrecisionPlan
-from qpruner.search.searchers import Observation
+from qpruner.search.searchers import History, Proposal
 from qpruner.search.tune.job import METRIC
 
 
@@ -27,25 +25,26 @@ class HyperOptProposer:
 
     def __init__(self, space: PlanSpace, seed: int) -> None:
         self._seed = seed
-        self._names = tuple(group.name for group in space.layout.groups)
+        self._names = space.groups
         # hyperopt gives lists back as tuples and takes numbers for ranges; strings come back as they are.
         levels = [str(bits) for bits in space.levels]
         self._search_space = HyperOptSearch.convert_search_space({name: tune.choice(levels) for name in self._names})
 
-    def propose(self, index: int, observations: Sequence[Observation]) -> PrecisionPlan:
+    def propose(self, index: int, history: History) -> Proposal:
         """A plan; equal arguments give equal plans."""
-        known = [{name: str(bits) for name, bits in observation.plan.as_dict().items()} for observation in observations]
+        known = history.last()
+        points = [{name: str(bits) for name, bits in item.plan.as_dict().items()} for item in known]
         search = HyperOptSearch(
             self._search_space,
             metric=METRIC,
             mode="min",
             n_initial_points=self.INITIAL_RANDOM,
-            points_to_evaluate=known or None,
+            points_to_evaluate=points or None,
             random_state_seed=int(np.random.default_rng([self._seed, index]).integers(2**31)),
         )
-        for observation in observations:
-            search.suggest(f"known-{observation.index}")
-            search.on_trial_complete(f"known-{observation.index}", {METRIC: observation.score})
+        for item in known:
+            search.suggest(f"known-{item.index}")
+            search.on_trial_complete(f"known-{item.index}", {METRIC: item.score})
         suggested = search.suggest("new")
         assert suggested is not None
-        return PrecisionPlan(self._names, tuple(int(suggested[name]) for name in self._names))
+        return Proposal(PrecisionPlan(self._names, tuple(int(suggested[name]) for name in self._names)))

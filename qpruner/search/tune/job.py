@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from qpruner.config import RunConfig
-from qpruner.plan import PlanSpace, PrecisionPlan
+from qpruner.plan import Layout, PlanSpace, PrecisionPlan
+from qpruner.records import TrialRecord
+from qpruner.search.searchers import Observation, Prior
 from qpruner.search.trial import Materials
+from qpruner.search.trial_records import objective
 
 METRIC = "score"
 """What Tune minimizes: the validation loss, or one minus the accuracy."""
@@ -23,8 +26,10 @@ class SearchJob:
     Attributes:
         config: The run's configuration.
         materials: Model, bank and data.
+        layout: The pruned model's groups and sizes.
         space: The feasible plans.
         controls: (origin, plan) of the uniform and seed plans inside the budget.
+        priors: Sensitivities by method, for a searcher that starts from them.
         trials: Folder of the trials' own folders.
         scratch: Folder for Ray Tune's experiment files.
         digest: Inputs a trial's result depends on.
@@ -34,8 +39,10 @@ class SearchJob:
 
     config: RunConfig
     materials: Materials
+    layout: Layout
     space: PlanSpace
     controls: Sequence[tuple[str, PrecisionPlan]]
+    priors: Mapping[str, Prior]
     trials: Path
     scratch: Path
     digest: str
@@ -46,3 +53,18 @@ class SearchJob:
 def params_to_plan(params: dict[str, Any]) -> dict[str, int]:
     """The plan in a trial's Tune configuration, whose keys read `bits/GROUP`."""
     return {name.removeprefix("bits/"): bits for name, bits in params.items() if name.startswith("bits/")}
+
+
+def observations_of(record: TrialRecord, config: RunConfig) -> list[Observation]:
+    """What the searcher is told of a trial: its score at every rung it reached."""
+    plan = PrecisionPlan.from_dict(record.plan)
+    return [
+        Observation(
+            record.index,
+            plan,
+            rung.step,
+            objective(rung, config),
+            rung.accuracy_stderr if config.search.metric == "accuracy" else None,
+        )
+        for rung in record.rungs
+    ]
