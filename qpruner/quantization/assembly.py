@@ -5,7 +5,7 @@ No weight is quantized here: a plan's groups come from the bank, everything else
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +19,7 @@ from qpruner.models.layout import group_linears
 from qpruner.models.loading import device
 from qpruner.plan import FULL_BITS
 from qpruner.quantization.bank import read_plan
-from qpruner.quantization.mixed import MixedPrecisionConfig
+from qpruner.quantization.mixed import MixedPrecisionConfig, dense_layer, packed_layer
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -52,7 +52,7 @@ def assemble(
     starts = {name: tensor for name, tensor in banked.items() if name.endswith((".lora_A", ".lora_B"))}
     packed = {name: tensor for name, tensor in banked.items() if name not in starts}
     quantized = {f"{path}.weight" for path, width in bits.items() if width != FULL_BITS}
-    state = _dense_tensors(checkpoint, quantized) | packed
+    state = _dense_tensors(checkpoint, lambda name: name not in quantized) | packed
     if quantized:
         config.quantization_config = MixedPrecisionConfig(bits, double_quant).to_dict()
     model_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
@@ -99,6 +99,72 @@ def attach_adapters(
     return peft_model
 
 
+class Workbench:
+    """The model of one plan after the other: between two plans only the groups whose bits differ are exchanged.
+
+    Adapters are made anew for every plan, and the random state is set, so that a plan gives the same model as in a
+    fresh process.
+
+    Args:
+        checkpoint: Folder of the dense model.
+        bank: Folder of the bank.
+        group: How layers are grouped.
+        dtype: Name of the torch dtype of what stays unquantized.
+        double_quant: Whether the bank's 4-bit scales are quantized.
+    """
+
+    def __init__(self, checkpoint: Path, bank: Path, group: str, dtype: str, double_quant: bool) -> None:
+        self._checkpoint, self._bank, self._group = checkpoint, bank, group
+        self._dtype, self._double_quant = dtype, double_quant
+        self._peft_model: PeftModel | None = None
+        self._plan: dict[str, int] = {}
+
+    def model(self, plan: Mapping[str, int], lora: LoraConfig, seed: int) -> PeftModel:
+        """The model of a plan with fresh adapters; the one handed out before must not be used any more.
+
+        Args:
+            plan: Bits by group.
+            lora: The adapters.
+            seed: Seeds the plain starts.
+        """
+        if self._peft_model is None:
+            model, starts = assemble(self._checkpoint, self._bank, self._group, plan, self._dtype, self._double_quant)
+        else:
+            model, starts = self._exchange(self._peft_model.unload(), plan)
+        self._plan = dict(plan)
+        self._peft_model = attach_adapters(model, starts, lora, self._group, seed)
+        return self._peft_model
+
+    def _exchange(
+        self, model: PreTrainedModel, plan: Mapping[str, int]
+    ) -> tuple[PreTrainedModel, dict[str, torch.Tensor]]:
+        model.disable_input_require_grads()
+        # As in MixedPrecisionQuantizer: a model that began unquantized has not told peft of its new layers.
+        model.is_loaded_in_4bit = model.is_loaded_in_8bit = True  # type: ignore[assignment]
+        paths = group_linears(model.config, self._group)
+        different = {name for name, bits in plan.items() if bits != self._plan[name]}
+        banked = read_plan(self._bank, plan)
+        starts = {name: tensor for name, tensor in banked.items() if name.endswith((".lora_A", ".lora_B"))}
+        unquantized = {path for name in different if plan[name] == FULL_BITS for path in paths[name]}
+        weights = {f"{path}.weight" for path in unquantized}
+        dense = _dense_tensors(self._checkpoint, weights.__contains__) if weights else {}
+        dtype = getattr(torch, self._dtype)
+        for name in different:
+            for path in paths[name]:
+                old = model.get_submodule(path)
+                if plan[name] == FULL_BITS:
+                    new: torch.nn.Module = dense_layer(old, dense[f"{path}.weight"].to(dtype))
+                else:
+                    tensors = {
+                        key.removeprefix(f"{path}."): tensor
+                        for key, tensor in banked.items()
+                        if key.startswith(f"{path}.") and key not in starts
+                    }
+                    new = packed_layer(old, plan[name], tensors, dtype, self._double_quant)
+                model.set_submodule(path, new)
+        return model, starts
+
+
 def measured_bytes(model: torch.nn.Module) -> int:
     """Bytes of a model's tensors as they are packed: codes, scales, what is unquantized, adapters; shared ones once.
 
@@ -115,13 +181,13 @@ def measured_bytes(model: torch.nn.Module) -> int:
     return total
 
 
-def _dense_tensors(checkpoint: Path, leave_out: set[str]) -> dict[str, torch.Tensor]:
-    """The checkpoint's tensors but for some, read shard by shard."""
+def _dense_tensors(checkpoint: Path, wanted: Callable[[str], bool]) -> dict[str, torch.Tensor]:
+    """The wanted ones of the checkpoint's tensors, read shard by shard."""
     tensors: dict[str, torch.Tensor] = {}
     for shard in sorted(checkpoint.glob("*.safetensors")):
         try:
             with safe_open(shard, framework="pt") as file:
-                tensors |= {name: file.get_tensor(name) for name in file.keys() if name not in leave_out}  # noqa: SIM118
+                tensors |= {name: file.get_tensor(name) for name in file.keys() if wanted(name)}  # noqa: SIM118
         except SafetensorError as error:
             raise CorruptFile(
                 f"weight file {shard} cannot be read: {error}; delete its folder to rebuild it", shard

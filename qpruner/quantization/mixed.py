@@ -103,6 +103,43 @@ def replace_linears(
         model.set_submodule(path, replacement)
 
 
+def packed_layer(
+    linear: torch.nn.Module, bits: int, tensors: dict[str, torch.Tensor], dtype: torch.dtype, double_quant: bool
+) -> torch.nn.Module:
+    """A bitsandbytes layer in place of another, as `from_pretrained` would have made it from the packed tensors.
+
+    Args:
+        linear: The layer whose place it takes; its size, bias and device are kept.
+        bits: 4 or 8.
+        tensors: What `pack` made.
+        dtype: Of the computation.
+        double_quant: Whether the 4-bit scales are quantized.
+    """
+    device = linear.weight.device
+    with torch.device("meta"):
+        layer = _empty_layer(linear, bits, dtype, double_quant)
+    stored = dict(tensors)
+    codes = stored.pop("weight").to(device)
+    if bits == 8:
+        scales = stored["SCB"].to(device)
+        layer.weight = bnb.nn.Int8Params(codes, requires_grad=False, SCB=scales).to(device)
+    else:
+        layer.weight = bnb.nn.Params4bit.from_prequantized(
+            data=codes, quantized_stats=stored, requires_grad=False, device=device, module=layer
+        )
+    layer.bias = linear.bias  # type: ignore[assignment]
+    return layer.requires_grad_(False).train(linear.training)
+
+
+def dense_layer(linear: torch.nn.Module, weight: torch.Tensor) -> torch.nn.Module:
+    """An `nn.Linear` with a weight ``(rows, columns)`` in place of another layer, whose bias and device are kept."""
+    with torch.device("meta"):
+        layer = torch.nn.Linear(weight.shape[1], weight.shape[0], bias=False, dtype=weight.dtype)
+    layer.weight = torch.nn.Parameter(weight.to(linear.weight.device), requires_grad=False)
+    layer.bias = linear.bias  # type: ignore[assignment]
+    return layer.train(linear.training)
+
+
 def _empty_layer(linear: torch.nn.Linear, bits: int, dtype: torch.dtype, double_quant: bool) -> torch.nn.Linear:
     has_bias = linear.bias is not None
     if bits == 8:

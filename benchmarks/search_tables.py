@@ -1,0 +1,414 @@
+"""Measure what a precision search would find: the loss of every plan of a small space, or of many plans of a large one.
+
+    .venv/bin/python benchmarks/search_tables.py zero_shot --model FOLDER --text FILE --groups 10 --out T.json
+    .venv/bin/python benchmarks/search_tables.py finetuned --model FOLDER --text FILE --groups 7 --out T.json
+    .venv/bin/python benchmarks/search_tables.py surrogate --model FOLDER --text FILE --groups projection --out S.json
+
+FOLDER is a dense checkpoint, pruned or not. `zero_shot` is the loss right after quantization with the LoftQ start,
+`finetuned` after a short fine-tune from the bank, at every rung; `surrogate` measures `--plans` random plans without
+fine-tune and fits main effects and pairs of neighbours to them, tested on plans left out. What is measured goes to
+`OUT.lines` as it comes, so that a build that was interrupted goes on. `benchmarks/search_regret.py` replays the files.
+
+Text is cut into windows: the first for training, then validation, then calibration of the sensitivities (disjoint).
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from qpruner.calibration import mean_loss, token_losses
+from qpruner.config import LoraConfig, TrainingConfig
+from qpruner.finetune import Listener, Schedule, finetune
+from qpruner.models.layout import group_linears, layout_of
+from qpruner.models.loading import load_dense, load_tokenizer
+from qpruner.models.structure import family_of
+from qpruner.plan import FULL_BITS
+from qpruner.pruning.block_stream import BlockStream
+from qpruner.quantization.assembly import Workbench
+
+LORA = LoraConfig(rank=8, alpha=16)
+TRAINING = TrainingConfig(learning_rate=1e-3, batch_size=4, micro_batch_size=4, warmup_ratio=0.1)
+DTYPE = "bfloat16"
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a worker needs to measure plans."""
+
+    model: str
+    text: str
+    bank: str
+    groups: str
+    levels: tuple[int, ...]
+    context: int
+    num_validation: int
+    rungs: tuple[int, ...]
+
+    @property
+    def base_group(self) -> str:
+        """How the bank groups layers; a number of groups means runs of consecutive blocks."""
+        return "block" if self.groups.isdigit() else self.groups
+
+    def members(self) -> dict[str, tuple[str, ...]]:
+        """Table group -> the bank's groups in it."""
+        from transformers import AutoConfig
+
+        names = list(group_linears(AutoConfig.from_pretrained(self.model), self.base_group))
+        if not self.groups.isdigit():
+            return {name: (name,) for name in names}
+        parts = np.array_split(np.array(names), int(self.groups))
+        return {f"{part[0]}-{part[-1].rpartition('.')[2]}": tuple(part.tolist()) for part in parts}
+
+    def bits(self, plan: Sequence[int]) -> dict[str, int]:
+        """A table's plan as bits by the bank's groups."""
+        return {name: bits for members, bits in zip(self.members().values(), plan, strict=True) for name in members}
+
+    def windows(self, first: int, count: int) -> list[dict[str, list[int]]]:
+        """`count` windows of the text from window `first`."""
+        ids = load_tokenizer(self.model)(Path(self.text).read_text(), add_special_tokens=False)["input_ids"]
+        chosen = [ids[index * self.context : (index + 1) * self.context] for index in range(first, first + count)]
+        return [{"input_ids": list(each), "labels": list(each)} for each in chosen]
+
+    @property
+    def num_train(self) -> int:
+        return TRAINING.batch_size * max(self.rungs, default=0)
+
+    def validation(self) -> list[dict[str, list[int]]]:
+        return self.windows(self.num_train, self.num_validation)
+
+
+class Evaluator:
+    """Losses of plans without fine-tune; what the blocks before a change gave is used again."""
+
+    def __init__(self, job: Job) -> None:
+        from qpruner.calibration import Samples
+
+        self.job = job
+        self.model = load_dense(job.model, DTYPE).eval()
+        rows = job.validation()
+        self.labels = torch.tensor([row["labels"] for row in rows])
+        self.stream = BlockStream(self.model, Samples(rows, 0, 16))
+        self.paths = group_linears(self.model.config, job.base_group)
+        self.members = job.members()
+        self.bits = dict.fromkeys(self.paths, FULL_BITS)
+        self.weights: dict[tuple[str, int], torch.Tensor] = {}
+        block_path = family_of(self.model.config).block_path
+        self.blocks = [block_path(index) for index in range(self.model.config.num_hidden_layers)]
+
+    def set_bits(self, name: str, bits: int) -> None:
+        """Put the weights of a bank group at a bit-width in place: what quantization and the LoftQ start make of it."""
+        if self.bits[name] == bits:
+            return
+        for path in self.paths[name]:
+            linear = self.model.get_submodule(path)
+            self.weights.setdefault((path, self.bits[name]), linear.weight.data)
+            if (path, bits) not in self.weights:
+                self.weights |= effective_weights(Path(self.job.bank), name, bits, self.paths[name])
+            linear.weight.data = self.weights[path, bits]
+        self.bits[name] = bits
+
+    def blocks_of(self, group: str) -> list[int]:
+        """Blocks that a table group's layers are in."""
+        found = {index for name in self.members[group] for path in self.paths[name] for index in self._blocks(path)}
+        return sorted(found)
+
+    def _blocks(self, path: str) -> Iterator[int]:
+        yield from (index for index, block in enumerate(self.blocks) if path.startswith(f"{block}."))
+
+    @torch.no_grad()
+    def advance(self, hidden: list[torch.Tensor], blocks: Sequence[int]) -> list[torch.Tensor]:
+        """Take hidden states through blocks."""
+        self.stream._hidden = hidden
+        for index in blocks:
+            self.stream.advance(index)
+        return self.stream._hidden
+
+    @torch.no_grad()
+    def loss(self, hidden: list[torch.Tensor]) -> float:
+        """Mean loss in nats a token from the last block's hidden states."""
+        total, start = 0.0, 0
+        for batch in hidden:
+            logits = self.model.lm_head(self.model.base_model.norm(batch))
+            total += float(token_losses(logits, self.labels[start : start + len(batch)]).sum())
+            start += len(batch)
+        return total / self.labels[:, 1:].numel()
+
+    def every_plan(self, prefix: tuple[int, ...]) -> Iterator[tuple[tuple[int, ...], float]]:
+        """All plans that begin with a prefix, as a tree: blocks that plans share run once."""
+        yield from self._below(0, self.stream._hidden, prefix, ())
+
+    def _below(
+        self, depth: int, hidden: list[torch.Tensor], prefix: tuple[int, ...], plan: tuple[int, ...]
+    ) -> Iterator[tuple[tuple[int, ...], float]]:
+        names = list(self.members)
+        if depth == len(names):
+            yield plan, self.loss(hidden)
+            return
+        for bits in (prefix[depth],) if depth < len(prefix) else self.job.levels:
+            for name in self.members[names[depth]]:
+                self.set_bits(name, bits)
+            after = self.advance(hidden, self.blocks_of(names[depth]))
+            yield from self._below(depth + 1, after, prefix, (*plan, bits))
+
+    def one(self, plan: Sequence[int]) -> float:
+        """Loss of a plan, from the first block on."""
+        start = self.stream._hidden
+        for name, bits in self.job.bits(plan).items():
+            self.set_bits(name, bits)
+        loss = self.loss(self.advance(start, range(len(self.blocks))))
+        self.stream._hidden = start
+        return loss
+
+
+def effective_weights(bank: Path, group: str, bits: int, paths: Sequence[str]) -> dict[tuple[str, int], torch.Tensor]:
+    """What the layers of a bank entry compute with before any training: ``dequantize(Q) + scaling B A``."""
+    from qpruner.quantization.bank import read_plan
+    from qpruner.quantization.mixed import unpack
+
+    tensors = read_plan(bank, {group: bits})
+    found = {}
+    for path in paths:
+        own = {name.removeprefix(f"{path}."): value for name, value in tensors.items() if name.startswith(f"{path}.")}
+        adapter = own.pop("lora_B") @ own.pop("lora_A") * (LORA.alpha / LORA.rank)
+        found[path, bits] = (unpack(own, torch.float32) + adapter).to(getattr(torch, DTYPE))
+    return found
+
+
+def finetuned(job: Job, plans: Sequence[tuple[tuple[int, ...], int]]) -> Iterator[dict[str, Any]]:
+    """Loss of plans at every rung of a short fine-tune; each plan comes with its training seed."""
+    bench = Workbench(Path(job.model), Path(job.bank), job.base_group, DTYPE, double_quant=False)
+    train, validation = job.windows(0, job.num_train), job.validation()
+    for plan, seed in plans:
+        started = time.monotonic()
+        model = bench.model(job.bits(plan), LORA, seed)
+        losses = {0: mean_loss(model, validation, 0, 16).mean}
+
+        def on_rung(step: int, checkpoint: Path, loss: float, model: Any = model, losses: Any = losses) -> None:
+            losses[step] = mean_loss(model, validation, 0, 16).mean
+
+        with tempfile.TemporaryDirectory() as work:
+            schedule = Schedule(steps=job.rungs[-1], rungs=job.rungs)
+            finetune(model, train, TRAINING, schedule, Path(work), seed, 0, listener=Listener(on_rung=on_rung))
+        yield {"plan": plan, "seed": seed, "losses": losses, "seconds": time.monotonic() - started}
+
+
+def _work(kind: str, job: Job, todo: Sequence[Any], lines: str) -> None:
+    torch.set_num_threads(1)
+
+    def keep(found: dict[str, Any]) -> None:
+        with open(lines, "a") as file:
+            file.write(json.dumps(found) + "\n")
+
+    if kind == "finetuned":
+        for found in finetuned(job, todo):
+            keep(found)
+        return
+    evaluator = Evaluator(job)
+    if kind == "zero_shot":
+        for prefix in todo:
+            for plan, loss in evaluator.every_plan(prefix):
+                keep({"plan": plan, "seed": 0, "losses": {0: loss}})
+        return
+    for plan in todo:
+        keep({"plan": plan, "seed": 0, "losses": {0: evaluator.one(plan)}})
+
+
+def build_bank(job: Job) -> None:
+    """Every entry that is not there yet."""
+    from qpruner.quantization.bank import EntrySettings, build_entry, entry_file, write_entry
+
+    model = load_dense(job.model, DTYPE)
+    for name, paths in group_linears(model.config, job.base_group).items():
+        for bits in job.levels:
+            if bits != FULL_BITS and not entry_file(Path(job.bank), name, bits).exists():
+                weights = {path: model.get_submodule(path).weight for path in paths}
+                write_entry(Path(job.bank), name, bits, build_entry(weights, bits, EntrySettings(LORA, False, 0)))
+
+
+def random_plans(num_groups: int, levels: Sequence[int], count: int, seed: int) -> list[tuple[int, ...]]:
+    """Plans whose share of high levels is uniform, so that every budget is covered."""
+    generator = np.random.default_rng(seed)
+    plans: dict[tuple[int, ...], None] = {(levels[0],) * num_groups: None, (levels[-1],) * num_groups: None}
+    while len(plans) < count:
+        share = generator.uniform()
+        chosen = np.where(generator.uniform(size=num_groups) < share, levels[-1], levels[0])
+        plans[tuple(int(bits) for bits in chosen)] = None
+    return list(plans)
+
+
+def fit_surrogate(
+    names: Sequence[str], levels: Sequence[int], plans: Sequence[Sequence[int]], losses: Sequence[float]
+) -> dict[str, Any]:
+    """Ridge regression of main effects and of pairs in one block or of one kind in neighbouring blocks.
+
+    Penalties are chosen on plans left out of the fit; a further quarter tests the result.
+    """
+    high = (np.array(plans) == levels[-1]).astype(float)
+    target = np.array(losses)
+    pairs = [
+        (first, second)
+        for first, second in itertools.combinations(range(len(names)), 2)
+        if names[first].split(".")[1] == names[second].split(".")[1]
+        or (
+            names[first].split(".")[2:] == names[second].split(".")[2:]
+            and abs(int(names[first].split(".")[1]) - int(names[second].split(".")[1])) == 1
+        )
+    ]
+    interactions = np.stack([high[:, first] * high[:, second] for first, second in pairs], axis=1)
+    order = np.random.default_rng(0).permutation(len(target))
+    test, tune, train = np.split(order, [len(order) // 5, 2 * len(order) // 5])
+
+    def solve(rows: np.ndarray, main_penalty: float, pair_penalty: float) -> tuple[float, np.ndarray]:
+        design = np.hstack([high[rows], interactions[rows]])
+        penalty = np.concatenate([np.full(len(names), main_penalty), np.full(len(pairs), pair_penalty)])
+        mean, center = target[rows].mean(), design.mean(axis=0)
+        centered = design - center
+        coefficients = np.linalg.solve(centered.T @ centered + np.diag(penalty), centered.T @ (target[rows] - mean))
+        return float(mean - center @ coefficients), coefficients
+
+    def error(rows: np.ndarray, fitted: tuple[float, np.ndarray]) -> float:
+        predicted = fitted[0] + np.hstack([high[rows], interactions[rows]]) @ fitted[1]
+        return float(np.mean((predicted - target[rows]) ** 2))
+
+    grid = [(main, pair) for main in (0.01, 0.1, 0.3, 1, 3) for pair in (1, 3, 10, 30, 100, 1e6)]
+    best = min(grid, key=lambda penalties: error(tune, solve(train, *penalties)))
+    fitted = solve(np.concatenate([train, tune]), *best)
+    variance = float(np.var(target[test]))
+    intercept, coefficients = solve(order, *best)
+    main, pair = coefficients[: len(names)], coefficients[len(names) :]
+    return {
+        "intercept": intercept,
+        "main": {str(levels[0]): [0.0] * len(names), str(levels[-1]): main.tolist()},
+        "pairs": [
+            [first, levels[-1], second, levels[-1], float(value)]
+            for (first, second), value in zip(pairs, pair, strict=True)
+        ],
+        "fit": {
+            "num_plans": len(target),
+            "num_held_out": len(test),
+            "r2_held_out": 1 - error(test, fitted) / variance,
+            "rmse_held_out": error(test, fitted) ** 0.5,
+            "sd_held_out": variance**0.5,
+            "penalties": best,
+        },
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("kind", choices=["zero_shot", "finetuned", "surrogate"])
+    parser.add_argument("--model", required=True, help="folder of a dense checkpoint and its tokenizer")
+    parser.add_argument("--text", required=True, help="plain text")
+    parser.add_argument("--out", required=True, type=Path)
+    parser.add_argument("--groups", default="10", help="number of runs of blocks, or block, sublayer, projection")
+    parser.add_argument("--levels", type=int, nargs=2, default=(4, 8))
+    parser.add_argument("--rungs", type=int, nargs="+", default=(4, 8, 16))
+    parser.add_argument("--context", type=int, default=96)
+    parser.add_argument("--validation", type=int, default=48, help="windows")
+    parser.add_argument("--plans", type=int, default=400, help="of a surrogate")
+    parser.add_argument("--bank", help="folder; default beside OUT")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count())
+    arguments = parser.parse_args()
+    bank = arguments.bank or str(arguments.out.with_suffix("")) + "-bank"
+    job = Job(
+        model=arguments.model,
+        text=arguments.text,
+        bank=bank,
+        groups=arguments.groups,
+        levels=tuple(arguments.levels),
+        context=arguments.context,
+        num_validation=arguments.validation,
+        rungs=tuple(arguments.rungs) if arguments.kind == "finetuned" else (),
+    )
+    build_bank(job)
+    names = list(job.members())
+    lines = Path(f"{arguments.out}.lines")
+    done = [json.loads(line) for line in lines.read_text().splitlines()] if lines.exists() else []
+    measured = {(tuple(each["plan"]), each["seed"]) for each in done}
+    everything = list(itertools.product(job.levels, repeat=len(names))) if arguments.kind != "surrogate" else []
+    if arguments.kind == "finetuned":
+        # Sixteen plans again with other data orders: how far a repeat with another seed moves the loss.
+        again = [(plan, seed) for seed in (1, 2, 3) for plan in everything[:: max(1, len(everything) // 5)]]
+        todo: list[Any] = [each for each in [*((plan, 0) for plan in everything), *again] if each not in measured]
+    elif arguments.kind == "zero_shot":
+        heads = itertools.product(job.levels, repeat=4)
+        todo = [head for head in heads if sum(plan[:4] == head for plan, _ in measured) < 2 ** (len(names) - 4)]
+    else:
+        wanted = random_plans(len(names), job.levels, arguments.plans, 0)
+        todo = [plan for plan in wanted if (plan, 0) not in measured]
+    if todo:
+        shares = [todo[index :: arguments.jobs] for index in range(arguments.jobs)]
+        with ProcessPoolExecutor(arguments.jobs, mp_context=get_context("spawn")) as pool:
+            for future in [pool.submit(_work, arguments.kind, job, share, str(lines)) for share in shares if share]:
+                future.result()
+    write_table(arguments.kind, job, lines, arguments.out)
+
+
+def write_table(kind: str, job: Job, lines: Path, out: Path) -> None:
+    """The table's file, from all that was measured."""
+    from transformers import AutoConfig
+
+    found = [json.loads(line) for line in lines.read_text().splitlines()]
+    first = {tuple(each["plan"]): each["losses"] for each in found if each["seed"] == 0}
+    layout = layout_of(AutoConfig.from_pretrained(job.model), job.base_group, 2, False, LORA.rank)
+    members = job.members()
+    sizes = {
+        bits: dict(zip((group.name for group in layout.groups), layout.group_bytes(bits), strict=True))
+        for bits in job.levels
+    }
+    plans = sorted(first)
+    rungs = list(next(iter(first.values())))
+    repeats: dict[tuple[int, ...], list[float]] = {}
+    for each in found:
+        repeats.setdefault(tuple(each["plan"]), []).append(each["losses"][rungs[-1]])
+    spreads = [statistics.stdev(values) for values in repeats.values() if len(values) > 1]
+    table: dict[str, Any] = {
+        "kind": kind,
+        "groups": list(members),
+        "levels": list(job.levels),
+        "group_bytes": {
+            str(bits): [sum(sizes[bits][name] for name in each) for each in members.values()] for bits in job.levels
+        },
+        "fixed_bytes": layout.ungrouped_bytes + layout.adapter_bytes,
+        "sensitivities": {},
+        "meta": {
+            **asdict(job),
+            "model": Path(job.model).name,
+            "text": Path(job.text).name,
+            "bank": "",
+            "lora": LORA.model_dump(),
+            "training": TRAINING.model_dump(),
+            "sd_of_another_data_order": statistics.mean(spreads) if spreads else None,
+        },
+    }
+    losses = [first[plan][rungs[-1]] for plan in plans]
+    if kind == "surrogate":
+        table |= fit_surrogate(list(members), job.levels, plans, losses)
+        table["loss_noise"] = 0.0
+    else:
+        table |= {"plans": [list(plan) for plan in plans], "loss": losses}
+        table["rungs"] = {step: [first[plan][step] for plan in plans] for step in rungs}
+        # Trials share their seed, and the same plan with the same seed gives the same loss.
+        table["loss_noise"] = 0.0
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps(table) + "\n")
+    print(json.dumps({"out": str(out), "plans": len(plans), "lowest": min(losses), "highest": max(losses)}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,69 @@
+"""A model whose groups are exchanged: the second plan of a process is the model that a fresh process would have made."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from mixed_models import DTYPE, GROUP, LORA, fill_bank, logits_of, mixed_plan
+
+from qpruner.quantization.assembly import Workbench, assemble, attach_adapters, measured_bytes
+
+PATTERNS = [(4,), (8,), (16,), (4, 8, 16, 8, 4), (16, 4, 8)]
+
+
+@pytest.fixture(scope="module", params=[False, True], ids=["single", "double"])
+def banked(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest):  # type: ignore[no-untyped-def]
+    folder = tmp_path_factory.mktemp("bank")
+    return folder, fill_bank(tiny_model, folder, request.param), request.param
+
+
+def everything(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    return {name: value for name, value in model.state_dict().items() if isinstance(value, torch.Tensor)}
+
+
+def train_a_little(model: torch.nn.Module) -> None:
+    ids = torch.randint(3, 400, (2, 9), generator=torch.Generator().manual_seed(1))
+    model.train()
+    optimizer = torch.optim.SGD([each for each in model.parameters() if each.requires_grad], lr=1.0)
+    model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+    optimizer.step()
+
+
+@pytest.mark.parametrize("second", PATTERNS, ids=str)
+@pytest.mark.parametrize("first", PATTERNS, ids=str)
+def test_the_second_plan_is_the_model_of_a_fresh_process(tiny_model: Path, banked, first, second) -> None:  # type: ignore[no-untyped-def]
+    folder, names, double = banked
+    bench = Workbench(tiny_model, folder, GROUP, DTYPE, double)
+    train_a_little(bench.model(mixed_plan(names, first), LORA, seed=3))
+    plan = mixed_plan(names, second)
+    model, starts = assemble(tiny_model, folder, GROUP, plan, DTYPE, double)
+    fresh = attach_adapters(model, starts, LORA, GROUP, seed=3)
+    state = torch.get_rng_state()
+    again = bench.model(plan, LORA, seed=3)
+    assert torch.equal(torch.get_rng_state(), state)
+    expected, found = everything(fresh), everything(again)
+    assert list(found) == list(expected)
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    assert measured_bytes(again) == measured_bytes(fresh)
+    assert torch.equal(logits_of(again.eval()), logits_of(fresh.eval()))
+    for each in (fresh, again):
+        train_a_little(each)
+    expected, found = everything(fresh), everything(again)
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    assert sum(each.requires_grad for each in again.parameters()) == sum(each.requires_grad for each in fresh.parameters())
+    assert torch.equal(logits_of(again.eval()), logits_of(fresh.eval()))
+
+
+def test_groups_that_keep_their_bits_are_not_touched(tiny_model: Path, banked) -> None:  # type: ignore[no-untyped-def]
+    folder, names, double = banked
+    bench = Workbench(tiny_model, folder, GROUP, DTYPE, double)
+    plan = mixed_plan(names, (4, 8))
+    before = {name: value.data_ptr() for name, value in bench.model(plan, LORA, seed=0).named_parameters()}
+    changed = {**plan, names[2]: 8}
+    after = {name: value.data_ptr() for name, value in bench.model(changed, LORA, seed=0).named_parameters()}
+    moved = {name for name, place in after.items() if "base_layer" in name and before[name] != place}
+    assert moved
+    assert all(names[2].rpartition(".")[0].replace("layers.", "layers.") in name for name in moved)
+    assert len(moved) < 5
