@@ -7,6 +7,7 @@ Suggestion k depends only on the seed, k and the results known when it is asked 
 
 from __future__ import annotations
 
+import importlib.metadata
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -14,6 +15,7 @@ from typing import Protocol
 
 import numpy as np
 
+from qpruner.errors import UserError
 from qpruner.plan import PlanSpace, PrecisionPlan
 
 Prior = Mapping[int, Sequence[float]]
@@ -22,11 +24,21 @@ Prior = Mapping[int, Sequence[float]]
 
 @dataclass(frozen=True)
 class Suggestion:
-    """A plan to run. `index` counts suggestions from 0, `origin` says where the plan came from."""
+    """A plan to run.
+
+    Attributes:
+        index: Counts suggestions from 0.
+        origin: Where the plan came from.
+        plan: The plan.
+        expected_improvement: As in `Proposal`, for a plan that a searcher with a model proposed.
+        noise: Likewise.
+    """
 
     index: int
     origin: str
     plan: PrecisionPlan
+    expected_improvement: float | None = None
+    noise: float | None = None
 
 
 @dataclass(frozen=True)
@@ -55,10 +67,12 @@ class History:
     Attributes:
         observations: Every rung of every trial, also of those still running; by index, then step.
         pending: Plans in flight, by index.
+        failed: Plans that ran and left no score, by index.
     """
 
     observations: tuple[Observation, ...] = ()
     pending: tuple[PrecisionPlan, ...] = ()
+    failed: tuple[PrecisionPlan, ...] = ()
 
     def last(self) -> list[Observation]:
         """The latest rung of each trial that is over."""
@@ -93,6 +107,26 @@ class Proposer(Protocol):
     def propose(self, index: int, history: History) -> Proposal:
         """The plan for suggestion `index`; equal arguments give equal plans."""
         ...
+
+
+def check_searcher(name: str) -> None:
+    """Refuse a searcher whose extra is not installed, without importing it.
+
+    Raises:
+        UserError: With the command that installs it.
+    """
+    if name != "bayesopt":
+        return
+    try:
+        found = importlib.metadata.version("bayesian-optimization")
+    except importlib.metadata.PackageNotFoundError:
+        found = None
+    # Ray 2.60 uses `UtilityFunction`, which 2.0 dropped.
+    if found is None or int(found.split(".")[0]) >= 2:
+        has = "is not installed" if found is None else f"is installed as {found}, which Ray cannot use"
+        raise UserError(
+            f'`search.searcher` is bayesopt and bayesian-optimization {has}: run `pip install "qpruner[bayesopt]"`'
+        )
 
 
 @dataclass(frozen=True)
@@ -181,6 +215,7 @@ class Ledger:
         self._known[suggestion.plan] = suggestion.index
         if counts:
             self._counted.add(suggestion.index)
+            self._weigh(suggestion)
         for rung in rungs:
             self.observe(rung)
 
@@ -210,9 +245,12 @@ class Ledger:
 
     def history(self) -> History:
         """What the searcher is told."""
+        heard = {index for index, _ in self._observations} | set(self._live)
+        by_index = sorted(self._known.items(), key=lambda item: item[1])
         return History(
             tuple(self._observations[key] for key in sorted(self._observations)),
             tuple(self._live[index] for index in sorted(self._live)),
+            tuple(plan for plan, index in by_index if index not in heard),
         )
 
     def _new(self) -> Suggestion | None:
@@ -241,16 +279,16 @@ class Ledger:
         if plan is None:
             self.end("every plan inside the budget was tried")
             return None
-        if self._is_hopeless(proposal):
+        self._weigh(proposal)
+        if self.patience is not None and self._unpromising >= self.patience:
             self.end(
                 f"the expected improvement ({proposal.expected_improvement:.2g}) was below the noise "
                 f"({proposal.noise:.2g}) for {self.patience} proposals in a row (`search.patience`)"
             )
             return None
-        return Suggestion(index, self.proposer.name, plan)
+        return Suggestion(index, self.proposer.name, plan, proposal.expected_improvement, proposal.noise)
 
-    def _is_hopeless(self, proposal: Proposal) -> bool:
-        if self.patience is None or proposal.expected_improvement is None or proposal.noise is None:
-            return False
-        self._unpromising = self._unpromising + 1 if proposal.expected_improvement < proposal.noise else 0
-        return self._unpromising >= self.patience
+    def _weigh(self, proposal: Proposal | Suggestion) -> None:
+        """Count the proposals in a row that promised less than the noise, those of earlier sessions included."""
+        if proposal.expected_improvement is not None and proposal.noise is not None:
+            self._unpromising = self._unpromising + 1 if proposal.expected_improvement < proposal.noise else 0
