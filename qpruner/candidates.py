@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from qpruner.config import RunConfig
 from qpruner.errors import CorruptFile
-from qpruner.records import TaskScore
+from qpruner.records import FreshScore, TaskScore
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -30,7 +30,7 @@ class Candidate:
         bank: Folder of the bank.
         plan: Bits by group; all 16 for the unquantized rows.
         folder: Where its adapter and checkpoints go.
-        tuned: Whether the row is scored with its adapter.
+        seed: Seeds data order and dropout of its fine-tune; None for a row that is scored without one.
     """
 
     name: str
@@ -38,7 +38,7 @@ class Candidate:
     bank: Path
     plan: Mapping[str, int]
     folder: Path
-    tuned: bool = True
+    seed: int | None = None
 
     @property
     def adapter(self) -> Path:
@@ -69,6 +69,7 @@ class FinetuneOutcome:
     steps: int
     train_loss: float
     validation_loss: float
+    confirmation_loss: float
     measured_bytes: int
     peak_memory_bytes: int
     memory_counter: str
@@ -89,7 +90,8 @@ def finetune_candidate(job: CandidateJob) -> FinetuneOutcome:
     started = time.monotonic()
     _start(job.threads)
     config, candidate = job.config, job.candidate
-    train, validation = load_encoded(job.data / "train"), load_encoded(job.data / "validation")
+    assert candidate.seed is not None
+    train, validation, fresh = (load_encoded(job.data / name) for name in ("train", "validation", "confirmation"))
     pad_id = int(load_tokenizer(str(candidate.checkpoint)).pad_token_id)
     memory = PeakMemory()
     model = build(config, candidate)
@@ -105,13 +107,14 @@ def finetune_candidate(job: CandidateJob) -> FinetuneOutcome:
         config.training,
         Schedule(config.finetune.steps, config.finetune.epochs, save_steps=config.finetune.save_steps),
         work,
-        config.seed,
+        candidate.seed,
         pad_id,
         start=latest_checkpoint(work),
         listener=Listener(on_step=on_step),
     )
     peak = memory.bytes()
     loss = mean_loss(model, validation, pad_id, config.evaluate.batch_size).mean
+    fresh_loss = mean_loss(model, fresh, pad_id, config.evaluate.batch_size).mean
     model.save_pretrained(candidate.adapter)
     # Renamed first, so that a half-deleted checkpoint is never taken for a whole one.
     doomed = work.with_name("checkpoints-done")
@@ -120,7 +123,7 @@ def finetune_candidate(job: CandidateJob) -> FinetuneOutcome:
     shutil.rmtree(doomed, ignore_errors=True)
     size = measured_bytes(model)
     seconds = time.monotonic() - started
-    return FinetuneOutcome(seconds, result.steps, result.train_loss, loss, size, peak, memory.counter)
+    return FinetuneOutcome(seconds, result.steps, result.train_loss, loss, fresh_loss, size, peak, memory.counter)
 
 
 def evaluate_candidate(job: CandidateJob) -> tuple[TaskScore, ...]:
@@ -135,10 +138,10 @@ def evaluate_candidate(job: CandidateJob) -> tuple[TaskScore, ...]:
     _start(job.threads)
     settings = job.config.evaluate
     model = build(job.config, job.candidate)
-    if job.candidate.tuned:
-        load_adapter(model, job.candidate.adapter)
-    else:
+    if job.candidate.seed is None:
         model.disable_adapter_layers()
+    else:
+        load_adapter(model, job.candidate.adapter)
     return score_tasks(
         model,  # type: ignore[arg-type]
         load_tokenizer(str(job.candidate.checkpoint)),
@@ -161,18 +164,35 @@ class ConfirmationJob:
     threads: int
 
 
-def confirm_trial(job: ConfirmationJob) -> tuple[float, float]:
-    """Loss and its standard error on the confirmation rows, with the adapter of the trial's last rung."""
+def confirm_trial(job: ConfirmationJob) -> FreshScore:
+    """Score a trial's last rung on what no trial was scored on: the confirmation rows and, where accuracy is searched,
+    as many questions again of every task, those that come after the trials'."""
     from qpruner.calibration import mean_loss
     from qpruner.data import load_encoded
+    from qpruner.evaluate import mean_accuracy, score_tasks
     from qpruner.models.loading import load_tokenizer
 
     _start(job.threads)
     model = build(job.config, job.candidate)
     load_adapter(model, job.checkpoint)
-    pad_id = int(load_tokenizer(str(job.candidate.checkpoint)).pad_token_id)
-    result = mean_loss(model, load_encoded(job.data / "confirmation"), pad_id, job.config.evaluate.batch_size)
-    return result.mean, result.stderr
+    tokenizer = load_tokenizer(str(job.candidate.checkpoint))
+    search, settings = job.config.search, job.config.evaluate
+    rows = load_encoded(job.data / "confirmation")
+    loss = mean_loss(model, rows, int(tokenizer.pad_token_id), settings.batch_size)
+    if search.metric == "loss":
+        return FreshScore(loss=loss.mean, stderr=loss.stderr)
+    assert search.limit is not None
+    scores = score_tasks(
+        model,  # type: ignore[arg-type]
+        tokenizer,
+        search.tasks,
+        settings.include_path,
+        search.limit,
+        settings.batch_size,
+        skip=search.limit,
+    )
+    accuracy, stderr = mean_accuracy(scores)
+    return FreshScore(loss=loss.mean, stderr=loss.stderr, accuracy=accuracy, accuracy_stderr=stderr)
 
 
 def build(config: RunConfig, candidate: Candidate) -> PeftModel:

@@ -64,7 +64,7 @@ def _options(function: Callable[..., None]) -> Callable[..., None]:
     for option in (
         click.argument("config", type=click.Path(path_type=Path)),
         click.option(
-            "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a key: search.trials=20."
+            "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a key: search.max_trials=20."
         ),
         click.option("--address", help="Ray cluster to join (auto or HOST:PORT); starts a local one without it."),
         click.option("--json", "as_json", is_flag=True, help="End stdout with one JSON object."),
@@ -179,14 +179,13 @@ def _check(path: Path, overrides: tuple[str, ...], address: str | None, quiet: b
     _quiet_libraries()
     from qpruner import preflight
     from qpruner.execution.cluster import connect, disconnect, local_slots
+    from qpruner.pipeline import check_search
 
     inspection = preflight.inspect(config)
     preflight.check_quantizable(inspection.model_config)
     slots = connect(address) if address else local_slots()
     if address:
         disconnect()
-    asked = config.search.resources_per_trial
-    resources = slots.resources_per_trial(asked.model_dump() if asked else None)
     layout, levels = inspection.pruned, config.quantize.bits
     facts = {
         "num_groups": len(layout.groups),
@@ -195,9 +194,10 @@ def _check(path: Path, overrides: tuple[str, ...], address: str | None, quiet: b
         "is_estimate": inspection.is_estimate,
         **{f"bytes_all_{bits}": layout.plan_bytes(layout.uniform(bits)) for bits in levels},
         "bytes_budget": inspection.budget_bytes,
-        "concurrent_trials": slots.concurrent(resources, config.search.max_concurrent),
+        "concurrent_trials": check_search(config.search, slots),
         "rungs": list(config.search.rungs),
         "rows": {name: len(rows) for name, rows in inspection.examples.items()},
+        "warnings": list(inspection.warnings),
     }
     if not quiet:
         click.echo(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
@@ -209,7 +209,7 @@ def _check_text(config: RunConfig, facts: dict[str, Any]) -> str:
     about = " (estimate: global selection leaves the widths open)" if facts["is_estimate"] else ""
     sizes = [f"all {bits}-bit {facts[f'bytes_all_{bits}'] / 1e6:.1f} MB" for bits in config.quantize.bits]
     rows = ", ".join(f"{count} {name}" for name, count in facts["rows"].items())
-    trials = f"{config.search.trials}, {facts['concurrent_trials']} at once, scored at steps {facts['rungs']}"
+    trials = f"{config.search.max_trials}, {facts['concurrent_trials']} at once, scored at steps {facts['rungs']}"
     return "\n".join(
         [
             f"groups:     {facts['num_groups']} ({config.quantize.group})",
@@ -217,6 +217,7 @@ def _check_text(config: RunConfig, facts: dict[str, Any]) -> str:
             f"plan bytes: {', '.join(sizes)}, budget {facts['bytes_budget'] / 1e6:.1f} MB{about}",
             f"trials:     {trials}",
             f"rows:       {rows}",
+            *[f"warning:    {warning}" for warning in facts["warnings"]],
             "The configuration is valid.",
         ]
     )

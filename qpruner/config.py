@@ -333,17 +333,32 @@ class TrainingConfig(Section):
         return self
 
 
-class SensitivityConfig(Section):
-    """Mutual information between a group's output and the model's prediction."""
+SensitivityMethod = Literal["mutual_information", "first_order", "fisher", "gauss_newton", "kl", "loss"]
 
+
+class SensitivityConfig(Section):
+    """How much each group suffers at fewer bits: seeds of the search, and what a searcher expects beforehand."""
+
+    methods: tuple[SensitivityMethod, ...] = get_args(SensitivityMethod)
+    """What is measured, each giving a seed plan: mutual information with the prediction (the paper's), gradient times
+    quantization error, Fisher-weighted squared error, squared gradient times error, and the KL divergence and the
+    change of the loss with one group quantized. The middle three share a backward pass, the last two their passes."""
+    num_measured_samples: Positive = 32
+    """KL and loss: samples, at most. They cost a pass through half the model for every group, bit-width and sample."""
     num_components: Positive = 4
-    """Leading principal components kept of a group's output."""
+    """Mutual information: leading principal components kept of a group's output."""
     num_neighbors: Positive = 3
-    """k of the nearest-neighbour estimator."""
+    """Mutual information: k of the nearest-neighbour estimator."""
     num_shuffles: Positive = 5
-    """Shuffled-label baselines that are averaged and subtracted."""
+    """Mutual information: shuffled-label baselines that are averaged and subtracted."""
     max_positions: Annotated[int, Field(ge=32)] = 512
-    """Predicted positions used, at most."""
+    """Mutual information: predicted positions used, at most."""
+
+    @model_validator(mode="after")
+    def different(self) -> SensitivityConfig:
+        if len(set(self.methods)) < len(self.methods):
+            raise ValueError(f"`methods` names a method twice: {', '.join(self.methods)}")
+        return self
 
 
 class ResourcesConfig(Section):
@@ -352,16 +367,33 @@ class ResourcesConfig(Section):
     cpu: Annotated[float, Field(gt=0)] = 1.0
     """CPU cores."""
     gpu: Annotated[float, Field(ge=0)] | None = None
-    """GPUs, or a share of one; null takes one where there are GPUs."""
+    """A share of a GPU, one, or several that the trial's model is spread over; null takes one where there are GPUs."""
+
+    @model_validator(mode="after")
+    def whole_gpus(self) -> ResourcesConfig:
+        if self.gpu is not None and self.gpu > 1 and self.gpu != int(self.gpu):
+            raise ValueError(f"`gpu` must be a share of one GPU or a whole number of them, got {self.gpu:g}")
+        return self
 
 
 class SearchConfig(Section):
     """The precision search."""
 
-    searcher: Literal["hyperopt", "random"] = "hyperopt"
-    """hyperopt is TPE through Ray's HyperOptSearch; random is the control."""
-    trials: Positive = 16
-    """Trials in all, uniform and seed plans included."""
+    searcher: Literal["gp", "hyperopt", "bayesopt", "random"] = "hyperopt"
+    """gp is a Gaussian process over plans (BoTorch), hyperopt is TPE and bayesopt bayesian-optimization, both through
+    Ray's searchers; random is the control."""
+    max_trials: Positive = 16
+    """The search ends after this many trials, uniform and seed plans included."""
+    max_hours: Annotated[float, Field(gt=0)] | None = None
+    """It ends after this many hours of searching, those of interrupted sessions included; trials in flight finish."""
+    max_gpu_hours: Annotated[float, Field(gt=0)] | None = None
+    """It ends after its trials have held GPUs for this many hours; trials in flight finish."""
+    patience: Positive | None = None
+    """It ends after this many proposals in a row whose expected improvement is below the noise of a score."""
+    pareto: bool = False
+    """Look for the front of `metric` against bytes instead of the one best plan inside the budget."""
+    reuse_trials: bool = True
+    """Start from the trials that a search with another budget or searcher left in this run."""
     max_concurrent: Positive | None = None
     """Trials in flight; null takes as many as the cluster has slots."""
     steps: Positive = 16
@@ -371,13 +403,14 @@ class SearchConfig(Section):
     reduction_factor: Annotated[int, Field(ge=2)] = 2
     """ASHA keeps one in this many at each rung."""
     metric: Literal["loss", "accuracy"] = "loss"
-    """Validation loss, or the mean accuracy of `tasks`."""
+    """Validation loss, or the mean accuracy of `tasks`. The winner is chosen by the same on what no trial was scored
+    on: the confirmation rows, or the `limit` questions of each task that come after those of the trials."""
     tasks: tuple[str, ...] = ()
     """lm-eval tasks scored at every rung."""
     limit: Positive | None = None
-    """Questions a task, at most."""
+    """Questions a task, at most; `metric: accuracy` needs it, so that others are left to choose the winner by."""
     confirm: Positive = 3
-    """Best trials that are scored again on the confirmation rows."""
+    """Best trials that are scored again on fresh rows, beside the controls; with `pareto` at least the whole front."""
     resources_per_trial: ResourcesConfig | None = None
     """null takes one GPU where there are GPUs and one CPU core where there are none."""
 
@@ -390,13 +423,40 @@ class SearchConfig(Section):
             step *= self.reduction_factor
         return (*rungs, self.steps)
 
+    @property
+    def num_questions(self) -> int | None:
+        """Questions of each task that the search looks at: those of the trials and those that choose the winner."""
+        return self.limit * 2 if self.metric == "accuracy" and self.limit else self.limit
+
     @model_validator(mode="after")
     def consistent(self) -> SearchConfig:
-        if self.first_rung > self.steps:
-            raise ValueError(f"`first_rung` must be at most `steps` ({self.steps}), got {self.first_rung}")
-        if self.metric == "accuracy" and not self.tasks:
-            raise ValueError("`metric: accuracy` needs at least one task under `tasks`")
+        problems = [message for is_wrong, message in self._rules() if is_wrong]
+        if problems:
+            raise ValueError("; ".join(problems))
         return self
+
+    def _rules(self) -> tuple[tuple[bool, str], ...]:
+        """What keys ask of one another; a key that would be ignored is a mistake."""
+        by_accuracy = self.metric == "accuracy"
+        return (
+            (
+                self.first_rung > self.steps,
+                f"`first_rung` must be at most `steps` ({self.steps}), got {self.first_rung}",
+            ),
+            (by_accuracy and not self.tasks, "`metric: accuracy` needs at least one task under `tasks`"),
+            (
+                by_accuracy and bool(self.tasks) and self.limit is None,
+                "`metric: accuracy` needs a `limit`: the questions after it choose the winner",
+            ),
+            (
+                self.patience is not None and self.searcher != "gp",
+                f"`patience` needs a searcher that expects an improvement, `searcher: gp`, got {self.searcher}",
+            ),
+            (
+                self.patience is not None and self.pareto,
+                "`patience` is about one best plan: leave it out with `pareto`",
+            ),
+        )
 
 
 class FinetuneConfig(Section):
@@ -409,13 +469,18 @@ class FinetuneConfig(Section):
     save_steps: Positive = 50
     """Steps between checkpoints."""
     compare: bool = False
-    """Give base, pruned, uniform and seed plans the same fine-tune, for the final table."""
+    """Give base, pruned, uniform, seed and random plans the same fine-tune, for the final table and its claim."""
+    seeds: Positive = 3
+    """With `compare`: training seeds (data order and dropout) of the searched, the best seed and the random plans; the
+    first is `seed`, the others count up from it. One leaves a claim about one training seed."""
 
     @model_validator(mode="after")
-    def one_length(self) -> FinetuneConfig:
+    def consistent(self) -> FinetuneConfig:
         if (self.steps is None) == (self.epochs is None):
             given = "neither" if self.steps is None else "both"
             raise ValueError(f"give exactly one of `steps` and `epochs`, got {given}")
+        if not self.compare and self.seeds != type(self).model_fields["seeds"].default:
+            raise ValueError(f"`seeds` are those of `compare`, which is off: set `compare: true`, got {self.seeds}")
         return self
 
 

@@ -28,6 +28,7 @@ def score_tasks(
     limit: int | None,
     batch_size: int,
     num_fewshot: int = 0,
+    skip: int = 0,
 ) -> tuple[TaskScore, ...]:
     """Run lm-eval on a model in memory.
 
@@ -39,6 +40,7 @@ def score_tasks(
         limit: First questions of each task, all when None.
         batch_size: Requests per forward pass.
         num_fewshot: Worked examples before each question.
+        skip: Questions of each task that are left out before those; every task must have more.
 
     Returns:
         One score a task (the subtasks of a group one by one), with the standard error of a mean of 0/1 outcomes.
@@ -54,7 +56,8 @@ def score_tasks(
         tasks=list(tasks),
         task_manager=_task_manager(include_path, tuple(tasks)),
         num_fewshot=num_fewshot,
-        limit=limit,
+        limit=None if skip else limit,
+        samples=_positions(tasks, include_path, skip, limit) if skip else None,
         bootstrap_iters=0,
         log_samples=True,
     )
@@ -72,7 +75,7 @@ def task_questions(tasks: Sequence[str], include_path: str | None, key: str, lim
     """The question texts of each task, the first `limit` of them, to compare with the training rows.
 
     Raises:
-        UserError: For an unknown task, or one whose rows cannot be loaded.
+        UserError: For an unknown task, one whose rows cannot be loaded, or one that reports no accuracy.
     """
     _check_known(tasks, include_path, key)
     try:
@@ -80,9 +83,22 @@ def task_questions(tasks: Sequence[str], include_path: str | None, key: str, lim
     except Exception as error:  # the loaders of many data sets raise many types
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(f"`{key}`: the rows of {', '.join(tasks)} cannot be loaded: {reason}") from error
+    for name, task in loaded.items():
+        if not set(METRICS) & set(task.aggregation()):
+            raise UserError(
+                f"`{key}`: task `{name}` reports {', '.join(task.aggregation())}, which is none of "
+                f"{', '.join(METRICS)}: name a task that reports an accuracy"
+            )
     return {
         name: [_question(task, doc) for doc in itertools.islice(task.eval_docs, limit)] for name, task in loaded.items()
     }
+
+
+def _positions(tasks: Sequence[str], include_path: str | None, skip: int, limit: int | None) -> dict[str, list[int]]:
+    """Which questions of each task come after the first `skip`, at most `limit` of them."""
+    loaded = _task_manager(include_path, tuple(tasks)).load(list(tasks))["tasks"]
+    stop = None if limit is None else skip + limit
+    return {name: list(range(len(task.eval_docs)))[skip:stop] for name, task in loaded.items()}
 
 
 def _check_known(tasks: Sequence[str], include_path: str | None, key: str) -> None:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qpruner.config import BudgetConfig, RunConfig
+from qpruner.config import BudgetConfig, QuantizeConfig, RunConfig, SearchConfig
 from qpruner.data import Example, check_disjoint, encode, load_examples, load_token_ids, normalized, windows
 from qpruner.errors import UserError
 from qpruner.evaluate import task_questions
@@ -37,6 +37,7 @@ class Inspection:
         budget_bytes: The byte budget for the pruned model.
         examples: Rows by split.
         questions: Words of the tasks' questions, by section (`search`, `evaluate`).
+        warnings: What will work, but perhaps not as hoped.
     """
 
     model_config: Any
@@ -46,6 +47,7 @@ class Inspection:
     budget_bytes: int
     examples: dict[str, list[Example]]
     questions: dict[str, list[str]]
+    warnings: tuple[str, ...]
 
 
 def inspect(config: RunConfig) -> Inspection:
@@ -58,13 +60,26 @@ def inspect(config: RunConfig) -> Inspection:
     family_of(model_config)
     base = layout_for(config, model_config)
     pruned = layout_for(config, _pruned_config(config, model_config))
-    budget = budget_bytes(config.quantize.budget, pruned, config.quantize.bits)
+    budget = budget_bytes(config.quantize, pruned, config.search.pareto)
     _check_device(config, pruned)
     examples, questions = _check_data(config, model_config)
     _check_encoding(config, examples)
     _check_disk(config, base, pruned)
     is_estimate = config.prune.selection == "global" and not config.prune.is_off
-    return Inspection(model_config, base, pruned, is_estimate, budget, examples, questions)
+    warnings = _warnings(config, len(pruned.groups))
+    return Inspection(model_config, base, pruned, is_estimate, budget, examples, questions, warnings)
+
+
+def _warnings(config: RunConfig, num_groups: int) -> tuple[str, ...]:
+    """What a search cannot do, in numbers: learn a group's worth at each level from fewer trials than there are."""
+    steps_up, trials = num_groups * (len(config.quantize.bits) - 1), config.search.max_trials
+    if steps_up <= trials:
+        return ()
+    return (
+        f"{trials} trials (`search.max_trials`) cannot tell what more bits are worth in each of {num_groups} groups "
+        f"({steps_up} unknowns): the search leans on the sensitivities; allow {steps_up} trials, or take a coarser "
+        f"`quantize.group` than {config.quantize.group}",
+    )
 
 
 def layout_for(config: RunConfig, model_config: Any) -> Layout:
@@ -116,34 +131,55 @@ def check_quantizable(model_config: Any) -> None:
         )
 
 
-def budget_bytes(budget: BudgetConfig, layout: Layout, levels: tuple[int, ...]) -> int:
+def budget_bytes(quantize: QuantizeConfig, layout: Layout, pareto: bool) -> int:
     """The budget in bytes.
 
+    Args:
+        quantize: Names the budget and the bit-widths.
+        layout: The pruned model.
+        pareto: Whether a front is searched, which may go up to the largest plan.
+
     Raises:
-        UserError: If no plan meets it; the smallest that works is named.
+        UserError: If no plan meets it, or every plan does; the smallest and the largest that work are named.
     """
+    budget, levels = quantize.budget, quantize.bits
     lowest, highest = layout.plan_bytes(layout.uniform(levels[0])), layout.plan_bytes(layout.uniform(levels[-1]))
+    size = _asked_bytes(budget, levels, lowest, highest)
+    name, value = next((name, value) for name, value in budget if value is not None)
+    smallest = f"the smallest that works is {lowest} bytes ({_rounded_up_gib(lowest)} GiB)"
+    if size < lowest:
+        raise UserError(
+            f"`quantize.budget.{name}` is below the pruned model with every group at {levels[0]} bits: {smallest}, got "
+            f"{value}"
+        )
+    if size >= highest and not pareto:
+        largest = f"the largest {highest - 1} bytes ({_rounded_down_gib(highest - 1)} GiB)"
+        raise UserError(
+            f"`quantize.budget.{name}` leaves nothing to choose, every group fits at {levels[-1]} bits: {smallest}, "
+            f"{largest}, got {value}; lower it, or search the whole front with `search.pareto`"
+        )
+    return size
+
+
+def _asked_bytes(budget: BudgetConfig, levels: tuple[int, ...], lowest: int, highest: int) -> int:
     if budget.fraction is not None:
         return round(lowest + budget.fraction * (highest - lowest))
-    if budget.mean_bits is not None:
-        if not levels[0] <= budget.mean_bits <= levels[-1]:
-            raise UserError(
-                f"`quantize.budget.mean_bits` must be between the lowest and highest of `quantize.bits`, {levels[0]} "
-                f"and {levels[-1]}, got {budget.mean_bits}"
-            )
-        return round(lowest + (budget.mean_bits - levels[0]) / (levels[-1] - levels[0]) * (highest - lowest))
-    given = budget.bytes if budget.bytes is not None else round((budget.gib or 0) * GIB)
-    if given < lowest:
-        name = "bytes" if budget.bytes is not None else "gib"
+    if budget.mean_bits is None:
+        return budget.bytes if budget.bytes is not None else round((budget.gib or 0) * GIB)
+    if not levels[0] <= budget.mean_bits <= levels[-1]:
         raise UserError(
-            f"`quantize.budget.{name}` is below the pruned model with every group at {levels[0]} bits: the smallest "
-            f"that works is {lowest} bytes ({_rounded_up_gib(lowest)} GiB), got {getattr(budget, name)}"
+            f"`quantize.budget.mean_bits` must be between the lowest and highest of `quantize.bits`, {levels[0]} and "
+            f"{levels[-1]}, got {budget.mean_bits}"
         )
-    return given
+    return round(lowest + (budget.mean_bits - levels[0]) / (levels[-1] - levels[0]) * (highest - lowest))
 
 
 def _rounded_up_gib(size: int) -> float:
     return -(-size * 10**4 // GIB) / 10**4
+
+
+def _rounded_down_gib(size: int) -> float:
+    return size * 10**4 // GIB / 10**4
 
 
 def _amount(size: int) -> str:
@@ -208,13 +244,15 @@ def _check_data(config: RunConfig, model_config: Any) -> tuple[dict[str, list[Ex
                 "fewer or give more data"
             )
     asked = {
-        "search": (config.search.tasks, config.search.limit),
+        "search": (config.search.tasks, config.search.num_questions),
         "evaluate": (config.evaluate.tasks, config.evaluate.limit),
     }
     words: dict[str, list[str]] = {"search": [], "evaluate": []}
     for section, (tasks, limit) in asked.items():
         if tasks:
             questions = task_questions(tasks, include_path(config), f"{section}.tasks", limit)
+            if section == "search":
+                _check_fresh_questions(config.search, questions)
             words[section] = [normalized(text) for texts in questions.values() for text in texts]
     # Trials may be scored on the same questions twice, as loss and as accuracy: both are validation.
     identities["`evaluate.tasks`"] = words["evaluate"]
@@ -226,6 +264,16 @@ def _check_data(config: RunConfig, model_config: Any) -> tuple[dict[str, list[Ex
         for name in ("`data.validation`", "`data.confirmation`", "`evaluate.tasks`"):
             check_disjoint({"`calibration.data`": rows, name: identities[name]})
     return examples, words
+
+
+def _check_fresh_questions(settings: SearchConfig, questions: dict[str, list[str]]) -> None:
+    """Refuse a task without questions to choose the winner by, where accuracy is what chooses."""
+    for task, texts in questions.items():
+        if settings.metric == "accuracy" and settings.limit is not None and len(texts) <= settings.limit:
+            raise UserError(
+                f"`search.limit` must leave questions of every task to choose the winner by: {task} has {len(texts)}, "
+                f"got {settings.limit}; lower it, half the questions is a good choice"
+            )
 
 
 def _check_encoding(config: RunConfig, examples: dict[str, list[Example]]) -> None:
@@ -257,7 +305,7 @@ def _check_disk(config: RunConfig, base: Layout, pruned: Layout) -> None:
     folder = run_root(Path(config.output))
     existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
     sizes = [pruned.plan_bytes(pruned.uniform(bits)) for bits in config.quantize.bits]
-    adapters = pruned.adapter_bytes * 3 * (config.search.trials + 8)  # weights and two Adam moments each
+    adapters = pruned.adapter_bytes * 3 * (config.search.max_trials + 8)  # weights and two Adam moments each
     needed = base.num_parameters * base.element_bytes * 2 + sum(sizes) + adapters
     free = shutil.disk_usage(existing).free
     if free < needed:

@@ -69,18 +69,27 @@ class PruneRecord(Record):
     layers: tuple[LayerWidths, ...]
 
 
-class SensitivityRecord(Record):
-    """Mutual information of each group with the prediction, in nats, less its shuffled-label baseline."""
+class MethodScores(BaseModel):
+    """One sensitivity of every group."""
 
-    estimator: str
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    unit: str
     source: str
-    bias: str
-    num_positions: int
-    num_classes: int
+    """What was computed, in words."""
+    values: dict[int, tuple[float, ...]]
+    """Bits -> predicted rise over the unquantized pruned model, a group; 0 at 16 bits."""
+    seconds: float
+    """Of the passes; those that several methods share are counted by each of them."""
+    details: dict[str, Any]
+    """Figures of the method's own: samples and positions, standard errors, what was subtracted."""
+
+
+class SensitivityRecord(Record):
+    """How much each group suffers at fewer bits, by every method asked for. The byte budget is not among the inputs."""
+
     groups: tuple[str, ...]
-    mutual_information_nats: tuple[float, ...]
-    raw_nats: tuple[float, ...]
-    baseline_nats: tuple[float, ...]
+    methods: dict[str, MethodScores]
 
 
 class BankRecord(Record):
@@ -117,8 +126,15 @@ class TrialRecord(BaseModel):
 
     index: int
     digest: str
+    """Of what the trial's result depends on."""
+    search: str
+    """Digest of what the proposals depended on besides: budget, searcher, sensitivities."""
     origin: str
-    """`uniform-4`, `seed-mutual-information`, ... for controls; the searcher's name otherwise."""
+    """`uniform-4`, `seed-mutual-information`, ... for controls of that search; the searcher's name otherwise."""
+    expected_improvement: float | None = None
+    """Over the best plan known when this one was proposed, by the searcher's model if it has one."""
+    noise: float | None = None
+    """Standard deviation of a score, by the same model."""
     plan: dict[str, int]
     plan_bytes: int
     mean_bits: float
@@ -126,22 +142,52 @@ class TrialRecord(BaseModel):
     rungs: tuple[RungResult, ...] = ()
     reason: str | None = None
     seconds: float = 0.0
+    """Of all sessions, up to the last rung."""
+    gpu_seconds: float = 0.0
+    """The same times the GPUs it held."""
     kills: int = 0
     """Times that Ray killed workers for memory while this trial ran."""
 
-    @property
-    def is_control(self) -> bool:
-        return is_control(self.origin)
 
-
-class Confirmation(BaseModel):
-    """A finished trial scored again on the confirmation rows."""
+class SearchClock(BaseModel):
+    """Seconds a search has taken, all its sessions together."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    index: int
+    seconds: float
+
+
+class FreshScore(BaseModel):
+    """A finished trial scored on what no trial was scored on: confirmation rows and, for accuracy, further questions."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
     loss: float
     stderr: float
+    """Of the loss."""
+    accuracy: float | None = None
+    accuracy_stderr: float | None = None
+
+
+class Confirmation(FreshScore):
+    """A finalist: one of the best trials, or a control."""
+
+    index: int
+    origin: str
+    """Of the plan in this search: a control's name, else the searcher that proposed it."""
+    control: bool
+    """Whether the plan is a control of this search."""
+    taken_over: bool
+    """Whether a search with another budget or searcher ran it."""
+
+
+class FrontPoint(FreshScore):
+    """A plan that no confirmed plan of this few bytes beats."""
+
+    index: int
+    origin: str
+    plan: dict[str, int]
+    plan_bytes: int
 
 
 class SearchRecord(Record):
@@ -149,23 +195,44 @@ class SearchRecord(Record):
 
     trials_digest: str
     searcher: str
+    metric: Literal["loss", "accuracy"]
+    """What was searched, and what chose among the confirmations."""
     budget_bytes: int
     num_trials: int
+    """Of this search; those taken over are not among them."""
     num_finished: int
     num_stopped: int
     num_failed: int
+    num_taken_over: int
+    """Trials that searches with another budget or searcher had left and this one started from."""
+    ended: str
+    """Why there were no more trials."""
+    search_seconds: float
+    """Wall-clock seconds of the trials' part, all sessions together."""
+    gpu_seconds: float
+    """Seconds that trials held GPUs, times how many."""
     confirmations: tuple[Confirmation, ...]
     best_index: int
     best_origin: str
     best_plan: dict[str, int]
+    best_control: int | None
+    """The control that was best on fresh rows; None where none finished."""
+    control_won: bool
+    """No searched plan beat the best control on fresh rows, so that control is returned."""
+    front: tuple[FrontPoint, ...]
+    """With `search.pareto`, by bytes: the plans that none of fewer or equal bytes beats on fresh rows; else empty."""
     resumed: int
     """Trials that an earlier, interrupted run had already recorded."""
 
 
 class CandidateRecord(Record):
-    """One row of the final table, fine-tuned."""
+    """One row of the final table under one training seed, fine-tuned."""
 
     name: str
+    origin: str
+    """Where the plan came from: a searcher and its trial, a sensitivity, ..."""
+    seed: int
+    """Of data order and dropout."""
     plan: dict[str, int]
     plan_bytes: int
     """By the formula."""
@@ -176,12 +243,14 @@ class CandidateRecord(Record):
     steps: int
     train_loss: float
     validation_loss: float
+    confirmation_loss: float
+    """On rows that no trial was scored on, in nats per token."""
     peak_memory_bytes: int
     memory_counter: str
 
 
 class FinetuneRecord(Record):
-    """The winner's adapter and, with `finetune.compare`, the other rows'."""
+    """The winner's adapter and, with `finetune.compare`, the other rows', by row and then by training seed."""
 
     winner: str
     candidates: tuple[CandidateRecord, ...]
@@ -203,13 +272,24 @@ class TaskScore(BaseModel):
     """Negative log-likelihood of the right choice in nats, a question; empty where the task has no choices."""
 
 
-class EvalRecord(Record):
-    """Accuracies of every row on the held-out tasks: before any fine-tune, and after."""
+class RowScores(BaseModel):
+    """One row on the held-out tasks, under one training seed; without a seed as it is before any fine-tune."""
 
     # The standard error of a single question is NaN.
     model_config = ConfigDict(extra="forbid", frozen=True, ser_json_inf_nan="constants")
 
-    scores: dict[str, tuple[TaskScore, ...]]
+    digest: str
+    name: str
+    seed: int | None
+    scores: tuple[TaskScore, ...]
+
+
+class EvalRecord(Record):
+    """Accuracies on the held-out tasks: base and pruned before any fine-tune, every fine-tuned row after."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, ser_json_inf_nan="constants")
+
+    rows: tuple[RowScores, ...]
 
 
 class Results(BaseModel):

@@ -14,6 +14,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ from qpruner.preflight import inspect
 
 QUESTIONS = "package:qpruner/demo/data/questions_{}.jsonl"
 INSTRUCTIONS = "package:qpruner/demo/data/instructions.jsonl"
-TEST_TASK = "qpruner_everyday_test"
+TEST_TASK, SEARCH_TASK = "qpruner_everyday_test", "qpruner_everyday_validation"
 
 
 @dataclass(frozen=True)
@@ -97,7 +98,7 @@ CONFIGURATION = [
     ),
     refused("section-missing", lambda _: {"model": {}}, "`model.source`", "model.source", "missing", "must be given"),
     refused("string-for-integer", {"lora.rank": "eight"}, "`lora.rank`", "'eight'", "valid integer"),
-    refused("fraction-for-integer", {"search.trials": 2.5}, "`search.trials`", "2.5", "valid integer"),
+    refused("fraction-for-integer", {"search.max_trials": 2.5}, "`search.max_trials`", "2.5", "valid integer"),
     refused("boolean-for-integer", {"lora.rank": True}, "`lora.rank`", "True", "not be a boolean"),
     refused("list-for-scalar", {"seed": [1, 2]}, "`seed`", "[1, 2]", "valid integer"),
     refused("mapping-for-list", {"data.train": {"source": "x"}}, "`data.train`", "{'source': 'x'}", "list"),
@@ -197,6 +198,33 @@ CONFIGURATION = [
         "accuracy-of-nothing", {"search.metric": "accuracy"}, "`metric: accuracy`", "accuracy", "at least one task",
         "`tasks`"
     ),
+    refused(
+        "accuracy-of-all-questions", {"search.metric": "accuracy", "search.tasks": [SEARCH_TASK]},
+        "`metric: accuracy`", "`limit`", "the questions after it choose the winner", "needs a `limit`"
+    ),
+    refused("trials-0", {"search.max_trials": 0}, "`search.max_trials`", "got 0", "greater than or equal to 1"),
+    refused("hours-0", {"search.max_hours": 0}, "`search.max_hours`", "got 0", "greater than 0"),
+    refused("gpu-hours-0", {"search.max_gpu_hours": 0}, "`search.max_gpu_hours`", "got 0", "greater than 0"),
+    refused(
+        "searcher-misspelt", {"search.searcher": "hyperpot"}, "`search.searcher`", "'hyperpot'",
+        "'gp', 'hyperopt', 'bayesopt' or 'random'"
+    ),
+    refused(
+        "patience-of-tpe", {"search.searcher": "hyperopt", "search.patience": 3}, "`patience`", "got hyperopt",
+        "expects an improvement", "`searcher: gp`"
+    ),
+    refused(
+        "patience-for-a-front", {"search.searcher": "gp", "search.patience": 3, "search.pareto": True}, "`patience`",
+        "`pareto`", "about one best plan", "leave it out"
+    ),
+    refused(
+        "gpus-and-a-half", {"search.resources_per_trial": {"gpu": 1.5}}, "`gpu`", "got 1.5", "a whole number",
+        "a share of one GPU or"
+    ),
+    refused(
+        "gpu-negative", {"search.resources_per_trial": {"gpu": -1}}, "`search.resources_per_trial.gpu`", "got -1",
+        "greater than or equal to 0"
+    ),
     refused("finetune-both", {"finetune": {"steps": 4, "epochs": 1}}, "`finetune`", "both", "exactly one", "`epochs`"),
     refused("finetune-neither", {"finetune": {}}, "`finetune`", "neither", "exactly one", "`epochs`"),
     refused(
@@ -263,6 +291,7 @@ def _gguf(scene: Scene, keep: Callable[[bytes], bytes]) -> dict[str, Any]:
 
 
 SUPPORTED = ", ".join(families())
+WITHOUT_BAYESOPT = pytest.mark.skipif(find_spec("bayes_opt") is not None, reason="the extra is installed")
 ON_CPU = pytest.mark.skipif(torch.cuda.is_available(), reason="float16 is refused on a CPU only")
 
 # fmt: off
@@ -350,6 +379,22 @@ MODEL = [
     refused(
         "budget-gib", {"quantize.budget": {"gib": 1e-6}}, "`quantize.budget.gib`", "1e-06", "every group at 4",
         "the smallest that works is"
+    ),
+    refused(
+        "budget-fraction-all", {"quantize.budget": {"fraction": 1}}, "`quantize.budget.fraction`", "got 1.0",
+        "every group fits at 8 bits", "the largest"
+    ),
+    refused(
+        "budget-bytes-all", {"quantize.budget": {"bytes": 10**9}}, "`quantize.budget.bytes`", "got 1000000000",
+        "every group fits at 8 bits", "search the whole front with `search.pareto`"
+    ),
+    refused(
+        "budget-gib-all", {"quantize.budget": {"gib": 1}}, "`quantize.budget.gib`", "got 1.0",
+        "every group fits at 8 bits", "lower it"
+    ),
+    refused(
+        "budget-mean-bits-all", {"quantize.budget": {"mean_bits": 8}}, "`quantize.budget.mean_bits`", "got 8.0",
+        "every group fits at 8 bits", "the smallest that works is"
     ),
     refused(
         "budget-mean-bits-high", {"quantize.budget": {"mean_bits": 9}}, "`quantize.budget.mean_bits`", "got 9",
@@ -473,6 +518,18 @@ def _test_rows_as_a_search_task(scene: Scene) -> dict[str, Any]:
     text = (demo / "tasks" / f"{TEST_TASK}.yaml").read_text()
     (demo / "tasks" / "copy.yaml").write_text(text.replace(f"task: {TEST_TASK}", "task: copy_of_test"))
     return {"search.tasks": ["copy_of_test"], "evaluate.include_path": str(demo / "tasks")}
+
+
+def _task_of_likelihood(scene: Scene, section: str) -> dict[str, Any]:
+    """A task that measures how likely a text is, and no accuracy."""
+    demo = shutil.copytree(DEMO_DATA.parent, scene.folder / "demo")
+    text = (demo / "tasks" / f"{SEARCH_TASK}.yaml").read_text().replace(f"task: {SEARCH_TASK}", "task: likelihood")
+    task = yaml.load(text.replace("!function rows.load", "FUNCTION"), yaml.SafeLoader)
+    task |= {"output_type": "loglikelihood_rolling", "doc_to_target": "{{question}}", "doc_to_text": ""}
+    task["metric_list"] = [{"metric": "bits_per_byte"}]
+    del task["doc_to_choice"]
+    (demo / "tasks" / "likelihood.yaml").write_text(yaml.safe_dump(task).replace("FUNCTION", "!function rows.load"))
+    return {f"{section}.tasks": ["likelihood"], "evaluate.include_path": str(demo / "tasks")}
 
 
 QUESTION = {"question": "Is water wet?", "choices": {"text": ["no", "yes"], "label": ["A", "B"]}, "answerKey": "B"}
@@ -622,6 +679,18 @@ DATA = [
         "has no task", f"did you mean {TEST_TASK}"
     ),
     refused(
+        "task-without-accuracy", lambda scene: _task_of_likelihood(scene, "evaluate"), "`evaluate.tasks`",
+        "reports bits_per_byte", "none of acc, exact_match", "name a task that reports an accuracy"
+    ),
+    refused(
+        "search-task-without-accuracy", lambda scene: _task_of_likelihood(scene, "search"), "`search.tasks`",
+        "reports bits_per_byte", "none of acc, exact_match", "name a task that reports an accuracy"
+    ),
+    refused(
+        "search-limit-takes-all", {"search.metric": "accuracy", "search.tasks": [SEARCH_TASK], "search.limit": 500},
+        "`search.limit`", "got 500", "leave questions of every task", "lower it"
+    ),
+    refused(
         "include-path-missing", {"evaluate.include_path": "/no/tasks"}, "`evaluate.include_path`", "/no/tasks",
         "does not exist", "name"
     ),
@@ -691,6 +760,30 @@ def test_the_smallest_budget_that_the_error_names_works(scene: Scene) -> None:
     assert inspect(config_of(scene, {"quantize.budget": {"gib": smallest_gib}})).budget_bytes >= smallest
     with pytest.raises(UserError, match="smallest that works"):
         inspect(config_of(scene, {"quantize.budget": {"bytes": smallest - 1}}))
+
+
+def test_the_largest_budget_that_the_error_names_works_and_a_front_may_have_it_all(scene: Scene) -> None:
+    everything = {"quantize.budget": {"fraction": 1.0}}
+    with pytest.raises(UserError) as caught:
+        inspect(config_of(scene, everything))
+    found = re.search(r"the largest (\d+) bytes \(([\d.]+) GiB\)", str(caught.value))
+    assert found, str(caught.value)
+    largest, largest_gib = int(found[1]), float(found[2])
+    assert inspect(config_of(scene, {"quantize.budget": {"bytes": largest}})).budget_bytes == largest
+    assert inspect(config_of(scene, {"quantize.budget": {"gib": largest_gib}})).budget_bytes <= largest
+    with pytest.raises(UserError, match="leaves nothing to choose"):
+        inspect(config_of(scene, {"quantize.budget": {"bytes": largest + 1}}))
+    assert inspect(config_of(scene, everything | {"search.pareto": True})).budget_bytes == largest + 1
+
+
+def test_more_groups_than_trials_can_inform_is_a_warning_with_the_numbers(scene: Scene) -> None:
+    """Two blocks of four projections at two levels: eight unknowns."""
+    assert inspect(config_of(scene, {"search.max_trials": 8})).warnings == ()
+    (warning,) = inspect(config_of(scene, {"search.max_trials": 7})).warnings
+    said = ("7 trials", "`search.max_trials`", "8 groups", "8 unknowns", "allow 8", "`quantize.group`", "projection")
+    assert [part for part in said if part not in warning] == [], warning
+    (warning,) = inspect(config_of(scene, {"search.max_trials": 8, "quantize.bits": [4, 8, 16]})).warnings
+    assert "16 unknowns" in warning
 
 
 # ---- the file itself, and --set
@@ -766,7 +859,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 def test_a_disk_too_small_is_refused(small_disk: Path, scene: Scene) -> None:
     # Enough trials that their checkpoints alone do not fit.
     with pytest.raises(UserError) as caught:
-        inspect(config_of(scene, {"output": str(small_disk / "run"), "search.trials": 50}))
+        inspect(config_of(scene, {"output": str(small_disk / "run"), "search.max_trials": 50}))
     said = str(caught.value)
     assert [part for part in ("`output`", str(small_disk), "needs about", "make room") if part not in said] == [], said
     amounts = [float(number) for number in re.findall(r"(\d+(?:\.\d+)?) [KMG]i?B", said)]
@@ -782,8 +875,10 @@ COMMANDS = [
     pytest.param("check", lambda scene: scene.edited_model(_gpt2), (), "`gpt2` is not supported", id="architecture"),
     pytest.param("check", _not_json, (), "JSON parse error", id="data-not-json"),
     pytest.param("check", {"search.resources_per_trial": {"gpu": 999}}, (), "ask for less", id="resources"),
+    pytest.param("check", {"search.max_gpu_hours": 1}, (), "use `search.max_hours`", id="gpu-hours", marks=ON_CPU),
     pytest.param("check", {}, ("--address", "127.0.0.1:1"), "no Ray cluster answers", id="address"),
     pytest.param("run", lambda scene: {"output": scene.file("taken", "")}, (), "name a folder", id="run-into-a-file"),
+    pytest.param("run", {"search.searcher": "bayesopt"}, (), "qpruner[bayesopt]", id="extra", marks=WITHOUT_BAYESOPT),
     pytest.param("run", {"search.resources_per_trial": {"gpu": 999}}, (), "ask for less", id="run-resources"),
 ]
 

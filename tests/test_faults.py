@@ -306,7 +306,7 @@ def test_a_diverging_trial_names_the_step_and_the_learning_rate(
 @pytest.mark.slow
 def test_a_search_of_diverging_trials_only_fails_with_their_reason(banked: Path, tiny_raw: dict[str, Any]) -> None:
     copy_of(banked, tiny_raw)
-    error = failing(with_key(with_key(tiny_raw, "training.learning_rate", 1e30), "search.trials", 2), "search")
+    error = failing(with_key(with_key(tiny_raw, "training.learning_rate", 1e30), "search.max_trials", 2), "search")
     assert error.stage == "search"
     assert "none of 2 trials finished" in error.cause and "TrainingDiverged" in error.cause and "step" in error.cause
     assert "`training.learning_rate`" in error.remedy

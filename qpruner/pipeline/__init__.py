@@ -1,4 +1,4 @@
-"""The flow, top to bottom: prepare, prune, sensitivity, bank, search, finetune, evaluate, report.
+"""The flow, top to bottom: prepare, prune, bank, sensitivity, search, finetune, evaluate, report.
 
 Each stage leaves a record; a stage whose record has the digest of its present inputs is skipped, which makes
 `qpruner run` safe to repeat after any crash.
@@ -9,10 +9,12 @@ from __future__ import annotations
 from pathlib import Path
 
 from qpruner import preflight
-from qpruner.config import RunConfig
-from qpruner.events import Emit
-from qpruner.execution.cluster import local_slots
-from qpruner.pipeline.compress import bank, prepare, sensitivity
+from qpruner.config import RunConfig, SearchConfig
+from qpruner.errors import UserError
+from qpruner.events import Emit, Message
+from qpruner.execution.cluster import Slots, local_slots
+from qpruner.pipeline.bank import bank
+from qpruner.pipeline.compress import prepare, sensitivity
 from qpruner.pipeline.context import Context
 from qpruner.pipeline.finish import evaluate, finetune
 from qpruner.pipeline.prune import preview_prune, prune
@@ -22,14 +24,26 @@ from qpruner.pipeline.stage import explained
 from qpruner.records import PruneRecord, Results
 from qpruner.rundir import RunDir
 
-STAGES = ("prepare", "prune", "sensitivity", "bank", "search", "finetune", "evaluate", "report")
+STAGES = ("prepare", "prune", "bank", "sensitivity", "search", "finetune", "evaluate", "report")
 
 
-def _check_slots(context: Context) -> None:
-    """Refuse a trial that does not fit the cluster now, not after pruning; joins a cluster that was named."""
-    slots = context.slots if context.address else local_slots()
-    asked = context.config.search.resources_per_trial
-    slots.concurrent(slots.resources_per_trial(asked.model_dump() if asked else None), None)
+def check_search(config: SearchConfig, slots: Slots) -> int:
+    """Refuse now, not after pruning, what the cluster or the installed packages cannot do; returns trials at once.
+
+    Raises:
+        UserError: For a trial that does not fit, GPU hours without GPUs, or a searcher whose package is missing.
+    """
+    from qpruner.search.tune import check_searcher
+
+    check_searcher(config.searcher)
+    asked = config.resources_per_trial
+    resources = slots.resources_per_trial(asked.model_dump() if asked else None)
+    if config.max_gpu_hours is not None and not resources.get("gpu"):
+        raise UserError(
+            f"`search.max_gpu_hours` ends no search whose trials hold no GPU, got {config.max_gpu_hours:g}; use "
+            "`search.max_hours`"
+        )
+    return slots.concurrent(resources, config.max_concurrent)
 
 
 def run(config: RunConfig, emit: Emit, address: str | None = None, until: str = "report") -> Results:
@@ -51,18 +65,20 @@ def run(config: RunConfig, emit: Emit, address: str | None = None, until: str = 
     inspection = preflight.inspect(config)
     context = Context(config, RunDir(Path(config.output)), emit, address, inspection)
     last = STAGES.index(until)
-    if last >= STAGES.index("sensitivity"):
+    if last >= STAGES.index("bank"):
         preflight.check_quantizable(inspection.model_config)
     try:
         if last >= STAGES.index("search"):
-            _check_slots(context)
+            for warning in inspection.warnings:
+                emit(Message("search", f"warning: {warning}"))
+            check_search(config.search, context.slots if address else local_slots())
         prepared = prepare(context)
         pruned = prune(context, prepared) if last >= 1 else None
-        measured = sensitivity(context, pruned) if pruned and last >= 2 else None
-        banked = bank(context, pruned) if pruned and last >= 3 else None
+        banked = bank(context, pruned) if pruned and last >= 2 else None
+        measured = sensitivity(context, pruned, banked) if pruned and banked and last >= 3 else None
         searched = search(context, banked, measured) if banked and measured and last >= 4 else None
         tuned = finetune(context, searched, measured) if searched and measured and last >= 5 else None
-        scored = evaluate(context, tuned, searched, measured) if tuned and searched and measured and last >= 6 else None
+        scored = evaluate(context, tuned) if tuned and last >= 6 else None
         results = Results(
             prepare=prepared,
             prune=pruned,

@@ -76,7 +76,7 @@ class Context:
     def space(self) -> PlanSpace:
         """The plans inside the budget."""
         quantize = self.config.quantize
-        budget = preflight.budget_bytes(quantize.budget, self.layout, quantize.bits)
+        budget = preflight.budget_bytes(quantize, self.layout, self.config.search.pareto)
         return PlanSpace.of(self.layout, quantize.bits, budget)
 
     @cached_property

@@ -1,9 +1,15 @@
-"""The search stage: controls, trials under Ray Tune, and the choice among the best on fresh rows."""
+"""The search stage: controls, trials under Ray Tune, and the choice among the best on fresh rows.
+
+A trial's result depends on weights, data and training (`trials_digest`); what is proposed depends on budget, searcher
+and sensitivities besides (`search_digest`). Searches that share the former share a folder of trials, so that one with
+another budget starts from what the last one left.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from qpruner.candidates import Candidate, ConfirmationJob, confirm_trial
 from qpruner.errors import StageError
@@ -11,37 +17,38 @@ from qpruner.events import Message
 from qpruner.pipeline.context import Context
 from qpruner.pipeline.stage import Stage, run_stage
 from qpruner.plan import PrecisionPlan
-from qpruner.records import BankRecord, Confirmation, SearchRecord, SensitivityRecord, TrialRecord, digest_of
+from qpruner.records import (
+    BankRecord,
+    Confirmation,
+    FreshScore,
+    FrontPoint,
+    SearchRecord,
+    SensitivityRecord,
+    TrialRecord,
+    digest_of,
+)
 from qpruner.rundir import write_json
 from qpruner.search.trial_records import checkpoint_of, objective, read_trials
-from qpruner.sensitivity.mutual_information import seed_plan
+from qpruner.sensitivity import seed_origin, seed_plan
 
-MUTUAL_INFORMATION_SEED = "seed-mutual-information"
+if TYPE_CHECKING:
+    from qpruner.search.tune import SearchJob
 
 
 def search(context: Context, banked: BankRecord, measured: SensitivityRecord) -> SearchRecord:
-    """Candidate plans as parallel trials; the best few are scored again on the confirmation rows."""
-    config, settings, space = context.config, context.config.search, context.space
-    # What a trial's result depends on: another number of trials or slots goes on from the same ones.
-    open_ended = settings.model_copy(
-        update={"trials": 1, "confirm": 1, "max_concurrent": None, "resources_per_trial": None}
+    """Candidate plans as parallel trials; the best few are scored again on fresh rows."""
+    settings, space = context.config.search, context.space
+    search_digest = digest_of(
+        measured.digest, space.budget_bytes, settings.searcher, settings.metric, settings.pareto, context.config.seed
     )
-    inputs = (
-        banked.digest,
-        measured.digest,
-        config.training,
-        config.lora,
-        config.seed,
-        space.budget_bytes,
-        space.levels,
-    )
-    tasks = context.task_digest if settings.tasks else ""
-    trials_digest = digest_of("trials", *inputs, open_ended, config.evaluate.batch_size, tasks)
+    trials_digest = _trials_digest(context, banked, search_digest)
     detail = (
-        f"{settings.trials} trials of {settings.steps} steps, {settings.searcher}, "
+        f"{settings.max_trials} trials of {settings.steps} steps, {settings.searcher}, "
         f"budget {space.budget_bytes / 1e6:.1f} MB"
     )
-    stage = Stage("search", detail, (trials_digest, settings.trials, settings.confirm))
+    # Where it ends; more trials or hours go on from those there are.
+    ends = (settings.max_trials, settings.max_hours, settings.max_gpu_hours, settings.patience, settings.confirm)
+    stage = Stage("search", detail, (trials_digest, search_digest, *ends))
 
     def work(scratch: Path) -> dict[str, Any]:
         from qpruner.search import tune as ray_tune
@@ -54,56 +61,102 @@ def search(context: Context, banked: BankRecord, measured: SensitivityRecord) ->
             layout=context.layout,
             space=space,
             controls=controls(context, measured),
-            priors={},
+            priors={name: method.values for name, method in measured.methods.items()},
             trials=context.run_dir.trials / trials_digest,
             scratch=context.run_dir.tune,
             digest=trials_digest,
+            search=search_digest,
             resources=resources,
             max_concurrent=context.slots.concurrent(resources, settings.max_concurrent),
         )
-        resumed = sum(1 for trial in read_trials(job.trials) if trial.rungs)
-        if resumed:
-            context.emit(Message("search", f"going on from {resumed} recorded trial(s)"))
-        trials = ray_tune.search(job, context.emit)
-        finalists = _finalists(trials, settings.confirm, job)
-        confirmations = _confirm(context, finalists, job.trials)
-        best = _choose(finalists, confirmations)
-        write_json(scratch / "best.json", best)
-        count = {name: sum(1 for trial in trials if trial.status == name) for name in ("finished", "stopped", "failed")}
+        resumed = _tell_recorded(context, job)
+        outcome = ray_tune.search(job, context.emit)
+        context.emit(Message("search", f"ended: {outcome.ended}"))
+        usable = [*outcome.trials, *(trial for trial in outcome.taken_over if space.is_feasible(_plan(trial)))]
+        finalists = _finalists(usable, job)
+        confirmations = _confirm(context, finalists, job)
+        best = _best(confirmations, job)
+        best_control = _best([each for each in confirmations if each.control], job)
+        by_index = {trial.index: trial for trial in finalists}
+        assert best is not None, "there are finalists"
+        write_json(scratch / "best.json", by_index[best.index])
+        statuses = [trial.status for trial in outcome.trials]
         return {
             "trials_digest": trials_digest,
             "searcher": settings.searcher,
+            "metric": settings.metric,
             "budget_bytes": space.budget_bytes,
-            "num_trials": len(trials),
-            "num_finished": count["finished"],
-            "num_stopped": count["stopped"],
-            "num_failed": count["failed"],
+            "num_trials": len(outcome.trials),
+            "num_finished": statuses.count("finished"),
+            "num_stopped": statuses.count("stopped"),
+            "num_failed": statuses.count("failed"),
+            "num_taken_over": sum(1 for trial in outcome.taken_over if trial.rungs),
+            "ended": outcome.ended,
+            "search_seconds": outcome.seconds,
+            "gpu_seconds": outcome.gpu_seconds,
             "confirmations": confirmations,
             "best_index": best.index,
             "best_origin": best.origin,
-            "best_plan": best.plan,
+            "best_plan": by_index[best.index].plan,
+            "best_control": best_control.index if best_control else None,
+            "control_won": best.control,
+            "front": _front(confirmations, by_index, job) if settings.pareto else (),
             "resumed": resumed,
         }
 
     def figures(record: SearchRecord) -> str:
+        front = f"a front of {len(record.front)} plans, " if record.front else ""
         return (
-            f"{record.num_finished} finished, {record.num_stopped} stopped early, {record.num_failed} failed; best: "
-            f"trial {record.best_index} [{PrecisionPlan.from_dict(record.best_plan)}] ({record.best_origin})"
+            f"{record.num_finished} finished, {record.num_stopped} stopped early, {record.num_failed} failed; {front}"
+            f"best: trial {record.best_index} [{PrecisionPlan.from_dict(record.best_plan)}] ({record.best_origin})"
         )
 
     return run_stage(context.run_dir, stage, SearchRecord, work, figures, context.emit)
 
 
 def controls(context: Context, measured: SensitivityRecord) -> list[tuple[str, PrecisionPlan]]:
-    """The plans every search starts with: uniform ones inside the budget, and the mutual-information seed."""
+    """The plans every search starts with: uniform ones inside the budget, and the seed of every sensitivity."""
     space = context.space
     uniform = [(f"uniform-{bits}", space.uniform(bits)) for bits in space.levels]
-    seed = (MUTUAL_INFORMATION_SEED, seed_plan(measured.mutual_information_nats, space))
-    return [(origin, plan) for origin, plan in [*uniform, seed] if space.is_feasible(plan)]
+    seeds = [(seed_origin(name), seed_plan(method.values, space)) for name, method in measured.methods.items()]
+    return [(origin, plan) for origin, plan in [*uniform, *seeds] if space.is_feasible(plan)]
 
 
-def _finalists(trials: list[TrialRecord], num_best: int, job: Any) -> list[TrialRecord]:
-    """The best finished trials and every finished control.
+def _trials_digest(context: Context, banked: BankRecord, search_digest: str) -> str:
+    """Digest of what a trial's own result depends on; with `reuse_trials` off also of whose trial it is."""
+    config, settings = context.config, context.config.search
+    scored = (settings.steps, settings.rungs, settings.tasks, settings.limit, config.evaluate.batch_size)
+    return digest_of(
+        "trials",
+        banked.digest,
+        context.space.levels,
+        config.training,
+        config.lora,
+        config.seed,
+        scored,
+        context.task_digest if settings.tasks else "",
+        "" if settings.reuse_trials else search_digest,
+    )
+
+
+def _tell_recorded(context: Context, job: SearchJob) -> int:
+    """Say what the search starts from; returns the number of its own trials that were recorded before."""
+    recorded = [trial for trial in read_trials(job.trials) if trial.rungs]
+    resumed = sum(1 for trial in recorded if job.owns(trial))
+    if resumed:
+        context.emit(Message("search", f"going on from {resumed} recorded trial(s)"))
+    if len(recorded) > resumed:
+        number = len(recorded) - resumed
+        context.emit(Message("search", f"starting from {number} trial(s) of a search with another budget or searcher"))
+    return resumed
+
+
+def _plan(trial: TrialRecord) -> PrecisionPlan:
+    return PrecisionPlan.from_dict(trial.plan)
+
+
+def _finalists(trials: Sequence[TrialRecord], job: SearchJob) -> list[TrialRecord]:
+    """The best finished trials and every finished control; for a front, no trial that could be on it is left out.
 
     Raises:
         StageError: If no trial finished, with the first reason.
@@ -118,35 +171,79 @@ def _finalists(trials: list[TrialRecord], num_best: int, job: Any) -> list[Trial
             f"none of {len(trials)} trials finished; the first said: {reasons[0] if reasons else 'nothing'}",
             f"{mend} and repeat the command",
         )
+    settings = job.config.search
     ranked = sorted(finished, key=lambda trial: (objective(trial.rungs[-1], job.config), trial.index))
-    chosen = {trial.index: trial for trial in [*ranked[:num_best], *(t for t in finished if t.is_control)]}
+    best = ranked[: settings.confirm]
+    if settings.pareto:
+        weighed = [(trial.plan_bytes, objective(trial.rungs[-1], job.config)) for trial in ranked]
+        best += [ranked[position] for position in non_dominated(weighed)]
+    fixed = [trial for trial in finished if job.control_of(_plan(trial))]
+    chosen = {trial.index: trial for trial in [*best, *fixed]}
     return [chosen[index] for index in sorted(chosen)]
 
 
-def _confirm(context: Context, finalists: list[TrialRecord], trials: Path) -> list[Confirmation]:
-    """Loss of each finalist on rows that no trial was scored on."""
+def non_dominated(points: Sequence[tuple[float, float]]) -> list[int]:
+    """Positions of the points that no other equals in one figure and beats in the other, or beats in both; both are
+    minimized, and of equal points the first counts."""
+    front, lowest = [], float("inf")
+    for position in sorted(range(len(points)), key=lambda position: points[position]):
+        if points[position][1] < lowest:
+            front.append(position)
+            lowest = points[position][1]
+    return front
+
+
+def _confirm(context: Context, finalists: Sequence[TrialRecord], job: SearchJob) -> list[Confirmation]:
+    """Scores of each finalist on what no trial was scored on, in order of suggestion."""
     from qpruner.execution.cluster import run_tasks
 
     resources, concurrent = context.task_resources(len(finalists))
     jobs = []
     for trial in finalists:
-        checkpoint = checkpoint_of(trials, trial)
+        checkpoint = checkpoint_of(job.trials, trial)
         assert checkpoint is not None, "a finished trial has a checkpoint"
         candidate = Candidate(trial.origin, context.checkpoint, context.bank, trial.plan, checkpoint)
         threads = int(resources.get("cpu", 1))
         jobs.append(ConfirmationJob(context.worker_config, candidate, checkpoint, context.data, threads))
     found: dict[int, Confirmation] = {}
-    for position, (loss, stderr) in run_tasks(confirm_trial, jobs, resources, concurrent, fresh=False):
-        index = finalists[position].index
-        found[index] = Confirmation(index=index, loss=loss, stderr=stderr)
-    for index in sorted(found):
-        origin = next(trial.origin for trial in finalists if trial.index == index)
-        text = f"confirmation: trial {index} ({origin}) loss {found[index].loss:.4f} +- {found[index].stderr:.4f}"
-        context.emit(Message("search", text))
-    return [found[index] for index in sorted(found)]
+    for position, score in run_tasks(confirm_trial, jobs, resources, concurrent, fresh=False):
+        trial = finalists[position]
+        control = job.control_of(_plan(trial))
+        found[position] = Confirmation(
+            index=trial.index,
+            origin=control or trial.origin,
+            control=control is not None,
+            taken_over=not job.owns(trial),
+            **score.model_dump(),
+        )
+    for _, each in sorted(found.items()):
+        text = f"confirmation: trial {each.index} ({each.origin}) loss {each.loss:.4f} +- {each.stderr:.4f}"
+        accuracy = "" if each.accuracy is None else f", accuracy {each.accuracy:.3f} +- {each.accuracy_stderr:.3f}"
+        context.emit(Message("search", text + accuracy))
+    return [found[position] for position in sorted(found)]
 
 
-def _choose(finalists: list[TrialRecord], confirmations: list[Confirmation]) -> TrialRecord:
-    """The finalist with the lowest confirmation loss; a control wins like any other plan."""
-    best = min(confirmations, key=lambda confirmation: (confirmation.loss, confirmation.index))
-    return next(trial for trial in finalists if trial.index == best.index)
+def _best(confirmations: Sequence[Confirmation], job: SearchJob) -> Confirmation | None:
+    """The best on fresh rows; a control wins like any other plan, and a tie."""
+    return min(
+        confirmations,
+        key=lambda each: (objective(each, job.config), not each.control, each.index),
+        default=None,
+    )
+
+
+def _front(
+    confirmations: Sequence[Confirmation], trials: dict[int, TrialRecord], job: SearchJob
+) -> tuple[FrontPoint, ...]:
+    """The confirmed plans that none of fewer or equal bytes beats, by bytes."""
+    weighed = [(trials[each.index].plan_bytes, objective(each, job.config)) for each in confirmations]
+    return tuple(
+        FrontPoint(
+            index=each.index,
+            origin=each.origin,
+            plan=trials[each.index].plan,
+            plan_bytes=trials[each.index].plan_bytes,
+            **each.model_dump(include=set(FreshScore.model_fields)),
+        )
+        for each in (confirmations[position] for position in non_dominated(weighed))
+    )

@@ -283,7 +283,7 @@ def test_only_a_key_of_prune_runs_it_again(raw: Raw) -> None:
         "lora.rank": 8,
         "quantize.budget.fraction": 0.75,
         "training.learning_rate": 0.5,
-        "search.trials": 7,
+        "search.max_trials": 7,
         "sensitivity.num_neighbors": 5,
         "evaluate.limit": 4,
         "finetune.steps": 2,

@@ -1,12 +1,12 @@
 """Early stopping: controls run to the end, the poor stop, and an interruption changes no decision.
 
-Ray's own ASHA code runs here. Of a trial it looks at nothing but the id, and we at its configuration besides.
+Ray's own ASHA code runs here. Of a trial it looks at nothing but the id, and we at its plan besides.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,22 +15,33 @@ import pytest
 from conftest import raw_config, with_key
 
 from qpruner.config import RunConfig, validate_config
+from qpruner.plan import PlanSpace, PrecisionPlan
 from qpruner.records import RungResult, TrialRecord
 from qpruner.search.trial_records import objective
 from qpruner.search.tune.asha import RecordedAsha
 from qpruner.search.tune.job import METRIC, TIME
 
 STOP, CONTINUE = "STOP", "CONTINUE"
-CONTROLS = ["uniform-4", "uniform-8", "seed-mutual-information"]
+CONTROLS = range(3)
+"""Trials whose plans are controls."""
+GROUPS = tuple(f"layers.{index}" for index in range(8))
+SPACE = PlanSpace(GROUPS, (4, 8), ((10, 20),) * len(GROUPS), fixed_bytes=5, budget_bytes=10**6)
 
 
-def config_of(steps: int = 8, factor: int = 2, metric: str = "loss") -> RunConfig:
+def plan_of(index: int) -> PrecisionPlan:
+    """A plan of its own for every trial: its number in binary, so the larger has the more bytes by and large."""
+    return PrecisionPlan(GROUPS, tuple(8 if index >> place & 1 else 4 for place in range(len(GROUPS))))
+
+
+def config_of(steps: int = 8, factor: int = 2, metric: str = "loss", pareto: bool = False) -> RunConfig:
     raw = raw_config(Path("model"), Path("run"))
     for key, value in (
         ("search.steps", steps),
         ("search.reduction_factor", factor),
         ("search.tasks", ["piqa"]),
+        ("search.limit", 10),
         ("search.metric", metric),
+        ("search.pareto", pareto),
     ):
         raw = with_key(raw, key, value)
     return validate_config(raw)
@@ -50,15 +61,18 @@ class Session:
 
     config: RunConfig
     recorded: Sequence[TrialRecord] = ()
+    space: PlanSpace = SPACE
     trials: dict[int, RayTrial] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.scheduler = RecordedAsha(self.config, self.recorded, METRIC, TIME)
+        controls = [plan_of(index) for index in CONTROLS]
+        self.scheduler = RecordedAsha(self.config, self.space, controls, self.recorded)
 
-    def report(self, index: int, origin: str, rung: RungResult) -> str:
+    def report(self, index: int, rung: RungResult) -> str:
         """What the scheduler says of a trial's rung."""
         if index not in self.trials:
-            self.trials[index] = RayTrial(f"ray-{index}", {"trial": index, "origin": origin})
+            bits = {f"bits/{name}": value for name, value in plan_of(index).as_dict().items()}
+            self.trials[index] = RayTrial(f"ray-{index}", {"trial": index, **bits})
             self.scheduler.on_trial_add(None, self.trials[index])
         result = {METRIC: objective(rung, self.config), TIME: rung.step, "loss": rung.loss}
         action = self.scheduler.on_trial_result(None, self.trials[index], result)
@@ -72,13 +86,14 @@ def rung(step: int, value: float) -> RungResult:
     return RungResult(step=step, loss=value, accuracy=1.0 - value)
 
 
-def record(index: int, status: Any, rungs: Sequence[RungResult], origin: str = "hyperopt") -> TrialRecord:
+def record(index: int, status: Any, rungs: Sequence[RungResult]) -> TrialRecord:
     return TrialRecord(
         index=index,
         digest="0" * 16,
-        origin=origin,
-        plan={"layers.0": 4},
-        plan_bytes=1,
+        search="1" * 16,
+        origin="hyperopt",
+        plan=plan_of(index).as_dict(),
+        plan_bytes=SPACE.plan_bytes(plan_of(index)),
         mean_bits=4.0,
         status=status,
         rungs=tuple(rungs),
@@ -88,12 +103,12 @@ def record(index: int, status: Any, rungs: Sequence[RungResult], origin: str = "
 # Who is stopped
 
 
-@pytest.mark.parametrize("origin", CONTROLS)
-def test_a_control_runs_to_the_last_rung_however_poor(origin: str) -> None:
+@pytest.mark.parametrize("control", CONTROLS)
+def test_a_control_runs_to_the_last_rung_however_poor(control: int) -> None:
     session = Session(config_of())
-    for index in range(4):
-        assert session.report(index, "hyperopt", rung(1, 0.1)) == CONTINUE
-    actions = [session.report(9, origin, rung(step, 0.9)) for step in (1, 2, 4, 8)]
+    for index in range(10, 14):
+        assert session.report(index, rung(1, 0.1)) == CONTINUE
+    actions = [session.report(control, rung(step, 0.9)) for step in (1, 2, 4, 8)]
     assert actions == [CONTINUE, CONTINUE, CONTINUE, STOP]
 
 
@@ -107,7 +122,7 @@ def test_what_is_worse_than_the_cutoff_stops(metric: str, factor: int) -> None:
     for index, value in enumerate(np.random.default_rng(0).uniform(0.2, 0.8, 40)):
         worst_kept = np.percentile(seen, 100 / factor) if seen else np.inf
         expected = STOP if value > worst_kept else CONTINUE
-        actions.append(session.report(index, "hyperopt", rung(1, value)))
+        actions.append(session.report(10 + index, rung(1, value)))
         assert actions[-1] == expected
         seen.append(value)
     assert {STOP, CONTINUE} == set(actions)
@@ -115,15 +130,30 @@ def test_what_is_worse_than_the_cutoff_stops(metric: str, factor: int) -> None:
 
 def test_a_control_sets_the_cutoff_for_others() -> None:
     session = Session(config_of())
-    assert session.report(0, "seed-mutual-information", rung(1, 0.3)) == CONTINUE
-    assert session.report(1, "hyperopt", rung(1, 0.4)) == STOP
-    assert session.report(2, "hyperopt", rung(1, 0.2)) == CONTINUE
+    assert session.report(0, rung(1, 0.3)) == CONTINUE
+    assert session.report(11, rung(1, 0.4)) == STOP
+    assert session.report(12, rung(1, 0.2)) == CONTINUE
 
 
 def test_the_last_rung_ends_every_trial() -> None:
     session = Session(config_of(steps=6))
     assert session.config.search.rungs == (1, 2, 4, 6)
-    assert [session.report(0, "hyperopt", rung(step, 0.5)) for step in (1, 2, 4, 6)] == [CONTINUE] * 3 + [STOP]
+    assert [session.report(10, rung(step, 0.5)) for step in (1, 2, 4, 6)] == [CONTINUE] * 3 + [STOP]
+
+
+def test_for_a_front_a_small_plan_is_not_stopped_for_scoring_worse_than_a_larger_one() -> None:
+    large, middle, small = 0b11111111, 0b00111100, 0b00100000
+    for pareto, fate in ((False, STOP), (True, CONTINUE)):
+        session = Session(config_of(pareto=pareto))
+        assert session.report(large, rung(1, 0.3)) == CONTINUE
+        assert session.report(middle, rung(1, 0.4)) == fate
+        assert session.report(small, rung(1, 0.5)) == fate
+    # It is beaten by plans of no more bytes: as large as it, and smaller.
+    session = Session(config_of(pareto=True))
+    for index in (small, middle):
+        assert session.report(index, rung(1, 0.3)) == CONTINUE
+    assert session.report(0b01100110, rung(1, 0.4)) == STOP
+    assert session.report(0b10000000, rung(1, 0.4)) == STOP
 
 
 # Going on from records
@@ -132,30 +162,39 @@ def test_the_last_rung_ends_every_trial() -> None:
 def test_recorded_rungs_set_the_cutoff() -> None:
     config = config_of()
     recorded = [
-        record(0, "finished", [rung(step, 0.2) for step in (1, 2, 4, 8)]),
-        record(1, "stopped", [rung(1, 0.5)]),
-        record(2, "failed", [rung(1, 0.3)]),
+        record(10, "finished", [rung(step, 0.2) for step in (1, 2, 4, 8)]),
+        record(11, "stopped", [rung(1, 0.5)]),
+        record(12, "failed", [rung(1, 0.3)]),
     ]
     # Rung 1 has seen 0.2, 0.3, 0.5; rung 2 only 0.2.
     session = Session(config, recorded)
-    assert session.report(3, "hyperopt", rung(1, 0.31)) == STOP
+    assert session.report(13, rung(1, 0.31)) == STOP
     session = Session(config, recorded)
-    assert session.report(3, "hyperopt", rung(1, 0.29)) == CONTINUE
-    assert session.report(3, "hyperopt", rung(2, 0.29)) == STOP
+    assert session.report(13, rung(1, 0.29)) == CONTINUE
+    assert session.report(13, rung(2, 0.29)) == STOP
     session = Session(config, recorded)
-    assert [session.report(4, "hyperopt", rung(step, 0.1)) for step in (1, 2, 4, 8)] == [CONTINUE] * 3 + [STOP]
+    assert [session.report(14, rung(step, 0.1)) for step in (1, 2, 4, 8)] == [CONTINUE] * 3 + [STOP]
+
+
+def test_a_recorded_plan_over_the_budget_stops_nobody() -> None:
+    """A search with a larger budget was here before: its plans score better because they are larger."""
+    large, small = 0b11111111, 0b00000111
+    recorded = [record(large, "finished", [rung(step, 0.1) for step in (1, 2, 4, 8)])]
+    assert Session(config_of(), recorded).report(small, rung(1, 0.5)) == STOP
+    space = replace(SPACE, budget_bytes=SPACE.plan_bytes(plan_of(small)))
+    assert Session(config_of(), recorded, space).report(small, rung(1, 0.5)) == CONTINUE
 
 
 def test_a_stopped_trials_score_does_not_sink_to_lower_rungs() -> None:
     """Ray enters a trial's last score again when it ends; under its new id, a resumed trial is new to lower rungs."""
     recorded = [
-        record(0, "finished", [rung(step, 1.0) for step in (1, 2, 4, 8)]),
-        record(1, "running", [rung(1, 0.5), rung(2, 9.0)]),
+        record(10, "finished", [rung(step, 1.0) for step in (1, 2, 4, 8)]),
+        record(11, "running", [rung(1, 0.5), rung(2, 9.0)]),
     ]
     session = Session(config_of(), recorded)
-    assert session.report(1, "hyperopt", rung(2, 9.0)) == STOP
+    assert session.report(11, rung(2, 9.0)) == STOP
     # Rung 1 has seen 1.0 and 0.5. With 9.0 among them, 0.9 would be among the better half.
-    assert session.report(2, "hyperopt", rung(1, 0.9)) == STOP
+    assert session.report(12, rung(1, 0.9)) == STOP
 
 
 @dataclass
@@ -167,9 +206,6 @@ class Search:
     records: dict[int, TrialRecord] = field(default_factory=dict)
     decisions: dict[tuple[int, int], str] = field(default_factory=dict)
 
-    def origin(self, index: int) -> str:
-        return CONTROLS[index] if index < len(CONTROLS) else "hyperopt"
-
     def run(self, interruptions: Collection[tuple[int, int]] = ()) -> None:
         """Run all trials; the scheduler is lost after each (trial, step) in `interruptions` was reported."""
         session = Session(self.config)
@@ -178,7 +214,7 @@ class Search:
                 result = rung(step, float(value))
                 before = self.records[index].rungs if index in self.records else ()
                 status = "finished" if step == self.config.search.steps else "running"
-                self.records[index] = record(index, status, (*before, result), self.origin(index))
+                self.records[index] = record(index, status, (*before, result))
                 action = self._decide(session, index, result)
                 if (index, step) in interruptions:
                     session = Session(self.config, [self.records[known] for known in sorted(self.records)])
@@ -191,7 +227,7 @@ class Search:
                     break
 
     def _decide(self, session: Session, index: int, result: RungResult) -> str:
-        action = session.report(index, self.origin(index), result)
+        action = session.report(index, result)
         assert self.decisions.setdefault((index, result.step), action) == action, "asked again, answered otherwise"
         return action
 
@@ -224,27 +260,25 @@ def test_an_interruption_anywhere_changes_no_decision(seed: int, steps: int, met
 
 def test_two_trials_running_at_the_interruption_go_on_as_they_would_have() -> None:
     config = config_of()
-    ended = [record(0, "finished", [rung(step, 0.5) for step in (1, 2, 4, 8)])]
+    ended = [record(10, "finished", [rung(step, 0.5) for step in (1, 2, 4, 8)])]
     first, second = [0.45, 0.4, 0.3, 0.2], [0.4, 0.39, 0.45, 0.2]
     session = Session(config, ended)
     expected = []
     for step, one, other in zip((1, 2, 4), first, second, strict=False):
-        expected.append(
-            (session.report(1, "hyperopt", rung(step, one)), session.report(2, "hyperopt", rung(step, other)))
-        )
+        expected.append((session.report(11, rung(step, one)), session.report(12, rung(step, other))))
     assert expected == [(CONTINUE, CONTINUE), (CONTINUE, CONTINUE), (CONTINUE, STOP)]
 
     for reported in (1, 2, 3):
         steps = config.search.rungs[:reported]
         running = [
             record(index, "running", [rung(step, value) for step, value in zip(steps, values, strict=False)])
-            for index, values in ((1, first), (2, second))
+            for index, values in ((11, first), (12, second))
         ]
         session = Session(config, [*ended, *running])
         for position in range(reported - 1, 3):
             step = config.search.rungs[position]
             found = (
-                session.report(1, "hyperopt", rung(step, first[position])),
-                session.report(2, "hyperopt", rung(step, second[position])),
+                session.report(11, rung(step, first[position])),
+                session.report(12, rung(step, second[position])),
             )
             assert found == expected[position]

@@ -19,7 +19,7 @@ os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"
 import errno
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,27 +29,40 @@ from qpruner.config import RunConfig
 from qpruner.errors import StageError
 from qpruner.events import Emit, Message
 from qpruner.memory import release
-from qpruner.plan import PlanSpace, PrecisionPlan
+from qpruner.plan import PlanSpace
 from qpruner.records import RungResult, TrialRecord
-from qpruner.rundir import publish_folder, read_json, write_json
-from qpruner.search.searchers import Ledger, Prior, Proposer, RandomProposer, Suggestion
+from qpruner.rundir import publish_folder, read_json
+from qpruner.search.searchers import (
+    Prior,
+    Proposer,
+    RandomProposer,
+    ScalarizedProposer,
+    check_searcher,
+)
 from qpruner.search.trial import TrialJob, run_trial
-from qpruner.search.trial_records import checkpoint_of, objective, read_trials, trial_folder
+from qpruner.search.trial_records import (
+    checkpoint_of,
+    objective,
+    read_seconds,
+    read_trials,
+    trial_folder,
+    trial_path,
+    write_trial,
+)
 from qpruner.search.tune.asha import RecordedAsha
 from qpruner.search.tune.driver import PlanSearcher, RungEvents
 from qpruner.search.tune.hyperopt import HyperOptProposer
-from qpruner.search.tune.job import METRIC, TIME, SearchJob, observations_of, params_to_plan
+from qpruner.search.tune.job import METRIC, TIME, SearchJob, SearchOutcome, params_to_plan
+from qpruner.search.tune.resume import DISK_FULL, take_up
 
-__all__ = ["HyperOptProposer", "SearchJob", "make_proposer", "search"]
+__all__ = ["HyperOptProposer", "SearchJob", "SearchOutcome", "check_searcher", "make_proposer", "search"]
 
-DISK_FULL = "no space left on the disk"
-"""Reason of a trial that says nothing of its plan, so it is tried again."""
 MAX_KILLS = 3
 """Kills for want of memory that a trial may run through; which of several running trials took too much is not known."""
 
 
-def search(job: SearchJob, emit: Emit) -> list[TrialRecord]:
-    """Run or continue the search until its trials are spent; returns every trial's record, in order.
+def search(job: SearchJob, emit: Emit) -> SearchOutcome:
+    """Run or continue the search until it is over.
 
     When Ray kills a worker because its node runs out of memory, `Tuner.fit` ends with a RuntimeError whatever
     `max_failures` says (Ray 2.60): the search then goes on from the records, and a trial that ran through several
@@ -57,29 +70,27 @@ def search(job: SearchJob, emit: Emit) -> list[TrialRecord]:
     """
     while True:
         try:
-            _fit(job, emit)
+            ended = _fit(job, emit)
         except RuntimeError as error:
             if "killed" not in str(error):
                 raise
             emit(Message("search", "Ray killed a worker that ran out of memory; going on from the records"))
-            _count_kill(job.trials)
+            _count_kill(job)
         else:
-            return _whole(job)
+            return _outcome(job, ended)
 
 
-def _fit(job: SearchJob, emit: Emit) -> None:
-    """One session of Ray Tune, from the records to the last trial."""
+def _fit(job: SearchJob, emit: Emit) -> str:
+    """One session of Ray Tune, from the records to the last trial; returns why there are no more."""
     settings = job.config.search
-    proposer = make_proposer(settings.searcher, job.space, job.config.seed, job.priors)
-    ledger = Ledger(job.space, proposer, job.controls, settings.trials)
-    recorded = read_trials(job.trials)
-    _restore(ledger, recorded, job.config)
+    proposer = make_proposer(settings.searcher, job.space, job.config.seed, job.priors, settings.pareto)
+    ledger, recorded = take_up(job, proposer)
     attempt = len(list(job.scratch.glob("search-*"))) if job.scratch.exists() else 0
     tuner = tune.Tuner(
         tune.with_resources(tune.with_parameters(_trainable, job=job), job.resources),
         tune_config=tune.TuneConfig(
             search_alg=PlanSearcher(job, ledger, emit),
-            scheduler=RecordedAsha(job.config, recorded, METRIC, TIME),
+            scheduler=RecordedAsha(job.config, job.space, [plan for _, plan in job.controls], recorded),
             num_samples=-1,
             max_concurrent_trials=job.max_concurrent,
             reuse_actors=True,
@@ -95,67 +106,90 @@ def _fit(job: SearchJob, emit: Emit) -> None:
         ),
     )
     tuner.fit()
+    if ledger.ended is None:
+        # Somebody's signal ended Tune: what is half done must not pass for the result.
+        raise KeyboardInterrupt
+    return ledger.ended
 
 
-def _whole(job: SearchJob) -> list[TrialRecord]:
+def _outcome(job: SearchJob, ended: str) -> SearchOutcome:
     """The records of a search that ended by itself.
 
     Raises:
-        KeyboardInterrupt: If trials are still running: somebody's signal ended Tune, and what is half done must not
-            pass for the result.
+        KeyboardInterrupt: If trials are still running, because somebody's signal ended Tune.
         StageError: If trials failed for want of disk; they are tried again when the command is repeated.
     """
-    trials = [trial for trial in read_trials(job.trials) if trial.index < job.config.search.trials]
+    recorded = read_trials(job.trials)
+    trials = [trial for trial in recorded if job.owns(trial)][: job.config.search.max_trials]
     if any(trial.status == "running" for trial in trials):
         raise KeyboardInterrupt
     if any(trial.reason == DISK_FULL for trial in trials):
         raise StageError("search", DISK_FULL, "make room, then repeat the command: those trials are tried again")
-    return trials
+    return SearchOutcome(
+        trials=trials,
+        taken_over=[trial for trial in recorded if not job.owns(trial)],
+        ended=ended,
+        seconds=read_seconds(job.trials, job.search),
+    )
 
 
-def _count_kill(trials: Path) -> None:
+def _count_kill(job: SearchJob) -> None:
     """Note a kill in every trial that was running; one with too many of them has failed."""
-    for record in read_trials(trials):
-        if record.status == "running":
+    for record in read_trials(job.trials):
+        if job.owns(record) and record.status == "running":
             update: dict[str, Any] = {"kills": record.kills + 1}
             if record.kills + 1 >= MAX_KILLS:
                 update |= {"status": "failed", "reason": f"out of memory: killed by Ray {MAX_KILLS} times"}
-            write_json(trial_folder(trials, record.index) / "trial.json", record.model_copy(update=update))
+            write_trial(job.trials, record.model_copy(update=update))
 
 
-def make_proposer(name: str, space: PlanSpace, seed: int, priors: Mapping[str, Prior]) -> Proposer:
+def make_proposer(
+    name: str, space: PlanSpace, seed: int, priors: Mapping[str, Prior], pareto: bool = False
+) -> Proposer:
     """The searcher that `search.searcher` names.
 
     Args:
-        name: `hyperopt` or `random`.
+        name: `gp`, `hyperopt`, `bayesopt` or `random`.
         space: The feasible plans.
         seed: Seeds its proposals.
         priors: Sensitivities by method, for a searcher that starts from them.
+        pareto: Whether the front of score against bytes is wanted instead of the best score.
+
+    Raises:
+        UserError: If the searcher's extra is not installed.
     """
-    if name == "random":
-        return RandomProposer(space, seed)
-    return HyperOptProposer(space, seed)
+    check_searcher(name)
+    if name == "gp":
+        from qpruner.search.gaussian_process import GaussianProcessProposer
 
+        return GaussianProcessProposer(space, seed, priors, pareto)
+    proposer: Proposer
+    if name == "bayesopt":
+        from qpruner.search.tune.bayesopt import BayesOptProposer
 
-def _restore(ledger: Ledger, recorded: Sequence[TrialRecord], config: RunConfig) -> None:
-    for record in recorded:
-        suggestion = Suggestion(record.index, record.origin, PrecisionPlan.from_dict(record.plan))
-        if record.status == "running" or record.reason == DISK_FULL:
-            ledger.resume(suggestion, observations_of(record, config))
-        else:
-            ledger.recall(suggestion, observations_of(record, config))
+        proposer = BayesOptProposer(space, seed)
+    elif name == "hyperopt":
+        proposer = HyperOptProposer(space, seed)
+    else:
+        proposer = RandomProposer(space, seed)
+    return ScalarizedProposer(proposer, space, seed) if pareto else proposer
 
 
 def _trainable(params: dict[str, Any], job: SearchJob) -> None:
     """Runs in a Ray worker: one trial, its record written before each report."""
     started = time.monotonic()
     folder = trial_folder(job.trials, params["trial"])
-    record = read_json(folder / "trial.json", TrialRecord)
+    record = read_json(trial_path(job.trials, params["trial"]), TrialRecord)
     assert record is not None, "the searcher writes the record before it hands the plan out"
+    spent, gpu_spent = record.seconds, record.gpu_seconds
     start = checkpoint_of(job.trials, record)
     # A trial that goes on reports its last rung again first: the scheduler may have been killed before it decided.
     if start:
         tune.report(_metrics(record.rungs[-1], job.config))
+
+    def times() -> dict[str, float]:
+        seconds = time.monotonic() - started
+        return {"seconds": spent + seconds, "gpu_seconds": gpu_spent + seconds * job.resources.get("gpu", 0.0)}
 
     def report(result: RungResult, checkpoint: Path) -> None:
         nonlocal record
@@ -166,11 +200,11 @@ def _trainable(params: dict[str, Any], job: SearchJob) -> None:
         record = record.model_copy(
             update={
                 "rungs": (*record.rungs, result),
-                "seconds": record.seconds + time.monotonic() - started,
                 "status": "finished" if result.step >= job.config.search.steps else "running",
+                **times(),
             }
         )
-        write_json(folder / "trial.json", record)
+        write_trial(job.trials, record)
         if old:
             shutil.rmtree(old, ignore_errors=True)
         tune.report(_metrics(result, job.config))
@@ -182,8 +216,7 @@ def _trainable(params: dict[str, Any], job: SearchJob) -> None:
     except Exception as error:
         full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
         reason = DISK_FULL if full else failure_reason(error)
-        failed = record.model_copy(update={"status": "failed", "reason": reason})
-        write_json(folder / "trial.json", failed)
+        write_trial(job.trials, record.model_copy(update={"status": "failed", "reason": reason, **times()}))
         raise
 
 

@@ -1,47 +1,99 @@
-"""ASHA that spares the controls and goes on from records."""
+"""ASHA that spares the controls, goes on from records, and for a front compares like sizes."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from ray.tune.schedulers import ASHAScheduler, TrialScheduler
+from ray.tune.schedulers.async_hyperband import _Bracket
 
 from qpruner.config import RunConfig
-from qpruner.records import TrialRecord, is_control
+from qpruner.plan import PlanSpace, PrecisionPlan
+from qpruner.records import TrialRecord
 from qpruner.search.trial_records import objective
+from qpruner.search.tune.job import METRIC, TIME, params_to_plan
 
 
 class RecordedAsha(ASHAScheduler):  # type: ignore[misc]
-    """ASHA (Li et al., arXiv 1810.05934) that spares controls and knows what earlier sessions recorded."""
+    """ASHA (Li et al., arXiv 1810.05934) that spares controls and knows what was recorded before.
 
-    def __init__(self, config: RunConfig, recorded: Sequence[TrialRecord], metric: str, time_attribute: str) -> None:
-        search_config = config.search
+    Args:
+        config: The run's configuration.
+        space: The feasible plans; a recorded plan over budget, of another search, is no measure for them.
+        controls: Plans that run to the last rung.
+        recorded: The trials so far.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        space: PlanSpace,
+        controls: Collection[PrecisionPlan],
+        recorded: Sequence[TrialRecord],
+    ) -> None:
+        settings = config.search
         super().__init__(
-            time_attr=time_attribute,
-            metric=metric,
+            time_attr=TIME,
+            metric=METRIC,
             mode="min",
-            max_t=search_config.steps,
-            grace_period=search_config.first_rung,
-            reduction_factor=search_config.reduction_factor,
+            max_t=settings.steps,
+            grace_period=settings.first_rung,
+            reduction_factor=settings.reduction_factor,
         )
-        bracket = self._brackets[0]
+        self._space, self._controls = space, frozenset(controls)
+        bracket = _LikeSizes(settings.first_rung, settings.steps, settings.reduction_factor, settings.pareto)
+        self._brackets = [bracket]
         for record in recorded:
+            plan = PrecisionPlan.from_dict(record.plan)
+            if not space.is_feasible(plan):
+                continue
+            bracket.sizes[f"recorded-{record.index}"] = space.plan_bytes(plan)
             # The last rung of a running trial is reported, and decided on, again.
             decided = record.rungs[:-1] if record.status == "running" else record.rungs
             for rung in decided:
                 bracket.on_result(_Recorded(f"recorded-{record.index}"), rung.step, -objective(rung, config))
 
+    def on_trial_add(self, tune_controller: Any, trial: Any) -> None:
+        super().on_trial_add(tune_controller, trial)
+        self._brackets[0].sizes[trial.trial_id] = self._space.plan_bytes(self._plan_of(trial))
+
     def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
         action: str = super().on_trial_result(tune_controller, trial, result)
-        if is_control(trial.config["origin"]) and result[self._time_attr] < self._max_t:
+        if self._plan_of(trial) in self._controls and result[self._time_attr] < self._max_t:
             return str(TrialScheduler.CONTINUE)
         return action
 
     def on_trial_complete(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> None:
         """Rungs were recorded when reported; Ray would enter a stopped trial's last score again, lower down."""
         self._trial_info.pop(trial.trial_id, None)
+
+    def _plan_of(self, trial: Any) -> PrecisionPlan:
+        bits = params_to_plan(trial.config)
+        return PrecisionPlan(self._space.groups, tuple(bits[name] for name in self._space.groups))
+
+
+class _LikeSizes(_Bracket):  # type: ignore[misc]
+    """ASHA's rungs; for a front, a trial is compared with those of no more bytes, since a smaller plan that scores
+    worse is no worse a plan."""
+
+    def __init__(self, first_rung: int, steps: int, factor: int, for_front: bool) -> None:
+        super().__init__(first_rung, steps, factor, s=0)
+        self.sizes: dict[str, int] = {}
+        self._for_front = for_front
+        self._size = 0
+
+    def on_result(self, trial: Any, cur_iter: int, cur_rew: float) -> str:
+        self._size = self.sizes[trial.trial_id]
+        action: str = super().on_result(trial, cur_iter, cur_rew)
+        return action
+
+    def cutoff(self, recorded: dict[str, float]) -> float | None:
+        if self._for_front:
+            recorded = {name: reward for name, reward in recorded.items() if self.sizes[name] <= self._size}
+        limit: float | None = super().cutoff(recorded)
+        return limit
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 from ray.tune.callback import Callback
@@ -10,9 +11,9 @@ from ray.tune.search import Searcher
 from qpruner.events import Emit, Message, Progress
 from qpruner.plan import PrecisionPlan
 from qpruner.records import TrialRecord
-from qpruner.rundir import read_json, write_json
+from qpruner.rundir import read_json
 from qpruner.search.searchers import Ledger, Observation, Suggestion
-from qpruner.search.trial_records import read_trials, trial_folder
+from qpruner.search.trial_records import read_seconds, read_trials, trial_path, write_seconds, write_trial
 from qpruner.search.tune.job import METRIC, TIME, SearchJob, observations_of, params_to_plan
 
 
@@ -31,34 +32,37 @@ class PlanSearcher(_LivesInDriver, Searcher):  # type: ignore[misc]
         super().__init__(metric=METRIC, mode="min")
         self._job, self._ledger, self._emit = job, ledger, emit
         self._live: dict[str, Suggestion] = {}
-        self._done = sum(1 for record in read_trials(job.trials) if record.status != "running")
+        self._done = sum(1 for record in read_trials(job.trials) if job.owns(record) and record.status != "running")
+        self._clock = _Clock(job)
 
     def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
+        self._clock.end_in_time(self._ledger)
         suggestion = self._ledger.next()
         if suggestion is None:
             finished: str = Searcher.FINISHED
             return finished
         self._live[trial_id] = suggestion
-        path = trial_folder(self._job.trials, suggestion.index) / "trial.json"
-        if not path.exists():
+        if not trial_path(self._job.trials, suggestion.index).exists():
             layout = self._job.layout
-            write_json(
-                path,
-                TrialRecord(
-                    index=suggestion.index,
-                    digest=self._job.digest,
-                    origin=suggestion.origin,
-                    plan=suggestion.plan.as_dict(),
-                    plan_bytes=layout.plan_bytes(suggestion.plan),
-                    mean_bits=layout.mean_bits(suggestion.plan),
-                    status="running",
-                ),
+            record = TrialRecord(
+                index=suggestion.index,
+                digest=self._job.digest,
+                search=self._job.search,
+                origin=suggestion.origin,
+                expected_improvement=suggestion.expected_improvement,
+                noise=suggestion.noise,
+                plan=suggestion.plan.as_dict(),
+                plan_bytes=layout.plan_bytes(suggestion.plan),
+                mean_bits=layout.mean_bits(suggestion.plan),
+                status="running",
             )
+            write_trial(self._job.trials, record)
         bits = {f"bits/{name}": value for name, value in suggestion.plan.as_dict().items()}
         return {"trial": suggestion.index, "origin": suggestion.origin, **bits}
 
     # Ray calls these by keyword, so the parameters keep its names.
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
+        self._clock.tick()
         suggestion = self._live[trial_id]
         stderr = result.get("accuracy_stderr") if self._job.config.search.metric == "accuracy" else None
         self._ledger.observe(
@@ -66,9 +70,9 @@ class PlanSearcher(_LivesInDriver, Searcher):  # type: ignore[misc]
         )
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
+        self._clock.tick()
         suggestion = self._live.pop(trial_id)
-        path = trial_folder(self._job.trials, suggestion.index) / "trial.json"
-        record = read_json(path, TrialRecord)
+        record = read_json(trial_path(self._job.trials, suggestion.index), TrialRecord)
         assert record is not None
         if record.status == "running":
             update = (
@@ -77,12 +81,12 @@ class PlanSearcher(_LivesInDriver, Searcher):  # type: ignore[misc]
                 else {"status": "stopped", "reason": f"stopped by ASHA at step {record.rungs[-1].step}"}
             )
             record = record.model_copy(update=update)
-            write_json(path, record)
+            write_trial(self._job.trials, record)
         for observation in observations_of(record, self._job.config):
             self._ledger.observe(observation)
         self._ledger.close(suggestion)
         self._done += 1
-        self._emit(Progress("search", self._done, self._job.config.search.trials))
+        self._emit(Progress("search", self._done, self._job.config.search.max_trials))
         if record.status == "failed":
             self._emit(Message("search", f"trial {record.index} failed: {record.reason}"))
 
@@ -91,6 +95,32 @@ class PlanSearcher(_LivesInDriver, Searcher):  # type: ignore[misc]
 
     def restore(self, checkpoint_path: str) -> None:
         """Nothing to restore; see `save`."""
+
+
+class _Clock:
+    """What a search has spent, all its sessions together, and the end that its settings put to it."""
+
+    def __init__(self, job: SearchJob) -> None:
+        self._job = job
+        self._before, self._started = read_seconds(job.trials, job.search), time.monotonic()
+
+    def tick(self) -> None:
+        """Keep the time: a session may be killed at any instant."""
+        write_seconds(self._job.trials, self._job.search, self._seconds())
+
+    def end_in_time(self, ledger: Ledger) -> None:
+        """End the search once its hours are spent."""
+        settings = self._job.config.search
+        hours = self._seconds() / 3600
+        if settings.max_hours is not None and hours >= settings.max_hours:
+            ledger.end(f"{hours:.3g} hours were spent (`search.max_hours` is {settings.max_hours:g})")
+        if settings.max_gpu_hours is not None:
+            held = sum(record.gpu_seconds for record in read_trials(self._job.trials) if self._job.owns(record)) / 3600
+            if held >= settings.max_gpu_hours:
+                ledger.end(f"{held:.3g} GPU hours were spent (`search.max_gpu_hours` is {settings.max_gpu_hours:g})")
+
+    def _seconds(self) -> float:
+        return self._before + time.monotonic() - self._started
 
 
 class RungEvents(_LivesInDriver, Callback):  # type: ignore[misc]

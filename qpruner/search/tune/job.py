@@ -32,7 +32,8 @@ class SearchJob:
         priors: Sensitivities by method, for a searcher that starts from them.
         trials: Folder of the trials' own folders.
         scratch: Folder for Ray Tune's experiment files.
-        digest: Inputs a trial's result depends on.
+        digest: Of what a trial's result depends on.
+        search: Digest of what the proposals depend on besides.
         resources: Ray resources of one trial.
         max_concurrent: Trials in flight.
     """
@@ -46,8 +47,38 @@ class SearchJob:
     trials: Path
     scratch: Path
     digest: str
+    search: str
     resources: dict[str, float]
     max_concurrent: int
+
+    def owns(self, record: TrialRecord) -> bool:
+        """Whether a trial is of this search, not of one with another budget or searcher."""
+        return record.search == self.search
+
+    def control_of(self, plan: PrecisionPlan) -> str | None:
+        """A control's name by its plan: what is a seed at one budget is a plan like any other at the next."""
+        return next((origin for origin, control in self.controls if control == plan), None)
+
+
+@dataclass(frozen=True)
+class SearchOutcome:
+    """A search that is over.
+
+    Attributes:
+        trials: Its trials, in order of suggestion.
+        taken_over: Those that it started from, of searches with another budget or searcher.
+        ended: Why there were no more.
+        seconds: Wall-clock seconds, all sessions together.
+    """
+
+    trials: list[TrialRecord]
+    taken_over: list[TrialRecord]
+    ended: str
+    seconds: float
+
+    @property
+    def gpu_seconds(self) -> float:
+        return sum(trial.gpu_seconds for trial in self.trials)
 
 
 def params_to_plan(params: dict[str, Any]) -> dict[str, int]:

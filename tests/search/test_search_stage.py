@@ -1,0 +1,300 @@
+"""The search stage: when it ends, what another budget takes over, who is compared on fresh rows, and who wins.
+
+The first tests call its parts on records as trials write them; the last ones run it whole, with real Ray.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import raw_config, with_key
+
+from qpruner.config import validate_config
+from qpruner.errors import StageError
+from qpruner.pipeline.search import _best, _finalists, _front, non_dominated
+from qpruner.plan import Group, Layout, LinearShape, PlanSpace, PrecisionPlan
+from qpruner.records import Confirmation, RungResult, TrialRecord
+from qpruner.search.searchers import History, Ledger, Proposal, RandomProposer
+from qpruner.search.trial import Materials
+from qpruner.search.trial_records import read_seconds, read_trials, write_seconds, write_trial
+from qpruner.search.tune import SearchJob
+from qpruner.search.tune.driver import PlanSearcher
+from qpruner.search.tune.job import METRIC, TIME
+from qpruner.search.tune.resume import take_up
+
+MINE, ANOTHER = "a" * 16, "b" * 16
+GROUPS = tuple(Group(f"layers.{index}", (LinearShape(f"layers.{index}", 64, 64),)) for index in range(6))
+LAYOUT = Layout(GROUPS, 1000, 300, 2, double_quant=False, num_parameters=10**5)
+NAMES = tuple(group.name for group in GROUPS)
+
+
+def plan_of(text: str) -> PrecisionPlan:
+    return PrecisionPlan(NAMES, tuple(map(int, text)))
+
+
+SEED_PLAN = plan_of("884444")
+CONTROLS = [("uniform-4", plan_of("444444")), ("seed-kl", SEED_PLAN)]
+
+
+def job_of(folder: Path, num_eights: int = 3, **settings: Any) -> SearchJob:
+    """A search whose budget holds `num_eights` groups at 8 bits."""
+    raw = raw_config(Path("model"), folder / "run")
+    for key, value in settings.items():
+        raw = with_key(raw, f"search.{key}", value)
+    budget = LAYOUT.plan_bytes(plan_of("8" * num_eights + "4" * (6 - num_eights)))
+    return SearchJob(
+        config=validate_config(raw),
+        materials=Materials(folder, folder, folder),
+        layout=LAYOUT,
+        space=PlanSpace.of(LAYOUT, (4, 8), budget),
+        controls=CONTROLS,
+        priors={},
+        trials=folder / "trials",
+        scratch=folder / "tune",
+        digest="0" * 16,
+        search=MINE,
+        resources={"cpu": 1.0},
+        max_concurrent=1,
+    )
+
+
+def trial(index: int, plan: str, losses: Sequence[float], search: str = MINE, **fields: Any) -> TrialRecord:
+    """A trial that reached as many rungs (steps 1, 2, 4) as there are losses; finished if that is all of them."""
+    rungs = tuple(
+        RungResult(step=step, loss=loss, accuracy=fields.get("accuracy"), accuracy_stderr=0.1)
+        for step, loss in zip((1, 2, 4), losses, strict=False)
+    )
+    given = {"origin": "random", "status": "finished" if len(losses) == 3 else "stopped"} | fields
+    given.pop("accuracy", None)
+    return TrialRecord(
+        index=index,
+        digest="0" * 16,
+        search=search,
+        plan=plan_of(plan).as_dict(),
+        plan_bytes=LAYOUT.plan_bytes(plan_of(plan)),
+        mean_bits=LAYOUT.mean_bits(plan_of(plan)),
+        rungs=rungs,
+        **given,
+    )
+
+
+def ledger_of(job: SearchJob, *records: TrialRecord) -> Ledger:
+    """The ledger of a search that finds these records."""
+    for record in records:
+        write_trial(job.trials, record)
+    ledger, _ = take_up(job, RandomProposer(job.space, seed=0))
+    return ledger
+
+
+def suggested(ledger: Ledger) -> list[tuple[int, str, str]]:
+    """All that the search would still run."""
+    found = []
+    while (suggestion := ledger.next()) is not None:
+        found.append((suggestion.index, suggestion.origin, str(suggestion.plan)))
+    return found
+
+
+# ---- when it ends
+
+
+def test_the_hours_of_earlier_sessions_count_and_what_was_cut_off_goes_on(tmp_path: Path) -> None:
+    job = job_of(tmp_path, max_hours=1.0)
+    ledger = ledger_of(job, trial(0, "444444", [3.0], status="running"))
+    write_seconds(job.trials, job.search, 3599.0)
+    write_seconds(job.trials, ANOTHER, 9999.0)
+    assert isinstance(PlanSearcher(job, ledger, print).suggest("a"), dict)
+
+    write_seconds(job.trials, job.search, 3601.0)
+    ledger, _ = take_up(job, RandomProposer(job.space, seed=0))
+    searcher = PlanSearcher(job, ledger, print)
+    cut_off = searcher.suggest("a")
+    assert isinstance(cut_off, dict) and cut_off["trial"] == 0
+    assert searcher.suggest("b") == "FINISHED"
+    assert ledger.ended == "1 hours were spent (`search.max_hours` is 1)"
+
+
+def test_the_hours_that_its_trials_held_gpus_count(tmp_path: Path) -> None:
+    held = {"gpu_seconds": 1800.0}
+    mine, another = trial(0, "444444", [3, 3, 3], **held), trial(1, "844444", [3, 3, 3], ANOTHER, **held)
+    job = job_of(tmp_path, max_gpu_hours=1.0)
+    ledger = ledger_of(job, mine, another)
+    assert isinstance(PlanSearcher(job, ledger, print).suggest("a"), dict), "another search's hours are not its own"
+    ledger = ledger_of(job, mine, another, trial(2, "484444", [3, 3, 3], **held))
+    assert PlanSearcher(job, ledger, print).suggest("a") == "FINISHED"
+    assert ledger.ended == "1 GPU hours were spent (`search.max_gpu_hours` is 1)"
+
+
+def test_a_search_that_is_killed_has_kept_its_time(tmp_path: Path) -> None:
+    job = job_of(tmp_path)
+    write_seconds(job.trials, job.search, 100.0)
+    searcher = PlanSearcher(job, ledger_of(job), print)
+    searcher.suggest("a")
+    searcher.on_trial_result("a", {METRIC: 3.0, TIME: 1, "loss": 3.0})
+    assert 100.0 < read_seconds(job.trials, job.search) < 110.0
+
+
+def test_the_reason_of_the_end_is_the_first_there_was(tmp_path: Path) -> None:
+    job = job_of(tmp_path, max_trials=3)
+    ledger = ledger_of(job)
+    assert len(suggested(ledger)) == 3
+    assert ledger.ended == "all 3 trials were spent (`search.max_trials`)"
+
+
+@dataclass(frozen=True)
+class Hopeless:
+    """A searcher that has nothing better to expect."""
+
+    space: PlanSpace
+    name: str = "gp"
+
+    def propose(self, index: int, history: History) -> Proposal:
+        return Proposal(self.space.uniform(8), expected_improvement=0.001, noise=0.01)
+
+
+def test_patience_outlives_an_interruption(tmp_path: Path) -> None:
+    """Killed and repeated after every trial, the search is over after as many as without: 2 controls and 2 more."""
+    job = job_of(tmp_path, searcher="gp", patience=3)
+    for index in range(5):
+        ledger, _ = take_up(job, Hopeless(job.space))
+        running = PlanSearcher(job, ledger, print).suggest("a")
+        if index < 4:
+            assert isinstance(running, dict) and running["trial"] == index
+            record = read_trials(job.trials)[index]
+            write_trial(job.trials, record.model_copy(update={"status": "finished"}))
+    assert running == "FINISHED"
+    assert ledger.ended is not None and "below the noise (0.01) for 3 proposals in a row" in ledger.ended
+
+
+# ---- what another budget takes over
+
+
+def test_trials_of_another_budget_inform_the_search_and_are_not_counted(tmp_path: Path) -> None:
+    """One of them is over this budget, one is a control here, one was stopped early; none is run again."""
+    job = job_of(tmp_path, max_trials=4)
+    ledger = ledger_of(
+        job,
+        trial(0, "444444", [3.4, 3.3, 3.2], ANOTHER, origin="uniform-4"),
+        trial(1, "888844", [3.0, 2.9, 2.8], ANOTHER, origin="seed-kl"),
+        trial(2, "484444", [3.5], ANOTHER),
+    )
+    told = [(item.index, item.step, item.score) for item in ledger.history().observations]
+    assert told == [(0, 1, 3.4), (0, 2, 3.3), (0, 4, 3.2), (1, 1, 3.0), (1, 2, 2.9), (1, 4, 2.8), (2, 1, 3.5)]
+    found = suggested(ledger)
+    assert [(index, origin) for index, origin, _ in found] == [(3, "seed-kl"), *((n, "random") for n in (4, 5, 6))]
+    assert {plan for *_, plan in found}.isdisjoint({"444444", "888844", "484444"})
+    assert all(job.space.is_feasible(plan_of(plan)) for *_, plan in found)
+
+
+def test_a_control_that_another_search_stopped_early_goes_on_as_this_searchs_own(tmp_path: Path) -> None:
+    job = job_of(tmp_path, max_trials=3)
+    ledger = ledger_of(job, trial(0, "444444", [3.4, 3.3, 3.2]), trial(1, str(SEED_PLAN), [3.5], ANOTHER))
+    assert suggested(ledger)[0] == (1, "seed-kl", str(SEED_PLAN))
+    record = read_trials(job.trials)[1]
+    assert (record.search, record.origin, record.status) == (MINE, "seed-kl", "running")
+    # Killed before it went on, and once it is done, the search is the same: that trial and one more.
+    assert len(suggested(take_up(job, RandomProposer(job.space, 0))[0])) == 2
+    write_trial(job.trials, record.model_copy(update={"status": "finished"}))
+    assert [index for index, *_ in suggested(take_up(job, RandomProposer(job.space, 0))[0])] == [2]
+
+
+@pytest.mark.parametrize(("plan", "goes_on"), [("848444", True), ("888848", False)])
+def test_what_another_search_was_cut_off_in_goes_on_if_it_fits(plan: str, goes_on: bool, tmp_path: Path) -> None:
+    job = job_of(tmp_path)
+    first = suggested(ledger_of(job, trial(0, plan, [3.5], ANOTHER, status="running")))[0]
+    assert first == ((0, "random", plan) if goes_on else (1, "uniform-4", "444444"))
+    assert read_trials(job.trials)[0].search == (MINE if goes_on else ANOTHER)
+
+
+# ---- who is compared, and who wins
+
+
+def test_the_finalists_are_the_best_and_this_searchs_controls_whatever_they_are_called(tmp_path: Path) -> None:
+    """What was a seed at another budget is a plan like any other; a control that a searcher proposed there is one."""
+    trials = [
+        trial(0, "444444", [3, 3, 3.9], origin="uniform-4"),
+        trial(1, "448444", [3, 3, 3.8], ANOTHER, origin="seed-kl"),
+        trial(2, str(SEED_PLAN), [3, 3, 3.7], ANOTHER, origin="random"),
+        trial(3, "488444", [3, 3, 3.2]),
+        trial(4, "848444", [3, 3, 3.1]),
+        trial(5, "844844", [3, 3, 3.3]),
+        trial(6, "844484", [2.0, 2.0]),
+    ]
+    assert [each.index for each in _finalists(trials, job_of(tmp_path, confirm=2))] == [0, 2, 3, 4]
+
+
+def test_for_a_front_no_plan_that_may_be_on_it_is_left_out(tmp_path: Path) -> None:
+    trials = [
+        trial(0, "888444", [3, 3, 3.0]),
+        trial(1, "484444", [3, 3, 3.5]),
+        trial(2, "448444", [3, 3, 3.4]),
+        trial(3, "448484", [3, 3, 3.6]),
+        trial(4, "444444", [3, 3, 3.9]),
+    ]
+    assert [each.index for each in _finalists(trials, job_of(tmp_path, confirm=1, pareto=True))] == [0, 2, 4]
+
+
+def test_a_search_without_a_finished_trial_says_what_the_first_said(tmp_path: Path) -> None:
+    trials = [trial(0, "444444", [], status="failed", reason="TrainingDiverged: loss is nan at step 1")]
+    with pytest.raises(StageError, match=r"none of 1 trials finished.*at step 1.*\n.*training.learning_rate"):
+        _finalists(trials, job_of(tmp_path))
+
+
+def confirmation(index: int, loss: float, control: bool = False, accuracy: float | None = None) -> Confirmation:
+    return Confirmation(
+        index=index,
+        origin="seed-kl" if control else "gp",
+        control=control,
+        taken_over=False,
+        loss=loss,
+        stderr=0.1,
+        accuracy=accuracy,
+        accuracy_stderr=None if accuracy is None else 0.1,
+    )
+
+
+def test_a_control_that_no_searched_plan_beats_is_returned(tmp_path: Path) -> None:
+    job = job_of(tmp_path)
+    control = confirmation(5, 3.0, control=True)
+    for searched, winner in ((2.9, 4), (3.0, 5), (3.1, 5)):
+        best = _best([confirmation(4, searched), control], job)
+        assert best is not None and best.index == winner
+
+
+def test_where_accuracy_is_searched_accuracy_chooses(tmp_path: Path) -> None:
+    found = [confirmation(0, 2.0, accuracy=0.5), confirmation(1, 3.0, accuracy=0.6)]
+    tasks = {"tasks": ["qpruner_everyday_validation"], "limit": 8}
+    for metric, winner in (("loss", 0), ("accuracy", 1)):
+        best = _best(found, job_of(tmp_path, metric=metric, **tasks))
+        assert best is not None and best.index == winner
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_a_front_holds_what_none_of_fewer_or_equal_bytes_beats(seed: int) -> None:
+    points = [(float(size), float(score)) for size, score in np.random.default_rng(seed).integers(0, 6, (20, 2))]
+
+    def beats(one: tuple[float, float], other: tuple[float, float]) -> bool:
+        return one != other and one[0] <= other[0] and one[1] <= other[1]
+
+    expected = {point for point in points if not any(beats(other, point) for other in points)}
+    found = [points[position] for position in non_dominated(points)]
+    assert found == sorted(expected)
+
+
+def test_the_front_is_that_of_the_fresh_scores(tmp_path: Path) -> None:
+    """By the trials' own scores the middle plan is on the front; on fresh rows the small one beats it."""
+    trials = {
+        0: trial(0, "888444", [3, 3, 3.0]),
+        1: trial(1, "884444", [3, 3, 3.2], origin="seed-kl"),
+        2: trial(2, "444444", [3, 3, 3.4]),
+    }
+    fresh = [confirmation(0, 3.1), confirmation(1, 3.5, control=True), confirmation(2, 3.3)]
+    front = _front(fresh, trials, job_of(tmp_path, pareto=True))
+    assert [(point.index, point.loss, point.plan_bytes) for point in front] == [
+        (2, 3.3, LAYOUT.plan_bytes(plan_of("444444"))),
+        (0, 3.1, LAYOUT.plan_bytes(plan_of("888444"))),
+    ]
