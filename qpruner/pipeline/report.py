@@ -15,6 +15,8 @@ from qpruner.pipeline.context import Context
 from qpruner.pipeline.stage import explained
 from qpruner.records import Results
 from qpruner.report import markdown, table
+from qpruner.report.marginal_effects import marginal_effects, rank_correlation
+from qpruner.search.trial_records import read_trials
 
 PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "ray", "hyperopt", "lm_eval")
 
@@ -25,15 +27,22 @@ def report(context: Context, results: Results) -> Results:
     root = context.run_dir.root
     environment = _environment()
     config = context.config.model_dump(mode="json")
+    assert results.search and results.sensitivity
+    effects = marginal_effects(read_trials(context.run_dir.trials / results.search.trials_digest))
     summary = {
         "claim": table.claim(results),
+        "comparisons": [asdict(each) for each in table.comparisons(results)],
         "table": [asdict(row) for row in table.rows(results)],
+        "marginal_effects": effects if isinstance(effects, str) else asdict(effects),
+        "rank_correlations": {
+            name: rank_correlation(method, effects) for name, method in results.sensitivity.methods.items()
+        },
         "records": results.model_dump(mode="json"),
         "config": config,
         "environment": environment,
     }
     with explained("report"):
-        text = markdown.render(results, root.name, yaml.safe_dump(config, sort_keys=False), environment)
+        text = markdown.render(results, effects, root.name, yaml.safe_dump(config, sort_keys=False), environment)
         (root / "report.md").write_text(text, encoding="utf-8")
         (root / "results.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
     context.emit(StageFinished("report", 0.0, f"{root / 'report.md'}"))

@@ -3,126 +3,266 @@
 from __future__ import annotations
 
 import math
+import statistics
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from qpruner.records import CandidateRecord, Results, TaskScore, is_control
+from qpruner.plan import PrecisionPlan
+from qpruner.records import CandidateRecord, Results, SearchRecord, TaskScore
+from qpruner.search.random_plans import SAME_BYTES
 
-SEARCHED, SEED = "searched", "mutual-information seed"
+BASE, PRUNED, BEST_SEED, RANDOM, SEARCHED = "base", "pruned", "best seed", "random", "searched"
+MUTUAL_INFORMATION = "mutual_information"
 Z_95 = 1.96
-SAME_BYTES = 0.01
-"""Plans whose bytes differ by less than this share count as equal bytes."""
+SAME = "not distinguishable"
+ACCURACY, ANSWER_LOSS, CONFIRMATION_LOSS = "accuracy", "answer loss", "confirmation loss"
 
 
 @dataclass(frozen=True)
 class Row:
-    """One row of the table."""
+    """One row of the table: means over its training seeds, spreads as their standard deviation (None with one seed).
+
+    Attributes:
+        name: As the fine-tune has it.
+        origin: Where the plan came from.
+        seeds: Training seeds.
+        plans: Bits as a bar, one character a group; several where every seed has its own.
+        num_parameters: Without adapters.
+        measured_bytes: Of the packed tensors; a mean where plans differ.
+        mean_bits: Per grouped weight.
+        peak_memory_bytes: The most of any fine-tune.
+        validation_loss: In nats per token.
+        validation_loss_spread: Over training seeds.
+        confirmation_loss: In nats per token, on rows that no trial was scored on.
+        confirmation_loss_spread: Over training seeds.
+        accuracy: Unweighted mean over the held-out tasks.
+        accuracy_spread: Over training seeds.
+        accuracy_stderr: Over questions, of one training seed.
+        answer_loss: Mean negative log-likelihood of the right answers in nats; None where a task has no choices.
+        answer_loss_spread: Over training seeds.
+    """
 
     name: str
-    plan: str
+    origin: str
+    seeds: tuple[int, ...]
+    plans: tuple[str, ...]
     num_parameters: int
     measured_bytes: int
     mean_bits: float
     peak_memory_bytes: int
     validation_loss: float
+    validation_loss_spread: float | None
+    confirmation_loss: float
+    confirmation_loss_spread: float | None
     accuracy: float
+    accuracy_spread: float | None
     accuracy_stderr: float
+    answer_loss: float | None
+    answer_loss_spread: float | None
+
+
+@dataclass(frozen=True)
+class Difference:
+    """The searched row less another one in one measure, paired by training seed and by question.
+
+    Attributes:
+        measure: Accuracy (over all questions of all tasks), answer loss or confirmation loss.
+        mean: Mean over training seeds.
+        spread: Standard deviation over training seeds; None with one.
+        half_width: Of the 95 % interval: the wider of Student's t over seeds (n - 1 degrees of freedom) and the normal
+            one over questions (of their means over seeds); None where neither can be told.
+        num_questions: None where the measure has none.
+        verdict: `better` or `worse` beyond the interval, else `not distinguishable`.
+    """
+
+    measure: str
+    mean: float
+    spread: float | None
+    half_width: float | None
+    num_questions: int | None
+    verdict: str
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """A paired difference, second less first, over the questions both answered.
+    """The searched row against another one.
 
     Attributes:
-        difference: Mean difference.
-        stderr: Its standard error.
-        num_pairs: Questions.
+        other: That row.
+        origin: Where its plans came from; empty without such a row.
+        seeds: Training seeds both have.
+        more_bytes: Its bytes above the searched plan's, as a share of these, of the seed where they differ most.
+        no_claim: Why nothing can be claimed; None where something can.
+        differences: By measure; empty where nothing can be claimed.
     """
 
-    difference: float
-    stderr: float
-    num_pairs: int
-
-    @property
-    def is_distinguishable(self) -> bool:
-        """Whether the difference is outside its 95 % interval around zero."""
-        return abs(self.difference) > Z_95 * self.stderr
+    other: str
+    origin: str
+    seeds: tuple[int, ...]
+    more_bytes: float | None
+    no_claim: str | None
+    differences: tuple[Difference, ...]
 
 
 def rows(results: Results) -> list[Row]:
     """The table's rows, in the order of the fine-tunes."""
-    assert results.finetune and results.evaluate
-    return [_row(record, results.evaluate.scores[record.name]) for record in results.finetune.candidates]
+    return [_row(tuned, _scores(results, name)) for name, tuned in _by_name(results).items()]
+
+
+def comparisons(results: Results) -> list[Comparison]:
+    """The searched plan against the best seed and against random plans of equal bytes; empty without such rows."""
+    if set(_by_name(results)) == {SEARCHED}:
+        return []
+    return [_compared(results, other) for other in (BEST_SEED, RANDOM)]
 
 
 def claim(results: Results) -> str:
-    """What can be said of the searched plan against the seed plan of equal bytes; never more than the spread allows."""
-    assert results.finetune and results.evaluate and results.search
-    by_name = {record.name: record for record in results.finetune.candidates}
-    searched, seed = by_name[SEARCHED], by_name.get(SEED)
-    if seed is None:
+    """What can be said of the searched plan at equal bytes, never more than the spread allows: a line, then a list."""
+    assert results.search
+    found = comparisons(results)
+    if not found:
+        return "No claim: there is no row to compare the searched plan with; set `finetune.compare`."
+    return "\n".join([_winner(results.search, _by_name(results)[SEARCHED][0]), *map(_stated, found)])
+
+
+def _by_name(results: Results) -> dict[str, list[CandidateRecord]]:
+    assert results.finetune
+    names = dict.fromkeys(record.name for record in results.finetune.candidates)
+    return {name: [record for record in results.finetune.candidates if record.name == name] for name in names}
+
+
+def _scores(results: Results, name: str) -> list[tuple[TaskScore, ...]]:
+    """Scores of a fine-tuned row, by training seed in the order of its records."""
+    assert results.evaluate
+    return [row.scores for row in results.evaluate.rows if row.name == name and row.seed is not None]
+
+
+def _winner(search: SearchRecord, winner: CandidateRecord) -> str:
+    size = f"{winner.measured_bytes / 1e6:.2f} MB"
+    if search.control_won:
         return (
-            "No claim: only the winner was fine-tuned (`finetune.compare` is off), so there is nothing of equal bytes "
-            "to compare it with."
+            f"No searched plan beat the best control on fresh rows: the control {search.best_origin} ({size}) is what "
+            "the search returned and what `searched` stands for."
         )
-    sizes = f"{searched.measured_bytes / 1e6:.2f} MB against {seed.measured_bytes / 1e6:.2f} MB"
-    if searched.plan == seed.plan:
-        return f"The search returned the mutual-information seed plan itself ({sizes}): there is no gain to claim."
-    spent = searched.measured_bytes / seed.measured_bytes - 1
-    if abs(spent) > SAME_BYTES:
-        more_or_less = "more" if spent > 0 else "fewer"
-        return (
-            f"No claim at equal bytes: the searched plan takes {abs(spent):.1%} {more_or_less} bytes than the nearest "
-            f"seed plan ({sizes}), so the two cannot be compared."
-        )
-    scores = results.evaluate.scores
-    parts = [
-        _part("accuracy", compare(scores[SEED], scores[SEARCHED], "correct"), "{:+.3f}", larger_is_better=True),
-        _part("answer loss", compare(scores[SEED], scores[SEARCHED], "answer_loss"), "{:+.4f} nats", False),
+    return f"Searched: {winner.origin}, {size}."
+
+
+def _compared(results: Results, other: str) -> Comparison:
+    by_name = _by_name(results)
+    pairs = [
+        (ours, theirs, our_scores, their_scores)
+        for ours, our_scores in zip(by_name[SEARCHED], _scores(results, SEARCHED), strict=True)
+        for theirs, their_scores in zip(by_name.get(other, ()), _scores(results, other), strict=True)
+        if ours.seed == theirs.seed
     ]
-    best = results.search.best_origin
-    origin = f" (the winner is the control {best})" if is_control(best) else ""
-    stated = "; ".join(part for part in parts if part) or "not distinguishable on a single question"
-    return f"Searched{origin} against the mutual-information seed at equal bytes ({sizes}): {stated}."
+    if not pairs:
+        missing = {BEST_SEED: "no seed plan was confirmed", RANDOM: "no other plan of equal bytes was found"}
+        return Comparison(other, "", (), None, missing[other], ())
+    shares = [(theirs.measured_bytes - ours.measured_bytes) / ours.measured_bytes for ours, theirs, _, _ in pairs]
+    share = max(shares, key=abs)
+    reason = None
+    if all(ours.plan == theirs.plan for ours, theirs, _, _ in pairs):
+        reason = "it is the searched plan itself, so there is no gain to claim"
+    elif abs(share) > SAME_BYTES:
+        reason = f"no claim at equal bytes, it takes {abs(share):.1%} {'more' if share > 0 else 'fewer'}"
+    differences: list[Difference | None] = []
+    if reason is None:
+        scores = [(ours, theirs) for _, _, ours, theirs in pairs]
+        losses = [ours.confirmation_loss - theirs.confirmation_loss for ours, theirs, _, _ in pairs]
+        differences = [
+            _over_questions(ACCURACY, scores, "correct"),
+            _over_questions(ANSWER_LOSS, scores, "answer_loss"),
+            _difference(CONFIRMATION_LOSS, losses, None),
+        ]
+    seeds = tuple(ours.seed for ours, _, _, _ in pairs)
+    return Comparison(other, pairs[0][1].origin, seeds, share, reason, tuple(each for each in differences if each))
 
 
-def compare(first: tuple[TaskScore, ...], second: tuple[TaskScore, ...], value: str) -> Comparison | None:
-    """Paired difference over every question of every task; None without such values or with one only."""
-    differences: list[float] = []
-    for one, other in zip(first, second, strict=True):
-        left, right = getattr(one, value), getattr(other, value)
-        if not left or not right:
+def _over_questions(
+    measure: str, scores: Sequence[tuple[tuple[TaskScore, ...], tuple[TaskScore, ...]]], value: str
+) -> Difference | None:
+    """The difference over every question of every task; None where a task has no such values."""
+    by_seed = []
+    for ours, theirs in scores:
+        paired = [(getattr(one, value), getattr(other, value)) for one, other in zip(ours, theirs, strict=True)]
+        if not all(left and right for left, right in paired):
             return None
-        differences.extend(b - a for a, b in zip(left, right, strict=True))
-    count = len(differences)
-    if count < 2:
-        return None  # one question has no spread
-    mean = sum(differences) / count
-    variance = sum((difference - mean) ** 2 for difference in differences) / max(count - 1, 1)
-    return Comparison(mean, math.sqrt(variance / count), count)
+        by_seed.append([a - b for left, right in paired for a, b in zip(left, right, strict=True)])
+    by_question = [statistics.fmean(values) for values in zip(*by_seed, strict=True)]
+    return _difference(measure, [statistics.fmean(values) for values in by_seed], by_question)
 
 
-def _part(name: str, found: Comparison | None, style: str, larger_is_better: bool) -> str | None:
-    if found is None:
-        return None
-    figure = f"{name} {style.format(found.difference)} +- {found.stderr:.4f} ({found.num_pairs} questions, paired)"
-    if not found.is_distinguishable:
-        return f"{figure}, not distinguishable"
-    better = (found.difference > 0) == larger_is_better
-    return f"{figure}, {'better' if better else 'worse'} beyond the 95 % interval of this one training seed"
+def _difference(measure: str, by_seed: list[float], by_question: list[float] | None) -> Difference:
+    from scipy.stats import t
+
+    spread, widths = _spread(by_seed), []
+    if spread is not None:
+        widths.append(float(t.ppf(0.975, len(by_seed) - 1)) * spread / math.sqrt(len(by_seed)))
+    if by_question and len(by_question) > 1:  # one question has no spread
+        widths.append(Z_95 * statistics.stdev(by_question) / math.sqrt(len(by_question)))
+    mean, half_width = statistics.fmean(by_seed), max(widths, default=None)
+    verdict = SAME
+    # Seeds that agree to the last bit are no evidence of a spread of zero.
+    if half_width and abs(mean) > half_width:
+        verdict = "better" if (mean > 0) == (measure == ACCURACY) else "worse"
+    return Difference(measure, mean, spread, half_width, len(by_question) if by_question else None, verdict)
 
 
-def _row(record: CandidateRecord, scores: tuple[TaskScore, ...]) -> Row:
-    bar = "".join({4: "4", 8: "8", 16: "F"}[bits] for bits in record.plan.values())
-    mean = sum(score.value for score in scores) / len(scores)
-    stderr = math.sqrt(sum(score.stderr**2 for score in scores)) / len(scores)
+def _stated(found: Comparison) -> str:
+    named = {BEST_SEED: "the best seed", RANDOM: "random plans of equal bytes"}[found.other]
+    if found.more_bytes is None:
+        return f"- Against {named}: no claim, {found.no_claim}."
+    against = f"- Against {named} ({found.origin}, {found.more_bytes:+.2%} bytes)"
+    if found.no_claim:
+        return f"{against}: {found.no_claim}."
+    count = len(found.seeds)
+    over = f"{count} training seeds, paired" if count > 1 else "one training seed, paired by question"
+    return f"{against}, {over}: {'; '.join(map(_told, found.differences))}."
+
+
+def _told(found: Difference) -> str:
+    unit = "" if found.measure == ACCURACY else " nats"
+    about = []
+    if found.spread is not None:
+        about.append(f"+- {found.spread:.4f} over seeds")
+    if found.num_questions:
+        about.append(f"{found.num_questions} questions")
+    low_high = "no interval"
+    if found.half_width is not None:
+        low_high = f"95 % interval {found.mean - found.half_width:+.4f} to {found.mean + found.half_width:+.4f}"
+    return f"{found.measure} {found.mean:+.4f}{unit} ({', '.join([*about, low_high])}), {found.verdict}"
+
+
+def _spread(values: Sequence[float]) -> float | None:
+    return statistics.stdev(values) if len(values) > 1 else None
+
+
+def _row(tuned: list[CandidateRecord], scored: list[tuple[TaskScore, ...]]) -> Row:
+    accuracies = [statistics.fmean(score.value for score in scores) for scores in scored]
+    stderrs = [math.sqrt(sum(score.stderr**2 for score in scores)) / len(scores) for scores in scored]
+    has_choices = all(score.answer_loss for scores in scored for score in scores)
+    answers = [
+        statistics.fmean(statistics.fmean(score.answer_loss) for score in scores) for scores in scored if has_choices
+    ]
+    validation = [record.validation_loss for record in tuned]
+    confirmation = [record.confirmation_loss for record in tuned]
+    bars = (str(PrecisionPlan.from_dict(record.plan)) for record in tuned)
     return Row(
-        name=record.name,
-        plan=bar,
-        num_parameters=record.num_parameters,
-        measured_bytes=record.measured_bytes,
-        mean_bits=record.mean_bits,
-        peak_memory_bytes=record.peak_memory_bytes,
-        validation_loss=record.validation_loss,
-        accuracy=mean,
-        accuracy_stderr=stderr,
+        name=tuned[0].name,
+        origin=tuned[0].origin,
+        seeds=tuple(record.seed for record in tuned),
+        plans=tuple(dict.fromkeys(bars)),
+        num_parameters=tuned[0].num_parameters,
+        measured_bytes=round(statistics.fmean(record.measured_bytes for record in tuned)),
+        mean_bits=statistics.fmean(record.mean_bits for record in tuned),
+        peak_memory_bytes=max(record.peak_memory_bytes for record in tuned),
+        validation_loss=statistics.fmean(validation),
+        validation_loss_spread=_spread(validation),
+        confirmation_loss=statistics.fmean(confirmation),
+        confirmation_loss_spread=_spread(confirmation),
+        accuracy=statistics.fmean(accuracies),
+        accuracy_spread=_spread(accuracies),
+        accuracy_stderr=statistics.fmean(stderrs),
+        answer_loss=statistics.fmean(answers) if answers else None,
+        answer_loss_spread=_spread(answers),
     )

@@ -4,39 +4,54 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import pytest
+from scipy import stats
 
 from qpruner.records import (
-    BankRecord,
     CandidateRecord,
     Confirmation,
     EvalRecord,
     FinetuneRecord,
+    FrontPoint,
     LayerWidths,
+    MethodScores,
     PrepareRecord,
     PruneRecord,
     Results,
+    RowScores,
     SearchRecord,
     SensitivityRecord,
     TaskScore,
 )
+from qpruner.report.marginal_effects import MarginalEffects
 from qpruner.report.markdown import cells, render
-from qpruner.report.table import SEARCHED, SEED, claim, rows
+from qpruner.report.table import BEST_SEED, RANDOM, SEARCHED, Difference, claim, comparisons, rows
 
 PLAN = {"layers.0": 8, "layers.1": 4}
 SEED_PLAN = {"layers.0": 4, "layers.1": 8}
 STAGE = {"digest": "0" * 16, "seconds": 1.5}
 SAME = "not distinguishable"
-BEYOND = "beyond the 95 % interval of this one training seed"
+ORIGINS = {SEARCHED: "gp, trial 11", BEST_SEED: "seed kl", RANDOM: "3 random plan(s)"}
+NO_EFFECTS = "33 effects need more finished trials than that, got 7"
 
 
-def candidate(name: str, plan: dict[str, int], measured_bytes: int = 100_000_000) -> CandidateRecord:
+def candidate(
+    name: str,
+    plan: dict[str, int],
+    measured_bytes: int = 100_000_000,
+    seed: int = 0,
+    validation_loss: float = 2.125,
+    confirmation_loss: float = 2.0,
+) -> CandidateRecord:
     return CandidateRecord(
         **STAGE,
         name=name,
+        origin=ORIGINS.get(name, "uniform"),
+        seed=seed,
         plan=plan,
         plan_bytes=measured_bytes,
         measured_bytes=measured_bytes,
@@ -44,13 +59,14 @@ def candidate(name: str, plan: dict[str, int], measured_bytes: int = 100_000_000
         num_parameters=120_000_000,
         steps=40,
         train_loss=1.9,
-        validation_loss=2.125,
+        validation_loss=validation_loss,
+        confirmation_loss=confirmation_loss,
         peak_memory_bytes=900_000_000,
         memory_counter="rss",
     )
 
 
-def score(correct: list[float], answer_loss: list[float] | None = None, task: str = "arc") -> TaskScore:
+def score(correct: Sequence[float], answer_loss: Sequence[float] = (), task: str = "arc") -> TaskScore:
     value = sum(correct) / len(correct)
     stderr = math.sqrt(value * (1 - value) / (len(correct) - 1)) if len(correct) > 1 else math.nan
     return TaskScore(
@@ -60,16 +76,48 @@ def score(correct: list[float], answer_loss: list[float] | None = None, task: st
         stderr=stderr,
         num_questions=len(correct),
         correct=tuple(correct),
-        answer_loss=tuple(answer_loss or ()),
+        answer_loss=tuple(answer_loss),
     )
 
 
+def answers(num_questions: int, num_correct: int) -> list[float]:
+    return [1.0] * num_correct + [0.0] * (num_questions - num_correct)
+
+
+Scored = tuple[CandidateRecord, tuple[TaskScore, ...]]
+
+
 def results_of(
-    candidates: list[CandidateRecord],
-    scores: dict[str, tuple[TaskScore, ...]],
-    best_origin: str = "hyperopt",
+    scored: Sequence[Scored], untuned: Sequence[tuple[str, tuple[TaskScore, ...]]] = (), **changes: Any
 ) -> Results:
-    searched = candidates[-1]
+    """A finished run whose rows are `scored`, the searched one last; `changes` are of the search's record."""
+    search: dict[str, Any] = {
+        "trials_digest": "1" * 16,
+        "searcher": "gp",
+        "metric": "loss",
+        "budget_bytes": 101_500_000,
+        "num_trials": 16,
+        "num_finished": 7,
+        "num_stopped": 8,
+        "num_failed": 1,
+        "num_taken_over": 5,
+        "ended": "all 16 trials were spent (`search.max_trials`)",
+        "search_seconds": 1800.0,
+        "gpu_seconds": 0.0,
+        "confirmations": (
+            Confirmation(index=2, origin="seed-kl", control=True, taken_over=True, loss=2.125, stderr=0.0625),
+            Confirmation(index=11, origin="gp", control=False, taken_over=False, loss=2.0625, stderr=0.03125),
+        ),
+        "best_index": 11,
+        "best_origin": "gp",
+        "best_plan": scored[-1][0].plan,
+        "best_control": 2,
+        "control_won": False,
+        "front": (),
+        "resumed": 3,
+    }
+    rows_scored = [RowScores(digest="0", name=name, seed=None, scores=scores) for name, scores in untuned]
+    rows_scored += [RowScores(digest="0", name=row.name, seed=row.seed, scores=scores) for row, scores in scored]
     return Results(
         prepare=PrepareRecord(**STAGE, model_path="/models/base", converted=False, num_rows={"train": 48}),
         prune=PruneRecord(
@@ -102,212 +150,255 @@ def results_of(
         ),
         sensitivity=SensitivityRecord(
             **STAGE,
-            estimator="KSG",
-            source="arXiv cond-mat/0305641",
-            bias="less the shuffled baseline",
-            num_positions=64,
-            num_classes=9,
             groups=tuple(PLAN),
-            mutual_information_nats=(0.5125, 0.25),
-            raw_nats=(0.6, 0.3),
-            baseline_nats=(0.0875, 0.05),
+            methods={
+                "kl": MethodScores(
+                    unit="nats",
+                    source="one group at a time",
+                    values={4: (0.5125, 0.25), 8: (0.0125, 0.0)},
+                    seconds=12.5,
+                    details={},
+                )
+            },
         ),
-        bank=BankRecord(**STAGE, files={}, bytes=1, residual_ratio={}),
-        search=SearchRecord(
-            **STAGE,
-            trials_digest="1" * 16,
-            searcher="hyperopt",
-            budget_bytes=101_500_000,
-            num_trials=16,
-            num_finished=7,
-            num_stopped=8,
-            num_failed=1,
-            confirmations=(Confirmation(index=11, loss=2.0625, stderr=0.03125),),
-            best_index=11,
-            best_origin=best_origin,
-            best_plan=searched.plan,
-            resumed=3,
-        ),
-        finetune=FinetuneRecord(**STAGE, winner=SEARCHED, candidates=tuple(candidates)),
-        evaluate=EvalRecord(**STAGE, scores=scores),
+        search=SearchRecord(**STAGE, **(search | changes)),
+        finetune=FinetuneRecord(**STAGE, winner=SEARCHED, candidates=tuple(row for row, _ in scored)),
+        evaluate=EvalRecord(**STAGE, rows=tuple(rows_scored)),
     )
 
 
-def compared(
-    seed: tuple[TaskScore, ...],
-    searched: tuple[TaskScore, ...],
-    seed_bytes: int = 100_000_000,
-    searched_bytes: int = 100_000_000,
-    **changes: Any,
-) -> Results:
-    rows = [candidate(SEED, SEED_PLAN, seed_bytes), candidate(SEARCHED, PLAN, searched_bytes)]
-    return results_of(rows, {SEED: seed, SEARCHED: searched}, **changes)
+def row_of(
+    name: str,
+    losses: Sequence[float],
+    scores: Sequence[TaskScore] | None = None,
+    plan: dict[str, int] = SEED_PLAN,
+    measured_bytes: int = 100_000_000,
+) -> list[Scored]:
+    """A row under as many training seeds as it has confirmation losses; without scores they all answer alike."""
+    scores = scores or [score(answers(50, 20), [1.0] * 50)] * len(losses)
+    return [
+        (candidate(name, plan, measured_bytes, seed, confirmation_loss=loss), (scored,))
+        for seed, (loss, scored) in enumerate(zip(losses, scores, strict=True))
+    ]
 
 
-def parts_of(text: str) -> dict[str, str]:
-    """What is said of accuracy and of answer loss, each by itself."""
-    _, _, stated = text.rstrip(".").partition("): ")
-    return {"answer loss" if part.startswith("answer loss") else "accuracy": part for part in stated.split("; ")}
+def searched_row(losses: Sequence[float], scores: Sequence[TaskScore] | None = None, **changes: Any) -> list[Scored]:
+    return row_of(SEARCHED, losses, scores, **({"plan": PLAN} | changes))
 
 
-def figures(part: str) -> tuple[float, float, int]:
-    """Difference, standard error and number of pairs as they are written."""
-    found = re.search(r"([+-]\d+\.\d+)(?: nats)? \+- (\d+\.\d+) \((\d+) questions, paired\)", part)
-    assert found, part
-    return float(found[1]), float(found[2]), int(found[3])
+def line_about(results: Results, other: str) -> str:
+    """The claim's line about a row."""
+    begins = {BEST_SEED: "- Against the best seed", RANDOM: "- Against random plans"}[other]
+    (line,) = [line for line in claim(results).splitlines() if line.startswith(begins)]
+    return line
 
 
-def answers(num_questions: int, num_correct: int) -> list[float]:
-    return [1.0] * num_correct + [0.0] * (num_questions - num_correct)
+def difference(results: Results, measure: str, other: str = BEST_SEED) -> Difference:
+    (compared,) = [each for each in comparisons(results) if each.other == other]
+    (found,) = [each for each in compared.differences if each.measure == measure]
+    return found
 
 
 # What is no claim
 
 
 def test_without_a_row_to_compare_with_there_is_no_claim() -> None:
-    alone = (score(answers(50, 49), [0.1] * 50),)
-    text = claim(results_of([candidate(SEARCHED, PLAN)], {SEARCHED: alone}))
+    text = claim(results_of(searched_row([1.0])))
     assert text.startswith("No claim")
     assert "`finetune.compare`" in text
     assert "better" not in text
 
 
 def test_a_search_that_returns_the_seed_says_so_whatever_the_scores() -> None:
-    """The rows share one fine-tune; were they scored apart, noise must still not look like a gain."""
-    rows = [candidate(SEED, PLAN), candidate(SEARCHED, PLAN)]
-    scores = {SEED: (score(answers(50, 1), [3.0] * 50),), SEARCHED: (score(answers(50, 49), [0.1] * 50),)}
-    text = claim(results_of(rows, scores))
-    assert "returned the mutual-information seed plan itself" in text
-    assert "better" not in text and "accuracy" not in text
+    """The rows share their fine-tunes; were they made apart, noise must still not look like a gain."""
+    results = results_of([*row_of(BEST_SEED, [2.0, 2.1], plan=PLAN), *searched_row([1.0, 1.1])])
+    line = line_about(results, BEST_SEED)
+    assert "it is the searched plan itself, so there is no gain to claim" in line
+    assert "better" not in line and "loss" not in line
 
 
 @pytest.mark.parametrize(
-    ("searched_bytes", "told"), [(101_100_000, "1.1% more"), (98_900_000, "1.1% fewer"), (150_000_000, "50.0% more")]
+    ("other_bytes", "told"), [(101_100_000, "1.1% more"), (98_900_000, "1.1% fewer"), (150_000_000, "50.0% more")]
 )
-def test_other_bytes_are_no_comparison_in_either_direction(searched_bytes: int, told: str) -> None:
-    seed, searched = score(answers(50, 1), [3.0] * 50), score(answers(50, 49), [0.1] * 50)
-    text = claim(compared((seed,), (searched,), searched_bytes=searched_bytes))
-    assert text.startswith("No claim at equal bytes")
-    assert told in text
-    assert f"{searched_bytes / 1e6:.2f} MB against 100.00 MB" in text
-    assert "better" not in text and "accuracy" not in text
+@pytest.mark.parametrize("other", [BEST_SEED, RANDOM])
+def test_other_bytes_are_no_comparison_in_either_direction(other_bytes: int, told: str, other: str) -> None:
+    results = results_of([*row_of(other, [2.0, 2.1], measured_bytes=other_bytes), *searched_row([1.0, 1.1])])
+    line = line_about(results, other)
+    assert "no claim at equal bytes" in line
+    assert told in line
+    assert "better" not in line and "loss" not in line
+    assert not comparisons(results)[[BEST_SEED, RANDOM].index(other)].differences
 
 
-@pytest.mark.parametrize("searched_bytes", [100_900_000, 99_100_000])
-def test_a_percent_either_way_counts_as_equal_bytes(searched_bytes: int) -> None:
-    text = claim(compared((score(answers(50, 20)),), (score(answers(50, 20)),), searched_bytes=searched_bytes))
-    assert text.startswith("Searched against the mutual-information seed at equal bytes")
-    assert f"({searched_bytes / 1e6:.2f} MB against 100.00 MB)" in text
+@pytest.mark.parametrize("other_bytes", [101_000_000, 99_000_000])
+def test_a_percent_either_way_counts_as_equal_bytes(other_bytes: int) -> None:
+    results = results_of([*row_of(BEST_SEED, [2.0], measured_bytes=other_bytes), *searched_row([1.0])])
+    assert f"({ORIGINS[BEST_SEED]}, {other_bytes / 1e8 - 1:+.2%} bytes)" in line_about(results, BEST_SEED)
+    assert "no claim" not in line_about(results, BEST_SEED)
 
 
-# What the measurements carry
+def test_one_random_plan_of_other_bytes_spoils_the_comparison() -> None:
+    fine, off = row_of(RANDOM, [2.0, 2.1]), row_of(RANDOM, [2.0, 2.1], measured_bytes=97_000_000)
+    assert "no claim at equal bytes" in line_about(results_of([fine[0], off[1], *searched_row([1.0, 1.1])]), RANDOM)
 
 
-def test_the_figures_are_those_of_a_paired_comparison() -> None:
+def test_rows_that_are_not_there_are_missed_aloud() -> None:
+    only_random = results_of([*row_of(RANDOM, [2.0]), *searched_row([1.0])])
+    assert line_about(only_random, BEST_SEED).endswith("no claim, no seed plan was confirmed.")
+    only_seed = results_of([*row_of(BEST_SEED, [2.0]), *searched_row([1.0])])
+    assert line_about(only_seed, RANDOM).endswith("no claim, no other plan of equal bytes was found.")
+
+
+@pytest.mark.parametrize("origin", ["uniform-4", "seed-kl"])
+def test_a_control_that_no_searched_plan_beat_is_named_as_what_is_returned(origin: str) -> None:
+    scored = [*row_of(BEST_SEED, [2.0]), *searched_row([1.0])]
+    text = claim(results_of(scored, best_origin=origin, control_won=True))
+    assert text.startswith(f"No searched plan beat the best control on fresh rows: the control {origin} (100.00 MB)")
+    assert "control" not in claim(results_of(scored))
+    assert claim(results_of(scored)).startswith("Searched: gp, trial 11, 100.00 MB.")
+
+
+# What several training seeds carry
+
+
+@pytest.mark.parametrize("num_seeds", [2, 3, 5])
+def test_the_interval_is_students_over_differences_paired_by_seed(num_seeds: int) -> None:
+    generator = np.random.default_rng(num_seeds)
+    order = generator.normal(0, 0.1, num_seeds)  # what a data order does to every plan
+    theirs, ours = 2.0 + order + generator.normal(0, 0.01, (2, num_seeds))
+    found = difference(results_of([*row_of(BEST_SEED, list(theirs)), *searched_row(list(ours))]), "confirmation loss")
+    expected = stats.ttest_1samp(ours - theirs, 0.0)
+    low, high = expected.confidence_interval(0.95)
+    assert found.mean == pytest.approx((ours - theirs).mean())
+    assert found.spread == pytest.approx((ours - theirs).std(ddof=1))
+    assert found.half_width == pytest.approx((high - low) / 2)
+    assert (found.verdict != SAME) == (expected.pvalue < 0.05)
+
+
+@pytest.mark.parametrize(
+    ("widths", "verdict"), [(0.97, SAME), (-0.97, SAME), (0.0, SAME), (1.03, "worse"), (-1.03, "better")]
+)
+@pytest.mark.parametrize("other", [BEST_SEED, RANDOM])
+def test_inside_the_spread_of_three_seeds_nothing_is_distinguishable(widths: float, verdict: str, other: str) -> None:
+    noise = np.array([-0.02, 0.0, 0.02])
+    half_width = stats.t.ppf(0.975, 2) * 0.02 / math.sqrt(3)
+    ours = 2.0 + noise + widths * half_width
+    results = results_of([*row_of(other, [2.0, 2.0, 2.0]), *searched_row(list(ours))])
+    assert difference(results, "confirmation loss", other).verdict == verdict
+    line = line_about(results, other)
+    assert ", 3 training seeds, paired: " in line
+    assert f"confirmation loss {widths * half_width:+.4f} nats (+- 0.0200 over seeds" in line
+    assert line.endswith(f"), {verdict}.")
+
+
+def test_an_accuracy_is_better_when_larger_and_a_loss_when_smaller() -> None:
+    generator = np.random.default_rng(0)
+    base = [score(answers(400, 200), generator.gamma(2.0, 1.0, 400)) for _ in range(3)]
+    gained = [
+        score(answers(400, 230 + seed), np.array(each.answer_loss) - 0.2 - generator.normal(0, 0.02, 400))
+        for seed, each in enumerate(base)
+    ]
+    losses = [2.0, 2.1, 1.9]
+    lower = [1.81, 1.9, 1.69]
+    up = results_of([*row_of(BEST_SEED, losses, base), *searched_row(lower, gained)])
+    down = results_of([*row_of(BEST_SEED, lower, gained), *searched_row(losses, base)])
+    for results, verdict in ((up, "better"), (down, "worse")):
+        for measure in ("accuracy", "answer loss", "confirmation loss"):
+            assert difference(results, measure).verdict == verdict, measure
+        assert line_about(results, BEST_SEED).count(f", {verdict}") == 3
+
+
+def test_seeds_that_agree_on_a_few_questions_prove_nothing() -> None:
+    """One more right answer of 50 under every seed has no spread over seeds, but other questions would differ."""
+    base, ours = [score(answers(50, 20))] * 3, [score(answers(50, 21))] * 3
+    results = results_of([*row_of(BEST_SEED, [2.0] * 3, base), *searched_row([1.9] * 3, ours)])
+    found = difference(results, "accuracy")
+    assert found.spread == pytest.approx(0.0)
+    assert found.half_width == pytest.approx(1.96 * np.std(answers(50, 1), ddof=1) / math.sqrt(50))
+    assert found.verdict == SAME
+    # Losses that agree to the last bit are no evidence of a spread of zero either.
+    assert difference(results, "confirmation loss").verdict == SAME
+
+
+def test_only_seeds_that_both_rows_have_are_paired_and_counted() -> None:
+    """Where few plans have equal bytes there are fewer random plans than training seeds."""
+    results = results_of([*row_of(RANDOM, [2.0, 2.2]), *searched_row([1.0, 1.1, 7.0])])
+    assert difference(results, "confirmation loss", RANDOM).mean == pytest.approx(-1.05)
+    assert ", 2 training seeds, paired: " in line_about(results, RANDOM)
+
+
+# What one training seed carries
+
+
+def test_one_training_seed_falls_back_to_its_questions_and_says_so() -> None:
     generator = np.random.default_rng(4)
-    seed_correct, searched_correct = generator.integers(0, 2, (2, 60)).astype(float)
+    their_correct, our_correct = generator.integers(0, 2, (2, 60)).astype(float)
     hardness = generator.gamma(2.0, 1.0, 60)
-    seed_loss, searched_loss = hardness + generator.normal(0, 0.1, (2, 60))
-    text = claim(
-        compared(
-            (score(list(seed_correct), list(seed_loss)),),
-            (score(list(searched_correct), list(searched_loss)),),
-        )
+    their_loss, our_loss = hardness + generator.normal(0, 0.1, (2, 60))
+    results = results_of(
+        [
+            *row_of(BEST_SEED, [2.0], [score(their_correct, their_loss)]),
+            *searched_row([1.0], [score(our_correct, our_loss)]),
+        ]
     )
-    parts = parts_of(text)
-    for name, first, second in (
-        ("accuracy", seed_correct, searched_correct),
-        ("answer loss", seed_loss, searched_loss),
-    ):
-        differences = second - first
-        expected = (np.mean(differences), np.std(differences, ddof=1) / np.sqrt(60))
-        difference, stderr, count = figures(parts[name])
-        assert difference == pytest.approx(expected[0], abs=6e-4)
-        assert stderr == pytest.approx(expected[1], abs=6e-5)
-        assert count == 60
+    for measure, differences in (("accuracy", our_correct - their_correct), ("answer loss", our_loss - their_loss)):
+        found = difference(results, measure)
+        assert found.mean == pytest.approx(differences.mean())
+        assert found.half_width == pytest.approx(1.96 * differences.std(ddof=1) / math.sqrt(60))
+        assert (found.spread, found.num_questions) == (None, 60)
     # Unpaired, the spread of the questions themselves would drown the difference.
-    assert figures(parts["answer loss"])[1] < 0.2 * np.std(seed_loss) / np.sqrt(60)
+    assert difference(results, "answer loss").half_width < 0.4 * np.std(hardness) / math.sqrt(60)  # type: ignore[operator]
+    line = line_about(results, BEST_SEED)
+    assert ", one training seed, paired by question: " in line
+    assert line.endswith("confirmation loss -1.0000 nats (no interval), not distinguishable.")
+
+
+@pytest.mark.parametrize(
+    ("their_correct", "our_correct", "verdict"),
+    # Of 100 questions 4 gained are 2.03 standard errors, 3 are 1.75.
+    [(50, 54, "better"), (54, 50, "worse"), (50, 53, SAME), (53, 50, SAME), (50, 50, SAME)],
+)
+def test_an_accuracy_of_one_seed_is_distinguishable_beyond_1_96_standard_errors(
+    their_correct: int, our_correct: int, verdict: str
+) -> None:
+    theirs, ours = score(answers(100, their_correct)), score(answers(100, our_correct))
+    results = results_of([*row_of(BEST_SEED, [2.0], [theirs]), *searched_row([2.0], [ours])])
+    assert difference(results, "accuracy").verdict == verdict
+
+
+def test_one_question_distinguishes_nothing() -> None:
+    """`evaluate.limit: 1` is what people try first; one answer has no spread to speak of."""
+    scored = [*row_of(BEST_SEED, [2.0], [score([0.0], [3.0])]), *searched_row([1.0], [score([1.0], [0.1])])]
+    assert not re.search("better|worse", claim(results_of(scored)))
 
 
 def test_several_tasks_are_pooled_by_question() -> None:
     generator = np.random.default_rng(5)
     sizes = {"arc": 30, "piqa": 70}
-    seed = {name: generator.normal(2, 1, size) for name, size in sizes.items()}
-    searched = {name: values + generator.normal(0.05, 0.2, len(values)) for name, values in seed.items()}
-    correct = {name: generator.integers(0, 2, (2, size)).astype(float) for name, size in sizes.items()}
+    theirs = {task: generator.normal(2, 1, size) for task, size in sizes.items()}
+    ours = {task: values + generator.normal(0.05, 0.2, len(values)) for task, values in theirs.items()}
 
-    def scores(losses: dict[str, Any], row: int) -> tuple[TaskScore, ...]:
-        return tuple(score(list(correct[name][row]), list(losses[name]), name) for name in sizes)
+    def scores(losses: dict[str, Any]) -> tuple[TaskScore, ...]:
+        return tuple(score([1.0] * len(values), values, task) for task, values in losses.items())
 
-    parts = parts_of(claim(compared(scores(seed, 0), scores(searched, 1))))
-    for name, pooled in (
-        ("answer loss", np.concatenate([searched[task] - seed[task] for task in sizes])),
-        ("accuracy", np.concatenate([correct[task][1] - correct[task][0] for task in sizes])),
-    ):
-        difference, stderr, count = figures(parts[name])
-        assert count == 100
-        assert difference == pytest.approx(pooled.mean(), abs=6e-4)
-        assert stderr == pytest.approx(pooled.std(ddof=1) / 10, abs=6e-5)
-
-
-@pytest.mark.parametrize(
-    ("stderrs", "verdict"), [(1.95, SAME), (-1.95, SAME), (0.0, SAME), (1.97, "worse"), (-1.97, "better")]
-)
-def test_an_answer_loss_is_better_when_smaller_beyond_1_96_standard_errors(stderrs: float, verdict: str) -> None:
-    noise = np.random.default_rng(6).normal(0, 0.3, 80)
-    noise -= noise.mean()
-    seed = np.random.default_rng(7).gamma(2.0, 1.0, 80)
-    searched = seed + noise + stderrs * noise.std(ddof=1) / math.sqrt(80)
-    same = answers(80, 40)
-    parts = parts_of(claim(compared((score(same, list(seed)),), (score(same, list(searched)),))))
-    assert parts["answer loss"].endswith(verdict if verdict == SAME else f"{verdict} {BEYOND}")
-    assert parts["accuracy"].endswith(SAME), "equal answers say nothing"
-
-
-@pytest.mark.parametrize(
-    ("seed_correct", "searched_correct", "verdict"),
-    # Of 100 questions 4 gained are 2.03 standard errors, 3 are 1.75.
-    [(50, 54, "better"), (54, 50, "worse"), (50, 53, SAME), (53, 50, SAME), (50, 50, SAME)],
-)
-def test_an_accuracy_is_better_when_larger_beyond_1_96_standard_errors(
-    seed_correct: int, searched_correct: int, verdict: str
-) -> None:
-    seed, searched = score(answers(100, seed_correct)), score(answers(100, searched_correct))
-    part = parts_of(claim(compared((seed,), (searched,))))["accuracy"]
-    assert part.endswith(verdict if verdict == SAME else f"{verdict} {BEYOND}")
-
-
-def test_the_two_measures_may_disagree() -> None:
-    losses = np.random.default_rng(8).gamma(2.0, 1.0, 100)
-    seed, searched = score(answers(100, 50), list(losses)), score(answers(100, 60), list(losses + 1 + 0.1 * losses))
-    parts = parts_of(claim(compared((seed,), (searched,))))
-    assert parts["accuracy"].endswith(f"better {BEYOND}")
-    assert parts["answer loss"].endswith(f"worse {BEYOND}")
-
-
-def test_one_question_distinguishes_nothing() -> None:
-    """`evaluate.limit: 1` is what people try first; one answer has no spread to speak of."""
-    text = claim(compared((score([0.0], [3.0]),), (score([1.0], [0.1]),)))
-    assert "better" not in text and "worse" not in text
+    results = results_of([(candidate(BEST_SEED, SEED_PLAN), scores(theirs)), (candidate(SEARCHED, PLAN), scores(ours))])
+    pooled = np.concatenate([ours[task] - theirs[task] for task in sizes])
+    found = difference(results, "answer loss")
+    assert found.num_questions == 100
+    assert found.mean == pytest.approx(pooled.mean())
+    assert found.half_width == pytest.approx(1.96 * pooled.std(ddof=1) / 10)
 
 
 @pytest.mark.parametrize("lacking", [0, 1])
 def test_a_task_without_choices_leaves_the_answer_loss_out(lacking: int) -> None:
     """A mean over some of the tasks would be taken for one over all."""
-    losses: list[list[float] | None] = [[1.0, 2.0, 3.0, 4.0]] * 2
-    losses[lacking] = None
+    losses: list[list[float]] = [[1.0, 2.0, 3.0, 4.0]] * 2
+    losses[lacking] = []
     scores = tuple(score([1.0, 0.0, 1.0, 0.0], each, f"task-{number}") for number, each in enumerate(losses))
-    text = claim(compared(scores, scores))
-    assert list(parts_of(text)) == ["accuracy"]
-    assert figures(parts_of(text)["accuracy"])[2] == 8
-    assert "answer loss" not in text
-
-
-@pytest.mark.parametrize("origin", ["uniform-4", "seed-mutual-information"])
-def test_a_winner_that_the_search_did_not_find_is_named(origin: str) -> None:
-    scores = (score(answers(50, 20)),)
-    assert f"the winner is the control {origin}" in claim(compared(scores, scores, best_origin=origin))
-    assert "control" not in claim(compared(scores, scores, best_origin="hyperopt"))
+    results = results_of([(candidate(BEST_SEED, SEED_PLAN), scores), (candidate(SEARCHED, PLAN), scores)])
+    assert "answer loss" not in claim(results)
+    assert difference(results, "accuracy").num_questions == 8
+    assert rows(results)[0].answer_loss is None
 
 
 # The table and the report
@@ -315,68 +406,113 @@ def test_a_winner_that_the_search_did_not_find_is_named(origin: str) -> None:
 
 @pytest.fixture
 def whole() -> Results:
-    """A finished run with every row, on two tasks."""
+    """A finished run with every row, on two tasks; three of the rows under two training seeds."""
     plans = {
         "base": {"layers.0": 16, "layers.1": 16},
         "pruned": {"layers.0": 16, "layers.1": 16},
         "uniform 4-bit": {"layers.0": 4, "layers.1": 4},
         "uniform 8-bit": {"layers.0": 8, "layers.1": 8},
-        SEED: SEED_PLAN,
+        "mutual-information seed": SEED_PLAN,
+        BEST_SEED: SEED_PLAN,
+        RANDOM: SEED_PLAN,
         SEARCHED: PLAN,
     }
-    candidates = [
-        candidate(name, plan, 100_000_000 + 100_000 * number) for number, (name, plan) in enumerate(plans.items())
+    scored: list[Scored] = []
+    for number, (name, plan) in enumerate(plans.items()):
+        for seed in range(2 if name in ORIGINS else 1):
+            # Every random plan is another one.
+            own = PLAN if name == RANDOM and seed else plan
+            row = candidate(name, own, 100_000_000 + 100_000 * (number + seed), seed, 2.125 + seed / 4, 2.0 + seed)
+            scores = (score(answers(50, 10 + number + 5 * seed), [1.0 + seed] * 50), score(answers(40, 30), [2.0] * 40))
+            scored.append((row, scores))
+    untuned = [(name, (score(answers(50, 5)), score(answers(40, 6), task="piqa"))) for name in ("base", "pruned")]
+    return results_of(scored, untuned)
+
+
+def test_a_row_is_the_mean_of_its_tasks_and_of_its_seeds(whole: Results) -> None:
+    table = {row.name: row for row in rows(whole)}
+    assert [row.seeds for row in table.values()] == [(0,)] * 5 + [(0, 1)] * 3
+    assert [row.plans for row in table.values()] == [
+        *[("FF",), ("FF",), ("44",), ("88",), ("48",), ("48",), ("48", "84"), ("84",)]
     ]
-    scored = [*plans, "base (no fine-tune)", "pruned (no fine-tune)"]
-    scores = {
-        name: (score(answers(50, 10 + number)), score(answers(40, 30 - number), task="piqa"))
-        for number, name in enumerate(scored)
-    }
-    return results_of(candidates, scores)
-
-
-def test_a_row_is_the_mean_of_its_tasks(whole: Results) -> None:
-    table = rows(whole)
-    assert [row.name for row in table] == ["base", "pruned", "uniform 4-bit", "uniform 8-bit", SEED, SEARCHED]
-    assert [row.plan for row in table] == ["FF", "FF", "44", "88", "48", "84"]
-    first = table[0]
+    first, random = table["base"], table[RANDOM]
     assert first.accuracy == pytest.approx((10 / 50 + 30 / 40) / 2)
     variances = [0.2 * 0.8 / 49, 0.75 * 0.25 / 39]
     assert first.accuracy_stderr == pytest.approx(math.sqrt(sum(variances)) / 2)
-    assert [row.measured_bytes for row in table] == [100_000_000 + 100_000 * number for number in range(6)]
+    assert first.accuracy_spread is first.validation_loss_spread is first.answer_loss_spread is None
+    assert random.accuracy == pytest.approx(((16 + 21) / 2 / 50 + 30 / 40) / 2)
+    assert random.accuracy_spread == pytest.approx(0.05 / math.sqrt(2))
+    assert (random.validation_loss, random.validation_loss_spread) == pytest.approx((2.25, 0.25 / math.sqrt(2)))
+    assert (random.confirmation_loss, random.confirmation_loss_spread) == pytest.approx((2.5, 1 / math.sqrt(2)))
+    assert (random.answer_loss, random.answer_loss_spread) == pytest.approx((1.75, 0.5 / math.sqrt(2)))
+    assert random.measured_bytes == 100_650_000
+    assert {name: row.origin for name, row in table.items() if name in ORIGINS} == ORIGINS
 
 
 def test_the_report_holds_every_row_the_claim_and_the_configuration(whole: Results) -> None:
     config = "output: runs/demo\nlora:\n  rank: 8\n"
-    text = render(whole, "demo", config, {"python": "3.11.9", "torch": "2.13.0"})
+    text = render(whole, NO_EFFECTS, "demo", config, {"python": "3.11.9", "torch": "2.13.0"})
     lines = text.splitlines()
     for row in rows(whole):
         assert "| " + " | ".join(cells(row)) + " |" in lines
+    assert "| searched | gp, trial 11 | 0-1 | " in text
+    assert "| 2.2500 +- 0.1768 | 2.5000 +- 0.7071 | " in text
     assert f"\n\n{claim(whole)}\n\n" in text
     assert f"```yaml\n{config}```" in text
     assert "- python: 3.11.9" in lines and "- torch: 2.13.0" in lines
-    for name in ("base (no fine-tune)", "pruned (no fine-tune)"):
-        line = next(line for line in lines if line.startswith(f"- {name}: "))
-        for each in whole.evaluate.scores[name]:  # type: ignore[union-attr]
-            told = f"{each.task} acc {each.value:.3f} +- {each.stderr:.3f} ({each.num_questions} questions)"
-            assert told in line
+    assert "- base: arc acc 0.100 +- 0.043 (50 questions), piqa acc 0.150 +- 0.057 (40 questions)" in lines
+    assert sum(line.startswith("- pruned: ") for line in lines) == 1
 
 
 def test_the_report_tells_how_search_and_pruning_ended(whole: Results) -> None:
-    text = render(whole, "demo", "output: x\n", {})
+    text = render(whole, NO_EFFECTS, "demo", "output: x\n", {})
     assert "16 trials, 7 finished, 8 stopped early, 1 failed" in text
+    assert "It ended because all 16 trials were spent (`search.max_trials`)." in text
+    assert "started from 5 trial(s) that searches with another budget or searcher left" in text
     assert "Resumed with 3 trial(s)" in text
-    assert "| 11 | 2.0625 | 0.0312 |" in text
-    assert "| layers.0 | 0.5125 | 8 |" in text
-    assert "| layers.1 | 0.2500 | 4 |" in text
+    assert "On fresh rows trial 11 (gp) was best, a searched plan." in text
+    assert "| 2 | seed-kl, taken over | 2.1250 +- 0.0625 | - |" in text
+    assert "| 11 | gp | 2.0625 +- 0.0312 | - |" in text
+    assert "none of fewer or equal bytes" not in text, "there is no front"
     assert "target 20.00% of all parameters, achieved 19.84%" in text
     assert "150,000,000 -> 120,240,000 parameters, 300.0 -> 240.5 MB" in text
     assert "| 0 | 1 of 2 | 1 of 2 | 2 of 4 | 50.0% |" in text
 
 
+def test_the_report_shows_a_front() -> None:
+    front = (
+        FrontPoint(index=4, origin="gp", plan=SEED_PLAN, plan_bytes=9_000_000, loss=2.5, stderr=0.25),
+        FrontPoint(
+            index=7,
+            origin="gp",
+            plan=PLAN,
+            plan_bytes=9_900_000,
+            loss=2.25,
+            stderr=0.25,
+            accuracy=0.5,
+            accuracy_stderr=0.1,
+        ),
+    )
+    text = render(results_of(searched_row([1.0]), front=front), NO_EFFECTS, "demo", "output: x\n", {})
+    assert "| 4 | gp | 9.0 MB | 48 | 2.5000 +- 0.2500 | - |" in text
+    assert "| 7 | gp | 9.9 MB | 84 | 2.2500 +- 0.2500 | 0.500 +- 0.100 |" in text
+
+
+def test_the_report_shows_sensitivities_beside_what_trials_show(whole: Results) -> None:
+    text = render(whole, NO_EFFECTS, "demo", "output: x\n", {})
+    assert "| kl | one group at a time | nats | 12.5 | - |" in text
+    assert f"No rank correlation with what trials show: {NO_EFFECTS}." in text
+    assert "| layers.0 | 8 | 0.5 |" in text and "| layers.1 | 4 | 0.25 |" in text
+    effects = MarginalEffects({4: (0.01, 0.02)}, num_trials=9, residual=0.005)
+    text = render(whole, effects, "demo", "output: x\n", {})
+    assert "| kl | one group at a time | nats | 12.5 | -1.00 |" in text
+    assert "main effects of 9 finished trials (residual 0.0050 nats)" in text
+    assert "| layers.0 | 8 | 0.5 | 0.01 |" in text
+
+
 def test_no_cell_of_the_table_breaks_it(whole: Results) -> None:
-    lines = render(whole, "demo", "output: x\n", {}).splitlines()
+    lines = render(whole, NO_EFFECTS, "demo", "output: x\n", {}).splitlines()
     start = next(number for number, line in enumerate(lines) if line.startswith("| row |"))
-    table = lines[start : start + 8]
+    table = lines[start : start + 10]
     assert len({line.count("|") for line in table}) == 1
-    assert lines[start + 8] == ""
+    assert lines[start + 10] == ""

@@ -1,0 +1,92 @@
+"""The rows of the final table: which plans stand beside the winner, and under how many training seeds."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from qpruner.candidates import Candidate
+from qpruner.pipeline.context import Context
+from qpruner.plan import FULL_BITS, PrecisionPlan
+from qpruner.records import BankRecord, PrepareRecord, SearchRecord, SensitivityRecord, digest_of
+from qpruner.report.table import BASE, BEST_SEED, MUTUAL_INFORMATION, PRUNED, RANDOM, SEARCHED
+from qpruner.search.random_plans import random_plans
+from qpruner.search.trial_records import objective
+from qpruner.sensitivity.seeds import seed_origin, seed_plan
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row.
+
+    Attributes:
+        name: As the table shows it.
+        origin: Where its plans came from.
+        plans: The plan of each training seed; one for all of them, except in the random row.
+    """
+
+    name: str
+    origin: str
+    plans: Mapping[int, PrecisionPlan]
+
+
+def table_rows(context: Context, searched: SearchRecord, measured: SensitivityRecord) -> list[Row]:
+    """Every row; without `finetune.compare` the winner alone, under one training seed.
+
+    Both seed rows are solved again at the winner's own bytes, and the random plans weigh as much, so that the claim
+    compares like with like. The searched, the best seed and the random row get `finetune.seeds` training seeds.
+    """
+    config, space = context.config, context.space
+    winner = PrecisionPlan.from_dict(searched.best_plan)
+    found_by = f"{searched.best_origin}, trial {searched.best_index}"
+    if not config.finetune.compare:
+        return [Row(SEARCHED, found_by, {config.seed: winner})]
+    seeds = range(config.seed, config.seed + config.finetune.seeds)
+    equal_bytes = replace(space, budget_bytes=space.plan_bytes(winner))
+
+    def same(name: str, origin: str, plan: PrecisionPlan, under: Iterable[int] = seeds[:1]) -> Row:
+        return Row(name, origin, dict.fromkeys(under, plan))
+
+    def seed_row(name: str, method: str, under: Iterable[int]) -> Row:
+        return same(name, f"seed {method}", seed_plan(measured.methods[method].values, equal_bytes), under)
+
+    full = space.uniform(FULL_BITS)
+    rows = [same(BASE, "unquantized", full), same(PRUNED, "unquantized", full)]
+    rows += [same(f"uniform {bits}-bit", "uniform", space.uniform(bits)) for bits in space.levels if bits != FULL_BITS]
+    if MUTUAL_INFORMATION in measured.methods:
+        rows.append(seed_row("mutual-information seed", MUTUAL_INFORMATION, seeds[:1]))
+    method = _best_seed_method(context, searched, measured)
+    if method:
+        rows.append(seed_row(BEST_SEED, method, seeds))
+    drawn = random_plans(space, winner, len(seeds), config.seed)
+    if drawn:
+        rows.append(Row(RANDOM, f"{len(drawn)} random plan(s)", dict(zip(seeds, drawn, strict=False))))
+    return [*rows, same(SEARCHED, found_by, winner, seeds)]
+
+
+def _best_seed_method(context: Context, searched: SearchRecord, measured: SensitivityRecord) -> str | None:
+    """The sensitivity whose seed plan was best on fresh rows; None where none was confirmed."""
+    methods = {seed_origin(method): method for method in measured.methods}
+    seeds = [each for each in searched.confirmations if each.control and each.origin in methods]
+    best = min(seeds, key=lambda each: (objective(each, context.config), each.index), default=None)
+    return methods[best.origin] if best else None
+
+
+def untuned_candidates(context: Context) -> list[Candidate]:
+    """Base and pruned as they are."""
+    full = context.space.uniform(FULL_BITS).as_dict()
+    return [candidate_of(context, name, full, None) for name in (BASE, PRUNED)]
+
+
+def candidate_of(context: Context, name: str, plan: Mapping[str, int], seed: int | None) -> Candidate:
+    """A row's plan under one training seed; equal models with equal fine-tunes share a folder, whatever their rows."""
+    config, run = context.config, context.run_dir
+    prepared, banked = run.read_record("prepare", PrepareRecord), run.read_record("bank", BankRecord)
+    assert prepared and banked, "prepare and bank run before"
+    checkpoint = Path(prepared.model_path) if name == BASE else context.checkpoint
+    # All that a fine-tune depends on. Where checkpoints fall and which rows stand beside it change nothing.
+    length = (config.finetune.steps, config.finetune.epochs)
+    inputs = (banked.digest, config.lora, config.training, length, config.seed, config.evaluate.batch_size)
+    folder = run.candidates / digest_of(*inputs, name == BASE, dict(plan), seed)
+    return Candidate(name, checkpoint, context.bank, dict(plan), folder, seed)

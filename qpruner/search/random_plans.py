@@ -1,0 +1,69 @@
+"""Random plans of equal bytes: what a search has to beat that costs nothing at all."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from qpruner.plan import PlanSpace, PrecisionPlan
+
+SAME_BYTES = 0.01
+"""Plans whose bytes differ by at most this share count as equal bytes."""
+BATCH, MAX_BATCHES = 1024, 128
+
+
+def random_plans(space: PlanSpace, plan: PrecisionPlan, count: int, seed: int) -> list[PrecisionPlan]:
+    """Different plans, uniform over all others that weigh at most as much as `plan` and at most 1 % less.
+
+    Levels are drawn group by group with probabilities ``exp(-tilt * bytes)``, which makes plans of the wanted bytes
+    likely and equally heavy ones equally so; a draw is kept with the probability that evens out what is left
+    (rejection sampling, von Neumann 1951).
+
+    Args:
+        space: Groups, levels and bytes; its budget plays no part.
+        plan: Whose bytes are wanted.
+        count: How many.
+        seed: Equal seeds give equal plans.
+
+    Returns:
+        `count` plans, or fewer where 131072 draws found no more.
+    """
+    generator = np.random.default_rng(seed)
+    sizes = np.array(space.group_bytes, dtype=float)
+    most = float(space.plan_bytes(plan) - space.fixed_bytes)
+    least = most - SAME_BYTES * space.plan_bytes(plan)
+    tilt = _tilt(sizes, most)
+    limit = most
+    if tilt < 0:  # the lightest plans of the band are the most
+        tilt, limit = min(_tilt(sizes, least), 0.0), least
+    chances = _chances(sizes, tilt).cumsum(axis=1)
+    found: dict[PrecisionPlan, None] = {}
+    for _ in range(MAX_BATCHES):
+        levels = (generator.random((BATCH, len(sizes), 1)) > chances[None, :, :-1]).sum(axis=2)
+        weights = np.take_along_axis(sizes[None], levels[:, :, None], axis=2).sum(axis=(1, 2))
+        kept = (weights <= most) & (weights >= least)
+        kept[kept] = generator.random(int(kept.sum())) < np.exp(tilt * (weights[kept] - limit))
+        for indices in levels[kept]:
+            other = space.plan_of(indices)
+            if other != plan:
+                found[other] = None
+            if len(found) == count:
+                return list(found)
+    return list(found)
+
+
+def _chances(sizes: np.ndarray, tilt: float) -> np.ndarray:
+    """``(groups, levels)``: probability of each level."""
+    logits = -tilt * (sizes - sizes.min(axis=1, keepdims=True))
+    weights = np.exp(logits - logits.max(axis=1, keepdims=True))
+    chances: np.ndarray = weights / weights.sum(axis=1, keepdims=True)
+    return chances
+
+
+def _tilt(sizes: np.ndarray, wanted: float) -> float:
+    """The tilt under which the expected bytes are `wanted`, found by bisection; bounded where no plan is as heavy."""
+    low, high = -50.0 / np.ptp(sizes, axis=1).mean(), 50.0 / np.ptp(sizes, axis=1).mean()
+    for _ in range(60):
+        middle = (low + high) / 2
+        is_too_heavy = (_chances(sizes, middle) * sizes).sum() > wanted
+        low, high = (middle, high) if is_too_heavy else (low, middle)
+    return float((low + high) / 2)

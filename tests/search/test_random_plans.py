@@ -1,0 +1,61 @@
+"""Random plans of equal bytes: they are equal, different, and no plan of the band is likelier than another."""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from qpruner.plan import PlanSpace, PrecisionPlan
+from qpruner.search.random_plans import random_plans
+
+
+def space_of(num_groups: int, levels: tuple[int, ...], fixed_bytes: int) -> PlanSpace:
+    """Groups of unlike sizes, as global pruning leaves them."""
+    weights = np.random.default_rng(num_groups).integers(800, 1600, num_groups)
+    sizes = tuple(tuple(int(weight * bits) for bits in levels) for weight in weights)
+    return PlanSpace(tuple(f"layers.{index}" for index in range(num_groups)), levels, sizes, fixed_bytes, 10**9)
+
+
+def equal_plans(space: PlanSpace, plan: PrecisionPlan) -> list[PrecisionPlan]:
+    size = space.plan_bytes(plan)
+    every = (PrecisionPlan(space.groups, bits) for bits in itertools.product(space.levels, repeat=len(space.groups)))
+    return [other for other in every if 0.99 * size <= space.plan_bytes(other) <= size and other != plan]
+
+
+@pytest.mark.parametrize("share_of_high", [0.05, 0.3, 0.5, 0.9, 1.0])
+@pytest.mark.parametrize(("num_groups", "levels"), [(30, (4, 8)), (224, (4, 8, 16))])
+def test_random_plans_have_equal_bytes_and_differ(
+    num_groups: int, levels: tuple[int, ...], share_of_high: float
+) -> None:
+    space = space_of(num_groups, levels, 200_000)
+    high = np.random.default_rng(1).permutation(num_groups) < share_of_high * num_groups
+    plan = space.plan_of(np.where(high, len(levels) - 1, 0))
+    drawn = random_plans(space, plan, 5, seed=0)
+    assert len({plan, *drawn}) == 6
+    for other in drawn:
+        assert 0.99 * space.plan_bytes(plan) <= space.plan_bytes(other) <= space.plan_bytes(plan)
+    assert drawn == random_plans(space, plan, 5, seed=0)
+    assert set(drawn) != set(random_plans(space, plan, 5, seed=1))
+
+
+@pytest.mark.parametrize("num_high", [2, 4, 6])
+def test_every_plan_of_equal_bytes_is_as_likely(num_high: int) -> None:
+    space = space_of(8, (4, 8), 60_000)
+    plan = space.plan_of([1] * num_high + [0] * (8 - num_high))
+    wanted = equal_plans(space, plan)
+    counts = Counter(random_plans(space, plan, 1, seed)[0] for seed in range(12 * len(wanted)))
+    assert set(counts) <= set(wanted)
+    observed = [counts[each] for each in wanted]
+    assert stats.chisquare(observed).pvalue > 1e-3
+
+
+def test_where_few_plans_have_equal_bytes_those_are_all() -> None:
+    space = space_of(6, (4, 8), 0)
+    plans = [space.plan_of(indices) for indices in itertools.product((0, 1), repeat=6)]
+    few = next(plan for plan in plans if len(equal_plans(space, plan)) == 2)
+    assert set(random_plans(space, few, 5, seed=0)) == set(equal_plans(space, few))
+    assert random_plans(space, space.uniform(4), 3, seed=0) == []
