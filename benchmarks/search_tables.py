@@ -24,6 +24,7 @@ import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
+from importlib.metadata import version
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,16 @@ from qpruner.models.structure import family_of
 from qpruner.plan import FULL_BITS
 from qpruner.pruning.block_stream import BlockStream
 from qpruner.quantization.assembly import Workbench
+from qpruner.quantization.bank import (
+    BankIndex,
+    EntrySettings,
+    GroupJob,
+    IndexEntry,
+    build_group,
+    read_plan,
+    write_index,
+)
+from qpruner.quantization.mixed import unpack
 
 LORA = LoraConfig(rank=8, alpha=16)
 TRAINING = TrainingConfig(learning_rate=1e-3, batch_size=4, micro_batch_size=4, warmup_ratio=0.1)
@@ -177,9 +188,6 @@ class Evaluator:
 
 def effective_weights(bank: Path, group: str, bits: int, paths: Sequence[str]) -> dict[tuple[str, int], torch.Tensor]:
     """What the layers of a bank entry compute with before any training: ``dequantize(Q) + scaling B A``."""
-    from qpruner.quantization.bank import read_plan
-    from qpruner.quantization.mixed import unpack
-
     tensors = read_plan(bank, {group: bits})
     found = {}
     for path in paths:
@@ -229,15 +237,20 @@ def _work(kind: str, job: Job, todo: Sequence[Any], lines: str) -> None:
 
 
 def build_bank(job: Job) -> None:
-    """Every entry that is not there yet."""
-    from qpruner.quantization.bank import EntrySettings, build_entry, entry_file, write_entry
+    """Every (group, bits), unless the bank is there."""
+    from transformers import AutoConfig
 
-    model = load_dense(job.model, DTYPE)
-    for name, paths in group_linears(model.config, job.base_group).items():
-        for bits in job.levels:
-            if bits != FULL_BITS and not entry_file(Path(job.bank), name, bits).exists():
-                weights = {path: model.get_submodule(path).weight for path in paths}
-                write_entry(Path(job.bank), name, bits, build_entry(weights, bits, EntrySettings(LORA, False, 0)))
+    bank = Path(job.bank)
+    if (bank / "bank.json").is_file():
+        return
+    settings = EntrySettings(LORA, double_quant=False, seed=0)
+    levels = tuple(bits for bits in job.levels if bits != FULL_BITS)
+    files: dict[str, IndexEntry] = {}
+    for name, paths in group_linears(AutoConfig.from_pretrained(job.model), job.base_group).items():
+        built = build_group(GroupJob(Path(job.model), bank, name, paths, levels, DTYPE, settings))
+        for file, (sha256, ratio) in built.items():
+            files[file] = IndexEntry(inputs=job.model, sha256=sha256, residual_ratio=ratio)
+    write_index(bank, BankIndex(digest=job.model, bitsandbytes=version("bitsandbytes"), files=files))
 
 
 def random_plans(num_groups: int, levels: Sequence[int], count: int, seed: int) -> list[tuple[int, ...]]:

@@ -197,17 +197,11 @@ def confirm_trial(job: ConfirmationJob) -> FreshScore:
 
 def build(config: RunConfig, candidate: Candidate) -> PeftModel:
     """The row's model with its adapter start."""
-    from qpruner.quantization.assembly import assemble, attach_adapters
+    from qpruner.quantization.assembly import workbench
 
-    model, starts = assemble(
-        candidate.checkpoint,
-        candidate.bank,
-        config.quantize.group,
-        candidate.plan,
-        config.model.dtype,
-        config.quantize.double_quant,
-    )
-    return attach_adapters(model, starts, config.lora, config.quantize.group, config.seed)
+    quantize = config.quantize
+    bench = workbench(candidate.checkpoint, candidate.bank, quantize.group, config.model.dtype, quantize.double_quant)
+    return bench.model(candidate.plan, config.lora, config.seed)
 
 
 def load_adapter(model: PeftModel, folder: Path) -> None:

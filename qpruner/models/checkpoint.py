@@ -1,14 +1,19 @@
-"""Folders with dense weights: the base model brought into one, and the pruned model written to one."""
+"""Folders with dense weights: the base brought into one, the pruned model written to one, tensors read from one."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from safetensors import SafetensorError, safe_open
+
+from qpruner.errors import CorruptFile
 from qpruner.models.loading import check_source, load_dense, load_tokenizer
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from qpruner.config import ModelConfig
@@ -51,3 +56,17 @@ def save_checkpoint(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, 
     """Write weights (safetensors, shard by shard), config with `per_layer_config`, and tokenizer."""
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+
+
+def dense_tensors(checkpoint: Path, wanted: Callable[[str], bool]) -> dict[str, torch.Tensor]:
+    """The wanted ones of the checkpoint's tensors, read shard by shard."""
+    tensors: dict[str, torch.Tensor] = {}
+    for shard in sorted(checkpoint.glob("*.safetensors")):
+        try:
+            with safe_open(shard, framework="pt") as file:
+                tensors |= {name: file.get_tensor(name) for name in file.keys() if wanted(name)}  # noqa: SIM118
+        except SafetensorError as error:
+            raise CorruptFile(
+                f"weight file {shard} cannot be read: {error}; delete its folder to rebuild it", shard
+            ) from error
+    return tensors

@@ -5,20 +5,20 @@ No weight is quantized here: a plan's groups come from the bank, everything else
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import functools
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from safetensors import SafetensorError, safe_open
 
 from qpruner.config import LoraConfig
-from qpruner.errors import CorruptFile
 from qpruner.models import ragged
+from qpruner.models.checkpoint import dense_tensors
 from qpruner.models.layout import group_linears
 from qpruner.models.loading import device
 from qpruner.plan import FULL_BITS
-from qpruner.quantization.bank import read_plan
+from qpruner.quantization.bank import INDEX, read_index, read_plan
 from qpruner.quantization.mixed import MixedPrecisionConfig, dense_layer, packed_layer
 
 if TYPE_CHECKING:
@@ -52,7 +52,7 @@ def assemble(
     starts = {name: tensor for name, tensor in banked.items() if name.endswith((".lora_A", ".lora_B"))}
     packed = {name: tensor for name, tensor in banked.items() if name not in starts}
     quantized = {f"{path}.weight" for path, width in bits.items() if width != FULL_BITS}
-    state = _dense_tensors(checkpoint, lambda name: name not in quantized) | packed
+    state = dense_tensors(checkpoint, lambda name: name not in quantized) | packed
     if quantized:
         config.quantization_config = MixedPrecisionConfig(bits, double_quant).to_dict()
     model_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
@@ -61,7 +61,7 @@ def assemble(
     )
     if (checkpoint / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(checkpoint)
-    return model.to(device()), starts
+    return _placed(model), starts
 
 
 def attach_adapters(
@@ -127,10 +127,12 @@ class Workbench:
             lora: The adapters.
             seed: Seeds the plain starts.
         """
-        if self._peft_model is None:
+        # Dropped first: an exchange that fails half way must not be gone on from.
+        held, self._peft_model = self._peft_model, None
+        if held is None:
             model, starts = assemble(self._checkpoint, self._bank, self._group, plan, self._dtype, self._double_quant)
         else:
-            model, starts = self._exchange(self._peft_model.unload(), plan)
+            model, starts = self._exchange(held.unload(), plan)
         self._plan = dict(plan)
         self._peft_model = attach_adapters(model, starts, lora, self._group, seed)
         return self._peft_model
@@ -147,11 +149,11 @@ class Workbench:
         starts = {name: tensor for name, tensor in banked.items() if name.endswith((".lora_A", ".lora_B"))}
         unquantized = {path for name in different if plan[name] == FULL_BITS for path in paths[name]}
         weights = {f"{path}.weight" for path in unquantized}
-        dense = _dense_tensors(self._checkpoint, weights.__contains__) if weights else {}
+        dense = dense_tensors(self._checkpoint, weights.__contains__) if weights else {}
         dtype = getattr(torch, self._dtype)
         for name in different:
             for path in paths[name]:
-                old = model.get_submodule(path)
+                old = cast(torch.nn.Linear, model.get_submodule(path))  # bitsandbytes' layers are subclasses
                 if plan[name] == FULL_BITS:
                     new: torch.nn.Module = dense_layer(old, dense[f"{path}.weight"].to(dtype))
                 else:
@@ -163,6 +165,32 @@ class Workbench:
                     new = packed_layer(old, plan[name], tensors, dtype, self._double_quant)
                 model.set_submodule(path, new)
         return model, starts
+
+
+def workbench(checkpoint: Path, bank: Path, group: str, dtype: str, double_quant: bool) -> Workbench:
+    """This process's workbench for a model and a bank: kept from call to call, so that a worker loads a model once."""
+    digest = read_index(bank).digest if (bank / INDEX).is_file() else ""
+    return _held(checkpoint, bank, group, dtype, double_quant, digest)
+
+
+@functools.lru_cache(maxsize=1)
+def _held(checkpoint: Path, bank: Path, group: str, dtype: str, double_quant: bool, digest: str) -> Workbench:
+    return Workbench(checkpoint, bank, group, dtype, double_quant)
+
+
+def _placed(model: PreTrainedModel) -> PreTrainedModel:
+    """On the one device, or spread over the GPUs where this process sees several: Ray shows a trial its own."""
+    if torch.cuda.device_count() < 2:
+        return model.to(device())
+    from accelerate import dispatch_model, infer_auto_device_map
+    from accelerate.utils import get_balanced_memory
+
+    whole: Any = model._no_split_modules
+    memory = get_balanced_memory(model, no_split_module_classes=whole)
+    placed: PreTrainedModel = dispatch_model(
+        model, infer_auto_device_map(model, max_memory=memory, no_split_module_classes=whole)
+    )
+    return placed
 
 
 def measured_bytes(model: torch.nn.Module) -> int:
@@ -179,17 +207,3 @@ def measured_bytes(model: torch.nn.Module) -> int:
             seen.add(tensor.data_ptr())
             total += tensor.nbytes
     return total
-
-
-def _dense_tensors(checkpoint: Path, wanted: Callable[[str], bool]) -> dict[str, torch.Tensor]:
-    """The wanted ones of the checkpoint's tensors, read shard by shard."""
-    tensors: dict[str, torch.Tensor] = {}
-    for shard in sorted(checkpoint.glob("*.safetensors")):
-        try:
-            with safe_open(shard, framework="pt") as file:
-                tensors |= {name: file.get_tensor(name) for name in file.keys() if wanted(name)}  # noqa: SIM118
-        except SafetensorError as error:
-            raise CorruptFile(
-                f"weight file {shard} cannot be read: {error}; delete its folder to rebuild it", shard
-            ) from error
-    return tensors

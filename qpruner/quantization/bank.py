@@ -1,24 +1,61 @@
 """The bank: for every (group, bits) the packed weights and the adapter start, computed once, shared by all trials.
 
 The start of a group depends on the group and its bits, not on the rest of the plan. One safetensors file an entry:
-the layers' serialized bitsandbytes tensors, and `<layer>.lora_A` / `<layer>.lora_B`.
+the layers' serialized bitsandbytes tensors, and `<layer>.lora_A` / `<layer>.lora_B`. `bank.json` beside them says what
+each was made from and its sha256, which a process checks when it first reads the file.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
+from pydantic import BaseModel, ConfigDict
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from qpruner.config import LoraConfig
 from qpruner.errors import CorruptFile
+from qpruner.models.checkpoint import dense_tensors
+from qpruner.models.loading import device
 from qpruner.plan import FULL_BITS
 from qpruner.quantization.loftq import loftq_start
 from qpruner.quantization.mixed import pack
+from qpruner.rundir import file_digest, read_json, write_json
+
+FORMAT = 1
+"""Counts up when an entry of the same inputs would hold other tensors."""
+INDEX = "bank.json"
+
+
+class IndexEntry(BaseModel):
+    """What the index says of one file.
+
+    Attributes:
+        inputs: Digest of what it was made from.
+        sha256: Of the file.
+        residual_ratio: Frobenius norm of W - Q - BA over that of W - Q.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    inputs: str
+    sha256: str
+    residual_ratio: float
+
+
+class BankIndex(BaseModel):
+    """`bank.json`: the bank's digest, the packing library's version, and every file by its name."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    digest: str
+    bitsandbytes: str
+    files: dict[str, IndexEntry]
 
 
 @dataclass(frozen=True)
@@ -89,21 +126,101 @@ def write_entry(bank: Path, group: str, bits: int, entry: Entry) -> Path:
     return path
 
 
+@dataclass(frozen=True)
+class GroupJob:
+    """One group to be packed at some bit-widths, by whoever has its weights within reach.
+
+    Attributes:
+        checkpoint: Folder of the dense model.
+        bank: Folder to write to.
+        group: Its name.
+        paths: Its layers.
+        bits: The bit-widths, without 16.
+        dtype: Name of the model's torch dtype.
+        settings: Adapter and quantization settings.
+        threads: CPU threads to take; None leaves them as they are.
+    """
+
+    checkpoint: Path
+    bank: Path
+    group: str
+    paths: tuple[str, ...]
+    bits: tuple[int, ...]
+    dtype: str
+    settings: EntrySettings
+    threads: int | None = None
+
+
+def build_group(job: GroupJob) -> dict[str, tuple[str, float]]:
+    """Pack a group and write its files; returns sha256 and residual ratio by file name."""
+    if job.threads and not torch.cuda.is_available():
+        torch.set_num_threads(job.threads)
+    names = {f"{path}.weight": path for path in job.paths}
+    stored = dense_tensors(job.checkpoint, names.__contains__)
+    weights = {names[name]: tensor.to(device(), getattr(torch, job.dtype)) for name, tensor in stored.items()}
+    built = {}
+    for bits in job.bits:
+        entry = build_entry(weights, bits, job.settings)
+        file = write_entry(job.bank, job.group, bits, entry)
+        built[str(file.relative_to(job.bank))] = (file_digest(file), entry.residual_ratio)
+    return built
+
+
+def write_index(bank: Path, index: BankIndex) -> None:
+    """Seal a bank: its files are what this index says."""
+    write_json(bank / INDEX, index)
+
+
+def read_index(bank: Path) -> BankIndex:
+    """What the bank says of itself.
+
+    Raises:
+        CorruptFile: If there is no index, or none that can be read.
+    """
+    index = read_json(bank / INDEX, BankIndex)
+    if index is None:
+        raise CorruptFile(f"bank {bank} has no {INDEX}; delete the folder to rebuild it", bank)
+    return index
+
+
+def is_intact(bank: Path, name: str, entry: IndexEntry) -> bool:
+    """Whether a file is there and is what the index says."""
+    return (bank / name).is_file() and file_digest(bank / name) == entry.sha256
+
+
 def read_plan(bank: Path, bits_by_group: Mapping[str, int]) -> dict[str, torch.Tensor]:
     """The tensors of all groups that a plan quantizes.
 
     Raises:
-        CorruptFile: Naming the file that is missing or cannot be read.
+        CorruptFile: Naming the file that is missing or is not what the index says, or the bank that another version
+            of bitsandbytes packed.
     """
+    wanted = {group: bits for group, bits in bits_by_group.items() if bits != FULL_BITS}
+    if not wanted:
+        return {}
+    index = read_index(bank)
+    if index.bitsandbytes != version("bitsandbytes"):
+        raise CorruptFile(
+            f"bank {bank} was packed by bitsandbytes {index.bitsandbytes}, but this process has "
+            f"{version('bitsandbytes')}; install the same version everywhere, or delete the folder to rebuild it",
+            bank,
+        )
     tensors: dict[str, torch.Tensor] = {}
-    for group, bits in bits_by_group.items():
-        if bits == FULL_BITS:
-            continue
+    for group, bits in wanted.items():
         path = entry_file(bank, group, bits)
+        entry = index.files.get(str(path.relative_to(bank)))
         try:
+            if entry is None or _digest_once(path, path.stat().st_mtime_ns) != entry.sha256:
+                raise CorruptFile(f"bank file {path} is not what {INDEX} says; repeat the command to rebuild it", path)
             tensors |= load_file(path)
         except (FileNotFoundError, SafetensorError) as error:
             raise CorruptFile(
-                f"bank file {path} cannot be read: {error}; delete the bank folder to rebuild it", path
+                f"bank file {path} cannot be read: {error}; repeat the command to rebuild it", path
             ) from error
     return tensors
+
+
+@functools.cache
+def _digest_once(path: Path, modified_ns: int) -> str:
+    """sha256 of a file, read once a process unless it was written again."""
+    return file_digest(path)

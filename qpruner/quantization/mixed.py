@@ -104,7 +104,7 @@ def replace_linears(
 
 
 def packed_layer(
-    linear: torch.nn.Module, bits: int, tensors: dict[str, torch.Tensor], dtype: torch.dtype, double_quant: bool
+    linear: torch.nn.Linear, bits: int, tensors: dict[str, torch.Tensor], dtype: torch.dtype, double_quant: bool
 ) -> torch.nn.Module:
     """A bitsandbytes layer in place of another, as `from_pretrained` would have made it from the packed tensors.
 
@@ -131,7 +131,7 @@ def packed_layer(
     return layer.requires_grad_(False).train(linear.training)
 
 
-def dense_layer(linear: torch.nn.Module, weight: torch.Tensor) -> torch.nn.Module:
+def dense_layer(linear: torch.nn.Linear, weight: torch.Tensor) -> torch.nn.Module:
     """An `nn.Linear` with a weight ``(rows, columns)`` in place of another layer, whose bias and device are kept."""
     with torch.device("meta"):
         layer = torch.nn.Linear(weight.shape[1], weight.shape[0], bias=False, dtype=weight.dtype)

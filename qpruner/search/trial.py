@@ -20,7 +20,7 @@ from qpruner.errors import TrainingDiverged
 from qpruner.evaluate import mean_accuracy, score_tasks
 from qpruner.finetune import Listener, Schedule, finetune
 from qpruner.models.loading import load_tokenizer
-from qpruner.quantization.assembly import assemble, attach_adapters
+from qpruner.quantization.assembly import workbench
 from qpruner.records import RungResult
 
 Report = Callable[[RungResult, Path], None]
@@ -58,15 +58,14 @@ def run_trial(job: TrialJob, start: Path | None, report: Report) -> None:
     """
     config = job.config
     # One seed for adapters, data order and dropout of all trials: another order moves the loss more than most plans do.
-    model, starts = assemble(
+    bench = workbench(
         job.materials.checkpoint,
         job.materials.bank,
         config.quantize.group,
-        job.plan,
         config.model.dtype,
         config.quantize.double_quant,
     )
-    peft_model = attach_adapters(model, starts, config.lora, config.quantize.group, config.seed)
+    peft_model = bench.model(job.plan, config.lora, config.seed)
     tokenizer = load_tokenizer(str(job.materials.checkpoint))
     pad_id = int(tokenizer.pad_token_id)
     validation = load_encoded(job.materials.data / "validation")

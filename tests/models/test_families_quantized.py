@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -29,8 +30,9 @@ from qpruner.plan import PrecisionPlan
 from qpruner.preflight import check_quantizable
 from qpruner.pruning.surgery import cut
 from qpruner.quantization.assembly import assemble, attach_adapters, measured_bytes
-from qpruner.quantization.bank import EntrySettings, build_entry, write_entry
+from qpruner.quantization.bank import BankIndex, EntrySettings, IndexEntry, build_entry, write_entry, write_index
 from qpruner.quantization.mixed import unpack
+from qpruner.rundir import file_digest
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -71,16 +73,20 @@ def quantized(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathF
     groups = group_linears(dense.config, GROUP)
     plan = {name: PATTERN[position % len(PATTERN)] for position, name in enumerate(groups)}
     unpacked: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float32)
+    files: dict[str, IndexEntry] = {}
     for name, paths in groups.items():
         if plan[name] == 16:
             continue
         weights = {path: dense.get_submodule(path).weight.detach() for path in paths}
         entry = build_entry(weights, plan[name], EntrySettings(LORA, double_quant=False, seed=0))
-        write_entry(folder / "bank", name, plan[name], entry)
+        file = write_entry(folder / "bank", name, plan[name], entry)
+        sha256 = file_digest(file)
+        files[str(file.relative_to(folder / "bank"))] = IndexEntry(inputs="", sha256=sha256, residual_ratio=1.0)
         for path in paths:
             packed = {key.removeprefix(f"{path}."): value for key, value in entry.tensors.items()}
             own = {key: value for key, value in packed.items() if key in ("SCB", "weight") or key.startswith("weight.")}
             unpacked.get_submodule(path).weight.data = unpack(own, torch.float32)
+    write_index(folder / "bank", BankIndex(digest="", bitsandbytes=version("bitsandbytes"), files=files))
     return Quantized(dense, unpacked.eval(), put_together(folder, plan)[0], plan, folder)
 
 

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from transformers import AutoConfig
 
 from qpruner.config import LoraConfig
 from qpruner.models.layout import group_linears
-from qpruner.models.loading import load_dense
 from qpruner.quantization.assembly import assemble
-from qpruner.quantization.bank import EntrySettings, build_entry, write_entry
+from qpruner.quantization.bank import BankIndex, EntrySettings, GroupJob, IndexEntry, build_group, write_index
+from qpruner.rundir import file_digest
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -26,13 +28,18 @@ def fill_bank(
     checkpoint: Path, bank: Path, double_quant: bool, lora: LoraConfig = LORA, dtype: str = DTYPE, group: str = GROUP
 ) -> list[str]:
     """Write every (group, 4 and 8 bits) of a checkpoint; returns the names of the groups."""
-    model = load_dense(str(checkpoint), dtype)
-    groups = group_linears(model.config, group)
+    groups = group_linears(AutoConfig.from_pretrained(checkpoint), group)
     for name, paths in groups.items():
-        weights = {path: model.get_submodule(path).weight for path in paths}
-        for bits in (4, 8):
-            write_entry(bank, name, bits, build_entry(weights, bits, EntrySettings(lora, double_quant, seed=0)))
+        build_group(GroupJob(checkpoint, bank, name, paths, (4, 8), dtype, EntrySettings(lora, double_quant, seed=0)))
+    seal(bank)
     return list(groups)
+
+
+def seal(bank: Path) -> None:
+    """Write the index of whatever files a bank has."""
+    files = {str(path.relative_to(bank)): file_digest(path) for path in sorted(bank.glob("*bit/*.safetensors"))}
+    entries = {name: IndexEntry(inputs="test", sha256=sha256, residual_ratio=1.0) for name, sha256 in files.items()}
+    write_index(bank, BankIndex(digest="test", bitsandbytes=version("bitsandbytes"), files=entries))
 
 
 def mixed_plan(names: list[str], pattern: tuple[int, ...]) -> dict[str, int]:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from mixed_models import DTYPE, GROUP, LORA, fill_bank, logits_of, mixed_plan
+from mixed_models import DTYPE, GROUP, LORA, fill_bank, logits_of, mixed_plan, seal
 from safetensors.torch import load_file
 
 from qpruner.config import LoraConfig
@@ -15,8 +16,19 @@ from qpruner.errors import CorruptFile
 from qpruner.models.layout import group_linears
 from qpruner.models.loading import load_dense
 from qpruner.quantization.assembly import assemble, attach_adapters
-from qpruner.quantization.bank import EntrySettings, build_entry, entry_file, read_plan, write_entry
+from qpruner.quantization.bank import (
+    EntrySettings,
+    GroupJob,
+    build_entry,
+    build_group,
+    entry_file,
+    read_index,
+    read_plan,
+    write_entry,
+    write_index,
+)
 from qpruner.quantization.mixed import pack, unpack
+from qpruner.rundir import file_digest
 
 
 def weights() -> dict[str, torch.Tensor]:
@@ -40,6 +52,7 @@ def test_a_plan_reads_what_was_written(tmp_path: Path, init: str) -> None:
     entries = {bits: build_entry(weights(), bits, settings(init=init)) for bits in (4, 8)}
     for bits, entry in entries.items():
         write_entry(tmp_path, "layers.0.mlp", bits, entry)
+    seal(tmp_path)
     for bits, entry in entries.items():
         assert same(read_plan(tmp_path, {"layers.0.mlp": bits}), entry.tensors)
     assert read_plan(tmp_path, {"layers.0.mlp": 16}) == {}
@@ -87,19 +100,54 @@ def test_without_loftq_nothing_is_given_back() -> None:
     assert not any("lora" in name for name in entry.tensors)
 
 
-@pytest.mark.parametrize("share", [0.0, 0.01, 0.5, 0.99])
-def test_a_truncated_file_is_named(tmp_path: Path, share: float) -> None:
+def truncate(path: Path) -> None:
+    os.truncate(path, path.stat().st_size // 2)
+
+
+def flip_a_byte(path: Path) -> None:
+    """What a disk does: same size, and safetensors reads it without a word."""
+    data = bytearray(path.read_bytes())
+    data[-100] ^= 0x10
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize("damage", [truncate, flip_a_byte, Path.unlink], ids=["truncated", "flipped", "missing"])
+def test_a_damaged_file_is_named(tmp_path: Path, damage: Callable[[Path], None]) -> None:
     write_entry(tmp_path, "layers.0.qkv", 8, build_entry(weights(), 8, settings()))
     path = write_entry(tmp_path, "layers.0.mlp", 4, build_entry(weights(), 4, settings()))
-    os.truncate(path, int(path.stat().st_size * share))
+    seal(tmp_path)
+    assert read_plan(tmp_path, {"layers.0.mlp": 4})
+    damage(path)
     with pytest.raises(CorruptFile, match=str(path)):
         read_plan(tmp_path, {"layers.0.qkv": 8, "layers.0.mlp": 4})
     assert read_plan(tmp_path, {"layers.0.qkv": 8})
 
 
-def test_a_missing_file_is_named(tmp_path: Path) -> None:
-    with pytest.raises(CorruptFile, match=str(tmp_path / "4bit" / "layers.1.mlp.safetensors")):
-        read_plan(tmp_path, {"layers.1.mlp": 4})
+def test_a_bank_that_another_version_packed_is_refused(tmp_path: Path) -> None:
+    write_entry(tmp_path, "layers.0.mlp", 4, build_entry(weights(), 4, settings()))
+    seal(tmp_path)
+    write_index(tmp_path, read_index(tmp_path).model_copy(update={"bitsandbytes": "0.1.2"}))
+    with pytest.raises(CorruptFile, match=r"packed by bitsandbytes 0\.1\.2"):
+        read_plan(tmp_path, {"layers.0.mlp": 4})
+
+
+def test_a_folder_that_is_no_bank_is_refused(tmp_path: Path) -> None:
+    write_entry(tmp_path, "layers.0.mlp", 4, build_entry(weights(), 4, settings()))
+    with pytest.raises(CorruptFile, match=r"has no bank\.json"):
+        read_plan(tmp_path, {"layers.0.mlp": 4})
+
+
+def test_a_group_built_by_a_worker_is_the_group_built_here(tiny_model: Path, tmp_path: Path) -> None:
+    """Workers read the layers they need from the checkpoint's files; no model is loaded."""
+    model = load_dense(str(tiny_model), DTYPE)
+    name, paths = next(iter(group_linears(model.config, GROUP).items()))
+    built = build_group(GroupJob(tiny_model, tmp_path, name, paths, (4, 8), DTYPE, settings()))
+    seal(tmp_path)
+    for bits in (4, 8):
+        entry = build_entry({path: model.get_submodule(path).weight for path in paths}, bits, settings())
+        assert same(read_plan(tmp_path, {name: bits}), entry.tensors)
+        file = entry_file(tmp_path, name, bits)
+        assert built[str(file.relative_to(tmp_path))] == (file_digest(file), entry.residual_ratio)
 
 
 def test_a_broken_checkpoint_shard_is_named(tiny_model: Path, tmp_path: Path) -> None:

@@ -1,0 +1,171 @@
+"""The bank stage: what is packed once, where it is packed, and what of an earlier bank still serves."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from dataclasses import replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qpruner.errors import CorruptFile, StageError
+from qpruner.events import Message, Progress
+from qpruner.pipeline.context import Context
+from qpruner.pipeline.stage import Stage, explained, run_stage
+from qpruner.plan import FULL_BITS, check_cpu_widths
+from qpruner.records import BankRecord, PruneRecord, digest_of
+
+if TYPE_CHECKING:
+    from qpruner.quantization.bank import GroupJob, IndexEntry
+
+FEW_WEIGHTS = 10_000_000
+"""Packing fewer takes less time than a start of Ray."""
+
+
+def bank(context: Context, pruned: PruneRecord) -> BankRecord:
+    """Packed weights and adapter starts of every (group, bits)."""
+    from qpruner.quantization import bank as store
+
+    config, quantize = context.config, context.config.quantize
+    levels = tuple(bits for bits in quantize.bits if bits != FULL_BITS)
+    starts = config.lora.model_copy(update={"dropout": 0.0})
+    library = version("bitsandbytes")
+    made_from = (pruned.digest, quantize.group, quantize.double_quant, starts, config.seed, store.FORMAT, library)
+    inputs = digest_of(*made_from)
+    named = ", ".join(map(str, levels))
+    stage = Stage("bank", f"packing every group at {named} bits, {config.lora.init} start", (*made_from, levels))
+    _forget_damaged_bank(context, stage)
+
+    def work(scratch: Path) -> dict[str, Any]:
+        import torch
+
+        if 4 in levels and not torch.cuda.is_available():
+            check_cpu_widths([linear for group in context.layout.groups for linear in group.linears])
+        files = _taken_over(context.bank, scratch, inputs, levels)
+        jobs = _group_jobs(context, scratch, levels, set(files))
+        _check_room(context, scratch, jobs)
+        for done, (job, built) in enumerate(_built(context, jobs), 1):
+            for name, (sha256, ratio) in built.items():
+                files[name] = store.IndexEntry(inputs=inputs, sha256=sha256, residual_ratio=ratio)
+            context.emit(Progress("bank", done, len(jobs), job.group))
+        index = store.BankIndex(digest=stage.digest, bitsandbytes=library, files=files)
+        store.write_index(scratch, index)
+        ratios: dict[str, dict[str, float]] = {}
+        for bits in levels:
+            by_group = {group.name: store.entry_file(Path(), group.name, bits) for group in context.layout.groups}
+            ratios[str(bits)] = {name: files[str(file)].residual_ratio for name, file in by_group.items()}
+        return {
+            "files": {name: entry.sha256 for name, entry in files.items()},
+            "bytes": sum((scratch / name).stat().st_size for name in files),
+            "residual_ratio": ratios,
+        }
+
+    def figures(record: BankRecord) -> str:
+        left = ", ".join(
+            f"{bits}-bit {sum(ratio.values()) / len(ratio):.3f}" for bits, ratio in record.residual_ratio.items()
+        )
+        return f"{len(record.files)} entries, {record.bytes / 1e6:.0f} MB; share of the error left: {left}"
+
+    return run_stage(context.run_dir, stage, BankRecord, work, figures, context.emit)
+
+
+def _forget_damaged_bank(context: Context, stage: Stage) -> None:
+    """Have a recorded bank made whole again where a file of it is missing or damaged.
+
+    Raises:
+        StageError: If the folder holds a bank that is not the recorded one.
+    """
+    from qpruner.quantization import bank as store
+
+    record = context.run_dir.read_record("bank", BankRecord)
+    if record is None or record.digest != stage.digest or not context.bank.is_dir():
+        return
+    with explained("bank", context.run_dir.root):
+        index = store.read_index(context.bank)
+    if index.digest != record.digest:
+        raise StageError(
+            "bank",
+            f"{context.bank} was built for other weights, settings or versions (digest {index.digest}, not "
+            f"{record.digest})",
+            "delete that folder, then repeat the command",
+        )
+    damaged = [name for name, entry in index.files.items() if not store.is_intact(context.bank, name, entry)]
+    for name in damaged:
+        context.emit(Message("bank", f"{context.bank / name} is missing or damaged; it alone is built again"))
+    if damaged:
+        context.run_dir.forget("bank")
+
+
+def _taken_over(bank: Path, scratch: Path, inputs: str, levels: tuple[int, ...]) -> dict[str, IndexEntry]:
+    """Link the intact files of an earlier bank that were made from the same, so that they are not built again."""
+    from qpruner.quantization import bank as store
+
+    try:
+        earlier = store.read_index(bank).files
+    except CorruptFile:
+        return {}
+    wanted = {f"{bits}bit" for bits in levels}
+    kept = {
+        name: entry
+        for name, entry in earlier.items()
+        if entry.inputs == inputs and Path(name).parts[0] in wanted and store.is_intact(bank, name, entry)
+    }
+    for name in kept:
+        (scratch / name).parent.mkdir(exist_ok=True)
+        (scratch / name).hardlink_to(bank / name)
+    return kept
+
+
+def _group_jobs(context: Context, scratch: Path, levels: tuple[int, ...], kept: set[str]) -> list[GroupJob]:
+    """What is left to build, a job a group."""
+    from qpruner.quantization import bank as store
+
+    config = context.config
+    settings = store.EntrySettings(config.lora, config.quantize.double_quant, config.seed)
+    jobs = []
+    for group in context.layout.groups:
+        left = tuple(bits for bits in levels if str(store.entry_file(Path(), group.name, bits)) not in kept)
+        if left:
+            paths = tuple(linear.name for linear in group.linears)
+            job = store.GroupJob(context.checkpoint, scratch, group.name, paths, left, config.model.dtype, settings)
+            jobs.append(job)
+    return jobs
+
+
+def _check_room(context: Context, scratch: Path, jobs: list[GroupJob]) -> None:
+    """Tell how large the bank will be, and refuse a disk that cannot hold it.
+
+    Raises:
+        StageError: Naming the bytes that are needed and those that are free.
+    """
+    layout = context.layout
+    groups = {group.name: group for group in layout.groups}
+    packed = sum(
+        groups[job.group].bytes_at(bits, layout.element_bytes, layout.double_quant) for job in jobs for bits in job.bits
+    )
+    num_sets = len({bits for job in jobs for bits in job.bits})
+    needed = packed + num_sets * layout.adapter_bytes
+    num_entries = sum(len(job.bits) for job in jobs)
+    context.emit(Message("bank", f"{num_entries} entries to build, {needed / 1e6:.0f} MB"))
+    free = shutil.disk_usage(scratch).free
+    if free < needed:
+        cause = f"the bank takes {needed / 1e6:.0f} MB, but {free / 1e6:.0f} MB are free in {context.run_dir.root}"
+        raise StageError("bank", cause, "make room, then repeat the command")
+
+
+def _built(context: Context, jobs: list[GroupJob]) -> Iterator[tuple[GroupJob, dict[str, tuple[str, float]]]]:
+    """Build the groups, on the cluster's workers where that is worth starting them."""
+    from qpruner.quantization.bank import build_group
+
+    num_weights = sum(group.num_weights for group in context.layout.groups)
+    if num_weights < FEW_WEIGHTS and not context.address:
+        for job in jobs:
+            yield job, build_group(job)
+        return
+    from qpruner.execution.cluster import run_tasks
+
+    resources, concurrent = context.task_resources(len(jobs))
+    jobs = [replace(job, threads=int(resources.get("cpu", 1))) for job in jobs]
+    for position, built in run_tasks(build_group, jobs, resources, concurrent, fresh=False):
+        yield jobs[position], built
