@@ -1,0 +1,149 @@
+"""The bank stage: built once, mended file by file, refused when it is somebody else's or finds no room."""
+
+from __future__ import annotations
+
+import importlib
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import raw_config, with_key
+
+from qpruner.config import validate_config
+from qpruner.errors import StageError
+from qpruner.events import Event, Message, Progress, StageFinished, StageSkipped
+from qpruner.pipeline import run
+from qpruner.records import BankRecord
+from qpruner.rundir import file_digest
+
+Raw = dict[str, Any]
+
+
+def bank_of(raw: Raw) -> tuple[BankRecord, list[Event]]:
+    """Run as far as the bank."""
+    events: list[Event] = []
+    record = run(validate_config(raw), events.append, until="bank").bank
+    assert record is not None
+    return record, events
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Path:
+    root = tmp_path_factory.mktemp("banked") / "run"
+    bank_of(raw_config(tiny_model, root))
+    return root
+
+
+@pytest.fixture
+def raw(finished: Path, tiny_raw: Raw) -> Raw:
+    """A configuration whose run folder has the whole bank."""
+    shutil.copytree(finished, tiny_raw["output"])
+    return tiny_raw
+
+
+def built(events: list[Event]) -> list[str]:
+    """Groups that were built."""
+    return [event.detail for event in events if isinstance(event, Progress) and event.stage == "bank"]
+
+
+def said(events: list[Event]) -> str:
+    return "\n".join(event.text for event in events if isinstance(event, Message) and event.stage == "bank")
+
+
+def test_a_whole_bank_is_skipped(raw: Raw) -> None:
+    _, events = bank_of(raw)
+    assert "bank" in [event.stage for event in events if isinstance(event, StageSkipped)]
+    assert built(events) == []
+
+
+@pytest.mark.parametrize("damage", ["flipped", "missing"])
+def test_a_damaged_file_is_named_and_it_alone_is_built_again(raw: Raw, damage: str) -> None:
+    folder = Path(raw["output"]) / "bank"
+    whole = {path: file_digest(path) for path in folder.rglob("*.safetensors")}
+    path = folder / "4bit" / "layers.1.down.safetensors"
+    if damage == "missing":
+        path.unlink()
+    else:
+        data = bytearray(path.read_bytes())
+        data[-7] ^= 1
+        path.write_bytes(data)
+    record, events = bank_of(raw)
+    assert str(path) in said(events)
+    assert built(events) == ["layers.1.down"]
+    assert {path: file_digest(path) for path in folder.rglob("*.safetensors")} == whole
+    assert set(record.files.values()) == set(whole.values())
+
+
+def test_a_bit_width_more_adds_files_and_builds_none_anew(tiny_model: Path, tmp_path: Path) -> None:
+    raw = with_key(raw_config(tiny_model, tmp_path / "run"), "quantize.bits", [4, 16])
+    bank_of(raw)
+    places = {path.name: path.stat().st_ino for path in (tmp_path / "run" / "bank" / "4bit").iterdir()}
+    record, _ = bank_of(with_key(raw, "quantize.bits", [4, 8, 16]))
+    assert {path.name: path.stat().st_ino for path in (tmp_path / "run" / "bank" / "4bit").iterdir()} == places
+    assert len(record.files) == 2 * len(places)
+
+
+def test_nothing_is_taken_over_from_other_weights(raw: Raw) -> None:
+    before, _ = bank_of(raw)
+    after, events = bank_of(with_key(raw, "prune.rate", 0.3))
+    name = "4bit/layers.0.down.safetensors"
+    assert before.files[name] != after.files[name]
+    assert len(built(events)) == 8
+
+
+def test_a_bank_of_another_run_is_refused(raw: Raw, tiny_model: Path, tmp_path: Path) -> None:
+    """Copied by hand: every file is whole, and made from other weights."""
+    other = with_key(raw_config(tiny_model, tmp_path / "other"), "prune.rate", 0.3)
+    bank_of(other)
+    folder = Path(raw["output"]) / "bank"
+    shutil.rmtree(folder)
+    shutil.copytree(tmp_path / "other" / "bank", folder)
+    with pytest.raises(StageError, match="built for other weights, settings or versions") as caught:
+        bank_of(raw)
+    assert str(folder) in caught.value.cause
+    assert "delete that folder" in caught.value.remedy
+
+
+def test_workers_build_what_this_process_builds(
+    raw: Raw, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here, _ = bank_of(raw)
+    monkeypatch.setattr(importlib.import_module("qpruner.pipeline.bank"), "FEW_WEIGHTS", 0)
+    with_workers, events = bank_of(raw_config(tiny_model, tmp_path / "workers"))
+    assert with_workers.files == here.files
+    assert with_workers.residual_ratio == here.residual_ratio
+    assert sorted(built(events)) == sorted({Path(name).stem for name in here.files})
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A real file system with room for the checkpoints and too little for the bank."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(place)], capture_output=True)
+    if mounted.returncode:
+        pytest.skip("mounting a file system needs root")
+    try:
+        yield place
+    finally:
+        subprocess.run(["umount", str(place)], check=True)
+
+
+def test_its_bytes_are_told_first_and_a_disk_that_has_filled_up_is_refused(tiny_model: Path, small_disk: Path) -> None:
+    """There was room when the run began; somebody else's file took it while the model was cut."""
+    raw = raw_config(tiny_model, small_disk / "run")
+    events: list[Event] = []
+
+    def emit(event: Event) -> None:
+        events.append(event)
+        if isinstance(event, StageFinished) and event.stage == "prune":
+            (small_disk / "ballast").write_bytes(bytes(shutil.disk_usage(small_disk).free - 60_000))
+
+    with pytest.raises(StageError, match="the bank takes") as caught:
+        run(validate_config(raw), emit, until="bank")
+    assert "16 entries to build" in said(events)
+    assert "make room" in caught.value.remedy
+    assert not list(small_disk.rglob("*bit/*.safetensors"))
