@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -40,6 +41,16 @@ class Samples:
     def one_by_one(self) -> Samples:
         """The same samples, each in a pass of its own."""
         return replace(self, batch_size=1)
+
+    @property
+    def by_length(self) -> Samples:
+        """The same samples, the shortest first, so that little is spent on padding."""
+        return replace(self, rows=sorted(self.rows, key=lambda row: len(row["input_ids"])))
+
+    def split(self) -> Iterator[Samples]:
+        """One batch after the other."""
+        for start in range(0, len(self.rows), self.batch_size):
+            yield replace(self, rows=self.rows[start : start + self.batch_size])
 
 
 @dataclass(frozen=True)
@@ -129,7 +140,6 @@ def visit_mask_gradients(
     Raises:
         TrainingDiverged: Naming the layer whose gradient is NaN or infinite.
     """
-    flags = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     num_rows = 0
 
     def hook_for(name: str, dim: int) -> Callable[..., None]:
@@ -148,17 +158,66 @@ def visit_mask_gradients(
 
         return listen
 
-    embeddings = model.get_input_embeddings()
-    handles = [embeddings.register_forward_hook(lambda module, inputs, output: output.requires_grad_(True))]
-    handles += [linear.register_forward_hook(hook_for(name, dim)) for name, (linear, dim) in linears.items()]
-    try:
-        model.requires_grad_(False)
+    hooks = [(linear, hook_for(name, dim)) for name, (linear, dim) in linears.items()]
+    with _activation_gradients(model, hooks):
         for batch in batches(samples.rows, samples.batch_size, samples.pad_id, model.device):
             num_rows = len(batch["input_ids"])
             logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False).logits
             labels = batch["labels"].to(logits.device)
             counts = (labels[:, 1:] != IGNORED_LABEL).sum(dim=1)
             (token_losses(logits, labels).sum(dim=1) / counts).sum().backward()  # type: ignore[no-untyped-call]
+
+
+def visit_linear_gradients(
+    model: PreTrainedModel,
+    linears: Mapping[str, torch.nn.Linear],
+    samples: Samples,
+    visit: Callable[[str, torch.Tensor, torch.Tensor], None],
+) -> None:
+    """Hand over what goes into linear layers and the gradient at what comes out, batch by batch, sample by sample.
+
+    The weight's gradient of sample s is ``gradients[s].T @ inputs[s]``: every sample's own, out of one backward pass.
+    The loss of a sample is the sum over its labelled tokens; at padding the gradient is zero.
+
+    Args:
+        model: A dense model; its `requires_grad` flags are restored afterwards.
+        linears: The layers, by name.
+        samples: The samples.
+        visit: Called per batch with name, inputs ``(samples, seq, columns)`` and gradients ``(samples, seq, rows)``.
+    """
+    num_rows = 0
+
+    def hook_for(name: str) -> Callable[..., None]:
+        def listen(module: torch.nn.Linear, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
+            features = inputs[0].detach()
+
+            def on_gradient(gradient: torch.Tensor) -> None:
+                by_sample = [values.reshape(num_rows, -1, values.shape[-1]) for values in (features, gradient)]
+                visit(name, *by_sample)
+
+            output.register_hook(on_gradient)  # type: ignore[no-untyped-call]
+
+        return listen
+
+    with _activation_gradients(model, [(linear, hook_for(name)) for name, linear in linears.items()]):
+        for batch in batches(samples.rows, samples.batch_size, samples.pad_id, model.device):
+            num_rows = len(batch["input_ids"])
+            logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False).logits
+            token_losses(logits, batch["labels"].to(logits.device)).sum().backward()  # type: ignore[no-untyped-call]
+
+
+@contextmanager
+def _activation_gradients(
+    model: PreTrainedModel, hooks: Sequence[tuple[torch.nn.Module, Callable[..., None]]]
+) -> Iterator[None]:
+    """Gradients reach activations, from the embeddings on, but no weight; forward hooks are set meanwhile."""
+    flags = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    embeddings = model.get_input_embeddings()
+    handles = [embeddings.register_forward_hook(lambda module, inputs, output: output.requires_grad_(True))]
+    handles += [module.register_forward_hook(hook) for module, hook in hooks]
+    try:
+        model.requires_grad_(False)
+        yield
     finally:
         for handle in handles:
             handle.remove()

@@ -1,23 +1,28 @@
-"""The one-time stages around the cut: prepare, sensitivity, bank."""
+"""The one-time stages around the cut: prepare, bank, sensitivity."""
 
 from __future__ import annotations
 
 import random
+import shutil
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qpruner.config import DataSource
-from qpruner.events import Progress
+from qpruner.events import Message, Progress
 from qpruner.pipeline.context import Context
 from qpruner.pipeline.stage import Stage, run_stage
-from qpruner.plan import FULL_BITS, check_cpu_widths
-from qpruner.records import BankRecord, PrepareRecord, PruneRecord, SensitivityRecord
-from qpruner.rundir import file_digest
+from qpruner.records import BankRecord, MethodScores, PrepareRecord, PruneRecord, SensitivityRecord, digest_of
+from qpruner.rundir import file_digest, read_json, write_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from qpruner.data import Example
+    from qpruner.sensitivity.measurement import Measurement
+    from qpruner.sensitivity.methods import Subject
 
 
 def prepare(context: Context) -> PrepareRecord:
@@ -41,89 +46,105 @@ def prepare(context: Context) -> PrepareRecord:
     return run_stage(context.run_dir, stage, PrepareRecord, work, figures, context.emit)
 
 
-def sensitivity(context: Context, pruned: PruneRecord) -> SensitivityRecord:
-    """Mutual information of each group with the prediction."""
-    config = context.config
-    inputs = (pruned.digest, config.sensitivity, config.quantize.group, config.seed, config.evaluate.batch_size)
-    stage = Stage("sensitivity", "mutual information between group outputs and the prediction", inputs)
+def sensitivity(context: Context, pruned: PruneRecord, banked: BankRecord) -> SensitivityRecord:
+    """How much each group suffers at fewer bits, method by method; scores of the same inputs are taken over."""
+    config, settings = context.config, context.config.sensitivity
+    inputs = (
+        pruned.digest,
+        banked.digest,
+        settings.model_copy(update={"methods": ()}),
+        config.quantize.group,
+        config.quantize.bits,
+        config.evaluate.batch_size,
+        config.seed,
+    )
+    digest = digest_of("scores", *inputs)
+    stage = Stage("sensitivity", ", ".join(settings.methods), (digest, settings.methods))
 
     def work(scratch: Path) -> dict[str, Any]:
-        from qpruner.data import load_encoded
-        from qpruner.models.loading import load_tokenizer
-        from qpruner.sensitivity import mutual_information as mi
-
-        found = mi.measure(
-            context.pruned_model(),
-            load_encoded(context.data / "sensitivity"),
-            config.quantize.group,
-            config.sensitivity,
-            pad_id=int(load_tokenizer(str(context.checkpoint)).pad_token_id),
-            batch_size=config.evaluate.batch_size,
-            seed=config.seed,
-            on_group=lambda done, total: context.emit(Progress("sensitivity", done, total)),
-        )
-        return {
-            "estimator": mi.ESTIMATOR,
-            "source": mi.SOURCE,
-            "bias": mi.BIAS,
-            "num_positions": found.num_positions,
-            "num_classes": found.num_classes,
-            "groups": found.groups,
-            "mutual_information_nats": found.values,
-            "raw_nats": found.raw,
-            "baseline_nats": found.baseline,
-        }
+        for file in context.run_dir.stage("sensitivity").glob(f"*-{digest}.json"):
+            shutil.copy(file, scratch)
+        files: dict[str, Path] = {method: scratch / f"{method}-{digest}.json" for method in settings.methods}
+        missing = [method for method, file in files.items() if not file.is_file()]
+        for method, scores in _scored(context, missing):
+            write_json(files[method], scores)
+            context.emit(Message("sensitivity", f"{_range(method, scores)} {scores.unit}, {scores.seconds:.1f} s"))
+        methods = {method: read_json(file, MethodScores) for method, file in files.items()}
+        return {"groups": tuple(group.name for group in context.layout.groups), "methods": methods}
 
     def figures(record: SensitivityRecord) -> str:
-        values = record.mutual_information_nats
-        return (
-            f"{min(values):.3f} to {max(values):.3f} nats over {len(values)} groups "
-            f"({record.num_positions} positions, {record.num_classes} tokens)"
-        )
+        ranges = ", ".join(_range(method, scores) for method, scores in record.methods.items())
+        return f"{len(record.groups)} groups at {config.quantize.bits[0]} bits: {ranges}"
 
-    return run_stage(context.run_dir, stage, SensitivityRecord, work, figures, context.emit)
-
-
-def bank(context: Context, pruned: PruneRecord) -> BankRecord:
-    """Packed weights and adapter starts of every (group, bits)."""
-    config, quantize = context.config, context.config.quantize
-    levels = tuple(bits for bits in quantize.bits if bits != FULL_BITS)
-    starts = config.lora.model_copy(update={"dropout": 0.0})
-    inputs = (pruned.digest, quantize.group, levels, quantize.double_quant, starts, config.seed)
-    named = ", ".join(map(str, levels))
-    stage = Stage("bank", f"packing every group at {named} bits, {config.lora.init} start", inputs)
-
-    def work(scratch: Path) -> dict[str, Any]:
-        from qpruner.models.layout import group_linears
-        from qpruner.quantization.bank import EntrySettings, build_entry, write_entry
-
-        model = context.pruned_model()
-        if 4 in levels and model.device.type != "cuda":
-            check_cpu_widths([linear for group in context.layout.groups for linear in group.linears])
-        settings = EntrySettings(config.lora, quantize.double_quant, config.seed)
-        groups = group_linears(model.config, quantize.group)
-        files: dict[str, str] = {}
-        ratios: dict[str, dict[str, float]] = {str(bits): {} for bits in levels}
-        for position, (name, paths) in enumerate(groups.items()):
-            weights = {path: model.get_submodule(path).weight for path in paths}
-            for bits in levels:
-                entry = build_entry(weights, bits, settings)
-                file = write_entry(scratch, name, bits, entry)
-                files[str(file.relative_to(scratch))] = file_digest(file)
-                ratios[str(bits)][name] = entry.residual_ratio
-            context.emit(Progress("bank", position + 1, len(groups)))
-        size = sum((scratch / name).stat().st_size for name in files)
-        return {"files": files, "bytes": size, "residual_ratio": ratios}
-
-    def figures(record: BankRecord) -> str:
-        left = ", ".join(
-            f"{bits}-bit {sum(ratio.values()) / len(ratio):.3f}" for bits, ratio in record.residual_ratio.items()
-        )
-        return f"{len(record.files)} entries, {record.bytes / 1e6:.0f} MB; share of the error left: {left}"
-
-    record = run_stage(context.run_dir, stage, BankRecord, work, figures, context.emit)
+    record = run_stage(context.run_dir, stage, SensitivityRecord, work, figures, context.emit)
     context.drop_pruned_model()
     return record
+
+
+def _range(method: str, scores: MethodScores) -> str:
+    lowest = scores.values[min(scores.values)]
+    return f"{method} {min(lowest):.3g} to {max(lowest):.3g}"
+
+
+def _scored(context: Context, methods: Sequence[str]) -> Iterator[tuple[str, MethodScores]]:
+    """Scores of each method, those of shared passes together."""
+    from qpruner.data import load_encoded
+    from qpruner.models.loading import load_tokenizer
+    from qpruner.sensitivity import methods as scoring
+
+    config, settings = context.config, context.config.sensitivity
+    subject = scoring.Subject(
+        rows=load_encoded(context.data / "sensitivity"),
+        pad_id=int(load_tokenizer(str(context.checkpoint)).pad_token_id),
+        group=config.quantize.group,
+        levels=config.quantize.bits,
+        bank=context.bank,
+        scaling=config.lora.alpha / config.lora.rank,
+    )
+    forward, backward = config.evaluate.batch_size, config.calibration.batch_size
+
+    def progress(done: int, total: int) -> None:
+        context.emit(Progress("sensitivity", done, total, ", ".join(asked)))
+
+    if asked := [method for method in methods if method in scoring.INFORMATION]:
+        model = context.pruned_model()
+        yield from scoring.by_information(model, subject, settings, forward, config.seed, progress).items()
+    if asked := [method for method in methods if method in scoring.EXPANSION]:
+        yield from scoring.by_expansion(context.pruned_model(), subject, asked, backward, progress).items()
+    if asked := [method for method in methods if method in scoring.MEASUREMENT]:
+        started = time.monotonic()
+        found = _measured(context, subject, progress)
+        yield from scoring.by_measurement(found, asked, subject.levels, time.monotonic() - started).items()
+
+
+def _measured(context: Context, subject: Subject, progress: Callable[[int, int], None]) -> Measurement:
+    """KL and loss of every group, the samples shared among the cluster's slots where there are several."""
+    from qpruner.execution.cluster import local_slots, run_tasks
+    from qpruner.sensitivity.measurement import Measurement, measure
+    from qpruner.sensitivity.methods import MeasurementJob, measure_share
+
+    batch_size = context.config.evaluate.batch_size
+    samples = subject.samples(batch_size, context.config.sensitivity.num_measured_samples).by_length
+    if not context.address and local_slots().gpus <= 1:
+        model = context.pruned_model()
+        return measure(model, samples, subject.starts(model), progress)
+    context.drop_pruned_model()
+    resources, num_shares = context.task_resources(len(samples.rows))
+    jobs = [
+        MeasurementJob(
+            checkpoint=context.checkpoint,
+            dtype=context.config.model.dtype,
+            subject=replace(subject, rows=samples.rows[share::num_shares]),
+            batch_size=batch_size,
+            threads=int(resources.get("cpu", 1)),
+        )
+        for share in range(num_shares)
+    ]
+    parts: dict[int, Measurement] = {}
+    for position, part in run_tasks(measure_share, jobs, resources, num_shares, fresh=False):
+        parts[position] = part
+        progress(len(parts), num_shares)
+    return Measurement.joined([parts[position] for position in sorted(parts)])
 
 
 def _encode_splits(context: Context, model_path: str, folder: Path) -> dict[str, int]:

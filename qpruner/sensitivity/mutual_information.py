@@ -21,13 +21,11 @@ from qpruner.calibration import Rows, visit_outputs
 from qpruner.config import SensitivityConfig
 from qpruner.errors import UserError
 from qpruner.models.layout import output_modules
-from qpruner.plan import PlanSpace, PrecisionPlan
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 ESTIMATOR = "k-nearest neighbours, continuous-discrete (Ross 2014), joint over whitened principal components"
-SOURCE = "group outputs at the predicted positions against the model's predicted token"
 BIAS = "the mean of the shuffled-label estimates is subtracted; what remains can be slightly negative"
 
 Floats = npt.NDArray[np.float64]
@@ -148,18 +146,3 @@ def pool_rare(labels: Integers, minimum: int) -> Integers:
     if 0 < (pooled == -1).sum() < minimum:
         pooled[pooled == -1] = values[counts.argmax()]
     return pooled
-
-
-def seed_plan(values: tuple[float, ...], space: PlanSpace) -> PrecisionPlan:
-    """More bits where the mutual information is larger: the exact knapsack under the byte budget.
-
-    A group's gain is its mutual information times the share of the way from the lowest to the highest bits; groups at
-    or below zero still get a little, so that the budget is used.
-    """
-    lowest, highest = space.levels[0], space.levels[-1]
-    # In units of the largest, so that the solver's tolerances do not matter.
-    largest = max(max(values), 1e-9)
-    gains = [max(value / largest, 1e-3) for value in values]
-    return space.best_by_gain(
-        [[gain * (bits - lowest) / (highest - lowest) for bits in space.levels] for gain in gains]
-    )

@@ -1,4 +1,4 @@
-"""Mutual information against known values: if this broke, the seed plans would give bits to the wrong groups."""
+"""Mutual information against known values: if this broke, its seed plan would give bits to the wrong groups."""
 
 from __future__ import annotations
 
@@ -13,13 +13,11 @@ from qpruner.config import SensitivityConfig
 from qpruner.errors import UserError
 from qpruner.models.layout import group_linears
 from qpruner.models.loading import load_dense
-from qpruner.plan import Group, Layout, LinearShape, PlanSpace
 from qpruner.sensitivity.mutual_information import (
     MutualInformation,
     estimate,
     measure,
     pool_rare,
-    seed_plan,
     whitened_components,
 )
 
@@ -127,43 +125,6 @@ def test_pooling_leaves_no_rare_label(seed: int) -> None:
         else:
             assert len(set(pooled[labels == label].tolist())) == 1
     assert set(values.tolist()) <= set(labels.tolist()) | {-1}
-
-
-def space_of(num_groups: int, share: float, levels: tuple[int, ...] = (4, 8)) -> PlanSpace:
-    groups = tuple(Group(f"layers.{index}", (LinearShape(f"l{index}", 64, 64),)) for index in range(num_groups))
-    layout = Layout(groups, 500, 100, 2, double_quant=False, num_parameters=64 * 64 * num_groups)
-    lowest, highest = layout.plan_bytes(layout.uniform(levels[0])), layout.plan_bytes(layout.uniform(levels[-1]))
-    return PlanSpace(layout, levels, lowest + int(share * (highest - lowest)))
-
-
-@pytest.mark.parametrize("seed", range(5))
-@pytest.mark.parametrize("levels", [(4, 8), (4, 8, 16)], ids=str)
-def test_more_information_gets_more_bits(levels: tuple[int, ...], seed: int) -> None:
-    values = tuple(np.random.default_rng(seed).uniform(0.05, 1.0, 8).tolist())
-    space = space_of(8, 0.5, levels)
-    plan = seed_plan(values, space)
-    assert space.plan_bytes(plan) <= space.budget_bytes
-    by_value = sorted(zip(values, plan.bits, strict=True))
-    assert [bits for _, bits in by_value] == sorted(plan.bits)
-    assert len(set(plan.bits)) > 1
-
-
-@pytest.mark.parametrize(
-    "values",
-    [
-        (0.5, -0.01, 0.0, -0.02, 0.3, -0.5),
-        (-0.01, -0.02, -0.03, -0.01, -0.02, -0.03),
-        (0.0,) * 6,
-        (2e-4, 1e-4, 5e-5, -1e-4, 1e-5, 0.0),
-    ],
-    ids=["some-negative", "all-negative", "all-zero", "all-tiny"],
-)
-def test_the_budget_is_used_whatever_the_estimates(values: tuple[float, ...]) -> None:
-    """Groups without information still get what is left: bytes that nobody uses help nobody."""
-    space = space_of(6, 0.67)
-    plan = seed_plan(values, space)
-    assert sorted(plan.bits) == [4, 4, 8, 8, 8, 8]
-    assert all(bits == 8 for bits, value in zip(plan.bits, values, strict=True) if value == max(values) > 0)
 
 
 ROWS = 24

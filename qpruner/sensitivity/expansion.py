@@ -1,0 +1,115 @@
+"""The loss's rise by expansion: gradients against the error that quantization leaves in the weights.
+
+With ``E = W_start - W``, ``g_s`` the gradient of sample s's summed loss and N labelled tokens in all, a group rises by
+
+- first order: ``sum_s <g_s, E> / N``,
+- Gauss-Newton: ``1/2 sum_s <g_s, E>^2 / N``, the empirical Fisher matrix along the error,
+- Fisher: ``1/2 sum_s <g_s^2, E^2> / N``, its diagonal only (as in SqueezeLLM, arXiv 2306.07629).
+
+Scores of different tokens are uncorrelated under the model, so a sample's sum has the Fisher information of its tokens.
+All three come from one backward pass over the samples, for every group and bit-width at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from qpruner.calibration import Samples, visit_linear_gradients
+from qpruner.data import IGNORED_LABEL
+from qpruner.errors import TrainingDiverged
+from qpruner.sensitivity.starts import Starts
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+Floats = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Expansion:
+    """What the backward pass leaves.
+
+    Attributes:
+        num_tokens: Labelled tokens.
+        change: ``(levels, groups, samples)``: ``<g_s, E>``.
+        fisher: ``(levels, groups)`` in nats per token; zeros when it was not asked for.
+    """
+
+    num_tokens: int
+    change: Floats
+    fisher: Floats
+
+    @property
+    def first_order(self) -> Floats:
+        """``(levels, groups)`` in nats per token."""
+        found: Floats = self.change.sum(axis=2) / self.num_tokens
+        return found
+
+    @property
+    def gauss_newton(self) -> Floats:
+        """``(levels, groups)`` in nats per token."""
+        found: Floats = 0.5 * np.square(self.change).sum(axis=2) / self.num_tokens
+        return found
+
+
+def expand(
+    model: PreTrainedModel,
+    samples: Samples,
+    starts: Starts,
+    with_fisher: bool = True,
+    on_samples: Callable[[int, int], None] = lambda done, total: None,
+) -> Expansion:
+    """Run the samples forward and backward once.
+
+    Memory above the weights: the activations of a batch, and a few float32 copies of one layer's weight. The diagonal
+    costs two more passes over a layer's gradient for each sample.
+
+    Args:
+        model: The pruned model, unquantized.
+        samples: The samples.
+        starts: Groups, bit-widths and the weights at the start of a trial.
+        with_fisher: Take the diagonal too.
+        on_samples: Told how many samples of how many are done.
+
+    Raises:
+        TrainingDiverged: Naming the layer where a number is NaN or infinite.
+    """
+    samples = samples.by_length
+    owner = {path: (index, group) for index, (group, paths) in enumerate(starts.groups.items()) for path in paths}
+    linears = {path: model.get_submodule(path) for path in owner}
+    change = np.zeros((len(starts.levels), len(starts.groups), len(samples.rows)))
+    fisher = np.zeros(change.shape[:2])
+    done = 0
+
+    @torch.no_grad()
+    def visit(path: str, inputs: torch.Tensor, gradients: torch.Tensor) -> None:
+        index, group = owner[path]
+        weight = linears[path].weight.detach().float()
+        errors = torch.stack(
+            [starts.weight(group, bits, path, weight.device).sub_(weight).flatten() for bits in starts.levels]
+        )
+        squares = torch.zeros_like(weight).flatten()
+        found = torch.empty(len(inputs), len(errors), dtype=torch.float64)
+        for row, (sample, gradient) in enumerate(zip(inputs.float(), gradients.float(), strict=True)):
+            slope = (gradient.T @ sample).flatten()
+            found[row] = (errors @ slope).double()
+            if with_fisher:
+                squares.addcmul_(slope, slope)
+        curved = (errors.square_() @ squares).double().cpu()
+        if not (found.isfinite().all() and curved.isfinite().all()):
+            raise TrainingDiverged(f"the gradient of {path}.weight is NaN or infinite on the calibration samples")
+        change[:, index, done : done + len(found)] += found.T.numpy()
+        fisher[:, index] += 0.5 * curved.numpy()
+
+    for batch in samples.split():
+        visit_linear_gradients(model, linears, batch, visit)  # type: ignore[arg-type]
+        done += len(batch.rows)
+        on_samples(done, len(samples.rows))
+    num_tokens = sum(label != IGNORED_LABEL for row in samples.rows for label in row["labels"][1:])
+    return Expansion(num_tokens, change, fisher / num_tokens)

@@ -1,0 +1,189 @@
+"""Every sensitivity in one shape: for each (group, bits) the predicted rise over the unquantized pruned model.
+
+Methods that need the same passes over the samples share them: the record of each says how long the passes took and
+with whom they were shared.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qpruner.calibration import Rows, Samples
+from qpruner.config import SensitivityConfig
+from qpruner.models.layout import group_linears
+from qpruner.plan import FULL_BITS
+from qpruner.records import MethodScores
+from qpruner.sensitivity import mutual_information
+from qpruner.sensitivity.expansion import expand
+from qpruner.sensitivity.measurement import Measurement, measure
+from qpruner.sensitivity.starts import Starts
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+OnProgress = Callable[[int, int], None]
+NATS = "nats per predicted token"
+
+INFORMATION = ("mutual_information",)
+EXPANSION = ("first_order", "fisher", "gauss_newton")
+MEASUREMENT = ("kl", "loss")
+"""Methods by the passes that they need."""
+
+SOURCES = {
+    "mutual_information": "mutual information of the group's output with the predicted token (QPruner, Findings of "
+    "NAACL 2025), times the share of the way down from the highest bits",
+    "first_order": "gradient times quantization error, summed over the weights",
+    "fisher": "half the mean squared gradient times squared quantization error, summed over the weights",
+    "gauss_newton": "half the mean squared product of gradient and quantization error",
+    "kl": "divergence of the predictions from the unquantized model's, measured with one group quantized",
+    "loss": "change of the loss, measured with one group quantized",
+}
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is scored, and on what.
+
+    Attributes:
+        rows: Encoded calibration samples.
+        pad_id: Padding token.
+        group: `block`, `sublayer` or `projection`.
+        levels: Bit-widths of the plans, ascending.
+        bank: Folder of the bank.
+        scaling: What the product of the adapters is multiplied with (alpha / rank).
+    """
+
+    rows: Rows
+    pad_id: int
+    group: str
+    levels: tuple[int, ...]
+    bank: Path
+    scaling: float
+
+    def starts(self, model: PreTrainedModel) -> Starts:
+        """What the bank holds for the model's groups."""
+        return Starts(self.bank, group_linears(model.config, self.group), self.levels, self.scaling)
+
+    def samples(self, batch_size: int, limit: int | None = None) -> Samples:
+        """The rows, or the first of them."""
+        return Samples(self.rows[:limit], self.pad_id, batch_size)
+
+
+def by_information(
+    model: PreTrainedModel,
+    subject: Subject,
+    settings: SensitivityConfig,
+    batch_size: int,
+    seed: int,
+    on_progress: OnProgress,
+) -> dict[str, MethodScores]:
+    """Mutual information: one pass forward and nearest neighbours."""
+    started = time.monotonic()
+    found = mutual_information.measure(
+        model, subject.rows, subject.group, settings, subject.pad_id, batch_size, seed, on_progress
+    )
+    lowest, highest = subject.levels[0], subject.levels[-1]
+    values = {
+        bits: tuple(value * (highest - bits) / (highest - lowest) for value in found.values) for bits in subject.levels
+    }
+    details = {
+        "estimator": mutual_information.ESTIMATOR,
+        "bias": mutual_information.BIAS,
+        "num_positions": found.num_positions,
+        "num_classes": found.num_classes,
+        "raw_nats": found.raw,
+        "baseline_nats": found.baseline,
+    }
+    return {
+        "mutual_information": MethodScores(
+            unit="nats of information",
+            source=SOURCES["mutual_information"],
+            values=values,
+            seconds=time.monotonic() - started,
+            details=details,
+        )
+    }
+
+
+def by_expansion(
+    model: PreTrainedModel, subject: Subject, methods: Sequence[str], batch_size: int, on_progress: OnProgress
+) -> dict[str, MethodScores]:
+    """First order, Fisher and Gauss-Newton: one pass forward and backward."""
+    started = time.monotonic()
+    samples = subject.samples(batch_size)
+    found = expand(model, samples, subject.starts(model), "fisher" in methods, on_progress)
+    details = {"num_samples": len(samples.rows), "num_positions": found.num_tokens}
+    by_method = {name: (getattr(found, name), details) for name in methods}
+    return _scores(by_method, subject.levels, time.monotonic() - started)
+
+
+def by_measurement(
+    found: Measurement, methods: Sequence[str], levels: tuple[int, ...], seconds: float
+) -> dict[str, MethodScores]:
+    """KL and loss of what `measure` found, its standard errors over samples beside them."""
+    by_method = {}
+    for name in methods:
+        sums = getattr(found, name)
+        details = {
+            "num_samples": len(found.counts),
+            "num_positions": int(found.counts.sum()),
+            "base_loss": float(found.mean(found.base_loss)),
+            "stderr": _by_bits(found.stderr(sums), levels),
+        }
+        by_method[name] = (found.mean(sums), details)
+    return _scores(by_method, levels, seconds)
+
+
+@dataclass(frozen=True)
+class MeasurementJob:
+    """A share of the samples to be measured in a process of its own.
+
+    Attributes:
+        checkpoint: Folder of the pruned model.
+        dtype: Name of the torch dtype of its weights.
+        subject: With the share's rows.
+        batch_size: Samples a pass.
+        threads: CPU threads.
+    """
+
+    checkpoint: Path
+    dtype: str
+    subject: Subject
+    batch_size: int
+    threads: int
+
+
+def measure_share(job: MeasurementJob) -> Measurement:
+    """Load the pruned model and measure a share of the samples; shares join by `Measurement.joined`."""
+    import torch
+
+    from qpruner.models.loading import load_dense
+
+    torch.set_num_threads(job.threads)
+    model = load_dense(str(job.checkpoint), job.dtype)
+    return measure(model, job.subject.samples(job.batch_size), job.subject.starts(model))
+
+
+def _scores(
+    by_method: Mapping[str, tuple[Any, dict[str, Any]]], levels: tuple[int, ...], seconds: float
+) -> dict[str, MethodScores]:
+    return {
+        name: MethodScores(
+            unit=NATS,
+            source=SOURCES[name],
+            values=_by_bits(values, levels),
+            seconds=seconds,
+            details=details | {"shared_with": [other for other in by_method if other != name]},
+        )
+        for name, (values, details) in by_method.items()
+    }
+
+
+def _by_bits(values: Any, levels: tuple[int, ...]) -> dict[int, tuple[float, ...]]:
+    """``(levels below 16, groups)`` by bits; 16 bits cost nothing."""
+    found = {bits: tuple(row.tolist()) for bits, row in zip(levels, values, strict=False)}
+    return found | ({FULL_BITS: (0.0,) * values.shape[1]} if FULL_BITS in levels else {})

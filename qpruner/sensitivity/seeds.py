@@ -1,0 +1,38 @@
+"""From a sensitivity to a plan: bits where they are predicted to save the most loss, under the byte budget."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from qpruner.plan import PlanSpace, PrecisionPlan
+
+RESOLUTION = 1e-5
+"""What a step to more bits is worth at least, of the largest gain: the budget is used whatever is predicted."""
+SCALE = 1e3
+"""The largest gain as the solver sees it: `RESOLUTION` of that is far above its absolute tolerances (1e-6)."""
+
+
+def seed_origin(method: str) -> str:
+    """The name under which a method's seed plan stands in trials and tables."""
+    return f"seed-{method.replace('_', '-')}"
+
+
+def seed_plan(values: Mapping[int, Sequence[float]], space: PlanSpace) -> PrecisionPlan:
+    """The feasible plan with the least predicted rise: an exact knapsack, whatever the values' unit.
+
+    More bits are never taken to be worse: where a prediction says so (noise, a negative slope) they are worth nothing.
+
+    Args:
+        values: Bits -> predicted rise of every group, for each of the space's levels.
+        space: The plans inside the budget.
+
+    Raises:
+        ValueError: If no plan is inside the budget.
+    """
+    rises = np.array([values[bits] for bits in space.levels], dtype=float).T  # (groups, levels)
+    gains = np.maximum.accumulate(rises[:, :1] - rises, axis=1)
+    gains *= SCALE / (gains.max() or 1.0)
+    gains += SCALE * RESOLUTION * np.arange(len(space.levels)) / (len(space.levels) - 1)
+    return space.best_by_gain(gains.tolist())

@@ -1,0 +1,114 @@
+"""Predicted rises against plain differentiation, sample by sample, of the same loss."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from banked_decoders import FAMILIES, PAD, Banked, banked
+
+from qpruner.calibration import Samples, mean_loss, token_losses
+from qpruner.errors import TrainingDiverged
+from qpruner.sensitivity.expansion import Expansion, expand
+
+BITS = (4, 8)
+
+
+def summed_losses(model: torch.nn.Module, samples: Samples) -> list[torch.Tensor]:
+    """Each sample's loss, alone in its pass, so that there is no padding."""
+    losses = []
+    for row in samples.rows:
+        logits = model(input_ids=torch.tensor([row["input_ids"]]), use_cache=False).logits
+        losses.append(token_losses(logits, torch.tensor([row["labels"]])).sum())
+    return losses
+
+
+def num_tokens(samples: Samples) -> int:
+    return sum(label != -100 for row in samples.rows for label in row["labels"])
+
+
+def mean_loss_at(subject: Banked, group: str, share: float) -> float:
+    """Mean loss over the labelled tokens, a share of the way to a group's 4-bit weights."""
+    model = copy.deepcopy(subject.model)
+    with torch.no_grad():
+        for path, error in subject.errors(group, 4).items():
+            model.get_submodule(path).weight.add_(error, alpha=share)
+    return mean_loss(model, subject.subject.rows, PAD, batch_size=8).mean
+
+
+def test_first_order_is_the_slope_of_the_loss_toward_the_quantized_weights(tmp_path: Path) -> None:
+    subject, step = banked(tmp_path, "llama", "block"), 0.02
+    found = expand(subject.model, subject.samples(), subject.starts, with_fisher=False).first_order
+    ahead, behind = ([mean_loss_at(subject, group, share) for group in subject.groups] for share in (step, -step))
+    assert found[0] == pytest.approx((np.array(ahead) - np.array(behind)) / (2 * step), rel=0.05, abs=2e-5)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_rise_is_that_of_each_samples_own_gradient(tmp_path: Path, name: str) -> None:
+    subject = banked(tmp_path, name)
+    samples = subject.samples()
+    found = expand(subject.model, samples, subject.starts)
+    errors = {
+        (index, level): subject.errors(group, bits)
+        for index, group in enumerate(subject.groups)
+        for level, bits in enumerate(BITS)
+    }
+    first, fisher, newton = (np.zeros(found.fisher.shape) for _ in range(3))
+    for loss in summed_losses(subject.model, samples):
+        subject.model.zero_grad()
+        loss.backward()
+        for (index, level), error in errors.items():
+            products = [subject.model.get_submodule(path).weight.grad * each for path, each in error.items()]
+            change = sum(float(product.sum()) for product in products)
+            first[level, index] += change
+            newton[level, index] += change**2 / 2
+            fisher[level, index] += sum(float(product.square().sum()) for product in products) / 2
+    count = num_tokens(samples)
+    assert found.first_order == pytest.approx(first / count, rel=1e-3, abs=1e-6)
+    assert found.gauss_newton == pytest.approx(newton / count, rel=1e-3, abs=1e-7)
+    assert found.fisher == pytest.approx(fisher / count, rel=1e-3)
+
+
+@pytest.fixture
+def llama(tmp_path: Path) -> Banked:
+    return banked(tmp_path, "llama", "block")
+
+
+def same(first: Expansion, second: Expansion) -> bool:
+    """Up to the order of the samples' own sums."""
+    pairs = [(getattr(one, name) for one in (first, second)) for name in ("first_order", "fisher", "gauss_newton")]
+    return all(np.allclose(one, other, rtol=1e-3, atol=1e-7) for one, other in pairs)
+
+
+def test_padding_and_batches_do_not_matter(llama: Banked) -> None:
+    alone, together = (expand(llama.model, llama.samples(size), llama.starts) for size in (1, 5))
+    assert alone.num_tokens == together.num_tokens == num_tokens(llama.samples())
+    assert same(alone, together)
+
+
+def test_the_model_is_left_as_it_was(llama: Banked) -> None:
+    model = llama.model
+    model.get_submodule("model.layers.1").requires_grad_(False)
+    flags = [parameter.requires_grad for parameter in model.parameters()]
+    before = copy.deepcopy(model.state_dict())
+    expand(model, llama.samples(), llama.starts)
+    assert [parameter.requires_grad for parameter in model.parameters()] == flags
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert not any(module._forward_hooks for module in model.modules())
+
+
+def test_progress_counts_samples(llama: Banked) -> None:
+    seen: list[tuple[int, int]] = []
+    expand(llama.model, llama.samples(2), llama.starts, on_samples=lambda done, total: seen.append((done, total)))
+    assert seen == [(2, 5), (4, 5), (5, 5)]
+
+
+def test_a_broken_weight_is_named(llama: Banked) -> None:
+    with torch.no_grad():
+        llama.model.get_submodule("model.layers.2.mlp.down_proj").weight[0, 0] = torch.nan
+    with pytest.raises(TrainingDiverged, match=r"model\.layers\.2\.mlp\.down_proj\.weight"):
+        expand(llama.model, llama.samples(), llama.starts)

@@ -1,0 +1,81 @@
+"""From sensitivities to plans: if this broke, the search would start from plans that no prediction asked for."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import pytest
+
+from qpruner.plan import PlanSpace, PrecisionPlan
+from qpruner.sensitivity import seed_origin, seed_plan
+
+SIZES = {4: 40, 8: 70, 16: 130}
+
+
+def space_of(num_groups: int, share: float, levels: tuple[int, ...] = (4, 8), step: int = 0) -> PlanSpace:
+    """Groups of `SIZES` bytes, each `step` larger than the one before; a budget between lowest and highest."""
+    sizes = tuple(tuple(SIZES[bits] + step * index for bits in levels) for index in range(num_groups))
+    lowest, highest = (sum(size[index] for size in sizes) for index in (0, -1))
+    return PlanSpace(
+        groups=tuple(f"layers.{index}" for index in range(num_groups)),
+        levels=levels,
+        group_bytes=sizes,
+        fixed_bytes=500,
+        budget_bytes=500 + lowest + int(share * (highest - lowest)),
+    )
+
+
+def random_values(num_groups: int, levels: Sequence[int], seed: int) -> dict[int, tuple[float, ...]]:
+    """Rises that shrink with bits, to 0 at the highest level; spread over three orders of magnitude."""
+    generator = np.random.default_rng(seed)
+    scale = 10.0 ** generator.uniform(-3, 0, num_groups)
+    shares = np.sort(generator.uniform(0, 1, (len(levels) - 1, num_groups)), axis=0)[::-1]
+    return {bits: tuple(row) for bits, row in zip(levels, [*(shares * scale), np.zeros(num_groups)], strict=True)}
+
+
+def rise(values: Mapping[int, Sequence[float]], plan: PrecisionPlan) -> float:
+    return sum(values[bits][index] for index, bits in enumerate(plan.bits))
+
+
+@pytest.mark.parametrize("unit", [1e-9, 1.0, 1e6])
+@pytest.mark.parametrize("levels", [(4, 8), (4, 8, 16), (8, 16)], ids=str)
+@pytest.mark.parametrize("seed", range(3))
+def test_no_plan_inside_the_budget_is_predicted_better(levels: tuple[int, ...], seed: int, unit: float) -> None:
+    space = space_of(6, 0.45, levels, step=7)
+    values = random_values(6, levels, seed)
+    plans = (PrecisionPlan(space.groups, bits) for bits in itertools.product(levels, repeat=6))
+    least = min(rise(values, plan) for plan in plans if space.is_feasible(plan))
+    found = seed_plan({bits: [unit * value for value in row] for bits, row in values.items()}, space)
+    assert space.is_feasible(found)
+    assert rise(values, found) == pytest.approx(least, rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    "lowest",
+    [
+        (0.5, -0.01, 0.0, -0.02, 0.3, -0.5),
+        (-0.01, -0.02, -0.03, -0.01, -0.02, -0.03),
+        (0.0,) * 6,
+        (2e-4, 1e-4, 5e-5, -1e-4, 1e-5, 0.0),
+        (1.0, 1e-9, 1e-9, 1e-9, 1e-9, 1e-9),
+    ],
+    ids=["some-negative", "all-negative", "all-zero", "all-tiny", "one-dominates"],
+)
+def test_the_budget_is_used_whatever_is_predicted(lowest: tuple[float, ...]) -> None:
+    """Groups that seem to lose nothing still get what is left: bytes that nobody uses help nobody."""
+    plan = seed_plan({4: lowest, 8: (0.0,) * 6}, space_of(6, 0.67))
+    assert sorted(plan.bits) == [4, 4, 8, 8, 8, 8]
+    assert all(bits == 8 for bits, value in zip(plan.bits, lowest, strict=True) if value == max(lowest) > 0)
+
+
+def test_noise_between_two_levels_does_not_keep_a_group_from_the_best() -> None:
+    """8 bits measured a little worse than 4: a group still goes to 16 for what that saves."""
+    space = space_of(2, 0.5, (4, 8, 16))
+    plan = seed_plan({4: (0.2, 0.1), 8: (0.21, 0.05), 16: (0.0, 0.0)}, space)
+    assert plan.bits == (16, 4)
+
+
+def test_a_seed_is_named_for_its_method() -> None:
+    assert seed_origin("mutual_information") == "seed-mutual-information"
