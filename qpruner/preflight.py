@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qpruner.config import BudgetConfig, QuantizeConfig, RunConfig, SearchConfig
+from qpruner.config import BudgetConfig, QuantizeConfig, RunConfig
 from qpruner.data import Example, check_disjoint, encode, load_examples, load_token_ids, normalized, windows
 from qpruner.errors import UserError
 from qpruner.evaluate import task_questions
@@ -71,15 +71,23 @@ def inspect(config: RunConfig) -> Inspection:
 
 
 def _warnings(config: RunConfig, num_groups: int) -> tuple[str, ...]:
-    """What a search cannot do, in numbers: learn a group's worth at each level from fewer trials than there are."""
-    steps_up, trials = num_groups * (len(config.quantize.bits) - 1), config.search.max_trials
-    if steps_up <= trials:
-        return ()
-    return (
-        f"{trials} trials (`search.max_trials`) cannot tell what more bits are worth in each of {num_groups} groups "
-        f"({steps_up} unknowns): the search leans on the sensitivities; allow {steps_up} trials, or take a coarser "
-        f"`quantize.group` than {config.quantize.group}",
-    )
+    """What a search of so few trials cannot do, in numbers."""
+    trials, quantize = config.search.max_trials, config.quantize
+    warnings = []
+    num_unknowns = num_groups * (len(quantize.bits) - 1)
+    if num_unknowns > trials:
+        warnings.append(
+            f"{trials} trials (`search.max_trials`) cannot tell what more bits are worth in {num_groups} groups "
+            f"({num_unknowns} unknowns): the search leans on the sensitivities; allow {num_unknowns} trials, or take a "
+            f"coarser `quantize.group` than {quantize.group}"
+        )
+    num_controls = len(quantize.bits) - 1 + len(config.sensitivity.methods)
+    if num_controls >= trials:
+        warnings.append(
+            f"up to {num_controls} uniform and seed plans come first, which may leave none of {trials} trials "
+            "(`search.max_trials`) to the searcher: allow more trials, or name fewer `sensitivity.methods`"
+        )
+    return tuple(warnings)
 
 
 def layout_for(config: RunConfig, model_config: Any) -> Layout:
@@ -243,22 +251,24 @@ def _check_data(config: RunConfig, model_config: Any) -> tuple[dict[str, list[Ex
                 f"`calibration.{key}` asks for {wanted} rows, but there are {len(examples['calibration'])}: ask for "
                 "fewer or give more data"
             )
+    search, evaluate = config.search, config.evaluate
     asked = {
-        "search": (config.search.tasks, config.search.num_questions),
-        "evaluate": (config.evaluate.tasks, config.evaluate.limit),
+        "search": (search.tasks, search.limit, search.num_questions),
+        "evaluate": (evaluate.tasks, evaluate.limit, evaluate.limit),
     }
-    words: dict[str, list[str]] = {"search": [], "evaluate": []}
-    for section, (tasks, limit) in asked.items():
-        if tasks:
-            questions = task_questions(tasks, include_path(config), f"{section}.tasks", limit)
-            if section == "search":
-                _check_fresh_questions(config.search, questions)
-            words[section] = [normalized(text) for texts in questions.values() for text in texts]
+    words: dict[str, list[str]] = {}
+    fresh: list[str] = []
+    for section, (tasks, limit, num_questions) in asked.items():
+        questions = task_questions(tasks, include_path(config), f"{section}.tasks", num_questions) if tasks else {}
+        words[section] = [normalized(text) for texts in questions.values() for text in texts[:limit]]
+        if num_questions != limit:
+            _check_fresh_questions(questions, limit)
+            fresh = [normalized(text) for texts in questions.values() for text in texts[limit:]]
     # Trials may be scored on the same questions twice, as loss and as accuracy: both are validation.
     identities["`evaluate.tasks`"] = words["evaluate"]
     check_disjoint(identities)
     others = {name: rows for name, rows in identities.items() if name != "`data.validation`"}
-    check_disjoint({"`search.tasks`": words["search"], **others})
+    check_disjoint({"`search.tasks`": [*words["search"], *fresh], **others})
     if calibration:
         rows = [row.identity for row in examples["calibration"]]
         for name in ("`data.validation`", "`data.confirmation`", "`evaluate.tasks`"):
@@ -266,13 +276,13 @@ def _check_data(config: RunConfig, model_config: Any) -> tuple[dict[str, list[Ex
     return examples, words
 
 
-def _check_fresh_questions(settings: SearchConfig, questions: dict[str, list[str]]) -> None:
-    """Refuse a task without questions to choose the winner by, where accuracy is what chooses."""
+def _check_fresh_questions(questions: dict[str, list[str]], limit: int | None) -> None:
+    """Refuse a task that the trials are asked the whole of, where further questions are to choose the winner."""
     for task, texts in questions.items():
-        if settings.metric == "accuracy" and settings.limit is not None and len(texts) <= settings.limit:
+        if limit is not None and len(texts) <= limit:
             raise UserError(
                 f"`search.limit` must leave questions of every task to choose the winner by: {task} has {len(texts)}, "
-                f"got {settings.limit}; lower it, half the questions is a good choice"
+                f"got {limit}; lower it, half the questions is a good choice"
             )
 
 

@@ -102,11 +102,6 @@ class BankRecord(Record):
     """bits -> group -> Frobenius norm of W - Q - BA over that of W - Q."""
 
 
-def is_control(origin: str) -> bool:
-    """Whether a plan of this origin is a control: a uniform plan or a seed, not a searcher's proposal."""
-    return origin.startswith(("uniform-", "seed-"))
-
-
 class RungResult(BaseModel):
     """A trial's score at one rung."""
 
@@ -174,7 +169,7 @@ class Confirmation(FreshScore):
 
     index: int
     origin: str
-    """Of the plan in this search: a control's name, else the searcher that proposed it."""
+    """A control's name, else the searcher that proposed it; with `of another search` where that was another."""
     control: bool
     """Whether the plan is a control of this search."""
     taken_over: bool

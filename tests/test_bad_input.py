@@ -779,11 +779,19 @@ def test_the_largest_budget_that_the_error_names_works_and_a_front_may_have_it_a
 def test_more_groups_than_trials_can_inform_is_a_warning_with_the_numbers(scene: Scene) -> None:
     """Two blocks of four projections at two levels: eight unknowns."""
     assert inspect(config_of(scene, {"search.max_trials": 8})).warnings == ()
-    (warning,) = inspect(config_of(scene, {"search.max_trials": 7})).warnings
+    warning = inspect(config_of(scene, {"search.max_trials": 7})).warnings[0]
     said = ("7 trials", "`search.max_trials`", "8 groups", "8 unknowns", "allow 8", "`quantize.group`", "projection")
     assert [part for part in said if part not in warning] == [], warning
-    (warning,) = inspect(config_of(scene, {"search.max_trials": 8, "quantize.bits": [4, 8, 16]})).warnings
+    (warning,) = inspect(config_of(scene, {"search.max_trials": 9, "quantize.bits": [4, 8, 16]})).warnings
     assert "16 unknowns" in warning
+
+
+def test_trials_that_the_controls_use_up_are_a_warning_with_the_numbers(scene: Scene) -> None:
+    few = {"quantize.group": "block", "sensitivity.methods": ["mutual_information", "kl"]}
+    assert inspect(config_of(scene, few | {"search.max_trials": 4})).warnings == ()
+    (warning,) = inspect(config_of(scene, few | {"search.max_trials": 3})).warnings
+    said = ("3 uniform and seed plans", "none of 3 trials", "`search.max_trials`", "`sensitivity.methods`")
+    assert [part for part in said if part not in warning] == [], warning
 
 
 # ---- the file itself, and --set

@@ -6,6 +6,7 @@ Also the promise that a run may be killed at any instant and repeated: same plan
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,7 +21,7 @@ import yaml
 from conftest import raw_config, with_key
 
 MINUTES = 60.0
-NOT_COMPARED = {"seconds", "peak_memory_bytes", "model_path", "output", "resumed", "environment"}
+NOT_COMPARED = {"seconds", "search_seconds", "peak_memory_bytes", "model_path", "output", "resumed", "environment"}
 """What may differ between two runs of one configuration: times, memory, folders, and that it was resumed."""
 
 
@@ -48,6 +49,8 @@ def written_config(folder: Path, model: Path) -> Path:
     folder.mkdir(parents=True)
     # One trial at a time: then the order of results, and with it every proposal, is fixed.
     raw = with_key(raw_config(model, folder / "run"), "search.max_concurrent", 1)
+    # The controls are three of the five trials.
+    raw = with_key(raw, "sensitivity.methods", ["mutual_information", "first_order"])
     path = folder / "config.yaml"
     path.write_text(yaml.safe_dump(raw))
     return path
@@ -164,6 +167,37 @@ def test_repeating_a_finished_run_computes_nothing(undisturbed: tuple[Path, dict
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("already recorded") == 7
     assert {path: path.stat().st_mtime_ns for path in (run / "records").iterdir()} == before
+
+
+def test_another_budget_measures_and_packs_nothing_and_starts_from_the_trials_there_are(
+    undisturbed: tuple[Path, dict[str, Any]], tmp_path: Path
+) -> None:
+    run = Path(shutil.copytree(undisturbed[0], tmp_path / "run"))
+    first, before = search_of(run)
+    config = undisturbed[0].parent / "config.yaml"
+    other = ("quantize.budget={fraction: 0.8}", "search.searcher=random", "search.max_trials=3", f"output={run}")
+    verb = [sys.executable, "-m", "qpruner.cli", "search", str(config), *(f"--set={key}" for key in other)]
+    done = subprocess.run(verb, capture_output=True, text=True, timeout=4 * MINUTES)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("already recorded") == 4
+    second, after = search_of(run)
+    assert second["trials_digest"] == first["trials_digest"] and second["budget_bytes"] > first["budget_bytes"]
+    assert (second["num_trials"], second["num_taken_over"]) == (3, len(before))
+    assert second["ended"] == "all 3 trials were spent (`search.max_trials`)"
+    assert {index: after[index] for index in before} == before, "what was taken over is as it was"
+    assert len({tuple(trial["plan"].values()) for trial in after.values()}) == len(after) == len(before) + 3
+    controls = {each["origin"]: each for each in second["confirmations"] if each["control"]}
+    assert controls["uniform-4"]["taken_over"] and controls["uniform-4"]["index"] == 0
+    losses = {each["index"]: each["loss"] for each in second["confirmations"]}
+    assert losses[second["best_index"]] == min(losses.values())
+
+
+def search_of(run: Path) -> tuple[dict[str, Any], dict[int, dict[str, Any]]]:
+    """The search's record, and the trials of its folder by number."""
+    record = json.loads((run / "records" / "search.json").read_text())
+    paths = (run / "trials" / record["trials_digest"]).glob("*/trial.json")
+    trials = [json.loads(path.read_text()) for path in paths]
+    return record, {trial["index"]: trial for trial in trials}
 
 
 TRIAL_ALONE = """

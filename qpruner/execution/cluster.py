@@ -20,16 +20,37 @@ OBJECT_STORE_BYTES = 200 * 1024**2
 
 
 @dataclass(frozen=True)
-class Slots:
-    """What the cluster can run at once.
-
-    Attributes:
-        cpus: CPU cores of all nodes.
-        gpus: GPUs of all nodes.
-    """
+class Node:
+    """One machine's CPU cores and GPUs."""
 
     cpus: float
     gpus: float
+
+    def fits(self, resources: Mapping[str, float]) -> int:
+        """Trials of such resources at once; several GPUs of one trial, or shares of one, lie on this machine."""
+        cpu, gpu = resources.get("cpu", 0.0), resources.get("gpu", 0.0)
+        by_cpu = int(self.cpus // cpu) if cpu else 10**6
+        if not gpu:
+            return by_cpu
+        by_gpu = int(self.gpus // gpu) if gpu >= 1 else int(self.gpus) * int(1 / gpu)
+        return min(by_cpu, by_gpu)
+
+
+@dataclass(frozen=True)
+class Slots:
+    """What the cluster can run at once."""
+
+    nodes: tuple[Node, ...]
+
+    @property
+    def cpus(self) -> float:
+        """CPU cores of all nodes."""
+        return sum(node.cpus for node in self.nodes)
+
+    @property
+    def gpus(self) -> float:
+        """GPUs of all nodes."""
+        return sum(node.gpus for node in self.nodes)
 
     def resources_per_trial(self, asked: Mapping[str, float | None] | None) -> dict[str, float]:
         """What one trial reserves: what was asked for, else a GPU where there is one, else a core."""
@@ -43,13 +64,12 @@ class Slots:
         Raises:
             UserError: If not even one fits.
         """
-        fits = int(self.cpus // resources.get("cpu", 1.0)) if resources.get("cpu") else 10**6
-        if resources.get("gpu"):
-            fits = min(fits, int(self.gpus / resources["gpu"]))
+        fits = sum(node.fits(resources) for node in self.nodes)
         if fits < 1:
+            has = ", ".join(f"{node.cpus:g} CPUs and {node.gpus:g} GPUs" for node in self.nodes)
             raise UserError(
-                f"`search.resources_per_trial` asks for {resources}, but the cluster has {self.cpus:g} CPUs and "
-                f"{self.gpus:g} GPUs: ask for less"
+                f"`search.resources_per_trial` asks for {resources} on one machine, but the cluster's have {has}: ask "
+                "for less"
             )
         return min(fits, limit) if limit else fits
 
@@ -58,7 +78,7 @@ def local_slots() -> Slots:
     """This machine's slots, without starting Ray."""
     import torch
 
-    return Slots(float(len(os.sched_getaffinity(0))), float(torch.cuda.device_count()))
+    return Slots((Node(float(len(os.sched_getaffinity(0))), float(torch.cuda.device_count())),))
 
 
 def connect(address: str | None) -> Slots:
@@ -80,8 +100,8 @@ def connect(address: str | None) -> Slots:
                 runtime_env=environment,
                 _node_ip_address="127.0.0.1",
             )
-    total = ray.cluster_resources()
-    return Slots(float(total.get("CPU", 0.0)), float(total.get("GPU", 0.0)))
+    alive = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    return Slots(tuple(Node(float(has.get("CPU", 0.0)), float(has.get("GPU", 0.0))) for has in alive))
 
 
 def _check_reachable(address: str, seconds: float = 5.0) -> None:

@@ -208,12 +208,12 @@ def _confirm(context: Context, finalists: Sequence[TrialRecord], job: SearchJob)
     found: dict[int, Confirmation] = {}
     for position, score in run_tasks(confirm_trial, jobs, resources, concurrent, fresh=False):
         trial = finalists[position]
-        control = job.control_of(_plan(trial))
+        control, taken_over = job.control_of(_plan(trial)), not job.owns(trial)
         found[position] = Confirmation(
             index=trial.index,
-            origin=control or trial.origin,
+            origin=control or (f"{trial.origin} of another search" if taken_over else trial.origin),
             control=control is not None,
-            taken_over=not job.owns(trial),
+            taken_over=taken_over,
             **score.model_dump(),
         )
     for _, each in sorted(found.items()):

@@ -12,13 +12,15 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import raw_config, with_key
+from conftest import DEMO_DATA, raw_config, with_key
 
 from qpruner.config import validate_config
 from qpruner.errors import StageError
+from qpruner.events import Event
+from qpruner.pipeline import run
 from qpruner.pipeline.search import _best, _finalists, _front, non_dominated
 from qpruner.plan import Group, Layout, LinearShape, PlanSpace, PrecisionPlan
-from qpruner.records import Confirmation, RungResult, TrialRecord
+from qpruner.records import Confirmation, RungResult, SearchRecord, TrialRecord
 from qpruner.search.searchers import History, Ledger, Proposal, RandomProposer
 from qpruner.search.trial import Materials
 from qpruner.search.trial_records import read_seconds, read_trials, write_seconds, write_trial
@@ -298,3 +300,56 @@ def test_the_front_is_that_of_the_fresh_scores(tmp_path: Path) -> None:
         (2, 3.3, LAYOUT.plan_bytes(plan_of("444444"))),
         (0, 3.1, LAYOUT.plan_bytes(plan_of("888444"))),
     ]
+
+
+# ---- the whole stage
+
+
+def test_the_winner_by_accuracy_is_chosen_by_questions_that_no_trial_was_asked(tiny_model: Path) -> None:
+    from qpruner.evaluate import score_tasks
+    from qpruner.models.loading import load_dense, load_tokenizer
+
+    model, tokenizer = load_dense(str(tiny_model), "float32"), load_tokenizer(str(tiny_model))
+    folder = str(DEMO_DATA.parent / "tasks")
+
+    def losses(limit: int, skip: int = 0) -> list[float]:
+        """Loss of the right answer to each question asked."""
+        (score,) = score_tasks(model, tokenizer, ["qpruner_everyday_validation"], folder, limit, 8, skip=skip)
+        return list(score.answer_loss)
+
+    both = losses(16)
+    assert len(set(both)) == 16
+    assert losses(8) == pytest.approx(both[:8])
+    assert losses(8, skip=8) == pytest.approx(both[8:])
+
+
+def go(raw: dict[str, Any]) -> tuple[SearchRecord, list[Event]]:
+    """Runs the flow up to the search, in process; returns its record and what was said."""
+    events: list[Event] = []
+    results = run(validate_config(raw), events.append, until="search")
+    assert results.search is not None
+    return results.search, events
+
+
+@pytest.mark.slow
+def test_a_front_by_accuracy_holds_more_bytes_only_where_they_bring_something(tiny_raw: dict[str, Any]) -> None:
+    raw = tiny_raw
+    for key, value in {
+        "sensitivity.methods": ["mutual_information"],
+        "quantize.budget": {"fraction": 1.0},
+        "search.max_trials": 6,
+        "search.searcher": "gp",
+        "search.first_rung": 2,
+        "search.pareto": True,
+        "search.metric": "accuracy",
+        "search.tasks": ["qpruner_everyday_validation"],
+        "search.limit": 8,
+    }.items():
+        raw = with_key(raw, key, value)
+    found, _ = go(raw)
+    assert found.ended == "all 6 trials were spent (`search.max_trials`)"
+    sizes, accuracies = zip(*((point.plan_bytes, point.accuracy) for point in found.front), strict=True)
+    assert list(sizes) == sorted(set(sizes)) and sizes[-1] <= found.budget_bytes
+    assert list(accuracies) == sorted(set(accuracies))
+    assert found.best_plan == found.front[-1].plan, "the best is the front's best inside the budget"
+    assert all(each.accuracy is not None for each in found.confirmations)

@@ -1,0 +1,40 @@
+"""How many trials a cluster takes at once."""
+
+from __future__ import annotations
+
+import pytest
+
+from qpruner.errors import UserError
+from qpruner.execution.cluster import Node, Slots
+
+TWO_NODES = Slots((Node(8, 2), Node(8, 1)))
+
+
+@pytest.mark.parametrize(
+    ("resources", "expected"),
+    [
+        pytest.param({"cpu": 1, "gpu": 1}, 3, id="one-gpu"),
+        pytest.param({"cpu": 1, "gpu": 0.5}, 6, id="halves"),
+        pytest.param({"cpu": 1, "gpu": 0.4}, 6, id="two-fit-on-each-gpu"),
+        pytest.param({"cpu": 1, "gpu": 2}, 1, id="two-gpus-of-one-machine"),
+        pytest.param({"cpu": 5}, 2, id="cores-of-one-machine"),
+        pytest.param({"cpu": 4, "gpu": 0.25}, 4, id="too-few-cores-for-the-gpus"),
+    ],
+)
+def test_a_trials_resources_lie_on_one_machine(resources: dict[str, float], expected: int) -> None:
+    assert TWO_NODES.concurrent(resources, None) == expected
+
+
+def test_what_only_two_machines_together_have_is_refused() -> None:
+    """Ray would wait for ever."""
+    with pytest.raises(
+        UserError, match=r"'gpu': 3.* on one machine.*8 CPUs and 2 GPUs, 8 CPUs and 1 GPUs: ask for less"
+    ):
+        TWO_NODES.concurrent({"cpu": 1, "gpu": 3}, None)
+
+
+def test_a_limit_is_kept_and_a_gpu_is_taken_where_there_is_one() -> None:
+    assert TWO_NODES.resources_per_trial(None) == {"cpu": 1.0, "gpu": 1.0}
+    assert TWO_NODES.resources_per_trial({"cpu": 2.0, "gpu": 0}) == {"cpu": 2.0}
+    assert Slots((Node(4, 0),)).resources_per_trial(None) == {"cpu": 1.0}
+    assert TWO_NODES.concurrent({"cpu": 1, "gpu": 1}, 2) == 2
