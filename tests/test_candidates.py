@@ -52,11 +52,11 @@ def config(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> RunCon
     return config
 
 
-def job_of(config: RunConfig, folder: Path, bits: tuple[int, ...] = (4, 8), tuned: bool = True) -> CandidateJob:
+def job_of(config: RunConfig, folder: Path, bits: tuple[int, ...] = (4, 8), seed: int | None = 0) -> CandidateJob:
     run_dir = RunDir(Path(config.output))
     names = sorted(path.stem for path in (run_dir.stage("bank") / "4bit").iterdir())
     plan = {name: bits[position % len(bits)] for position, name in enumerate(names)}
-    row = Candidate("searched", run_dir.stage("prune"), run_dir.stage("bank"), plan, folder, tuned)
+    row = Candidate("searched", run_dir.stage("prune"), run_dir.stage("bank"), plan, folder, seed)
     return CandidateJob(config, row, run_dir.stage("prepare") / "data", threads=1)
 
 
@@ -76,7 +76,7 @@ def copied(tuned: tuple[CandidateJob, FinetuneOutcome], tmp_path: Path) -> Candi
 
 
 def untuned(job: CandidateJob) -> CandidateJob:
-    return replace(job, candidate=replace(job.candidate, tuned=False))
+    return replace(job, candidate=replace(job.candidate, seed=None))
 
 
 def validation_loss(job: CandidateJob, model: torch.nn.Module) -> float:
@@ -104,6 +104,17 @@ def test_the_outcome_is_that_of_the_saved_adapter(tuned: tuple[CandidateJob, Fin
     load_adapter(start, job.candidate.adapter)
     assert validation_loss(job, start) == pytest.approx(outcome.validation_loss, abs=1e-6)
     assert outcome.validation_loss < before
+
+
+def test_another_training_seed_is_another_fine_tune_from_the_same_start(
+    tuned: tuple[CandidateJob, FinetuneOutcome], tmp_path: Path
+) -> None:
+    """Over training seeds the data order differs; were the starts drawn anew, plans would be compared with that noise."""
+    job, outcome = tuned
+    other = replace(job, candidate=replace(job.candidate, folder=tmp_path / "other", seed=1))
+    assert finetune_candidate(other).validation_loss != outcome.validation_loss
+    starts = [build(each.config, each.candidate).state_dict() for each in (job, other)]
+    assert all(torch.equal(value, starts[1][name]) for name, value in starts[0].items())
 
 
 def test_the_measured_bytes_are_those_of_the_plan(tuned: tuple[CandidateJob, FinetuneOutcome]) -> None:
@@ -178,7 +189,7 @@ def test_a_row_is_taken_for_fine_tuned_unless_told_otherwise(config: RunConfig, 
 
 def test_an_untuned_row_is_the_model_as_it_is(config: RunConfig, tuned: tuple[CandidateJob, FinetuneOutcome]) -> None:
     """Neither an adapter that lies in its folder nor a start may touch the `no fine-tune` rows."""
-    job = job_of(config, tuned[0].candidate.folder, bits=(16,), tuned=False)
+    job = job_of(config, tuned[0].candidate.folder, bits=(16,), seed=None)
     settings = config.evaluate
     expected = score_tasks(
         load_dense(str(job.candidate.checkpoint), config.model.dtype),

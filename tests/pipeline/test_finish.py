@@ -1,8 +1,10 @@
-"""What the final table compares: the seed plan stands beside the winner at the winner's own bytes."""
+"""What the final table compares, under which training seeds, and that nothing of it is made twice."""
 
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +14,16 @@ from conftest import raw_config, with_key
 
 from qpruner import preflight
 from qpruner.config import validate_config
-from qpruner.events import Event
+from qpruner.events import Event, Message
 from qpruner.pipeline import run
 from qpruner.pipeline.context import Context
-from qpruner.pipeline.finish import table_rows
+from qpruner.pipeline.finish import evaluate, finetune
+from qpruner.pipeline.rows import Row, candidate_of, table_rows, untuned_candidates
 from qpruner.plan import PrecisionPlan
-from qpruner.records import SearchRecord, SensitivityRecord
-from qpruner.rundir import RunDir
+from qpruner.records import CandidateRecord, Confirmation, SearchRecord, SensitivityRecord
+from qpruner.rundir import RunDir, write_json
+
+MI_ROW = "mutual-information seed"
 
 
 def ignore(event: Event) -> None:
@@ -29,70 +34,256 @@ def ignore(event: Event) -> None:
 def raw(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """A configuration whose run has got as far as the sensitivities."""
     raw = raw_config(tiny_model, tmp_path_factory.mktemp("finish") / "run")
+    for key, value in (
+        ("sensitivity.methods", ["mutual_information", "fisher"]),
+        ("finetune.seeds", 3),
+        ("evaluate.limit", 2),
+    ):
+        raw = with_key(raw, key, value)
     run(validate_config(raw), ignore, until="sensitivity")
     return raw
 
 
-def context_of(raw: dict[str, Any]) -> Context:
+@pytest.fixture(scope="module")
+def context(raw: dict[str, Any]) -> Context:
     config = validate_config(raw)
     return Context(config, RunDir(Path(config.output)), ignore, None, preflight.inspect(config))
 
 
-def searched_record(plan: PrecisionPlan) -> SearchRecord:
+@pytest.fixture
+def changed(raw: dict[str, Any], context: Context) -> Callable[[str, Any], Context]:
+    """The same run with another configuration."""
+    return lambda key, value: replace(context, config=validate_config(with_key(raw, key, value)))
+
+
+def measured_of(context: Context) -> SensitivityRecord:
+    measured = context.run_dir.read_record("sensitivity", SensitivityRecord)
+    assert measured is not None
+    return measured
+
+
+def searched_record(plan: PrecisionPlan, losses: dict[str, float] | None = None) -> SearchRecord:
+    """A search that ended with `plan`; `losses` are those of its confirmed controls."""
+    confirmations = [
+        Confirmation(index=index, origin=origin, control=True, taken_over=False, loss=loss, stderr=0.1)
+        for index, (origin, loss) in enumerate((losses or {"seed-fisher": 2.0}).items())
+    ]
     return SearchRecord(
         digest="0" * 16,
         seconds=1.0,
         trials_digest="1" * 16,
-        searcher="hyperopt",
+        searcher="gp",
+        metric="loss",
         budget_bytes=1,
-        num_trials=1,
-        num_finished=1,
+        num_trials=9,
+        num_finished=9,
         num_stopped=0,
         num_failed=0,
-        confirmations=(),
-        best_index=0,
-        best_origin="hyperopt",
+        num_taken_over=0,
+        ended="",
+        search_seconds=1.0,
+        gpu_seconds=0.0,
+        confirmations=tuple(confirmations),
+        best_index=7,
+        best_origin="gp",
         best_plan=plan.as_dict(),
+        best_control=0,
+        control_won=False,
+        front=(),
         resumed=0,
     )
 
 
-def plans_by_name(context: Context, winner: PrecisionPlan) -> dict[str, PrecisionPlan]:
-    measured = context.run_dir.read_record("sensitivity", SensitivityRecord)
-    assert measured is not None
-    rows = table_rows(context, searched_record(winner), measured)
-    return {row.name: PrecisionPlan.from_dict(dict(row.plan)) for row in rows}
+def rows_of(context: Context, winner: PrecisionPlan, losses: dict[str, float] | None = None) -> dict[str, Row]:
+    return {row.name: row for row in table_rows(context, searched_record(winner, losses), measured_of(context))}
 
 
-def test_the_seed_row_is_the_best_seed_of_the_winners_bytes(raw: dict[str, Any]) -> None:
+def a_winner(context: Context) -> PrecisionPlan:
+    """A plan that is no control."""
+    return context.space.plan_of([0, 1, 1, 0, 0, 1, 0, 0])
+
+
+# Which plans
+
+
+def test_the_seed_rows_are_the_best_seeds_of_the_winners_bytes(context: Context) -> None:
     """A seed plan with the whole budget against a winner that left bytes unused would be no fair comparison."""
-    context = context_of(raw)
-    measured = context.run_dir.read_record("sensitivity", SensitivityRecord)
-    assert measured is not None
-    layout = context.layout
-    names = tuple(group.name for group in layout.groups)
-    assert names == measured.groups
-    every = [PrecisionPlan(names, bits) for bits in itertools.product((4, 8), repeat=len(names))]
-    largest = max(measured.mutual_information_nats)
-    worth = np.maximum(np.array(measured.mutual_information_nats) / largest, 1e-3)
+    space, methods = context.space, measured_of(context).methods
+    assert space.groups == measured_of(context).groups
+    every = [PrecisionPlan(space.groups, bits) for bits in itertools.product((4, 8), repeat=len(space.groups))]
 
-    def gain(plan: PrecisionPlan) -> float:
+    def gain(plan: PrecisionPlan, method: str) -> float:
+        rises = methods[method].values
+        # More bits are never taken to be worse.
+        worth = np.maximum(np.array(rises[4]) - np.array(rises[8]), 0.0)
         return float(worth @ (np.array(plan.bits) == 8))
 
     below_budget = 0
-    for winner in np.random.default_rng(0).choice(len(every), 12, replace=False):
-        winning_bytes = layout.plan_bytes(every[winner])
-        below_budget += winning_bytes < context.space.budget_bytes
-        found = plans_by_name(context, every[winner])
-        seed = found["mutual-information seed"]
-        assert found["searched"] == every[winner]
-        assert layout.plan_bytes(seed) <= winning_bytes
-        best = max(gain(plan) for plan in every if layout.plan_bytes(plan) <= winning_bytes)
-        assert gain(seed) == pytest.approx(best)
+    for winner in np.random.default_rng(0).choice(len(every), 6, replace=False):
+        size = space.plan_bytes(every[winner])
+        below_budget += size < space.budget_bytes
+        found = rows_of(context, every[winner])
+        assert found["searched"].plans == dict.fromkeys((0, 1, 2), every[winner])
+        for row, method in ((MI_ROW, "mutual_information"), ("best seed", "fisher")):
+            (seed,) = set(found[row].plans.values())
+            assert space.plan_bytes(seed) <= size
+            best = max(gain(plan, method) for plan in every if space.plan_bytes(plan) <= size)
+            assert gain(seed, method) == pytest.approx(best)
     assert below_budget, "some winners must leave bytes unused for this to say anything"
 
 
-def test_without_compare_the_winner_stands_alone(raw: dict[str, Any]) -> None:
-    context = context_of(with_key(raw, "finetune.compare", False))
-    winner = context.layout.uniform(4)
-    assert plans_by_name(context, winner) == {"searched": winner}
+@pytest.mark.parametrize(
+    ("losses", "method"),
+    [
+        ({"uniform-4": 1.0, "seed-fisher": 2.0, "seed-mutual-information": 2.1}, "fisher"),
+        ({"uniform-4": 1.0, "seed-fisher": 2.2, "seed-mutual-information": 2.1}, "mutual_information"),
+        ({"uniform-4": 1.0}, None),
+    ],
+)
+def test_the_best_seed_is_the_one_that_confirmed_best(
+    losses: dict[str, float], method: str | None, context: Context
+) -> None:
+    found = rows_of(context, a_winner(context), losses)
+    assert (found["best seed"].origin if "best seed" in found else None) == (f"seed {method}" if method else None)
+    assert found[MI_ROW].origin == "seed mutual_information", "the paper's ablation stays whichever is best"
+    assert found["searched"].origin == "gp, trial 7"
+
+
+def test_every_training_seed_has_a_random_plan_of_its_own_with_equal_bytes(context: Context) -> None:
+    winner, space = a_winner(context), context.space
+    plans = rows_of(context, winner)["random"].plans
+    assert list(plans) == [0, 1, 2]
+    assert len({winner, *plans.values()}) == 4
+    for plan in plans.values():
+        assert 0.99 * space.plan_bytes(winner) <= space.plan_bytes(plan) <= space.plan_bytes(winner)
+    assert rows_of(replace(context), winner)["random"].plans == plans
+
+
+def test_rows_of_the_claim_have_several_training_seeds_and_the_others_one(
+    changed: Callable[[str, Any], Context],
+) -> None:
+    context = changed("finetune.seeds", 2)
+    seeds = {name: list(row.plans) for name, row in rows_of(context, a_winner(context)).items()}
+    assert {name for name, each in seeds.items() if each == [0, 1]} == {"best seed", "random", "searched"}
+    assert {name for name, each in seeds.items() if each == [0]} == {
+        *("base", "pruned", "uniform 4-bit", "uniform 8-bit", MI_ROW)
+    }
+
+
+def test_without_compare_the_winner_stands_alone(changed: Callable[[str, Any], Context]) -> None:
+    context = changed("finetune", {"steps": 4})
+    winner = context.space.uniform(4)
+    assert rows_of(context, winner) == {"searched": Row("searched", "gp, trial 7", {0: winner})}
+
+
+# What is made once
+
+
+def folders(context: Context, rows: dict[str, Row]) -> dict[tuple[str, int], Path]:
+    return {
+        (name, seed): candidate_of(context, name, plan.as_dict(), seed).folder
+        for name, row in rows.items()
+        for seed, plan in row.plans.items()
+    }
+
+
+def test_equal_models_with_equal_fine_tunes_are_one_job(context: Context) -> None:
+    found = folders(context, rows_of(context, context.space.uniform(8)))
+    assert found["searched", 0] == found["uniform 8-bit", 0]
+    assert len({found["searched", seed] for seed in range(3)}) == 3
+    assert found["base", 0] != found["pruned", 0]
+    untuned = {each.folder for each in untuned_candidates(context)}
+    assert len(untuned) == 2 and not untuned & set(found.values())
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "is_same"),
+    [
+        ("finetune.save_steps", 1, True),
+        ("finetune.seeds", 5, True),
+        ("evaluate.limit", 1, True),
+        ("quantize.budget", {"fraction": 0.75}, True),
+        ("search.max_trials", 99, True),
+        ("finetune.steps", 5, False),
+        ("training.learning_rate", 0.002, False),
+        ("lora.dropout", 0.1, False),
+    ],
+)
+def test_a_fine_tune_is_made_again_only_for_what_changes_it(
+    key: str, value: Any, is_same: bool, context: Context, changed: Callable[[str, Any], Context]
+) -> None:
+    plan = context.space.uniform(4).as_dict()
+    before, after = (candidate_of(each, "searched", plan, 0) for each in (context, changed(key, value)))
+    assert (before.folder == after.folder) == is_same
+
+
+def told(events: Sequence[Event], stage: str) -> list[str]:
+    """Which rows a stage worked on."""
+    messages = [event.text for event in events if isinstance(event, Message) and event.stage == stage]
+    return [text.partition(":")[0] for text in messages]
+
+
+def test_an_interrupted_comparison_goes_on_with_what_is_left(
+    context: Context, changed: Callable[[str, Any], Context]
+) -> None:
+    """All fine-tunes but one were recorded before; what is recorded stands when seeds are taken away or rows are."""
+    events: list[Event] = []
+    whole, fewer, alone = (
+        replace(each, emit=events.append)
+        for each in (context, changed("finetune.seeds", 2), changed("finetune", {"steps": 4}))
+    )
+    measured, searched = measured_of(context), searched_record(a_winner(context))
+    jobs = folders(context, rows_of(context, a_winner(context)))
+    seeds = {folder: seed for (_, seed), folder in jobs.items()}
+    recorded = sorted(set(seeds) - {jobs["searched", 0]})
+    for number, folder in enumerate(recorded):
+        (folder / "adapter").mkdir(parents=True)
+        (folder / "adapter" / "adapter_model.safetensors").touch()
+        write_json(folder / "record.json", a_record(folder, seeds[folder], 2.0 + number))
+    try:
+        record = finetune(whole, searched, measured)
+        assert told(events, "finetune") == ["searched, training seed 0"]
+        assert [(each.name, each.seed) for each in record.candidates] == list(jobs)
+        for each in record.candidates:
+            folder = jobs[each.name, each.seed]
+            assert folder not in recorded or each.validation_loss == 2.0 + recorded.index(folder)
+        assert (whole.run_dir.root / "final" / "adapter_model.safetensors").stat().st_size
+
+        again = finetune(fewer, searched, measured)
+        assert again.digest != record.digest
+        assert [(each.name, each.seed) for each in again.candidates] == [job for job in jobs if job[1] < 2]
+        assert told(events, "finetune") == ["searched, training seed 0"], "nothing was trained again"
+
+        tuned = finetune(alone, searched, measured)
+        scored = evaluate(alone, tuned)
+        assert [(row.name, row.seed) for row in scored.rows] == [("base", None), ("pruned", None), ("searched", 0)]
+        assert len(told(events, "evaluate")) == 3
+        alone.run_dir.forget("evaluate")
+        (untuned_candidates(alone)[1].folder / "scores.json").unlink()
+        assert evaluate(alone, tuned).rows == scored.rows
+        assert told(events, "evaluate")[3:] == ["pruned (no fine-tune)"]
+        assert told(events, "finetune") == ["searched, training seed 0"]
+    finally:
+        whole.close()
+
+
+def a_record(folder: Path, seed: int, loss: float) -> CandidateRecord:
+    """As an earlier session left it for some row."""
+    return CandidateRecord(
+        digest=folder.name,
+        seconds=1.0,
+        name="",
+        origin="",
+        seed=seed,
+        plan={},
+        plan_bytes=1,
+        measured_bytes=1,
+        mean_bits=4.0,
+        num_parameters=1,
+        steps=4,
+        train_loss=loss,
+        validation_loss=loss,
+        confirmation_loss=loss,
+        peak_memory_bytes=1,
+        memory_counter="rss",
+    )
