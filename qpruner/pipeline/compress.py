@@ -59,22 +59,22 @@ def sensitivity(context: Context, pruned: PruneRecord, banked: BankRecord) -> Se
         config.seed,
     )
     digest = digest_of("scores", *inputs)
-    stage = Stage("sensitivity", ", ".join(settings.methods), (digest, settings.methods))
+    stage = Stage("sensitivity", ", ".join(settings.methods) or "no method", (digest, settings.methods))
 
     def work(scratch: Path) -> dict[str, Any]:
         for file in context.run_dir.stage("sensitivity").glob(f"*-{digest}.json"):
             shutil.copy(file, scratch)
         files: dict[str, Path] = {method: scratch / f"{method}-{digest}.json" for method in settings.methods}
-        missing = [method for method, file in files.items() if not file.is_file()]
+        missing = {method for method, file in files.items() if not file.is_file()}
         for method, scores in _scored(context, missing):
-            write_json(files[method], scores)
+            write_json(scratch / f"{method}-{digest}.json", scores)
             context.emit(Message("sensitivity", f"{_range(method, scores)} {scores.unit}, {scores.seconds:.1f} s"))
         methods = {method: read_json(file, MethodScores) for method, file in files.items()}
         return {"groups": tuple(group.name for group in context.layout.groups), "methods": methods}
 
     def figures(record: SensitivityRecord) -> str:
         ranges = ", ".join(_range(method, scores) for method, scores in record.methods.items())
-        return f"{len(record.groups)} groups at {config.quantize.bits[0]} bits: {ranges}"
+        return f"{len(record.groups)} groups at {config.quantize.bits[0]} bits: {ranges or 'no method'}"
 
     record = run_stage(context.run_dir, stage, SensitivityRecord, work, figures, context.emit)
     context.drop_pruned_model()
@@ -86,13 +86,13 @@ def _range(method: str, scores: MethodScores) -> str:
     return f"{method} {min(lowest):.3g} to {max(lowest):.3g}"
 
 
-def _scored(context: Context, methods: Sequence[str]) -> Iterator[tuple[str, MethodScores]]:
-    """Scores of each method, those of shared passes together."""
+def _scored(context: Context, missing: set[str]) -> Iterator[tuple[str, MethodScores]]:
+    """Scores of the methods that are missing, and of those that come from the same passes."""
     from qpruner.data import load_encoded
     from qpruner.models.loading import load_tokenizer
     from qpruner.sensitivity import methods as scoring
 
-    config, settings = context.config, context.config.sensitivity
+    config = context.config
     subject = scoring.Subject(
         rows=load_encoded(context.data / "sensitivity"),
         pad_id=int(load_tokenizer(str(context.checkpoint)).pad_token_id),
@@ -101,20 +101,21 @@ def _scored(context: Context, methods: Sequence[str]) -> Iterator[tuple[str, Met
         bank=context.bank,
         scaling=config.lora.alpha / config.lora.rank,
     )
-    forward, backward = config.evaluate.batch_size, config.calibration.batch_size
 
-    def progress(done: int, total: int) -> None:
-        context.emit(Progress("sensitivity", done, total, ", ".join(asked)))
+    def progress(methods: Sequence[str]) -> Callable[[int, int], None]:
+        return lambda done, total: context.emit(Progress("sensitivity", done, total, ", ".join(methods)))
 
-    if asked := [method for method in methods if method in scoring.INFORMATION]:
+    if missing.intersection(scoring.INFORMATION):
+        settings, batch_size, told = config.sensitivity, config.evaluate.batch_size, progress(scoring.INFORMATION)
         model = context.pruned_model()
-        yield from scoring.by_information(model, subject, settings, forward, config.seed, progress).items()
-    if asked := [method for method in methods if method in scoring.EXPANSION]:
-        yield from scoring.by_expansion(context.pruned_model(), subject, asked, backward, progress).items()
-    if asked := [method for method in methods if method in scoring.MEASUREMENT]:
+        yield from scoring.by_information(model, subject, settings, batch_size, config.seed, told).items()
+    if missing.intersection(scoring.EXPANSION):
+        batch_size, told = config.calibration.batch_size, progress(scoring.EXPANSION)
+        yield from scoring.by_expansion(context.pruned_model(), subject, batch_size, told).items()
+    if missing.intersection(scoring.MEASUREMENT):
         started = time.monotonic()
-        found = _measured(context, subject, progress)
-        yield from scoring.by_measurement(found, asked, subject.levels, time.monotonic() - started).items()
+        found = _measured(context, subject, progress(scoring.MEASUREMENT))
+        yield from scoring.by_measurement(found, subject.levels, time.monotonic() - started).items()
 
 
 def _measured(context: Context, subject: Subject, progress: Callable[[int, int], None]) -> Measurement:

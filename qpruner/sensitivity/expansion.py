@@ -38,7 +38,7 @@ class Expansion:
     Attributes:
         num_tokens: Labelled tokens.
         change: ``(levels, groups, samples)``: ``<g_s, E>``.
-        fisher: ``(levels, groups)`` in nats per token; zeros when it was not asked for.
+        fisher: ``(levels, groups)`` in nats per token.
     """
 
     num_tokens: int
@@ -62,19 +62,16 @@ def expand(
     model: PreTrainedModel,
     samples: Samples,
     starts: Starts,
-    with_fisher: bool = True,
     on_samples: Callable[[int, int], None] = lambda done, total: None,
 ) -> Expansion:
     """Run the samples forward and backward once.
 
-    Memory above the weights: the activations of a batch, and a few float32 copies of one layer's weight. The diagonal
-    costs two more passes over a layer's gradient for each sample.
+    Memory above the weights: the activations of a batch, and a few float32 copies of one layer's weight.
 
     Args:
         model: The pruned model, unquantized.
         samples: The samples.
         starts: Groups, bit-widths and the weights at the start of a trial.
-        with_fisher: Take the diagonal too.
         on_samples: Told how many samples of how many are done.
 
     Raises:
@@ -99,8 +96,7 @@ def expand(
         for row, (sample, gradient) in enumerate(zip(inputs.float(), gradients.float(), strict=True)):
             slope = (gradient.T @ sample).flatten()
             found[row] = (errors @ slope).double()
-            if with_fisher:
-                squares.addcmul_(slope, slope)
+            squares.addcmul_(slope, slope)
         curved = (errors.square_() @ squares).double().cpu()
         if not (found.isfinite().all() and curved.isfinite().all()):
             raise TrainingDiverged(f"the gradient of {path}.weight is NaN or infinite on the calibration samples")

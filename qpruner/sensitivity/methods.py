@@ -7,7 +7,7 @@ with whom they were shared.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -110,23 +110,21 @@ def by_information(
 
 
 def by_expansion(
-    model: PreTrainedModel, subject: Subject, methods: Sequence[str], batch_size: int, on_progress: OnProgress
+    model: PreTrainedModel, subject: Subject, batch_size: int, on_progress: OnProgress
 ) -> dict[str, MethodScores]:
     """First order, Fisher and Gauss-Newton: one pass forward and backward."""
     started = time.monotonic()
     samples = subject.samples(batch_size)
-    found = expand(model, samples, subject.starts(model), "fisher" in methods, on_progress)
+    found = expand(model, samples, subject.starts(model), on_progress)
     details = {"num_samples": len(samples.rows), "num_positions": found.num_tokens}
-    by_method = {name: (getattr(found, name), details) for name in methods}
+    by_method = {name: (getattr(found, name), details) for name in EXPANSION}
     return _scores(by_method, subject.levels, time.monotonic() - started)
 
 
-def by_measurement(
-    found: Measurement, methods: Sequence[str], levels: tuple[int, ...], seconds: float
-) -> dict[str, MethodScores]:
+def by_measurement(found: Measurement, levels: tuple[int, ...], seconds: float) -> dict[str, MethodScores]:
     """KL and loss of what `measure` found, its standard errors over samples beside them."""
     by_method = {}
-    for name in methods:
+    for name in MEASUREMENT:
         sums = getattr(found, name)
         details = {
             "num_samples": len(found.counts),

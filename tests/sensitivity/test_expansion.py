@@ -41,7 +41,7 @@ def mean_loss_at(subject: Banked, group: str, share: float) -> float:
 
 def test_first_order_is_the_slope_of_the_loss_toward_the_quantized_weights(tmp_path: Path) -> None:
     subject, step = banked(tmp_path, "llama", "block"), 0.02
-    found = expand(subject.model, subject.samples(), subject.starts, with_fisher=False).first_order
+    found = expand(subject.model, subject.samples(), subject.starts).first_order
     ahead, behind = ([mean_loss_at(subject, group, share) for group in subject.groups] for share in (step, -step))
     assert found[0] == pytest.approx((np.array(ahead) - np.array(behind)) / (2 * step), rel=0.05, abs=2e-5)
 

@@ -1,0 +1,123 @@
+"""Every method in one shape, and the stage that runs those that are asked for."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from banked_decoders import LEVELS, Banked, banked
+from conftest import with_key
+
+from qpruner.config import SensitivityConfig, validate_config
+from qpruner.errors import ConfigError
+from qpruner.events import Event, Message, StageSkipped
+from qpruner.pipeline import run
+from qpruner.records import MethodScores, SensitivityRecord
+from qpruner.sensitivity.measurement import measure
+from qpruner.sensitivity.methods import (
+    MeasurementJob,
+    by_expansion,
+    by_information,
+    by_measurement,
+    measure_share,
+)
+
+
+@pytest.fixture(scope="module")
+def phi(tmp_path_factory: pytest.TempPathFactory) -> Banked:
+    """Projections that are fused in one matrix."""
+    return banked(tmp_path_factory.mktemp("bank"), "phi3")
+
+
+@pytest.fixture(scope="module")
+def scores(phi: Banked) -> dict[str, MethodScores]:
+    model, subject = phi.model, phi.subject
+    settings = SensitivityConfig(max_positions=32, num_shuffles=1)
+    found = by_information(model, subject, settings, 2, 0, lambda done, total: None)
+    found |= by_expansion(model, subject, 2, lambda done, total: None)
+    return found | by_measurement(measure(model, phi.samples(), phi.starts), subject.levels, seconds=1.0)
+
+
+def test_every_method_scores_every_group_at_every_width(phi: Banked, scores: dict[str, MethodScores]) -> None:
+    assert tuple(scores) == SensitivityConfig().methods
+    for found in scores.values():
+        assert tuple(sorted(found.values)) == LEVELS
+        assert {len(values) for values in found.values.values()} == {len(phi.groups)}
+        assert np.isfinite(list(found.values.values())).all()
+        assert set(found.values[16]) == {0.0}
+        assert found.seconds > 0
+        assert MethodScores.model_validate_json(found.model_dump_json()).values == found.values
+
+
+@pytest.mark.parametrize("method", ["mutual_information", "fisher", "gauss_newton", "kl"])
+def test_four_bits_cost_more_than_eight(scores: dict[str, MethodScores], method: str) -> None:
+    values = scores[method].values
+    assert np.mean(values[4]) > np.mean(values[8]) > 0
+
+
+def test_mutual_information_is_shared_out_by_bits(scores: dict[str, MethodScores]) -> None:
+    found = scores["mutual_information"]
+    net = np.array(found.details["raw_nats"]) - np.array(found.details["baseline_nats"])
+    for bits in LEVELS:
+        assert found.values[bits] == pytest.approx(net * (16 - bits) / (16 - 4))
+
+
+def test_methods_of_the_same_passes_name_each_other(scores: dict[str, MethodScores]) -> None:
+    assert scores["kl"].details["shared_with"] == ["loss"]
+    assert scores["fisher"].details["shared_with"] == ["first_order", "gauss_newton"]
+    assert scores["fisher"].seconds == scores["first_order"].seconds
+
+
+def test_a_process_of_its_own_measures_the_same(phi: Banked, scores: dict[str, MethodScores], tmp_path: Path) -> None:
+    phi.model.save_pretrained(tmp_path)
+    found = measure_share(MeasurementJob(tmp_path, "float32", phi.subject, batch_size=2, threads=1))
+    again = by_measurement(found, LEVELS, seconds=1.0)
+    assert again["kl"].values[4] == pytest.approx(scores["kl"].values[4], rel=1e-4)
+    assert again["loss"].details == scores["loss"].details | {
+        "stderr": {
+            bits: pytest.approx(error, rel=1e-3, abs=1e-7) for bits, error in again["loss"].details["stderr"].items()
+        },
+        "base_loss": pytest.approx(scores["loss"].details["base_loss"]),
+    }
+
+
+def test_a_method_named_twice_is_refused(tiny_raw: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=r"`sensitivity`: `methods` names a method twice"):
+        validate_config(with_key(tiny_raw, "sensitivity.methods", ["kl", "loss", "kl"]))
+
+
+def record_of(raw: dict[str, Any], events: list[Event]) -> SensitivityRecord:
+    """Run up to the sensitivities; `events` are those of this run."""
+    events.clear()
+    record = run(validate_config(raw), events.append, until="sensitivity").sensitivity
+    assert record is not None
+    return record
+
+
+def measured(events: list[Event]) -> set[str]:
+    """The methods that told their figures."""
+    texts = [event.text for event in events if isinstance(event, Message) and event.stage == "sensitivity"]
+    return {text.split()[0] for text in texts}
+
+
+def test_only_what_is_not_known_yet_is_measured(tiny_raw: dict[str, Any]) -> None:
+    """Another method later, another budget, the same again; then another bank, for which nothing is known."""
+    raw = copy.deepcopy(tiny_raw) | {"prune": {"rate": 0}}
+    raw["quantize"]["group"] = "block"
+    events: list[Event] = []
+    first = record_of(with_key(raw, "sensitivity.methods", ["kl"]), events)
+    assert tuple(first.methods) == ("kl",)
+    assert measured(events) == {"kl", "loss"}, "the same passes give both"
+    raw = with_key(raw, "sensitivity.methods", ["loss", "fisher", "kl"])
+    second = record_of(raw, events)
+    assert tuple(second.methods) == ("loss", "fisher", "kl")
+    assert measured(events) == {"first_order", "fisher", "gauss_newton"}
+    assert second.methods["kl"] == first.methods["kl"]
+    assert record_of(with_key(raw, "quantize.budget", {"fraction": 0.9}), events) == second
+    assert "sensitivity" in [event.stage for event in events if isinstance(event, StageSkipped)]
+    third = record_of(with_key(raw, "lora.rank", 2), events)
+    assert measured(events) == {"kl", "loss", "first_order", "fisher", "gauss_newton"}
+    assert third.methods["kl"].values != second.methods["kl"].values
