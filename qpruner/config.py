@@ -445,8 +445,9 @@ class SearchConfig(Section):
             ),
             (by_accuracy and not self.tasks, "`metric: accuracy` needs at least one task under `tasks`"),
             (
-                by_accuracy and bool(self.tasks) and self.limit is None,
-                "`metric: accuracy` needs a `limit`: the questions after it choose the winner",
+                by_accuracy and bool(self.tasks) and (self.limit is None or self.limit < 2),
+                "`metric: accuracy` needs a `limit` of at least 2, since one question has no standard error and those "
+                f"after the limit choose the winner, got {self.limit}",
             ),
             (
                 self.patience is not None and self.searcher != "gp",

@@ -153,7 +153,7 @@ class SearchClock(BaseModel):
 
 
 class FreshScore(BaseModel):
-    """A finished trial scored on what no trial was scored on: confirmation rows and, for accuracy, further questions."""
+    """A finished trial on what no trial was scored on: confirmation rows and, for accuracy, further questions."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 

@@ -200,7 +200,12 @@ CONFIGURATION = [
     ),
     refused(
         "accuracy-of-all-questions", {"search.metric": "accuracy", "search.tasks": [SEARCH_TASK]},
-        "`metric: accuracy`", "`limit`", "the questions after it choose the winner", "needs a `limit`"
+        "`metric: accuracy`", "got None", "those after the limit choose the winner", "needs a `limit`"
+    ),
+    refused(
+        "accuracy-of-one-question",
+        {"search.metric": "accuracy", "search.tasks": [SEARCH_TASK], "search.limit": 1}, "`metric: accuracy`", "got 1",
+        "one question has no standard error", "a `limit` of at least 2"
     ),
     refused("trials-0", {"search.max_trials": 0}, "`search.max_trials`", "got 0", "greater than or equal to 1"),
     refused("hours-0", {"search.max_hours": 0}, "`search.max_hours`", "got 0", "greater than 0"),

@@ -51,6 +51,7 @@ def written_config(folder: Path, model: Path) -> Path:
     raw = with_key(raw_config(model, folder / "run"), "search.max_concurrent", 1)
     # The controls are three of the five trials.
     raw = with_key(raw, "sensitivity.methods", ["mutual_information", "first_order"])
+    raw = with_key(raw, "finetune.seeds", 1)
     path = folder / "config.yaml"
     path.write_text(yaml.safe_dump(raw))
     return path
@@ -98,7 +99,8 @@ def test_whole_run_ends_in_the_table(undisturbed: tuple[Path, dict[str, Any]]) -
     run, told = undisturbed
     report = json.loads((run / "results.json").read_text())
     names = [row["name"] for row in report["table"]]
-    assert names == ["base", "pruned", "uniform 4-bit", "uniform 8-bit", "mutual-information seed", "searched"]
+    uniform, seeds = ["uniform 4-bit", "uniform 8-bit"], ["mutual-information seed", "best seed"]
+    assert names == ["base", "pruned", *uniform, *seeds, "random", "searched"]
     assert told["status"] == "ok"
     assert told["claim"] == report["claim"]
     assert {row["name"]: row["measured_bytes"] for row in told["table"]}["searched"] <= report["records"]["search"][

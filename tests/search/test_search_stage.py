@@ -27,7 +27,7 @@ from qpruner.search.trial_records import read_seconds, read_trials, write_second
 from qpruner.search.tune import SearchJob
 from qpruner.search.tune.driver import PlanSearcher
 from qpruner.search.tune.job import METRIC, TIME
-from qpruner.search.tune.resume import take_up
+from qpruner.search.tune.resume import DISK_FULL, take_up
 
 MINE, ANOTHER = "a" * 16, "b" * 16
 GROUPS = tuple(Group(f"layers.{index}", (LinearShape(f"layers.{index}", 64, 64),)) for index in range(6))
@@ -210,6 +210,15 @@ def test_what_another_search_was_cut_off_in_goes_on_if_it_fits(plan: str, goes_o
     first = suggested(ledger_of(job, trial(0, plan, [3.5], ANOTHER, status="running")))[0]
     assert first == ((0, "random", plan) if goes_on else (1, "uniform-4", "444444"))
     assert read_trials(job.trials)[0].search == (MINE if goes_on else ANOTHER)
+
+
+def test_a_trial_that_the_disk_was_too_full_for_is_tried_again(tmp_path: Path) -> None:
+    job = job_of(tmp_path)
+    failed = trial(0, "444444", [3.5], origin="uniform-4", status="failed", reason=DISK_FULL)
+    assert suggested(ledger_of(job, failed))[0] == (0, "uniform-4", "444444")
+    assert read_trials(job.trials)[0].status == "running"
+    diverged = failed.model_copy(update={"reason": "TrainingDiverged: loss is nan"})
+    assert suggested(ledger_of(job, diverged))[0][1] == "seed-kl"
 
 
 # ---- who is compared, and who wins

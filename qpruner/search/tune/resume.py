@@ -20,33 +20,30 @@ def take_up(job: SearchJob, proposer: Proposer) -> tuple[Ledger, list[TrialRecor
     """
     settings = job.config.search
     ledger = Ledger(job.space, proposer, job.controls, settings.max_trials, settings.patience)
-    recorded = [_adopted(record, job) for record in read_trials(job.trials)]
+    recorded = [_revived(record, job) for record in read_trials(job.trials)]
     for record in recorded:
         plan = PrecisionPlan.from_dict(record.plan)
         suggestion = Suggestion(record.index, record.origin, plan, record.expected_improvement, record.noise)
         rungs = observations_of(record, job.config)
         if not job.owns(record):
             ledger.recall(suggestion, rungs, counts=False)
-        elif _is_cut_off(record):
+        elif record.status == "running":
             ledger.resume(suggestion, rungs)
         else:
             ledger.recall(suggestion, rungs)
     return ledger, recorded
 
 
-def _adopted(record: TrialRecord, job: SearchJob) -> TrialRecord:
-    """Another search's trial, made this one's where it has to go on: it was cut off, or stopped early and is a control
-    here. It counts among this search's trials from then on."""
+def _revived(record: TrialRecord, job: SearchJob) -> TrialRecord:
+    """The record of a trial that has to go on, as one of this search: what was cut off, whosever it was, and what
+    another search stopped early and is a control here."""
     plan = PrecisionPlan.from_dict(record.plan)
     control = job.control_of(plan)
-    goes_on = _is_cut_off(record) or (control is not None and record.status == "stopped")
-    if job.owns(record) or not goes_on or not job.space.is_feasible(plan):
+    cut_off = record.status == "running" or record.reason == DISK_FULL
+    if not job.space.is_feasible(plan) or not (cut_off or (control and record.status == "stopped")):
         return record
     update = {"search": job.search, "origin": control or record.origin, "status": "running", "reason": None}
-    adopted = record.model_copy(update=update)
-    write_trial(job.trials, adopted)
-    return adopted
-
-
-def _is_cut_off(record: TrialRecord) -> bool:
-    return record.status == "running" or record.reason == DISK_FULL
+    revived = record.model_copy(update=update)
+    if revived != record:
+        write_trial(job.trials, revived)
+    return revived
