@@ -33,7 +33,7 @@ import numpy as np
 import torch
 
 from qpruner.calibration import mean_loss, token_losses
-from qpruner.config import LoraConfig, TrainingConfig
+from qpruner.config import LoraConfig, SensitivityConfig, TrainingConfig
 from qpruner.finetune import Listener, Schedule, finetune
 from qpruner.models.layout import group_linears, layout_of
 from qpruner.models.loading import load_dense, load_tokenizer
@@ -51,10 +51,16 @@ from qpruner.quantization.bank import (
     write_index,
 )
 from qpruner.quantization.mixed import unpack
+from qpruner.sensitivity.measurement import measure
+from qpruner.sensitivity.methods import Subject, by_expansion, by_information, by_measurement
 
 LORA = LoraConfig(rank=8, alpha=16)
 TRAINING = TrainingConfig(learning_rate=1e-3, batch_size=4, micro_batch_size=4, warmup_ratio=0.1)
 DTYPE = "bfloat16"
+NUM_CALIBRATION, NUM_MEASURED = 32, 8
+"""Windows for the sensitivities, and those of them on which groups are quantized one at a time."""
+NO_PAIRS = 1e6
+"""A penalty on pairs that leaves none of them; chosen where pairs do not help on plans left out."""
 
 
 @dataclass(frozen=True)
@@ -253,6 +259,35 @@ def build_bank(job: Job) -> None:
     write_index(bank, BankIndex(digest=job.model, bitsandbytes=version("bitsandbytes"), files=files))
 
 
+def sensitivities(job: Job) -> dict[str, Any]:
+    """Every method's scores of the table's groups, from windows that neither training nor validation has.
+
+    Groups of several blocks get the sum of their blocks' scores.
+    """
+    model = load_dense(job.model, DTYPE)
+    rows = job.windows(job.num_train + job.num_validation, NUM_CALIBRATION)
+    bank, scaling = Path(job.bank), LORA.alpha / LORA.rank
+    subject = Subject(rows, 0, job.base_group, job.levels, bank, scaling)
+
+    def silent(done: int, total: int) -> None:
+        """Nobody watches."""
+
+    scores = by_information(model, subject, SensitivityConfig(), 16, 0, silent)
+    scores |= by_expansion(model, subject, 16, silent)
+    started = time.monotonic()
+    found = measure(model, subject.samples(16, NUM_MEASURED), subject.starts(model), silent)
+    scores |= by_measurement(found, job.levels, time.monotonic() - started)
+    names = list(group_linears(model.config, job.base_group))
+    values = {
+        method: {
+            str(bits): [sum(by_group[names.index(name)] for name in each) for each in job.members().values()]
+            for bits, by_group in score.values.items()
+        }
+        for method, score in scores.items()
+    }
+    return {"sensitivities": values, "seconds": {method: score.seconds for method, score in scores.items()}}
+
+
 def random_plans(num_groups: int, levels: Sequence[int], count: int, seed: int) -> list[tuple[int, ...]]:
     """Plans whose share of high levels is uniform, so that every budget is covered."""
     generator = np.random.default_rng(seed)
@@ -298,7 +333,7 @@ def fit_surrogate(
         predicted = fitted[0] + np.hstack([high[rows], interactions[rows]]) @ fitted[1]
         return float(np.mean((predicted - target[rows]) ** 2))
 
-    grid = [(main, pair) for main in (0.01, 0.1, 0.3, 1, 3) for pair in (1, 3, 10, 30, 100, 1e6)]
+    grid = [(main, pair) for main in (0.01, 0.1, 0.3, 1, 3) for pair in (1, 3, 10, 30, 100, NO_PAIRS)]
     best = min(grid, key=lambda penalties: error(tune, solve(train, *penalties)))
     fitted = solve(np.concatenate([train, tune]), *best)
     variance = float(np.var(target[test]))
@@ -310,6 +345,7 @@ def fit_surrogate(
         "pairs": [
             [first, levels[-1], second, levels[-1], float(value)]
             for (first, second), value in zip(pairs, pair, strict=True)
+            if best[1] < NO_PAIRS
         ],
         "fit": {
             "num_plans": len(target),
@@ -369,10 +405,13 @@ def main() -> None:
         with ProcessPoolExecutor(arguments.jobs, mp_context=get_context("spawn")) as pool:
             for future in [pool.submit(_work, arguments.kind, job, share, str(lines)) for share in shares if share]:
                 future.result()
-    write_table(arguments.kind, job, lines, arguments.out)
+    scored = Path(f"{arguments.out}.sensitivities")
+    if not scored.exists():
+        scored.write_text(json.dumps(sensitivities(job)))
+    write_table(arguments.kind, job, lines, json.loads(scored.read_text()), arguments.out)
 
 
-def write_table(kind: str, job: Job, lines: Path, out: Path) -> None:
+def write_table(kind: str, job: Job, lines: Path, scored: dict[str, Any], out: Path) -> None:
     """The table's file, from all that was measured."""
     from transformers import AutoConfig
 
@@ -398,12 +437,13 @@ def write_table(kind: str, job: Job, lines: Path, out: Path) -> None:
             str(bits): [sum(sizes[bits][name] for name in each) for each in members.values()] for bits in job.levels
         },
         "fixed_bytes": layout.ungrouped_bytes + layout.adapter_bytes,
-        "sensitivities": {},
+        "sensitivities": scored["sensitivities"],
         "meta": {
             **asdict(job),
             "model": Path(job.model).name,
             "text": Path(job.text).name,
             "bank": "",
+            "sensitivity_seconds": scored["seconds"],
             "lora": LORA.model_dump(),
             "training": TRAINING.model_dump(),
             "sd_of_another_data_order": statistics.mean(spreads) if spreads else None,
@@ -412,7 +452,8 @@ def write_table(kind: str, job: Job, lines: Path, out: Path) -> None:
     losses = [first[plan][rungs[-1]] for plan in plans]
     if kind == "surrogate":
         table |= fit_surrogate(list(members), job.levels, plans, losses)
-        table["loss_noise"] = 0.0
+        # What main effects and pairs leave unexplained is met as noise, so that a replay is no easier than the model.
+        table["loss_noise"] = table["fit"]["rmse_held_out"]
     else:
         table |= {"plans": [list(plan) for plan in plans], "loss": losses}
         table["rungs"] = {step: [first[plan][step] for plan in plans] for step in rungs}
