@@ -14,7 +14,7 @@ from conftest import raw_config, with_key
 
 from qpruner.config import validate_config
 from qpruner.errors import StageError
-from qpruner.events import Event, Message, Progress, StageFinished, StageSkipped
+from qpruner.events import Event, Message, Progress, StageFinished, StageSkipped, StageStarted
 from qpruner.pipeline import run
 from qpruner.records import BankRecord
 from qpruner.rundir import file_digest
@@ -147,3 +147,25 @@ def test_its_bytes_are_told_first_and_a_disk_that_has_filled_up_is_refused(tiny_
     assert "16 entries to build" in said(events)
     assert "make room" in caught.value.remedy
     assert not list(small_disk.rglob("*bit/*.safetensors"))
+
+
+def test_a_file_damaged_under_a_search_stops_it_and_is_all_that_is_mended(raw: Raw) -> None:
+    """A disk flips a byte after the bank was checked: the trials that meet it say nothing of their plans."""
+    raw = with_key(with_key(raw, "search.max_trials", 3), "sensitivity.methods", ["mutual_information"])
+    path = Path(raw["output"]) / "bank" / "4bit" / "layers.1.down.safetensors"
+
+    def flip(event: Event) -> None:
+        if isinstance(event, StageStarted) and event.stage == "search":
+            data = bytearray(path.read_bytes())
+            data[-7] ^= 1
+            path.write_bytes(data)
+
+    with pytest.raises(StageError, match="damaged") as caught:
+        run(validate_config(raw), flip, until="search")
+    assert str(path) in caught.value.cause
+    assert "repeat the command" in caught.value.remedy
+    events: list[Event] = []
+    searched = run(validate_config(raw), events.append, until="search").search
+    assert searched is not None
+    assert built(events) == ["layers.1.down"]
+    assert (searched.num_trials, searched.num_failed) == (3, 0)

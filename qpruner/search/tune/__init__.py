@@ -26,7 +26,7 @@ from typing import Any
 from ray import tune
 
 from qpruner.config import RunConfig
-from qpruner.errors import StageError
+from qpruner.errors import CorruptFile, StageError
 from qpruner.events import Emit, Message
 from qpruner.memory import release
 from qpruner.plan import PlanSpace
@@ -53,7 +53,7 @@ from qpruner.search.tune.asha import RecordedAsha
 from qpruner.search.tune.driver import PlanSearcher, RungEvents
 from qpruner.search.tune.hyperopt import HyperOptProposer
 from qpruner.search.tune.job import METRIC, TIME, SearchJob, SearchOutcome, params_to_plan
-from qpruner.search.tune.resume import DISK_FULL, take_up
+from qpruner.search.tune.resume import DAMAGED, DISK_FULL, is_no_fault_of_the_plan, take_up
 
 __all__ = ["HyperOptProposer", "SearchJob", "SearchOutcome", "check_searcher", "make_proposer", "search"]
 
@@ -117,14 +117,18 @@ def _outcome(job: SearchJob, ended: str) -> SearchOutcome:
 
     Raises:
         KeyboardInterrupt: If trials are still running, because somebody's signal ended Tune.
-        StageError: If trials failed for want of disk; they are tried again when the command is repeated.
+        StageError: If trials failed for want of disk or for a damaged file; they are tried again when the command is
+            repeated.
     """
     recorded = read_trials(job.trials)
     trials = [trial for trial in recorded if job.owns(trial)][: job.config.search.max_trials]
     if any(trial.status == "running" for trial in trials):
         raise KeyboardInterrupt
-    if any(trial.reason == DISK_FULL for trial in trials):
-        raise StageError("search", DISK_FULL, "make room, then repeat the command: those trials are tried again")
+    reasons = [trial.reason or "" for trial in trials if is_no_fault_of_the_plan(trial)]
+    if reasons:
+        mend = "make room, then repeat" if reasons[0] == DISK_FULL else "repeat"
+        remedy = f"{mend} the command: what is damaged is built again, and those trials are tried again"
+        raise StageError("search", reasons[0], remedy)
     return SearchOutcome(
         trials=trials,
         taken_over=[trial for trial in recorded if not job.owns(trial)],
@@ -214,14 +218,17 @@ def _trainable(params: dict[str, Any], job: SearchJob) -> None:
     try:
         run_trial(TrialJob(job.config, job.materials, params_to_plan(params)), start, report)
     except Exception as error:
-        full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
-        reason = DISK_FULL if full else failure_reason(error)
+        reason = failure_reason(error)
         write_trial(job.trials, record.model_copy(update={"status": "failed", "reason": reason, **times()}))
         raise
 
 
 def failure_reason(error: BaseException) -> str:
     """One line for the record."""
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return DISK_FULL
+    if isinstance(error, CorruptFile):
+        return f"{DAMAGED}: {error}"
     text = str(error).strip().splitlines()
     return f"{type(error).__name__}: {text[0] if text else 'no message'}"
 

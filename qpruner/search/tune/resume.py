@@ -8,8 +8,13 @@ from qpruner.search.searchers import Ledger, Proposer, Suggestion
 from qpruner.search.trial_records import read_trials, write_trial
 from qpruner.search.tune.job import SearchJob, observations_of
 
-DISK_FULL = "no space left on the disk"
-"""Reason of a trial that says nothing of its plan, so it is tried again."""
+DISK_FULL, DAMAGED = "no space left on the disk", "a file of the run is damaged"
+"""How the reasons of trials begin that say nothing of their plans, so that they are tried again."""
+
+
+def is_no_fault_of_the_plan(record: TrialRecord) -> bool:
+    """Whether a trial failed for want of something that can be mended."""
+    return record.reason is not None and record.reason.startswith((DISK_FULL, DAMAGED))
 
 
 def take_up(job: SearchJob, proposer: Proposer) -> tuple[Ledger, list[TrialRecord]]:
@@ -39,7 +44,7 @@ def _revived(record: TrialRecord, job: SearchJob) -> TrialRecord:
     another search stopped early and is a control here."""
     plan = PrecisionPlan.from_dict(record.plan)
     control = job.control_of(plan)
-    cut_off = record.status == "running" or record.reason == DISK_FULL
+    cut_off = record.status == "running" or is_no_fault_of_the_plan(record)
     if not job.space.is_feasible(plan) or not (cut_off or (control and record.status == "stopped")):
         return record
     update = {"search": job.search, "origin": control or record.origin, "status": "running", "reason": None}
