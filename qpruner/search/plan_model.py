@@ -100,7 +100,7 @@ class PlanModel:
         """Level indices ``(n, groups)`` as centred indicators ``(n, effects)`` of the levels below the top."""
         below = torch.arange(self.num_levels - 1)
         hot = (plans[:, :, None] == below).to(torch.float64) - 1.0 / self.num_levels
-        return hot.reshape(len(plans), -1)
+        return hot.reshape(len(plans), self.num_effects)
 
     def mismatches(self, left: Tensor, right: Tensor) -> Tensor:
         """Share of groups in which plans differ: ``(n, groups)`` and ``(m, groups)`` give ``(n, m)``."""

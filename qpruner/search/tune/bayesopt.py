@@ -30,7 +30,8 @@ class BayesOptProposer:
 
     def propose(self, index: int, history: History) -> Proposal:
         """A plan; equal arguments give equal plans."""
-        told = history.last()
+        # Another budget's search may have run the same plan; a point may be told once.
+        told = list({item.plan: item for item in history.last()}.values())
         known = told if len(told) >= self.INITIAL_RANDOM else []
         search = BayesOptSearch(
             self._bounds,

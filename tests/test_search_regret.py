@@ -1,0 +1,185 @@
+"""Replays of searches on tables: what is counted, and that the benchmark runs from a file to its JSON line."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
+sys.path.insert(0, str(BENCHMARKS))
+
+import search_regret  # noqa: E402
+from search_regret import NEVER, ablation, goals_of, summarize, tasks_of  # noqa: E402
+from search_replay import NUM_TRIALS, Replay, Table, Task, controls_of, replay  # noqa: E402
+
+MAIN = [0.03, 0.005, 0.08, 0.06, 0.01, 0.02]
+
+
+def write(path: Path, **content: Any) -> Path:
+    path.write_text(
+        json.dumps(
+            {
+                "groups": [f"layers.{index:02d}" for index in range(6)],
+                "levels": [4, 8],
+                "group_bytes": {"4": [50, 60, 70, 50, 60, 70], "8": [100, 120, 140, 100, 120, 140]},
+                "fixed_bytes": 30,
+                "loss_noise": 0.0,
+                "sensitivities": {"loss": {"4": MAIN, "8": [0.0] * 6}, "fisher": {"4": MAIN[::-1], "8": [0.0] * 6}},
+                "meta": {"sensitivity_seconds": {"loss": 12.0}},
+                **content,
+            }
+        )
+    )
+    return path
+
+
+@pytest.fixture
+def table(tmp_path: Path) -> Path:
+    """Every plan of six groups, at two rungs; the first is another ranking, on another level."""
+    plans = list(itertools.product((4, 8), repeat=6))
+    losses = [3.0 + sum(rise for rise, bits in zip(MAIN, plan, strict=True) if bits == 4) for plan in plans]
+    early = [1.0 + 2 * loss for loss in losses]
+    return write(tmp_path / "table.json", plans=plans, loss=losses, rungs={"0": losses[::-1], "4": early, "8": losses})
+
+
+@pytest.fixture
+def surrogate(tmp_path: Path) -> Path:
+    """Groups 0 and 2 at 8 bits together are worth less than each alone."""
+    return write(
+        tmp_path / "surrogate.json",
+        intercept=3.0,
+        main={"4": MAIN, "8": [0.0] * 6},
+        pairs=[[0, 8, 2, 8, 0.05], [1, 4, 4, 4, 0.004]],
+    )
+
+
+def task(path: Path, searcher: str = "random", **changes: Any) -> Task:
+    return Task(
+        **{"path": path, "fraction": 0.5, "searcher": searcher, "seeded": False, "in_flight": 1, "seed": 0} | changes
+    )
+
+
+def test_a_budget_lies_between_the_smallest_plan_and_the_largest(table: Path) -> None:
+    space = Table.read(table).space(0.5)
+    assert space.budget_bytes == 30 + 360 + 180
+    assert Table.read(table).space(0.0).is_feasible(space.uniform(4))
+    assert Table.read(table).space(1.0).is_feasible(space.uniform(8))
+
+
+def test_a_surrogates_best_and_worst_are_those_of_all_its_plans(surrogate: Path) -> None:
+    found = Table.read(surrogate)
+    for fraction in (0.3, 0.5, 0.8):
+        space = found.space(fraction)
+        plans = (space.plan_of(row) for row in itertools.product(range(2), repeat=6))
+        losses = [found.score(plan.bits, 0) for plan in plans if space.is_feasible(plan)]
+        assert found.limits(space) == pytest.approx((min(losses), max(losses)))
+
+
+@pytest.mark.parametrize("in_flight", [1, 16])
+@pytest.mark.parametrize("searcher", ["random", "gp"])
+def test_a_replay_runs_every_plan_of_a_small_space_once(table: Path, searcher: str, in_flight: int) -> None:
+    done = replay(task(table, searcher, in_flight=in_flight))
+    found = Table.read(table)
+    feasible = found.feasible(found.space(0.5))
+    assert sorted(done.losses) == pytest.approx(sorted(found.score(plan.bits, 8) for plan in feasible))
+    # With several in flight the searcher is asked until it has nothing left.
+    assert done.proposals >= len(feasible)
+    if searcher == "gp":
+        assert done.wasted == 0
+    else:
+        assert done.wasted > 0
+
+
+def test_seed_plans_run_first_and_the_best_of_them_is_remembered(table: Path) -> None:
+    found = Table.read(table)
+    controls = controls_of(found, found.space(0.5))
+    assert [origin for origin, _ in controls] == ["uniform-4", "seed-loss", "seed-fisher"]
+    done = replay(task(table, "random", seeded=True))
+    losses = [found.score(plan.bits, 8) for _, plan in controls]
+    assert done.losses[:3] == losses
+    assert done.best_seed == min(losses)
+    assert replay(task(table, "random")).best_seed is None
+
+
+def test_replays_are_repeatable_and_can_be_written_down(table: Path) -> None:
+    first, again = (replay(task(table, "gp", in_flight=4, seed=3)) for _ in range(2))
+    assert first.losses == again.losses
+    assert Replay.from_json(first.to_json()) == first
+
+
+def test_regret_is_a_share_of_the_range_and_trials_are_counted_until_it_is_small(table: Path) -> None:
+    found = Table.read(table)
+    best, worst = found.limits(found.space(0.5))
+
+    def at(*regrets: float) -> Replay:
+        losses = [best + regret * (worst - best) for regret in regrets]
+        return Replay(task(table), losses, None, len(losses), 1, 0.1)
+
+    (row,) = summarize([at(0.5, 0.7, 0.04, 0.2, 0.0), at(0.5, 0.3), at(0.5, 0.3, 0.02)])
+    assert row.regret[8] == pytest.approx((0.0, 0.02, 0.3))
+    assert row.to_5_percent == (3, 3, NEVER)
+    assert row.to_1_percent == (5, NEVER, NEVER)
+    assert row.ends_best == pytest.approx(1 / 3)
+    assert row.wasted == pytest.approx(3 / 10)
+    assert row.area[1] == pytest.approx((0.5 + 0.3 + 62 * 0.02) / 64)
+
+
+def test_goals_are_missed_by_a_searcher_that_is_no_better(table: Path) -> None:
+    replays = []
+    for name, at_once, seeded in itertools.product(("gp", "hyperopt"), (1, 16), (False, True)):
+        losses = Table.read(table).losses[8].values()
+        slow = sorted(losses, reverse=True) if name == "hyperopt" else sorted(losses)
+        replays.append(Replay(task(table, name, in_flight=at_once, seeded=seeded), slow, min(losses), 9, 0, 0.1))
+    goals = goals_of(summarize(replays))
+    assert all(goal["met"] for goal in goals)
+    swapped = {"gp": "hyperopt", "hyperopt": "gp"}
+    replays = [Replay(task(table, swapped[item.task.searcher], in_flight=item.task.in_flight, seeded=item.task.seeded),
+                      item.losses, item.best_seed, 9, 1, 0.1) for item in replays]  # fmt: skip
+    missed = {goal["goal"] for goal in goals_of(summarize(replays)) if not goal["met"]}
+    assert missed >= {
+        "blind, trials to 5 % at most 1/2 of hyperopt",
+        "seeded, area at most 1/2 of hyperopt",
+        "wasted proposals",
+    }
+
+
+def test_the_ablation_tells_a_true_sensitivity_from_a_false_one(table: Path, surrogate: Path) -> None:
+    for path in (table, surrogate):
+        found = {row["sensitivity"]: row for row in ablation(path)}
+        step = Table.read(path).steps[-1]
+        assert found["loss"]["spearman"][step] == pytest.approx(1.0)
+        assert found["fisher"]["spearman"][step] < 0.9
+        assert found["loss"]["seed_regret"] < found["fisher"]["seed_regret"]
+        assert found["loss"]["seconds"] == 12.0
+    found = {row["sensitivity"]: row for row in ablation(table)}
+    assert (found["loss"]["seed_rank"], found["loss"]["spearman"][0]) == (1, pytest.approx(-1.0))
+
+
+def test_other_budgets_get_a_third_of_the_seeds(table: Path) -> None:
+    tasks = tasks_of([table], ["gp", "random"], 9)
+    number = {fraction: sum(item.fraction == fraction for item in tasks) for fraction in (0.25, 0.5, 0.75)}
+    assert number == {0.25: 24, 0.5: 72, 0.75: 24}
+
+
+def test_the_benchmark_runs_from_files_to_its_line_and_goes_on_from_what_it_kept(table: Path, tmp_path: Path) -> None:
+    command = [sys.executable, str(BENCHMARKS / "search_regret.py"), "--table", str(table), "--seeds", "1"]
+    command += ["--searchers", "gp", "random", "--plot", str(tmp_path / "plot.png"), "--keep", str(tmp_path / "kept")]
+    lines = []
+    for _ in range(2):
+        done = subprocess.run(command, capture_output=True, text=True, timeout=1200, check=True)
+        lines.append(json.loads(done.stdout.splitlines()[-1]))
+        assert "regret in % of the range" in done.stdout
+    assert lines[0] == lines[1]
+    assert len((tmp_path / "kept").read_text().splitlines()) == 24
+    assert {row["searcher"] for row in lines[0]["rows"]} == {"gp", "random"}
+    assert (tmp_path / "plot.png").stat().st_size > 10_000
+    assert np.all([row["regret"]["64"][1] == 0 for row in lines[0]["rows"]])
+    assert search_regret.IN_FLIGHT == 16
+    assert NUM_TRIALS == 64
