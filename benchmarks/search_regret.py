@@ -22,7 +22,7 @@ import json
 import math
 import os
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
 from multiprocessing import get_context
@@ -30,6 +30,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from scipy.stats import spearmanr
 from search_replay import NUM_TRIALS, Replay, Table, Task, controls_of, replay
 
@@ -102,17 +103,25 @@ def replay_all(tasks: Sequence[Task], jobs: int, keep: Path | None) -> list[Repl
     """Every task's replay, from `keep` where it is there."""
     lines = keep.read_text().splitlines() if keep and keep.exists() else []
     found = {item.task: item for item in map(Replay.from_json, lines)}
-    os.environ["OMP_NUM_THREADS"] = "1"
-    with ProcessPoolExecutor(jobs, get_context("spawn"), initializer=_one_thread) as pool:
-        futures = [pool.submit(replay, task) for task in tasks if task not in found]
-        for number, future in enumerate(as_completed(futures), start=1):
-            item = future.result()
-            found[item.task] = item
-            if keep:
-                with keep.open("a") as file:
-                    file.write(item.to_json() + "\n")
-            print(f"\r{number} of {len(futures)} replays", end="", file=sys.stderr, flush=True)
+    todo = [task for task in tasks if task not in found]
+    for number, item in enumerate(_replays(todo, jobs), start=1):
+        found[item.task] = item
+        if keep:
+            with keep.open("a") as file:
+                file.write(item.to_json() + "\n")
+        print(f"\r{number} of {len(todo)} replays", end="", file=sys.stderr, flush=True)
     return [found[task] for task in tasks]
+
+
+def _replays(tasks: Sequence[Task], jobs: int) -> Iterator[Replay]:
+    torch.set_num_threads(1)
+    if jobs == 1:
+        yield from map(replay, tasks)
+        return
+    os.environ["OMP_NUM_THREADS"] = "1"
+    with ProcessPoolExecutor(jobs, get_context("spawn"), torch.set_num_threads, (1,)) as pool:
+        for future in as_completed([pool.submit(replay, task) for task in tasks]):
+            yield future.result()
 
 
 def summarize(replays: Iterable[Replay]) -> list[Row]:
@@ -172,7 +181,7 @@ def _trials_to(regrets: np.ndarray, share: float) -> np.ndarray:
 
 def _quartiles(values: np.ndarray) -> tuple[float, ...]:
     # No interpolation: a count of trials stays one, and NEVER is not averaged with a count.
-    return tuple(float(value) for value in np.quantile(values, (0.25, 0.5, 0.75), method="closest_observation"))
+    return tuple(float(value) for value in np.quantile(values, (0.25, 0.5, 0.75), method="inverted_cdf"))
 
 
 def goals_of(rows: Sequence[Row]) -> list[dict[str, Any]]:
@@ -331,12 +340,6 @@ def _print_aligned(lines: Sequence[Sequence[str]]) -> None:
     widths = [max(len(cell) for cell in column) for column in zip(*lines, strict=True)]
     for line in lines:
         print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
-
-
-def _one_thread() -> None:
-    import torch
-
-    torch.set_num_threads(1)
 
 
 def main() -> None:
