@@ -52,8 +52,9 @@ def test_demo(tmp_path: Path) -> None:
     told = json.loads(text.splitlines()[-1])
     report = json.loads((run / "results.json").read_text())
     table = {row["name"]: row for row in told["table"]}
-    assert list(table) == ["base", "pruned", "uniform 4-bit", "uniform 8-bit", "mutual-information seed", "searched"]
-    unpruned = report["records"]["evaluate"]["scores"]["base (no fine-tune)"][0]
+    uniform, seeds = ["uniform 4-bit", "uniform 8-bit"], ["mutual-information seed", "best seed"]
+    assert list(table) == ["base", "pruned", *uniform, *seeds, "random", "searched"]
+    unpruned = report["records"]["evaluate"]["rows"][0]["scores"][0]
     assert unpruned["value"] - 3 * unpruned["stderr"] > CHANCE, "clearly above chance"
     assert table["searched"]["measured_bytes"] <= report["records"]["search"]["budget_bytes"]
     candidates = report["records"]["finetune"]["candidates"]

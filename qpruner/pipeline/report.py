@@ -18,7 +18,7 @@ from qpruner.report import markdown, table
 from qpruner.report.marginal_effects import marginal_effects, rank_correlation
 from qpruner.search.trial_records import read_trials
 
-PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "ray", "hyperopt", "lm_eval")
+PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "ray", "botorch", "hyperopt", "lm_eval")
 
 
 def report(context: Context, results: Results) -> Results:
