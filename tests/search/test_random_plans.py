@@ -42,12 +42,13 @@ def test_random_plans_have_equal_bytes_and_differ(
     assert set(drawn) != set(random_plans(space, plan, 5, seed=1))
 
 
-@pytest.mark.parametrize("num_high", [2, 4, 6])
+@pytest.mark.parametrize("num_high", [1, 7])
 def test_every_plan_of_equal_bytes_is_as_likely(num_high: int) -> None:
-    space = space_of(8, (4, 8), 60_000)
+    # So many other bytes that the band holds plans of several sizes, the draws of which must be evened out.
+    space = space_of(8, (4, 8), 600_000)
     plan = space.plan_of([1] * num_high + [0] * (8 - num_high))
     wanted = equal_plans(space, plan)
-    counts = Counter(random_plans(space, plan, 1, seed)[0] for seed in range(12 * len(wanted)))
+    counts = Counter(random_plans(space, plan, 1, seed)[0] for seed in range(20 * len(wanted)))
     assert set(counts) <= set(wanted)
     observed = [counts[each] for each in wanted]
     assert stats.chisquare(observed).pvalue > 1e-3
