@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from conftest import with_key
 
 from qpruner.config import SensitivityConfig, validate_config
 from qpruner.errors import ConfigError
-from qpruner.events import Event, Message, StageSkipped
+from qpruner.events import Event, Message, Progress, StageSkipped
 from qpruner.pipeline import run
 from qpruner.records import MethodScores, SensitivityRecord
 from qpruner.sensitivity.measurement import measure
@@ -121,3 +122,19 @@ def test_only_what_is_not_known_yet_is_measured(tiny_raw: dict[str, Any]) -> Non
     third = record_of(with_key(raw, "lora.rank", 2), events)
     assert measured(events) == {"kl", "loss", "first_order", "fisher", "gauss_newton"}
     assert third.methods["kl"].values != second.methods["kl"].values
+
+
+@pytest.mark.slow
+def test_a_cluster_shares_the_samples_and_measures_the_same(tiny_raw: dict[str, Any], tmp_path: Path) -> None:
+    raw = copy.deepcopy(tiny_raw) | {"prune": {"rate": 0}, "sensitivity": {"methods": ["kl"]}}
+    raw["quantize"]["group"] = "block"
+    raw["model"]["dtype"] = "float32"  # in bfloat16, batches of other rows round differently
+    alone = record_of(raw, []).methods["kl"]
+    raw["output"] = str(tmp_path / "shared")
+    steps: list[Event] = []
+    shared = run(validate_config(raw), steps.append, address="local", until="sensitivity").sensitivity
+    assert shared is not None
+    totals = {event.total for event in steps if isinstance(event, Progress) and event.stage == "sensitivity"}
+    assert totals == {len(os.sched_getaffinity(0))}, "a share for every core"
+    for bits in (4, 8):
+        assert shared.methods["kl"].values[bits] == pytest.approx(alone.values[bits], rel=1e-3, abs=1e-9)
