@@ -100,7 +100,9 @@ def test_whole_run_ends_in_the_table(undisturbed: tuple[Path, dict[str, Any]]) -
     report = json.loads((run / "results.json").read_text())
     names = [row["name"] for row in report["table"]]
     uniform, seeds = ["uniform 4-bit", "uniform 8-bit"], ["mutual-information seed", "best seed"]
-    assert names == ["base", "pruned", *uniform, *seeds, "random", "searched"]
+    # No other plan weighs what all groups at 4 bits weigh.
+    random = [] if set(report["records"]["search"]["best_plan"].values()) == {4} else ["random"]
+    assert names == ["base", "pruned", *uniform, *seeds, *random, "searched"]
     assert told["status"] == "ok"
     assert told["claim"] == report["claim"]
     assert {row["name"]: row["measured_bytes"] for row in told["table"]}["searched"] <= report["records"]["search"][

@@ -49,7 +49,8 @@ def table_rows(context: Context, searched: SearchRecord, measured: SensitivityRe
         return Row(name, origin, dict.fromkeys(under, plan))
 
     def seed_row(name: str, method: str, under: Iterable[int]) -> Row:
-        return same(name, f"seed {method}", seed_plan(measured.methods[method].values, equal_bytes), under)
+        origin = f"{seed_origin(method)} at the winner's bytes"
+        return same(name, origin, seed_plan(measured.methods[method].values, equal_bytes), under)
 
     full = space.uniform(FULL_BITS)
     rows = [same(BASE, "unquantized", full), same(PRUNED, "unquantized", full)]

@@ -38,8 +38,8 @@ LEGEND = (
     "training seeds (data order and dropout; adapter starts are the same) shows means and, after +-, their standard "
     "deviation over seeds; q is the standard error of an accuracy over questions. In the claim an interval is the "
     "wider of Student's over seeds and the paired one over questions, each at 95 % by itself. The confirmation rows "
-    "have scored no trial, but chose among the finalists, which favours the searched plan a little; the test questions have "
-    "chosen nothing."
+    "have scored no trial, but chose the winner and the best seed, whose losses on them are a little flattered; the "
+    "test questions have chosen nothing."
 )
 
 
@@ -158,8 +158,9 @@ def _search(search: SearchRecord) -> list[str]:
     told = (
         f"{search.searcher} on {search.metric}, budget {search.budget_bytes / 1e6:.1f} MB: {search.num_trials} trials, "
         f"{search.num_finished} finished, {search.num_stopped} stopped early, {search.num_failed} failed, in "
-        f"{search.search_seconds / 3600:.2f} h and {search.gpu_seconds / 3600:.2f} GPU hours. It ended because "
-        f"{search.ended}."
+        f"{search.search_seconds / 3600:.2f} hours"
+        + (f" and {search.gpu_seconds / 3600:.2f} GPU hours" if search.gpu_seconds else "")
+        + f". It ended because {search.ended}."
     )
     if search.num_taken_over:
         told += f" It started from {search.num_taken_over} trial(s) that searches with another budget or searcher left."
