@@ -10,8 +10,9 @@ seeds, at a small and a large one with a third of them. `bayesopt` takes seconds
 there are not done again (remove those of a searcher that has changed).
 
 Regret is the loss above that of the best plan inside the budget, as a share of the range from the best to the worst.
-Trials count in the order in which they end. Losses are replayed as measured: trials share their seed, so a repeat has
-no noise. Prints a table, the ablation of the sensitivities, the goals, then one JSON line; draws regret against trials.
+Trials count in the order in which they end. A table's losses are replayed as measured: trials share their seed, so a
+repeat has no noise. A surrogate's have what its fit leaves unexplained added, and regret is without it. Prints a table,
+the ablation of the sensitivities, the goals, then one JSON line; draws regret against trials.
 """
 
 from __future__ import annotations

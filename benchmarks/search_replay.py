@@ -10,6 +10,7 @@ and no trial reports it. A surrogate has `intercept`, `main` {level: [per group]
 
 from __future__ import annotations
 
+import hashlib
 import heapq
 import itertools
 import json
@@ -79,6 +80,15 @@ class Table:
             if bits[group] == level and bits[other] == their_level
         )
         return float(self.content["intercept"] + main + pairs)
+
+    def observed(self, bits: tuple[int, ...], step: int) -> float:
+        """What a trial reports: a table's loss as it was measured; a surrogate's with what its fit leaves unexplained,
+        drawn once for each plan, so that no searcher finds the surface smoother than the model is."""
+        if not self.is_surrogate:
+            return self.score(bits, step)
+        seed = int.from_bytes(hashlib.sha256(repr(bits).encode()).digest()[:8], "big")
+        rest = float(self.content.get("loss_noise", 0.0)) * np.random.default_rng(seed).standard_normal()
+        return self.score(bits, step) + float(rest)
 
     def space(self, fraction: float) -> PlanSpace:
         """Plans within a budget between the smallest plan's bytes (0) and the largest's (1)."""
@@ -232,10 +242,10 @@ class _Witness:
 
 
 def controls_of(table: Table, space: PlanSpace) -> list[tuple[str, PrecisionPlan]]:
-    """Uniform plans inside the budget, and every sensitivity's seed plan."""
+    """Every sensitivity's seed plan, and the uniform plans inside the budget."""
     uniform = [(f"uniform-{bits}", space.uniform(bits)) for bits in space.levels]
     seeds = [(seed_origin(method), seed_plan(values, space)) for method, values in table.sensitivities.items()]
-    return [(origin, plan) for origin, plan in uniform if space.is_feasible(plan)] + seeds
+    return seeds + [(origin, plan) for origin, plan in uniform if space.is_feasible(plan)]
 
 
 def replay(task: Task) -> Replay:
@@ -270,11 +280,11 @@ def replay(task: Task) -> Replay:
     while events:
         now, _, suggestion, rung = heapq.heappop(events)
         step = table.steps[rung]
-        score = table.score(suggestion.plan.bits, step)
-        ledger.observe(Observation(suggestion.index, suggestion.plan, step, score))
+        observed = table.observed(suggestion.plan.bits, step)
+        ledger.observe(Observation(suggestion.index, suggestion.plan, step, observed))
         if step == table.steps[-1]:
             ledger.close(suggestion)
-            losses.append(score)
+            losses.append(table.score(suggestion.plan.bits, step))
             start(now)
     wasted = sum(witness.proposed[item.index] != item.plan for item in started if item.index in witness.proposed)
     at_start = [table.score(plan.bits, table.steps[-1]) for _, plan in controls]

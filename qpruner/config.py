@@ -379,7 +379,7 @@ class ResourcesConfig(Section):
 class SearchConfig(Section):
     """The precision search."""
 
-    searcher: Literal["gp", "hyperopt", "bayesopt", "random"] = "hyperopt"
+    searcher: Literal["gp", "hyperopt", "bayesopt", "random"] = "gp"
     """gp is a Gaussian process over plans (BoTorch), hyperopt is TPE and bayesopt bayesian-optimization, both through
     Ray's searchers; random is the control."""
     max_trials: Positive = 16
