@@ -38,7 +38,7 @@ class Candidate:
     bank: Path
     plan: Mapping[str, int]
     folder: Path
-    seed: int | None = None
+    seed: int | None
 
     @property
     def adapter(self) -> Path:

@@ -109,7 +109,7 @@ def test_the_outcome_is_that_of_the_saved_adapter(tuned: tuple[CandidateJob, Fin
 def test_another_training_seed_is_another_fine_tune_from_the_same_start(
     tuned: tuple[CandidateJob, FinetuneOutcome], tmp_path: Path
 ) -> None:
-    """Over training seeds the data order differs; were the starts drawn anew, plans would be compared with that noise."""
+    """Over training seeds the data order differs; starts drawn anew would be one more noise between plans."""
     job, outcome = tuned
     other = replace(job, candidate=replace(job.candidate, folder=tmp_path / "other", seed=1))
     assert finetune_candidate(other).validation_loss != outcome.validation_loss
@@ -177,16 +177,6 @@ def test_a_fine_tuned_row_without_its_adapter_is_not_scored(
     assert str(caught.value.path) in str(caught.value)
 
 
-def test_a_row_is_taken_for_fine_tuned_unless_told_otherwise(config: RunConfig, tmp_path: Path) -> None:
-    job = job_of(config, tmp_path / "row")
-    plain = Candidate(
-        job.candidate.name, job.candidate.checkpoint, job.candidate.bank, job.candidate.plan, job.candidate.folder
-    )
-    assert plain.tuned
-    with pytest.raises(CorruptFile):
-        evaluate_candidate(replace(job, candidate=plain))
-
-
 def test_an_untuned_row_is_the_model_as_it_is(config: RunConfig, tuned: tuple[CandidateJob, FinetuneOutcome]) -> None:
     """Neither an adapter that lies in its folder nor a start may touch the `no fine-tune` rows."""
     job = job_of(config, tuned[0].candidate.folder, bits=(16,), seed=None)
@@ -210,7 +200,9 @@ def test_a_confirmation_scores_the_last_rungs_adapter(tuned: tuple[CandidateJob,
     pad_id = int(load_tokenizer(str(job.candidate.checkpoint)).pad_token_id)
     rows = load_encoded(job.data / "confirmation")
     expected = mean_loss(model, rows, pad_id, job.config.evaluate.batch_size)
-    assert confirm_trial(confirmation) == pytest.approx((expected.mean, expected.stderr), abs=1e-6)
-    assert confirm_trial(confirmation)[0] != pytest.approx(tuned[1].validation_loss), "rows of its own"
+    found = confirm_trial(confirmation)
+    assert (found.loss, found.stderr) == pytest.approx((expected.mean, expected.stderr), abs=1e-6)
+    assert found.loss == pytest.approx(tuned[1].confirmation_loss, abs=1e-6)
+    assert found.loss != pytest.approx(tuned[1].validation_loss), "rows of its own"
     with pytest.raises(CorruptFile, match="adapter"):
         confirm_trial(replace(confirmation, checkpoint=job.candidate.folder))

@@ -202,7 +202,8 @@ def _confirm(context: Context, finalists: Sequence[TrialRecord], job: SearchJob)
     for trial in finalists:
         checkpoint = checkpoint_of(job.trials, trial)
         assert checkpoint is not None, "a finished trial has a checkpoint"
-        candidate = Candidate(trial.origin, context.checkpoint, context.bank, trial.plan, checkpoint)
+        seed = context.config.seed
+        candidate = Candidate(trial.origin, context.checkpoint, context.bank, trial.plan, checkpoint, seed)
         threads = int(resources.get("cpu", 1))
         jobs.append(ConfirmationJob(context.worker_config, candidate, checkpoint, context.data, threads))
     found: dict[int, Confirmation] = {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -9,6 +10,8 @@ import numpy as np
 
 from qpruner.records import MethodScores, TrialRecord
 
+TRIALS_PER_EFFECT = 1.5
+"""With fewer trials an effect is mostly their noise."""
 Effects = Mapping[int, Sequence[float]]
 
 
@@ -34,8 +37,8 @@ def marginal_effects(trials: Sequence[TrialRecord]) -> MarginalEffects | str:
         trials: All of a search; their plans have the same groups.
 
     Returns:
-        The effects, or why there are none: there must be more finished trials than effects, with plans that tell them
-        apart.
+        The effects, or why there are none: there must be `TRIALS_PER_EFFECT` finished trials for each, with plans that
+        tell them apart.
     """
     finished = [trial for trial in trials if trial.status == "finished"]
     if not finished:
@@ -43,8 +46,9 @@ def marginal_effects(trials: Sequence[TrialRecord]) -> MarginalEffects | str:
     plans = np.array([list(trial.plan.values()) for trial in finished])
     lower = sorted(set(plans.ravel().tolist()))[:-1]
     num_effects = 1 + plans.shape[1] * len(lower)
-    if len(finished) <= num_effects or not lower:
-        return f"{num_effects} effects need more finished trials than that, got {len(finished)}"
+    num_needed = math.ceil(TRIALS_PER_EFFECT * num_effects)
+    if len(finished) < num_needed:
+        return f"{num_effects} effects need {num_needed} finished trials, got {len(finished)}"
     design = np.concatenate([np.ones((len(plans), 1)), *[plans == bits for bits in lower]], axis=1)
     losses = np.array([trial.rungs[-1].loss for trial in finished])
     solution, _, rank, _ = np.linalg.lstsq(design, losses, rcond=None)

@@ -57,11 +57,11 @@ def test_the_residual_is_the_noise_of_a_trial() -> None:
     assert found.residual == pytest.approx(0.01, rel=0.3)
 
 
-@pytest.mark.parametrize("count", [1, 7])
+@pytest.mark.parametrize("count", [1, 10])
 def test_too_few_trials_are_counted_instead(count: int) -> None:
     assert marginal_effects([]) == "no trial finished"
     found = marginal_effects(trials(count))
-    assert isinstance(found, str) and found.endswith(f"effects need more finished trials than that, got {count}")
+    assert isinstance(found, str) and found.endswith(f"finished trials, got {count}")
 
 
 def test_plans_that_always_go_together_are_not_told_apart() -> None:

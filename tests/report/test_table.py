@@ -36,7 +36,7 @@ SEED_PLAN = {"layers.0": 4, "layers.1": 8}
 STAGE = {"digest": "0" * 16, "seconds": 1.5}
 SAME = "not distinguishable"
 ORIGINS = {SEARCHED: "gp, trial 11", BEST_SEED: "seed-kl at the winner's bytes", RANDOM: "3 random plan(s)"}
-NO_EFFECTS = "33 effects need more finished trials than that, got 7"
+NO_EFFECTS = "33 effects need 50 finished trials, got 7"
 
 
 def candidate(
