@@ -333,7 +333,7 @@ class TrainingConfig(Section):
         return self
 
 
-SensitivityMethod = Literal["mutual_information", "first_order", "fisher", "gauss_newton", "kl", "loss"]
+SensitivityMethod = Literal["mutual_information", "first_order", "fisher", "second_order", "kl", "loss"]
 
 
 class SensitivityConfig(Section):
@@ -341,8 +341,8 @@ class SensitivityConfig(Section):
 
     methods: tuple[SensitivityMethod, ...] = get_args(SensitivityMethod)
     """What is measured, each giving a seed plan: mutual information with the prediction (the paper's), gradient times
-    quantization error, Fisher-weighted squared error, squared gradient times error, and the KL divergence and the
-    change of the loss with one group quantized. The middle three share a backward pass, the last two their passes."""
+    quantization error, Fisher-weighted squared error, the sum of these two, and the KL divergence and the change of the
+    loss with one group quantized. The middle three share a backward pass, the last two their passes."""
     num_measured_samples: Positive = 32
     """KL and loss: samples, at most. They cost a pass through half the model for every group, bit-width and sample."""
     num_components: Positive = 4

@@ -3,11 +3,12 @@
 With ``E = W_start - W``, ``g_s`` the gradient of sample s's summed loss and N labelled tokens in all, a group rises by
 
 - first order: ``sum_s <g_s, E> / N``,
-- Gauss-Newton: ``1/2 sum_s <g_s, E>^2 / N``, the empirical Fisher matrix along the error,
-- Fisher: ``1/2 sum_s <g_s^2, E^2> / N``, its diagonal only (as in SqueezeLLM, arXiv 2306.07629).
+- Fisher: ``1/2 sum_s <g_s^2, E^2> / N``, the diagonal of the empirical Fisher matrix (as in SqueezeLLM, arXiv
+  2306.07629): what the predictions change by,
+- second order: their sum, with that diagonal for the Hessian.
 
 Scores of different tokens are uncorrelated under the model, so a sample's sum has the Fisher information of its tokens.
-All three come from one backward pass over the samples, for every group and bit-width at once.
+All come from one backward pass over the samples, for every group and bit-width at once.
 """
 
 from __future__ import annotations
@@ -37,25 +38,18 @@ class Expansion:
 
     Attributes:
         num_tokens: Labelled tokens.
-        change: ``(levels, groups, samples)``: ``<g_s, E>``.
+        first_order: ``(levels, groups)`` in nats per token.
         fisher: ``(levels, groups)`` in nats per token.
     """
 
     num_tokens: int
-    change: Floats
+    first_order: Floats
     fisher: Floats
 
     @property
-    def first_order(self) -> Floats:
+    def second_order(self) -> Floats:
         """``(levels, groups)`` in nats per token."""
-        found: Floats = self.change.sum(axis=2) / self.num_tokens
-        return found
-
-    @property
-    def gauss_newton(self) -> Floats:
-        """``(levels, groups)`` in nats per token."""
-        found: Floats = 0.5 * np.square(self.change).sum(axis=2) / self.num_tokens
-        return found
+        return self.first_order + self.fisher
 
 
 def expand(
@@ -80,9 +74,8 @@ def expand(
     samples = samples.by_length
     owner = {path: (index, group) for index, (group, paths) in enumerate(starts.groups.items()) for path in paths}
     linears = {path: model.get_submodule(path) for path in owner}
-    change = np.zeros((len(starts.levels), len(starts.groups), len(samples.rows)))
-    fisher = np.zeros(change.shape[:2])
-    done = 0
+    first_order = np.zeros((len(starts.levels), len(starts.groups)))
+    fisher = np.zeros_like(first_order)
 
     @torch.no_grad()
     def visit(path: str, inputs: torch.Tensor, gradients: torch.Tensor) -> None:
@@ -91,21 +84,21 @@ def expand(
         errors = torch.stack(
             [starts.weight(group, bits, path, weight.device).sub_(weight).flatten() for bits in starts.levels]
         )
-        squares = torch.zeros_like(weight).flatten()
-        found = torch.empty(len(inputs), len(errors), dtype=torch.float64)
-        for row, (sample, gradient) in enumerate(zip(inputs.float(), gradients.float(), strict=True)):
-            slope = (gradient.T @ sample).flatten()
-            found[row] = (errors @ slope).double()
+        slopes, squares = torch.zeros_like(weight), torch.zeros_like(weight)
+        for sample, gradient in zip(inputs.float(), gradients.float(), strict=True):
+            slope = gradient.T @ sample
+            slopes.add_(slope)
             squares.addcmul_(slope, slope)
-        curved = (errors.square_() @ squares).double().cpu()
-        if not (found.isfinite().all() and curved.isfinite().all()):
+        changes = torch.stack([errors @ slopes.flatten(), 0.5 * errors.square() @ squares.flatten()])
+        if not changes.isfinite().all():
             raise TrainingDiverged(f"the gradient of {path}.weight is NaN or infinite on the calibration samples")
-        change[:, index, done : done + len(found)] += found.T.numpy()
-        fisher[:, index] += 0.5 * curved.numpy()
+        for total, change in zip((first_order, fisher), changes.double().cpu().numpy(), strict=True):
+            total[:, index] += change
 
+    done = 0
     for batch in samples.split():
         visit_linear_gradients(model, linears, batch, visit)  # type: ignore[arg-type]
         done += len(batch.rows)
         on_samples(done, len(samples.rows))
     num_tokens = sum(label != IGNORED_LABEL for row in samples.rows for label in row["labels"][1:])
-    return Expansion(num_tokens, change, fisher / num_tokens)
+    return Expansion(num_tokens, first_order / num_tokens, fisher / num_tokens)

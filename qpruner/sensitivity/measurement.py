@@ -73,6 +73,9 @@ def measure(
 ) -> Measurement:
     """Measure every (group, bits).
 
+    In bfloat16 any change costs some KL by rounding alone: 0.0009 to 0.0015 nats on pruned SmolLM2 with one weight
+    moved by one unit in the last place (2026-11), about what 8 bits cost there. Fisher tells such groups apart.
+
     Memory above the weights: every block's output for one batch, the unquantized model's log-probabilities at the
     batch's predicted positions in float32, and a group's weights once more.
 

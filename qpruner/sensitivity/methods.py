@@ -29,7 +29,7 @@ OnProgress = Callable[[int, int], None]
 NATS = "nats per predicted token"
 
 INFORMATION = ("mutual_information",)
-EXPANSION = ("first_order", "fisher", "gauss_newton")
+EXPANSION = ("first_order", "fisher", "second_order")
 MEASUREMENT = ("kl", "loss")
 """Methods by the passes that they need."""
 
@@ -38,7 +38,7 @@ SOURCES = {
     "NAACL 2025), times the share of the way down from the highest bits",
     "first_order": "gradient times quantization error, summed over the weights",
     "fisher": "half the mean squared gradient times squared quantization error, summed over the weights",
-    "gauss_newton": "half the mean squared product of gradient and quantization error",
+    "second_order": "first order plus Fisher: the loss expanded, with the squared gradient for the curvature",
     "kl": "divergence of the predictions from the unquantized model's, measured with one group quantized",
     "loss": "change of the loss, measured with one group quantized",
 }
@@ -112,7 +112,7 @@ def by_information(
 def by_expansion(
     model: PreTrainedModel, subject: Subject, batch_size: int, on_progress: OnProgress
 ) -> dict[str, MethodScores]:
-    """First order, Fisher and Gauss-Newton: one pass forward and backward."""
+    """First order, Fisher and their sum: one pass forward and backward."""
     started = time.monotonic()
     samples = subject.samples(batch_size)
     found = expand(model, samples, subject.starts(model), on_progress)

@@ -53,7 +53,7 @@ def test_every_method_scores_every_group_at_every_width(phi: Banked, scores: dic
         assert MethodScores.model_validate_json(found.model_dump_json()).values == found.values
 
 
-@pytest.mark.parametrize("method", ["mutual_information", "fisher", "gauss_newton", "kl"])
+@pytest.mark.parametrize("method", ["mutual_information", "fisher", "kl"])
 def test_four_bits_cost_more_than_eight(scores: dict[str, MethodScores], method: str) -> None:
     values = scores[method].values
     assert np.mean(values[4]) > np.mean(values[8]) > 0
@@ -68,7 +68,7 @@ def test_mutual_information_is_shared_out_by_bits(scores: dict[str, MethodScores
 
 def test_methods_of_the_same_passes_name_each_other(scores: dict[str, MethodScores]) -> None:
     assert scores["kl"].details["shared_with"] == ["loss"]
-    assert scores["fisher"].details["shared_with"] == ["first_order", "gauss_newton"]
+    assert scores["fisher"].details["shared_with"] == ["first_order", "second_order"]
     assert scores["fisher"].seconds == scores["first_order"].seconds
 
 
@@ -115,12 +115,12 @@ def test_only_what_is_not_known_yet_is_measured(tiny_raw: dict[str, Any]) -> Non
     raw = with_key(raw, "sensitivity.methods", ["loss", "fisher", "kl"])
     second = record_of(raw, events)
     assert tuple(second.methods) == ("loss", "fisher", "kl")
-    assert measured(events) == {"first_order", "fisher", "gauss_newton"}
+    assert measured(events) == {"first_order", "fisher", "second_order"}
     assert second.methods["kl"] == first.methods["kl"]
     assert record_of(with_key(raw, "quantize.budget", {"fraction": 0.9}), events) == second
     assert "sensitivity" in [event.stage for event in events if isinstance(event, StageSkipped)]
     third = record_of(with_key(raw, "lora.rank", 2), events)
-    assert measured(events) == {"kl", "loss", "first_order", "fisher", "gauss_newton"}
+    assert measured(events) == {"kl", "loss", "first_order", "fisher", "second_order"}
     assert third.methods["kl"].values != second.methods["kl"].values
 
 
