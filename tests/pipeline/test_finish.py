@@ -14,13 +14,22 @@ from conftest import raw_config, with_key
 
 from qpruner import preflight
 from qpruner.config import validate_config
+from qpruner.errors import ConfigError
 from qpruner.events import Event, Message
 from qpruner.pipeline import run
 from qpruner.pipeline.context import Context
 from qpruner.pipeline.finish import evaluate, finetune
 from qpruner.pipeline.rows import Row, candidate_of, table_rows, untuned_candidates
 from qpruner.plan import PrecisionPlan
-from qpruner.records import CandidateRecord, Confirmation, SearchRecord, SensitivityRecord
+from qpruner.records import (
+    CandidateRecord,
+    Confirmation,
+    RowScores,
+    SearchRecord,
+    SensitivityRecord,
+    TaskScore,
+    digest_of,
+)
 from qpruner.rundir import RunDir, write_json
 
 MI_ROW = "mutual-information seed"
@@ -177,6 +186,12 @@ def test_without_compare_the_winner_stands_alone(changed: Callable[[str, Any], C
     assert rows_of(context, winner) == {"searched": Row("searched", "gp, trial 7", {0: winner})}
 
 
+def test_training_seeds_of_a_comparison_that_is_off_are_refused(raw: dict[str, Any]) -> None:
+    """They would be ignored."""
+    with pytest.raises(ConfigError, match="`compare`, which is off"):
+        validate_config(with_key(raw, "finetune", {"steps": 4, "seeds": 2}))
+
+
 # What is made once
 
 
@@ -256,14 +271,19 @@ def test_an_interrupted_comparison_goes_on_with_what_is_left(
         assert told(events, "finetune") == ["searched, training seed 0"], "nothing was trained again"
 
         tuned = finetune(alone, searched, measured)
+        scores = (TaskScore(task="arc", metric="acc", value=0.5, stderr=0.5, num_questions=1, correct=(1.0,)),)
+        digest = digest_of(alone.config.evaluate, alone.task_digest)
+        for each in untuned_candidates(alone):
+            write_json(
+                each.folder / "scores.json", RowScores(digest=digest, name=each.name, seed=each.seed, scores=scores)
+            )
         scored = evaluate(alone, tuned)
         assert [(row.name, row.seed) for row in scored.rows] == [("base", None), ("pruned", None), ("searched", 0)]
-        assert len(told(events, "evaluate")) == 3
+        assert scored.rows[0].scores == scored.rows[1].scores == scores
+        assert told(events, "evaluate") == ["searched, training seed 0"]
         alone.run_dir.forget("evaluate")
-        (untuned_candidates(alone)[1].folder / "scores.json").unlink()
         assert evaluate(alone, tuned).rows == scored.rows
-        assert told(events, "evaluate")[3:] == ["pruned (no fine-tune)"]
-        assert told(events, "finetune") == ["searched, training seed 0"]
+        assert told(events, "evaluate") == told(events, "finetune") == ["searched, training seed 0"]
     finally:
         whole.close()
 
