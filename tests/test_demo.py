@@ -58,6 +58,6 @@ def test_demo(tmp_path: Path) -> None:
     assert unpruned["value"] - 3 * unpruned["stderr"] > CHANCE, "clearly above chance"
     assert table["searched"]["measured_bytes"] <= report["records"]["search"]["budget_bytes"]
     candidates = report["records"]["finetune"]["candidates"]
-    assert all(row["measured_bytes"] == row["plan_bytes"] and row["steps"] == 30 for row in candidates)
+    assert all(row["measured_bytes"] == row["plan_bytes"] and row["steps"] == 8 for row in candidates)
     assert report["claim"] == told["claim"]
     assert peak < MEMORY_LIMIT_BYTES
