@@ -23,6 +23,7 @@ from qpruner.pipeline.search import search
 from qpruner.pipeline.stage import explained
 from qpruner.records import PruneRecord, Results
 from qpruner.rundir import RunDir
+from qpruner.search.searchers import check_searcher
 
 STAGES = ("prepare", "prune", "bank", "sensitivity", "search", "finetune", "evaluate", "report")
 
@@ -33,8 +34,6 @@ def check_search(config: SearchConfig, slots: Slots) -> int:
     Raises:
         UserError: For a trial that does not fit, GPU hours without GPUs, or a searcher whose package is missing.
     """
-    from qpruner.search.tune import check_searcher
-
     check_searcher(config.searcher)
     asked = config.resources_per_trial
     resources = slots.resources_per_trial(asked.model_dump() if asked else None)
