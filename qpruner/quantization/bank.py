@@ -27,7 +27,7 @@ from qpruner.quantization.loftq import loftq_start
 from qpruner.quantization.mixed import pack
 from qpruner.rundir import file_digest, read_json, write_json
 
-FORMAT = 1
+FORMAT = 2
 """Counts up when an entry of the same inputs would hold other tensors."""
 INDEX = "bank.json"
 

@@ -165,3 +165,11 @@ def test_the_model_starts_closer_to_the_dense_one(tiny_model: Path, tmp_path: Pa
         adapted = attach_adapters(model, starts, lora, GROUP, seed=0).eval()
         distance[init] = float((logits_of(adapted).float() - dense).norm())
     assert distance["loftq"] < 0.9 * distance["plain"]
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_an_adapter_starts_where_it_can_learn(bits: int) -> None:
+    """Both factors near zero have no gradient; an 8-bit layer's error alone would start them there."""
+    start = start_of(weight_of((96, 128)), bits)
+    assert float(start.lora_a.norm(dim=1).min()) >= 0.99 * 3**-0.5
+    assert float(start.lora_b.norm()) > 0
