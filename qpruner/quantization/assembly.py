@@ -69,6 +69,9 @@ def attach_adapters(
 ) -> PeftModel:
     """Put a LoRA adapter on every grouped layer; layers without a LoftQ start begin at zero.
 
+    With `lora.init: loftq` their rows of ``A`` get the length that LoftQ's have, so that unquantized layers learn as
+    fast as quantized ones.
+
     Args:
         model: What `assemble` built.
         starts: The adapter starts.
@@ -92,6 +95,9 @@ def attach_adapters(
         ),
     )
     with torch.no_grad():
+        for path in paths if lora.init == "loftq" else ():
+            lora_a = cast(Any, peft_model.base_model.model.get_submodule(path)).lora_A["default"].weight
+            lora_a.div_(lora_a.norm(dim=1, keepdim=True))
         for name, start in starts.items():
             path, _, matrix = name.rpartition(".")
             layer = peft_model.base_model.model.get_submodule(path)

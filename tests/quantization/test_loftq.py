@@ -167,9 +167,11 @@ def test_the_model_starts_closer_to_the_dense_one(tiny_model: Path, tmp_path: Pa
     assert distance["loftq"] < 0.9 * distance["plain"]
 
 
-@pytest.mark.parametrize("bits", [4, 8])
-def test_an_adapter_starts_where_it_can_learn(bits: int) -> None:
-    """Both factors near zero have no gradient; an 8-bit layer's error alone would start them there."""
-    start = start_of(weight_of((96, 128)), bits)
-    assert float(start.lora_a.norm(dim=1).min()) >= 0.99 * 3**-0.5
-    assert float(start.lora_b.norm()) > 0
+def test_adapters_learn_as_fast_whatever_the_bits(tiny_model: Path, tmp_path: Path) -> None:
+    """The first step of B grows with A: one that depends on the bits would make a short fine-tune prefer some."""
+    names = fill_bank(tiny_model, tmp_path, double_quant=False)
+    for bits in (4, 8, 16):
+        model, starts = assemble(tiny_model, tmp_path, GROUP, mixed_plan(names, (bits,)), DTYPE, double_quant=False)
+        adapted = attach_adapters(model, starts, LORA, GROUP, seed=0)
+        rows = torch.cat([value.norm(dim=1) for name, value in adapted.named_parameters() if "lora_A" in name])
+        assert torch.allclose(rows, torch.ones_like(rows), atol=1e-4)
