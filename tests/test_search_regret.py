@@ -100,7 +100,7 @@ def test_a_replay_runs_every_plan_of_a_small_space_once(table: Path, searcher: s
 def test_seed_plans_run_first_and_the_best_of_them_is_remembered(table: Path) -> None:
     found = Table.read(table)
     controls = controls_of(found, found.space(0.5))
-    assert [origin for origin, _ in controls] == ["uniform-4", "seed-loss", "seed-fisher"]
+    assert [origin for origin, _ in controls] == ["seed-loss", "seed-fisher", "uniform-4"]
     done = replay(task(table, "random", seeded=True))
     losses = [found.score(plan.bits, 8) for _, plan in controls]
     assert done.losses[:3] == losses

@@ -1,10 +1,10 @@
 """The searcher `gp`: Bayesian optimization of plans under a byte budget.
 
 Log expected improvement (Ament et al., arXiv 2310.20708; BoTorch's) of the model in `plan_model`, over plans that are
-inside the budget and new. Candidates are all plans of a small space; of a large one, knapsacks of the effects as the
-model expects and samples them, the neighbours of those and of the best plans, and then, a few times over, of the best
-candidates. For a Pareto front it is the expected hypervolume improvement, a sum over the front's segments of byte
-sizes (a plan's bytes are known), with the expected improvement of each.
+inside the budget and new. Candidates are all plans of a small space; of a large one, the knapsacks that lead up the
+expected improvement from those of sampled effects, the neighbours of the best plans, and then, a few times over, those
+of the best candidates. For a Pareto front it is the expected hypervolume improvement: as a plan's bytes are known, the
+sum over the front's segments of bytes of the expected improvement on each.
 """
 
 from __future__ import annotations
@@ -31,12 +31,13 @@ from qpruner.search.searchers import History, Prior, Proposal
 MAX_ENUMERATED = 4096
 """Spaces of at most this many plans, over budget or not, are looked at whole."""
 NUM_SAMPLES = 12
-"""Samples of the effects whose knapsacks become candidates, and random plans beside them."""
+"""Samples of the effects whose knapsacks become candidates."""
 NUM_CENTERS = 6
 """Best known plans, and best candidates, whose neighbours become candidates."""
 NUM_SWAPS = 100
 """Swaps around one plan."""
-NUM_CLIMBS = 4
+NUM_ASCENTS = 4
+NUM_CLIMBS = 3
 
 
 class GaussianProcessProposer:
@@ -79,18 +80,11 @@ class GaussianProcessProposer:
         if self._plans.all is not None:
             candidates = self._plans.new(self._plans.all, seen)
             return candidates, goal.log_improvement(posterior, candidates)
-        noise = torch.tensor(generator.standard_normal((NUM_SAMPLES, self._model.num_effects)))
-        effects = posterior.effects(noise)
-        capacities = torch.full((len(effects),), float(self._plans.capacity), dtype=torch.float64)
-        if self._pareto:
-            lowest = self._plans.bytes.amin(1).sum()
-            capacities = lowest + (capacities - lowest) * torch.tensor(generator.uniform(size=len(effects)))
-        knapsacks = self._plans.knapsacks(effects, capacities)
-        tried = torch.cat([knapsacks, self._plans.random(NUM_SAMPLES, generator)])
-        centers = torch.cat([goal.centers, knapsacks])
-        candidates, values = tried[:0], torch.zeros(0, dtype=torch.float64)
+        tried = self._ascents(posterior, goal, generator)
+        effects = posterior.effects(torch.zeros(0, self._model.num_effects, dtype=torch.float64))[0]
+        centers, candidates, values = goal.centers, tried[:0], torch.zeros(0, dtype=torch.float64)
         for _ in range(1 + NUM_CLIMBS):
-            around = [self._plans.neighbours(row, effects[at % len(effects)]) for at, row in enumerate(centers)]
+            around = [self._plans.neighbours(row, effects) for row in centers]
             more = self._plans.new(torch.cat([tried, *around]), seen)
             gained = goal.log_improvement(posterior, more)
             stuck = len(values) and not (len(gained) and gained.max() > values.max())
@@ -99,6 +93,20 @@ class GaussianProcessProposer:
                 break
             centers, tried = candidates[values.argsort(descending=True)[:NUM_CENTERS]], tried[:0]
         return candidates, values
+
+    def _ascents(self, posterior: Posterior, goal: Goal, generator: np.random.Generator) -> Tensor:
+        """Plans on the way up the expected improvement, from knapsacks of sampled effects."""
+        noise = torch.tensor(generator.standard_normal((NUM_SAMPLES, self._model.num_effects)))
+        effects = posterior.effects(noise)
+        capacities = torch.full((len(effects),), float(self._plans.capacity), dtype=torch.float64)
+        if self._pareto:
+            lowest = self._plans.bytes.amin(1).sum()
+            capacities = lowest + (capacities - lowest) * torch.tensor(generator.uniform(size=len(effects)))
+        references = goal.rivals(capacities)
+        plans = [self._plans.knapsacks(effects, capacities)]
+        for _ in range(NUM_ASCENTS):
+            plans.append(self._plans.knapsacks(posterior.slopes(plans[-1], references), capacities))
+        return torch.cat(plans)
 
 
 @dataclass(frozen=True)
@@ -116,6 +124,12 @@ class Goal:
     references: Tensor
     edges: Tensor | None
     centers: Tensor
+
+    def rivals(self, capacities: Tensor) -> Tensor:
+        """The reference ``(n, groups)`` that a plan of each size ``(n,)`` has to beat."""
+        if self.edges is None:
+            return self.references.expand(len(capacities), -1)
+        return self.references[torch.searchsorted(self.edges[1:-1].to(capacities.dtype), capacities, right=True)]
 
     def log_improvement(self, posterior: Posterior, candidates: Tensor) -> Tensor:
         """Log expected improvement ``(n,)`` of ``(n, groups)`` plans, in the score's unit."""
@@ -227,7 +241,7 @@ class Plans:
         steps = bytes_.sort(1).values.diff(dim=1)
         spread = (costs.amax((1, 2)) - costs.amin((1, 2))).clamp_min(1e-300)
         low, high = torch.zeros_like(spread), 2 * spread / steps[steps > 0].min()
-        for _ in range(50):
+        for _ in range(30):
             price = (low + high) / 2
             plans = (costs + price[:, None, None] * bytes_).argmin(2)
             over = self.sizes(plans) > capacities

@@ -23,12 +23,12 @@ from qpruner.plan import PlanSpace
 from qpruner.search.searchers import Observation, Prior
 
 JITTER = 1e-8
-MIN_VARIANCE = 1e-10
+MIN_VARIANCE = 1e-9
 CONSTANT_VARIANCE = 100.0
 """Of a rung's level, in units of the scores' variance: as good as unknown."""
-NUM_FITTED = 160
+NUM_FITTED = 100
 """Observations that the hyperparameters are fitted to; more cost time and change little."""
-NUM_RUNG_PAIRS = 48
+NUM_RUNG_PAIRS = 24
 """Trials whose lower rungs are kept once they have a higher one: enough to learn how rungs relate."""
 
 
@@ -54,11 +54,12 @@ OTHERS = {
     "pairwise": Hyperprior(0.01, 1.5),
     "local": Hyperprior(0.01, 1.5),
     "reach": Hyperprior(0.2, 0.5),
-    "noise": Hyperprior(0.001, 2.0),
+    "noise": Hyperprior(0.003, 2.0),
     "decorrelation": Hyperprior(0.02, 1.0),
-    "bytes_mean": Hyperprior(0.5, 0.7),
-    "sensitivity_mean": Hyperprior(0.7, 0.7),
+    "mean": Hyperprior(0.7, 0.7),
 }
+"""The other hyperparameters: variance of the interactions, and the share of groups over which they reach; variance of a
+repeat; decay of the rungs' correlation, for each rung apart; scale of the prior mean."""
 AMPLITUDE = Hyperprior(1.2, 0.4)
 """Of the effects at a lower rung against the last."""
 
@@ -78,7 +79,8 @@ class PlanModel:
 
     Args:
         space: The plans.
-        priors: Sensitivities by method; the mean of those that say anything is the effects' prior mean, scaled.
+        priors: Sensitivities by method. The effects' prior mean is proportional to the mean of those that say
+            anything, each scaled to the same variance; without any it is proportional to the bytes saved.
     """
 
     def __init__(self, space: PlanSpace, priors: Mapping[str, Prior]) -> None:
@@ -94,6 +96,7 @@ class PlanModel:
         self._size_effects = self._unit(self._spread(sizes / sizes.mean()))
         methods = [self._method_effects(prior) for prior in priors.values()]
         self._methods = [self._unit(effects) for effects in methods if bool(effects.abs().sum() > 0)]
+        self.mean = self._unit(torch.stack(self._methods).mean(0)) if self._methods else self._size_effects
         self.parts = {name: self._unit_covariance(part) for name, part in self._covariances().items()}
 
     def features(self, plans: Tensor) -> Tensor:
@@ -108,14 +111,6 @@ class PlanModel:
         for level in range(self.num_levels):
             agree += (left == level).to(torch.float64) @ (right == level).to(torch.float64).T
         return 1.0 - agree / self.num_groups
-
-    @cached_property
-    def means(self) -> dict[str, Tensor]:
-        """Prior means of the effects, each to be scaled by the hyperparameter of that name."""
-        found = {"bytes_mean": self._size_effects}
-        if self._methods:
-            found["sensitivity_mean"] = self._unit(torch.stack(self._methods).mean(0))
-        return found
 
     def _covariances(self) -> dict[str, Tensor]:
         kinds = [re.sub(r"\d+", "#", name) for name in self.space.groups]
@@ -283,16 +278,43 @@ class Posterior:
         variance = prior + prior_at[:, None] - 2 * shared - explained
         return mean - mean_at[:, None], variance.clamp_min(MIN_VARIANCE) * self.unit**2
 
+    @cached_property
+    def _effects(self) -> tuple[Tensor, Tensor]:
+        """Mean ``(effects,)`` and covariance of the additive part's effects, in units of the scores."""
+        cross = self._covariance @ self._features.T * self._to_target()
+        white = torch.linalg.solve_triangular(self._factor, cross.T, upper=False)
+        return self._effect_mean(self.hyper) + cross @ self._weights, self._covariance - white.T @ white
+
     def effects(self, noise: Tensor) -> Tensor:
         """Effects ``(1 + s, groups, levels)``: the mean, then a sample for each row of ``(s, effects)`` white noise."""
-        cross = self._covariance @ self._features.T * self._to_target()
-        mean = self._effect_mean(self.hyper) + cross @ self._weights
-        white = torch.linalg.solve_triangular(self._factor, cross.T, upper=False)
-        covariance = self._covariance - white.T @ white
+        mean, covariance = self._effects
         values, vectors = torch.linalg.eigh(covariance)
         samples = mean + noise @ (vectors * values.clamp_min(0).sqrt()).T
-        below = torch.cat([mean[None], samples]).reshape(-1, self._model.num_groups, self._model.num_levels - 1)
-        return torch.nn.functional.pad(below, (0, 1)) * self.unit
+        return self._by_level(torch.cat([mean[None], samples]))
+
+    def slopes(self, plans: Tensor, references: Tensor) -> Tensor:
+        """How expected improvement falls ``(n, groups, levels)`` with each level of `plans`, to first order.
+
+        For ``u`` the expected gain over the reference by its standard deviation ``s``, ``EI = s (u Phi(u) + phi(u))``
+        changes by ``-Phi(u)`` with the mean and by ``phi(u)`` with ``s``. As ``s`` is convex in the features, the plan
+        of least summed slope is no worse at the same ratio of the two. Additive part only.
+
+        Args:
+            plans: ``(n, groups)``.
+            references: ``(n, groups)`` that they are to improve on.
+        """
+        mean, covariance = self._effects
+        moved = self._model.features(plans) - self._model.features(references)
+        toward = moved @ covariance
+        deviation = (toward * moved).sum(1).clamp_min(MIN_VARIANCE).sqrt()
+        normal = torch.distributions.Normal(0.0, 1.0)
+        gain = -(moved @ mean) / deviation
+        spread = (normal.log_prob(gain) - torch.special.log_ndtr(gain)).exp() / deviation
+        return self._by_level(mean - spread[:, None] * toward)
+
+    def _by_level(self, effects: Tensor) -> Tensor:
+        shaped = effects.reshape(-1, self._model.num_groups, self._model.num_levels - 1)
+        return torch.nn.functional.pad(shaped, (0, 1)) * self.unit
 
     def _value(self, name: str) -> Tensor:
         return self.hyper[self._names.index(name)].exp()
@@ -352,8 +374,7 @@ class Posterior:
         return torch.einsum("c,cde->de", hyper[: len(parts)].exp(), parts)
 
     def _effect_mean(self, hyper: Tensor) -> Tensor:
-        scaled = [hyper[self._names.index(name)].exp() * mean for name, mean in self._model.means.items()]
-        return torch.stack(scaled).sum(0)
+        return hyper[self._names.index("mean")].exp() * self._model.mean
 
     def _prior_mean(self, hyper: Tensor, data: Data) -> Tensor:
         return self._model.features(data.plans) @ self._effect_mean(hyper) * self._amplitude(hyper, data.ranks)
