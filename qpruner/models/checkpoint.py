@@ -59,14 +59,19 @@ def save_checkpoint(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, 
 
 
 def dense_tensors(checkpoint: Path, wanted: Callable[[str], bool]) -> dict[str, torch.Tensor]:
-    """The wanted ones of the checkpoint's tensors, read shard by shard."""
+    """The wanted ones of the checkpoint's tensors, read shard by shard.
+
+    Raises:
+        CorruptFile: Naming the weight file that is missing or damaged.
+    """
     tensors: dict[str, torch.Tensor] = {}
-    for shard in sorted(checkpoint.glob("*.safetensors")):
+    shards = sorted(checkpoint.glob("*.safetensors"))
+    for shard in shards or [checkpoint / "model.safetensors"]:
         try:
             with safe_open(shard, framework="pt") as file:
                 tensors |= {name: file.get_tensor(name) for name in file.keys() if wanted(name)}  # noqa: SIM118
-        except SafetensorError as error:
+        except (FileNotFoundError, SafetensorError) as error:
             raise CorruptFile(
-                f"weight file {shard} cannot be read: {error}; delete its folder to rebuild it", shard
+                f"weight file {shard} is missing or damaged: {error}; delete its folder to rebuild it", shard
             ) from error
     return tensors

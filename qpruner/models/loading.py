@@ -133,6 +133,17 @@ def load_dense(source: str, dtype: str, model: ModelConfig | None = None) -> Pre
     return loaded if is_spread else loaded.to(device())
 
 
+def checkpoint_config(folder: Path) -> Any:
+    """transformers config of a checkpoint of the run; `CorruptFile` when it cannot be read."""
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        path = damaged_file(folder)
+        raise CorruptFile(f"{path} is missing or damaged: {_reason(error)}", path) from error
+
+
 def damaged_file(folder: Path) -> Path:
     """The first file of a checkpoint that cannot be read; the folder itself when all can."""
     config, weights = folder / "config.json", sorted(folder.glob("*.safetensors"))

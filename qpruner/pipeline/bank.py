@@ -147,10 +147,11 @@ def _check_room(context: Context, scratch: Path, jobs: list[GroupJob]) -> None:
     num_sets = len({bits for job in jobs for bits in job.bits})
     needed = packed + num_sets * layout.adapter_bytes
     num_entries = sum(len(job.bits) for job in jobs)
-    context.emit(Message("bank", f"{num_entries} entries to build, {needed / 1e6:.0f} MB"))
+    context.emit(Message("bank", f"{num_entries} entries to build, {needed / 1e6:.1f} MB"))
     free = shutil.disk_usage(scratch).free
     if free < needed:
-        cause = f"the bank takes {needed / 1e6:.0f} MB, but {free / 1e6:.0f} MB are free in {context.run_dir.root}"
+        root = context.run_dir.root
+        cause = f"no space left for the bank in {root}: it takes {needed / 1e6:.1f} MB, {free / 1e6:.1f} MB are free"
         raise StageError("bank", cause, "make room, then repeat the command")
 
 

@@ -12,6 +12,7 @@ from qpruner.config import RunConfig
 from qpruner.events import Emit
 from qpruner.execution.cluster import Slots, connect, disconnect
 from qpruner.memory import release
+from qpruner.models.loading import checkpoint_config
 from qpruner.plan import Layout, PlanSpace
 from qpruner.records import digest_of
 from qpruner.rundir import RunDir, file_digest
@@ -68,9 +69,7 @@ class Context:
     @cached_property
     def layout(self) -> Layout:
         """Groups and sizes of the pruned model as it is."""
-        from transformers import AutoConfig
-
-        return preflight.layout_for(self.config, AutoConfig.from_pretrained(self.checkpoint))
+        return preflight.layout_for(self.config, checkpoint_config(self.checkpoint))
 
     @cached_property
     def space(self) -> PlanSpace:

@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from qpruner.config import LoraConfig
-from qpruner.errors import CorruptFile
+from qpruner.errors import CorruptFile, TrainingDiverged
 from qpruner.models.checkpoint import dense_tensors
 from qpruner.models.loading import device
 from qpruner.plan import FULL_BITS
@@ -152,11 +152,21 @@ class GroupJob:
 
 
 def build_group(job: GroupJob) -> dict[str, tuple[str, float]]:
-    """Pack a group and write its files; returns sha256 and residual ratio by file name."""
+    """Pack a group and write its files; returns sha256 and residual ratio by file name.
+
+    Raises:
+        CorruptFile: If the checkpoint lacks a weight.
+        TrainingDiverged: Naming the weight that is NaN or infinite.
+    """
     if job.threads and not torch.cuda.is_available():
         torch.set_num_threads(job.threads)
     names = {f"{path}.weight": path for path in job.paths}
     stored = dense_tensors(job.checkpoint, names.__contains__)
+    for name in names:
+        if name not in stored:
+            raise CorruptFile(f"checkpoint {job.checkpoint} lacks {name}; delete it to rebuild it", job.checkpoint)
+        if not torch.isfinite(stored[name]).all():
+            raise TrainingDiverged(f"the weight {name} is NaN or infinite")
     weights = {names[name]: tensor.to(device(), getattr(torch, job.dtype)) for name, tensor in stored.items()}
     built = {}
     for bits in job.bits:
