@@ -9,6 +9,7 @@ All hyperparameters have priors and are set to their maximum a posteriori, in fl
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -307,9 +308,9 @@ class Posterior:
         moved = self._model.features(plans) - self._model.features(references)
         toward = moved @ covariance
         deviation = (toward * moved).sum(1).clamp_min(MIN_VARIANCE).sqrt()
-        normal = torch.distributions.Normal(0.0, 1.0)
         gain = -(moved @ mean) / deviation
-        spread = (normal.log_prob(gain) - torch.special.log_ndtr(gain)).exp() / deviation
+        log_density = -0.5 * (gain**2 + math.log(2 * math.pi))
+        spread = (log_density - torch.special.log_ndtr(gain)).exp() / deviation
         return self._by_level(mean - spread[:, None] * toward)
 
     def _by_level(self, effects: Tensor) -> Tensor:
