@@ -15,8 +15,11 @@ BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 
 import search_regret  # noqa: E402
+import search_replay  # noqa: E402
 from search_regret import NEVER, ablation, goals_of, summarize, tasks_of  # noqa: E402
-from search_replay import Replay, Table, Task, controls_of, replay  # noqa: E402
+from search_replay import Replay, Table, Task, _PairTerms, controls_of, replay  # noqa: E402
+
+from qpruner.search.searchers import History, Proposal, RandomProposer  # noqa: E402
 
 MAIN = [0.03, 0.005, 0.08, 0.06, 0.02]
 LYING = [0.01, 0.06, 0.005, 0.02, 0.08]
@@ -80,6 +83,43 @@ def test_a_surrogates_best_and_worst_are_those_of_all_its_plans(surrogate: Path)
         plans = (space.plan_of(row) for row in itertools.product(range(2), repeat=5))
         losses = [found.score(plan.bits, 0) for plan in plans if space.is_feasible(plan)]
         assert found.limits(space) == pytest.approx((min(losses), max(losses)))
+
+
+def test_what_one_and_two_changed_groups_do_to_a_surrogate_is_added_up_rightly(tmp_path: Path) -> None:
+    generator = np.random.default_rng(0)
+    pairs = [
+        [a, x, b, y, generator.normal()] for a, b in ((0, 1), (1, 2), (3, 1), (0, 4)) for x in (4, 8) for y in (4, 8)
+    ]
+    path = write(tmp_path / "pairs.json", intercept=3.0, main={"4": MAIN, "8": LYING}, pairs=pairs)
+    found, terms = Table.read(path), _PairTerms(Table.read(path))
+    bits = np.array([4, 8, 8, 4, 8])
+    for one, two in itertools.combinations(range(5), 2):
+        changed = bits.copy()
+        moves = [(group, int(bits[group] == 4)) for group in (one, two)]
+        for group, level in moves:
+            changed[group] = (4, 8)[level]
+        expected = found.score(tuple(changed), 0) - found.score(tuple(bits), 0)
+        change = terms.changes(bits)
+        assert change[moves[0]] + change[moves[1]] + terms.joint(bits, *moves) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("in_flight", [1, 4])
+def test_a_searcher_is_told_what_is_in_flight_and_every_rung(
+    table: Path, in_flight: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    histories = []
+
+    class Listener(RandomProposer):
+        def propose(self, index: int, history: History) -> Proposal:
+            histories.append(history)
+            return super().propose(index, history)
+
+    monkeypatch.setattr(search_replay, "make_proposer", lambda name, space, seed, priors: Listener(space, seed))
+    replay(task(table, in_flight=in_flight))
+    # The first trials start together; later there is one place free whenever the searcher is asked.
+    assert [len(history.pending) for history in histories[:in_flight]] == list(range(in_flight))
+    assert {len(history.pending) for history in histories[in_flight:-in_flight]} == {in_flight - 1}
+    assert {item.step for item in histories[-1].observations} == {4, 8}
 
 
 @pytest.mark.parametrize("in_flight", [1, 16])

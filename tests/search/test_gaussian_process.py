@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from qpruner.plan import PlanSpace, PrecisionPlan
-from qpruner.search.gaussian_process import GaussianProcessProposer, Plans
+from qpruner.search.gaussian_process import GaussianProcessProposer, Plans, _best
 from qpruner.search.plan_model import NUM_RUNG_PAIRS, Data, PlanModel, Posterior, informative
 from qpruner.search.searchers import History, Observation
 
@@ -128,6 +128,31 @@ def test_known_errors_are_not_taken_for_effects() -> None:
     expected = posterior.mean(Plans(space).tensor(plans)).numpy()
     assert np.std(expected) < 0.6 * np.std(scores)
     assert 0.015 < posterior.noise < 0.04
+
+
+def test_a_score_that_is_known_to_be_poor_is_not_believed() -> None:
+    space, effects = space_of(blocks(8)), effects_of(8)
+    plans = random_plans(space, 30)
+    observations = told(plans, effects)
+    observations[7] = Observation(7, plans[7], 8, 9.0, 5.0)
+    expected = posterior_of(space, observations).mean(Plans(space).tensor(plans)).numpy()
+    assert expected == pytest.approx([loss_of(plan, effects) for plan in plans], abs=0.02)
+
+
+def test_knapsacks_of_its_slopes_lead_up_the_expected_improvement() -> None:
+    space, effects = space_of(blocks(40)), effects_of(40)
+    plans, generator = Plans(space), np.random.default_rng(3)
+    known = plans.random(20, generator)
+    posterior = posterior_of(space, told([plans.plan(row) for row in known], effects))
+    goal = _best(posterior, plans, known)
+    capacities = torch.full((30,), float(plans.capacity), dtype=torch.float64)
+    start = plans.random(30, generator)
+    climbed = start
+    for _ in range(4):
+        climbed = plans.knapsacks(posterior.slopes(climbed, goal.rivals(capacities)), capacities)
+    gained = goal.log_improvement(posterior, climbed) - goal.log_improvement(posterior, start)
+    assert float((gained > 0).double().mean()) > 0.9
+    assert float(gained.median()) > 1
 
 
 def test_a_plan_in_flight_leaves_the_mean_and_takes_the_variance() -> None:
