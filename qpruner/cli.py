@@ -104,6 +104,54 @@ def check(config: Path, overrides: tuple[str, ...], address: str | None, as_json
     _guarded(as_json, lambda: _check(config, overrides, address, quiet))
 
 
+_run_folder = click.argument("run", type=click.Path(path_type=Path))
+_json = click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead.")
+
+
+@main.command(help="Where a run stands: its stages, trials, and the best so far. From any shell or machine.")
+@_run_folder
+@_json
+def status(run: Path, as_json: bool) -> None:
+    from qpruner import record_verbs
+
+    _guarded(as_json, lambda: record_verbs.status(run, as_json))
+
+
+@main.command(help="List the trials of a run.")
+@_run_folder
+@click.option(
+    "--where", "conditions", multiple=True, metavar="KEY=VALUE", help="Only these: status=finished, loss<3.2."
+)
+@click.option("--sort", default="trial", metavar="KEY", show_default=True, help="A column.")
+@click.option("--descending", is_flag=True, help="Largest first.")
+@click.option("--csv", "as_csv", is_flag=True, help="Every column, the bits of each group too, as CSV.")
+@_json
+def trials(run: Path, conditions: tuple[str, ...], sort: str, descending: bool, as_csv: bool, as_json: bool) -> None:
+    from qpruner import record_verbs
+
+    form = "json" if as_json else "csv" if as_csv else "text"
+    _guarded(as_json, lambda: record_verbs.trials(run, conditions, sort, descending, form))
+
+
+@main.command(help="Print the winner's plan as YAML, for `--plan` of another run or to change it by hand.")
+@_run_folder
+@click.option("--trial", "index", type=int, metavar="NUMBER", help="The plan of this trial instead.")
+@_json
+def plan(run: Path, index: int | None, as_json: bool) -> None:
+    from qpruner import record_verbs
+
+    _guarded(as_json, lambda: record_verbs.plan(run, index, as_json))
+
+
+@main.command(help="Put runs side by side, with the settings in which they differ.")
+@click.argument("runs", type=click.Path(path_type=Path), nargs=-1, required=True)
+@_json
+def compare(runs: tuple[Path, ...], as_json: bool) -> None:
+    from qpruner import record_verbs
+
+    _guarded(as_json, lambda: record_verbs.compare(runs, as_json))
+
+
 @main.command(help="Print the JSON schema of the configuration, for editors.")
 def schema() -> None:
     click.echo(config_schema(), nl=False)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from qpruner.records import SearchState, SensitivityRecord, TrialRecord
+
 
 @dataclass(frozen=True)
 class StageStarted:
@@ -49,5 +51,34 @@ class Message:
     text: str
 
 
-Event = StageStarted | StageFinished | StageSkipped | Progress | Message
+@dataclass(frozen=True)
+class SearchPlanned:
+    """What the search is about, and every trial that is recorded already; told whether or not there is anything to do.
+
+    Attributes:
+        search: Its settings and digests.
+        trials: Also those of searches with another budget or searcher.
+        measured: The sensitivities that it starts from.
+    """
+
+    search: SearchState
+    trials: tuple[TrialRecord, ...]
+    measured: SensitivityRecord
+
+
+@dataclass(frozen=True)
+class SlotsFound:
+    """So many trials may run at once."""
+
+    slots: int
+
+
+@dataclass(frozen=True)
+class TrialChanged:
+    """A trial was handed out, reached a rung, or ended: its record as it is now."""
+
+    trial: TrialRecord
+
+
+Event = StageStarted | StageFinished | StageSkipped | Progress | Message | SearchPlanned | SlotsFound | TrialChanged
 Emit = Callable[[Event], None]

@@ -12,6 +12,9 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 
+STAGES = ("prepare", "prune", "bank", "sensitivity", "search", "finetune", "evaluate", "report")
+"""In the order of the flow."""
+
 
 class Record(BaseModel):
     """Base of every record."""
@@ -112,6 +115,12 @@ class RungResult(BaseModel):
     accuracy: float | None = None
     accuracy_stderr: float | None = None
     train_loss: float | None = None
+    train_losses: tuple[float, ...] = ()
+    """Of every step since the rung before."""
+
+
+GIVEN = "given"
+"""Origin of the plan that `search.plan` names."""
 
 
 class TrialRecord(BaseModel):
@@ -142,6 +151,18 @@ class TrialRecord(BaseModel):
     """The same times the GPUs it held."""
     kills: int = 0
     """Times that Ray killed workers for memory while this trial ran."""
+    times: tuple[float, ...] = ()
+    """Unix seconds: when its plan was handed out, when each rung was recorded and, once it is over, when it ended."""
+
+    @property
+    def is_over(self) -> bool:
+        """Whether nothing of it will change."""
+        return self.status != "running"
+
+    @property
+    def is_control(self) -> bool:
+        """Whether its plan was there before the search: a uniform one, a sensitivity's seed, or one that was given."""
+        return self.origin == GIVEN or self.origin.startswith(("uniform-", "seed-"))
 
 
 class SearchClock(BaseModel):
@@ -285,6 +306,66 @@ class EvalRecord(Record):
     model_config = ConfigDict(extra="forbid", frozen=True, ser_json_inf_nan="constants")
 
     rows: tuple[RowScores, ...]
+
+
+class StageState(BaseModel):
+    """Where a stage of the latest command stands."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    state: Literal["running", "done", "recorded"]
+    """`recorded`: there was nothing to do."""
+    started: float
+    """Unix seconds."""
+    seconds: float | None = None
+    """It took; None while it runs."""
+    done: int | None = None
+    total: int | None = None
+    """Steps of its own, where it tells them."""
+    text: str = ""
+    """What it is about to do, or what came out."""
+
+
+class SearchState(BaseModel):
+    """What the latest command's search is about."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    trials_digest: str
+    search: str
+    """Of its own trials; see `TrialRecord.search`."""
+    metric: Literal["loss", "accuracy"]
+    budget_bytes: int
+    max_trials: int
+    steps: int
+    slots: int | None = None
+    """Trials at once; None where no trial had to run."""
+
+
+class RunState(BaseModel):
+    """`run.json`: what the latest command on a run folder is doing or did, for who looks at it from elsewhere."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    config: dict[str, Any]
+    until: str
+    """The last stage it was asked for."""
+    command: str
+    """As the shell had it."""
+    folder: str
+    """Where it was started."""
+    environment: dict[str, str]
+    """Versions of Python and packages, and the machine it was started on."""
+    host: str
+    pid: int
+    started: float
+    """Unix seconds."""
+    updated: float
+    """The last sign of life, in Unix seconds."""
+    outcome: Literal["running", "done", "failed", "interrupted"]
+    error: str | None = None
+    stages: dict[str, StageState] = {}
+    search: SearchState | None = None
 
 
 class Results(BaseModel):

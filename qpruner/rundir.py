@@ -17,6 +17,8 @@ from pydantic import BaseModel, ValidationError
 
 from qpruner.errors import CorruptFile, UserError
 
+STATE = "run.json"
+
 RecordType = TypeVar("RecordType", bound=BaseModel)
 
 
@@ -49,7 +51,7 @@ class RunDir:
 
     @property
     def tune(self) -> Path:
-        """Ray Tune's own experiment folders and TensorBoard files: scratch, never read back."""
+        """Ray Tune's own experiment folders: scratch, never read back."""
         return self.root / "tune"
 
     def scratch(self, name: str) -> Path:
@@ -71,6 +73,14 @@ class RunDir:
     def read_record(self, name: str, kind: type[RecordType]) -> RecordType | None:
         """A stage's record, or None when there is none; raises `CorruptFile` when it cannot be read."""
         return read_json(self._record_path(name), kind)
+
+    def write_state(self, state: BaseModel) -> None:
+        """Say where the present command stands."""
+        write_json(self.root / STATE, state)
+
+    def read_state(self, kind: type[RecordType]) -> RecordType | None:
+        """Where the latest command stands or how it ended; None before the first."""
+        return read_json(self.root / STATE, kind)
 
     def forget(self, name: str) -> None:
         """Drop a stage's record, so that it is run again."""

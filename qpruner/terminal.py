@@ -1,12 +1,15 @@
-"""The terminal's view of a run: lines for stages, a progress bar for long ones where stdout is a terminal."""
+"""The terminal's view of a run: lines for what happens and, where stdout is a terminal, a live part under them that
+shows the stages, the steps inside one, and the search. The whole log is in the run folder (`qpruner.log`)."""
 
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Sequence
 from types import TracebackType
 
-from rich.console import Console
+from rich.console import Console, Group
+from rich.live import Live
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -17,10 +20,15 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 from rich.table import Table
+from rich.text import Text
 
 from qpruner import events
+from qpruner.records import TrialRecord
+from qpruner.report.standing import told
+from qpruner.search_view import SearchView, duration
 
 PLAIN_WIDTH = 120
+REFRESHES_PER_SECOND = 2
 
 
 class Terminal:
@@ -36,6 +44,9 @@ class Terminal:
         self._console = Console(highlight=False, soft_wrap=True, width=width)
         self._quiet = quiet
         self._bars: dict[str, TaskID] = {}
+        self._stages: dict[str, float | str] = {}
+        self._steps = 0
+        self._search: SearchView | None = None
         self._progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
@@ -43,18 +54,26 @@ class Terminal:
             TimeElapsedColumn(),
             TimeRemainingColumn(),
             console=self._console,
-            disable=quiet or not self._console.is_terminal,
-            transient=True,
         )
+        self._live: Live | None = None
+        if self._console.is_terminal and not quiet:
+            self._live = Live(
+                get_renderable=self._view,
+                console=self._console,
+                refresh_per_second=REFRESHES_PER_SECOND,
+                transient=True,
+            )
 
     def __enter__(self) -> Terminal:
-        self._progress.start()
+        if self._live:
+            self._live.start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._progress.stop()
+        if self._live:
+            self._live.stop()
 
     def emit(self, event: events.Event) -> None:
         """Show one event."""
@@ -62,16 +81,24 @@ class Terminal:
             return
         match event:
             case events.StageStarted(stage, detail):
+                self._stages[stage] = time.monotonic()
                 self._line(f"[{stage}] {detail} ...")
             case events.StageFinished(stage, seconds, figures):
-                self._end_bar(stage)
+                self._end(stage, duration(seconds))
                 self._line(f"[{stage}] done in {seconds:.1f} s: {figures}")
             case events.StageSkipped(stage, figures):
+                self._end(stage, "recorded")
                 self._line(f"[{stage}] already recorded: {figures}")
             case events.Message(stage, text):
                 self._line(f"[{stage}] {text}")
             case events.Progress(stage, done, total, detail):
                 self._advance(stage, done, total, detail)
+            case events.SearchPlanned(search):
+                self._search, self._steps = SearchView(event), search.steps
+            case events.TrialChanged(trial):
+                self._tell(trial)
+        if self._search:
+            self._search.listen(event)
 
     def table(self, headings: Sequence[str], body: Sequence[Sequence[str]]) -> None:
         """Print a table of the result."""
@@ -87,11 +114,29 @@ class Terminal:
     def _line(self, text: str) -> None:
         self._console.print(text, markup=False)
 
+    def _tell(self, trial: TrialRecord) -> None:
+        """A line for every rung; where the live part shows those, for every trial that is over."""
+        if trial.is_over or (trial.rungs and not self._live):
+            self._line(f"[search] {told(trial, self._steps)}")
+
     def _advance(self, stage: str, done: int, total: int, detail: str) -> None:
         if stage not in self._bars:
             self._bars[stage] = self._progress.add_task(stage, total=total)
         self._progress.update(self._bars[stage], completed=done, total=total, description=f"{stage} {detail}".strip())
 
-    def _end_bar(self, stage: str) -> None:
+    def _end(self, stage: str, outcome: str) -> None:
+        self._stages[stage] = outcome
         if stage in self._bars:
             self._progress.remove_task(self._bars.pop(stage))
+        if stage == "search":
+            self._search = None
+
+    def _view(self) -> Group:
+        """What the live part shows now."""
+        now = time.monotonic()
+        stages = [
+            f"{stage} {outcome}" if isinstance(outcome, str) else f"{stage} running, {duration(now - outcome)}"
+            for stage, outcome in tuple(self._stages.items())
+        ]
+        search = self._search if self._search and "search" in self._stages else ""
+        return Group(Text(" | ".join(stages), style="bold"), self._progress, search)

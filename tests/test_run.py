@@ -21,7 +21,16 @@ import yaml
 from conftest import raw_config, with_key
 
 MINUTES = 60.0
-NOT_COMPARED = {"seconds", "search_seconds", "peak_memory_bytes", "model_path", "output", "resumed", "environment"}
+NOT_COMPARED = {
+    "seconds",
+    "search_seconds",
+    "peak_memory_bytes",
+    "model_path",
+    "output",
+    "resumed",
+    "environment",
+    "times",
+}
 """What may differ between two runs of one configuration: times, memory, folders, and that it was resumed."""
 
 
@@ -154,14 +163,18 @@ def test_bytes_on_disk_are_the_bytes_told(undisturbed: tuple[Path, dict[str, Any
     assert searched["measured_bytes"] * 0.99 <= on_disk <= searched["measured_bytes"] * 1.01 + headers
 
 
-def test_tensorboard_lists_every_trial(undisturbed: tuple[Path, dict[str, Any]]) -> None:
+def test_tensorboard_finds_every_trial_once_and_no_other_runs(undisturbed: tuple[Path, dict[str, Any]]) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     run, _told = undisturbed
-    folders = sorted({path.parent for path in (run / "tune").rglob("events.out.tfevents*")})
-    scalars = [EventAccumulator(str(folder)).Reload().Tags()["scalars"] for folder in folders]
-    trials = list((run / "trials").glob("*/*/trial.json"))
-    assert sum("ray/tune/loss" in tags for tags in scalars) == len(trials)
+    folders = {path.parent for path in run.rglob("*tfevents*")}
+    ours, trials = run / "tensorboard", list((run / "trials").glob("*/*/trial.json"))
+    assert {folder.parent for folder in folders} == {ours, run / "prune"}
+    losses = [EventAccumulator(str(folder)).Reload().Scalars("validation/loss") for folder in ours.glob("trial-*")]
+    reached = [len(json.loads(path.read_text())["rungs"]) for path in trials]
+    assert sorted(map(len, losses)) == sorted(reached)
+    texts = EventAccumulator(str(ours / "result")).Reload().Tags()["tensors"]
+    assert texts == ["winner/text_summary", "final table/text_summary"]
 
 
 def test_repeating_a_finished_run_computes_nothing(undisturbed: tuple[Path, dict[str, Any]]) -> None:

@@ -8,24 +8,26 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import yaml
+
 from qpruner import preflight
 from qpruner.config import RunConfig, SearchConfig
 from qpruner.errors import UserError
-from qpruner.events import Emit, Message
+from qpruner.events import Emit, Event, Message
 from qpruner.execution.cluster import Slots, local_slots
 from qpruner.pipeline.bank import bank
 from qpruner.pipeline.compress import prepare, sensitivity
 from qpruner.pipeline.context import Context
 from qpruner.pipeline.finish import evaluate, finetune
+from qpruner.pipeline.progress import RunProgress
 from qpruner.pipeline.prune import preview_prune, prune
 from qpruner.pipeline.report import report
 from qpruner.pipeline.search import search
 from qpruner.pipeline.stage import explained
-from qpruner.records import PruneRecord, Results
+from qpruner.records import STAGES, PruneRecord, Results
+from qpruner.report.tensorboard import Board
 from qpruner.rundir import RunDir
 from qpruner.search.searchers import check_searcher
-
-STAGES = ("prepare", "prune", "bank", "sensitivity", "search", "finetune", "evaluate", "report")
 
 
 def check_search(config: SearchConfig, slots: Slots) -> int:
@@ -62,7 +64,21 @@ def run(config: RunConfig, emit: Emit, address: str | None = None, until: str = 
         StageError: When a stage cannot go on.
     """
     inspection = preflight.inspect(config)
-    context = Context(config, RunDir(Path(config.output)), emit, address, inspection)
+    run_dir = RunDir(Path(config.output))
+    progress = RunProgress(run_dir, config, until)
+    board = Board(run_dir.root, yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
+
+    def tell(event: Event) -> None:
+        for listen in (progress.listen, board.listen, emit):
+            listen(event)
+
+    with progress.ending():
+        return _stages(Context(config, run_dir, tell, address, inspection), until)
+
+
+def _stages(context: Context, until: str) -> Results:
+    """The flow up to a stage."""
+    config, inspection, emit = context.config, context.inspection, context.emit
     last = STAGES.index(until)
     if last >= STAGES.index("bank"):
         preflight.check_quantizable(inspection.model_config)
@@ -70,7 +86,7 @@ def run(config: RunConfig, emit: Emit, address: str | None = None, until: str = 
         if last >= STAGES.index("search"):
             for warning in inspection.warnings:
                 emit(Message("search", f"warning: {warning}"))
-            check_search(config.search, context.slots if address else local_slots())
+            check_search(config.search, context.slots if context.address else local_slots())
         prepared = prepare(context)
         pruned = prune(context, prepared) if last >= 1 else None
         banked = bank(context, pruned) if pruned and last >= 2 else None

@@ -3,29 +3,25 @@
 from __future__ import annotations
 
 import json
-import platform
-import sys
 from dataclasses import asdict
-from importlib.metadata import version
 
 import yaml
 
 from qpruner.events import StageFinished, StageStarted
 from qpruner.pipeline.context import Context
 from qpruner.pipeline.stage import explained
-from qpruner.records import Results
-from qpruner.report import markdown, table
+from qpruner.records import Results, RunState
+from qpruner.report import markdown, table, tensorboard
 from qpruner.report.marginal_effects import marginal_effects, rank_correlation
 from qpruner.search.trial_records import read_trials
-
-PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "ray", "botorch", "hyperopt", "lm_eval")
 
 
 def report(context: Context, results: Results) -> Results:
     """Write both files; cheap, so it is done anew each time."""
     context.emit(StageStarted("report", "report.md and results.json"))
     root = context.run_dir.root
-    environment = _environment()
+    state = context.run_dir.read_state(RunState)
+    assert state, "the command says where it stands before it starts"
     config = context.config.model_dump(mode="json")
     assert results.search and results.sensitivity
     effects = marginal_effects(read_trials(context.run_dir.trials / results.search.trials_digest))
@@ -39,16 +35,12 @@ def report(context: Context, results: Results) -> Results:
         },
         "records": results.model_dump(mode="json"),
         "config": config,
-        "environment": environment,
+        "environment": state.environment,
     }
     with explained("report"):
-        text = markdown.render(results, effects, root.name, yaml.safe_dump(config, sort_keys=False), environment)
+        text = markdown.render(results, effects, root.name, yaml.safe_dump(config, sort_keys=False), state.environment)
         (root / "report.md").write_text(text, encoding="utf-8")
         (root / "results.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+        tensorboard.write_result(root, results)
     context.emit(StageFinished("report", 0.0, f"{root / 'report.md'}"))
     return results
-
-
-def _environment() -> dict[str, str]:
-    packages = {name: version(name) for name in ("qpruner", *PACKAGES)}
-    return {"python": sys.version.split()[0], "platform": platform.platform(), **packages}

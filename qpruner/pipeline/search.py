@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from qpruner.candidates import Candidate, ConfirmationJob, confirm_trial
 from qpruner.errors import StageError
-from qpruner.events import Message
+from qpruner.events import Message, SearchPlanned, SlotsFound
 from qpruner.pipeline.context import Context
 from qpruner.pipeline.stage import Stage, run_stage
 from qpruner.plan import PrecisionPlan
@@ -23,6 +23,7 @@ from qpruner.records import (
     FreshScore,
     FrontPoint,
     SearchRecord,
+    SearchState,
     SensitivityRecord,
     TrialRecord,
     digest_of,
@@ -49,6 +50,15 @@ def search(context: Context, banked: BankRecord, measured: SensitivityRecord) ->
     # Where it ends; more trials or hours go on from those there are.
     ends = (settings.max_trials, settings.max_hours, settings.max_gpu_hours, settings.patience, settings.confirm)
     stage = Stage("search", detail, (trials_digest, search_digest, *ends))
+    state = SearchState(
+        trials_digest=trials_digest,
+        search=search_digest,
+        metric=settings.metric,
+        budget_bytes=space.budget_bytes,
+        max_trials=settings.max_trials,
+        steps=settings.steps,
+    )
+    context.emit(SearchPlanned(state, tuple(read_trials(context.run_dir.trials / trials_digest)), measured))
 
     def work(scratch: Path) -> dict[str, Any]:
         from qpruner.search import tune as ray_tune
@@ -69,6 +79,7 @@ def search(context: Context, banked: BankRecord, measured: SensitivityRecord) ->
             resources=resources,
             max_concurrent=context.slots.concurrent(resources, settings.max_concurrent),
         )
+        context.emit(SlotsFound(job.max_concurrent))
         resumed = _tell_recorded(context, job)
         outcome = ray_tune.search(job, context.emit)
         context.emit(Message("search", f"ended: {outcome.ended}"))

@@ -115,7 +115,7 @@ def render(
     lines = [
         f"# qpruner: {config_name}",
         "",
-        _table(HEADINGS, [cells(row) for row in rows(results)]),
+        pipe_table(HEADINGS, [cells(row) for row in rows(results)]),
         "",
         claim(results),
         "",
@@ -139,7 +139,7 @@ def render(
         "",
         "![importance of every unit and what was kept](prune/importance.png)",
         "",
-        _table(LAYER_HEADINGS, [layer_cells(layer) for layer in results.prune.layers]),
+        pipe_table(LAYER_HEADINGS, [layer_cells(layer) for layer in results.prune.layers]),
         "",
         "## To repeat it",
         "",
@@ -172,7 +172,7 @@ def _search(search: SearchRecord) -> list[str]:
         "",
         f"On fresh rows trial {search.best_index} ({search.best_origin}) was best, {outcome}.",
         "",
-        _table(
+        pipe_table(
             ("trial", "from", "confirmation loss", "accuracy"),
             [
                 (f"{each.index}", each.origin + (", taken over" if each.taken_over else ""), *_fresh(each))
@@ -186,7 +186,7 @@ def _search(search: SearchRecord) -> list[str]:
             for each in search.front
         ]
         headings = ("trial", "from", "bytes", "plan", "confirmation loss", "accuracy")
-        lines += ["", "Plans that none of fewer or equal bytes beats on fresh rows:", "", _table(headings, front)]
+        lines += ["", "Plans that none of fewer or equal bytes beats on fresh rows:", "", pipe_table(headings, front)]
     return lines
 
 
@@ -221,7 +221,7 @@ def _sensitivities(measured: SensitivityRecord, effects: MarginalEffects | str, 
     return [
         "What a method predicts that fewer bits cost, over the most bits a group may take.",
         "",
-        _table(
+        pipe_table(
             ("method", "what", "unit", "seconds", "rank correlation"),
             [
                 (name, method.source, method.unit, f"{method.seconds:.1f}", _correlation(method, effects))
@@ -231,7 +231,7 @@ def _sensitivities(measured: SensitivityRecord, effects: MarginalEffects | str, 
         "",
         compared,
         "",
-        _table(
+        pipe_table(
             ("group", "bits of the winner", *rises),
             [(group, f"{winner[group]}", *(f"{value:.3g}" for value in values)) for group, *values in body],
         ),
@@ -243,7 +243,8 @@ def _correlation(method: MethodScores, effects: MarginalEffects | str) -> str:
     return "-" if found is None else f"{found:.2f}"
 
 
-def _table(headings: tuple[str, ...], body: Sequence[tuple[str, ...]]) -> str:
+def pipe_table(headings: Sequence[str], body: Sequence[Sequence[str]]) -> str:
+    """A table in Markdown."""
     lines = ["| " + " | ".join(headings) + " |", "|" + "---|" * len(headings)]
     return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in body)])
 

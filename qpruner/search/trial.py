@@ -70,12 +70,15 @@ def run_trial(job: TrialJob, start: Path | None, report: Report) -> None:
     pad_id = int(tokenizer.pad_token_id)
     validation = load_encoded(job.materials.data / "validation")
 
+    train_losses: list[float] = []
+
     def on_rung(step: int, checkpoint: Path, train_loss: float) -> None:
         try:
             result = score(peft_model, tokenizer, validation, config, step, train_loss)
         except TrainingDiverged as error:
             raise TrainingDiverged(f"{error} at step {step}") from error
-        report(result, checkpoint)
+        report(result.model_copy(update={"train_losses": tuple(train_losses)}), checkpoint)
+        train_losses.clear()
 
     with tempfile.TemporaryDirectory(prefix="qpruner-trial-") as work:
         finetune(
@@ -87,7 +90,7 @@ def run_trial(job: TrialJob, start: Path | None, report: Report) -> None:
             config.seed,
             pad_id,
             start=start,
-            listener=Listener(on_rung=on_rung),
+            listener=Listener(on_rung=on_rung, on_step=lambda step, total, loss: train_losses.append(round(loss, 4))),
         )
 
 

@@ -13,6 +13,8 @@ import os
 # Set before Ray is imported: no usage report leaves the machine, and no banner is printed.
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
+# Its own loggers would fill the scratch folder with a second copy of every figure, which TensorBoard lists as runs.
+os.environ["TUNE_DISABLE_AUTO_CALLBACK_LOGGERS"] = "1"
 # Its handler makes fit() return as if the search were over, and stays installed after it.
 os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"
 
@@ -50,7 +52,7 @@ from qpruner.search.trial_records import (
     write_trial,
 )
 from qpruner.search.tune.asha import RecordedAsha
-from qpruner.search.tune.driver import PlanSearcher, RungEvents
+from qpruner.search.tune.driver import PlanSearcher
 from qpruner.search.tune.hyperopt import HyperOptProposer
 from qpruner.search.tune.job import METRIC, TIME, SearchJob, SearchOutcome, params_to_plan
 from qpruner.search.tune.resume import DAMAGED, DISK_FULL, is_no_fault_of_the_plan, take_up
@@ -100,7 +102,6 @@ def _fit(job: SearchJob, emit: Emit) -> str:
         run_config=tune.RunConfig(
             name=f"search-{attempt:02d}",
             storage_path=str(job.scratch),
-            callbacks=[RungEvents(job, emit)],
             failure_config=tune.FailureConfig(max_failures=0),
             verbose=0,
         ),
@@ -205,6 +206,7 @@ def _trainable(params: dict[str, Any], job: SearchJob) -> None:
             update={
                 "rungs": (*record.rungs, result),
                 "status": "finished" if result.step >= job.config.search.steps else "running",
+                "times": (*record.times, time.time()),
                 **times(),
             }
         )

@@ -1,20 +1,18 @@
-"""What lives in the driver while Tune runs: the searcher that hands out plans, and the teller of rungs."""
+"""What lives in the driver while Tune runs: the searcher that hands out plans and tells how trials go."""
 
 from __future__ import annotations
 
 import time
 from typing import Any
 
-from ray.tune.callback import Callback
 from ray.tune.search import Searcher
 
-from qpruner.events import Emit, Message, Progress
-from qpruner.plan import PrecisionPlan
+from qpruner.events import Emit, Progress, TrialChanged
 from qpruner.records import TrialRecord
 from qpruner.rundir import read_json
 from qpruner.search.searchers import Ledger, Observation, Suggestion
 from qpruner.search.trial_records import read_seconds, read_trials, trial_path, write_seconds, write_trial
-from qpruner.search.tune.job import METRIC, TIME, SearchJob, observations_of, params_to_plan
+from qpruner.search.tune.job import METRIC, TIME, SearchJob, observations_of
 
 
 class _LivesInDriver:
@@ -42,7 +40,8 @@ class PlanSearcher(_LivesInDriver, Searcher):  # type: ignore[misc]
             finished: str = Searcher.FINISHED
             return finished
         self._live[trial_id] = suggestion
-        if not trial_path(self._job.trials, suggestion.index).exists():
+        record = read_json(trial_path(self._job.trials, suggestion.index), TrialRecord)
+        if record is None:
             layout = self._job.layout
             record = TrialRecord(
                 index=suggestion.index,
@@ -55,8 +54,10 @@ class PlanSearcher(_LivesInDriver, Searcher):  # type: ignore[misc]
                 plan_bytes=layout.plan_bytes(suggestion.plan),
                 mean_bits=layout.mean_bits(suggestion.plan),
                 status="running",
+                times=(time.time(),),
             )
             write_trial(self._job.trials, record)
+        self._emit(TrialChanged(record))
         bits = {f"bits/{name}": value for name, value in suggestion.plan.as_dict().items()}
         return {"trial": suggestion.index, "origin": suggestion.origin, **bits}
 
@@ -68,27 +69,30 @@ class PlanSearcher(_LivesInDriver, Searcher):  # type: ignore[misc]
         self._ledger.observe(
             Observation(suggestion.index, suggestion.plan, int(result[TIME]), float(result[METRIC]), stderr)
         )
+        record = read_json(trial_path(self._job.trials, suggestion.index), TrialRecord)
+        assert record is not None
+        self._emit(TrialChanged(record))
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
         self._clock.tick()
         suggestion = self._live.pop(trial_id)
         record = read_json(trial_path(self._job.trials, suggestion.index), TrialRecord)
         assert record is not None
+        update: dict[str, Any] = {"times": (*record.times, time.time())}
         if record.status == "running":
-            update = (
+            update |= (
                 {"status": "failed", "reason": "the worker process died"}
                 if error
                 else {"status": "stopped", "reason": f"stopped by ASHA at step {record.rungs[-1].step}"}
             )
-            record = record.model_copy(update=update)
-            write_trial(self._job.trials, record)
+        record = record.model_copy(update=update)
+        write_trial(self._job.trials, record)
         for observation in observations_of(record, self._job.config):
             self._ledger.observe(observation)
         self._ledger.close(suggestion)
         self._done += 1
+        self._emit(TrialChanged(record))
         self._emit(Progress("search", self._done, self._job.config.search.max_trials))
-        if record.status == "failed":
-            self._emit(Message("search", f"trial {record.index} failed: {record.reason}"))
 
     def save(self, checkpoint_path: str) -> None:
         """Nothing to save: the trials' records are the searcher's state."""
@@ -121,23 +125,3 @@ class _Clock:
 
     def _seconds(self) -> float:
         return self._before + time.monotonic() - self._started
-
-
-class RungEvents(_LivesInDriver, Callback):  # type: ignore[misc]
-    """Tells the terminal about every rung."""
-
-    def __init__(self, job: SearchJob, emit: Emit) -> None:
-        self._steps, self._emit = job.config.search.steps, emit
-
-    def on_trial_result(
-        self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
-    ) -> None:
-        bar = str(PrecisionPlan.from_dict(params_to_plan(trial.config)))
-        accuracy = f" accuracy {result['accuracy']:.3f}" if "accuracy" in result else ""
-        self._emit(
-            Message(
-                "search",
-                f"trial {trial.config['trial']:>3} [{bar}] step {result[TIME]}/{self._steps} "
-                f"loss {result['loss']:.4f}{accuracy} ({trial.config['origin']})",
-            )
-        )

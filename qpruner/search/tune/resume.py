@@ -47,7 +47,13 @@ def _revived(record: TrialRecord, job: SearchJob) -> TrialRecord:
     cut_off = record.status == "running" or is_no_fault_of_the_plan(record)
     if not job.space.is_feasible(plan) or not (cut_off or (control and record.status == "stopped")):
         return record
-    update = {"search": job.search, "origin": control or record.origin, "status": "running", "reason": None}
+    update = {
+        "search": job.search,
+        "origin": control or record.origin,
+        "status": "running",
+        "reason": None,
+        "times": record.times[: 1 + len(record.rungs)],
+    }
     revived = record.model_copy(update=update)
     if revived != record:
         write_trial(job.trials, revived)

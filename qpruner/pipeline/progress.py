@@ -1,0 +1,121 @@
+"""`run.json`: where the latest command on a run folder stands, kept for who looks at it from another shell or machine.
+
+Not a record: nothing is skipped because of it, and each command writes it anew.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import platform
+import shlex
+import socket
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+
+from qpruner import events
+from qpruner.config import RunConfig
+from qpruner.errors import QprunerError
+from qpruner.records import RunState, StageState
+from qpruner.rundir import RunDir
+
+logger = logging.getLogger(__name__)
+PACKAGES = ("qpruner", "torch", "transformers", "peft", "bitsandbytes", "ray", "botorch", "hyperopt", "lm_eval")
+SECONDS_BETWEEN = 1.0
+"""Steps inside a stage are written at most this often; what begins and ends a stage always."""
+
+
+class RunProgress:
+    """Turns events into `run.json`.
+
+    Args:
+        run: The run folder.
+        config: The run's configuration.
+        until: The last stage that was asked for.
+    """
+
+    def __init__(self, run: RunDir, config: RunConfig, until: str) -> None:
+        now = time.time()
+        self._run, self._written = run, 0.0
+        self._state = RunState(
+            config=config.model_dump(mode="json"),
+            until=until,
+            command=shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+            folder=os.getcwd(),
+            environment=_environment(),
+            host=socket.gethostname(),
+            pid=os.getpid(),
+            started=now,
+            updated=now,
+            outcome="running",
+        )
+        self._write()
+
+    def listen(self, event: events.Event) -> None:
+        """Take one event in."""
+        match event:
+            case events.StageStarted(stage, detail):
+                self._set(stage, StageState(state="running", started=time.time(), text=detail))
+            case events.StageFinished(stage, seconds, figures):
+                self._update(stage, {"state": "done", "seconds": seconds, "text": figures})
+            case events.StageSkipped(stage, figures):
+                self._set(stage, StageState(state="recorded", started=time.time(), text=figures))
+            case events.SearchPlanned(search):
+                self._state = self._state.model_copy(update={"search": search})
+            case events.SlotsFound(slots) if self._state.search:
+                search = self._state.search.model_copy(update={"slots": slots})
+                self._state = self._state.model_copy(update={"search": search})
+            case events.Progress(stage, done, total):
+                self._update(stage, {"done": done, "total": total})
+        is_small = isinstance(event, events.Progress | events.Message | events.TrialChanged)
+        if not is_small or time.monotonic() - self._written >= SECONDS_BETWEEN:
+            self._write()
+
+    @contextmanager
+    def ending(self) -> Iterator[None]:
+        """Note how the command ends."""
+        try:
+            yield
+        except QprunerError as error:
+            self._end("failed", str(error))
+            raise
+        except Exception as error:
+            self._end("failed", f"{type(error).__name__}: {error}")
+            raise
+        except BaseException:  # Ctrl-C
+            self._end("interrupted", None)
+            raise
+        self._end("done", None)
+
+    def _set(self, stage: str, state: StageState) -> None:
+        self._state = self._state.model_copy(update={"stages": {**self._state.stages, stage: state}})
+
+    def _update(self, stage: str, update: dict[str, object]) -> None:
+        if stage in self._state.stages:
+            self._set(stage, self._state.stages[stage].model_copy(update=update))
+
+    def _end(self, outcome: str, error: str | None) -> None:
+        self._state = self._state.model_copy(update={"outcome": outcome, "error": error})
+        self._write()
+
+    def _write(self) -> None:
+        self._state = self._state.model_copy(update={"updated": time.time()})
+        self._written = time.monotonic()
+        try:
+            self._run.write_state(self._state)
+        except OSError as error:
+            # Where the disk is full the stage will say so, and better.
+            logger.warning("run.json could not be written: %s", error)
+
+
+def _environment() -> dict[str, str]:
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "cpu cores": str(len(os.sched_getaffinity(0))),
+        **{name: version(name) for name in PACKAGES},
+    }

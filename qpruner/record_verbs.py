@@ -1,0 +1,178 @@
+"""What `qpruner status`, `trials`, `plan` and `compare` print; the figures are those of `report.run_views`."""
+
+from __future__ import annotations
+
+import csv
+import difflib
+import operator
+import re
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+import yaml
+
+from qpruner.errors import UserError
+from qpruner.report import run_views
+from qpruner.report.standing import FIGURES
+from qpruner.search_view import duration
+from qpruner.terminal import Terminal
+
+COMPARISONS: dict[str, Callable[[Any, Any], bool]] = {
+    "<=": operator.le,
+    ">=": operator.ge,
+    "!=": operator.ne,
+    "<": operator.lt,
+    ">": operator.gt,
+    "=": operator.eq,
+}
+SHOWN = ("trial", "from", "status", "bytes", "mean_bits", "step", "loss", "accuracy", "seconds", "search", "plan")
+
+
+def status(run: Path, as_json: bool) -> dict[str, Any]:
+    """Where a run stands."""
+    facts = run_views.status(run_views.view(run), time.time())
+    if not as_json:
+        terminal = Terminal(quiet=False)
+        terminal.say(_headline(facts))
+        rows = [
+            (each["stage"], each["state"], _figure("seconds", each["seconds"]), each["steps"] or "", each["text"])
+            for each in facts["stages"]
+        ]
+        terminal.table(("stage", "state", "time", "steps", ""), rows)
+        for line in _search_lines(facts["search"]):
+            terminal.say(line)
+    return {"status": "ok", **facts}
+
+
+def _headline(facts: dict[str, Any]) -> str:
+    told = f"{facts['run']}: {facts['outcome']}"
+    if facts["outcome"] == "running":
+        quiet = duration(facts["seconds_since_sign_of_life"])
+        return f"{told} on {facts['host']} (process {facts['pid']}), last sign of life {quiet} ago"
+    if facts["error"]:
+        return f"{told}: {facts['error']}"
+    return told if facts["outcome"] == "done" else f"{told}; repeat the same command to go on"
+
+
+def _search_lines(search: dict[str, Any] | None) -> list[str]:
+    if search is None:
+        return []
+    counts = ", ".join(f"{search[name]} {name}" for name in ("finished", "stopped", "failed", "running"))
+    slots = f" on {search['slots']} slots" if search["slots"] and search["running"] else ""
+    left = "" if search["seconds_left"] is None else f"; about {duration(search['seconds_left'])} left"
+    lines = [f"trials: {search['trials']} of {search['max_trials']}: {counts}{slots}{left}"]
+    for name, key in (("best searched", "best"), ("best control", "best_control")):
+        best = search[key]
+        if best:
+            reached = f"{FIGURES[search['metric']]} {best[search['metric']]:.4f}"
+            size = f"{best['bytes'] / 1e6:.1f} MB"
+            lines.append(f"{name + ':':<15}{reached}, trial {best['trial']} ({best['from']}), {size} [{best['plan']}]")
+    if search["winner"] is not None:
+        lines.append(f"winner on fresh rows: trial {search['winner']}; `qpruner plan` prints its plan")
+    return lines
+
+
+def trials(run: Path, conditions: Sequence[str], sort: str, descending: bool, form: str) -> dict[str, Any]:
+    """The trials of a run.
+
+    Args:
+        run: The run folder.
+        conditions: `KEY=VALUE`, also with `!=`, `<`, `<=`, `>` and `>=`; all of them hold.
+        sort: A key; what has no such figure comes last.
+        descending: Largest first.
+        form: `text`, `csv` or `json`.
+
+    Raises:
+        UserError: For a key that trials do not have.
+    """
+    looked = run_views.view(run)
+    rows = [run_views.trial_row(looked, trial) for trial in looked.trials]
+    columns = list(rows[0]) if rows else list(SHOWN)
+    for condition in conditions:
+        rows = _where(rows, condition, columns)
+    key = _known(sort, columns)
+    told = [row for row in rows if row[key] is not None]
+    rows = [*sorted(told, key=operator.itemgetter(key), reverse=descending), *(row for row in rows if row[key] is None)]
+    if form == "csv":
+        writer = csv.DictWriter(sys.stdout, columns)
+        writer.writeheader()
+        writer.writerows(rows)
+    elif form == "text":
+        shown = [name for name in SHOWN if any(row[name] is not None for row in rows)]
+        Terminal(quiet=False).table(shown, [[_figure(name, row[name]) for name in shown] for row in rows])
+    return {"status": "ok", "trials": rows}
+
+
+def _where(rows: Sequence[dict[str, Any]], condition: str, columns: Sequence[str]) -> list[dict[str, Any]]:
+    """The rows of which a condition holds."""
+    parts = re.fullmatch(r"(.+?)(<=|>=|!=|<|>|=)(.*)", condition)
+    if parts is None:
+        raise UserError(f"--where takes KEY=VALUE, or !=, <, <=, > and >= in place of =, got {condition!r}")
+    key, sign, text = _known(parts[1].strip(), columns), parts[2], parts[3].strip()
+    is_number = any(isinstance(row[key], int | float) for row in rows)
+    try:
+        value = float(text) if is_number else text
+    except ValueError as error:
+        raise UserError(f"--where {condition}: `{key}` is a number, got {text!r}") from error
+    return [row for row in rows if row[key] is not None and COMPARISONS[sign](row[key], value)]
+
+
+def _known(key: str, columns: Sequence[str]) -> str:
+    if key in columns:
+        return key
+    nearest = difflib.get_close_matches(key, columns, n=1)
+    hint = f"did you mean `{nearest[0]}`?" if nearest else f"they have {', '.join(columns)}"
+    raise UserError(f"trials have no `{key}`; {hint}")
+
+
+def plan(run: Path, index: int | None, as_json: bool) -> dict[str, Any]:
+    """The winner's plan, or a trial's: YAML that `--plan` takes back."""
+    looked = run_views.view(run)
+    trial = run_views.winner(looked) if index is None else run_views.trial(looked, index)
+    if not as_json:
+        size = f"{trial.plan_bytes / 1e6:.1f} MB, {trial.mean_bits:.2f} bits on average"
+        click.echo(f"# trial {trial.index} ({trial.origin}) of {looked.run_dir.root}: {size}")
+        click.echo(yaml.safe_dump(trial.plan, sort_keys=False), nl=False)
+    return {
+        "status": "ok",
+        "trial": trial.index,
+        "from": trial.origin,
+        "bytes": trial.plan_bytes,
+        "mean_bits": trial.mean_bits,
+        "plan": trial.plan,
+    }
+
+
+def compare(runs: Sequence[Path], as_json: bool) -> dict[str, Any]:
+    """Runs side by side, and the settings in which they differ."""
+    views = [run_views.view(run) for run in runs]
+    facts, settings = [run_views.summary(run) for run in views], run_views.differing_settings(views)
+    if not as_json:
+        terminal = Terminal(quiet=False)
+        keys = list(dict.fromkeys(key for each in facts for key in each if key != "run"))
+        body = [[key, *(_figure(key, each.get(key)) for each in facts)] for key in keys]
+        headings = ["", *(Path(each["run"]).name for each in facts)]
+        terminal.table(headings, body)
+        if settings:
+            terminal.say("Settings that differ:")
+            terminal.table(headings, [[key, *map(str, values)] for key, values in settings.items()])
+        else:
+            terminal.say("All settings are the same.")
+    return {"status": "ok", "runs": facts, "differing_settings": settings}
+
+
+def _figure(name: str, value: Any) -> str:
+    """A value as a table shows it."""
+    if value is None:
+        return "-"
+    if name.endswith("bytes"):
+        return f"{value / 1e6:.1f} MB"
+    if name.endswith("seconds"):
+        return duration(value)
+    if name == "mean_bits" or name.endswith("hours"):
+        return f"{value:.2f}"
+    return f"{value:.4f}" if isinstance(value, float) else str(value)

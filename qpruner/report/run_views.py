@@ -1,0 +1,256 @@
+"""A run folder as other shells and machines see it: what `qpruner status`, `trials`, `plan` and `compare` tell.
+
+Everything comes from the files of the run (`run.json`, the records, the trials' records); nothing is computed and
+nothing heavy imported, so that a look costs no more than reading them.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from qpruner.errors import UserError
+from qpruner.records import STAGES, EvalRecord, FinetuneRecord, RunState, SearchRecord, TrialRecord
+from qpruner.report.standing import Standing, bar, best_so_far, in_order_of_end, score, standing
+from qpruner.report.table import SEARCHED
+from qpruner.rundir import STATE, RunDir
+from qpruner.search.trial_records import read_trials
+
+CUT_OFF = "cut off"
+"""Of a command whose process is gone without a word."""
+
+
+@dataclass(frozen=True)
+class RunView:
+    """A run folder, read when asked.
+
+    Attributes:
+        run_dir: The folder.
+        state: Of its latest command.
+    """
+
+    run_dir: RunDir
+    state: RunState
+
+    @cached_property
+    def trials(self) -> list[TrialRecord]:
+        """Every trial of the search's folder, in order of suggestion; none before the search."""
+        search = self.state.search
+        return read_trials(self.run_dir.trials / search.trials_digest) if search else []
+
+    @cached_property
+    def standing(self) -> Standing | None:
+        """How the search stands; None before it."""
+        return standing(self.state.search, self.trials) if self.state.search else None
+
+    @cached_property
+    def search(self) -> SearchRecord | None:
+        """The outcome of the present search; None while it runs."""
+        record = self.run_dir.read_record("search", SearchRecord)
+        state = self.state.stages.get("search")
+        return record if state and state.state != "running" else None
+
+    @property
+    def outcome(self) -> str:
+        """How the latest command ended, or `running`."""
+        gone = self.state.host == socket.gethostname() and not _is_alive(self.state.pid)
+        return CUT_OFF if self.state.outcome == "running" and gone else self.state.outcome
+
+
+def view(root: Path) -> RunView:
+    """Look at a run folder.
+
+    Raises:
+        UserError: If it is none.
+    """
+    run_dir = RunDir(root, create=False)
+    state = run_dir.read_state(RunState)
+    if state is None:
+        raise UserError(
+            f"{root} is no run folder, it has no {STATE}: name the `output` of a configuration that `qpruner run` was "
+            "given"
+        )
+    return RunView(run_dir, state)
+
+
+def status(run: RunView, now: float) -> dict[str, Any]:
+    """Stages with state and time, and the search at a glance.
+
+    Args:
+        run: The run.
+        now: Unix seconds.
+    """
+    stages: list[dict[str, Any]] = []
+    for name in STAGES[: STAGES.index(run.state.until) + 1]:
+        state = run.state.stages.get(name)
+        if state is None:
+            stages.append({"stage": name, "state": "waiting", "seconds": None, "steps": None, "text": ""})
+            continue
+        is_running = state.state == "running"
+        # What the command left unfinished when it ended is running no more.
+        shown = run.outcome if is_running and run.outcome != "running" else state.state
+        end = now if shown == "running" else run.state.updated
+        steps = f"{state.done}/{state.total}" if state.total and is_running else None
+        seconds = end - state.started if is_running else state.seconds
+        stages.append({"stage": name, "state": shown, "seconds": seconds, "steps": steps, "text": state.text})
+    return {
+        "run": str(run.run_dir.root),
+        "outcome": run.outcome,
+        "error": run.state.error,
+        "host": run.state.host,
+        "pid": run.state.pid,
+        "started": run.state.started,
+        "seconds_since_sign_of_life": now - run.state.updated,
+        "stages": stages,
+        "search": _search_status(run),
+    }
+
+
+def _search_status(run: RunView) -> dict[str, Any] | None:
+    search, now = run.state.search, run.standing
+    if search is None or now is None:
+        return None
+    return {
+        **search.model_dump(),
+        **{name: now.count(name) for name in ("finished", "stopped", "failed", "running")},
+        "trials": len(now.trials),
+        "taken_over": len(now.others),
+        "seconds_left": now.seconds_left if now.running else None,
+        "best": trial_row(run, now.best) if now.best else None,
+        "best_control": trial_row(run, now.best_control) if now.best_control else None,
+        "best_so_far": best_so_far(in_order_of_end(now.trials), search.metric),
+        "winner": run.search.best_index if run.search else None,
+    }
+
+
+def trial_row(run: RunView, trial: TrialRecord) -> dict[str, Any]:
+    """A trial as a flat row: figures first, then the bits of every group."""
+    last = trial.rungs[-1] if trial.rungs else None
+    assert run.state.search
+    return {
+        "trial": trial.index,
+        "from": trial.origin,
+        "status": trial.status,
+        "bytes": trial.plan_bytes,
+        "mean_bits": trial.mean_bits,
+        "plan": bar(trial),
+        "step": last.step if last else 0,
+        "loss": last.loss if last else None,
+        "accuracy": last.accuracy if last else None,
+        "train_loss": last.train_loss if last else None,
+        "seconds": trial.seconds,
+        "gpu_seconds": trial.gpu_seconds,
+        "search": "this" if trial.search == run.state.search.search else "another",
+        "reason": trial.reason,
+        **{f"bits {group}": bits for group, bits in trial.plan.items()},
+    }
+
+
+def winner(run: RunView) -> TrialRecord:
+    """The trial whose plan the search returned.
+
+    Raises:
+        UserError: If the search is not over.
+    """
+    if run.search is None:
+        raise UserError(
+            f"the search of {run.run_dir.root} is not over, so there is no winner yet: `qpruner status` shows where it "
+            "is, and `--trial NUMBER` prints the plan of one of its trials"
+        )
+    return trial(run, run.search.best_index)
+
+
+def trial(run: RunView, index: int) -> TrialRecord:
+    """A trial by its number.
+
+    Raises:
+        UserError: If there is none.
+    """
+    found = next((each for each in run.trials if each.index == index), None)
+    if found is None:
+        raise UserError(
+            f"{run.run_dir.root} has no trial {index}, only {len(run.trials)} trial(s): `qpruner trials` lists them"
+        )
+    return found
+
+
+def summary(run: RunView) -> dict[str, Any]:
+    """What stands beside other runs."""
+    config, now, record = run.state.config, run.standing, run.search
+    facts: dict[str, Any] = {
+        "run": str(run.run_dir.root),
+        "outcome": run.outcome,
+        "model": config["model"]["source"],
+        "searcher": config["search"]["searcher"],
+        "metric": config["search"]["metric"],
+        "budget_bytes": run.state.search.budget_bytes if run.state.search else None,
+        **{name: now.count(name) if now else 0 for name in ("finished", "stopped", "failed", "running")},
+        "best_control": score(now.best_control.rungs[-1], config["search"]["metric"])
+        if now and now.best_control
+        else None,
+    }
+    if record is None:
+        return facts
+    chosen = trial(run, record.best_index)
+    fresh = next(each for each in record.confirmations if each.index == record.best_index)
+    facts |= {
+        "winner": record.best_index,
+        "from": record.best_origin,
+        "bytes": chosen.plan_bytes,
+        "mean_bits": chosen.mean_bits,
+        "plan": bar(chosen),
+        "validation_loss": chosen.rungs[-1].loss,
+        "confirmation_loss": fresh.loss,
+        "confirmation_stderr": fresh.stderr,
+        "hours": record.search_seconds / 3600,
+        "gpu_hours": record.gpu_seconds / 3600,
+    }
+    return facts | _final(run)
+
+
+def _final(run: RunView) -> dict[str, Any]:
+    """The searched row after its fine-tune, where the latest command came that far."""
+    stages = run.state.stages
+    facts: dict[str, Any] = {}
+    tuned = run.run_dir.read_record("finetune", FinetuneRecord)
+    if tuned and "finetune" in stages and stages["finetune"].state != "running":
+        losses = [each.validation_loss for each in tuned.candidates if each.name == SEARCHED]
+        facts["final_validation_loss"] = statistics.fmean(losses)
+    scored = run.run_dir.read_record("evaluate", EvalRecord)
+    if scored and "evaluate" in stages and stages["evaluate"].state != "running":
+        rows = [row.scores for row in scored.rows if row.name == SEARCHED and row.seed is not None]
+        values = [statistics.fmean(task.value for task in scores) for scores in rows]
+        facts["test_accuracy"] = statistics.fmean(values)
+    return facts
+
+
+def differing_settings(runs: Sequence[RunView]) -> dict[str, list[Any]]:
+    """Settings that are not the same in all runs: key -> a value a run; the run folder itself aside."""
+    flat = [_flat(run.state.config) for run in runs]
+    keys = dict.fromkeys(key for each in flat for key in each if key != "output")
+    values = {key: [each.get(key) for each in flat] for key in keys}
+    return {key: found for key, found in values.items() if any(value != found[0] for value in found)}
+
+
+def _flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """`section.key` -> value."""
+    flat: dict[str, Any] = {}
+    for name, value in config.items():
+        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
+    return flat
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True

@@ -1,0 +1,143 @@
+"""Pictures of a search: its plans by score, bytes against score, and the sensitivities of the groups."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from qpruner.records import SearchState, SensitivityRecord, TrialRecord
+from qpruner.report.standing import FIGURES, cost, score
+
+DOTS_PER_INCH = 90
+MOST_PLANS = 40
+"""Plans that a bit map shows: the best ones."""
+MOST_LABELS = 40
+"""Groups that are labelled one by one."""
+COLORS = {4: "#4477aa", 8: "#ddaa33", 16: "#bb5566"}
+"""Of bit-widths; told apart in greyscale and by the color-blind (Paul Tol's high-contrast scheme)."""
+
+
+def draw_plans(trials: Sequence[TrialRecord], metric: str) -> Any:
+    """The bit map: a row a trial, a column a group, the best score on top.
+
+    Args:
+        trials: Those that are over; the ones without a score are left out.
+        metric: `loss` or `accuracy`.
+    """
+    from matplotlib.colors import BoundaryNorm, ListedColormap
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Patch
+
+    scored = sorted((trial for trial in trials if trial.rungs), key=lambda trial: _rank(trial, metric))[:MOST_PLANS]
+    groups = list(scored[0].plan)
+    bits = np.array([list(trial.plan.values()) for trial in scored])
+    figure = Figure(figsize=(min(3.5 + 0.3 * len(groups), 13), 1.7 + 0.24 * len(scored)), layout="constrained")
+    axes = figure.subplots()
+    shades = ListedColormap(list(COLORS.values()))
+    axes.imshow(bits, cmap=shades, norm=BoundaryNorm([0, 5, 9, 17], shades.N), aspect="auto", interpolation="nearest")
+    axes.set_xticks(np.arange(len(groups) + 1) - 0.5, minor=True)
+    axes.set_yticks(np.arange(len(scored) + 1) - 0.5, minor=True)
+    axes.grid(which="minor", color="white", linewidth=1)
+    axes.tick_params(which="both", length=0)
+    _label_groups(axes, groups)
+    labels = [f"{trial.index} {trial.origin}  {_score(trial, metric)}" for trial in scored]
+    axes.set_yticks(range(len(scored)), labels, fontsize=7)
+    axes.set_title(f"plans by {FIGURES[metric]}, best on top (* stopped early)", fontsize=9, loc="left")
+    shown = [Patch(color=color, label=f"{level} bits") for level, color in COLORS.items() if level in bits]
+    figure.legend(handles=shown, ncols=len(shown), loc="outside lower right", fontsize=7, frameon=False)
+    return figure
+
+
+def draw_front(trials: Sequence[TrialRecord], search: SearchState) -> Any:
+    """Score against bytes, with the front of the finished trials and the budget.
+
+    Args:
+        trials: Those that are over.
+        search: Its metric and budget.
+    """
+    from matplotlib.figure import Figure
+
+    metric = search.metric
+    figure = Figure(figsize=(7, 4.2), layout="constrained")
+    axes = figure.subplots()
+    finished = [trial for trial in trials if trial.status == "finished"]
+    kinds = {
+        "searched": ([trial for trial in finished if not trial.is_control], "o", COLORS[4]),
+        "control": ([trial for trial in finished if trial.is_control], "D", COLORS[16]),
+        "stopped early": ([trial for trial in trials if trial.status == "stopped"], "x", "tab:gray"),
+    }
+    for label, (shown, marker, color) in kinds.items():
+        points = [(trial.plan_bytes / 1e6, score(trial.rungs[-1], metric)) for trial in shown if trial.rungs]
+        if points:
+            axes.scatter(*zip(*points, strict=True), marker=marker, color=color, label=label, zorder=3)
+    for trial in kinds["control"][0]:
+        place = (trial.plan_bytes / 1e6, score(trial.rungs[-1], metric))
+        axes.annotate(trial.origin, place, xytext=(5, 4), textcoords="offset points", fontsize=7)
+    front = front_of(finished, metric)
+    if front:
+        places = [(trial.plan_bytes / 1e6, score(trial.rungs[-1], metric)) for trial in front]
+        axes.step(*zip(*places, strict=True), where="post", color="black", linewidth=1, label="front", zorder=2)
+    axes.axvline(search.budget_bytes / 1e6, color="black", linestyle=":", linewidth=1, label="budget")
+    axes.set(xlabel="MB", ylabel=FIGURES[metric])
+    axes.set_title(f"after {len(trials)} trials", fontsize=9, loc="left")
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=7)
+    return figure
+
+
+def front_of(finished: Sequence[TrialRecord], metric: str) -> list[TrialRecord]:
+    """The finished trials that none of fewer or equal bytes beats, by bytes."""
+    front: list[TrialRecord] = []
+    for trial in sorted(finished, key=lambda trial: (trial.plan_bytes, cost(trial.rungs[-1], metric), trial.index)):
+        if not front or cost(trial.rungs[-1], metric) < cost(front[-1].rungs[-1], metric):
+            front.append(trial)
+    return front
+
+
+def draw_sensitivity(record: SensitivityRecord) -> Any:
+    """How much each group is predicted to suffer: a row a method and bit-width, each scaled to its own largest rise."""
+    from matplotlib.figure import Figure
+
+    rows, labels = [], []
+    for name, method in record.methods.items():
+        *lower, highest = sorted(method.values)
+        for bits in lower:
+            rise = np.array(method.values[bits]) - np.array(method.values[highest])
+            rows.append(rise / (np.abs(rise).max() or 1.0))
+            labels.append(f"{name.replace('_', ' ')}, {bits} bits")
+    figure = Figure(figsize=(min(4 + 0.3 * len(record.groups), 13), 1.9 + 0.3 * len(rows)), layout="constrained")
+    axes = figure.subplots()
+    drawn = axes.imshow(np.array(rows), aspect="auto", interpolation="nearest", cmap="cividis")
+    figure.colorbar(drawn, ax=axes, label="share of the largest", shrink=0.8)
+    _label_groups(axes, record.groups)
+    axes.set_yticks(range(len(labels)), labels, fontsize=7)
+    axes.set_title("predicted rise of the loss at fewer bits", fontsize=9, loc="left")
+    return figure
+
+
+def png_of(drawn: Any) -> tuple[bytes, tuple[int, int]]:
+    """A figure as a PNG file, and its width and height in pixels."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    drawn.set_dpi(DOTS_PER_INCH)
+    canvas, file = FigureCanvasAgg(drawn), io.BytesIO()
+    canvas.print_png(file, pil_kwargs={"optimize": True})
+    return file.getvalue(), canvas.get_width_height()
+
+
+def _rank(trial: TrialRecord, metric: str) -> tuple[bool, float, int]:
+    """Finished ones first: a score at an earlier rung does not compare."""
+    return (trial.status != "finished", cost(trial.rungs[-1], metric), trial.index)
+
+
+def _score(trial: TrialRecord, metric: str) -> str:
+    star = "*" if trial.status == "stopped" else " "
+    return f"{score(trial.rungs[-1], metric):.4f}{star}"
+
+
+def _label_groups(axes: Any, groups: Sequence[str]) -> None:
+    every = -(-len(groups) // MOST_LABELS)
+    axes.set_xticks(range(0, len(groups), every), list(groups)[::every], rotation=90, fontsize=7)

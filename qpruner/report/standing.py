@@ -1,0 +1,112 @@
+"""How a search stands, from the records of its trials alone: counts, the best so far, the controls, the time left."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from qpruner.plan import PrecisionPlan
+from qpruner.records import RungResult, SearchState, TrialRecord
+
+FIGURES = {"loss": "validation loss", "accuracy": "accuracy"}
+
+
+@dataclass(frozen=True)
+class Standing:
+    """A search at one moment.
+
+    Attributes:
+        trials: Of this search, by number.
+        others: Trials that searches with another budget or searcher left in the same folder.
+        best: The finished trial with the best score that is no control; None before there is one.
+        best_control: The finished control with the best score.
+        seconds_left: An estimate from the mean time of the trials that are over; None before there is one.
+    """
+
+    trials: tuple[TrialRecord, ...]
+    others: tuple[TrialRecord, ...]
+    best: TrialRecord | None
+    best_control: TrialRecord | None
+    seconds_left: float | None
+
+    def count(self, status: str) -> int:
+        """Trials of this search with that status."""
+        return sum(1 for trial in self.trials if trial.status == status)
+
+    @property
+    def running(self) -> list[TrialRecord]:
+        """Trials under way."""
+        return [trial for trial in self.trials if not trial.is_over]
+
+
+def standing(search: SearchState, records: Iterable[TrialRecord]) -> Standing:
+    """How a search stands.
+
+    Args:
+        search: Its settings and digests.
+        records: Every trial in its folder.
+    """
+    ordered = sorted(records, key=lambda trial: trial.index)
+    trials = tuple(trial for trial in ordered if trial.search == search.search)
+    finished = [trial for trial in trials if trial.status == "finished"]
+    over = [trial.seconds for trial in trials if trial.is_over]
+    left = None
+    if over and search.slots:
+        left = (search.max_trials - len(over)) * sum(over) / len(over) / search.slots
+    return Standing(
+        trials=trials,
+        others=tuple(trial for trial in ordered if trial.search != search.search),
+        best=best_of((trial for trial in finished if not trial.is_control), search.metric),
+        best_control=best_of((trial for trial in finished if trial.is_control), search.metric),
+        seconds_left=left,
+    )
+
+
+def best_of(finished: Iterable[TrialRecord], metric: str) -> TrialRecord | None:
+    """The trial with the best score at its last rung; the first of equal ones."""
+    return min(finished, key=lambda trial: (cost(trial.rungs[-1], metric), trial.index), default=None)
+
+
+def cost(rung: RungResult, metric: str) -> float:
+    """What is minimized: the loss, or the accuracy with its sign turned."""
+    return -score(rung, metric) if metric == "accuracy" else score(rung, metric)
+
+
+def score(rung: RungResult, metric: str) -> float:
+    """The score as people read it."""
+    if metric == "loss":
+        return rung.loss
+    assert rung.accuracy is not None, "a search by accuracy scores it at every rung"
+    return rung.accuracy
+
+
+def best_so_far(over: Sequence[TrialRecord], metric: str) -> list[float | None]:
+    """The best score of the searched plans that finished among the first 1, 2, ... of the trials given."""
+    best: TrialRecord | None = None
+    curve = []
+    for trial in over:
+        if trial.status == "finished" and not trial.is_control:
+            best = best_of([trial] if best is None else [best, trial], metric)
+        curve.append(score(best.rungs[-1], metric) if best else None)
+    return curve
+
+
+def in_order_of_end(trials: Iterable[TrialRecord]) -> list[TrialRecord]:
+    """The trials that are over, in the order in which they ended."""
+    return sorted((trial for trial in trials if trial.is_over), key=lambda trial: (trial.times[-1:], trial.index))
+
+
+def bar(trial: TrialRecord) -> str:
+    """The plan as one character a group."""
+    return str(PrecisionPlan.from_dict(trial.plan))
+
+
+def told(trial: TrialRecord, steps: int) -> str:
+    """A trial in one line: number, plan, where it stands."""
+    where = f"trial {trial.index:>3} [{bar(trial)}] {trial.plan_bytes / 1e6:.1f} MB"
+    if trial.rungs:
+        last = trial.rungs[-1]
+        accuracy = "" if last.accuracy is None else f" accuracy {last.accuracy:.3f}"
+        where += f" step {last.step}/{steps} loss {last.loss:.4f}{accuracy}"
+    ends = {"running": "", "finished": "", "stopped": ", stopped", "failed": f", failed: {trial.reason}"}
+    return f"{where} ({trial.origin}){ends[trial.status]}"

@@ -1,0 +1,219 @@
+"""A search in TensorBoard: `tensorboard --logdir RUN` compares its trials.
+
+HParams has a row a trial that is over; Scalars its curves; Custom Scalars the best so far against the controls; Images
+the plans by score, the front as it grows and the sensitivities; Text the configuration, the winner and the final table.
+All of it is made from the records, as the search goes and again when it is lost (`event_files`).
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from qpruner import events
+from qpruner.records import Results, SearchState, SensitivityRecord, TrialRecord, digest_of
+from qpruner.report.standing import bar, best_so_far, in_order_of_end, score
+
+if TYPE_CHECKING:
+    from tensorboardX.proto.event_pb2 import Event
+
+logger = logging.getLogger(__name__)
+
+FOLDER = "tensorboard"
+BEST = "search/best so far"
+MOST_POINTS = 1000
+"""Steps of a trial's training loss that are kept: a trial's file stays below 200 kB."""
+MOST_PICTURES = 10
+"""Of each kind; TensorBoard shows no more."""
+LAYOUT = {
+    "the search": {"best so far, and the controls": [BEST]},
+    "its trials": {"validation loss": ["validation/loss"], "training loss": ["train/loss"]},
+}
+
+
+class Board:
+    """Follows a search's events and keeps its TensorBoard files.
+
+    Args:
+        root: The run folder.
+        config_text: The run's configuration as YAML.
+    """
+
+    def __init__(self, root: Path, config_text: str) -> None:
+        self._folder, self._config_text = root / FOLDER, config_text
+        self._search: SearchState | None = None
+        self._trials: dict[int, TrialRecord] = {}
+
+    def listen(self, event: events.Event) -> None:
+        """Take one event in; a disk that is full stops no search, and the next command writes what is missing."""
+        try:
+            self._listen(event)
+        except OSError as error:
+            logger.warning("TensorBoard's files could not be written: %s", error)
+
+    def _listen(self, event: events.Event) -> None:
+        match event:
+            case events.SearchPlanned(search, trials, measured):
+                self._search, self._trials = search, {trial.index: trial for trial in trials}
+                self._drop_others()
+                for trial in trials:
+                    write_trial(self._folder, search, trial)
+                self._write_search()
+                write_sensitivity(self._folder, measured)
+            case events.TrialChanged(trial) if self._search:
+                self._trials[trial.index] = trial
+                write_trial(self._folder, self._search, trial)
+                if trial.is_over:
+                    self._write_search()
+            case events.StageFinished("search") | events.StageSkipped("search"):
+                self._write_search(is_over=True)
+
+    def _drop_others(self) -> None:
+        """Runs of an earlier search on this folder whose trials are no longer compared."""
+        kept = {run_name(trial) for trial in self._trials.values()}
+        for folder in self._folder.glob("trial-*"):
+            if folder.name not in kept:
+                shutil.rmtree(folder)
+
+    def _write_search(self, is_over: bool = False) -> None:
+        assert self._search
+        own = [trial for trial in self._trials.values() if trial.search == self._search.search]
+        over = in_order_of_end(own)
+        write_curves(self._folder, self._search, over, self._config_text)
+        write_pictures(self._folder, self._search, over, is_over)
+
+
+def run_name(trial: TrialRecord) -> str:
+    """How TensorBoard lists a trial."""
+    return f"trial-{trial.index:04d}-{trial.origin}"
+
+
+def write_trial(folder: Path, search: SearchState, trial: TrialRecord) -> None:
+    """A trial's curves and, once it is over, its row of the HParams table."""
+    from qpruner.report import event_files
+
+    if not trial.rungs and not trial.is_over:
+        return
+    started, *times = trial.times or (0.0,)
+    times += [started] * (len(trial.rungs) + 1 - len(times))
+    every = math.ceil(search.steps / MOST_POINTS)
+    found: list[Event] = []
+    step = 0
+    for rung, time in zip(trial.rungs, times, strict=False):
+        for loss in rung.train_losses:
+            step += 1
+            if step % every == 0:
+                found.append(event_files.scalar("train/loss", loss, step, time))
+        for name, value in (("loss", rung.loss), ("accuracy", rung.accuracy)):
+            if value is not None:
+                found.append(event_files.scalar(f"validation/{name}", value, rung.step, time))
+                found.append(event_files.scalar(f"rungs/{name} at step {rung.step}", value, rung.step, time))
+    if trial.is_over:
+        found += event_files.session(_columns(search, trial), trial.status != "failed", (started, times[-1]))
+    event_files.write_events(folder / run_name(trial), found)
+
+
+def _columns(search: SearchState, trial: TrialRecord) -> dict[str, str | float]:
+    return {
+        "trial": trial.index,
+        "from": trial.origin,
+        "status": trial.status,
+        "MB": trial.plan_bytes / 1e6,
+        "mean bits": trial.mean_bits,
+        "plan": bar(trial),
+        "search": "this" if trial.search == search.search else "another",
+        **{f"bits {group}": bits for group, bits in trial.plan.items()},
+    }
+
+
+def write_curves(folder: Path, search: SearchState, over: Sequence[TrialRecord], config_text: str) -> None:
+    """The best so far of the searched plans against trials, each control as a run and line of its own, and the texts
+    that are known beforehand.
+
+    Args:
+        folder: Where the runs lie.
+        search: What it is about.
+        over: Its trials that are over, in the order of their ends.
+        config_text: As YAML.
+    """
+    from qpruner.report import event_files
+
+    begun = [event_files.charts(LAYOUT), event_files.text("config", f"```yaml\n{config_text}```")]
+    times = [trial.times[-1] if trial.times else 0.0 for trial in over]
+    best = best_so_far(over, search.metric)
+    points = [(count, value) for count, value in enumerate(best, 1) if value is not None]
+    curve = [event_files.scalar(BEST, value, count, times[count - 1]) for count, value in points]
+    event_files.write_events(folder / "search", [*begun, *curve])
+    for control in (trial for trial in over if trial.is_control and trial.status == "finished"):
+        value = score(control.rungs[-1], search.metric)
+        line = [event_files.scalar(BEST, value, count, time) for count, time in enumerate(times, 1)]
+        event_files.write_events(folder / f"control-{control.origin}", line)
+
+
+def write_pictures(folder: Path, search: SearchState, over: Sequence[TrialRecord], is_over: bool) -> None:
+    """The plans by score and the front, after every tenth of the trials and at the end.
+
+    A picture is an event file of its own, named by what it shows, so that none is drawn twice.
+    """
+    from qpruner.report import event_files
+
+    every = math.ceil(search.max_trials / MOST_PICTURES)
+    moments = [count for count in range(every, len(over) + 1, every) if any(trial.rungs for trial in over[:count])]
+    if is_over and over and len(over) not in moments and any(trial.rungs for trial in over):
+        moments.append(len(over))
+    shown = [
+        (trial.index, trial.origin, trial.status, trial.plan, [rung.loss for rung in trial.rungs]) for trial in over
+    ]
+    names = {f"{count:06d}-{digest_of(search.metric, search.budget_bytes, shown[:count])}": count for count in moments}
+    runs = folder / "pictures"
+    for path in runs.glob("events.*"):
+        if path.name.rpartition(".")[2] not in names:
+            path.unlink()
+    for name, count in names.items():
+        if not (runs / f"{event_files.FILE}.{name}").is_file():
+            _write_moment(runs, search, over[:count], name)
+
+
+def _write_moment(runs: Path, search: SearchState, over: Sequence[TrialRecord], name: str) -> None:
+    from qpruner.report import event_files
+    from qpruner.report.search_pictures import draw_front, draw_plans, png_of
+
+    drawn = {"plans by score": draw_plans(over, search.metric), "bytes and score": draw_front(over, search)}
+    found = [event_files.image(f"search/{tag}", *png_of(each), len(over)) for tag, each in drawn.items()]
+    event_files.write_events(runs, found, name)
+
+
+def write_sensitivity(folder: Path, record: SensitivityRecord) -> None:
+    """The heat map of the sensitivities."""
+    from qpruner.report import event_files
+    from qpruner.report.search_pictures import draw_sensitivity, png_of
+
+    runs = folder / "sensitivity"
+    if not record.methods or (runs / f"{event_files.FILE}.{record.digest}").is_file():
+        return
+    shutil.rmtree(runs, ignore_errors=True)
+    event_files.write_events(
+        runs, [event_files.image("sensitivity/by group", *png_of(draw_sensitivity(record)), 0)], record.digest
+    )
+
+
+def write_result(root: Path, results: Results) -> None:
+    """The winner's plan, and the final table with the claim under it, as texts.
+
+    Args:
+        root: The run folder.
+        results: Every record of a whole run.
+    """
+    from qpruner.report import event_files, markdown, table
+
+    search = results.search
+    assert search
+    plan = [(group, str(bits)) for group, bits in search.best_plan.items()]
+    winner = f"Trial {search.best_index} ({search.best_origin}).\n\n{markdown.pipe_table(('group', 'bits'), plan)}"
+    final = markdown.pipe_table(markdown.HEADINGS, [markdown.cells(row) for row in table.rows(results)])
+    texts = {"winner": winner, "final table": f"{final}\n\n{table.claim(results)}"}
+    event_files.write_events(root / FOLDER / "result", [event_files.text(name, body) for name, body in texts.items()])

@@ -1,0 +1,93 @@
+"""The search as a terminal shows it while it runs: trials under way, the best so far, the controls, the time left."""
+
+from __future__ import annotations
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from qpruner import events
+from qpruner.records import SearchState, TrialRecord
+from qpruner.report.standing import FIGURES, Standing, bar, score, standing
+
+COLORS = {"4": "cyan", "8": "yellow", "F": "magenta"}
+MOST_ROWS = 20
+"""Trials under way that are listed; a cluster may run more than a window has lines."""
+
+
+class SearchView:
+    """Follows a search's events; rich draws what `__rich__` returns.
+
+    Args:
+        planned: What the search is about, with the trials there are.
+    """
+
+    def __init__(self, planned: events.SearchPlanned) -> None:
+        self._search: SearchState = planned.search
+        self._trials = {trial.index: trial for trial in planned.trials}
+
+    def listen(self, event: events.Event) -> None:
+        """Take one event in."""
+        match event:
+            case events.SlotsFound(slots):
+                self._search = self._search.model_copy(update={"slots": slots})
+            case events.TrialChanged(trial):
+                self._trials[trial.index] = trial
+
+    def __rich__(self) -> RenderableType:
+        now = standing(self._search, tuple(self._trials.values()))
+        return Group(_counts(now, self._search), *_best(now, self._search), _table(now.running, self._search))
+
+
+def duration(seconds: float) -> str:
+    """`42 s`, `3 min 20 s`, `2 h 05 min`."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+
+
+def colored(trial: TrialRecord) -> Text:
+    """The plan, one character a group, a colour a bit-width."""
+    text = Text()
+    for character in bar(trial):
+        text.append(character, COLORS[character])
+    return text
+
+
+def _counts(now: Standing, search: SearchState) -> Text:
+    over = ", ".join(f"{now.count(status)} {status}" for status in ("finished", "stopped", "failed"))
+    busy = f"{len(now.running)} of {search.slots} slots busy" if search.slots else f"{len(now.running)} running"
+    left = "" if now.seconds_left is None else f"; about {duration(now.seconds_left)} left"
+    return Text(f"{len(now.trials)} of {search.max_trials} trials: {over}; {busy}{left}")
+
+
+def _best(now: Standing, search: SearchState) -> list[Text]:
+    lines = []
+    for name, trial in (("best so far", now.best), ("best control", now.best_control)):
+        if trial:
+            reached = f"{FIGURES[search.metric]} {score(trial.rungs[-1], search.metric):.4f}"
+            line = Text(
+                f"{name:<12}  {reached}, trial {trial.index} ({trial.origin}), {trial.plan_bytes / 1e6:.1f} MB  "
+            )
+            lines.append(line.append_text(colored(trial)))
+    return lines
+
+
+def _table(running: list[TrialRecord], search: SearchState) -> Table:
+    table = Table("trial", "from", "bytes", "step", FIGURES[search.metric], "plan", box=None, header_style="dim")
+    for trial in running[:MOST_ROWS]:
+        last = trial.rungs[-1] if trial.rungs else None
+        table.add_row(
+            str(trial.index),
+            trial.origin,
+            f"{trial.plan_bytes / 1e6:.1f} MB",
+            f"{last.step if last else 0}/{search.steps}",
+            f"{score(last, search.metric):.4f}" if last else "-",
+            colored(trial),
+        )
+    if len(running) > MOST_ROWS:
+        table.caption = f"and {len(running) - MOST_ROWS} more"
+    return table
