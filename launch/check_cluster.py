@@ -1,0 +1,171 @@
+"""Finds in seconds what `ray up` would meet after minutes: no credentials, a host that does not answer.
+
+Usage: python launch/check_cluster.py CLUSTER.yaml     (launch/up.sh runs it first; exit code 2 if anything is wrong)
+Nothing is started and nothing changed. The file itself is checked offline, by Ray's own preparation and schema.
+"""
+
+from __future__ import annotations
+
+import re
+import shlex
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+SSH_SECONDS = 10
+HOST_NEEDS = (
+    'command -v rsync >/dev/null || echo "rsync is not installed"; '
+    'python3 -c "import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))" 2>/dev/null || '
+    'echo "python3 is older than 3.11 or lacks venv"'
+)
+"""Prints what a host lacks to be installed."""
+
+
+def problems(path: Path) -> list[str]:
+    """What is wrong with a cluster file and with what it needs, one sentence each; nothing if `ray up` may start."""
+    try:
+        text = path.read_text()
+        config = yaml.safe_load(text)
+    except (OSError, yaml.YAMLError) as error:
+        return [f"{path} cannot be read: {error}"]
+    found = [*unedited(path, text), *refused_by_ray(config)]
+    if found:
+        return found
+    found = missing_files(config)
+    checks = {"aws": aws_credentials, "local": hosts}
+    kind = config["provider"]["type"]
+    return found or (checks[kind](config) if kind in checks else [])
+
+
+def unedited(path: Path, text: str) -> list[str]:
+    """Lines that still have a placeholder."""
+    return [
+        f"{path}:{number}: replace {word}; docs/cluster.md says by what"
+        for number, line in enumerate(text.splitlines(), 1)
+        for word in re.findall(r"[\w.-]*REPLACE", line.split("#")[0])
+    ]
+
+
+def refused_by_ray(config: Any) -> list[str]:
+    """What Ray's own preparation and schema say."""
+    import logging
+
+    import click
+    from jsonschema import ValidationError
+    from ray.autoscaler._private.util import prepare_config, validate_config
+
+    if not isinstance(config, dict) or not isinstance(config.get("provider"), dict) or "type" not in config["provider"]:
+        return ["a cluster file needs at least `cluster_name` and `provider: {type: ...}`"]
+    logging.getLogger("ray.autoscaler").setLevel(logging.ERROR)  # it says that mounted files are not folders
+    try:
+        validate_config(prepare_config(config))
+    except ValidationError as error:
+        return [f"`{'.'.join(map(str, error.absolute_path)) or 'the file'}`: {error.message}"]
+    except click.ClickException:
+        return ["Ray refuses the file; its own message is above"]
+    except (ValueError, RuntimeError) as error:
+        return [str(error)]
+    return []
+
+
+def missing_files(config: dict[str, Any]) -> list[str]:
+    """Files of this machine that the cluster file names and that are not there."""
+    named = [("auth.ssh_private_key", config.get("auth", {}).get("ssh_private_key"))]
+    named += [(f"file_mounts.{remote}", local) for remote, local in config.get("file_mounts", {}).items()]
+    return [
+        f"`{key}`: there is no {local} (looked from {Path.cwd()})"
+        for key, local in named
+        if local and not Path(local).expanduser().exists()
+    ]
+
+
+def aws_credentials(config: dict[str, Any]) -> list[str]:
+    """Whether AWS knows who is calling."""
+    try:
+        import boto3
+        from botocore.config import Config
+        from botocore.exceptions import BotoCoreError, ClientError
+    except ImportError:
+        return ["`ray up` on AWS needs boto3: bash launch/setup.sh cluster"]
+    quick = Config(connect_timeout=5, read_timeout=5, retries={"max_attempts": 1})
+    try:
+        session = boto3.Session(region_name=config["provider"].get("region"))
+        if session.get_credentials() is None:
+            return [
+                "no AWS credentials were found: run `aws configure`, or set AWS_PROFILE or AWS_ACCESS_KEY_ID and so on"
+            ]
+        session.client("sts", config=quick).get_caller_identity()
+    except (BotoCoreError, ClientError) as error:
+        return [f"AWS refuses the credentials or cannot be reached: {error}"]
+    return []
+
+
+def hosts(config: dict[str, Any]) -> list[str]:
+    """Hosts that do not answer or lack something; workers are asked by way of the head, as Ray will."""
+    auth, provider = config["auth"], config["provider"]
+    head = provider.get("external_head_ip") or provider["head_ip"]
+    if provider["head_ip"] in provider["worker_ips"]:
+        return [f"`provider.worker_ips` has the head, {provider['head_ip']}: leave it out; the head runs trials, too"]
+    found = host_problem(auth, head)
+    if found:
+        return [found]
+    with ThreadPoolExecutor(16) as pool:
+        answers = pool.map(lambda worker: host_problem(auth, worker, by_way_of=head), provider["worker_ips"])
+    return [answer for answer in answers if answer]
+
+
+def host_problem(auth: dict[str, Any], host: str, by_way_of: str | None = None) -> str | None:
+    """Why Ray could not be installed on `host`, if so."""
+    done = on_host(auth, host, HOST_NEEDS, SSH_SECONDS, by_way_of)
+    if done.returncode:
+        reason = re.sub(r"\s+", " ", done.stderr).strip() or f"exit code {done.returncode}"
+        way = f" by way of {by_way_of}" if by_way_of else ""
+        return f"{auth['ssh_user']}@{host} cannot be reached over ssh{way}: {reason}"
+    lacking = ", ".join(done.stdout.split("\n")).strip(", ")
+    return f"{host}: {lacking}" if lacking else None
+
+
+def on_host(
+    auth: dict[str, Any], host: str, command: str, seconds: float, by_way_of: str | None = None
+) -> subprocess.CompletedProcess[str]:
+    """Run a bash command on a host over ssh as Ray would: same account, key and (un)checked host keys, no questions."""
+    key = auth.get("ssh_private_key")
+    options = ["-o", "BatchMode=yes", "-o", f"ConnectTimeout={SSH_SECONDS}", "-o", "StrictHostKeyChecking=no"]
+    options += ["-o", "UserKnownHostsFile=/dev/null", "-o", "LogLevel=ERROR"]
+    options += ["-o", "IdentitiesOnly=yes", "-i", str(Path(key).expanduser())] if key else []
+    proxy = auth.get("ssh_proxy_command")
+    if by_way_of:
+        own = [*options, "-o", f"ProxyCommand={proxy}"] if proxy else options
+        proxy = shlex.join(["ssh", *own, "-W", "%h:%p", f"{auth['ssh_user']}@{by_way_of}"])
+    options += ["-o", f"ProxyCommand={proxy}"] if proxy else []
+    target = f"{auth['ssh_user']}@{host}"
+    try:
+        return subprocess.run(
+            ["ssh", *options, target, f"bash --login -c {shlex.quote(command)}"],
+            capture_output=True,
+            text=True,
+            timeout=seconds * 2,
+            stdin=subprocess.DEVNULL,
+        )
+    except subprocess.TimeoutExpired as error:
+        return subprocess.CompletedProcess(error.cmd, 255, "", f"no answer within {seconds * 2:g} s")
+
+
+def main() -> None:
+    """Exit code 2 and one line a problem, if there is any."""
+    if len(sys.argv) != 2:
+        sys.exit("usage: check_cluster.py CLUSTER.yaml")
+    found = problems(Path(sys.argv[1]))
+    for problem in found:
+        print(f"error: {problem}", file=sys.stderr)
+    if found:
+        sys.exit(2)
+    print("the cluster file is complete, and what it names answers")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,14 @@
+#!/usr/bin/env bash
+# Takes a cluster down (`ray down`). Runs stay in the shared folder: bring it up again, submit again, and they go on.
+# Usage: bash launch/down.sh CLUSTER.yaml
+set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/ray_commands.sh"
+[ $# -eq 1 ] || usage
+cluster=$(cluster_file "$1")
+cd "$repository"
+# `ray down` stops the head of an on-premise cluster only; its workers' Ray would go on.
+if grep -Eq '^ *type: *local' "$cluster"; then
+  run ray exec "$cluster" 'python qpruner/launch/stop_workers.py' ||
+    echo "warning: not every worker could be stopped from the head; run \`ray stop\` on those that are named above" >&2
+fi
+run ray down --yes "$cluster"

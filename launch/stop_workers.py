@@ -1,0 +1,32 @@
+"""Stops Ray on every worker of an on-premise cluster; launch/down.sh runs it on the head.
+
+`ray down` itself leaves their raylets running (Ray 2.60). Addresses and key are those that `ray up` left on the head.
+"""
+
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import yaml
+from check_cluster import on_host
+
+
+def main() -> None:
+    """Exit code 1 and the names, if any worker could not be reached."""
+    config = yaml.safe_load((Path.home() / "ray_bootstrap_config.yaml").read_text())
+    workers = config["provider"]["worker_ips"]
+
+    def stop(host: str) -> subprocess.CompletedProcess[str]:
+        return on_host(config["auth"], host, "source ~/.bashrc; ray stop", seconds=60)
+
+    with ThreadPoolExecutor(16) as pool:
+        done = dict(zip(workers, pool.map(stop, workers), strict=True))
+    for host, result in done.items():
+        print(f"{host}: {(result.stdout or result.stderr).strip()}")
+    if any(result.returncode for result in done.values()):
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

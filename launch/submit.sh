@@ -1,0 +1,33 @@
+#!/usr/bin/env bash
+# Copies a configuration to the head and runs it there, as a job that goes on when you log out (`ray job submit`), or
+# attached to this terminal (`ray submit`). Again: it goes on from what is recorded.
+# Usage: bash launch/submit.sh [--attached] CLUSTER.yaml CONFIG.yaml [options of `qpruner run`]
+set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/ray_commands.sh"
+attached=""
+if [ "${1:-}" = --attached ]; then
+  attached=yes
+  shift
+fi
+[ $# -ge 2 ] || usage
+cluster=$(cluster_file "$1")
+given=$2
+shift 2
+[ -f "$given" ] || fail "there is no configuration $given"
+name=$(basename "$given")
+arguments=("tune_configs/$name" "$@")
+quoted=()
+for argument in "${arguments[@]}"; do
+  quoted+=("$(printf '%q' "$argument")")  # Ray joins them with spaces for the head's shell
+done
+run ray rsync-up "$cluster" "$given" "qpruner/tune_configs/$name"
+if [ -n "$attached" ]; then
+  run ray submit "$cluster" "$repository/launch/search.py" -- "${quoted[@]}"
+else
+  job=${name%.*}-$(date -u +%Y%m%d-%H%M%S)
+  # Through ssh, so that the job server need not listen anywhere but on the head's loopback.
+  run ray exec "$cluster" \
+    "ray job submit --no-wait --submission-id $job -- python \$HOME/qpruner/launch/search.py ${quoted[*]}"
+  echo "== follow: bash launch/watch.sh CLUSTER.yaml $job"
+  echo "== stop:   ray exec CLUSTER.yaml 'ray job stop $job'"
+fi

@@ -1,0 +1,187 @@
+"""Machines on one machine: processes in their own network, process and mount namespaces, joined by a bridge.
+
+Every machine has its own address, loopback, process ids, /root, /tmp and /dev/shm; the rest of the file system is
+shared. The first one holds the bridge and stands for the user's laptop; the others run an sshd. All of it lives in the
+namespaces of child processes that die with this one, so that nothing outlasts a test, however it ends. Needs root.
+"""
+
+from __future__ import annotations
+
+import shlex
+import shutil
+import subprocess
+import time
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import TypeVar
+
+import psutil
+
+Found = TypeVar("Found")
+
+TOOLS = ("ip", "nsenter", "unshare", "setpriv", "mount", "ssh-keygen", "rsync", "/usr/sbin/sshd")
+UNSHARE = [
+    "setpriv",
+    "--pdeathsig",
+    "KILL",
+    "unshare",
+    "--mount",
+    "--net",
+    "--pid",
+    "--fork",
+    "--kill-child",
+    "--mount-proc",
+]
+NETWORK = "10.77.0"
+
+SSHD_CONFIG = """\
+ListenAddress {address}
+HostKey {folder}/host_key
+AuthorizedKeysFile /root/.ssh/authorized_keys
+PermitRootLogin prohibit-password
+PasswordAuthentication no
+UsePAM no
+StrictModes no
+PidFile none
+Subsystem sftp internal-sftp
+"""
+
+
+def missing_tools() -> list[str]:
+    """Tools that this machine lacks."""
+    return [tool for tool in TOOLS if not shutil.which(tool)]
+
+
+class Machine:
+    """One set of namespaces and the process that holds them.
+
+    Attributes:
+        home: What the machine sees as /root.
+    """
+
+    def __init__(self, folder: Path, visible: Iterable[Path], command: str) -> None:
+        """Start it.
+
+        Args:
+            folder: Where its private folders go.
+            visible: Folders below /tmp or /root that it shares with the real machine.
+            command: What its first process becomes; the machine ends with it.
+        """
+        self.home = folder / "root"
+        temporary = folder / "tmp"
+        for path in (self.home, temporary):
+            path.mkdir(parents=True)
+        private = {Path("/root"): self.home, Path("/tmp"): temporary}
+        script = ["set -e"]
+        for path in visible:
+            for mounted, own in private.items():
+                if path.is_relative_to(mounted):
+                    target = own / path.relative_to(mounted)
+                    target.mkdir(parents=True, exist_ok=True)
+                    script.append(f"mount --bind {shlex.quote(str(path))} {shlex.quote(str(target))}")
+        script += [f"mount --rbind {shlex.quote(str(own))} {mounted}" for mounted, own in private.items()]
+        script += ["mount -t tmpfs tmpfs /dev/shm", "mount -t tmpfs tmpfs /run", "mkdir /run/sshd", "ip link set lo up"]
+        script += [f"exec {command}"]
+        self.log = folder / "log"
+        with self.log.open("w") as log:
+            self.holder = subprocess.Popen(
+                [*UNSHARE, "bash", "-c", "\n".join(script)],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+            )
+        self.first = wait_for(lambda: next(iter(psutil.Process(self.holder.pid).children()), None), "a first process")
+
+    def run(
+        self, command: list[str], environment: Mapping[str, str], folder: Path, seconds: float
+    ) -> subprocess.CompletedProcess[str]:
+        """Run a command on it, with nothing but `environment`; stderr goes into stdout."""
+        return subprocess.run(
+            ["nsenter", f"--target={self.first.pid}", "--mount", "--net", "--pid", f"--wd={folder}", *command],
+            env=dict(environment),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=seconds,
+        )
+
+    def processes(self) -> list[str]:
+        """Command lines of what runs on it besides its first process and what serves ssh."""
+        lines = []
+        for process in self.first.children(recursive=True):
+            try:
+                line = " ".join(process.cmdline())
+            except psutil.NoSuchProcess:
+                continue
+            if line and not line.startswith("sshd"):
+                lines.append(line)
+        return lines
+
+    def network(self, *command: str) -> None:
+        """Run `ip` in its network, but with the real machine's process ids."""
+        subprocess.run(["nsenter", f"--net=/proc/{self.first.pid}/ns/net", "ip", *command], check=True)
+
+    def end(self) -> None:
+        """Everything in it dies with its first process."""
+        self.holder.kill()
+        self.holder.wait()
+        psutil.wait_procs([self.first], timeout=10)
+
+
+class Machines:
+    """A laptop and hosts that it reaches over ssh with `~/.ssh/id_ed25519`."""
+
+    def __init__(self, folder: Path, visible: Iterable[Path], num_hosts: int) -> None:
+        visible = list(visible)
+        self.laptop = Machine(folder / "laptop", visible, "sleep infinity")
+        self.hosts: list[Machine] = []
+        self.addresses = [f"{NETWORK}.{number}" for number in range(1, num_hosts + 1)]
+        try:
+            self.laptop.network("link", "add", "bridge", "type", "bridge")
+            self.laptop.network("addr", "add", f"{NETWORK}.254/24", "dev", "bridge")
+            self.laptop.network("link", "set", "bridge", "up")
+            keys = self.laptop.home / ".ssh"
+            keys.mkdir(mode=0o700)
+            new_key(keys / "id_ed25519")
+            for number, address in enumerate(self.addresses):
+                self.hosts.append(self._host(folder / f"host{number}", visible, address))
+        except BaseException:
+            self.end()
+            raise
+
+    def _host(self, folder: Path, visible: list[Path], address: str) -> Machine:
+        folder.mkdir()
+        new_key(folder / "host_key")
+        (folder / "sshd_config").write_text(SSHD_CONFIG.format(address=address, folder=folder))
+        # sshd starts once its address is there.
+        up = f"until ip -brief addr show dev eth0 2>/dev/null | grep -q {address}; do sleep 0.1; done"
+        host = Machine(folder, visible, f"bash -c '{up}; exec /usr/sbin/sshd -D -e -f {folder}/sshd_config'")
+        (host.home / ".ssh").mkdir(mode=0o700)
+        shutil.copy(self.laptop.home / ".ssh" / "id_ed25519.pub", host.home / ".ssh" / "authorized_keys")
+        port = f"host{len(self.hosts)}"
+        self.laptop.network("link", "add", port, "type", "veth", "peer", "name", "eth0", "netns", str(host.first.pid))
+        self.laptop.network("link", "set", port, "master", "bridge", "up")
+        host.network("addr", "add", f"{address}/24", "dev", "eth0")
+        host.network("link", "set", "eth0", "up")
+        wait_for(lambda: "Server listening" in host.log.read_text(), f"sshd on {address}: {host.log}")
+        return host
+
+    def end(self) -> None:
+        """End all machines."""
+        for machine in [*self.hosts, self.laptop]:
+            machine.end()
+
+
+def new_key(path: Path) -> None:
+    """A fresh ssh key without a passphrase."""
+    subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", path], check=True)
+
+
+def wait_for(look: Callable[[], Found | None], what: str, seconds: float = 30.0) -> Found:
+    """Look again and again until there is something."""
+    deadline = time.monotonic() + seconds
+    while not (found := look()):
+        assert time.monotonic() < deadline, f"not there after {seconds:g} s: {what}"
+        time.sleep(0.1)
+    return found

@@ -1,0 +1,183 @@
+"""A real `ray up` of launch/cluster_onprem.yaml on four machines made of namespaces, and a real search on it, twice.
+
+Everything goes through the launch scripts, as in docs/cluster.md: up, submit attached and as a job, watch, fetch, down.
+What stands in for the real thing: /shared is another folder, the packages are installed already, and the head has no
+cores for trials, so that what runs has run on the workers.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import pytest
+import yaml
+from conftest import raw_config, with_key
+from machines import Machines, missing_tools, wait_for
+
+pytestmark = pytest.mark.cluster
+
+ROOT = Path(__file__).resolve().parents[2]
+MINUTES = 60.0
+
+
+@dataclass
+class Cluster:
+    """The machines, a cluster file for them, and the folder that they share."""
+
+    machines: Machines
+    file: Path
+    shared: Path
+
+    def laptop(
+        self, *command: str, seconds: float = 3 * MINUTES, **environment: str
+    ) -> subprocess.CompletedProcess[str]:
+        """Run a command on the laptop, in the repository."""
+        path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+        base = {"PATH": path, "HOME": "/root", "TERM": "dumb", "OMP_NUM_THREADS": "1"}
+        return self.machines.laptop.run(list(command), base | environment, ROOT, seconds)
+
+    def script(self, name: str, *arguments: str, seconds: float = 3 * MINUTES) -> str:
+        """Run a launch script on the laptop; returns what it printed."""
+        done = self.laptop("bash", f"launch/{name}", *arguments, seconds=seconds)
+        print(done.stdout)
+        assert done.returncode == 0, done.stdout[-5000:]
+        return done.stdout
+
+
+def install(home: Path) -> None:
+    """What `launch/setup.sh cluster` would make in a home folder, out of the environment that runs this test."""
+    venv = home / "qpruner" / ".venv"
+    venv.mkdir(parents=True)
+    for name in ("bin", "lib"):
+        (venv / name).symlink_to(Path(sys.prefix) / name)
+    shutil.copy(Path(sys.prefix) / "pyvenv.cfg", venv)
+    wanted = hashlib.sha256((ROOT / "pyproject.toml").read_bytes() + b"cluster ").hexdigest()
+    (venv / "qpruner-installed-cluster").write_text(wanted)
+    (home / ".profile").write_text(
+        f"export PATH={sys.prefix}/bin:$PATH PYTHONPATH=/root/qpruner HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false\n"
+    )
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    """Machines that nothing has been started on."""
+    if os.geteuid() != 0:
+        pytest.skip("namespaces need root")
+    if missing := missing_tools():
+        pytest.skip(f"needs {', '.join(missing)} (Debian: apt-get install iproute2 openssh-server rsync)")
+    if importlib.util.find_spec("aiohttp_cors") is None:
+        pytest.skip("needs Ray's job server: pip install 'qpruner[cluster]'")
+    folder = tmp_path_factory.mktemp("cluster")
+    shared = folder / "shared"
+    shared.mkdir()
+    visible = [tmp_path_factory.getbasetemp(), ROOT, Path(sys.prefix), Path(sys.base_prefix)]
+    machines = Machines(folder / "machines", visible, num_hosts=3)
+    try:
+        for host in machines.hosts:
+            install(host.home)
+        text = (ROOT / "launch" / "cluster_onprem.yaml").read_text()
+        head, *workers = machines.addresses
+        for placeholder, value in {
+            "HEAD-REPLACE": head,
+            "WORKER-REPLACE": ", ".join(workers),
+            "USER-REPLACE": "root",
+            "/shared": str(shared),
+            "--head": "--head --num-cpus=0",
+        }.items():
+            assert placeholder in text
+            text = text.replace(placeholder, value)
+        file = folder / "cluster.yaml"
+        file.write_text(text)
+        yield Cluster(machines, file, shared)
+    finally:
+        machines.end()
+
+
+def written_config(folder: Path, model: Path, output: Path) -> Path:
+    """The tests' small search, three trials, two at a time."""
+    raw = raw_config(model, output)
+    for key, value in {
+        "search.max_trials": 3,
+        "search.max_concurrent": 2,
+        "search.resources_per_trial": {"cpu": 1},
+        "sensitivity.methods": ["first_order"],
+        "finetune.compare": False,
+        "finetune.seeds": 1,
+    }.items():
+        raw = with_key(raw, key, value)
+    path = folder / "small.yaml"
+    path.write_text(yaml.safe_dump(raw))
+    return path
+
+
+def trials_of(run: Path) -> list[str]:
+    """How each trial of a finished run ended."""
+    assert (run / "report.md").exists()
+    return [json.loads(path.read_text())["status"] for path in run.glob("trials/*/*/trial.json")]
+
+
+def test_up_submit_watch_fetch_down(cluster: Cluster, tiny_model: Path, tmp_path: Path) -> None:
+    before = set(Path("/tmp").glob("ray*"))
+    file, head = str(cluster.file), cluster.machines.addresses[0]
+    told = cluster.script("up.sh", file, seconds=5 * MINUTES)
+    assert "what it names answers" in told
+    wait_for(lambda: watched(cluster).count(" node_") == 3 or None, "three nodes", seconds=2 * MINUTES)
+    refuses_callers_without_the_token(cluster, head)
+
+    config = written_config(tmp_path, tiny_model, cluster.shared / "attached")
+    told = cluster.script("submit.sh", "--attached", file, str(config), seconds=15 * MINUTES)
+    assert "== qpruner run tune_configs/small.yaml --address auto" in told
+    assert len(trials_of(cluster.shared / "attached")) == 3
+
+    output = f"output={cluster.shared / 'a job'}"
+    told = cluster.script("submit.sh", file, str(config), "--set", output, "--set", "seed=1", seconds=3 * MINUTES)
+    job = told.split("follow: bash launch/watch.sh CLUSTER.yaml ")[1].split()[0]
+    cluster.script("watch.sh", file, job, seconds=15 * MINUTES)
+    assert len(trials_of(cluster.shared / "a job")) == 3
+    assert "SUCCEEDED" in watched(cluster)
+
+    cluster.script("fetch.sh", file, str(cluster.shared / "attached"), str(tmp_path / "fetched"))
+    assert {path.name for path in (tmp_path / "fetched").iterdir()} == {"report.md", "results.json", "records", "final"}
+
+    cluster.script("down.sh", file)
+    hosts = cluster.machines.hosts
+    wait_for(lambda: not any(host.processes() for host in hosts), "the end of all Ray processes", seconds=MINUTES)
+    cluster.machines.end()
+    assert not any(psutil.pid_exists(machine.first.pid) for machine in [*hosts, cluster.machines.laptop])
+    assert set(Path("/tmp").glob("ray*")) == before, "what Ray keeps in /tmp was the machines' own"
+
+
+def watched(cluster: Cluster) -> str:
+    return cluster.script("watch.sh", str(cluster.file))
+
+
+def refuses_callers_without_the_token(cluster: Cluster, head: str) -> None:
+    """The laptop reaches the head's ports, but has no token."""
+    nodes = ("timeout", "60", "ray", "status", "--address", f"{head}:6379")
+    refused = cluster.laptop(*nodes, RAY_AUTH_MODE="token", RAY_AUTH_TOKEN="0" * 64)
+    assert refused.returncode != 0
+    assert "nvalid" in refused.stdout, refused.stdout
+    refused = cluster.laptop(*nodes, RAY_AUTH_MODE="disabled")
+    assert refused.returncode != 0
+    token = cluster.machines.hosts[0].home / ".ray" / "auth_token"
+    assert token.stat().st_mode & 0o077 == 0, "the token is its owner's alone"
+    allowed = cluster.laptop(*nodes, RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=token.read_text())
+    assert allowed.returncode == 0, allowed.stdout
+    # The job server listens on the head's loopback only, and asks for the token there, too.
+    jobs = ("timeout", "60", "ray", "job", "list", "--address")
+    away = cluster.laptop(*jobs, f"http://{head}:8265", RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=token.read_text())
+    assert away.returncode != 0
+    there = cluster.laptop(
+        "ray", "exec", str(cluster.file), "RAY_AUTH_MODE=disabled timeout 60 ray job list", seconds=2 * MINUTES
+    )
+    assert "401" in there.stdout or "Unauthorized" in there.stdout, there.stdout

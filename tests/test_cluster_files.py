@@ -1,0 +1,260 @@
+"""The cluster files as Ray will read them, and what the launch scripts say before anything costs time or money."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).resolve().parent.parent
+AWS, ON_PREMISE = ROOT / "cluster.yaml", ROOT / "launch" / "cluster_onprem.yaml"
+FILES = pytest.mark.parametrize("path", [AWS, ON_PREMISE], ids=lambda path: path.stem)
+SCRIPTS = sorted(path for path in [*(ROOT / "launch").glob("*.sh"), ROOT / "launch" / "slurm.sbatch"])
+
+
+def prepared(path: Path) -> dict[str, Any]:
+    """A cluster file after Ray's own preparation, validated by Ray's own schema."""
+    from ray.autoscaler._private.util import prepare_config, validate_config
+
+    config: dict[str, Any] = prepare_config(yaml.safe_load(path.read_text()))
+    validate_config(config)
+    return config
+
+
+@FILES
+def test_ray_accepts_the_file(path: Path) -> None:
+    config = prepared(path)
+    starts = [*config["head_start_ray_commands"], *config["worker_start_ray_commands"]]
+    assert any("--autoscaling-config=~/ray_bootstrap_config.yaml" in command for command in starts)
+    assert "--dashboard-host=127.0.0.1" in " ".join(config["head_start_ray_commands"])
+
+
+@FILES
+def test_the_file_carries_all_that_an_installation_needs(path: Path) -> None:
+    mounts = prepared(path)["file_mounts"]
+    assert all(remote == f"~/qpruner/{local}" and (ROOT / local).exists() for remote, local in mounts.items())
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    needed = {"pyproject.toml", "qpruner", "launch", "tune_configs", project["readme"], *project["license-files"]}
+    assert set(mounts.values()) == needed
+
+
+@FILES
+def test_the_head_settles_versions_and_token_and_both_travel(path: Path) -> None:
+    config = prepared(path)
+    head, worker = " ; ".join(config["head_setup_commands"]), " ; ".join(config["worker_setup_commands"])
+    versions, token = config["cluster_synced_files"]
+    assert f"> {versions}" in head
+    assert f"PIP_CONSTRAINT={versions} bash ~/qpruner/launch/setup.sh cluster" in worker
+    assert f"chmod 600 {token}" in head
+    assert "get-auth-token" not in worker
+    assert "RAY_AUTH_MODE=token" in (ROOT / "launch" / "node_env.sh").read_text()
+    assert "source ~/qpruner/launch/node_env.sh" in head and "source ~/qpruner/launch/node_env.sh" in worker
+
+
+def test_aws_workers_come_on_demand_and_spot_and_go_when_idle() -> None:
+    config = prepared(AWS)
+    types = config["available_node_types"]
+    head = types.pop(config["head_node_type"])
+    assert head["resources"] == {"CPU": 0} and head["max_workers"] == 0
+    assert all(kind["min_workers"] == 0 < kind["max_workers"] <= config["max_workers"] for kind in types.values())
+    assert all(kind["resources"]["GPU"] == 1 for kind in types.values())
+    markets = [kind["node_config"].get("InstanceMarketOptions", {}).get("MarketType") for kind in types.values()]
+    assert markets == [None, "spot"]
+    assert 0 < config["idle_timeout_minutes"] <= 30
+    assert config["provider"]["cache_stopped_nodes"] is False
+
+
+def ec2_complaints(node_config: dict[str, Any]) -> str:
+    """What the AWS client itself would say to launching such a machine, offline."""
+    pytest.importorskip("botocore", reason="needs boto3: pip install 'qpruner[cluster]'")
+    from botocore.session import get_session
+    from botocore.validate import ParamValidator
+
+    given = {key: value for key, value in node_config.items() if key != "SubnetIds"}  # Ray's key: it picks one of them
+    run_instances = get_session().get_service_model("ec2").operation_model("RunInstances")
+    report = ParamValidator().validate({**given, "MinCount": 1, "MaxCount": 1}, run_instances.input_shape)
+    return str(report.generate_report())
+
+
+def test_aws_node_configs_are_what_ec2_takes() -> None:
+    for kind in prepared(AWS)["available_node_types"].values():
+        assert ec2_complaints(kind["node_config"]) == ""
+    assert "InstanceTyp" in ec2_complaints({"InstanceTyp": "g6e.2xlarge"})
+
+
+def check(path: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    """launch/check_cluster.py, with no credentials but those given."""
+    base = {key: value for key, value in os.environ.items() if not key.startswith("AWS_")}
+    return subprocess.run(
+        [sys.executable, "launch/check_cluster.py", str(path)],
+        cwd=ROOT,
+        env=base | {"AWS_EC2_METADATA_DISABLED": "true"} | environment,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+
+
+def filled(path: Path, folder: Path, **values: str) -> Path:
+    """A cluster file with its placeholders replaced."""
+    text = path.read_text()
+    for placeholder, value in values.items():
+        assert f"{placeholder}-REPLACE" in text
+        text = text.replace(f"{placeholder}-REPLACE", value)
+    written = folder / path.name
+    written.write_text(text)
+    return written
+
+
+def filled_aws(folder: Path) -> Path:
+    return filled(AWS, folder, ami="ami-0abc", subnet="subnet-0abc", sg="sg-0abc", fs="fs-0abc")
+
+
+def filled_on_premise(folder: Path, head: str = "127.0.0.1", key: str = "") -> Path:
+    """Of this machine, with a key that opens nothing."""
+    own = folder / "key"
+    if not own.exists():
+        subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", own], check=True)
+    path = filled(ON_PREMISE, folder, HEAD=head, WORKER="127.0.0.2", USER="nobody")
+    path.write_text(path.read_text().replace("~/.ssh/id_ed25519", key or str(own)))
+    return path
+
+
+@FILES
+def test_an_unedited_file_is_named_line_by_line(path: Path) -> None:
+    done = check(path)
+    assert done.returncode == 2
+    places = [number for number, line in enumerate(path.read_text().splitlines(), 1) if "-REPLACE" in line]
+    assert places
+    assert all(f"{path}:{number}: replace " in done.stderr for number in places)
+
+
+def test_without_aws_credentials_it_says_so(tmp_path: Path) -> None:
+    pytest.importorskip("boto3", reason="needs boto3: pip install 'qpruner[cluster]'")
+    done = check(filled_aws(tmp_path), HOME=str(tmp_path))
+    assert done.returncode == 2
+    assert "no AWS credentials were found" in done.stderr
+
+
+def test_an_unknown_key_is_named(tmp_path: Path) -> None:
+    path = filled_aws(tmp_path)
+    path.write_text(path.read_text().replace("idle_timeout_minutes", "idle_timeout_minuts"))
+    done = check(path)
+    assert done.returncode == 2
+    assert "idle_timeout_minuts" in done.stderr
+
+
+needs_ssh = pytest.mark.skipif(not shutil.which("ssh-keygen"), reason="needs ssh")
+
+
+@needs_ssh
+def test_a_host_without_ssh_is_named_before_ray_is_started(tmp_path: Path) -> None:
+    # Whether this machine has no sshd or one that refuses the key: Ray would try for 15 minutes.
+    path = filled_on_premise(tmp_path)
+    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    done = subprocess.run(
+        ["bash", "launch/up.sh", str(path)], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 2
+    assert "nobody@127.0.0.1 cannot be reached over ssh" in done.stderr
+    assert "ray up" not in done.stdout
+
+
+@needs_ssh
+def test_a_missing_key_and_a_head_among_the_workers_are_named(tmp_path: Path) -> None:
+    done = check(filled_on_premise(tmp_path, key="~/.ssh/not-there"))
+    assert "`auth.ssh_private_key`: there is no ~/.ssh/not-there" in done.stderr
+    done = check(filled_on_premise(tmp_path, head="127.0.0.2"))
+    assert "`provider.worker_ips` has the head, 127.0.0.2" in done.stderr
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.name)
+def test_scripts_are_clean_and_say_how_they_are_used(path: Path) -> None:
+    subprocess.run(["bash", "-n", path], check=True)
+    if shellcheck := shutil.which("shellcheck"):
+        done = subprocess.run([shellcheck, "-x", "-P", "SCRIPTDIR", path], cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout
+    if path.name not in ("node_env.sh", "ray_commands.sh"):
+        assert "# Usage" in path.read_text()
+
+
+@pytest.mark.parametrize("name", ["up.sh", "submit.sh", "watch.sh", "fetch.sh", "down.sh"])
+def test_a_script_that_lacks_arguments_says_which_it_takes(name: str) -> None:
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    done = subprocess.run(
+        ["bash", f"launch/{name}"], cwd=ROOT, env={"PATH": path}, capture_output=True, text=True, timeout=20
+    )
+    assert done.returncode == 2
+    assert f"usage: bash launch/{name} " in done.stderr
+
+
+HEAD = """
+import sys
+from ray.cluster_utils import Cluster
+cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+print(cluster.address, flush=True)
+sys.stdin.read()
+cluster.shutdown()
+"""
+CALLER = """
+import sys, ray
+ray.init(address=sys.argv[1], log_to_driver=False)
+print("let in with", ray.get(ray.remote(lambda: 42).remote()))
+"""
+RIGHT, WRONG, NONE = (
+    {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "right" * 13},
+    {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "wrong" * 13},
+    {"RAY_AUTH_MODE": "disabled"},
+)
+
+
+@pytest.fixture
+def guarded() -> Iterator[tuple[str, list[str]]]:
+    """The address of a cluster that asks for a token, and what calls a command where it answers.
+
+    That is a network namespace with nothing but loopback: on the machine's own network Ray would listen to all.
+    """
+    if os.geteuid() != 0 or not all(map(shutil.which, ("unshare", "nsenter", "ip"))):
+        pytest.skip("a network namespace needs root, unshare, nsenter and ip")
+    head = subprocess.Popen(
+        ["unshare", "--net", "bash", "-c", 'ip link set lo up && exec "$@"', "-", sys.executable, "-c", HEAD],
+        env=os.environ | RIGHT,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    )
+    assert head.stdin and head.stdout
+    try:
+        yield head.stdout.readline().strip(), ["nsenter", f"--net=/proc/{head.pid}/ns/net"]
+    finally:
+        head.stdin.close()  # it shuts down; its raylet and control store die with it in any case
+        head.wait(timeout=60)
+
+
+def test_a_caller_without_the_token_is_refused(guarded: tuple[str, list[str]]) -> None:
+    address, there = guarded
+    callers = [
+        subprocess.Popen(
+            [*there, sys.executable, "-c", CALLER, address],
+            env=os.environ | environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for environment in (RIGHT, WRONG, NONE)  # together: Ray tries for 20 s before it gives up
+    ]
+    let_in, wrong, without = (caller.communicate(timeout=120)[0] for caller in callers)
+    assert "let in with 42" in let_in
+    assert "let in" not in wrong + without
+    assert "uthentication" in wrong
+    assert "uthentication" in without
+    assert [caller.returncode for caller in callers] == [0, 1, 1]
