@@ -68,9 +68,9 @@ def main() -> None:
         generator = random.Random(turn)
         first, second = ({name: generator.choice((4, 8)) for name in names} for _ in range(2))
         found["from scratch"].append(seconds(lambda plan=first: from_scratch(config, checkpoint, plan)))
-        bench = Workbench(checkpoint, bank, quantize.group, config.model.dtype, quantize.double_quant)
+        bench = Workbench(checkpoint, bank, quantize.group, config.model.dtype, quantize.double_quant, config.lora)
         for kind, plan in (("bank, first trial", first), ("bank, worker reused", second)):
-            found[kind].append(seconds(lambda plan=plan, bench=bench: bench.model(plan, config.lora, config.seed)))
+            found[kind].append(seconds(lambda plan=plan, bench=bench: bench.model(plan, config.seed)))
         del bench
     slowest = statistics.median(found["from scratch"])
     for kind, values in found.items():

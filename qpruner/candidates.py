@@ -200,8 +200,10 @@ def build(config: RunConfig, candidate: Candidate) -> PeftModel:
     from qpruner.quantization.assembly import workbench
 
     quantize = config.quantize
-    bench = workbench(candidate.checkpoint, candidate.bank, quantize.group, config.model.dtype, quantize.double_quant)
-    return bench.model(candidate.plan, config.lora, config.seed)
+    bench = workbench(
+        candidate.checkpoint, candidate.bank, quantize.group, config.model.dtype, quantize.double_quant, config.lora
+    )
+    return bench.model(candidate.plan, config.seed)
 
 
 def load_adapter(model: PeftModel, folder: Path) -> None:

@@ -6,9 +6,12 @@ No weight is quantized here: a plan's groups come from the bank, everything else
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+import math
+import re
+import zlib
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -22,8 +25,11 @@ from qpruner.quantization.bank import INDEX, read_index, read_plan
 from qpruner.quantization.mixed import MixedPrecisionConfig, dense_layer, packed_layer
 
 if TYPE_CHECKING:
-    from peft import PeftModel
+    from peft import PeftConfig, PeftModel
     from transformers import PreTrainedModel
+
+ADAPTER = "default"
+"""The name that peft gives an adapter."""
 
 
 def assemble(
@@ -77,39 +83,58 @@ def attach_adapters(
         starts: The adapter starts.
         lora: Rank, scaling, dropout.
         group: How layers are grouped.
-        seed: Seeds the plain starts.
+        seed: Seeds the plain starts, each layer's apart, and the random state.
     """
-    from peft import LoraConfig as PeftLoraConfig
     from peft import get_peft_model
 
     paths = [path for paths in group_linears(model.config, group).values() for path in paths]
-    torch.manual_seed(seed)
-    peft_model: PeftModel = get_peft_model(
-        model,
-        PeftLoraConfig(
-            r=lora.rank,
-            lora_alpha=lora.alpha,
-            lora_dropout=lora.dropout,
-            target_modules=sorted({path.rpartition(".")[2] for path in paths}),
-            task_type="CAUSAL_LM",
-        ),
-    )
-    with torch.no_grad():
-        for path in paths if lora.init == "loftq" else ():
-            lora_a = cast(Any, peft_model.base_model.model.get_submodule(path)).lora_A["default"].weight
-            lora_a.div_(lora_a.norm(dim=1, keepdim=True))
-        for name, start in starts.items():
-            path, _, matrix = name.rpartition(".")
-            layer = peft_model.base_model.model.get_submodule(path)
-            getattr(layer, matrix)["default"].weight.copy_(start)
+    peft_model: PeftModel = get_peft_model(model, _peft_config(lora, {path.rpartition(".")[2] for path in paths}))
+    _set_adapters(peft_model, starts, lora, paths, seed)
     return peft_model
+
+
+def _peft_config(lora: LoraConfig, modules: Iterable[str]) -> PeftConfig:
+    from peft import LoraConfig as PeftLoraConfig
+
+    return PeftLoraConfig(
+        r=lora.rank,
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout,
+        target_modules=sorted(modules),
+        task_type="CAUSAL_LM",
+    )
+
+
+@torch.no_grad()
+def _set_adapters(
+    peft_model: PeftModel, starts: Mapping[str, torch.Tensor], lora: LoraConfig, paths: Sequence[str], seed: int
+) -> None:
+    for path in paths:
+        layer: Any = _layer(peft_model, path)
+        lora_a, lora_b = layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight
+        lora_a.grad = lora_b.grad = None
+        if f"{path}.lora_A" in starts:
+            lora_a.copy_(starts[f"{path}.lora_A"])
+            lora_b.copy_(starts[f"{path}.lora_B"])
+            continue
+        # From the layer's own generator, so that a layer starts alike whatever the others' bits are.
+        own = torch.Generator().manual_seed(zlib.crc32(f"{seed} {path}".encode()))
+        drawn = torch.nn.init.kaiming_uniform_(torch.empty(lora_a.shape), a=math.sqrt(5), generator=own)
+        lora_a.copy_(drawn / drawn.norm(dim=1, keepdim=True) if lora.init == "loftq" else drawn)
+        lora_b.zero_()
+    torch.manual_seed(seed)
+
+
+def _layer(peft_model: PeftModel, path: str) -> torch.nn.Module:
+    base: torch.nn.Module = peft_model.get_base_model()
+    return base.get_submodule(path)
 
 
 class Workbench:
     """The model of one plan after the other: between two plans only the groups whose bits differ are exchanged.
 
-    Adapters are made anew for every plan, and the random state is set, so that a plan gives the same model as in a
-    fresh process.
+    All adapters are set to their start, and so is the random state, so that a plan gives the same model as in a fresh
+    process.
 
     Args:
         checkpoint: Folder of the dense model.
@@ -117,71 +142,106 @@ class Workbench:
         group: How layers are grouped.
         dtype: Name of the torch dtype of what stays unquantized.
         double_quant: Whether the bank's 4-bit scales are quantized.
+        lora: The adapters.
     """
 
-    def __init__(self, checkpoint: Path, bank: Path, group: str, dtype: str, double_quant: bool) -> None:
+    def __init__(
+        self, checkpoint: Path, bank: Path, group: str, dtype: str, double_quant: bool, lora: LoraConfig
+    ) -> None:
         self._checkpoint, self._bank, self._group = checkpoint, bank, group
-        self._dtype, self._double_quant = dtype, double_quant
+        self._dtype, self._double_quant, self._lora = dtype, double_quant, lora
         self._peft_model: PeftModel | None = None
         self._plan: dict[str, int] = {}
+        self._starts: dict[str, torch.Tensor] = {}
 
-    def model(self, plan: Mapping[str, int], lora: LoraConfig, seed: int) -> PeftModel:
-        """The model of a plan with fresh adapters; the one handed out before must not be used any more.
+    def model(self, plan: Mapping[str, int], seed: int) -> PeftModel:
+        """The model of a plan with adapters at their start; the one handed out before must not be used any more.
 
         Args:
             plan: Bits by group.
-            lora: The adapters.
             seed: Seeds the plain starts.
         """
         # Dropped first: an exchange that fails half way must not be gone on from.
         held, self._peft_model = self._peft_model, None
         if held is None:
-            model, starts = assemble(self._checkpoint, self._bank, self._group, plan, self._dtype, self._double_quant)
+            model, self._starts = assemble(
+                self._checkpoint, self._bank, self._group, plan, self._dtype, self._double_quant
+            )
+            held = attach_adapters(model, self._starts, self._lora, self._group, seed)
         else:
-            model, starts = self._exchange(held.unload(), plan)
+            self._exchange(held, plan, seed)
         self._plan = dict(plan)
-        self._peft_model = attach_adapters(model, starts, lora, self._group, seed)
-        return self._peft_model
+        self._peft_model = held
+        return held
 
-    def _exchange(
-        self, model: PreTrainedModel, plan: Mapping[str, int]
-    ) -> tuple[PreTrainedModel, dict[str, torch.Tensor]]:
+    def _exchange(self, held: PeftModel, plan: Mapping[str, int], seed: int) -> None:
+        model = held.get_base_model()
         model.disable_input_require_grads()
         # As in MixedPrecisionQuantizer: a model that began unquantized has not told peft of its new layers.
-        model.is_loaded_in_4bit = model.is_loaded_in_8bit = True  # type: ignore[assignment]
+        model.is_loaded_in_4bit = model.is_loaded_in_8bit = True
         paths = group_linears(model.config, self._group)
-        different = {name for name, bits in plan.items() if bits != self._plan[name]}
-        banked = read_plan(self._bank, plan)
-        starts = {name: tensor for name, tensor in banked.items() if name.endswith((".lora_A", ".lora_B"))}
-        unquantized = {path for name in different if plan[name] == FULL_BITS for path in paths[name]}
-        weights = {f"{path}.weight" for path in unquantized}
-        dense = dense_tensors(self._checkpoint, weights.__contains__) if weights else {}
+        different = [name for name, bits in plan.items() if bits != self._plan[name]]
+        banked = _by_layer(read_plan(self._bank, {name: plan[name] for name in different}))
+        unquantized = {f"{path}.weight" for name in different if plan[name] == FULL_BITS for path in paths[name]}
+        dense = dense_tensors(self._checkpoint, unquantized.__contains__) if unquantized else {}
         dtype = getattr(torch, self._dtype)
+        layers: dict[str, torch.nn.Module] = {}
         for name in different:
             for path in paths[name]:
-                old = cast(torch.nn.Linear, model.get_submodule(path))  # bitsandbytes' layers are subclasses
+                old: Any = model.get_submodule(path)
+                tensors = banked.get(path, {})
+                for matrix in ("lora_A", "lora_B"):
+                    self._starts.pop(f"{path}.{matrix}", None)
+                    if matrix in tensors:
+                        self._starts[f"{path}.{matrix}"] = tensors.pop(matrix)
                 if plan[name] == FULL_BITS:
-                    new: torch.nn.Module = dense_layer(old, dense[f"{path}.weight"].to(dtype))
+                    layers[path] = dense_layer(old.get_base_layer(), dense[f"{path}.weight"].to(dtype))
                 else:
-                    tensors = {
-                        key.removeprefix(f"{path}."): tensor
-                        for key, tensor in banked.items()
-                        if key.startswith(f"{path}.") and key not in starts
-                    }
-                    new = packed_layer(old, plan[name], tensors, dtype, self._double_quant)
-                model.set_submodule(path, new)
-        return model, starts
+                    layers[path] = packed_layer(old.get_base_layer(), plan[name], tensors, dtype, self._double_quant)
+        for path, layer in _with_adapters(layers, self._lora).items():
+            model.set_submodule(path, layer)
+        _set_adapters(held, self._starts, self._lora, [path for each in paths.values() for path in each], seed)
 
 
-def workbench(checkpoint: Path, bank: Path, group: str, dtype: str, double_quant: bool) -> Workbench:
+def _by_layer(tensors: Mapping[str, torch.Tensor]) -> dict[str, dict[str, torch.Tensor]]:
+    """A bank's tensors, `<layer>.<name>`, as layer -> name -> tensor."""
+    layers: dict[str, dict[str, torch.Tensor]] = {}
+    for key, tensor in tensors.items():
+        path, name = re.split(r"\.(?=weight|SCB|lora_)", key, maxsplit=1)
+        layers.setdefault(path, {})[name] = tensor
+    return layers
+
+
+def _with_adapters(layers: Mapping[str, torch.nn.Module], lora: LoraConfig) -> dict[str, torch.nn.Module]:
+    """The layers, each inside peft's LoRA layer for its kind: what `get_peft_model` does, without the other layers."""
+    from peft import inject_adapter_in_model
+
+    holder = torch.nn.Module()
+    holder.is_loaded_in_4bit = holder.is_loaded_in_8bit = True  # type: ignore[assignment]
+    names = {path: f"layer_{position}" for position, path in enumerate(layers)}
+    for path, layer in layers.items():
+        holder.add_module(names[path], layer)
+    if layers:
+        inject_adapter_in_model(_peft_config(lora, names.values()), holder, ADAPTER)
+    found: dict[str, Any] = {path: holder.get_submodule(name) for path, name in names.items()}
+    for adapted in found.values():
+        # As get_peft_model: adapters train in float32.
+        adapted.lora_A.float()
+        adapted.lora_B.float()
+    return found
+
+
+def workbench(checkpoint: Path, bank: Path, group: str, dtype: str, double_quant: bool, lora: LoraConfig) -> Workbench:
     """This process's workbench for a model and a bank: kept from call to call, so that a worker loads a model once."""
     digest = read_index(bank).digest if (bank / INDEX).is_file() else ""
-    return _held(checkpoint, bank, group, dtype, double_quant, digest)
+    return _held(checkpoint, bank, group, dtype, double_quant, lora, digest)
 
 
 @functools.lru_cache(maxsize=1)
-def _held(checkpoint: Path, bank: Path, group: str, dtype: str, double_quant: bool, digest: str) -> Workbench:
-    return Workbench(checkpoint, bank, group, dtype, double_quant)
+def _held(
+    checkpoint: Path, bank: Path, group: str, dtype: str, double_quant: bool, lora: LoraConfig, digest: str
+) -> Workbench:
+    return Workbench(checkpoint, bank, group, dtype, double_quant, lora)
 
 
 def _placed(model: PreTrainedModel) -> PreTrainedModel:

@@ -64,8 +64,9 @@ def run_trial(job: TrialJob, start: Path | None, report: Report) -> None:
         config.quantize.group,
         config.model.dtype,
         config.quantize.double_quant,
+        config.lora,
     )
-    peft_model = bench.model(job.plan, config.lora, config.seed)
+    peft_model = bench.model(job.plan, config.seed)
     tokenizer = load_tokenizer(str(job.materials.checkpoint))
     pad_id = int(tokenizer.pad_token_id)
     validation = load_encoded(job.materials.data / "validation")

@@ -44,13 +44,13 @@ def test_the_second_plan_is_the_model_of_a_fresh_process(
     tiny_model: Path, banked: Banked, first: tuple[int, ...], second: tuple[int, ...]
 ) -> None:
     folder, names, double = banked
-    bench = Workbench(tiny_model, folder, GROUP, DTYPE, double)
-    train_a_little(bench.model(mixed_plan(names, first), LORA, seed=3))
+    bench = Workbench(tiny_model, folder, GROUP, DTYPE, double, LORA)
+    train_a_little(bench.model(mixed_plan(names, first), seed=3))
     plan = mixed_plan(names, second)
     model, starts = assemble(tiny_model, folder, GROUP, plan, DTYPE, double)
     fresh = attach_adapters(model, starts, LORA, GROUP, seed=3)
     state = torch.get_rng_state()
-    again = bench.model(plan, LORA, seed=3)
+    again = bench.model(plan, seed=3)
     assert torch.equal(torch.get_rng_state(), state)
     expected, found = everything(fresh), everything(again)
     assert list(found) == list(expected)
@@ -69,10 +69,10 @@ def test_the_second_plan_is_the_model_of_a_fresh_process(
 
 def test_only_the_groups_whose_bits_differ_are_exchanged(tiny_model: Path, banked: Banked) -> None:
     folder, names, double = banked
-    bench = Workbench(tiny_model, folder, GROUP, DTYPE, double)
+    bench = Workbench(tiny_model, folder, GROUP, DTYPE, double, LORA)
     plan = mixed_plan(names, (4, 8))
-    before = weights_of(bench.model(plan, LORA, seed=0))
-    after = weights_of(bench.model({**plan, names[2]: 8}, LORA, seed=0))
+    before = weights_of(bench.model(plan, seed=0))
+    after = weights_of(bench.model({**plan, names[2]: 8}, seed=0))
     changed = {name for name, weight in after.items() if weight is not before[name]}
     paths = group_linears(AutoConfig.from_pretrained(tiny_model), GROUP)[names[2]]
     assert changed == {f"base_model.model.{path}.base_layer.weight" for path in paths}
