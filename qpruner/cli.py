@@ -36,6 +36,8 @@ VERBS = {
     "evaluate": ("evaluate", "Run up to the held-out evaluation."),
     "report": ("report", "Run the whole flow; with everything recorded, write the report anew."),
 }
+WITH_SEARCH = ("search", "finetune", "evaluate", "report")
+"""Last stages of verbs that search."""
 
 
 class _Suggesting(click.Group):
@@ -75,10 +77,26 @@ def _options(function: Callable[..., None]) -> Callable[..., None]:
 
 
 def _add_verb(name: str, until: str, text: str) -> None:
-    @main.command(name, help=text)
-    @_options
-    def verb(config: Path, overrides: tuple[str, ...], address: str | None, as_json: bool, quiet: bool) -> None:
-        _guarded(as_json, lambda: _run(config, overrides, address, until, as_json, quiet))
+    def verb(
+        config: Path,
+        overrides: tuple[str, ...],
+        address: str | None,
+        as_json: bool,
+        quiet: bool,
+        plan_file: Path | None = None,
+    ) -> None:
+        given = () if plan_file is None else (f"search.plan={json.dumps(str(plan_file))}",)
+        _guarded(as_json, lambda: _run(config, (*overrides, *given), address, until, as_json, quiet))
+
+    if until in WITH_SEARCH:
+        verb = click.option(
+            "--plan",
+            "plan_file",
+            type=click.Path(path_type=Path),
+            metavar="FILE",
+            help="Fine-tune this plan instead of searching for one: bits by group, as `qpruner plan` prints them.",
+        )(verb)
+    main.command(name, help=text)(_options(verb))
 
 
 for _name, (_until, _text) in VERBS.items():
@@ -282,6 +300,8 @@ def _guarded(as_json: bool, work: Callable[[], dict[str, Any]]) -> None:
         if as_json:
             click.echo(json.dumps(outcome))
         sys.exit(error.exit_code)
+    except BrokenPipeError:
+        raise  # click ends quietly where nobody reads on, as in `qpruner trials RUN | head`
     except Exception as error:
         # Ours to mend: the traceback is for the report, the JSON line for whoever waits for one.
         logging.getLogger(__name__).exception("unexpected error")

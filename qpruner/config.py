@@ -390,6 +390,9 @@ class SearchConfig(Section):
     """It ends after its trials have held GPUs for this many hours; trials in flight finish."""
     patience: Positive | None = None
     """It ends after this many proposals in a row whose expected improvement is below the noise of a score."""
+    plan: Named | None = None
+    """A file with a plan made by hand or by another run (`qpruner plan` prints one): no other is tried, and it is what
+    is fine-tuned. Also `--plan FILE`."""
     pareto: bool = False
     """Look for the front of `metric` against bytes instead of the one best plan inside the budget."""
     reuse_trials: bool = True

@@ -18,6 +18,7 @@ from qpruner.models.layout import layout_of, num_layers
 from qpruner.models.loading import check_source, load_model_config, load_tokenizer, resolve_source
 from qpruner.models.structure import EXPERT, family_of
 from qpruner.plan import Layout, check_cpu_widths
+from qpruner.plan_file import read_plan
 from qpruner.pruning.prune import expected_config
 from qpruner.rundir import run_root
 
@@ -61,6 +62,8 @@ def inspect(config: RunConfig) -> Inspection:
     base = layout_for(config, model_config)
     pruned = layout_for(config, _pruned_config(config, model_config))
     budget = budget_bytes(config.quantize, pruned, config.search.pareto)
+    if config.search.plan and not config.prune.drops_blocks:
+        read_plan(Path(config.search.plan), [group.name for group in pruned.groups], config.quantize.bits)
     _check_device(config, pruned)
     examples, questions = _check_data(config, model_config)
     _check_encoding(config, examples)
@@ -73,6 +76,8 @@ def inspect(config: RunConfig) -> Inspection:
 def _warnings(config: RunConfig, num_groups: int) -> tuple[str, ...]:
     """What a search of so few trials cannot do, in numbers."""
     trials, quantize = config.search.max_trials, config.quantize
+    if config.search.plan:
+        return ()
     warnings = []
     num_unknowns = num_groups * (len(quantize.bits) - 1)
     if num_unknowns > trials:

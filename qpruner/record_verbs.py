@@ -170,7 +170,7 @@ def _figure(name: str, value: Any) -> str:
     if value is None:
         return "-"
     if name.endswith("bytes"):
-        return f"{value / 1e6:.1f} MB"
+        return f"{value / 1e6:.2f} MB"
     if name.endswith("seconds"):
         return duration(value)
     if name == "mean_bits" or name.endswith("hours"):

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import yaml
-
 from qpruner import preflight
 from qpruner.config import RunConfig, SearchConfig
 from qpruner.errors import UserError
@@ -66,7 +64,7 @@ def run(config: RunConfig, emit: Emit, address: str | None = None, until: str = 
     inspection = preflight.inspect(config)
     run_dir = RunDir(Path(config.output))
     progress = RunProgress(run_dir, config, until)
-    board = Board(run_dir.root, yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
+    board = Board(run_dir.root, config)
 
     def tell(event: Event) -> None:
         for listen in (progress.listen, board.listen, emit):

@@ -9,11 +9,13 @@ from typing import Any
 
 from qpruner import preflight
 from qpruner.config import RunConfig
+from qpruner.errors import UserError
 from qpruner.events import Emit
 from qpruner.execution.cluster import Slots, connect, disconnect
 from qpruner.memory import release
 from qpruner.models.loading import checkpoint_config
-from qpruner.plan import Layout, PlanSpace
+from qpruner.plan import Layout, PlanSpace, PrecisionPlan
+from qpruner.plan_file import read_plan
 from qpruner.records import digest_of
 from qpruner.rundir import RunDir, file_digest
 
@@ -77,6 +79,24 @@ class Context:
         quantize = self.config.quantize
         budget = preflight.budget_bytes(quantize, self.layout, self.config.search.pareto)
         return PlanSpace.of(self.layout, quantize.bits, budget)
+
+    @cached_property
+    def given_plan(self) -> PrecisionPlan | None:
+        """The plan that `search.plan` names.
+
+        Raises:
+            UserError: If it is no plan for this model, or over the budget.
+        """
+        if self.config.search.plan is None:
+            return None
+        plan = read_plan(Path(self.config.search.plan), self.space.groups, self.space.levels)
+        if not self.space.is_feasible(plan):
+            size, budget = self.space.plan_bytes(plan) / 1e6, self.space.budget_bytes / 1e6
+            raise UserError(
+                f"`search.plan`: the plan takes {size:.2f} MB, more than the budget of {budget:.2f} MB: give groups "
+                "fewer bits, or raise `quantize.budget`"
+            )
+        return plan
 
     @cached_property
     def slots(self) -> Slots:

@@ -18,6 +18,7 @@ from qpruner.pipeline.context import Context
 from qpruner.pipeline.stage import Stage, run_stage
 from qpruner.plan import PrecisionPlan
 from qpruner.records import (
+    GIVEN,
     BankRecord,
     Confirmation,
     FreshScore,
@@ -39,14 +40,19 @@ if TYPE_CHECKING:
 def search(context: Context, banked: BankRecord, measured: SensitivityRecord) -> SearchRecord:
     """Candidate plans as parallel trials; the best few are scored again on fresh rows."""
     settings, space = context.config.search, context.space
+    given = context.given_plan
     search_digest = digest_of(
-        measured.digest, space.budget_bytes, settings.searcher, settings.metric, settings.pareto, context.config.seed
+        measured.digest,
+        space.budget_bytes,
+        settings.searcher,
+        settings.metric,
+        settings.pareto,
+        context.config.seed,
+        *([given.as_dict()] if given else []),
     )
     trials_digest = _trials_digest(context, banked, search_digest)
-    detail = (
-        f"{settings.max_trials} trials of {settings.steps} steps, {settings.searcher}, "
-        f"budget {space.budget_bytes / 1e6:.1f} MB"
-    )
+    trials = "the given plan" if given else f"{settings.max_trials} trials, {settings.searcher}"
+    detail = f"{trials}, {settings.steps} steps each, budget {space.budget_bytes / 1e6:.1f} MB"
     # Where it ends; more trials or hours go on from those there are.
     ends = (settings.max_trials, settings.max_hours, settings.max_gpu_hours, settings.patience, settings.confirm)
     stage = Stage("search", detail, (trials_digest, search_digest, *ends))
@@ -55,7 +61,7 @@ def search(context: Context, banked: BankRecord, measured: SensitivityRecord) ->
         search=search_digest,
         metric=settings.metric,
         budget_bytes=space.budget_bytes,
-        max_trials=settings.max_trials,
+        max_trials=1 if given else settings.max_trials,
         steps=settings.steps,
     )
     context.emit(SearchPlanned(state, tuple(read_trials(context.run_dir.trials / trials_digest)), measured))
@@ -70,7 +76,7 @@ def search(context: Context, banked: BankRecord, measured: SensitivityRecord) ->
             materials=Materials(context.checkpoint, context.bank, context.data),
             layout=context.layout,
             space=space,
-            controls=controls(context, measured),
+            controls=[(GIVEN, given)] if given else controls(context, measured),
             priors={name: method.values for name, method in measured.methods.items()},
             trials=context.run_dir.trials / trials_digest,
             scratch=context.run_dir.tune,
@@ -84,6 +90,8 @@ def search(context: Context, banked: BankRecord, measured: SensitivityRecord) ->
         outcome = ray_tune.search(job, context.emit)
         context.emit(Message("search", f"ended: {outcome.ended}"))
         usable = [*outcome.trials, *(trial for trial in outcome.taken_over if space.is_feasible(_plan(trial)))]
+        if given:
+            usable = [trial for trial in usable if _plan(trial) == given]
         finalists = _finalists(usable, job)
         confirmations = _confirm(context, finalists, job)
         best = _best(confirmations, job)
@@ -110,7 +118,7 @@ def search(context: Context, banked: BankRecord, measured: SensitivityRecord) ->
             "best_origin": best.origin,
             "best_plan": by_index[best.index].plan,
             "best_control": best_control.index if best_control else None,
-            "control_won": best.control,
+            "control_won": best.control and not given,
             "front": _front(confirmations, by_index, job) if settings.pareto else (),
             "resumed": resumed,
         }

@@ -8,7 +8,7 @@ Format: TFRecord frames (length, masked CRC-32C, bytes, masked CRC-32C) of `Even
 from __future__ import annotations
 
 import struct
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,8 @@ from tensorboardX.record_writer import masked_crc32c
 
 FILE = "events.out.tfevents"
 """How the names of event files begin, for TensorBoard to see them."""
+TEXT, NUMBER, SUCCESS, FAILURE = 1, 3, 1, 2
+"""DataType and Status of the HParams plugin's api.proto."""
 
 
 def write_events(folder: Path, events: Sequence[Any], name: str = "0") -> None:
@@ -50,7 +52,7 @@ def scalar(tag: str, value: float, step: int, time: float) -> Any:
     return _event(Summary.Value(tag=tag, simple_value=value), step, time)
 
 
-def image(tag: str, png: bytes, size: tuple[int, int], step: int) -> Any:
+def image(tag: str, png: bytes, size: tuple[int, int], step: int, time: float) -> Any:
     """A picture.
 
     Args:
@@ -58,10 +60,11 @@ def image(tag: str, png: bytes, size: tuple[int, int], step: int) -> Any:
         png: The file.
         size: Width and height in pixels.
         step: Where the slider shows it.
+        time: Unix seconds.
     """
     width, height = size
     picture = Summary.Image(width=width, height=height, colorspace=3, encoded_image_string=png)
-    return _event(Summary.Value(tag=tag, image=picture), step, 0.0)
+    return _event(Summary.Value(tag=tag, image=picture), step, time)
 
 
 def text(tag: str, markdown: str, time: float = 0.0) -> Any:
@@ -82,6 +85,21 @@ def charts(layout: dict[str, dict[str, list[str]]]) -> Any:
     return Event(summary=custom_scalars(lines))
 
 
+def experiment(columns: Mapping[str, str | float], metrics: Mapping[str, str]) -> Any:
+    """The HParams table's columns.
+
+    Args:
+        columns: Parameters, with a value of each.
+        metrics: Tag -> what its column is called.
+    """
+    content = HParamsPluginData(version=0)
+    for name, value in columns.items():
+        content.experiment.hparam_infos.add(name=name, type=TEXT if isinstance(value, str) else NUMBER)
+    for tag, called in metrics.items():
+        content.experiment.metric_infos.add(name={"tag": tag}, display_name=called)
+    return _event(Summary.Value(tag="_hparams_/experiment", metadata=_of_hparams(content)), 0, 0.0)
+
+
 def session(parameters: dict[str, str | float], is_success: bool, times: tuple[float, float]) -> list[Any]:
     """A row of the HParams table; its metrics are the run's last scalars.
 
@@ -98,7 +116,7 @@ def session(parameters: dict[str, str | float], is_success: bool, times: tuple[f
             column.string_value = value
         else:
             column.number_value = value
-    end.session_end_info.status = 1 if is_success else 2  # api.proto: STATUS_SUCCESS, STATUS_FAILURE
+    end.session_end_info.status = SUCCESS if is_success else FAILURE
     end.session_end_info.end_time_secs = times[1]
     return [
         _event(Summary.Value(tag=f"_hparams_/session_{name}_info", metadata=_of_hparams(content)), 0, times[1])

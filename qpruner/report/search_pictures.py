@@ -73,16 +73,16 @@ def draw_front(trials: Sequence[TrialRecord], search: SearchState) -> Any:
         points = [(trial.plan_bytes / 1e6, score(trial.rungs[-1], metric)) for trial in shown if trial.rungs]
         if points:
             axes.scatter(*zip(*points, strict=True), marker=marker, color=color, label=label, zorder=3)
-    for trial in kinds["control"][0]:
-        place = (trial.plan_bytes / 1e6, score(trial.rungs[-1], metric))
-        axes.annotate(trial.origin, place, xytext=(5, 4), textcoords="offset points", fontsize=7)
     front = front_of(finished, metric)
+    for trial in {trial.index: trial for trial in (*kinds["control"][0], *front)}.values():
+        place = (trial.plan_bytes / 1e6, score(trial.rungs[-1], metric))
+        axes.annotate(str(trial.index), place, xytext=(-4, 4), textcoords="offset points", fontsize=7, ha="right")
     if front:
         places = [(trial.plan_bytes / 1e6, score(trial.rungs[-1], metric)) for trial in front]
         axes.step(*zip(*places, strict=True), where="post", color="black", linewidth=1, label="front", zorder=2)
     axes.axvline(search.budget_bytes / 1e6, color="black", linestyle=":", linewidth=1, label="budget")
     axes.set(xlabel="MB", ylabel=FIGURES[metric])
-    axes.set_title(f"after {len(trials)} trials", fontsize=9, loc="left")
+    axes.set_title(f"after {len(trials)} trials; numbers are trials", fontsize=9, loc="left")
     axes.grid(alpha=0.3)
     axes.legend(fontsize=7)
     return figure
@@ -110,7 +110,7 @@ def draw_sensitivity(record: SensitivityRecord) -> Any:
             labels.append(f"{name.replace('_', ' ')}, {bits} bits")
     figure = Figure(figsize=(min(4 + 0.3 * len(record.groups), 13), 1.9 + 0.3 * len(rows)), layout="constrained")
     axes = figure.subplots()
-    drawn = axes.imshow(np.array(rows), aspect="auto", interpolation="nearest", cmap="cividis")
+    drawn = axes.imshow(np.array(rows), aspect="auto", interpolation="nearest", cmap="cividis", vmin=-1, vmax=1)
     figure.colorbar(drawn, ax=axes, label="share of the largest", shrink=0.8)
     _label_groups(axes, record.groups)
     axes.set_yticks(range(len(labels)), labels, fontsize=7)

@@ -10,11 +10,15 @@ from __future__ import annotations
 import logging
 import math
 import shutil
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import yaml
+
 from qpruner import events
+from qpruner.config import RunConfig
 from qpruner.records import Results, SearchState, SensitivityRecord, TrialRecord, digest_of
 from qpruner.report.standing import bar, best_so_far, in_order_of_end, score
 
@@ -40,11 +44,11 @@ class Board:
 
     Args:
         root: The run folder.
-        config_text: The run's configuration as YAML.
+        config: The run's configuration.
     """
 
-    def __init__(self, root: Path, config_text: str) -> None:
-        self._folder, self._config_text = root / FOLDER, config_text
+    def __init__(self, root: Path, config: RunConfig) -> None:
+        self._folder, self._config = root / FOLDER, config
         self._search: SearchState | None = None
         self._trials: dict[int, TrialRecord] = {}
 
@@ -73,9 +77,12 @@ class Board:
                 self._write_search(is_over=True)
 
     def _drop_others(self) -> None:
-        """Runs of an earlier search on this folder whose trials are no longer compared."""
-        kept = {run_name(trial) for trial in self._trials.values()}
-        for folder in self._folder.glob("trial-*"):
+        """Drop what an earlier search on this folder left and this one does not compare with."""
+        assert self._search
+        trials = self._trials.values()
+        kept = {run_name(trial) for trial in trials}
+        kept |= {control_name(trial) for trial in trials if trial.search == self._search.search}
+        for folder in (*self._folder.glob("trial-*"), *self._folder.glob("control-*")):
             if folder.name not in kept:
                 shutil.rmtree(folder)
 
@@ -83,7 +90,7 @@ class Board:
         assert self._search
         own = [trial for trial in self._trials.values() if trial.search == self._search.search]
         over = in_order_of_end(own)
-        write_curves(self._folder, self._search, over, self._config_text)
+        write_curves(self._folder, self._search, over, self._config)
         write_pictures(self._folder, self._search, over, is_over)
 
 
@@ -92,57 +99,70 @@ def run_name(trial: TrialRecord) -> str:
     return f"trial-{trial.index:04d}-{trial.origin}"
 
 
+def control_name(trial: TrialRecord) -> str:
+    """How TensorBoard lists the line of a control."""
+    return f"control-{trial.origin}"
+
+
 def write_trial(folder: Path, search: SearchState, trial: TrialRecord) -> None:
     """A trial's curves and, once it is over, its row of the HParams table."""
     from qpruner.report import event_files
 
     if not trial.rungs and not trial.is_over:
         return
-    started, *times = trial.times or (0.0,)
-    times += [started] * (len(trial.rungs) + 1 - len(times))
+    started, *moments = trial.times or (0.0,)
+    moments += [started] * (len(trial.rungs) + 1 - len(moments))
     every = math.ceil(search.steps / MOST_POINTS)
     found: list[Event] = []
     step = 0
-    for rung, time in zip(trial.rungs, times, strict=False):
+    for rung, moment in zip(trial.rungs, moments, strict=False):
         for loss in rung.train_losses:
             step += 1
             if step % every == 0:
-                found.append(event_files.scalar("train/loss", loss, step, time))
+                found.append(event_files.scalar("train/loss", loss, step, moment))
         for name, value in (("loss", rung.loss), ("accuracy", rung.accuracy)):
             if value is not None:
-                found.append(event_files.scalar(f"validation/{name}", value, rung.step, time))
-                found.append(event_files.scalar(f"rungs/{name} at step {rung.step}", value, rung.step, time))
+                found.append(event_files.scalar(f"validation/{name}", value, rung.step, moment))
+                found.append(event_files.scalar(f"rungs/{name} at step {rung.step}", value, rung.step, moment))
     if trial.is_over:
-        found += event_files.session(_columns(search, trial), trial.status != "failed", (started, times[-1]))
+        found += event_files.session(_columns(search, trial), trial.status != "failed", (started, moments[-1]))
     event_files.write_events(folder / run_name(trial), found)
 
 
 def _columns(search: SearchState, trial: TrialRecord) -> dict[str, str | float]:
+    """TensorBoard shows the first five at first, by name and with capitals before the rest."""
     return {
-        "trial": trial.index,
-        "from": trial.origin,
-        "status": trial.status,
+        "From": trial.origin,
         "MB": trial.plan_bytes / 1e6,
-        "mean bits": trial.mean_bits,
-        "plan": bar(trial),
+        "Mean bits": trial.mean_bits,
+        "Plan": bar(trial),
+        "Status": trial.status,
+        "trial": trial.index,
         "search": "this" if trial.search == search.search else "another",
         **{f"bits {group}": bits for group, bits in trial.plan.items()},
     }
 
 
-def write_curves(folder: Path, search: SearchState, over: Sequence[TrialRecord], config_text: str) -> None:
-    """The best so far of the searched plans against trials, each control as a run and line of its own, and the texts
-    that are known beforehand.
+def write_curves(folder: Path, search: SearchState, over: Sequence[TrialRecord], config: RunConfig) -> None:
+    """The best so far of the searched plans against trials, each control as a run and line of its own, the columns of
+    the HParams table and the configuration.
 
     Args:
         folder: Where the runs lie.
         search: What it is about.
         over: Its trials that are over, in the order of their ends.
-        config_text: As YAML.
+        config: The run's configuration.
     """
     from qpruner.report import event_files
 
-    begun = [event_files.charts(LAYOUT), event_files.text("config", f"```yaml\n{config_text}```")]
+    if not over:
+        return
+    text = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+    begun = [
+        event_files.experiment(_columns(search, over[0]), _metrics(config)),
+        event_files.charts(LAYOUT),
+        event_files.text("config", f"```yaml\n{text}```"),
+    ]
     times = [trial.times[-1] if trial.times else 0.0 for trial in over]
     best = best_so_far(over, search.metric)
     points = [(count, value) for count, value in enumerate(best, 1) if value is not None]
@@ -150,8 +170,14 @@ def write_curves(folder: Path, search: SearchState, over: Sequence[TrialRecord],
     event_files.write_events(folder / "search", [*begun, *curve])
     for control in (trial for trial in over if trial.is_control and trial.status == "finished"):
         value = score(control.rungs[-1], search.metric)
-        line = [event_files.scalar(BEST, value, count, time) for count, time in enumerate(times, 1)]
-        event_files.write_events(folder / f"control-{control.origin}", line)
+        line = [event_files.scalar(BEST, value, count, moment) for count, moment in enumerate(times, 1)]
+        event_files.write_events(folder / control_name(control), line)
+
+
+def _metrics(config: RunConfig) -> dict[str, str]:
+    """Tag -> column of the HParams table."""
+    scored = ("loss", "accuracy") if config.search.tasks else ("loss",)
+    return {f"rungs/{name} at step {step}": f"{name} at step {step}" for name in scored for step in config.search.rungs}
 
 
 def write_pictures(folder: Path, search: SearchState, over: Sequence[TrialRecord], is_over: bool) -> None:
@@ -161,21 +187,25 @@ def write_pictures(folder: Path, search: SearchState, over: Sequence[TrialRecord
     """
     from qpruner.report import event_files
 
-    every = math.ceil(search.max_trials / MOST_PICTURES)
-    moments = [count for count in range(every, len(over) + 1, every) if any(trial.rungs for trial in over[:count])]
-    if is_over and over and len(over) not in moments and any(trial.rungs for trial in over):
-        moments.append(len(over))
-    shown = [
+    seen = [
         (trial.index, trial.origin, trial.status, trial.plan, [rung.loss for rung in trial.rungs]) for trial in over
     ]
-    names = {f"{count:06d}-{digest_of(search.metric, search.budget_bytes, shown[:count])}": count for count in moments}
+
+    def name_of(count: int) -> str:
+        return f"{count:06d}-{digest_of(search.metric, search.budget_bytes, seen[:count])}"
+
     runs = folder / "pictures"
-    for path in runs.glob("events.*"):
-        if path.name.rpartition(".")[2] not in names:
+    for path in runs.glob(f"{event_files.FILE}.*"):
+        name = path.name.rpartition(".")[2]
+        if name != name_of(int(name.partition("-")[0])):
             path.unlink()
-    for name, count in names.items():
-        if not (runs / f"{event_files.FILE}.{name}").is_file():
-            _write_moment(runs, search, over[:count], name)
+    every = math.ceil(search.max_trials / MOST_PICTURES)
+    for count in range(1, len(over) + 1):
+        is_due = count % every == 0 or (is_over and count == len(over))
+        if not is_due or not any(trial.rungs for trial in over[:count]):
+            continue
+        if not (runs / f"{event_files.FILE}.{name_of(count)}").is_file():
+            _write_moment(runs, search, over[:count], name_of(count))
 
 
 def _write_moment(runs: Path, search: SearchState, over: Sequence[TrialRecord], name: str) -> None:
@@ -183,7 +213,8 @@ def _write_moment(runs: Path, search: SearchState, over: Sequence[TrialRecord], 
     from qpruner.report.search_pictures import draw_front, draw_plans, png_of
 
     drawn = {"plans by score": draw_plans(over, search.metric), "bytes and score": draw_front(over, search)}
-    found = [event_files.image(f"search/{tag}", *png_of(each), len(over)) for tag, each in drawn.items()]
+    moment = over[-1].times[-1] if over[-1].times else 0.0
+    found = [event_files.image(f"search/{tag}", *png_of(each), len(over), moment) for tag, each in drawn.items()]
     event_files.write_events(runs, found, name)
 
 
@@ -196,9 +227,8 @@ def write_sensitivity(folder: Path, record: SensitivityRecord) -> None:
     if not record.methods or (runs / f"{event_files.FILE}.{record.digest}").is_file():
         return
     shutil.rmtree(runs, ignore_errors=True)
-    event_files.write_events(
-        runs, [event_files.image("sensitivity/by group", *png_of(draw_sensitivity(record)), 0)], record.digest
-    )
+    drawn = event_files.image("sensitivity/by group", *png_of(draw_sensitivity(record)), 0, time.time())
+    event_files.write_events(runs, [drawn], record.digest)
 
 
 def write_result(root: Path, results: Results) -> None:

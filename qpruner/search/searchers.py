@@ -194,6 +194,7 @@ class Ledger:
         controls: (origin, plan) pairs that come first; all inside the budget.
         max_trials: Suggestions in all; those that another budget's search made do not count.
         patience: Proposals in a row whose expected improvement is below the noise before the search ends; None never.
+        proposes: Whether the searcher is asked for more plans than the controls.
         ended: Why there are no more suggestions, once there are none.
     """
 
@@ -202,6 +203,7 @@ class Ledger:
     controls: Sequence[tuple[str, PrecisionPlan]]
     max_trials: int
     patience: int | None = None
+    proposes: bool = True
     ended: str | None = None
     _known: dict[PrecisionPlan, int] = field(default_factory=dict)
     _counted: set[int] = field(default_factory=set)
@@ -274,6 +276,9 @@ class Ledger:
         return None
 
     def _proposal(self, index: int) -> Suggestion | None:
+        if not self.proposes:
+            self.end("a plan was given (`search.plan`)")
+            return None
         proposal = self.proposer.propose(index, self.history())
         plan = self.space.nearest_feasible(proposal.plan, avoid=self._known)
         if plan is None:

@@ -24,7 +24,8 @@ def take_up(job: SearchJob, proposer: Proposer) -> tuple[Ledger, list[TrialRecor
     `search.max_trials`.
     """
     settings = job.config.search
-    ledger = Ledger(job.space, proposer, job.controls, settings.max_trials, settings.patience)
+    proposes = settings.plan is None
+    ledger = Ledger(job.space, proposer, job.controls, settings.max_trials, settings.patience, proposes)
     recorded = [_revived(record, job) for record in read_trials(job.trials)]
     for record in recorded:
         plan = PrecisionPlan.from_dict(record.plan)

@@ -1,0 +1,61 @@
+"""A plan in a file: made by hand, or printed by `qpruner plan`, and read back by `--plan`."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from qpruner.errors import UserError
+from qpruner.plan import PrecisionPlan
+
+
+def read_plan(path: Path, groups: Sequence[str], levels: Sequence[int]) -> PrecisionPlan:
+    """Read a plan.
+
+    Args:
+        path: YAML or JSON: bits by group, or an object with such a mapping under `plan`.
+        groups: The model's groups; the file must name each of them.
+        levels: The bit-widths a group may take.
+
+    Raises:
+        UserError: With every problem found.
+    """
+    try:
+        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise UserError(f"`search.plan`: {path} does not exist; `qpruner plan RUN > {path.name}` makes one") from error
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UserError(f"`search.plan`: {path} cannot be read as YAML or JSON: {error}") from error
+    bits = raw.get("plan", raw) if isinstance(raw, dict) else raw
+    if not isinstance(bits, dict):
+        raise UserError(f"`search.plan`: {path} must map every group to its bits, got {type(bits).__name__}")
+    problems = [*_about_groups(bits, groups), *_about_bits(bits, groups, levels)]
+    if problems:
+        raise UserError(f"`search.plan`: {path} is no plan for this model:\n" + "\n".join(f"  - {p}" for p in problems))
+    return PrecisionPlan(tuple(groups), tuple(bits[group] for group in groups))
+
+
+def _about_groups(bits: dict[Any, Any], groups: Sequence[str]) -> list[str]:
+    problems = []
+    for name in (name for name in bits if name not in groups):
+        nearest = difflib.get_close_matches(str(name), groups, n=1)
+        hint = f"did you mean `{nearest[0]}`?" if nearest else f"they are {groups[0]} to {groups[-1]}"
+        problems.append(f"`{name}` is no group of this model; {hint}")
+    missing = [name for name in groups if name not in bits]
+    if missing:
+        named = ", ".join(missing[:5]) + (", ..." if len(missing) > 5 else "")
+        problems.append(f"{len(missing)} of {len(groups)} groups are missing: {named}")
+    return problems
+
+
+def _about_bits(bits: dict[Any, Any], groups: Sequence[str], levels: Sequence[int]) -> list[str]:
+    allowed = ", ".join(map(str, levels))
+    return [
+        f"`{name}` must have one of {allowed} bits (`quantize.bits`), got {value!r}"
+        for name, value in bits.items()
+        if name in groups and (isinstance(value, bool) or value not in levels)
+    ]

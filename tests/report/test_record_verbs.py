@@ -1,0 +1,144 @@
+"""`qpruner status`, `trials`, `plan` and `compare` as a person at another shell has them: from a run's files alone."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from click.testing import CliRunner, Result
+from recorded_runs import GROUPS, recorded_run, trials
+
+from qpruner.cli import main
+from qpruner.plan_file import read_plan
+
+
+def qpruner(*arguments: object) -> Result:
+    return CliRunner().invoke(main, [str(argument) for argument in arguments])
+
+
+def told(*arguments: object) -> dict[str, Any]:
+    """The JSON object of a verb."""
+    result = qpruner(*arguments, "--json")
+    assert result.exit_code == 0, result.output
+    return dict(json.loads(result.stdout.splitlines()[-1]))
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    """A run in its search."""
+    return recorded_run(tmp_path / "run")
+
+
+def test_status_shows_stages_trials_and_the_best_against_the_controls(run: Path) -> None:
+    text = qpruner("status", run).stdout
+    assert "running on" in text and "last sign of life" in text
+    assert "trials: 6 of 20: 3 finished, 1 stopped, 1 failed, 1 running on 2 slots; about 15 min 00 s left" in text
+    assert "best searched: validation loss 2.9000, trial 2 (gp), 32.0 MB [848444]" in text
+    assert "best control:  validation loss 3.0000, trial 1 (seed-kl)" in text
+    stages = {each["stage"]: each["state"] for each in told("status", run)["stages"]}
+    assert list(stages)[:2] == ["prepare", "prune"]
+    assert (stages["prepare"], stages["search"], stages["evaluate"]) == ("recorded", "running", "waiting")
+
+
+def test_a_driver_that_died_without_a_word_is_not_called_running(tmp_path: Path) -> None:
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    run = recorded_run(tmp_path / "run", pid=dead.pid)
+    text = qpruner("status", run).stdout
+    assert "cut off; repeat the same command to go on" in text
+    assert {each["stage"]: each["state"] for each in told("status", run)["stages"]}["search"] == "cut off"
+
+
+def test_trials_are_filtered_and_sorted(run: Path) -> None:
+    rows = told("trials", run, "--where", "loss<3.3", "--where", "status=finished", "--sort", "loss")["trials"]
+    assert [row["trial"] for row in rows] == [2, 1, 0]
+    rows = told("trials", run, "--sort", "loss", "--descending")["trials"]
+    assert [row["trial"] for row in rows] == [3, 0, 5, 1, 2, 4], "what has no loss comes last"
+    assert [row["trial"] for row in told("trials", run, "--where", "from!=gp")["trials"]] == [0, 1]
+
+
+def test_trials_as_csv_has_the_bits_of_every_group(run: Path) -> None:
+    rows = list(csv.DictReader(io.StringIO(qpruner("trials", run, "--csv").stdout)))
+    assert len(rows) == len(trials())
+    assert [rows[1][f"bits {group}"] for group in GROUPS] == ["8", "8", "4", "4", "4", "4"]
+    assert rows[4]["reason"] == "TrainingDiverged: the loss is nan"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "hint"),
+    [
+        (("trials", "RUN", "--where", "statsu=failed"), "did you mean `status`?"),
+        (("trials", "RUN", "--sort", "byte"), "did you mean `bytes`?"),
+        (("trials", "RUN", "--where", "loss<low"), "`loss` is a number, got 'low'"),
+        (("trials", "RUN", "--where", "loss"), "--where takes KEY=VALUE"),
+        (("trials", "RUN", "--srot", "loss"), "--sort"),
+        (("plan", "RUN"), "not over"),
+        (("plan", "RUN", "--trial", "17"), "no trial 17, only 6 trial(s)"),
+        (("status", "RUN/trials"), "no run.json"),
+        (("statsu", "RUN"), "did you mean `qpruner status`?"),
+    ],
+)
+def test_a_mistake_names_what_was_meant(run: Path, arguments: tuple[str, ...], hint: str) -> None:
+    result = qpruner(*(argument.replace("RUN", str(run)) for argument in arguments))
+    assert result.exit_code == 2
+    assert hint in result.stderr
+
+
+def test_the_plan_that_is_printed_can_be_read_back(tmp_path: Path) -> None:
+    run = recorded_run(tmp_path / "run", is_over=True)
+    for options in ((), ("--json",)):
+        file = tmp_path / "plan"
+        file.write_text(qpruner("plan", run, *options).stdout)
+        assert read_plan(file, GROUPS, (4, 8)).as_dict() == trials()[2].plan
+    file.write_text(qpruner("plan", run, "--trial", 0).stdout)
+    assert set(read_plan(file, GROUPS, (4, 8)).bits) == {4}
+
+
+def test_compare_shows_results_side_by_side_and_the_settings_that_differ(tmp_path: Path) -> None:
+    first = recorded_run(tmp_path / "first", is_over=True)
+    second = recorded_run(tmp_path / "second", search__searcher="random", lora__rank=2)
+    facts = told("compare", first, second)
+    assert [each["run"] for each in facts["runs"]] == [str(first), str(second)]
+    assert facts["runs"][0]["confirmation_loss"] == pytest.approx(2.95)
+    assert "confirmation_loss" not in facts["runs"][1], "its search is not over"
+    assert facts["differing_settings"] == {"lora.rank": [4, 2], "search.searcher": ["gp", "random"]}
+    text = qpruner("compare", first, second).stdout
+    assert "848444" in text and "Settings that differ" in text
+
+
+def test_looking_at_a_run_imports_neither_torch_nor_ray(tmp_path: Path) -> None:
+    run = recorded_run(tmp_path / "run", is_over=True)
+    code = (
+        "import sys\nfrom click.testing import CliRunner\nfrom qpruner.cli import main\n"
+        "for verb in ('status', 'trials', 'plan', 'compare'):\n"
+        f"    assert CliRunner().invoke(main, [verb, {str(run)!r}]).exit_code == 0, verb\n"
+        "heavy = {'torch', 'ray', 'transformers', 'peft', 'datasets', 'scipy', 'matplotlib'} & set(sys.modules)\n"
+        "assert not heavy, heavy"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+@pytest.mark.parametrize(
+    ("plan", "problem"),
+    [
+        ({**dict.fromkeys(GROUPS, 4), "layers.5": 6}, "`layers.5` must have one of 4, 8 bits (`quantize.bits`), got 6"),
+        ({**dict.fromkeys(GROUPS, 4), "layer.5": 4}, "`layer.5` is no group of this model; did you mean `layers.5`?"),
+        (dict.fromkeys(GROUPS[1:], 4), "1 of 6 groups are missing: layers.0"),
+        ([4, 4, 4, 4, 4, 4], "must map every group to its bits, got list"),
+    ],
+)
+def test_a_plan_that_is_none_for_the_model_is_refused(tmp_path: Path, plan: object, problem: str) -> None:
+    from qpruner.errors import UserError
+
+    file = tmp_path / "plan.yaml"
+    file.write_text(yaml.safe_dump(plan))
+    with pytest.raises(UserError) as error:
+        read_plan(file, GROUPS, (4, 8))
+    assert problem in str(error.value)

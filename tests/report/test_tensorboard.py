@@ -1,0 +1,281 @@
+"""What TensorBoard shows of a search, read back with its own reader; the last test opens it in a browser."""
+
+from __future__ import annotations
+
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from recorded_runs import GROUPS, RUNGS, STARTED, config_of, planned, recorded_run, search_state, trial, trials
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.hparams import metadata
+
+from qpruner.events import StageFinished, TrialChanged
+from qpruner.records import RungResult, TrialRecord
+from qpruner.report.tensorboard import BEST, Board, run_name, write_trial
+
+OVER = StageFinished("search", 1.0, "")
+
+
+def board_of(root: Path) -> Board:
+    return Board(root, config_of(Path("runs/demo")))
+
+
+def read(root: Path, run: str) -> EventAccumulator:
+    return EventAccumulator(str(root / "tensorboard" / run), size_guidance={"images": 0, "scalars": 0}).Reload()
+
+
+def points(root: Path, run: str, tag: str) -> list[tuple[int, float]]:
+    return [(event.step, round(event.value, 4)) for event in read(root, run).Scalars(tag)]
+
+
+def files(root: Path) -> dict[Path, bytes]:
+    """What lies there, without what says when it was drawn."""
+    found = (path for path in (root / "tensorboard").rglob("*") if path.is_file() and path.parent.name != "sensitivity")
+    return {path.relative_to(root): path.read_bytes() for path in found}
+
+
+def row(root: Path, run: str) -> dict[str, Any]:
+    """A trial's row of the HParams table."""
+    content = read(root, run).SummaryMetadata(metadata.SESSION_START_INFO_TAG).plugin_data.content
+    columns = metadata.parse_session_start_info_plugin_data(content).hparams
+    return {name: getattr(value, value.WhichOneof("kind")) for name, value in columns.items()}
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run folder whose search is over but for a trial; only to be read."""
+    root = tmp_path_factory.mktemp("written") / "run"
+    board = board_of(root)
+    board.listen(planned(trials()))
+    board.listen(OVER)
+    return root
+
+
+@pytest.fixture
+def shown(written: Path, tmp_path: Path) -> Path:
+    """A copy of it."""
+    return Path(shutil.copytree(written, tmp_path / "run"))
+
+
+def test_hparams_has_a_row_for_every_trial_that_is_over(written: Path) -> None:
+    rows = {record.index: row(written, run_name(record)) for record in trials() if record.is_over}
+    assert {index: each["Status"] for index, each in rows.items()} == {
+        0: "finished", 1: "finished", 2: "finished", 3: "stopped", 4: "failed",
+    }  # fmt: skip
+    named = {"From": "seed-kl", "MB": 32, "Plan": "884444", "Status": "finished", "trial": 1, "search": "this"}
+    bits = dict(zip((f"bits {group}" for group in GROUPS), (8, 8, 4, 4, 4, 4), strict=True))
+    assert rows[1] == {**named, **bits, "Mean bits": pytest.approx(32 / 6)}
+    running = read(written, run_name(trials()[5]))
+    assert metadata.SESSION_START_INFO_TAG not in running.Tags()["tensors"]
+    assert running.Scalars("validation/loss")
+
+
+def test_hparams_tells_whether_a_trial_failed_and_when_it_ran(written: Path) -> None:
+    ends = {}
+    for record in (trials()[2], trials()[4]):
+        content = read(written, run_name(record)).SummaryMetadata(metadata.SESSION_END_INFO_TAG).plugin_data.content
+        ends[record.index] = metadata.parse_session_end_info_plugin_data(content)
+    assert (ends[2].status, ends[4].status) == (1, 2)
+    assert ends[2].end_time_secs == STARTED + 2 * 60 + 3 * 60 + 1
+
+
+def test_hparams_columns_are_metrics_at_each_rung_and_first_what_tells_trials_apart(written: Path) -> None:
+    content = read(written, "search").SummaryMetadata(metadata.EXPERIMENT_TAG).plugin_data.content
+    columns = metadata.parse_experiment_plugin_data(content)
+    assert [metric.display_name for metric in columns.metric_infos] == [f"loss at step {step}" for step in RUNGS]
+    named = {info.name for info in columns.hparam_infos}
+    assert named == set(row(written, run_name(trials()[0])))
+    assert sorted(named)[:5] == ["From", "MB", "Mean bits", "Plan", "Status"]
+    tags = read(written, run_name(trials()[2])).Tags()["scalars"]
+    assert {metric.name.tag for metric in columns.metric_infos} <= set(tags)
+
+
+def test_curves_have_every_training_step_and_every_rung_at_its_time(written: Path) -> None:
+    run = run_name(trials()[2])
+    assert points(written, run, "validation/loss") == [(2, 3.2), (4, 3.1), (8, 2.9)]
+    assert points(written, run, "train/loss") == [(1, 4.7), (2, 4.7), (3, 4.6), (4, 4.6)] + [
+        (s, 4.4) for s in range(5, 9)
+    ]
+    walls = [event.wall_time for event in read(written, run).Scalars("validation/loss")]
+    assert walls == [STARTED + 2 * 60 + minutes * 60 for minutes in (1, 2, 3)]
+
+
+def test_the_best_so_far_counts_searched_plans_and_controls_are_lines_beside_it(written: Path) -> None:
+    # In the order of their ends: trial 4 failed at once and 3 was stopped before 2 finished.
+    assert points(written, "search", BEST) == [(5, 2.9)]
+    assert points(written, "control-uniform-4", BEST) == [(count, 3.2) for count in range(1, 6)]
+    assert points(written, "control-seed-kl", BEST) == [(count, 3.0) for count in range(1, 6)]
+    assert "custom_scalars__config__" in read(written, "search").Tags()["tensors"]
+
+
+def test_pictures_and_texts_are_there(written: Path) -> None:
+    assert read(written, "pictures").Tags()["images"] == ["search/plans by score", "search/bytes and score"]
+    steps = [image.step for image in read(written, "pictures").Images("search/plans by score")]
+    assert steps == [2, 4, 5]
+    assert read(written, "sensitivity").Images("sensitivity/by group")[0].encoded_image_string.startswith(b"\x89PNG")
+    text = read(written, "search").Tensors("config/text_summary")[0].tensor_proto.string_val[0].decode()
+    assert "max_trials: 5" in text
+
+
+def as_it_goes(root: Path, records: list[TrialRecord]) -> Board:
+    """Tell a board of each trial at each rung and at its end, in the order of time."""
+    board = board_of(root)
+    board.listen(planned([]))
+    told = []
+    for record in records:
+        for count in range(len(record.rungs) + 1):
+            part = {"rungs": record.rungs[:count], "times": record.times[: 1 + count], "status": "running"}
+            told.append((record.times[count], record.model_copy(update=part)))
+        if record.is_over:
+            told.append((record.times[-1], record))
+    for _, record in sorted(told, key=lambda item: item[0]):
+        board.listen(TrialChanged(record))
+    return board
+
+
+def test_written_as_the_search_goes_is_what_its_records_give_at_once(written: Path, tmp_path: Path) -> None:
+    as_it_goes(tmp_path / "run", trials()).listen(OVER)
+    assert files(tmp_path / "run") == files(written)
+    assert points(tmp_path / "run", "search", BEST) == points(written, "search", BEST)
+
+
+def test_a_trials_file_only_grows_while_it_runs(tmp_path: Path) -> None:
+    record = trials()[2]
+    before = b""
+    for count in range(1, 5):
+        is_over = count == 4
+        part = record if is_over else record.model_copy(update={"rungs": record.rungs[:count], "status": "running"})
+        write_trial(tmp_path, search_state(), part)
+        [path] = (tmp_path / run_name(record)).iterdir()
+        now = path.read_bytes()
+        assert now.startswith(before) and len(now) > len(before)
+        before = now
+
+
+@pytest.mark.parametrize("damage", ["cut short", "gone", "overwritten"])
+def test_what_is_lost_comes_back_from_the_records_and_nothing_is_doubled(shown: Path, damage: str) -> None:
+    whole = files(shown)
+    for path in whole:
+        file = shown / path
+        if damage == "gone":
+            file.unlink()
+        elif damage == "cut short":
+            file.write_bytes(file.read_bytes()[:-7])
+        else:
+            file.write_bytes(b"\0" + file.read_bytes()[1:])
+        if "pictures" in path.parts:  # named by what they show, and whole when they have their name
+            file.unlink(missing_ok=True)
+    board = board_of(shown)
+    board.listen(planned(trials()))
+    board.listen(OVER)
+    assert files(shown) == whole
+
+
+def test_resuming_draws_and_writes_nothing_again(shown: Path) -> None:
+    before = {path: path.stat().st_mtime_ns for path in (shown / "tensorboard").rglob("*")}
+    board = board_of(shown)
+    board.listen(planned(trials()))
+    board.listen(OVER)
+    assert {path: path.stat().st_mtime_ns for path in (shown / "tensorboard").rglob("*")} == before
+
+
+def test_trials_of_a_search_that_is_not_compared_with_any_more_are_gone(shown: Path) -> None:
+    other = trial(0, "444444", [3.0, 2.9, 2.8], origin="uniform-4")
+    board_of(shown).listen(planned([other]))
+    runs = {path.name for path in (shown / "tensorboard").iterdir()}
+    assert {run for run in runs if run.startswith(("trial", "control"))} == {run_name(other), "control-uniform-4"}
+
+
+def test_a_long_trial_takes_less_than_200_kilobytes(tmp_path: Path) -> None:
+    steps = 20_000
+    rungs = tuple(
+        RungResult(step=step, loss=3.0, accuracy=0.5, train_losses=(3.123,) * 5000)
+        for step in range(5000, steps + 1, 5000)
+    )
+    groups = {f"layers.{index}.gate_up": 4 for index in range(128)}
+    record = trial(7, "444444", [], status="finished", rungs=rungs).model_copy(update={"plan": groups})
+    write_trial(tmp_path, search_state(steps=steps), record)
+    [path] = (tmp_path / run_name(record)).iterdir()
+    assert path.stat().st_size < 200_000
+    found = EventAccumulator(str(path.parent), size_guidance={"scalars": 0}).Reload().Scalars("train/loss")
+    assert [event.step for event in found] == list(range(20, steps + 1, 20))
+
+
+def test_a_full_disk_stops_no_search_and_the_next_command_writes_what_is_missing(tmp_path: Path) -> None:
+    root = tmp_path / "small"
+    root.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(root)], check=True)
+    try:
+        filler = root / "filler"
+        filler.write_bytes(bytes(56 * 1024))
+        board_of(root).listen(planned(trials()))
+        filler.unlink()
+        subprocess.run(["mount", "-o", "remount,size=4m", str(root)], check=True)
+        board_of(root).listen(planned(trials()))
+        assert all(row(root, run_name(record))["trial"] == record.index for record in trials() if record.is_over)
+    finally:
+        subprocess.run(["umount", str(root)], check=True)
+
+
+@contextmanager
+def tensorboard(logdir: Path) -> Iterator[str]:
+    """The real TensorBoard on a free port of loopback."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    address = f"http://127.0.0.1:{port}"
+    command = [sys.executable, "-m", "tensorboard.main", f"--logdir={logdir}", "--host=127.0.0.1", f"--port={port}"]
+    server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        deadline = time.monotonic() + 240
+        while True:
+            try:
+                if b"trial-0003" in urllib.request.urlopen(f"{address}/data/runs", timeout=10).read():
+                    break
+            except OSError:
+                pass
+            assert server.poll() is None and time.monotonic() < deadline, "TensorBoard does not answer"
+            time.sleep(1)
+        yield address
+    finally:
+        server.terminate()
+        server.wait(timeout=60)
+
+
+@pytest.mark.slow
+def test_tensorboard_in_a_browser_lists_the_trials(tmp_path: Path) -> None:
+    """Also `docs/images/tensorboard.png`: copy the screenshot that this test leaves."""
+    browser = shutil.which("chromium")
+    if browser is None:
+        pytest.skip("needs chromium: apt install chromium")
+    from playwright.sync_api import sync_playwright
+
+    root = recorded_run(tmp_path / "run")
+    board = board_of(root)
+    board.listen(planned(trials()))
+    board.listen(OVER)
+    with tensorboard(root) as address, sync_playwright() as play:
+        page = play.chromium.launch(executable_path=browser, args=["--no-sandbox"]).new_page(
+            viewport={"width": 1300, "height": 620}
+        )
+        page.set_default_timeout(120_000)
+        page.goto(f"{address}/#hparams")
+        table = page.locator("tf-hparams-table-view")
+        for record in trials():
+            if record.is_over:
+                table.get_by_text(f"tensorboard/{run_name(record)}"[:20]).first.wait_for()
+        text = table.inner_text()
+        assert all(word in text for word in ("884444", "uniform-4", "stopped", "loss at step 8"))
+        page.screenshot(path=tmp_path / "hparams.png")
+        page.goto(f"{address}/#images")
+        page.reload()
+        page.get_by_text("search/plans by score").first.wait_for()
