@@ -34,7 +34,7 @@ VERBS = {
     "search": ("search", "Run up to the precision search."),
     "finetune": ("finetune", "Run up to the final fine-tune."),
     "evaluate": ("evaluate", "Run up to the held-out evaluation."),
-    "report": ("report", "Run the whole flow; with everything recorded, write the report anew."),
+    "report": ("report", "Run the whole flow. Given a run folder instead, write its report anew, whole or not."),
 }
 WITH_SEARCH = ("search", "finetune", "evaluate", "report")
 """Last stages of verbs that search."""
@@ -86,7 +86,10 @@ def _add_verb(name: str, until: str, text: str) -> None:
         plan_file: Path | None = None,
     ) -> None:
         given = () if plan_file is None else (f"search.plan={json.dumps(str(plan_file))}",)
-        _guarded(as_json, lambda: _run(config, (*overrides, *given), address, until, as_json, quiet))
+        if name == "report" and config.is_dir():
+            _guarded(as_json, lambda: _report(config))
+        else:
+            _guarded(as_json, lambda: _run(config, (*overrides, *given), address, until, as_json, quiet))
 
     if until in WITH_SEARCH:
         verb = click.option(
@@ -171,8 +174,23 @@ def compare(runs: tuple[Path, ...], as_json: bool) -> None:
 
 
 @main.command(help="Print the JSON schema of the configuration, for editors.")
-def schema() -> None:
-    click.echo(config_schema(), nl=False)
+@click.option("--results", is_flag=True, help="That of results.json instead.")
+def schema(results: bool) -> None:
+    if results:
+        from qpruner.report.summary import summary_schema
+
+        click.echo(summary_schema(), nl=False)
+    else:
+        click.echo(config_schema(), nl=False)
+
+
+def _report(root: Path) -> dict[str, Any]:
+    from qpruner.report.files import write_report
+    from qpruner.rundir import RunDir
+
+    page = write_report(RunDir(root, create=False))
+    click.echo(f"{page}")
+    return {"status": "ok", "run": str(root.resolve()), "page": str(page)}
 
 
 def _run(
@@ -209,16 +227,16 @@ def _preview(path: Path, overrides: tuple[str, ...], quiet: bool) -> dict[str, A
 
 
 def _print_layers(record: PruneRecord, terminal: Terminal) -> None:
-    from qpruner.report import markdown
+    from qpruner.report import sections
 
-    terminal.table(markdown.LAYER_HEADINGS, [markdown.layer_cells(layer) for layer in record.layers])
-    terminal.say(markdown.prune_summary(record))
+    terminal.table(sections.LAYER_HEADINGS, [sections.layer_cells(layer) for layer in record.layers])
+    terminal.say(sections.prune_summary(record))
 
 
 def _print_table(results: Results, terminal: Terminal) -> None:
-    from qpruner.report import markdown, table
+    from qpruner.report import sections, table
 
-    terminal.table(markdown.HEADINGS, [markdown.cells(row) for row in table.rows(results)])
+    terminal.table(sections.HEADINGS, [sections.cells(row) for row in table.rows(results)])
     terminal.say(table.claim(results))
 
 

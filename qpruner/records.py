@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, WithJsonSchema
 
 STAGES = ("prepare", "prune", "bank", "sensitivity", "search", "finetune", "evaluate", "report")
 """In the order of the flow."""
+
+StandardError = Annotated[float, WithJsonSchema({"type": ["number", "null"]}, mode="serialization")]
+"""NaN with a single question, which JSON knows as null."""
 
 
 class Record(BaseModel):
@@ -280,7 +283,7 @@ class TaskScore(BaseModel):
     task: str
     metric: str
     value: float
-    stderr: float
+    stderr: StandardError
     num_questions: int
     correct: tuple[float, ...]
     """1 or 0 a question."""
@@ -373,7 +376,7 @@ class Results(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    prepare: PrepareRecord
+    prepare: PrepareRecord | None = None
     prune: PruneRecord | None = None
     sensitivity: SensitivityRecord | None = None
     bank: BankRecord | None = None

@@ -100,10 +100,15 @@ def run_root(output: Path) -> Path:
 
 
 def write_json(path: Path, data: BaseModel) -> None:
-    """Write a record so that a reader sees the old one or the new one, never half of it."""
+    """Write a record, as `write_text` does."""
+    write_text(path, data.model_dump_json(indent=2) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file so that a reader sees the old one or the new one, never half of it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f".{path.name}.{os.getpid()}")
-    aside.write_text(data.model_dump_json(indent=2) + "\n", encoding="utf-8")
+    aside.write_text(text, encoding="utf-8")
     _sync(aside)
     aside.replace(path)
     _sync(path.parent)

@@ -29,6 +29,7 @@ NOT_COMPARED = {
     "output",
     "resumed",
     "environment",
+    "state",
     "times",
 }
 """What may differ between two runs of one configuration: times, memory, folders, and that it was resumed."""

@@ -19,7 +19,7 @@ from qpruner.pipeline.context import Context
 from qpruner.pipeline.finish import evaluate, finetune
 from qpruner.pipeline.progress import RunProgress
 from qpruner.pipeline.prune import preview_prune, prune
-from qpruner.pipeline.report import report
+from qpruner.pipeline.report import report, report_unfinished
 from qpruner.pipeline.search import search
 from qpruner.pipeline.stage import explained
 from qpruner.records import STAGES, PruneRecord, Results
@@ -70,8 +70,12 @@ def run(config: RunConfig, emit: Emit, address: str | None = None, until: str = 
         for listen in (progress.listen, board.listen, emit):
             listen(event)
 
-    with progress.ending():
-        return _stages(Context(config, run_dir, tell, address, inspection), until)
+    try:
+        with progress.ending():
+            return _stages(Context(config, run_dir, tell, address, inspection), until)
+    except BaseException:
+        report_unfinished(run_dir)
+        raise
 
 
 def _stages(context: Context, until: str) -> Results:

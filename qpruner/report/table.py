@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from qpruner.plan import PrecisionPlan
-from qpruner.records import CandidateRecord, Results, SearchRecord, TaskScore
+from qpruner.records import CandidateRecord, Results, SearchRecord, StandardError, TaskScore
 from qpruner.search.random_plans import SAME_BYTES
 
 BASE, PRUNED, BEST_SEED, RANDOM, SEARCHED = "base", "pruned", "best seed", "random", "searched"
@@ -56,7 +56,7 @@ class Row:
     confirmation_loss_spread: float | None
     accuracy: float
     accuracy_spread: float | None
-    accuracy_stderr: float
+    accuracy_stderr: StandardError
     answer_loss: float | None
     answer_loss_spread: float | None
 

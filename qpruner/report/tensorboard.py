@@ -238,12 +238,12 @@ def write_result(root: Path, results: Results) -> None:
         root: The run folder.
         results: Every record of a whole run.
     """
-    from qpruner.report import event_files, markdown, table
+    from qpruner.report import event_files, markdown, sections, table
 
     search = results.search
     assert search
     plan = [(group, str(bits)) for group, bits in search.best_plan.items()]
     winner = f"Trial {search.best_index} ({search.best_origin}).\n\n{markdown.pipe_table(('group', 'bits'), plan)}"
-    final = markdown.pipe_table(markdown.HEADINGS, [markdown.cells(row) for row in table.rows(results)])
+    final = markdown.pipe_table(sections.HEADINGS, [sections.cells(row) for row in table.rows(results)])
     texts = {"winner": winner, "final table": f"{final}\n\n{table.claim(results)}"}
     event_files.write_events(root / FOLDER / "result", [event_files.text(name, body) for name, body in texts.items()])

@@ -23,12 +23,15 @@ from qpruner.records import (
     PruneRecord,
     Results,
     RowScores,
+    RunState,
     SearchRecord,
     SensitivityRecord,
     TaskScore,
 )
 from qpruner.report.marginal_effects import MarginalEffects
-from qpruner.report.markdown import cells, render
+from qpruner.report.markdown import render
+from qpruner.report.sections import cells
+from qpruner.report.snapshot import Snapshot
 from qpruner.report.table import BEST_SEED, RANDOM, SEARCHED, Difference, claim, comparisons, rows
 
 PLAN = {"layers.0": 8, "layers.1": 4}
@@ -429,6 +432,28 @@ def whole() -> Results:
     return results_of(scored, untuned)
 
 
+def report(
+    results: Results,
+    effects: MarginalEffects | str = NO_EFFECTS,
+    config: str = "output: x\n",
+    environment: dict[str, str] | None = None,
+) -> str:
+    """The Markdown report, plots left out."""
+    state = RunState(
+        config={},
+        until="report",
+        command="qpruner run my.yaml",
+        folder="/home/me",
+        environment=environment or {},
+        host="here",
+        pid=1,
+        started=0.0,
+        updated=0.0,
+        outcome="done",
+    )
+    return render(Snapshot("demo", state, results, (), effects), [], "pictures", config)
+
+
 def test_a_row_is_the_mean_of_its_tasks_and_of_its_seeds(whole: Results) -> None:
     table = {row.name: row for row in rows(whole)}
     assert [row.seeds for row in table.values()] == [(0,)] * 5 + [(0, 1)] * 3
@@ -451,7 +476,7 @@ def test_a_row_is_the_mean_of_its_tasks_and_of_its_seeds(whole: Results) -> None
 
 def test_the_report_holds_every_row_the_claim_and_the_configuration(whole: Results) -> None:
     config = "output: runs/demo\nlora:\n  rank: 8\n"
-    text = render(whole, NO_EFFECTS, "demo", config, {"python": "3.11.9", "torch": "2.13.0"})
+    text = report(whole, config=config, environment={"python": "3.11.9", "torch": "2.13.0"})
     lines = text.splitlines()
     for row in rows(whole):
         assert "| " + " | ".join(cells(row)) + " |" in lines
@@ -465,7 +490,7 @@ def test_the_report_holds_every_row_the_claim_and_the_configuration(whole: Resul
 
 
 def test_the_report_tells_how_search_and_pruning_ended(whole: Results) -> None:
-    text = render(whole, NO_EFFECTS, "demo", "output: x\n", {})
+    text = report(whole)
     assert "16 trials, 7 finished, 8 stopped early, 1 failed" in text
     assert "It ended because all 16 trials were spent (`search.max_trials`)." in text
     assert "started from 5 trial(s) that searches with another budget or searcher left" in text
@@ -493,25 +518,25 @@ def test_the_report_shows_a_front() -> None:
             accuracy_stderr=0.1,
         ),
     )
-    text = render(results_of(searched_row([1.0]), front=front), NO_EFFECTS, "demo", "output: x\n", {})
+    text = report(results_of(searched_row([1.0]), front=front))
     assert "| 4 | gp | 9.0 MB | 48 | 2.5000 +- 0.2500 | - |" in text
     assert "| 7 | gp | 9.9 MB | 84 | 2.2500 +- 0.2500 | 0.500 +- 0.100 |" in text
 
 
 def test_the_report_shows_sensitivities_beside_what_trials_show(whole: Results) -> None:
-    text = render(whole, NO_EFFECTS, "demo", "output: x\n", {})
+    text = report(whole)
     assert "| kl | one group at a time | nats | 12.5 | - |" in text
     assert f"No rank correlation with what trials show: {NO_EFFECTS}." in text
     assert "| layers.0 | 8 | 0.5 |" in text and "| layers.1 | 4 | 0.25 |" in text
     effects = MarginalEffects({4: (0.01, 0.02)}, num_trials=9, residual=0.005)
-    text = render(whole, effects, "demo", "output: x\n", {})
+    text = report(whole, effects)
     assert "| kl | one group at a time | nats | 12.5 | -1.00 |" in text
     assert "main effects of 9 finished trials (residual 0.0050 nats)" in text
     assert "| layers.0 | 8 | 0.5 | 0.01 |" in text
 
 
 def test_no_cell_of_the_table_breaks_it(whole: Results) -> None:
-    lines = render(whole, NO_EFFECTS, "demo", "output: x\n", {}).splitlines()
+    lines = report(whole).splitlines()
     start = next(number for number, line in enumerate(lines) if line.startswith("| row |"))
     table = lines[start : start + 10]
     assert len({line.count("|") for line in table}) == 1

@@ -1,0 +1,13 @@
+"""The plots of a run as Vega-Lite specifications, for the page and, as PNG, for GitHub."""
+
+from __future__ import annotations
+
+from qpruner.report.charts.chart import Chart
+from qpruner.report.charts.model import kept, tasks, winner
+from qpruner.report.charts.search import pareto, progress, rungs, timeline
+from qpruner.report.snapshot import Snapshot
+
+
+def charts(run: Snapshot) -> list[Chart]:
+    """Every plot that the run has something to show in, in the report's order."""
+    return [chart for make in (tasks, winner, pareto, progress, rungs, timeline, kept) for chart in make(run)]

@@ -1,0 +1,103 @@
+"""One plot, and what all plots share.
+
+Colours are variables of the page's style sheet (``var(--bits-4)``), so that plots follow light, dark and print without
+being drawn anew; `Chart.png` puts the light theme's values in their place.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+from functools import cache
+from importlib.resources import files
+from typing import Any
+
+Spec = dict[str, Any]
+Values = list[dict[str, Any]]
+
+PNG_WIDTH, PNG_SCALE = 640, 1.5
+FONT_SIZES = {"labelFontSize": 12, "titleFontSize": 12}
+TEXT = {"labelColor": "var(--text)", "titleColor": "var(--text)", "titleFontWeight": "normal", **FONT_SIZES}
+CONFIG: Spec = {
+    "background": "transparent",
+    "font": "sans-serif",
+    "view": {"stroke": None},
+    "axis": {"gridColor": "var(--line)", "domainColor": "var(--line)", "tickColor": "var(--line)", **TEXT},
+    "legend": TEXT | {"symbolOpacity": 1, "orient": "bottom"},
+    "title": {"color": "var(--text)", "fontSize": 13, "fontWeight": "normal", "anchor": "start"},
+    "text": {"color": "var(--text)", "fontSize": 12},
+}
+
+
+@dataclass(frozen=True)
+class Chart:
+    """One plot.
+
+    Attributes:
+        name: Of its file and of its place in the page.
+        section: The part of the report it belongs to.
+        title: Its heading.
+        caption: How to read it.
+        spec: Vega-Lite, without what all plots share.
+    """
+
+    name: str
+    section: str
+    title: str
+    caption: str
+    spec: Spec
+
+    @property
+    def complete(self) -> Spec:
+        """The specification as Vega-Lite takes it; a single plot takes the width there is."""
+        single = {"width": "container", "autosize": {"type": "fit-x", "contains": "padding"}}
+        return {
+            "description": f"{self.title}. {self.caption}",
+            "config": CONFIG,
+            **({} if "hconcat" in self.spec else single),
+            **self.spec,
+        }
+
+    def png(self) -> bytes:
+        """The plot as a PNG file, in the light theme."""
+        import vl_convert
+
+        drawn = self.complete | {"background": "var(--page)"}
+        if "width" in drawn:
+            drawn["width"] = PNG_WIDTH
+        text = re.sub(r"var\((--[a-z0-9-]+)\)", lambda found: light_theme()[found[1]], json.dumps(drawn))
+        return bytes(vl_convert.vegalite_to_png(text, scale=PNG_SCALE))
+
+
+@cache
+def light_theme() -> dict[str, str]:
+    """The style sheet's colours by variable, those of the light theme."""
+    style = (files("qpruner.report") / "page" / "style.css").read_text(encoding="utf-8")
+    return dict(re.findall(r"(--[a-z0-9-]+):\s*([^;]+);", style[: style.index("}")]))
+
+
+def quantity(field: str, title: str, zero: bool = False, **axis: Any) -> Spec:
+    """A numeric axis."""
+    return {"field": field, "type": "quantitative", "scale": {"zero": zero}, "axis": {"title": title, **axis}}
+
+
+def colored(field: str, colors: dict[str, str], title: str | None = None) -> Spec:
+    """One colour for each word."""
+    scale = {"domain": list(colors), "range": list(colors.values())}
+    return {"field": field, "type": "nominal", "scale": scale, "legend": {"title": title}}
+
+
+def shaped(field: str, shapes: dict[str, str]) -> Spec:
+    """One shape for each word."""
+    scale = {"domain": list(shapes), "range": list(shapes.values())}
+    return {"field": field, "type": "nominal", "scale": scale, "legend": {"title": None}}
+
+
+def tooltip(**fields: str) -> list[Spec]:
+    """Fields to show on pointing; a number's format follows its title after a bar: ``loss="loss|.4f"``."""
+    shown = []
+    for field, text in fields.items():
+        title, _, number_format = text.partition("|")
+        shown.append({"field": field, "title": title} | ({"format": number_format} if number_format else {}))
+    return shown

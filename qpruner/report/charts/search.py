@@ -1,0 +1,246 @@
+"""Plots of the search: score against bytes, best so far, rungs, slots in use."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+from qpruner.plan import PrecisionPlan
+from qpruner.records import TrialRecord
+from qpruner.report.charts.chart import Chart, Spec, Values, colored, quantity, shaped, tooltip
+from qpruner.report.snapshot import Snapshot
+from qpruner.report.standing import score
+
+SECTION = "search"
+SEARCHED, CONTROL, STOPPED, FAILED = "searched", "control", "stopped early", "failed"
+COLORS = {SEARCHED: "var(--searched)", CONTROL: "var(--control)", STOPPED: "var(--stopped)", FAILED: "var(--failed)"}
+SHAPES = {SEARCHED: "circle", CONTROL: "diamond", STOPPED: "cross", FAILED: "triangle-down"}
+
+
+def kind_of(trial: TrialRecord) -> str:
+    """What a trial is, in the legend's words."""
+    if trial.status in ("stopped", "failed"):
+        return {"stopped": STOPPED, "failed": FAILED}[trial.status]
+    return CONTROL if trial.is_control else SEARCHED
+
+
+def pareto(run: Snapshot) -> Iterator[Chart]:
+    """Score against bytes."""
+    points = _points(run)
+    if not points:
+        return
+    assert run.state.search
+    place = {"x": quantity("megabytes", "size (MB)", tickCount=8), "y": quantity("score", run.metric_title)}
+    kinds = _by_kind(points)
+    details = tooltip(
+        trial="trial",
+        origin="from",
+        kind="kind",
+        plan="plan",
+        megabytes="MB|.2f",
+        mean_bits="mean bits|.2f",
+        score=f"{run.metric_title}|.4f",
+        step="at step",
+    )
+    budget = {"megabytes": run.state.search.budget_bytes / 1e6, "text": "budget"}
+    layers: list[Spec] = [
+        {
+            "data": {"values": [budget]},
+            "encoding": {"x": place["x"]},
+            "layer": [
+                {"mark": {"type": "rule", "color": "var(--muted)", "strokeDash": [2, 3]}},
+                {
+                    "mark": {"type": "text", "align": "right", "dx": -4, "baseline": "top", "y": 2},
+                    "encoding": {"text": {"field": "text"}},
+                },
+            ],
+        },
+        {
+            "data": {"values": list(_front(points, run.metric == "accuracy"))},
+            "mark": {"type": "line", "interpolate": "step-after", "color": "var(--muted)", "strokeWidth": 1.5},
+            "encoding": place,
+        },
+        {
+            "params": [{"name": "kinds", "select": {"type": "point", "fields": ["kind"]}, "bind": "legend"}],
+            "mark": {"type": "point", "filled": True, "size": 75},
+            "encoding": place
+            | kinds
+            | {"opacity": {"condition": {"param": "kinds", "value": 0.85}, "value": 0.1}, "tooltip": details},
+        },
+        {
+            "transform": [{"filter": "datum.best"}],
+            "mark": {"type": "point", "filled": False, "size": 330, "strokeWidth": 2.5, "color": "var(--text)"},
+            "encoding": place,
+        },
+        {
+            "transform": [{"filter": "datum.best"}],
+            "mark": {"type": "text", "dx": 15, "align": "left", "fontWeight": "bold"},
+            "encoding": place | {"text": {"value": "winner" if run.results.search else "best so far"}},
+        },
+    ]
+    yield Chart(
+        "pareto",
+        SECTION,
+        "Score against size",
+        "Every trial by its plan's bytes and its last score. The step line joins finished trials that none of fewer or "
+        "equal bytes beats. A cross was stopped early, so its score is of fewer steps. Point at a trial to see its "
+        "plan; click in the legend to single out a kind.",
+        {"height": 340, "data": {"values": points}, "layer": layers},
+    )
+
+
+def progress(run: Snapshot) -> Iterator[Chart]:
+    """The best score so far, trial by trial."""
+    own = {trial.index for trial in run.own_trials}
+    points = [point for point in _points(run) if point["kind"] in (SEARCHED, CONTROL) and point["trial"] in own]
+    if not points:
+        return
+    better, best = (max if run.metric == "accuracy" else min), Values()
+    for kind in (SEARCHED, CONTROL):
+        reached = None
+        for point in points:
+            if point["kind"] == kind:
+                reached = point["score"] if reached is None else better(reached, point["score"])
+            if reached is not None:
+                best.append({"trial": point["trial"], "kind": kind, "score": reached})
+    place = {
+        "x": quantity("trial", "trial, in order of suggestion", format="d", tickMinStep=1),
+        "y": quantity("score", run.metric_title),
+    }
+    line = {"type": "line", "interpolate": "step-after", "strokeWidth": 2.5}
+    point = {"type": "point", "filled": True, "size": 45, "opacity": 0.75}
+    yield Chart(
+        "progress",
+        SECTION,
+        "Best so far",
+        "Lines: the best score of searched plans and of controls after each trial. Points: the finished trials.",
+        {
+            "height": 260,
+            "layer": [
+                {"data": {"values": best}, "mark": line, "encoding": place | {"color": _by_kind(points)["color"]}},
+                {"data": {"values": points}, "mark": point, "encoding": place | _by_kind(points) | _details(run)},
+            ],
+        },
+    )
+
+
+def rungs(run: Snapshot) -> Iterator[Chart]:
+    """Every trial from rung to rung."""
+    scores: Values = [
+        {
+            "trial": trial.index,
+            "origin": trial.origin,
+            "kind": kind_of(trial),
+            "step": rung.step,
+            "score": score(rung, run.metric),
+        }
+        for trial in run.trials
+        for rung in trial.rungs
+    ]
+    steps = sorted({each["step"] for each in scores})
+    if len(steps) < 2:
+        return
+    kinds, faint = _by_kind(scores), max(0.12, min(0.6, 12 / len(run.trials)))
+    place = {
+        "x": quantity("step", "optimizer step", format="d", values=steps) | {"scale": {"type": "log", "base": 2}},
+        "y": quantity("score", run.metric_title),
+        "detail": {"field": "trial"},
+        "color": kinds["color"],
+    }
+    yield Chart(
+        "rungs",
+        SECTION,
+        "From rung to rung",
+        "Each trial's score at the rungs; a line that ends early was stopped there.",
+        {
+            "height": 260,
+            "data": {"values": scores},
+            "layer": [
+                {"mark": {"type": "line", "opacity": faint}, "encoding": place},
+                {
+                    "mark": {"type": "point", "filled": True, "size": 30, "opacity": min(1.0, 2 * faint)},
+                    "encoding": place | {"shape": kinds["shape"]} | _details(run),
+                },
+            ],
+        },
+    )
+
+
+def timeline(run: Snapshot) -> Iterator[Chart]:
+    """Which slot was busy when, and with which trial."""
+    bars, slots = [], 0
+    ends: list[float] = []
+    spans = sorted((trial.times[0], trial.times[-1], trial.index) for trial in run.trials if len(trial.times) > 1)
+    trials = {trial.index: trial for trial in run.trials}
+    for start, end, index in spans:
+        slot = next((number for number, free in enumerate(ends) if free <= start), len(ends))
+        ends[slot : slot + 1] = [end]
+        slots = max(slots, len(ends))
+        minutes = {"start": (start - spans[0][0]) / 60, "end": (end - spans[0][0]) / 60}
+        trial = trials[index]
+        bars.append({"trial": index, "origin": trial.origin, "kind": kind_of(trial), "slot": slot + 1, **minutes})
+    if not bars:
+        return
+    busy = sum(end - start for start, end, _ in spans) / (slots * (max(ends) - spans[0][0]) or 1.0)
+    yield Chart(
+        "timeline",
+        "cost",
+        "Slots in use",
+        f"Each bar is a trial, from being handed out to its end. Slots ever in use: {slots}; they had a trial "
+        f"{busy:.0%} of the time.",
+        {
+            "height": 22 * slots,
+            "data": {"values": bars},
+            "mark": {"type": "bar", "stroke": "var(--page)"},
+            "encoding": {
+                "x": quantity("start", "minutes since the first trial", zero=True),
+                "x2": {"field": "end"},
+                "y": {"field": "slot", "type": "ordinal", "axis": {"title": "slot"}},
+                "color": _by_kind(bars)["color"],
+                "tooltip": tooltip(
+                    trial="trial", origin="from", kind="kind", start="from minute|.1f", end="to minute|.1f"
+                ),
+            },
+        },
+    )
+
+
+def _points(run: Snapshot) -> Values:
+    """Every trial that was scored, at its last rung."""
+    return [
+        {
+            "trial": trial.index,
+            "origin": trial.origin,
+            "kind": kind_of(trial),
+            "plan": str(PrecisionPlan.from_dict(trial.plan)),
+            "megabytes": trial.plan_bytes / 1e6,
+            "mean_bits": trial.mean_bits,
+            "score": score(trial.rungs[-1], run.metric),
+            "step": trial.rungs[-1].step,
+            "best": trial == run.best_trial,
+        }
+        for trial in run.trials
+        if trial.rungs and trial.status != "running"
+    ]
+
+
+def _front(points: Values, by_accuracy: bool) -> Iterator[Spec]:
+    """The finished trials that none of fewer or equal bytes beats, by bytes."""
+    sign, lowest = (-1 if by_accuracy else 1), float("inf")
+    finished = [point for point in points if point["kind"] in (SEARCHED, CONTROL)]
+    for point in sorted(finished, key=lambda point: (point["megabytes"], sign * point["score"])):
+        if sign * point["score"] < lowest:
+            lowest = sign * point["score"]
+            yield {"megabytes": point["megabytes"], "score": point["score"]}
+
+
+def _by_kind(values: Iterable[Spec]) -> Spec:
+    """Colour and shape by kind, of the kinds there are."""
+    there = {value["kind"] for value in values}
+    return {
+        "color": colored("kind", {kind: color for kind, color in COLORS.items() if kind in there}),
+        "shape": shaped("kind", {kind: shape for kind, shape in SHAPES.items() if kind in there}),
+    }
+
+
+def _details(run: Snapshot) -> Spec:
+    return {"tooltip": tooltip(trial="trial", origin="from", kind="kind", score=f"{run.metric_title}|.4f")}

@@ -1,0 +1,38 @@
+"""Writes a run's report: `report.html`, `report.md` with its pictures, `results.json`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import yaml
+
+from qpruner.report import markdown, page
+from qpruner.report.charts import charts
+from qpruner.report.snapshot import read_snapshot
+from qpruner.report.summary import summary_of, summary_text
+from qpruner.rundir import RunDir, publish_folder, write_text
+
+PICTURES = "pictures"
+"""Folder of the plots that `report.md` shows."""
+
+
+def write_report(run_dir: RunDir) -> Path:
+    """Write every file anew from what is recorded, whole or not; returns the page.
+
+    Raises:
+        UserError: If the folder holds no run.
+        CorruptFile: If a record cannot be read.
+        OSError: If a file cannot be written.
+    """
+    run = read_snapshot(run_dir)
+    plots = charts(run)
+    scratch = run_dir.scratch(PICTURES)
+    for plot in plots:
+        (scratch / f"{plot.name}.png").write_bytes(plot.png())
+    publish_folder(scratch, run_dir.root / PICTURES)
+    config = yaml.safe_dump(run.state.config, sort_keys=False)
+    write_text(run_dir.root / "results.json", summary_text(summary_of(run)))
+    write_text(run_dir.root / "report.md", markdown.render(run, plots, PICTURES, config))
+    target = run_dir.root / "report.html"
+    write_text(target, page.render(run, plots, config))
+    return target

@@ -1,0 +1,122 @@
+"""The page's first lines: how large, how good, which plan, how sure."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from qpruner.report import sections
+from qpruner.report.snapshot import Snapshot
+from qpruner.report.standing import best_of, score
+from qpruner.report.table import BASE, BEST_SEED, PRUNED, SAME, SEARCHED, Z_95, Row, comparisons, rows
+
+
+@dataclass(frozen=True)
+class Tile:
+    """One figure and what stands under it."""
+
+    heading: str
+    figure: str
+    lines: tuple[str, ...]
+
+
+def tiles(run: Snapshot) -> list[Tile]:
+    """The answer of a whole run; of another one how far it came."""
+    return list(_whole(run) if run.is_whole else _so_far(run))
+
+
+def _whole(run: Snapshot) -> Iterator[Tile]:
+    assert run.results.search and run.results.prune
+    table = {row.name: row for row in rows(run.results)}
+    winner, base = table[SEARCHED], table.get(BASE)
+    before = base.measured_bytes if base else run.results.prune.bytes_before
+    yield Tile(
+        "Size",
+        _megabytes(winner.measured_bytes),
+        (
+            f"{before / winner.measured_bytes:.1f} times smaller than the base model's {_megabytes(before)}",
+            f"{_megabytes(run.results.prune.bytes_after)} after pruning; budget "
+            f"{_megabytes(run.results.search.budget_bytes)}",
+            f"{winner.num_parameters / 1e6:.1f} M of {run.results.prune.parameters_before / 1e6:.1f} M parameters",
+        ),
+    )
+    others = [table[name] for name in (BASE, PRUNED) if name in table]
+    yield Tile(
+        "Accuracy on held-out tasks",
+        f"{winner.accuracy:.3f} ± {Z_95 * winner.accuracy_stderr:.3f}",
+        (
+            *(f"{other.name}, same fine-tune: {other.accuracy:.3f}" for other in others),
+            *_answer_losses(winner, others),
+            "± is a 95 % interval over questions",
+        ),
+    )
+    plan = run.results.search.best_plan
+    counts = (f"{list(plan.values()).count(bits)} at {bits} bits" for bits in sorted(set(plan.values())))
+    yield Tile(
+        "Plan",
+        f"{winner.mean_bits:.2f} mean bits",
+        (f"{len(plan)} groups: {', '.join(counts)}", f"found by {winner.origin}"),
+    )
+    yield _certainty(run)
+
+
+def _answer_losses(winner: Row, others: list[Row]) -> Iterator[str]:
+    if winner.answer_loss is not None:
+        told = "".join(f", {other.name} {other.answer_loss:.3f}" for other in others if other.answer_loss is not None)
+        yield f"loss on right answers: {winner.answer_loss:.3f}{told}"
+
+
+def _certainty(run: Snapshot) -> Tile:
+    """The claim in a few words."""
+    found = comparisons(run.results)
+    verdicts = [difference.verdict for each in found for difference in each.differences]
+    if not verdicts:
+        return Tile("How sure", "no claim", ("there is nothing of equal bytes to compare with",))
+    lines = []
+    for each in found:
+        named = "best seed" if each.other == BEST_SEED else "random plans"
+        by_verdict: dict[str, list[str]] = {}
+        for difference in each.differences:
+            by_verdict.setdefault(difference.verdict, []).append(difference.measure)
+        told = "; ".join(f"{verdict} in {', '.join(measures)}" for verdict, measures in by_verdict.items())
+        lines.append(f"against {named}: {told or each.no_claim}")
+    if set(verdicts) == {SAME}:
+        figure = "no difference shown"
+    else:
+        figure = " and ".join(word for word in ("better", "worse") if word in verdicts)
+    return Tile("How sure, at equal bytes", figure, tuple(lines))
+
+
+def _so_far(run: Snapshot) -> Iterator[Tile]:
+    prune, search = run.results.prune, run.state.search
+    if prune:
+        lines = (f"from {_megabytes(prune.bytes_before)}", f"{prune.achieved_rate:.1%} of the parameters cut")
+        yield Tile("Pruned, not quantized", _megabytes(prune.bytes_after), lines)
+    if search:
+        over = [trial for trial in run.own_trials if trial.is_over]
+        counts = {word: sum(trial.status == status for trial in over) for status, word in sections.STATUSES.items()}
+        told = ", ".join(f"{count} {word}" for word, count in counts.items() if count)
+        yield Tile("Trials", f"{len(over)} of {search.max_trials}", (told,))
+    if run.best_trial:
+        best = run.best_trial
+        yield Tile(
+            f"Best so far: {run.metric_title}",
+            f"{score(best.rungs[-1], run.metric):.4f}",
+            (f"trial {best.index}, {best.origin}, {_megabytes(best.plan_bytes)}", *_best_control(run)),
+        )
+    if run.results.finetune:
+        losses = [each.validation_loss for each in run.results.finetune.candidates if each.name == SEARCHED]
+        lines = ("validation loss of the winner", "not measured on held-out tasks yet")
+        yield Tile("Fine-tuned", f"{losses[0]:.4f}", lines)
+
+
+def _best_control(run: Snapshot) -> Iterator[str]:
+    controls = [trial for trial in run.own_trials if trial.is_control and trial.status == "finished"]
+    best = best_of(controls, run.metric)
+    if best and best != run.best_trial:
+        reached = f"{score(best.rungs[-1], run.metric):.4f}"
+        yield f"best control: {reached} ({best.origin}, {_megabytes(best.plan_bytes)})"
+
+
+def _megabytes(size: int) -> str:
+    return f"{size / 1e6:,.1f} MB"

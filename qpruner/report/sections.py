@@ -1,0 +1,216 @@
+"""The report's sentences and tables, as the terminal, `report.md` and `report.html` show them."""
+
+from __future__ import annotations
+
+from qpruner.plan import PrecisionPlan
+from qpruner.records import (
+    FreshScore,
+    LayerWidths,
+    MethodScores,
+    PruneRecord,
+    SearchRecord,
+    SensitivityRecord,
+    TaskScore,
+)
+from qpruner.report.marginal_effects import MarginalEffects, rank_correlation
+from qpruner.report.snapshot import Snapshot
+from qpruner.report.standing import score
+from qpruner.report.table import Row
+
+LAYER_HEADINGS = ("block", "query heads", "key/value heads", "MLP channels", "kept parameters")
+HEADINGS = (
+    "row",
+    "from",
+    "training seeds",
+    "parameters",
+    "bytes",
+    "mean bits",
+    "peak memory",
+    "validation loss",
+    "confirmation loss",
+    "test accuracy",
+    "test answer loss",
+)
+LEGEND = (
+    "Bytes are the packed tensors, scales, unquantized rest and adapters; mean bits are over the grouped weights; peak "
+    "memory is that of the fine-tune, in a process of its own. Every row had the same fine-tune. A row with several "
+    "training seeds (data order and dropout; adapter starts are the same) shows means and, after +-, their standard "
+    "deviation over seeds; q is the standard error of an accuracy over questions. In the claim an interval is the "
+    "wider of Student's over seeds and the paired one over questions, each at 95 % by itself. The confirmation rows "
+    "have scored no trial, but chose the winner and the best seed, whose losses on them are a little flattered; the "
+    "test questions have chosen nothing."
+)
+
+
+FINALIST_HEADINGS = ("trial", "from", "confirmation loss", "accuracy")
+FRONT_HEADINGS = ("trial", "from", "bytes", "plan", "confirmation loss", "accuracy")
+METHOD_HEADINGS = ("method", "what", "unit", "seconds", "rank correlation")
+STAGE_HEADINGS = ("stage", "state", "seconds", "busy seconds", "GPU seconds")
+STAGE_LEGEND = (
+    "Seconds are what the stage took; busy seconds add up its parallel jobs; GPU seconds are those of the search's "
+    "trials times the GPUs they held."
+)
+STATUSES = {"finished": "finished", "stopped": "stopped early", "failed": "failed", "running": "running"}
+STATES = {"done": "done", "recorded": "recorded before", "running": "begun"}
+
+
+def cells(row: Row) -> tuple[str, ...]:
+    """A row as the table shows it, on screen and in the report."""
+    seeds = row.seeds
+    return (
+        row.name,
+        row.origin,
+        f"{seeds[0]}-{seeds[-1]}" if len(seeds) > 1 else f"{seeds[0]}",
+        f"{row.num_parameters / 1e6:.1f} M",
+        f"{row.measured_bytes / 1e6:.1f} MB",
+        f"{row.mean_bits:.2f}",
+        f"{row.peak_memory_bytes / 1e6:.0f} MB",
+        _figure(row.validation_loss, row.validation_loss_spread),
+        _figure(row.confirmation_loss, row.confirmation_loss_spread),
+        f"{_figure(row.accuracy, row.accuracy_spread, 3)} (q {row.accuracy_stderr:.3f})",
+        "-" if row.answer_loss is None else _figure(row.answer_loss, row.answer_loss_spread),
+    )
+
+
+def _figure(value: float, spread: float | None, digits: int = 4) -> str:
+    return f"{value:.{digits}f}" + (f" +- {spread:.{digits}f}" if spread is not None else "")
+
+
+def layer_cells(layer: LayerWidths) -> tuple[str, ...]:
+    """A block as the prune table shows it."""
+    groups, heads = len(layer.kept_kv_groups), layer.heads_per_group
+    channels, base = len(layer.kept_mlp_channels), layer.base_mlp_channels
+    if layer.base_experts:
+        kept = len(layer.kept_experts or ())
+        mlp = f"{kept} x {channels // max(kept, 1)} of {layer.base_experts} x {base // layer.base_experts}"
+    else:
+        mlp = f"{channels} of {base}"
+    return (
+        str(layer.layer),
+        f"{groups * heads} of {layer.base_kv_groups * heads}",
+        f"{groups} of {layer.base_kv_groups}",
+        mlp,
+        f"{layer.kept_parameters / layer.base_parameters:.1%}",
+    )
+
+
+def prune_summary(record: PruneRecord) -> str:
+    """The cut in two lines."""
+    dropped = f"; whole blocks removed: {', '.join(map(str, record.dropped_blocks))}" if record.dropped_blocks else ""
+    return (
+        f"{record.importance}, {record.selection}, compensation {record.compensation}: {record.target}, achieved "
+        f"{record.achieved_rate:.2%}{dropped}.\n"
+        f"{record.parameters_before:,} -> {record.parameters_after:,} parameters, {record.bytes_before / 1e6:.1f} -> "
+        f"{record.bytes_after / 1e6:.1f} MB, {record.seconds:.1f} s, {record.peak_memory_bytes / 1e6:.0f} MB at most "
+        f"above the loaded model ({record.memory_counter})."
+    )
+
+
+def search_text(search: SearchRecord) -> list[str]:
+    """What ran, why it ended, and who was best on fresh rows."""
+    told = (
+        f"{search.searcher} on {search.metric}, budget {search.budget_bytes / 1e6:.1f} MB: {search.num_trials} trials, "
+        f"{search.num_finished} finished, {search.num_stopped} stopped early, {search.num_failed} failed, in "
+        f"{search.search_seconds / 3600:.2f} hours"
+        + (f" and {search.gpu_seconds / 3600:.2f} GPU hours" if search.gpu_seconds else "")
+        + f". It ended because {search.ended}."
+    )
+    if search.num_taken_over:
+        told += f" It started from {search.num_taken_over} trial(s) that searches with another budget or searcher left."
+    if search.resumed:
+        told += f" Resumed with {search.resumed} trial(s) recorded before."
+    outcome = "a control: no searched plan beat it" if search.control_won else "a searched plan"
+    return [told, f"On fresh rows trial {search.best_index} ({search.best_origin}) was best, {outcome}."]
+
+
+def unfinished_search_text(run: Snapshot) -> list[str]:
+    """How far a search came that has no record yet."""
+    assert run.state.search
+    counts = {status: sum(trial.status == status for trial in run.own_trials) for status in STATUSES}
+    told = ", ".join(f"{count} {word}" for status, word in STATUSES.items() if (count := counts[status]))
+    budget = f"budget {run.state.search.budget_bytes / 1e6:.1f} MB"
+    lines = [f"{len(run.own_trials)} of {run.state.search.max_trials} trials so far, {budget}: {told or 'none yet'}."]
+    if run.best_trial:
+        lines.append(
+            f"Best so far is trial {run.best_trial.index} ({run.best_trial.origin}), {run.metric_title} "
+            f"{score(run.best_trial.rungs[-1], run.metric):.4f}. The rows that score it chose it, so it is flattered."
+        )
+    return lines
+
+
+def finalists(search: SearchRecord) -> list[tuple[str, ...]]:
+    """Who was scored on fresh rows."""
+    return [
+        (f"{each.index}", each.origin + (", taken over" if each.taken_over else ""), *_fresh(each))
+        for each in search.confirmations
+    ]
+
+
+def front(search: SearchRecord) -> list[tuple[str, ...]]:
+    """Plans that none of fewer or equal bytes beats on fresh rows."""
+    return [
+        (f"{each.index}", each.origin, f"{each.plan_bytes / 1e6:.1f} MB", bar(each.plan), *_fresh(each))
+        for each in search.front
+    ]
+
+
+def bar(plan: dict[str, int]) -> str:
+    """A plan as one character a group."""
+    return str(PrecisionPlan.from_dict(plan))
+
+
+def methods(measured: SensitivityRecord, effects: MarginalEffects | str) -> list[tuple[str, ...]]:
+    """Every sensitivity, what it took, and how it agrees with what trials show."""
+    return [
+        (name, method.source, method.unit, f"{method.seconds:.1f}", _correlation(method, effects))
+        for name, method in measured.methods.items()
+    ]
+
+
+def effects_text(effects: MarginalEffects | str) -> str:
+    """What the rank correlations are with."""
+    if isinstance(effects, str):
+        return f"No rank correlation with what trials show: {effects}."
+    return (
+        f"Trials: least-squares main effects of {effects.num_trials} finished trials (residual {effects.residual:.4f} "
+        "nats). Rank correlation is Spearman's with these, over groups and lower bits."
+    )
+
+
+def stages(run: Snapshot) -> list[tuple[str, ...]]:
+    """Every stage that was begun: its state and what it took in the command that recorded it."""
+    records = dict(run.results)
+    busy = {"search": sum(trial.seconds for trial in run.trials)}
+    gpu = {"search": sum(trial.gpu_seconds for trial in run.trials)}
+    seconds = {name: record.seconds for name, record in records.items() if record}
+    if run.results.search:
+        seconds["search"] = run.results.search.search_seconds
+    if run.results.finetune:
+        busy["finetune"] = sum({each.digest: each.seconds for each in run.results.finetune.candidates}.values())
+
+    def told(figures: dict[str, float], name: str) -> str:
+        return f"{figures[name]:.1f}" if figures.get(name) else "-"
+
+    return [
+        (name, STATES[stage.state], told(seconds, name), told(busy, name), told(gpu, name))
+        for name, stage in run.state.stages.items()
+        if name in records
+    ]
+
+
+def task_scores(scores: tuple[TaskScore, ...]) -> str:
+    """Every task's score in a line."""
+    return ", ".join(
+        f"{score.task} {score.metric} {score.value:.3f} +- {score.stderr:.3f} ({score.num_questions} questions)"
+        for score in scores
+    )
+
+
+def _fresh(score: FreshScore) -> tuple[str, str]:
+    accuracy = "-" if score.accuracy is None else f"{score.accuracy:.3f} +- {score.accuracy_stderr:.3f}"
+    return f"{score.loss:.4f} +- {score.stderr:.4f}", accuracy
+
+
+def _correlation(method: MethodScores, effects: MarginalEffects | str) -> str:
+    found = rank_correlation(method, effects)
+    return "-" if found is None else f"{found:.2f}"

@@ -1,0 +1,124 @@
+"""A run as its folder tells it, whole or not: what every report is made of."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from qpruner.errors import UserError
+from qpruner.records import (
+    BankRecord,
+    EvalRecord,
+    FinetuneRecord,
+    PrepareRecord,
+    PruneRecord,
+    Record,
+    Results,
+    RunState,
+    SearchRecord,
+    SensitivityRecord,
+    TrialRecord,
+)
+from qpruner.report.marginal_effects import MarginalEffects, marginal_effects
+from qpruner.report.standing import FIGURES, best_of
+from qpruner.rundir import RunDir
+from qpruner.search.trial_records import read_trials
+
+KINDS: dict[str, type[Record]] = {
+    "prepare": PrepareRecord,
+    "prune": PruneRecord,
+    "bank": BankRecord,
+    "sensitivity": SensitivityRecord,
+    "search": SearchRecord,
+    "finetune": FinetuneRecord,
+    "evaluate": EvalRecord,
+}
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """A run at one moment.
+
+    Attributes:
+        name: Of its folder.
+        state: What its latest command did.
+        results: Records of the stages that this command made or found; others would be of an older configuration.
+        trials: Every trial that the search knew, in order of suggestion.
+        effects: What the trials show of each group, or why they show nothing.
+    """
+
+    name: str
+    state: RunState
+    results: Results
+    trials: tuple[TrialRecord, ...]
+    effects: MarginalEffects | str
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether every stage has its record."""
+        return self.results.evaluate is not None
+
+    @property
+    def best_plan(self) -> dict[str, int] | None:
+        """The search's winner; until there is one, the plan of the best finished trial."""
+        if self.results.search:
+            return self.results.search.best_plan
+        return self.best_trial.plan if self.best_trial else None
+
+    @property
+    def best_trial(self) -> TrialRecord | None:
+        """The winner; until there is one, the finished trial with the best last score."""
+        if self.results.search:
+            best = self.results.search.best_index
+            return next((trial for trial in self.trials if trial.index == best), None)
+        return best_of((trial for trial in self.own_trials if trial.status == "finished"), self.metric)
+
+    @property
+    def own_trials(self) -> list[TrialRecord]:
+        """Without those that a search with another budget or searcher left."""
+        return [trial for trial in self.trials if self.state.search and trial.search == self.state.search.search]
+
+    @property
+    def metric(self) -> str:
+        """What the search scores trials by: `loss` or `accuracy`."""
+        return self.state.search.metric if self.state.search else "loss"
+
+    @property
+    def metric_title(self) -> str:
+        """The same with its unit."""
+        return FIGURES[self.metric] + (" (nats per token)" if self.metric == "loss" else "")
+
+    @property
+    def at_work(self) -> str | None:
+        """The stage that was begun and has no record."""
+        return next((name for name, stage in self.state.stages.items() if stage.state == "running"), None)
+
+    @property
+    def standing(self) -> str:
+        """How far the run is, in a sentence."""
+        if self.is_whole:
+            return "Finished."
+        stage = f" in stage {self.at_work}" if self.at_work else ""
+        match self.state.outcome:
+            case "failed":
+                return f"Failed{stage}: {self.state.error}"
+            case "interrupted":
+                return f"Interrupted{stage}; the same command goes on from here."
+            case "done":
+                return f"Ended after stage {self.state.until}, as asked."
+        return f"Unfinished{stage}: it was at work, or was killed, when this was written."
+
+
+def read_snapshot(run: RunDir) -> Snapshot:
+    """Read a run's folder.
+
+    Raises:
+        UserError: If no command has worked on it.
+        CorruptFile: If a record cannot be read.
+    """
+    state = run.read_state(RunState)
+    if state is None:
+        raise UserError(f"{run.root} holds no run: it has no run.json; give a folder that `qpruner run` wrote")
+    done = [name for name in KINDS if name in state.stages and state.stages[name].state != "running"]
+    results = Results.model_validate({name: run.read_record(name, KINDS[name]) for name in done})
+    trials = read_trials(run.trials / state.search.trials_digest) if state.search else []
+    return Snapshot(run.root.name, state, results, tuple(trials), marginal_effects(trials))

@@ -1,0 +1,79 @@
+"""`results.json`: every figure of a run in one file with a published JSON schema (`qpruner schema --results`)."""
+
+from __future__ import annotations
+
+import json
+import math
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict
+
+from qpruner.records import Results, RunState, TrialRecord
+from qpruner.report import table
+from qpruner.report.marginal_effects import MarginalEffects, rank_correlation
+from qpruner.report.snapshot import Snapshot
+
+
+class Summary(BaseModel):
+    """A run's figures, whole or not. What a stage that has not run would tell is null or empty."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+    standing: str
+    """How far the run is, in a sentence."""
+    claim: str | None
+    """What can be said of the searched plan at equal bytes."""
+    comparisons: tuple[table.Comparison, ...]
+    """The differences behind the claim."""
+    table: tuple[table.Row, ...]
+    """The final table; losses in nats per token, means over training seeds."""
+    marginal_effects: MarginalEffects | str | None
+    """What finished trials show of each group, or why they show nothing."""
+    rank_correlations: dict[str, float | None]
+    """Of each sensitivity with the marginal effects (Spearman)."""
+    records: Results
+    """What every stage recorded."""
+    trials: tuple[TrialRecord, ...]
+    """Every trial, in order of suggestion."""
+    state: RunState
+    """What the run's latest command did."""
+    config: dict[str, Any]
+    """The configuration, every key."""
+    environment: dict[str, str]
+    """Versions and hardware."""
+
+
+def summary_of(run: Snapshot) -> Summary:
+    """Everything that the run's folder tells."""
+    methods = run.results.sensitivity.methods if run.results.sensitivity else {}
+    return Summary(
+        standing=run.standing,
+        claim=table.claim(run.results) if run.is_whole else None,
+        comparisons=tuple(table.comparisons(run.results)) if run.is_whole else (),
+        table=tuple(table.rows(run.results)) if run.is_whole else (),
+        marginal_effects=run.effects if run.trials else None,
+        rank_correlations={name: rank_correlation(method, run.effects) for name, method in methods.items()},
+        records=run.results,
+        trials=run.trials,
+        state=run.state,
+        config=run.state.config,
+        environment=run.state.environment,
+    )
+
+
+def summary_text(summary: Summary) -> str:
+    """The file's text. JSON knows no NaN: the standard error of a single question is null."""
+    return json.dumps(_plain(summary.model_dump(mode="json")), indent=2, allow_nan=False) + "\n"
+
+
+def summary_schema() -> str:
+    """The JSON schema of `results.json`."""
+    return json.dumps(Summary.model_json_schema(mode="serialization"), indent=2, sort_keys=True) + "\n"
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_plain(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,299 @@
+"""A run folder as a long search leaves it, made through the real record classes: 30 blocks, 200 trials, two tasks."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from conftest import raw_config
+
+from qpruner.config import validate_config
+from qpruner.records import (
+    BankRecord,
+    CandidateRecord,
+    Confirmation,
+    EvalRecord,
+    FinetuneRecord,
+    LayerWidths,
+    MethodScores,
+    PrepareRecord,
+    PruneRecord,
+    Record,
+    RowScores,
+    RungResult,
+    RunState,
+    SearchRecord,
+    SearchState,
+    SensitivityRecord,
+    StageState,
+    TaskScore,
+    TrialRecord,
+)
+from qpruner.report.table import BASE, BEST_SEED, PRUNED, RANDOM, SEARCHED
+from qpruner.rundir import RunDir
+from qpruner.search.trial_records import write_trial
+
+TRIALS, SEARCH = "1" * 16, "2" * 16
+STAGE = {"digest": "0" * 16, "seconds": 61.5}
+PARTS = ("attention", "mlp")
+STAGES = ("prepare", "prune", "bank", "sensitivity", "search", "finetune", "evaluate")
+STARTED = 1_790_000_000.0
+BUDGET = 93_000_000
+
+
+class MadeRun:
+    """Writes the folder of a run on `model`, up to and with the stage `until`; `outcome` is how its command ended."""
+
+    def __init__(
+        self,
+        root: Path,
+        num_trials: int = 200,
+        num_blocks: int = 30,
+        model: str = "SmolLM2-135M",
+        until: str = "evaluate",
+        outcome: str = "done",
+        error: str | None = None,
+        stages: dict[str, StageState] | None = None,
+        task: str = "arc_easy",
+        questions: int = 400,
+    ) -> None:
+        self._random = np.random.default_rng(0)
+        self._tasks = {task: questions, "piqa": min(questions, 200)}
+        self.run = RunDir(root)
+        self.groups = [f"layers.{block:02d}.{part}" for block in range(num_blocks) for part in PARTS]
+        self._gains = self._random.gamma(1.2, 0.01, len(self.groups))
+        self._weights = np.where(np.arange(len(self.groups)) % 2, 1.4, 0.6) * 1_150_000
+        done = STAGES[: STAGES.index(until) + 1]
+        self.trials = self._trials(num_trials) if "search" in {*done, *(stages or {})} else []
+        for trial in self.trials:
+            write_trial(self.run.trials / TRIALS, trial)
+        records = self._records(num_blocks)
+        for name in done:
+            self.run.write_record(name, records[name]())
+        raw = raw_config(Path(model), root)
+        config = validate_config(raw).model_dump(mode="json") | {"model": {"source": model}}
+        made = {name: StageState(state="done", started=STARTED, seconds=61.5) for name in done}
+        self.state = RunState(
+            config=config,
+            until="report",
+            command="qpruner run my.yaml --set search.max_trials=200",
+            folder="/home/me",
+            environment={"python": "3.11.9", "torch": "2.13.0", "processor": "AMD EPYC, 2 cores"},
+            host="here",
+            pid=1,
+            started=STARTED,
+            updated=STARTED + 60,
+            outcome=outcome,  # type: ignore[arg-type]
+            error=error,
+            stages=made | (stages or {}),
+            search=SearchState(
+                trials_digest=TRIALS, search=SEARCH, metric="loss", budget_bytes=BUDGET, max_trials=num_trials, steps=16
+            )
+            if self.trials
+            else None,
+        )
+        self.run.write_state(self.state)
+
+    def _loss(self, high: np.ndarray[Any, Any]) -> float:
+        return 4.2 - float(self._gains[high].sum()) + self._random.normal(0, 0.004)
+
+    def _trials(self, count: int) -> list[TrialRecord]:
+        trials = []
+        ends = [STARTED] * 8
+        controls = {"uniform-4": 0.0, "seed-kl": 0.5, "seed-first-order": 0.48}
+        for index in range(count):
+            origin = (list(controls) + ["gp"] * count)[index]
+            share = controls.get(origin, self._random.uniform(0.2, 0.5))
+            keys = self._gains * self._random.lognormal(0, 2.0 / (1 + index % 40 / 20), len(self.groups))
+            high = np.zeros(len(self.groups), dtype=bool)
+            high[np.argsort(-keys)[: int(share * len(self.groups))]] = True
+            bits = np.where(high, 8, 4)
+            last = self._loss(high)
+            status = "finished"
+            if index == 7:
+                status = "failed"
+            elif index > 12 and last > np.median([trial.rungs[-1].loss for trial in trials if trial.rungs]):
+                status = "stopped"
+            steps = {"finished": (4, 8, 16), "stopped": (4, 8)[: 1 + index % 2], "failed": ()}[status]
+            slot = int(np.argmin(ends))
+            seconds = 20.0 + 12.0 * sum(steps) / 4
+            ends[slot] += seconds
+            trials.append(
+                TrialRecord(
+                    index=index,
+                    digest=TRIALS,
+                    search=SEARCH,
+                    origin=origin,
+                    plan={group: int(value) for group, value in zip(self.groups, bits, strict=True)},
+                    plan_bytes=int(40_000_000 + (self._weights * bits / 8).sum()),
+                    mean_bits=float((self._weights * bits).sum() / self._weights.sum()),
+                    status=status,  # type: ignore[arg-type]
+                    rungs=tuple(
+                        RungResult(step=step, loss=last + 0.4 * math.exp(-step / 4), train_loss=last) for step in steps
+                    ),
+                    reason={"failed": "TrainingDiverged: loss is nan", "stopped": "stopped by ASHA"}.get(status),
+                    seconds=seconds,
+                    times=(ends[slot] - seconds, *(ends[slot] - 1.0 for _ in steps), ends[slot]),
+                )
+            )
+        return trials
+
+    def _records(self, num_blocks: int) -> dict[str, Any]:
+        return {
+            "prepare": lambda: PrepareRecord(
+                **STAGE, model_path="/models/base", converted=False, num_rows={"train": 48}
+            ),
+            "prune": lambda: self._prune(num_blocks),
+            "bank": lambda: BankRecord(**STAGE, files={}, bytes=1, residual_ratio={}),
+            "sensitivity": self._sensitivity,
+            "search": self._search,
+            "finetune": self._finetune,
+            "evaluate": self._evaluate,
+        }
+
+    def _prune(self, num_blocks: int) -> Record:
+        kept = self._random.integers(600, 1500, num_blocks)
+        return PruneRecord(
+            **STAGE,
+            importance="fisher",
+            selection="global",
+            compensation="least_squares",
+            target="target 20.00% of all parameters",
+            target_rate=0.2,
+            achieved_rate=0.2005,
+            parameters_before=134_515_008,
+            parameters_after=107_545_344,
+            bytes_before=278_800_000,
+            bytes_after=223_400_000,
+            peak_memory_bytes=400_000_000,
+            memory_counter="rise of resident memory",
+            dropped_blocks=(),
+            layers=tuple(
+                LayerWidths(
+                    layer=block,
+                    kept_kv_groups=(0, 1),
+                    kept_mlp_channels=tuple(range(channels)),
+                    base_kv_groups=3,
+                    base_mlp_channels=1536,
+                    heads_per_group=3,
+                    base_parameters=3_539_000,
+                    kept_parameters=int(884_000 * 2 / 3 + 2_655_000 * channels / 1536),
+                )
+                for block, channels in enumerate(kept.tolist())
+            ),
+        )
+
+    def _sensitivity(self) -> Record:
+        def method(noise: float, unit: str) -> MethodScores:
+            values = self._gains * self._random.lognormal(0, noise, len(self.groups))
+            rises = {4: tuple(values.tolist()), 8: tuple((values / 50).tolist())}
+            return MethodScores(unit=unit, source="one group at a time", values=rises, seconds=12.5, details={})
+
+        methods = {
+            "mutual_information": method(1.5, "nats"),
+            "first_order": method(0.6, "nats"),
+            "kl": method(0.3, "nats"),
+        }
+        return SensitivityRecord(**STAGE, groups=tuple(self.groups), methods=methods)
+
+    def _search(self) -> Record:
+        statuses = [trial.status for trial in self.trials]
+        finished = [trial for trial in self.trials if trial.status == "finished" and trial.plan_bytes <= BUDGET]
+        best = min(finished, key=lambda trial: trial.rungs[-1].loss)
+        finalists = [*self.trials[:3], best]
+        return SearchRecord(
+            **STAGE,
+            trials_digest=TRIALS,
+            searcher="gp",
+            metric="loss",
+            budget_bytes=BUDGET,
+            num_trials=len(self.trials),
+            num_finished=statuses.count("finished"),
+            num_stopped=statuses.count("stopped"),
+            num_failed=statuses.count("failed"),
+            num_taken_over=0,
+            ended=f"all {len(self.trials)} trials were spent (`search.max_trials`)",
+            search_seconds=1800.0,
+            gpu_seconds=0.0,
+            confirmations=tuple(
+                Confirmation(
+                    index=each.index,
+                    origin=each.origin,
+                    control=each.origin != "gp",
+                    taken_over=False,
+                    loss=each.rungs[-1].loss - 0.1,
+                    stderr=0.05,
+                )
+                for each in finalists
+            ),
+            best_index=best.index,
+            best_origin=best.origin,
+            best_plan=best.plan,
+            best_control=1,
+            control_won=False,
+            front=(),
+            resumed=3,
+        )
+
+    def _finetune(self) -> Record:
+        best = self._search().best_plan  # type: ignore[attr-defined]
+        levels = {BASE: 16, PRUNED: 16, "uniform 4-bit": 4, "uniform 8-bit": 8}
+        rows = []
+        for name in (*levels, BEST_SEED, RANDOM, SEARCHED):
+            plan = dict.fromkeys(self.groups, levels[name]) if name in levels else best
+            if name in (BEST_SEED, RANDOM):
+                plan = dict(zip(best, self._random.permutation(list(best.values())).tolist(), strict=True))
+            for seed in range(1 if name in levels else 3):
+                loss = 3.9 + self._random.normal(0, 0.02) + {4: 0.3, 8: 0.1}.get(levels.get(name, 0), 0.0)
+                rows.append(
+                    CandidateRecord(
+                        digest=f"{len(rows):016d}",
+                        seconds=40.0,
+                        name=name,
+                        origin={SEARCHED: "gp, trial 57", BEST_SEED: "seed-kl at the winner's bytes"}.get(
+                            name, "uniform"
+                        ),
+                        seed=seed,
+                        plan=plan,
+                        plan_bytes=92_000_000,
+                        measured_bytes={BASE: 278_800_000, PRUNED: 223_400_000}.get(name, 92_000_000),
+                        mean_bits=float(np.mean(list(plan.values()))),
+                        num_parameters=134_515_008 if name == BASE else 107_545_344,
+                        steps=40,
+                        train_loss=loss - 0.2,
+                        validation_loss=loss,
+                        confirmation_loss=loss - 0.05,
+                        peak_memory_bytes=1_070_000_000,
+                        memory_counter="rise of resident memory",
+                    )
+                )
+        return FinetuneRecord(**STAGE, winner=SEARCHED, candidates=tuple(rows))
+
+    def _evaluate(self) -> Record:
+        shares = {BASE: 0.77, PRUNED: 0.71, "uniform 4-bit": 0.66}
+        tuned = [(row.name, row.seed) for row in self._finetune().candidates]  # type: ignore[attr-defined]
+        rows = [
+            RowScores(
+                digest="0",
+                name=name,
+                seed=seed,
+                scores=tuple(self._score(task, count, shares.get(name, 0.69)) for task, count in self._tasks.items()),
+            )
+            for name, seed in [(BASE, None), (PRUNED, None), *tuned]
+        ]
+        return EvalRecord(**STAGE, rows=tuple(rows))
+
+    def _score(self, task: str, count: int, share: float) -> TaskScore:
+        correct = self._random.random(count) < share
+        value = float(correct.mean())
+        return TaskScore(
+            task=task,
+            metric="acc",
+            value=value,
+            stderr=math.sqrt(value * (1 - value) / (count - 1)) if count > 1 else math.nan,
+            num_questions=count,
+            correct=tuple(correct.astype(float).tolist()),
+            answer_loss=tuple(self._random.gamma(2.0, 1.0, count).tolist()),
+        )

@@ -1,0 +1,353 @@
+"""The page: self-contained, small, escaped, and there for runs that are not whole; in a real browser under `slow`."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections import Counter
+from collections.abc import Iterator
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import pytest
+from click.testing import CliRunner
+from made_run import STAGES, MadeRun
+
+from qpruner.cli import main
+from qpruner.records import StageState
+from qpruner.report.charts import charts
+from qpruner.report.files import write_report
+from qpruner.report.snapshot import read_snapshot
+from qpruner.report.summary import summary_of, summary_schema, summary_text
+from qpruner.rundir import RunDir
+
+ROOT = Path(__file__).resolve().parents[2]
+MAX_BYTES = 2 * 1024**2
+HOSTILE = "</script><script>document.title='owned'</script><img src=x onerror=\"document.title='owned'\"> & `| `"
+VOID = {"meta", "input", "br", "img", "link", "hr"}
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+
+
+class Outline(HTMLParser):
+    """Elements that are open, attributes that point somewhere, and the text outside scripts and styles."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.tags: Counter[str] = Counter()
+        self.ids: Counter[str] = Counter()
+        self.targets: list[tuple[str, str, str]] = []
+        self.text = ""
+        self._open: list[str] = []
+        self.feed(page)
+        self.close()
+        assert not self._open, f"never closed: {self._open}"
+
+    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        self.tags[tag] += 1
+        for name, value in attributes:
+            if name == "id":
+                self.ids[value or ""] += 1
+            if name in ("src", "href", "action", "srcset", "data", "poster", "aria-labelledby") or name.startswith(
+                "on"
+            ):
+                self.targets.append((tag, name, value or ""))
+        if tag not in VOID:
+            self._open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self._open and self._open[-1] == tag, f"</{tag}> closes <{self._open[-1:]}>"
+        self._open.pop()
+
+    def handle_data(self, data: str) -> None:
+        if not self._open or self._open[-1] not in ("script", "style"):
+            self.text += data
+
+
+@pytest.fixture(scope="module")
+def long_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a finished run of 200 trials, its report written."""
+    root = tmp_path_factory.mktemp("long") / "run"
+    MadeRun(root)
+    write_report(RunDir(root))
+    return root
+
+
+def page_of(root: Path) -> str:
+    return (root / "report.html").read_text(encoding="utf-8")
+
+
+def words(text: str) -> str:
+    return re.sub(r"\s+", " ", text)
+
+
+def test_the_page_of_200_trials_is_one_small_file_that_loads_nothing(long_run: Path) -> None:
+    page = page_of(long_run)
+    assert len(page.encode()) < MAX_BYTES
+    outline = Outline(page)
+    assert max(outline.ids.values()) == 1
+    for tag, name, value in outline.targets:
+        if name == "aria-labelledby" or value.startswith("#"):
+            assert value.removeprefix("#") in outline.ids, f"{tag} {name}={value} leads nowhere"
+        else:
+            raise AssertionError(f"{tag} loads {name}={value}")
+    assert "link" not in outline.tags
+    style = page[page.index("<style>") : page.index("</style>")]
+    assert "url(" not in style and "@import" not in style
+    assert "default-src 'none'" in page
+
+
+def test_the_page_answers_first_and_leaves_nothing_out(long_run: Path) -> None:
+    outline = Outline(page_of(long_run))
+    text = words(outline.text)
+    results = json.loads((long_run / "results.json").read_text())
+    assert text.index("The answer") < text.index("Quality by task") < text.index("The search")
+    assert results["claim"].splitlines()[0] in text
+    assert "92.0 MB" in text and "times smaller than the base model's 278.8 MB" in text
+    assert outline.tags["tr"] > 200
+    for each in ("qpruner run my.yaml --set search.max_trials=200", "2.13.0", "AMD EPYC, 2 cores", "rank: 4"):
+        assert each in text
+    plots = {"task-1", "task-2", "winner", "pareto", "progress", "rungs", "timeline", "kept"}
+    assert set(re.findall(r'<figure data-plot="([^"]+)"', page_of(long_run))) == plots
+
+
+def test_every_trial_is_in_the_plots_and_the_best_one_is_marked(long_run: Path) -> None:
+    run = read_snapshot(RunDir(long_run, create=False))
+    specs = {chart.name: chart.spec for chart in charts(run)}
+    points = specs["pareto"]["data"]["values"]
+    assert len(points) == sum(1 for trial in run.trials if trial.rungs) == 199
+    assert [point["trial"] for point in points if point["best"]] == [run.results.search.best_index]  # type: ignore[union-attr]
+    kinds = Counter(point["kind"] for point in points)
+    assert kinds["control"] == 3 and kinds["stopped early"] == sum(trial.status == "stopped" for trial in run.trials)
+    bars = specs["timeline"]["data"]["values"]
+    assert len(bars) == 200
+    by_slot: dict[int, list[tuple[float, float]]] = {}
+    for bar in bars:
+        by_slot.setdefault(bar["slot"], []).append((bar["start"], bar["end"]))
+    assert len(by_slot) == 8
+    assert all(
+        one[1] <= other[0] for spans in by_slot.values() for one, other in zip(spans, sorted(spans)[1:], strict=False)
+    )
+
+
+def test_the_report_for_github_has_a_picture_of_every_plot(long_run: Path) -> None:
+    text = (long_run / "report.md").read_text()
+    pictures = re.findall(r"!\[[^]]*\]\((pictures/[^)]+)\)", text)
+    assert len(pictures) == 8
+    for picture in pictures:
+        assert (long_run / picture).read_bytes().startswith(b"\x89PNG")
+
+
+def test_results_follow_the_published_schema(long_run: Path) -> None:
+    written = (ROOT / "docs" / "results.schema.json").read_text()
+    assert written == summary_schema(), "run: qpruner schema --results > docs/results.schema.json"
+    results = json.loads((long_run / "results.json").read_text(), parse_constant=lambda name: pytest.fail(name))
+    jsonschema.validate(results, json.loads(written))
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.validate(results | {"claim": 3}, json.loads(written))
+
+
+def test_the_standard_error_of_one_question_is_null(tmp_path: Path) -> None:
+    made = MadeRun(tmp_path / "run", num_trials=4, num_blocks=2, questions=1)
+    text = summary_text(summary_of(read_snapshot(made.run)))
+    assert "NaN" not in text
+    jsonschema.validate(json.loads(text), json.loads(summary_schema()))
+    write_report(made.run)
+    assert "nan" not in Outline(page_of(tmp_path / "run")).text.split("Configuration")[0].split()
+
+
+def test_text_from_configurations_and_names_stays_text(tmp_path: Path) -> None:
+    root = tmp_path / "run"
+    made = MadeRun(root, num_trials=4, num_blocks=2, model=HOSTILE, task=HOSTILE)
+    write_report(made.run)
+    outline = Outline(page_of(root))
+    assert outline.tags["img"] == 0
+    assert not [target for target in outline.targets if target[1].startswith("on")]
+    plain = MadeRun(tmp_path / "plain", num_trials=4, num_blocks=2)
+    write_report(plain.run)
+    assert outline.tags["script"] == Outline(page_of(tmp_path / "plain")).tags["script"]
+    assert HOSTILE in outline.text
+    table = [line for line in (root / "report.md").read_text().splitlines() if line.startswith("| ")]
+    assert not any("<script" in line for line in table)
+
+
+@pytest.mark.parametrize("until", ["prepare", "prune", "bank", "sensitivity", "search", "finetune"])
+def test_a_run_that_failed_after_any_stage_has_a_page_that_says_where_and_why(tmp_path: Path, until: str) -> None:
+    root = tmp_path / "run"
+    stage = STAGES[STAGES.index(until) + 1]
+    begun = {stage: StageState(state="running", started=0.0)}
+    made = MadeRun(
+        root, num_trials=6, num_blocks=2, until=until, outcome="failed", error="no space left for /runs", stages=begun
+    )
+    told = CliRunner().invoke(main, ["report", str(root), "--json"])
+    assert told.exit_code == 0, told.output
+    assert json.loads(told.output.splitlines()[-1])["page"] == str(root / "report.html")
+    text = words(Outline(page_of(root)).text)
+    assert f"Failed in stage {stage}: no space left for /runs" in text
+    assert "How sure" not in text
+    assert ("Best so far" in text) == bool(made.trials)
+    assert f"Failed in stage {stage}" in (root / "report.md").read_text()
+    jsonschema.validate(json.loads((root / "results.json").read_text()), json.loads(summary_schema()))
+
+
+def test_records_of_an_older_configuration_are_not_shown(tmp_path: Path) -> None:
+    """The folder has every record, but the latest command came as far as pruning with another one."""
+    root = tmp_path / "run"
+    made = MadeRun(root, num_trials=4, num_blocks=2)
+    stages = {name: made.state.stages[name] for name in ("prepare", "prune")}
+    made.run.write_state(made.state.model_copy(update={"stages": stages, "search": None, "outcome": "interrupted"}))
+    write_report(made.run)
+    text = words(Outline(page_of(root)).text)
+    assert "Interrupted" in text and "223.4 MB" in text
+    assert "92.0 MB" not in text and "Trials" not in text
+
+
+def test_a_folder_that_is_no_run_is_refused(tmp_path: Path) -> None:
+    told = CliRunner().invoke(main, ["report", str(tmp_path)])
+    assert told.exit_code == 2
+    assert "holds no run" in told.output
+    assert not list(tmp_path.iterdir())
+
+
+# In a browser
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    if CHROMIUM is None:
+        pytest.skip("there is no Chromium; on Debian: apt-get install chromium")
+    with playwright.sync_playwright() as started:
+        opened = started.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield opened
+        opened.close()
+
+
+@pytest.fixture
+def opened(browser: Any) -> Iterator[Any]:
+    """Opens a page offline and waits until every plot is drawn; whatever the console or the network is asked fails."""
+    contexts, complaints = [], []
+
+    def open_page(path: Path, **options: Any) -> Any:
+        context = browser.new_context(offline=True, **options)
+        contexts.append(context)
+        page = context.new_page()
+        page.on("console", lambda message: complaints.append(f"{message.type}: {message.text}"))
+        page.on("pageerror", lambda error: complaints.append(f"{error}"))
+        page.on("request", lambda request: request.url.startswith("file:") or complaints.append(request.url))
+        page.goto(path.as_uri())
+        page.wait_for_function(
+            "document.querySelectorAll('figure[data-plot]').length === document.querySelectorAll('[data-drawn]').length"
+        )
+        return page
+
+    yield open_page
+    for context in contexts:
+        context.close()
+    assert not complaints
+
+
+@pytest.mark.slow
+def test_every_plot_is_drawn_as_a_picture_with_a_description(opened: Any, long_run: Path) -> None:
+    page = opened(long_run / "report.html")
+    figures = page.locator("figure[data-plot]")
+    assert figures.count() == 8
+    for number in range(8):
+        picture = figures.nth(number).locator("svg")
+        assert picture.bounding_box()["height"] > 100
+        assert picture.get_attribute("aria-label") or figures.nth(number).locator("[aria-label]").count()
+    # 199 scored trials, each a mark that tells its plan when pointed at.
+    marks = page.locator('figure[data-plot="pareto"] path[aria-roledescription="point"]')
+    assert marks.count() >= 199
+    marks.nth(3).hover(force=True)
+    page.wait_for_selector("#vg-tooltip-element.visible")
+    assert re.search(r"plan\s*[48]{60}", page.locator("#vg-tooltip-element").inner_text())
+
+
+@pytest.mark.slow
+def test_the_table_of_trials_sorts_and_filters_by_keyboard(opened: Any, long_run: Path) -> None:
+    page = opened(long_run / "report.html")
+
+    def column(number: int) -> list[str]:
+        cells = page.locator(f"#trials-table tbody tr:not([hidden]) td:nth-child({number})")
+        return list(cells.all_inner_texts())
+
+    score = page.locator("#trials-table th button", has_text="score")
+    score.focus()
+    page.keyboard.press("Enter")
+    scores = [float(text) for text in column(6) if text]
+    assert len(scores) == 199 and scores == sorted(scores)
+    assert column(6)[-1] == "", "a trial without a score comes last"
+    page.keyboard.press("Enter")
+    assert [float(text) for text in column(6) if text] == sorted(scores, reverse=True)
+    assert column(6)[-1] == ""
+    assert page.locator("#trials-table th", has_text="score").get_attribute("aria-sort") == "descending"
+    page.locator("#trials-table th button", has_text="from").click()
+    assert column(2) == sorted(column(2))
+    page.get_by_label("Status").select_option("stopped")
+    stopped = column(3)
+    assert stopped and set(stopped) == {"stopped early"}
+    assert page.locator("#trials-shown").inner_text() == f"{len(stopped)} of 200 trials"
+    page.get_by_label("Status").select_option("")
+    page.get_by_label("Words").fill("seed kl")
+    assert column(2) == ["seed-kl"]
+
+
+@pytest.mark.slow
+def test_hostile_names_do_nothing_in_a_browser(opened: Any, tmp_path: Path) -> None:
+    made = MadeRun(tmp_path / "run", num_trials=6, num_blocks=2, model=HOSTILE, task=HOSTILE)
+    write_report(made.run)
+    page = opened(tmp_path / "run" / "report.html")
+    assert page.title() == "qpruner: run"
+    assert page.locator("header code").inner_text().startswith("</script>")
+    assert page.locator('figure[data-plot="task-1"] h3').inner_text().startswith("</script>")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("width", [390, 1280])
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_nothing_is_wider_than_the_window_and_text_is_readable(
+    opened: Any, long_run: Path, scheme: str, width: int
+) -> None:
+    page = opened(long_run / "report.html", color_scheme=scheme, viewport={"width": width, "height": 900})
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    pairs = [("--text", "--page"), ("--text", "--panel"), ("--muted", "--page"), ("--muted", "--panel")]
+    pairs += [("--link", "--page"), *[(f"--on-bits-{bits}", f"--bits-{bits}") for bits in (4, 8, 16)]]
+    for text, ground in pairs:
+        assert contrast(*(variable(page, name) for name in (text, ground))) >= 4.5 - 0.2 * ("8" in text), (text, ground)
+    drawn = page.locator('figure[data-plot="kept"] .role-axis text').first
+    assert drawn.evaluate("element => getComputedStyle(element).fill") == rgb(variable(page, "--text"))
+
+
+@pytest.mark.slow
+def test_print_shows_every_trial_in_light_colours(opened: Any, long_run: Path, tmp_path: Path) -> None:
+    page = opened(long_run / "report.html", color_scheme="dark")
+    page.emulate_media(media="print", color_scheme="dark")
+    page.evaluate("dispatchEvent(new Event('beforeprint'))")
+    assert variable(page, "--page") == "#ffffff"
+    assert page.locator("nav").is_hidden()
+    assert page.locator("details:not([open])").count() == 0
+    pdf = page.pdf(format="A4", path=tmp_path / "page.pdf")
+    assert pdf.startswith(b"%PDF") and pdf.count(b"/Type /Page\n") > 5
+
+
+def variable(page: Any, name: str) -> str:
+    return str(page.evaluate(f"getComputedStyle(document.documentElement).getPropertyValue('{name}').trim()"))
+
+
+def rgb(color: str) -> str:
+    return f"rgb({', '.join(str(int(color[at : at + 2], 16)) for at in (1, 3, 5))})"
+
+
+def contrast(one: str, other: str) -> float:
+    """WCAG 2's contrast ratio of two colours."""
+
+    def luminance(color: str) -> float:
+        channels = [int(color[at : at + 2], 16) / 255 for at in (1, 3, 5)]
+        red, green, blue = (each / 12.92 if each <= 0.04045 else ((each + 0.055) / 1.055) ** 2.4 for each in channels)
+        return 0.2126 * red + 0.7152 * green + 0.0722 * blue
+
+    dark, light = sorted((luminance(one), luminance(other)))
+    return (light + 0.05) / (dark + 0.05)
