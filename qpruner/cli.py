@@ -114,7 +114,7 @@ def prune(
     config: Path, overrides: tuple[str, ...], address: str | None, as_json: bool, quiet: bool, dry_run: bool
 ) -> None:
     if dry_run:
-        _guarded(as_json, lambda: _preview(config, overrides, quiet))
+        _guarded(as_json, lambda: _preview(config, overrides, address, quiet))
     else:
         _guarded(as_json, lambda: _run(config, overrides, address, "prune", as_json, quiet))
 
@@ -214,14 +214,14 @@ def _run(
     return {"status": "ok", "run": str(root.resolve()), **_figures(results)}
 
 
-def _preview(path: Path, overrides: tuple[str, ...], quiet: bool) -> dict[str, Any]:
+def _preview(path: Path, overrides: tuple[str, ...], address: str | None, quiet: bool) -> dict[str, Any]:
     config = load_config(path, list(overrides))
     _quiet_libraries()
     from qpruner.pipeline import preview
     from qpruner.terminal import Terminal
 
     with Terminal(quiet=quiet) as terminal:
-        record = preview(config, terminal.emit)
+        record = preview(config, terminal.emit, address)
     _print_layers(record, terminal)
     return {"status": "ok", "dry_run": True, "prune": record.model_dump(mode="json")}
 

@@ -59,6 +59,10 @@ class TrainingDiverged(QprunerError):
     """The training or validation loss became NaN or infinite."""
 
 
+class WorkerDied(QprunerError):
+    """Ray's workers died under one piece of work, again and again."""
+
+
 class CorruptFile(QprunerError):
     """A file the run folder vouches for cannot be read as what it should be.
 

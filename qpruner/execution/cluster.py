@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 import os
-import socket
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+import threading
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
-from qpruner.errors import UserError
+from qpruner.errors import UserError, WorkerDied
+from qpruner.execution.slots import Node, Slots
 
 # Set before Ray is imported: no usage report leaves the machine.
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -17,61 +19,10 @@ Result = TypeVar("Result")
 
 OBJECT_STORE_BYTES = 200 * 1024**2
 """Weights travel through the run folder, so Ray's shared memory stays small on a single machine."""
-
-
-@dataclass(frozen=True)
-class Node:
-    """One machine's CPU cores and GPUs."""
-
-    cpus: float
-    gpus: float
-
-    def fits(self, resources: Mapping[str, float]) -> int:
-        """Trials of such resources at once; several GPUs of one trial, or shares of one, lie on this machine."""
-        cpu, gpu = resources.get("cpu", 0.0), resources.get("gpu", 0.0)
-        by_cpu = int(self.cpus // cpu) if cpu else 10**6
-        if not gpu:
-            return by_cpu
-        by_gpu = int(self.gpus // gpu) if gpu >= 1 else int(self.gpus) * int(1 / gpu)
-        return min(by_cpu, by_gpu)
-
-
-@dataclass(frozen=True)
-class Slots:
-    """What the cluster can run at once."""
-
-    nodes: tuple[Node, ...]
-
-    @property
-    def cpus(self) -> float:
-        """CPU cores of all nodes."""
-        return sum(node.cpus for node in self.nodes)
-
-    @property
-    def gpus(self) -> float:
-        """GPUs of all nodes."""
-        return sum(node.gpus for node in self.nodes)
-
-    def resources_per_trial(self, asked: Mapping[str, float | None] | None) -> dict[str, float]:
-        """What one trial reserves: what was asked for, else a GPU where there is one, else a core."""
-        automatic = {"cpu": 1.0, "gpu": 1.0} if self.gpus >= 1 else {"cpu": 1.0}
-        given = {name: amount for name, amount in (asked or {}).items() if amount is not None}
-        return {name: amount for name, amount in (automatic | given).items() if amount > 0}
-
-    def concurrent(self, resources: dict[str, float], limit: int | None) -> int:
-        """Trials that fit at once, at most `limit`.
-
-        Raises:
-            UserError: If not even one fits.
-        """
-        fits = sum(node.fits(resources) for node in self.nodes)
-        if fits < 1:
-            has = ", ".join(f"{node.cpus:g} CPUs and {node.gpus:g} GPUs" for node in self.nodes)
-            raise UserError(
-                f"`search.resources_per_trial` asks for {resources} on one machine, but the cluster's have {has}: ask "
-                "for less"
-            )
-        return min(fits, limit) if limit else fits
+MAX_DEATHS = 3
+"""Workers that may die under one piece of work before that is an error."""
+ANSWER_SECONDS = 15.0
+"""A head node answers within this time; asked itself, Ray tries for 80 to 200 seconds (measured, Ray 2.60)."""
 
 
 def local_slots() -> Slots:
@@ -82,14 +33,17 @@ def local_slots() -> Slots:
 
 
 def connect(address: str | None) -> Slots:
-    """Join the cluster at `address`, or start Ray on this machine, on loopback; returns its slots."""
+    """Join the cluster at `address`, or start Ray on this machine, on loopback; returns its slots.
+
+    Raises:
+        UserError: If no cluster answers there, or it is not one that this process can join.
+    """
     import ray
 
     environment = {"env_vars": {"TQDM_DISABLE": "1", "TOKENIZERS_PARALLELISM": "false"}}
     if not ray.is_initialized():
         if address:
-            _check_reachable(address)
-            ray.init(address=address, log_to_driver=False, logging_level="ERROR", runtime_env=environment)
+            _join(address, environment)
         else:
             ray.init(
                 address="local",
@@ -104,18 +58,53 @@ def connect(address: str | None) -> Slots:
     return Slots(tuple(Node(float(has.get("CPU", 0.0)), float(has.get("GPU", 0.0))) for has in alive))
 
 
-def _check_reachable(address: str, seconds: float = 5.0) -> None:
-    """Refuse an address that nothing listens at; Ray itself would try for minutes."""
-    host, separator, port = address.removeprefix("ray://").rpartition(":")
-    if not separator:  # `auto` and `local` are Ray's own words
-        return
-    try:
-        socket.create_connection((host, int(port)), timeout=seconds).close()
-    except (OSError, ValueError) as error:
+def _join(address: str, environment: dict[str, Any]) -> None:
+    import ray
+
+    if address.startswith("ray://"):
         raise UserError(
-            f"--address {address}: no Ray cluster answers there ({error}); start one with `ray start --head` or "
-            "`ray up`, or leave --address out"
+            f"--address {address}: a search is driven from inside the cluster, not through a Ray client; run it on the "
+            "head node with `--address auto`, or submit it with `ray job submit`"
+        )
+    try:
+        _check_answers(address)
+        ray.init(address=address, log_to_driver=False, logging_level="ERROR", runtime_env=environment)
+    except (ConnectionError, ValueError) as error:
+        raise UserError(
+            f"--address {address}: no Ray cluster answers there ({first_line(error)}); start one with `ray start "
+            "--head` or `ray up`, or leave --address out"
         ) from error
+    except RuntimeError as error:
+        if "ersion mismatch" not in str(error):
+            raise
+        raise UserError(f"--address {address}: this is another Ray or Python than the cluster's: {error}") from error
+
+
+def _check_answers(address: str) -> None:
+    """Ask the cluster's control store who it is.
+
+    Raises:
+        ConnectionError: If nothing answers in time, or no Ray head node.
+    """
+    from ray._private.services import canonicalize_bootstrap_address_or_die
+    from ray._raylet import GcsClient  # type: ignore[attr-defined]
+
+    found: list[Any] = []
+
+    def ask() -> None:
+        try:
+            found.append(GcsClient(address=canonicalize_bootstrap_address_or_die(address)))
+        except Exception as error:
+            found.append(error)
+
+    # Ray's own client has no time limit; a thread that still waits for it does not keep the process.
+    asking = threading.Thread(target=ask, daemon=True)
+    asking.start()
+    asking.join(ANSWER_SECONDS)
+    if not found:
+        raise ConnectionError(f"no answer in {ANSWER_SECONDS:g} s")
+    if isinstance(found[0], Exception):
+        raise ConnectionError(first_line(found[0])) from found[0]
 
 
 def disconnect() -> None:
@@ -135,6 +124,8 @@ def run_tasks(
 ) -> Iterator[tuple[int, Result]]:
     """Run `function(job)` for every job in worker processes.
 
+    A job whose worker or node dies is run again elsewhere.
+
     Args:
         function: A module-level function.
         jobs: Its arguments.
@@ -145,9 +136,12 @@ def run_tasks(
 
     Yields:
         Position of the job and its result, as they finish. An error of a job is raised as it was.
+
+    Raises:
+        WorkerDied: If a job's workers die again and again.
     """
     import ray
-    from ray.exceptions import RayTaskError
+    from ray.exceptions import NodeDiedError, ObjectLostError, OutOfMemoryError, RayTaskError, WorkerCrashedError
 
     remote = ray.remote(
         num_cpus=resources.get("cpu", 1.0),
@@ -155,17 +149,39 @@ def run_tasks(
         max_calls=1 if fresh else 0,
         max_retries=0,
     )(function)
-    waiting = list(enumerate(jobs))
+    waiting = deque(enumerate(jobs))
     running: dict[Any, int] = {}
+    deaths: Counter[int] = Counter()
     while waiting or running:
         while waiting and len(running) < max_concurrent:
-            position, job = waiting.pop(0)
+            position, job = waiting.popleft()
             running[remote.remote(job)] = position
         done, _ = ray.wait(list(running), num_returns=1, timeout=1.0)
         on_tick()
         for reference in done:
             position = running.pop(reference)
             try:
-                yield position, ray.get(reference)
+                result = ray.get(reference)
             except RayTaskError as error:
                 raise error.cause from error
+            except (WorkerCrashedError, NodeDiedError, OutOfMemoryError, ObjectLostError) as error:
+                deaths[position] += 1
+                if deaths[position] == MAX_DEATHS:
+                    raise died_too_often(error) from error
+                logging.getLogger(__name__).warning("a worker died, its job is run again: %s", first_line(error))
+                waiting.append((position, jobs[position]))
+            else:
+                yield position, result
+
+
+def died_too_often(error: Exception) -> WorkerDied:
+    """What is told when the last of `MAX_DEATHS` workers has died."""
+    return WorkerDied(
+        f"{MAX_DEATHS} workers died under the same piece of work, the last one: {first_line(error)}\n  remedy: the "
+        "usual cause is too little memory on the node; see Ray's log there, then repeat the command"
+    )
+
+
+def first_line(error: Exception) -> str:
+    """The first line of an error's text; Ray's go on for a screen."""
+    return str(error).strip().partition("\n")[0]

@@ -21,17 +21,22 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Base:
-    """Where the base model is, and whether its weights had to be converted."""
+    """Where the base model is, and whether its files were written there for this run."""
 
     path: str
     converted: bool
 
 
-def prepare_base(model: ModelConfig, folder: Path) -> Base:
+def prepare_base(model: ModelConfig, folder: Path, is_shared: bool = False) -> Base:
     """Make the base model a local safetensors folder.
 
     A local folder is used as it is, a hub model is the hub's own cached snapshot, a .gguf file is dequantized into
     `folder` (reading one takes 15 to 25 s, so it is done once a run).
+
+    Args:
+        model: Where it comes from.
+        folder: Where its files go if it has to be written.
+        is_shared: Write a hub model to `folder` too: other machines do not see this one's cache.
     """
     source = check_source(model)
     if Path(source).is_dir():
@@ -49,7 +54,9 @@ def prepare_base(model: ModelConfig, folder: Path) -> Base:
         "*.txt",
         *(["*.py"] if model.trust_remote_code else []),
     ]
-    return Base(snapshot_download(source, revision=model.revision, allow_patterns=patterns), converted=False)
+    place = folder if is_shared else None
+    path = snapshot_download(source, revision=model.revision, allow_patterns=patterns, local_dir=place)
+    return Base(path, converted=is_shared)
 
 
 def save_checkpoint(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:

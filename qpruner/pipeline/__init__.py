@@ -12,7 +12,7 @@ from qpruner import preflight
 from qpruner.config import RunConfig, SearchConfig
 from qpruner.errors import UserError
 from qpruner.events import Emit, Event, Message
-from qpruner.execution.cluster import Slots, local_slots
+from qpruner.execution.slots import Slots
 from qpruner.pipeline.bank import bank
 from qpruner.pipeline.compress import prepare, sensitivity
 from qpruner.pipeline.context import Context
@@ -88,7 +88,7 @@ def _stages(context: Context, until: str) -> Results:
         if last >= STAGES.index("search"):
             for warning in inspection.warnings:
                 emit(Message("search", f"warning: {warning}"))
-            check_search(config.search, context.slots if context.address else local_slots())
+            check_search(config.search, context.known_slots)
         prepared = prepare(context)
         pruned = prune(context, prepared) if last >= 1 else None
         banked = bank(context, pruned) if pruned and last >= 2 else None
@@ -110,16 +110,21 @@ def _stages(context: Context, until: str) -> Results:
         context.close()
 
 
-def preview(config: RunConfig, emit: Emit) -> PruneRecord:
+def preview(config: RunConfig, emit: Emit, address: str | None = None) -> PruneRecord:
     """What the prune stage would leave, with nothing written.
 
     Args:
         config: The configuration.
         emit: Told of every event.
+        address: A running Ray cluster to join; None cuts in this process.
 
     Raises:
         UserError: When the input cannot work.
     """
     inspection = preflight.inspect(config)
-    with explained("prune"):
-        return preview_prune(Context(config, RunDir(Path(config.output), create=False), emit, None, inspection))
+    context = Context(config, RunDir(Path(config.output), create=False), emit, address, inspection)
+    try:
+        with explained("prune"):
+            return preview_prune(context)
+    finally:
+        context.close()

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qpruner.errors import CorruptFile, StageError
-from qpruner.events import Message, Progress
+from qpruner.events import Emit, Message, Progress
+from qpruner.execution.workshop import Bench
 from qpruner.pipeline.context import Context
 from qpruner.pipeline.stage import Stage, explained, run_stage
 from qpruner.plan import FULL_BITS, check_cpu_widths
@@ -38,9 +39,7 @@ def bank(context: Context, pruned: PruneRecord) -> BankRecord:
     _forget_damaged_bank(context, stage)
 
     def work(scratch: Path) -> dict[str, Any]:
-        import torch
-
-        if 4 in levels and not torch.cuda.is_available():
+        if 4 in levels and not context.trial_resources().get("gpu"):
             check_cpu_widths([linear for group in context.layout.groups for linear in group.linears])
         files = _taken_over(context.bank, scratch, inputs, levels)
         jobs = _group_jobs(context, scratch, levels, set(files))
@@ -156,17 +155,23 @@ def _check_room(context: Context, scratch: Path, jobs: list[GroupJob]) -> None:
 
 
 def _built(context: Context, jobs: list[GroupJob]) -> Iterator[tuple[GroupJob, dict[str, tuple[str, float]]]]:
-    """Build the groups, on the cluster's workers where that is worth starting them."""
-    from qpruner.quantization.bank import build_group
-
-    num_weights = sum(group.num_weights for group in context.layout.groups)
-    if num_weights < FEW_WEIGHTS and not context.address:
+    """Build the groups: on the cluster's workers where that is worth starting them and the workshop leaves any free."""
+    is_small = sum(group.num_weights for group in context.layout.groups) < FEW_WEIGHTS and not context.address
+    resources, concurrent = ({}, 0) if is_small else context.task_resources(len(jobs))
+    if not concurrent:
         for job in jobs:
-            yield job, build_group(job)
+            yield job, context.workshop.do(build_here, job, context.emit)
         return
     from qpruner.execution.cluster import run_tasks
+    from qpruner.quantization.bank import build_group
 
-    resources, concurrent = context.task_resources(len(jobs))
     jobs = [replace(job, threads=int(resources.get("cpu", 1))) for job in jobs]
     for position, built in run_tasks(build_group, jobs, resources, concurrent, fresh=False):
         yield jobs[position], built
+
+
+def build_here(job: GroupJob, bench: Bench, emit: Emit) -> dict[str, tuple[str, float]]:
+    """A group beside the pruned model, which stays for the sensitivities."""
+    from qpruner.quantization.bank import build_group
+
+    return build_group(job)

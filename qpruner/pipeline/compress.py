@@ -6,21 +6,23 @@ import random
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qpruner.config import DataSource
-from qpruner.events import Message, Progress
+from qpruner.config import DataSource, ModelConfig, RunConfig
+from qpruner.events import Emit, Message, Progress
+from qpruner.execution.workshop import Bench
 from qpruner.pipeline.context import Context
 from qpruner.pipeline.stage import Stage, run_stage
 from qpruner.records import BankRecord, MethodScores, PrepareRecord, PruneRecord, SensitivityRecord, digest_of
 from qpruner.rundir import file_digest, read_json, write_json
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from qpruner.data import Example
+    from qpruner.models.checkpoint import Base
     from qpruner.sensitivity.measurement import Measurement
     from qpruner.sensitivity.methods import Subject
 
@@ -32,9 +34,8 @@ def prepare(context: Context) -> PrepareRecord:
     stage = Stage("prepare", f"base model {config.model.source}, encoding the data", inputs)
 
     def work(scratch: Path) -> dict[str, Any]:
-        from qpruner.models.checkpoint import prepare_base
-
-        base = prepare_base(config.model, scratch / "model")
+        job = BaseJob(config.model, scratch / "model", is_shared=bool(context.address))
+        base = context.workshop.do(bring_base, job, context.emit)
         counts = _encode_splits(context, base.path, scratch / "data")
         # The scratch folder is about to get the stage's name.
         path = context.run_dir.stage("prepare") / "model" if base.converted else base.path
@@ -44,6 +45,28 @@ def prepare(context: Context) -> PrepareRecord:
         return ", ".join(f"{count} {name}" for name, count in record.num_rows.items()) + " rows"
 
     return run_stage(context.run_dir, stage, PrepareRecord, work, figures, context.emit)
+
+
+@dataclass(frozen=True)
+class BaseJob:
+    """Where the base model is to be.
+
+    Attributes:
+        model: The configuration's section.
+        folder: Where its files go if it is none yet.
+        is_shared: Other machines read it too, and see the run folder, but not each other's caches of the hub.
+    """
+
+    model: ModelConfig
+    folder: Path
+    is_shared: bool
+
+
+def bring_base(job: BaseJob, bench: Bench, emit: Emit) -> Base:
+    """The base model as a folder."""
+    from qpruner.models.checkpoint import prepare_base
+
+    return prepare_base(job.model, job.folder, job.is_shared)
 
 
 def sensitivity(context: Context, pruned: PruneRecord, banked: BankRecord) -> SensitivityRecord:
@@ -77,7 +100,8 @@ def sensitivity(context: Context, pruned: PruneRecord, banked: BankRecord) -> Se
         return f"{len(record.groups)} groups at {config.quantize.bits[0]} bits: {ranges or 'no method'}"
 
     record = run_stage(context.run_dir, stage, SensitivityRecord, work, figures, context.emit)
-    context.drop_pruned_model()
+    # Its memory is needed before the trials start.
+    context.workshop.close()
     return record
 
 
@@ -101,50 +125,92 @@ def _scored(context: Context, missing: set[str]) -> Iterator[tuple[str, MethodSc
         bank=context.bank,
         scaling=config.lora.alpha / config.lora.rank,
     )
-
-    def progress(methods: Sequence[str]) -> Callable[[int, int], None]:
-        return lambda done, total: context.emit(Progress("sensitivity", done, total, ", ".join(methods)))
-
-    if missing.intersection(scoring.INFORMATION):
-        settings, batch_size, told = config.sensitivity, config.evaluate.batch_size, progress(scoring.INFORMATION)
-        model = context.pruned_model()
-        yield from scoring.by_information(model, subject, settings, batch_size, config.seed, told).items()
-    if missing.intersection(scoring.EXPANSION):
-        batch_size, told = config.calibration.batch_size, progress(scoring.EXPANSION)
-        yield from scoring.by_expansion(context.pruned_model(), subject, batch_size, told).items()
+    job = ScoringJob(config, context.checkpoint, subject)
+    for methods, score in ((scoring.INFORMATION, score_information), (scoring.EXPANSION, score_expansion)):
+        if missing.intersection(methods):
+            yield from context.workshop.do(score, job, context.emit).items()
     if missing.intersection(scoring.MEASUREMENT):
         started = time.monotonic()
-        found = _measured(context, subject, progress(scoring.MEASUREMENT))
+        found = _measured(context, job)
         yield from scoring.by_measurement(found, subject.levels, time.monotonic() - started).items()
 
 
-def _measured(context: Context, subject: Subject, progress: Callable[[int, int], None]) -> Measurement:
-    """KL and loss of every group, the samples shared among the cluster's slots where there are several."""
-    from qpruner.execution.cluster import local_slots, run_tasks
-    from qpruner.sensitivity.measurement import Measurement, measure
-    from qpruner.sensitivity.methods import MeasurementJob, measure_share
+@dataclass(frozen=True)
+class ScoringJob:
+    """What a sensitivity needs, wherever the pruned model is.
 
+    Attributes:
+        config: The run's configuration.
+        checkpoint: Folder of the pruned model.
+        subject: What is scored, and on what.
+    """
+
+    config: RunConfig
+    checkpoint: Path
+    subject: Subject
+
+    def model(self, bench: Bench) -> PreTrainedModel:
+        return bench.pruned_model(self.checkpoint, self.config.model.dtype)
+
+
+def score_information(job: ScoringJob, bench: Bench, emit: Emit) -> dict[str, MethodScores]:
+    from qpruner.sensitivity import methods as scoring
+
+    config, told = job.config, _teller(emit, scoring.INFORMATION)
+    batch_size = config.evaluate.batch_size
+    return scoring.by_information(job.model(bench), job.subject, config.sensitivity, batch_size, config.seed, told)
+
+
+def score_expansion(job: ScoringJob, bench: Bench, emit: Emit) -> dict[str, MethodScores]:
+    from qpruner.sensitivity import methods as scoring
+
+    told = _teller(emit, scoring.EXPANSION)
+    return scoring.by_expansion(job.model(bench), job.subject, job.config.calibration.batch_size, told)
+
+
+def measure_all(job: ScoringJob, bench: Bench, emit: Emit) -> Measurement:
+    """KL and loss of every group, on every sample."""
+    from qpruner.sensitivity import methods as scoring
+    from qpruner.sensitivity.measurement import measure
+
+    model = job.model(bench)
+    samples = job.subject.samples(job.config.evaluate.batch_size, job.config.sensitivity.num_measured_samples)
+    return measure(model, samples.by_length, job.subject.starts(model), _teller(emit, scoring.MEASUREMENT))
+
+
+def _teller(emit: Emit, methods: Sequence[str]) -> Callable[[int, int], None]:
+    return lambda done, total: emit(Progress("sensitivity", done, total, ", ".join(methods)))
+
+
+def _measured(context: Context, job: ScoringJob) -> Measurement:
+    """KL and loss of every group, the samples shared among the slots where there are several."""
+    from qpruner.execution.cluster import run_tasks
+    from qpruner.sensitivity.measurement import Measurement
+    from qpruner.sensitivity.methods import MEASUREMENT, MeasurementJob, measure_share
+
+    slots = context.known_slots
+    alone = slots.fits(context.trial_resources()) == 1 if context.address else slots.gpus <= 1
+    if alone:
+        return context.workshop.do(measure_all, job, context.emit)
+    # Every slot loads the model, the one that held it too.
+    context.workshop.close()
     batch_size = context.config.evaluate.batch_size
-    samples = subject.samples(batch_size, context.config.sensitivity.num_measured_samples).by_length
-    if not context.address and local_slots().gpus <= 1:
-        model = context.pruned_model()
-        return measure(model, samples, subject.starts(model), progress)
-    context.drop_pruned_model()
+    samples = job.subject.samples(batch_size, context.config.sensitivity.num_measured_samples).by_length
     resources, num_shares = context.task_resources(len(samples.rows))
     jobs = [
         MeasurementJob(
             checkpoint=context.checkpoint,
             dtype=context.config.model.dtype,
-            subject=replace(subject, rows=samples.rows[share::num_shares]),
+            subject=replace(job.subject, rows=samples.rows[share::num_shares]),
             batch_size=batch_size,
             threads=int(resources.get("cpu", 1)),
         )
         for share in range(num_shares)
     ]
-    parts: dict[int, Measurement] = {}
+    told, parts = _teller(context.emit, MEASUREMENT), dict[int, Measurement]()
     for position, part in run_tasks(measure_share, jobs, resources, num_shares, fresh=False):
         parts[position] = part
-        progress(len(parts), num_shares)
+        told(len(parts), num_shares)
     return Measurement.joined([parts[position] for position in sorted(parts)])
 
 
@@ -162,31 +228,34 @@ def _encode_splits(context: Context, model_path: str, folder: Path) -> dict[str,
     }
     if settings.packing:
         splits["train"] = pack(splits["train"], settings.max_length)
-    splits["importance"] = importance_samples(context, tokenizer)
+    vocabulary = context.inspection.model_config.vocab_size
+    splits["importance"] = importance_samples(config, examples["calibration"], vocabulary, tokenizer)
     # Importance is the whole text's loss, as in LLM-Pruner; sensitivity looks where an answer is predicted.
-    sensitivity = _shuffled_calibration(context)[: config.calibration.num_sensitivity_samples]
+    sensitivity = _shuffled(examples["calibration"], config.seed)[: config.calibration.num_sensitivity_samples]
     splits["sensitivity"] = encode(sensitivity, tokenizer, settings.max_length, settings.template)
     for name, rows in splits.items():
         save_encoded(rows, folder / name)
     return {name: len(rows) for name, rows in splits.items()}
 
 
-def importance_samples(context: Context, tokenizer: PreTrainedTokenizerBase) -> list[dict[str, list[int]]]:
+def importance_samples(
+    config: RunConfig, examples: Sequence[Example], vocabulary: int, tokenizer: PreTrainedTokenizerBase
+) -> list[dict[str, list[int]]]:
     """What importance is measured on: given token ids, packed windows, or the first rows of a shuffle."""
     from qpruner.data import encode, load_token_ids, windows
 
-    settings, template = context.config.calibration, context.config.data.template
+    settings, template = config.calibration, config.data.template
     if settings.token_ids:
-        return load_token_ids(Path(settings.token_ids), context.inspection.model_config.vocab_size)
-    rows = _shuffled_calibration(context)
+        return load_token_ids(Path(settings.token_ids), vocabulary)
+    rows = _shuffled(examples, config.seed)
     if settings.packing:
         return windows(rows, tokenizer, settings.num_samples, settings.max_length, template)
     return encode(rows[: settings.num_samples], tokenizer, settings.max_length, template, response_only=False)
 
 
-def _shuffled_calibration(context: Context) -> list[Example]:
-    rows = list(context.inspection.examples["calibration"])
-    random.Random(context.config.seed).shuffle(rows)
+def _shuffled(examples: Sequence[Example], seed: int) -> list[Example]:
+    rows = list(examples)
+    random.Random(seed).shuffle(rows)
     return rows
 
 

@@ -1,18 +1,18 @@
-"""What every stage of a run shares: configuration, folders, the pruned model, the cluster."""
+"""What every stage of a run shares: configuration, folders, the workshop, the cluster."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 from qpruner import preflight
 from qpruner.config import RunConfig
 from qpruner.errors import UserError
 from qpruner.events import Emit
-from qpruner.execution.cluster import Slots, connect, disconnect
-from qpruner.memory import release
+from qpruner.execution.cluster import connect, disconnect, local_slots
+from qpruner.execution.slots import Slots
+from qpruner.execution.workshop import Here, OnCluster, Workshop
 from qpruner.models.loading import checkpoint_config
 from qpruner.plan import Layout, PlanSpace, PrecisionPlan
 from qpruner.plan_file import read_plan
@@ -37,7 +37,6 @@ class Context:
     emit: Emit
     address: str | None
     inspection: preflight.Inspection
-    _model: Any = field(default=None, repr=False)
     _connected: bool = False
 
     @property
@@ -104,34 +103,39 @@ class Context:
         self._connected = True
         return connect(self.address)
 
-    def keep_pruned_model(self, model: Any) -> None:
-        """Hand the cut model to the next stages, so that it is not loaded again."""
-        self._model = model
+    @property
+    def known_slots(self) -> Slots:
+        """The slots, without starting Ray where it may not be needed."""
+        return self.slots if self.address else local_slots()
 
-    def pruned_model(self) -> Any:
-        """The pruned model on this process's device; loaded if an earlier session cut it."""
-        if self._model is None:
-            from qpruner.models.loading import load_dense
+    @cached_property
+    def workshop(self) -> Workshop:
+        """Where the work on one model is done: on the cluster that was given, so that its head needs no GPU."""
+        return OnCluster(self._workshop_resources()) if self.address else Here()
 
-            self._model = load_dense(str(self.checkpoint), self.config.model.dtype)
-        return self._model
-
-    def drop_pruned_model(self) -> None:
-        """Free its memory before the trials start."""
-        self._model = None
-        release()
+    def _workshop_resources(self) -> dict[str, float]:
+        """One machine's GPU, all of them where the dense model is spread; every core where trials run on CPUs."""
+        trial, largest = self.trial_resources(), self.slots.largest
+        self.slots.concurrent(trial, None)
+        if not trial.get("gpu"):
+            return {"cpu": float(int(largest.cpus))}
+        spread = self.config.model.device_map == "auto"
+        return trial | {"gpu": largest.gpus if spread else max(1.0, trial["gpu"])}
 
     def trial_resources(self) -> dict[str, float]:
         """What Ray reserves for one trial."""
         asked = self.config.search.resources_per_trial
-        return self.slots.resources_per_trial(asked.model_dump() if asked else None)
+        return self.known_slots.resources_per_trial(asked.model_dump() if asked else None)
 
     def task_resources(self, num_tasks: int) -> tuple[dict[str, float], int]:
-        """Resources of one of several equal tasks, and how many run at once; a lone task gets every core."""
+        """Resources of one of several equal tasks, and how many run at once beside what the workshop holds: none where
+        it holds the only slot. On CPUs the tasks share the cores."""
         resources = self.trial_resources()
-        concurrent = min(self.slots.concurrent(resources, None), num_tasks)
-        if not resources.get("gpu"):
-            resources = {"cpu": float(max(1, int(self.slots.cpus // concurrent)))}
+        self.slots.concurrent(resources, None)
+        slots = self.slots.less(self.workshop.holds) if self.workshop.holds else self.slots
+        concurrent = min(slots.fits(resources), num_tasks)
+        if concurrent and not resources.get("gpu"):
+            resources = {"cpu": slots.cores_each(concurrent)}
         return resources, concurrent
 
     def close(self) -> None:

@@ -9,11 +9,14 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from qpruner.candidates import Candidate, CandidateJob, FinetuneOutcome, evaluate_candidate, finetune_candidate
-from qpruner.events import Message, Progress
+from qpruner.config import RunConfig
+from qpruner.events import Emit, Message, Progress
+from qpruner.execution.workshop import Bench
 from qpruner.pipeline.context import Context
 from qpruner.pipeline.rows import Row, candidate_of, table_rows, untuned_candidates
 from qpruner.pipeline.stage import Stage, run_stage
@@ -49,7 +52,9 @@ def finetune(context: Context, searched: SearchRecord, measured: SensitivityReco
     def work(scratch: Path) -> dict[str, Any]:
         finetuned = _finetune_jobs(context, jobs)
         # The first training seed is the run's own.
-        _write_final(context, next(job for row, job in jobs if row.name == SEARCHED), scratch)
+        winner = next(job for row, job in jobs if row.name == SEARCHED)
+        context.workshop.do(write_final, FinalJob(context.config, winner, scratch / "final"), context.emit)
+        context.workshop.close()
         return {"winner": SEARCHED, "candidates": finetuned}
 
     def figures(record: FinetuneRecord) -> str:
@@ -175,19 +180,32 @@ def _layout_of(context: Context, job: Candidate) -> Layout:
     return layout_for(context.config, context.inspection.model_config)
 
 
-def _write_final(context: Context, winner: Candidate, scratch: Path) -> None:
+@dataclass(frozen=True)
+class FinalJob:
+    """What the final folder is made of.
+
+    Attributes:
+        config: The run's configuration.
+        winner: The fine-tuned row.
+        folder: Where it goes.
+    """
+
+    config: RunConfig
+    winner: Candidate
+    folder: Path
+
+
+def write_final(job: FinalJob, bench: Bench, emit: Emit) -> None:
     """The final folder: packed weights, adapter and tokenizer, loadable by transformers after `import qpruner.hf`."""
     from qpruner.models.checkpoint import save_checkpoint
     from qpruner.models.loading import load_tokenizer
     from qpruner.quantization.assembly import assemble
 
-    quantize = context.config.quantize
-    model, _ = assemble(
-        winner.checkpoint, winner.bank, quantize.group, winner.plan, context.config.model.dtype, quantize.double_quant
-    )
-    save_checkpoint(model, load_tokenizer(str(winner.checkpoint)), scratch / "final")
+    winner, quantize, dtype = job.winner, job.config.quantize, job.config.model.dtype
+    model, _ = assemble(winner.checkpoint, winner.bank, quantize.group, winner.plan, dtype, quantize.double_quant)
+    save_checkpoint(model, load_tokenizer(str(winner.checkpoint)), job.folder)
     for file in ("adapter_config.json", "adapter_model.safetensors"):
-        shutil.copy2(winner.adapter / file, scratch / "final" / file)
+        shutil.copy2(winner.adapter / file, job.folder / file)
 
 
 def _place_final(context: Context) -> None:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import copy
 import tempfile
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qpruner import preflight
-from qpruner.config import PruneConfig
-from qpruner.events import Message, Progress, StageStarted
+from qpruner.config import PruneConfig, RunConfig
+from qpruner.events import Emit, Message, Progress, StageStarted
+from qpruner.execution.workshop import Bench
 from qpruner.models.layout import num_layers
 from qpruner.models.structure import ATTENTION, EXPERT, MLP, family_of
 from qpruner.pipeline.compress import importance_samples
@@ -22,6 +24,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from qpruner.calibration import Rows
+    from qpruner.data import Example
     from qpruner.pruning.prune import Pruned
 
 
@@ -30,19 +33,8 @@ def prune(context: Context, prepared: PrepareRecord) -> PruneRecord:
     config, settings = context.config, context.config.prune
 
     def work(scratch: Path) -> dict[str, Any]:
-        from qpruner.data import load_encoded
-        from qpruner.models.checkpoint import save_checkpoint
-        from qpruner.models.loading import load_dense, load_tokenizer
-        from qpruner.report.importance_map import load_importance, save_importance, write_pictures
-
-        tokenizer = load_tokenizer(prepared.model_path)
-        model = load_dense(prepared.model_path, config.model.dtype, config.model)
-        pruned, fields = cut_model(context, model, tokenizer, load_encoded(context.data / "importance"))
-        save_checkpoint(pruned.model, tokenizer, scratch)
-        save_importance(scratch, pruned.scores, pruned.block_scores)
-        write_pictures(scratch, PruneRecord(digest="", seconds=0.0, **fields), load_importance(scratch))
-        context.keep_pruned_model(pruned.model)
-        return fields
+        job = CutJob(config, prepared.model_path, context.data / "importance", scratch)
+        return context.workshop.do(cut_and_save, job, context.emit)
 
     def figures(record: PruneRecord) -> str:
         return (
@@ -54,42 +46,94 @@ def prune(context: Context, prepared: PrepareRecord) -> PruneRecord:
     return run_stage(context.run_dir, stage, PruneRecord, work, figures, context.emit)
 
 
+@dataclass(frozen=True)
+class CutJob:
+    """What the cut needs, wherever it is made.
+
+    Attributes:
+        config: The run's configuration.
+        model_path: Folder of the base model.
+        rows: Folder of the encoded importance samples.
+        scratch: Folder for the pruned checkpoint.
+    """
+
+    config: RunConfig
+    model_path: str
+    rows: Path
+    scratch: Path
+
+
+def cut_and_save(job: CutJob, bench: Bench, emit: Emit) -> dict[str, Any]:
+    """Cut the base model, write it and leave it on the bench; returns the record's fields."""
+    from qpruner.data import load_encoded
+    from qpruner.models.checkpoint import save_checkpoint
+    from qpruner.models.loading import load_dense, load_tokenizer
+    from qpruner.report.importance_map import load_importance, save_importance, write_pictures
+
+    tokenizer = load_tokenizer(job.model_path)
+    model = load_dense(job.model_path, job.config.model.dtype, job.config.model)
+    pruned, fields = cut_model(job.config, model, tokenizer, load_encoded(job.rows), emit)
+    save_checkpoint(pruned.model, tokenizer, job.scratch)
+    save_importance(job.scratch, pruned.scores, pruned.block_scores)
+    write_pictures(job.scratch, PruneRecord(digest="", seconds=0.0, **fields), load_importance(job.scratch))
+    bench.keep(pruned.model)
+    return fields
+
+
 def preview_prune(context: Context) -> PruneRecord:
     """What `prune` would leave, with nothing written: the model is cut in memory and dropped."""
-    from qpruner.models.checkpoint import prepare_base
-    from qpruner.models.loading import load_dense, load_tokenizer
-
-    config = context.config
+    config, rows = context.config, context.inspection.examples["calibration"]
     context.emit(StageStarted("prune", f"{describe(config.prune)}; nothing is written"))
     started = time.monotonic()
-    with tempfile.TemporaryDirectory() as scratch:
-        base = prepare_base(config.model, Path(scratch))
-        tokenizer = load_tokenizer(base.path)
-        rows = importance_samples(context, tokenizer)
-        model = load_dense(base.path, config.model.dtype, config.model)
-        _, fields = cut_model(context, model, tokenizer, rows)
+    fields = context.workshop.do(cut_in_memory, PreviewJob(config, rows), context.emit)
     return PruneRecord(digest="", seconds=time.monotonic() - started, **fields)
 
 
+@dataclass(frozen=True)
+class PreviewJob:
+    """What a cut that is only looked at needs.
+
+    Attributes:
+        config: The run's configuration.
+        examples: Calibration rows.
+    """
+
+    config: RunConfig
+    examples: list[Example]
+
+
+def cut_in_memory(job: PreviewJob, bench: Bench, emit: Emit) -> dict[str, Any]:
+    """Cut the base model and drop it; returns the record's fields."""
+    from qpruner.models.checkpoint import prepare_base
+    from qpruner.models.loading import load_dense, load_tokenizer
+
+    config = job.config
+    with tempfile.TemporaryDirectory() as scratch:
+        base = prepare_base(config.model, Path(scratch))
+        tokenizer = load_tokenizer(base.path)
+        model = load_dense(base.path, config.model.dtype, config.model)
+        rows = importance_samples(config, job.examples, model.config.vocab_size, tokenizer)
+        _, fields = cut_model(config, model, tokenizer, rows, emit)
+    return fields
+
+
 def cut_model(
-    context: Context, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: Rows
+    config: RunConfig, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: Rows, emit: Emit
 ) -> tuple[Pruned, dict[str, Any]]:
     """Cut a loaded model; returns what was made and the fields of its record."""
     from qpruner.calibration import Samples
     from qpruner.memory import PeakMemory
     from qpruner.pruning.prune import prune as cut
 
-    config, settings = context.config, context.config.prune
+    settings = config.prune
     if preflight.is_pruned(model.config):
-        context.emit(Message("prune", "the model was pruned earlier: the cut is skipped"))
+        emit(Message("prune", "the model was pruned earlier: the cut is skipped"))
         settings = settings.model_copy(update={"rate": 0.0, "layer_rate": None})
     samples = Samples(rows, int(tokenizer.pad_token_id), config.calibration.batch_size)
     before = [block_parameters(model, index) for index in range(num_layers(model.config))]
     base = copy.deepcopy(model.config)
     memory = PeakMemory()
-    pruned = cut(
-        model, settings, samples, config.seed, lambda done, total: context.emit(Progress("prune", done, total))
-    )
+    pruned = cut(model, settings, samples, config.seed, lambda done, total: emit(Progress("prune", done, total)))
     removed = pruned.parameters_before - pruned.parameters_after
     element_bytes = preflight.DTYPE_BYTES[config.model.dtype]
     return pruned, {

@@ -1,0 +1,159 @@
+"""Where the work on one model is done: in this process, or in an actor on a node of the cluster.
+
+A stage names a function and plain data for it. The function runs where the model may lie, and what one piece of work
+leaves there is at hand for the next: the model that prune cut is not loaded again to be measured.
+"""
+
+from __future__ import annotations
+
+import queue
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+
+from qpruner.events import Emit, Event, Message
+from qpruner.execution.cluster import MAX_DEATHS, died_too_often, first_line
+from qpruner.memory import release
+from qpruner.models.loading import load_dense
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+Job = TypeVar("Job")
+Result = TypeVar("Result")
+
+
+class Bench:
+    """What work finds at hand: the pruned model, once it was cut or loaded here."""
+
+    def __init__(self) -> None:
+        self._pruned: PreTrainedModel | None = None
+
+    def keep(self, pruned: PreTrainedModel) -> None:
+        """Leave the pruned model to what comes next."""
+        self._pruned = pruned
+
+    def pruned_model(self, checkpoint: Path, dtype: str) -> PreTrainedModel:
+        """The pruned model on this process's device; loaded if an earlier session cut it."""
+        if self._pruned is None:
+            self._pruned = load_dense(str(checkpoint), dtype)
+        return self._pruned
+
+
+Work = Callable[[Job, Bench, Emit], Result]
+"""A module-level function of plain data, the bench, and whom to tell of events."""
+
+
+class Workshop(Protocol):
+    """The place where work is done."""
+
+    @property
+    def holds(self) -> Mapping[str, float]:
+        """Ray resources that are taken as long as it is open."""
+
+    def do(self, work: Work[Job, Result], job: Job, emit: Emit) -> Result:
+        """Run `work` there; its events and errors arrive as they are."""
+
+    def close(self) -> None:
+        """Give back memory and resources; the next work opens it again."""
+
+
+class Here:
+    """This process."""
+
+    holds: Mapping[str, float] = {}
+
+    def __init__(self) -> None:
+        self._bench = Bench()
+
+    def do(self, work: Work[Job, Result], job: Job, emit: Emit) -> Result:
+        return work(job, self._bench, emit)
+
+    def close(self) -> None:
+        self._bench = Bench()
+        release()
+
+
+class OnCluster:
+    """An actor on a node that has the resources; the driver holds no model.
+
+    Args:
+        resources: Ray resources of the actor.
+    """
+
+    def __init__(self, resources: Mapping[str, float]) -> None:
+        self._resources = resources
+        self._actor: Any = None
+
+    @property
+    def holds(self) -> Mapping[str, float]:
+        return self._resources if self._actor is not None else {}
+
+    def do(self, work: Work[Job, Result], job: Job, emit: Emit) -> Result:
+        from ray.exceptions import RayActorError
+
+        deaths = 0
+        while True:
+            try:
+                return self._try(work, job, emit)
+            except RayActorError as error:
+                self.close()
+                deaths += 1
+                if deaths == MAX_DEATHS:
+                    raise died_too_often(error) from error
+                emit(Message("cluster", f"a worker died, its work is begun again: {first_line(error)}"))
+
+    def _try(self, work: Work[Job, Result], job: Job, emit: Emit) -> Result:
+        import ray
+        from ray.exceptions import RayTaskError
+
+        if self._actor is None:
+            options = {"num_cpus": self._resources.get("cpu", 0.0), "num_gpus": self._resources.get("gpu", 0.0)}
+            self._actor = ray.remote(_Worker).options(**options).remote(int(self._resources.get("cpu", 1.0)))
+        for reference in self._actor.do.options(num_returns="streaming").remote(work, job):
+            try:
+                told = ray.get(reference)
+            except RayTaskError as error:
+                raise error.cause from error
+            if isinstance(told, _Done):
+                result: Result = told.result
+                return result
+            emit(told)
+        raise AssertionError("the last that a worker tells is its result")
+
+    def close(self) -> None:
+        if self._actor is not None:
+            import ray
+
+            ray.kill(self._actor)
+            self._actor = None
+
+
+@dataclass(frozen=True)
+class _Done:
+    result: Any
+
+
+class _Worker:
+    """The actor: work runs in one thread, so that its events leave as they happen."""
+
+    def __init__(self, threads: int) -> None:
+        self._bench = Bench()
+        self._thread = ThreadPoolExecutor(1, initializer=_limit_threads, initargs=(threads,))
+
+    def do(self, work: Work[Any, Any], job: Any) -> Iterator[Event | _Done]:
+        told: queue.SimpleQueue[Event | None] = queue.SimpleQueue()
+        outcome = self._thread.submit(work, job, self._bench, told.put)
+        outcome.add_done_callback(lambda _: told.put(None))
+        while (event := told.get()) is not None:
+            yield event
+        yield _Done(outcome.result())
+
+
+def _limit_threads(threads: int) -> None:
+    import torch
+
+    if not torch.cuda.is_available():
+        torch.set_num_threads(threads)

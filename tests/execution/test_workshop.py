@@ -1,0 +1,167 @@
+"""Work on the cluster is as work in this process: events at once, errors as they were, the model kept."""
+
+from __future__ import annotations
+
+import errno
+import gc
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import raw_config
+from raylets import cluster_of
+from transformers import PreTrainedModel
+
+from qpruner.config import validate_config
+from qpruner.errors import CorruptFile, StageError, UserError, WorkerDied
+from qpruner.events import Emit, Event, Message, Progress
+from qpruner.execution.cluster import connect, disconnect, run_tasks
+from qpruner.execution.workshop import Bench, Here, OnCluster, Workshop
+from qpruner.pipeline import run
+from qpruner.records import Results
+
+GPU = {"cpu": 1.0, "gpu": 1.0}
+
+
+@pytest.fixture(scope="module")
+def one_gpu() -> Iterator[str]:
+    """Address of a cluster with one GPU node."""
+    with cluster_of({"num_cpus": 1, "num_gpus": 1}) as cluster:
+        yield cluster.address
+
+
+@pytest.fixture(scope="module")
+def joined(one_gpu: str) -> Iterator[str]:
+    """The same, with this process as its driver."""
+    connect(one_gpu)
+    yield one_gpu
+    disconnect()
+
+
+@pytest.fixture(scope="module", params=["here", "cluster"])
+def workshop(request: pytest.FixtureRequest) -> Iterator[Workshop]:
+    place: Workshop = Here()
+    if request.param == "cluster":
+        request.getfixturevalue("joined")
+        place = OnCluster(GPU)
+    yield place
+    place.close()
+
+
+# Functions that a worker cannot import are sent whole when they are made inside another.
+
+
+def test_events_arrive_while_the_work_goes_on(workshop: Workshop, tmp_path: Path) -> None:
+    heard = tmp_path / "heard"
+
+    def work(job: int, bench: Bench, emit: Emit) -> int:
+        emit(Progress("prune", 1, 2))
+        while not heard.exists():
+            time.sleep(0.01)
+        return job + 1
+
+    assert workshop.do(work, 1, lambda event: heard.write_text(str(event))) == 2
+    assert "done=1" in heard.read_text()
+
+
+def test_errors_keep_their_type_and_all_they_say(workshop: Workshop) -> None:
+    def work(job: Exception, bench: Bench, emit: Emit) -> None:
+        raise job
+
+    for error in (
+        UserError("`model.source`: no such model"),
+        StageError("prune", "a disk is full", "make room"),
+        CorruptFile("a weight file is damaged", Path("/run/prune/model.safetensors")),
+        OSError(errno.ENOSPC, "No space left on device", "/run/prune"),
+    ):
+        with pytest.raises(type(error)) as caught:
+            workshop.do(work, error, lambda event: None)
+        assert str(caught.value) == str(error)
+        for attribute in ("path", "stage", "cause", "remedy", "errno", "filename"):
+            assert getattr(caught.value, attribute, None) == getattr(error, attribute, None)
+
+
+def test_what_lies_on_the_bench_is_there_for_the_next_work(workshop: Workshop) -> None:
+    def leave(job: Any, bench: Bench, emit: Emit) -> None:
+        bench.keep(job)
+
+    def look(job: None, bench: Bench, emit: Emit) -> Any:
+        return bench.pruned_model(Path("nothing is loaded from here"), "bfloat16")
+
+    workshop.do(leave, "a model", lambda event: None)
+    assert workshop.do(look, None, lambda event: None) == "a model"
+    workshop.close()
+    with pytest.raises(Exception, match="nothing is loaded from here"):
+        workshop.do(look, None, lambda event: None)
+
+
+def test_a_worker_that_is_killed_has_its_work_begun_again(joined: str, tmp_path: Path) -> None:
+    marks = tmp_path / "killed"
+    events: list[Event] = []
+
+    def work(job: int, bench: Bench, emit: Emit) -> int:
+        with marks.open("a") as file:
+            file.write("x")
+        if len(marks.read_text()) < job:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return len(marks.read_text())
+
+    place = OnCluster(GPU)
+    try:
+        assert place.do(work, 2, events.append) == 2
+        assert [event.text[:13] for event in events if isinstance(event, Message)] == ["a worker died"]
+        with pytest.raises(WorkerDied, match="3 workers died"):
+            place.do(work, 10**6, events.append)
+    finally:
+        place.close()
+
+
+def test_a_task_whose_worker_is_killed_is_run_again(joined: str, tmp_path: Path) -> None:
+    def task(job: Path) -> str:
+        if not job.exists():
+            job.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return job.name
+
+    jobs = [tmp_path / "a", tmp_path / "b"]
+    assert dict(run_tasks(task, jobs, GPU, 2, fresh=False)) == {0: "a", 1: "b"}
+
+
+def models() -> set[int]:
+    return {id(each) for each in gc.get_objects() if issubclass(type(each), PreTrainedModel)}
+
+
+def no_new_model() -> Callable[[Event], None]:
+    """Fails as soon as this process holds a model that it did not hold before."""
+    gc.collect()
+    before = models()
+
+    def check(event: Event) -> None:
+        assert models() <= before, f"the driver holds another model at {event}"
+
+    return check
+
+
+def same_figures(one: Results, other: Results) -> None:
+    assert one.prune and other.prune and one.bank and other.bank and one.sensitivity and other.sensitivity
+    assert one.prune.layers == other.prune.layers
+    assert one.bank.files == other.bank.files
+    measured, expected = (results.sensitivity.methods for results in (one, other) if results.sensitivity)
+    assert measured.keys() == expected.keys()
+    for name, method in measured.items():
+        for bits, values in method.values.items():
+            assert values == pytest.approx(expected[name].values[bits], rel=1e-4, abs=1e-6)
+
+
+def test_a_head_without_a_gpu_prunes_packs_and_measures_on_the_only_one(
+    one_gpu: str, tiny_model: Path, tmp_path: Path
+) -> None:
+    """The worker that cut the model holds the GPU while the bank is built, which is no reason to wait for ever."""
+    there = run(validate_config(raw_config(tiny_model, tmp_path / "there")), no_new_model(), one_gpu, "sensitivity")
+    same_figures(
+        there, run(validate_config(raw_config(tiny_model, tmp_path / "here")), lambda event: None, None, "sensitivity")
+    )
