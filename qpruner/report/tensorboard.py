@@ -130,14 +130,14 @@ def write_trial(folder: Path, search: SearchState, trial: TrialRecord) -> None:
 
 
 def _columns(search: SearchState, trial: TrialRecord) -> dict[str, str | float]:
-    """TensorBoard shows the first five at first, by name and with capitals before the rest."""
+    """TensorBoard shows the first five at first, in the order of ASCII, and cuts a trial's name off."""
     return {
+        "#": trial.index,
         "From": trial.origin,
         "MB": trial.plan_bytes / 1e6,
         "Mean bits": trial.mean_bits,
-        "Plan": bar(trial),
         "Status": trial.status,
-        "trial": trial.index,
+        "plan": bar(trial),
         "search": "this" if trial.search == search.search else "another",
         **{f"bits {group}": bits for group, bits in trial.plan.items()},
     }
@@ -169,8 +169,9 @@ def write_curves(folder: Path, search: SearchState, over: Sequence[TrialRecord],
     curve = [event_files.scalar(BEST, value, count, times[count - 1]) for count, value in points]
     event_files.write_events(folder / "search", [*begun, *curve])
     for control in (trial for trial in over if trial.is_control and trial.status == "finished"):
-        value = score(control.rungs[-1], search.metric)
-        line = [event_files.scalar(BEST, value, count, moment) for count, moment in enumerate(times, 1)]
+        value, moment = score(control.rungs[-1], search.metric), control.times[-1] if control.times else 0.0
+        # Two points: with more, TensorBoard takes the best trials for outliers and leaves them outside the chart.
+        line = [event_files.scalar(BEST, value, count, moment) for count in (1, search.max_trials)]
         event_files.write_events(folder / control_name(control), line)
 
 

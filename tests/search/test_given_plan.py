@@ -1,0 +1,86 @@
+"""`qpruner run CONFIG --plan FILE` as a user types it: a plan changed by hand becomes the model, without a search."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from conftest import raw_config, with_key
+
+
+def qpruner(*arguments: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "qpruner.cli", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=600)
+
+
+def search_of(run: Path) -> dict[str, Any]:
+    return dict(json.loads((run / "records" / "search.json").read_text()))
+
+
+@pytest.fixture(scope="module")
+def searched(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The configuration of a run whose search of uniform plans is over."""
+    folder = tmp_path_factory.mktemp("given")
+    raw = with_key(raw_config(tiny_model, folder / "run"), "sensitivity.methods", ["first_order"])
+    raw = with_key(with_key(raw, "search.max_trials", 2), "finetune.compare", False)
+    config = folder / "config.yaml"
+    config.write_text(yaml.safe_dump(raw))
+    done = qpruner("search", config)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return config
+
+
+def test_a_plan_changed_by_hand_is_one_more_trial_and_what_is_fine_tuned(searched: Path) -> None:
+    run = searched.parent / "run"
+    printed = yaml.safe_load(qpruner("plan", run, "--trial", 0).stdout)
+    changed = {**printed, "layers.0.qkv": 8, "layers.1.o": 8}
+    file = searched.parent / "plan.yaml"
+    file.write_text(yaml.safe_dump(changed))
+    done = qpruner("finetune", searched, "--plan", file, "--json")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert json.loads(done.stdout.splitlines()[-1])["best_plan"] == changed
+    record = search_of(run)
+    assert (record["num_trials"], record["best_origin"], record["ended"]) == (
+        1,
+        "given",
+        "a plan was given (`search.plan`)",
+    )
+    [tuned] = json.loads((run / "records" / "finetune.json").read_text())["candidates"]
+    assert tuned["plan"] == changed
+    listed = json.loads(qpruner("trials", run, "--json").stdout)["trials"]
+    assert [(row["from"], row["search"]) for row in listed] == [
+        ("uniform-4", "another"), ("seed-first-order", "another"), ("given", "this"),
+    ]  # fmt: skip
+
+
+def test_a_plan_that_a_search_has_tried_is_not_tried_again(searched: Path) -> None:
+    run = searched.parent / "run"
+    before = {path: path.read_bytes() for path in run.glob("trials/*/0001/trial.json")}
+    file = searched.parent / "tried.json"
+    file.write_text(qpruner("plan", run, "--trial", 1, "--json").stdout)
+    done = qpruner("search", searched, "--plan", file)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert (search_of(run)["num_trials"], search_of(run)["best_index"]) == (0, 1)
+    assert {path: path.read_bytes() for path in before} == before
+
+
+def test_a_plan_over_the_budget_is_refused_with_both_sizes(searched: Path) -> None:
+    plan = yaml.safe_load(qpruner("plan", searched.parent / "run", "--trial", 0).stdout)
+    file = searched.parent / "large.yaml"
+    file.write_text(yaml.safe_dump(dict.fromkeys(plan, 8)))
+    done = qpruner("search", searched, "--plan", file)
+    assert done.returncode == 2
+    assert "more than the budget of" in done.stderr and "quantize.budget" in done.stderr
+
+
+def test_check_refuses_a_plan_for_another_model(searched: Path) -> None:
+    file = searched.parent / "other.yaml"
+    file.write_text("layers.7.qkv: 4\n")
+    done = qpruner("check", searched, "--set", f"search.plan={file}")
+    assert done.returncode == 2
+    assert "`layers.7.qkv` is no group of this model" in done.stderr
