@@ -45,7 +45,7 @@ SHARES = {
     "sublayer": Hyperprior(0.1, 1.0),
     "size": Hyperprior(0.05, 1.0),
     "depth": Hyperprior(0.1, 1.0),
-    "group": Hyperprior(0.1, 1.0),
+    "group": Hyperprior(0.2, 1.0),
     "level": Hyperprior(0.001, 1.5),
     "methods": Hyperprior(0.1, 1.0),
     "sensitive": Hyperprior(0.1, 1.0),
@@ -61,8 +61,12 @@ OTHERS = {
 }
 """The other hyperparameters: variance of the interactions, and the share of groups over which they reach; variance of a
 repeat; decay of the rungs' correlation, for each rung apart; scale of the prior mean."""
+FREEDOM, NUM_STEPS = 1.0, 10
+"""Degrees of freedom of the groups' own effects, and steps of expectation maximization to find their scales."""
 AMPLITUDE = Hyperprior(1.2, 0.4)
 """Of the effects at a lower rung against the last."""
+OWN = ("group", "sensitive")
+"""Parts in which every group has an effect of its own."""
 
 
 class PlanModel:
@@ -71,12 +75,15 @@ class PlanModel:
     An effect is what a group's level adds to the score, against the highest level. Levels are ranked by `damage`, the
     quantization error's variance as 4^-bits, 1 at the lowest and 0 at the highest. The effects' covariance is a sum of
 
-    - `sublayer`: one effect shared by all groups of a kind (`layers.#.qkv`, names with their number left out);
     - `size`: proportional to the bytes that the lowest level saves;
-    - `depth`: of groups of a kind, similar in neighbouring blocks (where names have a number);
-    - `group`: every group on its own; `sensitive`: the same, with deviations as large as the sensitivities' mean;
+    - `sublayer`: one effect shared by all groups of a kind (`layers.#.qkv`, names with their number left out);
+    - `depth`: of groups of a kind, similar in neighbouring blocks, where names have a number;
+    - `group`: every group on its own, with a variance of its own for each kind; `sensitive`: the same, with deviations
+      as large as the sensitivities' mean; both with heavy tails, see `Posterior`;
     - `level`: every level between lowest and highest on its own;
     - `methods`: proportional to each sensitivity.
+
+    `sublayer`, `depth` and `group` grow with the root of a group's bytes, as a sum over independent weights does.
 
     Args:
         space: The plans.
@@ -98,7 +105,7 @@ class PlanModel:
         methods = [self._method_effects(prior) for prior in priors.values()]
         self._methods = [self._unit(effects) for effects in methods if bool(effects.abs().sum() > 0)]
         self.mean = self._unit(torch.stack(self._methods).mean(0)) if self._methods else self._size_effects
-        self.parts = {name: self._unit_covariance(part) for name, part in self._covariances().items()}
+        self.parts = self._covariances(sizes)
 
     def features(self, plans: Tensor) -> Tensor:
         """Level indices ``(n, groups)`` as centred indicators ``(n, effects)`` of the levels below the top."""
@@ -113,16 +120,19 @@ class PlanModel:
             agree += (left == level).to(torch.float64) @ (right == level).to(torch.float64).T
         return 1.0 - agree / self.num_groups
 
-    def _covariances(self) -> dict[str, Tensor]:
+    def _covariances(self, sizes: Tensor) -> dict[str, Tensor]:
         kinds = [re.sub(r"\d+", "#", name) for name in self.space.groups]
         depths = [re.search(r"\d+", name) for name in self.space.groups]
+        if len(set(kinds)) == self.num_groups:
+            kinds = [""] * self.num_groups
         same = torch.tensor([[a == b for b in kinds] for a in kinds], dtype=torch.float64)
+        scale = torch.outer(sizes.sqrt(), sizes.sqrt()) / sizes.mean()
         eye = torch.eye(self.num_groups, dtype=torch.float64)
-        by_group = {"sublayer": same, "group": eye}
-        if all(depths) and len(set(kinds)) < self.num_groups:
+        by_group = {"sublayer": same * scale}
+        if all(depths) and self.num_groups > 1:
             number = torch.tensor([float(found.group()) for found in depths if found], dtype=torch.float64)
             reach = max(1.0, float(number.max() - number.min()) / 5)
-            by_group["depth"] = same * torch.exp(-(number[:, None] - number).abs() / reach)
+            by_group["depth"] = same * scale * torch.exp(-(number[:, None] - number).abs() / reach)
         pattern = torch.outer(self._damage, self._damage)
         parts = {name: torch.kron(part, pattern) for name, part in by_group.items()}
         parts["size"] = torch.outer(self._size_effects, self._size_effects)
@@ -135,6 +145,11 @@ class PlanModel:
             parts["sensitive"] = (eye[:, None, :, None] * magnitude[:, :, None, None] * magnitude).reshape(
                 self.num_effects, -1
             )
+        parts = {name: self._unit_covariance(part) for name, part in parts.items()}
+        alone = self._unit_covariance(torch.kron(eye * scale, pattern))
+        for kind in dict.fromkeys(kinds):
+            of_kind = torch.tensor([other == kind for other in kinds]).repeat_interleave(self.num_levels - 1)
+            parts[f"group {kind}"] = alone * of_kind
         return parts
 
     def _spread(self, by_group: Tensor) -> Tensor:
@@ -214,7 +229,7 @@ class Posterior:
     def __init__(self, model: PlanModel, data: Data, pending: Tensor) -> None:
         self._model, num = model, len(data.scores)
         self._names = [*model.parts, *OTHERS]
-        beliefs = [SHARES.get(name) or OTHERS[name] for name in self._names]
+        beliefs = [SHARES.get(name.split()[0]) or OTHERS[name] for name in self._names]
         beliefs += [AMPLITUDE] * (int(data.ranks.max()) if num else 0)
         self._medians = torch.tensor([belief.median for belief in beliefs], dtype=torch.float64).log()
         self._spreads = torch.tensor([belief.spread for belief in beliefs], dtype=torch.float64)
@@ -222,8 +237,10 @@ class Posterior:
         # The rung with the most scores says where they are and how far they spread.
         widest = data.subset(data.ranks == data.ranks.mode().values) if num else data
         self._center = widest.scores.mean() if num else torch.zeros((), dtype=torch.float64)
+        self._parts = torch.stack(list(model.parts.values()))
         self.unit = self._score_unit(widest)
         self.hyper = self._fit()
+        self._parts = self._stretched()
         self._covariance = self._effect_covariance(self.hyper)
         self._plans = torch.cat([data.plans, pending])
         self._features = model.features(self._plans)
@@ -370,9 +387,37 @@ class Posterior:
         )
         return torch.tensor(found.x)
 
+    def _stretched(self) -> Tensor:
+        """The parts ``(parts, effects, effects)``, wider for groups whose own effect stands out.
+
+        A few groups matter far more than the rest (outlier channels, the last blocks), which normal effects of one
+        variance smooth away. So a group's own effect has Student's t, as a normal of unknown scale; the scales are
+        found by expectation maximization (Tipping 2001; of its weights: Lange et al. 1989).
+        """
+        data, levels = self._data, self._model.num_levels - 1
+        if len(data.scores) < 2:
+            return self._parts
+        own = torch.tensor([name.split()[0] in OWN for name in self._model.parts])
+        weights, features = self.hyper[: len(own)].exp(), self._model.features(data.plans)
+        mine, rest = (torch.einsum("c,cde->de", weights[which], self._parts[which]) for which in (own, ~own))
+        noise = torch.diag(data.variances / self.unit**2 + self._value("noise") + JITTER)
+        residual = (data.scores - self._center) / self.unit - self._prior_mean(self.hyper, data)
+        seen = features * self._rung_factor(self.hyper, data.ranks, torch.zeros(1, dtype=torch.long))
+        stretch = torch.ones_like(mine)
+        for _ in range(NUM_STEPS):
+            self._covariance = rest + mine * stretch
+            gram = self._between(data.plans, features, data.ranks, data.plans, features, data.ranks)
+            factor = torch.linalg.cholesky(gram + noise)
+            white = torch.linalg.solve_triangular(factor, seen @ (mine * stretch), upper=False)
+            mean = white.T @ torch.linalg.solve_triangular(factor, residual[:, None], upper=False)[:, 0]
+            square = mean**2 + (mine * stretch).diagonal() - (white**2).sum(0)
+            ratio = (square / mine.diagonal().clamp_min(1e-300)).reshape(-1, levels).mean(1)
+            scales = ((FREEDOM + ratio) / (FREEDOM + 1)).sqrt().repeat_interleave(levels)
+            stretch = torch.outer(scales, scales)
+        return torch.where(own[:, None, None], self._parts * stretch, self._parts)
+
     def _effect_covariance(self, hyper: Tensor) -> Tensor:
-        parts = torch.stack(list(self._model.parts.values()))
-        return torch.einsum("c,cde->de", hyper[: len(parts)].exp(), parts)
+        return torch.einsum("c,cde->de", hyper[: len(self._parts)].exp(), self._parts)
 
     def _effect_mean(self, hyper: Tensor) -> Tensor:
         return hyper[self._names.index("mean")].exp() * self._model.mean
