@@ -103,6 +103,20 @@ def test_blocks_beside_each_other_are_taken_to_be_alike() -> None:
     assert errors[0] < 0.6 * errors[1]
 
 
+def test_the_few_groups_that_matter_most_stand_out_of_fewer_trials_than_groups() -> None:
+    space, effects = space_of(blocks(60)), np.full(60, 0.002)
+    effects[[11, 40]] = 0.05
+    noise = 0.004 * np.random.default_rng(3).standard_normal(24)
+    observations = [
+        Observation(index, plan, 8, loss_of(plan, effects) + float(noise[index]))
+        for index, plan in enumerate(random_plans(space, 24))
+    ]
+    posterior = posterior_of(space, observations)
+    found = -posterior.effects(torch.zeros(0, 60, dtype=torch.float64))[0].diff(dim=1)[:, 0]
+    assert set(found.argsort(descending=True)[:2].tolist()) == {11, 40}
+    assert float(found[[11, 40]].min()) > 0.8 * 0.05
+
+
 def test_trials_that_were_stopped_early_inform_the_last_rung() -> None:
     """20 trials that ended at step 4 of 8, on another level and wider apart, and 4 that went on."""
     space, effects = space_of(blocks(14)), effects_of(14)
