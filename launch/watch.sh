@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Shows a cluster's machines and jobs (`ray status`, `ray list jobs`), or follows one job (`ray job logs --follow`).
+# Shows a cluster's machines and jobs (`ray status`, `ray list`), or follows one job (`ray job logs --follow`).
 # Usage: bash launch/watch.sh CLUSTER.yaml [JOB]
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/ray_commands.sh"
@@ -9,5 +9,5 @@ if [ $# -eq 2 ]; then
   run ray exec "$cluster" "ray job logs --follow $(printf '%q' "$2")"
 else
   # Against a head that is gone, `ray status` would wait for ever.
-  run ray exec "$cluster" "timeout 60 ray status && timeout 60 ray list jobs"
+  run ray exec "$cluster" "timeout 60 ray status && timeout 60 ray list nodes && timeout 60 ray list jobs"
 fi

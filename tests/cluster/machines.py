@@ -1,37 +1,35 @@
 """Machines on one machine: processes in their own network, process and mount namespaces, joined by a bridge.
 
-Every machine has its own address, loopback, process ids, /root, /tmp and /dev/shm; the rest of the file system is
-shared. The first one holds the bridge and stands for the user's laptop; the others run an sshd. All of it lives in the
-namespaces of child processes that die with this one, so that nothing outlasts a test, however it ends. Needs root.
+Every machine has its own name, address, loopback, process ids, /root, /tmp, /run and /dev/shm; the rest of the file
+system is shared. The first one holds the bridge and stands for the user's laptop; the others run an sshd. All of it
+lives in the namespaces of child processes that die with this one, so that nothing outlasts a test, however it ends.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
+import os
 import shlex
 import shutil
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TypeVar
 
 import psutil
+import pytest
+import yaml
+from conftest import raw_config, with_key
 
+ROOT = Path(__file__).resolve().parents[2]
 Found = TypeVar("Found")
 
-TOOLS = ("ip", "nsenter", "unshare", "setpriv", "mount", "ssh-keygen", "rsync", "/usr/sbin/sshd")
-UNSHARE = [
-    "setpriv",
-    "--pdeathsig",
-    "KILL",
-    "unshare",
-    "--mount",
-    "--net",
-    "--pid",
-    "--fork",
-    "--kill-child",
-    "--mount-proc",
-]
+TOOLS = ("ip", "hostname", "nsenter", "unshare", "setpriv", "mount", "ssh-keygen", "rsync", "/usr/sbin/sshd")
+PRIVATE = ["--mount", "--net", "--pid", "--uts", "--fork", "--mount-proc", "--kill-child"]
+UNSHARE = ["setpriv", "--pdeathsig", "KILL", "unshare", *PRIVATE]
 NETWORK = "10.77.0"
 
 SSHD_CONFIG = """\
@@ -47,9 +45,45 @@ Subsystem sftp internal-sftp
 """
 
 
-def missing_tools() -> list[str]:
-    """Tools that this machine lacks."""
-    return [tool for tool in TOOLS if not shutil.which(tool)]
+def skip_where_impossible(*tools: str) -> None:
+    """Skip the test that asks, and say why, where machines cannot be made or more tools are missing."""
+    if os.geteuid() != 0:
+        pytest.skip("namespaces need root")
+    if missing := [tool for tool in (*TOOLS, *tools) if not shutil.which(tool)]:
+        pytest.skip(f"this machine lacks {', '.join(missing)}")
+
+
+def link_environment(folder: Path) -> None:
+    """Make `folder/.venv` what `launch/setup.sh cluster` makes there, out of the environment that runs this test."""
+    venv = folder / ".venv"
+    venv.mkdir(parents=True)
+    for name in ("bin", "lib"):
+        (venv / name).symlink_to(Path(sys.prefix) / name)
+    shutil.copy(Path(sys.prefix) / "pyvenv.cfg", venv)
+    wanted = hashlib.sha256((ROOT / "pyproject.toml").read_bytes() + b"cluster ").hexdigest()
+    (venv / "qpruner-installed-cluster").write_text(wanted)
+
+
+def small_config(path: Path, model: Path, output: Path) -> Path:
+    """The tests' small search as a file: three trials, two at a time."""
+    raw = raw_config(model, output)
+    for key, value in {
+        "search.max_trials": 3,
+        "search.max_concurrent": 2,
+        "search.resources_per_trial": {"cpu": 1},
+        "sensitivity.methods": ["first_order"],
+        "finetune.compare": False,
+        "finetune.seeds": 1,
+    }.items():
+        raw = with_key(raw, key, value)
+    path.write_text(yaml.safe_dump(raw))
+    return path
+
+
+def trials_of(run: Path) -> list[str]:
+    """How each trial of a finished run ended."""
+    assert (run / "report.md").exists(), "the run came to its end"
+    return [json.loads(path.read_text())["status"] for path in run.glob("trials/*/*/trial.json")]
 
 
 class Machine:
@@ -63,7 +97,7 @@ class Machine:
         """Start it.
 
         Args:
-            folder: Where its private folders go.
+            folder: Where its private folders go; its name is the machine's.
             visible: Folders below /tmp or /root that it shares with the real machine.
             command: What its first process becomes; the machine ends with it.
         """
@@ -81,7 +115,7 @@ class Machine:
                     script.append(f"mount --bind {shlex.quote(str(path))} {shlex.quote(str(target))}")
         script += [f"mount --rbind {shlex.quote(str(own))} {mounted}" for mounted, own in private.items()]
         script += ["mount -t tmpfs tmpfs /dev/shm", "mount -t tmpfs tmpfs /run", "mkdir /run/sshd", "ip link set lo up"]
-        script += [f"exec {command}"]
+        script += [f"hostname {folder.name}", f"exec {command}"]
         self.log = folder / "log"
         with self.log.open("w") as log:
             self.holder = subprocess.Popen(
@@ -97,7 +131,7 @@ class Machine:
     ) -> subprocess.CompletedProcess[str]:
         """Run a command on it, with nothing but `environment`; stderr goes into stdout."""
         return subprocess.run(
-            ["nsenter", f"--target={self.first.pid}", "--mount", "--net", "--pid", f"--wd={folder}", *command],
+            ["nsenter", f"--target={self.first.pid}", "--mount", "--net", "--pid", "--uts", f"--wd={folder}", *command],
             env=dict(environment),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,

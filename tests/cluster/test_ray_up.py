@@ -7,11 +7,8 @@ cores for trials, so that what runs has run on the workers.
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
-import json
 import os
-import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -20,13 +17,10 @@ from pathlib import Path
 
 import psutil
 import pytest
-import yaml
-from conftest import raw_config, with_key
-from machines import Machines, missing_tools, wait_for
+from machines import ROOT, Machines, link_environment, skip_where_impossible, small_config, trials_of, wait_for
 
 pytestmark = pytest.mark.cluster
 
-ROOT = Path(__file__).resolve().parents[2]
 MINUTES = 60.0
 
 
@@ -54,27 +48,10 @@ class Cluster:
         return done.stdout
 
 
-def install(home: Path) -> None:
-    """What `launch/setup.sh cluster` would make in a home folder, out of the environment that runs this test."""
-    venv = home / "qpruner" / ".venv"
-    venv.mkdir(parents=True)
-    for name in ("bin", "lib"):
-        (venv / name).symlink_to(Path(sys.prefix) / name)
-    shutil.copy(Path(sys.prefix) / "pyvenv.cfg", venv)
-    wanted = hashlib.sha256((ROOT / "pyproject.toml").read_bytes() + b"cluster ").hexdigest()
-    (venv / "qpruner-installed-cluster").write_text(wanted)
-    (home / ".profile").write_text(
-        f"export PATH={sys.prefix}/bin:$PATH PYTHONPATH=/root/qpruner HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false\n"
-    )
-
-
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     """Machines that nothing has been started on."""
-    if os.geteuid() != 0:
-        pytest.skip("namespaces need root")
-    if missing := missing_tools():
-        pytest.skip(f"needs {', '.join(missing)} (Debian: apt-get install iproute2 openssh-server rsync)")
+    skip_where_impossible()
     if importlib.util.find_spec("aiohttp_cors") is None:
         pytest.skip("needs Ray's job server: pip install 'qpruner[cluster]'")
     folder = tmp_path_factory.mktemp("cluster")
@@ -84,7 +61,10 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     machines = Machines(folder / "machines", visible, num_hosts=3)
     try:
         for host in machines.hosts:
-            install(host.home)
+            link_environment(host.home / "qpruner")
+            (host.home / ".profile").write_text(
+                f"export PATH={sys.prefix}/bin:$PATH PYTHONPATH=/root/qpruner HF_HUB_OFFLINE=1\n"
+            )
         text = (ROOT / "launch" / "cluster_onprem.yaml").read_text()
         head, *workers = machines.addresses
         for placeholder, value in {
@@ -103,38 +83,15 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
         machines.end()
 
 
-def written_config(folder: Path, model: Path, output: Path) -> Path:
-    """The tests' small search, three trials, two at a time."""
-    raw = raw_config(model, output)
-    for key, value in {
-        "search.max_trials": 3,
-        "search.max_concurrent": 2,
-        "search.resources_per_trial": {"cpu": 1},
-        "sensitivity.methods": ["first_order"],
-        "finetune.compare": False,
-        "finetune.seeds": 1,
-    }.items():
-        raw = with_key(raw, key, value)
-    path = folder / "small.yaml"
-    path.write_text(yaml.safe_dump(raw))
-    return path
-
-
-def trials_of(run: Path) -> list[str]:
-    """How each trial of a finished run ended."""
-    assert (run / "report.md").exists()
-    return [json.loads(path.read_text())["status"] for path in run.glob("trials/*/*/trial.json")]
-
-
 def test_up_submit_watch_fetch_down(cluster: Cluster, tiny_model: Path, tmp_path: Path) -> None:
-    before = set(Path("/tmp").glob("ray*"))
+    before = kept_by_ray_up()
     file, head = str(cluster.file), cluster.machines.addresses[0]
     told = cluster.script("up.sh", file, seconds=5 * MINUTES)
     assert "what it names answers" in told
-    wait_for(lambda: watched(cluster).count(" node_") == 3 or None, "three nodes", seconds=2 * MINUTES)
+    wait_for(lambda: watched(cluster).count("ALIVE") == 3, "three nodes", seconds=2 * MINUTES)
     refuses_callers_without_the_token(cluster, head)
 
-    config = written_config(tmp_path, tiny_model, cluster.shared / "attached")
+    config = small_config(tmp_path / "small.yaml", tiny_model, cluster.shared / "attached")
     told = cluster.script("submit.sh", "--attached", file, str(config), seconds=15 * MINUTES)
     assert "== qpruner run tune_configs/small.yaml --address auto" in told
     assert len(trials_of(cluster.shared / "attached")) == 3
@@ -154,7 +111,12 @@ def test_up_submit_watch_fetch_down(cluster: Cluster, tiny_model: Path, tmp_path
     wait_for(lambda: not any(host.processes() for host in hosts), "the end of all Ray processes", seconds=MINUTES)
     cluster.machines.end()
     assert not any(psutil.pid_exists(machine.first.pid) for machine in [*hosts, cluster.machines.laptop])
-    assert set(Path("/tmp").glob("ray*")) == before, "what Ray keeps in /tmp was the machines' own"
+    assert kept_by_ray_up() == before, "what Ray's launcher keeps in /tmp was the laptop's own"
+
+
+def kept_by_ray_up() -> set[Path]:
+    """What the launcher leaves on the machine that calls it."""
+    return {path for pattern in ("ray-config-*", "ray_ssh_*", "ray/cluster-*") for path in Path("/tmp").glob(pattern)}
 
 
 def watched(cluster: Cluster) -> str:

@@ -1,0 +1,112 @@
+"""launch/slurm.sbatch as it stands, under a real SLURM of two nodes made of namespaces.
+
+What stands in for the real thing: the nodes' eight cores and one GPU are SLURM's belief only; trials run on CPUs.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from machines import ROOT, Machine, Machines, link_environment, skip_where_impossible, small_config, trials_of, wait_for
+
+pytestmark = pytest.mark.cluster
+
+MINUTES = 60.0
+SLURM_CONF = """\
+ClusterName=test
+SlurmctldHost=host0({addresses[0]})
+SlurmUser=root
+StateSaveLocation=/tmp/state
+SlurmdSpoolDir=/tmp/slurmd
+SlurmctldPidFile=/run/slurmctld.pid
+SlurmdPidFile=/run/slurmd.pid
+SlurmctldLogFile=/tmp/slurmctld.log
+SlurmdLogFile=/tmp/slurmd.log
+ProctrackType=proctrack/linuxproc
+TaskPlugin=task/none
+SlurmdParameters=config_overrides
+MailProg=/bin/true
+ReturnToService=2
+GresTypes=gpu
+NodeName=host0 NodeAddr={addresses[0]} CPUs=8 Gres=gpu:1
+NodeName=host1 NodeAddr={addresses[1]} CPUs=8 Gres=gpu:1
+PartitionName=all Nodes=ALL Default=YES MaxTime=INFINITE State=UP
+"""
+
+
+@dataclass
+class Slurm:
+    """The nodes, a checkout that they share, and how to call commands on the first."""
+
+    nodes: list[Machine]
+    checkout: Path
+    environment: dict[str, str]
+
+    def run(self, *command: str, node: int = 0) -> str:
+        """Run a command in the checkout; returns what it printed."""
+        done = self.nodes[node].run(list(command), self.environment, self.checkout, 2 * MINUTES)
+        assert done.returncode == 0, done.stdout
+        return done.stdout.strip()
+
+
+@pytest.fixture
+def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Slurm]:
+    """Both nodes idle."""
+    skip_where_impossible("munged", "slurmctld", "slurmd", "sbatch")
+    folder = tmp_path_factory.mktemp("slurm")
+    checkout = folder / "checkout"
+    ignored = shutil.ignore_patterns("__pycache__")
+    for name in ("qpruner", "launch"):
+        shutil.copytree(ROOT / name, checkout / name, ignore=ignored)
+    link_environment(checkout)
+    visible = [tmp_path_factory.getbasetemp(), Path(sys.prefix), Path(sys.base_prefix)]
+    machines = Machines(folder / "machines", visible, num_hosts=2)
+    try:
+        key, conf = folder / "munge.key", folder / "slurm.conf"
+        key.write_bytes(os.urandom(128))
+        key.chmod(0o600)
+        conf.write_text(SLURM_CONF.format(addresses=machines.addresses))
+        (folder / "gres.conf").write_text("Name=gpu File=/dev/null\n")
+        path = f"/usr/sbin:/sbin:{os.environ['PATH']}"
+        environment = {"PATH": path, "HOME": "/root", "SLURM_CONF": str(conf), "OMP_NUM_THREADS": "1"}
+        environment |= {"PYTHONPATH": str(checkout), "HF_HUB_OFFLINE": "1"}
+        cluster = Slurm(machines.hosts, checkout, environment)
+        munge = f"mkdir -p /run/munge && munged --force --key-file={key} --pid-file=/run/munge/pid"
+        for node in range(2):
+            cluster.run("sh", "-c", f"{munge} --log-file=/tmp/munged.log --seed-file=/tmp/munged.seed", node=node)
+        cluster.run("sh", "-c", "mkdir -p /tmp/state && slurmctld")
+        for node in range(2):
+            cluster.run("slurmd", node=node)
+        idle = lambda: cluster.run("sinfo", "--noheader", "--format=%D %t") == "2 idle"  # noqa: E731
+        wait_for(idle, "two idle nodes", seconds=MINUTES)
+        yield cluster
+    finally:
+        machines.end()
+
+
+def test_a_search_under_slurm(slurm: Slurm, tiny_model: Path) -> None:
+    output = slurm.checkout / "runs" / "small"
+    config = small_config(slurm.checkout / "small.yaml", tiny_model, output)
+    job = slurm.run("sbatch", "--parsable", "launch/slurm.sbatch", config.name, "--set", "seed=1")
+    log = slurm.checkout / f"qpruner-{job}.log"
+
+    def state() -> str:
+        return slurm.run("scontrol", "show", "job", job).split("JobState=")[1].split()[0]
+
+    wait_for(
+        lambda: state() not in ("PENDING", "RUNNING", "CONFIGURING", "COMPLETING"), "its end", seconds=20 * MINUTES
+    )
+    text = log.read_text()
+    assert state() == "COMPLETED", text[-5000:]
+    assert "== ray symmetric-run on 2 nodes" in text
+    assert "2/2" in text or "Ray runtime started" in text, text[:3000]
+    assert len(trials_of(output)) == 3
+    assert not list(slurm.checkout.glob(".ray-token-*")), "the token goes with the job"
+    left = [line for node in slurm.nodes for line in node.processes() if "raylet" in line or "gcs_server" in line]
+    assert not left
