@@ -70,7 +70,7 @@ def small_config(path: Path, model: Path, output: Path) -> Path:
     for key, value in {
         "search.max_trials": 3,
         "search.max_concurrent": 2,
-        "search.resources_per_trial": {"cpu": 1},
+        "search.resources_per_trial": {"cpu": 1, "gpu": 0},
         "sensitivity.methods": ["first_order"],
         "finetune.compare": False,
         "finetune.seeds": 1,
