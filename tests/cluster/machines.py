@@ -212,7 +212,7 @@ def new_key(path: Path) -> None:
     subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", path], check=True)
 
 
-def wait_for(look: Callable[[], Found | None], what: str, seconds: float = 30.0) -> Found:
+def wait_for(look: Callable[[], Found | None], what: str, seconds: float = 120.0) -> Found:
     """Look again and again until there is something."""
     deadline = time.monotonic() + seconds
     while not (found := look()):

@@ -50,7 +50,7 @@ class Slurm:
 
     def run(self, *command: str, node: int = 0) -> str:
         """Run a command in the checkout; returns what it printed."""
-        done = self.nodes[node].run(list(command), self.environment, self.checkout, 2 * MINUTES)
+        done = self.nodes[node].run(list(command), self.environment, self.checkout, 10 * MINUTES)
         assert done.returncode == 0, done.stdout
         return done.stdout.strip()
 
@@ -84,7 +84,7 @@ def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Slurm]:
         for node in range(2):
             cluster.run("slurmd", node=node)
         idle = lambda: cluster.run("sinfo", "--noheader", "--format=%D %t") == "2 idle"  # noqa: E731
-        wait_for(idle, "two idle nodes", seconds=MINUTES)
+        wait_for(idle, "two idle nodes", seconds=5 * MINUTES)
         yield cluster
     finally:
         machines.end()
@@ -100,7 +100,7 @@ def test_a_search_under_slurm(slurm: Slurm, tiny_model: Path) -> None:
         return slurm.run("scontrol", "show", "job", job).split("JobState=")[1].split()[0]
 
     wait_for(
-        lambda: state() not in ("PENDING", "RUNNING", "CONFIGURING", "COMPLETING"), "its end", seconds=20 * MINUTES
+        lambda: state() not in ("PENDING", "RUNNING", "CONFIGURING", "COMPLETING"), "its end", seconds=40 * MINUTES
     )
     text = log.read_text()
     assert state() == "COMPLETED", text[-5000:]
