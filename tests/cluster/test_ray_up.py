@@ -28,7 +28,10 @@ BUSY = (
     "RAY_health_check_timeout_ms=60000 RAY_health_check_failure_threshold=20"
 )
 """The same for Ray, whose agents otherwise have seconds to start."""
-AGENT_PORTS = "--metrics-export-port=8080 --dashboard-agent-grpc-port=8081 --runtime-env-agent-port=8082"
+AGENT_PORTS = (
+    "--metrics-export-port=8080 --dashboard-agent-grpc-port=8081 --runtime-env-agent-port=8082 "
+    "--dashboard-agent-listen-port=8083"
+)
 """Named, since a raylet waits no more than 15 s for ports that its agents choose."""
 
 
