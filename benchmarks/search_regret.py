@@ -5,9 +5,9 @@
 
 Every searcher, blind (no seed plans, no sensitivities) and seeded (the same seed plans first; `gp` is given the
 sensitivities, which the others cannot use), one trial at a time and 16 in flight; at the middle budget with `--seeds`
-seeds, at a small and a large one with a third of them. `bayesopt` takes seconds a proposal where groups are many: above
-40 groups it gets a third of the seeds. With `--keep FILE` every replay goes there as it ends, and replays that are
-there are not done again (remove those of a searcher that has changed).
+seeds, at a small and a large one with a third of them. `hyperopt` and `bayesopt` take a second and more for a proposal
+where groups are many: above 40 groups they get a third and a tenth of the seeds. With `--keep FILE` every replay goes
+there as it ends, and replays that are there are not done again (remove those of a searcher that has changed).
 
 Regret is the loss above that of the best plan inside the budget, as a share of the range from the best to the worst.
 Trials count in the order in which they end. A table's losses are replayed as measured: trials share their seed, so a
@@ -43,7 +43,8 @@ FRACTIONS = (0.5, 0.25, 0.75)
 """Budgets, the middle one first."""
 IN_FLIGHT = 16
 MILESTONES = (8, 16, 32, 64)
-MANY_GROUPS = 40
+MANY_GROUPS, SHARES = 40, {"hyperopt": 3, "bayesopt": 10}
+"""Above so many groups these searchers are slow, and get one seed in so many."""
 NEVER = NUM_TRIALS + 1
 """Stands for "not within the trials" where trials are counted."""
 
@@ -94,8 +95,8 @@ def tasks_of(paths: Sequence[Path], searchers: Sequence[str], seeds: int) -> lis
         paths, FRACTIONS, searchers, (False, True), (1, IN_FLIGHT)
     ):
         many = len(Table.read(path).content["groups"]) > MANY_GROUPS
-        fewer = fraction != FRACTIONS[0] or (many and searcher == "bayesopt")
-        number = math.ceil(seeds / 3) if fewer else seeds
+        number = math.ceil(seeds / SHARES.get(searcher, 1)) if many else seeds
+        number = number if fraction == FRACTIONS[0] else math.ceil(number / 3)
         tasks += [Task(path, fraction, searcher, seeded, in_flight, seed) for seed in range(number)]
     return sorted(tasks, key=lambda task: SEARCHERS.index(task.searcher) != SEARCHERS.index("bayesopt"))
 

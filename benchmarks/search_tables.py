@@ -120,6 +120,7 @@ class Evaluator:
         rows = job.validation()
         self.labels = torch.tensor([row["labels"] for row in rows])
         self.stream = BlockStream(self.model, Samples(rows, 0, 16))
+        self.start = self.stream._hidden
         self.paths = group_linears(self.model.config, job.base_group)
         self.members = job.members()
         self.bits = dict.fromkeys(self.paths, FULL_BITS)
@@ -167,7 +168,7 @@ class Evaluator:
 
     def every_plan(self, prefix: tuple[int, ...]) -> Iterator[tuple[tuple[int, ...], float]]:
         """All plans that begin with a prefix, as a tree: blocks that plans share run once."""
-        yield from self._below(0, self.stream._hidden, prefix, ())
+        yield from self._below(0, self.start, prefix, ())
 
     def _below(
         self, depth: int, hidden: list[torch.Tensor], prefix: tuple[int, ...], plan: tuple[int, ...]
@@ -184,12 +185,9 @@ class Evaluator:
 
     def one(self, plan: Sequence[int]) -> float:
         """Loss of a plan, from the first block on."""
-        start = self.stream._hidden
         for name, bits in self.job.bits(plan).items():
             self.set_bits(name, bits)
-        loss = self.loss(self.advance(start, range(len(self.blocks))))
-        self.stream._hidden = start
-        return loss
+        return self.loss(self.advance(self.start, range(len(self.blocks))))
 
 
 def effective_weights(bank: Path, group: str, bits: int, paths: Sequence[str]) -> dict[tuple[str, int], torch.Tensor]:
