@@ -7,7 +7,8 @@ Every searcher, blind (no seed plans, no sensitivities) and seeded (the same see
 sensitivities, which the others cannot use), one trial at a time and 16 in flight; at the middle budget with `--seeds`
 seeds, at a small and a large one with a third of them. `hyperopt` and `bayesopt` take a second and more for a proposal
 where groups are many: above 40 groups they get a third and a tenth of the seeds. With `--keep FILE` every replay goes
-there as it ends, and replays that are there are not done again (remove those of a searcher that has changed).
+there as it ends, and replays that are there are not done again (remove those of a searcher that has changed); with
+`--stored` nothing is replayed at all, and the table says how many seeds each row has.
 
 Regret is the loss above that of the best plan inside the budget, as a share of the range from the best to the worst.
 Trials count in the order in which they end. A table's losses are replayed as measured: trials share their seed, so a
@@ -101,10 +102,15 @@ def tasks_of(paths: Sequence[Path], searchers: Sequence[str], seeds: int) -> lis
     return sorted(tasks, key=lambda task: SEARCHERS.index(task.searcher) != SEARCHERS.index("bayesopt"))
 
 
+def stored(keep: Path | None) -> dict[Task, Replay]:
+    """The replays that a file holds."""
+    lines = keep.read_text().splitlines() if keep and keep.exists() else []
+    return {item.task: item for item in map(Replay.from_json, lines)}
+
+
 def replay_all(tasks: Sequence[Task], jobs: int, keep: Path | None) -> list[Replay]:
     """Every task's replay, from `keep` where it is there."""
-    lines = keep.read_text().splitlines() if keep and keep.exists() else []
-    found = {item.task: item for item in map(Replay.from_json, lines)}
+    found = stored(keep)
     todo = [task for task in tasks if task not in found]
     for number, item in enumerate(_replays(todo, jobs), start=1):
         found[item.task] = item
@@ -351,10 +357,15 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=30, help="at the middle budget; a third at the others")
     parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("--keep", type=Path, help="file of replays, a line each, to go on from")
+    parser.add_argument("--stored", action="store_true", help="only tell what the file of `--keep` holds")
     parser.add_argument("--plot", type=Path, default=Path("search_regret.png"))
     arguments = parser.parse_args()
     paths = arguments.table or sorted(TABLES.glob("*.json"))
-    rows = summarize(replay_all(tasks_of(paths, arguments.searchers, arguments.seeds), arguments.jobs, arguments.keep))
+    tasks = tasks_of(paths, arguments.searchers, arguments.seeds)
+    if arguments.stored:
+        held = stored(arguments.keep)
+        tasks = [task for task in tasks if task in held]
+    rows = summarize(replay_all(tasks, arguments.jobs, arguments.keep))
     ablations = [found for path in paths for found in ablation(path)]
     goals = goals_of(rows)
     show(rows, ablations, goals)
