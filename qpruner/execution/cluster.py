@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import tempfile
 import threading
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
@@ -40,7 +41,13 @@ def connect(address: str | None) -> Slots:
     """
     import ray
 
-    environment = {"env_vars": {"TQDM_DISABLE": "1", "TOKENIZERS_PARALLELISM": "false"}}
+    from qpruner.quantization.bank import CACHE
+
+    variables = {"TQDM_DISABLE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    if address:
+        # The run folder is far away: a machine fetches each of the bank's files once for all its workers.
+        variables[CACHE] = os.environ.get(CACHE, f"{tempfile.gettempdir()}/qpruner-bank-{os.getuid()}")
+    environment = {"env_vars": variables}
     if not ray.is_initialized():
         if address:
             _join(address, environment)

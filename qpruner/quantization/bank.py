@@ -8,6 +8,8 @@ each was made from and its sha256, which a process checks when it first reads th
 from __future__ import annotations
 
 import functools
+import os
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -30,6 +32,8 @@ from qpruner.rundir import file_digest, read_json, write_json
 FORMAT = 2
 """Counts up when an entry of the same inputs would hold other tensors."""
 INDEX = "bank.json"
+CACHE = "QPRUNER_BANK_CACHE"
+"""Environment variable: a folder on this machine that keeps a copy of every file of a bank that its workers read."""
 
 
 class IndexEntry(BaseModel):
@@ -220,14 +224,36 @@ def read_plan(bank: Path, bits_by_group: Mapping[str, int]) -> dict[str, torch.T
         path = entry_file(bank, group, bits)
         entry = index.files.get(str(path.relative_to(bank)))
         try:
-            if entry is None or _digest_once(path, path.stat().st_mtime_ns) != entry.sha256:
+            whole = _whole(path, entry.sha256) if entry else None
+            if whole is None:
                 raise CorruptFile(f"bank file {path} is not what {INDEX} says; repeat the command to rebuild it", path)
-            tensors |= load_file(path)
+            tensors |= load_file(whole)
         except (FileNotFoundError, SafetensorError) as error:
             raise CorruptFile(
                 f"bank file {path} cannot be read: {error}; repeat the command to rebuild it", path
             ) from error
     return tensors
+
+
+def _whole(path: Path, sha256: str) -> Path | None:
+    """Where to read a bank's file: this machine's copy, which the first reader makes, or the file itself.
+
+    None if its contents are others.
+    """
+    cache = os.environ.get(CACHE)
+    if not cache:
+        return path if _digest_once(path, path.stat().st_mtime_ns) == sha256 else None
+    copy = Path(cache) / f"{sha256}.safetensors"
+    if not copy.is_file() or _digest_once(copy, copy.stat().st_mtime_ns) != sha256:
+        copy.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        # Others on this machine may be copying it too.
+        aside = copy.with_name(f"{copy.name}.{os.getpid()}")
+        shutil.copyfile(path, aside)
+        if file_digest(aside) != sha256:
+            aside.unlink()
+            return None
+        aside.replace(copy)
+    return copy
 
 
 @functools.cache

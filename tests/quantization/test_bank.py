@@ -17,6 +17,7 @@ from qpruner.models.layout import group_linears
 from qpruner.models.loading import load_dense
 from qpruner.quantization.assembly import assemble, attach_adapters
 from qpruner.quantization.bank import (
+    CACHE,
     EntrySettings,
     GroupJob,
     build_entry,
@@ -121,6 +122,24 @@ def test_a_damaged_file_is_named(tmp_path: Path, damage: Callable[[Path], None])
     with pytest.raises(CorruptFile, match=str(path)):
         read_plan(tmp_path, {"layers.0.qkv": 8, "layers.0.mlp": 4})
     assert read_plan(tmp_path, {"layers.0.qkv": 8})
+
+
+def test_a_machine_keeps_a_copy_of_what_it_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    bank, cache = tmp_path / "bank", tmp_path / "cache"
+    monkeypatch.setenv(CACHE, str(cache))
+    entry = build_entry(weights(), 4, settings())
+    path = write_entry(bank, "layers.0.mlp", 4, entry)
+    seal(bank)
+    assert same(read_plan(bank, {"layers.0.mlp": 4}), entry.tensors)
+    (copy,) = cache.iterdir()
+    path.write_bytes(b"no longer read")
+    assert same(read_plan(bank, {"layers.0.mlp": 4}), entry.tensors)
+    copy.write_bytes(b"damaged")
+    with pytest.raises(CorruptFile, match=r"layers\.0\.mlp"):
+        read_plan(bank, {"layers.0.mlp": 4})
+    write_entry(bank, "layers.0.mlp", 4, entry)
+    assert same(read_plan(bank, {"layers.0.mlp": 4}), entry.tensors)
+    assert [file.name for file in cache.iterdir()] == [copy.name]
 
 
 def test_a_bank_that_another_version_packed_is_refused(tmp_path: Path) -> None:
