@@ -181,10 +181,13 @@ def test_tensorboard_finds_every_trial_once_and_no_other_runs(undisturbed: tuple
 def test_repeating_a_finished_run_computes_nothing(undisturbed: tuple[Path, dict[str, Any]]) -> None:
     run, _ = undisturbed
     before = {path: path.stat().st_mtime_ns for path in (run / "records").iterdir()}
+    shown = {path.name for path in (run / "tensorboard").iterdir()}
+    shutil.rmtree(run / "tensorboard")
     done = subprocess.run(command(run.parent / "config.yaml"), capture_output=True, text=True, timeout=2 * MINUTES)
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("already recorded") == 7
     assert {path: path.stat().st_mtime_ns for path in (run / "records").iterdir()} == before
+    assert {path.name for path in (run / "tensorboard").iterdir()} == shown, "made again from the records"
 
 
 def test_another_budget_measures_and_packs_nothing_and_starts_from_the_trials_there_are(

@@ -132,7 +132,7 @@ def write_trial(folder: Path, search: SearchState, trial: TrialRecord) -> None:
 def _columns(search: SearchState, trial: TrialRecord) -> dict[str, str | float]:
     """TensorBoard shows the first five at first, in the order of ASCII, and cuts a trial's name off."""
     return {
-        "#": trial.index,
+        "#": f"{trial.index:04d}",  # numbers are shown with four decimals
         "From": trial.origin,
         "MB": trial.plan_bytes / 1e6,
         "Mean bits": trial.mean_bits,

@@ -71,7 +71,7 @@ def test_hparams_has_a_row_for_every_trial_that_is_over(written: Path) -> None:
     assert {index: each["Status"] for index, each in rows.items()} == {
         0: "finished", 1: "finished", 2: "finished", 3: "stopped", 4: "failed",
     }  # fmt: skip
-    named = {"From": "seed-kl", "MB": 32, "plan": "884444", "Status": "finished", "#": 1, "search": "this"}
+    named = {"From": "seed-kl", "MB": 32, "plan": "884444", "Status": "finished", "#": "0001", "search": "this"}
     bits = dict(zip((f"bits {group}" for group in GROUPS), (8, 8, 4, 4, 4, 4), strict=True))
     assert rows[1] == {**named, **bits, "Mean bits": pytest.approx(32 / 6)}
     running = read(written, run_name(trials()[5]))
@@ -213,17 +213,19 @@ def test_a_long_trial_takes_less_than_200_kilobytes(tmp_path: Path) -> None:
 def test_a_full_disk_stops_no_search_and_the_next_command_writes_what_is_missing(tmp_path: Path) -> None:
     root = tmp_path / "small"
     root.mkdir()
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(root)], check=True)
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "qpruner-test", root], capture_output=True)
+    if mounted.returncode:
+        pytest.skip(f"mounting is not permitted here: {mounted.stderr.decode().strip()}")
     try:
         filler = root / "filler"
         filler.write_bytes(bytes(56 * 1024))
         board_of(root).listen(planned(trials()))
         filler.unlink()
-        subprocess.run(["mount", "-o", "remount,size=4m", str(root)], check=True)
+        subprocess.run(["mount", "-o", "remount,size=4m", root], check=True)
         board_of(root).listen(planned(trials()))
-        assert all(row(root, run_name(record))["#"] == record.index for record in trials() if record.is_over)
+        assert all(row(root, run_name(record))["#"] == f"{record.index:04d}" for record in trials() if record.is_over)
     finally:
-        subprocess.run(["umount", str(root)], check=True)
+        subprocess.run(["umount", root], check=True)
 
 
 @contextmanager
