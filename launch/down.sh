@@ -6,9 +6,10 @@ source "$(dirname "${BASH_SOURCE[0]}")/ray_commands.sh"
 [ $# -eq 1 ] || usage
 cluster=$(cluster_file "$1")
 cd "$repository"
-# `ray down` stops the head of an on-premise cluster only; its workers' Ray would go on.
+# `ray down` stops the head of an on-premise cluster only, and not one whose start failed. The head goes first: its
+# autoscaler would start the workers again.
 if grep -Eq '^ *type: *local' "$cluster"; then
-  run ray exec "$cluster" 'python qpruner/launch/stop_workers.py' ||
+  run ray exec "$cluster" 'ray stop; python qpruner/launch/stop_workers.py' ||
     echo "warning: not every worker could be stopped from the head; run \`ray stop\` on those that are named above" >&2
 fi
 run ray down --yes "$cluster"
