@@ -6,7 +6,7 @@
 Every searcher, blind (no seed plans, no sensitivities) and seeded (the same seed plans first; `gp` is given the
 sensitivities, which the others cannot use), one trial at a time and 16 in flight; at the middle budget with `--seeds`
 seeds, at a small and a large one with a third of them. `hyperopt` and `bayesopt` take a second and more for a proposal
-where groups are many: above 40 groups they get a third and a tenth of the seeds. With `--keep FILE` every replay goes
+where groups are many: above 40 groups they get a fifth and a fifteenth of the seeds. With `--keep FILE` every replay goes
 there as it ends, and replays that are there are not done again (remove those of a searcher that has changed); with
 `--stored` nothing is replayed at all, and the table says how many seeds each row has.
 
@@ -44,7 +44,7 @@ FRACTIONS = (0.5, 0.25, 0.75)
 """Budgets, the middle one first."""
 IN_FLIGHT = 16
 MILESTONES = (8, 16, 32, 64)
-MANY_GROUPS, SHARES = 40, {"hyperopt": 3, "bayesopt": 10}
+MANY_GROUPS, SHARES = 40, {"hyperopt": 5, "bayesopt": 15}
 """Above so many groups these searchers are slow, and get one seed in so many."""
 NEVER = NUM_TRIALS + 1
 """Stands for "not within the trials" where trials are counted."""
