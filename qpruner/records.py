@@ -321,7 +321,7 @@ class StageState(BaseModel):
     started: float
     """Unix seconds."""
     seconds: float | None = None
-    """It took; None while it runs."""
+    """It took, or had taken when it was recorded; None while it runs."""
     done: int | None = None
     total: int | None = None
     """Steps of its own, where it tells them."""

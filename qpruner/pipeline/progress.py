@@ -62,8 +62,8 @@ class RunProgress:
                 self._set(stage, StageState(state="running", started=time.time(), text=detail))
             case events.StageFinished(stage, seconds, figures):
                 self._update(stage, {"state": "done", "seconds": seconds, "text": figures})
-            case events.StageSkipped(stage, figures):
-                self._set(stage, StageState(state="recorded", started=time.time(), text=figures))
+            case events.StageSkipped(stage, figures, seconds):
+                self._set(stage, StageState(state="recorded", started=time.time(), seconds=seconds, text=figures))
             case events.SearchPlanned(search):
                 self._state = self._state.model_copy(update={"search": search})
             case events.SlotsFound(slots) if self._state.search:

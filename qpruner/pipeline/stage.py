@@ -64,7 +64,7 @@ def run_stage(
     """
     record = _recorded(run, stage, kind, emit)
     if record is not None:
-        emit(StageSkipped(stage.name, figures(record)))
+        emit(StageSkipped(stage.name, figures(record), record.seconds))
         return record
     emit(StageStarted(stage.name, stage.detail))
     started = time.monotonic()

@@ -17,7 +17,7 @@ from qpruner.terminal import Terminal
 with Terminal(quiet="quiet" in sys.argv) as terminal:
     told = trials()
     for event in (
-        events.StageSkipped("prepare", "48 rows"),
+        events.StageSkipped("prepare", "48 rows", 3.0),
         planned(told[:5]),
         events.StageStarted("search", "20 trials"),
         events.SlotsFound(2),
