@@ -184,6 +184,36 @@ def schema(results: bool) -> None:
         click.echo(config_schema(), nl=False)
 
 
+@main.command(help="Write the final model in another form, and compare its predictions before it counts.")
+@_run_folder
+@click.option(
+    "--to",
+    "form",
+    type=click.Choice(("merged", "peft")),
+    required=True,
+    help="merged: dense, the adapter added in. peft: the adapter, and the quantized model below it.",
+)
+@click.option("--out", type=click.Path(path_type=Path), help="Where to; RUN/export/FORM without it.")
+@click.option("--json", "as_json", is_flag=True, help="End stdout with one JSON object.")
+def export(run: Path, form: str, out: Path | None, as_json: bool) -> None:
+    _guarded(as_json, lambda: _export(run, form, out))
+
+
+def _export(root: Path, form: Any, out: Path | None) -> dict[str, Any]:
+    _quiet_libraries()
+    from qpruner.export import export
+    from qpruner.rundir import RunDir
+
+    run = RunDir(root, create=False)
+    done = export(run, form, (out or run.root / "export" / form).resolve())
+    click.echo(
+        f"{done.folder}: diverges by {done.divergence:.2g} nats a token from the final model, same prediction at "
+        f"{done.agreement:.1%} of {done.num_positions} positions; loads "
+        + ("anywhere" if done.is_plain else "after `import qpruner.hf`")
+    )
+    return {"status": "ok", **vars(done), "folder": str(done.folder)}
+
+
 def _report(root: Path) -> dict[str, Any]:
     from qpruner.report.files import write_report
     from qpruner.rundir import RunDir

@@ -8,6 +8,7 @@ Plain data: neither torch nor ray is imported here.
 from __future__ import annotations
 
 import ctypes
+import html
 import math
 import os
 import sys
@@ -23,6 +24,8 @@ NESTED_BLOCK_SIZE = 256
 """Scales that share one nested scale under double quantization."""
 FULL_BITS = 16
 """A group at this level keeps the model's own floating-point weights."""
+SHADES = {4: "#d3e5f5;color:#14324d", 8: "#2a73b0;color:#fff", FULL_BITS: "#0c3357;color:#fff"}
+"""Colours of the bit-widths in notebooks, as in the report."""
 
 
 @contextmanager
@@ -132,6 +135,14 @@ class PrecisionPlan:
 
     def as_dict(self) -> dict[str, int]:
         return dict(zip(self.groups, self.bits, strict=True))
+
+    def _repr_html_(self) -> str:
+        """For notebooks: a cell a group, shaded by its bits, its name on pointing."""
+        style = "display:inline-block;width:1.6em;text-align:center;margin:1px;background:"
+        return "".join(
+            f'<span title="{html.escape(group)}" style="{style}{SHADES[bits]}">{bits}</span>'
+            for group, bits in zip(self.groups, self.bits, strict=True)
+        )
 
     def __str__(self) -> str:
         """The plan as a short bar: one character a group (``4``, ``8``, ``F`` for 16)."""

@@ -282,6 +282,8 @@ def test_weights_that_are_no_numbers_stop_the_stage_that_meets_them(
     assert error.stage == stage
     assert "NaN" in error.cause and "model." in error.cause, "the cause names a module or parameter"
     assert "weights" in error.remedy and "learning_rate" not in error.remedy, "nothing has been trained yet"
+    report = (Path(tiny_raw["output"]) / "report.md").read_text()
+    assert f"Failed in stage {stage}: {error.cause}" in report, "a failed run has its report"
 
 
 @pytest.mark.parametrize("first_rung", [1, 4])

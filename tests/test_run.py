@@ -121,6 +121,8 @@ def test_whole_run_ends_in_the_table(undisturbed: tuple[Path, dict[str, Any]]) -
     text = (run / "report.md").read_text()
     assert all(f"| {name} |" in text for name in names)
     assert report["claim"] in text
+    assert '<p class="standing">Finished.</p>' in (run / "report.html").read_text()
+    assert report["claim"] in (run / "final" / "README.md").read_text()
     candidates = report["records"]["finetune"]["candidates"]
     assert all(row["measured_bytes"] == row["plan_bytes"] for row in candidates), "the formula is the packed tensors"
     # Every row had the same fine-tune.

@@ -1,4 +1,4 @@
-"""Writes a run's report: `report.html`, `report.md` with its pictures, `results.json`."""
+"""Writes a run's report: `report.html`, `report.md` with its pictures, `results.json`, and the final model's card."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import yaml
 
 from qpruner.report import markdown, page
 from qpruner.report.charts import charts
+from qpruner.report.model_card import model_card
 from qpruner.report.snapshot import read_snapshot
 from qpruner.report.summary import summary_of, summary_text
 from qpruner.rundir import RunDir, publish_folder, write_text
@@ -33,6 +34,8 @@ def write_report(run_dir: RunDir) -> Path:
     config = yaml.safe_dump(run.state.config, sort_keys=False)
     write_text(run_dir.root / "results.json", summary_text(summary_of(run)))
     write_text(run_dir.root / "report.md", markdown.render(run, plots, PICTURES, config))
+    if run.is_whole and (run_dir.root / "final").is_dir():
+        write_text(run_dir.root / "final" / "README.md", model_card(run))
     target = run_dir.root / "report.html"
     write_text(target, page.render(run, plots, config))
     return target

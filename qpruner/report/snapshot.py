@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from qpruner.errors import UserError
 from qpruner.records import (
@@ -22,6 +23,9 @@ from qpruner.report.marginal_effects import MarginalEffects, marginal_effects
 from qpruner.report.standing import FIGURES, best_of
 from qpruner.rundir import RunDir
 from qpruner.search.trial_records import read_trials
+
+if TYPE_CHECKING:
+    import pandas
 
 KINDS: dict[str, type[Record]] = {
     "prepare": PrepareRecord,
@@ -87,6 +91,25 @@ class Snapshot:
         """The same with its unit."""
         return FIGURES[self.metric] + (" (nats per token)" if self.metric == "loss" else "")
 
+    def to_dataframe(self) -> pandas.DataFrame:
+        """The trials, one a row: its record's figures, `loss at STEP` (and accuracy) a rung, `bits of GROUP`."""
+        import pandas
+
+        rows = []
+        for trial in self.trials:
+            row = trial.model_dump(exclude={"plan", "rungs", "times", "digest"})
+            for rung in trial.rungs:
+                row[f"loss at {rung.step}"] = rung.loss
+                if rung.accuracy is not None:
+                    row[f"accuracy at {rung.step}"] = rung.accuracy
+            rows.append(row | {f"bits of {group}": bits for group, bits in trial.plan.items()})
+        return pandas.DataFrame(rows)
+
+    def _repr_html_(self) -> str:
+        from qpruner.report.page import notebook_view
+
+        return notebook_view(self)
+
     @property
     def at_work(self) -> str | None:
         """The stage that was begun and has no record."""
@@ -100,7 +123,8 @@ class Snapshot:
         stage = f" in stage {self.at_work}" if self.at_work else ""
         match self.state.outcome:
             case "failed":
-                return f"Failed{stage}: {self.state.error}"
+                cause = (self.state.error or "").removeprefix(f"stage `{self.at_work}` failed: ")
+                return f"Failed{stage}: {cause}"
             case "interrupted":
                 return f"Interrupted{stage}; the same command goes on from here."
             case "done":

@@ -14,12 +14,16 @@ from typing import Any
 import jsonschema
 import pytest
 from click.testing import CliRunner
+from huggingface_hub import ModelCard
 from made_run import STAGES, MadeRun
 
+import qpruner
 from qpruner.cli import main
+from qpruner.plan import PrecisionPlan
 from qpruner.records import StageState
 from qpruner.report.charts import charts
 from qpruner.report.files import write_report
+from qpruner.report.model_card import model_card
 from qpruner.report.snapshot import read_snapshot
 from qpruner.report.summary import summary_of, summary_schema, summary_text
 from qpruner.rundir import RunDir
@@ -211,6 +215,47 @@ def test_a_folder_that_is_no_run_is_refused(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+def test_the_final_model_gets_a_card_that_the_hub_can_read(long_run: Path, tmp_path: Path) -> None:
+    root = Path(shutil.copytree(long_run, tmp_path / "run"))
+    (root / "final").mkdir()
+    write_report(RunDir(root))
+    card = ModelCard((root / "final" / "README.md").read_text())
+    assert card.data.model_name == "run" and card.data.base_model is None, "a local folder is no hub id"
+    scored = {result.dataset_type: result.metric_value for result in card.data.eval_results}
+    results = json.loads((root / "results.json").read_text())
+    (row,) = [row for row in results["records"]["evaluate"]["rows"] if (row["name"], row["seed"]) == ("searched", 0)]
+    assert scored == {score["task"]: round(score["value"], 4) for score in row["scores"]}
+    assert results["claim"] in card.text and "import qpruner.hf" in card.text
+
+
+def test_a_card_names_the_hub_model_and_data_and_the_licence_at_hand(tmp_path: Path) -> None:
+    base = tmp_path / "base"
+    base.mkdir()
+    (base / "README.md").write_text("---\nlicense: apache-2.0\n---\n# Base\n")
+    local = read_snapshot(MadeRun(tmp_path / "one", num_trials=4, num_blocks=2, model=str(base)).run)
+    assert ModelCard(model_card(local)).data.license == "apache-2.0"
+    made = MadeRun(tmp_path / "two", num_trials=4, num_blocks=2, model="HuggingFaceTB/SmolLM2-135M")
+    data = made.state.config["data"] | {"train": [{"source": "yahma/alpaca-cleaned"}]}
+    made.run.write_state(made.state.model_copy(update={"config": made.state.config | {"data": data}}))
+    card = ModelCard(model_card(read_snapshot(made.run))).data
+    assert (card.base_model, card.license, card.datasets) == (
+        "HuggingFaceTB/SmolLM2-135M",
+        None,
+        ["yahma/alpaca-cleaned"],
+    )
+
+
+def test_a_notebook_gets_a_table_of_trials_and_the_answer(long_run: Path, tmp_path: Path) -> None:
+    run = qpruner.read_run(long_run)
+    frame = run.to_dataframe()
+    assert len(frame) == 200 and set(frame["bits of layers.00.mlp"]) <= {4, 8}
+    assert frame["loss at 16"].notna().sum() == (frame["status"] == "finished").sum()
+    shown = Outline(f"<div>{run._repr_html_()}</div>")
+    assert "92.0 MB" in shown.text and "no difference shown" in shown.text
+    hostile = PrecisionPlan(('"><script>',), (8,))
+    assert Outline(hostile._repr_html_()).tags == {"span": 1}
+
+
 # In a browser
 
 
@@ -232,6 +277,7 @@ def opened(browser: Any) -> Iterator[Any]:
 
     def open_page(path: Path, **options: Any) -> Any:
         context = browser.new_context(offline=True, **options)
+        context.set_default_timeout(5 * 60_000)  # milliseconds; a busy machine is no failure
         contexts.append(context)
         page = context.new_page()
         page.on("console", lambda message: complaints.append(f"{message.type}: {message.text}"))
@@ -316,7 +362,7 @@ def test_nothing_is_wider_than_the_window_and_text_is_readable(
     pairs = [("--text", "--page"), ("--text", "--panel"), ("--muted", "--page"), ("--muted", "--panel")]
     pairs += [("--link", "--page"), *[(f"--on-bits-{bits}", f"--bits-{bits}") for bits in (4, 8, 16)]]
     for text, ground in pairs:
-        assert contrast(*(variable(page, name) for name in (text, ground))) >= 4.5 - 0.2 * ("8" in text), (text, ground)
+        assert contrast(*(variable(page, name) for name in (text, ground))) >= 4.5, (text, ground)
     drawn = page.locator('figure[data-plot="kept"] .role-axis text').first
     assert drawn.evaluate("element => getComputedStyle(element).fill") == rgb(variable(page, "--text"))
 

@@ -86,6 +86,12 @@ def render(run: Snapshot, charts: Sequence[Chart], config: str) -> str:
     )
 
 
+def notebook_view(run: Snapshot) -> str:
+    """The answer alone, as a notebook shows it."""
+    template = Environment(autoescape=True, undefined=StrictUndefined).from_string(_own("notebook.html"))
+    return template.render(run=run, tiles=tiles(run), tables=_tables(run), sections=sections)
+
+
 @cache
 def _runtime() -> Markup:
     """Vega-Lite's runtime as one script; bundling takes 1.5 s (measured 2026-11-25)."""
@@ -105,7 +111,7 @@ def _tables(run: Snapshot) -> dict[str, Any]:
     results = run.results
     tables: dict[str, Any] = {"stages": sections.stages(run)}
     if run.is_whole:
-        tables["final"] = [sections.cells(row) for row in rows(results)]
+        tables["final"] = [[_unbroken(cell) for cell in sections.cells(row)] for row in rows(results)]
         tables["claim"] = [line.removeprefix("- ") for line in claim(results).splitlines()]
     if results.sensitivity:
         tables["methods"] = sections.methods(results.sensitivity, run.effects)
@@ -115,6 +121,11 @@ def _tables(run: Snapshot) -> dict[str, Any]:
     if results.prune:
         tables["layers"] = [sections.layer_cells(layer) for layer in results.prune.layers]
     return tables
+
+
+def _unbroken(cell: str) -> str:
+    """A figure whose unit or spread does not go to another line."""
+    return re.sub(r" (?=MB?$)|(?<=\+-) |(?<=\(q) ", "\u00a0", cell).replace("+-", "±")
 
 
 def _search_text(run: Snapshot) -> list[str]:

@@ -1,0 +1,162 @@
+"""The final model in forms that other tools load: dense with the adapter merged in, or as peft knows it.
+
+An export is written aside, loaded again and its logits compared with the final model's before it gets its name.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from qpruner.data import load_encoded
+from qpruner.errors import StageError, UserError
+from qpruner.models.checkpoint import dense_tensors, save_checkpoint
+from qpruner.models.loading import checkpoint_config, device, load_tokenizer
+from qpruner.rundir import RunDir, publish_folder
+
+if TYPE_CHECKING:
+    import torch
+
+Form = Literal["merged", "peft"]
+ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
+BASE = "base"
+"""Folder of the quantized model inside a peft export."""
+NUM_ROWS = 8
+MOST_DIVERGENCE = {"merged": 0.02, "peft": 1e-3}
+"""Nats a token that an export may diverge from the final model. Merging rounds to bfloat16, and 8-bit layers no longer
+round their inputs; a peft export holds the same tensors, and what reads them differs in rounding alone."""
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What was written.
+
+    Attributes:
+        folder: Where it is.
+        is_plain: Whether it loads without `import qpruner.hf`.
+        divergence: Mean Kullback-Leibler divergence from the final model's next-token distribution, in nats.
+        agreement: Share of positions at which both predict the same token.
+        num_positions: Positions compared.
+    """
+
+    folder: Path
+    is_plain: bool
+    divergence: float
+    agreement: float
+    num_positions: int
+
+
+def export(run: RunDir, form: Form, target: Path) -> Exported:
+    """Write the final model in another form.
+
+    Args:
+        run: A run with a final model.
+        form: `merged`: dense weights with the adapter added in; `peft`: the adapter, and the quantized model below it.
+        target: A folder that does not exist yet.
+
+    Raises:
+        UserError: If there is no final model, or the target exists.
+        StageError: If what was written does not predict what the final model does.
+        CorruptFile: If a weight file cannot be read.
+    """
+    final = run.root / "final"
+    if not (final / ADAPTER_FILES[0]).is_file():
+        raise UserError(f"{run.root} has no final model: repeat `qpruner run` until it has fine-tuned one")
+    if target.exists():
+        raise UserError(f"{target} exists: delete it or name another folder with `--out`")
+    scratch = target.with_name(f".{target.name}")
+    shutil.rmtree(scratch, ignore_errors=True)
+    try:
+        _write_merged(final, scratch) if form == "merged" else _write_peft(final, scratch, target)
+        rows = load_encoded(run.stage("prepare") / "data" / "confirmation")[:NUM_ROWS]
+        samples = [row["input_ids"] for row in rows]
+        divergence, agreement, count = _compare(_logits(final, samples), _logits(scratch, samples))
+        if not divergence <= MOST_DIVERGENCE[form]:
+            raise StageError(
+                "export",
+                f"the {form} model diverges by {divergence:.2g} nats a token from the final one, more than "
+                f"{MOST_DIVERGENCE[form]:g}",
+                "serve the final folder as it is, and report this with the run's results.json",
+            )
+        publish_folder(scratch, target)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    is_plain = form == "merged" and not checkpoint_config(target).is_heterogeneous
+    return Exported(target, is_plain, divergence, agreement, count)
+
+
+def _write_merged(final: Path, folder: Path) -> None:
+    """Every layer dense, ``W + alpha / rank * B A`` in the model's own dtype."""
+    import torch
+    from safetensors.torch import load_file
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    import qpruner.hf  # noqa: F401
+    from qpruner.quantization.mixed import unpack
+
+    config = checkpoint_config(final)
+    dtype = config.dtype
+    quantized = config.__dict__.pop("quantization_config", {"bits": {}})
+    state = dense_tensors(final, lambda name: not name.startswith("base_model."))  # the adapter lies beside the weights
+    for path in quantized["bits"]:
+        names = [name for name in state if name.startswith(f"{path}.") and name != f"{path}.bias"]
+        packed = {name.removeprefix(f"{path}."): state.pop(name) for name in names}
+        state[f"{path}.weight"] = unpack(packed, torch.float32)
+    settings = json.loads((final / ADAPTER_FILES[0]).read_text(encoding="utf-8"))
+    adapter = load_file(final / ADAPTER_FILES[1])
+    for name, lora_a in adapter.items():
+        if name.endswith(".lora_A.weight"):
+            lora_b = adapter[name.replace(".lora_A.", ".lora_B.")]
+            weight = name.removeprefix("base_model.model.").replace(".lora_A.", ".")
+            added = settings["lora_alpha"] / settings["r"] * (lora_b.float() @ lora_a.float())
+            state[weight] = (state[weight].float() + added).to(dtype)
+    model_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    model = model_class.from_pretrained(None, config=config, state_dict=state, dtype=dtype)
+    save_checkpoint(model, load_tokenizer(str(final)), folder)
+
+
+def _write_peft(final: Path, folder: Path, target: Path) -> None:
+    """The adapter where `PeftModel.from_pretrained` looks for it, the quantized model in a folder below."""
+    shutil.copytree(final, folder / BASE, ignore=shutil.ignore_patterns(*ADAPTER_FILES, "README.md"))
+    settings = json.loads((final / ADAPTER_FILES[0]).read_text(encoding="utf-8"))
+    settings["base_model_name_or_path"] = str((target / BASE).resolve())
+    (folder / ADAPTER_FILES[0]).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+    shutil.copy2(final / ADAPTER_FILES[1], folder)
+    load_tokenizer(str(final)).save_pretrained(folder)
+
+
+def _load(folder: Path) -> Any:
+    """A folder as who uses it would load it."""
+    from transformers import AutoModelForCausalLM
+
+    import qpruner.hf  # noqa: F401
+
+    if not (folder / BASE).is_dir():
+        return AutoModelForCausalLM.from_pretrained(folder).to(device())
+    from peft import PeftModel
+
+    return PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(folder / BASE).to(device()), folder)
+
+
+def _logits(folder: Path, samples: Sequence[Sequence[int]]) -> list[torch.Tensor]:
+    """Log-probabilities ``(tokens, vocabulary)`` of each sample."""
+    import torch
+
+    model = _load(folder).eval()
+    with torch.no_grad():
+        outputs = (model(torch.tensor([sample], device=device())).logits[0] for sample in samples)
+        return [logits.float().log_softmax(-1).cpu() for logits in outputs]
+
+
+def _compare(expected: Sequence[torch.Tensor], found: Sequence[torch.Tensor]) -> tuple[float, float, int]:
+    """Mean divergence in nats, share of equal predictions, positions."""
+    import torch
+
+    ours, theirs = torch.cat(list(expected)), torch.cat(list(found))
+    divergence = (ours.exp() * (ours - theirs)).sum(-1).mean()
+    agreement = (ours.argmax(-1) == theirs.argmax(-1)).float().mean()
+    return float(divergence), float(agreement), len(ours)

@@ -1,0 +1,88 @@
+"""Exports predict what the final model predicts, or they do not come into being."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from click.testing import CliRunner
+from mixed_models import DTYPE, GROUP, LORA, fill_bank, logits_of, mixed_plan
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+import qpruner.hf  # noqa: F401
+from qpruner.cli import main
+from qpruner.data import save_encoded
+from qpruner.errors import StageError, UserError
+from qpruner.export import export
+from qpruner.models.checkpoint import save_checkpoint
+from qpruner.models.loading import load_tokenizer
+from qpruner.quantization.assembly import assemble, attach_adapters
+from qpruner.rundir import RunDir
+
+
+@pytest.fixture(scope="module")
+def finished(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run folder as far as an export looks at it: groups at 4, 8 and 16 bits, an adapter that changes every layer."""
+    root = tmp_path_factory.mktemp("finished")
+    names = fill_bank(tiny_model, root / "bank", double_quant=False)
+    model, starts = assemble(tiny_model, root / "bank", GROUP, mixed_plan(names, (4, 8, 16)), DTYPE, False)
+    save_checkpoint(model, load_tokenizer(str(tiny_model)), root / "final")
+    adapted = attach_adapters(model, starts, LORA, GROUP, seed=0)
+    torch.manual_seed(0)
+    for name, parameter in adapted.named_parameters():
+        if "lora_" in name:
+            torch.nn.init.normal_(parameter, std=0.2)
+    adapted.save_pretrained(str(root / "final"))
+    rows = torch.randint(3, 400, (2, 24), generator=torch.Generator().manual_seed(1)).tolist()
+    save_encoded([{"input_ids": row, "labels": row} for row in rows], root / "prepare" / "data" / "confirmation")
+    return root
+
+
+def test_a_merged_model_is_dense_plain_and_predicts_the_same(finished: Path) -> None:
+    told = CliRunner().invoke(main, ["export", str(finished), "--to", "merged", "--json"])
+    assert told.exit_code == 0, told.output
+    outcome = json.loads(told.output.splitlines()[-1])
+    folder = finished / "export" / "merged"
+    assert outcome["folder"] == str(folder) and outcome["is_plain"] and outcome["num_positions"] == 48
+    config = json.loads((folder / "config.json").read_text())
+    assert "quantization_config" not in config and "per_layer_config" not in config
+    assert {tensor.dtype for tensor in load_file(folder / "model.safetensors").values()} == {torch.bfloat16}
+    merged = logits_of(AutoModelForCausalLM.from_pretrained(folder)).log_softmax(-1)
+    final = AutoModelForCausalLM.from_pretrained(finished / "final")
+    expected = logits_of(final).log_softmax(-1)
+    for name, parameter in final.named_parameters():
+        if "lora_B" in name:
+            parameter.data.zero_()
+    without = logits_of(final).log_softmax(-1)
+    assert (merged - expected).abs().mean() < 0.05 * (without - expected).abs().mean()
+
+
+def test_a_peft_export_is_the_same_model(finished: Path, tmp_path: Path) -> None:
+    done = export(RunDir(finished), "peft", tmp_path / "mine")
+    assert done.divergence < 1e-3 and done.agreement > 0.9
+    assert not (tmp_path / "mine" / "base" / "adapter_config.json").exists()
+    settings = json.loads((tmp_path / "mine" / "adapter_config.json").read_text())
+    assert settings["base_model_name_or_path"] == str(tmp_path / "mine" / "base")
+
+
+def test_what_does_not_predict_the_same_leaves_no_folder(finished: Path, tmp_path: Path) -> None:
+    """An adapter with a NaN in it: the final model is broken, and so would be whatever is made of it."""
+    root = Path(shutil.copytree(finished, tmp_path / "run"))
+    file = root / "final" / "adapter_model.safetensors"
+    adapter = load_file(file)
+    next(iter(adapter.values()))[0, 0] = torch.nan
+    save_file(adapter, file)
+    with pytest.raises(StageError, match="diverges by nan nats"):
+        export(RunDir(root), "merged", tmp_path / "out")
+    assert not list(tmp_path.glob("*out*"))
+
+
+def test_exports_say_what_is_missing_or_in_the_way(finished: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="has no final model"):
+        export(RunDir(tmp_path), "merged", tmp_path / "out")
+    with pytest.raises(UserError, match="name another folder with `--out`"):
+        export(RunDir(finished), "merged", tmp_path)
