@@ -12,6 +12,30 @@ import pytest
 import yaml
 from conftest import raw_config, with_key
 
+from qpruner.plan import PlanSpace, PrecisionPlan
+from qpruner.search.searchers import Ledger, RandomProposer, Suggestion
+
+SPACE = PlanSpace(("a", "b", "c"), (4, 8), ((4, 8),) * 3, fixed_bytes=0, budget_bytes=24)
+PLAN = PrecisionPlan(("a", "b", "c"), (4, 8, 4))
+
+
+def ledger_of_given() -> Ledger:
+    return Ledger(SPACE, RandomProposer(SPACE, 0), [("given", PLAN)], max_trials=12, proposes=False)
+
+
+def test_beside_a_given_plan_nothing_is_proposed() -> None:
+    ledger = ledger_of_given()
+    first = ledger.next()
+    assert first is not None and (first.origin, first.plan) == ("given", PLAN)
+    assert ledger.next() is None
+    assert ledger.ended == "a plan was given (`search.plan`)"
+
+
+def test_a_given_plan_that_another_search_tried_is_not_handed_out() -> None:
+    ledger = ledger_of_given()
+    ledger.recall(Suggestion(0, "gp", PLAN), [], counts=False)
+    assert ledger.next() is None
+
 
 def qpruner(*arguments: object) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "qpruner.cli", *map(str, arguments)]
@@ -35,6 +59,7 @@ def searched(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     return config
 
 
+@pytest.mark.slow
 def test_a_plan_changed_by_hand_is_one_more_trial_and_what_is_fine_tuned(searched: Path) -> None:
     run = searched.parent / "run"
     printed = yaml.safe_load(qpruner("plan", run, "--trial", 0).stdout)
@@ -58,6 +83,7 @@ def test_a_plan_changed_by_hand_is_one_more_trial_and_what_is_fine_tuned(searche
     ]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_a_plan_that_a_search_has_tried_is_not_tried_again(searched: Path) -> None:
     run = searched.parent / "run"
     before = {path: path.read_bytes() for path in run.glob("trials/*/0001/trial.json")}
@@ -69,6 +95,7 @@ def test_a_plan_that_a_search_has_tried_is_not_tried_again(searched: Path) -> No
     assert {path: path.read_bytes() for path in before} == before
 
 
+@pytest.mark.slow
 def test_a_plan_over_the_budget_is_refused_with_both_sizes(searched: Path) -> None:
     plan = yaml.safe_load(qpruner("plan", searched.parent / "run", "--trial", 0).stdout)
     file = searched.parent / "large.yaml"
@@ -78,6 +105,7 @@ def test_a_plan_over_the_budget_is_refused_with_both_sizes(searched: Path) -> No
     assert "more than the budget of" in done.stderr and "quantize.budget" in done.stderr
 
 
+@pytest.mark.slow
 def test_check_refuses_a_plan_for_another_model(searched: Path) -> None:
     file = searched.parent / "other.yaml"
     file.write_text("layers.7.qkv: 4\n")
