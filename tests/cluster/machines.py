@@ -115,7 +115,10 @@ class Machine:
                     script.append(f"mount --bind {shlex.quote(str(path))} {shlex.quote(str(target))}")
         script += [f"mount --rbind {shlex.quote(str(own))} {mounted}" for mounted, own in private.items()]
         script += ["mount -t tmpfs tmpfs /dev/shm", "mount -t tmpfs tmpfs /run", "mkdir /run/sshd", "ip link set lo up"]
-        script += [f"hostname {folder.name}", f"exec {command}"]
+        # Its own name must resolve: without, each look-up of Ray's waits for a name server.
+        (folder / "hosts").write_text(f"127.0.0.1 localhost {folder.name}\n")
+        script += [f"mount --bind {shlex.quote(str(folder / 'hosts'))} /etc/hosts", f"hostname {folder.name}"]
+        script += [f"exec {command}"]
         self.log = folder / "log"
         with self.log.open("w") as log:
             self.holder = subprocess.Popen(
