@@ -144,7 +144,8 @@ def test_a_search_attached_and_gone_on_with_by_a_job(cluster: Cluster, tiny_mode
     assert len(trials_of(run)) == 4
     assert "SUCCEEDED" in watched(cluster)
     cluster.script("fetch.sh", str(cluster.file), str(run), str(tmp_path / "fetched"))
-    assert {path.name for path in (tmp_path / "fetched").iterdir()} == {"report.md", "results.json", "records", "final"}
+    fetched = {path.name for path in (tmp_path / "fetched").iterdir()}
+    assert fetched == {"report.html", "report.md", "results.json", "records", "final"}
 
 
 def test_down_leaves_nothing(cluster: Cluster) -> None:
