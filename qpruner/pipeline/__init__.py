@@ -73,6 +73,8 @@ def run(config: RunConfig, emit: Emit, address: str | None = None, until: str = 
     try:
         with progress.ending():
             return _stages(Context(config, run_dir, tell, address, inspection), until)
+    except UserError:
+        raise  # nothing was begun, so the report of an earlier command stands
     except BaseException:
         report_unfinished(run_dir)
         raise

@@ -14,11 +14,15 @@ from typing import Any
 import jsonschema
 import pytest
 from click.testing import CliRunner
+from conftest import with_key
 from huggingface_hub import ModelCard
 from made_run import STAGES, MadeRun
 
 import qpruner
 from qpruner.cli import main
+from qpruner.config import validate_config
+from qpruner.errors import UserError
+from qpruner.pipeline import run
 from qpruner.plan import PrecisionPlan
 from qpruner.records import StageState
 from qpruner.report.charts import charts
@@ -206,6 +210,16 @@ def test_records_of_an_older_configuration_are_not_shown(tmp_path: Path) -> None
     text = words(Outline(page_of(root)).text)
     assert "Interrupted" in text and "223.4 MB" in text
     assert "92.0 MB" not in text and "Trials" not in text
+
+
+def test_a_mistake_in_the_input_leaves_the_report_there_is(tiny_raw: dict[str, Any]) -> None:
+    root = Path(tiny_raw["output"])
+    write_report(MadeRun(root, num_trials=4, num_blocks=2).run)
+    before = page_of(root)
+    too_much = with_key(tiny_raw, "search.resources_per_trial", {"cpu": 100_000})
+    with pytest.raises(UserError, match="asks for"):
+        run(validate_config(too_much), lambda event: None)
+    assert page_of(root) == before
 
 
 def test_a_folder_that_is_no_run_is_refused(tmp_path: Path) -> None:
