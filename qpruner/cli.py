@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import shlex
 import sys
 import traceback
 from collections.abc import Callable
@@ -358,7 +359,10 @@ def _guarded(as_json: bool, work: Callable[[], dict[str, Any]]) -> None:
             click.echo(json.dumps({"status": "error", "kind": type(error).__name__, "error": str(error)}))
         sys.exit(1)
     except KeyboardInterrupt:
-        click.echo("interrupted; repeat the same command to go on", err=True)
+        resume = f"qpruner {shlex.join(sys.argv[1:])}"
+        click.echo(f"interrupted; go on with: {resume}", err=True)
+        if as_json:
+            click.echo(json.dumps({"status": "interrupted", "resume": resume}))
         sys.exit(130)
     if as_json:
         click.echo(json.dumps(outcome))

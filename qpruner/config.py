@@ -416,6 +416,11 @@ class SearchConfig(Section):
     """Best trials that are scored again on fresh rows, beside the controls; with `pareto` at least the whole front."""
     resources_per_trial: ResourcesConfig | None = None
     """null takes one GPU where there are GPUs and one CPU core where there are none."""
+    trial_timeout_seconds: Annotated[float, Field(gt=0)] = 1800.0
+    """A trial without progress for this long (no forward pass, nothing loaded) is killed and recorded as hung."""
+    retry_out_of_memory: bool = True
+    """A trial that runs out of memory goes on with half the micro-batch and twice the accumulation, which is the same
+    math, down to one row; without this, or when one row is too much, its plan is infeasible."""
 
     @property
     def rungs(self) -> tuple[int, ...]:

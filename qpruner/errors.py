@@ -55,8 +55,24 @@ class StageError(QprunerError):
         return (StageError, (self.stage, self.cause, self.remedy))
 
 
+class StorageError(QprunerError):
+    """The run's storage stayed full or away for longer than a write waits.
+
+    Attributes:
+        cause: What happened, in one sentence.
+        remedy: What to do next, in one sentence.
+    """
+
+    def __init__(self, cause: str, remedy: str) -> None:
+        self.cause, self.remedy = cause, remedy
+        super().__init__(f"{cause}\n  remedy: {remedy}")
+
+    def __reduce__(self) -> tuple[type[StorageError], tuple[str, str]]:
+        return (StorageError, (self.cause, self.remedy))
+
+
 class TrainingDiverged(QprunerError):
-    """The training or validation loss became NaN or infinite."""
+    """The training or validation loss became NaN, infinite or worse than blind guessing."""
 
 
 class WorkerDied(QprunerError):

@@ -25,6 +25,10 @@ if TYPE_CHECKING:
     from peft import PeftModel
 
 
+DIVERGED_BY = 1.0
+"""Nats per token."""
+
+
 @dataclass(frozen=True)
 class Schedule:
     """How long to train and where to save.
@@ -88,9 +92,10 @@ def finetune(
         listener: Callbacks.
 
     Raises:
-        TrainingDiverged: At the step whose loss or gradient is NaN or infinite.
+        TrainingDiverged: At the step whose loss or gradient is NaN or infinite, or whose loss is more than
+            `DIVERGED_BY` above both the first step's and that of a blind guess, ln(vocabulary).
     """
-    callback = _Callback(schedule.rungs, listener or Listener())
+    callback = _Callback(schedule.rungs, listener or Listener(), math.log(_vocabulary(model)))
     if settings.gradient_checkpointing:
         model.enable_input_require_grads()
     trainer = Trainer(
@@ -103,6 +108,10 @@ def finetune(
     trainer.remove_callback(PrinterCallback)  # it prints every logged loss; the stages emit their own events
     trainer.train(resume_from_checkpoint=str(start) if start else None)
     return TrainingResult(int(trainer.state.global_step), callback.train_loss)
+
+
+def _vocabulary(model: PeftModel) -> int:
+    return int(model.get_base_model().get_input_embeddings().weight.shape[0])
 
 
 def _arguments(settings: TrainingConfig, schedule: Schedule, output: Path, seed: int) -> TrainingArguments:
@@ -144,9 +153,10 @@ def _arguments(settings: TrainingConfig, schedule: Schedule, output: Path, seed:
 class _Callback(TrainerCallback):  # type: ignore[misc]
     """Saves at rungs, tells the listener, and stops a diverging run."""
 
-    def __init__(self, rungs: Sequence[int], listener: Listener) -> None:
+    def __init__(self, rungs: Sequence[int], listener: Listener, blind_loss: float) -> None:
         self.rungs = frozenset(rungs)
         self.listener = listener
+        self.blind_loss = blind_loss
         self.train_loss = math.nan
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -161,6 +171,13 @@ class _Callback(TrainerCallback):  # type: ignore[misc]
         if not math.isfinite(self.train_loss) or not math.isfinite(norm):
             raise TrainingDiverged(
                 f"the training loss is {self.train_loss} and the gradient norm {norm} at step {state.global_step}"
+            )
+        # A checkpoint brings the history with it, so the first step is that of the whole training.
+        tolerable = max(self.blind_loss, next(float(each["loss"]) for each in state.log_history if "loss" in each))
+        if self.train_loss > tolerable + DIVERGED_BY:
+            raise TrainingDiverged(
+                f"the training loss is {self.train_loss:.4g} at step {state.global_step}, far above {tolerable:.4g}, "
+                "the larger of the first step's and a blind guess's"
             )
         self.listener.on_step(state.global_step, state.max_steps, self.train_loss)
 

@@ -27,6 +27,13 @@ def release() -> None:
         ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that GPU or host memory ran out: Python's own, torch's, or a library's in words."""
+    said = ("can't allocate memory", "Cannot allocate memory", "out of memory", "ALLOC_FAILED", "bad_alloc")
+    named = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+    return named or any(words in str(error) for words in said)
+
+
 class PeakMemory:
     """Peak memory from now on: CUDA's own counter, or the rise of resident memory on a CPU.
 

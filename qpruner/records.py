@@ -148,12 +148,24 @@ class TrialRecord(BaseModel):
     status: Literal["running", "finished", "stopped", "failed"]
     rungs: tuple[RungResult, ...] = ()
     reason: str | None = None
+    failure: Literal["infeasible", "diverged", "hung", "lost", "storage", "damaged", "error"] | None = None
+    """Of a failed trial: out of memory, a loss out of bounds, no progress, worker processes that died, storage that
+    was full or away, a file that could not be read, anything else. Storage and damage are tried again."""
     seconds: float = 0.0
     """Of all sessions, up to the last rung."""
     gpu_seconds: float = 0.0
     """The same times the GPUs it held."""
+    peak_memory_bytes: int | None = None
+    """Above what its worker process held when it started."""
+    memory_counter: str | None = None
+    checkpoint: dict[str, str] = {}
+    """Of the last rung: file name -> sha256."""
+    worker: str | None = None
+    """Of all processes that worked on it the latest: one that was taken for dead and is not must write nothing more."""
+    micro_batch_size: int | None = None
+    """Rows a forward pass saw, where want of memory forced it below `training.micro_batch_size`."""
     kills: int = 0
-    """Times that Ray killed workers for memory while this trial ran."""
+    """Times since its last rung that its worker process died, or that Ray killed workers for memory while it ran."""
     times: tuple[float, ...] = ()
     """Unix seconds: when its plan was handed out, when each rung was recorded and, once it is over, when it ended."""
 
@@ -167,13 +179,39 @@ class TrialRecord(BaseModel):
         """Whether its plan was there before the search: a uniform one, a sensitivity's seed, or one that was given."""
         return self.origin == GIVEN or self.origin.startswith(("uniform-", "seed-"))
 
+    @property
+    def is_ruined(self) -> bool:
+        """Whether the plan itself cannot be trained here, so that searchers are told a bad score."""
+        return self.failure in ("infeasible", "diverged")
+
+    @property
+    def can_be_mended(self) -> bool:
+        """Whether it failed for want of something that says nothing of the plan."""
+        return self.failure in ("storage", "damaged")
+
+
+class TrialPulse(BaseModel):
+    """What a trial's worker tells while it works, at most once a second and only when something moved."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    node: str
+    """Ray's id of the machine."""
+    pid: int
+    step: int
+    """The last optimizer step."""
+    beats: int
+    """Forward passes so far."""
+    peak_memory_bytes: int
+
 
 class SearchClock(BaseModel):
-    """Seconds a search has taken, all its sessions together."""
+    """Seconds a search has taken, all its sessions together, and how many there were."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     seconds: float
+    sessions: int = 0
 
 
 class FreshScore(BaseModel):
@@ -222,6 +260,8 @@ class SearchRecord(Record):
     num_finished: int
     num_stopped: int
     num_failed: int
+    failures: dict[str, int] = {}
+    """Failed trials by kind, as in `TrialRecord.failure`."""
     num_taken_over: int
     """Trials that searches with another budget or searcher had left and this one started from."""
     ended: str
@@ -242,6 +282,8 @@ class SearchRecord(Record):
     """With `search.pareto`, by bytes: the plans that none of fewer or equal bytes beats on fresh rows; else empty."""
     resumed: int
     """Trials that an earlier, interrupted run had already recorded."""
+    sessions: int = 1
+    """Times that the command was started until the search was over."""
 
 
 class CandidateRecord(Record):

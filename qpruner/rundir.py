@@ -6,6 +6,7 @@ stage's record last. A record that can be read therefore vouches for whole files
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -16,6 +17,7 @@ from typing import TypeVar
 from pydantic import BaseModel, ValidationError
 
 from qpruner.errors import CorruptFile, UserError
+from qpruner.patience import patiently
 
 STATE = "run.json"
 
@@ -75,8 +77,8 @@ class RunDir:
         return read_json(self._record_path(name), kind)
 
     def write_state(self, state: BaseModel) -> None:
-        """Say where the present command stands."""
-        write_json(self.root / STATE, state)
+        """Say where the present command stands; nobody waits for room to do so."""
+        write_json(self.root / STATE, state, patience_seconds=0.0)
 
     def read_state(self, kind: type[RecordType]) -> RecordType | None:
         """Where the latest command stands or how it ended; None before the first."""
@@ -99,19 +101,35 @@ def run_root(output: Path) -> Path:
     return root
 
 
-def write_json(path: Path, data: BaseModel) -> None:
+def write_json(path: Path, data: BaseModel, patience_seconds: float | None = None) -> None:
     """Write a record, as `write_text` does."""
-    write_text(path, data.model_dump_json(indent=2) + "\n")
+    write_text(path, data.model_dump_json(indent=2) + "\n", patience_seconds)
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write a file so that a reader sees the old one or the new one, never half of it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+def write_text(path: Path, text: str, patience_seconds: float | None = None) -> None:
+    """Write a file so that a reader sees the old one or the new one, never half of it; waits as `patiently` does."""
     aside = path.with_name(f".{path.name}.{os.getpid()}")
-    aside.write_text(text, encoding="utf-8")
-    _sync(aside)
-    aside.replace(path)
-    _sync(path.parent)
+
+    def write() -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        aside.write_text(text, encoding="utf-8")
+        _sync(aside)
+        aside.replace(path)
+        _sync(path.parent)
+
+    patiently(write, path, patience_seconds)
+
+
+def read_written(path: Path, kind: type[RecordType]) -> RecordType:
+    """Read a record that was written before: one that is missing means that the storage is away."""
+
+    def read() -> RecordType:
+        record = read_json(path, kind)
+        if record is None:
+            raise OSError(errno.EIO, "was written and is missing", str(path))
+        return record
+
+    return patiently(read, path)
 
 
 def read_json(path: Path, kind: type[RecordType]) -> RecordType | None:
@@ -134,14 +152,25 @@ def file_digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def folder_digests(folder: Path) -> dict[str, str]:
+    """sha256 of every file in a folder, by its path from there."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {str(path.relative_to(folder)): file_digest(path) for path in files}
+
+
 def publish_folder(scratch: Path, target: Path) -> None:
     """Make a finished folder durable and move it to its name, which must be free or hold an unfinished attempt."""
-    for path in scratch.rglob("*"):
-        if path.is_file():
+
+    def make_durable() -> None:
+        for path in (scratch, *scratch.rglob("*")):
             _sync(path)
-    shutil.rmtree(target, ignore_errors=True)
-    scratch.rename(target)
-    _sync(target.parent)
+
+    def move() -> None:
+        shutil.rmtree(target, ignore_errors=True)
+        scratch.rename(target)
+
+    for step in (make_durable, move, lambda: _sync(target.parent)):
+        patiently(step, target)
 
 
 def _sync(path: Path) -> None:

@@ -101,6 +101,22 @@ def test_accumulation_is_the_same_batch(
     assert small[0] == pytest.approx(large[0], rel=1e-2)
 
 
+def test_half_the_micro_batch_from_a_rung_on_is_the_same_training(
+    tiny_model: Path, rows: list[dict[str, list[int]]], tmp_path: Path
+) -> None:
+    """What a trial that ran out of memory goes on with."""
+
+    def build() -> PeftModel:
+        model, starts = assemble(tiny_model, tiny_model, "block", {"layers.0": 16, "layers.1": 16}, "float32", False)
+        return attach_adapters(model, starts, LoraConfig(rank=4, init="plain"), "block", seed=3)
+
+    whole, half = (SETTINGS.model_copy(update={"micro_batch_size": size}) for size in (4, 2))
+    expected = losses(build(), rows, tmp_path / "whole", None, whole)
+    assert len({round(loss, 3) for loss in expected}) == 6
+    found = losses(build(), rows, tmp_path / "half", tmp_path / "whole" / "checkpoint-3", half)
+    assert found == pytest.approx(expected[3:], rel=1e-4)
+
+
 def test_only_adapters_change(fresh: Callable[[], PeftModel], rows: list[dict[str, list[int]]], tmp_path: Path) -> None:
     model = fresh()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
@@ -108,6 +124,23 @@ def test_only_adapters_change(fresh: Callable[[], PeftModel], rows: list[dict[st
     changed = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}
     assert changed
     assert all("lora_" in name for name in changed)
+
+
+def test_a_loss_that_leaves_all_bounds_stops_the_run_while_it_is_still_a_number(
+    tiny_model: Path, rows: list[dict[str, list[int]]], tmp_path: Path
+) -> None:
+    """A model that has learnt its four rows meets a learning rate far too high; its logits are ten times as large as
+    those of a fresh one, so that a wrong guess costs something."""
+    model, starts = assemble(tiny_model, tiny_model, "block", {"layers.0": 16, "layers.1": 16}, "float32", False)
+    with torch.no_grad():
+        model.get_submodule("model.norm").weight.fill_(10.0)
+    peft_model = attach_adapters(model, starts, LoraConfig(rank=4, init="plain"), "block", seed=3)
+    seen = losses(peft_model, rows[:4], tmp_path / "well", None, SETTINGS.model_copy(update={"learning_rate": 0.02}))
+    assert seen[-1] < 6.0
+    with pytest.raises(
+        TrainingDiverged, match=r"the training loss is .* at step [2-6], far above 6\.238, the larger of"
+    ):
+        losses(peft_model, rows[:4], tmp_path / "ill", None, SETTINGS.model_copy(update={"learning_rate": 1.0}))
 
 
 def test_a_diverging_run_stops_and_names_the_step(

@@ -28,6 +28,9 @@ NOT_COMPARED = {
     "model_path",
     "output",
     "resumed",
+    "sessions",
+    "worker",
+    "checkpoint",
     "environment",
     "state",
     "times",
@@ -270,6 +273,7 @@ def test_killed_twice_and_repeated_gives_the_same(
     done = subprocess.run(command(config), capture_output=True, text=True, timeout=8 * MINUTES)
     assert done.returncode == 0, done.stderr[-3000:]
     assert outcome(run) == outcome(undisturbed[0])
+    assert " Resumed: 2 sessions; the last began with 2 trial(s) recorded before." in (run / "report.md").read_text()
 
 
 @pytest.mark.slow

@@ -6,6 +6,7 @@ Each stage leaves a record; a stage whose record has the digest of its present i
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 
 from qpruner import preflight
@@ -25,6 +26,7 @@ from qpruner.pipeline.stage import explained
 from qpruner.records import STAGES, PruneRecord, Results
 from qpruner.report.tensorboard import Board
 from qpruner.rundir import RunDir
+from qpruner.runlock import sole_driver
 from qpruner.search.searchers import check_searcher
 
 
@@ -63,21 +65,22 @@ def run(config: RunConfig, emit: Emit, address: str | None = None, until: str = 
     """
     inspection = preflight.inspect(config)
     run_dir = RunDir(Path(config.output))
-    progress = RunProgress(run_dir, config, until)
-    board = Board(run_dir.root, config)
+    with sole_driver(run_dir.root, lambda text: emit(Message("run", text))):
+        progress = RunProgress(run_dir, config, until)
+        board = Board(run_dir.root, config)
 
-    def tell(event: Event) -> None:
-        for listen in (progress.listen, board.listen, emit):
-            listen(event)
+        def tell(event: Event) -> None:
+            for listen in (progress.listen, board.listen, emit):
+                listen(event)
 
-    try:
-        with progress.ending():
-            return _stages(Context(config, run_dir, tell, address, inspection), until)
-    except UserError:
-        raise  # nothing was begun, so the report of an earlier command stands
-    except BaseException:
-        report_unfinished(run_dir)
-        raise
+        try:
+            with progress.ending():
+                return _stages(Context(config, run_dir, tell, address, inspection), until)
+        except UserError:
+            raise  # nothing was begun, so the report of an earlier command stands
+        except BaseException:
+            report_unfinished(run_dir)
+            raise
 
 
 def _stages(context: Context, until: str) -> Results:
@@ -86,7 +89,7 @@ def _stages(context: Context, until: str) -> Results:
     last = STAGES.index(until)
     if last >= STAGES.index("bank"):
         preflight.check_quantizable(inspection.model_config)
-    try:
+    with contextlib.closing(context):
         if last >= STAGES.index("search"):
             for warning in inspection.warnings:
                 emit(Message("search", f"warning: {warning}"))
@@ -108,8 +111,6 @@ def _stages(context: Context, until: str) -> Results:
             evaluate=scored,
         )
         return report(context, results) if last >= 7 else results
-    finally:
-        context.close()
 
 
 def preview(config: RunConfig, emit: Emit, address: str | None = None) -> PruneRecord:

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from qpruner import events
 from qpruner.config import RunConfig
-from qpruner.errors import QprunerError
+from qpruner.errors import QprunerError, StorageError
 from qpruner.records import RunState, StageState
 from qpruner.rundir import RunDir
 
@@ -107,7 +107,7 @@ class RunProgress:
         self._written = time.monotonic()
         try:
             self._run.write_state(self._state)
-        except OSError as error:
+        except (OSError, StorageError) as error:
             # Where the disk is full the stage will say so, and better.
             logger.warning("run.json could not be written: %s", error)
 

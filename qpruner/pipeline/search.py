@@ -7,6 +7,7 @@ another budget starts from what the last one left.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,11 +31,20 @@ from qpruner.records import (
     digest_of,
 )
 from qpruner.rundir import write_json
-from qpruner.search.trial_records import checkpoint_of, objective, read_trials
+from qpruner.search.trial_records import checkpoint_of, objective, read_trials, set_aside_damaged
 from qpruner.sensitivity import seed_origin, seed_plan
 
 if TYPE_CHECKING:
     from qpruner.search.tune import SearchJob
+
+
+REMEDY = "mend the cause, delete the run's trials folder"
+MENDED_BY: dict[str | None, str] = {
+    "diverged": "lower `training.learning_rate`",
+    "infeasible": "lower `data.max_length`, or set `training.gradient_checkpointing`",
+    "hung": "raise `search.trial_timeout_seconds`",
+}
+"""What to do when all trials failed for one reason."""
 
 
 def search(context: Context, banked: BankRecord, measured: SensitivityRecord) -> SearchRecord:
@@ -64,6 +74,7 @@ def search(context: Context, banked: BankRecord, measured: SensitivityRecord) ->
         max_trials=1 if given else settings.max_trials,
         steps=settings.steps,
     )
+    set_aside_damaged(context.run_dir.trials / trials_digest, lambda text: context.emit(Message("search", text)))
     context.emit(SearchPlanned(state, tuple(read_trials(context.run_dir.trials / trials_digest)), measured))
 
     def work(scratch: Path) -> dict[str, Any]:
@@ -109,6 +120,7 @@ def search(context: Context, banked: BankRecord, measured: SensitivityRecord) ->
             "num_finished": statuses.count("finished"),
             "num_stopped": statuses.count("stopped"),
             "num_failed": statuses.count("failed"),
+            "failures": dict(Counter(trial.failure for trial in outcome.trials if trial.failure)),
             "num_taken_over": sum(1 for trial in outcome.taken_over if trial.rungs),
             "ended": outcome.ended,
             "search_seconds": outcome.seconds,
@@ -121,6 +133,7 @@ def search(context: Context, banked: BankRecord, measured: SensitivityRecord) ->
             "control_won": best.control and not given,
             "front": _front(confirmations, by_index, job) if settings.pareto else (),
             "resumed": resumed,
+            "sessions": outcome.sessions,
         }
 
     def figures(record: SearchRecord) -> str:
@@ -183,8 +196,8 @@ def _finalists(trials: Sequence[TrialRecord], job: SearchJob) -> list[TrialRecor
     finished = [trial for trial in trials if trial.status == "finished"]
     if not finished:
         reasons = [trial.reason for trial in trials if trial.reason]
-        diverged = bool(reasons) and all("TrainingDiverged" in reason for reason in reasons)
-        mend = "lower `training.learning_rate`" if diverged else "mend the cause, delete the run's trials folder"
+        kinds = {trial.failure for trial in trials}
+        mend = MENDED_BY.get(kinds.pop(), REMEDY) if len(kinds) == 1 else REMEDY
         raise StageError(
             "search",
             f"none of {len(trials)} trials finished; the first said: {reasons[0] if reasons else 'nothing'}",

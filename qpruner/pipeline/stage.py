@@ -6,7 +6,6 @@ that names the stage, the cause and the remedy; what was recorded before it stay
 
 from __future__ import annotations
 
-import errno
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,8 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from qpruner.errors import CorruptFile, QprunerError, StageError, TrainingDiverged
+from qpruner.errors import CorruptFile, QprunerError, StageError, StorageError, TrainingDiverged
 from qpruner.events import Emit, Message, StageFinished, StageSkipped, StageStarted
+from qpruner.memory import is_out_of_memory
+from qpruner.patience import storage_error
 from qpruner.records import Record, digest_of
 from qpruner.rundir import RunDir
 
@@ -104,13 +105,15 @@ def explained(stage: str, root: Path | None = None) -> Iterator[None]:
         raise StageError(stage, str(error), _against_nan(stage)) from error
     except CorruptFile as error:
         raise StageError(stage, str(error), _mend(error.path, root)) from error
+    except StorageError as error:
+        raise StageError(stage, error.cause, error.remedy) from error
     except QprunerError:
         raise
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        trouble = storage_error(error, root)
+        if trouble is None:
             raise
-        place = f"{error.filename or root or 'the disk'}"
-        raise StageError(stage, f"no space left for {place}", "make room, then repeat the command") from error
+        raise StageError(stage, trouble.cause, trouble.remedy) from error
     except Exception as error:
         cause = _known_cause(error, root)
         if cause is None:
@@ -138,7 +141,7 @@ def _mend(path: Path | None, root: Path | None) -> str:
 def _known_cause(error: Exception, root: Path | None) -> tuple[str, str] | None:
     """Cause and remedy of errors that libraries raise under types of their own."""
     text = str(error)
-    if type(error).__name__ == "OutOfMemoryError" or isinstance(error, MemoryError) or "can't allocate memory" in text:
+    if is_out_of_memory(error):
         remedy = "lower `training.micro_batch_size` or `data.max_length`, or set `training.gradient_checkpointing`"
         return f"out of memory ({text.splitlines()[0][:120] if text else 'MemoryError'})", remedy
     if "No space left on device" in text:

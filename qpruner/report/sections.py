@@ -117,8 +117,10 @@ def search_text(search: SearchRecord) -> list[str]:
     )
     if search.num_taken_over:
         told += f" It started from {search.num_taken_over} trial(s) that searches with another budget or searcher left."
-    if search.resumed:
-        told += f" Resumed with {search.resumed} trial(s) recorded before."
+    if search.sessions > 1:
+        told += f" Resumed: {search.sessions} sessions; the last began with {search.resumed} trial(s) recorded before."
+    if search.failures:
+        told += f" Failed: {', '.join(f'{number} {kind}' for kind, number in sorted(search.failures.items()))}."
     outcome = "a control: no searched plan beat it" if search.control_won else "a searched plan"
     return [told, f"On fresh rows trial {search.best_index} ({search.best_origin}) was best, {outcome}."]
 

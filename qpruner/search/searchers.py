@@ -67,7 +67,7 @@ class History:
     Attributes:
         observations: Every rung of every trial, also of those still running; by index, then step.
         pending: Plans in flight, by index.
-        failed: Plans that ran and left no score, by index.
+        failed: Plans that ran and left no score, by index. Those that cannot be trained are told a score, see `Ledger`.
     """
 
     observations: tuple[Observation, ...] = ()
@@ -188,6 +188,9 @@ def _to_unit(values: np.ndarray) -> np.ndarray:
 class Ledger:
     """Every plan of a search, in order.
 
+    A plan that diverges or does not fit in memory is told as bad, not as unknown: at the last step that any plan has
+    reached, with the worst score there plus that score's distance from the best (1 % of it where there is only one).
+
     Attributes:
         space: The feasible plans.
         proposer: The searcher behind it.
@@ -210,9 +213,12 @@ class Ledger:
     _live: dict[int, PrecisionPlan] = field(default_factory=dict)
     _unfinished: list[Suggestion] = field(default_factory=list)
     _observations: dict[tuple[int, int], Observation] = field(default_factory=dict)
+    _ruined: dict[int, PrecisionPlan] = field(default_factory=dict)
     _unpromising: int = 0
 
-    def recall(self, suggestion: Suggestion, rungs: Sequence[Observation], counts: bool = True) -> None:
+    def recall(
+        self, suggestion: Suggestion, rungs: Sequence[Observation], counts: bool = True, ruined: bool = False
+    ) -> None:
         """Take over a trial that is over, finished or not; `counts` is off for another budget's."""
         self._known[suggestion.plan] = suggestion.index
         if counts:
@@ -220,6 +226,8 @@ class Ledger:
             self._weigh(suggestion)
         for rung in rungs:
             self.observe(rung)
+        if ruined:
+            self._ruined[suggestion.index] = suggestion.plan
 
     def resume(self, suggestion: Suggestion, rungs: Sequence[Observation]) -> None:
         """Take over a trial that was still running; it is handed out again before new ones."""
@@ -237,9 +245,16 @@ class Ledger:
         """Tell a rung's score; the plan that ran is told, not the one that was proposed."""
         self._observations[observation.index, observation.step] = observation
 
-    def close(self, suggestion: Suggestion) -> None:
-        """Tell that a trial is over, with what was observed or with nothing."""
+    def close(self, suggestion: Suggestion, ruined: bool = False) -> None:
+        """Tell that a trial is over, with what was observed or with nothing; `ruined` if its plan cannot be trained."""
         self._live.pop(suggestion.index, None)
+        if ruined:
+            self._ruined[suggestion.index] = suggestion.plan
+
+    def hand_out_again(self, suggestion: Suggestion) -> None:
+        """Tell that a trial lost its worker; it goes on before new ones are made."""
+        self._live.pop(suggestion.index, None)
+        self._unfinished.append(suggestion)
 
     def end(self, reason: str) -> None:
         """No new suggestions from now on; the first reason stays."""
@@ -247,13 +262,24 @@ class Ledger:
 
     def history(self) -> History:
         """What the searcher is told."""
-        heard = {index for index, _ in self._observations} | set(self._live)
+        told = self._observations | self._penalties()
+        heard = {index for index, _ in told} | set(self._live)
         by_index = sorted(self._known.items(), key=lambda item: item[1])
         return History(
-            tuple(self._observations[key] for key in sorted(self._observations)),
+            tuple(told[key] for key in sorted(told)),
             tuple(self._live[index] for index in sorted(self._live)),
             tuple(plan for plan, index in by_index if index not in heard),
         )
+
+    def _penalties(self) -> dict[tuple[int, int], Observation]:
+        """What ruined plans are told with; nothing while nothing was scored."""
+        step = max((step for _, step in self._observations), default=None)
+        if step is None:
+            return {}
+        scores = [item.score for item in self._observations.values() if item.step == step]
+        worst, best = max(scores), min(scores)
+        score = worst + ((worst - best) or abs(worst) / 100)
+        return {(index, step): Observation(index, plan, step, score) for index, plan in self._ruined.items()}
 
     def _new(self) -> Suggestion | None:
         if self.ended:

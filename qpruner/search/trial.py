@@ -1,11 +1,12 @@
 """One trial: a plan fine-tuned for a few steps and scored at every rung. Knows nothing of Ray.
 
-`run_trial(job, start, report)`: `start` is nothing or the trial's own last checkpoint; `report` takes the rung's result
-and its checkpoint folder, and may raise to stop.
+`run_trial(job, start, report, progress)`: `start` is nothing or the trial's own last checkpoint; `report` takes the
+rung's result and its checkpoint folder, and may raise to stop; `progress` hears of every forward pass.
 """
 
 from __future__ import annotations
 
+import contextlib
 import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -24,6 +25,8 @@ from qpruner.quantization.assembly import workbench
 from qpruner.records import RungResult
 
 Report = Callable[[RungResult, Path], None]
+Progress = Callable[[int], None]
+"""Told the last optimizer step, before every forward pass and when something is loaded."""
 
 
 @dataclass(frozen=True)
@@ -50,11 +53,11 @@ class TrialJob:
     plan: Mapping[str, int]
 
 
-def run_trial(job: TrialJob, start: Path | None, report: Report) -> None:
+def run_trial(job: TrialJob, start: Path | None, report: Report, progress: Progress = lambda step: None) -> None:
     """Assemble the plan's model, fine-tune it from rung to rung, score and report each rung.
 
     Raises:
-        TrainingDiverged: If training or validation loss is NaN or infinite.
+        TrainingDiverged: If the training loss leaves all bounds, or the validation loss is NaN or infinite.
     """
     config = job.config
     # One seed for adapters, data order and dropout of all trials: another order moves the loss more than most plans do.
@@ -66,12 +69,19 @@ def run_trial(job: TrialJob, start: Path | None, report: Report) -> None:
         config.quantize.double_quant,
         config.lora,
     )
+    progress(0)
     peft_model = bench.model(job.plan, config.seed)
+    progress(0)
     tokenizer = load_tokenizer(str(job.materials.checkpoint))
     pad_id = int(tokenizer.pad_token_id)
     validation = load_encoded(job.materials.data / "validation")
-
+    done = 0
     train_losses: list[float] = []
+
+    def on_step(step: int, total: int, loss: float) -> None:
+        nonlocal done
+        done = step
+        train_losses.append(round(loss, 4))
 
     def on_rung(step: int, checkpoint: Path, train_loss: float) -> None:
         try:
@@ -81,7 +91,10 @@ def run_trial(job: TrialJob, start: Path | None, report: Report) -> None:
         report(result.model_copy(update={"train_losses": tuple(train_losses)}), checkpoint)
         train_losses.clear()
 
-    with tempfile.TemporaryDirectory(prefix="qpruner-trial-") as work:
+    # Training, scoring and lm-eval alike pass through the model, so one hook sees whether anything moves.
+    passes = peft_model.register_forward_pre_hook(lambda *_: progress(done))
+    with tempfile.TemporaryDirectory(prefix="qpruner-trial-") as work, contextlib.ExitStack() as hooks:
+        hooks.callback(passes.remove)
         finetune(
             peft_model,
             load_encoded(job.materials.data / "train"),
@@ -91,7 +104,7 @@ def run_trial(job: TrialJob, start: Path | None, report: Report) -> None:
             config.seed,
             pad_id,
             start=start,
-            listener=Listener(on_rung=on_rung, on_step=lambda step, total, loss: train_losses.append(round(loss, 4))),
+            listener=Listener(on_rung=on_rung, on_step=on_step),
         )
 
 

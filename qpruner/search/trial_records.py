@@ -6,11 +6,15 @@ same result in each (`TrialRecord.digest`); `TrialRecord.search` says whose a tr
 
 from __future__ import annotations
 
+import contextlib
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 from qpruner.config import RunConfig
-from qpruner.records import FreshScore, RungResult, SearchClock, TrialRecord
-from qpruner.rundir import read_json, write_json
+from qpruner.errors import CorruptFile
+from qpruner.records import FreshScore, RungResult, SearchClock, TrialPulse, TrialRecord
+from qpruner.rundir import folder_digests, read_json, read_written, write_json
 
 
 def read_trials(folder: Path) -> list[TrialRecord]:
@@ -19,8 +23,60 @@ def read_trials(folder: Path) -> list[TrialRecord]:
     return [record for record in records if record is not None]
 
 
-def write_trial(folder: Path, record: TrialRecord) -> None:
-    write_json(trial_path(folder, record.index), record)
+def set_aside_damaged(folder: Path, tell: Callable[[str], None]) -> None:
+    """Move records that cannot be read, and checkpoints to go on from that are not as they were written, into
+    `damaged/`; those trials are run again from their start, and no other.
+
+    Args:
+        folder: Of the trials.
+        tell: Told in one line what was set aside.
+    """
+    for path in sorted(folder.glob("*/trial.json")):
+        try:
+            record = read_json(path, TrialRecord)
+        except CorruptFile as error:
+            tell(f"{error}; set aside in {_set_aside(path.parent)}, and that trial is run again")
+            continue
+        checkpoint = checkpoint_of(folder, record) if record and not record.is_over else None
+        if record and checkpoint and (not checkpoint.is_dir() or folder_digests(checkpoint) != record.checkpoint):
+            where = f"set aside in {_set_aside(checkpoint)}" if checkpoint.is_dir() else "missing"
+            tell(f"{checkpoint} is damaged: {where}; trial {record.index} starts anew")
+            afresh = {"rungs": (), "checkpoint": {}, "times": record.times[:1]}
+            write_trial(folder, record.model_copy(update=afresh))
+
+
+def _set_aside(path: Path) -> Path:
+    """Move a trial's folder, or one in it, out of the way; returns where it is now."""
+    trials = path.parent if path.name.isdigit() else path.parent.parent
+    target = trials / "damaged" / f"{'-'.join(path.relative_to(trials).parts)}-{time.time_ns()}"
+    target.parent.mkdir(exist_ok=True)
+    return path.rename(target)
+
+
+def read_trial(folder: Path, index: int) -> TrialRecord:
+    """The record of a trial that has one."""
+    return read_written(trial_path(folder, index), TrialRecord)
+
+
+def write_trial(folder: Path, record: TrialRecord, patience_seconds: float | None = None) -> None:
+    write_json(trial_path(folder, record.index), record, patience_seconds)
+
+
+def read_pulse(folder: Path, index: int) -> TrialPulse | None:
+    """The last sign of progress of a trial; None before the first, and while the storage is away."""
+    with contextlib.suppress(OSError):
+        return read_json(_pulse_path(folder, index), TrialPulse)
+    return None
+
+
+def write_pulse(folder: Path, index: int, pulse: TrialPulse) -> None:
+    """Tell of progress; not made durable, since it says nothing after a crash."""
+    path = _pulse_path(folder, index)
+    aside = path.with_suffix(".new")
+    # A full disk is met, waited for and told of where results are written.
+    with contextlib.suppress(OSError):
+        aside.write_text(pulse.model_dump_json(), encoding="utf-8")
+        aside.replace(path)
 
 
 def trial_path(trials: Path, index: int) -> Path:
@@ -42,12 +98,19 @@ def checkpoint_of(trials: Path, record: TrialRecord) -> Path | None:
 
 def read_seconds(trials: Path, search: str) -> float:
     """Seconds that a search has taken so far, all sessions together."""
-    clock = read_json(_clock_path(trials, search), SearchClock)
-    return clock.seconds if clock else 0.0
+    return _read_clock(trials, search).seconds
 
 
 def write_seconds(trials: Path, search: str, seconds: float) -> None:
-    write_json(_clock_path(trials, search), SearchClock(seconds=seconds))
+    clock = _read_clock(trials, search)
+    write_json(_clock_path(trials, search), clock.model_copy(update={"seconds": seconds}))
+
+
+def begin_session(trials: Path, search: str) -> int:
+    """Count a start of the search; returns how many there were with this one."""
+    clock = _read_clock(trials, search)
+    write_json(_clock_path(trials, search), clock.model_copy(update={"sessions": clock.sessions + 1}))
+    return clock.sessions + 1
 
 
 def objective(result: RungResult | FreshScore, config: RunConfig) -> float:
@@ -56,6 +119,14 @@ def objective(result: RungResult | FreshScore, config: RunConfig) -> float:
         return result.loss
     assert result.accuracy is not None
     return 1.0 - result.accuracy
+
+
+def _read_clock(trials: Path, search: str) -> SearchClock:
+    return read_json(_clock_path(trials, search), SearchClock) or SearchClock(seconds=0.0)
+
+
+def _pulse_path(trials: Path, index: int) -> Path:
+    return trial_folder(trials, index) / "pulse.json"
 
 
 def _clock_path(trials: Path, search: str) -> Path:

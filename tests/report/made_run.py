@@ -235,6 +235,7 @@ class MadeRun:
             control_won=False,
             front=(),
             resumed=3,
+            sessions=2,
         )
 
     def _finetune(self) -> Record:

@@ -5,6 +5,7 @@ The first tests call its parts on records as trials write them; the last ones ru
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,13 +22,15 @@ from qpruner.pipeline import run
 from qpruner.pipeline.search import _best, _finalists, _front, non_dominated
 from qpruner.plan import Group, Layout, LinearShape, PlanSpace, PrecisionPlan
 from qpruner.records import Confirmation, RungResult, SearchRecord, TrialRecord
+from qpruner.rundir import folder_digests
 from qpruner.search.searchers import History, Ledger, Proposal, RandomProposer
 from qpruner.search.trial import Materials
-from qpruner.search.trial_records import read_seconds, read_trials, write_seconds, write_trial
+from qpruner.search.trial_records import read_seconds, read_trials, set_aside_damaged, write_seconds, write_trial
 from qpruner.search.tune import SearchJob
 from qpruner.search.tune.driver import PlanSearcher
+from qpruner.search.tune.halt import Halt
 from qpruner.search.tune.job import METRIC, TIME
-from qpruner.search.tune.resume import DISK_FULL, take_up
+from qpruner.search.tune.resume import take_up
 
 MINE, ANOTHER = "a" * 16, "b" * 16
 GROUPS = tuple(Group(f"layers.{index}", (LinearShape(f"layers.{index}", 64, 64),)) for index in range(6))
@@ -109,11 +112,11 @@ def test_the_hours_of_earlier_sessions_count_and_what_was_cut_off_goes_on(tmp_pa
     ledger = ledger_of(job, trial(0, "444444", [3.0], status="running"))
     write_seconds(job.trials, job.search, 3599.0)
     write_seconds(job.trials, ANOTHER, 9999.0)
-    assert isinstance(PlanSearcher(job, ledger, print).suggest("a"), dict)
+    assert isinstance(PlanSearcher(job, ledger, print, Halt(print)).suggest("a"), dict)
 
     write_seconds(job.trials, job.search, 3601.0)
     ledger, _ = take_up(job, RandomProposer(job.space, seed=0))
-    searcher = PlanSearcher(job, ledger, print)
+    searcher = PlanSearcher(job, ledger, print, Halt(print))
     cut_off = searcher.suggest("a")
     assert isinstance(cut_off, dict) and cut_off["trial"] == 0
     assert searcher.suggest("b") == "FINISHED"
@@ -125,16 +128,18 @@ def test_the_hours_that_its_trials_held_gpus_count(tmp_path: Path) -> None:
     mine, another = trial(0, "444444", [3, 3, 3], **held), trial(1, "844444", [3, 3, 3], ANOTHER, **held)
     job = job_of(tmp_path, max_gpu_hours=1.0)
     ledger = ledger_of(job, mine, another)
-    assert isinstance(PlanSearcher(job, ledger, print).suggest("a"), dict), "another search's hours are not its own"
+    assert isinstance(PlanSearcher(job, ledger, print, Halt(print)).suggest("a"), dict), (
+        "another search's hours are not its own"
+    )
     ledger = ledger_of(job, mine, another, trial(2, "484444", [3, 3, 3], **held))
-    assert PlanSearcher(job, ledger, print).suggest("a") == "FINISHED"
+    assert PlanSearcher(job, ledger, print, Halt(print)).suggest("a") == "FINISHED"
     assert ledger.ended == "1 GPU hours were spent (`search.max_gpu_hours` is 1)"
 
 
 def test_a_search_that_is_killed_has_kept_its_time(tmp_path: Path) -> None:
     job = job_of(tmp_path)
     write_seconds(job.trials, job.search, 100.0)
-    searcher = PlanSearcher(job, ledger_of(job), print)
+    searcher = PlanSearcher(job, ledger_of(job), print, Halt(print))
     searcher.suggest("a")
     searcher.on_trial_result("a", {METRIC: 3.0, TIME: 1, "loss": 3.0})
     assert 100.0 < read_seconds(job.trials, job.search) < 110.0
@@ -163,7 +168,7 @@ def test_patience_outlives_an_interruption(tmp_path: Path) -> None:
     job = job_of(tmp_path, searcher="gp", patience=3)
     for index in range(5):
         ledger, _ = take_up(job, Hopeless(job.space))
-        running = PlanSearcher(job, ledger, print).suggest("a")
+        running = PlanSearcher(job, ledger, print, Halt(print)).suggest("a")
         if index < 4:
             assert isinstance(running, dict) and running["trial"] == index
             record = read_trials(job.trials)[index]
@@ -214,11 +219,54 @@ def test_what_another_search_was_cut_off_in_goes_on_if_it_fits(plan: str, goes_o
 
 def test_a_trial_that_the_disk_was_too_full_for_is_tried_again(tmp_path: Path) -> None:
     job = job_of(tmp_path)
-    failed = trial(0, "444444", [3.5], origin="uniform-4", status="failed", reason=DISK_FULL)
+    failed = trial(0, "444444", [3.5], origin="uniform-4", status="failed", failure="storage")
     assert suggested(ledger_of(job, failed))[0] == (0, "uniform-4", "444444")
     assert read_trials(job.trials)[0].status == "running"
-    diverged = failed.model_copy(update={"reason": "TrainingDiverged: loss is nan"})
+    diverged = failed.model_copy(update={"failure": "diverged"})
     assert suggested(ledger_of(job, diverged))[0][1] == "seed-kl"
+
+
+# ---- what is damaged
+
+
+def test_a_damaged_record_is_set_aside_and_only_its_trial_is_run_again(tmp_path: Path) -> None:
+    job = job_of(tmp_path)
+    for record in (trial(0, "444444", [3, 3, 3], origin="uniform-4"), trial(1, "484444", [3, 3, 3])):
+        write_trial(job.trials, record)
+    path = job.trials / "0001" / "trial.json"
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-20])
+    told: list[str] = []
+    set_aside_damaged(job.trials, told.append)
+    assert len(told) == 1 and str(path) in told[0] and "that trial is run again" in told[0]
+    assert [record.index for record in read_trials(job.trials)] == [0]
+    (kept,) = job.trials.glob("damaged/*/trial.json")
+    assert kept.read_bytes() == whole[:-20]
+    assert suggested(ledger_of(job))[0][0] == 1, "its number is free again"
+
+
+@pytest.mark.parametrize("damage", ["flipped", "missing", None])
+def test_a_trial_whose_checkpoint_is_damaged_starts_anew(damage: str | None, tmp_path: Path) -> None:
+    job = job_of(tmp_path)
+    checkpoint = job.trials / "0000" / "checkpoint-2"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "weights").write_bytes(b"w" * 1000)
+    running = trial(0, "444444", [3.5, 3.4], origin="uniform-4", status="running", times=(1.0, 2.0, 3.0))
+    write_trial(job.trials, running.model_copy(update={"checkpoint": folder_digests(checkpoint)}))
+    if damage == "flipped":
+        (checkpoint / "weights").write_bytes(b"w" * 500 + b"v" + b"w" * 499)
+    elif damage == "missing":
+        shutil.rmtree(checkpoint)
+    told: list[str] = []
+    set_aside_damaged(job.trials, told.append)
+    (found,) = read_trials(job.trials)
+    if damage is None:
+        assert told == [] and len(found.rungs) == 2
+        return
+    assert len(told) == 1 and str(checkpoint) in told[0] and "trial 0 starts anew" in told[0]
+    assert (found.rungs, found.status, found.times) == ((), "running", (1.0,))
+    assert not checkpoint.exists()
+    assert len(list(job.trials.glob("damaged/*/weights"))) == (damage == "flipped")
 
 
 # ---- who is compared, and who wins
@@ -250,7 +298,7 @@ def test_for_a_front_no_plan_that_may_be_on_it_is_left_out(tmp_path: Path) -> No
 
 
 def test_a_search_without_a_finished_trial_says_what_the_first_said(tmp_path: Path) -> None:
-    trials = [trial(0, "444444", [], status="failed", reason="TrainingDiverged: loss is nan at step 1")]
+    trials = [trial(0, "444444", [], status="failed", failure="diverged", reason="loss is nan at step 1")]
     with pytest.raises(StageError, match=r"none of 1 trials finished.*at step 1.*\n.*training.learning_rate"):
         _finalists(trials, job_of(tmp_path))
 

@@ -77,6 +77,39 @@ def rungs_of(suggestion: Suggestion) -> list[Observation]:
     return [Observation(suggestion.index, suggestion.plan, step, score + 1 / step) for step in STEPS]
 
 
+def test_a_plan_that_cannot_be_trained_is_told_as_worse_than_all_that_can() -> None:
+    """At the last step that any plan reached; an unknown plan would be a hole that the searcher knows nothing of."""
+    ledger = ledger_of(space_of(4), maker("random"))
+    ruined, good, bad = (ledger.next() for _ in range(3))
+    assert ruined and good and bad
+    ledger.close(ruined, ruined=True)
+    assert ledger.history().observations == () and ledger.history().failed == (ruined.plan,), "nothing is known yet"
+    ledger.observe(Observation(good.index, good.plan, 4, 3.0))
+    told = [(item.index, item.step, item.score) for item in ledger.history().observations]
+    assert told == [(ruined.index, 4, pytest.approx(3.03)), (good.index, 4, 3.0)]
+    ledger.observe(Observation(good.index, good.plan, 8, 2.9))
+    ledger.observe(Observation(bad.index, bad.plan, 8, 3.4))
+    assert Observation(ruined.index, ruined.plan, 8, pytest.approx(3.9)) in ledger.history().observations
+    assert ledger.history().failed == ()
+    # And the same for a search that is taken up.
+    again = ledger_of(space_of(4), maker("random"))
+    again.recall(ruined, [], ruined=True)
+    again.recall(good, [Observation(good.index, good.plan, 8, 2.9)])
+    again.recall(bad, [Observation(bad.index, bad.plan, 8, 3.4)])
+    assert Observation(ruined.index, ruined.plan, 8, pytest.approx(3.9)) in again.history().observations
+
+
+def test_a_trial_that_lost_its_worker_is_handed_out_before_new_ones() -> None:
+    ledger = ledger_of(space_of(4), maker("random"))
+    first, second = ledger.next(), ledger.next()
+    assert first and second
+    ledger.hand_out_again(first)
+    assert ledger.history().pending == (second.plan,)
+    assert ledger.next() == first
+    third = ledger.next()
+    assert third and third.index == 2
+
+
 def finish(ledger: Ledger, suggestion: Suggestion) -> None:
     for rung in rungs_of(suggestion):
         ledger.observe(rung)

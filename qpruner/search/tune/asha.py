@@ -49,15 +49,15 @@ class RecordedAsha(ASHAScheduler):  # type: ignore[misc]
             plan = PrecisionPlan.from_dict(record.plan)
             if not space.is_feasible(plan):
                 continue
-            bracket.sizes[f"recorded-{record.index}"] = space.plan_bytes(plan)
+            bracket.sizes[record.index] = space.plan_bytes(plan)
             # The last rung of a running trial is reported, and decided on, again.
             decided = record.rungs[:-1] if record.status == "running" else record.rungs
             for rung in decided:
-                bracket.on_result(_Recorded(f"recorded-{record.index}"), rung.step, -objective(rung, config))
+                bracket.enter(record.index, rung.step, -objective(rung, config))
 
     def on_trial_add(self, tune_controller: Any, trial: Any) -> None:
         super().on_trial_add(tune_controller, trial)
-        self._brackets[0].sizes[trial.trial_id] = self._space.plan_bytes(self._plan_of(trial))
+        self._brackets[0].sizes[trial.config["trial"]] = self._space.plan_bytes(self._plan_of(trial))
 
     def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
         action: str = super().on_trial_result(tune_controller, trial, result)
@@ -75,29 +75,33 @@ class RecordedAsha(ASHAScheduler):  # type: ignore[misc]
 
 
 class _LikeSizes(_Bracket):  # type: ignore[misc]
-    """ASHA's rungs; for a front, a trial is compared with those of no more bytes, since a smaller plan that scores
-    worse is no worse a plan."""
+    """ASHA's rungs by trial number, so that one that goes on under another of Ray's ids is entered once; for a front, a
+    trial is compared with those of no more bytes, since a smaller plan that scores worse is no worse a plan."""
 
     def __init__(self, first_rung: int, steps: int, factor: int, for_front: bool) -> None:
         super().__init__(first_rung, steps, factor, s=0)
-        self.sizes: dict[str, int] = {}
+        self.sizes: dict[int, int] = {}
         self._for_front = for_front
         self._size = 0
 
     def on_result(self, trial: Any, cur_iter: int, cur_rew: float) -> str:
-        self._size = self.sizes[trial.trial_id]
-        action: str = super().on_result(trial, cur_iter, cur_rew)
+        return self.enter(trial.config["trial"], cur_iter, cur_rew)
+
+    def enter(self, index: int, step: int, reward: float) -> str:
+        """Record a trial's rung and decide on it; one that is recorded goes on."""
+        self._size = self.sizes[index]
+        action: str = super().on_result(_Numbered(index), step, reward)
         return action
 
-    def cutoff(self, recorded: dict[str, float]) -> float | None:
+    def cutoff(self, recorded: dict[int, float]) -> float | None:
         if self._for_front:
-            recorded = {name: reward for name, reward in recorded.items() if self.sizes[name] <= self._size}
+            recorded = {index: reward for index, reward in recorded.items() if self.sizes[index] <= self._size}
         limit: float | None = super().cutoff(recorded)
         return limit
 
 
 @dataclass(frozen=True)
-class _Recorded:
-    """Stands for a trial of an earlier session in ASHA's rungs, which look at nothing but the id."""
+class _Numbered:
+    """Stands for a trial in ASHA's rungs, which look at nothing but the id."""
 
-    trial_id: str
+    trial_id: int

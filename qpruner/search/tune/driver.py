@@ -1,41 +1,57 @@
-"""What lives in the driver while Tune runs: the searcher that hands out plans and tells how trials go."""
+"""What lives in the driver while Tune runs: the searcher that hands out plans and tells how trials go, and the watch
+over trials that hang."""
 
 from __future__ import annotations
 
 import time
 from typing import Any
 
+import ray
+from ray.tune.callback import Callback
+from ray.tune.experiment import Trial
 from ray.tune.search import Searcher
 
-from qpruner.events import Emit, Progress, TrialChanged
+from qpruner.events import Emit, Message, Progress, TrialChanged
 from qpruner.records import TrialRecord
 from qpruner.rundir import read_json
 from qpruner.search.searchers import Ledger, Observation, Suggestion
-from qpruner.search.trial_records import read_seconds, read_trials, trial_path, write_seconds, write_trial
-from qpruner.search.tune.job import METRIC, TIME, SearchJob, observations_of
+from qpruner.search.trial_records import (
+    read_pulse,
+    read_seconds,
+    read_trial,
+    read_trials,
+    trial_path,
+    write_seconds,
+    write_trial,
+)
+from qpruner.search.tune.halt import Halt
+from qpruner.search.tune.job import (
+    METRIC,
+    TIME,
+    LivesInDriver,
+    SearchJob,
+    observations_of,
+    smaller_batch,
+)
+
+MAX_KILLS = 3
+"""Deaths of its worker process that a trial may run through without a rung between them, on machines that live on."""
 
 
-class _LivesInDriver:
-    """Tune pickles searcher and callbacks into a snapshot that is never restored; these hold the terminal, so they
-    leave nothing there."""
-
-    def __reduce__(self) -> tuple[type[object], tuple[()]]:
-        return object, ()
-
-
-class PlanSearcher(_LivesInDriver, Searcher):  # type: ignore[misc]
+class PlanSearcher(LivesInDriver, Searcher):  # type: ignore[misc]
     """Hands the ledger's suggestions to Tune and writes each trial's record before it runs."""
 
-    def __init__(self, job: SearchJob, ledger: Ledger, emit: Emit) -> None:
+    def __init__(self, job: SearchJob, ledger: Ledger, emit: Emit, halt: Halt) -> None:
         super().__init__(metric=METRIC, mode="min")
-        self._job, self._ledger, self._emit = job, ledger, emit
+        self._job, self._ledger, self._emit, self._halt = job, ledger, emit, halt
         self._live: dict[str, Suggestion] = {}
+        self._hung: set[str] = set()
         self._done = sum(1 for record in read_trials(job.trials) if job.owns(record) and record.status != "running")
         self._clock = _Clock(job)
 
     def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
         self._clock.end_in_time(self._ledger)
-        suggestion = self._ledger.next()
+        suggestion = None if self._halt.requested else self._ledger.next()
         if suggestion is None:
             finished: str = Searcher.FINISHED
             return finished
@@ -69,36 +85,116 @@ class PlanSearcher(_LivesInDriver, Searcher):  # type: ignore[misc]
         self._ledger.observe(
             Observation(suggestion.index, suggestion.plan, int(result[TIME]), float(result[METRIC]), stderr)
         )
-        record = read_json(trial_path(self._job.trials, suggestion.index), TrialRecord)
-        assert record is not None
-        self._emit(TrialChanged(record))
+        self._emit(TrialChanged(read_trial(self._job.trials, suggestion.index)))
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
         self._clock.tick()
         suggestion = self._live.pop(trial_id)
-        record = read_json(trial_path(self._job.trials, suggestion.index), TrialRecord)
-        assert record is not None
-        update: dict[str, Any] = {"times": (*record.times, time.time())}
+        record = read_trial(self._job.trials, suggestion.index)
+        if record.status == "running" and self._halt.requested:
+            return
         if record.status == "running":
-            update |= (
-                {"status": "failed", "reason": "the worker process died"}
-                if error
-                else {"status": "stopped", "reason": f"stopped by ASHA at step {record.rungs[-1].step}"}
-            )
-        record = record.model_copy(update=update)
+            # A trial's own errors are in its record: this one's process was killed, or never came up.
+            record = self._killed(record, trial_id in self._hung) if error else self._stopped(record)
+        if record.is_over:
+            record = record.model_copy(update={"times": (*record.times, time.time())})
         write_trial(self._job.trials, record)
+        if not record.is_over:
+            place = f"step {record.rungs[-1].step}" if record.rungs else "its start"
+            self._emit(Message("search", f"trial {record.index} lost its worker and goes on from {place}"))
+            self._ledger.hand_out_again(suggestion)
+            return
         for observation in observations_of(record, self._job.config):
             self._ledger.observe(observation)
-        self._ledger.close(suggestion)
+        self._ledger.close(suggestion, record.is_ruined)
         self._done += 1
         self._emit(TrialChanged(record))
         self._emit(Progress("search", self._done, self._job.config.search.max_trials))
+        if record.failure == "storage":
+            self._halt.requested = True
+
+    def hangs(self, trial_id: str) -> None:
+        """Tell that a trial is killed for want of progress."""
+        self._hung.add(trial_id)
+
+    def _stopped(self, record: TrialRecord) -> TrialRecord:
+        reason = f"stopped by ASHA at step {record.rungs[-1].step}"
+        return record.model_copy(update={"status": "stopped", "reason": reason})
+
+    def _killed(self, record: TrialRecord, hung: bool) -> TrialRecord:
+        """The record of a trial whose worker is dead: hung, lost too often, or to go on elsewhere."""
+        pulse = read_pulse(self._job.trials, record.index)
+        if pulse is not None:
+            record = record.model_copy(update={"peak_memory_bytes": pulse.peak_memory_bytes})
+        if hung:
+            limit = self._job.config.search.trial_timeout_seconds
+            reason = f"no progress for {limit:g} s (`search.trial_timeout_seconds`); its worker was killed"
+            return record.model_copy(update={"status": "failed", "failure": "hung", "reason": reason})
+        # What dies with its machine says nothing of the trial.
+        alive = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
+        if pulse is not None and pulse.node not in alive:
+            return record
+        return _with_kill(record, "lost", "its worker process died {} times in a row")
 
     def save(self, checkpoint_path: str) -> None:
         """Nothing to save: the trials' records are the searcher's state."""
 
     def restore(self, checkpoint_path: str) -> None:
         """Nothing to restore; see `save`."""
+
+
+def killed_for_memory(record: TrialRecord, job: SearchJob) -> TrialRecord:
+    """The record of a trial that ran when Ray killed a worker for memory: which of them took too much is not known."""
+    smaller = smaller_batch(record, job.config)
+    if smaller is not None:
+        record = record.model_copy(update={"micro_batch_size": smaller})
+    return _with_kill(record, "infeasible", "out of memory: Ray killed its worker {} times in a row")
+
+
+def _with_kill(record: TrialRecord, failure: str, reason: str) -> TrialRecord:
+    """The record with one more kill; with too many of them, it is that of a trial that failed."""
+    kills = record.kills + 1
+    failed = {"status": "failed", "failure": failure, "reason": reason.format(kills)} if kills >= MAX_KILLS else {}
+    return record.model_copy(update={"kills": kills} | failed)
+
+
+class HangWatch(LivesInDriver, Callback):  # type: ignore[misc]
+    """Kills the worker of a trial that makes no progress, so that its slot is free again.
+
+    Ray ends the process by SIGKILL where it does not answer, so a stopped one goes too (5 s, Ray 2.60). Time counts
+    from the last change of the trial's pulse that this process saw, whatever the machines' clocks say.
+    """
+
+    def __init__(self, job: SearchJob, searcher: PlanSearcher) -> None:
+        self._trials, self._limit = job.trials, job.config.search.trial_timeout_seconds
+        self._searcher = searcher
+        self._seen: dict[str, tuple[object, float]] = {}
+        self._next_look = 0.0
+        self._all: list[Any] = []
+
+    def on_step_begin(self, iteration: int, trials: list[Any], **info: Any) -> None:
+        self._all = trials
+
+    def kill_all(self) -> None:
+        """End every worker: when Tune fails, it leaves them at work."""
+        for trial in self._all:
+            if trial.temporary_state.ray_actor is not None:
+                ray.kill(trial.temporary_state.ray_actor)
+
+    def on_step_end(self, iteration: int, trials: list[Any], **info: Any) -> None:
+        now = time.monotonic()
+        if now < self._next_look:
+            return
+        self._next_look = now + min(5.0, self._limit / 4)
+        running = {trial.trial_id: trial for trial in trials if trial.status == Trial.RUNNING}
+        seen, self._seen = self._seen, {}
+        for trial_id, trial in running.items():
+            pulse = read_pulse(self._trials, trial.config["trial"])
+            last, since = seen.get(trial_id, (pulse, now))
+            self._seen[trial_id] = (pulse, since if pulse == last else now)
+            if now - self._seen[trial_id][1] > self._limit:
+                self._searcher.hangs(trial_id)
+                ray.kill(trial.temporary_state.ray_actor)
 
 
 class _Clock:

@@ -60,6 +60,14 @@ class SearchJob:
         return next((origin for origin, control in self.controls if control == plan), None)
 
 
+class LivesInDriver:
+    """Tune pickles searcher, stopper and callbacks into a snapshot that is never restored; these hold the terminal, so
+    they leave nothing there."""
+
+    def __reduce__(self) -> tuple[type[object], tuple[()]]:
+        return object, ()
+
+
 @dataclass(frozen=True)
 class SearchOutcome:
     """A search that is over.
@@ -69,12 +77,14 @@ class SearchOutcome:
         taken_over: Those that it started from, of searches with another budget or searcher.
         ended: Why there were no more.
         seconds: Wall-clock seconds, all sessions together.
+        sessions: How many there were.
     """
 
     trials: list[TrialRecord]
     taken_over: list[TrialRecord]
     ended: str
     seconds: float
+    sessions: int
 
     @property
     def gpu_seconds(self) -> float:
@@ -84,6 +94,15 @@ class SearchOutcome:
 def params_to_plan(params: dict[str, Any]) -> dict[str, int]:
     """The plan in a trial's Tune configuration, whose keys read `bits/GROUP`."""
     return {name.removeprefix("bits/"): bits for name, bits in params.items() if name.startswith("bits/")}
+
+
+def smaller_batch(record: TrialRecord, config: RunConfig) -> int | None:
+    """Half of a trial's micro-batch, or the next smaller one that divides the batch; None where there is none."""
+    training = config.training
+    if not config.search.retry_out_of_memory:
+        return None
+    present = record.micro_batch_size or training.micro_batch_size
+    return next((size for size in range(present // 2, 0, -1) if training.batch_size % size == 0), None)
 
 
 def observations_of(record: TrialRecord, config: RunConfig) -> list[Observation]:

@@ -8,14 +8,6 @@ from qpruner.search.searchers import Ledger, Proposer, Suggestion
 from qpruner.search.trial_records import read_trials, write_trial
 from qpruner.search.tune.job import SearchJob, observations_of
 
-DISK_FULL, DAMAGED = "no space left on the disk", "a file of the run is damaged"
-"""How the reasons of trials begin that say nothing of their plans, so that they are tried again."""
-
-
-def is_no_fault_of_the_plan(record: TrialRecord) -> bool:
-    """Whether a trial failed for want of something that can be mended."""
-    return record.reason is not None and record.reason.startswith((DISK_FULL, DAMAGED))
-
 
 def take_up(job: SearchJob, proposer: Proposer) -> tuple[Ledger, list[TrialRecord]]:
     """The ledger with every recorded trial in it, and those trials.
@@ -32,11 +24,11 @@ def take_up(job: SearchJob, proposer: Proposer) -> tuple[Ledger, list[TrialRecor
         suggestion = Suggestion(record.index, record.origin, plan, record.expected_improvement, record.noise)
         rungs = observations_of(record, job.config)
         if not job.owns(record):
-            ledger.recall(suggestion, rungs, counts=False)
+            ledger.recall(suggestion, rungs, counts=False, ruined=record.is_ruined)
         elif record.status == "running":
             ledger.resume(suggestion, rungs)
         else:
-            ledger.recall(suggestion, rungs)
+            ledger.recall(suggestion, rungs, ruined=record.is_ruined)
     return ledger, recorded
 
 
@@ -45,7 +37,7 @@ def _revived(record: TrialRecord, job: SearchJob) -> TrialRecord:
     another search stopped early and is a control here."""
     plan = PrecisionPlan.from_dict(record.plan)
     control = job.control_of(plan)
-    cut_off = record.status == "running" or is_no_fault_of_the_plan(record)
+    cut_off = record.status == "running" or record.can_be_mended
     if not job.space.is_feasible(plan) or not (cut_off or (control and record.status == "stopped")):
         return record
     update = {
@@ -53,6 +45,7 @@ def _revived(record: TrialRecord, job: SearchJob) -> TrialRecord:
         "origin": control or record.origin,
         "status": "running",
         "reason": None,
+        "failure": None,
         "times": record.times[: 1 + len(record.rungs)],
     }
     revived = record.model_copy(update=update)

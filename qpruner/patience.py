@@ -1,0 +1,85 @@
+"""What a full disk or a storage that is away for a while costs: a wait, and then an error that says how to go on."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import re
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TypeVar
+
+from qpruner.errors import StorageError
+
+Result = TypeVar("Result")
+
+PATIENCE_SECONDS = float(os.environ.get("QPRUNER_STORAGE_PATIENCE_SECONDS", "120"))
+"""How long a write waits for room or for the storage to come back."""
+FIRST_PAUSE, LONGEST_PAUSE = 0.5, 20.0
+
+FULL = (errno.ENOSPC, errno.EDQUOT)
+AWAY = (
+    errno.EIO,
+    errno.EROFS,
+    errno.ESTALE,
+    errno.ENODEV,
+    errno.ENOTCONN,
+    errno.ETIMEDOUT,
+    errno.EHOSTDOWN,
+    errno.EHOSTUNREACH,
+    errno.ECONNREFUSED,
+    errno.ECONNRESET,
+)
+
+logger = logging.getLogger(__name__)
+
+
+def patiently(action: Callable[[], Result], place: Path, seconds: float | None = None) -> Result:
+    """Do something on the run's storage, again and again while that is full or away, with growing pauses.
+
+    Args:
+        action: What may be repeated after it failed half way.
+        place: What to name where an error names no file.
+        seconds: Pauses in all, `PATIENCE_SECONDS` by default; counted anew after an attempt that itself took longer.
+
+    Raises:
+        StorageError: When the storage is still full or away after that.
+    """
+    limit = PATIENCE_SECONDS if seconds is None else seconds
+    waited, pause = 0.0, FIRST_PAUSE
+    while True:
+        started = time.monotonic()
+        try:
+            return action()
+        except OSError as error:
+            trouble = storage_error(error, place)
+            if trouble is None:
+                raise
+            if time.monotonic() - started > limit:
+                waited, pause = 0.0, FIRST_PAUSE
+            if waited >= limit:
+                raise trouble from error
+            logger.warning("%s; trying again in %.1f s", trouble.cause, pause)
+        time.sleep(pause)
+        waited, pause = waited + pause, min(2 * pause, LONGEST_PAUSE)
+
+
+def storage_error(error: OSError, place: Path | None = None) -> StorageError | None:
+    """An error of a storage that is full or away, with what to do about it; None for any other.
+
+    Args:
+        error: What was raised.
+        place: What to name where the error names no file.
+    """
+    # shutil and pyarrow put the number into the text only.
+    found = re.search(r"\[[Ee]rrno (\d+)\]", str(error))
+    number = error.errno or (int(found[1]) if found else 0)
+    name = error.filename or place
+    if number in FULL:
+        return StorageError(f"no space left for {name or 'the disk'}", "make room, then repeat the command")
+    if number in AWAY:
+        cause = f"{name or 'the storage'} cannot be reached ({os.strerror(number)})"
+        return StorageError(cause, "bring the storage back, then repeat the command")
+    return None

@@ -1,0 +1,165 @@
+"""One driver a run: a file that says who works on it, and whose time of change is that process's heartbeat.
+
+A lock is stale when its process is dead, if that can be seen from here, and else when its heartbeat has stopped. Ages
+are differences of the storage's own times, so machines' clocks need not agree.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import signal
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from qpruner.errors import UserError
+
+NAME = "driver.lock"
+HEARTBEAT_SECONDS = 10.0
+STALE_SECONDS = 60.0
+"""Without a heartbeat for this long, another machine's driver is taken for dead."""
+
+
+class Holder(BaseModel):
+    """The process that works on a run."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    host: str
+    machine: str
+    """Boot and process namespace: where these are equal, process numbers mean the same."""
+    pid: int
+    started: int
+    """When the kernel started it, in clock ticks since boot: process numbers come again."""
+    since: str
+
+
+@contextmanager
+def sole_driver(
+    root: Path, tell: Callable[[str], None], heartbeat_seconds: float = HEARTBEAT_SECONDS
+) -> Iterator[None]:
+    """Hold a run for this process, which ends at once (SIGTERM) if another took the run over while it was suspended.
+
+    Args:
+        root: The run folder.
+        tell: Told in one line when a stale lock is taken over, or this one was.
+        heartbeat_seconds: Time between signs of life.
+
+    Raises:
+        UserError: If another driver works on the run, with its host and pid.
+    """
+    path, me = root / NAME, this_process()
+    with _exclusively(path) as file:
+        holder = _read(file)
+        if holder is not None:
+            why = _stale(holder, path)
+            if why is None:
+                raise UserError(
+                    f"`output`: {root} is being worked on by process {holder.pid} on {holder.host} since "
+                    f"{holder.since}; wait until it is done, stop it, or name another `output`"
+                )
+            tell(f"taking over from process {holder.pid} on {holder.host}: {why}")
+        file.seek(0)
+        file.truncate()
+        file.write(me.model_dump_json() + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+    done = threading.Event()
+    beating = threading.Thread(target=_beat, args=(path, me, tell, done, heartbeat_seconds), daemon=True)
+    beating.start()
+    try:
+        yield
+    finally:
+        done.set()
+        beating.join()
+        with contextlib.suppress(OSError), _exclusively(path) as file:
+            if _read(file) == me:
+                path.unlink()
+
+
+def this_process() -> Holder:
+    """What the lock says of this process."""
+    try:
+        machine = f"{Path('/proc/sys/kernel/random/boot_id').read_text().strip()} {os.readlink('/proc/self/ns/pid')}"
+    except OSError:  # no Linux
+        machine = socket.gethostname()
+    return Holder(
+        host=socket.gethostname(),
+        machine=machine,
+        pid=os.getpid(),
+        started=_start_of(os.getpid()) or 0,
+        since=time.strftime("%Y-%m-%d %H:%M:%S %Z"),
+    )
+
+
+@contextmanager
+def _exclusively(path: Path) -> Iterator[IO[str]]:
+    """The lock file, open while nobody else judges or changes it; made when it is missing."""
+    while True:
+        with open(os.open(path, os.O_RDWR | os.O_CREAT, 0o644), "r+", encoding="utf-8") as file:
+            # Some shared file systems know no such locks; two drivers started in the same instant are not told there.
+            with contextlib.suppress(OSError):
+                fcntl.flock(file, fcntl.LOCK_EX)
+            if path.exists() and path.stat().st_ino == os.fstat(file.fileno()).st_ino:
+                yield file
+                return
+
+
+def _read(file: IO[str]) -> Holder | None:
+    file.seek(0)
+    try:
+        return Holder.model_validate_json(file.read())
+    except ValidationError:  # empty, or cut short by a power failure
+        return None
+
+
+def _stale(holder: Holder, path: Path) -> str | None:
+    """Why a holder no longer works on the run; None while it does."""
+    if holder.machine == this_process().machine:
+        return None if _start_of(holder.pid) == holder.started else "that process is dead"
+    age = _age(path)
+    return f"no sign of life for {age:.0f} s" if age > STALE_SECONDS else None
+
+
+def _age(path: Path) -> float:
+    """Seconds since a file changed, on the storage's clock."""
+    probe = path.with_name(f".{path.name}.{os.getpid()}")
+    probe.write_text("now")
+    try:
+        return probe.stat().st_mtime - path.stat().st_mtime
+    finally:
+        probe.unlink()
+
+
+def _start_of(pid: int) -> int | None:
+    """When a process started, in clock ticks since boot; None for a dead one, 0 where the system does not tell."""
+    if not Path("/proc/self/stat").exists():
+        try:
+            os.kill(pid, 0)
+        except ProcessLookupError:
+            return None
+        return 0
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except (FileNotFoundError, ProcessLookupError):
+        return None
+    return None if fields[0] in "ZX" else int(fields[19])
+
+
+def _beat(path: Path, me: Holder, tell: Callable[[str], None], done: threading.Event, seconds: float) -> None:
+    while not done.wait(seconds):
+        with contextlib.suppress(OSError):  # the storage is away: the next beat may reach it
+            with path.open(encoding="utf-8") as file:
+                holder = _read(file)
+            if holder != me:
+                tell(f"process {holder.pid} on {holder.host} took this run over" if holder else "the lock was emptied")
+                os.kill(os.getpid(), signal.SIGTERM)
+            os.utime(path)

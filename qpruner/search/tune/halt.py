@@ -1,0 +1,63 @@
+"""How a search is halted: running rungs finish, nothing new starts, and the records say where to go on."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any
+
+from ray.tune.callback import Callback
+from ray.tune.experiment import Trial
+from ray.tune.stopper import Stopper
+
+from qpruner.events import Emit, Message
+from qpruner.search.tune.job import LivesInDriver
+
+
+class Halt(LivesInDriver, Stopper, Callback):  # type: ignore[misc]
+    """Ends Tune's session between rungs, on Ctrl-C or on request; a second Ctrl-C is a KeyboardInterrupt at once.
+
+    Attributes:
+        requested: Whether the search is to end.
+        interrupted: Whether a person asked for it.
+    """
+
+    def __init__(self, emit: Emit) -> None:
+        self.requested = self.interrupted = False
+        self._emit, self._told, self._num_running = emit, False, 0
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Take Ctrl-C while the search runs; signals reach the main thread only."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before = signal.signal(signal.SIGINT, self._on_signal)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGINT, before)
+
+    def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
+        """Whether a trial that reported a rung is to stop there."""
+        return self.requested
+
+    def stop_all(self) -> bool:
+        """Whether nothing is left to wait for; trials that wait for a slot are not started any more."""
+        return self.requested and not self._num_running
+
+    def on_step_begin(self, iteration: int, trials: list[Any], **info: Any) -> None:
+        self._num_running = sum(1 for trial in trials if trial.status == Trial.RUNNING)
+        if self.interrupted and not self._told:
+            # Not said by the signal's handler, which may have come in the middle of a line.
+            self._told = True
+            text = f"interrupted: {self._num_running} running rung(s) finish; Ctrl-C again leaves at once"
+            self._emit(Message("search", text))
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        if self.interrupted:
+            raise KeyboardInterrupt
+        self.requested = self.interrupted = True

@@ -1,0 +1,184 @@
+"""What a Ray worker does with one trial: its record is written before each report, and says how it ended."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import time
+import uuid
+from pathlib import Path
+from typing import Any, Literal
+
+import ray
+from ray import tune
+
+from qpruner.config import RunConfig
+from qpruner.errors import CorruptFile, StorageError, TrainingDiverged
+from qpruner.memory import PeakMemory, is_out_of_memory, release
+from qpruner.patience import patiently, storage_error
+from qpruner.records import RungResult, TrialPulse
+from qpruner.rundir import folder_digests, publish_folder
+from qpruner.search.trial import TrialJob, run_trial
+from qpruner.search.trial_records import (
+    checkpoint_of,
+    objective,
+    read_trial,
+    trial_folder,
+    write_pulse,
+    write_trial,
+)
+from qpruner.search.tune.job import METRIC, TIME, SearchJob, params_to_plan, smaller_batch
+
+PULSE_SECONDS = 1.0
+
+Failure = Literal["infeasible", "diverged", "storage", "damaged", "error"]
+
+
+def run_recorded(params: dict[str, Any], job: SearchJob) -> None:
+    """One trial, from its own last rung to its end."""
+    _limit_threads(job.resources)
+    release()  # the actor's last trial
+    trial = _RecordedTrial(params, job)
+    trial.report_last_rung()
+    while not trial.ran():
+        release()
+
+
+class _TakenOver(Exception):
+    """Another process works on this trial by now: this one's machine was cut off and came back."""
+
+
+class _RecordedTrial:
+    def __init__(self, params: dict[str, Any], job: SearchJob) -> None:
+        self._job, self._plan = job, params_to_plan(params)
+        self._record = read_trial(job.trials, params["trial"])
+        self._before = self._record.seconds, self._record.gpu_seconds
+        self._started = time.monotonic()
+        self._memory = PeakMemory()
+        self._node = ray.get_runtime_context().get_node_id()
+        self._beats, self._told = 0, float("-inf")
+        self._record = self._record.model_copy(update={"worker": uuid.uuid4().hex})
+        write_trial(job.trials, self._record)
+
+    def report_last_rung(self) -> None:
+        """A trial that goes on says its last rung again: the scheduler may have been killed before it decided."""
+        if self._record.rungs:
+            tune.report(_metrics(self._record.rungs[-1], self._job.config))
+
+    def ran(self) -> bool:
+        """Run the trial to its end; False when it should go on with a smaller micro-batch."""
+        start = checkpoint_of(self._job.trials, self._record)
+        try:
+            run_trial(TrialJob(self._config(), self._job.materials, self._plan), start, self._report, self._progress)
+        except _TakenOver:
+            raise
+        except Exception as error:
+            smaller = smaller_batch(self._record, self._job.config) if is_out_of_memory(error) else None
+            if smaller is None:
+                self._fail(error)
+                raise
+            self._write(micro_batch_size=smaller)
+            return False
+        return True
+
+    def _config(self) -> RunConfig:
+        """The configuration, with batches as small as want of memory made them."""
+        config, size = self._job.config, self._record.micro_batch_size
+        if size is None:
+            return config
+        training = config.training.model_copy(update={"micro_batch_size": size})
+        scored = max(1, config.evaluate.batch_size * size // config.training.micro_batch_size)
+        evaluate = config.evaluate.model_copy(update={"batch_size": scored})
+        return config.model_copy(update={"training": training, "evaluate": evaluate})
+
+    def _report(self, result: RungResult, checkpoint: Path) -> None:
+        self._check_that_it_is_ours()
+        target = trial_folder(self._job.trials, self._record.index) / f"checkpoint-{result.step}"
+        aside = patiently(lambda: _beside(checkpoint, target), target)
+        digests = folder_digests(aside)
+        publish_folder(aside, target)
+        old = checkpoint_of(self._job.trials, self._record)
+        ended = result.step >= self._job.config.search.steps
+        self._write(
+            rungs=(*self._record.rungs, result),
+            checkpoint=digests,
+            status="finished" if ended else "running",
+            kills=0,
+            times=(*self._record.times, time.time()),
+        )
+        if old:
+            shutil.rmtree(old, ignore_errors=True)
+        tune.report(_metrics(result, self._job.config))
+
+    def _check_that_it_is_ours(self) -> None:
+        if read_trial(self._job.trials, self._record.index).worker != self._record.worker:
+            raise _TakenOver
+
+    def _progress(self, step: int) -> None:
+        self._beats += 1
+        if time.monotonic() - self._told < PULSE_SECONDS:
+            return
+        self._told = time.monotonic()
+        pulse = TrialPulse(
+            node=self._node, pid=os.getpid(), step=step, beats=self._beats, peak_memory_bytes=self._memory.bytes()
+        )
+        write_pulse(self._job.trials, self._record.index, pulse)
+
+    def _fail(self, error: Exception) -> None:
+        failure, reason = diagnosis(error)
+        if failure == "infeasible":
+            reason += f" (micro-batch {self._config().training.micro_batch_size})"
+        # Where even this cannot be written, the record says "running", and the trial goes on from its last rung.
+        with contextlib.suppress(OSError, StorageError):
+            self._check_that_it_is_ours()
+            self._write(patience_seconds=0.0, status="failed", failure=failure, reason=reason)
+
+    def _write(self, patience_seconds: float | None = None, **update: Any) -> None:
+        seconds = time.monotonic() - self._started
+        measured = {
+            "seconds": self._before[0] + seconds,
+            "gpu_seconds": self._before[1] + seconds * self._job.resources.get("gpu", 0.0),
+            "peak_memory_bytes": self._memory.bytes(),
+            "memory_counter": self._memory.counter,
+        }
+        self._record = self._record.model_copy(update=measured | update)
+        write_trial(self._job.trials, self._record, patience_seconds)
+
+
+def diagnosis(error: Exception) -> tuple[Failure, str]:
+    """What kind of failure an error is, and one line that says so."""
+    if isinstance(error, StorageError):
+        return "storage", error.cause
+    if isinstance(error, CorruptFile):
+        return "damaged", f"a file of the run is damaged: {error}"
+    text = str(error).strip().splitlines()
+    line = f"{type(error).__name__}: {text[0][:200] if text else 'no message'}"
+    if is_out_of_memory(error):
+        return "infeasible", f"out of memory: {line}"
+    if isinstance(error, TrainingDiverged):
+        return "diverged", line
+    trouble = storage_error(error) if isinstance(error, OSError) else None
+    return ("storage", trouble.cause) if trouble else ("error", line)
+
+
+def _beside(checkpoint: Path, target: Path) -> Path:
+    """Copy a checkpoint next to its final place, so that the last step is a rename."""
+    aside = target.with_name(f".{target.name}")
+    shutil.rmtree(aside, ignore_errors=True)
+    # training_args.bin is a pickle that nothing reads; it stays out of the run's storage.
+    shutil.copytree(checkpoint, aside, ignore=shutil.ignore_patterns("training_args.bin", "README.md"))
+    return aside
+
+
+def _limit_threads(resources: dict[str, float]) -> None:
+    import torch
+
+    if not torch.cuda.is_available():
+        torch.set_num_threads(max(1, int(resources.get("cpu", 1))))
+
+
+def _metrics(result: RungResult, config: RunConfig) -> dict[str, float]:
+    values = {METRIC: objective(result, config), TIME: result.step, "loss": result.loss}
+    optional = {"accuracy": result.accuracy, "accuracy_stderr": result.accuracy_stderr, "train_loss": result.train_loss}
+    return values | {name: value for name, value in optional.items() if value is not None}

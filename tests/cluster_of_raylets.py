@@ -1,0 +1,58 @@
+"""Several raylets on this machine, as `ray.cluster_utils` starts them, each a node that can be killed."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+OBJECT_STORE_BYTES = 80 * 2**20
+
+
+@dataclass
+class Raylets:
+    """A head without slots and its workers' nodes.
+
+    Attributes:
+        cluster: Ray's own.
+        nodes: Those that live.
+    """
+
+    cluster: Any
+    nodes: list[Any] = field(default_factory=list)
+
+    @property
+    def address(self) -> str:
+        address: str = self.cluster.address
+        return address
+
+    def add(self) -> None:
+        """Start a node with one slot."""
+        self.nodes.append(self.cluster.add_node(num_cpus=1, object_store_memory=OBJECT_STORE_BYTES))
+
+    def kill(self, node: Any) -> None:
+        """SIGKILL to a raylet, as when its machine is gone."""
+        os.kill(node.all_processes["raylet"][0].process.pid, signal.SIGKILL)
+        self.nodes.remove(node)
+
+    def node_with(self, node_id: str) -> Any:
+        return next(node for node in self.nodes if node.node_id == node_id)
+
+
+@contextmanager
+def raylets(number: int) -> Iterator[Raylets]:
+    """A head and this many nodes of one slot each, on loopback; all gone afterwards."""
+    from ray.cluster_utils import Cluster
+
+    head = {"num_cpus": 0, "object_store_memory": OBJECT_STORE_BYTES, "node_ip_address": "127.0.0.1"}
+    cluster = Cluster(initialize_head=True, head_node_args=head | {"include_dashboard": False})
+    try:
+        found = Raylets(cluster)
+        for _ in range(number):
+            found.add()
+        yield found
+    finally:
+        cluster.shutdown()

@@ -1,0 +1,321 @@
+"""Faults while a search runs, each the real one: signals, memory that ends, a storage that is full or away.
+
+The undisturbed search is run once; what a disturbed one ends in is compared with it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from cluster_of_raylets import raylets
+from real_driver import (
+    Driver,
+    between_rungs,
+    driver,
+    rungs_of,
+    search_config,
+    search_record,
+    trials_of,
+)
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def measured(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run up to the sensitivities."""
+    config = search_config(tiny_model, tmp_path_factory.mktemp("measured"))
+    with driver(config, verb="sensitivity") as process:
+        code, said = process.end()
+    assert code == 0, said[-3000:]
+    return config.parent / "run"
+
+
+@pytest.fixture
+def config(measured: Path, tiny_model: Path, tmp_path: Path) -> Path:
+    """A configuration whose run has got as far as the sensitivities."""
+    shutil.copytree(measured, tmp_path / "run")
+    return search_config(tiny_model, tmp_path)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(measured: Path, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A search that nothing happened to."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    shutil.copytree(measured, folder / "run")
+    with driver(search_config(tiny_model, folder)) as process:
+        code, said = process.end()
+    assert code == 0, said[-3000:]
+    return folder / "run"
+
+
+def finished(process: Driver) -> dict[str, Any]:
+    """The record of a search that must end well."""
+    code, said = process.end()
+    assert code == 0, said[-3000:]
+    return search_record(process.run)
+
+
+def between(process: Driver, index: int) -> int:
+    """Wait until a trial is between two rungs; returns its process."""
+    pid: int = process.wait_until(lambda: between_rungs(process.run, index), f"trial {index} between two rungs")
+    return pid
+
+
+# ---- processes
+
+
+def test_a_trial_whose_process_is_killed_goes_on_from_its_last_rung(config: Path, undisturbed: Path) -> None:
+    with driver(config) as process:
+        os.kill(between(process, 1), signal.SIGKILL)
+        record = finished(process)
+        assert "trial 1 lost its worker and goes on from step" in process.said()
+    assert rungs_of(process.run) == rungs_of(undisturbed), "the same trials, each rung measured once"
+    assert record["best_plan"] == search_record(undisturbed)["best_plan"]
+    assert record["failures"] == {} and all(trial["kills"] == 0 for trial in trials_of(process.run).values())
+
+
+def test_a_trial_whose_process_dies_again_and_again_fails_and_the_others_do_not(config: Path, tmp_path: Path) -> None:
+    with driver(config) as process:
+        killed = 0
+        while trials_of(process.run).get(1, {}).get("status") != "failed":
+            pulse = next(process.run.glob("trials/*/0001/pulse.json"), None)
+            pid = json.loads(pulse.read_text())["pid"] if pulse else None
+            if pid and psutil.pid_exists(pid):
+                os.kill(pid, signal.SIGKILL)
+                killed += 1
+            assert killed < 20 and process.process.poll() is None, process.said()[-2000:]
+            time.sleep(0.02)
+        record = finished(process)
+    trial = trials_of(process.run)[1]
+    assert (trial["failure"], trial["kills"]) == ("lost", 3)
+    assert trial["reason"] == "its worker process died 3 times in a row"
+    assert record["failures"] == {"lost": 1} and record["num_failed"] == 1 and record["num_trials"] == 5
+
+
+def test_a_hanging_trial_is_killed_and_its_slot_is_free_again(config: Path, undisturbed: Path) -> None:
+    """A stopped process ignores SIGTERM."""
+    with driver(config, "--set", "search.trial_timeout_seconds=20") as process:
+        pid = between(process, 1)
+        os.kill(pid, signal.SIGSTOP)
+        record = finished(process)
+        assert not psutil.pid_exists(pid)
+    trials = trials_of(process.run)
+    assert trials[1]["status"] == "failed" and trials[1]["failure"] == "hung"
+    assert "no progress for 20 s (`search.trial_timeout_seconds`)" in trials[1]["reason"]
+    assert record["num_trials"] == 5 and record["failures"] == {"hung": 1}
+    assert rungs_of(process.run)[2] == rungs_of(undisturbed)[2], "the next trial had the only slot"
+
+
+# ---- Ctrl-C
+
+
+def test_ctrl_c_once_finishes_the_rung_and_says_how_to_go_on(config: Path, undisturbed: Path) -> None:
+    with driver(config) as process:
+        between(process, 1)
+        before = len(trials_of(process.run)[1]["rungs"])
+        process.interrupt()
+        code, said = process.end(minutes=3)
+    assert code == 130
+    assert f"interrupted; go on with: qpruner search {config} --json" in said
+    assert json.loads(said.splitlines()[-1]) == {"status": "interrupted", "resume": f"qpruner search {config} --json"}
+    trial = trials_of(process.run)[1]
+    assert len(trial["rungs"]) > before, "the rung that ran was finished"
+    assert trial["status"] == "running" and 2 not in trials_of(process.run), "and nothing was begun after it"
+    assert not (process.run / "records" / "search.json").exists()
+    assert not (process.run / "driver.lock").exists()
+    with driver(config) as process:
+        record = finished(process)
+    assert rungs_of(process.run) == rungs_of(undisturbed)
+    assert record["best_plan"] == search_record(undisturbed)["best_plan"]
+    assert (record["sessions"], record["resumed"]) == (2, 2)
+
+
+def test_ctrl_c_twice_leaves_at_once_and_can_go_on(config: Path, undisturbed: Path) -> None:
+    with driver(config) as process:
+        pid = between(process, 1)
+        # A rung that would never finish.
+        os.kill(pid, signal.SIGSTOP)
+        process.interrupt()
+        process.wait_until(lambda: "Ctrl-C again leaves at once" in process.said(), "the word of the first Ctrl-C")
+        process.interrupt()
+        started = time.monotonic()
+        code, _ = process.end(minutes=3)
+        assert code == 130 and time.monotonic() - started < 30
+        assert not psutil.pid_exists(pid)
+    with driver(config) as process:
+        finished(process)
+    assert rungs_of(process.run) == rungs_of(undisturbed)
+
+
+def test_a_checkpoint_with_a_flipped_bit_is_named_and_its_trial_starts_anew(config: Path, undisturbed: Path) -> None:
+    with driver(config) as process:
+        between(process, 1)
+        process.interrupt()
+        process.end()
+    (weights,) = process.run.glob("trials/*/0001/checkpoint-*/optimizer.pt")
+    content = bytearray(weights.read_bytes())
+    content[len(content) // 2] ^= 1
+    weights.write_bytes(content)
+    with driver(config) as process:
+        finished(process)
+        assert f"{weights.parent} is damaged: set aside in" in process.said()
+    assert rungs_of(process.run) == rungs_of(undisturbed)
+
+
+# ---- memory
+
+
+BIG = {
+    "data.train": [
+        {"source": "package:qpruner/demo/data/questions_train.jsonl", "format": "multiple_choice", "limit": 240}
+    ],
+    "data.max_length": 256,
+    "data.packing": True,
+    "training.batch_size": 32,
+    "training.micro_batch_size": 32,
+    "search.steps": 4,
+    "search.first_rung": 2,
+    "search.max_trials": 1,
+}
+"""Trials whose steps take some 200 MB, and an eighth of that with micro-batches of 4 rows."""
+
+
+@pytest.fixture(scope="module")
+def big(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of large batches up to the sensitivities, and `undisturbed` beside it, with its one trial."""
+    folder = tmp_path_factory.mktemp("big")
+    for name, verb in (("measured", "sensitivity"), ("undisturbed", "search")):
+        config = search_config(tiny_model, folder / name, **BIG)
+        if name == "undisturbed":
+            shutil.copytree(folder / "measured" / "run", folder / name / "run")
+        with driver(config, verb=verb) as process:
+            code, said = process.end()
+        assert code == 0, said[-3000:]
+    return folder
+
+
+@pytest.mark.parametrize("retry", [True, False])
+def test_a_trial_that_runs_out_of_memory_goes_on_with_less_of_it_or_is_infeasible(
+    retry: bool, big: Path, tiny_model: Path, tmp_path: Path
+) -> None:
+    """Its process may take 150 MB more than it has when the trial begins."""
+    shutil.copytree(big / "measured" / "run", tmp_path / "run")
+    config = search_config(tiny_model, tmp_path, **BIG, **{"search.retry_out_of_memory": retry})
+    with driver(config) as process:
+        pulse = process.wait_until(lambda: next(process.run.glob("trials/*/0000/pulse.json"), None), "the first pulse")
+        worker = psutil.Process(json.loads(pulse.read_text())["pid"])
+        limit = worker.memory_info().vms + 150 * 2**20
+        worker.rlimit(psutil.RLIMIT_AS, (limit, limit))
+        code, said = process.end()
+    trial = trials_of(process.run)[0]
+    assert 20e6 < trial["peak_memory_bytes"] < 300e6 and trial["memory_counter"] == "rise of resident memory"
+    if not retry:
+        assert (trial["status"], trial["failure"]) == ("failed", "infeasible")
+        assert trial["reason"].startswith("out of memory: ") and trial["reason"].endswith("(micro-batch 32)")
+        assert code == 1 and "none of 1 trials finished; the first said: out of memory" in said
+        return
+    assert code == 0, said[-3000:]
+    assert trial["status"] == "finished" and trial["micro_batch_size"] in (16, 8, 4)
+    expected = trials_of(big / "undisturbed" / "run")[0]
+    assert expected["micro_batch_size"] is None
+    for found, whole in zip(trial["rungs"], expected["rungs"], strict=True):
+        assert found["loss"] == pytest.approx(whole["loss"], rel=2e-3)
+
+
+# ---- storage
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[Path]:
+    """A real file system of 48 MiB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=48m", "qpruner-test", folder], capture_output=True)
+    if mounted.returncode:
+        pytest.skip(f"mounting is not permitted here: {mounted.stderr.decode().strip()}")
+    yield folder
+    subprocess.run(["umount", "-l", folder], check=True)
+
+
+@pytest.mark.parametrize("room_again", [True, False])
+def test_a_disk_that_fills_up_is_waited_for_and_then_the_search_ends_with_the_remedy(
+    room_again: bool, disk: Path, measured: Path, undisturbed: Path, tiny_model: Path
+) -> None:
+    shutil.copytree(measured, disk / "run")
+    config = search_config(tiny_model, disk)
+    with driver(config, QPRUNER_STORAGE_PATIENCE_SECONDS="60" if room_again else "2") as process:
+        between(process, 1)
+        filler = disk / "filler"
+        filler.write_bytes(b"\0" * shutil.disk_usage(disk).free)
+        if room_again:
+            time.sleep(8)
+            filler.unlink()
+            finished(process)
+        else:
+            code, said = process.end(minutes=2)
+            assert code == 1 and "no space left" in said and "make room" in said, said[-3000:]
+            filler.unlink()
+    if not room_again:
+        with driver(config) as process:
+            finished(process)
+    assert rungs_of(process.run) == rungs_of(undisturbed)
+
+
+def test_a_storage_that_is_away_for_a_while_is_waited_for(
+    disk: Path, measured: Path, undisturbed: Path, tiny_model: Path
+) -> None:
+    """Covered by an empty read-only file system, the run's own files cannot be reached."""
+    shutil.copytree(measured, disk / "run")
+    config = search_config(tiny_model, disk)
+    with driver(config) as process:
+        between(process, 1)
+        subprocess.run(["mount", "-t", "tmpfs", "-o", "ro", "qpruner-away", disk / "run"], check=True)
+        time.sleep(8)
+        subprocess.run(["umount", disk / "run"], check=True)
+        finished(process)
+    assert rungs_of(process.run) == rungs_of(undisturbed)
+
+
+# ---- machines
+
+
+def test_a_trial_whose_machine_dies_goes_on_elsewhere_and_that_is_not_held_against_it(
+    config: Path, undisturbed: Path
+) -> None:
+    with raylets(3) as cluster, driver(config, "--address", cluster.address) as process:
+        for index in (1, 2):
+            between(process, index)
+            pulse = json.loads(next(process.run.glob(f"trials/*/{index:04d}/pulse.json")).read_text())
+            cluster.kill(cluster.node_with(pulse["node"]))
+        record = finished(process)
+    assert rungs_of(process.run) == rungs_of(undisturbed)
+    assert record["failures"] == {} and all(trial["kills"] == 0 for trial in trials_of(process.run).values())
+    assert process.said().count("lost its worker and goes on from step") == 2
+
+
+def test_a_worker_that_was_taken_for_dead_writes_nothing_when_it_comes_back(config: Path, undisturbed: Path) -> None:
+    """A machine that is cut off for a while: its raylet does not answer, and its trial goes on elsewhere."""
+    with raylets(2) as cluster, driver(config, "--address", cluster.address) as process:
+        pid = between(process, 1)
+        pulse = json.loads(next(process.run.glob("trials/*/0001/pulse.json")).read_text())
+        first = trials_of(process.run)[1]["worker"]
+        raylet = cluster.node_with(pulse["node"]).all_processes["raylet"][0].process.pid
+        for stopped in (raylet, pid):
+            os.kill(stopped, signal.SIGSTOP)
+        process.wait_until(lambda: trials_of(process.run)[1]["worker"] != first, "another worker at it")
+        second = trials_of(process.run)[1]["worker"]
+        os.kill(pid, signal.SIGCONT)
+        finished(process)
+    assert trials_of(process.run)[1]["worker"] == second
+    assert rungs_of(process.run) == rungs_of(undisturbed)

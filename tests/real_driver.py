@@ -1,0 +1,129 @@
+"""A real `qpruner` process for the tests that send it signals, and what its run folder says meanwhile."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import yaml
+from conftest import raw_config, with_key
+
+MINUTES = 60.0
+AGENTS = ("ray::DashboardAgent", "ray::RuntimeEnvAgent")
+"""Ray's agents notice their raylet's death by themselves, but only after up to 95 s (measured, Ray 2.60)."""
+
+
+def search_config(model: Path, folder: Path, **keys: Any) -> Path:
+    """A configuration file whose trials have four rungs and take a few seconds."""
+    raw = raw_config(model, folder / "run")
+    settings = {
+        "sensitivity.methods": ["mutual_information", "first_order"],
+        "search.steps": 32,
+        "search.first_rung": 4,
+        "search.max_concurrent": 1,
+    }
+    for key, value in (settings | keys).items():
+        raw = with_key(raw, key, value)
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "config.yaml"
+    path.write_text(yaml.safe_dump(raw))
+    return path
+
+
+@dataclass
+class Driver:
+    """A `qpruner` process and what became of it."""
+
+    process: subprocess.Popen[str]
+    run: Path
+    out: Path
+
+    def wait_until(self, condition: Callable[[], Any], what: str, minutes: float = 10) -> Any:
+        """Wait for something that happens while the driver lives; returns what the condition gave."""
+        deadline = time.monotonic() + minutes * MINUTES
+        while not (found := condition()):
+            assert self.process.poll() is None, f"the run ended before {what}: {self.said()[-3000:]}"
+            assert time.monotonic() < deadline, f"no {what} after {minutes} minutes: {self.said()[-3000:]}"
+            time.sleep(0.02)
+        return found
+
+    def end(self, minutes: float = 10) -> tuple[int, str]:
+        """Wait for the end; returns the exit code and all that was said."""
+        code = self.process.wait(timeout=minutes * MINUTES)
+        return code, self.said()
+
+    def said(self) -> str:
+        return self.out.read_text()
+
+    def interrupt(self) -> None:
+        """Ctrl-C, which a terminal sends to the whole process group."""
+        os.killpg(self.process.pid, signal.SIGINT)
+
+
+@contextmanager
+def driver(config: Path, *options: str, verb: str = "search", **environment: str) -> Iterator[Driver]:
+    """Start the command; at the end nothing of it is left, also when the test fails."""
+    raw = yaml.safe_load(config.read_text())
+    out = config.parent / f"out-{time.monotonic_ns()}.txt"
+    command = [sys.executable, "-m", "qpruner.cli", verb, str(config), "--json", *options]
+    with out.open("w") as file:
+        process = subprocess.Popen(
+            command,
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            text=True,
+            env=os.environ | {"PYTHONUNBUFFERED": "1"} | environment,
+            process_group=0,
+            # Tests that were started in the background ignore Ctrl-C, and what they start would, too.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        )
+    descendants: dict[int, psutil.Process] = {}
+    try:
+        yield Driver(process, Path(raw["output"]), out)
+        with suppress(psutil.NoSuchProcess):
+            descendants = {child.pid: child for child in psutil.Process(process.pid).children(recursive=True)}
+    finally:
+        with suppress(psutil.NoSuchProcess):
+            descendants |= {child.pid: child for child in psutil.Process(process.pid).children(recursive=True)}
+        if process.poll() is None:
+            process.kill()
+        process.wait()
+        for child in descendants.values():
+            with suppress(psutil.NoSuchProcess):
+                child.kill()
+
+
+def trials_of(run: Path) -> dict[int, dict[str, Any]]:
+    """The trials' records by number."""
+    found = [json.loads(path.read_text()) for path in sorted(run.glob("trials/*/*/trial.json"))]
+    return {trial["index"]: trial for trial in found}
+
+
+def rungs_of(run: Path) -> dict[int, list[dict[str, Any]]]:
+    """What the trials measured, by number."""
+    return {index: trial["rungs"] for index, trial in trials_of(run).items()}
+
+
+def search_record(run: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((run / "records" / "search.json").read_text())
+    return found
+
+
+def between_rungs(run: Path, index: int) -> int | None:
+    """The process of a trial that has a rung behind it and one before it, None at other times."""
+    trial = trials_of(run).get(index)
+    if trial is None or trial["status"] != "running" or not trial["rungs"]:
+        return None
+    pulse = next(run.glob(f"trials/*/{index:04d}/pulse.json"), None)
+    pid: int | None = json.loads(pulse.read_text())["pid"] if pulse else None
+    return pid

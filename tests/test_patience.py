@@ -1,0 +1,92 @@
+"""A storage that is full or away: waited for, then told with the remedy; what was written stays whole."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from qpruner.errors import StorageError
+from qpruner.patience import patiently, storage_error
+from qpruner.records import SearchClock
+from qpruner.rundir import read_json, read_written, write_json
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[Path]:
+    """A real file system of 1 MiB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "qpruner-test", folder], capture_output=True)
+    if mounted.returncode:
+        pytest.skip(f"mounting is not permitted here: {mounted.stderr.decode().strip()}")
+    yield folder
+    subprocess.run(["umount", "-l", folder], check=True)
+
+
+@contextmanager
+def full(disk: Path) -> Iterator[Callable[[], None]]:
+    """No byte is left until what is handed out is called."""
+    filler = disk / "filler"
+    filler.write_bytes(b"\0" * shutil.disk_usage(disk).free)
+    yield filler.unlink
+    filler.unlink(missing_ok=True)
+
+
+@contextmanager
+def away(disk: Path) -> Iterator[Callable[[], None]]:
+    """Covered by an empty read-only file system until what is handed out is called."""
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "ro", "qpruner-away", disk], check=True)
+    yield lambda: subprocess.run(["umount", disk], check=True) and None
+
+
+@pytest.mark.parametrize("trouble", [full, away])
+def test_a_record_is_written_once_the_storage_takes_it(trouble: Callable[..., Iterator[None]], disk: Path) -> None:
+    path = disk / "record.json"
+    write_json(path, SearchClock(seconds=1.0))
+    with trouble(disk) as end:  # type: ignore[attr-defined]
+        threading.Timer(0.8, end).start()
+        started = time.monotonic()
+        write_json(path, SearchClock(seconds=2.0), patience_seconds=20)
+        assert time.monotonic() - started > 0.7
+    assert read_json(path, SearchClock) == SearchClock(seconds=2.0)
+
+
+def test_a_disk_that_stays_full_is_told_with_its_remedy_and_the_old_record_stays(disk: Path) -> None:
+    path = disk / "record.json"
+    write_json(path, SearchClock(seconds=1.0))
+    with full(disk), pytest.raises(StorageError, match=rf"no space left for {path}\n.*make room") as caught:
+        write_json(path, SearchClock(seconds=2.0), patience_seconds=0.4)
+    assert caught.value.exit_code == 1
+    assert read_json(path, SearchClock) == SearchClock(seconds=1.0)
+
+
+def test_a_storage_that_stays_away_is_told_with_its_remedy(disk: Path) -> None:
+    path = disk / "trials" / "record.json"
+    write_json(path, SearchClock(seconds=1.0))
+    with away(disk) as back:  # type: ignore[attr-defined]
+        with pytest.raises(StorageError, match=r"cannot be reached \(Read-only.*\n.*bring the storage back"):
+            write_json(path, SearchClock(seconds=2.0), patience_seconds=0.4)
+        threading.Timer(0.8, back).start()
+        assert read_written(path, SearchClock) == SearchClock(seconds=1.0), "what was written is waited for"
+
+
+def test_a_checkpoint_that_finds_no_room_is_known_for_what_it_is(disk: Path, tmp_path: Path) -> None:
+    """shutil collects what its copies met into one error without a number."""
+    (tmp_path / "checkpoint").mkdir()
+    (tmp_path / "checkpoint" / "weights").write_bytes(b"w" * 10_000)
+    with full(disk), pytest.raises(StorageError, match="no space left") as caught:
+        patiently(lambda: shutil.copytree(tmp_path / "checkpoint", disk / "copy", dirs_exist_ok=True), disk, seconds=0)
+    assert isinstance(caught.value.__cause__, shutil.Error)
+
+
+def test_another_mistake_is_not_waited_for(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError) as caught:
+        patiently(lambda: (tmp_path / "nothing").read_text(), tmp_path)
+    assert storage_error(caught.value) is None
