@@ -16,6 +16,8 @@ os.environ.setdefault("TQDM_DISABLE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # Threads that wait for one another on a busy machine: a 64 x 128 LoftQ start took 290 ms with two, 1.3 ms with one.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Two minutes for a disk that no test makes room on.
+os.environ.setdefault("QPRUNER_STORAGE_PATIENCE_SECONDS", "1")
 # Ray's word for "one machine": clusters of several raylets then lie on loopback.
 os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
 

@@ -278,7 +278,7 @@ def test_a_storage_that_is_away_for_a_while_is_waited_for(
     """Covered by an empty read-only file system, the run's own files cannot be reached."""
     shutil.copytree(measured, disk / "run")
     config = search_config(tiny_model, disk)
-    with driver(config) as process:
+    with driver(config, QPRUNER_STORAGE_PATIENCE_SECONDS="60") as process:
         between(process, 1)
         subprocess.run(["mount", "-t", "tmpfs", "-o", "ro", "qpruner-away", disk / "run"], check=True)
         time.sleep(8)
