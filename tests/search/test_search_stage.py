@@ -17,7 +17,7 @@ from conftest import DEMO_DATA, raw_config, with_key
 
 from qpruner.config import validate_config
 from qpruner.errors import StageError
-from qpruner.events import Event
+from qpruner.events import Event, Message
 from qpruner.pipeline import run
 from qpruner.pipeline.search import _best, _finalists, _front, non_dominated
 from qpruner.plan import Group, Layout, LinearShape, PlanSpace, PrecisionPlan
@@ -224,6 +224,64 @@ def test_a_trial_that_the_disk_was_too_full_for_is_tried_again(tmp_path: Path) -
     assert read_trials(job.trials)[0].status == "running"
     diverged = failed.model_copy(update={"failure": "diverged"})
     assert suggested(ledger_of(job, diverged))[0][1] == "seed-kl"
+
+
+# ---- trials that do not end by themselves
+
+
+def searcher_of(job: SearchJob, *records: TrialRecord) -> tuple[PlanSearcher, Halt, list[Event]]:
+    events: list[Event] = []
+    halt = Halt(events.append)
+    return PlanSearcher(job, ledger_of(job, *records), events.append, halt), halt, events
+
+
+def test_a_trial_whose_worker_dies_goes_on_first_until_three_in_a_row_have_died(tmp_path: Path) -> None:
+    job = job_of(tmp_path, max_trials=2)
+    searcher, _, events = searcher_of(job)
+    found = []
+    for name in "abcd":
+        given = searcher.suggest(name)
+        assert isinstance(given, dict)
+        found.append(given["trial"])
+        searcher.on_trial_complete(name, error=True)
+    assert found == [0, 0, 0, 1]
+    first, second = read_trials(job.trials)
+    assert (first.status, first.failure, first.kills) == ("failed", "lost", 3) and len(first.times) == 2
+    assert (second.status, second.failure, second.kills) == ("running", None, 1)
+    told = [event.text for event in events if isinstance(event, Message)]
+    assert told[0] == "trial 0 lost its worker and goes on from its start" and len(told) == 3
+
+
+def test_a_trial_that_was_killed_for_want_of_progress_has_failed(tmp_path: Path) -> None:
+    job = job_of(tmp_path, trial_timeout_seconds=7)
+    searcher, _, _ = searcher_of(job)
+    searcher.suggest("a")
+    searcher.hangs("a")
+    searcher.on_trial_complete("a", error=True)
+    (record,) = read_trials(job.trials)
+    assert (record.status, record.failure) == ("failed", "hung")
+    assert record.reason == "no progress for 7 s (`search.trial_timeout_seconds`); its worker was killed"
+
+
+def test_a_halted_search_hands_out_nothing_and_leaves_its_trials_to_go_on(tmp_path: Path) -> None:
+    job = job_of(tmp_path)
+    running = trial(0, "444444", [3.5], origin="uniform-4", status="running")
+    searcher, halt, _ = searcher_of(job, running)
+    searcher.suggest("a")
+    halt.requested = True
+    assert searcher.suggest("b") == "FINISHED"
+    searcher.on_trial_complete("a", {METRIC: 3.5, TIME: 1})
+    assert read_trials(job.trials) == [running]
+
+
+def test_a_search_halts_when_a_trial_finds_no_room(tmp_path: Path) -> None:
+    job = job_of(tmp_path)
+    searcher, halt, _ = searcher_of(job)
+    searcher.suggest("a")
+    (record,) = read_trials(job.trials)
+    write_trial(job.trials, record.model_copy(update={"status": "failed", "failure": "storage", "reason": "no space"}))
+    searcher.on_trial_complete("a", error=True)
+    assert halt.requested and not halt.interrupted
 
 
 # ---- what is damaged

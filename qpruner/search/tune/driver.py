@@ -131,8 +131,7 @@ class PlanSearcher(LivesInDriver, Searcher):  # type: ignore[misc]
             reason = f"no progress for {limit:g} s (`search.trial_timeout_seconds`); its worker was killed"
             return record.model_copy(update={"status": "failed", "failure": "hung", "reason": reason})
         # What dies with its machine says nothing of the trial.
-        alive = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
-        if pulse is not None and pulse.node not in alive:
+        if pulse is not None and pulse.node not in {node["NodeID"] for node in ray.nodes() if node["Alive"]}:
             return record
         return _with_kill(record, "lost", "its worker process died {} times in a row")
 
