@@ -6,8 +6,8 @@
 Every searcher, blind (no seed plans, no sensitivities) and seeded (the same seed plans first; `gp` is given the
 sensitivities, which the others cannot use), one trial at a time and 16 in flight; at the middle budget with `--seeds`
 seeds, at a small and a large one with a third of them. `hyperopt` and `bayesopt` take a second and more for a proposal
-where groups are many: above 40 groups they get a fifth and a fifteenth of the seeds. With `--keep FILE` every replay goes
-there as it ends, and replays that are there are not done again (remove those of a searcher that has changed); with
+where groups are many: above 40 groups they get a fifth and a fifteenth of the seeds. With `--keep FILE` every replay
+goes there as it ends, and replays that are there are not done again (remove those of a searcher that has changed); with
 `--stored` nothing is replayed at all, and the table says how many seeds each row has.
 
 Regret is the loss above that of the best plan inside the budget, as a share of the range from the best to the worst.
