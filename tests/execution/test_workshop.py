@@ -97,6 +97,7 @@ def test_what_lies_on_the_bench_is_there_for_the_next_work(workshop: Workshop) -
     workshop.close()
     with pytest.raises(Exception, match="nothing is loaded from here"):
         workshop.do(look, None, lambda event: None)
+    workshop.close()  # gives the one GPU back
 
 
 def test_a_worker_that_is_killed_has_its_work_begun_again(joined: str, tmp_path: Path) -> None:
