@@ -193,7 +193,11 @@ def _quartiles(values: np.ndarray) -> tuple[float, ...]:
 
 
 def goals_of(rows: Sequence[Row]) -> list[dict[str, Any]]:
-    """The goals of the search at the middle budget, each with the numbers it is judged by."""
+    """The goals of the search at the middle budget, each with the numbers it is judged by.
+
+    Where a regret of 5 or 1 % is not reached within the trials, how soon another's regret is reached says more. With
+    several in flight "1.5 times the sequential run's" can mean its trials, or those beyond the first 16: both are told.
+    """
     found = []
     for table in sorted({row.table for row in rows}):
         at = {
@@ -205,21 +209,37 @@ def goals_of(rows: Sequence[Row]) -> list[dict[str, Any]]:
             continue
         for rival, factor in (("hyperopt", 2), ("bayesopt", 2), ("random", 3)):
             if (False, 1, rival) in at:
-                ours, theirs = (at[False, 1, name].to_5_percent[1] for name in ("gp", rival))
-                found.append(_goal(table, f"blind, trials to 5 % at most 1/{factor} of {rival}", ours, theirs / factor))
-                ours, theirs = (at[True, 1, name].area[1] for name in ("gp", rival))
-                if rival != "random":
-                    found.append(_goal(table, f"seeded, area at most 1/2 of {rival}", ours, theirs / 2))
+                ours, theirs = (at[False, 1, name] for name in ("gp", rival))
+                name = f"blind, trials to 5 % at most 1/{factor} of {rival}"
+                found.append(_goal(table, name, ours.to_5_percent[1], theirs.to_5_percent[1] / factor))
+                if theirs.to_5_percent[1] == NEVER:
+                    name = f"blind, trials to the last regret of {rival} at most 1/{factor} of its"
+                    found.append(_goal(table, name, _reaches(ours, theirs, NUM_TRIALS), NUM_TRIALS / factor))
+            if rival != "random" and (True, 1, rival) in at:
+                ours, theirs = (at[True, 1, name] for name in ("gp", rival))
+                found.append(_goal(table, f"seeded, area at most 1/2 of {rival}", ours.area[1], theirs.area[1] / 2))
         gps = [row for row in rows if row.table == table and row.searcher == "gp"]
         found.append(_goal(table, "seeded, does not end on the best", 1 - at[True, 1, "gp"].ends_best, 0.2))
         worse = max(row.worse_than_seed for row in gps if row.worse_than_seed is not None)
         found.append(_goal(table, "ends worse than the best seed", worse, 0.0))
         found.append(_goal(table, "wasted proposals", max(row.wasted for row in gps), 0.0))
-        for seeded, threshold in itertools.product((False, True), ("to_5_percent", "to_1_percent")):
-            one, many = (getattr(at[seeded, number, "gp"], threshold)[1] for number in (1, IN_FLIGHT))
-            name = f"{'seeded' if seeded else 'blind'}, {IN_FLIGHT} in flight, trials beyond 16 {threshold}"
-            found.append(_goal(table, name, max(0, many - IN_FLIGHT), 1.5 * max(0, one - IN_FLIGHT)))
-    return found
+        for seeded, share in itertools.product((False, True), (5, 1)):
+            one, many = (getattr(at[seeded, number, "gp"], f"to_{share}_percent")[1] for number in (1, IN_FLIGHT))
+            name = f"{'seeded' if seeded else 'blind'}, {IN_FLIGHT} in flight, trials beyond {IN_FLIGHT} to {share} %"
+            if one == NEVER:
+                one = NUM_TRIALS // 2
+                many = _reaches(at[seeded, IN_FLIGHT, "gp"], at[seeded, 1, "gp"], one)
+                name = name.replace(f"{share} %", f"the regret after {one} one at a time")
+            beyond = max(0, many - IN_FLIGHT)
+            found.append(_goal(table, f"{name}, by all trials one at a time", beyond, 1.5 * one))
+            found.append(_goal(table, f"{name}, by those beyond {IN_FLIGHT}", beyond, 1.5 * max(0, one - IN_FLIGHT)))
+    return list({(goal["table"], goal["goal"]): goal for goal in found}.values())
+
+
+def _reaches(row: Row, other: Row, trials: int) -> int:
+    """Trials until the median regret of a row is that of another after so many trials."""
+    reached = row.curves[1] <= other.curves[1][trials - 1] + 1e-12
+    return int(reached.argmax()) + 1 if reached.any() else NEVER
 
 
 def _goal(table: str, goal: str, value: float, limit: float) -> dict[str, Any]:
