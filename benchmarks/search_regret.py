@@ -187,7 +187,7 @@ def _trials_to(regrets: np.ndarray, share: float) -> np.ndarray:
     return np.where(reached.any(axis=1), reached.argmax(axis=1) + 1, NEVER)
 
 
-def _quartiles(values: np.ndarray) -> tuple[float, ...]:
+def _quartiles(values: Sequence[float] | np.ndarray) -> tuple[float, ...]:
     # No interpolation: a count of trials stays one, and NEVER is not averaged with a count.
     return tuple(float(value) for value in np.quantile(values, (0.25, 0.5, 0.75), method="inverted_cdf"))
 
@@ -293,6 +293,38 @@ def main_effects(table: Table, step: int) -> np.ndarray:
     return effects
 
 
+def random_design(path: Path) -> dict[int, tuple[float, ...]]:
+    """What random plans can tell of a surrogate of two levels at the middle budget, to one who knows its prior.
+
+    Number of plans -> quartiles of the regret of the plan that ridge regression on them picks, given the true variance
+    of the effects and their true mean a byte.
+    """
+    table = Table.read(path)
+    space = table.space(FRACTIONS[0])
+    best, worst = table.limits(space)
+    low, high = (np.array(table.content["main"][str(level)]) for level in table.levels)
+    effects, noise = high - low, float(table.content["loss_noise"])
+    sizes = np.diff(np.array(space.group_bytes), axis=1)[:, 0]
+    room = space.budget_bytes - space.fixed_bytes - sum(group[0] for group in space.group_bytes)
+    mean = sizes * effects.sum() / sizes.sum()
+    variance = float(np.mean((effects - mean) ** 2))
+
+    def regret(number: int, seed: int) -> float:
+        generator = np.random.default_rng(seed)
+        design = np.zeros((number, len(sizes)))
+        for row in design:
+            for group in generator.permutation(len(sizes)):
+                row[group] = row @ sizes + sizes[group] <= room
+        scores = design @ effects + noise * generator.standard_normal(number)
+        design, scores = design - design.mean(0), scores - scores.mean()
+        gram = variance * design @ design.T + noise**2 * np.eye(number)
+        found = mean + variance * design.T @ np.linalg.solve(gram, scores - design @ mean)
+        plan = space.best_by_gain([[0.0, -effect] for effect in found])
+        return (table.score(plan.bits, 0) - best) / (worst - best)
+
+    return {number: _quartiles([regret(number, seed) for seed in range(12)]) for number in (32, 64, 128, 256)}
+
+
 def draw(rows: Sequence[Row], path: Path) -> None:
     """Regret against trials at the middle budget, one at a time: median and quartiles, a panel a table and start."""
     import matplotlib
@@ -318,7 +350,8 @@ def draw(rows: Sequence[Row], path: Path) -> None:
         panel.set_xlabel("trials")
         panel.set_ylabel("regret, share of the range")
         panel.grid(alpha=0.3)
-    panels[0, 0].legend()
+    lines = {line.get_label(): line for panel in panels.flat for line in panel.get_lines()}
+    panels[0, 0].legend(lines.values(), lines.keys())
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=130)
 
@@ -389,9 +422,23 @@ def main() -> None:
     ablations = [found for path in paths for found in ablation(path)]
     goals = goals_of(rows)
     show(rows, ablations, goals)
+    designs = {path.stem: random_design(path) for path in paths if Table.read(path).is_surrogate}
+    for name, regrets in designs.items():
+        told = ", ".join(f"{values[1]:.1%} ({number})" for number, values in regrets.items())
+        print(f"\n{name}: regret of ridge regression with the true prior on random plans, median: {told}")
     draw(rows, arguments.plot)
     plain = [{key: value for key, value in asdict(row).items() if key != "curves"} for row in rows]
-    print(json.dumps({"rows": plain, "ablation": ablations, "goals": goals, "plot": str(arguments.plot)}))
+    print(
+        json.dumps(
+            {
+                "rows": plain,
+                "ablation": ablations,
+                "goals": goals,
+                "random_design": designs,
+                "plot": str(arguments.plot),
+            }
+        )
+    )
 
 
 if __name__ == "__main__":
