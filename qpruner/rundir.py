@@ -20,6 +20,8 @@ from qpruner.errors import CorruptFile, UserError
 from qpruner.patience import patiently
 
 STATE = "run.json"
+BANK_CACHE = "QPRUNER_BANK_CACHE"
+"""Environment variable: a folder on this machine that keeps a copy of every file of a bank that its workers read."""
 
 RecordType = TypeVar("RecordType", bound=BaseModel)
 

@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 
 from qpruner.errors import UserError, WorkerDied
 from qpruner.execution.slots import Node, Slots
+from qpruner.rundir import BANK_CACHE
 
 # Set before Ray is imported: no usage report leaves the machine.
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -41,12 +42,10 @@ def connect(address: str | None) -> Slots:
     """
     import ray
 
-    from qpruner.quantization.bank import CACHE
-
     variables = {"TQDM_DISABLE": "1", "TOKENIZERS_PARALLELISM": "false"}
     if address:
         # The run folder is far away: a machine fetches each of the bank's files once for all its workers.
-        variables[CACHE] = os.environ.get(CACHE, f"{tempfile.gettempdir()}/qpruner-bank-{os.getuid()}")
+        variables[BANK_CACHE] = os.environ.get(BANK_CACHE, f"{tempfile.gettempdir()}/qpruner-bank-{os.getuid()}")
     environment = {"env_vars": variables}
     if not ray.is_initialized():
         if address:

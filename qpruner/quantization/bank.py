@@ -27,13 +27,11 @@ from qpruner.models.loading import device
 from qpruner.plan import FULL_BITS
 from qpruner.quantization.loftq import loftq_start
 from qpruner.quantization.mixed import pack
-from qpruner.rundir import file_digest, read_json, write_json
+from qpruner.rundir import BANK_CACHE, file_digest, read_json, write_json
 
 FORMAT = 2
 """Counts up when an entry of the same inputs would hold other tensors."""
 INDEX = "bank.json"
-CACHE = "QPRUNER_BANK_CACHE"
-"""Environment variable: a folder on this machine that keeps a copy of every file of a bank that its workers read."""
 
 
 class IndexEntry(BaseModel):
@@ -240,7 +238,7 @@ def _whole(path: Path, sha256: str) -> Path | None:
 
     None if its contents are others.
     """
-    cache = os.environ.get(CACHE)
+    cache = os.environ.get(BANK_CACHE)
     if not cache:
         return path if _digest_once(path, path.stat().st_mtime_ns) == sha256 else None
     copy = Path(cache) / f"{sha256}.safetensors"

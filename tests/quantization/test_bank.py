@@ -17,7 +17,6 @@ from qpruner.models.layout import group_linears
 from qpruner.models.loading import load_dense
 from qpruner.quantization.assembly import assemble, attach_adapters
 from qpruner.quantization.bank import (
-    CACHE,
     EntrySettings,
     GroupJob,
     build_entry,
@@ -29,7 +28,7 @@ from qpruner.quantization.bank import (
     write_index,
 )
 from qpruner.quantization.mixed import pack, unpack
-from qpruner.rundir import file_digest
+from qpruner.rundir import BANK_CACHE, file_digest
 
 
 def weights() -> dict[str, torch.Tensor]:
@@ -126,7 +125,7 @@ def test_a_damaged_file_is_named(tmp_path: Path, damage: Callable[[Path], None])
 
 def test_a_machine_keeps_a_copy_of_what_it_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     bank, cache = tmp_path / "bank", tmp_path / "cache"
-    monkeypatch.setenv(CACHE, str(cache))
+    monkeypatch.setenv(BANK_CACHE, str(cache))
     entry = build_entry(weights(), 4, settings())
     path = write_entry(bank, "layers.0.mlp", 4, entry)
     seal(bank)
