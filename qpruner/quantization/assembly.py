@@ -177,6 +177,7 @@ class Workbench:
     def _exchange(self, held: PeftModel, plan: Mapping[str, int], seed: int) -> None:
         model = held.get_base_model()
         model.disable_input_require_grads()
+        held.enable_adapter_layers()  # whoever had the model may have switched them off
         # As in MixedPrecisionQuantizer: a model that began unquantized has not told peft of its new layers.
         model.is_loaded_in_4bit = model.is_loaded_in_8bit = True
         paths = group_linears(model.config, self._group)

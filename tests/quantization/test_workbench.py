@@ -45,7 +45,9 @@ def test_the_second_plan_is_the_model_of_a_fresh_process(
 ) -> None:
     folder, names, double = banked
     bench = Workbench(tiny_model, folder, GROUP, DTYPE, double, LORA)
-    train_a_little(bench.model(mixed_plan(names, first), seed=3))
+    before = bench.model(mixed_plan(names, first), seed=3)
+    train_a_little(before)
+    before.disable_adapter_layers()
     plan = mixed_plan(names, second)
     model, starts = assemble(tiny_model, folder, GROUP, plan, DTYPE, double)
     fresh = attach_adapters(model, starts, LORA, GROUP, seed=3)
