@@ -140,7 +140,7 @@ def test_a_loss_that_leaves_all_bounds_stops_the_run_while_it_is_still_a_number(
     with pytest.raises(
         TrainingDiverged, match=r"the training loss is .* at step [2-6], far above 6\.238, the larger of"
     ):
-        losses(peft_model, rows[:4], tmp_path / "ill", None, SETTINGS.model_copy(update={"learning_rate": 1.0}))
+        losses(peft_model, rows[:4], tmp_path / "ill", None, SETTINGS.model_copy(update={"learning_rate": 10.0}))
 
 
 def test_a_diverging_run_stops_and_names_the_step(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 import tempfile
 import threading
 from collections import Counter, deque
@@ -95,11 +96,18 @@ def _check_answers(address: str) -> None:
     from ray._private.services import canonicalize_bootstrap_address_or_die
     from ray._raylet import GcsClient  # type: ignore[attr-defined]
 
+    place = canonicalize_bootstrap_address_or_die(address)
+    host, _, port = place.rpartition(":")
+    try:
+        # A port where nobody listens says so at once; Ray's client would try again and again, and log it.
+        socket.create_connection((host.strip("[]"), int(port)), timeout=ANSWER_SECONDS).close()
+    except OSError as error:
+        raise ConnectionError(first_line(error)) from error
     found: list[Any] = []
 
     def ask() -> None:
         try:
-            found.append(GcsClient(address=canonicalize_bootstrap_address_or_die(address)))
+            found.append(GcsClient(address=place))
         except Exception as error:
             found.append(error)
 
