@@ -21,7 +21,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from conftest import DEMO_DATA, demo_rows, raw_config, with_key
+from conftest import DEMO_DATA, demo_rows, disk_of, raw_config, with_key
 
 from qpruner.config import RunConfig, load_config, validate_config
 from qpruner.errors import ConfigError, UserError
@@ -860,13 +860,8 @@ def test_refused_override(override: str, said: tuple[str, ...], scene: Scene) ->
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A real disk of one MiB."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "qpruner-test", folder], capture_output=True)
-    if mounted.returncode:
-        pytest.skip(f"mounting is not permitted here: {mounted.stderr.decode().strip()}")
-    yield folder
-    subprocess.run(["umount", folder], check=True)
+    with disk_of("1m", tmp_path / "disk") as folder:
+        yield folder
 
 
 def test_a_disk_too_small_is_refused(small_disk: Path, scene: Scene) -> None:

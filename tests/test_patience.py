@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from conftest import disk_of
 
 from qpruner.errors import StorageError
 from qpruner.patience import patiently, storage_error
@@ -21,13 +22,8 @@ from qpruner.rundir import read_json, read_written, write_json
 @pytest.fixture
 def disk(tmp_path: Path) -> Iterator[Path]:
     """A real file system of 1 MiB."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "qpruner-test", folder], capture_output=True)
-    if mounted.returncode:
-        pytest.skip(f"mounting is not permitted here: {mounted.stderr.decode().strip()}")
-    yield folder
-    subprocess.run(["umount", "-l", folder], check=True)
+    with disk_of("1m", tmp_path / "disk") as folder:
+        yield folder
 
 
 @contextmanager

@@ -109,8 +109,9 @@ def _peft_config(lora: LoraConfig, modules: Iterable[str]) -> PeftConfig:
 def _set_adapters(
     peft_model: PeftModel, starts: Mapping[str, torch.Tensor], lora: LoraConfig, paths: Sequence[str], seed: int
 ) -> None:
+    model = peft_model.get_base_model()
     for path in paths:
-        layer: Any = _layer(peft_model, path)
+        layer: Any = model.get_submodule(path)
         lora_a, lora_b = layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight
         lora_a.grad = lora_b.grad = None
         if f"{path}.lora_A" in starts:
@@ -123,11 +124,6 @@ def _set_adapters(
         lora_a.copy_(drawn / drawn.norm(dim=1, keepdim=True) if lora.init == "loftq" else drawn)
         lora_b.zero_()
     torch.manual_seed(seed)
-
-
-def _layer(peft_model: PeftModel, path: str) -> torch.nn.Module:
-    base: torch.nn.Module = peft_model.get_base_model()
-    return base.get_submodule(path)
 
 
 class Workbench:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from qpruner.records import SensitivityRecord
+from qpruner.records import Results, SensitivityRecord
 from qpruner.report import sections
 from qpruner.report.charts.chart import Chart
 from qpruner.report.marginal_effects import MarginalEffects
@@ -68,12 +68,7 @@ def _final_table(run: Snapshot) -> list[str]:
     assert run.results.evaluate
     untuned = [row for row in run.results.evaluate.rows if row.seed is None]
     return [
-        pipe_table(sections.HEADINGS, [sections.cells(row) for row in rows(run.results)]),
-        "",
-        claim(run.results),
-        "",
-        sections.LEGEND,
-        "",
+        *measured(run.results),
         "## Before any fine-tune",
         "",
         *[f"- {row.name}: {sections.task_scores(row.scores)}" for row in untuned],
@@ -135,6 +130,12 @@ def _shown(charts: Sequence[Chart], section: str, pictures: str) -> list[str]:
         if chart.section == section:
             lines += [f"![{chart.title}]({pictures}/{chart.name}.png)", "", f"{chart.title}. {chart.caption}", ""]
     return lines
+
+
+def measured(results: Results) -> list[str]:
+    """The final table, the claim under it, and how to read it."""
+    table = pipe_table(sections.HEADINGS, [sections.cells(row) for row in rows(results)])
+    return [table, "", claim(results), "", sections.LEGEND, ""]
 
 
 def pipe_table(headings: Sequence[str], body: Sequence[Sequence[str]]) -> str:

@@ -9,10 +9,9 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCardData
 from huggingface_hub.repocard import metadata_load
 
-from qpruner.report import sections
-from qpruner.report.markdown import pipe_table
+from qpruner.report.markdown import measured
 from qpruner.report.snapshot import Snapshot
-from qpruner.report.table import SEARCHED, claim, rows
+from qpruner.report.table import SEARCHED, rows
 
 METRICS = {"acc": "accuracy", "acc_norm": "accuracy"}
 """lm-eval's names to the hub's."""
@@ -54,12 +53,7 @@ def model_card(run: Snapshot) -> str:
             "",
             "## Measured",
             "",
-            pipe_table(sections.HEADINGS, [sections.cells(row) for row in rows(run.results)]),
-            "",
-            claim(run.results),
-            "",
-            sections.LEGEND,
-            "",
+            *measured(run.results),
         ]
     )
 

@@ -18,6 +18,7 @@ from typing import Any
 import psutil
 import pytest
 from cluster_of_raylets import raylets
+from conftest import disk_of
 from real_driver import (
     Driver,
     between_rungs,
@@ -239,13 +240,8 @@ def test_a_trial_that_runs_out_of_memory_goes_on_with_less_of_it_or_is_infeasibl
 @pytest.fixture
 def disk(tmp_path: Path) -> Iterator[Path]:
     """A real file system of 48 MiB."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=48m", "qpruner-test", folder], capture_output=True)
-    if mounted.returncode:
-        pytest.skip(f"mounting is not permitted here: {mounted.stderr.decode().strip()}")
-    yield folder
-    subprocess.run(["umount", "-l", folder], check=True)
+    with disk_of("48m", tmp_path / "disk") as folder:
+        yield folder
 
 
 @pytest.mark.parametrize("room_again", [True, False])
