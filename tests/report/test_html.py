@@ -28,6 +28,7 @@ from qpruner.records import StageState
 from qpruner.report.charts import charts
 from qpruner.report.files import write_report
 from qpruner.report.model_card import model_card
+from qpruner.report.page.answer import headline
 from qpruner.report.snapshot import read_snapshot
 from qpruner.report.summary import summary_of, summary_schema, summary_text
 from qpruner.rundir import RunDir
@@ -411,3 +412,19 @@ def contrast(one: str, other: str) -> float:
 
     dark, light = sorted((luminance(one), luminance(other)))
     return (light + 0.05) / (dark + 0.05)
+
+
+@pytest.mark.parametrize(
+    ("seed", "random", "said"),
+    [
+        ({"better"}, {"not distinguishable", "better"}, "better"),
+        ({"not distinguishable"}, {"not distinguishable", "better"}, "better than random plans only"),
+        ({"not distinguishable"}, {"not distinguishable"}, "no difference shown"),
+        ({"worse"}, {"better"}, "better and worse"),
+        ({"not distinguishable"}, {"worse"}, "worse"),
+    ],
+)
+def test_the_headline_claims_no_more_than_holds_against_every_rival(
+    seed: set[str], random: set[str], said: str
+) -> None:
+    assert headline({"best seed": seed, "random plans": random}) == said

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 
 from qpruner.report import sections
 from qpruner.report.snapshot import Snapshot
 from qpruner.report.standing import best_of, score
-from qpruner.report.table import BASE, BEST_SEED, PRUNED, SAME, SEARCHED, Z_95, Row, comparisons, rows
+from qpruner.report.table import BASE, BEST_SEED, PRUNED, SEARCHED, Z_95, Row, comparisons, rows
 
 
 @dataclass(frozen=True)
@@ -69,22 +69,32 @@ def _answer_losses(winner: Row, others: list[Row]) -> Iterator[str]:
 def _certainty(run: Snapshot) -> Tile:
     """The claim in a few words."""
     found = comparisons(run.results)
-    verdicts = [difference.verdict for each in found for difference in each.differences]
-    if not verdicts:
+    if not any(each.differences for each in found):
         return Tile("How sure", "no claim", ("there is nothing of equal bytes to compare with",))
-    lines = []
+    lines, verdicts = [], {}
     for each in found:
         named = "best seed" if each.other == BEST_SEED else "random plans"
+        verdicts[named] = {difference.verdict for difference in each.differences}
         by_verdict: dict[str, list[str]] = {}
         for difference in each.differences:
             by_verdict.setdefault(difference.verdict, []).append(difference.measure)
         told = "; ".join(f"{verdict} in {', '.join(measures)}" for verdict, measures in by_verdict.items())
         lines.append(f"against {named}: {told or each.no_claim}")
-    if set(verdicts) == {SAME}:
-        figure = "no difference shown"
-    else:
-        figure = " and ".join(word for word in ("better", "worse") if word in verdicts)
-    return Tile("How sure, at equal bytes", figure, tuple(lines))
+    return Tile("How sure, at equal bytes", headline(verdicts), tuple(lines))
+
+
+def headline(verdicts: Mapping[str, Collection[str]]) -> str:
+    """What may be said of all rivals in two words, and else of which.
+
+    Args:
+        verdicts: Rival -> what was found in each measure.
+    """
+    better = [rival for rival, found in verdicts.items() if "better" in found]
+    if any("worse" in found for found in verdicts.values()):
+        return "better and worse" if better else "worse"
+    if not better:
+        return "no difference shown"
+    return "better" if len(better) == len(verdicts) else f"better than {' and '.join(better)} only"
 
 
 def _so_far(run: Snapshot) -> Iterator[Tile]:
