@@ -19,7 +19,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from cluster_of_raylets import Raylets, raylets
+from raylets import Raylets, raylets
 from real_driver import Driver, driver, search_config, search_record, trials_of
 from safetensors import safe_open
 

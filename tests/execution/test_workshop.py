@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 from conftest import raw_config
-from raylets import cluster_of
+from raylets import raylets
 from transformers import PreTrainedModel
 
 from qpruner.config import validate_config
@@ -30,7 +30,7 @@ GPU = {"cpu": 1.0, "gpu": 1.0}
 @pytest.fixture(scope="module")
 def one_gpu() -> Iterator[str]:
     """Address of a cluster with one GPU node."""
-    with cluster_of({"num_cpus": 1, "num_gpus": 1}) as cluster:
+    with raylets(1, num_gpus=1) as cluster:
         yield cluster.address
 
 

@@ -17,8 +17,8 @@ from typing import Any
 
 import psutil
 import pytest
-from cluster_of_raylets import raylets
 from conftest import disk_of
+from raylets import raylets
 from real_driver import (
     Driver,
     between_rungs,

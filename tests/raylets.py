@@ -1,4 +1,4 @@
-"""Several raylets on this machine, as `ray.cluster_utils` starts them, each a node that can be killed."""
+"""Several raylets on this machine, on loopback, each a node that can be killed; their GPUs are counted, not there."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ OBJECT_STORE_BYTES = 80 * 2**20
 
 @dataclass
 class Raylets:
-    """A head without slots and its workers' nodes.
+    """A head that can run nothing, and its workers' nodes.
 
     Attributes:
         cluster: Ray's own.
@@ -29,9 +29,11 @@ class Raylets:
         address: str = self.cluster.address
         return address
 
-    def add(self) -> None:
-        """Start a node with one slot."""
-        self.nodes.append(self.cluster.add_node(num_cpus=1, object_store_memory=OBJECT_STORE_BYTES))
+    def add(self, **resources: Any) -> Any:
+        """Start a node with what Ray's `add_node` is given, else one core."""
+        node = self.cluster.add_node(**{"num_cpus": 1, "object_store_memory": OBJECT_STORE_BYTES} | resources)
+        self.nodes.append(node)
+        return node
 
     def kill(self, node: Any) -> None:
         """SIGKILL to a raylet, as when its machine is gone."""
@@ -43,8 +45,9 @@ class Raylets:
 
 
 @contextmanager
-def raylets(number: int) -> Iterator[Raylets]:
-    """A head and this many nodes of one slot each, on loopback; all gone afterwards."""
+def raylets(number: int, **resources: Any) -> Iterator[Raylets]:
+    """A head and this many nodes, each of one core or of these resources; all gone afterwards."""
+    import ray
     from ray.cluster_utils import Cluster
 
     head = {"num_cpus": 0, "object_store_memory": OBJECT_STORE_BYTES, "node_ip_address": "127.0.0.1"}
@@ -52,7 +55,8 @@ def raylets(number: int) -> Iterator[Raylets]:
     try:
         found = Raylets(cluster)
         for _ in range(number):
-            found.add()
+            found.add(**resources)
         yield found
     finally:
+        ray.shutdown()
         cluster.shutdown()
