@@ -8,10 +8,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from qpruner.version import VERSION
+
 if TYPE_CHECKING:
     from qpruner.report.snapshot import Snapshot
 
-__version__ = "0.1.0"
+__version__ = VERSION
 
 
 def run(config: str | Path, *overrides: str, until: str = "report", address: str | None = None) -> Snapshot:

@@ -18,9 +18,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from qpruner import __version__
 from qpruner.config import RunConfig, config_schema, load_config
 from qpruner.errors import QprunerError
+from qpruner.version import describe
 
 if TYPE_CHECKING:
     from qpruner.records import PruneRecord, Results
@@ -57,8 +57,21 @@ class _Suggesting(click.Group):
             raise click.UsageError(f"{error.message.rstrip('.')}{hint}", ctx) from error
 
 
+def _show_version(ctx: click.Context, _: click.Parameter, is_asked: bool) -> None:
+    if is_asked and not ctx.resilient_parsing:
+        click.echo(f"qpruner, version {describe()}")
+        ctx.exit()
+
+
 @click.group(cls=_Suggesting, context_settings={"help_option_names": ["-h", "--help"]})
-@click.version_option(__version__, prog_name="qpruner")
+@click.option(
+    "--version",
+    is_flag=True,
+    is_eager=True,
+    expose_value=False,
+    callback=_show_version,
+    help="Show the version and its commit, and exit.",
+)
 def main() -> None:
     """Make a large language model fit the memory you have, at the least loss."""
 

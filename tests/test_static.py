@@ -8,28 +8,37 @@ from pathlib import Path
 
 import pytest
 import yaml
+from click.testing import CliRunner
 
+from qpruner.cli import main
 from qpruner.config import config_schema, load_config
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIGS = sorted((ROOT / "tune_configs").glob("*.yaml"))
 
 
-def test_help_imports_no_heavy_library() -> None:
+def test_help_and_version_import_no_heavy_library() -> None:
     code = (
         "import sys\nfrom click.testing import CliRunner\nfrom qpruner.cli import main\n"
-        "assert CliRunner().invoke(main, ['--help']).exit_code == 0\n"
+        "for asked in (['--help'], ['--version'], ['run', '--help']):\n"
+        "    assert CliRunner().invoke(main, asked).exit_code == 0\n"
         "heavy = {'torch', 'ray', 'transformers', 'peft', 'datasets'} & set(sys.modules)\nassert not heavy, heavy"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
 
 
-def test_unknown_verb_names_the_nearest() -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "qpruner.cli", "serach", "x.yaml"], capture_output=True, text=True, timeout=60
-    )
-    assert done.returncode == 2
-    assert "did you mean `qpruner search`?" in done.stderr
+@pytest.mark.parametrize(
+    ("mistyped", "nearest"),
+    [
+        (("serach", "x.yaml"), "did you mean `qpruner search`?"),
+        (("run", "x.yaml", "--adress", "auto"), "Did you mean '--address'?"),
+        (("trials", "runs/x", "--descendign"), "Did you mean '--descending'?"),
+    ],
+)
+def test_what_is_mistyped_names_the_nearest(mistyped: tuple[str, ...], nearest: str) -> None:
+    done = CliRunner().invoke(main, mistyped)
+    assert done.exit_code == 2
+    assert nearest in done.output
 
 
 def test_schema_is_current() -> None:

@@ -22,9 +22,10 @@ from qpruner.config import RunConfig
 from qpruner.errors import QprunerError, StorageError
 from qpruner.records import RunState, StageState
 from qpruner.rundir import RunDir
+from qpruner.version import describe
 
 logger = logging.getLogger(__name__)
-PACKAGES = ("qpruner", "torch", "transformers", "peft", "bitsandbytes", "ray", "botorch", "hyperopt", "lm_eval")
+PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "ray", "botorch", "hyperopt", "lm_eval")
 SECONDS_BETWEEN = 1.0
 """Steps inside a stage are written at most this often; what begins and ends a stage always."""
 
@@ -117,5 +118,6 @@ def _environment() -> dict[str, str]:
         "python": platform.python_version(),
         "platform": platform.platform(),
         "cpu cores": str(len(os.sched_getaffinity(0))),
+        "qpruner": describe(),
         **{name: version(name) for name in PACKAGES},
     }
