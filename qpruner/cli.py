@@ -337,7 +337,7 @@ def _check_text(config: RunConfig, facts: dict[str, Any]) -> str:
     about = " (estimate: global selection leaves the widths open)" if facts["is_estimate"] else ""
     sizes = [f"all {bits}-bit {facts[f'bytes_all_{bits}'] / 1e6:.1f} MB" for bits in config.quantize.bits]
     rows = ", ".join(f"{count} {name}" for name, count in facts["rows"].items())
-    trials = f"{config.search.max_trials}, {facts['concurrent_trials']} at once, scored at steps {facts['rungs']}"
+    trials = f"{config.search.num_trials}, {facts['concurrent_trials']} at once, scored at steps {facts['rungs']}"
     return "\n".join(
         [
             f"groups:     {facts['num_groups']} ({config.quantize.group})",

@@ -432,6 +432,11 @@ class SearchConfig(Section):
         return (*rungs, self.steps)
 
     @property
+    def num_trials(self) -> int:
+        """Trials that end the search: one where a plan is given."""
+        return 1 if self.plan else self.max_trials
+
+    @property
     def num_questions(self) -> int | None:
         """Questions of each task that the search looks at: those of the trials and those that choose the winner."""
         return self.limit * 2 if self.metric == "accuracy" and self.limit else self.limit

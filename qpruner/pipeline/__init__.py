@@ -76,10 +76,9 @@ def run(config: RunConfig, emit: Emit, address: str | None = None, until: str = 
         try:
             with progress.ending():
                 return _stages(Context(config, run_dir, tell, address, inspection), until)
-        except UserError:
-            raise  # nothing was begun, so the report of an earlier command stands
         except BaseException:
-            report_unfinished(run_dir)
+            if progress.is_told:  # else nothing was begun, and the report of an earlier command stands
+                report_unfinished(run_dir)
             raise
 
 

@@ -1,6 +1,7 @@
 """`run.json`: where the latest command on a run folder stands, kept for who looks at it from another shell or machine.
 
-Not a record: nothing is skipped because of it, and each command writes it anew.
+Not a record: nothing is skipped because of it, and each command writes it anew, except one that is refused before it
+has begun anything: then what an earlier command left still stands.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from pathlib import Path
 
 from qpruner import events
 from qpruner.config import RunConfig
-from qpruner.errors import QprunerError, StorageError
+from qpruner.errors import QprunerError, StorageError, UserError
 from qpruner.records import RunState, StageState
 from qpruner.rundir import RunDir
 from qpruner.version import describe
@@ -37,11 +38,15 @@ class RunProgress:
         run: The run folder.
         config: The run's configuration.
         until: The last stage that was asked for.
+
+    Attributes:
+        is_told: Whether `run.json` is this command's.
     """
 
     def __init__(self, run: RunDir, config: RunConfig, until: str) -> None:
         now = time.time()
         self._run, self._written = run, 0.0
+        self.is_told = False
         self._state = RunState(
             config=config.model_dump(mode="json"),
             until=until,
@@ -54,12 +59,12 @@ class RunProgress:
             updated=now,
             outcome="running",
         )
-        self._write()
 
     def listen(self, event: events.Event) -> None:
         """Take one event in."""
         match event:
             case events.StageStarted(stage, detail):
+                self.is_told = True
                 self._set(stage, StageState(state="running", started=time.time(), text=detail))
             case events.StageFinished(stage, seconds, figures):
                 self._update(stage, {"state": "done", "seconds": seconds, "text": figures})
@@ -73,7 +78,7 @@ class RunProgress:
             case events.Progress(stage, done, total):
                 self._update(stage, {"done": done, "total": total})
         is_small = isinstance(event, events.Progress | events.Message | events.TrialChanged)
-        if not is_small or time.monotonic() - self._written >= SECONDS_BETWEEN:
+        if self.is_told and (not is_small or time.monotonic() - self._written >= SECONDS_BETWEEN):
             self._write()
 
     @contextmanager
@@ -81,6 +86,10 @@ class RunProgress:
         """Note how the command ends."""
         try:
             yield
+        except UserError as error:
+            if self.is_told:
+                self._end("failed", str(error))
+            raise
         except QprunerError as error:
             self._end("failed", str(error))
             raise
@@ -100,6 +109,7 @@ class RunProgress:
             self._set(stage, self._state.stages[stage].model_copy(update=update))
 
     def _end(self, outcome: str, error: str | None) -> None:
+        self.is_told = True
         self._state = self._state.model_copy(update={"outcome": outcome, "error": error})
         self._write()
 

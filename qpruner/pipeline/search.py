@@ -71,7 +71,7 @@ def search(context: Context, banked: BankRecord, measured: SensitivityRecord) ->
         search=search_digest,
         metric=settings.metric,
         budget_bytes=space.budget_bytes,
-        max_trials=1 if given else settings.max_trials,
+        max_trials=settings.num_trials,
         steps=settings.steps,
     )
     set_aside_damaged(context.run_dir.trials / trials_digest, lambda text: context.emit(Message("search", text)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +16,8 @@ if TYPE_CHECKING:
     import torch
 
 FILE, PICTURE = "importance.npz", "importance.png"
+TAG = "prune/importance"
+"""The picture's name in TensorBoard."""
 BLOCKS = "block"
 NUM_COLUMNS = 96
 """Units of a block are drawn in at most this many columns, each the mean of its neighbours in the ranking."""
@@ -76,15 +79,12 @@ def draw(record: PruneRecord, scores: Mapping[str, Floats]) -> Any:
 
 def write_pictures(folder: Path, record: PruneRecord, scores: Mapping[str, Floats]) -> None:
     """The heat map as a PNG file for the report, and as an image for TensorBoard."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from tensorboardX import SummaryWriter
+    from qpruner.report import event_files
+    from qpruner.report.search_pictures import png_of
 
-    figure = draw(record, scores)
-    canvas = FigureCanvasAgg(figure)
-    canvas.print_png(folder / PICTURE)
-    pixels = np.asarray(canvas.buffer_rgba())[..., :3]
-    with SummaryWriter(str(folder / "tensorboard"), write_to_disk=True) as writer:
-        writer.add_image("prune/importance and kept share", pixels, dataformats="HWC")
+    png, size = png_of(draw(record, scores))
+    (folder / PICTURE).write_bytes(png)
+    event_files.write_events(folder / "tensorboard", [event_files.image(TAG, png, size, 0, time.time())])
 
 
 def _ranked(scores: Floats | None) -> Floats:

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import raw_config, with_key
+from made_records import made_confirmation, made_search
 
 from qpruner import preflight
 from qpruner.config import validate_config
@@ -23,7 +24,6 @@ from qpruner.pipeline.rows import Row, candidate_of, table_rows, untuned_candida
 from qpruner.plan import PrecisionPlan
 from qpruner.records import (
     CandidateRecord,
-    Confirmation,
     RowScores,
     SearchRecord,
     SensitivityRecord,
@@ -73,34 +73,9 @@ def measured_of(context: Context) -> SensitivityRecord:
 
 def searched_record(plan: PrecisionPlan, losses: dict[str, float] | None = None) -> SearchRecord:
     """A search that ended with `plan`; `losses` are those of its confirmed controls."""
-    confirmations = [
-        Confirmation(index=index, origin=origin, control=True, taken_over=False, loss=loss, stderr=0.1)
-        for index, (origin, loss) in enumerate((losses or {"seed-fisher": 2.0}).items())
-    ]
-    return SearchRecord(
-        digest="0" * 16,
-        seconds=1.0,
-        trials_digest="1" * 16,
-        searcher="gp",
-        metric="loss",
-        budget_bytes=1,
-        num_trials=9,
-        num_finished=9,
-        num_stopped=0,
-        num_failed=0,
-        num_taken_over=0,
-        ended="",
-        search_seconds=1.0,
-        gpu_seconds=0.0,
-        confirmations=tuple(confirmations),
-        best_index=7,
-        best_origin="gp",
-        best_plan=plan.as_dict(),
-        best_control=0,
-        control_won=False,
-        front=(),
-        resumed=0,
-    )
+    fresh = enumerate((losses or {"seed-fisher": 2.0}).items())
+    confirmations = tuple(made_confirmation(index, origin, loss) for index, (origin, loss) in fresh)
+    return made_search(plan.as_dict(), digest="0" * 16, confirmations=confirmations, best_control=0)
 
 
 def rows_of(context: Context, winner: PrecisionPlan, losses: dict[str, float] | None = None) -> dict[str, Row]:

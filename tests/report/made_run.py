@@ -8,12 +8,12 @@ from typing import Any
 
 import numpy as np
 from conftest import raw_config
+from made_records import made_confirmation, made_search
 
 from qpruner.config import validate_config
 from qpruner.records import (
     BankRecord,
     CandidateRecord,
-    Confirmation,
     EvalRecord,
     FinetuneRecord,
     LayerWidths,
@@ -198,48 +198,34 @@ class MadeRun:
         }
         return SensitivityRecord(**STAGE, groups=tuple(self.groups), methods=methods)
 
-    def _search(self) -> Record:
+    def _search(self) -> SearchRecord:
         statuses = [trial.status for trial in self.trials]
         finished = [trial for trial in self.trials if trial.status == "finished" and trial.plan_bytes <= BUDGET]
         best = min(finished, key=lambda trial: trial.rungs[-1].loss)
         finalists = [*self.trials[:3], best]
-        return SearchRecord(
+        return made_search(
+            best.plan,
             **STAGE,
             trials_digest=TRIALS,
-            searcher="gp",
-            metric="loss",
             budget_bytes=BUDGET,
             num_trials=len(self.trials),
             num_finished=statuses.count("finished"),
             num_stopped=statuses.count("stopped"),
             num_failed=statuses.count("failed"),
-            num_taken_over=0,
             ended=f"all {len(self.trials)} trials were spent (`search.max_trials`)",
             search_seconds=1800.0,
-            gpu_seconds=0.0,
             confirmations=tuple(
-                Confirmation(
-                    index=each.index,
-                    origin=each.origin,
-                    control=each.origin != "gp",
-                    taken_over=False,
-                    loss=each.rungs[-1].loss - 0.1,
-                    stderr=0.05,
-                )
-                for each in finalists
+                made_confirmation(each.index, each.origin, each.rungs[-1].loss - 0.1) for each in finalists
             ),
             best_index=best.index,
             best_origin=best.origin,
-            best_plan=best.plan,
             best_control=1,
-            control_won=False,
-            front=(),
             resumed=3,
             sessions=2,
         )
 
     def _finetune(self) -> Record:
-        best = self._search().best_plan  # type: ignore[attr-defined]
+        best = self._search().best_plan
         levels = {BASE: 16, PRUNED: 16, "uniform 4-bit": 4, "uniform 8-bit": 8}
         rows = []
         for name in (*levels, BEST_SEED, RANDOM, SEARCHED):

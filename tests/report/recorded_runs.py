@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from conftest import raw_config, with_key
+from made_records import made_confirmation, made_search
 
 from qpruner.config import RunConfig, validate_config
 from qpruner.events import SearchPlanned
 from qpruner.records import (
-    Confirmation,
     MethodScores,
     RungResult,
     RunState,
@@ -95,31 +95,18 @@ def planned(records: list[TrialRecord], **fields: Any) -> SearchPlanned:
 
 
 def search_record(best: TrialRecord) -> SearchRecord:
-    fresh = {"loss": best.rungs[-1].loss + 0.05, "stderr": 0.01}
-    finalist = Confirmation(index=best.index, origin=best.origin, control=False, taken_over=False, **fresh)
-    return SearchRecord(
-        digest="c" * 16,
-        seconds=600.0,
+    return made_search(
+        best.plan,
         trials_digest=DIGEST,
-        searcher="gp",
-        metric="loss",
         budget_bytes=32 * MEGABYTE,
         num_trials=6,
         num_finished=3,
         num_stopped=1,
-        num_failed=1,
-        num_taken_over=0,
         ended="all 6 trials were spent (`search.max_trials`)",
-        search_seconds=500.0,
-        gpu_seconds=0.0,
-        confirmations=(finalist,),
+        confirmations=(made_confirmation(best.index, best.origin, best.rungs[-1].loss + 0.05),),
         best_index=best.index,
         best_origin=best.origin,
-        best_plan=best.plan,
         best_control=1,
-        control_won=False,
-        front=(),
-        resumed=0,
     )
 
 

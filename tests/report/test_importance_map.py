@@ -167,12 +167,12 @@ def test_the_picture_of_the_report_is_the_image_in_tensorboard(scores: dict[str,
     write_pictures(tmp_path, RECORD, scores)
     events = EventAccumulator(str(tmp_path / "tensorboard"), size_guidance={"images": 0}).Reload()
     (tag,) = events.Tags()["images"]
-    assert tag.startswith("prune/importance")
+    assert tag == "prune/importance"
     (image,) = events.Images(tag)
     picture = matplotlib.image.imread(io.BytesIO(image.encoded_image_string))
     saved = matplotlib.image.imread(tmp_path / "importance.png")
-    assert picture.shape == (image.height, image.width, 3)
-    np.testing.assert_array_equal(picture, saved[..., :3])
+    assert picture.shape[:2] == (image.height, image.width)
+    np.testing.assert_array_equal(picture, saved)
     # Another model is another picture.
     other = tmp_path / "other"
     other.mkdir()

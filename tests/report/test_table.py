@@ -9,11 +9,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+from made_records import made_confirmation, made_search
 from scipy import stats
 
 from qpruner.records import (
     CandidateRecord,
-    Confirmation,
     EvalRecord,
     FinetuneRecord,
     FrontPoint,
@@ -24,7 +24,6 @@ from qpruner.records import (
     Results,
     RowScores,
     RunState,
-    SearchRecord,
     SensitivityRecord,
     TaskScore,
 )
@@ -95,28 +94,17 @@ def results_of(
 ) -> Results:
     """A finished run whose rows are `scored`, the searched one last; `changes` are of the search's record."""
     search: dict[str, Any] = {
-        "trials_digest": "1" * 16,
-        "searcher": "gp",
-        "metric": "loss",
-        "budget_bytes": 101_500_000,
+        **STAGE,
         "num_trials": 16,
         "num_finished": 7,
         "num_stopped": 8,
-        "num_failed": 1,
         "num_taken_over": 5,
         "ended": "all 16 trials were spent (`search.max_trials`)",
-        "search_seconds": 1800.0,
-        "gpu_seconds": 0.0,
         "confirmations": (
-            Confirmation(index=2, origin="seed-kl", control=True, taken_over=True, loss=2.125, stderr=0.0625),
-            Confirmation(index=11, origin="gp", control=False, taken_over=False, loss=2.0625, stderr=0.03125),
+            made_confirmation(2, "seed-kl", 2.125, taken_over=True),
+            made_confirmation(11, "gp", 2.0625, stderr=0.03125),
         ),
         "best_index": 11,
-        "best_origin": "gp",
-        "best_plan": scored[-1][0].plan,
-        "best_control": 2,
-        "control_won": False,
-        "front": (),
         "resumed": 3,
         "sessions": 2,
         "failures": {"diverged": 1},
@@ -166,7 +154,7 @@ def results_of(
                 )
             },
         ),
-        search=SearchRecord(**STAGE, **(search | changes)),
+        search=made_search(scored[-1][0].plan, **(search | changes)),
         finetune=FinetuneRecord(**STAGE, winner=SEARCHED, candidates=tuple(row for row, _ in scored)),
         evaluate=EvalRecord(**STAGE, rows=tuple(rows_scored)),
     )

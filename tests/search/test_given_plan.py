@@ -81,6 +81,8 @@ def test_a_plan_changed_by_hand_is_one_more_trial_and_what_is_fine_tuned(searche
     assert [(row["from"], row["search"]) for row in listed] == [
         ("uniform-4", "another"), ("seed-first-order", "another"), ("given", "this"),
     ]  # fmt: skip
+    stage = json.loads((run / "run.json").read_text())["stages"]["search"]
+    assert (stage["done"], stage["total"]) == (1, 1), "its bar counts the one plan"
 
 
 @pytest.mark.slow

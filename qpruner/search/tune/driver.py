@@ -109,7 +109,7 @@ class PlanSearcher(LivesInDriver, Searcher):  # type: ignore[misc]
         self._ledger.close(suggestion, record.is_ruined)
         self._done += 1
         self._emit(TrialChanged(record))
-        self._emit(Progress("search", self._done, self._job.config.search.max_trials))
+        self._emit(Progress("search", self._done, self._job.config.search.num_trials))
         if record.failure == "storage":
             self._halt.requested = True
 
