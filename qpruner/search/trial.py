@@ -53,6 +53,10 @@ class TrialJob:
     plan: Mapping[str, int]
 
 
+Trial = Callable[[TrialJob, Path | None, Report, Progress], None]
+"""`run_trial`, or what stands in for it where only the search is looked at."""
+
+
 def run_trial(job: TrialJob, start: Path | None, report: Report, progress: Progress = lambda step: None) -> None:
     """Assemble the plan's model, fine-tune it from rung to rung, score and report each rung.
 

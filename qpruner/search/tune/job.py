@@ -11,7 +11,7 @@ from qpruner.config import RunConfig
 from qpruner.plan import Layout, PlanSpace, PrecisionPlan
 from qpruner.records import TrialRecord
 from qpruner.search.searchers import Observation, Prior
-from qpruner.search.trial import Materials
+from qpruner.search.trial import Materials, Trial, run_trial
 from qpruner.search.trial_records import objective
 
 METRIC = "score"
@@ -36,6 +36,7 @@ class SearchJob:
         search: Digest of what the proposals depend on besides.
         resources: Ray resources of one trial.
         max_concurrent: Trials in flight.
+        trial: What one trial does.
     """
 
     config: RunConfig
@@ -50,6 +51,7 @@ class SearchJob:
     search: str
     resources: dict[str, float]
     max_concurrent: int
+    trial: Trial = run_trial
 
     def owns(self, record: TrialRecord) -> bool:
         """Whether a trial is of this search, not of one with another budget or searcher."""
