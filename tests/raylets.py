@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -39,6 +40,15 @@ class Raylets:
         """SIGKILL to a raylet, as when its machine is gone."""
         os.kill(node.all_processes["raylet"][0].process.pid, signal.SIGKILL)
         self.nodes.remove(node)
+
+    def drain(self, node_id: str, seconds: float) -> None:
+        """Tell Ray that a machine will be gone in so many seconds, as a cloud does before it takes a spot instance."""
+        from ray._raylet import GcsClient
+        from ray.core.generated.autoscaler_pb2 import DrainNodeReason
+
+        reason, deadline = DrainNodeReason.Value("DRAIN_NODE_REASON_PREEMPTION"), int((time.time() + seconds) * 1000)
+        accepted, why_not = GcsClient(address=self.address).drain_node(node_id, reason, "spot notice", deadline)
+        assert accepted, why_not
 
     def node_with(self, node_id: str) -> Any:
         return next(node for node in self.nodes if node.node_id == node_id)

@@ -300,6 +300,26 @@ def test_a_trial_whose_machine_dies_goes_on_elsewhere_and_that_is_not_held_again
     assert process.said().count("lost its worker and goes on from step") == 2
 
 
+def test_trials_leave_a_machine_that_is_drained_and_that_is_not_held_against_them(
+    config: Path, undisturbed: Path
+) -> None:
+    """A spot notice. Left alone by us, Tune goes on with the worker there and hands it one trial after another."""
+    with raylets(2) as cluster, driver(config, "--address", cluster.address) as process:
+        between(process, 1)
+        first = json.loads(next(process.run.glob("trials/*/0001/pulse.json")).read_text())["node"]
+        raylet = cluster.node_with(first).all_processes["raylet"][0].process
+        cluster.drain(first, seconds=3600)
+        record = finished(process)
+        assert raylet.poll() is not None, (
+            "a machine that does nothing any more leaves the cluster, long before its time"
+        )
+        last = json.loads(next(process.run.glob("trials/*/0004/pulse.json")).read_text())["node"]
+    assert last != first
+    assert rungs_of(process.run) == rungs_of(undisturbed)
+    assert record["failures"] == {} and all(trial["kills"] == 0 for trial in trials_of(process.run).values())
+    assert process.said().count("lost its worker and goes on from step") == 1
+
+
 def test_a_worker_that_was_taken_for_dead_writes_nothing_when_it_comes_back(config: Path, undisturbed: Path) -> None:
     """A machine that is cut off for a while: its raylet does not answer, and its trial goes on elsewhere."""
     with raylets(2) as cluster, driver(config, "--address", cluster.address) as process:

@@ -29,6 +29,7 @@ from qpruner.search.trial_records import (
     write_trial,
 )
 from qpruner.search.tune.job import METRIC, TIME, SearchJob, params_to_plan, smaller_batch
+from qpruner.search.tune.nodes import staying_nodes
 
 PULSE_SECONDS = 1.0
 
@@ -40,9 +41,20 @@ def run_recorded(params: dict[str, Any], job: SearchJob) -> None:
     _limit_threads(job.resources)
     release()  # the actor's last trial
     trial = _RecordedTrial(params, job)
+    leave_if_drained()
     trial.report_last_rung()
     while not trial.ran():
         release()
+
+
+def leave_if_drained() -> None:
+    """End this process where its machine is about to go: its trial goes on elsewhere, from the rung that is recorded.
+
+    Ray gives such a node no new actors, but Tune would go on with this one, and hand it one trial after another (Ray
+    2.60). A node that does nothing any more leaves the cluster by itself.
+    """
+    if ray.get_runtime_context().get_node_id() not in staying_nodes():
+        os._exit(0)
 
 
 class _TakenOver(Exception):
@@ -60,6 +72,7 @@ class _RecordedTrial:
         self._beats, self._told = 0, float("-inf")
         self._record = self._record.model_copy(update={"worker": uuid.uuid4().hex})
         write_trial(job.trials, self._record)
+        self._progress(self._record.rungs[-1].step if self._record.rungs else 0)
 
     def report_last_rung(self) -> None:
         """A trial that goes on says its last rung again: the scheduler may have been killed before it decided."""
@@ -111,6 +124,7 @@ class _RecordedTrial:
         if old:
             shutil.rmtree(old, ignore_errors=True)
         tune.report(_metrics(result, self._job.config))
+        leave_if_drained()
 
     def _check_that_it_is_ours(self) -> None:
         if read_trial(self._job.trials, self._record.index).worker != self._record.worker:
