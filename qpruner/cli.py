@@ -305,15 +305,11 @@ def _check(path: Path, overrides: tuple[str, ...], address: str | None, quiet: b
 
     config = load_config(path, list(overrides))
     _quiet_libraries()
-    from qpruner import preflight
-    from qpruner.execution.cluster import connect, disconnect, local_slots
-    from qpruner.pipeline import check_search
+    from qpruner.pipeline import check
+    from qpruner.terminal import Terminal
 
-    inspection = preflight.inspect(config)
-    preflight.check_quantizable(inspection.model_config)
-    slots = connect(address) if address else local_slots()
-    if address:
-        disconnect()
+    with Terminal(quiet=quiet) as terminal:
+        inspection, concurrent = check(config, terminal.emit, address)
     layout, levels = inspection.pruned, config.quantize.bits
     facts = {
         "num_groups": len(layout.groups),
@@ -322,7 +318,7 @@ def _check(path: Path, overrides: tuple[str, ...], address: str | None, quiet: b
         "is_estimate": inspection.is_estimate,
         **{f"bytes_all_{bits}": layout.plan_bytes(layout.uniform(bits)) for bits in levels},
         "bytes_budget": inspection.budget_bytes,
-        "concurrent_trials": check_search(config.search, slots),
+        "concurrent_trials": concurrent,
         "rungs": list(config.search.rungs),
         "rows": {name: len(rows) for name, rows in inspection.examples.items()},
         "warnings": list(inspection.warnings),

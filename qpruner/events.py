@@ -53,6 +53,14 @@ class Message:
 
 
 @dataclass(frozen=True)
+class TableMade:
+    """A table worth showing."""
+
+    headings: tuple[str, ...]
+    body: tuple[tuple[str, ...], ...]
+
+
+@dataclass(frozen=True)
 class SearchPlanned:
     """What the search is about, and every trial that is recorded already; told whether or not there is anything to do.
 
@@ -81,5 +89,15 @@ class TrialChanged:
     trial: TrialRecord
 
 
-Event = StageStarted | StageFinished | StageSkipped | Progress | Message | SearchPlanned | SlotsFound | TrialChanged
+Event = (
+    StageStarted
+    | StageFinished
+    | StageSkipped
+    | Progress
+    | Message
+    | TableMade
+    | SearchPlanned
+    | SlotsFound
+    | TrialChanged
+)
 Emit = Callable[[Event], None]

@@ -24,6 +24,8 @@ from qpruner.rundir import run_root
 
 DTYPE_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 GIB = 1024**3
+NEEDED_CAPABILITY = {4: (6, 0), 8: (7, 5)}
+"""Compute capability that bitsandbytes' layers of so many bits need."""
 
 
 @dataclass(frozen=True)
@@ -51,8 +53,12 @@ class Inspection:
     warnings: tuple[str, ...]
 
 
-def inspect(config: RunConfig) -> Inspection:
+def inspect(config: RunConfig, works_here: bool = True) -> Inspection:
     """Validate a configuration against the model, the data, the tasks, the device and the disk; no weights are read.
+
+    Args:
+        config: The configuration.
+        works_here: Whether this machine's device is what the run works on, not those of a cluster.
 
     Raises:
         UserError: For the first thing that cannot work.
@@ -64,7 +70,8 @@ def inspect(config: RunConfig) -> Inspection:
     budget = budget_bytes(config.quantize, pruned, config.search.pareto)
     if config.search.plan and not config.prune.drops_blocks:
         read_plan(Path(config.search.plan), [group.name for group in pruned.groups], config.quantize.bits)
-    _check_device(config, pruned)
+    if works_here:
+        check_device(config, pruned, _own_capability())
     examples, questions = _check_data(config, model_config)
     _check_encoding(config, examples)
     _check_disk(config, base, pruned)
@@ -195,7 +202,7 @@ def _rounded_down_gib(size: int) -> float:
     return size * 10**4 // GIB / 10**4
 
 
-def _amount(size: int) -> str:
+def amount(size: int) -> str:
     """`1.5 GiB`, or MiB where GiB would show nothing."""
     return f"{size / GIB:.1f} GiB" if size >= GIB else f"{-(-size * 10 // 1024**2) / 10:.1f} MiB"
 
@@ -213,26 +220,42 @@ def _pruned_config(config: RunConfig, model_config: Any) -> Any:
         ) from error
 
 
-def _check_device(config: RunConfig, pruned: Layout) -> None:
-    import torch
+def check_device(config: RunConfig, pruned: Layout, capability: tuple[int, int] | None) -> None:
+    """Refuse a device that cannot run the configured layers.
 
-    if not torch.cuda.is_available():
-        if config.model.dtype == "float16":
-            raise UserError("`model.dtype`: float16 cannot be trained on a CPU; use bfloat16 or float32")
-        if 4 in config.quantize.bits:
-            check_cpu_widths([linear for group in pruned.groups for linear in group.linears])
-            if config.prune.selection == "global" and not config.prune.is_off and config.prune.round_to % 64:
+    Args:
+        config: The configuration.
+        pruned: The pruned model's sizes.
+        capability: The GPU's compute capability; None for a CPU.
+
+    Raises:
+        UserError: Naming the key, the rule and the remedy.
+    """
+    if capability is not None:
+        for bits in config.quantize.bits:
+            needed = NEEDED_CAPABILITY.get(bits, (0, 0))
+            if capability < needed:
+                has, need = (".".join(map(str, version)) for version in (capability, needed))
                 raise UserError(
-                    f"`prune.round_to` must be a multiple of 64 for `selection: global` with 4-bit layers on a CPU, "
-                    f"got {config.prune.round_to}: bitsandbytes decodes some of the widths in between wrongly"
+                    f"`quantize.bits`: a GPU of compute capability {has} cannot run {bits}-bit layers, which need "
+                    f"{need}; leave {bits} out"
                 )
         return
-    capability = torch.cuda.get_device_capability()
-    if 8 in config.quantize.bits and capability < (7, 5):
-        raise UserError(
-            f"`quantize.bits`: this GPU (compute capability {capability[0]}.{capability[1]}) cannot run 8-bit layers, "
-            "which need 7.5; leave 8 out"
-        )
+    if config.model.dtype == "float16":
+        raise UserError("`model.dtype`: float16 cannot be trained on a CPU; use bfloat16 or float32")
+    if 4 in config.quantize.bits:
+        check_cpu_widths([linear for group in pruned.groups for linear in group.linears])
+        if config.prune.selection == "global" and not config.prune.is_off and config.prune.round_to % 64:
+            raise UserError(
+                f"`prune.round_to` must be a multiple of 64 for `selection: global` with 4-bit layers on a CPU, "
+                f"got {config.prune.round_to}: bitsandbytes decodes some of the widths in between wrongly"
+            )
+
+
+def _own_capability() -> tuple[int, int] | None:
+    import torch
+
+    return torch.cuda.get_device_capability() if torch.cuda.is_available() else None
 
 
 def _check_data(config: RunConfig, model_config: Any) -> tuple[dict[str, list[Example]], dict[str, list[str]]]:
@@ -325,6 +348,6 @@ def _check_disk(config: RunConfig, base: Layout, pruned: Layout) -> None:
     free = shutil.disk_usage(existing).free
     if free < needed:
         raise UserError(
-            f"`output`: the run needs about {_amount(needed)} in {existing}, where {_amount(free)} are free: "
+            f"`output`: the run needs about {amount(needed)} in {existing}, where {amount(free)} are free: "
             "make room or name another folder"
         )

@@ -91,6 +91,8 @@ class Terminal:
                 self._line(f"[{stage}] already recorded: {figures}")
             case events.Message(stage, text):
                 self._line(f"[{stage}] {text}")
+            case events.TableMade(headings, body):
+                self.table(headings, body)
             case events.Progress(stage, done, total, detail):
                 self._advance(stage, done, total, detail)
             case events.SearchPlanned(search):

@@ -61,8 +61,13 @@ def connect(address: str | None) -> Slots:
                 runtime_env=environment,
                 _node_ip_address="127.0.0.1",
             )
-    alive = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    return Slots(tuple(Node(float(has.get("CPU", 0.0)), float(has.get("GPU", 0.0))) for has in alive))
+    return Slots(tuple(size_of(node) for node in ray.nodes() if node["Alive"]))
+
+
+def size_of(node: dict[str, Any]) -> Node:
+    """What Ray counts on one of `ray.nodes()`."""
+    resources = node["Resources"]
+    return Node(float(resources.get("CPU", 0.0)), float(resources.get("GPU", 0.0)))
 
 
 def _join(address: str, environment: dict[str, Any]) -> None:

@@ -18,6 +18,7 @@ from qpruner.pipeline.bank import bank
 from qpruner.pipeline.compress import prepare, sensitivity
 from qpruner.pipeline.context import Context
 from qpruner.pipeline.finish import evaluate, finetune
+from qpruner.pipeline.nodes import look_at_nodes
 from qpruner.pipeline.progress import RunProgress
 from qpruner.pipeline.prune import preview_prune, prune
 from qpruner.pipeline.report import report, report_unfinished
@@ -47,6 +48,30 @@ def check_search(config: SearchConfig, slots: Slots) -> int:
     return slots.concurrent(resources, config.max_concurrent)
 
 
+def check(config: RunConfig, emit: Emit, address: str | None = None) -> tuple[preflight.Inspection, int]:
+    """What `run` refuses before its first stage, and what it would be.
+
+    Args:
+        config: The configuration.
+        emit: Told of the cluster's nodes.
+        address: A running Ray cluster to join; None looks at this machine.
+
+    Returns:
+        Sizes and rows, and trials at once.
+
+    Raises:
+        UserError: For the first thing that cannot work.
+    """
+    inspection = preflight.inspect(config, works_here=address is None)
+    preflight.check_quantizable(inspection.model_config)
+    run_dir = RunDir(Path(config.output), create=False)
+    with contextlib.closing(Context(config, run_dir, emit, address, inspection)) as context:
+        concurrent = check_search(config.search, context.known_slots)
+        if address:
+            look_at_nodes(context)
+    return inspection, concurrent
+
+
 def run(config: RunConfig, emit: Emit, address: str | None = None, until: str = "report") -> Results:
     """Run the flow up to a stage, skipping what is recorded.
 
@@ -63,7 +88,7 @@ def run(config: RunConfig, emit: Emit, address: str | None = None, until: str = 
         UserError: Before any weight is loaded, when the input cannot work.
         StageError: When a stage cannot go on.
     """
-    inspection = preflight.inspect(config)
+    inspection = preflight.inspect(config, works_here=address is None)
     run_dir = RunDir(Path(config.output))
     with sole_driver(run_dir.root, lambda text: emit(Message("run", text))):
         progress = RunProgress(run_dir, config, until)
@@ -93,6 +118,8 @@ def _stages(context: Context, until: str) -> Results:
             for warning in inspection.warnings:
                 emit(Message("search", f"warning: {warning}"))
             check_search(config.search, context.known_slots)
+        if context.address:
+            look_at_nodes(context)
         prepared = prepare(context)
         pruned = prune(context, prepared) if last >= 1 else None
         banked = bank(context, pruned) if pruned and last >= 2 else None
@@ -123,10 +150,10 @@ def preview(config: RunConfig, emit: Emit, address: str | None = None) -> PruneR
     Raises:
         UserError: When the input cannot work.
     """
-    inspection = preflight.inspect(config)
-    context = Context(config, RunDir(Path(config.output), create=False), emit, address, inspection)
-    try:
+    inspection = preflight.inspect(config, works_here=address is None)
+    run_dir = RunDir(Path(config.output), create=False)
+    with contextlib.closing(Context(config, run_dir, emit, address, inspection)) as context:
+        if address:
+            look_at_nodes(context)
         with explained("prune"):
             return preview_prune(context)
-    finally:
-        context.close()

@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import raw_config
+from conftest import raw_config, with_key
 from raylets import raylets
 from transformers import PreTrainedModel
 
 from qpruner.config import validate_config
 from qpruner.errors import CorruptFile, StageError, UserError, WorkerDied
-from qpruner.events import Emit, Event, Message, Progress
+from qpruner.events import Emit, Event, Message, Progress, StageFinished, StageStarted, TableMade
 from qpruner.execution.cluster import connect, disconnect, run_tasks
 from qpruner.execution.workshop import Bench, Here, OnCluster, Workshop
 from qpruner.pipeline import run
@@ -162,7 +162,29 @@ def test_a_head_without_a_gpu_prunes_packs_and_measures_on_the_only_one(
     one_gpu: str, tiny_model: Path, tmp_path: Path
 ) -> None:
     """The worker that cut the model holds the GPU while the bank is built, which is no reason to wait for ever."""
-    there = run(validate_config(raw_config(tiny_model, tmp_path / "there")), no_new_model(), one_gpu, "sensitivity")
+    check_models, events = no_new_model(), list[Event]()
+
+    def tell(event: Event) -> None:
+        events.append(event)
+        check_models(event)
+
+    there = run(validate_config(raw_config(tiny_model, tmp_path / "there")), tell, one_gpu, "sensitivity")
+    nodes, declared = events[:2]
+    assert isinstance(nodes, TableMade) and [row[-1] for row in nodes.body] == ["ok", "ok"], "head and worker"
+    assert isinstance(declared, Message) and "Ray counts 1 GPUs on 127.0.0.1" in declared.text
+    assert isinstance(events[2], StageStarted), "nodes were looked at before anything was done"
     same_figures(
         there, run(validate_config(raw_config(tiny_model, tmp_path / "here")), lambda event: None, None, "sensitivity")
     )
+
+
+@pytest.mark.parametrize("until", ["prune", "search"])
+def test_more_gpus_than_any_node_has_are_refused_before_a_model_is_loaded(
+    until: str, one_gpu: str, tiny_model: Path, tmp_path: Path
+) -> None:
+    """Ray would wait for ever."""
+    raw = with_key(raw_config(tiny_model, tmp_path / "run"), "search.resources_per_trial", {"gpu": 2})
+    events: list[Event] = []
+    with pytest.raises(UserError, match=r"'gpu': 2.* the largest of 2 has 1 CPUs and 1 GPUs: ask for less"):
+        run(validate_config(raw), events.append, one_gpu, until)
+    assert not [event for event in events if isinstance(event, StageFinished)]

@@ -1,0 +1,140 @@
+"""Every node of the cluster is asked what it is, before anything expensive."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from qpruner.execution import testimony
+from qpruner.execution.cluster import first_line, size_of
+from qpruner.execution.slots import Node
+from qpruner.rundir import BANK_CACHE
+
+ANSWER_SECONDS = 60.0
+"""A node starts a worker and answers within this time, or is named as silent."""
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """A GPU as torch sees it."""
+
+    kind: str
+    memory_bytes: int
+    capability: tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Cache:
+    """A node's folder for its copy of the bank's files, and the room there."""
+
+    folder: str
+    is_writable: bool
+    free_bytes: int
+    held_bytes: int
+
+
+@dataclass(frozen=True)
+class NodeFacts:
+    """What a node said.
+
+    Attributes:
+        versions: By package; qpruner's is a digest of its code.
+        storage: Why the run's storage cannot be used from there; empty where it can.
+        cache: Its own folder for the bank's files; None where it keeps none.
+        has_gpu_driver: Whether there is a driver for GPUs.
+        gpus: What torch sees; not looked for where Ray counts none.
+        gpu_trouble: Why they cannot quantize; empty where they can.
+    """
+
+    versions: dict[str, str]
+    storage: str
+    cache: Cache | None
+    has_gpu_driver: bool
+    gpus: tuple[Gpu, ...]
+    gpu_trouble: str
+
+
+@dataclass(frozen=True)
+class Report:
+    """One node.
+
+    Attributes:
+        id: Ray's.
+        name: For people.
+        size: The CPUs and GPUs that Ray counts there.
+        facts: What it said.
+        silence: Why it said nothing.
+        has_left: It was in the cluster when it was asked, and no longer is.
+    """
+
+    id: str
+    name: str
+    size: Node
+    facts: NodeFacts | None
+    silence: str = ""
+    has_left: bool = False
+
+
+def probe(storage: Path, driver: str, seconds: float = ANSWER_SECONDS) -> list[Report]:
+    """Ask every live node; this process has joined the cluster.
+
+    Args:
+        storage: A folder in the run's storage; every node leaves a file there, named by its id, that holds that id.
+        driver: Name and content of the driver's own file there.
+        seconds: How long to wait for answers.
+
+    Returns:
+        The nodes, in Ray's order.
+    """
+    import ray
+    from ray.exceptions import RayError
+
+    nodes = [node for node in ray.nodes() if node["Alive"]]
+    asked = _ask(nodes, storage, driver)
+    answered, _ = ray.wait(list(asked.values()), num_returns=len(asked), timeout=seconds)
+    said: dict[str, NodeFacts | str] = {}
+    for node_id, reference in asked.items():
+        if reference not in answered:
+            ray.cancel(reference, force=True)
+            said[node_id] = f"no answer in {seconds:g} s"
+            continue
+        try:
+            said[node_id] = _facts(ray.get(reference))
+        except RayError as error:
+            said[node_id] = first_line(getattr(error, "cause", None) or error)
+    alive = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
+    return [_report(node, said[node["NodeID"]], node["NodeID"] not in alive) for node in nodes]
+
+
+def _ask(nodes: list[dict[str, Any]], storage: Path, driver: str) -> dict[str, Any]:
+    """The answers to come, by node."""
+    import ray
+    from ray import cloudpickle
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    cloudpickle.register_pickle_by_value(testimony)
+    try:
+        # A process of its own, which ends with what importing torch took of a GPU.
+        task = ray.remote(num_cpus=0, max_calls=1, max_retries=1)(testimony.testify)
+        asked = {}
+        for node in nodes:
+            there = task.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False))
+            has_gpus = size_of(node).gpus > 0
+            asked[node["NodeID"]] = there.remote(str(storage), driver, node["NodeID"], BANK_CACHE, has_gpus)
+        return asked
+    finally:
+        cloudpickle.unregister_pickle_by_value(testimony)
+
+
+def _facts(answer: dict[str, Any]) -> NodeFacts:
+    cache = answer["cache"] and Cache(**answer["cache"])
+    return NodeFacts(**{**answer, "cache": cache, "gpus": tuple(Gpu(**gpu) for gpu in answer["gpus"])})
+
+
+def _report(node: dict[str, Any], said: NodeFacts | str, has_left: bool) -> Report:
+    node_id, size = node["NodeID"], size_of(node)
+    name = f"{node['NodeManagerAddress']} ({node['NodeManagerHostname']}, {node_id[:8]})"
+    if isinstance(said, NodeFacts):
+        return Report(node_id, name, size, said)
+    return Report(node_id, name, size, None, said, has_left)

@@ -1,0 +1,113 @@
+"""What a node says of itself.
+
+Sent to it whole, as it stands here, since the qpruner there may be another one, or missing: so nothing in this module
+imports qpruner, and what it answers is plain data.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import importlib.util
+import os
+import platform
+import shutil
+from pathlib import Path
+from typing import Any
+
+PACKAGES = ("torch", "transformers", "peft", "bitsandbytes")
+DRIVERS = ("/proc/driver/nvidia/gpus", "/dev/kfd", "/dev/dxg")
+"""One of these is there where a driver for GPUs is: NVIDIA's, AMD's, that of Windows' Linux."""
+HIDERS = ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES")
+MISSING = "not installed"
+
+
+def testify(storage: str, driver: str, me: str, cache: str, has_gpus: bool) -> dict[str, Any]:
+    """Look at this machine.
+
+    Args:
+        storage: A folder in the run's storage.
+        driver: Name of a file that the driver left there, and what it says.
+        me: Name of a file to leave there, and what to say in it.
+        cache: Environment variable that names the folder for the bank's files; unset, none are kept.
+        has_gpus: Whether Ray counts GPUs here; importing torch takes seconds.
+    """
+    return {
+        "versions": versions(),
+        "storage": _storage_trouble(Path(storage), driver, me),
+        "cache": _cache(Path(os.environ[cache])) if cache in os.environ else None,
+        "has_gpu_driver": any(Path(path).exists() for path in DRIVERS),
+        **(_gpus() if has_gpus else {"gpus": [], "gpu_trouble": ""}),
+    }
+
+
+def versions() -> dict[str, str]:
+    """What must be alike on all machines: `2.13.0+cpu` and `2.13.0+cu130` are, since devices differ."""
+    found = {"python": ".".join(platform.python_version_tuple()[:2]), "qpruner's code": _code()}
+    for name in PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name).partition("+")[0]
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = MISSING
+    return found
+
+
+def _code() -> str:
+    """Digest of qpruner's own sources: two checkouts of one version may differ."""
+    spec = importlib.util.find_spec("qpruner")
+    if spec is None or not spec.submodule_search_locations:
+        return MISSING
+    root = Path(next(iter(spec.submodule_search_locations)))
+    digest = hashlib.sha256()
+    for path in sorted(root.rglob("*.py")):
+        digest.update(f"{path.relative_to(root)}\0".encode() + path.read_bytes())
+    return digest.hexdigest()[:8]
+
+
+def _storage_trouble(folder: Path, driver: str, me: str) -> str:
+    """Why the storage cannot be used from here; nothing where it can."""
+    try:
+        if (folder / driver).read_text(encoding="utf-8") != driver:
+            return "does not show there what the driver wrote"
+    except FileNotFoundError:
+        return "is not shared with it: what the driver wrote is not there"
+    except OSError as error:
+        return f"cannot be read there ({error.strerror})"
+    try:
+        (folder / me).write_text(me, encoding="utf-8")
+    except OSError as error:
+        return f"cannot be written there ({error.strerror})"
+    return ""
+
+
+def _cache(folder: Path) -> dict[str, Any]:
+    """The folder for the bank's files, which may not be there yet."""
+    existing = next(place for place in (folder, *folder.parents) if place.exists())
+    return {
+        "folder": str(folder),
+        "is_writable": existing.is_dir() and os.access(existing, os.W_OK | os.X_OK),
+        "free_bytes": shutil.disk_usage(existing).free,
+        "held_bytes": sum(file.stat().st_size for file in folder.glob("*.safetensors")),
+    }
+
+
+def _gpus() -> dict[str, Any]:
+    """The GPUs that torch sees, and why bitsandbytes cannot quantize on them."""
+    for name in HIDERS:  # Ray hides GPUs from what reserves none
+        os.environ.pop(name, None)
+    try:
+        import torch
+
+        seen = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
+        trouble = ""
+        if seen:
+            from bitsandbytes.cextension import lib
+
+            if not lib.compiled_with_cuda:
+                platform_of_torch = torch.version.cuda or torch.version.hip
+                trouble = f"bitsandbytes has no library for the CUDA or ROCm of torch ({platform_of_torch})"
+    except (ImportError, OSError, RuntimeError) as error:
+        text = str(error).strip().partition("\n")[0]
+        return {"gpus": [], "gpu_trouble": f"torch or bitsandbytes cannot use them: {type(error).__name__}: {text}"}
+    gpus = [{"kind": gpu.name, "memory_bytes": gpu.total_memory, "capability": (gpu.major, gpu.minor)} for gpu in seen]
+    return {"gpus": gpus, "gpu_trouble": trouble}

@@ -1,0 +1,204 @@
+"""The cluster's nodes, looked at before anything expensive: one table of what they are, and an error that names each
+that the run could not use.
+
+Nodes that join later, as an autoscaler's do, are not looked at beforehand: what is wrong with those shows in their
+first piece of work.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+import uuid
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from qpruner.config import RunConfig
+from qpruner.errors import UserError
+from qpruner.events import Message, TableMade
+from qpruner.execution.probe import Cache, Gpu, NodeFacts, Report, probe
+from qpruner.execution.testimony import versions
+from qpruner.pipeline.context import Context
+from qpruner.plan import FULL_BITS, Layout
+from qpruner.preflight import amount, check_device
+from qpruner.rundir import BANK_CACHE
+
+HEADINGS = ("node", "CPUs", "GPUs", "bank cache free", "versions", "state")
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What a node is measured by.
+
+    Attributes:
+        config: The run's configuration.
+        layout: The pruned model's sizes.
+        resources: Ray resources of one trial.
+        storage: The run folder.
+        versions: Those of the driver.
+    """
+
+    config: RunConfig
+    layout: Layout
+    resources: Mapping[str, float]
+    storage: Path
+    versions: Mapping[str, str]
+
+    @property
+    def bank_bytes(self) -> int:
+        """What the bank's files will take on a node."""
+        levels = [bits for bits in self.config.quantize.bits if bits != FULL_BITS]
+        return sum(sum(self.layout.group_bytes(bits)) + self.layout.adapter_bytes for bits in levels)
+
+
+def look_at_nodes(context: Context) -> None:
+    """Have every node of the cluster looked at, and tell what they are in one table.
+
+    Raises:
+        UserError: Naming each node that the run could not use, why, and the remedy.
+    """
+    resources = context.trial_resources()
+    needs = Needs(context.config, context.inspection.pruned, resources, context.run_dir.root, versions())
+    with _left_in(needs.storage) as (folder, driver):
+        reports = probe(folder, driver)
+        unseen = {report.id for report in reports if not _holds(folder / report.id, report.id)}
+    found = {report.id: troubles(report, needs, report.id in unseen) for report in reports}
+    context.emit(TableMade(HEADINGS, tuple(row(report, needs, found[report.id]) for report in reports)))
+    told = [f"{report.name}: {text}" for report in reports for text in found[report.id].values()]
+    if told:
+        lines = "\n".join(f"  - {line}" for line in told)
+        raise UserError(f"{len(told)} problem{'s' if len(told) != 1 else ''} with the cluster's nodes:\n{lines}")
+    for report in reports:
+        if _is_declared(report):
+            text = f"warning: Ray counts {report.size.gpus:g} GPUs on {report.name}, which has no driver for any"
+            context.emit(Message("cluster", f"{text}: what holds them runs on the CPU"))
+    if _works_on_cpus(reports, resources):
+        check_device(context.config, context.inspection.pruned, None)
+
+
+@contextlib.contextmanager
+def _left_in(storage: Path) -> Iterator[tuple[Path, str]]:
+    """A folder in the run's storage with a file of the driver's; it is gone afterwards, and so is what was made for it.
+
+    The names are new each time: a network file system may remember for a while that a name is not there.
+    """
+    driver = uuid.uuid4().hex
+    made = [place for place in (storage, *storage.parents) if not place.exists()]
+    folder = storage / f".nodes-{driver}"
+    try:
+        folder.mkdir(parents=True)
+        (folder / driver).write_text(driver, encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"`output`: {storage} cannot be written ({error.strerror}); name another folder") from error
+    try:
+        yield folder, driver
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        with contextlib.suppress(OSError):  # the first that is not empty ends it
+            for place in made:
+                place.rmdir()
+
+
+def _holds(path: Path, text: str) -> bool:
+    try:
+        return path.read_text(encoding="utf-8") == text
+    except OSError:
+        return False
+
+
+def troubles(report: Report, needs: Needs, is_unseen: bool) -> dict[str, str]:
+    """What is wrong with a node, in a word or two and in a sentence.
+
+    Args:
+        report: The node.
+        needs: What it is measured by.
+        is_unseen: The driver does not see what it wrote to the storage.
+    """
+    if report.has_left:
+        return {}
+    facts = report.facts
+    if facts is None:
+        remedy = "see Ray's log there, or take the node out of the cluster (`ray stop`)"
+        return {"no answer": f"it could not be looked at: {report.silence}; {remedy}"}
+    found = {
+        "other versions": _other_versions(facts, needs.versions),
+        "storage": _storage(facts, needs.storage, is_unseen),
+    }
+    if report.size.fits(needs.resources):
+        found["disk"] = _disk(facts.cache, needs.bank_bytes) if facts.cache else ""
+        if needs.resources.get("gpu"):
+            found["GPUs"] = _gpus(report, facts, needs)
+    return {word: text for word, text in found.items() if text}
+
+
+def _other_versions(facts: NodeFacts, own: Mapping[str, str]) -> str:
+    differing = [f"{name} is {facts.versions[name]} there and {own[name]} here" for name in _differing(facts, own)]
+    remedy = "install the same on every node (`launch/up.sh`, or `launch/setup.sh` there) and start Ray there again"
+    return f"{', '.join(differing)}; {remedy}" if differing else ""
+
+
+def _differing(facts: NodeFacts, own: Mapping[str, str]) -> list[str]:
+    return [name for name in own if facts.versions[name] != own[name]]
+
+
+def _storage(facts: NodeFacts, storage: Path, is_unseen: bool) -> str:
+    trouble = facts.storage or ("is not shared with it: what it wrote is not here" if is_unseen else "")
+    remedy = "`output` must lie in a folder that every node reads and writes"
+    return f"`output`: {storage} {trouble}; {remedy}" if trouble else ""
+
+
+def _disk(cache: Cache, needed: int) -> str:
+    remedy = f"make room, or name another folder by {BANK_CACHE} where the driver is started"
+    if not cache.is_writable:
+        return f"its copy of the bank would lie in {cache.folder}, which cannot be written; {remedy}"
+    # What is held may be of this bank, or may be deleted.
+    free = cache.free_bytes + cache.held_bytes
+    if free >= needed:
+        return ""
+    return f"its copy of the bank takes {amount(needed)} in {cache.folder}, where {amount(free)} are free; {remedy}"
+
+
+def _gpus(report: Report, facts: NodeFacts, needs: Needs) -> str:
+    if _is_declared(report):
+        return ""
+    if facts.gpu_trouble:
+        return f"its GPUs cannot be used: {facts.gpu_trouble}; install the packages for its driver"
+    if len(facts.gpus) < report.size.gpus:
+        seen = f"Ray counts {report.size.gpus:g} GPUs, torch sees {len(facts.gpus)}"
+        return f"{seen}; install a torch for its driver (`nvidia-smi` shows that), or a newer driver"
+    for gpu in facts.gpus:
+        try:
+            check_device(needs.config, needs.layout, gpu.capability)
+        except UserError as error:
+            return f"{gpu.kind}: {error}, or that node out of the cluster"
+    return ""
+
+
+def _is_declared(report: Report) -> bool:
+    """Whether somebody told Ray of GPUs that are not there: Ray itself counts none without a driver."""
+    facts = report.facts
+    return facts is not None and report.size.gpus > 0 and not facts.gpus and not facts.has_gpu_driver
+
+
+def _works_on_cpus(reports: Sequence[Report], resources: Mapping[str, float]) -> bool:
+    with_gpus = [report for report in reports if report.size.gpus]
+    return not resources.get("gpu") or (bool(with_gpus) and all(map(_is_declared, with_gpus)))
+
+
+def row(report: Report, needs: Needs, found: Mapping[str, str]) -> tuple[str, ...]:
+    """A node's row of the table."""
+    facts, size = report.facts, report.size
+    state = "left the cluster" if report.has_left else ", ".join(found) or "ok"
+    if facts is None:
+        return report.name, f"{size.cpus:g}", f"{size.gpus:g}", "", "", state
+    differing = ", ".join(f"{name} {facts.versions[name]}" for name in _differing(facts, needs.versions))
+    free = amount(facts.cache.free_bytes) if facts.cache else ""
+    return report.name, f"{size.cpus:g}", _gpu_text(size.gpus, facts.gpus), free, differing or "same", state
+
+
+def _gpu_text(counted: float, gpus: Sequence[Gpu]) -> str:
+    kinds = dict.fromkeys(f"{gpu.kind}, {amount(gpu.memory_bytes)}" for gpu in gpus)
+    if counted and not gpus:
+        return f"{counted:g}, none seen by torch"
+    return " ".join([f"{counted:g}", *(f"x {kind}" for kind in kinds)])
