@@ -1,0 +1,46 @@
+"""The fenced blocks of README, docs and the other pages of the project."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "CONTRIBUTING.md", ROOT / "SECURITY.md"]
+FENCE = re.compile(r"^```(?P<language>\S*)\n(?P<text>.*?)^```$", re.MULTILINE | re.DOTALL)
+
+
+@dataclass(frozen=True)
+class Block:
+    """A fenced block.
+
+    Attributes:
+        page: The file, as seen from the project's root.
+        line: Of the opening fence, counted from 1.
+        language: What stands behind the fence.
+        text: What is inside.
+    """
+
+    page: str
+    line: int
+    language: str
+    text: str
+
+    @property
+    def first(self) -> str:
+        """The line that it is known by: the first that is no comment."""
+        return next((line for line in self.text.splitlines() if line.strip() and not line.startswith("#")), "")
+
+    def __str__(self) -> str:
+        return f"{self.page}:{self.line}"
+
+
+def blocks() -> list[Block]:
+    """All of them, page by page."""
+    return [
+        Block(str(page.relative_to(ROOT)), text[: found.start()].count("\n") + 1, found["language"], found["text"])
+        for page in PAGES
+        for text in [page.read_text(encoding="utf-8")]
+        for found in FENCE.finditer(text)
+    ]
