@@ -14,6 +14,8 @@ from pathlib import Path
 import pytest
 from checkouts import copy_checkout, git
 
+from qpruner.version import VERSION
+
 VERSION_MODULE = Path("qpruner") / "version.py"
 
 
@@ -69,7 +71,7 @@ def _python(*arguments: str) -> None:
 
 def test_the_version_names_the_commit_that_was_built(installed: Installation) -> None:
     commit = git(installed.checkout, "rev-parse", "HEAD")
-    assert installed.run("qpruner", "--version") == f"qpruner, version 0.1.0 (commit {commit[:12]})\n"
+    assert installed.run("qpruner", "--version") == f"qpruner, version {VERSION} (commit {commit[:12]})\n"
 
 
 def test_the_help_of_what_was_installed(installed: Installation) -> None:
@@ -97,16 +99,16 @@ def test_a_checkout_tells_its_commit_and_whether_it_was_modified(installed: Inst
     checkout = tmp_path / "checkout"
     git(tmp_path, "clone", "--quiet", str(installed.checkout), str(checkout))
     commit = git(checkout, "rev-parse", "HEAD")[:12]
-    assert _described(checkout) == f"0.1.0 (commit {commit})"
+    assert _described(checkout) == f"{VERSION} (commit {commit})"
     (checkout / "README.md").write_text("another")
-    assert _described(checkout) == f"0.1.0 (commit {commit}+modified)"
+    assert _described(checkout) == f"{VERSION} (commit {commit}+modified)"
 
 
 def test_without_git_or_a_build_no_commit_is_claimed(installed: Installation, tmp_path: Path) -> None:
     """A folder inside somebody else's repository must not be given that one's commit."""
     theirs = tmp_path / "theirs"
     git(tmp_path, "clone", "--quiet", str(installed.checkout), str(theirs))
-    assert _described(copy_checkout(theirs / "unpacked")) == "0.1.0"
+    assert _described(copy_checkout(theirs / "unpacked")) == VERSION
 
 
 def _described(checkout: Path) -> str:

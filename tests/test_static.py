@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ from click.testing import CliRunner
 
 from qpruner.cli import main
 from qpruner.config import config_schema, load_config
+from qpruner.version import VERSION
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIGS = sorted((ROOT / "tune_configs").glob("*.yaml"))
@@ -39,6 +41,12 @@ def test_what_is_mistyped_names_the_nearest(mistyped: tuple[str, ...], nearest: 
     done = CliRunner().invoke(main, mistyped)
     assert done.exit_code == 2
     assert nearest in done.output
+
+
+def test_the_version_is_the_same_wherever_it_is_told() -> None:
+    assert yaml.safe_load((ROOT / "CITATION.cff").read_text())["version"] == VERSION
+    newest = re.search(r"^## ([\d.]+)", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
+    assert newest and newest[1] == VERSION
 
 
 def test_schema_is_current() -> None:

@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+import io
 import os
 import pty
+import re
 import subprocess
 import sys
 from pathlib import Path
+
+from made_run import MadeRun
+from rich._export_format import CONSOLE_SVG_FORMAT
+from rich.console import Console
+
+from qpruner import events
+from qpruner.terminal import Terminal
 
 TELL = """
 import sys, time
@@ -77,3 +86,28 @@ def test_a_pipe_gets_plain_lines_and_every_rung() -> None:
         "[search] trial   5 [844484] 32.0 MB step 2/8 loss 3.1000 (gp)",
         "[search] trial   3 [448844] 32.0 MB step 2/8 loss 3.5000 (gp), stopped",
     ]
+
+
+def test_a_picture_of_the_search(tmp_path: Path) -> None:
+    """Also `docs/images/terminal.svg`: copy the file that this test leaves."""
+    made = MadeRun(tmp_path / "run", num_trials=64)
+    assert made.state.search
+    search = made.state.search.model_copy(update={"max_trials": 200})
+    over, last = made.trials[:60], made.trials[60:]
+    terminal = Terminal(quiet=False)
+    for stage, seconds in (("prepare", 31.0), ("prune", 210.0), ("bank", 95.0), ("sensitivity", 260.0)):
+        terminal.emit(events.StageFinished(stage, seconds, ""))
+    terminal.emit(events.SearchPlanned(search, tuple(over), None))
+    terminal.emit(events.StageStarted("search", "200 trials"))
+    terminal.emit(events.SlotsFound(4))
+    for trial, rungs in zip(last, (2, 1, 1, 0), strict=True):
+        under_way = {"status": "running", "rungs": trial.rungs[:rungs], "reason": None, "seconds": None}
+        terminal.emit(events.TrialChanged(trial.model_copy(update=under_way)))
+    console = Console(record=True, width=130, force_terminal=True, file=io.StringIO(), highlight=False)
+    console.print(terminal._view())
+    # The format that rich brings asks another host for a font.
+    form = re.sub(r"@font-face \{\{.*?\}\}", "", CONSOLE_SVG_FORMAT, flags=re.DOTALL)
+    picture = console.export_svg(title="qpruner run my.yaml", code_format=form)
+    (tmp_path / "terminal.svg").write_text(picture)
+    assert "of&#160;200&#160;trials" in picture and "4&#160;of&#160;4&#160;slots&#160;busy" in picture
+    assert "url(" not in picture.replace("url(#", "")
