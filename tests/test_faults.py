@@ -290,7 +290,8 @@ def test_weights_that_are_no_numbers_stop_the_stage_that_meets_them(
 def test_a_diverging_trial_names_the_step_and_the_learning_rate(
     first_rung: int, banked: Path, tiny_raw: dict[str, Any]
 ) -> None:
-    from qpruner.search.trial import Materials, TrialJob, run_trial
+    from qpruner.search.trial import run_trial
+    from qpruner.search.trial_job import Materials, TrialJob
 
     root = copy_of(banked, tiny_raw)
     raw = with_key(with_key(tiny_raw, "training.learning_rate", 1e30), "search.first_rung", first_rung)

@@ -31,6 +31,7 @@ from qpruner.records import (
     digest_of,
 )
 from qpruner.rundir import write_json
+from qpruner.search.trial_job import Materials
 from qpruner.search.trial_records import checkpoint_of, objective, read_trials, set_aside_damaged
 from qpruner.sensitivity import seed_origin, seed_plan
 
@@ -79,11 +80,12 @@ def search(context: Context, banked: BankRecord, measured: SensitivityRecord) ->
 
     def work(scratch: Path) -> dict[str, Any]:
         from qpruner.search import tune as ray_tune
-        from qpruner.search.trial import Materials
+        from qpruner.search.trial import run_trial
 
         resources = context.trial_resources()
         job = ray_tune.SearchJob(
             config=context.worker_config,
+            trial=run_trial,
             materials=Materials(context.checkpoint, context.bank, context.data),
             layout=context.layout,
             space=space,

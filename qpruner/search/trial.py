@@ -1,15 +1,9 @@
-"""One trial: a plan fine-tuned for a few steps and scored at every rung. Knows nothing of Ray.
-
-`run_trial(job, start, report, progress)`: `start` is nothing or the trial's own last checkpoint; `report` takes the
-rung's result and its checkpoint folder, and may raise to stop; `progress` hears of every forward pass.
-"""
+"""One trial: a plan fine-tuned for a few steps and scored at every rung. Knows nothing of Ray."""
 
 from __future__ import annotations
 
 import contextlib
 import tempfile
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -23,38 +17,7 @@ from qpruner.finetune import Listener, Schedule, finetune
 from qpruner.models.loading import load_tokenizer
 from qpruner.quantization.assembly import workbench
 from qpruner.records import RungResult
-
-Report = Callable[[RungResult, Path], None]
-Progress = Callable[[int], None]
-"""Told the last optimizer step, before every forward pass and when something is loaded."""
-
-
-@dataclass(frozen=True)
-class Materials:
-    """Where a trial finds what it needs; paths that every node can read.
-
-    Attributes:
-        checkpoint: Folder of the dense (pruned) model and its tokenizer.
-        bank: Folder of the bank.
-        data: Folder of the encoded rows.
-    """
-
-    checkpoint: Path
-    bank: Path
-    data: Path
-
-
-@dataclass(frozen=True)
-class TrialJob:
-    """What a trial is: a plan on the run's materials."""
-
-    config: RunConfig
-    materials: Materials
-    plan: Mapping[str, int]
-
-
-Trial = Callable[[TrialJob, Path | None, Report, Progress], None]
-"""`run_trial`, or what stands in for it where only the search is looked at."""
+from qpruner.search.trial_job import Progress, Report, TrialJob
 
 
 def run_trial(job: TrialJob, start: Path | None, report: Report, progress: Progress = lambda step: None) -> None:

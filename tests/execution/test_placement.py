@@ -21,7 +21,7 @@ from qpruner.execution.cluster import connect, disconnect
 from qpruner.execution.slots import Slots
 from qpruner.plan import Group, Layout, LinearShape, PlanSpace
 from qpruner.records import RungResult
-from qpruner.search.trial import Materials, Progress, Report, Trial, TrialJob
+from qpruner.search.trial_job import Materials, Progress, Report, Trial, TrialJob
 from qpruner.search.tune import SearchJob, search
 
 GPUS = (2, 1)

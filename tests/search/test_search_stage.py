@@ -24,7 +24,8 @@ from qpruner.plan import Group, Layout, LinearShape, PlanSpace, PrecisionPlan
 from qpruner.records import Confirmation, RungResult, SearchRecord, TrialRecord
 from qpruner.rundir import folder_digests
 from qpruner.search.searchers import History, Ledger, Proposal, RandomProposer
-from qpruner.search.trial import Materials
+from qpruner.search.trial import run_trial
+from qpruner.search.trial_job import Materials
 from qpruner.search.trial_records import read_seconds, read_trials, set_aside_damaged, write_seconds, write_trial
 from qpruner.search.tune import SearchJob
 from qpruner.search.tune.driver import PlanSearcher
@@ -54,6 +55,7 @@ def job_of(folder: Path, num_eights: int = 3, **settings: Any) -> SearchJob:
     budget = LAYOUT.plan_bytes(plan_of("8" * num_eights + "4" * (6 - num_eights)))
     return SearchJob(
         config=validate_config(raw),
+        trial=run_trial,
         materials=Materials(folder, folder, folder),
         layout=LAYOUT,
         space=PlanSpace.of(LAYOUT, (4, 8), budget),

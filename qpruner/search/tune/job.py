@@ -11,7 +11,7 @@ from qpruner.config import RunConfig
 from qpruner.plan import Layout, PlanSpace, PrecisionPlan
 from qpruner.records import TrialRecord
 from qpruner.search.searchers import Observation, Prior
-from qpruner.search.trial import Materials, Trial, run_trial
+from qpruner.search.trial_job import Materials, Trial
 from qpruner.search.trial_records import objective
 
 METRIC = "score"
@@ -25,6 +25,7 @@ class SearchJob:
 
     Attributes:
         config: The run's configuration.
+        trial: What a worker runs.
         materials: Model, bank and data.
         layout: The pruned model's groups and sizes.
         space: The feasible plans.
@@ -36,10 +37,10 @@ class SearchJob:
         search: Digest of what the proposals depend on besides.
         resources: Ray resources of one trial.
         max_concurrent: Trials in flight.
-        trial: What one trial does.
     """
 
     config: RunConfig
+    trial: Trial
     materials: Materials
     layout: Layout
     space: PlanSpace
@@ -51,7 +52,6 @@ class SearchJob:
     search: str
     resources: dict[str, float]
     max_concurrent: int
-    trial: Trial = run_trial
 
     def owns(self, record: TrialRecord) -> bool:
         """Whether a trial is of this search, not of one with another budget or searcher."""

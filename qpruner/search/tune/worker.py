@@ -19,7 +19,7 @@ from qpruner.memory import PeakMemory, is_out_of_memory, release
 from qpruner.patience import patiently, storage_error
 from qpruner.records import RungResult, TrialPulse
 from qpruner.rundir import folder_digests, publish_folder
-from qpruner.search.trial import TrialJob
+from qpruner.search.trial_job import TrialJob
 from qpruner.search.trial_records import (
     checkpoint_of,
     objective,
@@ -83,8 +83,8 @@ class _RecordedTrial:
         """Run the trial to its end; False when it should go on with a smaller micro-batch."""
         start = checkpoint_of(self._job.trials, self._record)
         try:
-            whole = TrialJob(self._config(), self._job.materials, self._plan)
-            self._job.trial(whole, start, self._report, self._progress)
+            job = TrialJob(self._config(), self._job.materials, self._plan)
+            self._job.trial(job, start, self._report, self._progress)
         except _TakenOver:
             raise
         except Exception as error:
