@@ -19,6 +19,10 @@ OUTPUT_BIASES = "qpruner_output_biases"
 """Config key: linear layers of a block that got a bias for what was cut, where the family has none."""
 
 
+_FOLLOWED = "qpruner_model_config"
+_IMPLEMENTATIONS = ("_attn_implementation_internal", "_experts_implementation_internal")
+
+
 class _GlobalReadFilter(logging.Filter):
     """Drops transformers' warning that a global value was read on a ragged config.
 
@@ -46,12 +50,29 @@ def _install_family(family: Family) -> None:
 
     @functools.wraps(original)
     def build(self: Any, config: Any, layer_idx: int) -> None:
-        original(self, family.build_config(config, layer_idx), layer_idx)
+        original(self, _following(family.build_config(config, layer_idx), config), layer_idx)
         family.after_build(self, config, layer_idx)
         add_output_biases(self, getattr(config, OUTPUT_BIASES, ()))
 
     build.reads_per_layer_config = True  # type: ignore[attr-defined]
     block_class.__init__ = build
+
+
+def _following(layer_config: Any, config: Any) -> Any:
+    """A block's config with the model's implementations (of attention, experts), also when they are changed later."""
+    if layer_config is not config:
+        config_class: Any = type(config)
+        layer_config.__class__ = _following_class(config_class)
+        layer_config.__dict__[_FOLLOWED] = config
+    return layer_config
+
+
+@functools.cache
+def _following_class(config_class: type) -> type:
+    def of_model(name: str) -> property:
+        return property(lambda self: getattr(self.__dict__[_FOLLOWED], name))
+
+    return type(config_class.__name__, (config_class,), {name: of_model(name) for name in _IMPLEMENTATIONS})
 
 
 def block_class_of(family: Family) -> Any:

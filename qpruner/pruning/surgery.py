@@ -44,6 +44,7 @@ def cut(model: PreTrainedModel, kept: Kept) -> PreTrainedModel:
     ragged.set_widths(config, num_units)
     for index in kept:
         _rebuild_block(model, index)
+    family.after_cut(model)
     return model
 
 

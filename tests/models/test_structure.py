@@ -32,6 +32,7 @@ from tiny_families import (
     logits_of,
     num_parameters,
     output_projections,
+    prompt,
     silenced,
     skip_blocks,
     stacked_channels,
@@ -320,6 +321,41 @@ def test_channels_of_experts_come_in_eights(name: str) -> None:
         check_settings(config, PruneConfig(units=("mlp",), round_to=4, **LOOKS_AT_PARAMETERS))
     check_settings(config, PruneConfig(units=("mlp",), round_to=8, **LOOKS_AT_PARAMETERS))
     check_settings(config, PruneConfig(units=("expert",), round_to=4, **LOOKS_AT_PARAMETERS))
+
+
+@pytest.mark.parametrize("name", FAMILY_NAMES)
+def test_another_attention_is_set_for_every_block(name: str) -> None:
+    """Blocks of their own widths have configs of their own, which transformers does not reach."""
+    model = copy.deepcopy(cut(family_model(name), kept_of(name)))
+    before = logits_of(model)
+    model.set_attn_implementation("eager")
+    torch.testing.assert_close(logits_of(model), before, rtol=1e-4, atol=1e-4)
+    weights = model(input_ids=prompt(), output_attentions=True).attentions
+    per_unit = 1 if name in HEADWISE else QUERY_HEADS // KEY_VALUE_HEADS
+    heads = {index: len(units["attention"]) * per_unit for index, units in kept_of(name).items()}
+    assert [each.shape[1] for each in weights] == [heads.get(index, QUERY_HEADS) for index in range(LAYERS)]
+
+
+@pytest.mark.parametrize("name", MIXTURE_MODELS)
+def test_experts_are_balanced_in_training_though_some_blocks_have_fewer(name: str) -> None:
+    model = cut(family_model(name), kept_experts(name))
+    output = model(input_ids=prompt(), labels=prompt(), output_router_logits=True)
+    assert {logits.shape[-1] for logits in output.router_logits} == {EXPERTS}
+    shares = torch.cat([logits.softmax(dim=-1) for logits in output.router_logits])
+    chosen = torch.nn.functional.one_hot(shares.topk(EXPERTS_PER_TOKEN).indices, EXPERTS).sum(dim=1).float()
+    torch.testing.assert_close(output.aux_loss, EXPERTS * (chosen.mean(dim=0) * shares.mean(dim=0)).sum())
+    output.aux_loss.backward()
+    routers = [block.mlp.gate for block in blocks_of(model) if hasattr(block.mlp, "gate")]
+    assert all(router.weight.grad.isfinite().all() and router.weight.grad.any() for router in routers)
+
+
+@pytest.mark.parametrize("name", MIXTURES)
+def test_experts_are_balanced_where_every_block_has_as_few(name: str) -> None:
+    model = family_model(name)
+    kept = {index: {"expert": (0, 2, 3)} for index in range(LAYERS) if has_experts(name, index)}
+    output = cut(model, kept)(input_ids=prompt(), labels=prompt(), output_router_logits=True)
+    assert {logits.shape[-1] for logits in output.router_logits} <= {3, EXPERTS}
+    assert output.aux_loss.isfinite()
 
 
 # What is not supported ------------------------------------------------------------------------------------------------

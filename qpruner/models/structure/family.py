@@ -25,12 +25,14 @@ class UnitSlice:
         dim: For a linear layer's weight ``(rows, columns)``: 0 cuts outputs, 1 inputs.
         width: Consecutive indices a unit.
         offset: Where the first unit starts, for fused layers.
+        heads: Query heads that make up the width, where a key/value head has several.
     """
 
     parameter: str
     dim: int
     width: int
     offset: int = 0
+    heads: int = 1
 
 
 @dataclass(frozen=True)
@@ -144,13 +146,13 @@ class Family:
     def attention_kind(self, layer_config: Any) -> UnitKind:
         """Key/value heads with their query heads."""
         head_dim = self.head_dim(layer_config)
-        queries = layer_config.num_attention_heads // layer_config.num_key_value_heads * head_dim
+        heads = layer_config.num_attention_heads // layer_config.num_key_value_heads
         attention = self.attention
         slices = (
-            UnitSlice(f"{attention}.q_proj.weight", 0, queries),
+            UnitSlice(f"{attention}.q_proj.weight", 0, heads * head_dim, heads=heads),
             UnitSlice(f"{attention}.k_proj.weight", 0, head_dim),
             UnitSlice(f"{attention}.v_proj.weight", 0, head_dim),
-            UnitSlice(f"{attention}.o_proj.weight", 1, queries),
+            UnitSlice(f"{attention}.o_proj.weight", 1, heads * head_dim, heads=heads),
         )
         return UnitKind(ATTENTION, layer_config.num_key_value_heads, slices)
 
@@ -197,6 +199,9 @@ class Family:
 
     def after_build(self, block: Any, config: Any, index: int) -> None:
         """Mend what the block's own class cannot build from `build_config`."""
+
+    def after_cut(self, model: Any) -> None:
+        """Mend what a model noted of its config when it was built."""
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """Mixtral: Llama's attention, and an MLP of experts whose weights are stacked in one parameter each."""
 
+import functools
 from dataclasses import dataclass
 from typing import Any
 
@@ -57,6 +58,22 @@ class MixtureFamily(Family):
             self.experts_key: num_units[EXPERT],
             self.channels_key: num_units[MLP],
         }
+
+    def after_build(self, block: Any, config: Any, index: int) -> None:
+        """Show the router's logits as wide as those of a whole block: the balancing loss adds them up over blocks."""
+        router: Any = getattr(block.mlp, "gate", None)
+        if router is not None and (missing := getattr(config, self.experts_key) - len(router.weight)) > 0:
+            router.register_forward_hook(functools.partial(_widen_logits, missing=missing))
+
+    def after_cut(self, model: Any) -> None:
+        model.num_experts = getattr(model.config, self.experts_key)
+
+
+def _widen_logits(router: Any, args: Any, output: tuple[Any, ...], missing: int) -> tuple[Any, ...]:
+    """Logits of minus infinity, a share of nothing, for the experts that are gone; who routes does not read them."""
+    from torch.nn.functional import pad
+
+    return (pad(output[0], (0, missing), value=float("-inf")), *output[1:])
 
 
 MIXTRAL = MixtureFamily("mixtral", ("transformers.models.mixtral.modeling_mixtral", "MixtralDecoderLayer"))
