@@ -140,6 +140,9 @@ class PruneConfig(Section):
     """Magnitude only: absolute or squared weights."""
     reduction: Literal["sum", "mean", "max", "product", "last"] = "sum"
     """Fisher, Taylor, magnitude: how the matrices of a unit become one score; `last` is the output projection."""
+    query_heads: Literal["served", "modulo"] = "served"
+    """Fisher, Taylor, magnitude: the key/value head whose score query head h adds to, where several share one: the one
+    that serves it, with which it goes, or number h modulo their count, as in LLM-Pruner's code."""
     selection: Literal["per_layer", "global"] = "global"
     """The same share from every block, or the least important units wherever they are; `per_layer` where `layer_rate`
     or `uniform` needs it and nothing is said."""
@@ -241,6 +244,10 @@ class PruneConfig(Section):
             (
                 not reduces and self.reduction != "sum",
                 f"`reduction` is Fisher's, Taylor's and magnitude's; `importance` is {self.importance}",
+            ),
+            (
+                not reduces and self.query_heads != "served",
+                f"`query_heads` is Fisher's, Taylor's and magnitude's; `importance` is {self.importance}",
             ),
             (
                 not width and (self.compensation != "none" or self.steps > 1),

@@ -7,11 +7,13 @@ as in SliceGPT, ZipLM and SoBP): the cut itself then changes nothing.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
 
 from qpruner.calibration import InputMoments, Samples
+from qpruner.config import PruneConfig
 from qpruner.errors import TrainingDiverged
 from qpruner.models import ragged
 from qpruner.models.structure import UnitKind, family_of
@@ -78,8 +80,7 @@ def compensate(model: PreTrainedModel, kept: Kept, method: str, ridge: float, sa
                 stream.visit_inputs(index, linear, gram.add)
                 _solve(module, stays, gram, ridge, f"{family.block_path(index)}.{linear}")
         stream.advance(index)
-    if biased:
-        _declare_biases(model, biased)
+    declare_biases(model, sorted(biased))
 
 
 def _columns(kind: UnitKind, units: tuple[int, ...]) -> torch.Tensor:
@@ -129,10 +130,23 @@ def _others(stays: torch.Tensor, length: int) -> torch.Tensor:
     return others.nonzero().flatten()
 
 
-def _declare_biases(model: PreTrainedModel, linears: set[str]) -> None:
-    """Give the layers a bias in every block, and say so in the config, from which blocks are built."""
+def new_biases(model: PreTrainedModel, settings: PruneConfig, layers: Sequence[int]) -> list[str]:
+    """Output projections that compensation gives a bias where the family has none."""
+    if settings.compensation != "bias":
+        return []
+    family = family_of(model.config)
+    kinds = family.unit_kinds(model.config.per_layer_config[layers[0]], layers[0])
+    linears = [kind.output_linear for kind in kinds if kind.name in settings.width_units and kind.output_linear]
+    block = model.get_submodule(family.block_path(layers[0]))
+    return sorted(linear for linear in linears if block.get_submodule(linear).bias is None)
+
+
+def declare_biases(model: PreTrainedModel, linears: Sequence[str]) -> None:
+    """Give layers a bias in every block, and say so in the config, from which blocks are built."""
+    if not linears:
+        return
     family = family_of(model.config)
     for index in range(model.config.num_hidden_layers):
-        ragged.add_output_biases(model.get_submodule(family.block_path(index)), sorted(linears))
+        ragged.add_output_biases(model.get_submodule(family.block_path(index)), linears)
     known = set(getattr(model.config, ragged.OUTPUT_BIASES, ()))
-    setattr(model.config, ragged.OUTPUT_BIASES, sorted(known | linears))
+    setattr(model.config, ragged.OUTPUT_BIASES, sorted(known | set(linears)))

@@ -51,6 +51,7 @@ def score(
         TrainingDiverged: Naming the parameter whose weight, gradient or importance is NaN or infinite.
     """
     kinds = unit_kinds_of(model, layers, settings.width_units)
+    reduction, modulo = settings.reduction, settings.query_heads == "modulo"
     if settings.importance == "random":
         generator = torch.Generator().manual_seed(seed)
         return {
@@ -58,24 +59,27 @@ def score(
             for index, some in kinds.items()
         }
     if settings.importance == "magnitude":
-        return magnitude(model, kinds, settings.norm, settings.reduction)
-    if settings.importance == "fisher":
-        return taylor(model, kinds, samples, "second", settings.aggregation, settings.reduction)
-    if settings.importance == "taylor":
-        return taylor(model, kinds, samples, settings.order, settings.aggregation, settings.reduction)
+        return magnitude(model, kinds, settings.norm, reduction, modulo)
+    if settings.importance in ("fisher", "taylor"):
+        order = "second" if settings.importance == "fisher" else settings.order
+        return taylor(model, kinds, samples, order, settings.aggregation, reduction, modulo)
     moments = output_moments(model, kinds, samples)
     return (fluctuation if settings.importance == "fluctuation" else activation_norm)(model, kinds, moments)
 
 
 def magnitude(
-    model: PreTrainedModel, kinds: Mapping[int, Sequence[UnitKind]], norm: str = "l2", reduction: str = "sum"
+    model: PreTrainedModel,
+    kinds: Mapping[int, Sequence[UnitKind]],
+    norm: str = "l2",
+    reduction: str = "sum",
+    modulo: bool = False,
 ) -> Scores:
     """Sum over a unit's weights of ``|w|`` (`l1`) or ``w^2`` (`l2`; no root is taken, as in LLM-Pruner)."""
     collected = _Collected(kinds)
     for name, (parameter, owners) in _checked_matrices(model, kinds).items():
         weight = parameter.detach().float()
         collected.add(owners, weight.abs() if norm == "l1" else weight.square(), f"the importance of {name}")
-    return collected.reduce(reduction)
+    return collected.reduce(reduction, modulo)
 
 
 def taylor(
@@ -85,6 +89,7 @@ def taylor(
     order: str = "first",
     aggregation: str = "element",
     reduction: str = "sum",
+    modulo: bool = False,
 ) -> Scores:
     """The change of the loss when a unit's weights are set to zero (arXiv 2305.11627, eqs. 3 to 5).
 
@@ -106,10 +111,11 @@ def taylor(
         samples: Calibration samples.
         order: `first`, `second` or `mixed`.
         aggregation: `element` or `vector`.
-        reduction: How the matrices of a group become one score.
+        reduction: How the matrices of a unit become one score.
+        modulo: Add query head h to key/value head h modulo their number, not to the one that serves it.
     """
     collect = _taylor_by_vector if aggregation == "vector" else _taylor_by_element
-    return collect(model, kinds, samples, order).reduce(reduction)
+    return collect(model, kinds, samples, order).reduce(reduction, modulo)
 
 
 def _taylor_by_vector(
@@ -269,11 +275,11 @@ def _checked_matrices(
 
 
 class _Collected:
-    """Scores of units by matrix, until they are reduced to one."""
+    """Scores of units by matrix, until they are reduced to one; of key/value groups, head by head."""
 
     def __init__(self, kinds: Mapping[int, Sequence[UnitKind]]) -> None:
         self._kinds = kinds
-        self._scores: dict[tuple[int, str], dict[int, torch.Tensor]] = {}
+        self._scores: dict[tuple[int, UnitKind], dict[int, torch.Tensor]] = {}
 
     def add(self, slices: list[tuple[Owner, UnitSlice]], entries: torch.Tensor, what: str) -> None:
         """Add a matrix's entries ``(rows, columns)``, or ``(experts, rows, columns)``, to the units that own them."""
@@ -281,17 +287,20 @@ class _Collected:
             kept = (0, item.dim) if kind.partitions > 1 else (item.dim,)
             along = entries.sum(dim=[dim for dim in range(entries.dim()) if dim not in kept]).view(kind.partitions, -1)
             owned = along[:, item.offset : item.offset + kind.units_per_partition * item.width]
-            by_unit = owned.double().reshape(kind.num_units, item.width).sum(dim=1).cpu()
-            _check_finite(by_unit, what)
-            scores = self._scores.setdefault((index, kind.name), {})
-            scores[position] = scores[position] + by_unit if position in scores else by_unit
+            by_head = owned.double().reshape(-1, item.width // item.heads).sum(dim=1).cpu()
+            _check_finite(by_head, what)
+            scores = self._scores.setdefault((index, kind), {})
+            scores[position] = scores[position] + by_head if position in scores else by_head
 
-    def reduce(self, reduction: str) -> Scores:
+    def reduce(self, reduction: str, modulo: bool = False) -> Scores:
         """One score a unit."""
         scores: Scores = {index: {} for index in self._kinds}
-        for (index, name), by_matrix in self._scores.items():
-            stacked = torch.stack([by_matrix[position] for position in sorted(by_matrix)])
-            scores[index][name] = REDUCTIONS[reduction](stacked)
+        for (index, kind), by_matrix in self._scores.items():
+            by_unit = [
+                heads.view(-1, kind.num_units).sum(dim=0) if modulo else heads.view(kind.num_units, -1).sum(dim=1)
+                for _, heads in sorted(by_matrix.items())
+            ]
+            scores[index][kind.name] = REDUCTIONS[reduction](torch.stack(by_unit))
         return scores
 
 

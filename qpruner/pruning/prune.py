@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any
 from qpruner.calibration import Samples
 from qpruner.config import PruneConfig
 from qpruner.errors import UserError
-from qpruner.models import ragged
 from qpruner.models.layout import num_layers, skeleton
 from qpruner.models.structure import ATTENTION, EXPERT, MLP, family_of
-from qpruner.pruning.compensation import compensate
-from qpruner.pruning.depth import block_importance, num_blocks_to_drop
-from qpruner.pruning.importance import Scores, score
+from qpruner.pruning.compensation import new_biases
+from qpruner.pruning.depth import num_blocks_to_drop
+from qpruner.pruning.evidence import Evidence, Measured, Unweighed
+from qpruner.pruning.importance import Scores
 from qpruner.pruning.selection import (
     Kept,
     Sizes,
@@ -80,23 +80,58 @@ def prune(
     Raises:
         UserError: If the rate cannot be met, or the model shares weights that a cut would break.
     """
+    return cut_by(Measured(settings, samples, seed), model, settings, on_step)
+
+
+def expected_config(model_config: Any, settings: PruneConfig) -> Any:
+    """The config after pruning, with no weights read; where scores decide on widths, what it would be on average.
+
+    Raises:
+        UserError: For everything about the settings that this model cannot meet.
+    """
+    if settings.is_off:
+        _layers(model_config, settings)
+        return model_config
+    check_settings(model_config, settings)
+    equal = settings.model_copy(update={"selection": "per_layer", "steps": 1})
+    return cut_by(Unweighed(equal), skeleton(copy.deepcopy(model_config)), equal).model.config
+
+
+def cut_by(
+    evidence: Evidence,
+    model: PreTrainedModel,
+    settings: PruneConfig,
+    on_step: Callable[[int, int], None] = lambda done, total: None,
+) -> Pruned:
+    """Drop blocks, then choose, make up for and cut units, as some evidence says.
+
+    Args:
+        evidence: Importance, and how what stays makes up for what goes.
+        model: Dense model, or one on the meta device; it is cut in place.
+        settings: Rate, selection, kinds of unit, range of blocks.
+        on_step: Told how many steps of how many are done.
+
+    Raises:
+        UserError: If the rate cannot be met, or the model shares weights that a cut would break.
+    """
     before = num_parameters(model)
     if settings.is_off:
         return Pruned(model, {}, before, before)
     check_not_shared(model)
-    layers = layer_range(settings.first_layer, settings.last_layer, num_layers(model.config), settings.protected_layers)
     check_settings(model.config, settings)
+    layers = _layers(model.config, settings)
     blocks, block_scores = list(range(num_layers(model.config))), {}
     gone: set[int] = set()
     if settings.drops_blocks:
-        block_scores = block_importance(model, layers, settings.depth_importance, samples)
-        gone = set(sorted(layers, key=lambda index: block_scores[index])[: num_dropped(model, settings, layers)])
+        count = num_dropped(model, settings, layers)
+        block_scores = evidence.of_blocks(model, layers)
+        gone = set(sorted(layers, key=lambda index: block_scores[index])[:count])
         blocks, layers = _drop_blocks(model, layers, gone)
     kept: Kept = {}
     scores: Scores = {}
     if settings.width_units:
         target = width_target(model, settings, layers, before)
-        kept, scores = _cut_widths(model, settings, layers, target, samples, seed, on_step)
+        kept, scores = _cut_widths(evidence, model, settings, layers, target, on_step)
     return Pruned(
         model,
         {blocks[index]: by_kind for index, by_kind in kept.items()},
@@ -108,6 +143,10 @@ def prune(
     )
 
 
+def _layers(model_config: Any, settings: PruneConfig) -> tuple[int, ...]:
+    return layer_range(settings.first_layer, settings.last_layer, num_layers(model_config), settings.protected_layers)
+
+
 def _drop_blocks(model: PreTrainedModel, layers: Sequence[int], gone: set[int]) -> tuple[list[int], tuple[int, ...]]:
     """Remove whole blocks; returns the base model's index of each that stays, and where the rest of `layers` now is."""
     blocks = [index for index in range(num_layers(model.config)) if index not in gone]
@@ -116,12 +155,11 @@ def _drop_blocks(model: PreTrainedModel, layers: Sequence[int], gone: set[int]) 
 
 
 def _cut_widths(
+    evidence: Evidence,
     model: PreTrainedModel,
     settings: PruneConfig,
     layers: Sequence[int],
     target: int,
-    samples: Samples,
-    seed: int,
     on_step: Callable[[int, int], None],
 ) -> tuple[Kept, Scores]:
     """Cut units in `settings.steps` steps; importance is measured anew before each."""
@@ -132,7 +170,7 @@ def _cut_widths(
     }
     first: Scores = {}
     for step in range(1, settings.steps + 1):
-        scores = score(model, layers, settings, samples, seed)
+        scores = evidence.of_units(model, layers)
         first = first or scores
         values = {
             index: {
@@ -145,8 +183,7 @@ def _cut_widths(
             index: {name: _positions(alive[index][name], units) for name, units in by_kind.items()}
             for index, by_kind in kept.items()
         }
-        if settings.compensation != "none":
-            compensate(model, present, settings.compensation, settings.ridge, samples)
+        evidence.make_up(model, present)
         cut(model, present)
         alive = kept
         on_step(step, settings.steps)
@@ -173,37 +210,6 @@ def _check_plain(sizes: Sizes, layer_rate: float) -> None:
             )
 
 
-def expected_config(model_config: Any, settings: PruneConfig) -> Any:
-    """The config after pruning, with no weights read; where scores decide on widths, what it would be on average.
-
-    Raises:
-        UserError: For everything about the settings that this model cannot meet.
-    """
-    layers = layer_range(settings.first_layer, settings.last_layer, num_layers(model_config), settings.protected_layers)
-    if settings.is_off:
-        return model_config
-    check_settings(model_config, settings)
-    model = skeleton(copy.deepcopy(model_config))
-    check_not_shared(model)
-    before = num_parameters(model)
-    if settings.drops_blocks:
-        gone = set(layers[len(layers) - num_dropped(model, settings, layers) :])
-        _, layers = _drop_blocks(model, layers, gone)
-    if settings.width_units:
-        sizes = unit_sizes(model, layers, settings.width_units)
-        target = width_target(model, settings, layers, before)
-        equal = settings.model_copy(update={"selection": "per_layer"})
-        values = {
-            index: {name: [0.0] * (size.count * size.partitions) for name, size in kinds.items()}
-            for index, kinds in sizes.items()
-        }
-        linears = new_biases(model, settings, layers)
-        cut(model, choose(values, sizes, equal, target))
-        if linears:
-            setattr(model.config, ragged.OUTPUT_BIASES, linears)
-    return model.config
-
-
 def width_target(model: PreTrainedModel, settings: PruneConfig, layers: Sequence[int], before: int) -> int:
     """Parameters that must go out of blocks when the whole blocks are gone; new biases have to be made up for."""
     family = family_of(model.config)
@@ -214,17 +220,6 @@ def width_target(model: PreTrainedModel, settings: PruneConfig, layers: Sequence
     ]
     asked: int = round((settings.rate or 0.0) * before)
     return int(max(asked - (before - num_parameters(model)) + sum(hidden), 0))
-
-
-def new_biases(model: PreTrainedModel, settings: PruneConfig, layers: Sequence[int]) -> list[str]:
-    """Output projections that compensation gives a bias where the family has none."""
-    if settings.compensation != "bias":
-        return []
-    family = family_of(model.config)
-    kinds = family.unit_kinds(model.config.per_layer_config[layers[0]], layers[0])
-    linears = [kind.output_linear for kind in kinds if kind.name in settings.width_units and kind.output_linear]
-    block = model.get_submodule(family.block_path(layers[0]))
-    return sorted(linear for linear in linears if block.get_submodule(linear).bias is None)
 
 
 def num_dropped(model: PreTrainedModel, settings: PruneConfig, layers: Sequence[int]) -> int:
@@ -260,12 +255,13 @@ def num_dropped(model: PreTrainedModel, settings: PruneConfig, layers: Sequence[
 
 
 def check_settings(model_config: Any, settings: PruneConfig) -> None:
-    """Refuse what this model's family cannot do.
+    """Refuse what this model's family cannot do, and blocks that it does not have.
 
     Raises:
         UserError: Naming the key and the remedy.
     """
     family, count = family_of(model_config), num_layers(model_config)
+    layers = _layers(model_config, settings)
     stacked = [
         kind
         for index in range(count)
@@ -294,12 +290,11 @@ def check_settings(model_config: Any, settings: PruneConfig) -> None:
             "16 bytes only"
         )
     if settings.uniform:
-        _check_uniform(model_config, settings, count)
+        _check_uniform(model_config, settings, layers, count)
 
 
-def _check_uniform(model_config: Any, settings: PruneConfig, count: int) -> None:
+def _check_uniform(model_config: Any, settings: PruneConfig, layers: Sequence[int], count: int) -> None:
     family = family_of(model_config)
-    layers = layer_range(settings.first_layer, settings.last_layer, count, settings.protected_layers)
     if len(layers) < count and settings.width_units:
         raise UserError(
             f"`prune.uniform`: all {count} blocks must be cut alike, but only {len(layers)} may be cut: leave "

@@ -15,6 +15,7 @@ from qpruner.config import PruneConfig
 from qpruner.errors import UserError
 from qpruner.models.loading import load_dense
 from qpruner.models.structure import family_of
+from qpruner.pruning import evidence as evidence_module
 from qpruner.pruning import prune as prune_module
 from qpruner.pruning.prune import Pruned, expected_config, num_parameters, prune
 from qpruner.pruning.selection import Kept, unit_sizes
@@ -240,7 +241,7 @@ def test_steps_remove_nested_sets_and_end_where_one_step_does(
     """Importance is measured anew on the model that is left, so other units may go; never one that went comes back."""
     chosen: list[Kept] = []
     sizes_seen: list[int] = []
-    choose, score = prune_module.choose, prune_module.score
+    choose, score = prune_module.choose, evidence_module.score
 
     def spy_choose(*args: Any, **kwargs: Any) -> Kept:
         chosen.append(choose(*args, **kwargs))
@@ -252,7 +253,7 @@ def test_steps_remove_nested_sets_and_end_where_one_step_does(
 
     once = prune(decoder(), settings_of(rate=0.4, selection=selection, importance=importance), samples_of())
     monkeypatch.setattr(prune_module, "choose", spy_choose)
-    monkeypatch.setattr(prune_module, "score", spy_score)
+    monkeypatch.setattr(evidence_module, "score", spy_score)
     told: list[tuple[int, int]] = []
     settings = settings_of(rate=0.4, selection=selection, importance=importance, steps=3)
     stepped = prune(decoder(), settings, samples_of(), on_step=lambda done, total: told.append((done, total)))

@@ -1,8 +1,9 @@
 """The same units as LLM-Pruner (arXiv 2305.11627) removes with its own settings, from a plain rewriting of its code.
 
 Its published results are on units chosen this way: if this broke, a comparison with them would compare other models.
-Where query heads share key/value heads, each counts for the one it is cut with (its code adds query head h to key/value
-head h modulo their number).
+Where query heads share key/value heads, its code adds query head h to key/value head h modulo their number; so does
+`query_heads: modulo`, while `served` counts each for the one it is cut with. (Its own program beside ours:
+`benchmarks/llm_pruner.py`.)
 """
 
 from __future__ import annotations
@@ -69,7 +70,9 @@ def lines(name: str, model: PreTrainedModel, squares: dict[str, torch.Tensor], c
     return salience.sum(dim).abs() if criterion == "vectorize" else salience.abs().sum(dim)
 
 
-def published(model: PreTrainedModel, prompts: torch.Tensor, criterion: str, ratio: float) -> dict[int, Any]:
+def published(
+    model: PreTrainedModel, prompts: torch.Tensor, criterion: str, ratio: float, query_heads: str = "modulo"
+) -> dict[int, Any]:
     """Per layer, the key/value heads and channels that stay when `ratio` of a layer's own goes."""
     squares = accumulate(model, prompts, criterion)
     groups = model.config.num_key_value_heads
@@ -79,9 +82,11 @@ def published(model: PreTrainedModel, prompts: torch.Tensor, criterion: str, rat
         def of(matrix: str, index: int = index) -> torch.Tensor:
             return lines(f"model.layers.{index}.{matrix}.weight", model, squares, criterion)
 
-        heads = sum(
-            (of(f"self_attn.{name}_proj").view(groups, -1).sum(1) for name in ("q", "k", "v", "o")), torch.zeros(groups)
-        )
+        heads = torch.zeros(groups)
+        for rows in (of(f"self_attn.{name}_proj") for name in ("q", "k", "v", "o")):
+            if query_heads == "modulo":  # its `imp.view(len(imp) // min_imp_size, min_imp_size).sum(0)`
+                rows = rows.view(-1, groups * HEAD_DIM).sum(0)
+            heads += rows.view(groups, -1).sum(1)
         channels = of("mlp.gate_proj") + of("mlp.up_proj") + of("mlp.down_proj")
         rows = groups * HEAD_DIM
         heads_gone = (rows - int(rows * (1 - ratio))) // HEAD_DIM
@@ -94,19 +99,27 @@ def published(model: PreTrainedModel, prompts: torch.Tensor, criterion: str, rat
 
 
 @pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("query_heads", ["modulo", "served"])
 @pytest.mark.parametrize("heads", HEADS)
 @pytest.mark.parametrize("criterion", CRITERIA)
-def test_the_same_units_stay(criterion: str, heads: str, seed: int) -> None:
+def test_the_same_units_stay(criterion: str, heads: str, query_heads: str, seed: int) -> None:
     model, groups = decoder(heads, seed), HEADS[heads][1]
     rows = rows_of([LENGTH] * 5, seed=seed + 10)
     ratio = (0.25, 0.4, 0.5)[seed]
-    expected = published(model, torch.tensor([row["input_ids"] for row in rows]), criterion, ratio)
+    expected = published(model, torch.tensor([row["input_ids"] for row in rows]), criterion, ratio, query_heads)
     model.zero_grad(set_to_none=True)
-    settings = settings_of(layer_rate=ratio, **CRITERIA[criterion])
+    settings = settings_of(layer_rate=ratio, query_heads=query_heads, **CRITERIA[criterion])
     pruned = prune(model, settings, Samples(rows, PAD, batch_size=len(rows)))
     assert pruned.kept == expected
     gone = [(groups - len(kinds["attention"]), CHANNELS - len(kinds["mlp"])) for kinds in expected.values()]
     assert all(channels > 0 for _, channels in gone) and (gone[0][0] > 0) == (groups * ratio >= 1), "a real choice"
+
+
+@pytest.mark.parametrize(("heads", "differ"), [("multi-head", False), ("grouped", True)])
+def test_where_heads_are_shared_it_matters_which_they_count_for(heads: str, differ: bool) -> None:
+    prompts = torch.tensor([row["input_ids"] for row in rows_of([LENGTH] * 5, seed=10)])
+    kept = [published(decoder(heads), prompts, "l2", 0.4, query_heads) for query_heads in ("modulo", "served")]
+    assert (kept[0] != kept[1]) == differ
 
 
 def test_the_criteria_disagree() -> None:

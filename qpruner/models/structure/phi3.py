@@ -20,13 +20,13 @@ class Phi3(Family):
 
     def attention_kind(self, layer_config: Any) -> UnitKind:
         head_dim, groups = self.head_dim(layer_config), layer_config.num_key_value_heads
-        queries = layer_config.num_attention_heads // groups * head_dim
-        keys = groups * queries
+        heads = layer_config.num_attention_heads // groups
+        keys = groups * heads * head_dim
         slices = (
-            UnitSlice("self_attn.qkv_proj.weight", 0, queries),
+            UnitSlice("self_attn.qkv_proj.weight", 0, heads * head_dim, heads=heads),
             UnitSlice("self_attn.qkv_proj.weight", 0, head_dim, offset=keys),
             UnitSlice("self_attn.qkv_proj.weight", 0, head_dim, offset=keys + groups * head_dim),
-            UnitSlice("self_attn.o_proj.weight", 1, queries),
+            UnitSlice("self_attn.o_proj.weight", 1, heads * head_dim, heads=heads),
         )
         return UnitKind(ATTENTION, groups, slices)
 

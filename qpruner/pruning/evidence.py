@@ -1,0 +1,81 @@
+"""What a cut goes by: what calibration samples say of blocks and units, or nothing, where only shapes are asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Protocol
+
+import torch
+
+from qpruner.calibration import Samples
+from qpruner.config import PruneConfig
+from qpruner.pruning.compensation import compensate, declare_biases, new_biases
+from qpruner.pruning.depth import block_importance
+from qpruner.pruning.importance import Scores, score, unit_kinds_of
+from qpruner.pruning.selection import Kept
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+class Evidence(Protocol):
+    """What `prune.cut_by` asks on its way."""
+
+    def of_blocks(self, model: PreTrainedModel, layers: Sequence[int]) -> dict[int, float]:
+        """Importance of every block that may go whole."""
+
+    def of_units(self, model: PreTrainedModel, layers: Sequence[int]) -> Scores:
+        """Importance of every unit that may go."""
+
+    def make_up(self, model: PreTrainedModel, kept: Kept) -> None:
+        """Change what stays, before the cut, so that it makes up for what goes."""
+
+
+class Measured:
+    """Importance and compensation measured on calibration samples.
+
+    Args:
+        settings: Criteria and compensation.
+        samples: Calibration samples.
+        seed: Of the random control.
+    """
+
+    def __init__(self, settings: PruneConfig, samples: Samples, seed: int) -> None:
+        self._settings, self._samples, self._seed = settings, samples, seed
+
+    def of_blocks(self, model: PreTrainedModel, layers: Sequence[int]) -> dict[int, float]:
+        """By block influence or Taylor."""
+        return block_importance(model, layers, self._settings.depth_importance, self._samples)
+
+    def of_units(self, model: PreTrainedModel, layers: Sequence[int]) -> Scores:
+        """By the criterion of the settings."""
+        return score(model, layers, self._settings, self._samples, self._seed)
+
+    def make_up(self, model: PreTrainedModel, kept: Kept) -> None:
+        """By the compensation of the settings."""
+        if self._settings.compensation != "none":
+            compensate(model, kept, self._settings.compensation, self._settings.ridge, self._samples)
+
+
+class Unweighed:
+    """All units alike and the last blocks least, for a model without weights: widths and biases come out as they will.
+
+    Args:
+        settings: Kinds of unit and compensation.
+    """
+
+    def __init__(self, settings: PruneConfig) -> None:
+        self._settings = settings
+
+    def of_blocks(self, model: PreTrainedModel, layers: Sequence[int]) -> dict[int, float]:
+        """The later, the less."""
+        return {index: -float(index) for index in layers}
+
+    def of_units(self, model: PreTrainedModel, layers: Sequence[int]) -> Scores:
+        """Zeros."""
+        kinds = unit_kinds_of(model, layers, self._settings.width_units)
+        return {index: {kind.name: torch.zeros(kind.num_units) for kind in some} for index, some in kinds.items()}
+
+    def make_up(self, model: PreTrainedModel, kept: Kept) -> None:
+        """Biases, where compensation adds some."""
+        declare_biases(model, new_biases(model, self._settings, list(kept)))
