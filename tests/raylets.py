@@ -10,6 +10,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+import psutil
+
 OBJECT_STORE_BYTES = 80 * 2**20
 
 
@@ -37,7 +39,7 @@ class Raylets:
         return node
 
     def kill(self, node: Any) -> None:
-        """SIGKILL to a raylet, as when its machine is gone."""
+        """SIGKILL to a raylet; Ray's workers on its machine notice within seconds, and end."""
         os.kill(node.all_processes["raylet"][0].process.pid, signal.SIGKILL)
         self.nodes.remove(node)
 
@@ -50,8 +52,18 @@ class Raylets:
         accepted, why_not = GcsClient(address=self.address).drain_node(node_id, reason, "spot notice", deadline)
         assert accepted, why_not
 
-    def node_with(self, node_id: str) -> Any:
-        return next(node for node in self.nodes if node.node_id == node_id)
+    def kill_machine(self, node: Any) -> None:
+        """SIGKILL to a raylet and to all that it has started."""
+        workers = psutil.Process(node.all_processes["raylet"][0].process.pid).children(recursive=True)
+        self.kill(node)
+        for worker in workers:
+            worker.kill()
+
+    def kill_head(self) -> None:
+        """SIGKILL to the control store, the head's raylet and all that runs beside them."""
+        for started in self.cluster.head_node.all_processes.values():
+            for each in started:
+                os.kill(each.process.pid, signal.SIGKILL)
 
 
 @contextmanager

@@ -32,7 +32,7 @@ from qpruner.records import (
 )
 from qpruner.rundir import write_json
 from qpruner.search.trial_job import Materials
-from qpruner.search.trial_records import checkpoint_of, objective, read_trials, set_aside_damaged
+from qpruner.search.trial_records import begin_anew_if_damaged, checkpoint_of, objective, read_trials, set_aside_damaged
 from qpruner.sensitivity import seed_origin, seed_plan
 
 if TYPE_CHECKING:
@@ -75,7 +75,11 @@ def search(context: Context, banked: BankRecord, measured: SensitivityRecord) ->
         max_trials=settings.num_trials,
         steps=settings.steps,
     )
-    set_aside_damaged(context.run_dir.trials / trials_digest, lambda text: context.emit(Message("search", text)))
+
+    def tell(text: str) -> None:
+        context.emit(Message("search", text))
+
+    set_aside_damaged(context.run_dir.trials / trials_digest, tell)
     context.emit(SearchPlanned(state, tuple(read_trials(context.run_dir.trials / trials_digest)), measured))
 
     def work(scratch: Path) -> dict[str, Any]:
@@ -100,12 +104,16 @@ def search(context: Context, banked: BankRecord, measured: SensitivityRecord) ->
         )
         context.emit(SlotsFound(job.max_concurrent))
         resumed = _tell_recorded(context, job)
-        outcome = ray_tune.search(job, context.emit)
-        context.emit(Message("search", f"ended: {outcome.ended}"))
-        usable = [*outcome.trials, *(trial for trial in outcome.taken_over if space.is_feasible(_plan(trial)))]
-        if given:
-            usable = [trial for trial in usable if _plan(trial) == given]
-        finalists = _finalists(usable, job)
+        while True:
+            outcome = ray_tune.search(job, context.emit)
+            tell(f"ended: {outcome.ended}")
+            usable = [*outcome.trials, *(trial for trial in outcome.taken_over if space.is_feasible(_plan(trial)))]
+            if given:
+                usable = [trial for trial in usable if _plan(trial) == given]
+            finalists = _finalists(usable, job)
+            # What is fine to read may not be what was written.
+            if not [trial for trial in finalists if begin_anew_if_damaged(job.trials, trial, tell)]:
+                break
         confirmations = _confirm(context, finalists, job)
         best = _best(confirmations, job)
         best_control = _best([each for each in confirmations if each.control], job)

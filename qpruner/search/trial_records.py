@@ -37,12 +37,27 @@ def set_aside_damaged(folder: Path, tell: Callable[[str], None]) -> None:
         except CorruptFile as error:
             tell(f"{error}; set aside in {_set_aside(path.parent)}, and that trial is run again")
             continue
-        checkpoint = checkpoint_of(folder, record) if record and not record.is_over else None
-        if record and checkpoint and (not checkpoint.is_dir() or folder_digests(checkpoint) != record.checkpoint):
-            where = f"set aside in {_set_aside(checkpoint)}" if checkpoint.is_dir() else "missing"
-            tell(f"{checkpoint} is damaged: {where}; trial {record.index} starts anew")
-            afresh = {"rungs": (), "checkpoint": {}, "times": record.times[:1]}
-            write_trial(folder, record.model_copy(update=afresh))
+        if record and not record.is_over:
+            begin_anew_if_damaged(folder, record, tell)
+
+
+def begin_anew_if_damaged(folder: Path, record: TrialRecord, tell: Callable[[str], None]) -> bool:
+    """Set the last checkpoint of a trial aside if it is not as it was written, and record that the trial is to run
+    again from its start; returns whether that was so.
+
+    Args:
+        folder: Of the trials.
+        record: The trial's.
+        tell: Told in one line what was set aside.
+    """
+    checkpoint = checkpoint_of(folder, record)
+    if checkpoint is None or (checkpoint.is_dir() and folder_digests(checkpoint) == record.checkpoint):
+        return False
+    where = f"set aside in {_set_aside(checkpoint)}" if checkpoint.is_dir() else "missing"
+    tell(f"{checkpoint} is damaged: {where}; trial {record.index} starts anew")
+    afresh = {"status": "running", "rungs": (), "checkpoint": {}, "times": record.times[:1]}
+    write_trial(folder, record.model_copy(update=afresh))
+    return True
 
 
 def _set_aside(path: Path) -> Path:

@@ -21,6 +21,7 @@ from machines import ROOT, Machines, link_environment, skip_where_impossible, sm
 
 pytestmark = pytest.mark.cluster
 
+NUM_WORKERS = 3
 PATIENCE_SECONDS = 30 * 60.0
 """No step takes long; on a machine that is busy with other things each may."""
 BUSY = (
@@ -62,7 +63,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     shared = folder / "shared"
     shared.mkdir()
     visible = [tmp_path_factory.getbasetemp(), ROOT, Path(sys.prefix), Path(sys.base_prefix)]
-    machines = Machines(folder / "machines", visible, num_hosts=2)
+    machines = Machines(folder / "machines", visible, num_hosts=1 + NUM_WORKERS)
     try:
         for host in machines.hosts:
             link_environment(host.home / "qpruner")
@@ -94,7 +95,7 @@ def watched(cluster: Cluster) -> str:
 def test_up(cluster: Cluster) -> None:
     told = cluster.script("up.sh", str(cluster.file))
     assert "what it names answers" in told
-    wait_for(lambda: watched(cluster).count("ALIVE") == 2, "two nodes", PATIENCE_SECONDS)
+    wait_for(lambda: watched(cluster).count("ALIVE") == 1 + NUM_WORKERS, "all nodes", PATIENCE_SECONDS)
 
 
 def test_callers_without_the_token_are_refused(cluster: Cluster) -> None:

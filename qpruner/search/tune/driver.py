@@ -33,7 +33,7 @@ from qpruner.search.tune.job import (
     observations_of,
     smaller_batch,
 )
-from qpruner.search.tune.nodes import staying_nodes
+from qpruner.search.tune.nodes import stays
 
 MAX_KILLS = 3
 """Deaths of its worker process that a trial may run through without a rung between them, on machines that live on."""
@@ -132,7 +132,7 @@ class PlanSearcher(LivesInDriver, Searcher):  # type: ignore[misc]
             reason = f"no progress for {limit:g} s (`search.trial_timeout_seconds`); its worker was killed"
             return record.model_copy(update={"status": "failed", "failure": "hung", "reason": reason})
         # What dies with its machine, or leaves one that is about to go, says nothing of the trial.
-        if pulse is not None and pulse.node not in staying_nodes():
+        if pulse is not None and not stays(pulse.node):
             return record
         return _with_kill(record, "lost", "its worker process died {} times in a row")
 

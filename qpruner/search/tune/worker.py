@@ -29,7 +29,7 @@ from qpruner.search.trial_records import (
     write_trial,
 )
 from qpruner.search.tune.job import METRIC, TIME, SearchJob, params_to_plan, smaller_batch
-from qpruner.search.tune.nodes import staying_nodes
+from qpruner.search.tune.nodes import stays
 
 PULSE_SECONDS = 1.0
 
@@ -53,7 +53,7 @@ def leave_if_drained() -> None:
     Ray gives such a node no new actors, but Tune would go on with this one, and hand it one trial after another (Ray
     2.60). A node that does nothing any more leaves the cluster by itself.
     """
-    if ray.get_runtime_context().get_node_id() not in staying_nodes():
+    if not stays(ray.get_runtime_context().get_node_id()):
         os._exit(0)
 
 
