@@ -7,7 +7,7 @@ import itertools
 import json
 import os
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from qpruner.execution.slots import Slots
 from qpruner.plan import Group, Layout, LinearShape, PlanSpace
 from qpruner.records import RungResult
 from qpruner.search.trial_job import Materials, Progress, Report, Trial, TrialJob
+from qpruner.search.trial_records import read_pulse
 from qpruner.search.tune import SearchJob, search
 
 GPUS = (2, 1)
@@ -104,4 +105,8 @@ def test_every_gpu_has_one_trial_and_no_gpu_two(slots: Slots, tmp_path: Path) ->
     for one, other in itertools.combinations(said, 2):
         if overlap(one, other) and one["node"] == other["node"]:
             assert one["devices"] != other["devices"], (one, other)
+    pulses = [read_pulse(job.trials, trial.index) for trial in outcome.trials]
+    assert Counter(pulse.node for pulse in pulses if pulse) == Counter(trial["node"] for trial in said), (
+        "and tells where"
+    )
     assert len({trial["pid"] for trial in said}) < NUM_TRIALS, "workers that were used again kept to their GPU"

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from conftest import raw_config, with_key
 
 from qpruner.config import validate_config
@@ -130,3 +135,15 @@ def test_gpus_that_somebody_told_ray_of_are_not_looked_for_in_vain() -> None:
 def test_what_the_cache_holds_already_is_not_asked_for_again() -> None:
     held = report(cache=replace(SMALL, held_bytes=GIB))
     assert troubles(held, needs(), is_unseen=False) == {}
+
+
+@pytest.mark.gpu
+def test_gpus_that_ray_hides_from_the_probe_are_seen() -> None:
+    code = (
+        "import json; from qpruner.execution.testimony import testify; print(json.dumps(testify('', '', '', '', True)))"
+    )
+    command, hidden = [sys.executable, "-c", code], os.environ | {"CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(command, env=hidden, capture_output=True, text=True, check=True)
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert len(found["gpus"]) == torch.cuda.device_count() > 0
+    assert found["gpu_trouble"] == "" and found["has_gpu_driver"]
