@@ -11,8 +11,9 @@ from qpruner.execution.cluster import first_line, size_of
 from qpruner.execution.slots import Node
 from qpruner.rundir import BANK_CACHE
 
-ANSWER_SECONDS = 60.0
-"""A node starts a worker and answers within this time, or is named as silent."""
+ANSWER_SECONDS = 120.0
+"""A node starts a worker and answers within this time, or is named as silent; importing torch from a cold network file
+system can take a minute."""
 
 
 @dataclass(frozen=True)
