@@ -34,6 +34,7 @@ from safetensors.torch import load_file, save_file
 from qpruner.calibration import Samples, mean_loss
 from qpruner.config import LoraConfig, PruneConfig, TrainingConfig
 from qpruner.finetune import Schedule, finetune
+from qpruner.inference import generate
 from qpruner.memory import release
 from qpruner.models.checkpoint import save_checkpoint
 from qpruner.models.loading import load_dense, load_tokenizer, resolve_source
@@ -49,6 +50,8 @@ CONTEXT, NUM_EVALUATED, NUM_SCREENED = 128, 128, 32
 NUM_CALIBRATION = 64
 """Windows of 128 tokens: 16k tokens to evaluate on (4k to screen), 8k to calibrate on."""
 FINETUNE_STEPS = 30
+NUM_WRITTEN = 25
+"""Tokens of a timed generation."""
 CRITERIA: dict[str, dict[str, str]] = {
     "taylor first": {"importance": "taylor"},
     "taylor first vector": {"importance": "taylor", "aggregation": "vector"},
@@ -318,13 +321,15 @@ def speed(bench: Bench) -> list[dict[str, Any]]:
     for round_to in (1, 32, 64):
         settings = default.model_copy(update={"round_to": round_to})
         models[f"round_to {round_to}"] = bench.prune(settings, bench.texts[0])
+    rows = torch.tensor([row["input_ids"] for row in bench.windows["evaluated"][:16]], device=bench.base.device)
+    long = rows[:4].reshape(1, -1)
     seen: dict[str, dict[str, list[float]]] = {name: {"prefill": [], "decode": [], "decode_16": []} for name in models}
     for _ in range(7):
         for name, model in models.items():
-            seen[name]["prefill"].append(_prefill(model, bench))
-            seen[name]["decode"].append(_decode(model, bench, 1))
-            seen[name]["decode_16"].append(_decode(model, bench, 16))
-    rows = []
+            seen[name]["prefill"].append(generate(model, long, 2).prefill)
+            seen[name]["decode"].append(generate(model, rows[:1], NUM_WRITTEN).decode)
+            seen[name]["decode_16"].append(generate(model, rows, NUM_WRITTEN).decode)
+    table = []
     for name, model in models.items():
         share = 1 - num_parameters(model) / bench.num_parameters
         row: dict[str, Any] = {"model": name, "removed": share, "promised": 1 / (1 - share)}
@@ -336,7 +341,7 @@ def speed(bench: Bench) -> list[dict[str, Any]]:
                 f"{kind}_ratio": statistics.median(ratios),
                 f"{kind}_ratio_range": [min(ratios), max(ratios)],
             }
-        rows.append(row)
+        table.append(row)
         print(
             f"{name:14} removed {share:.3f} promised {row['promised']:.3f}  "
             + "  ".join(
@@ -346,28 +351,7 @@ def speed(bench: Bench) -> list[dict[str, Any]]:
             ),
             flush=True,
         )
-    return rows
-
-
-@torch.no_grad()
-def _prefill(model: Any, bench: Bench) -> float:
-    ids = torch.tensor([[t for row in bench.windows["evaluated"][:4] for t in row["input_ids"]]], device=model.device)
-    started = time.perf_counter()
-    float(model(input_ids=ids, logits_to_keep=1).logits.sum())
-    return ids.shape[1] / (time.perf_counter() - started)
-
-
-@torch.no_grad()
-def _decode(model: Any, bench: Bench, batch_size: int, num_tokens: int = 24) -> float:
-    rows = bench.windows["evaluated"][:batch_size]
-    ids = torch.tensor([row["input_ids"] for row in rows], device=model.device)
-    output = model(input_ids=ids, use_cache=True, logits_to_keep=1)
-    started = time.perf_counter()
-    for _ in range(num_tokens):
-        token = output.logits[:, -1:].argmax(dim=-1)
-        output = model(input_ids=token, past_key_values=output.past_key_values, use_cache=True)
-    float(output.logits.sum())
-    return batch_size * num_tokens / (time.perf_counter() - started)
+    return table
 
 
 def say(row: Row) -> None:

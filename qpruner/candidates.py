@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from qpruner.config import RunConfig
 from qpruner.errors import CorruptFile
-from qpruner.records import FreshScore, TaskScore
+from qpruner.records import FreshScore, Inference, InferenceSetting, TaskScore
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -59,6 +59,8 @@ class CandidateJob:
     candidate: Candidate
     data: Path
     threads: int
+    text: Path | None = None
+    """Held-out text for `evaluate_candidate`, in windows."""
 
 
 @dataclass(frozen=True)
@@ -126,12 +128,22 @@ def finetune_candidate(job: CandidateJob) -> FinetuneOutcome:
     return FinetuneOutcome(seconds, result.steps, result.train_loss, loss, fresh_loss, size, peak, memory.counter)
 
 
-def evaluate_candidate(job: CandidateJob) -> tuple[TaskScore, ...]:
-    """Score a row on the held-out tasks.
+@dataclass(frozen=True)
+class Evaluation:
+    """A row's scores on the held-out tasks, and its loss on the held-out text, if there is one, in nats per token."""
+
+    scores: tuple[TaskScore, ...]
+    text_loss: float | None
+
+
+def evaluate_candidate(job: CandidateJob) -> Evaluation:
+    """Score a row on what is held out.
 
     Raises:
         CorruptFile: If the row was fine-tuned and its adapter cannot be read.
     """
+    from qpruner.calibration import mean_loss
+    from qpruner.data import load_encoded
     from qpruner.evaluate import score_tasks
     from qpruner.models.loading import load_tokenizer
 
@@ -142,15 +154,74 @@ def evaluate_candidate(job: CandidateJob) -> tuple[TaskScore, ...]:
         model.disable_adapter_layers()
     else:
         load_adapter(model, job.candidate.adapter)
-    return score_tasks(
+    tokenizer = load_tokenizer(str(job.candidate.checkpoint))
+    loss = None
+    if job.text:
+        loss = mean_loss(model, load_encoded(job.text), int(tokenizer.pad_token_id), settings.batch_size).mean
+    scores = score_tasks(
         model,  # type: ignore[arg-type]
-        load_tokenizer(str(job.candidate.checkpoint)),
+        tokenizer,
         settings.tasks,
         settings.include_path,
         settings.limit,
         settings.batch_size,
         settings.num_fewshot,
     )
+    return Evaluation(scores, loss)
+
+
+PROMPT_TOKENS, NEW_TOKENS, TURNS = 128, 16, 3
+
+
+@dataclass(frozen=True)
+class InferenceJob:
+    """Fine-tuned rows that take turns in one process.
+
+    Attributes:
+        config: The run's configuration.
+        candidates: Rows of different models.
+        data: Folder of the encoded rows; the prompt is the confirmation rows' beginning.
+        threads: Cores to use on a CPU.
+    """
+
+    config: RunConfig
+    candidates: tuple[Candidate, ...]
+    data: Path
+    threads: int
+
+
+def measure_inference(job: InferenceJob) -> tuple[InferenceSetting, list[Inference]]:
+    """What each row's model takes to use. Rows of one checkpoint should follow one another: only their groups are
+    exchanged."""
+    import torch
+
+    from qpruner.data import load_encoded
+    from qpruner.inference import Turn, take_turn
+
+    _start(job.threads)
+    ids = [token for row in load_encoded(job.data / "confirmation") for token in row["input_ids"]]
+    prompt = (ids * -(-PROMPT_TOKENS // len(ids)))[:PROMPT_TOKENS]
+    turns: list[list[Turn]] = [[] for _ in job.candidates]
+    for _ in range(TURNS):
+        for candidate, seen in zip(job.candidates, turns, strict=True):
+            model = build(job.config, candidate)
+            load_adapter(model, candidate.adapter)
+            seen.append(take_turn(model, prompt, NEW_TOKENS))  # type: ignore[arg-type]
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{job.threads} CPU core(s)"
+    setting = InferenceSetting(
+        device=device,
+        prompt_tokens=PROMPT_TOKENS,
+        new_tokens=NEW_TOKENS,
+        memory_counter=turns[0][0].memory_counter,
+    )
+    return setting, [
+        Inference(
+            memory_bytes=max(turn.memory_bytes for turn in seen),
+            prefill_tokens_per_second=tuple(turn.speed.prefill for turn in seen),
+            decode_tokens_per_second=tuple(turn.speed.decode for turn in seen),
+        )
+        for seen in turns
+    ]
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from qpruner.config import RunConfig, config_schema, load_config
+from qpruner.config import config_schema, load_config
 from qpruner.errors import QprunerError
 from qpruner.version import describe
 
@@ -133,10 +133,26 @@ def prune(
         _guarded(as_json, lambda: _run(config, overrides, address, "prune", as_json, quiet))
 
 
-@main.command(help="Validate a configuration and say what the run would be; loads no weights.")
+@main.command(help="Validate a configuration and say what the run would be and take; loads no weights.")
 @_options
-def check(config: Path, overrides: tuple[str, ...], address: str | None, as_json: bool, quiet: bool) -> None:
-    _guarded(as_json, lambda: _check(config, overrides, address, quiet))
+@click.option("--measure", is_flag=True, help="Time a few steps of these shapes here, instead of assuming a speed.")
+@click.option("--gpu", metavar="NAME", help="Assume this GPU (A100, H100, ...) instead of what is here.")
+def check(
+    config: Path,
+    overrides: tuple[str, ...],
+    address: str | None,
+    as_json: bool,
+    quiet: bool,
+    measure: bool,
+    gpu: str | None,
+) -> None:
+    def told() -> dict[str, Any]:
+        _quiet_libraries()
+        from qpruner.check_verb import check
+
+        return check(load_config(config, list(overrides)), address, quiet, measure, gpu)
+
+    _guarded(as_json, told)
 
 
 _run_folder = click.argument("run", type=click.Path(path_type=Path))
@@ -280,7 +296,8 @@ def _print_layers(record: PruneRecord, terminal: Terminal) -> None:
 def _print_table(results: Results, terminal: Terminal) -> None:
     from qpruner.report import sections, table
 
-    terminal.table(sections.HEADINGS, [sections.cells(row) for row in table.rows(results)])
+    for _, headings, body in sections.final_tables(table.rows(results)):
+        terminal.table(headings, body)
     terminal.say(table.claim(results))
 
 
@@ -298,53 +315,6 @@ def _figures(results: Results) -> dict[str, Any]:
         figures["claim"] = table.claim(results)
         figures["table"] = [vars(row) for row in table.rows(results)]
     return figures
-
-
-def _check(path: Path, overrides: tuple[str, ...], address: str | None, quiet: bool) -> dict[str, Any]:
-    import yaml
-
-    config = load_config(path, list(overrides))
-    _quiet_libraries()
-    from qpruner.pipeline import check
-    from qpruner.terminal import Terminal
-
-    with Terminal(quiet=quiet) as terminal:
-        inspection, concurrent = check(config, terminal.emit, address)
-    layout, levels = inspection.pruned, config.quantize.bits
-    facts = {
-        "num_groups": len(layout.groups),
-        "parameters_base": inspection.base.num_parameters,
-        "parameters_pruned": layout.num_parameters,
-        "is_estimate": inspection.is_estimate,
-        **{f"bytes_all_{bits}": layout.plan_bytes(layout.uniform(bits)) for bits in levels},
-        "bytes_budget": inspection.budget_bytes,
-        "concurrent_trials": concurrent,
-        "rungs": list(config.search.rungs),
-        "rows": {name: len(rows) for name, rows in inspection.examples.items()},
-        "warnings": list(inspection.warnings),
-    }
-    if not quiet:
-        click.echo(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
-        click.echo(_check_text(config, facts))
-    return {"status": "ok", **facts}
-
-
-def _check_text(config: RunConfig, facts: dict[str, Any]) -> str:
-    about = " (estimate: global selection leaves the widths open)" if facts["is_estimate"] else ""
-    sizes = [f"all {bits}-bit {facts[f'bytes_all_{bits}'] / 1e6:.1f} MB" for bits in config.quantize.bits]
-    rows = ", ".join(f"{count} {name}" for name, count in facts["rows"].items())
-    trials = f"{config.search.num_trials}, {facts['concurrent_trials']} at once, scored at steps {facts['rungs']}"
-    return "\n".join(
-        [
-            f"groups:     {facts['num_groups']} ({config.quantize.group})",
-            f"parameters: {facts['parameters_base'] / 1e6:.1f} M -> {facts['parameters_pruned'] / 1e6:.1f} M",
-            f"plan bytes: {', '.join(sizes)}, budget {facts['bytes_budget'] / 1e6:.1f} MB{about}",
-            f"trials:     {trials}",
-            f"rows:       {rows}",
-            *[f"warning:    {warning}" for warning in facts["warnings"]],
-            "The configuration is valid.",
-        ]
-    )
 
 
 def _guarded(as_json: bool, work: Callable[[], dict[str, Any]]) -> None:

@@ -518,6 +518,16 @@ class EvaluateConfig(Section):
     """Worked examples before each question."""
     batch_size: Positive = 16
     """Requests a forward pass answers."""
+    text: Annotated[tuple[DataSource, ...], Field(min_length=1)] | None = None
+    """Held-out text (`format: text`) whose perplexity the final table tells: its rows, joined by blank lines, in
+    windows of `data.max_length` tokens. Null takes the responses of the confirmation rows, none if multiple-choice."""
+
+    @model_validator(mode="after")
+    def running_text(self) -> EvaluateConfig:
+        other = [source.format for source in self.text or () if source.format != "text"]
+        if other:
+            raise ValueError(f"`text` is running text: give its sources `format: text`, got {', '.join(other)}")
+        return self
 
 
 class RunConfig(Section):

@@ -179,6 +179,13 @@ def windows(
     return [{"input_ids": part, "labels": part} for part in parts]
 
 
+def text_windows(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase, length: int) -> list[dict[str, list[int]]]:
+    """Texts, joined by blank lines, in windows of `length` tokens, every token but a window's first to be predicted."""
+    ids: list[int] = tokenizer("\n\n".join(texts), add_special_tokens=False, verbose=False)["input_ids"]
+    parts = [ids[start : start + length] for start in range(0, len(ids), length)]
+    return [{"input_ids": part, "labels": part} for part in parts if len(part) > 1]
+
+
 def load_token_ids(path: Path, vocabulary_size: int) -> list[dict[str, list[int]]]:
     """Samples given as token ids: a JSON file with a list of lists.
 

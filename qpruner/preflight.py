@@ -26,6 +26,8 @@ DTYPE_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 GIB = 1024**3
 NEEDED_CAPABILITY = {4: (6, 0), 8: (7, 5)}
 """Compute capability that bitsandbytes' layers of so many bits need."""
+LONGEST_HEADING = 5
+"""Words of a line that may stand in two texts."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,7 @@ class Inspection:
     Attributes:
         model_config: transformers config of the base model.
         base: Sizes of the base model.
+        pruned_config: The same after pruning.
         pruned: Sizes after pruning; an estimate when `is_estimate`.
         is_estimate: Global selection, or which blocks go, leaves the widths open until the scores are known.
         budget_bytes: The byte budget for the pruned model.
@@ -45,6 +48,7 @@ class Inspection:
 
     model_config: Any
     base: Layout
+    pruned_config: Any
     pruned: Layout
     is_estimate: bool
     budget_bytes: int
@@ -66,7 +70,8 @@ def inspect(config: RunConfig, works_here: bool = True) -> Inspection:
     model_config = load_model_config(config.model)
     family_of(model_config)
     base = layout_for(config, model_config)
-    pruned = layout_for(config, _pruned_config(config, model_config))
+    pruned_config = _pruned_config(config, model_config)
+    pruned = layout_for(config, pruned_config)
     budget = budget_bytes(config.quantize, pruned, config.search.pareto)
     if config.search.plan and not config.prune.drops_blocks:
         read_plan(Path(config.search.plan), [group.name for group in pruned.groups], config.quantize.bits)
@@ -77,7 +82,7 @@ def inspect(config: RunConfig, works_here: bool = True) -> Inspection:
     _check_disk(config, base, pruned)
     is_estimate = config.prune.selection == "global" and not config.prune.is_off
     warnings = _warnings(config, len(pruned.groups))
-    return Inspection(model_config, base, pruned, is_estimate, budget, examples, questions, warnings)
+    return Inspection(model_config, base, pruned_config, pruned, is_estimate, budget, examples, questions, warnings)
 
 
 def _warnings(config: RunConfig, num_groups: int) -> tuple[str, ...]:
@@ -268,6 +273,8 @@ def _check_data(config: RunConfig, model_config: Any) -> tuple[dict[str, list[Ex
     identities = {f"`data.{name}`": [row.identity for row in rows] for name, rows in examples.items()}
     calibration = config.calibration.data
     examples["calibration"] = load_examples(calibration, "calibration.data") if calibration else examples["train"]
+    if config.evaluate.text:
+        examples["text"] = load_examples(config.evaluate.text, "evaluate.text")
     if config.calibration.token_ids:
         load_token_ids(Path(config.calibration.token_ids), model_config.vocab_size)
     # Packed samples are counted in tokens, once they are encoded.
@@ -301,6 +308,10 @@ def _check_data(config: RunConfig, model_config: Any) -> tuple[dict[str, list[Ex
         rows = [row.identity for row in examples["calibration"]]
         for name in ("`data.validation`", "`data.confirmation`", "`evaluate.tasks`"):
             check_disjoint({"`calibration.data`": rows, name: identities[name]})
+    # Headings come again in any text; nothing is chosen by confirmation rows that a text could flatter.
+    text = [row.identity for row in examples.get("text", ()) if len(row.identity.split()) > LONGEST_HEADING]
+    for name in ("`data.train`", "`data.validation`"):
+        check_disjoint({name: identities[name], "`evaluate.text`": text})
     return examples, words
 
 

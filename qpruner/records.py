@@ -333,6 +333,29 @@ class TaskScore(BaseModel):
     """Negative log-likelihood of the right choice in nats, a question; empty where the task has no choices."""
 
 
+class Inference(BaseModel):
+    """What a row's model takes to use, its adapter on, in a generation of one sequence."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    memory_bytes: int
+    """At the highest point."""
+    prefill_tokens_per_second: tuple[float, ...]
+    """In each turn; the rows took turns."""
+    decode_tokens_per_second: tuple[float, ...]
+
+
+class InferenceSetting(BaseModel):
+    """How `Inference` was measured."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    device: str
+    prompt_tokens: int
+    new_tokens: int
+    memory_counter: str
+
+
 class RowScores(BaseModel):
     """One row on the held-out tasks, under one training seed; without a seed as it is before any fine-tune."""
 
@@ -343,6 +366,10 @@ class RowScores(BaseModel):
     name: str
     seed: int | None
     scores: tuple[TaskScore, ...]
+    text_loss: float | None = None
+    """On the held-out text, in nats per token; None without such a text."""
+    inference: Inference | None = None
+    """Of fine-tuned rows."""
 
 
 class EvalRecord(Record):
@@ -351,6 +378,9 @@ class EvalRecord(Record):
     model_config = ConfigDict(extra="forbid", frozen=True, ser_json_inf_nan="constants")
 
     rows: tuple[RowScores, ...]
+    text: str | None = None
+    """Which held-out text `RowScores.text_loss` is on."""
+    inference: InferenceSetting | None = None
 
 
 class StageState(BaseModel):

@@ -236,6 +236,10 @@ CONFIGURATION = [
         "task-searched-and-held-out", {"search.tasks": [TEST_TASK]}, "`evaluate.tasks`", TEST_TASK,
         "must not share tasks with `search.tasks`"
     ),
+    refused(
+        "text-of-questions", {"evaluate.text": [{"source": INSTRUCTIONS}]}, "`text` is running text",
+        "got instruction", "give its sources `format: text`"
+    ),
     refused("output-unnamed", {"output": ""}, "`output`", "''", "at least 1 character"),
 ]
 # fmt: on
@@ -658,6 +662,11 @@ DATA = [
     refused(
         "validation-in-confirmation", {"data.confirmation.0.source": QUESTIONS.format("validation")},
         "`data.validation`", "`data.confirmation` share 16", OVERLAP, OTHER_ROWS
+    ),
+    refused(
+        "train-in-text",
+        {"evaluate.text": [{"source": QUESTIONS.format("train"), "format": "text", "columns": {"text": "question"}}]},
+        "`data.train`", "`evaluate.text` share", OVERLAP, OTHER_ROWS
     ),
     refused(
         "test-in-train", {"data.train.0.source": QUESTIONS.format("test")}, "`data.train`", "`evaluate.tasks` share 8",

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import DEMO_DATA, raw_config, with_key
+from conftest import DEMO_DATA, demo_rows, raw_config, with_key
+from transformers import AutoConfig
 
 from qpruner.calibration import mean_loss
 from qpruner.candidates import (
@@ -18,15 +19,17 @@ from qpruner.candidates import (
     CandidateJob,
     ConfirmationJob,
     FinetuneOutcome,
+    InferenceJob,
     build,
     confirm_trial,
     evaluate_candidate,
     finetune_candidate,
     latest_checkpoint,
     load_adapter,
+    measure_inference,
 )
 from qpruner.config import RunConfig, validate_config
-from qpruner.data import load_encoded
+from qpruner.data import load_encoded, save_encoded, text_windows
 from qpruner.errors import CorruptFile
 from qpruner.evaluate import score_tasks
 from qpruner.models.layout import layout_of
@@ -118,8 +121,6 @@ def test_another_training_seed_is_another_fine_tune_from_the_same_start(
 
 
 def test_the_measured_bytes_are_those_of_the_plan(tuned: tuple[CandidateJob, FinetuneOutcome]) -> None:
-    from transformers import AutoConfig
-
     job, outcome = tuned
     settings = job.config.quantize
     model_config = AutoConfig.from_pretrained(job.candidate.checkpoint)
@@ -152,9 +153,49 @@ def test_the_newest_whole_checkpoint_is_the_one_to_go_on_from(tmp_path: Path) ->
 def test_a_fine_tuned_row_is_scored_with_its_adapter(tuned: tuple[CandidateJob, FinetuneOutcome]) -> None:
     job = tuned[0]
     with_adapter, without = evaluate_candidate(job), evaluate_candidate(untuned(job))
-    assert [score.task for score in with_adapter] == ["qpruner_everyday_test"]
-    assert with_adapter[0].num_questions == len(with_adapter[0].answer_loss) == 8
-    assert sum(with_adapter[0].answer_loss) < sum(without[0].answer_loss), "it learned how an answer looks"
+    assert [score.task for score in with_adapter.scores] == ["qpruner_everyday_test"]
+    tuned_score, untuned_score = with_adapter.scores[0], without.scores[0]
+    assert tuned_score.num_questions == len(tuned_score.answer_loss) == 8
+    assert sum(tuned_score.answer_loss) < sum(untuned_score.answer_loss), "it learned how an answer looks"
+    assert with_adapter.text_loss is without.text_loss is None
+
+
+def test_the_loss_on_a_text_is_that_of_every_token_of_its_windows(
+    tuned: tuple[CandidateJob, FinetuneOutcome], tmp_path: Path
+) -> None:
+    """Against transformers' own loss, a window at a time; the adapter counts."""
+    job = tuned[0]
+    tokenizer = load_tokenizer(str(job.candidate.checkpoint))
+    rows = text_windows([row["question"] for row in demo_rows("questions_confirmation.jsonl")], tokenizer, 32)
+    save_encoded(rows, tmp_path / "text")
+    found = evaluate_candidate(replace(job, text=tmp_path / "text")).text_loss
+    model = build(job.config, job.candidate)
+    load_adapter(model, job.candidate.adapter)
+    model.eval()
+    total, count = 0.0, 0
+    with torch.no_grad():
+        for row in rows:
+            ids = torch.tensor([row["input_ids"]])
+            total += float(model(input_ids=ids, labels=ids).loss) * (ids.shape[1] - 1)
+            count += ids.shape[1] - 1
+    assert found == pytest.approx(total / count, rel=1e-3)
+    assert [len(row["input_ids"]) for row in rows[:-1]] == [32] * (len(rows) - 1)
+    joined = "\n\n".join(row["question"] for row in demo_rows("questions_confirmation.jsonl"))
+    assert [token for row in rows for token in row["input_ids"]] == tokenizer(joined)["input_ids"], "nothing is cut off"
+
+
+def test_rows_take_turns_and_a_larger_model_takes_more_memory(tuned: tuple[CandidateJob, FinetuneOutcome]) -> None:
+    """The unquantized row is of other groups than the tuned one, with the same adapter."""
+    job = tuned[0]
+    dense = replace(job.candidate, plan=dict.fromkeys(job.candidate.plan, 16))
+    setting, (packed, full) = measure_inference(InferenceJob(job.config, (job.candidate, dense), job.data, threads=1))
+    assert (setting.prompt_tokens, setting.new_tokens) == (128, 16)
+    for each in (packed, full):
+        assert len(each.prefill_tokens_per_second) == len(each.decode_tokens_per_second) == 3
+        assert min(each.prefill_tokens_per_second) > 0 and min(each.decode_tokens_per_second) > 0
+    layout = layout_of(AutoConfig.from_pretrained(job.candidate.checkpoint), job.config.quantize.group, 2, False, 4)
+    assert packed.memory_bytes >= tuned[1].measured_bytes
+    assert full.memory_bytes >= layout.plan_bytes(layout.uniform(16))
 
 
 @pytest.mark.parametrize(
@@ -189,7 +230,7 @@ def test_an_untuned_row_is_the_model_as_it_is(config: RunConfig, tuned: tuple[Ca
         settings.limit,
         settings.batch_size,
     )
-    assert evaluate_candidate(job) == expected
+    assert evaluate_candidate(job).scores == expected
 
 
 def test_a_confirmation_scores_the_last_rungs_adapter(tuned: tuple[CandidateJob, FinetuneOutcome]) -> None:

@@ -34,8 +34,19 @@ NOT_COMPARED = {
     "environment",
     "state",
     "times",
+    "inference",
+    "inference_memory_bytes",
+    "prefill_tokens_per_second",
+    "decode_tokens_per_second",
 }
 """What may differ between two runs of one configuration: times, memory, folders, and that it was resumed."""
+
+
+CONFIRMATION_QUESTIONS = {
+    "source": "package:qpruner/demo/data/questions_confirmation.jsonl",
+    "format": "text",
+    "columns": {"text": "question"},
+}
 
 
 def command(config: Path, *options: str) -> list[str]:
@@ -65,6 +76,7 @@ def written_config(folder: Path, model: Path) -> Path:
     # The controls are three of the five trials.
     raw = with_key(raw, "sensitivity.methods", ["mutual_information", "first_order"])
     raw = with_key(raw, "finetune.seeds", 1)
+    raw = with_key(raw, "evaluate.text", [CONFIRMATION_QUESTIONS])
     path = folder / "config.yaml"
     path.write_text(yaml.safe_dump(raw))
     return path
@@ -126,6 +138,11 @@ def test_whole_run_ends_in_the_table(undisturbed: tuple[Path, dict[str, Any]]) -
     assert report["claim"] in text
     assert '<p class="standing">Finished.</p>' in (run / "report.html").read_text()
     assert report["claim"] in (run / "final" / "README.md").read_text()
+    for row in report["table"]:
+        assert row["inference_memory_bytes"] >= row["measured_bytes"]
+        assert 0 < row["decode_tokens_per_second"][1] < row["prefill_tokens_per_second"][0], "reading is faster"
+        assert row["perplexity"] > 1
+    assert "| decode tokens/s |" in text and "on `evaluate.text` in" in text
     candidates = report["records"]["finetune"]["candidates"]
     assert all(row["measured_bytes"] == row["plan_bytes"] for row in candidates), "the formula is the packed tensors"
     # Every row had the same fine-tune.

@@ -7,6 +7,7 @@ Each stage leaves a record; a stage whose record has the digest of its present i
 from __future__ import annotations
 
 import contextlib
+from dataclasses import dataclass
 from pathlib import Path
 
 from qpruner import preflight
@@ -48,16 +49,28 @@ def check_search(config: SearchConfig, slots: Slots) -> int:
     return slots.concurrent(resources, config.max_concurrent)
 
 
-def check(config: RunConfig, emit: Emit, address: str | None = None) -> tuple[preflight.Inspection, int]:
+@dataclass(frozen=True)
+class Checked:
+    """What a run would be.
+
+    Attributes:
+        inspection: Sizes and rows.
+        concurrent: Trials at once.
+        resources: What Ray reserves for one.
+    """
+
+    inspection: preflight.Inspection
+    concurrent: int
+    resources: dict[str, float]
+
+
+def check(config: RunConfig, emit: Emit, address: str | None = None) -> Checked:
     """What `run` refuses before its first stage, and what it would be.
 
     Args:
         config: The configuration.
         emit: Told of the cluster's nodes.
         address: A running Ray cluster to join; None looks at this machine.
-
-    Returns:
-        Sizes and rows, and trials at once.
 
     Raises:
         UserError: For the first thing that cannot work.
@@ -69,7 +82,7 @@ def check(config: RunConfig, emit: Emit, address: str | None = None) -> tuple[pr
         concurrent = check_search(config.search, context.known_slots)
         if address:
             look_at_nodes(context)
-    return inspection, concurrent
+        return Checked(inspection, concurrent, context.trial_resources())
 
 
 def run(config: RunConfig, emit: Emit, address: str | None = None, until: str = "report") -> Results:

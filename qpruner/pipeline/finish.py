@@ -13,7 +13,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qpruner.candidates import Candidate, CandidateJob, FinetuneOutcome, evaluate_candidate, finetune_candidate
+from qpruner.candidates import (
+    Candidate,
+    CandidateJob,
+    FinetuneOutcome,
+    InferenceJob,
+    evaluate_candidate,
+    finetune_candidate,
+    measure_inference,
+)
 from qpruner.config import RunConfig
 from qpruner.events import Emit, Message, Progress
 from qpruner.execution.workshop import Bench
@@ -26,6 +34,8 @@ from qpruner.records import (
     CandidateRecord,
     EvalRecord,
     FinetuneRecord,
+    Inference,
+    InferenceSetting,
     RowScores,
     SearchRecord,
     SensitivityRecord,
@@ -74,12 +84,17 @@ def evaluate(context: Context, tuned: FinetuneRecord) -> EvalRecord:
     jobs = [(job.name, job) for job in untuned_candidates(context)]
     jobs += [(each.name, candidate_of(context, each.name, each.plan, each.seed)) for each in tuned.candidates]
     detail = f"{', '.join(settings.tasks)} for {len(_distinct(jobs))} models"
-    inputs = (settings, context.task_digest)
-    stage = Stage("evaluate", detail, (tuned.digest, *inputs))
+    stage = Stage("evaluate", detail, (tuned.digest, scores_digest(context)))
 
     def work(scratch: Path) -> dict[str, Any]:
-        scored = _evaluate_jobs(context, _distinct(jobs), digest_of(*inputs))
-        return {"rows": [scored[job.folder].model_copy(update={"name": name}) for name, job in jobs]}
+        about, text = held_out_text(context, scratch / "text")
+        scored = _evaluate_jobs(context, _distinct(jobs), text)
+        setting, taken = _measure_inference(context, [job for _, job in jobs if job.seed is not None])
+        rows = [
+            scored[job.folder].model_copy(update={"name": name, "inference": taken.get(job.folder)})
+            for name, job in jobs
+        ]
+        return {"rows": rows, "text": about, "inference": setting}
 
     def figures(record: EvalRecord) -> str:
         base = next(row for row in record.rows if row.name == BASE and row.seed is None)
@@ -89,15 +104,60 @@ def evaluate(context: Context, tuned: FinetuneRecord) -> EvalRecord:
     return run_stage(context.run_dir, stage, EvalRecord, work, figures, context.emit)
 
 
+def scores_digest(context: Context) -> str:
+    """Digest of what a row is scored on."""
+    texts = [row.response for row in context.inspection.examples.get("text", ())]
+    return digest_of(context.config.evaluate, context.task_digest, texts, context.config.data.max_length)
+
+
+def held_out_text(context: Context, folder: Path) -> tuple[str | None, Path | None]:
+    """What perplexity is measured on, in words and encoded; nothing where all there is are answers to questions."""
+    from qpruner.data import load_encoded, save_encoded, text_windows
+    from qpruner.models.loading import load_tokenizer
+
+    examples, length = context.inspection.examples, context.config.data.max_length
+    if "text" in examples:
+        tokenizer = load_tokenizer(str(context.checkpoint))
+        rows = text_windows((row.response for row in examples["text"]), tokenizer, length)
+        save_encoded(rows, folder)
+        return f"`evaluate.text` in {len(rows)} windows of {length} tokens", folder
+    if any(row.format == "multiple_choice" for row in examples["confirmation"]):
+        return None, None
+    path = context.data / "confirmation"
+    counted = "responses" if context.config.data.response_only else "whole rows"
+    if all(row.format == "text" for row in examples["confirmation"]):
+        counted = "text"
+    return f"the {counted} of the {len(load_encoded(path))} confirmation rows", path
+
+
+def _measure_inference(context: Context, jobs: list[Candidate]) -> tuple[InferenceSetting, dict[Path, Inference]]:
+    """What each row takes to use, by its folder; training seeds of one plan are one model."""
+    from qpruner.execution.cluster import run_tasks
+
+    models: dict[tuple[Any, ...], list[Candidate]] = {}
+    for job in sorted(jobs, key=lambda job: str(job.checkpoint)):
+        models.setdefault((job.checkpoint, *job.plan.items()), []).append(job)
+    resources, _ = context.task_resources(1)
+    alone = tuple(same[0] for same in models.values())
+    context.emit(Message("evaluate", f"{len(alone)} model(s) take turns: memory and tokens a second"))
+    task = InferenceJob(context.worker_config, alone, context.data, int(resources.get("cpu", 1)))
+    [(_, (setting, found))] = run_tasks(measure_inference, [task], resources, 1, fresh=True)
+    folders = zip(models.values(), found, strict=True)
+    return setting, {job.folder: taken for same, taken in folders for job in same}
+
+
 def _distinct(jobs: Iterable[tuple[Any, Candidate]]) -> list[Candidate]:
     """One job for each different model and training seed: a winner that is a control is not trained twice."""
     return list({job.folder: job for _, job in jobs}.values())
 
 
-def _worker_jobs(context: Context, jobs: list[Candidate]) -> tuple[list[CandidateJob], dict[str, float], int]:
+def _worker_jobs(
+    context: Context, jobs: list[Candidate], text: Path | None = None
+) -> tuple[list[CandidateJob], dict[str, float], int]:
     resources, concurrent = context.task_resources(len(jobs))
     threads = int(resources.get("cpu", 1))
-    return [CandidateJob(context.worker_config, job, context.data, threads) for job in jobs], resources, concurrent
+    tasks = [CandidateJob(context.worker_config, job, context.data, threads, text) for job in jobs]
+    return tasks, resources, concurrent
 
 
 def _finetune_jobs(context: Context, jobs: list[tuple[Row, Candidate]]) -> list[CandidateRecord]:
@@ -143,10 +203,11 @@ def _record_of(context: Context, job: Candidate, origin: str, outcome: FinetuneO
     )
 
 
-def _evaluate_jobs(context: Context, jobs: list[Candidate], digest: str) -> dict[Path, RowScores]:
-    """Score what has no record of these tasks yet; the scores by folder."""
+def _evaluate_jobs(context: Context, jobs: list[Candidate], text: Path | None) -> dict[Path, RowScores]:
+    """Score what has no record of these tasks and this text yet; the scores by folder."""
     from qpruner.execution.cluster import run_tasks
 
+    digest = scores_digest(context)
     found: dict[Path, RowScores] = {}
     for job in jobs:
         record = read_json(job.folder / "scores.json", RowScores)
@@ -154,10 +215,10 @@ def _evaluate_jobs(context: Context, jobs: list[Candidate], digest: str) -> dict
             found[job.folder] = record
     left = [job for job in jobs if job.folder not in found]
     if left:
-        tasks, resources, concurrent = _worker_jobs(context, left)
+        tasks, resources, concurrent = _worker_jobs(context, left, text)
         for position, scored in run_tasks(evaluate_candidate, tasks, resources, concurrent, fresh=False):
             job = left[position]
-            record = RowScores(digest=digest, name=job.name, seed=job.seed, scores=scored)
+            record = RowScores(digest=digest, name=job.name, seed=job.seed, **vars(scored))
             write_json(job.folder / "scores.json", record)
             found[job.folder] = record
             context.emit(Message("evaluate", f"{_named(job)}: {_scores_line(record.scores)}"))

@@ -135,7 +135,8 @@ def _shown(charts: Sequence[Chart], section: str, pictures: str) -> list[str]:
 def measured(results: Results) -> list[str]:
     """The final table, the claim under it, and how to read it."""
     table = pipe_table(sections.HEADINGS, [sections.cells(row) for row in rows(results)])
-    return [table, "", claim(results), "", sections.LEGEND, ""]
+    assert results.evaluate
+    return [table, "", claim(results), "", sections.legend(results.evaluate), ""]
 
 
 def pipe_table(headings: Sequence[str], body: Sequence[Sequence[str]]) -> str:

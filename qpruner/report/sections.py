@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from qpruner.plan import PrecisionPlan
 from qpruner.records import (
+    EvalRecord,
     FreshScore,
     LayerWidths,
     MethodScores,
@@ -30,7 +33,13 @@ HEADINGS = (
     "confirmation loss",
     "test accuracy",
     "test answer loss",
+    "perplexity",
+    "inference memory",
+    "prefill tokens/s",
+    "decode tokens/s",
 )
+NUM_QUALITY = HEADINGS.index("inference memory")
+"""Columns that a terminal or a page has room for beside one another."""
 LEGEND = (
     "Bytes are the packed tensors, scales, unquantized rest and adapters; mean bits are over the grouped weights; peak "
     "memory is that of the fine-tune, in a process of its own. Every row had the same fine-tune. A row with several "
@@ -69,7 +78,53 @@ def cells(row: Row) -> tuple[str, ...]:
         _figure(row.confirmation_loss, row.confirmation_loss_spread),
         f"{_figure(row.accuracy, row.accuracy_spread, 3)} (q {row.accuracy_stderr:.3f})",
         "-" if row.answer_loss is None else _figure(row.answer_loss, row.answer_loss_spread),
+        "-" if row.perplexity is None else _figure(row.perplexity, row.perplexity_spread, 2),
+        "-" if row.inference_memory_bytes is None else f"{row.inference_memory_bytes / 1e6:.0f} MB",
+        _turns(row.prefill_tokens_per_second),
+        _turns(row.decode_tokens_per_second),
     )
+
+
+def final_tables(rows: Sequence[Row]) -> list[tuple[str, tuple[str, ...], list[tuple[str, ...]]]]:
+    """The final table in two, narrow enough for a terminal and for paper: caption, headings and cells of each."""
+    captions = ("Every row, after the same fine-tune", "What each row's model takes to use")
+    body = [cells(row) for row in rows]
+
+    def parts(line: tuple[str, ...]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        return line[:NUM_QUALITY], (line[0], *line[NUM_QUALITY:])
+
+    split = [parts(line) for line in body]
+    return [
+        (caption, headings, [part[index] for part in split])
+        for index, (caption, headings) in enumerate(zip(captions, parts(HEADINGS), strict=True))
+    ]
+
+
+def legend(record: EvalRecord) -> str:
+    """How to read the final table: what its figures are, and on what those of use were taken."""
+    if record.text:
+        text = f"Perplexity is the exponential of the mean loss a token on {record.text}."
+    else:
+        text = (
+            "There is no perplexity: the confirmation rows are multiple-choice, and their loss is that of the answers; "
+            "`evaluate.text` names a text to measure it on."
+        )
+    if record.inference is None:
+        return f"{LEGEND} {text}"
+    setting = record.inference
+    return (
+        f"{LEGEND} {text} Inference memory and tokens a second are those of a generation of one sequence on "
+        f"{setting.device}, adapter on: {setting.prompt_tokens} tokens read (prefill), {setting.new_tokens} written "
+        "(decode). The rows took turns; shown is the median, and the least and most in brackets. The memory is the "
+        f"{setting.memory_counter}."
+    )
+
+
+def _turns(figures: tuple[float, float, float] | None) -> str:
+    if figures is None:
+        return "-"
+    median, least, most = (f"{value:.1f}" if value < 100 else f"{value:.0f}" for value in figures)
+    return f"{median} ({least}-{most})"
 
 
 def _figure(value: float, spread: float | None, digits: int = 4) -> str:

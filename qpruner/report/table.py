@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from qpruner.plan import PrecisionPlan
-from qpruner.records import CandidateRecord, Results, SearchRecord, StandardError, TaskScore
+from qpruner.records import CandidateRecord, Results, RowScores, SearchRecord, StandardError, TaskScore
 from qpruner.search.random_plans import SAME_BYTES
 
 BASE, PRUNED, BEST_SEED, RANDOM, SEARCHED = "base", "pruned", "best seed", "random", "searched"
@@ -40,6 +40,11 @@ class Row:
         accuracy_stderr: Over questions, of one training seed.
         answer_loss: Mean negative log-likelihood of the right answers in nats; None where a task has no choices.
         answer_loss_spread: Over training seeds.
+        perplexity: On the held-out text; None without one.
+        perplexity_spread: Over training seeds.
+        inference_memory_bytes: The most of a generation.
+        prefill_tokens_per_second: Of one sequence: median, least and most over the turns of its models.
+        decode_tokens_per_second: The same of the tokens written.
     """
 
     name: str
@@ -59,6 +64,11 @@ class Row:
     accuracy_stderr: StandardError
     answer_loss: float | None
     answer_loss_spread: float | None
+    perplexity: float | None
+    perplexity_spread: float | None
+    inference_memory_bytes: int | None
+    prefill_tokens_per_second: tuple[float, float, float] | None
+    decode_tokens_per_second: tuple[float, float, float] | None
 
 
 @dataclass(frozen=True)
@@ -106,7 +116,7 @@ class Comparison:
 
 def rows(results: Results) -> list[Row]:
     """The table's rows, in the order of the fine-tunes."""
-    return [_row(tuned, _scores(results, name)) for name, tuned in _by_name(results).items()]
+    return [_row(tuned, _evaluated(results, name)) for name, tuned in _by_name(results).items()]
 
 
 def comparisons(results: Results) -> list[Comparison]:
@@ -131,10 +141,14 @@ def _by_name(results: Results) -> dict[str, list[CandidateRecord]]:
     return {name: [record for record in results.finetune.candidates if record.name == name] for name in names}
 
 
-def _scores(results: Results, name: str) -> list[tuple[TaskScore, ...]]:
-    """Scores of a fine-tuned row, by training seed in the order of its records."""
+def _evaluated(results: Results, name: str) -> list[RowScores]:
+    """What was measured of a fine-tuned row, by training seed in the order of its records."""
     assert results.evaluate
-    return [row.scores for row in results.evaluate.rows if row.name == name and row.seed is not None]
+    return [row for row in results.evaluate.rows if row.name == name and row.seed is not None]
+
+
+def _scores(results: Results, name: str) -> list[tuple[TaskScore, ...]]:
+    return [row.scores for row in _evaluated(results, name)]
 
 
 def _winner(search: SearchRecord, winner: CandidateRecord) -> str:
@@ -237,7 +251,10 @@ def _spread(values: Sequence[float]) -> float | None:
     return statistics.stdev(values) if len(values) > 1 else None
 
 
-def _row(tuned: list[CandidateRecord], scored: list[tuple[TaskScore, ...]]) -> Row:
+def _row(tuned: list[CandidateRecord], evaluated: list[RowScores]) -> Row:
+    scored = [row.scores for row in evaluated]
+    perplexities = [math.exp(row.text_loss) for row in evaluated if row.text_loss is not None]
+    taken = list(dict.fromkeys(row.inference for row in evaluated if row.inference))
     accuracies = [statistics.fmean(score.value for score in scores) for scores in scored]
     stderrs = [math.sqrt(sum(score.stderr**2 for score in scores)) / len(scores) for scores in scored]
     has_choices = all(score.answer_loss for scores in scored for score in scores)
@@ -265,4 +282,13 @@ def _row(tuned: list[CandidateRecord], scored: list[tuple[TaskScore, ...]]) -> R
         accuracy_stderr=statistics.fmean(stderrs),
         answer_loss=statistics.fmean(answers) if answers else None,
         answer_loss_spread=_spread(answers),
+        perplexity=statistics.fmean(perplexities) if perplexities else None,
+        perplexity_spread=_spread(perplexities),
+        inference_memory_bytes=max((each.memory_bytes for each in taken), default=None),
+        prefill_tokens_per_second=_median_range([turn for each in taken for turn in each.prefill_tokens_per_second]),
+        decode_tokens_per_second=_median_range([turn for each in taken for turn in each.decode_tokens_per_second]),
     )
+
+
+def _median_range(values: Sequence[float]) -> tuple[float, float, float] | None:
+    return (statistics.median(values), min(values), max(values)) if values else None

@@ -15,11 +15,13 @@ from made_records import made_confirmation, made_search
 
 from qpruner import preflight
 from qpruner.config import validate_config
+from qpruner.data import load_encoded
 from qpruner.errors import ConfigError
+from qpruner.estimate import num_finetunes
 from qpruner.events import Event, Message
 from qpruner.pipeline import run
 from qpruner.pipeline.context import Context
-from qpruner.pipeline.finish import evaluate, finetune
+from qpruner.pipeline.finish import evaluate, finetune, held_out_text, scores_digest
 from qpruner.pipeline.rows import Row, candidate_of, table_rows, untuned_candidates
 from qpruner.plan import PrecisionPlan
 from qpruner.records import (
@@ -28,7 +30,6 @@ from qpruner.records import (
     SearchRecord,
     SensitivityRecord,
     TaskScore,
-    digest_of,
 )
 from qpruner.rundir import RunDir, write_json
 
@@ -149,6 +150,7 @@ def test_rows_of_the_claim_have_several_training_seeds_and_the_others_one(
 ) -> None:
     context = changed("finetune.seeds", 2)
     seeds = {name: list(row.plans) for name, row in rows_of(context, a_winner(context)).items()}
+    assert sum(map(len, seeds.values())) == num_finetunes(context.config), "as `qpruner check` counts them"
     assert {name for name, each in seeds.items() if each == [0, 1]} == {"best seed", "random", "searched"}
     assert {name for name, each in seeds.items() if each == [0]} == {
         *("base", "pruned", "uniform 4-bit", "uniform 8-bit", MI_ROW)
@@ -247,7 +249,7 @@ def test_an_interrupted_comparison_goes_on_with_what_is_left(
 
         tuned = finetune(alone, searched, measured)
         scores = (TaskScore(task="arc", metric="acc", value=0.5, stderr=0.5, num_questions=1, correct=(1.0,)),)
-        digest = digest_of(alone.config.evaluate, alone.task_digest)
+        digest = scores_digest(alone)
         for each in untuned_candidates(alone):
             write_json(
                 each.folder / "scores.json", RowScores(digest=digest, name=each.name, seed=each.seed, scores=scores)
@@ -255,12 +257,43 @@ def test_an_interrupted_comparison_goes_on_with_what_is_left(
         scored = evaluate(alone, tuned)
         assert [(row.name, row.seed) for row in scored.rows] == [("base", None), ("pruned", None), ("searched", 0)]
         assert scored.rows[0].scores == scored.rows[1].scores == scores
-        assert told(events, "evaluate") == ["searched, training seed 0"]
+        assert told(events, "evaluate") == ["searched, training seed 0", "1 model(s) take turns"]
+        assert [row.inference is None for row in scored.rows] == [True, True, False], (
+            "only what is handed over is timed"
+        )
+        assert scored.text is None and scored.inference, "answers to questions have no perplexity"
         alone.run_dir.forget("evaluate")
-        assert evaluate(alone, tuned).rows == scored.rows
-        assert told(events, "evaluate") == told(events, "finetune") == ["searched, training seed 0"]
+        again_scored = evaluate(alone, tuned)
+        assert [row.scores for row in again_scored.rows] == [row.scores for row in scored.rows]
+        assert told(events, "evaluate")[2:] == ["1 model(s) take turns"], "nothing was scored again"
+        assert told(events, "finetune") == ["searched, training seed 0"]
     finally:
         whole.close()
+
+
+# The text that perplexity is measured on
+
+
+def test_the_text_is_told_by_what_it_is(raw: dict[str, Any], tmp_path: Path) -> None:
+    """Answers to questions are none; responses are, and so is a text that is named."""
+    source = "package:qpruner/demo/data"
+    text = {"source": f"{source}/questions_confirmation.jsonl", "format": "text", "columns": {"text": "question"}}
+    instructions = {"source": f"{source}/instructions.jsonl", "limit": 16}
+
+    def found(name: str, **keys: Any) -> tuple[str | None, Path | None]:
+        changed = with_key(raw, "output", str(tmp_path / name))
+        for key, value in keys.items():
+            changed = with_key(changed, key.replace("__", "."), value)
+        config = validate_config(changed)
+        run(config, ignore, until="prune")
+        own = Context(config, RunDir(Path(config.output)), ignore, None, preflight.inspect(config))
+        return held_out_text(own, tmp_path / f"{name}-text")
+
+    assert found("questions") == (None, None)
+    told, folder = found("text", evaluate__text=[text])
+    assert folder and told == f"`evaluate.text` in {len(load_encoded(folder))} windows of 64 tokens"
+    told, folder = found("responses", data__confirmation=[instructions], data__max_length=256)
+    assert folder and told == f"the responses of the {len(load_encoded(folder))} confirmation rows"
 
 
 def a_record(folder: Path, seed: int, loss: float) -> CandidateRecord:

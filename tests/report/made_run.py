@@ -16,6 +16,8 @@ from qpruner.records import (
     CandidateRecord,
     EvalRecord,
     FinetuneRecord,
+    Inference,
+    InferenceSetting,
     LayerWidths,
     MethodScores,
     PrepareRecord,
@@ -267,10 +269,25 @@ class MadeRun:
                 name=name,
                 seed=seed,
                 scores=tuple(self._score(task, count, shares.get(name, 0.69)) for task, count in self._tasks.items()),
+                text_loss=3.3 + self._random.normal(0, 0.01),
+                inference=None if seed is None else self._taken(name),
             )
             for name, seed in [(BASE, None), (PRUNED, None), *tuned]
         ]
-        return EvalRecord(**STAGE, rows=tuple(rows))
+        setting = InferenceSetting(
+            device="2 CPU core(s)", prompt_tokens=128, new_tokens=16, memory_counter="rise of resident memory"
+        )
+        return EvalRecord(
+            **STAGE, rows=tuple(rows), text="`evaluate.text` in 12 windows of 128 tokens", inference=setting
+        )
+
+    def _taken(self, name: str) -> Inference:
+        low, high = {BASE: (0.9, 1.0), PRUNED: (1.1, 1.2)}.get(name, (0.5, 0.7))
+        return Inference(
+            memory_bytes={BASE: 331_000_000, PRUNED: 270_000_000}.get(name, 140_000_000),
+            prefill_tokens_per_second=tuple(self._random.uniform(600 * low, 600 * high, 3).tolist()),
+            decode_tokens_per_second=tuple(self._random.uniform(24 * low, 24 * high, 3).tolist()),
+        )
 
     def _score(self, task: str, count: int, share: float) -> TaskScore:
         correct = self._random.random(count) < share

@@ -17,6 +17,8 @@ from qpruner.records import (
     EvalRecord,
     FinetuneRecord,
     FrontPoint,
+    Inference,
+    InferenceSetting,
     LayerWidths,
     MethodScores,
     PrepareRecord,
@@ -477,6 +479,52 @@ def test_the_report_holds_every_row_the_claim_and_the_configuration(whole: Resul
     assert "- python: 3.11.9" in lines and "- torch: 2.13.0" in lines
     assert "- base: arc acc 0.100 +- 0.043 (50 questions), piqa acc 0.150 +- 0.057 (40 questions)" in lines
     assert sum(line.startswith("- pruned: ") for line in lines) == 1
+
+
+def with_figures(results: Results, **of_record: Any) -> Results:
+    """The same run, with a text and timings: three turns a training seed, each seed's own."""
+    assert results.evaluate
+    fields: dict[str, Any] = {"text_loss": math.log(8.0)}
+    rows_scored = []
+    for row in results.evaluate.rows:
+        taken = None
+        if row.seed is not None:
+            fast = 100.0 + row.seed
+            taken = Inference(
+                memory_bytes=300_000_000 + 10_000_000 * row.seed,
+                prefill_tokens_per_second=(fast, fast + 10, fast + 50),
+                decode_tokens_per_second=(20.0, 10.0, 12.0),
+            )
+        fields["text_loss"] = math.log(8.0 + 2 * (row.seed or 0))
+        rows_scored.append(row.model_copy(update={**fields, "inference": taken}))
+    setting = InferenceSetting(device="NVIDIA X", prompt_tokens=128, new_tokens=16, memory_counter="cuda peak")
+    given = {"rows": tuple(rows_scored), "text": "the text", "inference": setting, **of_record}
+    return results.model_copy(update={"evaluate": results.evaluate.model_copy(update=given)})
+
+
+def test_a_row_tells_what_its_model_takes_to_use(whole: Results) -> None:
+    """Over all turns of all its models, since each training seed may have its own plan."""
+    table = {row.name: row for row in rows(with_figures(whole))}
+    assert table["base"].prefill_tokens_per_second == (110.0, 100.0, 150.0)
+    assert table["base"].decode_tokens_per_second == (12.0, 10.0, 20.0)
+    assert table[RANDOM].prefill_tokens_per_second == (110.5, 100.0, 151.0)
+    assert table[RANDOM].inference_memory_bytes == 310_000_000
+    assert table["base"].perplexity == pytest.approx(8.0) and table["base"].perplexity_spread is None
+    assert (table[RANDOM].perplexity, table[RANDOM].perplexity_spread) == pytest.approx((9.0, math.sqrt(2)))
+    assert cells(table["base"])[-4:] == ("8.00", "300 MB", "110 (100-150)", "12.0 (10.0-20.0)")
+
+
+def test_the_legend_says_on_what_text_and_where_it_was_measured(whole: Results) -> None:
+    text = report(with_figures(whole))
+    assert "mean loss a token on the text." in text
+    assert "NVIDIA X, adapter on: 128 tokens read (prefill), 16 written" in text
+    assert "There is no perplexity: the confirmation rows are multiple-choice" in report(with_figures(whole, text=None))
+
+
+def test_a_record_without_timings_is_shown_without_them(whole: Results) -> None:
+    """Of an evaluation that was recorded before they were taken."""
+    assert all(cells(row)[-4:] == ("-", "-", "-", "-") for row in rows(whole))
+    assert "turns" not in report(whole)
 
 
 def test_the_report_tells_how_search_and_pruning_ended(whole: Results) -> None:

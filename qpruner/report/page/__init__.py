@@ -110,8 +110,12 @@ def _tables(run: Snapshot) -> dict[str, Any]:
     """What the template shows of each part that the run has."""
     results = run.results
     tables: dict[str, Any] = {"stages": sections.stages(run)}
-    if run.is_whole:
-        tables["final"] = [[_unbroken(cell) for cell in sections.cells(row)] for row in rows(results)]
+    if results.evaluate:
+        tables["final"] = [
+            (caption, headings, [list(map(_unbroken, line)) for line in body])
+            for caption, headings, body in sections.final_tables(rows(results))
+        ]
+        tables["legend"] = sections.legend(results.evaluate)
         tables["claim"] = [line.removeprefix("- ") for line in claim(results).splitlines()]
     if results.sensitivity:
         tables["methods"] = sections.methods(results.sensitivity, run.effects)

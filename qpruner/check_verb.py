@@ -1,0 +1,89 @@
+"""What `qpruner check` prints: the configuration in effect, and what the run would be and take."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+import yaml
+
+from qpruner import estimate, pipeline
+from qpruner.config import RunConfig
+from qpruner.errors import UserError
+from qpruner.preflight import Inspection
+from qpruner.terminal import Terminal
+
+
+def check(config: RunConfig, address: str | None, quiet: bool, measure: bool, gpu: str | None) -> dict[str, Any]:
+    """Everything that can be known of a run before it is begun.
+
+    Args:
+        config: The configuration.
+        address: A Ray cluster to look at; None looks at this machine.
+        quiet: Print nothing.
+        measure: Time a few steps here.
+        gpu: Name of a GPU to assume.
+
+    Raises:
+        UserError: For the first thing that cannot work.
+    """
+    if measure and gpu:
+        raise UserError("`--measure` times what is here, `--gpu` assumes what is not: leave one of them out")
+    if gpu is not None and gpu not in estimate.TERAFLOPS:
+        raise UserError(f"`--gpu` knows {', '.join(estimate.TERAFLOPS)}; got {gpu}")
+    with Terminal(quiet=quiet) as terminal:
+        found = pipeline.check(config, terminal.emit, address)
+    inspection, concurrent, resources = found.inspection, found.concurrent, found.resources
+    rates = _rates(config, inspection, int(resources.get("cpu", 1)), measure, gpu)
+    layout, levels = inspection.pruned, config.quantize.bits
+    facts = {
+        "num_groups": len(layout.groups),
+        "parameters_base": inspection.base.num_parameters,
+        "parameters_pruned": layout.num_parameters,
+        "is_estimate": inspection.is_estimate,
+        **{f"bytes_all_{bits}": layout.plan_bytes(layout.uniform(bits)) for bits in levels},
+        "bytes_budget": inspection.budget_bytes,
+        "concurrent_trials": concurrent,
+        "rungs": list(config.search.rungs),
+        "rows": {name: len(rows) for name, rows in inspection.examples.items()},
+        "warnings": list(inspection.warnings),
+        **estimate.facts(config, inspection, rates, concurrent),
+    }
+    if not quiet:
+        click.echo(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
+        click.echo(_text(config, facts, has_gpu=bool(gpu or resources.get("gpu"))))
+    return {"status": "ok", **facts}
+
+
+def _rates(config: RunConfig, inspection: Inspection, cores: int, measure: bool, gpu: str | None) -> estimate.Rates:
+    """How fast a slot is: measured here, or assumed of a GPU or of cores."""
+    import torch
+
+    here = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    if not measure:
+        return estimate.assumed_rates(gpu or here, cores)
+    from qpruner import pace
+
+    share = estimate.share_at_highest(config, inspection)
+    seconds = pace.measure(config, inspection.pruned_config, share, cores)
+    where = here or f"{cores} CPU core(s)"
+    return estimate.measured_rates(config, inspection, seconds.training, seconds.scoring, where)
+
+
+def _text(config: RunConfig, facts: dict[str, Any], has_gpu: bool) -> str:
+    about = " (estimate: global selection leaves the widths open)" if facts["is_estimate"] else ""
+    sizes = [f"all {bits}-bit {facts[f'bytes_all_{bits}'] / 1e6:.1f} MB" for bits in config.quantize.bits]
+    rows = ", ".join(f"{count} {name}" for name, count in facts["rows"].items())
+    trials = f"{config.search.num_trials}, {facts['concurrent_trials']} at once, scored at steps {facts['rungs']}"
+    return "\n".join(
+        [
+            f"groups:     {facts['num_groups']} ({config.quantize.group})",
+            f"parameters: {facts['parameters_base'] / 1e6:.1f} M -> {facts['parameters_pruned'] / 1e6:.1f} M",
+            f"plan bytes: {', '.join(sizes)}, budget {facts['bytes_budget'] / 1e6:.1f} MB{about}",
+            f"trials:     {trials}",
+            f"rows:       {rows}",
+            *estimate.text(facts, has_gpu),
+            *[f"warning:    {warning}" for warning in facts["warnings"]],
+            "The configuration is valid.",
+        ]
+    )

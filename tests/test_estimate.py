@@ -1,0 +1,248 @@
+"""What `qpruner check` says that a run will take: against what autograd keeps, what ASHA does, what a row took."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from click.testing import CliRunner
+from conftest import raw_config, with_key
+
+from qpruner import estimate, preflight
+from qpruner.cli import main
+from qpruner.config import LoraConfig, RunConfig, validate_config
+from qpruner.models.layout import layout_of
+from qpruner.preflight import Inspection
+from qpruner.quantization.assembly import attach_adapters
+
+RATES = estimate.Rates(1e12, 2e12, "made up")
+
+
+@pytest.fixture(scope="module")
+def raw(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    return raw_config(tiny_model, tmp_path_factory.mktemp("estimate") / "run")
+
+
+@pytest.fixture(scope="module")
+def inspection(raw: dict[str, Any]) -> Inspection:
+    return preflight.inspect(validate_config(raw))
+
+
+@pytest.fixture
+def changed(raw: dict[str, Any]) -> Callable[..., RunConfig]:
+    """The configuration with other keys; `section__key=value`."""
+
+    def change(**keys: Any) -> RunConfig:
+        config = raw
+        for key, value in keys.items():
+            config = with_key(config, key.replace("__", "."), value)
+        return validate_config(config)
+
+    return change
+
+
+# ---- memory
+
+
+def kept_bytes(model: torch.nn.Module, ids: torch.Tensor) -> int:
+    """What autograd keeps for the backward pass, without the weights."""
+    own = {each.untyped_storage().data_ptr() for each in (*model.parameters(), *model.buffers())}
+    kept: dict[int, torch.UntypedStorage] = {}
+
+    def note(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
+    return sum(storage.nbytes() for storage in kept.values())
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3_text"])
+def test_activations_are_within_15_percent_of_what_autograd_keeps(family: str, inspection: Inspection) -> None:
+    from dataclasses import replace
+
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.for_model(
+        family,
+        vocab_size=512,
+        hidden_size=256,
+        intermediate_size=704,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=64,
+    )
+    model: Any = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    adapted = attach_adapters(model, {}, LoraConfig(rank=8), "block", seed=0).train()
+    ids = torch.randint(0, 512, (2, 64))
+    own = replace(inspection, model_config=config, pruned=layout_of(config, "block", 2, False, 8))
+    found = estimate.activation_bytes(own, ids.numel(), 8, checkpointing=False)
+    assert found == pytest.approx(kept_bytes(adapted, ids), rel=0.15)
+
+
+def test_memory_grows_with_what_it_is_made_of(inspection: Inspection, changed: Callable[..., RunConfig]) -> None:
+    before = estimate.training_memory(changed(), inspection)
+    longer = estimate.training_memory(changed(data__max_length=128), inspection)
+    assert longer.parts["logits"] == 2 * before.parts["logits"] == 2 * 12 * 4 * 64 * 512
+    assert longer.parts["activations"] == 2 * before.parts["activations"]
+    assert longer.parts["optimizer"] == 2 * before.parts["adapters"] == 2 * inspection.pruned.adapter_bytes
+    assert before.parts["weights"] + before.parts["adapters"] == inspection.budget_bytes
+    thrifty = estimate.training_memory(changed(training__gradient_checkpointing=True), inspection)
+    assert thrifty.parts["activations"] < before.parts["activations"]
+    wide = estimate.scoring_memory(changed(evaluate__batch_size=32), inspection)
+    assert wide.parts["logits"] == 4 * estimate.scoring_memory(changed(), inspection).parts["logits"]
+    assert wide.total == sum(wide.parts.values())
+
+
+def test_importance_without_gradients_needs_no_activations(
+    inspection: Inspection, changed: Callable[..., RunConfig]
+) -> None:
+    by_gradient = estimate.prune_memory(changed(), inspection)
+    by_weights = estimate.prune_memory(changed(prune__importance="magnitude"), inspection)
+    assert by_weights.total < by_gradient.total
+    assert "logits" in by_gradient.parts and "logits" not in by_weights.parts
+    only_forward = estimate.sensitivity_memory(changed(sensitivity__methods=["kl"]), inspection)
+    assert only_forward.total < estimate.sensitivity_memory(changed(), inspection).total
+
+
+# ---- time
+
+
+def test_stops_are_those_of_asha(changed: Callable[..., RunConfig]) -> None:
+    """Trials one after another, each going on where it is among the best half so far: a few more than the shares."""
+    config = changed(search__max_trials=400, search__steps=16, search__first_rung=2, sensitivity__methods=[])
+    generator, seen, steps = np.random.default_rng(0), {rung: [] for rung in config.search.rungs}, 16.0
+    for score in generator.random(399):
+        for rung in config.search.rungs:
+            seen[rung].append(score)
+            if rung == 16 or score > np.quantile(seen[rung], 0.5):
+                steps += rung
+                break
+    expected = estimate.expected_steps(config).steps
+    assert expected <= steps <= 1.25 * expected
+    assert expected < 400 * 16 / 2
+
+
+def test_every_trial_that_is_a_control_runs_to_its_end(changed: Callable[..., RunConfig]) -> None:
+    config = changed(search__max_trials=3)
+    assert estimate.expected_steps(config).steps == 3 * config.search.steps
+    assert estimate.expected_steps(config).rungs == 3 * len(config.search.rungs)
+
+
+def test_hours_follow_what_is_asked_for(inspection: Inspection, changed: Callable[..., RunConfig]) -> None:
+    def of(rates: estimate.Rates = RATES, slots: int = 1, **keys: Any) -> estimate.Hours:
+        return estimate.hours(changed(search__max_trials=40, **keys), inspection, rates, slots)
+
+    once = of()
+    assert once.total < once.at_most, "ASHA spares something"
+    assert once.wall == pytest.approx(once.total)
+    assert of(estimate.Rates(2e12, 4e12, "")).total == pytest.approx(once.total / 2)
+    assert of(slots=4).wall < once.wall and of(slots=4).total == once.total
+    longer = of(finetune__steps=8)
+    assert longer.stages["finetune"] > once.stages["finetune"]
+    assert {name for name in once.stages if longer.stages[name] != once.stages[name]} == {"finetune"}
+    assert of(prune__rate=0).stages["prune"] == 0
+    fewer = of(sensitivity__methods=["mutual_information", "fisher"])
+    assert fewer.stages["sensitivity"] < once.stages["sensitivity"], "KL and loss take most of it"
+
+
+def test_check_tells_memory_hours_and_what_was_assumed(
+    raw: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("config.yaml").write_text(yaml.safe_dump(raw))
+    done = CliRunner().invoke(main, ["check", "config.yaml", "--json", "--gpu", "A100"])
+    assert done.exit_code == 0, done.output
+    *text, line = done.output.strip().splitlines()
+    told = json.loads(line)
+    assert list(told["memory"]) == ["trial, training", "trial, scoring", "prune", "sensitivity"]
+    assert all(each["total"] == sum(each["parts"].values()) for each in told["memory"].values())
+    assert told["hours"]["total"] == pytest.approx(sum(told["hours"]["stages"].values()))
+    shown = "\n".join(text)
+    assert "assumed: A100, 312 TFLOP/s x 25% utilization" in shown and "GPU hours" in shown
+    for part in ("weights", "adapters", "gradients", "optimizer", "activations", "logits"):
+        assert any(each.startswith(f"    {part} ") for each in text)
+    refused = CliRunner().invoke(main, ["check", "config.yaml", "--gpu", "A100", "--measure"])
+    assert refused.exit_code == 2
+    refused = CliRunner().invoke(main, ["check", "config.yaml", "--gpu", "Abacus"])
+    assert refused.exit_code == 2 and "knows H200, H100, A100" in refused.output
+
+
+# ---- against reality
+
+FINETUNE = """
+import json, sys
+from pathlib import Path
+from qpruner.candidates import Candidate, CandidateJob, finetune_candidate
+from qpruner.config import load_config
+from qpruner.rundir import RunDir
+config = load_config(Path(sys.argv[1]))
+run = RunDir(Path(config.output))
+names = sorted(path.stem for path in (run.stage("bank") / "4bit").iterdir())
+plan = {name: (4, 8)[position % 2] for position, name in enumerate(names)}
+row = Candidate("searched", run.stage("prune"), run.stage("bank"), plan, Path(sys.argv[2]), 0)
+done = finetune_candidate(CandidateJob(config, row, run.stage("prepare") / "data", threads=1))
+print(json.dumps({"peak": done.peak_memory_bytes, "seconds": done.seconds}))
+"""
+
+
+@pytest.fixture(scope="module")
+def real(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[RunConfig, Path]:
+    """A run up to its bank, of a model whose logits and activations stand out from what a process takes anyway."""
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    from qpruner.pipeline import run
+
+    folder = tmp_path_factory.mktemp("real")
+    config = AutoConfig.from_pretrained(tiny_model)
+    config.update({"vocab_size": 8192, "hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 6})
+    AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder / "model")
+    AutoTokenizer.from_pretrained(tiny_model).save_pretrained(folder / "model")
+    raw = raw_config(folder / "model", folder / "run")
+    # Packed rows are of full length, which is what the estimate is for.
+    for key, value in {
+        "data.max_length": 128,
+        "data.packing": True,
+        "training.batch_size": 16,
+        "training.micro_batch_size": 16,
+        "finetune.steps": 6,
+        "quantize.group": "block",
+    }.items():
+        raw = with_key(raw, key, value)
+    path = folder / "config.yaml"
+    path.write_text(yaml.safe_dump(raw))
+    checked = validate_config(raw)
+    run(checked, lambda event: None, until="bank")
+    return checked, path
+
+
+@pytest.mark.slow
+def test_a_fine_tune_takes_the_memory_and_the_time_that_were_told(real: tuple[RunConfig, Path], tmp_path: Path) -> None:
+    """Memory within a factor of 1.5; time, of which loading is no part and other work on the machine is, within 3."""
+    config, path = real
+    command = [sys.executable, "-c", FINETUNE, str(path), str(tmp_path / "row")]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=600)
+    took = json.loads(done.stdout.splitlines()[-1])
+    told = subprocess.run(
+        [sys.executable, "-m", "qpruner.cli", "check", str(path), "--measure", "--json"],
+        capture_output=True, text=True, check=True, timeout=600,
+    )  # fmt: skip
+    facts = json.loads(told.stdout.splitlines()[-1])
+    expected = facts["memory"]["trial, training"]["total"]
+    seconds = facts["hours"]["stages"]["finetune"] * 3600 / estimate.num_finetunes(config)
+    print(f"memory: told {expected / 1e6:.0f} MB, took {took['peak'] / 1e6:.0f} MB")
+    print(f"time: told {seconds:.1f} s, took {took['seconds']:.1f} s; {facts['hours']['rates']}")
+    assert expected / 1.5 < took["peak"] < expected * 1.5
+    assert seconds / 3 < took["seconds"] < seconds * 3
