@@ -34,7 +34,7 @@ def check(config: RunConfig, address: str | None, quiet: bool, measure: bool, gp
     with Terminal(quiet=quiet) as terminal:
         found = pipeline.check(config, terminal.emit, address)
     inspection, concurrent, resources = found.inspection, found.concurrent, found.resources
-    rates = _rates(config, inspection, int(resources.get("cpu", 1)), measure, gpu)
+    rates = _rates(config, inspection, resources, measure, gpu)
     layout, levels = inspection.pruned, config.quantize.bits
     facts = {
         "num_groups": len(layout.groups),
@@ -55,13 +55,25 @@ def check(config: RunConfig, address: str | None, quiet: bool, measure: bool, gp
     return {"status": "ok", **facts}
 
 
-def _rates(config: RunConfig, inspection: Inspection, cores: int, measure: bool, gpu: str | None) -> estimate.Rates:
-    """How fast a slot is: measured here, or assumed of a GPU or of cores."""
+def _rates(
+    config: RunConfig, inspection: Inspection, resources: dict[str, float], measure: bool, gpu: str | None
+) -> estimate.Rates:
+    """How fast a slot is: measured here, or assumed of a GPU or of cores.
+
+    Raises:
+        UserError: If trials hold GPUs and there is none here to be timed.
+    """
     import torch
 
+    cores = int(resources.get("cpu", 1))
     here = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     if not measure:
-        return estimate.assumed_rates(gpu or here, cores)
+        return estimate.assumed_rates(gpu or here or ("a GPU elsewhere" if resources.get("gpu") else None), cores)
+    if resources.get("gpu") and not here:
+        raise UserError(
+            "`--measure` times this machine, which has no GPU, and trials hold one: check on a machine like the "
+            f"cluster's, or name its GPU with `--gpu` ({', '.join(estimate.TERAFLOPS)})"
+        )
     from qpruner import pace
 
     share = estimate.share_at_highest(config, inspection)

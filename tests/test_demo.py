@@ -60,4 +60,8 @@ def test_demo(tmp_path: Path) -> None:
     candidates = report["records"]["finetune"]["candidates"]
     assert all(row["measured_bytes"] == row["plan_bytes"] and row["steps"] == 8 for row in candidates)
     assert report["claim"] == told["claim"]
+    checked = subprocess.run([*command[:3], "check", str(config), "--json"], capture_output=True, text=True, cwd=ROOT)
+    expected = json.loads(checked.stdout.splitlines()[-1])["memory"]["trial, training"]["total"]
+    assert expected / 1.5 < table["searched"]["peak_memory_bytes"] < expected * 1.5, "what `qpruner check` had told"
+    assert all(row["perplexity"] > 1 and row["decode_tokens_per_second"] for row in told["table"])
     assert peak < MEMORY_LIMIT_BYTES
