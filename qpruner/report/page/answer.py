@@ -38,6 +38,7 @@ def _whole(run: Snapshot) -> Iterator[Tile]:
             f"{_megabytes(run.results.prune.bytes_after)} after pruning; budget "
             f"{_megabytes(run.results.search.budget_bytes)}",
             f"{winner.num_parameters / 1e6:.1f} M of {run.results.prune.parameters_before / 1e6:.1f} M parameters",
+            *_in_use(winner, base),
         ),
     )
     others = [table[name] for name in (BASE, PRUNED) if name in table]
@@ -58,6 +59,16 @@ def _whole(run: Snapshot) -> Iterator[Tile]:
         (f"{len(plan)} groups: {', '.join(counts)}", f"found by {winner.origin}"),
     )
     yield _certainty(run)
+
+
+def _in_use(winner: Row, base: Row | None) -> Iterator[str]:
+    """Memory and speed of a generation."""
+    if winner.inference_memory_bytes is None or winner.decode_tokens_per_second is None:
+        return
+    told = f"in use {_megabytes(winner.inference_memory_bytes)}, {winner.decode_tokens_per_second[0]:.1f} tokens/s"
+    if base and base.inference_memory_bytes and base.decode_tokens_per_second:
+        told += f"; base {_megabytes(base.inference_memory_bytes)}, {base.decode_tokens_per_second[0]:.1f} tokens/s"
+    yield told
 
 
 def _answer_losses(winner: Row, others: list[Row]) -> Iterator[str]:
