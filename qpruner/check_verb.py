@@ -10,6 +10,7 @@ import yaml
 from qpruner import estimate, pipeline
 from qpruner.config import RunConfig
 from qpruner.errors import UserError
+from qpruner.estimate import work
 from qpruner.preflight import Inspection
 from qpruner.terminal import Terminal
 
@@ -29,8 +30,8 @@ def check(config: RunConfig, address: str | None, quiet: bool, measure: bool, gp
     """
     if measure and gpu:
         raise UserError("`--measure` times what is here, `--gpu` assumes what is not: leave one of them out")
-    if gpu is not None and gpu not in estimate.TERAFLOPS:
-        raise UserError(f"`--gpu` knows {', '.join(estimate.TERAFLOPS)}; got {gpu}")
+    if gpu is not None and gpu not in work.TERAFLOPS:
+        raise UserError(f"`--gpu` knows {', '.join(work.TERAFLOPS)}; got {gpu}")
     with Terminal(quiet=quiet) as terminal:
         found = pipeline.check(config, terminal.emit, address)
     inspection, concurrent, resources = found.inspection, found.concurrent, found.resources
@@ -57,7 +58,7 @@ def check(config: RunConfig, address: str | None, quiet: bool, measure: bool, gp
 
 def _rates(
     config: RunConfig, inspection: Inspection, resources: dict[str, float], measure: bool, gpu: str | None
-) -> estimate.Rates:
+) -> work.Rates:
     """How fast a slot is: measured here, or assumed of a GPU or of cores.
 
     Raises:
@@ -68,18 +69,18 @@ def _rates(
     cores = int(resources.get("cpu", 1))
     here = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     if not measure:
-        return estimate.assumed_rates(gpu or here or ("a GPU elsewhere" if resources.get("gpu") else None), cores)
+        return work.assumed_rates(gpu or here or ("a GPU elsewhere" if resources.get("gpu") else None), cores)
     if resources.get("gpu") and not here:
         raise UserError(
             "`--measure` times this machine, which has no GPU, and trials hold one: check on a machine like the "
-            f"cluster's, or name its GPU with `--gpu` ({', '.join(estimate.TERAFLOPS)})"
+            f"cluster's, or name its GPU with `--gpu` ({', '.join(work.TERAFLOPS)})"
         )
     from qpruner import pace
 
-    share = estimate.share_at_highest(config, inspection)
+    share = work.share_at_highest(config, inspection)
     seconds = pace.measure(config, inspection.pruned_config, share, cores)
     where = here or f"{cores} CPU core(s)"
-    return estimate.measured_rates(config, inspection, seconds.training, seconds.scoring, where)
+    return work.measured_rates(config, inspection, seconds.training, seconds.scoring, where)
 
 
 def _text(config: RunConfig, facts: dict[str, Any], has_gpu: bool) -> str:

@@ -16,14 +16,15 @@ import yaml
 from click.testing import CliRunner
 from conftest import raw_config, with_key
 
-from qpruner import estimate, preflight
+from qpruner import preflight
 from qpruner.cli import main
 from qpruner.config import LoraConfig, RunConfig, validate_config
+from qpruner.estimate import memory, work
 from qpruner.models.layout import layout_of
 from qpruner.preflight import Inspection
 from qpruner.quantization.assembly import attach_adapters
 
-RATES = estimate.Rates(1e12, 2e12, "made up")
+RATES = work.Rates(1e12, 2e12, "made up")
 
 
 @pytest.fixture(scope="module")
@@ -88,33 +89,33 @@ def test_activations_are_within_15_percent_of_what_autograd_keeps(family: str, i
     adapted = attach_adapters(model, {}, LoraConfig(rank=8), "block", seed=0).train()
     ids = torch.randint(0, 512, (2, 64))
     own = replace(inspection, model_config=config, pruned=layout_of(config, "block", 2, False, 8))
-    found = estimate.activation_bytes(own, ids.numel(), 8, checkpointing=False)
+    found = memory.activation_bytes(own, ids.numel(), 8, checkpointing=False)
     assert found == pytest.approx(kept_bytes(adapted, ids), rel=0.15)
 
 
 def test_memory_grows_with_what_it_is_made_of(inspection: Inspection, changed: Callable[..., RunConfig]) -> None:
-    before = estimate.training_memory(changed(), inspection)
-    longer = estimate.training_memory(changed(data__max_length=128), inspection)
+    before = memory.training_memory(changed(), inspection)
+    longer = memory.training_memory(changed(data__max_length=128), inspection)
     assert longer.parts["logits"] == 2 * before.parts["logits"] == 2 * 12 * 4 * 64 * 512
     assert longer.parts["activations"] == 2 * before.parts["activations"]
     assert longer.parts["optimizer"] == 2 * before.parts["adapters"] == 2 * inspection.pruned.adapter_bytes
     assert before.parts["weights"] + before.parts["adapters"] == inspection.budget_bytes
-    thrifty = estimate.training_memory(changed(training__gradient_checkpointing=True), inspection)
+    thrifty = memory.training_memory(changed(training__gradient_checkpointing=True), inspection)
     assert thrifty.parts["activations"] < before.parts["activations"]
-    wide = estimate.scoring_memory(changed(evaluate__batch_size=32), inspection)
-    assert wide.parts["logits"] == 4 * estimate.scoring_memory(changed(), inspection).parts["logits"]
+    wide = memory.scoring_memory(changed(evaluate__batch_size=32), inspection)
+    assert wide.parts["logits"] == 4 * memory.scoring_memory(changed(), inspection).parts["logits"]
     assert wide.total == sum(wide.parts.values())
 
 
 def test_importance_without_gradients_needs_no_activations(
     inspection: Inspection, changed: Callable[..., RunConfig]
 ) -> None:
-    by_gradient = estimate.prune_memory(changed(), inspection)
-    by_weights = estimate.prune_memory(changed(prune__importance="magnitude"), inspection)
+    by_gradient = memory.prune_memory(changed(), inspection)
+    by_weights = memory.prune_memory(changed(prune__importance="magnitude"), inspection)
     assert by_weights.total < by_gradient.total
     assert "logits" in by_gradient.parts and "logits" not in by_weights.parts
-    only_forward = estimate.sensitivity_memory(changed(sensitivity__methods=["kl"]), inspection)
-    assert only_forward.total < estimate.sensitivity_memory(changed(), inspection).total
+    only_forward = memory.sensitivity_memory(changed(sensitivity__methods=["kl"]), inspection)
+    assert only_forward.total < memory.sensitivity_memory(changed(), inspection).total
 
 
 # ---- time
@@ -130,25 +131,25 @@ def test_stops_are_those_of_asha(changed: Callable[..., RunConfig]) -> None:
             if rung == 16 or score > np.quantile(seen[rung], 0.5):
                 steps += rung
                 break
-    expected = estimate.expected_steps(config).steps
+    expected = work.expected_steps(config).steps
     assert expected <= steps <= 1.25 * expected
     assert expected < 400 * 16 / 2
 
 
 def test_every_trial_that_is_a_control_runs_to_its_end(changed: Callable[..., RunConfig]) -> None:
     config = changed(search__max_trials=3)
-    assert estimate.expected_steps(config).steps == 3 * config.search.steps
-    assert estimate.expected_steps(config).rungs == 3 * len(config.search.rungs)
+    assert work.expected_steps(config).steps == 3 * config.search.steps
+    assert work.expected_steps(config).rungs == 3 * len(config.search.rungs)
 
 
 def test_hours_follow_what_is_asked_for(inspection: Inspection, changed: Callable[..., RunConfig]) -> None:
-    def of(rates: estimate.Rates = RATES, slots: int = 1, **keys: Any) -> estimate.Hours:
-        return estimate.hours(changed(search__max_trials=40, **keys), inspection, rates, slots)
+    def of(rates: work.Rates = RATES, slots: int = 1, **keys: Any) -> work.Hours:
+        return work.hours(changed(search__max_trials=40, **keys), inspection, rates, slots)
 
     once = of()
     assert once.total < once.at_most, "ASHA spares something"
     assert once.wall == pytest.approx(once.total)
-    assert of(estimate.Rates(2e12, 4e12, "")).total == pytest.approx(once.total / 2)
+    assert of(work.Rates(2e12, 4e12, "")).total == pytest.approx(once.total / 2)
     assert of(slots=4).wall < once.wall and of(slots=4).total == once.total
     longer = of(finetune__steps=8)
     assert longer.stages["finetune"] > once.stages["finetune"]
@@ -241,7 +242,7 @@ def test_a_fine_tune_takes_the_memory_and_the_time_that_were_told(real: tuple[Ru
     )  # fmt: skip
     facts = json.loads(told.stdout.splitlines()[-1])
     expected = facts["memory"]["trial, training"]["total"]
-    seconds = facts["hours"]["stages"]["finetune"] * 3600 / estimate.num_finetunes(config)
+    seconds = facts["hours"]["stages"]["finetune"] * 3600 / work.num_finetunes(config)
     print(f"memory: told {expected / 1e6:.0f} MB, took {took['peak'] / 1e6:.0f} MB")
     print(f"time: told {seconds:.1f} s, took {took['seconds']:.1f} s; {facts['hours']['rates']}")
     assert expected / 1.5 < took["peak"] < expected * 1.5

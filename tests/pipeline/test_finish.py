@@ -17,7 +17,7 @@ from qpruner import preflight
 from qpruner.config import validate_config
 from qpruner.data import load_encoded
 from qpruner.errors import ConfigError
-from qpruner.estimate import num_finetunes
+from qpruner.estimate.work import num_finetunes
 from qpruner.events import Event, Message
 from qpruner.pipeline import run
 from qpruner.pipeline.context import Context

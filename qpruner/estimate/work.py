@@ -1,15 +1,4 @@
-"""What a run will take, before it is paid for: memory by part, and hours by stage.
-
-Nothing is loaded or run here: bytes and operations are counted from the shapes. Time comes from operations and how many
-of them a device does in a second: assumed below, or as `qpruner.pace` measured it.
-
-Memory, for n tokens in a forward pass (rows x length), a vocabulary of V and elements of e bytes:
-
-- An adapted layer of r rows and c columns keeps for its backward pass its input in float32 for the adapter (4 c), the
-  adapter's inner values (4 x rank), and about e (r + c) of what lies between layers; a layer without adapter the last
-  alone. Autograd keeps within 15 % of this (Llama, Qwen3, Gemma 3: tests/test_estimate.py). With gradient checkpointing
-  every block keeps its input, and one block all of this.
-- Logits: 12 n V. The loss is taken in float32: the loss's own copy, its gradient and the gradient of the logits.
+"""Hours of each stage: operations, counted from the shapes, over how many of them a slot does in a second.
 
 Operations (Kaplan et al., arXiv 2001.08361, section 2.1): 2 per weight and token forward, 2 backward to the inputs and
 2 to the weights. Adapters leave the latter out; gradient checkpointing adds a forward pass.
@@ -19,17 +8,15 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from qpruner.config import RunConfig
 from qpruner.data import Example
-from qpruner.plan import FULL_BITS, Layout, LinearShape
+from qpruner.plan import FULL_BITS, Layout
 from qpruner.preflight import Inspection
 
-LOGIT_BYTES = 12
-FLOAT32_BYTES = 4
 CHARACTERS_A_TOKEN = 4
 ALPACA_TOKENS = 40
 """Of the template around an instruction."""
@@ -56,23 +43,6 @@ GPU_UTILIZATION = 0.25
 CORE_FLOPS = 1.3e11
 """Of one CPU core with AVX512-BF16: a LoRA step of 4 x 256 tokens on SmolLM2-135M took 3.3 s in bf16, 3.5 in 4 bits and
 4.4 in 8 (2026-11-25)."""
-
-
-@dataclass(frozen=True)
-class Memory:
-    """Bytes of one piece of work, by part.
-
-    Attributes:
-        about: What is worked on, in words.
-        parts: Name -> bytes, all held at once at the highest point.
-    """
-
-    about: str
-    parts: dict[str, int]
-
-    @property
-    def total(self) -> int:
-        return sum(self.parts.values())
 
 
 @dataclass(frozen=True)
@@ -126,123 +96,6 @@ def share_at_highest(config: RunConfig, inspection: Inspection) -> float:
 def _operations(config: RunConfig) -> int:
     """A weight and token, of a training step."""
     return 6 if config.training.gradient_checkpointing else 4
-
-
-def training_memory(config: RunConfig, inspection: Inspection) -> Memory:
-    """Peak of a training step of a trial, or of the final fine-tune, with the budget's plan and rows of full length."""
-    training, length = config.training, config.data.max_length
-    tokens = training.micro_batch_size * length
-    return Memory(
-        f"a step of {training.micro_batch_size} rows x {length} tokens (`training.micro_batch_size`)",
-        _held(config, inspection)
-        | {
-            "activations": activation_bytes(inspection, tokens, config.lora.rank, training.gradient_checkpointing),
-            "logits": logit_bytes(inspection, tokens),
-        },
-    )
-
-
-def scoring_memory(config: RunConfig, inspection: Inspection) -> Memory:
-    """Peak of scoring a trial at a rung, which its optimizer's state outlasts."""
-    rows, length = config.evaluate.batch_size, config.data.max_length
-    tokens = rows * length
-    return Memory(
-        f"scoring {rows} rows x {length} tokens (`evaluate.batch_size`)",
-        _held(config, inspection)
-        | {"activations": _widest(inspection.pruned, tokens), "logits": logit_bytes(inspection, tokens)},
-    )
-
-
-def _held(config: RunConfig, inspection: Inspection) -> dict[str, int]:
-    """What a trial holds all the time."""
-    layout = inspection.pruned
-    largest, adapters = layout.plan_bytes(layout.uniform(config.quantize.bits[-1])), layout.adapter_bytes
-    return {
-        "weights": min(inspection.budget_bytes, largest) - adapters,
-        "adapters": adapters,
-        "gradients": adapters,
-        "optimizer": 2 * adapters,
-    }
-
-
-def prune_memory(config: RunConfig, inspection: Inspection) -> Memory:
-    """Peak of the cut: the dense base model, and where importance asks for gradients those of one batch."""
-    settings, calibration, base = config.prune, config.calibration, inspection.base
-    weights = {"weights": base.num_parameters * base.element_bytes}
-    largest = max(linear.num_weights for group in base.groups for linear in group.linears)
-    widest = max(linear.columns for group in base.groups for linear in group.linears)
-    if settings.compensation == "least_squares":
-        weights["Gram matrix"] = 2 * FLOAT32_BYTES * widest**2
-    if settings.importance not in ("fisher", "taylor"):
-        return Memory(f"the base model, importance by {settings.importance}", weights)
-    tokens = calibration.batch_size * calibration.max_length
-    return Memory(
-        f"gradients of {calibration.batch_size} rows x {calibration.max_length} tokens (`calibration.batch_size`)",
-        weights
-        | {
-            "gradient": FLOAT32_BYTES * largest,
-            "activations": sum(_kept(group.linears, tokens, base.element_bytes, None) for group in base.groups),
-            "logits": logit_bytes(inspection, tokens),
-        },
-    )
-
-
-def sensitivity_memory(config: RunConfig, inspection: Inspection) -> Memory:
-    """Peak of the sensitivities: the dense pruned model, and gradients of one batch where a method asks for them."""
-    layout, length = inspection.pruned, config.data.max_length
-    weights = {"weights": layout.num_parameters * layout.element_bytes}
-    by_gradient = {"first_order", "fisher", "second_order"} & set(config.sensitivity.methods)
-    rows = config.calibration.batch_size if by_gradient else config.evaluate.batch_size
-    tokens = rows * length
-    if not by_gradient:
-        parts = {"activations": _widest(layout, tokens), "logits": logit_bytes(inspection, tokens)}
-        return Memory(f"forward passes of {rows} rows x {length} tokens", weights | parts)
-    largest = max(linear.num_weights for group in layout.groups for linear in group.linears)
-    return Memory(
-        f"gradients of {rows} rows x {length} tokens",
-        weights
-        | {
-            "gradient": FLOAT32_BYTES * largest,
-            "activations": sum(_kept(group.linears, tokens, layout.element_bytes, None) for group in layout.groups),
-            "logits": logit_bytes(inspection, tokens),
-        },
-    )
-
-
-def activation_bytes(inspection: Inspection, tokens: int, rank: int, checkpointing: bool) -> int:
-    """What is kept for the backward pass of a forward pass with adapters."""
-    layout = inspection.pruned
-    blocks = _by_block(layout)
-    kept = [_kept(linears, tokens, layout.element_bytes, rank) for linears in blocks]
-    if not checkpointing:
-        return sum(kept)
-    return len(blocks) * tokens * int(inspection.model_config.hidden_size) * layout.element_bytes + max(kept)
-
-
-def logit_bytes(inspection: Inspection, tokens: int) -> int:
-    """Logits and the gradients of the loss."""
-    return LOGIT_BYTES * tokens * int(inspection.model_config.vocab_size)
-
-
-def _kept(linears: Iterable[LinearShape], tokens: int, element_bytes: int, rank: int | None) -> int:
-    """What layers keep for the backward pass; without a rank they have no adapter."""
-    adapter = 0 if rank is None else FLOAT32_BYTES
-    return tokens * sum(
-        element_bytes * (linear.rows + linear.columns) + adapter * (linear.columns + (rank or 0)) for linear in linears
-    )
-
-
-def _widest(layout: Layout, tokens: int) -> int:
-    """What a forward pass holds at once: the inputs and outputs of the widest group's layers."""
-    return max(_kept(group.linears, tokens, layout.element_bytes, None) for group in layout.groups)
-
-
-def _by_block(layout: Layout) -> list[list[LinearShape]]:
-    """The linear layers of each block; a group's name begins with its block's, `layers.07`."""
-    blocks: dict[str, list[LinearShape]] = {}
-    for group in layout.groups:
-        blocks.setdefault(".".join(group.name.split(".")[:2]), []).extend(group.linears)
-    return list(blocks.values())
 
 
 @dataclass(frozen=True)
@@ -427,50 +280,3 @@ def _padded(lengths: Sequence[int], rows: int) -> float:
     """Mean length of batches that are padded to their longest row."""
     longest = [max(lengths[start : start + rows]) for start in range(0, len(lengths), rows)]
     return sum(longest) / len(longest)
-
-
-def facts(config: RunConfig, inspection: Inspection, rates: Rates, slots: int) -> dict[str, Any]:
-    """Every figure as plain data."""
-    works = {
-        "trial, training": training_memory,
-        "trial, scoring": scoring_memory,
-        "prune": prune_memory,
-        "sensitivity": sensitivity_memory,
-    }
-    memory = {name: work(config, inspection) for name, work in works.items()}
-    time = hours(config, inspection, rates, slots)
-    return {
-        "memory": {name: {"at": each.about, "parts": each.parts, "total": each.total} for name, each in memory.items()},
-        "hours": {
-            "rates": rates.origin,
-            "stages": time.stages,
-            "total": time.total,
-            "at_most": time.at_most,
-            "wall": time.wall,
-            "slots": slots,
-        },
-    }
-
-
-def text(found: Mapping[str, Any], has_gpu: bool) -> list[str]:
-    """The same as lines."""
-    lines = []
-    for name, each in found["memory"].items():
-        lines.append(f"memory, {name}: {_amount(each['total'])} at most ({each['at']})")
-        lines += [f"    {part:<12} {_amount(size):>10}" for part, size in each["parts"].items()]
-    time = found["hours"]
-    unit = "GPU hours" if has_gpu else "slot hours"
-    lines.append(
-        f"time, {time['total']:.2f} {unit} (at most {time['at_most']:.2f}, with no trial stopped), about "
-        f"{time['wall']:.2f} hours on {time['slots']} slot(s):"
-    )
-    lines += [f"    {stage:<12} {taken:>10.3f}" for stage, taken in time["stages"].items()]
-    lines.append(
-        f"    {time['rates']}; rows of {CHARACTERS_A_TOKEN} characters a token, {CHOICES} answers a question; without "
-        "starts of processes, loading and saving"
-    )
-    return lines
-
-
-def _amount(size: int) -> str:
-    return f"{size / 1e9:.2f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"
