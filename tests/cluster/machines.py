@@ -73,7 +73,6 @@ def small_config(path: Path, model: Path, output: Path) -> Path:
         "search.resources_per_trial": {"cpu": 1, "gpu": 0},
         "sensitivity.methods": ["first_order"],
         "finetune.compare": False,
-        "finetune.seeds": 1,
     }.items():
         raw = with_key(raw, key, value)
     path.write_text(yaml.safe_dump(raw))

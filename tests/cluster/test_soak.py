@@ -30,6 +30,8 @@ from qpruner.rundir import RunDir, file_digest
 pytestmark = pytest.mark.cluster
 
 NUM_KILLS, NUM_NODES, SEED = 20, 3, 0
+SHARE_AT_WORK = 0.75
+"""Kills that wait until trials run; the others come at any time, on a busy machine mostly while a driver starts."""
 TRIALS_A_ROUND = 8
 """A search that is over before the last kill is given so many trials more."""
 
@@ -49,6 +51,9 @@ class Killer:
     def disturb(self, process: Driver) -> None:
         """Kill until the driver has ended or there were kills enough."""
         while not self.is_done:
+            at_work = self.generator.random() < SHARE_AT_WORK
+            while at_work and not working(process.run) and process.process.poll() is None:
+                time.sleep(0.05)
             instant = time.monotonic() + self.generator.uniform(1.0, 15.0)
             while time.monotonic() < instant:
                 if process.process.poll() is not None:
