@@ -1,6 +1,7 @@
 """The rows of the final table: each gets the same fine-tune and the same evaluation.
 
-The functions here are what a worker process runs for one row; they know nothing of Ray.
+The functions here are what a worker process runs for one row, alone or, a fine-tune, in a group; they know nothing of
+Ray.
 """
 
 from __future__ import annotations
@@ -65,7 +66,7 @@ class CandidateJob:
 
 @dataclass(frozen=True)
 class FinetuneOutcome:
-    """What a fine-tune ended with."""
+    """What a fine-tune ended with; bytes are those of one process."""
 
     seconds: float
     steps: int
@@ -84,7 +85,7 @@ def finetune_candidate(job: CandidateJob) -> FinetuneOutcome:
 
     from qpruner.calibration import mean_loss
     from qpruner.data import load_encoded
-    from qpruner.finetune import Listener, Schedule, finetune
+    from qpruner.finetune import Listener, Schedule, Share, finetune
     from qpruner.memory import PeakMemory
     from qpruner.models.loading import load_tokenizer
     from qpruner.quantization.assembly import measured_bytes
@@ -117,12 +118,13 @@ def finetune_candidate(job: CandidateJob) -> FinetuneOutcome:
     peak = memory.bytes()
     loss = mean_loss(model, validation, pad_id, config.evaluate.batch_size).mean
     fresh_loss = mean_loss(model, fresh, pad_id, config.evaluate.batch_size).mean
-    model.save_pretrained(candidate.adapter)
-    # Renamed first, so that a half-deleted checkpoint is never taken for a whole one.
-    doomed = work.with_name("checkpoints-done")
-    shutil.rmtree(doomed, ignore_errors=True)
-    work.rename(doomed)
-    shutil.rmtree(doomed, ignore_errors=True)
+    if Share.own().rank == 0:
+        model.save_pretrained(candidate.adapter)
+        # Renamed first, so that a half-deleted checkpoint is never taken for a whole one.
+        doomed = work.with_name("checkpoints-done")
+        shutil.rmtree(doomed, ignore_errors=True)
+        work.rename(doomed)
+        shutil.rmtree(doomed, ignore_errors=True)
     size = measured_bytes(model)
     seconds = time.monotonic() - started
     return FinetuneOutcome(seconds, result.steps, result.train_loss, loss, fresh_loss, size, peak, memory.counter)
@@ -296,11 +298,11 @@ def load_adapter(model: PeftModel, folder: Path) -> None:
 
 
 def latest_checkpoint(folder: Path) -> Path | None:
-    """The newest whole checkpoint of an interrupted fine-tune; a checkpoint is whole with these two files."""
+    """The newest whole checkpoint of an interrupted fine-tune, which has its state and a random state."""
     complete = [
         path
         for path in folder.glob("checkpoint-*")
-        if (path / "trainer_state.json").is_file() and (path / "rng_state.pth").is_file()
+        if (path / "trainer_state.json").is_file() and any(path.glob("rng_state*.pth"))
     ]
     return max(complete, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
 

@@ -491,6 +491,10 @@ class FinetuneConfig(Section):
     """Steps between checkpoints."""
     compare: bool = False
     """Give base, pruned, uniform, seed and random plans the same fine-tune, for the final table and its claim."""
+    num_workers: Positive = 1
+    """Workers, each with a GPU (or with cores) of its own, that share every batch of a fine-tune through Ray Train; the
+    workers may lie on several nodes. `training.batch_size` stays that of all together, so the losses are those of one
+    worker; it must be a multiple of `num_workers` times `training.micro_batch_size`."""
     seeds: Positive = 3
     """With `compare`: training seeds (data order and dropout) of the searched, the best seed and the random plans; the
     first is `seed`, the others count up from it. One leaves a claim about one training seed."""
@@ -550,14 +554,36 @@ class RunConfig(Section):
     evaluate: EvaluateConfig
 
     @model_validator(mode="after")
-    def unseen_tasks(self) -> RunConfig:
-        seen = sorted(set(self.search.tasks) & set(self.evaluate.tasks))
-        if seen:
-            raise ValueError(
-                f"`evaluate.tasks` must not share tasks with `search.tasks`, both name {', '.join(seen)}: the report "
-                "must be on tasks the search never saw"
-            )
+    def consistent(self) -> RunConfig:
+        problems = [message for is_wrong, message in self._rules() if is_wrong]
+        if problems:
+            raise ValueError("; ".join(problems))
         return self
+
+    def _rules(self) -> tuple[tuple[bool, str], ...]:
+        """What sections ask of one another."""
+        seen = sorted(set(self.search.tasks) & set(self.evaluate.tasks))
+        workers, training, asked = self.finetune.num_workers, self.training, self.search.resources_per_trial
+        gpus = (asked.gpu if asked else None) or 0
+        return (
+            (
+                bool(seen),
+                f"`evaluate.tasks` must not share tasks with `search.tasks`, both name {', '.join(seen)}: the report "
+                "must be on tasks the search never saw",
+            ),
+            (
+                bool(training.batch_size % (workers * training.micro_batch_size)),
+                f"`training.batch_size` must be a multiple of `finetune.num_workers` x `training.micro_batch_size` "
+                f"({workers} x {training.micro_batch_size}), got {training.batch_size}: the workers share every batch; "
+                "take fewer workers, a smaller micro-batch or another batch size",
+            ),
+            (
+                workers > 1 and gpus > 1,
+                f"`finetune.num_workers` above 1 needs workers with one GPU each, got {workers} with "
+                f"`search.resources_per_trial.gpu` {gpus:g}: a model is spread over several GPUs, or shared among "
+                "workers, not both",
+            ),
+        )
 
 
 class _UniqueKeyLoader(yaml.SafeLoader):

@@ -2,23 +2,30 @@
 
 Rungs are steps at which the loop saves a checkpoint and then calls back; a checkpoint holds adapter, optimizer,
 scheduler and random state, so a run that goes on from one is the run that was never interrupted.
+
+Where torch's process group is up, its processes share the work: each takes its part of every batch, gradients are
+added up over all, and the losses are those of one process. Every process calls `finetune` alike; the first one saves
+and tells.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import distributed
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader, Sampler
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
 from qpruner.calibration import Rows
 from qpruner.config import TrainingConfig
-from qpruner.data import collate
+from qpruner.data import IGNORED_LABEL, collate
 from qpruner.errors import TrainingDiverged
 
 if TYPE_CHECKING:
@@ -48,7 +55,7 @@ class Schedule:
 
 @dataclass(frozen=True)
 class Listener:
-    """Who is told how the training goes.
+    """Who is told how the training goes; of several processes the first one's.
 
     Attributes:
         on_rung: Step, checkpoint folder and training loss; may raise to stop.
@@ -57,6 +64,26 @@ class Listener:
 
     on_rung: Callable[[int, Path, float], None] = lambda step, checkpoint, loss: None
     on_step: Callable[[int, int, float], None] = lambda step, total, loss: None
+
+
+@dataclass(frozen=True)
+class Share:
+    """Which of the processes that train together this one is.
+
+    Attributes:
+        rank: 0 is the first, which saves and tells.
+        processes: How many there are; 1 where no process group is up.
+    """
+
+    rank: int
+    processes: int
+
+    @classmethod
+    def own(cls) -> Share:
+        """This process's."""
+        if not (distributed.is_available() and distributed.is_initialized()):
+            return cls(0, 1)
+        return cls(distributed.get_rank(), distributed.get_world_size())
 
 
 @dataclass(frozen=True)
@@ -82,39 +109,103 @@ def finetune(
 
     Args:
         model: What `attach_adapters` made.
-        rows: Encoded training rows.
-        settings: Optimizer settings.
+        rows: Encoded training rows, the same in every process.
+        settings: Optimizer settings; `batch_size` is that of all processes together.
         schedule: Length, rungs and checkpoints.
         output: Folder for checkpoints.
         seed: Seeds data order and dropout.
         pad_id: Padding token.
-        start: A checkpoint of this very training to go on from.
+        start: A checkpoint of this very training to go on from; of several processes the first one's counts.
         listener: Callbacks.
 
     Raises:
         TrainingDiverged: At the step whose loss or gradient is NaN or infinite, or whose loss is more than
             `DIVERGED_BY` above both the first step's and that of a blind guess, ln(vocabulary).
     """
-    callback = _Callback(schedule.rungs, listener or Listener(), math.log(_vocabulary(model)))
+    share = Share.own()
+    batches = _Batches(len(rows), settings.micro_batch_size, seed, share)
+    callback = _Callback(schedule.rungs, listener or Listener(), math.log(_vocabulary(model)), batches)
     if settings.gradient_checkpointing:
         model.enable_input_require_grads()
-    trainer = Trainer(
+    trainer = _Trainer(
         model=model,
-        args=_arguments(settings, schedule, output, seed),
-        train_dataset=list(rows),  # type: ignore[arg-type]
+        args=_arguments(settings, schedule, output, seed, share),
+        train_dataset=[*rows, {"input_ids": [pad_id], "labels": [IGNORED_LABEL]}],  # type: ignore[arg-type]
         data_collator=lambda batch: collate(batch, pad_id),
         callbacks=[callback],
     )
+    trainer.batches = batches
     trainer.remove_callback(PrinterCallback)  # it prints every logged loss; the stages emit their own events
+    if share.processes > 1:
+        _share_adapters_only(model)
+        start = _agreed(start)
+    if share.rank:
+        torch.manual_seed(seed + share.rank)  # dropout of its own; Trainer has seeded all processes alike
     trainer.train(resume_from_checkpoint=str(start) if start else None)
     return TrainingResult(int(trainer.state.global_step), callback.train_loss)
+
+
+def _share_adapters_only(model: PeftModel) -> None:
+    """Keep what is not trained out of what the processes exchange: each has read the same from the bank."""
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    tensors = [*model.named_parameters(), *model.named_buffers()]
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(  # type: ignore[no-untyped-call]
+        model, [name for name, _ in tensors if name not in trained]
+    )
+
+
+def _agreed(start: Path | None) -> Path | None:
+    """The first process's checkpoint; a shared folder may show other machines an older listing."""
+    told: list[str | None] = [str(start) if start else None]
+    distributed.broadcast_object_list(told, src=0)
+    return Path(told[0]) if told[0] else None
+
+
+class _Batches(Sampler[list[int]]):
+    """One process's micro-batches of an epoch, as positions of rows.
+
+    A batch's rows are the same however many processes share them: in the epoch's random order the processes take a
+    micro-batch each, in turns. Every process has as many; one that finds no row left in the last turn takes the blank
+    one that stands behind the rows and has no token to learn. Accelerate's own shares repeat rows there, and begin with
+    the first epoch's order when they go on in the middle of another one (1.15).
+    """
+
+    def __init__(self, num_rows: int, size: int, seed: int, share: Share) -> None:
+        self._num_rows, self._size, self._seed, self._share = num_rows, size, seed, share
+        self.epoch = 0
+
+    def __len__(self) -> int:
+        return -(-self._num_rows // (self._size * self._share.processes))
+
+    def __iter__(self) -> Iterator[list[int]]:
+        generator = torch.Generator().manual_seed(self._seed + self.epoch)
+        order = torch.randperm(self._num_rows, generator=generator).tolist()
+        for turn in range(len(self)):
+            begin = (turn * self._share.processes + self._share.rank) * self._size
+            yield order[begin : begin + self._size] or [self._num_rows]
+
+
+class _Trainer(Trainer):  # type: ignore[misc]
+    """Trainer with micro-batches of our own."""
+
+    batches: _Batches
+
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        return DataLoader(
+            self.train_dataset,
+            batch_sampler=self.batches,
+            collate_fn=self.data_collator,
+            pin_memory=self.args.dataloader_pin_memory,
+        )
 
 
 def _vocabulary(model: PeftModel) -> int:
     return int(model.get_base_model().get_input_embeddings().weight.shape[0])
 
 
-def _arguments(settings: TrainingConfig, schedule: Schedule, output: Path, seed: int) -> TrainingArguments:
+def _arguments(
+    settings: TrainingConfig, schedule: Schedule, output: Path, seed: int, share: Share
+) -> TrainingArguments:
     length: dict[str, Any] = (
         {"max_steps": schedule.steps} if schedule.steps is not None else {"num_train_epochs": schedule.epochs}
     )
@@ -126,7 +217,10 @@ def _arguments(settings: TrainingConfig, schedule: Schedule, output: Path, seed:
     return TrainingArguments(
         output_dir=str(output),
         per_device_train_batch_size=settings.micro_batch_size,
-        gradient_accumulation_steps=settings.batch_size // settings.micro_batch_size,
+        gradient_accumulation_steps=settings.batch_size // (settings.micro_batch_size * share.processes),
+        average_tokens_across_devices=True,
+        ddp_find_unused_parameters=False,
+        ddp_broadcast_buffers=False,
         learning_rate=settings.learning_rate,
         lr_scheduler_type="cosine",
         warmup_steps=settings.warmup_ratio,  # a share below 1 since transformers 5
@@ -151,13 +245,20 @@ def _arguments(settings: TrainingConfig, schedule: Schedule, output: Path, seed:
 
 
 class _Callback(TrainerCallback):  # type: ignore[misc]
-    """Saves at rungs, tells the listener, and stops a diverging run."""
+    """Names the epoch, saves at rungs, tells the listener, and stops a diverging run.
 
-    def __init__(self, rungs: Sequence[int], listener: Listener, blind_loss: float) -> None:
+    Loss and gradient norm are those of all processes, so that all of them stop at the same step.
+    """
+
+    def __init__(self, rungs: Sequence[int], listener: Listener, blind_loss: float, batches: _Batches) -> None:
         self.rungs = frozenset(rungs)
         self.listener = listener
         self.blind_loss = blind_loss
+        self.batches = batches
         self.train_loss = math.nan
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.batches.epoch = int(state.epoch or 0)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step in self.rungs:
@@ -179,9 +280,10 @@ class _Callback(TrainerCallback):  # type: ignore[misc]
                 f"the training loss is {self.train_loss:.4g} at step {state.global_step}, far above {tolerable:.4g}, "
                 "the larger of the first step's and a blind guess's"
             )
-        self.listener.on_step(state.global_step, state.max_steps, self.train_loss)
+        if state.is_world_process_zero:
+            self.listener.on_step(state.global_step, state.max_steps, self.train_loss)
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.global_step in self.rungs:
+        if state.global_step in self.rungs and state.is_world_process_zero:
             checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"
             self.listener.on_rung(state.global_step, checkpoint, self.train_loss)

@@ -187,6 +187,18 @@ CONFIGURATION = [
     refused("dropout-1", {"lora.dropout": 1}, "`lora.dropout`", "got 1", "less than 1"),
     refused("learning-rate-infinite", {"training.learning_rate": float("inf")}, "learning_rate`", "inf", "finite"),
     refused(
+        "workers-0", {"finetune.num_workers": 0}, "`finetune.num_workers`", "got 0", "greater than or equal to 1"
+    ),
+    refused(
+        "batch-not-whole-for-the-workers", {"finetune.num_workers": 2}, "`training.batch_size`", "(2 x 4), got 4",
+        "a multiple of `finetune.num_workers` x", "take fewer workers"
+    ),
+    refused(
+        "workers-of-two-gpus",
+        {"finetune.num_workers": 2, "training.batch_size": 8, "search.resources_per_trial": {"gpu": 2}},
+        "`finetune.num_workers`", "got 2 with `search.resources_per_trial.gpu` 2", "one GPU each", "not both"
+    ),
+    refused(
         "batch-not-whole", {"training.batch_size": 6}, "`batch_size`", "6 and 4", "a multiple of `micro_batch_size`"
     ),
     refused("first-rung-late", {"search.first_rung": 9}, "`first_rung`", "got 9", "at most `steps` (4)"),
@@ -896,6 +908,20 @@ COMMANDS = [
     pytest.param("check", {}, ("--address", "127.0.0.1:1"), "no Ray cluster answers", id="address"),
     pytest.param("run", lambda scene: {"output": scene.file("taken", "")}, (), "name a folder", id="run-into-a-file"),
     pytest.param("run", {"search.searcher": "bayesopt"}, (), "qpruner[bayesopt]", id="extra", marks=WITHOUT_BAYESOPT),
+    pytest.param(
+        "check",
+        {"finetune.num_workers": 999, "training.batch_size": 999 * 4},
+        (),
+        "asks for 999 workers",
+        id="workers",
+    ),
+    pytest.param(
+        "run",
+        {"finetune.num_workers": 999, "training.batch_size": 999 * 4},
+        (),
+        "ask for fewer, or add machines",
+        id="run-workers",
+    ),
     pytest.param("run", {"search.resources_per_trial": {"gpu": 999}}, (), "ask for less", id="run-resources"),
 ]
 

@@ -145,6 +145,10 @@ def test_the_newest_whole_checkpoint_is_the_one_to_go_on_from(tmp_path: Path) ->
     checkpoint(tmp_path, 11, "rng_state.pth")
     checkpoint(tmp_path, 12, "trainer_state.json")
     assert latest_checkpoint(tmp_path) == newest
+    shared = checkpoint(tmp_path, 13, "rng_state.pth")
+    for rank in (0, 1):
+        (shared / f"rng_state_{rank}.pth").touch()
+    assert latest_checkpoint(tmp_path) == shared, "a group's workers leave a random state each"
 
 
 # Scoring

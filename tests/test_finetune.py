@@ -14,7 +14,7 @@ from peft import PeftModel
 from qpruner.config import LoraConfig, TrainingConfig
 from qpruner.data import Example, encode
 from qpruner.errors import TrainingDiverged
-from qpruner.finetune import Listener, Schedule, finetune
+from qpruner.finetune import Listener, Schedule, Share, _Batches, finetune
 from qpruner.models.loading import load_tokenizer
 from qpruner.quantization.assembly import assemble, attach_adapters
 
@@ -115,6 +115,34 @@ def test_half_the_micro_batch_from_a_rung_on_is_the_same_training(
     assert len({round(loss, 3) for loss in expected}) == 6
     found = losses(build(), rows, tmp_path / "half", tmp_path / "whole" / "checkpoint-3", half)
     assert found == pytest.approx(expected[3:], rel=1e-4)
+
+
+@pytest.mark.parametrize("num_rows", [1, 4, 5, 21, 24, 30])
+@pytest.mark.parametrize("processes", [2, 3])
+def test_processes_share_the_batches_of_one(num_rows: int, processes: int) -> None:
+    """A batch of twelve: what the processes take for a step is what one process takes, each row once."""
+    size, batch, blank = 2, 12, num_rows
+    for epoch in (0, 1):
+        every = [_Batches(num_rows, size, 5, Share(rank, processes)) for rank in range(processes)]
+        alone = _Batches(num_rows, size, 5, Share(0, 1))
+        for batches in (alone, *every):
+            batches.epoch = epoch
+        turns = [list(batches) for batches in every]
+        assert (
+            {len(each) for each in turns} == {len(batches) for batches in every} == {-(-num_rows // size // processes)}
+        )
+        order = [row for turn in alone for row in turn]
+        assert sorted(order) == list(range(num_rows))
+        accumulated = batch // size // processes
+        for step, begin in enumerate(range(0, num_rows, batch)):
+            taken = [
+                row
+                for each in turns
+                for turn in each[step * accumulated : (step + 1) * accumulated]
+                for row in turn
+                if row != blank
+            ]
+            assert sorted(taken) == sorted(order[begin : begin + batch])
 
 
 def test_only_adapters_change(fresh: Callable[[], PeftModel], rows: list[dict[str, list[int]]], tmp_path: Path) -> None:

@@ -54,6 +54,23 @@ def test_a_record_is_written_once_the_storage_takes_it(trouble: Callable[..., It
     assert read_json(path, SearchClock) == SearchClock(seconds=2.0)
 
 
+def test_what_is_slow_by_itself_is_tried_again_all_the_same(disk: Path) -> None:
+    """Each attempt takes longer than the patience, as a large copy to a storage that answers late does."""
+    attempts = 0
+    with full(disk) as end:  # type: ignore[attr-defined]
+
+        def write() -> int:
+            nonlocal attempts
+            attempts += 1
+            time.sleep(0.3)
+            if attempts == 3:
+                end()
+            return (disk / "copy").write_bytes(b"c" * 10_000)
+
+        assert patiently(write, disk, seconds=0.2) == 10_000
+    assert attempts == 3
+
+
 def test_a_disk_that_stays_full_is_told_with_its_remedy_and_the_old_record_stays(disk: Path) -> None:
     path = disk / "record.json"
     write_json(path, SearchClock(seconds=1.0))

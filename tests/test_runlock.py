@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import fcntl
+import json
 import os
 import signal
 import socket
@@ -11,7 +13,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import pytest
 from conftest import with_key
@@ -71,7 +73,7 @@ def test_a_driver_that_was_killed_holds_nothing(tmp_path: Path) -> None:
     with another(tmp_path) as first:
         assert word(first) == "held"
         first.send_signal(signal.SIGKILL)
-        first.wait()
+        os.waitid(os.P_PID, first.pid, os.WEXITED | os.WNOWAIT)  # dead, and still listed: nobody has asked how it ended
         assert held(tmp_path) == [
             f"taking over from process {first.pid} on {socket.gethostname()}: that process is dead"
         ]
@@ -119,15 +121,67 @@ def test_of_several_drivers_started_at_once_one_holds_the_run(tmp_path: Path) ->
     assert sorted(lines) == ["held", "refused", "refused"]
 
 
+@contextmanager
+def judged(lock: Path) -> Iterator[IO[str]]:
+    """The lock file while a driver judges and changes it, as this test does here in another one's place."""
+    with lock.open("a+") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield file
+
+
+def wait_at(lock: Path, process: subprocess.Popen[str]) -> None:
+    """Until a process has the lock file open."""
+    deadline = time.monotonic() + 60
+    while str(lock) not in [str(path.readlink()) for path in Path(f"/proc/{process.pid}/fd").iterdir()]:
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.02)
+    time.sleep(0.3)
+
+
+def test_who_comes_while_another_takes_the_run_waits_for_what_it_writes(tmp_path: Path) -> None:
+    lock = tmp_path / NAME
+    with judged(lock) as file, another(tmp_path) as process:
+        wait_at(lock, process)
+        file.write(this_process().model_dump_json())
+        file.flush()
+        fcntl.flock(file, fcntl.LOCK_UN)
+        assert word(process) == "refused"
+
+
+def test_who_waited_for_a_lock_that_is_gone_makes_a_new_one(tmp_path: Path) -> None:
+    """As when the driver before is done in that instant; what is written to its file would be seen by nobody."""
+    lock = tmp_path / NAME
+    with judged(lock) as file, another(tmp_path) as process:
+        wait_at(lock, process)
+        lock.unlink()
+        fcntl.flock(file, fcntl.LOCK_UN)
+        assert word(process) == "held"
+        assert json.loads(lock.read_text())["pid"] == process.pid
+
+
+def test_a_run_that_another_took_over_stays_that_ones(tmp_path: Path) -> None:
+    lock = tmp_path / NAME
+    theirs = this_process().model_copy(update={"host": "gpu-7", "machine": "elsewhere"}).model_dump_json()
+    with sole_driver(tmp_path, print):
+        lock.write_text(theirs)
+    assert lock.read_text() == theirs
+
+
 def test_the_heartbeat_goes_on_and_who_lost_the_run_ends(tmp_path: Path) -> None:
-    """As after a laptop slept through another machine's taking over."""
+    """As after a laptop slept through another machine's taking over; a storage that is away is no such thing."""
     lock = tmp_path / NAME
     theirs = this_process().model_copy(update={"host": "gpu-7", "machine": "elsewhere"}).model_dump_json()
     with another(tmp_path, heartbeat_seconds=0.05) as process:
         assert word(process) == "held"
-        os.utime(lock, (0, 0))
-        time.sleep(1)
-        assert time.time() - lock.stat().st_mtime < 30
+        for _ in range(2):
+            os.utime(lock, (0, 0))
+            deadline = time.monotonic() + 60
+            while not lock.stat().st_mtime:
+                assert time.monotonic() < deadline, "no heartbeat"
+                time.sleep(0.02)
+            aside = lock.rename(lock.with_name("away"))
+            time.sleep(0.5)
+            aside.rename(lock)
         lock.write_text(theirs)
         assert word(process) == f"process {os.getpid()} on gpu-7 took this run over"
         assert process.wait(timeout=20) == -signal.SIGTERM

@@ -140,7 +140,9 @@ def hours(config: RunConfig, inspection: Inspection, rates: Rates, slots: int) -
     }
     every = _Steps(trials * config.search.steps, trials * len(config.search.rungs))
     unstopped = counted.training(every.steps) / rates.training + counted.search_scores(every) / rates.scoring
-    shared = {"search": min(slots, trials), "finetune": min(slots, jobs), "evaluate": min(slots, jobs + 2)}
+    workers = config.finetune.num_workers
+    groups = max(1, min(slots // workers, jobs))
+    shared = {"search": min(slots, trials), "finetune": groups * workers, "evaluate": min(slots, jobs + 2)}
     wall = sum(seconds / shared.get(name, 1) for name, seconds in stages.items())
     in_hours = {name: seconds / 3600 for name, seconds in stages.items()}
     at_most = sum(in_hours.values()) - in_hours["search"] + unstopped / 3600

@@ -160,7 +160,14 @@ def run_tasks(
         WorkerDied: If a job's workers die again and again.
     """
     import ray
-    from ray.exceptions import NodeDiedError, ObjectLostError, OutOfMemoryError, RayTaskError, WorkerCrashedError
+    from ray.exceptions import (
+        NodeDiedError,
+        ObjectLostError,
+        OutOfMemoryError,
+        RayActorError,
+        RayTaskError,
+        WorkerCrashedError,
+    )
 
     remote = ray.remote(
         num_cpus=resources.get("cpu", 1.0),
@@ -181,14 +188,16 @@ def run_tasks(
             position = running.pop(reference)
             try:
                 result = ray.get(reference)
+            # A group's task ends with the RayActorError of the process that it lost.
+            except (WorkerCrashedError, NodeDiedError, OutOfMemoryError, ObjectLostError, RayActorError) as error:
+                deaths[position] += 1
+                death = error.cause if isinstance(error, RayTaskError) else error
+                if deaths[position] == MAX_DEATHS:
+                    raise died_too_often(death) from error
+                logging.getLogger(__name__).warning("a worker died, its job is run again: %s", first_line(death))
+                waiting.append((position, jobs[position]))
             except RayTaskError as error:
                 raise error.cause from error
-            except (WorkerCrashedError, NodeDiedError, OutOfMemoryError, ObjectLostError) as error:
-                deaths[position] += 1
-                if deaths[position] == MAX_DEATHS:
-                    raise died_too_often(error) from error
-                logging.getLogger(__name__).warning("a worker died, its job is run again: %s", first_line(error))
-                waiting.append((position, jobs[position]))
             else:
                 yield position, result
 

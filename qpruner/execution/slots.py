@@ -8,6 +8,13 @@ from dataclasses import dataclass
 from qpruner.errors import UserError
 
 
+def worker_resources(trial: Mapping[str, float], num_workers: int) -> dict[str, float]:
+    """What a worker of so many on one model reserves: what a trial does, but a whole GPU where they exchange gradients,
+    which NCCL refuses to do on a shared one."""
+    shared = num_workers > 1 and 0 < trial.get("gpu", 0.0) < 1
+    return {**trial, "gpu": 1.0} if shared else dict(trial)
+
+
 @dataclass(frozen=True)
 class Node:
     """One machine's CPU cores and GPUs."""

@@ -14,7 +14,7 @@ from qpruner import preflight
 from qpruner.config import RunConfig, SearchConfig
 from qpruner.errors import UserError
 from qpruner.events import Emit, Event, Message
-from qpruner.execution.slots import Slots
+from qpruner.execution.slots import Slots, worker_resources
 from qpruner.pipeline.bank import bank
 from qpruner.pipeline.compress import prepare, sensitivity
 from qpruner.pipeline.context import Context
@@ -49,6 +49,22 @@ def check_search(config: SearchConfig, slots: Slots) -> int:
     return slots.concurrent(resources, config.max_concurrent)
 
 
+def check_finetune(config: RunConfig, slots: Slots) -> None:
+    """Refuse now a final fine-tune on more workers than the cluster takes at once.
+
+    Raises:
+        UserError: With both numbers.
+    """
+    wanted, asked = config.finetune.num_workers, config.search.resources_per_trial
+    resources = worker_resources(slots.resources_per_trial(asked.model_dump() if asked else None), wanted)
+    fits = slots.fits(resources)
+    if wanted > 1 and fits < wanted:
+        raise UserError(
+            f"`finetune.num_workers` asks for {wanted} workers of {resources} at once, got room for {fits} on "
+            f"{len(slots.nodes)} machine(s), the largest with {slots.largest}: ask for fewer, or add machines"
+        )
+
+
 @dataclass(frozen=True)
 class Checked:
     """What a run would be.
@@ -80,6 +96,7 @@ def check(config: RunConfig, emit: Emit, address: str | None = None) -> Checked:
     run_dir = RunDir(Path(config.output), create=False)
     with contextlib.closing(Context(config, run_dir, emit, address, inspection)) as context:
         concurrent = check_search(config.search, context.known_slots)
+        check_finetune(config, context.known_slots)
         if address:
             look_at_nodes(context)
         return Checked(inspection, concurrent, context.trial_resources())
@@ -131,6 +148,8 @@ def _stages(context: Context, until: str) -> Results:
             for warning in inspection.warnings:
                 emit(Message("search", f"warning: {warning}"))
             check_search(config.search, context.known_slots)
+        if last >= STAGES.index("finetune"):
+            check_finetune(config, context.known_slots)
         if context.address:
             look_at_nodes(context)
         prepared = prepare(context)

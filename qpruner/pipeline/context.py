@@ -11,7 +11,7 @@ from qpruner.config import RunConfig
 from qpruner.errors import UserError
 from qpruner.events import Emit
 from qpruner.execution.cluster import connect, disconnect, local_slots
-from qpruner.execution.slots import Slots
+from qpruner.execution.slots import Slots, worker_resources
 from qpruner.execution.workshop import Here, OnCluster, Workshop
 from qpruner.models.loading import checkpoint_config
 from qpruner.plan import Layout, PlanSpace, PrecisionPlan
@@ -127,15 +127,15 @@ class Context:
         asked = self.config.search.resources_per_trial
         return self.known_slots.resources_per_trial(asked.model_dump() if asked else None)
 
-    def task_resources(self, num_tasks: int) -> tuple[dict[str, float], int]:
-        """Resources of one of several equal tasks, and how many run at once beside what the workshop holds: none where
-        it holds the only slot. On CPUs the tasks share the cores."""
-        resources = self.trial_resources()
+    def task_resources(self, num_tasks: int, num_workers: int = 1) -> tuple[dict[str, float], int]:
+        """Resources of one of several equal tasks, or of each of a task's workers, and how many tasks run at once
+        beside what the workshop holds: none where it holds the only slot. On CPUs the tasks share the cores."""
+        resources = worker_resources(self.trial_resources(), num_workers)
         self.slots.concurrent(resources, None)
         slots = self.slots.less(self.workshop.holds) if self.workshop.holds else self.slots
-        concurrent = min(slots.fits(resources), num_tasks)
+        concurrent = min(slots.fits(resources) // num_workers, num_tasks)
         if concurrent and not resources.get("gpu"):
-            resources = {"cpu": slots.cores_each(concurrent)}
+            resources = {"cpu": slots.cores_each(concurrent * num_workers)}
         return resources, concurrent
 
     def close(self) -> None:

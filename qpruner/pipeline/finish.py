@@ -8,7 +8,7 @@ two rows are the same model, and not when rows or seeds are added.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -152,28 +152,23 @@ def _distinct(jobs: Iterable[tuple[Any, Candidate]]) -> list[Candidate]:
 
 
 def _worker_jobs(
-    context: Context, jobs: list[Candidate], text: Path | None = None
+    context: Context, jobs: list[Candidate], num_workers: int = 1, text: Path | None = None
 ) -> tuple[list[CandidateJob], dict[str, float], int]:
-    resources, concurrent = context.task_resources(len(jobs))
+    resources, concurrent = context.task_resources(len(jobs), num_workers)
     threads = int(resources.get("cpu", 1))
     tasks = [CandidateJob(context.worker_config, job, context.data, threads, text) for job in jobs]
     return tasks, resources, concurrent
 
 
 def _finetune_jobs(context: Context, jobs: list[tuple[Row, Candidate]]) -> list[CandidateRecord]:
-    """Fine-tune what has no record yet, each in a process of its own; a record for every row and seed."""
-    from qpruner.execution.cluster import run_tasks
-
+    """Fine-tune what has no record yet, each in a process or a group of its own; a record for every row and seed."""
     distinct = _distinct(jobs)
     found = {job.folder: read_json(job.folder / "record.json", CandidateRecord) for job in distinct}
     left = [job for job in distinct if found[job.folder] is None or not job.adapter.is_dir()]
     if left:
         origins = {job.folder: row.origin for row, job in jobs}
         progress = _StepProgress(context, left, len(distinct))
-        tasks, resources, concurrent = _worker_jobs(context, left)
-        for position, outcome in run_tasks(
-            finetune_candidate, tasks, resources, concurrent, fresh=True, on_tick=progress.tell
-        ):
+        for position, outcome in _finetuned(context, left, progress.tell):
             job = left[position]
             record = found[job.folder] = _record_of(context, job, origins[job.folder], outcome)
             write_json(job.folder / "record.json", record)
@@ -185,6 +180,22 @@ def _finetune_jobs(context: Context, jobs: list[tuple[Row, Candidate]]) -> list[
         assert record_found is not None
         records.append(record_found.model_copy(update={"name": row.name, "origin": row.origin}))
     return records
+
+
+def _finetuned(
+    context: Context, jobs: list[Candidate], on_tick: Callable[[], None]
+) -> Iterator[tuple[int, FinetuneOutcome]]:
+    """Positions and outcomes as the fine-tunes end; as many at once as the slots take."""
+    num_workers = context.config.finetune.num_workers
+    tasks, resources, concurrent = _worker_jobs(context, jobs, num_workers)
+    if num_workers > 1:
+        from qpruner.execution.group import run_groups
+
+        scratch = context.run_dir.scratch("train")
+        return run_groups(finetune_candidate, tasks, resources, num_workers, concurrent, scratch, on_tick)
+    from qpruner.execution.cluster import run_tasks
+
+    return run_tasks(finetune_candidate, tasks, resources, concurrent, fresh=True, on_tick=on_tick)
 
 
 def _record_of(context: Context, job: Candidate, origin: str, outcome: FinetuneOutcome) -> CandidateRecord:
@@ -215,7 +226,7 @@ def _evaluate_jobs(context: Context, jobs: list[Candidate], text: Path | None) -
             found[job.folder] = record
     left = [job for job in jobs if job.folder not in found]
     if left:
-        tasks, resources, concurrent = _worker_jobs(context, left, text)
+        tasks, resources, concurrent = _worker_jobs(context, left, text=text)
         for position, scored in run_tasks(evaluate_candidate, tasks, resources, concurrent, fresh=False):
             job = left[position]
             record = RowScores(digest=digest, name=job.name, seed=job.seed, **vars(scored))

@@ -242,8 +242,11 @@ def _held(
 
 
 def _placed(model: PreTrainedModel) -> PreTrainedModel:
-    """On the one device, or spread over the GPUs where this process sees several: Ray shows a trial its own."""
-    if torch.cuda.device_count() < 2:
+    """On the one device, or spread over the GPUs where this process sees several: Ray shows a trial its own.
+
+    Processes that train together see those of all on their machine; each has one of its own, torch's current one.
+    """
+    if torch.cuda.device_count() < 2 or torch.distributed.is_initialized():
         return model.to(device())
     from accelerate import dispatch_model, infer_auto_device_map
     from accelerate.utils import get_balanced_memory

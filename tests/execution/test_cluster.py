@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from qpruner.errors import UserError
-from qpruner.execution.slots import Node, Slots
+from qpruner.execution.slots import Node, Slots, worker_resources
 
 TWO_NODES = Slots((Node(8, 2), Node(8, 1)))
 
@@ -38,6 +38,12 @@ def test_a_limit_is_kept_and_a_gpu_is_taken_where_there_is_one() -> None:
     assert TWO_NODES.resources_per_trial({"cpu": 2.0, "gpu": 0}) == {"cpu": 2.0}
     assert Slots((Node(4, 0),)).resources_per_trial(None) == {"cpu": 1.0}
     assert TWO_NODES.concurrent({"cpu": 1, "gpu": 1}, 2) == 2
+
+
+def test_workers_on_one_model_have_whole_gpus() -> None:
+    assert worker_resources({"cpu": 2, "gpu": 0.5}, 1) == {"cpu": 2, "gpu": 0.5}
+    assert worker_resources({"cpu": 2, "gpu": 0.5}, 2) == {"cpu": 2, "gpu": 1}
+    assert worker_resources({"cpu": 2}, 2) == {"cpu": 2}
 
 
 def test_cores_are_shared_out_inside_machines() -> None:

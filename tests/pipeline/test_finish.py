@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -294,6 +295,33 @@ def test_the_text_is_told_by_what_it_is(raw: dict[str, Any], tmp_path: Path) -> 
     assert folder and told == f"`evaluate.text` in {len(load_encoded(folder))} windows of 64 tokens"
     told, folder = found("responses", data__confirmation=[instructions], data__max_length=256)
     assert folder and told == f"the responses of the {len(load_encoded(folder))} confirmation rows"
+
+
+@pytest.mark.slow
+def test_two_workers_fine_tune_what_one_does(changed: Callable[[str, Any], Context], raw: dict[str, Any]) -> None:
+    """Through Ray Train, on packed 4- and 8-bit layers; in bfloat16, whose numbers have three digits, as does what both
+    agree on."""
+    found = {}
+    for workers in (2, 1):
+        whole = with_key(raw, "training.micro_batch_size", 2)
+        config = validate_config(with_key(whole, "finetune", {"steps": 14, "save_steps": 4, "num_workers": workers}))
+        context = replace(changed("finetune", {"steps": 14}), config=config)
+        plan = a_winner(context)
+        try:
+            (found[workers],) = finetune(context, searched_record(plan), measured_of(context)).candidates
+        finally:
+            context.close()
+        folder = candidate_of(context, "searched", plan.as_dict(), 0).folder
+        assert sorted(path.name for path in folder.iterdir()) == ["adapter", "progress", "record.json"]
+        assert folder.joinpath("progress").read_text().startswith("14 14 ")
+        assert not list(context.run_dir.root.glob(".scratch*"))
+        shutil.rmtree(folder)
+        context.run_dir.forget("finetune")
+    one, two = found[1], found[2]
+    assert two.digest == one.digest and two.steps == one.steps == 14
+    assert two.measured_bytes == one.measured_bytes
+    assert two.train_loss == pytest.approx(one.train_loss, rel=1e-3)
+    assert two.validation_loss == pytest.approx(one.validation_loss, rel=1e-3)
 
 
 def a_record(folder: Path, seed: int, loss: float) -> CandidateRecord:

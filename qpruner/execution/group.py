@@ -1,0 +1,144 @@
+"""Work of several processes at once, one on each of several slots: the only module that imports Ray Train.
+
+Ray Train starts the processes, on one node or on several, and connects them by torch's process group; the function they
+run finds that group up. Ray Train restores nothing: what is run again goes on from what the function itself has saved.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import uuid
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+# Set before Ray Train is imported: its second API alone returns what the function returned; paths stay relative to
+# where the driver is.
+os.environ["RAY_TRAIN_V2_ENABLED"] = "1"
+os.environ["RAY_CHDIR_TO_TRIAL_DIR"] = "0"
+
+import psutil
+import ray
+from ray.exceptions import RayActorError
+from ray.train import ControllerError, RunConfig, ScalingConfig, WorkerGroupError
+from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.torch.config import _TorchBackend
+from torch import distributed
+
+from qpruner.execution.cluster import Result, run_tasks
+
+
+@dataclass(frozen=True)
+class _Group:
+    """What one group runs, and where."""
+
+    function: Callable[[Any], Any]
+    job: Any
+    resources: Mapping[str, float]
+    num_workers: int
+    scratch: Path
+
+
+def run_groups(
+    function: Callable[[Any], Result],
+    jobs: Sequence[Any],
+    resources: Mapping[str, float],
+    num_workers: int,
+    max_concurrent: int,
+    scratch: Path,
+    on_tick: Callable[[], None] = lambda: None,
+) -> Iterator[tuple[int, Result]]:
+    """Run `function(job)` for every job in a group of processes; as `run_tasks`, with several processes a job.
+
+    When one of them dies, its group ends and the job is run again in another.
+
+    Args:
+        function: A module-level function that every process of a group calls.
+        jobs: Its arguments.
+        resources: Ray resources of one process.
+        num_workers: Processes of a group.
+        max_concurrent: Groups in flight.
+        scratch: Folder that all nodes see, for Ray Train; gone at the end.
+        on_tick: Called about once a second while groups run.
+
+    Yields:
+        Position of the job and what its group's first process returned, as they finish. An error of any process is
+        raised as it was.
+
+    Raises:
+        WorkerDied: If a job's groups lose a process again and again.
+    """
+    groups = [_Group(function, job, resources, num_workers, scratch) for job in jobs]
+    try:
+        # What waits for a group holds no slot.
+        yield from run_tasks(_run, groups, {"cpu": 0.0}, max_concurrent, fresh=True, on_tick=on_tick)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _run(group: _Group) -> Any:
+    names = {"cpu": "CPU", "gpu": "GPU"}
+    trainer = TorchTrainer(
+        partial(_together, group.function, group.job),
+        torch_config=_Connection(),
+        scaling_config=ScalingConfig(
+            num_workers=group.num_workers,
+            use_gpu=bool(group.resources.get("gpu")),
+            resources_per_worker={names[name]: amount for name, amount in group.resources.items()},
+        ),
+        # A name of its own: under one that it knows, Ray Train would go on from its own records.
+        run_config=RunConfig(name=uuid.uuid4().hex, storage_path=str(group.scratch)),
+    )
+    try:
+        return trainer.fit().return_value
+    except WorkerGroupError as error:
+        raise _first_cause(error.worker_failures) from error
+    except ControllerError as error:
+        raise error.controller_failure from error
+
+
+def _together(function: Callable[[Any], Any], job: Any) -> Any:
+    # Ray Train (2.60) keeps the slots of a group that loses a process before all have begun, and waits for others.
+    distributed.barrier()
+    return function(job)
+
+
+def _first_cause(failures: Mapping[int, Exception]) -> Exception:
+    """The failure that the others follow from: a death, or what a process raised of itself; who waits for a process
+    that is gone only sees its connection end. Connections that end of themselves count as a death."""
+    causes: list[Exception] = [getattr(failure, "health_check_failure", failure) for failure in failures.values()]
+    died = [cause for cause in causes if isinstance(cause, RayActorError)]
+    own = [cause for cause in causes if not (type(cause).__name__ == "DistBackendError" or "/gloo/" in str(cause))]
+    told: list[Exception] = [*died, *own, RayActorError(error_msg=str(causes[0]))]
+    return told[0]
+
+
+class _Connection(TorchConfig):  # type: ignore[misc]
+    """Torch's process group, over the interface that has the node's address in the cluster."""
+
+    @property
+    def backend_cls(self) -> type[_TorchBackend]:
+        return _Backend
+
+
+class _Backend(_TorchBackend):  # type: ignore[misc]
+    def on_start(self, worker_group: Any, backend_config: TorchConfig) -> None:
+        try:
+            worker_group.execute(_choose_interface)
+            super().on_start(worker_group, backend_config)
+        except Exception as error:
+            # Here, too, the slots would be kept; as any other death this one is told to whoever counts them.
+            worker_group.get_worker_group_state().shutdown()
+            raise WorkerGroupError(str(error), {0: error}) from error
+
+
+def _choose_interface() -> None:
+    """Loopback where Ray runs on this machine alone; gloo would take what the host's name leads to."""
+    address = ray.util.get_node_ip_address()
+    for name, addresses in psutil.net_if_addrs().items():
+        if address in [each.address for each in addresses]:
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
+            os.environ.setdefault("NCCL_SOCKET_IFNAME", name)
