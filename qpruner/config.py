@@ -405,7 +405,7 @@ class SearchConfig(Section):
     reuse_trials: bool = True
     """Start from the trials that a search with another budget or searcher left in this run."""
     max_concurrent: Positive | None = None
-    """Trials in flight; null takes as many as the cluster has slots."""
+    """Trials in flight; null takes as many as fit on the machines there are and on those an autoscaler may start."""
     steps: Positive = 16
     """Optimizer steps of a full trial: the last rung."""
     first_rung: Positive = 4

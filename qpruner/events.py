@@ -77,7 +77,7 @@ class SearchPlanned:
 
 @dataclass(frozen=True)
 class SlotsFound:
-    """So many trials may run at once."""
+    """So many trials can run at once on the machines that are there now."""
 
     slots: int
 
@@ -87,6 +87,13 @@ class TrialChanged:
     """A trial was handed out, reached a rung, or ended: its record as it is now."""
 
     trial: TrialRecord
+
+
+@dataclass(frozen=True)
+class TrialWithdrawn:
+    """A trial that waited for a machine when the search's hours were spent is not begun any more, and not recorded."""
+
+    index: int
 
 
 Event = (
@@ -99,5 +106,6 @@ Event = (
     | SearchPlanned
     | SlotsFound
     | TrialChanged
+    | TrialWithdrawn
 )
 Emit = Callable[[Event], None]

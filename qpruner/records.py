@@ -167,12 +167,18 @@ class TrialRecord(BaseModel):
     kills: int = 0
     """Times since its last rung that its worker process died, or that Ray killed workers for memory while it ran."""
     times: tuple[float, ...] = ()
-    """Unix seconds: when its plan was handed out, when each rung was recorded and, once it is over, when it ended."""
+    """Unix seconds: when it began (until then, when its plan was handed out), when each rung was recorded and, once it
+    is over, when it ended."""
 
     @property
     def is_over(self) -> bool:
         """Whether nothing of it will change."""
         return self.status != "running"
+
+    @property
+    def has_begun(self) -> bool:
+        """Whether a worker ever had it; before, it waits for a machine."""
+        return self.worker is not None or bool(self.rungs)
 
     @property
     def is_control(self) -> bool:

@@ -33,6 +33,8 @@ class SearchView:
                 self._search = self._search.model_copy(update={"slots": slots})
             case events.TrialChanged(trial):
                 self._trials[trial.index] = trial
+            case events.TrialWithdrawn(index):
+                del self._trials[index]
 
     def __rich__(self) -> RenderableType:
         now = standing(self._search, tuple(self._trials.values()))
@@ -59,7 +61,12 @@ def colored(trial: TrialRecord) -> Text:
 
 def _counts(now: Standing, search: SearchState) -> Text:
     over = ", ".join(f"{now.count(status)} {status}" for status in ("finished", "stopped", "failed"))
-    busy = f"{len(now.running)} of {search.slots} slots busy" if search.slots else f"{len(now.running)} running"
+    busy = f"{len(now.running)} running"
+    if search.slots is not None:
+        # What has no slot waits for a machine that an autoscaler may start.
+        num_waiting = max(0, len(now.running) - search.slots)
+        busy = f"{len(now.running) - num_waiting} of {search.slots} slots busy"
+        busy += f", {num_waiting} waiting for one" if num_waiting else ""
     left = "" if now.seconds_left is None else f"; about {duration(now.seconds_left)} left"
     return Text(f"{len(now.trials)} of {search.max_trials} trials: {over}; {busy}{left}")
 

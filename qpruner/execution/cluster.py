@@ -9,10 +9,12 @@ import tempfile
 import threading
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from qpruner.errors import UserError, WorkerDied
-from qpruner.execution.slots import Node, Slots
+from qpruner.execution.autoscaler import growth_of
+from qpruner.execution.slots import Growth, Node, Slots
 from qpruner.rundir import BANK_CACHE
 
 # Set before Ray is imported: no usage report leaves the machine.
@@ -35,8 +37,28 @@ def local_slots() -> Slots:
     return Slots((Node(float(len(os.sched_getaffinity(0))), float(torch.cuda.device_count())),))
 
 
-def connect(address: str | None) -> Slots:
-    """Join the cluster at `address`, or start Ray on this machine, on loopback; returns its slots.
+@dataclass(frozen=True)
+class Cluster:
+    """The Ray cluster that this process has joined.
+
+    Attributes:
+        growth: What its autoscaler may make of it; None where it has none.
+    """
+
+    growth: Growth | None
+
+    def slots(self) -> Slots:
+        """What it can run now, on machines that are not about to go, and at the most."""
+        import ray
+        from ray._private.state import state
+
+        nodes = [node for node in ray.nodes() if node["Alive"]]
+        going = state.get_draining_nodes()
+        return Slots(tuple(size_of(node) for node in nodes if node["NodeID"] not in going), self.growth)
+
+
+def connect(address: str | None) -> Cluster:
+    """Join the cluster at `address`, or start Ray on this machine, on loopback.
 
     Raises:
         UserError: If no cluster answers there, or it is not one that this process can join.
@@ -61,7 +83,8 @@ def connect(address: str | None) -> Slots:
                 runtime_env=environment,
                 _node_ip_address="127.0.0.1",
             )
-    return Slots(tuple(size_of(node) for node in ray.nodes() if node["Alive"]))
+    head = next((size_of(node) for node in ray.nodes() if "node:__internal_head__" in node["Resources"]), None)
+    return Cluster(growth_of(ray.get_runtime_context().get_session_name(), head) if address and head else None)
 
 
 def size_of(node: dict[str, Any]) -> Node:

@@ -1,4 +1,4 @@
-"""What the machines of a cluster can run at once."""
+"""What the machines of a cluster can run at once: those that are there, and those that an autoscaler may start."""
 
 from __future__ import annotations
 
@@ -40,52 +40,94 @@ class Node:
 
 
 @dataclass(frozen=True)
-class Slots:
-    """What the cluster can run at once."""
+class Growth:
+    """A cluster as large as its autoscaler may make it.
 
-    nodes: tuple[Node, ...]
+    Attributes:
+        head: The machine that is always there.
+        workers: Those that it may start, each type as often as it may have it.
+        max_workers: How many of them there may be at once.
+    """
 
-    @property
-    def gpus(self) -> float:
-        """GPUs of all nodes."""
-        return sum(node.gpus for node in self.nodes)
-
-    @property
-    def largest(self) -> Node:
-        """The machine with the most GPUs, and of those the most cores."""
-        return max(self.nodes, key=lambda node: (node.gpus, node.cpus))
+    head: Node
+    workers: tuple[Node, ...]
+    max_workers: int
 
     def fits(self, resources: Mapping[str, float]) -> int:
         """Tasks of such resources at once."""
+        by_worker = sorted((node.fits(resources) for node in self.workers), reverse=True)
+        return self.head.fits(resources) + sum(by_worker[: self.max_workers])
+
+
+@dataclass(frozen=True)
+class Slots:
+    """What the cluster can run at once.
+
+    Attributes:
+        nodes: The machines that are there.
+        growth: What its autoscaler can make of it; None where there is none.
+    """
+
+    nodes: tuple[Node, ...]
+    growth: Growth | None = None
+
+    @property
+    def gpus(self) -> float:
+        """GPUs of the machines that are there."""
+        return sum(node.gpus for node in self.nodes)
+
+    @property
+    def possible(self) -> tuple[Node, ...]:
+        """The machines that are there, and those that may be started."""
+        return (*self.nodes, *self.growth.workers) if self.growth else self.nodes
+
+    @property
+    def largest(self) -> Node:
+        """The possible machine with the most GPUs, and of those the most cores."""
+        return max(self.possible, key=lambda node: (node.gpus, node.cpus))
+
+    def fits(self, resources: Mapping[str, float]) -> int:
+        """Tasks of such resources at once on what is there."""
         return sum(node.fits(resources) for node in self.nodes)
 
+    def at_most(self, resources: Mapping[str, float]) -> int:
+        """Tasks of such resources at once when the autoscaler has started what helps them."""
+        there = self.fits(resources)
+        return max(there, self.growth.fits(resources)) if self.growth else there
+
     def less(self, resources: Mapping[str, float]) -> Slots:
-        """What is left where something holds such resources."""
-        index = next(index for index, node in enumerate(self.nodes) if node.fits(resources))
-        return Slots((*self.nodes[:index], self.nodes[index].less(resources), *self.nodes[index + 1 :]))
+        """What is left on the machines that are there, where something holds such resources."""
+        for index, node in enumerate(self.nodes):
+            if node.fits(resources):
+                return Slots((*self.nodes[:index], node.less(resources), *self.nodes[index + 1 :]))
+        return Slots(self.nodes)  # its machine is gone
 
     def resources_per_trial(self, asked: Mapping[str, float | None] | None) -> dict[str, float]:
-        """What one trial reserves: what was asked for, else a GPU where there is one, else a core."""
-        automatic = {"cpu": 1.0, "gpu": 1.0} if self.gpus >= 1 else {"cpu": 1.0}
+        """What one trial reserves: what was asked for, else a GPU where there is or may be one, else a core."""
+        automatic = {"cpu": 1.0, "gpu": 1.0} if self.largest.gpus >= 1 else {"cpu": 1.0}
         given = {name: amount for name, amount in (asked or {}).items() if amount is not None}
         return {name: amount for name, amount in (automatic | given).items() if amount > 0}
 
     def cores_each(self, num_tasks: int) -> float:
         """The most cores that so many tasks can have each, at once and every task on one machine."""
-        most = max((int(node.cpus) for node in self.nodes), default=0)
-        each = next((cores for cores in range(most, 1, -1) if self.fits({"cpu": cores}) >= num_tasks), 1)
+        most = max((int(node.cpus) for node in self.possible), default=0)
+        each = next((cores for cores in range(most, 1, -1) if self.at_most({"cpu": cores}) >= num_tasks), 1)
         return float(each)
 
     def concurrent(self, resources: Mapping[str, float], limit: int | None) -> int:
-        """Trials that fit at once, at most `limit`.
+        """Trials that may be in flight, at most `limit`.
 
         Raises:
-            UserError: If not even one fits.
+            UserError: If not even one will ever fit.
         """
-        fits = self.fits(resources)
-        if fits < 1:
+        most = self.at_most(resources)
+        if most < 1:
+            number, larger = f"{len(self.nodes)}", "a larger machine (`ray status` lists those that have joined)"
+            if self.growth:
+                number += " and of those that the autoscaler may start"
+                larger = "a larger type to the cluster file"
             raise UserError(
-                f"`search.resources_per_trial` asks for {dict(resources)} on one machine, but the largest of "
-                f"{len(self.nodes)} has {self.largest}: ask for less"
+                f"`search.resources_per_trial` asks for {dict(resources)} on one machine, but the largest of {number} "
+                f"has {self.largest}: ask for less, or add {larger}"
             )
-        return min(fits, limit) if limit else fits
+        return min(most, limit) if limit else most

@@ -21,6 +21,9 @@ from qpruner.models.loading import load_dense
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+SECONDS_UNTOLD = 20.0
+"""A worker process takes a few seconds to start; what takes longer waits for an autoscaler, or for somebody's work."""
+
 Job = TypeVar("Job")
 Result = TypeVar("Result")
 
@@ -112,6 +115,8 @@ class OnCluster:
         if self._actor is None:
             options = {"num_cpus": self._resources.get("cpu", 0.0), "num_gpus": self._resources.get("gpu", 0.0)}
             self._actor = ray.remote(_Worker).options(**options).remote(int(self._resources.get("cpu", 1.0)))
+            if not ray.wait([self._actor.__ray_ready__.remote()], timeout=SECONDS_UNTOLD)[0]:
+                emit(Message("cluster", f"waiting for a machine with room for {dict(self._resources)}"))
         for reference in self._actor.do.options(num_returns="streaming").remote(work, job):
             try:
                 told = ray.get(reference)

@@ -57,7 +57,7 @@ def check_finetune(config: RunConfig, slots: Slots) -> None:
     """
     wanted, asked = config.finetune.num_workers, config.search.resources_per_trial
     resources = worker_resources(slots.resources_per_trial(asked.model_dump() if asked else None), wanted)
-    fits = slots.fits(resources)
+    fits = slots.at_most(resources)
     if wanted > 1 and fits < wanted:
         raise UserError(
             f"`finetune.num_workers` asks for {wanted} workers of {resources} at once, got room for {fits} on "
@@ -99,7 +99,7 @@ def check(config: RunConfig, emit: Emit, address: str | None = None) -> Checked:
         check_finetune(config, context.known_slots)
         if address:
             look_at_nodes(context)
-        return Checked(inspection, concurrent, context.trial_resources())
+        return Checked(inspection, concurrent, context.trial_resources)
 
 
 def run(config: RunConfig, emit: Emit, address: str | None = None, until: str = "report") -> Results:

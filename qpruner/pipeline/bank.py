@@ -39,7 +39,7 @@ def bank(context: Context, pruned: PruneRecord) -> BankRecord:
     _forget_damaged_bank(context, stage)
 
     def work(scratch: Path) -> dict[str, Any]:
-        if 4 in levels and not context.trial_resources().get("gpu"):
+        if 4 in levels and not context.trial_resources.get("gpu"):
             check_cpu_widths([linear for group in context.layout.groups for linear in group.linears])
         files = _taken_over(context.bank, scratch, inputs, levels)
         jobs = _group_jobs(context, scratch, levels, set(files))

@@ -183,20 +183,20 @@ def _teller(emit: Emit, methods: Sequence[str]) -> Callable[[int, int], None]:
 
 
 def _measured(context: Context, job: ScoringJob) -> Measurement:
-    """KL and loss of every group, the samples shared among the slots where there are several."""
+    """KL and loss of every group, the samples shared among the slots where several are there."""
     from qpruner.execution.cluster import run_tasks
     from qpruner.sensitivity.measurement import Measurement
     from qpruner.sensitivity.methods import MEASUREMENT, MeasurementJob, measure_share
 
     slots = context.known_slots
-    alone = slots.fits(context.trial_resources()) == 1 if context.address else slots.gpus <= 1
-    if alone:
+    num_slots = slots.fits(context.trial_resources) if context.address else int(slots.gpus)
+    if num_slots <= 1:
         return context.workshop.do(measure_all, job, context.emit)
     # Every slot loads the model, the one that held it too.
     context.workshop.close()
     batch_size = context.config.evaluate.batch_size
     samples = job.subject.samples(batch_size, context.config.sensitivity.num_measured_samples).by_length
-    resources, num_shares = context.task_resources(len(samples.rows))
+    resources, num_shares = context.task_resources(min(num_slots, len(samples.rows)))
     jobs = [
         MeasurementJob(
             checkpoint=context.checkpoint,

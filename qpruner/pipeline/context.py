@@ -10,7 +10,7 @@ from qpruner import preflight
 from qpruner.config import RunConfig
 from qpruner.errors import UserError
 from qpruner.events import Emit
-from qpruner.execution.cluster import connect, disconnect, local_slots
+from qpruner.execution.cluster import Cluster, connect, disconnect, local_slots
 from qpruner.execution.slots import Slots, worker_resources
 from qpruner.execution.workshop import Here, OnCluster, Workshop
 from qpruner.models.loading import checkpoint_config
@@ -98,10 +98,14 @@ class Context:
         return plan
 
     @cached_property
-    def slots(self) -> Slots:
-        """The cluster's slots; connects on first use."""
+    def _cluster(self) -> Cluster:
         self._connected = True
         return connect(self.address)
+
+    @property
+    def slots(self) -> Slots:
+        """The cluster's slots as they are now; connects on first use."""
+        return self._cluster.slots()
 
     @property
     def known_slots(self) -> Slots:
@@ -115,25 +119,36 @@ class Context:
 
     def _workshop_resources(self) -> dict[str, float]:
         """One machine's GPU, all of them where the dense model is spread; every core where trials run on CPUs."""
-        trial, largest = self.trial_resources(), self.slots.largest
-        self.slots.concurrent(trial, None)
+        trial, largest = self.trial_resources, self.slots.largest
         if not trial.get("gpu"):
             return {"cpu": float(int(largest.cpus))}
         spread = self.config.model.device_map == "auto"
         return trial | {"gpu": largest.gpus if spread else max(1.0, trial["gpu"])}
 
+    @cached_property
     def trial_resources(self) -> dict[str, float]:
-        """What Ray reserves for one trial."""
-        asked = self.config.search.resources_per_trial
-        return self.known_slots.resources_per_trial(asked.model_dump() if asked else None)
+        """What Ray reserves for one trial; settled once, whatever machines go later.
+
+        Raises:
+            UserError: If it fits on no machine that there is or may be.
+        """
+        asked, slots = self.config.search.resources_per_trial, self.known_slots
+        resources = slots.resources_per_trial(asked.model_dump() if asked else None)
+        slots.concurrent(resources, None)
+        return resources
 
     def task_resources(self, num_tasks: int, num_workers: int = 1) -> tuple[dict[str, float], int]:
         """Resources of one of several equal tasks, or of each of a task's workers, and how many tasks run at once
         beside what the workshop holds: none where it holds the only slot. On CPUs the tasks share the cores."""
-        resources = worker_resources(self.trial_resources(), num_workers)
-        self.slots.concurrent(resources, None)
-        slots = self.slots.less(self.workshop.holds) if self.workshop.holds else self.slots
-        concurrent = min(slots.fits(resources) // num_workers, num_tasks)
+        resources = worker_resources(self.trial_resources, num_workers)
+        slots, held = self.slots, self.workshop.holds
+        if held:
+            # On what is there alone: the workshop would have done the work before others were started.
+            slots = slots.less(held)
+        limit = max(self.config.search.max_concurrent or num_tasks * num_workers, num_workers)
+        room = max(slots.fits(resources), min(slots.at_most(resources), limit))
+        # Where every machine is gone for a while, one task waits for another.
+        concurrent = min(max(room // num_workers, 0 if held else 1), num_tasks)
         if concurrent and not resources.get("gpu"):
             resources = {"cpu": slots.cores_each(concurrent * num_workers)}
         return resources, concurrent

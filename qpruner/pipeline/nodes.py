@@ -58,7 +58,7 @@ def look_at_nodes(context: Context) -> None:
     Raises:
         UserError: Naming each node that the run could not use, why, and the remedy.
     """
-    resources = context.trial_resources()
+    resources = context.trial_resources
     needs = Needs(context.config, context.inspection.pruned, resources, context.run_dir.root, versions())
     with _left_in(needs.storage) as (folder, driver):
         reports = probe(folder, driver)

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 from qpruner.candidates import Candidate, ConfirmationJob, confirm_trial
 from qpruner.errors import StageError
-from qpruner.events import Message, SearchPlanned, SlotsFound
+from qpruner.events import Message, SearchPlanned
+from qpruner.execution.room import Room
 from qpruner.pipeline.context import Context
 from qpruner.pipeline.stage import Stage, run_stage
 from qpruner.plan import PrecisionPlan
@@ -86,7 +87,7 @@ def search(context: Context, banked: BankRecord, measured: SensitivityRecord) ->
         from qpruner.search import tune as ray_tune
         from qpruner.search.trial import run_trial
 
-        resources = context.trial_resources()
+        resources = context.trial_resources
         job = ray_tune.SearchJob(
             config=context.worker_config,
             trial=run_trial,
@@ -100,12 +101,11 @@ def search(context: Context, banked: BankRecord, measured: SensitivityRecord) ->
             digest=trials_digest,
             search=search_digest,
             resources=resources,
-            max_concurrent=context.slots.concurrent(resources, settings.max_concurrent),
         )
-        context.emit(SlotsFound(job.max_concurrent))
+        room = Room(lambda: context.slots, resources, settings.max_concurrent, context.emit)
         resumed = _tell_recorded(context, job)
         while True:
-            outcome = ray_tune.search(job, context.emit)
+            outcome = ray_tune.search(job, room, context.emit)
             tell(f"ended: {outcome.ended}")
             usable = [*outcome.trials, *(trial for trial in outcome.taken_over if space.is_feasible(_plan(trial)))]
             if given:
@@ -203,6 +203,9 @@ def _finalists(trials: Sequence[TrialRecord], job: SearchJob) -> list[TrialRecor
     Raises:
         StageError: If no trial finished, with the first reason.
     """
+    if not trials:
+        cause = "its hours were over before any machine took a trial"
+        raise StageError("search", cause, "see why none came (`ray status`), allow more hours, then repeat the command")
     finished = [trial for trial in trials if trial.status == "finished"]
     if not finished:
         reasons = [trial.reason for trial in trials if trial.reason]

@@ -256,6 +256,12 @@ class Ledger:
         self._live.pop(suggestion.index, None)
         self._unfinished.append(suggestion)
 
+    def withdraw(self, suggestion: Suggestion) -> None:
+        """Tell that a trial was never begun; its plan and number are free again."""
+        self._live.pop(suggestion.index, None)
+        self._known.pop(suggestion.plan, None)
+        self._counted.discard(suggestion.index)
+
     def end(self, reason: str) -> None:
         """No new suggestions from now on; the first reason stays."""
         self.ended = self.ended or reason

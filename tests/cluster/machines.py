@@ -27,7 +27,9 @@ from conftest import raw_config, with_key
 ROOT = Path(__file__).resolve().parents[2]
 Found = TypeVar("Found")
 
-TOOLS = ("ip", "hostname", "nsenter", "unshare", "setpriv", "mount", "ssh-keygen", "rsync", "/usr/sbin/sshd")
+TOOLS = ("ip", "hostname", "nsenter", "unshare", "setpriv", "mount")
+SSH = ("ssh-keygen", "rsync", "/usr/sbin/sshd")
+"""What `Machines` and Ray's launcher take besides."""
 PRIVATE = ["--mount", "--net", "--pid", "--uts", "--fork", "--mount-proc", "--kill-child"]
 UNSHARE = ["setpriv", "--pdeathsig", "KILL", "unshare", *PRIVATE]
 NETWORK = "10.77.0"
@@ -133,7 +135,7 @@ class Machine:
     ) -> subprocess.CompletedProcess[str]:
         """Run a command on it, with nothing but `environment`; stderr goes into stdout."""
         return subprocess.run(
-            ["nsenter", f"--target={self.first.pid}", "--mount", "--net", "--pid", "--uts", f"--wd={folder}", *command],
+            [*self.entered(folder), *command],
             env=dict(environment),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
@@ -141,6 +143,10 @@ class Machine:
             text=True,
             timeout=seconds,
         )
+
+    def entered(self, folder: Path) -> list[str]:
+        """What makes the command that follows one on this machine."""
+        return ["nsenter", f"--target={self.first.pid}", "--mount", "--net", "--pid", "--uts", f"--wd={folder}"]
 
     def processes(self) -> list[str]:
         """Command lines of what runs on it besides its first process and what serves ssh."""

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from machines import ROOT, Machines, link_environment, skip_where_impossible, small_config, trials_of, wait_for
+from machines import ROOT, SSH, Machines, link_environment, skip_where_impossible, small_config, trials_of, wait_for
 
 pytestmark = pytest.mark.cluster
 
@@ -56,7 +56,7 @@ class Cluster:
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     """Machines that nothing has been started on."""
-    skip_where_impossible()
+    skip_where_impossible(*SSH)
     if importlib.util.find_spec("aiohttp_cors") is None:
         pytest.skip("needs Ray's job server: pip install 'qpruner[cluster]'")
     folder = tmp_path_factory.mktemp("cluster")

@@ -13,7 +13,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from machines import ROOT, Machine, Machines, link_environment, skip_where_impossible, small_config, trials_of, wait_for
+from machines import (
+    ROOT,
+    SSH,
+    Machine,
+    Machines,
+    link_environment,
+    skip_where_impossible,
+    small_config,
+    trials_of,
+    wait_for,
+)
 
 pytestmark = pytest.mark.cluster
 
@@ -58,7 +68,7 @@ class Slurm:
 @pytest.fixture
 def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Slurm]:
     """Both nodes idle."""
-    skip_where_impossible("munged", "slurmctld", "slurmd", "sbatch")
+    skip_where_impossible(*SSH, "munged", "slurmctld", "slurmd", "sbatch")
     folder = tmp_path_factory.mktemp("slurm")
     checkout = folder / "checkout"
     ignored = shutil.ignore_patterns("__pycache__")

@@ -2,12 +2,26 @@
 
 from __future__ import annotations
 
-import pytest
+import time
+from pathlib import Path
 
+import pytest
+from raylets import raylets
+
+from qpruner.config import SearchConfig
 from qpruner.errors import UserError
-from qpruner.execution.slots import Node, Slots, worker_resources
+from qpruner.events import Event, SlotsFound
+from qpruner.execution.autoscaler import read_growth
+from qpruner.execution.cluster import connect, disconnect
+from qpruner.execution.room import LOOK_SECONDS, Room
+from qpruner.execution.slots import Growth, Node, Slots, worker_resources
+from qpruner.pipeline import check_search
 
 TWO_NODES = Slots((Node(8, 2), Node(8, 1)))
+ROOT = Path(__file__).resolve().parents[2]
+HEAD = Node(2, 0)
+CLOUD = Growth(HEAD, (Node(8, 1), Node(8, 1), Node(64, 8)), max_workers=2)
+"""A head without GPUs, and an autoscaler with two types: two machines at once, of the larger type one."""
 
 
 @pytest.mark.parametrize(
@@ -55,3 +69,67 @@ def test_cores_are_shared_out_inside_machines() -> None:
 def test_what_the_workshop_holds_is_not_there_for_tasks() -> None:
     assert TWO_NODES.less({"cpu": 1, "gpu": 2}).fits({"cpu": 1, "gpu": 1}) == 1
     assert Slots((Node(0, 0), Node(1, 1))).less({"cpu": 1, "gpu": 1}).fits({"cpu": 1, "gpu": 1}) == 0
+
+
+# ---- with an autoscaler
+
+
+@pytest.mark.parametrize(
+    ("resources", "expected"),
+    [
+        pytest.param({"cpu": 1, "gpu": 1}, 8 + 1, id="the-largest-two-of-three"),
+        pytest.param({"cpu": 1, "gpu": 4}, 2, id="only-on-the-large-one"),
+        pytest.param({"cpu": 2}, 1 + 32 + 4, id="the-head-too"),
+    ],
+)
+def test_trials_may_wait_for_what_can_be_started(resources: dict[str, float], expected: int) -> None:
+    for nodes in ((HEAD,), (HEAD, Node(8, 1))):
+        slots = Slots(nodes, CLOUD)
+        assert slots.concurrent(resources, None) == expected, "what is started already is not counted twice"
+        assert slots.concurrent(resources, 2) == min(2, expected)
+    assert Slots((HEAD,), CLOUD).fits({"gpu": 1}) == 0
+
+
+def test_a_trial_that_fits_on_no_type_is_refused_with_the_largest() -> None:
+    assert Slots((HEAD,), CLOUD).resources_per_trial(None) == {"cpu": 1.0, "gpu": 1.0}, "a GPU may come"
+    expected = "the largest of 1 and of those that the autoscaler may start has 64 CPUs and 8 GPUs: ask for less"
+    with pytest.raises(UserError, match=expected):
+        Slots((HEAD,), CLOUD).concurrent({"cpu": 1, "gpu": 9}, None)
+
+
+def test_the_cluster_file_says_what_may_be_started() -> None:
+    assert read_growth(ROOT / "cluster.yaml", HEAD) == Growth(HEAD, (Node(8, 1),) * 5, max_workers=4)
+    onprem = ROOT / "launch" / "cluster_onprem.yaml"
+    assert read_growth(onprem, HEAD) is None, "its machines do not say their size"
+    with pytest.raises(UserError, match=r"nowhere.yaml, the cluster file of Ray's autoscaler, cannot be read"):
+        read_growth(ROOT / "nowhere.yaml", HEAD)
+
+
+# ---- without one, on real nodes
+
+
+def test_without_workers_a_search_is_refused_and_later_ones_are_found_as_they_come_and_go() -> None:
+    settings = SearchConfig.model_validate({"resources_per_trial": {"cpu": 1, "gpu": 1}, "max_concurrent": 2})
+    trial = {"cpu": 1.0, "gpu": 1.0}
+    with raylets(0) as cluster:
+        joined = connect(cluster.address)
+        try:
+            with pytest.raises(
+                UserError, match="the largest of 1 has 0 CPUs and 0 GPUs: ask for less, or add a larger"
+            ):
+                check_search(settings, joined.slots())
+            told: list[Event] = []
+            room = Room(joined.slots, trial, settings.max_concurrent, told.append)
+            assert room() == 0
+            node = cluster.add(num_gpus=1)
+            assert check_search(settings, joined.slots()) == 1
+            cluster.add(num_cpus=3, num_gpus=3)
+            assert check_search(settings, joined.slots()) == 2, "no more than `search.max_concurrent`"
+            time.sleep(LOOK_SECONDS)
+            assert room() == 2
+            cluster.cluster.remove_node(node)
+            cluster.nodes.remove(node)
+            assert joined.slots().fits(trial) == 3
+            assert told == [SlotsFound(0), SlotsFound(2)]
+        finally:
+            disconnect()

@@ -6,23 +6,27 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import signal
 import time
 from collections import Counter, defaultdict
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from conftest import raw_config, with_key
-from raylets import raylets
+from raylets import Raylets, raylets
 
 from qpruner.config import validate_config
-from qpruner.execution.cluster import connect, disconnect
+from qpruner.events import Event, SlotsFound, TrialChanged, TrialWithdrawn
+from qpruner.execution.cluster import Cluster, connect, disconnect
+from qpruner.execution.room import Room
 from qpruner.execution.slots import Slots
 from qpruner.plan import Group, Layout, LinearShape, PlanSpace
 from qpruner.records import RungResult
 from qpruner.search.trial_job import Materials, Progress, Report, Trial, TrialJob
-from qpruner.search.trial_records import read_pulse
+from qpruner.search.trial_records import read_pulse, read_trials
 from qpruner.search.tune import SearchJob, search
 
 GPUS = (2, 1)
@@ -33,13 +37,19 @@ LAYOUT = Layout(GROUPS, 1000, 300, 2, double_quant=False, num_parameters=10**5)
 
 
 @pytest.fixture(scope="module")
-def slots() -> Iterator[Slots]:
+def joined() -> Iterator[tuple[Raylets, Cluster]]:
     """A cluster of three raylets that this process has joined."""
     with raylets(0) as cluster:
         for number in GPUS:
             cluster.add(num_cpus=4, num_gpus=number)
-        yield connect(cluster.address)
+        yield cluster, connect(cluster.address)
         disconnect()
+
+
+@pytest.fixture
+def slots(joined: tuple[Raylets, Cluster]) -> Slots:
+    """What it can run."""
+    return joined[1].slots()
 
 
 def standing_in(folder: Path, at_once: int) -> Trial:
@@ -65,10 +75,12 @@ def standing_in(folder: Path, at_once: int) -> Trial:
     return trial
 
 
-def job_of(folder: Path, slots: Slots) -> SearchJob:
-    """A search of random plans that takes every slot, a trial's resources being what they are by default."""
+def job_of(folder: Path, slots: Slots, at_once: int, **settings: Any) -> SearchJob:
+    """A search of random plans whose trials take what they do by default, and end once so many have run at once."""
     raw = with_key(raw_config(Path("model"), folder / "run"), "search.searcher", "random")
     raw = with_key(with_key(raw, "search.max_trials", NUM_TRIALS), "search.first_rung", 4)
+    for key, value in settings.items():
+        raw = with_key(raw, f"search.{key}", value)
     resources = slots.resources_per_trial(None)
     return SearchJob(
         config=validate_config(raw),
@@ -82,8 +94,7 @@ def job_of(folder: Path, slots: Slots) -> SearchJob:
         digest="0" * 16,
         search="1" * 16,
         resources=resources,
-        max_concurrent=slots.concurrent(resources, None),
-        trial=standing_in(folder, slots.concurrent(resources, None)),
+        trial=standing_in(folder, at_once),
     )
 
 
@@ -92,9 +103,11 @@ def overlap(one: dict[str, Any], other: dict[str, Any]) -> bool:
 
 
 def test_every_gpu_has_one_trial_and_no_gpu_two(slots: Slots, tmp_path: Path) -> None:
-    job = job_of(tmp_path, slots)
-    assert job.resources == {"cpu": 1.0, "gpu": 1.0} and job.max_concurrent == sum(GPUS)
-    outcome = search(job, lambda event: None)
+    job = job_of(tmp_path, slots, at_once=sum(GPUS))
+    assert job.resources == {"cpu": 1.0, "gpu": 1.0}
+    events: list[Event] = []
+    outcome = search(job, Room(lambda: slots, job.resources, None, events.append), events.append)
+    assert [event for event in events if isinstance(event, SlotsFound)] == [SlotsFound(sum(GPUS))]
     assert [trial.status for trial in outcome.trials] == ["finished"] * NUM_TRIALS
     said = [json.loads(path.read_text()) for path in tmp_path.glob("said-*")]
     assert len(said) == NUM_TRIALS
@@ -110,3 +123,67 @@ def test_every_gpu_has_one_trial_and_no_gpu_two(slots: Slots, tmp_path: Path) ->
         "and tells where"
     )
     assert len({trial["pid"] for trial in said}) < NUM_TRIALS, "workers that were used again kept to their GPU"
+
+
+def over(event: Event) -> bool:
+    return isinstance(event, TrialChanged) and event.trial.is_over
+
+
+def test_ctrl_c_begins_nothing_that_waits_for_a_machine(slots: Slots, tmp_path: Path) -> None:
+    """With room for six, as on a cluster that may grow, three wait; the next session would begin with them."""
+    events: list[Event] = []
+
+    def emit(event: Event) -> None:
+        if over(event) and not any(map(over, events)):
+            os.kill(os.getpid(), signal.SIGINT)
+        events.append(event)
+
+    job = job_of(tmp_path, slots, at_once=sum(GPUS))
+    with pytest.raises(KeyboardInterrupt):
+        search(job, lambda: 6, emit)
+    found = [(trial.status, trial.has_begun) for trial in read_trials(job.trials)]
+    assert sorted(found) == [("finished", True)] * 3 + [("running", False)] * 3
+
+
+def test_what_still_waits_when_the_hours_are_over_is_not_begun(slots: Slots, tmp_path: Path) -> None:
+    """They are over with the first rung, while the three that began it go on."""
+    events: list[Event] = []
+
+    def emit(event: Event) -> None:
+        if isinstance(event, TrialWithdrawn):
+            (tmp_path / f"withdrawn-{event.index}").touch()
+        events.append(event)
+
+    def trial(job: TrialJob, start: Path | None, report: Report, progress: Progress) -> None:
+        (checkpoint := tmp_path / f"first-{os.getpid()}").mkdir()
+        report(RungResult(step=1, loss=3.0), checkpoint)
+        deadline = time.monotonic() + 60
+        while len(list(tmp_path.glob("withdrawn-*"))) < 3:
+            assert time.monotonic() < deadline, "the trials that wait are not withdrawn"
+            time.sleep(0.05)
+        whole(job, start, report, progress)
+
+    whole = standing_in(tmp_path, sum(GPUS))
+    job = job_of(tmp_path, slots, at_once=0, first_rung=1, max_gpu_hours=1e-7)
+    outcome = search(replace(job, trial=trial), lambda: 6, emit)
+    assert [trial.status for trial in outcome.trials] == ["finished"] * 3
+    assert outcome.ended.endswith("GPU hours were spent (`search.max_gpu_hours` is 1e-07)")
+
+
+def test_a_search_takes_a_machine_that_joins_late(joined: tuple[Raylets, Cluster], tmp_path: Path) -> None:
+    """None of its trials ends before so many run at once that one of them is on it."""
+    raylets, cluster = joined
+    events: list[Event] = []
+
+    def emit(event: Event) -> None:
+        if isinstance(event, TrialChanged) and len(raylets.nodes) == len(GPUS):
+            raylets.add(num_cpus=4, num_gpus=2)
+        events.append(event)
+
+    job = job_of(tmp_path, cluster.slots(), at_once=4)
+    try:
+        outcome = search(job, Room(cluster.slots, job.resources, 4, emit), emit)
+    finally:
+        raylets.cluster.remove_node(raylets.nodes.pop())
+    assert [trial.status for trial in outcome.trials] == ["finished"] * NUM_TRIALS
+    assert [event.slots for event in events if isinstance(event, SlotsFound)] == [3, 4], "not five"

@@ -6,6 +6,7 @@ The first tests call its parts on records as trials write them; the last ones ru
 from __future__ import annotations
 
 import shutil
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,7 @@ from conftest import DEMO_DATA, raw_config, with_key
 
 from qpruner.config import validate_config
 from qpruner.errors import StageError
-from qpruner.events import Event, Message
+from qpruner.events import Event, Message, TrialWithdrawn
 from qpruner.pipeline import run
 from qpruner.pipeline.search import _best, _finalists, _front, non_dominated
 from qpruner.plan import Group, Layout, LinearShape, PlanSpace, PrecisionPlan
@@ -66,7 +67,6 @@ def job_of(folder: Path, num_eights: int = 3, **settings: Any) -> SearchJob:
         digest="0" * 16,
         search=MINE,
         resources={"cpu": 1.0},
-        max_concurrent=1,
     )
 
 
@@ -98,6 +98,11 @@ def ledger_of(job: SearchJob, *records: TrialRecord) -> Ledger:
     return ledger
 
 
+def searcher_on(job: SearchJob, ledger: Ledger) -> PlanSearcher:
+    """What Tune asks for plans, where two trials may be in flight."""
+    return PlanSearcher(job, ledger, lambda: 2, print, Halt(print))
+
+
 def suggested(ledger: Ledger) -> list[tuple[int, str, str]]:
     """All that the search would still run."""
     found = []
@@ -114,11 +119,11 @@ def test_the_hours_of_earlier_sessions_count_and_what_was_cut_off_goes_on(tmp_pa
     ledger = ledger_of(job, trial(0, "444444", [3.0], status="running"))
     write_seconds(job.trials, job.search, 3599.0)
     write_seconds(job.trials, ANOTHER, 9999.0)
-    assert isinstance(PlanSearcher(job, ledger, print, Halt(print)).suggest("a"), dict)
+    assert isinstance(searcher_on(job, ledger).suggest("a"), dict)
 
     write_seconds(job.trials, job.search, 3601.0)
     ledger, _ = take_up(job, RandomProposer(job.space, seed=0))
-    searcher = PlanSearcher(job, ledger, print, Halt(print))
+    searcher = searcher_on(job, ledger)
     cut_off = searcher.suggest("a")
     assert isinstance(cut_off, dict) and cut_off["trial"] == 0
     assert searcher.suggest("b") == "FINISHED"
@@ -130,18 +135,16 @@ def test_the_hours_that_its_trials_held_gpus_count(tmp_path: Path) -> None:
     mine, another = trial(0, "444444", [3, 3, 3], **held), trial(1, "844444", [3, 3, 3], ANOTHER, **held)
     job = job_of(tmp_path, max_gpu_hours=1.0)
     ledger = ledger_of(job, mine, another)
-    assert isinstance(PlanSearcher(job, ledger, print, Halt(print)).suggest("a"), dict), (
-        "another search's hours are not its own"
-    )
+    assert isinstance(searcher_on(job, ledger).suggest("a"), dict), "another search's hours are not its own"
     ledger = ledger_of(job, mine, another, trial(2, "484444", [3, 3, 3], **held))
-    assert PlanSearcher(job, ledger, print, Halt(print)).suggest("a") == "FINISHED"
+    assert searcher_on(job, ledger).suggest("a") == "FINISHED"
     assert ledger.ended == "1 GPU hours were spent (`search.max_gpu_hours` is 1)"
 
 
 def test_a_search_that_is_killed_has_kept_its_time(tmp_path: Path) -> None:
     job = job_of(tmp_path)
     write_seconds(job.trials, job.search, 100.0)
-    searcher = PlanSearcher(job, ledger_of(job), print, Halt(print))
+    searcher = searcher_on(job, ledger_of(job))
     searcher.suggest("a")
     searcher.on_trial_result("a", {METRIC: 3.0, TIME: 1, "loss": 3.0})
     assert 100.0 < read_seconds(job.trials, job.search) < 110.0
@@ -170,7 +173,7 @@ def test_patience_outlives_an_interruption(tmp_path: Path) -> None:
     job = job_of(tmp_path, searcher="gp", patience=3)
     for index in range(5):
         ledger, _ = take_up(job, Hopeless(job.space))
-        running = PlanSearcher(job, ledger, print, Halt(print)).suggest("a")
+        running = searcher_on(job, ledger).suggest("a")
         if index < 4:
             assert isinstance(running, dict) and running["trial"] == index
             record = read_trials(job.trials)[index]
@@ -234,7 +237,7 @@ def test_a_trial_that_the_disk_was_too_full_for_is_tried_again(tmp_path: Path) -
 def searcher_of(job: SearchJob, *records: TrialRecord) -> tuple[PlanSearcher, Halt, list[Event]]:
     events: list[Event] = []
     halt = Halt(events.append)
-    return PlanSearcher(job, ledger_of(job, *records), events.append, halt), halt, events
+    return PlanSearcher(job, ledger_of(job, *records), lambda: 2, events.append, halt), halt, events
 
 
 def test_a_trial_whose_worker_dies_goes_on_first_until_three_in_a_row_have_died(tmp_path: Path) -> None:
@@ -284,6 +287,55 @@ def test_a_search_halts_when_a_trial_finds_no_room(tmp_path: Path) -> None:
     write_trial(job.trials, record.model_copy(update={"status": "failed", "failure": "storage", "reason": "no space"}))
     searcher.on_trial_complete("a", error=True)
     assert halt.requested and not halt.interrupted
+
+
+# ---- trials that wait for a machine
+
+
+def test_no_more_plans_are_handed_out_than_there_is_room_for(tmp_path: Path) -> None:
+    job = job_of(tmp_path)
+    room = 2
+    searcher = PlanSearcher(job, ledger_of(job), lambda: room, print, Halt(print))
+    assert [isinstance(searcher.suggest(name), dict) for name in "abc"] == [True, True, False]
+    room = 3
+    assert isinstance(searcher.suggest("d"), dict)
+    room = 1
+    searcher.on_trial_complete("a", error=True)
+    assert searcher.suggest("e") is None, "two are in flight, one too many"
+    assert [record.index for record in read_trials(job.trials)] == [0, 1, 2]
+
+
+def test_a_trial_that_still_waits_when_the_hours_are_spent_never_was(tmp_path: Path) -> None:
+    """Its plan is the next search's first, should there be one with more hours; one that had begun goes on."""
+    job = job_of(tmp_path, max_hours=1.0)
+    write_seconds(job.trials, job.search, 3599.5)
+    searcher, _, events = searcher_of(job)
+    for name in "ab":
+        assert isinstance(searcher.suggest(name), dict) and not searcher.is_recalled(name)
+    write_trial(job.trials, read_trials(job.trials)[0].model_copy(update={"worker": "a process"}))
+    time.sleep(1.1)
+    assert [searcher.is_recalled(name) for name in "ab"] == [False, True]
+    searcher.on_trial_complete("b")
+    assert [record.index for record in read_trials(job.trials)] == [0]
+    assert TrialWithdrawn(1) in events
+    assert searcher.suggest("c") == "FINISHED"
+    more = take_up(job_of(tmp_path, max_hours=2.0), RandomProposer(job.space, seed=0))[0]
+    assert suggested(more)[:2] == [(0, "uniform-4", "444444"), (1, "seed-kl", str(SEED_PLAN))]
+
+
+def test_hours_that_are_over_before_any_machine_came_are_told(tmp_path: Path) -> None:
+    with pytest.raises(StageError, match="its hours were over before any machine took a trial"):
+        _finalists([], job_of(tmp_path))
+
+
+def test_trials_that_wait_when_a_search_is_halted_are_left_to_the_next(tmp_path: Path) -> None:
+    job = job_of(tmp_path)
+    searcher, halt, _ = searcher_of(job)
+    searcher.suggest("a")
+    halt.requested = True
+    assert searcher.is_recalled("a")
+    searcher.on_trial_complete("a")
+    assert [(record.index, record.status) for record in read_trials(job.trials)] == [(0, "running")]
 
 
 # ---- what is damaged

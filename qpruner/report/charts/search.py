@@ -185,7 +185,7 @@ def timeline(run: Snapshot) -> Iterator[Chart]:
         "timeline",
         "cost",
         "Slots in use",
-        f"Each bar is a trial, from being handed out to its end. Slots ever in use: {slots}; they had a trial "
+        f"Each bar is a trial, from its start to its end. Slots ever in use: {slots}; they had a trial "
         f"{busy:.0%} of the time.",
         {
             "height": 22 * slots,

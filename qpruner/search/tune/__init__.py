@@ -17,8 +17,10 @@ os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
 os.environ["TUNE_DISABLE_AUTO_CALLBACK_LOGGERS"] = "1"
 # Its handler makes fit() return as if the search were over, and stays installed after it.
 os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"
+# How many trials wait for a machine is the searcher's business; without a limit of Ray's own Tune would let one wait.
+os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(10**6)
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from ray import tune
 
@@ -45,12 +47,17 @@ from qpruner.search.tune.worker import run_recorded
 __all__ = ["HyperOptProposer", "SearchJob", "SearchOutcome", "check_searcher", "make_proposer", "search"]
 
 
-def search(job: SearchJob, emit: Emit) -> SearchOutcome:
+def search(job: SearchJob, room: Callable[[], int], emit: Emit) -> SearchOutcome:
     """Run or continue the search until it is over.
 
     Trials that lost their workers when no new plan was left to hand out go on in another session of Tune. So does what
     was running when Ray killed a worker because its machine ran out of memory: `Tuner.fit` then ends with a
     RuntimeError whatever `max_failures` says (Ray 2.60). What Tune cannot write is waited for, as in `patiently`.
+
+    Args:
+        job: What is searched.
+        room: Tells how many trials may be in flight now, those that wait for a machine among them.
+        emit: Told of every event.
 
     Raises:
         KeyboardInterrupt: On Ctrl-C; trials under way are recorded up to their last rung.
@@ -63,7 +70,7 @@ def search(job: SearchJob, emit: Emit) -> SearchOutcome:
     sessions = begin_session(job.trials, job.search)
     while True:
         try:
-            ended = patiently(lambda: _fit(job, emit, halt), job.scratch)
+            ended = patiently(lambda: _fit(job, room, emit, halt), job.scratch)
         except RuntimeError as error:
             if "killed" not in str(error):
                 raise
@@ -79,21 +86,22 @@ def search(job: SearchJob, emit: Emit) -> SearchOutcome:
             return outcome
 
 
-def _fit(job: SearchJob, emit: Emit, halt: Halt) -> str | None:
+def _fit(job: SearchJob, room: Callable[[], int], emit: Emit, halt: Halt) -> str | None:
     """One session of Ray Tune, from the records to the last trial; returns why there are no more."""
     settings = job.config.search
     proposer = make_proposer(settings.searcher, job.space, job.config.seed, job.priors, settings.pareto)
     ledger, recorded = take_up(job, proposer)
-    searcher = PlanSearcher(job, ledger, emit, halt)
+    searcher = PlanSearcher(job, ledger, room, emit, halt)
     watch = HangWatch(job, searcher)
     attempt = len(list(job.scratch.glob("search-*"))) if job.scratch.exists() else 0
     tuner = tune.Tuner(
         tune.with_resources(tune.with_parameters(run_recorded, job=job), job.resources),
         tune_config=tune.TuneConfig(
             search_alg=searcher,
-            scheduler=RecordedAsha(job.config, job.space, [plan for _, plan in job.controls], recorded),
+            scheduler=RecordedAsha(
+                job.config, job.space, [plan for _, plan in job.controls], recorded, searcher.is_recalled
+            ),
             num_samples=-1,
-            max_concurrent_trials=job.max_concurrent,
             reuse_actors=True,
             trial_name_creator=lambda trial: f"trial-{trial.config['trial']:04d}-{trial.config['origin']}",
             trial_dirname_creator=lambda trial: f"trial-{trial.config['trial']:04d}",

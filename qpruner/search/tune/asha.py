@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ray.tune.experiment import Trial
 from ray.tune.schedulers import ASHAScheduler, TrialScheduler
 from ray.tune.schedulers.async_hyperband import _Bracket
 
@@ -24,6 +25,7 @@ class RecordedAsha(ASHAScheduler):  # type: ignore[misc]
         space: The feasible plans; a recorded plan over budget, of another search, is no measure for them.
         controls: Plans that run to the last rung.
         recorded: The trials so far.
+        is_recalled: Asked by Ray's id whether a trial that waits for a machine is not to start any more.
     """
 
     def __init__(
@@ -32,6 +34,7 @@ class RecordedAsha(ASHAScheduler):  # type: ignore[misc]
         space: PlanSpace,
         controls: Collection[PrecisionPlan],
         recorded: Sequence[TrialRecord],
+        is_recalled: Callable[[str], bool],
     ) -> None:
         settings = config.search
         super().__init__(
@@ -42,7 +45,7 @@ class RecordedAsha(ASHAScheduler):  # type: ignore[misc]
             grace_period=settings.first_rung,
             reduction_factor=settings.reduction_factor,
         )
-        self._space, self._controls = space, frozenset(controls)
+        self._space, self._controls, self._is_recalled = space, frozenset(controls), is_recalled
         bracket = _LikeSizes(settings.first_rung, settings.steps, settings.reduction_factor, settings.pareto)
         self._brackets = [bracket]
         for record in recorded:
@@ -58,6 +61,13 @@ class RecordedAsha(ASHAScheduler):  # type: ignore[misc]
     def on_trial_add(self, tune_controller: Any, trial: Any) -> None:
         super().on_trial_add(tune_controller, trial)
         self._brackets[0].sizes[trial.config["trial"]] = self._space.plan_bytes(self._plan_of(trial))
+
+    def choose_trial_to_run(self, tune_controller: Any) -> Any:
+        """Before trials are started, those that are recalled are taken out; nothing else of Tune's can."""
+        for trial in list(tune_controller.get_live_trials()):
+            if trial.status == Trial.PENDING and self._is_recalled(trial.trial_id):
+                tune_controller.stop_trial(trial)
+        return super().choose_trial_to_run(tune_controller)
 
     def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
         action: str = super().on_trial_result(tune_controller, trial, result)

@@ -3,7 +3,9 @@ over trials that hang."""
 
 from __future__ import annotations
 
+import shutil
 import time
+from collections.abc import Callable
 from typing import Any
 
 import ray
@@ -11,7 +13,7 @@ from ray.tune.callback import Callback
 from ray.tune.experiment import Trial
 from ray.tune.search import Searcher
 
-from qpruner.events import Emit, Message, Progress, TrialChanged
+from qpruner.events import Emit, Message, Progress, TrialChanged, TrialWithdrawn
 from qpruner.records import TrialRecord
 from qpruner.rundir import read_json
 from qpruner.search.searchers import Ledger, Observation, Suggestion
@@ -20,6 +22,7 @@ from qpruner.search.trial_records import (
     read_seconds,
     read_trial,
     read_trials,
+    trial_folder,
     trial_path,
     write_seconds,
     write_trial,
@@ -42,16 +45,18 @@ MAX_KILLS = 3
 class PlanSearcher(LivesInDriver, Searcher):  # type: ignore[misc]
     """Hands the ledger's suggestions to Tune and writes each trial's record before it runs."""
 
-    def __init__(self, job: SearchJob, ledger: Ledger, emit: Emit, halt: Halt) -> None:
+    def __init__(self, job: SearchJob, ledger: Ledger, room: Callable[[], int], emit: Emit, halt: Halt) -> None:
         super().__init__(metric=METRIC, mode="min")
-        self._job, self._ledger, self._emit, self._halt = job, ledger, emit, halt
+        self._job, self._ledger, self._room, self._emit, self._halt = job, ledger, room, emit, halt
         self._live: dict[str, Suggestion] = {}
         self._hung: set[str] = set()
         self._done = sum(1 for record in read_trials(job.trials) if job.owns(record) and record.status != "running")
         self._clock = _Clock(job)
 
     def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
-        self._clock.end_in_time(self._ledger)
+        if not self._halt.requested and len(self._live) >= self._room():
+            return None
+        self._clock.is_over(self._ledger)
         suggestion = None if self._halt.requested else self._ledger.next()
         if suggestion is None:
             finished: str = Searcher.FINISHED
@@ -94,6 +99,9 @@ class PlanSearcher(LivesInDriver, Searcher):  # type: ignore[misc]
         record = read_trial(self._job.trials, suggestion.index)
         if record.status == "running" and self._halt.requested:
             return
+        if not error and not record.has_begun:
+            self._withdraw(suggestion)
+            return
         if record.status == "running":
             # A trial's own errors are in its record: this one's process was killed, or never came up.
             record = self._killed(record, trial_id in self._hung) if error else self._stopped(record)
@@ -113,6 +121,21 @@ class PlanSearcher(LivesInDriver, Searcher):  # type: ignore[misc]
         self._emit(Progress("search", self._done, self._job.config.search.num_trials))
         if record.failure == "storage":
             self._halt.requested = True
+
+    def is_recalled(self, trial_id: str) -> bool:
+        """Whether a trial that waits for a machine is not to start any more."""
+        if self._halt.requested:
+            return True
+        suggestion = self._live.get(trial_id)
+        if suggestion is None or not self._clock.is_over(self._ledger):
+            return False
+        return not read_trial(self._job.trials, suggestion.index).has_begun
+
+    def _withdraw(self, suggestion: Suggestion) -> None:
+        """Have a trial that never began never have been."""
+        shutil.rmtree(trial_folder(self._job.trials, suggestion.index))
+        self._ledger.withdraw(suggestion)
+        self._emit(TrialWithdrawn(suggestion.index))
 
     def hangs(self, trial_id: str) -> None:
         """Tell that a trial is killed for want of progress."""
@@ -203,21 +226,33 @@ class _Clock:
     def __init__(self, job: SearchJob) -> None:
         self._job = job
         self._before, self._started = read_seconds(job.trials, job.search), time.monotonic()
+        self._is_over, self._next_look = False, 0.0
 
     def tick(self) -> None:
         """Keep the time: a session may be killed at any instant."""
         write_seconds(self._job.trials, self._job.search, self._seconds())
 
-    def end_in_time(self, ledger: Ledger) -> None:
-        """End the search once its hours are spent."""
+    def is_over(self, ledger: Ledger) -> bool:
+        """Whether the search's hours are spent; ends it then. Looks once a second."""
+        now = time.monotonic()
+        if not self._is_over and now >= self._next_look:
+            self._next_look = now + 1.0
+            reason = self._reason()
+            if reason is not None:
+                self._is_over = True
+                ledger.end(reason)
+        return self._is_over
+
+    def _reason(self) -> str | None:
         settings = self._job.config.search
         hours = self._seconds() / 3600
         if settings.max_hours is not None and hours >= settings.max_hours:
-            ledger.end(f"{hours:.3g} hours were spent (`search.max_hours` is {settings.max_hours:g})")
+            return f"{hours:.3g} hours were spent (`search.max_hours` is {settings.max_hours:g})"
         if settings.max_gpu_hours is not None:
             held = sum(record.gpu_seconds for record in read_trials(self._job.trials) if self._job.owns(record)) / 3600
             if held >= settings.max_gpu_hours:
-                ledger.end(f"{held:.3g} GPU hours were spent (`search.max_gpu_hours` is {settings.max_gpu_hours:g})")
+                return f"{held:.3g} GPU hours were spent (`search.max_gpu_hours` is {settings.max_gpu_hours:g})"
+        return None
 
     def _seconds(self) -> float:
         return self._before + time.monotonic() - self._started

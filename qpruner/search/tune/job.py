@@ -36,7 +36,6 @@ class SearchJob:
         digest: Of what a trial's result depends on.
         search: Digest of what the proposals depend on besides.
         resources: Ray resources of one trial.
-        max_concurrent: Trials in flight.
     """
 
     config: RunConfig
@@ -51,7 +50,6 @@ class SearchJob:
     digest: str
     search: str
     resources: dict[str, float]
-    max_concurrent: int
 
     def owns(self, record: TrialRecord) -> bool:
         """Whether a trial is of this search, not of one with another budget or searcher."""

@@ -70,7 +70,8 @@ class _RecordedTrial:
         self._memory = PeakMemory()
         self._node = ray.get_runtime_context().get_node_id()
         self._beats, self._told = 0, float("-inf")
-        self._record = self._record.model_copy(update={"worker": uuid.uuid4().hex})
+        begun = {} if self._record.rungs else {"times": (time.time(),)}  # it may have waited long for a machine
+        self._record = self._record.model_copy(update={"worker": uuid.uuid4().hex} | begun)
         write_trial(job.trials, self._record)
         self._progress(self._record.rungs[-1].step if self._record.rungs else 0)
 
