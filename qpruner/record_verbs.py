@@ -29,7 +29,22 @@ COMPARISONS: dict[str, Callable[[Any, Any], bool]] = {
     ">": operator.gt,
     "=": operator.eq,
 }
-SHOWN = ("trial", "from", "status", "bytes", "mean_bits", "step", "loss", "accuracy", "seconds", "search", "plan")
+SHOWN = (
+    "trial",
+    "from",
+    "status",
+    "failure",
+    "bytes",
+    "mean_bits",
+    "step",
+    "loss",
+    "accuracy",
+    "seconds",
+    "search",
+    "plan",
+)
+MOST_LINES = 10
+"""Trials under way, and trials that failed, that `status` lists; `trials` lists all."""
 
 
 def status(run: Path, as_json: bool) -> dict[str, Any]:
@@ -63,6 +78,7 @@ def _search_lines(search: dict[str, Any] | None) -> list[str]:
         return []
     counts = ", ".join(f"{search[name]} {name}" for name in ("finished", "stopped", "failed", "running"))
     slots = f" on {search['slots']} slots" if search["slots"] and search["running"] else ""
+    slots += f" ({search['waiting']} of them waiting for a machine)" if search["waiting"] else ""
     left = "" if search["seconds_left"] is None else f"; about {duration(search['seconds_left'])} left"
     lines = [f"trials: {search['trials']} of {search['max_trials']}: {counts}{slots}{left}"]
     for name, key in (("best searched", "best"), ("best control", "best_control")):
@@ -71,9 +87,25 @@ def _search_lines(search: dict[str, Any] | None) -> list[str]:
             reached = f"{FIGURES[search['metric']]} {best[search['metric']]:.4f}"
             size = f"{best['bytes'] / 1e6:.1f} MB"
             lines.append(f"{name + ':':<15}{reached}, trial {best['trial']} ({best['from']}), {size} [{best['plan']}]")
+    lines += _told([_under_way(each, search["steps"]) for each in search["under_way"]])
+    lines += _told([_failed(each) for each in search["failures"]])
     if search["winner"] is not None:
         lines.append(f"winner on fresh rows: trial {search['winner']}; `qpruner plan` prints its plan")
     return lines
+
+
+def _told(lines: list[str]) -> list[str]:
+    """The first few, and how many more there are."""
+    more = len(lines) - MOST_LINES
+    return [*lines[:MOST_LINES], f"... and {more} more: `qpruner trials` lists them"] if more > 0 else lines
+
+
+def _under_way(trial: dict[str, Any], steps: int) -> str:
+    return f"under way:     trial {trial['trial']} ({trial['from']}), step {trial['step']}/{steps}"
+
+
+def _failed(trial: dict[str, Any]) -> str:
+    return f"failed:        trial {trial['trial']} ({trial['from']}), {trial['failure']}: {trial['reason']}"
 
 
 def trials(run: Path, conditions: Sequence[str], sort: str, descending: bool, form: str) -> dict[str, Any]:
@@ -103,7 +135,11 @@ def trials(run: Path, conditions: Sequence[str], sort: str, descending: bool, fo
         writer.writerows(rows)
     elif form == "text":
         shown = [name for name in SHOWN if any(row[name] is not None for row in rows)]
-        Terminal(quiet=False).table(shown, [[_figure(name, row[name]) for name in shown] for row in rows])
+        terminal = Terminal(quiet=False)
+        terminal.table(shown, [[_figure(name, row[name]) for name in shown] for row in rows])
+        for row in rows:
+            if row["failure"]:
+                terminal.say(_failed(row))
     return {"status": "ok", "trials": rows}
 
 

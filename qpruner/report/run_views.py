@@ -20,7 +20,7 @@ from qpruner.records import STAGES, EvalRecord, FinetuneRecord, RunState, Search
 from qpruner.report.standing import Standing, bar, best_so_far, in_order_of_end, score, standing
 from qpruner.report.table import SEARCHED
 from qpruner.rundir import STATE, RunDir
-from qpruner.search.trial_records import read_trials
+from qpruner.search.trial_records import read_pulse, read_trials
 
 CUT_OFF = "cut off"
 """Of a command whose process is gone without a word."""
@@ -119,7 +119,10 @@ def _search_status(run: RunView) -> dict[str, Any] | None:
     return {
         **search.model_dump(),
         **{name: now.count(name) for name in ("finished", "stopped", "failed", "running")},
+        "waiting": sum(1 for trial in now.running if not trial.has_begun),
         "trials": len(now.trials),
+        "under_way": [trial_row(run, trial) for trial in now.running],
+        "failures": [trial_row(run, trial) for trial in now.trials if trial.status == "failed"],
         "taken_over": len(now.others),
         "seconds_left": now.seconds_left if now.running else None,
         "best": trial_row(run, now.best) if now.best else None,
@@ -130,9 +133,13 @@ def _search_status(run: RunView) -> dict[str, Any] | None:
 
 
 def trial_row(run: RunView, trial: TrialRecord) -> dict[str, Any]:
-    """A trial as a flat row: figures first, then the bits of every group."""
+    """A trial as a flat row: figures first, then the bits of every group.
+
+    Losses are those of its last rung; the step of one that runs is where it is now, between two rungs, too.
+    """
     last = trial.rungs[-1] if trial.rungs else None
     assert run.state.search
+    pulse = None if trial.is_over else read_pulse(run.run_dir.trials / run.state.search.trials_digest, trial.index)
     return {
         "trial": trial.index,
         "from": trial.origin,
@@ -140,13 +147,14 @@ def trial_row(run: RunView, trial: TrialRecord) -> dict[str, Any]:
         "bytes": trial.plan_bytes,
         "mean_bits": trial.mean_bits,
         "plan": bar(trial),
-        "step": last.step if last else 0,
+        "step": max(last.step if last else 0, pulse.step if pulse else 0),
         "loss": last.loss if last else None,
         "accuracy": last.accuracy if last else None,
         "train_loss": last.train_loss if last else None,
         "seconds": trial.seconds,
         "gpu_seconds": trial.gpu_seconds,
         "search": "this" if trial.search == run.state.search.search else "another",
+        "failure": trial.failure,
         "reason": trial.reason,
         **{f"bits {group}": bits for group, bits in trial.plan.items()},
     }

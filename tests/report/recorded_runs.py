@@ -74,7 +74,7 @@ def trials() -> list[TrialRecord]:
         trial(1, "884444", [3.3, 3.2, 3.0], origin="seed-kl"),
         trial(2, "848444", [3.2, 3.1, 2.9]),
         trial(3, "448844", [3.5]),
-        trial(4, "444488", [], status="failed", reason="TrainingDiverged: the loss is nan"),
+        trial(4, "444488", [], status="failed", failure="diverged", reason="TrainingDiverged: the loss is nan"),
         trial(5, "844484", [3.1], status="running"),
     ]
 

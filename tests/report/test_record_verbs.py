@@ -13,10 +13,12 @@ from typing import Any
 import pytest
 import yaml
 from click.testing import CliRunner, Result
-from recorded_runs import GROUPS, recorded_run, trials
+from recorded_runs import DIGEST, GROUPS, recorded_run, trial, trials
 
 from qpruner.cli import main
 from qpruner.plan_file import read_plan
+from qpruner.records import TrialPulse
+from qpruner.search.trial_records import write_pulse, write_trial
 
 
 def qpruner(*arguments: object) -> Result:
@@ -45,6 +47,21 @@ def test_status_shows_stages_trials_and_the_best_against_the_controls(run: Path)
     stages = {each["stage"]: each["state"] for each in told("status", run)["stages"]}
     assert list(stages)[:2] == ["prepare", "prune"]
     assert (stages["prepare"], stages["search"], stages["evaluate"]) == ("recorded", "running", "waiting")
+
+
+def test_status_and_trials_show_where_trials_are_and_why_they_failed(run: Path) -> None:
+    """Trial 5 is past its only rung, and says so itself; trial 6 has a plan and no machine yet."""
+    folder = run / "trials" / DIGEST
+    write_pulse(folder, 5, TrialPulse(node="a node", pid=1, step=3, beats=12, peak_memory_bytes=10**6))
+    write_trial(folder, trial(6, "484844", [], status="running"))
+    text = qpruner("status", run).stdout
+    assert "1 failed, 2 running on 2 slots (1 of them waiting for a machine)" in text
+    assert "under way:     trial 5 (gp), step 3/8" in text
+    assert "failed:        trial 4 (gp), diverged: TrainingDiverged: the loss is nan" in text
+    rows = {row["trial"]: row for row in told("trials", run)["trials"]}
+    assert [rows[index]["step"] for index in (2, 4, 5, 6)] == [8, 0, 3, 0]
+    assert [row["trial"] for row in told("trials", run, "--where", "failure=diverged")["trials"]] == [4]
+    assert "TrainingDiverged: the loss is nan" in qpruner("trials", run).stdout
 
 
 def test_a_driver_that_died_without_a_word_is_not_called_running(tmp_path: Path) -> None:
