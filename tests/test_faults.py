@@ -106,6 +106,18 @@ def test_a_damaged_file_is_named_and_the_remedy_heals(
     assert results.sensitivity is not None
 
 
+def test_weights_that_are_damaged_after_the_bank_was_made_are_named_by_who_loads_them(
+    banked: Path, tiny_raw: dict[str, Any]
+) -> None:
+    root = copy_of(banked, tiny_raw)
+    weights = root / "prune" / "model.safetensors"
+    os.truncate(weights, 20_000)
+    error = failing(tiny_raw, "sensitivity")
+    assert error.stage == "sensitivity"
+    assert f"{weights} is missing or damaged" in error.cause
+    assert f"delete {root / 'prune'}" in error.remedy
+
+
 @pytest.mark.parametrize(
     ("file", "folder"),
     [
