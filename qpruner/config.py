@@ -148,7 +148,7 @@ class PruneConfig(Section):
     or `uniform` needs it and nothing is said."""
     compensation: Literal["none", "bias", "least_squares"] = "least_squares"
     """What the output projections (o, down) do for what was cut: nothing, a bias (FLAP), or weights solved anew on the
-    calibration samples, block by block."""
+    calibration samples, block by block; with least squares the block in front also makes up for whole blocks."""
     ridge: Annotated[float, Field(gt=0.0)] = 0.3
     """Least squares only: weight of staying near the original weights, relative to the inputs' mean square."""
     steps: Positive = 1
@@ -203,8 +203,6 @@ class PruneConfig(Section):
             implied["rate"] = None
         if raw.get("layer_rate") is not None or raw.get("uniform") is True:
             implied["selection"] = "per_layer"
-        if set(raw.get("units") or ()) == {"block"}:
-            implied["compensation"] = "none"
         return implied | raw | ({"rate": None} if "rate" in implied else {})
 
     @model_validator(mode="after")
@@ -250,8 +248,8 @@ class PruneConfig(Section):
                 f"`query_heads` is Fisher's, Taylor's and magnitude's; `importance` is {self.importance}",
             ),
             (
-                not width and (self.compensation != "none" or self.steps > 1),
-                "`compensation` and `steps` are about units inside blocks, but `units` names whole blocks only",
+                not width and (self.compensation == "bias" or self.steps > 1),
+                "`compensation` by bias and `steps` are about units inside blocks, but `units` names whole blocks only",
             ),
         )
 

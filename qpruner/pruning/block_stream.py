@@ -7,7 +7,7 @@ between. A model of L blocks costs a few times L block passes, not L squared.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -65,23 +65,47 @@ class BlockStream:
 
             handle = block.get_submodule(linear).register_forward_pre_hook(hook)
             try:
-                self._run(block, index, batch)
+                self._run(index, batch, self._hidden[batch])
             except _Enough:
                 pass
             finally:
                 handle.remove()
 
     @torch.no_grad()
+    def visit_effect(
+        self, index: int, linear: str, effect: Sequence[int], visit: Callable[[torch.Tensor, torch.Tensor], None]
+    ) -> None:
+        """Hand over the inputs of one block's linear layer with what the blocks behind it add to the hidden states.
+
+        Args:
+            index: The block that the hidden states stand in front of.
+            linear: Path of the layer inside the block.
+            effect: The blocks behind it, in order.
+            visit: Called with inputs ``(tokens, features)`` and the sum ``(tokens, hidden)`` of what those blocks add.
+        """
+        layer = self._model.get_submodule(f"{self._path(index)}.{linear}")
+        for batch, tokens in enumerate(self._tokens):
+            inputs: list[torch.Tensor] = []
+            handle = layer.register_forward_pre_hook(lambda module, args, seen=inputs: seen.append(args[0]))
+            try:
+                before = after = self._run(index, batch, self._hidden[batch])
+            finally:
+                handle.remove()
+            for other in effect:
+                after = self._run(other, batch, after)
+            added = after.to(before.device).float() - before.float()
+            visit(at_tokens(inputs[0], tokens), at_tokens(added, tokens))
+
+    @torch.no_grad()
     def advance(self, index: int) -> None:
         """Take the hidden states through a block."""
-        block = self._model.get_submodule(self._path(index))
-        self._hidden = [self._run(block, index, batch) for batch in range(len(self._hidden))]
+        self._hidden = [self._run(index, batch, hidden) for batch, hidden in enumerate(self._hidden)]
 
-    def _run(self, block: Any, index: int, batch: int) -> torch.Tensor:
+    def _run(self, index: int, batch: int, hidden: torch.Tensor) -> torch.Tensor:
         args, kwargs = self._calls[batch][index]
-        output = block(self._hidden[batch], *args, **kwargs)
-        hidden: torch.Tensor = output[0] if isinstance(output, tuple) else output
-        return hidden
+        output = self._model.get_submodule(self._path(index))(hidden, *args, **kwargs)
+        found: torch.Tensor = output[0] if isinstance(output, tuple) else output
+        return found
 
     @contextmanager
     def _caught(self) -> Iterator[None]:

@@ -2,12 +2,14 @@
 
 Every removed unit ends in columns of an output projection (o, down). Before the cut those columns are set to zero, and
 what they gave is handed to the bias (FLAP, arXiv 2312.11983, section 3.3) or to the columns that stay (least squares,
-as in SliceGPT, ZipLM and SoBP): the cut itself then changes nothing.
+as in SliceGPT, ZipLM and SoBP): the cut itself then changes nothing. What whole blocks add is handed to the output
+projection in front of them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -26,20 +28,62 @@ if TYPE_CHECKING:
 
 
 class _Gram:
-    """Sum of outer products of a layer's inputs: all that least squares needs to know of the activations."""
+    """Sums of outer products of a layer's inputs, and of targets with them: all that least squares needs to know."""
 
     def __init__(self) -> None:
         self.matrix: torch.Tensor | None = None
-        self.count = 0
+        self.targets: torch.Tensor | None = None
 
-    def add(self, inputs: torch.Tensor) -> None:
-        """Count inputs ``(tokens, features)`` in; the sum is ``(features, features)`` float32."""
+    def add(self, inputs: torch.Tensor, targets: torch.Tensor | None = None) -> None:
+        """Count inputs ``(tokens, features)`` in; the sum is ``(features, features)`` float32.
+
+        Targets ``(tokens, outputs)`` go to a sum ``(outputs, features)``.
+        """
         inputs = inputs.float()
         if self.matrix is None:
             self.matrix = inputs.T @ inputs
         else:
             self.matrix.addmm_(inputs.T, inputs)
-        self.count += len(inputs)
+        if targets is not None:
+            product = targets.float().T.to(inputs.device) @ inputs
+            self.targets = product if self.targets is None else self.targets.add_(product)
+
+
+def fold_blocks(
+    model: PreTrainedModel, gone: Collection[int], layers: Collection[int], ridge: float, samples: Samples
+) -> None:
+    """Let the block in front of blocks that go whole add what they added, as far as its channels can say.
+
+    With X the inputs of its output projection (down) over the calibration tokens, and D what the blocks that go add to
+    the residual stream, its weights become the ``W'`` that minimize ``|X (W' - W)^T - D|^2 + lambda |W' - W|^2``:
+    ``W + D^T X (X^T X + lambda I)^-1``. Where the family has a norm behind that projection, or stacked experts in its
+    place, blocks go without.
+
+    Args:
+        model: Dense model, blocks still there; output projections are changed in place.
+        gone: Blocks that go.
+        layers: Blocks that may be changed.
+        ridge: Weight of staying near the original weights, relative to the mean square of the inputs.
+        samples: Calibration samples.
+    """
+    family, config = family_of(model.config), model.config
+    factor = family.residual_factor(config)
+    if factor is None:
+        return
+    stream = BlockStream(model, samples)
+    for index in (index for index in range(config.num_hidden_layers) if index not in gone):
+        behind = list(itertools.takewhile(lambda other: other in gone, range(index + 1, config.num_hidden_layers)))
+        if behind and index in layers:
+            linear = family.unit_kinds(config.per_layer_config[index], index)[-1].output_linear
+            assert linear is not None, "a residual factor says that there is one"
+            gram = _Gram()
+            stream.visit_effect(index, linear, behind, gram.add)
+            assert gram.matrix is not None and gram.targets is not None
+            name = f"{family.block_path(index)}.{linear}"
+            change = _ridge_solution(gram.matrix, gram.targets / factor, ridge, name)
+            weight = model.get_parameter(f"{name}.weight").data
+            weight.copy_(weight.float() + change.to(weight.device))
+        stream.advance(index)
 
 
 def compensate(model: PreTrainedModel, kept: Kept, method: str, ridge: float, samples: Samples) -> None:
@@ -109,19 +153,24 @@ def _solve(linear: torch.nn.Linear, stays: torch.Tensor, gram: _Gram, ridge: flo
     assert gram.matrix is not None
     device = gram.matrix.device
     kept, removed = stays.to(device), _others(stays, linear.in_features).to(device)
-    inner = gram.matrix[kept][:, kept]
-    penalty = max(ridge * float(inner.diagonal().mean()), torch.finfo(torch.float32).tiny)
-    inner.diagonal().add_(penalty)
     weight = linear.weight.data
     given = weight[:, removed].float() @ gram.matrix[removed][:, kept]
-    factor, failed = torch.linalg.cholesky_ex(inner)
+    change = _ridge_solution(gram.matrix[kept][:, kept], given, ridge, name)
+    weight[:, kept] = (weight[:, kept].float() + change).to(weight.dtype)
+    weight[:, removed] = 0
+
+
+def _ridge_solution(gram: torch.Tensor, given: torch.Tensor, ridge: float, name: str) -> torch.Tensor:
+    """``given (gram + lambda I)^-1``, ``(outputs, features)``; lambda is `ridge` times the mean of gram's diagonal."""
+    penalty = max(ridge * float(gram.diagonal().mean()), torch.finfo(torch.float32).tiny)
+    gram.diagonal().add_(penalty)
+    factor, failed = torch.linalg.cholesky_ex(gram)
     change = torch.cholesky_solve(given.T, factor).T
     if failed or not torch.isfinite(change).all():
         raise TrainingDiverged(
             f"the least-squares weights of {name} are NaN or infinite; raise `prune.ridge` or give more text"
         )
-    weight[:, kept] = (weight[:, kept].float() + change).to(weight.dtype)
-    weight[:, removed] = 0
+    return change
 
 
 def _others(stays: torch.Tensor, length: int) -> torch.Tensor:

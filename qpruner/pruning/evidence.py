@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING, Protocol
 
 import torch
 
 from qpruner.calibration import Samples
 from qpruner.config import PruneConfig
-from qpruner.pruning.compensation import compensate, declare_biases, new_biases
+from qpruner.pruning.compensation import compensate, declare_biases, fold_blocks, new_biases
 from qpruner.pruning.depth import block_importance
 from qpruner.pruning.importance import Scores, score, unit_kinds_of
 from qpruner.pruning.selection import Kept
@@ -23,6 +23,9 @@ class Evidence(Protocol):
 
     def of_blocks(self, model: PreTrainedModel, layers: Sequence[int]) -> dict[int, float]:
         """Importance of every block that may go whole."""
+
+    def make_up_for_blocks(self, model: PreTrainedModel, gone: Collection[int], layers: Sequence[int]) -> None:
+        """Change the blocks of `layers` that stay, before others go, so that they make up for them."""
 
     def of_units(self, model: PreTrainedModel, layers: Sequence[int]) -> Scores:
         """Importance of every unit that may go."""
@@ -47,6 +50,11 @@ class Measured:
         """By block influence or Taylor."""
         return block_importance(model, layers, self._settings.depth_importance, self._samples)
 
+    def make_up_for_blocks(self, model: PreTrainedModel, gone: Collection[int], layers: Sequence[int]) -> None:
+        """By least squares, where that is the compensation."""
+        if self._settings.compensation == "least_squares":
+            fold_blocks(model, gone, layers, self._settings.ridge, self._samples)
+
     def of_units(self, model: PreTrainedModel, layers: Sequence[int]) -> Scores:
         """By the criterion of the settings."""
         return score(model, layers, self._settings, self._samples, self._seed)
@@ -70,6 +78,9 @@ class Unweighed:
     def of_blocks(self, model: PreTrainedModel, layers: Sequence[int]) -> dict[int, float]:
         """The later, the less."""
         return {index: -float(index) for index in layers}
+
+    def make_up_for_blocks(self, model: PreTrainedModel, gone: Collection[int], layers: Sequence[int]) -> None:
+        """It leaves no trace in the shapes."""
 
     def of_units(self, model: PreTrainedModel, layers: Sequence[int]) -> Scores:
         """Zeros."""

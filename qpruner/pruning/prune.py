@@ -126,6 +126,7 @@ def cut_by(
         count = num_dropped(model, settings, layers)
         block_scores = evidence.of_blocks(model, layers)
         gone = set(sorted(layers, key=lambda index: block_scores[index])[:count])
+        evidence.make_up_for_blocks(model, gone, layers)
         blocks, layers = _drop_blocks(model, layers, gone)
     kept: Kept = {}
     scores: Scores = {}

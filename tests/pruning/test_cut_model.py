@@ -89,7 +89,7 @@ def test_the_defaults_meet_the_rate(rate: float) -> None:
     [
         ({"layer_rate": 0.2}, {"rate": None, "selection": "per_layer", "compensation": "least_squares"}),
         ({"uniform": True}, {"rate": 0.2, "selection": "per_layer"}),
-        ({"units": ["block"]}, {"compensation": "none", "selection": "global"}),
+        ({"units": ["block"]}, {"compensation": "least_squares", "selection": "global"}),
         ({"units": ["block", "mlp"]}, {"compensation": "least_squares"}),
         ({"uniform": False}, {"selection": "global"}),
     ],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -9,9 +10,10 @@ import tiny_decoders
 import torch
 from tiny_decoders import PAD, logits_of, rows_of, samples_of, tiny
 
-from qpruner.calibration import Samples
+from qpruner.calibration import Samples, mean_loss
 from qpruner.config import PruneConfig
 from qpruner.errors import UserError
+from qpruner.pruning.compensation import fold_blocks
 from qpruner.pruning.depth import block_importance, num_blocks_to_drop
 from qpruner.pruning.prune import expected_config, num_parameters, prune
 
@@ -110,6 +112,73 @@ def test_generation_uses_the_cache_of_the_blocks_that_stay() -> None:
     assert torch.equal(cached, model.generate(prompt, use_cache=False, **settings))
     assert cached.shape == (1, 13)
     assert [block.self_attn.layer_idx for block in model.model.layers] == list(range(len(model.model.layers)))
+
+
+# ---- what makes up for them
+
+FRONTS = {
+    "llama": ("model.layers", "mlp.down_proj"),
+    "granite": ("model.layers", "mlp.down_proj"),
+    "opt": ("model.decoder.layers", "fc2"),
+    "gpt_neox": ("gpt_neox.layers", "mlp.dense_4h_to_h"),
+}
+
+
+@torch.no_grad()
+def made_up_by_hand(model: PreTrainedModel, name: str, front: int, last: int, ridge: float) -> torch.Tensor:
+    """The output projection in front with what blocks `front + 1` to `last` add, each sample by itself."""
+    path, linear = FRONTS[name]
+    blocks, inputs, states = model.get_submodule(path), [], {front: [], last: []}
+    projection = blocks[front].get_submodule(linear)
+    projection.register_forward_pre_hook(lambda module, args: inputs.append(args[0].reshape(-1, args[0].shape[-1])))
+    for index, seen in states.items():
+        blocks[index].register_forward_hook(
+            lambda module, args, output, seen=seen: seen.append(output[0] if isinstance(output, tuple) else output)
+        )
+    for row in samples_of().rows:
+        model(input_ids=torch.tensor([row["input_ids"]]), use_cache=False)
+    features = torch.cat(inputs).double()
+    added = torch.cat([(b - a)[0] for a, b in zip(states[front], states[last], strict=True)]).double()
+    added = added / (0.4 if name == "granite" else 1.0)
+    gram = features.T @ features
+    penalty = ridge * gram.diagonal().mean() * torch.eye(len(gram), dtype=torch.float64)
+    return projection.weight.double() + torch.linalg.solve(gram + penalty, features.T @ added).T
+
+
+@pytest.mark.parametrize("name", FRONTS)
+def test_the_block_in_front_adds_what_went(name: str) -> None:
+    """By least squares over the calibration tokens, padding left out; nothing else changes."""
+    model, (path, linear) = decoder(name), FRONTS[name]
+    fold_blocks(model, {3, 4}, (1, 2, 3, 4), 0.05, samples_of())
+    front = f"{path}.2.{linear}.weight"
+    expected = made_up_by_hand(decoder(name), name, 2, 4, 0.05)
+    torch.testing.assert_close(model.get_parameter(front).double(), expected, rtol=1e-3, atol=1e-4)
+    before = decoder(name).state_dict()
+    assert [key for key, value in model.state_dict().items() if not torch.equal(value, before[key])] == [front]
+
+
+@pytest.mark.parametrize(("gone", "layers"), [({0, 1}, range(6)), ({3, 4}, (3, 4, 5)), (set(), range(6))])
+def test_no_block_outside_the_range_is_changed_to_make_up_for_others(gone: set[int], layers: Sequence[int]) -> None:
+    model = decoder()
+    fold_blocks(model, gone, layers, 0.05, samples_of())
+    assert all(torch.equal(value, decoder().state_dict()[key]) for key, value in model.state_dict().items())
+
+
+def test_least_squares_loses_less_than_nothing_when_blocks_go() -> None:
+    losses = {}
+    for compensation in ("none", "least_squares"):
+        pruned = prune(decoder(), PruneConfig(rate=0.3, units=("block",), compensation=compensation), samples_of())
+        losses[compensation] = mean_loss(pruned.model, samples_of().rows, PAD, 8).mean
+    assert PruneConfig(units=("block",)).compensation == "least_squares"
+    assert losses["least_squares"] < losses["none"] - 0.05
+
+
+@pytest.mark.parametrize("name", ["gemma2", "mixtral"])
+def test_where_the_output_projection_does_not_reach_the_stream_blocks_go_without(name: str) -> None:
+    settings = settings_of(rate=0.3, compensation="least_squares")
+    pruned, plain = (prune(decoder(name), each, samples_of()) for each in (settings, settings_of(rate=0.3)))
+    assert pruned.dropped_blocks == plain.dropped_blocks
+    assert torch.equal(logits_of(pruned.model), logits_of(plain.model))
 
 
 @pytest.mark.parametrize("rate", [0.2, 0.3, 0.5])

@@ -27,6 +27,12 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "intermediate_size": 48,
         "sliding_window": 4,
     },
+    "granite": {
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "intermediate_size": 48,
+        "residual_multiplier": 0.4,
+    },
     "phi3": {"num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 48},
     "opt": {"num_attention_heads": 4, "ffn_dim": 48, "word_embed_proj_dim": 32},
     # Attention and MLP side by side.

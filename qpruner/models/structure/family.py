@@ -165,6 +165,11 @@ class Family:
         )
         return UnitKind(MLP, layer_config.intermediate_size, slices)
 
+    def residual_factor(self, config: Any) -> float | None:
+        """What arrives in the residual stream of the MLP's output projection: this times its output; None where a norm
+        comes between, or experts are stacked in its place."""
+        return 1.0
+
     # How a config says it ---------------------------------------------------------------------------------------------
 
     def widths(self, layer_config: Any, index: int, num_units: dict[str, int]) -> dict[str, int]:

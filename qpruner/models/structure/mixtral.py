@@ -46,6 +46,9 @@ class MixtureFamily(Family):
         )
         return UnitKind(MLP, experts * channels, slices, partitions=experts)
 
+    def residual_factor(self, config: Any) -> float | None:
+        return None
+
     def least_experts(self, layer_config: Any) -> int:
         """A token is sent to this many experts, so a block must keep them."""
         return int(layer_config.num_experts_per_tok)

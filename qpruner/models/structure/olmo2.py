@@ -25,5 +25,8 @@ class Olmo2(Family):
         )
         return replace(kind, slices=(*norms, *kind.slices))
 
+    def residual_factor(self, config: Any) -> float | None:
+        return None
+
 
 OLMO2 = Olmo2("olmo2", ("transformers.models.olmo2.modeling_olmo2", "Olmo2DecoderLayer"))

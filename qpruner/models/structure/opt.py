@@ -28,6 +28,9 @@ class Opt(DerivedHeadFamily):
         slices = (UnitSlice("fc1.weight", 0, 1), UnitSlice("fc2.weight", 1, 1))
         return UnitKind(MLP, layer_config.ffn_dim, slices)
 
+    def residual_factor(self, config: Any) -> float | None:
+        return 1.0 if config.do_layer_norm_before else None
+
     def widths(self, layer_config: Any, index: int, num_units: dict[str, int]) -> dict[str, int]:
         return {"num_attention_heads": num_units[ATTENTION], "ffn_dim": num_units[MLP]}
 
