@@ -149,8 +149,8 @@ def test_code_of_the_package_is_quoted() -> None:
     """The families that families.md shows are those of the package, comments aside."""
     shown = [block for block in BLOCKS if block.page == "docs/families.md" and block.language == "python"]
     theirs = "\n".join(
-        ast.unparse(_without_docstrings(ast.parse((ROOT / "qpruner/models/structure" / name).read_text())))
-        for name in ("granite.py", "phi3.py")
+        ast.unparse(_without_docstrings(ast.parse(file.read_text(encoding="utf-8"))))
+        for file in (ROOT / "qpruner/models/structure").glob("*.py")
     )
     for block in shown:
         for statement in ast.parse(block.text).body:
