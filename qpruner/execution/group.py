@@ -26,7 +26,7 @@ from ray.exceptions import RayActorError
 from ray.train import ControllerError, RunConfig, ScalingConfig, WorkerGroupError
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.torch.config import _TorchBackend
-from torch import distributed
+from ray.train.v2._internal.execution.callback import ControllerCallback, WorkerGroupCallback
 
 from qpruner.execution.cluster import Result, run_tasks
 
@@ -82,7 +82,7 @@ def run_groups(
 def _run(group: _Group) -> Any:
     names = {"cpu": "CPU", "gpu": "GPU"}
     trainer = TorchTrainer(
-        partial(_together, group.function, group.job),
+        partial(group.function, group.job),
         torch_config=_Connection(),
         scaling_config=ScalingConfig(
             num_workers=group.num_workers,
@@ -90,7 +90,7 @@ def _run(group: _Group) -> Any:
             resources_per_worker={names[name]: amount for name, amount in group.resources.items()},
         ),
         # A name of its own: under one that it knows, Ray Train would go on from its own records.
-        run_config=RunConfig(name=uuid.uuid4().hex, storage_path=str(group.scratch)),
+        run_config=RunConfig(name=uuid.uuid4().hex, storage_path=str(group.scratch), callbacks=[_GiveBack()]),
     )
     try:
         return trainer.fit().return_value
@@ -100,10 +100,18 @@ def _run(group: _Group) -> Any:
         raise error.controller_failure from error
 
 
-def _together(function: Callable[[Any], Any], job: Any) -> Any:
-    # Ray Train (2.60) keeps the slots of a group that loses a process before all have begun, and waits for others.
-    distributed.barrier()
-    return function(job)
+class _GiveBack(WorkerGroupCallback, ControllerCallback):  # type: ignore[misc]
+    """Gives a group's slots back at the end of all; Ray Train (2.60) keeps those of one that lost a process just before
+    its function began, and whoever comes next waits for them for ever."""
+
+    _state: Any = None
+
+    def after_worker_group_start(self, worker_group: Any) -> None:
+        self._state = worker_group.get_worker_group_state()
+
+    async def before_controller_shutdown(self) -> None:
+        if self._state is not None:
+            self._state.shutdown()
 
 
 def _first_cause(failures: Mapping[int, Exception]) -> Exception:

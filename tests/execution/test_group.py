@@ -156,7 +156,7 @@ def run() -> Iterator[Run]:
     from qpruner.execution.group import run_groups
 
     ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers cannot import this file
-    if connect(None).fits({"cpu": 1.0}) < 2:
+    if connect(None).slots().fits({"cpu": 1.0}) < 2:
         pytest.skip("two processes need two cores")
 
     def in_group(function: Callable[[Any], Any], folder: Path, job: Any) -> Any:
@@ -238,13 +238,17 @@ def test_a_process_that_is_killed_while_its_group_is_connected_costs_that_group_
     killed: list[int] = []
 
     def kill() -> None:
-        """A SIGKILL to the first worker that has loaded torch, which is when the group is connected."""
+        """A SIGKILL to the process at which the others meet, as soon as it waits for them there."""
         deadline = time.monotonic() + 200
         while not killed and time.monotonic() < deadline:
             for process in psutil.Process().children(recursive=True):
                 with suppress(psutil.Error, OSError):
-                    maps = Path(f"/proc/{process.pid}/maps").read_text()
-                    if "RayTrainWorker" in process.name() + " ".join(process.cmdline()) and "libtorch_python" in maps:
+                    named = "RayTrainWorker" in " ".join(process.cmdline())
+                    # Torch's rendezvous listens on every address, Ray's own ports on loopback.
+                    if named and any(
+                        each.status == psutil.CONN_LISTEN and each.laddr.ip in ("::", "0.0.0.0")
+                        for each in process.net_connections("tcp")
+                    ):
                         process.kill()
                         killed.append(process.pid)
                         return
