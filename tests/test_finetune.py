@@ -145,6 +145,17 @@ def test_processes_share_the_batches_of_one(num_rows: int, processes: int) -> No
             assert sorted(taken) == sorted(order[begin : begin + batch])
 
 
+def test_every_epoch_has_an_order_of_its_own(
+    fresh: Callable[[], PeftModel], rows: list[dict[str, list[int]]], tmp_path: Path
+) -> None:
+    model, seen = fresh(), []
+    model.register_forward_pre_hook(lambda _, __, given: seen.append(given["input_ids"][0].tolist()), with_kwargs=True)
+    one_each = SETTINGS.model_copy(update={"micro_batch_size": 1})
+    finetune(model, rows[:8], one_each, Schedule(steps=4), tmp_path, seed=5, pad_id=1)
+    first, second = seen[:8], seen[8:]
+    assert len(second) == 8 and sorted(first) == sorted(second) and first != second
+
+
 def test_only_adapters_change(fresh: Callable[[], PeftModel], rows: list[dict[str, list[int]]], tmp_path: Path) -> None:
     model = fresh()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
