@@ -27,7 +27,14 @@ from qpruner.rundir import folder_digests
 from qpruner.search.searchers import History, Ledger, Proposal, RandomProposer
 from qpruner.search.trial import run_trial
 from qpruner.search.trial_job import Materials
-from qpruner.search.trial_records import read_seconds, read_trials, set_aside_damaged, write_seconds, write_trial
+from qpruner.search.trial_records import (
+    begin_anew_if_damaged,
+    read_seconds,
+    read_trials,
+    set_aside_damaged,
+    write_seconds,
+    write_trial,
+)
 from qpruner.search.tune import SearchJob
 from qpruner.search.tune.driver import PlanSearcher
 from qpruner.search.tune.halt import Halt
@@ -379,6 +386,24 @@ def test_a_trial_whose_checkpoint_is_damaged_starts_anew(damage: str | None, tmp
     assert (found.rungs, found.status, found.times) == ((), "running", (1.0,))
     assert not checkpoint.exists()
     assert len(list(job.trials.glob("damaged/*/weights"))) == (damage == "flipped")
+
+
+def test_a_finished_trial_whose_checkpoint_is_damaged_is_run_again_first(tmp_path: Path) -> None:
+    """As a finalist's is found to be before it is confirmed; one that is whole is left alone."""
+    job = job_of(tmp_path)
+    for index, text in enumerate(("444444", "484444")):
+        checkpoint = job.trials / f"{index:04d}" / "checkpoint-4"
+        checkpoint.mkdir(parents=True)
+        (checkpoint / "weights").write_bytes(b"w" * 1000)
+        record = trial(index, text, [3.5, 3.4, 3.3], times=(1.0, 2.0, 3.0, 4.0, 4.1))
+        write_trial(job.trials, record.model_copy(update={"checkpoint": folder_digests(checkpoint)}))
+    (job.trials / "0001" / "checkpoint-4" / "weights").write_bytes(b"w" * 500 + b"v" + b"w" * 499)
+    told: list[str] = []
+    found = [begin_anew_if_damaged(job.trials, record, told.append) for record in read_trials(job.trials)]
+    assert found == [False, True]
+    assert len(told) == 1 and "trial 1 starts anew" in told[0]
+    assert [record.status for record in read_trials(job.trials)] == ["finished", "running"]
+    assert suggested(ledger_of(job))[0][0] == 1
 
 
 # ---- who is compared, and who wins
