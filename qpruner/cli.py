@@ -229,6 +229,64 @@ def export(run: Path, form: str, out: Path | None, as_json: bool) -> None:
     _guarded(as_json, lambda: _export(run, form, out))
 
 
+def _talk_options(function: Callable[..., None]) -> Callable[..., None]:
+    count = click.IntRange(min=1)
+    for option in (
+        click.option(
+            "--which", metavar="NAMES", help="Of a run's models: base,pruned,final. All that are there without it."
+        ),
+        click.option("--max-tokens", type=count, default=128, show_default=True, help="Tokens an answer may have."),
+        click.option(
+            "--temperature",
+            type=click.FloatRange(min=0),
+            default=0.0,
+            show_default=True,
+            help="0: the likeliest token every time.",
+        ),
+        click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of draws above 0."),
+        click.argument("place", metavar="RUN_OR_FOLDER", type=click.Path(path_type=Path)),
+    ):
+        function = option(function)
+    return function
+
+
+@main.command(help="What a run's base, pruned and final model say to a prompt, side by side; or the model of a folder.")
+@click.option("--prompt", "prompts", multiple=True, metavar="TEXT", help="What to answer; may be given several times.")
+@click.option("--file", type=click.Path(path_type=Path), help="More prompts, one a line.")
+@_json
+@_talk_options
+def generate(
+    place: Path,
+    prompts: tuple[str, ...],
+    file: Path | None,
+    which: str | None,
+    max_tokens: int,
+    temperature: float,
+    seed: int,
+    as_json: bool,
+) -> None:
+    def told() -> dict[str, Any]:
+        _quiet_libraries()
+        from qpruner import talk, talk_verbs
+
+        sampling = talk.Sampling(max_tokens, temperature, seed)
+        return talk_verbs.generate(place, which, prompts, file, sampling, as_json)
+
+    _guarded(as_json, told)
+
+
+@main.command(help="Talk to a run's base, pruned and final model side by side, or to the model of a folder.")
+@_talk_options
+def chat(place: Path, which: str | None, max_tokens: int, temperature: float, seed: int) -> None:
+    def told() -> dict[str, Any]:
+        _quiet_libraries()
+        from qpruner import talk, talk_verbs
+
+        return talk_verbs.chat(place, which, talk.Sampling(max_tokens, temperature, seed))
+
+    _guarded(False, told)
+
+
 def _export(root: Path, form: Any, out: Path | None) -> dict[str, Any]:
     _quiet_libraries()
     from qpruner.export import export

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from qpruner.data import load_encoded
 from qpruner.errors import StageError, UserError
+from qpruner.hf import PEFT_BASE, load
 from qpruner.models.checkpoint import dense_tensors, save_checkpoint
 from qpruner.models.loading import checkpoint_config, device, load_tokenizer
 from qpruner.rundir import RunDir, publish_folder
@@ -23,8 +24,6 @@ if TYPE_CHECKING:
 
 Form = Literal["merged", "peft"]
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
-BASE = "base"
-"""Folder of the quantized model inside a peft export."""
 NUM_ROWS = 8
 MOST_DIVERGENCE = {"merged": 0.02, "peft": 1e-3}
 """Nats a token that an export may diverge from the final model. Merging rounds to bfloat16, and 8-bit layers no longer
@@ -95,7 +94,6 @@ def _write_merged(final: Path, folder: Path) -> None:
     from safetensors.torch import load_file
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
-    import qpruner.hf  # noqa: F401
     from qpruner.quantization.mixed import unpack
 
     config = checkpoint_config(final)
@@ -121,32 +119,19 @@ def _write_merged(final: Path, folder: Path) -> None:
 
 def _write_peft(final: Path, folder: Path, target: Path) -> None:
     """The adapter where `PeftModel.from_pretrained` looks for it, the quantized model in a folder below."""
-    shutil.copytree(final, folder / BASE, ignore=shutil.ignore_patterns(*ADAPTER_FILES, "README.md"))
+    shutil.copytree(final, folder / PEFT_BASE, ignore=shutil.ignore_patterns(*ADAPTER_FILES, "README.md"))
     settings = json.loads((final / ADAPTER_FILES[0]).read_text(encoding="utf-8"))
-    settings["base_model_name_or_path"] = str((target / BASE).resolve())
+    settings["base_model_name_or_path"] = str((target / PEFT_BASE).resolve())
     (folder / ADAPTER_FILES[0]).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
     shutil.copy2(final / ADAPTER_FILES[1], folder)
     load_tokenizer(str(final)).save_pretrained(folder)
-
-
-def _load(folder: Path) -> Any:
-    """A folder as who uses it would load it."""
-    from transformers import AutoModelForCausalLM
-
-    import qpruner.hf  # noqa: F401
-
-    if not (folder / BASE).is_dir():
-        return AutoModelForCausalLM.from_pretrained(folder).to(device())
-    from peft import PeftModel
-
-    return PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(folder / BASE).to(device()), folder)
 
 
 def _logits(folder: Path, samples: Sequence[Sequence[int]]) -> list[torch.Tensor]:
     """Log-probabilities ``(tokens, vocabulary)`` of each sample."""
     import torch
 
-    model = _load(folder).eval()
+    model = load(folder).eval()
     with torch.no_grad():
         outputs = (model(torch.tensor([sample], device=device())).logits[0] for sample in samples)
         return [logits.float().log_softmax(-1).cpu() for logits in outputs]

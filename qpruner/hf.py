@@ -5,9 +5,37 @@ Registers the mixed-precision quantizer and lets the supported families build bl
 attached by transformers itself.
 """
 
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
 from qpruner.models import ragged
+from qpruner.models.loading import device
 from qpruner.quantization import mixed
 
-__all__ = ["mixed", "ragged"]
+__all__ = ["load", "mixed", "ragged", "weights_folder"]
+
+PEFT_BASE = "base"
+"""Folder of the quantized model inside a peft export."""
 
 ragged.install()
+
+
+def weights_folder(folder: Path) -> Path:
+    """Where a model's weights are: in a folder of its own below a peft export, else in the folder itself."""
+    base = folder / PEFT_BASE
+    return base if base.is_dir() and not (folder / "config.json").exists() else folder
+
+
+def load(folder: Path) -> Any:
+    """A folder as who uses it would load it, on the best device: final, an export of ours, or of any plain model."""
+    from transformers import AutoModelForCausalLM
+
+    weights = weights_folder(folder)
+    model = AutoModelForCausalLM.from_pretrained(weights, use_safetensors=True).to(device())
+    if weights == folder:
+        return model
+    from peft import PeftModel
+
+    return PeftModel.from_pretrained(model, folder)

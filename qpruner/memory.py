@@ -1,4 +1,4 @@
-"""Memory of this process: giving back what a model took, and the peak of a piece of work."""
+"""Memory of this process: giving back what a model took, what is free for one, and the peak of a piece of work."""
 
 from __future__ import annotations
 
@@ -25,6 +25,14 @@ def release() -> None:
         torch.cuda.empty_cache()
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL("libc.so.6").malloc_trim(0)
+
+
+def free_bytes() -> int:
+    """Memory that is free for another model: the GPU's, or the machine's where torch sees no GPU."""
+    import psutil
+    import torch
+
+    return int(torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else psutil.virtual_memory().available)
 
 
 def is_out_of_memory(error: BaseException) -> bool:

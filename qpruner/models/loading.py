@@ -59,7 +59,7 @@ def check_source(model: ModelConfig) -> str:
         if importlib.util.find_spec("gguf") is None:
             raise UserError("`model.source`: reading .gguf files needs the gguf package: pip install 'qpruner[gguf]'")
     elif path.is_dir():
-        _check_folder(path)
+        check_folder(path, "`model.source`")
     elif path.exists():
         raise UserError(f"`model.source`: {source} is a file, but no .gguf; name a model folder, .gguf file or hub id")
     elif source.startswith((".", "/")):
@@ -170,33 +170,42 @@ def _where(source: str) -> dict[str, str]:
     return {"pretrained_model_name_or_path": source}
 
 
-def _check_folder(path: Path) -> None:
+def check_folder(path: Path, named: str) -> None:
+    """Check that a folder is a model's, with whole safetensors weights; they are not read.
+
+    Args:
+        path: The folder.
+        named: What it was named by, for the error.
+
+    Raises:
+        UserError: If it is not.
+    """
     if not (path / "config.json").is_file():
-        raise UserError(f"`model.source`: folder {path} has no config.json; name a model folder")
+        raise UserError(f"{named}: folder {path} has no config.json; name a model folder")
     if not any(path.glob("*.safetensors")):
         raise UserError(
-            f"`model.source`: folder {path} has no .safetensors weights (pickled .bin weights are not read; convert "
+            f"{named}: folder {path} has no .safetensors weights (pickled .bin weights are not read; convert "
             "them with transformers' save_pretrained)"
         )
     index = path / "model.safetensors.index.json"
     if index.is_file():
-        shards = _shards(index)
+        shards = _shards(index, named)
         missing = sorted(shard for shard in shards if not (path / shard).is_file())
         if missing:
             raise UserError(
-                f"`model.source`: folder {path} lacks the weight file(s) {', '.join(missing)}; fetch the model again"
+                f"{named}: folder {path} lacks the weight file(s) {', '.join(missing)}; fetch the model again"
             )
     for file in sorted(path.glob("*.safetensors")):
         if not _is_whole(file):
-            raise UserError(f"`model.source`: weight file {file} is truncated or damaged; fetch it again")
+            raise UserError(f"{named}: weight file {file} is truncated or damaged; fetch it again")
 
 
-def _shards(index: Path) -> set[str]:
+def _shards(index: Path, named: str) -> set[str]:
     """The weight files that a shard index names."""
     try:
         return set(json.loads(index.read_bytes())["weight_map"].values())
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"`model.source`: {index} is not valid JSON with a `weight_map`; fetch it again") from error
+        raise UserError(f"{named}: {index} is not valid JSON with a `weight_map`; fetch it again") from error
 
 
 def _is_whole(file: Path) -> bool:

@@ -11,8 +11,11 @@ import torch
 from transformers import AutoConfig
 
 from qpruner.config import LoraConfig
+from qpruner.data import save_encoded
+from qpruner.models.checkpoint import save_checkpoint
 from qpruner.models.layout import group_linears
-from qpruner.quantization.assembly import assemble
+from qpruner.models.loading import load_tokenizer
+from qpruner.quantization.assembly import assemble, attach_adapters
 from qpruner.quantization.bank import BankIndex, EntrySettings, GroupJob, IndexEntry, build_group, write_index
 from qpruner.rundir import file_digest
 
@@ -60,3 +63,19 @@ def token_ids() -> torch.Tensor:
 def logits_of(model: torch.nn.Module) -> torch.Tensor:
     logits: torch.Tensor = model(input_ids=token_ids(), use_cache=False).logits
     return logits
+
+
+def finished_run(tiny_model: Path, root: Path) -> Path:
+    """A run folder as far as an export looks at it: groups at 4, 8 and 16 bits, an adapter that changes every layer."""
+    names = fill_bank(tiny_model, root / "bank", double_quant=False)
+    model, starts = assemble(tiny_model, root / "bank", GROUP, mixed_plan(names, (4, 8, 16)), DTYPE, False)
+    save_checkpoint(model, load_tokenizer(str(tiny_model)), root / "final")
+    adapted = attach_adapters(model, starts, LORA, GROUP, seed=0)
+    torch.manual_seed(0)
+    for name, parameter in adapted.named_parameters():
+        if "lora_" in name:
+            torch.nn.init.normal_(parameter, std=0.2)
+    adapted.save_pretrained(str(root / "final"))
+    rows = torch.randint(3, 400, (2, 24), generator=torch.Generator().manual_seed(1)).tolist()
+    save_encoded([{"input_ids": row, "labels": row} for row in rows], root / "prepare" / "data" / "confirmation")
+    return root

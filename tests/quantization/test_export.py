@@ -9,37 +9,20 @@ from pathlib import Path
 import pytest
 import torch
 from click.testing import CliRunner
-from mixed_models import DTYPE, GROUP, LORA, fill_bank, logits_of, mixed_plan
+from mixed_models import finished_run, logits_of
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import qpruner.hf  # noqa: F401
 from qpruner.cli import main
-from qpruner.data import save_encoded
 from qpruner.errors import StageError, UserError
 from qpruner.export import export
-from qpruner.models.checkpoint import save_checkpoint
-from qpruner.models.loading import load_tokenizer
-from qpruner.quantization.assembly import assemble, attach_adapters
 from qpruner.rundir import RunDir
 
 
 @pytest.fixture(scope="module")
 def finished(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run folder as far as an export looks at it: groups at 4, 8 and 16 bits, an adapter that changes every layer."""
-    root = tmp_path_factory.mktemp("finished")
-    names = fill_bank(tiny_model, root / "bank", double_quant=False)
-    model, starts = assemble(tiny_model, root / "bank", GROUP, mixed_plan(names, (4, 8, 16)), DTYPE, False)
-    save_checkpoint(model, load_tokenizer(str(tiny_model)), root / "final")
-    adapted = attach_adapters(model, starts, LORA, GROUP, seed=0)
-    torch.manual_seed(0)
-    for name, parameter in adapted.named_parameters():
-        if "lora_" in name:
-            torch.nn.init.normal_(parameter, std=0.2)
-    adapted.save_pretrained(str(root / "final"))
-    rows = torch.randint(3, 400, (2, 24), generator=torch.Generator().manual_seed(1)).tolist()
-    save_encoded([{"input_ids": row, "labels": row} for row in rows], root / "prepare" / "data" / "confirmation")
-    return root
+    return finished_run(tiny_model, tmp_path_factory.mktemp("finished"))
 
 
 def test_a_merged_model_is_dense_plain_and_predicts_the_same(finished: Path) -> None:
