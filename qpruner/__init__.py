@@ -52,4 +52,4 @@ def read_run(folder: str | Path) -> Snapshot:
     from qpruner.report.snapshot import read_snapshot
     from qpruner.rundir import RunDir
 
-    return read_snapshot(RunDir(Path(folder), create=False))
+    return read_snapshot(RunDir(folder, create=False))

@@ -15,10 +15,15 @@ from typing import TYPE_CHECKING, Any
 
 from qpruner.config import RunConfig
 from qpruner.errors import CorruptFile
+from qpruner.mirror import fetch, put_folder, put_folders, workplace, written
+from qpruner.objects import is_mirror
 from qpruner.records import FreshScore, Inference, InferenceSetting, TaskScore
+from qpruner.rundir import remove, sign_seconds, write_sign
 
 if TYPE_CHECKING:
     from peft import PeftModel
+
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
 
 
 @dataclass(frozen=True)
@@ -95,13 +100,17 @@ def finetune_candidate(job: CandidateJob) -> FinetuneOutcome:
     config, candidate = job.config, job.candidate
     assert candidate.seed is not None
     train, validation, fresh = (load_encoded(job.data / name) for name in ("train", "validation", "confirmation"))
-    pad_id = int(load_tokenizer(str(candidate.checkpoint)).pad_token_id)
+    pad_id = int(load_tokenizer(str(fetch(candidate.checkpoint))).pad_token_id)
     memory = PeakMemory()
     model = build(config, candidate)
     candidate.folder.mkdir(parents=True, exist_ok=True)
+    told = float("-inf")
 
     def on_step(step: int, total: int, loss: float) -> None:
-        candidate.progress.write_text(f"{step} {total} {loss:.4f}")
+        nonlocal told
+        if step == total or time.monotonic() - told >= sign_seconds(candidate.progress):
+            told = time.monotonic()
+            write_sign(candidate.progress, f"{step} {total} {loss:.4f}")
 
     work = candidate.folder / "checkpoints"
     result = finetune(
@@ -109,22 +118,21 @@ def finetune_candidate(job: CandidateJob) -> FinetuneOutcome:
         train,
         config.training,
         Schedule(config.finetune.steps, config.finetune.epochs, save_steps=config.finetune.save_steps),
-        work,
+        workplace(work),
         candidate.seed,
         pad_id,
         start=latest_checkpoint(work),
-        listener=Listener(on_step=on_step),
+        listener=Listener(on_step=on_step, on_save=lambda checkpoint: _keep(checkpoint, work)),
     )
     peak = memory.bytes()
     loss = mean_loss(model, validation, pad_id, config.evaluate.batch_size).mean
     fresh_loss = mean_loss(model, fresh, pad_id, config.evaluate.batch_size).mean
     if Share.own().rank == 0:
-        model.save_pretrained(candidate.adapter)
-        # Renamed first, so that a half-deleted checkpoint is never taken for a whole one.
-        doomed = work.with_name("checkpoints-done")
-        shutil.rmtree(doomed, ignore_errors=True)
-        work.rename(doomed)
-        shutil.rmtree(doomed, ignore_errors=True)
+        with written(candidate.adapter) as folder:
+            model.save_pretrained(folder)
+        remove(work)
+    if is_mirror(work):
+        shutil.rmtree(workplace(work), ignore_errors=True)
     size = measured_bytes(model)
     seconds = time.monotonic() - started
     return FinetuneOutcome(seconds, result.steps, result.train_loss, loss, fresh_loss, size, peak, memory.counter)
@@ -156,7 +164,7 @@ def evaluate_candidate(job: CandidateJob) -> Evaluation:
         model.disable_adapter_layers()
     else:
         load_adapter(model, job.candidate.adapter)
-    tokenizer = load_tokenizer(str(job.candidate.checkpoint))
+    tokenizer = load_tokenizer(str(fetch(job.candidate.checkpoint)))
     loss = None
     if job.text:
         loss = mean_loss(model, load_encoded(job.text), int(tokenizer.pad_token_id), settings.batch_size).mean
@@ -248,7 +256,7 @@ def confirm_trial(job: ConfirmationJob) -> FreshScore:
     _start(job.threads)
     model = build(job.config, job.candidate)
     load_adapter(model, job.checkpoint)
-    tokenizer = load_tokenizer(str(job.candidate.checkpoint))
+    tokenizer = load_tokenizer(str(fetch(job.candidate.checkpoint)))
     search, settings = job.config.search, job.config.evaluate
     rows = load_encoded(job.data / "confirmation")
     loss = mean_loss(model, rows, int(tokenizer.pad_token_id), settings.batch_size)
@@ -273,9 +281,8 @@ def build(config: RunConfig, candidate: Candidate) -> PeftModel:
     from qpruner.quantization.assembly import workbench
 
     quantize = config.quantize
-    bench = workbench(
-        candidate.checkpoint, candidate.bank, quantize.group, config.model.dtype, quantize.double_quant, config.lora
-    )
+    checkpoint, dtype = fetch(candidate.checkpoint), config.model.dtype
+    bench = workbench(checkpoint, candidate.bank, quantize.group, dtype, quantize.double_quant, config.lora)
     return bench.model(candidate.plan, config.seed)
 
 
@@ -289,7 +296,7 @@ def load_adapter(model: PeftModel, folder: Path) -> None:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    path = folder / "adapter_model.safetensors"
+    path = fetch(folder) / ADAPTER_WEIGHTS
     try:
         state: dict[str, Any] = load_file(path)
     except (FileNotFoundError, SafetensorError) as error:
@@ -299,12 +306,35 @@ def load_adapter(model: PeftModel, folder: Path) -> None:
 
 def latest_checkpoint(folder: Path) -> Path | None:
     """The newest whole checkpoint of an interrupted fine-tune, which has its state and a random state."""
-    complete = [
-        path
-        for path in folder.glob("checkpoint-*")
-        if (path / "trainer_state.json").is_file() and any(path.glob("rng_state*.pth"))
-    ]
-    return max(complete, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
+    found = [path for path in put_folders(folder) if path.name.startswith("checkpoint-")]
+    for path in sorted(found, key=lambda path: int(path.name.rpartition("-")[2]), reverse=True):
+        checkpoint = fetch(path)
+        if (checkpoint / "trainer_state.json").is_file() and any(checkpoint.glob("rng_state*.pth")):
+            return checkpoint
+    return None
+
+
+def _keep(checkpoint: Path, work: Path) -> None:
+    """Send a fine-tune's checkpoint to where the next process looks for one, in place of the one before it.
+
+    The random states of workers on other machines than the first one's stay there: where such a fine-tune is
+    interrupted, their dropout begins anew.
+    """
+    from torch import distributed
+
+    from qpruner.finetune import Share
+
+    if checkpoint.parent == work:
+        return  # it lies there
+    share = Share.own()
+    if share.processes > 1:
+        distributed.barrier()  # each has left its random state
+    if share.rank > 0:
+        return
+    put_folder(checkpoint, work / checkpoint.name)
+    for old in put_folders(work):
+        if old.name != checkpoint.name:
+            remove(old)
 
 
 def _start(threads: int) -> None:

@@ -6,6 +6,7 @@ Heavy imports stay inside the verbs, so that `qpruner --help` answers at once.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -19,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from qpruner.config import config_schema, load_config
-from qpruner.errors import QprunerError
+from qpruner.errors import QprunerError, UserError
 from qpruner.version import describe
 
 if TYPE_CHECKING:
@@ -78,7 +79,7 @@ def main() -> None:
 
 def _options(function: Callable[..., None]) -> Callable[..., None]:
     for option in (
-        click.argument("config", type=click.Path(path_type=Path)),
+        click.argument("config"),
         click.option(
             "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a key: search.max_trials=20."
         ),
@@ -92,7 +93,7 @@ def _options(function: Callable[..., None]) -> Callable[..., None]:
 
 def _add_verb(name: str, until: str, text: str) -> None:
     def verb(
-        config: Path,
+        config: str,
         overrides: tuple[str, ...],
         address: str | None,
         as_json: bool,
@@ -100,10 +101,10 @@ def _add_verb(name: str, until: str, text: str) -> None:
         plan_file: Path | None = None,
     ) -> None:
         given = () if plan_file is None else (f"search.plan={json.dumps(str(plan_file))}",)
-        if name == "report" and config.is_dir():
+        if name == "report" and ("://" in config or Path(config).is_dir()):
             _guarded(as_json, lambda: _report(config))
         else:
-            _guarded(as_json, lambda: _run(config, (*overrides, *given), address, until, as_json, quiet))
+            _guarded(as_json, lambda: _run(Path(config), (*overrides, *given), address, until, as_json, quiet))
 
     if until in WITH_SEARCH:
         verb = click.option(
@@ -125,12 +126,12 @@ for _name, (_until, _text) in VERBS.items():
 @_options
 @click.option("--dry-run", is_flag=True, help="Show what would be kept; write nothing.")
 def prune(
-    config: Path, overrides: tuple[str, ...], address: str | None, as_json: bool, quiet: bool, dry_run: bool
+    config: str, overrides: tuple[str, ...], address: str | None, as_json: bool, quiet: bool, dry_run: bool
 ) -> None:
     if dry_run:
-        _guarded(as_json, lambda: _preview(config, overrides, address, quiet))
+        _guarded(as_json, lambda: _preview(Path(config), overrides, address, quiet))
     else:
-        _guarded(as_json, lambda: _run(config, overrides, address, "prune", as_json, quiet))
+        _guarded(as_json, lambda: _run(Path(config), overrides, address, "prune", as_json, quiet))
 
 
 @main.command(help="Validate a configuration and say what the run would be and take; loads no weights.")
@@ -138,7 +139,7 @@ def prune(
 @click.option("--measure", is_flag=True, help="Time a few steps of these shapes here, instead of assuming a speed.")
 @click.option("--gpu", metavar="NAME", help="Assume this GPU (A100, H100, ...) instead of what is here.")
 def check(
-    config: Path,
+    config: str,
     overrides: tuple[str, ...],
     address: str | None,
     as_json: bool,
@@ -150,19 +151,19 @@ def check(
         _quiet_libraries()
         from qpruner.check_verb import check
 
-        return check(load_config(config, list(overrides)), address, quiet, measure, gpu)
+        return check(load_config(Path(config), list(overrides)), address, quiet, measure, gpu)
 
     _guarded(as_json, told)
 
 
-_run_folder = click.argument("run", type=click.Path(path_type=Path))
+_run_folder = click.argument("run")
 _json = click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead.")
 
 
 @main.command(help="Where a run stands: its stages, trials, and the best so far. From any shell or machine.")
 @_run_folder
 @_json
-def status(run: Path, as_json: bool) -> None:
+def status(run: str, as_json: bool) -> None:
     from qpruner import record_verbs
 
     _guarded(as_json, lambda: record_verbs.status(run, as_json))
@@ -177,7 +178,7 @@ def status(run: Path, as_json: bool) -> None:
 @click.option("--descending", is_flag=True, help="Largest first.")
 @click.option("--csv", "as_csv", is_flag=True, help="Every column, the bits of each group too, as CSV.")
 @_json
-def trials(run: Path, conditions: tuple[str, ...], sort: str, descending: bool, as_csv: bool, as_json: bool) -> None:
+def trials(run: str, conditions: tuple[str, ...], sort: str, descending: bool, as_csv: bool, as_json: bool) -> None:
     from qpruner import record_verbs
 
     form = "json" if as_json else "csv" if as_csv else "text"
@@ -188,16 +189,16 @@ def trials(run: Path, conditions: tuple[str, ...], sort: str, descending: bool, 
 @_run_folder
 @click.option("--trial", "index", type=int, metavar="NUMBER", help="The plan of this trial instead.")
 @_json
-def plan(run: Path, index: int | None, as_json: bool) -> None:
+def plan(run: str, index: int | None, as_json: bool) -> None:
     from qpruner import record_verbs
 
     _guarded(as_json, lambda: record_verbs.plan(run, index, as_json))
 
 
 @main.command(help="Put runs side by side, with the settings in which they differ.")
-@click.argument("runs", type=click.Path(path_type=Path), nargs=-1, required=True)
+@click.argument("runs", nargs=-1, required=True)
 @_json
-def compare(runs: tuple[Path, ...], as_json: bool) -> None:
+def compare(runs: tuple[str, ...], as_json: bool) -> None:
     from qpruner import record_verbs
 
     _guarded(as_json, lambda: record_verbs.compare(runs, as_json))
@@ -225,7 +226,7 @@ def schema(results: bool) -> None:
 )
 @click.option("--out", type=click.Path(path_type=Path), help="Where to; RUN/export/FORM without it.")
 @click.option("--json", "as_json", is_flag=True, help="End stdout with one JSON object.")
-def export(run: Path, form: str, out: Path | None, as_json: bool) -> None:
+def export(run: str, form: str, out: Path | None, as_json: bool) -> None:
     _guarded(as_json, lambda: _export(run, form, out))
 
 
@@ -287,12 +288,14 @@ def chat(place: Path, which: str | None, max_tokens: int, temperature: float, se
     _guarded(False, told)
 
 
-def _export(root: Path, form: Any, out: Path | None) -> dict[str, Any]:
+def _export(root: str, form: Any, out: Path | None) -> dict[str, Any]:
     _quiet_libraries()
     from qpruner.export import export
     from qpruner.rundir import RunDir
 
     run = RunDir(root, create=False)
+    if out is None and run.is_at_uri:
+        raise UserError(f"{run.place}: name a folder on this machine with `--out`")
     done = export(run, form, (out or run.root / "export" / form).resolve())
     click.echo(
         f"{done.folder}: diverges by {done.divergence:.2g} nats a token from the final model, same prediction at "
@@ -302,13 +305,15 @@ def _export(root: Path, form: Any, out: Path | None) -> dict[str, Any]:
     return {"status": "ok", **vars(done), "folder": str(done.folder)}
 
 
-def _report(root: Path) -> dict[str, Any]:
+def _report(root: str) -> dict[str, Any]:
+    from qpruner.objects import name_of
     from qpruner.report.files import write_report
     from qpruner.rundir import RunDir
 
-    page = write_report(RunDir(root, create=False))
-    click.echo(f"{page}")
-    return {"status": "ok", "run": str(root.resolve()), "page": str(page)}
+    run = RunDir(root, create=False)
+    page = name_of(write_report(run))
+    click.echo(page)
+    return {"status": "ok", "run": run.place, "page": page}
 
 
 def _run(
@@ -316,11 +321,12 @@ def _run(
 ) -> dict[str, Any]:
     config = load_config(path, list(overrides))
     _quiet_libraries()
+    from qpruner.objects import name_of
     from qpruner.pipeline import run
     from qpruner.rundir import run_root
     from qpruner.terminal import Terminal
 
-    root = run_root(Path(config.output))
+    root = run_root(config.output)
     _log_to(root)
     with Terminal(quiet=quiet) as terminal:
         results = run(config, terminal.emit, address, until)
@@ -329,7 +335,7 @@ def _run(
         _print_layers(results.prune, terminal)
     if until == "report":
         _print_table(results, terminal)
-    return {"status": "ok", "run": str(root.resolve()), **_figures(results)}
+    return {"status": "ok", "run": name_of(root), **_figures(results)}
 
 
 def _preview(path: Path, overrides: tuple[str, ...], address: str | None, quiet: bool) -> dict[str, Any]:
@@ -413,8 +419,14 @@ def _quiet_libraries() -> None:
 
 
 def _log_to(root: Path) -> None:
+    from qpruner.objects import is_mirror
+    from qpruner.rundir import LOG, fetch_file
+
     root.mkdir(parents=True, exist_ok=True)
-    handler = logging.FileHandler(root / "qpruner.log")
+    if is_mirror(root):
+        with contextlib.suppress(FileNotFoundError):  # what other machines said goes on here
+            fetch_file(root / LOG, root / LOG)
+    handler = logging.FileHandler(root / LOG)
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     logging.basicConfig(level=logging.INFO, handlers=[handler])
     logging.captureWarnings(True)

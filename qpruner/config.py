@@ -536,7 +536,7 @@ class RunConfig(Section):
     """Everything a run needs."""
 
     output: Named
-    """The run folder."""
+    """The run folder, or `s3://BUCKET/PREFIX` or `gs://BUCKET/PREFIX`; credentials come from the environment."""
     seed: Annotated[int, Field(ge=0)] = 0
     """Seeds sampling, adapters, data order and the searcher alike."""
     model: ModelConfig

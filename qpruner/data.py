@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from qpruner.config import DataSource
 from qpruner.errors import CorruptFile, UserError
+from qpruner.mirror import fetch, written
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -364,7 +365,8 @@ def save_encoded(rows: Sequence[Mapping[str, list[int]]], folder: Path) -> None:
     import datasets
 
     datasets.disable_progress_bars()
-    datasets.Dataset.from_list([dict(row) for row in rows]).save_to_disk(folder)
+    with written(folder) as here:
+        datasets.Dataset.from_list([dict(row) for row in rows]).save_to_disk(here)
 
 
 def load_encoded(folder: Path) -> list[dict[str, list[int]]]:
@@ -372,6 +374,6 @@ def load_encoded(folder: Path) -> list[dict[str, list[int]]]:
     import datasets
 
     try:
-        return [dict(row) for row in datasets.load_from_disk(str(folder))]
+        return [dict(row) for row in datasets.load_from_disk(str(fetch(folder)))]
     except (OSError, ValueError, KeyError) as error:  # pyarrow's errors are among them
         raise CorruptFile(f"the encoded rows in {folder} cannot be read: {error}", folder) from error

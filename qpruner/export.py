@@ -15,9 +15,10 @@ from typing import TYPE_CHECKING, Any, Literal
 from qpruner.data import load_encoded
 from qpruner.errors import StageError, UserError
 from qpruner.hf import PEFT_BASE, load
+from qpruner.mirror import fetch
 from qpruner.models.checkpoint import dense_tensors, save_checkpoint
 from qpruner.models.loading import checkpoint_config, device, load_tokenizer
-from qpruner.rundir import RunDir, publish_folder
+from qpruner.rundir import RunDir, exists, publish_folder
 
 if TYPE_CHECKING:
     import torch
@@ -63,10 +64,11 @@ def export(run: RunDir, form: Form, target: Path) -> Exported:
         CorruptFile: If a weight file cannot be read.
     """
     final = run.root / "final"
-    if not (final / ADAPTER_FILES[0]).is_file():
-        raise UserError(f"{run.root} has no final model: repeat `qpruner run` until it has fine-tuned one")
+    if not exists(final / ADAPTER_FILES[0]):
+        raise UserError(f"{run.place} has no final model: repeat `qpruner run` until it has fine-tuned one")
     if target.exists():
         raise UserError(f"{target} exists: delete it or name another folder with `--out`")
+    final = fetch(final)
     scratch = target.with_name(f".{target.name}")
     shutil.rmtree(scratch, ignore_errors=True)
     try:

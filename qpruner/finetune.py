@@ -60,10 +60,12 @@ class Listener:
     Attributes:
         on_rung: Step, checkpoint folder and training loss; may raise to stop.
         on_step: Step, steps in all and training loss.
+        on_save: Folder of every checkpoint, a rung's before `on_rung`.
     """
 
     on_rung: Callable[[int, Path, float], None] = lambda step, checkpoint, loss: None
     on_step: Callable[[int, int, float], None] = lambda step, total, loss: None
+    on_save: Callable[[Path], None] = lambda checkpoint: None
 
 
 @dataclass(frozen=True)
@@ -284,6 +286,7 @@ class _Callback(TrainerCallback):  # type: ignore[misc]
             self.listener.on_step(state.global_step, state.max_steps, self.train_loss)
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        self.listener.on_save(checkpoint)
         if state.global_step in self.rungs and state.is_world_process_zero:
-            checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"
             self.listener.on_rung(state.global_step, checkpoint, self.train_loss)

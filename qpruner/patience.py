@@ -80,6 +80,6 @@ def storage_error(error: OSError, place: Path | None = None) -> StorageError | N
     if number in FULL:
         return StorageError(f"no space left for {name or 'the disk'}", "make room, then repeat the command")
     if number in AWAY:
-        cause = f"{name or 'the storage'} cannot be reached ({os.strerror(number)})"
+        cause = f"{name or 'the storage'} cannot be reached ({error.strerror or os.strerror(number)})"
         return StorageError(cause, "bring the storage back, then repeat the command")
     return None

@@ -17,6 +17,7 @@ from qpruner.evaluate import task_questions
 from qpruner.models.layout import layout_of, num_layers
 from qpruner.models.loading import check_source, load_model_config, load_tokenizer, resolve_source
 from qpruner.models.structure import EXPERT, family_of
+from qpruner.objects import CACHE, is_mirror
 from qpruner.plan import Layout, check_cpu_widths
 from qpruner.plan_file import read_plan
 from qpruner.pruning.prune import expected_config
@@ -67,6 +68,7 @@ def inspect(config: RunConfig, works_here: bool = True) -> Inspection:
     Raises:
         UserError: For the first thing that cannot work.
     """
+    root = run_root(config.output)
     model_config = load_model_config(config.model)
     family_of(model_config)
     base = layout_for(config, model_config)
@@ -79,7 +81,7 @@ def inspect(config: RunConfig, works_here: bool = True) -> Inspection:
         check_device(config, pruned, _own_capability())
     examples, questions = _check_data(config, model_config)
     _check_encoding(config, examples)
-    _check_disk(config, base, pruned)
+    _check_disk(config, root, base, pruned)
     is_estimate = config.prune.selection == "global" and not config.prune.is_off
     warnings = _warnings(config, len(pruned.groups))
     return Inspection(model_config, base, pruned_config, pruned, is_estimate, budget, examples, questions, warnings)
@@ -349,16 +351,16 @@ def _check_encoding(config: RunConfig, examples: dict[str, list[Example]]) -> No
         windows(rows, tokenizer, calibration.num_samples, calibration.max_length, settings.template)
 
 
-def _check_disk(config: RunConfig, base: Layout, pruned: Layout) -> None:
-    """Refuse a disk that cannot hold the run's largest files."""
-    folder = run_root(Path(config.output))
+def _check_disk(config: RunConfig, folder: Path, base: Layout, pruned: Layout) -> None:
+    """Refuse a disk that cannot hold the run's largest files, or this machine's copies of them."""
     existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
     sizes = [pruned.plan_bytes(pruned.uniform(bits)) for bits in config.quantize.bits]
-    adapters = pruned.adapter_bytes * 3 * (config.search.max_trials + 8)  # weights and two Adam moments each
+    num_adapters = 8 if is_mirror(folder) else config.search.max_trials + 8
+    adapters = pruned.adapter_bytes * 3 * num_adapters  # weights and two Adam moments each
     needed = base.num_parameters * base.element_bytes * 2 + sum(sizes) + adapters
     free = shutil.disk_usage(existing).free
     if free < needed:
         raise UserError(
             f"`output`: the run needs about {amount(needed)} in {existing}, where {amount(free)} are free: "
-            "make room or name another folder"
+            f"make room or name another folder{f' by {CACHE}' if is_mirror(folder) else ''}"
         )

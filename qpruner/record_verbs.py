@@ -47,7 +47,7 @@ MOST_LINES = 10
 """Trials under way, and trials that failed, that `status` lists; `trials` lists all."""
 
 
-def status(run: Path, as_json: bool) -> dict[str, Any]:
+def status(run: str | Path, as_json: bool) -> dict[str, Any]:
     """Where a run stands."""
     facts = run_views.status(run_views.view(run), time.time())
     if not as_json:
@@ -108,7 +108,7 @@ def _failed(trial: dict[str, Any]) -> str:
     return f"failed:        trial {trial['trial']} ({trial['from']}), {trial['failure']}: {trial['reason']}"
 
 
-def trials(run: Path, conditions: Sequence[str], sort: str, descending: bool, form: str) -> dict[str, Any]:
+def trials(run: str | Path, conditions: Sequence[str], sort: str, descending: bool, form: str) -> dict[str, Any]:
     """The trials of a run.
 
     Args:
@@ -165,13 +165,13 @@ def _known(key: str, columns: Sequence[str]) -> str:
     raise UserError(f"trials have no `{key}`; {hint}")
 
 
-def plan(run: Path, index: int | None, as_json: bool) -> dict[str, Any]:
+def plan(run: str | Path, index: int | None, as_json: bool) -> dict[str, Any]:
     """The winner's plan, or a trial's: YAML that `--plan` takes back."""
     looked = run_views.view(run)
     trial = run_views.winner(looked) if index is None else run_views.trial(looked, index)
     if not as_json:
         size = f"{trial.plan_bytes / 1e6:.1f} MB, {trial.mean_bits:.2f} bits on average"
-        click.echo(f"# trial {trial.index} ({trial.origin}) of {looked.run_dir.root}: {size}")
+        click.echo(f"# trial {trial.index} ({trial.origin}) of {looked.run_dir.place}: {size}")
         click.echo(yaml.safe_dump(trial.plan, sort_keys=False), nl=False)
     return {
         "status": "ok",
@@ -183,7 +183,7 @@ def plan(run: Path, index: int | None, as_json: bool) -> dict[str, Any]:
     }
 
 
-def compare(runs: Sequence[Path], as_json: bool) -> dict[str, Any]:
+def compare(runs: Sequence[str | Path], as_json: bool) -> dict[str, Any]:
     """Runs side by side, and the settings in which they differ."""
     views = [run_views.view(run) for run in runs]
     facts, settings = [run_views.summary(run) for run in views], run_views.differing_settings(views)

@@ -1,43 +1,67 @@
-"""The run folder: one class that owns every path, and the only code that commits files to it.
+"""The run's storage, a folder or the URI of an object store: one class that owns every path, and the only code that
+reads, lists, writes and commits what lies there.
 
-A stage writes into a scratch folder; `commit` makes the files durable, renames the folder into place and writes the
-stage's record last. A record that can be read therefore vouches for whole files, whatever was killed and when.
+In a folder a stage writes into a scratch folder; `commit` makes the files durable, renames the folder into place and
+writes the stage's record last. An object store has no rename: the files are put where they belong, then a list of their
+digests beside them, then the record. Either way a record that can be read vouches for whole files, whatever was killed
+and when. Paths of a run at a URI lie in its mirror on this machine (`objects`, `mirror`).
 """
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import functools
 import hashlib
 import json
 import os
 import shutil
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypeVar
 
 from pydantic import BaseModel, ValidationError
 
-from qpruner.errors import CorruptFile, UserError
+from qpruner.errors import CorruptFile, StorageError, UserError
+from qpruner.mirror import FILES, emptied, list_of, put_folder
+from qpruner.objects import each, is_mirror, mirror_of, name_of, objects_at, scratch_of
 from qpruner.patience import patiently
 
-STATE = "run.json"
+STATE, LOG = "run.json", "qpruner.log"
 BANK_CACHE = "QPRUNER_BANK_CACHE"
 """Environment variable: a folder on this machine that keeps a copy of every file of a bank that its workers read."""
 
+SIGN_SECONDS, SIGN_SECONDS_AT_URI = 1.0, 5.0
+
 RecordType = TypeVar("RecordType", bound=BaseModel)
+Result = TypeVar("Result")
 
 
 class RunDir:
     """Paths and records of one run.
 
     Args:
-        root: The folder.
-        create: Make it when it is missing.
+        root: The folder or URI; the mirror of a URI, too.
+        create: Make the folder when it is missing.
+
+    Raises:
+        UserError: If it is a file, or a URI that cannot be one of a run or is not answered at.
     """
 
-    def __init__(self, root: Path, create: bool = True) -> None:
+    def __init__(self, root: str | Path, create: bool = True) -> None:
         self.root = run_root(root)
         if create:
             self.root.mkdir(parents=True, exist_ok=True)
+
+    @property
+    def place(self) -> str:
+        """Where the run is, as a person knows it."""
+        return name_of(self.root)
+
+    @property
+    def is_at_uri(self) -> bool:
+        """Whether it lies in an object store, so that any machine may take it up."""
+        return is_mirror(self.root)
 
     def stage(self, name: str) -> Path:
         """The committed folder of a stage."""
@@ -55,28 +79,37 @@ class RunDir:
 
     @property
     def tune(self) -> Path:
-        """Ray Tune's own experiment folders: scratch, never read back."""
-        return self.root / "tune"
+        """Ray Tune's own experiment folders, on this machine: scratch, never read back."""
+        return scratch_of(self.root / "tune") if self.is_at_uri else self.root / "tune"
 
     def scratch(self, name: str) -> Path:
-        """An empty folder beside the stage's own."""
-        folder = self.root / f".scratch-{name}"
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True)
-        return folder
+        """An empty folder on this machine, for what `publish_folder` is to move."""
+        return emptied(scratch_of(self.root / name) if self.is_at_uri else self.root / f".scratch-{name}")
+
+    def begin(self, name: str) -> Path:
+        """Where a stage writes: a scratch folder beside its own, or at a URI its own, from which its record is gone."""
+        if not self.is_at_uri:
+            return self.scratch(name)
+        self.forget(name)
+        return self.stage(name)
 
     def commit(self, name: str, scratch: Path, record: BaseModel) -> None:
         """Make a stage's scratch folder its folder and write the record, in that order."""
-        self._record_path(name).unlink(missing_ok=True)
-        publish_folder(scratch, self.stage(name))
+        if not self.is_at_uri:
+            self.forget(name)
+            publish_folder(scratch, self.stage(name))
         self.write_record(name, record)
 
+    def has_folder(self, name: str) -> bool:
+        """Whether a recorded stage has its folder; an object store has no empty ones, so there the record suffices."""
+        return self.is_at_uri or self.stage(name).is_dir()
+
     def write_record(self, name: str, record: BaseModel) -> None:
-        write_json(self._record_path(name), record)
+        write_json(self.record_path(name), record)
 
     def read_record(self, name: str, kind: type[RecordType]) -> RecordType | None:
         """A stage's record, or None when there is none; raises `CorruptFile` when it cannot be read."""
-        return read_json(self._record_path(name), kind)
+        return read_json(self.record_path(name), kind)
 
     def write_state(self, state: BaseModel) -> None:
         """Say where the present command stands; nobody waits for room to do so."""
@@ -88,19 +121,38 @@ class RunDir:
 
     def forget(self, name: str) -> None:
         """Drop a stage's record, so that it is run again."""
-        self._record_path(name).unlink(missing_ok=True)
+        remove(self.record_path(name))
 
-    def _record_path(self, name: str) -> Path:
+    def record_path(self, name: str) -> Path:
+        """A stage's record."""
         return self.root / "records" / f"{name}.json"
 
 
-def run_root(output: Path) -> Path:
-    """The run folder as a full path; `UserError` when it, or what should hold it, is a file."""
-    root = output.expanduser().resolve()
+def run_root(output: str | Path) -> Path:
+    """The run folder as a full path, or the mirror of a URI whose bucket answers.
+
+    Raises:
+        UserError: If the folder, or what should hold it, is a file; or if there is no such URI or bucket.
+    """
+    if isinstance(output, str) and "://" in output:
+        root = mirror_of(output)
+        _check_answers(root)
+        return root
+    root = Path(output).expanduser().resolve()
     existing = next(path for path in (root, *root.parents) if path.exists())
     if not existing.is_dir():
         raise UserError(f"`output`: {existing} is a file; name a folder")
     return root
+
+
+@functools.cache
+def _check_answers(root: Path) -> None:
+    there = objects_at(root)
+    assert there is not None
+    there.check_bucket()
+
+
+# ---- one file
 
 
 def write_json(path: Path, data: BaseModel, patience_seconds: float | None = None) -> None:
@@ -110,9 +162,13 @@ def write_json(path: Path, data: BaseModel, patience_seconds: float | None = Non
 
 def write_text(path: Path, text: str, patience_seconds: float | None = None) -> None:
     """Write a file so that a reader sees the old one or the new one, never half of it; waits as `patiently` does."""
+    there = objects_at(path)
     aside = path.with_name(f".{path.name}.{os.getpid()}")
 
     def write() -> None:
+        if there:
+            there.write(text.encode())
+            return
         path.parent.mkdir(parents=True, exist_ok=True)
         aside.write_text(text, encoding="utf-8")
         _sync(aside)
@@ -128,7 +184,7 @@ def read_written(path: Path, kind: type[RecordType]) -> RecordType:
     def read() -> RecordType:
         record = read_json(path, kind)
         if record is None:
-            raise OSError(errno.EIO, "was written and is missing", str(path))
+            raise OSError(errno.EIO, "was written and is missing", name_of(path))
         return record
 
     return patiently(read, path)
@@ -136,32 +192,157 @@ def read_written(path: Path, kind: type[RecordType]) -> RecordType:
 
 def read_json(path: Path, kind: type[RecordType]) -> RecordType | None:
     """Read what `write_json` wrote; None when the file is missing, `CorruptFile` when it is not a `kind`."""
+    there = objects_at(path)
     try:
-        return kind.model_validate(json.loads(path.read_bytes()))
+        data = patiently(there.read, path) if there else path.read_bytes()
+        return kind.model_validate(json.loads(data))
     except FileNotFoundError:
         return None
     except ValidationError as error:
         problem = error.errors()[0]
         place = ".".join(str(part) for part in problem["loc"]) or "the whole"
-        raise CorruptFile(f"{path} is not a {kind.__name__}: {place}: {problem['msg']}", path) from error
+        raise CorruptFile(f"{name_of(path)} is not a {kind.__name__}: {place}: {problem['msg']}", path) from error
     except ValueError as error:  # not JSON, or not even text
-        raise CorruptFile(f"{path} is not a {kind.__name__}: {error}", path) from error
+        raise CorruptFile(f"{name_of(path)} is not a {kind.__name__}: {error}", path) from error
+
+
+def for_each(action: Callable[[Path], Result], paths: Sequence[Path]) -> list[Result]:
+    """Do something for each of a run's paths; requests to an object store are on their way together."""
+    if paths and is_mirror(paths[0]):
+        return each(action, list(paths))
+    return [action(path) for path in paths]
+
+
+def sign_seconds(path: Path) -> float:
+    """How often a sign of life is worth its writing: a store takes money for each."""
+    return SIGN_SECONDS_AT_URI if is_mirror(path) else SIGN_SECONDS
+
+
+def write_sign(path: Path, text: str) -> None:
+    """Tell of progress; not made durable, since it says nothing after a crash, and not waited for: a full disk is met,
+    waited for and told of where results are written."""
+    there, aside = objects_at(path), path.with_suffix(".new")
+    with contextlib.suppress(OSError, StorageError):
+        if there:
+            there.write(text.encode())
+        else:
+            aside.write_text(text, encoding="utf-8")
+            aside.replace(path)
+
+
+def read_sign(path: Path) -> str | None:
+    """What `write_sign` wrote last; None before the first, and while the storage is away."""
+    there = objects_at(path)
+    with contextlib.suppress(OSError, StorageError):
+        return there.read().decode() if there else path.read_text(encoding="utf-8")
+    return None
+
+
+def exists(path: Path) -> bool:
+    """Whether there is a file of that name."""
+    there = objects_at(path)
+    return patiently(there.is_object, path) if there else path.is_file()
 
 
 def file_digest(path: Path) -> str:
-    """sha256 of a file, in hex."""
+    """sha256 of a file as the storage has it, in hex; `FileNotFoundError` where there is none."""
+    there = objects_at(path)
+    if there:
+        return patiently(there.digest, path)
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def fetch_file(path: Path, to: Path) -> str:
+    """Copy a file of a run to this machine; returns the sha256 of the copy."""
+    there = objects_at(path)
+    if there:
+        return patiently(lambda: there.download(to), path)
+    shutil.copyfile(path, to)
+    return file_digest(to)
+
+
+def put_file(file: Path, target: Path) -> str:
+    """Move a file of this machine to where it belongs, if it does not lie there already; returns its sha256."""
+    there = objects_at(target)
+    if there is None:
+        assert file == target
+        return file_digest(file)
+    sha256 = patiently(lambda: there.upload(file), target)
+    file.unlink()
+    return sha256
+
+
+def send_file(path: Path) -> None:
+    """Send a file that lies in the mirror, such as a log, once; `OSError` or `StorageError` if that fails."""
+    there = objects_at(path)
+    assert there is not None
+    there.upload(path)
+
+
+# ---- folders
+
+
+def children(folder: Path) -> list[str]:
+    """Names of what lies in a folder, sorted; none where there is no folder."""
+    there = objects_at(folder)
+    if there:
+        return patiently(there.names, folder)
+    return sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
+
+
+def files_in(folder: Path) -> dict[str, int]:
+    """Bytes of every file in a folder and below, by its path from there."""
+    there = objects_at(folder)
+    if there:
+        return patiently(there.files, folder)
+    return {str(path.relative_to(folder)): path.stat().st_size for path in folder.rglob("*") if path.is_file()}
+
+
 def folder_digests(folder: Path) -> dict[str, str]:
-    """sha256 of every file in a folder, by its path from there."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
-    return {str(path.relative_to(folder)): file_digest(path) for path in files}
+    """sha256 of every file in a folder as the storage has it, by its path from there."""
+    names = sorted(files_in(folder))
+    return dict(zip(names, for_each(file_digest, [folder / name for name in names]), strict=True))
+
+
+def remove(path: Path) -> None:
+    """Delete a file or folder, if it is there; half a folder is never taken for the whole."""
+    there = objects_at(path)
+    if there:
+        lists = [there / name for name in files_in(path) if name.endswith(FILES)]
+        for doomed in (*lists, list_of(there), there):
+            patiently(doomed.delete, path)
+
+    def delete() -> None:
+        if not path.is_dir():
+            path.unlink(missing_ok=True)
+            return
+        aside = path.with_name(f".{path.name}.doomed")
+        shutil.rmtree(aside, ignore_errors=True)
+        path.rename(aside)
+        shutil.rmtree(aside, ignore_errors=True)
+
+    patiently(delete, path)
+
+
+def move(path: Path, target: Path) -> Path:
+    """Move a folder of the run; returns where it is now."""
+    there, to = objects_at(path), objects_at(target)
+    if there and to:
+        patiently(lambda: there.move(to), path)
+        with contextlib.suppress(FileNotFoundError):
+            patiently(lambda: list_of(there).move(list_of(to)), path)
+        return target
+    target.parent.mkdir(parents=True, exist_ok=True)
+    return path.rename(target)
 
 
 def publish_folder(scratch: Path, target: Path) -> None:
     """Make a finished folder durable and move it to its name, which must be free or hold an unfinished attempt."""
+    if is_mirror(target):
+        put_folder(scratch, target)
+        shutil.rmtree(scratch)
+        return
 
     def make_durable() -> None:
         for path in (scratch, *scratch.rglob("*")):

@@ -1,7 +1,8 @@
 """One driver a run: a file that says who works on it, and whose time of change is that process's heartbeat.
 
 A lock is stale when its process is dead, if that can be seen from here, and else when its heartbeat has stopped. Ages
-are differences of the storage's own times, so machines' clocks need not agree.
+are differences of the storage's own times, so machines' clocks need not agree. An object store knows no locks: there
+two drivers that start in the same instant may both believe that they hold the run, and the first heartbeat ends one.
 """
 
 from __future__ import annotations
@@ -16,11 +17,11 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from qpruner.errors import UserError
+from qpruner.errors import StorageError, UserError
+from qpruner.objects import Objects, name_of, objects_at
 
 NAME = "driver.lock"
 HEARTBEAT_SECONDS = 10.0
@@ -56,33 +57,110 @@ def sole_driver(
     Raises:
         UserError: If another driver works on the run, with its host and pid.
     """
-    path, me = root / NAME, this_process()
-    with _exclusively(path) as file:
-        holder = _read(file)
+    lock: _FileLock | _ObjectLock
+    there = objects_at(root / NAME)
+    lock, me = _ObjectLock(there) if there else _FileLock(root / NAME), this_process()
+    with lock.alone():
+        holder = lock.holder()
         if holder is not None:
-            why = _stale(holder, path)
+            why = _stale(holder, lock)
             if why is None:
                 raise UserError(
-                    f"`output`: {root} is being worked on by process {holder.pid} on {holder.host} since "
+                    f"`output`: {name_of(root)} is being worked on by process {holder.pid} on {holder.host} since "
                     f"{holder.since}; wait until it is done, stop it, or name another `output`"
                 )
             tell(f"taking over from process {holder.pid} on {holder.host}: {why}")
-        file.seek(0)
-        file.truncate()
-        file.write(me.model_dump_json() + "\n")
-        file.flush()
-        os.fsync(file.fileno())
+        lock.take(me)
     done = threading.Event()
-    beating = threading.Thread(target=_beat, args=(path, me, tell, done, heartbeat_seconds), daemon=True)
+    beating = threading.Thread(target=_beat, args=(lock, me, tell, done, heartbeat_seconds), daemon=True)
     beating.start()
     try:
         yield
     finally:
         done.set()
         beating.join()
-        with contextlib.suppress(OSError), _exclusively(path) as file:
-            if _read(file) == me:
-                path.unlink()
+        with contextlib.suppress(OSError, StorageError), lock.alone():
+            if lock.holder() == me:
+                lock.give_up()
+
+
+class _FileLock:
+    """The lock in a folder."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """While nobody else judges or changes the lock; its file is made when it is missing."""
+        while True:
+            with open(os.open(self._path, os.O_RDWR | os.O_CREAT, 0o644), "r+", encoding="utf-8") as file:
+                # Some shared file systems know no such locks; two drivers that start at once are not told there.
+                with contextlib.suppress(OSError):
+                    fcntl.flock(file, fcntl.LOCK_EX)
+                if self._path.exists() and self._path.stat().st_ino == os.fstat(file.fileno()).st_ino:
+                    yield
+                    return
+
+    def holder(self) -> Holder | None:
+        return _parsed(self._path.read_bytes())
+
+    def take(self, me: Holder) -> None:
+        with self._path.open("r+", encoding="utf-8") as file:
+            file.truncate()
+            file.write(me.model_dump_json() + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+    def beat(self, me: Holder) -> None:
+        os.utime(self._path)
+
+    def age(self) -> float:
+        """Seconds since the last heartbeat, on the storage's clock."""
+        probe = self._path.with_name(f".{self._path.name}.{os.getpid()}")
+        probe.write_text("now")
+        try:
+            return probe.stat().st_mtime - self._path.stat().st_mtime
+        finally:
+            probe.unlink()
+
+    def give_up(self) -> None:
+        self._path.unlink()
+
+
+class _ObjectLock:
+    """The lock in an object store: best effort, since nothing there is done by one process alone."""
+
+    def __init__(self, there: Objects) -> None:
+        self._there = there
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        yield
+
+    def holder(self) -> Holder | None:
+        try:
+            return _parsed(self._there.read())
+        except FileNotFoundError:
+            return None
+
+    def take(self, me: Holder) -> None:
+        self._there.write(me.model_dump_json().encode())
+
+    def beat(self, me: Holder) -> None:
+        self.take(me)
+
+    def age(self) -> float:
+        """Seconds since the last heartbeat, on the store's clock."""
+        probe = Objects(self._there.scheme, self._there.bucket, self._there.query, f"{self._there.key}.{os.getpid()}")
+        probe.write(b"now")
+        try:
+            return probe.modified() - self._there.modified()
+        finally:
+            probe.delete()
+
+    def give_up(self) -> None:
+        self._there.delete()
 
 
 def this_process() -> Holder:
@@ -100,43 +178,19 @@ def this_process() -> Holder:
     )
 
 
-@contextmanager
-def _exclusively(path: Path) -> Iterator[IO[str]]:
-    """The lock file, open while nobody else judges or changes it; made when it is missing."""
-    while True:
-        with open(os.open(path, os.O_RDWR | os.O_CREAT, 0o644), "r+", encoding="utf-8") as file:
-            # Some shared file systems know no such locks; two drivers started in the same instant are not told there.
-            with contextlib.suppress(OSError):
-                fcntl.flock(file, fcntl.LOCK_EX)
-            if path.exists() and path.stat().st_ino == os.fstat(file.fileno()).st_ino:
-                yield file
-                return
-
-
-def _read(file: IO[str]) -> Holder | None:
-    file.seek(0)
+def _parsed(text: bytes) -> Holder | None:
     try:
-        return Holder.model_validate_json(file.read())
+        return Holder.model_validate_json(text)
     except ValidationError:  # empty, or cut short by a power failure
         return None
 
 
-def _stale(holder: Holder, path: Path) -> str | None:
+def _stale(holder: Holder, lock: _FileLock | _ObjectLock) -> str | None:
     """Why a holder no longer works on the run; None while it does."""
     if holder.machine == this_process().machine:
         return None if _start_of(holder.pid) == holder.started else "that process is dead"
-    age = _age(path)
+    age = lock.age()
     return f"no sign of life for {age:.0f} s" if age > STALE_SECONDS else None
-
-
-def _age(path: Path) -> float:
-    """Seconds since a file changed, on the storage's clock."""
-    probe = path.with_name(f".{path.name}.{os.getpid()}")
-    probe.write_text("now")
-    try:
-        return probe.stat().st_mtime - path.stat().st_mtime
-    finally:
-        probe.unlink()
 
 
 def _start_of(pid: int) -> int | None:
@@ -154,12 +208,13 @@ def _start_of(pid: int) -> int | None:
     return None if fields[0] in "ZX" else int(fields[19])
 
 
-def _beat(path: Path, me: Holder, tell: Callable[[str], None], done: threading.Event, seconds: float) -> None:
+def _beat(
+    lock: _FileLock | _ObjectLock, me: Holder, tell: Callable[[str], None], done: threading.Event, seconds: float
+) -> None:
     while not done.wait(seconds):
-        with contextlib.suppress(OSError):  # the storage is away: the next beat may reach it
-            with path.open(encoding="utf-8") as file:
-                holder = _read(file)
+        with contextlib.suppress(OSError, StorageError):  # the storage is away: the next beat may reach it
+            holder = lock.holder()
             if holder != me:
                 tell(f"process {holder.pid} on {holder.host} took this run over" if holder else "the lock was emptied")
                 os.kill(os.getpid(), signal.SIGTERM)
-            os.utime(path)
+            lock.beat(me)

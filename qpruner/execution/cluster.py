@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 from qpruner.errors import UserError, WorkerDied
 from qpruner.execution.autoscaler import growth_of
 from qpruner.execution.slots import Growth, Node, Slots
+from qpruner.objects import CACHE, cache_root
 from qpruner.rundir import BANK_CACHE
 
 # Set before Ray is imported: no usage report leaves the machine.
@@ -67,8 +68,10 @@ def connect(address: str | None) -> Cluster:
 
     variables = {"TQDM_DISABLE": "1", "TOKENIZERS_PARALLELISM": "false"}
     if address:
-        # The run folder is far away: a machine fetches each of the bank's files once for all its workers.
+        # The run's storage is far away: a machine fetches each of the bank's files once for all its workers.
         variables[BANK_CACHE] = os.environ.get(BANK_CACHE, f"{tempfile.gettempdir()}/qpruner-bank-{os.getuid()}")
+        # The paths of a run at a URI begin with it.
+        variables[CACHE] = str(cache_root())
     environment = {"env_vars": variables}
     if not ray.is_initialized():
         if address:

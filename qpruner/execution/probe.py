@@ -9,6 +9,7 @@ from typing import Any
 from qpruner.execution import testimony
 from qpruner.execution.cluster import first_line, size_of
 from qpruner.execution.slots import Node
+from qpruner.objects import is_mirror
 from qpruner.rundir import BANK_CACHE
 
 ANSWER_SECONDS = 120.0
@@ -122,7 +123,9 @@ def _ask(nodes: list[dict[str, Any]], storage: Path, driver: str) -> dict[str, A
         for node in nodes:
             there = task.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False))
             has_gpus = size_of(node).gpus > 0
-            asked[node["NodeID"]] = there.remote(str(storage), driver, node["NodeID"], BANK_CACHE, has_gpus)
+            asked[node["NodeID"]] = there.remote(
+                str(storage), driver, node["NodeID"], BANK_CACHE, has_gpus, is_mirror(storage)
+            )
         return asked
     finally:
         cloudpickle.unregister_pickle_by_value(testimony)

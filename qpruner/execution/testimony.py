@@ -1,7 +1,7 @@
 """What a node says of itself.
 
 Sent to it whole, as it stands here, since the qpruner there may be another one, or missing: so nothing in this module
-imports qpruner, and what it answers is plain data.
+needs qpruner, but to reach an object store, and what it answers is plain data.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ HIDERS = ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES")
 MISSING = "not installed"
 
 
-def testify(storage: str, driver: str, me: str, cache: str, has_gpus: bool) -> dict[str, Any]:
+def testify(storage: str, driver: str, me: str, cache: str, has_gpus: bool, is_at_uri: bool) -> dict[str, Any]:
     """Look at this machine.
 
     Args:
@@ -31,10 +31,11 @@ def testify(storage: str, driver: str, me: str, cache: str, has_gpus: bool) -> d
         me: Name of a file to leave there, and what to say in it.
         cache: Environment variable that names the folder for the bank's files; unset, none are kept.
         has_gpus: Whether Ray counts GPUs here; importing torch takes seconds.
+        is_at_uri: Whether the storage is the mirror of an object store.
     """
     return {
         "versions": versions(),
-        "storage": _storage_trouble(Path(storage), driver, me),
+        "storage": (_store_trouble if is_at_uri else _storage_trouble)(Path(storage), driver, me),
         "cache": _cache(Path(os.environ[cache])) if cache in os.environ else None,
         "has_gpu_driver": any(Path(path).exists() for path in DRIVERS),
         **(_gpus() if has_gpus else {"gpus": [], "gpu_trouble": ""}),
@@ -77,6 +78,21 @@ def _storage_trouble(folder: Path, driver: str, me: str) -> str:
         (folder / me).write_text(me, encoding="utf-8")
     except OSError as error:
         return f"cannot be written there ({error.strerror})"
+    return ""
+
+
+def _store_trouble(folder: Path, driver: str, me: str) -> str:
+    """Why the object store behind a folder cannot be used from here; nothing where it can."""
+    try:
+        from qpruner.objects import objects_at
+
+        there = objects_at(folder)
+        if there is None or (there / driver).read().decode() != driver:
+            return "does not show there what the driver wrote"
+        (there / me).write(me.encode())
+    except Exception as error:  # of another qpruner, or of none
+        text = str(error).strip().partition("\n")[0]
+        return f"cannot be used there ({type(error).__name__}: {text})"
     return ""
 
 

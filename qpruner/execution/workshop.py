@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 from qpruner.events import Emit, Event, Message
 from qpruner.execution.cluster import MAX_DEATHS, died_too_often, first_line
 from qpruner.memory import release
+from qpruner.mirror import fetch
 from qpruner.models.loading import load_dense
 
 if TYPE_CHECKING:
@@ -41,7 +42,7 @@ class Bench:
     def pruned_model(self, checkpoint: Path, dtype: str) -> PreTrainedModel:
         """The pruned model on this process's device; loaded if an earlier session cut it."""
         if self._pruned is None:
-            self._pruned = load_dense(str(checkpoint), dtype)
+            self._pruned = load_dense(str(fetch(checkpoint)), dtype)
         return self._pruned
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 from dataclasses import dataclass
-from pathlib import Path
 
 from qpruner import preflight
 from qpruner.config import RunConfig, SearchConfig
@@ -24,6 +23,7 @@ from qpruner.pipeline.progress import RunProgress
 from qpruner.pipeline.prune import preview_prune, prune
 from qpruner.pipeline.report import report, report_unfinished
 from qpruner.pipeline.search import search
+from qpruner.pipeline.sender import Sender
 from qpruner.pipeline.stage import explained
 from qpruner.records import STAGES, PruneRecord, Results
 from qpruner.report.tensorboard import Board
@@ -93,7 +93,7 @@ def check(config: RunConfig, emit: Emit, address: str | None = None) -> Checked:
     """
     inspection = preflight.inspect(config, works_here=address is None)
     preflight.check_quantizable(inspection.model_config)
-    run_dir = RunDir(Path(config.output), create=False)
+    run_dir = RunDir(config.output, create=False)
     with contextlib.closing(Context(config, run_dir, emit, address, inspection)) as context:
         concurrent = check_search(config.search, context.known_slots)
         check_finetune(config, context.known_slots)
@@ -119,13 +119,16 @@ def run(config: RunConfig, emit: Emit, address: str | None = None, until: str = 
         StageError: When a stage cannot go on.
     """
     inspection = preflight.inspect(config, works_here=address is None)
-    run_dir = RunDir(Path(config.output))
-    with sole_driver(run_dir.root, lambda text: emit(Message("run", text))):
+    run_dir = RunDir(config.output)
+    with (
+        sole_driver(run_dir.root, lambda text: emit(Message("run", text))),
+        contextlib.closing(Sender(run_dir)) as sender,
+    ):
         progress = RunProgress(run_dir, config, until)
         board = Board(run_dir.root, config)
 
         def tell(event: Event) -> None:
-            for listen in (progress.listen, board.listen, emit):
+            for listen in (progress.listen, board.listen, sender.listen, emit):
                 listen(event)
 
         try:
@@ -183,7 +186,7 @@ def preview(config: RunConfig, emit: Emit, address: str | None = None) -> PruneR
         UserError: When the input cannot work.
     """
     inspection = preflight.inspect(config, works_here=address is None)
-    run_dir = RunDir(Path(config.output), create=False)
+    run_dir = RunDir(config.output, create=False)
     with contextlib.closing(Context(config, run_dir, emit, address, inspection)) as context:
         if address:
             look_at_nodes(context)

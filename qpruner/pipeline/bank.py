@@ -12,10 +12,12 @@ from typing import TYPE_CHECKING, Any
 from qpruner.errors import CorruptFile, StageError
 from qpruner.events import Emit, Message, Progress
 from qpruner.execution.workshop import Bench
+from qpruner.objects import name_of
 from qpruner.pipeline.context import Context
 from qpruner.pipeline.stage import Stage, explained, run_stage
 from qpruner.plan import FULL_BITS, check_cpu_widths
 from qpruner.records import BankRecord, PruneRecord, digest_of
+from qpruner.rundir import files_in, remove
 
 if TYPE_CHECKING:
     from qpruner.quantization.bank import GroupJob, IndexEntry
@@ -50,13 +52,16 @@ def bank(context: Context, pruned: PruneRecord) -> BankRecord:
             context.emit(Progress("bank", done, len(jobs), job.group))
         index = store.BankIndex(digest=stage.digest, bitsandbytes=library, files=files)
         store.write_index(scratch, index)
+        sizes = files_in(scratch)
+        for name in set(sizes) - {*files, store.INDEX}:  # at a URI those of an earlier bank lie here
+            remove(scratch / name)
         ratios: dict[str, dict[str, float]] = {}
         for bits in levels:
             by_group = {group.name: store.entry_file(Path(), group.name, bits) for group in context.layout.groups}
             ratios[str(bits)] = {name: files[str(file)].residual_ratio for name, file in by_group.items()}
         return {
             "files": {name: entry.sha256 for name, entry in files.items()},
-            "bytes": sum((scratch / name).stat().st_size for name in files),
+            "bytes": sum(sizes[name] for name in files),
             "residual_ratio": ratios,
         }
 
@@ -78,42 +83,46 @@ def _forget_damaged_bank(context: Context, stage: Stage) -> None:
     from qpruner.quantization import bank as store
 
     record = context.run_dir.read_record("bank", BankRecord)
-    if record is None or record.digest != stage.digest or not context.bank.is_dir():
+    if record is None or record.digest != stage.digest or not context.run_dir.has_folder("bank"):
         return
     with explained("bank", context.run_dir.root):
         index = store.read_index(context.bank)
     if index.digest != record.digest:
         raise StageError(
             "bank",
-            f"{context.bank} was built for other weights, settings or versions (digest {index.digest}, not "
+            f"{name_of(context.bank)} was built for other weights, settings or versions (digest {index.digest}, not "
             f"{record.digest})",
             "delete that folder, then repeat the command",
         )
-    damaged = [name for name, entry in index.files.items() if not store.is_intact(context.bank, name, entry)]
+    intact = store.intact_files(context.bank, index)
+    damaged = [name for name in index.files if name not in intact]
     for name in damaged:
-        context.emit(Message("bank", f"{context.bank / name} is missing or damaged; it alone is built again"))
+        text = f"{name_of(context.bank / name)} is missing or damaged; it alone is built again"
+        context.emit(Message("bank", text))
     if damaged:
         context.run_dir.forget("bank")
 
 
 def _taken_over(bank: Path, scratch: Path, inputs: str, levels: tuple[int, ...]) -> dict[str, IndexEntry]:
-    """Link the intact files of an earlier bank that were made from the same, so that they are not built again."""
+    """Link the intact files of an earlier bank that were made from the same, so that they are not built again.
+
+    At a URI the new bank is built over the earlier one, and they stay where they are.
+    """
     from qpruner.quantization import bank as store
 
     try:
-        earlier = store.read_index(bank).files
+        earlier = store.read_index(bank)
     except CorruptFile:
         return {}
     wanted = {f"{bits}bit" for bits in levels}
-    kept = {
-        name: entry
-        for name, entry in earlier.items()
-        if entry.inputs == inputs and Path(name).parts[0] in wanted and store.is_intact(bank, name, entry)
+    fitting = {
+        name: entry for name, entry in earlier.files.items() if entry.inputs == inputs and Path(name).parts[0] in wanted
     }
-    for name in kept:
+    kept = store.intact_files(bank, earlier.model_copy(update={"files": fitting}))
+    for name in kept if scratch != bank else ():
         (scratch / name).parent.mkdir(exist_ok=True)
         (scratch / name).hardlink_to(bank / name)
-    return kept
+    return {name: fitting[name] for name in kept}
 
 
 def _group_jobs(context: Context, scratch: Path, levels: tuple[int, ...], kept: set[str]) -> list[GroupJob]:
@@ -147,6 +156,8 @@ def _check_room(context: Context, scratch: Path, jobs: list[GroupJob]) -> None:
     needed = packed + num_sets * layout.adapter_bytes
     num_entries = sum(len(job.bits) for job in jobs)
     context.emit(Message("bank", f"{num_entries} entries to build, {needed / 1e6:.1f} MB"))
+    if context.run_dir.is_at_uri:
+        return
     free = shutil.disk_usage(scratch).free
     if free < needed:
         root = context.run_dir.root

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -13,10 +12,11 @@ from typing import TYPE_CHECKING, Any
 from qpruner.config import DataSource, ModelConfig, RunConfig
 from qpruner.events import Emit, Message, Progress
 from qpruner.execution.workshop import Bench
+from qpruner.mirror import fetch, written
 from qpruner.pipeline.context import Context
 from qpruner.pipeline.stage import Stage, run_stage
 from qpruner.records import BankRecord, MethodScores, PrepareRecord, PruneRecord, SensitivityRecord, digest_of
-from qpruner.rundir import file_digest, read_json, write_json
+from qpruner.rundir import children, exists, file_digest, read_json, write_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -34,11 +34,13 @@ def prepare(context: Context) -> PrepareRecord:
     stage = Stage("prepare", f"base model {config.model.source}, encoding the data", inputs)
 
     def work(scratch: Path) -> dict[str, Any]:
-        job = BaseJob(config.model, scratch / "model", is_shared=bool(context.address))
+        is_shared = bool(context.address) or context.run_dir.is_at_uri
+        job = BaseJob(config.model, scratch / "model", is_shared)
         base = context.workshop.do(bring_base, job, context.emit)
-        counts = _encode_splits(context, base.path, scratch / "data")
-        # The scratch folder is about to get the stage's name.
-        path = context.run_dir.stage("prepare") / "model" if base.converted else base.path
+        counts = _encode_splits(context, str(fetch(Path(base.path))), scratch / "data")
+        # The scratch folder is about to get the stage's name; what is at a URI has another path on each machine.
+        place = Path("prepare") if context.run_dir.is_at_uri else context.run_dir.stage("prepare")
+        path = place / "model" if base.converted else base.path
         return {"model_path": str(path), "converted": base.converted, "num_rows": counts}
 
     def figures(record: PrepareRecord) -> str:
@@ -54,7 +56,7 @@ class BaseJob:
     Attributes:
         model: The configuration's section.
         folder: Where its files go if it is none yet.
-        is_shared: Other machines read it too, and see the run folder, but not each other's caches of the hub.
+        is_shared: Other machines read it too, and see the run's storage, but not each other's caches of the hub.
     """
 
     model: ModelConfig
@@ -66,7 +68,9 @@ def bring_base(job: BaseJob, bench: Bench, emit: Emit) -> Base:
     """The base model as a folder."""
     from qpruner.models.checkpoint import prepare_base
 
-    return prepare_base(job.model, job.folder, job.is_shared)
+    with written(job.folder) as folder:
+        base = prepare_base(job.model, folder, job.is_shared)
+    return replace(base, path=str(job.folder)) if base.converted else base
 
 
 def sensitivity(context: Context, pruned: PruneRecord, banked: BankRecord) -> SensitivityRecord:
@@ -85,10 +89,13 @@ def sensitivity(context: Context, pruned: PruneRecord, banked: BankRecord) -> Se
     stage = Stage("sensitivity", ", ".join(settings.methods) or "no method", (digest, settings.methods))
 
     def work(scratch: Path) -> dict[str, Any]:
-        for file in context.run_dir.stage("sensitivity").glob(f"*-{digest}.json"):
-            shutil.copy(file, scratch)
+        earlier = context.run_dir.stage("sensitivity")
+        for name in children(earlier):
+            scores = read_json(earlier / name, MethodScores) if name.endswith(f"-{digest}.json") else None
+            if scores:
+                write_json(scratch / name, scores)
         files: dict[str, Path] = {method: scratch / f"{method}-{digest}.json" for method in settings.methods}
-        missing = {method for method, file in files.items() if not file.is_file()}
+        missing = {method for method, file in files.items() if not exists(file)}
         for method, scores in _scored(context, missing):
             write_json(scratch / f"{method}-{digest}.json", scores)
             context.emit(Message("sensitivity", f"{_range(method, scores)} {scores.unit}, {scores.seconds:.1f} s"))

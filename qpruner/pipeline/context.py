@@ -13,6 +13,7 @@ from qpruner.events import Emit
 from qpruner.execution.cluster import Cluster, connect, disconnect, local_slots
 from qpruner.execution.slots import Slots, worker_resources
 from qpruner.execution.workshop import Here, OnCluster, Workshop
+from qpruner.mirror import fetch
 from qpruner.models.loading import checkpoint_config
 from qpruner.plan import Layout, PlanSpace, PrecisionPlan
 from qpruner.plan_file import read_plan
@@ -41,17 +42,17 @@ class Context:
 
     @property
     def data(self) -> Path:
-        """The encoded rows, one folder a split."""
+        """The encoded rows, one folder a split; read through `load_encoded`."""
         return self.run_dir.stage("prepare") / "data"
 
     @property
     def checkpoint(self) -> Path:
-        """The pruned model and its tokenizer."""
-        return self.run_dir.stage("prune")
+        """The pruned model and its tokenizer; on this machine by now."""
+        return fetch(self.run_dir.stage("prune"))
 
     @property
     def bank(self) -> Path:
-        """The bank's files."""
+        """The bank's files; read through `read_plan`."""
         return self.run_dir.stage("bank")
 
     @cached_property

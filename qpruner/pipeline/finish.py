@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from qpruner.candidates import (
+    ADAPTER_WEIGHTS,
     Candidate,
     CandidateJob,
     FinetuneOutcome,
@@ -25,6 +26,7 @@ from qpruner.candidates import (
 from qpruner.config import RunConfig
 from qpruner.events import Emit, Message, Progress
 from qpruner.execution.workshop import Bench
+from qpruner.mirror import emptied, fetch, workplace
 from qpruner.pipeline.context import Context
 from qpruner.pipeline.rows import Row, candidate_of, table_rows, untuned_candidates
 from qpruner.pipeline.stage import Stage, run_stage
@@ -43,7 +45,7 @@ from qpruner.records import (
     digest_of,
 )
 from qpruner.report.table import BASE, SEARCHED
-from qpruner.rundir import publish_folder, read_json, write_json
+from qpruner.rundir import exists, for_each, publish_folder, read_json, read_sign, write_json
 
 
 def finetune(context: Context, searched: SearchRecord, measured: SensitivityRecord) -> FinetuneRecord:
@@ -56,14 +58,16 @@ def finetune(context: Context, searched: SearchRecord, measured: SensitivityReco
     length = f"{settings.steps} steps" if settings.steps else f"{settings.epochs:g} epochs"
     told = [(row.name, row.origin, job.seed, job.folder.name) for row, job in jobs]
     stage = Stage("finetune", f"{len(_distinct(jobs))} fine-tunes, {length}", (searched.digest, told))
-    if not all((job.adapter / "adapter_model.safetensors").is_file() for _, job in jobs):
+    if not all(for_each(exists, [job.adapter / ADAPTER_WEIGHTS for _, job in jobs])):
         context.run_dir.forget("finetune")
 
     def work(scratch: Path) -> dict[str, Any]:
         finetuned = _finetune_jobs(context, jobs)
         # The first training seed is the run's own.
         winner = next(job for row, job in jobs if row.name == SEARCHED)
-        context.workshop.do(write_final, FinalJob(context.config, winner, scratch / "final"), context.emit)
+        # `final` is where people look; the stage's own folder keeps nothing.
+        final = context.run_dir.root / "final"
+        context.workshop.do(write_final, FinalJob(context.config, winner, final), context.emit)
         context.workshop.close()
         return {"winner": SEARCHED, "candidates": finetuned}
 
@@ -73,9 +77,7 @@ def finetune(context: Context, searched: SearchRecord, measured: SensitivityReco
             losses.setdefault(each.name, []).append(each.validation_loss)
         return "validation loss " + ", ".join(f"{name} {sum(all) / len(all):.4f}" for name, all in losses.items())
 
-    record = run_stage(context.run_dir, stage, FinetuneRecord, work, figures, context.emit)
-    _place_final(context)
-    return record
+    return run_stage(context.run_dir, stage, FinetuneRecord, work, figures, context.emit)
 
 
 def evaluate(context: Context, tuned: FinetuneRecord) -> EvalRecord:
@@ -163,8 +165,10 @@ def _worker_jobs(
 def _finetune_jobs(context: Context, jobs: list[tuple[Row, Candidate]]) -> list[CandidateRecord]:
     """Fine-tune what has no record yet, each in a process or a group of its own; a record for every row and seed."""
     distinct = _distinct(jobs)
-    found = {job.folder: read_json(job.folder / "record.json", CandidateRecord) for job in distinct}
-    left = [job for job in distinct if found[job.folder] is None or not job.adapter.is_dir()]
+    folders = [job.folder for job in distinct]
+    recorded = for_each(lambda folder: read_json(folder / "record.json", CandidateRecord), folders)
+    found = dict(zip(folders, recorded, strict=True))
+    left = [job for job in distinct if found[job.folder] is None or not exists(job.adapter / ADAPTER_WEIGHTS)]
     if left:
         origins = {job.folder: row.origin for row, job in jobs}
         progress = _StepProgress(context, left, len(distinct))
@@ -274,17 +278,13 @@ def write_final(job: FinalJob, bench: Bench, emit: Emit) -> None:
     from qpruner.quantization.assembly import assemble
 
     winner, quantize, dtype = job.winner, job.config.quantize, job.config.model.dtype
-    model, _ = assemble(winner.checkpoint, winner.bank, quantize.group, winner.plan, dtype, quantize.double_quant)
-    save_checkpoint(model, load_tokenizer(str(winner.checkpoint)), job.folder)
-    for file in ("adapter_config.json", "adapter_model.safetensors"):
-        shutil.copy2(winner.adapter / file, job.folder / file)
-
-
-def _place_final(context: Context) -> None:
-    """`RUN/final` is where people look; the stage's own folder keeps nothing else."""
-    made = context.run_dir.stage("finetune") / "final"
-    if made.is_dir():
-        publish_folder(made, context.run_dir.root / "final")
+    checkpoint, adapter = fetch(winner.checkpoint), fetch(winner.adapter)
+    model, _ = assemble(checkpoint, winner.bank, quantize.group, winner.plan, dtype, quantize.double_quant)
+    scratch = emptied(workplace(job.folder.with_name(f".{job.folder.name}")))
+    save_checkpoint(model, load_tokenizer(str(checkpoint)), scratch)
+    for file in ("adapter_config.json", ADAPTER_WEIGHTS):
+        shutil.copy2(adapter / file, scratch / file)
+    publish_folder(scratch, job.folder)
 
 
 class _StepProgress:
@@ -295,7 +295,7 @@ class _StepProgress:
         self._last = -1
 
     def tell(self) -> None:
-        found = [job.progress.read_text().split() for job in self._left if job.progress.is_file()]
+        found = [(text or "").split() for text in for_each(read_sign, [job.progress for job in self._left])]
         parts = [(int(fields[0]), int(fields[1])) for fields in found if len(fields) == 3]
         if not parts:
             return

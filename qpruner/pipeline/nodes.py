@@ -19,10 +19,11 @@ from qpruner.errors import UserError
 from qpruner.events import Message, TableMade
 from qpruner.execution.probe import Cache, Gpu, NodeFacts, Report, probe
 from qpruner.execution.testimony import versions
+from qpruner.objects import CREDENTIALS, is_mirror, name_of
 from qpruner.pipeline.context import Context
 from qpruner.plan import FULL_BITS, Layout
 from qpruner.preflight import amount, check_device
-from qpruner.rundir import BANK_CACHE
+from qpruner.rundir import BANK_CACHE, read_sign, remove, write_text
 
 HEADINGS = ("node", "CPUs", "GPUs", "bank cache free", "versions", "state")
 
@@ -62,7 +63,7 @@ def look_at_nodes(context: Context) -> None:
     needs = Needs(context.config, context.inspection.pruned, resources, context.run_dir.root, versions())
     with _left_in(needs.storage) as (folder, driver):
         reports = probe(folder, driver)
-        unseen = {report.id for report in reports if not _holds(folder / report.id, report.id)}
+        unseen = {report.id for report in reports if read_sign(folder / report.id) != report.id}
     found = {report.id: troubles(report, needs, report.id in unseen) for report in reports}
     context.emit(TableMade(HEADINGS, tuple(row(report, needs, found[report.id]) for report in reports)))
     told = [f"{report.name}: {text}" for report in reports for text in found[report.id].values()]
@@ -84,6 +85,13 @@ def _left_in(storage: Path) -> Iterator[tuple[Path, str]]:
     The names are new each time: a network file system may remember for a while that a name is not there.
     """
     driver = uuid.uuid4().hex
+    if is_mirror(storage):
+        write_text(storage / f".nodes-{driver}" / driver, driver)
+        try:
+            yield storage / f".nodes-{driver}", driver
+        finally:
+            remove(storage / f".nodes-{driver}")
+        return
     made = [place for place in (storage, *storage.parents) if not place.exists()]
     folder = storage / f".nodes-{driver}"
     try:
@@ -98,13 +106,6 @@ def _left_in(storage: Path) -> Iterator[tuple[Path, str]]:
         with contextlib.suppress(OSError):  # the first that is not empty ends it
             for place in made:
                 place.rmdir()
-
-
-def _holds(path: Path, text: str) -> bool:
-    try:
-        return path.read_text(encoding="utf-8") == text
-    except OSError:
-        return False
 
 
 def troubles(report: Report, needs: Needs, is_unseen: bool) -> dict[str, str]:
@@ -145,7 +146,9 @@ def _differing(facts: NodeFacts, own: Mapping[str, str]) -> list[str]:
 def _storage(facts: NodeFacts, storage: Path, is_unseen: bool) -> str:
     trouble = facts.storage or ("is not shared with it: what it wrote is not here" if is_unseen else "")
     remedy = "`output` must lie in a folder that every node reads and writes"
-    return f"`output`: {storage} {trouble}; {remedy}" if trouble else ""
+    if is_mirror(storage):
+        remedy = f"every node must reach `output`: {CREDENTIALS}"
+    return f"`output`: {name_of(storage)} {trouble}; {remedy}" if trouble else ""
 
 
 def _disk(cache: Cache, needed: int) -> str:

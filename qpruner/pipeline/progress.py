@@ -22,17 +22,15 @@ from qpruner import events
 from qpruner.config import RunConfig
 from qpruner.errors import QprunerError, StorageError, UserError
 from qpruner.records import RunState, StageState
-from qpruner.rundir import RunDir
+from qpruner.rundir import RunDir, sign_seconds
 from qpruner.version import describe
 
 logger = logging.getLogger(__name__)
 PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "ray", "botorch", "hyperopt", "lm_eval")
-SECONDS_BETWEEN = 1.0
-"""Steps inside a stage are written at most this often; what begins and ends a stage always."""
 
 
 class RunProgress:
-    """Turns events into `run.json`.
+    """Turns events into `run.json`: steps inside a stage now and then, what begins and ends a stage always.
 
     Args:
         run: The run folder.
@@ -78,7 +76,7 @@ class RunProgress:
             case events.Progress(stage, done, total):
                 self._update(stage, {"done": done, "total": total})
         is_small = isinstance(event, events.Progress | events.Message | events.TrialChanged)
-        if self.is_told and (not is_small or time.monotonic() - self._written >= SECONDS_BETWEEN):
+        if self.is_told and (not is_small or time.monotonic() - self._written >= sign_seconds(self._run.root)):
             self._write()
 
     @contextmanager

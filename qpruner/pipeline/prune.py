@@ -13,6 +13,7 @@ from qpruner import preflight
 from qpruner.config import PruneConfig, RunConfig
 from qpruner.events import Emit, Message, Progress, StageStarted
 from qpruner.execution.workshop import Bench
+from qpruner.mirror import fetch, written
 from qpruner.models.layout import num_layers
 from qpruner.models.structure import ATTENTION, EXPERT, MLP, family_of
 from qpruner.pipeline.compress import importance_samples
@@ -33,7 +34,7 @@ def prune(context: Context, prepared: PrepareRecord) -> PruneRecord:
     config, settings = context.config, context.config.prune
 
     def work(scratch: Path) -> dict[str, Any]:
-        job = CutJob(config, prepared.model_path, context.data / "importance", scratch)
+        job = CutJob(config, context.run_dir.root / prepared.model_path, context.data / "importance", scratch)
         return context.workshop.do(cut_and_save, job, context.emit)
 
     def figures(record: PruneRecord) -> str:
@@ -52,13 +53,13 @@ class CutJob:
 
     Attributes:
         config: The run's configuration.
-        model_path: Folder of the base model.
+        base: Folder of the base model.
         rows: Folder of the encoded importance samples.
         scratch: Folder for the pruned checkpoint.
     """
 
     config: RunConfig
-    model_path: str
+    base: Path
     rows: Path
     scratch: Path
 
@@ -70,12 +71,14 @@ def cut_and_save(job: CutJob, bench: Bench, emit: Emit) -> dict[str, Any]:
     from qpruner.models.loading import load_dense, load_tokenizer
     from qpruner.report.importance_map import load_importance, save_importance, write_pictures
 
-    tokenizer = load_tokenizer(job.model_path)
-    model = load_dense(job.model_path, job.config.model.dtype, job.config.model)
+    base = str(fetch(job.base))
+    tokenizer = load_tokenizer(base)
+    model = load_dense(base, job.config.model.dtype, job.config.model)
     pruned, fields = cut_model(job.config, model, tokenizer, load_encoded(job.rows), emit)
-    save_checkpoint(pruned.model, tokenizer, job.scratch)
-    save_importance(job.scratch, pruned.scores, pruned.block_scores)
-    write_pictures(job.scratch, PruneRecord(digest="", seconds=0.0, **fields), load_importance(job.scratch))
+    with written(job.scratch) as folder:
+        save_checkpoint(pruned.model, tokenizer, folder)
+        save_importance(folder, pruned.scores, pruned.block_scores)
+        write_pictures(folder, PruneRecord(digest="", seconds=0.0, **fields), load_importance(folder))
     bench.keep(pruned.model)
     return fields
 

@@ -6,6 +6,7 @@ import logging
 import time
 
 from qpruner.events import StageFinished, StageStarted
+from qpruner.objects import name_of
 from qpruner.pipeline.context import Context
 from qpruner.pipeline.stage import explained
 from qpruner.records import Results
@@ -21,7 +22,7 @@ def report(context: Context, results: Results) -> Results:
     with explained("report"):
         page = write_report(context.run_dir)
         tensorboard.write_result(context.run_dir.root, results)
-    context.emit(StageFinished("report", time.monotonic() - started, f"{page}"))
+    context.emit(StageFinished("report", time.monotonic() - started, name_of(page)))
     return results
 
 

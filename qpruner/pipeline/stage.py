@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 from qpruner.errors import CorruptFile, QprunerError, StageError, StorageError, TrainingDiverged
 from qpruner.events import Emit, Message, StageFinished, StageSkipped, StageStarted
 from qpruner.memory import is_out_of_memory
+from qpruner.objects import is_mirror, name_of
 from qpruner.patience import storage_error
 from qpruner.records import Record, digest_of
 from qpruner.rundir import RunDir
@@ -70,7 +71,7 @@ def run_stage(
     emit(StageStarted(stage.name, stage.detail))
     started = time.monotonic()
     with explained(stage.name, run.root):
-        scratch = run.scratch(stage.name)
+        scratch = run.begin(stage.name)
         fields = work(scratch)
         record = kind(digest=stage.digest, seconds=time.monotonic() - started, **fields)
         run.commit(stage.name, scratch, record)
@@ -84,7 +85,7 @@ def _recorded(run: RunDir, stage: Stage, kind: type[RecordType], emit: Emit) -> 
     except CorruptFile as error:
         emit(Message(stage.name, f"{error}; the stage is run again"))
         return None
-    if record is None or record.digest != stage.digest or not run.stage(stage.name).is_dir():
+    if record is None or record.digest != stage.digest or not run.has_folder(stage.name):
         return None
     return record
 
@@ -134,8 +135,11 @@ def _mend(path: Path | None, root: Path | None) -> str:
         return "fetch or write that file again, then repeat the command"
     parts = path.relative_to(root).parts
     # A trial is a folder of trials/DIGEST, a row one of candidates; every other stage is one folder.
-    folder = root.joinpath(*parts[: {"trials": 3, "candidates": 2}.get(parts[0], 1)])
-    return f"delete {folder}, then repeat the command: what it held is made again"
+    steps = {"trials": 3, "candidates": 2}.get(parts[0], 1)
+    doomed = root.joinpath(*parts[:steps])
+    if steps == 1 and is_mirror(root):  # at a URI a stage is there when its record is
+        doomed = RunDir(root, create=False).record_path(parts[0])
+    return f"delete {name_of(doomed)}, then repeat the command: what it held is made again"
 
 
 def _known_cause(error: Exception, root: Path | None) -> tuple[str, str] | None:

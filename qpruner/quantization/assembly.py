@@ -21,8 +21,9 @@ from qpruner.models.checkpoint import dense_tensors
 from qpruner.models.layout import group_linears
 from qpruner.models.loading import device
 from qpruner.plan import FULL_BITS
-from qpruner.quantization.bank import INDEX, read_index, read_plan
+from qpruner.quantization.bank import INDEX, BankIndex, read_plan
 from qpruner.quantization.mixed import MixedPrecisionConfig, dense_layer, packed_layer
+from qpruner.rundir import read_json
 
 if TYPE_CHECKING:
     from peft import PeftConfig, PeftModel
@@ -230,7 +231,8 @@ def _with_adapters(layers: Mapping[str, torch.nn.Module], lora: LoraConfig) -> d
 
 def workbench(checkpoint: Path, bank: Path, group: str, dtype: str, double_quant: bool, lora: LoraConfig) -> Workbench:
     """This process's workbench for a model and a bank: kept from call to call, so that a worker loads a model once."""
-    digest = read_index(bank).digest if (bank / INDEX).is_file() else ""
+    index = read_json(bank / INDEX, BankIndex)
+    digest = index.digest if index else ""
     return _held(checkpoint, bank, group, dtype, double_quant, lora, digest)
 
 

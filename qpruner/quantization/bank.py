@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 import os
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -22,12 +21,14 @@ from safetensors.torch import load_file, save_file
 
 from qpruner.config import LoraConfig
 from qpruner.errors import CorruptFile, TrainingDiverged
+from qpruner.mirror import fetch, one_at_a_time, workplace
 from qpruner.models.checkpoint import dense_tensors
 from qpruner.models.loading import device
+from qpruner.objects import cache_root, is_mirror, name_of
 from qpruner.plan import FULL_BITS
 from qpruner.quantization.loftq import loftq_start
 from qpruner.quantization.mixed import pack
-from qpruner.rundir import BANK_CACHE, file_digest, read_json, write_json
+from qpruner.rundir import BANK_CACHE, fetch_file, file_digest, for_each, put_file, read_json, write_json
 
 FORMAT = 2
 """Counts up when an entry of the same inputs would hold other tensors."""
@@ -163,7 +164,7 @@ def build_group(job: GroupJob) -> dict[str, tuple[str, float]]:
     if job.threads and not torch.cuda.is_available():
         torch.set_num_threads(job.threads)
     names = {f"{path}.weight": path for path in job.paths}
-    stored = dense_tensors(job.checkpoint, names.__contains__)
+    stored = dense_tensors(fetch(job.checkpoint), names.__contains__)
     for name in names:
         if name not in stored:
             raise CorruptFile(f"checkpoint {job.checkpoint} lacks {name}; delete it to rebuild it", job.checkpoint)
@@ -173,8 +174,9 @@ def build_group(job: GroupJob) -> dict[str, tuple[str, float]]:
     built = {}
     for bits in job.bits:
         entry = build_entry(weights, bits, job.settings)
-        file = write_entry(job.bank, job.group, bits, entry)
-        built[str(file.relative_to(job.bank))] = (file_digest(file), entry.residual_ratio)
+        file = write_entry(workplace(job.bank), job.group, bits, entry)
+        sha256 = put_file(file, entry_file(job.bank, job.group, bits))
+        built[str(entry_file(Path(), job.group, bits))] = (sha256, entry.residual_ratio)
     return built
 
 
@@ -191,13 +193,21 @@ def read_index(bank: Path) -> BankIndex:
     """
     index = read_json(bank / INDEX, BankIndex)
     if index is None:
-        raise CorruptFile(f"bank {bank} has no {INDEX}; delete the folder to rebuild it", bank)
+        raise CorruptFile(f"bank {name_of(bank)} has no {INDEX}; delete the folder to rebuild it", bank)
     return index
 
 
-def is_intact(bank: Path, name: str, entry: IndexEntry) -> bool:
-    """Whether a file is there and is what the index says."""
-    return (bank / name).is_file() and file_digest(bank / name) == entry.sha256
+def intact_files(bank: Path, index: BankIndex) -> list[str]:
+    """Names of the files that are there and are what the index says."""
+    found = for_each(_digest_if_there, [bank / name for name in index.files])
+    return [name for (name, entry), sha256 in zip(index.files.items(), found, strict=True) if sha256 == entry.sha256]
+
+
+def _digest_if_there(path: Path) -> str | None:
+    try:
+        return file_digest(path)
+    except FileNotFoundError:
+        return None
 
 
 def read_plan(bank: Path, bits_by_group: Mapping[str, int]) -> dict[str, torch.Tensor]:
@@ -213,7 +223,7 @@ def read_plan(bank: Path, bits_by_group: Mapping[str, int]) -> dict[str, torch.T
     index = read_index(bank)
     if index.bitsandbytes != version("bitsandbytes"):
         raise CorruptFile(
-            f"bank {bank} was packed by bitsandbytes {index.bitsandbytes}, but this process has "
+            f"bank {name_of(bank)} was packed by bitsandbytes {index.bitsandbytes}, but this process has "
             f"{version('bitsandbytes')}; install the same version everywhere, or delete the folder to rebuild it",
             bank,
         )
@@ -224,11 +234,13 @@ def read_plan(bank: Path, bits_by_group: Mapping[str, int]) -> dict[str, torch.T
         try:
             whole = _whole(path, entry.sha256) if entry else None
             if whole is None:
-                raise CorruptFile(f"bank file {path} is not what {INDEX} says; repeat the command to rebuild it", path)
+                raise CorruptFile(
+                    f"bank file {name_of(path)} is not what {INDEX} says; repeat the command to rebuild it", path
+                )
             tensors |= load_file(whole)
         except (FileNotFoundError, SafetensorError) as error:
             raise CorruptFile(
-                f"bank file {path} cannot be read: {error}; repeat the command to rebuild it", path
+                f"bank file {name_of(path)} cannot be read: {error}; repeat the command to rebuild it", path
             ) from error
     return tensors
 
@@ -239,19 +251,23 @@ def _whole(path: Path, sha256: str) -> Path | None:
     None if its contents are others.
     """
     cache = os.environ.get(BANK_CACHE)
-    if not cache:
+    if not cache and not is_mirror(path):
         return path if _digest_once(path, path.stat().st_mtime_ns) == sha256 else None
-    copy = Path(cache) / f"{sha256}.safetensors"
-    if not copy.is_file() or _digest_once(copy, copy.stat().st_mtime_ns) != sha256:
-        copy.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        # Others on this machine may be copying it too.
-        aside = copy.with_name(f"{copy.name}.{os.getpid()}")
-        shutil.copyfile(path, aside)
-        if file_digest(aside) != sha256:
-            aside.unlink()
-            return None
-        aside.replace(copy)
+    copy = Path(cache or cache_root() / "bank") / f"{sha256}.safetensors"
+    if _is_whole(copy, sha256):
+        return copy
+    with one_at_a_time(copy):
+        if not _is_whole(copy, sha256):
+            aside = copy.with_name(f"{copy.name}.{os.getpid()}")
+            if fetch_file(path, aside) != sha256:
+                aside.unlink()
+                return None
+            aside.replace(copy)
     return copy
+
+
+def _is_whole(copy: Path, sha256: str) -> bool:
+    return copy.is_file() and _digest_once(copy, copy.stat().st_mtime_ns) == sha256
 
 
 @functools.cache

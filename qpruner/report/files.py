@@ -6,6 +6,7 @@ from pathlib import Path
 
 import yaml
 
+from qpruner.mirror import put_folders
 from qpruner.report import markdown, page
 from qpruner.report.charts import charts
 from qpruner.report.model_card import model_card
@@ -34,7 +35,7 @@ def write_report(run_dir: RunDir) -> Path:
     config = yaml.safe_dump(run.state.config, sort_keys=False)
     write_text(run_dir.root / "results.json", summary_text(summary_of(run)))
     write_text(run_dir.root / "report.md", markdown.render(run, plots, PICTURES, config))
-    if run.is_whole and (run_dir.root / "final").is_dir():
+    if run.is_whole and run_dir.root / "final" in put_folders(run_dir.root):
         write_text(run_dir.root / "final" / "README.md", model_card(run))
     target = run_dir.root / "report.html"
     write_text(target, page.render(run, plots, config))

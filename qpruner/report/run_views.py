@@ -63,7 +63,7 @@ class RunView:
         return CUT_OFF if self.state.outcome == "running" and gone else self.state.outcome
 
 
-def view(root: Path) -> RunView:
+def view(root: str | Path) -> RunView:
     """Look at a run folder.
 
     Raises:
@@ -100,7 +100,7 @@ def status(run: RunView, now: float) -> dict[str, Any]:
         seconds = end - state.started if is_running else state.seconds
         stages.append({"stage": name, "state": shown, "seconds": seconds, "steps": steps, "text": state.text})
     return {
-        "run": str(run.run_dir.root),
+        "run": run.run_dir.place,
         "outcome": run.outcome,
         "error": run.state.error,
         "host": run.state.host,
@@ -168,8 +168,8 @@ def winner(run: RunView) -> TrialRecord:
     """
     if run.search is None:
         raise UserError(
-            f"the search of {run.run_dir.root} is not over, so there is no winner yet: `qpruner status` shows where it "
-            "is, and `--trial NUMBER` prints the plan of one of its trials"
+            f"the search of {run.run_dir.place} is not over, so there is no winner yet: `qpruner status` shows where "
+            "it is, and `--trial NUMBER` prints the plan of one of its trials"
         )
     return trial(run, run.search.best_index)
 
@@ -183,7 +183,7 @@ def trial(run: RunView, index: int) -> TrialRecord:
     found = next((each for each in run.trials if each.index == index), None)
     if found is None:
         raise UserError(
-            f"{run.run_dir.root} has no trial {index}, only {len(run.trials)} trial(s): `qpruner trials` lists them"
+            f"{run.run_dir.place} has no trial {index}, only {len(run.trials)} trial(s): `qpruner trials` lists them"
         )
     return found
 
@@ -192,7 +192,7 @@ def summary(run: RunView) -> dict[str, Any]:
     """What stands beside other runs."""
     config, now, record = run.state.config, run.standing, run.search
     facts: dict[str, Any] = {
-        "run": str(run.run_dir.root),
+        "run": run.run_dir.place,
         "outcome": run.outcome,
         "model": config["model"]["source"],
         "searcher": config["search"]["searcher"],

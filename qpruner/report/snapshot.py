@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qpruner.errors import UserError
@@ -141,8 +142,8 @@ def read_snapshot(run: RunDir) -> Snapshot:
     """
     state = run.read_state(RunState)
     if state is None:
-        raise UserError(f"{run.root} holds no run: it has no run.json; give a folder that `qpruner run` wrote")
+        raise UserError(f"{run.place} holds no run: it has no run.json; give a folder that `qpruner run` wrote")
     done = [name for name in KINDS if name in state.stages and state.stages[name].state != "running"]
     results = Results.model_validate({name: run.read_record(name, KINDS[name]) for name in done})
     trials = read_trials(run.trials / state.search.trials_digest) if state.search else []
-    return Snapshot(run.root.name, state, results, tuple(trials), marginal_effects(trials))
+    return Snapshot(Path(run.place).name, state, results, tuple(trials), marginal_effects(trials))

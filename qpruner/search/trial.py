@@ -14,6 +14,7 @@ from qpruner.data import load_encoded
 from qpruner.errors import TrainingDiverged
 from qpruner.evaluate import mean_accuracy, score_tasks
 from qpruner.finetune import Listener, Schedule, finetune
+from qpruner.mirror import fetch
 from qpruner.models.loading import load_tokenizer
 from qpruner.quantization.assembly import workbench
 from qpruner.records import RungResult
@@ -26,11 +27,12 @@ def run_trial(job: TrialJob, start: Path | None, report: Report, progress: Progr
     Raises:
         TrainingDiverged: If the training loss leaves all bounds, or the validation loss is NaN or infinite.
     """
-    config = job.config
+    config, materials = job.config, job.materials
+    checkpoint = fetch(materials.checkpoint)
     # One seed for adapters, data order and dropout of all trials: another order moves the loss more than most plans do.
     bench = workbench(
-        job.materials.checkpoint,
-        job.materials.bank,
+        checkpoint,
+        materials.bank,
         config.quantize.group,
         config.model.dtype,
         config.quantize.double_quant,
@@ -39,9 +41,9 @@ def run_trial(job: TrialJob, start: Path | None, report: Report, progress: Progr
     progress(0)
     peft_model = bench.model(job.plan, config.seed)
     progress(0)
-    tokenizer = load_tokenizer(str(job.materials.checkpoint))
+    tokenizer = load_tokenizer(str(checkpoint))
     pad_id = int(tokenizer.pad_token_id)
-    validation = load_encoded(job.materials.data / "validation")
+    validation = load_encoded(materials.data / "validation")
     done = 0
     train_losses: list[float] = []
 
@@ -64,7 +66,7 @@ def run_trial(job: TrialJob, start: Path | None, report: Report, progress: Progr
         hooks.callback(passes.remove)
         finetune(
             peft_model,
-            load_encoded(job.materials.data / "train"),
+            load_encoded(materials.data / "train"),
             config.training,
             Schedule(steps=config.search.steps, rungs=config.search.rungs),
             Path(work),

@@ -20,7 +20,7 @@ Progress = Callable[[int], None]
 
 @dataclass(frozen=True)
 class Materials:
-    """Where a trial finds what it needs; paths that every node can read.
+    """Where a trial finds what it needs; paths of the run, which mean the same on every node.
 
     Attributes:
         checkpoint: Folder of the dense (pruned) model and its tokenizer.

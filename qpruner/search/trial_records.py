@@ -6,21 +6,31 @@ same result in each (`TrialRecord.digest`); `TrialRecord.search` says whose a tr
 
 from __future__ import annotations
 
-import contextlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from qpruner.config import RunConfig
 from qpruner.errors import CorruptFile
+from qpruner.objects import name_of
 from qpruner.records import FreshScore, RungResult, SearchClock, TrialPulse, TrialRecord
-from qpruner.rundir import folder_digests, read_json, read_written, write_json
+from qpruner.rundir import (
+    children,
+    folder_digests,
+    for_each,
+    move,
+    read_json,
+    read_sign,
+    read_written,
+    write_json,
+    write_sign,
+)
 
 
 def read_trials(folder: Path) -> list[TrialRecord]:
     """Every recorded trial, in order of suggestion."""
-    records = [read_json(path, TrialRecord) for path in sorted(folder.glob("*/trial.json"))]
-    return [record for record in records if record is not None]
+    found = for_each(lambda path: read_json(path, TrialRecord), _paths(folder))
+    return [record for record in found if record is not None]
 
 
 def set_aside_damaged(folder: Path, tell: Callable[[str], None]) -> None:
@@ -31,11 +41,10 @@ def set_aside_damaged(folder: Path, tell: Callable[[str], None]) -> None:
         folder: Of the trials.
         tell: Told in one line what was set aside.
     """
-    for path in sorted(folder.glob("*/trial.json")):
-        try:
-            record = read_json(path, TrialRecord)
-        except CorruptFile as error:
-            tell(f"{error}; set aside in {_set_aside(path.parent)}, and that trial is run again")
+    paths = _paths(folder)
+    for path, record in zip(paths, for_each(_record_or_error, paths), strict=True):
+        if isinstance(record, CorruptFile):
+            tell(f"{record}; set aside in {_set_aside(path.parent)}, and that trial is run again")
             continue
         if record and not record.is_over:
             begin_anew_if_damaged(folder, record, tell)
@@ -51,21 +60,28 @@ def begin_anew_if_damaged(folder: Path, record: TrialRecord, tell: Callable[[str
         tell: Told in one line what was set aside.
     """
     checkpoint = checkpoint_of(folder, record)
-    if checkpoint is None or (checkpoint.is_dir() and folder_digests(checkpoint) == record.checkpoint):
+    found = folder_digests(checkpoint) if checkpoint else {}
+    if checkpoint is None or found == record.checkpoint:
         return False
-    where = f"set aside in {_set_aside(checkpoint)}" if checkpoint.is_dir() else "missing"
-    tell(f"{checkpoint} is damaged: {where}; trial {record.index} starts anew")
+    where = f"set aside in {_set_aside(checkpoint)}" if found else "missing"
+    tell(f"{name_of(checkpoint)} is damaged: {where}; trial {record.index} starts anew")
     afresh = {"status": "running", "rungs": (), "checkpoint": {}, "times": record.times[:1]}
     write_trial(folder, record.model_copy(update=afresh))
     return True
 
 
-def _set_aside(path: Path) -> Path:
-    """Move a trial's folder, or one in it, out of the way; returns where it is now."""
+def _record_or_error(path: Path) -> TrialRecord | CorruptFile | None:
+    try:
+        return read_json(path, TrialRecord)
+    except CorruptFile as error:
+        return error
+
+
+def _set_aside(path: Path) -> str:
+    """Move a trial's folder, or one in it, out of the way; tells where it is now."""
     trials = path.parent if path.name.isdigit() else path.parent.parent
     target = trials / "damaged" / f"{'-'.join(path.relative_to(trials).parts)}-{time.time_ns()}"
-    target.parent.mkdir(exist_ok=True)
-    return path.rename(target)
+    return name_of(move(path, target))
 
 
 def read_trial(folder: Path, index: int) -> TrialRecord:
@@ -79,19 +95,18 @@ def write_trial(folder: Path, record: TrialRecord, patience_seconds: float | Non
 
 def read_pulse(folder: Path, index: int) -> TrialPulse | None:
     """The last sign of progress of a trial; None before the first, and while the storage is away."""
-    with contextlib.suppress(OSError):
-        return read_json(_pulse_path(folder, index), TrialPulse)
-    return None
+    return read_pulses(folder, [index])[0]
+
+
+def read_pulses(folder: Path, indices: Sequence[int]) -> list[TrialPulse | None]:
+    """The same of several trials."""
+    texts = for_each(read_sign, [_pulse_path(folder, index) for index in indices])
+    return [TrialPulse.model_validate_json(text) if text else None for text in texts]
 
 
 def write_pulse(folder: Path, index: int, pulse: TrialPulse) -> None:
-    """Tell of progress; not made durable, since it says nothing after a crash."""
-    path = _pulse_path(folder, index)
-    aside = path.with_suffix(".new")
-    # A full disk is met, waited for and told of where results are written.
-    with contextlib.suppress(OSError):
-        aside.write_text(pulse.model_dump_json(), encoding="utf-8")
-        aside.replace(path)
+    """Tell of progress."""
+    write_sign(_pulse_path(folder, index), pulse.model_dump_json())
 
 
 def trial_path(trials: Path, index: int) -> Path:
@@ -138,6 +153,11 @@ def objective(result: RungResult | FreshScore, config: RunConfig) -> float:
 
 def _read_clock(trials: Path, search: str) -> SearchClock:
     return read_json(_clock_path(trials, search), SearchClock) or SearchClock(seconds=0.0)
+
+
+def _paths(trials: Path) -> list[Path]:
+    """Where the records of all trials are, in order."""
+    return [trials / name / "trial.json" for name in children(trials) if name.isdigit()]
 
 
 def _pulse_path(trials: Path, index: int) -> Path:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from qpruner.calibration import Rows, Samples
 from qpruner.config import SensitivityConfig
+from qpruner.mirror import fetch
 from qpruner.models.layout import group_linears
 from qpruner.plan import FULL_BITS
 from qpruner.records import MethodScores
@@ -162,7 +163,7 @@ def measure_share(job: MeasurementJob) -> Measurement:
     from qpruner.models.loading import load_dense
 
     torch.set_num_threads(job.threads)
-    model = load_dense(str(job.checkpoint), job.dtype)
+    model = load_dense(str(fetch(job.checkpoint)), job.dtype)
     return measure(model, job.subject.samples(job.batch_size), job.subject.starts(model))
 
 

@@ -139,9 +139,8 @@ def test_what_the_cache_holds_already_is_not_asked_for_again() -> None:
 
 @pytest.mark.gpu
 def test_gpus_that_ray_hides_from_the_probe_are_seen() -> None:
-    code = (
-        "import json; from qpruner.execution.testimony import testify; print(json.dumps(testify('', '', '', '', True)))"
-    )
+    told = "json.dumps(testify('', '', '', '', True, False))"
+    code = f"import json; from qpruner.execution.testimony import testify; print({told})"
     command, hidden = [sys.executable, "-c", code], os.environ | {"CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(command, env=hidden, capture_output=True, text=True, check=True)
     found = json.loads(done.stdout.splitlines()[-1])

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import ray
@@ -19,6 +19,7 @@ from qpruner.rundir import read_json
 from qpruner.search.searchers import Ledger, Observation, Suggestion
 from qpruner.search.trial_records import (
     read_pulse,
+    read_pulses,
     read_seconds,
     read_trial,
     read_trials,
@@ -50,8 +51,9 @@ class PlanSearcher(LivesInDriver, Searcher):  # type: ignore[misc]
         self._job, self._ledger, self._room, self._emit, self._halt = job, ledger, room, emit, halt
         self._live: dict[str, Suggestion] = {}
         self._hung: set[str] = set()
-        self._done = sum(1 for record in read_trials(job.trials) if job.owns(record) and record.status != "running")
-        self._clock = _Clock(job)
+        own = [record for record in read_trials(job.trials) if job.owns(record)]
+        self._done = sum(1 for record in own if record.status != "running")
+        self._clock = _Clock(job, own)
 
     def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
         if not self._halt.requested and len(self._live) >= self._room():
@@ -85,18 +87,19 @@ class PlanSearcher(LivesInDriver, Searcher):  # type: ignore[misc]
 
     # Ray calls these by keyword, so the parameters keep its names.
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
-        self._clock.tick()
         suggestion = self._live[trial_id]
         stderr = result.get("accuracy_stderr") if self._job.config.search.metric == "accuracy" else None
         self._ledger.observe(
             Observation(suggestion.index, suggestion.plan, int(result[TIME]), float(result[METRIC]), stderr)
         )
-        self._emit(TrialChanged(read_trial(self._job.trials, suggestion.index)))
+        record = read_trial(self._job.trials, suggestion.index)
+        self._clock.tick(record)
+        self._emit(TrialChanged(record))
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
-        self._clock.tick()
         suggestion = self._live.pop(trial_id)
         record = read_trial(self._job.trials, suggestion.index)
+        self._clock.tick(record)
         if record.status == "running" and self._halt.requested:
             return
         if not error and not record.has_begun:
@@ -211,8 +214,8 @@ class HangWatch(LivesInDriver, Callback):  # type: ignore[misc]
         self._next_look = now + min(5.0, self._limit / 4)
         running = {trial.trial_id: trial for trial in trials if trial.status == Trial.RUNNING}
         seen, self._seen = self._seen, {}
-        for trial_id, trial in running.items():
-            pulse = read_pulse(self._trials, trial.config["trial"])
+        pulses = read_pulses(self._trials, [trial.config["trial"] for trial in running.values()])
+        for (trial_id, trial), pulse in zip(running.items(), pulses, strict=True):
             last, since = seen.get(trial_id, (pulse, now))
             self._seen[trial_id] = (pulse, since if pulse == last else now)
             if now - self._seen[trial_id][1] > self._limit:
@@ -223,13 +226,15 @@ class HangWatch(LivesInDriver, Callback):  # type: ignore[misc]
 class _Clock:
     """What a search has spent, all its sessions together, and the end that its settings put to it."""
 
-    def __init__(self, job: SearchJob) -> None:
+    def __init__(self, job: SearchJob, recorded: Sequence[TrialRecord]) -> None:
         self._job = job
+        self._gpu_seconds = {record.index: record.gpu_seconds for record in recorded}
         self._before, self._started = read_seconds(job.trials, job.search), time.monotonic()
         self._is_over, self._next_look = False, 0.0
 
-    def tick(self) -> None:
-        """Keep the time: a session may be killed at any instant."""
+    def tick(self, record: TrialRecord) -> None:
+        """Keep the time, and what a trial held: a session may be killed at any instant."""
+        self._gpu_seconds[record.index] = record.gpu_seconds
         write_seconds(self._job.trials, self._job.search, self._seconds())
 
     def is_over(self, ledger: Ledger) -> bool:
@@ -249,7 +254,7 @@ class _Clock:
         if settings.max_hours is not None and hours >= settings.max_hours:
             return f"{hours:.3g} hours were spent (`search.max_hours` is {settings.max_hours:g})"
         if settings.max_gpu_hours is not None:
-            held = sum(record.gpu_seconds for record in read_trials(self._job.trials) if self._job.owns(record)) / 3600
+            held = sum(self._gpu_seconds.values()) / 3600
             if held >= settings.max_gpu_hours:
                 return f"{held:.3g} GPU hours were spent (`search.max_gpu_hours` is {settings.max_gpu_hours:g})"
         return None

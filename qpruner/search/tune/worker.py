@@ -16,9 +16,10 @@ from ray import tune
 from qpruner.config import RunConfig
 from qpruner.errors import CorruptFile, StorageError, TrainingDiverged
 from qpruner.memory import PeakMemory, is_out_of_memory, release
+from qpruner.mirror import fetch, workplace
 from qpruner.patience import patiently, storage_error
 from qpruner.records import RungResult, TrialPulse
-from qpruner.rundir import folder_digests, publish_folder
+from qpruner.rundir import folder_digests, publish_folder, remove, sign_seconds
 from qpruner.search.trial_job import TrialJob
 from qpruner.search.trial_records import (
     checkpoint_of,
@@ -30,8 +31,6 @@ from qpruner.search.trial_records import (
 )
 from qpruner.search.tune.job import METRIC, TIME, SearchJob, params_to_plan, smaller_batch
 from qpruner.search.tune.nodes import stays
-
-PULSE_SECONDS = 1.0
 
 Failure = Literal["infeasible", "diverged", "storage", "damaged", "error"]
 
@@ -85,7 +84,7 @@ class _RecordedTrial:
         start = checkpoint_of(self._job.trials, self._record)
         try:
             job = TrialJob(self._config(), self._job.materials, self._plan)
-            self._job.trial(job, start, self._report, self._progress)
+            self._job.trial(job, fetch(start) if start else None, self._report, self._progress)
         except _TakenOver:
             raise
         except Exception as error:
@@ -123,7 +122,7 @@ class _RecordedTrial:
             times=(*self._record.times, time.time()),
         )
         if old:
-            shutil.rmtree(old, ignore_errors=True)
+            remove(old)
         tune.report(_metrics(result, self._job.config))
         leave_if_drained()
 
@@ -133,7 +132,7 @@ class _RecordedTrial:
 
     def _progress(self, step: int) -> None:
         self._beats += 1
-        if time.monotonic() - self._told < PULSE_SECONDS:
+        if time.monotonic() - self._told < sign_seconds(self._job.trials):
             return
         self._told = time.monotonic()
         pulse = TrialPulse(
@@ -179,8 +178,8 @@ def diagnosis(error: Exception) -> tuple[Failure, str]:
 
 
 def _beside(checkpoint: Path, target: Path) -> Path:
-    """Copy a checkpoint next to its final place, so that the last step is a rename."""
-    aside = target.with_name(f".{target.name}")
+    """Copy a checkpoint next to its final place, so that the last step is a rename where there are any."""
+    aside = workplace(target.with_name(f".{target.name}"))
     shutil.rmtree(aside, ignore_errors=True)
     # training_args.bin is a pickle that nothing reads; it stays out of the run's storage.
     shutil.copytree(checkpoint, aside, ignore=shutil.ignore_patterns("training_args.bin", "README.md"))

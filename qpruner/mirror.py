@@ -1,0 +1,172 @@
+"""Folders of a run in an object store, and this machine's copies of them.
+
+A store has no rename. A folder's files are put first and the list of their digests last, beside it: without the list
+there is no folder, and what is fetched is compared with it.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from qpruner.errors import CorruptFile
+from qpruner.objects import Objects, each, is_mirror, objects_at, scratch_of
+from qpruner.patience import patiently
+
+FILES = ".files.json"
+"""Ending of a folder's list: `prune.files.json` beside `prune/`."""
+
+
+class FileList(BaseModel):
+    """A folder in an object store is what this says: sha256 of each file, by its name from there."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    sha256: dict[str, str]
+
+
+def put_folder(folder: Path, target: Path) -> FileList:
+    """Put the files of a folder on this machine to where the target stands for, and their list last.
+
+    What lay there has no list meanwhile, so that nobody takes it for whole.
+    """
+    there = objects_at(target)
+    assert there is not None
+    listed = list_of(there)
+    patiently(listed.delete, target)
+    names = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+    digests = each(lambda name: patiently(lambda: (there / name).upload(folder / name), target / name), names)
+    found = FileList(sha256=dict(zip(names, digests, strict=True)))
+    patiently(lambda: listed.write(found.model_dump_json().encode()), target)
+    stale = sorted(set(patiently(there.files, target)) - set(names))
+    each(lambda name: patiently((there / name).delete, target), stale)
+    return found
+
+
+@contextmanager
+def written(target: Path) -> Iterator[Path]:
+    """A place on this machine to write the folder that is to lie at `target`.
+
+    In a folder that is the target itself. For an object store it is sent when it is done, if anything was written, and
+    stays as this machine's copy.
+    """
+    if not is_mirror(target):
+        yield target
+        return
+    here = scratch_of(target)
+    shutil.rmtree(here, ignore_errors=True)
+    here.parent.mkdir(parents=True, exist_ok=True)
+    yield here
+    if here.is_dir():
+        files = put_folder(here, target)
+        with one_at_a_time(target):
+            _keep(here, target, files)
+
+
+def fetch(folder: Path) -> Path:
+    """Have a folder of a run on this machine, whole; returns its path, which stays what it was.
+
+    A folder of a run in a folder, or one that is of no run, is there already. Of an object store's, a machine has one
+    copy for all its processes, for as long as the list of its files is the same.
+
+    Raises:
+        CorruptFile: Naming the object that is missing or not as it was put.
+    """
+    there = objects_at(folder)
+    if there is None:
+        return folder
+    wanted = _listed(there, folder)
+    with one_at_a_time(folder):
+        if folder.is_dir() and _kept(folder) == wanted:
+            return folder
+        here = emptied(scratch_of(folder))
+
+        def bring(name: str) -> str | None:
+            try:
+                return patiently(lambda: (there / name).download(here / name), folder / name)
+            except FileNotFoundError:
+                return None
+
+        for name, found in zip(wanted.sha256, each(bring, list(wanted.sha256)), strict=True):
+            if found != wanted.sha256[name]:
+                state = "missing" if found is None else "damaged"
+                raise CorruptFile(f"{there / name} is {state}: its sha256 is not what {list_of(there)} says", folder)
+        _keep(here, folder, wanted)
+    return folder
+
+
+def put_folders(parent: Path) -> list[Path]:
+    """The folders in one that were put there whole."""
+    there = objects_at(parent)
+    if there:
+        names = patiently(there.names, parent)
+        return [parent / name.removesuffix(FILES) for name in names if name.endswith(FILES)]
+    return [path for path in parent.glob("*") if path.is_dir()]
+
+
+def emptied(folder: Path) -> Path:
+    """A folder on this machine with nothing in it."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    return folder
+
+
+def workplace(folder: Path) -> Path:
+    """Where a process writes what it sends piece by piece: the folder itself, or scratch on this machine for it."""
+    return scratch_of(folder) if is_mirror(folder) else folder
+
+
+@contextmanager
+def one_at_a_time(path: Path) -> Iterator[None]:
+    """Hold the folder that something is to lie in, so that the processes of this machine fetch it once."""
+    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    descriptor = os.open(path.parent, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def list_of(there: Objects) -> Objects:
+    """What lists the files of a folder, and vouches for it."""
+    return Objects(there.scheme, there.bucket, there.query, there.key + FILES)
+
+
+def _listed(there: Objects, folder: Path) -> FileList:
+    """The list as it is in the store."""
+    try:
+        return FileList.model_validate_json(patiently(list_of(there).read, folder))
+    except FileNotFoundError as error:
+        message = f"{there} is not there, or was not put whole: it has no {list_of(there)}"
+        raise CorruptFile(message, folder) from error
+    except ValidationError as error:
+        raise CorruptFile(f"{list_of(there)} is damaged", folder) from error
+
+
+def _keep(here: Path, folder: Path, files: FileList) -> None:
+    """Make a folder this machine's copy; the list goes first and comes last."""
+    mark = _mark_of(folder)
+    mark.unlink(missing_ok=True)
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    here.rename(folder)
+    mark.write_text(files.model_dump_json(), encoding="utf-8")
+
+
+def _kept(folder: Path) -> FileList | None:
+    """The list of this machine's copy."""
+    try:
+        return FileList.model_validate_json(_mark_of(folder).read_bytes())
+    except (FileNotFoundError, ValidationError):
+        return None
+
+
+def _mark_of(folder: Path) -> Path:
+    return folder.with_name(folder.name + FILES)

@@ -1,0 +1,193 @@
+"""Runs at a URI: killed, and taken up on a machine that has nothing; damaged objects; a server that does not answer.
+
+The server is a real one on loopback, in a process of its own. What a disturbed run ends in is compared with that of a
+run in a folder that nothing happened to.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from conftest import with_key
+from object_store import Gate, Store, object_store
+from real_driver import driver
+from test_run import MINUTES, command, comparable, kill_when, outcome, written_config
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def store() -> Iterator[Store]:
+    with object_store() as found, pytest.MonkeyPatch.context() as patch:
+        for name, value in found.environment.items():
+            patch.setenv(name, value)
+        yield found
+
+
+@pytest.fixture(autouse=True)
+def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Each test is a machine that has nothing of any run yet."""
+    monkeypatch.setenv("QPRUNER_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What a run in a folder ends in."""
+    folder = tmp_path_factory.mktemp("undisturbed") / "a"
+    config = config_at(str(folder / "run"), folder, tiny_model)
+    done = subprocess.run(command(config), capture_output=True, text=True, timeout=8 * MINUTES)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return outcome(config.parent / "run")
+
+
+def config_at(output: str, folder: Path, model: Path) -> Path:
+    """A configuration whose final table has the base model, the pruned one and the winner only."""
+    config = written_config(folder, model)
+    raw = with_key(yaml.safe_load(config.read_text()), "finetune.compare", False)
+    del raw["finetune"]["seeds"]
+    config.write_text(yaml.safe_dump(raw | {"output": output}))
+    return config
+
+
+def trials_at(store: Store, run: str) -> list[dict[str, Any]]:
+    keys = sorted(key for key in store.keys(f"{run}/trials") if key.endswith("/trial.json"))
+    return [json.loads(store.read(f"{run}/trials/{key}")) for key in keys]
+
+
+def has_one_trial_behind_it(store: Store, run: str) -> bool:
+    trials = trials_at(store, run)
+    return len(trials) > 1 and trials[0]["status"] == "finished"
+
+
+KILLED = "killed/run"
+
+
+@pytest.fixture(scope="module")
+def taken_up(
+    store: Store, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """The trials at the instant when the driver was killed, and what the same command on an empty machine said."""
+    folder = tmp_path_factory.mktemp("killed")
+    config = config_at(store.uri(KILLED), folder / "a", tiny_model)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("QPRUNER_CACHE", str(folder / "first"))
+        kill_when(config, lambda: has_one_trial_behind_it(store, KILLED))
+        before = trials_at(store, KILLED)
+        shutil.rmtree(folder / "first")
+        patch.setenv("QPRUNER_CACHE", str(folder / "second"))
+        done = subprocess.run(command(config), capture_output=True, text=True, timeout=8 * MINUTES)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
+    return before, json.loads(done.stdout.splitlines()[-1])
+
+
+def test_a_killed_run_is_taken_up_on_an_empty_machine_and_ends_as_if_nothing_had_happened(
+    store: Store, taken_up: tuple[list[dict[str, Any]], dict[str, Any]], undisturbed: dict[str, Any]
+) -> None:
+    before, told = taken_up
+    assert told["run"] == store.uri(KILLED)
+    trials = trials_at(store, KILLED)
+    assert trials[0] == before[0], "not rerun"
+    report = json.loads(store.read(f"{KILLED}/results.json"))
+    assert {"report": comparable(report), "trials": comparable(trials)} == undisturbed
+    keys = store.keys(KILLED)
+    for part in ("prune/model.safetensors", "bank/bank.json", "final/adapter_model.safetensors", "report.html"):
+        assert part in keys
+    assert any(key.startswith("tensorboard/trial-0000") for key in keys) and "qpruner.log" in keys
+    assert "driver.lock" not in keys and not any("checkpoints/" in key for key in keys)
+
+
+def test_verbs_that_look_at_a_run_take_its_uri(
+    store: Store, taken_up: tuple[list[dict[str, Any]], dict[str, Any]], tmp_path: Path
+) -> None:
+    def said(*words: str) -> str:
+        done = subprocess.run(
+            [sys.executable, "-m", "qpruner.cli", *words], capture_output=True, text=True, timeout=5 * MINUTES
+        )
+        assert done.returncode == 0, done.stderr[-2000:]
+        return done.stdout
+
+    uri = store.uri(KILLED)
+    status = json.loads(said("status", uri, "--json"))
+    assert (status["run"], status["outcome"]) == (uri, "done")
+    assert len(json.loads(said("trials", uri, "--json"))["trials"]) == 5
+    assert uri in said("plan", uri)
+    merged = tmp_path / "merged"
+    exported = json.loads(said("export", uri, "--to", "merged", "--out", str(merged), "--json").splitlines()[-1])
+    assert exported["status"] == "ok" and (merged / "config.json").is_file()
+
+
+def test_of_a_bank_with_a_damaged_object_that_object_alone_is_built_again(
+    store: Store, taken_up: tuple[list[dict[str, Any]], dict[str, Any]], tiny_model: Path, tmp_path: Path
+) -> None:
+    key = f"{KILLED}/bank/4bit/layers.0.o.safetensors"
+    whole = store.read(key)
+    store.damage(key)
+    config = config_at(store.uri(KILLED), tmp_path / "a", tiny_model)
+    with driver(config, verb="run") as process:
+        code, said = process.end()
+    assert code == 0, said[-3000:]
+    assert f"s3://runs/{key} is missing or damaged; it alone is built again" in said
+    assert "1 entries to build" in said and store.read(key) == whole
+    for stage in ("prepare", "prune", "sensitivity", "search", "finetune", "evaluate"):
+        assert f"[{stage}] already recorded" in said
+
+
+def test_damaged_weights_are_named_with_what_to_delete(
+    store: Store, taken_up: tuple[list[dict[str, Any]], dict[str, Any]], tiny_model: Path, tmp_path: Path
+) -> None:
+    store.copy(KILLED, "damaged/run", ("prepare", "prune", "records", "run.json"))
+    store.damage("damaged/run/prune/model.safetensors")
+    config = config_at(store.uri("damaged/run"), tmp_path / "a", tiny_model)
+    with driver(config, verb="bank") as process:
+        code, said = process.end()
+    assert code == 1 and "s3://runs/damaged/run/prune/model.safetensors is damaged" in said
+    assert "delete s3://runs/damaged/run/records/prune.json, then repeat the command" in said
+    store.delete("damaged/run/records/prune.json")
+    with driver(config, verb="bank") as process:
+        code, said = process.end()
+    assert code == 0 and "[prune] done" in said, said[-3000:]
+    assert store.read("damaged/run/prune/model.safetensors") == store.read(f"{KILLED}/prune/model.safetensors")
+
+
+@pytest.mark.parametrize("comes_back", [True, False])
+def test_a_server_that_is_away_is_waited_for_and_then_told_of(
+    comes_back: bool,
+    store: Store,
+    taken_up: tuple[list[dict[str, Any]], dict[str, Any]],
+    undisturbed: dict[str, Any],
+    tiny_model: Path,
+    tmp_path: Path,
+) -> None:
+    run = f"away-{comes_back}/run"
+    store.copy(KILLED, run, ("prepare", "prune", "bank", "sensitivity", "records", "run.json"))
+    for name in ("search", "finetune", "evaluate"):
+        store.delete(f"{run}/records/{name}.json")
+    config, gate = config_at(store.uri(run), tmp_path / "a", tiny_model), Gate(store.port)
+    patience = {"QPRUNER_STORAGE_PATIENCE_SECONDS": "100" if comes_back else "2"}
+    with driver(config, AWS_ENDPOINT_URL=f"http://127.0.0.1:{gate.port}", **patience) as process:
+        process.wait_until(lambda: has_one_trial_behind_it(store, run), "a finished trial")
+        gate.shut()
+        if comes_back:
+            time.sleep(15)
+            gate.open()
+            code, said = process.end()
+            assert code == 0, said[-3000:]
+        else:
+            code, said = process.end()
+            assert code == 1 and "cannot be reached" in said and "bring the storage back" in said, said[-3000:]
+    if not comes_back:
+        with driver(config) as process:
+            code, said = process.end()
+            assert code == 0, said[-3000:]
+    rungs = [trial["rungs"] for trial in trials_at(store, run)]
+    assert comparable(rungs) == [trial["rungs"] for trial in undisturbed["trials"]]

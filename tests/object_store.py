@@ -1,0 +1,164 @@
+"""A real S3 server on loopback, in a process of its own: moto's, which forgets everything when it ends."""
+
+from __future__ import annotations
+
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+BUCKET = "runs"
+KEYS = {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test", "AWS_DEFAULT_REGION": "us-east-1"}
+SECONDS_TO_START = 30
+
+
+@dataclass
+class Store:
+    """The server.
+
+    Attributes:
+        port: Where it listens.
+        process: It.
+    """
+
+    port: int
+    process: subprocess.Popen[bytes] = field(repr=False)
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """What the clouds' own tools read, too."""
+        return KEYS | {"AWS_ENDPOINT_URL": f"http://127.0.0.1:{self.port}"}
+
+    def uri(self, name: str) -> str:
+        return f"s3://{BUCKET}/{name}"
+
+    def suspend(self) -> None:
+        """It takes connections and answers nobody."""
+        self.process.send_signal(signal.SIGSTOP)
+
+    def resume(self) -> None:
+        self.process.send_signal(signal.SIGCONT)
+
+    def read(self, key: str) -> bytes:
+        """An object, past qpruner."""
+        with self._system.open_input_stream(f"{BUCKET}/{key}") as stream:
+            return bytes(stream.read())
+
+    def write(self, key: str, data: bytes) -> None:
+        with self._system.open_output_stream(f"{BUCKET}/{key}") as stream:
+            stream.write(data)
+
+    def damage(self, key: str) -> None:
+        """Flip the bits of one byte."""
+        data = bytearray(self.read(key))
+        data[len(data) // 2] ^= 0xFF
+        self.write(key, bytes(data))
+
+    def keys(self, prefix: str) -> dict[str, int]:
+        """Bytes of every object under a prefix, by its key from there."""
+        from pyarrow.fs import FileSelector
+
+        root = f"{BUCKET}/{prefix}"
+        found = self._system.get_file_info(FileSelector(root, recursive=True, allow_not_found=True))
+        return {each.path[len(root) + 1 :]: each.size for each in found if each.is_file}
+
+    def copy(self, run: str, target: str, parts: Sequence[str]) -> None:
+        """Copy what of a run begins with one of these names."""
+        for key in self.keys(run):
+            if key.startswith(tuple(parts)):
+                self.write(f"{target}/{key}", self.read(f"{run}/{key}"))
+
+    def delete(self, key: str) -> None:
+        self._system.delete_file(f"{BUCKET}/{key}")
+
+    @cached_property
+    def _system(self) -> Any:
+        from pyarrow.fs import S3FileSystem
+
+        return S3FileSystem(
+            access_key=KEYS["AWS_ACCESS_KEY_ID"],
+            secret_key=KEYS["AWS_SECRET_ACCESS_KEY"],
+            region=KEYS["AWS_DEFAULT_REGION"],
+            endpoint_override=f"http://127.0.0.1:{self.port}",
+            allow_bucket_creation=True,
+        )
+
+
+@contextmanager
+def object_store() -> Iterator[Store]:
+    """Start the server with an empty bucket; it is gone afterwards."""
+    port = free_port()
+    process = subprocess.Popen(
+        [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    store = Store(port, process)
+    try:
+        deadline = time.monotonic() + SECONDS_TO_START
+        while True:
+            assert process.poll() is None and time.monotonic() < deadline, "the server does not start"
+            with suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=1):
+                break
+            time.sleep(0.05)
+        store._system.create_dir(BUCKET)
+        yield store
+    finally:
+        process.kill()
+        process.wait()
+
+
+class Gate:
+    """A way to a server that can be shut: nobody listens then, and who was connected is cut off.
+
+    Args:
+        port: The server's, on loopback.
+    """
+
+    def __init__(self, port: int) -> None:
+        self._server = port
+        self._open: list[socket.socket] = []
+        self.port = free_port()
+        self.open()
+
+    def open(self) -> None:
+        self._listener = socket.create_server(("127.0.0.1", self.port), reuse_port=True)
+        threading.Thread(target=self._accept, args=(self._listener,), daemon=True).start()
+
+    def shut(self) -> None:
+        for each in (self._listener, *self._open):
+            with suppress(OSError):
+                each.shutdown(socket.SHUT_RDWR)
+            each.close()
+        self._open.clear()
+
+    def _accept(self, listener: socket.socket) -> None:
+        with suppress(OSError):
+            while True:
+                here, _ = listener.accept()
+                there = socket.create_connection(("127.0.0.1", self._server))
+                self._open += [here, there]
+                for ends in ((here, there), (there, here)):
+                    threading.Thread(target=_pass_on, args=ends, daemon=True).start()
+
+
+def _pass_on(source: socket.socket, target: socket.socket) -> None:
+    with suppress(OSError):
+        while data := source.recv(2**16):
+            target.sendall(data)
+    with suppress(OSError):
+        target.shutdown(socket.SHUT_WR)
+
+
+def free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        port: int = found.getsockname()[1]
+    return port

@@ -1,0 +1,113 @@
+"""What a worker does for a run at a URI, on machines that have nothing of it: without Ray, on a real S3 server."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from conftest import raw_config, with_key
+from object_store import Store, object_store
+
+from qpruner import objects
+from qpruner.candidates import Candidate, CandidateJob, evaluate_candidate, finetune_candidate
+from qpruner.config import RunConfig, validate_config
+from qpruner.mirror import put_folders
+from qpruner.pipeline import run
+from qpruner.preflight import include_path
+from qpruner.records import BankRecord, RungResult
+from qpruner.rundir import RunDir, children
+from qpruner.search.trial import run_trial
+from qpruner.search.trial_job import Materials, TrialJob
+
+pytestmark = pytest.mark.slow
+
+Machine = Callable[[str], CandidateJob]
+
+FINETUNE = """
+import sys
+from test_at_uri import job_of
+from qpruner.candidates import finetune_candidate
+finetune_candidate(job_of(sys.argv[1], sys.argv[2]))
+"""
+
+
+@pytest.fixture(scope="module")
+def config_file(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Store, Path]]:
+    """A configuration whose run has got as far as the bank; the machine that did it has left nothing."""
+    folder = tmp_path_factory.mktemp("uri")
+    with object_store() as store, pytest.MonkeyPatch.context() as patch:
+        for name, value in store.environment.items():
+            patch.setenv(name, value)
+        patch.setenv(objects.CACHE, str(folder / "first"))
+        objects._system.cache_clear()
+        raw = with_key(raw_config(tiny_model, folder), "output", store.uri("run"))
+        raw = with_key(with_key(raw, "finetune.steps", 12), "finetune.save_steps", 2)
+        config = validate_config(raw)
+        run(config, lambda event: None, until="bank")
+        (folder / "config.json").write_text(config.model_dump_json())
+        yield store, folder / "config.json"
+
+
+@pytest.fixture
+def machine(config_file: tuple[Store, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Machine:
+    """Goes to a machine of that name; returns a row's job as it is given there."""
+
+    def go(name: str, row: str = "searched") -> CandidateJob:
+        monkeypatch.setenv(objects.CACHE, str(tmp_path / name))
+        return job_of(str(config_file[1]), row)
+
+    return go
+
+
+def job_of(config_file: str, row: str) -> CandidateJob:
+    config = RunConfig.model_validate_json(Path(config_file).read_text())
+    evaluate = config.evaluate.model_copy(update={"include_path": include_path(config)})
+    config = config.model_copy(update={"evaluate": evaluate})
+    run_dir = RunDir(config.output)
+    record = run_dir.read_record("bank", BankRecord)
+    assert record is not None
+    plan = {name: (4, 8)[index % 2] for index, name in enumerate(sorted(record.residual_ratio["4"]))}
+    candidate = Candidate(row, run_dir.stage("prune"), run_dir.stage("bank"), plan, run_dir.candidates / row, seed=0)
+    return CandidateJob(config, candidate, run_dir.stage("prepare") / "data", threads=1)
+
+
+def test_a_fine_tune_whose_machine_dies_goes_on_elsewhere_from_what_it_sent(
+    machine: Machine, config_file: tuple[Store, Path]
+) -> None:
+    whole = finetune_candidate(machine("whole", "whole"))
+    job = machine("second")
+    environment = os.environ | {"PYTHONPATH": f"{Path(__file__).parent}:{os.environ.get('PYTHONPATH', '')}"}
+    command = [sys.executable, "-c", FINETUNE, str(config_file[1]), "searched"]
+    with subprocess.Popen(command, env=environment) as process:
+        deadline = time.monotonic() + 120
+        while not put_folders(job.candidate.folder / "checkpoints"):
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.02)
+        process.send_signal(signal.SIGKILL)
+    job = machine("third")
+    sent = [path.name for path in put_folders(job.candidate.folder / "checkpoints")]
+    assert sent and "checkpoint-12" not in sent
+    found = finetune_candidate(job)
+    assert (found.steps, found.train_loss, found.validation_loss) == (12, whole.train_loss, whole.validation_loss)
+    assert put_folders(job.candidate.folder / "checkpoints") == []
+    assert {"adapter", "adapter.files.json", "progress"} <= set(children(job.candidate.folder))
+    one, other = (evaluate_candidate(machine("fourth", row)) for row in ("whole", "searched"))
+    assert one == other
+
+
+def test_a_trial_finds_its_materials_on_a_machine_that_has_nothing(machine: Machine, tmp_path: Path) -> None:
+    job = machine("fifth")
+    candidate = job.candidate
+    trial = TrialJob(job.config, Materials(candidate.checkpoint, candidate.bank, job.data), candidate.plan)
+    told: list[RungResult] = []
+    run_trial(trial, None, lambda result, checkpoint: told.append(result))
+    assert [result.step for result in told] == [1, 2, 4]
+    # One file a group of the plan, by its contents; the bank's others stay where they are.
+    copies = list((tmp_path / "fifth" / "bank").iterdir())
+    assert len(copies) == len(candidate.plan)

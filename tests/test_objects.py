@@ -1,0 +1,380 @@
+"""A run at a URI: what lies there is whole or not there, wherever it is read from. A real S3 server on loopback."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+
+import pytest
+from object_store import Store, free_port, object_store
+
+from qpruner import objects
+from qpruner.errors import CorruptFile, StorageError, UserError
+from qpruner.mirror import fetch, put_folders, written
+from qpruner.objects import mirror_of, name_of, objects_at
+from qpruner.records import BankRecord, SearchClock
+from qpruner.rundir import (
+    RunDir,
+    children,
+    exists,
+    file_digest,
+    files_in,
+    folder_digests,
+    move,
+    publish_folder,
+    put_file,
+    read_json,
+    read_sign,
+    remove,
+    write_json,
+    write_sign,
+)
+from qpruner.runlock import NAME, sole_driver, this_process
+
+
+@pytest.fixture(scope="module")
+def store() -> Iterator[Store]:
+    with object_store() as found:
+        yield found
+
+
+Machine = Callable[[str], RunDir]
+
+
+@pytest.fixture
+def machine(store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Machine:
+    """Goes to a machine of that name, with a cache of its own; returns the test's run as it is seen there."""
+    talk_to(store, monkeypatch)
+
+    def go(name: str) -> RunDir:
+        monkeypatch.setenv(objects.CACHE, str(tmp_path / name))
+        return RunDir(store.uri(f"{tmp_path.name}/run"))
+
+    return go
+
+
+@pytest.fixture
+def run(machine: Machine) -> RunDir:
+    """A run of its own in the store, seen from a machine of its own."""
+    return machine("first")
+
+
+def talk_to(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in store.environment.items():
+        monkeypatch.setenv(name, value)
+    objects._system.cache_clear()
+
+
+def key_of(path: Path) -> str:
+    there = objects_at(path)
+    assert there is not None
+    return there.key
+
+
+def folder_of(tmp_path: Path, **files: str) -> Path:
+    """A folder with such files, `a__b` for `a/b`."""
+    folder = tmp_path / "made"
+    shutil.rmtree(folder, ignore_errors=True)
+    for name, text in files.items():
+        path = folder / name.replace("__", "/")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    return folder
+
+
+def bank_record(digest: str) -> BankRecord:
+    return BankRecord(digest=digest, seconds=1.0, files={}, bytes=1, residual_ratio={})
+
+
+# ---- names
+
+
+@pytest.mark.parametrize(
+    ("uri", "told"),
+    [
+        ("http://example.org/run", "must be a folder or begin with s3:// or gs://"),
+        ("s3://bucket", "must read s3://BUCKET/PREFIX"),
+        ("s3:///run", "must read s3://BUCKET/PREFIX"),
+        ("s3://bucket/a/../b", "must read s3://BUCKET/PREFIX"),
+        ("s3://bucket/run?acl=public", "unknown options acl"),
+        ("s3://bucket/" + "r" * 300, "must be shorter"),
+    ],
+)
+def test_what_is_no_uri_of_a_run_is_refused(uri: str, told: str) -> None:
+    with pytest.raises(UserError, match=told.replace("?", r"\?")):
+        mirror_of(uri)
+
+
+def test_credentials_in_a_uri_are_refused_and_not_repeated() -> None:
+    with pytest.raises(UserError, match="credentials come from the environment") as caught:
+        mirror_of("s3://AKIAKEY:SECRETWORD@bucket/run")
+    assert "SECRETWORD" not in str(caught.value) and "AKIAKEY" not in str(caught.value)
+
+
+def test_a_path_in_the_mirror_finds_the_uri_on_any_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    uri = "s3://bucket/team/run?endpoint_override=http://10.0.0.1:9000&region=eu-west-1"
+    for cache in ("/home/anna/cache", "/home/bert/cache"):
+        monkeypatch.setenv(objects.CACHE, cache)
+        path = mirror_of(uri) / "records" / "prune.json"
+        assert str(path).startswith(cache)
+        assert name_of(path) == "s3://bucket/team/run/records/prune.json"
+    assert name_of(Path("/shared/run")) == "/shared/run" and objects_at(Path("/home/anna/cache/runs/x")) is None
+
+
+# ---- files and folders
+
+
+def test_records_are_read_as_they_were_written(run: RunDir) -> None:
+    assert run.read_record("bank", BankRecord) is None
+    run.write_record("bank", bank_record("a"))
+    run.write_record("bank", bank_record("b"))
+    assert run.read_record("bank", BankRecord) == bank_record("b")
+    assert exists(run.record_path("bank")) and children(run.root / "records") == ["bank.json"]
+    run.forget("bank")
+    assert run.read_record("bank", BankRecord) is None and not exists(run.record_path("bank"))
+
+
+def test_a_corrupt_record_is_named_by_its_uri(run: RunDir, store: Store) -> None:
+    store.write(key_of(run.record_path("bank")), b'{"digest": "a", "seco')
+    with pytest.raises(CorruptFile, match=f"{run.place}/records/bank.json is not a BankRecord"):
+        run.read_record("bank", BankRecord)
+
+
+def test_a_folder_is_the_same_on_another_machine(run: RunDir, machine: Machine, tmp_path: Path) -> None:
+    publish_folder(folder_of(tmp_path, config="c", data__rows="r" * 100_000, data__empty=""), run.stage("prune"))
+    folder = fetch(machine("second").stage("prune"))
+    assert folder.is_relative_to(tmp_path / "second")
+    assert (folder / "data" / "rows").read_text() == "r" * 100_000 and (folder / "data" / "empty").read_bytes() == b""
+    assert files_in(folder) == {"config": 1, "data/rows": 100_000, "data/empty": 0}
+    inode = (folder / "config").stat().st_ino
+    assert (fetch(folder) / "config").stat().st_ino == inode, "fetched once"
+
+
+def test_what_is_written_in_place_is_sent_and_need_not_be_fetched(run: RunDir, store: Store, tmp_path: Path) -> None:
+    target = run.stage("prune")
+    with written(target) as folder:
+        folder.mkdir()
+        (folder / "weights").write_text("w")
+        assert not store.keys(key_of(target))
+    inode = (target / "weights").stat().st_ino
+    assert (fetch(target) / "weights").stat().st_ino == inode
+    assert set(store.keys(key_of(run.root))) == {"prune/weights", "prune.files.json"}
+    entry = run.stage("bank") / "4bit" / "q.safetensors"
+    (file := tmp_path / "q.safetensors").write_text("codes")
+    assert put_file(file, entry) == file_digest(entry) and not file.exists()
+    assert store.read(key_of(entry)) == b"codes"
+    with pytest.raises(FileNotFoundError), written(target) as folder:
+        (folder / "weights").read_text()
+    assert fetch(target).is_dir(), "what was not finished replaced nothing"
+
+
+def test_a_folder_put_again_replaces_the_first_whole(run: RunDir, machine: Machine, tmp_path: Path) -> None:
+    publish_folder(folder_of(tmp_path, old="1", same="2"), run.stage("prune"))
+    fetch(run.stage("prune"))
+    publish_folder(folder_of(tmp_path, new="3", same="4"), machine("second").stage("prune"))
+    machine("first")
+    folder = fetch(run.stage("prune"))
+    assert {path.name: path.read_text() for path in folder.iterdir()} == {"new": "3", "same": "4"}
+    assert files_in(run.stage("prune")) == {"new": 1, "same": 1}
+
+
+SEND_FOR_EVER = """
+import sys
+from pathlib import Path
+from qpruner.mirror import emptied
+from qpruner.rundir import RunDir, publish_folder
+run, scratch, turn = RunDir(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
+while True:
+    emptied(scratch)
+    for index in range(6):
+        (scratch / f"{turn}-{index}").write_text(f"{turn} " * 500)
+        (scratch / f"part-{index}").write_text(f"{turn} " * 500)
+    publish_folder(scratch, run.stage("prune"))
+    turn += 1
+    print(turn, flush=True)
+"""
+
+
+def test_a_folder_is_whole_or_not_there_whenever_its_sender_is_killed(machine: Machine, tmp_path: Path) -> None:
+    for turn in (0, 1000):
+        place = machine("first").place
+        command = [sys.executable, "-c", SEND_FOR_EVER, place, str(tmp_path / "scratch"), str(turn)]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+            assert process.stdout and process.stdout.readline()
+            time.sleep(0.01 + turn / 10_000)
+            process.send_signal(signal.SIGKILL)
+        there = machine(f"after-{turn}")
+        if put_folders(there.root):
+            folder = fetch(there.stage("prune"))
+            texts = {path.read_text() for path in folder.iterdir()}
+            assert len(texts) == 1 and len(list(folder.iterdir())) == 12
+        else:
+            with pytest.raises(CorruptFile, match="was not put whole"):
+                fetch(there.stage("prune"))
+    publish_folder(folder_of(tmp_path, after="1"), there.stage("prune"))
+    assert [path.name for path in fetch(there.stage("prune")).iterdir()] == ["after"]
+
+
+@pytest.mark.parametrize("harm", ["damaged", "missing"])
+def test_an_object_that_is_not_as_it_was_put_is_named(
+    harm: str, run: RunDir, machine: Machine, store: Store, tmp_path: Path
+) -> None:
+    publish_folder(folder_of(tmp_path, config="c", weights="w" * 1000), run.stage("prune"))
+    there = machine("second")
+    path = there.stage("prune") / "weights"
+    store.damage(key_of(path)) if harm == "damaged" else remove(path)
+    with pytest.raises(CorruptFile, match=f"{there.place}/prune/weights is {harm}") as caught:
+        fetch(path.parent)
+    assert caught.value.path == path.parent
+    assert not path.parent.exists(), "nothing of it is taken for whole"
+
+
+def test_folders_are_listed_measured_moved_and_removed(run: RunDir, tmp_path: Path) -> None:
+    trial = run.trials / "d" / "0001"
+    publish_folder(folder_of(tmp_path, adapter="a", state="ss"), trial / "checkpoint-4")
+    write_json(trial / "trial.json", SearchClock(seconds=1.0))
+    assert children(run.trials / "d") == ["0001"] and children(run.trials / "none") == []
+    assert put_folders(trial) == [trial / "checkpoint-4"]
+    digests = folder_digests(trial / "checkpoint-4")
+    assert digests == {name: file_digest(trial / "checkpoint-4" / name) for name in ("adapter", "state")}
+    aside = run.trials / "d" / "damaged" / "checkpoint"
+    assert move(trial / "checkpoint-4", aside) == aside
+    assert folder_digests(aside) == digests and folder_digests(trial / "checkpoint-4") == {}
+    assert (fetch(aside) / "state").read_text() == "ss"
+    remove(trial)
+    assert read_json(trial / "trial.json", SearchClock) is None and put_folders(trial) == []
+    remove(trial)
+    with pytest.raises(FileNotFoundError):
+        file_digest(trial / "trial.json")
+
+
+def test_a_record_vouches_for_what_a_stage_put(run: RunDir) -> None:
+    scratch = run.begin("bank")
+    with written(scratch) as folder:
+        folder.mkdir()
+        (folder / "q").write_text("codes")
+    assert run.read_record("bank", BankRecord) is None
+    run.commit("bank", scratch, bank_record("a"))
+    assert run.read_record("bank", BankRecord) == bank_record("a") and run.has_folder("bank")
+    run.begin("bank")
+    assert run.read_record("bank", BankRecord) is None, "the old record goes before the old files"
+
+
+# ---- a store that is away, or refuses
+
+
+@pytest.mark.parametrize("how", ["unused-port", "unknown-host", "no-bucket"])
+def test_a_store_that_cannot_be_reached_is_told_within_seconds(
+    how: str, run: RunDir, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    uri = "s3://no-such-bucket/run" if how == "no-bucket" else f"{run.place}-other"
+    if how == "unused-port":
+        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{free_port()}")
+    if how == "unknown-host":
+        monkeypatch.setenv("AWS_ENDPOINT_URL", "http://nowhere.invalid:9000")
+    objects._system.cache_clear()
+    started = time.monotonic()
+    with pytest.raises(UserError, match="`output`") as caught:
+        RunDir(uri)
+    assert time.monotonic() - started < 15
+    expected = "there is no bucket no-such-bucket" if how == "no-bucket" else "check the network and the endpoint"
+    assert expected in str(caught.value)
+
+
+class _Refusing(BaseHTTPRequestHandler):
+    """What S3 answers to who may not see a bucket."""
+
+    def do_HEAD(self) -> None:
+        self.send_response(403)
+        self.end_headers()
+
+
+@pytest.mark.parametrize("keys", [True, False])
+def test_missing_and_wrong_credentials_are_told_with_where_they_come_from(
+    keys: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with HTTPServer(("127.0.0.1", 0), _Refusing) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{server.server_port}")
+        monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+        monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "none"))
+        monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+        for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+            monkeypatch.setenv(name, "wrong") if keys else monkeypatch.delenv(name, raising=False)
+        objects._system.cache_clear()
+        with pytest.raises(UserError, match=r"`output`: .*access is refused .*credentials come from the environment"):
+            RunDir("s3://runs/refused")
+        server.shutdown()
+
+
+def test_a_store_that_is_away_for_a_while_is_waited_for(run: RunDir, store: Store) -> None:
+    path = run.root / "clock.json"
+    write_json(path, SearchClock(seconds=1.0))
+    store.suspend()
+    threading.Timer(2.0, store.resume).start()
+    started = time.monotonic()
+    write_json(path, SearchClock(seconds=2.0), patience_seconds=60)
+    assert time.monotonic() - started > 1.5
+    assert read_json(path, SearchClock) == SearchClock(seconds=2.0)
+
+
+def test_a_store_that_stays_away_is_told_with_its_remedy(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_sign(run.root / "pulse.json", "beat")
+    assert read_sign(run.root / "pulse.json") == "beat"
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{free_port()}")
+    objects._system.cache_clear()
+    expected = rf"{run.place}/clock.json cannot be reached \(NETWORK.*\n.*bring the storage back"
+    with pytest.raises(StorageError, match=expected):
+        write_json(run.root / "clock.json", SearchClock(seconds=2.0), patience_seconds=0.4)
+    write_sign(run.root / "pulse.json", "nobody waits for a sign of life")
+    assert read_sign(run.root / "pulse.json") is None
+
+
+# ---- one driver
+
+
+def test_the_second_driver_at_a_uri_is_refused_and_a_dead_one_is_not_waited_for(run: RunDir, store: Store) -> None:
+    told: list[str] = []
+    refused = pytest.raises(UserError, match=rf"{run.place} is being worked on by process {os.getpid()}")
+    with sole_driver(run.root, told.append), refused, sole_driver(run.root, told.append):
+        pass
+    assert not store.keys(key_of(run.root)), "who is done leaves no lock"
+    dead = this_process().model_copy(update={"started": 1})
+    write_json(run.root / NAME, dead)
+    with sole_driver(run.root, told.append):
+        pass
+    assert told == [f"taking over from process {os.getpid()} on {socket.gethostname()}: that process is dead"]
+
+
+def test_a_lock_at_a_uri_whose_heartbeat_stopped_is_stale(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("qpruner.runlock.STALE_SECONDS", 1.5)
+    write_json(run.root / NAME, this_process().model_copy(update={"host": "gpu-7", "machine": "elsewhere"}))
+    with pytest.raises(UserError, match="on gpu-7"), sole_driver(run.root, print):
+        pass
+    time.sleep(3.2)
+    told: list[str] = []
+    with sole_driver(run.root, told.append):
+        pass
+    assert "on gpu-7: no sign of life for" in told[0]
+
+
+def test_who_lost_the_run_at_a_uri_ends_at_the_next_heartbeat(run: RunDir) -> None:
+    program = (
+        "import sys, time; from qpruner.rundir import RunDir; from qpruner.runlock import sole_driver\n"
+        "with sole_driver(RunDir(sys.argv[1]).root, lambda text: print(text, flush=True), 0.1):\n"
+        "    print('held', flush=True); time.sleep(60)"
+    )
+    with subprocess.Popen([sys.executable, "-c", program, run.place], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout and process.stdout.readline() == "held\n"
+        write_json(run.root / NAME, this_process().model_copy(update={"host": "gpu-7"}))
+        assert process.stdout.readline() == f"process {os.getpid()} on gpu-7 took this run over\n"
+        assert process.wait(timeout=20) == -signal.SIGTERM
