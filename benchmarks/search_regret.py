@@ -215,7 +215,7 @@ def goals_of(rows: Sequence[Row]) -> list[dict[str, Any]]:
                 if theirs.to_5_percent[1] == NEVER:
                     name = f"blind, trials to the last regret of {rival} at most 1/{factor} of its"
                     found.append(_goal(table, name, _reaches(ours, theirs, NUM_TRIALS), NUM_TRIALS / factor))
-            if rival != "random" and (True, 1, rival) in at:
+            if (True, 1, rival) in at:
                 ours, theirs = (at[True, 1, name] for name in ("gp", rival))
                 found.append(_goal(table, f"seeded, area at most 1/2 of {rival}", ours.area[1], theirs.area[1] / 2))
         gps = [row for row in rows if row.table == table and row.searcher == "gp"]

@@ -487,7 +487,7 @@ class FinetuneConfig(Section):
     """Passes over the training rows."""
     save_steps: Positive = 50
     """Steps between checkpoints."""
-    compare: bool = False
+    compare: bool = True
     """Give base, pruned, uniform, seed and random plans the same fine-tune, for the final table and its claim."""
     num_workers: Positive = 1
     """Workers, each with a GPU (or with cores) of its own, that share every batch of a fine-tune through Ray Train; the

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from qpruner.config import BudgetConfig, QuantizeConfig, RunConfig
 from qpruner.data import Example, check_disjoint, encode, load_examples, load_token_ids, normalized, windows
 from qpruner.errors import UserError
@@ -171,7 +173,7 @@ def budget_bytes(quantize: QuantizeConfig, layout: Layout, pareto: bool) -> int:
     """
     budget, levels = quantize.budget, quantize.bits
     lowest, highest = layout.plan_bytes(layout.uniform(levels[0])), layout.plan_bytes(layout.uniform(levels[-1]))
-    size = _asked_bytes(budget, levels, lowest, highest)
+    size = _asked_bytes(budget, levels, [layout.plan_bytes(layout.uniform(bits)) for bits in levels])
     name, value = next((name, value) for name, value in budget if value is not None)
     smallest = f"the smallest that works is {lowest} bytes ({_rounded_up_gib(lowest)} GiB)"
     if size < lowest:
@@ -188,9 +190,10 @@ def budget_bytes(quantize: QuantizeConfig, layout: Layout, pareto: bool) -> int:
     return size
 
 
-def _asked_bytes(budget: BudgetConfig, levels: tuple[int, ...], lowest: int, highest: int) -> int:
+def _asked_bytes(budget: BudgetConfig, levels: tuple[int, ...], sizes: list[int]) -> int:
+    """Bytes that a budget means, given those of the uniform plan of each level; mean bits lie between neighbours."""
     if budget.fraction is not None:
-        return round(lowest + budget.fraction * (highest - lowest))
+        return round(sizes[0] + budget.fraction * (sizes[-1] - sizes[0]))
     if budget.mean_bits is None:
         return budget.bytes if budget.bytes is not None else round((budget.gib or 0) * GIB)
     if not levels[0] <= budget.mean_bits <= levels[-1]:
@@ -198,7 +201,7 @@ def _asked_bytes(budget: BudgetConfig, levels: tuple[int, ...], lowest: int, hig
             f"`quantize.budget.mean_bits` must be between the lowest and highest of `quantize.bits`, {levels[0]} and "
             f"{levels[-1]}, got {budget.mean_bits}"
         )
-    return round(lowest + (budget.mean_bits - levels[0]) / (levels[-1] - levels[0]) * (highest - lowest))
+    return round(float(np.interp(budget.mean_bits, levels, sizes)))
 
 
 def _rounded_up_gib(size: int) -> float:

@@ -12,7 +12,7 @@ BATCH, MAX_BATCHES = 1024, 128
 
 
 def random_plans(space: PlanSpace, plan: PrecisionPlan, count: int, seed: int) -> list[PrecisionPlan]:
-    """Different plans, uniform over all others that weigh at most as much as `plan` and at most 1 % less.
+    """Different plans, uniform over all others whose bytes are those of `plan` to within `SAME_BYTES`, more or less.
 
     Levels are drawn group by group with probabilities ``exp(-tilt * bytes)``, which makes plans of the wanted bytes
     likely and equally heavy ones equally so; a draw is kept with the probability that evens out what is left
@@ -29,8 +29,8 @@ def random_plans(space: PlanSpace, plan: PrecisionPlan, count: int, seed: int) -
     """
     generator = np.random.default_rng(seed)
     sizes = np.array(space.group_bytes, dtype=float)
-    most = float(space.plan_bytes(plan) - space.fixed_bytes)
-    least = most - SAME_BYTES * space.plan_bytes(plan)
+    wanted, apart = space.plan_bytes(plan) - space.fixed_bytes, SAME_BYTES * space.plan_bytes(plan)
+    least, most = wanted - apart, wanted + apart
     tilt = _tilt(sizes, most)
     limit = most
     if tilt < 0:  # the lightest plans of the band are the most
