@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from qpruner.config import config_schema, load_config
-from qpruner.errors import QprunerError, UserError
+from qpruner.errors import CorruptFile, QprunerError, UserError
 from qpruner.version import describe
 
 if TYPE_CHECKING:
@@ -40,6 +40,10 @@ VERBS = {
 }
 WITH_SEARCH = ("search", "finetune", "evaluate", "report")
 """Last stages of verbs that search."""
+ABOUT_DAMAGE = (
+    "fetch it again if it is yours; if a run wrote it, delete it and repeat `qpruner run`, which makes it anew"
+)
+"""What to do about a file that verbs without stages cannot read; a stage knows more and says so itself."""
 
 
 class _Suggesting(click.Group):
@@ -230,6 +234,32 @@ def export(run: str, form: str, out: Path | None, as_json: bool) -> None:
     _guarded(as_json, lambda: _export(run, form, out))
 
 
+@main.command(help="Upload the final model with its card to a model hub; nothing else of qpruner uploads anything.")
+@_run_folder
+@click.argument("repo_id", metavar="OWNER/NAME")
+@click.option("--public/--private", "is_public", default=False, help="Who may see it; private without either.")
+@click.option(
+    "--what",
+    type=click.Choice(("final", "merged")),
+    default="final",
+    show_default=True,
+    help="final: packed layers and adapter. merged: what `export --to merged` wrote.",
+)
+@click.option("--json", "as_json", is_flag=True, help="End stdout with one JSON object.")
+def push(run: str, repo_id: str, is_public: bool, what: Any, as_json: bool) -> None:
+    def told() -> dict[str, Any]:
+        _quiet_libraries()
+        from qpruner.push import push
+        from qpruner.rundir import RunDir
+
+        done = push(RunDir(run, create=False), repo_id, what, is_public)
+        seen = "private" if done.is_private else "public"
+        click.echo(f"{done.url}: {done.num_files} files, {done.num_bytes / 1e6:.1f} MB, {seen}")
+        return {"status": "ok", **vars(done)}
+
+    _guarded(as_json, told)
+
+
 def _talk_options(function: Callable[..., None]) -> Callable[..., None]:
     count = click.IntRange(min=1)
     for option in (
@@ -387,7 +417,8 @@ def _guarded(as_json: bool, work: Callable[[], dict[str, Any]]) -> None:
         outcome = work()
     except QprunerError as error:
         logging.getLogger(__name__).debug("failed", exc_info=True)
-        click.echo(f"error: {error}", err=True)
+        remedy = f"\n  remedy: {ABOUT_DAMAGE}" if isinstance(error, CorruptFile) else ""
+        click.echo(f"error: {error}{remedy}", err=True)
         outcome = {"status": "error", "kind": type(error).__name__, "error": str(error)}
         if as_json:
             click.echo(json.dumps(outcome))

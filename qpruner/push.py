@@ -1,0 +1,118 @@
+"""A final model on a model hub, when its owner asks for that: private unless they say otherwise, with its model card.
+
+The token comes from `HF_TOKEN` or the hub client's own login; it is sent to the hub and written nowhere.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from qpruner.errors import StageError, UserError
+from qpruner.rundir import RunDir
+from qpruner.version import VERSION
+
+What = Literal["final", "merged"]
+CARD, ADAPTER = "README.md", "adapter_config.json"
+
+
+@dataclass(frozen=True)
+class Pushed:
+    """What the hub has now.
+
+    Attributes:
+        url: Of the commit.
+        num_files: Files in it.
+        num_bytes: Of all of them.
+        is_private: Whether others see it.
+    """
+
+    url: str
+    num_files: int
+    num_bytes: int
+    is_private: bool
+
+
+def push(run: RunDir, repo_id: str, what: What, is_public: bool) -> Pushed:
+    """Upload the final model, packed or merged, as one commit.
+
+    Args:
+        run: A whole run.
+        repo_id: OWNER/NAME; made when it is not there.
+        what: `final`: packed layers and adapter; `merged`: what `qpruner export RUN --to merged` wrote.
+        is_public: Whether everybody may see it.
+
+    Raises:
+        UserError: If there is nothing to upload, no token, or what is there is public and should not be.
+        StageError: If the hub refuses, or cannot be reached.
+    """
+    from huggingface_hub import CommitOperationAdd, HfApi, get_token
+
+    # HTTPError is httpx's with huggingface_hub 1.x and httpx2's with 2.x, so it is taken from where both have it.
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError, OfflineModeIsEnabled
+
+    if run.is_at_uri:
+        raise UserError(f"{run.place} is in an object store: copy the run to a folder of this machine, and push that")
+    files = list(_files(run, what, repo_id))
+    if get_token() is None:
+        raise UserError("there is no token for the hub: set HF_TOKEN to one that may write, or run `hf auth login`")
+    api = HfApi()
+    try:
+        repo = api.create_repo(repo_id, private=not is_public, exist_ok=True).repo_id
+        is_private = bool(api.repo_info(repo).private)
+        if not is_private and not is_public:
+            raise UserError(f"{repo} is there and public: give `--public` if the model may be, or name another")
+        operations = [CommitOperationAdd(path_in_repo=name, path_or_fileobj=content) for name, content in files]
+        commit = api.create_commit(
+            repo, operations, commit_message=f"{what} model of {run.root.name} (qpruner {VERSION})"
+        )
+    except HFValidationError as error:
+        raise UserError(f"REPO_ID must be OWNER/NAME, got {repo_id!r}: {_first_line(error)}") from error
+    except OfflineModeIsEnabled as error:
+        raise UserError("HF_HUB_OFFLINE forbids to ask the hub: unset it") from error
+    except HfHubHTTPError as error:
+        remedy = "see that the token may write there (`hf auth whoami`), then repeat the command"
+        raise StageError("push", _first_line(error), remedy) from error
+    except (OSError, HTTPError) as error:
+        raise StageError("push", f"the hub cannot be reached: {_first_line(error)}", "repeat the command") from error
+    return Pushed(
+        commit.commit_url, len(files), sum(operation.upload_info.size for operation in operations), is_private
+    )
+
+
+def _files(run: RunDir, what: What, repo_id: str) -> Iterator[tuple[str, Path | bytes]]:
+    """Names in the repository, and where the content is or what it is."""
+    final = run.root / "final"
+    folder = final if what == "final" else run.root / "export" / what
+    if not (folder / "config.json").is_file():
+        remedy = "repeat `qpruner run` until it has" if what == "final" else f"`qpruner export {run.root} --to {what}`"
+        raise UserError(f"{run.root} has no {what} model: {remedy}")
+    if not (final / CARD).is_file():
+        raise UserError(f"{final} has no model card, which is written once the model is measured: repeat `qpruner run`")
+    yield CARD, _card(final / CARD, what, repo_id)
+    for path in sorted(folder.iterdir()):
+        if path.name == ADAPTER:
+            yield ADAPTER, _adapter(path, repo_id)
+        elif path.is_file() and path.name != CARD:
+            yield path.name, path
+
+
+def _card(path: Path, what: What, repo_id: str) -> bytes:
+    """The run's card, as of a repository."""
+    text = path.read_text(encoding="utf-8").replace("this folder", repo_id)
+    merged = "\nThe weights here are dense, with the adapter merged in; sizes above are those of the packed model.\n"
+    return (text + (merged if what == "merged" else "")).encode()
+
+
+def _adapter(path: Path, repo_id: str) -> bytes:
+    """The adapter's settings with the repository as its base: for a model that is no local folder, transformers (5.24)
+    takes the weights from there, and a path of this machine is nobody's business."""
+    settings: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return (json.dumps(settings | {"base_model_name_or_path": repo_id}, indent=2) + "\n").encode()
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -1,0 +1,110 @@
+"""`qpruner push` against a hub on loopback: what it has afterwards, who may see it, and what it never gets."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from hub_server import TOKEN, Hub, Repository, serving
+from mixed_models import finished_run
+from transformers import AutoModelForCausalLM
+
+import qpruner.hf  # noqa: F401
+
+CARD = "---\nlicense: mit\n---\n\n# mine\n\nAutoModelForCausalLM.from_pretrained('this folder')\n"
+REPO = "someone/mine"
+
+
+@pytest.fixture(scope="module")
+def run(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run with a final model and its card."""
+    root = finished_run(tiny_model, tmp_path_factory.mktemp("push") / "run")
+    (root / "final" / "README.md").write_text(CARD)
+    return root
+
+
+@pytest.fixture
+def hub() -> Iterator[Hub]:
+    with serving() as hub:
+        yield hub
+
+
+def environment(hub: Hub, home: Path, **others: str) -> dict[str, str]:
+    """Of who has a token, and no hub but this one."""
+    ours = {"HF_ENDPOINT": hub.endpoint, "HF_TOKEN": TOKEN, "HF_HOME": str(home), "HF_HUB_OFFLINE": "0"}
+    return {**os.environ, **ours, "HF_HUB_DISABLE_XET": "1", **others}
+
+
+def push(run: Path, variables: dict[str, str], *options: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "qpruner.cli", "push", str(run), REPO, *options]
+    return subprocess.run(command, env=variables, capture_output=True, text=True, timeout=120)
+
+
+def test_the_hub_has_the_final_model_and_nobody_else_sees_it(run: Path, hub: Hub, tmp_path: Path) -> None:
+    variables = environment(hub, tmp_path)
+    done = push(run, variables, "--json")
+    assert done.returncode == 0, done.stderr
+    told = json.loads(done.stdout.splitlines()[-1])
+    repository = hub.repositories[REPO]
+    assert repository.private and told["is_private"]
+    local = {path.name: path.read_bytes() for path in (run / "final").iterdir()}
+    assert set(repository.files) == set(local) and told["num_files"] == len(local)
+    changed = {name for name in local if local[name] != repository.files[name]}
+    assert changed == {"README.md", "adapter_config.json"}
+    assert f"from_pretrained('{REPO}')" in repository.files["README.md"].decode()
+    assert str(run.parent) not in "".join(repository.files[name].decode() for name in changed)
+    assert TOKEN not in done.stdout + done.stderr
+
+    # By its name, as anybody loads it who may: packed layers and the adapter both come from the hub.
+    load = (
+        "import sys, torch, qpruner.hf\nfrom transformers import AutoModelForCausalLM\n"
+        f"model = AutoModelForCausalLM.from_pretrained({REPO!r})\n"
+        f"torch.save(model(torch.tensor([{list(range(5, 29))}])).logits, sys.argv[1])\n"
+    )
+    logits = tmp_path / "logits.pt"
+    loaded = subprocess.run([sys.executable, "-c", load, logits], env=variables, capture_output=True, text=True)
+    assert loaded.returncode == 0, loaded.stderr[-2000:]
+    import torch
+
+    expected = AutoModelForCausalLM.from_pretrained(run / "final")(torch.tensor([list(range(5, 29))])).logits
+    assert torch.equal(torch.load(logits, weights_only=True), expected)
+
+
+def test_what_is_public_takes_nothing_private(run: Path, hub: Hub, tmp_path: Path) -> None:
+    hub.repositories[REPO] = Repository(private=False)
+    refused = push(run, environment(hub, tmp_path))
+    assert refused.returncode == 2 and f"{REPO} is there and public: give `--public`" in refused.stderr
+    assert not hub.repositories[REPO].files and not hub.objects
+    done = push(run, environment(hub, tmp_path), "--public")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.rstrip().endswith("public") and "model.safetensors" in hub.repositories[REPO].files
+
+
+@pytest.mark.parametrize(
+    ("variables", "code", "told"),
+    [
+        ({"HF_TOKEN": ""}, 2, "set HF_TOKEN to one that may write"),
+        ({"HF_TOKEN": "hf_wrong"}, 1, "see that the token may write there"),
+        ({"HF_ENDPOINT": "http://127.0.0.1:9"}, 1, "the hub cannot be reached"),
+        ({"HF_HUB_OFFLINE": "1"}, 2, "HF_HUB_OFFLINE forbids"),
+    ],
+    ids=["no-token", "wrong-token", "no-hub", "offline"],
+)
+def test_what_is_in_the_way(
+    variables: dict[str, str], code: int, told: str, run: Path, hub: Hub, tmp_path: Path
+) -> None:
+    done = push(run, environment(hub, tmp_path, **variables))
+    assert (done.returncode, told in done.stderr) == (code, True), done.stderr
+    assert not hub.repositories and not hub.objects
+
+
+def test_there_has_to_be_something_to_push(run: Path, hub: Hub, tmp_path: Path) -> None:
+    done = push(run, environment(hub, tmp_path), "--what", "merged")
+    assert done.returncode == 2 and "has no merged model: `qpruner export" in done.stderr
+    done = push(tmp_path, environment(hub, tmp_path))
+    assert done.returncode == 2 and "has no final model: repeat `qpruner run`" in done.stderr
