@@ -617,9 +617,13 @@ def load_config(path: Path, overrides: list[str] | None = None) -> RunConfig:
     try:
         raw = yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeyLoader)  # noqa: S506 (a SafeLoader)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not valid YAML: {error}") from error
+        raise UserError(
+            f"{path} is not valid YAML: {error}; mend it, or see tune_configs/ for complete examples"
+        ) from error
     if not isinstance(raw, dict):
-        raise UserError(f"{path} must be a mapping of sections, got {type(raw).__name__}")
+        raise UserError(
+            f"{path} must be a mapping of sections, got {type(raw).__name__}; see tune_configs/ for complete examples"
+        )
     for override in overrides or []:
         _apply_override(raw, override)
     return validate_config(raw, str(path))
@@ -654,17 +658,17 @@ def config_schema() -> str:
 def _apply_override(raw: dict[str, Any], override: str) -> None:
     key, separator, text = override.partition("=")
     if not separator or not key:
-        raise UserError(f"--set takes section.key=value, got {override!r}")
+        raise UserError(f"--set takes section.key=value, such as search.max_trials=20; got {override!r}")
     try:
         value = yaml.safe_load(text)
     except yaml.YAMLError as error:
-        raise UserError(f"--set {override}: the value is not valid YAML: {error}") from error
+        raise UserError(f"--set {override}: the value is not valid YAML: {error}; quote a text") from error
     *sections, last = key.split(".")
     here = raw
     for section in sections:
         here = here.setdefault(section, {})
         if not isinstance(here, dict):
-            raise UserError(f"--set {override}: `{section}` is not a section")
+            raise UserError(f"--set {override}: `{section}` is not a section; `qpruner check` prints every key")
     here[last] = value
 
 

@@ -84,7 +84,7 @@ def load_examples(sources: Sequence[DataSource], key: str) -> list[Example]:
         rows = _read_rows(source, f"{key}.{index}")
         examples.extend(_to_example(row, source, f"{key}.{index}") for row in rows)
     if not examples:
-        raise UserError(f"`{key}` has no rows")
+        raise UserError(f"`{key}` has no rows: name a source that has some, or raise its `limit`")
     return examples
 
 
@@ -197,7 +197,7 @@ def load_token_ids(path: Path, vocabulary_size: int) -> list[dict[str, list[int]
     try:
         samples = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise UserError(f"{key}: {path} cannot be read as JSON: {error}") from error
+        raise UserError(f"{key}: {path} cannot be read as JSON: {error}; write it anew or name another") from error
     is_list = isinstance(samples, list) and samples and all(isinstance(sample, list) for sample in samples)
     if not is_list:
         raise UserError(f"{key}: {path} must hold a list of lists of token ids, such as [[1, 306, 4658], [1, 910]]")
@@ -209,7 +209,9 @@ def load_token_ids(path: Path, vocabulary_size: int) -> list[dict[str, list[int]
                 f"{vocabulary_size - 1} for this model"
             )
         if len(sample) < 2:
-            raise UserError(f"{key}: sample {position} of {path} has {len(sample)} token(s); two at least are needed")
+            raise UserError(
+                f"{key}: sample {position} of {path} has {len(sample)} token(s); two at least are needed: leave it out"
+            )
     return [{"input_ids": sample, "labels": sample} for sample in samples]
 
 

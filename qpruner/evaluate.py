@@ -82,7 +82,10 @@ def task_questions(tasks: Sequence[str], include_path: str | None, key: str, lim
         loaded = _task_manager(include_path, tuple(tasks)).load(list(tasks))["tasks"]
     except Exception as error:  # the loaders of many data sets raise many types
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(f"`{key}`: the rows of {', '.join(tasks)} cannot be loaded: {reason}") from error
+        raise UserError(
+            f"`{key}`: the rows of {', '.join(tasks)} cannot be loaded: {reason}; "
+            "mend the task's file or data, or name another task"
+        ) from error
     for name, task in loaded.items():
         if not set(METRICS) & set(task.aggregation()):
             raise UserError(

@@ -29,10 +29,15 @@ def read_plan(path: Path, groups: Sequence[str], levels: Sequence[int]) -> Preci
     except FileNotFoundError as error:
         raise UserError(f"`search.plan`: {path} does not exist; `qpruner plan RUN > {path.name}` makes one") from error
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UserError(f"`search.plan`: {path} cannot be read as YAML or JSON: {error}") from error
+        raise UserError(
+            f"`search.plan`: {path} cannot be read as YAML or JSON: {error}; `qpruner plan RUN` prints one"
+        ) from error
     bits = raw.get("plan", raw) if isinstance(raw, dict) else raw
     if not isinstance(bits, dict):
-        raise UserError(f"`search.plan`: {path} must map every group to its bits, got {type(bits).__name__}")
+        raise UserError(
+            f"`search.plan`: {path} must map every group to its bits, got {type(bits).__name__}; "
+            "`qpruner plan RUN` prints one"
+        )
     problems = [*_about_groups(bits, groups), *_about_bits(bits, groups, levels)]
     if problems:
         raise UserError(f"`search.plan`: {path} is no plan for this model:\n" + "\n".join(f"  - {p}" for p in problems))

@@ -179,7 +179,7 @@ def budget_bytes(quantize: QuantizeConfig, layout: Layout, pareto: bool) -> int:
     if size < lowest:
         raise UserError(
             f"`quantize.budget.{name}` is below the pruned model with every group at {levels[0]} bits: {smallest}, got "
-            f"{value}"
+            f"{value}; raise it, or prune more"
         )
     if size >= highest and not pareto:
         largest = f"the largest {highest - 1} bytes ({_rounded_down_gib(highest - 1)} GiB)"
@@ -339,7 +339,9 @@ def _check_encoding(config: RunConfig, examples: dict[str, list[Example]]) -> No
         tokenizer = load_tokenizer(source, config.model)
     except Exception as error:  # missing and broken tokenizer files raise many types
         reason = str(error).strip().splitlines()[0]
-        raise UserError(f"`model.source`: no tokenizer can be loaded from {source}: {reason}") from error
+        raise UserError(
+            f"`model.source`: no tokenizer can be loaded from {source}: {reason}; put the model's tokenizer files there"
+        ) from error
     settings = config.data
     for rows in examples.values():
         # The first rows and one of each format are enough, unless all of them are too long.

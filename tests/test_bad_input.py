@@ -833,9 +833,9 @@ def spoilt(name: str, text: str | bytes, *said: str) -> Any:
     [
         spoilt("key-twice", "seed: 1\nseed: 2\n", "`seed`", "given twice", "line"),
         spoilt("key-twice-nested", "=lora:\n  rank: 4\n  rank: 8\n", "`rank`", "given twice", "line 3"),
-        spoilt("syntax", "lora: [1\n", "not valid YAML", "line", "expected ',' or ']'"),
+        spoilt("syntax", "lora: [1\n", "not valid YAML", "line", "expected ',' or ']'", "see tune_configs/"),
         spoilt("tab", "lora:\n\trank: 1\n", "not valid YAML", "line", "'\\t'"),
-        spoilt("list", "=- output\n- model\n", "mapping of sections", "list"),
+        spoilt("list", "=- output\n- model\n", "mapping of sections", "list", "see tune_configs/"),
         spoilt("empty", "=", "mapping of sections"),
         spoilt("binary", b"\xff\xfe\x00", "not valid YAML"),
         spoilt("list-as-key", "? [a]\n: b\n", "not valid YAML", "line", "key"),
@@ -859,9 +859,13 @@ def test_refused_file_that_is_none(name: str, scene: Scene) -> None:
 @pytest.mark.parametrize(
     ("override", "said"),
     [
-        pytest.param("lora.rank", ("section.key=value", "'lora.rank'"), id="without-equals"),
+        pytest.param("lora.rank", ("section.key=value", "search.max_trials=20", "'lora.rank'"), id="without-equals"),
         pytest.param("=3", ("section.key=value", "'=3'"), id="without-key"),
-        pytest.param("model.source.x=3", ("model.source.x=3", "`source` is not a section"), id="into-a-value"),
+        pytest.param(
+            "model.source.x=3",
+            ("model.source.x=3", "`source` is not a section", "`qpruner check` prints"),
+            id="into-a-value",
+        ),
         pytest.param("lora.rank=[", ("lora.rank=[", "not valid YAML"), id="not-yaml"),
         pytest.param("lora.rnak=3", ("`lora.rnak`", "did you mean `lora.rank`"), id="misspelt"),
         pytest.param("lora.rank=", ("`lora.rank`", "None", "valid integer"), id="without-value"),

@@ -115,7 +115,9 @@ def _join(address: str, environment: dict[str, Any]) -> None:
     except RuntimeError as error:
         if "ersion mismatch" not in str(error):
             raise
-        raise UserError(f"--address {address}: this is another Ray or Python than the cluster's: {error}") from error
+        raise UserError(
+            f"--address {address}: this is another Ray or Python than the cluster's: {error}; install the same on both"
+        ) from error
 
 
 def _check_answers(address: str) -> None:

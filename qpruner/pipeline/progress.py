@@ -118,7 +118,9 @@ class RunProgress:
             self._run.write_state(self._state)
         except (OSError, StorageError) as error:
             # Where the disk is full the stage will say so, and better.
-            logger.warning("run.json could not be written: %s", error)
+            logger.warning(
+                "run.json could not be written: %s; until it can, `qpruner status` tells what was before", error
+            )
 
 
 def _environment() -> dict[str, str]:

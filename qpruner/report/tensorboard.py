@@ -57,7 +57,9 @@ class Board:
         try:
             self._listen(event)
         except OSError as error:
-            logger.warning("TensorBoard's files could not be written: %s", error)
+            logger.warning(
+                "TensorBoard's files could not be written: %s; repeat the command, and it writes what is missing", error
+            )
 
     def _listen(self, event: events.Event) -> None:
         match event:

@@ -148,7 +148,7 @@ def test_looking_at_a_run_imports_neither_torch_nor_ray(tmp_path: Path) -> None:
         ({**dict.fromkeys(GROUPS, 4), "layers.5": 6}, "`layers.5` must have one of 4, 8 bits (`quantize.bits`), got 6"),
         ({**dict.fromkeys(GROUPS, 4), "layer.5": 4}, "`layer.5` is no group of this model; did you mean `layers.5`?"),
         (dict.fromkeys(GROUPS[1:], 4), "1 of 6 groups are missing: layers.0"),
-        ([4, 4, 4, 4, 4, 4], "must map every group to its bits, got list"),
+        ([4, 4, 4, 4, 4, 4], "must map every group to its bits, got list; `qpruner plan RUN` prints one"),
     ],
 )
 def test_a_plan_that_is_none_for_the_model_is_refused(tmp_path: Path, plan: object, problem: str) -> None:
@@ -159,3 +159,11 @@ def test_a_plan_that_is_none_for_the_model_is_refused(tmp_path: Path, plan: obje
     with pytest.raises(UserError) as error:
         read_plan(file, GROUPS, (4, 8))
     assert problem in str(error.value)
+
+
+def test_a_damaged_record_says_what_to_do(run: Path) -> None:
+    (run / "run.json").write_text("{")
+    done = qpruner("status", run)
+    assert done.exit_code == 1
+    assert f"{run / 'run.json'} is not a RunState" in done.stderr
+    assert "delete it and repeat `qpruner run`, which makes it anew" in done.stderr
