@@ -203,7 +203,7 @@ def smallest_config(model: Path, output: Path) -> dict[str, Any]:
     raw["sensitivity"] |= {"methods": ["fisher"]}
     raw["quantize"] |= {"group": "block"}
     raw["search"] |= {"steps": 2, "confirm": 1}
-    raw["finetune"] = {"steps": 2}
+    raw["finetune"] = {"steps": 2, "compare": False}
     return raw
 
 

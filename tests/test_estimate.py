@@ -151,8 +151,8 @@ def test_hours_follow_what_is_asked_for(inspection: Inspection, changed: Callabl
     assert once.wall == pytest.approx(once.total)
     assert of(work.Rates(2e12, 4e12, "")).total == pytest.approx(once.total / 2)
     assert of(slots=4).wall < once.wall and of(slots=4).total == once.total
-    alone = {"finetune": {"steps": 4}, "training__micro_batch_size": 1}
-    shared = alone | {"finetune": {"steps": 4, "num_workers": 4}}
+    alone = {"finetune": {"steps": 4, "compare": False}, "training__micro_batch_size": 1}
+    shared = alone | {"finetune": {"steps": 4, "compare": False, "num_workers": 4}}
     assert of(slots=4, **shared).wall < of(slots=4, **alone).wall, "one row on four workers"
     assert of(slots=4, **shared).total == of(slots=4, **alone).total
     longer = of(finetune__steps=8)
