@@ -125,8 +125,8 @@ def test_whole_run_ends_in_the_table(undisturbed: tuple[Path, dict[str, Any]]) -
     report = json.loads((run / "results.json").read_text())
     names = [row["name"] for row in report["table"]]
     uniform, seeds = ["uniform 4-bit", "uniform 8-bit"], ["mutual-information seed", "best seed"]
-    # No other plan weighs what all groups at 4 bits weigh.
-    random = [] if set(report["records"]["search"]["best_plan"].values()) == {4} else ["random"]
+    # Beside all groups at 4 bits there may be no other plan of equal bytes.
+    random = ["random"] if "random" in names or set(report["records"]["search"]["best_plan"].values()) != {4} else []
     assert names == ["base", "pruned", *uniform, *seeds, *random, "searched"]
     assert told["status"] == "ok"
     assert told["claim"] == report["claim"]
@@ -281,6 +281,7 @@ def trial_is_between_rungs(run: Path, index: int) -> bool:
     return False
 
 
+@pytest.mark.slow
 def test_killed_twice_and_repeated_gives_the_same(
     undisturbed: tuple[Path, dict[str, Any]], tiny_model: Path, tmp_path: Path
 ) -> None:

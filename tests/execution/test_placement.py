@@ -170,6 +170,7 @@ def test_what_still_waits_when_the_hours_are_over_is_not_begun(slots: Slots, tmp
     assert outcome.ended.endswith("GPU hours were spent (`search.max_gpu_hours` is 1e-07)")
 
 
+@pytest.mark.slow
 def test_a_search_takes_a_machine_that_joins_late(joined: tuple[Raylets, Cluster], tmp_path: Path) -> None:
     """None of its trials ends before so many run at once that one of them is on it."""
     raylets, cluster = joined

@@ -149,6 +149,7 @@ def test_its_bytes_are_told_first_and_a_disk_that_has_filled_up_is_refused(tiny_
     assert not list(small_disk.rglob("*bit/*.safetensors"))
 
 
+@pytest.mark.slow
 def test_a_file_damaged_under_a_search_stops_it_and_is_all_that_is_mended(raw: Raw) -> None:
     """A disk flips a byte after the bank was checked: the trials that meet it say nothing of their plans."""
     raw = with_key(with_key(raw, "search.max_trials", 3), "sensitivity.methods", ["mutual_information"])
