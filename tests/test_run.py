@@ -212,6 +212,7 @@ def test_repeating_a_finished_run_computes_nothing(undisturbed: tuple[Path, dict
     assert {path.name for path in (run / "tensorboard").iterdir()} == shown, "made again from the records"
 
 
+@pytest.mark.slow
 def test_another_budget_measures_and_packs_nothing_and_starts_from_the_trials_there_are(
     undisturbed: tuple[Path, dict[str, Any]], tmp_path: Path
 ) -> None:

@@ -160,6 +160,7 @@ def same_figures(one: Results, other: Results) -> None:
             assert values == pytest.approx(expected[name].values[bits], rel=1e-4, abs=1e-6)
 
 
+@pytest.mark.slow
 def test_a_head_without_a_gpu_prunes_packs_and_measures_on_the_only_one(
     one_gpu: str, tiny_model: Path, tmp_path: Path
 ) -> None:

@@ -107,6 +107,7 @@ def test_a_bank_of_another_run_is_refused(raw: Raw, tiny_model: Path, tmp_path: 
     assert "delete that folder" in caught.value.remedy
 
 
+@pytest.mark.slow
 def test_workers_build_what_this_process_builds(
     raw: Raw, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

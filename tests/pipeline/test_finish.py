@@ -217,6 +217,7 @@ def told(events: Sequence[Event], stage: str) -> list[str]:
     return [text.partition(":")[0] for text in messages]
 
 
+@pytest.mark.slow
 def test_an_interrupted_comparison_goes_on_with_what_is_left(
     context: Context, changed: Callable[[str, Any], Context]
 ) -> None:
