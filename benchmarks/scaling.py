@@ -1,0 +1,176 @@
+"""What does the orchestrator cost? A real search on one raylet and on two, and 2,000 trials that do nothing.
+
+    .venv/bin/qpruner run tune_configs/demo_smollm2_cpu.yaml --until sensitivity
+    .venv/bin/python benchmarks/scaling.py runs/demo --config tune_configs/demo_smollm2_cpu.yaml
+
+The real search has the same plans on one raylet and on two of one core each, and no ASHA; beside it the same trials in
+one bare process and in two, which is the speed-up that this machine has to give. Both are timed from the start of their
+processes to the end of their last trial, in turns. The 2,000 trials have the random searcher, two slots and no length:
+the driver's processor time and memory a trial, and the seconds in which a new process takes the search up again, are
+the orchestrator's own. Prints a table and a JSON line.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+
+from qpruner.config import RunConfig, load_config
+
+NUM_PLANS = 8
+NUM_EMPTY, EVERY = 2000, 100
+
+
+def fixed(config: RunConfig, output: Path) -> RunConfig:
+    """The configuration of a search whose plans are the same on any number of workers, with no trial stopped."""
+    update = {"searcher": "random", "max_trials": NUM_PLANS, "first_rung": config.search.steps, "confirm": 1}
+    return config.model_copy(update={"output": str(output), "search": config.search.model_copy(update=update)})
+
+
+def search_seconds(config: RunConfig, run: Path, num_raylets: int, work: Path) -> tuple[float, list[dict[str, int]]]:
+    """Seconds from the first suggestion to the end of the last trial, and the plans."""
+    import ray
+    from ray.cluster_utils import Cluster
+
+    from qpruner.pipeline import run as run_pipeline
+    from qpruner.search.trial_records import read_trials
+
+    output = work / f"search-{num_raylets}-{time.time_ns()}"
+    shutil.copytree(run, output, copy_function=os.link, ignore=shutil.ignore_patterns("trials", "tune", "search*"))
+    (output / "records" / "search.json").unlink(missing_ok=True)
+    head = {"num_cpus": 0, "node_ip_address": "127.0.0.1", "include_dashboard": False}
+    cluster = Cluster(initialize_head=True, head_node_args=head)
+    try:
+        for _ in range(num_raylets):
+            cluster.add_node(num_cpus=1)
+        run_pipeline(fixed(config, output), lambda event: None, cluster.address, until="search")
+    finally:
+        ray.shutdown()
+        cluster.shutdown()
+    trials = read_trials(next(path for path in (output / "trials").iterdir() if path.is_dir()))
+    assert len(trials) == NUM_PLANS and all(trial.status == "finished" for trial in trials)
+    seconds = max(trial.times[-1] for trial in trials) - min(trial.times[0] for trial in trials)
+    return seconds, [trial.plan for trial in trials]
+
+
+BARE = """
+import json, sys
+from pathlib import Path
+import torch
+torch.set_num_threads(1)
+from qpruner.config import validate_config
+from qpruner.pipeline.context import preflight
+from qpruner.search.trial import run_trial
+from qpruner.search.trial_job import Materials, TrialJob
+run, config, plans = Path(sys.argv[1]), validate_config(json.loads(sys.argv[2])), json.loads(sys.argv[3])
+for plan in plans:
+    job = TrialJob(config, Materials(run / "prune", run / "bank", run / "prepare" / "data"), plan)
+    run_trial(job, None, lambda result, checkpoint: None)
+"""
+
+
+def bare_seconds(config: RunConfig, run: Path, plans: list[dict[str, int]], num_processes: int) -> float:
+    """Seconds that so many processes take for the trials, without Ray and without us."""
+    settings = json.dumps(fixed(config, run).model_dump(mode="json"))
+    started = time.monotonic()
+    processes = [
+        subprocess.Popen([sys.executable, "-c", BARE, str(run), settings, json.dumps(plans[start::num_processes])])
+        for start in range(num_processes)
+    ]
+    codes = [process.wait() for process in processes]
+    assert codes == [0] * num_processes
+    return time.monotonic() - started
+
+
+def empty_trials(folder: Path, num_trials: int) -> dict[str, float]:
+    """The cost of trials that do nothing, in this process."""
+    import ray
+    from stand_in import run_search
+
+    from qpruner.events import Event, Progress
+
+    ray.init(
+        address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR",
+        object_store_memory=200 * 1024**2, _node_ip_address="127.0.0.1",
+    )  # fmt: skip
+    sizes: list[tuple[int, int]] = []
+    first: list[float] = []
+    began = time.monotonic()
+
+    def listen(event: Event) -> None:
+        first[:] = first or [time.monotonic() - began]
+        if isinstance(event, Progress) and event.done % EVERY == 0:
+            sizes.append((event.done, resident_bytes()))
+
+    cpu = time.process_time()
+    run_search(folder, "random", num_trials, 2, 0.0, {"cpu": 1.0}, listen)
+    seconds, cpu = time.monotonic() - began, time.process_time() - cpu
+    ray.shutdown()
+    # The first tenth fills pools and caches that do not grow with trials.
+    later = [(done, size) for done, size in sizes if done >= num_trials // 10]
+    slope = float(np.polyfit(*zip(*later, strict=True), 1)[0]) if len(later) > 2 else float("nan")
+    return {
+        "trials": num_trials,
+        "seconds": seconds,
+        "driver_cpu_ms_per_trial": 1000 * cpu / num_trials,
+        "driver_bytes_per_trial": slope,
+        "first_event_seconds": first[0],
+    }
+
+
+def resident_bytes() -> int:
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", type=Path, nargs="?", help="a run up to `sensitivity`; left out, only the empty trials")
+    parser.add_argument("--config", type=Path, help="the run's configuration file")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--empty", type=int, default=NUM_EMPTY, help="trials that do nothing")
+    parser.add_argument("--resume", type=Path, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.resume:
+        print(json.dumps(empty_trials(options.resume, options.empty)))
+        return
+    found: dict[str, object] = {}
+    with tempfile.TemporaryDirectory(prefix="qpruner-scaling-", dir=options.run and options.run.parent) as name:
+        work = Path(name)
+        if options.run:
+            config = load_config(options.config)
+            ratios, searches, bares = [], [], []
+            for _ in range(options.repeats):
+                one, plans = search_seconds(config, options.run, 1, work)
+                two, _ = search_seconds(config, options.run, 2, work)
+                alone = bare_seconds(config, options.run, plans, 1)
+                both = bare_seconds(config, options.run, plans, 2)
+                searches.append(one / two)
+                bares.append(alone / both)
+                ratios.append(searches[-1] / bares[-1])
+                print(
+                    f"search {one:.1f} s on one raylet, {two:.1f} s on two: {one / two:.2f}x; bare {alone:.1f} s in "
+                    f"one process, {both:.1f} s in two: {alone / both:.2f}x; share {ratios[-1]:.2f}",
+                    flush=True,
+                )
+            found["speed_up"] = {"search": searches, "bare": bares, "share": statistics.median(ratios)}
+        child = [sys.executable, __file__, "--resume", str(work / "empty"), "--empty"]
+        for title, number in (("begun", options.empty), ("taken up", options.empty + 2)):
+            told = subprocess.run([*child, str(number)], check=True, stdout=subprocess.PIPE, text=True).stdout
+            found[title] = json.loads(told.splitlines()[-1])
+            print(f"{title}: {json.dumps(found[title])}", flush=True)
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()
