@@ -28,7 +28,7 @@ import numpy as np
 from qpruner.config import RunConfig, load_config
 
 NUM_PLANS = 8
-NUM_EMPTY, EVERY = 2000, 100
+NUM_EMPTY, NUM_SIZES = 2000, 20
 
 
 def fixed(config: RunConfig, output: Path) -> RunConfig:
@@ -69,7 +69,6 @@ from pathlib import Path
 import torch
 torch.set_num_threads(1)
 from qpruner.config import validate_config
-from qpruner.pipeline.context import preflight
 from qpruner.search.trial import run_trial
 from qpruner.search.trial_job import Materials, TrialJob
 run, config, plans = Path(sys.argv[1]), validate_config(json.loads(sys.argv[2])), json.loads(sys.argv[3])
@@ -92,24 +91,22 @@ def bare_seconds(config: RunConfig, run: Path, plans: list[dict[str, int]], num_
     return time.monotonic() - started
 
 
-def empty_trials(folder: Path, num_trials: int) -> dict[str, float]:
+def empty_trials(folder: Path, num_trials: int) -> dict[str, float | None]:
     """The cost of trials that do nothing, in this process."""
     import ray
-    from stand_in import run_search
+    from stand_in import run_search, start_ray
 
     from qpruner.events import Event, Progress
 
-    ray.init(
-        address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR",
-        object_store_memory=200 * 1024**2, _node_ip_address="127.0.0.1",
-    )  # fmt: skip
+    start_ray(num_cpus=2)
     sizes: list[tuple[int, int]] = []
+    every = max(1, num_trials // NUM_SIZES)
     first: list[float] = []
     began = time.monotonic()
 
     def listen(event: Event) -> None:
         first[:] = first or [time.monotonic() - began]
-        if isinstance(event, Progress) and event.done % EVERY == 0:
+        if isinstance(event, Progress) and event.done % every == 0:
             sizes.append((event.done, resident_bytes()))
 
     cpu = time.process_time()
@@ -118,7 +115,7 @@ def empty_trials(folder: Path, num_trials: int) -> dict[str, float]:
     ray.shutdown()
     # The first tenth fills pools and caches that do not grow with trials.
     later = [(done, size) for done, size in sizes if done >= num_trials // 10]
-    slope = float(np.polyfit(*zip(*later, strict=True), 1)[0]) if len(later) > 2 else float("nan")
+    slope = float(np.polyfit(*zip(*later, strict=True), 1)[0]) if len(later) > 2 else None
     return {
         "trials": num_trials,
         "seconds": seconds,

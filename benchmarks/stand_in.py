@@ -15,9 +15,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import ray
 
 from qpruner.config import RunConfig, validate_config
 from qpruner.events import Event
+from qpruner.execution.cluster import OBJECT_STORE_BYTES
 from qpruner.plan import Group, Layout, LinearShape, PlanSpace
 from qpruner.records import RungResult
 from qpruner.search.trial_job import Materials, Progress, Report, TrialJob
@@ -83,6 +85,20 @@ class Sleeper:
         line = json.dumps([os.getpid(), step, started, time.time()])
         with (self.diary / f"{os.getpid()}.jsonl").open("a") as file:
             file.write(line + "\n")
+
+
+def start_ray(num_cpus: int, num_gpus: int = 0) -> None:
+    """Ray on this machine, on loopback, with so many cores and GPUs to count."""
+    ray.init(
+        address="local",
+        num_cpus=num_cpus,
+        num_gpus=num_gpus,
+        include_dashboard=False,
+        log_to_driver=False,
+        logging_level="ERROR",
+        object_store_memory=OBJECT_STORE_BYTES,
+        _node_ip_address="127.0.0.1",
+    )
 
 
 def sleeps(diary: Path) -> list[Slept]:

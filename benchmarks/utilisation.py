@@ -23,7 +23,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import ray
-from stand_in import FIRST_RUNG, Slept, run_search, sleeps
+from stand_in import FIRST_RUNG, Slept, run_search, sleeps, start_ray
 
 SETTINGS = ((1, 10.0), (4, 10.0), (16, 10.0), (64, 10.0), (64, 60.0))
 """(slots, mean seconds of a trial)."""
@@ -60,16 +60,7 @@ class Usage:
 
 def measure(slots: int, mean_seconds: float, num_trials: int, searcher: str) -> Usage:
     """Run one search on so many faked GPUs."""
-    ray.init(
-        address="local",
-        num_cpus=slots,
-        num_gpus=slots,
-        include_dashboard=False,
-        log_to_driver=False,
-        logging_level="ERROR",
-        object_store_memory=200 * 1024**2,
-        _node_ip_address="127.0.0.1",
-    )
+    start_ray(num_cpus=slots, num_gpus=slots)
     with tempfile.TemporaryDirectory(prefix="qpruner-utilisation-") as name:
         folder = Path(name)
         started, cpu = time.time(), time.process_time()

@@ -217,4 +217,5 @@ def _beat(
             if holder != me:
                 tell(f"process {holder.pid} on {holder.host} took this run over" if holder else "the lock was emptied")
                 os.kill(os.getpid(), signal.SIGTERM)
+                return  # Ray's handler ends the process a little later: until then, too, the lock is the other's
             lock.beat(me)

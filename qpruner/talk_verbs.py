@@ -53,6 +53,7 @@ def generate(
     answers: list[dict[str, Any]] = []
     for source in models:
         click.echo(f"{_told(source)} ...", err=True)
+        shelf.take(source)  # loading it is not answering
         for number, prompt in enumerate(asked):
             started = time.perf_counter()
             said = shelf.take(source).answer([prompt], sampling, lambda _: None)

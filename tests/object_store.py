@@ -14,6 +14,10 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
+import pytest
+
+from qpruner import objects
+
 BUCKET = "runs"
 KEYS = {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test", "AWS_DEFAULT_REGION": "us-east-1"}
 SECONDS_TO_START = 30
@@ -113,6 +117,13 @@ def object_store() -> Iterator[Store]:
     finally:
         process.kill()
         process.wait()
+
+
+def talk_to(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have this process find that server, not one that another test had."""
+    for name, value in store.environment.items():
+        monkeypatch.setenv(name, value)
+    objects._system.cache_clear()
 
 
 class Gate:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 from conftest import raw_config, with_key
-from object_store import Store, object_store
+from object_store import Store, object_store, talk_to
 
 from qpruner import objects
 from qpruner.candidates import Candidate, CandidateJob, evaluate_candidate, finetune_candidate
@@ -42,10 +42,8 @@ def config_file(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> I
     """A configuration whose run has got as far as the bank; the machine that did it has left nothing."""
     folder = tmp_path_factory.mktemp("uri")
     with object_store() as store, pytest.MonkeyPatch.context() as patch:
-        for name, value in store.environment.items():
-            patch.setenv(name, value)
+        talk_to(store, patch)
         patch.setenv(objects.CACHE, str(folder / "first"))
-        objects._system.cache_clear()
         raw = with_key(raw_config(tiny_model, folder), "output", store.uri("run"))
         raw = with_key(with_key(raw, "finetune.steps", 12), "finetune.save_steps", 2)
         config = validate_config(raw)

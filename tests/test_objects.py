@@ -15,7 +15,7 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import pytest
-from object_store import Store, free_port, object_store
+from object_store import Store, free_port, object_store, talk_to
 
 from qpruner import objects
 from qpruner.errors import CorruptFile, StorageError, UserError
@@ -38,7 +38,7 @@ from qpruner.rundir import (
     write_json,
     write_sign,
 )
-from qpruner.runlock import NAME, sole_driver, this_process
+from qpruner.runlock import NAME, Holder, sole_driver, this_process
 
 
 @pytest.fixture(scope="module")
@@ -66,12 +66,6 @@ def machine(store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Ma
 def run(machine: Machine) -> RunDir:
     """A run of its own in the store, seen from a machine of its own."""
     return machine("first")
-
-
-def talk_to(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in store.environment.items():
-        monkeypatch.setenv(name, value)
-    objects._system.cache_clear()
 
 
 def key_of(path: Path) -> str:
@@ -367,14 +361,24 @@ def test_a_lock_at_a_uri_whose_heartbeat_stopped_is_stale(run: RunDir, monkeypat
     assert "on gpu-7: no sign of life for" in told[0]
 
 
-def test_who_lost_the_run_at_a_uri_ends_at_the_next_heartbeat(run: RunDir) -> None:
+@pytest.mark.parametrize(
+    ("handler", "code"),
+    [
+        ("", -signal.SIGTERM),
+        ("signal.signal(signal.SIGTERM, lambda *_: (time.sleep(0.5), sys.exit(7)))\n", 7),  # as Ray's, in a driver
+    ],
+)
+def test_who_lost_the_run_at_a_uri_ends_at_the_next_heartbeat(run: RunDir, handler: str, code: int) -> None:
     program = (
-        "import sys, time; from qpruner.rundir import RunDir; from qpruner.runlock import sole_driver\n"
+        "import signal, sys, time; from qpruner.rundir import RunDir; from qpruner.runlock import sole_driver\n"
+        f"{handler}"
         "with sole_driver(RunDir(sys.argv[1]).root, lambda text: print(text, flush=True), 0.1):\n"
         "    print('held', flush=True); time.sleep(60)"
     )
     with subprocess.Popen([sys.executable, "-c", program, run.place], stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout and process.stdout.readline() == "held\n"
-        write_json(run.root / NAME, this_process().model_copy(update={"host": "gpu-7"}))
+        other = this_process().model_copy(update={"host": "gpu-7"})
+        write_json(run.root / NAME, other)
         assert process.stdout.readline() == f"process {os.getpid()} on gpu-7 took this run over\n"
-        assert process.wait(timeout=20) == -signal.SIGTERM
+        assert process.wait(timeout=20) == code
+    assert read_json(run.root / NAME, Holder) == other, "the lock of who took it over is left alone"

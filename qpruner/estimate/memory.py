@@ -80,7 +80,6 @@ def prune_memory(config: RunConfig, inspection: Inspection) -> Memory:
     """Peak of the cut: the dense base model, and where importance asks for gradients those of one batch."""
     settings, calibration, base = config.prune, config.calibration, inspection.base
     weights = {"weights": base.num_parameters * base.element_bytes}
-    largest = max(linear.num_weights for group in base.groups for linear in group.linears)
     widest = max(linear.columns for group in base.groups for linear in group.linears)
     if settings.compensation == "least_squares":
         weights["Gram matrix"] = 2 * FLOAT32_BYTES * widest**2
@@ -89,12 +88,7 @@ def prune_memory(config: RunConfig, inspection: Inspection) -> Memory:
     tokens = calibration.batch_size * calibration.max_length
     return Memory(
         f"gradients of {calibration.batch_size} rows x {calibration.max_length} tokens (`calibration.batch_size`)",
-        weights
-        | {
-            "gradient": FLOAT32_BYTES * largest,
-            "activations": sum(_kept(group.linears, tokens, base.element_bytes, None) for group in base.groups),
-            "logits": logit_bytes(inspection, tokens),
-        },
+        weights | _by_gradient(inspection, base, tokens),
     )
 
 
@@ -102,22 +96,25 @@ def sensitivity_memory(config: RunConfig, inspection: Inspection) -> Memory:
     """Peak of the sensitivities: the dense pruned model, and gradients of one batch where a method asks for them."""
     layout, length = inspection.pruned, config.data.max_length
     weights = {"weights": layout.num_parameters * layout.element_bytes}
-    by_gradient = {"first_order", "fisher", "second_order"} & set(config.sensitivity.methods)
-    rows = config.calibration.batch_size if by_gradient else config.evaluate.batch_size
+    has_gradients = not {"first_order", "fisher", "second_order"}.isdisjoint(config.sensitivity.methods)
+    rows = config.calibration.batch_size if has_gradients else config.evaluate.batch_size
     tokens = rows * length
-    if not by_gradient:
+    if not has_gradients:
         parts = {"activations": _widest(layout, tokens), "logits": logit_bytes(inspection, tokens)}
         return Memory(f"forward passes of {rows} rows x {length} tokens", weights | parts)
-    largest = max(linear.num_weights for group in layout.groups for linear in group.linears)
     return Memory(
         f"gradients of {rows} rows x {length} tokens",
-        weights
-        | {
-            "gradient": FLOAT32_BYTES * largest,
-            "activations": sum(_kept(group.linears, tokens, layout.element_bytes, None) for group in layout.groups),
-            "logits": logit_bytes(inspection, tokens),
-        },
+        weights | _by_gradient(inspection, layout, tokens),
     )
+
+
+def _by_gradient(inspection: Inspection, dense: Layout, tokens: int) -> dict[str, int]:
+    """What a backward pass through a dense model takes whose gradients are dropped one parameter at a time."""
+    return {
+        "gradient": FLOAT32_BYTES * max(linear.num_weights for group in dense.groups for linear in group.linears),
+        "activations": sum(_kept(group.linears, tokens, dense.element_bytes, None) for group in dense.groups),
+        "logits": logit_bytes(inspection, tokens),
+    }
 
 
 def activation_bytes(inspection: Inspection, tokens: int, rank: int, checkpointing: bool) -> int:

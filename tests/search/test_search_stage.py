@@ -8,22 +8,24 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from conftest import DEMO_DATA, raw_config, with_key
+from object_store import object_store, talk_to
 
 from qpruner.config import validate_config
 from qpruner.errors import StageError
 from qpruner.events import Event, Message, TrialWithdrawn
+from qpruner.objects import CACHE
 from qpruner.pipeline import run
 from qpruner.pipeline.search import _best, _finalists, _front, non_dominated
 from qpruner.plan import Group, Layout, LinearShape, PlanSpace, PrecisionPlan
 from qpruner.records import Confirmation, RungResult, SearchRecord, TrialRecord
-from qpruner.rundir import folder_digests
+from qpruner.rundir import RunDir, folder_digests
 from qpruner.search.searchers import History, Ledger, Proposal, RandomProposer
 from qpruner.search.trial import run_trial
 from qpruner.search.trial_job import Materials
@@ -310,6 +312,22 @@ def test_no_more_plans_are_handed_out_than_there_is_room_for(tmp_path: Path) -> 
     searcher.on_trial_complete("a", error=True)
     assert searcher.suggest("e") is None, "two are in flight, one too many"
     assert [record.index for record in read_trials(job.trials)] == [0, 1, 2]
+
+
+def test_a_trial_that_never_began_leaves_nothing_in_an_object_store(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with object_store() as store:
+        talk_to(store, monkeypatch)
+        monkeypatch.setenv(CACHE, str(tmp_path / "cache"))
+        job = replace(job_of(tmp_path), trials=RunDir(store.uri("run")).trials / ("0" * 16))
+        searcher = searcher_on(job, ledger_of(job))
+        given = [searcher.suggest(name) for name in "ab"]
+        searcher.on_trial_complete("a")
+        assert [record.index for record in read_trials(job.trials)] == [1]
+        searcher.on_trial_complete("b")
+        assert read_trials(job.trials) == []
+        assert searcher.suggest("c") == given[0], "its plan is free again"
 
 
 def test_a_trial_that_still_waits_when_the_hours_are_spent_never_was(tmp_path: Path) -> None:

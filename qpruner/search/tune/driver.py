@@ -3,7 +3,6 @@ over trials that hang."""
 
 from __future__ import annotations
 
-import shutil
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -15,7 +14,7 @@ from ray.tune.search import Searcher
 
 from qpruner.events import Emit, Message, Progress, TrialChanged, TrialWithdrawn
 from qpruner.records import TrialRecord
-from qpruner.rundir import read_json
+from qpruner.rundir import read_json, remove
 from qpruner.search.searchers import Ledger, Observation, Suggestion
 from qpruner.search.trial_records import (
     read_pulse,
@@ -136,7 +135,7 @@ class PlanSearcher(LivesInDriver, Searcher):  # type: ignore[misc]
 
     def _withdraw(self, suggestion: Suggestion) -> None:
         """Have a trial that never began never have been."""
-        shutil.rmtree(trial_folder(self._job.trials, suggestion.index))
+        remove(trial_folder(self._job.trials, suggestion.index))
         self._ledger.withdraw(suggestion)
         self._emit(TrialWithdrawn(suggestion.index))
 
