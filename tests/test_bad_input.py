@@ -348,6 +348,10 @@ MODEL = [
         "got 320", "at most the 256 MLP channels", "`prune.layer_rate` is 0.2"
     ),
     refused(
+        "layer-rate-leaves-none", {"prune": {"layer_rate": 0.999, "round_to": 1}}, "`prune.layer_rate`", "0.999",
+        "would leave block 0 0 of its 256 mlp units, but at least 1 must stay", "make it less than 0.996"
+    ),
+    refused(
         "round-to-leaves-too-much", {"prune.round_to": 256, "prune.units": ["mlp"]}, "`prune.rate`", "0.2",
         "at most 0 can", "lower the rate"
     ),

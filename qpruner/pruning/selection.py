@@ -7,6 +7,7 @@ the difference. Where only coarse kinds may go, the nearest number of them goes.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -155,12 +156,23 @@ def select_rate(values: Values, sizes: Sizes, layer_rate: float, round_to: int =
 
     Of ``C`` channels, and of ``C`` rows of the key projection, ``C - int(C * (1 - layer_rate))`` go: channels are
     rounded up and heads, of which only whole ones can go, down (its `metapruner.py`, `prune_local`).
+
+    Raises:
+        UserError: If a block would keep fewer units of a kind than it needs, or is narrower than `round_to`.
     """
     check_round_to(sizes, round_to)
     removed = {
         index: {name: units_at_rate(size, layer_rate, round_to if name == MLP else 1) for name, size in kinds.items()}
         for index, kinds in sizes.items()
     }
+    for index, kinds in sizes.items():
+        for name, size in kinds.items():
+            if (stays := size.count - removed[index][name]) < size.least:
+                bound = math.floor(1000 * (1 - size.least / size.count)) / 1000
+                raise UserError(
+                    f"`prune.layer_rate` {layer_rate:g} would leave block {index} {stays} of its {size.count} {name} "
+                    f"units, but at least {size.least} must stay: make it less than {bound:g}"
+                )
     return _keep_most_important(values, sizes, removed, progress)
 
 
@@ -171,7 +183,7 @@ def units_at_rate(size: KindSize, layer_rate: float, round_to: int = 1) -> int:
     if round_to > 1:
         stays = max(round((size.count - removed) / round_to), 1) * round_to
         removed = max(size.count - stays, 0)
-    return min(removed, size.count - size.least)
+    return removed
 
 
 def available(sizes: Sizes) -> int:

@@ -432,9 +432,7 @@ def test_experts_and_attention_meet_the_rate_and_share_it(rate: float) -> None:
         (1, 11008, 0.25, 2752),
         (1, 11008, 0.2, 2202),
         (1, 1536, 0.001, 2),
-        # The last one stays.
         (64, 1, 0.9, 0),
-        (1, 4, 0.99, 3),
     ],
 )
 def test_a_blocks_own_share_is_counted_as_published(rows: int, count: int, rate: float, removed: int) -> None:
@@ -444,6 +442,28 @@ def test_a_blocks_own_share_is_counted_as_published(rows: int, count: int, rate:
 @pytest.mark.parametrize(("rate", "stays"), [(0.2, 192), (0.3, 192), (0.4, 128), (0.5, 128), (0.95, 64), (0.05, 256)])
 def test_a_blocks_own_share_is_rounded_to_a_multiple(rate: float, stays: int) -> None:
     assert 256 - units_at_rate(KindSize(7, 256), rate, round_to=64) == stays
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "rate", "bound"),
+    [
+        ("mlp", KindSize(7, 40), 0.976, 0.975),
+        ("attention", KindSize(7, 4, rows=8), 0.99, 0.75),
+        ("expert", KindSize(7, 8, least=2), 0.8, 0.75),
+    ],
+)
+def test_a_blocks_own_share_that_leaves_too_few_is_refused(
+    name: str, size: KindSize, rate: float, bound: float
+) -> None:
+    """Not quietly made less; just below the bound that is told, it works."""
+    scores: Values = {3: {name: [float(unit) for unit in range(size.count)]}}
+    told = (
+        rf"`prune.layer_rate` {rate:g} would leave block 3 \d of its {size.count} {name} units, .* less than {bound:g}"
+    )
+    with pytest.raises(UserError, match=told):
+        select_rate(scores, {3: {name: size}}, rate)
+    kept = select_rate(scores, {3: {name: size}}, bound - 1e-6)
+    assert len(kept[3][name]) == size.least
 
 
 def test_a_blocks_own_share_takes_its_least_important() -> None:
