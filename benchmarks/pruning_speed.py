@@ -39,7 +39,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     "default": {},
     "round_to 1": {"round_to": 1},
     "round_to 32": {"round_to": 32},
-    "blocks": WITH_BLOCKS,
+    **WITH_BLOCKS,
 }
 """Name -> what it has other than the default, at 20 %."""
 WORKLOADS = {
