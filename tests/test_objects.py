@@ -137,6 +137,34 @@ def test_records_are_read_as_they_were_written(run: RunDir) -> None:
     assert run.read_record("bank", BankRecord) is None and not exists(run.record_path("bank"))
 
 
+WRITE_FOR_EVER = """
+import itertools, sys, time
+from qpruner.records import BankRecord
+from qpruner.rundir import RunDir
+run = RunDir(sys.argv[1])
+for turn in itertools.count():
+    files = dict.fromkeys(map(str, range(100 * (turn % 2))), "0")
+    run.write_record("bank", BankRecord(digest=str(turn), seconds=1.0, files=files, bytes=1, residual_ratio={}))
+    print(turn, flush=True)
+    time.sleep(0.01)
+"""
+
+
+def test_a_record_that_grows_while_it_is_read_is_the_old_one_or_the_new_one(run: RunDir) -> None:
+    """A trial's record does, at each rung, while the driver and `qpruner status` look at it."""
+    command = [sys.executable, "-c", WRITE_FOR_EVER, run.place]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout and process.stdout.readline()
+            seen = set()
+            while len(seen) < 60:
+                record = run.read_record("bank", BankRecord)
+                assert record is not None and len(record.files) == 100 * (int(record.digest) % 2)
+                seen.add(record.digest)
+        finally:
+            process.kill()
+
+
 def test_a_corrupt_record_is_named_by_its_uri(run: RunDir, store: Store) -> None:
     store.write(key_of(run.record_path("bank")), b'{"digest": "a", "seco')
     with pytest.raises(CorruptFile, match=f"{run.place}/records/bank.json is not a BankRecord"):
