@@ -184,7 +184,7 @@ def _flip(text: bytes) -> bytes:
         pytest.param(_flip, id="bit-flipped"),
     ],
 )
-@pytest.mark.parametrize("stage", ["prepare", "prune"])
+@pytest.mark.parametrize("stage", ["prepare", "prune", "bank"])
 def test_a_corrupt_record_is_told_and_its_stage_run_again(
     stage: str, damage: Callable[[bytes], bytes], banked: Path, tiny_raw: dict[str, Any]
 ) -> None:
@@ -193,8 +193,8 @@ def test_a_corrupt_record_is_told_and_its_stage_run_again(
     whole = record.read_bytes()
     record.write_bytes(damage(whole))
     _, events = go(tiny_raw, "bank")
-    told = [event.text for event in events if isinstance(event, Message) and event.stage == stage]
-    assert len(told) == 1 and str(record) in told[0] and "run again" in told[0]
+    told = [event.text for event in events if isinstance(event, Message) and str(record) in event.text]
+    assert len(told) == 1 and "run again" in told[0]
     assert "\n" not in told[0], "a message is one line"
     assert names(events, StageFinished) == [stage], "what depends on it is as it was"
     kind = RECORDS[stage]

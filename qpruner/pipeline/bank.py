@@ -14,7 +14,7 @@ from qpruner.events import Emit, Message, Progress
 from qpruner.execution.workshop import Bench
 from qpruner.objects import name_of
 from qpruner.pipeline.context import Context
-from qpruner.pipeline.stage import Stage, explained, run_stage
+from qpruner.pipeline.stage import Stage, run_stage
 from qpruner.plan import FULL_BITS, check_cpu_widths
 from qpruner.records import BankRecord, PruneRecord, digest_of
 from qpruner.rundir import files_in, remove
@@ -82,11 +82,18 @@ def _forget_damaged_bank(context: Context, stage: Stage) -> None:
     """
     from qpruner.quantization import bank as store
 
-    record = context.run_dir.read_record("bank", BankRecord)
+    try:
+        record = context.run_dir.read_record("bank", BankRecord)
+    except CorruptFile:  # told where the stage asks for its record
+        return
     if record is None or record.digest != stage.digest or not context.run_dir.has_folder("bank"):
         return
-    with explained("bank", context.run_dir.root):
+    try:
         index = store.read_index(context.bank)
+    except CorruptFile as error:
+        context.emit(Message("bank", f"{error}; the bank is built again"))
+        context.run_dir.forget("bank")
+        return
     if index.digest != record.digest:
         raise StageError(
             "bank",

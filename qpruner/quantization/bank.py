@@ -193,7 +193,7 @@ def read_index(bank: Path) -> BankIndex:
     """
     index = read_json(bank / INDEX, BankIndex)
     if index is None:
-        raise CorruptFile(f"bank {name_of(bank)} has no {INDEX}; delete the folder to rebuild it", bank)
+        raise CorruptFile(f"bank {name_of(bank)} has no {INDEX}", bank)
     return index
 
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import importlib
+import os
 import shutil
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from qpruner.config import validate_config
 from qpruner.errors import StageError
 from qpruner.events import Event, Message, Progress, StageFinished, StageSkipped, StageStarted
 from qpruner.pipeline import run
+from qpruner.quantization.bank import INDEX
 from qpruner.records import BankRecord
 from qpruner.rundir import file_digest
 
@@ -75,6 +77,22 @@ def test_a_damaged_file_is_named_and_it_alone_is_built_again(raw: Raw, damage: s
     assert built(events) == ["layers.1.down"]
     assert {path: file_digest(path) for path in folder.rglob("*.safetensors")} == whole
     assert set(record.files.values()) == set(whole.values())
+
+
+@pytest.mark.parametrize("damage", [Path.unlink, lambda path: os.truncate(path, 100)], ids=["missing", "cut"])
+def test_a_bank_that_does_not_say_what_it_holds_is_named_and_built_again(
+    raw: Raw, damage: Callable[[Path], object]
+) -> None:
+    folder = Path(raw["output"]) / "bank"
+    whole = {path: file_digest(path) for path in folder.rglob("*.safetensors")}
+    damage(folder / INDEX)
+    _, events = bank_of(raw)
+    (told,) = said(events).splitlines()[:1]
+    assert str(folder) in told and INDEX in told and told.endswith("; the bank is built again")
+    assert len(built(events)) == 8
+    assert {path: file_digest(path) for path in folder.rglob("*.safetensors")} == whole
+    _, events = bank_of(raw)
+    assert built(events) == [], "and is whole then"
 
 
 def test_a_bit_width_more_adds_files_and_builds_none_anew(tiny_model: Path, tmp_path: Path) -> None:
