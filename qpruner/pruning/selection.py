@@ -7,6 +7,7 @@ the difference. Where only coarse kinds may go, the nearest number of them goes.
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -252,10 +253,16 @@ def counts_per_layer(sizes: Sizes, target: int, round_to: int = 1, uniform: bool
     if has_channels:
         channels = {index: kinds[MLP] for index, kinds in sizes.items() if MLP in kinds}
         # Where channels cannot give the rest, coarse units give more, of whichever kind has them.
-        while coarse and left > _most_from_channels(channels, round_to):
+        most = sum((size.count - round_to) * size.parameters for size in channels.values())
+        half_a_bundle = min(size.parameters for size in channels.values()) * round_to / 2
+        while coarse and left > most + half_a_bundle:
+            before = copy.deepcopy(removed)
             gained = _one_more_everywhere(sizes, removed, coarse) if uniform else _one_more(sizes, removed, coarse)
             if not gained:
                 raise too_much(target, _most_removable(sizes, round_to))
+            if gained - left > left - most:  # too much by more than is missing
+                removed = before
+                break
             left -= gained
         for index, count in _channel_counts(channels, left, round_to, uniform).items():
             removed[index][MLP] = count
@@ -296,12 +303,6 @@ def _dealt(having: Mapping[int, KindSize], total: int) -> dict[int, int]:
         index: min(base + (1 if position < extra else 0), size.count - size.least)
         for position, (index, size) in enumerate(having.items())
     }
-
-
-def _most_from_channels(channels: Mapping[int, KindSize], round_to: int) -> float:
-    """Parameters that channels can give when every block keeps one bundle; half a bundle more counts as reached."""
-    most = sum((size.count - round_to) * size.parameters for size in channels.values())
-    return most + min(size.parameters for size in channels.values()) * round_to / 2
 
 
 def _one_more_everywhere(sizes: Sizes, removed: dict[int, dict[str, int]], coarse: Sequence[str]) -> int:

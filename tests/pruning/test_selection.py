@@ -402,6 +402,19 @@ def test_a_token_finds_as_many_experts_as_it_is_sent_to(selection: str, rate: fl
     assert all(kinds["expert"][-1] == 7 for kinds in kept.values())
 
 
+@pytest.mark.parametrize("uniform", [True, False])
+@pytest.mark.parametrize("target", range(0, 20000, 700))
+def test_the_nearest_goes_where_channels_can_give_nothing(target: int, uniform: bool) -> None:
+    """`round_to` as wide as the MLP: heads alone, 3000 parameters each, in all three blocks at once where uniform."""
+    sizes = sizes_of(3, (3000, 3), (180, 40))
+    removed = parameters_of(counts_per_layer(sizes, target, round_to=40, uniform=uniform), sizes)
+    step = 9000 if uniform else 3000
+    assert removed % step == 0
+    assert abs(removed - target) <= step / 2 + 180 * 40 / 2
+    if uniform:
+        assert abs(removed - target) <= step / 2
+
+
 @pytest.mark.parametrize("rate", [0.1, 0.2, 0.3, 0.5])
 def test_experts_and_attention_meet_the_rate_and_share_it(rate: float) -> None:
     """Mixtral-8x7B: experts 34 times as large as key/value groups, which could not make up for one less a block."""
