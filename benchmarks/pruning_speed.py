@@ -5,6 +5,7 @@
     .venv/bin/python benchmarks/pruning_speed.py --shape llama-1b           # random weights of Llama-3.2-1B's shape
     .venv/bin/python benchmarks/pruning_speed.py --models FOLDER --prepare  # only prune, to measure on a quiet machine
     .venv/bin/python benchmarks/pruning_speed.py --processor-time           # one thread's own, where others are busy
+    .venv/bin/python benchmarks/pruning_speed.py --compile                  # every model by torch.compile
 
 Decoding reads all weights for a token, so a cut that leaves a share s of the bytes that a token reads promises 1 / s
 (the embedding table is not read, unless it is the head). What a step takes however thin the layers are is measured by
@@ -51,6 +52,8 @@ WORKLOADS = {
 }
 """Sequences and tokens of context; no context is a prefill."""
 NUM_PREFILLED = 512
+NUM_WARM_UP = 2
+"""Turns that are not counted; a compiled model is compiled in both (its cache has other strides in the second)."""
 LLAMA_1B = {
     "vocab_size": 128256,
     "hidden_size": 2048,
@@ -63,9 +66,9 @@ LLAMA_1B = {
 }
 
 
-def prepare(folder: Path, shape: str, evaldata: Path, scratch: Path) -> dict[str, Path]:
+def prepare(folder: Path, shape: str, recipes: Sequence[str], evaldata: Path, scratch: Path) -> dict[str, Path]:
     """The models as checkpoints in `folder`; those that are there are taken as they are."""
-    folders = {name: folder / shape / name.replace(" ", "-") for name in ("base", *RECIPES)}
+    folders = {name: folder / shape / name.replace(" ", "-").replace(",", "") for name in ("base", *recipes)}
     missing = {name: path for name, path in folders.items() if not path.is_dir()}
     if missing:
         (_make_random if shape == "llama-1b" else _make_smollm2)(missing, evaldata, scratch)
@@ -153,43 +156,51 @@ def without_products() -> Iterator[None]:
 
 
 def measure(
-    models: dict[str, Any], workloads: Sequence[str], num_turns: int, now: Callable[[], float]
+    models: dict[str, Any], workloads: Sequence[str], num_turns: int, now: Callable[[], float], compiled: bool
 ) -> list[dict[str, Any]]:
-    """Every model at every workload, in turns; the first turn warms up."""
+    """Every model at every workload, in turns; the first `NUM_WARM_UP` are not counted.
+
+    Compiled models are not run without their products: those would be other programs.
+    """
     shares = {name: bytes_read(model) / bytes_read(models["base"]) for name, model in models.items()}
     rows = []
     for workload in workloads:
         clocks = {name: Clock(model, *WORKLOADS[workload], now) for name, model in models.items()}
         seen: dict[str, list[float]] = {name: [] for name in models}
         fixed = []
-        for _ in range(num_turns + 1):
+        for turn in range(NUM_WARM_UP + num_turns):
             for name, clock in clocks.items():
-                seen[name].append(clock.seconds())
-            with without_products():
-                fixed.append(clocks["base"].seconds())
-        base, overhead = statistics.median(seen["base"][1:]), statistics.median(fixed[1:])
+                seconds = clock.seconds()
+                if turn >= NUM_WARM_UP:
+                    seen[name].append(seconds)
+            if not compiled and turn >= NUM_WARM_UP:
+                with without_products():
+                    fixed.append(clocks["base"].seconds())
+        base = statistics.median(seen["base"])
         for name, share in shares.items():
-            ratios = sorted(a / b for a, b in zip(seen["base"][1:], seen[name][1:], strict=True))
-            seconds = statistics.median(seen[name][1:])
+            ratios = sorted(a / b for a, b in zip(seen["base"], seen[name], strict=True))
+            seconds = statistics.median(seen[name])
             row = {
                 "workload": workload,
                 "model": name,
                 "removed": 1 - num_parameters(models[name]) / num_parameters(models["base"]),
                 "promised": 1 / share,
-                "possible": base / (overhead + share * (base - overhead)),
-                "fixed_share": overhead / base,
                 "milliseconds": 1000 * seconds,
                 "tokens_per_second": clocks[name].num_tokens / seconds,
                 "ratio": statistics.median(ratios),
                 "quartiles": statistics.quantiles(ratios, n=4)[::2],
-                "fastest": _fastest(seen["base"][1:]) / _fastest(seen[name][1:]),
+                "fastest": _fastest(seen["base"]) / _fastest(seen[name]),
             }
+            told = ""
+            if fixed:
+                overhead = statistics.median(fixed)
+                row |= {"possible": base / (overhead + share * (base - overhead)), "fixed_share": overhead / base}
+                told = f"; possible {row['possible']:.3f}, fixed {row['fixed_share']:.0%}"
             rows.append(row)
             print(
-                f"{row['workload']:16} {name:12} removed {row['removed']:.3f} promised {row['promised']:.3f} possible "
-                f"{row['possible']:.3f}: {row['tokens_per_second']:8.1f} tokens/s {row['milliseconds']:7.1f} ms a step "
-                f"{row['ratio']:.3f} x base ({row['quartiles'][0]:.3f}-{row['quartiles'][1]:.3f}), fastest "
-                f"{row['fastest']:.3f}; fixed {row['fixed_share']:.0%}",
+                f"{row['workload']:16} {name:18} removed {row['removed']:.3f} promised {row['promised']:.3f}: "
+                f"{row['tokens_per_second']:8.1f} tokens/s {row['milliseconds']:7.1f} ms a step {row['ratio']:.3f} x "
+                f"base ({row['quartiles'][0]:.3f}-{row['quartiles'][1]:.3f}), fastest {row['fastest']:.3f}{told}",
                 flush=True,
             )
     return rows
@@ -207,7 +218,9 @@ def main() -> None:
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
     parser.add_argument("--turns", type=int, default=40)
     parser.add_argument("--workloads", nargs="+", choices=WORKLOADS, default=list(WORKLOADS))
+    parser.add_argument("--recipes", nargs="+", choices=RECIPES, default=list(RECIPES))
     parser.add_argument("--processor-time", action="store_true")
+    parser.add_argument("--compile", action="store_true", help="the first turn compiles: minutes a model")
     parser.add_argument("--models", type=Path, help="keep the checkpoints here, and take those that are there")
     parser.add_argument("--prepare", action="store_true", help="make the checkpoints and measure nothing")
     parser.add_argument("--evaldata", type=Path, default=Path("../shared/evaldata"))
@@ -215,16 +228,20 @@ def main() -> None:
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         folder, scratch = arguments.models or Path(name), arguments.scratch or Path(name)
-        folders = prepare(folder, arguments.shape, arguments.evaldata, scratch)
+        folders = prepare(folder, arguments.shape, arguments.recipes, arguments.evaldata, scratch)
         if arguments.prepare:
             return
         models = {name: load_dense(str(path), arguments.dtype).eval() for name, path in folders.items()}
         if arguments.processor_time:
             torch.set_num_threads(1)
+        if arguments.compile:
+            for model in models.values():
+                model.forward = torch.compile(model.forward)
         now = time.thread_time if arguments.processor_time else time.perf_counter
-        rows = measure(models, arguments.workloads, arguments.turns, now)
+        rows = measure(models, arguments.workloads, arguments.turns, now, arguments.compile)
     told = {"device": device(), "threads": torch.get_num_threads(), "processor_time": arguments.processor_time}
-    print(json.dumps(told | {"dtype": arguments.dtype, "rows": rows}))
+    told |= {"shape": arguments.shape, "compiled": arguments.compile, "dtype": arguments.dtype}
+    print(json.dumps(told | {"rows": rows}))
 
 
 if __name__ == "__main__":
