@@ -277,6 +277,22 @@ def test_a_trial_that_was_killed_for_want_of_progress_has_failed(tmp_path: Path)
     assert record.reason == "no progress for 7 s (`search.trial_timeout_seconds`); its worker was killed"
 
 
+@pytest.mark.parametrize("failure", ["diverged", "infeasible"])
+def test_the_searcher_is_told_of_a_plan_that_cannot_be_trained(failure: str, tmp_path: Path) -> None:
+    """As of a bad one: in the session that met it, and in the next one, which has it from the record."""
+    job = job_of(tmp_path)
+    ledger = ledger_of(job, trial(0, "444444", [3.5, 3.4, 3.3], origin="uniform-4"))
+    searcher = searcher_on(job, ledger)
+    searcher.suggest("a")
+    record = read_trials(job.trials)[1]
+    write_trial(job.trials, record.model_copy(update={"status": "failed", "failure": failure}))
+    searcher.on_trial_complete("a", error=True)
+    for each in (ledger, take_up(job, RandomProposer(job.space, seed=0))[0]):
+        history = each.history()
+        scores = {item.index: item.score for item in history.observations if item.step == 4}
+        assert scores[1] > scores[0] == 3.3 and history.failed == ()
+
+
 def test_a_halted_search_hands_out_nothing_and_leaves_its_trials_to_go_on(tmp_path: Path) -> None:
     job = job_of(tmp_path)
     running = trial(0, "444444", [3.5], origin="uniform-4", status="running")
