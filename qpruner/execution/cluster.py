@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import logging
 import os
+import secrets
 import socket
 import tempfile
 import threading
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TypeVar
 
 from qpruner.errors import UserError, WorkerDied
@@ -27,6 +30,9 @@ OBJECT_STORE_BYTES = 200 * 1024**2
 """Weights travel through the run folder, so Ray's shared memory stays small on a single machine."""
 MAX_DEATHS = 3
 """Workers that may die under one piece of work before that is an error."""
+OF_A_CLUSTER = ("RAY_REDIS_ADDRESS", "RAY_GCS_SERVER_PORT")
+"""What is set where a cluster's head runs: a Ray that starts beside it would take up that cluster's state (KubeRay's
+fault tolerance), or want its control store's port. `RAY_ADDRESS` is not heard where an address is given, as here."""
 ANSWER_SECONDS = 15.0
 """A head node answers within this time; asked itself, Ray tries for 80 to 200 seconds (measured, Ray 2.60)."""
 
@@ -44,9 +50,11 @@ class Cluster:
 
     Attributes:
         growth: What its autoscaler may make of it; None where it has none.
+        was_joined: Whether the process had joined it before, so that others may still want it.
     """
 
     growth: Growth | None
+    was_joined: bool = False
 
     def slots(self) -> Slots:
         """What it can run now, on machines that are not about to go, and at the most."""
@@ -59,7 +67,7 @@ class Cluster:
 
 
 def connect(address: str | None) -> Cluster:
-    """Join the cluster at `address`, or start Ray on this machine, on loopback.
+    """Join the cluster at `address`, or start Ray on this machine, on loopback, whatever other clusters there are.
 
     Raises:
         UserError: If no cluster answers there, or it is not one that this process can join.
@@ -72,28 +80,90 @@ def connect(address: str | None) -> Cluster:
         variables[BANK_CACHE] = os.environ.get(BANK_CACHE, f"{tempfile.gettempdir()}/qpruner-bank-{os.getuid()}")
         # The paths of a run at a URI begin with it.
         variables[CACHE] = str(cache_root())
-    environment = {"env_vars": variables}
-    if not ray.is_initialized():
-        if address:
-            _join(address, environment)
-        else:
-            ray.init(
-                address="local",
-                include_dashboard=False,
-                log_to_driver=False,
-                logging_level="ERROR",
-                object_store_memory=OBJECT_STORE_BYTES,
-                runtime_env=environment,
-                _node_ip_address="127.0.0.1",
-            )
+    was_joined = ray.is_initialized()
+    if was_joined:
+        _check_joined(address)
+    elif address:
+        _join(address, {"env_vars": variables})
+    else:
+        _start({"env_vars": variables})
     head = next((size_of(node) for node in ray.nodes() if "node:__internal_head__" in node["Resources"]), None)
-    return Cluster(growth_of(ray.get_runtime_context().get_session_name(), head) if address and head else None)
+    growth = growth_of(ray.get_runtime_context().get_session_name(), head) if address and head else None
+    return Cluster(growth, was_joined)
 
 
 def size_of(node: dict[str, Any]) -> Node:
     """What Ray counts on one of `ray.nodes()`."""
     resources = node["Resources"]
     return Node(float(resources.get("CPU", 0.0)), float(resources.get("GPU", 0.0)))
+
+
+def _start(environment: dict[str, Any]) -> None:
+    import ray
+
+    with _without(OF_A_CLUSTER):
+        _ensure_token()
+        ray.init(
+            address="local",
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level="ERROR",
+            object_store_memory=OBJECT_STORE_BYTES,
+            runtime_env=environment,
+            _node_ip_address="127.0.0.1",
+        )
+
+
+@contextmanager
+def _without(variables: Sequence[str]) -> Iterator[None]:
+    """Have these unset meanwhile, and in what is started meanwhile."""
+    before = {name: os.environ.pop(name) for name in variables if name in os.environ}
+    try:
+        yield
+    finally:
+        os.environ.update(before)
+
+
+def _ensure_token() -> None:
+    """Make the token file that Ray would make here, readable by its owner only, and once: each of two runs that start
+    together would write its own, and then believe in one that its processes do not have (Ray 2.60)."""
+    if os.environ.get("RAY_AUTH_MODE", "token").lower() != "token":
+        return
+    if "RAY_AUTH_TOKEN" in os.environ or "RAY_AUTH_TOKEN_PATH" in os.environ:
+        return
+    path = Path.home() / ".ray" / "auth_token"
+    if path.exists():
+        return
+    path.parent.mkdir(exist_ok=True)
+    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    aside.touch(mode=0o600)
+    aside.write_text(secrets.token_hex(32))
+    with suppress(FileExistsError):
+        path.hardlink_to(aside)
+    aside.unlink()
+
+
+def _check_joined(address: str | None) -> None:
+    """A process has one cluster at a time.
+
+    Raises:
+        UserError: If the one that it has joined already is not the one that is asked for.
+    """
+    import ray
+    from ray._private.services import canonicalize_bootstrap_address
+
+    present = ray.get_runtime_context().gcs_address
+    if address is None:
+        raise UserError(
+            f"this process has joined the Ray cluster at {present} already, and a run without an address starts its "
+            f"own; call `ray.shutdown()` first, or pass address={present!r}"
+        )
+    places = [canonicalize_bootstrap_address(place) for place in (address, present)]
+    if address != "auto" and places[0] != places[1]:
+        raise UserError(
+            f"this process has joined the Ray cluster at {present} already, not the one at {address}; call "
+            "`ray.shutdown()` first"
+        )
 
 
 def _join(address: str, environment: dict[str, Any]) -> None:

@@ -38,7 +38,7 @@ class Context:
     emit: Emit
     address: str | None
     inspection: preflight.Inspection
-    _connected: bool = False
+    _has_joined: bool = False
 
     @property
     def data(self) -> Path:
@@ -100,8 +100,9 @@ class Context:
 
     @cached_property
     def _cluster(self) -> Cluster:
-        self._connected = True
-        return connect(self.address)
+        cluster = connect(self.address)
+        self._has_joined = not cluster.was_joined
+        return cluster
 
     @property
     def slots(self) -> Slots:
@@ -155,6 +156,6 @@ class Context:
         return resources, concurrent
 
     def close(self) -> None:
-        """Leave the cluster."""
-        if self._connected:
+        """Leave the cluster, unless it was joined before."""
+        if self._has_joined:
             disconnect()

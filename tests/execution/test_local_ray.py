@@ -1,0 +1,93 @@
+"""A run without an address has a Ray of its own, whatever other clusters there are on the machine."""
+
+from __future__ import annotations
+
+import os
+import stat
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+import pytest
+from raylets import raylets
+
+from qpruner.errors import UserError
+from qpruner.execution.cluster import connect, disconnect
+
+LOCAL = """
+import sys
+import ray
+from qpruner.execution.cluster import connect, disconnect
+cluster = connect(None)
+print(ray.get_runtime_context().gcs_address, len(ray.nodes()), cluster.slots().largest.cpus > 0, flush=True)
+sys.stdin.readline()
+print(ray.get(ray.remote(lambda: 6 * 7).remote()), flush=True)
+disconnect()
+"""
+"""Says which cluster it is in, waits for a line, and says what a task there returned."""
+
+
+@contextmanager
+def local_run(**environment: str) -> Iterator[subprocess.Popen[str]]:
+    command = [sys.executable, "-c", LOCAL]
+    pipe = subprocess.PIPE
+    known = {name: value for name, value in os.environ.items() if not name.startswith("RAY_AUTH")}
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, env=known | environment) as process:
+        try:
+            yield process
+        finally:
+            process.terminate()  # Ray's own handler ends what it has started
+
+
+def said(process: subprocess.Popen[str]) -> list[str]:
+    assert process.stdout
+    return process.stdout.readline().split()
+
+
+def go_on(process: subprocess.Popen[str]) -> None:
+    assert process.stdin
+    process.stdin.write("\n")
+    process.stdin.flush()
+
+
+def test_a_run_without_an_address_joins_no_cluster_that_it_was_not_told_of() -> None:
+    """Also where everything in the environment speaks of one, as on its head."""
+    with raylets(1) as cluster:
+        port = cluster.address.rpartition(":")[2]
+        with local_run(RAY_ADDRESS=cluster.address, RAY_GCS_SERVER_PORT=port) as process:
+            address, nodes, has_cores = said(process)
+            assert address != cluster.address and (nodes, has_cores) == ("1", "True")
+            go_on(process)
+            assert said(process) == ["42"]
+
+
+def test_runs_that_start_together_on_a_new_machine_have_a_ray_each(tmp_path: Path) -> None:
+    """Until the first run there is no token; each of them needs one that its own processes have, too."""
+    with ExitStack() as stack:
+        both = [stack.enter_context(local_run(HOME=str(tmp_path))) for _ in range(2)]
+        addresses = {said(process)[0] for process in both}
+        assert len(addresses) == 2
+        for process in both:
+            go_on(process)
+        assert [said(process) for process in both] == [["42"], ["42"]]
+    token = tmp_path / ".ray" / "auth_token"
+    assert stat.S_IMODE(token.stat().st_mode) == 0o600 and list(token.parent.iterdir()) == [token]
+
+
+def test_a_process_that_has_joined_a_cluster_runs_in_no_other() -> None:
+    """As in a notebook, where somebody else works with Ray, too."""
+    import ray
+
+    with raylets(0) as cluster:
+        assert not connect(cluster.address).was_joined
+        try:
+            assert connect(cluster.address).was_joined and connect("auto").was_joined
+            with pytest.raises(UserError, match=rf"joined the Ray cluster at {cluster.address} already.*`ray.shutdown"):
+                connect(None)
+            with pytest.raises(UserError, match=r"not the one at 127\.0\.0\.1:1;"):
+                connect("127.0.0.1:1")
+            assert ray.is_initialized()
+        finally:
+            disconnect()
