@@ -267,6 +267,7 @@ def run_tasks(
         WorkerCrashedError,
     )
 
+    assert ray.is_initialized(), "Ray would choose a cluster itself"
     remote = ray.remote(
         num_cpus=resources.get("cpu", 1.0),
         num_gpus=resources.get("gpu", 0.0),

@@ -155,6 +155,10 @@ class Context:
             resources = {"cpu": slots.cores_each(concurrent * num_workers)}
         return resources, concurrent
 
+    def join(self) -> None:
+        """Have Ray up: where it is not, Tune and tasks join the cluster of `RAY_ADDRESS`, or one on this machine."""
+        _ = self._cluster
+
     def close(self) -> None:
         """Leave the cluster, unless it was joined before."""
         if self._has_joined:

@@ -102,6 +102,7 @@ def search(context: Context, banked: BankRecord, measured: SensitivityRecord) ->
             search=search_digest,
             resources=resources,
         )
+        context.join()
         room = Room(lambda: context.slots, resources, settings.max_concurrent, context.emit)
         resumed = _tell_recorded(context, job)
         while True:

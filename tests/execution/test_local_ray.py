@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from raylets import raylets
+from real_driver import driver, search_config, trials_of
 
 from qpruner.errors import UserError
 from qpruner.execution.cluster import connect, disconnect
@@ -61,6 +62,22 @@ def test_a_run_without_an_address_joins_no_cluster_that_it_was_not_told_of() -> 
             assert address != cluster.address and (nodes, has_cores) == ("1", "True")
             go_on(process)
             assert said(process) == ["42"]
+
+
+@pytest.mark.slow
+def test_a_search_without_an_address_leaves_the_cluster_of_the_environment_alone(
+    tiny_model: Path, tmp_path: Path
+) -> None:
+    """Tune starts Ray by itself where it finds none up, and then joins that cluster."""
+    from ray._raylet import GcsClient
+
+    config = search_config(tiny_model, tmp_path, **{"search.max_trials": 1})
+    with raylets(1) as cluster:
+        with driver(config, RAY_ADDRESS=cluster.address) as process:
+            code, told = process.end()
+        assert code == 0, told[-3000:]
+        assert trials_of(process.run)[0]["status"] == "finished"
+        assert GcsClient(address=cluster.address).get_all_job_info() == {}, "no driver was ever there"
 
 
 def test_runs_that_start_together_on_a_new_machine_have_a_ray_each(tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(10**6)
 
 from collections.abc import Callable, Mapping
 
+import ray
 from ray import tune
 
 from qpruner.errors import StageError
@@ -65,6 +66,7 @@ def search(job: SearchJob, room: Callable[[], int], emit: Emit) -> SearchOutcome
             repeated.
         StorageError: If the storage stays full or away.
     """
+    assert ray.is_initialized(), "Tune would choose a cluster itself"
     halt = Halt(emit)
     ended: str | None
     sessions = begin_session(job.trials, job.search)
