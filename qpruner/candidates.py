@@ -19,6 +19,7 @@ from qpruner.mirror import fetch, put_folder, put_folders, workplace, written
 from qpruner.objects import is_mirror
 from qpruner.records import FreshScore, Inference, InferenceSetting, TaskScore
 from qpruner.rundir import remove, sign_seconds, write_sign
+from qpruner.trackers import Trackers
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -47,6 +48,11 @@ class Candidate:
     seed: int | None
 
     @property
+    def label(self) -> str:
+        """Its name, with what tells it from others of that name."""
+        return f"{self.name} (no fine-tune)" if self.seed is None else f"{self.name}, training seed {self.seed}"
+
+    @property
     def adapter(self) -> Path:
         """The fine-tuned adapter, in peft's format."""
         return self.folder / "adapter"
@@ -67,11 +73,13 @@ class CandidateJob:
     threads: int
     text: Path | None = None
     """Held-out text for `evaluate_candidate`, in windows."""
+    trackers: Trackers | None = None
+    """Told of `finetune_candidate`."""
 
 
 @dataclass(frozen=True)
 class FinetuneOutcome:
-    """What a fine-tune ended with; bytes are those of one process."""
+    """What a fine-tune ended with; bytes are those of one process, `untold` is why trackers did not hear all of it."""
 
     seconds: float
     steps: int
@@ -81,6 +89,7 @@ class FinetuneOutcome:
     measured_bytes: int
     peak_memory_bytes: int
     memory_counter: str
+    untold: tuple[str, ...] = ()
 
 
 def finetune_candidate(job: CandidateJob) -> FinetuneOutcome:
@@ -94,6 +103,7 @@ def finetune_candidate(job: CandidateJob) -> FinetuneOutcome:
     from qpruner.memory import PeakMemory
     from qpruner.models.loading import load_tokenizer
     from qpruner.quantization.assembly import measured_bytes
+    from qpruner.tracked_finetune import tracked
 
     started = time.monotonic()
     _start(job.threads)
@@ -113,17 +123,22 @@ def finetune_candidate(job: CandidateJob) -> FinetuneOutcome:
             write_sign(candidate.progress, f"{step} {total} {loss:.4f}")
 
     work = candidate.folder / "checkpoints"
-    result = finetune(
-        model,
-        train,
-        config.training,
-        Schedule(config.finetune.steps, config.finetune.epochs, save_steps=config.finetune.save_steps),
-        workplace(work),
-        candidate.seed,
-        pad_id,
-        start=latest_checkpoint(work),
-        listener=Listener(on_step=on_step, on_save=lambda checkpoint: _keep(checkpoint, work)),
-    )
+    trackers = job.trackers if Share.own().rank == 0 else None
+    bits = {f"bits/{group}": value for group, value in candidate.plan.items()}
+    about = {"row": candidate.name, "training seed": candidate.seed, **bits}
+    with tracked(trackers, candidate.folder.name, candidate.label, about) as told_trackers:
+        result = finetune(
+            model,
+            train,
+            config.training,
+            Schedule(config.finetune.steps, config.finetune.epochs, save_steps=config.finetune.save_steps),
+            workplace(work),
+            candidate.seed,
+            pad_id,
+            start=latest_checkpoint(work),
+            listener=Listener(on_step=on_step, on_save=lambda checkpoint: _keep(checkpoint, work)),
+            callbacks=[told_trackers],
+        )
     peak = memory.bytes()
     loss = mean_loss(model, validation, pad_id, config.evaluate.batch_size).mean
     fresh_loss = mean_loss(model, fresh, pad_id, config.evaluate.batch_size).mean
@@ -135,7 +150,17 @@ def finetune_candidate(job: CandidateJob) -> FinetuneOutcome:
         shutil.rmtree(workplace(work), ignore_errors=True)
     size = measured_bytes(model)
     seconds = time.monotonic() - started
-    return FinetuneOutcome(seconds, result.steps, result.train_loss, loss, fresh_loss, size, peak, memory.counter)
+    return FinetuneOutcome(
+        seconds=seconds,
+        steps=result.steps,
+        train_loss=result.train_loss,
+        validation_loss=loss,
+        confirmation_loss=fresh_loss,
+        measured_bytes=size,
+        peak_memory_bytes=peak,
+        memory_counter=memory.counter,
+        untold=tuple(told_trackers.troubles),
+    )
 
 
 @dataclass(frozen=True)

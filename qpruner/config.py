@@ -550,6 +550,9 @@ class RunConfig(Section):
     search: SearchConfig = SearchConfig()
     finetune: FinetuneConfig
     evaluate: EvaluateConfig
+    trackers: tuple[Literal["wandb", "mlflow"], ...] = ()
+    """Told of every trial and fine-tune, beside TensorBoard. Where they are and their keys come from their own
+    environment variables (WANDB_API_KEY, WANDB_PROJECT, WANDB_MODE; MLFLOW_TRACKING_URI, MLFLOW_EXPERIMENT_NAME)."""
 
     @model_validator(mode="after")
     def consistent(self) -> RunConfig:

@@ -106,6 +106,7 @@ def finetune(
     pad_id: int,
     start: Path | None = None,
     listener: Listener | None = None,
+    callbacks: Sequence[TrainerCallback] = (),
 ) -> TrainingResult:
     """Train the adapters in place.
 
@@ -118,7 +119,8 @@ def finetune(
         seed: Seeds data order and dropout.
         pad_id: Padding token.
         start: A checkpoint of this very training to go on from; of several processes the first one's counts.
-        listener: Callbacks.
+        listener: Told of steps, checkpoints and rungs.
+        callbacks: Told of what transformers tells besides.
 
     Raises:
         TrainingDiverged: At the step whose loss or gradient is NaN or infinite, or whose loss is more than
@@ -134,7 +136,7 @@ def finetune(
         args=_arguments(settings, schedule, output, seed, share),
         train_dataset=[*rows, {"input_ids": [pad_id], "labels": [IGNORED_LABEL]}],  # type: ignore[arg-type]
         data_collator=lambda batch: collate(batch, pad_id),
-        callbacks=[callback],
+        callbacks=[callback, *callbacks],
     )
     trainer.batches = batches
     trainer.remove_callback(PrinterCallback)  # it prints every logged loss; the stages emit their own events

@@ -16,6 +16,7 @@ import hashlib
 import json
 import os
 import shutil
+import uuid
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypeVar
@@ -27,7 +28,7 @@ from qpruner.mirror import FILES, emptied, list_of, put_folder
 from qpruner.objects import each, is_mirror, mirror_of, name_of, objects_at, scratch_of
 from qpruner.patience import patiently
 
-STATE, LOG = "run.json", "qpruner.log"
+STATE, LOG, ID = "run.json", "qpruner.log", "run.id"
 BANK_CACHE = "QPRUNER_BANK_CACHE"
 """Environment variable: a folder on this machine that keeps a copy of every file of a bank that its workers read."""
 
@@ -62,6 +63,16 @@ class RunDir:
     def is_at_uri(self) -> bool:
         """Whether it lies in an object store, so that any machine may take it up."""
         return is_mirror(self.root)
+
+    @property
+    def id(self) -> str:
+        """The folder's own, made when it is first asked for: another run in a folder of the same name has another."""
+        path = self.root / ID
+        found = read_text(path)
+        if found is None:
+            found = uuid.uuid4().hex[:12]
+            write_text(path, found)
+        return found
 
     def stage(self, name: str) -> Path:
         """The committed folder of a stage."""
@@ -178,6 +189,15 @@ def write_text(path: Path, text: str, patience_seconds: float | None = None) -> 
     patiently(write, path, patience_seconds)
 
 
+def read_text(path: Path) -> str | None:
+    """What `write_text` wrote; None when the file is missing."""
+    there = objects_at(path)
+    try:
+        return patiently(there.read, path).decode() if there else path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        return None
+
+
 def read_written(path: Path, kind: type[RecordType]) -> RecordType:
     """Read a record that was written before: one that is missing means that the storage is away."""
 
@@ -192,12 +212,9 @@ def read_written(path: Path, kind: type[RecordType]) -> RecordType:
 
 def read_json(path: Path, kind: type[RecordType]) -> RecordType | None:
     """Read what `write_json` wrote; None when the file is missing, `CorruptFile` when it is not a `kind`."""
-    there = objects_at(path)
     try:
-        data = patiently(there.read, path) if there else path.read_bytes()
-        return kind.model_validate(json.loads(data))
-    except FileNotFoundError:
-        return None
+        text = read_text(path)
+        return None if text is None else kind.model_validate(json.loads(text))
     except ValidationError as error:
         problem = error.errors()[0]
         place = ".".join(str(part) for part in problem["loc"]) or "the whole"

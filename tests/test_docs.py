@@ -39,6 +39,10 @@ NOT_RUN = {
     ("docs/first_run.md", "tensorboard --logdir runs/demo"): f"{SERVES}; tests/report/test_tensorboard.py opens it",
     ("docs/watching.md", "tensorboard --logdir runs/demo"): f"{SERVES}; tests/report/test_tensorboard.py opens it",
     ("docs/first_run.md", "pip install ."): "asks a package index; tests/test_packaging.py installs what is built",
+    (
+        "docs/watching.md",
+        'pip install "qpruner[wandb,mlflow]"',
+    ): "needs accounts; tests/search/test_trackers.py has both",
     ("docs/using.md", "qpruner push"): "needs an account of a hub; tests/quantization/test_push.py has one on loopback",
     ("docs/families.md", "@dataclass(frozen=True)"): "a part of phi3.py; `test_code_of_the_package_is_quoted`",
     ("docs/cluster.md", "bash launch/setup.sh cluster"): "asks a package index; tests/test_launch.py has its refusals",

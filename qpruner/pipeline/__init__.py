@@ -30,6 +30,7 @@ from qpruner.report.tensorboard import Board
 from qpruner.rundir import RunDir
 from qpruner.runlock import sole_driver
 from qpruner.search.searchers import check_searcher
+from qpruner.trackers import check_trackers
 
 
 def check_search(config: SearchConfig, slots: Slots) -> int:
@@ -97,6 +98,7 @@ def check(config: RunConfig, emit: Emit, address: str | None = None) -> Checked:
     with contextlib.closing(Context(config, run_dir, emit, address, inspection)) as context:
         concurrent = check_search(config.search, context.known_slots)
         check_finetune(config, context.known_slots)
+        check_trackers(config.trackers)
         if address:
             look_at_nodes(context)
         return Checked(inspection, concurrent, context.trial_resources)
@@ -151,6 +153,7 @@ def _stages(context: Context, until: str) -> Results:
             for warning in inspection.warnings:
                 emit(Message("search", f"warning: {warning}"))
             check_search(config.search, context.known_slots)
+            check_trackers(config.trackers)
         if last >= STAGES.index("finetune"):
             check_finetune(config, context.known_slots)
         if context.address:

@@ -15,10 +15,12 @@ from qpruner.execution.slots import Slots, worker_resources
 from qpruner.execution.workshop import Here, OnCluster, Workshop
 from qpruner.mirror import fetch
 from qpruner.models.loading import checkpoint_config
+from qpruner.objects import name_of
 from qpruner.plan import Layout, PlanSpace, PrecisionPlan
 from qpruner.plan_file import read_plan
 from qpruner.records import digest_of
 from qpruner.rundir import RunDir, file_digest
+from qpruner.trackers import Trackers, check_trackers
 
 
 @dataclass
@@ -97,6 +99,19 @@ class Context:
                 "fewer bits, or raise `quantize.budget`"
             )
         return plan
+
+    @cached_property
+    def trackers(self) -> Trackers | None:
+        """Who is told of trials and fine-tunes beside TensorBoard; None where nobody is.
+
+        Raises:
+            UserError: If one of them cannot be told.
+        """
+        names, root = self.config.trackers, self.run_dir.root
+        if not names:
+            return None
+        environment = check_trackers(names)
+        return Trackers(names, name_of(root).rstrip("/").rpartition("/")[2], self.run_dir.id, root, environment)
 
     @cached_property
     def _cluster(self) -> Cluster:

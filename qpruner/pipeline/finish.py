@@ -158,7 +158,7 @@ def _worker_jobs(
 ) -> tuple[list[CandidateJob], dict[str, float], int]:
     resources, concurrent = context.task_resources(len(jobs), num_workers)
     threads = int(resources.get("cpu", 1))
-    tasks = [CandidateJob(context.worker_config, job, context.data, threads, text) for job in jobs]
+    tasks = [CandidateJob(context.worker_config, job, context.data, threads, text, context.trackers) for job in jobs]
     return tasks, resources, concurrent
 
 
@@ -176,8 +176,10 @@ def _finetune_jobs(context: Context, jobs: list[tuple[Row, Candidate]]) -> list[
             job = left[position]
             record = found[job.folder] = _record_of(context, job, origins[job.folder], outcome)
             write_json(job.folder / "record.json", record)
-            text = f"{_named(job)}: validation loss {outcome.validation_loss:.4f} after {outcome.steps} steps"
+            text = f"{job.label}: validation loss {outcome.validation_loss:.4f} after {outcome.steps} steps"
             context.emit(Message("finetune", f"{text}, peak memory {outcome.peak_memory_bytes / 1e6:.0f} MB"))
+            for trouble in outcome.untold:
+                context.emit(Message("finetune", f"warning: {job.label}: {trouble}"))
     records = []
     for row, job in jobs:
         record_found = found[job.folder]
@@ -205,6 +207,7 @@ def _finetuned(
 def _record_of(context: Context, job: Candidate, origin: str, outcome: FinetuneOutcome) -> CandidateRecord:
     plan, layout = PrecisionPlan.from_dict(dict(job.plan)), _layout_of(context, job)
     assert job.seed is not None
+    measured = {name: value for name, value in vars(outcome).items() if name != "untold"}
     return CandidateRecord(
         digest=job.folder.name,
         name=job.name,
@@ -214,7 +217,7 @@ def _record_of(context: Context, job: Candidate, origin: str, outcome: FinetuneO
         plan_bytes=layout.plan_bytes(plan),
         mean_bits=layout.mean_bits(plan),
         num_parameters=layout.num_parameters,
-        **vars(outcome),
+        **measured,
     )
 
 
@@ -236,13 +239,9 @@ def _evaluate_jobs(context: Context, jobs: list[Candidate], text: Path | None) -
             record = RowScores(digest=digest, name=job.name, seed=job.seed, **vars(scored))
             write_json(job.folder / "scores.json", record)
             found[job.folder] = record
-            context.emit(Message("evaluate", f"{_named(job)}: {_scores_line(record.scores)}"))
+            context.emit(Message("evaluate", f"{job.label}: {_scores_line(record.scores)}"))
             context.emit(Progress("evaluate", len(found), len(jobs)))
     return found
-
-
-def _named(job: Candidate) -> str:
-    return f"{job.name} (no fine-tune)" if job.seed is None else f"{job.name}, training seed {job.seed}"
 
 
 def _scores_line(scores: tuple[TaskScore, ...]) -> str:

@@ -106,7 +106,7 @@ def search(context: Context, banked: BankRecord, measured: SensitivityRecord) ->
         room = Room(lambda: context.slots, resources, settings.max_concurrent, context.emit)
         resumed = _tell_recorded(context, job)
         while True:
-            outcome = ray_tune.search(job, room, context.emit)
+            outcome = ray_tune.search(job, room, context.emit, context.trackers)
             tell(f"ended: {outcome.ended}")
             usable = [*outcome.trials, *(trial for trial in outcome.taken_over if space.is_feasible(_plan(trial)))]
             if given:

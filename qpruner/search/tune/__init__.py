@@ -43,12 +43,14 @@ from qpruner.search.tune.halt import Halt
 from qpruner.search.tune.hyperopt import HyperOptProposer
 from qpruner.search.tune.job import SearchJob, SearchOutcome
 from qpruner.search.tune.resume import take_up
+from qpruner.search.tune.trackers import tracker_callbacks
 from qpruner.search.tune.worker import run_recorded
+from qpruner.trackers import Trackers
 
 __all__ = ["HyperOptProposer", "SearchJob", "SearchOutcome", "check_searcher", "make_proposer", "search"]
 
 
-def search(job: SearchJob, room: Callable[[], int], emit: Emit) -> SearchOutcome:
+def search(job: SearchJob, room: Callable[[], int], emit: Emit, trackers: Trackers | None = None) -> SearchOutcome:
     """Run or continue the search until it is over.
 
     Trials that lost their workers when no new plan was left to hand out go on in another session of Tune. So does what
@@ -59,6 +61,7 @@ def search(job: SearchJob, room: Callable[[], int], emit: Emit) -> SearchOutcome
         job: What is searched.
         room: Tells how many trials may be in flight now, those that wait for a machine among them.
         emit: Told of every event.
+        trackers: Told of every trial.
 
     Raises:
         KeyboardInterrupt: On Ctrl-C; trials under way are recorded up to their last rung.
@@ -72,7 +75,7 @@ def search(job: SearchJob, room: Callable[[], int], emit: Emit) -> SearchOutcome
     sessions = begin_session(job.trials, job.search)
     while True:
         try:
-            ended = patiently(lambda: _fit(job, room, emit, halt), job.scratch)
+            ended = patiently(lambda: _fit(job, room, emit, halt, trackers), job.scratch)
         except RuntimeError as error:
             if "killed" not in str(error):
                 raise
@@ -88,7 +91,7 @@ def search(job: SearchJob, room: Callable[[], int], emit: Emit) -> SearchOutcome
             return outcome
 
 
-def _fit(job: SearchJob, room: Callable[[], int], emit: Emit, halt: Halt) -> str | None:
+def _fit(job: SearchJob, room: Callable[[], int], emit: Emit, halt: Halt, trackers: Trackers | None) -> str | None:
     """One session of Ray Tune, from the records to the last trial; returns why there are no more."""
     settings = job.config.search
     proposer = make_proposer(settings.searcher, job.space, job.config.seed, job.priors, settings.pareto)
@@ -112,7 +115,7 @@ def _fit(job: SearchJob, room: Callable[[], int], emit: Emit, halt: Halt) -> str
             name=f"search-{attempt:02d}",
             storage_path=str(job.scratch),
             stop=halt,
-            callbacks=[watch, halt],
+            callbacks=[watch, halt, *(tracker_callbacks(trackers, emit) if trackers else ())],
             failure_config=tune.FailureConfig(max_failures=0),
             verbose=0,
         ),

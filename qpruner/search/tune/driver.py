@@ -82,7 +82,8 @@ class PlanSearcher(LivesInDriver, Searcher):  # type: ignore[misc]
             write_trial(self._job.trials, record)
         self._emit(TrialChanged(record))
         bits = {f"bits/{name}": value for name, value in suggestion.plan.as_dict().items()}
-        return {"trial": suggestion.index, "origin": suggestion.origin, **bits}
+        about = {"plan_bytes": record.plan_bytes, "mean_bits": record.mean_bits}
+        return {"trial": suggestion.index, "origin": suggestion.origin, **about, **bits}
 
     # Ray calls these by keyword, so the parameters keep its names.
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:

@@ -1,0 +1,281 @@
+"""Weights & Biases and MLflow as they really are: what they have of a run that was killed, read back by their own
+packages."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import demo_rows
+from peft import PeftModel
+from real_driver import between_rungs, driver, rungs_of, search_config, trials_of
+
+from qpruner.config import LoraConfig, TrainingConfig
+from qpruner.data import Example, encode
+from qpruner.errors import UserError
+from qpruner.finetune import Listener, Schedule, finetune
+from qpruner.models.loading import load_tokenizer
+from qpruner.quantization.assembly import assemble, attach_adapters
+from qpruner.rundir import RunDir
+from qpruner.tracked_finetune import tracked
+from qpruner.trackers import KIND, ROW, Trackers, check_trackers
+
+WITHOUT = {name: importlib.util.find_spec(name) is None for name in ("wandb", "mlflow")}
+WITH_WANDB = pytest.mark.skipif(WITHOUT["wandb"], reason="wandb is not installed")
+WITH_MLFLOW = pytest.mark.skipif(WITHOUT["mlflow"], reason="mlflow is not installed")
+SECRET = "0123456789abcdef0123456789abcdef01234567"
+
+
+@pytest.fixture(autouse=True)
+def same_environment() -> Iterator[None]:
+    """What a worker is given stays in its process; here the tests share one."""
+    before = dict(os.environ)
+    yield
+    for name in os.environ.keys() - before.keys():
+        del os.environ[name]
+    os.environ.update(before)
+
+
+def environment(folder: Path) -> dict[str, str]:
+    """Both trackers on this machine."""
+    return {
+        "WANDB_MODE": "offline",
+        "WANDB_API_KEY": SECRET,
+        "MLFLOW_TRACKING_URI": f"sqlite:///{folder}/mlflow.db",
+    }
+
+
+def mlflow_rows(folder: Path, experiment: str = "run") -> dict[str, Any]:
+    """MLflow's runs by the name that stays; fails where two have one."""
+    from mlflow import MlflowClient
+
+    client = MlflowClient(tracking_uri=environment(folder)["MLFLOW_TRACKING_URI"])
+    found = client.search_runs([client.get_experiment_by_name(experiment).experiment_id])
+    rows = {run.data.tags[ROW]: run for run in found}
+    assert len(rows) == len(found)
+    return rows
+
+
+def mlflow_curve(folder: Path, run: Any, metric: str) -> list[tuple[int, float]]:
+    from mlflow import MlflowClient
+
+    client = MlflowClient(tracking_uri=environment(folder)["MLFLOW_TRACKING_URI"])
+    return [(each.step, each.value) for each in client.get_metric_history(run.info.run_id, metric)]
+
+
+def wandb_records(file: Path) -> Iterator[Any]:
+    """What an offline run's file holds: protobuf records in LevelDB's log format behind seven bytes of header."""
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    data, position, parts = file.read_bytes(), 7, b""
+    while position + 7 <= len(data):
+        left = 32768 - position % 32768
+        if left < 7:
+            position += left
+            continue
+        length, kind = int.from_bytes(data[position + 4 : position + 6], "little"), data[position + 6]
+        parts += data[position + 7 : position + 7 + length]
+        position += 7 + length
+        if kind in (1, 4):  # whole, or the last part
+            record = Record()
+            record.ParseFromString(parts)
+            parts = b""
+            yield record
+
+
+def wandb_rows(folder: Path) -> dict[str, dict[str, Any]]:
+    """Name for people, configuration, and lines by step of every row; a row may have a folder for every session."""
+    rows: dict[str, dict[str, Any]] = {}
+    for file in sorted(folder.glob("wandb/offline-run-*/run-*.wandb")):
+        row: dict[str, Any] = {}
+        for record in wandb_records(file):
+            if record.HasField("run"):
+                row = rows.setdefault(record.run.run_id, {"lines": {}})
+                row |= {"name": record.run.display_name, "group": record.run.run_group}
+                row["config"] = {each.key: json.loads(each.value_json) for each in record.run.config.update}
+            if record.HasField("history"):
+                line = {each.key or each.nested_key[-1]: json.loads(each.value_json) for each in record.history.item}
+                row["lines"].setdefault(line["_step"], {}).update(line)
+    return rows
+
+
+def mentions(folder: Path, text: str) -> list[Path]:
+    """The files below a folder that hold a text."""
+    found = []
+    for path in folder.rglob("*"):
+        with suppress(OSError):
+            if path.is_file() and text.encode() in path.read_bytes():
+                found.append(path)
+    return found
+
+
+@pytest.fixture
+def short_folder() -> Iterator[Path]:
+    """For Ray's files: a socket's path has at most 107 bytes."""
+    with tempfile.TemporaryDirectory(prefix="ray-", ignore_cleanup_errors=True) as folder:
+        yield Path(folder)
+
+
+@pytest.mark.slow
+@WITH_WANDB
+@WITH_MLFLOW
+def test_a_search_that_was_killed_goes_on_in_the_rows_it_had(
+    tiny_model: Path, tmp_path: Path, short_folder: Path
+) -> None:
+    config = search_config(
+        tiny_model,
+        tmp_path,
+        **{"trackers": ["wandb", "mlflow"], "search.max_trials": 3, "finetune.compare": False},
+    )
+    variables = environment(tmp_path) | {"RAY_TMPDIR": str(short_folder)}
+    with driver(config, verb="finetune", **variables) as first:
+        pid = first.wait_until(lambda: between_rungs(first.run, 1), "a rung of the second trial")
+        os.kill(pid, signal.SIGSTOP)  # it must not reach the end of the trial meanwhile
+        first.process.kill()
+        os.kill(pid, signal.SIGKILL)
+    with driver(config, verb="finetune", **variables) as second:
+        code, said = second.end()
+        assert code == 0, said
+        assert "pid=" not in said, "what workers print is no line of the run"
+    run = RunDir(second.run)
+    names = {index: f"{run.id}-trial-{index:04d}" for index in range(3)}
+    rungs, trials = rungs_of(second.run), trials_of(second.run)
+    assert len(trials[1]["times"]) > 0
+
+    by_mlflow, by_wandb = mlflow_rows(tmp_path), wandb_rows(second.run)
+    tuned = [name for name in by_mlflow if name not in names.values()]
+    assert len(tuned) == 1 and by_mlflow[tuned[0]].data.tags[KIND] == "fine-tune"
+    assert set(by_wandb) == set(by_mlflow)
+    for index, name in names.items():
+        expected = {rung["step"]: rung["loss"] for rung in rungs[index]}
+        assert dict(mlflow_curve(tmp_path, by_mlflow[name], "loss")) == pytest.approx(expected)
+        assert len(mlflow_curve(tmp_path, by_mlflow[name], "loss")) == len(expected), "a rung is told once"
+        assert {step: line["loss"] for step, line in by_wandb[name]["lines"].items()} == pytest.approx(expected)
+        told = by_mlflow[name].data.params
+        assert int(told["plan_bytes"]) == by_wandb[name]["config"]["plan_bytes"] == trials[index]["plan_bytes"]
+        assert told["origin"] == trials[index]["origin"]
+        assert by_mlflow[name].info.status == "FINISHED"
+    assert [step for step, _ in mlflow_curve(tmp_path, by_mlflow[tuned[0]], "loss")] == [1, 2, 3, 4]
+    assert sorted(by_wandb[tuned[0]]["lines"]) == [1, 2, 3, 4]
+    assert [place for place in (tmp_path, short_folder) if mentions(place, SECRET)] == [], "recorded or logged"
+
+
+@pytest.fixture
+def build(tiny_model: Path) -> Callable[[], PeftModel]:
+    def build() -> PeftModel:
+        model, starts = assemble(tiny_model, tiny_model, "block", {"layers.0": 16, "layers.1": 16}, "bfloat16", False)
+        return attach_adapters(model, starts, LoraConfig(rank=4, init="plain"), "block", seed=3)
+
+    return build
+
+
+def trackers_in(folder: Path, *names: str) -> Trackers:
+    return Trackers(names, "run", "0123456789ab", folder, environment(folder))
+
+
+class _Killed(Exception):
+    """Stands for the end of a process between two checkpoints."""
+
+
+@pytest.mark.parametrize(
+    "tracker", [pytest.param("wandb", marks=WITH_WANDB), pytest.param("mlflow", marks=WITH_MLFLOW)]
+)
+def test_a_fine_tune_that_goes_on_tells_each_step_once(
+    tracker: str, build: Callable[[], PeftModel], tiny_model: Path, tmp_path: Path
+) -> None:
+    examples = [Example("multiple_choice", row["question"], "", "yes") for row in demo_rows("questions_train.jsonl")]
+    rows = encode(examples[:24], load_tokenizer(str(tiny_model)), 64)
+    settings = TrainingConfig(learning_rate=1e-2, batch_size=4, micro_batch_size=4)
+    told: dict[int, float] = {}
+
+    def go(start: Path | None, last: int) -> None:
+        def on_step(step: int, total: int, loss: float) -> None:
+            told[step] = loss
+            if step == last:
+                raise _Killed
+
+        with tracked(trackers_in(tmp_path, tracker), "row", "searched, training seed 0", {"row": "searched"}) as now:
+            work, schedule = tmp_path / "work", Schedule(steps=6, save_steps=2)
+            listener = Listener(on_step=on_step)
+            torch.manual_seed(0)
+            finetune(build(), rows, settings, schedule, work, 5, 1, start=start, listener=listener, callbacks=[now])
+        assert now.troubles == []
+
+    with suppress(_Killed):
+        go(None, last=4)
+    time.sleep(1)  # `wandb` names an offline session's folder by the second
+    go(tmp_path / "work" / "checkpoint-2", last=0)
+    if tracker == "mlflow":
+        ((_, row),) = mlflow_rows(tmp_path).items()
+        curve = mlflow_curve(tmp_path, row, "loss")
+        assert row.data.params["row"] == "searched" and row.info.run_name == "searched, training seed 0"
+    else:
+        ((_, row),) = wandb_rows(tmp_path).items()
+        curve = [(step, line["train/loss"]) for step, line in sorted(row["lines"].items())]
+        assert row["config"]["row"] == "searched" and row["name"] == "searched, training seed 0"
+    assert [step for step, _ in curve] == [1, 2, 3, 4, 5, 6]
+    assert dict(curve) == pytest.approx(told, rel=1e-3)
+
+
+@WITH_MLFLOW
+def test_a_tracker_that_goes_away_stops_no_fine_tune(
+    build: Callable[[], PeftModel], tiny_model: Path, tmp_path: Path
+) -> None:
+    rows = encode([Example("text", "", "", "some words")] * 8, load_tokenizer(str(tiny_model)), 32)
+    settings = TrainingConfig(batch_size=4, micro_batch_size=4)
+
+    def on_step(step: int, total: int, loss: float) -> None:
+        if step == 1:
+            (tmp_path / "mlflow.db").write_bytes(b"no data base any more")
+
+    with tracked(trackers_in(tmp_path, "mlflow"), "row", "row", {}) as now:
+        listener = Listener(on_step=on_step)
+        done = finetune(build(), rows, settings, Schedule(steps=3), tmp_path, 5, 1, listener=listener, callbacks=[now])
+    assert done.steps == 3
+    (trouble,) = now.troubles
+    assert trouble.startswith("mlflow is not told any more: ")
+
+
+def test_a_tracker_whose_package_is_missing_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r'`trackers` names wandb, .*pip install "qpruner\[wandb\]"'):
+        check_trackers(("wandb",))
+
+
+@WITH_WANDB
+def test_wandb_without_a_key_is_refused(tmp_path: Path) -> None:
+    hidden = {"HOME": str(tmp_path)}  # where a login would be
+    rest = {name: value for name, value in os.environ.items() if not name.startswith("WANDB_")}
+    code = "from qpruner.trackers import check_trackers; check_trackers(('wandb',))"
+    done = subprocess.run([sys.executable, "-c", code], env=rest | hidden, capture_output=True, text=True)
+    assert done.returncode and "UserError: `trackers` names wandb, and there is no key for it" in done.stderr
+
+
+@WITH_MLFLOW
+@pytest.mark.parametrize("place", [None, "http://me:{secret}@127.0.0.1:9"])
+def test_mlflow_that_is_nowhere_is_refused_and_its_password_not_told(
+    place: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    if place:
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", place.format(secret=SECRET))
+        monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    with pytest.raises(UserError, match="MLFLOW_TRACKING_URI") as caught:
+        check_trackers(("mlflow",))
+    assert SECRET not in str(caught.value)
+
+
+def test_what_is_shown_of_trackers_holds_no_key(tmp_path: Path) -> None:
+    assert SECRET not in repr(trackers_in(tmp_path, "wandb"))
