@@ -4,8 +4,9 @@ A table is a JSON file: `groups`, `levels`, `group_bytes` {level: [bytes per gro
 `loss` per plan, `loss_noise` (of a repeat), `sensitivities` {method: {level: [predicted rise per group]}}, and where
 trials report earlier, `rungs` {step: [loss per plan]}, the last of which equals `loss`; step 0 is before the fine-tune
 and no trial reports it. A surrogate has `intercept`, `main` {level: [per group]} and `pairs`
-[[group, level, group, level, value]] instead of plans and losses. A search goes through the same `make_proposer` and
-`Ledger` as one under Ray Tune, without ASHA: every trial runs to its last rung.
+[[group, level, group, level, value]] instead of plans and losses. A search goes through the same controls,
+`make_proposer`, `Ledger` and, where it is asked for, ASHA as one under Ray Tune, and its winner is chosen by the same
+code: what counts is the loss of the plan that a run would have returned.
 """
 
 from __future__ import annotations
@@ -15,20 +16,26 @@ import heapq
 import itertools
 import json
 import time
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Collection, Mapping
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 
+from qpruner.config import RunConfig, SearchConfig, SensitivityConfig
 from qpruner.plan import PlanSpace, PrecisionPlan
+from qpruner.search.choice import controls_of, finalist_positions, winner_position
 from qpruner.search.searchers import History, Ledger, Observation, Proposal, Proposer, Suggestion
 from qpruner.search.tune import make_proposer
-from qpruner.sensitivity.seeds import seed_origin, seed_plan
+from qpruner.search.tune.asha import RecordedAsha
+from qpruner.search.tune.job import METRIC, TIME
 
 NUM_TRIALS = 64
+CONFIRM = SearchConfig().confirm
+"""Best trials that are scored again before one is returned."""
 JITTER = 0.25
 """Standard deviation of the logarithm of a trial's duration, when several are in flight."""
 
@@ -54,8 +61,10 @@ class Table:
 
     @cached_property
     def sensitivities(self) -> dict[str, dict[int, list[float]]]:
-        found = self.content.get("sensitivities", {})
-        return {method: {int(bits): rise for bits, rise in values.items()} for method, values in found.items()}
+        """By method, in the order in which a run measures them, and hands out their seeds."""
+        found, known = self.content.get("sensitivities", {}), SensitivityConfig().methods
+        order = [*(method for method in known if method in found), *(method for method in found if method not in known)]
+        return {method: {int(bits): rise for bits, rise in found[method].items()} for method in order}
 
     @cached_property
     def losses(self) -> dict[int, dict[tuple[int, ...], float]]:
@@ -81,14 +90,13 @@ class Table:
         )
         return float(self.content["intercept"] + main + pairs)
 
-    def observed(self, bits: tuple[int, ...], step: int) -> float:
-        """What a trial reports: a table's loss as it was measured; a surrogate's with what its fit leaves unexplained,
-        drawn once for each plan, so that no searcher finds the surface smoother than the model is."""
-        if not self.is_surrogate:
+    def measured(self, bits: tuple[int, ...], step: int, of: tuple[int, str]) -> float:
+        """The score with the table's `loss_noise`: one draw for a plan and a measurement `of` it, whatever the rung."""
+        noise = float(self.content.get("loss_noise", 0.0))
+        if noise == 0.0:
             return self.score(bits, step)
-        seed = int.from_bytes(hashlib.sha256(repr(bits).encode()).digest()[:8], "big")
-        rest = float(self.content.get("loss_noise", 0.0)) * np.random.default_rng(seed).standard_normal()
-        return self.score(bits, step) + float(rest)
+        seed = int.from_bytes(hashlib.sha256(repr((bits, of)).encode()).digest()[:8], "big")
+        return self.score(bits, step) + noise * float(np.random.default_rng(seed).standard_normal())
 
     def space(self, fraction: float) -> PlanSpace:
         """Plans within a budget between the smallest plan's bytes (0) and the largest's (1)."""
@@ -180,7 +188,8 @@ class Task:
         searcher: As `search.searcher` names it.
         seeded: Whether uniform and seed plans run first and the searcher gets the sensitivities.
         in_flight: Trials at a time.
-        seed: Seeds the searcher and the trials' durations.
+        seed: Seeds the searcher, the noise and the trials' durations.
+        asha: Whether ASHA stops trials at rungs.
     """
 
     path: Path
@@ -189,24 +198,51 @@ class Task:
     seeded: bool
     in_flight: int
     seed: int
+    asha: bool = False
+
+
+@dataclass(frozen=True)
+class EndedTrial:
+    """A trial that is over.
+
+    Attributes:
+        index: Counts suggestions.
+        loss: Of its plan at the last rung, without noise: what regret is told in.
+        score: What it reported last, with noise.
+        fresh: What scoring it again on fresh rows gives: another draw of the noise.
+        control: Whether it was there before the searcher was asked.
+        finished: Whether it reached the last rung.
+        spent: Steps that all trials together had run when it ended.
+    """
+
+    index: int
+    loss: float
+    score: float
+    fresh: float
+    control: bool
+    finished: bool
+    spent: int
 
 
 @dataclass(frozen=True)
 class Replay:
-    """What came of it.
+    """What came of a search.
 
     Attributes:
         task: What was replayed.
-        losses: Of the trials, in the order in which they ended.
-        best_seed: The lowest loss among the plans that were there before the searcher was asked; None when blind.
+        trials: In the order in which they ended.
+        best_seed: The lowest loss among the controls, without noise; None when blind.
+        promises: Suggestion -> expected improvement and noise that its proposal came with, where the searcher has a
+            model.
         proposals: Plans that the searcher proposed.
         wasted: Those that were over budget or known, and had to be repaired.
         seconds: Processor time of a proposal, on average.
     """
 
     task: Task
-    losses: list[float]
+    trials: list[EndedTrial]
     best_seed: float | None
+    promises: dict[int, tuple[float, float]]
     proposals: int
     wasted: int
     seconds: float
@@ -217,8 +253,35 @@ class Replay:
     @classmethod
     def from_json(cls, line: str) -> Replay:
         content = json.loads(line)
-        task = content.pop("task")
-        return cls(Task(**{**task, "path": Path(task["path"])}), **content)
+        task, trials, promises = (content.pop(key) for key in ("task", "trials", "promises"))
+        return cls(
+            Task(**{**task, "path": Path(task["path"])}),
+            [EndedTrial(**trial) for trial in trials],
+            promises={int(index): tuple(promise) for index, promise in promises.items()},
+            **content,
+        )
+
+    def returned(self) -> list[float]:
+        """Loss of the plan that the search would return if it ended with each of its trials; infinite where none has
+        finished."""
+        return [self._returned(self.trials[:number]) for number in range(1, len(self.trials) + 1)]
+
+    def _returned(self, trials: list[EndedTrial]) -> float:
+        finished = sorted((trial for trial in trials if trial.finished), key=lambda trial: trial.index)
+        chosen = finalist_positions([trial.score for trial in finished], [trial.control for trial in finished], CONFIRM)
+        again = [finished[position] for position in chosen]
+        position = winner_position([trial.fresh for trial in again], [trial.control for trial in again])
+        return float("inf") if position is None else again[position].loss
+
+    def with_patience(self, patience: int) -> Replay:
+        """The same search, ended after so many proposals in a row that promise less than the noise; what was in flight
+        then has finished."""
+        in_a_row = 0
+        for index, (improvement, noise) in sorted(self.promises.items()):
+            in_a_row = in_a_row + 1 if improvement < noise else 0
+            if in_a_row == patience:
+                return replace(self, trials=[trial for trial in self.trials if trial.index < index])
+        return self
 
 
 @dataclass
@@ -226,7 +289,7 @@ class _Witness:
     """Notes what a proposer proposes."""
 
     inner: Proposer
-    proposed: dict[int, PrecisionPlan] = field(default_factory=dict)
+    proposed: dict[int, Proposal] = field(default_factory=dict)
     seconds: float = 0.0
 
     @property
@@ -237,31 +300,49 @@ class _Witness:
         started = time.process_time()
         proposal = self.inner.propose(index, history)
         self.seconds += time.process_time() - started
-        self.proposed[index] = proposal.plan
+        self.proposed[index] = proposal
         return proposal
 
 
-def controls_of(table: Table, space: PlanSpace) -> list[tuple[str, PrecisionPlan]]:
-    """Every sensitivity's seed plan, and the uniform plans inside the budget."""
-    uniform = [(f"uniform-{bits}", space.uniform(bits)) for bits in space.levels]
-    seeds = [(seed_origin(method), seed_plan(values, space)) for method, values in table.sensitivities.items()]
-    return seeds + [(origin, plan) for origin, plan in uniform if space.is_feasible(plan)]
+class _Asha:
+    """The scheduler of a run, called as Ray Tune's controller calls it."""
+
+    def __init__(self, table: Table, space: PlanSpace, controls: Collection[PrecisionPlan]) -> None:
+        settings = SearchConfig(steps=table.steps[-1], first_rung=table.steps[0])
+        # Of the configuration it reads `search` alone, and a whole one would name a model.
+        config = RunConfig.model_construct(search=settings)
+        self._scheduler = RecordedAsha(config, space, controls, [], lambda trial_id: False)
+        self._trials: dict[int, SimpleNamespace] = {}
+
+    def stops(self, suggestion: Suggestion, step: int, score: float) -> bool:
+        """Whether a trial that reports a rung ends there."""
+        index = suggestion.index
+        if index not in self._trials:
+            bits = {f"bits/{name}": value for name, value in suggestion.plan.as_dict().items()}
+            self._trials[index] = SimpleNamespace(trial_id=str(index), config={"trial": index, **bits})
+            self._scheduler.on_trial_add(None, self._trials[index])
+        result = {METRIC: score, TIME: step}
+        action: str = self._scheduler.on_trial_result(None, self._trials[index], result)
+        return action == RecordedAsha.STOP
 
 
-def replay(task: Task) -> Replay:
-    """Search the table until `NUM_TRIALS` trials have ended or every plan has run.
+def replay(task: Task, patience: int | None = None) -> Replay:
+    """Search the table until `NUM_TRIALS` trials have ended, every plan has run, or `patience` is spent.
 
     With several in flight a trial's rungs are spread evenly over its duration, which is log-normal around one.
     """
     table = Table.read(task.path)
     space = table.space(task.fraction)
-    controls = controls_of(table, space) if task.seeded else []
+    controls = controls_of(space, table.sensitivities) if task.seeded else []
+    plans = {plan for _, plan in controls}
     priors = table.sensitivities if task.seeded else {}
     witness = _Witness(make_proposer(task.searcher, space, task.seed, priors))
-    ledger = Ledger(space, witness, controls, NUM_TRIALS)
+    ledger = Ledger(space, witness, controls, NUM_TRIALS, patience)
+    asha = _Asha(table, space, plans) if task.asha else None
     generator = np.random.default_rng([task.seed, 2])
     started: list[Suggestion] = []
-    losses: list[float] = []
+    ended: dict[int, EndedTrial] = {}
+    spent = 0
     # (time, order of entry, suggestion, rung)
     events: list[tuple[float, int, Suggestion, int]] = []
 
@@ -279,20 +360,34 @@ def replay(task: Task) -> Replay:
         start(0.0)
     while events:
         now, _, suggestion, rung = heapq.heappop(events)
-        step = table.steps[rung]
-        observed = table.observed(suggestion.plan.bits, step)
-        ledger.observe(Observation(suggestion.index, suggestion.plan, step, observed))
-        if step == table.steps[-1]:
-            ledger.close(suggestion)
-            losses.append(table.score(suggestion.plan.bits, step))
-            start(now)
-    wasted = sum(witness.proposed[item.index] != item.plan for item in started if item.index in witness.proposed)
-    at_start = [table.score(plan.bits, table.steps[-1]) for _, plan in controls]
+        index, plan, step = suggestion.index, suggestion.plan, table.steps[rung]
+        if index in ended:
+            continue
+        spent += step - (table.steps[rung - 1] if rung else 0)
+        score = table.measured(plan.bits, step, (task.seed, "trial"))
+        ledger.observe(Observation(index, plan, step, score))
+        finished = step == table.steps[-1]
+        if not finished and not (asha and asha.stops(suggestion, step, score)):
+            continue
+        ledger.close(suggestion)
+        last = table.steps[-1]
+        fresh = table.measured(plan.bits, last, (task.seed, "fresh"))
+        loss = table.score(plan.bits, last)
+        ended[index] = EndedTrial(index, loss, score, fresh, plan in plans, finished, spent)
+        start(now)
+    proposals = witness.proposed
+    wasted = sum(proposals[item.index].plan != item.plan for item in started if item.index in proposals)
+    at_start = [table.score(plan.bits, table.steps[-1]) for plan in plans]
     return Replay(
         task,
-        losses,
+        list(ended.values()),
         min(at_start, default=None),
-        len(witness.proposed),
+        {
+            index: (proposal.expected_improvement, proposal.noise)
+            for index, proposal in proposals.items()
+            if proposal.expected_improvement is not None and proposal.noise is not None
+        },
+        len(proposals),
         wasted,
-        witness.seconds / max(1, len(witness.proposed)),
+        witness.seconds / max(1, len(proposals)),
     )

@@ -2,8 +2,9 @@
 
     .venv/bin/python benchmarks/trial_start.py RUN --config CONFIG      # after qpruner run CONFIG --until bank
 
-From scratch is load, quantize, LoftQ and adapters, as every trial of a search without a bank does it. All are measured
-in one process with the libraries imported, the files in the page cache, in turns. Prints a table and a JSON line.
+From scratch is load, quantize, LoftQ and adapters, as every trial of a search without a bank does it. Every repeat is
+two processes of its own, one from scratch and one from the bank, in turns, the libraries imported before and the files
+in the page cache. Wall-clock and processor seconds. Prints a table and a JSON line.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ import argparse
 import json
 import random
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -22,7 +25,6 @@ import torch
 import yaml
 
 from qpruner.config import RunConfig
-from qpruner.memory import release
 from qpruner.models.layout import group_linears
 from qpruner.models.loading import load_dense
 from qpruner.quantization.assembly import Workbench, attach_adapters
@@ -47,11 +49,30 @@ def from_scratch(config: RunConfig, checkpoint: Path, plan: dict[str, int]) -> t
     return attach_adapters(model, starts, config.lora, config.quantize.group, config.seed)
 
 
-def seconds(work: Callable[[], Any]) -> float:
-    release()
-    started = time.monotonic()
+def seconds(work: Callable[[], Any]) -> tuple[float, float]:
+    """Wall-clock and processor seconds."""
+    started, busy = time.monotonic(), time.process_time()
     work()
-    return time.monotonic() - started
+    return time.monotonic() - started, time.process_time() - busy
+
+
+def measure(config: RunConfig, run: Path, turn: int, banked: bool) -> dict[str, tuple[float, float]]:
+    """What this process, which has built no model yet, takes for a trial's start; from the bank for two in a row."""
+    checkpoint, bank, quantize = run / "prune", run / "bank", config.quantize
+    names = group_names(bank)
+    generator = random.Random(turn)
+    first, second = ({name: generator.choice((4, 8)) for name in names} for _ in range(2))
+    if not banked:
+        return {"from scratch": seconds(lambda: from_scratch(config, checkpoint, first))}
+    bench = Workbench(checkpoint, bank, quantize.group, config.model.dtype, quantize.double_quant, config.lora)
+    return {
+        kind: seconds(lambda plan=plan: bench.model(plan, config.seed))  # type: ignore[misc]
+        for kind, plan in (("bank, first trial", first), ("bank, worker reused", second))
+    }
+
+
+def group_names(bank: Path) -> list[str]:
+    return sorted({path.stem for path in bank.glob("*bit/*.safetensors")})
 
 
 def main() -> None:
@@ -59,24 +80,28 @@ def main() -> None:
     parser.add_argument("run", type=Path)
     parser.add_argument("--config", type=Path, required=True, help="the run's configuration file")
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--only", nargs=2, metavar=("TURN", "KIND"), help="one repeat in this process: bank or scratch")
     arguments = parser.parse_args()
-    config = RunConfig.model_validate(yaml.safe_load(arguments.config.read_text()))
-    checkpoint, bank, quantize = arguments.run / "prune", arguments.run / "bank", config.quantize
-    names = sorted({path.stem for path in bank.glob("*bit/*.safetensors")})
-    found: dict[str, list[float]] = {"from scratch": [], "bank, first trial": [], "bank, worker reused": []}
+    if arguments.only:
+        config = RunConfig.model_validate(yaml.safe_load(arguments.config.read_text()))
+        turn, kind = arguments.only
+        print(json.dumps(measure(config, arguments.run, int(turn), kind == "bank")))
+        return
+    found: dict[str, list[tuple[float, float]]] = {}
     for turn in range(arguments.repeats):
-        generator = random.Random(turn)
-        first, second = ({name: generator.choice((4, 8)) for name in names} for _ in range(2))
-        found["from scratch"].append(seconds(lambda plan=first: from_scratch(config, checkpoint, plan)))
-        bench = Workbench(checkpoint, bank, quantize.group, config.model.dtype, quantize.double_quant, config.lora)
-        for kind, plan in (("bank, first trial", first), ("bank, worker reused", second)):
-            found[kind].append(seconds(lambda plan=plan, bench=bench: bench.model(plan, config.seed)))
-        del bench
-    slowest = statistics.median(found["from scratch"])
+        for part in ("scratch", "bank"):
+            command = [sys.executable, __file__, str(arguments.run), "--config", str(arguments.config)]
+            done = subprocess.run([*command, "--only", str(turn), part], check=True, stdout=subprocess.PIPE)
+            for kind, taken in json.loads(done.stdout.splitlines()[-1]).items():
+                found.setdefault(kind, []).append(taken)
+    slowest = [statistics.median(each) for each in zip(*found["from scratch"], strict=True)]
     for kind, values in found.items():
-        middle = statistics.median(values)
-        print(f"{kind:22} {middle:7.2f} s ({min(values):.2f} to {max(values):.2f})  {slowest / middle:6.1f}x")
-    print(json.dumps({"groups": len(names), "repeats": arguments.repeats, "seconds": found}))
+        for name, column, scratch in zip(("s", "s of processor time"), zip(*values, strict=True), slowest, strict=True):
+            middle = statistics.median(column)
+            told = f"{middle:7.2f} {name} ({min(column):.2f} to {max(column):.2f})"
+            print(f"{kind:22} {told:44} {scratch / middle:6.1f}x")
+    groups = len(group_names(arguments.run / "bank"))
+    print(json.dumps({"groups": groups, "repeats": arguments.repeats, "seconds": found}))
 
 
 if __name__ == "__main__":

@@ -98,7 +98,7 @@ def finetune_candidate(job: CandidateJob) -> FinetuneOutcome:
     import peft  # noqa: F401
 
     from qpruner.calibration import mean_loss
-    from qpruner.data import load_encoded
+    from qpruner.data import load_confirmation, load_encoded
     from qpruner.finetune import Listener, Schedule, Share, finetune
     from qpruner.memory import PeakMemory
     from qpruner.models.loading import load_tokenizer
@@ -109,7 +109,8 @@ def finetune_candidate(job: CandidateJob) -> FinetuneOutcome:
     _start(job.threads)
     config, candidate = job.config, job.candidate
     assert candidate.seed is not None
-    train, validation, fresh = (load_encoded(job.data / name) for name in ("train", "validation", "confirmation"))
+    train, validation = (load_encoded(job.data / name) for name in ("train", "validation"))
+    fresh = load_confirmation(job.data, "judge")
     pad_id = int(load_tokenizer(str(fetch(candidate.checkpoint))).pad_token_id)
     memory = PeakMemory()
     model = build(config, candidate)
@@ -261,7 +262,7 @@ def measure_inference(job: InferenceJob) -> tuple[InferenceSetting, list[Inferen
 
 @dataclass(frozen=True)
 class ConfirmationJob:
-    """A finished trial to be scored on the confirmation rows."""
+    """A finished trial to be scored on the confirmation rows that choose."""
 
     config: RunConfig
     candidate: Candidate
@@ -271,10 +272,10 @@ class ConfirmationJob:
 
 
 def confirm_trial(job: ConfirmationJob) -> FreshScore:
-    """Score a trial's last rung on what no trial was scored on: the confirmation rows and, where accuracy is searched,
-    as many questions again of every task, those that come after the trials'."""
+    """Score a trial's last rung on what no trial was scored on: the confirmation rows that choose and, where accuracy
+    is searched, as many questions again of every task, those that come after the trials'."""
     from qpruner.calibration import mean_loss
-    from qpruner.data import load_encoded
+    from qpruner.data import load_confirmation
     from qpruner.evaluate import mean_accuracy, score_tasks
     from qpruner.models.loading import load_tokenizer
 
@@ -283,7 +284,7 @@ def confirm_trial(job: ConfirmationJob) -> FreshScore:
     load_adapter(model, job.checkpoint)
     tokenizer = load_tokenizer(str(fetch(job.candidate.checkpoint)))
     search, settings = job.config.search, job.config.evaluate
-    rows = load_encoded(job.data / "confirmation")
+    rows = load_confirmation(job.data, "choose")
     loss = mean_loss(model, rows, int(tokenizer.pad_token_id), settings.batch_size)
     if search.metric == "loss":
         return FreshScore(loss=loss.mean, stderr=loss.stderr)

@@ -78,7 +78,8 @@ class DataConfig(Section):
     validation: Annotated[tuple[DataSource, ...], Field(min_length=1)]
     """Rows that score a trial."""
     confirmation: Annotated[tuple[DataSource, ...], Field(min_length=1)]
-    """Rows that decide among the best trials."""
+    """Rows that no trial is scored on: the first, third, ... decide among the best trials, the others judge the
+    winner."""
     template: Literal["alpaca", "chat"] = "alpaca"
     """How instruction rows are written: the Alpaca prompt, or the tokenizer's own chat template."""
     max_length: Annotated[int, Field(ge=8)] = 256
@@ -412,7 +413,7 @@ class SearchConfig(Section):
     """ASHA keeps one in this many at each rung."""
     metric: Literal["loss", "accuracy"] = "loss"
     """Validation loss, or the mean accuracy of `tasks`. The winner is chosen by the same on what no trial was scored
-    on: the confirmation rows, or the `limit` questions of each task that come after those of the trials."""
+    on: half the confirmation rows, or the `limit` questions of each task that come after those of the trials."""
     tasks: tuple[str, ...] = ()
     """lm-eval tasks scored at every rung."""
     limit: Positive | None = None
@@ -496,14 +497,18 @@ class FinetuneConfig(Section):
     seeds: Positive = 3
     """With `compare`: training seeds (data order and dropout) of the searched, the best seed and the random plans; the
     first is `seed`, the others count up from it. One leaves a claim about one training seed."""
+    random_plans: Positive = 3
+    """With `compare`: random plans of equal bytes, each under all `seeds`. One leaves a claim about one random plan."""
 
     @model_validator(mode="after")
     def consistent(self) -> FinetuneConfig:
         if (self.steps is None) == (self.epochs is None):
             given = "neither" if self.steps is None else "both"
             raise ValueError(f"give exactly one of `steps` and `epochs`, got {given}")
-        if not self.compare and self.seeds != type(self).model_fields["seeds"].default:
-            raise ValueError(f"`seeds` are those of `compare`, which is off: set `compare: true`, got {self.seeds}")
+        for key in () if self.compare else ("seeds", "random_plans"):
+            if getattr(self, key) != type(self).model_fields[key].default:
+                given = f"got {getattr(self, key)}"
+                raise ValueError(f"`{key}` are those of `compare`, which is off: set `compare: true`, {given}")
         return self
 
 
@@ -522,7 +527,8 @@ class EvaluateConfig(Section):
     """Requests a forward pass answers."""
     text: Annotated[tuple[DataSource, ...], Field(min_length=1)] | None = None
     """Held-out text (`format: text`) whose perplexity the final table tells: its rows, joined by blank lines, in
-    windows of `data.max_length` tokens. Null takes the responses of the confirmation rows, none if multiple-choice."""
+    windows of `data.max_length` tokens. Null takes the responses of the confirmation rows that chose nothing, none if
+    multiple-choice."""
 
     @model_validator(mode="after")
     def running_text(self) -> EvaluateConfig:

@@ -13,7 +13,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from qpruner.config import DataSource
 from qpruner.errors import CorruptFile, UserError
@@ -369,6 +369,12 @@ def save_encoded(rows: Sequence[Mapping[str, list[int]]], folder: Path) -> None:
     datasets.disable_progress_bars()
     with written(folder) as here:
         datasets.Dataset.from_list([dict(row) for row in rows]).save_to_disk(here)
+
+
+def load_confirmation(data: Path, part: Literal["choose", "judge"]) -> list[dict[str, list[int]]]:
+    """Every other confirmation row: those that choose the winner, or those that judge it in the claim; the rows that
+    made a choice would flatter it."""
+    return load_encoded(data / "confirmation")[("choose", "judge").index(part) :: 2]
 
 
 def load_encoded(folder: Path) -> list[dict[str, list[int]]]:

@@ -75,6 +75,10 @@ class TrainingDiverged(QprunerError):
     """The training or validation loss became NaN, infinite or worse than blind guessing."""
 
 
+class SolverFailed(QprunerError):
+    """The knapsack solver ended without an answer: neither a plan nor the proof that there is none."""
+
+
 class WorkerDied(QprunerError):
     """Ray's workers died under one piece of work, again and again."""
 

@@ -16,7 +16,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from qpruner.errors import UserError
+from qpruner.errors import SolverFailed, UserError
 
 NF4_BLOCK_SIZE = 64
 """Weights that share one absmax scale."""
@@ -26,6 +26,12 @@ FULL_BITS = 16
 """A group at this level keeps the model's own floating-point weights."""
 SHADES = {4: "#d3e5f5;color:#14324d", 8: "#2a73b0;color:#fff", FULL_BITS: "#0c3357;color:#fff"}
 """Colours of the bit-widths in notebooks, as in the report."""
+SOLVER_SECONDS = 60.0
+"""What one knapsack may take; 120 groups take 0.1 s (2026-11)."""
+MAX_EXCLUDED = 64
+"""Plans over the budget by less than the solver's tolerance that are excluded one by one."""
+_INFEASIBLE = 2
+"""`scipy.optimize.milp`'s status of a problem that is proved to have no solution."""
 
 
 @contextmanager
@@ -254,6 +260,7 @@ class PlanSpace:
 
         Raises:
             ValueError: If even the lowest levels are over the budget.
+            SolverFailed: If the solver ended without an answer.
         """
         plan = self._solve(gains, avoid=())
         if plan is None:
@@ -264,6 +271,9 @@ class PlanSpace:
         """The feasible plan that agrees with ``plan`` in the most groups and is not in ``avoid``.
 
         Ties go to the plan that keeps more bytes. Returns None when every feasible plan is to be avoided.
+
+        Raises:
+            SolverFailed: If the solver ended without an answer.
         """
         known = set(avoid)
         if self.is_feasible(plan) and plan not in known:
@@ -279,7 +289,30 @@ class PlanSpace:
         return self._solve(gains, known) if found in known else found
 
     def _solve(self, gains: Sequence[Sequence[float]], avoid: Iterable[PrecisionPlan]) -> PrecisionPlan | None:
-        """Maximize the summed gain under the budget, each group at one level, none of ``avoid``."""
+        """Maximize the summed gain under the budget, each group at one level, none of ``avoid``; None if there is no
+        such plan.
+
+        HiGHS accepts a row that is violated by up to 1e-6. Where that lets a plan over the budget, a margin is asked
+        for, and where only plans within the margin are left, such plans are excluded one by one.
+        """
+        known = list(avoid)
+        for margin in (0.0, 2e-6, 2e-5):
+            plan = self._optimum(gains, known, margin)
+            if plan is None and margin == 0.0:
+                return None
+            if plan is not None and self.is_feasible(plan):
+                return plan
+        for _ in range(MAX_EXCLUDED):
+            plan = self._optimum(gains, known, margin=0.0)
+            if plan is None or self.is_feasible(plan):
+                return plan
+            known.append(plan)
+        raise SolverFailed(f"HiGHS found {MAX_EXCLUDED} plans over {self.budget_bytes} bytes within its tolerance")
+
+    def _optimum(
+        self, gains: Sequence[Sequence[float]], avoid: Sequence[PrecisionPlan], margin: float
+    ) -> PrecisionPlan | None:
+        """What HiGHS finds; None where it proves that there is none."""
         import numpy as np
         from scipy.optimize import Bounds, LinearConstraint, milp
 
@@ -287,25 +320,25 @@ class PlanSpace:
         num_groups, num_levels = gain.shape
         sizes = np.array(self.group_bytes, dtype=float)
         capacity = float(self.budget_bytes - self.fixed_bytes)
+        budget = LinearConstraint(sizes.ravel()[None, :] / max(capacity, 1.0), -np.inf, 1.0 - margin)
         constraints = [LinearConstraint(np.kron(np.eye(num_groups), np.ones(num_levels)), 1, 1)]
         known = [[bits == level for bits in other.bits for level in self.levels] for other in avoid]
         if known:
             constraints.append(LinearConstraint(np.array(known, dtype=float), -np.inf, num_groups - 1))
-        # HiGHS accepts a row that is violated by up to 1e-6; where that lets a plan over the budget, ask for a margin.
-        for margin in (0.0, 2e-6, 2e-5):
-            budget = LinearConstraint(sizes.ravel()[None, :] / max(capacity, 1.0), -np.inf, 1.0 - margin)
-            with _native_output_dropped():
-                solution = milp(
-                    c=-gain.ravel(),
-                    constraints=[*constraints, budget],
-                    integrality=np.ones(gain.size),
-                    bounds=Bounds(0, 1),
-                    options={"mip_rel_gap": 0.0},
-                )
-            if not solution.success:
-                return None
-            chosen = solution.x.reshape(num_groups, num_levels).argmax(axis=1)
-            plan = self.plan_of(chosen)
-            if self.is_feasible(plan):
-                return plan
-        return None
+        with _native_output_dropped():
+            solution = milp(
+                c=-gain.ravel(),
+                constraints=[*constraints, budget],
+                integrality=np.ones(gain.size),
+                bounds=Bounds(0, 1),
+                options={"mip_rel_gap": 0.0, "time_limit": SOLVER_SECONDS},
+            )
+        if solution.status == _INFEASIBLE:
+            return None
+        if not solution.success:
+            raise SolverFailed(
+                f"no plan of {num_groups} groups inside {self.budget_bytes} bytes was told from none: HiGHS ended with "
+                f"status {solution.status} ({solution.message}); its limit is {SOLVER_SECONDS:g} s: try again, or take "
+                "fewer groups (`quantize.group`)"
+            )
+        return self.plan_of(solution.x.reshape(num_groups, num_levels).argmax(axis=1))

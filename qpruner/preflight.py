@@ -169,17 +169,25 @@ def budget_bytes(quantize: QuantizeConfig, layout: Layout, pareto: bool) -> int:
         pareto: Whether a front is searched, which may go up to the largest plan.
 
     Raises:
-        UserError: If no plan meets it, or every plan does; the smallest and the largest that work are named.
+        UserError: If no plan meets it, only the smallest does, or every plan does; the smallest and the largest that
+            work are named.
     """
     budget, levels = quantize.budget, quantize.bits
     lowest, highest = layout.plan_bytes(layout.uniform(levels[0])), layout.plan_bytes(layout.uniform(levels[-1]))
     size = _asked_bytes(budget, levels, [layout.plan_bytes(layout.uniform(bits)) for bits in levels])
     name, value = next((name, value) for name, value in budget if value is not None)
-    smallest = f"the smallest that works is {lowest} bytes ({_rounded_up_gib(lowest)} GiB)"
+    steps = (higher - lower for lower, higher in zip(*map(layout.group_bytes, levels[:2]), strict=True))
+    choice = lowest + min(steps)
+    smallest = f"the smallest that works is {choice} bytes ({_rounded_up_gib(choice)} GiB)"
     if size < lowest:
         raise UserError(
-            f"`quantize.budget.{name}` is below the pruned model with every group at {levels[0]} bits: {smallest}, got "
-            f"{value}; raise it, or prune more"
+            f"`quantize.budget.{name}` is below the pruned model with every group at {levels[0]} bits, {lowest} bytes: "
+            f"{smallest}, got {value}; raise it, or prune more"
+        )
+    if size < choice:
+        raise UserError(
+            f"`quantize.budget.{name}` leaves nothing to choose, only every group at {levels[0]} bits fits, {lowest} "
+            f"bytes: {smallest}, got {value}; raise it, or prune more"
         )
     if size >= highest and not pareto:
         largest = f"the largest {highest - 1} bytes ({_rounded_down_gib(highest - 1)} GiB)"
@@ -275,6 +283,11 @@ def _check_data(config: RunConfig, model_config: Any) -> tuple[dict[str, list[Ex
         "confirmation": config.data.confirmation,
     }
     examples = {name: load_examples(sources, f"data.{name}") for name, sources in splits.items()}
+    if len(examples["confirmation"]) < 2:
+        raise UserError(
+            "`data.confirmation` must have at least 2 rows, one to choose the winner by and one to judge it by, got 1: "
+            "name a source that has more, or raise its `limit`"
+        )
     identities = {f"`data.{name}`": [row.identity for row in rows] for name, rows in examples.items()}
     calibration = config.calibration.data
     examples["calibration"] = load_examples(calibration, "calibration.data") if calibration else examples["train"]

@@ -155,6 +155,8 @@ class TrialRecord(BaseModel):
     """Of all sessions, up to the last rung."""
     gpu_seconds: float = 0.0
     """The same times the GPUs it held."""
+    earlier_gpu_seconds: dict[str, float] = {}
+    """Of these, what searches held that had the trial before another took it over, by their digests."""
     peak_memory_bytes: int | None = None
     """Above what its worker process held when it started."""
     memory_counter: str | None = None
@@ -169,6 +171,12 @@ class TrialRecord(BaseModel):
     times: tuple[float, ...] = ()
     """Unix seconds: when it began (until then, when its plan was handed out), when each rung was recorded and, once it
     is over, when it ended."""
+
+    def gpu_seconds_of(self, search: str) -> float:
+        """What the trial held GPUs for under one search."""
+        earlier = self.earlier_gpu_seconds
+        own = self.gpu_seconds - sum(earlier.values()) if self.search == search else 0.0
+        return earlier.get(search, 0.0) + own
 
     @property
     def is_over(self) -> bool:
@@ -209,6 +217,9 @@ class TrialPulse(BaseModel):
     beats: int
     """Forward passes so far."""
     peak_memory_bytes: int
+    seconds: float = 0.0
+    """Of the trial, all sessions together: what it has taken by now, its last rung or not."""
+    gpu_seconds: float = 0.0
 
 
 class SearchClock(BaseModel):

@@ -6,6 +6,7 @@ found, the rule it breaks, the remedy.
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import re
@@ -26,6 +27,7 @@ from conftest import DEMO_DATA, demo_rows, disk_of, raw_config, with_key
 from qpruner.config import RunConfig, load_config, validate_config
 from qpruner.errors import ConfigError, UserError
 from qpruner.models.structure import families
+from qpruner.plan import PrecisionPlan
 from qpruner.preflight import inspect
 
 QUESTIONS = "package:qpruner/demo/data/questions_{}.jsonl"
@@ -404,6 +406,18 @@ MODEL = [
     refused(
         "budget-gib", {"quantize.budget": {"gib": 1e-6}}, "`quantize.budget.gib`", "1e-06", "every group at 4",
         "the smallest that works is"
+    ),
+    refused(
+        "budget-fraction-none", {"quantize.budget": {"fraction": 0}}, "`quantize.budget.fraction`", "got 0.0",
+        "only every group at 4 bits fits", "the smallest that works is"
+    ),
+    refused(
+        "budget-mean-bits-none", {"quantize.budget": {"mean_bits": 4}}, "`quantize.budget.mean_bits`", "got 4.0",
+        "only every group at 4 bits fits", "raise it, or prune more"
+    ),
+    refused(
+        "one-confirmation-row", {"data.confirmation.0.limit": 1}, "`data.confirmation`", "at least 2 rows", "got 1",
+        "raise its `limit`"
     ),
     refused(
         "budget-fraction-all", {"quantize.budget": {"fraction": 1}}, "`quantize.budget.fraction`", "got 1.0",
@@ -786,10 +800,17 @@ def test_the_smallest_budget_that_the_error_names_works(scene: Scene) -> None:
     assert found, str(caught.value)
     smallest, smallest_gib = int(found[1]), float(found[2])
     inspection = inspect(config_of(scene, {"quantize.budget": {"bytes": smallest}}))
-    assert inspection.budget_bytes == smallest == inspection.pruned.plan_bytes(inspection.pruned.uniform(4))
+    layout = inspection.pruned
+    assert inspection.budget_bytes == smallest
+    every = itertools.product((4, 8), repeat=len(layout.groups))
+    names = layout.uniform(4).groups
+    weights = sorted(layout.plan_bytes(PrecisionPlan(names, bits)) for bits in every)
+    assert weights[0] < smallest == weights[1], "the first budget that leaves a choice"
     assert inspect(config_of(scene, {"quantize.budget": {"gib": smallest_gib}})).budget_bytes >= smallest
     with pytest.raises(UserError, match="smallest that works"):
         inspect(config_of(scene, {"quantize.budget": {"bytes": smallest - 1}}))
+    with pytest.raises(UserError, match=f"only every group at 4 bits fits, {weights[0]} bytes"):
+        inspect(config_of(scene, {"quantize.budget": {"bytes": weights[0]}, "search.pareto": True}))
 
 
 def test_the_largest_budget_that_the_error_names_works_and_a_front_may_have_it_all(scene: Scene) -> None:

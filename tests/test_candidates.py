@@ -244,10 +244,12 @@ def test_a_confirmation_scores_the_last_rungs_adapter(tuned: tuple[CandidateJob,
     load_adapter(model, job.candidate.adapter)
     pad_id = int(load_tokenizer(str(job.candidate.checkpoint)).pad_token_id)
     rows = load_encoded(job.data / "confirmation")
-    expected = mean_loss(model, rows, pad_id, job.config.evaluate.batch_size)
+    choosing, judging = (mean_loss(model, rows[part::2], pad_id, job.config.evaluate.batch_size) for part in (0, 1))
     found = confirm_trial(confirmation)
-    assert (found.loss, found.stderr) == pytest.approx((expected.mean, expected.stderr), abs=1e-6)
-    assert found.loss == pytest.approx(tuned[1].confirmation_loss, abs=1e-6)
+    assert (found.loss, found.stderr) == pytest.approx((choosing.mean, choosing.stderr), abs=1e-6)
+    # What the claim is told in is on rows that chose nothing.
+    assert tuned[1].confirmation_loss == pytest.approx(judging.mean, abs=1e-6)
+    assert choosing.mean != pytest.approx(judging.mean)
     assert found.loss != pytest.approx(tuned[1].validation_loss), "rows of its own"
     with pytest.raises(CorruptFile, match="adapter"):
         confirm_trial(replace(confirmation, checkpoint=job.candidate.folder))

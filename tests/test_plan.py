@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from qpruner import plan as plan_module
+from qpruner.errors import SolverFailed
 from qpruner.plan import FULL_BITS, Group, Layout, LinearShape, PlanSpace, PrecisionPlan, packed_bytes
 from qpruner.quantization.mixed import pack
 
@@ -162,6 +163,28 @@ def test_a_plan_over_by_one_byte_of_a_large_model_is_not_taken() -> None:
     near = space.nearest_feasible(highest)
     assert near is not None
     assert sorted(near.bits) == [4] + [8] * 11
+
+
+def test_a_plan_that_fills_the_budget_to_the_byte_is_found_below_a_solvers_tolerance() -> None:
+    """All others are over by a billionth, which HiGHS lets pass, and no margin leaves one."""
+    half = 500_000_000
+    groups = tuple(f"layers.{index}" for index in range(3))
+    space = PlanSpace(groups, (4, 8), ((half, half + 1),) * 3, fixed_bytes=7, budget_bytes=3 * half + 7)
+    assert space.best_by_gain([[0.0, 1.0]] * 3) == space.uniform(4)
+    assert space.nearest_feasible(space.uniform(8)) == space.uniform(4)
+    assert space.nearest_feasible(space.uniform(8), avoid=[space.uniform(4)]) is None
+
+
+def test_a_solver_that_gives_up_is_not_taken_for_a_budget_that_no_plan_meets(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plan_module, "SOLVER_SECONDS", 0.0)
+    layout = layout_of([(64 * (3 + index), 77 + index) for index in range(40)])
+    space = PlanSpace.of(
+        layout, (4, 8), (layout.plan_bytes(layout.uniform(4)) + layout.plan_bytes(layout.uniform(8))) // 2
+    )
+    gains = [[0.0, 1.0 + index / 7] for index in range(40)]
+    for ask in (lambda: space.best_by_gain(gains), lambda: space.nearest_feasible(layout.uniform(8))):
+        with pytest.raises(SolverFailed, match=r"HiGHS ended with status 1 .*limit is 0 s.*`quantize.group`"):
+            ask()
 
 
 def test_no_plan_below_the_lowest_levels() -> None:

@@ -135,7 +135,7 @@ def hours(config: RunConfig, inspection: Inspection, rates: Rates, slots: int) -
         "sensitivity": counted.sensitivity() / rates.training,
         "search": counted.training(steps.steps) / rates.training + counted.search_scores(steps) / rates.scoring,
         "finetune": jobs * counted.training(counted.finetune_steps()) / rates.training
-        + jobs * counted.split("validation", "confirmation") / rates.scoring,
+        + jobs * (counted.split("validation") + counted.split("confirmation") / 2) / rates.scoring,
         "evaluate": (jobs + 2) * counted.evaluation() / rates.scoring,
     }
     every = _Steps(trials * config.search.steps, trials * len(config.search.rungs))
@@ -179,7 +179,7 @@ def num_finetunes(config: RunConfig) -> int:
         return 1
     methods = config.sensitivity.methods
     once = 2 + sum(bits != FULL_BITS for bits in config.quantize.bits) + ("mutual_information" in methods)
-    return once + (2 + bool(methods)) * config.finetune.seeds
+    return once + (1 + bool(methods) + config.finetune.random_plans) * config.finetune.seeds
 
 
 class _Count:
@@ -215,7 +215,7 @@ class _Count:
         search = self._config.search
         rung = self.split("validation") + self._questions("search")
         finalists = min(search.num_trials, search.confirm + len(self._config.sensitivity.methods))
-        return steps.rungs * rung + finalists * (self.split("confirmation") + self._questions("search"))
+        return steps.rungs * rung + finalists * (self.split("confirmation") / 2 + self._questions("search"))
 
     def evaluation(self) -> float:
         text = sum(self._lengths.get("text", ())) * 2 * self._pruned

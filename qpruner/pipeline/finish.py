@@ -52,9 +52,7 @@ def finetune(context: Context, searched: SearchRecord, measured: SensitivityReco
     """The winner, and with `finetune.compare` every row it is compared with, from the same start on the same data."""
     settings = context.config.finetune
     rows = table_rows(context, searched, measured)
-    jobs = [
-        (row, candidate_of(context, row.name, plan.as_dict(), seed)) for row in rows for seed, plan in row.plans.items()
-    ]
+    jobs = [(row, candidate_of(context, row.name, plan.as_dict(), seed)) for row in rows for seed, plan in row.plans]
     length = f"{settings.steps} steps" if settings.steps else f"{settings.epochs:g} epochs"
     told = [(row.name, row.origin, job.seed, job.folder.name) for row, job in jobs]
     stage = Stage("finetune", f"{len(_distinct(jobs))} fine-tunes, {length}", (searched.digest, told))
@@ -114,7 +112,7 @@ def scores_digest(context: Context) -> str:
 
 def held_out_text(context: Context, folder: Path) -> tuple[str | None, Path | None]:
     """What perplexity is measured on, in words and encoded; nothing where all there is are answers to questions."""
-    from qpruner.data import load_encoded, save_encoded, text_windows
+    from qpruner.data import load_confirmation, save_encoded, text_windows
     from qpruner.models.loading import load_tokenizer
 
     examples, length = context.inspection.examples, context.config.data.max_length
@@ -125,11 +123,12 @@ def held_out_text(context: Context, folder: Path) -> tuple[str | None, Path | No
         return f"`evaluate.text` in {len(rows)} windows of {length} tokens", folder
     if any(row.format == "multiple_choice" for row in examples["confirmation"]):
         return None, None
-    path = context.data / "confirmation"
+    rows = load_confirmation(context.data, "judge")
+    save_encoded(rows, folder)
     counted = "responses" if context.config.data.response_only else "whole rows"
     if all(row.format == "text" for row in examples["confirmation"]):
         counted = "text"
-    return f"the {counted} of the {len(load_encoded(path))} confirmation rows", path
+    return f"the {counted} of the {len(rows)} confirmation rows that chose nothing", folder
 
 
 def _measure_inference(context: Context, jobs: list[Candidate]) -> tuple[InferenceSetting, dict[Path, Inference]]:

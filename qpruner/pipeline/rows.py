@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
@@ -22,30 +23,31 @@ class Row:
     Attributes:
         name: As the table shows it.
         origin: Where its plans came from.
-        plans: The plan of each training seed; one for all of them, except in the random row.
+        plans: A training seed and a plan for each fine-tune; one plan under all seeds, except in the random row.
     """
 
     name: str
     origin: str
-    plans: Mapping[int, PrecisionPlan]
+    plans: tuple[tuple[int, PrecisionPlan], ...]
 
 
 def table_rows(context: Context, searched: SearchRecord, measured: SensitivityRecord) -> list[Row]:
     """Every row; without `finetune.compare` the winner alone, under one training seed.
 
     Both seed rows are solved again at the winner's own bytes, and the random plans weigh as much, so that the claim
-    compares like with like. The searched, the best seed and the random row get `finetune.seeds` training seeds.
+    compares like with like. The searched plan, the best seed and each of the random plans get `finetune.seeds` training
+    seeds.
     """
     config, space = context.config, context.space
     winner = PrecisionPlan.from_dict(searched.best_plan)
     found_by = f"{searched.best_origin}, trial {searched.best_index}"
     if not config.finetune.compare:
-        return [Row(SEARCHED, found_by, {config.seed: winner})]
+        return [Row(SEARCHED, found_by, ((config.seed, winner),))]
     seeds = range(config.seed, config.seed + config.finetune.seeds)
     equal_bytes = replace(space, budget_bytes=space.plan_bytes(winner))
 
     def same(name: str, origin: str, plan: PrecisionPlan, under: Iterable[int] = seeds[:1]) -> Row:
-        return Row(name, origin, dict.fromkeys(under, plan))
+        return Row(name, origin, tuple((seed, plan) for seed in under))
 
     def seed_row(name: str, method: str, under: Iterable[int]) -> Row:
         origin = f"{seed_origin(method)} at the winner's bytes"
@@ -59,9 +61,9 @@ def table_rows(context: Context, searched: SearchRecord, measured: SensitivityRe
     method = _best_seed_method(context, searched, measured)
     if method:
         rows.append(seed_row(BEST_SEED, method, seeds))
-    drawn = random_plans(space, winner, len(seeds), config.seed)
+    drawn = random_plans(space, winner, config.finetune.random_plans, config.seed)
     if drawn:
-        rows.append(Row(RANDOM, f"{len(drawn)} random plan(s)", dict(zip(seeds, drawn, strict=False))))
+        rows.append(Row(RANDOM, f"{len(drawn)} random plan(s)", tuple(itertools.product(seeds, drawn))))
     return [*rows, same(SEARCHED, found_by, winner, seeds)]
 
 

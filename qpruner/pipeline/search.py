@@ -32,9 +32,9 @@ from qpruner.records import (
     digest_of,
 )
 from qpruner.rundir import write_json
+from qpruner.search.choice import controls_of, finalist_positions, winner_position
 from qpruner.search.trial_job import Materials
 from qpruner.search.trial_records import begin_anew_if_damaged, checkpoint_of, objective, read_trials, set_aside_damaged
-from qpruner.sensitivity import seed_origin, seed_plan
 
 if TYPE_CHECKING:
     from qpruner.search.tune import SearchJob
@@ -88,14 +88,15 @@ def search(context: Context, banked: BankRecord, measured: SensitivityRecord) ->
         from qpruner.search.trial import run_trial
 
         resources = context.trial_resources
+        priors = {name: method.values for name, method in measured.methods.items()}
         job = ray_tune.SearchJob(
             config=context.worker_config,
             trial=run_trial,
             materials=Materials(context.checkpoint, context.bank, context.data),
             layout=context.layout,
             space=space,
-            controls=[(GIVEN, given)] if given else controls(context, measured),
-            priors={name: method.values for name, method in measured.methods.items()},
+            controls=[(GIVEN, given)] if given else controls_of(space, priors),
+            priors=priors,
             trials=context.run_dir.trials / trials_digest,
             scratch=context.run_dir.tune,
             digest=trials_digest,
@@ -157,14 +158,6 @@ def search(context: Context, banked: BankRecord, measured: SensitivityRecord) ->
     return run_stage(context.run_dir, stage, SearchRecord, work, figures, context.emit)
 
 
-def controls(context: Context, measured: SensitivityRecord) -> list[tuple[str, PrecisionPlan]]:
-    """The plans every search starts with: uniform ones inside the budget, and the seed of every sensitivity."""
-    space = context.space
-    uniform = [(f"uniform-{bits}", space.uniform(bits)) for bits in space.levels]
-    seeds = [(seed_origin(name), seed_plan(method.values, space)) for name, method in measured.methods.items()]
-    return [(origin, plan) for origin, plan in [*uniform, *seeds] if space.is_feasible(plan)]
-
-
 def _trials_digest(context: Context, banked: BankRecord, search_digest: str) -> str:
     """Digest of what a trial's own result depends on; with `reuse_trials` off also of whose trial it is."""
     config, settings = context.config, context.config.search
@@ -207,7 +200,7 @@ def _finalists(trials: Sequence[TrialRecord], job: SearchJob) -> list[TrialRecor
     if not trials:
         cause = "its hours were over before any machine took a trial"
         raise StageError("search", cause, "see why none came (`ray status`), allow more hours, then repeat the command")
-    finished = [trial for trial in trials if trial.status == "finished"]
+    finished = sorted((trial for trial in trials if trial.status == "finished"), key=lambda trial: trial.index)
     if not finished:
         reasons = [trial.reason for trial in trials if trial.reason]
         kinds = {trial.failure for trial in trials}
@@ -218,14 +211,14 @@ def _finalists(trials: Sequence[TrialRecord], job: SearchJob) -> list[TrialRecor
             f"{mend} and repeat the command",
         )
     settings = job.config.search
-    ranked = sorted(finished, key=lambda trial: (objective(trial.rungs[-1], job.config), trial.index))
-    best = ranked[: settings.confirm]
+    scores = [objective(trial.rungs[-1], job.config) for trial in finished]
+    chosen = finalist_positions(
+        scores, [job.control_of(_plan(trial)) is not None for trial in finished], settings.confirm
+    )
     if settings.pareto:
-        weighed = [(trial.plan_bytes, objective(trial.rungs[-1], job.config)) for trial in ranked]
-        best += [ranked[position] for position in non_dominated(weighed)]
-    fixed = [trial for trial in finished if job.control_of(_plan(trial))]
-    chosen = {trial.index: trial for trial in [*best, *fixed]}
-    return [chosen[index] for index in sorted(chosen)]
+        weighed = [(trial.plan_bytes, score) for trial, score in zip(finished, scores, strict=True)]
+        chosen += non_dominated(weighed)
+    return [finished[position] for position in sorted(set(chosen))]
 
 
 def non_dominated(points: Sequence[tuple[float, float]]) -> list[int]:
@@ -272,11 +265,9 @@ def _confirm(context: Context, finalists: Sequence[TrialRecord], job: SearchJob)
 
 def _best(confirmations: Sequence[Confirmation], job: SearchJob) -> Confirmation | None:
     """The best on fresh rows; a control wins like any other plan, and a tie."""
-    return min(
-        confirmations,
-        key=lambda each: (objective(each, job.config), not each.control, each.index),
-        default=None,
-    )
+    scores = [objective(each, job.config) for each in confirmations]
+    position = winner_position(scores, [each.control for each in confirmations])
+    return None if position is None else confirmations[position]
 
 
 def _front(

@@ -44,10 +44,10 @@ LEGEND = (
     "Bytes are the packed tensors, scales, unquantized rest and adapters; mean bits are over the grouped weights; peak "
     "memory is that of the fine-tune, in a process of its own. Every row had the same fine-tune. A row with several "
     "training seeds (data order and dropout; adapter starts are the same) shows means and, after +-, their standard "
-    "deviation over seeds; q is the standard error of an accuracy over questions. In the claim an interval is the "
-    "wider of Student's over seeds and the paired one over questions, each at 95 % by itself. The confirmation rows "
-    "have scored no trial, but chose the winner and the best seed, whose losses on them are a little flattered; the "
-    "test questions have chosen nothing."
+    "deviation over seeds, the random row over its plans too; q is the standard error of an accuracy over questions. "
+    "In the claim an interval is the widest of Student's over seeds, Student's over random plans and the paired one "
+    "over questions, each at 95 % by itself. The confirmation loss is on the half of the confirmation rows that chose "
+    "nothing; the other half chose the winner and the best seed. The test questions have chosen nothing."
 )
 
 

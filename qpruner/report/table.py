@@ -18,30 +18,36 @@ SAME = "not distinguishable"
 ACCURACY, ANSWER_LOSS, CONFIRMATION_LOSS = "accuracy", "answer loss", "confirmation loss"
 
 
+Cell = tuple[int, tuple[int, ...]]
+"""A fine-tune that is compared: its training seed, and the other row's plan."""
+
+
 @dataclass(frozen=True)
 class Row:
-    """One row of the table: means over its training seeds, spreads as their standard deviation (None with one seed).
+    """One row of the table: means over its fine-tunes, spreads as their standard deviation (None with one).
+
+    A row's fine-tunes differ by the training seed, and in the random row by the plan besides.
 
     Attributes:
         name: As the fine-tune has it.
         origin: Where the plan came from.
         seeds: Training seeds.
-        plans: Bits as a bar, one character a group; several where every seed has its own.
+        plans: Bits as a bar, one character a group; several where plans are random.
         num_parameters: Without adapters.
         measured_bytes: Of the packed tensors; a mean where plans differ.
         mean_bits: Per grouped weight.
         peak_memory_bytes: The most of any fine-tune.
         validation_loss: In nats per token.
-        validation_loss_spread: Over training seeds.
-        confirmation_loss: In nats per token, on rows that no trial was scored on.
-        confirmation_loss_spread: Over training seeds.
+        validation_loss_spread: Over fine-tunes.
+        confirmation_loss: In nats per token, on rows that no trial was scored on and that chose nothing.
+        confirmation_loss_spread: Over fine-tunes.
         accuracy: Unweighted mean over the held-out tasks.
-        accuracy_spread: Over training seeds.
+        accuracy_spread: Over fine-tunes.
         accuracy_stderr: Over questions, of one training seed.
         answer_loss: Mean negative log-likelihood of the right answers in nats; None where a task has no choices.
-        answer_loss_spread: Over training seeds.
+        answer_loss_spread: Over fine-tunes.
         perplexity: On the held-out text; None without one.
-        perplexity_spread: Over training seeds.
+        perplexity_spread: Over fine-tunes.
         inference_memory_bytes: The most of a generation.
         prefill_tokens_per_second: Of one sequence: median, least and most over the turns of its models.
         decode_tokens_per_second: The same of the tokens written.
@@ -79,8 +85,8 @@ class Difference:
         measure: Accuracy (over all questions of all tasks), answer loss or confirmation loss.
         mean: Mean over training seeds.
         spread: Standard deviation over training seeds; None with one.
-        half_width: Of the 95 % interval: the wider of Student's t over seeds (n - 1 degrees of freedom) and the normal
-            one over questions (of their means over seeds); None where neither can be told.
+        half_width: Of the 95 % interval: the widest of Student's t over seeds and over the other row's plans (n - 1
+            degrees of freedom, of their means) and the normal one over questions; None where none can be told.
         num_questions: None where the measure has none.
         verdict: `better` or `worse` beyond the interval, else `not distinguishable`.
     """
@@ -183,43 +189,58 @@ def _compared(results: Results, other: str) -> Comparison:
     if reason is None:
         scores = [(ours, theirs) for _, _, ours, theirs in pairs]
         losses = [ours.confirmation_loss - theirs.confirmation_loss for ours, theirs, _, _ in pairs]
+        cells = [(theirs.seed, tuple(theirs.plan.values())) for _, theirs, _, _ in pairs]
         differences = [
-            _over_questions(ACCURACY, scores, "correct"),
-            _over_questions(ANSWER_LOSS, scores, "answer_loss"),
-            _difference(CONFIRMATION_LOSS, losses, None),
+            _over_questions(ACCURACY, cells, scores, "correct"),
+            _over_questions(ANSWER_LOSS, cells, scores, "answer_loss"),
+            _difference(CONFIRMATION_LOSS, cells, losses, None),
         ]
-    seeds = tuple(ours.seed for ours, _, _, _ in pairs)
+    seeds = tuple(dict.fromkeys(ours.seed for ours, _, _, _ in pairs))
     return Comparison(other, pairs[0][1].origin, seeds, share, reason, tuple(each for each in differences if each))
 
 
 def _over_questions(
-    measure: str, scores: Sequence[tuple[tuple[TaskScore, ...], tuple[TaskScore, ...]]], value: str
+    measure: str,
+    cells: Sequence[Cell],
+    scores: Sequence[tuple[tuple[TaskScore, ...], tuple[TaskScore, ...]]],
+    value: str,
 ) -> Difference | None:
     """The difference over every question of every task; None where a task has no such values."""
-    by_seed = []
+    by_cell = []
     for ours, theirs in scores:
         paired = [(getattr(one, value), getattr(other, value)) for one, other in zip(ours, theirs, strict=True)]
         if not all(left and right for left, right in paired):
             return None
-        by_seed.append([a - b for left, right in paired for a, b in zip(left, right, strict=True)])
-    by_question = [statistics.fmean(values) for values in zip(*by_seed, strict=True)]
-    return _difference(measure, [statistics.fmean(values) for values in by_seed], by_question)
+        by_cell.append([a - b for left, right in paired for a, b in zip(left, right, strict=True)])
+    by_question = [statistics.fmean(values) for values in zip(*by_cell, strict=True)]
+    return _difference(measure, cells, [statistics.fmean(values) for values in by_cell], by_question)
 
 
-def _difference(measure: str, by_seed: list[float], by_question: list[float] | None) -> Difference:
+def _difference(
+    measure: str, cells: Sequence[Cell], values: Sequence[float], by_question: list[float] | None
+) -> Difference:
     from scipy.stats import t
 
-    spread, widths = _spread(by_seed), []
-    if spread is not None:
-        widths.append(float(t.ppf(0.975, len(by_seed) - 1)) * spread / math.sqrt(len(by_seed)))
+    by_seed, by_plan = (_means(values, [cell[axis] for cell in cells]) for axis in (0, 1))
+    widths = []
+    for means in (by_seed, by_plan):
+        if len(means) > 1:
+            widths.append(float(t.ppf(0.975, len(means) - 1)) * statistics.stdev(means) / math.sqrt(len(means)))
     if by_question and len(by_question) > 1:  # one question has no spread
         widths.append(Z_95 * statistics.stdev(by_question) / math.sqrt(len(by_question)))
-    mean, half_width = statistics.fmean(by_seed), max(widths, default=None)
+    mean, half_width = statistics.fmean(values), max(widths, default=None)
     verdict = SAME
     # Seeds that agree to the last bit are no evidence of a spread of zero.
     if half_width and abs(mean) > half_width:
         verdict = "better" if (mean > 0) == (measure == ACCURACY) else "worse"
-    return Difference(measure, mean, spread, half_width, len(by_question) if by_question else None, verdict)
+    return Difference(measure, mean, _spread(by_seed), half_width, len(by_question) if by_question else None, verdict)
+
+
+def _means(values: Sequence[float], keys: Sequence[object]) -> list[float]:
+    grouped: dict[object, list[float]] = {}
+    for key, value in zip(keys, values, strict=True):
+        grouped.setdefault(key, []).append(value)
+    return [statistics.fmean(each) for each in grouped.values()]
 
 
 def _stated(found: Comparison) -> str:
@@ -267,7 +288,7 @@ def _row(tuned: list[CandidateRecord], evaluated: list[RowScores]) -> Row:
     return Row(
         name=tuned[0].name,
         origin=tuned[0].origin,
-        seeds=tuple(record.seed for record in tuned),
+        seeds=tuple(dict.fromkeys(record.seed for record in tuned)),
         plans=tuple(dict.fromkeys(bars)),
         num_parameters=tuned[0].num_parameters,
         measured_bytes=round(statistics.fmean(record.measured_bytes for record in tuned)),

@@ -48,6 +48,7 @@ def raw(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
     for key, value in (
         ("sensitivity.methods", ["mutual_information", "fisher"]),
         ("finetune.seeds", 3),
+        ("finetune.random_plans", 3),
         ("evaluate.limit", 2),
     ):
         raw = with_key(raw, key, value)
@@ -109,9 +110,9 @@ def test_the_seed_rows_are_the_best_seeds_of_the_winners_bytes(context: Context)
         size = space.plan_bytes(every[winner])
         below_budget += size < space.budget_bytes
         found = rows_of(context, every[winner])
-        assert found["searched"].plans == dict.fromkeys((0, 1, 2), every[winner])
+        assert found["searched"].plans == tuple((seed, every[winner]) for seed in (0, 1, 2))
         for row, method in ((MI_ROW, "mutual_information"), ("best seed", "fisher")):
-            (seed,) = set(found[row].plans.values())
+            (seed,) = {plan for _, plan in found[row].plans}
             assert space.plan_bytes(seed) <= size
             best = max(gain(plan, method) for plan in every if space.plan_bytes(plan) <= size)
             assert gain(seed, method) == pytest.approx(best)
@@ -136,13 +137,18 @@ def test_the_best_seed_is_the_one_that_confirmed_best(
     assert found["searched"].origin == "gp, trial 7"
 
 
-def test_every_training_seed_has_a_random_plan_of_its_own_with_equal_bytes(context: Context) -> None:
+def test_every_random_plan_has_equal_bytes_and_every_training_seed(
+    context: Context, changed: Callable[[str, Any], Context]
+) -> None:
     winner, space = a_winner(context), context.space
     plans = rows_of(context, winner)["random"].plans
-    assert list(plans) == [0, 1, 2]
-    assert len({winner, *plans.values()}) == 4
-    for plan in plans.values():
+    drawn = {plan for _, plan in plans}
+    assert len(drawn) == 3 and winner not in drawn
+    assert set(plans) == set(itertools.product((0, 1, 2), drawn)) and len(plans) == 9
+    for plan in drawn:
         assert space.plan_bytes(plan) == pytest.approx(space.plan_bytes(winner), rel=0.01)
+    one = changed("finetune.random_plans", 1)
+    assert [seed for seed, _ in rows_of(one, winner)["random"].plans] == [0, 1, 2]
     assert rows_of(replace(context), winner)["random"].plans == plans
 
 
@@ -150,10 +156,11 @@ def test_rows_of_the_claim_have_several_training_seeds_and_the_others_one(
     changed: Callable[[str, Any], Context],
 ) -> None:
     context = changed("finetune.seeds", 2)
-    seeds = {name: list(row.plans) for name, row in rows_of(context, a_winner(context)).items()}
-    assert sum(map(len, seeds.values())) == num_finetunes(context.config), "as `qpruner check` counts them"
-    assert {name for name, each in seeds.items() if each == [0, 1]} == {"best seed", "random", "searched"}
-    assert {name for name, each in seeds.items() if each == [0]} == {
+    found = rows_of(context, a_winner(context))
+    assert sum(len(row.plans) for row in found.values()) == num_finetunes(context.config), "as `qpruner check` counts"
+    seeds = {name: {seed for seed, _ in row.plans} for name, row in found.items()}
+    assert {name for name, each in seeds.items() if each == {0, 1}} == {"best seed", "random", "searched"}
+    assert {name for name, each in seeds.items() if each == {0}} == {
         *("base", "pruned", "uniform 4-bit", "uniform 8-bit", MI_ROW)
     }
 
@@ -161,23 +168,25 @@ def test_rows_of_the_claim_have_several_training_seeds_and_the_others_one(
 def test_without_compare_the_winner_stands_alone(changed: Callable[[str, Any], Context]) -> None:
     context = changed("finetune", {"steps": 4, "compare": False})
     winner = context.space.uniform(4)
-    assert rows_of(context, winner) == {"searched": Row("searched", "gp, trial 7", {0: winner})}
+    assert rows_of(context, winner) == {"searched": Row("searched", "gp, trial 7", ((0, winner),))}
 
 
-def test_training_seeds_of_a_comparison_that_is_off_are_refused(raw: dict[str, Any]) -> None:
+@pytest.mark.parametrize("key", ["seeds", "random_plans"])
+def test_seeds_and_random_plans_of_a_comparison_that_is_off_are_refused(key: str, raw: dict[str, Any]) -> None:
     """They would be ignored."""
-    with pytest.raises(ConfigError, match="`compare`, which is off"):
-        validate_config(with_key(raw, "finetune", {"steps": 4, "compare": False, "seeds": 2}))
+    with pytest.raises(ConfigError, match=f"`{key}` are those of `compare`, which is off.* got 2"):
+        validate_config(with_key(raw, "finetune", {"steps": 4, "compare": False, key: 2}))
 
 
 # What is made once
 
 
 def folders(context: Context, rows: dict[str, Row]) -> dict[tuple[str, int], Path]:
+    """By row and training seed; of several random plans the last."""
     return {
         (name, seed): candidate_of(context, name, plan.as_dict(), seed).folder
         for name, row in rows.items()
-        for seed, plan in row.plans.items()
+        for seed, plan in row.plans
     }
 
 
@@ -223,12 +232,13 @@ def test_an_interrupted_comparison_goes_on_with_what_is_left(
 ) -> None:
     """All fine-tunes but one were recorded before; what is recorded stands when seeds are taken away or rows are."""
     events: list[Event] = []
+    one_plan, two_seeds = {"steps": 4, "random_plans": 1}, {"steps": 4, "random_plans": 1, "seeds": 2}
     whole, fewer, alone = (
-        replace(each, emit=events.append)
-        for each in (context, changed("finetune.seeds", 2), changed("finetune", {"steps": 4, "compare": False}))
+        replace(changed("finetune", each), emit=events.append)
+        for each in (one_plan, two_seeds, {"steps": 4, "compare": False})
     )
     measured, searched = measured_of(context), searched_record(a_winner(context))
-    jobs = folders(context, rows_of(context, a_winner(context)))
+    jobs = folders(whole, rows_of(whole, a_winner(context)))
     seeds = {folder: seed for (_, seed), folder in jobs.items()}
     recorded = sorted(set(seeds) - {jobs["searched", 0]})
     for number, folder in enumerate(recorded):
@@ -295,7 +305,8 @@ def test_the_text_is_told_by_what_it_is(raw: dict[str, Any], tmp_path: Path) -> 
     told, folder = found("text", evaluate__text=[text])
     assert folder and told == f"`evaluate.text` in {len(load_encoded(folder))} windows of 64 tokens"
     told, folder = found("responses", data__confirmation=[instructions], data__max_length=256)
-    assert folder and told == f"the responses of the {len(load_encoded(folder))} confirmation rows"
+    assert folder and told == f"the responses of the {len(load_encoded(folder))} confirmation rows that chose nothing"
+    assert len(load_encoded(folder)) == 8, "half of 16"
 
 
 @pytest.mark.slow

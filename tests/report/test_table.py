@@ -322,6 +322,29 @@ def test_only_seeds_that_both_rows_have_are_paired_and_counted() -> None:
     assert ", 2 training seeds, paired: " in line_about(results, RANDOM)
 
 
+def test_random_plans_count_as_many_times_as_there_are_plans_not_fine_tunes() -> None:
+    """Three plans under three seeds are nine fine-tunes, but three plans: their spread is what the claim must bear."""
+    by_plan, by_seed = np.array([0.3, 0.0, -0.3]), np.array([0.02, 0.0, -0.02])
+    ours = [2.0, 2.1, 1.9]
+    plans = [{"layers.0": 4, "layers.1": bits} for bits in (4, 8, 16)]
+    theirs = [
+        scored
+        for plan, off in zip(plans, by_plan, strict=True)
+        for scored in row_of(RANDOM, [float(x) for x in np.array(ours) + 0.2 + off + by_seed], plan=plan)
+    ]
+    results = results_of([*theirs, *searched_row(ours)])
+    found = difference(results, "confirmation loss", RANDOM)
+    assert found.mean == pytest.approx(-0.2)
+    assert found.spread == pytest.approx(0.02)
+    # Nine independent fine-tunes, or seeds alone, would have made it "better".
+    assert found.half_width == pytest.approx(stats.t.ppf(0.975, 2) * 0.3 / math.sqrt(3))
+    assert found.verdict == SAME
+    assert abs(found.mean) > stats.t.ppf(0.975, 8) * 0.26 / 3 and abs(found.mean) > stats.t.ppf(0.975, 2) * 0.02
+    (row,) = [row for row in rows(results) if row.name == RANDOM]
+    assert row.seeds == (0, 1, 2) and len(row.plans) == 3
+    assert ", 3 training seeds, paired: " in line_about(results, RANDOM)
+
+
 # What one training seed carries
 
 

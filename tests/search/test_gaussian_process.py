@@ -285,21 +285,32 @@ def test_expected_improvement_falls_to_nothing_as_the_best_is_found() -> None:
     assert hoped[-1] < 0.01 * hoped[2]
 
 
+def rungs_of(plans: Sequence[PrecisionPlan], effects: np.ndarray) -> tuple[Observation, ...]:
+    """What a search with ASHA has seen: noisy scores at three rungs, every other trial stopped at the second."""
+    noise = np.random.default_rng(2)
+    return tuple(
+        Observation(index, plan, step, loss_of(plan, effects) + above + 0.003 * noise.standard_normal())
+        for index, plan in enumerate(plans)
+        for step, above in ((4, 0.3), (8, 0.1), (16, 0.0))[: 2 + (index + 1) % 2]
+    )
+
+
+@pytest.mark.parametrize("realistic", [False, True], ids=["scores-alone", "rungs-seeds-and-15-in-flight"])
 @pytest.mark.parametrize(("number", "limit"), [(64, 0.1), (500, 1.0)])
-def test_a_proposal_costs_little(number: int, limit: float) -> None:
-    """64 groups, one core; measured 0.07 and 0.25 s, in processor time, of which a busy machine takes more too."""
+def test_a_proposal_costs_little(number: int, limit: float, realistic: bool) -> None:
+    """64 groups, one core, in processor time, of which a busy machine takes more; `docs/search.md` has what was
+    measured. Known at a rung, told by sensitivities and in flight, as in a run, is the dearer case."""
     names = [f"layers.{index:02d}.{kind}" for index in range(16) for kind in ("qkv", "o", "gate_up", "down")]
     space, effects = space_of(names), effects_of(64)
-    observations = tuple(told(random_plans(space, number), effects))
-    proposer = GaussianProcessProposer(space, 0, {})
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        seconds = []
-        for index in range(4):
-            started = time.process_time()
-            proposer.propose(index, History(observations))
-            seconds.append(time.process_time() - started)
-    finally:
-        torch.set_num_threads(threads)
-    assert min(seconds) < 2 * limit
+    plans, generator = random_plans(space, number + 15), np.random.default_rng(3)
+    history, priors = History(tuple(told(plans[:number], effects))), {}
+    if realistic:
+        history = History(rungs_of(plans[:number], effects), tuple(plans[number:]))
+        priors = {name: {4: effects * generator.lognormal(0, 1, 64), 8: np.zeros(64)} for name in "abcdef"}
+    proposer = GaussianProcessProposer(space, 0, priors)
+    seconds = []
+    for index in range(4):
+        started = time.process_time()
+        proposer.propose(600 + index, history)
+        seconds.append(time.process_time() - started)
+    assert min(seconds) < (2 + realistic) * limit

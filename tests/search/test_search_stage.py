@@ -24,7 +24,7 @@ from qpruner.objects import CACHE
 from qpruner.pipeline import run
 from qpruner.pipeline.search import _best, _finalists, _front, non_dominated
 from qpruner.plan import Group, Layout, LinearShape, PlanSpace, PrecisionPlan
-from qpruner.records import Confirmation, RungResult, SearchRecord, TrialRecord
+from qpruner.records import Confirmation, RungResult, SearchRecord, TrialPulse, TrialRecord
 from qpruner.rundir import RunDir, folder_digests
 from qpruner.search.searchers import History, Ledger, Proposal, RandomProposer
 from qpruner.search.trial import run_trial
@@ -32,8 +32,10 @@ from qpruner.search.trial_job import Materials
 from qpruner.search.trial_records import (
     begin_anew_if_damaged,
     read_seconds,
+    read_trial,
     read_trials,
     set_aside_damaged,
+    write_pulse,
     write_seconds,
     write_trial,
 )
@@ -148,6 +150,43 @@ def test_the_hours_that_its_trials_held_gpus_count(tmp_path: Path) -> None:
     ledger = ledger_of(job, mine, another, trial(2, "484444", [3, 3, 3], **held))
     assert searcher_on(job, ledger).suggest("a") == "FINISHED"
     assert ledger.ended == "1 GPU hours were spent (`search.max_gpu_hours` is 1)"
+
+
+def test_a_trial_that_changes_hands_is_paid_for_by_each_search_for_its_own_part(tmp_path: Path) -> None:
+    """What another search's trial held before this one went on with it is not this one's, and stays the other's."""
+    job = job_of(tmp_path, max_gpu_hours=1.0)
+    cut_off = trial(0, "844444", [3.0], ANOTHER, status="running", gpu_seconds=3500.0)
+    ledger = ledger_of(job, cut_off)
+    assert isinstance(searcher_on(job, ledger).suggest("a"), dict), "the hours of the search before are not its own"
+    revived = read_trial(job.trials, 0)
+    assert (revived.search, revived.gpu_seconds_of(ANOTHER), revived.gpu_seconds_of(MINE)) == (MINE, 3500.0, 0.0)
+
+    write_trial(job.trials, revived.model_copy(update={"gpu_seconds": 3500.0 + 3601.0}))
+    ledger, _ = take_up(job, RandomProposer(job.space, seed=0))
+    assert read_trial(job.trials, 0).gpu_seconds_of(MINE) == 3601.0, "taken up again, it is counted once"
+    searcher = searcher_on(job, ledger)
+    assert isinstance(searcher.suggest("a"), dict)  # what was cut off goes on
+    assert searcher.suggest("b") == "FINISHED"
+    assert ledger.ended == "1 GPU hours were spent (`search.max_gpu_hours` is 1)"
+
+    # The first search takes its trial back: what it held in the beginning is still counted.
+    back = replace(job, search=ANOTHER)
+    take_up(back, RandomProposer(job.space, seed=0))
+    taken = read_trial(job.trials, 0)
+    assert (taken.gpu_seconds_of(ANOTHER), taken.gpu_seconds_of(MINE)) == (3500.0, 3601.0)
+
+
+def test_what_a_killed_worker_held_since_its_last_rung_counts(tmp_path: Path) -> None:
+    job = job_of(tmp_path)
+    ledger = ledger_of(job, trial(0, "444444", [3.0], status="running", worker="w", gpu_seconds=10.0, seconds=20.0))
+    searcher = searcher_on(job, ledger)
+    searcher.suggest("a")
+    pulse = {"node": "n", "pid": 1, "step": 1, "beats": 9, "peak_memory_bytes": 1}
+    write_pulse(job.trials, 0, TrialPulse(**pulse, seconds=70.0, gpu_seconds=35.0))
+    searcher.hangs("a")
+    searcher.on_trial_complete("a", error=True)
+    record = read_trial(job.trials, 0)
+    assert (record.failure, record.seconds, record.gpu_seconds) == ("hung", 70.0, 35.0)
 
 
 def test_a_search_that_is_killed_has_kept_its_time(tmp_path: Path) -> None:

@@ -149,6 +149,7 @@ def _outcome(job: SearchJob, ended: str, sessions: int) -> SearchOutcome:
         ended=ended,
         seconds=read_seconds(job.trials, job.search),
         sessions=sessions,
+        gpu_seconds=sum(trial.gpu_seconds_of(job.search) for trial in recorded),
     )
 
 

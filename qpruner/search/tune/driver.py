@@ -50,9 +50,9 @@ class PlanSearcher(LivesInDriver, Searcher):  # type: ignore[misc]
         self._job, self._ledger, self._room, self._emit, self._halt = job, ledger, room, emit, halt
         self._live: dict[str, Suggestion] = {}
         self._hung: set[str] = set()
-        own = [record for record in read_trials(job.trials) if job.owns(record)]
-        self._done = sum(1 for record in own if record.status != "running")
-        self._clock = _Clock(job, own)
+        recorded = read_trials(job.trials)
+        self._done = sum(1 for record in recorded if job.owns(record) and record.status != "running")
+        self._clock = _Clock(job, recorded)
 
     def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
         if not self._halt.requested and len(self._live) >= self._room():
@@ -152,7 +152,11 @@ class PlanSearcher(LivesInDriver, Searcher):  # type: ignore[misc]
         """The record of a trial whose worker is dead: hung, lost too often, or to go on elsewhere."""
         pulse = read_pulse(self._job.trials, record.index)
         if pulse is not None:
-            record = record.model_copy(update={"peak_memory_bytes": pulse.peak_memory_bytes})
+            spent = {
+                "seconds": max(record.seconds, pulse.seconds),
+                "gpu_seconds": max(record.gpu_seconds, pulse.gpu_seconds),
+            }
+            record = record.model_copy(update={"peak_memory_bytes": pulse.peak_memory_bytes} | spent)
         if hung:
             limit = self._job.config.search.trial_timeout_seconds
             reason = f"no progress for {limit:g} s (`search.trial_timeout_seconds`); its worker was killed"
@@ -228,13 +232,13 @@ class _Clock:
 
     def __init__(self, job: SearchJob, recorded: Sequence[TrialRecord]) -> None:
         self._job = job
-        self._gpu_seconds = {record.index: record.gpu_seconds for record in recorded}
+        self._gpu_seconds = {record.index: record.gpu_seconds_of(job.search) for record in recorded}
         self._before, self._started = read_seconds(job.trials, job.search), time.monotonic()
         self._is_over, self._next_look = False, 0.0
 
     def tick(self, record: TrialRecord) -> None:
         """Keep the time, and what a trial held: a session may be killed at any instant."""
-        self._gpu_seconds[record.index] = record.gpu_seconds
+        self._gpu_seconds[record.index] = record.gpu_seconds_of(self._job.search)
         write_seconds(self._job.trials, self._job.search, self._seconds())
 
     def is_over(self, ledger: Ledger) -> bool:

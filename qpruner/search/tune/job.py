@@ -78,6 +78,7 @@ class SearchOutcome:
         ended: Why there were no more.
         seconds: Wall-clock seconds, all sessions together.
         sessions: How many there were.
+        gpu_seconds: What trials held GPUs for under this search.
     """
 
     trials: list[TrialRecord]
@@ -85,10 +86,7 @@ class SearchOutcome:
     ended: str
     seconds: float
     sessions: int
-
-    @property
-    def gpu_seconds(self) -> float:
-        return sum(trial.gpu_seconds for trial in self.trials)
+    gpu_seconds: float
 
 
 def params_to_plan(params: dict[str, Any]) -> dict[str, int]:

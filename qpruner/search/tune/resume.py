@@ -40,8 +40,12 @@ def _revived(record: TrialRecord, job: SearchJob) -> TrialRecord:
     cut_off = record.status == "running" or record.can_be_mended
     if not job.space.is_feasible(plan) or not (cut_off or (control and record.status == "stopped")):
         return record
+    earlier = record.earlier_gpu_seconds
+    if not job.owns(record):
+        earlier = earlier | {record.search: record.gpu_seconds_of(record.search)}
     update = {
         "search": job.search,
+        "earlier_gpu_seconds": earlier,
         "origin": control or record.origin,
         "status": "running",
         "reason": None,

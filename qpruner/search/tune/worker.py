@@ -24,6 +24,7 @@ from qpruner.search.trial_job import TrialJob
 from qpruner.search.trial_records import (
     checkpoint_of,
     objective,
+    read_pulse,
     read_trial,
     trial_folder,
     write_pulse,
@@ -64,7 +65,9 @@ class _RecordedTrial:
     def __init__(self, params: dict[str, Any], job: SearchJob) -> None:
         self._job, self._plan = job, params_to_plan(params)
         self._record = read_trial(job.trials, params["trial"])
-        self._before = self._record.seconds, self._record.gpu_seconds
+        # What an earlier process held since its last rung is in its pulse alone.
+        spent = [each for each in (self._record, read_pulse(job.trials, self._record.index)) if each]
+        self._before = max(each.seconds for each in spent), max(each.gpu_seconds for each in spent)
         self._started = time.monotonic()
         self._memory = PeakMemory()
         self._node = ray.get_runtime_context().get_node_id()
@@ -136,7 +139,12 @@ class _RecordedTrial:
             return
         self._told = time.monotonic()
         pulse = TrialPulse(
-            node=self._node, pid=os.getpid(), step=step, beats=self._beats, peak_memory_bytes=self._memory.bytes()
+            node=self._node,
+            pid=os.getpid(),
+            step=step,
+            beats=self._beats,
+            peak_memory_bytes=self._memory.bytes(),
+            **self._spent(),
         )
         write_pulse(self._job.trials, self._record.index, pulse)
 
@@ -150,15 +158,15 @@ class _RecordedTrial:
             self._write(patience_seconds=0.0, status="failed", failure=failure, reason=reason)
 
     def _write(self, patience_seconds: float | None = None, **update: Any) -> None:
-        seconds = time.monotonic() - self._started
-        measured = {
-            "seconds": self._before[0] + seconds,
-            "gpu_seconds": self._before[1] + seconds * self._job.resources.get("gpu", 0.0),
-            "peak_memory_bytes": self._memory.bytes(),
-            "memory_counter": self._memory.counter,
-        }
-        self._record = self._record.model_copy(update=measured | update)
+        measured = {"peak_memory_bytes": self._memory.bytes(), "memory_counter": self._memory.counter}
+        self._record = self._record.model_copy(update=self._spent() | measured | update)
         write_trial(self._job.trials, self._record, patience_seconds)
+
+    def _spent(self) -> dict[str, float]:
+        """What the trial has taken, all sessions together."""
+        seconds = time.monotonic() - self._started
+        held = seconds * self._job.resources.get("gpu", 0.0)
+        return {"seconds": self._before[0] + seconds, "gpu_seconds": self._before[1] + held}
 
 
 def diagnosis(error: Exception) -> tuple[Failure, str]:

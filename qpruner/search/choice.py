@@ -1,0 +1,32 @@
+"""What every search starts with, and how its winner is chosen: of plans and scores alone.
+
+The stage and the replays of `benchmarks/` both choose by these, so that a replay's regret is that of the plan a run
+would have returned.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from qpruner.plan import PlanSpace, PrecisionPlan
+from qpruner.search.searchers import Prior
+from qpruner.sensitivity.seeds import seed_origin, seed_plan
+
+
+def controls_of(space: PlanSpace, sensitivities: Mapping[str, Prior]) -> list[tuple[str, PrecisionPlan]]:
+    """The plans every search starts with: uniform ones inside the budget, then the seed of every sensitivity."""
+    uniform = [(f"uniform-{bits}", space.uniform(bits)) for bits in space.levels]
+    seeds = [(seed_origin(method), seed_plan(values, space)) for method, values in sensitivities.items()]
+    return [(origin, plan) for origin, plan in [*uniform, *seeds] if space.is_feasible(plan)]
+
+
+def finalist_positions(scores: Sequence[float], are_controls: Sequence[bool], confirm: int) -> list[int]:
+    """Positions of the trials that are scored again: the `confirm` lowest scores, of equal ones the first, and every
+    control; ascending."""
+    ranked = sorted(range(len(scores)), key=lambda position: (scores[position], position))
+    return sorted({*ranked[:confirm], *(position for position, control in enumerate(are_controls) if control)})
+
+
+def winner_position(fresh: Sequence[float], are_controls: Sequence[bool]) -> int | None:
+    """Position of the best score on fresh rows; a control wins like any other plan, and a tie. None of nothing."""
+    return min(range(len(fresh)), key=lambda at: (fresh[at], not are_controls[at], at), default=None)
