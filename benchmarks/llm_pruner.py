@@ -1,7 +1,8 @@
 """Do LLM-Pruner's own program and qpruner, with its settings, keep the same units? On SmolLM2-135M.
 
     git clone https://github.com/horseee/LLM-Pruner PEER
-    python -m venv PEER/.venv && PEER/.venv/bin/pip install torch 'transformers==4.43.4' accelerate
+    python -m venv PEER/.venv
+    PEER/.venv/bin/pip install torch 'transformers==4.43.4' accelerate 'datasets<3' sentencepiece
     .venv/bin/python benchmarks/llm_pruner.py --peer PEER --peer-python PEER/.venv/bin/python
 
 Its `llama3.py` runs as it is, on the same weights (float32) and the same 10 x 64 token ids: blocks 4-25 lose 34 % of
