@@ -40,14 +40,13 @@ from qpruner.search.trial_records import begin_session, read_seconds, read_trial
 from qpruner.search.tune.asha import RecordedAsha
 from qpruner.search.tune.driver import HangWatch, PlanSearcher, killed_for_memory
 from qpruner.search.tune.halt import Halt
-from qpruner.search.tune.hyperopt import HyperOptProposer
 from qpruner.search.tune.job import SearchJob, SearchOutcome
 from qpruner.search.tune.resume import take_up
 from qpruner.search.tune.trackers import tracker_callbacks
 from qpruner.search.tune.worker import run_recorded
 from qpruner.trackers import Trackers
 
-__all__ = ["HyperOptProposer", "SearchJob", "SearchOutcome", "check_searcher", "make_proposer", "search"]
+__all__ = ["SearchJob", "SearchOutcome", "check_searcher", "make_proposer", "search"]
 
 
 def search(job: SearchJob, room: Callable[[], int], emit: Emit, trackers: Trackers | None = None) -> SearchOutcome:
@@ -169,6 +168,7 @@ def make_proposer(
         UserError: If the searcher's extra is not installed.
     """
     check_searcher(name)
+    # Imported where it is chosen: this module is imported by every worker, and HyperOpt alone takes a second.
     if name == "gp":
         from qpruner.search.gaussian_process import GaussianProcessProposer
 
@@ -179,6 +179,8 @@ def make_proposer(
 
         proposer = BayesOptProposer(space, seed)
     elif name == "hyperopt":
+        from qpruner.search.tune.hyperopt import HyperOptProposer
+
         proposer = HyperOptProposer(space, seed)
     else:
         proposer = RandomProposer(space, seed)
