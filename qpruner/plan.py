@@ -137,7 +137,8 @@ class PrecisionPlan:
 
     @classmethod
     def from_dict(cls, bits: Mapping[str, int]) -> PrecisionPlan:
-        return cls(tuple(bits), tuple(int(value) for value in bits.values()))
+        # Interned: a searcher keeps every plan it is told of, and each record that is read spells the names anew.
+        return cls(tuple(sys.intern(name) for name in bits), tuple(int(value) for value in bits.values()))
 
     def as_dict(self) -> dict[str, int]:
         return dict(zip(self.groups, self.bits, strict=True))

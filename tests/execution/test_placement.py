@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 from conftest import raw_config, with_key
+from ray import tune
 from raylets import Raylets, raylets
 
 from qpruner.config import validate_config
@@ -28,6 +29,7 @@ from qpruner.records import RungResult
 from qpruner.search.trial_job import Materials, Progress, Report, Trial, TrialJob
 from qpruner.search.trial_records import read_pulse, read_trials
 from qpruner.search.tune import SearchJob, search
+from qpruner.search.tune.driver import Forgetful
 
 GPUS = (2, 1)
 """Of two nodes; the head, the third, has none and no core."""
@@ -188,3 +190,20 @@ def test_a_search_takes_a_machine_that_joins_late(joined: tuple[Raylets, Cluster
         raylets.cluster.remove_node(raylets.nodes.pop())
     assert [trial.status for trial in outcome.trials] == ["finished"] * NUM_TRIALS
     assert [event.slots for event in events if isinstance(event, SlotsFound)] == [3, 4], "not five"
+
+
+def test_the_driver_keeps_no_averages_of_trials_that_are_over(slots: Slots, tmp_path: Path) -> None:
+    """Tune keeps them, and their JSON, to the end: half of the memory that a trial costs the driver."""
+    kept: list[tuple[dict[str, Any], dict[str, Any]]] = []
+
+    class Looks(tune.Callback):  # type: ignore[misc]
+        def on_experiment_end(self, trials: list[Any], **info: Any) -> None:
+            assert all(trial.last_result["loss"] == 3.0 for trial in trials)
+            kept.extend((trial.run_metadata.metric_analysis, trial.run_metadata.metric_n_steps) for trial in trials)
+
+    tune.Tuner(
+        lambda config: tune.report({"loss": 3.0}),
+        tune_config=tune.TuneConfig(num_samples=3, reuse_actors=True),
+        run_config=tune.RunConfig(storage_path=str(tmp_path), callbacks=[Forgetful(), Looks()], verbose=0),
+    ).fit()
+    assert kept == [({}, {})] * 3

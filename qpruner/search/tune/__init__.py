@@ -38,7 +38,7 @@ from qpruner.search.searchers import (
 )
 from qpruner.search.trial_records import begin_session, read_seconds, read_trials, write_trial
 from qpruner.search.tune.asha import RecordedAsha
-from qpruner.search.tune.driver import HangWatch, PlanSearcher, killed_for_memory
+from qpruner.search.tune.driver import Forgetful, HangWatch, PlanSearcher, killed_for_memory
 from qpruner.search.tune.halt import Halt
 from qpruner.search.tune.job import SearchJob, SearchOutcome
 from qpruner.search.tune.resume import take_up
@@ -114,7 +114,7 @@ def _fit(job: SearchJob, room: Callable[[], int], emit: Emit, halt: Halt, tracke
             name=f"search-{attempt:02d}",
             storage_path=str(job.scratch),
             stop=halt,
-            callbacks=[watch, halt, *(tracker_callbacks(trackers, emit) if trackers else ())],
+            callbacks=[watch, halt, Forgetful(), *(tracker_callbacks(trackers, emit) if trackers else ())],
             failure_config=tune.FailureConfig(max_failures=0),
             verbose=0,
         ),
