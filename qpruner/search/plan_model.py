@@ -361,7 +361,7 @@ class Posterior:
         features = self._model.features(data.plans)
         grams = torch.stack([features @ part @ features.T for part in self._model.parts.values()])
         distance = self._model.mismatches(data.plans, data.plans)
-        same_rung = CONSTANT_VARIANCE * (data.ranks[:, None] == data.ranks).to(torch.float64)
+        same_rung = _levels(data.ranks, data.ranks)
         known = data.variances / self.unit**2 + JITTER
         scores = (data.scores - self._center) / self.unit
         shares = len(self._model.parts)
@@ -403,11 +403,12 @@ class Posterior:
         noise = torch.diag(data.variances / self.unit**2 + self._value("noise") + JITTER)
         residual = (data.scores - self._center) / self.unit - self._prior_mean(self.hyper, data)
         seen = features * self._rung_factor(self.hyper, data.ranks, torch.zeros(1, dtype=torch.long))
+        distance = self._model.mismatches(data.plans, data.plans)
+        rungs, apart = self._rung_factor(self.hyper, data.ranks, data.ranks), _levels(data.ranks, data.ranks) + noise
         stretch = torch.ones_like(mine)
         for _ in range(NUM_STEPS):
-            self._covariance = rest + mine * stretch
-            gram = self._between(data.plans, features, data.ranks, data.plans, features, data.ranks)
-            factor = torch.linalg.cholesky(gram + noise)
+            additive = features @ (rest + mine * stretch) @ features.T
+            factor = torch.linalg.cholesky(self._shape(self.hyper, additive, distance) * rungs + apart)
             white = torch.linalg.solve_triangular(factor, seen @ (mine * stretch), upper=False)
             mean = white.T @ torch.linalg.solve_triangular(factor, residual[:, None], upper=False)[:, 0]
             square = mean**2 + (mine * stretch).diagonal() - (white**2).sum(0)
@@ -429,9 +430,13 @@ class Posterior:
         return torch.cat([torch.ones(1, dtype=torch.float64), hyper[len(self._names) :].exp()])[ranks]
 
     def _rung_factor(self, hyper: Tensor, left: Tensor, right: Tensor) -> Tensor:
-        amplitudes = torch.outer(self._amplitude(hyper, left), self._amplitude(hyper, right))
-        apart = (left[:, None] - right).abs()
-        return amplitudes * torch.exp(-apart * hyper[self._names.index("decorrelation")].exp())
+        ranks = torch.arange(len(hyper) - len(self._names) + 1)
+        amplitudes = self._amplitude(hyper, ranks)
+        apart = (ranks[:, None] - ranks).abs()
+        table = torch.outer(amplitudes, amplitudes) * torch.exp(
+            -apart * hyper[self._names.index("decorrelation")].exp()
+        )
+        return table[left][:, right]
 
     def _to_target(self) -> Tensor:
         return self._rung_factor(self.hyper, torch.zeros(1, dtype=torch.long), self._ranks)[0]
@@ -457,5 +462,9 @@ class Posterior:
     ) -> Tensor:
         additive = features @ self._covariance @ their_features.T
         kernel = self._shape(self.hyper, additive, self._model.mismatches(plans, others))
-        constant = CONSTANT_VARIANCE * (ranks[:, None] == their_ranks).to(torch.float64)
-        return kernel * self._rung_factor(self.hyper, ranks, their_ranks) + constant
+        return kernel * self._rung_factor(self.hyper, ranks, their_ranks) + _levels(ranks, their_ranks)
+
+
+def _levels(left: Tensor, right: Tensor) -> Tensor:
+    """The kernel of the rungs' own levels, which are as good as unknown."""
+    return CONSTANT_VARIANCE * (left[:, None] == right).to(torch.float64)
