@@ -80,6 +80,7 @@ def test_a_search_without_an_address_leaves_the_cluster_of_the_environment_alone
         assert GcsClient(address=cluster.address).get_all_job_info() == {}, "no driver was ever there"
 
 
+@pytest.mark.slow
 def test_runs_that_start_together_on_a_new_machine_have_a_ray_each(tmp_path: Path) -> None:
     """Until the first run there is no token; each of them needs one that its own processes have, too."""
     with ExitStack() as stack:
