@@ -76,7 +76,11 @@ class GaussianProcessProposer:
         if not len(candidates):
             return Proposal(self._plans.plan(self._plans.smallest))
         best = int(values.argmax())
-        return Proposal(self._plans.plan(candidates[best]), math.exp(float(values[best])), posterior.noise)
+        plan = self._plans.plan(candidates[best])
+        if len(history.observations) < 2:
+            # What a score's unit is, nobody knows yet: an improvement and a noise would be in none.
+            return Proposal(plan)
+        return Proposal(plan, math.exp(float(values[best])), posterior.noise)
 
     def _candidates(
         self, posterior: Posterior, goal: Goal, seen: set[bytes], generator: np.random.Generator

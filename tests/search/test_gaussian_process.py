@@ -13,7 +13,7 @@ import torch
 from qpruner.plan import PlanSpace, PrecisionPlan
 from qpruner.search.gaussian_process import GaussianProcessProposer, Plans, _best
 from qpruner.search.plan_model import NUM_RUNG_PAIRS, Data, PlanModel, Posterior, informative
-from qpruner.search.searchers import History, Observation
+from qpruner.search.searchers import History, Ledger, Observation
 
 
 def space_of(names: Sequence[str], levels: tuple[int, ...] = (4, 8), share: float = 0.5, seed: int = 0) -> PlanSpace:
@@ -283,6 +283,20 @@ def test_expected_improvement_falls_to_nothing_as_the_best_is_found() -> None:
     assert hoped[0] is None
     assert hoped[2] is not None and hoped[-1] is not None
     assert hoped[-1] < 0.01 * hoped[2]
+
+
+def test_nothing_is_promised_before_there_are_scores_to_promise_it_in() -> None:
+    """With many in flight the first proposals come before any score; `search.patience` must not count them."""
+    space, effects = space_of(blocks(7)), effects_of(7)
+    ledger = Ledger(space, GaussianProcessProposer(space, 0, {}), [], max_trials=40, patience=3)
+    started = [ledger.next() for _ in range(16)]
+    assert all(suggestion is not None and suggestion.expected_improvement is None for suggestion in started)
+    for suggestion in started:
+        assert suggestion is not None
+        ledger.observe(Observation(suggestion.index, suggestion.plan, 8, loss_of(suggestion.plan, effects)))
+        ledger.close(suggestion)
+    following = ledger.next()
+    assert following is not None and following.expected_improvement is not None
 
 
 def rungs_of(plans: Sequence[PrecisionPlan], effects: np.ndarray) -> tuple[Observation, ...]:
