@@ -171,8 +171,8 @@ def select_rate(values: Values, sizes: Sizes, layer_rate: float, round_to: int =
             if (stays := size.count - removed[index][name]) < size.least:
                 bound = math.floor(1000 * (1 - size.least / size.count)) / 1000
                 raise UserError(
-                    f"`prune.layer_rate` {layer_rate:g} would leave block {index} {stays} of its {size.count} {name} "
-                    f"units, but at least {size.least} must stay: make it less than {bound:g}"
+                    f"`prune.layer_rate` {layer_rate:g} would leave {stays} of the {size.count} {name} units of "
+                    f"block {index}, but at least {size.least} must stay: make it less than {bound:g}"
                 )
     return _keep_most_important(values, sizes, removed, progress)
 
