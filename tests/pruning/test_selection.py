@@ -470,7 +470,7 @@ def test_a_blocks_own_share_that_leaves_too_few_is_refused(
 ) -> None:
     """Not quietly made less; just below the bound that is told, it works."""
     scores: Values = {3: {name: [float(unit) for unit in range(size.count)]}}
-    told = rf"`prune.layer_rate` {rate:g} would leave \d of the {size.count} {name} units of block 3, .* less than {bound:g}"
+    told = rf"{rate:g} would leave \d of the {size.count} {name} units of block 3, .* less than {bound:g}"
     with pytest.raises(UserError, match=told):
         select_rate(scores, {3: {name: size}}, rate)
     kept = select_rate(scores, {3: {name: size}}, bound - 1e-6)
