@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 Rows = Sequence[Mapping[str, list[int]]]
+OnProgress = Callable[[int, int], None]
+"""Told how many of how many are done."""
 
 
 @dataclass(frozen=True)
@@ -31,11 +33,13 @@ class Samples:
         rows: Token ids and labels; the loss is over every token that has a label.
         pad_id: Padding token.
         batch_size: Samples a pass.
+        told: Told how many batches of how many are through; of what goes down block by block, how many blocks.
     """
 
     rows: Rows
     pad_id: int
     batch_size: int
+    told: OnProgress = lambda done, total: None
 
     @property
     def one_by_one(self) -> Samples:
@@ -46,6 +50,13 @@ class Samples:
     def by_length(self) -> Samples:
         """The same samples, the shortest first, so that little is spent on padding."""
         return replace(self, rows=sorted(self.rows, key=lambda row: len(row["input_ids"])))
+
+    def batches(self, device: torch.device) -> Iterator[dict[str, torch.Tensor]]:
+        """Padded batches on the model's device, in order."""
+        total = -(-len(self.rows) // self.batch_size)
+        for done, batch in enumerate(batches(self.rows, self.batch_size, self.pad_id, device), 1):
+            yield batch
+            self.told(done, total)
 
     def split(self) -> Iterator[Samples]:
         """One batch after the other."""
@@ -107,7 +118,7 @@ def visit_gradients(
             parameter.requires_grad_(id(parameter) in wanted)
         for name, parameter in parameters.items():
             handles.append(parameter.register_post_accumulate_grad_hook(hook_for(name)))  # type: ignore[no-untyped-call]
-        for batch in batches(samples.rows, samples.batch_size, samples.pad_id, model.device):
+        for batch in samples.batches(model.device):
             logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False).logits
             labels = batch["labels"].to(logits.device)
             loss = token_losses(logits, labels).sum() / count_labels(labels)
@@ -160,7 +171,7 @@ def visit_mask_gradients(
 
     hooks = [(linear, hook_for(name, dim)) for name, (linear, dim) in linears.items()]
     with _activation_gradients(model, hooks):
-        for batch in batches(samples.rows, samples.batch_size, samples.pad_id, model.device):
+        for batch in samples.batches(model.device):
             num_rows = len(batch["input_ids"])
             logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False).logits
             labels = batch["labels"].to(logits.device)
@@ -200,7 +211,7 @@ def visit_linear_gradients(
         return listen
 
     with _activation_gradients(model, [(linear, hook_for(name)) for name, linear in linears.items()]):
-        for batch in batches(samples.rows, samples.batch_size, samples.pad_id, model.device):
+        for batch in samples.batches(model.device):
             num_rows = len(batch["input_ids"])
             logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False).logits
             token_losses(logits, batch["labels"].to(logits.device)).sum().backward()  # type: ignore[no-untyped-call]
@@ -278,7 +289,7 @@ def visit_inputs(
 
     handles = [module.register_forward_pre_hook(hook_for(name)) for name, module in modules.items()]
     try:
-        for batch in batches(samples.rows, samples.batch_size, samples.pad_id, model.device):
+        for batch in samples.batches(model.device):
             tokens = batch["attention_mask"].bool()
             # Without the head: nobody reads the logits.
             model.base_model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)

@@ -59,8 +59,13 @@ class Candidate:
 
     @property
     def progress(self) -> Path:
-        """`step total loss` of a fine-tune under way."""
+        """`step total` of a fine-tune under way."""
         return self.folder / "progress"
+
+    @property
+    def scoring_progress(self) -> Path:
+        """`done total` of its answers to the held-out tasks."""
+        return self.folder / "scoring"
 
 
 @dataclass(frozen=True)
@@ -115,14 +120,7 @@ def finetune_candidate(job: CandidateJob) -> FinetuneOutcome:
     memory = PeakMemory()
     model = build(config, candidate)
     candidate.folder.mkdir(parents=True, exist_ok=True)
-    told = float("-inf")
-
-    def on_step(step: int, total: int, loss: float) -> None:
-        nonlocal told
-        if step == total or time.monotonic() - told >= sign_seconds(candidate.progress):
-            told = time.monotonic()
-            write_sign(candidate.progress, f"{step} {total} {loss:.4f}")
-
+    signs = _Signs(candidate.progress)
     work = candidate.folder / "checkpoints"
     trackers = job.trackers if Share.own().rank == 0 else None
     bits = {f"bits/{group}": value for group, value in candidate.plan.items()}
@@ -137,7 +135,10 @@ def finetune_candidate(job: CandidateJob) -> FinetuneOutcome:
             candidate.seed,
             pad_id,
             start=latest_checkpoint(work),
-            listener=Listener(on_step=on_step, on_save=lambda checkpoint: _keep(checkpoint, work)),
+            listener=Listener(
+                on_step=lambda step, total, loss: signs.tell(step, total),
+                on_save=lambda checkpoint: _keep(checkpoint, work),
+            ),
             callbacks=[told_trackers],
         )
     peak = memory.bytes()
@@ -202,6 +203,7 @@ def evaluate_candidate(job: CandidateJob) -> Evaluation:
         settings.limit,
         settings.batch_size,
         settings.num_fewshot,
+        told=_Signs(job.candidate.scoring_progress).tell,
     )
     return Evaluation(scores, loss)
 
@@ -218,12 +220,14 @@ class InferenceJob:
         candidates: Rows of different models.
         data: Folder of the encoded rows; the prompt is the confirmation rows' beginning.
         threads: Cores to use on a CPU.
+        progress: File for `done total` of the turns.
     """
 
     config: RunConfig
     candidates: tuple[Candidate, ...]
     data: Path
     threads: int
+    progress: Path
 
 
 def measure_inference(job: InferenceJob) -> tuple[InferenceSetting, list[Inference]]:
@@ -238,11 +242,13 @@ def measure_inference(job: InferenceJob) -> tuple[InferenceSetting, list[Inferen
     ids = [token for row in load_encoded(job.data / "confirmation") for token in row["input_ids"]]
     prompt = (ids * -(-PROMPT_TOKENS // len(ids)))[:PROMPT_TOKENS]
     turns: list[list[Turn]] = [[] for _ in job.candidates]
-    for _ in range(TURNS):
-        for candidate, seen in zip(job.candidates, turns, strict=True):
-            model = build(job.config, candidate)
-            load_adapter(model, candidate.adapter)
-            seen.append(take_turn(model, prompt, NEW_TOKENS))  # type: ignore[arg-type]
+    signs, num_turns = _Signs(job.progress), TURNS * len(job.candidates)
+    for turn in range(num_turns):
+        candidate, seen = job.candidates[turn % len(turns)], turns[turn % len(turns)]
+        model = build(job.config, candidate)
+        load_adapter(model, candidate.adapter)
+        seen.append(take_turn(model, prompt, NEW_TOKENS))  # type: ignore[arg-type]
+        signs.tell(turn + 1, num_turns)
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{job.threads} CPU core(s)"
     setting = InferenceSetting(
         device=device,
@@ -361,6 +367,22 @@ def _keep(checkpoint: Path, work: Path) -> None:
     for old in put_folders(work):
         if old.name != checkpoint.name:
             remove(old)
+
+
+class _Signs:
+    """Tells the driver of progress, now and then and at the end.
+
+    Args:
+        path: The file that holds `done total`.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path, self._told = path, float("-inf")
+
+    def tell(self, done: int, total: int) -> None:
+        if done == total or time.monotonic() - self._told >= sign_seconds(self._path):
+            self._told = time.monotonic()
+            write_sign(self._path, f"{done} {total}")
 
 
 def _start(threads: int) -> None:

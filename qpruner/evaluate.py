@@ -7,7 +7,7 @@ import itertools
 import logging
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from qpruner.errors import UserError
@@ -29,6 +29,7 @@ def score_tasks(
     batch_size: int,
     num_fewshot: int = 0,
     skip: int = 0,
+    told: Callable[[int, int], None] = lambda done, total: None,
 ) -> tuple[TaskScore, ...]:
     """Run lm-eval on a model in memory.
 
@@ -41,18 +42,20 @@ def score_tasks(
         batch_size: Requests per forward pass.
         num_fewshot: Worked examples before each question.
         skip: Questions of each task that are left out before those; every task must have more.
+        told: Told how many requests (a question's choices, or a generation) of how many are answered.
 
     Returns:
         One score a task (the subtasks of a group one by one), with the standard error of a mean of 0/1 outcomes.
     """
     from lm_eval import simple_evaluate
-    from lm_eval.models.huggingface import HFLM
 
     was_training = model.training
     model.eval()
     results: Any = simple_evaluate(
         # In bf16 a log-probability of -6 is known to 0.03, more than most plans differ by.
-        model=HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, softmax_dtype="float32"),
+        model=_telling_model(told)(
+            pretrained=model, tokenizer=tokenizer, batch_size=batch_size, softmax_dtype="float32"
+        ),
         tasks=list(tasks),
         task_manager=_task_manager(include_path, tuple(tasks)),
         num_fewshot=num_fewshot,
@@ -63,6 +66,35 @@ def score_tasks(
     )
     model.train(was_training)
     return tuple(_score(task, samples) for task, samples in results["samples"].items())
+
+
+def _telling_model(told: Callable[[int, int], None]) -> Any:
+    """lm-eval's model, which tells of every answer: it hands each to a cache, of which there is none here."""
+    from lm_eval.api.model import CacheHook
+    from lm_eval.models.huggingface import HFLM
+
+    class Counter(CacheHook):  # type: ignore[misc]
+        done = total = 0
+
+        def add_partial(self, attr: str, req: Any, res: Any) -> None:
+            self.done += 1
+            told(self.done, max(self.done, self.total))
+
+    class Telling(HFLM):  # type: ignore[misc]
+        def __init__(self, **options: Any) -> None:
+            super().__init__(**options)
+            self.counter = Counter(None)
+            self.set_cache_hook(self.counter)
+
+        def loglikelihood(self, requests: Any, *args: Any, **kwargs: Any) -> Any:
+            self.counter.total += len(requests)
+            return super().loglikelihood(requests, *args, **kwargs)
+
+        def generate_until(self, requests: Any, *args: Any, **kwargs: Any) -> Any:
+            self.counter.total += len(requests)
+            return super().generate_until(requests, *args, **kwargs)
+
+    return Telling
 
 
 def mean_accuracy(scores: Sequence[TaskScore]) -> tuple[float, float]:

@@ -28,6 +28,8 @@ from qpruner.report.standing import told
 from qpruner.search_view import SearchView, duration
 
 PLAIN_WIDTH = 120
+SECONDS_UNTOLD = 30.0
+"""Where there is no live part, a line tells how far a step has got after this long without any."""
 REFRESHES_PER_SECOND = 2
 
 
@@ -46,6 +48,7 @@ class Terminal:
         self._bars: dict[str, TaskID] = {}
         self._stages: dict[str, float | str] = {}
         self._steps = 0
+        self._last_line = time.monotonic()
         self._search: SearchView | None = None
         self._progress = Progress(
             TextColumn("{task.description}"),
@@ -114,6 +117,7 @@ class Terminal:
         self._line(text)
 
     def _line(self, text: str) -> None:
+        self._last_line = time.monotonic()
         self._console.print(text, markup=False)
 
     def _tell(self, trial: TrialRecord) -> None:
@@ -125,6 +129,8 @@ class Terminal:
         if stage not in self._bars:
             self._bars[stage] = self._progress.add_task(stage, total=total)
         self._progress.update(self._bars[stage], completed=done, total=total, description=f"{stage} {detail}".strip())
+        if not self._live and time.monotonic() - self._last_line >= SECONDS_UNTOLD:
+            self._line(f"[{stage}] {detail or 'done'}: {done} of {total}")
 
     def _end(self, stage: str, outcome: str) -> None:
         self._stages[stage] = outcome

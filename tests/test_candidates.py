@@ -96,8 +96,7 @@ def test_a_fine_tune_leaves_its_adapter_and_nothing_to_go_on_from(tuned: tuple[C
     assert sorted(path.name for path in job.candidate.folder.iterdir()) == ["adapter", "progress"]
     assert latest_checkpoint(job.candidate.folder / "checkpoints") is None
     assert outcome.steps == 4
-    step, total, _ = job.candidate.progress.read_text().split()
-    assert (step, total) == ("4", "4")
+    assert job.candidate.progress.read_text() == "4 4"
 
 
 def test_the_outcome_is_that_of_the_saved_adapter(tuned: tuple[CandidateJob, FinetuneOutcome]) -> None:
@@ -188,11 +187,16 @@ def test_the_loss_on_a_text_is_that_of_every_token_of_its_windows(
     assert [token for row in rows for token in row["input_ids"]] == tokenizer(joined)["input_ids"], "nothing is cut off"
 
 
-def test_rows_take_turns_and_a_larger_model_takes_more_memory(tuned: tuple[CandidateJob, FinetuneOutcome]) -> None:
+def test_rows_take_turns_and_a_larger_model_takes_more_memory(
+    tuned: tuple[CandidateJob, FinetuneOutcome], tmp_path: Path
+) -> None:
     """The unquantized row is of other groups than the tuned one, with the same adapter."""
     job = tuned[0]
     dense = replace(job.candidate, plan=dict.fromkeys(job.candidate.plan, 16))
-    setting, (packed, full) = measure_inference(InferenceJob(job.config, (job.candidate, dense), job.data, threads=1))
+    signs = tmp_path / "turns"
+    task = InferenceJob(job.config, (job.candidate, dense), job.data, threads=1, progress=signs)
+    setting, (packed, full) = measure_inference(task)
+    assert signs.read_text() == "6 6", "three turns each"
     assert (setting.prompt_tokens, setting.new_tokens) == (128, 16)
     for each in (packed, full):
         assert len(each.prefill_tokens_per_second) == len(each.decode_tokens_per_second) == 3

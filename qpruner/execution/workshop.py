@@ -17,7 +17,7 @@ from qpruner.events import Emit, Event, Message
 from qpruner.execution.cluster import MAX_DEATHS, died_too_often, first_line
 from qpruner.memory import release
 from qpruner.mirror import fetch
-from qpruner.models.loading import load_dense
+from qpruner.models.loading import OnLoading, load_dense, untold
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -39,10 +39,10 @@ class Bench:
         """Leave the pruned model to what comes next."""
         self._pruned = pruned
 
-    def pruned_model(self, checkpoint: Path, dtype: str) -> PreTrainedModel:
+    def pruned_model(self, checkpoint: Path, dtype: str, told: OnLoading = untold) -> PreTrainedModel:
         """The pruned model on this process's device; loaded if an earlier session cut it."""
         if self._pruned is None:
-            self._pruned = load_dense(str(fetch(checkpoint)), dtype)
+            self._pruned = load_dense(str(fetch(checkpoint)), dtype, told=told)
         return self._pruned
 
 

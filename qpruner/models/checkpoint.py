@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError, safe_open
 
 from qpruner.errors import CorruptFile
-from qpruner.models.loading import check_source, load_dense, load_tokenizer
+from qpruner.models.loading import OnLoading, check_source, load_dense, load_tokenizer, untold
 
 if TYPE_CHECKING:
     import torch
@@ -27,7 +27,7 @@ class Base:
     converted: bool
 
 
-def prepare_base(model: ModelConfig, folder: Path, is_shared: bool = False) -> Base:
+def prepare_base(model: ModelConfig, folder: Path, is_shared: bool = False, told: OnLoading = untold) -> Base:
     """Make the base model a local safetensors folder.
 
     A local folder is used as it is, a hub model is the hub's own cached snapshot, a .gguf file is dequantized into
@@ -37,12 +37,13 @@ def prepare_base(model: ModelConfig, folder: Path, is_shared: bool = False) -> B
         model: Where it comes from.
         folder: Where its files go if it has to be written.
         is_shared: Write a hub model to `folder` too: other machines do not see this one's cache.
+        told: Told of what is fetched or read.
     """
     source = check_source(model)
     if Path(source).is_dir():
         return Base(source, converted=False)
     if source.endswith(".gguf"):
-        save_checkpoint(load_dense(source, model.dtype), load_tokenizer(source), folder)
+        save_checkpoint(load_dense(source, model.dtype, told=told), load_tokenizer(source), folder)
         return Base(str(folder), converted=True)
     from huggingface_hub import snapshot_download
 
@@ -55,8 +56,28 @@ def prepare_base(model: ModelConfig, folder: Path, is_shared: bool = False) -> B
         *(["*.py"] if model.trust_remote_code else []),
     ]
     place = folder if is_shared else None
-    path = snapshot_download(source, revision=model.revision, allow_patterns=patterns, local_dir=place)
+    path = snapshot_download(
+        source, revision=model.revision, allow_patterns=patterns, local_dir=place, tqdm_class=_bar_telling(told)
+    )
     return Base(path, converted=is_shared)
+
+
+def _bar_telling(told: OnLoading) -> Any:
+    """A progress bar that shows nothing and tells of the megabytes of all files together."""
+    from huggingface_hub.utils import tqdm
+
+    class Bar(tqdm):  # type: ignore[misc,type-arg]
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            self._counts = kwargs.get("name") == "huggingface_hub.snapshot_download"
+            self._num_bytes = 0.0
+            super().__init__(*args, **kwargs | {"disable": True})
+
+        def update(self, n: float | None = 1) -> None:
+            self._num_bytes += n or 0
+            if self._counts and self.total:
+                told("fetching MB", round(self._num_bytes / 1e6), round(self.total / 1e6))
+
+    return Bar
 
 
 def save_checkpoint(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:

@@ -9,6 +9,8 @@ from __future__ import annotations
 import importlib.util
 import json
 import struct
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +21,14 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from qpruner.config import ModelConfig
+
+
+OnLoading = Callable[[str, int, int], None]
+"""Told what is on its way, and how much of how much of it is there."""
+
+
+def untold(what: str, done: int, total: int) -> None:
+    """Nobody watches."""
 
 
 def resolve_source(source: str, key: str) -> str:
@@ -97,13 +107,14 @@ def load_tokenizer(source: str, model: ModelConfig | None = None) -> PreTrainedT
     return tokenizer
 
 
-def load_dense(source: str, dtype: str, model: ModelConfig | None = None) -> PreTrainedModel:
+def load_dense(source: str, dtype: str, model: ModelConfig | None = None, told: OnLoading = untold) -> PreTrainedModel:
     """Dense weights, pruned widths included, on the best device or spread over all of them.
 
     Args:
         source: A folder, hub id or .gguf file (already resolved).
         dtype: Name of the torch dtype of the weights.
         model: Revision and trust settings for a hub model, and its `device_map`.
+        told: Told how many tensors are there.
 
     Raises:
         CorruptFile: If a weight file is truncated.
@@ -122,15 +133,41 @@ def load_dense(source: str, dtype: str, model: ModelConfig | None = None) -> Pre
     if is_spread:
         options["device_map"] = "auto"
     try:
-        loaded: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-            **_where(source), dtype=getattr(torch, dtype), **options
-        )
+        with _tensors_told(told):
+            loaded: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+                **_where(source), dtype=getattr(torch, dtype), **options
+            )
     except (SafetensorError, OSError) as error:
         if isinstance(error, OSError) and error.errno is not None:  # the disk's, not transformers' "no such file"
             raise
         path = damaged_file(Path(source))
         raise CorruptFile(f"{path} is missing or damaged: {_reason(error)}", path) from error
     return loaded if is_spread else loaded.to(device())
+
+
+@contextmanager
+def _tensors_told(told: OnLoading) -> Iterator[None]:
+    """Tell of the tensors that transformers reads meanwhile; its own bars are where it counts them."""
+    from transformers.utils import logging
+
+    before = logging.set_tqdm_hook(lambda factory, args, kwargs: _Counted(told, *args, **kwargs))
+    try:
+        yield
+    finally:
+        logging.set_tqdm_hook(before)
+
+
+class _Counted:
+    """Stands where a progress bar would, around what is gone through."""
+
+    def __init__(self, told: OnLoading, items: Collection[Any] = (), desc: str | None = None, **ignored: Any) -> None:
+        self._told, self._items = told, items
+        self._what = "reading GGUF" if "GGUF" in (desc or "") else "loading weights"
+
+    def __iter__(self) -> Iterator[Any]:
+        for done, item in enumerate(self._items, 1):
+            yield item
+            self._told(self._what, done, len(self._items))
 
 
 def checkpoint_config(folder: Path) -> Any:

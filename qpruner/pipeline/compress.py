@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
     from qpruner.data import Example
     from qpruner.models.checkpoint import Base
+    from qpruner.models.loading import OnLoading
     from qpruner.sensitivity.measurement import Measurement
     from qpruner.sensitivity.methods import Subject
 
@@ -69,8 +70,13 @@ def bring_base(job: BaseJob, bench: Bench, emit: Emit) -> Base:
     from qpruner.models.checkpoint import prepare_base
 
     with written(job.folder) as folder:
-        base = prepare_base(job.model, folder, job.is_shared)
+        base = prepare_base(job.model, folder, job.is_shared, telling(emit, "prepare"))
     return replace(base, path=str(job.folder)) if base.converted else base
+
+
+def telling(emit: Emit, stage: str) -> OnLoading:
+    """Tells of weights on their way as a stage's progress."""
+    return lambda what, done, total: emit(Progress(stage, done, total, what))
 
 
 def sensitivity(context: Context, pruned: PruneRecord, banked: BankRecord) -> SensitivityRecord:
@@ -156,23 +162,23 @@ class ScoringJob:
     checkpoint: Path
     subject: Subject
 
-    def model(self, bench: Bench) -> PreTrainedModel:
-        return bench.pruned_model(self.checkpoint, self.config.model.dtype)
+    def model(self, bench: Bench, emit: Emit) -> PreTrainedModel:
+        return bench.pruned_model(self.checkpoint, self.config.model.dtype, telling(emit, "sensitivity"))
 
 
 def score_information(job: ScoringJob, bench: Bench, emit: Emit) -> dict[str, MethodScores]:
     from qpruner.sensitivity import methods as scoring
 
-    config, told = job.config, _teller(emit, scoring.INFORMATION)
-    batch_size = config.evaluate.batch_size
-    return scoring.by_information(job.model(bench), job.subject, config.sensitivity, batch_size, config.seed, told)
+    config, model = job.config, job.model(bench, emit)
+    batch_size, told = config.evaluate.batch_size, _teller(emit, scoring.INFORMATION)
+    return scoring.by_information(model, job.subject, config.sensitivity, batch_size, config.seed, told)
 
 
 def score_expansion(job: ScoringJob, bench: Bench, emit: Emit) -> dict[str, MethodScores]:
     from qpruner.sensitivity import methods as scoring
 
     told = _teller(emit, scoring.EXPANSION)
-    return scoring.by_expansion(job.model(bench), job.subject, job.config.calibration.batch_size, told)
+    return scoring.by_expansion(job.model(bench, emit), job.subject, job.config.calibration.batch_size, told)
 
 
 def measure_all(job: ScoringJob, bench: Bench, emit: Emit) -> Measurement:
@@ -180,7 +186,7 @@ def measure_all(job: ScoringJob, bench: Bench, emit: Emit) -> Measurement:
     from qpruner.sensitivity import methods as scoring
     from qpruner.sensitivity.measurement import measure
 
-    model = job.model(bench)
+    model = job.model(bench, emit)
     samples = job.subject.samples(job.config.evaluate.batch_size, job.config.sensitivity.num_measured_samples)
     return measure(model, samples.by_length, job.subject.starts(model), _teller(emit, scoring.MEASUREMENT))
 

@@ -45,7 +45,7 @@ from qpruner.records import (
     digest_of,
 )
 from qpruner.report.table import BASE, SEARCHED
-from qpruner.rundir import exists, for_each, publish_folder, read_json, read_sign, write_json
+from qpruner.rundir import exists, for_each, publish_folder, read_json, read_sign, remove, write_json
 
 
 def finetune(context: Context, searched: SearchRecord, measured: SensitivityRecord) -> FinetuneRecord:
@@ -141,8 +141,11 @@ def _measure_inference(context: Context, jobs: list[Candidate]) -> tuple[Inferen
     resources, _ = context.task_resources(1)
     alone = tuple(same[0] for same in models.values())
     context.emit(Message("evaluate", f"{len(alone)} model(s) take turns: memory and tokens a second"))
-    task = InferenceJob(context.worker_config, alone, context.data, int(resources.get("cpu", 1)))
-    [(_, (setting, found))] = run_tasks(measure_inference, [task], resources, 1, fresh=True)
+    signs = context.run_dir.candidates / "turns"
+    task = InferenceJob(context.worker_config, alone, context.data, int(resources.get("cpu", 1)), signs)
+    remove(signs)  # of an earlier command
+    progress = _Progress(context, "evaluate", [signs], 1, "memory and tokens a second")
+    [(_, (setting, found))] = run_tasks(measure_inference, [task], resources, 1, fresh=True, on_tick=progress.tell)
     folders = zip(models.values(), found, strict=True)
     return setting, {job.folder: taken for same, taken in folders for job in same}
 
@@ -170,7 +173,7 @@ def _finetune_jobs(context: Context, jobs: list[tuple[Row, Candidate]]) -> list[
     left = [job for job in distinct if found[job.folder] is None or not exists(job.adapter / ADAPTER_WEIGHTS)]
     if left:
         origins = {job.folder: row.origin for row, job in jobs}
-        progress = _StepProgress(context, left, len(distinct))
+        progress = _Progress(context, "finetune", [job.progress for job in left], len(distinct), "steps")
         for position, outcome in _finetuned(context, left, progress.tell):
             job = left[position]
             record = found[job.folder] = _record_of(context, job, origins[job.folder], outcome)
@@ -233,13 +236,17 @@ def _evaluate_jobs(context: Context, jobs: list[Candidate], text: Path | None) -
     left = [job for job in jobs if job.folder not in found]
     if left:
         tasks, resources, concurrent = _worker_jobs(context, left, text=text)
-        for position, scored in run_tasks(evaluate_candidate, tasks, resources, concurrent, fresh=False):
+        signs = [job.scoring_progress for job in left]
+        for_each(remove, signs)  # of a session that was interrupted
+        progress = _Progress(context, "evaluate", signs, len(jobs), "answers")
+        for position, scored in run_tasks(
+            evaluate_candidate, tasks, resources, concurrent, fresh=False, on_tick=progress.tell
+        ):
             job = left[position]
             record = RowScores(digest=digest, name=job.name, seed=job.seed, **vars(scored))
             write_json(job.folder / "scores.json", record)
             found[job.folder] = record
             context.emit(Message("evaluate", f"{job.label}: {_scores_line(record.scores)}"))
-            context.emit(Progress("evaluate", len(found), len(jobs)))
     return found
 
 
@@ -285,20 +292,28 @@ def write_final(job: FinalJob, bench: Bench, emit: Emit) -> None:
     publish_folder(scratch, job.folder)
 
 
-class _StepProgress:
-    """Adds up the steps of the fine-tunes under way, which their workers leave in small files."""
+class _Progress:
+    """Adds up what the workers of equally long jobs leave in small files: `done total`, as they go.
 
-    def __init__(self, context: Context, left: list[Candidate], num_jobs: int) -> None:
-        self._emit, self._left, self._total = context.emit, left, num_jobs
+    Args:
+        context: The run.
+        stage: Whose progress it is.
+        signs: A file for each job that is left.
+        num_jobs: Jobs in all; the others are done.
+        what: Is counted.
+    """
+
+    def __init__(self, context: Context, stage: str, signs: list[Path], num_jobs: int, what: str) -> None:
+        self._emit, self._stage, self._signs, self._num_jobs, self._what = context.emit, stage, signs, num_jobs, what
         self._last = -1
 
     def tell(self) -> None:
-        found = [(text or "").split() for text in for_each(read_sign, [job.progress for job in self._left])]
-        parts = [(int(fields[0]), int(fields[1])) for fields in found if len(fields) == 3]
+        found = [(text or "").split() for text in for_each(read_sign, self._signs)]
+        parts = [(int(fields[0]), int(fields[1])) for fields in found if len(fields) == 2]
         if not parts:
             return
-        steps = parts[0][1]
-        done = (self._total - len(self._left)) * steps + sum(step for step, _ in parts)
+        each = parts[0][1]
+        done = (self._num_jobs - len(self._signs)) * each + sum(done for done, _ in parts)
         if done != self._last:
             self._last = done
-            self._emit(Progress("finetune", done, self._total * steps))
+            self._emit(Progress(self._stage, done, self._num_jobs * each, self._what))

@@ -16,7 +16,7 @@ from qpruner.execution.workshop import Bench
 from qpruner.mirror import fetch, written
 from qpruner.models.layout import num_layers
 from qpruner.models.structure import ATTENTION, EXPERT, MLP, family_of
-from qpruner.pipeline.compress import importance_samples
+from qpruner.pipeline.compress import importance_samples, telling
 from qpruner.pipeline.context import Context
 from qpruner.pipeline.stage import Stage, run_stage
 from qpruner.records import LayerWidths, PrepareRecord, PruneRecord
@@ -73,7 +73,7 @@ def cut_and_save(job: CutJob, bench: Bench, emit: Emit) -> dict[str, Any]:
 
     base = str(fetch(job.base))
     tokenizer = load_tokenizer(base)
-    model = load_dense(base, job.config.model.dtype, job.config.model)
+    model = load_dense(base, job.config.model.dtype, job.config.model, telling(emit, "prune"))
     pruned, fields = cut_model(job.config, model, tokenizer, load_encoded(job.rows), emit)
     with written(job.scratch) as folder:
         save_checkpoint(pruned.model, tokenizer, folder)
@@ -112,9 +112,9 @@ def cut_in_memory(job: PreviewJob, bench: Bench, emit: Emit) -> dict[str, Any]:
 
     config = job.config
     with tempfile.TemporaryDirectory() as scratch:
-        base = prepare_base(config.model, Path(scratch))
+        base = prepare_base(config.model, Path(scratch), told=telling(emit, "prune"))
         tokenizer = load_tokenizer(base.path)
-        model = load_dense(base.path, config.model.dtype, config.model)
+        model = load_dense(base.path, config.model.dtype, config.model, telling(emit, "prune"))
         rows = importance_samples(config, job.examples, model.config.vocab_size, tokenizer)
         _, fields = cut_model(config, model, tokenizer, rows, emit)
     return fields
@@ -136,7 +136,9 @@ def cut_model(
     before = [block_parameters(model, index) for index in range(num_layers(model.config))]
     base = copy.deepcopy(model.config)
     memory = PeakMemory()
-    pruned = cut(model, settings, samples, config.seed, lambda done, total: emit(Progress("prune", done, total)))
+    pruned = cut(
+        model, settings, samples, config.seed, lambda what, done, total: emit(Progress("prune", done, total, what))
+    )
     removed = pruned.parameters_before - pruned.parameters_after
     element_bytes = preflight.DTYPE_BYTES[config.model.dtype]
     return pruned, {

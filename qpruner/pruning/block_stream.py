@@ -37,6 +37,7 @@ class BlockStream:
         self._model = model
         self._path = family_of(model.config).block_path
         self._num_blocks = model.config.num_hidden_layers
+        self._told = samples.told
         self._hidden: list[torch.Tensor] = []
         self._tokens: list[torch.Tensor] = []
         self._calls: list[dict[int, tuple[tuple[Any, ...], dict[str, Any]]]] = []
@@ -100,6 +101,7 @@ class BlockStream:
     def advance(self, index: int) -> None:
         """Take the hidden states through a block."""
         self._hidden = [self._run(index, batch, hidden) for batch, hidden in enumerate(self._hidden)]
+        self._told(index + 1, self._num_blocks)
 
     def _run(self, index: int, batch: int, hidden: torch.Tensor) -> torch.Tensor:
         args, kwargs = self._calls[batch][index]

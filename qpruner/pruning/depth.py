@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from qpruner.calibration import Samples, at_tokens, batches
+from qpruner.calibration import Samples, at_tokens
 from qpruner.models.structure import family_of
 from qpruner.pruning.importance import taylor
 
@@ -56,7 +56,7 @@ def block_influence(model: PreTrainedModel, layers: Sequence[int], samples: Samp
         for index in layers
     ]
     try:
-        for batch in batches(samples.rows, samples.batch_size, samples.pad_id, model.device):
+        for batch in samples.batches(model.device):
             tokens = batch["attention_mask"].bool()
             count += int(tokens.sum())
             model.base_model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Protocol
 
 import torch
@@ -41,28 +43,45 @@ class Measured:
         settings: Criteria and compensation.
         samples: Calibration samples.
         seed: Of the random control.
+        told: Told what is measured, and how much of it is done.
     """
 
-    def __init__(self, settings: PruneConfig, samples: Samples, seed: int) -> None:
-        self._settings, self._samples, self._seed = settings, samples, seed
+    def __init__(
+        self,
+        settings: PruneConfig,
+        samples: Samples,
+        seed: int,
+        told: Callable[[str, int, int], None] = lambda what, done, total: None,
+    ) -> None:
+        self._settings, self._samples, self._seed, self._told = settings, samples, seed, told
+        self._step = 0
 
     def of_blocks(self, model: PreTrainedModel, layers: Sequence[int]) -> dict[int, float]:
         """By block influence or Taylor."""
-        return block_importance(model, layers, self._settings.depth_importance, self._samples)
+        return block_importance(model, layers, self._settings.depth_importance, self._telling("importance of blocks"))
 
     def make_up_for_blocks(self, model: PreTrainedModel, gone: Collection[int], layers: Sequence[int]) -> None:
         """By least squares, where that is the compensation."""
         if self._settings.compensation == "least_squares":
-            fold_blocks(model, gone, layers, self._settings.ridge, self._samples)
+            samples = self._telling("making up for blocks")
+            fold_blocks(model, gone, layers, self._settings.ridge, samples)
 
     def of_units(self, model: PreTrainedModel, layers: Sequence[int]) -> Scores:
         """By the criterion of the settings."""
-        return score(model, layers, self._settings, self._samples, self._seed)
+        self._step += 1
+        return score(model, layers, self._settings, self._telling(f"importance{self._of_steps()}"), self._seed)
 
     def make_up(self, model: PreTrainedModel, kept: Kept) -> None:
         """By the compensation of the settings."""
         if self._settings.compensation != "none":
-            compensate(model, kept, self._settings.compensation, self._settings.ridge, self._samples)
+            samples = self._telling(f"compensation{self._of_steps()}")
+            compensate(model, kept, self._settings.compensation, self._settings.ridge, samples)
+
+    def _telling(self, what: str) -> Samples:
+        return replace(self._samples, told=partial(self._told, what))
+
+    def _of_steps(self) -> str:
+        return f", step {self._step} of {self._settings.steps}" if self._settings.steps > 1 else ""
 
 
 class Unweighed:

@@ -66,7 +66,7 @@ def prune(
     settings: PruneConfig,
     samples: Samples,
     seed: int = 0,
-    on_step: Callable[[int, int], None] = lambda done, total: None,
+    told: Callable[[str, int, int], None] = lambda what, done, total: None,
 ) -> Pruned:
     """Cut the least important units until the asked share of all parameters is gone.
 
@@ -75,12 +75,12 @@ def prune(
         settings: Rate, criterion, selection, compensation, range of blocks.
         samples: Calibration samples.
         seed: Of the random control.
-        on_step: Told how many steps of how many are done.
+        told: Told what is measured, and how much of it is done.
 
     Raises:
         UserError: If the rate cannot be met, or the model shares weights that a cut would break.
     """
-    return cut_by(Measured(settings, samples, seed), model, settings, on_step)
+    return cut_by(Measured(settings, samples, seed, told), model, settings)
 
 
 def expected_config(model_config: Any, settings: PruneConfig) -> Any:
@@ -97,19 +97,13 @@ def expected_config(model_config: Any, settings: PruneConfig) -> Any:
     return cut_by(Unweighed(equal), skeleton(copy.deepcopy(model_config)), equal).model.config
 
 
-def cut_by(
-    evidence: Evidence,
-    model: PreTrainedModel,
-    settings: PruneConfig,
-    on_step: Callable[[int, int], None] = lambda done, total: None,
-) -> Pruned:
+def cut_by(evidence: Evidence, model: PreTrainedModel, settings: PruneConfig) -> Pruned:
     """Drop blocks, then choose, make up for and cut units, as some evidence says.
 
     Args:
         evidence: Importance, and how what stays makes up for what goes.
         model: Dense model, or one on the meta device; it is cut in place.
         settings: Rate, selection, kinds of unit, range of blocks.
-        on_step: Told how many steps of how many are done.
 
     Raises:
         UserError: If the rate cannot be met, or the model shares weights that a cut would break.
@@ -132,7 +126,7 @@ def cut_by(
     scores: Scores = {}
     if settings.width_units:
         target = width_target(model, settings, layers, before)
-        kept, scores = _cut_widths(evidence, model, settings, layers, target, on_step)
+        kept, scores = _cut_widths(evidence, model, settings, layers, target)
     return Pruned(
         model,
         {blocks[index]: by_kind for index, by_kind in kept.items()},
@@ -161,7 +155,6 @@ def _cut_widths(
     settings: PruneConfig,
     layers: Sequence[int],
     target: int,
-    on_step: Callable[[int, int], None],
 ) -> tuple[Kept, Scores]:
     """Cut units in `settings.steps` steps; importance is measured anew before each."""
     sizes = unit_sizes(model, layers, settings.width_units)
@@ -187,7 +180,6 @@ def _cut_widths(
         evidence.make_up(model, present)
         cut(model, present)
         alive = kept
-        on_step(step, settings.steps)
     return alive, first
 
 

@@ -7,12 +7,12 @@ with whom they were shared.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qpruner.calibration import Rows, Samples
+from qpruner.calibration import OnProgress, Rows, Samples
 from qpruner.config import SensitivityConfig
 from qpruner.mirror import fetch
 from qpruner.models.layout import group_linears
@@ -26,7 +26,6 @@ from qpruner.sensitivity.starts import Starts
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-OnProgress = Callable[[int, int], None]
 NATS = "nats per predicted token"
 
 INFORMATION = ("mutual_information",)

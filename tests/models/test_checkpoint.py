@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 import torch
+from hub_server import Repository, serving
 from safetensors.torch import load_file, save_file
 from tiny_families import (
     CHANNELS,
@@ -239,6 +240,29 @@ def test_a_missing_shard_is_told_before_anything_is_loaded(
     gone.unlink()
     with pytest.raises(UserError, match=gone.name):
         prepare_base(ModelConfig(source=str(tmp_path)), tmp_path / "unused")
+
+
+def test_a_model_of_a_hub_is_fetched_with_progress(folders: dict[str, Path], tmp_path: Path) -> None:
+    files = {path.name: path.read_bytes() for path in folders["llama"].iterdir()}
+    code = (
+        "import sys\nfrom pathlib import Path\nfrom qpruner.config import ModelConfig\n"
+        "from qpruner.models.checkpoint import prepare_base\n"
+        "prepare_base(ModelConfig(source='me/mine'), Path(sys.argv[1]), True, lambda *told: print(*told, sep=','))"
+    )
+    with serving() as hub:
+        hub.repositories["me/mine"] = Repository(private=False, files=files | {"more.json": b" " * 8_000_000})
+        variables = {"HF_ENDPOINT": hub.endpoint, "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "0"}
+        done = subprocess.run(
+            [sys.executable, "-c", code, str(tmp_path / "model")],
+            env={**os.environ, **variables, "HF_HUB_DISABLE_XET": "1"},
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert (tmp_path / "model" / "model.safetensors").read_bytes() == files["model.safetensors"]
+    total = round((sum(map(len, files.values())) + 8_000_000) / 1e6)
+    assert done.stdout.splitlines()[-1] == f"fetching MB,{total},{total}"
 
 
 def test_a_local_folder_is_used_where_it_is(folders: dict[str, Path], tmp_path: Path) -> None:

@@ -10,12 +10,35 @@ from conftest import raw_config, with_key
 
 from qpruner.config import validate_config
 from qpruner.errors import UserError
-from qpruner.events import Event
+from qpruner.events import Event, Progress
 from qpruner.pipeline import run
 
 
 def ignore(event: Event) -> None:
     """Nobody watches."""
+
+
+def test_long_steps_tell_how_far_they_are(tiny_model: Path, tmp_path: Path) -> None:
+    raw = with_key(raw_config(tiny_model, tmp_path / "run"), "prune.units", ["block", "attention", "mlp"])
+    raw = with_key(with_key(raw, "prune.rate", 0.6), "sensitivity.methods", ["mutual_information", "fisher", "kl"])
+    told: dict[tuple[str, str], list[tuple[int, int]]] = {}
+
+    def listen(event: Event) -> None:
+        if isinstance(event, Progress):
+            what = "groups" if event.stage == "bank" else event.detail  # its detail is the group's name
+            told.setdefault((event.stage, what), []).append((event.done, event.total))
+
+    run(validate_config(raw), listen, until="sensitivity")
+    prune = ["loading weights", "importance of blocks", "making up for blocks", "importance", "compensation"]
+    assert [what for stage, what in told if stage == "prune"] == prune
+    for (stage, what), steps in told.items():
+        total = steps[0][1]
+        # A block that goes is made up for with the one in front of it.
+        expected = [(done, total) for done in range(1, total + 1)]
+        assert steps == expected or (what == "making up for blocks" and steps[-1:] == expected[-1:]), f"{stage}: {what}"
+    assert len(told["prune", "loading weights"]) > 10
+    assert len([what for stage, what in told if stage == "sensitivity"]) == 3
+    assert ("bank", "groups") in told
 
 
 def test_a_refused_command_leaves_what_the_last_one_told(tiny_model: Path, tmp_path: Path) -> None:

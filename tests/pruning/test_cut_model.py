@@ -254,10 +254,11 @@ def test_steps_remove_nested_sets_and_end_where_one_step_does(
     once = prune(decoder(), settings_of(rate=0.4, selection=selection, importance=importance), samples_of())
     monkeypatch.setattr(prune_module, "choose", spy_choose)
     monkeypatch.setattr(evidence_module, "score", spy_score)
-    told: list[tuple[int, int]] = []
+    told: list[tuple[str, int, int]] = []
     settings = settings_of(rate=0.4, selection=selection, importance=importance, steps=3)
-    stepped = prune(decoder(), settings, samples_of(), on_step=lambda done, total: told.append((done, total)))
-    assert told == [(1, 3), (2, 3), (3, 3)]
+    stepped = prune(decoder(), settings, samples_of(), told=lambda *progress: told.append(progress))
+    steps = [f"importance, step {step} of 3" for step in (1, 2, 3)]
+    assert [what for what, done, total in told if done == total and what in steps] == steps
     assert sizes_seen == sorted(set(sizes_seen), reverse=True) and len(sizes_seen) == 3
     assert is_inside(chosen[1], chosen[0]) and is_inside(chosen[2], chosen[1])
     assert stepped.kept == chosen[-1] != once.kept

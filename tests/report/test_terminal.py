@@ -10,6 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from made_run import MadeRun
 from rich._export_format import CONSOLE_SVG_FORMAT
 from rich.console import Console
@@ -85,6 +86,20 @@ def test_a_pipe_gets_plain_lines_and_every_rung() -> None:
         "[search] 20 trials ...",
         "[search] trial   5 [844484] 32.0 MB step 2/8 loss 3.1000 (gp)",
         "[search] trial   3 [448844] 32.0 MB step 2/8 loss 3.5000 (gp), stopped",
+    ]
+
+
+def test_a_pipe_is_told_now_and_then_how_far_a_long_step_is(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    terminal = Terminal(quiet=False)
+    terminal.emit(events.StageStarted("evaluate", "arc for 9 models"))
+    terminal.emit(events.Progress("evaluate", 1, 900, "answers"))
+    monkeypatch.setattr("qpruner.terminal.SECONDS_UNTOLD", 0.0)
+    terminal.emit(events.Progress("evaluate", 250, 900, "answers"))
+    assert capsys.readouterr().out.splitlines() == [
+        "[evaluate] arc for 9 models ...",
+        "[evaluate] answers: 250 of 900",
     ]
 
 
