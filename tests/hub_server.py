@@ -133,6 +133,15 @@ def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
                 return self._tell(
                     {"id": found[1], "private": repository.private, "sha": COMMIT, "siblings": siblings, "tags": []}
                 )
+            found = re.fullmatch(r"/api/models/([^/]+/[^/]+)/tree/.+", path)
+            if found and found[1] in hub.repositories:
+                files = hub.repositories[found[1]].files
+                return self._tell(
+                    [
+                        {"type": "file", "path": name, "size": len(content), "oid": hashlib.sha1(content).hexdigest()}
+                        for name, content in files.items()
+                    ]
+                )
             found = re.fullmatch(r"/([^/]+/[^/]+)/resolve/[^/]+/(.+)", path)
             content = hub.repositories[found[1]].files.get(found[2]) if found and found[1] in hub.repositories else None
             if content is None:

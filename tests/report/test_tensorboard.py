@@ -255,7 +255,6 @@ def tensorboard(logdir: Path) -> Iterator[str]:
 
 @pytest.mark.slow
 def test_tensorboard_in_a_browser_lists_the_trials(tmp_path: Path) -> None:
-    """Also `docs/images/tensorboard.png`: copy the screenshot that this test leaves."""
     browser = shutil.which("chromium")
     if browser is None:
         pytest.skip("needs chromium: apt install chromium")
