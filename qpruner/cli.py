@@ -240,10 +240,10 @@ def export(run: str, form: str, out: Path | None, as_json: bool) -> None:
 @click.option("--public/--private", "is_public", default=False, help="Who may see it; private without either.")
 @click.option(
     "--what",
-    type=click.Choice(("final", "merged")),
+    type=click.Choice(("final", "merged", "peft")),
     default="final",
     show_default=True,
-    help="final: packed layers and adapter. merged: what `export --to merged` wrote.",
+    help="final: packed layers and adapter. merged, peft: what `export --to` wrote.",
 )
 @click.option("--json", "as_json", is_flag=True, help="End stdout with one JSON object.")
 def push(run: str, repo_id: str, is_public: bool, what: Any, as_json: bool) -> None:

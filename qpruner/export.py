@@ -26,9 +26,10 @@ if TYPE_CHECKING:
 Form = Literal["merged", "peft"]
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 NUM_ROWS = 8
-MOST_DIVERGENCE = {"merged": 0.02, "peft": 1e-3}
-"""Nats a token that an export may diverge from the final model. Merging rounds to bfloat16, and 8-bit layers no longer
-round their inputs; a peft export holds the same tensors, and what reads them differs in rounding alone."""
+MOST_DIVERGENCE = 0.05
+"""Nats a token that an export may diverge from the final model: more than rounding does, less than a lost adapter.
+The demo's model (30 blocks, half of them at 8 bits, whose inputs are rounded, too) diverges by 0.017 when merged, by
+0.010 as peft loads it, by 0.0085 when its adapters are merely held in float32, and by 0.22 without them (2026-11)."""
 
 
 @dataclass(frozen=True)
@@ -76,11 +77,11 @@ def export(run: RunDir, form: Form, target: Path) -> Exported:
         rows = load_encoded(run.stage("prepare") / "data" / "confirmation")[:NUM_ROWS]
         samples = [row["input_ids"] for row in rows]
         divergence, agreement, count = _compare(_logits(final, samples), _logits(scratch, samples))
-        if not divergence <= MOST_DIVERGENCE[form]:
+        if not divergence <= MOST_DIVERGENCE:
             raise StageError(
                 "export",
                 f"the {form} model diverges by {divergence:.2g} nats a token from the final one, more than "
-                f"{MOST_DIVERGENCE[form]:g}",
+                f"{MOST_DIVERGENCE:g}",
                 "serve the final folder as it is, and report this with the run's results.json",
             )
         publish_folder(scratch, target)

@@ -15,7 +15,7 @@ from qpruner.errors import StageError, UserError
 from qpruner.rundir import RunDir
 from qpruner.version import VERSION
 
-What = Literal["final", "merged"]
+What = Literal["final", "merged", "peft"]
 CARD, ADAPTER = "README.md", "adapter_config.json"
 
 
@@ -37,12 +37,12 @@ class Pushed:
 
 
 def push(run: RunDir, repo_id: str, what: What, is_public: bool) -> Pushed:
-    """Upload the final model, packed or merged, as one commit.
+    """Upload the final model, packed, merged or as peft has it, as one commit.
 
     Args:
         run: A whole run.
         repo_id: OWNER/NAME; made when it is not there.
-        what: `final`: packed layers and adapter; `merged`: what `qpruner export RUN --to merged` wrote.
+        what: `final`: packed layers and adapter; others: what `qpruner export RUN --to` wrote.
         is_public: Whether everybody may see it.
 
     Raises:
@@ -87,24 +87,44 @@ def _files(run: RunDir, what: What, repo_id: str) -> Iterator[tuple[str, Path | 
     """Names in the repository, and where the content is or what it is."""
     final = run.root / "final"
     folder = final if what == "final" else run.root / "export" / what
-    if not (folder / "config.json").is_file():
+    if not (folder / (ADAPTER if what == "peft" else "config.json")).is_file():
         remedy = "repeat `qpruner run` until it has" if what == "final" else f"`qpruner export {run.root} --to {what}`"
         raise UserError(f"{run.root} has no {what} model: {remedy}")
     if not (final / CARD).is_file():
         raise UserError(f"{final} has no model card, which is written once the model is measured: repeat `qpruner run`")
     yield CARD, _card(final / CARD, what, repo_id)
-    for path in sorted(folder.iterdir()):
-        if path.name == ADAPTER:
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder).as_posix()
+        if name == ADAPTER:
             yield ADAPTER, _adapter(path, repo_id)
-        elif path.is_file() and path.name != CARD:
-            yield path.name, path
+        elif path.is_file() and name != CARD:
+            yield name, path
 
 
 def _card(path: Path, what: What, repo_id: str) -> bytes:
     """The run's card, as of a repository."""
-    text = path.read_text(encoding="utf-8").replace("this folder", repo_id)
+    text = path.read_text(encoding="utf-8")
+    if what == "peft":
+        text = _apart(text)
+    text = text.replace("this folder", repo_id)
     merged = "\nThe weights here are dense, with the adapter merged in; sizes above are those of the packed model.\n"
     return (text + (merged if what == "merged" else "")).encode()
+
+
+def _apart(card: str) -> str:
+    """A card whose model is loaded from a peft export: first the base, then the adapter. Both from a local folder: of a
+    repository, transformers (5.24) attaches the adapter by itself, and looks for its weights in the base's folder."""
+    from qpruner.hf import PEFT_BASE
+
+    imports = "from huggingface_hub import snapshot_download\nfrom peft import PeftModel\nfrom transformers import"
+    load = (
+        'folder = snapshot_download("this folder")',
+        f'base = AutoModelForCausalLM.from_pretrained(f"{{folder}}/{PEFT_BASE}")',
+        "model = PeftModel.from_pretrained(base, folder)",
+    )
+    return card.replace("from transformers import", imports).replace(
+        'model = AutoModelForCausalLM.from_pretrained("this folder")', "\n".join(load)
+    )
 
 
 def _adapter(path: Path, repo_id: str) -> bytes:

@@ -15,8 +15,20 @@ from mixed_models import finished_run
 from transformers import AutoModelForCausalLM
 
 import qpruner.hf  # noqa: F401
+from qpruner.export import export
+from qpruner.rundir import RunDir
 
-CARD = "---\nlicense: mit\n---\n\n# mine\n\nAutoModelForCausalLM.from_pretrained('this folder')\n"
+CARD = """---
+license: mit
+---
+
+# mine
+
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("this folder")
+tokenizer = AutoTokenizer.from_pretrained("this folder")
+"""
 REPO = "someone/mine"
 
 
@@ -56,7 +68,7 @@ def test_the_hub_has_the_final_model_and_nobody_else_sees_it(run: Path, hub: Hub
     assert set(repository.files) == set(local) and told["num_files"] == len(local)
     changed = {name for name in local if local[name] != repository.files[name]}
     assert changed == {"README.md", "adapter_config.json"}
-    assert f"from_pretrained('{REPO}')" in repository.files["README.md"].decode()
+    assert f'from_pretrained("{REPO}")' in repository.files["README.md"].decode()
     assert str(run.parent) not in "".join(repository.files[name].decode() for name in changed)
     assert TOKEN not in done.stdout + done.stderr
 
@@ -73,6 +85,29 @@ def test_the_hub_has_the_final_model_and_nobody_else_sees_it(run: Path, hub: Hub
 
     expected = AutoModelForCausalLM.from_pretrained(run / "final")(torch.tensor([list(range(5, 29))])).logits
     assert torch.equal(torch.load(logits, weights_only=True), expected)
+
+
+def test_a_peft_export_is_loaded_as_its_card_says(run: Path, hub: Hub, tmp_path: Path) -> None:
+    import torch
+
+    export(RunDir(run), "peft", run / "export" / "peft")
+    variables = environment(hub, tmp_path)
+    done = push(run, variables, "--what", "peft")
+    assert done.returncode == 0, done.stderr
+    files = hub.repositories[REPO].files
+    assert {"adapter_config.json", "adapter_model.safetensors", "base/config.json", "base/model.safetensors"} <= set(
+        files
+    )
+    assert json.loads(files["adapter_config.json"])["base_model_name_or_path"] == REPO
+    assert not [name for name, content in files.items() if str(run.parent).encode() in content]
+
+    card = files["README.md"].decode().partition("# mine")[2]
+    predict = f"import sys, torch\ntorch.save(model(torch.tensor([{list(range(5, 29))}])).logits, sys.argv[1])\n"
+    code, logits = f"import qpruner.hf\n{card}\n{predict}", tmp_path / "logits.pt"
+    loaded = subprocess.run([sys.executable, "-c", code, logits], env=variables, capture_output=True, text=True)
+    assert loaded.returncode == 0, loaded.stderr[-2000:]
+    expected = AutoModelForCausalLM.from_pretrained(run / "final")(torch.tensor([list(range(5, 29))])).logits
+    assert torch.allclose(torch.load(logits, weights_only=True), expected, atol=0.05)
 
 
 def test_what_is_public_takes_nothing_private(run: Path, hub: Hub, tmp_path: Path) -> None:
