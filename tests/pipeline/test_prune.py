@@ -150,7 +150,9 @@ def test_the_figures_are_those_of_the_two_models(raw: Raw, tiny_model: Path) -> 
     assert record.peak_memory_bytes >= 0 and record.memory_counter
     finished = next(event for event in events if isinstance(event, StageFinished) and event.stage == "prune")
     assert f"{record.achieved_rate:.2%}" in finished.figures
-    assert [(e.done, e.total) for e in events if isinstance(e, Progress)] == [(1, 2), (2, 2)]
+    # Each kind of step is counted to its own end; `tests/pipeline/test_progress.py` names them.
+    counts = {event.detail: (event.done, event.total) for event in events if isinstance(event, Progress)}
+    assert counts and all(done == total for done, total in counts.values())
 
 
 def test_a_grid_too_coarse_is_told_with_target_and_what_was_possible(raw: Raw) -> None:
