@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from scipy.stats import spearmanr
@@ -94,12 +94,29 @@ class Limits:
         return (np.minimum(losses, worst) - best) / (worst - best)
 
 
-def settings_of(replays: Iterable[Replay]) -> list[tuple[tuple[Path, float, bool, int, str], list[Replay]]]:
-    """Replays that differ by their seed alone."""
-    groups: dict[tuple[Path, float, bool, int, str], list[Replay]] = {}
+class Setting(NamedTuple):
+    """What replays have in common that differ by their seed alone."""
+
+    path: Path
+    fraction: float
+    seeded: bool
+    in_flight: int
+    searcher: str
+
+    @property
+    def columns(self) -> dict[str, Any]:
+        """As the tables name it."""
+        named = self._asdict()
+        return {"table": named.pop("path").stem} | named
+
+
+def settings_of(replays: Iterable[Replay]) -> list[tuple[Setting, list[Replay]]]:
+    """Replays by setting."""
+    groups: dict[Setting, list[Replay]] = {}
     for item in replays:
         task = item.task
-        groups.setdefault((task.path, task.fraction, task.seeded, task.in_flight, task.searcher), []).append(item)
+        setting = Setting(task.path, task.fraction, task.seeded, task.in_flight, task.searcher)
+        groups.setdefault(setting, []).append(item)
     return sorted(groups.items(), key=lambda entry: str(entry[0]))
 
 
@@ -107,9 +124,7 @@ def summarize(replays: Sequence[Replay]) -> list[Row]:
     """One row for every setting without ASHA."""
     limits = Limits(replays)
     rows = []
-    for (path, fraction, seeded, in_flight, searcher), items in settings_of(
-        item for item in replays if not item.task.asha
-    ):
+    for setting, items in settings_of(item for item in replays if not item.task.asha):
         regrets = np.array([_padded(limits.regrets(item, item.returned())) for item in items])
         tried = np.array(
             [
@@ -121,11 +136,7 @@ def summarize(replays: Sequence[Replay]) -> list[Row]:
         seeds_at = [float(limits.regrets(item, [item.best_seed])[0]) for item in items if item.best_seed is not None]
         rows.append(
             Row(
-                table=path.stem,
-                fraction=fraction,
-                seeded=seeded,
-                in_flight=in_flight,
-                searcher=searcher,
+                **setting.columns,
                 seeds=len(items),
                 regret={number: _quartiles(regrets[:, number - 1]) for number in MILESTONES},
                 tried={number: _quartiles(tried[:, number - 1]) for number in MILESTONES},
@@ -167,20 +178,15 @@ def asha_against_full(replays: Sequence[Replay]) -> list[dict[str, Any]]:
     both = {asha: dict(settings_of(item for item in replays if item.task.asha == asha)) for asha in (True, False)}
     found = []
     for setting, asha in itertools.product(both[True], (False, True)):
-        path, fraction, seeded, in_flight, searcher = setting
         items = both[asha].get(setting, [])
         if not items:
             continue
-        full = Table.read(path).steps[-1]
+        full = Table.read(setting.path).steps[-1]
         regrets = [limits.regrets(item, item.returned()) for item in items]
         spent = [np.array([trial.spent for trial in item.trials]) / full for item in items]
         found.append(
             {
-                "table": path.stem,
-                "fraction": fraction,
-                "seeded": seeded,
-                "in_flight": in_flight,
-                "searcher": searcher,
+                **setting.columns,
                 "asha": asha,
                 "seeds": len(items),
                 "to_5_percent": _quartiles([_spent_to(*pair, 0.05) for pair in zip(regrets, spent, strict=True)]),
@@ -204,18 +210,14 @@ def patience_of(replays: Sequence[Replay]) -> list[dict[str, Any]]:
     """What `search.patience` saves and costs, for searchers that expect an improvement, at the middle budget."""
     limits = Limits(replays)
     found = []
-    for (path, fraction, seeded, in_flight, searcher), items in settings_of(
+    for setting, items in settings_of(
         item for item in replays if item.promises and not item.task.asha and item.task.fraction == FRACTIONS[0]
     ):
         for patience in PATIENCES:
             ended = [item.with_patience(patience) for item in items]
             found.append(
                 {
-                    "table": path.stem,
-                    "fraction": fraction,
-                    "seeded": seeded,
-                    "in_flight": in_flight,
-                    "searcher": searcher,
+                    **setting.columns,
                     "patience": patience,
                     "seeds": len(items),
                     "trials": _quartiles([len(item.trials) for item in ended]),
