@@ -26,8 +26,8 @@ from linear_operator.operators import DiagLinearOperator
 from torch import Tensor
 
 from qpruner.plan import PlanSpace, PrecisionPlan
-from qpruner.search.plan_model import Data, PlanModel, Posterior, informative
-from qpruner.search.searchers import History, Prior, Proposal
+from qpruner.search.plan_model import Data, PlanModel, Posterior, informative, settled
+from qpruner.search.searchers import History, Observation, Prior, Proposal
 
 MAX_ENUMERATED = 4096
 """Spaces of at most this many plans, over budget or not, are looked at whole."""
@@ -57,6 +57,7 @@ class GaussianProcessProposer:
     def __init__(self, space: PlanSpace, seed: int, priors: Mapping[str, Prior], pareto: bool = False) -> None:
         self._seed, self._pareto = seed, pareto
         self._model, self._plans = PlanModel(space, priors), Plans(space)
+        self._fit: tuple[tuple[set[int], tuple[Observation, ...]], Posterior] | None = None
 
     def propose(self, index: int, history: History) -> Proposal:
         """A feasible plan that `history` does not hold; the smallest plan when there is none."""
@@ -70,7 +71,7 @@ class GaussianProcessProposer:
         seen = {row.tobytes() for row in torch.cat([known, self._plans.tensor(history.failed)]).numpy()}
         if not len(known):
             return Proposal(self._plans.plan(self._plans.random(1, generator)[0]))
-        posterior = Posterior(self._model, Data.of(self._plans.space, informative(history.observations)), pending)
+        posterior = self._posterior(history, pending)
         goal = _front(posterior, self._plans, known) if self._pareto else _best(posterior, self._plans, known)
         candidates, values = self._candidates(posterior, goal, seen, generator)
         if not len(candidates):
@@ -81,6 +82,17 @@ class GaussianProcessProposer:
             # What a score's unit is, nobody knows yet: an improvement and a noise would be in none.
             return Proposal(plan)
         return Proposal(plan, math.exp(float(values[best])), posterior.noise)
+
+    def _posterior(self, history: History, pending: Tensor) -> Posterior:
+        steps = {item.step for item in history.observations}
+        fitted_to = settled(history)
+        data = Data.of(self._plans.space, informative(history.observations), steps)
+        if fitted_to is history.observations:
+            return Posterior(self._model, data, pending)
+        if self._fit is None or self._fit[0] != (steps, fitted_to):
+            fitted = Posterior(self._model, Data.of(self._plans.space, informative(fitted_to), steps), pending[:0])
+            self._fit = (steps, fitted_to), fitted
+        return Posterior(self._model, data, pending, self._fit[1])
 
     def _candidates(
         self, posterior: Posterior, goal: Goal, seen: set[bytes], generator: np.random.Generator

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -21,7 +21,7 @@ from scipy.optimize import minimize
 from torch import Tensor
 
 from qpruner.plan import PlanSpace
-from qpruner.search.searchers import Observation, Prior
+from qpruner.search.searchers import History, Observation, Prior
 
 JITTER = 1e-8
 MIN_VARIANCE = 1e-9
@@ -185,16 +185,19 @@ class Data:
         ranks: ``(n,)`` rungs below the last: 0 is the target.
         scores: ``(n,)``, as observed.
         variances: ``(n,)`` known variance of each score, 0 where it is not known.
+        num_rungs: How many rungs there are, whether or not any of these scores is from each.
     """
 
     plans: Tensor
     ranks: Tensor
     scores: Tensor
     variances: Tensor
+    num_rungs: int
 
     @classmethod
-    def of(cls, space: PlanSpace, observations: Sequence[Observation]) -> Data:
-        steps = sorted({item.step for item in observations}, reverse=True)
+    def of(cls, space: PlanSpace, observations: Sequence[Observation], steps: Collection[int]) -> Data:
+        """Observations as tensors, where `steps` are those of every rung."""
+        steps = sorted(steps, reverse=True)
         return cls(
             torch.tensor([space.indices_of(item.plan) for item in observations], dtype=torch.long).reshape(
                 -1, len(space.groups)
@@ -202,10 +205,11 @@ class Data:
             torch.tensor([steps.index(item.step) for item in observations], dtype=torch.long),
             torch.tensor([item.score for item in observations], dtype=torch.float64),
             torch.tensor([(item.stderr or 0.0) ** 2 for item in observations], dtype=torch.float64),
+            len(steps),
         )
 
     def subset(self, rows: Tensor) -> Data:
-        return Data(self.plans[rows], self.ranks[rows], self.scores[rows], self.variances[rows])
+        return Data(self.plans[rows], self.ranks[rows], self.scores[rows], self.variances[rows], self.num_rungs)
 
 
 def informative(observations: Sequence[Observation]) -> list[Observation]:
@@ -216,6 +220,22 @@ def informative(observations: Sequence[Observation]) -> list[Observation]:
     return [item for item in observations if item.step == latest[item.index] or item.index in kept]
 
 
+def settled(history: History) -> tuple[Observation, ...]:
+    """What hyperparameters are fitted to: everything, until one result more or less changes little.
+
+    From then on it is the rungs of the first so many trials that are over, so many that a fit serves the proposals
+    until a tenth more are over. A function of the history alone, as a resumed search proposes what it would have.
+    """
+    over = [item.index for item in history.last()]
+    if len(over) <= NUM_FITTED:
+        return history.observations
+    number = NUM_FITTED
+    while number + number // 10 <= len(over):
+        number += number // 10
+    kept = set(over[:number])
+    return tuple(item for item in history.observations if item.index in kept)
+
+
 class Posterior:
     """A `PlanModel` that has seen scores; everything it says is of the last rung, in the score's unit.
 
@@ -224,23 +244,23 @@ class Posterior:
         data: The scores; at least one.
         pending: ``(p, groups)`` plans in flight: their score is taken to be what is expected of it, so that the
             mean stays and the variance falls (Ginsbourger et al. 2010, the kriging believer).
+        fitted: A posterior of the same model and rungs whose hyperparameters are taken over; by default they are
+            fitted to `data`.
     """
 
-    def __init__(self, model: PlanModel, data: Data, pending: Tensor) -> None:
-        self._model, num = model, len(data.scores)
+    unit: Tensor
+    hyper: Tensor
+    _center: Tensor
+    _parts: Tensor
+
+    def __init__(self, model: PlanModel, data: Data, pending: Tensor, fitted: Posterior | None = None) -> None:
+        self._model, self._data, num = model, data, len(data.scores)
         self._names = [*model.parts, *OTHERS]
-        beliefs = [SHARES.get(name.split()[0]) or OTHERS[name] for name in self._names]
-        beliefs += [AMPLITUDE] * (int(data.ranks.max()) if num else 0)
-        self._medians = torch.tensor([belief.median for belief in beliefs], dtype=torch.float64).log()
-        self._spreads = torch.tensor([belief.spread for belief in beliefs], dtype=torch.float64)
-        self._data = data
-        # The rung with the most scores says where they are and how far they spread.
-        widest = data.subset(data.ranks == data.ranks.mode().values) if num else data
-        self._center = widest.scores.mean() if num else torch.zeros((), dtype=torch.float64)
-        self._parts = torch.stack(list(model.parts.values()))
-        self.unit = self._score_unit(widest)
-        self.hyper = self._fit()
-        self._parts = self._stretched()
+        if fitted is None:
+            self._learn()
+        else:
+            self._center, self.unit = fitted._center, fitted.unit
+            self.hyper, self._parts = fitted.hyper, fitted._parts
         self._covariance = self._effect_covariance(self.hyper)
         self._plans = torch.cat([data.plans, pending])
         self._features = model.features(self._plans)
@@ -252,6 +272,21 @@ class Posterior:
         # A pending plan's weight is zero: its score is the one expected.
         self._weights = torch.zeros(len(self._plans), dtype=torch.float64)
         self._weights[:num] = torch.cholesky_solve(residual[:, None], self._factor[:num, :num])[:, 0]
+
+    def _learn(self) -> None:
+        """All that scores decide besides the posterior itself: unit, hyperparameters, stretched parts."""
+        data, num = self._data, len(self._data.scores)
+        beliefs = [SHARES.get(name.split()[0]) or OTHERS[name] for name in self._names]
+        beliefs += [AMPLITUDE] * max(0, data.num_rungs - 1)
+        self._medians = torch.tensor([belief.median for belief in beliefs], dtype=torch.float64).log()
+        self._spreads = torch.tensor([belief.spread for belief in beliefs], dtype=torch.float64)
+        # The rung with the most scores says where they are and how far they spread.
+        widest = data.subset(data.ranks == data.ranks.mode().values) if num else data
+        self._center = widest.scores.mean() if num else torch.zeros((), dtype=torch.float64)
+        self._parts = torch.stack(list(self._model.parts.values()))
+        self.unit = self._score_unit(widest)
+        self.hyper = self._fit()
+        self._parts = self._stretched()
 
     @property
     def noise(self) -> float:

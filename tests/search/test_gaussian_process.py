@@ -12,7 +12,7 @@ import torch
 
 from qpruner.plan import PlanSpace, PrecisionPlan
 from qpruner.search.gaussian_process import GaussianProcessProposer, Plans, _best
-from qpruner.search.plan_model import NUM_RUNG_PAIRS, Data, PlanModel, Posterior, informative
+from qpruner.search.plan_model import NUM_RUNG_PAIRS, Data, PlanModel, Posterior, informative, settled
 from qpruner.search.searchers import History, Ledger, Observation
 
 
@@ -45,7 +45,8 @@ def loss_of(plan: PrecisionPlan, effects: np.ndarray) -> float:
 def posterior_of(
     space: PlanSpace, observations: Sequence[Observation], pending: Sequence[PrecisionPlan] = (), **priors: object
 ) -> Posterior:
-    return Posterior(PlanModel(space, priors), Data.of(space, observations), Plans(space).tensor(pending))  # type: ignore[arg-type]
+    data = Data.of(space, observations, {item.step for item in observations})
+    return Posterior(PlanModel(space, priors), data, Plans(space).tensor(pending))  # type: ignore[arg-type]
 
 
 def told(plans: Sequence[PrecisionPlan], effects: np.ndarray, step: int = 8) -> list[Observation]:
@@ -307,6 +308,34 @@ def rungs_of(plans: Sequence[PrecisionPlan], effects: np.ndarray) -> tuple[Obser
         for index, plan in enumerate(plans)
         for step, above in ((4, 0.3), (8, 0.1), (16, 0.0))[: 2 + (index + 1) % 2]
     )
+
+
+def test_a_fit_serves_until_a_tenth_more_trials_are_over_or_one_of_its_own_goes_on() -> None:
+    space, effects = space_of(blocks(12)), effects_of(12)
+    observations, plans = rungs_of(random_plans(space, 130), effects), random_plans(space, 130)
+
+    def history(over: int, *running: int) -> History:
+        known = [item for item in observations if item.index < over]
+        return History(tuple(known), tuple(plans[index] for index in running))
+
+    assert settled(history(100)) == history(100).observations
+    fits = [settled(history(over)) for over in (111, 120, 121)]
+    assert [len({item.index for item in fit}) for fit in fits] == [110, 110, 121]
+    assert fits[0] == fits[1]
+    with_a_straggler = settled(history(115, 7))
+    assert {item.index for item in with_a_straggler} == set(range(111)) - {7}
+
+
+def test_a_proposal_does_not_depend_on_what_the_proposer_was_asked_before() -> None:
+    """A search that is taken up asks a new process, which has fitted nothing yet."""
+    space, effects = space_of(blocks(20)), effects_of(20)
+    plans = random_plans(space, 140)
+    observations = rungs_of(plans, effects)
+    asked = GaussianProcessProposer(space, 0, {})
+    for over, running in ((112, [5, 113]), (113, [113]), (118, [120]), (121, [122])):
+        pending = tuple(plans[index] for index in running)
+        history = History(tuple(item for item in observations if item.index < over), pending)
+        assert asked.propose(over, history) == GaussianProcessProposer(space, 0, {}).propose(over, history)
 
 
 @pytest.mark.parametrize("realistic", [False, True], ids=["scores-alone", "rungs-seeds-and-15-in-flight"])
