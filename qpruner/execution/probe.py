@@ -90,12 +90,13 @@ def probe(storage: Path, driver: str, seconds: float = ANSWER_SECONDS) -> list[R
         The nodes, in Ray's order.
     """
     import ray
-    from ray.exceptions import RayError
+    from ray.exceptions import NodeDiedError, RayError, TaskUnschedulableError
 
     nodes = [node for node in ray.nodes() if node["Alive"]]
     asked = _ask(nodes, storage, driver)
     answered, _ = ray.wait(list(asked.values()), num_returns=len(asked), timeout=seconds)
     said: dict[str, NodeFacts | str] = {}
+    left: set[str] = set()
     for node_id, reference in asked.items():
         if reference not in answered:
             ray.cancel(reference, force=True)
@@ -105,8 +106,11 @@ def probe(storage: Path, driver: str, seconds: float = ANSWER_SECONDS) -> list[R
             said[node_id] = _facts(ray.get(reference))
         except RayError as error:
             said[node_id] = first_line(getattr(error, "cause", None) or error)
-    alive = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
-    return [_report(node, said[node["NodeID"]], node["NodeID"] not in alive) for node in nodes]
+            if isinstance(error, NodeDiedError | TaskUnschedulableError):
+                # This can be known before the table of nodes says so.
+                left.add(node_id)
+    left |= {node["NodeID"] for node in ray.nodes() if not node["Alive"]}
+    return [_report(node, said[node["NodeID"]], node["NodeID"] in left) for node in nodes]
 
 
 def _ask(nodes: list[dict[str, Any]], storage: Path, driver: str) -> dict[str, Any]:

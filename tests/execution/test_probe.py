@@ -114,7 +114,9 @@ def test_a_node_that_dies_while_it_is_looked_at_has_left(cluster: Raylets, tmp_p
     reports: list[Report] = []
     looking = threading.Thread(target=lambda: reports.extend(probe(tmp_path, "driver")))
     looking.start()
-    time.sleep(2)
+    # The others' answers: every node has been asked.
+    while looking.is_alive() and not any(path.name != "driver" for path in tmp_path.iterdir()):
+        time.sleep(0.1)
     cluster.kill(node)
     looking.join()
     (left,) = [report for report in reports if report.id == node.node_id]
