@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Takes a cluster down (`ray down`). Runs stay in the shared folder: bring it up again, submit again, and they go on.
+# Takes a cluster down (`ray down`), and asks AWS whether a machine of it is left. Runs stay in the shared folder: bring
+# it up again, submit again, and they go on.
 # Usage: bash launch/down.sh CLUSTER.yaml
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/ray_commands.sh"
@@ -13,3 +14,4 @@ if grep -Eq '^ *type: *local' "$cluster"; then
     echo "warning: not every worker could be stopped from the head; run \`ray stop\` on those that are named above" >&2
 fi
 run ray down --yes "$cluster"
+python launch/still_there.py "$cluster"

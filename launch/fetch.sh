@@ -9,7 +9,10 @@ from=$2 into=$3
 shift 3
 [ $# -gt 0 ] || set -- report.html report.md results.json records final
 mkdir -p "$into"
+fetched=() missing=()
 for part in "$@"; do
-  run ray rsync-down "$cluster" "$from/$part" "$into/"
+  if run ray rsync-down "$cluster" "$from/$part" "$into/"; then fetched+=("$part"); else missing+=("$part"); fi
 done
-echo "== fetched into $into: $*"
+[ ${#fetched[@]} -eq 0 ] || echo "== fetched into $into: ${fetched[*]}"
+[ ${#missing[@]} -eq 0 ] ||
+  fail "not fetched: ${missing[*]}; what a run does not have yet comes with its stage: ray exec $cluster 'qpruner status $from'"

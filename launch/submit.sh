@@ -11,7 +11,7 @@ if [ "${1:-}" = --attached ]; then
 fi
 [ $# -ge 2 ] || usage
 cluster=$(cluster_file "$1")
-given=$2
+named=$1 given=$2
 shift 2
 [ -f "$given" ] || fail "there is no configuration $given"
 name=$(basename "$given")
@@ -28,6 +28,6 @@ else
   # Through ssh, so that the job server need not listen anywhere but on the head's loopback.
   run ray exec "$cluster" \
     "ray job submit --no-wait --submission-id $job -- python \$HOME/qpruner/launch/search.py ${quoted[*]}"
-  echo "== follow: bash launch/watch.sh CLUSTER.yaml $job"
-  echo "== stop:   ray exec CLUSTER.yaml 'ray job stop $job'"
+  echo "== follow: bash launch/watch.sh $named $job"
+  echo "== stop:   ray exec $named 'ray job stop $job'"
 fi

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import yaml
+from object_store import object_store
 
 ROOT = Path(__file__).resolve().parent.parent
 AWS, ON_PREMISE = ROOT / "cluster.yaml", ROOT / "launch" / "cluster_onprem.yaml"
@@ -142,6 +143,34 @@ def test_without_aws_credentials_it_says_so(tmp_path: Path) -> None:
     done = check(filled_aws(tmp_path), HOME=str(tmp_path))
     assert done.returncode == 2
     assert "no AWS credentials were found" in done.stderr
+
+
+def test_what_aws_still_has_of_a_cluster_is_told_whatever_the_shell_says_of_a_region(tmp_path: Path) -> None:
+    pytest.importorskip("moto", reason="needs moto: pip install 'qpruner[dev]'")
+    import boto3
+
+    path = filled_aws(tmp_path)
+    region = yaml.safe_load(path.read_text())["provider"]["region"]
+    with object_store() as store:
+        elsewhere = store.environment | {"AWS_DEFAULT_REGION": "eu-north-1"}
+        keys = {name.lower(): value for name, value in elsewhere.items() if "KEY" in name}
+        ec2 = boto3.client("ec2", region_name=region, endpoint_url=elsewhere["AWS_ENDPOINT_URL"], **keys)
+        tags = [{"ResourceType": "instance", "Tags": [{"Key": "ray-cluster-name", "Value": "qpruner"}]}]
+        images = ec2.describe_images(Owners=["amazon"])["Images"]
+        started = ec2.run_instances(ImageId=images[0]["ImageId"], MinCount=2, MaxCount=2, TagSpecifications=tags)
+        ids = [each["InstanceId"] for each in started["Instances"]]
+        ec2.stop_instances(InstanceIds=ids[:1])
+
+        def ask() -> subprocess.CompletedProcess[str]:
+            command = [sys.executable, "launch/still_there.py", str(path)]
+            return subprocess.run(command, cwd=ROOT, env=os.environ | elsewhere, capture_output=True, text=True)
+
+        done = ask()
+        assert done.returncode == 1 and "2 machines are left in us-west-2" in done.stderr, done.stderr
+        assert all(each in done.stdout for each in ids), "the command that ends them"
+        ec2.terminate_instances(InstanceIds=ids)
+        done = ask()
+        assert done.returncode == 0 and "no machine of qpruner is left in us-west-2" in done.stdout, done.stderr
 
 
 def test_an_unknown_key_is_named(tmp_path: Path) -> None:

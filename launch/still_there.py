@@ -1,0 +1,36 @@
+"""Names the machines of a cluster that AWS still has, in the region of its file; launch/down.sh asks at the end.
+
+Usage: python launch/still_there.py CLUSTER.yaml      (exit code 1 if there is one)
+"""
+
+import sys
+from pathlib import Path
+
+import yaml
+
+GONE = ("shutting-down", "terminated")
+
+
+def main() -> None:
+    """Exit code 1 and their ids, if there is one that is not on its way out."""
+    config = yaml.safe_load(Path(sys.argv[1]).read_text())
+    provider = config["provider"]
+    if provider["type"] != "aws":
+        return
+    import boto3
+
+    ec2 = boto3.client("ec2", region_name=provider["region"])
+    named = [{"Name": "tag:ray-cluster-name", "Values": [config["cluster_name"]]}]
+    pages = ec2.get_paginator("describe_instances").paginate(Filters=named)
+    machines = [each for page in pages for group in page["Reservations"] for each in group["Instances"]]
+    left = {each["InstanceId"]: each["State"]["Name"] for each in machines if each["State"]["Name"] not in GONE}
+    if left:
+        ids = " ".join(left)
+        print(f"error: {len(left)} machines are left in {provider['region']}: {left}", file=sys.stderr)
+        print(f"  end them: aws ec2 terminate-instances --region {provider['region']} --instance-ids {ids}")
+        sys.exit(1)
+    print(f"== no machine of {config['cluster_name']} is left in {provider['region']}; file systems and buckets are")
+
+
+if __name__ == "__main__":
+    main()
