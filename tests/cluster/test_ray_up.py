@@ -131,7 +131,7 @@ def test_a_mistake_in_the_configuration_comes_back(cluster: Cluster, tmp_path: P
 def submitted(cluster: Cluster, config: Path, *options: str) -> str:
     """The name of a job."""
     told = cluster.script("submit.sh", str(cluster.file), str(config), *options)
-    return told.split("follow: bash launch/watch.sh CLUSTER.yaml ")[1].split()[0]
+    return told.split(f"follow: bash launch/watch.sh {cluster.file} ")[1].split()[0]
 
 
 def test_a_search_attached_and_gone_on_with_by_a_job(cluster: Cluster, tiny_model: Path, tmp_path: Path) -> None:
@@ -147,6 +147,11 @@ def test_a_search_attached_and_gone_on_with_by_a_job(cluster: Cluster, tiny_mode
     cluster.script("fetch.sh", str(cluster.file), str(run), str(tmp_path / "fetched"))
     fetched = {path.name for path in (tmp_path / "fetched").iterdir()}
     assert fetched == {"report.html", "report.md", "results.json", "records", "final"}
+    part = cluster.laptop(
+        "bash", "launch/fetch.sh", str(cluster.file), str(run), str(tmp_path / "part"), "gone", "records"
+    )
+    assert part.returncode == 1 and "error: not fetched: gone; " in part.stdout, part.stdout[-3000:]
+    assert (tmp_path / "part" / "records").is_dir(), "one that is missing keeps nobody from the others"
 
 
 def test_down_leaves_nothing(cluster: Cluster) -> None:

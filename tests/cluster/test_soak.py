@@ -14,6 +14,7 @@ import signal
 import time
 from collections import Counter
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -60,25 +61,27 @@ class Killer:
                     return
                 time.sleep(0.05)
             victim = self.generator.choice(("driver", "worker", "raylet"))
-            if self._kill(victim, process):
-                self.killed[victim] += 1
             if victim == "driver":
+                process.process.send_signal(signal.SIGKILL)
                 process.process.wait()
+            elif victim == "raylet":
+                self.cluster.kill(self.generator.choice(self.cluster.nodes))
+                self.cluster.add()
+            elif not self._kill_worker(process):
+                return
+            self.killed[victim] += 1
+            if victim == "driver":
                 return
 
-    def _kill(self, victim: str, process: Driver) -> bool:
-        """False where there is no such victim at this instant."""
-        if victim == "driver":
-            process.process.send_signal(signal.SIGKILL)
-        elif victim == "raylet":
-            self.cluster.kill(self.generator.choice(self.cluster.nodes))
-            self.cluster.add()
-        else:
-            workers = working(process.run)
-            if not workers:
-                return False
-            os.kill(self.generator.choice(workers), signal.SIGKILL)
-        return True
+    def _kill_worker(self, process: Driver) -> bool:
+        """Wait for one at work, so that their share of the kills is theirs; False if the driver ends first."""
+        while process.process.poll() is None:
+            if workers := working(process.run):
+                with suppress(ProcessLookupError):
+                    os.kill(self.generator.choice(workers), signal.SIGKILL)
+                    return True
+            time.sleep(0.05)
+        return False
 
 
 def working(run: Path) -> list[int]:
