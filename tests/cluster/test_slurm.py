@@ -64,8 +64,16 @@ class Slurm:
         assert done.returncode == 0, done.stdout
         return done.stdout.strip()
 
+    def submit(self, *options: str) -> tuple[str, str]:
+        """Submit a job and wait for its end; returns its state and its log."""
+        job = self.run("sbatch", "--parsable", *options)
+        state = lambda: self.run("scontrol", "show", "job", job).split("JobState=")[1].split()[0]  # noqa: E731
+        under_way = ("PENDING", "RUNNING", "CONFIGURING", "COMPLETING")
+        wait_for(lambda: state() not in under_way, "its end", seconds=40 * MINUTES)
+        return state(), (self.checkout / f"qpruner-{job}.log").read_text()
 
-@pytest.fixture
+
+@pytest.fixture(scope="module")
 def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Slurm]:
     """Both nodes idle."""
     skip_where_impossible(*SSH, "munged", "slurmctld", "slurmd", "sbatch")
@@ -103,20 +111,21 @@ def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Slurm]:
 def test_a_search_under_slurm(slurm: Slurm, tiny_model: Path) -> None:
     output = slurm.checkout / "runs" / "small"
     config = small_config(slurm.checkout / "small.yaml", tiny_model, output)
-    job = slurm.run("sbatch", "--parsable", "launch/slurm.sbatch", config.name, "--set", "seed=1")
-    log = slurm.checkout / f"qpruner-{job}.log"
-
-    def state() -> str:
-        return slurm.run("scontrol", "show", "job", job).split("JobState=")[1].split()[0]
-
-    wait_for(
-        lambda: state() not in ("PENDING", "RUNNING", "CONFIGURING", "COMPLETING"), "its end", seconds=40 * MINUTES
-    )
-    text = log.read_text()
-    assert state() == "COMPLETED", text[-5000:]
+    state, text = slurm.submit("launch/slurm.sbatch", config.name, "--set", "seed=1")
+    assert state == "COMPLETED", text[-5000:]
     assert "== ray symmetric-run on 2 nodes" in text
     assert "2/2" in text or "Ray runtime started" in text, text[:3000]
     assert len(trials_of(output)) == 3
     assert not list(slurm.checkout.glob(".ray-token-*")), "the token goes with the job"
     left = [line for node in slurm.nodes for line in node.processes() if "raylet" in line or "gcs_server" in line]
     assert not left
+
+
+def test_a_job_whose_ray_does_not_start_has_failed(slurm: Slurm, tiny_model: Path) -> None:
+    """Somebody else listens at Ray's port; `ray symmetric-run` itself ends as if all were well (Ray 2.60)."""
+    config = small_config(slurm.checkout / "refused.yaml", tiny_model, slurm.checkout / "runs" / "refused")
+    listen = "import socket, time; server = socket.create_server(('', 6379)); time.sleep(1200)"
+    slurm.run("sh", "-c", f'{sys.executable} -c "{listen}" > /dev/null 2>&1 &')
+    state, text = slurm.submit("--nodes=1", "--nodelist=host0", "launch/slurm.sbatch", config.name)
+    assert state == "FAILED" and "error: Ray did not start, and nothing was run" in text, text[-3000:]
+    assert not list(slurm.checkout.glob(".ray-token-*")) and not list(slurm.checkout.glob(".exit-code-*"))
