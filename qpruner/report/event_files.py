@@ -100,16 +100,18 @@ def experiment(columns: Mapping[str, str | float], metrics: Mapping[str, str]) -
     return _event(Summary.Value(tag="_hparams_/experiment", metadata=_of_hparams(content)), 0, 0.0)
 
 
-def session(parameters: dict[str, str | float], is_success: bool, times: tuple[float, float]) -> list[Any]:
+def session(called: str, parameters: dict[str, str | float], is_success: bool, times: tuple[float, float]) -> list[Any]:
     """A row of the HParams table; its metrics are the run's last scalars.
 
     Args:
+        called: What its first column says; rows of one name are merged, whatever runs they are from.
         parameters: Columns.
         is_success: Whether the trial did not fail.
         times: Unix seconds of start and end.
     """
     start, end = HParamsPluginData(version=0), HParamsPluginData(version=0)
     start.session_start_info.start_time_secs = times[0]
+    start.session_start_info.group_name = called
     for name, value in parameters.items():
         column = start.session_start_info.hparams[name]
         if isinstance(value, str):

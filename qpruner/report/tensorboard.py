@@ -127,7 +127,10 @@ def write_trial(folder: Path, search: SearchState, trial: TrialRecord) -> None:
                 found.append(event_files.scalar(f"validation/{name}", value, rung.step, moment))
                 found.append(event_files.scalar(f"rungs/{name} at step {rung.step}", value, rung.step, moment))
     if trial.is_over:
-        found += event_files.session(_columns(search, trial), trial.status != "failed", (started, moments[-1]))
+        # The path of its files, which is what TensorBoard shows otherwise, begins alike in all rows.
+        called = f"{run_name(trial)} of {folder.parent.name}"
+        times = (started, moments[-1])
+        found += event_files.session(called, _columns(search, trial), trial.status != "failed", times)
     event_files.write_events(folder / run_name(trial), found)
 
 
