@@ -133,6 +133,8 @@ def trials(run: str | Path, conditions: Sequence[str], sort: str, descending: bo
         writer = csv.DictWriter(sys.stdout, columns)
         writer.writeheader()
         writer.writerows(rows)
+    elif form == "text" and not rows:
+        click.echo("no trials match" if looked.trials else "there are no trials yet")
     elif form == "text":
         shown = [name for name in SHOWN if any(row[name] is not None for row in rows)]
         terminal = Terminal(quiet=False)

@@ -4,10 +4,12 @@ shows the stages, the steps inside one, and the search. The whole log is in the 
 from __future__ import annotations
 
 import sys
+import textwrap
 import time
 from collections.abc import Sequence
 from types import TracebackType
 
+from rich.cells import cell_len, set_cell_size
 from rich.console import Console, Group
 from rich.live import Live
 from rich.progress import (
@@ -31,6 +33,10 @@ PLAIN_WIDTH = 120
 SECONDS_UNTOLD = 30.0
 """Where there is no live part, a line tells how far a step has got after this long without any."""
 REFRESHES_PER_SECOND = 2
+LONGEST_FIGURE = 24
+"""Characters of a cell that a table on a terminal never breaks; columns with longer ones are text, and fold."""
+LEAST_TEXT = 12
+"""Characters that a column of text keeps when it folds."""
 
 
 class Terminal:
@@ -42,7 +48,8 @@ class Terminal:
 
     def __init__(self, quiet: bool) -> None:
         # Where nobody sees a window's edge, lines and tables are not folded at 80 columns.
-        width = None if sys.stdout.isatty() else PLAIN_WIDTH
+        self._is_plain = not sys.stdout.isatty()
+        width = PLAIN_WIDTH if self._is_plain else None
         self._console = Console(highlight=False, soft_wrap=True, width=width)
         self._quiet = quiet
         self._bars: dict[str, TaskID] = {}
@@ -106,11 +113,19 @@ class Terminal:
             self._search.listen(event)
 
     def table(self, headings: Sequence[str], body: Sequence[Sequence[str]]) -> None:
-        """Print a table of the result."""
-        table = Table(*headings)
-        for row in body:
-            table.add_row(*row)
-        self._console.print(table)
+        """Print a table of the result: in a pipe one whole line a row, for `grep` and `awk`."""
+        columns = [_Column(heading, cells) for heading, *cells in zip(headings, *body, strict=True)]
+        if self._is_plain:
+            for cells in zip(*(column.padded() for column in columns), strict=True):
+                self._line("  ".join(cells).rstrip())
+            return
+        for part in _fitting(columns, self._console.width):
+            table = Table()
+            for column in part:
+                table.add_column(column.folded_heading, no_wrap=not column.is_text, overflow="fold")
+            for row in zip(*(column.cells for column in part), strict=True):
+                table.add_row(*map(Text, row))
+            self._console.print(table)
 
     def say(self, text: str) -> None:
         """Print a line of the result."""
@@ -148,3 +163,38 @@ class Terminal:
         ]
         search = self._search if self._search and "search" in self._stages else ""
         return Group(Text(" | ".join(stages), style="bold"), self._progress, search)
+
+
+class _Column:
+    """A column of a table."""
+
+    def __init__(self, heading: str, cells: Sequence[str]) -> None:
+        self.heading, self.cells = heading, cells
+        self._width = max(map(cell_len, (*heading.split(), *cells)), default=0)
+        self.is_text = self._width > LONGEST_FIGURE
+
+    @property
+    def folded_heading(self) -> Text:
+        """The heading, which by itself makes the column no wider than its longest word does."""
+        return Text("\n".join(textwrap.wrap(self.heading, max(self._width, 1), break_long_words=False)))
+
+    @property
+    def least_width(self) -> int:
+        """What the column takes on a terminal at least, with its border."""
+        return 3 + (LEAST_TEXT if self.is_text else self._width)
+
+    def padded(self) -> list[str]:
+        """Heading and cells, each in one line and equally wide."""
+        lines = [" ".join(text.splitlines()) for text in (self.heading, *self.cells)]
+        width = max(map(cell_len, lines))
+        return [set_cell_size(line, width) for line in lines]
+
+
+def _fitting(columns: Sequence[_Column], width: int) -> list[list[_Column]]:
+    """The columns in as many tables as a terminal needs to cut none; each begins with the first column."""
+    parts = [list(columns[:1])]
+    for column in columns[1:]:
+        if 1 + sum(each.least_width for each in (*parts[-1], column)) > width and len(parts[-1]) > 1:
+            parts.append([columns[0]])
+        parts[-1].append(column)
+    return parts

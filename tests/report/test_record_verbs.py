@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -79,6 +80,12 @@ def test_trials_are_filtered_and_sorted(run: Path) -> None:
     rows = told("trials", run, "--sort", "loss", "--descending")["trials"]
     assert [row["trial"] for row in rows] == [3, 0, 5, 1, 2, 4], "what has no loss comes last"
     assert [row["trial"] for row in told("trials", run, "--where", "from!=gp")["trials"]] == [0, 1]
+
+
+def test_where_no_trial_matches_it_says_so(run: Path) -> None:
+    assert qpruner("trials", run, "--where", "loss<1").stdout == "no trials match\n"
+    shutil.rmtree(run / "trials")
+    assert qpruner("trials", run).stdout == "there are no trials yet\n"
 
 
 def test_trials_as_csv_has_the_bits_of_every_group(run: Path) -> None:

@@ -11,11 +11,15 @@ import sys
 from pathlib import Path
 
 import pytest
-from made_run import MadeRun
+from made_run import TRIALS, MadeRun
 from rich._export_format import CONSOLE_SVG_FORMAT
 from rich.console import Console
 
 from qpruner import events
+from qpruner.report import sections, table
+from qpruner.report.snapshot import read_snapshot
+from qpruner.report.standing import bar
+from qpruner.search.trial_records import write_trial
 from qpruner.terminal import Terminal
 
 TELL = """
@@ -37,14 +41,24 @@ with Terminal(quiet="quiet" in sys.argv) as terminal:
         terminal.emit(event)
     time.sleep(1)  # long enough for a refresh
 """
+TABLES = """
+import sys
+from qpruner import read_run, record_verbs
+from qpruner.report import sections, table
+from qpruner.terminal import Terminal
+run = sys.argv[3]
+record_verbs.trials(run, (), "trial", False, "text")
+for _, headings, body in sections.final_tables(table.rows(read_run(run).results)):
+    Terminal(quiet=False).table(headings, body)
+"""
 TESTS = Path(__file__).resolve().parent
 
 
-def on_a_terminal(*options: str, **environment: str) -> str:
+def on_a_terminal(*options: str, program: str = TELL, **environment: str) -> str:
     """All that a pseudo-terminal of 120 columns received."""
     ours, theirs = pty.openpty()
     environment = {**os.environ, "TERM": "xterm-256color", "COLUMNS": "120", "LINES": "40", **environment}
-    command = [sys.executable, "-c", TELL, str(TESTS), str(TESTS.parent), *options]
+    command = [sys.executable, "-c", program, str(TESTS), str(TESTS.parent), *options]
     process = subprocess.Popen(command, stdout=theirs, env=environment)
     os.close(theirs)
     received = b""
@@ -101,6 +115,51 @@ def test_a_pipe_is_told_now_and_then_how_far_a_long_step_is(
         "[evaluate] arc for 9 models ...",
         "[evaluate] answers: 250 of 900",
     ]
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> MadeRun:
+    """A run that is over, of 60 groups; its first trial has a name for its origin as long as they come."""
+    made = MadeRun(tmp_path_factory.mktemp("tables") / "run", num_trials=20)
+    made.trials[0] = made.trials[0].model_copy(update={"origin": "a control with a rather long name"})
+    write_trial(made.run.trials / TRIALS, made.trials[0])
+    return made
+
+
+def final_cells(made: MadeRun) -> list[list[tuple[str, ...]]]:
+    """Headings and cells of the final table's two parts."""
+    return [[head, *body] for _, head, body in sections.final_tables(table.rows(read_snapshot(made.run).results))]
+
+
+def test_a_pipe_gets_a_whole_line_a_row(made: MadeRun) -> None:
+    command = [sys.executable, "-c", TABLES, str(TESTS), str(TESTS.parent), str(made.run.root)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+    lines = done.stdout.splitlines()
+    plans = [line.split()[-1] for line in lines[1:21]]
+    assert plans == [bar(trial) for trial in made.trials], "one line a trial, with the plan of 60 groups"
+    # Columns are as wide as their widest cell, and two spaces apart.
+    widths = [max(map(len, column)) for column in zip(*final_cells(made)[0], strict=True)]
+    told = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in final_cells(made)[0]]
+    start = lines.index(told[0])
+    assert lines[start : start + len(told)] == told
+    assert done.stdout.isascii()
+
+
+def test_a_terminal_cuts_no_figure_and_folds_plans(made: MadeRun) -> None:
+    seen = re.sub(r"\x1b\[[0-9;]*m", "", on_a_terminal(str(made.run.root), program=TABLES))
+    lines = seen.splitlines()
+    assert "\u2026" not in seen and max(map(len, lines)) <= 120
+    # Cells by line and border; a column of text goes on in the lines below.
+    columns = [[cell.strip() for cell in re.split("[│┃]", line)[1:-1]] for line in lines]
+    shown = {cell for line in columns for cell in line}
+    for cells in final_cells(made):
+        figures = {cell for row in cells[1:] for cell in row if len(cell) <= 24}
+        assert figures <= shown, "no figure is wrapped"
+        assert {word for heading in cells[0] for word in heading.split()} <= set(" ".join(shown).split())
+    first = next(index for index, line in enumerate(columns) if line[:1] == ["0"])
+    rows = columns[first : next(index for index, line in enumerate(columns) if line[:1] == ["1"])]
+    assert "".join(row[-1] for row in rows) == bar(made.trials[0])
+    assert " ".join(row[1] for row in rows).strip() == made.trials[0].origin
 
 
 def test_a_picture_of_the_search(tmp_path: Path) -> None:
