@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from qpruner.records import SearchState, SensitivityRecord, TrialRecord
@@ -90,6 +90,13 @@ class TrialChanged:
 
 
 @dataclass(frozen=True)
+class StepsSeen:
+    """Where the trials under way are now, between two rungs, too: the last step that each told of, by number."""
+
+    steps: Mapping[int, int]
+
+
+@dataclass(frozen=True)
 class TrialWithdrawn:
     """A trial that waited for a machine when the search's hours were spent is not begun any more, and not recorded."""
 
@@ -106,6 +113,7 @@ Event = (
     | SearchPlanned
     | SlotsFound
     | TrialChanged
+    | StepsSeen
     | TrialWithdrawn
 )
 Emit = Callable[[Event], None]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
@@ -25,6 +27,7 @@ class SearchView:
     def __init__(self, planned: events.SearchPlanned) -> None:
         self._search: SearchState = planned.search
         self._trials = {trial.index: trial for trial in planned.trials}
+        self._steps: Mapping[int, int] = {}
 
     def listen(self, event: events.Event) -> None:
         """Take one event in."""
@@ -33,12 +36,16 @@ class SearchView:
                 self._search = self._search.model_copy(update={"slots": slots})
             case events.TrialChanged(trial):
                 self._trials[trial.index] = trial
+            case events.StepsSeen(steps):
+                self._steps = steps
             case events.TrialWithdrawn(index):
                 del self._trials[index]
 
     def __rich__(self) -> RenderableType:
         now = standing(self._search, tuple(self._trials.values()))
-        return Group(_counts(now, self._search), *_best(now, self._search), _table(now.running, self._search))
+        return Group(
+            _counts(now, self._search), *_best(now, self._search), _table(now.running, self._search, self._steps)
+        )
 
 
 def duration(seconds: float) -> str:
@@ -83,7 +90,7 @@ def _best(now: Standing, search: SearchState) -> list[Text]:
     return lines
 
 
-def _table(running: list[TrialRecord], search: SearchState) -> Table:
+def _table(running: list[TrialRecord], search: SearchState, steps: Mapping[int, int]) -> Table:
     table = Table("trial", "from", "bytes", "step", FIGURES[search.metric], "plan", box=None, header_style="dim")
     for trial in running[:MOST_ROWS]:
         last = trial.rungs[-1] if trial.rungs else None
@@ -91,7 +98,7 @@ def _table(running: list[TrialRecord], search: SearchState) -> Table:
             str(trial.index),
             trial.origin,
             f"{trial.plan_bytes / 1e6:.1f} MB",
-            f"{last.step if last else 0}/{search.steps}",
+            f"{max(last.step if last else 0, steps.get(trial.index, 0))}/{search.steps}",
             f"{score(last, search.metric):.4f}" if last else "-",
             colored(trial),
         )

@@ -75,7 +75,7 @@ class RunProgress:
                 self._state = self._state.model_copy(update={"search": search})
             case events.Progress(stage, done, total):
                 self._update(stage, {"done": done, "total": total})
-        is_small = isinstance(event, events.Progress | events.Message | events.TrialChanged)
+        is_small = isinstance(event, events.Progress | events.Message | events.TrialChanged | events.StepsSeen)
         if self.is_told and (not is_small or time.monotonic() - self._written >= sign_seconds(self._run.root)):
             self._write()
 

@@ -37,6 +37,7 @@ with Terminal(quiet="quiet" in sys.argv) as terminal:
         events.SlotsFound(2),
         events.TrialChanged(told[5]),
         events.TrialChanged(told[3]),
+        events.StepsSeen({5: 3}),
     ):
         terminal.emit(event)
     time.sleep(1)  # long enough for a refresh
@@ -79,7 +80,7 @@ def test_a_terminal_shows_the_search_live() -> None:
     assert "6 of 20 trials: 3 finished, 1 stopped, 1 failed; 1 of 2 slots busy; about 15 min 00 s left" in seen
     assert "best so far   validation loss 2.9000, trial 2 (gp), 32.0 MB" in seen
     assert "best control  validation loss 3.0000, trial 1 (seed-kl)" in seen
-    assert "2/8" in seen and "\x1b[33m8" in seen, "the running trial's step, and bits in colour"
+    assert "3/8" in seen and "\x1b[33m8" in seen, "where the running trial is past its rung, and bits in colour"
 
 
 def test_a_terminal_without_color_stays_without() -> None:

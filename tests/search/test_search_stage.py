@@ -10,6 +10,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,7 @@ from object_store import object_store, talk_to
 
 from qpruner.config import validate_config
 from qpruner.errors import StageError
-from qpruner.events import Event, Message, TrialWithdrawn
+from qpruner.events import Event, Message, StepsSeen, TrialWithdrawn
 from qpruner.objects import CACHE
 from qpruner.pipeline import run
 from qpruner.pipeline.search import _best, _finalists, _front, non_dominated
@@ -31,6 +32,7 @@ from qpruner.search.trial import run_trial
 from qpruner.search.trial_job import Materials
 from qpruner.search.trial_records import (
     begin_anew_if_damaged,
+    read_pulses,
     read_seconds,
     read_trial,
     read_trials,
@@ -40,7 +42,7 @@ from qpruner.search.trial_records import (
     write_trial,
 )
 from qpruner.search.tune import SearchJob
-from qpruner.search.tune.driver import PlanSearcher
+from qpruner.search.tune.driver import HangWatch, PlanSearcher
 from qpruner.search.tune.halt import Halt
 from qpruner.search.tune.job import METRIC, TIME
 from qpruner.search.tune.resume import take_up
@@ -330,6 +332,31 @@ def test_the_searcher_is_told_of_a_plan_that_cannot_be_trained(failure: str, tmp
         history = each.history()
         scores = {item.index: item.score for item in history.observations if item.step == 4}
         assert scores[1] > scores[0] == 3.3 and history.failed == ()
+
+
+def test_the_watch_tells_the_step_of_each_trial_under_way_and_reads_each_pulse_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Trial 1 has a worker that told nothing yet, trial 2 none; a second look so soon costs nothing."""
+    job = job_of(tmp_path)
+    searcher, _, events = searcher_of(job, trial(0, "444444", [3.5], status="running"))
+    write_pulse(job.trials, 0, TrialPulse(node="n", pid=1, step=3, beats=9, peak_memory_bytes=1))
+    reads: list[list[int]] = []
+
+    def read(folder: Path, indices: Sequence[int]) -> list[TrialPulse | None]:
+        reads.append(list(indices))
+        return read_pulses(folder, indices)
+
+    monkeypatch.setattr("qpruner.search.tune.driver.read_pulses", read)
+    watch = HangWatch(job, searcher, events.append)
+    trials = [
+        SimpleNamespace(trial_id=str(index), status=status, config={"trial": index})
+        for index, status in enumerate(("RUNNING", "RUNNING", "PENDING"))
+    ]
+    watch.on_step_end(1, trials)
+    watch.on_step_end(2, trials)
+    assert events == [StepsSeen({0: 3})]
+    assert reads == [[0, 1]]
 
 
 def test_a_halted_search_hands_out_nothing_and_leaves_its_trials_to_go_on(tmp_path: Path) -> None:

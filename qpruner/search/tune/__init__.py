@@ -96,7 +96,7 @@ def _fit(job: SearchJob, room: Callable[[], int], emit: Emit, halt: Halt, tracke
     proposer = make_proposer(settings.searcher, job.space, job.config.seed, job.priors, settings.pareto)
     ledger, recorded = take_up(job, proposer)
     searcher = PlanSearcher(job, ledger, room, emit, halt)
-    watch = HangWatch(job, searcher)
+    watch = HangWatch(job, searcher, emit)
     attempt = len(list(job.scratch.glob("search-*"))) if job.scratch.exists() else 0
     tuner = tune.Tuner(
         tune.with_resources(tune.with_parameters(run_recorded, job=job), job.resources),

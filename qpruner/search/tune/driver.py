@@ -12,7 +12,7 @@ from ray.tune.callback import Callback
 from ray.tune.experiment import Trial
 from ray.tune.search import Searcher
 
-from qpruner.events import Emit, Message, Progress, TrialChanged, TrialWithdrawn
+from qpruner.events import Emit, Message, Progress, StepsSeen, TrialChanged, TrialWithdrawn
 from qpruner.records import TrialRecord
 from qpruner.rundir import read_json, remove
 from qpruner.search.searchers import Ledger, Observation, Suggestion
@@ -191,15 +191,15 @@ def _with_kill(record: TrialRecord, failure: str, reason: str) -> TrialRecord:
 
 
 class HangWatch(LivesInDriver, Callback):  # type: ignore[misc]
-    """Kills the worker of a trial that makes no progress, so that its slot is free again.
+    """Kills the worker of a trial that makes no progress, so that its slot is free again; tells of those that do.
 
     Ray ends the process by SIGKILL where it does not answer, so a stopped one goes too (5 s, Ray 2.60). Time counts
     from the last change of the trial's pulse that this process saw, whatever the machines' clocks say.
     """
 
-    def __init__(self, job: SearchJob, searcher: PlanSearcher) -> None:
+    def __init__(self, job: SearchJob, searcher: PlanSearcher, emit: Emit) -> None:
         self._trials, self._limit = job.trials, job.config.search.trial_timeout_seconds
-        self._searcher = searcher
+        self._searcher, self._emit = searcher, emit
         self._seen: dict[str, tuple[object, float]] = {}
         self._next_look = 0.0
         self._all: list[Any] = []
@@ -220,7 +220,9 @@ class HangWatch(LivesInDriver, Callback):  # type: ignore[misc]
         self._next_look = now + min(5.0, self._limit / 4)
         running = {trial.trial_id: trial for trial in trials if trial.status == Trial.RUNNING}
         seen, self._seen = self._seen, {}
-        pulses = read_pulses(self._trials, [trial.config["trial"] for trial in running.values()])
+        indices = [trial.config["trial"] for trial in running.values()]
+        pulses = read_pulses(self._trials, indices)
+        self._emit(StepsSeen({index: pulse.step for index, pulse in zip(indices, pulses, strict=True) if pulse}))
         for (trial_id, trial), pulse in zip(running.items(), pulses, strict=True):
             last, since = seen.get(trial_id, (pulse, now))
             self._seen[trial_id] = (pulse, since if pulse == last else now)
