@@ -321,12 +321,15 @@ def chat(place: Path, which: str | None, max_tokens: int, temperature: float, se
 def _export(root: str, form: Any, out: Path | None) -> dict[str, Any]:
     _quiet_libraries()
     from qpruner.export import export
+    from qpruner.pipeline.compress import telling
     from qpruner.rundir import RunDir
+    from qpruner.terminal import Terminal
 
     run = RunDir(root, create=False)
     if out is None and run.is_at_uri:
         raise UserError(f"{run.place}: name a folder on this machine with `--out`")
-    done = export(run, form, (out or run.root / "export" / form).resolve())
+    with Terminal(quiet=False) as terminal:
+        done = export(run, form, (out or run.root / "export" / form).resolve(), telling(terminal.emit, "export"))
     click.echo(
         f"{done.folder}: diverges by {done.divergence:.2g} nats a token from the final model, same prediction at "
         f"{done.agreement:.1%} of {done.num_positions} positions; loads "

@@ -17,7 +17,7 @@ from qpruner.errors import StageError, UserError
 from qpruner.hf import PEFT_BASE, load
 from qpruner.mirror import fetch
 from qpruner.models.checkpoint import dense_tensors, save_checkpoint
-from qpruner.models.loading import checkpoint_config, device, load_tokenizer
+from qpruner.models.loading import OnLoading, checkpoint_config, device, load_tokenizer, untold
 from qpruner.rundir import RunDir, exists, publish_folder
 
 if TYPE_CHECKING:
@@ -51,13 +51,14 @@ class Exported:
     num_positions: int
 
 
-def export(run: RunDir, form: Form, target: Path) -> Exported:
+def export(run: RunDir, form: Form, target: Path, told: OnLoading = untold) -> Exported:
     """Write the final model in another form.
 
     Args:
         run: A run with a final model.
         form: `merged`: dense weights with the adapter added in; `peft`: the adapter, and the quantized model below it.
         target: A folder that does not exist yet.
+        told: Told how far it is.
 
     Raises:
         UserError: If there is no final model, or the target exists.
@@ -73,10 +74,10 @@ def export(run: RunDir, form: Form, target: Path) -> Exported:
     scratch = target.with_name(f".{target.name}")
     shutil.rmtree(scratch, ignore_errors=True)
     try:
-        _write_merged(final, scratch) if form == "merged" else _write_peft(final, scratch, target)
+        _write_merged(final, scratch, told) if form == "merged" else _write_peft(final, scratch, target)
         rows = load_encoded(run.stage("prepare") / "data" / "confirmation")[:NUM_ROWS]
         samples = [row["input_ids"] for row in rows]
-        divergence, agreement, count = _compare(_logits(final, samples), _logits(scratch, samples))
+        divergence, agreement, count = _compare(_logits(final, samples, told), _logits(scratch, samples, told))
         if not divergence <= MOST_DIVERGENCE:
             raise StageError(
                 "export",
@@ -91,7 +92,7 @@ def export(run: RunDir, form: Form, target: Path) -> Exported:
     return Exported(target, is_plain, divergence, agreement, count)
 
 
-def _write_merged(final: Path, folder: Path) -> None:
+def _write_merged(final: Path, folder: Path, told: OnLoading) -> None:
     """Every layer dense, ``W + alpha / rank * B A`` in the model's own dtype."""
     import torch
     from safetensors.torch import load_file
@@ -109,12 +110,13 @@ def _write_merged(final: Path, folder: Path) -> None:
         state[f"{path}.weight"] = unpack(packed, torch.float32)
     settings = json.loads((final / ADAPTER_FILES[0]).read_text(encoding="utf-8"))
     adapter = load_file(final / ADAPTER_FILES[1])
-    for name, lora_a in adapter.items():
+    for done, (name, lora_a) in enumerate(adapter.items(), 1):
         if name.endswith(".lora_A.weight"):
             lora_b = adapter[name.replace(".lora_A.", ".lora_B.")]
             weight = name.removeprefix("base_model.model.").replace(".lora_A.", ".")
             added = settings["lora_alpha"] / settings["r"] * (lora_b.float() @ lora_a.float())
             state[weight] = (state[weight].float() + added).to(dtype)
+        told("merging the adapter", done, len(adapter))
     model_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     model = model_class.from_pretrained(None, config=config, state_dict=state, dtype=dtype)
     save_checkpoint(model, load_tokenizer(str(final)), folder)
@@ -130,14 +132,18 @@ def _write_peft(final: Path, folder: Path, target: Path) -> None:
     load_tokenizer(str(final)).save_pretrained(folder)
 
 
-def _logits(folder: Path, samples: Sequence[Sequence[int]]) -> list[torch.Tensor]:
+def _logits(folder: Path, samples: Sequence[Sequence[int]], told: OnLoading) -> list[torch.Tensor]:
     """Log-probabilities ``(tokens, vocabulary)`` of each sample."""
     import torch
 
-    model = load(folder).eval()
+    model = load(folder, told).eval()
+    found = []
     with torch.no_grad():
-        outputs = (model(torch.tensor([sample], device=device())).logits[0] for sample in samples)
-        return [logits.float().log_softmax(-1).cpu() for logits in outputs]
+        for sample in samples:
+            logits = model(torch.tensor([sample], device=device())).logits[0]
+            found.append(logits.float().log_softmax(-1).cpu())
+            told("comparing predictions", len(found), len(samples))
+    return found
 
 
 def _compare(expected: Sequence[torch.Tensor], found: Sequence[torch.Tensor]) -> tuple[float, float, int]:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from qpruner.models import ragged
-from qpruner.models.loading import device
+from qpruner.models.loading import OnLoading, device, tensors_told, untold
 from qpruner.quantization import mixed
 
 __all__ = ["load", "mixed", "ragged", "weights_folder"]
@@ -28,12 +28,18 @@ def weights_folder(folder: Path) -> Path:
     return base if base.is_dir() and not (folder / "config.json").exists() else folder
 
 
-def load(folder: Path) -> Any:
-    """A folder as who uses it would load it, on the best device: final, an export of ours, or of any plain model."""
+def load(folder: Path, told: OnLoading = untold) -> Any:
+    """A folder as who uses it would load it, on the best device: final, an export of ours, or of any plain model.
+
+    Args:
+        folder: The folder.
+        told: Told how many tensors are there.
+    """
     from transformers import AutoModelForCausalLM
 
     weights = weights_folder(folder)
-    model = AutoModelForCausalLM.from_pretrained(weights, use_safetensors=True).to(device())
+    with tensors_told(told):
+        model = AutoModelForCausalLM.from_pretrained(weights, use_safetensors=True).to(device())
     if weights == folder:
         return model
     from peft import PeftModel

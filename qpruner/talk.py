@@ -20,7 +20,7 @@ from qpruner.config import ModelConfig
 from qpruner.errors import UserError
 from qpruner.hf import load, weights_folder
 from qpruner.memory import free_bytes, release
-from qpruner.models.loading import check_folder, load_dense, load_tokenizer
+from qpruner.models.loading import OnLoading, check_folder, load_dense, load_tokenizer, untold
 from qpruner.records import PrepareRecord, RunState
 from qpruner.rundir import STATE, RunDir
 
@@ -156,14 +156,20 @@ class Source:
         places = {self.folder, weights_folder(self.folder)}
         return sum(file.stat().st_size for place in places for file in place.glob("*.safetensors"))
 
-    def load(self) -> Talker:
+    def load(self, told: OnLoading = untold) -> Talker:
         """Bring it into memory.
+
+        Args:
+            told: Told how many tensors are there.
 
         Raises:
             UserError: If transformers cannot.
         """
         try:
-            model = load_dense(str(self.folder), self.dense.dtype, self.dense) if self.dense else load(self.folder)
+            if self.dense:
+                model = load_dense(str(self.folder), self.dense.dtype, self.dense, told)
+            else:
+                model = load(self.folder, told)
             return Talker(model, load_tokenizer(str(self.folder), self.dense))
         except (OSError, ValueError, ImportError) as error:
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
@@ -247,11 +253,11 @@ class Shelf:
         """With the memory that is free now."""
         return cls(wanted, free_bytes())
 
-    def take(self, source: Source) -> Talker:
+    def take(self, source: Source, told: OnLoading = untold) -> Talker:
         """The model; where there is no room for all, whoever had another must not keep it."""
         if source.name not in self._talkers:
             if not self.holds_all:
                 self._talkers.clear()
                 release()
-            self._talkers[source.name] = source.load()
+            self._talkers[source.name] = source.load(told)
         return self._talkers[source.name]

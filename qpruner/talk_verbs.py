@@ -18,7 +18,9 @@ from rich.table import Table
 from rich.text import Text
 
 from qpruner.errors import UserError
+from qpruner.pipeline.compress import telling
 from qpruner.talk import WHICH, Answer, Sampling, Shelf, Source, sources
+from qpruner.terminal import Terminal
 
 COLUMN = 36
 """Characters that a column needs."""
@@ -53,7 +55,7 @@ def generate(
     answers: list[dict[str, Any]] = []
     for source in models:
         click.echo(f"{_told(source)} ...", err=True)
-        shelf.take(source)  # loading it is not answering
+        _load(shelf, [source], "generate")  # loading it is not answering
         for number, prompt in enumerate(asked):
             started = time.perf_counter()
             said = shelf.take(source).answer([prompt], sampling, lambda _: None)
@@ -86,6 +88,8 @@ def chat(place: Path, which: str | None, sampling: Sampling) -> dict[str, Any]:
     models = sources(place, _names(which))
     shelf, console = _shelf(models), Console()
     click.echo(f"{', '.join(map(_told, models))}; {COMMANDS}", err=True)
+    if shelf.holds_all:
+        _load(shelf, models, "chat")
     turns: dict[str, list[str]] = {source.name: [] for source in models}
     for line in _typed():
         if line == "/quit":
@@ -196,6 +200,13 @@ def _shelf(models: Sequence[Source]) -> Shelf:
             err=True,
         )
     return shelf
+
+
+def _load(shelf: Shelf, models: Sequence[Source], verb: str) -> None:
+    """Bring models into memory, and show how far that is."""
+    with Terminal(quiet=False, stderr=True) as terminal:
+        for source in models:
+            shelf.take(source, telling(terminal.emit, verb))
 
 
 def _told(source: Source) -> str:

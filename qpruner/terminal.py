@@ -44,13 +44,14 @@ class Terminal:
 
     Args:
         quiet: Print results only.
+        stderr: Print there: stdout is for what a verb gives.
     """
 
-    def __init__(self, quiet: bool) -> None:
+    def __init__(self, quiet: bool, stderr: bool = False) -> None:
         # Where nobody sees a window's edge, lines and tables are not folded at 80 columns.
-        self._is_plain = not sys.stdout.isatty()
+        self._is_plain = not (sys.stderr if stderr else sys.stdout).isatty()
         width = PLAIN_WIDTH if self._is_plain else None
-        self._console = Console(highlight=False, soft_wrap=True, width=width)
+        self._console = Console(highlight=False, soft_wrap=True, width=width, stderr=stderr)
         self._quiet = quiet
         self._bars: dict[str, TaskID] = {}
         self._stages: dict[str, float | str] = {}

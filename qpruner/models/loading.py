@@ -133,7 +133,7 @@ def load_dense(source: str, dtype: str, model: ModelConfig | None = None, told: 
     if is_spread:
         options["device_map"] = "auto"
     try:
-        with _tensors_told(told):
+        with tensors_told(told):
             loaded: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
                 **_where(source), dtype=getattr(torch, dtype), **options
             )
@@ -146,7 +146,7 @@ def load_dense(source: str, dtype: str, model: ModelConfig | None = None, told: 
 
 
 @contextmanager
-def _tensors_told(told: OnLoading) -> Iterator[None]:
+def tensors_told(told: OnLoading) -> Iterator[None]:
     """Tell of the tensors that transformers reads meanwhile; its own bars are where it counts them."""
     from transformers.utils import logging
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
+from itertools import groupby
 from pathlib import Path
 
 import pytest
@@ -42,6 +44,16 @@ def test_a_merged_model_is_dense_plain_and_predicts_the_same(finished: Path) -> 
             parameter.data.zero_()
     without = logits_of(final).log_softmax(-1)
     assert (merged - expected).abs().mean() < 0.05 * (without - expected).abs().mean()
+
+
+def test_an_export_tells_how_far_it_is(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("qpruner.terminal.SECONDS_UNTOLD", 0.0)
+    done = CliRunner().invoke(main, ["export", str(finished), "--to", "merged", "--out", str(tmp_path / "out")])
+    lines = [re.fullmatch(r"\[export\] (.*): (\d+) of (\d+)", line) for line in done.stdout.splitlines()]
+    ended = [line[1] for line in lines if line and line[2] == line[3]]
+    compared = ["loading weights", "comparing predictions"]
+    # The final model's adapter is loaded by itself.
+    assert [what for what, _ in groupby(ended)] == ["merging the adapter", *compared, *compared], done.output
 
 
 def test_a_peft_export_is_the_same_model(finished: Path, tmp_path: Path) -> None:

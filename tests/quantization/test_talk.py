@@ -6,6 +6,7 @@ import functools
 import gc
 import io
 import json
+import re
 import shutil
 import socket
 import weakref
@@ -109,6 +110,19 @@ def test_every_model_of_a_run_says_what_transformers_has_it_say(run: Path, talka
     }
     assert len(set(said.values())) == 3
     assert list(answers(run, "--which", "final,base")) == ["final", "base"]
+
+
+def test_models_on_their_way_are_told_of_beside_what_they_say(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Dense ones and quantized ones; what a program reads has nothing of it."""
+    monkeypatch.setattr("qpruner.terminal.SECONDS_UNTOLD", 0.0)
+    for told, verb in (
+        (command("generate", run, "--prompt", PROMPT, "--max-tokens", 2, "--json"), "generate"),
+        (command("chat", run, typed="/quit\n"), "chat"),
+    ):
+        counts = re.findall(rf"\[{verb}\] loading weights: (\d+) of (\d+)\n", told.stderr)
+        assert [done == total for done, total in counts].count(True) == 4, "the adapter by itself"
+        assert "loading" not in told.stdout
+    json.loads(command("generate", run, "--prompt", PROMPT, "--max-tokens", 2, "--json").stdout)
 
 
 def test_a_folder_stands_alone(run: Path, talkative: Path, tmp_path: Path) -> None:
