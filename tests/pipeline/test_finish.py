@@ -247,6 +247,7 @@ def test_an_interrupted_comparison_goes_on_with_what_is_left(
         write_json(folder / "record.json", a_record(folder, seeds[folder], 2.0 + number))
     try:
         record = finetune(whole, searched, measured)
+        whole.close()  # `alone` will start a Ray of its own, too
         assert told(events, "finetune") == ["searched, training seed 0"]
         assert [(each.name, each.seed) for each in record.candidates] == list(jobs)
         for each in record.candidates:
@@ -281,6 +282,7 @@ def test_an_interrupted_comparison_goes_on_with_what_is_left(
         assert told(events, "finetune") == ["searched, training seed 0"]
     finally:
         whole.close()
+        alone.close()
 
 
 # The text that perplexity is measured on
@@ -316,7 +318,9 @@ def test_two_workers_fine_tune_what_one_does(changed: Callable[[str, Any], Conte
     found = {}
     for workers in (2, 1):
         whole = with_key(raw, "training.micro_batch_size", 2)
-        config = validate_config(with_key(whole, "finetune", {"steps": 14, "save_steps": 4, "num_workers": workers}))
+        config = validate_config(
+            with_key(whole, "finetune", {"steps": 14, "save_steps": 4, "num_workers": workers, "compare": False})
+        )
         context = replace(changed("finetune", {"steps": 14, "compare": False}), config=config)
         plan = a_winner(context)
         try:
