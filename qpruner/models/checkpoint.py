@@ -33,6 +33,8 @@ def prepare_base(model: ModelConfig, folder: Path, is_shared: bool = False, told
     A local folder is used as it is, a hub model is the hub's own cached snapshot, a .gguf file is dequantized into
     `folder` (reading one takes 15 to 25 s, so it is done once a run).
 
+    A hub model's card comes with it, where it has one: the final model's card tells its licence.
+
     Args:
         model: Where it comes from.
         folder: Where its files go if it has to be written.
@@ -53,6 +55,7 @@ def prepare_base(model: ModelConfig, folder: Path, is_shared: bool = False, told
         "*.jinja",
         "*.model",
         "*.txt",
+        "README.md",
         *(["*.py"] if model.trust_remote_code else []),
     ]
     place = folder if is_shared else None

@@ -9,7 +9,7 @@ import yaml
 from qpruner.mirror import put_folders
 from qpruner.report import markdown, page
 from qpruner.report.charts import charts
-from qpruner.report.model_card import model_card
+from qpruner.report.model_card import base_card, model_card
 from qpruner.report.snapshot import read_snapshot
 from qpruner.report.summary import summary_of, summary_text
 from qpruner.rundir import RunDir, publish_folder, write_text
@@ -36,7 +36,7 @@ def write_report(run_dir: RunDir) -> Path:
     write_text(run_dir.root / "results.json", summary_text(summary_of(run)))
     write_text(run_dir.root / "report.md", markdown.render(run, plots, PICTURES, config))
     if run.is_whole and run_dir.root / "final" in put_folders(run_dir.root):
-        write_text(run_dir.root / "final" / "README.md", model_card(run))
+        write_text(run_dir.root / "final" / "README.md", model_card(run, base_card(run, run_dir)))
     target = run_dir.root / "report.html"
     write_text(target, page.render(run, plots, config))
     return target

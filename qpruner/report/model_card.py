@@ -6,24 +6,31 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import yaml
 from huggingface_hub import EvalResult, ModelCardData
-from huggingface_hub.repocard import metadata_load
+from huggingface_hub.repocard import REGEX_YAML_BLOCK
 
 from qpruner.report.markdown import measured
 from qpruner.report.snapshot import Snapshot
 from qpruner.report.table import SEARCHED, rows
+from qpruner.rundir import RunDir, read_text
 
 METRICS = {"acc": "accuracy", "acc_norm": "accuracy"}
 """lm-eval's names to the hub's."""
 
 
-def model_card(run: Snapshot) -> str:
-    """The card of a whole run's final model."""
+def model_card(run: Snapshot, base_card: str | None) -> str:
+    """The card of a whole run's final model.
+
+    Args:
+        run: The run.
+        base_card: The base model's own card, where it is at hand.
+    """
     assert run.results.evaluate and run.results.search
     base = run.state.config["model"]["source"]
     data = ModelCardData(
         base_model=base if _is_hub_id(base) else None,
-        license=_license(base),
+        **_license(base_card or "", base),
         datasets=_datasets(run.state.config) or None,
         library_name="transformers",
         pipeline_tag="text-generation",
@@ -76,11 +83,29 @@ def _is_hub_id(source: str) -> bool:
     return source.count("/") == 1 and not source.startswith(("/", ".", "~", "package:")) and not Path(source).exists()
 
 
-def _license(base: str) -> str | None:
-    """What the base model's own card says, where that is at hand."""
-    card = Path(base).expanduser() / "README.md"
-    metadata = metadata_load(card) if card.is_file() else None
-    return metadata.get("license") if metadata else None
+def base_card(run: Snapshot, run_dir: RunDir) -> str | None:
+    """The base model's own card, which lies where its files do; None where it has none or they are gone."""
+    assert run.results.prepare
+    try:
+        return read_text(run_dir.root / run.results.prepare.model_path / "README.md")
+    except (OSError, UnicodeDecodeError):  # it is not ours: what is wrong with it must not cost the report
+        return None
+
+
+def _license(card: str, base: str) -> dict[str, Any]:
+    """What the base model's card says of its licence; a file that it names is one of its repository."""
+    block = REGEX_YAML_BLOCK.search(card.removeprefix("\N{BOM}"))
+    try:
+        metadata = yaml.safe_load(block[2]) if block else None
+    except yaml.YAMLError:
+        metadata = None
+    if not isinstance(metadata, dict):
+        return {}
+    told = {name: metadata[name] for name in ("license", "license_name", "license_link") if metadata.get(name)}
+    link = told.get("license_link")
+    if link and "://" not in str(link) and _is_hub_id(base):
+        told["license_link"] = f"https://huggingface.co/{base}/blob/main/{link}"
+    return told
 
 
 def _datasets(config: dict[str, Any]) -> list[str]:

@@ -244,13 +244,14 @@ def test_a_missing_shard_is_told_before_anything_is_loaded(
 
 def test_a_model_of_a_hub_is_fetched_with_progress(folders: dict[str, Path], tmp_path: Path) -> None:
     files = {path.name: path.read_bytes() for path in folders["llama"].iterdir()}
+    others = {"more.json": b" " * 8_000_000, "README.md": b"---\nlicense: mit\n---\n"}
     code = (
         "import sys\nfrom pathlib import Path\nfrom qpruner.config import ModelConfig\n"
         "from qpruner.models.checkpoint import prepare_base\n"
         "prepare_base(ModelConfig(source='me/mine'), Path(sys.argv[1]), True, lambda *told: print(*told, sep=','))"
     )
     with serving() as hub:
-        hub.repositories["me/mine"] = Repository(private=False, files=files | {"more.json": b" " * 8_000_000})
+        hub.repositories["me/mine"] = Repository(private=False, files=files | others)
         variables = {"HF_ENDPOINT": hub.endpoint, "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "0"}
         done = subprocess.run(
             [sys.executable, "-c", code, str(tmp_path / "model")],
@@ -261,7 +262,8 @@ def test_a_model_of_a_hub_is_fetched_with_progress(folders: dict[str, Path], tmp
         )
     assert done.returncode == 0, done.stderr[-2000:]
     assert (tmp_path / "model" / "model.safetensors").read_bytes() == files["model.safetensors"]
-    total = round((sum(map(len, files.values())) + 8_000_000) / 1e6)
+    assert (tmp_path / "model" / "README.md").read_bytes() == others["README.md"], "its licence is told there"
+    total = round(sum(map(len, (files | others).values())) / 1e6)
     assert done.stdout.splitlines()[-1] == f"fetching MB,{total},{total}"
 
 

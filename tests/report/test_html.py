@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
+import subprocess
+import sys
 from collections import Counter
 from collections.abc import Iterator
 from html.parser import HTMLParser
@@ -15,6 +18,7 @@ import jsonschema
 import pytest
 from click.testing import CliRunner
 from conftest import with_key
+from hub_server import Repository, serving
 from huggingface_hub import ModelCard
 from made_run import STAGES, MadeRun
 
@@ -24,10 +28,9 @@ from qpruner.config import validate_config
 from qpruner.errors import UserError
 from qpruner.pipeline import run
 from qpruner.plan import PrecisionPlan
-from qpruner.records import StageState
+from qpruner.records import PrepareRecord, StageState
 from qpruner.report.charts import charts
 from qpruner.report.files import write_report
-from qpruner.report.model_card import model_card
 from qpruner.report.page.answer import headline
 from qpruner.report.snapshot import read_snapshot
 from qpruner.report.summary import summary_of, summary_schema, summary_text
@@ -243,21 +246,65 @@ def test_the_final_model_gets_a_card_that_the_hub_can_read(long_run: Path, tmp_p
     assert results["claim"] in card.text and "import qpruner.hf" in card.text
 
 
-def test_a_card_names_the_hub_model_and_data_and_the_licence_at_hand(tmp_path: Path) -> None:
-    base = tmp_path / "base"
-    base.mkdir()
-    (base / "README.md").write_text("---\nlicense: apache-2.0\n---\n# Base\n")
-    local = read_snapshot(MadeRun(tmp_path / "one", num_trials=4, num_blocks=2, model=str(base)).run)
-    assert ModelCard(model_card(local)).data.license == "apache-2.0"
-    made = MadeRun(tmp_path / "two", num_trials=4, num_blocks=2, model="HuggingFaceTB/SmolLM2-135M")
+def card_on(base: str, folder: Path, root: Path) -> Any:
+    """The metadata of the final model's card in the report of a run on `base`, whose files lie in `folder`."""
+    made = MadeRun(root, num_trials=4, num_blocks=2, model=base)
     data = made.state.config["data"] | {"train": [{"source": "yahma/alpaca-cleaned"}]}
     made.run.write_state(made.state.model_copy(update={"config": made.state.config | {"data": data}}))
-    card = ModelCard(model_card(read_snapshot(made.run))).data
-    assert (card.base_model, card.license, card.datasets) == (
-        "HuggingFaceTB/SmolLM2-135M",
-        None,
-        ["yahma/alpaca-cleaned"],
+    prepared = made.run.read_record("prepare", PrepareRecord)
+    assert prepared
+    made.run.write_record("prepare", prepared.model_copy(update={"model_path": str(folder)}))
+    (root / "final").mkdir()
+    write_report(made.run)
+    return ModelCard((root / "final" / "README.md").read_text()).data
+
+
+def test_a_card_names_the_hub_model_and_data_and_its_licence(tmp_path: Path) -> None:
+    """From a hub on loopback, as `prepare` fetches a model."""
+    card = "---\nlicense: other\nlicense_name: qwen-research\nlicense_link: LICENSE\n---\n# Base\n"
+    code = (
+        "from pathlib import Path\nfrom qpruner.config import ModelConfig\n"
+        "from qpruner.models.checkpoint import prepare_base\n"
+        "for name in ('with', 'without'):\n"
+        "    print(prepare_base(ModelConfig(source='me/' + name), Path('unused')).path)"
     )
+    with serving() as hub:
+        hub.repositories["me/without"] = Repository(private=False, files={"config.json": b"{}"})
+        hub.repositories["me/with"] = Repository(
+            private=False, files={"config.json": b"{}", "README.md": card.encode()}
+        )
+        variables = {"HF_ENDPOINT": hub.endpoint, "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "0"}
+        done = subprocess.run(
+            [sys.executable, "-c", code], env=os.environ | variables, capture_output=True, text=True, timeout=120
+        )
+    assert done.returncode == 0, done.stderr[-2000:]
+    folders = [Path(line) for line in done.stdout.splitlines()[-2:]]
+    told = card_on("me/with", folders[0], tmp_path / "one")
+    assert (told.base_model, told.datasets) == ("me/with", ["yahma/alpaca-cleaned"])
+    assert (told.license, told.license_name) == ("other", "qwen-research")
+    assert told.license_link == "https://huggingface.co/me/with/blob/main/LICENSE"
+    told = card_on("me/without", folders[1], tmp_path / "two")
+    assert (told.base_model, told.license) == ("me/without", None)
+
+
+@pytest.mark.parametrize(
+    ("card", "license"),
+    [
+        (b"---\nlicense: apache-2.0\n---\n# Base\n", "apache-2.0"),
+        (b"---\nlicense: [broken\n---\n", None),
+        (b"---\n- license\n---\n", None),
+        (b"# no metadata", None),
+        (b"\xff\xfe", None),
+    ],
+    ids=["whole", "broken", "no-mapping", "none", "no-text"],
+)
+def test_a_local_model_s_licence_is_told_where_its_card_can_be_read(
+    card: bytes, license: str | None, tmp_path: Path
+) -> None:
+    base = tmp_path / "base"
+    base.mkdir()
+    (base / "README.md").write_bytes(card)
+    assert card_on(str(base), base, tmp_path / "run").license == license
 
 
 def test_a_notebook_gets_a_table_of_trials_and_the_answer(long_run: Path, tmp_path: Path) -> None:
