@@ -4,19 +4,28 @@ from __future__ import annotations
 
 import os
 import runpy
+import shutil
 import subprocess
 import sys
 import sysconfig
 import tarfile
+import tomllib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 from checkouts import copy_checkout, git
 
 from qpruner.version import VERSION
 
+ROOT = Path(__file__).resolve().parent.parent
 VERSION_MODULE = Path("qpruner") / "version.py"
+OTHERS = [f"3.{minor}" for minor in range(11, 15) if minor != sys.version_info.minor]
+"""Versions of Python that this one is not, from the oldest that is supported."""
+MINUTES = 60
 
 
 @dataclass(frozen=True)
@@ -26,22 +35,18 @@ class Installation:
     Attributes:
         checkout: The git checkout that was built.
         archive: The source archive.
+        wheel: The wheel.
         environment: The virtual environment.
     """
 
     checkout: Path
     archive: Path
+    wheel: Path
     environment: Path
 
     def run(self, *command: str) -> str:
         """What a command prints that this environment holds; nothing of the checkout is on its path."""
-        bare = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-        path = f"{self.environment / 'bin'}:{os.environ['PATH']}"
-        done = subprocess.run(
-            command, cwd=self.environment, env=bare | {"PATH": path}, capture_output=True, text=True, timeout=60
-        )
-        assert done.returncode == 0, done.stderr
-        return done.stdout
+        return _run_in(self.environment, *command)
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +66,23 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Installation:
     into = ("--python", str(environment / "bin" / "python"))
     _python("-m", "pip", *into, "install", "--quiet", "--no-index", "--no-deps", str(wheel))
     (archive,) = (folder / "dist").glob("*.tar.gz")
-    return Installation(checkout, archive, environment)
+    return Installation(checkout, archive, wheel, environment)
+
+
+def _run_in(environment: Path, *command: object, minutes: float = 1, **variables: str) -> str:
+    """What a command prints with an environment's programs first on the path, and nothing of the checkout."""
+    bare = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "VIRTUAL_ENV")}
+    path = f"{environment / 'bin'}:{os.environ['PATH']}"
+    done = subprocess.run(
+        [str(each) for each in command],
+        cwd=environment,
+        env=bare | {"PATH": path} | variables,
+        capture_output=True,
+        text=True,
+        timeout=minutes * MINUTES,
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
+    return done.stdout
 
 
 def _python(*arguments: str) -> None:
@@ -128,3 +149,76 @@ def test_bash_completes(typed: str, offered: set[str], installed: Installation) 
         'printf "%s\\n" "${COMPREPLY[@]}"'
     )
     assert set(installed.run("bash", "-c", script).split()) == offered
+
+
+# Other versions of Python
+
+
+def interpreter(version: str) -> str:
+    """A Python of that version on the path or of pyenv, which can make environments; skips the test without one."""
+    versions = Path(os.environ.get("PYENV_ROOT", Path.home() / ".pyenv")) / "versions"
+    found = [shutil.which(f"python{version}"), *sorted(versions.glob(f"{version}.*/bin/python"))]
+    for python in filter(None, found):
+        # pyenv's own `python3.x` is there for versions that are not chosen, and fails.
+        probe = f"import sys, venv, ensurepip; print('{version}' == '%d.%d' % sys.version_info[:2])"
+        if subprocess.run([python, "-c", probe], capture_output=True, text=True, timeout=60).stdout == "True\n":
+            return str(python)
+    pytest.skip(f"there is no Python {version} here")
+
+
+@pytest.mark.parametrize("version", OTHERS)
+def test_every_module_compiles(version: str, tmp_path: Path) -> None:
+    command = [interpreter(version), "-W", "error", "-m", "compileall", "-q", "-f", str(ROOT / "qpruner")]
+    variables = {"PYTHONPYCACHEPREFIX": str(tmp_path), "PATH": os.environ["PATH"]}
+    done = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stdout
+    assert len(list(tmp_path.rglob("*.pyc"))) > 100, "something was compiled"
+
+
+@contextmanager
+def made_environment(python: str, folder: Path) -> Iterator[Path]:
+    """An environment whose pip reaches a package index, or the test is skipped; gone afterwards, for it takes 7 GB."""
+    try:
+        subprocess.run([python, "-m", "venv", folder], check=True, timeout=2 * MINUTES)
+        try:
+            _run_in(folder, "python", "-m", "pip", "download", "--quiet", "--no-deps", "--dest", folder / "x", "click")
+        except (AssertionError, subprocess.TimeoutExpired):
+            pytest.skip("no package index answers")
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("version", OTHERS)
+def test_it_works_with_the_dependencies_that_an_index_has_for_another_python(
+    version: str,
+    installed: Installation,
+    tiny_raw: dict[str, Any],
+    write_yaml: Callable[[dict[str, Any]], Path],
+    tmp_path: Path,
+) -> None:
+    """A real installation of some minutes: the demo's check, and the tiny model pruned."""
+    groups = tomllib.loads((ROOT / "pyproject.toml").read_text())["dependency-groups"]
+    with made_environment(interpreter(version), tmp_path / "environment") as environment:
+        pip = ("python", "-m", "pip", "install", "--quiet")
+        _run_in(environment, *pip, f"{installed.wheel}[demo]", minutes=30)
+        _run_in(environment, *pip, "--no-deps", *groups["demo-model"], minutes=10)
+        assert _run_in(environment, "qpruner", "--version").startswith(f"qpruner, version {VERSION} (commit ")
+        checked = _run_in(
+            environment, "qpruner", "check", ROOT / "tune_configs/demo_smollm2_cpu.yaml", "--json", minutes=5
+        )
+        assert '"status": "ok"' in checked.splitlines()[-1]
+        pruned = _run_in(environment, "qpruner", "prune", write_yaml(tiny_raw), "--json", minutes=5)
+        assert '"status": "ok"' in pruned.splitlines()[-1]
+        assert f'"python": "{version}.' in (tmp_path / "run" / "run.json").read_text()
+
+
+@pytest.mark.slow
+def test_pipx_installs_it(installed: Installation, tmp_path: Path) -> None:
+    with made_environment(sys.executable, tmp_path / "environment") as environment:
+        _run_in(environment, "python", "-m", "pip", "install", "--quiet", "pipx", minutes=5)
+        homes = {f"PIPX_{name}": str(environment / name.lower()) for name in ("HOME", "BIN_DIR", "MAN_DIR")}
+        _run_in(environment, "pipx", "install", installed.wheel, minutes=30, **homes)
+        told = _run_in(environment, environment / "bin_dir" / "qpruner", "--version")
+        assert told.startswith(f"qpruner, version {VERSION} (commit ")
