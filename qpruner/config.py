@@ -219,7 +219,10 @@ class PruneConfig(Section):
         is_taylor, reduces = self.importance == "taylor", self.importance in ("fisher", "taylor", "magnitude")
         return (
             (not by_rate and self.rate is None, "give `rate` or `layer_rate`, got neither"),
-            (len(set(self.units)) < len(self.units), f"`units` names a kind twice: {list(self.units)}"),
+            (
+                len(set(self.units)) < len(self.units),
+                f"`units` names a kind twice: {list(self.units)}; name each once",
+            ),
             (
                 {"expert", "mlp"} <= set(self.units),
                 "`units` may name `expert` or `mlp`, not both: whole experts go, or channels of every expert",
@@ -231,26 +234,30 @@ class PruneConfig(Section):
                 self.depth_share is not None and not (self.drops_blocks and width),
                 "`depth_share` needs `units` with `block` and another kind",
             ),
-            (not is_taylor and self.order != "first", f"`order` is Taylor's; `importance` is {self.importance}"),
+            (
+                not is_taylor and self.order != "first",
+                f"`order` is Taylor's; `importance` is {self.importance}: take it out",
+            ),
             (
                 not (is_taylor or self.importance == "fisher") and self.aggregation != "element",
-                f"`aggregation` is Fisher's and Taylor's; `importance` is {self.importance}",
+                f"`aggregation` is Fisher's and Taylor's; `importance` is {self.importance}: take it out",
             ),
             (
                 self.importance != "magnitude" and self.norm != "l2",
-                f"`norm` is magnitude's; `importance` is {self.importance}",
+                f"`norm` is magnitude's; `importance` is {self.importance}: take it out",
             ),
             (
                 not reduces and self.reduction != "sum",
-                f"`reduction` is Fisher's, Taylor's and magnitude's; `importance` is {self.importance}",
+                f"`reduction` is Fisher's, Taylor's and magnitude's; `importance` is {self.importance}: take it out",
             ),
             (
                 not reduces and self.query_heads != "served",
-                f"`query_heads` is Fisher's, Taylor's and magnitude's; `importance` is {self.importance}",
+                f"`query_heads` is Fisher's, Taylor's and magnitude's; `importance` is {self.importance}: take it out",
             ),
             (
                 not width and (self.compensation == "bias" or self.steps > 1),
-                "`compensation` by bias and `steps` are about units inside blocks, but `units` names whole blocks only",
+                "`compensation` by bias and `steps` are about units inside blocks, but `units` names whole blocks "
+                "only: take them out, or name another kind",
             ),
         )
 
@@ -334,7 +341,7 @@ class TrainingConfig(Section):
         if self.batch_size % self.micro_batch_size:
             raise ValueError(
                 f"`batch_size` must be a multiple of `micro_batch_size`, got {self.batch_size} and "
-                f"{self.micro_batch_size}"
+                f"{self.micro_batch_size}: take another batch size or a smaller micro-batch"
             )
         return self
 
@@ -363,7 +370,7 @@ class SensitivityConfig(Section):
     @model_validator(mode="after")
     def different(self) -> SensitivityConfig:
         if len(set(self.methods)) < len(self.methods):
-            raise ValueError(f"`methods` names a method twice: {', '.join(self.methods)}")
+            raise ValueError(f"`methods` names a method twice, got {', '.join(self.methods)}: name each once")
         return self
 
 

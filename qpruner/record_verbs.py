@@ -18,6 +18,7 @@ import yaml
 from qpruner.errors import UserError
 from qpruner.report import run_views
 from qpruner.report.standing import FIGURES
+from qpruner.search.trial_records import remedy_of
 from qpruner.search_view import duration
 from qpruner.terminal import Terminal
 
@@ -105,7 +106,8 @@ def _under_way(trial: dict[str, Any], steps: int) -> str:
 
 
 def _failed(trial: dict[str, Any]) -> str:
-    return f"failed:        trial {trial['trial']} ({trial['from']}), {trial['failure']}: {trial['reason']}"
+    told = f"failed:        trial {trial['trial']} ({trial['from']}), {trial['failure']}: {trial['reason']}"
+    return f"{told}\n  remedy: {remedy_of(trial['failure'])}" if trial["failure"] else told
 
 
 def trials(run: str | Path, conditions: Sequence[str], sort: str, descending: bool, form: str) -> dict[str, Any]:

@@ -125,7 +125,7 @@ CONFIGURATION = [
     ),
     refused("units-none", {"prune.units": []}, "`prune.units`", "[]", "at least 1 item"),
     refused("units-unknown", {"prune.units": ["heads"]}, "`prune.units.0`", "'heads'", "'attention', 'mlp' or 'exp"),
-    refused("units-twice", {"prune.units": ["mlp", "mlp"]}, "`units`", "['mlp', 'mlp']", "names a kind twice"),
+    refused("units-twice", {"prune.units": ["mlp", "mlp"]}, "`units`", "['mlp', 'mlp']", "names a kind twice", "once"),
     refused(
         "units-expert-and-mlp", {"prune.units": ["expert", "mlp"]}, "`units`", "`expert` or `mlp`", "not both",
         "whole experts go, or channels of every expert"
@@ -144,23 +144,24 @@ CONFIGURATION = [
     ),
     refused(
         "order-of-magnitude", {"prune.importance": "magnitude", "prune.order": "second"}, "`order`", "magnitude",
-        "is Taylor's", "`importance`"
+        "is Taylor's", "take it out"
     ),
     refused(
         "aggregation-of-fluctuation", {"prune.importance": "fluctuation", "prune.aggregation": "vector"},
-        "`aggregation`", "fluctuation", "is Fisher's and Taylor's", "`importance`"
+        "`aggregation`", "fluctuation", "is Fisher's and Taylor's", "take it out"
     ),
-    refused("norm-of-fisher", {"prune.norm": "l1"}, "`norm`", "fisher", "is magnitude's", "`importance`"),
+    refused("norm-of-fisher", {"prune.norm": "l1"}, "`norm`", "fisher", "is magnitude's", "take it out"),
     refused(
         "reduction-of-random", {"prune.importance": "random", "prune.reduction": "max"}, "`reduction`", "random",
-        "is Fisher's, Taylor's and magnitude's", "`importance`"
+        "is Fisher's, Taylor's and magnitude's", "take it out"
     ),
     refused(
         "compensation-of-blocks", {"prune.units": ["block"], "prune.compensation": "bias"}, "`compensation`", "`units`",
-        "names whole blocks only"
+        "names whole blocks only", "take them out"
     ),
     refused(
-        "steps-of-blocks", {"prune.units": ["block"], "prune.steps": 2}, "`steps`", "`units`", "names whole blocks only"
+        "steps-of-blocks", {"prune.units": ["block"], "prune.steps": 2}, "`steps`", "`units`",
+        "names whole blocks only", "take them out"
     ),
     refused("steps-0", {"prune.steps": 0}, "`prune.steps`", "got 0", "greater than or equal to 1"),
     refused("ridge-0", {"prune.ridge": 0}, "`prune.ridge`", "got 0", "greater than 0"),
@@ -201,7 +202,8 @@ CONFIGURATION = [
         "`finetune.num_workers`", "got 2 with `search.resources_per_trial.gpu` 2", "one GPU each", "not both"
     ),
     refused(
-        "batch-not-whole", {"training.batch_size": 6}, "`batch_size`", "6 and 4", "a multiple of `micro_batch_size`"
+        "batch-not-whole", {"training.batch_size": 6}, "`batch_size`", "6 and 4", "a multiple of `micro_batch_size`",
+        "take another batch size"
     ),
     refused("first-rung-late", {"search.first_rung": 9}, "`first_rung`", "got 9", "at most `steps` (4)"),
     refused(

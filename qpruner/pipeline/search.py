@@ -34,19 +34,21 @@ from qpruner.records import (
 from qpruner.rundir import write_json
 from qpruner.search.choice import controls_of, finalist_positions, winner_position
 from qpruner.search.trial_job import Materials
-from qpruner.search.trial_records import begin_anew_if_damaged, checkpoint_of, objective, read_trials, set_aside_damaged
+from qpruner.search.trial_records import (
+    MENDED_BY,
+    begin_anew_if_damaged,
+    checkpoint_of,
+    objective,
+    read_trials,
+    set_aside_damaged,
+)
 
 if TYPE_CHECKING:
     from qpruner.search.tune import SearchJob
 
 
 REMEDY = "mend the cause, delete the run's trials folder"
-MENDED_BY: dict[str | None, str] = {
-    "diverged": "lower `training.learning_rate`",
-    "infeasible": "lower `data.max_length`, or set `training.gradient_checkpointing`",
-    "hung": "raise `search.trial_timeout_seconds`",
-}
-"""What to do when all trials failed for one reason."""
+"""What to do when all trials failed and no word is known for the reason, or there are several."""
 
 
 def search(context: Context, banked: BankRecord, measured: SensitivityRecord) -> SearchRecord:
@@ -204,7 +206,7 @@ def _finalists(trials: Sequence[TrialRecord], job: SearchJob) -> list[TrialRecor
     if not finished:
         reasons = [trial.reason for trial in trials if trial.reason]
         kinds = {trial.failure for trial in trials}
-        mend = MENDED_BY.get(kinds.pop(), REMEDY) if len(kinds) == 1 else REMEDY
+        mend = MENDED_BY.get(kinds.pop() or "", REMEDY) if len(kinds) == 1 else REMEDY
         raise StageError(
             "search",
             f"none of {len(trials)} trials finished; the first said: {reasons[0] if reasons else 'nothing'}",

@@ -19,6 +19,7 @@ from qpruner.report.marginal_effects import MarginalEffects, rank_correlation
 from qpruner.report.snapshot import Snapshot
 from qpruner.report.standing import score
 from qpruner.report.table import Row
+from qpruner.search.trial_records import remedy_of
 
 LAYER_HEADINGS = ("block", "query heads", "key/value heads", "MLP channels", "kept parameters")
 HEADINGS = (
@@ -175,7 +176,8 @@ def search_text(search: SearchRecord) -> list[str]:
     if search.sessions > 1:
         told += f" Resumed: {search.sessions} sessions; the last began with {search.resumed} trial(s) recorded before."
     if search.failures:
-        told += f" Failed: {', '.join(f'{number} {kind}' for kind, number in sorted(search.failures.items()))}."
+        failed = [f"{number} {kind} ({remedy_of(kind)})" for kind, number in sorted(search.failures.items())]
+        told += f" Failed: {', '.join(failed)}."
     outcome = "a control: no searched plan beat it" if search.control_won else "a searched plan"
     return [told, f"On fresh rows trial {search.best_index} ({search.best_origin}) was best, {outcome}."]
 

@@ -26,6 +26,25 @@ from qpruner.rundir import (
     write_sign,
 )
 
+MENDED_BY = {
+    "diverged": "lower `training.learning_rate`",
+    "infeasible": "lower `data.max_length`, or set `training.gradient_checkpointing`",
+    "hung": "raise `search.trial_timeout_seconds`",
+}
+"""What to do about a trial that failed, where its kind of failure says so."""
+ELSEWHERE = {
+    "lost": "most often want of memory: lower `data.max_length`, or run fewer trials at once (`search.max_concurrent`)",
+    "storage": "make room or bring the storage back, then repeat the command: it goes on from its last rung",
+    "damaged": "repeat the command: what is damaged is built again",
+    "error": "one plan less is no harm to a search; where many fail so, mend it and delete the run's trials folder",
+}
+"""What to do about the others, whose cause is no setting."""
+
+
+def remedy_of(failure: str) -> str:
+    """What to do about trials that failed in one way."""
+    return (MENDED_BY | ELSEWHERE)[failure]
+
 
 def read_trials(folder: Path) -> list[TrialRecord]:
     """Every recorded trial, in order of suggestion."""

@@ -9,7 +9,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import yaml
@@ -18,8 +18,8 @@ from recorded_runs import DIGEST, GROUPS, recorded_run, trial, trials
 
 from qpruner.cli import main
 from qpruner.plan_file import read_plan
-from qpruner.records import TrialPulse
-from qpruner.search.trial_records import write_pulse, write_trial
+from qpruner.records import TrialPulse, TrialRecord
+from qpruner.search.trial_records import remedy_of, write_pulse, write_trial
 
 
 def qpruner(*arguments: object) -> Result:
@@ -58,11 +58,17 @@ def test_status_and_trials_show_where_trials_are_and_why_they_failed(run: Path) 
     text = qpruner("status", run).stdout
     assert "1 failed, 2 running on 2 slots (1 of them waiting for a machine)" in text
     assert "under way:     trial 5 (gp), step 3/8" in text
-    assert "failed:        trial 4 (gp), diverged: TrainingDiverged: the loss is nan" in text
+    assert "failed:        trial 4 (gp), diverged: TrainingDiverged: the loss is nan\n" in text
+    assert "  remedy: lower `training.learning_rate`" in text
     rows = {row["trial"]: row for row in told("trials", run)["trials"]}
     assert [rows[index]["step"] for index in (2, 4, 5, 6)] == [8, 0, 3, 0]
     assert [row["trial"] for row in told("trials", run, "--where", "failure=diverged")["trials"]] == [4]
     assert "TrainingDiverged: the loss is nan" in qpruner("trials", run).stdout
+
+
+def test_every_way_to_fail_has_a_remedy() -> None:
+    (kinds,) = [each for each in get_args(TrialRecord.model_fields["failure"].annotation) if get_args(each)]
+    assert len(get_args(kinds)) == 7 and all(remedy_of(kind) for kind in get_args(kinds))
 
 
 def test_a_driver_that_died_without_a_word_is_not_called_running(tmp_path: Path) -> None:

@@ -86,7 +86,7 @@ def test_a_process_of_its_own_measures_the_same(phi: Banked, scores: dict[str, M
 
 
 def test_a_method_named_twice_is_refused(tiny_raw: dict[str, Any]) -> None:
-    with pytest.raises(ConfigError, match=r"`sensitivity`: `methods` names a method twice"):
+    with pytest.raises(ConfigError, match=r"`sensitivity`: `methods` names a method twice, .*: name each once"):
         validate_config(with_key(tiny_raw, "sensitivity.methods", ["kl", "loss", "kl"]))
 
 
