@@ -6,10 +6,7 @@ Heavy imports stay inside the verbs, so that `qpruner --help` answers at once.
 
 from __future__ import annotations
 
-import contextlib
 import json
-import logging
-import os
 import shlex
 import sys
 import traceback
@@ -20,7 +17,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from qpruner.config import config_schema, load_config
-from qpruner.errors import CorruptFile, QprunerError, UserError
+from qpruner.errors import CorruptFile, QprunerError, UserError, note_defect
+from qpruner.logs import logging_to, quiet_libraries
 from qpruner.version import describe
 
 if TYPE_CHECKING:
@@ -152,7 +150,7 @@ def check(
     gpu: str | None,
 ) -> None:
     def told() -> dict[str, Any]:
-        _quiet_libraries()
+        quiet_libraries()
         from qpruner.check_verb import check
 
         return check(load_config(Path(config), list(overrides)), address, quiet, measure, gpu)
@@ -248,7 +246,7 @@ def export(run: str, form: str, out: Path | None, as_json: bool) -> None:
 @click.option("--json", "as_json", is_flag=True, help="End stdout with one JSON object.")
 def push(run: str, repo_id: str, is_public: bool, what: Any, as_json: bool) -> None:
     def told() -> dict[str, Any]:
-        _quiet_libraries()
+        quiet_libraries()
         from qpruner.push import push
         from qpruner.rundir import RunDir
 
@@ -297,7 +295,7 @@ def generate(
     as_json: bool,
 ) -> None:
     def told() -> dict[str, Any]:
-        _quiet_libraries()
+        quiet_libraries()
         from qpruner import talk, talk_verbs
 
         sampling = talk.Sampling(max_tokens, temperature, seed)
@@ -310,7 +308,7 @@ def generate(
 @_talk_options
 def chat(place: Path, which: str | None, max_tokens: int, temperature: float, seed: int) -> None:
     def told() -> dict[str, Any]:
-        _quiet_libraries()
+        quiet_libraries()
         from qpruner import talk, talk_verbs
 
         return talk_verbs.chat(place, which, talk.Sampling(max_tokens, temperature, seed))
@@ -319,7 +317,7 @@ def chat(place: Path, which: str | None, max_tokens: int, temperature: float, se
 
 
 def _export(root: str, form: Any, out: Path | None) -> dict[str, Any]:
-    _quiet_libraries()
+    quiet_libraries()
     from qpruner.export import export
     from qpruner.pipeline.compress import telling
     from qpruner.rundir import RunDir
@@ -353,27 +351,27 @@ def _run(
     path: Path, overrides: tuple[str, ...], address: str | None, until: str, as_json: bool, quiet: bool
 ) -> dict[str, Any]:
     config = load_config(path, list(overrides))
-    _quiet_libraries()
+    quiet_libraries()
     from qpruner.objects import name_of
     from qpruner.pipeline import run
     from qpruner.rundir import run_root
     from qpruner.terminal import Terminal
 
     root = run_root(config.output)
-    _log_to(root)
-    with Terminal(quiet=quiet) as terminal:
-        results = run(config, terminal.emit, address, until)
-    if until == "prune":
-        assert results.prune
-        _print_layers(results.prune, terminal)
-    if until == "report":
-        _print_table(results, terminal)
+    with logging_to(root):
+        with Terminal(quiet=quiet) as terminal:
+            results = run(config, terminal.emit, address, until)
+        if until == "prune":
+            assert results.prune
+            _print_layers(results.prune, terminal)
+        if until == "report":
+            _print_table(results, terminal)
     return {"status": "ok", "run": name_of(root), **_figures(results)}
 
 
 def _preview(path: Path, overrides: tuple[str, ...], address: str | None, quiet: bool) -> dict[str, Any]:
     config = load_config(path, list(overrides))
-    _quiet_libraries()
+    quiet_libraries()
     from qpruner.pipeline import preview
     from qpruner.terminal import Terminal
 
@@ -419,7 +417,6 @@ def _guarded(as_json: bool, work: Callable[[], dict[str, Any]]) -> None:
     try:
         outcome = work()
     except QprunerError as error:
-        logging.getLogger(__name__).debug("failed", exc_info=True)
         remedy = f"\n  remedy: {ABOUT_DAMAGE}" if isinstance(error, CorruptFile) else ""
         click.echo(f"error: {error}{remedy}", err=True)
         outcome = {"status": "error", "kind": type(error).__name__, "error": str(error)}
@@ -430,10 +427,11 @@ def _guarded(as_json: bool, work: Callable[[], dict[str, Any]]) -> None:
         raise  # click ends quietly where nobody reads on, as in `qpruner trials RUN | head`
     except Exception as error:
         # Ours to mend: the traceback is for the report, the JSON line for whoever waits for one.
-        logging.getLogger(__name__).exception("unexpected error")
+        remedy = note_defect(error)
         traceback.print_exc()
         if as_json:
-            click.echo(json.dumps({"status": "error", "kind": type(error).__name__, "error": str(error)}))
+            outcome = {"status": "error", "kind": type(error).__name__, "error": f"{error}\n{remedy}"}
+            click.echo(json.dumps(outcome))
         sys.exit(1)
     except KeyboardInterrupt:
         resume = f"qpruner {shlex.join(sys.argv[1:])}"
@@ -443,27 +441,6 @@ def _guarded(as_json: bool, work: Callable[[], dict[str, Any]]) -> None:
         sys.exit(130)
     if as_json:
         click.echo(json.dumps(outcome))
-
-
-def _quiet_libraries() -> None:
-    """Progress bars and banners of the libraries would tear the terminal's own; their warnings go to the log."""
-    os.environ.setdefault("TQDM_DISABLE", "1")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-
-
-def _log_to(root: Path) -> None:
-    from qpruner.objects import is_mirror
-    from qpruner.rundir import LOG, fetch_file
-
-    root.mkdir(parents=True, exist_ok=True)
-    if is_mirror(root):
-        with contextlib.suppress(FileNotFoundError):  # what other machines said goes on here
-            fetch_file(root / LOG, root / LOG)
-    handler = logging.FileHandler(root / LOG)
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
-    logging.basicConfig(level=logging.INFO, handlers=[handler])
-    logging.captureWarnings(True)
 
 
 if __name__ == "__main__":

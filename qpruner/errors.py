@@ -9,6 +9,12 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 
+DEFECT = (
+    "this is most likely a defect of qpruner, not of your input: the command can be repeated and goes on from what is "
+    "recorded"
+)
+"""What is said of an error that nobody foresaw."""
+
 
 class QprunerError(Exception):
     """Base of every error that is reported without a traceback."""
@@ -69,6 +75,21 @@ class StorageError(QprunerError):
 
     def __reduce__(self) -> tuple[type[StorageError], tuple[str, str]]:
         return (StorageError, (self.cause, self.remedy))
+
+
+def note_defect(error: Exception, evidence: str = "what stands above") -> str:
+    """Note on an error that nobody foresaw what to do about it, unless that is noted; returns the note.
+
+    Args:
+        error: Its traceback ends in the note.
+        evidence: What a report of it needs.
+    """
+    known = (note for note in getattr(error, "__notes__", ()) if DEFECT in note)
+    note = next(known, None)
+    if note is None:
+        note = f"  remedy: {DEFECT}; please report it with {evidence}"
+        error.add_note(note)
+    return note
 
 
 class TrainingDiverged(QprunerError):

@@ -20,9 +20,9 @@ from pathlib import Path
 
 from qpruner import events
 from qpruner.config import RunConfig
-from qpruner.errors import QprunerError, StorageError, UserError
+from qpruner.errors import QprunerError, StorageError, UserError, note_defect
 from qpruner.records import RunState, StageState
-from qpruner.rundir import RunDir, sign_seconds
+from qpruner.rundir import LOG, RunDir, sign_seconds
 from qpruner.version import describe
 
 logger = logging.getLogger(__name__)
@@ -92,7 +92,8 @@ class RunProgress:
             self._end("failed", str(error))
             raise
         except Exception as error:
-            self._end("failed", f"{type(error).__name__}: {error}")
+            note = note_defect(error, f"{self._run.place.rstrip('/')}/{LOG}, which has all of it")
+            self._end("failed", f"{type(error).__name__}: {error}\n{note}")
             raise
         except BaseException:  # Ctrl-C
             self._end("interrupted", None)

@@ -53,7 +53,12 @@ class Sender:
                 if f"{FOLDER}/{name}" not in self._sent:
                     remove(events / name)
         except (OSError, StorageError) as error:
-            logger.warning("TensorBoard's files and the log could not be sent: %s", error)
+            logger.warning(
+                "TensorBoard's files and the log could not be sent: %s; that is tried again %s, and costs no result: "
+                "if it stays so, see that the address of `output` is reached from here and its credentials may write",
+                error,
+                "by the next command" if is_last else f"in {SECONDS_BETWEEN:.0f} s",
+            )
         self._due = time.monotonic() + SECONDS_BETWEEN
 
     def _files(self) -> dict[str, tuple[int, int]]:
