@@ -82,7 +82,7 @@ def test_the_whole_flow_from_python(tiny_raw: dict[str, Any], write_yaml: WriteY
         "    assert run.is_whole and set(run.best_plan.values()) <= {4, 8}\n    assert len(run.to_dataframe()) == 2\n"
     )
     done = subprocess.run(
-        [sys.executable, "-c", code, str(write_yaml(raw))], capture_output=True, text=True, timeout=300
+        [sys.executable, "-c", code, str(write_yaml(raw))], capture_output=True, text=True, timeout=900
     )
     assert done.returncode == 0, done.stderr[-3000:]
 
