@@ -167,10 +167,12 @@ def finetune_candidate(job: CandidateJob) -> FinetuneOutcome:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """A row's scores on the held-out tasks, and its loss on the held-out text, if there is one, in nats per token."""
+    """A row's scores on the held-out tasks, its loss on the held-out text, if there is one, in nats per token, and the
+    seconds that this took."""
 
     scores: tuple[TaskScore, ...]
     text_loss: float | None
+    seconds: float
 
 
 def evaluate_candidate(job: CandidateJob) -> Evaluation:
@@ -184,6 +186,7 @@ def evaluate_candidate(job: CandidateJob) -> Evaluation:
     from qpruner.evaluate import score_tasks
     from qpruner.models.loading import load_tokenizer
 
+    started = time.monotonic()
     _start(job.threads)
     settings = job.config.evaluate
     model = build(job.config, job.candidate)
@@ -205,7 +208,7 @@ def evaluate_candidate(job: CandidateJob) -> Evaluation:
         settings.num_fewshot,
         told=_Signs(job.candidate.scoring_progress).tell,
     )
-    return Evaluation(scores, loss)
+    return Evaluation(scores, loss, time.monotonic() - started)
 
 
 PROMPT_TOKENS, NEW_TOKENS, TURNS = 128, 16, 3

@@ -26,6 +26,8 @@ class Record(BaseModel):
 
     digest: str
     seconds: float
+    gpu_seconds: float = 0.0
+    """Seconds at work times the GPUs that were held for it; 0 where there are none, and in records of old versions."""
 
 
 class PrepareRecord(Record):
@@ -287,6 +289,8 @@ class SearchRecord(Record):
     """Wall-clock seconds of the trials' part, all sessions together."""
     gpu_seconds: float
     """Seconds that trials held GPUs, times how many."""
+    confirmation_gpu_seconds: float = 0.0
+    """The same of the finalists' scores on fresh rows."""
     confirmations: tuple[Confirmation, ...]
     best_index: int
     best_origin: str
@@ -387,6 +391,8 @@ class RowScores(BaseModel):
     """On the held-out text, in nats per token; None without such a text."""
     inference: Inference | None = None
     """Of fine-tuned rows."""
+    gpu_seconds: float = 0.0
+    """Seconds that the scoring held GPUs, times how many."""
 
 
 class EvalRecord(Record):

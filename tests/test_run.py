@@ -24,6 +24,8 @@ MINUTES = 60.0
 NOT_COMPARED = {
     "seconds",
     "search_seconds",
+    "gpu_seconds",
+    "confirmation_gpu_seconds",
     "peak_memory_bytes",
     "model_path",
     "output",

@@ -8,6 +8,7 @@ import secrets
 import socket
 import tempfile
 import threading
+import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -238,6 +239,7 @@ def run_tasks(
     max_concurrent: int,
     fresh: bool,
     on_tick: Callable[[], None] = lambda: None,
+    on_held: Callable[[float], None] = lambda seconds: None,
 ) -> Iterator[tuple[int, Result]]:
     """Run `function(job)` for every job in worker processes.
 
@@ -250,6 +252,8 @@ def run_tasks(
         max_concurrent: Jobs in flight.
         fresh: Give every job a process that ends with it, so that its memory can be measured.
         on_tick: Called about once a second while jobs run.
+        on_held: Told what each job has held of GPUs as it ends: its seconds, without those that it waited for a slot,
+            times how many.
 
     Yields:
         Position of the job and its result, as they finish. An error of a job is raised as it was.
@@ -268,12 +272,19 @@ def run_tasks(
     )
 
     assert ray.is_initialized(), "Ray would choose a cluster itself"
+    gpus = resources.get("gpu", 0.0)
+
+    def timed(job: Any) -> tuple[float, Result]:
+        started = time.monotonic()
+        result = function(job)
+        return time.monotonic() - started, result
+
     remote = ray.remote(
         num_cpus=resources.get("cpu", 1.0),
-        num_gpus=resources.get("gpu", 0.0),
+        num_gpus=gpus,
         max_calls=1 if fresh else 0,
         max_retries=0,
-    )(function)
+    )(timed).options(name=getattr(function, "__name__", "task"))
     waiting = deque(enumerate(jobs))
     running: dict[Any, int] = {}
     deaths: Counter[int] = Counter()
@@ -286,7 +297,7 @@ def run_tasks(
         for reference in done:
             position = running.pop(reference)
             try:
-                result = ray.get(reference)
+                seconds, result = ray.get(reference)
             # A group's task ends with the RayActorError of the process that it lost.
             except (WorkerCrashedError, NodeDiedError, OutOfMemoryError, ObjectLostError, RayActorError) as error:
                 deaths[position] += 1
@@ -298,6 +309,7 @@ def run_tasks(
             except RayTaskError as error:
                 raise error.cause from error
             else:
+                on_held(gpus * seconds)
                 yield position, result
 
 

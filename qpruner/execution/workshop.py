@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from qpruner.events import Emit, Event, Message
 from qpruner.execution.cluster import MAX_DEATHS, died_too_often, first_line
+from qpruner.execution.gpu_time import GpuTime
 from qpruner.memory import release
 from qpruner.mirror import fetch
 from qpruner.models.loading import OnLoading, load_dense, untold
@@ -65,15 +66,22 @@ class Workshop(Protocol):
 
 
 class Here:
-    """This process."""
+    """This process.
+
+    Args:
+        gpus: GPUs that its work may use.
+        gpu_time: Told of what work holds of them.
+    """
 
     holds: Mapping[str, float] = {}
 
-    def __init__(self) -> None:
+    def __init__(self, gpus: float, gpu_time: GpuTime) -> None:
+        self._gpus, self._gpu_time = gpus, gpu_time
         self._bench = Bench()
 
     def do(self, work: Work[Job, Result], job: Job, emit: Emit) -> Result:
-        return work(job, self._bench, emit)
+        with self._gpu_time.held(self._gpus):
+            return work(job, self._bench, emit)
 
     def close(self) -> None:
         self._bench = Bench()
@@ -85,10 +93,11 @@ class OnCluster:
 
     Args:
         resources: Ray resources of the actor.
+        gpu_time: Told of what work holds of GPUs; waiting for a machine holds none.
     """
 
-    def __init__(self, resources: Mapping[str, float]) -> None:
-        self._resources = resources
+    def __init__(self, resources: Mapping[str, float], gpu_time: GpuTime) -> None:
+        self._resources, self._gpu_time = resources, gpu_time
         self._actor: Any = None
 
     @property
@@ -111,13 +120,21 @@ class OnCluster:
 
     def _try(self, work: Work[Job, Result], job: Job, emit: Emit) -> Result:
         import ray
-        from ray.exceptions import RayTaskError
 
         if self._actor is None:
             options = {"num_cpus": self._resources.get("cpu", 0.0), "num_gpus": self._resources.get("gpu", 0.0)}
             self._actor = ray.remote(_Worker).options(**options).remote(int(self._resources.get("cpu", 1.0)))
             if not ray.wait([self._actor.__ray_ready__.remote()], timeout=SECONDS_UNTOLD)[0]:
                 emit(Message("cluster", f"waiting for a machine with room for {dict(self._resources)}"))
+                ray.wait([self._actor.__ray_ready__.remote()])
+        with self._gpu_time.held(self._resources.get("gpu", 0.0)):
+            return self._told(work, job, emit)
+
+    def _told(self, work: Work[Job, Result], job: Job, emit: Emit) -> Result:
+        """Passes the worker's events on; returns what it ends with."""
+        import ray
+        from ray.exceptions import RayTaskError
+
         for reference in self._actor.do.options(num_returns="streaming").remote(work, job):
             try:
                 told = ray.get(reference)

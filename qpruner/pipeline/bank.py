@@ -71,7 +71,7 @@ def bank(context: Context, pruned: PruneRecord) -> BankRecord:
         )
         return f"{len(record.files)} entries, {record.bytes / 1e6:.0f} MB; share of the error left: {left}"
 
-    return run_stage(context.run_dir, stage, BankRecord, work, figures, context.emit)
+    return run_stage(context.run_dir, stage, BankRecord, work, figures, context.emit, context.gpu_time)
 
 
 def _forget_damaged_bank(context: Context, stage: Stage) -> None:
@@ -184,7 +184,9 @@ def _built(context: Context, jobs: list[GroupJob]) -> Iterator[tuple[GroupJob, d
     from qpruner.quantization.bank import build_group
 
     jobs = [replace(job, threads=int(resources.get("cpu", 1))) for job in jobs]
-    for position, built in run_tasks(build_group, jobs, resources, concurrent, fresh=False):
+    for position, built in run_tasks(
+        build_group, jobs, resources, concurrent, fresh=False, on_held=context.gpu_time.add
+    ):
         yield jobs[position], built
 
 

@@ -47,7 +47,7 @@ def prepare(context: Context) -> PrepareRecord:
     def figures(record: PrepareRecord) -> str:
         return ", ".join(f"{count} {name}" for name, count in record.num_rows.items()) + " rows"
 
-    return run_stage(context.run_dir, stage, PrepareRecord, work, figures, context.emit)
+    return run_stage(context.run_dir, stage, PrepareRecord, work, figures, context.emit, context.gpu_time)
 
 
 @dataclass(frozen=True)
@@ -112,7 +112,7 @@ def sensitivity(context: Context, pruned: PruneRecord, banked: BankRecord) -> Se
         ranges = ", ".join(_range(method, scores) for method, scores in record.methods.items())
         return f"{len(record.groups)} groups at {config.quantize.bits[0]} bits: {ranges or 'no method'}"
 
-    record = run_stage(context.run_dir, stage, SensitivityRecord, work, figures, context.emit)
+    record = run_stage(context.run_dir, stage, SensitivityRecord, work, figures, context.emit, context.gpu_time)
     # Its memory is needed before the trials start.
     context.workshop.close()
     return record
@@ -221,7 +221,9 @@ def _measured(context: Context, job: ScoringJob) -> Measurement:
         for share in range(num_shares)
     ]
     told, parts = _teller(context.emit, MEASUREMENT), dict[int, Measurement]()
-    for position, part in run_tasks(measure_share, jobs, resources, num_shares, fresh=False):
+    for position, part in run_tasks(
+        measure_share, jobs, resources, num_shares, fresh=False, on_held=context.gpu_time.add
+    ):
         parts[position] = part
         told(len(parts), num_shares)
     return Measurement.joined([parts[position] for position in sorted(parts)])

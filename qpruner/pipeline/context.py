@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
@@ -11,6 +11,7 @@ from qpruner.config import RunConfig
 from qpruner.errors import UserError
 from qpruner.events import Emit
 from qpruner.execution.cluster import Cluster, connect, disconnect, local_slots
+from qpruner.execution.gpu_time import GpuTime
 from qpruner.execution.slots import Slots, worker_resources
 from qpruner.execution.workshop import Here, OnCluster, Workshop
 from qpruner.mirror import fetch
@@ -33,6 +34,7 @@ class Context:
         emit: Told of every event.
         address: A Ray cluster to join, or None.
         inspection: What was known before the first stage.
+        gpu_time: What work outside the trials has held of GPUs.
     """
 
     config: RunConfig
@@ -40,6 +42,7 @@ class Context:
     emit: Emit
     address: str | None
     inspection: preflight.Inspection
+    gpu_time: GpuTime = field(default_factory=GpuTime)
     _has_joined: bool = False
 
     @property
@@ -132,15 +135,22 @@ class Context:
     @cached_property
     def workshop(self) -> Workshop:
         """Where the work on one model is done: on the cluster that was given, so that its head needs no GPU."""
-        return OnCluster(self._workshop_resources()) if self.address else Here()
+        if self.address:
+            return OnCluster(self._workshop_resources(), self.gpu_time)
+        present = local_slots().gpus
+        return Here(present if self._is_spread else min(present, 1.0), self.gpu_time)
+
+    @property
+    def _is_spread(self) -> bool:
+        """Whether the dense model lies on all GPUs of its machine."""
+        return self.config.model.device_map == "auto"
 
     def _workshop_resources(self) -> dict[str, float]:
         """One machine's GPU, all of them where the dense model is spread; every core where trials run on CPUs."""
         trial, largest = self.trial_resources, self.slots.largest
         if not trial.get("gpu"):
             return {"cpu": float(int(largest.cpus))}
-        spread = self.config.model.device_map == "auto"
-        return trial | {"gpu": largest.gpus if spread else max(1.0, trial["gpu"])}
+        return trial | {"gpu": largest.gpus if self._is_spread else max(1.0, trial["gpu"])}
 
     @cached_property
     def trial_resources(self) -> dict[str, float]:

@@ -25,6 +25,7 @@ from qpruner.candidates import (
 )
 from qpruner.config import RunConfig
 from qpruner.events import Emit, Message, Progress
+from qpruner.execution.slots import worker_resources
 from qpruner.execution.workshop import Bench
 from qpruner.mirror import emptied, fetch, workplace
 from qpruner.pipeline.context import Context
@@ -65,9 +66,13 @@ def finetune(context: Context, searched: SearchRecord, measured: SensitivityReco
         winner = next(job for row, job in jobs if row.name == SEARCHED)
         # `final` is where people look; the stage's own folder keeps nothing.
         final = context.run_dir.root / "final"
+        before = context.gpu_time.seconds
         context.workshop.do(write_final, FinalJob(context.config, winner, final), context.emit)
         context.workshop.close()
-        return {"winner": SEARCHED, "candidates": finetuned}
+        # Those of earlier sessions are among them; rows of one model share a fine-tune.
+        held = sum({each.digest: each.gpu_seconds for each in finetuned}.values())
+        written = context.gpu_time.seconds - before
+        return {"winner": SEARCHED, "candidates": finetuned, "gpu_seconds": held + written}
 
     def figures(record: FinetuneRecord) -> str:
         losses: dict[str, list[float]] = {}
@@ -75,7 +80,7 @@ def finetune(context: Context, searched: SearchRecord, measured: SensitivityReco
             losses.setdefault(each.name, []).append(each.validation_loss)
         return "validation loss " + ", ".join(f"{name} {sum(all) / len(all):.4f}" for name, all in losses.items())
 
-    return run_stage(context.run_dir, stage, FinetuneRecord, work, figures, context.emit)
+    return run_stage(context.run_dir, stage, FinetuneRecord, work, figures, context.emit, context.gpu_time)
 
 
 def evaluate(context: Context, tuned: FinetuneRecord) -> EvalRecord:
@@ -89,19 +94,21 @@ def evaluate(context: Context, tuned: FinetuneRecord) -> EvalRecord:
     def work(scratch: Path) -> dict[str, Any]:
         about, text = held_out_text(context, scratch / "text")
         scored = _evaluate_jobs(context, _distinct(jobs), text)
+        before = context.gpu_time.seconds
         setting, taken = _measure_inference(context, [job for _, job in jobs if job.seed is not None])
         rows = [
             scored[job.folder].model_copy(update={"name": name, "inference": taken.get(job.folder)})
             for name, job in jobs
         ]
-        return {"rows": rows, "text": about, "inference": setting}
+        held = sum(row.gpu_seconds for row in scored.values()) + context.gpu_time.seconds - before
+        return {"rows": rows, "text": about, "inference": setting, "gpu_seconds": held}
 
     def figures(record: EvalRecord) -> str:
         base = next(row for row in record.rows if row.name == BASE and row.seed is None)
         winner = next(row for row in record.rows if row.name == SEARCHED)
         return f"base as it is {_scores_line(base.scores)}; searched {_scores_line(winner.scores)}"
 
-    return run_stage(context.run_dir, stage, EvalRecord, work, figures, context.emit)
+    return run_stage(context.run_dir, stage, EvalRecord, work, figures, context.emit, context.gpu_time)
 
 
 def scores_digest(context: Context) -> str:
@@ -145,7 +152,15 @@ def _measure_inference(context: Context, jobs: list[Candidate]) -> tuple[Inferen
     task = InferenceJob(context.worker_config, alone, context.data, int(resources.get("cpu", 1)), signs)
     remove(signs)  # of an earlier command
     progress = _Progress(context, "evaluate", [signs], 1, "memory and tokens a second")
-    [(_, (setting, found))] = run_tasks(measure_inference, [task], resources, 1, fresh=True, on_tick=progress.tell)
+    [(_, (setting, found))] = run_tasks(
+        measure_inference,
+        [task],
+        resources,
+        1,
+        fresh=True,
+        on_tick=progress.tell,
+        on_held=context.gpu_time.add,
+    )
     folders = zip(models.values(), found, strict=True)
     return setting, {job.folder: taken for same, taken in folders for job in same}
 
@@ -162,6 +177,11 @@ def _worker_jobs(
     threads = int(resources.get("cpu", 1))
     tasks = [CandidateJob(context.worker_config, job, context.data, threads, text, context.trackers) for job in jobs]
     return tasks, resources, concurrent
+
+
+def _gpus_held(context: Context, num_workers: int = 1) -> float:
+    """GPUs that a job of so many workers holds."""
+    return num_workers * worker_resources(context.trial_resources, num_workers).get("gpu", 0.0)
 
 
 def _finetune_jobs(context: Context, jobs: list[tuple[Row, Candidate]]) -> list[CandidateRecord]:
@@ -218,6 +238,7 @@ def _record_of(context: Context, job: Candidate, origin: str, outcome: FinetuneO
         plan=dict(job.plan),
         plan_bytes=layout.plan_bytes(plan),
         mean_bits=layout.mean_bits(plan),
+        gpu_seconds=outcome.seconds * _gpus_held(context, context.config.finetune.num_workers),
         num_parameters=layout.num_parameters,
         **measured,
     )
@@ -243,7 +264,14 @@ def _evaluate_jobs(context: Context, jobs: list[Candidate], text: Path | None) -
             evaluate_candidate, tasks, resources, concurrent, fresh=False, on_tick=progress.tell
         ):
             job = left[position]
-            record = RowScores(digest=digest, name=job.name, seed=job.seed, **vars(scored))
+            record = RowScores(
+                digest=digest,
+                name=job.name,
+                seed=job.seed,
+                scores=scored.scores,
+                text_loss=scored.text_loss,
+                gpu_seconds=scored.seconds * _gpus_held(context),
+            )
             write_json(job.folder / "scores.json", record)
             found[job.folder] = record
             context.emit(Message("evaluate", f"{job.label}: {_scores_line(record.scores)}"))

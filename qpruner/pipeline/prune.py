@@ -44,7 +44,7 @@ def prune(context: Context, prepared: PrepareRecord) -> PruneRecord:
         )
 
     stage = Stage("prune", describe(settings), (prepared.digest, settings))
-    return run_stage(context.run_dir, stage, PruneRecord, work, figures, context.emit)
+    return run_stage(context.run_dir, stage, PruneRecord, work, figures, context.emit, context.gpu_time)
 
 
 @dataclass(frozen=True)

@@ -118,6 +118,7 @@ def search(context: Context, banked: BankRecord, measured: SensitivityRecord) ->
             # What is fine to read may not be what was written.
             if not [trial for trial in finalists if begin_anew_if_damaged(job.trials, trial, tell)]:
                 break
+        held = context.gpu_time.seconds
         confirmations = _confirm(context, finalists, job)
         best = _best(confirmations, job)
         best_control = _best([each for each in confirmations if each.control], job)
@@ -139,6 +140,7 @@ def search(context: Context, banked: BankRecord, measured: SensitivityRecord) ->
             "ended": outcome.ended,
             "search_seconds": outcome.seconds,
             "gpu_seconds": outcome.gpu_seconds,
+            "confirmation_gpu_seconds": context.gpu_time.seconds - held,
             "confirmations": confirmations,
             "best_index": best.index,
             "best_origin": best.origin,
@@ -157,7 +159,7 @@ def search(context: Context, banked: BankRecord, measured: SensitivityRecord) ->
             f"best: trial {record.best_index} [{PrecisionPlan.from_dict(record.best_plan)}] ({record.best_origin})"
         )
 
-    return run_stage(context.run_dir, stage, SearchRecord, work, figures, context.emit)
+    return run_stage(context.run_dir, stage, SearchRecord, work, figures, context.emit, context.gpu_time)
 
 
 def _trials_digest(context: Context, banked: BankRecord, search_digest: str) -> str:
@@ -248,7 +250,9 @@ def _confirm(context: Context, finalists: Sequence[TrialRecord], job: SearchJob)
         threads = int(resources.get("cpu", 1))
         jobs.append(ConfirmationJob(context.worker_config, candidate, checkpoint, context.data, threads))
     found: dict[int, Confirmation] = {}
-    for position, score in run_tasks(confirm_trial, jobs, resources, concurrent, fresh=False):
+    for position, score in run_tasks(
+        confirm_trial, jobs, resources, concurrent, fresh=False, on_held=context.gpu_time.add
+    ):
         trial = finalists[position]
         control, taken_over = job.control_of(_plan(trial)), not job.owns(trial)
         found[position] = Confirmation(

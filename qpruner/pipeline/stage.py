@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 
 from qpruner.errors import CorruptFile, QprunerError, StageError, StorageError, TrainingDiverged
 from qpruner.events import Emit, Message, StageFinished, StageSkipped, StageStarted
+from qpruner.execution.gpu_time import GpuTime
 from qpruner.memory import is_out_of_memory
 from qpruner.objects import is_mirror, name_of
 from qpruner.patience import storage_error
@@ -50,6 +51,7 @@ def run_stage(
     work: Callable[[Path], dict[str, Any]],
     figures: Callable[[RecordType], str],
     emit: Emit,
+    gpu_time: GpuTime,
 ) -> RecordType:
     """Run a stage unless it is recorded.
 
@@ -60,6 +62,7 @@ def run_stage(
         work: Writes the stage's files into a scratch folder and returns the record's fields.
         figures: The record as one line.
         emit: Told of start, skip and end.
+        gpu_time: What work of the run has held of GPUs; a stage that counts its own says so in its fields.
 
     Raises:
         StageError: If the stage cannot go on.
@@ -69,11 +72,12 @@ def run_stage(
         emit(StageSkipped(stage.name, figures(record), record.seconds))
         return record
     emit(StageStarted(stage.name, stage.detail))
-    started = time.monotonic()
+    started, held = time.monotonic(), gpu_time.seconds
     with explained(stage.name, run.root):
         scratch = run.begin(stage.name)
         fields = work(scratch)
-        record = kind(digest=stage.digest, seconds=time.monotonic() - started, **fields)
+        own = {"gpu_seconds": gpu_time.seconds - held} | fields
+        record = kind(digest=stage.digest, seconds=time.monotonic() - started, **own)
         run.commit(stage.name, scratch, record)
     emit(StageFinished(stage.name, record.seconds, figures(record)))
     return record

@@ -57,8 +57,9 @@ FRONT_HEADINGS = ("trial", "from", "bytes", "plan", "confirmation loss", "accura
 METHOD_HEADINGS = ("method", "what", "unit", "seconds", "rank correlation")
 STAGE_HEADINGS = ("stage", "state", "seconds", "busy seconds", "GPU seconds")
 STAGE_LEGEND = (
-    "Seconds are what the stage took; busy seconds add up its parallel jobs; GPU seconds are those of the search's "
-    "trials times the GPUs they held."
+    "Seconds are what the stage took; busy seconds add up its parallel jobs; GPU seconds are those of its jobs times "
+    "the GPUs that were held for them, busy or not: of stages before the search in the command that recorded them, of "
+    "the others in all commands whose results stand."
 )
 STATUSES = {"finished": "finished", "stopped": "stopped early", "failed": "failed", "running": "running"}
 STATES = {"done": "done", "recorded": "recorded before", "running": "begun"}
@@ -240,10 +241,12 @@ def stages(run: Snapshot) -> list[tuple[str, ...]]:
     """Every stage that was begun: its state and what it took in the command that recorded it."""
     records = dict(run.results)
     busy = {"search": sum(trial.seconds for trial in run.trials)}
-    gpu = {"search": sum(trial.gpu_seconds for trial in run.trials)}
+    gpu = {name: record.gpu_seconds for name, record in records.items() if record}
+    gpu["search"] = sum(trial.gpu_seconds for trial in run.trials)
     seconds = {name: record.seconds for name, record in records.items() if record}
     if run.results.search:
         seconds["search"] = run.results.search.search_seconds
+        gpu["search"] += run.results.search.confirmation_gpu_seconds
     if run.results.finetune:
         busy["finetune"] = sum({each.digest: each.seconds for each in run.results.finetune.candidates}.values())
 

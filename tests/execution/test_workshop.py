@@ -20,6 +20,7 @@ from qpruner.config import validate_config
 from qpruner.errors import CorruptFile, StageError, UserError, WorkerDied
 from qpruner.events import Emit, Event, Message, Progress, StageFinished, StageStarted, TableMade
 from qpruner.execution.cluster import connect, disconnect, run_tasks
+from qpruner.execution.gpu_time import GpuTime
 from qpruner.execution.workshop import Bench, Here, OnCluster, Workshop
 from qpruner.pipeline import run
 from qpruner.records import Results
@@ -44,10 +45,10 @@ def joined(one_gpu: str) -> Iterator[str]:
 
 @pytest.fixture(scope="module", params=["here", "cluster"])
 def workshop(request: pytest.FixtureRequest) -> Iterator[Workshop]:
-    place: Workshop = Here()
+    place: Workshop = Here(0.0, GpuTime())
     if request.param == "cluster":
         request.getfixturevalue("joined")
-        place = OnCluster(GPU)
+        place = OnCluster(GPU, GpuTime())
     yield place
     place.close()
 
@@ -111,7 +112,7 @@ def test_a_worker_that_is_killed_has_its_work_begun_again(joined: str, tmp_path:
             os.kill(os.getpid(), signal.SIGKILL)
         return len(marks.read_text())
 
-    place = OnCluster(GPU)
+    place = OnCluster(GPU, GpuTime())
     try:
         assert place.do(work, 2, events.append) == 2
         # Where it takes long to start, that is told as well.
@@ -132,6 +133,32 @@ def test_a_task_whose_worker_is_killed_is_run_again(joined: str, tmp_path: Path)
 
     jobs = [tmp_path / "a", tmp_path / "b"]
     assert dict(run_tasks(task, jobs, GPU, 2, fresh=False)) == {0: "a", 1: "b"}
+
+
+def test_gpus_are_counted_for_as_long_as_work_holds_them(joined: str) -> None:
+    """Of two tasks for one GPU the second waits, which costs nothing; nor does the time between pieces of work."""
+
+    def work(job: float, bench: Bench, emit: Emit) -> None:
+        time.sleep(job)
+
+    def task(job: float) -> None:
+        time.sleep(job)
+
+    for held, place in ((here := GpuTime(), Here(2.0, here)), (there := GpuTime(), OnCluster(GPU, there))):
+        try:
+            place.do(work, 0.0, lambda event: None)  # a worker that starts imports torch
+            before = held.seconds
+            place.do(work, 0.5, lambda event: None)
+            time.sleep(0.5)
+            expected = 1.0 if held is here else 0.5
+            assert expected <= held.seconds - before < expected + 0.4
+        finally:
+            place.close()
+    tasks: list[float] = []
+    list(run_tasks(task, [0.5, 0.5], GPU, 2, fresh=False, on_held=tasks.append))
+    assert len(tasks) == 2 and all(0.5 <= seconds < 0.9 for seconds in tasks)
+    list(run_tasks(task, [0.0], {"cpu": 1.0}, 1, fresh=False, on_held=tasks.append))
+    assert tasks[2] == 0.0
 
 
 def models() -> set[int]:
@@ -176,6 +203,9 @@ def test_a_head_without_a_gpu_prunes_packs_and_measures_on_the_only_one(
     assert isinstance(nodes, TableMade) and [row[-1] for row in nodes.body] == ["ok", "ok"], "head and worker"
     assert isinstance(declared, Message) and "Ray counts 1 GPUs on 127.0.0.1" in declared.text
     assert isinstance(events[2], StageStarted), "nodes were looked at before anything was done"
+    assert there.prune and there.bank and there.sensitivity
+    for record in (there.prune, there.bank, there.sensitivity):
+        assert 0 < record.gpu_seconds <= record.seconds, "the one GPU was held while work went on"
     same_figures(
         there, run(validate_config(raw_config(tiny_model, tmp_path / "here")), lambda event: None, None, "sensitivity")
     )

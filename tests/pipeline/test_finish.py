@@ -15,6 +15,7 @@ from conftest import raw_config, with_key
 from made_records import made_confirmation, made_search
 
 from qpruner import preflight
+from qpruner.candidates import Evaluation, FinetuneOutcome, evaluate_candidate, finetune_candidate
 from qpruner.config import validate_config
 from qpruner.data import load_encoded
 from qpruner.errors import ConfigError
@@ -22,11 +23,13 @@ from qpruner.estimate.work import num_finetunes
 from qpruner.events import Event, Message
 from qpruner.pipeline import run
 from qpruner.pipeline.context import Context
-from qpruner.pipeline.finish import evaluate, finetune, held_out_text, scores_digest
+from qpruner.pipeline.finish import _gpus_held, evaluate, finetune, held_out_text, scores_digest
 from qpruner.pipeline.rows import Row, candidate_of, table_rows, untuned_candidates
 from qpruner.plan import PrecisionPlan
 from qpruner.records import (
     CandidateRecord,
+    Inference,
+    InferenceSetting,
     RowScores,
     SearchRecord,
     SensitivityRecord,
@@ -283,6 +286,48 @@ def test_an_interrupted_comparison_goes_on_with_what_is_left(
     finally:
         whole.close()
         alone.close()
+
+
+def test_gpu_seconds_are_those_of_every_fine_tune_and_every_evaluation(
+    changed: Callable[[str, Any], Context], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two rows that are one model count once; the work is made up, and a job holds half a GPU for 8 seconds."""
+    context = changed("training.learning_rate", 0.003)
+    context.__dict__["trial_resources"] = {"cpu": 1.0, "gpu": 0.5}
+
+    def run_tasks(function: Any, jobs: Sequence[Any], resources: dict[str, float], *_: Any, **more: Any) -> Any:
+        assert resources["gpu"] == 0.5
+        for position, job in enumerate(jobs):
+            if function is finetune_candidate:
+                (job.candidate.adapter).mkdir(parents=True)
+                (job.candidate.adapter / "adapter_model.safetensors").touch()
+                yield position, FinetuneOutcome(8.0, 4, 2.0, 2.0, 2.0, 1, 1, "rss")
+            elif function is evaluate_candidate:
+                scores = (TaskScore(task="arc", metric="acc", value=0.5, stderr=0.5, num_questions=1, correct=(1.0,)),)
+                yield position, Evaluation(scores, None, 8.0)
+            else:
+                more["on_held"](100.0)
+                setting = InferenceSetting(device="a GPU", prompt_tokens=1, new_tokens=1, memory_counter="rss")
+                taken = Inference(memory_bytes=1, prefill_tokens_per_second=(1.0,), decode_tokens_per_second=(1.0,))
+                yield position, (setting, [taken] * len(job.candidates))
+
+    monkeypatch.setattr("qpruner.execution.cluster.run_tasks", run_tasks)
+    monkeypatch.setattr(Context, "task_resources", lambda own, tasks, workers=1: (own.trial_resources, 1))
+    monkeypatch.setattr("qpruner.pipeline.finish.write_final", lambda job, bench, emit: None)
+    winner = context.space.uniform(8)  # a control
+    try:
+        tuned = finetune(context, searched_record(winner), measured_of(context))
+        number = len({each.digest for each in tuned.candidates})
+        assert number < len(tuned.candidates)
+        assert {each.gpu_seconds for each in tuned.candidates} == {4.0}
+        assert tuned.gpu_seconds == pytest.approx(4.0 * number, abs=0.1)
+        scored = evaluate(context, tuned)
+        untuned = len(untuned_candidates(context))
+        assert scored.gpu_seconds == pytest.approx(4.0 * (number + untuned) + 100.0, abs=0.1)
+        assert _gpus_held(context, 2) == 2.0, "workers of one model have whole GPUs"
+    finally:
+        for stage in ("finetune", "evaluate"):
+            context.run_dir.forget(stage)
 
 
 # The text that perplexity is measured on

@@ -11,6 +11,7 @@ from conftest import raw_config
 from made_records import made_confirmation, made_search
 
 from qpruner.config import validate_config
+from qpruner.pipeline.progress import _environment
 from qpruner.records import (
     BankRecord,
     CandidateRecord,
@@ -38,7 +39,7 @@ from qpruner.rundir import RunDir
 from qpruner.search.trial_records import write_trial
 
 TRIALS, SEARCH = "1" * 16, "2" * 16
-STAGE = {"digest": "0" * 16, "seconds": 61.5}
+STAGE: dict[str, Any] = {"digest": "0" * 16, "seconds": 61.5}
 PARTS = ("attention", "mlp")
 STAGES = ("prepare", "prune", "bank", "sensitivity", "search", "finetune", "evaluate")
 STARTED = 1_790_000_000.0
@@ -46,7 +47,8 @@ BUDGET = 93_000_000
 
 
 class MadeRun:
-    """Writes the folder of a run on `model`, up to and with the stage `until`; `outcome` is how its command ended."""
+    """Writes the folder of a run on `model`, up to and with the stage `until`; `outcome` is how its command ended; each
+    of its jobs held `gpus`."""
 
     def __init__(
         self,
@@ -60,7 +62,10 @@ class MadeRun:
         stages: dict[str, StageState] | None = None,
         task: str = "arc_easy",
         questions: int = 400,
+        gpus: float = 0.0,
     ) -> None:
+        self._gpus = gpus
+        self._stage = STAGE | {"gpu_seconds": STAGE["seconds"] * gpus}
         self._random = np.random.default_rng(0)
         self._tasks = {task: questions, "piqa": min(questions, 200)}
         self.run = RunDir(root)
@@ -82,7 +87,7 @@ class MadeRun:
             until="report",
             command="qpruner run my.yaml --set search.max_trials=200",
             folder="/home/me",
-            environment={"python": "3.11.9", "torch": "2.13.0", "processor": "AMD EPYC, 2 cores"},
+            environment=_environment() | {"torch": "2.13.0", "cpu": "AMD EPYC 9555"},
             host="here",
             pid=1,
             started=STARTED,
@@ -119,7 +124,7 @@ class MadeRun:
             elif index > 12 and last > np.median([trial.rungs[-1].loss for trial in trials if trial.rungs]):
                 status = "stopped"
             steps = {"finished": (4, 8, 16), "stopped": (4, 8)[: 1 + index % 2], "failed": ()}[status]
-            slot = int(np.argmin(ends))
+            slot, gpus = int(np.argmin(ends)), self._gpus
             seconds = 20.0 + 12.0 * sum(steps) / 4
             ends[slot] += seconds
             trials.append(
@@ -137,6 +142,7 @@ class MadeRun:
                     ),
                     reason={"failed": "TrainingDiverged: loss is nan", "stopped": "stopped by ASHA"}.get(status),
                     seconds=seconds,
+                    gpu_seconds=seconds * gpus,
                     times=(ends[slot] - seconds, *(ends[slot] - 1.0 for _ in steps), ends[slot]),
                 )
             )
@@ -145,10 +151,10 @@ class MadeRun:
     def _records(self, num_blocks: int) -> dict[str, Any]:
         return {
             "prepare": lambda: PrepareRecord(
-                **STAGE, model_path="/models/base", converted=False, num_rows={"train": 48}
+                **self._stage, model_path="/models/base", converted=False, num_rows={"train": 48}
             ),
             "prune": lambda: self._prune(num_blocks),
-            "bank": lambda: BankRecord(**STAGE, files={}, bytes=1, residual_ratio={}),
+            "bank": lambda: BankRecord(**self._stage, files={}, bytes=1, residual_ratio={}),
             "sensitivity": self._sensitivity,
             "search": self._search,
             "finetune": self._finetune,
@@ -158,7 +164,7 @@ class MadeRun:
     def _prune(self, num_blocks: int) -> Record:
         kept = self._random.integers(600, 1500, num_blocks)
         return PruneRecord(
-            **STAGE,
+            **self._stage,
             importance="fisher",
             selection="global",
             compensation="least_squares",
@@ -198,7 +204,7 @@ class MadeRun:
             "first_order": method(0.6, "nats"),
             "kl": method(0.3, "nats"),
         }
-        return SensitivityRecord(**STAGE, groups=tuple(self.groups), methods=methods)
+        return SensitivityRecord(**self._stage, groups=tuple(self.groups), methods=methods)
 
     def _search(self) -> SearchRecord:
         statuses = [trial.status for trial in self.trials]
@@ -207,7 +213,7 @@ class MadeRun:
         finalists = [*self.trials[:3], best]
         return made_search(
             best.plan,
-            **STAGE,
+            **self._stage,
             trials_digest=TRIALS,
             budget_bytes=BUDGET,
             num_trials=len(self.trials),
@@ -258,7 +264,7 @@ class MadeRun:
                         memory_counter="rise of resident memory",
                     )
                 )
-        return FinetuneRecord(**STAGE, winner=SEARCHED, candidates=tuple(rows))
+        return FinetuneRecord(**self._stage, winner=SEARCHED, candidates=tuple(rows))
 
     def _evaluate(self) -> Record:
         shares = {BASE: 0.77, PRUNED: 0.71, "uniform 4-bit": 0.66}
@@ -278,7 +284,7 @@ class MadeRun:
             device="2 CPU core(s)", prompt_tokens=128, new_tokens=16, memory_counter="rise of resident memory"
         )
         return EvalRecord(
-            **STAGE, rows=tuple(rows), text="`evaluate.text` in 12 windows of 128 tokens", inference=setting
+            **self._stage, rows=tuple(rows), text="`evaluate.text` in 12 windows of 128 tokens", inference=setting
         )
 
     def _taken(self, name: str) -> Inference:

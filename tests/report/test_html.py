@@ -28,7 +28,8 @@ from qpruner.config import validate_config
 from qpruner.errors import UserError
 from qpruner.pipeline import run
 from qpruner.plan import PrecisionPlan
-from qpruner.records import PrepareRecord, StageState
+from qpruner.records import PrepareRecord, SearchRecord, StageState
+from qpruner.report import sections
 from qpruner.report.charts import charts
 from qpruner.report.files import write_report
 from qpruner.report.page.answer import headline
@@ -119,7 +120,7 @@ def test_the_page_answers_first_and_leaves_nothing_out(long_run: Path) -> None:
     assert results["claim"].splitlines()[0] in text
     assert "92.0 MB" in text and "times smaller than the base model's 278.8 MB" in text
     assert outline.tags["tr"] > 200
-    for each in ("qpruner run my.yaml --set search.max_trials=200", "2.13.0", "AMD EPYC, 2 cores", "rank: 4"):
+    for each in ("qpruner run my.yaml --set search.max_trials=200", "2.13.0", "AMD EPYC 9555", "rank: 4"):
         assert each in text
     plots = {"task-1", "task-2", "winner", "pareto", "progress", "rungs", "timeline", "kept"}
     assert set(re.findall(r'<figure data-plot="([^"]+)"', page_of(long_run))) == plots
@@ -159,6 +160,28 @@ def test_results_follow_the_published_schema(long_run: Path) -> None:
     jsonschema.validate(results, json.loads(written))
     with pytest.raises(jsonschema.ValidationError):
         jsonschema.validate(results | {"claim": 3}, json.loads(written))
+
+
+def test_every_stage_tells_the_gpu_seconds_that_it_held(tmp_path: Path) -> None:
+    """The search's are its trials'; a run on CPUs has none, nor have records of before they were counted."""
+    made = MadeRun(tmp_path / "run", num_trials=4, num_blocks=2, gpus=2.0)
+    column = sections.STAGE_HEADINGS.index("GPU seconds")
+    held = {row[0]: row[column] for row in sections.stages(read_snapshot(made.run))}
+    search = 2.0 * sum(trial.seconds for trial in made.trials) + 1.5
+    confirmed = made.run.read_record("search", SearchRecord)
+    assert confirmed
+    made.run.write_record("search", confirmed.model_copy(update={"confirmation_gpu_seconds": 1.5}))
+    held["search"] = {row[0]: row[column] for row in sections.stages(read_snapshot(made.run))}["search"]
+    assert held == dict.fromkeys(STAGES, "123.0") | {"search": f"{search:.1f}"}
+    cells = " | 61.5 | - | 123.0 |"
+    write_report(made.run)
+    assert f"| bank | done{cells}" in (tmp_path / "run" / "report.md").read_text()
+    without = MadeRun(tmp_path / "without", num_trials=4, num_blocks=2)
+    bank = without.run.record_path("bank")
+    fields = json.loads(bank.read_text())
+    del fields["gpu_seconds"]
+    bank.write_text(json.dumps(fields))
+    assert {row[column] for row in sections.stages(read_snapshot(without.run))} == {"-"}
 
 
 def test_the_standard_error_of_one_question_is_null(tmp_path: Path) -> None:
