@@ -13,10 +13,13 @@ import shlex
 import socket
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib.metadata import version
 from pathlib import Path
+
+import psutil
 
 from qpruner import events
 from qpruner.config import RunConfig
@@ -125,10 +128,33 @@ class RunProgress:
 
 
 def _environment() -> dict[str, str]:
+    """Versions, and the hardware of the machine that the command was started on; a cluster's is in the evaluation."""
     return {
         "python": platform.python_version(),
         "platform": platform.platform(),
+        "cpu": _cpu_model(Path("/proc/cpuinfo")),
         "cpu cores": str(len(os.sched_getaffinity(0))),
+        "memory": f"{psutil.virtual_memory().total / 1024**3:.1f} GiB",
+        "gpus": _gpus(),
         "qpruner": describe(),
         **{name: version(name) for name in PACKAGES},
     }
+
+
+def _cpu_model(cpuinfo: Path) -> str:
+    """As the kernel names it; on ARM and elsewhere than on Linux as far as Python knows."""
+    with suppress(OSError):
+        for line in cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines():
+            name, _, value = line.partition(":")
+            if name.strip() == "model name" and value.strip():
+                return value.strip()
+    return platform.processor() or platform.machine()
+
+
+def _gpus() -> str:
+    """`2 x NVIDIA H100 80GB HBM3, 79.2 GiB` for each kind, or `none`."""
+    import torch
+
+    seen = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
+    kinds = Counter(f"{gpu.name}, {gpu.total_memory / 1024**3:.1f} GiB" for gpu in seen)
+    return "; ".join(f"{number} x {kind}" for kind, number in kinds.items()) or "none"

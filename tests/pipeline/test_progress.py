@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
+from types import SimpleNamespace
 
+import psutil
 import pytest
+import torch
 from conftest import raw_config, with_key
 
 from qpruner.config import validate_config
 from qpruner.errors import UserError
 from qpruner.events import Event, Progress
 from qpruner.pipeline import run
+from qpruner.pipeline.progress import PACKAGES, _cpu_model, _environment
 
 
 def ignore(event: Event) -> None:
@@ -57,3 +62,23 @@ def test_a_command_that_finds_everything_recorded_says_that_it_is_done(tiny_mode
         run(validate_config(raw), ignore, until="prepare")
         state = json.loads(told.read_text())
         assert (state["outcome"], state["stages"]["prepare"]["state"]) == ("done", expected)
+
+
+def test_the_hardware_is_told_with_the_versions(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Seconds and megabytes of a report say nothing without it."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    told = _environment()
+    hardware = ("cpu", "cpu cores", "memory", "gpus")
+    assert set(told) == {"python", "platform", *hardware, "qpruner", *PACKAGES} and all(told.values())
+    assert told["memory"] == f"{psutil.virtual_memory().total / 1024**3:.1f} GiB"
+    assert (told["cpu cores"], told["gpus"]) == (str(len(os.sched_getaffinity(0))), "none")
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists() and "model name" in cpuinfo.read_text():
+        assert f": {told['cpu']}\n" in cpuinfo.read_text()
+    gpus = [SimpleNamespace(name=name, total_memory=80 * 1024**3) for name in ("H100", "H100", "A100")]
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: gpus[index])
+    assert _environment()["gpus"] == "2 x H100, 80.0 GiB; 1 x A100, 80.0 GiB"
+    arm = tmp_path / "cpuinfo"
+    arm.write_text("processor\t: 0\nBogoMIPS\t: 50.00\n")
+    assert _cpu_model(arm) and _cpu_model(tmp_path / "missing"), "somewhere else Python knows at least the architecture"
