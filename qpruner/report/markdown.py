@@ -54,7 +54,7 @@ def render(run: Snapshot, charts: Sequence[Chart], pictures: str, config: str) -
         "## To repeat it",
         "",
         f"- command: `{run.state.command}`",
-        *[f"- {name}: {value}" for name, value in run.state.environment.items()],
+        *[f"- {name}: {value}" for name, value in sections.environment(run)],
         "",
         f"{fence}yaml",
         config.rstrip(),
@@ -95,31 +95,16 @@ def _sensitivities(
     measured: SensitivityRecord, effects: MarginalEffects | str, plan: dict[str, int] | None
 ) -> list[str]:
     """Every method beside what trials show, and the best plan's bits."""
-    rises: dict[str, Sequence[float]] = {}
-    for name, method in measured.methods.items():
-        *lower, highest = sorted(method.values)
-        for bits in lower:
-            pairs = zip(method.values[bits], method.values[highest], strict=True)
-            rises[f"{name} at {bits}"] = [low - high for low, high in pairs]
-    if not isinstance(effects, str):
-        rises |= {f"trials at {bits}": values for bits, values in effects.values.items()}
-    body = zip(measured.groups, *rises.values(), strict=True)
     return [
         "## Sensitivities and winner",
         "",
-        "What a method predicts that fewer bits cost, over the most bits a group may take.",
+        f"{sections.GROUPS_CAPTION}.",
         "",
         pipe_table(sections.METHOD_HEADINGS, sections.methods(measured, effects)),
         "",
         sections.effects_text(effects),
         "",
-        pipe_table(
-            ("group", "bits of the winner", *rises),
-            [
-                (group, f"{plan[group]}" if plan else "-", *(f"{value:.3g}" for value in values))
-                for group, *values in body
-            ],
-        ),
+        pipe_table(*sections.groups(measured, effects, plan)),
         "",
     ]
 

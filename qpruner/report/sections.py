@@ -55,6 +55,7 @@ LEGEND = (
 FINALIST_HEADINGS = ("trial", "from", "confirmation loss", "accuracy")
 FRONT_HEADINGS = ("trial", "from", "bytes", "plan", "confirmation loss", "accuracy")
 METHOD_HEADINGS = ("method", "what", "unit", "seconds", "rank correlation")
+GROUPS_CAPTION = "What a method predicts that fewer bits cost, over the most bits a group may take"
 STAGE_HEADINGS = ("stage", "state", "seconds", "busy seconds", "GPU seconds")
 STAGE_LEGEND = (
     "Seconds are what the stage took; busy seconds add up its parallel jobs; GPU seconds are those of its jobs times "
@@ -227,6 +228,26 @@ def methods(measured: SensitivityRecord, effects: MarginalEffects | str) -> list
     ]
 
 
+def groups(
+    measured: SensitivityRecord, effects: MarginalEffects | str, plan: dict[str, int] | None
+) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """What each method predicts that fewer bits cost each group, over the most bits it may take, beside the plan's bits
+    and what trials show: headings and cells."""
+    rises: dict[str, Sequence[float]] = {}
+    for name, method in measured.methods.items():
+        *lower, highest = sorted(method.values)
+        for bits in lower:
+            pairs = zip(method.values[bits], method.values[highest], strict=True)
+            rises[f"{name} at {bits}"] = [low - high for low, high in pairs]
+    if not isinstance(effects, str):
+        rises |= {f"trials at {bits}": values for bits, values in effects.values.items()}
+    body = [
+        (group, f"{plan[group]}" if plan else "-", *(f"{value:.3g}" for value in values))
+        for group, *values in zip(measured.groups, *rises.values(), strict=True)
+    ]
+    return ("group", "bits", *rises), body
+
+
 def effects_text(effects: MarginalEffects | str) -> str:
     """What the rank correlations are with."""
     if isinstance(effects, str):
@@ -258,6 +279,15 @@ def stages(run: Snapshot) -> list[tuple[str, ...]]:
         for name, stage in run.state.stages.items()
         if name in records
     ]
+
+
+def environment(run: Snapshot) -> list[tuple[str, str]]:
+    """Versions and hardware where the command was started, and what the rows were measured on, which a cluster has
+    elsewhere."""
+    found = list(run.state.environment.items())
+    if run.results.evaluate and run.results.evaluate.inference:
+        found.append(("rows measured on", run.results.evaluate.inference.device))
+    return found
 
 
 def task_scores(scores: tuple[TaskScore, ...]) -> str:

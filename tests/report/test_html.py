@@ -28,7 +28,7 @@ from qpruner.config import validate_config
 from qpruner.errors import UserError
 from qpruner.pipeline import run
 from qpruner.plan import PrecisionPlan
-from qpruner.records import PrepareRecord, SearchRecord, StageState
+from qpruner.records import PrepareRecord, SearchRecord, SensitivityRecord, StageState
 from qpruner.report import sections
 from qpruner.report.charts import charts
 from qpruner.report.files import write_report
@@ -160,6 +160,37 @@ def test_results_follow_the_published_schema(long_run: Path) -> None:
     jsonschema.validate(results, json.loads(written))
     with pytest.raises(jsonschema.ValidationError):
         jsonschema.validate(results | {"claim": 3}, json.loads(written))
+
+
+def test_what_the_map_shows_when_pointed_at_is_in_a_table_too(tmp_path: Path) -> None:
+    """Nobody points at a cell with a screen reader or on paper; a method's name is data and stays text."""
+    root = tmp_path / "run"
+    made = MadeRun(root, num_trials=120, num_blocks=2)
+    measured = made.run.read_record("sensitivity", SensitivityRecord)
+    assert measured
+    odd = "<b>of ours</b>"
+    methods = measured.methods | {odd: measured.methods["kl"]}
+    made.run.write_record("sensitivity", measured.model_copy(update={"methods": methods}))
+    run = read_snapshot(made.run)
+    assert run.results.sensitivity and run.best_plan
+    headings, body = sections.groups(run.results.sensitivity, run.effects, run.best_plan)
+    assert headings == (
+        "group",
+        "bits",
+        "mutual_information at 4",
+        "first_order at 4",
+        "kl at 4",
+        f"{odd} at 4",
+        "trials at 4",
+    )
+    write_report(made.run)
+    plan = page_of(root)[page_of(root).index('<section id="plan"') : page_of(root).index('<section id="search"')]
+    table = plan[plan.index("<summary>Every group</summary>") :]
+    shown = Outline(table[: table.index("</details>")])
+    assert shown.tags["tr"] == 1 + len(body) == 1 + 4 and "b" not in shown.tags and odd in shown.text
+    rise = measured.methods["kl"].values
+    assert f">{rise[4][3] - rise[8][3]:.3g}</td>" in table
+    assert all(f'<th scope="col" class="number">{heading}</th>' in table for heading in headings[1:5])
 
 
 def test_every_stage_tells_the_gpu_seconds_that_it_held(tmp_path: Path) -> None:

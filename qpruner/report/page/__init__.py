@@ -119,6 +119,7 @@ def _tables(run: Snapshot) -> dict[str, Any]:
         tables["claim"] = [line.removeprefix("- ") for line in claim(results).splitlines()]
     if results.sensitivity:
         tables["methods"] = sections.methods(results.sensitivity, run.effects)
+        tables["groups"] = sections.groups(results.sensitivity, run.effects, run.best_plan)
     if results.search:
         tables["finalists"] = sections.finalists(results.search)
         tables["front"] = sections.front(results.search)
