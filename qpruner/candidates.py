@@ -37,7 +37,8 @@ class Candidate:
         bank: Folder of the bank.
         plan: Bits by group; all 16 for the unquantized rows.
         folder: Where its adapter and checkpoints go.
-        seed: Seeds data order and dropout of its fine-tune; None for a row that is scored without one.
+        seed: Seeds data order and dropout of its fine-tune; None for a row that is scored without one,
+            quantized layers with their adapter start.
     """
 
     name: str
@@ -190,9 +191,7 @@ def evaluate_candidate(job: CandidateJob) -> Evaluation:
     _start(job.threads)
     settings = job.config.evaluate
     model = build(job.config, job.candidate)
-    if job.candidate.seed is None:
-        model.disable_adapter_layers()
-    else:
+    if job.candidate.seed is not None:  # else what a fine-tune begins with: unquantized layers start at zero
         load_adapter(model, job.candidate.adapter)
     tokenizer = load_tokenizer(str(fetch(job.candidate.checkpoint)))
     loss = None

@@ -378,7 +378,8 @@ class InferenceSetting(BaseModel):
 
 
 class RowScores(BaseModel):
-    """One row on the held-out tasks, under one training seed; without a seed as it is before any fine-tune."""
+    """One row on the held-out tasks, under one training seed; without a seed as it is before any fine-tune: quantized
+    layers with the adapter start that makes up for a part of the error."""
 
     # The standard error of a single question is NaN.
     model_config = ConfigDict(extra="forbid", frozen=True, ser_json_inf_nan="constants")
@@ -394,9 +395,14 @@ class RowScores(BaseModel):
     gpu_seconds: float = 0.0
     """Seconds that the scoring held GPUs, times how many."""
 
+    @property
+    def label(self) -> str:
+        """Its name, with what tells the model before the fine-tune from the row of that name."""
+        return f"{self.name} (no fine-tune)" if self.seed is None else self.name
+
 
 class EvalRecord(Record):
-    """Accuracies on the held-out tasks: base and pruned before any fine-tune, every fine-tuned row after."""
+    """Accuracies on the held-out tasks: base, pruned and searched before any fine-tune, every fine-tuned row after."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, ser_json_inf_nan="constants")
 

@@ -36,6 +36,7 @@ from qpruner.models.layout import layout_of
 from qpruner.models.loading import load_dense, load_tokenizer
 from qpruner.pipeline import run
 from qpruner.plan import PrecisionPlan
+from qpruner.records import TaskScore
 from qpruner.rundir import RunDir
 
 ADAPTER = "adapter_model.safetensors"
@@ -239,6 +240,30 @@ def test_an_untuned_row_is_the_model_as_it_is(config: RunConfig, tuned: tuple[Ca
         settings.batch_size,
     )
     assert evaluate_candidate(job).scores == expected
+
+
+def test_a_quantized_row_without_a_fine_tune_is_where_its_fine_tune_begins(
+    config: RunConfig, tuned: tuple[CandidateJob, FinetuneOutcome]
+) -> None:
+    """With the adapter start, and not with the adapter that a fine-tune left in its folder."""
+    job = untuned(tuned[0])
+    assert (job.candidate.adapter / ADAPTER).is_file() and 4 in job.candidate.plan.values()
+    model, settings = build(job.config, job.candidate), config.evaluate
+    model.eval()
+
+    def scored() -> tuple[TaskScore, ...]:
+        return score_tasks(
+            model,  # type: ignore[arg-type]
+            load_tokenizer(str(job.candidate.checkpoint)),
+            settings.tasks,
+            settings.include_path,
+            settings.limit,
+            settings.batch_size,
+        )
+
+    found, expected = evaluate_candidate(job).scores, scored()
+    model.disable_adapter_layers()
+    assert found == expected != scored()
 
 
 def test_a_confirmation_scores_the_last_rungs_adapter(tuned: tuple[CandidateJob, FinetuneOutcome]) -> None:

@@ -137,6 +137,9 @@ def test_whole_run_ends_in_the_table(undisturbed: tuple[Path, dict[str, Any]]) -
     ]
     text = (run / "report.md").read_text()
     assert all(f"| {name} |" in text for name in names)
+    steps = [(row["name"], row["seed"]) for row in report["records"]["evaluate"]["rows"]][:4]
+    assert steps == [("base", None), ("pruned", None), ("searched", None), ("base", 0)]
+    assert "- searched (no fine-tune): " in text
     assert report["claim"] in text
     assert '<p class="standing">Finished.</p>' in (run / "report.html").read_text()
     assert report["claim"] in (run / "final" / "README.md").read_text()

@@ -22,6 +22,8 @@ ALPACA_TOKENS = 40
 """Of the template around an instruction."""
 CHOICES = 4
 """Answers that a question of a task is asked with."""
+UNTUNED = 3
+"""Models that are scored without a fine-tune: base, pruned, and quantized by the winner's plan."""
 SVD_OPERATIONS = 150
 """A weight, for a randomized SVD of rank 8 and packing."""
 TERAFLOPS = {
@@ -136,13 +138,13 @@ def hours(config: RunConfig, inspection: Inspection, rates: Rates, slots: int) -
         "search": counted.training(steps.steps) / rates.training + counted.search_scores(steps) / rates.scoring,
         "finetune": jobs * counted.training(counted.finetune_steps()) / rates.training
         + jobs * (counted.split("validation") + counted.split("confirmation") / 2) / rates.scoring,
-        "evaluate": (jobs + 2) * counted.evaluation() / rates.scoring,
+        "evaluate": (jobs + UNTUNED) * counted.evaluation() / rates.scoring,
     }
     every = _Steps(trials * config.search.steps, trials * len(config.search.rungs))
     unstopped = counted.training(every.steps) / rates.training + counted.search_scores(every) / rates.scoring
     workers = config.finetune.num_workers
     groups = max(1, min(slots // workers, jobs))
-    shared = {"search": min(slots, trials), "finetune": groups * workers, "evaluate": min(slots, jobs + 2)}
+    shared = {"search": min(slots, trials), "finetune": groups * workers, "evaluate": min(slots, jobs + UNTUNED)}
     wall = sum(seconds / shared.get(name, 1) for name, seconds in stages.items())
     in_hours = {name: seconds / 3600 for name, seconds in stages.items()}
     at_most = sum(in_hours.values()) - in_hours["search"] + unstopped / 3600

@@ -84,9 +84,11 @@ def finetune(context: Context, searched: SearchRecord, measured: SensitivityReco
 
 
 def evaluate(context: Context, tuned: FinetuneRecord) -> EvalRecord:
-    """Accuracies on tasks the search never saw: base and pruned as they are, every fine-tuned row and seed."""
+    """Accuracies on tasks the search never saw: the model before any fine-tune, step by step, and every fine-tuned row
+    and seed."""
     settings = context.config.evaluate
-    jobs = [(job.name, job) for job in untuned_candidates(context)]
+    winner = next(each.plan for each in tuned.candidates if each.name == SEARCHED)
+    jobs = [(job.name, job) for job in untuned_candidates(context, winner)]
     jobs += [(each.name, candidate_of(context, each.name, each.plan, each.seed)) for each in tuned.candidates]
     detail = f"{', '.join(settings.tasks)} for {len(_distinct(jobs))} models"
     stage = Stage("evaluate", detail, (tuned.digest, scores_digest(context)))
@@ -105,7 +107,7 @@ def evaluate(context: Context, tuned: FinetuneRecord) -> EvalRecord:
 
     def figures(record: EvalRecord) -> str:
         base = next(row for row in record.rows if row.name == BASE and row.seed is None)
-        winner = next(row for row in record.rows if row.name == SEARCHED)
+        winner = next(row for row in record.rows if row.name == SEARCHED and row.seed is not None)
         return f"base as it is {_scores_line(base.scores)}; searched {_scores_line(winner.scores)}"
 
     return run_stage(context.run_dir, stage, EvalRecord, work, figures, context.emit, context.gpu_time)

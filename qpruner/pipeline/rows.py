@@ -75,10 +75,11 @@ def _best_seed_method(context: Context, searched: SearchRecord, measured: Sensit
     return methods[best.origin] if best else None
 
 
-def untuned_candidates(context: Context) -> list[Candidate]:
-    """Base and pruned as they are."""
+def untuned_candidates(context: Context, winner: Mapping[str, int]) -> list[Candidate]:
+    """The model as each step before the fine-tune leaves it: base, pruned, and quantized by the winner's plan."""
     full = context.space.uniform(FULL_BITS).as_dict()
-    return [candidate_of(context, name, full, None) for name in (BASE, PRUNED)]
+    steps = ((BASE, full), (PRUNED, full), (SEARCHED, winner))
+    return [candidate_of(context, name, plan, None) for name, plan in steps]
 
 
 def candidate_of(context: Context, name: str, plan: Mapping[str, int], seed: int | None) -> Candidate:

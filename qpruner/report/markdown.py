@@ -66,12 +66,13 @@ def render(run: Snapshot, charts: Sequence[Chart], pictures: str, config: str) -
 
 def _final_table(run: Snapshot) -> list[str]:
     assert run.results.evaluate
-    untuned = [row for row in run.results.evaluate.rows if row.seed is None]
     return [
         *measured(run.results),
-        "## Before any fine-tune",
+        "## Step by step",
         "",
-        *[f"- {row.name}: {sections.task_scores(row.scores)}" for row in untuned],
+        sections.STEPS_TEXT,
+        "",
+        *[f"- {model}: {scores}" for model, scores in sections.steps(run.results.evaluate)],
         "",
     ]
 

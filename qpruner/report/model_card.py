@@ -68,7 +68,7 @@ def model_card(run: Snapshot, base_card: str | None) -> str:
 def _measured(run: Snapshot) -> Iterator[EvalResult]:
     """The final model's scores: those of the first training seed, whose adapter this is."""
     assert run.results.evaluate
-    row = next(row for row in run.results.evaluate.rows if row.name == SEARCHED)
+    row = next(row for row in run.results.evaluate.rows if row.name == SEARCHED and row.seed is not None)
     for score in row.scores:
         yield EvalResult(
             task_type="text-generation",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from qpruner.plan import PrecisionPlan
@@ -18,7 +19,7 @@ from qpruner.records import (
 from qpruner.report.marginal_effects import MarginalEffects, rank_correlation
 from qpruner.report.snapshot import Snapshot
 from qpruner.report.standing import score
-from qpruner.report.table import Row
+from qpruner.report.table import SEARCHED, Row
 from qpruner.search.trial_records import remedy_of
 
 LAYER_HEADINGS = ("block", "query heads", "key/value heads", "MLP channels", "kept parameters")
@@ -56,6 +57,11 @@ FINALIST_HEADINGS = ("trial", "from", "confirmation loss", "accuracy")
 FRONT_HEADINGS = ("trial", "from", "bytes", "plan", "confirmation loss", "accuracy")
 METHOD_HEADINGS = ("method", "what", "unit", "seconds", "rank correlation")
 GROUPS_CAPTION = "What a method predicts that fewer bits cost, over the most bits a group may take"
+STEP_HEADINGS = ("model", "scores")
+STEPS_TEXT = (
+    "The model as each step leaves it: base, pruned, quantized by the searched plan (each quantized layer with the "
+    "adapter start that its fine-tune begins with), fine-tuned."
+)
 STAGE_HEADINGS = ("stage", "state", "seconds", "busy seconds", "GPU seconds")
 STAGE_LEGEND = (
     "Seconds are what the stage took; busy seconds add up its parallel jobs; GPU seconds are those of its jobs times "
@@ -281,6 +287,14 @@ def stages(run: Snapshot) -> list[tuple[str, ...]]:
     ]
 
 
+def steps(record: EvalRecord) -> list[tuple[str, str]]:
+    """The model as each step leaves it, and its score on every task; fine-tuned under the first training seed."""
+    untuned = [row for row in record.rows if row.seed is None]
+    tuned = next(row for row in record.rows if row.name == SEARCHED and row.seed is not None)
+    told = [(row.label, task_scores(row.scores)) for row in untuned]
+    return [*told, (f"{tuned.name}, training seed {tuned.seed}", task_scores(tuned.scores))]
+
+
 def environment(run: Snapshot) -> list[tuple[str, str]]:
     """Versions and hardware where the command was started, and what the rows were measured on, which a cluster has
     elsewhere."""
@@ -293,9 +307,13 @@ def environment(run: Snapshot) -> list[tuple[str, str]]:
 def task_scores(scores: tuple[TaskScore, ...]) -> str:
     """Every task's score in a line."""
     return ", ".join(
-        f"{score.task} {score.metric} {score.value:.3f} +- {score.stderr:.3f} ({score.num_questions} questions)"
+        f"{score.task} {score.metric} {score.value:.3f}{_stderr(score)} ({score.num_questions} questions)"
         for score in scores
     )
+
+
+def _stderr(score: TaskScore) -> str:
+    return "" if math.isnan(score.stderr) else f" +- {score.stderr:.3f}"
 
 
 def _fresh(score: FreshScore) -> tuple[str, str]:

@@ -198,8 +198,8 @@ def test_equal_models_with_equal_fine_tunes_are_one_job(context: Context) -> Non
     assert found["searched", 0] == found["uniform 8-bit", 0]
     assert len({found["searched", seed] for seed in range(3)}) == 3
     assert found["base", 0] != found["pruned", 0]
-    untuned = {each.folder for each in untuned_candidates(context)}
-    assert len(untuned) == 2 and not untuned & set(found.values())
+    untuned = {each.folder for each in untuned_candidates(context, context.space.uniform(8).as_dict())}
+    assert len(untuned) == 3 and not untuned & set(found.values())
 
 
 @pytest.mark.parametrize(
@@ -266,15 +266,18 @@ def test_an_interrupted_comparison_goes_on_with_what_is_left(
         tuned = finetune(alone, searched, measured)
         scores = (TaskScore(task="arc", metric="acc", value=0.5, stderr=0.5, num_questions=1, correct=(1.0,)),)
         digest = scores_digest(alone)
-        for each in untuned_candidates(alone):
+        for each in untuned_candidates(alone, searched.best_plan):
             write_json(
                 each.folder / "scores.json", RowScores(digest=digest, name=each.name, seed=each.seed, scores=scores)
             )
         scored = evaluate(alone, tuned)
-        assert [(row.name, row.seed) for row in scored.rows] == [("base", None), ("pruned", None), ("searched", 0)]
-        assert scored.rows[0].scores == scored.rows[1].scores == scores
+        assert [(row.name, row.seed) for row in scored.rows] == [
+            *(("base", None), ("pruned", None), ("searched", None)),
+            ("searched", 0),
+        ]
+        assert scored.rows[0].scores == scored.rows[1].scores == scored.rows[2].scores == scores
         assert told(events, "evaluate") == ["searched, training seed 0", "1 model(s) take turns"]
-        assert [row.inference is None for row in scored.rows] == [True, True, False], (
+        assert [row.inference is None for row in scored.rows] == [True, True, True, False], (
             "only what is handed over is timed"
         )
         assert scored.text is None and scored.inference, "answers to questions have no perplexity"
@@ -322,7 +325,7 @@ def test_gpu_seconds_are_those_of_every_fine_tune_and_every_evaluation(
         assert {each.gpu_seconds for each in tuned.candidates} == {4.0}
         assert tuned.gpu_seconds == pytest.approx(4.0 * number, abs=0.1)
         scored = evaluate(context, tuned)
-        untuned = len(untuned_candidates(context))
+        untuned = len(untuned_candidates(context, winner.as_dict()))
         assert scored.gpu_seconds == pytest.approx(4.0 * (number + untuned) + 100.0, abs=0.1)
         assert _gpus_held(context, 2) == 2.0, "workers of one model have whole GPUs"
     finally:

@@ -278,7 +278,7 @@ class MadeRun:
                 text_loss=3.3 + self._random.normal(0, 0.01),
                 inference=None if seed is None else self._taken(name),
             )
-            for name, seed in [(BASE, None), (PRUNED, None), *tuned]
+            for name, seed in [(BASE, None), (PRUNED, None), (SEARCHED, None), *tuned]
         ]
         setting = InferenceSetting(
             device="2 CPU core(s)", prompt_tokens=128, new_tokens=16, memory_counter="rise of resident memory"

@@ -39,6 +39,7 @@ PLAN = {"layers.0": 8, "layers.1": 4}
 SEED_PLAN = {"layers.0": 4, "layers.1": 8}
 STAGE = {"digest": "0" * 16, "seconds": 1.5}
 SAME = "not distinguishable"
+UNTUNED = ("base", "pruned", "searched")
 ORIGINS = {SEARCHED: "gp, trial 11", BEST_SEED: "seed-kl at the winner's bytes", RANDOM: "3 random plan(s)"}
 NO_EFFECTS = "33 effects need 50 finished trials, got 7"
 
@@ -443,7 +444,7 @@ def whole() -> Results:
             row = candidate(name, own, 100_000_000 + 100_000 * (number + seed), seed, 2.125 + seed / 4, 2.0 + seed)
             scores = (score(answers(50, 10 + number + 5 * seed), [1.0 + seed] * 50), score(answers(40, 30), [2.0] * 40))
             scored.append((row, scores))
-    untuned = [(name, (score(answers(50, 5)), score(answers(40, 6), task="piqa"))) for name in ("base", "pruned")]
+    untuned = [(name, (score(answers(50, 5)), score(answers(40, 6), task="piqa"))) for name in UNTUNED]
     return results_of(scored, untuned)
 
 
@@ -500,8 +501,21 @@ def test_the_report_holds_every_row_the_claim_and_the_configuration(whole: Resul
     assert f"\n\n{claim(whole)}\n\n" in text
     assert f"```yaml\n{config}```" in text
     assert "- python: 3.11.9" in lines and "- torch: 2.13.0" in lines
-    assert "- base: arc acc 0.100 +- 0.043 (50 questions), piqa acc 0.150 +- 0.057 (40 questions)" in lines
-    assert sum(line.startswith("- pruned: ") for line in lines) == 1
+    steps = lines[lines.index("## Step by step") :]
+    scored = "arc acc 0.100 +- 0.043 (50 questions), piqa acc 0.150 +- 0.057 (40 questions)"
+    assert [line for line in steps[:9] if line.startswith("- ")] == [
+        *(f"- {name} (no fine-tune): {scored}" for name in UNTUNED),
+        "- searched, training seed 0: arc acc 0.340 +- 0.068 (50 questions), arc acc 0.750 +- 0.069 (40 questions)",
+    ]
+
+
+def test_the_searched_plan_without_a_fine_tune_is_no_rival(whole: Results) -> None:
+    """The claim and the table are those of equal fine-tunes, whatever the quantized model scored before."""
+    assert whole.evaluate
+    without = [row for row in whole.evaluate.rows if (row.name, row.seed) != (SEARCHED, None)]
+    assert len(without) == len(whole.evaluate.rows) - 1
+    alone = whole.model_copy(update={"evaluate": whole.evaluate.model_copy(update={"rows": tuple(without)})})
+    assert (rows(whole), comparisons(whole), claim(whole)) == (rows(alone), comparisons(alone), claim(alone))
 
 
 def with_figures(results: Results, **of_record: Any) -> Results:

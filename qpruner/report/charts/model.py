@@ -22,11 +22,11 @@ def tasks(run: Snapshot) -> Iterator[Chart]:
         return
     by_task: dict[tuple[str, str], dict[str, list[TaskScore]]] = {}
     for row in run.results.evaluate.rows:
-        label = f"{row.name}, as it is" if row.seed is None else row.name
         for score in row.scores:
-            by_task.setdefault((score.task, score.metric), {}).setdefault(label, []).append(score)
+            by_task.setdefault((score.task, score.metric), {}).setdefault(row.label, []).append(score)
+    before = {row.label for row in run.results.evaluate.rows if row.seed is None}
     for number, ((task, metric), rows) in enumerate(by_task.items(), start=1):
-        values = [_accuracy(label, scores) for label, scores in rows.items()]
+        values = [_accuracy(label, scores, label in before) for label, scores in rows.items()]
         place = {
             "y": {"field": "row", "type": "nominal", "sort": list(rows), "axis": {"title": None, "labelLimit": 230}},
             "color": colored("when", BEFORE_AFTER, "fine-tune"),
@@ -101,14 +101,14 @@ def kept(run: Snapshot) -> Iterator[Chart]:
     )
 
 
-def _accuracy(label: str, scores: list[TaskScore]) -> Spec:
+def _accuracy(label: str, scores: list[TaskScore], is_before: bool) -> Spec:
     """A row on one task: mean over training seeds, 95 % interval over questions."""
     value = statistics.fmean(score.value for score in scores)
     half_width = Z_95 * statistics.fmean(score.stderr for score in scores)
     has_width = half_width == half_width  # NaN with one question
     return {
         "row": label,
-        "when": "before" if label.endswith(", as it is") else "after",
+        "when": "before" if is_before else "after",
         "value": value,
         "low": max(0.0, value - half_width) if has_width else value,
         "high": min(1.0, value + half_width) if has_width else value,

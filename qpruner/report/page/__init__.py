@@ -115,6 +115,7 @@ def _tables(run: Snapshot) -> dict[str, Any]:
             (caption, headings, [list(map(_unbroken, line)) for line in body])
             for caption, headings, body in sections.final_tables(rows(results))
         ]
+        tables["steps"] = sections.steps(results.evaluate)
         tables["legend"] = sections.legend(results.evaluate)
         tables["claim"] = [line.removeprefix("- ") for line in claim(results).splitlines()]
     if results.sensitivity:
