@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, Any
 
 from qpruner.config import RunConfig
 from qpruner.errors import CorruptFile
-from qpruner.mirror import fetch, put_folder, put_folders, workplace, written
+from qpruner.mirror import FILES, FileList, fetch, put_folder, put_folders, workplace, written
 from qpruner.objects import is_mirror
 from qpruner.records import FreshScore, Inference, InferenceSetting, TaskScore
-from qpruner.rundir import remove, sign_seconds, write_sign
+from qpruner.rundir import folder_digests, read_json, remove, sign_seconds, write_json, write_sign
 from qpruner.trackers import Trackers
 
 if TYPE_CHECKING:
@@ -342,14 +342,35 @@ def latest_checkpoint(folder: Path) -> Path | None:
     """The newest whole checkpoint of an interrupted fine-tune, which has its state and a random state."""
     found = [path for path in put_folders(folder) if path.name.startswith("checkpoint-")]
     for path in sorted(found, key=lambda path: int(path.name.rpartition("-")[2]), reverse=True):
+        if is_damaged(path):
+            continue
         checkpoint = fetch(path)
         if (checkpoint / "trainer_state.json").is_file() and any(checkpoint.glob("rng_state*.pth")):
             return checkpoint
     return None
 
 
+def is_damaged(checkpoint: Path) -> bool:
+    """Whether a fine-tune's checkpoint is not as it was saved; at a URI fetching finds that out.
+
+    One whose process was killed before it wrote down what it had saved is none.
+    """
+    if is_mirror(checkpoint):
+        return False
+    try:
+        saved = read_json(_list_of(checkpoint), FileList)
+    except CorruptFile:
+        return True
+    return saved is not None and folder_digests(checkpoint) != saved.sha256
+
+
+def _list_of(checkpoint: Path) -> Path:
+    return checkpoint.with_name(checkpoint.name + FILES)
+
+
 def _keep(checkpoint: Path, work: Path) -> None:
-    """Send a fine-tune's checkpoint to where the next process looks for one, in place of the one before it.
+    """Leave a fine-tune's checkpoint where the next process looks for one, with the sha256 of its files, in place of
+    the one before it.
 
     The random states of workers on other machines than the first one's stay there: where such a fine-tune is
     interrupted, their dropout begins anew.
@@ -358,12 +379,15 @@ def _keep(checkpoint: Path, work: Path) -> None:
 
     from qpruner.finetune import Share
 
-    if checkpoint.parent == work:
-        return  # it lies there
     share = Share.own()
     if share.processes > 1:
         distributed.barrier()  # each has left its random state
     if share.rank > 0:
+        return
+    if checkpoint.parent == work:  # it lies there, and the one before it no longer does
+        for old in set(work.glob(f"*{FILES}")) - {_list_of(checkpoint)}:
+            old.unlink()
+        write_json(_list_of(checkpoint), FileList(sha256=folder_digests(checkpoint)))
         return
     put_folder(checkpoint, work / checkpoint.name)
     for old in put_folders(work):

@@ -329,6 +329,8 @@ class CandidateRecord(Record):
     """On rows that no trial was scored on, in nats per token."""
     peak_memory_bytes: int
     memory_counter: str
+    adapter_sha256: str = ""
+    """Of its weights; empty in records of older versions."""
 
 
 class FinetuneRecord(Record):

@@ -16,6 +16,7 @@ import hashlib
 import json
 import os
 import shutil
+import time
 import uuid
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -343,7 +344,7 @@ def remove(path: Path) -> None:
 
 
 def move(path: Path, target: Path) -> Path:
-    """Move a folder of the run; returns where it is now."""
+    """Move a file or folder of the run; returns where it is now."""
     there, to = objects_at(path), objects_at(target)
     if there and to:
         patiently(lambda: there.move(to), path)
@@ -352,6 +353,12 @@ def move(path: Path, target: Path) -> Path:
         return target
     target.parent.mkdir(parents=True, exist_ok=True)
     return path.rename(target)
+
+
+def set_aside(path: Path, place: Path) -> str:
+    """Move a damaged file or folder somewhere in `place` into its `damaged/`; tells where it is now."""
+    name = "-".join(path.relative_to(place).parts)
+    return name_of(move(path, place / "damaged" / f"{name}-{time.time_ns()}"))
 
 
 def publish_folder(scratch: Path, target: Path) -> None:

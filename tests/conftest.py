@@ -120,6 +120,13 @@ def disk_of(size: str, folder: Path) -> Iterator[Path]:
         subprocess.run(["umount", "-l", folder], check=True)
 
 
+def flip_a_byte(path: Path) -> None:
+    """What a disk does: same size, and safetensors reads it without a word."""
+    data = bytearray(path.read_bytes())
+    data[-min(100, len(data))] ^= 0x10
+    path.write_bytes(data)
+
+
 def with_key(raw: dict[str, Any], key: str, value: Any) -> dict[str, Any]:
     """A copy of `raw` with `section.key` set."""
     changed = copy.deepcopy(raw)

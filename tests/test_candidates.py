@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import DEMO_DATA, demo_rows, raw_config, with_key
+from conftest import DEMO_DATA, demo_rows, flip_a_byte, raw_config, with_key
 from transformers import AutoConfig
 
 from qpruner.calibration import mean_loss
@@ -20,10 +20,12 @@ from qpruner.candidates import (
     ConfirmationJob,
     FinetuneOutcome,
     InferenceJob,
+    _keep,
     build,
     confirm_trial,
     evaluate_candidate,
     finetune_candidate,
+    is_damaged,
     latest_checkpoint,
     load_adapter,
     measure_inference,
@@ -149,6 +151,19 @@ def test_the_newest_whole_checkpoint_is_the_one_to_go_on_from(tmp_path: Path) ->
     for rank in (0, 1):
         (shared / f"rng_state_{rank}.pth").touch()
     assert latest_checkpoint(tmp_path) == shared, "a group's workers leave a random state each"
+
+
+def test_a_checkpoint_that_is_not_as_it_was_saved_is_not_gone_on_from(tmp_path: Path) -> None:
+    older, newest = checkpoint(tmp_path, 9), checkpoint(tmp_path, 10)
+    for path in (older, newest):
+        (path / "optimizer.pt").write_bytes(b"moments of the gradients")
+        _keep(path, tmp_path)
+    assert [path.name for path in tmp_path.glob("*.json")] == ["checkpoint-10.files.json"]
+    assert latest_checkpoint(tmp_path) == newest and not is_damaged(newest)
+    flip_a_byte(newest / "optimizer.pt")
+    assert is_damaged(newest) and latest_checkpoint(tmp_path) == older
+    (tmp_path / "checkpoint-10.files.json").write_text('{"sha256"')
+    assert is_damaged(newest), "what vouches for it is damaged"
 
 
 # Scoring

@@ -21,13 +21,16 @@ from qpruner.candidates import (
     InferenceJob,
     evaluate_candidate,
     finetune_candidate,
+    is_damaged,
     measure_inference,
 )
 from qpruner.config import RunConfig
+from qpruner.errors import CorruptFile
 from qpruner.events import Emit, Message, Progress
 from qpruner.execution.slots import worker_resources
 from qpruner.execution.workshop import Bench
-from qpruner.mirror import emptied, fetch, workplace
+from qpruner.mirror import emptied, fetch, put_folders, workplace
+from qpruner.objects import is_mirror, name_of
 from qpruner.pipeline.context import Context
 from qpruner.pipeline.rows import Row, candidate_of, table_rows, untuned_candidates
 from qpruner.pipeline.stage import Stage, run_stage
@@ -46,7 +49,17 @@ from qpruner.records import (
     digest_of,
 )
 from qpruner.report.table import BASE, SEARCHED
-from qpruner.rundir import exists, for_each, publish_folder, read_json, read_sign, remove, write_json
+from qpruner.rundir import (
+    exists,
+    file_digest,
+    for_each,
+    publish_folder,
+    read_json,
+    read_sign,
+    remove,
+    set_aside,
+    write_json,
+)
 
 
 def finetune(context: Context, searched: SearchRecord, measured: SensitivityRecord) -> FinetuneRecord:
@@ -57,7 +70,7 @@ def finetune(context: Context, searched: SearchRecord, measured: SensitivityReco
     length = f"{settings.steps} steps" if settings.steps else f"{settings.epochs:g} epochs"
     told = [(row.name, row.origin, job.seed, job.folder.name) for row, job in jobs]
     stage = Stage("finetune", f"{len(_distinct(jobs))} fine-tunes, {length}", (searched.digest, told))
-    if not all(for_each(exists, [job.adapter / ADAPTER_WEIGHTS for _, job in jobs])):
+    if not all(isinstance(each, CandidateRecord) for each in for_each(_recorded, [job.folder for _, job in jobs])):
         context.run_dir.forget("finetune")
 
     def work(scratch: Path) -> dict[str, Any]:
@@ -189,10 +202,20 @@ def _gpus_held(context: Context, num_workers: int = 1) -> float:
 def _finetune_jobs(context: Context, jobs: list[tuple[Row, Candidate]]) -> list[CandidateRecord]:
     """Fine-tune what has no record yet, each in a process or a group of its own; a record for every row and seed."""
     distinct = _distinct(jobs)
-    folders = [job.folder for job in distinct]
-    recorded = for_each(lambda folder: read_json(folder / "record.json", CandidateRecord), folders)
-    found = dict(zip(folders, recorded, strict=True))
-    left = [job for job in distinct if found[job.folder] is None or not exists(job.adapter / ADAPTER_WEIGHTS)]
+    recorded = for_each(_recorded, [job.folder for job in distinct])
+    found: dict[Path, CandidateRecord] = {}
+    for job, each in zip(distinct, recorded, strict=True):
+        if isinstance(each, CandidateRecord):
+            found[job.folder] = each
+        elif each:
+            where = set_aside(job.folder, job.folder.parent)
+            context.emit(Message("finetune", f"warning: {each}; set aside in {where}, {job.label} is fine-tuned anew"))
+    left = [job for job in distinct if job.folder not in found]
+    for job in left:
+        for checkpoint in filter(is_damaged, put_folders(job.folder / "checkpoints")):
+            where = set_aside(checkpoint, job.folder.parent)
+            text = f"warning: {checkpoint} is damaged; set aside in {where}, {job.label} does not go on from it"
+            context.emit(Message("finetune", text))
     if left:
         origins = {job.folder: row.origin for row, job in jobs}
         progress = _Progress(context, "finetune", [job.progress for job in left], len(distinct), "steps")
@@ -206,10 +229,26 @@ def _finetune_jobs(context: Context, jobs: list[tuple[Row, Candidate]]) -> list[
                 context.emit(Message("finetune", f"warning: {job.label}: {trouble}"))
     records = []
     for row, job in jobs:
-        record_found = found[job.folder]
-        assert record_found is not None
-        records.append(record_found.model_copy(update={"name": row.name, "origin": row.origin}))
+        records.append(found[job.folder].model_copy(update={"name": row.name, "origin": row.origin}))
     return records
+
+
+def _recorded(folder: Path) -> CandidateRecord | str | None:
+    """The record of a fine-tuned row, or what of it is damaged; of weights at a URI fetching finds that out."""
+    weights = folder / "adapter" / ADAPTER_WEIGHTS
+    try:
+        record = read_json(folder / "record.json", CandidateRecord)
+    except CorruptFile as error:
+        return str(error)
+    if record is None or not exists(weights):
+        return None
+    if record.adapter_sha256 and record.adapter_sha256 != _digest(weights):
+        return f"{name_of(weights)} is damaged"
+    return record
+
+
+def _digest(weights: Path) -> str:
+    return "" if is_mirror(weights) else file_digest(weights)
 
 
 def _finetuned(
@@ -242,6 +281,7 @@ def _record_of(context: Context, job: Candidate, origin: str, outcome: FinetuneO
         mean_bits=layout.mean_bits(plan),
         gpu_seconds=outcome.seconds * _gpus_held(context, context.config.finetune.num_workers),
         num_parameters=layout.num_parameters,
+        adapter_sha256=_digest(job.adapter / ADAPTER_WEIGHTS),
         **measured,
     )
 
@@ -253,7 +293,12 @@ def _evaluate_jobs(context: Context, jobs: list[Candidate], text: Path | None) -
     digest = scores_digest(context)
     found: dict[Path, RowScores] = {}
     for job in jobs:
-        record = read_json(job.folder / "scores.json", RowScores)
+        try:
+            record = read_json(job.folder / "scores.json", RowScores)
+        except CorruptFile as error:
+            where = set_aside(job.folder / "scores.json", job.folder.parent)
+            context.emit(Message("evaluate", f"warning: {error}; set aside in {where}, {job.label} is scored again"))
+            continue
         if record and record.digest == digest:
             found[job.folder] = record
     left = [job for job in jobs if job.folder not in found]

@@ -6,7 +6,6 @@ same result in each (`TrialRecord.digest`); `TrialRecord.search` says whose a tr
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -18,10 +17,10 @@ from qpruner.rundir import (
     children,
     folder_digests,
     for_each,
-    move,
     read_json,
     read_sign,
     read_written,
+    set_aside,
     write_json,
     write_sign,
 )
@@ -63,7 +62,7 @@ def set_aside_damaged(folder: Path, tell: Callable[[str], None]) -> None:
     paths = _paths(folder)
     for path, record in zip(paths, for_each(_record_or_error, paths), strict=True):
         if isinstance(record, CorruptFile):
-            tell(f"{record}; set aside in {_set_aside(path.parent)}, and that trial is run again")
+            tell(f"{record}; set aside in {set_aside(path.parent, path.parent.parent)}, and that trial is run again")
             continue
         if record and not record.is_over:
             begin_anew_if_damaged(folder, record, tell)
@@ -82,7 +81,7 @@ def begin_anew_if_damaged(folder: Path, record: TrialRecord, tell: Callable[[str
     found = folder_digests(checkpoint) if checkpoint else {}
     if checkpoint is None or found == record.checkpoint:
         return False
-    where = f"set aside in {_set_aside(checkpoint)}" if found else "missing"
+    where = f"set aside in {set_aside(checkpoint, checkpoint.parent.parent)}" if found else "missing"
     tell(f"{name_of(checkpoint)} is damaged: {where}; trial {record.index} starts anew")
     afresh = {"status": "running", "rungs": (), "checkpoint": {}, "times": record.times[:1]}
     write_trial(folder, record.model_copy(update=afresh))
@@ -94,13 +93,6 @@ def _record_or_error(path: Path) -> TrialRecord | CorruptFile | None:
         return read_json(path, TrialRecord)
     except CorruptFile as error:
         return error
-
-
-def _set_aside(path: Path) -> str:
-    """Move a trial's folder, or one in it, out of the way; tells where it is now."""
-    trials = path.parent if path.name.isdigit() else path.parent.parent
-    target = trials / "damaged" / f"{'-'.join(path.relative_to(trials).parts)}-{time.time_ns()}"
-    return name_of(move(path, target))
 
 
 def read_trial(folder: Path, index: int) -> TrialRecord:

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import raw_config, with_key
+from conftest import flip_a_byte, raw_config, with_key
 from made_records import made_confirmation, made_search
 
 from qpruner import preflight
@@ -35,7 +35,7 @@ from qpruner.records import (
     SensitivityRecord,
     TaskScore,
 )
-from qpruner.rundir import RunDir, write_json
+from qpruner.rundir import RunDir, file_digest, write_json
 
 MI_ROW = "mutual-information seed"
 
@@ -250,8 +250,16 @@ def test_an_interrupted_comparison_goes_on_with_what_is_left(
         write_json(folder / "record.json", a_record(folder, seeds[folder], 2.0 + number))
     try:
         record = finetune(whole, searched, measured)
-        whole.close()  # `alone` will start a Ray of its own, too
         assert told(events, "finetune") == ["searched, training seed 0"]
+        weights = jobs["searched", 0] / "adapter" / "adapter_model.safetensors"
+        flip_a_byte(weights)
+        mended = finetune(whole, searched, measured)
+        whole.close()  # `alone` will start a Ray of its own, too
+        warning, *anew = told(events, "finetune")[1:]
+        assert warning == "warning" and anew == ["searched, training seed 0"], "only what was damaged"
+        assert any(f"{weights} is damaged; set aside in " in str(event) for event in events)
+        assert mended.candidates[0].adapter_sha256 == file_digest(weights)
+        events.clear()
         assert [(each.name, each.seed) for each in record.candidates] == list(jobs)
         for each in record.candidates:
             folder = jobs[each.name, each.seed]
@@ -261,7 +269,7 @@ def test_an_interrupted_comparison_goes_on_with_what_is_left(
         again = finetune(fewer, searched, measured)
         assert again.digest != record.digest
         assert [(each.name, each.seed) for each in again.candidates] == [job for job in jobs if job[1] < 2]
-        assert told(events, "finetune") == ["searched, training seed 0"], "nothing was trained again"
+        assert told(events, "finetune") == [], "nothing was trained again"
 
         tuned = finetune(alone, searched, measured)
         scores = (TaskScore(task="arc", metric="acc", value=0.5, stderr=0.5, num_questions=1, correct=(1.0,)),)
@@ -285,7 +293,7 @@ def test_an_interrupted_comparison_goes_on_with_what_is_left(
         again_scored = evaluate(alone, tuned)
         assert [row.scores for row in again_scored.rows] == [row.scores for row in scored.rows]
         assert told(events, "evaluate")[2:] == ["1 model(s) take turns"], "nothing was scored again"
-        assert told(events, "finetune") == ["searched, training seed 0"]
+        assert told(events, "finetune") == []
     finally:
         whole.close()
         alone.close()

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import flip_a_byte
 from mixed_models import DTYPE, GROUP, LORA, fill_bank, logits_of, mixed_plan, seal
 from safetensors.torch import load_file
 
@@ -102,13 +103,6 @@ def test_without_loftq_nothing_is_given_back() -> None:
 
 def truncate(path: Path) -> None:
     os.truncate(path, path.stat().st_size // 2)
-
-
-def flip_a_byte(path: Path) -> None:
-    """What a disk does: same size, and safetensors reads it without a word."""
-    data = bytearray(path.read_bytes())
-    data[-100] ^= 0x10
-    path.write_bytes(data)
 
 
 @pytest.mark.parametrize("damage", [truncate, flip_a_byte, Path.unlink], ids=["truncated", "flipped", "missing"])

@@ -164,7 +164,7 @@ def test_a_terminal_cuts_no_figure_and_folds_plans(made: MadeRun) -> None:
 
 
 def test_a_picture_of_the_search(tmp_path: Path) -> None:
-    """Also `docs/images/terminal.svg`: copy the file that this test leaves."""
+    """Drawn as rich draws it, with nothing that asks another host."""
     made = MadeRun(tmp_path / "run", num_trials=64)
     assert made.state.search
     search = made.state.search.model_copy(update={"max_trials": 200})

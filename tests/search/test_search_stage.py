@@ -42,7 +42,7 @@ from qpruner.search.trial_records import (
     write_trial,
 )
 from qpruner.search.tune import SearchJob
-from qpruner.search.tune.driver import HangWatch, PlanSearcher
+from qpruner.search.tune.driver import HangWatch, PlanSearcher, killed_for_memory
 from qpruner.search.tune.halt import Halt
 from qpruner.search.tune.job import METRIC, TIME
 from qpruner.search.tune.resume import take_up
@@ -332,6 +332,22 @@ def test_the_searcher_is_told_of_a_plan_that_cannot_be_trained(failure: str, tmp
         history = each.history()
         scores = {item.index: item.score for item in history.observations if item.step == 4}
         assert scores[1] > scores[0] == 3.3 and history.failed == ()
+
+
+def test_a_trial_whose_worker_ray_killed_for_memory_goes_on_with_less_and_then_is_infeasible_with_its_figures(
+    tmp_path: Path,
+) -> None:
+    job, record = job_of(tmp_path), trial(0, "444444", [], status="running")
+    pulse = TrialPulse(node="n", pid=1, step=0, beats=1, peak_memory_bytes=7_000, seconds=20.0)
+    write_trial(job.trials, record)
+    write_pulse(job.trials, 0, pulse)
+    for size in (2, 1):
+        record = killed_for_memory(record, job)
+        assert (record.status, record.micro_batch_size, record.peak_memory_bytes) == ("running", size, 7_000)
+    record = killed_for_memory(record, job)
+    assert (record.status, record.failure, record.seconds) == ("failed", "infeasible", 20.0)
+    assert record.reason == "out of memory: Ray killed its worker 3 times in a row"
+    assert record.peak_memory_bytes == 7_000
 
 
 def test_the_watch_tells_the_step_of_each_trial_under_way_and_reads_each_pulse_once(

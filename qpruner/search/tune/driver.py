@@ -13,7 +13,7 @@ from ray.tune.experiment import Trial
 from ray.tune.search import Searcher
 
 from qpruner.events import Emit, Message, Progress, StepsSeen, TrialChanged, TrialWithdrawn
-from qpruner.records import TrialRecord
+from qpruner.records import TrialPulse, TrialRecord
 from qpruner.rundir import read_json, remove
 from qpruner.search.searchers import Ledger, Observation, Suggestion
 from qpruner.search.trial_records import (
@@ -153,12 +153,7 @@ class PlanSearcher(LivesInDriver, Searcher):  # type: ignore[misc]
     def _killed(self, record: TrialRecord, hung: bool) -> TrialRecord:
         """The record of a trial whose worker is dead: hung, lost too often, or to go on elsewhere."""
         pulse = read_pulse(self._job.trials, record.index)
-        if pulse is not None:
-            spent = {
-                "seconds": max(record.seconds, pulse.seconds),
-                "gpu_seconds": max(record.gpu_seconds, pulse.gpu_seconds),
-            }
-            record = record.model_copy(update={"peak_memory_bytes": pulse.peak_memory_bytes} | spent)
+        record = _as_last_seen(record, pulse)
         if hung:
             limit = self._job.config.search.trial_timeout_seconds
             reason = f"no progress for {limit:g} s (`search.trial_timeout_seconds`); its worker was killed"
@@ -175,8 +170,17 @@ class PlanSearcher(LivesInDriver, Searcher):  # type: ignore[misc]
         """Nothing to restore; see `save`."""
 
 
+def _as_last_seen(record: TrialRecord, pulse: TrialPulse | None) -> TrialRecord:
+    """The record with the memory and the time that a worker's last sign of life tells."""
+    if pulse is None:
+        return record
+    spent = {"seconds": max(record.seconds, pulse.seconds), "gpu_seconds": max(record.gpu_seconds, pulse.gpu_seconds)}
+    return record.model_copy(update={"peak_memory_bytes": pulse.peak_memory_bytes} | spent)
+
+
 def killed_for_memory(record: TrialRecord, job: SearchJob) -> TrialRecord:
     """The record of a trial that ran when Ray killed a worker for memory: which of them took too much is not known."""
+    record = _as_last_seen(record, read_pulse(job.trials, record.index))
     smaller = smaller_batch(record, job.config)
     if smaller is not None:
         record = record.model_copy(update={"micro_batch_size": smaller})
