@@ -242,13 +242,9 @@ def _recorded(folder: Path) -> CandidateRecord | str | None:
         return str(error)
     if record is None or not exists(weights):
         return None
-    if record.adapter_sha256 and record.adapter_sha256 != _digest(weights):
+    if record.adapter_sha256 and not is_mirror(weights) and file_digest(weights) != record.adapter_sha256:
         return f"{name_of(weights)} is damaged"
     return record
-
-
-def _digest(weights: Path) -> str:
-    return "" if is_mirror(weights) else file_digest(weights)
 
 
 def _finetuned(
@@ -281,7 +277,7 @@ def _record_of(context: Context, job: Candidate, origin: str, outcome: FinetuneO
         mean_bits=layout.mean_bits(plan),
         gpu_seconds=outcome.seconds * _gpus_held(context, context.config.finetune.num_workers),
         num_parameters=layout.num_parameters,
-        adapter_sha256=_digest(job.adapter / ADAPTER_WEIGHTS),
+        adapter_sha256="" if is_mirror(job.adapter) else file_digest(job.adapter / ADAPTER_WEIGHTS),
         **measured,
     )
 
