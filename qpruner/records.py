@@ -470,6 +470,8 @@ class RunState(BaseModel):
     """The last sign of life, in Unix seconds."""
     outcome: Literal["running", "done", "failed", "interrupted"]
     error: str | None = None
+    resumed: int = 0
+    """Earlier commands on the folder that did not come to their end."""
     stages: dict[str, StageState] = {}
     search: SearchState | None = None
 

@@ -298,7 +298,9 @@ def test_killed_twice_and_repeated_gives_the_same(
     done = subprocess.run(command(config), capture_output=True, text=True, timeout=8 * MINUTES)
     assert done.returncode == 0, done.stderr[-3000:]
     assert outcome(run) == outcome(undisturbed[0])
-    assert " Resumed: 2 sessions; the last began with 2 trial(s) recorded before." in (run / "report.md").read_text()
+    told = (run / "report.md").read_text()
+    assert " Resumed: 2 sessions; the last began with 2 trial(s) recorded before." in told
+    assert "Finished; resumed 2 time(s) after a command that did not come to its end." in told
 
 
 @pytest.mark.slow

@@ -23,7 +23,7 @@ import psutil
 
 from qpruner import events
 from qpruner.config import RunConfig
-from qpruner.errors import QprunerError, StorageError, UserError, note_defect
+from qpruner.errors import CorruptFile, QprunerError, StorageError, UserError, note_defect
 from qpruner.records import RunState, StageState
 from qpruner.rundir import LOG, RunDir, sign_seconds
 from qpruner.version import describe
@@ -59,6 +59,7 @@ class RunProgress:
             started=now,
             updated=now,
             outcome="running",
+            resumed=_cut_off(run),
         )
 
     def listen(self, event: events.Event) -> None:
@@ -125,6 +126,15 @@ class RunProgress:
             logger.warning(
                 "run.json could not be written: %s; until it can, `qpruner status` tells what was before", error
             )
+
+
+def _cut_off(run: RunDir) -> int:
+    """How many commands on the run folder did not come to their end; a state that cannot be read tells of none."""
+    try:
+        before = run.read_state(RunState)
+    except CorruptFile:
+        return 0
+    return before.resumed + (before.outcome != "done") if before else 0
 
 
 def _environment() -> dict[str, str]:

@@ -120,7 +120,10 @@ class Snapshot:
     def standing(self) -> str:
         """How far the run is, in a sentence."""
         if self.is_whole:
-            return "Finished."
+            times = self.state.resumed
+            return "Finished" + (
+                f"; resumed {times} time(s) after a command that did not come to its end." if times else "."
+            )
         stage = f" in stage {self.at_work}" if self.at_work else ""
         match self.state.outcome:
             case "failed":

@@ -64,6 +64,17 @@ def test_a_command_that_finds_everything_recorded_says_that_it_is_done(tiny_mode
         assert (state["outcome"], state["stages"]["prepare"]["state"]) == ("done", expected)
 
 
+def test_commands_that_were_cut_off_are_counted(tiny_model: Path, tmp_path: Path) -> None:
+    raw, told = raw_config(tiny_model, tmp_path / "run"), tmp_path / "run" / "run.json"
+    run(validate_config(raw), ignore, until="prepare")
+    for number, outcome in enumerate(("running", "interrupted"), start=1):  # as a killed command leaves it, and Ctrl-C
+        told.write_text(told.read_text().replace('"outcome": "done"', f'"outcome": "{outcome}"'))
+        run(validate_config(raw), ignore, until="prepare")
+        assert json.loads(told.read_text())["resumed"] == number
+    run(validate_config(raw), ignore, until="prepare")
+    assert json.loads(told.read_text())["resumed"] == 2
+
+
 def test_the_hardware_is_told_with_the_versions(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Seconds and megabytes of a report say nothing without it."""
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
