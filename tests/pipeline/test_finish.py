@@ -258,7 +258,8 @@ def test_an_interrupted_comparison_goes_on_with_what_is_left(
         warning, *anew = told(events, "finetune")[1:]
         assert warning == "warning" and anew == ["searched, training seed 0"], "only what was damaged"
         assert any(f"{weights} is damaged; set aside in " in str(event) for event in events)
-        assert mended.candidates[0].adapter_sha256 == file_digest(weights)
+        trained = next(each for each in mended.candidates if (each.name, each.seed) == ("searched", 0))
+        assert trained.adapter_sha256 == file_digest(weights)
         events.clear()
         assert [(each.name, each.seed) for each in record.candidates] == list(jobs)
         for each in record.candidates:
