@@ -361,7 +361,12 @@ def is_damaged(checkpoint: Path) -> bool:
         saved = read_json(_list_of(checkpoint), FileList)
     except CorruptFile:
         return True
-    return saved is not None and folder_digests(checkpoint) != saved.sha256
+    return saved is not None and _digests(checkpoint) != saved.sha256
+
+
+def _digests(checkpoint: Path) -> dict[str, str]:
+    """Of what a fine-tune goes on with; random states are each worker's own, and may come after the first's list."""
+    return {name: digest for name, digest in folder_digests(checkpoint).items() if not name.startswith("rng_state")}
 
 
 def _list_of(checkpoint: Path) -> Path:
@@ -380,14 +385,15 @@ def _keep(checkpoint: Path, work: Path) -> None:
     from qpruner.finetune import Share
 
     share = Share.own()
+    if checkpoint.parent == work:  # it lies there, and the one before it no longer does
+        if share.rank == 0:
+            for old in set(work.glob(f"*{FILES}")) - {_list_of(checkpoint)}:
+                old.unlink()
+            write_json(_list_of(checkpoint), FileList(sha256=_digests(checkpoint)))
+        return
     if share.processes > 1:
         distributed.barrier()  # each has left its random state
     if share.rank > 0:
-        return
-    if checkpoint.parent == work:  # it lies there, and the one before it no longer does
-        for old in set(work.glob(f"*{FILES}")) - {_list_of(checkpoint)}:
-            old.unlink()
-        write_json(_list_of(checkpoint), FileList(sha256=folder_digests(checkpoint)))
         return
     put_folder(checkpoint, work / checkpoint.name)
     for old in put_folders(work):

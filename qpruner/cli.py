@@ -34,7 +34,7 @@ VERBS = {
     "search": ("search", "Run up to the precision search."),
     "finetune": ("finetune", "Run up to the final fine-tune."),
     "evaluate": ("evaluate", "Run up to the held-out evaluation."),
-    "report": ("report", "Run the whole flow. Given a run folder instead, write its report anew, whole or not."),
+    "report": ("report", "Write a run folder's report anew, whole or not; given a configuration, run the whole flow."),
 }
 WITH_SEARCH = ("search", "finetune", "evaluate", "report")
 """Last stages of verbs that search."""
