@@ -13,5 +13,8 @@ if grep -Eq '^ *type: *local' "$cluster"; then
   run ray exec "$cluster" 'ray stop; python qpruner/launch/stop_workers.py' ||
     echo "warning: not every worker could be stopped from the head; run \`ray stop\` on those that are named above" >&2
 fi
-run ray down --yes "$cluster"
+# Also where that fails: what is left goes on costing.
+code=0
+run ray down --yes "$cluster" || code=$?
 python launch/still_there.py "$cluster"
+exit $code

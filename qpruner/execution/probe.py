@@ -109,8 +109,8 @@ def probe(storage: Path, driver: str, seconds: float = ANSWER_SECONDS) -> list[R
             if isinstance(error, NodeDiedError | TaskUnschedulableError):
                 # This can be known before the table of nodes says so.
                 left.add(node_id)
-    left |= {node["NodeID"] for node in ray.nodes() if not node["Alive"]}
-    return [_report(node, said[node["NodeID"]], node["NodeID"] in left) for node in nodes]
+    staying = {node["NodeID"] for node in ray.nodes() if node["Alive"]} - left
+    return [_report(node, said[node["NodeID"]], node["NodeID"] not in staying) for node in nodes]
 
 
 def _ask(nodes: list[dict[str, Any]], storage: Path, driver: str) -> dict[str, Any]:
