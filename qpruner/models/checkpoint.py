@@ -43,7 +43,8 @@ def prepare_base(model: ModelConfig, folder: Path, is_shared: bool = False, told
     """
     source = check_source(model)
     if Path(source).is_dir():
-        return Base(source, converted=False)
+        # Whoever reads the record has another current folder.
+        return Base(str(Path(source).absolute()), converted=False)
     if source.endswith(".gguf"):
         save_checkpoint(load_dense(source, model.dtype, told=told), load_tokenizer(source), folder)
         return Base(str(folder), converted=True)

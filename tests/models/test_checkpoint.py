@@ -273,6 +273,14 @@ def test_a_local_folder_is_used_where_it_is(folders: dict[str, Path], tmp_path: 
     assert not (tmp_path / "model").exists()
 
 
+def test_a_relative_folder_is_found_from_anywhere(
+    folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(folders["mistral"].parent)
+    base = prepare_base(ModelConfig(source=folders["mistral"].name), tmp_path / "model")
+    assert base.path == str(folders["mistral"])
+
+
 def test_the_config_of_a_pruned_folder_knows_its_widths(folders: dict[str, Path]) -> None:
     config = load_model_config(ModelConfig(source=str(folders["qwen3"])))
     widths = [config.per_layer_config[index].intermediate_size for index in range(LAYERS)]
