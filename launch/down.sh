@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Takes a cluster down (`ray down`), and asks AWS whether a machine of it is left. Runs stay in the shared folder: bring
-# it up again, submit again, and they go on.
+# Takes a cluster down (`ray down`), and asks AWS whether a machine of it is left. Runs stay in the bucket or the shared
+# folder: bring it up again, submit again, and they go on.
 # Usage: bash launch/down.sh CLUSTER.yaml
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/ray_commands.sh"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import socket
 import subprocess
@@ -100,11 +101,12 @@ class Store:
 
 
 @contextmanager
-def object_store() -> Iterator[Store]:
-    """Start the server with an empty bucket; it is gone afterwards."""
+def object_store(**settings: str) -> Iterator[Store]:
+    """Start the server, with such variables in its environment, with an empty bucket; it is gone afterwards."""
     port = free_port()
     process = subprocess.Popen(
         [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)],
+        env=os.environ | settings,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )

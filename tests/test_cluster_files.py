@@ -73,6 +73,14 @@ def test_aws_workers_come_on_demand_and_spot_and_go_when_idle() -> None:
     assert config["provider"]["cache_stopped_nodes"] is False
 
 
+def test_aws_machines_may_use_a_bucket_and_workers_are_not_given_the_heads_role() -> None:
+    config = prepared(AWS)
+    types = config["available_node_types"]
+    profiles = {name: kind["node_config"]["IamInstanceProfile"]["Name"] for name, kind in types.items()}
+    head = profiles.pop(config["head_node_type"])
+    assert head not in profiles.values() and len(set(profiles.values())) == 1
+
+
 def ec2_complaints(node_config: dict[str, Any]) -> str:
     """What the AWS client itself would say to launching such a machine, offline."""
     pytest.importorskip("botocore", reason="needs boto3: pip install 'qpruner[cluster]'")
@@ -116,7 +124,7 @@ def filled(path: Path, folder: Path, **values: str) -> Path:
 
 
 def filled_aws(folder: Path) -> Path:
-    return filled(AWS, folder, ami="ami-0abc", subnet="subnet-0abc", sg="sg-0abc", fs="fs-0abc")
+    return filled(AWS, folder, ami="ami-0abc", subnet="subnet-0abc", sg="sg-0abc", head="mine", worker="theirs")
 
 
 def filled_on_premise(folder: Path, head: str = "127.0.0.1", key: str = "") -> Path:

@@ -32,6 +32,7 @@ LANGUAGES = (*RUN, "yaml", "text")
 """`yaml` is checked as a part of a configuration, `text` is nothing to run."""
 
 AWS = "needs an AWS account; tests/test_cluster_files.py checks the file against Ray's schema and AWS's client"
+RECIPE = "needs an AWS account; tests/test_aws_recipe.py runs it against a stand-in of AWS"
 MACHINES = "needs machines of one's own; tests/cluster/test_ray_up.py runs these scripts on hosts made of namespaces"
 SERVES = "serves until it is stopped"
 NOT_RUN = {
@@ -46,11 +47,11 @@ NOT_RUN = {
     ("docs/using.md", "qpruner push"): "needs an account of a hub; tests/quantization/test_push.py has one on loopback",
     ("docs/families.md", "@dataclass(frozen=True)"): "a part of phi3.py; `test_code_of_the_package_is_quoted`",
     ("docs/cluster.md", "bash launch/setup.sh cluster"): "asks a package index; tests/test_launch.py has its refusals",
-    ("docs/cluster.md", "export AWS_DEFAULT_REGION=us-west-2"): AWS,
+    ("docs/cluster.md", "export AWS_DEFAULT_REGION=us-west-2"): RECIPE,
+    ("docs/cluster.md", "sed -i.unedited"): RECIPE,
     ("docs/cluster.md", "bash launch/up.sh cluster.yaml"): AWS,
     ("docs/cluster.md", "bash launch/down.sh cluster.yaml"): AWS,
-    ("docs/cluster.md", "source aws_ids.sh"): AWS,
-    ("docs/cluster.md", "aws s3 mb"): AWS,
+    ("docs/cluster.md", "source aws_ids.sh"): RECIPE,
     (
         "docs/cluster.md",
         "cp tune_configs/smollm2_135m_p20.yaml",

@@ -1,0 +1,127 @@
+"""The recipe of docs/cluster.md for AWS, by the AWS CLI and Ray's own node provider against a stand-in of AWS (moto).
+
+The stand-in has accounts, roles, networks, machines and buckets, but checks no permission and starts nothing.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from checkouts import copy_checkout
+from doc_blocks import blocks
+from object_store import KEYS, Store, object_store
+
+pytestmark = pytest.mark.docs
+
+REGION = "us-west-2"
+IMAGE = "Deep Learning Base OSS Nvidia Driver GPU AMI (Ubuntu 24.04)"
+START = """
+import sys, yaml
+from ray.autoscaler._private.aws.config import bootstrap_aws
+from ray.autoscaler._private.aws.node_provider import AWSNodeProvider
+from ray.autoscaler._private.util import prepare_config
+from ray.autoscaler.tags import TAG_RAY_CLUSTER_NAME, TAG_RAY_USER_NODE_TYPE
+config = bootstrap_aws(prepare_config(yaml.safe_load(open("cluster.yaml"))))
+provider = AWSNodeProvider(config["provider"], config["cluster_name"])
+for name, kind in config["available_node_types"].items():
+    provider.create_node(kind["node_config"], {TAG_RAY_USER_NODE_TYPE: name}, 1)
+"""
+"""What `ray up` and the head's autoscaler ask AWS for: a machine of each type."""
+
+
+@dataclass(frozen=True)
+class Account:
+    """An account with nothing in it, and a checkout of somebody who has its keys.
+
+    Attributes:
+        store: The stand-in.
+        checkout: The checkout.
+        environment: What their shell has.
+    """
+
+    store: Store
+    checkout: Path
+    environment: dict[str, str]
+
+    def runs(self, command: list[str]) -> str:
+        """Run something in the checkout; returns what it says."""
+        done = subprocess.run(
+            command, cwd=self.checkout, env=self.environment, capture_output=True, text=True, timeout=180
+        )
+        assert done.returncode == 0, f"{command}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
+        return done.stdout
+
+    def follow(self, *starts: str) -> None:
+        """Run blocks of the page, found by how they begin, in one shell."""
+        found = [block for block in blocks() if block.page == "docs/cluster.md"]
+        texts = [next(block.text for block in found if block.first.startswith(start)) for start in starts]
+        self.runs(["bash", "-euo", "pipefail", "-c", "\n".join(texts)])
+
+    def client(self, service: str) -> Any:
+        import boto3
+
+        keys = {name.lower(): value for name, value in KEYS.items() if "KEY" in name}
+        place = {"region_name": REGION, "endpoint_url": self.store.environment["AWS_ENDPOINT_URL"]}
+        return boto3.client(service, **place, **keys)
+
+
+@pytest.fixture
+def account(tmp_path: Path) -> Iterator[Account]:
+    tools = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    if not shutil.which("aws", path=tools):
+        pytest.skip("needs the AWS CLI: pip install 'qpruner[dev]'")
+    checkout, bin = copy_checkout(tmp_path / "checkout"), tmp_path / "bin"
+    images = tmp_path / "images.json"
+    image = {"ami_id": "ami-0123456789abcdef0", "name": f"{IMAGE} 20261101", "creation_date": "2026-11-01T00:00:00Z"}
+    images.write_text(json.dumps([image]))
+    bin.mkdir()
+    (bin / "curl").write_text("#!/bin/sh\necho 198.51.100.7\n")  # the address as the internet sees it
+    (bin / "curl").chmod(0o755)
+    with object_store(MOTO_AMIS_PATH=str(images), MOTO_IAM_LOAD_MANAGED_POLICIES="true") as store:
+        own = {"PATH": f"{bin}:{tools}", "HOME": str(tmp_path), "AWS_PAGER": ""}
+        yield Account(store, checkout, os.environ | store.environment | own)
+
+
+def test_from_nothing_to_machines_that_may_use_the_bucket_and_back_to_nothing(account: Account) -> None:
+    ec2, iam, s3 = (account.client(service) for service in ("ec2", "iam", "s3"))
+    before = [bucket["Name"] for bucket in s3.list_buckets()["Buckets"]]
+    account.follow("export AWS_DEFAULT_REGION=us-west-2", "sed -i.unedited")
+    (bucket,) = {bucket["Name"] for bucket in s3.list_buckets()["Buckets"]} - set(before)
+    for role in ("qpruner-head", "qpruner-worker"):
+        policy = iam.get_role_policy(RoleName=role, PolicyName="bucket")["PolicyDocument"]
+        assert policy["Statement"][0]["Resource"] == [f"arn:aws:s3:::{bucket}", f"arn:aws:s3:::{bucket}/*"]
+
+    assert "None" not in (account.checkout / "aws_ids.sh").read_text(), "the CLI's word for what it did not find"
+    account.runs([sys.executable, "launch/check_cluster.py", "cluster.yaml"])
+    account.runs([sys.executable, "-c", START])
+    machines = [each for group in ec2.describe_instances()["Reservations"] for each in group["Instances"]]
+    tags = [{tag["Key"]: tag["Value"] for tag in machine["Tags"]} for machine in machines]
+    roles = {
+        tag["ray-user-node-type"]: machine["IamInstanceProfile"]["Arn"].rpartition("/")[2]
+        for tag, machine in zip(tags, machines, strict=True)
+    }
+    assert roles == {"head": "qpruner-head", "gpu_on_demand": "qpruner-worker", "gpu_spot": "qpruner-worker"}
+
+    ec2.terminate_instances(InstanceIds=[machine["InstanceId"] for machine in machines])
+    s3.put_object(Bucket=bucket, Key="runs/mine/run.json", Body=b"{}")
+    account.follow("source aws_ids.sh")
+    assert [each["Name"] for each in s3.list_buckets()["Buckets"]] == before
+    assert iam.list_roles()["Roles"] == [] and iam.list_instance_profiles()["InstanceProfiles"] == []
+    assert [each for each in ec2.describe_security_groups()["SecurityGroups"] if each["GroupName"] == "qpruner"] == []
+
+
+def test_results_in_a_bucket_are_fetched_and_the_rest_is_not(account: Account, tmp_path: Path) -> None:
+    for name in ("report.html", "records/prune.json", "final/adapter/weights", "bank/large", "records.txt"):
+        account.store.write(f"runs/mine/{name}", name.encode())
+    account.runs(["bash", "launch/fetch.sh", "cluster.yaml", account.store.uri("runs/mine"), str(tmp_path / "mine")])
+    here = {str(path.relative_to(tmp_path / "mine")) for path in (tmp_path / "mine").rglob("*") if path.is_file()}
+    assert here == {"report.html", "records/prune.json", "final/adapter/weights"}
