@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, Any
 
 from qpruner.config import RunConfig
 from qpruner.errors import CorruptFile
-from qpruner.mirror import FILES, FileList, fetch, put_folder, put_folders, workplace, written
+from qpruner.mirror import FILES, FileList, check, fetch, list_beside, put_folder, put_folders, workplace, written
 from qpruner.objects import is_mirror
 from qpruner.records import FreshScore, Inference, InferenceSetting, TaskScore
-from qpruner.rundir import folder_digests, read_json, remove, sign_seconds, write_json, write_sign
+from qpruner.rundir import folder_digests, remove, sign_seconds, write_json, write_sign
 from qpruner.trackers import Trackers
 
 if TYPE_CHECKING:
@@ -358,19 +358,15 @@ def is_damaged(checkpoint: Path) -> bool:
     if is_mirror(checkpoint):
         return False
     try:
-        saved = read_json(_list_of(checkpoint), FileList)
+        check(checkpoint)
     except CorruptFile:
         return True
-    return saved is not None and _digests(checkpoint) != saved.sha256
+    return False
 
 
 def _digests(checkpoint: Path) -> dict[str, str]:
     """Of what a fine-tune goes on with; random states are each worker's own, and may come after the first's list."""
     return {name: digest for name, digest in folder_digests(checkpoint).items() if not name.startswith("rng_state")}
-
-
-def _list_of(checkpoint: Path) -> Path:
-    return checkpoint.with_name(checkpoint.name + FILES)
 
 
 def _keep(checkpoint: Path, work: Path) -> None:
@@ -387,9 +383,9 @@ def _keep(checkpoint: Path, work: Path) -> None:
     share = Share.own()
     if checkpoint.parent == work:  # it lies there, and the one before it no longer does
         if share.rank == 0:
-            for old in set(work.glob(f"*{FILES}")) - {_list_of(checkpoint)}:
+            for old in set(work.glob(f"*{FILES}")) - {list_beside(checkpoint)}:
                 old.unlink()
-            write_json(_list_of(checkpoint), FileList(sha256=_digests(checkpoint)))
+            write_json(list_beside(checkpoint), FileList(sha256=_digests(checkpoint)))
         return
     if share.processes > 1:
         distributed.barrier()  # each has left its random state

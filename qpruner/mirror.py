@@ -1,7 +1,8 @@
-"""Folders of a run in an object store, and this machine's copies of them.
+"""Folders of a run and the lists that vouch for their files; this machine's copies of those in an object store.
 
 A store has no rename. A folder's files are put first and the list of their digests last, beside it: without the list
-there is no folder, and what is fetched is compared with it.
+there is no folder, and what is fetched is compared with it. A folder on disk that was `written` has the same list
+beside it, and each process compares it once, before it uses what lies there.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from qpruner.errors import CorruptFile
-from qpruner.objects import Objects, each, is_mirror, objects_at, scratch_of
+from qpruner.objects import Objects, each, is_mirror, name_of, objects_at, scratch_of, sha256_of
 from qpruner.patience import patiently
 
 FILES = ".files.json"
@@ -24,11 +25,15 @@ FILES = ".files.json"
 
 
 class FileList(BaseModel):
-    """A folder in an object store is what this says: sha256 of each file, by its name from there."""
+    """A folder is what this says: sha256 of each file, by its name from there."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     sha256: dict[str, str]
+
+
+_found_whole: dict[Path, FileList] = {}
+"""Folders on disk that this process wrote or has compared, with what their lists said."""
 
 
 def put_folder(folder: Path, target: Path) -> FileList:
@@ -40,7 +45,7 @@ def put_folder(folder: Path, target: Path) -> FileList:
     assert there is not None
     listed = list_of(there)
     patiently(listed.delete, target)
-    names = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+    names = _files_of(folder)
     digests = each(lambda name: patiently(lambda: (there / name).upload(folder / name), target / name), names)
     found = FileList(sha256=dict(zip(names, digests, strict=True)))
     patiently(lambda: listed.write(found.model_dump_json().encode()), target)
@@ -53,11 +58,14 @@ def put_folder(folder: Path, target: Path) -> FileList:
 def written(target: Path) -> Iterator[Path]:
     """A place on this machine to write the folder that is to lie at `target`.
 
-    In a folder that is the target itself. For an object store it is sent when it is done, if anything was written, and
-    stays as this machine's copy.
+    On disk that is the target itself; its list is made when it is done, while the files are still in memory. For an
+    object store it is sent then, if anything was written, and stays as this machine's copy.
     """
     if not is_mirror(target):
+        list_beside(target).unlink(missing_ok=True)
         yield target
+        if target.is_dir():
+            patiently(lambda: _list_files(target), target)
         return
     here = scratch_of(target)
     shutil.rmtree(here, ignore_errors=True)
@@ -72,14 +80,17 @@ def written(target: Path) -> Iterator[Path]:
 def fetch(folder: Path) -> Path:
     """Have a folder of a run on this machine, whole; returns its path, which stays what it was.
 
-    A folder of a run in a folder, or one that is of no run, is there already. Of an object store's, a machine has one
-    copy for all its processes, for as long as the list of its files is the same.
+    A folder of a run on disk is there already, and is compared with its list once a process; one without a list is
+    taken as it is. Of an object store's, a machine has one copy for all its processes, for as long as the list of its
+    files is the same.
 
     Raises:
-        CorruptFile: Naming the object that is missing or not as it was put.
+        CorruptFile: Naming the file or object that is missing or not as it was written.
     """
     there = objects_at(folder)
     if there is None:
+        if read_list(folder) != _found_whole.get(folder):
+            check(folder)
         return folder
     wanted = _listed(there, folder)
     with one_at_a_time(folder):
@@ -93,12 +104,43 @@ def fetch(folder: Path) -> Path:
             except FileNotFoundError:
                 return None
 
-        for name, found in zip(wanted.sha256, each(bring, list(wanted.sha256)), strict=True):
-            if found != wanted.sha256[name]:
-                state = "missing" if found is None else "damaged"
-                raise CorruptFile(f"{there / name} is {state}: its sha256 is not what {list_of(there)} says", folder)
+        _compare(wanted, each(bring, list(wanted.sha256)), folder)
         _keep(here, folder, wanted)
     return folder
+
+
+def check(folder: Path) -> None:
+    """Compare a folder with its list, if it has one, whatever this process knows of it; one at a URI is fetched.
+
+    Raises:
+        CorruptFile: Naming the file or object that is missing or not as it was written.
+    """
+    there = objects_at(folder)
+    if there:
+        if patiently(list_of(there).is_object, folder):
+            fetch(folder)
+    elif listed := read_list(folder):
+        _compare(listed, each(lambda name: _digest(folder / name), list(listed.sha256)), folder)
+        _found_whole[folder] = listed
+
+
+def read_list(folder: Path) -> FileList | None:
+    """The list beside a folder on disk, or of this machine's copy; None where there is none."""
+    listed = list_beside(folder)
+    try:
+        return FileList.model_validate_json(patiently(listed.read_bytes, listed))
+    except FileNotFoundError:
+        return None
+    except ValidationError as error:
+        raise CorruptFile(f"{listed} is damaged", listed) from error
+
+
+def adopt_list(scratch: Path, target: Path) -> None:
+    """Move the list of a folder that was just written to where the folder is now, which need not be read for it."""
+    listed = read_list(scratch)
+    if listed:
+        list_beside(scratch).rename(list_beside(target))
+        _found_whole[target] = listed
 
 
 def put_folders(parent: Path) -> list[Path]:
@@ -139,6 +181,11 @@ def list_of(there: Objects) -> Objects:
     return Objects(there.scheme, there.bucket, there.query, there.key + FILES)
 
 
+def list_beside(folder: Path) -> Path:
+    """The list of a folder on disk."""
+    return folder.with_name(folder.name + FILES)
+
+
 def _listed(there: Objects, folder: Path) -> FileList:
     """The list as it is in the store."""
     try:
@@ -152,7 +199,7 @@ def _listed(there: Objects, folder: Path) -> FileList:
 
 def _keep(here: Path, folder: Path, files: FileList) -> None:
     """Make a folder this machine's copy; the list goes first and comes last."""
-    mark = _mark_of(folder)
+    mark = list_beside(folder)
     mark.unlink(missing_ok=True)
     shutil.rmtree(folder, ignore_errors=True)
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -163,10 +210,34 @@ def _keep(here: Path, folder: Path, files: FileList) -> None:
 def _kept(folder: Path) -> FileList | None:
     """The list of this machine's copy."""
     try:
-        return FileList.model_validate_json(_mark_of(folder).read_bytes())
-    except (FileNotFoundError, ValidationError):
+        return read_list(folder)
+    except CorruptFile:
         return None
 
 
-def _mark_of(folder: Path) -> Path:
-    return folder.with_name(folder.name + FILES)
+def _files_of(folder: Path) -> list[str]:
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+
+
+def _list_files(folder: Path) -> None:
+    names = _files_of(folder)
+    digests = each(lambda name: sha256_of(folder / name), names)
+    listed = FileList(sha256=dict(zip(names, digests, strict=True)))
+    list_beside(folder).write_text(listed.model_dump_json(), encoding="utf-8")
+    _found_whole[folder] = listed
+
+
+def _digest(file: Path) -> str | None:
+    try:
+        return patiently(lambda: sha256_of(file), file)
+    except FileNotFoundError:
+        return None
+
+
+def _compare(wanted: FileList, found: list[str | None], folder: Path) -> None:
+    """Name the first file that is not as its list says."""
+    for (name, sha256), digest in zip(wanted.sha256.items(), found, strict=True):
+        if digest != sha256:
+            state = "missing" if digest is None else "damaged"
+            text = f"{name_of(folder / name)} is {state}: its sha256 is not what {name_of(list_beside(folder))} says"
+            raise CorruptFile(text, folder / name)

@@ -96,6 +96,12 @@ def scratch_of(path: Path) -> Path:
     return cache_root() / "scratch" / path.relative_to(cache_root() / "runs")
 
 
+def sha256_of(file: Path) -> str:
+    """Of a file of this machine, or of a folder that it sees."""
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
 def each(action: Callable[[Item], Result], items: list[Item]) -> list[Result]:
     """Do something for every object, several at once; results in order."""
     with ThreadPoolExecutor(CONCURRENT) as pool:

@@ -12,7 +12,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import functools
-import hashlib
 import json
 import os
 import shutil
@@ -25,8 +24,8 @@ from typing import TypeVar
 from pydantic import BaseModel, ValidationError
 
 from qpruner.errors import CorruptFile, StorageError, UserError
-from qpruner.mirror import FILES, emptied, list_of, put_folder
-from qpruner.objects import each, is_mirror, mirror_of, name_of, objects_at, scratch_of
+from qpruner.mirror import FILES, adopt_list, emptied, list_beside, list_of, put_folder
+from qpruner.objects import each, is_mirror, mirror_of, name_of, objects_at, scratch_of, sha256_of
 from qpruner.patience import patiently
 
 STATE, LOG, ID = "run.json", "qpruner.log", "run.id"
@@ -265,10 +264,7 @@ def exists(path: Path) -> bool:
 def file_digest(path: Path) -> str:
     """sha256 of a file as the storage has it, in hex; `FileNotFoundError` where there is none."""
     there = objects_at(path)
-    if there:
-        return patiently(there.digest, path)
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return patiently(there.digest, path) if there else sha256_of(path)
 
 
 def fetch_file(path: Path, to: Path) -> str:
@@ -335,6 +331,7 @@ def remove(path: Path) -> None:
         if not path.is_dir():
             path.unlink(missing_ok=True)
             return
+        list_beside(path).unlink(missing_ok=True)
         aside = path.with_name(f".{path.name}.doomed")
         shutil.rmtree(aside, ignore_errors=True)
         path.rename(aside)
@@ -352,6 +349,8 @@ def move(path: Path, target: Path) -> Path:
             patiently(lambda: list_of(there).move(list_of(to)), path)
         return target
     target.parent.mkdir(parents=True, exist_ok=True)
+    with contextlib.suppress(FileNotFoundError):
+        list_beside(path).rename(list_beside(target))
     return path.rename(target)
 
 
@@ -373,10 +372,11 @@ def publish_folder(scratch: Path, target: Path) -> None:
             _sync(path)
 
     def move() -> None:
+        list_beside(target).unlink(missing_ok=True)
         shutil.rmtree(target, ignore_errors=True)
         scratch.rename(target)
 
-    for step in (make_durable, move, lambda: _sync(target.parent)):
+    for step in (make_durable, move, lambda: adopt_list(scratch, target), lambda: _sync(target.parent)):
         patiently(step, target)
 
 

@@ -96,7 +96,7 @@ def validation_loss(job: CandidateJob, model: torch.nn.Module) -> float:
 def test_a_fine_tune_leaves_its_adapter_and_nothing_to_go_on_from(tuned: tuple[CandidateJob, FinetuneOutcome]) -> None:
     job, outcome = tuned
     assert (job.candidate.adapter / ADAPTER).is_file()
-    assert sorted(path.name for path in job.candidate.folder.iterdir()) == ["adapter", "progress"]
+    assert sorted(path.name for path in job.candidate.folder.iterdir()) == ["adapter", "adapter.files.json", "progress"]
     assert latest_checkpoint(job.candidate.folder / "checkpoints") is None
     assert outcome.steps == 4
     assert job.candidate.progress.read_text() == "4 4"
@@ -238,7 +238,7 @@ def test_a_fine_tuned_row_without_its_adapter_is_not_scored(
     damage(copied.candidate.adapter)
     with pytest.raises(CorruptFile) as caught:
         evaluate_candidate(copied)
-    assert caught.value.path == copied.candidate.adapter / ADAPTER
+    assert caught.value.path and caught.value.path.parent == copied.candidate.adapter
     assert str(caught.value.path) in str(caught.value)
 
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import raw_config, with_key
+from conftest import flip_a_byte, raw_config, with_key
 
 from qpruner.config import validate_config
 from qpruner.errors import StageError, UserError
@@ -77,10 +77,6 @@ def copy_of(root: Path, raw: dict[str, Any]) -> Path:
 # ---- damaged files
 
 DAMAGES = [
-    pytest.param("prune/model.safetensors", lambda path: os.truncate(path, 20_000), id="weights-truncated"),
-    pytest.param("prune/model.safetensors", lambda path: os.truncate(path, 0), id="weights-empty"),
-    pytest.param("prune/model.safetensors", Path.unlink, id="weights-missing"),
-    pytest.param("prune/config.json", lambda path: os.truncate(path, 40), id="config-truncated"),
     pytest.param("prepare/data/sensitivity", lambda path: os.truncate(next(path.glob("*.arrow")), 200), id="rows-cut"),
     pytest.param("prepare/data/sensitivity", shutil.rmtree, id="rows-missing"),
 ]
@@ -93,7 +89,7 @@ def test_a_damaged_file_is_named_and_the_remedy_heals(
     root = copy_of(pruned, tiny_raw)
     damage(root / file)
     error = failing(tiny_raw, "sensitivity")
-    assert error.stage == ("bank" if file.startswith("prune") else "sensitivity")
+    assert error.stage == "sensitivity"
     assert str(root / file) in error.cause
     # Repeating the command alone would meet the same file again.
     made_by = root / file.partition("/")[0]
@@ -106,16 +102,30 @@ def test_a_damaged_file_is_named_and_the_remedy_heals(
     assert results.sensitivity is not None
 
 
-def test_weights_that_are_damaged_after_the_bank_was_made_are_named_by_who_loads_them(
-    banked: Path, tiny_raw: dict[str, Any]
+@pytest.mark.parametrize(
+    ("file", "damage"),
+    [
+        pytest.param("prune/model.safetensors", flip_a_byte, id="weights-flipped"),
+        pytest.param("prune/model.safetensors", lambda path: os.truncate(path, 0), id="weights-empty"),
+        pytest.param("prune/model.safetensors", Path.unlink, id="weights-missing"),
+        pytest.param("prune/config.json", flip_a_byte, id="config-flipped"),
+        pytest.param("prune.files.json", flip_a_byte, id="list-flipped"),
+    ],
+)
+def test_a_damaged_model_is_named_and_set_aside_and_it_alone_is_made_again(
+    file: str, damage: Callable[[Path], object], banked: Path, tiny_raw: dict[str, Any]
 ) -> None:
     root = copy_of(banked, tiny_raw)
     weights = root / "prune" / "model.safetensors"
-    os.truncate(weights, 20_000)
-    error = failing(tiny_raw, "sensitivity")
-    assert error.stage == "sensitivity"
-    assert f"{weights} is missing or damaged" in error.cause
-    assert f"delete {root / 'prune'}" in error.remedy
+    whole = weights.read_bytes()
+    damage(root / file)
+    _, events = go(tiny_raw, "bank")
+    (told,) = [event.text for event in events if isinstance(event, Message) and "set aside" in event.text]
+    (aside,) = [path for path in (root / "damaged").iterdir() if path.is_dir()]
+    assert str(root / file) in told and str(aside) in told
+    assert names(events, StageFinished) == ["prune"]
+    assert weights.read_bytes() == whole
+    assert names(go(tiny_raw, "bank")[1], StageFinished) == [], "whole again"
 
 
 @pytest.mark.parametrize(

@@ -280,7 +280,7 @@ def test_an_object_that_is_not_as_it_was_put_is_named(
     store.damage(key_of(path)) if harm == "damaged" else remove(path)
     with pytest.raises(CorruptFile, match=f"{there.place}/prune/weights is {harm}") as caught:
         fetch(path.parent)
-    assert caught.value.path == path.parent
+    assert caught.value.path == path
     assert not path.parent.exists(), "nothing of it is taken for whole"
 
 

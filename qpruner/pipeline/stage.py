@@ -17,10 +17,11 @@ from qpruner.errors import CorruptFile, QprunerError, StageError, StorageError, 
 from qpruner.events import Emit, Message, StageFinished, StageSkipped, StageStarted
 from qpruner.execution.gpu_time import GpuTime
 from qpruner.memory import is_out_of_memory
+from qpruner.mirror import check
 from qpruner.objects import is_mirror, name_of
 from qpruner.patience import storage_error
 from qpruner.records import Record, digest_of
-from qpruner.rundir import RunDir
+from qpruner.rundir import RunDir, set_aside
 
 RecordType = TypeVar("RecordType", bound=Record)
 
@@ -91,7 +92,18 @@ def _recorded(run: RunDir, stage: Stage, kind: type[RecordType], emit: Emit) -> 
         return None
     if record is None or record.digest != stage.digest or not run.has_folder(stage.name):
         return None
-    return record
+    return record if _is_whole(run, stage.name, emit) else None
+
+
+def _is_whole(run: RunDir, name: str, emit: Emit) -> bool:
+    """Whether a recorded stage's folder is as its list says, if it has one; a damaged one is set aside."""
+    folder = run.stage(name)
+    try:
+        check(folder)
+    except CorruptFile as error:
+        emit(Message(name, f"warning: {error}; set aside in {set_aside(folder, run.root)}, the stage is run again"))
+        return False
+    return True
 
 
 @contextmanager

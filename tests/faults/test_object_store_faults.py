@@ -142,7 +142,7 @@ def test_of_a_bank_with_a_damaged_object_that_object_alone_is_built_again(
         assert f"[{stage}] already recorded" in said
 
 
-def test_damaged_weights_are_named_with_what_to_delete(
+def test_damaged_weights_are_named_and_set_aside_and_made_again(
     store: Store, taken_up: tuple[list[dict[str, Any]], dict[str, Any]], tiny_model: Path, tmp_path: Path
 ) -> None:
     store.copy(KILLED, "damaged/run", ("prepare", "prune", "records", "run.json"))
@@ -150,12 +150,10 @@ def test_damaged_weights_are_named_with_what_to_delete(
     config = config_at(store.uri("damaged/run"), tmp_path / "a", tiny_model)
     with driver(config, verb="bank") as process:
         code, said = process.end()
-    assert code == 1 and "s3://runs/damaged/run/prune/model.safetensors is damaged" in said
-    assert "delete s3://runs/damaged/run/records/prune.json, then repeat the command" in said
-    store.delete("damaged/run/records/prune.json")
-    with driver(config, verb="bank") as process:
-        code, said = process.end()
     assert code == 0 and "[prune] done" in said, said[-3000:]
+    assert "s3://runs/damaged/run/prune/model.safetensors is damaged" in said
+    (aside,) = [key for key in store.keys("damaged/run/damaged") if key.endswith("/model.safetensors")]
+    assert f"set aside in s3://runs/damaged/run/damaged/{aside.partition('/')[0]}" in said
     assert store.read("damaged/run/prune/model.safetensors") == store.read(f"{KILLED}/prune/model.safetensors")
 
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 import torch
-from conftest import raw_config, with_key
+from conftest import flip_a_byte, raw_config, with_key
 
 from qpruner.config import validate_config
 from qpruner.errors import StageError, UserError
@@ -424,6 +424,15 @@ def test_a_damaged_weight_is_told_with_its_name_and_what_to_do(raw: Raw, tiny_mo
         assert "model.layers.1.mlp.up_proj.weight is NaN or infinite" in str(caught.value)
         assert "take another copy" in str(caught.value)
     assert not (Path(raw["output"]) / "prune").exists()
+
+
+def test_no_process_begins_with_a_model_that_was_damaged_meanwhile(raw: Raw) -> None:
+    _, folder, _ = pruned(raw)
+    flip_a_byte(folder / "model.safetensors")
+    code = f"from pathlib import Path; from qpruner.mirror import fetch; fetch(Path({str(folder)!r}))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1
+    assert f"CorruptFile: {folder / 'model.safetensors'} is damaged" in done.stderr.replace("qpruner.errors.", "")
 
 
 # ---- the command
