@@ -17,6 +17,7 @@ from qpruner.config import RunConfig
 from qpruner.errors import CorruptFile
 from qpruner.mirror import FILES, FileList, check, fetch, list_beside, put_folder, put_folders, workplace, written
 from qpruner.objects import is_mirror
+from qpruner.patience import patiently
 from qpruner.records import FreshScore, Inference, InferenceSetting, TaskScore
 from qpruner.rundir import folder_digests, remove, sign_seconds, write_json, write_sign
 from qpruner.trackers import Trackers
@@ -147,7 +148,7 @@ def finetune_candidate(job: CandidateJob) -> FinetuneOutcome:
     fresh_loss = mean_loss(model, fresh, pad_id, config.evaluate.batch_size).mean
     if Share.own().rank == 0:
         with written(candidate.adapter) as folder:
-            model.save_pretrained(folder)
+            patiently(lambda: model.save_pretrained(folder), folder)
         remove(work)
     if is_mirror(work):
         shutil.rmtree(workplace(work), ignore_errors=True)

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from qpruner.config import DataSource
 from qpruner.errors import CorruptFile, UserError
 from qpruner.mirror import fetch, written
+from qpruner.patience import patiently
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -367,8 +368,9 @@ def save_encoded(rows: Sequence[Mapping[str, list[int]]], folder: Path) -> None:
     import datasets
 
     datasets.disable_progress_bars()
+    encoded = datasets.Dataset.from_list([dict(row) for row in rows])
     with written(folder) as here:
-        datasets.Dataset.from_list([dict(row) for row in rows]).save_to_disk(here)
+        patiently(lambda: encoded.save_to_disk(here), here)
 
 
 def load_confirmation(data: Path, part: Literal["choose", "judge"]) -> list[dict[str, list[int]]]:

@@ -27,6 +27,7 @@ from qpruner.calibration import Rows
 from qpruner.config import TrainingConfig
 from qpruner.data import IGNORED_LABEL, collate
 from qpruner.errors import TrainingDiverged
+from qpruner.patience import patiently
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -190,9 +191,15 @@ class _Batches(Sampler[list[int]]):
 
 
 class _Trainer(Trainer):  # type: ignore[misc]
-    """Trainer with micro-batches of our own."""
+    """Trainer with micro-batches of our own, whose checkpoints wait for room on the disk or for the storage."""
 
     batches: _Batches
+
+    def _save_checkpoint(self, *arguments: Any, **named: Any) -> None:
+        patiently(lambda: super(_Trainer, self)._save_checkpoint(*arguments, **named), Path(self.args.output_dir))
+
+    def store_flos(self) -> None:
+        """Not counted: the processes would have to wait for one another, and one that saves again for all others."""
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         return DataLoader(

@@ -32,6 +32,10 @@ AWAY = (
     errno.ECONNREFUSED,
     errno.ECONNRESET,
 )
+ON_DISK = (*FULL, errno.EIO, errno.EROFS, errno.ESTALE)
+"""What libraries that are no Python tell under types of their own; with other numbers they may speak of a hub."""
+TORCH_CANNOT_WRITE = "inline_container.cc"
+"""torch.save says no more than where in its own code a write came out short, as it does on a full disk (2.13)."""
 
 logger = logging.getLogger(__name__)
 
@@ -53,7 +57,7 @@ def patiently(action: Callable[[], Result], place: Path, seconds: float | None =
         started = time.monotonic()
         try:
             return action()
-        except OSError as error:
+        except Exception as error:
             trouble = storage_error(error, place)
             if trouble is None:
                 raise
@@ -66,20 +70,31 @@ def patiently(action: Callable[[], Result], place: Path, seconds: float | None =
         waited, pause = waited + pause, min(2 * pause, LONGEST_PAUSE)
 
 
-def storage_error(error: OSError, place: Path | None = None) -> StorageError | None:
+def storage_error(error: Exception, place: Path | None = None) -> StorageError | None:
     """An error of a storage that is full or away, with what to do about it; None for any other.
 
     Args:
         error: What was raised.
         place: What to name where the error names no file.
     """
-    # shutil and pyarrow put the number into the text only.
-    found = re.search(r"\[[Ee]rrno (\d+)\]", str(error))
-    number = error.errno or (int(found[1]) if found else 0)
-    name = error.filename or place
+    number, place = _number_of(error), getattr(error, "filename", None) or place
     if number in FULL:
-        return StorageError(f"no space left for {name or 'the disk'}", "make room, then repeat the command")
+        return StorageError(f"no space left for {place or 'the disk'}", "make room, then repeat the command")
     if number in AWAY:
-        cause = f"{name or 'the storage'} cannot be reached ({error.strerror or os.strerror(number)})"
+        reason = getattr(error, "strerror", None) or os.strerror(number)
+        cause = f"{place or 'the storage'} cannot be reached ({reason})"
         return StorageError(cause, "bring the storage back, then repeat the command")
     return None
+
+
+def _number_of(error: Exception) -> int:
+    """The system's number of an error; 0 where it tells none that speaks of storage."""
+    text = str(error)
+    if isinstance(error, OSError):
+        found = re.search(r"\[[Ee]rrno (\d+)\]", text)  # shutil and pyarrow put it into the text only
+        return error.errno or (int(found[1]) if found else 0)
+    if TORCH_CANNOT_WRITE in text:
+        return errno.ENOSPC
+    found = re.search(r"\(os error (\d+)\)", text)  # safetensors, tokenizers
+    number = int(found[1]) if found else 0
+    return number if number in ON_DISK else 0

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import json
+import logging
 import os
+import shutil
 import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -118,6 +120,25 @@ def disk_of(size: str, folder: Path) -> Iterator[Path]:
         yield folder
     finally:
         subprocess.run(["umount", "-l", folder], check=True)
+
+
+@contextmanager
+def full_until_noticed(disk: Path, leave: int = 0) -> Iterator[Path]:
+    """Fill a file system but for some bytes until something waits for room; hands out the file that does."""
+    filler = disk / "filler"
+
+    class MakeRoom(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            if "trying again" in record.getMessage():
+                filler.unlink(missing_ok=True)
+
+    filler.write_bytes(b"\0" * (shutil.disk_usage(disk).free - leave))
+    logger, handler = logging.getLogger("qpruner.patience"), MakeRoom()
+    logger.addHandler(handler)
+    try:
+        yield filler
+    finally:
+        logger.removeHandler(handler)
 
 
 def flip_a_byte(path: Path) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import DEMO_DATA, demo_rows, flip_a_byte, raw_config, with_key
+from conftest import DEMO_DATA, demo_rows, disk_of, flip_a_byte, full_until_noticed, raw_config, with_key
 from transformers import AutoConfig
 
 from qpruner.calibration import mean_loss
@@ -32,7 +32,7 @@ from qpruner.candidates import (
 )
 from qpruner.config import RunConfig, validate_config
 from qpruner.data import load_encoded, save_encoded, text_windows
-from qpruner.errors import CorruptFile
+from qpruner.errors import CorruptFile, StorageError
 from qpruner.evaluate import score_tasks
 from qpruner.models.layout import layout_of
 from qpruner.models.loading import load_dense, load_tokenizer
@@ -164,6 +164,35 @@ def test_a_checkpoint_that_is_not_as_it_was_saved_is_not_gone_on_from(tmp_path: 
     assert is_damaged(newest) and latest_checkpoint(tmp_path) == older
     (tmp_path / "checkpoint-10.files.json").write_text('{"sha256"')
     assert is_damaged(newest), "what vouches for it is damaged"
+
+
+def in_folder(job: CandidateJob, folder: Path) -> CandidateJob:
+    return replace(job, candidate=replace(job.candidate, folder=folder))
+
+
+def test_a_checkpoint_waits_for_room(tuned: tuple[CandidateJob, FinetuneOutcome], tmp_path: Path) -> None:
+    job, undisturbed = tuned
+    with disk_of("16m", tmp_path / "disk") as disk:
+        again = in_folder(job, disk / "searched")
+        again.candidate.folder.mkdir()
+        with full_until_noticed(disk) as filler:
+            outcome = finetune_candidate(again)
+            assert not filler.exists()
+        assert outcome.validation_loss == undisturbed.validation_loss
+
+
+def test_a_fine_tune_that_finds_no_room_says_so_and_goes_on_once_there_is(
+    tuned: tuple[CandidateJob, FinetuneOutcome], tmp_path: Path
+) -> None:
+    job, undisturbed = tuned
+    with disk_of("16m", tmp_path / "disk") as disk:
+        again = in_folder(job, disk / "searched")
+        again.candidate.folder.mkdir()
+        (disk / "filler").write_bytes(b"\0" * shutil.disk_usage(disk).free)
+        with pytest.raises(StorageError, match=r"no space left for .*\n.*make room, then repeat the command"):
+            finetune_candidate(again)
+        (disk / "filler").unlink()
+        assert finetune_candidate(again).validation_loss == undisturbed.validation_loss
 
 
 # Scoring

@@ -5,6 +5,7 @@ Nothing of qpruner is replaced here: files are cut short, a real file system is 
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import shutil
@@ -15,11 +16,11 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import flip_a_byte, raw_config, with_key
+from conftest import flip_a_byte, full_until_noticed, raw_config, with_key
 
 from qpruner.config import validate_config
 from qpruner.errors import StageError, UserError
-from qpruner.events import Event, Message, StageFinished, StageSkipped, StageStarted
+from qpruner.events import Event, Message, Progress, StageFinished, StageSkipped, StageStarted
 from qpruner.pipeline import run
 from qpruner.pipeline.stage import explained
 from qpruner.records import BankRecord, PrepareRecord, PruneRecord, Results, SensitivityRecord, TrialRecord
@@ -267,6 +268,25 @@ def test_a_disk_that_fills_up_in_a_stage_costs_that_stage_only(
     (disk / "filler").unlink()
     results, events = go(raw, "bank")
     assert names(events, StageSkipped) == earlier
+    undisturbed = RunDir(banked).read_record("bank", BankRecord)
+    assert results.bank and undisturbed and results.bank.files == undisturbed.files, "the same bank, bit for bit"
+
+
+@pytest.mark.parametrize("leave", [4096, 100_000])
+@pytest.mark.parametrize(("stage", "kind"), [("prepare", StageStarted), ("prune", StageStarted), ("bank", Progress)])
+def test_a_disk_that_is_full_for_a_while_costs_a_stage_nothing_but_the_wait(
+    stage: str, kind: type[Event], leave: int, disk: Path, banked: Path, tiny_raw: dict[str, Any]
+) -> None:
+    """The bank's first entry is built by then: a bank that has no room at all is refused with its size."""
+    with contextlib.ExitStack() as meanwhile:
+
+        def fill_once(event: Event) -> None:
+            if isinstance(event, kind) and event.stage == stage and not fillers:
+                fillers.append(meanwhile.enter_context(full_until_noticed(disk, leave)))
+
+        fillers: list[Path] = []
+        results, _ = go(with_key(tiny_raw, "output", str(disk / "run")), "bank", fill_once)
+        assert not fillers[0].exists(), "it was waited for"
     undisturbed = RunDir(banked).read_record("bank", BankRecord)
     assert results.bank and undisturbed and results.bank.files == undisturbed.files, "the same bank, bit for bit"
 

@@ -11,7 +11,11 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from conftest import disk_of
+import torch
+from conftest import disk_of, full_until_noticed
+from safetensors.torch import save_file
+from tokenizers import Tokenizer
+from tokenizers.models import BPE
 
 from qpruner.errors import StorageError
 from qpruner.patience import patiently, storage_error
@@ -97,6 +101,33 @@ def test_a_checkpoint_that_finds_no_room_is_known_for_what_it_is(disk: Path, tmp
     with full(disk), pytest.raises(StorageError, match="no space left") as caught:
         patiently(lambda: shutil.copytree(tmp_path / "checkpoint", disk / "copy", dirs_exist_ok=True), disk, seconds=0)
     assert isinstance(caught.value.__cause__, shutil.Error)
+
+
+def save_with_safetensors(path: Path) -> None:
+    save_file({"weight": torch.zeros(50_000)}, path)
+
+
+def save_with_torch(path: Path) -> None:
+    torch.save({"weight": torch.zeros(50_000)}, path)
+
+
+def save_with_tokenizers(path: Path) -> None:
+    Tokenizer(BPE(vocab={f"word {number}": number for number in range(10_000)}, merges=[])).save(str(path))
+
+
+@pytest.mark.parametrize("save", [save_with_safetensors, save_with_torch, save_with_tokenizers])
+@pytest.mark.parametrize("leave", [0, 8192])
+def test_libraries_that_tell_of_a_full_disk_in_their_own_words_are_waited_for(
+    save: Callable[[Path], None], leave: int, disk: Path
+) -> None:
+    path = disk / "saved"
+    with full_until_noticed(disk, leave) as filler:
+        patiently(lambda: save(path), path, seconds=2)
+        assert not filler.exists()
+    assert path.stat().st_size > 100_000
+    path.unlink()
+    with full(disk), pytest.raises(StorageError, match=rf"no space left for {path}\n.*make room"):
+        patiently(lambda: save(path), path, seconds=0)
 
 
 def test_another_mistake_is_not_waited_for(tmp_path: Path) -> None:

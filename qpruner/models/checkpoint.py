@@ -11,6 +11,7 @@ from safetensors import SafetensorError, safe_open
 
 from qpruner.errors import CorruptFile
 from qpruner.models.loading import OnLoading, check_source, load_dense, load_tokenizer, untold
+from qpruner.patience import patiently
 
 if TYPE_CHECKING:
     import torch
@@ -85,9 +86,10 @@ def _bar_telling(told: OnLoading) -> Any:
 
 
 def save_checkpoint(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Write weights (safetensors, shard by shard), config with `per_layer_config`, and tokenizer."""
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    """Write weights (safetensors, shard by shard), config with `per_layer_config`, and tokenizer; waits as `patiently`
+    does."""
+    patiently(lambda: model.save_pretrained(folder), folder)
+    patiently(lambda: tokenizer.save_pretrained(folder), folder)
 
 
 def dense_tensors(checkpoint: Path, wanted: Callable[[str], bool]) -> dict[str, torch.Tensor]:

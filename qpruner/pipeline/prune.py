@@ -16,6 +16,7 @@ from qpruner.execution.workshop import Bench
 from qpruner.mirror import fetch, written
 from qpruner.models.layout import num_layers
 from qpruner.models.structure import ATTENTION, EXPERT, MLP, family_of
+from qpruner.patience import patiently
 from qpruner.pipeline.compress import importance_samples, telling
 from qpruner.pipeline.context import Context
 from qpruner.pipeline.stage import Stage, run_stage
@@ -77,8 +78,9 @@ def cut_and_save(job: CutJob, bench: Bench, emit: Emit) -> dict[str, Any]:
     pruned, fields = cut_model(job.config, model, tokenizer, load_encoded(job.rows), emit)
     with written(job.scratch) as folder:
         save_checkpoint(pruned.model, tokenizer, folder)
-        save_importance(folder, pruned.scores, pruned.block_scores)
-        write_pictures(folder, PruneRecord(digest="", seconds=0.0, **fields), load_importance(folder))
+        patiently(lambda: save_importance(folder, pruned.scores, pruned.block_scores), folder)
+        told = PruneRecord(digest="", seconds=0.0, **fields)
+        patiently(lambda: write_pictures(folder, told, load_importance(folder)), folder)
     bench.keep(pruned.model)
     return fields
 

@@ -126,13 +126,9 @@ def explained(stage: str, root: Path | None = None) -> Iterator[None]:
         raise StageError(stage, error.cause, error.remedy) from error
     except QprunerError:
         raise
-    except OSError as error:
-        trouble = storage_error(error, root)
-        if trouble is None:
-            raise
-        raise StageError(stage, trouble.cause, trouble.remedy) from error
     except Exception as error:
-        cause = _known_cause(error, root)
+        trouble = storage_error(error, root)
+        cause = (trouble.cause, trouble.remedy) if trouble else _known_cause(error)
         if cause is None:
             raise
         raise StageError(stage, *cause) from error
@@ -158,14 +154,12 @@ def _mend(path: Path | None, root: Path | None) -> str:
     return f"delete {name_of(doomed)}, then repeat the command: what it held is made again"
 
 
-def _known_cause(error: Exception, root: Path | None) -> tuple[str, str] | None:
+def _known_cause(error: Exception) -> tuple[str, str] | None:
     """Cause and remedy of errors that libraries raise under types of their own."""
     text = str(error)
     if is_out_of_memory(error):
         remedy = "lower `training.micro_batch_size` or `data.max_length`, or set `training.gradient_checkpointing`"
         return f"out of memory ({text.splitlines()[0][:120] if text else 'MemoryError'})", remedy
-    if "No space left on device" in text:
-        return f"no space left for {root or 'the disk'}", "make room, then repeat the command"
     if type(error).__name__ == "SafetensorError":
         return f"a safetensors file is damaged ({text})", "delete the stage's folder, then repeat the command"
     return None

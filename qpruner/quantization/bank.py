@@ -25,6 +25,7 @@ from qpruner.mirror import fetch, one_at_a_time, workplace
 from qpruner.models.checkpoint import dense_tensors
 from qpruner.models.loading import device
 from qpruner.objects import cache_root, is_mirror, name_of
+from qpruner.patience import patiently
 from qpruner.plan import FULL_BITS
 from qpruner.quantization.loftq import loftq_start
 from qpruner.quantization.mixed import pack
@@ -122,10 +123,14 @@ def entry_file(bank: Path, group: str, bits: int) -> Path:
 
 
 def write_entry(bank: Path, group: str, bits: int, entry: Entry) -> Path:
-    """Write an entry's file; returns its path."""
+    """Write an entry's file; returns its path. Waits as `patiently` does."""
     path = entry_file(bank, group, bits)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    save_file(entry.tensors, path)
+
+    def write() -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file(entry.tensors, path)
+
+    patiently(write, path)
     return path
 
 

@@ -181,7 +181,7 @@ def diagnosis(error: Exception) -> tuple[Failure, str]:
         return "infeasible", f"out of memory: {line}"
     if isinstance(error, TrainingDiverged):
         return "diverged", line
-    trouble = storage_error(error) if isinstance(error, OSError) else None
+    trouble = storage_error(error)
     return ("storage", trouble.cause) if trouble else ("error", line)
 
 
