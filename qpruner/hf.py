@@ -37,6 +37,9 @@ def load(folder: Path, told: OnLoading = untold) -> Any:
     """
     from transformers import AutoModelForCausalLM
 
+    from qpruner.models import cpu
+
+    cpu.install()
     weights = weights_folder(folder)
     with tensors_told(told):
         model = AutoModelForCausalLM.from_pretrained(weights, use_safetensors=True).to(device())

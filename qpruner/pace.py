@@ -16,7 +16,7 @@ import torch
 
 from qpruner.config import RunConfig
 from qpruner.memory import release
-from qpruner.models import ragged
+from qpruner.models import cpu, ragged
 from qpruner.models.layout import group_linears
 from qpruner.models.loading import device
 from qpruner.plan import FULL_BITS
@@ -117,6 +117,7 @@ def _small_model(config: RunConfig, model_config: Any, num_blocks: int, bits: in
     from transformers import AutoModelForCausalLM
 
     ragged.install()
+    cpu.install()
     small = copy.deepcopy(model_config)
     first = (int(small.num_hidden_layers) - num_blocks) // 2
     ragged.keep_blocks(small, range(first, first + num_blocks))

@@ -123,7 +123,10 @@ def load_dense(source: str, dtype: str, model: ModelConfig | None = None, told: 
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, GgufConfig
 
+    from qpruner.models import cpu
+
     ragged.install()
+    cpu.install()
     options: dict[str, Any] = (
         {"quantization_config": GgufConfig(dequantize=True)} if source.endswith(".gguf") else {"use_safetensors": True}
     )

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from qpruner.config import LoraConfig
-from qpruner.models import ragged
+from qpruner.models import cpu, ragged
 from qpruner.models.checkpoint import dense_tensors
 from qpruner.models.layout import group_linears
 from qpruner.models.loading import device
@@ -52,6 +52,7 @@ def assemble(
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, GenerationConfig
 
     ragged.install()
+    cpu.install()
     config = AutoConfig.from_pretrained(checkpoint)
     linears = group_linears(config, group)
     bits = {path: bits_by_group[name] for name, paths in linears.items() for path in paths}
