@@ -119,10 +119,7 @@ def visit_gradients(
         for name, parameter in parameters.items():
             handles.append(parameter.register_post_accumulate_grad_hook(hook_for(name)))  # type: ignore[no-untyped-call]
         for batch in samples.batches(model.device):
-            logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False).logits
-            labels = batch["labels"].to(logits.device)
-            loss = token_losses(logits, labels).sum() / count_labels(labels)
-            loss.backward()  # type: ignore[no-untyped-call]
+            _backward(model, batch, lambda losses, counts: losses.sum() / counts.sum())
     finally:
         for handle in handles:
             handle.remove()
@@ -156,11 +153,12 @@ def visit_mask_gradients(
     def hook_for(name: str, dim: int) -> Callable[..., None]:
         def listen(module: torch.nn.Linear, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
             features = inputs[0] if dim == 1 else output
-            bias = module.bias if dim == 0 else None
+            # A hook that refers to its own tensor would keep it, and all behind it, until the cycle collector comes.
+            values, bias = features.detach(), module.bias if dim == 0 else None
 
             def on_gradient(gradient: torch.Tensor) -> None:
-                values = features.detach().float() if bias is None else features.detach().float() - bias.float()
-                by_sample = (values * gradient.float()).reshape(num_rows, -1, gradient.shape[-1]).sum(dim=1)
+                masked = values.float() if bias is None else values.float() - bias.float()
+                by_sample = (masked * gradient.float()).reshape(num_rows, -1, gradient.shape[-1]).sum(dim=1)
                 if not torch.isfinite(by_sample).all():
                     raise TrainingDiverged(f"the gradient at {name} is NaN or infinite on the calibration samples")
                 visit(name, by_sample)
@@ -173,10 +171,7 @@ def visit_mask_gradients(
     with _activation_gradients(model, hooks):
         for batch in samples.batches(model.device):
             num_rows = len(batch["input_ids"])
-            logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False).logits
-            labels = batch["labels"].to(logits.device)
-            counts = (labels[:, 1:] != IGNORED_LABEL).sum(dim=1)
-            (token_losses(logits, labels).sum(dim=1) / counts).sum().backward()  # type: ignore[no-untyped-call]
+            _backward(model, batch, lambda losses, counts: (losses.sum(dim=1) / counts).sum())
 
 
 def visit_linear_gradients(
@@ -213,8 +208,31 @@ def visit_linear_gradients(
     with _activation_gradients(model, [(linear, hook_for(name)) for name, linear in linears.items()]):
         for batch in samples.batches(model.device):
             num_rows = len(batch["input_ids"])
-            logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False).logits
-            token_losses(logits, batch["labels"].to(logits.device)).sum().backward()  # type: ignore[no-untyped-call]
+            _backward(model, batch, lambda losses, counts: losses.sum())
+
+
+def _backward(
+    model: PreTrainedModel,
+    batch: dict[str, torch.Tensor],
+    loss: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+) -> None:
+    """One pass forward and backward, of which nothing is left before the next begins.
+
+    Args:
+        model: The model.
+        batch: Rows, padded.
+        loss: From each token's loss ``(samples, seq - 1)`` and how many tokens of each sample are labelled.
+    """
+    losses = token_losses(_logits(model, batch), batch["labels"])
+    counts = _labels_by_sample(batch["labels"]).to(losses.device)
+    loss(losses, counts).backward()  # type: ignore[no-untyped-call]
+
+
+def _logits(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    logits: torch.Tensor = model(
+        input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False
+    ).logits
+    return logits
 
 
 @contextmanager
@@ -334,7 +352,7 @@ def visit_outputs(
     handles = [module.register_forward_hook(hook_for(name)) for name, module in modules.items()]
     try:
         for batch in batches(rows, batch_size, pad_id, model.device):
-            logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False).logits
+            logits = _logits(model, batch)
             predicting = torch.zeros_like(batch["labels"], dtype=torch.bool)
             predicting[:, :-1] = batch["labels"][:, 1:] != IGNORED_LABEL
             kept = {name: output[predicting].float().cpu() for name, output in outputs.items()}
@@ -365,10 +383,8 @@ def mean_loss(model: torch.nn.Module, rows: Rows, pad_id: int, batch_size: int) 
     sums: list[float] = []
     counts: list[int] = []
     for batch in batches([rows[index] for index in order], batch_size, pad_id, device):
-        logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False).logits
-        losses = token_losses(logits, batch["labels"])
-        sums.extend(losses.sum(dim=1).tolist())
-        counts.extend((batch["labels"][:, 1:] != IGNORED_LABEL).sum(dim=1).tolist())
+        sums.extend(token_losses(_logits(model, batch), batch["labels"]).sum(dim=1).tolist())
+        counts.extend(_labels_by_sample(batch["labels"]).tolist())
     model.train(was_training)
     total, tokens = sum(sums), sum(counts)
     mean = total / tokens
@@ -390,7 +406,7 @@ def token_losses(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     """
     flat = torch.nn.functional.cross_entropy(
         logits[:, :-1].reshape(-1, logits.shape[-1]).float(),
-        labels[:, 1:].reshape(-1),
+        labels[:, 1:].reshape(-1).to(logits.device),
         ignore_index=IGNORED_LABEL,
         reduction="none",
     )
@@ -399,4 +415,8 @@ def token_losses(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
 
 def count_labels(labels: torch.Tensor) -> int:
     """Tokens that are predicted in a batch of labels ``(batch, seq)``."""
-    return int((labels[:, 1:] != IGNORED_LABEL).sum())
+    return int(_labels_by_sample(labels).sum())
+
+
+def _labels_by_sample(labels: torch.Tensor) -> torch.Tensor:
+    return (labels[:, 1:] != IGNORED_LABEL).sum(dim=1)
