@@ -22,7 +22,7 @@ WORTH_WIDENING = 16
 @functools.cache
 def install() -> None:
     """Compute bfloat16 products in float32 in this process if its CPU can do no better; idempotent."""
-    if torch.backends.mkldnn.is_available() and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+    if torch.backends.mkldnn.is_available() and not torch.ops.mkldnn._is_mkldnn_bf16_supported():  # type: ignore[no-untyped-call]
         widen()
 
 
