@@ -29,6 +29,8 @@ DTYPE_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 GIB = 1024**3
 NEEDED_CAPABILITY = {4: (6, 0), 8: (7, 5)}
 """Compute capability that bitsandbytes' layers of so many bits need."""
+MOST_CHARACTERS_A_TOKEN = 8
+"""Text of more is long enough without being counted in tokens."""
 LONGEST_HEADING = 5
 """Words of a line that may stand in two texts."""
 
@@ -297,13 +299,10 @@ def _check_data(config: RunConfig, model_config: Any) -> tuple[dict[str, list[Ex
         load_token_ids(Path(config.calibration.token_ids), model_config.vocab_size)
     # Packed samples are counted in tokens, once they are encoded.
     counted = () if config.calibration.token_ids or config.calibration.packing else ("num_samples",)
-    for key in (*counted, "num_sensitivity_samples"):
-        wanted = getattr(config.calibration, key)
-        if len(examples["calibration"]) < wanted:
-            raise UserError(
-                f"`calibration.{key}` asks for {wanted} rows, but there are {len(examples['calibration'])}: ask for "
-                "fewer or give more data"
-            )
+    num_rows = len(examples["calibration"])
+    asked_rows = {key: getattr(config.calibration, key) for key in (*counted, "num_sensitivity_samples")}
+    if short := [f"`calibration.{key}` asks for {wanted}" for key, wanted in asked_rows.items() if wanted > num_rows]:
+        raise UserError(f"there are {num_rows} calibration rows, but {' and '.join(short)}: ask for fewer or give more")
     search, evaluate = config.search, config.evaluate
     asked = {
         "search": (search.tasks, search.limit, search.num_questions),
@@ -344,10 +343,17 @@ def _check_fresh_questions(questions: dict[str, list[str]], limit: int | None) -
 
 
 def _check_encoding(config: RunConfig, examples: dict[str, list[Example]]) -> None:
-    """Refuse a tokenizer that cannot write the rows; a .gguf file's takes 15 s to convert and is left to `prepare`."""
-    source = check_source(config.model)
+    """Refuse a tokenizer that cannot write the rows, and calibration text that is too short.
+
+    A .gguf file's tokenizer takes 15 s to convert: that is left to `prepare` unless the text may be too short.
+    """
+    source, calibration = check_source(config.model), config.calibration
+    is_packed = calibration.packing and not calibration.token_ids
     if source.endswith(".gguf"):
-        return
+        characters = sum(len(row.prompt) + len(row.context) + len(row.response) for row in examples["calibration"])
+        wanted = calibration.num_samples * calibration.max_length
+        if not is_packed or characters > MOST_CHARACTERS_A_TOKEN * wanted:
+            return
     try:
         tokenizer = load_tokenizer(source, config.model)
     except Exception as error:  # missing and broken tokenizer files raise many types
@@ -363,8 +369,7 @@ def _check_encoding(config: RunConfig, examples: dict[str, list[Example]]) -> No
             encode(sample, tokenizer, settings.max_length, settings.template, settings.response_only)
         except UserError:
             encode(rows, tokenizer, settings.max_length, settings.template, settings.response_only)
-    calibration = config.calibration
-    if calibration.packing and not calibration.token_ids:
+    if is_packed:
         rows = examples["calibration"]
         windows(rows, tokenizer, calibration.num_samples, calibration.max_length, settings.template)
 

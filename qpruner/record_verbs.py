@@ -82,8 +82,7 @@ def _search_lines(search: dict[str, Any] | None) -> list[str]:
     slots += f" ({search['waiting']} of them waiting for a machine)" if search["waiting"] else ""
     left = "" if search["seconds_left"] is None else f"; about {duration(search['seconds_left'])} left"
     lines = [f"trials: {search['trials']} of {search['max_trials']}: {counts}{slots}{left}"]
-    for name, key in (("best searched", "best"), ("best control", "best_control")):
-        best = search[key]
+    for name, best in (("best searched", search["best"]), (search["control_name"], search["best_control"])):
         if best:
             reached = f"{FIGURES[search['metric']]} {best[search['metric']]:.4f}"
             size = f"{best['bytes'] / 1e6:.1f} MB"
@@ -173,18 +172,35 @@ def plan(run: str | Path, index: int | None, as_json: bool) -> dict[str, Any]:
     """The winner's plan, or a trial's: YAML that `--plan` takes back."""
     looked = run_views.view(run)
     trial = run_views.winner(looked) if index is None else run_views.trial(looked, index)
+    budget, sizes = run_views.budget_bytes(looked), run_views.group_bytes(looked)
     if not as_json:
         size = f"{trial.plan_bytes / 1e6:.1f} MB, {trial.mean_bits:.2f} bits on average"
         click.echo(f"# trial {trial.index} ({trial.origin}) of {looked.run_dir.place}: {size}")
-        click.echo(yaml.safe_dump(trial.plan, sort_keys=False), nl=False)
+        if budget is not None:
+            left = (budget - trial.plan_bytes) / 1e6
+            click.echo(f"# {_budget_told(left)} the budget of {budget / 1e6:.2f} MB")
+        for group, bits in trial.plan.items():
+            click.echo(f"{yaml.safe_dump({group: bits}).strip()}{_sizes(group, sizes)}")
     return {
         "status": "ok",
         "trial": trial.index,
         "from": trial.origin,
         "bytes": trial.plan_bytes,
         "mean_bits": trial.mean_bits,
+        "budget_bytes": budget,
         "plan": trial.plan,
+        "group_bytes": sizes,
     }
+
+
+def _budget_told(left: float) -> str:
+    return f"{left:.2f} MB left of" if left >= 0 else f"{-left:.2f} MB above"
+
+
+def _sizes(group: str, sizes: dict[str, dict[str, int]]) -> str:
+    """What the group takes at each level, as a comment."""
+    told = ", ".join(f"{by_group[group] / 1e6:.2f} MB at {bits}" for bits, by_group in sizes.items())
+    return f"  # {told}" if told else ""
 
 
 def compare(runs: Sequence[str | Path], as_json: bool) -> dict[str, Any]:

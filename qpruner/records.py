@@ -108,6 +108,8 @@ class BankRecord(Record):
     bytes: int
     residual_ratio: dict[str, dict[str, float]]
     """bits -> group -> Frobenius norm of W - Q - BA over that of W - Q."""
+    group_bytes: dict[str, dict[str, int]] = {}
+    """bits -> group -> bytes of its packed weights, for all levels of the search."""
 
 
 class RungResult(BaseModel):
@@ -254,7 +256,7 @@ class Confirmation(FreshScore):
     control: bool
     """Whether the plan is a control of this search."""
     taken_over: bool
-    """Whether a search with another budget or searcher ran it."""
+    """Whether a search with another budget, searcher or plan ran it."""
 
 
 class FrontPoint(FreshScore):
@@ -282,7 +284,7 @@ class SearchRecord(Record):
     failures: dict[str, int] = {}
     """Failed trials by kind, as in `TrialRecord.failure`."""
     num_taken_over: int
-    """Trials that searches with another budget or searcher had left and this one started from."""
+    """Trials that searches with another budget, searcher or plan had left and this one started from."""
     ended: str
     """Why there were no more trials."""
     search_seconds: float

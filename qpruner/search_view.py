@@ -10,7 +10,7 @@ from rich.text import Text
 
 from qpruner import events
 from qpruner.records import SearchState, TrialRecord
-from qpruner.report.standing import FIGURES, Standing, bar, score, standing
+from qpruner.report.standing import FIGURES, Standing, bar, control_name, score, standing
 
 COLORS = {"4": "cyan", "8": "yellow", "F": "magenta"}
 MOST_ROWS = 20
@@ -80,8 +80,9 @@ def _counts(now: Standing, search: SearchState) -> Text:
 
 def _best(now: Standing, search: SearchState) -> list[Text]:
     lines = []
-    for name, trial in (("best so far", now.best), ("best control", now.best_control)):
+    for trial in (now.best, now.best_control):
         if trial:
+            name = control_name(trial) if trial.is_control else "best so far"
             reached = f"{FIGURES[search.metric]} {score(trial.rungs[-1], search.metric):.4f}"
             line = Text(
                 f"{name:<12}  {reached}, trial {trial.index} ({trial.origin}), {trial.plan_bytes / 1e6:.1f} MB  "

@@ -641,11 +641,11 @@ DATA = [
     ),
     refused(
         "calibration-rows", {"calibration.num_sensitivity_samples": 64}, "num_sensitivity_samples`", "64",
-        "there are 48", "ask for fewer or give more data"
+        "there are 48", "ask for fewer or give more"
     ),
     refused(
         "calibration-rows-of-importance", {"calibration.num_samples": 64, "calibration.packing": False},
-        "`calibration.num_samples`", "64", "there are 48", "ask for fewer or give more data"
+        "`calibration.num_samples`", "64", "there are 48", "ask for fewer or give more"
     ),
     refused(
         "calibration-text-too-short", {"calibration.packing": True, "calibration.num_samples": 4000},

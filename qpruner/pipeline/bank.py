@@ -55,14 +55,19 @@ def bank(context: Context, pruned: PruneRecord) -> BankRecord:
         sizes = files_in(scratch)
         for name in set(sizes) - {*files, store.INDEX}:  # at a URI those of an earlier bank lie here
             remove(scratch / name)
+        groups = context.layout.groups
         ratios: dict[str, dict[str, float]] = {}
         for bits in levels:
-            by_group = {group.name: store.entry_file(Path(), group.name, bits) for group in context.layout.groups}
+            by_group = {group.name: store.entry_file(Path(), group.name, bits) for group in groups}
             ratios[str(bits)] = {name: files[str(file)].residual_ratio for name, file in by_group.items()}
         return {
             "files": {name: entry.sha256 for name, entry in files.items()},
             "bytes": sum(sizes[name] for name in files),
             "residual_ratio": ratios,
+            "group_bytes": {
+                str(bits): dict(zip((group.name for group in groups), context.layout.group_bytes(bits), strict=True))
+                for bits in quantize.bits
+            },
         }
 
     def figures(record: BankRecord) -> str:

@@ -187,7 +187,9 @@ def _tell_recorded(context: Context, job: SearchJob) -> int:
         context.emit(Message("search", f"going on from {resumed} recorded trial(s)"))
     if len(recorded) > resumed:
         number = len(recorded) - resumed
-        context.emit(Message("search", f"starting from {number} trial(s) of a search with another budget or searcher"))
+        context.emit(
+            Message("search", f"starting from {number} trial(s) of a search with another budget, searcher or plan")
+        )
     return resumed
 
 

@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from qpruner.errors import UserError
-from qpruner.records import STAGES, EvalRecord, FinetuneRecord, RunState, SearchRecord, TrialRecord
-from qpruner.report.standing import Standing, bar, best_so_far, in_order_of_end, score, standing
+from qpruner.records import STAGES, BankRecord, EvalRecord, FinetuneRecord, RunState, SearchRecord, TrialRecord
+from qpruner.report.standing import Standing, bar, best_so_far, control_name, in_order_of_end, score, standing
 from qpruner.report.table import SEARCHED
 from qpruner.rundir import STATE, RunDir
 from qpruner.search.trial_records import read_pulse, read_trials
@@ -127,6 +127,7 @@ def _search_status(run: RunView) -> dict[str, Any] | None:
         "seconds_left": now.seconds_left if now.running else None,
         "best": trial_row(run, now.best) if now.best else None,
         "best_control": trial_row(run, now.best_control) if now.best_control else None,
+        "control_name": control_name(now.best_control) if now.best_control else None,
         "best_so_far": best_so_far(in_order_of_end(now.trials), search.metric),
         "winner": run.search.best_index if run.search else None,
     }
@@ -188,6 +189,17 @@ def trial(run: RunView, index: int) -> TrialRecord:
     return found
 
 
+def budget_bytes(run: RunView) -> int | None:
+    """What a plan of the latest search may take; None before there is one."""
+    return run.state.search.budget_bytes if run.state.search else None
+
+
+def group_bytes(run: RunView) -> dict[str, dict[str, int]]:
+    """bits -> group -> bytes; empty where there is no bank, or one of an older qpruner."""
+    banked = run.run_dir.read_record("bank", BankRecord)
+    return banked.group_bytes if banked else {}
+
+
 def summary(run: RunView) -> dict[str, Any]:
     """What stands beside other runs."""
     config, now, record = run.state.config, run.standing, run.search
@@ -197,7 +209,7 @@ def summary(run: RunView) -> dict[str, Any]:
         "model": config["model"]["source"],
         "searcher": config["search"]["searcher"],
         "metric": config["search"]["metric"],
-        "budget_bytes": run.state.search.budget_bytes if run.state.search else None,
+        "budget_bytes": budget_bytes(run),
         **{name: now.count(name) if now else 0 for name in ("finished", "stopped", "failed", "running")},
         "best_control": score(now.best_control.rungs[-1], config["search"]["metric"])
         if now and now.best_control

@@ -180,7 +180,8 @@ def search_text(search: SearchRecord) -> list[str]:
         + f". It ended because {search.ended}."
     )
     if search.num_taken_over:
-        told += f" It started from {search.num_taken_over} trial(s) that searches with another budget or searcher left."
+        others = "searches with another budget, searcher or plan"
+        told += f" It started from {search.num_taken_over} trial(s) that {others} left."
     if search.sessions > 1:
         told += f" Resumed: {search.sessions} sessions; the last began with {search.resumed} trial(s) recorded before."
     if search.failures:

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from qpruner.plan import PrecisionPlan
-from qpruner.records import RungResult, SearchState, TrialRecord
+from qpruner.records import GIVEN, RungResult, SearchState, TrialRecord
 
 FIGURES = {"loss": "validation loss", "accuracy": "accuracy"}
 
@@ -17,7 +17,7 @@ class Standing:
 
     Attributes:
         trials: Of this search, by number.
-        others: Trials that searches with another budget or searcher left in the same folder.
+        others: Trials that searches with another budget, searcher or plan left in the same folder.
         best: The finished trial with the best score that is no control; None before there is one.
         best_control: The finished control with the best score.
         seconds_left: An estimate from the mean time of the trials that are over; None before there is one.
@@ -78,6 +78,11 @@ def score(rung: RungResult, metric: str) -> float:
         return rung.loss
     assert rung.accuracy is not None, "a search by accuracy scores it at every rung"
     return rung.accuracy
+
+
+def control_name(control: TrialRecord) -> str:
+    """What the best control is called: a plan that the user gave stands for itself."""
+    return "given plan" if control.origin == GIVEN else "best control"
 
 
 def best_so_far(over: Sequence[TrialRecord], metric: str) -> list[float | None]:

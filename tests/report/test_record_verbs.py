@@ -18,7 +18,8 @@ from recorded_runs import DIGEST, GROUPS, recorded_run, trial, trials
 
 from qpruner.cli import main
 from qpruner.plan_file import read_plan
-from qpruner.records import TrialPulse, TrialRecord
+from qpruner.records import BankRecord, TrialPulse, TrialRecord
+from qpruner.rundir import RunDir
 from qpruner.search.trial_records import remedy_of, write_pulse, write_trial
 
 
@@ -129,6 +130,25 @@ def test_the_plan_that_is_printed_can_be_read_back(tmp_path: Path) -> None:
         assert read_plan(file, GROUPS, (4, 8)).as_dict() == trials()[2].plan
     file.write_text(qpruner("plan", run, "--trial", 0).stdout)
     assert set(read_plan(file, GROUPS, (4, 8)).bits) == {4}
+
+
+def test_a_plan_is_printed_with_what_each_group_takes_and_what_the_budget_has_left(tmp_path: Path) -> None:
+    run = recorded_run(tmp_path / "run", is_over=True)
+    sizes = {str(bits): dict.fromkeys(GROUPS, bits * 250_000) for bits in (4, 8)}
+    RunDir(run).write_record(
+        "bank", BankRecord(digest="d", seconds=1.0, files={}, bytes=1, residual_ratio={}, group_bytes=sizes)
+    )
+    lines = qpruner("plan", run).stdout.splitlines()
+    budget = told("plan", run)["budget_bytes"]
+    assert lines[1] == f"# {(budget - 32e6) / 1e6:.2f} MB left of the budget of {budget / 1e6:.2f} MB"
+    assert lines[2] == "layers.0: 8  # 1.00 MB at 4, 2.00 MB at 8"
+    assert told("plan", run)["group_bytes"] == sizes
+
+
+def test_a_given_plan_is_called_so(tmp_path: Path) -> None:
+    run = recorded_run(tmp_path / "run", is_over=True)
+    write_trial(RunDir(run).trials / DIGEST, trial(1, "884444", [3.3, 3.2, 3.0], origin="given"))
+    assert "given plan:    validation loss 3.0000, trial 1 (given)" in qpruner("status", run).stdout
 
 
 def test_compare_shows_results_side_by_side_and_the_settings_that_differ(tmp_path: Path) -> None:

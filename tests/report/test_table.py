@@ -568,7 +568,7 @@ def test_the_report_tells_how_search_and_pruning_ended(whole: Results) -> None:
     text = report(whole)
     assert "16 trials, 7 finished, 8 stopped early, 1 failed" in text
     assert "It ended because all 16 trials were spent (`search.max_trials`)." in text
-    assert "started from 5 trial(s) that searches with another budget or searcher left" in text
+    assert "started from 5 trial(s) that searches with another budget, searcher or plan left" in text
     assert "Resumed: 2 sessions; the last began with 3 trial(s) recorded before. Failed: 1 diverged (lower" in text
     assert "On fresh rows trial 11 (gp) was best, a searched plan." in text
     assert "| 2 | seed-kl, taken over | 2.1250 +- 0.0625 | - |" in text
