@@ -77,6 +77,24 @@ class StorageError(QprunerError):
         return (StorageError, (self.cause, self.remedy))
 
 
+class NodeDiffers(QprunerError):
+    """A node that joined the cluster later cannot be used for the run.
+
+    Attributes:
+        cause: Its name and what is different there, in one line.
+    """
+
+    def __init__(self, cause: str) -> None:
+        self.cause = cause
+        super().__init__(
+            f"{cause}\n  remedy: install the same there, with the same storage (`launch/up.sh`, or `launch/setup.sh`), "
+            "or take that node out of the cluster (`ray stop` on it), then repeat the command: it goes on"
+        )
+
+    def __reduce__(self) -> tuple[type[NodeDiffers], tuple[str]]:
+        return (NodeDiffers, (self.cause,))
+
+
 def note_defect(error: Exception, evidence: str = "what stands above") -> str:
     """Note on an error that nobody foresaw what to do about it, unless that is noted; returns the note.
 

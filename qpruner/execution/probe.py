@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,7 +13,7 @@ from qpruner.execution import testimony
 from qpruner.execution.cluster import first_line, size_of
 from qpruner.execution.slots import Node
 from qpruner.objects import is_mirror
-from qpruner.rundir import BANK_CACHE
+from qpruner.rundir import BANK_CACHE, ID, RunDir
 
 ANSWER_SECONDS = 120.0
 """A node starts a worker and answers within this time, or is named as silent; importing torch from a cold network file
@@ -113,14 +116,35 @@ def probe(storage: Path, driver: str, seconds: float = ANSWER_SECONDS) -> list[R
     return [_report(node, said[node["NodeID"]], node["NodeID"] not in staying) for node in nodes]
 
 
-def _ask(nodes: list[dict[str, Any]], storage: Path, driver: str) -> dict[str, Any]:
-    """The answers to come, by node."""
-    import ray
+def packed_check(run: RunDir) -> bytes:
+    """A pickled function that a worker calls before it reads anything of qpruner's: that may be another one on a node
+    that was not looked at. It raises a RuntimeError that names node and difference, see `testimony.check_like`."""
     from ray import cloudpickle
-    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    told = (testimony.versions(), str(run.root), run.place, ID, run.id, run.is_at_uri)
+    with _sent_whole():
+        packed: bytes = cloudpickle.dumps(functools.partial(testimony.check_like, *told))
+    return packed
+
+
+@contextmanager
+def _sent_whole() -> Iterator[None]:
+    """What is pickled meanwhile brings the module `testimony` along."""
+    from ray import cloudpickle
 
     cloudpickle.register_pickle_by_value(testimony)
     try:
+        yield
+    finally:
+        cloudpickle.unregister_pickle_by_value(testimony)
+
+
+def _ask(nodes: list[dict[str, Any]], storage: Path, driver: str) -> dict[str, Any]:
+    """The answers to come, by node."""
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    with _sent_whole():
         # A process of its own, which ends with what importing torch took of a GPU.
         task = ray.remote(num_cpus=0, max_calls=1, max_retries=1)(testimony.testify)
         asked = {}
@@ -131,8 +155,6 @@ def _ask(nodes: list[dict[str, Any]], storage: Path, driver: str) -> dict[str, A
                 str(storage), driver, node["NodeID"], BANK_CACHE, has_gpus, is_mirror(storage)
             )
         return asked
-    finally:
-        cloudpickle.unregister_pickle_by_value(testimony)
 
 
 def _facts(answer: dict[str, Any]) -> NodeFacts:

@@ -12,6 +12,7 @@ import importlib.util
 import os
 import platform
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,7 @@ def testify(storage: str, driver: str, me: str, cache: str, has_gpus: bool, is_a
     """
     return {
         "versions": versions(),
-        "storage": (_store_trouble if is_at_uri else _storage_trouble)(Path(storage), driver, me),
+        "storage": (_store_trouble if is_at_uri else _storage_trouble)(Path(storage), driver, driver, me),
         "cache": _cache(Path(os.environ[cache])) if cache in os.environ else None,
         "has_gpu_driver": any(Path(path).exists() for path in DRIVERS),
         **(_gpus() if has_gpus else {"gpus": [], "gpu_trouble": ""}),
@@ -53,6 +54,41 @@ def versions() -> dict[str, str]:
     return found
 
 
+def differing(theirs: Mapping[str, str], own: Mapping[str, str]) -> list[str]:
+    """Names of the packages that are others than the driver's."""
+    return [name for name in own if theirs[name] != own[name]]
+
+
+def differences(theirs: Mapping[str, str], own: Mapping[str, str]) -> str:
+    """What is other than the driver's, in words; nothing where all is alike."""
+    return ", ".join(f"{name} is {theirs[name]} there and {own[name]} here" for name in differing(theirs, own))
+
+
+def check_like(own: Mapping[str, str], storage: str, place: str, driver: str, text: str, is_at_uri: bool) -> None:
+    """Refuse to work on a machine that is not like the driver's.
+
+    Args:
+        own: The driver's versions.
+        storage: A folder in the run's storage.
+        place: As a person knows it.
+        driver: Name of a file that the driver keeps there.
+        text: What it says.
+        is_at_uri: Whether the storage is the mirror of an object store.
+
+    Raises:
+        RuntimeError: `NodeDiffers: `, the node's name and what differs.
+    """
+    import ray
+
+    trouble = differences(versions(), own)
+    if not trouble:  # else that qpruner cannot be asked
+        unseen = (_store_trouble if is_at_uri else _storage_trouble)(Path(storage), driver, text)
+        trouble = f"`output`: {place} {unseen}" if unseen else ""
+    if trouble:
+        address, node_id = ray.util.get_node_ip_address(), ray.get_runtime_context().get_node_id()
+        raise RuntimeError(f"NodeDiffers: {address} ({platform.node()}, {node_id[:8]}): {trouble}")
+
+
 def _code() -> str:
     """Digest of qpruner's own sources: two checkouts of one version may differ."""
     spec = importlib.util.find_spec("qpruner")
@@ -65,34 +101,36 @@ def _code() -> str:
     return digest.hexdigest()[:8]
 
 
-def _storage_trouble(folder: Path, driver: str, me: str) -> str:
+def _storage_trouble(folder: Path, driver: str, text: str, me: str | None = None) -> str:
     """Why the storage cannot be used from here; nothing where it can."""
     try:
-        if (folder / driver).read_text(encoding="utf-8") != driver:
+        if (folder / driver).read_text(encoding="utf-8") != text:
             return "does not show there what the driver wrote"
     except FileNotFoundError:
         return "is not shared with it: what the driver wrote is not there"
     except OSError as error:
         return f"cannot be read there ({error.strerror})"
     try:
-        (folder / me).write_text(me, encoding="utf-8")
+        if me:
+            (folder / me).write_text(me, encoding="utf-8")
     except OSError as error:
         return f"cannot be written there ({error.strerror})"
     return ""
 
 
-def _store_trouble(folder: Path, driver: str, me: str) -> str:
+def _store_trouble(folder: Path, driver: str, text: str, me: str | None = None) -> str:
     """Why the object store behind a folder cannot be used from here; nothing where it can."""
     try:
         from qpruner.objects import objects_at
 
         there = objects_at(folder)
-        if there is None or (there / driver).read().decode() != driver:
+        if there is None or (there / driver).read().decode() != text:
             return "does not show there what the driver wrote"
-        (there / me).write(me.encode())
+        if me:
+            (there / me).write(me.encode())
     except Exception as error:  # of another qpruner, or of none
-        text = str(error).strip().partition("\n")[0]
-        return f"cannot be used there ({type(error).__name__}: {text})"
+        line = str(error).strip().partition("\n")[0]
+        return f"cannot be used there ({type(error).__name__}: {line})"
     return ""
 
 

@@ -1,8 +1,7 @@
 """The cluster's nodes, looked at before anything expensive: one table of what they are, and an error that names each
 that the run could not use.
 
-Nodes that join later, as an autoscaler's do, are not looked at beforehand: what is wrong with those shows in their
-first piece of work.
+Nodes that join later, as an autoscaler's do, are compared where a trial begins (`execution.probe.packed_check`).
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from qpruner.config import RunConfig
 from qpruner.errors import UserError
 from qpruner.events import Message, TableMade
 from qpruner.execution.probe import Cache, Gpu, NodeFacts, Report, probe
-from qpruner.execution.testimony import versions
+from qpruner.execution.testimony import differences, differing, versions
 from qpruner.objects import CREDENTIALS, is_mirror, name_of
 from qpruner.pipeline.context import Context
 from qpruner.plan import FULL_BITS, Layout
@@ -134,13 +133,9 @@ def troubles(report: Report, needs: Needs, is_unseen: bool) -> dict[str, str]:
 
 
 def _other_versions(facts: NodeFacts, own: Mapping[str, str]) -> str:
-    differing = [f"{name} is {facts.versions[name]} there and {own[name]} here" for name in _differing(facts, own)]
+    found = differences(facts.versions, own)
     remedy = "install the same on every node (`launch/up.sh`, or `launch/setup.sh` there) and start Ray there again"
-    return f"{', '.join(differing)}; {remedy}" if differing else ""
-
-
-def _differing(facts: NodeFacts, own: Mapping[str, str]) -> list[str]:
-    return [name for name in own if facts.versions[name] != own[name]]
+    return f"{found}; {remedy}" if found else ""
 
 
 def _storage(facts: NodeFacts, storage: Path, is_unseen: bool) -> str:
@@ -195,9 +190,9 @@ def row(report: Report, needs: Needs, found: Mapping[str, str]) -> tuple[str, ..
     state = "left the cluster" if report.has_left else ", ".join(found) or "ok"
     if facts is None:
         return report.name, f"{size.cpus:g}", f"{size.gpus:g}", "", "", state
-    differing = ", ".join(f"{name} {facts.versions[name]}" for name in _differing(facts, needs.versions))
+    others = ", ".join(f"{name} {facts.versions[name]}" for name in differing(facts.versions, needs.versions))
     free = amount(facts.cache.free_bytes) if facts.cache else ""
-    return report.name, f"{size.cpus:g}", _gpu_text(size.gpus, facts.gpus), free, differing or "same", state
+    return report.name, f"{size.cpus:g}", _gpu_text(size.gpus, facts.gpus), free, others or "same", state
 
 
 def _gpu_text(counted: float, gpus: Sequence[Gpu]) -> str:

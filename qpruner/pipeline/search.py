@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from qpruner.candidates import Candidate, ConfirmationJob, confirm_trial
 from qpruner.errors import StageError
 from qpruner.events import Message, SearchPlanned
+from qpruner.execution.probe import packed_check
 from qpruner.execution.room import Room
 from qpruner.pipeline.context import Context
 from qpruner.pipeline.stage import Stage, run_stage
@@ -104,6 +105,7 @@ def search(context: Context, banked: BankRecord, measured: SensitivityRecord) ->
             digest=trials_digest,
             search=search_digest,
             resources=resources,
+            check_node=packed_check(context.run_dir),
         )
         context.join()
         room = Room(lambda: context.slots, resources, settings.max_concurrent, context.emit)

@@ -25,7 +25,7 @@ from collections.abc import Callable, Mapping
 import ray
 from ray import tune
 
-from qpruner.errors import StageError
+from qpruner.errors import NodeDiffers, StageError
 from qpruner.events import Emit, Message
 from qpruner.patience import patiently
 from qpruner.plan import PlanSpace
@@ -43,7 +43,7 @@ from qpruner.search.tune.halt import Halt
 from qpruner.search.tune.job import SearchJob, SearchOutcome
 from qpruner.search.tune.resume import take_up
 from qpruner.search.tune.trackers import tracker_callbacks
-from qpruner.search.tune.worker import run_recorded
+from qpruner.search.tune.worker import sent_whole
 from qpruner.trackers import Trackers
 
 __all__ = ["SearchJob", "SearchOutcome", "check_searcher", "make_proposer", "search"]
@@ -64,6 +64,7 @@ def search(job: SearchJob, room: Callable[[], int], emit: Emit, trackers: Tracke
 
     Raises:
         KeyboardInterrupt: On Ctrl-C; trials under way are recorded up to their last rung.
+        NodeDiffers: If a trial met a node that cannot be used; it goes on when the command is repeated.
         StageError: If trials failed for want of storage or for a damaged file; they are tried again when the command is
             repeated.
         StorageError: If the storage stays full or away.
@@ -85,6 +86,8 @@ def search(job: SearchJob, room: Callable[[], int], emit: Emit, trackers: Tracke
             ended = None
         if halt.interrupted:
             raise KeyboardInterrupt
+        if halt.differing:
+            raise NodeDiffers(halt.differing)
         outcome = _outcome(job, ended or "", sessions)
         if ended is not None and all(trial.is_over for trial in outcome.trials):
             return outcome
@@ -99,11 +102,11 @@ def _fit(job: SearchJob, room: Callable[[], int], emit: Emit, halt: Halt, tracke
     watch = HangWatch(job, searcher, emit)
     attempt = len(list(job.scratch.glob("search-*"))) if job.scratch.exists() else 0
     tuner = tune.Tuner(
-        tune.with_resources(tune.with_parameters(run_recorded, job=job), job.resources),
+        tune.with_resources(sent_whole(job), job.resources),
         tune_config=tune.TuneConfig(
             search_alg=searcher,
             scheduler=RecordedAsha(
-                job.config, job.space, [plan for _, plan in job.controls], recorded, searcher.is_recalled
+                job.config, job.space, [plan for _, plan in job.controls], recorded, searcher.is_recalled, halt.hear
             ),
             num_samples=-1,
             reuse_actors=True,

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from ray.tune.experiment import Trial
@@ -26,6 +28,7 @@ class RecordedAsha(ASHAScheduler):  # type: ignore[misc]
         controls: Plans that run to the last rung.
         recorded: The trials so far.
         is_recalled: Asked by Ray's id whether a trial that waits for a machine is not to start any more.
+        on_error: Told the text of every error of a trial, before the searcher hears that there was one.
     """
 
     def __init__(
@@ -35,6 +38,7 @@ class RecordedAsha(ASHAScheduler):  # type: ignore[misc]
         controls: Collection[PrecisionPlan],
         recorded: Sequence[TrialRecord],
         is_recalled: Callable[[str], bool],
+        on_error: Callable[[str], None] = lambda error: None,
     ) -> None:
         settings = config.search
         super().__init__(
@@ -45,7 +49,8 @@ class RecordedAsha(ASHAScheduler):  # type: ignore[misc]
             grace_period=settings.first_rung,
             reduction_factor=settings.reduction_factor,
         )
-        self._space, self._controls, self._is_recalled = space, frozenset(controls), is_recalled
+        self._space, self._controls = space, frozenset(controls)
+        self._is_recalled, self._on_error = is_recalled, on_error
         bracket = _LikeSizes(settings.first_rung, settings.steps, settings.reduction_factor, settings.pareto)
         self._brackets = [bracket]
         for record in recorded:
@@ -68,6 +73,12 @@ class RecordedAsha(ASHAScheduler):  # type: ignore[misc]
             if trial.status == Trial.PENDING and self._is_recalled(trial.trial_id):
                 tune_controller.stop_trial(trial)
         return super().choose_trial_to_run(tune_controller)
+
+    def on_trial_error(self, tune_controller: Any, trial: Any) -> None:
+        super().on_trial_error(tune_controller, trial)
+        # Tune keeps the text in this file alone; a machine that has no room for it has the trial fail as lost.
+        if trial.error_file and os.path.isfile(trial.error_file):
+            self._on_error(Path(trial.error_file).read_text(encoding="utf-8", errors="replace"))
 
     def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
         action: str = super().on_trial_result(tune_controller, trial, result)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import signal
 import threading
 from collections.abc import Iterator
@@ -13,6 +14,7 @@ from ray.tune.callback import Callback
 from ray.tune.experiment import Trial
 from ray.tune.stopper import Stopper
 
+from qpruner.errors import NodeDiffers
 from qpruner.events import Emit, Message
 from qpruner.search.tune.job import LivesInDriver
 
@@ -23,10 +25,12 @@ class Halt(LivesInDriver, Stopper, Callback):  # type: ignore[misc]
     Attributes:
         requested: Whether the search is to end.
         interrupted: Whether a person asked for it.
+        differing: A node that cannot be used, and why; None where there is none.
     """
 
     def __init__(self, emit: Emit) -> None:
         self.requested = self.interrupted = False
+        self.differing: str | None = None
         self._emit, self._told, self._num_running = emit, False, 0
 
     @contextmanager
@@ -44,6 +48,13 @@ class Halt(LivesInDriver, Stopper, Callback):  # type: ignore[misc]
     def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
         """Whether a trial that reported a rung is to stop there."""
         return self.requested
+
+    def hear(self, error: str) -> None:
+        """Take a trial's error; a node that cannot be used would meet one trial after the other with it."""
+        found = re.search(rf"^RuntimeError: {NodeDiffers.__name__}: (.+)$", error, re.MULTILINE)
+        if found and self.differing is None:
+            self.requested, self.differing = True, found[1]
+            self._emit(Message("search", f"warning: {found[1]}; running rungs finish, nothing new starts"))
 
     def stop_all(self) -> bool:
         """Whether nothing is left to wait for; trials that wait for a slot are not started any more."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,6 +37,8 @@ class SearchJob:
         digest: Of what a trial's result depends on.
         search: Digest of what the proposals depend on besides.
         resources: Ray resources of one trial.
+        check_node: A pickled function that raises where a trial would begin on a machine that cannot be used; it needs
+            nothing of qpruner.
     """
 
     config: RunConfig
@@ -50,6 +53,7 @@ class SearchJob:
     digest: str
     search: str
     resources: dict[str, float]
+    check_node: bytes = pickle.dumps(dict)
 
     def owns(self, record: TrialRecord) -> bool:
         """Whether a trial is of this search, not of one with another budget or searcher."""

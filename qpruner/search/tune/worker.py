@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import shutil
 import time
 import uuid
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
 import ray
-from ray import tune
+from ray import cloudpickle, tune
 
 from qpruner.config import RunConfig
 from qpruner.errors import CorruptFile, StorageError, TrainingDiverged
@@ -34,6 +36,22 @@ from qpruner.search.tune.job import METRIC, TIME, SearchJob, params_to_plan, sma
 from qpruner.search.tune.nodes import stays
 
 Failure = Literal["infeasible", "diverged", "storage", "damaged", "error"]
+
+
+def sent_whole(job: SearchJob) -> Callable[[dict[str, Any]], None]:
+    """What Tune sends to a worker: `run_recorded`, unpickled where the machine has been found to be like the driver's.
+
+    A nested function brings itself along; another qpruner there could not even read the job.
+    """
+    check, work = job.check_node, cloudpickle.dumps(functools.partial(run_recorded, job=job))
+
+    def run_where_alike(params: dict[str, Any]) -> None:
+        from ray import cloudpickle  # what this module's names stand for may differ there
+
+        cloudpickle.loads(check)()
+        cloudpickle.loads(work)(params)
+
+    return run_where_alike
 
 
 def run_recorded(params: dict[str, Any], job: SearchJob) -> None:

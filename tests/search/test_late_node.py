@@ -1,0 +1,127 @@
+"""A node that joins while a search runs, and is not like the driver's: a second raylet with packages or mounts of its
+own. Its trial is not held against anybody, and the error names it."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from raylets import Raylets, raylets
+from test_search_stage import job_of
+
+from qpruner.errors import NodeDiffers
+from qpruner.events import Event, Message
+from qpruner.execution.cluster import connect, disconnect
+from qpruner.execution.probe import packed_check
+from qpruner.records import RungResult
+from qpruner.rundir import RunDir
+from qpruner.search.trial_job import Progress, Report, TrialJob
+from qpruner.search.trial_records import read_trials
+from qpruner.search.tune import SearchJob, search
+
+pytestmark = pytest.mark.slow
+CLONE_NEWNS = 0x20000
+
+
+@pytest.fixture
+def cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Raylets]:
+    """A head and one node; this process has joined them from a folder without qpruner, which workers search first."""
+    monkeypatch.chdir(tmp_path)
+    with raylets(1) as found:
+        found.cluster._shutdown_at_exit = False  # by a handler of signals, which only the main thread may set
+        connect(found.address)
+        yield found
+        disconnect()
+
+
+def with_another_peft(cluster: Raylets, folder: Path) -> Any:
+    """Add a node on which peft is an older one."""
+    old = folder / "old" / "peft-0.1.0.dist-info"
+    old.mkdir(parents=True)
+    (old / "METADATA").write_text("Metadata-Version: 2.1\nName: peft\nVersion: 0.1.0\n")
+    return cluster.add(env_vars={"PYTHONPATH": os.pathsep.join([str(old.parent), *sys.path])})
+
+
+def with_a_folder_of_its_own(cluster: Raylets, folder: Path) -> Any:
+    """Add a node that has another file system where the run lies."""
+    libc = ctypes.CDLL(None, use_errno=True)
+
+    def start() -> Any:
+        # Mounts belong to a thread, and to what it starts.
+        if libc.unshare(CLONE_NEWNS):
+            pytest.skip(f"mounting is not permitted here: {os.strerror(ctypes.get_errno())}")
+        subprocess.run(["bash", "-ec", f"mount --make-rprivate /; mount -t tmpfs apart {folder / 'run'}"], check=True)
+        return cluster.add()
+
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(start).result()
+
+
+def standing_in(folder: Path) -> Callable[..., None]:
+    """A trial that says that it has begun, and ends when it may."""
+
+    def trial(job: TrialJob, start: Path | None, report: Report, progress: Progress) -> None:
+        (folder / "run" / f"began-{time.monotonic_ns()}").touch()
+        deadline = time.monotonic() + 120
+        while not (folder / "run" / "go").exists():
+            assert time.monotonic() < deadline, "nobody says go"
+            time.sleep(0.05)
+        checkpoint = folder / "run" / f"made-{time.monotonic_ns()}"
+        checkpoint.mkdir()
+        report(RungResult(step=job.config.search.steps, loss=3.0), checkpoint)
+
+    return trial
+
+
+def job_with_two_in_flight(folder: Path) -> SearchJob:
+    job = job_of(folder, max_trials=2, searcher="random")
+    run = RunDir(folder / "run")
+    return replace(job, trials=run.trials, trial=standing_in(folder), check_node=packed_check(run))
+
+
+@pytest.mark.parametrize(
+    ("join", "what"),
+    [
+        (with_another_peft, "peft is 0.1.0 there and "),
+        (with_a_folder_of_its_own, "`output`: {run} is not shared with it"),
+    ],
+)
+def test_a_node_that_joins_late_and_differs_is_named_and_takes_no_retry(
+    join: Callable[[Raylets, Path], Any], what: str, cluster: Raylets, tmp_path: Path
+) -> None:
+    job = job_with_two_in_flight(tmp_path)
+    run, late = tmp_path / "run", []
+
+    def join_once_the_first_has_begun() -> None:
+        while not list(run.glob("began-*")):
+            time.sleep(0.1)
+        late.append(join(cluster, tmp_path))
+
+    def tell(event: Event) -> None:
+        if isinstance(event, Message) and "nothing new starts" in event.text:
+            (run / "go").touch()
+
+    joining = threading.Thread(target=join_once_the_first_has_begun, daemon=True)
+    joining.start()
+    with pytest.raises(NodeDiffers) as caught:
+        search(job, lambda: 2, tell)
+    joining.join()
+    assert what.format(run=run) in caught.value.cause and f"{late[0].node_id[:8]})" in caught.value.cause
+    assert "repeat the command" in str(caught.value)
+    first, second = read_trials(job.trials)
+    assert first.status == "finished"
+    assert (second.status, second.kills, second.failure, second.worker) == ("running", 0, None, None)
+
+    cluster.kill_machine(late[0])
+    outcome = search(job, lambda: 1, tell)
+    assert [(trial.status, trial.kills) for trial in outcome.trials] == [("finished", 0)] * 2
