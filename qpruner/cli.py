@@ -7,6 +7,7 @@ Heavy imports stay inside the verbs, so that `qpruner --help` answers at once.
 from __future__ import annotations
 
 import json
+import os
 import shlex
 import sys
 import traceback
@@ -77,6 +78,9 @@ def _show_version(ctx: click.Context, _: click.Parameter, is_asked: bool) -> Non
 )
 def main() -> None:
     """Make a large language model fit the memory you have, at the least loss."""
+    # torch's threads wait for one another spinning. Beside another busy process that doubled a training step on two
+    # cores (2026-11-26: 16 s, else 7); they sleep after so many turns. Read when torch is loaded.
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 
 def _options(function: Callable[..., None]) -> Callable[..., None]:
