@@ -322,8 +322,8 @@ def _evaluate_jobs(context: Context, jobs: list[Candidate], text: Path | None) -
 
 
 def _scores_line(scores: tuple[TaskScore, ...]) -> str:
-    """`task 0.650 +- 0.048` for every task."""
-    return ", ".join(f"{score.task} {score.value:.3f} +- {score.stderr:.3f}" for score in scores)
+    """`task 0.650 (se 0.048)` for every task."""
+    return ", ".join(f"{score.task} {score.value:.3f} (se {score.stderr:.3f})" for score in scores)
 
 
 def _layout_of(context: Context, job: Candidate) -> Layout:

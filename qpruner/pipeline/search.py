@@ -267,8 +267,8 @@ def _confirm(context: Context, finalists: Sequence[TrialRecord], job: SearchJob)
             **score.model_dump(),
         )
     for _, each in sorted(found.items()):
-        text = f"confirmation: trial {each.index} ({each.origin}) loss {each.loss:.4f} +- {each.stderr:.4f}"
-        accuracy = "" if each.accuracy is None else f", accuracy {each.accuracy:.3f} +- {each.accuracy_stderr:.3f}"
+        text = f"confirmation: trial {each.index} ({each.origin}) loss {each.loss:.4f} (se {each.stderr:.4f})"
+        accuracy = "" if each.accuracy is None else f", accuracy {each.accuracy:.3f} (se {each.accuracy_stderr:.3f})"
         context.emit(Message("search", text + accuracy))
     return [found[position] for position in sorted(found)]
 

@@ -45,8 +45,8 @@ NUM_QUALITY = HEADINGS.index("inference memory")
 LEGEND = (
     "Bytes are the packed tensors, scales, unquantized rest and adapters; mean bits are over the grouped weights; peak "
     "memory is that of the fine-tune, in a process of its own. Every row had the same fine-tune. A row with several "
-    "training seeds (data order and dropout; adapter starts are the same) shows means and, after +-, their standard "
-    "deviation over seeds, the random row over its plans too; q is the standard error of an accuracy over questions. "
+    "training seeds (data order and dropout; adapter starts are the same) shows means and, after ±, their standard "
+    "deviation over seeds, the random row over its plans too; se is the standard error of an accuracy over questions. "
     "In the claim an interval is the widest of Student's over seeds, Student's over random plans and the paired one "
     "over questions, each at 95 % by itself. The confirmation loss is on the half of the confirmation rows that chose "
     "nothing; the other half chose the winner and the best seed. The test questions have chosen nothing."
@@ -85,7 +85,7 @@ def cells(row: Row) -> tuple[str, ...]:
         f"{row.peak_memory_bytes / 1e6:.0f} MB",
         _figure(row.validation_loss, row.validation_loss_spread),
         _figure(row.confirmation_loss, row.confirmation_loss_spread),
-        f"{_figure(row.accuracy, row.accuracy_spread, 3)} (q {row.accuracy_stderr:.3f})",
+        f"{_figure(row.accuracy, row.accuracy_spread, 3)} (se {row.accuracy_stderr:.3f})",
         "-" if row.answer_loss is None else _figure(row.answer_loss, row.answer_loss_spread),
         "-" if row.perplexity is None else _figure(row.perplexity, row.perplexity_spread, 2),
         "-" if row.inference_memory_bytes is None else f"{row.inference_memory_bytes / 1e6:.0f} MB",
@@ -137,7 +137,7 @@ def _turns(figures: tuple[float, float, float] | None) -> str:
 
 
 def _figure(value: float, spread: float | None, digits: int = 4) -> str:
-    return f"{value:.{digits}f}" + (f" +- {spread:.{digits}f}" if spread is not None else "")
+    return f"{value:.{digits}f}" + (f" ± {spread:.{digits}f}" if spread is not None else "")
 
 
 def layer_cells(layer: LayerWidths) -> tuple[str, ...]:
@@ -314,12 +314,12 @@ def task_scores(scores: tuple[TaskScore, ...]) -> str:
 
 
 def _stderr(score: TaskScore) -> str:
-    return "" if math.isnan(score.stderr) else f" +- {score.stderr:.3f}"
+    return "" if math.isnan(score.stderr) else f" (se {score.stderr:.3f})"
 
 
 def _fresh(score: FreshScore) -> tuple[str, str]:
-    accuracy = "-" if score.accuracy is None else f"{score.accuracy:.3f} +- {score.accuracy_stderr:.3f}"
-    return f"{score.loss:.4f} +- {score.stderr:.4f}", accuracy
+    accuracy = "-" if score.accuracy is None else f"{score.accuracy:.3f} (se {score.accuracy_stderr:.3f})"
+    return f"{score.loss:.4f} (se {score.stderr:.4f})", accuracy
 
 
 def _correlation(method: MethodScores, effects: MarginalEffects | str) -> str:

@@ -12,6 +12,7 @@ from qpruner.records import CandidateRecord, Results, RowScores, SearchRecord, S
 from qpruner.search.random_plans import SAME_BYTES
 
 BASE, PRUNED, BEST_SEED, RANDOM, SEARCHED = "base", "pruned", "best seed", "random", "searched"
+RIVALS = {BEST_SEED: "the best seed", RANDOM: "random plans of equal bytes"}
 MUTUAL_INFORMATION = "mutual_information"
 Z_95 = 1.96
 SAME = "not distinguishable"
@@ -138,7 +139,8 @@ def claim(results: Results) -> str:
     found = comparisons(results)
     if not found:
         return "No claim: there is no row to compare the searched plan with; set `finetune.compare`."
-    return "\n".join([_winner(results.search, _by_name(results)[SEARCHED][0]), *map(_stated, found)])
+    lead = f"{_winner(results.search, _by_name(results)[SEARCHED][0])}{_in_words(found)}"
+    return "\n".join([lead, *map(_stated, found)])
 
 
 def _by_name(results: Results) -> dict[str, list[CandidateRecord]]:
@@ -243,8 +245,25 @@ def _means(values: Sequence[float], keys: Sequence[object]) -> list[float]:
     return [statistics.fmean(each) for each in grouped.values()]
 
 
+def _in_words(found: Sequence[Comparison]) -> str:
+    """The verdicts as a sentence; nothing where there are none."""
+    parts = []
+    for each in (each for each in found if each.differences):
+        by_verdict = {
+            verdict: " and ".join(one.measure for one in each.differences if one.verdict == verdict)
+            for verdict in ("better", "worse")
+        }
+        told = [
+            f"is {verdict} than {RIVALS[each.other]} in {measures}"
+            for verdict, measures in by_verdict.items()
+            if measures
+        ]
+        parts.append(" and ".join(told) or f"cannot be told from {RIVALS[each.other]}")
+    return f" It {'; it '.join(parts)}." if parts else ""
+
+
 def _stated(found: Comparison) -> str:
-    named = {BEST_SEED: "the best seed", RANDOM: "random plans of equal bytes"}[found.other]
+    named = RIVALS[found.other]
     if found.more_bytes is None:
         return f"- Against {named}: no claim, {found.no_claim}."
     against = f"- Against {named} ({found.origin}, {found.more_bytes:+.2%} bytes)"
@@ -259,7 +278,7 @@ def _told(found: Difference) -> str:
     unit = "" if found.measure == ACCURACY else " nats"
     about = []
     if found.spread is not None:
-        about.append(f"+- {found.spread:.4f} over seeds")
+        about.append(f"± {found.spread:.4f} over seeds")
     if found.num_questions:
         about.append(f"{found.num_questions} questions")
     low_high = "no interval"

@@ -283,8 +283,11 @@ def test_inside_the_spread_of_three_seeds_nothing_is_distinguishable(widths: flo
     assert difference(results, "confirmation loss", other).verdict == verdict
     line = line_about(results, other)
     assert ", 3 training seeds, paired: " in line
-    assert f"confirmation loss {widths * half_width:+.4f} nats (+- 0.0200 over seeds" in line
+    assert f"confirmation loss {widths * half_width:+.4f} nats (± 0.0200 over seeds" in line
     assert line.endswith(f"), {verdict}.")
+    rival = "the best seed" if other == BEST_SEED else "random plans of equal bytes"
+    told = f"cannot be told from {rival}" if verdict == SAME else f"is {verdict} than {rival} in confirmation loss"
+    assert claim(results).splitlines()[0].endswith(f" It {told}."), "in words before the figures"
 
 
 def test_an_accuracy_is_better_when_larger_and_a_loss_when_smaller() -> None:
@@ -497,15 +500,15 @@ def test_the_report_holds_every_row_the_claim_and_the_configuration(whole: Resul
     for row in rows(whole):
         assert "| " + " | ".join(cells(row)) + " |" in lines
     assert "| searched | gp, trial 11 | 0-1 | " in text
-    assert "| 2.2500 +- 0.1768 | 2.5000 +- 0.7071 | " in text
+    assert "| 2.2500 ± 0.1768 | 2.5000 ± 0.7071 | " in text
     assert f"\n\n{claim(whole)}\n\n" in text
     assert f"```yaml\n{config}```" in text
     assert "- python: 3.11.9" in lines and "- torch: 2.13.0" in lines
     steps = lines[lines.index("## Step by step") :]
-    scored = "arc acc 0.100 +- 0.043 (50 questions), piqa acc 0.150 +- 0.057 (40 questions)"
+    scored = "arc acc 0.100 (se 0.043) (50 questions), piqa acc 0.150 (se 0.057) (40 questions)"
     assert [line for line in steps[:9] if line.startswith("- ")] == [
         *(f"- {name} (no fine-tune): {scored}" for name in UNTUNED),
-        "- searched, training seed 0: arc acc 0.340 +- 0.068 (50 questions), arc acc 0.750 +- 0.069 (40 questions)",
+        "- searched, training seed 0: arc acc 0.340 (se 0.068) (50 questions), arc acc 0.750 (se 0.069) (40 questions)",
     ]
 
 
@@ -571,8 +574,8 @@ def test_the_report_tells_how_search_and_pruning_ended(whole: Results) -> None:
     assert "started from 5 trial(s) that searches with another budget, searcher or plan left" in text
     assert "Resumed: 2 sessions; the last began with 3 trial(s) recorded before. Failed: 1 diverged (lower" in text
     assert "On fresh rows trial 11 (gp) was best, a searched plan." in text
-    assert "| 2 | seed-kl, taken over | 2.1250 +- 0.0625 | - |" in text
-    assert "| 11 | gp | 2.0625 +- 0.0312 | - |" in text
+    assert "| 2 | seed-kl, taken over | 2.1250 (se 0.0625) | - |" in text
+    assert "| 11 | gp | 2.0625 (se 0.0312) | - |" in text
     assert "none of fewer or equal bytes" not in text, "there is no front"
     assert "target 20.00% of all parameters, achieved 19.84%" in text
     assert "150,000,000 -> 120,240,000 parameters, 300.0 -> 240.5 MB" in text
@@ -594,8 +597,8 @@ def test_the_report_shows_a_front() -> None:
         ),
     )
     text = report(results_of(searched_row([1.0]), front=front))
-    assert "| 4 | gp | 9.0 MB | 48 | 2.5000 +- 0.2500 | - |" in text
-    assert "| 7 | gp | 9.9 MB | 84 | 2.2500 +- 0.2500 | 0.500 +- 0.100 |" in text
+    assert "| 4 | gp | 9.0 MB | 48 | 2.5000 (se 0.2500) | - |" in text
+    assert "| 7 | gp | 9.9 MB | 84 | 2.2500 (se 0.2500) | 0.500 (se 0.100) |" in text
 
 
 def test_the_report_shows_sensitivities_beside_what_trials_show(whole: Results) -> None:

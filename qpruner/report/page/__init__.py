@@ -57,6 +57,7 @@ def render(run: Snapshot, charts: Sequence[Chart], config: str) -> str:
         config: The configuration as YAML.
     """
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True)
+    environment.filters["code"] = _code
     template = environment.from_string(_own("template.html"))
     there = {
         "plan": run.best_plan,
@@ -131,7 +132,15 @@ def _tables(run: Snapshot) -> dict[str, Any]:
 
 def _unbroken(cell: str) -> str:
     """A figure whose unit or spread does not go to another line."""
-    return re.sub(r" (?=MB?$)|(?<=\+-) |(?<=\(q) ", "\u00a0", cell).replace("+-", "±")
+    return re.sub(r" (?=MB?$)|(?<=±) |(?<=\(se) ", "\u00a0", cell)
+
+
+def _code(text: str) -> Markup:
+    """A text whose words in backticks are shown as code."""
+    parts = text.split("`")
+    return Markup("").join(
+        Markup("<code>{}</code>").format(part) if index % 2 else part for index, part in enumerate(parts)
+    )
 
 
 def _search_text(run: Snapshot) -> list[str]:

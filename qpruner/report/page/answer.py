@@ -44,11 +44,11 @@ def _whole(run: Snapshot) -> Iterator[Tile]:
     others = [table[name] for name in (BASE, PRUNED) if name in table]
     yield Tile(
         "Accuracy on held-out tasks",
-        f"{winner.accuracy:.3f} ± {Z_95 * winner.accuracy_stderr:.3f}",
+        f"{winner.accuracy:.3f}",
         (
             *(f"{other.name}, same fine-tune: {other.accuracy:.3f}" for other in others),
             *_answer_losses(winner, others),
-            "± is a 95 % interval over questions",
+            _interval(winner),
         ),
     )
     plan = run.results.search.best_plan
@@ -59,6 +59,12 @@ def _whole(run: Snapshot) -> Iterator[Tile]:
         (f"{len(plan)} groups: {', '.join(counts)}", f"found by {winner.origin}"),
     )
     yield _certainty(run)
+
+
+def _interval(winner: Row) -> str:
+    half_width = Z_95 * winner.accuracy_stderr
+    low, high = max(0.0, winner.accuracy - half_width), min(1.0, winner.accuracy + half_width)
+    return f"95 % interval over questions {low:.3f} to {high:.3f}"
 
 
 def _in_use(winner: Row, base: Row | None) -> Iterator[str]:
