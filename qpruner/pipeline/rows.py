@@ -63,7 +63,8 @@ def table_rows(context: Context, searched: SearchRecord, measured: SensitivityRe
         rows.append(seed_row(BEST_SEED, method, seeds))
     drawn = random_plans(space, winner, config.finetune.random_plans, config.seed)
     if drawn:
-        rows.append(Row(RANDOM, "random plan" if len(drawn) == 1 else f"{len(drawn)} random plans", tuple(itertools.product(seeds, drawn))))
+        origin = "random plan" if len(drawn) == 1 else f"{len(drawn)} random plans"
+        rows.append(Row(RANDOM, origin, tuple(itertools.product(seeds, drawn))))
     return [*rows, same(SEARCHED, found_by, winner, seeds)]
 
 

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -226,6 +228,36 @@ def big(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
             code, said = process.end()
         assert code == 0, said[-3000:]
     return folder
+
+
+HOG = """
+import os, psutil, sys
+kept, until, victims = [], float(sys.argv[1]), [int(pid) for pid in sys.argv[2:]]
+while all(map(psutil.pid_exists, victims)):
+    if psutil.virtual_memory().available > until:
+        kept.append(b"x" * 2**26)
+os._exit(0)
+"""
+"""Takes memory until so little is left, and gives it back when a process is gone."""
+
+
+def test_a_machine_out_of_memory_costs_one_trial_its_worker_and_nothing_else(
+    config: Path, tiny_model: Path, tmp_path: Path
+) -> None:
+    """Ray's own monitor kills a worker of two, as it does where trials together take more than their machine has."""
+    config = search_config(tiny_model, tmp_path, **{"search.max_concurrent": 2})
+    memory = psutil.virtual_memory()
+    limit = memory.available - 4 * 10**9
+    with driver(config, RAY_memory_usage_threshold=str(1 - limit / memory.total)) as process:
+        between(process, 1)
+        pids = [str(json.loads(path.read_text())["pid"]) for path in process.run.glob("trials/*/*/pulse.json")]
+        subprocess.run([sys.executable, "-c", HOG, str(limit - 10**9), *pids], check=True, timeout=120)
+        record = finished(process)
+        said = process.said()
+    (killed,) = re.findall(r"trial (\d+) lost its worker: Ray killed it for memory", said)
+    smaller = [index for index, trial in trials_of(process.run).items() if trial["micro_batch_size"] is not None]
+    assert smaller == [int(killed)], "it goes on with half the rows at once, and no other does"
+    assert record["num_trials"] == 5 and record["failures"] == {}
 
 
 @pytest.mark.parametrize("retry", [True, False])

@@ -40,7 +40,7 @@ SEED_PLAN = {"layers.0": 4, "layers.1": 8}
 STAGE = {"digest": "0" * 16, "seconds": 1.5}
 SAME = "not distinguishable"
 UNTUNED = ("base", "pruned", "searched")
-ORIGINS = {SEARCHED: "gp, trial 11", BEST_SEED: "seed-kl at the winner's bytes", RANDOM: "3 random plan(s)"}
+ORIGINS = {SEARCHED: "gp, trial 11", BEST_SEED: "seed-kl at the winner's bytes", RANDOM: "3 random plans"}
 NO_EFFECTS = "33 effects need 50 finished trials, got 7"
 
 

@@ -24,6 +24,7 @@ from collections.abc import Callable, Mapping
 
 import ray
 from ray import tune
+from ray.exceptions import OutOfMemoryError
 
 from qpruner.errors import NodeDiffers, StageError
 from qpruner.events import Emit, Message
@@ -38,7 +39,7 @@ from qpruner.search.searchers import (
 )
 from qpruner.search.trial_records import begin_session, read_seconds, read_trials, write_trial
 from qpruner.search.tune.asha import RecordedAsha
-from qpruner.search.tune.driver import Forgetful, HangWatch, PlanSearcher, killed_for_memory
+from qpruner.search.tune.driver import Forgetful, HangWatch, PlanSearcher, killed_for_memory, victims
 from qpruner.search.tune.halt import Halt
 from qpruner.search.tune.job import SearchJob, SearchOutcome
 from qpruner.search.tune.resume import take_up
@@ -77,12 +78,12 @@ def search(job: SearchJob, room: Callable[[], int], emit: Emit, trackers: Tracke
         try:
             ended = patiently(lambda: _fit(job, room, emit, halt, trackers), job.scratch)
         except RuntimeError as error:
-            if "killed" not in str(error):
+            if not isinstance(error.__cause__, OutOfMemoryError):
                 raise
-            emit(Message("search", "Ray killed a worker that ran out of memory; going on from the records"))
-            for record in read_trials(job.trials):
-                if job.owns(record) and record.status == "running":
-                    write_trial(job.trials, killed_for_memory(record, job))
+            running = [each for each in read_trials(job.trials) if job.owns(each) and each.status == "running"]
+            for record in victims(str(error.__cause__), running, job.trials):
+                emit(Message("search", f"trial {record.index} lost its worker: Ray killed it for memory"))
+                write_trial(job.trials, killed_for_memory(record, job))
             ended = None
         if halt.interrupted:
             raise KeyboardInterrupt

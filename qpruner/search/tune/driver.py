@@ -3,8 +3,10 @@ over trials that hang."""
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -178,8 +180,26 @@ def _as_last_seen(record: TrialRecord, pulse: TrialPulse | None) -> TrialRecord:
     return record.model_copy(update={"peak_memory_bytes": pulse.peak_memory_bytes} | spent)
 
 
+def victims(told: str, running: Sequence[TrialRecord], trials: Path) -> list[TrialRecord]:
+    """The trials whose workers Ray says it killed, by process and node; all that ran where it names none of them.
+
+    Args:
+        told: The message of Ray's OutOfMemoryError.
+        running: Trials under way.
+        trials: Folder of the trials.
+    """
+    pids = set(map(int, re.findall(r"\bpid=(\d+)", told.partition("Selected to kill:")[2])))
+    pulses = [read_pulse(trials, record.index) for record in running]
+    named = [
+        record
+        for record, pulse in zip(running, pulses, strict=True)
+        if pulse and pulse.pid in pids and pulse.node in told
+    ]
+    return named or list(running)
+
+
 def killed_for_memory(record: TrialRecord, job: SearchJob) -> TrialRecord:
-    """The record of a trial that ran when Ray killed a worker for memory: which of them took too much is not known."""
+    """The record of a trial whose worker Ray killed because its machine ran out of memory."""
     record = _as_last_seen(record, read_pulse(job.trials, record.index))
     smaller = smaller_batch(record, job.config)
     if smaller is not None:
