@@ -25,6 +25,7 @@ from collections.abc import Callable, Mapping
 import ray
 from ray import tune
 from ray.exceptions import OutOfMemoryError
+from ray.tune.execution.class_cache import ENV_VARS_TO_PROPAGATE
 
 from qpruner.errors import NodeDiffers, StageError
 from qpruner.events import Emit, Message
@@ -46,6 +47,10 @@ from qpruner.search.tune.resume import take_up
 from qpruner.search.tune.trackers import tracker_callbacks
 from qpruner.search.tune.worker import sent_whole
 from qpruner.trackers import Trackers
+
+# Tune would hand the driver's keys to its actors in their runtime environment, which Ray's agents write to their logs
+# (2.60). Every machine has its own, as for all other work.
+ENV_VARS_TO_PROPAGATE.difference_update([name for name in ENV_VARS_TO_PROPAGATE if name.startswith("AWS_")])
 
 __all__ = ["SearchJob", "SearchOutcome", "check_searcher", "make_proposer", "search"]
 
