@@ -244,19 +244,20 @@ os._exit(0)
 def test_a_machine_out_of_memory_costs_one_trial_its_worker_and_nothing_else(
     config: Path, tiny_model: Path, tmp_path: Path
 ) -> None:
-    """Ray's own monitor kills a worker of two, as it does where trials together take more than their machine has."""
+    """Ray's own monitor kills a worker of two: one gives back more than there is too little."""
     config = search_config(tiny_model, tmp_path, **{"search.max_concurrent": 2})
     memory = psutil.virtual_memory()
     limit = memory.available - 4 * 10**9
     with driver(config, RAY_memory_usage_threshold=str(1 - limit / memory.total)) as process:
         between(process, 1)
         pids = [str(json.loads(path.read_text())["pid"]) for path in process.run.glob("trials/*/*/pulse.json")]
-        subprocess.run([sys.executable, "-c", HOG, str(limit - 10**9), *pids], check=True, timeout=120)
+        subprocess.run([sys.executable, "-c", HOG, str(limit - 2 * 10**8), *pids], check=True, timeout=120)
         record = finished(process)
         said = process.said()
-    (killed,) = re.findall(r"trial (\d+) lost its worker: Ray killed it for memory", said)
+    killed = [int(index) for index in re.findall(r"trial (\d+) lost its worker: Ray killed it for memory", said)]
+    assert len(killed) == 1, said
     smaller = [index for index, trial in trials_of(process.run).items() if trial["micro_batch_size"] is not None]
-    assert smaller == [int(killed)], "it goes on with half the rows at once, and no other does"
+    assert smaller == killed, "it goes on with half the rows at once, and no other does"
     assert record["num_trials"] == 5 and record["failures"] == {}
 
 

@@ -183,12 +183,14 @@ def _as_last_seen(record: TrialRecord, pulse: TrialPulse | None) -> TrialRecord:
 def victims(told: str, running: Sequence[TrialRecord], trials: Path) -> list[TrialRecord]:
     """The trials whose workers Ray says it killed, by process and node; all that ran where it names none of them.
 
+    Ray (2.60) kills as many as it takes to come below its threshold, those that started last first.
+
     Args:
         told: The message of Ray's OutOfMemoryError.
         running: Trials under way.
         trials: Folder of the trials.
     """
-    pids = set(map(int, re.findall(r"\bpid=(\d+)", told.partition("Selected to kill:")[2])))
+    pids = set(map(int, re.findall(r"Selected to kill: .*?\bpid=(\d+)", told)))
     pulses = [read_pulse(trials, record.index) for record in running]
     named = [
         record
