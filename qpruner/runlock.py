@@ -25,8 +25,8 @@ from qpruner.objects import Objects, name_of, objects_at
 
 NAME = "driver.lock"
 HEARTBEAT_SECONDS = 10.0
-STALE_SECONDS = 60.0
-"""Without a heartbeat for this long, another machine's driver is taken for dead."""
+STALE_BEATS = 6
+"""Without so many heartbeats, another machine's driver is taken for dead."""
 
 
 class Holder(BaseModel):
@@ -63,7 +63,7 @@ def sole_driver(
     with lock.alone():
         holder = lock.holder()
         if holder is not None:
-            why = _stale(holder, lock)
+            why = _stale(holder, lock, STALE_BEATS * heartbeat_seconds)
             if why is None:
                 raise UserError(
                     f"`output`: {name_of(root)} is being worked on by process {holder.pid} on {holder.host} since "
@@ -185,12 +185,12 @@ def _parsed(text: bytes) -> Holder | None:
         return None
 
 
-def _stale(holder: Holder, lock: _FileLock | _ObjectLock) -> str | None:
+def _stale(holder: Holder, lock: _FileLock | _ObjectLock, limit_seconds: float) -> str | None:
     """Why a holder no longer works on the run; None while it does."""
     if holder.machine == this_process().machine:
         return None if _start_of(holder.pid) == holder.started else "that process is dead"
     age = lock.age()
-    return f"no sign of life for {age:.0f} s" if age > STALE_SECONDS else None
+    return f"no sign of life for {age:.0f} s" if age > limit_seconds else None
 
 
 def _start_of(pid: int) -> int | None:

@@ -408,14 +408,14 @@ def test_the_second_driver_at_a_uri_is_refused_and_a_dead_one_is_not_waited_for(
     assert told == [f"taking over from process {os.getpid()} on {socket.gethostname()}: that process is dead"]
 
 
-def test_a_lock_at_a_uri_whose_heartbeat_stopped_is_stale(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("qpruner.runlock.STALE_SECONDS", 1.5)
+def test_a_lock_at_a_uri_whose_heartbeat_stopped_is_stale(run: RunDir) -> None:
+    beat_seconds = 0.25
     write_json(run.root / NAME, this_process().model_copy(update={"host": "gpu-7", "machine": "elsewhere"}))
-    with pytest.raises(UserError, match="on gpu-7"), sole_driver(run.root, print):
+    with pytest.raises(UserError, match="on gpu-7"), sole_driver(run.root, print, beat_seconds):
         pass
     time.sleep(3.2)
     told: list[str] = []
-    with sole_driver(run.root, told.append):
+    with sole_driver(run.root, told.append, beat_seconds):
         pass
     assert "on gpu-7: no sign of life for" in told[0]
 

@@ -21,7 +21,7 @@ from conftest import with_key
 from real_driver import driver
 
 from qpruner.errors import UserError
-from qpruner.runlock import NAME, STALE_SECONDS, sole_driver, this_process
+from qpruner.runlock import HEARTBEAT_SECONDS, NAME, STALE_BEATS, sole_driver, this_process
 
 HOLD = """
 import sys, time
@@ -91,7 +91,10 @@ def test_another_process_with_the_number_of_a_dead_one_is_not_it(tmp_path: Path)
     assert "that process is dead" in held(tmp_path)[0]
 
 
-@pytest.mark.parametrize(("silent_seconds", "is_stale"), [(STALE_SECONDS / 2, False), (STALE_SECONDS * 2, True)])
+@pytest.mark.parametrize(
+    ("silent_seconds", "is_stale"),
+    [(STALE_BEATS * HEARTBEAT_SECONDS / 2, False), (STALE_BEATS * HEARTBEAT_SECONDS * 2, True)],
+)
 def test_another_machines_driver_is_judged_by_its_heartbeat(
     silent_seconds: float, is_stale: bool, tmp_path: Path
 ) -> None:
