@@ -44,6 +44,7 @@ def check(config: RunConfig, address: str | None, quiet: bool, measure: bool, gp
         "is_estimate": inspection.is_estimate,
         **{f"bytes_all_{bits}": layout.plan_bytes(layout.uniform(bits)) for bits in levels},
         "bytes_budget": inspection.budget_bytes,
+        "bytes_plan": None if inspection.plan is None else layout.plan_bytes(inspection.plan),
         "concurrent_trials": concurrent,
         "rungs": list(config.search.rungs),
         "rows": {name: len(rows) for name, rows in inspection.examples.items()},
@@ -83,6 +84,15 @@ def _rates(
     return work.measured_rates(config, inspection, seconds.training, seconds.scoring, where)
 
 
+def _given_plan(facts: dict[str, Any]) -> list[str]:
+    """What the plan of `--plan` takes; none where a search chooses."""
+    if facts["bytes_plan"] is None:
+        return []
+    left = (facts["bytes_budget"] - facts["bytes_plan"]) / 1e6
+    where = f"{left:.2f} MB left of the budget" if left >= 0 else f"{-left:.2f} MB above the budget"
+    return [f"your plan:  {facts['bytes_plan'] / 1e6:.1f} MB, {where}"]
+
+
 def _text(config: RunConfig, facts: dict[str, Any], has_gpu: bool) -> str:
     about = " (estimate: global selection leaves the widths open)" if facts["is_estimate"] else ""
     sizes = [f"all {bits}-bit {facts[f'bytes_all_{bits}'] / 1e6:.1f} MB" for bits in config.quantize.bits]
@@ -93,6 +103,7 @@ def _text(config: RunConfig, facts: dict[str, Any], has_gpu: bool) -> str:
             f"groups:     {facts['num_groups']} ({config.quantize.group})",
             f"parameters: {facts['parameters_base'] / 1e6:.1f} M -> {facts['parameters_pruned'] / 1e6:.1f} M",
             f"plan bytes: {', '.join(sizes)}, budget {facts['bytes_budget'] / 1e6:.1f} MB{about}",
+            *_given_plan(facts),
             f"trials:     {trials}",
             f"rows:       {rows}",
             *estimate.text(facts, has_gpu),

@@ -85,7 +85,7 @@ def main() -> None:
 
 def _options(function: Callable[..., None]) -> Callable[..., None]:
     for option in (
-        click.argument("config"),
+        click.argument("config", type=click.Path()),
         click.option(
             "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a key: search.max_trials=20."
         ),
@@ -97,6 +97,20 @@ def _options(function: Callable[..., None]) -> Callable[..., None]:
     return function
 
 
+_plan_option = click.option(
+    "--plan",
+    "plan_file",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Fine-tune this plan instead of searching for one: bits by group, as `qpruner plan` prints them.",
+)
+
+
+def _given(plan_file: Path | None) -> tuple[str, ...]:
+    """The setting that `--plan` stands for."""
+    return () if plan_file is None else (f"search.plan={json.dumps(str(plan_file))}",)
+
+
 def _add_verb(name: str, until: str, text: str) -> None:
     def verb(
         config: str,
@@ -106,20 +120,14 @@ def _add_verb(name: str, until: str, text: str) -> None:
         quiet: bool,
         plan_file: Path | None = None,
     ) -> None:
-        given = () if plan_file is None else (f"search.plan={json.dumps(str(plan_file))}",)
+        given = _given(plan_file)
         if name == "report" and ("://" in config or Path(config).is_dir()):
-            _guarded(as_json, lambda: _report(config))
+            _guarded(as_json, lambda: _report(config, bool(overrides or given or address)))
         else:
             _guarded(as_json, lambda: _run(Path(config), (*overrides, *given), address, until, as_json, quiet))
 
     if until in WITH_SEARCH:
-        verb = click.option(
-            "--plan",
-            "plan_file",
-            type=click.Path(path_type=Path),
-            metavar="FILE",
-            help="Fine-tune this plan instead of searching for one: bits by group, as `qpruner plan` prints them.",
-        )(verb)
+        verb = _plan_option(verb)
     main.command(name, help=text)(_options(verb))
 
 
@@ -144,6 +152,7 @@ def prune(
 @_options
 @click.option("--measure", is_flag=True, help="Time a few steps of these shapes here, instead of assuming a speed.")
 @click.option("--gpu", metavar="NAME", help="Assume this GPU (A100, H100, ...) instead of what is here.")
+@_plan_option
 def check(
     config: str,
     overrides: tuple[str, ...],
@@ -152,17 +161,19 @@ def check(
     quiet: bool,
     measure: bool,
     gpu: str | None,
+    plan_file: Path | None,
 ) -> None:
     def told() -> dict[str, Any]:
         quiet_libraries()
         from qpruner.check_verb import check
 
-        return check(load_config(Path(config), list(overrides)), address, quiet, measure, gpu)
+        settings = [*overrides, *_given(plan_file)]
+        return check(load_config(Path(config), settings), address, quiet, measure, gpu)
 
     _guarded(as_json, told)
 
 
-_run_folder = click.argument("run")
+_run_folder = click.argument("run", type=click.Path())
 _json = click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead.")
 
 
@@ -202,7 +213,7 @@ def plan(run: str, index: int | None, as_json: bool) -> None:
 
 
 @main.command(help="Put runs side by side, with the settings in which they differ.")
-@click.argument("runs", nargs=-1, required=True)
+@click.argument("runs", nargs=-1, required=True, type=click.Path())
 @_json
 def compare(runs: tuple[str, ...], as_json: bool) -> None:
     from qpruner import record_verbs
@@ -340,7 +351,12 @@ def _export(root: str, form: Any, out: Path | None) -> dict[str, Any]:
     return {"status": "ok", **vars(done), "folder": str(done.folder)}
 
 
-def _report(root: str) -> dict[str, Any]:
+def _report(root: str, has_settings: bool) -> dict[str, Any]:
+    if has_settings:
+        raise UserError(
+            f"`--set`, `--plan` and `--address` belong to a configuration, and {root} is a run: leave them out, or "
+            "name the configuration instead"
+        )
     from qpruner.objects import name_of
     from qpruner.report.files import write_report
     from qpruner.rundir import RunDir

@@ -2,7 +2,7 @@
 
 Registers the mixed-precision quantizer and lets the supported families build blocks of different widths, so that
 `AutoModelForCausalLM.from_pretrained(folder)` works on pruned and on final folders; an adapter beside the weights is
-attached by transformers itself.
+attached by transformers itself. On a CPU without bfloat16 instructions its products are computed in float32.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from qpruner.models import ragged
+from qpruner.models import cpu, ragged
 from qpruner.models.loading import OnLoading, device, tensors_told, untold
 from qpruner.quantization import mixed
 
@@ -20,6 +20,7 @@ PEFT_BASE = "base"
 """Folder of the quantized model inside a peft export."""
 
 ragged.install()
+cpu.install()
 
 
 def weights_folder(folder: Path) -> Path:
@@ -37,9 +38,6 @@ def load(folder: Path, told: OnLoading = untold) -> Any:
     """
     from transformers import AutoModelForCausalLM
 
-    from qpruner.models import cpu
-
-    cpu.install()
     weights = weights_folder(folder)
     with tensors_told(told):
         model = AutoModelForCausalLM.from_pretrained(weights, use_safetensors=True).to(device())

@@ -20,7 +20,7 @@ from qpruner.models.layout import layout_of, num_layers
 from qpruner.models.loading import check_source, load_model_config, load_tokenizer, resolve_source
 from qpruner.models.structure import EXPERT, family_of
 from qpruner.objects import CACHE, is_mirror
-from qpruner.plan import Layout, check_cpu_widths
+from qpruner.plan import Layout, PrecisionPlan, check_cpu_widths
 from qpruner.plan_file import read_plan
 from qpruner.pruning.prune import expected_config
 from qpruner.rundir import run_root
@@ -49,6 +49,7 @@ class Inspection:
         examples: Rows by split.
         questions: Words of the tasks' questions, by section (`search`, `evaluate`).
         warnings: What will work, but perhaps not as hoped.
+        plan: The one that `search.plan` names; None where a search chooses, or where which blocks go is open.
     """
 
     model_config: Any
@@ -60,6 +61,7 @@ class Inspection:
     examples: dict[str, list[Example]]
     questions: dict[str, list[str]]
     warnings: tuple[str, ...]
+    plan: PrecisionPlan | None
 
 
 def inspect(config: RunConfig, works_here: bool = True) -> Inspection:
@@ -79,8 +81,9 @@ def inspect(config: RunConfig, works_here: bool = True) -> Inspection:
     pruned_config = _pruned_config(config, model_config)
     pruned = layout_for(config, pruned_config)
     budget = budget_bytes(config.quantize, pruned, config.search.pareto)
+    plan = None
     if config.search.plan and not config.prune.drops_blocks:
-        read_plan(Path(config.search.plan), [group.name for group in pruned.groups], config.quantize.bits)
+        plan = read_plan(Path(config.search.plan), [group.name for group in pruned.groups], config.quantize.bits)
     if works_here:
         check_device(config, pruned, _own_capability())
     examples, questions = _check_data(config, model_config)
@@ -88,7 +91,9 @@ def inspect(config: RunConfig, works_here: bool = True) -> Inspection:
     _check_disk(config, root, base, pruned)
     is_estimate = config.prune.selection == "global" and not config.prune.is_off
     warnings = _warnings(config, len(pruned.groups))
-    return Inspection(model_config, base, pruned_config, pruned, is_estimate, budget, examples, questions, warnings)
+    return Inspection(
+        model_config, base, pruned_config, pruned, is_estimate, budget, examples, questions, warnings, plan
+    )
 
 
 def _warnings(config: RunConfig, num_groups: int) -> tuple[str, ...]:

@@ -188,6 +188,11 @@ def sources(place: Path, which: Sequence[str]) -> list[Source]:
     Raises:
         UserError: If one is missing or damaged.
     """
+    if ":/" in str(place):
+        raise UserError(
+            f"models are talked to from a folder, and {place} is a URI: copy the run's `final/` here first "
+            "(`bash launch/fetch.sh`), then name that"
+        )
     place = place.expanduser().resolve()
     if (place / STATE).is_file():
         found = _of_run(RunDir(place, create=False), which)

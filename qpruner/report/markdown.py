@@ -24,7 +24,7 @@ def render(run: Snapshot, charts: Sequence[Chart], pictures: str, config: str) -
     """
     # Longer than any run of backticks in the configuration.
     fence = "`" * max([3, *(len(ticks) + 1 for ticks in re.findall("`+", config))])
-    lines = [f"# qpruner: {run.name}", "", *([] if run.is_whole else [run.standing, ""])]
+    lines = [f"# qpruner: {prose(run.name)}", "", *([] if run.is_whole else [prose(run.standing), ""])]
     if run.is_whole:
         lines += [*_final_table(run), *_shown(charts, "quality", pictures)]
     lines += _search(run, charts, pictures)
@@ -53,8 +53,8 @@ def render(run: Snapshot, charts: Sequence[Chart], pictures: str, config: str) -
         *_shown(charts, "cost", pictures),
         "## To repeat it",
         "",
-        f"- command: `{run.state.command}`",
-        *[f"- {name}: {value}" for name, value in sections.environment(run)],
+        f"- command: {prose(run.state.command)}",
+        *[f"- {name}: {prose(value)}" for name, value in sections.environment(run)],
         "",
         f"{fence}yaml",
         config.rstrip(),
@@ -72,7 +72,7 @@ def _final_table(run: Snapshot) -> list[str]:
         "",
         sections.STEPS_TEXT,
         "",
-        *[f"- {model}: {scores}" for model, scores in sections.steps(run.results.evaluate)],
+        *[f"- {model}: {prose(scores)}" for model, scores in sections.steps(run.results.evaluate)],
         "",
     ]
 
@@ -83,7 +83,7 @@ def _search(run: Snapshot, charts: Sequence[Chart], pictures: str) -> list[str]:
         return []
     lines = ["## The search", ""]
     for line in sections.search_text(search) if search else sections.unfinished_search_text(run):
-        lines += [line, ""]
+        lines += [prose(line), ""]
     if search:
         lines += [pipe_table(sections.FINALIST_HEADINGS, sections.finalists(search)), ""]
         if search.front:
@@ -114,7 +114,8 @@ def _shown(charts: Sequence[Chart], section: str, pictures: str) -> list[str]:
     lines = []
     for chart in charts:
         if chart.section == section:
-            lines += [f"![{chart.title}]({pictures}/{chart.name}.png)", "", f"{chart.title}. {chart.caption}", ""]
+            title = prose(chart.title)
+            lines += [f"![{title}]({pictures}/{chart.name}.png)", "", f"{title}. {prose(chart.caption)}", ""]
     return lines
 
 
@@ -122,7 +123,7 @@ def measured(results: Results) -> list[str]:
     """The final table, the claim under it, and how to read it."""
     table = pipe_table(sections.HEADINGS, [sections.cells(row) for row in rows(results)])
     assert results.evaluate
-    return [table, "", claim(results), "", sections.legend(results.evaluate), ""]
+    return [table, "", prose(claim(results)), "", prose(sections.legend(results.evaluate)), ""]
 
 
 def pipe_table(headings: Sequence[str], body: Sequence[Sequence[str]]) -> str:
@@ -131,5 +132,11 @@ def pipe_table(headings: Sequence[str], body: Sequence[Sequence[str]]) -> str:
     return "\n".join([*lines, *("| " + " | ".join(map(_cell, row)) + " |" for row in body)])
 
 
+def prose(text: str) -> str:
+    """Text in which nothing is markup, pairs of backticks aside."""
+    escaped = re.sub(r"([\\\[\]])", r"\\\1", text).replace("<", "&lt;")
+    return escaped if escaped.count("`") % 2 == 0 else escaped.replace("`", "'")
+
+
 def _cell(text: str) -> str:
-    return text.replace("|", "\\|").replace("<", "&lt;").replace("\n", " ")
+    return prose(text).replace("|", "\\|").replace("\n", " ")

@@ -10,7 +10,7 @@ import yaml
 from huggingface_hub import EvalResult, ModelCardData
 from huggingface_hub.repocard import REGEX_YAML_BLOCK
 
-from qpruner.report.markdown import measured
+from qpruner.report.markdown import measured, prose
 from qpruner.report.snapshot import Snapshot
 from qpruner.report.table import SEARCHED, rows
 from qpruner.rundir import RunDir, read_text
@@ -45,10 +45,12 @@ def model_card(run: Snapshot, base_card: str | None) -> str:
             data.to_yaml(),
             "---",
             "",
-            f"# {run.name}",
+            f"# {prose(run.name)}",
             "",
-            f"`{base}`, pruned, quantized to {winner.mean_bits:.2f} mean bits by a searched plan and fine-tuned by "
-            f"qpruner: {winner.measured_bytes / 1e6:.1f} MB.",
+            f"{prose(base)}, pruned, quantized to {winner.mean_bits:.2f} mean bits by a searched plan and fine-tuned "
+            f"by qpruner: {winner.measured_bytes / 1e6:.1f} MB.",
+            "",
+            f"Loading it takes qpruner (written by {_written_by(run)}; `pip install .` in its repository):",
             "",
             "```python",
             "import qpruner.hf  # registers the mixed-precision quantizer and blocks of different widths",
@@ -77,6 +79,10 @@ def _measured(run: Snapshot) -> Iterator[EvalResult]:
             metric_type=METRICS.get(score.metric, score.metric),
             metric_value=round(score.value, 4),
         )
+
+
+def _written_by(run: Snapshot) -> str:
+    return f"version {run.state.environment['qpruner']}"
 
 
 def _is_hub_id(source: str) -> bool:

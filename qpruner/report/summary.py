@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 
@@ -13,12 +13,16 @@ from qpruner.report import table
 from qpruner.report.marginal_effects import MarginalEffects, rank_correlation
 from qpruner.report.snapshot import Snapshot
 
+FORMAT: Literal[1] = 1
+
 
 class Summary(BaseModel):
     """A run's figures, whole or not. What a stage that has not run would tell is null or empty."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
+    format: Literal[1] = FORMAT
+    """Of this file; another number where a field changed its meaning or went."""
     standing: str
     """How far the run is, in a sentence."""
     claim: str | None
@@ -68,7 +72,9 @@ def summary_text(summary: Summary) -> str:
 
 def summary_schema() -> str:
     """The JSON schema of `results.json`."""
-    return json.dumps(Summary.model_json_schema(mode="serialization"), indent=2, sort_keys=True) + "\n"
+    schema = Summary.model_json_schema(mode="serialization")
+    about = {"$schema": "https://json-schema.org/draft/2020-12/schema", "$id": f"urn:qpruner:results:{FORMAT}"}
+    return json.dumps(about | schema, indent=2, sort_keys=True) + "\n"
 
 
 def _plain(value: Any) -> Any:

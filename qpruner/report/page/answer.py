@@ -28,15 +28,14 @@ def tiles(run: Snapshot) -> list[Tile]:
 def _whole(run: Snapshot) -> Iterator[Tile]:
     assert run.results.search and run.results.prune
     table = {row.name: row for row in rows(run.results)}
-    winner, base = table[SEARCHED], table.get(BASE)
-    before = base.measured_bytes if base else run.results.prune.bytes_before
+    winner, base, before = table[SEARCHED], table.get(BASE), run.results.prune.bytes_before
     yield Tile(
         "Size",
         _megabytes(winner.measured_bytes),
         (
             f"{before / winner.measured_bytes:.1f} times smaller than the base model's {_megabytes(before)}",
             f"{_megabytes(run.results.prune.bytes_after)} after pruning; budget "
-            f"{_megabytes(run.results.search.budget_bytes)}",
+            f"{_megabytes(run.results.search.budget_bytes)}, adapter included",
             f"{winner.num_parameters / 1e6:.1f} M of {run.results.prune.parameters_before / 1e6:.1f} M parameters",
             *_in_use(winner, base),
         ),

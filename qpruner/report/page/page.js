@@ -58,7 +58,13 @@ if (table) {
   status.addEventListener("change", filter);
 }
 
-// Print everything: what is folded, and every trial.
+// Print everything: what is folded, and every trial; afterwards all is as it was.
+const folded = "details:not([open])", filtered = "tbody tr[hidden]";
+let shownToPrint = [];
 addEventListener("beforeprint", () => {
-  for (const details of document.querySelectorAll("details")) details.open = true;
+  shownToPrint = [...document.querySelectorAll(`${folded}, ${filtered}`)];
+  for (const part of shownToPrint) part.tagName === "DETAILS" ? (part.open = true) : (part.hidden = false);
+});
+addEventListener("afterprint", () => {
+  for (const part of shownToPrint) part.tagName === "DETAILS" ? (part.open = false) : (part.hidden = true);
 });
