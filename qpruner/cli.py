@@ -83,9 +83,9 @@ def main() -> None:
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 
-def _options(function: Callable[..., None]) -> Callable[..., None]:
+def _options(function: Callable[..., None], metavar: str = "CONFIG") -> Callable[..., None]:
     for option in (
-        click.argument("config", type=click.Path()),
+        click.argument("config", metavar=metavar, type=click.Path()),
         click.option(
             "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a key: search.max_trials=20."
         ),
@@ -128,7 +128,7 @@ def _add_verb(name: str, until: str, text: str) -> None:
 
     if until in WITH_SEARCH:
         verb = _plan_option(verb)
-    main.command(name, help=text)(_options(verb))
+    main.command(name, help=text)(_options(verb, "RUN_OR_CONFIG" if name == "report" else "CONFIG"))
 
 
 for _name, (_until, _text) in VERBS.items():
@@ -385,7 +385,7 @@ def _run(
             assert results.prune
             _print_layers(results.prune, terminal)
         if until == "report":
-            _print_table(results, terminal)
+            _print_table(results, name_of(root).rstrip("/"), terminal)
     return {"status": "ok", "run": name_of(root), **_figures(results)}
 
 
@@ -408,12 +408,16 @@ def _print_layers(record: PruneRecord, terminal: Terminal) -> None:
     terminal.say(sections.prune_summary(record))
 
 
-def _print_table(results: Results, terminal: Terminal) -> None:
+def _print_table(results: Results, place: str, terminal: Terminal) -> None:
     from qpruner.report import sections, table
 
     for _, headings, body in sections.final_tables(table.rows(results)):
         terminal.table(headings, body)
     terminal.say(table.claim(results))
+    terminal.say(
+        f"The report: {place}/report.html; its plan: `qpruner plan {place}`; what the model says: "
+        f"`qpruner generate {place} --prompt TEXT`"
+    )
 
 
 def _figures(results: Results) -> dict[str, Any]:

@@ -90,8 +90,21 @@ def _search_lines(search: dict[str, Any] | None) -> list[str]:
     lines += _told([_under_way(each, search["steps"]) for each in search["under_way"]])
     lines += _told([_failed(each) for each in search["failures"]])
     if search["winner"] is not None:
-        lines.append(f"winner on fresh rows: trial {search['winner']}; `qpruner plan` prints its plan")
+        lines.append(_winner(search))
     return lines
+
+
+def _winner(search: dict[str, Any]) -> str:
+    """What fresh rows chose, and what of the others came nearest there."""
+    metric, fresh = search["metric"], {each["index"]: each for each in search["confirmations"]}
+    best = fresh.pop(search["winner"])
+    told = f"winner on fresh rows: trial {best['index']} ({best['origin']}), {metric} there {best[metric]:.4f}"
+    others = [each for each in fresh.values() if each["control"] != best["control"]]
+    if others:
+        other = min(others, key=lambda each: -each[metric] if metric == "accuracy" else each[metric])
+        kind = "control" if other["control"] else "searched plan"
+        told += f"; the best {kind} there: trial {other['index']}, {other[metric]:.4f}"
+    return f"{told}; `qpruner plan` prints its plan"
 
 
 def _told(lines: list[str]) -> list[str]:

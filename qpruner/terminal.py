@@ -25,8 +25,7 @@ from rich.table import Table
 from rich.text import Text
 
 from qpruner import events
-from qpruner.records import TrialRecord
-from qpruner.report.standing import told
+from qpruner.report.lines import line_of
 from qpruner.search_view import SearchView, duration
 
 PLAIN_WIDTH = 120
@@ -91,25 +90,23 @@ class Terminal:
         if self._quiet:
             return
         match event:
-            case events.StageStarted(stage, detail):
+            case events.StageStarted(stage):
                 self._stages[stage] = time.monotonic()
-                self._line(f"[{stage}] {detail} ...")
-            case events.StageFinished(stage, seconds, figures):
+            case events.StageFinished(stage, seconds):
                 self._end(stage, duration(seconds))
-                self._line(f"[{stage}] done in {seconds:.1f} s: {figures}")
-            case events.StageSkipped(stage, figures):
+            case events.StageSkipped(stage):
                 self._end(stage, "recorded")
-                self._line(f"[{stage}] already recorded: {figures}")
-            case events.Message(stage, text):
-                self._line(f"[{stage}] {text}")
             case events.TableMade(headings, body):
                 self.table(headings, body)
             case events.Progress(stage, done, total, detail):
                 self._advance(stage, done, total, detail)
             case events.SearchPlanned(search):
                 self._search, self._steps = SearchView(event), search.steps
-            case events.TrialChanged(trial):
-                self._tell(trial)
+        line = line_of(event, self._steps)
+        # The live part shows rungs.
+        is_shown = self._live and isinstance(event, events.TrialChanged) and not event.trial.is_over
+        if line and not is_shown:
+            self._line(line)
         if self._search:
             self._search.listen(event)
 
@@ -135,11 +132,6 @@ class Terminal:
     def _line(self, text: str) -> None:
         self._last_line = time.monotonic()
         self._console.print(text, markup=False)
-
-    def _tell(self, trial: TrialRecord) -> None:
-        """A line for every rung; where the live part shows those, for every trial that is over."""
-        if trial.is_over or (trial.rungs and not self._live):
-            self._line(f"[search] {told(trial, self._steps)}")
 
     def _advance(self, stage: str, done: int, total: int, detail: str) -> None:
         if stage not in self._bars:

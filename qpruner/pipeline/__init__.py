@@ -7,6 +7,7 @@ Each stage leaves a record; a stage whose record has the digest of its present i
 from __future__ import annotations
 
 import contextlib
+import logging
 from dataclasses import dataclass
 
 from qpruner import preflight
@@ -26,11 +27,14 @@ from qpruner.pipeline.search import search
 from qpruner.pipeline.sender import Sender
 from qpruner.pipeline.stage import explained
 from qpruner.records import STAGES, PruneRecord, Results
+from qpruner.report.lines import line_of
 from qpruner.report.tensorboard import Board
 from qpruner.rundir import RunDir
 from qpruner.runlock import sole_driver
 from qpruner.search.searchers import check_searcher
 from qpruner.trackers import check_trackers
+
+logger = logging.getLogger(__name__)
 
 
 def check_search(config: SearchConfig, slots: Slots) -> int:
@@ -130,6 +134,8 @@ def run(config: RunConfig, emit: Emit, address: str | None = None, until: str = 
         board = Board(run_dir.root, config)
 
         def tell(event: Event) -> None:
+            if line := line_of(event, config.search.steps):
+                logger.info(line)
             for listen in (progress.listen, board.listen, sender.listen, emit):
                 listen(event)
 

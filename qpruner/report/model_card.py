@@ -47,7 +47,7 @@ def model_card(run: Snapshot, base_card: str | None) -> str:
             "",
             f"# {prose(run.name)}",
             "",
-            f"{prose(base)}, pruned, quantized to {winner.mean_bits:.2f} mean bits by a searched plan and fine-tuned "
+            f"{prose(base)}, pruned, quantized to {winner.mean_bits:.2f} mean bits by {_chosen(run)} and fine-tuned "
             f"by qpruner: {winner.measured_bytes / 1e6:.1f} MB.",
             "",
             f"Loading it takes qpruner (written by {_written_by(run)}; `pip install .` in its repository):",
@@ -79,6 +79,14 @@ def _measured(run: Snapshot) -> Iterator[EvalResult]:
             metric_type=METRICS.get(score.metric, score.metric),
             metric_value=round(score.value, 4),
         )
+
+
+def _chosen(run: Snapshot) -> str:
+    """Where the plan came from, for people who know nothing of the run."""
+    assert run.results.search
+    if run.results.search.control_won:
+        return f"the plan {run.results.search.best_origin}, which no searched plan beat,"
+    return "a searched plan"
 
 
 def _written_by(run: Snapshot) -> str:

@@ -226,7 +226,7 @@ def test_the_standard_error_of_one_question_is_null(tmp_path: Path) -> None:
 
 def test_text_from_configurations_and_names_stays_text(tmp_path: Path) -> None:
     root = tmp_path / "run"
-    made = MadeRun(root, num_trials=4, num_blocks=2, model=HOSTILE, task=HOSTILE)
+    made = MadeRun(root, num_trials=4, num_blocks=2, model=HOSTILE, task=HOSTILE, outcome="failed", error=HOSTILE)
     write_report(made.run)
     outline = Outline(page_of(root))
     assert outline.tags["img"] == 0
@@ -235,8 +235,8 @@ def test_text_from_configurations_and_names_stays_text(tmp_path: Path) -> None:
     write_report(plain.run)
     assert outline.tags["script"] == Outline(page_of(tmp_path / "plain")).tags["script"]
     assert HOSTILE in outline.text
-    table = [line for line in (root / "report.md").read_text().splitlines() if line.startswith("| ")]
-    assert not any("<script" in line for line in table)
+    prose = (root / "report.md").read_text().split("```yaml")[0]
+    assert "<script" not in prose and "<img" not in prose
 
 
 @pytest.mark.parametrize("until", ["prepare", "prune", "bank", "sensitivity", "search", "finetune"])
@@ -487,12 +487,18 @@ def test_nothing_is_wider_than_the_window_and_text_is_readable(
 def test_print_shows_every_trial_in_light_colours(opened: Any, long_run: Path, tmp_path: Path) -> None:
     page = opened(long_run / "report.html", color_scheme="dark")
     page.emulate_media(media="print", color_scheme="dark")
+    page.get_by_label("Status").select_option("failed")
+    trials = page.locator("tr[data-status]")
+    num_filtered = trials.filter(visible=True).count()
     page.evaluate("dispatchEvent(new Event('beforeprint'))")
+    assert trials.filter(visible=True).count() == trials.count() > num_filtered
     assert variable(page, "--page") == "#ffffff"
     assert page.locator("nav").is_hidden()
     assert page.locator("details:not([open])").count() == 0
     pdf = page.pdf(format="A4", path=tmp_path / "page.pdf")
     assert pdf.startswith(b"%PDF") and pdf.count(b"/Type /Page\n") > 5
+    page.evaluate("dispatchEvent(new Event('afterprint'))")
+    assert trials.filter(visible=True).count() == num_filtered
 
 
 def variable(page: Any, name: str) -> str:

@@ -143,7 +143,7 @@ def test_a_pipe_gets_a_whole_line_a_row(made: MadeRun) -> None:
     told = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in final_cells(made)[0]]
     start = lines.index(told[0])
     assert lines[start : start + len(told)] == told
-    assert done.stdout.isascii()
+    assert done.stdout.replace("±", "").isascii(), "nothing drawn"
 
 
 def test_a_terminal_cuts_no_figure_and_folds_plans(made: MadeRun) -> None:
