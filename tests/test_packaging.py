@@ -151,6 +151,13 @@ def test_bash_completes(typed: str, offered: set[str], installed: Installation) 
     assert set(installed.run("bash", "-c", script).split()) == offered
 
 
+@pytest.mark.parametrize("verb", ["run", "check", "status", "compare", "generate"])
+def test_files_and_folders_are_completed(verb: str, installed: Installation) -> None:
+    """The shell is told to do that itself."""
+    script = f"COMP_WORDS='qpruner {verb} ru' COMP_CWORD=2 _QPRUNER_COMPLETE=bash_complete qpruner"
+    assert installed.run("bash", "-c", script).strip() == "file,ru"
+
+
 # Other versions of Python
 
 

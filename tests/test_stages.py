@@ -67,7 +67,9 @@ def test_a_stage_then_the_run_goes_on_and_logs(
         "sensitivity": "done",
     }
     assert "prune" in capsys.readouterr().out
-    assert log.stat().st_size >= first
+    assert log.stat().st_size > first
+    said = log.read_text()
+    assert said.count("[prune] done in") == 1 and "[prune] already recorded: " in said and "[bank] done in" in said
     assert (logging.getLogger().handlers, logging.getLogger().level, warnings.showwarning) == before, "as it was"
 
 

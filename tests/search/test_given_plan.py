@@ -108,6 +108,18 @@ def test_a_plan_over_the_budget_is_refused_with_both_sizes(searched: Path) -> No
 
 
 @pytest.mark.slow
+def test_check_tells_what_a_plan_takes(searched: Path) -> None:
+    plan = yaml.safe_load(qpruner("plan", searched.parent / "run", "--trial", 0).stdout)
+    file = searched.parent / "checked.yaml"
+    for bits, told in ((4, "left of the budget"), (8, "above the budget")):
+        file.write_text(yaml.safe_dump(dict.fromkeys(plan, bits)))
+        done = qpruner("check", searched, "--plan", file, "--json")
+        facts = json.loads(done.stdout.splitlines()[-1])
+        assert facts["bytes_plan"] == facts[f"bytes_all_{bits}"]
+        assert "your plan:  " in done.stdout and told in done.stdout
+
+
+@pytest.mark.slow
 def test_check_refuses_a_plan_for_another_model(searched: Path) -> None:
     file = searched.parent / "other.yaml"
     file.write_text("layers.7.qkv: 4\n")
