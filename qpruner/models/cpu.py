@@ -22,8 +22,14 @@ WORTH_WIDENING = 16
 @functools.cache
 def install() -> None:
     """Compute bfloat16 products in float32 in this process if its CPU can do no better; idempotent."""
-    if torch.backends.mkldnn.is_available() and not torch.ops.mkldnn._is_mkldnn_bf16_supported():  # type: ignore[no-untyped-call]
+    if not has_bfloat16():
         widen()
+
+
+def has_bfloat16() -> bool:
+    """Whether torch leaves bfloat16 products to instructions of this CPU, or does not say."""
+    is_told = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+    return not is_told or bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def widen() -> None:
