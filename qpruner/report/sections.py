@@ -273,7 +273,8 @@ def stages(run: Snapshot) -> list[tuple[str, ...]]:
     gpu["search"] = sum(trial.gpu_seconds for trial in run.trials)
     seconds = {name: record.seconds for name, record in records.items() if record}
     if run.results.search:
-        seconds["search"] = run.results.search.search_seconds
+        # Of all sessions; the record has the last one's, with the finalists on fresh rows.
+        seconds["search"] = max(seconds["search"], run.results.search.search_seconds)
         gpu["search"] += run.results.search.confirmation_gpu_seconds
     if run.results.finetune:
         busy["finetune"] = sum({each.digest: each.seconds for each in run.results.finetune.candidates}.values())

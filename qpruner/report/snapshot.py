@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qpruner.errors import UserError
+from qpruner.plan import PrecisionPlan
 from qpruner.records import (
     BankRecord,
     EvalRecord,
@@ -68,6 +69,11 @@ class Snapshot:
         if self.results.search:
             return self.results.search.best_plan
         return self.best_trial.plan if self.best_trial else None
+
+    @property
+    def plan(self) -> PrecisionPlan | None:
+        """`best_plan` as a notebook shows it, a cell a group."""
+        return PrecisionPlan.from_dict(self.best_plan) if self.best_plan else None
 
     @property
     def best_trial(self) -> TrialRecord | None:

@@ -172,7 +172,8 @@ def test_what_the_map_shows_when_pointed_at_is_in_a_table_too(tmp_path: Path) ->
     methods = measured.methods | {odd: measured.methods["kl"]}
     made.run.write_record("sensitivity", measured.model_copy(update={"methods": methods}))
     run = read_snapshot(made.run)
-    assert run.results.sensitivity and run.best_plan
+    assert run.results.sensitivity and run.best_plan and run.plan
+    assert run.plan.as_dict() == run.best_plan and run.plan._repr_html_().count("<span") == len(run.best_plan)
     headings, body = sections.groups(run.results.sensitivity, run.effects, run.best_plan)
     assert headings == (
         "group",
