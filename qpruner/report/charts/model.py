@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Iterator
 
@@ -160,11 +161,19 @@ def _bits_map(cells: Values, grid: Spec) -> Spec:
 
 
 def _method(run: Snapshot, measured: SensitivityRecord, rises: Values) -> Spec:
-    """The choice of a method; first the one that agrees best with trials."""
+    """The choice of a method; first the one that agrees best with trials, and of equal ones whose seed did best."""
+    fresh = {
+        each.origin.removeprefix("seed-").replace("-", "_"): each.loss
+        for each in (run.results.search.confirmations if run.results.search else ())
+    }
     agreement = {name: rank_correlation(method, run.effects) or 0.0 for name, method in measured.methods.items()}
     options = list(dict.fromkeys(rise["method"] for rise in rises))
     bind = {"input": "select", "options": options, "name": "Sensitivity by "}
-    return {"name": "method", "value": max(agreement, key=lambda name: agreement[name]), "bind": bind}
+    return {
+        "name": "method",
+        "value": min(agreement, key=lambda name: (-agreement[name], fresh.get(name, math.inf))),
+        "bind": bind,
+    }
 
 
 def _sensitivity_map(rises: Values, grid: Spec) -> Spec:
