@@ -56,7 +56,8 @@ def logging_to(root: Path) -> Iterator[None]:
     logging.captureWarnings(True)
     try:
         yield
-    except QprunerError:
+    except QprunerError as error:
+        logger.error("%s", error)
         logger.debug("failed", exc_info=True)
         raise
     except Exception as error:

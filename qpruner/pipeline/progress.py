@@ -113,8 +113,6 @@ class RunProgress:
 
     def _end(self, outcome: str, error: str | None) -> None:
         self.is_told = True
-        if error:
-            logger.error(error)
         self._state = self._state.model_copy(update={"outcome": outcome, "error": error})
         self._write()
 
