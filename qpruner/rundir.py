@@ -368,7 +368,10 @@ def publish_folder(scratch: Path, target: Path) -> None:
         return
 
     def make_durable() -> None:
+        readable = scratch.stat().st_mode & 0o666
         for path in (scratch, *scratch.rglob("*")):
+            if path.is_file():
+                path.chmod(readable)  # safetensors writes for its owner alone; the folder is who may read
             _sync(path)
 
     def move() -> None:

@@ -17,6 +17,8 @@ from pathlib import Path
 from typing import IO
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from qpruner.errors import CorruptFile, UserError
 from qpruner.records import BankRecord, PrepareRecord
@@ -220,3 +222,12 @@ def test_an_output_that_is_a_file_is_refused(tmp_path: Path) -> None:
 
 def test_a_run_folder_is_made_with_its_parents(tmp_path: Path) -> None:
     assert RunDir(tmp_path / "a" / "b").root.is_dir()
+
+
+def test_who_may_read_the_folder_may_read_its_files(tmp_path: Path) -> None:
+    """safetensors writes for its owner alone, and a team shares a run."""
+    scratch = tmp_path / "scratch"
+    scratch.mkdir(mode=0o755)
+    save_file({"weight": torch.ones(2)}, scratch / "model.safetensors")
+    publish_folder(scratch, tmp_path / "final")
+    assert (tmp_path / "final" / "model.safetensors").stat().st_mode & 0o777 == 0o644
