@@ -487,8 +487,8 @@ def test_nothing_is_wider_than_the_window_and_text_is_readable(
 @pytest.mark.slow
 def test_print_shows_every_trial_in_light_colours(opened: Any, long_run: Path, tmp_path: Path) -> None:
     page = opened(long_run / "report.html", color_scheme="dark")
-    page.emulate_media(media="print", color_scheme="dark")
     page.get_by_label("Status").select_option("failed")
+    page.emulate_media(media="print", color_scheme="dark")
     trials = page.locator("tr[data-status]")
     num_filtered = trials.filter(visible=True).count()
     page.evaluate("dispatchEvent(new Event('beforeprint'))")
