@@ -60,11 +60,12 @@ if (table) {
 
 // Print everything: what is folded, and every trial; afterwards all is as it was.
 const folded = "details:not([open])", filtered = "tbody tr[hidden]";
-let shownToPrint = [];
+const shownToPrint = new Set();
 addEventListener("beforeprint", () => {
-  shownToPrint = [...document.querySelectorAll(`${folded}, ${filtered}`)];
+  for (const part of document.querySelectorAll(`${folded}, ${filtered}`)) shownToPrint.add(part);
   for (const part of shownToPrint) part.tagName === "DETAILS" ? (part.open = true) : (part.hidden = false);
 });
 addEventListener("afterprint", () => {
   for (const part of shownToPrint) part.tagName === "DETAILS" ? (part.open = false) : (part.hidden = true);
+  shownToPrint.clear();
 });
