@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import pickle
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -143,6 +144,7 @@ def run_search(
         digest="0" * 16,
         search="1" * 16,
         resources=resources,
+        check_node=pickle.dumps(dict),
     )
     return search(job, lambda: slots, emit)
 

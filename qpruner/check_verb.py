@@ -11,6 +11,7 @@ from qpruner import estimate, pipeline
 from qpruner.config import RunConfig
 from qpruner.errors import UserError
 from qpruner.estimate import work
+from qpruner.plan import told_of_budget
 from qpruner.preflight import Inspection
 from qpruner.terminal import Terminal
 
@@ -88,9 +89,8 @@ def _given_plan(facts: dict[str, Any]) -> list[str]:
     """What the plan of `--plan` takes; none where a search chooses."""
     if facts["bytes_plan"] is None:
         return []
-    left = (facts["bytes_budget"] - facts["bytes_plan"]) / 1e6
-    where = f"{left:.2f} MB left of the budget" if left >= 0 else f"{-left:.2f} MB above the budget"
-    return [f"your plan:  {facts['bytes_plan'] / 1e6:.1f} MB, {where}"]
+    size, budget = facts["bytes_plan"], facts["bytes_budget"]
+    return [f"your plan:  {size / 1e6:.1f} MB, {told_of_budget(size, budget)}"]
 
 
 def _text(config: RunConfig, facts: dict[str, Any], has_gpu: bool) -> str:

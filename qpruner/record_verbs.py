@@ -16,6 +16,7 @@ import click
 import yaml
 
 from qpruner.errors import UserError
+from qpruner.plan import told_of_budget
 from qpruner.report import run_views
 from qpruner.report.standing import FIGURES
 from qpruner.search.trial_records import remedy_of
@@ -190,8 +191,7 @@ def plan(run: str | Path, index: int | None, as_json: bool) -> dict[str, Any]:
         size = f"{trial.plan_bytes / 1e6:.1f} MB, {trial.mean_bits:.2f} bits on average"
         click.echo(f"# trial {trial.index} ({trial.origin}) of {looked.run_dir.place}: {size}")
         if budget is not None:
-            left = (budget - trial.plan_bytes) / 1e6
-            click.echo(f"# {_budget_told(left)} the budget of {budget / 1e6:.2f} MB")
+            click.echo(f"# {told_of_budget(trial.plan_bytes, budget)}")
         for group, bits in trial.plan.items():
             click.echo(f"{yaml.safe_dump({group: bits}).strip()}{_sizes(group, sizes)}")
     return {
@@ -204,10 +204,6 @@ def plan(run: str | Path, index: int | None, as_json: bool) -> dict[str, Any]:
         "plan": trial.plan,
         "group_bytes": sizes,
     }
-
-
-def _budget_told(left: float) -> str:
-    return f"{left:.2f} MB left of" if left >= 0 else f"{-left:.2f} MB above"
 
 
 def _sizes(group: str, sizes: dict[str, dict[str, int]]) -> str:

@@ -53,7 +53,7 @@ def render(run: Snapshot, charts: Sequence[Chart], pictures: str, config: str) -
         *_shown(charts, "cost", pictures),
         "## To repeat it",
         "",
-        f"- command: {prose(run.state.command)}",
+        f"- command: {code(run.state.command)}",
         *[f"- {name}: {prose(value)}" for name, value in sections.environment(run)],
         "",
         f"{fence}yaml",
@@ -136,6 +136,12 @@ def prose(text: str) -> str:
     """Text in which nothing is markup, pairs of backticks aside."""
     escaped = re.sub(r"([\\\[\]])", r"\\\1", text).replace("<", "&lt;")
     return escaped if escaped.count("`") % 2 == 0 else escaped.replace("`", "'")
+
+
+def code(text: str) -> str:
+    """Text as code; a backtick would end it."""
+    plain = text.replace("`", "'")
+    return f"`{plain}`"
 
 
 def _cell(text: str) -> str:

@@ -10,7 +10,7 @@ import yaml
 from huggingface_hub import EvalResult, ModelCardData
 from huggingface_hub.repocard import REGEX_YAML_BLOCK
 
-from qpruner.report.markdown import measured, prose
+from qpruner.report.markdown import code, measured, prose
 from qpruner.report.snapshot import Snapshot
 from qpruner.report.table import SEARCHED, rows
 from qpruner.rundir import RunDir, read_text
@@ -47,7 +47,7 @@ def model_card(run: Snapshot, base_card: str | None) -> str:
             "",
             f"# {prose(run.name)}",
             "",
-            f"{prose(base)}, pruned, quantized to {winner.mean_bits:.2f} mean bits by {_chosen(run)} and fine-tuned "
+            f"{code(base)}, pruned, quantized to {winner.mean_bits:.2f} mean bits by {_chosen(run)} and fine-tuned "
             f"by qpruner: {winner.measured_bytes / 1e6:.1f} MB.",
             "",
             f"Loading it takes qpruner (written by {_written_by(run)}; `pip install .` in its repository):",

@@ -131,7 +131,6 @@ def _search_status(run: RunView) -> dict[str, Any] | None:
         "best_so_far": best_so_far(in_order_of_end(now.trials), search.metric),
         "winner": run.search.best_index if run.search else None,
         "confirmations": [each.model_dump() for each in run.search.confirmations] if run.search else [],
-        "control_won": run.search.control_won if run.search else None,
     }
 
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import pickle
 import signal
 import time
 from collections import Counter, defaultdict
@@ -96,6 +97,7 @@ def job_of(folder: Path, slots: Slots, at_once: int, **settings: Any) -> SearchJ
         digest="0" * 16,
         search="1" * 16,
         resources=resources,
+        check_node=pickle.dumps(dict),
         trial=standing_in(folder, at_once),
     )
 

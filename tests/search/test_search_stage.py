@@ -5,6 +5,7 @@ The first tests call its parts on records as trials write them; the last ones ru
 
 from __future__ import annotations
 
+import pickle
 import shutil
 import time
 from collections.abc import Sequence
@@ -80,6 +81,7 @@ def job_of(folder: Path, num_eights: int = 3, **settings: Any) -> SearchJob:
         digest="0" * 16,
         search=MINE,
         resources={"cpu": 1.0},
+        check_node=pickle.dumps(dict),
     )
 
 

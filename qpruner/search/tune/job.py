@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,7 +52,7 @@ class SearchJob:
     digest: str
     search: str
     resources: dict[str, float]
-    check_node: bytes = pickle.dumps(dict)
+    check_node: bytes
 
     def owns(self, record: TrialRecord) -> bool:
         """Whether a trial is of this search, not of one with another budget or searcher."""
