@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import flip_a_byte, full_until_noticed, raw_config, with_key
+from mutations import MUTATIONS, ROOT
 
 from qpruner.config import validate_config
 from qpruner.errors import StageError, UserError
@@ -355,3 +356,10 @@ def test_a_search_of_diverging_trials_only_fails_with_their_reason(banked: Path,
     assert error.stage == "search"
     assert "none of 2 trials finished" in error.cause and "TrainingDiverged" in error.cause and "step" in error.cause
     assert "`training.learning_rate`" in error.remedy
+
+
+def test_the_proof_that_the_tests_of_faults_can_fail_fits_the_code() -> None:
+    for name, mutation in MUTATIONS.items():
+        file, test = mutation.test.split("::")
+        assert (ROOT / mutation.file).read_text().count(mutation.old) == 1, name
+        assert f"def {test}(" in (ROOT / file).read_text(), name

@@ -31,6 +31,10 @@ from real_driver import (
     trials_of,
 )
 
+from safetensors.torch import load_file, save_file
+
+from qpruner.quantization.bank import read_index, write_index
+from qpruner.rundir import file_digest
 from qpruner.search.tune.driver import MAX_KILLS
 
 pytestmark = pytest.mark.slow
@@ -196,6 +200,40 @@ def test_a_finalists_checkpoint_with_a_flipped_bit_is_not_what_is_confirmed(
         assert f"{weights.parent} is damaged: set aside in" in process.said()
     assert rungs_of(run) == rungs_of(undisturbed)
     assert record["confirmations"] == search_record(undisturbed)["confirmations"]
+
+
+# ---- numbers
+
+
+def spoil(bank: Path, name: str) -> None:
+    """Adapter starts far too large in one of the bank's files, which its index calls whole."""
+    path = bank / name
+    tensors = load_file(path)
+    save_file({key: tensor * 1e25 if "lora_A" in key else tensor for key, tensor in tensors.items()}, path)
+    index = read_index(bank)
+    spoilt = index.files[name].model_copy(update={"sha256": file_digest(path)})
+    write_index(bank, index.model_copy(update={"files": index.files | {name: spoilt}}))
+
+
+def test_of_plans_that_diverge_the_searcher_hears_and_keeps_away(config: Path, tiny_model: Path) -> None:
+    keys = {"search.searcher": "gp", "search.max_trials": 12, "search.max_concurrent": 1}
+    config = search_config(tiny_model, config.parent, **keys)
+    with driver(config, verb="bank") as process:
+        code, said = process.end()
+        assert code == 0, said[-3000:]
+    name = next(name for name in read_index(process.run / "bank").files if name.startswith("4bit/"))
+    spoil(process.run / "bank", name)
+    group = Path(name).stem
+    with driver(config) as process:
+        record = finished(process)
+    trials = trials_of(process.run)
+    ruined = {index for index, trial in trials.items() if trial["plan"][group] == 4}
+    failed = {index: trial for index, trial in trials.items() if trial["status"] == "failed"}
+    assert set(failed) == ruined and record["failures"] == {"diverged": len(ruined)}
+    assert all("nan at step 1" in trial["reason"] for trial in failed.values()), "stopped at once"
+    proposed = {index for index, trial in trials.items() if trial["origin"] == "gp"}
+    assert len(proposed) >= 8 and not ruined & proposed, "two of the controls had told it"
+    assert record["best_plan"][group] == 8
 
 
 # ---- memory

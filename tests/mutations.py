@@ -1,0 +1,199 @@
+"""Proof that the tests of faults can fail: takes the handling of each fault out, one at a time, and runs its test.
+
+    python tests/mutations.py [NAME ...]
+
+Works on a copy of the checkout. Prints a line a mutation; ends with 1 if a test passed without what it is there for.
+Two to ten minutes each. That every mutation still fits the code is a fast test, in `tests/test_faults.py`.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+SEARCH = "tests/faults/test_search_faults.py"
+STORE = "tests/faults/test_object_store_faults.py"
+STAGES = "tests/test_faults.py"
+
+
+@dataclass(frozen=True)
+class Mutation:
+    """Handling of a fault, and what is put in its place.
+
+    Attributes:
+        file: Below the checkout.
+        old: Occurs once in it.
+        new: What stands there instead.
+        test: The test that must fail then: file and name.
+    """
+
+    file: str
+    old: str
+    new: str
+    test: str
+
+
+DRIVER, WORKER = "qpruner/search/tune/driver.py", "qpruner/search/tune/worker.py"
+MUTATIONS = {
+    "a killed worker's trial starts anew": Mutation(
+        WORKER,
+        "fetch(start) if start else None, self._report",
+        "None, self._report",
+        f"{SEARCH}::test_a_trial_whose_process_is_killed_goes_on_from_its_last_rung",
+    ),
+    "a trial may lose its worker for ever": Mutation(
+        DRIVER,
+        "if kills >= MAX_KILLS else {}",
+        "if False else {}",
+        f"{SEARCH}::test_a_trial_whose_process_dies_again_and_again_fails_and_the_others_do_not",
+    ),
+    "a machine's death is held against its trial": Mutation(
+        DRIVER,
+        "if pulse is not None and not stays(pulse.node):",
+        "if False:",
+        f"{SEARCH}::test_a_trial_whose_machine_dies_goes_on_elsewhere_and_that_is_not_held_against_it",
+    ),
+    "workers stay on a machine that is drained": Mutation(
+        WORKER,
+        "if not stays(ray.get_runtime_context().get_node_id()):",
+        "if False:",
+        f"{SEARCH}::test_trials_leave_a_machine_that_is_drained_and_that_is_not_held_against_them",
+    ),
+    "a worker that comes back writes": Mutation(
+        WORKER,
+        "if read_trial(self._job.trials, self._record.index).worker != self._record.worker:",
+        "if False:",
+        f"{SEARCH}::test_a_worker_that_was_taken_for_dead_writes_nothing_when_it_comes_back",
+    ),
+    "nobody watches for trials that hang": Mutation(
+        DRIVER,
+        "if now - self._seen[trial_id][1] > self._limit:",
+        "if False:",
+        f"{SEARCH}::test_a_hanging_trial_is_killed_and_its_slot_is_free_again",
+    ),
+    "the first Ctrl-C ends all": Mutation(
+        "qpruner/search/tune/halt.py",
+        "before = signal.signal(signal.SIGINT, self._on_signal)",
+        "before = signal.getsignal(signal.SIGINT)",
+        f"{SEARCH}::test_ctrl_c_once_finishes_the_rung_and_says_how_to_go_on",
+    ),
+    "the second Ctrl-C does nothing": Mutation(
+        "qpruner/search/tune/halt.py",
+        "            raise KeyboardInterrupt\n",
+        "            return\n",
+        f"{SEARCH}::test_ctrl_c_twice_leaves_at_once_and_can_go_on",
+    ),
+    "a damaged checkpoint is read": Mutation(
+        "qpruner/pipeline/search.py",
+        "    set_aside_damaged(context.run_dir.trials / trials_digest, tell)\n",
+        "",
+        f"{SEARCH}::test_a_checkpoint_with_a_flipped_bit_is_named_and_its_trial_starts_anew",
+    ),
+    "a finalist's damaged checkpoint is confirmed": Mutation(
+        "qpruner/pipeline/search.py",
+        "if not [trial for trial in finalists if begin_anew_if_damaged(job.trials, trial, tell)]:",
+        "if True:",
+        f"{SEARCH}::test_a_finalists_checkpoint_with_a_flipped_bit_is_not_what_is_confirmed",
+    ),
+    "the searcher does not hear of what diverged": Mutation(
+        "qpruner/records.py",
+        'return self.failure in ("infeasible", "diverged")',
+        "return False",
+        f"{SEARCH}::test_of_plans_that_diverge_the_searcher_hears_and_keeps_away",
+    ),
+    "memory that ends is an error like any other": Mutation(
+        "qpruner/memory.py",
+        "return named or any(words in str(error) for words in said)",
+        "return False",
+        f"{SEARCH}::test_a_trial_that_runs_out_of_memory_goes_on_with_less_of_it_or_is_infeasible",
+    ),
+    "all pay for the one that Ray killed for memory": Mutation(
+        DRIVER,
+        "return named or list(running)",
+        "return list(running)",
+        f"{SEARCH}::test_a_machine_out_of_memory_costs_one_trial_its_worker_and_nothing_else",
+    ),
+    "nobody waits for a full disk": Mutation(
+        "qpruner/patience.py",
+        "if waited >= limit:",
+        "if True:",
+        f"{SEARCH}::test_a_disk_that_fills_up_is_waited_for_and_then_the_search_ends_with_the_remedy",
+    ),
+    "nobody waits for a storage that is away": Mutation(
+        "qpruner/patience.py",
+        "if number in AWAY:",
+        "if False:",
+        f"{SEARCH}::test_a_storage_that_is_away_for_a_while_is_waited_for",
+    ),
+    "finished trials are not recalled": Mutation(
+        "qpruner/search/tune/resume.py",
+        "            ledger.recall(suggestion, rungs, ruined=record.is_ruined)\n    return",
+        "            pass\n    return",
+        f"{SEARCH}::test_a_new_head_goes_on_from_what_the_run_folder_holds",
+    ),
+    "trials under way are not taken up": Mutation(
+        "qpruner/search/tune/resume.py",
+        "            ledger.resume(suggestion, rungs)\n",
+        "            pass\n",
+        f"{STORE}::test_a_killed_run_is_taken_up_on_an_empty_machine_and_ends_as_if_nothing_had_happened",
+    ),
+    "a bank's damaged object is taken as it is": Mutation(
+        "qpruner/quantization/bank.py",
+        "            if fetch_file(path, aside) != sha256:",
+        "            if fetch_file(path, aside) != sha256 and False:",
+        f"{STORE}::test_of_a_bank_with_a_damaged_object_that_object_alone_is_built_again",
+    ),
+    "a server that is away is an error at once": Mutation(
+        "qpruner/patience.py",
+        "if number in AWAY:",
+        "if False:",
+        f"{STORE}::test_a_server_that_is_away_is_waited_for_and_then_told_of",
+    ),
+    "folders are not compared with their lists": Mutation(
+        "qpruner/mirror.py",
+        "        _compare(listed, each(lambda name: _digest(folder / name), list(listed.sha256)), folder)\n",
+        "",
+        f"{STAGES}::test_a_damaged_model_is_named_and_set_aside_and_it_alone_is_made_again",
+    ),
+    "two drivers share a run": Mutation(
+        "qpruner/runlock.py",
+        "            if why is None:\n",
+        "            if False:\n",
+        "tests/test_runlock.py::test_the_second_driver_is_refused_with_the_firsts_host_and_pid",
+    ),
+}
+
+
+def survives(mutation: Mutation) -> bool:
+    """Whether the test passes without the handling."""
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder) / "checkout"
+        shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(".venv", ".git", "runs", ".*_cache", "__pycache__"))
+        path = copy / mutation.file
+        path.write_text(path.read_text().replace(mutation.old, mutation.new))
+        command = [sys.executable, "-m", "pytest", "-q", "-x", "-m", "slow or not slow", mutation.test]
+        environment = os.environ | {"PYTHONPATH": str(copy)}
+        done = subprocess.run(command, cwd=copy, env=environment, capture_output=True, text=True)
+    if done.returncode not in (0, 1):
+        raise RuntimeError(f"pytest {mutation.test} ended with {done.returncode}:\n{done.stdout[-3000:]}{done.stderr}")
+    return done.returncode == 0
+
+
+def main(names: list[str]) -> int:
+    num_survivors = 0
+    for name in names or list(MUTATIONS):
+        started, survived = time.monotonic(), survives(MUTATIONS[name])
+        num_survivors += survived
+        print(f"{'SURVIVED' if survived else 'caught':8s}  {name}  ({time.monotonic() - started:.0f} s)", flush=True)
+    return 1 if num_survivors else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
