@@ -30,7 +30,6 @@ from real_driver import (
     search_record,
     trials_of,
 )
-
 from safetensors.torch import load_file, save_file
 
 from qpruner.quantization.bank import read_index, write_index
