@@ -291,6 +291,7 @@ def guarded() -> Iterator[tuple[str, list[str]]]:
         head.wait(timeout=60)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("way", "refusal"),
     [

@@ -302,6 +302,7 @@ def test_other_budgets_get_a_third_of_the_seeds(table: Path) -> None:
     assert {item.fraction for item in tasks if item.asha} == {0.5}
 
 
+@pytest.mark.slow
 def test_the_benchmark_runs_from_files_to_its_line_and_goes_on_from_what_it_kept(
     table: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -87,6 +87,7 @@ def test_the_hub_has_the_final_model_and_nobody_else_sees_it(run: Path, hub: Hub
     assert torch.equal(torch.load(logits, weights_only=True), expected)
 
 
+@pytest.mark.slow
 def test_a_peft_export_is_loaded_as_its_card_says(run: Path, hub: Hub, tmp_path: Path) -> None:
     import torch
 

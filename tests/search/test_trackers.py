@@ -86,6 +86,8 @@ def wandb_records(file: Path) -> Iterator[Any]:
             position += left
             continue
         length, kind = int.from_bytes(data[position + 4 : position + 6], "little"), data[position + 6]
+        if position + 7 + length > len(data):
+            return  # still being written
         parts += data[position + 7 : position + 7 + length]
         position += 7 + length
         if kind in (1, 4):  # whole, or the last part
@@ -93,6 +95,11 @@ def wandb_records(file: Path) -> Iterator[Any]:
             record.ParseFromString(parts)
             parts = b""
             yield record
+
+
+def wandb_has_ended(file: Path) -> bool:
+    """Whether the file of an offline run has its last record."""
+    return any(record.HasField("exit") for record in wandb_records(file))
 
 
 def wandb_rows(folder: Path) -> dict[str, dict[str, Any]]:
@@ -222,6 +229,11 @@ def test_a_fine_tune_that_goes_on_tells_each_step_once(
         curve = mlflow_curve(tmp_path, row, "loss")
         assert row.data.params["row"] == "searched" and row.info.run_name == "searched, training seed 0"
     else:
+        # Its service may still be writing when `finish` returns (wandb 0.31).
+        deadline = time.monotonic() + 60
+        while not all(map(wandb_has_ended, tmp_path.glob("wandb/offline-run-*/run-*.wandb"))):
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
         ((_, row),) = wandb_rows(tmp_path).items()
         curve = [(step, line["train/loss"]) for step, line in sorted(row["lines"].items())]
         assert row["config"]["row"] == "searched" and row["name"] == "searched, training seed 0"
