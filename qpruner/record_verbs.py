@@ -220,7 +220,8 @@ def compare(runs: Sequence[str | Path], as_json: bool) -> dict[str, Any]:
         terminal = Terminal(quiet=False)
         keys = list(dict.fromkeys(key for each in facts for key in each if key != "run"))
         body = [[key, *(_figure(key, each.get(key)) for each in facts)] for key in keys]
-        headings = ["", *(Path(each["run"]).name for each in facts)]
+        places = [each["run"].rstrip("/") for each in facts]
+        headings = ["", *(_short(place, places) for place in places)]
         terminal.table(headings, body)
         if settings:
             terminal.say("Settings that differ:")
@@ -228,6 +229,14 @@ def compare(runs: Sequence[str | Path], as_json: bool) -> dict[str, Any]:
         else:
             terminal.say("All settings are the same.")
     return {"status": "ok", "runs": facts, "differing_settings": settings}
+
+
+def _short(place: str, places: Sequence[str]) -> str:
+    """The end of a run's place, as long as it takes to tell it from the others."""
+    parts = place.split("/")
+    ends = ("/".join(parts[-count:]) for count in range(1, len(parts)))
+    others = [other for other in places if other != place]
+    return next((end for end in ends if not any(other.endswith(f"/{end}") for other in others)), place)
 
 
 def _figure(name: str, value: Any) -> str:

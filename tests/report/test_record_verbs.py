@@ -163,6 +163,14 @@ def test_compare_shows_results_side_by_side_and_the_settings_that_differ(tmp_pat
     assert "848444" in text and "Settings that differ" in text
 
 
+def test_runs_of_one_name_are_told_apart_by_their_folders(tmp_path: Path) -> None:
+    places = ("a/runs/demo", "b/runs/demo", "b/runs/mine", "demo")
+    runs = [recorded_run(tmp_path / place, is_over=True) for place in places]
+    heading = qpruner("compare", *runs).stdout.splitlines()[0]
+    assert heading.split() == ["a/runs/demo", "b/runs/demo", "mine", f"{tmp_path.name}/demo"]
+    assert qpruner("compare", runs[0], runs[0]).stdout.splitlines()[0].split() == ["demo", "demo"]
+
+
 def test_looking_at_a_run_imports_neither_torch_nor_ray(tmp_path: Path) -> None:
     run = recorded_run(tmp_path / "run", is_over=True)
     code = (
