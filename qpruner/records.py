@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, WithJsonSchema
+
+if TYPE_CHECKING:
+    import pandas
 
 STAGES = ("prepare", "prune", "bank", "sensitivity", "search", "finetune", "evaluate", "report")
 """In the order of the flow."""
@@ -19,10 +22,26 @@ StandardError = Annotated[float, WithJsonSchema({"type": ["number", "null"]}, mo
 """NaN with a single question, which JSON knows as null."""
 
 
-class Record(BaseModel):
-    """Base of every record."""
+class Recorded(BaseModel):
+    """Base of what is recorded: plain data that never changes."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+    def to_dataframe(self) -> pandas.DataFrame:
+        """As a table: a row for each of what the record lists; one row of its figures where it lists nothing."""
+        import pandas
+
+        return pandas.DataFrame(self.table_rows())
+
+    def table_rows(self) -> list[dict[str, Any]]:
+        """The rows of `to_dataframe`: a column a field, `FIELD.KEY` of fields that have keys, `bits of GROUP`."""
+        fields = self.model_dump()
+        plan = fields.pop("plan", {})
+        return [flat(fields) | {f"bits of {group}": bits for group, bits in plan.items()}]
+
+
+class Record(Recorded):
+    """Base of every stage's record."""
 
     digest: str
     seconds: float
@@ -38,10 +57,8 @@ class PrepareRecord(Record):
     num_rows: dict[str, int]
 
 
-class LayerWidths(BaseModel):
+class LayerWidths(Recorded):
     """What is kept of one block, as indices into the base model; empty where the whole block went."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     layer: int
     kept_kv_groups: tuple[int, ...]
@@ -76,11 +93,13 @@ class PruneRecord(Record):
     dropped_blocks: tuple[int, ...]
     layers: tuple[LayerWidths, ...]
 
+    def table_rows(self) -> list[dict[str, Any]]:
+        """A row a block of the base model."""
+        return [row for layer in self.layers for row in layer.table_rows()]
 
-class MethodScores(BaseModel):
+
+class MethodScores(Recorded):
     """One sensitivity of every group."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     unit: str
     source: str
@@ -92,12 +111,25 @@ class MethodScores(BaseModel):
     details: dict[str, Any]
     """Figures of the method's own: samples and positions, standard errors, what was subtracted."""
 
+    def table_rows(self) -> list[dict[str, Any]]:
+        """A row a group, in the order of `SensitivityRecord.groups`."""
+        names = [f"at {bits} bits" for bits in self.values]
+        return [dict(zip(names, of_group, strict=True)) for of_group in zip(*self.values.values(), strict=True)]
+
 
 class SensitivityRecord(Record):
     """How much each group suffers at fewer bits, by every method asked for. The byte budget is not among the inputs."""
 
     groups: tuple[str, ...]
     methods: dict[str, MethodScores]
+
+    def table_rows(self) -> list[dict[str, Any]]:
+        """A row a group, with every method's scores of it."""
+        rows: list[dict[str, Any]] = [{"group": group} for group in self.groups]
+        for name, method in self.methods.items():
+            for row, scores in zip(rows, method.table_rows(), strict=True):
+                row |= {f"{name} {column}": value for column, value in scores.items()}
+        return rows
 
 
 class BankRecord(Record):
@@ -111,11 +143,18 @@ class BankRecord(Record):
     group_bytes: dict[str, dict[str, int]] = {}
     """bits -> group -> bytes of its packed weights, for all levels of the search."""
 
+    def table_rows(self) -> list[dict[str, Any]]:
+        """A row a group."""
+        rows: dict[str, dict[str, Any]] = {}
+        for told in ("group_bytes", "residual_ratio"):
+            for bits, by_group in getattr(self, told).items():
+                for group, value in by_group.items():
+                    rows.setdefault(group, {"group": group})[f"{told} at {bits} bits"] = value
+        return list(rows.values())
 
-class RungResult(BaseModel):
+
+class RungResult(Recorded):
     """A trial's score at one rung."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     step: int
     loss: float
@@ -130,10 +169,8 @@ GIVEN = "given"
 """Origin of the plan that `search.plan` names."""
 
 
-class TrialRecord(BaseModel):
+class TrialRecord(Recorded):
     """One plan's life in the search. `index` counts suggestions from 0; records, not Tune's snapshot, are the truth."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     index: int
     digest: str
@@ -176,6 +213,18 @@ class TrialRecord(BaseModel):
     """Unix seconds: when it began (until then, when its plan was handed out), when each rung was recorded and, once it
     is over, when it ended."""
 
+    def table_rows(self) -> list[dict[str, Any]]:
+        """One row, with `loss at STEP` (and accuracy) for each rung."""
+        told = self.model_copy(update={"checkpoint": {}, "earlier_gpu_seconds": {}})
+        [row] = super(TrialRecord, told).table_rows()
+        for name in ("digest", "rungs", "times"):
+            del row[name]
+        for rung in self.rungs:
+            row[f"loss at {rung.step}"] = rung.loss
+            if rung.accuracy is not None:
+                row[f"accuracy at {rung.step}"] = rung.accuracy
+        return [row]
+
     def gpu_seconds_of(self, search: str) -> float:
         """What the trial held GPUs for under one search."""
         earlier = self.earlier_gpu_seconds
@@ -208,10 +257,8 @@ class TrialRecord(BaseModel):
         return self.failure in ("storage", "damaged")
 
 
-class TrialPulse(BaseModel):
+class TrialPulse(Recorded):
     """What a trial's worker tells while it works, at most once a second and only when something moved."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     node: str
     """Ray's id of the machine."""
@@ -226,19 +273,15 @@ class TrialPulse(BaseModel):
     gpu_seconds: float = 0.0
 
 
-class SearchClock(BaseModel):
+class SearchClock(Recorded):
     """Seconds a search has taken, all its sessions together, and how many there were."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     seconds: float
     sessions: int = 0
 
 
-class FreshScore(BaseModel):
+class FreshScore(Recorded):
     """A finished trial on what no trial was scored on: confirmation rows and, for accuracy, further questions."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     loss: float
     stderr: float
@@ -308,6 +351,10 @@ class SearchRecord(Record):
     sessions: int = 1
     """Times that the command was started until the search was over."""
 
+    def table_rows(self) -> list[dict[str, Any]]:
+        """A row a finalist."""
+        return [row for each in self.confirmations for row in each.table_rows()]
+
 
 class CandidateRecord(Record):
     """One row of the final table under one training seed, fine-tuned."""
@@ -341,11 +388,15 @@ class FinetuneRecord(Record):
     winner: str
     candidates: tuple[CandidateRecord, ...]
 
+    def table_rows(self) -> list[dict[str, Any]]:
+        """A row a fine-tune."""
+        return [row for each in self.candidates for row in each.table_rows()]
 
-class TaskScore(BaseModel):
+
+class TaskScore(Recorded):
     """An lm-eval accuracy. Per-question values are kept, in the task's order, so that rows can be paired."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, ser_json_inf_nan="constants")
+    model_config = ConfigDict(ser_json_inf_nan="constants")
 
     task: str
     metric: str
@@ -357,11 +408,14 @@ class TaskScore(BaseModel):
     answer_loss: tuple[float, ...] = ()
     """Negative log-likelihood of the right choice in nats, a question; empty where the task has no choices."""
 
+    def table_rows(self) -> list[dict[str, Any]]:
+        """A row a question."""
+        columns = {"correct": self.correct} | ({"answer_loss": self.answer_loss} if self.answer_loss else {})
+        return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
 
-class Inference(BaseModel):
+
+class Inference(Recorded):
     """What a row's model takes to use, its adapter on, in a generation of one sequence."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     memory_bytes: int
     """At the highest point."""
@@ -370,10 +424,8 @@ class Inference(BaseModel):
     decode_tokens_per_second: tuple[float, ...]
 
 
-class InferenceSetting(BaseModel):
+class InferenceSetting(Recorded):
     """How `Inference` was measured."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     device: str
     prompt_tokens: int
@@ -381,12 +433,12 @@ class InferenceSetting(BaseModel):
     memory_counter: str
 
 
-class RowScores(BaseModel):
+class RowScores(Recorded):
     """One row on the held-out tasks, under one training seed; without a seed as it is before any fine-tune: quantized
     layers with the adapter start that makes up for a part of the error."""
 
     # The standard error of a single question is NaN.
-    model_config = ConfigDict(extra="forbid", frozen=True, ser_json_inf_nan="constants")
+    model_config = ConfigDict(ser_json_inf_nan="constants")
 
     digest: str
     name: str
@@ -404,22 +456,31 @@ class RowScores(BaseModel):
         """Its name, with what tells the model before the fine-tune from the row of that name."""
         return f"{self.name} (no fine-tune)" if self.seed is None else self.name
 
+    def table_rows(self) -> list[dict[str, Any]]:
+        """One row, with accuracy and standard error of each task."""
+        [row] = super().table_rows()
+        for score in row.pop("scores"):
+            row |= {f"{score['task']} {score['metric']}": score["value"], f"{score['task']} stderr": score["stderr"]}
+        return [row]
+
 
 class EvalRecord(Record):
     """Accuracies on the held-out tasks: base, pruned and searched before any fine-tune, every fine-tuned row after."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, ser_json_inf_nan="constants")
+    model_config = ConfigDict(ser_json_inf_nan="constants")
 
     rows: tuple[RowScores, ...]
     text: str | None = None
     """Which held-out text `RowScores.text_loss` is on."""
     inference: InferenceSetting | None = None
 
+    def table_rows(self) -> list[dict[str, Any]]:
+        """A row a model and training seed that was scored."""
+        return [row for each in self.rows for row in each.table_rows()]
 
-class StageState(BaseModel):
+
+class StageState(Recorded):
     """Where a stage of the latest command stands."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     state: Literal["running", "done", "recorded"]
     """`recorded`: there was nothing to do."""
@@ -434,10 +495,8 @@ class StageState(BaseModel):
     """What it is about to do, or what came out."""
 
 
-class SearchState(BaseModel):
+class SearchState(Recorded):
     """What the latest command's search is about."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     trials_digest: str
     search: str
@@ -450,10 +509,8 @@ class SearchState(BaseModel):
     """Trials at once; None where no trial had to run."""
 
 
-class RunState(BaseModel):
+class RunState(Recorded):
     """`run.json`: what the latest command on a run folder is doing or did, for who looks at it from elsewhere."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     config: dict[str, Any]
     until: str
@@ -478,10 +535,8 @@ class RunState(BaseModel):
     search: SearchState | None = None
 
 
-class Results(BaseModel):
+class Results(Recorded):
     """Every record of a run; None for stages that have not run."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     prepare: PrepareRecord | None = None
     prune: PruneRecord | None = None
@@ -490,6 +545,22 @@ class Results(BaseModel):
     search: SearchRecord | None = None
     finetune: FinetuneRecord | None = None
     evaluate: EvalRecord | None = None
+
+    def table_rows(self) -> list[dict[str, Any]]:
+        """A row a stage that has run: what it took."""
+        return [
+            {"stage": name, "seconds": record.seconds, "gpu_seconds": record.gpu_seconds}
+            for name, record in self
+            if record
+        ]
+
+
+def flat(fields: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """`field.key` -> value, however deep."""
+    found: dict[str, Any] = {}
+    for name, value in fields.items():
+        found |= flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
+    return found
 
 
 def digest_of(*parts: Any) -> str:

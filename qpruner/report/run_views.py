@@ -16,7 +16,16 @@ from pathlib import Path
 from typing import Any
 
 from qpruner.errors import UserError
-from qpruner.records import STAGES, BankRecord, EvalRecord, FinetuneRecord, RunState, SearchRecord, TrialRecord
+from qpruner.records import (
+    STAGES,
+    BankRecord,
+    EvalRecord,
+    FinetuneRecord,
+    RunState,
+    SearchRecord,
+    TrialRecord,
+    flat,
+)
 from qpruner.report.standing import Standing, bar, best_so_far, control_name, in_order_of_end, score, standing
 from qpruner.report.table import SEARCHED
 from qpruner.rundir import STATE, RunDir
@@ -253,18 +262,10 @@ def _final(run: RunView) -> dict[str, Any]:
 
 def differing_settings(runs: Sequence[RunView]) -> dict[str, list[Any]]:
     """Settings that are not the same in all runs: key -> a value a run; the run folder itself aside."""
-    flat = [_flat(run.state.config) for run in runs]
+    flat = [flat(run.state.config) for run in runs]
     keys = dict.fromkeys(key for each in flat for key in each if key != "output")
     values = {key: [each.get(key) for each in flat] for key in keys}
     return {key: found for key, found in values.items() if any(value != found[0] for value in found)}
-
-
-def _flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """`section.key` -> value."""
-    flat: dict[str, Any] = {}
-    for name, value in config.items():
-        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
-    return flat
 
 
 def _is_alive(pid: int) -> bool:

@@ -99,18 +99,10 @@ class Snapshot:
         return FIGURES[self.metric] + (" (nats per token)" if self.metric == "loss" else "")
 
     def to_dataframe(self) -> pandas.DataFrame:
-        """The trials, one a row: its record's figures, `loss at STEP` (and accuracy) a rung, `bits of GROUP`."""
+        """The trials, one a row, as `TrialRecord.to_dataframe` has it."""
         import pandas
 
-        rows = []
-        for trial in self.trials:
-            row = trial.model_dump(exclude={"plan", "rungs", "times", "digest"})
-            for rung in trial.rungs:
-                row[f"loss at {rung.step}"] = rung.loss
-                if rung.accuracy is not None:
-                    row[f"accuracy at {rung.step}"] = rung.accuracy
-            rows.append(row | {f"bits of {group}": bits for group, bits in trial.plan.items()})
-        return pandas.DataFrame(rows)
+        return pandas.DataFrame([row for trial in self.trials for row in trial.table_rows()])
 
     def _repr_html_(self) -> str:
         from qpruner.report.page import notebook_view

@@ -1,0 +1,75 @@
+"""Every record is a table, too, with rows of what it lists."""
+
+from __future__ import annotations
+
+import inspect
+
+import pytest
+from made_run import MadeRun
+from pydantic import BaseModel
+
+import qpruner
+from qpruner import records
+from qpruner.records import BankRecord, Recorded
+from qpruner.report.snapshot import Snapshot
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Snapshot:
+    """A run of 60 groups, 20 trials and 13 fine-tunes."""
+    return qpruner.read_run(MadeRun(tmp_path_factory.mktemp("tables") / "run", num_trials=20).run.root)
+
+
+def test_every_record_has_a_table() -> None:
+    kinds = [each for _, each in inspect.getmembers(records, inspect.isclass) if issubclass(each, BaseModel)]
+    assert len(kinds) > 20
+    assert [each.__name__ for each in kinds if each is not BaseModel and not issubclass(each, Recorded)] == []
+
+
+@pytest.mark.parametrize(
+    ("stage", "num_rows", "columns"),
+    [
+        ("prepare", 1, {"model_path", "num_rows.train", "seconds"}),
+        ("prune", 30, {"layer", "kept_mlp_channels", "kept_parameters"}),
+        ("sensitivity", 60, {"group", "kl at 4 bits", "kl at 8 bits", "mutual_information at 4 bits"}),
+        ("search", 4, {"index", "origin", "loss", "stderr", "control"}),
+        ("finetune", 13, {"name", "seed", "validation_loss", "bits of layers.00.mlp"}),
+        ("evaluate", 16, {"name", "seed", "arc_easy acc", "arc_easy stderr", "text_loss", "inference.memory_bytes"}),
+    ],
+)
+def test_a_stage_s_record_has_a_row_for_each_that_it_lists(
+    stage: str, num_rows: int, columns: set[str], run: Snapshot
+) -> None:
+    frame = getattr(run.results, stage).to_dataframe()
+    assert len(frame) == num_rows and columns <= set(frame.columns)
+    assert not any(isinstance(cell, dict | list) for column in frame for cell in frame[column])
+
+
+def test_a_bank_has_a_row_a_group() -> None:
+    by_group = {"4": {"a": 10, "b": 20}, "8": {"a": 30, "b": 40}}
+    bank = BankRecord(
+        digest="", seconds=1.0, files={}, bytes=1, residual_ratio={"4": {"a": 0.5, "b": 0.6}}, group_bytes=by_group
+    )
+    frame = bank.to_dataframe()
+    assert frame["group"].tolist() == ["a", "b"]
+    assert frame["group_bytes at 8 bits"].tolist() == [30, 40]
+    assert frame["residual_ratio at 4 bits"].tolist() == [0.5, 0.6]
+
+
+def test_a_trial_is_a_row_of_the_run_s_table(run: Snapshot) -> None:
+    trial = run.trials[0]
+    row = trial.to_dataframe().iloc[0]
+    assert row.dropna().equals(run.to_dataframe().iloc[0][row.index].dropna())
+    assert (row["plan_bytes"], row["loss at 16"]) == (trial.plan_bytes, trial.rungs[-1].loss)
+    assert row["bits of layers.00.mlp"] == trial.plan["layers.00.mlp"]
+    assert len(trial.rungs[0].to_dataframe()) == 1
+
+
+def test_a_score_has_a_row_a_question_and_the_results_a_row_a_stage(run: Snapshot) -> None:
+    assert run.results.evaluate
+    frame = run.results.evaluate.rows[0].scores[0].to_dataframe()
+    assert len(frame) == 400 and frame["correct"].mean() == run.results.evaluate.rows[0].scores[0].value
+    assert run.results.to_dataframe()["stage"].tolist()[-2:] == ["finetune", "evaluate"]
+    assert run.results.sensitivity
+    method = run.results.sensitivity.methods["kl"].to_dataframe()
+    assert method["at 4 bits"].tolist() == list(run.results.sensitivity.methods["kl"].values[4])
