@@ -23,25 +23,19 @@ from qpruner.report.table import SEARCHED, Row
 from qpruner.search.trial_records import remedy_of
 
 LAYER_HEADINGS = ("block", "query heads", "key/value heads", "MLP channels", "kept parameters")
-HEADINGS = (
-    "row",
-    "from",
-    "training seeds",
-    "parameters",
-    "bytes",
-    "mean bits",
-    "peak memory",
-    "validation loss",
-    "confirmation loss",
-    "test accuracy",
-    "test answer loss",
-    "perplexity",
-    "inference memory",
-    "prefill tokens/s",
-    "decode tokens/s",
+TABLES = (
+    (
+        "How well each row does on what has chosen nothing, after the same fine-tune",
+        ("bytes", "mean bits", "test accuracy", "test answer loss", "perplexity"),
+    ),
+    ("The fine-tune of each row", ("from", "seeds", "validation loss", "confirmation loss")),
+    (
+        "What each row takes to fine-tune and to use",
+        ("parameters", "peak memory", "inference memory", "prefill tokens/s", "decode tokens/s"),
+    ),
 )
-NUM_QUALITY = HEADINGS.index("inference memory")
-"""Columns that a terminal or a page has room for beside one another."""
+"""The final table in parts of which each fits 120 columns: captions, and headings beside the row's name."""
+HEADINGS = ("row", *(heading for _, headings in TABLES for heading in headings))
 LEGEND = (
     "Bytes are the packed tensors, scales, unquantized rest and adapters; mean bits are over the grouped weights; peak "
     "memory is that of the fine-tune, in a process of its own. Every row had the same fine-tune. A row with several "
@@ -73,21 +67,21 @@ STATES = {"done": "done", "recorded": "recorded before", "running": "begun"}
 
 
 def cells(row: Row) -> tuple[str, ...]:
-    """A row as the table shows it, on screen and in the report."""
+    """A row as the table shows it, on screen and in the report: a cell for each of `HEADINGS`."""
     seeds = row.seeds
     return (
         row.name,
-        row.origin,
-        f"{seeds[0]}-{seeds[-1]}" if len(seeds) > 1 else f"{seeds[0]}",
-        f"{row.num_parameters / 1e6:.1f} M",
         f"{row.measured_bytes / 1e6:.1f} MB",
         f"{row.mean_bits:.2f}",
-        f"{row.peak_memory_bytes / 1e6:.0f} MB",
-        _figure(row.validation_loss, row.validation_loss_spread),
-        _figure(row.confirmation_loss, row.confirmation_loss_spread),
         f"{_figure(row.accuracy, row.accuracy_spread, 3)} (se {row.accuracy_stderr:.3f})",
         "-" if row.answer_loss is None else _figure(row.answer_loss, row.answer_loss_spread),
         "-" if row.perplexity is None else _figure(row.perplexity, row.perplexity_spread, 2),
+        row.origin,
+        f"{seeds[0]}-{seeds[-1]}" if len(seeds) > 1 else f"{seeds[0]}",
+        _figure(row.validation_loss, row.validation_loss_spread),
+        _figure(row.confirmation_loss, row.confirmation_loss_spread),
+        f"{row.num_parameters / 1e6:.1f} M",
+        f"{row.peak_memory_bytes / 1e6:.0f} MB",
         "-" if row.inference_memory_bytes is None else f"{row.inference_memory_bytes / 1e6:.0f} MB",
         _turns(row.prefill_tokens_per_second),
         _turns(row.decode_tokens_per_second),
@@ -95,17 +89,11 @@ def cells(row: Row) -> tuple[str, ...]:
 
 
 def final_tables(rows: Sequence[Row]) -> list[tuple[str, tuple[str, ...], list[tuple[str, ...]]]]:
-    """The final table in two, narrow enough for a terminal and for paper: caption, headings and cells of each."""
-    captions = ("Every row, after the same fine-tune", "What each row's model takes to use")
-    body = [cells(row) for row in rows]
-
-    def parts(line: tuple[str, ...]) -> tuple[tuple[str, ...], tuple[str, ...]]:
-        return line[:NUM_QUALITY], (line[0], *line[NUM_QUALITY:])
-
-    split = [parts(line) for line in body]
+    """The final table in parts, narrow enough for a terminal and for paper: caption, headings and cells of each."""
+    body = [dict(zip(HEADINGS, cells(row), strict=True)) for row in rows]
     return [
-        (caption, headings, [part[index] for part in split])
-        for index, (caption, headings) in enumerate(zip(captions, parts(HEADINGS), strict=True))
+        (caption, ("row", *headings), [tuple(line[heading] for heading in ("row", *headings)) for line in body])
+        for caption, headings in TABLES
     ]
 
 

@@ -128,7 +128,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> MadeRun:
 
 
 def final_cells(made: MadeRun) -> list[list[tuple[str, ...]]]:
-    """Headings and cells of the final table's two parts."""
+    """Headings and cells of the final table's parts."""
     return [[head, *body] for _, head, body in sections.final_tables(table.rows(read_snapshot(made.run).results))]
 
 
@@ -139,17 +139,21 @@ def test_a_pipe_gets_a_whole_line_a_row(made: MadeRun) -> None:
     plans = [line.split()[-1] for line in lines[1:21]]
     assert plans == [bar(trial) for trial in made.trials], "one line a trial, with the plan of 60 groups"
     # Columns are as wide as their widest cell, and two spaces apart.
-    widths = [max(map(len, column)) for column in zip(*final_cells(made)[0], strict=True)]
-    told = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in final_cells(made)[0]]
-    start = lines.index(told[0])
-    assert lines[start : start + len(told)] == told
+    told = []
+    for part in final_cells(made):
+        widths = [max(map(len, column)) for column in zip(*part, strict=True)]
+        told += ["  ".join(map(str.ljust, row, widths)).rstrip() for row in part]
+    assert lines[-len(told) :] == told
+    assert max(map(len, told)) <= 120, "narrow enough for a page, whoever reads it"
     assert done.stdout.replace("±", "").isascii(), "nothing drawn"
 
 
-def test_a_terminal_cuts_no_figure_and_folds_plans(made: MadeRun) -> None:
-    seen = re.sub(r"\x1b\[[0-9;]*m", "", on_a_terminal(str(made.run.root), program=TABLES))
+@pytest.mark.parametrize("width", [80, 120])
+def test_a_terminal_cuts_no_figure_and_folds_plans(made: MadeRun, width: int) -> None:
+    colored = on_a_terminal(str(made.run.root), program=TABLES, COLUMNS=str(width))
+    seen = re.sub(r"\x1b\[[0-9;]*m", "", colored)
     lines = seen.splitlines()
-    assert "\u2026" not in seen and max(map(len, lines)) <= 120
+    assert "\u2026" not in seen and max(map(len, lines)) <= width
     # Cells by line and border; a column of text goes on in the lines below.
     columns = [[cell.strip() for cell in re.split("[│┃]", line)[1:-1]] for line in lines]
     shown = {cell for line in columns for cell in line}
@@ -157,10 +161,12 @@ def test_a_terminal_cuts_no_figure_and_folds_plans(made: MadeRun) -> None:
         figures = {cell for row in cells[1:] for cell in row if len(cell) <= 24}
         assert figures <= shown, "no figure is wrapped"
         assert {word for heading in cells[0] for word in heading.split()} <= set(" ".join(shown).split())
-    first = next(index for index, line in enumerate(columns) if line[:1] == ["0"])
-    rows = columns[first : next(index for index, line in enumerate(columns) if line[:1] == ["1"])]
-    assert "".join(row[-1] for row in rows) == bar(made.trials[0])
-    assert " ".join(row[1] for row in rows).strip() == made.trials[0].origin
+    # The first trial's lines, in each of the tables that its columns are told in.
+    starts, ends = ([i for i, line in enumerate(columns) if line[:1] == [number]] for number in ("0", "1"))
+    rows = [columns[start:end] for start, end in zip(starts, ends, strict=True)]
+    folded = [column for part in rows for column in zip(*part, strict=True)]
+    assert bar(made.trials[0]) in {"".join(column) for column in folded}
+    assert made.trials[0].origin in {" ".join(column).strip() for column in folded}
 
 
 def test_a_picture_of_the_search(tmp_path: Path) -> None:
