@@ -151,6 +151,41 @@ def test_bash_completes(typed: str, offered: set[str], installed: Installation) 
     assert set(installed.run("bash", "-c", script).split()) == offered
 
 
+IN_ZSH = """
+export TERM=dumb
+zmodload zsh/zpty
+zpty shell zsh -f -i
+zpty -w shell 'autoload -Uz compinit; compinit -D; eval "$(_QPRUNER_COMPLETE=zsh_source qpruner)"; echo set" "up'
+zpty -r shell seen '*set up*'
+zpty -w -n shell $1$'\\t'
+zpty -r shell seen "*$2*"
+print -r -- $seen
+"""
+"""What a person types at its prompt, with Tab behind it; reading ends when what is expected stands there."""
+IN_FISH = "env _QPRUNER_COMPLETE=fish_source qpruner | source; complete --do-complete $argv[1]"
+
+
+@pytest.mark.parametrize(
+    ("typed", "completed"),
+    [
+        ("qpruner st", "status"),
+        ("qpruner run --a", "--address"),
+        ("qpruner export --to m", "merged"),
+        ("qpruner status bi", "bin/"),
+    ],
+)
+@pytest.mark.parametrize("shell", ["zsh", "fish"])
+def test_other_shells_complete(shell: str, typed: str, completed: str, installed: Installation) -> None:
+    if shutil.which(shell) is None:
+        pytest.skip(f"there is no {shell} here; on Debian: apt-get install {shell}")
+    if shell == "fish":
+        offered = installed.run("fish", "--no-config", "-c", IN_FISH, typed).splitlines()
+        assert [line.partition("\t")[0] for line in offered] == [completed]
+    else:
+        whole = f"{typed[: typed.rindex(' ')]} {completed}"
+        assert whole in installed.run("zsh", "-f", "-c", IN_ZSH, "zsh", typed, whole)
+
+
 @pytest.mark.parametrize("verb", ["run", "check", "status", "compare", "generate"])
 def test_files_and_folders_are_completed(verb: str, installed: Installation) -> None:
     """The shell is told to do that itself."""
