@@ -15,7 +15,18 @@ from typing import TYPE_CHECKING, Any
 
 from qpruner.config import RunConfig
 from qpruner.errors import CorruptFile
-from qpruner.mirror import FILES, FileList, check, fetch, list_beside, put_folder, put_folders, workplace, written
+from qpruner.mirror import (
+    FILES,
+    FileList,
+    check,
+    fetch,
+    list_beside,
+    put_folder,
+    put_folders,
+    share_files,
+    workplace,
+    written,
+)
 from qpruner.objects import is_mirror
 from qpruner.patience import patiently
 from qpruner.records import FreshScore, Inference, InferenceSetting, TaskScore
@@ -386,6 +397,7 @@ def _keep(checkpoint: Path, work: Path) -> None:
         if share.rank == 0:
             for old in set(work.glob(f"*{FILES}")) - {list_beside(checkpoint)}:
                 old.unlink()
+            share_files(checkpoint)
             write_json(list_beside(checkpoint), FileList(sha256=_digests(checkpoint)))
         return
     if share.processes > 1:

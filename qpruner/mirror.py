@@ -65,6 +65,7 @@ def written(target: Path) -> Iterator[Path]:
         list_beside(target).unlink(missing_ok=True)
         yield target
         if target.is_dir():
+            share_files(target)
             patiently(lambda: _list_files(target), target)
         return
     here = scratch_of(target)
@@ -141,6 +142,14 @@ def adopt_list(scratch: Path, target: Path) -> None:
     if listed:
         list_beside(scratch).rename(list_beside(target))
         _found_whole[target] = listed
+
+
+def share_files(folder: Path) -> None:
+    """Let those who may read a folder read its files, too: safetensors writes for its owner alone."""
+    readable = folder.stat().st_mode & 0o666
+    for path in folder.rglob("*"):
+        if path.is_file():
+            path.chmod(readable)
 
 
 def put_folders(parent: Path) -> list[Path]:

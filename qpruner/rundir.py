@@ -24,7 +24,7 @@ from typing import TypeVar
 from pydantic import BaseModel, ValidationError
 
 from qpruner.errors import CorruptFile, StorageError, UserError
-from qpruner.mirror import FILES, adopt_list, emptied, list_beside, list_of, put_folder
+from qpruner.mirror import FILES, adopt_list, emptied, list_beside, list_of, put_folder, share_files
 from qpruner.objects import each, is_mirror, mirror_of, name_of, objects_at, scratch_of, sha256_of
 from qpruner.patience import patiently
 
@@ -368,10 +368,8 @@ def publish_folder(scratch: Path, target: Path) -> None:
         return
 
     def make_durable() -> None:
-        readable = scratch.stat().st_mode & 0o666
+        share_files(scratch)
         for path in (scratch, *scratch.rglob("*")):
-            if path.is_file():
-                path.chmod(readable)  # safetensors writes for its owner alone; the folder is who may read
             _sync(path)
 
     def move() -> None:

@@ -157,7 +157,9 @@ def test_a_checkpoint_that_is_not_as_it_was_saved_is_not_gone_on_from(tmp_path: 
     older, newest = checkpoint(tmp_path, 9), checkpoint(tmp_path, 10)
     for path in (older, newest):
         (path / "optimizer.pt").write_bytes(b"moments of the gradients")
+        (path / ADAPTER).chmod(0o600)  # as safetensors leaves it
         _keep(path, tmp_path)
+        assert (path / ADAPTER).stat().st_mode & 0o444 == path.stat().st_mode & 0o444, "a team goes on from it"
     assert [path.name for path in tmp_path.glob("*.json")] == ["checkpoint-10.files.json"]
     assert latest_checkpoint(tmp_path) == newest and not is_damaged(newest)
     flip_a_byte(newest / "optimizer.pt")
@@ -201,6 +203,7 @@ def test_a_fine_tune_that_finds_no_room_says_so_and_goes_on_once_there_is(
 def test_a_fine_tuned_row_is_scored_with_its_adapter(tuned: tuple[CandidateJob, FinetuneOutcome]) -> None:
     job = tuned[0]
     with_adapter, without = evaluate_candidate(job), evaluate_candidate(untuned(job))
+    assert job.candidate.scoring_progress.read_text() == "32 32", "8 questions with 4 answers each"
     assert [score.task for score in with_adapter.scores] == ["qpruner_everyday_test"]
     tuned_score, untuned_score = with_adapter.scores[0], without.scores[0]
     assert tuned_score.num_questions == len(tuned_score.answer_loss) == 8

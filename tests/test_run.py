@@ -191,6 +191,12 @@ def test_bytes_on_disk_are_the_bytes_told(undisturbed: tuple[Path, dict[str, Any
     assert searched["measured_bytes"] * 0.99 <= on_disk <= searched["measured_bytes"] * 1.01 + headers
 
 
+def test_who_may_read_a_folder_of_the_run_may_read_its_files(undisturbed: tuple[Path, dict[str, Any]]) -> None:
+    run, _ = undisturbed
+    private = [path for path in run.rglob("*") if 0o444 & path.parent.stat().st_mode & ~path.stat().st_mode]
+    assert not private
+
+
 def test_tensorboard_finds_every_trial_once_and_no_other_runs(undisturbed: tuple[Path, dict[str, Any]]) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
