@@ -18,9 +18,9 @@ import yaml
 from qpruner.errors import UserError
 from qpruner.plan import told_of_budget
 from qpruner.report import run_views
+from qpruner.report.lines import duration
 from qpruner.report.standing import FIGURES
 from qpruner.search.trial_records import remedy_of
-from qpruner.search_view import duration
 from qpruner.terminal import Terminal
 
 COMPARISONS: dict[str, Callable[[Any, Any], bool]] = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 
 from rich.console import Group, RenderableType
@@ -10,6 +11,7 @@ from rich.text import Text
 
 from qpruner import events
 from qpruner.records import SearchState, TrialRecord
+from qpruner.report.lines import duration
 from qpruner.report.standing import FIGURES, Standing, bar, control_name, score, standing
 
 COLORS = {"4": "cyan", "8": "yellow", "F": "magenta"}
@@ -48,21 +50,11 @@ class SearchView:
         )
 
 
-def duration(seconds: float) -> str:
-    """`42 s`, `3 min 20 s`, `2 h 05 min`."""
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole} s"
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60:02d} s"
-    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
-
-
 def colored(trial: TrialRecord) -> Text:
     """The plan, one character a group, a colour a bit-width."""
     text = Text()
-    for character in bar(trial):
-        text.append(character, COLORS[character])
+    for character, alike in itertools.groupby(bar(trial)):
+        text.append("".join(alike), COLORS[character])
     return text
 
 

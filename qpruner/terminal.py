@@ -25,8 +25,8 @@ from rich.table import Table
 from rich.text import Text
 
 from qpruner import events
-from qpruner.report.lines import line_of
-from qpruner.search_view import SearchView, duration
+from qpruner.report.lines import duration, line_of
+from qpruner.search_view import SearchView
 
 PLAIN_WIDTH = 120
 SECONDS_UNTOLD = 30.0

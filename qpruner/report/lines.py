@@ -1,4 +1,4 @@
-"""An event as a line, for a terminal and for the log."""
+"""What happens in lines, for a terminal and for the log."""
 
 from __future__ import annotations
 
@@ -25,3 +25,13 @@ def line_of(event: events.Event, steps: int) -> str | None:
         case events.TrialChanged(trial) if trial.is_over or trial.rungs:
             return f"[search] {told(trial, steps)}"
     return None
+
+
+def duration(seconds: float) -> str:
+    """`42 s`, `3 min 20 s`, `2 h 05 min`."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"

@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
-import io
 import os
 import pty
 import re
 import subprocess
 import sys
+from datetime import datetime
 from pathlib import Path
 
 import pytest
 from made_run import TRIALS, MadeRun
-from rich._export_format import CONSOLE_SVG_FORMAT
-from rich.console import Console
 
 from qpruner import events
 from qpruner.report import sections, table
+from qpruner.report.lines import duration
 from qpruner.report.snapshot import read_snapshot
 from qpruner.report.standing import bar
 from qpruner.search.trial_records import write_trial
+from qpruner.stages import read_run
 from qpruner.terminal import Terminal
 
 TELL = """
@@ -46,6 +46,7 @@ TABLES = """
 import sys
 from qpruner import read_run, record_verbs
 from qpruner.report import sections, table
+from qpruner.report.lines import duration
 from qpruner.terminal import Terminal
 run = sys.argv[3]
 record_verbs.trials(run, (), "trial", False, "text")
@@ -170,25 +171,34 @@ def test_a_terminal_cuts_no_figure_and_folds_plans(made: MadeRun, width: int) ->
 
 
 def test_a_picture_of_the_search(tmp_path: Path) -> None:
-    """Drawn as rich draws it, with nothing that asks another host."""
+    """`docs/pictures.py` tells a run again up to a moment of its search, with nothing that asks another host."""
+    sys.path.insert(0, str(TESTS.parent.parent / "docs"))
+    from pictures import moment_of, terminal_picture
+
     made = MadeRun(tmp_path / "run", num_trials=64)
     assert made.state.search
-    search = made.state.search.model_copy(update={"max_trials": 200})
-    over, last = made.trials[:60], made.trials[60:]
-    terminal = Terminal(quiet=False)
-    for stage, seconds in (("prepare", 31.0), ("prune", 210.0), ("bank", 95.0), ("sensitivity", 260.0)):
-        terminal.emit(events.StageFinished(stage, seconds, ""))
-    terminal.emit(events.SearchPlanned(search, tuple(over), None))
-    terminal.emit(events.StageStarted("search", "200 trials"))
-    terminal.emit(events.SlotsFound(4))
-    for trial, rungs in zip(last, (2, 1, 1, 0), strict=True):
-        under_way = {"status": "running", "rungs": trial.rungs[:rungs], "reason": None, "seconds": None}
-        terminal.emit(events.TrialChanged(trial.model_copy(update=under_way)))
-    console = Console(record=True, width=130, force_terminal=True, file=io.StringIO(), highlight=False)
-    console.print(terminal._view())
-    # The format that rich brings asks another host for a font.
-    form = re.sub(r"@font-face \{\{.*?\}\}", "", CONSOLE_SVG_FORMAT, flags=re.DOTALL)
-    picture = console.export_svg(title="qpruner run my.yaml", code_format=form)
+    made.run.write_state(made.state.model_copy(update={"search": made.state.search.model_copy(update={"slots": 8})}))
+    begun = min(trial.times[0] for trial in made.trials)
+
+    def line(seconds: float, text: str) -> str:
+        now = datetime.fromtimestamp(begun + seconds).strftime("%Y-%m-%d %H:%M:%S,%f")[:-3]
+        return f"{now} INFO qpruner.pipeline: {text}\n"
+
+    log = tmp_path / "run" / "qpruner.log"
+    log.write_text(
+        line(-100, "[prune] target 20.00% of all parameters, by fisher ...")
+        + line(-10, "[prune] done in 90.0 s: 134.5M -> 107.6M parameters")
+        + line(-1, "[search] 64 trials, gp ...")
+        + line(1, "[search] trial   0 [" + "4" * 60 + "] 74.5 MB step 4/16 loss 4.3 (uniform-4)")
+        + line(90_000, "[search] ended: all 64 trials were spent")
+    )
+    moment = moment_of(made.trials)
+    over = [trial for trial in made.trials if trial.times[-1] <= moment]
+    picture = terminal_picture(read_run(made.run.root), log)
     (tmp_path / "terminal.svg").write_text(picture)
-    assert "of&#160;200&#160;trials" in picture and "4&#160;of&#160;4&#160;slots&#160;busy" in picture
+    seen = picture.replace("&#160;", " ")
+    assert "[prune] done in 90.0 s: 134.5M -&gt; 107.6M parameters" in seen
+    assert f"prune 1 min 30 s | search running, {duration(moment - begun + 1)}" in seen
+    assert "of 64 trials: " in seen and f"{len(over)}/64" in seen and "8 of 8 slots busy" in seen
+    assert "step 4/16" not in seen and "all 64 trials" not in seen, "a live view shows rungs; and what came later"
     assert "url(" not in picture.replace("url(#", "")

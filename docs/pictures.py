@@ -1,0 +1,152 @@
+"""README's three pictures, from one finished run that a single command made from its beginning to its end.
+
+    python docs/pictures.py runs/demo
+
+`terminal.svg` is the run's search told again: the lines of its log, and its trials' records as they stood at one
+moment, go through the view that `qpruner run` has. For `tensorboard.png` and `report.png` Chromium opens the real
+TensorBoard on the run, and its report.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import re
+import shutil
+import sys
+from collections.abc import Iterator, Sequence
+from datetime import datetime
+from pathlib import Path
+from types import SimpleNamespace
+from unittest.mock import patch
+
+from rich._export_format import CONSOLE_SVG_FORMAT
+
+from qpruner import events, terminal
+from qpruner.records import TrialRecord
+from qpruner.report.snapshot import Snapshot
+from qpruner.rundir import LOG
+from qpruner.stages import read_run
+
+ROOT = Path(__file__).resolve().parent.parent
+IMAGES = ROOT / "docs" / "images"
+COLUMNS = 118
+LOG_LINE = re.compile(r"(\S+ \S+) INFO qpruner\.pipeline: \[(\w+)\] (.*)")
+FONT = re.compile(r"@font-face \{\{.*?\}\}", re.DOTALL)
+"""Rich's format would ask another host for one."""
+Told = tuple[float, events.Event]
+"""When, in Unix seconds, and what."""
+
+
+def main(root: Path) -> None:
+    """Write the pictures."""
+    run = read_run(root)
+    (IMAGES / "terminal.svg").write_text(terminal_picture(run, root / LOG), encoding="utf-8")
+    browser_pictures(run, root)
+
+
+# ---- the terminal
+
+
+class Screen(io.StringIO):
+    """What rich takes for a terminal."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+def terminal_picture(run: Snapshot, log: Path) -> str:
+    """The search as `qpruner run` showed it when most trials were past their first rung and not over, as SVG."""
+    moment = moment_of(run.own_trials)
+    told = sorted((*told_in_log(log, moment), *told_of_trials(run, moment)), key=lambda each: each[0])
+    clock = SimpleNamespace(now=0.0, monotonic=lambda: clock.now)
+    with contextlib.redirect_stdout(Screen()), patch.object(terminal, "time", clock):
+        view = terminal.Terminal(quiet=False)
+        view._console.width, view._console.record = COLUMNS, True
+        view._progress.get_time = clock.monotonic
+        for clock.now, event in told:
+            view.emit(event)
+        clock.now = moment
+        view._console.print(view._view())
+        return view._console.export_svg(title=run.state.command, code_format=FONT.sub("", CONSOLE_SVG_FORMAT))
+
+
+def moment_of(trials: Sequence[TrialRecord]) -> float:
+    """The last time that as many trials as ever were past their first rung and not over."""
+    spans = [(trial.times[1], trial.times[-1]) for trial in trials if trial.rungs]
+    return max((begin for begin, _ in spans), key=lambda now: (sum(begin <= now < end for begin, end in spans), now))
+
+
+def told_in_log(log: Path, until: float) -> Iterator[Told]:
+    """What the log's lines were made of; what was said of trials is in their records."""
+    for line in log.read_text(encoding="utf-8").splitlines():
+        parts = LOG_LINE.fullmatch(line)
+        if parts is None or re.match(r"trial +\d+ \[", parts[3]):
+            continue
+        now = datetime.strptime(parts[1], "%Y-%m-%d %H:%M:%S,%f").astimezone().timestamp()
+        if now <= until:
+            yield now, event_of(parts[2], parts[3])
+
+
+def event_of(stage: str, text: str) -> events.Event:
+    """The event whose line this is."""
+    if begun := re.fullmatch(r"(.*) \.\.\.", text):
+        return events.StageStarted(stage, begun[1])
+    if done := re.fullmatch(r"done in ([\d.]+) s: (.*)", text):
+        return events.StageFinished(stage, float(done[1]), done[2])
+    return events.Message(stage, text)
+
+
+def told_of_trials(run: Snapshot, until: float) -> Iterator[Told]:
+    """What the search told of its trials, and of how many are over."""
+    search = run.state.search
+    assert search, "the run has searched"
+    begun = [trial for trial in run.own_trials if trial.times[0] <= until]
+    planned = events.SearchPlanned(search.model_copy(update={"slots": None}), (), run.results.sensitivity)
+    yield min(trial.times[0] for trial in begun), planned
+    if search.slots:
+        yield min(trial.times[0] for trial in begun), events.SlotsFound(search.slots)
+    over = sorted((trial for trial in begun if trial.times[-1] <= until), key=lambda trial: trial.times[-1])
+    for number, trial in enumerate(over, 1):
+        yield trial.times[-1], events.TrialChanged(trial)
+        yield trial.times[-1], events.Progress("search", number, search.max_trials)
+    for trial in begun:
+        if trial not in over:
+            yield until, events.TrialChanged(as_of(trial, until))
+
+
+def as_of(trial: TrialRecord, moment: float) -> TrialRecord:
+    """The record of a trial under way, with the rungs that it had reached."""
+    reached = sum(when <= moment for when in trial.times[1:-1])
+    update = {"status": "running", "rungs": trial.rungs[:reached], "times": trial.times[: 1 + reached], "reason": None}
+    return trial.model_copy(update=update)
+
+
+# ---- the browser
+
+
+def browser_pictures(run: Snapshot, root: Path) -> None:
+    """TensorBoard's table of the trials, and the first screen of the report."""
+    from playwright.sync_api import sync_playwright
+
+    sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "tests" / "report")]
+    from test_tensorboard import tensorboard
+
+    chromium = shutil.which("chromium")
+    assert chromium, "needs chromium: apt install chromium"
+    with tensorboard(root) as address, sync_playwright() as play:
+        browser = play.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+        page = browser.new_page(viewport={"width": 1680, "height": 640})
+        page.set_default_timeout(120_000)
+        page.goto(f"{address}/#hparams")
+        table = page.locator("tf-hparams-table-view")
+        for trial in run.trials:
+            table.get_by_text(f"{trial.index:04d}", exact=True).first.wait_for()
+        page.screenshot(path=IMAGES / "tensorboard.png")
+        page = browser.new_page(viewport={"width": 1200, "height": 790})
+        page.goto((root / "report.html").resolve().as_uri())
+        page.screenshot(path=IMAGES / "report.png")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
