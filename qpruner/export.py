@@ -119,7 +119,7 @@ def _write_merged(final: Path, folder: Path, told: OnLoading) -> None:
         told("merging the adapter", done, len(adapter))
     model_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     model = model_class.from_pretrained(None, config=config, state_dict=state, dtype=dtype)
-    save_checkpoint(model, load_tokenizer(str(final)), folder)
+    save_checkpoint(model, load_tokenizer(str(final)), folder, told)
 
 
 def _write_peft(final: Path, folder: Path, target: Path) -> None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from safetensors import SafetensorError, safe_open
 
 from qpruner.errors import CorruptFile
-from qpruner.models.loading import OnLoading, check_source, load_dense, load_tokenizer, untold
+from qpruner.models.loading import OnLoading, check_source, load_dense, load_tokenizer, tensors_told, untold
 from qpruner.patience import patiently
 
 if TYPE_CHECKING:
@@ -18,6 +18,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from qpruner.config import ModelConfig
+
+
+SHARD_SIZE = "1GB"
+"""Of a weight file; so often somebody who waits for a model to be written is told how far it is."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +51,7 @@ def prepare_base(model: ModelConfig, folder: Path, is_shared: bool = False, told
         # Whoever reads the record has another current folder.
         return Base(str(Path(source).absolute()), converted=False)
     if source.endswith(".gguf"):
-        save_checkpoint(load_dense(source, model.dtype, told=told), load_tokenizer(source), folder)
+        save_checkpoint(load_dense(source, model.dtype, told=told), load_tokenizer(source), folder, told)
         return Base(str(folder), converted=True)
     from huggingface_hub import snapshot_download
 
@@ -85,10 +89,20 @@ def _bar_telling(told: OnLoading) -> Any:
     return Bar
 
 
-def save_checkpoint(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+def save_checkpoint(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, told: OnLoading = untold
+) -> None:
     """Write weights (safetensors, shard by shard), config with `per_layer_config`, and tokenizer; waits as `patiently`
-    does."""
-    patiently(lambda: model.save_pretrained(folder), folder)
+    does.
+
+    Args:
+        model: What is written.
+        tokenizer: Goes with it.
+        folder: Where to.
+        told: Told how many shards are written.
+    """
+    with tensors_told(told):
+        patiently(lambda: model.save_pretrained(folder, max_shard_size=SHARD_SIZE), folder)
     patiently(lambda: tokenizer.save_pretrained(folder), folder)
 
 

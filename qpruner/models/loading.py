@@ -150,7 +150,8 @@ def load_dense(source: str, dtype: str, model: ModelConfig | None = None, told: 
 
 @contextmanager
 def tensors_told(told: OnLoading) -> Iterator[None]:
-    """Tell of the tensors that transformers reads meanwhile; its own bars are where it counts them."""
+    """Tell of the tensors that transformers reads meanwhile, and of the weight files that it writes; its own bars are
+    where it counts them."""
     from transformers.utils import logging
 
     before = logging.set_tqdm_hook(lambda factory, args, kwargs: _Counted(told, *args, **kwargs))
@@ -165,7 +166,8 @@ class _Counted:
 
     def __init__(self, told: OnLoading, items: Collection[Any] = (), desc: str | None = None, **ignored: Any) -> None:
         self._told, self._items = told, items
-        self._what = "reading GGUF" if "GGUF" in (desc or "") else "loading weights"
+        named = {"GGUF": "reading GGUF", "Writing": "saving weights"}
+        self._what = next((what for word, what in named.items() if word in (desc or "")), "loading weights")
 
     def __iter__(self) -> Iterator[Any]:
         for done, item in enumerate(self._items, 1):

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Protocol
 
 import torch
 
-from qpruner.calibration import Samples
+from qpruner.calibration import OnProgress, Samples
 from qpruner.config import PruneConfig
 from qpruner.pruning.compensation import compensate, declare_biases, fold_blocks, new_biases
 from qpruner.pruning.depth import block_importance
@@ -35,6 +35,9 @@ class Evidence(Protocol):
     def make_up(self, model: PreTrainedModel, kept: Kept) -> None:
         """Change what stays, before the cut, so that it makes up for what goes."""
 
+    def telling(self, what: str) -> OnProgress:
+        """Who is told how much of some work is done."""
+
 
 class Measured:
     """Importance and compensation measured on calibration samples.
@@ -58,30 +61,33 @@ class Measured:
 
     def of_blocks(self, model: PreTrainedModel, layers: Sequence[int]) -> dict[int, float]:
         """By block influence or Taylor."""
-        return block_importance(model, layers, self._settings.depth_importance, self._telling("importance of blocks"))
+        samples = self._samples_telling("importance of blocks")
+        return block_importance(model, layers, self._settings.depth_importance, samples)
 
     def make_up_for_blocks(self, model: PreTrainedModel, gone: Collection[int], layers: Sequence[int]) -> None:
         """By least squares, where that is the compensation."""
         if self._settings.compensation == "least_squares":
-            samples = self._telling("making up for blocks")
+            samples = self._samples_telling("making up for blocks")
             fold_blocks(model, gone, layers, self._settings.ridge, samples)
 
     def of_units(self, model: PreTrainedModel, layers: Sequence[int]) -> Scores:
         """By the criterion of the settings."""
         self._step += 1
-        return score(model, layers, self._settings, self._telling(f"importance{self._of_steps()}"), self._seed)
+        return score(model, layers, self._settings, self._samples_telling("importance"), self._seed)
 
     def make_up(self, model: PreTrainedModel, kept: Kept) -> None:
         """By the compensation of the settings."""
         if self._settings.compensation != "none":
-            samples = self._telling(f"compensation{self._of_steps()}")
+            samples = self._samples_telling("compensation")
             compensate(model, kept, self._settings.compensation, self._settings.ridge, samples)
 
-    def _telling(self, what: str) -> Samples:
-        return replace(self._samples, told=partial(self._told, what))
+    def telling(self, what: str) -> OnProgress:
+        """Whoever is told what is measured; blocks go before the first step."""
+        of_steps = f", step {self._step} of {self._settings.steps}" if self._step and self._settings.steps > 1 else ""
+        return partial(self._told, f"{what}{of_steps}")
 
-    def _of_steps(self) -> str:
-        return f", step {self._step} of {self._settings.steps}" if self._settings.steps > 1 else ""
+    def _samples_telling(self, what: str) -> Samples:
+        return replace(self._samples, told=self.telling(what))
 
 
 class Unweighed:
@@ -109,3 +115,7 @@ class Unweighed:
     def make_up(self, model: PreTrainedModel, kept: Kept) -> None:
         """Biases, where compensation adds some."""
         declare_biases(model, new_biases(model, self._settings, list(kept)))
+
+    def telling(self, what: str) -> OnProgress:
+        """Nobody: shapes take no time."""
+        return lambda done, total: None

@@ -178,7 +178,7 @@ def _cut_widths(
             for index, by_kind in kept.items()
         }
         evidence.make_up(model, present)
-        cut(model, present)
+        cut(model, present, evidence.telling("cutting"))
         alive = kept
     return alive, first
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from qpruner.calibration import OnProgress
 from qpruner.errors import UserError
 from qpruner.models import ragged
 from qpruner.models.structure import UnitKind, UnitSlice, family_of, owned_parameters
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-def cut(model: PreTrainedModel, kept: Kept) -> PreTrainedModel:
+def cut(model: PreTrainedModel, kept: Kept, told: OnProgress = lambda done, total: None) -> PreTrainedModel:
     """Remove every unit that is not kept, in place.
 
     Parameters are cut one after the other and the old ones freed at once; a cut block is built anew from its own config
@@ -26,6 +27,7 @@ def cut(model: PreTrainedModel, kept: Kept) -> PreTrainedModel:
     Args:
         model: Dense model.
         kept: The units that stay; blocks and kinds that are not named keep everything.
+        told: Told how many of the blocks are cut.
 
     Returns:
         The same model, as loading its checkpoint would give it.
@@ -33,7 +35,7 @@ def cut(model: PreTrainedModel, kept: Kept) -> PreTrainedModel:
     ragged.install()
     family, config = family_of(model.config), model.config
     num_units: dict[int, dict[str, int]] = {}
-    for index, by_kind in kept.items():
+    for done, (index, by_kind) in enumerate(kept.items(), 1):
         block = model.get_submodule(family.block_path(index))
         kinds = family.unit_kinds(config.per_layer_config[index], index)
         num_units[index] = {kind.name: kind.units_per_partition for kind in kinds}
@@ -41,6 +43,7 @@ def cut(model: PreTrainedModel, kept: Kept) -> PreTrainedModel:
         for kind in kinds:
             if kind.name in by_kind:
                 num_units[index][kind.name] = _cut_kind(block, kind, by_kind[kind.name])
+        told(done, len(kept))
     ragged.set_widths(config, num_units)
     for index in kept:
         _rebuild_block(model, index)

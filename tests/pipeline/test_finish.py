@@ -20,10 +20,10 @@ from qpruner.config import validate_config
 from qpruner.data import load_encoded
 from qpruner.errors import ConfigError
 from qpruner.estimate.work import num_finetunes
-from qpruner.events import Event, Message
+from qpruner.events import Event, Message, Progress
 from qpruner.pipeline import run
 from qpruner.pipeline.context import Context
-from qpruner.pipeline.finish import _gpus_held, evaluate, finetune, held_out_text, scores_digest
+from qpruner.pipeline.finish import _gpus_held, _Progress, evaluate, finetune, held_out_text, scores_digest
 from qpruner.pipeline.rows import Row, candidate_of, table_rows, untuned_candidates
 from qpruner.plan import PrecisionPlan
 from qpruner.records import (
@@ -229,6 +229,28 @@ def told(events: Sequence[Event], stage: str) -> list[str]:
     return [text.partition(":")[0] for text in messages]
 
 
+def progress_of(events: Sequence[Event], stage: str) -> dict[str, list[tuple[int, int]]]:
+    """What a stage counted, and how far it was."""
+    found: dict[str, list[tuple[int, int]]] = {}
+    for event in events:
+        if isinstance(event, Progress) and event.stage == stage:
+            found.setdefault(event.detail, []).append((event.done, event.total))
+    return found
+
+
+def test_what_workers_leave_adds_up_with_what_is_recorded(context: Context, tmp_path: Path) -> None:
+    """One of three jobs was done before; nothing is told twice, and half a file is nothing."""
+    events: list[Event] = []
+    signs = [tmp_path / "a", tmp_path / "b"]
+    progress = _Progress(replace(context, emit=events.append), "evaluate", signs, 3, "answers")
+    for a, b in ((None, None), ("2 8", None), ("2 8", None), ("8 8", "3"), ("8 8", "8 8")):
+        for sign, text in zip(signs, (a, b), strict=True):
+            if text:
+                sign.write_text(text)
+        progress.tell()
+    assert progress_of(events, "evaluate") == {"answers": [(10, 24), (16, 24), (24, 24)]}
+
+
 @pytest.mark.slow
 def test_an_interrupted_comparison_goes_on_with_what_is_left(
     context: Context, changed: Callable[[str, Any], Context]
@@ -251,6 +273,10 @@ def test_an_interrupted_comparison_goes_on_with_what_is_left(
     try:
         record = finetune(whole, searched, measured)
         assert told(events, "finetune") == ["searched, training seed 0"]
+        counted = progress_of(events, "finetune")
+        assert list(counted) == ["steps", "loading weights", "saving weights"]
+        assert counted["steps"][-1] == (4 * len(set(jobs.values())),) * 2, "those that were recorded are done"
+        assert all(steps[-1][0] == steps[-1][1] and steps == sorted(set(steps)) for steps in counted.values())
         weights = jobs["searched", 0] / "adapter" / "adapter_model.safetensors"
         flip_a_byte(weights)
         mended = finetune(whole, searched, measured)
@@ -286,6 +312,9 @@ def test_an_interrupted_comparison_goes_on_with_what_is_left(
         ]
         assert scored.rows[0].scores == scored.rows[1].scores == scored.rows[2].scores == scores
         assert told(events, "evaluate") == ["searched, training seed 0", "1 model(s) take turns"]
+        counted = progress_of(events, "evaluate")
+        assert counted["answers"][-1] == (32, 32), "of four models, two questions each with four answers"
+        assert counted["memory and tokens a second"][-1] == (3, 3)
         assert [row.inference is None for row in scored.rows] == [True, True, True, False], (
             "only what is handed over is timed"
         )

@@ -34,8 +34,16 @@ def test_long_steps_tell_how_far_they_are(tiny_model: Path, tmp_path: Path) -> N
             told.setdefault((event.stage, what), []).append((event.done, event.total))
 
     run(validate_config(raw), listen, until="sensitivity")
-    prune = ["loading weights", "importance of blocks", "making up for blocks", "importance", "compensation"]
-    assert [what for stage, what in told if stage == "prune"] == prune
+    assert [what for stage, what in told if stage == "prune"] == [
+        "loading weights",
+        "importance of blocks",
+        "making up for blocks",
+        "importance",
+        "compensation",
+        "cutting",
+        "saving weights",
+    ]
+    assert len(told["prune", "cutting"]) == 1, "a block is left"
     for (stage, what), steps in told.items():
         total = steps[0][1]
         assert steps[-1] == (total, total) and steps == sorted(set(steps)), f"{stage}: {what}"

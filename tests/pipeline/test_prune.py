@@ -157,10 +157,11 @@ def test_the_figures_are_those_of_the_two_models(raw: Raw, tiny_model: Path) -> 
             counted.setdefault(event.detail, []).append((event.done, event.total))
     loading = counted.pop("loading weights")
     assert loading == [(done, len(loading)) for done in range(1, len(loading) + 1)]
+    assert counted.pop("saving weights") == [(1, 1)]
     assert counted == {
         f"{what}, step {step} of 2": [(done, total) for done in range(1, total + 1)]
         for step in (1, 2)
-        for what, total in (("importance", 1), ("compensation", 2))
+        for what, total in (("importance", 1), ("compensation", 2), ("cutting", 2))
     }
 
 
