@@ -50,7 +50,7 @@ def check(config: RunConfig, address: str | None, quiet: bool, measure: bool, gp
         "rungs": list(config.search.rungs),
         "rows": {name: len(rows) for name, rows in inspection.examples.items()},
         "warnings": list(inspection.warnings),
-        **estimate.facts(config, inspection, rates, concurrent),
+        **estimate.facts(config, inspection, rates, concurrent, found.done),
     }
     if not quiet:
         click.echo(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
@@ -85,16 +85,18 @@ def _rates(
     return work.measured_rates(config, inspection, seconds.training, seconds.scoring, where)
 
 
-def _given_plan(facts: dict[str, Any]) -> list[str]:
+def _given_plan(config: RunConfig, facts: dict[str, Any]) -> list[str]:
     """What the plan of `--plan` takes; none where a search chooses."""
-    if facts["bytes_plan"] is None:
+    if config.search.plan is None:
         return []
     size, budget = facts["bytes_plan"], facts["bytes_budget"]
-    return [f"your plan:  {size / 1e6:.1f} MB, {told_of_budget(size, budget)}"]
+    told = "" if size is None else f"{size / 1e6:.1f} MB, {told_of_budget(size, budget)}"
+    later = "its bytes are compared with the budget once the model is pruned" if facts["is_estimate"] else ""
+    return [f"your plan:  {'; '.join(filter(None, (told, later)))}"]
 
 
 def _text(config: RunConfig, facts: dict[str, Any], has_gpu: bool) -> str:
-    about = " (estimate: global selection leaves the widths open)" if facts["is_estimate"] else ""
+    about = " (estimate: what is cut is open until the model is pruned)" if facts["is_estimate"] else ""
     sizes = [f"all {bits}-bit {facts[f'bytes_all_{bits}'] / 1e6:.1f} MB" for bits in config.quantize.bits]
     rows = ", ".join(f"{count} {name}" for name, count in facts["rows"].items())
     trials = f"{config.search.num_trials}, {facts['concurrent_trials']} at once, scored at steps {facts['rungs']}"
@@ -103,7 +105,7 @@ def _text(config: RunConfig, facts: dict[str, Any], has_gpu: bool) -> str:
             f"groups:     {facts['num_groups']} ({config.quantize.group})",
             f"parameters: {facts['parameters_base'] / 1e6:.1f} M -> {facts['parameters_pruned'] / 1e6:.1f} M",
             f"plan bytes: {', '.join(sizes)}, budget {facts['bytes_budget'] / 1e6:.1f} MB{about}",
-            *_given_plan(facts),
+            *_given_plan(config, facts),
             f"trials:     {trials}",
             f"rows:       {rows}",
             *estimate.text(facts, has_gpu),

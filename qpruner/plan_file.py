@@ -44,6 +44,20 @@ def read_plan(path: Path, groups: Sequence[str], levels: Sequence[int]) -> Preci
     return PrecisionPlan(tuple(groups), tuple(bits[group] for group in groups))
 
 
+def check_affordable(plan_bytes: int, budget_bytes: int) -> None:
+    """Refuse a plan over the budget.
+
+    Raises:
+        UserError: With both sizes.
+    """
+    if plan_bytes > budget_bytes:
+        size, budget = plan_bytes / 1e6, budget_bytes / 1e6
+        raise UserError(
+            f"`search.plan`: the plan takes {size:.2f} MB, more than the budget of {budget:.2f} MB: give groups "
+            "fewer bits, or raise `quantize.budget`"
+        )
+
+
 def _about_groups(bits: dict[Any, Any], groups: Sequence[str]) -> list[str]:
     problems = []
     for name in (name for name in bits if name not in groups):

@@ -21,7 +21,7 @@ from qpruner.models.loading import check_source, load_model_config, load_tokeniz
 from qpruner.models.structure import EXPERT, family_of
 from qpruner.objects import CACHE, is_mirror
 from qpruner.plan import Layout, PrecisionPlan, check_cpu_widths
-from qpruner.plan_file import read_plan
+from qpruner.plan_file import check_affordable, read_plan
 from qpruner.pruning.prune import expected_config
 from qpruner.rundir import run_root
 
@@ -81,15 +81,18 @@ def inspect(config: RunConfig, works_here: bool = True) -> Inspection:
     pruned_config = _pruned_config(config, model_config)
     pruned = layout_for(config, pruned_config)
     budget = budget_bytes(config.quantize, pruned, config.search.pareto)
+    is_cut = not (config.prune.is_off or is_pruned(model_config))
+    is_estimate = is_cut and (config.prune.selection == "global" or config.prune.drops_blocks)
     plan = None
-    if config.search.plan and not config.prune.drops_blocks:
+    if config.search.plan and not (is_cut and config.prune.drops_blocks):
         plan = read_plan(Path(config.search.plan), [group.name for group in pruned.groups], config.quantize.bits)
+        if not is_estimate:
+            check_affordable(pruned.plan_bytes(plan), budget)
     if works_here:
         check_device(config, pruned, _own_capability())
     examples, questions = _check_data(config, model_config)
     _check_encoding(config, examples)
     _check_disk(config, root, base, pruned)
-    is_estimate = config.prune.selection == "global" and not config.prune.is_off
     warnings = _warnings(config, len(pruned.groups))
     return Inspection(
         model_config, base, pruned_config, pruned, is_estimate, budget, examples, questions, warnings, plan

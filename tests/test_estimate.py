@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -19,9 +20,11 @@ from conftest import raw_config, with_key
 from qpruner import preflight
 from qpruner.cli import main
 from qpruner.config import LoraConfig, RunConfig, validate_config
+from qpruner.errors import UserError
 from qpruner.estimate import memory, work
 from qpruner.models.cpu import has_bfloat16
 from qpruner.models.layout import layout_of
+from qpruner.pipeline import run
 from qpruner.preflight import Inspection
 from qpruner.quantization.assembly import attach_adapters
 
@@ -161,6 +164,10 @@ def test_hours_follow_what_is_asked_for(inspection: Inspection, changed: Callabl
     assert longer.stages["finetune"] > once.stages["finetune"]
     assert {name for name in once.stages if longer.stages[name] != once.stages[name]} == {"finetune"}
     assert of(prune__rate=0).stages["prune"] == 0
+    half = work.hours(changed(search__max_trials=40), inspection, RATES, 2, {"prune": 1.0, "search": 0.5})
+    assert half.done == pytest.approx(half.stages["prune"] + half.stages["search"] / 2)
+    assert half.wall - half.wall_left == pytest.approx(half.stages["prune"] + half.stages["search"] / 4)
+    assert once.done == 0 and once.wall_left == once.wall
     fewer = of(sensitivity__methods=["mutual_information", "fisher"])
     assert fewer.stages["sensitivity"] < once.stages["sensitivity"], "KL and loss take most of it"
 
@@ -178,13 +185,59 @@ def test_check_tells_memory_hours_and_what_was_assumed(
     assert all(each["total"] == sum(each["parts"].values()) for each in told["memory"].values())
     assert told["hours"]["total"] == pytest.approx(sum(told["hours"]["stages"].values()))
     shown = "\n".join(text)
-    assert "assumed: A100, 312 TFLOP/s x 25% utilization" in shown and "GPU hours" in shown
+    assert "assumed: A100, 312 TFLOP/s x 25% utilization" in shown and "time of GPUs: " in shown
+    assert set(told["hours"]["share_done"].values()) == {0.0} and "done" not in shown
     for part in ("weights", "adapters", "gradients", "optimizer", "activations", "logits"):
         assert any(each.startswith(f"    {part} ") for each in text)
     refused = CliRunner().invoke(main, ["check", "config.yaml", "--gpu", "A100", "--measure"])
     assert refused.exit_code == 2
     refused = CliRunner().invoke(main, ["check", "config.yaml", "--gpu", "Abacus"])
     assert refused.exit_code == 2 and "knows H200, H100, A100" in refused.output
+
+
+def test_check_tells_what_is_done_and_compares_a_plan_with_what_was_cut(
+    raw: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Global selection leaves the widths open until then."""
+    monkeypatch.chdir(tmp_path)
+
+    def check(*options: str) -> tuple[int, str]:
+        done = CliRunner().invoke(main, ["check", "config.yaml", *options])
+        return done.exit_code, done.output
+
+    raw = with_key(raw, "output", str(tmp_path / "run"))
+    Path("config.yaml").write_text(yaml.safe_dump(raw))
+    groups = [group.name for group in preflight.inspect(validate_config(raw)).pruned.groups]
+    for bits in (4, 8):
+        Path(f"{bits}.yaml").write_text(yaml.safe_dump(dict.fromkeys(groups, bits)))
+    code, told = check("--plan", "8.yaml")
+    assert code == 0 and "its bytes are compared with the budget once the model is pruned" in told
+    # So many slots of so slow a kind that nothing rounds to 0 s.
+    monkeypatch.setattr(work, "CORE_FLOPS", 1e6)
+    run(validate_config(raw), lambda event: None, until="prune")
+    code, told = check("--json")
+    hours = json.loads(told.splitlines()[-1])["hours"]
+    assert {name for name, share in hours["share_done"].items() if share} == {"prune"}
+    assert hours["share_done"]["prune"] == 1 and hours["done"] == hours["stages"]["prune"] > 0
+    assert re.search(r"time of slots: \d.*, \d.* of it done \(at most", told)
+    assert re.search(r"    prune  +\d+ (s|min|h).*, 100% done", told)
+    assert "(estimate" not in told, "the widths are those of the pruned model"
+    code, told = check("--set", "prune.importance=magnitude", "--json")
+    assert not any(json.loads(told.splitlines()[-1])["hours"]["share_done"].values()), "it would be cut again"
+    code, told = check("--plan", "4.yaml")
+    assert code == 0 and "left of the budget" in told and "compared" not in told
+    code, told = check("--plan", "8.yaml")
+    assert code == 2 and "more than the budget of" in told
+
+
+def test_a_plan_over_the_budget_is_refused_at_once_where_the_cut_is_known(raw: dict[str, Any], tmp_path: Path) -> None:
+    raw = with_key(raw, "prune.selection", "per_layer")
+    inspection = preflight.inspect(validate_config(raw))
+    assert not inspection.is_estimate
+    plan = tmp_path / "plan.yaml"
+    plan.write_text(yaml.safe_dump({group.name: 8 for group in inspection.pruned.groups}))
+    with pytest.raises(UserError, match="more than the budget of"):
+        preflight.inspect(validate_config(with_key(raw, "search.plan", str(plan))))
 
 
 # ---- against reality

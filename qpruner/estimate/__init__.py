@@ -12,10 +12,13 @@ from qpruner.config import RunConfig
 from qpruner.estimate.memory import prune_memory, scoring_memory, sensitivity_memory, training_memory
 from qpruner.estimate.work import CHARACTERS_A_TOKEN, CHOICES, Rates, hours
 from qpruner.preflight import Inspection
+from qpruner.report.lines import duration
 
 
-def facts(config: RunConfig, inspection: Inspection, rates: Rates, slots: int) -> dict[str, Any]:
-    """Every figure as plain data."""
+def facts(
+    config: RunConfig, inspection: Inspection, rates: Rates, slots: int, done: Mapping[str, float]
+) -> dict[str, Any]:
+    """Every figure as plain data; `done` is how much of each stage is recorded, from 0 to 1."""
     works = {
         "trial, training": training_memory,
         "trial, scoring": scoring_memory,
@@ -23,15 +26,18 @@ def facts(config: RunConfig, inspection: Inspection, rates: Rates, slots: int) -
         "sensitivity": sensitivity_memory,
     }
     memory = {name: work(config, inspection) for name, work in works.items()}
-    time = hours(config, inspection, rates, slots)
+    time = hours(config, inspection, rates, slots, done)
     return {
         "memory": {name: {"at": each.about, "parts": each.parts, "total": each.total} for name, each in memory.items()},
         "hours": {
             "rates": rates.origin,
             "stages": time.stages,
+            "share_done": {name: done.get(name, 0.0) for name in time.stages},
             "total": time.total,
+            "done": time.done,
             "at_most": time.at_most,
             "wall": time.wall,
+            "wall_left": time.wall_left,
             "slots": slots,
         },
     }
@@ -44,12 +50,16 @@ def text(found: Mapping[str, Any], has_gpu: bool) -> list[str]:
         lines.append(f"memory, {name}: {_amount(each['total'])} at most ({each['at']})")
         lines += [f"    {part:<12} {_amount(size):>10}" for part, size in each["parts"].items()]
     time = found["hours"]
-    unit = "GPU hours" if has_gpu else "slot hours"
+    taken = {name: duration(3600 * hours) for name, hours in time.items() if isinstance(hours, float)}
+    done = f", {taken['done']} of it done" if time["done"] else ""
+    left = f", {taken['wall_left']} of it left" if time["done"] else ""
     lines.append(
-        f"time, {time['total']:.2f} {unit} (at most {time['at_most']:.2f}, with no trial stopped), about "
-        f"{time['wall']:.2f} hours on {time['slots']} slot(s):"
+        f"time of {'GPUs' if has_gpu else 'slots'}: {taken['total']}{done} (at most {taken['at_most']}, with no trial "
+        f"stopped); on {time['slots']} slot(s) about {taken['wall']}{left}:"
     )
-    lines += [f"    {stage:<12} {taken:>10.3f}" for stage, taken in time["stages"].items()]
+    for stage, each in time["stages"].items():
+        share = time["share_done"][stage]
+        lines.append(f"    {stage:<12} {duration(3600 * each):>12}{f', {share:.0%} done' if share else ''}")
     lines.append(
         f"    {time['rates']}; rows of {CHARACTERS_A_TOKEN} characters a token, {CHOICES} answers a question; without "
         "starts of processes, loading and saving"

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -106,20 +106,26 @@ class Hours:
 
     Attributes:
         stages: Stage -> hours, all its jobs added up.
-        at_most: The same with no trial stopped early.
+        done: Of these, what the run's folder holds already.
+        at_most: All stages with no trial stopped early.
         wall: With the slots there are, trials and fine-tunes side by side.
+        wall_left: Of this, what is not done.
     """
 
     stages: dict[str, float]
+    done: float
     at_most: float
     wall: float
+    wall_left: float
 
     @property
     def total(self) -> float:
         return sum(self.stages.values())
 
 
-def hours(config: RunConfig, inspection: Inspection, rates: Rates, slots: int) -> Hours:
+def hours(
+    config: RunConfig, inspection: Inspection, rates: Rates, slots: int, done: Mapping[str, float] | None = None
+) -> Hours:
     """Time by stage.
 
     Args:
@@ -127,6 +133,7 @@ def hours(config: RunConfig, inspection: Inspection, rates: Rates, slots: int) -
         inspection: Shapes, rows and questions.
         rates: Operations a second of a slot.
         slots: Trials at once.
+        done: How much of each stage is recorded, from 0 to 1.
     """
     counted = _Count(config, inspection)
     jobs = num_finetunes(config)
@@ -145,10 +152,16 @@ def hours(config: RunConfig, inspection: Inspection, rates: Rates, slots: int) -
     workers = config.finetune.num_workers
     groups = max(1, min(slots // workers, jobs))
     shared = {"search": min(slots, trials), "finetune": groups * workers, "evaluate": min(slots, jobs + UNTUNED)}
-    wall = sum(seconds / shared.get(name, 1) for name, seconds in stages.items())
+    walls = {name: seconds / shared.get(name, 1) / 3600 for name, seconds in stages.items()}
     in_hours = {name: seconds / 3600 for name, seconds in stages.items()}
-    at_most = sum(in_hours.values()) - in_hours["search"] + unstopped / 3600
-    return Hours(in_hours, at_most, wall / 3600)
+    shares = {name: (done or {}).get(name, 0.0) for name in stages}
+    return Hours(
+        stages=in_hours,
+        done=sum(shares[name] * each for name, each in in_hours.items()),
+        at_most=sum(in_hours.values()) - in_hours["search"] + unstopped / 3600,
+        wall=sum(walls.values()),
+        wall_left=sum((1 - shares[name]) * each for name, each in walls.items()),
+    )
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from qpruner import preflight
 from qpruner.config import RunConfig, SearchConfig
@@ -22,6 +22,7 @@ from qpruner.pipeline.finish import evaluate, finetune
 from qpruner.pipeline.nodes import look_at_nodes
 from qpruner.pipeline.progress import RunProgress
 from qpruner.pipeline.prune import preview_prune, prune
+from qpruner.pipeline.recorded import recorded, shares_done
 from qpruner.pipeline.report import report, report_unfinished
 from qpruner.pipeline.search import search
 from qpruner.pipeline.sender import Sender
@@ -75,14 +76,16 @@ class Checked:
     """What a run would be.
 
     Attributes:
-        inspection: Sizes and rows.
+        inspection: Sizes and rows; of the pruned model itself, where the run's folder has it already.
         concurrent: Trials at once.
         resources: What Ray reserves for one.
+        done: How much of each stage is recorded with the same inputs, from 0 to 1.
     """
 
     inspection: preflight.Inspection
     concurrent: int
     resources: dict[str, float]
+    done: dict[str, float]
 
 
 def check(config: RunConfig, emit: Emit, address: str | None = None) -> Checked:
@@ -105,7 +108,17 @@ def check(config: RunConfig, emit: Emit, address: str | None = None) -> Checked:
         check_trackers(config.trackers)
         if address:
             look_at_nodes(context)
-        return Checked(inspection, concurrent, context.trial_resources)
+        found = recorded(context)
+        if found.prune:
+            inspection = replace(
+                inspection,
+                pruned_config=context.pruned_config,
+                pruned=context.layout,
+                is_estimate=False,
+                budget_bytes=context.space.budget_bytes,
+                plan=context.given_plan,
+            )
+        return Checked(inspection, concurrent, context.trial_resources, shares_done(context, found))
 
 
 def run(config: RunConfig, emit: Emit, address: str | None = None, until: str = "report") -> Results:

@@ -30,14 +30,9 @@ def bank(context: Context, pruned: PruneRecord) -> BankRecord:
     """Packed weights and adapter starts of every (group, bits)."""
     from qpruner.quantization import bank as store
 
-    config, quantize = context.config, context.config.quantize
-    levels = tuple(bits for bits in quantize.bits if bits != FULL_BITS)
-    starts = config.lora.model_copy(update={"dropout": 0.0})
-    library = version("bitsandbytes")
-    made_from = (pruned.digest, quantize.group, quantize.double_quant, starts, config.seed, store.FORMAT, library)
-    inputs = digest_of(*made_from)
-    named = ", ".join(map(str, levels))
-    stage = Stage("bank", f"packing every group at {named} bits, {config.lora.init} start", (*made_from, levels))
+    quantize, stage = context.config.quantize, bank_stage(context, pruned)
+    *made_from, library, levels = stage.inputs
+    inputs = digest_of(*made_from, library)
     _forget_damaged_bank(context, stage)
 
     def work(scratch: Path) -> dict[str, Any]:
@@ -77,6 +72,19 @@ def bank(context: Context, pruned: PruneRecord) -> BankRecord:
         return f"{len(record.files)} entries, {record.bytes / 1e6:.0f} MB; share of the error left: {left}"
 
     return run_stage(context.run_dir, stage, BankRecord, work, figures, context.emit, context.gpu_time)
+
+
+def bank_stage(context: Context, pruned: PruneRecord) -> Stage:
+    """What `bank` depends on: what every entry is made from, last the packing library's version, and the levels."""
+    from qpruner.quantization.bank import FORMAT
+
+    config, quantize = context.config, context.config.quantize
+    levels = tuple(bits for bits in quantize.bits if bits != FULL_BITS)
+    starts = config.lora.model_copy(update={"dropout": 0.0})
+    library = version("bitsandbytes")
+    made_from = (pruned.digest, quantize.group, quantize.double_quant, starts, config.seed, FORMAT, library)
+    named = ", ".join(map(str, levels))
+    return Stage("bank", f"packing every group at {named} bits, {config.lora.init} start", (*made_from, levels))
 
 
 def _forget_damaged_bank(context: Context, stage: Stage) -> None:

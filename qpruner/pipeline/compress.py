@@ -30,9 +30,7 @@ if TYPE_CHECKING:
 
 def prepare(context: Context) -> PrepareRecord:
     """The base model as a folder, and every split encoded once."""
-    config = context.config
-    inputs = (config.model, config.data, config.calibration, config.seed, *_source_digests(context))
-    stage = Stage("prepare", f"base model {config.model.source}, encoding the data", inputs)
+    config, stage = context.config, prepare_stage(context)
 
     def work(scratch: Path) -> dict[str, Any]:
         is_shared = bool(context.address) or context.run_dir.is_at_uri
@@ -48,6 +46,13 @@ def prepare(context: Context) -> PrepareRecord:
         return ", ".join(f"{count} {name}" for name, count in record.num_rows.items()) + " rows"
 
     return run_stage(context.run_dir, stage, PrepareRecord, work, figures, context.emit, context.gpu_time)
+
+
+def prepare_stage(context: Context) -> Stage:
+    """What `prepare` depends on."""
+    config = context.config
+    inputs = (config.model, config.data, config.calibration, config.seed, *_source_digests(context))
+    return Stage("prepare", f"base model {config.model.source}, encoding the data", inputs)
 
 
 @dataclass(frozen=True)
@@ -82,17 +87,8 @@ def telling(emit: Emit, stage: str) -> OnLoading:
 def sensitivity(context: Context, pruned: PruneRecord, banked: BankRecord) -> SensitivityRecord:
     """How much each group suffers at fewer bits, method by method; scores of the same inputs are taken over."""
     config, settings = context.config, context.config.sensitivity
-    inputs = (
-        pruned.digest,
-        banked.digest,
-        settings.model_copy(update={"methods": ()}),
-        config.quantize.group,
-        config.quantize.bits,
-        config.evaluate.batch_size,
-        config.seed,
-    )
-    digest = digest_of("scores", *inputs)
-    stage = Stage("sensitivity", ", ".join(settings.methods) or "no method", (digest, settings.methods))
+    stage = sensitivity_stage(context, pruned, banked)
+    digest = stage.inputs[0]
 
     def work(scratch: Path) -> dict[str, Any]:
         earlier = context.run_dir.stage("sensitivity")
@@ -116,6 +112,22 @@ def sensitivity(context: Context, pruned: PruneRecord, banked: BankRecord) -> Se
     # Its memory is needed before the trials start.
     context.workshop.close()
     return record
+
+
+def sensitivity_stage(context: Context, pruned: PruneRecord, banked: BankRecord) -> Stage:
+    """What `sensitivity` depends on: the digest of every method's scores, and which methods are asked for."""
+    config, settings = context.config, context.config.sensitivity
+    inputs = (
+        pruned.digest,
+        banked.digest,
+        settings.model_copy(update={"methods": ()}),
+        config.quantize.group,
+        config.quantize.bits,
+        config.evaluate.batch_size,
+        config.seed,
+    )
+    named = ", ".join(settings.methods) or "no method"
+    return Stage("sensitivity", named, (digest_of("scores", *inputs), settings.methods))
 
 
 def _range(method: str, scores: MethodScores) -> str:

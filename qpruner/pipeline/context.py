@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import tempfile
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from qpruner import preflight
 from qpruner.config import RunConfig
-from qpruner.errors import UserError
 from qpruner.events import Emit
 from qpruner.execution.cluster import Cluster, connect, disconnect, local_slots
 from qpruner.execution.gpu_time import GpuTime
@@ -18,10 +19,12 @@ from qpruner.mirror import fetch
 from qpruner.models.loading import checkpoint_config
 from qpruner.objects import name_of
 from qpruner.plan import Layout, PlanSpace, PrecisionPlan
-from qpruner.plan_file import read_plan
+from qpruner.plan_file import check_affordable, read_plan
 from qpruner.records import digest_of
-from qpruner.rundir import RunDir, file_digest
+from qpruner.rundir import RunDir, fetch_file, file_digest
 from qpruner.trackers import Trackers, check_trackers
+
+CONFIG_FILE = "config.json"
 
 
 @dataclass
@@ -74,9 +77,19 @@ class Context:
         return digest_of(self.inspection.questions, *[file_digest(path) for path in files if path.suffix != ".pyc"])
 
     @cached_property
+    def pruned_config(self) -> Any:
+        """transformers config of the pruned model; its weights are not looked at."""
+        folder = self.run_dir.stage("prune")
+        if not self.run_dir.is_at_uri:
+            return checkpoint_config(folder)
+        with tempfile.TemporaryDirectory() as here:
+            fetch_file(folder / CONFIG_FILE, Path(here) / CONFIG_FILE)
+            return checkpoint_config(Path(here))
+
+    @cached_property
     def layout(self) -> Layout:
         """Groups and sizes of the pruned model as it is."""
-        return preflight.layout_for(self.config, checkpoint_config(self.checkpoint))
+        return preflight.layout_for(self.config, self.pruned_config)
 
     @cached_property
     def space(self) -> PlanSpace:
@@ -95,12 +108,7 @@ class Context:
         if self.config.search.plan is None:
             return None
         plan = read_plan(Path(self.config.search.plan), self.space.groups, self.space.levels)
-        if not self.space.is_feasible(plan):
-            size, budget = self.space.plan_bytes(plan) / 1e6, self.space.budget_bytes / 1e6
-            raise UserError(
-                f"`search.plan`: the plan takes {size:.2f} MB, more than the budget of {budget:.2f} MB: give groups "
-                "fewer bits, or raise `quantize.budget`"
-            )
+        check_affordable(self.space.plan_bytes(plan), self.space.budget_bytes)
         return plan
 
     @cached_property

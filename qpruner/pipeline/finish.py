@@ -31,6 +31,7 @@ from qpruner.execution.slots import worker_resources
 from qpruner.execution.workshop import Bench
 from qpruner.mirror import emptied, fetch, put_folders, workplace
 from qpruner.objects import is_mirror, name_of
+from qpruner.pipeline.compress import telling
 from qpruner.pipeline.context import Context
 from qpruner.pipeline.rows import Row, candidate_of, table_rows, untuned_candidates
 from qpruner.pipeline.stage import Stage, run_stage
@@ -64,12 +65,8 @@ from qpruner.rundir import (
 
 def finetune(context: Context, searched: SearchRecord, measured: SensitivityRecord) -> FinetuneRecord:
     """The winner, and with `finetune.compare` every row it is compared with, from the same start on the same data."""
-    settings = context.config.finetune
-    rows = table_rows(context, searched, measured)
-    jobs = [(row, candidate_of(context, row.name, plan.as_dict(), seed)) for row in rows for seed, plan in row.plans]
-    length = f"{settings.steps} steps" if settings.steps else f"{settings.epochs:g} epochs"
-    told = [(row.name, row.origin, job.seed, job.folder.name) for row, job in jobs]
-    stage = Stage("finetune", f"{len(_distinct(jobs))} fine-tunes, {length}", (searched.digest, told))
+    jobs = _jobs(context, searched, measured)
+    stage = finetune_stage(context, searched, measured)
     if not all(isinstance(each, CandidateRecord) for each in for_each(_recorded, [job.folder for _, job in jobs])):
         context.run_dir.forget("finetune")
 
@@ -96,15 +93,24 @@ def finetune(context: Context, searched: SearchRecord, measured: SensitivityReco
     return run_stage(context.run_dir, stage, FinetuneRecord, work, figures, context.emit, context.gpu_time)
 
 
+def finetune_stage(context: Context, searched: SearchRecord, measured: SensitivityRecord) -> Stage:
+    """What `finetune` depends on."""
+    settings, jobs = context.config.finetune, _jobs(context, searched, measured)
+    length = f"{settings.steps} steps" if settings.steps else f"{settings.epochs:g} epochs"
+    told = [(row.name, row.origin, job.seed, job.folder.name) for row, job in jobs]
+    return Stage("finetune", f"{len(_distinct(jobs))} fine-tunes, {length}", (searched.digest, told))
+
+
+def _jobs(context: Context, searched: SearchRecord, measured: SensitivityRecord) -> list[tuple[Row, Candidate]]:
+    """Every row of the table under every training seed."""
+    rows = table_rows(context, searched, measured)
+    return [(row, candidate_of(context, row.name, plan.as_dict(), seed)) for row in rows for seed, plan in row.plans]
+
+
 def evaluate(context: Context, tuned: FinetuneRecord) -> EvalRecord:
     """Accuracies on tasks the search never saw: the model before any fine-tune, step by step, and every fine-tuned row
     and seed."""
-    settings = context.config.evaluate
-    winner = next(each.plan for each in tuned.candidates if each.name == SEARCHED)
-    jobs = [(job.name, job) for job in untuned_candidates(context, winner)]
-    jobs += [(each.name, candidate_of(context, each.name, each.plan, each.seed)) for each in tuned.candidates]
-    detail = f"{', '.join(settings.tasks)} for {len(_distinct(jobs))} models"
-    stage = Stage("evaluate", detail, (tuned.digest, scores_digest(context)))
+    jobs, stage = _scored_jobs(context, tuned), evaluate_stage(context, tuned)
 
     def work(scratch: Path) -> dict[str, Any]:
         about, text = held_out_text(context, scratch / "text")
@@ -124,6 +130,19 @@ def evaluate(context: Context, tuned: FinetuneRecord) -> EvalRecord:
         return f"base as it is {_scores_line(base.scores)}; searched {_scores_line(winner.scores)}"
 
     return run_stage(context.run_dir, stage, EvalRecord, work, figures, context.emit, context.gpu_time)
+
+
+def evaluate_stage(context: Context, tuned: FinetuneRecord) -> Stage:
+    """What `evaluate` depends on."""
+    detail = f"{', '.join(context.config.evaluate.tasks)} for {len(_distinct(_scored_jobs(context, tuned)))} models"
+    return Stage("evaluate", detail, (tuned.digest, scores_digest(context)))
+
+
+def _scored_jobs(context: Context, tuned: FinetuneRecord) -> list[tuple[str, Candidate]]:
+    """Models before any fine-tune, step by step, and every fine-tuned row and seed."""
+    winner = next(each.plan for each in tuned.candidates if each.name == SEARCHED)
+    jobs = [(job.name, job) for job in untuned_candidates(context, winner)]
+    return jobs + [(each.name, candidate_of(context, each.name, each.plan, each.seed)) for each in tuned.candidates]
 
 
 def scores_digest(context: Context) -> str:
@@ -350,14 +369,16 @@ class FinalJob:
 def write_final(job: FinalJob, bench: Bench, emit: Emit) -> None:
     """The final folder: packed weights, adapter and tokenizer, loadable by transformers after `import qpruner.hf`."""
     from qpruner.models.checkpoint import save_checkpoint
-    from qpruner.models.loading import load_tokenizer
+    from qpruner.models.loading import load_tokenizer, tensors_told
     from qpruner.quantization.assembly import assemble
 
+    told = telling(emit, "finetune")
     winner, quantize, dtype = job.winner, job.config.quantize, job.config.model.dtype
     checkpoint, adapter = fetch(winner.checkpoint), fetch(winner.adapter)
-    model, _ = assemble(checkpoint, winner.bank, quantize.group, winner.plan, dtype, quantize.double_quant)
+    with tensors_told(told):
+        model, _ = assemble(checkpoint, winner.bank, quantize.group, winner.plan, dtype, quantize.double_quant)
     scratch = emptied(workplace(job.folder.with_name(f".{job.folder.name}")))
-    save_checkpoint(model, load_tokenizer(str(checkpoint)), scratch)
+    save_checkpoint(model, load_tokenizer(str(checkpoint)), scratch, told)
     for file in ("adapter_config.json", ADAPTER_WEIGHTS):
         shutil.copy2(adapter / file, scratch / file)
     publish_folder(scratch, job.folder)

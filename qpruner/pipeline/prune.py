@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 def prune(context: Context, prepared: PrepareRecord) -> PruneRecord:
     """Score, select, compensate, cut, save."""
-    config, settings = context.config, context.config.prune
+    config = context.config
 
     def work(scratch: Path) -> dict[str, Any]:
         job = CutJob(config, context.run_dir.root / prepared.model_path, context.data / "importance", scratch)
@@ -44,8 +44,14 @@ def prune(context: Context, prepared: PrepareRecord) -> PruneRecord:
             f"({record.target}, achieved {record.achieved_rate:.2%})"
         )
 
-    stage = Stage("prune", describe(settings), (prepared.digest, settings))
+    stage = prune_stage(context, prepared)
     return run_stage(context.run_dir, stage, PruneRecord, work, figures, context.emit, context.gpu_time)
+
+
+def prune_stage(context: Context, prepared: PrepareRecord) -> Stage:
+    """What `prune` depends on."""
+    settings = context.config.prune
+    return Stage("prune", describe(settings), (prepared.digest, settings))
 
 
 @dataclass(frozen=True)
@@ -72,12 +78,12 @@ def cut_and_save(job: CutJob, bench: Bench, emit: Emit) -> dict[str, Any]:
     from qpruner.models.loading import load_dense, load_tokenizer
     from qpruner.report.importance_map import load_importance, save_importance, write_pictures
 
-    base = str(fetch(job.base))
+    base, told_of_weights = str(fetch(job.base)), telling(emit, "prune")
     tokenizer = load_tokenizer(base)
-    model = load_dense(base, job.config.model.dtype, job.config.model, telling(emit, "prune"))
+    model = load_dense(base, job.config.model.dtype, job.config.model, told_of_weights)
     pruned, fields = cut_model(job.config, model, tokenizer, load_encoded(job.rows), emit)
     with written(job.scratch) as folder:
-        save_checkpoint(pruned.model, tokenizer, folder)
+        save_checkpoint(pruned.model, tokenizer, folder, told_of_weights)
         patiently(lambda: save_importance(folder, pruned.scores, pruned.block_scores), folder)
         told = PruneRecord(digest="", seconds=0.0, **fields)
         patiently(lambda: write_pictures(folder, told, load_importance(folder)), folder)

@@ -88,7 +88,7 @@ def candidate_of(context: Context, name: str, plan: Mapping[str, int], seed: int
     config, run = context.config, context.run_dir
     prepared, banked = run.read_record("prepare", PrepareRecord), run.read_record("bank", BankRecord)
     assert prepared and banked, "prepare and bank run before"
-    checkpoint = run.root / prepared.model_path if name == BASE else context.checkpoint
+    checkpoint = run.root / prepared.model_path if name == BASE else run.stage("prune")
     # All that a fine-tune depends on. Where checkpoints fall and which rows stand beside it change nothing.
     length = (config.finetune.steps, config.finetune.epochs)
     inputs = (banked.digest, config.lora, config.training, length, config.seed, config.evaluate.batch_size)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from qpruner.candidates import Candidate, ConfirmationJob, confirm_trial
 from qpruner.errors import StageError
-from qpruner.events import Message, SearchPlanned
+from qpruner.events import Message, Progress, SearchPlanned
 from qpruner.execution.probe import packed_check
 from qpruner.execution.room import Room
 from qpruner.pipeline.context import Context
@@ -55,22 +55,8 @@ REMEDY = "mend the cause, delete the run's trials folder"
 def search(context: Context, banked: BankRecord, measured: SensitivityRecord) -> SearchRecord:
     """Candidate plans as parallel trials; the best few are scored again on fresh rows."""
     settings, space = context.config.search, context.space
-    given = context.given_plan
-    search_digest = digest_of(
-        measured.digest,
-        space.budget_bytes,
-        settings.searcher,
-        settings.metric,
-        settings.pareto,
-        context.config.seed,
-        *([given.as_dict()] if given else []),
-    )
-    trials_digest = _trials_digest(context, banked, search_digest)
-    trials = "the given plan" if given else f"{settings.max_trials} trials, {settings.searcher}"
-    detail = f"{trials}, {settings.steps} steps each, budget {space.budget_bytes / 1e6:.1f} MB"
-    # Where it ends; more trials or hours go on from those there are.
-    ends = (settings.max_trials, settings.max_hours, settings.max_gpu_hours, settings.patience, settings.confirm)
-    stage = Stage("search", detail, (trials_digest, search_digest, *ends))
+    given, stage = context.given_plan, search_stage(context, banked, measured)
+    trials_digest, search_digest = stage.inputs[:2]
     state = SearchState(
         trials_digest=trials_digest,
         search=search_digest,
@@ -162,6 +148,26 @@ def search(context: Context, banked: BankRecord, measured: SensitivityRecord) ->
         )
 
     return run_stage(context.run_dir, stage, SearchRecord, work, figures, context.emit, context.gpu_time)
+
+
+def search_stage(context: Context, banked: BankRecord, measured: SensitivityRecord) -> Stage:
+    """What `search` depends on: the digests of its trials and of what is proposed, and where it ends."""
+    settings, space, given = context.config.search, context.space, context.given_plan
+    search_digest = digest_of(
+        measured.digest,
+        space.budget_bytes,
+        settings.searcher,
+        settings.metric,
+        settings.pareto,
+        context.config.seed,
+        *([given.as_dict()] if given else []),
+    )
+    trials_digest = _trials_digest(context, banked, search_digest)
+    trials = "the given plan" if given else f"{settings.max_trials} trials, {settings.searcher}"
+    detail = f"{trials}, {settings.steps} steps each, budget {space.budget_bytes / 1e6:.1f} MB"
+    # More trials or hours go on from those there are.
+    ends = (settings.max_trials, settings.max_hours, settings.max_gpu_hours, settings.patience, settings.confirm)
+    return Stage("search", detail, (trials_digest, search_digest, *ends))
 
 
 def _trials_digest(context: Context, banked: BankRecord, search_digest: str) -> str:
@@ -266,6 +272,7 @@ def _confirm(context: Context, finalists: Sequence[TrialRecord], job: SearchJob)
             taken_over=taken_over,
             **score.model_dump(),
         )
+        context.emit(Progress("search", len(found), len(jobs), "finalists on fresh rows"))
     for _, each in sorted(found.items()):
         text = f"confirmation: trial {each.index} ({each.origin}) loss {each.loss:.4f} (se {each.stderr:.4f})"
         accuracy = "" if each.accuracy is None else f", accuracy {each.accuracy:.3f} (se {each.accuracy_stderr:.3f})"

@@ -86,13 +86,23 @@ def run_stage(
 
 def _recorded(run: RunDir, stage: Stage, kind: type[RecordType], emit: Emit) -> RecordType | None:
     try:
-        record = run.read_record(stage.name, kind)
+        record = matching(run, stage, kind)
     except CorruptFile as error:
         emit(Message(stage.name, f"{error}; the stage is run again"))
         return None
+    return record if record and _is_whole(run, stage.name, emit) else None
+
+
+def matching(run: RunDir, stage: Stage, kind: type[RecordType]) -> RecordType | None:
+    """The record that a stage need not run for: it has the digest that it would have now, and its folder is there.
+
+    Raises:
+        CorruptFile: If the record cannot be read.
+    """
+    record = run.read_record(stage.name, kind)
     if record is None or record.digest != stage.digest or not run.has_folder(stage.name):
         return None
-    return record if _is_whole(run, stage.name, emit) else None
+    return record
 
 
 def _is_whole(run: RunDir, name: str, emit: Emit) -> bool:

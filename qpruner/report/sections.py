@@ -16,6 +16,7 @@ from qpruner.records import (
     SensitivityRecord,
     TaskScore,
 )
+from qpruner.report.lines import duration
 from qpruner.report.marginal_effects import MarginalEffects, rank_correlation
 from qpruner.report.snapshot import Snapshot
 from qpruner.report.standing import score
@@ -163,8 +164,8 @@ def search_text(search: SearchRecord) -> list[str]:
     told = (
         f"{search.searcher} on {search.metric}, budget {search.budget_bytes / 1e6:.1f} MB: {search.num_trials} trials, "
         f"{search.num_finished} finished, {search.num_stopped} stopped early, {search.num_failed} failed, in "
-        f"{search.search_seconds / 3600:.2f} hours"
-        + (f" and {search.gpu_seconds / 3600:.2f} GPU hours" if search.gpu_seconds else "")
+        f"{duration(search.search_seconds)}"
+        + (f", {duration(search.gpu_seconds)} on GPUs" if search.gpu_seconds else "")
         + f". It ended because {search.ended}."
     )
     if search.num_taken_over:

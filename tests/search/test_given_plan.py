@@ -108,15 +108,26 @@ def test_a_plan_over_the_budget_is_refused_with_both_sizes(searched: Path) -> No
 
 
 @pytest.mark.slow
-def test_check_tells_what_a_plan_takes(searched: Path) -> None:
+def test_check_tells_what_a_plan_takes_and_refuses_what_run_does(searched: Path) -> None:
     plan = yaml.safe_load(qpruner("plan", searched.parent / "run", "--trial", 0).stdout)
     file = searched.parent / "checked.yaml"
-    for bits, told in ((4, "left of the budget"), (8, "above the budget")):
-        file.write_text(yaml.safe_dump(dict.fromkeys(plan, bits)))
-        done = qpruner("check", searched, "--plan", file, "--json")
-        facts = json.loads(done.stdout.splitlines()[-1])
-        assert facts["bytes_plan"] == facts[f"bytes_all_{bits}"]
-        assert "your plan:  " in done.stdout and told in done.stdout
+    file.write_text(yaml.safe_dump(dict.fromkeys(plan, 4)))
+    done = qpruner("check", searched, "--plan", file, "--json")
+    facts = json.loads(done.stdout.splitlines()[-1])
+    assert facts["bytes_plan"] == facts["bytes_all_4"]
+    assert "your plan:  " in done.stdout and "left of the budget" in done.stdout
+    file.write_text(yaml.safe_dump(dict.fromkeys(plan, 8)))
+    refused = [qpruner(verb, searched, "--plan", file) for verb in ("check", "search")]
+    assert [each.returncode for each in refused] == [2, 2]
+    assert refused[0].stderr == refused[1].stderr
+
+
+@pytest.mark.slow
+def test_check_tells_how_much_of_a_search_is_done(searched: Path) -> None:
+    for trials, share in ((2, 1.0), (4, 0.5)):
+        done = qpruner("check", searched, "--set", f"search.max_trials={trials}", "--json")
+        shares = json.loads(done.stdout.splitlines()[-1])["hours"]["share_done"]
+        assert shares == {"prune": 1, "bank": 1, "sensitivity": 1, "search": share, "finetune": 0, "evaluate": 0}
 
 
 @pytest.mark.slow
