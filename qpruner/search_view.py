@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping
+from typing import Any
 
 from rich.console import Group, RenderableType
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from qpruner import events
@@ -15,6 +16,8 @@ from qpruner.report.lines import duration
 from qpruner.report.standing import FIGURES, Standing, bar, control_name, score, standing
 
 COLORS = {"4": "cyan", "8": "yellow", "F": "magenta"}
+FOLDED: Any = {"no_wrap": False, "overflow": "fold"}
+"""Of text that goes on in the next line where a window is narrow: a live part cannot be widened to read the rest."""
 MOST_ROWS = 20
 """Trials under way that are listed; a cluster may run more than a window has lines."""
 
@@ -52,7 +55,7 @@ class SearchView:
 
 def colored(trial: TrialRecord) -> Text:
     """The plan, one character a group, a colour a bit-width."""
-    text = Text()
+    text = Text(**FOLDED)
     for character, alike in itertools.groupby(bar(trial)):
         text.append("".join(alike), COLORS[character])
     return text
@@ -67,7 +70,7 @@ def _counts(now: Standing, search: SearchState) -> Text:
         busy = f"{len(now.running) - num_waiting} of {search.slots} slots busy"
         busy += f", {num_waiting} waiting for one" if num_waiting else ""
     left = "" if now.seconds_left is None else f"; about {duration(now.seconds_left)} left"
-    return Text(f"{len(now.trials)} of {search.max_trials} trials: {over}; {busy}{left}")
+    return Text(f"{len(now.trials)} of {search.max_trials} trials: {over}; {busy}{left}", **FOLDED)
 
 
 def _best(now: Standing, search: SearchState) -> list[Text]:
@@ -76,15 +79,15 @@ def _best(now: Standing, search: SearchState) -> list[Text]:
         if trial:
             name = control_name(trial) if trial.is_control else "best so far"
             reached = f"{FIGURES[search.metric]} {score(trial.rungs[-1], search.metric):.4f}"
-            line = Text(
-                f"{name:<12}  {reached}, trial {trial.index} ({trial.origin}), {trial.plan_bytes / 1e6:.1f} MB  "
-            )
+            size = f"{trial.plan_bytes / 1e6:.1f} MB"
+            line = Text(f"{name:<12}  {reached}, trial {trial.index} ({trial.origin}), {size}  ", **FOLDED)
             lines.append(line.append_text(colored(trial)))
     return lines
 
 
 def _table(running: list[TrialRecord], search: SearchState, steps: Mapping[int, int]) -> Table:
-    table = Table("trial", "from", "bytes", "step", FIGURES[search.metric], "plan", box=None, header_style="dim")
+    figures = [Column(heading, no_wrap=True) for heading in ("trial", "from", "bytes", "step", FIGURES[search.metric])]
+    table = Table(*figures, Column("plan", overflow="fold"), box=None, header_style="dim")
     for trial in running[:MOST_ROWS]:
         last = trial.rungs[-1] if trial.rungs else None
         table.add_row(

@@ -26,7 +26,7 @@ from rich.text import Text
 
 from qpruner import events
 from qpruner.report.lines import duration, line_of
-from qpruner.search_view import SearchView
+from qpruner.search_view import FOLDED, SearchView
 
 PLAIN_WIDTH = 120
 SECONDS_UNTOLD = 30.0
@@ -155,7 +155,7 @@ class Terminal:
             for stage, outcome in tuple(self._stages.items())
         ]
         search = self._search if self._search and "search" in self._stages else ""
-        return Group(Text(" | ".join(stages), style="bold"), self._progress, search)
+        return Group(Text(" | ".join(stages), style="bold", **FOLDED), self._progress, search)
 
 
 class _Column:

@@ -84,6 +84,14 @@ def test_a_terminal_shows_the_search_live() -> None:
     assert "3/8" in seen and "\x1b[33m8" in seen, "where the running trial is past its rung, and bits in colour"
 
 
+def test_a_narrow_terminal_folds_what_it_shows_live() -> None:
+    """What stands behind the edge is what is happening now."""
+    seen = " ".join(re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", " ", on_a_terminal(COLUMNS="40")).split())
+    assert re.search(r"search running, \d+ s", seen)
+    assert "1 of 2 slots busy; about 15 min 00 s left" in seen
+    assert "validation loss 2.9000, trial 2 (gp), 32.0 MB" in seen
+
+
 def test_a_terminal_without_color_stays_without() -> None:
     seen = on_a_terminal(NO_COLOR="1")
     assert "1 of 2 slots busy" in seen
