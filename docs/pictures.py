@@ -141,7 +141,7 @@ def browser_pictures(run: Snapshot, root: Path) -> None:
         page.goto(f"{address}/#hparams")
         table = page.locator("tf-hparams-table-view")
         for trial in run.trials:
-            table.get_by_text(f"{trial.index:04d}", exact=True).first.wait_for()
+            table.get_by_text(re.compile(rf"\b{trial.index:04d}\b")).first.wait_for()
         page.screenshot(path=IMAGES / "tensorboard.png")
         page = browser.new_page(viewport={"width": 1200, "height": 790})
         page.goto((root / "report.html").resolve().as_uri())
