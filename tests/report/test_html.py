@@ -126,6 +126,15 @@ def test_the_page_answers_first_and_leaves_nothing_out(long_run: Path) -> None:
     assert set(re.findall(r'<figure data-plot="([^"]+)"', page_of(long_run))) == plots
 
 
+def test_the_final_table_s_figures_stand_under_one_another(long_run: Path) -> None:
+    page = page_of(long_run)
+    answer = page[page.index('<section id="answer"') : page.index('<section id="quality"')]
+    for heading in sections.HEADINGS:
+        number = "" if heading in ("row", "from") else ' class="number"'
+        assert f'<th scope="col"{number}>{heading}</th>' in answer
+    assert answer.count("<table>") == len(sections.TABLES)
+
+
 def test_every_trial_is_in_the_plots_and_the_best_one_is_marked(long_run: Path) -> None:
     run = read_snapshot(RunDir(long_run, create=False))
     specs = {chart.name: chart.spec for chart in charts(run)}
