@@ -65,8 +65,8 @@ from qpruner.rundir import (
 
 def finetune(context: Context, searched: SearchRecord, measured: SensitivityRecord) -> FinetuneRecord:
     """The winner, and with `finetune.compare` every row it is compared with, from the same start on the same data."""
-    jobs = _jobs(context, searched, measured)
-    stage = finetune_stage(context, searched, measured)
+    jobs = finetune_jobs(context, searched, measured)
+    stage = finetune_stage(context, searched, jobs)
     if not all(isinstance(each, CandidateRecord) for each in for_each(_recorded, [job.folder for _, job in jobs])):
         context.run_dir.forget("finetune")
 
@@ -93,15 +93,15 @@ def finetune(context: Context, searched: SearchRecord, measured: SensitivityReco
     return run_stage(context.run_dir, stage, FinetuneRecord, work, figures, context.emit, context.gpu_time)
 
 
-def finetune_stage(context: Context, searched: SearchRecord, measured: SensitivityRecord) -> Stage:
+def finetune_stage(context: Context, searched: SearchRecord, jobs: list[tuple[Row, Candidate]]) -> Stage:
     """What `finetune` depends on."""
-    settings, jobs = context.config.finetune, _jobs(context, searched, measured)
+    settings = context.config.finetune
     length = f"{settings.steps} steps" if settings.steps else f"{settings.epochs:g} epochs"
     told = [(row.name, row.origin, job.seed, job.folder.name) for row, job in jobs]
     return Stage("finetune", f"{len(_distinct(jobs))} fine-tunes, {length}", (searched.digest, told))
 
 
-def _jobs(context: Context, searched: SearchRecord, measured: SensitivityRecord) -> list[tuple[Row, Candidate]]:
+def finetune_jobs(context: Context, searched: SearchRecord, measured: SensitivityRecord) -> list[tuple[Row, Candidate]]:
     """Every row of the table under every training seed."""
     rows = table_rows(context, searched, measured)
     return [(row, candidate_of(context, row.name, plan.as_dict(), seed)) for row in rows for seed, plan in row.plans]

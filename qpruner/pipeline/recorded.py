@@ -9,7 +9,7 @@ from qpruner.errors import CorruptFile
 from qpruner.pipeline.bank import bank_stage
 from qpruner.pipeline.compress import prepare_stage, sensitivity_stage
 from qpruner.pipeline.context import Context
-from qpruner.pipeline.finish import evaluate_stage, finetune_stage
+from qpruner.pipeline.finish import evaluate_stage, finetune_jobs, finetune_stage
 from qpruner.pipeline.prune import prune_stage
 from qpruner.pipeline.search import search_stage
 from qpruner.pipeline.stage import Stage, matching
@@ -53,7 +53,11 @@ def recorded(context: Context) -> Results:
         known("search", SearchRecord, lambda: search_stage(context, banked, measured)) if banked and measured else None
     )
     tuned = (
-        known("finetune", FinetuneRecord, lambda: finetune_stage(context, searched, measured))
+        known(
+            "finetune",
+            FinetuneRecord,
+            lambda: finetune_stage(context, searched, finetune_jobs(context, searched, measured)),
+        )
         if searched and measured
         else None
     )
