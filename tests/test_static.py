@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -52,6 +53,12 @@ def test_the_version_is_the_same_wherever_it_is_told() -> None:
 def test_schema_is_current() -> None:
     written = (ROOT / "tune_configs" / "schema.json").read_text()
     assert written == config_schema(), "run: qpruner schema > tune_configs/schema.json"
+
+
+@pytest.mark.parametrize("page", ["configuration.md", "commands.md"])
+def test_the_reference_is_current(page: str) -> None:
+    made = runpy.run_path(str(ROOT / "docs" / "reference.py"))["pages"]()
+    assert (ROOT / "docs" / page).read_text() == made[page], "run: python docs/reference.py"
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
