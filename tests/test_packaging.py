@@ -1,4 +1,4 @@
-"""What a user installs: wheel and source archive of a fresh checkout, beside the dependencies and nothing else."""
+"""What a user installs: wheel, source archive and fresh checkout, beside the dependencies and nothing else."""
 
 from __future__ import annotations
 
@@ -29,44 +29,49 @@ MINUTES = 60
 
 
 @dataclass(frozen=True)
-class Installation:
-    """A wheel, built from a source archive, in an environment of its own.
+class Built:
+    """A git checkout, and what was built of it.
 
     Attributes:
-        checkout: The git checkout that was built.
+        checkout: The checkout.
         archive: The source archive.
-        wheel: The wheel.
-        environment: The virtual environment.
+        wheel: The wheel, built from the source archive.
     """
 
     checkout: Path
     archive: Path
     wheel: Path
-    environment: Path
-
-    def run(self, *command: str) -> str:
-        """What a command prints that this environment holds; nothing of the checkout is on its path."""
-        return _run_in(self.environment, *command)
 
 
 @pytest.fixture(scope="module")
-def installed(tmp_path_factory: pytest.TempPathFactory) -> Installation:
+def built(tmp_path_factory: pytest.TempPathFactory) -> Built:
     folder = tmp_path_factory.mktemp("packaging")
-    checkout, environment = copy_checkout(folder / "checkout"), folder / "environment"
+    checkout = copy_checkout(folder / "checkout")
     git(checkout, "init", "--quiet")
     git(checkout, "add", "--all")
     git(checkout, "-c", "user.name=test", "-c", "user.email=test@localhost", "commit", "--quiet", "--message", "all")
     # Builds the source archive, unpacks it where no git is, and builds the wheel from that.
     _python("-m", "build", "--no-isolation", "--outdir", str(folder / "dist"), str(checkout))
+    (wheel,) = (folder / "dist").glob("*.whl")
+    (archive,) = (folder / "dist").glob("*.tar.gz")
+    return Built(checkout, archive, wheel)
+
+
+def environment_with(source: Path, environment: Path) -> Path:
+    """A virtual environment into which pip installed a wheel, an archive or a checkout."""
     _python("-m", "venv", "--without-pip", str(environment))
     (site,) = environment.glob("lib/python*/site-packages")
     # The dependencies as they are. What .pth files lie there are not followed: the editable install stays unseen.
     (site / "dependencies.pth").write_text(sysconfig.get_path("purelib"))
-    (wheel,) = (folder / "dist").glob("*.whl")
-    into = ("--python", str(environment / "bin" / "python"))
-    _python("-m", "pip", *into, "install", "--quiet", "--no-index", "--no-deps", str(wheel))
-    (archive,) = (folder / "dist").glob("*.tar.gz")
-    return Installation(checkout, archive, wheel, environment)
+    options = ("--quiet", "--no-index", "--no-deps", "--no-build-isolation")
+    _python("-m", "pip", "--python", str(environment / "bin" / "python"), "install", *options, str(source))
+    return environment
+
+
+@pytest.fixture(scope="module")
+def environment(built: Built, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One that has the wheel."""
+    return environment_with(built.wheel, tmp_path_factory.mktemp("environment") / "wheel")
 
 
 def _run_in(environment: Path, *command: object, minutes: float = 1, **variables: str) -> str:
@@ -90,45 +95,46 @@ def _python(*arguments: str) -> None:
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
 
 
-def test_the_version_names_the_commit_that_was_built(installed: Installation) -> None:
-    commit = git(installed.checkout, "rev-parse", "HEAD")
-    assert installed.run("qpruner", "--version") == f"qpruner, version {VERSION} (commit {commit[:12]})\n"
-
-
-def test_the_help_of_what_was_installed(installed: Installation) -> None:
-    told = installed.run("qpruner", "--help")
-    assert "Make a large language model fit the memory you have" in told
-
-
-def test_every_file_of_the_package_is_installed(installed: Installation) -> None:
-    """The demo's data and tasks, the page's template and style, `py.typed`."""
-    package = Path(installed.run("python", "-c", "import qpruner; print(qpruner.__path__[0])").strip())
-    assert package.is_relative_to(installed.environment)
+@pytest.mark.parametrize("source", ["wheel", "archive", "checkout"])
+def test_whatever_is_installed_is_whole_and_names_its_commit(
+    source: str, built: Built, environment: Path, tmp_path: Path
+) -> None:
+    """Every file of the package is there: the demo's data and tasks, the page's template and style, `py.typed`."""
+    if source != "wheel":
+        environment = environment_with(getattr(built, source), tmp_path / "environment")
+    commit = git(built.checkout, "rev-parse", "HEAD")
+    assert _run_in(environment, "qpruner", "--version") == f"qpruner, version {VERSION} (commit {commit[:12]})\n"
+    package = Path(_run_in(environment, "python", "-c", "import qpruner; print(qpruner.__path__[0])").strip())
+    assert package.is_relative_to(environment)
     there = {str(path.relative_to(package)) for path in package.rglob("*") if path.is_file()}
-    tracked = git(installed.checkout / "qpruner", "ls-files").splitlines()
+    tracked = git(built.checkout / "qpruner", "ls-files").splitlines()
     assert {name for name in there if "__pycache__" not in name} == {*tracked, "commit.txt"}
 
 
-def test_the_source_archive_has_what_a_checkout_has(installed: Installation) -> None:
-    with tarfile.open(installed.archive) as archive:
+def test_the_help_of_what_was_installed(environment: Path) -> None:
+    assert "Make a large language model fit the memory you have" in _run_in(environment, "qpruner", "--help")
+
+
+def test_the_source_archive_has_what_a_checkout_has(built: Built) -> None:
+    with tarfile.open(built.archive) as archive:
         there = {name.partition("/")[2] for name in archive.getnames()}
-    tracked = set(git(installed.checkout, "ls-files").splitlines())
+    tracked = set(git(built.checkout, "ls-files").splitlines())
     assert {name for name in tracked - there if not name.startswith(".")} == set()
 
 
-def test_a_checkout_tells_its_commit_and_whether_it_was_modified(installed: Installation, tmp_path: Path) -> None:
+def test_a_checkout_tells_its_commit_and_whether_it_was_modified(built: Built, tmp_path: Path) -> None:
     checkout = tmp_path / "checkout"
-    git(tmp_path, "clone", "--quiet", str(installed.checkout), str(checkout))
+    git(tmp_path, "clone", "--quiet", str(built.checkout), str(checkout))
     commit = git(checkout, "rev-parse", "HEAD")[:12]
     assert _described(checkout) == f"{VERSION} (commit {commit})"
     (checkout / "README.md").write_text("another")
     assert _described(checkout) == f"{VERSION} (commit {commit}+modified)"
 
 
-def test_without_git_or_a_build_no_commit_is_claimed(installed: Installation, tmp_path: Path) -> None:
+def test_without_git_or_a_build_no_commit_is_claimed(built: Built, tmp_path: Path) -> None:
     """A folder inside somebody else's repository must not be given that one's commit."""
     theirs = tmp_path / "theirs"
-    git(tmp_path, "clone", "--quiet", str(installed.checkout), str(theirs))
+    git(tmp_path, "clone", "--quiet", str(built.checkout), str(theirs))
     assert _described(copy_checkout(theirs / "unpacked")) == VERSION
 
 
@@ -140,7 +146,7 @@ def _described(checkout: Path) -> str:
     ("typed", "offered"),
     [("qpruner st", {"status"}), ("qpruner run --a", {"--address"}), ("qpruner export --to m", {"merged"})],
 )
-def test_bash_completes(typed: str, offered: set[str], installed: Installation) -> None:
+def test_bash_completes(typed: str, offered: set[str], environment: Path) -> None:
     words = typed.split()
     script = (
         'eval "$(_QPRUNER_COMPLETE=bash_source qpruner)"\n'
@@ -148,7 +154,7 @@ def test_bash_completes(typed: str, offered: set[str], installed: Installation) 
         "_qpruner_completion qpruner\n"
         'printf "%s\\n" "${COMPREPLY[@]}"'
     )
-    assert set(installed.run("bash", "-c", script).split()) == offered
+    assert set(_run_in(environment, "bash", "-c", script).split()) == offered
 
 
 IN_ZSH = """
@@ -187,10 +193,10 @@ def test_other_shells_complete(shell: str, typed: str, completed: str, installed
 
 
 @pytest.mark.parametrize("verb", ["run", "check", "status", "compare", "generate"])
-def test_files_and_folders_are_completed(verb: str, installed: Installation) -> None:
+def test_files_and_folders_are_completed(verb: str, environment: Path) -> None:
     """The shell is told to do that itself."""
     script = f"COMP_WORDS='qpruner {verb} ru' COMP_CWORD=2 _QPRUNER_COMPLETE=bash_complete qpruner"
-    assert installed.run("bash", "-c", script).strip() == "file,ru"
+    assert _run_in(environment, "bash", "-c", script).strip() == "file,ru"
 
 
 # Other versions of Python
@@ -235,7 +241,7 @@ def made_environment(python: str, folder: Path) -> Iterator[Path]:
 @pytest.mark.parametrize("version", OTHERS)
 def test_it_works_with_the_dependencies_that_an_index_has_for_another_python(
     version: str,
-    installed: Installation,
+    built: Built,
     tiny_raw: dict[str, Any],
     write_yaml: Callable[[dict[str, Any]], Path],
     tmp_path: Path,
@@ -244,7 +250,7 @@ def test_it_works_with_the_dependencies_that_an_index_has_for_another_python(
     groups = tomllib.loads((ROOT / "pyproject.toml").read_text())["dependency-groups"]
     with made_environment(interpreter(version), tmp_path / "environment") as environment:
         pip = ("python", "-m", "pip", "install", "--quiet")
-        _run_in(environment, *pip, f"{installed.wheel}[demo]", minutes=30)
+        _run_in(environment, *pip, f"{built.wheel}[demo]", minutes=30)
         _run_in(environment, *pip, "--no-deps", *groups["demo-model"], minutes=10)
         assert _run_in(environment, "qpruner", "--version").startswith(f"qpruner, version {VERSION} (commit ")
         checked = _run_in(
@@ -257,10 +263,10 @@ def test_it_works_with_the_dependencies_that_an_index_has_for_another_python(
 
 
 @pytest.mark.slow
-def test_pipx_installs_it(installed: Installation, tmp_path: Path) -> None:
+def test_pipx_installs_it(built: Built, tmp_path: Path) -> None:
     with made_environment(sys.executable, tmp_path / "environment") as environment:
         _run_in(environment, "python", "-m", "pip", "install", "--quiet", "pipx", minutes=5)
         homes = {f"PIPX_{name}": str(environment / name.lower()) for name in ("HOME", "BIN_DIR", "MAN_DIR")}
-        _run_in(environment, "pipx", "install", installed.wheel, minutes=30, **homes)
+        _run_in(environment, "pipx", "install", built.wheel, minutes=30, **homes)
         told = _run_in(environment, environment / "bin_dir" / "qpruner", "--version")
         assert told.startswith(f"qpruner, version {VERSION} (commit ")
