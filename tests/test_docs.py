@@ -1,8 +1,9 @@
-"""README and docs say what is so: each command and snippet is run as it stands (`pytest -m docs`), in a fresh checkout.
+"""README and docs say what is so: commands, in blocks and in prose, and snippets are run (`pytest -m docs`).
 
-The model is the two-layer one of the tests, the demo's recipe included, so that all of it takes minutes; `test_demo.py`
-runs the demo itself. What cannot run on a test machine stands in `NOT_RUN` with its reason. A block that fails, a
-language that nobody runs, a verb, option or message that the code does not have: each fails a test.
+That is in a fresh checkout, with the two-layer model of the tests, the demo's recipe included, so that all of it takes
+minutes; `test_demo.py` runs the demo itself. What cannot run on a test machine stands in `NOT_RUN` or `INLINE_NOT_RUN`
+with its reason. A command or block that fails, a language that nobody runs, a verb, option or message that the code
+does not have: each fails a test.
 """
 
 from __future__ import annotations
@@ -11,6 +12,8 @@ import ast
 import hashlib
 import os
 import re
+import shlex
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -22,7 +25,8 @@ import pytest
 import yaml
 from checkouts import copy_checkout
 from conftest import raw_config
-from doc_blocks import PAGES, ROOT, Block, blocks
+from doc_blocks import FENCE, PAGES, ROOT, Block, blocks
+from tensorboard_server import serving
 
 from qpruner.cli import main
 from qpruner.config import validate_config
@@ -34,12 +38,12 @@ LANGUAGES = (*RUN, "yaml", "text")
 AWS = "needs an AWS account; tests/test_cluster_files.py checks the file against Ray's schema and AWS's client"
 RECIPE = "needs an AWS account; tests/test_aws_recipe.py runs it against a stand-in of AWS"
 MACHINES = "needs machines of one's own; tests/cluster/test_ray_up.py runs these scripts on hosts made of namespaces"
-SERVES = "serves until it is stopped"
+TESTS = "runs tests, which have their own command"
+INDEX = "asks a package index; tests/test_launch.py has what setup.sh refuses"
+HOURS = "takes hours; `test_files_that_commands_name_are_there` looks for the file"
 NOT_RUN = {
     ("CONTRIBUTING.md", "bash launch/test.sh"): "runs this test",
-    ("docs/first_run.md", "tensorboard --logdir runs/demo"): f"{SERVES}; tests/report/test_tensorboard.py opens it",
-    ("docs/watching.md", "tensorboard --logdir runs/demo"): f"{SERVES}; tests/report/test_tensorboard.py opens it",
-    ("docs/first_run.md", "pip install ."): "asks a package index; tests/test_packaging.py installs what is built",
+    ("docs/first_run.md", "pip install ."): "asks a package index; tests/test_packaging.py installs a checkout",
     (
         "docs/watching.md",
         'pip install "qpruner[wandb,mlflow]"',
@@ -63,6 +67,49 @@ NOT_RUN = {
 }
 """Page and start of the first line -> why the block is not run here."""
 
+PROGRAMS = re.compile(
+    r"(qpruner|tensorboard|python|pytest|bash|pip|pipx|mkdocs|ray|aws|gcloud|hf|wandb|sbatch|srun|apt-get|ssh-[\w-]+|rm"
+    r"|source|export|(launch|benchmarks)/\S+) "
+)
+"""What a command in prose begins with."""
+PLACES = {
+    "RUN ...": "runs/demo",
+    "RUN": "runs/demo",
+    "CONFIG": "my.yaml",
+    "FILE": "plan.yaml",
+    "TEXT": "ice",
+    "FOLDER": "dense",
+}
+"""What stands for the words in capitals when a command in prose is run."""
+INLINE_NOT_RUN = {
+    "qpruner push": "needs an account of a hub; tests/quantization/test_push.py has one on loopback",
+    "qpruner run my.yaml --address auto": MACHINES,
+    "qpruner run CONFIG --address": MACHINES,
+    "qpruner check CONFIG --address auto": MACHINES,
+    "tensorboard --logdir mine/tensorboard": "the folder comes from a cluster; `runs/demo` is opened",
+    "bash launch/setup.sh": INDEX,
+    "pip install": INDEX,
+    "bash launch/test.sh": TESTS,
+    "pytest": TESTS,
+    "python -m pytest": TESTS,
+    "python benchmarks/": HOURS,
+    "benchmarks/": HOURS,
+    "bash launch/up.sh": MACHINES,
+    "bash launch/submit.sh": MACHINES,
+    "bash launch/fetch.sh": MACHINES,
+    "launch/": MACHINES,
+    "ray": MACHINES,
+    "ssh-": MACHINES,
+    "rm -r ~/qpruner": MACHINES,
+    "source ": MACHINES,
+    "export ": "sets a variable and runs nothing",
+    "aws": RECIPE,
+    "gcloud": "needs an account of Google's",
+    "sbatch": "needs SLURM; tests/cluster/test_slurm.py runs the file under a real one",
+    "apt-get": "installs programs of the system",
+}
+"""Start of a command in prose -> why it is not run here."""
+
 BLOCKS = blocks()
 CODE_SPAN = re.compile(r"(?<!`)(`{1,2})(?!`)(.+?)(?<!`)\1(?!`)", re.DOTALL)
 
@@ -79,7 +126,55 @@ def _is(block: Block, page: str, start: str) -> bool:
 RUNNABLE = [block for block in BLOCKS if block.language in RUN and reason(block) is None]
 
 
+def spans(page: Path) -> list[str]:
+    """The code in a page's prose; a verb of ours that has something behind it is `qpruner`'s (`plan RUN`)."""
+    prose = FENCE.sub("", page.read_text(encoding="utf-8"))
+    found = [" ".join(span.split()).removeprefix(".venv/bin/") for _, span in CODE_SPAN.findall(prose)]
+    verb = re.compile(rf"({'|'.join(main.commands)}) [^=]*$")
+    return [f"qpruner {span}" if verb.match(span) else span for span in found]
+
+
+def inline_commands(page: Path) -> list[str]:
+    """The commands among them: a program and more than words that name its part (`ray up` is a name)."""
+    return [span for span in spans(page) if PROGRAMS.match(span) and not all(map(NAME.fullmatch, span.split()[1:]))]
+
+
+NAME = re.compile(r"[a-z][a-z-]*")
+INLINE = sorted({command for page in PAGES for command in inline_commands(page)})
+
+
+def filled(command: str) -> str:
+    """With something in place of the words in capitals."""
+    return re.sub("|".join(map(re.escape, PLACES)), lambda found: PLACES[found[0]], command)
+
+
+INLINE_RUNNABLE = sorted({filled(command) for command in INLINE if not command.startswith(tuple(INLINE_NOT_RUN))})
+
+
 # ---- without running anything
+
+
+def test_every_command_in_prose_is_run_or_says_why_not() -> None:
+    unlike = [command for command in INLINE_RUNNABLE if not command.startswith(("qpruner ", "tensorboard ", "python "))]
+    assert unlike == [], "only these are run: give its reason in INLINE_NOT_RUN"
+    unfilled = [command for command in INLINE_RUNNABLE if re.search(r"\b[A-Z]{3,}\b|\.\.\.", command)]
+    assert unfilled == [], "a word that PLACES does not have"
+    unused = [start for start in INLINE_NOT_RUN if not any(command.startswith(start) for command in INLINE)]
+    assert unused == [], "a reason for nothing"
+    assert {"tensorboard --logdir runs/demo", "qpruner status runs/demo"} <= set(INLINE_RUNNABLE)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_no_command_in_prose_is_overlooked(page: Path) -> None:
+    """What has options is a command, of a program that PROGRAMS has."""
+    with_options = {span for span in spans(page) if re.match(r"[a-z][\w./-]* (.* )?--?[a-z]", span)}
+    assert sorted(with_options - set(INLINE)) == []
+
+
+def test_files_that_commands_name_are_there() -> None:
+    named = [word for command in INLINE for word in command.split() if re.match(r"(tests|benchmarks|launch)/\w+", word)]
+    assert len(named) > 15
+    assert [name for name in named if not (ROOT / name).exists() and not re.search("[A-Z]{3}", name)] == []
 
 
 def test_every_block_is_run_or_says_why_not() -> None:
@@ -103,10 +198,9 @@ def test_the_syntax_is_right(block: Block) -> None:
 
 def commands_in(page: Path) -> list[tuple[str, list[str]]]:
     """Every `qpruner VERB` in code on a page, with its long options."""
-    text = page.read_text(encoding="utf-8")
     bash = [block.text for block in BLOCKS if ROOT / block.page == page and block.language == "bash"]
     code = [re.sub(r"#.*", "", text) for text in bash]
-    code += [span for _, span in CODE_SPAN.findall(re.sub(r"^```.*?^```$", "", text, flags=re.MULTILINE | re.DOTALL))]
+    code += spans(page)
     found = re.findall(r"(?:^|[\s/(])qpruner ([a-z]\w*)([^\n|;&#]*)", "\n".join(code), re.MULTILINE)
     return [(verb, re.findall(r"(?<!\S)--[a-z][a-z-]*", rest)) for verb, rest in found]
 
@@ -224,17 +318,22 @@ def demo(checkout: Path) -> Path:
     return checkout
 
 
-def execute(checkout: Path, language: str, text: str) -> None:
-    """Run a block as a newcomer would: in the checkout, with its `.venv` on the path and nothing of ours."""
+def newcomer(checkout: Path) -> dict[str, str]:
+    """The environment of who works in the checkout."""
     ours = ("PYTHONPATH", "VIRTUAL_ENV", "PIP_INDEX_URL")
     environment = {name: value for name, value in os.environ.items() if name not in ours}
     system = [place for place in os.environ["PATH"].split(":") if Path(place) != Path(sys.executable).parent]
-    environment |= {
+    return environment | {
         "PATH": ":".join([str(checkout / ".venv" / "bin"), *system]),
         "PYTHON": sys.executable,
         "EDITOR": "cat",
         "HOME": str(checkout.parent),
     }
+
+
+def execute(checkout: Path, language: str, text: str) -> None:
+    """Run a block as a newcomer would: in the checkout, with its `.venv` on the path and nothing of ours."""
+    environment = newcomer(checkout)
     command = ["bash", "-euo", "pipefail"] if language == "bash" else [str(checkout / ".venv/bin/python"), "-"]
     done = subprocess.run(
         command, input=text, cwd=checkout, env=environment, capture_output=True, text=True, timeout=900
@@ -247,7 +346,31 @@ def execute(checkout: Path, language: str, text: str) -> None:
 def test_block(block: Block, checkout: Path, request: pytest.FixtureRequest) -> None:
     if "runs/demo" in block.text:
         request.getfixturevalue("demo")
-    execute(checkout, block.language, block.text)
+    if block.first.startswith("tensorboard "):
+        shown(checkout, block.text)
+    else:
+        execute(checkout, block.language, block.text)
+
+
+def shown(checkout: Path, command: str) -> None:
+    """TensorBoard, from its start until it answers with the demo's trials and is ended."""
+    words = shlex.split(command, comments=True)
+    program = [str(checkout / ".venv/bin/python"), "-m", "tensorboard.main", *words[1:]]
+    with serving(program, "trial-0000", checkout, newcomer(checkout)) as address:
+        assert address.startswith("http://127.0.0.1:")
+
+
+@pytest.mark.docs
+@pytest.mark.parametrize("command", INLINE_RUNNABLE)
+def test_command_in_prose(command: str, demo: Path) -> None:
+    if command.startswith("tensorboard "):
+        shown(demo, command)
+        return
+    if "plan.yaml" in command:
+        execute(demo, "bash", "qpruner plan runs/demo > plan.yaml")
+    if "export" in command:  # refuses to write over what a block before this wrote
+        shutil.rmtree(demo / "runs/demo/export", ignore_errors=True)
+    execute(demo, "bash", command)
 
 
 FOLDERS = {

@@ -4,13 +4,8 @@ from __future__ import annotations
 
 import re
 import shutil
-import socket
 import subprocess
 import sys
-import time
-import urllib.request
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +13,7 @@ import pytest
 from recorded_runs import GROUPS, RUNGS, STARTED, config_of, planned, recorded_run, search_state, trial, trials
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.hparams import metadata
+from tensorboard_server import serving
 
 from qpruner.events import StageFinished, TrialChanged
 from qpruner.records import RungResult, TrialRecord
@@ -229,31 +225,6 @@ def test_a_full_disk_stops_no_search_and_the_next_command_writes_what_is_missing
         subprocess.run(["umount", root], check=True)
 
 
-@contextmanager
-def tensorboard(logdir: Path) -> Iterator[str]:
-    """The real TensorBoard on a free port of loopback."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    address = f"http://127.0.0.1:{port}"
-    command = [sys.executable, "-m", "tensorboard.main", f"--logdir={logdir}", "--host=127.0.0.1", f"--port={port}"]
-    server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    try:
-        deadline = time.monotonic() + 240
-        while True:
-            try:
-                if b"trial-0003" in urllib.request.urlopen(f"{address}/data/runs", timeout=10).read():
-                    break
-            except OSError:
-                pass
-            assert server.poll() is None and time.monotonic() < deadline, "TensorBoard does not answer"
-            time.sleep(1)
-        yield address
-    finally:
-        server.terminate()
-        server.wait(timeout=60)
-
-
 @pytest.mark.slow
 def test_tensorboard_in_a_browser_lists_the_trials(tmp_path: Path) -> None:
     browser = shutil.which("chromium")
@@ -265,7 +236,8 @@ def test_tensorboard_in_a_browser_lists_the_trials(tmp_path: Path) -> None:
     board = board_of(root)
     board.listen(planned(trials()))
     board.listen(OVER)
-    with tensorboard(root) as address, sync_playwright() as play:
+    command = [sys.executable, "-m", "tensorboard.main", f"--logdir={root}"]
+    with serving(command, "trial-0003") as address, sync_playwright() as play:
         page = play.chromium.launch(executable_path=browser, args=["--no-sandbox"]).new_page(
             viewport={"width": 1300, "height": 620}
         )
