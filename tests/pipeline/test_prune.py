@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import flip_a_byte, raw_config, with_key
+from plain_transformers import told_by_plain_transformers
 
 from qpruner.config import validate_config
 from qpruner.errors import StageError, UserError
@@ -31,41 +32,6 @@ if TYPE_CHECKING:
 
 Raw = dict[str, Any]
 PROMPT = [[5, 77, 300, 12, 45, 201]]
-WITHOUT_QPRUNER = """
-import importlib.abc, json, sys
-
-class Blocker(importlib.abc.MetaPathFinder):
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] == "qpruner":
-            raise ModuleNotFoundError(f"No module named {name!r}")
-
-sys.meta_path.insert(0, Blocker())
-try:
-    import qpruner
-except ModuleNotFoundError:
-    pass
-else:
-    sys.exit("qpruner is there after all")
-
-import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-prompt, *folders = json.loads(sys.argv[1])
-for folder in folders:
-    try:
-        model, info = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
-    except Exception as error:
-        print(json.dumps({"refused": f"{type(error).__name__}: {error}"}))
-        continue
-    assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")), info
-    AutoTokenizer.from_pretrained(folder)
-    ids = torch.tensor(prompt)
-    with torch.no_grad():
-        logits = model(ids).logits.float()
-    made = model.generate(ids, max_new_tokens=5, do_sample=False, eos_token_id=None)
-    print(json.dumps({"logits": logits.tolist(), "made": made.tolist(), "layers": model.config.num_hidden_layers}))
-assert not any(name.split(".")[0] == "qpruner" for name in sys.modules)
-"""
 
 
 @pytest.fixture
@@ -229,12 +195,7 @@ def test_uniform_folders_run_where_qpruner_is_not_installed(raw: Raw, tmp_path: 
     folders = {
         name: pruned(with_key(changed(raw, **keys), "output", str(tmp_path / name)))[1] for name, keys in kinds.items()
     }
-    arguments = json.dumps([PROMPT, *map(str, folders.values())])
-    done = subprocess.run(
-        [sys.executable, "-c", WITHOUT_QPRUNER, arguments], cwd=tmp_path, capture_output=True, text=True, timeout=100
-    )
-    assert done.returncode == 0, done.stderr
-    told = dict(zip(folders, map(json.loads, done.stdout.splitlines()), strict=True))
+    told = dict(zip(folders, told_by_plain_transformers(PROMPT, folders.values(), tmp_path), strict=True))
     for name in ("width", "solved", "depth", "both"):
         model = load_dense(str(folders[name]), "float32")
         assert "refused" not in told[name], told[name]

@@ -1,0 +1,59 @@
+"""What transformers alone makes of model folders, in a process where qpruner cannot be imported."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+PROGRAM = """
+import importlib.abc, json, sys
+
+class Blocker(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] == "qpruner":
+            raise ModuleNotFoundError(f"No module named {name!r}")
+
+sys.meta_path.insert(0, Blocker())
+try:
+    import qpruner
+except ModuleNotFoundError:
+    pass
+else:
+    sys.exit("qpruner is there after all")
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+prompt, *folders = json.loads(sys.argv[1])
+for folder in folders:
+    try:
+        model, info = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
+    except Exception as error:
+        print(json.dumps({"refused": f"{type(error).__name__}: {error}"}))
+        continue
+    assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")), info
+    AutoTokenizer.from_pretrained(folder)
+    ids = torch.tensor(prompt)
+    with torch.no_grad():
+        logits = model(ids).logits.float()
+    made = model.generate(ids, max_new_tokens=5, do_sample=False, eos_token_id=None)
+    print(json.dumps({"logits": logits.tolist(), "made": made.tolist(), "layers": model.config.num_hidden_layers}))
+assert not any(name.split(".")[0] == "qpruner" for name in sys.modules)
+"""
+
+
+def told_by_plain_transformers(
+    prompt: Sequence[Sequence[int]], folders: Iterable[Path], working_folder: Path
+) -> list[dict[str, Any]]:
+    """Of each folder: logits of the prompt in float32, tokens that are likeliest after it, number of layers; or why it
+    was refused."""
+    arguments = json.dumps([prompt, *map(str, folders)])
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM, arguments], cwd=working_folder, capture_output=True, text=True, timeout=100
+    )
+    assert done.returncode == 0, done.stderr
+    return [json.loads(line) for line in done.stdout.splitlines()]
