@@ -32,6 +32,7 @@ from qpruner.patience import patiently
 from qpruner.records import FreshScore, Inference, InferenceSetting, TaskScore
 from qpruner.rundir import folder_digests, remove, sign_seconds, write_json, write_sign
 from qpruner.trackers import Trackers
+from qpruner.wording import counted
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -263,7 +264,7 @@ def measure_inference(job: InferenceJob) -> tuple[InferenceSetting, list[Inferen
         load_adapter(model, candidate.adapter)
         seen.append(take_turn(model, prompt, NEW_TOKENS))  # type: ignore[arg-type]
         signs.tell(turn + 1, num_turns)
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{job.threads} CPU core(s)"
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else counted(job.threads, "CPU core")
     setting = InferenceSetting(
         device=device,
         prompt_tokens=PROMPT_TOKENS,

@@ -14,6 +14,7 @@ from qpruner.estimate import work
 from qpruner.plan import told_of_budget
 from qpruner.preflight import Inspection
 from qpruner.terminal import Terminal
+from qpruner.wording import counted
 
 
 def check(config: RunConfig, address: str | None, quiet: bool, measure: bool, gpu: str | None) -> dict[str, Any]:
@@ -81,7 +82,7 @@ def _rates(
 
     share = work.share_at_highest(config, inspection)
     seconds = pace.measure(config, inspection.pruned_config, share, cores)
-    where = here or f"{cores} CPU core(s)"
+    where = here or counted(cores, "CPU core")
     return work.measured_rates(config, inspection, seconds.training, seconds.scoring, where)
 
 

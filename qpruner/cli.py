@@ -21,6 +21,7 @@ from qpruner.config import config_schema, load_config
 from qpruner.errors import CorruptFile, QprunerError, UserError, note_defect
 from qpruner.logs import logging_to, quiet_libraries
 from qpruner.version import describe
+from qpruner.wording import counted
 
 if TYPE_CHECKING:
     from qpruner.records import PruneRecord, Results
@@ -267,7 +268,7 @@ def push(run: str, repo_id: str, is_public: bool, what: Any, as_json: bool) -> N
 
         done = push(RunDir(run, create=False), repo_id, what, is_public)
         seen = "private" if done.is_private else "public"
-        click.echo(f"{done.url}: {done.num_files} files, {done.num_bytes / 1e6:.1f} MB, {seen}")
+        click.echo(f"{done.url}: {counted(done.num_files, 'file')}, {done.num_bytes / 1e6:.1f} MB, {seen}")
         return {"status": "ok", **vars(done)}
 
     _guarded(as_json, told)

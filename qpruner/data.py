@@ -19,6 +19,7 @@ from qpruner.config import DataSource
 from qpruner.errors import CorruptFile, UserError
 from qpruner.mirror import fetch, written
 from qpruner.patience import patiently
+from qpruner.wording import counted
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -105,7 +106,7 @@ def check_disjoint(splits: Mapping[str, Iterable[str]]) -> None:
             shared = rows & other_rows
             if shared:
                 raise UserError(
-                    f"{other} and {name} share {len(shared)} row(s), such as {min(shared)[:90]!r}; training, "
+                    f"{other} and {name} share {counted(len(shared), 'row')}, such as {min(shared)[:90]!r}; training, "
                     "validation, confirmation and test data must not overlap: take other rows or another split"
                 )
         seen.append((name, rows))
@@ -211,7 +212,8 @@ def load_token_ids(path: Path, vocabulary_size: int) -> list[dict[str, list[int]
             )
         if len(sample) < 2:
             raise UserError(
-                f"{key}: sample {position} of {path} has {len(sample)} token(s); two at least are needed: leave it out"
+                f"{key}: sample {position} of {path} has {counted(len(sample), 'token')}; two at least are needed: "
+                "leave it out"
             )
     return [{"input_ids": sample, "labels": sample} for sample in samples]
 

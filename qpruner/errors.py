@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 
+from qpruner.wording import counted
+
 DEFECT = (
     "this is most likely a defect of qpruner, not of your input: the command can be repeated and goes on from what is "
     "recorded"
@@ -40,7 +42,7 @@ class ConfigError(UserError):
         heading = f"{source}: " if source else ""
         count = len(self.problems)
         lines = "\n".join(f"  - {problem}" for problem in self.problems)
-        super().__init__(f"{heading}{count} problem{'s' if count != 1 else ''} in the configuration:\n{lines}")
+        super().__init__(f"{heading}{counted(count, 'problem')} in the configuration:\n{lines}")
 
 
 class StageError(QprunerError):

@@ -22,6 +22,7 @@ from qpruner.report.lines import duration
 from qpruner.report.standing import FIGURES
 from qpruner.search.trial_records import remedy_of
 from qpruner.terminal import Terminal
+from qpruner.wording import counted
 
 COMPARISONS: dict[str, Callable[[Any, Any], bool]] = {
     "<=": operator.le,
@@ -79,7 +80,7 @@ def _search_lines(search: dict[str, Any] | None) -> list[str]:
     if search is None:
         return []
     counts = ", ".join(f"{search[name]} {name}" for name in ("finished", "stopped", "failed", "running"))
-    slots = f" on {search['slots']} slots" if search["slots"] and search["running"] else ""
+    slots = f" on {counted(search['slots'], 'slot')}" if search["slots"] and search["running"] else ""
     slots += f" ({search['waiting']} of them waiting for a machine)" if search["waiting"] else ""
     left = "" if search["seconds_left"] is None else f"; about {duration(search['seconds_left'])} left"
     lines = [f"trials: {search['trials']} of {search['max_trials']}: {counts}{slots}{left}"]

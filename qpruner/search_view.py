@@ -14,6 +14,7 @@ from qpruner import events
 from qpruner.records import SearchState, TrialRecord
 from qpruner.report.lines import duration
 from qpruner.report.standing import FIGURES, Standing, bar, control_name, score, standing
+from qpruner.wording import counted
 
 COLORS = {"4": "cyan", "8": "yellow", "F": "magenta"}
 FOLDED: Any = {"no_wrap": False, "overflow": "fold"}
@@ -67,10 +68,10 @@ def _counts(now: Standing, search: SearchState) -> Text:
     if search.slots is not None:
         # What has no slot waits for a machine that an autoscaler may start.
         num_waiting = max(0, len(now.running) - search.slots)
-        busy = f"{len(now.running) - num_waiting} of {search.slots} slots busy"
+        busy = f"{len(now.running) - num_waiting} of {counted(search.slots, 'slot')} busy"
         busy += f", {num_waiting} waiting for one" if num_waiting else ""
     left = "" if now.seconds_left is None else f"; about {duration(now.seconds_left)} left"
-    return Text(f"{len(now.trials)} of {search.max_trials} trials: {over}; {busy}{left}", **FOLDED)
+    return Text(f"{len(now.trials)} of {counted(search.max_trials, 'trial')}: {over}; {busy}{left}", **FOLDED)
 
 
 def _best(now: Standing, search: SearchState) -> list[Text]:

@@ -679,10 +679,10 @@ DATA = [
     refused("token-ids-boolean", _token_ids("[[1, true]]"), "`calibration.token_ids`", "has True", "a whole number"),
     refused("token-ids-text", _token_ids('[["Hello"]]'), "`calibration.token_ids`", "has 'Hello'", "a whole number"),
     refused(
-        "token-ids-too-few", _token_ids("[[1, 2], [3]]"), "`calibration.token_ids`", "sample 1", "1 token(s)",
+        "token-ids-too-few", _token_ids("[[1, 2], [3]]"), "`calibration.token_ids`", "sample 1", "1 token;",
         "two at least"
     ),
-    refused("token-ids-none", _token_ids("[[1, 2], []]"), "`calibration.token_ids`", "sample 1", "0 token(s)"),
+    refused("token-ids-none", _token_ids("[[1, 2], []]"), "`calibration.token_ids`", "sample 1", "0 tokens;"),
     refused(
         "train-in-validation", {"data.validation.0.source": QUESTIONS.format("train")}, "`data.train`",
         "`data.validation` share 16", OVERLAP, OTHER_ROWS

@@ -223,7 +223,7 @@ def test_punctuation_and_case_do_not_hide_a_shared_row(same: str) -> None:
     splits = {"data.train": [normalized("Which gas do plants take in?")], "evaluate.tasks": [normalized(same)]}
     with pytest.raises(UserError) as caught:
         check_disjoint(splits)
-    assert "data.train and evaluate.tasks share 1 row(s)" in str(caught.value)
+    assert "data.train and evaluate.tasks share 1 row," in str(caught.value)
     assert "which gas do plants take in" in str(caught.value)
 
 

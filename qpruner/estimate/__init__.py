@@ -13,6 +13,7 @@ from qpruner.estimate.memory import prune_memory, scoring_memory, sensitivity_me
 from qpruner.estimate.work import CHARACTERS_A_TOKEN, CHOICES, Rates, hours
 from qpruner.preflight import Inspection
 from qpruner.report.lines import duration
+from qpruner.wording import counted
 
 
 def facts(
@@ -55,7 +56,7 @@ def text(found: Mapping[str, Any], has_gpu: bool) -> list[str]:
     left = f", {taken['wall_left']} of it left" if time["done"] else ""
     lines.append(
         f"time of {'GPUs' if has_gpu else 'slots'}: {taken['total']}{done} (at most {taken['at_most']}, with no trial "
-        f"stopped); on {time['slots']} slot(s) about {taken['wall']}{left}:"
+        f"stopped); on {counted(time['slots'], 'slot')} about {taken['wall']}{left}:"
     )
     for stage, each in time["stages"].items():
         share = time["share_done"][stage]

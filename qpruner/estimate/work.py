@@ -16,6 +16,7 @@ from qpruner.config import RunConfig
 from qpruner.data import Example
 from qpruner.plan import FULL_BITS, Layout
 from qpruner.preflight import Inspection
+from qpruner.wording import counted
 
 CHARACTERS_A_TOKEN = 4
 ALPACA_TOKENS = 40
@@ -66,7 +67,7 @@ def assumed_rates(gpu: str | None, cores: float) -> Rates:
     """Rates of a GPU by its name, or of so many CPU cores."""
     if gpu is None:
         speed = CORE_FLOPS * cores
-        return Rates(speed, speed, f"assumed: {CORE_FLOPS / 1e9:.0f} GFLOP/s a core, {cores:g} core(s) a slot")
+        return Rates(speed, speed, f"assumed: {CORE_FLOPS / 1e9:.0f} GFLOP/s a core, {counted(cores, 'core')} a slot")
     known = next((name for name in TERAFLOPS if name in gpu), None)
     if known is None:
         known = "A10"

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from qpruner.errors import CorruptFile, UserError
 from qpruner.models import ragged
+from qpruner.wording import counted
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -235,7 +236,8 @@ def check_folder(path: Path, named: str) -> None:
         missing = sorted(shard for shard in shards if not (path / shard).is_file())
         if missing:
             raise UserError(
-                f"{named}: folder {path} lacks the weight file(s) {', '.join(missing)}; fetch the model again"
+                f"{named}: folder {path} lacks {counted(len(missing), 'weight file')}: {', '.join(missing)}; fetch the "
+                "model again"
             )
     for file in sorted(path.glob("*.safetensors")):
         if not _is_whole(file):

@@ -34,6 +34,7 @@ from qpruner.rundir import RunDir
 from qpruner.runlock import sole_driver
 from qpruner.search.searchers import check_searcher
 from qpruner.trackers import check_trackers
+from qpruner.wording import counted
 
 logger = logging.getLogger(__name__)
 
@@ -67,7 +68,7 @@ def check_finetune(config: RunConfig, slots: Slots) -> None:
     if wanted > 1 and fits < wanted:
         raise UserError(
             f"`finetune.num_workers` asks for {wanted} workers of {resources} at once, got room for {fits} on "
-            f"{len(slots.nodes)} machine(s), the largest with {slots.largest}: ask for fewer, or add machines"
+            f"{counted(len(slots.nodes), 'machine')}, the largest with {slots.largest}: ask for fewer, or add machines"
         )
 
 

@@ -61,6 +61,7 @@ from qpruner.rundir import (
     set_aside,
     write_json,
 )
+from qpruner.wording import counted
 
 
 def finetune(context: Context, searched: SearchRecord, measured: SensitivityRecord) -> FinetuneRecord:
@@ -96,9 +97,9 @@ def finetune(context: Context, searched: SearchRecord, measured: SensitivityReco
 def finetune_stage(context: Context, searched: SearchRecord, jobs: list[tuple[Row, Candidate]]) -> Stage:
     """What `finetune` depends on."""
     settings = context.config.finetune
-    length = f"{settings.steps} steps" if settings.steps else f"{settings.epochs:g} epochs"
+    length = counted(settings.steps, "step") if settings.steps else counted(settings.epochs, "epoch")
     told = [(row.name, row.origin, job.seed, job.folder.name) for row, job in jobs]
-    return Stage("finetune", f"{len(_distinct(jobs))} fine-tunes, {length}", (searched.digest, told))
+    return Stage("finetune", f"{counted(len(_distinct(jobs)), 'fine-tune')}, {length}", (searched.digest, told))
 
 
 def finetune_jobs(context: Context, searched: SearchRecord, measured: SensitivityRecord) -> list[tuple[Row, Candidate]]:
@@ -134,7 +135,7 @@ def evaluate(context: Context, tuned: FinetuneRecord) -> EvalRecord:
 
 def evaluate_stage(context: Context, tuned: FinetuneRecord) -> Stage:
     """What `evaluate` depends on."""
-    detail = f"{', '.join(context.config.evaluate.tasks)} for {len(_distinct(_scored_jobs(context, tuned)))} models"
+    detail = f"{', '.join(context.config.evaluate.tasks)} for {counted(len(_distinct(_scored_jobs(context, tuned))), 'model')}"
     return Stage("evaluate", detail, (tuned.digest, scores_digest(context)))
 
 
@@ -181,7 +182,7 @@ def _measure_inference(context: Context, jobs: list[Candidate]) -> tuple[Inferen
         models.setdefault((job.checkpoint, *job.plan.items()), []).append(job)
     resources, _ = context.task_resources(1)
     alone = tuple(same[0] for same in models.values())
-    context.emit(Message("evaluate", f"{len(alone)} model(s) take turns: memory and tokens a second"))
+    context.emit(Message("evaluate", f"{counted(len(alone), 'model')} in turns: memory and tokens a second"))
     signs = context.run_dir.candidates / "turns"
     task = InferenceJob(context.worker_config, alone, context.data, int(resources.get("cpu", 1)), signs)
     remove(signs)  # of an earlier command

@@ -23,6 +23,7 @@ from qpruner.pipeline.context import Context
 from qpruner.plan import FULL_BITS, Layout
 from qpruner.preflight import amount, check_device
 from qpruner.rundir import BANK_CACHE, read_sign, remove, write_text
+from qpruner.wording import counted
 
 HEADINGS = ("node", "CPUs", "GPUs", "bank cache free", "versions", "state")
 
@@ -68,7 +69,7 @@ def look_at_nodes(context: Context) -> None:
     told = [f"{report.name}: {text}" for report in reports for text in found[report.id].values()]
     if told:
         lines = "\n".join(f"  - {line}" for line in told)
-        raise UserError(f"{len(told)} problem{'s' if len(told) != 1 else ''} with the cluster's nodes:\n{lines}")
+        raise UserError(f"{counted(len(told), 'problem')} with the cluster's nodes:\n{lines}")
     for report in reports:
         if _is_declared(report):
             text = f"warning: Ray counts {report.size.gpus:g} GPUs on {report.name}, which has no driver for any"

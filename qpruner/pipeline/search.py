@@ -43,6 +43,7 @@ from qpruner.search.trial_records import (
     read_trials,
     set_aside_damaged,
 )
+from qpruner.wording import counted
 
 if TYPE_CHECKING:
     from qpruner.search.tune import SearchJob
@@ -163,8 +164,8 @@ def search_stage(context: Context, banked: BankRecord, measured: SensitivityReco
         *([given.as_dict()] if given else []),
     )
     trials_digest = _trials_digest(context, banked, search_digest)
-    trials = "the given plan" if given else f"{settings.max_trials} trials, {settings.searcher}"
-    detail = f"{trials}, {settings.steps} steps each, budget {space.budget_bytes / 1e6:.1f} MB"
+    trials = "the given plan" if given else f"{counted(settings.max_trials, 'trial')}, {settings.searcher}"
+    detail = f"{trials}, {counted(settings.steps, 'step')} each, budget {space.budget_bytes / 1e6:.1f} MB"
     # More trials or hours go on from those there are.
     ends = (settings.max_trials, settings.max_hours, settings.max_gpu_hours, settings.patience, settings.confirm)
     return Stage("search", detail, (trials_digest, search_digest, *ends))
@@ -192,11 +193,13 @@ def _tell_recorded(context: Context, job: SearchJob) -> int:
     recorded = [trial for trial in read_trials(job.trials) if trial.rungs]
     resumed = sum(1 for trial in recorded if job.owns(trial))
     if resumed:
-        context.emit(Message("search", f"going on from {resumed} recorded trial(s)"))
+        context.emit(Message("search", f"going on from {counted(resumed, 'recorded trial')}"))
     if len(recorded) > resumed:
         number = len(recorded) - resumed
         context.emit(
-            Message("search", f"starting from {number} trial(s) of a search with another budget, searcher or plan")
+            Message(
+                "search", f"starting from {counted(number, 'trial')} of a search with another budget, searcher or plan"
+            )
         )
     return resumed
 
@@ -221,7 +224,7 @@ def _finalists(trials: Sequence[TrialRecord], job: SearchJob) -> list[TrialRecor
         mend = MENDED_BY.get(kinds.pop() or "", REMEDY) if len(kinds) == 1 else REMEDY
         raise StageError(
             "search",
-            f"none of {len(trials)} trials finished; the first said: {reasons[0] if reasons else 'nothing'}",
+            f"none of {counted(len(trials), 'trial')} finished; the first said: {reasons[0] if reasons else 'nothing'}",
             f"{mend} and repeat the command",
         )
     settings = job.config.search

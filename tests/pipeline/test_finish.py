@@ -311,7 +311,7 @@ def test_an_interrupted_comparison_goes_on_with_what_is_left(
             ("searched", 0),
         ]
         assert scored.rows[0].scores == scored.rows[1].scores == scored.rows[2].scores == scores
-        assert told(events, "evaluate") == ["searched, training seed 0", "1 model(s) take turns"]
+        assert told(events, "evaluate") == ["searched, training seed 0", "1 model in turns"]
         counted = progress_of(events, "evaluate")
         assert counted["answers"][-1] == (32, 32), "of four models, two questions each with four answers"
         assert counted["memory and tokens a second"][-1] == (3, 3)
@@ -322,7 +322,7 @@ def test_an_interrupted_comparison_goes_on_with_what_is_left(
         alone.run_dir.forget("evaluate")
         again_scored = evaluate(alone, tuned)
         assert [row.scores for row in again_scored.rows] == [row.scores for row in scored.rows]
-        assert told(events, "evaluate")[2:] == ["1 model(s) take turns"], "nothing was scored again"
+        assert told(events, "evaluate")[2:] == ["1 model in turns"], "nothing was scored again"
         assert told(events, "finetune") == []
     finally:
         whole.close()

@@ -17,6 +17,7 @@ from ray.tune.stopper import Stopper
 from qpruner.errors import NodeDiffers
 from qpruner.events import Emit, Message
 from qpruner.search.tune.job import LivesInDriver
+from qpruner.wording import counted
 
 
 class Halt(LivesInDriver, Stopper, Callback):  # type: ignore[misc]
@@ -65,7 +66,8 @@ class Halt(LivesInDriver, Stopper, Callback):  # type: ignore[misc]
         if self.interrupted and not self._told:
             # Not said by the signal's handler, which may have come in the middle of a line.
             self._told = True
-            text = f"interrupted: {self._num_running} running rung(s) finish; Ctrl-C again leaves at once"
+            awaited = counted(self._num_running, "running rung")
+            text = f"interrupted: waiting for {awaited} to finish; Ctrl-C again leaves at once"
             self._emit(Message("search", text))
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
