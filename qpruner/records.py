@@ -451,11 +451,6 @@ class RowScores(Recorded):
     gpu_seconds: float = 0.0
     """Seconds that the scoring held GPUs, times how many."""
 
-    @property
-    def label(self) -> str:
-        """Its name, with what tells the model before the fine-tune from the row of that name."""
-        return f"{self.name} (no fine-tune)" if self.seed is None else self.name
-
     def table_rows(self) -> list[dict[str, Any]]:
         """One row, with accuracy and standard error of each task."""
         [row] = super().table_rows()

@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 
 from qpruner.records import Results, SensitivityRecord
-from qpruner.report import sections
+from qpruner.report import by_task, sections
 from qpruner.report.charts.chart import Chart
 from qpruner.report.marginal_effects import MarginalEffects
 from qpruner.report.snapshot import Snapshot
@@ -25,6 +25,7 @@ def render(run: Snapshot, charts: Sequence[Chart], pictures: str, config: str) -
     # Longer than any run of backticks in the configuration.
     fence = "`" * max([3, *(len(ticks) + 1 for ticks in re.findall("`+", config))])
     lines = [f"# qpruner: {prose(run.name)}", "", *([] if run.is_whole else [prose(run.standing), ""])]
+    lines += [run.missing, ""] if run.missing else []
     if run.is_whole:
         lines += [*_final_table(run), *_shown(charts, "quality", pictures)]
     lines += _search(run, charts, pictures)
@@ -35,7 +36,7 @@ def render(run: Snapshot, charts: Sequence[Chart], pictures: str, config: str) -
         lines += [
             "## Pruning",
             "",
-            sections.prune_summary(run.results.prune),
+            prose(sections.prune_summary(run.results.prune)),
             "",
             *_shown(charts, "pruning", pictures),
             "![importance of every unit and what was kept](prune/importance.png)",
@@ -54,7 +55,7 @@ def render(run: Snapshot, charts: Sequence[Chart], pictures: str, config: str) -
         "## To repeat it",
         "",
         f"- command: {code(run.state.command)}",
-        *[f"- {name}: {prose(value)}" for name, value in sections.environment(run)],
+        *[f"- {prose(name)}: {prose(value)}" for name, value in sections.environment(run)],
         "",
         f"{fence}yaml",
         config.rstrip(),
@@ -72,7 +73,11 @@ def _final_table(run: Snapshot) -> list[str]:
         "",
         sections.STEPS_TEXT,
         "",
-        *[f"- {model}: {prose(scores)}" for model, scores in sections.steps(run.results.evaluate)],
+        *[f"- {prose(model)}: {prose(scores)}" for model, scores in sections.steps(run.results)],
+        "",
+        f"{by_task.CAPTION}:",
+        "",
+        pipe_table(*by_task.table(run.results)),
         "",
     ]
 
@@ -103,7 +108,7 @@ def _sensitivities(
         "",
         pipe_table(sections.METHOD_HEADINGS, sections.methods(measured, effects)),
         "",
-        sections.effects_text(effects),
+        prose(sections.effects_text(effects)),
         "",
         pipe_table(*sections.groups(measured, effects, plan)),
         "",
@@ -123,19 +128,25 @@ def measured(results: Results) -> list[str]:
     """The final table, the claim under it, and how to read it."""
     table = pipe_table(sections.HEADINGS, [sections.cells(row) for row in rows(results)])
     assert results.evaluate
-    return [table, "", prose(claim(results)), "", prose(sections.legend(results.evaluate)), ""]
+    return [table, "", *claimed(results), "", prose(sections.legend(results.evaluate)), ""]
+
+
+def claimed(results: Results) -> list[str]:
+    """The claim: a paragraph, and a list of what it rests on, which no empty line sets off."""
+    lead, *items = claim(results).splitlines()
+    return [prose(lead), *(f"- {prose(item.removeprefix('- '))}" for item in items)]
 
 
 def pipe_table(headings: Sequence[str], body: Sequence[Sequence[str]]) -> str:
     """A table in Markdown; no text in a cell can end it."""
-    lines = ["| " + " | ".join(headings) + " |", "|" + "---|" * len(headings)]
-    return "\n".join([*lines, *("| " + " | ".join(map(_cell, row)) + " |" for row in body)])
+    first, *others = ("| " + " | ".join(map(_cell, row)) + " |" for row in (headings, *body))
+    return "\n".join([first, "|" + "---|" * len(headings), *others])
 
 
 def prose(text: str) -> str:
-    """Text in which nothing is markup, pairs of backticks aside."""
-    escaped = re.sub(r"([\\\[\]])", r"\\\1", text).replace("<", "&lt;")
-    return escaped if escaped.count("`") % 2 == 0 else escaped.replace("`", "'")
+    """A paragraph in which nothing is markup but words between two backticks, which are code."""
+    # What makes a list, a heading, a rule or a quotation of a paragraph stands where it begins.
+    return re.sub(r"^(\d+(?=[.)](?:\s|$))|(?=[-+](?:\s|$)|--|#|>))", r"\1\\", _inline(text).strip())
 
 
 def code(text: str) -> str:
@@ -144,5 +155,17 @@ def code(text: str) -> str:
     return f"`{plain}`"
 
 
+def _inline(text: str) -> str:
+    parts = re.split(r"(?<!`)(`[^`\n]+`)(?!`)", text)
+    escaped = (part if index % 2 else _escaped(part) for index, part in enumerate(parts))
+    return "".join(escaped).replace("\n", " ")
+
+
+def _escaped(text: str) -> str:
+    """Without an underscore inside a word, which is none of Markdown's."""
+    marked = re.sub(r"[\\`*~\[\]]|(?<![^\W_])_|_(?![^\W_])", r"\\\g<0>", text)
+    return marked.replace("&", "&amp;").replace("<", "&lt;")
+
+
 def _cell(text: str) -> str:
-    return prose(text).replace("|", "\\|").replace("\n", " ")
+    return _inline(text).replace("|", "\\|")

@@ -14,6 +14,7 @@ from qpruner.report.markdown import code, measured, prose
 from qpruner.report.snapshot import Snapshot
 from qpruner.report.table import SEARCHED, rows
 from qpruner.rundir import RunDir, read_text
+from qpruner.wording import counted
 
 METRICS = {"acc": "accuracy", "acc_norm": "accuracy"}
 """lm-eval's names to the hub's."""
@@ -75,7 +76,7 @@ def _measured(run: Snapshot) -> Iterator[EvalResult]:
         yield EvalResult(
             task_type="text-generation",
             dataset_type=score.task,
-            dataset_name=f"{score.task} ({score.num_questions} questions)",
+            dataset_name=f"{score.task} ({counted(score.num_questions, 'question')})",
             metric_type=METRICS.get(score.metric, score.metric),
             metric_value=round(score.value, 4),
         )

@@ -30,6 +30,7 @@ from qpruner.report.standing import Standing, bar, best_so_far, control_name, in
 from qpruner.report.table import SEARCHED
 from qpruner.rundir import STATE, RunDir
 from qpruner.search.trial_records import read_pulse, read_trials
+from qpruner.wording import counted
 
 CUT_OFF = "cut off"
 """Of a command whose process is gone without a word."""
@@ -194,7 +195,8 @@ def trial(run: RunView, index: int) -> TrialRecord:
     found = next((each for each in run.trials if each.index == index), None)
     if found is None:
         raise UserError(
-            f"{run.run_dir.place} has no trial {index}, only {len(run.trials)} trial(s): `qpruner trials` lists them"
+            f"{run.run_dir.place} has no trial {index}, only {counted(len(run.trials), 'trial')}: `qpruner trials` "
+            "lists them"
         )
     return found
 

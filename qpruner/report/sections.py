@@ -12,6 +12,8 @@ from qpruner.records import (
     LayerWidths,
     MethodScores,
     PruneRecord,
+    Results,
+    RungResult,
     SearchRecord,
     SensitivityRecord,
     TaskScore,
@@ -19,9 +21,10 @@ from qpruner.records import (
 from qpruner.report.lines import duration
 from qpruner.report.marginal_effects import MarginalEffects, rank_correlation
 from qpruner.report.snapshot import Snapshot
-from qpruner.report.standing import score
-from qpruner.report.table import SEARCHED, Row
+from qpruner.report.standing import FIGURES, score
+from qpruner.report.table import SEARCHED, Row, model_title
 from qpruner.search.trial_records import remedy_of
+from qpruner.wording import counted
 
 LAYER_HEADINGS = ("block", "query heads", "key/value heads", "MLP channels", "kept parameters")
 TABLES = (
@@ -50,11 +53,12 @@ LEGEND = (
 
 FINALIST_HEADINGS = ("trial", "from", "confirmation loss", "accuracy")
 FRONT_HEADINGS = ("trial", "from", "bytes", "plan", "confirmation loss", "accuracy")
+RUNGS_CAPTION = "Every trial at each rung, by optimizer step; a trial that was stopped or failed has none after it"
 METHOD_HEADINGS = ("method", "what", "unit", "seconds", "rank correlation")
 GROUPS_CAPTION = "What a method predicts that fewer bits cost, over the most bits a group may take"
 STEP_HEADINGS = ("model", "scores")
 STEPS_TEXT = (
-    "The model as each step leaves it: base, pruned, quantized by the searched plan (each quantized layer with the "
+    "The model as each step leaves it: base, pruned, quantized by the winner's plan (each quantized layer with the "
     "adapter start that its fine-tune begins with), fine-tuned."
 )
 STAGE_HEADINGS = ("stage", "state", "seconds", "busy seconds", "GPU seconds")
@@ -71,7 +75,7 @@ def cells(row: Row) -> tuple[str, ...]:
     """A row as the table shows it, on screen and in the report: a cell for each of `HEADINGS`."""
     seeds = row.seeds
     return (
-        row.name,
+        row.title,
         f"{row.measured_bytes / 1e6:.1f} MB",
         f"{row.mean_bits:.2f}",
         f"{_figure(row.accuracy, row.accuracy_spread, 3)} (se {row.accuracy_stderr:.3f})",
@@ -162,7 +166,8 @@ def prune_summary(record: PruneRecord) -> str:
 def search_text(search: SearchRecord) -> list[str]:
     """What ran, why it ended, and who was best on fresh rows."""
     told = (
-        f"{search.searcher} on {search.metric}, budget {search.budget_bytes / 1e6:.1f} MB: {search.num_trials} trials, "
+        f"{search.searcher} on {search.metric}, budget {search.budget_bytes / 1e6:.1f} MB: "
+        f"{counted(search.num_trials, 'trial')}, "
         f"{search.num_finished} finished, {search.num_stopped} stopped early, {search.num_failed} failed, in "
         f"{duration(search.search_seconds)}"
         + (f", {duration(search.gpu_seconds)} on GPUs" if search.gpu_seconds else "")
@@ -170,9 +175,10 @@ def search_text(search: SearchRecord) -> list[str]:
     )
     if search.num_taken_over:
         others = "searches with another budget, searcher or plan"
-        told += f" It started from {search.num_taken_over} trial(s) that {others} left."
+        told += f" It started from {counted(search.num_taken_over, 'trial')} that {others} left."
     if search.sessions > 1:
-        told += f" Resumed: {search.sessions} sessions; the last began with {search.resumed} trial(s) recorded before."
+        before = counted(search.resumed, "trial")
+        told += f" Resumed: {search.sessions} sessions; the last began with {before} recorded before."
     if search.failures:
         failed = [f"{number} {kind} ({remedy_of(kind)})" for kind, number in sorted(search.failures.items())]
         told += f" Failed: {', '.join(failed)}."
@@ -185,14 +191,37 @@ def unfinished_search_text(run: Snapshot) -> list[str]:
     assert run.state.search
     counts = {status: sum(trial.status == status for trial in run.own_trials) for status in STATUSES}
     told = ", ".join(f"{count} {word}" for status, word in STATUSES.items() if (count := counts[status]))
+    of_all = f"{len(run.own_trials)} of {counted(run.state.search.max_trials, 'trial')}"
     budget = f"budget {run.state.search.budget_bytes / 1e6:.1f} MB"
-    lines = [f"{len(run.own_trials)} of {run.state.search.max_trials} trials so far, {budget}: {told or 'none yet'}."]
+    lines = [f"{of_all} so far, {budget}: {told or 'none yet'}."]
     if run.best_trial:
         lines.append(
             f"Best so far is trial {run.best_trial.index} ({run.best_trial.origin}), {run.metric_title} "
             f"{score(run.best_trial.rungs[-1], run.metric):.4f}. The rows that score it chose it, so it is flattered."
         )
     return lines
+
+
+def rungs(run: Snapshot) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """Every trial's figures at every rung: headings and cells."""
+    by_trial = [{rung.step: rung for rung in trial.rungs} for trial in run.trials]
+    steps = sorted({step for found in by_trial for step in found})
+    names = [
+        name
+        for name in FIGURES
+        if any(getattr(each, name) is not None for found in by_trial for each in found.values())
+    ]
+    columns = [(name, step) for name in names for step in steps]
+
+    def told(rung: RungResult | None, name: str) -> str:
+        value = getattr(rung, name, None)
+        return "-" if value is None else f"{value:.4f}"
+
+    body = [
+        (f"{trial.index}", trial.origin, *(told(found.get(step), name) for name, step in columns))
+        for trial, found in zip(run.trials, by_trial, strict=True)
+    ]
+    return ("trial", "from", *(f"{name} at {step}" for name, step in columns)), body
 
 
 def finalists(search: SearchRecord) -> list[tuple[str, ...]]:
@@ -278,12 +307,13 @@ def stages(run: Snapshot) -> list[tuple[str, ...]]:
     ]
 
 
-def steps(record: EvalRecord) -> list[tuple[str, str]]:
+def steps(results: Results) -> list[tuple[str, str]]:
     """The model as each step leaves it, and its score on every task; fine-tuned under the first training seed."""
-    untuned = [row for row in record.rows if row.seed is None]
-    tuned = next(row for row in record.rows if row.name == SEARCHED and row.seed is not None)
-    told = [(row.label, task_scores(row.scores)) for row in untuned]
-    return [*told, (f"{tuned.name}, training seed {tuned.seed}", task_scores(tuned.scores))]
+    assert results.evaluate
+    untuned = [row for row in results.evaluate.rows if row.seed is None]
+    tuned = next(row for row in results.evaluate.rows if row.name == SEARCHED and row.seed is not None)
+    told = [(model_title(row, results.search), task_scores(row.scores)) for row in untuned]
+    return [*told, (f"{model_title(tuned, results.search)}, training seed {tuned.seed}", task_scores(tuned.scores))]
 
 
 def environment(run: Snapshot) -> list[tuple[str, str]]:
@@ -298,7 +328,7 @@ def environment(run: Snapshot) -> list[tuple[str, str]]:
 def task_scores(scores: tuple[TaskScore, ...]) -> str:
     """Every task's score in a line."""
     return ", ".join(
-        f"{score.task} {score.metric} {score.value:.3f}{_stderr(score)} ({score.num_questions} questions)"
+        f"{score.task} {score.metric} {score.value:.3f}{_stderr(score)} ({counted(score.num_questions, 'question')})"
         for score in scores
     )
 

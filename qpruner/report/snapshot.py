@@ -25,6 +25,7 @@ from qpruner.report.marginal_effects import MarginalEffects, marginal_effects
 from qpruner.report.standing import FIGURES, best_of
 from qpruner.rundir import RunDir
 from qpruner.search.trial_records import read_trials
+from qpruner.wording import counted
 
 if TYPE_CHECKING:
     import pandas
@@ -120,7 +121,7 @@ class Snapshot:
         if self.is_whole:
             times = self.state.resumed
             return "Finished" + (
-                f"; resumed {times} time(s) after a command that did not come to its end." if times else "."
+                f"; resumed {counted(times, 'time')} after a command that did not come to its end." if times else "."
             )
         stage = f" in stage {self.at_work}" if self.at_work else ""
         match self.state.outcome:
@@ -132,6 +133,12 @@ class Snapshot:
             case "done":
                 return f"Ended after stage {self.state.until}, as asked."
         return f"Unfinished{stage}: it was at work, or was killed, when this was written."
+
+    @property
+    def missing(self) -> str | None:
+        """What a run that is not whole has no figures of, in a sentence."""
+        names = [name for name in KINDS if getattr(self.results, name) is None]
+        return f"There are no figures yet of: {', '.join(names)}." if names else None
 
 
 def read_snapshot(run: RunDir) -> Snapshot:

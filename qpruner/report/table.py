@@ -8,8 +8,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from qpruner.plan import PrecisionPlan
-from qpruner.records import CandidateRecord, Results, RowScores, SearchRecord, StandardError, TaskScore
+from qpruner.records import GIVEN, CandidateRecord, Results, RowScores, SearchRecord, StandardError, TaskScore
 from qpruner.search.random_plans import SAME_BYTES
+from qpruner.wording import counted
 
 BASE, PRUNED, BEST_SEED, RANDOM, SEARCHED = "base", "pruned", "best seed", "random", "searched"
 RIVALS = {BEST_SEED: "the best seed", RANDOM: "random plans of equal bytes"}
@@ -30,7 +31,8 @@ class Row:
     A row's fine-tunes differ by the training seed, and in the random row by the plan besides.
 
     Attributes:
-        name: As the fine-tune has it.
+        name: As the fine-tune has it; `searched` is the winner's, whoever found it.
+        title: As people read it.
         origin: Where the plan came from.
         seeds: Training seeds.
         plans: Bits as a bar, one character a group; several where plans are random.
@@ -55,6 +57,7 @@ class Row:
     """
 
     name: str
+    title: str
     origin: str
     seeds: tuple[int, ...]
     plans: tuple[str, ...]
@@ -123,7 +126,25 @@ class Comparison:
 
 def rows(results: Results) -> list[Row]:
     """The table's rows, in the order of the fine-tunes."""
-    return [_row(tuned, _evaluated(results, name)) for name, tuned in _by_name(results).items()]
+    return [
+        _row(title_of(name, results.search), tuned, _evaluated(results, name))
+        for name, tuned in _by_name(results).items()
+    ]
+
+
+def title_of(name: str, search: SearchRecord | None) -> str:
+    """What people read where the records have a row's name: a plan that no search found is not called searched."""
+    if name != SEARCHED or search is None:
+        return name
+    if search.best_origin == GIVEN:
+        return "given plan"
+    return f"winner ({search.best_origin})" if search.control_won else name
+
+
+def model_title(row: RowScores, search: SearchRecord | None) -> str:
+    """The same with what tells the model before any fine-tune from the row of that name."""
+    title = title_of(row.name, search)
+    return f"{title} (no fine-tune)" if row.seed is None else title
 
 
 def comparisons(results: Results) -> list[Comparison]:
@@ -160,13 +181,13 @@ def _scores(results: Results, name: str) -> list[tuple[TaskScore, ...]]:
 
 
 def _winner(search: SearchRecord, winner: CandidateRecord) -> str:
-    size = f"{winner.measured_bytes / 1e6:.2f} MB"
+    size, title = f"{winner.measured_bytes / 1e6:.2f} MB", title_of(SEARCHED, search)
     if search.control_won:
         return (
             f"No searched plan beat the best control on fresh rows: the control {search.best_origin} ({size}) is what "
-            "the search returned and what `searched` stands for."
+            f"the search returned, in the row `{title}`."
         )
-    return f"Searched: {winner.origin}, {size}."
+    return f"{title.capitalize()}: {winner.origin}, {size}."
 
 
 def _compared(results: Results, other: str) -> Comparison:
@@ -184,7 +205,7 @@ def _compared(results: Results, other: str) -> Comparison:
     share = max(shares, key=abs)
     reason = None
     if all(ours.plan == theirs.plan for ours, theirs, _, _ in pairs):
-        reason = "it is the searched plan itself, so there is no gain to claim"
+        reason = "it is the winner's plan itself, so there is no gain to claim"
     elif abs(share) > SAME_BYTES:
         reason = f"no claim at equal bytes, it takes {abs(share):.1%} {'more' if share > 0 else 'fewer'}"
     differences: list[Difference | None] = []
@@ -280,7 +301,7 @@ def _told(found: Difference) -> str:
     if found.spread is not None:
         about.append(f"± {found.spread:.4f} over seeds")
     if found.num_questions:
-        about.append(f"{found.num_questions} questions")
+        about.append(counted(found.num_questions, "question"))
     low_high = "no interval"
     if found.half_width is not None:
         low_high = f"95 % interval {found.mean - found.half_width:+.4f} to {found.mean + found.half_width:+.4f}"
@@ -291,7 +312,7 @@ def _spread(values: Sequence[float]) -> float | None:
     return statistics.stdev(values) if len(values) > 1 else None
 
 
-def _row(tuned: list[CandidateRecord], evaluated: list[RowScores]) -> Row:
+def _row(title: str, tuned: list[CandidateRecord], evaluated: list[RowScores]) -> Row:
     scored = [row.scores for row in evaluated]
     perplexities = [math.exp(row.text_loss) for row in evaluated if row.text_loss is not None]
     taken = list(dict.fromkeys(row.inference for row in evaluated if row.inference))
@@ -306,6 +327,7 @@ def _row(tuned: list[CandidateRecord], evaluated: list[RowScores]) -> Row:
     bars = (str(PrecisionPlan.from_dict(record.plan)) for record in tuned)
     return Row(
         name=tuned[0].name,
+        title=title,
         origin=tuned[0].origin,
         seeds=tuple(dict.fromkeys(record.seed for record in tuned)),
         plans=tuple(dict.fromkeys(bars)),

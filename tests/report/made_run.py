@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,14 +42,18 @@ from qpruner.search.trial_records import write_trial
 TRIALS, SEARCH = "1" * 16, "2" * 16
 STAGE: dict[str, Any] = {"digest": "0" * 16, "seconds": 61.5}
 PARTS = ("attention", "mlp")
+NOISES = {"mutual_information": 1.5, "first_order": 0.6, "kl": 0.3}
+"""Sensitivity method -> how far it is from what trials find."""
 STAGES = ("prepare", "prune", "bank", "sensitivity", "search", "finetune", "evaluate")
 STARTED = 1_790_000_000.0
+HOSTILE = "</script><script>document.title='owned'</script><img src=x onerror=\"document.title='owned'\"> & `| `"
+"""A name that would be markup if a report let it."""
 BUDGET = 93_000_000
 
 
 class MadeRun:
     """Writes the folder of a run on `model`, up to and with the stage `until`; `outcome` is how its command ended; each
-    of its jobs held `gpus`."""
+    of its jobs held `gpus`; a block has a group for each of `parts`."""
 
     def __init__(
         self,
@@ -63,15 +68,18 @@ class MadeRun:
         task: str = "arc_easy",
         questions: int = 400,
         gpus: float = 0.0,
+        parts: Sequence[str] = PARTS,
+        noises: Mapping[str, float] = NOISES,
     ) -> None:
+        self._noises = noises
         self._gpus = gpus
         self._stage = STAGE | {"gpu_seconds": STAGE["seconds"] * gpus}
         self._random = np.random.default_rng(0)
         self._tasks = {task: questions, "piqa": min(questions, 200)}
         self.run = RunDir(root)
-        self.groups = [f"layers.{block:02d}.{part}" for block in range(num_blocks) for part in PARTS]
+        self.groups = [f"layers.{block:02d}.{part}" for block in range(num_blocks) for part in parts]
         self._gains = self._random.gamma(1.2, 0.01, len(self.groups))
-        self._weights = np.where(np.arange(len(self.groups)) % 2, 1.4, 0.6) * 1_150_000
+        self._weights = np.where(np.arange(len(self.groups)) % 2, 1.4, 0.6) * 69_000_000 / len(self.groups)
         done = STAGES[: STAGES.index(until) + 1]
         self.trials = self._trials(num_trials) if "search" in {*done, *(stages or {})} else []
         for trial in self.trials:
@@ -194,16 +202,12 @@ class MadeRun:
         )
 
     def _sensitivity(self) -> Record:
-        def method(noise: float, unit: str) -> MethodScores:
+        def method(noise: float) -> MethodScores:
             values = self._gains * self._random.lognormal(0, noise, len(self.groups))
             rises = {4: tuple(values.tolist()), 8: tuple((values / 50).tolist())}
-            return MethodScores(unit=unit, source="one group at a time", values=rises, seconds=12.5, details={})
+            return MethodScores(unit="nats", source="one group at a time", values=rises, seconds=12.5, details={})
 
-        methods = {
-            "mutual_information": method(1.5, "nats"),
-            "first_order": method(0.6, "nats"),
-            "kl": method(0.3, "nats"),
-        }
+        methods = {name: method(noise) for name, noise in self._noises.items()}
         return SensitivityRecord(**self._stage, groups=tuple(self.groups), methods=methods)
 
     def _search(self) -> SearchRecord:
@@ -281,7 +285,7 @@ class MadeRun:
             for name, seed in [(BASE, None), (PRUNED, None), (SEARCHED, None), *tuned]
         ]
         setting = InferenceSetting(
-            device="2 CPU core(s)", prompt_tokens=128, new_tokens=16, memory_counter="rise of resident memory"
+            device="2 CPU cores", prompt_tokens=128, new_tokens=16, memory_counter="rise of resident memory"
         )
         return EvalRecord(
             **self._stage, rows=tuple(rows), text="`evaluate.text` in 12 windows of 128 tokens", inference=setting

@@ -111,7 +111,7 @@ def test_trials_as_csv_has_the_bits_of_every_group(run: Path) -> None:
         (("trials", "RUN", "--where", "loss"), "--where takes KEY=VALUE"),
         (("trials", "RUN", "--srot", "loss"), "--sort"),
         (("plan", "RUN"), "not over"),
-        (("plan", "RUN", "--trial", "17"), "no trial 17, only 6 trial(s)"),
+        (("plan", "RUN", "--trial", "17"), "no trial 17, only 6 trials"),
         (("status", "RUN/trials"), "no run.json"),
         (("statsu", "RUN"), "did you mean `qpruner status`?"),
     ],

@@ -13,6 +13,7 @@ from made_records import made_confirmation, made_search
 from scipy import stats
 
 from qpruner.records import (
+    GIVEN,
     CandidateRecord,
     EvalRecord,
     FinetuneRecord,
@@ -29,9 +30,10 @@ from qpruner.records import (
     SensitivityRecord,
     TaskScore,
 )
+from qpruner.report import by_task
 from qpruner.report.marginal_effects import MarginalEffects
 from qpruner.report.markdown import render
-from qpruner.report.sections import HEADINGS, cells
+from qpruner.report.sections import HEADINGS, cells, steps
 from qpruner.report.snapshot import Snapshot
 from qpruner.report.table import BEST_SEED, RANDOM, SEARCHED, Difference, claim, comparisons, rows
 
@@ -209,7 +211,7 @@ def test_a_search_that_returns_the_seed_says_so_whatever_the_scores() -> None:
     """The rows share their fine-tunes; were they made apart, noise must still not look like a gain."""
     results = results_of([*row_of(BEST_SEED, [2.0, 2.1], plan=PLAN), *searched_row([1.0, 1.1])])
     line = line_about(results, BEST_SEED)
-    assert "it is the searched plan itself, so there is no gain to claim" in line
+    assert "it is the winner's plan itself, so there is no gain to claim" in line
     assert "better" not in line and "loss" not in line
 
 
@@ -248,10 +250,21 @@ def test_rows_that_are_not_there_are_missed_aloud() -> None:
 @pytest.mark.parametrize("origin", ["uniform-4", "seed-kl"])
 def test_a_control_that_no_searched_plan_beat_is_named_as_what_is_returned(origin: str) -> None:
     scored = [*row_of(BEST_SEED, [2.0]), *searched_row([1.0])]
-    text = claim(results_of(scored, best_origin=origin, control_won=True))
+    results = results_of(scored, best_origin=origin, control_won=True)
+    text, title = claim(results), f"winner ({origin})"
     assert text.startswith(f"No searched plan beat the best control on fresh rows: the control {origin} (100.00 MB)")
+    assert f"in the row `{title}`." in text
+    assert [row.name for row in rows(results)] == [BEST_SEED, SEARCHED], "programs find it as ever"
+    assert [cells(row)[0] for row in rows(results)] == [BEST_SEED, title]
+    assert title in by_task.table(results)[1][-1] and title in steps(results)[-1][0]
     assert "control" not in claim(results_of(scored))
     assert claim(results_of(scored)).startswith("Searched: gp, trial 11, 100.00 MB.")
+
+
+def test_a_plan_that_was_given_is_not_called_searched() -> None:
+    results = results_of([*row_of(BEST_SEED, [2.0]), *searched_row([1.0])], best_origin=GIVEN)
+    assert claim(results).startswith("Given plan: ")
+    assert cells(rows(results)[-1])[0] == "given plan"
 
 
 # What several training seeds carry
@@ -572,8 +585,8 @@ def test_the_report_tells_how_search_and_pruning_ended(whole: Results) -> None:
     text = report(whole)
     assert "16 trials, 7 finished, 8 stopped early, 1 failed" in text
     assert "It ended because all 16 trials were spent (`search.max_trials`)." in text
-    assert "started from 5 trial(s) that searches with another budget, searcher or plan left" in text
-    assert "Resumed: 2 sessions; the last began with 3 trial(s) recorded before. Failed: 1 diverged (lower" in text
+    assert "started from 5 trials that searches with another budget, searcher or plan left" in text
+    assert "Resumed: 2 sessions; the last began with 3 trials recorded before. Failed: 1 diverged (lower" in text
     assert "On fresh rows trial 11 (gp) was best, a searched plan." in text
     assert "| 2 | seed-kl, taken over | 2.1250 (se 0.0625) | - |" in text
     assert "| 11 | gp | 2.0625 (se 0.0312) | - |" in text

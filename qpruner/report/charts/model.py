@@ -3,33 +3,55 @@
 from __future__ import annotations
 
 import math
-import statistics
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
-from qpruner.records import SensitivityRecord, TaskScore
+from qpruner.records import SensitivityRecord
+from qpruner.report.by_task import accuracies
 from qpruner.report.charts.chart import Chart, Spec, Values, colored, quantity, tooltip
 from qpruner.report.marginal_effects import rank_correlation
 from qpruner.report.snapshot import Snapshot
-from qpruner.report.table import Z_95
+from qpruner.wording import counted
 
 CELL_WIDTH, CELL_HEIGHT = 62, 17
 BEFORE_AFTER = {"before": "var(--stopped)", "after": "var(--searched)"}
 SHOWN_TRIALS = "trials (measured)"
 
 
+@dataclass(frozen=True)
+class Prediction:
+    """What the lowest bits are said to cost each group over the highest.
+
+    Attributes:
+        method: By which sensitivity.
+        unit: Of the rises.
+        rises: By group.
+    """
+
+    method: str
+    unit: str
+    rises: Sequence[float]
+
+
 def tasks(run: Snapshot) -> Iterator[Chart]:
     """Accuracy of every row on every held-out task."""
     if run.results.evaluate is None:
         return
-    by_task: dict[tuple[str, str], dict[str, list[TaskScore]]] = {}
-    for row in run.results.evaluate.rows:
-        for score in row.scores:
-            by_task.setdefault((score.task, score.metric), {}).setdefault(row.label, []).append(score)
-    before = {row.label for row in run.results.evaluate.rows if row.seed is None}
-    for number, ((task, metric), rows) in enumerate(by_task.items(), start=1):
-        values = [_accuracy(label, scores, label in before) for label, scores in rows.items()]
+    for number, ((task, metric), found) in enumerate(accuracies(run.results).items(), start=1):
+        values = [
+            {
+                "row": each.row,
+                "when": "before" if each.is_before else "after",
+                "value": each.value,
+                "low": each.low,
+                "high": each.high,
+                "seeds": each.num_seeds,
+            }
+            for each in found
+        ]
+        rows = [each.row for each in found]
         place = {
-            "y": {"field": "row", "type": "nominal", "sort": list(rows), "axis": {"title": None, "labelLimit": 230}},
+            "y": {"field": "row", "type": "nominal", "sort": rows, "axis": {"title": None, "labelLimit": 230}},
             "color": colored("when", BEFORE_AFTER, "fine-tune"),
         }
         low_high = {"x": quantity("low", "accuracy", tickCount=8), "x2": {"field": "high"}}
@@ -38,8 +60,8 @@ def tasks(run: Snapshot) -> Iterator[Chart]:
             f"task-{number}",
             "quality",
             f"{task}: {metric}",
-            f"Accuracy on {values[0]['questions']} held-out questions, before and after the fine-tune that every row "
-            "had. Bars are 95 % intervals over questions; several training seeds show as their mean.",
+            f"Accuracy on {counted(found[0].num_questions, 'held-out question')}, before and after the fine-tune that "
+            "every row had. Bars are 95 % intervals over questions; several training seeds show as their mean.",
             {
                 "height": 24 * len(rows),
                 "data": {"values": values},
@@ -60,11 +82,15 @@ def winner(run: Snapshot) -> Iterator[Chart]:
     if plan is None:
         return
     cells: Values = [{**_place(group), "group": group, "bits": bits} for group, bits in plan.items()]
-    bits_map = _bits_map(cells, _grid(cells))
+    bits_map, data = _bits_map(cells, _grid(cells)), {"data": {"values": cells}}
     if measured is None:
-        yield Chart("winner", "plan", "Bits by layer", "One cell a group.", {"hconcat": [bits_map]})
+        yield Chart("winner", "plan", "Bits by layer", "One cell a group.", data | {"hconcat": [bits_map]})
         return
-    rises = _rises(run, measured)
+    predictions = _predictions(run, measured)
+    by_group = zip(*(each.rises for each in predictions), strict=True)
+    rises = dict(zip(measured.groups, by_group, strict=True))
+    for cell in cells:
+        cell["rises"] = [float(f"{rise:.4g}") for rise in rises[cell["group"]]]
     lowest, *_, highest = sorted(next(iter(measured.methods.values())).values)
     yield Chart(
         "winner",
@@ -72,9 +98,10 @@ def winner(run: Snapshot) -> Iterator[Chart]:
         "Bits and sensitivity by layer",
         f"Left: each group's bits in the plan. Right: what {lowest} bits instead of {highest} are predicted to cost "
         "that group, as a share of the largest such cost. Point at a cell for its value.",
-        {
-            "params": [_method(run, measured, rises)],
-            "hconcat": [bits_map, _sensitivity_map(rises, _grid(cells))],
+        data
+        | {
+            "params": [_method(run, measured, predictions), _about(predictions)],
+            "hconcat": [bits_map, _sensitivity_map(_grid(cells))],
             "spacing": 28,
         },
     )
@@ -100,22 +127,6 @@ def kept(run: Snapshot) -> Iterator[Chart]:
             "encoding": {"x": block, "y": share, "tooltip": tooltip(block="block", kept="kept|.1%")},
         },
     )
-
-
-def _accuracy(label: str, scores: list[TaskScore], is_before: bool) -> Spec:
-    """A row on one task: mean over training seeds, 95 % interval over questions."""
-    value = statistics.fmean(score.value for score in scores)
-    half_width = Z_95 * statistics.fmean(score.stderr for score in scores)
-    has_width = half_width == half_width  # NaN with one question
-    return {
-        "row": label,
-        "when": "before" if is_before else "after",
-        "value": value,
-        "low": max(0.0, value - half_width) if has_width else value,
-        "high": min(1.0, value + half_width) if has_width else value,
-        "seeds": len(scores),
-        "questions": scores[0].num_questions,
-    }
 
 
 def _place(group: str) -> Spec:
@@ -144,7 +155,6 @@ def _bits_map(cells: Values, grid: Spec) -> Spec:
         "title": ["bits", ""],
         "width": {"step": CELL_WIDTH},
         "height": {"step": CELL_HEIGHT},
-        "data": {"values": cells},
         "encoding": grid,
         "resolve": {"scale": {"color": "independent"}},
         "layer": [
@@ -160,14 +170,14 @@ def _bits_map(cells: Values, grid: Spec) -> Spec:
     }
 
 
-def _method(run: Snapshot, measured: SensitivityRecord, rises: Values) -> Spec:
+def _method(run: Snapshot, measured: SensitivityRecord, predictions: Sequence[Prediction]) -> Spec:
     """The choice of a method; first the one that agrees best with trials, and of equal ones whose seed did best."""
     fresh = {
         each.origin.removeprefix("seed-").replace("-", "_"): each.loss
         for each in (run.results.search.confirmations if run.results.search else ())
     }
     agreement = {name: rank_correlation(method, run.effects) or 0.0 for name, method in measured.methods.items()}
-    options = list(dict.fromkeys(rise["method"] for rise in rises))
+    options = [each.method for each in predictions]
     bind = {"input": "select", "options": options, "name": "Sensitivity by "}
     return {
         "name": "method",
@@ -176,7 +186,18 @@ def _method(run: Snapshot, measured: SensitivityRecord, rises: Values) -> Spec:
     }
 
 
-def _sensitivity_map(rises: Values, grid: Spec) -> Spec:
+def _about(predictions: Sequence[Prediction]) -> Spec:
+    """Where a cell has each method's rise, once for all cells."""
+    return {
+        "name": "methods",
+        "value": {
+            each.method: {"place": place, "unit": each.unit, "largest": max(each.rises)}
+            for place, each in enumerate(predictions)
+        },
+    }
+
+
+def _sensitivity_map(grid: Spec) -> Spec:
     """One method's predictions over the model."""
     shade = {
         "field": "share",
@@ -188,8 +209,12 @@ def _sensitivity_map(rises: Values, grid: Spec) -> Spec:
         "title": {"text": {"expr": "['sensitivity by', method]"}},
         "width": {"step": CELL_WIDTH},
         "height": {"step": CELL_HEIGHT},
-        "data": {"values": rises},
-        "transform": [{"filter": "datum.method == method"}],
+        "transform": [
+            {"calculate": "method", "as": "method"},
+            {"calculate": "methods[method].unit", "as": "unit"},
+            {"calculate": "datum.rises[methods[method].place]", "as": "rise"},
+            {"calculate": "methods[method].largest > 0 ? datum.rise / methods[method].largest : 0", "as": "share"},
+        ],
         "mark": {"type": "rect", "color": "var(--control)", "stroke": "var(--line)"},
         "encoding": grid
         | {
@@ -200,24 +225,13 @@ def _sensitivity_map(rises: Values, grid: Spec) -> Spec:
     }
 
 
-def _rises(run: Snapshot, measured: SensitivityRecord) -> Values:
-    """Every group's predicted rise at the lowest bits over the highest, by method; and what trials show."""
-    rises: dict[str, tuple[str, list[float]]] = {}
+def _predictions(run: Snapshot, measured: SensitivityRecord) -> list[Prediction]:
+    """Every method's, and what trials show."""
+    found = []
     for name, method in measured.methods.items():
         lowest, *_, highest = sorted(method.values)
         pairs = zip(method.values[lowest], method.values[highest], strict=True)
-        rises[name] = (method.unit, [low - high for low, high in pairs])
+        found.append(Prediction(name, method.unit, [low - high for low, high in pairs]))
     if not isinstance(run.effects, str):
-        rises[SHOWN_TRIALS] = ("nats", list(run.effects.values[min(run.effects.values)]))
-    return [
-        {
-            **_place(group),
-            "group": group,
-            "method": name,
-            "unit": unit,
-            "rise": rise,
-            "share": rise / max(values) if max(values) > 0 else 0.0,
-        }
-        for name, (unit, values) in rises.items()
-        for group, rise in zip(measured.groups, values, strict=True)
-    ]
+        found.append(Prediction(SHOWN_TRIALS, "nats", run.effects.values[min(run.effects.values)]))
+    return found

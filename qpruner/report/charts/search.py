@@ -91,7 +91,11 @@ def pareto(run: Snapshot) -> Iterator[Chart]:
 def progress(run: Snapshot) -> Iterator[Chart]:
     """The best score so far, trial by trial."""
     own = {trial.index for trial in run.own_trials}
-    points = [point for point in _points(run) if point["kind"] in (SEARCHED, CONTROL) and point["trial"] in own]
+    points = [
+        {name: point[name] for name in ("trial", "origin", "kind", "score")}
+        for point in _points(run)
+        if point["kind"] in (SEARCHED, CONTROL) and point["trial"] in own
+    ]
     if not points:
         return
     better, best = (max if run.metric == "accuracy" else min), Values()

@@ -18,7 +18,7 @@ from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
 from qpruner.records import TrialRecord
-from qpruner.report import sections
+from qpruner.report import by_task, sections
 from qpruner.report.charts.chart import Chart
 from qpruner.report.page.answer import tiles
 from qpruner.report.snapshot import Snapshot
@@ -76,6 +76,7 @@ def render(run: Snapshot, charts: Sequence[Chart], config: str) -> str:
         written=time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
         tables=_tables(run),
         search_text=_search_text(run),
+        by_task=by_task,
         sections=sections,
         as_json=_script_json,
         plan_bar=_plan_bar,
@@ -110,13 +111,14 @@ def _own(name: str) -> Markup:
 def _tables(run: Snapshot) -> dict[str, Any]:
     """What the template shows of each part that the run has."""
     results = run.results
-    tables: dict[str, Any] = {"stages": sections.stages(run)}
+    tables: dict[str, Any] = {"stages": sections.stages(run), "rungs": sections.rungs(run)}
     if results.evaluate:
         tables["final"] = [
             (caption, headings, [list(map(_unbroken, line)) for line in body])
             for caption, headings, body in sections.final_tables(rows(results))
         ]
-        tables["steps"] = sections.steps(results.evaluate)
+        tables["by_task"] = by_task.table(results)
+        tables["steps"] = sections.steps(results)
         tables["legend"] = sections.legend(results.evaluate)
         tables["claim"] = [line.removeprefix("- ") for line in claim(results).splitlines()]
     if results.sensitivity:
@@ -151,7 +153,7 @@ def _search_text(run: Snapshot) -> list[str]:
 
 def _script_json(data: Any) -> Markup:
     """JSON that nothing in it can end the script element of."""
-    text = json.dumps(data, allow_nan=False)
+    text = json.dumps(data, allow_nan=False, separators=(",", ":"))
     return Markup(text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e"))  # noqa: S704 (no character that ends the element is left)
 
 
@@ -176,7 +178,7 @@ def _trial_cells(run: Snapshot, trial: TrialRecord) -> Iterator[tuple[str | floa
         (reached, "" if reached is None else f"{reached:.4f}"),
         (None, f"{last.step}" if last else ""),
         (None, f"{trial.seconds:.0f}"),
-        (sections.bar(trial.plan), _plan_bar(trial.plan)),
+        (None, _plan_bar(trial.plan)),
         (None, trial.reason or ""),
     )
     for (_, kind), (value, shown) in zip(TRIAL_HEADINGS, figures, strict=True):

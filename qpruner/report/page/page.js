@@ -23,8 +23,7 @@ if (table) {
   const value = (row, column) => {
     const cell = row.cells[column];
     const text = cell.dataset.value ?? cell.textContent.trim();
-    const number = Number(text);
-    return text === "" ? null : Number.isNaN(number) ? text : number;
+    return text === "" ? null : cell.classList.contains("number") ? Number(text) : text; // a plan's digits are no number
   };
   const compare = (left, right) =>
     typeof left === "number" && typeof right === "number" ? left - right : String(left).localeCompare(String(right));

@@ -1,0 +1,214 @@
+"""The page in a real browser: no complaint, plots drawn, tables that sort, readable in any theme and in print."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from chromium import chromium
+from made_run import HOSTILE, STAGES, MadeRun
+
+from qpruner.records import StageState
+from qpruner.report.files import write_report
+from qpruner.report.snapshot import read_snapshot
+from qpruner.rundir import RunDir
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def long_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a finished run of 200 trials, its report written."""
+    root = tmp_path_factory.mktemp("long") / "run"
+    MadeRun(root)
+    write_report(RunDir(root))
+    return root
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    with chromium() as opened:
+        yield opened
+
+
+@pytest.fixture
+def opened(browser: Any) -> Iterator[Any]:
+    """Opens a page offline and waits until every plot is drawn; whatever the console or the network is asked fails."""
+    contexts, complaints = [], []
+
+    def open_page(path: Path, **options: Any) -> Any:
+        context = browser.new_context(offline=True, **options)
+        context.set_default_timeout(5 * 60_000)  # milliseconds; a busy machine is no failure
+        contexts.append(context)
+        page = context.new_page()
+        page.on("console", lambda message: complaints.append(f"{message.type}: {message.text}"))
+        page.on("pageerror", lambda error: complaints.append(f"{error}"))
+        page.on("request", lambda request: request.url.startswith("file:") or complaints.append(request.url))
+        page.goto(path.as_uri())
+        page.wait_for_function(
+            "document.querySelectorAll('figure[data-plot]').length === document.querySelectorAll('[data-drawn]').length"
+        )
+        return page
+
+    yield open_page
+    for context in contexts:
+        context.close()
+    assert not complaints
+
+
+def test_every_plot_is_drawn_as_a_picture_with_a_description(opened: Any, long_run: Path) -> None:
+    page = opened(long_run / "report.html")
+    figures = page.locator("figure[data-plot]")
+    assert figures.count() == 8
+    for number in range(8):
+        picture = figures.nth(number).locator("svg")
+        assert picture.bounding_box()["height"] > 100
+        assert picture.get_attribute("aria-label") or figures.nth(number).locator("[aria-label]").count()
+    # 199 scored trials, each a mark that tells its plan when pointed at.
+    marks = page.locator('figure[data-plot="pareto"] path[aria-roledescription="point"]')
+    assert marks.count() >= 199
+    marks.nth(3).hover(force=True)
+    page.wait_for_selector("#vg-tooltip-element.visible")
+    assert re.search(r"plan\s*[48]{60}", page.locator("#vg-tooltip-element").inner_text())
+
+
+def test_the_map_shows_the_sensitivity_that_is_chosen(opened: Any, long_run: Path) -> None:
+    page = opened(long_run / "report.html")
+    run = read_snapshot(RunDir(long_run, create=False))
+    assert run.results.sensitivity
+    figure = page.locator('figure[data-plot="winner"]')
+    for name, method in run.results.sensitivity.methods.items():
+        figure.locator("select").select_option(name)
+        rises = [low - high for low, high in zip(method.values[4], method.values[8], strict=True)]
+        cell = figure.locator(f'path[aria-label*="method: {name}"][aria-label*="layers.07.mlp;"]')
+        cell.wait_for(state="attached")
+        place = run.results.sensitivity.groups.index("layers.07.mlp")
+        [told] = re.findall("predicted rise: ([^;]+)", cell.get_attribute("aria-label"))
+        assert float(told) == pytest.approx(rises[place], rel=0.01)
+        assert float(cell.get_attribute("fill-opacity")) == pytest.approx(rises[place] / max(rises), abs=0.01)
+
+
+def test_the_first_stop_of_the_keyboard_leads_to_the_answer(opened: Any, long_run: Path) -> None:
+    page = opened(long_run / "report.html")
+    page.keyboard.press("Tab")
+    skip = page.locator("a.skip:focus")
+    assert skip.bounding_box()["x"] >= 0, "it shows itself"
+    page.keyboard.press("Enter")
+    page.keyboard.press("Tab")
+    assert page.evaluate("document.querySelector('main').contains(document.activeElement)")
+
+
+@pytest.mark.parametrize("until", ["prepare", "sensitivity", "finetune"])
+@pytest.mark.parametrize(
+    ("outcome", "said"), [("failed", "Failed in stage {}: no space left"), ("running", "Unfinished in stage {}:")]
+)
+def test_a_run_that_is_not_whole_opens_without_complaint_and_says_what_is_missing(
+    opened: Any, tmp_path: Path, until: str, outcome: str, said: str
+) -> None:
+    missing = STAGES[STAGES.index(until) + 1 :]
+    begun = {missing[0]: StageState(state="running", started=0.0)}
+    error = "no space left" if outcome == "failed" else None
+    made = MadeRun(
+        tmp_path / "run", num_trials=6, num_blocks=2, until=until, outcome=outcome, error=error, stages=begun
+    )
+    write_report(made.run)
+    page = opened(tmp_path / "run" / "report.html")
+    assert page.locator("header .standing").inner_text().startswith(said.format(missing[0]))
+    assert page.get_by_text(f"There are no figures yet of: {', '.join(missing)}.").is_visible()
+    assert page.locator("#quality").count() == 0
+    headings = page.locator("main h2").all_inner_texts()
+    assert page.locator("nav a").count() == len(headings)
+
+
+def test_the_table_of_trials_sorts_and_filters_by_keyboard(opened: Any, long_run: Path) -> None:
+    page = opened(long_run / "report.html")
+
+    def column(number: int) -> list[str]:
+        cells = page.locator(f"#trials-table tbody tr:not([hidden]) td:nth-child({number})")
+        return list(cells.all_inner_texts())
+
+    score = page.locator("#trials-table th button", has_text="score")
+    score.focus()
+    page.keyboard.press("Enter")
+    scores = [float(text) for text in column(6) if text]
+    assert len(scores) == 199 and scores == sorted(scores)
+    assert column(6)[-1] == "", "a trial without a score comes last"
+    page.keyboard.press("Enter")
+    assert [float(text) for text in column(6) if text] == sorted(scores, reverse=True)
+    assert column(6)[-1] == ""
+    assert page.locator("#trials-table th", has_text="score").get_attribute("aria-sort") == "descending"
+    page.locator("#trials-table th button", has_text="from").click()
+    assert column(2) == sorted(column(2))
+    page.locator("#trials-table th button", has_text="plan").click()
+    assert column(9) == sorted(column(9)), "as text: 60 digits are no number"
+    page.get_by_label("Status").select_option("stopped")
+    stopped = column(3)
+    assert stopped and set(stopped) == {"stopped early"}
+    assert page.locator("#trials-shown").inner_text() == f"{len(stopped)} of 200 trials"
+    page.get_by_label("Status").select_option("")
+    page.get_by_label("Words").fill("seed kl")
+    assert column(2) == ["seed-kl"]
+
+
+def test_hostile_names_do_nothing_in_a_browser(opened: Any, tmp_path: Path) -> None:
+    made = MadeRun(tmp_path / "run", num_trials=6, num_blocks=2, model=HOSTILE, task=HOSTILE)
+    write_report(made.run)
+    page = opened(tmp_path / "run" / "report.html")
+    assert page.title() == "qpruner: run"
+    assert page.locator("header code").inner_text().startswith("</script>")
+    assert page.locator('figure[data-plot="task-1"] h3').inner_text().startswith("</script>")
+
+
+@pytest.mark.parametrize("width", [390, 1280])
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_nothing_is_wider_than_the_window_and_text_is_readable(
+    opened: Any, long_run: Path, scheme: str, width: int
+) -> None:
+    page = opened(long_run / "report.html", color_scheme=scheme, viewport={"width": width, "height": 900})
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    pairs = [("--text", "--page"), ("--text", "--panel"), ("--muted", "--page"), ("--muted", "--panel")]
+    pairs += [("--link", "--page"), *[(f"--on-bits-{bits}", f"--bits-{bits}") for bits in (4, 8, 16)]]
+    for text, ground in pairs:
+        assert contrast(*(variable(page, name) for name in (text, ground))) >= 4.5, (text, ground)
+    drawn = page.locator('figure[data-plot="kept"] .role-axis text').first
+    assert drawn.evaluate("element => getComputedStyle(element).fill") == rgb(variable(page, "--text"))
+
+
+def test_print_shows_every_trial_in_light_colours(opened: Any, long_run: Path, tmp_path: Path) -> None:
+    page = opened(long_run / "report.html", color_scheme="dark")
+    page.get_by_label("Status").select_option("failed")
+    page.emulate_media(media="print", color_scheme="dark")
+    trials = page.locator("tr[data-status]")
+    num_filtered = trials.filter(visible=True).count()
+    page.evaluate("dispatchEvent(new Event('beforeprint'))")
+    assert trials.filter(visible=True).count() == trials.count() > num_filtered
+    assert variable(page, "--page") == "#ffffff"
+    assert page.locator("nav").is_hidden()
+    assert page.locator("details:not([open])").count() == 0
+    pdf = page.pdf(format="A4", path=tmp_path / "page.pdf")
+    assert pdf.startswith(b"%PDF") and pdf.count(b"/Type /Page\n") > 5
+    page.evaluate("dispatchEvent(new Event('afterprint'))")
+    assert trials.filter(visible=True).count() == num_filtered
+
+
+def variable(page: Any, name: str) -> str:
+    return str(page.evaluate(f"getComputedStyle(document.documentElement).getPropertyValue('{name}').trim()"))
+
+
+def rgb(color: str) -> str:
+    return f"rgb({', '.join(str(int(color[at : at + 2], 16)) for at in (1, 3, 5))})"
+
+
+def contrast(one: str, other: str) -> float:
+    """WCAG 2's contrast ratio of two colours."""
+
+    def luminance(color: str) -> float:
+        channels = [int(color[at : at + 2], 16) / 255 for at in (1, 3, 5)]
+        red, green, blue = (each / 12.92 if each <= 0.04045 else ((each + 0.055) / 1.055) ** 2.4 for each in channels)
+        return 0.2126 * red + 0.7152 * green + 0.0722 * blue
+
+    dark, light = sorted((luminance(one), luminance(other)))
+    return (light + 0.05) / (dark + 0.05)
