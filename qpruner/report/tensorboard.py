@@ -127,15 +127,15 @@ def write_trial(folder: Path, search: SearchState, trial: TrialRecord) -> None:
                 found.append(event_files.scalar(f"validation/{name}", value, rung.step, moment))
                 found.append(event_files.scalar(f"rungs/{name} at step {rung.step}", value, rung.step, moment))
     if trial.is_over:
-        # The path of its files, which is what TensorBoard shows otherwise, begins alike in all rows.
-        called = f"{run_name(trial)} of {folder.parent.name}"
+        # For a column of 10 em. The path of its files, which TensorBoard shows otherwise, begins alike in all rows.
+        called = f"{trial.index:04d} of {folder.parent.name}"
         times = (started, moments[-1])
         found += event_files.session(called, _columns(search, trial), trial.status != "failed", times)
     event_files.write_events(folder / run_name(trial), found)
 
 
 def _columns(search: SearchState, trial: TrialRecord) -> dict[str, str | float]:
-    """TensorBoard shows the first five at first, in the order of ASCII, and cuts a trial's name off."""
+    """TensorBoard shows the first five at first, in the order of ASCII."""
     return {
         "#": f"{trial.index:04d}",  # numbers are shown with four decimals
         "From": trial.origin,
@@ -249,7 +249,8 @@ def write_result(root: Path, results: Results) -> None:
     search = results.search
     assert search
     plan = [(group, str(bits)) for group, bits in search.best_plan.items()]
-    winner = f"Trial {search.best_index} ({search.best_origin}).\n\n{markdown.pipe_table(('group', 'bits'), plan)}"
+    chosen = f"Trial {search.best_index} ({markdown.prose(search.best_origin)})."
+    winner = f"{chosen}\n\n{markdown.pipe_table(('group', 'bits'), plan)}"
     final = markdown.pipe_table(sections.HEADINGS, [sections.cells(row) for row in table.rows(results)])
-    texts = {"winner": winner, "final table": f"{final}\n\n{table.claim(results)}"}
+    texts = {"winner": winner, "final table": "\n".join([final, "", *markdown.claimed(results)])}
     event_files.write_events(root / FOLDER / "result", [event_files.text(name, body) for name, body in texts.items()])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 import subprocess
@@ -10,9 +11,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from chromium import chromium
 from recorded_runs import GROUPS, RUNGS, STARTED, config_of, planned, recorded_run, search_state, trial, trials
+from tensorboard.backend.event_processing.data_provider import MultiplexerDataProvider
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.backend.event_processing.plugin_event_multiplexer import EventMultiplexer
+from tensorboard.context import RequestContext
+from tensorboard.plugins.base_plugin import TBContext
+from tensorboard.plugins.custom_scalar.custom_scalars_plugin import CustomScalarsPlugin
 from tensorboard.plugins.hparams import metadata
+from tensorboard.plugins.scalar.scalars_plugin import ScalarsPlugin
 from tensorboard_server import serving
 
 from qpruner.events import StageFinished, TrialChanged
@@ -112,6 +120,37 @@ def test_the_best_so_far_counts_searched_plans_and_controls_are_lines_beside_it(
     assert points(written, "control-uniform-4", BEST) == [(1, 3.2), (20, 3.2)]
     assert points(written, "control-seed-kl", BEST) == [(1, 3.0), (20, 3.0)]
     assert "custom_scalars__config__" in read(written, "search").Tags()["tensors"]
+
+
+def test_every_chart_of_the_custom_scalars_finds_the_curves_that_it_is_to_show(written: Path) -> None:
+    """TensorBoard's own plugin reads the layout, and takes a chart's tags as regular expressions."""
+    multiplexer = EventMultiplexer().AddRunsFromDirectory(str(written / "tensorboard")).Reload()
+    plugins: dict[str, Any] = {}
+    context = TBContext(
+        logdir=str(written),
+        data_provider=MultiplexerDataProvider(multiplexer, str(written)),
+        plugin_name_to_instance=plugins,
+    )
+    plugins[ScalarsPlugin.plugin_name] = ScalarsPlugin(context)
+    plugin = CustomScalarsPlugin(context)
+    found: dict[str, set[tuple[str, str]]] = {}
+    for category in json.loads(plugin.layout_impl(RequestContext(), ""))["category"]:
+        for chart in category["chart"]:
+            [expression] = chart["multiline"]["tag"]
+            answers = {run: plugin.scalars_impl(RequestContext(), run, expression, "") for run in multiplexer.Runs()}
+            assert all(answer["regex_valid"] for answer in answers.values())
+            found[chart["title"]] = {
+                (run, tag)
+                for run, answer in answers.items()
+                for tag, points in answer["tag_to_events"].items()
+                if points
+            }
+    scored = [run_name(record) for record in trials() if record.rungs]
+    assert found == {
+        "best so far, and the controls": {(run, BEST) for run in ("search", "control-uniform-4", "control-seed-kl")},
+        "validation loss": {(run, "validation/loss") for run in scored},
+        "training loss": {(run, "train/loss") for run in scored},
+    }
 
 
 def test_pictures_and_texts_are_there(written: Path) -> None:
@@ -227,27 +266,22 @@ def test_a_full_disk_stops_no_search_and_the_next_command_writes_what_is_missing
 
 @pytest.mark.slow
 def test_tensorboard_in_a_browser_lists_the_trials(tmp_path: Path) -> None:
-    browser = shutil.which("chromium")
-    if browser is None:
-        pytest.skip("needs chromium: apt install chromium")
-    from playwright.sync_api import sync_playwright
-
     root = recorded_run(tmp_path / "run")
     board = board_of(root)
     board.listen(planned(trials()))
     board.listen(OVER)
     command = [sys.executable, "-m", "tensorboard.main", f"--logdir={root}"]
-    with serving(command, "trial-0003") as address, sync_playwright() as play:
-        page = play.chromium.launch(executable_path=browser, args=["--no-sandbox"]).new_page(
-            viewport={"width": 1300, "height": 620}
-        )
+    with serving(command, "trial-0003") as address, chromium() as browser:
+        page = browser.new_page(viewport={"width": 1300, "height": 620})
         page.set_default_timeout(120_000)
         page.goto(f"{address}/#hparams")
         table = page.locator("tf-hparams-table-view")
-        names = [f"{run_name(record)} of {root.name}" for record in trials() if record.is_over]
+        names = [f"{record.index:04d} of {root.name}" for record in trials() if record.is_over]
         for text in (*names, "0003", "seed-kl", "stopped", "failed", "loss at step 8", "2.9000"):
             table.get_by_text(text, exact=True).first.wait_for()
-        assert table.get_by_text(re.compile(r"^\s*trial-\d{4}-")).count() == len(names), "each trial once"
+        assert table.get_by_text(re.compile(r"^\s*\d{4} of ")).count() == len(names), "each trial once"
+        cut = "cell => [cell, cell.parentElement].some(each => each.scrollWidth > each.clientWidth)"
+        assert not any(table.get_by_text(name, exact=True).first.evaluate(cut) for name in names), "each name whole"
         page.screenshot(path=tmp_path / "hparams.png")
         page.goto(f"{address}/#images")
         page.reload()
