@@ -82,7 +82,8 @@ def winner(run: Snapshot) -> Iterator[Chart]:
     if plan is None:
         return
     cells: Values = [{**_place(group), "group": group, "bits": bits} for group, bits in plan.items()]
-    bits_map, data = _bits_map(cells, _grid(cells)), {"data": {"values": cells}}
+    bits_map = _bits_map(cells, _grid(cells))
+    data: Spec = {"data": {"values": cells}}
     if measured is None:
         yield Chart("winner", "plan", "Bits by layer", "One cell a group.", data | {"hconcat": [bits_map]})
         return
