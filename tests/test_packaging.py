@@ -181,15 +181,15 @@ IN_FISH = "env _QPRUNER_COMPLETE=fish_source qpruner | source; complete --do-com
     ],
 )
 @pytest.mark.parametrize("shell", ["zsh", "fish"])
-def test_other_shells_complete(shell: str, typed: str, completed: str, installed: Installation) -> None:
+def test_other_shells_complete(shell: str, typed: str, completed: str, environment: Path) -> None:
     if shutil.which(shell) is None:
         pytest.skip(f"there is no {shell} here; on Debian: apt-get install {shell}")
     if shell == "fish":
-        offered = installed.run("fish", "--no-config", "-c", IN_FISH, typed).splitlines()
+        offered = _run_in(environment, "fish", "--no-config", "-c", IN_FISH, typed).splitlines()
         assert [line.partition("\t")[0] for line in offered] == [completed]
     else:
         whole = f"{typed[: typed.rindex(' ')]} {completed}"
-        assert whole in installed.run("zsh", "-f", "-c", IN_ZSH, "zsh", typed, whole)
+        assert whole in _run_in(environment, "zsh", "-f", "-c", IN_ZSH, "zsh", typed, whole)
 
 
 @pytest.mark.parametrize("verb", ["run", "check", "status", "compare", "generate"])

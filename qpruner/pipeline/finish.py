@@ -97,7 +97,7 @@ def finetune(context: Context, searched: SearchRecord, measured: SensitivityReco
 def finetune_stage(context: Context, searched: SearchRecord, jobs: list[tuple[Row, Candidate]]) -> Stage:
     """What `finetune` depends on."""
     settings = context.config.finetune
-    length = counted(settings.steps, "step") if settings.steps else counted(settings.epochs, "epoch")
+    length = counted(settings.steps, "step") if settings.steps else counted(settings.epochs or 0.0, "epoch")
     told = [(row.name, row.origin, job.seed, job.folder.name) for row, job in jobs]
     return Stage("finetune", f"{counted(len(_distinct(jobs)), 'fine-tune')}, {length}", (searched.digest, told))
 
@@ -135,7 +135,8 @@ def evaluate(context: Context, tuned: FinetuneRecord) -> EvalRecord:
 
 def evaluate_stage(context: Context, tuned: FinetuneRecord) -> Stage:
     """What `evaluate` depends on."""
-    detail = f"{', '.join(context.config.evaluate.tasks)} for {counted(len(_distinct(_scored_jobs(context, tuned))), 'model')}"
+    models = counted(len(_distinct(_scored_jobs(context, tuned))), "model")
+    detail = f"{', '.join(context.config.evaluate.tasks)} for {models}"
     return Stage("evaluate", detail, (tuned.digest, scores_digest(context)))
 
 
