@@ -88,6 +88,7 @@ INLINE_NOT_RUN = {
     "qpruner check CONFIG --address auto": MACHINES,
     "tensorboard --logdir mine/tensorboard": "the folder comes from a cluster; `runs/demo` is opened",
     "bash launch/setup.sh": INDEX,
+    "bash launch/demo.sh": "tests/test_demo.py runs it",
     "pip install": INDEX,
     "bash launch/test.sh": TESTS,
     "pytest": TESTS,

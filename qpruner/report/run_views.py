@@ -264,9 +264,9 @@ def _final(run: RunView) -> dict[str, Any]:
 
 def differing_settings(runs: Sequence[RunView]) -> dict[str, list[Any]]:
     """Settings that are not the same in all runs: key -> a value a run; the run folder itself aside."""
-    flat = [flat(run.state.config) for run in runs]
-    keys = dict.fromkeys(key for each in flat for key in each if key != "output")
-    values = {key: [each.get(key) for each in flat] for key in keys}
+    settings = [flat(run.state.config) for run in runs]
+    keys = dict.fromkeys(key for each in settings for key in each if key != "output")
+    values = {key: [each.get(key) for each in settings] for key in keys}
     return {key: found for key, found in values.items() if any(value != found[0] for value in found)}
 
 

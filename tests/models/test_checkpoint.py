@@ -248,7 +248,8 @@ def test_a_model_of_a_hub_is_fetched_with_progress(folders: dict[str, Path], tmp
     code = (
         "import sys\nfrom pathlib import Path\nfrom qpruner.config import ModelConfig\n"
         "from qpruner.models.checkpoint import prepare_base\n"
-        "prepare_base(ModelConfig(source='me/mine'), Path(sys.argv[1]), True, lambda *told: print(*told, sep=','))"
+        "def tell(*told): sys.stdout.write(f'{told}\\n')  # whole lines, from several threads\n"
+        "prepare_base(ModelConfig(source='me/mine'), Path(sys.argv[1]), True, tell)"
     )
     with serving() as hub:
         hub.repositories["me/mine"] = Repository(private=False, files=files | others)
@@ -264,7 +265,7 @@ def test_a_model_of_a_hub_is_fetched_with_progress(folders: dict[str, Path], tmp
     assert (tmp_path / "model" / "model.safetensors").read_bytes() == files["model.safetensors"]
     assert (tmp_path / "model" / "README.md").read_bytes() == others["README.md"], "its licence is told there"
     total = round(sum(map(len, (files | others).values())) / 1e6)
-    assert done.stdout.splitlines()[-1] == f"fetching MB,{total},{total}"
+    assert done.stdout.splitlines()[-1] == f"{('fetching MB', total, total)}"
 
 
 def test_a_local_folder_is_used_where_it_is(folders: dict[str, Path], tmp_path: Path) -> None:

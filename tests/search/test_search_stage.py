@@ -554,7 +554,7 @@ def test_for_a_front_no_plan_that_may_be_on_it_is_left_out(tmp_path: Path) -> No
 
 def test_a_search_without_a_finished_trial_says_what_the_first_said(tmp_path: Path) -> None:
     trials = [trial(0, "444444", [], status="failed", failure="diverged", reason="loss is nan at step 1")]
-    with pytest.raises(StageError, match=r"none of 1 trials finished.*at step 1.*\n.*training.learning_rate"):
+    with pytest.raises(StageError, match=r"none of 1 trial finished.*at step 1.*\n.*training.learning_rate"):
         _finalists(trials, job_of(tmp_path))
 
 
