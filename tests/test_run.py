@@ -30,6 +30,7 @@ NOT_COMPARED = {
     "model_path",
     "output",
     "resumed",
+    "standing",
     "sessions",
     "worker",
     "checkpoint",

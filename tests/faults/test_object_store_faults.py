@@ -99,6 +99,7 @@ def test_a_killed_run_is_taken_up_on_an_empty_machine_and_ends_as_if_nothing_had
     assert trials[0] == before[0], "not rerun"
     report = json.loads(store.read(f"{KILLED}/results.json"))
     assert {"report": comparable(report), "trials": comparable(trials)} == undisturbed
+    assert report["standing"] == "Finished; resumed 1 time after a command that did not come to its end."
     keys = store.keys(KILLED)
     for part in ("prune/model.safetensors", "bank/bank.json", "final/adapter_model.safetensors", "report.html"):
         assert part in keys
