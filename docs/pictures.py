@@ -12,7 +12,6 @@ from __future__ import annotations
 import contextlib
 import io
 import re
-import shutil
 import sys
 from collections.abc import Iterator, Sequence
 from datetime import datetime
@@ -63,6 +62,7 @@ def terminal_picture(run: Snapshot, log: Path) -> str:
     with contextlib.redirect_stdout(Screen()), patch.object(terminal, "time", clock):
         view = terminal.Terminal(quiet=False)
         view._console.width, view._console.record = COLUMNS, True
+        view._console.soft_wrap = False  # the terminal itself wraps long lines, a picture has to be told
         view._progress.get_time = clock.monotonic
         for clock.now, event in told:
             view.emit(event)
@@ -127,21 +127,23 @@ def as_of(trial: TrialRecord, moment: float) -> TrialRecord:
 
 def browser_pictures(run: Snapshot, root: Path) -> None:
     """TensorBoard's table of the trials, and the first screen of the report."""
-    from playwright.sync_api import sync_playwright
+    sys.path.append(str(ROOT / "tests"))
+    from chromium import chromium
+    from tensorboard_server import serving
 
-    sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "tests" / "report")]
-    from test_tensorboard import tensorboard
-
-    chromium = shutil.which("chromium")
-    assert chromium, "needs chromium: apt install chromium"
-    with tensorboard(root) as address, sync_playwright() as play:
-        browser = play.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+    command = [sys.executable, "-m", "tensorboard.main", f"--logdir={root}"]
+    with serving(command, "trial-0000") as address, chromium() as browser:
         page = browser.new_page(viewport={"width": 1680, "height": 640})
         page.set_default_timeout(120_000)
         page.goto(f"{address}/#hparams")
         table = page.locator("tf-hparams-table-view")
         for trial in run.trials:
             table.get_by_text(re.compile(rf"\b{trial.index:04d}\b")).first.wait_for()
+        # As a person would drag them: TensorBoard has all columns 10 em wide.
+        page.locator("vaadin-grid-column").evaluate_all(
+            "(columns, widths) => columns.forEach((column, index) => { column.width = `${widths[index] ?? 9}em` })",
+            [9, 8, 4, 13, 6, 6, 7],
+        )
         page.screenshot(path=IMAGES / "tensorboard.png")
         page = browser.new_page(viewport={"width": 1200, "height": 790})
         page.goto((root / "report.html").resolve().as_uri())
