@@ -74,7 +74,8 @@ class Driver:
 def driver(config: Path, *options: str, verb: str = "search", **environment: str) -> Iterator[Driver]:
     """Start the command; at the end nothing of it is left, also when the test fails."""
     raw = yaml.safe_load(config.read_text())
-    out = config.parent / f"out-{time.monotonic_ns()}.txt"
+    # Beside the folder, which may be a file system of its own that a test fills.
+    out = config.parent.parent / f"out-{time.monotonic_ns()}.txt"
     command = [sys.executable, "-m", "qpruner.cli", verb, str(config), "--json", *options]
     with out.open("w") as file:
         process = subprocess.Popen(
