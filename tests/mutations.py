@@ -19,6 +19,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 SEARCH = "tests/faults/test_search_faults.py"
+STAGE = "tests/search/test_search_stage.py"
 STORE = "tests/faults/test_object_store_faults.py"
 STAGES = "tests/test_faults.py"
 
@@ -59,6 +60,18 @@ MUTATIONS = {
         "if pulse is not None and not stays(pulse.node):",
         "if False:",
         f"{SEARCH}::test_a_trial_whose_machine_dies_goes_on_elsewhere_and_that_is_not_held_against_it",
+    ),
+    "a broken machine takes one plan after the other": Mutation(
+        DRIVER,
+        "if len(failed) < MAX_ERRORS:",
+        "if True:",
+        f"{STAGE}::test_a_machine_on_which_every_trial_fails_ends_the_search_and_costs_no_plan",
+    ),
+    "a damaged file is met by one trial after the other": Mutation(
+        DRIVER,
+        'if record.failure in ("storage", "damaged"):',
+        'if record.failure == "storage":',
+        f"{STAGE}::test_a_damaged_file_ends_the_search_before_every_trial_has_met_it",
     ),
     "workers stay on a machine that is drained": Mutation(
         WORKER,

@@ -48,7 +48,7 @@ if TYPE_CHECKING:
     from qpruner.search.tune import SearchJob
 
 
-REMEDY = "mend the cause, delete the run's trials folder"
+REMEDY = "mend the cause, delete the folders of those trials in the run's `trials`"
 """What to do when all trials failed and no word is known for the reason, or there are several."""
 
 

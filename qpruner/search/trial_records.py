@@ -35,7 +35,10 @@ ELSEWHERE = {
     "lost": "most often want of memory: lower `data.max_length`, or run fewer trials at once (`search.max_concurrent`)",
     "storage": "make room or bring the storage back, then repeat the command: it goes on from its last rung",
     "damaged": "repeat the command: what is damaged is built again",
-    "error": "one plan less is no harm to a search; where many fail so, mend it and delete the run's trials folder",
+    "machine": "mend that machine or take it out of the cluster (`ray stop` on it), then repeat the command: it goes on "
+    "from its last rung",
+    "error": "one plan less is no harm to a search; for another try mend it, delete the trial's folder and the run's "
+    "`records/search.json`, then repeat the command",
 }
 """What to do about the others, whose cause is no setting."""
 

@@ -398,6 +398,43 @@ def test_a_search_halts_when_a_trial_finds_no_room(tmp_path: Path) -> None:
     assert halt.requested and not halt.interrupted
 
 
+def failing(searcher: PlanSearcher, job: SearchJob, name: str, node: str, failure: str = "error") -> int:
+    """Have the next trial fail on a machine; returns its number."""
+    given = searcher.suggest(name)
+    assert isinstance(given, dict)
+    record = read_trial(job.trials, given["trial"])
+    failed = {"status": "failed", "failure": failure, "reason": f"{failure} {name}", "worker": name, "node": node}
+    write_trial(job.trials, record.model_copy(update=failed))
+    searcher.on_trial_complete(name, error=True)
+    return record.index
+
+
+def test_a_machine_on_which_every_trial_fails_ends_the_search_and_costs_no_plan(tmp_path: Path) -> None:
+    """Free again within seconds, it would take all plans that are left."""
+    job = job_of(tmp_path, max_trials=20)
+    searcher, halt, _ = searcher_of(job, trial(0, "444444", [3.5], status="running", worker="w", node="good"))
+    searcher.suggest("good")
+    for name, node in (("a", "bad"), ("b", "good"), ("c", "bad"), ("d", "good")):
+        failing(searcher, job, name, node)
+    searcher.on_trial_result("good", {METRIC: 3.0, TIME: 2, "loss": 3.0})
+    failing(searcher, job, "e", "good")
+    assert not halt.requested, "two in a row on each"
+    failing(searcher, job, "f", "bad")
+    assert halt.requested and not halt.interrupted
+    failures = {record.index: record.failure for record in read_trials(job.trials)}
+    assert failures == {0: None, 1: "machine", 2: "error", 3: "machine", 4: "error", 5: "error", 6: "machine"}
+    assert read_trial(job.trials, 3).reason == "3 trials in a row failed on bad, trial 3 with error c"
+    ledger, _ = take_up(job, RandomProposer(job.space, seed=0))
+    assert [index for index, *_ in suggested(ledger)][:4] == [0, 1, 3, 6], "by the next command, before new plans"
+
+
+def test_a_damaged_file_ends_the_search_before_every_trial_has_met_it(tmp_path: Path) -> None:
+    job = job_of(tmp_path)
+    searcher, halt, _ = searcher_of(job)
+    failing(searcher, job, "a", "node", "damaged")
+    assert halt.requested
+
+
 # ---- trials that wait for a machine
 
 

@@ -42,6 +42,8 @@ from qpruner.search.tune.nodes import stays
 
 MAX_KILLS = 3
 """Deaths of its worker process that a trial may run through without a rung between them, on machines that live on."""
+MAX_ERRORS = 3
+"""Trials that may end in an error on one machine without a rung of any there, before the machine is what is broken."""
 
 
 class PlanSearcher(LivesInDriver, Searcher):  # type: ignore[misc]
@@ -54,6 +56,7 @@ class PlanSearcher(LivesInDriver, Searcher):  # type: ignore[misc]
         self._keys = tuple(f"bits/{name}" for name in job.space.groups)
         self._live: dict[str, Suggestion] = {}
         self._hung: set[str] = set()
+        self._failed_on: dict[str | None, list[TrialRecord]] = {}
         recorded = read_trials(job.trials)
         self._done = sum(1 for record in recorded if job.owns(record) and record.status != "running")
         self._clock = _Clock(job, recorded)
@@ -97,6 +100,7 @@ class PlanSearcher(LivesInDriver, Searcher):  # type: ignore[misc]
             Observation(suggestion.index, suggestion.plan, int(result[TIME]), float(result[METRIC]), stderr)
         )
         record = read_trial(self._job.trials, suggestion.index)
+        self._failed_on.pop(record.node, None)
         self._clock.tick(record)
         self._emit(TrialChanged(record))
 
@@ -126,8 +130,10 @@ class PlanSearcher(LivesInDriver, Searcher):  # type: ignore[misc]
         self._done += 1
         self._emit(TrialChanged(record))
         self._emit(Progress("search", self._done, self._job.config.search.num_trials))
-        if record.failure == "storage":
+        if record.failure in ("storage", "damaged"):
             self._halt.requested = True
+        elif record.failure == "error":
+            self._suspect(record)
 
     def is_recalled(self, trial_id: str) -> bool:
         """Whether a trial that waits for a machine is not to start any more."""
@@ -147,6 +153,20 @@ class PlanSearcher(LivesInDriver, Searcher):  # type: ignore[misc]
     def hangs(self, trial_id: str) -> None:
         """Tell that a trial is killed for want of progress."""
         self._hung.add(trial_id)
+
+    def _suspect(self, record: TrialRecord) -> None:
+        """Halt where one trial after the other fails on one machine, which takes the next plan as soon as it is free;
+        those trials are tried again when the command is repeated."""
+        failed = self._failed_on.setdefault(record.node, [])
+        failed.append(record)
+        if len(failed) < MAX_ERRORS:
+            return
+        self._halt.requested = True
+        what = f"{len(failed)} trials in a row failed on {record.node}"
+        for each in failed:
+            reason = f"{what}, trial {each.index} with {each.reason}"
+            write_trial(self._job.trials, each.model_copy(update={"failure": "machine", "reason": reason}))
+        self._emit(Message("search", f"warning: {what}; running rungs finish, nothing new starts"))
 
     def _stopped(self, record: TrialRecord) -> TrialRecord:
         reason = f"stopped by ASHA at step {record.rungs[-1].step}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 import socket
 
 import ray
@@ -9,6 +10,12 @@ from ray._private.state import state
 
 ANSWER_SECONDS = 2.0
 """A machine that takes no connection for this long is taken for gone."""
+
+
+def own_name() -> str:
+    """This machine's name for people, as the look at the nodes has it."""
+    node_id = ray.get_runtime_context().get_node_id()
+    return f"{ray.util.get_node_ip_address()} ({platform.node()}, {node_id[:8]})"
 
 
 def stays(node_id: str) -> bool:

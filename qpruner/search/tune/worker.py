@@ -33,7 +33,7 @@ from qpruner.search.trial_records import (
     write_trial,
 )
 from qpruner.search.tune.job import METRIC, TIME, SearchJob, params_to_plan, smaller_batch
-from qpruner.search.tune.nodes import stays
+from qpruner.search.tune.nodes import own_name, stays
 
 Failure = Literal["infeasible", "diverged", "storage", "damaged", "error"]
 
@@ -91,7 +91,8 @@ class _RecordedTrial:
         self._node = ray.get_runtime_context().get_node_id()
         self._beats, self._told = 0, float("-inf")
         begun = {} if self._record.rungs else {"times": (time.time(),)}  # it may have waited long for a machine
-        self._record = self._record.model_copy(update={"worker": uuid.uuid4().hex} | begun)
+        ours = {"worker": uuid.uuid4().hex, "node": own_name()}
+        self._record = self._record.model_copy(update=ours | begun)
         write_trial(job.trials, self._record)
         self._progress(self._record.rungs[-1].step if self._record.rungs else 0)
 
