@@ -375,6 +375,21 @@ def test_a_storage_that_is_away_for_a_while_is_waited_for(
     assert rungs_of(process.run) == rungs_of(undisturbed)
 
 
+def test_a_trial_that_begins_while_the_storage_is_away_waits_for_it(
+    disk: Path, measured: Path, tiny_model: Path
+) -> None:
+    """Its worker starts within seconds of its record, and looks for the storage first."""
+    shutil.copytree(measured, disk / "run")
+    config = search_config(tiny_model, disk, **{"search.max_trials": 1})
+    with driver(config, QPRUNER_STORAGE_PATIENCE_SECONDS="60") as process:
+        process.wait_until(lambda: list(process.run.glob("trials/*/0000/trial.json")), "the first plan handed out")
+        subprocess.run(["mount", "-t", "tmpfs", "-o", "ro", "qpruner-away", disk / "run"], check=True)
+        time.sleep(15)
+        subprocess.run(["umount", disk / "run"], check=True)
+        record = finished(process)
+    assert record["num_finished"] == 1 and record["failures"] == {}
+
+
 # ---- machines
 
 
