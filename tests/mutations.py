@@ -73,6 +73,18 @@ MUTATIONS = {
         'if record.failure == "storage":',
         f"{STAGE}::test_a_damaged_file_ends_the_search_before_every_trial_has_met_it",
     ),
+    "a damaged sign of life ends the search": Mutation(
+        "qpruner/search/trial_records.py",
+        "with contextlib.suppress(ValidationError):",
+        "with contextlib.suppress(OSError):",
+        f"{STAGE}::test_a_damaged_sign_of_life_is_none",
+    ),
+    "a damaged clock ends the search": Mutation(
+        "qpruner/search/trial_records.py",
+        "        where = set_aside(_clock_path(folder, search), folder)\n",
+        "        raise\n",
+        f"{STAGE}::test_of_a_damaged_clock_the_search_has_the_time_of_its_trials",
+    ),
     "workers stay on a machine that is drained": Mutation(
         WORKER,
         "if not stays(ray.get_runtime_context().get_node_id()):",
@@ -105,7 +117,7 @@ MUTATIONS = {
     ),
     "a damaged checkpoint is read": Mutation(
         "qpruner/pipeline/search.py",
-        "    set_aside_damaged(context.run_dir.trials / trials_digest, tell)\n",
+        "    set_aside_damaged(context.run_dir.trials / trials_digest, search_digest, tell)\n",
         "",
         f"{SEARCH}::test_a_checkpoint_with_a_flipped_bit_is_named_and_its_trial_starts_anew",
     ),
@@ -144,6 +156,24 @@ MUTATIONS = {
         "if number in AWAY:",
         "if False:",
         f"{SEARCH}::test_a_storage_that_is_away_for_a_while_is_waited_for",
+    ),
+    "a storage that is away when a trial begins ends the search": Mutation(
+        "qpruner/execution/testimony.py",
+        "        patiently(look_again, folder)\n",
+        "        look_again()\n",
+        f"{SEARCH}::test_a_trial_that_begins_while_the_storage_is_away_waits_for_it",
+    ),
+    "a trial's rows must be there at once": Mutation(
+        "qpruner/data.py",
+        "folder, was_there=True\n",
+        "folder\n",
+        "tests/test_patience.py::test_what_a_trial_reads_when_it_begins_is_waited_for",
+    ),
+    "a trial's tensors must be there at once": Mutation(
+        "qpruner/quantization/bank.py",
+        "path, was_there=True) if entry",
+        "path) if entry",
+        "tests/test_patience.py::test_what_a_trial_reads_when_it_begins_is_waited_for",
     ),
     "finished trials are not recalled": Mutation(
         "qpruner/search/tune/resume.py",

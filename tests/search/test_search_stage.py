@@ -511,12 +511,42 @@ def test_a_damaged_record_is_set_aside_and_only_its_trial_is_run_again(tmp_path:
     whole = path.read_bytes()
     path.write_bytes(whole[:-20])
     told: list[str] = []
-    set_aside_damaged(job.trials, told.append)
+    set_aside_damaged(job.trials, job.search, told.append)
     assert len(told) == 1 and str(path) in told[0] and "that trial is run again" in told[0]
     assert [record.index for record in read_trials(job.trials)] == [0]
     (kept,) = job.trials.glob("damaged/*/trial.json")
     assert kept.read_bytes() == whole[:-20]
     assert suggested(ledger_of(job))[0][0] == 1, "its number is free again"
+
+
+@pytest.mark.parametrize("text", ["", '{"sec', '{"sessions": 1}', "\0" * 200])
+def test_of_a_damaged_clock_the_search_has_the_time_of_its_trials(text: str, tmp_path: Path) -> None:
+    """Two of them at once from 10 to 40, one from 50 to 60."""
+    job = job_of(tmp_path)
+    write_trial(job.trials, trial(0, "444444", [3, 3, 3], times=(10.0, 30.0)))
+    write_trial(job.trials, trial(1, "844444", [3, 3, 3], times=(20.0, 40.0)))
+    write_trial(job.trials, trial(2, "484444", [3, 3, 3], times=(50.0, 60.0)))
+    write_trial(job.trials, trial(3, "448444", [3, 3, 3], ANOTHER, times=(0.0, 99.0)))
+    clock = job.trials / f"search-{MINE}.json"
+    clock.write_text(text)
+    told: list[str] = []
+    set_aside_damaged(job.trials, job.search, told.append)
+    assert len(told) == 1 and str(clock) in told[0] and "damaged" in told[0]
+    assert read_seconds(job.trials, job.search) == 40.0
+    set_aside_damaged(job.trials, job.search, told.append)
+    assert len(told) == 1, "whole again"
+
+
+@pytest.mark.parametrize("text", ["", '{"node": "a", "pi', '{"seconds": 1.0}', "\0" * 200])
+def test_a_damaged_sign_of_life_is_none(text: str, tmp_path: Path) -> None:
+    """It is not made durable, so a machine that crashes may leave one."""
+    job = job_of(tmp_path)
+    searcher, _, _ = searcher_of(job, trial(0, "444444", [3.5], status="running", worker="w"))
+    searcher.suggest("a")
+    (job.trials / "0000" / "pulse.json").write_text(text)
+    assert read_pulses(job.trials, [0]) == [None]
+    searcher.on_trial_complete("a", error=True)
+    assert read_trial(job.trials, 0).kills == 1
 
 
 @pytest.mark.parametrize("damage", ["flipped", "missing", None])
@@ -532,7 +562,7 @@ def test_a_trial_whose_checkpoint_is_damaged_starts_anew(damage: str | None, tmp
     elif damage == "missing":
         shutil.rmtree(checkpoint)
     told: list[str] = []
-    set_aside_damaged(job.trials, told.append)
+    set_aside_damaged(job.trials, job.search, told.append)
     (found,) = read_trials(job.trials)
     if damage is None:
         assert told == [] and len(found.rungs) == 2
