@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import logging
 import os
 import shutil
 import time
@@ -24,6 +25,7 @@ from qpruner.records import RungResult, TrialPulse
 from qpruner.rundir import folder_digests, publish_folder, remove, sign_seconds
 from qpruner.search.trial_job import TrialJob
 from qpruner.search.trial_records import (
+    begin_anew_if_damaged,
     checkpoint_of,
     objective,
     read_pulse,
@@ -34,6 +36,8 @@ from qpruner.search.trial_records import (
 )
 from qpruner.search.tune.job import METRIC, TIME, SearchJob, params_to_plan, smaller_batch
 from qpruner.search.tune.nodes import own_name, stays
+
+logger = logging.getLogger(__name__)
 
 Failure = Literal["infeasible", "diverged", "storage", "damaged", "error"]
 
@@ -83,6 +87,8 @@ class _RecordedTrial:
     def __init__(self, params: dict[str, Any], job: SearchJob) -> None:
         self._job, self._plan = job, params_to_plan(params)
         self._record = read_trial(job.trials, params["trial"])
+        if begin_anew_if_damaged(job.trials, self._record, logger.warning):
+            self._record = read_trial(job.trials, params["trial"])
         # What an earlier process held since its last rung is in its pulse alone.
         spent = [each for each in (self._record, read_pulse(job.trials, self._record.index)) if each]
         self._before = max(each.seconds for each in spent), max(each.gpu_seconds for each in spent)
