@@ -57,7 +57,7 @@ MUTATIONS = {
     ),
     "a machine's death is held against its trial": Mutation(
         DRIVER,
-        "if pulse is not None and not stays(pulse.node):",
+        "if node is not None and not stays(node):",
         "if False:",
         f"{SEARCH}::test_a_trial_whose_machine_dies_goes_on_elsewhere_and_that_is_not_held_against_it",
     ),
@@ -84,6 +84,18 @@ MUTATIONS = {
         "        where = set_aside(_clock_path(folder, search), folder)\n",
         "        raise\n",
         f"{STAGE}::test_of_a_damaged_clock_the_search_has_the_time_of_its_trials",
+    ),
+    "a machine's death is held against a trial whose worker was young": Mutation(
+        "qpruner/search/tune/nodes.py",
+        'return table.get("Address", {}).get("NodeID") or None',
+        "return None",
+        f"{SEARCH}::test_a_machine_that_dies_before_its_worker_has_told_anything_is_not_held_against_the_trial",
+    ),
+    "a checkpoint is compared when a command begins alone": Mutation(
+        WORKER,
+        "if begin_anew_if_damaged(job.trials, self._record, logger.warning):",
+        "if False:",
+        f"{SEARCH}::test_a_checkpoint_that_is_damaged_while_the_search_runs_is_not_gone_on_from",
     ),
     "workers stay on a machine that is drained": Mutation(
         WORKER,

@@ -169,15 +169,33 @@ def test_ctrl_c_twice_leaves_at_once_and_can_go_on(config: Path, undisturbed: Pa
     assert rungs_of(process.run) == rungs_of(undisturbed)
 
 
+def flip_a_bit(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def test_a_checkpoint_that_is_damaged_while_the_search_runs_is_not_gone_on_from(
+    config: Path, undisturbed: Path
+) -> None:
+    with driver(config) as process:
+        pid = between(process, 1)
+        os.kill(pid, signal.SIGSTOP)  # it would replace the checkpoint at its next rung
+        (weights,) = process.run.glob("trials/*/0001/checkpoint-*/optimizer.pt")
+        flip_a_bit(weights)
+        os.kill(pid, signal.SIGKILL)
+        finished(process)
+    assert len(list(process.run.glob("trials/*/damaged/0001-checkpoint-*/optimizer.pt"))) == 1
+    assert rungs_of(process.run) == rungs_of(undisturbed)
+
+
 def test_a_checkpoint_with_a_flipped_bit_is_named_and_its_trial_starts_anew(config: Path, undisturbed: Path) -> None:
     with driver(config) as process:
         between(process, 1)
         process.interrupt()
         process.end()
     (weights,) = process.run.glob("trials/*/0001/checkpoint-*/optimizer.pt")
-    content = bytearray(weights.read_bytes())
-    content[len(content) // 2] ^= 1
-    weights.write_bytes(content)
+    flip_a_bit(weights)
     with driver(config) as process:
         finished(process)
         assert f"{weights.parent} is damaged: set aside in" in process.said()
@@ -414,6 +432,27 @@ def test_a_trial_whose_machine_dies_goes_on_elsewhere_and_that_is_not_held_again
     assert rungs_of(process.run) == rungs_of(undisturbed)
     assert record["failures"] == {}
     assert process.said().count("trial 1 lost its worker and goes on from step") == MAX_KILLS + 1
+
+
+def test_a_machine_that_dies_before_its_worker_has_told_anything_is_not_held_against_the_trial(
+    config: Path, tiny_model: Path, tmp_path: Path
+) -> None:
+    """A worker imports for seconds before it can say where it is."""
+    config = search_config(tiny_model, tmp_path, **{"search.max_trials": 1})
+
+    def begins(node: Any) -> bool:
+        workers = psutil.Process(node.all_processes["raylet"][0].process.pid).children()
+        return any("ImplicitFunc" in " ".join(worker.cmdline()) for worker in workers)
+
+    with raylets(MAX_KILLS + 1) as cluster, driver(config, "--address", cluster.address) as process:
+        for _ in range(MAX_KILLS):
+            cluster.kill_machine(
+                process.wait_until(lambda: next(filter(begins, cluster.nodes), None), "a young worker")
+            )
+            assert not list(process.run.glob("trials/*/0000/pulse.json"))
+        finished(process)
+        assert process.said().count("trial 0 lost its worker and goes on from its start") == MAX_KILLS
+    assert trials_of(process.run)[0]["status"] == "finished"
 
 
 def test_trials_leave_a_machine_that_is_drained_and_that_is_not_held_against_them(

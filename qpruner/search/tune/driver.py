@@ -38,7 +38,7 @@ from qpruner.search.tune.job import (
     observations_of,
     smaller_batch,
 )
-from qpruner.search.tune.nodes import stays
+from qpruner.search.tune.nodes import node_in, stays
 
 MAX_KILLS = 3
 """Deaths of its worker process that a trial may run through without a rung between them, on machines that live on."""
@@ -56,6 +56,7 @@ class PlanSearcher(LivesInDriver, Searcher):  # type: ignore[misc]
         self._keys = tuple(f"bits/{name}" for name in job.space.groups)
         self._live: dict[str, Suggestion] = {}
         self._hung: set[str] = set()
+        self._died_on: dict[str, str] = {}
         self._failed_on: dict[str | None, list[TrialRecord]] = {}
         recorded = read_trials(job.trials)
         self._done = sum(1 for record in recorded if job.owns(record) and record.status != "running")
@@ -115,7 +116,7 @@ class PlanSearcher(LivesInDriver, Searcher):  # type: ignore[misc]
             return
         if record.status == "running":
             # A trial's own errors are in its record: this one's process was killed, or never came up.
-            record = self._killed(record, trial_id in self._hung) if error else self._stopped(record)
+            record = self._killed(record, trial_id) if error else self._stopped(record)
         if record.is_over:
             record = record.model_copy(update={"times": (*record.times, time.time())})
         write_trial(self._job.trials, record)
@@ -150,6 +151,13 @@ class PlanSearcher(LivesInDriver, Searcher):  # type: ignore[misc]
         self._ledger.withdraw(suggestion)
         self._emit(TrialWithdrawn(suggestion.index))
 
+    def hear(self, trial_id: str, error: str) -> None:
+        """Take the error that a trial is about to end in."""
+        self._halt.hear(error)
+        node = node_in(error)
+        if node:
+            self._died_on[trial_id] = node
+
     def hangs(self, trial_id: str) -> None:
         """Tell that a trial is killed for want of progress."""
         self._hung.add(trial_id)
@@ -172,16 +180,16 @@ class PlanSearcher(LivesInDriver, Searcher):  # type: ignore[misc]
         reason = f"stopped by ASHA at step {record.rungs[-1].step}"
         return record.model_copy(update={"status": "stopped", "reason": reason})
 
-    def _killed(self, record: TrialRecord, hung: bool) -> TrialRecord:
+    def _killed(self, record: TrialRecord, trial_id: str) -> TrialRecord:
         """The record of a trial whose worker is dead: hung, lost too often, or to go on elsewhere."""
-        pulse = read_pulse(self._job.trials, record.index)
-        record = _as_last_seen(record, pulse)
-        if hung:
+        record = _as_last_seen(record, read_pulse(self._job.trials, record.index))
+        if trial_id in self._hung:
             limit = self._job.config.search.trial_timeout_seconds
             reason = f"no progress for {limit:g} s (`search.trial_timeout_seconds`); its worker was killed"
             return record.model_copy(update={"status": "failed", "failure": "hung", "reason": reason})
         # What dies with its machine, or leaves one that is about to go, says nothing of the trial.
-        if pulse is not None and not stays(pulse.node):
+        node = self._died_on.pop(trial_id, None)
+        if node is not None and not stays(node):
             return record
         return _with_kill(record, "lost", "its worker process died {} times in a row")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+import re
 import socket
 
 import ray
@@ -16,6 +17,16 @@ def own_name() -> str:
     """This machine's name for people, as the look at the nodes has it."""
     node_id = ray.get_runtime_context().get_node_id()
     return f"{ray.util.get_node_ip_address()} ({platform.node()}, {node_id[:8]})"
+
+
+def node_in(error: str) -> str | None:
+    """Ray's id of the machine of the actor that an error names, dead or alive; None where it names none.
+
+    A worker that dies young has told nothing itself: not where it was either.
+    """
+    found = re.search(r"\bactor_id[:=] ?([0-9a-f]+)", error)
+    table = state.actor_table(found[1]) if found else {}
+    return table.get("Address", {}).get("NodeID") or None
 
 
 def stays(node_id: str) -> bool:
