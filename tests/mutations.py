@@ -19,6 +19,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 SEARCH = "tests/faults/test_search_faults.py"
+PLACES = "tests/execution/test_placement.py"
 STAGE = "tests/search/test_search_stage.py"
 STORE = "tests/faults/test_object_store_faults.py"
 STAGES = "tests/test_faults.py"
@@ -65,7 +66,7 @@ MUTATIONS = {
         DRIVER,
         "if len(failed) < MAX_ERRORS:",
         "if True:",
-        f"{STAGE}::test_a_machine_on_which_every_trial_fails_ends_the_search_and_costs_no_plan",
+        f"{PLACES}::test_a_machine_with_a_broken_gpu_ends_the_search_and_its_trials_run_when_it_is_mended",
     ),
     "a damaged file is met by one trial after the other": Mutation(
         DRIVER,
@@ -102,6 +103,12 @@ MUTATIONS = {
         "if not stays(ray.get_runtime_context().get_node_id()):",
         "if False:",
         f"{SEARCH}::test_trials_leave_a_machine_that_is_drained_and_that_is_not_held_against_them",
+    ),
+    "a worker that loses its trial while it copies publishes": Mutation(
+        WORKER,
+        "        self._check_that_it_is_ours()\n        publish_folder",
+        "        publish_folder",
+        f"{PLACES}::test_a_worker_that_loses_its_trial_while_it_copies_a_checkpoint_publishes_nothing",
     ),
     "a worker that comes back writes": Mutation(
         WORKER,
@@ -186,6 +193,12 @@ MUTATIONS = {
         "path, was_there=True) if entry",
         "path) if entry",
         "tests/test_patience.py::test_what_a_trial_reads_when_it_begins_is_waited_for",
+    ),
+    "a search ends with the trials of an empty folder": Mutation(
+        "qpruner/search/tune/__init__.py",
+        "    wait_for_storage(job.trials, job.search)\n    recorded",
+        "    recorded",
+        f"{STAGE}::test_a_search_that_ends_while_the_storage_is_away_does_not_end_without_its_trials",
     ),
     "finished trials are not recalled": Mutation(
         "qpruner/search/tune/resume.py",

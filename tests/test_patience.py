@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -13,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import disk_of, full_until_noticed
+from conftest import away, disk_of, full_until_noticed
 from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from tokenizers.models import BPE
@@ -50,13 +49,6 @@ def full(disk: Path) -> Iterator[Callable[[], None]]:
     filler.write_bytes(b"\0" * shutil.disk_usage(disk).free)
     yield filler.unlink
     filler.unlink(missing_ok=True)
-
-
-@contextmanager
-def away(disk: Path) -> Iterator[Callable[[], None]]:
-    """Covered by an empty read-only file system until what is handed out is called."""
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "ro", "qpruner-away", disk], check=True)
-    yield lambda: subprocess.run(["umount", disk], check=True) and None
 
 
 def test_what_a_trial_reads_when_it_begins_is_waited_for(disk: Path) -> None:

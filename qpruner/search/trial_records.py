@@ -166,6 +166,11 @@ def begin_session(trials: Path, search: str) -> int:
     return clock.sessions + 1
 
 
+def wait_for_storage(trials: Path, search: str) -> None:
+    """Wait until what `begin_session` wrote is there: a storage that is away may show a folder without trials."""
+    read_written(_clock_path(trials, search), SearchClock)
+
+
 def objective(result: RungResult | FreshScore, config: RunConfig) -> float:
     """What is minimized: the loss, or one minus the accuracy."""
     if config.search.metric == "loss":

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import pickle
 import shutil
+import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -16,7 +17,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import DEMO_DATA, raw_config, with_key
+from conftest import DEMO_DATA, away, raw_config, with_key
 from object_store import object_store, talk_to
 
 from qpruner.config import validate_config
@@ -33,6 +34,7 @@ from qpruner.search.trial import run_trial
 from qpruner.search.trial_job import Materials
 from qpruner.search.trial_records import (
     begin_anew_if_damaged,
+    begin_session,
     read_pulses,
     read_seconds,
     read_trial,
@@ -42,7 +44,7 @@ from qpruner.search.trial_records import (
     write_seconds,
     write_trial,
 )
-from qpruner.search.tune import SearchJob
+from qpruner.search.tune import SearchJob, _outcome
 from qpruner.search.tune.driver import HangWatch, PlanSearcher, killed_for_memory
 from qpruner.search.tune.halt import Halt
 from qpruner.search.tune.job import METRIC, TIME
@@ -433,6 +435,17 @@ def test_a_damaged_file_ends_the_search_before_every_trial_has_met_it(tmp_path: 
     searcher, halt, _ = searcher_of(job)
     failing(searcher, job, "a", "node", "damaged")
     assert halt.requested
+
+
+def test_a_search_that_ends_while_the_storage_is_away_does_not_end_without_its_trials(tmp_path: Path) -> None:
+    """An unmounted folder is an empty one."""
+    job = job_of(tmp_path)
+    begin_session(job.trials, job.search)
+    write_trial(job.trials, trial(0, "444444", [3, 3, 3]))
+    with away(job.trials) as end:
+        threading.Timer(0.3, end).start()
+        outcome = _outcome(job, "", 1)
+    assert [each.index for each in outcome.trials] == [0]
 
 
 # ---- trials that wait for a machine

@@ -38,7 +38,14 @@ from qpruner.search.searchers import (
     ScalarizedProposer,
     check_searcher,
 )
-from qpruner.search.trial_records import begin_session, read_seconds, read_trials, remedy_of, write_trial
+from qpruner.search.trial_records import (
+    begin_session,
+    read_seconds,
+    read_trials,
+    remedy_of,
+    wait_for_storage,
+    write_trial,
+)
 from qpruner.search.tune.asha import RecordedAsha
 from qpruner.search.tune.driver import Forgetful, HangWatch, PlanSearcher, killed_for_memory, victims
 from qpruner.search.tune.halt import Halt
@@ -103,6 +110,7 @@ def _fit(job: SearchJob, room: Callable[[], int], emit: Emit, halt: Halt, tracke
     """One session of Ray Tune, from the records to the last trial; returns why there are no more."""
     settings = job.config.search
     proposer = make_proposer(settings.searcher, job.space, job.config.seed, job.priors, settings.pareto)
+    wait_for_storage(job.trials, job.search)
     ledger, recorded = take_up(job, proposer)
     searcher = PlanSearcher(job, ledger, room, emit, halt)
     watch = HangWatch(job, searcher, emit)
@@ -144,6 +152,7 @@ def _outcome(job: SearchJob, ended: str, sessions: int) -> SearchOutcome:
     Raises:
         StageError: If trials failed for want of storage, for a damaged file or for a broken machine.
     """
+    wait_for_storage(job.trials, job.search)
     recorded = read_trials(job.trials)
     trials = [trial for trial in recorded if job.owns(trial)][: job.config.search.max_trials]
     mendable = [trial for trial in trials if trial.can_be_mended]

@@ -135,13 +135,15 @@ class _RecordedTrial:
         return config.model_copy(update={"training": training, "evaluate": evaluate})
 
     def _report(self, result: RungResult, checkpoint: Path) -> None:
-        self._check_that_it_is_ours()
         target = trial_folder(self._job.trials, self._record.index) / f"checkpoint-{result.step}"
-        aside = patiently(lambda: _beside(checkpoint, target), target)
+        aside = patiently(lambda: _beside(checkpoint, target, str(self._record.worker)), target)
         digests = folder_digests(aside)
+        # Asked again where it counts: copying took its time, and so does publishing.
+        self._check_that_it_is_ours()
         publish_folder(aside, target)
         old = checkpoint_of(self._job.trials, self._record)
         ended = result.step >= self._job.config.search.steps
+        self._check_that_it_is_ours()
         self._write(
             rungs=(*self._record.rungs, result),
             checkpoint=digests,
@@ -210,10 +212,12 @@ def diagnosis(error: Exception) -> tuple[Failure, str]:
     return ("storage", trouble.cause) if trouble else ("error", line)
 
 
-def _beside(checkpoint: Path, target: Path) -> Path:
-    """Copy a checkpoint next to its final place, so that the last step is a rename where there are any."""
-    aside = workplace(target.with_name(f".{target.name}"))
-    shutil.rmtree(aside, ignore_errors=True)
+def _beside(checkpoint: Path, target: Path, worker: str) -> Path:
+    """Copy a checkpoint next to its final place, so that the last step is a rename where there are any; what workers
+    before this one left there is dropped."""
+    aside = workplace(target.with_name(f".{target.name}.{worker}"))
+    for left in aside.parent.glob(f".{target.name}.*"):
+        shutil.rmtree(left, ignore_errors=True)
     # training_args.bin is a pickle that nothing reads; it stays out of the run's storage.
     shutil.copytree(checkpoint, aside, ignore=shutil.ignore_patterns("training_args.bin", "README.md"))
     return aside
