@@ -365,6 +365,7 @@ def publish_folder(scratch: Path, target: Path) -> None:
     if is_mirror(target):
         put_folder(scratch, target)
         shutil.rmtree(scratch)
+        list_beside(scratch).unlink(missing_ok=True)
         return
 
     def make_durable() -> None:

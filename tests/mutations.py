@@ -42,6 +42,7 @@ class Mutation:
     test: str
 
 
+FINISH = "qpruner/pipeline/finish.py"
 DRIVER, WORKER = "qpruner/search/tune/driver.py", "qpruner/search/tune/worker.py"
 MUTATIONS = {
     "a killed worker's trial starts anew": Mutation(
@@ -229,6 +230,18 @@ MUTATIONS = {
         "        _compare(listed, each(lambda name: _digest(folder / name), list(listed.sha256)), folder)\n",
         "",
         f"{STAGES}::test_a_damaged_model_is_named_and_set_aside_and_it_alone_is_made_again",
+    ),
+    "a damaged final model is recorded all the same": Mutation(
+        FINISH,
+        " or not _is_there(context, final):",
+        ":",
+        "tests/pipeline/test_finish.py::test_an_interrupted_comparison_goes_on_with_what_is_left",
+    ),
+    "the record of one final model stands while another is written": Mutation(
+        FINISH,
+        '        context.run_dir.forget("finetune")  # what it vouches for is about to be written over\n',
+        "",
+        "tests/pipeline/test_finish.py::test_an_interrupted_comparison_goes_on_with_what_is_left",
     ),
     "two drivers share a run": Mutation(
         "qpruner/runlock.py",
