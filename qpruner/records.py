@@ -227,6 +227,8 @@ class TrialPulse(BaseModel):
     seconds: float = 0.0
     """Of the trial, all sessions together: what it has taken by now, its last rung or not."""
     gpu_seconds: float = 0.0
+    kernel_kills: int | None = None
+    """Processes that the machine's kernel had killed for want of memory by then."""
 
 
 class SearchClock(BaseModel):

@@ -159,6 +159,12 @@ MUTATIONS = {
         "return False",
         f"{SEARCH}::test_a_trial_that_runs_out_of_memory_goes_on_with_less_of_it_or_is_infeasible",
     ),
+    "what the kernel kills for memory is lost": Mutation(
+        DRIVER,
+        "if pulse and pulse.node == node and (kernel_kills_on(node) or 0) > (pulse.kernel_kills or 0):",
+        "if False:",
+        f"{SEARCH}::test_a_trial_that_the_kernel_kills_for_memory_goes_on_with_less_of_it",
+    ),
     "all pay for the one that Ray killed for memory": Mutation(
         DRIVER,
         "return named or list(running)",

@@ -344,6 +344,42 @@ def test_a_trial_that_runs_out_of_memory_goes_on_with_less_of_it_or_is_infeasibl
         assert found["loss"] == pytest.approx(whole["loss"], rel=2e-3)
 
 
+GROUPS = Path("/sys/fs/cgroup/memory"), Path("/sys/fs/cgroup")
+"""Where the kernel counts memory of groups of processes: of version 1, else of version 2."""
+
+
+@pytest.fixture
+def group() -> Iterator[Path]:
+    """A group of processes with a limit of its own: the file that sets it. The group's name is its folder's."""
+    base, name = (GROUPS[0], "memory.limit_in_bytes") if GROUPS[0].is_dir() else (GROUPS[1], "memory.max")
+    folder = base / f"qpruner-{os.getpid()}"
+    try:
+        folder.mkdir()
+    except OSError as error:
+        pytest.skip(f"no groups can be made here: {error}")
+    try:
+        if not (folder / name).exists():
+            pytest.skip("groups have no limit of memory here")
+        yield folder / name
+    finally:
+        folder.rmdir()
+
+
+def test_a_trial_that_the_kernel_kills_for_memory_goes_on_with_less_of_it(
+    group: Path, big: Path, tiny_model: Path, tmp_path: Path
+) -> None:
+    """What it takes from its first sign of life on counts; the process that goes on is not in the group."""
+    shutil.copytree(big / "measured" / "run", tmp_path / "run")
+    with driver(search_config(tiny_model, tmp_path, **BIG)) as process:
+        pulse = process.wait_until(lambda: next(process.run.glob("trials/*/0000/pulse.json"), None), "the first pulse")
+        group.write_text(str(20 * 2**20))
+        (group.parent / "cgroup.procs").write_text(str(json.loads(pulse.read_text())["pid"]))
+        finished(process)
+        assert "trial 0 lost its worker and goes on from its start" in process.said()
+    trial = trials_of(process.run)[0]
+    assert (trial["status"], trial["micro_batch_size"]) == ("finished", 16)
+
+
 # ---- storage
 
 

@@ -38,7 +38,7 @@ from qpruner.search.tune.job import (
     observations_of,
     smaller_batch,
 )
-from qpruner.search.tune.nodes import node_in, stays
+from qpruner.search.tune.nodes import kernel_kills_on, node_in, stays
 
 MAX_KILLS = 3
 """Deaths of its worker process that a trial may run through without a rung between them, on machines that live on."""
@@ -182,7 +182,8 @@ class PlanSearcher(LivesInDriver, Searcher):  # type: ignore[misc]
 
     def _killed(self, record: TrialRecord, trial_id: str) -> TrialRecord:
         """The record of a trial whose worker is dead: hung, lost too often, or to go on elsewhere."""
-        record = _as_last_seen(record, read_pulse(self._job.trials, record.index))
+        pulse = read_pulse(self._job.trials, record.index)
+        record = _as_last_seen(record, pulse)
         if trial_id in self._hung:
             limit = self._job.config.search.trial_timeout_seconds
             reason = f"no progress for {limit:g} s (`search.trial_timeout_seconds`); its worker was killed"
@@ -191,6 +192,8 @@ class PlanSearcher(LivesInDriver, Searcher):  # type: ignore[misc]
         node = self._died_on.pop(trial_id, None)
         if node is not None and not stays(node):
             return record
+        if pulse and pulse.node == node and (kernel_kills_on(node) or 0) > (pulse.kernel_kills or 0):
+            return killed_for_memory(record, self._job, "the kernel")
         return _with_kill(record, "lost", "its worker process died {} times in a row")
 
     def save(self, checkpoint_path: str) -> None:
@@ -228,13 +231,13 @@ def victims(told: str, running: Sequence[TrialRecord], trials: Path) -> list[Tri
     return named or list(running)
 
 
-def killed_for_memory(record: TrialRecord, job: SearchJob) -> TrialRecord:
-    """The record of a trial whose worker Ray killed because its machine ran out of memory."""
+def killed_for_memory(record: TrialRecord, job: SearchJob, by: str = "Ray") -> TrialRecord:
+    """The record of a trial whose worker was killed, by Ray or the kernel, because its machine ran out of memory."""
     record = _as_last_seen(record, read_pulse(job.trials, record.index))
     smaller = smaller_batch(record, job.config)
     if smaller is not None:
         record = record.model_copy(update={"micro_batch_size": smaller})
-    return _with_kill(record, "infeasible", "out of memory: Ray killed its worker {} times in a row")
+    return _with_kill(record, "infeasible", f"out of memory: {by} killed its worker {{}} times in a row")
 
 
 def _with_kill(record: TrialRecord, failure: str, reason: str) -> TrialRecord:

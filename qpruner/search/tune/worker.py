@@ -18,7 +18,7 @@ from ray import cloudpickle, tune
 
 from qpruner.config import RunConfig
 from qpruner.errors import CorruptFile, StorageError, TrainingDiverged
-from qpruner.memory import PeakMemory, is_out_of_memory, release
+from qpruner.memory import PeakMemory, is_out_of_memory, kernel_kills, release
 from qpruner.mirror import fetch, workplace
 from qpruner.patience import patiently, storage_error
 from qpruner.records import RungResult, TrialPulse
@@ -171,6 +171,7 @@ class _RecordedTrial:
             step=step,
             beats=self._beats,
             peak_memory_bytes=self._memory.bytes(),
+            kernel_kills=kernel_kills(),
             **self._spent(),
         )
         write_pulse(self._job.trials, self._record.index, pulse)
