@@ -386,6 +386,8 @@ def load_encoded(folder: Path) -> list[dict[str, list[int]]]:
     import datasets
 
     try:
-        return [dict(row) for row in datasets.load_from_disk(str(fetch(folder)))]
+        return patiently(
+            lambda: [dict(row) for row in datasets.load_from_disk(str(fetch(folder)))], folder, was_there=True
+        )
     except (OSError, ValueError, KeyError) as error:  # pyarrow's errors are among them
         raise CorruptFile(f"the encoded rows in {folder} cannot be read: {error}", folder) from error

@@ -5,11 +5,12 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import gc
+import re
 import resource
 import sys
 from pathlib import Path
 
-STATUS, CLEAR_REFS = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+STATUS, CLEAR_REFS, VMSTAT = Path("/proc/self/status"), Path("/proc/self/clear_refs"), Path("/proc/vmstat")
 
 
 def release() -> None:
@@ -40,6 +41,15 @@ def is_out_of_memory(error: BaseException) -> bool:
     said = ("can't allocate memory", "Cannot allocate memory", "out of memory", "ALLOC_FAILED", "bad_alloc")
     named = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
     return named or any(words in str(error) for words in said)
+
+
+def kernel_kills() -> int | None:
+    """Processes that this machine's kernel has killed for want of memory since it was started, the machine's or that of
+    a group (`memory.max`); None where no Linux counts them."""
+    with contextlib.suppress(OSError):
+        found = re.search(r"^oom_kill (\d+)$", VMSTAT.read_text(), re.MULTILINE)
+        return int(found[1]) if found else None
+    return None
 
 
 class PeakMemory:

@@ -40,16 +40,21 @@ TORCH_CANNOT_WRITE = "inline_container.cc"
 logger = logging.getLogger(__name__)
 
 
-def patiently(action: Callable[[], Result], place: Path, seconds: float | None = None) -> Result:
+def patiently(
+    action: Callable[[], Result], place: Path, seconds: float | None = None, was_there: bool = False
+) -> Result:
     """Do something on the run's storage, again and again while that is full or away, with growing pauses.
 
     Args:
         action: What may be repeated after it failed half way.
         place: What to name where an error names no file.
         seconds: Pauses in all, `PATIENCE_SECONDS` by default; counted anew after an attempt that itself took longer.
+        was_there: Whether what it reads was found whole before, so that a file that is missing may be a storage that is
+            away.
 
     Raises:
         StorageError: When the storage is still full or away after that.
+        FileNotFoundError: When what was there is still missing after that.
     """
     limit = PATIENCE_SECONDS if seconds is None else seconds
     waited, pause = 0.0, FIRST_PAUSE
@@ -59,13 +64,15 @@ def patiently(action: Callable[[], Result], place: Path, seconds: float | None =
             return action()
         except Exception as error:
             trouble = storage_error(error, place)
-            if trouble is None:
+            if trouble is None and not (was_there and isinstance(error, FileNotFoundError)):
                 raise
             if time.monotonic() - started > limit:
                 waited, pause = 0.0, FIRST_PAUSE
             if waited >= limit:
+                if trouble is None:
+                    raise
                 raise trouble from error
-            logger.warning("%s; trying again in %.1f s", trouble.cause, pause)
+            logger.warning("%s; trying again in %.1f s", trouble.cause if trouble else error, pause)
         time.sleep(pause)
         waited, pause = waited + pause, min(2 * pause, LONGEST_PAUSE)
 

@@ -189,9 +189,10 @@ class TrialRecord(Recorded):
     status: Literal["running", "finished", "stopped", "failed"]
     rungs: tuple[RungResult, ...] = ()
     reason: str | None = None
-    failure: Literal["infeasible", "diverged", "hung", "lost", "storage", "damaged", "error"] | None = None
+    failure: Literal["infeasible", "diverged", "hung", "lost", "storage", "damaged", "machine", "error"] | None = None
     """Of a failed trial: out of memory, a loss out of bounds, no progress, worker processes that died, storage that
-    was full or away, a file that could not be read, anything else. Storage and damage are tried again."""
+    was full or away, a file that could not be read, a machine on which one trial after the other failed, anything
+    else. Storage, damage and machine are tried again."""
     seconds: float = 0.0
     """Of all sessions, up to the last rung."""
     gpu_seconds: float = 0.0
@@ -205,6 +206,8 @@ class TrialRecord(Recorded):
     """Of the last rung: file name -> sha256."""
     worker: str | None = None
     """Of all processes that worked on it the latest: one that was taken for dead and is not must write nothing more."""
+    node: str | None = None
+    """The machine that process is on, by its name for people."""
     micro_batch_size: int | None = None
     """Rows a forward pass saw, where want of memory forced it below `training.micro_batch_size`."""
     kills: int = 0
@@ -254,7 +257,7 @@ class TrialRecord(Recorded):
     @property
     def can_be_mended(self) -> bool:
         """Whether it failed for want of something that says nothing of the plan."""
-        return self.failure in ("storage", "damaged")
+        return self.failure in ("storage", "damaged", "machine")
 
 
 class TrialPulse(Recorded):
@@ -271,6 +274,8 @@ class TrialPulse(Recorded):
     seconds: float = 0.0
     """Of the trial, all sessions together: what it has taken by now, its last rung or not."""
     gpu_seconds: float = 0.0
+    kernel_kills: int | None = None
+    """Processes that the machine's kernel had killed for want of memory by then."""
 
 
 class SearchClock(Recorded):

@@ -264,7 +264,7 @@ def exists(path: Path) -> bool:
 def file_digest(path: Path) -> str:
     """sha256 of a file as the storage has it, in hex; `FileNotFoundError` where there is none."""
     there = objects_at(path)
-    return patiently(there.digest, path) if there else sha256_of(path)
+    return patiently(there.digest if there else functools.partial(sha256_of, path), path)
 
 
 def fetch_file(path: Path, to: Path) -> str:
@@ -365,6 +365,7 @@ def publish_folder(scratch: Path, target: Path) -> None:
     if is_mirror(target):
         put_folder(scratch, target)
         shutil.rmtree(scratch)
+        list_beside(scratch).unlink(missing_ok=True)
         return
 
     def make_durable() -> None:

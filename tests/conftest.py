@@ -123,6 +123,15 @@ def disk_of(size: str, folder: Path) -> Iterator[Path]:
 
 
 @contextmanager
+def away(disk: Path) -> Iterator[Callable[[], None]]:
+    """Covered by an empty read-only file system until what is handed out is called."""
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "ro", "qpruner-away", disk], capture_output=True)
+    if mounted.returncode:
+        pytest.skip(f"mounting is not permitted here: {mounted.stderr.decode().strip()}")
+    yield lambda: subprocess.run(["umount", disk], check=True) and None
+
+
+@contextmanager
 def full_until_noticed(disk: Path, leave: int = 0) -> Iterator[Path]:
     """Fill a file system but for some bytes until something waits for room; hands out the file that does."""
     filler = disk / "filler"

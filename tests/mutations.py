@@ -19,6 +19,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 SEARCH = "tests/faults/test_search_faults.py"
+PLACES = "tests/execution/test_placement.py"
+STAGE = "tests/search/test_search_stage.py"
 STORE = "tests/faults/test_object_store_faults.py"
 STAGES = "tests/test_faults.py"
 
@@ -40,6 +42,7 @@ class Mutation:
     test: str
 
 
+FINISH = "qpruner/pipeline/finish.py"
 DRIVER, WORKER = "qpruner/search/tune/driver.py", "qpruner/search/tune/worker.py"
 MUTATIONS = {
     "a killed worker's trial starts anew": Mutation(
@@ -56,15 +59,57 @@ MUTATIONS = {
     ),
     "a machine's death is held against its trial": Mutation(
         DRIVER,
-        "if pulse is not None and not stays(pulse.node):",
+        "if node is not None and not stays(node):",
         "if False:",
         f"{SEARCH}::test_a_trial_whose_machine_dies_goes_on_elsewhere_and_that_is_not_held_against_it",
+    ),
+    "a broken machine takes one plan after the other": Mutation(
+        DRIVER,
+        "if len(failed) < MAX_ERRORS:",
+        "if True:",
+        f"{PLACES}::test_a_machine_with_a_broken_gpu_ends_the_search_and_its_trials_run_when_it_is_mended",
+    ),
+    "a damaged file is met by one trial after the other": Mutation(
+        DRIVER,
+        'if record.failure in ("storage", "damaged"):',
+        'if record.failure == "storage":',
+        f"{STAGE}::test_a_damaged_file_ends_the_search_before_every_trial_has_met_it",
+    ),
+    "a damaged sign of life ends the search": Mutation(
+        "qpruner/search/trial_records.py",
+        "with contextlib.suppress(ValidationError):",
+        "with contextlib.suppress(OSError):",
+        f"{STAGE}::test_a_damaged_sign_of_life_is_none",
+    ),
+    "a damaged clock ends the search": Mutation(
+        "qpruner/search/trial_records.py",
+        "        where = set_aside(_clock_path(folder, search), folder)\n",
+        "        raise\n",
+        f"{STAGE}::test_of_a_damaged_clock_the_search_has_the_time_of_its_trials",
+    ),
+    "a machine's death is held against a trial whose worker was young": Mutation(
+        "qpruner/search/tune/nodes.py",
+        'return table.get("Address", {}).get("NodeID") or None',
+        "return None",
+        f"{SEARCH}::test_a_machine_that_dies_before_its_worker_has_told_anything_is_not_held_against_the_trial",
+    ),
+    "a checkpoint is compared when a command begins alone": Mutation(
+        WORKER,
+        "if begin_anew_if_damaged(job.trials, self._record, logger.warning):",
+        "if False:",
+        f"{SEARCH}::test_a_checkpoint_that_is_damaged_while_the_search_runs_is_not_gone_on_from",
     ),
     "workers stay on a machine that is drained": Mutation(
         WORKER,
         "if not stays(ray.get_runtime_context().get_node_id()):",
         "if False:",
         f"{SEARCH}::test_trials_leave_a_machine_that_is_drained_and_that_is_not_held_against_them",
+    ),
+    "a worker that loses its trial while it copies publishes": Mutation(
+        WORKER,
+        "        self._check_that_it_is_ours()\n        publish_folder",
+        "        publish_folder",
+        f"{PLACES}::test_a_worker_that_loses_its_trial_while_it_copies_a_checkpoint_publishes_nothing",
     ),
     "a worker that comes back writes": Mutation(
         WORKER,
@@ -92,7 +137,7 @@ MUTATIONS = {
     ),
     "a damaged checkpoint is read": Mutation(
         "qpruner/pipeline/search.py",
-        "    set_aside_damaged(context.run_dir.trials / trials_digest, tell)\n",
+        "    set_aside_damaged(context.run_dir.trials / trials_digest, search_digest, tell)\n",
         "",
         f"{SEARCH}::test_a_checkpoint_with_a_flipped_bit_is_named_and_its_trial_starts_anew",
     ),
@@ -114,6 +159,12 @@ MUTATIONS = {
         "return False",
         f"{SEARCH}::test_a_trial_that_runs_out_of_memory_goes_on_with_less_of_it_or_is_infeasible",
     ),
+    "what the kernel kills for memory is lost": Mutation(
+        DRIVER,
+        "if pulse and pulse.node == node and (kernel_kills_on(node) or 0) > (pulse.kernel_kills or 0):",
+        "if False:",
+        f"{SEARCH}::test_a_trial_that_the_kernel_kills_for_memory_goes_on_with_less_of_it",
+    ),
     "all pay for the one that Ray killed for memory": Mutation(
         DRIVER,
         "return named or list(running)",
@@ -131,6 +182,30 @@ MUTATIONS = {
         "if number in AWAY:",
         "if False:",
         f"{SEARCH}::test_a_storage_that_is_away_for_a_while_is_waited_for",
+    ),
+    "a storage that is away when a trial begins ends the search": Mutation(
+        "qpruner/execution/testimony.py",
+        "        patiently(look_again, folder)\n",
+        "        look_again()\n",
+        f"{SEARCH}::test_a_trial_that_begins_while_the_storage_is_away_waits_for_it",
+    ),
+    "a trial's rows must be there at once": Mutation(
+        "qpruner/data.py",
+        "folder, was_there=True\n",
+        "folder\n",
+        "tests/test_patience.py::test_what_a_trial_reads_when_it_begins_is_waited_for",
+    ),
+    "a trial's tensors must be there at once": Mutation(
+        "qpruner/quantization/bank.py",
+        "path, was_there=True) if entry",
+        "path) if entry",
+        "tests/test_patience.py::test_what_a_trial_reads_when_it_begins_is_waited_for",
+    ),
+    "a search ends with the trials of an empty folder": Mutation(
+        "qpruner/search/tune/__init__.py",
+        "    wait_for_storage(job.trials, job.search)\n    recorded",
+        "    recorded",
+        f"{STAGE}::test_a_search_that_ends_while_the_storage_is_away_does_not_end_without_its_trials",
     ),
     "finished trials are not recalled": Mutation(
         "qpruner/search/tune/resume.py",
@@ -161,6 +236,18 @@ MUTATIONS = {
         "        _compare(listed, each(lambda name: _digest(folder / name), list(listed.sha256)), folder)\n",
         "",
         f"{STAGES}::test_a_damaged_model_is_named_and_set_aside_and_it_alone_is_made_again",
+    ),
+    "a damaged final model is recorded all the same": Mutation(
+        FINISH,
+        " or not _is_there(context, final):",
+        ":",
+        "tests/pipeline/test_finish.py::test_an_interrupted_comparison_goes_on_with_what_is_left",
+    ),
+    "the record of one final model stands while another is written": Mutation(
+        FINISH,
+        '        context.run_dir.forget("finetune")  # what it vouches for is about to be written over\n',
+        "",
+        "tests/pipeline/test_finish.py::test_an_interrupted_comparison_goes_on_with_what_is_left",
     ),
     "two drivers share a run": Mutation(
         "qpruner/runlock.py",

@@ -3,24 +3,36 @@
 from __future__ import annotations
 
 import shutil
-import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import disk_of, full_until_noticed
+from conftest import away, disk_of, full_until_noticed
 from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from tokenizers.models import BPE
 
+from qpruner.config import LoraConfig
+from qpruner.data import load_encoded, save_encoded
 from qpruner.errors import StorageError
+from qpruner.execution.testimony import check_like, versions
 from qpruner.patience import patiently, storage_error
+from qpruner.quantization.bank import (
+    BankIndex,
+    EntrySettings,
+    IndexEntry,
+    build_entry,
+    read_plan,
+    write_entry,
+    write_index,
+)
 from qpruner.records import SearchClock
-from qpruner.rundir import read_json, read_written, write_json
+from qpruner.rundir import file_digest, read_json, read_written, write_json
 
 
 @pytest.fixture
@@ -39,11 +51,25 @@ def full(disk: Path) -> Iterator[Callable[[], None]]:
     filler.unlink(missing_ok=True)
 
 
-@contextmanager
-def away(disk: Path) -> Iterator[Callable[[], None]]:
-    """Covered by an empty read-only file system until what is handed out is called."""
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "ro", "qpruner-away", disk], check=True)
-    yield lambda: subprocess.run(["umount", disk], check=True) and None
+def test_what_a_trial_reads_when_it_begins_is_waited_for(disk: Path) -> None:
+    """What tells that its machine has the storage, the rows and the plan's tensors."""
+    (disk / "run").mkdir()
+    (disk / "run" / "run.id").write_text("this run")
+    save_encoded([{"input_ids": [1], "labels": [1]}], disk / "rows")
+    entry = build_entry({"mlp": torch.randn(8, 64)}, 8, EntrySettings(LoraConfig(), double_quant=False, seed=0))
+    file = write_entry(disk / "bank", "mlp", 8, entry)
+    listed = IndexEntry(inputs="", sha256=file_digest(file), residual_ratio=entry.residual_ratio)
+    files = {str(file.relative_to(disk / "bank")): listed}
+    write_index(disk / "bank", BankIndex(digest="", bitsandbytes=version("bitsandbytes"), files=files))
+    told = (str(disk / "run"), "the run", "run.id", "this run")
+    for place, read in (
+        (disk / "run", lambda: check_like(versions(), *told, is_at_uri=False)),
+        (disk / "rows", lambda: load_encoded(disk / "rows")),
+        (file.parent, lambda: read_plan(disk / "bank", {"mlp": 8})),
+    ):
+        with away(place) as end:  # type: ignore[attr-defined]
+            threading.Timer(0.3, end).start()
+            read()  # raises where nobody waits
 
 
 @pytest.mark.parametrize("trouble", [full, away])

@@ -6,13 +6,15 @@ needs qpruner, but to reach an object store, and what it answers is plain data.
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import hashlib
 import importlib.metadata
 import importlib.util
 import os
 import platform
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -82,11 +84,29 @@ def check_like(own: Mapping[str, str], storage: str, place: str, driver: str, te
 
     trouble = differences(versions(), own)
     if not trouble:  # else that qpruner cannot be asked
-        unseen = (_store_trouble if is_at_uri else _storage_trouble)(Path(storage), driver, text)
+        unseen = _lasting_trouble(_store_trouble if is_at_uri else _storage_trouble, Path(storage), driver, text)
         trouble = f"`output`: {place} {unseen}" if unseen else ""
     if trouble:
         address, node_id = ray.util.get_node_ip_address(), ray.get_runtime_context().get_node_id()
         raise RuntimeError(f"NodeDiffers: {address} ({platform.node()}, {node_id[:8]}): {trouble}")
+
+
+def _lasting_trouble(look: Callable[[Path, str, str], str], folder: Path, driver: str, text: str) -> str:
+    """Why the storage cannot be used from here, for longer than a trial under way would wait for it."""
+    from qpruner.errors import StorageError
+    from qpruner.patience import patiently
+
+    told = ""
+
+    def look_again() -> None:
+        nonlocal told
+        told = look(folder, driver, text)
+        if told:
+            raise OSError(errno.EIO, told, str(folder))
+
+    with contextlib.suppress(StorageError):
+        patiently(look_again, folder)
+    return told
 
 
 def _code() -> str:

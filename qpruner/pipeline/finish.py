@@ -29,12 +29,12 @@ from qpruner.errors import CorruptFile
 from qpruner.events import Emit, Message, Progress
 from qpruner.execution.slots import worker_resources
 from qpruner.execution.workshop import Bench
-from qpruner.mirror import emptied, fetch, put_folders, workplace
+from qpruner.mirror import emptied, fetch, put_folders, workplace, written
 from qpruner.objects import is_mirror, name_of
 from qpruner.pipeline.compress import telling
 from qpruner.pipeline.context import Context
 from qpruner.pipeline.rows import Row, candidate_of, table_rows, untuned_candidates
-from qpruner.pipeline.stage import Stage, run_stage
+from qpruner.pipeline.stage import Stage, is_whole, run_stage
 from qpruner.plan import Layout, PrecisionPlan
 from qpruner.preflight import layout_for
 from qpruner.records import (
@@ -68,15 +68,17 @@ def finetune(context: Context, searched: SearchRecord, measured: SensitivityReco
     """The winner, and with `finetune.compare` every row it is compared with, from the same start on the same data."""
     jobs = finetune_jobs(context, searched, measured)
     stage = finetune_stage(context, searched, jobs)
-    if not all(isinstance(each, CandidateRecord) for each in for_each(_recorded, [job.folder for _, job in jobs])):
+    # `final` is where people look; the stage's own folder keeps nothing.
+    final = context.run_dir.root / "final"
+    recorded = for_each(_recorded, [job.folder for _, job in jobs])
+    if not all(isinstance(each, CandidateRecord) for each in recorded) or not _is_there(context, final):
         context.run_dir.forget("finetune")
 
     def work(scratch: Path) -> dict[str, Any]:
         finetuned = _finetune_jobs(context, jobs)
         # The first training seed is the run's own.
         winner = next(job for row, job in jobs if row.name == SEARCHED)
-        # `final` is where people look; the stage's own folder keeps nothing.
-        final = context.run_dir.root / "final"
+        context.run_dir.forget("finetune")  # what it vouches for is about to be written over
         before = context.gpu_time.seconds
         context.workshop.do(write_final, FinalJob(context.config, winner, final), context.emit)
         context.workshop.close()
@@ -106,6 +108,13 @@ def finetune_jobs(context: Context, searched: SearchRecord, measured: Sensitivit
     """Every row of the table under every training seed."""
     rows = table_rows(context, searched, measured)
     return [(row, candidate_of(context, row.name, plan.as_dict(), seed)) for row in rows for seed, plan in row.plans]
+
+
+def _is_there(context: Context, final: Path) -> bool:
+    """Whether the final folder is there whole; one at a URI is compared by who fetches it."""
+    if final not in put_folders(context.run_dir.root):
+        return False
+    return context.run_dir.is_at_uri or is_whole(context.run_dir, final, "finetune", context.emit)
 
 
 def evaluate(context: Context, tuned: FinetuneRecord) -> EvalRecord:
@@ -380,9 +389,10 @@ def write_final(job: FinalJob, bench: Bench, emit: Emit) -> None:
     with tensors_told(told):
         model, _ = assemble(checkpoint, winner.bank, quantize.group, winner.plan, dtype, quantize.double_quant)
     scratch = emptied(workplace(job.folder.with_name(f".{job.folder.name}")))
-    save_checkpoint(model, load_tokenizer(str(checkpoint)), scratch, told)
-    for file in ("adapter_config.json", ADAPTER_WEIGHTS):
-        shutil.copy2(adapter / file, scratch / file)
+    with written(scratch):
+        save_checkpoint(model, load_tokenizer(str(checkpoint)), scratch, told)
+        for file in ("adapter_config.json", ADAPTER_WEIGHTS):
+            shutil.copy2(adapter / file, scratch / file)
     publish_folder(scratch, job.folder)
 
 

@@ -49,7 +49,7 @@ if TYPE_CHECKING:
     from qpruner.search.tune import SearchJob
 
 
-REMEDY = "mend the cause, delete the run's trials folder"
+REMEDY = "mend the cause, delete the folders of those trials in the run's `trials`"
 """What to do when all trials failed and no word is known for the reason, or there are several."""
 
 
@@ -70,7 +70,7 @@ def search(context: Context, banked: BankRecord, measured: SensitivityRecord) ->
     def tell(text: str) -> None:
         context.emit(Message("search", text))
 
-    set_aside_damaged(context.run_dir.trials / trials_digest, tell)
+    set_aside_damaged(context.run_dir.trials / trials_digest, search_digest, tell)
     context.emit(SearchPlanned(state, tuple(read_trials(context.run_dir.trials / trials_digest)), measured))
 
     def work(scratch: Path) -> dict[str, Any]:

@@ -90,7 +90,7 @@ def _recorded(run: RunDir, stage: Stage, kind: type[RecordType], emit: Emit) -> 
     except CorruptFile as error:
         emit(Message(stage.name, f"{error}; the stage is run again"))
         return None
-    return record if record and _is_whole(run, stage.name, emit) else None
+    return record if record and is_whole(run, run.stage(stage.name), stage.name, emit) else None
 
 
 def matching(run: RunDir, stage: Stage, kind: type[RecordType]) -> RecordType | None:
@@ -105,13 +105,12 @@ def matching(run: RunDir, stage: Stage, kind: type[RecordType]) -> RecordType | 
     return record
 
 
-def _is_whole(run: RunDir, name: str, emit: Emit) -> bool:
-    """Whether a recorded stage's folder is as its list says, if it has one; a damaged one is set aside."""
-    folder = run.stage(name)
+def is_whole(run: RunDir, folder: Path, stage: str, emit: Emit) -> bool:
+    """Whether a folder of a recorded stage is as its list says, if it has one; a damaged one is set aside."""
     try:
         check(folder)
     except CorruptFile as error:
-        emit(Message(name, f"warning: {error}; set aside in {set_aside(folder, run.root)}, the stage is run again"))
+        emit(Message(stage, f"warning: {error}; set aside in {set_aside(folder, run.root)}, the stage is run again"))
         return False
     return True
 

@@ -237,12 +237,13 @@ def read_plan(bank: Path, bits_by_group: Mapping[str, int]) -> dict[str, torch.T
         path = entry_file(bank, group, bits)
         entry = index.files.get(str(path.relative_to(bank)))
         try:
-            whole = _whole(path, entry.sha256) if entry else None
+            # Looked through before any trial began.
+            whole = patiently(functools.partial(_whole, path, entry.sha256), path, was_there=True) if entry else None
             if whole is None:
                 raise CorruptFile(
                     f"bank file {name_of(path)} is not what {INDEX} says; repeat the command to rebuild it", path
                 )
-            tensors |= load_file(whole)
+            tensors |= patiently(functools.partial(load_file, whole), path)
         except (FileNotFoundError, SafetensorError) as error:
             raise CorruptFile(
                 f"bank file {name_of(path)} cannot be read: {error}; repeat the command to rebuild it", path

@@ -6,8 +6,11 @@ same result in each (`TrialRecord.digest`); `TrialRecord.search` says whose a tr
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
+
+from pydantic import ValidationError
 
 from qpruner.config import RunConfig
 from qpruner.errors import CorruptFile
@@ -35,7 +38,10 @@ ELSEWHERE = {
     "lost": "most often want of memory: lower `data.max_length`, or run fewer trials at once (`search.max_concurrent`)",
     "storage": "make room or bring the storage back, then repeat the command: it goes on from its last rung",
     "damaged": "repeat the command: what is damaged is built again",
-    "error": "one plan less is no harm to a search; where many fail so, mend it and delete the run's trials folder",
+    "machine": "mend that machine or take it out of the cluster (`ray stop` on it), then repeat the command: it goes "
+    "on from its last rung",
+    "error": "one plan less is no harm to a search; for another try mend it, delete the trial's folder and the run's "
+    "`records/search.json`, then repeat the command",
 }
 """What to do about the others, whose cause is no setting."""
 
@@ -51,12 +57,13 @@ def read_trials(folder: Path) -> list[TrialRecord]:
     return [record for record in found if record is not None]
 
 
-def set_aside_damaged(folder: Path, tell: Callable[[str], None]) -> None:
+def set_aside_damaged(folder: Path, search: str, tell: Callable[[str], None]) -> None:
     """Move records that cannot be read, and checkpoints to go on from that are not as they were written, into
-    `damaged/`; those trials are run again from their start, and no other.
+    `damaged/`; those trials are run again from their start, and no other. The search's own time is made up again.
 
     Args:
         folder: Of the trials.
+        search: Whose time is read next.
         tell: Told in one line what was set aside.
     """
     paths = _paths(folder)
@@ -66,6 +73,12 @@ def set_aside_damaged(folder: Path, tell: Callable[[str], None]) -> None:
             continue
         if record and not record.is_over:
             begin_anew_if_damaged(folder, record, tell)
+    try:
+        _read_clock(folder, search)
+    except CorruptFile as error:
+        where = set_aside(_clock_path(folder, search), folder)
+        tell(f"{error}; set aside in {where}, and the search's time is taken from its trials")
+        write_seconds(folder, search, _seconds_at_work(folder, search))
 
 
 def begin_anew_if_damaged(folder: Path, record: TrialRecord, tell: Callable[[str], None]) -> bool:
@@ -111,8 +124,7 @@ def read_pulse(folder: Path, index: int) -> TrialPulse | None:
 
 def read_pulses(folder: Path, indices: Sequence[int]) -> list[TrialPulse | None]:
     """The same of several trials."""
-    texts = for_each(read_sign, [_pulse_path(folder, index) for index in indices])
-    return [TrialPulse.model_validate_json(text) if text else None for text in texts]
+    return [_pulse_in(text) for text in for_each(read_sign, [_pulse_path(folder, index) for index in indices])]
 
 
 def write_pulse(folder: Path, index: int, pulse: TrialPulse) -> None:
@@ -154,12 +166,35 @@ def begin_session(trials: Path, search: str) -> int:
     return clock.sessions + 1
 
 
+def wait_for_storage(trials: Path, search: str) -> None:
+    """Wait until what `begin_session` wrote is there: a storage that is away may show a folder without trials."""
+    read_written(_clock_path(trials, search), SearchClock)
+
+
 def objective(result: RungResult | FreshScore, config: RunConfig) -> float:
     """What is minimized: the loss, or one minus the accuracy."""
     if config.search.metric == "loss":
         return result.loss
     assert result.accuracy is not None
     return 1.0 - result.accuracy
+
+
+def _pulse_in(text: str | None) -> TrialPulse | None:
+    """A sign of life is not made durable: after a crash of the machine it may be there and say nothing."""
+    with contextlib.suppress(ValidationError):
+        return TrialPulse.model_validate_json(text) if text else None
+    return None
+
+
+def _seconds_at_work(folder: Path, search: str) -> float:
+    """Seconds in which a trial of a search was under way, as the trials' own times tell."""
+    own = [record.times for record in read_trials(folder) if record.search == search and record.times]
+    spans = sorted((times[0], times[-1]) for times in own)
+    seconds, until = 0.0, 0.0
+    for begin, end in spans:
+        seconds += max(0.0, end - max(begin, until))
+        until = max(until, end)
+    return seconds
 
 
 def _read_clock(trials: Path, search: str) -> SearchClock:

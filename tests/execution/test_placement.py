@@ -8,6 +8,7 @@ import json
 import os
 import pickle
 import signal
+import threading
 import time
 from collections import Counter, defaultdict
 from collections.abc import Iterator
@@ -21,6 +22,7 @@ from ray import tune
 from raylets import Raylets, raylets
 
 from qpruner.config import validate_config
+from qpruner.errors import StageError
 from qpruner.events import Event, SlotsFound, TrialChanged, TrialWithdrawn
 from qpruner.execution.cluster import Cluster, connect, disconnect
 from qpruner.execution.room import Room
@@ -28,9 +30,9 @@ from qpruner.execution.slots import Slots
 from qpruner.plan import Group, Layout, LinearShape, PlanSpace
 from qpruner.records import RungResult
 from qpruner.search.trial_job import Materials, Progress, Report, Trial, TrialJob
-from qpruner.search.trial_records import read_pulse, read_trials
+from qpruner.search.trial_records import read_pulse, read_trial, read_trials, write_trial
 from qpruner.search.tune import SearchJob, search
-from qpruner.search.tune.driver import Forgetful
+from qpruner.search.tune.driver import MAX_ERRORS, Forgetful
 
 GPUS = (2, 1)
 """Of two nodes; the head, the third, has none and no core."""
@@ -172,6 +174,66 @@ def test_what_still_waits_when_the_hours_are_over_is_not_begun(slots: Slots, tmp
     outcome = search(replace(job, trial=trial), lambda: 6, emit)
     assert [trial.status for trial in outcome.trials] == ["finished"] * 3
     assert outcome.ended.endswith("GPU hours were spent (`search.max_gpu_hours` is 1e-07)")
+
+
+def test_a_machine_with_a_broken_gpu_ends_the_search_and_its_trials_run_when_it_is_mended(
+    joined: tuple[Raylets, Cluster], slots: Slots, tmp_path: Path
+) -> None:
+    broken = joined[0].nodes[1].node_id
+
+    def trial(job: TrialJob, start: Path | None, report: Report, progress: Progress) -> None:
+        import ray
+
+        if ray.get_runtime_context().get_node_id() == broken and not (tmp_path / "mended").exists():
+            (tmp_path / f"failed-{time.monotonic_ns()}").touch()
+            raise RuntimeError("CUDA error: unspecified launch failure")
+        deadline = time.monotonic() + 120
+        while len(list(tmp_path.glob("failed-*"))) < MAX_ERRORS:
+            assert time.monotonic() < deadline, "the broken machine takes no plans"
+            time.sleep(0.05)
+        whole(job, start, report, progress)
+
+    whole = standing_in(tmp_path, 0)
+    job = replace(job_of(tmp_path, slots, at_once=0), trial=trial)
+    with pytest.raises(StageError, match=rf"3 trials in a row failed on 127\.0\.0\.1 \(.*, {broken[:8]}\)") as caught:
+        search(job, lambda: 3, lambda event: None)
+    assert "unspecified launch failure" in caught.value.cause and "mend that machine" in caught.value.remedy
+    (tmp_path / "mended").touch()
+    outcome = search(job, lambda: 3, lambda event: None)
+    assert [trial.status for trial in outcome.trials] == ["finished"] * NUM_TRIALS, "no plan was lost"
+
+
+def test_a_worker_that_loses_its_trial_while_it_copies_a_checkpoint_publishes_nothing(
+    slots: Slots, tmp_path: Path
+) -> None:
+    """Its machine was cut off, and came back; the other worker is a line in the record here."""
+
+    def trial(job: TrialJob, start: Path | None, report: Report, progress: Progress) -> None:
+        (checkpoint := tmp_path / f"made-{time.monotonic_ns()}").mkdir()
+        (checkpoint / "weights").write_bytes(b"w" * 2**27)
+
+        def take_over() -> None:
+            while not list(folder.glob(".checkpoint-*")):
+                time.sleep(0.001)
+            write_trial(trials, read_trial(trials, 0).model_copy(update={"worker": "another"}))
+
+        is_first = not (tmp_path / "left").exists()
+        if is_first:
+            threading.Thread(target=take_over, daemon=True).start()
+        try:
+            report(RungResult(step=job.config.search.steps, loss=3.0), checkpoint)
+        finally:
+            if is_first:
+                names = [path.name for path in folder.glob("checkpoint-*")]
+                (tmp_path / "left").write_text(json.dumps([names, read_trial(trials, 0).worker]))
+
+    trials, folder = tmp_path / "trials", tmp_path / "trials" / "0000"
+    job = replace(job_of(tmp_path, slots, at_once=0, max_trials=1), trial=trial)
+    outcome = search(job, lambda: 1, lambda event: None)
+    assert json.loads((tmp_path / "left").read_text()) == [[], "another"]
+    assert [trial.status for trial in outcome.trials] == ["finished"]
+    left = sorted(path.name for path in folder.iterdir())
+    assert left == ["checkpoint-4", "pulse.json", "trial.json"], "what it had copied is gone, too"
 
 
 @pytest.mark.slow

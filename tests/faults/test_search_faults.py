@@ -169,15 +169,33 @@ def test_ctrl_c_twice_leaves_at_once_and_can_go_on(config: Path, undisturbed: Pa
     assert rungs_of(process.run) == rungs_of(undisturbed)
 
 
+def flip_a_bit(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def test_a_checkpoint_that_is_damaged_while_the_search_runs_is_not_gone_on_from(
+    config: Path, undisturbed: Path
+) -> None:
+    with driver(config) as process:
+        pid = between(process, 1)
+        os.kill(pid, signal.SIGSTOP)  # it would replace the checkpoint at its next rung
+        (weights,) = process.run.glob("trials/*/0001/checkpoint-*/optimizer.pt")
+        flip_a_bit(weights)
+        os.kill(pid, signal.SIGKILL)
+        finished(process)
+    assert len(list(process.run.glob("trials/*/damaged/0001-checkpoint-*/optimizer.pt"))) == 1
+    assert rungs_of(process.run) == rungs_of(undisturbed)
+
+
 def test_a_checkpoint_with_a_flipped_bit_is_named_and_its_trial_starts_anew(config: Path, undisturbed: Path) -> None:
     with driver(config) as process:
         between(process, 1)
         process.interrupt()
         process.end()
     (weights,) = process.run.glob("trials/*/0001/checkpoint-*/optimizer.pt")
-    content = bytearray(weights.read_bytes())
-    content[len(content) // 2] ^= 1
-    weights.write_bytes(content)
+    flip_a_bit(weights)
     with driver(config) as process:
         finished(process)
         assert f"{weights.parent} is damaged: set aside in" in process.said()
@@ -326,6 +344,42 @@ def test_a_trial_that_runs_out_of_memory_goes_on_with_less_of_it_or_is_infeasibl
         assert found["loss"] == pytest.approx(whole["loss"], rel=2e-3)
 
 
+GROUPS = Path("/sys/fs/cgroup/memory"), Path("/sys/fs/cgroup")
+"""Where the kernel counts memory of groups of processes: of version 1, else of version 2."""
+
+
+@pytest.fixture
+def group() -> Iterator[Path]:
+    """A group of processes with a limit of its own: the file that sets it. The group's name is its folder's."""
+    base, name = (GROUPS[0], "memory.limit_in_bytes") if GROUPS[0].is_dir() else (GROUPS[1], "memory.max")
+    folder = base / f"qpruner-{os.getpid()}"
+    try:
+        folder.mkdir()
+    except OSError as error:
+        pytest.skip(f"no groups can be made here: {error}")
+    try:
+        if not (folder / name).exists():
+            pytest.skip("groups have no limit of memory here")
+        yield folder / name
+    finally:
+        folder.rmdir()
+
+
+def test_a_trial_that_the_kernel_kills_for_memory_goes_on_with_less_of_it(
+    group: Path, big: Path, tiny_model: Path, tmp_path: Path
+) -> None:
+    """What it takes from its first sign of life on counts; the process that goes on is not in the group."""
+    shutil.copytree(big / "measured" / "run", tmp_path / "run")
+    with driver(search_config(tiny_model, tmp_path, **BIG)) as process:
+        pulse = process.wait_until(lambda: next(process.run.glob("trials/*/0000/pulse.json"), None), "the first pulse")
+        group.write_text(str(20 * 2**20))
+        (group.parent / "cgroup.procs").write_text(str(json.loads(pulse.read_text())["pid"]))
+        finished(process)
+        assert "trial 0 lost its worker and goes on from its start" in process.said()
+    trial = trials_of(process.run)[0]
+    assert (trial["status"], trial["micro_batch_size"]) == ("finished", 16)
+
+
 # ---- storage
 
 
@@ -375,6 +429,21 @@ def test_a_storage_that_is_away_for_a_while_is_waited_for(
     assert rungs_of(process.run) == rungs_of(undisturbed)
 
 
+def test_a_trial_that_begins_while_the_storage_is_away_waits_for_it(
+    disk: Path, measured: Path, tiny_model: Path
+) -> None:
+    """Its worker starts within seconds of its record, and looks for the storage first."""
+    shutil.copytree(measured, disk / "run")
+    config = search_config(tiny_model, disk, **{"search.max_trials": 1})
+    with driver(config, QPRUNER_STORAGE_PATIENCE_SECONDS="60") as process:
+        process.wait_until(lambda: list(process.run.glob("trials/*/0000/trial.json")), "the first plan handed out")
+        subprocess.run(["mount", "-t", "tmpfs", "-o", "ro", "qpruner-away", disk / "run"], check=True)
+        time.sleep(15)
+        subprocess.run(["umount", disk / "run"], check=True)
+        record = finished(process)
+    assert record["num_finished"] == 1 and record["failures"] == {}
+
+
 # ---- machines
 
 
@@ -399,6 +468,27 @@ def test_a_trial_whose_machine_dies_goes_on_elsewhere_and_that_is_not_held_again
     assert rungs_of(process.run) == rungs_of(undisturbed)
     assert record["failures"] == {}
     assert process.said().count("trial 1 lost its worker and goes on from step") == MAX_KILLS + 1
+
+
+def test_a_machine_that_dies_before_its_worker_has_told_anything_is_not_held_against_the_trial(
+    config: Path, tiny_model: Path, tmp_path: Path
+) -> None:
+    """A worker imports for seconds before it can say where it is."""
+    config = search_config(tiny_model, tmp_path, **{"search.max_trials": 1})
+
+    def begins(node: Any) -> bool:
+        workers = psutil.Process(node.all_processes["raylet"][0].process.pid).children()
+        return any("ImplicitFunc" in " ".join(worker.cmdline()) for worker in workers)
+
+    with raylets(MAX_KILLS + 1) as cluster, driver(config, "--address", cluster.address) as process:
+        for _ in range(MAX_KILLS):
+            cluster.kill_machine(
+                process.wait_until(lambda: next(filter(begins, cluster.nodes), None), "a young worker")
+            )
+            assert not list(process.run.glob("trials/*/0000/pulse.json"))
+        finished(process)
+        assert process.said().count("trial 0 lost its worker and goes on from its start") == MAX_KILLS
+    assert trials_of(process.run)[0]["status"] == "finished"
 
 
 def test_trials_leave_a_machine_that_is_drained_and_that_is_not_held_against_them(

@@ -28,6 +28,7 @@ from qpruner.pipeline.rows import Row, candidate_of, table_rows, untuned_candida
 from qpruner.plan import PrecisionPlan
 from qpruner.records import (
     CandidateRecord,
+    FinetuneRecord,
     Inference,
     InferenceSetting,
     RowScores,
@@ -291,7 +292,21 @@ def test_an_interrupted_comparison_goes_on_with_what_is_left(
         for each in record.candidates:
             folder = jobs[each.name, each.seed]
             assert folder not in recorded or each.validation_loss == 2.0 + recorded.index(folder)
-        assert (whole.run_dir.root / "final" / "adapter_model.safetensors").stat().st_size
+        final = whole.run_dir.root / "final" / "adapter_model.safetensors"
+        written = file_digest(final)
+        flip_a_byte(final)
+        finetune(whole, searched, measured)
+        assert told(events, "finetune") == ["warning"] and file_digest(final) == written, "made again, nothing trained"
+        events.clear()
+        finetune(whole, searched, measured)
+        assert told(events, "finetune") == [], "whole again"
+
+        # A command that ends while it writes another final model must not leave the record of the one before.
+        (stone := whole.run_dir.root / ".final").touch()
+        with pytest.raises(FileExistsError):
+            finetune(fewer, searched, measured)
+        assert whole.run_dir.read_record("finetune", FinetuneRecord) is None
+        stone.unlink()
 
         again = finetune(fewer, searched, measured)
         assert again.digest != record.digest

@@ -69,7 +69,7 @@ def test_status_and_trials_show_where_trials_are_and_why_they_failed(run: Path) 
 
 def test_every_way_to_fail_has_a_remedy() -> None:
     (kinds,) = [each for each in get_args(TrialRecord.model_fields["failure"].annotation) if get_args(each)]
-    assert len(get_args(kinds)) == 7 and all(remedy_of(kind) for kind in get_args(kinds))
+    assert len(get_args(kinds)) == 8 and all(remedy_of(kind) for kind in get_args(kinds))
 
 
 def test_a_driver_that_died_without_a_word_is_not_called_running(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import pickle
 import shutil
+import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -16,7 +17,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import DEMO_DATA, raw_config, with_key
+from conftest import DEMO_DATA, away, raw_config, with_key
 from object_store import object_store, talk_to
 
 from qpruner.config import validate_config
@@ -33,6 +34,7 @@ from qpruner.search.trial import run_trial
 from qpruner.search.trial_job import Materials
 from qpruner.search.trial_records import (
     begin_anew_if_damaged,
+    begin_session,
     read_pulses,
     read_seconds,
     read_trial,
@@ -42,7 +44,7 @@ from qpruner.search.trial_records import (
     write_seconds,
     write_trial,
 )
-from qpruner.search.tune import SearchJob
+from qpruner.search.tune import SearchJob, _outcome
 from qpruner.search.tune.driver import HangWatch, PlanSearcher, killed_for_memory
 from qpruner.search.tune.halt import Halt
 from qpruner.search.tune.job import METRIC, TIME
@@ -398,6 +400,54 @@ def test_a_search_halts_when_a_trial_finds_no_room(tmp_path: Path) -> None:
     assert halt.requested and not halt.interrupted
 
 
+def failing(searcher: PlanSearcher, job: SearchJob, name: str, node: str, failure: str = "error") -> int:
+    """Have the next trial fail on a machine; returns its number."""
+    given = searcher.suggest(name)
+    assert isinstance(given, dict)
+    record = read_trial(job.trials, given["trial"])
+    failed = {"status": "failed", "failure": failure, "reason": f"{failure} {name}", "worker": name, "node": node}
+    write_trial(job.trials, record.model_copy(update=failed))
+    searcher.on_trial_complete(name, error=True)
+    return record.index
+
+
+def test_a_machine_on_which_every_trial_fails_ends_the_search_and_costs_no_plan(tmp_path: Path) -> None:
+    """Free again within seconds, it would take all plans that are left."""
+    job = job_of(tmp_path, max_trials=20)
+    searcher, halt, _ = searcher_of(job, trial(0, "444444", [3.5], status="running", worker="w", node="good"))
+    searcher.suggest("good")
+    for name, node in (("a", "bad"), ("b", "good"), ("c", "bad"), ("d", "good")):
+        failing(searcher, job, name, node)
+    searcher.on_trial_result("good", {METRIC: 3.0, TIME: 2, "loss": 3.0})
+    failing(searcher, job, "e", "good")
+    assert not halt.requested, "two in a row on each"
+    failing(searcher, job, "f", "bad")
+    assert halt.requested and not halt.interrupted
+    failures = {record.index: record.failure for record in read_trials(job.trials)}
+    assert failures == {0: None, 1: "machine", 2: "error", 3: "machine", 4: "error", 5: "error", 6: "machine"}
+    assert read_trial(job.trials, 3).reason == "3 trials in a row failed on bad, trial 3 with error c"
+    ledger, _ = take_up(job, RandomProposer(job.space, seed=0))
+    assert [index for index, *_ in suggested(ledger)][:4] == [0, 1, 3, 6], "by the next command, before new plans"
+
+
+def test_a_damaged_file_ends_the_search_before_every_trial_has_met_it(tmp_path: Path) -> None:
+    job = job_of(tmp_path)
+    searcher, halt, _ = searcher_of(job)
+    failing(searcher, job, "a", "node", "damaged")
+    assert halt.requested
+
+
+def test_a_search_that_ends_while_the_storage_is_away_does_not_end_without_its_trials(tmp_path: Path) -> None:
+    """An unmounted folder is an empty one."""
+    job = job_of(tmp_path)
+    begin_session(job.trials, job.search)
+    write_trial(job.trials, trial(0, "444444", [3, 3, 3]))
+    with away(job.trials) as end:
+        threading.Timer(0.3, end).start()
+        outcome = _outcome(job, "", 1)
+    assert [each.index for each in outcome.trials] == [0]
+
+
 # ---- trials that wait for a machine
 
 
@@ -474,12 +524,42 @@ def test_a_damaged_record_is_set_aside_and_only_its_trial_is_run_again(tmp_path:
     whole = path.read_bytes()
     path.write_bytes(whole[:-20])
     told: list[str] = []
-    set_aside_damaged(job.trials, told.append)
+    set_aside_damaged(job.trials, job.search, told.append)
     assert len(told) == 1 and str(path) in told[0] and "that trial is run again" in told[0]
     assert [record.index for record in read_trials(job.trials)] == [0]
     (kept,) = job.trials.glob("damaged/*/trial.json")
     assert kept.read_bytes() == whole[:-20]
     assert suggested(ledger_of(job))[0][0] == 1, "its number is free again"
+
+
+@pytest.mark.parametrize("text", ["", '{"sec', '{"sessions": 1}', "\0" * 200])
+def test_of_a_damaged_clock_the_search_has_the_time_of_its_trials(text: str, tmp_path: Path) -> None:
+    """Two of them at once from 10 to 40, one from 50 to 60."""
+    job = job_of(tmp_path)
+    write_trial(job.trials, trial(0, "444444", [3, 3, 3], times=(10.0, 30.0)))
+    write_trial(job.trials, trial(1, "844444", [3, 3, 3], times=(20.0, 40.0)))
+    write_trial(job.trials, trial(2, "484444", [3, 3, 3], times=(50.0, 60.0)))
+    write_trial(job.trials, trial(3, "448444", [3, 3, 3], ANOTHER, times=(0.0, 99.0)))
+    clock = job.trials / f"search-{MINE}.json"
+    clock.write_text(text)
+    told: list[str] = []
+    set_aside_damaged(job.trials, job.search, told.append)
+    assert len(told) == 1 and str(clock) in told[0] and "damaged" in told[0]
+    assert read_seconds(job.trials, job.search) == 40.0
+    set_aside_damaged(job.trials, job.search, told.append)
+    assert len(told) == 1, "whole again"
+
+
+@pytest.mark.parametrize("text", ["", '{"node": "a", "pi', '{"seconds": 1.0}', "\0" * 200])
+def test_a_damaged_sign_of_life_is_none(text: str, tmp_path: Path) -> None:
+    """It is not made durable, so a machine that crashes may leave one."""
+    job = job_of(tmp_path)
+    searcher, _, _ = searcher_of(job, trial(0, "444444", [3.5], status="running", worker="w"))
+    searcher.suggest("a")
+    (job.trials / "0000" / "pulse.json").write_text(text)
+    assert read_pulses(job.trials, [0]) == [None]
+    searcher.on_trial_complete("a", error=True)
+    assert read_trial(job.trials, 0).kills == 1
 
 
 @pytest.mark.parametrize("damage", ["flipped", "missing", None])
@@ -495,7 +575,7 @@ def test_a_trial_whose_checkpoint_is_damaged_starts_anew(damage: str | None, tmp
     elif damage == "missing":
         shutil.rmtree(checkpoint)
     told: list[str] = []
-    set_aside_damaged(job.trials, told.append)
+    set_aside_damaged(job.trials, job.search, told.append)
     (found,) = read_trials(job.trials)
     if damage is None:
         assert told == [] and len(found.rungs) == 2

@@ -38,7 +38,14 @@ from qpruner.search.searchers import (
     ScalarizedProposer,
     check_searcher,
 )
-from qpruner.search.trial_records import begin_session, read_seconds, read_trials, write_trial
+from qpruner.search.trial_records import (
+    begin_session,
+    read_seconds,
+    read_trials,
+    remedy_of,
+    wait_for_storage,
+    write_trial,
+)
 from qpruner.search.tune.asha import RecordedAsha
 from qpruner.search.tune.driver import Forgetful, HangWatch, PlanSearcher, killed_for_memory, victims
 from qpruner.search.tune.halt import Halt
@@ -71,8 +78,8 @@ def search(job: SearchJob, room: Callable[[], int], emit: Emit, trackers: Tracke
     Raises:
         KeyboardInterrupt: On Ctrl-C; trials under way are recorded up to their last rung.
         NodeDiffers: If a trial met a node that cannot be used; it goes on when the command is repeated.
-        StageError: If trials failed for want of storage or for a damaged file; they are tried again when the command is
-            repeated.
+        StageError: If trials failed for want of storage, for a damaged file or for a broken machine; they are tried
+            again when the command is repeated.
         StorageError: If the storage stays full or away.
     """
     assert ray.is_initialized(), "Tune would choose a cluster itself"
@@ -103,6 +110,7 @@ def _fit(job: SearchJob, room: Callable[[], int], emit: Emit, halt: Halt, tracke
     """One session of Ray Tune, from the records to the last trial; returns why there are no more."""
     settings = job.config.search
     proposer = make_proposer(settings.searcher, job.space, job.config.seed, job.priors, settings.pareto)
+    wait_for_storage(job.trials, job.search)
     ledger, recorded = take_up(job, proposer)
     searcher = PlanSearcher(job, ledger, room, emit, halt)
     watch = HangWatch(job, searcher, emit)
@@ -112,7 +120,7 @@ def _fit(job: SearchJob, room: Callable[[], int], emit: Emit, halt: Halt, tracke
         tune_config=tune.TuneConfig(
             search_alg=searcher,
             scheduler=RecordedAsha(
-                job.config, job.space, [plan for _, plan in job.controls], recorded, searcher.is_recalled, halt.hear
+                job.config, job.space, [plan for _, plan in job.controls], recorded, searcher.is_recalled, searcher.hear
             ),
             num_samples=-1,
             reuse_actors=True,
@@ -142,15 +150,15 @@ def _outcome(job: SearchJob, ended: str, sessions: int) -> SearchOutcome:
     """The records of a search that ended by itself, or was halted.
 
     Raises:
-        StageError: If trials failed for want of storage or for a damaged file.
+        StageError: If trials failed for want of storage, for a damaged file or for a broken machine.
     """
+    wait_for_storage(job.trials, job.search)
     recorded = read_trials(job.trials)
     trials = [trial for trial in recorded if job.owns(trial)][: job.config.search.max_trials]
     mendable = [trial for trial in trials if trial.can_be_mended]
     if mendable:
-        mend = "make room or bring it back" if mendable[0].failure == "storage" else "what is damaged is built again"
-        remedy = f"{mend}; repeat the command, and those trials go on from their last rungs"
-        raise StageError("search", mendable[0].reason or "", remedy)
+        first = mendable[0]
+        raise StageError("search", first.reason or "", remedy_of(first.failure or ""))
     return SearchOutcome(
         trials=trials,
         taken_over=[trial for trial in recorded if not job.owns(trial)],

@@ -28,7 +28,8 @@ class RecordedAsha(ASHAScheduler):  # type: ignore[misc]
         controls: Plans that run to the last rung.
         recorded: The trials so far.
         is_recalled: Asked by Ray's id whether a trial that waits for a machine is not to start any more.
-        on_error: Told the text of every error of a trial, before the searcher hears that there was one.
+        on_error: Told Ray's id of a trial that ends in an error, and the error's text, before the searcher hears that
+            there was one.
     """
 
     def __init__(
@@ -38,7 +39,7 @@ class RecordedAsha(ASHAScheduler):  # type: ignore[misc]
         controls: Collection[PrecisionPlan],
         recorded: Sequence[TrialRecord],
         is_recalled: Callable[[str], bool],
-        on_error: Callable[[str], None] = lambda error: None,
+        on_error: Callable[[str, str], None] = lambda trial_id, error: None,
     ) -> None:
         settings = config.search
         super().__init__(
@@ -78,7 +79,7 @@ class RecordedAsha(ASHAScheduler):  # type: ignore[misc]
         super().on_trial_error(tune_controller, trial)
         # Tune keeps the text in this file alone; a machine that has no room for it has the trial fail as lost.
         if trial.error_file and os.path.isfile(trial.error_file):
-            self._on_error(Path(trial.error_file).read_text(encoding="utf-8", errors="replace"))
+            self._on_error(trial.trial_id, Path(trial.error_file).read_text(encoding="utf-8", errors="replace"))
 
     def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
         action: str = super().on_trial_result(tune_controller, trial, result)

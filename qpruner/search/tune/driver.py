@@ -38,10 +38,12 @@ from qpruner.search.tune.job import (
     observations_of,
     smaller_batch,
 )
-from qpruner.search.tune.nodes import stays
+from qpruner.search.tune.nodes import kernel_kills_on, node_in, stays
 
 MAX_KILLS = 3
 """Deaths of its worker process that a trial may run through without a rung between them, on machines that live on."""
+MAX_ERRORS = 3
+"""Trials that may end in an error on one machine without a rung of any there, before the machine is what is broken."""
 
 
 class PlanSearcher(LivesInDriver, Searcher):  # type: ignore[misc]
@@ -54,6 +56,8 @@ class PlanSearcher(LivesInDriver, Searcher):  # type: ignore[misc]
         self._keys = tuple(f"bits/{name}" for name in job.space.groups)
         self._live: dict[str, Suggestion] = {}
         self._hung: set[str] = set()
+        self._died_on: dict[str, str] = {}
+        self._failed_on: dict[str | None, list[TrialRecord]] = {}
         recorded = read_trials(job.trials)
         self._done = sum(1 for record in recorded if job.owns(record) and record.status != "running")
         self._clock = _Clock(job, recorded)
@@ -97,6 +101,7 @@ class PlanSearcher(LivesInDriver, Searcher):  # type: ignore[misc]
             Observation(suggestion.index, suggestion.plan, int(result[TIME]), float(result[METRIC]), stderr)
         )
         record = read_trial(self._job.trials, suggestion.index)
+        self._failed_on.pop(record.node, None)
         self._clock.tick(record)
         self._emit(TrialChanged(record))
 
@@ -111,7 +116,7 @@ class PlanSearcher(LivesInDriver, Searcher):  # type: ignore[misc]
             return
         if record.status == "running":
             # A trial's own errors are in its record: this one's process was killed, or never came up.
-            record = self._killed(record, trial_id in self._hung) if error else self._stopped(record)
+            record = self._killed(record, trial_id) if error else self._stopped(record)
         if record.is_over:
             record = record.model_copy(update={"times": (*record.times, time.time())})
         write_trial(self._job.trials, record)
@@ -126,8 +131,10 @@ class PlanSearcher(LivesInDriver, Searcher):  # type: ignore[misc]
         self._done += 1
         self._emit(TrialChanged(record))
         self._emit(Progress("search", self._done, self._job.config.search.num_trials))
-        if record.failure == "storage":
+        if record.failure in ("storage", "damaged"):
             self._halt.requested = True
+        elif record.failure == "error":
+            self._suspect(record)
 
     def is_recalled(self, trial_id: str) -> bool:
         """Whether a trial that waits for a machine is not to start any more."""
@@ -144,25 +151,49 @@ class PlanSearcher(LivesInDriver, Searcher):  # type: ignore[misc]
         self._ledger.withdraw(suggestion)
         self._emit(TrialWithdrawn(suggestion.index))
 
+    def hear(self, trial_id: str, error: str) -> None:
+        """Take the error that a trial is about to end in."""
+        self._halt.hear(error)
+        node = node_in(error)
+        if node:
+            self._died_on[trial_id] = node
+
     def hangs(self, trial_id: str) -> None:
         """Tell that a trial is killed for want of progress."""
         self._hung.add(trial_id)
+
+    def _suspect(self, record: TrialRecord) -> None:
+        """Halt where one trial after the other fails on one machine, which takes the next plan as soon as it is free;
+        those trials are tried again when the command is repeated."""
+        failed = self._failed_on.setdefault(record.node, [])
+        failed.append(record)
+        if len(failed) < MAX_ERRORS:
+            return
+        self._halt.requested = True
+        what = f"{len(failed)} trials in a row failed on {record.node}"
+        for each in failed:
+            reason = f"{what}, trial {each.index} with {each.reason}"
+            write_trial(self._job.trials, each.model_copy(update={"failure": "machine", "reason": reason}))
+        self._emit(Message("search", f"warning: {what}; running rungs finish, nothing new starts"))
 
     def _stopped(self, record: TrialRecord) -> TrialRecord:
         reason = f"stopped by ASHA at step {record.rungs[-1].step}"
         return record.model_copy(update={"status": "stopped", "reason": reason})
 
-    def _killed(self, record: TrialRecord, hung: bool) -> TrialRecord:
+    def _killed(self, record: TrialRecord, trial_id: str) -> TrialRecord:
         """The record of a trial whose worker is dead: hung, lost too often, or to go on elsewhere."""
         pulse = read_pulse(self._job.trials, record.index)
         record = _as_last_seen(record, pulse)
-        if hung:
+        if trial_id in self._hung:
             limit = self._job.config.search.trial_timeout_seconds
             reason = f"no progress for {limit:g} s (`search.trial_timeout_seconds`); its worker was killed"
             return record.model_copy(update={"status": "failed", "failure": "hung", "reason": reason})
         # What dies with its machine, or leaves one that is about to go, says nothing of the trial.
-        if pulse is not None and not stays(pulse.node):
+        node = self._died_on.pop(trial_id, None)
+        if node is not None and not stays(node):
             return record
+        if pulse and pulse.node == node and (kernel_kills_on(node) or 0) > (pulse.kernel_kills or 0):
+            return killed_for_memory(record, self._job, "the kernel")
         return _with_kill(record, "lost", "its worker process died {} times in a row")
 
     def save(self, checkpoint_path: str) -> None:
@@ -200,13 +231,13 @@ def victims(told: str, running: Sequence[TrialRecord], trials: Path) -> list[Tri
     return named or list(running)
 
 
-def killed_for_memory(record: TrialRecord, job: SearchJob) -> TrialRecord:
-    """The record of a trial whose worker Ray killed because its machine ran out of memory."""
+def killed_for_memory(record: TrialRecord, job: SearchJob, by: str = "Ray") -> TrialRecord:
+    """The record of a trial whose worker was killed, by Ray or the kernel, because its machine ran out of memory."""
     record = _as_last_seen(record, read_pulse(job.trials, record.index))
     smaller = smaller_batch(record, job.config)
     if smaller is not None:
         record = record.model_copy(update={"micro_batch_size": smaller})
-    return _with_kill(record, "infeasible", "out of memory: Ray killed its worker {} times in a row")
+    return _with_kill(record, "infeasible", f"out of memory: {by} killed its worker {{}} times in a row")
 
 
 def _with_kill(record: TrialRecord, failure: str, reason: str) -> TrialRecord:

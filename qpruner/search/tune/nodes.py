@@ -2,13 +2,48 @@
 
 from __future__ import annotations
 
+import platform
+import re
 import socket
+from contextlib import suppress
 
 import ray
 from ray._private.state import state
+from ray.exceptions import RayError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from qpruner.memory import kernel_kills
 
 ANSWER_SECONDS = 2.0
 """A machine that takes no connection for this long is taken for gone."""
+KERNEL_SECONDS = 20.0
+"""A machine that was out of memory a moment ago has to start a process to answer."""
+
+
+def own_name() -> str:
+    """This machine's name for people, as the look at the nodes has it."""
+    node_id = ray.get_runtime_context().get_node_id()
+    return f"{ray.util.get_node_ip_address()} ({platform.node()}, {node_id[:8]})"
+
+
+def node_in(error: str) -> str | None:
+    """Ray's id of the machine of the actor that an error names, dead or alive; None where it names none.
+
+    A worker that dies young has told nothing itself: not where it was either.
+    """
+    found = re.search(r"\bactor_id[:=] ?([0-9a-f]+)", error)
+    table = state.actor_table(found[1]) if found else {}
+    return table.get("Address", {}).get("NodeID") or None
+
+
+def kernel_kills_on(node_id: str) -> int | None:
+    """What a node's kernel says by now, as in `kernel_kills`; None where nobody there answers."""
+    place = NodeAffinitySchedulingStrategy(node_id, soft=False)
+    asked = ray.remote(num_cpus=0, max_retries=0)(kernel_kills).options(scheduling_strategy=place).remote()
+    with suppress(RayError):
+        kills: int | None = ray.get(asked, timeout=KERNEL_SECONDS)
+        return kills
+    return None
 
 
 def stays(node_id: str) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import logging
 import os
 import shutil
 import time
@@ -17,13 +18,14 @@ from ray import cloudpickle, tune
 
 from qpruner.config import RunConfig
 from qpruner.errors import CorruptFile, StorageError, TrainingDiverged
-from qpruner.memory import PeakMemory, is_out_of_memory, release
+from qpruner.memory import PeakMemory, is_out_of_memory, kernel_kills, release
 from qpruner.mirror import fetch, workplace
 from qpruner.patience import patiently, storage_error
 from qpruner.records import RungResult, TrialPulse
 from qpruner.rundir import folder_digests, publish_folder, remove, sign_seconds
 from qpruner.search.trial_job import TrialJob
 from qpruner.search.trial_records import (
+    begin_anew_if_damaged,
     checkpoint_of,
     objective,
     read_pulse,
@@ -33,7 +35,9 @@ from qpruner.search.trial_records import (
     write_trial,
 )
 from qpruner.search.tune.job import METRIC, TIME, SearchJob, params_to_plan, smaller_batch
-from qpruner.search.tune.nodes import stays
+from qpruner.search.tune.nodes import own_name, stays
+
+logger = logging.getLogger(__name__)
 
 Failure = Literal["infeasible", "diverged", "storage", "damaged", "error"]
 
@@ -83,6 +87,8 @@ class _RecordedTrial:
     def __init__(self, params: dict[str, Any], job: SearchJob) -> None:
         self._job, self._plan = job, params_to_plan(params)
         self._record = read_trial(job.trials, params["trial"])
+        if begin_anew_if_damaged(job.trials, self._record, logger.warning):
+            self._record = read_trial(job.trials, params["trial"])
         # What an earlier process held since its last rung is in its pulse alone.
         spent = [each for each in (self._record, read_pulse(job.trials, self._record.index)) if each]
         self._before = max(each.seconds for each in spent), max(each.gpu_seconds for each in spent)
@@ -91,7 +97,8 @@ class _RecordedTrial:
         self._node = ray.get_runtime_context().get_node_id()
         self._beats, self._told = 0, float("-inf")
         begun = {} if self._record.rungs else {"times": (time.time(),)}  # it may have waited long for a machine
-        self._record = self._record.model_copy(update={"worker": uuid.uuid4().hex} | begun)
+        ours = {"worker": uuid.uuid4().hex, "node": own_name()}
+        self._record = self._record.model_copy(update=ours | begun)
         write_trial(job.trials, self._record)
         self._progress(self._record.rungs[-1].step if self._record.rungs else 0)
 
@@ -128,13 +135,15 @@ class _RecordedTrial:
         return config.model_copy(update={"training": training, "evaluate": evaluate})
 
     def _report(self, result: RungResult, checkpoint: Path) -> None:
-        self._check_that_it_is_ours()
         target = trial_folder(self._job.trials, self._record.index) / f"checkpoint-{result.step}"
-        aside = patiently(lambda: _beside(checkpoint, target), target)
+        aside = patiently(lambda: _beside(checkpoint, target, str(self._record.worker)), target)
         digests = folder_digests(aside)
+        # Asked again where it counts: copying took its time, and so does publishing.
+        self._check_that_it_is_ours()
         publish_folder(aside, target)
         old = checkpoint_of(self._job.trials, self._record)
         ended = result.step >= self._job.config.search.steps
+        self._check_that_it_is_ours()
         self._write(
             rungs=(*self._record.rungs, result),
             checkpoint=digests,
@@ -162,6 +171,7 @@ class _RecordedTrial:
             step=step,
             beats=self._beats,
             peak_memory_bytes=self._memory.bytes(),
+            kernel_kills=kernel_kills(),
             **self._spent(),
         )
         write_pulse(self._job.trials, self._record.index, pulse)
@@ -203,10 +213,12 @@ def diagnosis(error: Exception) -> tuple[Failure, str]:
     return ("storage", trouble.cause) if trouble else ("error", line)
 
 
-def _beside(checkpoint: Path, target: Path) -> Path:
-    """Copy a checkpoint next to its final place, so that the last step is a rename where there are any."""
-    aside = workplace(target.with_name(f".{target.name}"))
-    shutil.rmtree(aside, ignore_errors=True)
+def _beside(checkpoint: Path, target: Path, worker: str) -> Path:
+    """Copy a checkpoint next to its final place, so that the last step is a rename where there are any; what workers
+    before this one left there is dropped."""
+    aside = workplace(target.with_name(f".{target.name}.{worker}"))
+    for left in aside.parent.glob(f".{target.name}.*"):
+        shutil.rmtree(left, ignore_errors=True)
     # training_args.bin is a pickle that nothing reads; it stays out of the run's storage.
     shutil.copytree(checkpoint, aside, ignore=shutil.ignore_patterns("training_args.bin", "README.md"))
     return aside
