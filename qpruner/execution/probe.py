@@ -46,16 +46,16 @@ class NodeFacts:
     Attributes:
         versions: By package; qpruner's is a digest of its code.
         storage: Why the run's storage cannot be used from there; empty where it can.
-        cache: Its own folder for the bank's files; None where it keeps none.
-        has_gpu_driver: Whether there is a driver for GPUs.
+        caches: Its own folders for the bank's files and, of a run at a URI, for the pruned model.
+        has_hardware: Whether there is a driver for GPUs, or a card that lacks one.
         gpus: What torch sees; not looked for where Ray counts none.
         gpu_trouble: Why they cannot quantize; empty where they can.
     """
 
     versions: dict[str, str]
     storage: str
-    cache: Cache | None
-    has_gpu_driver: bool
+    caches: tuple[Cache, ...]
+    has_hardware: bool
     gpus: tuple[Gpu, ...]
     gpu_trouble: str
 

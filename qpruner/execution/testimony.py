@@ -19,6 +19,8 @@ from typing import Any
 PACKAGES = ("torch", "transformers", "peft", "bitsandbytes")
 DRIVERS = ("/proc/driver/nvidia/gpus", "/dev/kfd", "/dev/dxg")
 """One of these is there where a driver for GPUs is: NVIDIA's, AMD's, that of Windows' Linux."""
+DEVICES, NVIDIA, DISPLAY = "/sys/bus/pci/devices", "0x10de", "0x03"
+"""Where Linux lists the devices of a machine, and what it says of a GPU: its maker, and its class begins so."""
 HIDERS = ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES")
 MISSING = "not installed"
 
@@ -37,8 +39,8 @@ def testify(storage: str, driver: str, me: str, cache: str, has_gpus: bool, is_a
     return {
         "versions": versions(),
         "storage": (_store_trouble if is_at_uri else _storage_trouble)(Path(storage), driver, driver, me),
-        "cache": _cache(Path(os.environ[cache])) if cache in os.environ else None,
-        "has_gpu_driver": any(Path(path).exists() for path in DRIVERS),
+        "caches": [_cache(name, Path(os.environ[name]), own) for name, own in caches.items() if name in os.environ],
+        "has_hardware": has_hardware(),
         **(_gpus() if has_gpus else {"gpus": [], "gpu_trouble": ""}),
     }
 
@@ -85,8 +87,43 @@ def check_like(own: Mapping[str, str], storage: str, place: str, driver: str, te
         unseen = (_store_trouble if is_at_uri else _storage_trouble)(Path(storage), driver, text)
         trouble = f"`output`: {place} {unseen}" if unseen else ""
     if trouble:
-        address, node_id = ray.util.get_node_ip_address(), ray.get_runtime_context().get_node_id()
-        raise RuntimeError(f"NodeDiffers: {address} ({platform.node()}, {node_id[:8]}): {trouble}")
+    trouble = trouble or unseen_gpus()
+        raise RuntimeError(f"NodeDiffers: {own_name()}: {trouble}")
+
+
+def own_name() -> str:
+    """The node of this process, as a person knows it."""
+    import ray
+
+    address, node_id = ray.util.get_node_ip_address(), ray.get_runtime_context().get_node_id()
+    return f"{address} ({platform.node()}, {node_id[:8]})"
+
+
+def unseen_gpus() -> str:
+    """Why the GPUs that this process holds cannot be used, which torch would do without; nothing where it holds none,
+    where torch sees them, and where somebody told Ray of GPUs that are not there."""
+    import ray
+
+    if not ray.get_gpu_ids() or not has_hardware():
+        return ""
+    import torch
+
+    if torch.cuda.is_available():
+        return ""
+    return f"a GPU is reserved for work there, but torch {torch.__version__} sees none"
+
+
+def has_hardware() -> bool:
+    """Whether there are GPUs: a driver for them, or a card that lacks one."""
+    return any(Path(path).exists() for path in DRIVERS) or any(map(_is_card, Path(DEVICES).glob("*")))
+
+
+def _is_card(device: Path) -> bool:
+    try:
+        maker, kind = (device / "vendor").read_text(), (device / "class").read_text()
+    except OSError:
+        return False
+    return maker.strip() == NVIDIA and kind.startswith(DISPLAY)
 
 
 def _code() -> str:

@@ -257,10 +257,10 @@ def _finetuned(
         from qpruner.execution.group import run_groups
 
         scratch = context.run_dir.scratch("train")
-        return run_groups(finetune_candidate, tasks, resources, num_workers, concurrent, scratch, on_tick)
+        return run_groups(finetune_candidate, tasks, resources, num_workers, concurrent, scratch, on_tick, saved)
     from qpruner.execution.cluster import run_tasks
 
-    return run_tasks(finetune_candidate, tasks, resources, concurrent, fresh=True, on_tick=on_tick)
+    return run_tasks(finetune_candidate, tasks, resources, concurrent, fresh=True, on_tick=on_tick, progress=saved)
 
 
 def _record_of(context: Context, job: Candidate, origin: str, outcome: FinetuneOutcome) -> CandidateRecord:
@@ -269,6 +269,10 @@ def _record_of(context: Context, job: Candidate, origin: str, outcome: FinetuneO
     measured = {name: value for name, value in vars(outcome).items() if name != "untold"}
     return CandidateRecord(
         digest=job.folder.name,
+
+    def saved(position: int) -> list[Path]:
+        return sorted(put_folders(jobs[position].folder / "checkpoints"))
+
         name=job.name,
         origin=origin,
         seed=job.seed,

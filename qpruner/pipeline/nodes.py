@@ -71,7 +71,7 @@ def look_at_nodes(context: Context) -> None:
         raise UserError(f"{len(told)} problem{'s' if len(told) != 1 else ''} with the cluster's nodes:\n{lines}")
     for report in reports:
         if _is_declared(report):
-            text = f"warning: Ray counts {report.size.gpus:g} GPUs on {report.name}, which has no driver for any"
+            text = f"warning: Ray counts {report.size.gpus:g} GPUs on {report.name}, which has none that can be seen"
             context.emit(Message("cluster", f"{text}: what holds them runs on the CPU"))
     if _works_on_cpus(reports, resources):
         check_device(context.config, context.inspection.pruned, None)
@@ -176,7 +176,7 @@ def _gpus(report: Report, facts: NodeFacts, needs: Needs) -> str:
 def _is_declared(report: Report) -> bool:
     """Whether somebody told Ray of GPUs that are not there: Ray itself counts none without a driver."""
     facts = report.facts
-    return facts is not None and report.size.gpus > 0 and not facts.gpus and not facts.has_gpu_driver
+    return facts is not None and report.size.gpus > 0 and not facts.gpus and not facts.has_hardware
 
 
 def _works_on_cpus(reports: Sequence[Report], resources: Mapping[str, float]) -> bool:

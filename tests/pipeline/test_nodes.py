@@ -31,8 +31,8 @@ TWO_GPUS = Node(8, 2)
 FACTS = NodeFacts(
     versions=OWN,
     storage="",
-    cache=CACHE,
-    has_gpu_driver=True,
+    caches=(CACHE,),
+    has_hardware=True,
     gpus=(L40S, L40S),
     gpu_trouble="",
 )
@@ -127,7 +127,7 @@ def test_a_node_that_no_trial_fits_on_needs_neither_disk_nor_gpus() -> None:
 
 def test_gpus_that_somebody_told_ray_of_are_not_looked_for_in_vain() -> None:
     """Ray counts none by itself where there is no driver."""
-    declared = report(gpus=(), has_gpu_driver=False)
+    declared = report(gpus=(), has_hardware=False)
     assert troubles(declared, needs(), is_unseen=False) == {}
     assert row(declared, needs(), {})[2] == "2, none seen by torch"
 
@@ -145,4 +145,4 @@ def test_gpus_that_ray_hides_from_the_probe_are_seen() -> None:
     done = subprocess.run(command, env=hidden, capture_output=True, text=True, check=True)
     found = json.loads(done.stdout.splitlines()[-1])
     assert len(found["gpus"]) == torch.cuda.device_count() > 0
-    assert found["gpu_trouble"] == "" and found["has_gpu_driver"]
+    assert found["gpu_trouble"] == "" and found["has_hardware"]

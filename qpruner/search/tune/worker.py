@@ -17,6 +17,8 @@ from ray import cloudpickle, tune
 
 from qpruner.config import RunConfig
 from qpruner.errors import CorruptFile, StorageError, TrainingDiverged
+from qpruner.execution.nodes import stays
+from qpruner.execution.testimony import own_name
 from qpruner.memory import PeakMemory, is_out_of_memory, release
 from qpruner.mirror import fetch, workplace
 from qpruner.patience import patiently, storage_error
@@ -33,7 +35,6 @@ from qpruner.search.trial_records import (
     write_trial,
 )
 from qpruner.search.tune.job import METRIC, TIME, SearchJob, params_to_plan, smaller_batch
-from qpruner.search.tune.nodes import stays
 
 Failure = Literal["infeasible", "diverged", "storage", "damaged", "error"]
 

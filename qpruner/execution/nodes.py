@@ -1,4 +1,4 @@
-"""Which machines a trial can count on."""
+"""Which machines work can count on."""
 
 from __future__ import annotations
 
