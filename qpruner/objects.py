@@ -32,6 +32,8 @@ OPTIONS = ("endpoint_override", "region", "scheme")
 CONNECT_SECONDS, QUIET_SECONDS, ATTEMPTS = 5.0, 5.0, 2
 """A request that nobody answers ends after some ten seconds; `patiently` then decides whether to go on trying."""
 PIECE_BYTES = 16 * 2**20
+OnPiece = Callable[[], object]
+"""Called after each piece that was read, from whichever thread reads, and now and then while another process does."""
 CONCURRENT = 16
 """Objects that are sent or fetched at once."""
 REFUSED = re.compile(r"ACCESS_DENIED|INVALID_ACCESS_KEY_ID|SIGNATURE_DOES_NOT_MATCH|TOKEN|HTTP status 40[13]|UNAUTHENT")
@@ -96,10 +98,16 @@ def scratch_of(path: Path) -> Path:
     return cache_root() / "scratch" / path.relative_to(cache_root() / "runs")
 
 
-def sha256_of(file: Path) -> str:
+def sha256_of(file: Path, on_piece: OnPiece = lambda: None) -> str:
     """Of a file of this machine, or of a folder that it sees."""
     with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+        return _copied(stream.read, lambda data: None, on_piece)
+
+
+def copy_file(file: Path, target: Path, on_piece: OnPiece = lambda: None) -> str:
+    """Copy a file that this machine sees; returns its sha256."""
+    with file.open("rb") as source, _written(target) as write:
+        return _copied(source.read, write, on_piece)
 
 
 def each(action: Callable[[Item], Result], items: list[Item]) -> list[Result]:
@@ -178,11 +186,11 @@ class Objects:
         with file.open("rb") as source, self._told(), self._system.open_output_stream(self._path) as stream:
             return _copied(source.read, stream.write)
 
-    def download(self, file: Path) -> str:
+    def download(self, file: Path, on_piece: OnPiece = lambda: None) -> str:
         """Write the object to a file; returns its sha256."""
         file.parent.mkdir(parents=True, exist_ok=True)
-        with self._told(), self._system.open_input_stream(self._path) as stream, file.open("wb") as target:
-            return _copied(stream.read, target.write)
+        with self._told(), self._system.open_input_stream(self._path) as stream, _written(file) as write:
+            return _copied(stream.read, write, on_piece)
 
     def digest(self) -> str:
         """sha256 of the object as it is in the store now."""
@@ -260,7 +268,7 @@ class Objects:
             raise OSError(errno.EHOSTUNREACH, detail, str(self)) from error
 
 
-def _copied(read: Callable[[int], bytes], write: Callable[[bytes], object]) -> str:
+def _copied(read: Callable[[int], bytes], write: Callable[[bytes], object], on_piece: OnPiece = lambda: None) -> str:
     """Copy piece by piece; returns the sha256."""
     digest = hashlib.sha256()
     while piece := read(PIECE_BYTES):
@@ -270,9 +278,27 @@ def _copied(read: Callable[[int], bytes], write: Callable[[bytes], object]) -> s
 
 
 @functools.cache
+        on_piece()
 def _system(scheme: str, bucket: str, query: str) -> Any:
     """The file system of a bucket; credentials come from the environment."""
     from pyarrow import fs
+@contextmanager
+def _written(file: Path) -> Iterator[Callable[[bytes], object]]:
+    """Writes a file of this machine; errors name it, which Python's own do not: the disk that is full is this one, not
+    the one that is read."""
+
+    def write(piece: bytes) -> None:
+        try:
+            target.write(piece)
+            target.flush()
+        except OSError as error:
+            error.filename = str(file)
+            raise
+
+    with file.open("wb") as target:
+        yield write
+
+
 
     options: dict[str, Any] = dict(parse_qsl(query))
     if scheme == "gs":

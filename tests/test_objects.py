@@ -19,7 +19,7 @@ from object_store import Gate, Store, free_port, object_store, talk_to
 
 from qpruner import objects
 from qpruner.errors import CorruptFile, StorageError, UserError
-from qpruner.mirror import fetch, put_folders, written
+from qpruner.mirror import fetch, list_beside, one_at_a_time, put_folders, written
 from qpruner.objects import mirror_of, name_of, objects_at
 from qpruner.records import BankRecord, SearchClock
 from qpruner.rundir import (
@@ -184,6 +184,39 @@ def test_a_folder_is_the_same_on_another_machine(run: RunDir, machine: Machine, 
 def test_what_is_written_in_place_is_sent_and_need_not_be_fetched(run: RunDir, store: Store, tmp_path: Path) -> None:
     target = run.stage("prune")
     with written(target) as folder:
+def test_whoever_waits_for_a_folder_hears_of_every_piece(
+    run: RunDir, machine: Machine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a trial waits for is not what hangs: two files of several pieces, and a process that fetches first."""
+    monkeypatch.setattr(objects, "PIECE_BYTES", 2**16)
+    pieces = {"one": 3, "other": 2}
+    files = {name: "w" * (number * objects.PIECE_BYTES - 1) for name, number in pieces.items()}
+    publish_folder(folder_of(tmp_path, **files), run.stage("prune"))
+    target, heard = machine("second").stage("prune"), list[int]()
+    begun, fetched = threading.Event(), threading.Event()
+
+    def fetch_first() -> None:
+        with one_at_a_time(target):
+            begun.set()
+            fetched.wait(30)
+
+    def hear() -> None:
+        heard.append(len(list(tmp_path.glob("second/scratch/*/prune/*"))))
+        fetched.set()
+
+    first = threading.Thread(target=fetch_first)
+    first.start()
+    begun.wait(30)
+    fetch(target, hear)
+    first.join()
+    assert heard[0] == 0 and len([number for number in heard if number]) >= sum(pieces.values())
+    onto_disk = shutil.copytree(target, tmp_path / "disk" / "prune")
+    shutil.copy(list_beside(target), list_beside(onto_disk))
+    heard.clear()
+    fetch(onto_disk, hear)
+    assert len(heard) == sum(pieces.values())
+
+
         folder.mkdir()
         (folder / "weights").write_text("w")
         assert not store.keys(key_of(target))
