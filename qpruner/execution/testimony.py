@@ -12,7 +12,7 @@ import importlib.util
 import os
 import platform
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,14 +25,17 @@ HIDERS = ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES")
 MISSING = "not installed"
 
 
-def testify(storage: str, driver: str, me: str, cache: str, has_gpus: bool, is_at_uri: bool) -> dict[str, Any]:
+def testify(
+    storage: str, driver: str, me: str, caches: Mapping[str, Sequence[str]], has_gpus: bool, is_at_uri: bool
+) -> dict[str, Any]:
     """Look at this machine.
 
     Args:
         storage: A folder in the run's storage.
         driver: Name of a file that the driver left there, and what it says.
         me: Name of a file to leave there, and what to say in it.
-        cache: Environment variable that names the folder for the bank's files; unset, none are kept.
+        caches: Environment variables that name folders for copies of the run's files, and patterns of those that are of
+            this run; of a variable that is unset there is no folder.
         has_gpus: Whether Ray counts GPUs here; importing torch takes seconds.
         is_at_uri: Whether the storage is the mirror of an object store.
     """
@@ -80,14 +83,12 @@ def check_like(own: Mapping[str, str], storage: str, place: str, driver: str, te
     Raises:
         RuntimeError: `NodeDiffers: `, the node's name and what differs.
     """
-    import ray
-
     trouble = differences(versions(), own)
     if not trouble:  # else that qpruner cannot be asked
         unseen = (_store_trouble if is_at_uri else _storage_trouble)(Path(storage), driver, text)
         trouble = f"`output`: {place} {unseen}" if unseen else ""
-    if trouble:
     trouble = trouble or unseen_gpus()
+    if trouble:
         raise RuntimeError(f"NodeDiffers: {own_name()}: {trouble}")
 
 
@@ -171,14 +172,16 @@ def _store_trouble(folder: Path, driver: str, text: str, me: str | None = None) 
     return ""
 
 
-def _cache(folder: Path) -> dict[str, Any]:
-    """The folder for the bank's files, which may not be there yet."""
+def _cache(variable: str, folder: Path, own: Sequence[str]) -> dict[str, Any]:
+    """A folder for copies of the run's files, which may not be there yet."""
     existing = next(place for place in (folder, *folder.parents) if place.exists())
     return {
+        "variable": variable,
         "folder": str(folder),
+        "disk": existing.stat().st_dev,
         "is_writable": existing.is_dir() and os.access(existing, os.W_OK | os.X_OK),
         "free_bytes": shutil.disk_usage(existing).free,
-        "held_bytes": sum(file.stat().st_size for file in folder.glob("*.safetensors")),
+        "held_bytes": sum(file.stat().st_size for each in own for file in folder.glob(each) if file.is_file()),
     }
 
 

@@ -150,7 +150,7 @@ def _outcome(job: SearchJob, ended: str, sessions: int) -> SearchOutcome:
     if mendable:
         mend = "make room or bring it back" if mendable[0].failure == "storage" else "what is damaged is built again"
         remedy = f"{mend}; repeat the command, and those trials go on from their last rungs"
-        raise StageError("search", mendable[0].reason or "", remedy)
+        raise StageError("search", f"trial {mendable[0].index}: {mendable[0].reason}", remedy)
     return SearchOutcome(
         trials=trials,
         taken_over=[trial for trial in recorded if not job.owns(trial)],

@@ -171,6 +171,8 @@ class _RecordedTrial:
         failure, reason = diagnosis(error)
         if failure == "infeasible":
             reason += f" (micro-batch {self._config().training.micro_batch_size})"
+        if failure in ("storage", "damaged"):
+            reason += f" (on {own_name()})"  # whose disk or copy it may be
         # Where even this cannot be written, the record says "running", and the trial goes on from its last rung.
         with contextlib.suppress(OSError, StorageError):
             self._check_that_it_is_ours()
