@@ -29,7 +29,7 @@ from qpruner.errors import CorruptFile
 from qpruner.events import Emit, Message, Progress
 from qpruner.execution.slots import worker_resources
 from qpruner.execution.workshop import Bench
-from qpruner.mirror import emptied, fetch, put_folders, workplace
+from qpruner.mirror import check, emptied, fetch, list_beside, put_folders, workplace, written
 from qpruner.objects import is_mirror, name_of
 from qpruner.pipeline.context import Context
 from qpruner.pipeline.rows import Row, candidate_of, table_rows, untuned_candidates
@@ -70,15 +70,18 @@ def finetune(context: Context, searched: SearchRecord, measured: SensitivityReco
     length = f"{settings.steps} steps" if settings.steps else f"{settings.epochs:g} epochs"
     told = [(row.name, row.origin, job.seed, job.folder.name) for row, job in jobs]
     stage = Stage("finetune", f"{len(_distinct(jobs))} fine-tunes, {length}", (searched.digest, told))
-    if not all(isinstance(each, CandidateRecord) for each in for_each(_recorded, [job.folder for _, job in jobs])):
+    # `final` is where people look; the stage's own folder keeps nothing.
+    final = context.run_dir.root / "final"
+    are_tuned = all(isinstance(each, CandidateRecord) for each in for_each(_recorded, [job.folder for _, job in jobs]))
+    if not are_tuned or not _is_whole(final, context):
         context.run_dir.forget("finetune")
 
     def work(scratch: Path) -> dict[str, Any]:
         finetuned = _finetune_jobs(context, jobs)
         # The first training seed is the run's own.
         winner = next(job for row, job in jobs if row.name == SEARCHED)
-        # `final` is where people look; the stage's own folder keeps nothing.
-        final = context.run_dir.root / "final"
+        # Until the record of this one is there, none may vouch for what lies in `final`.
+        context.run_dir.forget("finetune")
         before = context.gpu_time.seconds
         context.workshop.do(write_final, FinalJob(context.config, winner, final), context.emit)
         context.workshop.close()
@@ -94,6 +97,21 @@ def finetune(context: Context, searched: SearchRecord, measured: SensitivityReco
         return "validation loss " + ", ".join(f"{name} {sum(all) / len(all):.4f}" for name, all in losses.items())
 
     return run_stage(context.run_dir, stage, FinetuneRecord, work, figures, context.emit, context.gpu_time)
+
+
+def _is_whole(final: Path, context: Context) -> bool:
+    """Whether the final folder is there as it was written; a damaged one is set aside. At a URI that its list is there
+    is enough: whoever fetches it compares."""
+    if is_mirror(final):
+        return exists(list_beside(final))
+    try:
+        check(final)
+    except CorruptFile as error:
+        if final.is_dir():
+            where = set_aside(final, context.run_dir.root)
+            context.emit(Message("finetune", f"warning: {error}; set aside in {where}, it is written anew"))
+        return False
+    return final.is_dir()
 
 
 def evaluate(context: Context, tuned: FinetuneRecord) -> EvalRecord:
@@ -251,6 +269,10 @@ def _finetuned(
     context: Context, jobs: list[Candidate], on_tick: Callable[[], None]
 ) -> Iterator[tuple[int, FinetuneOutcome]]:
     """Positions and outcomes as the fine-tunes end; as many at once as the slots take."""
+
+    def saved(position: int) -> list[Path]:
+        return sorted(put_folders(jobs[position].folder / "checkpoints"))
+
     num_workers = context.config.finetune.num_workers
     tasks, resources, concurrent = _worker_jobs(context, jobs, num_workers)
     if num_workers > 1:
@@ -269,10 +291,6 @@ def _record_of(context: Context, job: Candidate, origin: str, outcome: FinetuneO
     measured = {name: value for name, value in vars(outcome).items() if name != "untold"}
     return CandidateRecord(
         digest=job.folder.name,
-
-    def saved(position: int) -> list[Path]:
-        return sorted(put_folders(jobs[position].folder / "checkpoints"))
-
         name=job.name,
         origin=origin,
         seed=job.seed,
@@ -361,9 +379,10 @@ def write_final(job: FinalJob, bench: Bench, emit: Emit) -> None:
     checkpoint, adapter = fetch(winner.checkpoint), fetch(winner.adapter)
     model, _ = assemble(checkpoint, winner.bank, quantize.group, winner.plan, dtype, quantize.double_quant)
     scratch = emptied(workplace(job.folder.with_name(f".{job.folder.name}")))
-    save_checkpoint(model, load_tokenizer(str(checkpoint)), scratch)
-    for file in ("adapter_config.json", ADAPTER_WEIGHTS):
-        shutil.copy2(adapter / file, scratch / file)
+    with written(scratch):
+        save_checkpoint(model, load_tokenizer(str(checkpoint)), scratch)
+        for file in ("adapter_config.json", ADAPTER_WEIGHTS):
+            shutil.copy2(adapter / file, scratch / file)
     publish_folder(scratch, job.folder)
 
 
