@@ -13,7 +13,7 @@ import os
 import re
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -36,8 +36,10 @@ OnPiece = Callable[[], object]
 """Called after each piece that was read, from whichever thread reads, and now and then while another process does."""
 CONCURRENT = 16
 """Objects that are sent or fetched at once."""
-REFUSED = re.compile(r"ACCESS_DENIED|INVALID_ACCESS_KEY_ID|SIGNATURE_DOES_NOT_MATCH|TOKEN|HTTP status 40[13]|UNAUTHENT")
-GONE = re.compile(r"NO_SUCH_BUCKET|[Bb]ucket '[^']*' not found")
+REFUSED = re.compile(
+    r"ACCESS_DENIED|INVALID_ACCESS_KEY_ID|SIGNATURE_DOES_NOT_MATCH|TOKEN|HTTP status 40[13]|UNAUTHENT|PERMISSION_DENIED"
+)
+GONE = re.compile(r"NO_SUCH_BUCKET|[Bb]ucket '[^']*' not found|specified bucket does not exist")
 CREDENTIALS = (
     "credentials come from the environment (AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, AWS_PROFILE or the machine's "
     "role; GOOGLE_APPLICATION_CREDENTIALS for gs://), on every machine"
@@ -144,14 +146,16 @@ class Objects:
         return _system(self.scheme, self.bucket, self.query)
 
     def check_bucket(self) -> None:
-        """Ask for the bucket.
+        """Ask what lies there: who may use a bucket's objects need not be let see the bucket itself.
 
         Raises:
-            UserError: If there is none, or this machine may not see it, or nobody answers.
+            UserError: If there is no bucket, or this machine may not list it, or nobody answers.
         """
+        from pyarrow.fs import FileSelector
+
         try:
-            with self._told():
-                is_there = self._system.get_file_info(self.bucket).type.value
+            with suppress(FileNotFoundError), self._told():
+                self._system.get_file_info(FileSelector(self._path))
         except StorageError as error:
             raise UserError(f"`output`: {error.cause}; {error.remedy}") from error
         except OSError as error:
@@ -159,8 +163,6 @@ class Objects:
                 f"`output`: {self} cannot be reached ({error.strerror}); check the network and the endpoint "
                 "(AWS_ENDPOINT_URL, or ?endpoint_override= in the URI)"
             ) from error
-        if not is_there:
-            raise UserError(f"`output`: there is no bucket {self.bucket}; create it, or name another")
 
     def read(self) -> bytes:
         """The object, whole, as it was put once.
@@ -254,17 +256,19 @@ class Objects:
         try:
             yield
         except OSError as error:
-            if error.errno is not None:
+            if error.errno is not None and "google::cloud" not in str(error):
                 raise
-            text = re.sub(r"\s*\(Request ID.*", "", str(error), flags=re.DOTALL).strip()
+            text = re.sub(r"\s*(\(Request ID|error_info=).*", "", str(error), flags=re.DOTALL).strip()
+            if text.startswith(os.strerror(errno.ENOENT)):  # without its number: of a folder at Google's
+                raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(self)) from error
             detail = text.partition("AWS Error ")[2] or text
             if REFUSED.search(detail):
                 cause = f"{self}: access is refused ({detail})"
                 raise StorageError(cause, f"{CREDENTIALS}; mend them, then repeat the command") from error
             if GONE.search(text):
                 raise StorageError(f"there is no bucket {self.bucket}", "create it, then repeat the command") from error
-            if "AWS Error" not in text and "google::cloud" not in text:
-                raise  # of a request that pyarrow itself would not make
+            if isinstance(error, FileNotFoundError) or ("AWS Error" not in text and "google::cloud" not in text):
+                raise  # an object that is not there, or a request that pyarrow itself would not make
             raise OSError(errno.EHOSTUNREACH, detail, str(self)) from error
 
 
@@ -274,14 +278,10 @@ def _copied(read: Callable[[int], bytes], write: Callable[[bytes], object], on_p
     while piece := read(PIECE_BYTES):
         digest.update(piece)
         write(piece)
+        on_piece()
     return digest.hexdigest()
 
 
-@functools.cache
-        on_piece()
-def _system(scheme: str, bucket: str, query: str) -> Any:
-    """The file system of a bucket; credentials come from the environment."""
-    from pyarrow import fs
 @contextmanager
 def _written(file: Path) -> Iterator[Callable[[bytes], object]]:
     """Writes a file of this machine; errors name it, which Python's own do not: the disk that is full is this one, not
@@ -299,6 +299,10 @@ def _written(file: Path) -> Iterator[Callable[[bytes], object]]:
         yield write
 
 
+@functools.cache
+def _system(scheme: str, bucket: str, query: str) -> Any:
+    """The file system of a bucket; credentials come from the environment."""
+    from pyarrow import fs
 
     options: dict[str, Any] = dict(parse_qsl(query))
     if scheme == "gs":
