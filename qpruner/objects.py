@@ -31,7 +31,8 @@ OPTIONS = ("endpoint_override", "region", "scheme")
 """What may follow the `?` of a URI."""
 CONNECT_SECONDS, QUIET_SECONDS, ATTEMPTS = 5.0, 5.0, 2
 """A request that nobody answers ends after some ten seconds; `patiently` then decides whether to go on trying."""
-PIECE_BYTES = 16 * 2**20
+PIECE_BYTES, HASHED_BYTES = 16 * 2**20, 2**20
+"""Of what is copied, and of what is only read, by many threads at once, in a process whose memory is measured."""
 OnPiece = Callable[[], object]
 """Called after each piece that was read, from whichever thread reads, and now and then while another process does."""
 CONCURRENT = 16
@@ -103,7 +104,7 @@ def scratch_of(path: Path) -> Path:
 def sha256_of(file: Path, on_piece: OnPiece = lambda: None) -> str:
     """Of a file of this machine, or of a folder that it sees."""
     with file.open("rb") as stream:
-        return _copied(stream.read, lambda data: None, on_piece)
+        return _copied(lambda size: stream.read(HASHED_BYTES), lambda data: None, on_piece)
 
 
 def copy_file(file: Path, target: Path, on_piece: OnPiece = lambda: None) -> str:

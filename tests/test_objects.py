@@ -188,7 +188,8 @@ def test_whoever_waits_for_a_folder_hears_of_every_piece(
     run: RunDir, machine: Machine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What a trial waits for is not what hangs: two files of several pieces, and a process that fetches first."""
-    monkeypatch.setattr(objects, "PIECE_BYTES", 2**16)
+    for name in ("PIECE_BYTES", "HASHED_BYTES"):
+        monkeypatch.setattr(objects, name, 2**16)
     pieces = {"one": 3, "other": 2}
     files = {name: "w" * (number * objects.PIECE_BYTES - 1) for name, number in pieces.items()}
     publish_folder(folder_of(tmp_path, **files), run.stage("prune"))
@@ -440,9 +441,7 @@ class _Refusing(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         self.send_response(403)
         self.end_headers()
-        self.wfile.write(
-            b"<Error><Code>AccessDenied</Code><Message>Access Denied</Message></Error>"
-        )
+        self.wfile.write(b"<Error><Code>AccessDenied</Code><Message>Access Denied</Message></Error>")
 
 
 @pytest.mark.parametrize("keys", [True, False])
