@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import pickle
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,9 +19,12 @@ import ray
 
 from qpruner.config import RunConfig, validate_config
 from qpruner.events import Event
-from qpruner.execution.cluster import OBJECT_STORE_BYTES
+from qpruner.execution.cluster import OBJECT_STORE_BYTES, Cluster
+from qpruner.execution.probe import packed_check
+from qpruner.execution.room import Room
 from qpruner.plan import Group, Layout, LinearShape, PlanSpace
 from qpruner.records import RungResult
+from qpruner.rundir import RunDir
 from qpruner.search.trial_job import Materials, Progress, Report, TrialJob
 from qpruner.search.tune import SearchJob, SearchOutcome, search
 
@@ -144,9 +146,9 @@ def run_search(
         digest="0" * 16,
         search="1" * 16,
         resources=resources,
-        check_node=pickle.dumps(dict),
+        check_node=packed_check(RunDir(folder)),
     )
-    return search(job, lambda: slots, emit)
+    return search(job, Room(Cluster(None).slots, resources, slots, emit), emit)
 
 
 def _config(folder: Path, searcher: str, num_trials: int) -> RunConfig:

@@ -9,6 +9,9 @@ cluster=$(cluster_file "$1")
 from=$2 into=$3
 shift 3
 [ $# -gt 0 ] || set -- report.html report.md results.json records final
+if [[ $from == gs://* ]]; then
+  fail "$from is in Google's storage: gcloud storage rsync -r $from $into   (or one part of it: $from/final $into/final)"
+fi
 mkdir -p "$into"
 if [[ $from == s3://* ]]; then
   parts=()

@@ -10,6 +10,7 @@ from __future__ import annotations
 import fcntl
 import os
 import shutil
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,11 +18,12 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from qpruner.errors import CorruptFile
-from qpruner.objects import Objects, each, is_mirror, name_of, objects_at, scratch_of, sha256_of
+from qpruner.objects import Objects, OnPiece, each, is_mirror, name_of, objects_at, scratch_of, sha256_of
 from qpruner.patience import patiently
 
 FILES = ".files.json"
 """Ending of a folder's list: `prune.files.json` beside `prune/`."""
+WAITING_SECONDS = 0.1
 
 
 class FileList(BaseModel):
@@ -78,12 +80,16 @@ def written(target: Path) -> Iterator[Path]:
             _keep(here, target, files)
 
 
-def fetch(folder: Path) -> Path:
+def fetch(folder: Path, on_piece: OnPiece = lambda: None) -> Path:
     """Have a folder of a run on this machine, whole; returns its path, which stays what it was.
 
     A folder of a run on disk is there already, and is compared with its list once a process; one without a list is
     taken as it is. Of an object store's, a machine has one copy for all its processes, for as long as the list of its
     files is the same.
+
+    Args:
+        folder: Where it lies, or is to lie.
+        on_piece: Hears that something moves.
 
     Raises:
         CorruptFile: Naming the file or object that is missing or not as it was written.
@@ -91,17 +97,17 @@ def fetch(folder: Path) -> Path:
     there = objects_at(folder)
     if there is None:
         if read_list(folder) != _found_whole.get(folder):
-            check(folder)
+            check(folder, on_piece)
         return folder
     wanted = _listed(there, folder)
-    with one_at_a_time(folder):
+    with one_at_a_time(folder, on_piece):
         if folder.is_dir() and _kept(folder) == wanted:
             return folder
         here = emptied(scratch_of(folder))
 
         def bring(name: str) -> str | None:
             try:
-                return patiently(lambda: (there / name).download(here / name), folder / name)
+                return patiently(lambda: (there / name).download(here / name, on_piece), folder / name)
             except FileNotFoundError:
                 return None
 
@@ -110,7 +116,7 @@ def fetch(folder: Path) -> Path:
     return folder
 
 
-def check(folder: Path) -> None:
+def check(folder: Path, on_piece: OnPiece = lambda: None) -> None:
     """Compare a folder with its list, if it has one, whatever this process knows of it; one at a URI is fetched.
 
     Raises:
@@ -119,9 +125,9 @@ def check(folder: Path) -> None:
     there = objects_at(folder)
     if there:
         if patiently(list_of(there).is_object, folder):
-            fetch(folder)
+            fetch(folder, on_piece)
     elif listed := read_list(folder):
-        _compare(listed, each(lambda name: _digest(folder / name), list(listed.sha256)), folder)
+        _compare(listed, each(lambda name: _digest(folder / name, on_piece), list(listed.sha256)), folder)
         _found_whole[folder] = listed
 
 
@@ -174,15 +180,26 @@ def workplace(folder: Path) -> Path:
 
 
 @contextmanager
-def one_at_a_time(path: Path) -> Iterator[None]:
-    """Hold the folder that something is to lie in, so that the processes of this machine fetch it once."""
+def one_at_a_time(path: Path, on_piece: OnPiece = lambda: None) -> Iterator[None]:
+    """Hold the folder that something is to lie in, so that the processes of this machine fetch it once; those that wait
+    say so, since they are not what hangs."""
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     descriptor = os.open(path.parent, os.O_RDONLY)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        while not _taken(descriptor):
+            on_piece()
+            time.sleep(WAITING_SECONDS)
         yield
     finally:
         os.close(descriptor)
+
+
+def _taken(descriptor: int) -> bool:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def list_of(there: Objects) -> Objects:
@@ -236,9 +253,9 @@ def _list_files(folder: Path) -> None:
     _found_whole[folder] = listed
 
 
-def _digest(file: Path) -> str | None:
+def _digest(file: Path, on_piece: OnPiece) -> str | None:
     try:
-        return patiently(lambda: sha256_of(file), file)
+        return patiently(lambda: sha256_of(file, on_piece), file)
     except FileNotFoundError:
         return None
 

@@ -13,7 +13,7 @@ import os
 import re
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -31,11 +31,16 @@ OPTIONS = ("endpoint_override", "region", "scheme")
 """What may follow the `?` of a URI."""
 CONNECT_SECONDS, QUIET_SECONDS, ATTEMPTS = 5.0, 5.0, 2
 """A request that nobody answers ends after some ten seconds; `patiently` then decides whether to go on trying."""
-PIECE_BYTES = 16 * 2**20
+PIECE_BYTES, HASHED_BYTES = 16 * 2**20, 2**20
+"""Of what is copied, and of what is only read, by many threads at once, in a process whose memory is measured."""
+OnPiece = Callable[[], object]
+"""Called after each piece that was read, from whichever thread reads, and now and then while another process does."""
 CONCURRENT = 16
 """Objects that are sent or fetched at once."""
-REFUSED = re.compile(r"ACCESS_DENIED|INVALID_ACCESS_KEY_ID|SIGNATURE_DOES_NOT_MATCH|TOKEN|HTTP status 40[13]|UNAUTHENT")
-GONE = re.compile(r"NO_SUCH_BUCKET|[Bb]ucket '[^']*' not found")
+REFUSED = re.compile(
+    r"ACCESS_DENIED|INVALID_ACCESS_KEY_ID|SIGNATURE_DOES_NOT_MATCH|TOKEN|HTTP status 40[13]|UNAUTHENT|PERMISSION_DENIED"
+)
+GONE = re.compile(r"NO_SUCH_BUCKET|[Bb]ucket '[^']*' not found|specified bucket does not exist")
 CREDENTIALS = (
     "credentials come from the environment (AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, AWS_PROFILE or the machine's "
     "role; GOOGLE_APPLICATION_CREDENTIALS for gs://), on every machine"
@@ -96,10 +101,16 @@ def scratch_of(path: Path) -> Path:
     return cache_root() / "scratch" / path.relative_to(cache_root() / "runs")
 
 
-def sha256_of(file: Path) -> str:
+def sha256_of(file: Path, on_piece: OnPiece = lambda: None) -> str:
     """Of a file of this machine, or of a folder that it sees."""
     with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+        return _copied(lambda size: stream.read(HASHED_BYTES), lambda data: None, on_piece)
+
+
+def copy_file(file: Path, target: Path, on_piece: OnPiece = lambda: None) -> str:
+    """Copy a file that this machine sees; returns its sha256."""
+    with file.open("rb") as source, _written(target) as write:
+        return _copied(source.read, write, on_piece)
 
 
 def each(action: Callable[[Item], Result], items: list[Item]) -> list[Result]:
@@ -136,14 +147,16 @@ class Objects:
         return _system(self.scheme, self.bucket, self.query)
 
     def check_bucket(self) -> None:
-        """Ask for the bucket.
+        """Ask what lies there: who may use a bucket's objects need not be let see the bucket itself.
 
         Raises:
-            UserError: If there is none, or this machine may not see it, or nobody answers.
+            UserError: If there is no bucket, or this machine may not list it, or nobody answers.
         """
+        from pyarrow.fs import FileSelector
+
         try:
-            with self._told():
-                is_there = self._system.get_file_info(self.bucket).type.value
+            with suppress(FileNotFoundError), self._told():
+                self._system.get_file_info(FileSelector(self._path))
         except StorageError as error:
             raise UserError(f"`output`: {error.cause}; {error.remedy}") from error
         except OSError as error:
@@ -151,8 +164,6 @@ class Objects:
                 f"`output`: {self} cannot be reached ({error.strerror}); check the network and the endpoint "
                 "(AWS_ENDPOINT_URL, or ?endpoint_override= in the URI)"
             ) from error
-        if not is_there:
-            raise UserError(f"`output`: there is no bucket {self.bucket}; create it, or name another")
 
     def read(self) -> bytes:
         """The object, whole, as it was put once.
@@ -178,11 +189,11 @@ class Objects:
         with file.open("rb") as source, self._told(), self._system.open_output_stream(self._path) as stream:
             return _copied(source.read, stream.write)
 
-    def download(self, file: Path) -> str:
+    def download(self, file: Path, on_piece: OnPiece = lambda: None) -> str:
         """Write the object to a file; returns its sha256."""
         file.parent.mkdir(parents=True, exist_ok=True)
-        with self._told(), self._system.open_input_stream(self._path) as stream, file.open("wb") as target:
-            return _copied(stream.read, target.write)
+        with self._told(), self._system.open_input_stream(self._path) as stream, _written(file) as write:
+            return _copied(stream.read, write, on_piece)
 
     def digest(self) -> str:
         """sha256 of the object as it is in the store now."""
@@ -246,27 +257,47 @@ class Objects:
         try:
             yield
         except OSError as error:
-            if error.errno is not None:
+            if error.errno is not None and "google::cloud" not in str(error):
                 raise
-            text = re.sub(r"\s*\(Request ID.*", "", str(error), flags=re.DOTALL).strip()
+            text = re.sub(r"\s*(\(Request ID|error_info=).*", "", str(error), flags=re.DOTALL).strip()
+            if text.startswith(os.strerror(errno.ENOENT)):  # without its number: of a folder at Google's
+                raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(self)) from error
             detail = text.partition("AWS Error ")[2] or text
             if REFUSED.search(detail):
                 cause = f"{self}: access is refused ({detail})"
                 raise StorageError(cause, f"{CREDENTIALS}; mend them, then repeat the command") from error
             if GONE.search(text):
                 raise StorageError(f"there is no bucket {self.bucket}", "create it, then repeat the command") from error
-            if "AWS Error" not in text and "google::cloud" not in text:
-                raise  # of a request that pyarrow itself would not make
+            if isinstance(error, FileNotFoundError) or ("AWS Error" not in text and "google::cloud" not in text):
+                raise  # an object that is not there, or a request that pyarrow itself would not make
             raise OSError(errno.EHOSTUNREACH, detail, str(self)) from error
 
 
-def _copied(read: Callable[[int], bytes], write: Callable[[bytes], object]) -> str:
+def _copied(read: Callable[[int], bytes], write: Callable[[bytes], object], on_piece: OnPiece = lambda: None) -> str:
     """Copy piece by piece; returns the sha256."""
     digest = hashlib.sha256()
     while piece := read(PIECE_BYTES):
         digest.update(piece)
         write(piece)
+        on_piece()
     return digest.hexdigest()
+
+
+@contextmanager
+def _written(file: Path) -> Iterator[Callable[[bytes], object]]:
+    """Writes a file of this machine; errors name it, which Python's own do not: the disk that is full is this one, not
+    the one that is read."""
+
+    def write(piece: bytes) -> None:
+        try:
+            target.write(piece)
+            target.flush()
+        except OSError as error:
+            error.filename = str(file)
+            raise
+
+    with file.open("wb") as target:
+        yield write
 
 
 @functools.cache

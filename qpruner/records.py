@@ -259,6 +259,12 @@ class TrialRecord(Recorded):
         """Whether it failed for want of something that says nothing of the plan."""
         return self.failure in ("storage", "damaged", "machine")
 
+    @property
+    def is_tried_again(self) -> bool:
+        """Whether a search that goes on has it once more: so has what hung before its first rung, where its files were
+        what it waited for, or its machine."""
+        return self.can_be_mended or (self.failure == "hung" and not self.rungs)
+
 
 class TrialPulse(Recorded):
     """What a trial's worker tells while it works, at most once a second and only when something moved."""

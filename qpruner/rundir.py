@@ -25,7 +25,17 @@ from pydantic import BaseModel, ValidationError
 
 from qpruner.errors import CorruptFile, StorageError, UserError
 from qpruner.mirror import FILES, adopt_list, emptied, list_beside, list_of, put_folder, share_files
-from qpruner.objects import each, is_mirror, mirror_of, name_of, objects_at, scratch_of, sha256_of
+from qpruner.objects import (
+    OnPiece,
+    copy_file,
+    each,
+    is_mirror,
+    mirror_of,
+    name_of,
+    objects_at,
+    scratch_of,
+    sha256_of,
+)
 from qpruner.patience import patiently
 
 STATE, LOG, ID = "run.json", "qpruner.log", "run.id"
@@ -267,13 +277,20 @@ def file_digest(path: Path) -> str:
     return patiently(there.digest if there else functools.partial(sha256_of, path), path)
 
 
-def fetch_file(path: Path, to: Path) -> str:
-    """Copy a file of a run to this machine; returns the sha256 of the copy."""
+def fetch_file(path: Path, to: Path, on_piece: OnPiece = lambda: None) -> str:
+    """Copy a file of a run to this machine; returns the sha256 of the copy. Waits as `patiently` does; no half is left.
+
+    Args:
+        path: The file.
+        to: Where the copy goes.
+        on_piece: Hears that something moves.
+    """
     there = objects_at(path)
-    if there:
-        return patiently(lambda: there.download(to), path)
-    shutil.copyfile(path, to)
-    return file_digest(to)
+    try:
+        return patiently(lambda: there.download(to, on_piece) if there else copy_file(path, to, on_piece), path)
+    except Exception:
+        to.unlink(missing_ok=True)
+        raise
 
 
 def put_file(file: Path, target: Path) -> str:

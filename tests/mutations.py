@@ -20,9 +20,13 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 SEARCH = "tests/faults/test_search_faults.py"
 PLACES = "tests/execution/test_placement.py"
-STAGE = "tests/search/test_search_stage.py"
 STORE = "tests/faults/test_object_store_faults.py"
 STAGES = "tests/test_faults.py"
+TRIALS = "tests/search/test_search_stage.py"
+LATE = "tests/search/test_late_node.py"
+WORK = "tests/execution/test_workshop.py"
+OBJECTS = "tests/test_objects.py"
+BANK = "tests/quantization/test_bank.py"
 
 
 @dataclass(frozen=True)
@@ -44,6 +48,7 @@ class Mutation:
 
 FINISH = "qpruner/pipeline/finish.py"
 DRIVER, WORKER = "qpruner/search/tune/driver.py", "qpruner/search/tune/worker.py"
+CLUSTER = "qpruner/execution/cluster.py"
 MUTATIONS = {
     "a killed worker's trial starts anew": Mutation(
         WORKER,
@@ -73,22 +78,22 @@ MUTATIONS = {
         DRIVER,
         'if record.failure in ("storage", "damaged"):',
         'if record.failure == "storage":',
-        f"{STAGE}::test_a_damaged_file_ends_the_search_before_every_trial_has_met_it",
+        f"{TRIALS}::test_a_damaged_file_ends_the_search_before_every_trial_has_met_it",
     ),
     "a damaged sign of life ends the search": Mutation(
         "qpruner/search/trial_records.py",
         "with contextlib.suppress(ValidationError):",
         "with contextlib.suppress(OSError):",
-        f"{STAGE}::test_a_damaged_sign_of_life_is_none",
+        f"{TRIALS}::test_a_damaged_sign_of_life_is_none",
     ),
     "a damaged clock ends the search": Mutation(
         "qpruner/search/trial_records.py",
         "        where = set_aside(_clock_path(folder, search), folder)\n",
         "        raise\n",
-        f"{STAGE}::test_of_a_damaged_clock_the_search_has_the_time_of_its_trials",
+        f"{TRIALS}::test_of_a_damaged_clock_the_search_has_the_time_of_its_trials",
     ),
     "a machine's death is held against a trial whose worker was young": Mutation(
-        "qpruner/search/tune/nodes.py",
+        "qpruner/execution/nodes.py",
         'return table.get("Address", {}).get("NodeID") or None',
         "return None",
         f"{SEARCH}::test_a_machine_that_dies_before_its_worker_has_told_anything_is_not_held_against_the_trial",
@@ -205,7 +210,7 @@ MUTATIONS = {
         "qpruner/search/tune/__init__.py",
         "    wait_for_storage(job.trials, job.search)\n    recorded",
         "    recorded",
-        f"{STAGE}::test_a_search_that_ends_while_the_storage_is_away_does_not_end_without_its_trials",
+        f"{TRIALS}::test_a_search_that_ends_while_the_storage_is_away_does_not_end_without_its_trials",
     ),
     "finished trials are not recalled": Mutation(
         "qpruner/search/tune/resume.py",
@@ -221,8 +226,8 @@ MUTATIONS = {
     ),
     "a bank's damaged object is taken as it is": Mutation(
         "qpruner/quantization/bank.py",
-        "            if fetch_file(path, aside) != sha256:",
-        "            if fetch_file(path, aside) != sha256 and False:",
+        "            if fetch_file(path, aside, on_piece) != sha256:",
+        "            if fetch_file(path, aside, on_piece) != sha256 and False:",
         f"{STORE}::test_of_a_bank_with_a_damaged_object_that_object_alone_is_built_again",
     ),
     "a server that is away is an error at once": Mutation(
@@ -233,7 +238,7 @@ MUTATIONS = {
     ),
     "folders are not compared with their lists": Mutation(
         "qpruner/mirror.py",
-        "        _compare(listed, each(lambda name: _digest(folder / name), list(listed.sha256)), folder)\n",
+        "        _compare(listed, each(lambda name: _digest(folder / name, on_piece), list(listed.sha256)), folder)\n",
         "",
         f"{STAGES}::test_a_damaged_model_is_named_and_set_aside_and_it_alone_is_made_again",
     ),
@@ -248,6 +253,120 @@ MUTATIONS = {
         '        context.run_dir.forget("finetune")  # what it vouches for is about to be written over\n',
         "",
         "tests/pipeline/test_finish.py::test_an_interrupted_comparison_goes_on_with_what_is_left",
+    ),
+    "what is no number is trained on": Mutation(
+        "qpruner/finetune.py",
+        "if not math.isfinite(self.train_loss) or not math.isfinite(norm):",
+        "if False:",
+        f"{SEARCH}::test_of_plans_that_diverge_the_searcher_hears_and_keeps_away",
+    ),
+    "a damaged record stays where it is": Mutation(
+        "qpruner/search/trial_records.py",
+        "if isinstance(record, CorruptFile):",
+        "if False:",
+        f"{TRIALS}::test_a_damaged_record_is_set_aside_and_only_its_trial_is_run_again",
+    ),
+    "a dead driver's lock is for ever": Mutation(
+        "qpruner/runlock.py",
+        'return None if _start_of(holder.pid) == holder.started else "that process is dead"',
+        "return None",
+        "tests/test_runlock.py::test_a_driver_that_was_killed_holds_nothing",
+    ),
+    "records are written where they are read": Mutation(
+        "qpruner/rundir.py",
+        '        aside.write_text(text, encoding="utf-8")\n        _sync(aside)\n        aside.replace(path)\n',
+        '        path.write_text(text, encoding="utf-8")\n',
+        "tests/test_rundir.py::test_a_reader_never_sees_half_a_record",
+    ),
+    "nobody is told that a search was resumed": Mutation(
+        "qpruner/report/sections.py",
+        "if search.sessions > 1:",
+        "if False:",
+        "tests/test_run.py::test_killed_twice_and_repeated_gives_the_same",
+    ),
+    "a trial out of memory gets no second try": Mutation(
+        "qpruner/search/tune/job.py",
+        "range(present // 2, 0, -1)",
+        "range(0)",
+        f"{SEARCH}::test_a_trial_that_runs_out_of_memory_goes_on_with_less_of_it_or_is_infeasible",
+    ),
+    "a search without its storage ends as if it were over": Mutation(
+        "qpruner/search/tune/__init__.py",
+        "    if mendable:\n",
+        "    if False:\n",
+        f"{SEARCH}::test_a_disk_that_fills_up_is_waited_for_and_then_the_search_ends_with_the_remedy",
+    ),
+    "a trial does without the GPU that it holds": Mutation(
+        "qpruner/execution/testimony.py",
+        "    trouble = trouble or unseen_gpus()\n",
+        "",
+        f"{LATE}::test_a_node_that_joins_late_and_differs_is_named_and_takes_no_retry",
+    ),
+    "a task does without the GPU that it holds": Mutation(
+        CLUSTER,
+        "        check_gpus()\n",
+        "",
+        f"{LATE}::test_all_work_that_holds_a_gpu_which_torch_does_not_see_is_refused",
+    ),
+    "a machine's death is held against the work on it": Mutation(
+        CLUSTER,
+        "if not isinstance(death, NodeDiedError) and (node is None or stays(node)):",
+        "if True:",
+        f"{WORK}::test_work_goes_on_elsewhere_however_many_machines_go",
+    ),
+    "a machine's death is held against a group": Mutation(
+        "qpruner/execution/group.py",
+        "raise NodeDiedError(str(cause)) from error",
+        "raise cause from error",
+        f"{WORK}::test_work_goes_on_elsewhere_however_many_machines_go",
+    ),
+    "a fine-tune of days may lose three processes": Mutation(
+        CLUSTER,
+        "if left != self._seen.get(position):",
+        "if False:",
+        f"{WORK}::test_deaths_between_which_a_task_got_on_are_forgiven_it",
+    ),
+    "a trial that loads is taken for one that hangs": Mutation(
+        "qpruner/search/trial.py",
+        "fetch(materials.checkpoint, moved)",
+        "fetch(materials.checkpoint)",
+        f"{STAGES}::test_a_trial_tells_of_all_that_it_loads_before_its_first_pass",
+    ),
+    "a trial that waits for another's files is taken for one that hangs": Mutation(
+        "qpruner/mirror.py",
+        "            on_piece()\n            time.sleep(WAITING_SECONDS)\n",
+        "            time.sleep(WAITING_SECONDS)\n",
+        f"{OBJECTS}::test_whoever_waits_for_a_folder_hears_of_every_piece",
+    ),
+    "what hung at its start is given up": Mutation(
+        "qpruner/search/tune/resume.py",
+        "record.is_tried_again",
+        "record.can_be_mended",
+        f"{TRIALS}::test_what_hung_before_its_first_rung_is_tried_again_by_the_next_command",
+    ),
+    "a machine's own full disk is taken for the run's": Mutation(
+        "qpruner/objects.py",
+        "            error.filename = str(file)\n",
+        "",
+        f"{BANK}::test_a_machine_whose_own_disk_is_full_is_told_so_and_keeps_no_half_of_a_file",
+    ),
+    "half a copy stays on a full disk": Mutation(
+        "qpruner/rundir.py",
+        "        to.unlink(missing_ok=True)\n",
+        "",
+        f"{BANK}::test_a_machine_whose_own_disk_is_full_is_told_so_and_keeps_no_half_of_a_file",
+    ),
+    "a permission that is missing is taken for a store that is away": Mutation(
+        "qpruner/objects.py",
+        "|UNAUTHENT|PERMISSION_DENIED",
+        "|UNAUTHENT",
+        f"{OBJECTS}::test_what_googles_storage_refuses_is_told_and_no_more_is_asked_for_than_objects",
+    ),
+    "more is asked for than a bucket's objects": Mutation(
+        "qpruner/objects.py",
+        "self._system.get_file_info(FileSelector(self._path))",
+        "self._system.get_file_info(self.bucket)",
+        f"{OBJECTS}::test_what_googles_storage_refuses_is_told_and_no_more_is_asked_for_than_objects",
     ),
     "two drivers share a run": Mutation(
         "qpruner/runlock.py",

@@ -233,6 +233,14 @@ def test_a_script_that_lacks_arguments_says_which_it_takes(name: str) -> None:
     assert f"usage: bash launch/{name} " in done.stderr
 
 
+def test_results_in_googles_storage_are_fetched_by_its_own_tool(tmp_path: Path) -> None:
+    """Not taken for a folder on the head."""
+    command = ["bash", "launch/fetch.sh", "cluster.yaml", "gs://mine/run", str(tmp_path / "here")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=20)
+    assert done.returncode == 1 and not (tmp_path / "here").exists()
+    assert f"gcloud storage rsync -r gs://mine/run {tmp_path / 'here'}" in done.stderr
+
+
 HEAD = """
 import sys
 from ray.cluster_utils import Cluster

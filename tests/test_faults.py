@@ -20,7 +20,7 @@ from conftest import flip_a_byte, full_until_noticed, raw_config, with_key
 from mutations import MUTATIONS, ROOT
 
 from qpruner.config import validate_config
-from qpruner.errors import StageError, UserError
+from qpruner.errors import CorruptFile, StageError, UserError
 from qpruner.events import Event, Message, Progress, StageFinished, StageSkipped, StageStarted
 from qpruner.pipeline import run
 from qpruner.pipeline.stage import explained
@@ -347,6 +347,23 @@ def test_a_diverging_trial_names_the_step_and_the_learning_rate(
     assert caught.value.stage == "search"
     assert "nan" in caught.value.cause.lower() and "at step" in caught.value.cause
     assert "`training.learning_rate`" in caught.value.remedy
+
+
+def test_a_trial_tells_of_all_that_it_loads_before_its_first_pass(banked: Path, tiny_raw: dict[str, Any]) -> None:
+    """It may take longer than a trial may stand still: every file of the model, every group of the bank. The rows come
+    last, and are not there."""
+    from qpruner.search.trial import run_trial
+    from qpruner.search.trial_job import Materials, TrialJob
+
+    root = copy_of(banked, tiny_raw)
+    bank = RunDir(root).read_record("bank", BankRecord)
+    assert bank is not None
+    plan = dict.fromkeys(bank.residual_ratio["4"], 4)
+    beats: list[int] = []
+    job = TrialJob(validate_config(tiny_raw), Materials(root / "prune", root / "bank", root / "nowhere"), plan)
+    with pytest.raises(CorruptFile, match="nowhere"):
+        run_trial(job, None, lambda result, checkpoint: None, beats.append)
+    assert len(beats) > len(list((root / "prune").iterdir())) + len(plan)
 
 
 @pytest.mark.slow

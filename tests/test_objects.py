@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -15,11 +16,13 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import pytest
+from cryptography.hazmat.primitives.asymmetric import rsa
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 from object_store import Gate, Store, free_port, object_store, talk_to
 
 from qpruner import objects
 from qpruner.errors import CorruptFile, StorageError, UserError
-from qpruner.mirror import fetch, put_folders, written
+from qpruner.mirror import fetch, list_beside, one_at_a_time, put_folders, written
 from qpruner.objects import mirror_of, name_of, objects_at
 from qpruner.records import BankRecord, SearchClock
 from qpruner.rundir import (
@@ -181,6 +184,40 @@ def test_a_folder_is_the_same_on_another_machine(run: RunDir, machine: Machine, 
     assert (fetch(folder) / "config").stat().st_ino == inode, "fetched once"
 
 
+def test_whoever_waits_for_a_folder_hears_of_every_piece(
+    run: RunDir, machine: Machine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a trial waits for is not what hangs: two files of several pieces, and a process that fetches first."""
+    for name in ("PIECE_BYTES", "HASHED_BYTES"):
+        monkeypatch.setattr(objects, name, 2**16)
+    pieces = {"one": 3, "other": 2}
+    files = {name: "w" * (number * objects.PIECE_BYTES - 1) for name, number in pieces.items()}
+    publish_folder(folder_of(tmp_path, **files), run.stage("prune"))
+    target, heard = machine("second").stage("prune"), list[int]()
+    begun, fetched = threading.Event(), threading.Event()
+
+    def fetch_first() -> None:
+        with one_at_a_time(target):
+            begun.set()
+            fetched.wait(30)
+
+    def hear() -> None:
+        heard.append(len(list(tmp_path.glob("second/scratch/*/prune/*"))))
+        fetched.set()
+
+    first = threading.Thread(target=fetch_first)
+    first.start()
+    begun.wait(30)
+    fetch(target, hear)
+    first.join()
+    assert heard[0] == 0 and len([number for number in heard if number]) >= sum(pieces.values())
+    onto_disk = shutil.copytree(target, tmp_path / "disk" / "prune")
+    shutil.copy(list_beside(target), list_beside(onto_disk))
+    heard.clear()
+    fetch(onto_disk, hear)
+    assert len(heard) == sum(pieces.values())
+
+
 def test_what_is_written_in_place_is_sent_and_need_not_be_fetched(run: RunDir, store: Store, tmp_path: Path) -> None:
     target = run.stage("prune")
     with written(target) as folder:
@@ -318,6 +355,68 @@ def test_a_record_vouches_for_what_a_stage_put(run: RunDir) -> None:
 # ---- a store that is away, or refuses
 
 
+class Google(BaseHTTPRequestHandler):
+    """Answers as Google's storage does to a role of this kind."""
+
+    role = "objects"
+
+    def do_GET(self) -> None:
+        path = self.path.partition("?")[0]
+        if self.role == "none" or path.endswith("/b/runs"):
+            self._answer(403, "a@p.iam.gserviceaccount.com does not have storage.buckets.get access")
+        elif "/b/runs/o" not in path:
+            self._answer(404, "The specified bucket does not exist.")
+        elif not path.endswith("/o"):
+            self._answer(404, "No such object: runs/mine")
+        else:
+            self._answer(200, "")
+
+    def _answer(self, code: int, message: str) -> None:
+        body = json.dumps({"error": {"code": code, "message": message}} if message else {"kind": "storage#objects"})
+        self.send_response(code)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body.encode())
+
+    def log_message(self, *arguments: object) -> None:
+        """Nobody reads it."""
+
+
+@pytest.mark.parametrize(
+    ("role", "bucket", "told"),
+    [
+        ("objects", "runs", None),
+        ("none", "runs", "access is refused"),
+        ("objects", "other", "there is no bucket other"),
+    ],
+)
+def test_what_googles_storage_refuses_is_told_and_no_more_is_asked_for_than_objects(
+    role: str, bucket: str, told: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its role for a bucket's objects may not see the bucket. Requests are signed here, so any key will do."""
+    key = rsa.generate_private_key(public_exponent=65537, key_size=2048)
+    as_text = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()).decode()
+    account = {"type": "service_account", "client_email": "a@p.iam.gserviceaccount.com", "private_key_id": "k"}
+    nowhere = {"token_uri": "http://127.0.0.1:9/", "private_key": as_text}
+    (tmp_path / "key.json").write_text(json.dumps(account | nowhere))
+    monkeypatch.setenv("GOOGLE_APPLICATION_CREDENTIALS", str(tmp_path / "key.json"))
+    monkeypatch.setattr(Google, "role", role)
+    server = HTTPServer(("127.0.0.1", 0), Google)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    uri = f"gs://{bucket}/mine?scheme=http&endpoint_override=127.0.0.1:{server.server_port}"
+    try:
+        if told is None:
+            assert read_json(RunDir(uri).root / "run.json", SearchClock) is None
+        else:
+            with pytest.raises(UserError, match=f"`output`: .*{told}"):
+                RunDir(uri)
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
+
+
 @pytest.mark.parametrize("how", ["unused-port", "unknown-host", "no-bucket"])
 def test_a_store_that_cannot_be_reached_is_told_within_seconds(
     how: str, run: RunDir, monkeypatch: pytest.MonkeyPatch
@@ -337,11 +436,12 @@ def test_a_store_that_cannot_be_reached_is_told_within_seconds(
 
 
 class _Refusing(BaseHTTPRequestHandler):
-    """What S3 answers to who may not see a bucket."""
+    """What S3 answers to who may not list a bucket."""
 
-    def do_HEAD(self) -> None:
+    def do_GET(self) -> None:
         self.send_response(403)
         self.end_headers()
+        self.wfile.write(b"<Error><Code>AccessDenied</Code><Message>Access Denied</Message></Error>")
 
 
 @pytest.mark.parametrize("keys", [True, False])

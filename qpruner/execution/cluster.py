@@ -16,8 +16,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from qpruner.errors import UserError, WorkerDied
+from qpruner.errors import NodeDiffers, UserError, WorkerDied
+from qpruner.execution import testimony
 from qpruner.execution.autoscaler import growth_of
+from qpruner.execution.nodes import stays
 from qpruner.execution.slots import Growth, Node, Slots
 from qpruner.objects import CACHE, cache_root
 from qpruner.rundir import BANK_CACHE
@@ -30,7 +32,8 @@ Result = TypeVar("Result")
 OBJECT_STORE_BYTES = 200 * 1024**2
 """Weights travel through the run folder, so Ray's shared memory stays small on a single machine."""
 MAX_DEATHS = 3
-"""Workers that may die under one piece of work before that is an error."""
+"""Workers that may die under one piece of work, on machines that live on and without progress, before that is an
+error."""
 OF_A_CLUSTER = ("RAY_REDIS_ADDRESS", "RAY_GCS_SERVER_PORT")
 """What is set where a cluster's head runs: a Ray that starts beside it would take up that cluster's state (KubeRay's
 fault tolerance), or want its control store's port. `RAY_ADDRESS` is not heard where an address is given, as here."""
@@ -240,10 +243,12 @@ def run_tasks(
     fresh: bool,
     on_tick: Callable[[], None] = lambda: None,
     on_held: Callable[[float], None] = lambda seconds: None,
+    progress: Callable[[int], object] = lambda position: None,
 ) -> Iterator[tuple[int, Result]]:
     """Run `function(job)` for every job in worker processes.
 
-    A job whose worker or node dies is run again elsewhere.
+    A job whose worker or node dies is run again elsewhere. What dies with its machine, or leaves one that is about to
+    go, says nothing of the job.
 
     Args:
         function: A module-level function.
@@ -254,12 +259,14 @@ def run_tasks(
         on_tick: Called about once a second while jobs run.
         on_held: Told what each job has held of GPUs as it ends: its seconds, without those that it waited for a slot,
             times how many.
+        progress: What a job has left by now to go on from, by its position; deaths before it changed are forgiven.
 
     Yields:
         Position of the job and its result, as they finish. An error of a job is raised as it was.
 
     Raises:
-        WorkerDied: If a job's workers die again and again.
+        NodeDiffers: If torch does not see the GPUs that are reserved for a job.
+        WorkerDied: If a job's workers die again and again, on machines that live on and without progress.
     """
     import ray
     from ray.exceptions import (
@@ -274,51 +281,101 @@ def run_tasks(
     assert ray.is_initialized(), "Ray would choose a cluster itself"
     gpus = resources.get("gpu", 0.0)
 
-    def timed(job: Any) -> tuple[float, Result]:
+    def located(job: Any) -> Iterator[str | tuple[float, Result]]:
+        # First where it is, while it can still tell.
+        yield ray.get_runtime_context().get_node_id()
+        check_gpus()
         started = time.monotonic()
         result = function(job)
-        return time.monotonic() - started, result
+        yield time.monotonic() - started, result
 
     remote = ray.remote(
         num_cpus=resources.get("cpu", 1.0),
         num_gpus=gpus,
         max_calls=1 if fresh else 0,
         max_retries=0,
-    )(timed).options(name=getattr(function, "__name__", "task"))
+        num_returns="streaming",
+    )(located).options(name=getattr(function, "__name__", "task"))
     waiting = deque(enumerate(jobs))
     running: dict[Any, int] = {}
-    deaths: Counter[int] = Counter()
+    nodes: dict[int, str] = {}
+    deaths = Deaths(progress)
     while waiting or running:
         while waiting and len(running) < max_concurrent:
             position, job = waiting.popleft()
             running[remote.remote(job)] = position
         done, _ = ray.wait(list(running), num_returns=1, timeout=1.0)
         on_tick()
-        for reference in done:
-            position = running.pop(reference)
+        for answers in done:
+            position = running[answers]
             try:
-                seconds, result = ray.get(reference)
+                said = ray.get(next(answers))
             # A group's task ends with the RayActorError of the process that it lost.
             except (WorkerCrashedError, NodeDiedError, OutOfMemoryError, ObjectLostError, RayActorError) as error:
-                deaths[position] += 1
-                death = error.cause if isinstance(error, RayTaskError) else error
-                if deaths[position] == MAX_DEATHS:
-                    raise died_too_often(death) from error
-                logging.getLogger(__name__).warning("a worker died, its job is run again: %s", first_line(death))
+                line = deaths.count(position, nodes.pop(position, None), error)
+                logging.getLogger(__name__).warning("a worker died, its job is run again: %s", line)
+                del running[answers]
                 waiting.append((position, jobs[position]))
             except RayTaskError as error:
                 raise error.cause from error
             else:
+                if isinstance(said, str):
+                    nodes[position] = said
+                    continue
+                del running[answers]
+                seconds, result = said
                 on_held(gpus * seconds)
                 yield position, result
 
 
-def died_too_often(error: Exception) -> WorkerDied:
-    """What is told when the last of `MAX_DEATHS` workers has died."""
-    return WorkerDied(
-        f"{MAX_DEATHS} workers died under the same piece of work, the last one: {first_line(error)}\n  remedy: the "
-        "usual cause is too little memory on the node; see Ray's log there, then repeat the command"
-    )
+class Deaths:
+    """Workers that died under pieces of work, by the position of each.
+
+    Args:
+        progress: What a piece has left by now to go on from.
+    """
+
+    def __init__(self, progress: Callable[[int], object] = lambda position: None) -> None:
+        self._progress = progress
+        self._in_a_row: Counter[int] = Counter()
+        self._seen: dict[int, object] = {}
+
+    def count(self, position: int, node: str | None, error: Exception) -> str:
+        """Take a death; returns it in a line.
+
+        Args:
+            position: Of the piece.
+            node: Ray's id of the worker's machine, if it ever came up.
+            error: Ray's.
+
+        Raises:
+            WorkerDied: If it was one too many.
+        """
+        from ray.exceptions import NodeDiedError, RayTaskError
+
+        death = error.cause if isinstance(error, RayTaskError) else error
+        left = self._progress(position)
+        if left != self._seen.get(position):
+            self._seen[position], self._in_a_row[position] = left, 0
+        if not isinstance(death, NodeDiedError) and (node is None or stays(node)):
+            self._in_a_row[position] += 1
+        if self._in_a_row[position] == MAX_DEATHS:
+            raise WorkerDied(
+                f"{MAX_DEATHS} workers died under the same piece of work, the last one: {first_line(death)}\n  remedy: "
+                "the usual cause is too little memory on the node; see Ray's log there, then repeat the command"
+            ) from error
+        return first_line(death)
+
+
+def check_gpus() -> None:
+    """Refuse to do without the GPUs that are reserved for this process.
+
+    Raises:
+        NodeDiffers: Naming the node, where torch sees none of them.
+    """
+    trouble = testimony.unseen_gpus()
+    if trouble:
+        raise NodeDiffers(f"{testimony.own_name()}: {trouble}")
 
 
 def first_line(error: Exception) -> str:

@@ -22,13 +22,15 @@ os.environ["RAY_CHDIR_TO_TRIAL_DIR"] = "0"
 
 import psutil
 import ray
-from ray.exceptions import RayActorError
+from ray.exceptions import NodeDiedError, RayActorError
 from ray.train import ControllerError, RunConfig, ScalingConfig, WorkerGroupError
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.torch.config import _TorchBackend
 from ray.train.v2._internal.execution.callback import ControllerCallback, WorkerGroupCallback
 
 from qpruner.execution.cluster import Result, run_tasks
+from qpruner.execution.nodes import stays
+from qpruner.rundir import read_sign, write_sign
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,7 @@ def run_groups(
     max_concurrent: int,
     scratch: Path,
     on_tick: Callable[[], None] = lambda: None,
+    progress: Callable[[int], object] = lambda position: None,
 ) -> Iterator[tuple[int, Result]]:
     """Run `function(job)` for every job in a group of processes; as `run_tasks`, with several processes a job.
 
@@ -63,24 +66,29 @@ def run_groups(
         max_concurrent: Groups in flight.
         scratch: Folder that all nodes see, for Ray Train; gone at the end.
         on_tick: Called about once a second while groups run.
+        progress: As of `run_tasks`.
 
     Yields:
         Position of the job and what its group's first process returned, as they finish. An error of any process is
         raised as it was.
 
     Raises:
-        WorkerDied: If a job's groups lose a process again and again.
+        WorkerDied: If a job's groups lose a process again and again, on machines that live on and without progress.
     """
     groups = [_Group(function, job, resources, num_workers, scratch) for job in jobs]
     try:
         # What waits for a group holds no slot.
-        yield from run_tasks(_run, groups, {"cpu": 0.0}, max_concurrent, fresh=True, on_tick=on_tick)
+        yield from run_tasks(_run, groups, {"cpu": 0.0}, max_concurrent, fresh=True, on_tick=on_tick, progress=progress)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
 
 
 def _run(group: _Group) -> Any:
     names = {"cpu": "CPU", "gpu": "GPU"}
+    # Of its own: under a name that it knows, Ray Train would go on from its own records.
+    name = uuid.uuid4().hex
+    group.scratch.mkdir(parents=True, exist_ok=True)
+    places = group.scratch / f"{name}.nodes"
     trainer = TorchTrainer(
         partial(group.function, group.job),
         torch_config=_Connection(),
@@ -89,25 +97,34 @@ def _run(group: _Group) -> Any:
             use_gpu=bool(group.resources.get("gpu")),
             resources_per_worker={names[name]: amount for name, amount in group.resources.items()},
         ),
-        # A name of its own: under one that it knows, Ray Train would go on from its own records.
-        run_config=RunConfig(name=uuid.uuid4().hex, storage_path=str(group.scratch), callbacks=[_GiveBack()]),
+        run_config=RunConfig(name=name, storage_path=str(group.scratch), callbacks=[_GiveBack(places)]),
     )
     try:
         return trainer.fit().return_value
     except WorkerGroupError as error:
-        raise _first_cause(error.worker_failures) from error
+        cause = _first_cause(error.worker_failures)
+        if isinstance(cause, RayActorError) and not all(map(stays, (read_sign(places) or "").split())):
+            raise NodeDiedError(str(cause)) from error
+        raise cause from error
     except ControllerError as error:
         raise error.controller_failure from error
 
 
 class _GiveBack(WorkerGroupCallback, ControllerCallback):  # type: ignore[misc]
     """Gives a group's slots back at the end of all; Ray Train (2.60) keeps those of one that lost a process just before
-    its function began, and whoever comes next waits for them for ever."""
+    its function began, and whoever comes next waits for them for ever. Tells where its processes are.
 
-    _state: Any = None
+    Args:
+        places: File for Ray's ids of their machines.
+    """
+
+    def __init__(self, places: Path) -> None:
+        self._places = places
+        self._state: Any = None
 
     def after_worker_group_start(self, worker_group: Any) -> None:
         self._state = worker_group.get_worker_group_state()
+        write_sign(self._places, " ".join(worker.metadata.node_id for worker in self._state.workers))
 
     async def before_controller_shutdown(self) -> None:
         if self._state is not None:

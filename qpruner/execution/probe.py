@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +12,7 @@ from typing import Any
 from qpruner.execution import testimony
 from qpruner.execution.cluster import first_line, size_of
 from qpruner.execution.slots import Node
-from qpruner.objects import is_mirror
+from qpruner.objects import CACHE, cache_root, is_mirror
 from qpruner.rundir import BANK_CACHE, ID, RunDir
 
 ANSWER_SECONDS = 120.0
@@ -31,9 +31,20 @@ class Gpu:
 
 @dataclass(frozen=True)
 class Cache:
-    """A node's folder for its copy of the bank's files, and the room there."""
+    """A node's folder for copies of the run's files, and the room there.
 
+    Attributes:
+        variable: Of the environment, which names it.
+        folder: Where it is.
+        disk: What tells its file system from the node's others.
+        is_writable: Whether it can be written.
+        free_bytes: On its file system.
+        held_bytes: Of this run's files, by those that are there.
+    """
+
+    variable: str
     folder: str
+    disk: int
     is_writable: bool
     free_bytes: int
     held_bytes: int
@@ -46,16 +57,16 @@ class NodeFacts:
     Attributes:
         versions: By package; qpruner's is a digest of its code.
         storage: Why the run's storage cannot be used from there; empty where it can.
-        cache: Its own folder for the bank's files; None where it keeps none.
-        has_gpu_driver: Whether there is a driver for GPUs.
+        caches: Its own folders for the bank's files and, of a run at a URI, for the pruned model.
+        has_hardware: Whether there is a driver for GPUs, or a card that lacks one.
         gpus: What torch sees; not looked for where Ray counts none.
         gpu_trouble: Why they cannot quantize; empty where they can.
     """
 
     versions: dict[str, str]
     storage: str
-    cache: Cache | None
-    has_gpu_driver: bool
+    caches: tuple[Cache, ...]
+    has_hardware: bool
     gpus: tuple[Gpu, ...]
     gpu_trouble: str
 
@@ -81,12 +92,13 @@ class Report:
     has_left: bool = False
 
 
-def probe(storage: Path, driver: str, seconds: float = ANSWER_SECONDS) -> list[Report]:
+def probe(storage: Path, driver: str, banked: Iterable[str] = (), seconds: float = ANSWER_SECONDS) -> list[Report]:
     """Ask every live node; this process has joined the cluster.
 
     Args:
         storage: A folder in the run's storage; every node leaves a file there, named by its id, that holds that id.
         driver: Name and content of the driver's own file there.
+        banked: sha256 of the files of the run's bank, as far as it has one.
         seconds: How long to wait for answers.
 
     Returns:
@@ -96,7 +108,10 @@ def probe(storage: Path, driver: str, seconds: float = ANSWER_SECONDS) -> list[R
     from ray.exceptions import NodeDiedError, RayError, TaskUnschedulableError
 
     nodes = [node for node in ray.nodes() if node["Alive"]]
-    asked = _ask(nodes, storage, driver)
+    caches = {BANK_CACHE: [f"{sha256}.safetensors" for sha256 in banked]}
+    if is_mirror(storage):
+        caches[CACHE] = [f"{storage.parent.relative_to(cache_root())}/**/*"]
+    asked = _ask(nodes, storage, driver, caches)
     answered, _ = ray.wait(list(asked.values()), num_returns=len(asked), timeout=seconds)
     said: dict[str, NodeFacts | str] = {}
     left: set[str] = set()
@@ -139,7 +154,9 @@ def _sent_whole() -> Iterator[None]:
         cloudpickle.unregister_pickle_by_value(testimony)
 
 
-def _ask(nodes: list[dict[str, Any]], storage: Path, driver: str) -> dict[str, Any]:
+def _ask(
+    nodes: list[dict[str, Any]], storage: Path, driver: str, caches: Mapping[str, Sequence[str]]
+) -> dict[str, Any]:
     """The answers to come, by node."""
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -152,14 +169,14 @@ def _ask(nodes: list[dict[str, Any]], storage: Path, driver: str) -> dict[str, A
             there = task.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False))
             has_gpus = size_of(node).gpus > 0
             asked[node["NodeID"]] = there.remote(
-                str(storage), driver, node["NodeID"], BANK_CACHE, has_gpus, is_mirror(storage)
+                str(storage), driver, node["NodeID"], caches, has_gpus, is_mirror(storage)
             )
         return asked
 
 
 def _facts(answer: dict[str, Any]) -> NodeFacts:
-    cache = answer["cache"] and Cache(**answer["cache"])
-    return NodeFacts(**{**answer, "cache": cache, "gpus": tuple(Gpu(**gpu) for gpu in answer["gpus"])})
+    caches, gpus = (Cache(**cache) for cache in answer["caches"]), (Gpu(**gpu) for gpu in answer["gpus"])
+    return NodeFacts(**{**answer, "caches": tuple(caches), "gpus": tuple(gpus)})
 
 
 def _report(node: dict[str, Any], said: NodeFacts | str, has_left: bool) -> Report:

@@ -14,33 +14,38 @@ import importlib.util
 import os
 import platform
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 PACKAGES = ("torch", "transformers", "peft", "bitsandbytes")
 DRIVERS = ("/proc/driver/nvidia/gpus", "/dev/kfd", "/dev/dxg")
 """One of these is there where a driver for GPUs is: NVIDIA's, AMD's, that of Windows' Linux."""
+DEVICES, NVIDIA, DISPLAY = "/sys/bus/pci/devices", "0x10de", "0x03"
+"""Where Linux lists the devices of a machine, and what it says of a GPU: its maker, and its class begins so."""
 HIDERS = ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES")
 MISSING = "not installed"
 
 
-def testify(storage: str, driver: str, me: str, cache: str, has_gpus: bool, is_at_uri: bool) -> dict[str, Any]:
+def testify(
+    storage: str, driver: str, me: str, caches: Mapping[str, Sequence[str]], has_gpus: bool, is_at_uri: bool
+) -> dict[str, Any]:
     """Look at this machine.
 
     Args:
         storage: A folder in the run's storage.
         driver: Name of a file that the driver left there, and what it says.
         me: Name of a file to leave there, and what to say in it.
-        cache: Environment variable that names the folder for the bank's files; unset, none are kept.
+        caches: Environment variables that name folders for copies of the run's files, and patterns of those that are of
+            this run; of a variable that is unset there is no folder.
         has_gpus: Whether Ray counts GPUs here; importing torch takes seconds.
         is_at_uri: Whether the storage is the mirror of an object store.
     """
     return {
         "versions": versions(),
         "storage": (_store_trouble if is_at_uri else _storage_trouble)(Path(storage), driver, driver, me),
-        "cache": _cache(Path(os.environ[cache])) if cache in os.environ else None,
-        "has_gpu_driver": any(Path(path).exists() for path in DRIVERS),
+        "caches": [_cache(name, Path(os.environ[name]), own) for name, own in caches.items() if name in os.environ],
+        "has_hardware": has_hardware(),
         **(_gpus() if has_gpus else {"gpus": [], "gpu_trouble": ""}),
     }
 
@@ -80,15 +85,48 @@ def check_like(own: Mapping[str, str], storage: str, place: str, driver: str, te
     Raises:
         RuntimeError: `NodeDiffers: `, the node's name and what differs.
     """
-    import ray
-
     trouble = differences(versions(), own)
     if not trouble:  # else that qpruner cannot be asked
         unseen = _lasting_trouble(_store_trouble if is_at_uri else _storage_trouble, Path(storage), driver, text)
         trouble = f"`output`: {place} {unseen}" if unseen else ""
+    trouble = trouble or unseen_gpus()
     if trouble:
-        address, node_id = ray.util.get_node_ip_address(), ray.get_runtime_context().get_node_id()
-        raise RuntimeError(f"NodeDiffers: {address} ({platform.node()}, {node_id[:8]}): {trouble}")
+        raise RuntimeError(f"NodeDiffers: {own_name()}: {trouble}")
+
+
+def own_name() -> str:
+    """The node of this process, as a person knows it."""
+    import ray
+
+    address, node_id = ray.util.get_node_ip_address(), ray.get_runtime_context().get_node_id()
+    return f"{address} ({platform.node()}, {node_id[:8]})"
+
+
+def unseen_gpus() -> str:
+    """Why the GPUs that this process holds cannot be used, which torch would do without; nothing where it holds none,
+    where torch sees them, and where somebody told Ray of GPUs that are not there."""
+    import ray
+
+    if not ray.get_gpu_ids() or not has_hardware():
+        return ""
+    import torch
+
+    if torch.cuda.is_available():
+        return ""
+    return f"a GPU is reserved for work there, but torch {torch.__version__} sees none"
+
+
+def has_hardware() -> bool:
+    """Whether there are GPUs: a driver for them, or a card that lacks one."""
+    return any(Path(path).exists() for path in DRIVERS) or any(map(_is_card, Path(DEVICES).glob("*")))
+
+
+def _is_card(device: Path) -> bool:
+    try:
+        maker, kind = (device / "vendor").read_text(), (device / "class").read_text()
+    except OSError:
+        return False
+    return maker.strip() == NVIDIA and kind.startswith(DISPLAY)
 
 
 def _lasting_trouble(look: Callable[[Path, str, str], str], folder: Path, driver: str, text: str) -> str:
@@ -154,14 +192,16 @@ def _store_trouble(folder: Path, driver: str, text: str, me: str | None = None) 
     return ""
 
 
-def _cache(folder: Path) -> dict[str, Any]:
-    """The folder for the bank's files, which may not be there yet."""
+def _cache(variable: str, folder: Path, own: Sequence[str]) -> dict[str, Any]:
+    """A folder for copies of the run's files, which may not be there yet."""
     existing = next(place for place in (folder, *folder.parents) if place.exists())
     return {
+        "variable": variable,
         "folder": str(folder),
+        "disk": existing.stat().st_dev,
         "is_writable": existing.is_dir() and os.access(existing, os.W_OK | os.X_OK),
         "free_bytes": shutil.disk_usage(existing).free,
-        "held_bytes": sum(file.stat().st_size for file in folder.glob("*.safetensors")),
+        "held_bytes": sum(file.stat().st_size for each in own for file in folder.glob(each) if file.is_file()),
     }
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from qpruner.events import Emit, Event, Message
-from qpruner.execution.cluster import MAX_DEATHS, died_too_often, first_line
+from qpruner.execution.cluster import Deaths, check_gpus
 from qpruner.execution.gpu_time import GpuTime
 from qpruner.memory import release
 from qpruner.mirror import fetch
@@ -99,6 +99,7 @@ class OnCluster:
     def __init__(self, resources: Mapping[str, float], gpu_time: GpuTime) -> None:
         self._resources, self._gpu_time = resources, gpu_time
         self._actor: Any = None
+        self._node: str | None = None
 
     @property
     def holds(self) -> Mapping[str, float]:
@@ -107,16 +108,14 @@ class OnCluster:
     def do(self, work: Work[Job, Result], job: Job, emit: Emit) -> Result:
         from ray.exceptions import RayActorError
 
-        deaths = 0
+        deaths = Deaths()
         while True:
             try:
                 return self._try(work, job, emit)
             except RayActorError as error:
                 self.close()
-                deaths += 1
-                if deaths == MAX_DEATHS:
-                    raise died_too_often(error) from error
-                emit(Message("cluster", f"a worker died, its work is begun again: {first_line(error)}"))
+                line = deaths.count(0, self._node, error)
+                emit(Message("cluster", f"a worker died, its work is begun again: {line}"))
 
     def _try(self, work: Work[Job, Result], job: Job, emit: Emit) -> Result:
         import ray
@@ -124,9 +123,10 @@ class OnCluster:
         if self._actor is None:
             options = {"num_cpus": self._resources.get("cpu", 0.0), "num_gpus": self._resources.get("gpu", 0.0)}
             self._actor = ray.remote(_Worker).options(**options).remote(int(self._resources.get("cpu", 1.0)))
-            if not ray.wait([self._actor.__ray_ready__.remote()], timeout=SECONDS_UNTOLD)[0]:
+            self._node, place = None, self._actor.place.remote()
+            if not ray.wait([place], timeout=SECONDS_UNTOLD)[0]:
                 emit(Message("cluster", f"waiting for a machine with room for {dict(self._resources)}"))
-                ray.wait([self._actor.__ray_ready__.remote()])
+            self._node = ray.get(place)
         with self._gpu_time.held(self._resources.get("gpu", 0.0)):
             return self._told(work, job, emit)
 
@@ -166,7 +166,15 @@ class _Worker:
         self._bench = Bench()
         self._thread = ThreadPoolExecutor(1, initializer=_limit_threads, initargs=(threads,))
 
+    def place(self) -> str:
+        """Ray's id of its machine."""
+        import ray
+
+        node: str = ray.get_runtime_context().get_node_id()
+        return node
+
     def do(self, work: Work[Any, Any], job: Any) -> Iterator[Event | _Done]:
+        check_gpus()
         told: queue.SimpleQueue[Event | None] = queue.SimpleQueue()
         outcome = self._thread.submit(work, job, self._bench, told.put)
         outcome.add_done_callback(lambda _: told.put(None))

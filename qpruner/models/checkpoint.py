@@ -11,6 +11,7 @@ from safetensors import SafetensorError, safe_open
 
 from qpruner.errors import CorruptFile
 from qpruner.models.loading import OnLoading, check_source, load_dense, load_tokenizer, tensors_told, untold
+from qpruner.objects import OnPiece
 from qpruner.patience import patiently
 
 if TYPE_CHECKING:
@@ -106,7 +107,9 @@ def save_checkpoint(
     patiently(lambda: tokenizer.save_pretrained(folder), folder)
 
 
-def dense_tensors(checkpoint: Path, wanted: Callable[[str], bool]) -> dict[str, torch.Tensor]:
+def dense_tensors(
+    checkpoint: Path, wanted: Callable[[str], bool], on_piece: OnPiece = lambda: None
+) -> dict[str, torch.Tensor]:
     """The wanted ones of the checkpoint's tensors, read shard by shard.
 
     Raises:
@@ -117,7 +120,9 @@ def dense_tensors(checkpoint: Path, wanted: Callable[[str], bool]) -> dict[str, 
     for shard in shards or [checkpoint / "model.safetensors"]:
         try:
             with safe_open(shard, framework="pt") as file:
-                tensors |= {name: file.get_tensor(name) for name in file.keys() if wanted(name)}  # noqa: SIM118
+                for name in filter(wanted, file.keys()):
+                    tensors[name] = file.get_tensor(name)
+                    on_piece()
         except (FileNotFoundError, SafetensorError) as error:
             raise CorruptFile(
                 f"weight file {shard} is missing or damaged: {error}; delete its folder to rebuild it", shard

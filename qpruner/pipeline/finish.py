@@ -281,16 +281,20 @@ def _finetuned(
     context: Context, jobs: list[Candidate], on_tick: Callable[[], None]
 ) -> Iterator[tuple[int, FinetuneOutcome]]:
     """Positions and outcomes as the fine-tunes end; as many at once as the slots take."""
+
+    def saved(position: int) -> list[Path]:
+        return sorted(put_folders(jobs[position].folder / "checkpoints"))
+
     num_workers = context.config.finetune.num_workers
     tasks, resources, concurrent = _worker_jobs(context, jobs, num_workers)
     if num_workers > 1:
         from qpruner.execution.group import run_groups
 
         scratch = context.run_dir.scratch("train")
-        return run_groups(finetune_candidate, tasks, resources, num_workers, concurrent, scratch, on_tick)
+        return run_groups(finetune_candidate, tasks, resources, num_workers, concurrent, scratch, on_tick, saved)
     from qpruner.execution.cluster import run_tasks
 
-    return run_tasks(finetune_candidate, tasks, resources, concurrent, fresh=True, on_tick=on_tick)
+    return run_tasks(finetune_candidate, tasks, resources, concurrent, fresh=True, on_tick=on_tick, progress=saved)
 
 
 def _record_of(context: Context, job: Candidate, origin: str, outcome: FinetuneOutcome) -> CandidateRecord:

@@ -9,20 +9,22 @@ from __future__ import annotations
 import contextlib
 import shutil
 import uuid
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from qpruner.config import RunConfig
-from qpruner.errors import UserError
+from qpruner.errors import CorruptFile, UserError
 from qpruner.events import Message, TableMade
 from qpruner.execution.probe import Cache, Gpu, NodeFacts, Report, probe
 from qpruner.execution.testimony import differences, differing, versions
-from qpruner.objects import CREDENTIALS, is_mirror, name_of
+from qpruner.objects import CACHE, CREDENTIALS, is_mirror, name_of
 from qpruner.pipeline.context import Context
 from qpruner.plan import FULL_BITS, Layout
 from qpruner.preflight import amount, check_device
-from qpruner.rundir import BANK_CACHE, read_sign, remove, write_text
+from qpruner.records import BankRecord
+from qpruner.rundir import BANK_CACHE, RunDir, read_sign, remove, write_text
 from qpruner.wording import counted
 
 HEADINGS = ("node", "CPUs", "GPUs", "bank cache free", "versions", "state")
@@ -52,6 +54,12 @@ class Needs:
         levels = [bits for bits in self.config.quantize.bits if bits != FULL_BITS]
         return sum(sum(self.layout.group_bytes(bits)) + self.layout.adapter_bytes for bits in levels)
 
+    @property
+    def copies(self) -> dict[str, tuple[str, int]]:
+        """What a node's copies will take in all: by the variable that names their folder, in words and in bytes."""
+        model_bytes = self.layout.num_parameters * self.layout.element_bytes
+        return {BANK_CACHE: ("the bank", self.bank_bytes), CACHE: ("the pruned model", model_bytes)}
+
 
 def look_at_nodes(context: Context) -> None:
     """Have every node of the cluster looked at, and tell what they are in one table.
@@ -62,7 +70,7 @@ def look_at_nodes(context: Context) -> None:
     resources = context.trial_resources
     needs = Needs(context.config, context.inspection.pruned, resources, context.run_dir.root, versions())
     with _left_in(needs.storage) as (folder, driver):
-        reports = probe(folder, driver)
+        reports = probe(folder, driver, _banked(context.run_dir))
         unseen = {report.id for report in reports if read_sign(folder / report.id) != report.id}
     found = {report.id: troubles(report, needs, report.id in unseen) for report in reports}
     context.emit(TableMade(HEADINGS, tuple(row(report, needs, found[report.id]) for report in reports)))
@@ -72,10 +80,18 @@ def look_at_nodes(context: Context) -> None:
         raise UserError(f"{counted(len(told), 'problem')} with the cluster's nodes:\n{lines}")
     for report in reports:
         if _is_declared(report):
-            text = f"warning: Ray counts {report.size.gpus:g} GPUs on {report.name}, which has no driver for any"
+            text = f"warning: Ray counts {report.size.gpus:g} GPUs on {report.name}, which has none that can be seen"
             context.emit(Message("cluster", f"{text}: what holds them runs on the CPU"))
     if _works_on_cpus(reports, resources):
         check_device(context.config, context.inspection.pruned, None)
+
+
+def _banked(run: RunDir) -> list[str]:
+    """sha256 of the files of the run's bank, as far as it has one."""
+    with contextlib.suppress(CorruptFile):  # told where the stage asks for its record
+        record = run.read_record("bank", BankRecord)
+        return list(record.files.values()) if record else []
+    return []
 
 
 @contextlib.contextmanager
@@ -127,7 +143,7 @@ def troubles(report: Report, needs: Needs, is_unseen: bool) -> dict[str, str]:
         "storage": _storage(facts, needs.storage, is_unseen),
     }
     if report.size.fits(needs.resources):
-        found["disk"] = _disk(facts.cache, needs.bank_bytes) if facts.cache else ""
+        found["disk"] = _disk(facts.caches, needs.copies)
         if needs.resources.get("gpu"):
             found["GPUs"] = _gpus(report, facts, needs)
     return {word: text for word, text in found.items() if text}
@@ -147,15 +163,19 @@ def _storage(facts: NodeFacts, storage: Path, is_unseen: bool) -> str:
     return f"`output`: {name_of(storage)} {trouble}; {remedy}" if trouble else ""
 
 
-def _disk(cache: Cache, needed: int) -> str:
-    remedy = f"make room, or name another folder by {BANK_CACHE} where the driver is started"
-    if not cache.is_writable:
-        return f"its copy of the bank would lie in {cache.folder}, which cannot be written; {remedy}"
-    # What is held may be of this bank, or may be deleted.
-    free = cache.free_bytes + cache.held_bytes
-    if free >= needed:
-        return ""
-    return f"its copy of the bank takes {amount(needed)} in {cache.folder}, where {amount(free)} are free; {remedy}"
+def _disk(caches: Sequence[Cache], copies: Mapping[str, tuple[str, int]]) -> str:
+    taken: Counter[int] = Counter()  # several may lie on one disk
+    for cache in caches:
+        what, size = copies[cache.variable]
+        place = f"name another folder by {cache.variable} where the driver is started"
+        if not cache.is_writable:
+            return f"its copy of {what} would lie in {cache.folder}, which cannot be written; {place}"
+        missing, free = max(0, size - cache.held_bytes), cache.free_bytes - taken[cache.disk]
+        if missing > free:
+            told = f"its copy of {what} takes {amount(missing)} in {cache.folder}, where {amount(free)} are free"
+            return f"{told}; make room (what other runs left there may be deleted while none is at work), or {place}"
+        taken[cache.disk] += missing
+    return ""
 
 
 def _gpus(report: Report, facts: NodeFacts, needs: Needs) -> str:
@@ -177,7 +197,7 @@ def _gpus(report: Report, facts: NodeFacts, needs: Needs) -> str:
 def _is_declared(report: Report) -> bool:
     """Whether somebody told Ray of GPUs that are not there: Ray itself counts none without a driver."""
     facts = report.facts
-    return facts is not None and report.size.gpus > 0 and not facts.gpus and not facts.has_gpu_driver
+    return facts is not None and report.size.gpus > 0 and not facts.gpus and not facts.has_hardware
 
 
 def _works_on_cpus(reports: Sequence[Report], resources: Mapping[str, float]) -> bool:
@@ -192,7 +212,7 @@ def row(report: Report, needs: Needs, found: Mapping[str, str]) -> tuple[str, ..
     if facts is None:
         return report.name, f"{size.cpus:g}", f"{size.gpus:g}", "", "", state
     others = ", ".join(f"{name} {facts.versions[name]}" for name in differing(facts.versions, needs.versions))
-    free = amount(facts.cache.free_bytes) if facts.cache else ""
+    free = amount(facts.caches[0].free_bytes) if facts.caches else ""
     return report.name, f"{size.cpus:g}", _gpu_text(size.gpus, facts.gpus), free, others or "same", state
 
 

@@ -20,6 +20,7 @@ from qpruner.models import cpu, ragged
 from qpruner.models.checkpoint import dense_tensors
 from qpruner.models.layout import group_linears
 from qpruner.models.loading import device
+from qpruner.objects import OnPiece
 from qpruner.plan import FULL_BITS
 from qpruner.quantization.bank import INDEX, BankIndex, read_plan
 from qpruner.quantization.mixed import MixedPrecisionConfig, dense_layer, packed_layer
@@ -34,7 +35,13 @@ ADAPTER = "default"
 
 
 def assemble(
-    checkpoint: Path, bank: Path, group: str, bits_by_group: Mapping[str, int], dtype: str, double_quant: bool
+    checkpoint: Path,
+    bank: Path,
+    group: str,
+    bits_by_group: Mapping[str, int],
+    dtype: str,
+    double_quant: bool,
+    on_piece: OnPiece = lambda: None,
 ) -> tuple[PreTrainedModel, dict[str, torch.Tensor]]:
     """Build the model of a plan.
 
@@ -45,6 +52,7 @@ def assemble(
         bits_by_group: The plan.
         dtype: Name of the torch dtype of what stays unquantized.
         double_quant: Whether the bank's 4-bit scales are quantized.
+        on_piece: Hears that something moves.
 
     Returns:
         The model, and its adapter starts: `<layer>.lora_A` ``(rank, columns)`` and `<layer>.lora_B` ``(rows, rank)``.
@@ -56,11 +64,11 @@ def assemble(
     config = AutoConfig.from_pretrained(checkpoint)
     linears = group_linears(config, group)
     bits = {path: bits_by_group[name] for name, paths in linears.items() for path in paths}
-    banked = read_plan(bank, bits_by_group)
+    banked = read_plan(bank, bits_by_group, on_piece)
     starts = {name: tensor for name, tensor in banked.items() if name.endswith((".lora_A", ".lora_B"))}
     packed = {name: tensor for name, tensor in banked.items() if name not in starts}
     quantized = {f"{path}.weight" for path, width in bits.items() if width != FULL_BITS}
-    state = dense_tensors(checkpoint, lambda name: name not in quantized) | packed
+    state = dense_tensors(checkpoint, lambda name: name not in quantized, on_piece) | packed
     if quantized:
         config.quantization_config = MixedPrecisionConfig(bits, double_quant).to_dict()
     model_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
@@ -152,27 +160,28 @@ class Workbench:
         self._plan: dict[str, int] = {}
         self._starts: dict[str, torch.Tensor] = {}
 
-    def model(self, plan: Mapping[str, int], seed: int) -> PeftModel:
+    def model(self, plan: Mapping[str, int], seed: int, on_piece: OnPiece = lambda: None) -> PeftModel:
         """The model of a plan with adapters at their start; the one handed out before must not be used any more.
 
         Args:
             plan: Bits by group.
             seed: Seeds the plain starts.
+            on_piece: Hears that something moves.
         """
         # Dropped first: an exchange that fails half way must not be gone on from.
         held, self._peft_model = self._peft_model, None
         if held is None:
             model, self._starts = assemble(
-                self._checkpoint, self._bank, self._group, plan, self._dtype, self._double_quant
+                self._checkpoint, self._bank, self._group, plan, self._dtype, self._double_quant, on_piece
             )
             held = attach_adapters(model, self._starts, self._lora, self._group, seed)
         else:
-            self._exchange(held, plan, seed)
+            self._exchange(held, plan, seed, on_piece)
         self._plan = dict(plan)
         self._peft_model = held
         return held
 
-    def _exchange(self, held: PeftModel, plan: Mapping[str, int], seed: int) -> None:
+    def _exchange(self, held: PeftModel, plan: Mapping[str, int], seed: int, on_piece: OnPiece) -> None:
         model = held.get_base_model()
         model.disable_input_require_grads()
         held.enable_adapter_layers()  # whoever had the model may have switched them off
@@ -180,9 +189,9 @@ class Workbench:
         model.is_loaded_in_4bit = model.is_loaded_in_8bit = True
         paths = group_linears(model.config, self._group)
         different = [name for name, bits in plan.items() if bits != self._plan[name]]
-        banked = _by_layer(read_plan(self._bank, {name: plan[name] for name in different}))
+        banked = _by_layer(read_plan(self._bank, {name: plan[name] for name in different}, on_piece))
         unquantized = {f"{path}.weight" for name in different if plan[name] == FULL_BITS for path in paths[name]}
-        dense = dense_tensors(self._checkpoint, unquantized.__contains__) if unquantized else {}
+        dense = dense_tensors(self._checkpoint, unquantized.__contains__, on_piece) if unquantized else {}
         dtype = getattr(torch, self._dtype)
         layers: dict[str, torch.nn.Module] = {}
         for name in different:

@@ -24,7 +24,7 @@ from qpruner.errors import CorruptFile, TrainingDiverged
 from qpruner.mirror import fetch, one_at_a_time, workplace
 from qpruner.models.checkpoint import dense_tensors
 from qpruner.models.loading import device
-from qpruner.objects import cache_root, is_mirror, name_of
+from qpruner.objects import OnPiece, cache_root, is_mirror, name_of
 from qpruner.patience import patiently
 from qpruner.plan import FULL_BITS
 from qpruner.quantization.loftq import loftq_start
@@ -215,8 +215,15 @@ def _digest_if_there(path: Path) -> str | None:
         return None
 
 
-def read_plan(bank: Path, bits_by_group: Mapping[str, int]) -> dict[str, torch.Tensor]:
+def read_plan(
+    bank: Path, bits_by_group: Mapping[str, int], on_piece: OnPiece = lambda: None
+) -> dict[str, torch.Tensor]:
     """The tensors of all groups that a plan quantizes.
+
+    Args:
+        bank: Its folder.
+        bits_by_group: The plan.
+        on_piece: Hears that something moves.
 
     Raises:
         CorruptFile: Naming the file that is missing or is not what the index says, or the bank that another version
@@ -238,12 +245,17 @@ def read_plan(bank: Path, bits_by_group: Mapping[str, int]) -> dict[str, torch.T
         entry = index.files.get(str(path.relative_to(bank)))
         try:
             # Looked through before any trial began.
-            whole = patiently(functools.partial(_whole, path, entry.sha256), path, was_there=True) if entry else None
+            whole = (
+                patiently(functools.partial(_whole, path, entry.sha256, on_piece), path, was_there=True)
+                if entry
+                else None
+            )
             if whole is None:
                 raise CorruptFile(
                     f"bank file {name_of(path)} is not what {INDEX} says; repeat the command to rebuild it", path
                 )
             tensors |= patiently(functools.partial(load_file, whole), path)
+            on_piece()
         except (FileNotFoundError, SafetensorError) as error:
             raise CorruptFile(
                 f"bank file {name_of(path)} cannot be read: {error}; repeat the command to rebuild it", path
@@ -251,7 +263,7 @@ def read_plan(bank: Path, bits_by_group: Mapping[str, int]) -> dict[str, torch.T
     return tensors
 
 
-def _whole(path: Path, sha256: str) -> Path | None:
+def _whole(path: Path, sha256: str, on_piece: OnPiece) -> Path | None:
     """Where to read a bank's file: this machine's copy, which the first reader makes, or the file itself.
 
     None if its contents are others.
@@ -262,10 +274,10 @@ def _whole(path: Path, sha256: str) -> Path | None:
     copy = Path(cache or cache_root() / "bank") / f"{sha256}.safetensors"
     if _is_whole(copy, sha256):
         return copy
-    with one_at_a_time(copy):
+    with one_at_a_time(copy, on_piece):
         if not _is_whole(copy, sha256):
-            aside = copy.with_name(f"{copy.name}.{os.getpid()}")
-            if fetch_file(path, aside) != sha256:
+            aside = copy.with_name(f"{copy.name}.part")  # what one that was killed left, the next writes over
+            if fetch_file(path, aside, on_piece) != sha256:
                 aside.unlink()
                 return None
             aside.replace(copy)

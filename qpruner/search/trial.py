@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import tempfile
+import threading
 from pathlib import Path
 
 import torch
@@ -28,7 +29,13 @@ def run_trial(job: TrialJob, start: Path | None, report: Report, progress: Progr
         TrainingDiverged: If the training loss leaves all bounds, or the validation loss is NaN or infinite.
     """
     config, materials = job.config, job.materials
-    checkpoint = fetch(materials.checkpoint)
+    reading = threading.Lock()  # threads read several files at once
+
+    def moved() -> None:
+        with reading:
+            progress(0)
+
+    checkpoint = fetch(materials.checkpoint, moved)
     # One seed for adapters, data order and dropout of all trials: another order moves the loss more than most plans do.
     bench = workbench(
         checkpoint,
@@ -38,8 +45,7 @@ def run_trial(job: TrialJob, start: Path | None, report: Report, progress: Progr
         config.quantize.double_quant,
         config.lora,
     )
-    progress(0)
-    peft_model = bench.model(job.plan, config.seed)
+    peft_model = bench.model(job.plan, config.seed, moved)
     progress(0)
     tokenizer = load_tokenizer(str(checkpoint))
     pad_id = int(tokenizer.pad_token_id)

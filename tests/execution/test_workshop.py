@@ -8,6 +8,7 @@ import os
 import signal
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from transformers import PreTrainedModel
 from qpruner.config import validate_config
 from qpruner.errors import CorruptFile, StageError, UserError, WorkerDied
 from qpruner.events import Emit, Event, Message, Progress, StageFinished, StageStarted, TableMade
-from qpruner.execution.cluster import connect, disconnect, run_tasks
+from qpruner.execution.cluster import MAX_DEATHS, connect, disconnect, run_tasks
 from qpruner.execution.gpu_time import GpuTime
 from qpruner.execution.workshop import Bench, Here, OnCluster, Workshop
 from qpruner.pipeline import run
@@ -135,6 +136,20 @@ def test_a_task_whose_worker_is_killed_is_run_again(joined: str, tmp_path: Path)
     assert dict(run_tasks(task, jobs, GPU, 2, fresh=False)) == {0: "a", 1: "b"}
 
 
+def test_deaths_between_which_a_task_got_on_are_forgiven_it(joined: str, tmp_path: Path) -> None:
+    """As a fine-tune of days does, from checkpoint to checkpoint."""
+
+    def task(job: Path) -> int:
+        made = len(list(job.iterdir()))
+        if made <= MAX_DEATHS:
+            (job / str(made)).touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return made
+
+    found = run_tasks(task, [tmp_path], GPU, 1, fresh=True, progress=lambda position: len(list(tmp_path.iterdir())))
+    assert list(found) == [(0, MAX_DEATHS + 1)]
+
+
 def test_gpus_are_counted_for_as_long_as_work_holds_them(joined: str) -> None:
     """Of two tasks for one GPU the second waits, which costs nothing; nor does the time between pieces of work."""
 
@@ -159,6 +174,56 @@ def test_gpus_are_counted_for_as_long_as_work_holds_them(joined: str) -> None:
     assert len(tasks) == 2 and all(0.5 <= seconds < 0.9 for seconds in tasks)
     list(run_tasks(task, [0.0], {"cpu": 1.0}, 1, fresh=False, on_held=tasks.append))
     assert tasks[2] == 0.0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("place", ["task", "workshop", "group"])
+def test_work_goes_on_elsewhere_however_many_machines_go(place: str, tmp_path: Path) -> None:
+    """A spot instance that is gone says nothing of the work on it."""
+
+    def wait_for_the_last(node: str) -> int:
+        (tmp_path / node).touch()
+        while not (tmp_path / "last").exists():
+            time.sleep(0.05)
+        return 3
+
+    def task(job: None) -> int:
+        import ray
+
+        return wait_for_the_last(ray.get_runtime_context().get_node_id())
+
+    def work(job: None, bench: Bench, emit: Emit) -> int:
+        return task(job)
+
+    def done() -> int:
+        if place == "workshop":
+            return OnCluster(GPU, GpuTime()).do(work, None, lambda event: None)
+        if place == "task":
+            ((_, found),) = run_tasks(task, [None], GPU, 1, fresh=True)
+        else:
+            from qpruner.execution.group import run_groups
+
+            ((_, found),) = run_groups(task, [None], {"cpu": 1.0}, 1, 1, tmp_path / "train")
+        return found
+
+    def take_machines_away() -> None:
+        for _ in range(MAX_DEATHS):
+            node = cluster.nodes[0]
+            while not (tmp_path / node.node_id).exists():
+                time.sleep(0.05)
+            cluster.add(num_gpus=1)
+            cluster.kill_machine(node)
+        (tmp_path / "last").touch()
+
+    with raylets(1, num_gpus=1) as cluster, ThreadPoolExecutor(1) as thread:
+        cluster.cluster._shutdown_at_exit = False  # by a handler of signals, which only the main thread may set
+        connect(cluster.address)
+        try:
+            taking = thread.submit(take_machines_away)
+            assert done() == 3
+            taking.result()
+        finally:
+            disconnect()
 
 
 def models() -> set[int]:

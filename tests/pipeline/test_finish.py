@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import shutil
+import subprocess
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -18,9 +19,9 @@ from qpruner import preflight
 from qpruner.candidates import Evaluation, FinetuneOutcome, evaluate_candidate, finetune_candidate
 from qpruner.config import validate_config
 from qpruner.data import load_encoded
-from qpruner.errors import ConfigError
+from qpruner.errors import ConfigError, StageError
 from qpruner.estimate.work import num_finetunes
-from qpruner.events import Event, Message, Progress
+from qpruner.events import Event, Message, Progress, StageSkipped
 from qpruner.pipeline import run
 from qpruner.pipeline.context import Context
 from qpruner.pipeline.finish import _gpus_held, _Progress, evaluate, finetune, held_out_text, scores_digest
@@ -410,6 +411,43 @@ def test_the_text_is_told_by_what_it_is(raw: dict[str, Any], tmp_path: Path) -> 
     told, folder = found("responses", data__confirmation=[instructions], data__max_length=256)
     assert folder and told == f"the responses of the {len(load_encoded(folder))} confirmation rows that chose nothing"
     assert len(load_encoded(folder)) == 8, "half of 16"
+
+
+@pytest.mark.slow
+def test_the_final_folder_is_the_recorded_winners_and_whole(
+    context: Context, changed: Callable[[str, Any], Context], tmp_path: Path
+) -> None:
+    events: list[Event] = []
+    alone = replace(changed("finetune", {"steps": 4, "compare": False}), emit=events.append)
+    measured, first, second = measured_of(context), a_winner(context), context.space.uniform(4)
+    root = alone.run_dir.root
+    weights, records = root / "final" / "model.safetensors", root / "records"
+    try:
+        finetune(alone, searched_record(first), measured)
+        whole = weights.read_bytes()
+        (root / "final" / "README.md").write_text("A card, which comes later.")
+        events.clear()
+        finetune(alone, searched_record(first), measured)
+        assert [type(event) for event in events] == [StageSkipped]
+
+        flip_a_byte(weights)
+        finetune(alone, searched_record(first), measured)
+        assert any(f"{weights} is damaged" in str(event) and "set aside in" in str(event) for event in events)
+        assert weights.read_bytes() == whole and told(events, "finetune") == ["warning"], "no row is trained again"
+
+        # Of another winner: ended before its record is written, as by a kill.
+        mount = ["mount", "-t", "tmpfs", "-o", "ro", "qpruner-away", records]
+        if subprocess.run(mount, capture_output=True).returncode:
+            pytest.skip("mounting is not permitted here")
+        try:
+            with pytest.raises(StageError, match="cannot be reached"):
+                finetune(alone, searched_record(second), measured)
+        finally:
+            subprocess.run(["umount", records], check=True)
+        finetune(alone, searched_record(first), measured)
+        assert weights.read_bytes() == whole
+    finally:
+        alone.close()
 
 
 @pytest.mark.slow

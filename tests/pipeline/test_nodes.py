@@ -14,25 +14,27 @@ import pytest
 import torch
 from conftest import raw_config, with_key
 
+from qpruner import objects
 from qpruner.config import validate_config
 from qpruner.execution.probe import Cache, Gpu, NodeFacts, Report
 from qpruner.execution.slots import Node
 from qpruner.pipeline.nodes import Needs, row, troubles
 from qpruner.plan import Group, Layout, LinearShape
+from qpruner.rundir import BANK_CACHE
 
 GIB = 1024**3
 GROUPS = tuple(Group(f"layers.{index}", (LinearShape(f"layers.{index}", 4096, 4096),)) for index in range(32))
 LAYOUT = Layout(GROUPS, 1000, 10**7, 2, double_quant=False, num_parameters=10**9)
 OWN = {"python": "3.11", "qpruner's code": "0a1b2c3d", "torch": "2.13.0", "bitsandbytes": "0.50.2"}
 L40S, V100, P40 = Gpu("NVIDIA L40S", 45 * GIB, (8, 9)), Gpu("Tesla V100", 16 * GIB, (7, 0)), Gpu("P40", GIB, (6, 1))
-CACHE = Cache("/tmp/qpruner-bank-0", is_writable=True, free_bytes=100 * GIB, held_bytes=0)
+CACHE = Cache(BANK_CACHE, "/tmp/qpruner-bank-0", disk=1, is_writable=True, free_bytes=100 * GIB, held_bytes=0)
 SMALL = replace(CACHE, free_bytes=GIB // 2)
 TWO_GPUS = Node(8, 2)
 FACTS = NodeFacts(
     versions=OWN,
     storage="",
-    cache=CACHE,
-    has_gpu_driver=True,
+    caches=(CACHE,),
+    has_hardware=True,
     gpus=(L40S, L40S),
     gpu_trouble="",
 )
@@ -75,9 +77,9 @@ def test_a_node_that_can_do_the_run_is_ok() -> None:
             ("`output`: /shared/runs/mine cannot be written there (Read-only file system)", "every node"),
             id="storage",
         ),
-        pytest.param({"cache": SMALL}, "disk", ("takes 819.6 MiB", "512.0 MiB are free"), id="disk"),
+        pytest.param({"caches": (SMALL,)}, "disk", ("takes 819.6 MiB", "512.0 MiB are free"), id="disk"),
         pytest.param(
-            {"cache": replace(CACHE, is_writable=False)},
+            {"caches": (replace(CACHE, is_writable=False),)},
             "disk",
             ("/tmp/qpruner-bank-0, which cannot be",),
             id="read-only",
@@ -120,29 +122,39 @@ def test_older_gpus_run_what_they_can() -> None:
 
 def test_a_node_that_no_trial_fits_on_needs_neither_disk_nor_gpus() -> None:
     """The head of a cluster of GPUs."""
-    facts = {"gpus": (), "has_gpu_driver": False, "cache": SMALL}
+    facts = {"gpus": (), "has_hardware": False, "caches": (SMALL,)}
     assert troubles(report(Node(4, 0), **facts), needs(), is_unseen=False) == {}
     assert list(troubles(report(Node(4, 0), **facts), needs(gpu=0), is_unseen=False)) == ["disk"]
 
 
 def test_gpus_that_somebody_told_ray_of_are_not_looked_for_in_vain() -> None:
     """Ray counts none by itself where there is no driver."""
-    declared = report(gpus=(), has_gpu_driver=False)
+    declared = report(gpus=(), has_hardware=False)
     assert troubles(declared, needs(), is_unseen=False) == {}
     assert row(declared, needs(), {})[2] == "2, none seen by torch"
 
 
-def test_what_the_cache_holds_already_is_not_asked_for_again() -> None:
-    held = report(cache=replace(SMALL, held_bytes=GIB))
+def test_what_is_there_of_this_run_is_not_asked_for_again() -> None:
+    held = report(caches=(replace(SMALL, held_bytes=GIB // 2),))
     assert troubles(held, needs(), is_unseen=False) == {}
+
+
+def test_of_a_run_at_a_uri_the_pruned_model_needs_room_beside_the_bank() -> None:
+    """1.9 GiB and 0.8 GiB."""
+    bank = replace(CACHE, free_bytes=5 * GIB // 2)
+    model = replace(bank, variable=objects.CACHE, folder="/root/.cache/qpruner")
+    found = troubles(report(caches=(bank, model)), needs(), is_unseen=False)
+    assert "of the pruned model takes 1.9 GiB in /root/.cache/qpruner, where 1.7 GiB are free" in found["disk"]
+    assert f"another folder by {objects.CACHE} " in found["disk"]
+    assert troubles(report(caches=(bank, replace(model, disk=2))), needs(), is_unseen=False) == {}
 
 
 @pytest.mark.gpu
 def test_gpus_that_ray_hides_from_the_probe_are_seen() -> None:
-    told = "json.dumps(testify('', '', '', '', True, False))"
+    told = "json.dumps(testify('', '', '', {}, True, False))"
     code = f"import json; from qpruner.execution.testimony import testify; print({told})"
     command, hidden = [sys.executable, "-c", code], os.environ | {"CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(command, env=hidden, capture_output=True, text=True, check=True)
     found = json.loads(done.stdout.splitlines()[-1])
     assert len(found["gpus"]) == torch.cuda.device_count() > 0
-    assert found["gpu_trouble"] == "" and found["has_gpu_driver"]
+    assert found["gpu_trouble"] == "" and found["has_hardware"]

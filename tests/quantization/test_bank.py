@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import flip_a_byte
+from conftest import disk_of, flip_a_byte
 from mixed_models import DTYPE, GROUP, LORA, fill_bank, logits_of, mixed_plan, seal
 from safetensors.torch import load_file
 
 from qpruner.config import LoraConfig
-from qpruner.errors import CorruptFile
+from qpruner.errors import CorruptFile, StorageError
 from qpruner.models.layout import group_linears
 from qpruner.models.loading import load_dense
 from qpruner.quantization.assembly import assemble, attach_adapters
@@ -133,6 +133,18 @@ def test_a_machine_keeps_a_copy_of_what_it_read(tmp_path: Path, monkeypatch: pyt
     write_entry(bank, "layers.0.mlp", 4, entry)
     assert same(read_plan(bank, {"layers.0.mlp": 4}), entry.tensors)
     assert [file.name for file in cache.iterdir()] == [copy.name]
+
+
+def test_a_machine_whose_own_disk_is_full_is_told_so_and_keeps_no_half_of_a_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_entry(tmp_path, "layers.0.mlp", 8, build_entry(weights(), 8, settings()))
+    seal(tmp_path)
+    with disk_of("16k", tmp_path / "cache") as cache:
+        monkeypatch.setenv(BANK_CACHE, str(cache))
+        with pytest.raises(StorageError, match=f"no space left for {cache}/[0-9a-f]+.safetensors"):
+            read_plan(tmp_path, {"layers.0.mlp": 8})
+        assert list(cache.iterdir()) == []
 
 
 def test_a_bank_that_another_version_packed_is_refused(tmp_path: Path) -> None:

@@ -20,9 +20,11 @@ from raylets import Raylets, raylets
 from test_search_stage import job_of
 
 from qpruner.errors import NodeDiffers
-from qpruner.events import Event, Message
-from qpruner.execution.cluster import connect, disconnect
+from qpruner.events import Emit, Event, Message
+from qpruner.execution.cluster import connect, disconnect, run_tasks
+from qpruner.execution.gpu_time import GpuTime
 from qpruner.execution.probe import packed_check
+from qpruner.execution.workshop import Bench, OnCluster
 from qpruner.records import RungResult
 from qpruner.rundir import RunDir
 from qpruner.search.trial_job import Progress, Report, TrialJob
@@ -37,7 +39,7 @@ CLONE_NEWNS = 0x20000
 def cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Raylets]:
     """A head and one node; this process has joined them from a folder without qpruner, which workers search first."""
     monkeypatch.chdir(tmp_path)
-    with raylets(1) as found:
+    with raylets(1, num_gpus=1) as found:
         found.cluster._shutdown_at_exit = False  # by a handler of signals, which only the main thread may set
         connect(found.address)
         yield found
@@ -49,22 +51,40 @@ def with_another_peft(cluster: Raylets, folder: Path) -> Any:
     old = folder / "old" / "peft-0.1.0.dist-info"
     old.mkdir(parents=True)
     (old / "METADATA").write_text("Metadata-Version: 2.1\nName: peft\nVersion: 0.1.0\n")
-    return cluster.add(env_vars={"PYTHONPATH": os.pathsep.join([str(old.parent), *sys.path])})
+    return cluster.add(num_gpus=1, env_vars={"PYTHONPATH": os.pathsep.join([str(old.parent), *sys.path])})
 
 
-def with_a_folder_of_its_own(cluster: Raylets, folder: Path) -> Any:
-    """Add a node that has another file system where the run lies."""
+def with_mounts(cluster: Raylets, mounts: str) -> Any:
+    """Add a node that has other file systems than this machine."""
     libc = ctypes.CDLL(None, use_errno=True)
 
     def start() -> Any:
         # Mounts belong to a thread, and to what it starts.
         if libc.unshare(CLONE_NEWNS):
             pytest.skip(f"mounting is not permitted here: {os.strerror(ctypes.get_errno())}")
-        subprocess.run(["bash", "-ec", f"mount --make-rprivate /; mount -t tmpfs apart {folder / 'run'}"], check=True)
-        return cluster.add()
+        subprocess.run(["bash", "-ec", f"mount --make-rprivate /; {mounts}"], check=True)
+        return cluster.add(num_gpus=1)
 
     with ThreadPoolExecutor(1) as thread:
         return thread.submit(start).result()
+
+
+def with_a_folder_of_its_own(cluster: Raylets, folder: Path) -> Any:
+    """Add a node that has another file system where the run lies."""
+    return with_mounts(cluster, f"mount -t tmpfs apart {folder / 'run'}")
+
+
+CARD = """
+mount -t tmpfs devices /sys/bus/pci/devices
+mkdir /sys/bus/pci/devices/0000:09:00.0; cd /sys/bus/pci/devices/0000:09:00.0
+echo 0x10de > vendor; echo 0x030200 > class
+"""
+"""A GPU, as Linux lists one that has no driver."""
+
+
+def with_a_gpu_that_torch_does_not_see(cluster: Raylets, folder: Path) -> Any:
+    """Add a node with a card in it; the others' GPUs are only counted, and no fault is found with them."""
+    return with_mounts(cluster, CARD)
 
 
 def standing_in(folder: Path) -> Callable[..., None]:
@@ -86,7 +106,38 @@ def standing_in(folder: Path) -> Callable[..., None]:
 def job_with_two_in_flight(folder: Path) -> SearchJob:
     job = job_of(folder, max_trials=2, searcher="random")
     run = RunDir(folder / "run")
-    return replace(job, trials=run.trials, trial=standing_in(folder), check_node=packed_check(run))
+    held = {"cpu": 1.0, "gpu": 1.0}
+    return replace(job, trials=run.trials, trial=standing_in(folder), resources=held, check_node=packed_check(run))
+
+
+def test_all_work_that_holds_a_gpu_which_torch_does_not_see_is_refused(cluster: Raylets, tmp_path: Path) -> None:
+    """It would go on for days on the CPU. Where GPUs are only counted, that is what was asked for. Groups need no look:
+    they have no way to connect."""
+
+    def task(job: int) -> int:
+        return job
+
+    def work(job: int, bench: Bench, emit: Emit) -> int:
+        return job
+
+    def as_task() -> int:
+        ((_, found),) = run_tasks(task, [1], held, 1, fresh=True)
+        return found
+
+    def in_workshop() -> int:
+        place = OnCluster(held, GpuTime())
+        try:
+            return place.do(work, 1, lambda event: None)
+        finally:
+            place.close()
+
+    held = {"cpu": 1.0, "gpu": 1.0}
+    assert as_task() == in_workshop() == 1
+    late = with_a_gpu_that_torch_does_not_see(cluster, tmp_path)
+    cluster.kill_machine(cluster.nodes[0])
+    for begun in (as_task, in_workshop):
+        with pytest.raises(NodeDiffers, match=rf"{late.node_id[:8]}\): a GPU is reserved for work there, but torch"):
+            begun()
 
 
 @pytest.mark.parametrize(
@@ -94,6 +145,7 @@ def job_with_two_in_flight(folder: Path) -> SearchJob:
     [
         (with_another_peft, "peft is 0.1.0 there and "),
         (with_a_folder_of_its_own, "`output`: {run} is not shared with it"),
+        (with_a_gpu_that_torch_does_not_see, "a GPU is reserved for work there, but torch "),
     ],
 )
 def test_a_node_that_joins_late_and_differs_is_named_and_takes_no_retry(

@@ -147,6 +147,14 @@ def test_the_hours_of_earlier_sessions_count_and_what_was_cut_off_goes_on(tmp_pa
     assert ledger.ended == "1 hours were spent (`search.max_hours` is 1)"
 
 
+def test_what_hung_before_its_first_rung_is_tried_again_by_the_next_command(tmp_path: Path) -> None:
+    """What it waited for may have been its files; what had trained and then hung is no better the next time."""
+    hung = {"status": "failed", "failure": "hung"}
+    ledger = ledger_of(job_of(tmp_path), trial(0, "444444", [], **hung), trial(1, "884444", [3.0], **hung))
+    assert suggested(ledger)[0][0] == 0
+    assert read_trial(tmp_path / "trials", 1).failure == "hung"
+
+
 def test_the_hours_that_its_trials_held_gpus_count(tmp_path: Path) -> None:
     held = {"gpu_seconds": 1800.0}
     mine, another = trial(0, "444444", [3, 3, 3], **held), trial(1, "844444", [3, 3, 3], ANOTHER, **held)

@@ -158,7 +158,7 @@ def _outcome(job: SearchJob, ended: str, sessions: int) -> SearchOutcome:
     mendable = [trial for trial in trials if trial.can_be_mended]
     if mendable:
         first = mendable[0]
-        raise StageError("search", first.reason or "", remedy_of(first.failure or ""))
+        raise StageError("search", f"trial {first.index}: {first.reason}", remedy_of(first.failure or ""))
     return SearchOutcome(
         trials=trials,
         taken_over=[trial for trial in recorded if not job.owns(trial)],

@@ -15,6 +15,7 @@ from ray.tune.experiment import Trial
 from ray.tune.search import Searcher
 
 from qpruner.events import Emit, Message, Progress, StepsSeen, TrialChanged, TrialWithdrawn
+from qpruner.execution.nodes import kernel_kills_on, node_in, stays
 from qpruner.records import TrialPulse, TrialRecord
 from qpruner.rundir import read_json, remove
 from qpruner.search.searchers import Ledger, Observation, Suggestion
@@ -38,7 +39,6 @@ from qpruner.search.tune.job import (
     observations_of,
     smaller_batch,
 )
-from qpruner.search.tune.nodes import kernel_kills_on, node_in, stays
 
 MAX_KILLS = 3
 """Deaths of its worker process that a trial may run through without a rung between them, on machines that live on."""

@@ -18,6 +18,8 @@ from ray import cloudpickle, tune
 
 from qpruner.config import RunConfig
 from qpruner.errors import CorruptFile, StorageError, TrainingDiverged
+from qpruner.execution.nodes import stays
+from qpruner.execution.testimony import own_name
 from qpruner.memory import PeakMemory, is_out_of_memory, kernel_kills, release
 from qpruner.mirror import fetch, workplace
 from qpruner.patience import patiently, storage_error
@@ -35,7 +37,6 @@ from qpruner.search.trial_records import (
     write_trial,
 )
 from qpruner.search.tune.job import METRIC, TIME, SearchJob, params_to_plan, smaller_batch
-from qpruner.search.tune.nodes import own_name, stays
 
 logger = logging.getLogger(__name__)
 
@@ -180,6 +181,8 @@ class _RecordedTrial:
         failure, reason = diagnosis(error)
         if failure == "infeasible":
             reason += f" (micro-batch {self._config().training.micro_batch_size})"
+        if failure in ("storage", "damaged"):
+            reason += f" (on {own_name()})"  # whose disk or copy it may be
         # Where even this cannot be written, the record says "running", and the trial goes on from its last rung.
         with contextlib.suppress(OSError, StorageError):
             self._check_that_it_is_ours()

@@ -1,8 +1,7 @@
-"""Which machines a trial can count on."""
+"""Which machines work can count on."""
 
 from __future__ import annotations
 
-import platform
 import re
 import socket
 from contextlib import suppress
@@ -18,12 +17,6 @@ ANSWER_SECONDS = 2.0
 """A machine that takes no connection for this long is taken for gone."""
 KERNEL_SECONDS = 20.0
 """A machine that was out of memory a moment ago has to start a process to answer."""
-
-
-def own_name() -> str:
-    """This machine's name for people, as the look at the nodes has it."""
-    node_id = ray.get_runtime_context().get_node_id()
-    return f"{ray.util.get_node_ip_address()} ({platform.node()}, {node_id[:8]})"
 
 
 def node_in(error: str) -> str | None:
