@@ -202,8 +202,8 @@ MUTATIONS = {
     ),
     "a trial's tensors must be there at once": Mutation(
         "qpruner/quantization/bank.py",
-        "path, was_there=True) if entry",
-        "path) if entry",
+        "path, was_there=True)\n            if whole",
+        "path)\n            if whole",
         "tests/test_patience.py::test_what_a_trial_reads_when_it_begins_is_waited_for",
     ),
     "a search ends with the trials of an empty folder": Mutation(

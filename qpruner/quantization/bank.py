@@ -244,12 +244,9 @@ def read_plan(
         path = entry_file(bank, group, bits)
         entry = index.files.get(str(path.relative_to(bank)))
         try:
-            # Looked through before any trial began.
-            whole = (
-                patiently(functools.partial(_whole, path, entry.sha256, on_piece), path, was_there=True)
-                if entry
-                else None
-            )
+            whole = None
+            if entry:  # looked through before any trial began
+                whole = patiently(functools.partial(_whole, path, entry.sha256, on_piece), path, was_there=True)
             if whole is None:
                 raise CorruptFile(
                     f"bank file {name_of(path)} is not what {INDEX} says; repeat the command to rebuild it", path
