@@ -15,11 +15,13 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from qpruner.data import load_encoded
 from qpruner.errors import StageError, UserError
-from qpruner.hf import PEFT_BASE, load
+from qpruner.hf import load
 from qpruner.mirror import fetch
 from qpruner.models.checkpoint import dense_tensors, save_checkpoint
 from qpruner.models.loading import OnLoading, checkpoint_config, device, load_tokenizer, untold
-from qpruner.rundir import RunDir, exists, publish_folder
+from qpruner.records import MARK, ExportRecord
+from qpruner.rundir import RunDir, exists, publish_folder, write_json
+from qpruner.snippets import PEFT_BASE
 
 if TYPE_CHECKING:
     import torch
@@ -88,6 +90,7 @@ def export(run: RunDir, form: Form, target: Path, told: OnLoading = untold) -> E
         raise UserError(f"{run.place} has no final model: repeat `qpruner run` until it has fine-tuned one")
     if target.exists():
         raise UserError(f"{target} exists: delete it or name another folder with `--out`")
+    record = ExportRecord(final=run.final_digests())
     final = fetch(final)
     scratch = target.with_name(f".{target.name}")
     shutil.rmtree(scratch, ignore_errors=True)
@@ -96,6 +99,7 @@ def export(run: RunDir, form: Form, target: Path, told: OnLoading = untold) -> E
         rows = load_encoded(run.stage("prepare") / "data" / "confirmation")[:NUM_ROWS]
         samples = [row["input_ids"] for row in rows]
         likeness = compare(final, scratch, samples, told)
+        write_json(scratch / MARK, record)
         publish_folder(scratch, target)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
