@@ -7,7 +7,10 @@ import ctypes
 import gc
 import resource
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+
+from qpruner.errors import OutOfMemory
 
 STATUS, CLEAR_REFS = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
@@ -40,6 +43,27 @@ def is_out_of_memory(error: BaseException) -> bool:
     said = ("can't allocate memory", "Cannot allocate memory", "out of memory", "ALLOC_FAILED", "bad_alloc")
     named = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
     return named or any(words in str(error) for words in said)
+
+
+def told_shortage(error: BaseException) -> str:
+    """Such an error in a few words."""
+    lines = str(error).strip().splitlines()
+    return f"out of memory ({lines[0][:120] if lines else type(error).__name__})"
+
+
+@contextlib.contextmanager
+def explaining_shortage(remedy: str) -> Iterator[None]:
+    """Turn an error that says that memory ran out into `OutOfMemory`.
+
+    Args:
+        remedy: What to do next, in one sentence.
+    """
+    try:
+        yield
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        raise OutOfMemory(told_shortage(error), remedy) from error
 
 
 class PeakMemory:
