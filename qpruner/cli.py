@@ -268,7 +268,8 @@ def push(run: str, repo_id: str, is_public: bool, what: Any, as_json: bool) -> N
 
         done = push(RunDir(run, create=False), repo_id, what, is_public)
         seen = "private" if done.is_private else "public"
-        click.echo(f"{done.url}: {counted(done.num_files, 'file')}, {done.num_bytes / 1e6:.1f} MB, {seen}")
+        gone = f"{counted(done.num_removed, 'earlier file')} removed, " if done.num_removed else ""
+        click.echo(f"{done.url}: {counted(done.num_files, 'file')}, {done.num_bytes / 1e6:.1f} MB, {gone}{seen}")
         return {"status": "ok", **vars(done)}
 
     _guarded(as_json, told)
@@ -347,7 +348,7 @@ def _export(root: str, form: Any, out: Path | None) -> dict[str, Any]:
     click.echo(
         f"{done.folder}: diverges by {done.divergence:.2g} nats a token from the final model, same prediction at "
         f"{done.agreement:.1%} of {done.num_positions} positions; loads "
-        + ("anywhere" if done.is_plain else "after `import qpruner.hf`")
+        + ("in plain transformers" if done.is_plain else "after `import qpruner.hf`")
     )
     return {"status": "ok", **vars(done), "folder": str(done.folder)}
 

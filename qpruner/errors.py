@@ -79,6 +79,13 @@ class StorageError(QprunerError):
         return (StorageError, (self.cause, self.remedy))
 
 
+class OutOfMemory(QprunerError):
+    """Memory of the machine or its GPU ran out in a command that is no stage."""
+
+    def __init__(self, cause: str, remedy: str) -> None:
+        super().__init__(f"{cause}\n  remedy: {remedy}")
+
+
 class NodeDiffers(QprunerError):
     """A node that joined the cluster later cannot be used for the run.
 

@@ -15,16 +15,24 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from qpruner.data import load_encoded
 from qpruner.errors import StageError, UserError
-from qpruner.hf import PEFT_BASE, load
+from qpruner.hf import load
+from qpruner.memory import explaining_shortage
 from qpruner.mirror import fetch
 from qpruner.models.checkpoint import dense_tensors, save_checkpoint
 from qpruner.models.loading import OnLoading, checkpoint_config, device, load_tokenizer, untold
-from qpruner.rundir import RunDir, exists, publish_folder
+from qpruner.patience import patiently
+from qpruner.records import MARK, ExportRecord
+from qpruner.rundir import RunDir, exists, publish_folder, write_json
+from qpruner.snippets import PEFT_BASE
 
 if TYPE_CHECKING:
     import torch
 
 Form = Literal["merged", "peft"]
+AGAINST_SHORTAGE = (
+    "end what else takes memory, or repeat the command on a machine that has more; where a GPU's memory ran out, set "
+    "`CUDA_VISIBLE_DEVICES=` to use the machine's"
+)
 PEFT_PREFIX = "base_model.model."
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 NUM_ROWS = 8
@@ -69,6 +77,7 @@ class Exported(Likeness):
     is_plain: bool
 
 
+@explaining_shortage(AGAINST_SHORTAGE)
 def export(run: RunDir, form: Form, target: Path, told: OnLoading = untold) -> Exported:
     """Write the final model in another form.
 
@@ -82,12 +91,15 @@ def export(run: RunDir, form: Form, target: Path, told: OnLoading = untold) -> E
         UserError: If there is no final model, or the target exists.
         StageError: If what was written does not predict what the final model does.
         CorruptFile: If a weight file cannot be read.
+        StorageError: If there is no room for it on the disk.
+        OutOfMemory: If there is none in memory.
     """
     final = run.root / "final"
     if not exists(final / ADAPTER_FILES[0]):
         raise UserError(f"{run.place} has no final model: repeat `qpruner run` until it has fine-tuned one")
     if target.exists():
         raise UserError(f"{target} exists: delete it or name another folder with `--out`")
+    record = ExportRecord(final=run.final_digests())
     final = fetch(final)
     scratch = target.with_name(f".{target.name}")
     shutil.rmtree(scratch, ignore_errors=True)
@@ -96,6 +108,7 @@ def export(run: RunDir, form: Form, target: Path, told: OnLoading = untold) -> E
         rows = load_encoded(run.stage("prepare") / "data" / "confirmation")[:NUM_ROWS]
         samples = [row["input_ids"] for row in rows]
         likeness = compare(final, scratch, samples, told)
+        write_json(scratch / MARK, record)
         publish_folder(scratch, target)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
@@ -135,12 +148,18 @@ def _write_merged(final: Path, folder: Path, told: OnLoading) -> None:
 
 def _write_peft(final: Path, folder: Path, target: Path) -> None:
     """The adapter where `PeftModel.from_pretrained` looks for it, the quantized model in a folder below."""
-    shutil.copytree(final, folder / PEFT_BASE, ignore=shutil.ignore_patterns(*ADAPTER_FILES, "README.md"))
+    left_out = shutil.ignore_patterns(*ADAPTER_FILES, "README.md")
     settings = json.loads((final / ADAPTER_FILES[0]).read_text(encoding="utf-8"))
     settings["base_model_name_or_path"] = str((target / PEFT_BASE).resolve())
-    (folder / ADAPTER_FILES[0]).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
-    shutil.copy2(final / ADAPTER_FILES[1], folder)
-    load_tokenizer(str(final)).save_pretrained(folder)
+    tokenizer = load_tokenizer(str(final))
+
+    def write() -> None:
+        shutil.copytree(final, folder / PEFT_BASE, ignore=left_out, dirs_exist_ok=True)
+        (folder / ADAPTER_FILES[0]).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+        shutil.copy2(final / ADAPTER_FILES[1], folder)
+        tokenizer.save_pretrained(folder)
+
+    patiently(write, target)
 
 
 def compare(final: Path, exported: Path, samples: Sequence[Sequence[int]], told: OnLoading = untold) -> Likeness:

@@ -13,11 +13,9 @@ from typing import Any
 from qpruner.models import cpu, ragged
 from qpruner.models.loading import OnLoading, device, tensors_told, untold
 from qpruner.quantization import mixed
+from qpruner.snippets import PEFT_BASE
 
 __all__ = ["load", "mixed", "ragged", "weights_folder"]
-
-PEFT_BASE = "base"
-"""Folder of the quantized model inside a peft export."""
 
 ragged.install()
 cpu.install()

@@ -8,7 +8,10 @@ import gc
 import re
 import resource
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+
+from qpruner.errors import OutOfMemory
 
 STATUS, CLEAR_REFS, VMSTAT = Path("/proc/self/status"), Path("/proc/self/clear_refs"), Path("/proc/vmstat")
 
@@ -50,6 +53,27 @@ def kernel_kills() -> int | None:
         found = re.search(r"^oom_kill (\d+)$", VMSTAT.read_text(), re.MULTILINE)
         return int(found[1]) if found else None
     return None
+
+
+def told_shortage(error: BaseException) -> str:
+    """Such an error in a few words."""
+    lines = str(error).strip().splitlines()
+    return f"out of memory ({lines[0][:120] if lines else type(error).__name__})"
+
+
+@contextlib.contextmanager
+def explaining_shortage(remedy: str) -> Iterator[None]:
+    """Turn an error that says that memory ran out into `OutOfMemory`.
+
+    Args:
+        remedy: What to do next, in one sentence.
+    """
+    try:
+        yield
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        raise OutOfMemory(told_shortage(error), remedy) from error
 
 
 class PeakMemory:

@@ -12,11 +12,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 from qpruner.errors import StageError, UserError
-from qpruner.rundir import RunDir
+from qpruner.records import MARK, ExportRecord
+from qpruner.rundir import RunDir, read_json
+from qpruner.snippets import Form, retold
 from qpruner.version import VERSION
 
 What = Literal["final", "merged", "peft"]
 CARD, ADAPTER = "README.md", "adapter_config.json"
+HUBS_OWN = ".gitattributes"
 
 
 @dataclass(frozen=True)
@@ -27,17 +30,22 @@ class Pushed:
         url: Of the commit.
         num_files: Files in it.
         num_bytes: Of all of them.
+        num_removed: Files of an earlier push that are gone; the repository's history has them.
         is_private: Whether others see it.
     """
 
     url: str
     num_files: int
     num_bytes: int
+    num_removed: int
     is_private: bool
 
 
 def push(run: RunDir, repo_id: str, what: What, is_public: bool) -> Pushed:
     """Upload the final model, packed, merged or as peft has it, as one commit.
+
+    The repository has nothing else afterwards: transformers attaches an adapter that lies beside a merged model, and so
+    would have it twice.
 
     Args:
         run: A whole run.
@@ -49,7 +57,7 @@ def push(run: RunDir, repo_id: str, what: What, is_public: bool) -> Pushed:
         UserError: If there is nothing to upload, no token, or what is there is public and should not be.
         StageError: If the hub refuses, or cannot be reached.
     """
-    from huggingface_hub import CommitOperationAdd, HfApi, get_token
+    from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token
 
     # HTTPError is httpx's with huggingface_hub 1.x and httpx2's with 2.x, so it is taken from where both have it.
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError, OfflineModeIsEnabled
@@ -65,10 +73,11 @@ def push(run: RunDir, repo_id: str, what: What, is_public: bool) -> Pushed:
         is_private = bool(api.repo_info(repo).private)
         if not is_private and not is_public:
             raise UserError(f"{repo} is there and public: give `--public` if the model may be, or name another")
-        operations = [CommitOperationAdd(path_in_repo=name, path_or_fileobj=content) for name, content in files]
-        commit = api.create_commit(
-            repo, operations, commit_message=f"{what} model of {run.root.name} (qpruner {VERSION})"
-        )
+        added = [CommitOperationAdd(path_in_repo=name, path_or_fileobj=content) for name, content in files]
+        earlier = set(api.list_repo_files(repo)) - {HUBS_OWN, *(name for name, _ in files)}
+        removed = [CommitOperationDelete(path_in_repo=name, is_folder=False) for name in sorted(earlier)]
+        message = f"{what} model of {run.root.name} (qpruner {VERSION})"
+        commit = api.create_commit(repo, [*added, *removed], commit_message=message)
     except HFValidationError as error:
         raise UserError(f"REPO_ID must be OWNER/NAME, got {repo_id!r}: {_first_line(error)}") from error
     except OfflineModeIsEnabled as error:
@@ -78,9 +87,8 @@ def push(run: RunDir, repo_id: str, what: What, is_public: bool) -> Pushed:
         raise StageError("push", _first_line(error), remedy) from error
     except (OSError, HTTPError) as error:
         raise StageError("push", f"the hub cannot be reached: {_first_line(error)}", "repeat the command") from error
-    return Pushed(
-        commit.commit_url, len(files), sum(operation.upload_info.size for operation in operations), is_private
-    )
+    num_bytes = sum(operation.upload_info.size for operation in added)
+    return Pushed(commit.commit_url, len(added), num_bytes, len(removed), is_private)
 
 
 def _files(run: RunDir, what: What, repo_id: str) -> Iterator[tuple[str, Path | bytes]]:
@@ -90,41 +98,34 @@ def _files(run: RunDir, what: What, repo_id: str) -> Iterator[tuple[str, Path | 
     if not (folder / (ADAPTER if what == "peft" else "config.json")).is_file():
         remedy = "repeat `qpruner run` until it has" if what == "final" else f"`qpruner export {run.root} --to {what}`"
         raise UserError(f"{run.root} has no {what} model: {remedy}")
+    if what != "final" and _made_of(folder) != run.final_digests():
+        remedy = f"delete it, then repeat `qpruner export {run.root} --to {what}`"
+        raise UserError(f"{folder} was not exported from the present final model, which the card is about: {remedy}")
     if not (final / CARD).is_file():
         raise UserError(f"{final} has no model card, which is written once the model is measured: repeat `qpruner run`")
-    yield CARD, _card(final / CARD, what, repo_id)
+    card = (final / CARD).read_text(encoding="utf-8")
+    yield CARD, retold(card, _form(folder, what), repo_id).encode()
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder).as_posix()
         if name == ADAPTER:
             yield ADAPTER, _adapter(path, repo_id)
-        elif path.is_file() and name != CARD:
+        elif path.is_file() and name not in (CARD, MARK):
             yield name, path
 
 
-def _card(path: Path, what: What, repo_id: str) -> bytes:
-    """The run's card, as of a repository."""
-    text = path.read_text(encoding="utf-8")
-    if what == "peft":
-        text = _apart(text)
-    text = text.replace("this folder", repo_id)
-    merged = "\nThe weights here are dense, with the adapter merged in; sizes above are those of the packed model.\n"
-    return (text + (merged if what == "merged" else "")).encode()
+def _made_of(folder: Path) -> dict[str, str] | None:
+    """The final model that an export is; None where it does not tell."""
+    record = read_json(folder / MARK, ExportRecord)
+    return record.final if record else None
 
 
-def _apart(card: str) -> str:
-    """A card whose model is loaded from a peft export: first the base, then the adapter. Both from a local folder: of a
-    repository, transformers (5.24) attaches the adapter by itself, and looks for its weights in the base's folder."""
-    from qpruner.hf import PEFT_BASE
+def _form(folder: Path, what: What) -> Form:
+    """What the card has to say of it."""
+    if what != "merged":
+        return "packed" if what == "final" else "peft"
+    from qpruner.models.loading import checkpoint_config
 
-    imports = "from huggingface_hub import snapshot_download\nfrom peft import PeftModel\nfrom transformers import"
-    load = (
-        'folder = snapshot_download("this folder")',
-        f'base = AutoModelForCausalLM.from_pretrained(f"{{folder}}/{PEFT_BASE}")',
-        "model = PeftModel.from_pretrained(base, folder)",
-    )
-    return card.replace("from transformers import", imports).replace(
-        'model = AutoModelForCausalLM.from_pretrained("this folder")', "\n".join(load)
-    )
+    return "merged" if checkpoint_config(folder).is_heterogeneous else "merged and plain"
 
 
 def _adapter(path: Path, repo_id: str) -> bytes:

@@ -541,6 +541,17 @@ class RunState(Recorded):
     search: SearchState | None = None
 
 
+MARK = "qpruner_export.json"
+"""Name of an `ExportRecord` in the export's folder."""
+
+
+class ExportRecord(Recorded):
+    """Which final model an export was made of."""
+
+    final: dict[str, str]
+    """sha256 of what differs between final models, by file name: the adapter, and the configuration with the plan."""
+
+
 class Results(Recorded):
     """Every record of a run; None for stages that have not run."""
 

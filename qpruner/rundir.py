@@ -144,6 +144,10 @@ class RunDir:
         """Drop a stage's record, so that it is run again."""
         remove(self.record_path(name))
 
+    def final_digests(self) -> dict[str, str]:
+        """What tells the final model from an earlier one: sha256 of the adapter, and of config.json with its plan."""
+        return {name: file_digest(self.root / "final" / name) for name in ("adapter_model.safetensors", "config.json")}
+
     def record_path(self, name: str) -> Path:
         """A stage's record."""
         return self.root / "records" / f"{name}.json"

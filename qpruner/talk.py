@@ -19,7 +19,7 @@ from transformers.generation.streamers import TextStreamer
 from qpruner.config import ModelConfig
 from qpruner.errors import UserError
 from qpruner.hf import load, weights_folder
-from qpruner.memory import free_bytes, release
+from qpruner.memory import explaining_shortage, free_bytes, release
 from qpruner.models.loading import OnLoading, check_folder, load_dense, load_tokenizer, untold
 from qpruner.records import PrepareRecord, RunState
 from qpruner.rundir import STATE, RunDir
@@ -28,6 +28,10 @@ BASE, PRUNED, FINAL = WHICH = ("base", "pruned", "final")
 """The models of a run, in the order they come to be."""
 SPARE = 1.25
 """Memory that models have to leave free beside their weights, for activations and caches: a quarter of those."""
+AGAINST_SHORTAGE = (
+    "name fewer models with `--which`, allow fewer `--max-tokens` or shorten the prompt; where a GPU's memory ran out, "
+    "set `CUDA_VISIBLE_DEVICES=` to use the machine's"
+)
 
 
 @dataclass(frozen=True)
@@ -66,6 +70,7 @@ class Talker:
     def __init__(self, model: Any, tokenizer: Any) -> None:
         self._model, self._tokenizer = model.eval(), tokenizer
 
+    @explaining_shortage(AGAINST_SHORTAGE)
     def answer(self, turns: Sequence[str], sampling: Sampling, on_text: Callable[[str], None]) -> Answer:
         """Say something to a conversation.
 
@@ -77,6 +82,7 @@ class Talker:
 
         Raises:
             UserError: If the conversation leaves no room in the model's context.
+            OutOfMemory: If it does so in memory.
         """
         prompt = self._encoded(turns).to(self._model.device)
         length = prompt.shape[1]
@@ -164,13 +170,15 @@ class Source:
 
         Raises:
             UserError: If transformers cannot.
+            OutOfMemory: If there is no room for it.
         """
         try:
-            if self.dense:
-                model = load_dense(str(self.folder), self.dense.dtype, self.dense, told)
-            else:
-                model = load(self.folder, told)
-            return Talker(model, load_tokenizer(str(self.folder), self.dense))
+            with explaining_shortage(AGAINST_SHORTAGE):
+                if self.dense:
+                    model = load_dense(str(self.folder), self.dense.dtype, self.dense, told)
+                else:
+                    model = load(self.folder, told)
+                return Talker(model, load_tokenizer(str(self.folder), self.dense))
         except (OSError, ValueError, ImportError) as error:
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise UserError(

@@ -17,7 +17,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from qpruner.errors import UserError
+from qpruner.errors import OutOfMemory, UserError
 from qpruner.pipeline.compress import telling
 from qpruner.talk import WHICH, Answer, Sampling, Shelf, Source, sources
 from qpruner.terminal import Terminal
@@ -103,7 +103,7 @@ def chat(place: Path, which: str | None, sampling: Sampling) -> dict[str, Any]:
                 said = _answers(console, shelf, models, {name: [*told, line] for name, told in turns.items()}, sampling)
             except KeyboardInterrupt:
                 click.echo("\nstopped; nothing of this turn is remembered", err=True)
-            except UserError as error:
+            except (UserError, OutOfMemory) as error:
                 click.echo(f"error: {error}", err=True)
             else:
                 turns = {name: [*told, line, said[name].text] for name, told in turns.items()}

@@ -64,6 +64,8 @@ class Hub:
                 self.repositories[name].files[value["path"]] = base64.b64decode(value["content"])
             elif line["key"] == "lfsFile":
                 self.repositories[name].files[value["path"]] = self.objects[value["oid"]]
+            elif line["key"] == "deletedFile":
+                del self.repositories[name].files[value["path"]]
         return {"success": True, "commitUrl": f"{self.endpoint}/{name}/commit/{COMMIT}", "commitOid": COMMIT}
 
 

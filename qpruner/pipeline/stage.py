@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 from qpruner.errors import CorruptFile, QprunerError, StageError, StorageError, TrainingDiverged
 from qpruner.events import Emit, Message, StageFinished, StageSkipped, StageStarted
 from qpruner.execution.gpu_time import GpuTime
-from qpruner.memory import is_out_of_memory
+from qpruner.memory import is_out_of_memory, told_shortage
 from qpruner.mirror import check
 from qpruner.objects import is_mirror, name_of
 from qpruner.patience import storage_error
@@ -165,10 +165,9 @@ def _mend(path: Path | None, root: Path | None) -> str:
 
 def _known_cause(error: Exception) -> tuple[str, str] | None:
     """Cause and remedy of errors that libraries raise under types of their own."""
-    text = str(error)
     if is_out_of_memory(error):
         remedy = "lower `training.micro_batch_size` or `data.max_length`, or set `training.gradient_checkpointing`"
-        return f"out of memory ({text.splitlines()[0][:120] if text else 'MemoryError'})", remedy
+        return told_shortage(error), remedy
     if type(error).__name__ == "SafetensorError":
-        return f"a safetensors file is damaged ({text})", "delete the stage's folder, then repeat the command"
+        return f"a safetensors file is damaged ({error})", "delete the stage's folder, then repeat the command"
     return None

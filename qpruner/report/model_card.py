@@ -14,6 +14,7 @@ from qpruner.report.markdown import code, measured, prose
 from qpruner.report.snapshot import Snapshot
 from qpruner.report.table import SEARCHED, rows
 from qpruner.rundir import RunDir, read_text
+from qpruner.snippets import section
 from qpruner.wording import counted
 
 METRICS = {"acc": "accuracy", "acc_norm": "accuracy"}
@@ -49,18 +50,9 @@ def model_card(run: Snapshot, base_card: str | None) -> str:
             f"# {prose(run.name)}",
             "",
             f"{code(base)}, pruned, quantized to {winner.mean_bits:.2f} mean bits by {_chosen(run)} and fine-tuned "
-            f"by qpruner: {winner.measured_bytes / 1e6:.1f} MB.",
+            f"by qpruner {run.state.environment['qpruner']}: {winner.measured_bytes / 1e6:.1f} MB.",
             "",
-            f"Loading it takes qpruner (written by {_written_by(run)}; `pip install .` in its repository):",
-            "",
-            "```python",
-            "import qpruner.hf  # registers the mixed-precision quantizer and blocks of different widths",
-            "from transformers import AutoModelForCausalLM, AutoTokenizer",
-            "",
-            'model = AutoModelForCausalLM.from_pretrained("this folder")',
-            'tokenizer = AutoTokenizer.from_pretrained("this folder")',
-            "```",
-            "",
+            section("packed"),
             "## Measured",
             "",
             *measured(run.results),
@@ -88,10 +80,6 @@ def _chosen(run: Snapshot) -> str:
     if run.results.search.control_won:
         return f"the plan {run.results.search.best_origin}, which no searched plan beat,"
     return "a searched plan"
-
-
-def _written_by(run: Snapshot) -> str:
-    return f"version {run.state.environment['qpruner']}"
 
 
 def _is_hub_id(source: str) -> bool:

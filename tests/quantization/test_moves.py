@@ -8,7 +8,10 @@ from pathlib import Path
 import bitsandbytes as bnb
 import pytest
 import torch
-from mixed_models import fill_bank, logits_of, mixed_model, mixed_plan, token_ids
+from mixed_models import fill_bank, finished_run, logits_of, mixed_model, mixed_plan, token_ids
+from transformers import AutoModelForCausalLM
+
+import qpruner.hf  # noqa: F401
 
 Model = torch.nn.Module
 
@@ -91,6 +94,21 @@ def test_a_model_may_leave_the_gpu_and_come_back(model: Model, used: bool) -> No
     parent.to("cuda")
     again = model(input_ids=token_ids().cuda(), use_cache=False).logits
     assert expected is None or torch.equal(again, expected)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("how", ["to", "device_map"])
+def test_a_final_model_predicts_on_the_gpu_what_it_does_on_the_cpu(how: str, tiny_model: Path, tmp_path: Path) -> None:
+    """As the snippets of the pages and of the model card bring it there; and by transformers' own placement."""
+    final = finished_run(tiny_model, tmp_path) / "final"
+    expected = logits_of(AutoModelForCausalLM.from_pretrained(final)).float()
+    if how == "to":
+        model = AutoModelForCausalLM.from_pretrained(final).to("cuda")
+    else:
+        model = AutoModelForCausalLM.from_pretrained(final, device_map="auto")
+    assert {parameter.device.type for parameter in model.parameters()} == {"cuda"}
+    logits = model(input_ids=token_ids().cuda(), use_cache=False).logits.float().cpu()
+    assert (logits - expected).norm() < 0.1 * expected.norm()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)

@@ -4,30 +4,37 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hub_server import TOKEN, Hub, Repository, serving
 from mixed_models import finished_run
 from transformers import AutoModelForCausalLM
 
-import qpruner.hf  # noqa: F401
+import qpruner.hf
+import qpruner.push
+from qpruner.errors import UserError
 from qpruner.export import export
+from qpruner.records import MARK
 from qpruner.rundir import RunDir
+from qpruner.snippets import section
 
-CARD = """---
+CARD = f"""---
 license: mit
 ---
 
 # mine
 
-from transformers import AutoModelForCausalLM, AutoTokenizer
+{section("packed")}
+## Measured
 
-model = AutoModelForCausalLM.from_pretrained("this folder")
-tokenizer = AutoTokenizer.from_pretrained("this folder")
+A note of its owner.
 """
 REPO = "someone/mine"
 
@@ -55,6 +62,11 @@ def environment(hub: Hub, home: Path, **others: str) -> dict[str, str]:
 def push(run: Path, variables: dict[str, str], *options: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "qpruner.cli", "push", str(run), REPO, *options]
     return subprocess.run(command, env=variables, capture_output=True, text=True, timeout=120)
+
+
+def snippets(card: bytes) -> list[str]:
+    """The Python of a card."""
+    return re.findall(r"```python\n(.*?)```", card.decode(), re.DOTALL)
 
 
 def test_the_hub_has_the_final_model_and_nobody_else_sees_it(run: Path, hub: Hub, tmp_path: Path) -> None:
@@ -87,6 +99,40 @@ def test_the_hub_has_the_final_model_and_nobody_else_sees_it(run: Path, hub: Hub
     assert torch.equal(torch.load(logits, weights_only=True), expected)
 
 
+def test_a_merged_model_takes_the_place_of_the_final_one(run: Path, hub: Hub, tmp_path: Path) -> None:
+    """In one repository: transformers would attach an adapter that was pushed before to what has it merged in."""
+    run = Path(shutil.copytree(run, tmp_path / "run"))
+    merged = export(RunDir(run), "merged", run / "export" / "merged").folder
+    files = {".gitattributes": b"*.safetensors filter=lfs", "notes/mine.txt": b"", "adapter_config.json": b"{}"}
+    hub.repositories[REPO] = Repository(private=True, files=files)
+    done = push(run, environment(hub, tmp_path), "--what", "merged")
+    assert done.returncode == 0, done.stderr
+    assert "MB, 2 earlier files removed, private" in done.stdout
+    names = {path.name for path in merged.iterdir()} - {MARK}
+    assert set(files) == {*names, "README.md", ".gitattributes"}
+
+    card = files["README.md"].decode()
+    assert "qpruner" not in card and "A note of its owner." in card
+    told: dict[str, Any] = {}
+    [code] = snippets(files["README.md"])
+    exec(code.replace(REPO, str(merged)), told)
+    assert not [name for name, _ in told["model"].named_parameters() if "lora" in name]
+
+
+def test_an_export_of_an_earlier_final_model_is_not_pushed(run: Path, tmp_path: Path) -> None:
+    """Under the card of the present one."""
+    run = Path(shutil.copytree(run, tmp_path / "run"))
+    export(RunDir(run), "peft", run / "export" / "peft")
+    for name in ("adapter_model.safetensors", "config.json"):
+        before = (run / "final" / name).read_bytes()
+        (run / "final" / name).write_bytes(before + b" ")
+        with pytest.raises(UserError, match=r"delete it, then repeat `qpruner export \S+run --to peft`"):
+            qpruner.push.push(RunDir(run), REPO, "peft", is_public=False)
+        (run / "final" / name).write_bytes(before)
+    with pytest.raises(UserError, match="no token"):
+        qpruner.push.push(RunDir(run), REPO, "peft", is_public=False)
+
+
 @pytest.mark.slow
 def test_a_peft_export_is_loaded_as_its_card_says(run: Path, hub: Hub, tmp_path: Path) -> None:
     import torch
@@ -102,9 +148,9 @@ def test_a_peft_export_is_loaded_as_its_card_says(run: Path, hub: Hub, tmp_path:
     assert json.loads(files["adapter_config.json"])["base_model_name_or_path"] == REPO
     assert not [name for name, content in files.items() if str(run.parent).encode() in content]
 
-    card = files["README.md"].decode().partition("# mine")[2]
+    [card] = snippets(files["README.md"])
     predict = f"import sys, torch\ntorch.save(model(torch.tensor([{list(range(5, 29))}])).logits, sys.argv[1])\n"
-    code, logits = f"import qpruner.hf\n{card}\n{predict}", tmp_path / "logits.pt"
+    code, logits = f"{card}\n{predict}", tmp_path / "logits.pt"
     loaded = subprocess.run([sys.executable, "-c", code, logits], env=variables, capture_output=True, text=True)
     assert loaded.returncode == 0, loaded.stderr[-2000:]
     model, ids = AutoModelForCausalLM.from_pretrained(run / "final"), torch.tensor([list(range(5, 29))])
