@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from qpruner.plan import PrecisionPlan
 from qpruner.records import (
+    GIVEN,
     EvalRecord,
     FreshScore,
     LayerWidths,
@@ -182,6 +183,8 @@ def search_text(search: SearchRecord) -> list[str]:
     if search.failures:
         failed = [f"{number} {kind} ({remedy_of(kind)})" for kind, number in sorted(search.failures.items())]
         told += f" Failed: {', '.join(failed)}."
+    if search.best_origin == GIVEN:
+        return [told, f"Trial {search.best_index} is the plan that was given, the only one scored on fresh rows."]
     outcome = "a control: no searched plan beat it" if search.control_won else "a searched plan"
     return [told, f"On fresh rows trial {search.best_index} ({search.best_origin}) was best, {outcome}."]
 
