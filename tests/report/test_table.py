@@ -286,6 +286,13 @@ def test_a_plan_that_was_given_is_not_called_searched() -> None:
     assert search_text(made_search(PLAN, best_origin=GIVEN))[1].startswith("Trial 7 is the plan that was given, ")
 
 
+def test_a_plan_that_was_given_is_told_whole_to_repeat_it() -> None:
+    """Its file may be gone, and the configuration only names it."""
+    text = report(results_of(searched_row([1.0]), best_origin=GIVEN))
+    assert "names:\n\n```yaml\nlayers.0: 8\nlayers.1: 4\n```" in text[text.index("## To repeat it") :]
+    assert "`search.plan`" not in report(results_of(searched_row([1.0])))
+
+
 @pytest.mark.parametrize(
     ("found", "told"),
     [
