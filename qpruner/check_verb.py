@@ -38,6 +38,7 @@ def check(config: RunConfig, address: str | None, quiet: bool, measure: bool, gp
         found = pipeline.check(config, terminal.emit, address)
     inspection, concurrent, resources = found.inspection, found.concurrent, found.resources
     rates = _rates(config, inspection, resources, measure, gpu)
+    gpus = resources.get("gpu") or (1.0 if gpu else None)
     layout, levels = inspection.pruned, config.quantize.bits
     facts = {
         "num_groups": len(layout.groups),
@@ -51,11 +52,11 @@ def check(config: RunConfig, address: str | None, quiet: bool, measure: bool, gp
         "rungs": list(config.search.rungs),
         "rows": {name: len(rows) for name, rows in inspection.examples.items()},
         "warnings": list(inspection.warnings),
-        **estimate.facts(config, inspection, rates, concurrent, found.done),
+        **estimate.facts(config, inspection, rates, concurrent, found.done, gpus),
     }
     if not quiet:
         click.echo(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
-        click.echo(_text(config, facts, has_gpu=bool(gpu or resources.get("gpu"))))
+        click.echo(_text(config, facts, has_gpu=gpus is not None))
     return {"status": "ok", **facts}
 
 

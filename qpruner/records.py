@@ -33,6 +33,9 @@ class Recorded(BaseModel):
 
         return pandas.DataFrame(self.table_rows())
 
+    def _repr_html_(self) -> str:
+        return str(self.to_dataframe()._repr_html_())
+
     def table_rows(self) -> list[dict[str, Any]]:
         """The rows of `to_dataframe`: a column a field, `FIELD.KEY` of fields that have keys, `bits of GROUP`."""
         fields = self.model_dump()

@@ -6,6 +6,7 @@ run folder then tells. They are no names of the package itself, whose `search`, 
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -38,8 +39,11 @@ def run(config: str | Path, *overrides: str, until: str = "report", address: str
     from qpruner.rundir import run_root
     from qpruner.terminal import Terminal
 
+    # In a notebook the process's own command line says nothing.
+    options = [*(part for each in overrides for part in ("--set", each)), *(["--address", address] if address else [])]
+    command = shlex.join(["qpruner", "run" if until == "report" else until, str(config), *options])
     with logging_to(run_root(loaded.output)), Terminal(quiet=False) as terminal:
-        run_stages(loaded, terminal.emit, address, until)
+        run_stages(loaded, terminal.emit, address, until, command)
     return read_run(loaded.output)
 
 

@@ -32,6 +32,8 @@ PLAIN_WIDTH = 120
 SECONDS_UNTOLD = 30.0
 """Where there is no live part, a line tells how far a step has got after this long without any."""
 REFRESHES_PER_SECOND = 2
+PACE_SECONDS = 600.0
+"""The time left follows the pace of so long: one answer, group or step of a large model may take a minute."""
 LONGEST_FIGURE = 24
 """Characters of a cell that a table on a terminal never breaks; columns with longer ones are text, and fold."""
 LEAST_TEXT = 12
@@ -64,6 +66,7 @@ class Terminal:
             TimeElapsedColumn(),
             TimeRemainingColumn(),
             console=self._console,
+            speed_estimate_period=PACE_SECONDS,
         )
         self._live: Live | None = None
         if self._console.is_terminal and not quiet:
@@ -134,9 +137,14 @@ class Terminal:
         self._console.print(text, markup=False)
 
     def _advance(self, stage: str, done: int, total: int, detail: str) -> None:
-        if stage not in self._bars:
+        before = next((task for task in self._progress.tasks if task.id == self._bars.get(stage)), None)
+        if before and (before.total != total or before.completed >= done):
+            # A stage counts one thing after another: each has a pace and an end of its own.
+            self._progress.remove_task(before.id)
+            before = None
+        if before is None:
             self._bars[stage] = self._progress.add_task(stage, total=total)
-        self._progress.update(self._bars[stage], completed=done, total=total, description=f"{stage} {detail}".strip())
+        self._progress.update(self._bars[stage], completed=done, description=f"{stage} {detail}".strip())
         if not self._live and time.monotonic() - self._last_line >= SECONDS_UNTOLD:
             self._line(f"[{stage}] {detail or 'done'}: {done} of {total}")
 

@@ -17,7 +17,7 @@ import yaml
 from click.testing import CliRunner
 from conftest import raw_config, with_key
 
-from qpruner import preflight
+from qpruner import estimate, preflight
 from qpruner.cli import main
 from qpruner.config import LoraConfig, RunConfig, validate_config
 from qpruner.errors import UserError
@@ -170,6 +170,22 @@ def test_hours_follow_what_is_asked_for(inspection: Inspection, changed: Callabl
     assert once.done == 0 and once.wall_left == once.wall
     fewer = of(sensitivity__methods=["mutual_information", "fisher"])
     assert fewer.stages["sensitivity"] < once.stages["sensitivity"], "KL and loss take most of it"
+
+
+@pytest.mark.parametrize(("gpus", "pace"), [(0.5, 0.5), (1.0, 1.0), (2.0, 1.0)])
+def test_gpu_hours_count_what_a_trial_holds(
+    gpus: float, pace: float, inspection: Inspection, raw: dict[str, Any]
+) -> None:
+    """Half a GPU is half as fast, two are paid for and no faster."""
+    done = {"prune": 1.0}
+    config = validate_config(raw)
+    slot = work.hours(config, inspection, RATES, 2, done)
+    told = estimate.facts(config, inspection, RATES, 2, done, gpus)["hours"]
+    assert told["wall"] == pytest.approx(slot.wall / pace)
+    for name in ("total", "done", "at_most"):
+        assert told[name] == pytest.approx(getattr(slot, name) * gpus / pace), name
+    assert sum(told["stages"].values()) == pytest.approx(told["total"])
+    assert ("0.5 of a GPU a slot" in told["rates"]) == (gpus < 1)
 
 
 def test_check_tells_memory_hours_and_what_was_assumed(

@@ -114,7 +114,9 @@ def test_an_error_that_nobody_foresaw_says_what_to_do(
     assert state and told in str(state.error)
     assert told in log.read_text() and "a library's word" in log.read_text()
     with pytest.raises(ZeroDivisionError) as caught:
-        qpruner.stages.prepare(config)
+        qpruner.stages.prepare(config, "seed=1")
+    state = RunDir(tmp_path / "run").read_state(RunState)
+    assert state and state.command == f"qpruner prepare {config} --set seed=1", "what repeats it, from Python, too"
     assert [str(log) in note for note in caught.value.__notes__] == [True]
     assert log.read_text().count(told) == 2
 

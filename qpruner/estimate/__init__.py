@@ -17,9 +17,18 @@ from qpruner.wording import counted
 
 
 def facts(
-    config: RunConfig, inspection: Inspection, rates: Rates, slots: int, done: Mapping[str, float]
+    config: RunConfig, inspection: Inspection, rates: Rates, slots: int, done: Mapping[str, float], gpus: float | None
 ) -> dict[str, Any]:
-    """Every figure as plain data; `done` is how much of each stage is recorded, from 0 to 1."""
+    """Every figure as plain data.
+
+    Args:
+        config: The run's configuration.
+        inspection: Shapes, rows and questions.
+        rates: Of a whole GPU, or of a slot without one.
+        slots: Trials at once.
+        done: How much of each stage is recorded, from 0 to 1.
+        gpus: What each slot holds, whose hours are counted; None counts those of slots.
+    """
     works = {
         "trial, training": training_memory,
         "trial, scoring": scoring_memory,
@@ -27,16 +36,18 @@ def facts(
         "sensitivity": sensitivity_memory,
     }
     memory = {name: work(config, inspection) for name, work in works.items()}
+    held = 1.0 if gpus is None else gpus
+    rates = rates.on(held)
     time = hours(config, inspection, rates, slots, done)
     return {
         "memory": {name: {"at": each.about, "parts": each.parts, "total": each.total} for name, each in memory.items()},
         "hours": {
             "rates": rates.origin,
-            "stages": time.stages,
+            "stages": {name: held * each for name, each in time.stages.items()},
             "share_done": {name: done.get(name, 0.0) for name in time.stages},
-            "total": time.total,
-            "done": time.done,
-            "at_most": time.at_most,
+            "total": held * time.total,
+            "done": held * time.done,
+            "at_most": held * time.at_most,
             "wall": time.wall,
             "wall_left": time.wall_left,
             "slots": slots,

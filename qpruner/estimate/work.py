@@ -62,6 +62,12 @@ class Rates:
     scoring: float
     origin: str
 
+    def on(self, gpus: float) -> Rates:
+        """Of a slot that holds so much of a GPU; what it holds beyond one does not make a trial faster."""
+        if gpus >= 1:
+            return self
+        return Rates(self.training * gpus, self.scoring * gpus, f"{self.origin}, {gpus:g} of a GPU a slot")
+
 
 def assumed_rates(gpu: str | None, cores: float) -> Rates:
     """Rates of a GPU by its name, or of so many CPU cores."""

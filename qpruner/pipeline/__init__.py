@@ -122,7 +122,9 @@ def check(config: RunConfig, emit: Emit, address: str | None = None) -> Checked:
         return Checked(inspection, concurrent, context.trial_resources, shares_done(context, found))
 
 
-def run(config: RunConfig, emit: Emit, address: str | None = None, until: str = "report") -> Results:
+def run(
+    config: RunConfig, emit: Emit, address: str | None = None, until: str = "report", command: str | None = None
+) -> Results:
     """Run the flow up to a stage, skipping what is recorded.
 
     Args:
@@ -130,6 +132,7 @@ def run(config: RunConfig, emit: Emit, address: str | None = None, until: str = 
         emit: Told of every event.
         address: A running Ray cluster to join; None starts Ray on this machine when it is needed.
         until: The last stage to run, one of `STAGES`.
+        command: What repeats it in a shell; this process's own command line unless it is another one.
 
     Returns:
         The records so far; those of stages after `until` are None.
@@ -144,7 +147,7 @@ def run(config: RunConfig, emit: Emit, address: str | None = None, until: str = 
         sole_driver(run_dir.root, lambda text: emit(Message("run", text))),
         contextlib.closing(Sender(run_dir)) as sender,
     ):
-        progress = RunProgress(run_dir, config, until)
+        progress = RunProgress(run_dir, config, until, command)
         board = Board(run_dir.root, config)
 
         def tell(event: Event) -> None:

@@ -39,19 +39,20 @@ class RunProgress:
         run: The run folder.
         config: The run's configuration.
         until: The last stage that was asked for.
+        command: What repeats it; this process's own command line unless it is another one.
 
     Attributes:
         is_told: Whether `run.json` is this command's.
     """
 
-    def __init__(self, run: RunDir, config: RunConfig, until: str) -> None:
+    def __init__(self, run: RunDir, config: RunConfig, until: str, command: str | None) -> None:
         now = time.time()
         self._run, self._written = run, 0.0
         self.is_told = False
         self._state = RunState(
             config=config.model_dump(mode="json"),
             until=until,
-            command=shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+            command=command or shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
             folder=os.getcwd(),
             environment=_environment(),
             host=socket.gethostname(),

@@ -62,6 +62,8 @@ def render(run: Snapshot, charts: Sequence[Chart], pictures: str, config: str) -
         fence,
         "",
     ]
+    if plan := sections.given_plan(run):
+        lines += ["The plan that its `search.plan` names:", "", "```yaml", plan.rstrip(), "```", ""]
     return "\n".join(lines)
 
 

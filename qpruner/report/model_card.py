@@ -10,6 +10,7 @@ import yaml
 from huggingface_hub import EvalResult, ModelCardData
 from huggingface_hub.repocard import REGEX_YAML_BLOCK
 
+from qpruner.records import GIVEN
 from qpruner.report.markdown import code, measured, prose
 from qpruner.report.snapshot import Snapshot
 from qpruner.report.table import SEARCHED, rows
@@ -76,9 +77,12 @@ def _measured(run: Snapshot) -> Iterator[EvalResult]:
 
 def _chosen(run: Snapshot) -> str:
     """Where the plan came from, for people who know nothing of the run."""
-    assert run.results.search
-    if run.results.search.control_won:
-        return f"the plan {run.results.search.best_origin}, which no searched plan beat,"
+    search = run.results.search
+    assert search
+    if search.best_origin == GIVEN:
+        return "a plan that was given, not searched for,"
+    if search.control_won:
+        return f"the plan {search.best_origin}, which no searched plan beat,"
     return "a searched plan"
 
 

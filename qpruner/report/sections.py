@@ -5,8 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+import yaml
+
 from qpruner.plan import PrecisionPlan
 from qpruner.records import (
+    GIVEN,
     EvalRecord,
     FreshScore,
     LayerWidths,
@@ -182,6 +185,8 @@ def search_text(search: SearchRecord) -> list[str]:
     if search.failures:
         failed = [f"{number} {kind} ({remedy_of(kind)})" for kind, number in sorted(search.failures.items())]
         told += f" Failed: {', '.join(failed)}."
+    if search.best_origin == GIVEN:
+        return [told, f"Trial {search.best_index} is the plan that was given, the only one scored on fresh rows."]
     outcome = "a control: no searched plan beat it" if search.control_won else "a searched plan"
     return [told, f"On fresh rows trial {search.best_index} ({search.best_origin}) was best, {outcome}."]
 
@@ -314,6 +319,12 @@ def steps(results: Results) -> list[tuple[str, str]]:
     tuned = next(row for row in results.evaluate.rows if row.name == SEARCHED and row.seed is not None)
     told = [(model_title(row, results.search), task_scores(row.scores)) for row in untuned]
     return [*told, (f"{model_title(tuned, results.search)}, training seed {tuned.seed}", task_scores(tuned.scores))]
+
+
+def given_plan(run: Snapshot) -> str | None:
+    """The plan that was given, as `--plan` takes it: its file may be gone or changed. None where a search found it."""
+    search = run.results.search
+    return yaml.safe_dump(search.best_plan, sort_keys=False) if search and search.best_origin == GIVEN else None
 
 
 def environment(run: Snapshot) -> list[tuple[str, str]]:

@@ -20,7 +20,8 @@ class Standing:
         others: Trials that searches with another budget, searcher or plan left in the same folder.
         best: The finished trial with the best score that is no control; None before there is one.
         best_control: The finished control with the best score.
-        seconds_left: An estimate from the mean time of the trials that are over; None before there is one.
+        seconds_left: An estimate from the mean time of the trials that are over; None before there is one, and where no
+            trial runs: then the search has ended, maybe before all of its trials.
     """
 
     trials: tuple[TrialRecord, ...]
@@ -51,7 +52,7 @@ def standing(search: SearchState, records: Iterable[TrialRecord]) -> Standing:
     finished = [trial for trial in trials if trial.status == "finished"]
     over = [trial.seconds for trial in trials if trial.is_over]
     left = None
-    if over and search.slots:
+    if over and search.slots and len(over) < len(trials):
         left = (search.max_trials - len(over)) * sum(over) / len(over) / search.slots
     return Standing(
         trials=trials,

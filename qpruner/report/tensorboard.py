@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 FOLDER = "tensorboard"
+RESULT = "result"
 BEST = "search/best so far"
 MOST_POINTS = 1000
 """Steps of a trial's training loss that are kept: a trial's file stays below 200 kB."""
@@ -70,6 +71,9 @@ class Board:
                     write_trial(self._folder, search, trial)
                 self._write_search()
                 write_sensitivity(self._folder, measured)
+            case events.StageStarted(stage) if stage != "report":
+                # Of what an earlier command ended with; this one's follows at its end.
+                shutil.rmtree(self._folder / RESULT, ignore_errors=True)
             case events.TrialChanged(trial) if self._search:
                 self._trials[trial.index] = trial
                 write_trial(self._folder, self._search, trial)
@@ -155,19 +159,14 @@ def write_curves(folder: Path, search: SearchState, over: Sequence[TrialRecord],
     Args:
         folder: Where the runs lie.
         search: What it is about.
-        over: Its trials that are over, in the order of their ends.
+        over: Its trials that are over, in the order of their ends; where none is, the table has no columns yet.
         config: The run's configuration.
     """
     from qpruner.report import event_files
 
-    if not over:
-        return
     text = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
-    begun = [
-        event_files.experiment(_columns(search, over[0]), _metrics(config)),
-        event_files.charts(LAYOUT),
-        event_files.text("config", f"```yaml\n{text}```"),
-    ]
+    begun = [event_files.charts(LAYOUT), event_files.text("config", f"```yaml\n{text}```")]
+    begun += [event_files.experiment(_columns(search, trial), _metrics(config)) for trial in over[:1]]
     times = [trial.times[-1] if trial.times else 0.0 for trial in over]
     best = best_so_far(over, search.metric)
     points = [(count, value) for count, value in enumerate(best, 1) if value is not None]
@@ -253,4 +252,4 @@ def write_result(root: Path, results: Results) -> None:
     winner = f"{chosen}\n\n{markdown.pipe_table(('group', 'bits'), plan)}"
     final = markdown.pipe_table(sections.HEADINGS, [sections.cells(row) for row in table.rows(results)])
     texts = {"winner": winner, "final table": "\n".join([final, "", *markdown.claimed(results)])}
-    event_files.write_events(root / FOLDER / "result", [event_files.text(name, body) for name, body in texts.items()])
+    event_files.write_events(root / FOLDER / RESULT, [event_files.text(name, body) for name, body in texts.items()])

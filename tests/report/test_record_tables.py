@@ -73,3 +73,12 @@ def test_a_score_has_a_row_a_question_and_the_results_a_row_a_stage(run: Snapsho
     assert run.results.sensitivity
     method = run.results.sensitivity.methods["kl"].to_dataframe()
     assert method["at 4 bits"].tolist() == list(run.results.sensitivity.methods["kl"].values[4])
+
+
+def test_a_notebook_shows_a_record_as_its_table(run: Snapshot) -> None:
+    assert run.results.prune
+    shown = run.results.prune._repr_html_()
+    assert shown.count("<tr") == 1 + len(run.results.prune.to_dataframe()) and "<th>kept_parameters</th>" in shown
+    assert run.results._repr_html_() == run.results.to_dataframe()._repr_html_()
+    markup = run.trials[0].model_copy(update={"origin": "<b>mine</b>"})._repr_html_()
+    assert "&lt;b&gt;mine&lt;/b&gt;" in markup and "<b>" not in markup

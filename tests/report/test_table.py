@@ -33,7 +33,8 @@ from qpruner.records import (
 from qpruner.report import by_task
 from qpruner.report.marginal_effects import MarginalEffects
 from qpruner.report.markdown import render
-from qpruner.report.sections import HEADINGS, cells, steps
+from qpruner.report.model_card import model_card
+from qpruner.report.sections import HEADINGS, cells, search_text, steps
 from qpruner.report.snapshot import Snapshot
 from qpruner.report.table import BEST_SEED, RANDOM, SEARCHED, Difference, claim, comparisons, rows
 
@@ -44,6 +45,18 @@ SAME = "not distinguishable"
 UNTUNED = ("base", "pruned", "searched")
 ORIGINS = {SEARCHED: "gp, trial 11", BEST_SEED: "seed-kl at the winner's bytes", RANDOM: "3 random plans"}
 NO_EFFECTS = "33 effects need 50 finished trials, got 7"
+STATE = RunState(
+    config={},
+    until="report",
+    command="qpruner run my.yaml",
+    folder="/home/me",
+    environment={},
+    host="here",
+    pid=1,
+    started=0.0,
+    updated=0.0,
+    outcome="done",
+)
 
 
 def candidate(
@@ -165,6 +178,11 @@ def results_of(
     )
 
 
+def snapshot(results: Results, effects: MarginalEffects | str = NO_EFFECTS, **state: Any) -> Snapshot:
+    """A run with these records and no trials; `state` changes what its latest command did."""
+    return Snapshot("demo", STATE.model_copy(update=state), results, (), effects)
+
+
 def row_of(
     name: str,
     losses: Sequence[float],
@@ -265,6 +283,29 @@ def test_a_plan_that_was_given_is_not_called_searched() -> None:
     results = results_of([*row_of(BEST_SEED, [2.0]), *searched_row([1.0])], best_origin=GIVEN)
     assert claim(results).startswith("Given plan: ")
     assert cells(rows(results)[-1])[0] == "given plan"
+    assert search_text(made_search(PLAN, best_origin=GIVEN))[1].startswith("Trial 7 is the plan that was given, ")
+
+
+def test_a_plan_that_was_given_is_told_whole_to_repeat_it() -> None:
+    """Its file may be gone, and the configuration only names it."""
+    text = report(results_of(searched_row([1.0]), best_origin=GIVEN))
+    assert "names:\n\n```yaml\nlayers.0: 8\nlayers.1: 4\n```" in text[text.index("## To repeat it") :]
+    assert "`search.plan`" not in report(results_of(searched_row([1.0])))
+
+
+@pytest.mark.parametrize(
+    ("found", "told"),
+    [
+        ({}, "a searched plan and"),
+        ({"best_origin": "seed-kl", "control_won": True}, "the plan seed-kl, which no searched plan beat, and"),
+        ({"best_origin": GIVEN}, "a plan that was given, not searched for, and"),
+    ],
+)
+def test_the_model_card_says_where_the_plan_came_from(found: dict[str, Any], told: str) -> None:
+    results = results_of(searched_row([1.0]), **found)
+    config = {"model": {"source": "me/base"}, "data": {"train": []}}
+    card = model_card(snapshot(results, config=config, environment={"qpruner": "1.2"}), None)
+    assert f"`me/base`, pruned, quantized to 6.00 mean bits by {told} fine-tuned by qpruner" in card
 
 
 # What several training seeds carry
@@ -471,19 +512,7 @@ def report(
     environment: dict[str, str] | None = None,
 ) -> str:
     """The Markdown report, plots left out."""
-    state = RunState(
-        config={},
-        until="report",
-        command="qpruner run my.yaml",
-        folder="/home/me",
-        environment=environment or {},
-        host="here",
-        pid=1,
-        started=0.0,
-        updated=0.0,
-        outcome="done",
-    )
-    return render(Snapshot("demo", state, results, (), effects), [], "pictures", config)
+    return render(snapshot(results, effects, environment=environment or {}), [], "pictures", config)
 
 
 def test_a_row_is_the_mean_of_its_tasks_and_of_its_seeds(whole: Results) -> None:

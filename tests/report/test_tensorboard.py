@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 from chromium import chromium
+from made_run import MadeRun
 from recorded_runs import GROUPS, RUNGS, STARTED, config_of, planned, recorded_run, search_state, trial, trials
 from tensorboard.backend.event_processing.data_provider import MultiplexerDataProvider
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -23,9 +24,10 @@ from tensorboard.plugins.hparams import metadata
 from tensorboard.plugins.scalar.scalars_plugin import ScalarsPlugin
 from tensorboard_server import serving
 
-from qpruner.events import StageFinished, TrialChanged
+from qpruner.events import StageFinished, StageSkipped, StageStarted, TrialChanged
 from qpruner.records import RungResult, TrialRecord
-from qpruner.report.tensorboard import BEST, Board, run_name, write_trial
+from qpruner.report.snapshot import read_snapshot
+from qpruner.report.tensorboard import BEST, Board, run_name, write_result, write_trial
 
 OVER = StageFinished("search", 1.0, "")
 
@@ -229,6 +231,25 @@ def test_trials_of_a_search_that_is_not_compared_with_any_more_are_gone(shown: P
     board_of(shown).listen(planned([other]))
     runs = {path.name for path in (shown / "tensorboard").iterdir()}
     assert {run for run in runs if run.startswith(("trial", "control"))} == {run_name(other), "control-uniform-4"}
+
+
+def test_a_new_search_in_the_same_folder_shows_nothing_of_the_last_ones_end(tmp_path: Path) -> None:
+    """From its first moment: no curve, no winner, no final table, and its own configuration."""
+    made = MadeRun(tmp_path / "run", num_trials=5)
+    root, folder = made.run.root, made.run.root / "tensorboard"
+    board_of(root).listen(planned(trials()))
+    write_result(root, read_snapshot(made.run).results)
+    assert "final table/text_summary" in read(root, "result").Tags()["tensors"]
+
+    board = Board(root, config_of(Path("runs/demo"), search__max_trials=4))
+    for event in (planned([]), StageSkipped("search", "best: trial 2", 1.0), StageStarted("report", "report.html")):
+        board.listen(event)
+    assert (folder / "result").is_dir(), "nothing was searched anew"
+    assert read(root, "search").Tags()["scalars"] == []
+    text = read(root, "search").Tensors("config/text_summary")[0].tensor_proto.string_val[0].decode()
+    assert "max_trials: 4" in text
+    board.listen(StageStarted("search", "4 trials"))
+    assert not (folder / "result").exists()
 
 
 def test_a_long_trial_takes_less_than_200_kilobytes(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import pty
 import re
@@ -12,6 +13,8 @@ from pathlib import Path
 
 import pytest
 from made_run import TRIALS, MadeRun
+from recorded_runs import planned, trials
+from rich.console import Console
 
 from qpruner import events
 from qpruner.report import sections, table
@@ -125,6 +128,41 @@ def test_a_pipe_is_told_now_and_then_how_far_a_long_step_is(
         "[evaluate] arc for 9 models ...",
         "[evaluate] answers: 250 of 900",
     ]
+
+
+def live_part(terminal: Terminal) -> str:
+    """What a live part shows now."""
+    console = Console(file=io.StringIO(), width=120, record=True)
+    console.print(terminal._view())
+    return console.export_text()
+
+
+def test_a_bar_tells_the_time_left_of_slow_steps_and_of_each_thing_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr("rich.console.monotonic", lambda: now[0])
+    terminal = Terminal(quiet=False)
+
+    def bar_after(seconds: float, done: int, total: int, detail: str) -> str:
+        now[0] += seconds
+        terminal.emit(events.Progress("bank", done, total, detail))
+        (line,) = [line for line in live_part(terminal).splitlines() if line.startswith("bank ")]
+        return " ".join(line.split())
+
+    bars = [bar_after(60, done, 4, f"layers.{done}") for done in range(1, 4)]
+    assert bars[-1].endswith("3/4 0:02:00 0:01:00"), "a minute a group, whatever the groups are called"
+    assert bar_after(60, 4, 4, "layers.4").endswith("4/4 0:03:00 0:00:00")
+    assert bar_after(5, 1, 4, "saving weights").endswith("1/4 0:00:00 -:--:--"), "what came before says nothing of it"
+    assert bar_after(2, 2, 4, "saving weights").endswith("2/4 0:00:02 0:00:04")
+
+
+def test_a_search_that_has_ended_early_has_no_time_left() -> None:
+    """While its finalists are scored."""
+    told = trials()[:5]
+    terminal = Terminal(quiet=False)
+    for event in (planned(told), events.StageStarted("search", "20 trials")):
+        terminal.emit(event)
+    seen = live_part(terminal)
+    assert "5 of 20 trials: 3 finished, 1 stopped, 1 failed; 0 of 2 slots busy" in seen and "left" not in seen
 
 
 @pytest.fixture(scope="module")
