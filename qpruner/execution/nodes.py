@@ -22,9 +22,10 @@ KERNEL_SECONDS = 20.0
 def node_in(error: str) -> str | None:
     """Ray's id of the machine of the actor that an error names, dead or alive; None where it names none.
 
-    A worker that dies young has told nothing itself: not where it was either.
+    A worker that dies young has told nothing itself: not where it was either. Ray (2.60) says `actor_id: ID` of one
+    that is dead, and `The actor ID is unavailable` where a connection breaks before it knows.
     """
-    found = re.search(r"\bactor_id[:=] ?([0-9a-f]+)", error)
+    found = re.search(r"\bactor(?:_id[:=])? ?([0-9a-f]{32})\b", error)
     table = state.actor_table(found[1]) if found else {}
     return table.get("Address", {}).get("NodeID") or None
 

@@ -189,7 +189,7 @@ class PlanSearcher(LivesInDriver, Searcher):  # type: ignore[misc]
             reason = f"no progress for {limit:g} s (`search.trial_timeout_seconds`); its worker was killed"
             return record.model_copy(update={"status": "failed", "failure": "hung", "reason": reason})
         # What dies with its machine, or leaves one that is about to go, says nothing of the trial.
-        node = self._died_on.pop(trial_id, None)
+        node = self._died_on.pop(trial_id, None) or (pulse.node if pulse else None)
         if node is not None and not stays(node):
             return record
         if pulse and pulse.node == node and (kernel_kills_on(node) or 0) > (pulse.kernel_kills or 0):
