@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -477,8 +478,11 @@ def test_a_machine_that_dies_before_its_worker_has_told_anything_is_not_held_aga
     config = search_config(tiny_model, tmp_path, **{"search.max_trials": 1})
 
     def begins(node: Any) -> bool:
-        workers = psutil.Process(node.all_processes["raylet"][0].process.pid).children()
-        return any("ImplicitFunc" in " ".join(worker.cmdline()) for worker in workers)
+        for worker in psutil.Process(node.all_processes["raylet"][0].process.pid).children():
+            with suppress(psutil.NoSuchProcess):  # also of one that has just ended
+                if "ImplicitFunc" in " ".join(worker.cmdline()):
+                    return True
+        return False
 
     with raylets(MAX_KILLS + 1) as cluster, driver(config, "--address", cluster.address) as process:
         for _ in range(MAX_KILLS):
