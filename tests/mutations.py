@@ -112,8 +112,8 @@ MUTATIONS = {
     ),
     "a worker that loses its trial while it copies publishes": Mutation(
         WORKER,
-        "        self._check_that_it_is_ours()\n        publish_folder",
-        "        publish_folder",
+        "        self._check_that_it_is_ours()\n        _drop_others",
+        "        _drop_others",
         f"{PLACES}::test_a_worker_that_loses_its_trial_while_it_copies_a_checkpoint_publishes_nothing",
     ),
     "a worker that comes back writes": Mutation(

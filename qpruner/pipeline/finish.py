@@ -120,7 +120,8 @@ def _is_there(context: Context, final: Path) -> bool:
 def evaluate(context: Context, tuned: FinetuneRecord) -> EvalRecord:
     """Accuracies on tasks the search never saw: the model before any fine-tune, step by step, and every fine-tuned row
     and seed."""
-    jobs, stage = _scored_jobs(context, tuned), evaluate_stage(context, tuned)
+    jobs = evaluate_jobs(context, tuned)
+    stage = evaluate_stage(context, tuned, jobs)
 
     def work(scratch: Path) -> dict[str, Any]:
         about, text = held_out_text(context, scratch / "text")
@@ -142,14 +143,14 @@ def evaluate(context: Context, tuned: FinetuneRecord) -> EvalRecord:
     return run_stage(context.run_dir, stage, EvalRecord, work, figures, context.emit, context.gpu_time)
 
 
-def evaluate_stage(context: Context, tuned: FinetuneRecord) -> Stage:
+def evaluate_stage(context: Context, tuned: FinetuneRecord, jobs: list[tuple[str, Candidate]]) -> Stage:
     """What `evaluate` depends on."""
-    models = counted(len(_distinct(_scored_jobs(context, tuned))), "model")
+    models = counted(len(_distinct(jobs)), "model")
     detail = f"{', '.join(context.config.evaluate.tasks)} for {models}"
     return Stage("evaluate", detail, (tuned.digest, scores_digest(context)))
 
 
-def _scored_jobs(context: Context, tuned: FinetuneRecord) -> list[tuple[str, Candidate]]:
+def evaluate_jobs(context: Context, tuned: FinetuneRecord) -> list[tuple[str, Candidate]]:
     """Models before any fine-tune, step by step, and every fine-tuned row and seed."""
     winner = next(each.plan for each in tuned.candidates if each.name == SEARCHED)
     jobs = [(job.name, job) for job in untuned_candidates(context, winner)]

@@ -9,7 +9,7 @@ from qpruner.errors import CorruptFile
 from qpruner.pipeline.bank import bank_stage
 from qpruner.pipeline.compress import prepare_stage, sensitivity_stage
 from qpruner.pipeline.context import Context
-from qpruner.pipeline.finish import evaluate_stage, finetune_jobs, finetune_stage
+from qpruner.pipeline.finish import evaluate_jobs, evaluate_stage, finetune_jobs, finetune_stage
 from qpruner.pipeline.prune import prune_stage
 from qpruner.pipeline.search import search_stage
 from qpruner.pipeline.stage import Stage, matching
@@ -61,7 +61,11 @@ def recorded(context: Context) -> Results:
         if searched and measured
         else None
     )
-    scored = known("evaluate", EvalRecord, lambda: evaluate_stage(context, tuned)) if tuned else None
+    scored = (
+        known("evaluate", EvalRecord, lambda: evaluate_stage(context, tuned, evaluate_jobs(context, tuned)))
+        if tuned
+        else None
+    )
     return Results(
         prepare=prepared,
         prune=pruned,

@@ -203,37 +203,44 @@ def test_a_machine_with_a_broken_gpu_ends_the_search_and_its_trials_run_when_it_
     assert [trial.status for trial in outcome.trials] == ["finished"] * NUM_TRIALS, "no plan was lost"
 
 
+@pytest.mark.parametrize("when", ["before", "while"])
 def test_a_worker_that_loses_its_trial_while_it_copies_a_checkpoint_publishes_nothing(
-    slots: Slots, tmp_path: Path
+    when: str, slots: Slots, tmp_path: Path
 ) -> None:
-    """Its machine was cut off, and came back; the other worker is a line in the record here."""
+    """Its machine was cut off, and came back; the other worker is a line in the record and a copy of its own here."""
 
     def trial(job: TrialJob, start: Path | None, report: Report, progress: Progress) -> None:
         (checkpoint := tmp_path / f"made-{time.monotonic_ns()}").mkdir()
         (checkpoint / "weights").write_bytes(b"w" * 2**27)
 
         def take_over() -> None:
-            while not list(folder.glob(".checkpoint-*")):
+            while when == "while" and not list(folder.glob(".checkpoint-*")):
                 time.sleep(0.001)
+            others.mkdir()
             write_trial(trials, read_trial(trials, 0).model_copy(update={"worker": "another"}))
 
         is_first = not (tmp_path / "left").exists()
         if is_first:
-            threading.Thread(target=take_over, daemon=True).start()
+            taking = threading.Thread(target=take_over, daemon=True)
+            taking.start()
+            if when == "before":
+                taking.join()
         try:
             report(RungResult(step=job.config.search.steps, loss=3.0), checkpoint)
         finally:
             if is_first:
                 names = [path.name for path in folder.glob("checkpoint-*")]
-                (tmp_path / "left").write_text(json.dumps([names, read_trial(trials, 0).worker]))
+                told = [names, read_trial(trials, 0).worker, others.is_dir()]
+                (tmp_path / "left").write_text(json.dumps(told))
 
     trials, folder = tmp_path / "trials", tmp_path / "trials" / "0000"
+    others = folder / ".checkpoint-4.another"
     job = replace(job_of(tmp_path, slots, at_once=0, max_trials=1), trial=trial)
     outcome = search(job, lambda: 1, lambda event: None)
-    assert json.loads((tmp_path / "left").read_text()) == [[], "another"]
+    assert json.loads((tmp_path / "left").read_text()) == [[], "another", True]
     assert [trial.status for trial in outcome.trials] == ["finished"]
     left = sorted(path.name for path in folder.iterdir())
-    assert left == ["checkpoint-4", "pulse.json", "trial.json"], "what it had copied is gone, too"
+    assert left == ["checkpoint-4", "pulse.json", "trial.json"], "what both had copied is gone, too"
 
 
 @pytest.mark.slow

@@ -35,6 +35,7 @@ from qpruner.records import (
     TaskScore,
     TrialRecord,
 )
+from qpruner.report.files import write_report
 from qpruner.report.table import BASE, BEST_SEED, PRUNED, RANDOM, SEARCHED
 from qpruner.rundir import RunDir
 from qpruner.search.trial_records import write_trial
@@ -311,3 +312,9 @@ class MadeRun:
             correct=tuple(correct.astype(float).tolist()),
             answer_loss=tuple(self._random.gamma(2.0, 1.0, count).tolist()),
         )
+
+
+def reported_run(root: Path) -> Path:
+    """The folder of a finished run of 200 trials, its report written."""
+    write_report(MadeRun(root).run)
+    return root

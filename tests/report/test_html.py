@@ -21,7 +21,7 @@ from click.testing import CliRunner
 from conftest import with_key
 from hub_server import Repository, serving
 from huggingface_hub import ModelCard
-from made_run import HOSTILE, STAGES, MadeRun
+from made_run import HOSTILE, STAGES, MadeRun, reported_run
 
 import qpruner
 from qpruner.cli import main
@@ -81,11 +81,7 @@ class Outline(HTMLParser):
 
 @pytest.fixture(scope="module")
 def long_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a finished run of 200 trials, its report written."""
-    root = tmp_path_factory.mktemp("long") / "run"
-    MadeRun(root)
-    write_report(RunDir(root))
-    return root
+    return reported_run(tmp_path_factory.mktemp("long") / "run")
 
 
 def page_of(root: Path) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from chromium import chromium
-from made_run import HOSTILE, STAGES, MadeRun
+from made_run import HOSTILE, STAGES, MadeRun, reported_run
 
 from qpruner.records import StageState
 from qpruner.report.files import write_report
@@ -21,11 +21,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def long_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a finished run of 200 trials, its report written."""
-    root = tmp_path_factory.mktemp("long") / "run"
-    MadeRun(root)
-    write_report(RunDir(root))
-    return root
+    return reported_run(tmp_path_factory.mktemp("long") / "run")
 
 
 @pytest.fixture(scope="module")

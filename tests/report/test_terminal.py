@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import io
 import os
 import pty
@@ -13,7 +14,7 @@ from pathlib import Path
 
 import pytest
 from made_run import TRIALS, MadeRun
-from recorded_runs import planned, trials
+from recorded_runs import planned, recorded_run, trials
 from rich.console import Console
 
 from qpruner import events
@@ -21,6 +22,7 @@ from qpruner.report import sections, table
 from qpruner.report.lines import duration
 from qpruner.report.snapshot import read_snapshot
 from qpruner.report.standing import bar
+from qpruner.rundir import LOG
 from qpruner.search.trial_records import write_trial
 from qpruner.stages import read_run
 from qpruner.terminal import Terminal
@@ -248,3 +250,21 @@ def test_a_picture_of_the_search(tmp_path: Path) -> None:
     assert "of 64 trials: " in seen and f"{len(over)}/64" in seen and "8 of 8 slots busy" in seen
     assert "step 4/16" not in seen and "all 64 trials" not in seen, "a live view shows rungs; and what came later"
     assert "url(" not in picture.replace("url(#", "")
+
+
+def test_readmes_picture_of_the_terminal_is_what_a_run_told(tmp_path: Path) -> None:
+    spec = importlib.util.spec_from_file_location("pictures", Path(__file__).parents[2] / "docs" / "pictures.py")
+    assert spec and spec.loader
+    pictures = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(pictures)
+    root = recorded_run(tmp_path / "run", is_over=True)
+    begun = min(trial.times[0] for trial in read_run(root).own_trials)
+    said = f"{datetime.fromtimestamp(begun - 60):%Y-%m-%d %H:%M:%S},000 INFO qpruner.pipeline: "
+    lines = ("[prepare] encoding the data ...", "[prepare] done in 3.0 s: 48 rows", "[search] 20 trials, gp ...")
+    (root / LOG).write_text("".join(f"{said}{line}\n" for line in lines))
+    picture = pictures.terminal_picture(read_run(root), root / LOG)
+    text = re.sub(r"<[^>]+>", "", picture).replace("&#160;", " ")
+    assert "[prepare] done in 3.0 s: 48 rows" in text and "prepare 3 s | search running" in text
+    assert "5 of 20 trials: 1 finished, 0 stopped, 0 failed; 2 of 2 slots busy" in text
+    assert "best control  validation loss 3.2000, trial 0 (uniform-4), 24.0 MB  444444" in text
+    assert "@font-face" not in picture, "it asks no other host for anything"

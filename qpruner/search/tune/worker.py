@@ -141,6 +141,7 @@ class _RecordedTrial:
         digests = folder_digests(aside)
         # Asked again where it counts: copying took its time, and so does publishing.
         self._check_that_it_is_ours()
+        _drop_others(aside)
         publish_folder(aside, target)
         old = checkpoint_of(self._job.trials, self._record)
         ended = result.step >= self._job.config.search.steps
@@ -217,14 +218,19 @@ def diagnosis(error: Exception) -> tuple[Failure, str]:
 
 
 def _beside(checkpoint: Path, target: Path, worker: str) -> Path:
-    """Copy a checkpoint next to its final place, so that the last step is a rename where there are any; what workers
-    before this one left there is dropped."""
+    """Copy a checkpoint next to its final place, so that the last step is a rename where there are any."""
     aside = workplace(target.with_name(f".{target.name}.{worker}"))
-    for left in aside.parent.glob(f".{target.name}.*"):
-        shutil.rmtree(left, ignore_errors=True)
+    shutil.rmtree(aside, ignore_errors=True)
     # training_args.bin is a pickle that nothing reads; it stays out of the run's storage.
     shutil.copytree(checkpoint, aside, ignore=shutil.ignore_patterns("training_args.bin", "README.md"))
     return aside
+
+
+def _drop_others(aside: Path) -> None:
+    """Remove what workers before this one copied and did not publish; only the trial's own worker may."""
+    for left in aside.parent.glob(".checkpoint-*"):
+        if left != aside:
+            shutil.rmtree(left, ignore_errors=True)
 
 
 def _limit_threads(resources: dict[str, float]) -> None:
