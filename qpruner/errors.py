@@ -127,6 +127,10 @@ class SolverFailed(QprunerError):
     """The knapsack solver ended without an answer: neither a plan nor the proof that there is none."""
 
 
+class RayNotStarted(QprunerError):
+    """Ray did not come up on this machine; nothing has been run yet."""
+
+
 class WorkerDied(QprunerError):
     """Ray's workers died under one piece of work, again and again."""
 

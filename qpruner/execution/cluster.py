@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from qpruner.errors import NodeDiffers, UserError, WorkerDied
+from qpruner.errors import NodeDiffers, RayNotStarted, UserError, WorkerDied
 from qpruner.execution import testimony
 from qpruner.execution.autoscaler import growth_of
 from qpruner.execution.nodes import stays
@@ -74,6 +74,7 @@ def connect(address: str | None) -> Cluster:
     """Join the cluster at `address`, or start Ray on this machine, on loopback, whatever other clusters there are.
 
     Raises:
+        RayNotStarted: If this machine is too busy for Ray to come up on it.
         UserError: If no cluster answers there, or it is not one that this process can join.
     """
     import ray
@@ -103,19 +104,34 @@ def size_of(node: dict[str, Any]) -> Node:
 
 
 def _start(environment: dict[str, Any]) -> None:
+    """Start Ray, which gives each of its processes 30 seconds to come up, whatever else the machine does (Ray 2.60).
+
+    Raises:
+        RayNotStarted: If one of them did not in that time.
+    """
     import ray
 
     with _without(OF_A_CLUSTER):
         _ensure_token()
-        ray.init(
-            address="local",
-            include_dashboard=False,
-            log_to_driver=False,
-            logging_level="ERROR",
-            object_store_memory=OBJECT_STORE_BYTES,
-            runtime_env=environment,
-            _node_ip_address="127.0.0.1",
-        )
+        try:
+            ray.init(
+                address="local",
+                include_dashboard=False,
+                log_to_driver=False,
+                logging_level="ERROR",
+                object_store_memory=OBJECT_STORE_BYTES,
+                runtime_env=environment,
+                _node_ip_address="127.0.0.1",
+            )
+        except Exception as error:
+            if "timed out" not in str(error).lower():
+                raise
+            raise RayNotStarted(
+                f"Ray did not come up on this machine in time ({first_line(error)}); 1 minute's load is "
+                f"{os.getloadavg()[0]:.0f} on {os.cpu_count()} cores\n  remedy: end what else runs here or wait for it, "
+                "then repeat the command: it goes on from what is recorded; Ray's own words are in the newest folder "
+                "of `/tmp/ray`"
+            ) from error
 
 
 @contextmanager

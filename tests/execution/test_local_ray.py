@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
+import psutil
 import pytest
 from raylets import raylets
 from real_driver import driver, search_config, trials_of
@@ -109,3 +110,23 @@ def test_a_process_that_has_joined_a_cluster_runs_in_no_other() -> None:
             assert ray.is_initialized()
         finally:
             disconnect()
+
+
+@pytest.mark.slow
+def test_a_ray_that_does_not_come_up_is_no_defect_and_leaves_nothing_behind(tmp_path: Path) -> None:
+    """Its raylet stands still from its first moment, as on a machine that is far too busy."""
+    stopped: psutil.Process | None = None
+    start = "from qpruner.execution.cluster import connect\nconnect(None)"
+    with (tmp_path / "said").open("w+") as heard:
+        with subprocess.Popen([sys.executable, "-c", start], stderr=heard) as process:
+            while stopped is None and process.poll() is None:
+                for child in psutil.Process(process.pid).children(recursive=True):
+                    if child.name() == "raylet":
+                        child.suspend()
+                        stopped = child
+            assert process.wait(timeout=300) == 1
+        heard.seek(0)
+        assert "RayNotStarted: Ray did not come up on this machine in time (" in (said := heard.read()), said
+        assert "\n  remedy: end what else runs here" in said
+    assert stopped
+    stopped.wait(timeout=30)
