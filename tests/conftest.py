@@ -24,6 +24,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("QPRUNER_STORAGE_PATIENCE_SECONDS", "1")
 # Ray's word for "one machine": clusters of several raylets then lie on loopback.
 os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
+# Ray starts a cluster of its own for a question that no cluster was joined for; every later test would find it joined.
+os.environ.setdefault("RAY_ENABLE_AUTO_CONNECT", "0")
 
 import pytest
 import yaml

@@ -107,7 +107,8 @@ def unseen_gpus() -> str:
     where torch sees them, and where somebody told Ray of GPUs that are not there."""
     import ray
 
-    if not ray.get_gpu_ids() or not has_hardware():
+    # Asked by a process that is no worker, Ray would start a cluster to answer.
+    if not (ray.is_initialized() and ray.get_gpu_ids() and has_hardware()):
         return ""
     import torch
 
