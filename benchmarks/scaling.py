@@ -54,7 +54,7 @@ def search_seconds(config: RunConfig, run: Path, num_raylets: int, work: Path) -
         settings = work / f"{output.name}.yaml"
         settings.write_text(json.dumps(fixed(config, output).model_dump(mode="json")))
         # A process of its own, as a user's.
-        command = [sys.executable, "-m", "qpruner.cli", "search", str(settings), "--quiet", "--address"]
+        command = [sys.executable, "-m", "qpruner", "search", str(settings), "--quiet", "--address"]
         # Else Ray takes 127.0.0.1 for the address on the way to the internet, where this head does not listen.
         environment = os.environ | {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
         subprocess.run([*command, cluster.address], check=True, env=environment)

@@ -468,7 +468,3 @@ def _guarded(as_json: bool, work: Callable[[], dict[str, Any]]) -> None:
         sys.exit(130)
     if as_json:
         click.echo(json.dumps(outcome))
-
-
-if __name__ == "__main__":
-    main()

@@ -76,7 +76,7 @@ def driver(config: Path, *options: str, verb: str = "search", **environment: str
     raw = yaml.safe_load(config.read_text())
     # Beside the folder, which may be a file system of its own that a test fills.
     out = config.parent.parent / f"out-{time.monotonic_ns()}.txt"
-    command = [sys.executable, "-m", "qpruner.cli", verb, str(config), "--json", *options]
+    command = [sys.executable, "-m", "qpruner", verb, str(config), "--json", *options]
     with out.open("w") as file:
         process = subprocess.Popen(
             command,

@@ -959,7 +959,7 @@ COMMANDS = [
 
 def command(scene: Scene, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
     """Runs `qpruner` in the row's folder."""
-    arguments = (sys.executable, "-m", "qpruner.cli", *arguments)
+    arguments = (sys.executable, "-m", "qpruner", *arguments)
     return subprocess.run(arguments, cwd=scene.folder, capture_output=True, text=True, timeout=100)
 
 

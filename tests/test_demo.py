@@ -36,7 +36,7 @@ def memory_bytes(driver: psutil.Process) -> int:
 def test_demo(tmp_path: Path) -> None:
     config = ROOT / "tune_configs" / "demo_smollm2_cpu.yaml"
     run = tmp_path / "run"
-    command = [sys.executable, "-m", "qpruner.cli", "run", str(config), "--json", "--set", f"output={run}"]
+    command = [sys.executable, "-m", "qpruner", "run", str(config), "--json", "--set", f"output={run}"]
     peak = 0
     with (tmp_path / "out").open("w") as out:
         driver = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, cwd=ROOT)

@@ -312,7 +312,7 @@ def test_a_fine_tune_takes_the_memory_and_the_time_that_were_told(real: tuple[Ru
     done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=600)
     took = json.loads(done.stdout.splitlines()[-1])
     told = subprocess.run(
-        [sys.executable, "-m", "qpruner.cli", "check", str(path), "--measure", "--json"],
+        [sys.executable, "-m", "qpruner", "check", str(path), "--measure", "--json"],
         capture_output=True, text=True, check=True, timeout=600,
     )  # fmt: skip
     facts = json.loads(told.stdout.splitlines()[-1])

@@ -103,7 +103,8 @@ def test_whatever_is_installed_is_whole_and_names_its_commit(
     if source != "wheel":
         environment = environment_with(getattr(built, source), tmp_path / "environment")
     commit = git(built.checkout, "rev-parse", "HEAD")
-    assert _run_in(environment, "qpruner", "--version") == f"qpruner, version {VERSION} (commit {commit[:12]})\n"
+    for command in (["qpruner"], ["python", "-m", "qpruner"]):
+        assert _run_in(environment, *command, "--version") == f"qpruner, version {VERSION} (commit {commit[:12]})\n"
     package = Path(_run_in(environment, "python", "-c", "import qpruner; print(qpruner.__path__[0])").strip())
     assert package.is_relative_to(environment)
     there = {str(path.relative_to(package)) for path in package.rglob("*") if path.is_file()}

@@ -53,7 +53,7 @@ CONFIRMATION_QUESTIONS = {
 
 
 def command(config: Path, *options: str) -> list[str]:
-    return [sys.executable, "-m", "qpruner.cli", "run", str(config), "--json", *options]
+    return [sys.executable, "-m", "qpruner", "run", str(config), "--json", *options]
 
 
 def comparable(value: Any) -> Any:
@@ -233,7 +233,7 @@ def test_another_budget_measures_and_packs_nothing_and_starts_from_the_trials_th
     first, before = search_of(run)
     config = undisturbed[0].parent / "config.yaml"
     other = ("quantize.budget={fraction: 0.8}", "search.searcher=random", "search.max_trials=3", f"output={run}")
-    verb = [sys.executable, "-m", "qpruner.cli", "search", str(config), *(f"--set={key}" for key in other)]
+    verb = [sys.executable, "-m", "qpruner", "search", str(config), *(f"--set={key}" for key in other)]
     done = subprocess.run(verb, capture_output=True, text=True, timeout=4 * MINUTES)
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("already recorded") == 4

@@ -38,7 +38,7 @@ def ray_files() -> Iterator[Path]:
 def test_no_file_of_a_run_or_of_ray_has_a_token(tiny_model: Path, ray_files: Path, tmp_path: Path) -> None:
     raw = with_key(raw_config(tiny_model, tmp_path / "run"), "search.max_trials", 2)
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(with_key(raw, "finetune.compare", False)))
-    command = [sys.executable, "-m", "qpruner.cli", "run", str(tmp_path / "config.yaml")]
+    command = [sys.executable, "-m", "qpruner", "run", str(tmp_path / "config.yaml")]
     environment = os.environ | SECRETS | {"HOME": str(tmp_path / "home"), "RAY_TMPDIR": str(ray_files)}
     done = subprocess.run(command, env=environment, capture_output=True, timeout=480)
     assert done.returncode == 0, done.stderr[-3000:]

@@ -127,10 +127,9 @@ def _start(environment: dict[str, Any]) -> None:
             if "timed out" not in str(error).lower():
                 raise
             raise RayNotStarted(
-                f"Ray did not come up on this machine in time ({first_line(error)}); 1 minute's load is "
-                f"{os.getloadavg()[0]:.0f} on {os.cpu_count()} cores\n  remedy: end what else runs here or wait for it, "
-                "then repeat the command: it goes on from what is recorded; Ray's own words are in the newest folder "
-                "of `/tmp/ray`"
+                f"Ray did not come up on this machine in time ({first_line(error)}); it has {os.cpu_count()} cores and "
+                f"a load of {os.getloadavg()[0]:.0f}\n  remedy: end what else runs or wait for it, then repeat the "
+                "command: it goes on from what is recorded; Ray's own words are in the newest folder of `/tmp/ray`"
             ) from error
 
 

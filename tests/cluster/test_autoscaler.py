@@ -122,7 +122,7 @@ class Head:
     def run(self, verb: str, config: Path, *options: str) -> Run:
         """Start `qpruner` there."""
         out = self.folder / f"out-{time.monotonic_ns()}.txt"
-        command = [sys.executable, "-m", "qpruner.cli", verb, str(config), "--address", "auto", *options]
+        command = [sys.executable, "-m", "qpruner", verb, str(config), "--address", "auto", *options]
         with out.open("w") as file:
             process = subprocess.Popen(
                 [*self.machine.entered(self.folder), *command],

@@ -112,7 +112,7 @@ def test_verbs_that_look_at_a_run_take_its_uri(
 ) -> None:
     def said(*words: str) -> str:
         done = subprocess.run(
-            [sys.executable, "-m", "qpruner.cli", *words], capture_output=True, text=True, timeout=5 * MINUTES
+            [sys.executable, "-m", "qpruner", *words], capture_output=True, text=True, timeout=5 * MINUTES
         )
         assert done.returncode == 0, done.stderr[-2000:]
         return done.stdout

@@ -60,7 +60,7 @@ def environment(hub: Hub, home: Path, **others: str) -> dict[str, str]:
 
 
 def push(run: Path, variables: dict[str, str], *options: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "qpruner.cli", "push", str(run), REPO, *options]
+    command = [sys.executable, "-m", "qpruner", "push", str(run), REPO, *options]
     return subprocess.run(command, env=variables, capture_output=True, text=True, timeout=120)
 
 

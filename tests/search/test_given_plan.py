@@ -38,7 +38,7 @@ def test_a_given_plan_that_another_search_tried_is_not_handed_out() -> None:
 
 
 def qpruner(*arguments: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "qpruner.cli", *map(str, arguments)]
+    command = [sys.executable, "-m", "qpruner", *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, timeout=600)
 
 

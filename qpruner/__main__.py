@@ -1,0 +1,5 @@
+"""`python -m qpruner` is the command `qpruner`, of that very Python."""
+
+from qpruner.cli import main
+
+main()
