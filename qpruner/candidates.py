@@ -30,7 +30,7 @@ from qpruner.mirror import (
 from qpruner.objects import is_mirror
 from qpruner.patience import patiently
 from qpruner.records import FreshScore, Inference, InferenceSetting, TaskScore
-from qpruner.rundir import folder_digests, remove, sign_seconds, write_json, write_sign
+from qpruner.rundir import file_digest, folder_digests, remove, sign_seconds, write_json, write_sign
 from qpruner.trackers import Trackers
 from qpruner.wording import counted
 
@@ -108,6 +108,7 @@ class FinetuneOutcome:
     measured_bytes: int
     peak_memory_bytes: int
     memory_counter: str
+    adapter_sha256: str
     untold: tuple[str, ...] = ()
 
 
@@ -158,9 +159,11 @@ def finetune_candidate(job: CandidateJob) -> FinetuneOutcome:
     peak = memory.bytes()
     loss = mean_loss(model, validation, pad_id, config.evaluate.batch_size).mean
     fresh_loss = mean_loss(model, fresh, pad_id, config.evaluate.batch_size).mean
+    digest = ""
     if Share.own().rank == 0:
         with written(candidate.adapter) as folder:
             patiently(lambda: model.save_pretrained(folder), folder)
+            digest = file_digest(folder / ADAPTER_WEIGHTS)
         remove(work)
     if is_mirror(work):
         shutil.rmtree(workplace(work), ignore_errors=True)
@@ -175,6 +178,7 @@ def finetune_candidate(job: CandidateJob) -> FinetuneOutcome:
         measured_bytes=size,
         peak_memory_bytes=peak,
         memory_counter=memory.counter,
+        adapter_sha256=digest,
         untold=tuple(told_trackers.troubles),
     )
 

@@ -33,6 +33,7 @@ NOT_COMPARED = {
     "standing",
     "sessions",
     "worker",
+    "node",
     "checkpoint",
     "environment",
     "state",

@@ -312,7 +312,6 @@ def _record_of(context: Context, job: Candidate, origin: str, outcome: FinetuneO
         mean_bits=layout.mean_bits(plan),
         gpu_seconds=outcome.seconds * _gpus_held(context, context.config.finetune.num_workers),
         num_parameters=layout.num_parameters,
-        adapter_sha256="" if is_mirror(job.adapter) else file_digest(job.adapter / ADAPTER_WEIGHTS),
         **measured,
     )
 
