@@ -116,7 +116,7 @@ def _small_model(config: RunConfig, model_config: Any, num_blocks: int, bits: in
     """Blocks from the middle of the model, whose widths are neither the first's nor the last's."""
     from transformers import AutoModelForCausalLM
 
-    ragged.install()
+    ragged.install(model_config.model_type)
     cpu.install()
     small = copy.deepcopy(model_config)
     first = (int(small.num_hidden_layers) - num_blocks) // 2

@@ -19,7 +19,7 @@ def skeleton(config: Any) -> PreTrainedModel:
     import torch
     from transformers import AutoModelForCausalLM
 
-    ragged.install()
+    ragged.install(config.model_type)
     with torch.device("meta"):
         model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
     return model

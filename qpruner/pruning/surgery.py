@@ -32,7 +32,7 @@ def cut(model: PreTrainedModel, kept: Kept, told: OnProgress = lambda done, tota
     Returns:
         The same model, as loading its checkpoint would give it.
     """
-    ragged.install()
+    ragged.install(model.config.model_type)
     family, config = family_of(model.config), model.config
     num_units: dict[int, dict[str, int]] = {}
     for done, (index, by_kind) in enumerate(kept.items(), 1):
@@ -58,7 +58,7 @@ def keep_blocks(model: PreTrainedModel, kept: Sequence[int]) -> PreTrainedModel:
         model: Dense model.
         kept: Indices of the blocks that stay, ascending.
     """
-    ragged.install()
+    ragged.install(model.config.model_type)
     family = family_of(model.config)
     blocks: Any = model.get_submodule(family.blocks)
     remaining = torch.nn.ModuleList(blocks[index] for index in kept)

@@ -59,9 +59,9 @@ def assemble(
     """
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, GenerationConfig
 
-    ragged.install()
-    cpu.install()
     config = AutoConfig.from_pretrained(checkpoint)
+    ragged.install(config.model_type)
+    cpu.install()
     linears = group_linears(config, group)
     bits = {path: bits_by_group[name] for name, paths in linears.items() for path in paths}
     banked = read_plan(bank, bits_by_group, on_piece)

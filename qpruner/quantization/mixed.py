@@ -183,6 +183,10 @@ class _Deserialize(ConversionOps):  # type: ignore[misc]
     def __init__(self, hf_quantizer: HfQuantizer) -> None:
         self.hf_quantizer = hf_quantizer
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Deserialize:
+        """Itself: transformers copies the op for each layer, which would copy the quantizer's bits of every layer."""
+        return self
+
     def convert(self, input_dict: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
         reader = Bnb8bitDeserialize if "SCB" in input_dict else Bnb4bitDeserialize
         result: dict[str, Any] = reader(self.hf_quantizer).convert(input_dict, **kwargs)
