@@ -6,6 +6,7 @@ Ray.
 
 from __future__ import annotations
 
+import json
 import shutil
 import time
 from collections.abc import Mapping
@@ -362,9 +363,18 @@ def latest_checkpoint(folder: Path) -> Path | None:
         if is_damaged(path):
             continue
         checkpoint = fetch(path)
-        if (checkpoint / "trainer_state.json").is_file() and any(checkpoint.glob("rng_state*.pth")):
+        if _has_state(checkpoint) and any(checkpoint.glob("rng_state*.pth")):
             return checkpoint
     return None
+
+
+def _has_state(checkpoint: Path) -> bool:
+    """Whether transformers came to the end of its last file, which it writes in place (5.24)."""
+    try:
+        json.loads((checkpoint / "trainer_state.json").read_bytes())
+    except (FileNotFoundError, ValueError):
+        return False
+    return True
 
 
 def is_damaged(checkpoint: Path) -> bool:

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from qpruner.errors import QprunerError, UserError, note_defect
-from qpruner.objects import is_mirror, name_of
-from qpruner.patience import storage_error
+from qpruner.objects import name_of, objects_at
+from qpruner.patience import patiently, storage_error
 from qpruner.rundir import LOG, fetch_file
 
 logger = logging.getLogger(__name__)
@@ -37,9 +36,7 @@ def logging_to(root: Path) -> Iterator[None]:
     """
     try:
         root.mkdir(parents=True, exist_ok=True)
-        if is_mirror(root):
-            with contextlib.suppress(FileNotFoundError):  # what other machines said goes on here
-                fetch_file(root / LOG, root / LOG)
+        _take_up(root / LOG)
         handler = logging.FileHandler(root / LOG)
     except OSError as error:
         trouble = storage_error(error, root)
@@ -71,3 +68,14 @@ def logging_to(root: Path) -> Iterator[None]:
         everything.setLevel(level)
         everything.removeHandler(handler)
         handler.close()
+
+
+def _take_up(log: Path) -> None:
+    """Have what other machines said go on here. A driver at work here, or one that was killed, has written more than
+    was sent: that stays."""
+    there = objects_at(log)
+    if not there:
+        return
+    with suppress(FileNotFoundError):
+        if not log.is_file() or log.stat().st_size < patiently(there.size, log):
+            fetch_file(log, log)

@@ -200,6 +200,11 @@ class Objects:
         with self._told(), self._system.open_input_stream(self._path) as stream:
             return _copied(stream.read, lambda data: None)
 
+    def size(self) -> int:
+        """Its bytes."""
+        with self._told():
+            return int(self._info().size)
+
     def modified(self) -> float:
         """When the object was put, in seconds on the store's clock."""
         with self._told():

@@ -136,7 +136,7 @@ def checkpoint(folder: Path, step: int, *lacking: str) -> Path:
     path = folder / f"checkpoint-{step}"
     path.mkdir(parents=True)
     for name in {ADAPTER, "trainer_state.json", "rng_state.pth"} - set(lacking):
-        (path / name).write_bytes(b"")
+        (path / name).write_text("{}")
     return path
 
 
@@ -146,8 +146,10 @@ def test_the_newest_whole_checkpoint_is_the_one_to_go_on_from(tmp_path: Path) ->
     newest = checkpoint(tmp_path, 10)
     checkpoint(tmp_path, 11, "rng_state.pth")
     checkpoint(tmp_path, 12, "trainer_state.json")
+    for step, written in ((13, ""), (14, '{"epoch": 1.0, "glob')):  # its process was killed meanwhile
+        (checkpoint(tmp_path, step) / "trainer_state.json").write_text(written)
     assert latest_checkpoint(tmp_path) == newest
-    shared = checkpoint(tmp_path, 13, "rng_state.pth")
+    shared = checkpoint(tmp_path, 15, "rng_state.pth")
     for rank in (0, 1):
         (shared / f"rng_state_{rank}.pth").touch()
     assert latest_checkpoint(tmp_path) == shared, "a group's workers leave a random state each"

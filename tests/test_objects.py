@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shutil
 import signal
@@ -22,10 +23,12 @@ from object_store import Gate, Store, free_port, object_store, talk_to
 
 from qpruner import objects
 from qpruner.errors import CorruptFile, StorageError, UserError
+from qpruner.logs import logging_to
 from qpruner.mirror import fetch, list_beside, one_at_a_time, put_folders, written
 from qpruner.objects import mirror_of, name_of, objects_at
 from qpruner.records import BankRecord, SearchClock
 from qpruner.rundir import (
+    LOG,
     RunDir,
     children,
     exists,
@@ -38,6 +41,7 @@ from qpruner.rundir import (
     read_json,
     read_sign,
     remove,
+    send_file,
     write_json,
     write_sign,
 )
@@ -541,3 +545,28 @@ def test_who_lost_the_run_at_a_uri_ends_at_the_next_heartbeat(run: RunDir, handl
         assert process.stdout.readline() == f"process {os.getpid()} on gpu-7 took this run over\n"
         assert process.wait(timeout=20) == code
     assert read_json(run.root / NAME, Holder) == other, "the lock of who took it over is left alone"
+
+
+def test_a_log_goes_on_where_it_ended_and_what_was_not_sent_yet_stays(machine: Machine) -> None:
+    """Of two commands on one machine, too: the second is refused only after its log is open."""
+    here, logger = machine("first"), logging.getLogger("qpruner.test")
+    log = here.root / LOG
+    with logging_to(here.root):
+        logger.info("begun")
+        with logging_to(here.root):
+            logger.info("not sent yet: there is no object")
+        send_file(log)
+        logger.info("killed before this was sent")
+    with logging_to(here.root):
+        logger.info("again")
+    text = log.read_text()
+    assert [text.count(said) for said in ("begun", "not sent yet", "killed before", "again")] == [1, 2, 1, 1]
+    send_file(log)
+    there = machine("second")
+    with logging_to(there.root):
+        logger.info("elsewhere")
+    assert (there.root / LOG).read_text().startswith(text)
+    send_file(there.root / LOG)
+    back = machine("first")
+    with logging_to(back.root):
+        assert "elsewhere" in (back.root / LOG).read_text()

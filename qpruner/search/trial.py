@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import tempfile
 import threading
 from pathlib import Path
 
@@ -19,6 +18,7 @@ from qpruner.mirror import fetch
 from qpruner.models.loading import load_tokenizer
 from qpruner.quantization.assembly import workbench
 from qpruner.records import RungResult
+from qpruner.scratch import working_folder
 from qpruner.search.trial_job import Progress, Report, TrialJob
 
 
@@ -68,14 +68,14 @@ def run_trial(job: TrialJob, start: Path | None, report: Report, progress: Progr
 
     # Training, scoring and lm-eval alike pass through the model, so one hook sees whether anything moves.
     passes = peft_model.register_forward_pre_hook(lambda *_: progress(done))
-    with tempfile.TemporaryDirectory(prefix="qpruner-trial-") as work, contextlib.ExitStack() as hooks:
+    with working_folder("qpruner-trial-") as work, contextlib.ExitStack() as hooks:
         hooks.callback(passes.remove)
         finetune(
             peft_model,
             load_encoded(materials.data / "train"),
             config.training,
             Schedule(steps=config.search.steps, rungs=config.search.rungs),
-            Path(work),
+            work,
             config.seed,
             pad_id,
             start=start,
