@@ -102,3 +102,29 @@ def test_a_disk_without_room_for_an_export_is_told(tiny_model: Path, tmp_path: P
         with pytest.raises(StorageError, match=r"no space left for \S+\n  remedy: make room"):
             export(RunDir(run), "peft", disk / "mine")
         assert not list(disk.iterdir())
+
+
+MULTIPLIES = """
+import resource, sys, torch
+from qpruner.memory import is_out_of_memory
+dtype = getattr(torch, sys.argv[1])
+ones = lambda size: torch.ones(size, size, dtype=dtype)
+ones(512) @ ones(512)
+taken = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+for spare in range(9):
+    resource.setrlimit(resource.RLIMIT_AS, (taken + spare * 2**20, resource.RLIM_INFINITY))
+    try:
+        for size in range(600, 4000, 200):
+            ones(size) @ ones(size)
+    except Exception as error:
+        print(is_out_of_memory(error), error)
+    resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+"""
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_whatever_torch_says_when_a_process_may_take_no_more_is_known_as_want_of_memory(dtype: str) -> None:
+    """oneDNN's words for it among them, where it multiplies in bfloat16."""
+    done = subprocess.run([sys.executable, "-c", MULTIPLIES, dtype], capture_output=True, text=True, check=True)
+    told = [line for line in done.stdout.splitlines() if line.startswith(("True", "False"))]
+    assert len(told) == 9 and all(line.startswith("True") for line in told), done.stdout
