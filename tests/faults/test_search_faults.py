@@ -321,13 +321,14 @@ def test_a_machine_out_of_memory_costs_one_trial_its_worker_and_nothing_else(
 def test_a_trial_that_runs_out_of_memory_goes_on_with_less_of_it_or_is_infeasible(
     retry: bool, big: Path, tiny_model: Path, tmp_path: Path
 ) -> None:
-    """Its process may take 150 MB more than it has when the trial begins."""
+    """Its process may take 180 MB more than it has when the trial begins: 150 were too little for one row where oneDNN
+    multiplies in bfloat16, 220 enough for all."""
     shutil.copytree(big / "measured" / "run", tmp_path / "run")
     config = search_config(tiny_model, tmp_path, **BIG, **{"search.retry_out_of_memory": retry})
     with driver(config) as process:
         pulse = process.wait_until(lambda: next(process.run.glob("trials/*/0000/pulse.json"), None), "the first pulse")
         worker = psutil.Process(json.loads(pulse.read_text())["pid"])
-        limit = worker.memory_info().vms + 150 * 2**20
+        limit = worker.memory_info().vms + 180 * 2**20
         worker.rlimit(psutil.RLIMIT_AS, (limit, limit))
         code, said = process.end()
     trial = trials_of(process.run)[0]
