@@ -170,6 +170,12 @@ MUTATIONS = {
         "if False:",
         f"{SEARCH}::test_a_trial_that_the_kernel_kills_for_memory_goes_on_with_less_of_it",
     ),
+    "what is killed for memory is given up before it is down to one row": Mutation(
+        DRIVER,
+        '        return record.model_copy(update={"micro_batch_size": smaller})\n',
+        '        record = record.model_copy(update={"micro_batch_size": smaller})\n',
+        f"{TRIALS}::test_a_trial_killed_for_memory_goes_down_to_one_row_before_its_plan_is_infeasible",
+    ),
     "all pay for the one that Ray killed for memory": Mutation(
         DRIVER,
         "return named or list(running)",

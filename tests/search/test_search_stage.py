@@ -346,20 +346,21 @@ def test_the_searcher_is_told_of_a_plan_that_cannot_be_trained(failure: str, tmp
         assert scores[1] > scores[0] == 3.3 and history.failed == ()
 
 
-def test_a_trial_whose_worker_ray_killed_for_memory_goes_on_with_less_and_then_is_infeasible_with_its_figures(
-    tmp_path: Path,
-) -> None:
+def test_a_trial_killed_for_memory_goes_down_to_one_row_before_its_plan_is_infeasible(tmp_path: Path) -> None:
+    """Three kills are no verdict while fewer rows are left to try, and the record names the rows that ran last."""
     job, record = job_of(tmp_path), trial(0, "444444", [], status="running")
+    training = job.config.training.model_copy(update={"batch_size": 16, "micro_batch_size": 16})
+    job = replace(job, config=job.config.model_copy(update={"training": training}))
     pulse = TrialPulse(node="n", pid=1, step=0, beats=1, peak_memory_bytes=7_000, seconds=20.0)
     write_trial(job.trials, record)
     write_pulse(job.trials, 0, pulse)
-    for size in (2, 1):
+    for size in (8, 4, 2, 1, 1, 1):
         record = killed_for_memory(record, job)
         assert (record.status, record.micro_batch_size, record.peak_memory_bytes) == ("running", size, 7_000)
     record = killed_for_memory(record, job)
     assert (record.status, record.failure, record.seconds) == ("failed", "infeasible", 20.0)
     assert record.reason == "out of memory: Ray killed its worker 3 times in a row"
-    assert record.peak_memory_bytes == 7_000
+    assert (record.micro_batch_size, record.peak_memory_bytes) == (1, 7_000)
 
 
 def test_the_watch_tells_the_step_of_each_trial_under_way_and_reads_each_pulse_once(

@@ -232,11 +232,12 @@ def victims(told: str, running: Sequence[TrialRecord], trials: Path) -> list[Tri
 
 
 def killed_for_memory(record: TrialRecord, job: SearchJob, by: str = "Ray") -> TrialRecord:
-    """The record of a trial whose worker was killed, by Ray or the kernel, because its machine ran out of memory."""
+    """The record of a trial whose worker was killed, by Ray or the kernel, because its machine ran out of memory; such
+    kills count where its micro-batch can be no smaller."""
     record = _as_last_seen(record, read_pulse(job.trials, record.index))
     smaller = smaller_batch(record, job.config)
     if smaller is not None:
-        record = record.model_copy(update={"micro_batch_size": smaller})
+        return record.model_copy(update={"micro_batch_size": smaller})
     return _with_kill(record, "infeasible", f"out of memory: {by} killed its worker {{}} times in a row")
 
 
