@@ -24,6 +24,7 @@ STORE = "tests/faults/test_object_store_faults.py"
 STAGES = "tests/test_faults.py"
 TRIALS = "tests/search/test_search_stage.py"
 LATE = "tests/search/test_late_node.py"
+ENDS = "tests/search/test_session_ends.py"
 WORK = "tests/execution/test_workshop.py"
 OBJECTS = "tests/test_objects.py"
 BANK = "tests/quantization/test_bank.py"
@@ -127,6 +128,19 @@ MUTATIONS = {
         "if now - self._seen[trial_id][1] > self._limit:",
         "if False:",
         f"{SEARCH}::test_a_hanging_trial_is_killed_and_its_slot_is_free_again",
+    ),
+    "a search without hours and machines waits for ever": Mutation(
+        DRIVER,
+        "if over and not self._room():",
+        "if False:",
+        f"{ENDS}::test_a_search_whose_hours_are_over_and_whose_machines_are_gone_ends_and_goes_on_when_one_is_back",
+    ),
+    "a search that waits for a machine says nothing": Mutation(
+        "qpruner/execution/room.py",
+        "                if not self._room:\n",
+        "                if False:\n",
+        "tests/execution/test_cluster.py"
+        "::test_without_workers_a_search_is_refused_and_later_ones_are_found_as_they_come_and_go",
     ),
     "the first Ctrl-C ends all": Mutation(
         "qpruner/search/tune/halt.py",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 
-from qpruner.events import Emit, SlotsFound
+from qpruner.events import Emit, Message, SlotsFound
 from qpruner.execution.slots import Slots
 
 LOOK_SECONDS = 2.0
@@ -43,6 +43,9 @@ class Room:
             if there != self._there:
                 self._there = there
                 self._emit(SlotsFound(there))
+                if not self._room:
+                    text = "no machine is there that could run a trial, and none may be started: one has to join"
+                    self._emit(Message("search", f"warning: {text}"))
         return self._room
 
     def _limited(self, number: int) -> int:

@@ -10,7 +10,7 @@ from raylets import raylets
 
 from qpruner.config import SearchConfig
 from qpruner.errors import UserError
-from qpruner.events import Event, SlotsFound
+from qpruner.events import Event, Message, SlotsFound
 from qpruner.execution.autoscaler import read_growth
 from qpruner.execution.cluster import connect, disconnect
 from qpruner.execution.room import LOOK_SECONDS, Room
@@ -130,6 +130,8 @@ def test_without_workers_a_search_is_refused_and_later_ones_are_found_as_they_co
             cluster.cluster.remove_node(node)
             cluster.nodes.remove(node)
             assert joined.slots().fits(trial) == 3
-            assert told == [SlotsFound(0), SlotsFound(2)]
+            waiting, *others = [event for event in told if isinstance(event, Message)]
+            assert "no machine is there that could run a trial" in waiting.text and not others
+            assert told == [SlotsFound(0), waiting, SlotsFound(2)]
         finally:
             disconnect()

@@ -27,7 +27,7 @@ from ray import tune
 from ray.exceptions import OutOfMemoryError
 from ray.tune.execution.class_cache import ENV_VARS_TO_PROPAGATE
 
-from qpruner.errors import NodeDiffers, StageError
+from qpruner.errors import StageError
 from qpruner.events import Emit, Message
 from qpruner.patience import patiently
 from qpruner.plan import PlanSpace
@@ -78,8 +78,8 @@ def search(job: SearchJob, room: Callable[[], int], emit: Emit, trackers: Tracke
     Raises:
         KeyboardInterrupt: On Ctrl-C; trials under way are recorded up to their last rung.
         NodeDiffers: If a trial met a node that cannot be used; it goes on when the command is repeated.
-        StageError: If trials failed for want of storage, for a damaged file or for a broken machine; they are tried
-            again when the command is repeated.
+        StageError: If trials failed for want of storage, for a damaged file or for a broken machine, or if the hours
+            were over when no machine was left; trials are tried again, or go on, when the command is repeated.
         StorageError: If the storage stays full or away.
     """
     assert ray.is_initialized(), "Tune would choose a cluster itself"
@@ -99,8 +99,8 @@ def search(job: SearchJob, room: Callable[[], int], emit: Emit, trackers: Tracke
             ended = None
         if halt.interrupted:
             raise KeyboardInterrupt
-        if halt.differing:
-            raise NodeDiffers(halt.differing)
+        if halt.trouble:
+            raise halt.trouble
         outcome = _outcome(job, ended or "", sessions)
         if ended is not None and all(trial.is_over for trial in outcome.trials):
             return outcome

@@ -14,6 +14,7 @@ from ray.tune.callback import Callback
 from ray.tune.experiment import Trial
 from ray.tune.search import Searcher
 
+from qpruner.errors import StageError
 from qpruner.events import Emit, Message, Progress, StepsSeen, TrialChanged, TrialWithdrawn
 from qpruner.execution.nodes import kernel_kills_on, node_in, stays
 from qpruner.records import TrialPulse, TrialRecord
@@ -63,9 +64,9 @@ class PlanSearcher(LivesInDriver, Searcher):  # type: ignore[misc]
         self._clock = _Clock(job, recorded)
 
     def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
+        self._hours_are_over()
         if not self._halt.requested and len(self._live) >= self._room():
             return None
-        self._clock.is_over(self._ledger)
         suggestion = None if self._halt.requested else self._ledger.next()
         if suggestion is None:
             finished: str = Searcher.FINISHED
@@ -138,12 +139,23 @@ class PlanSearcher(LivesInDriver, Searcher):  # type: ignore[misc]
 
     def is_recalled(self, trial_id: str) -> bool:
         """Whether a trial that waits for a machine is not to start any more."""
+        over = self._hours_are_over()
         if self._halt.requested:
             return True
         suggestion = self._live.get(trial_id)
-        if suggestion is None or not self._clock.is_over(self._ledger):
+        if suggestion is None or not over:
             return False
         return not read_trial(self._job.trials, suggestion.index).has_begun
+
+    def _hours_are_over(self) -> bool:
+        """Whether the search's hours are spent. Where no machine is left by then, and none may come, what was begun
+        can neither go on nor be confirmed: the search ends with that."""
+        over = self._clock.is_over(self._ledger)
+        if over and not self._room():
+            cause = f"{self._ledger.ended}, and no machine is left that could run a trial"
+            remedy = "bring machines back (`ray start` on them), then repeat the command: what was begun goes on"
+            self._halt.end(StageError("search", cause, remedy))
+        return over
 
     def _withdraw(self, suggestion: Suggestion) -> None:
         """Have a trial that never began never have been."""

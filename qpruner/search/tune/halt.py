@@ -14,7 +14,7 @@ from ray.tune.callback import Callback
 from ray.tune.experiment import Trial
 from ray.tune.stopper import Stopper
 
-from qpruner.errors import NodeDiffers
+from qpruner.errors import NodeDiffers, QprunerError
 from qpruner.events import Emit, Message
 from qpruner.search.tune.job import LivesInDriver
 from qpruner.wording import counted
@@ -26,12 +26,12 @@ class Halt(LivesInDriver, Stopper, Callback):  # type: ignore[misc]
     Attributes:
         requested: Whether the search is to end.
         interrupted: Whether a person asked for it.
-        differing: A node that cannot be used, and why; None where there is none.
+        trouble: What the search ends with; None where it may go on.
     """
 
     def __init__(self, emit: Emit) -> None:
         self.requested = self.interrupted = False
-        self.differing: str | None = None
+        self.trouble: QprunerError | None = None
         self._emit, self._told, self._num_running = emit, False, 0
 
     @contextmanager
@@ -53,9 +53,13 @@ class Halt(LivesInDriver, Stopper, Callback):  # type: ignore[misc]
     def hear(self, error: str) -> None:
         """Take a trial's error; a node that cannot be used would meet one trial after the other with it."""
         found = re.search(rf"^RuntimeError: {NodeDiffers.__name__}: (.+)$", error, re.MULTILINE)
-        if found and self.differing is None:
-            self.requested, self.differing = True, found[1]
+        if found and self.trouble is None:
+            self.end(NodeDiffers(found[1]))
             self._emit(Message("search", f"warning: {found[1]}; running rungs finish, nothing new starts"))
+
+    def end(self, trouble: QprunerError) -> None:
+        """Have the search end with an error, between rungs; the first one counts."""
+        self.requested, self.trouble = True, self.trouble or trouble
 
     def stop_all(self) -> bool:
         """Whether nothing is left to wait for; trials that wait for a slot are not started any more."""
