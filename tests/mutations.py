@@ -142,6 +142,18 @@ MUTATIONS = {
         "tests/execution/test_cluster.py"
         "::test_without_workers_a_search_is_refused_and_later_ones_are_found_as_they_come_and_go",
     ),
+    "what Tune makes of a storage that is full is what a search ends with": Mutation(
+        DRIVER,
+        "            self._halt.fail(error)\n",
+        "            raise error\n",
+        f"{ENDS}::test_a_disk_without_room_for_what_the_driver_writes_is_what_the_search_ends_with",
+    ),
+    "a worker without room to say so was killed": Mutation(
+        DRIVER,
+        "if trial_id in self._starved:",
+        "if False:",
+        f"{ENDS}::test_a_worker_that_had_no_room_to_say_so_is_not_taken_for_one_that_was_killed",
+    ),
     "the first Ctrl-C ends all": Mutation(
         "qpruner/search/tune/halt.py",
         "before = signal.signal(signal.SIGINT, self._on_signal)",

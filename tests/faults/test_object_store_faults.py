@@ -183,7 +183,10 @@ def test_a_server_that_is_away_is_waited_for_and_then_told_of(
             assert code == 0, said[-3000:]
         else:
             code, said = process.end()
-            assert code == 1 and "cannot be reached" in said and "bring the storage back" in said, said[-3000:]
+            assert code == 1, said[-3000:]
+            told = json.loads(said.splitlines()[-1])
+            assert told["kind"] == "StageError", "what Tune makes of it is no reason"
+            assert "cannot be reached" in told["error"] and "bring the storage back" in told["error"]
     if not comes_back:
         with driver(config) as process:
             code, said = process.end()

@@ -417,7 +417,10 @@ def test_a_disk_that_fills_up_is_waited_for_and_then_the_search_ends_with_the_re
             finished(process)
         else:
             code, said = process.end(minutes=2)
-            assert code == 1 and "no space left" in said and "make room" in said, said[-3000:]
+            assert code == 1, said[-3000:]
+            told = json.loads(said.splitlines()[-1])
+            assert told["kind"] == "StageError", "what Tune makes of it is no reason"
+            assert "no space left" in told["error"] and "make room" in told["error"]
             filler.unlink()
     if not room_again:
         with driver(config) as process:

@@ -2,25 +2,30 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from conftest import disk_of, full_until_noticed
 from raylets import Raylets, raylets
 from test_search_stage import job_of
 
-from qpruner.errors import StageError
+from qpruner.errors import StageError, StorageError
 from qpruner.events import Event, Message, TrialChanged
 from qpruner.execution.cluster import Cluster, connect, disconnect
 from qpruner.execution.room import Room
 from qpruner.records import RungResult
 from qpruner.search.trial_job import Progress, Report, TrialJob
 from qpruner.search.trial_records import read_trials
-from qpruner.search.tune import search
+from qpruner.search.tune import SearchJob, search
 
 pytestmark = pytest.mark.slow
+HELD = {"cpu": 1.0, "gpu": 1.0}
+LAST = RungResult(step=4, loss=3.0)
 SECONDS = 180.0
 """After so many a search that should have ended has not, on a machine that does much else."""
 
@@ -43,6 +48,21 @@ def within(room: Callable[[], int]) -> Callable[[], int]:
         return room()
 
     return timed
+
+
+def one_trial_on(disk: Path, folder: Path, once: str) -> SearchJob:
+    """A search of one trial, on a file system of its own, that reports its last rung once there is a file `once`."""
+
+    def trial(job: TrialJob, start: Path | None, report: Report, progress: Progress) -> None:
+        deadline = time.monotonic() + SECONDS
+        (folder / "begun").touch()
+        while not (folder / once).exists():
+            assert time.monotonic() < deadline, f"nobody says {once}"
+            time.sleep(0.02)
+        (checkpoint := folder / f"made-{time.monotonic_ns()}").mkdir()
+        report(LAST, checkpoint)
+
+    return replace(job_of(folder, max_trials=1), trial=trial, trials=disk / "trials", resources=HELD)
 
 
 def test_a_search_whose_hours_are_over_and_whose_machines_are_gone_ends_and_goes_on_when_one_is_back(
@@ -69,15 +89,65 @@ def test_a_search_whose_hours_are_over_and_whose_machines_are_gone_ends_and_goes
         if isinstance(event, Message):
             told.append(event.text)
 
-    held = {"cpu": 1.0, "gpu": 1.0}
-    job = replace(job_of(tmp_path, max_trials=1, max_gpu_hours=1e-7), trial=trial, resources=held)
+    job = replace(job_of(tmp_path, max_trials=1, max_gpu_hours=1e-7), trial=trial, resources=HELD)
     with pytest.raises(StageError, match=r"GPU hours were spent .*, and no machine is left that could run a trial"):
-        search(job, within(Room(facts.slots, held, None, tell)), tell)
+        search(job, within(Room(facts.slots, HELD, None, tell)), tell)
     assert any("one has to join" in text for text in told)
     (left,) = read_trials(job.trials)
     assert (left.status, len(left.rungs), left.kills) == ("running", 1, 0)
 
     (tmp_path / "back").touch()
     cluster.add(num_gpus=1)
-    outcome = search(job, within(Room(facts.slots, held, None, tell)), tell)
+    outcome = search(job, within(Room(facts.slots, HELD, None, tell)), tell)
     assert [(trial.status, len(trial.rungs)) for trial in outcome.trials] == [("finished", 2)]
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[Path]:
+    """A real file system of 4 MiB."""
+    with disk_of("4m", tmp_path / "disk") as folder:
+        yield folder
+
+
+def test_a_disk_without_room_for_what_the_driver_writes_is_what_the_search_ends_with(
+    joined: tuple[Raylets, Cluster], disk: Path, tmp_path: Path
+) -> None:
+    """It fills up when the trial has recorded its last rung and the driver has not heard of it."""
+    job = one_trial_on(disk, tmp_path, once="begun")
+    filler = disk / "filler"
+
+    def room() -> int:
+        deadline = time.monotonic() + SECONDS
+        if (tmp_path / "begun").exists() and not filler.exists():
+            while not read_trials(job.trials)[0].is_over:
+                assert time.monotonic() < deadline, "the trial does not finish"
+                time.sleep(0.02)
+            filler.write_bytes(b"\0" * shutil.disk_usage(disk).free)
+        return 1
+
+    with pytest.raises(StorageError, match="no space left"):
+        search(job, within(room), lambda event: None)
+    filler.unlink()
+    outcome = search(job, within(lambda: 1), lambda event: None)
+    assert [(trial.status, trial.kills) for trial in outcome.trials] == [("finished", 0)]
+
+
+def test_a_worker_that_had_no_room_to_say_so_is_not_taken_for_one_that_was_killed(
+    joined: tuple[Raylets, Cluster], disk: Path, tmp_path: Path
+) -> None:
+    """There is room again when the driver notices that it has none either."""
+    with ExitStack() as stack:
+
+        def room() -> int:
+            if (tmp_path / "begun").exists() and not (tmp_path / "full").exists():
+                stack.enter_context(full_until_noticed(disk))
+                (tmp_path / "full").touch()
+            return 1
+
+        job = one_trial_on(disk, tmp_path, once="full")
+        with pytest.raises(StageError, match=r"trial 0: no space left .* \(on 127\.0\.0\.1 "):
+            search(job, within(room), lambda event: None)
+    (trial,) = read_trials(job.trials)
+    assert (trial.status, trial.failure, trial.kills) == ("failed", "storage", 0)
+    outcome = search(job, within(lambda: 1), lambda event: None)
+    assert [(trial.status, trial.kills) for trial in outcome.trials] == [("finished", 0)]

@@ -3,6 +3,7 @@ over trials that hang."""
 
 from __future__ import annotations
 
+import functools
 import re
 import time
 from collections.abc import Callable, Sequence
@@ -14,7 +15,7 @@ from ray.tune.callback import Callback
 from ray.tune.experiment import Trial
 from ray.tune.search import Searcher
 
-from qpruner.errors import StageError
+from qpruner.errors import QprunerError, StageError, StorageError
 from qpruner.events import Emit, Message, Progress, StepsSeen, TrialChanged, TrialWithdrawn
 from qpruner.execution.nodes import kernel_kills_on, node_in, stays
 from qpruner.records import TrialPulse, TrialRecord
@@ -47,6 +48,19 @@ MAX_ERRORS = 3
 """Trials that may end in an error on one machine without a rung of any there, before the machine is what is broken."""
 
 
+def _or_fails(take: Callable[..., None]) -> Callable[..., None]:
+    """What the searcher takes from Tune while that handles a result; an error of ours then fails the session."""
+
+    @functools.wraps(take)
+    def took(self: PlanSearcher, *args: Any, **kwargs: Any) -> None:
+        try:
+            take(self, *args, **kwargs)
+        except QprunerError as error:
+            self._halt.fail(error)
+
+    return took
+
+
 class PlanSearcher(LivesInDriver, Searcher):  # type: ignore[misc]
     """Hands the ledger's suggestions to Tune and writes each trial's record before it runs."""
 
@@ -58,6 +72,7 @@ class PlanSearcher(LivesInDriver, Searcher):  # type: ignore[misc]
         self._live: dict[str, Suggestion] = {}
         self._hung: set[str] = set()
         self._died_on: dict[str, str] = {}
+        self._starved: dict[str, str] = {}
         self._failed_on: dict[str | None, list[TrialRecord]] = {}
         recorded = read_trials(job.trials)
         self._done = sum(1 for record in recorded if job.owns(record) and record.status != "running")
@@ -95,6 +110,7 @@ class PlanSearcher(LivesInDriver, Searcher):  # type: ignore[misc]
         return {"trial": suggestion.index, "origin": suggestion.origin, **about, **bits}
 
     # Ray calls these by keyword, so the parameters keep its names.
+    @_or_fails
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
         suggestion = self._live[trial_id]
         stderr = result.get("accuracy_stderr") if self._job.config.search.metric == "accuracy" else None
@@ -106,6 +122,7 @@ class PlanSearcher(LivesInDriver, Searcher):  # type: ignore[misc]
         self._clock.tick(record)
         self._emit(TrialChanged(record))
 
+    @_or_fails
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
         suggestion = self._live.pop(trial_id)
         record = read_trial(self._job.trials, suggestion.index)
@@ -169,6 +186,9 @@ class PlanSearcher(LivesInDriver, Searcher):  # type: ignore[misc]
         node = node_in(error)
         if node:
             self._died_on[trial_id] = node
+        found = re.search(rf"^[\w.]*\b{StorageError.__name__}: (.+)$", error, re.MULTILINE)
+        if found:
+            self._starved[trial_id] = found[1]
 
     def hangs(self, trial_id: str) -> None:
         """Tell that a trial is killed for want of progress."""
@@ -196,6 +216,10 @@ class PlanSearcher(LivesInDriver, Searcher):  # type: ignore[misc]
         """The record of a trial whose worker is dead: hung, lost too often, or to go on elsewhere."""
         pulse = read_pulse(self._job.trials, record.index)
         record = _as_last_seen(record, pulse)
+        if trial_id in self._starved:
+            # Its worker could not even write that.
+            reason = f"{self._starved[trial_id]} (on {record.node})"
+            return record.model_copy(update={"status": "failed", "failure": "storage", "reason": reason})
         if trial_id in self._hung:
             limit = self._job.config.search.trial_timeout_seconds
             reason = f"no progress for {limit:g} s (`search.trial_timeout_seconds`); its worker was killed"

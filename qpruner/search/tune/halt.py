@@ -32,6 +32,7 @@ class Halt(LivesInDriver, Stopper, Callback):  # type: ignore[misc]
     def __init__(self, emit: Emit) -> None:
         self.requested = self.interrupted = False
         self.trouble: QprunerError | None = None
+        self._error: QprunerError | None = None
         self._emit, self._told, self._num_running = emit, False, 0
 
     @contextmanager
@@ -61,11 +62,21 @@ class Halt(LivesInDriver, Stopper, Callback):  # type: ignore[misc]
         """Have the search end with an error, between rungs; the first one counts."""
         self.requested, self.trouble = True, self.trouble or trouble
 
+    def fail(self, error: QprunerError) -> None:
+        """Have the session raise an error at its next step, rungs that run or not.
+
+        Raised while Tune handles a result, it would come out as a TuneError, after Tune had told the searcher a second
+        time that its trial is over (Ray 2.60).
+        """
+        self.requested, self._error = True, self._error or error
+
     def stop_all(self) -> bool:
         """Whether nothing is left to wait for; trials that wait for a slot are not started any more."""
         return self.requested and not self._num_running
 
     def on_step_begin(self, iteration: int, trials: list[Any], **info: Any) -> None:
+        if self._error:
+            raise self._error
         self._num_running = sum(1 for trial in trials if trial.status == Trial.RUNNING)
         if self.interrupted and not self._told:
             # Not said by the signal's handler, which may have come in the middle of a line.
