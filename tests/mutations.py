@@ -154,6 +154,24 @@ MUTATIONS = {
         "if False:",
         f"{ENDS}::test_a_worker_that_had_no_room_to_say_so_is_not_taken_for_one_that_was_killed",
     ),
+    "a worker that is slow to leave a trial costs the next one": Mutation(
+        "qpruner/search/tune/__init__.py",
+        'os.environ["TUNE_FUNCTION_THREAD_TIMEOUT_S"] = str(10**6)\n',
+        "",
+        f"{ENDS}::test_a_trial_waits_for_a_worker_that_is_slow_to_leave_the_trial_before_it",
+    ),
+    "nobody watches for workers that do not leave a trial": Mutation(
+        DRIVER,
+        "if trial.temporary_state.ray_actor is not None}",
+        "if trial.status == Trial.RUNNING}",
+        f"{ENDS}::test_a_worker_that_never_leaves_its_trial_is_killed_and_the_next_trial_is_not_blamed",
+    ),
+    "a worker that does not leave a trial is held against the next one": Mutation(
+        DRIVER,
+        "if trial_id in self._kept_waiting:",
+        "if False:",
+        f"{ENDS}::test_a_worker_that_never_leaves_its_trial_is_killed_and_the_next_trial_is_not_blamed",
+    ),
     "the first Ctrl-C ends all": Mutation(
         "qpruner/search/tune/halt.py",
         "before = signal.signal(signal.SIGINT, self._on_signal)",

@@ -379,8 +379,8 @@ def test_the_watch_tells_the_step_of_each_trial_under_way_and_reads_each_pulse_o
     monkeypatch.setattr("qpruner.search.tune.driver.read_pulses", read)
     watch = HangWatch(job, searcher, events.append)
     trials = [
-        SimpleNamespace(trial_id=str(index), status=status, config={"trial": index})
-        for index, status in enumerate(("RUNNING", "RUNNING", "PENDING"))
+        SimpleNamespace(trial_id=str(index), config={"trial": index}, temporary_state=SimpleNamespace(ray_actor=actor))
+        for index, actor in enumerate((object(), object(), None))
     ]
     watch.on_step_end(1, trials)
     watch.on_step_end(2, trials)

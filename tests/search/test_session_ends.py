@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -151,3 +152,45 @@ def test_a_worker_that_had_no_room_to_say_so_is_not_taken_for_one_that_was_kille
     assert (trial.status, trial.failure, trial.kills) == ("failed", "storage", 0)
     outcome = search(job, within(lambda: 1), lambda event: None)
     assert [(trial.status, trial.kills) for trial in outcome.trials] == [("finished", 0)]
+
+
+def slow_to_end(folder: Path, seconds: float, **settings: object) -> SearchJob:
+    """A search of two trials, of which the first takes so long to leave its process."""
+
+    def trial(job: TrialJob, start: Path | None, report: Report, progress: Progress) -> None:
+        (checkpoint := folder / f"made-{os.getpid()}-{time.monotonic_ns()}").mkdir()
+        is_first = len(list(folder.glob("made-*"))) == 1
+        try:
+            report(LAST, checkpoint)
+        finally:
+            time.sleep(seconds if is_first else 0.0)
+
+    return replace(job_of(folder, max_trials=2, **settings), trial=trial, resources=HELD)
+
+
+def processes(folder: Path) -> set[str]:
+    """Those that trials of `slow_to_end` ran in."""
+    return {path.name.split("-")[1] for path in folder.glob("made-*")}
+
+
+def test_a_trial_waits_for_a_worker_that_is_slow_to_leave_the_trial_before_it(
+    joined: tuple[Raylets, Cluster], tmp_path: Path
+) -> None:
+    outcome = search(slow_to_end(tmp_path, seconds=5.0), within(lambda: 1), lambda event: None)
+    assert [(trial.status, trial.kills) for trial in outcome.trials] == [("finished", 0)] * 2
+    assert len(processes(tmp_path)) == 1
+
+
+def test_a_worker_that_never_leaves_its_trial_is_killed_and_the_next_trial_is_not_blamed(
+    joined: tuple[Raylets, Cluster], tmp_path: Path
+) -> None:
+    job = slow_to_end(tmp_path, seconds=10 * SECONDS, trial_timeout_seconds=20.0)
+    kills = []
+
+    def tell(event: Event) -> None:
+        if isinstance(event, Message) and "trial 1 lost its worker" in event.text:
+            kills.append(read_trials(job.trials)[1].kills)
+
+    outcome = search(job, within(lambda: 1), tell)
+    assert [trial.status for trial in outcome.trials] == ["finished"] * 2
+    assert kills == [0] and len(processes(tmp_path)) == 2

@@ -19,6 +19,9 @@ os.environ["TUNE_DISABLE_AUTO_CALLBACK_LOGGERS"] = "1"
 os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"
 # How many trials wait for a machine is the searcher's business; without a limit of Ray's own Tune would let one wait.
 os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(10**6)
+# A trial waits for as long as its worker takes to leave the trial before it: after 2 s Tune would give it up and tell
+# nobody (2.60). Workers read it, which import this module, too.
+os.environ["TUNE_FUNCTION_THREAD_TIMEOUT_S"] = str(10**6)
 
 from collections.abc import Callable, Mapping
 

@@ -71,6 +71,7 @@ class PlanSearcher(LivesInDriver, Searcher):  # type: ignore[misc]
         self._keys = tuple(f"bits/{name}" for name in job.space.groups)
         self._live: dict[str, Suggestion] = {}
         self._hung: set[str] = set()
+        self._kept_waiting: set[str] = set()
         self._died_on: dict[str, str] = {}
         self._starved: dict[str, str] = {}
         self._failed_on: dict[str | None, list[TrialRecord]] = {}
@@ -194,6 +195,10 @@ class PlanSearcher(LivesInDriver, Searcher):  # type: ignore[misc]
         """Tell that a trial is killed for want of progress."""
         self._hung.add(trial_id)
 
+    def waits_in_vain(self, trial_id: str) -> None:
+        """Tell that a trial's worker is killed because it does not leave the trial before it."""
+        self._kept_waiting.add(trial_id)
+
     def _suspect(self, record: TrialRecord) -> None:
         """Halt where one trial after the other fails on one machine, which takes the next plan as soon as it is free;
         those trials are tried again when the command is repeated."""
@@ -214,6 +219,8 @@ class PlanSearcher(LivesInDriver, Searcher):  # type: ignore[misc]
 
     def _killed(self, record: TrialRecord, trial_id: str) -> TrialRecord:
         """The record of a trial whose worker is dead: hung, lost too often, or to go on elsewhere."""
+        if trial_id in self._kept_waiting:
+            return record
         pulse = read_pulse(self._job.trials, record.index)
         record = _as_last_seen(record, pulse)
         if trial_id in self._starved:
@@ -288,7 +295,8 @@ class HangWatch(LivesInDriver, Callback):  # type: ignore[misc]
     """Kills the worker of a trial that makes no progress, so that its slot is free again; tells of those that do.
 
     Ray ends the process by SIGKILL where it does not answer, so a stopped one goes too (5 s, Ray 2.60). Time counts
-    from the last change of the trial's pulse that this process saw, whatever the machines' clocks say.
+    from the last change of the trial's pulse that this process saw, whatever the machines' clocks say. A trial that is
+    given the worker of another has it before it runs; if that one does not end, this one is not what hangs.
     """
 
     def __init__(self, job: SearchJob, searcher: PlanSearcher, emit: Emit) -> None:
@@ -312,16 +320,17 @@ class HangWatch(LivesInDriver, Callback):  # type: ignore[misc]
         if now < self._next_look:
             return
         self._next_look = now + min(5.0, self._limit / 4)
-        running = {trial.trial_id: trial for trial in trials if trial.status == Trial.RUNNING}
+        at_work = {trial.trial_id: trial for trial in trials if trial.temporary_state.ray_actor is not None}
         seen, self._seen = self._seen, {}
-        indices = [trial.config["trial"] for trial in running.values()]
+        indices = [trial.config["trial"] for trial in at_work.values()]
         pulses = read_pulses(self._trials, indices)
         self._emit(StepsSeen({index: pulse.step for index, pulse in zip(indices, pulses, strict=True) if pulse}))
-        for (trial_id, trial), pulse in zip(running.items(), pulses, strict=True):
+        for (trial_id, trial), pulse in zip(at_work.items(), pulses, strict=True):
             last, since = seen.get(trial_id, (pulse, now))
             self._seen[trial_id] = (pulse, since if pulse == last else now)
             if now - self._seen[trial_id][1] > self._limit:
-                self._searcher.hangs(trial_id)
+                runs = trial.status == Trial.RUNNING
+                (self._searcher.hangs if runs else self._searcher.waits_in_vain)(trial_id)
                 ray.kill(trial.temporary_state.ray_actor)
 
 
