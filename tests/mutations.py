@@ -316,6 +316,18 @@ MUTATIONS = {
         "if False:",
         f"{TRIALS}::test_a_damaged_record_is_set_aside_and_only_its_trial_is_run_again",
     ),
+    "a damaged record costs its plan": Mutation(
+        "qpruner/search/trial_records.py",
+        "    begin_trial(folder, suggested)\n",
+        "",
+        f"{TRIALS}::test_a_damaged_record_is_set_aside_and_only_its_trial_is_run_again",
+    ),
+    "of a plan that is handed out there is no copy": Mutation(
+        DRIVER,
+        "            begin_trial(self._job.trials, record)\n",
+        "            write_trial(self._job.trials, record)\n",
+        f"{TRIALS}::test_a_plan_that_was_handed_out_outlives_its_record",
+    ),
     "a dead driver's lock is for ever": Mutation(
         "qpruner/runlock.py",
         'return None if _start_of(holder.pid) == holder.started else "that process is dead"',

@@ -45,6 +45,9 @@ ELSEWHERE = {
 }
 """What to do about the others, whose cause is no setting."""
 
+SUGGESTED = "suggested.json"
+"""A trial's record as it was when its plan was handed out."""
+
 
 def remedy_of(failure: str) -> str:
     """What to do about trials that failed in one way."""
@@ -59,7 +62,8 @@ def read_trials(folder: Path) -> list[TrialRecord]:
 
 def set_aside_damaged(folder: Path, search: str, tell: Callable[[str], None]) -> None:
     """Move records that cannot be read, and checkpoints to go on from that are not as they were written, into
-    `damaged/`; those trials are run again from their start, and no other. The search's own time is made up again.
+    `damaged/`; those trials are run again from their start, with the plans that they had, and no other. The search's
+    own time is made up again.
 
     Args:
         folder: Of the trials.
@@ -69,7 +73,7 @@ def set_aside_damaged(folder: Path, search: str, tell: Callable[[str], None]) ->
     paths = _paths(folder)
     for path, record in zip(paths, for_each(_record_or_error, paths), strict=True):
         if isinstance(record, CorruptFile):
-            tell(f"{record}; set aside in {set_aside(path.parent, path.parent.parent)}, and that trial is run again")
+            tell(f"{record}; {_rebuild(folder, path)}")
             continue
         if record and not record.is_over:
             begin_anew_if_damaged(folder, record, tell)
@@ -101,6 +105,16 @@ def begin_anew_if_damaged(folder: Path, record: TrialRecord, tell: Callable[[str
     return True
 
 
+def _rebuild(folder: Path, path: Path) -> str:
+    """Set a trial aside whose record cannot be read, and record that its plan is to be run again; tells of both."""
+    suggested = _record_or_error(path.with_name(SUGGESTED))
+    where = f"set aside in {set_aside(path.parent, folder)}"
+    if not isinstance(suggested, TrialRecord):
+        return f"{where}, and its number gets another plan"
+    begin_trial(folder, suggested)
+    return f"{where}, and that trial is run again"
+
+
 def _record_or_error(path: Path) -> TrialRecord | CorruptFile | None:
     try:
         return read_json(path, TrialRecord)
@@ -111,6 +125,13 @@ def _record_or_error(path: Path) -> TrialRecord | CorruptFile | None:
 def read_trial(folder: Path, index: int) -> TrialRecord:
     """The record of a trial that has one."""
     return read_written(trial_path(folder, index), TrialRecord)
+
+
+def begin_trial(folder: Path, record: TrialRecord) -> None:
+    """Write the first record of a trial, and a copy of it that stays as it is: were the record damaged, a searcher that
+    knows more by then would propose another plan."""
+    write_json(trial_folder(folder, record.index) / SUGGESTED, record)
+    write_trial(folder, record)
 
 
 def write_trial(folder: Path, record: TrialRecord, patience_seconds: float | None = None) -> None:

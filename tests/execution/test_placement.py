@@ -240,7 +240,7 @@ def test_a_worker_that_loses_its_trial_while_it_copies_a_checkpoint_publishes_no
     assert json.loads((tmp_path / "left").read_text()) == [[], "another", True]
     assert [trial.status for trial in outcome.trials] == ["finished"]
     left = sorted(path.name for path in folder.iterdir())
-    assert left == ["checkpoint-4", "pulse.json", "trial.json"], "what both had copied is gone, too"
+    assert left == ["checkpoint-4", "pulse.json", "suggested.json", "trial.json"], "what both had copied is gone, too"
 
 
 @pytest.mark.slow

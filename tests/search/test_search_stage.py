@@ -35,6 +35,7 @@ from qpruner.search.trial_job import Materials
 from qpruner.search.trial_records import (
     begin_anew_if_damaged,
     begin_session,
+    begin_trial,
     read_pulses,
     read_seconds,
     read_trial,
@@ -525,20 +526,44 @@ def test_trials_that_wait_when_a_search_is_halted_are_left_to_the_next(tmp_path:
 # ---- what is damaged
 
 
-def test_a_damaged_record_is_set_aside_and_only_its_trial_is_run_again(tmp_path: Path) -> None:
+@pytest.mark.parametrize("copy", ["whole", "damaged", "missing"])
+def test_a_damaged_record_is_set_aside_and_only_its_trial_is_run_again(copy: str, tmp_path: Path) -> None:
+    """With its plan, which no searcher would propose at its number, as long as a copy of that can be read."""
     job = job_of(tmp_path)
     for record in (trial(0, "444444", [3, 3, 3], origin="uniform-4"), trial(1, "484444", [3, 3, 3])):
+        begin_trial(job.trials, record.model_copy(update={"rungs": (), "status": "running"}))
         write_trial(job.trials, record)
+    suggested_path = job.trials / "0001" / "suggested.json"
+    if copy == "damaged":
+        suggested_path.write_bytes(suggested_path.read_bytes()[:-20])
+    elif copy == "missing":
+        suggested_path.unlink()
     path = job.trials / "0001" / "trial.json"
     whole = path.read_bytes()
     path.write_bytes(whole[:-20])
     told: list[str] = []
     set_aside_damaged(job.trials, job.search, told.append)
-    assert len(told) == 1 and str(path) in told[0] and "that trial is run again" in told[0]
-    assert [record.index for record in read_trials(job.trials)] == [0]
+    assert len(told) == 1 and str(path) in told[0]
     (kept,) = job.trials.glob("damaged/*/trial.json")
     assert kept.read_bytes() == whole[:-20]
-    assert suggested(ledger_of(job))[0][0] == 1, "its number is free again"
+    first = suggested(ledger_of(job))[0]
+    if copy == "whole":
+        assert "that trial is run again" in told[0] and first == (1, "random", "484444")
+        path.write_bytes(whole[:-20])
+        set_aside_damaged(job.trials, job.search, told.append)
+        assert suggested(ledger_of(job))[0] == first, "and so it is a second time"
+    else:
+        assert "its number gets another plan" in told[0] and first == (1, "seed-kl", str(SEED_PLAN))
+
+
+def test_a_plan_that_was_handed_out_outlives_its_record(tmp_path: Path) -> None:
+    job = job_of(tmp_path)
+    given = searcher_on(job, ledger_of(job)).suggest("a")
+    written = read_trials(job.trials)
+    (job.trials / "0000" / "trial.json").write_text("{")
+    set_aside_damaged(job.trials, job.search, lambda text: None)
+    assert read_trials(job.trials) == written
+    assert searcher_on(job, ledger_of(job)).suggest("a") == given
 
 
 @pytest.mark.parametrize("text", ["", '{"sec', '{"sessions": 1}', "\0" * 200])

@@ -22,6 +22,7 @@ from qpruner.records import TrialPulse, TrialRecord
 from qpruner.rundir import read_json, remove
 from qpruner.search.searchers import Ledger, Observation, Suggestion
 from qpruner.search.trial_records import (
+    begin_trial,
     read_pulse,
     read_pulses,
     read_seconds,
@@ -104,7 +105,7 @@ class PlanSearcher(LivesInDriver, Searcher):  # type: ignore[misc]
                 status="running",
                 times=(time.time(),),
             )
-            write_trial(self._job.trials, record)
+            begin_trial(self._job.trials, record)
         self._emit(TrialChanged(record))
         about = {"plan_bytes": record.plan_bytes, "mean_bits": record.mean_bits}
         bits = dict(zip(self._keys, suggestion.plan.bits, strict=True))
