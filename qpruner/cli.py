@@ -11,14 +11,15 @@ import os
 import shlex
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from qpruner.config import config_schema, load_config
-from qpruner.errors import CorruptFile, QprunerError, UserError, note_defect
+from qpruner.errors import CorruptFile, PlanRefused, QprunerError, UserError, note_defect
 from qpruner.logs import logging_to, quiet_libraries
 from qpruner.version import describe
 from qpruner.wording import counted
@@ -112,6 +113,15 @@ def _given(plan_file: Path | None) -> tuple[str, ...]:
     return () if plan_file is None else (f"search.plan={json.dumps(str(plan_file))}",)
 
 
+@contextmanager
+def _plan_named(plan_file: Path | None) -> Iterator[None]:
+    """A plan that is refused is named as it was given: by the option, or else by the setting."""
+    try:
+        yield
+    except PlanRefused as error:
+        raise error if plan_file is None else PlanRefused(error.problem, "--plan") from error
+
+
 def _add_verb(name: str, until: str, text: str) -> None:
     def verb(
         config: str,
@@ -122,10 +132,15 @@ def _add_verb(name: str, until: str, text: str) -> None:
         plan_file: Path | None = None,
     ) -> None:
         given = _given(plan_file)
+
+        def told() -> dict[str, Any]:
+            with _plan_named(plan_file):
+                return _run(Path(config), (*overrides, *given), address, until, as_json, quiet)
+
         if name == "report" and ("://" in config or Path(config).is_dir()):
             _guarded(as_json, lambda: _report(config, bool(overrides or given or address)))
         else:
-            _guarded(as_json, lambda: _run(Path(config), (*overrides, *given), address, until, as_json, quiet))
+            _guarded(as_json, told)
 
     if until in WITH_SEARCH:
         verb = _plan_option(verb)
@@ -169,7 +184,8 @@ def check(
         from qpruner.check_verb import check
 
         settings = [*overrides, *_given(plan_file)]
-        return check(load_config(Path(config), settings), address, quiet, measure, gpu)
+        with _plan_named(plan_file):
+            return check(load_config(Path(config), settings), address, quiet, measure, gpu)
 
     _guarded(as_json, told)
 

@@ -45,6 +45,18 @@ class ConfigError(UserError):
         super().__init__(f"{heading}{counted(count, 'problem')} in the configuration:\n{lines}")
 
 
+class PlanRefused(UserError):
+    """A plan in a file cannot be used.
+
+    Attributes:
+        problem: What is wrong with the file, in one sentence.
+    """
+
+    def __init__(self, problem: str, key: str = "search.plan") -> None:
+        self.problem = problem
+        super().__init__(f"`{key}`: {problem}")
+
+
 class StageError(QprunerError):
     """A stage failed while it ran; what was recorded before it stays valid.
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from qpruner.errors import UserError
+from qpruner.errors import PlanRefused
 from qpruner.plan import PrecisionPlan
 
 
@@ -22,39 +22,36 @@ def read_plan(path: Path, groups: Sequence[str], levels: Sequence[int]) -> Preci
         levels: The bit-widths a group may take.
 
     Raises:
-        UserError: With every problem found.
+        PlanRefused: With every problem found.
     """
     try:
         raw = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        raise UserError(f"`search.plan`: {path} does not exist; `qpruner plan RUN > {path.name}` makes one") from error
+        raise PlanRefused(f"{path} does not exist; `qpruner plan RUN > {path.name}` makes one") from error
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UserError(
-            f"`search.plan`: {path} cannot be read as YAML or JSON: {error}; `qpruner plan RUN` prints one"
-        ) from error
+        raise PlanRefused(f"{path} cannot be read as YAML or JSON: {error}; `qpruner plan RUN` prints one") from error
     bits = raw.get("plan", raw) if isinstance(raw, dict) else raw
     if not isinstance(bits, dict):
-        raise UserError(
-            f"`search.plan`: {path} must map every group to its bits, got {type(bits).__name__}; "
-            "`qpruner plan RUN` prints one"
+        raise PlanRefused(
+            f"{path} must map every group to its bits, got {type(bits).__name__}; `qpruner plan RUN` prints one"
         )
     problems = [*_about_groups(bits, groups), *_about_bits(bits, groups, levels)]
     if problems:
-        raise UserError(f"`search.plan`: {path} is no plan for this model:\n" + "\n".join(f"  - {p}" for p in problems))
+        raise PlanRefused(f"{path} is no plan for this model:\n" + "\n".join(f"  - {p}" for p in problems))
     return PrecisionPlan(tuple(groups), tuple(bits[group] for group in groups))
 
 
-def check_affordable(plan_bytes: int, budget_bytes: int) -> None:
-    """Refuse a plan over the budget.
+def check_affordable(path: Path, plan_bytes: int, budget_bytes: int) -> None:
+    """Refuse a file's plan over the budget.
 
     Raises:
-        UserError: With both sizes.
+        PlanRefused: With both sizes.
     """
     if plan_bytes > budget_bytes:
         size, budget = plan_bytes / 1e6, budget_bytes / 1e6
-        raise UserError(
-            f"`search.plan`: the plan takes {size:.2f} MB, more than the budget of {budget:.2f} MB: give groups "
-            "fewer bits, or raise `quantize.budget`"
+        raise PlanRefused(
+            f"the plan in {path} takes {size:.2f} MB, more than the budget of {budget:.2f} MB: give groups fewer bits, "
+            "or raise `quantize.budget`"
         )
 
 

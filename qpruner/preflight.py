@@ -85,9 +85,10 @@ def inspect(config: RunConfig, works_here: bool = True) -> Inspection:
     is_estimate = is_cut and (config.prune.selection == "global" or config.prune.drops_blocks)
     plan = None
     if config.search.plan and not (is_cut and config.prune.drops_blocks):
-        plan = read_plan(Path(config.search.plan), [group.name for group in pruned.groups], config.quantize.bits)
+        file = Path(config.search.plan)
+        plan = read_plan(file, [group.name for group in pruned.groups], config.quantize.bits)
         if not is_estimate:
-            check_affordable(pruned.plan_bytes(plan), budget)
+            check_affordable(file, pruned.plan_bytes(plan), budget)
     if works_here:
         check_device(config, pruned, _own_capability())
     examples, questions = _check_data(config, model_config)

@@ -20,7 +20,6 @@ from conftest import raw_config, with_key
 from qpruner import estimate, preflight
 from qpruner.cli import main
 from qpruner.config import LoraConfig, RunConfig, validate_config
-from qpruner.errors import UserError
 from qpruner.estimate import memory, work
 from qpruner.models.cpu import has_bfloat16
 from qpruner.models.layout import layout_of
@@ -247,13 +246,19 @@ def test_check_tells_what_is_done_and_compares_a_plan_with_what_was_cut(
 
 
 def test_a_plan_over_the_budget_is_refused_at_once_where_the_cut_is_known(raw: dict[str, Any], tmp_path: Path) -> None:
+    """By the name under which it was given."""
     raw = with_key(raw, "prune.selection", "per_layer")
     inspection = preflight.inspect(validate_config(raw))
     assert not inspection.is_estimate
     plan = tmp_path / "plan.yaml"
     plan.write_text(yaml.safe_dump({group.name: 8 for group in inspection.pruned.groups}))
-    with pytest.raises(UserError, match="more than the budget of"):
-        preflight.inspect(validate_config(with_key(raw, "search.plan", str(plan))))
+    config = tmp_path / "config.yaml"
+    config.write_text(yaml.safe_dump(raw))
+    for options, key in ((("--plan", plan), "--plan"), (("--set", f"search.plan={plan}"), "search.plan")):
+        for verb in ("check", "run"):
+            refused = CliRunner().invoke(main, [verb, str(config), *map(str, options)])
+            assert refused.exit_code == 2
+            assert re.search(rf"error: `{key}`: the plan in {plan} takes .* MB, more than the budget of", refused.output)
 
 
 # ---- against reality

@@ -103,12 +103,13 @@ class Context:
         """The plan that `search.plan` names.
 
         Raises:
-            UserError: If it is no plan for this model, or over the budget.
+            PlanRefused: If it is no plan for this model, or over the budget.
         """
         if self.config.search.plan is None:
             return None
-        plan = read_plan(Path(self.config.search.plan), self.space.groups, self.space.levels)
-        check_affordable(self.space.plan_bytes(plan), self.space.budget_bytes)
+        file = Path(self.config.search.plan)
+        plan = read_plan(file, self.space.groups, self.space.levels)
+        check_affordable(file, self.space.plan_bytes(plan), self.space.budget_bytes)
         return plan
 
     @cached_property
