@@ -46,7 +46,8 @@ class Candidate:
     """One row: a plan on a checkpoint.
 
     Attributes:
-        name: As the table shows it.
+        name: As the records have it.
+        title: As people read it.
         checkpoint: Folder (or hub id) of the dense model.
         bank: Folder of the bank.
         plan: Bits by group; all 16 for the unquantized rows.
@@ -56,6 +57,7 @@ class Candidate:
     """
 
     name: str
+    title: str
     checkpoint: Path
     bank: Path
     plan: Mapping[str, int]
@@ -64,8 +66,8 @@ class Candidate:
 
     @property
     def label(self) -> str:
-        """Its name, with what tells it from others of that name."""
-        return f"{self.name} (no fine-tune)" if self.seed is None else f"{self.name}, training seed {self.seed}"
+        """Its title, with what tells it from others of that title."""
+        return f"{self.title} (no fine-tune)" if self.seed is None else f"{self.title}, training seed {self.seed}"
 
     @property
     def adapter(self) -> Path:
@@ -140,7 +142,7 @@ def finetune_candidate(job: CandidateJob) -> FinetuneOutcome:
     work = candidate.folder / "checkpoints"
     trackers = job.trackers if Share.own().rank == 0 else None
     bits = {f"bits/{group}": value for group, value in candidate.plan.items()}
-    about = {"row": candidate.name, "training seed": candidate.seed, **bits}
+    about = {"row": candidate.title, "training seed": candidate.seed, **bits}
     with tracked(trackers, candidate.folder.name, candidate.label, about) as told_trackers:
         result = finetune(
             model,

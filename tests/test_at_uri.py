@@ -71,7 +71,9 @@ def job_of(config_file: str, row: str) -> CandidateJob:
     record = run_dir.read_record("bank", BankRecord)
     assert record is not None
     plan = {name: (4, 8)[index % 2] for index, name in enumerate(sorted(record.residual_ratio["4"]))}
-    candidate = Candidate(row, run_dir.stage("prune"), run_dir.stage("bank"), plan, run_dir.candidates / row, seed=0)
+    candidate = Candidate(
+        row, row, run_dir.stage("prune"), run_dir.stage("bank"), plan, run_dir.candidates / row, seed=0
+    )
     return CandidateJob(config, candidate, run_dir.stage("prepare") / "data", threads=1)
 
 

@@ -62,7 +62,7 @@ def job_of(config: RunConfig, folder: Path, bits: tuple[int, ...] = (4, 8), seed
     run_dir = RunDir(Path(config.output))
     names = sorted(path.stem for path in (run_dir.stage("bank") / "4bit").iterdir())
     plan = {name: bits[position % len(bits)] for position, name in enumerate(names)}
-    row = Candidate("searched", run_dir.stage("prune"), run_dir.stage("bank"), plan, folder, seed)
+    row = Candidate("searched", "searched", run_dir.stage("prune"), run_dir.stage("bank"), plan, folder, seed)
     return CandidateJob(config, row, run_dir.stage("prepare") / "data", threads=1)
 
 

@@ -88,10 +88,11 @@ def finetune(context: Context, searched: SearchRecord, measured: SensitivityReco
         return {"winner": SEARCHED, "candidates": finetuned, "gpu_seconds": held + written}
 
     def figures(record: FinetuneRecord) -> str:
+        titles = {job.name: job.title for _, job in jobs}
         losses: dict[str, list[float]] = {}
         for each in record.candidates:
-            losses.setdefault(each.name, []).append(each.validation_loss)
-        return "validation loss " + ", ".join(f"{name} {sum(all) / len(all):.4f}" for name, all in losses.items())
+            losses.setdefault(titles[each.name], []).append(each.validation_loss)
+        return "validation loss " + ", ".join(f"{title} {sum(all) / len(all):.4f}" for title, all in losses.items())
 
     return run_stage(context.run_dir, stage, FinetuneRecord, work, figures, context.emit, context.gpu_time)
 
@@ -138,7 +139,8 @@ def evaluate(context: Context, tuned: FinetuneRecord) -> EvalRecord:
     def figures(record: EvalRecord) -> str:
         base = next(row for row in record.rows if row.name == BASE and row.seed is None)
         winner = next(row for row in record.rows if row.name == SEARCHED and row.seed is not None)
-        return f"base as it is {_scores_line(base.scores)}; searched {_scores_line(winner.scores)}"
+        title = next(job.title for name, job in jobs if name == SEARCHED)
+        return f"base as it is {_scores_line(base.scores)}; {title} {_scores_line(winner.scores)}"
 
     return run_stage(context.run_dir, stage, EvalRecord, work, figures, context.emit, context.gpu_time)
 

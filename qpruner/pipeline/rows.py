@@ -10,7 +10,7 @@ from qpruner.candidates import Candidate
 from qpruner.pipeline.context import Context
 from qpruner.plan import FULL_BITS, PrecisionPlan
 from qpruner.records import BankRecord, PrepareRecord, SearchRecord, SensitivityRecord, digest_of
-from qpruner.report.table import BASE, BEST_SEED, MUTUAL_INFORMATION, PRUNED, RANDOM, SEARCHED
+from qpruner.report.table import BASE, BEST_SEED, MUTUAL_INFORMATION, PRUNED, RANDOM, SEARCHED, title_of
 from qpruner.search.random_plans import random_plans
 from qpruner.search.trial_records import objective
 from qpruner.sensitivity.seeds import seed_origin, seed_plan
@@ -21,7 +21,7 @@ class Row:
     """One row.
 
     Attributes:
-        name: As the table shows it.
+        name: As the records have it.
         origin: Where its plans came from.
         plans: A training seed and a plan for each fine-tune; one plan under all seeds, except in the random row.
     """
@@ -93,4 +93,5 @@ def candidate_of(context: Context, name: str, plan: Mapping[str, int], seed: int
     length = (config.finetune.steps, config.finetune.epochs)
     inputs = (banked.digest, config.lora, config.training, length, config.seed, config.evaluate.batch_size)
     folder = run.candidates / digest_of(*inputs, name == BASE, dict(plan), seed)
-    return Candidate(name, checkpoint, context.bank, dict(plan), folder, seed)
+    title = title_of(name, run.read_record("search", SearchRecord))
+    return Candidate(name, title, checkpoint, context.bank, dict(plan), folder, seed)

@@ -259,7 +259,8 @@ def _confirm(context: Context, finalists: Sequence[TrialRecord], job: SearchJob)
         checkpoint = checkpoint_of(job.trials, trial)
         assert checkpoint is not None, "a finished trial has a checkpoint"
         seed = context.config.seed
-        candidate = Candidate(trial.origin, context.checkpoint, context.bank, trial.plan, checkpoint, seed)
+        title = f"trial {trial.index}"
+        candidate = Candidate(trial.origin, title, context.checkpoint, context.bank, trial.plan, checkpoint, seed)
         threads = int(resources.get("cpu", 1))
         jobs.append(ConfirmationJob(context.worker_config, candidate, checkpoint, context.data, threads))
     found: dict[int, Confirmation] = {}

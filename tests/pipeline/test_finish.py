@@ -24,10 +24,19 @@ from qpruner.estimate.work import num_finetunes
 from qpruner.events import Event, Message, Progress, StageSkipped
 from qpruner.pipeline import run
 from qpruner.pipeline.context import Context
-from qpruner.pipeline.finish import _gpus_held, _Progress, evaluate, finetune, held_out_text, scores_digest
+from qpruner.pipeline.finish import (
+    _gpus_held,
+    _Progress,
+    evaluate,
+    finetune,
+    finetune_jobs,
+    held_out_text,
+    scores_digest,
+)
 from qpruner.pipeline.rows import Row, candidate_of, table_rows, untuned_candidates
 from qpruner.plan import PrecisionPlan
 from qpruner.records import (
+    GIVEN,
     CandidateRecord,
     FinetuneRecord,
     Inference,
@@ -202,6 +211,28 @@ def test_equal_models_with_equal_fine_tunes_are_one_job(context: Context) -> Non
     assert found["base", 0] != found["pruned", 0]
     untuned = {each.folder for each in untuned_candidates(context, context.space.uniform(8).as_dict())}
     assert len(untuned) == 3 and not untuned & set(found.values())
+
+
+@pytest.mark.parametrize(
+    ("found", "title"),
+    [
+        ({}, "searched"),
+        ({"best_origin": "seed-fisher", "control_won": True}, "winner (seed-fisher)"),
+        ({"best_origin": GIVEN}, "given plan"),
+    ],
+)
+def test_a_row_is_called_as_the_final_table_calls_it(found: dict[str, Any], title: str, context: Context) -> None:
+    """In every line that tells of it while it is worked on."""
+    winner = a_winner(context)
+    context.run_dir.write_record("search", searched_record(winner).model_copy(update=found))
+    try:
+        jobs = finetune_jobs(context, searched_record(winner), measured_of(context))
+        labels = [job.label for row, job in jobs if row.name == "searched"]
+        assert labels == [f"{title}, training seed {seed}" for seed in (0, 1, 2)]
+        untuned = [job.label for job in untuned_candidates(context, winner.as_dict())]
+        assert untuned == [f"{name} (no fine-tune)" for name in ("base", "pruned", title)]
+    finally:
+        context.run_dir.forget("search")
 
 
 @pytest.mark.parametrize(
