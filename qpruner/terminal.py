@@ -16,6 +16,7 @@ from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
     Progress,
+    Task,
     TaskID,
     TextColumn,
     TimeElapsedColumn,
@@ -64,7 +65,7 @@ class Terminal:
             BarColumn(),
             MofNCompleteColumn(),
             TimeElapsedColumn(),
-            TimeRemainingColumn(),
+            _TimeLeft(),
             console=self._console,
             speed_estimate_period=PACE_SECONDS,
         )
@@ -143,7 +144,8 @@ class Terminal:
             self._progress.remove_task(before.id)
             before = None
         if before is None:
-            self._bars[stage] = self._progress.add_task(stage, total=total)
+            counts_trials = stage == "search" and not detail
+            self._bars[stage] = self._progress.add_task(stage, total=total, counts_trials=counts_trials)
         self._progress.update(self._bars[stage], completed=done, description=f"{stage} {detail}".strip())
         if not self._live and time.monotonic() - self._last_line >= SECONDS_UNTOLD:
             self._line(f"[{stage}] {detail or 'done'}: {done} of {total}")
@@ -164,6 +166,13 @@ class Terminal:
         ]
         search = self._search if self._search and "search" in self._stages else ""
         return Group(Text(" | ".join(stages), style="bold", **FOLDED), self._progress, search)
+
+
+class _TimeLeft(TimeRemainingColumn):
+    """The time left, but that of a search's trials, which its own view tells from what its trials took."""
+
+    def render(self, task: Task) -> Text:
+        return Text() if task.fields["counts_trials"] else super().render(task)
 
 
 class _Column:
