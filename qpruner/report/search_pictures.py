@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import io
+import textwrap
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from qpruner.records import SearchState, SensitivityRecord, TrialRecord
+from qpruner.report.far import ARROWS, edge_of, is_far, told_far
 from qpruner.report.standing import FIGURES, cost, score
 
 DOTS_PER_INCH = 90
@@ -16,6 +18,8 @@ MOST_PLANS = 40
 """Plans that a bit map shows: the best ones."""
 MOST_LABELS = 40
 """Groups that are labelled one by one."""
+TITLE_WIDTH = 90
+"""Characters in a line of a plot's title."""
 COLORS = {4: "#4477aa", 8: "#ddaa33", 16: "#bb5566"}
 """Of bit-widths; told apart in greyscale and by the color-blind (Paul Tol's high-contrast scheme)."""
 
@@ -61,6 +65,13 @@ def draw_front(trials: Sequence[TrialRecord], search: SearchState) -> Any:
     from matplotlib.figure import Figure
 
     metric = search.metric
+    scored = [trial for trial in trials if trial.rungs]
+    edge = edge_of(scored, metric)
+
+    def place(trial: TrialRecord) -> tuple[float, float]:
+        far = is_far(trial, metric, edge)
+        return trial.plan_bytes / 1e6, edge if far and edge is not None else score(trial.rungs[-1], metric)
+
     figure = Figure(figsize=(7, 4.2), layout="constrained")
     axes = figure.subplots()
     finished = [trial for trial in trials if trial.status == "finished"]
@@ -70,19 +81,22 @@ def draw_front(trials: Sequence[TrialRecord], search: SearchState) -> Any:
         "stopped early": ([trial for trial in trials if trial.status == "stopped"], "x", "tab:gray"),
     }
     for label, (shown, marker, color) in kinds.items():
-        points = [(trial.plan_bytes / 1e6, score(trial.rungs[-1], metric)) for trial in shown if trial.rungs]
+        points = [place(trial) for trial in shown if trial.rungs]
         if points:
             axes.scatter(*zip(*points, strict=True), marker=marker, color=color, label=label, zorder=3)
     front = front_of(finished, metric)
     for trial in {trial.index: trial for trial in (*kinds["control"][0], *front)}.values():
-        place = (trial.plan_bytes / 1e6, score(trial.rungs[-1], metric))
-        axes.annotate(str(trial.index), place, xytext=(-4, 4), textcoords="offset points", fontsize=7, ha="right")
+        number = str(trial.index)
+        axes.annotate(number, place(trial), xytext=(-4, 4), textcoords="offset points", fontsize=7, ha="right")
     if front:
-        places = [(trial.plan_bytes / 1e6, score(trial.rungs[-1], metric)) for trial in front]
-        axes.step(*zip(*places, strict=True), where="post", color="black", linewidth=1, label="front", zorder=2)
+        places = zip(*map(place, front), strict=True)
+        axes.step(*places, where="post", color="black", linewidth=1, label="front", zorder=2)
+    for trial in (trial for trial in scored if is_far(trial, metric, edge)):
+        axes.annotate(ARROWS[metric], place(trial), ha="center", va="bottom")
     axes.axvline(search.budget_bytes / 1e6, color="black", linestyle=":", linewidth=1, label="budget")
     axes.set(xlabel="MB", ylabel=FIGURES[metric])
-    axes.set_title(f"after {len(trials)} trials; numbers are trials", fontsize=9, loc="left")
+    about = f"after {len(trials)} trials; numbers are trials. {told_far(scored, metric, edge)}"
+    axes.set_title("\n".join(textwrap.wrap(about, TITLE_WIDTH)), fontsize=9, loc="left")
     axes.grid(alpha=0.3)
     axes.legend(fontsize=7)
     return figure

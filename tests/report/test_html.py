@@ -21,7 +21,8 @@ from click.testing import CliRunner
 from conftest import with_key
 from hub_server import Repository, serving
 from huggingface_hub import ModelCard
-from made_run import HOSTILE, STAGES, MadeRun, reported_run
+from made_run import HOSTILE, STAGES, TRIALS, MadeRun, reported_run
+from recorded_runs import trial as recorded_trial
 
 import qpruner
 from qpruner.cli import main
@@ -29,15 +30,17 @@ from qpruner.config import SensitivityMethod, validate_config
 from qpruner.errors import UserError
 from qpruner.pipeline import run
 from qpruner.plan import PrecisionPlan
-from qpruner.records import PrepareRecord, SearchRecord, SensitivityRecord, StageState
+from qpruner.records import PrepareRecord, RungResult, SearchRecord, SensitivityRecord, StageState
 from qpruner.report import by_task, sections
 from qpruner.report.charts import charts
+from qpruner.report.far import edge_of, is_far, told_far
 from qpruner.report.files import write_report
 from qpruner.report.page import render
 from qpruner.report.page.answer import headline
 from qpruner.report.snapshot import read_snapshot
 from qpruner.report.summary import summary_of, summary_schema, summary_text
 from qpruner.rundir import RunDir
+from qpruner.search.trial_records import write_trial
 
 ROOT = Path(__file__).resolve().parents[2]
 MAX_BYTES = 2_000_000
@@ -148,6 +151,39 @@ def test_every_trial_is_in_the_plots_and_the_best_one_is_marked(long_run: Path) 
     assert all(
         one[1] <= other[0] for spans in by_slot.values() for one, other in zip(spans, sorted(spans)[1:], strict=False)
     )
+
+
+@pytest.mark.parametrize("num_trials", [12, 120])
+def test_one_far_control_does_not_press_the_other_trials_together(num_trials: int, tmp_path: Path) -> None:
+    made = MadeRun(tmp_path / "run", num_trials=num_trials, num_blocks=2)
+    [before] = [chart for chart in charts(read_snapshot(made.run)) if chart.name == "pareto"]
+    near = [point for point in before.spec["data"]["values"] if point["trial"]]
+    uniform = made.trials[0]
+    worse = tuple(rung.model_copy(update={"loss": rung.loss + 2}) for rung in uniform.rungs)
+    write_trial(made.run.trials / TRIALS, uniform.model_copy(update={"rungs": worse}))
+    [after] = [chart for chart in charts(read_snapshot(made.run)) if chart.name == "pareto"]
+    far, *others = after.spec["data"]["values"]
+    shown = [point["shown"] for point in others if "far" not in point]
+    assert max(shown) < far["shown"] < max(shown) + 0.1 * (max(shown) - min(shown))
+    assert [point["score"] for point in others] == [point["score"] for point in near], "what is told is what was scored"
+    told = f"{worse[-1].loss:.4f}"
+    assert far["score"] == worse[-1].loss and far["far"] == f"{told} \u2191"
+    assert f"drawn at the edge with an arrow: trial 0 (uniform-4) {told}" in after.caption
+    assert after.png().startswith(b"\x89PNG")
+
+
+def test_of_a_search_by_accuracy_what_is_far_lies_below() -> None:
+    found = [(0.50, 0), (0.71, 1), (0.72, 2), (0.73, 3)]
+    rung = RungResult(step=8, loss=3.0, train_loss=3.0, accuracy=0.0)
+    trials = [
+        recorded_trial(index, "444444", [3.0] * 3, rungs=(rung.model_copy(update={"accuracy": value}),))
+        for value, index in found
+    ]
+    edge = edge_of(trials, "accuracy")
+    assert edge is not None and 0.70 < edge < 0.71
+    assert [is_far(each, "accuracy", edge) for each in trials] == [True, False, False, False]
+    assert told_far(trials, "accuracy", edge).endswith(": trial 0 (gp) 0.5000.")
+    assert edge_of(trials[1:], "accuracy") is None and told_far(trials[1:], "accuracy", None) == ""
 
 
 def test_the_report_for_github_has_a_picture_of_every_plot(long_run: Path) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator
 from qpruner.plan import PrecisionPlan
 from qpruner.records import TrialRecord
 from qpruner.report.charts.chart import Chart, Spec, Values, colored, quantity, shaped, tooltip
+from qpruner.report.far import ARROWS, edge_of, is_far, told_far
 from qpruner.report.snapshot import Snapshot
 from qpruner.report.standing import score
 
@@ -25,11 +26,16 @@ def kind_of(trial: TrialRecord) -> str:
 
 def pareto(run: Snapshot) -> Iterator[Chart]:
     """Score against bytes."""
-    points = _points(run)
-    if not points:
+    scored = _scored(run)
+    if not scored:
         return
     assert run.state.search
-    place = {"x": quantity("megabytes", "size (MB)", tickCount=8), "y": quantity("score", run.metric_title)}
+    edge = edge_of(scored, run.metric)
+    points = [
+        point | ({"shown": edge, "far": _far(point, run)} if is_far(trial, run.metric, edge) else {})
+        for point, trial in zip(_points(run), scored, strict=True)
+    ]
+    place = {"x": quantity("megabytes", "size (MB)", tickCount=8), "y": quantity("shown", run.metric_title)}
     kinds = _by_kind(points)
     details = tooltip(
         trial="trial",
@@ -67,6 +73,11 @@ def pareto(run: Snapshot) -> Iterator[Chart]:
             | {"opacity": {"condition": {"param": "kinds", "value": 0.85}, "value": 0.1}, "tooltip": details},
         },
         {
+            "transform": [{"filter": "datum.far"}],
+            "mark": {"type": "text", "dy": 14 if run.metric == "accuracy" else -14, "fontWeight": "bold"},
+            "encoding": place | {"text": {"field": "far"}},
+        },
+        {
             "transform": [{"filter": "datum.best"}],
             "mark": {"type": "point", "filled": False, "size": 330, "strokeWidth": 2.5, "color": "var(--text)"},
             "encoding": place,
@@ -83,7 +94,7 @@ def pareto(run: Snapshot) -> Iterator[Chart]:
         "Score against size",
         "Every trial by its plan's bytes and its last score. The step line joins finished trials that none of fewer or "
         "equal bytes beats. A cross was stopped early, so its score is of fewer steps. Point at a trial to see its "
-        "plan; click in the legend to single out a kind.",
+        f"plan; click in the legend to single out a kind. {told_far(scored, run.metric, edge)}".rstrip(),
         {"height": 340, "data": {"values": points}, "layer": layers},
     )
 
@@ -208,8 +219,13 @@ def timeline(run: Snapshot) -> Iterator[Chart]:
     )
 
 
+def _scored(run: Snapshot) -> list[TrialRecord]:
+    """Every trial that was scored and is over."""
+    return [trial for trial in run.trials if trial.rungs and trial.status != "running"]
+
+
 def _points(run: Snapshot) -> Values:
-    """Every trial that was scored, at its last rung."""
+    """The same, at their last rungs."""
     return [
         {
             "trial": trial.index,
@@ -219,12 +235,18 @@ def _points(run: Snapshot) -> Values:
             "megabytes": trial.plan_bytes / 1e6,
             "mean_bits": trial.mean_bits,
             "score": score(trial.rungs[-1], run.metric),
+            "shown": score(trial.rungs[-1], run.metric),
             "step": trial.rungs[-1].step,
             "best": trial == run.best_trial,
         }
-        for trial in run.trials
-        if trial.rungs and trial.status != "running"
+        for trial in _scored(run)
     ]
+
+
+def _far(point: Spec, run: Snapshot) -> str:
+    """What stands at a trial beyond the edge; the scores of those that were stopped there, maybe many, do not."""
+    told = "" if point["kind"] == STOPPED else f"{point['score']:.4f} "
+    return told + ARROWS[run.metric]
 
 
 def _front(points: Values, by_accuracy: bool) -> Iterator[Spec]:
@@ -234,7 +256,7 @@ def _front(points: Values, by_accuracy: bool) -> Iterator[Spec]:
     for point in sorted(finished, key=lambda point: (point["megabytes"], sign * point["score"])):
         if sign * point["score"] < lowest:
             lowest = sign * point["score"]
-            yield {"megabytes": point["megabytes"], "score": point["score"]}
+            yield {"megabytes": point["megabytes"], "shown": point["shown"]}
 
 
 def _by_kind(values: Iterable[Spec]) -> Spec:
