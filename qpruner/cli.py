@@ -441,10 +441,7 @@ def _print_table(results: Results, place: str, terminal: Terminal) -> None:
 
 def _figures(results: Results) -> dict[str, Any]:
     """What fits one line: the claim and table if there are any, and the seconds of each stage."""
-    dumped = results.model_dump(mode="json")
-    figures: dict[str, Any] = {
-        "seconds": {name: record["seconds"] for name, record in dumped.items() if record is not None}
-    }
+    figures: dict[str, Any] = {"seconds": results.seconds}
     if results.search:
         figures["best_plan"] = results.search.best_plan
     if results.finetune and results.evaluate:

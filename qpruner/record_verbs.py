@@ -34,6 +34,7 @@ COMPARISONS: dict[str, Callable[[Any, Any], bool]] = {
 }
 SHOWN = (
     "trial",
+    "winner",
     "from",
     "status",
     "failure",
@@ -84,7 +85,7 @@ def _search_lines(search: dict[str, Any] | None) -> list[str]:
     slots += f" ({search['waiting']} of them waiting for a machine)" if search["waiting"] else ""
     left = "" if search["seconds_left"] is None else f"; about {duration(search['seconds_left'])} left"
     lines = [f"trials: {search['trials']} of {search['max_trials']}: {counts}{slots}{left}"]
-    for name, best in (("best searched", search["best"]), (search["control_name"], search["best_control"])):
+    for name, best in (("best so far", search["best"]), (search["control_name"], search["best_control"])):
         if best:
             reached = f"{FIGURES[search['metric']]} {best[search['metric']]:.4f}"
             size = f"{best['bytes'] / 1e6:.1f} MB"
@@ -97,16 +98,12 @@ def _search_lines(search: dict[str, Any] | None) -> list[str]:
 
 
 def _winner(search: dict[str, Any]) -> str:
-    """What fresh rows chose, and what of the others came nearest there."""
-    metric, fresh = search["metric"], {each["index"]: each for each in search["confirmations"]}
-    best = fresh.pop(search["winner"])
-    told = f"winner on fresh rows: trial {best['index']} ({best['origin']}), {metric} there {best[metric]:.4f}"
-    others = [each for each in fresh.values() if each["control"] != best["control"]]
-    if others:
-        other = min(others, key=lambda each: -each[metric] if metric == "accuracy" else each[metric])
-        kind = "control" if other["control"] else "searched plan"
-        told += f"; the best {kind} there: trial {other['index']}, {other[metric]:.4f}"
-    return f"{told}; `qpruner plan` prints its plan"
+    """What fresh rows chose."""
+    metric, chosen = search["metric"], search["winner"]
+    fresh = next(each for each in search["confirmations"] if each["index"] == chosen)
+    told = f"winner:        selection {metric} {fresh[metric]:.4f}, trial {chosen} ({fresh['origin']})"
+    unbeaten = ", a control that no searched plan beat" if search["control_won"] else ""
+    return f"{told}{unbeaten}; `qpruner plan` prints its plan"
 
 
 def _told(lines: list[str]) -> list[str]:

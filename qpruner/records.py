@@ -365,6 +365,16 @@ class SearchRecord(Record):
     sessions: int = 1
     """Times that the command was started until the search was over."""
 
+    @property
+    def total_seconds(self) -> float:
+        """What the search took, all sessions together, with the finalists on fresh rows, which the last one scored."""
+        return max(self.seconds, self.search_seconds)
+
+    @property
+    def total_gpu_seconds(self) -> float:
+        """What it held GPUs for: its trials, and the finalists on fresh rows."""
+        return self.gpu_seconds + self.confirmation_gpu_seconds
+
     def table_rows(self) -> list[dict[str, Any]]:
         """A row a finalist."""
         return [row for each in self.confirmations for row in each.table_rows()]
@@ -566,12 +576,23 @@ class Results(Recorded):
     finetune: FinetuneRecord | None = None
     evaluate: EvalRecord | None = None
 
+    @property
+    def seconds(self) -> dict[str, float]:
+        """What each stage took that has run."""
+        taken = {name: record.seconds for name, record in self if record}
+        return taken | ({"search": self.search.total_seconds} if self.search else {})
+
+    @property
+    def gpu_seconds(self) -> dict[str, float]:
+        """What each stage held GPUs for that has run."""
+        held = {name: record.gpu_seconds for name, record in self if record}
+        return held | ({"search": self.search.total_gpu_seconds} if self.search else {})
+
     def table_rows(self) -> list[dict[str, Any]]:
         """A row a stage that has run: what it took."""
         return [
-            {"stage": name, "seconds": record.seconds, "gpu_seconds": record.gpu_seconds}
-            for name, record in self
-            if record
+            {"stage": name, "seconds": seconds, "gpu_seconds": self.gpu_seconds[name]}
+            for name, seconds in self.seconds.items()
         ]
 
 

@@ -23,9 +23,11 @@ from qpruner.records import (
     FinetuneRecord,
     RunState,
     SearchRecord,
+    StageState,
     TrialRecord,
     flat,
 )
+from qpruner.report.recorded import read_results
 from qpruner.report.standing import Standing, bar, best_so_far, control_name, in_order_of_end, score, standing
 from qpruner.report.table import SEARCHED
 from qpruner.rundir import STATE, RunDir
@@ -107,7 +109,7 @@ def status(run: RunView, now: float) -> dict[str, Any]:
         shown = run.outcome if is_running and run.outcome != "running" else state.state
         end = now if shown == "running" else run.state.updated
         steps = f"{state.done}/{state.total}" if state.total and is_running else None
-        seconds = end - state.started if is_running else state.seconds
+        seconds = end - state.started if is_running else _taken(run, name, state)
         stages.append({"stage": name, "state": shown, "seconds": seconds, "steps": steps, "text": state.text})
     return {
         "run": run.run_dir.place,
@@ -120,6 +122,11 @@ def status(run: RunView, now: float) -> dict[str, Any]:
         "stages": stages,
         "search": _search_status(run),
     }
+
+
+def _taken(run: RunView, name: str, state: StageState) -> float | None:
+    """Seconds of a stage that is over: of a search those of all its sessions, as the report tells them."""
+    return run.search.total_seconds if name == "search" and run.search else state.seconds
 
 
 def _search_status(run: RunView) -> dict[str, Any] | None:
@@ -140,6 +147,7 @@ def _search_status(run: RunView) -> dict[str, Any] | None:
         "control_name": control_name(now.best_control) if now.best_control else None,
         "best_so_far": best_so_far(in_order_of_end(now.trials), search.metric),
         "winner": run.search.best_index if run.search else None,
+        "control_won": run.search.control_won if run.search else None,
         "confirmations": [each.model_dump() for each in run.search.confirmations] if run.search else [],
     }
 
@@ -154,6 +162,7 @@ def trial_row(run: RunView, trial: TrialRecord) -> dict[str, Any]:
     pulse = None if trial.is_over else read_pulse(run.run_dir.trials / run.state.search.trials_digest, trial.index)
     return {
         "trial": trial.index,
+        "winner": "yes" if run.search and trial.index == run.search.best_index else None,
         "from": trial.origin,
         "status": trial.status,
         "bytes": trial.plan_bytes,
@@ -238,12 +247,22 @@ def summary(run: RunView) -> dict[str, Any]:
         "mean_bits": chosen.mean_bits,
         "plan": bar(chosen),
         "validation_loss": chosen.rungs[-1].loss,
-        "confirmation_loss": fresh.loss,
-        "confirmation_stderr": fresh.stderr,
-        "hours": record.search_seconds / 3600,
-        "gpu_hours": record.gpu_seconds / 3600,
+        "selection_loss": fresh.loss,
+        "selection_stderr": fresh.stderr,
+        "search_hours": record.total_seconds / 3600,
+        "search_gpu_hours": record.total_gpu_seconds / 3600,
+        **_whole_run(run),
     }
     return facts | _final(run)
+
+
+def _whole_run(run: RunView) -> dict[str, float]:
+    """Hours of all stages that are recorded."""
+    results = read_results(run.run_dir, run.state)
+    return {
+        "run_hours": sum(results.seconds.values()) / 3600,
+        "run_gpu_hours": sum(results.gpu_seconds.values()) / 3600,
+    }
 
 
 def _final(run: RunView) -> dict[str, Any]:

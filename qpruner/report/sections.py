@@ -23,9 +23,10 @@ from qpruner.records import (
 )
 from qpruner.report.lines import duration
 from qpruner.report.marginal_effects import MarginalEffects, rank_correlation
+from qpruner.report.recorded import KINDS
 from qpruner.report.snapshot import Snapshot
 from qpruner.report.standing import FIGURES, score
-from qpruner.report.table import SEARCHED, Row, model_title
+from qpruner.report.table import SEARCHED, Row, model_title, rows, under_first_seed
 from qpruner.search.trial_records import remedy_of
 from qpruner.wording import counted
 
@@ -172,8 +173,8 @@ def search_text(search: SearchRecord) -> list[str]:
         f"{search.searcher} on {search.metric}, budget {search.budget_bytes / 1e6:.1f} MB: "
         f"{counted(search.num_trials, 'trial')}, "
         f"{search.num_finished} finished, {search.num_stopped} stopped early, {search.num_failed} failed, in "
-        f"{duration(search.search_seconds)}"
-        + (f", {duration(search.gpu_seconds)} on GPUs" if search.gpu_seconds else "")
+        f"{duration(search.total_seconds)}"
+        + (f", {duration(search.total_gpu_seconds)} on GPUs" if search.total_gpu_seconds else "")
         + f". It ended because {search.ended}."
     )
     if search.num_taken_over:
@@ -290,14 +291,10 @@ def effects_text(effects: MarginalEffects | str) -> str:
 
 def stages(run: Snapshot) -> list[tuple[str, ...]]:
     """Every stage that was begun: its state and what it took in the command that recorded it."""
-    records = dict(run.results)
     busy = {"search": sum(trial.seconds for trial in run.trials)}
-    gpu = {name: record.gpu_seconds for name, record in records.items() if record}
-    gpu["search"] = sum(trial.gpu_seconds for trial in run.trials)
-    seconds = {name: record.seconds for name, record in records.items() if record}
+    # Of the trials that other searches left, too.
+    gpu = run.results.gpu_seconds | {"search": sum(trial.gpu_seconds for trial in run.trials)}
     if run.results.search:
-        # Of all sessions; the record has the last one's, with the finalists on fresh rows.
-        seconds["search"] = max(seconds["search"], run.results.search.search_seconds)
         gpu["search"] += run.results.search.confirmation_gpu_seconds
     if run.results.finetune:
         busy["finetune"] = sum({each.digest: each.seconds for each in run.results.finetune.candidates}.values())
@@ -306,9 +303,9 @@ def stages(run: Snapshot) -> list[tuple[str, ...]]:
         return f"{figures[name]:.1f}" if figures.get(name) else "-"
 
     return [
-        (name, STATES[stage.state], told(seconds, name), told(busy, name), told(gpu, name))
+        (name, STATES[stage.state], told(run.results.seconds, name), told(busy, name), told(gpu, name))
         for name, stage in run.state.stages.items()
-        if name in records
+        if name in KINDS
     ]
 
 

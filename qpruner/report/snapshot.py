@@ -8,20 +8,9 @@ from typing import TYPE_CHECKING
 
 from qpruner.errors import UserError
 from qpruner.plan import PrecisionPlan
-from qpruner.records import (
-    BankRecord,
-    EvalRecord,
-    FinetuneRecord,
-    PrepareRecord,
-    PruneRecord,
-    Record,
-    Results,
-    RunState,
-    SearchRecord,
-    SensitivityRecord,
-    TrialRecord,
-)
+from qpruner.records import Results, RunState, TrialRecord
 from qpruner.report.marginal_effects import MarginalEffects, marginal_effects
+from qpruner.report.recorded import KINDS, read_results
 from qpruner.report.standing import FIGURES, best_of
 from qpruner.rundir import RunDir
 from qpruner.search.trial_records import read_trials
@@ -29,16 +18,6 @@ from qpruner.wording import counted
 
 if TYPE_CHECKING:
     import pandas
-
-KINDS: dict[str, type[Record]] = {
-    "prepare": PrepareRecord,
-    "prune": PruneRecord,
-    "bank": BankRecord,
-    "sensitivity": SensitivityRecord,
-    "search": SearchRecord,
-    "finetune": FinetuneRecord,
-    "evaluate": EvalRecord,
-}
 
 
 @dataclass(frozen=True)
@@ -151,7 +130,6 @@ def read_snapshot(run: RunDir) -> Snapshot:
     state = run.read_state(RunState)
     if state is None:
         raise UserError(f"{run.place} holds no run: it has no run.json; give a folder that `qpruner run` wrote")
-    done = [name for name in KINDS if name in state.stages and state.stages[name].state != "running"]
-    results = Results.model_validate({name: run.read_record(name, KINDS[name]) for name in done})
+    results = read_results(run, state)
     trials = read_trials(run.trials / state.search.trials_digest) if state.search else []
     return Snapshot(Path(run.place).name, state, results, tuple(trials), marginal_effects(trials))

@@ -14,11 +14,16 @@ from typing import Any, get_args
 import pytest
 import yaml
 from click.testing import CliRunner, Result
+from made_records import made_confirmation
+from made_run import MadeRun
 from recorded_runs import DIGEST, GROUPS, recorded_run, trial, trials
 
 from qpruner.cli import main
 from qpruner.plan_file import read_plan
-from qpruner.records import BankRecord, TrialPulse, TrialRecord
+from qpruner.records import BankRecord, EvalRecord, SearchRecord, TrialPulse, TrialRecord
+from qpruner.report import sections
+from qpruner.report.lines import duration
+from qpruner.report.snapshot import read_snapshot
 from qpruner.rundir import RunDir
 from qpruner.search.trial_records import remedy_of, write_pulse, write_trial
 
@@ -44,11 +49,46 @@ def test_status_shows_stages_trials_and_the_best_against_the_controls(run: Path)
     text = qpruner("status", run).stdout
     assert "running on" in text and "last sign of life" in text
     assert "trials: 6 of 20: 3 finished, 1 stopped, 1 failed, 1 running on 2 slots; about 15 min 00 s left" in text
-    assert "best searched: validation loss 2.9000, trial 2 (gp), 32.0 MB [848444]" in text
+    assert "best so far:   validation loss 2.9000, trial 2 (gp), 32.0 MB [848444]" in text
     assert "best control:  validation loss 3.0000, trial 1 (seed-kl)" in text
     stages = {each["stage"]: each["state"] for each in told("status", run)["stages"]}
     assert list(stages)[:2] == ["prepare", "prune"]
     assert (stages["prepare"], stages["search"], stages["evaluate"]) == ("recorded", "running", "waiting")
+
+
+def search_of(run: Path, **changes: Any) -> None:
+    """Change what the search's record says."""
+    record = RunDir(run).read_record("search", SearchRecord)
+    assert record
+    RunDir(run).write_record("search", record.model_copy(update=changes))
+
+
+def test_status_names_the_winner_and_no_other_best_than_while_it_was_searched(tmp_path: Path) -> None:
+    run = recorded_run(tmp_path / "run", is_over=True)
+
+    def lines() -> list[str]:
+        text = qpruner("status", run).stdout
+        return text[text.index("best so far:") :].splitlines()
+
+    names = [line.partition(":")[0] for line in lines()]
+    assert names == ["best so far", "best control", "under way", "failed", "  remedy", "winner"]
+    assert lines()[-1] == "winner:        selection loss 2.9500, trial 2 (gp); `qpruner plan` prints its plan"
+    control = made_confirmation(1, "seed-kl", 2.9)
+    search_of(run, best_index=1, best_origin="seed-kl", control_won=True, confirmations=(control,))
+    assert "trial 1 (seed-kl), a control that no searched plan beat; " in lines()[-1]
+
+
+def test_a_search_took_as_long_as_the_report_says(tmp_path: Path) -> None:
+    """With its finalists, and all of its sessions."""
+    run = recorded_run(tmp_path / "run", is_over=True)
+    for changes, seconds in (({}, 600.0), ({"search_seconds": 700.0, "sessions": 2}, 700.0)):
+        search_of(run, **changes)
+        stages = {each["stage"]: each["seconds"] for each in told("status", run)["stages"]}
+        assert stages["search"] == seconds
+        snapshot = read_snapshot(RunDir(run))
+        assert snapshot.results.search
+        assert f" in {duration(seconds)}. It ended" in sections.search_text(snapshot.results.search)[0]
+        assert {row[0]: row[2] for row in sections.stages(snapshot)}["search"] == f"{seconds:.1f}"
 
 
 def test_status_and_trials_show_where_trials_are_and_why_they_failed(run: Path) -> None:
@@ -93,6 +133,17 @@ def test_where_no_trial_matches_it_says_so(run: Path) -> None:
     assert qpruner("trials", run, "--where", "loss<1").stdout == "no trials match\n"
     shutil.rmtree(run / "trials")
     assert qpruner("trials", run).stdout == "there are no trials yet\n"
+
+
+def test_trials_mark_the_winner_once_it_is_chosen(run: Path, tmp_path: Path) -> None:
+    assert "winner" not in qpruner("trials", run).stdout
+    over = recorded_run(tmp_path / "over", is_over=True)
+    heading, *lines = qpruner("trials", over).stdout.splitlines()
+    assert heading.split()[:3] == ["trial", "winner", "from"]
+    assert [line.split()[1] for line in lines[:6]] == ["-", "-", "yes", "-", "-", "-"]
+    assert [row["trial"] for row in told("trials", over, "--where", "winner=yes")["trials"]] == [2]
+    rows = csv.DictReader(io.StringIO(qpruner("trials", over, "--csv").stdout))
+    assert [row["winner"] for row in rows] == ["", "", "yes", "", "", ""]
 
 
 def test_trials_as_csv_has_the_bits_of_every_group(run: Path) -> None:
@@ -156,11 +207,24 @@ def test_compare_shows_results_side_by_side_and_the_settings_that_differ(tmp_pat
     second = recorded_run(tmp_path / "second", search__searcher="random", lora__rank=2)
     facts = told("compare", first, second)
     assert [each["run"] for each in facts["runs"]] == [str(first), str(second)]
-    assert facts["runs"][0]["confirmation_loss"] == pytest.approx(2.95)
-    assert "confirmation_loss" not in facts["runs"][1], "its search is not over"
+    assert facts["runs"][0]["selection_loss"] == pytest.approx(2.95)
+    assert "selection_loss" not in facts["runs"][1], "its search is not over"
     assert facts["differing_settings"] == {"lora.rank": [4, 2], "search.searcher": ["gp", "random"]}
     text = qpruner("compare", first, second).stdout
     assert "848444" in text and "Settings that differ" in text
+
+
+def test_compare_tells_the_hours_of_the_search_from_those_of_the_run(tmp_path: Path) -> None:
+    """What an earlier configuration left in the folder is not counted."""
+    made = MadeRun(tmp_path / "run", num_trials=12, num_blocks=2, until="finetune", gpus=2.0)
+    record = made.run.read_record("search", SearchRecord)
+    assert record
+    made.run.write_record("search", record.model_copy(update={"gpu_seconds": 7200.0, "confirmation_gpu_seconds": 36.0}))
+    made.run.write_record("evaluate", EvalRecord(digest="old", seconds=1e6, gpu_seconds=1e6, rows=()))
+    [facts] = told("compare", tmp_path / "run")["runs"]
+    assert (facts["search_hours"], facts["search_gpu_hours"]) == (0.5, 2.01)
+    assert facts["run_hours"] == pytest.approx(0.5 + 5 * 61.5 / 3600), "prepare to finetune"
+    assert facts["run_gpu_hours"] == pytest.approx(2.01 + 5 * 2 * 61.5 / 3600)
 
 
 def test_runs_of_one_name_are_told_apart_by_their_folders(tmp_path: Path) -> None:
