@@ -429,7 +429,7 @@ def _print_layers(record: PruneRecord, terminal: Terminal) -> None:
 def _print_table(results: Results, place: str, terminal: Terminal) -> None:
     from qpruner.report import sections, table
 
-    for caption, headings, body in sections.final_tables(table.rows(results)):
+    for caption, headings, body in sections.final_tables(results):
         terminal.say(f"{caption}:")
         terminal.table(headings, body)
     terminal.say(table.claim(results))

@@ -145,7 +145,7 @@ def search(context: Context, banked: BankRecord, measured: SensitivityRecord) ->
         front = f"a front of {len(record.front)} plans, " if record.front else ""
         return (
             f"{record.num_finished} finished, {record.num_stopped} stopped early, {record.num_failed} failed; {front}"
-            f"best: trial {record.best_index} [{PrecisionPlan.from_dict(record.best_plan)}] ({record.best_origin})"
+            f"winner: trial {record.best_index} [{PrecisionPlan.from_dict(record.best_plan)}] ({record.best_origin})"
         )
 
     return run_stage(context.run_dir, stage, SearchRecord, work, figures, context.emit, context.gpu_time)
@@ -278,9 +278,10 @@ def _confirm(context: Context, finalists: Sequence[TrialRecord], job: SearchJob)
         )
         context.emit(Progress("search", len(found), len(jobs), "finalists on fresh rows"))
     for _, each in sorted(found.items()):
-        text = f"confirmation: trial {each.index} ({each.origin}) loss {each.loss:.4f} (se {each.stderr:.4f})"
-        accuracy = "" if each.accuracy is None else f", accuracy {each.accuracy:.3f} (se {each.accuracy_stderr:.3f})"
-        context.emit(Message("search", text + accuracy))
+        text = f"finalist: trial {each.index} ({each.origin}), selection loss {each.loss:.4f} (se {each.stderr:.4f})"
+        if each.accuracy is not None:
+            text += f", selection accuracy {each.accuracy:.3f} (se {each.accuracy_stderr:.3f})"
+        context.emit(Message("search", text))
     return [found[position] for position in sorted(found)]
 
 

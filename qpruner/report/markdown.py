@@ -92,10 +92,9 @@ def _search(run: Snapshot, charts: Sequence[Chart], pictures: str) -> list[str]:
     for line in sections.search_text(search) if search else sections.unfinished_search_text(run):
         lines += [prose(line), ""]
     if search:
-        lines += [pipe_table(sections.FINALIST_HEADINGS, sections.finalists(search)), ""]
+        lines += [f"{sections.FINALISTS_CAPTION}:", "", pipe_table(*sections.finalists(search)), ""]
         if search.front:
-            table = pipe_table(sections.FRONT_HEADINGS, sections.front(search))
-            lines += ["Plans that none of fewer or equal bytes beats on fresh rows:", "", table, ""]
+            lines += [f"{sections.FRONT_CAPTION}:", "", pipe_table(*sections.front(search)), ""]
     return [*lines, *_shown(charts, "search", pictures)]
 
 
@@ -130,7 +129,16 @@ def measured(results: Results) -> list[str]:
     """The final table, the claim under it, and how to read it."""
     table = pipe_table(sections.HEADINGS, [sections.cells(row) for row in rows(results)])
     assert results.evaluate
-    return [table, "", *claimed(results), "", prose(sections.legend(results.evaluate)), ""]
+    legend = prose(sections.legend(results.evaluate))
+    return [table, "", *claimed(results), "", *_alike(results), legend, ""]
+
+
+def _alike(results: Results) -> list[str]:
+    table = sections.alike_table(results)
+    if table is None:
+        return []
+    caption, headings, body = table
+    return [f"{caption}:", "", pipe_table(headings, body), ""]
 
 
 def claimed(results: Results) -> list[str]:

@@ -34,7 +34,7 @@ LAYER_HEADINGS = ("block", "query heads", "key/value heads", "MLP channels", "ke
 TABLES = (
     (
         "How well each row does on what has chosen nothing, after the same fine-tune",
-        ("bytes", "mean bits", "test accuracy", "test answer loss", "perplexity"),
+        ("seeds", "bytes", "mean bits", "test accuracy", "test answer loss", "perplexity"),
     ),
     ("The fine-tune of each row", ("from", "seeds", "validation loss", "confirmation loss")),
     (
@@ -43,20 +43,24 @@ TABLES = (
     ),
 )
 """The final table in parts of which each fits 120 columns: captions, and headings beside the row's name."""
-HEADINGS = ("row", *(heading for _, headings in TABLES for heading in headings))
+HEADINGS = ("row", *dict.fromkeys(heading for _, headings in TABLES for heading in headings))
+ALIKE_HEADINGS = ("row", "test accuracy", "test answer loss", "perplexity", "validation loss", "confirmation loss")
 LEGEND = (
     "Bytes are the packed tensors, scales, unquantized rest and adapters; mean bits are over the grouped weights; peak "
-    "memory is that of the fine-tune, in a process of its own. Every row had the same fine-tune. A row with several "
-    "training seeds (data order and dropout; adapter starts are the same) shows means and, after ±, their standard "
-    "deviation over seeds, the random row over its plans too; se is the standard error of an accuracy over questions. "
+    "memory is that of the fine-tune, in a process of its own. Every row had the same fine-tune. Seeds are training "
+    "seeds (data order and dropout; adapter starts are the same): how many, and in brackets which. A row with several "
+    "shows means and, after ±, their standard deviation over seeds, the random row over its plans too; se is the "
+    "standard error of an accuracy over questions. "
     "In the claim an interval is the widest of Student's over seeds, Student's over random plans and the paired one "
     "over questions, each at 95 % by itself. The confirmation loss is on the half of the confirmation rows that chose "
-    "nothing; the other half chose the winner and the best seed. The test questions have chosen nothing."
+    "nothing, the selection loss on the other half, which chose the winner and the best seed. The test questions have "
+    "chosen nothing."
 )
 
 
-FINALIST_HEADINGS = ("trial", "from", "confirmation loss", "accuracy")
-FRONT_HEADINGS = ("trial", "from", "bytes", "plan", "confirmation loss", "accuracy")
+FINALISTS_CAPTION = "Finalists on the fresh rows that chose the winner"
+FRONT_CAPTION = "Plans that none of fewer or equal bytes beats on fresh rows"
+FRESH_HEADINGS = ("selection loss", "selection accuracy")
 RUNGS_CAPTION = "Every trial at each rung, by optimizer step; a trial that was stopped or failed has none after it"
 METHOD_HEADINGS = ("method", "what", "unit", "seconds", "rank correlation")
 GROUPS_CAPTION = "What a method predicts that fewer bits cost, over the most bits a group may take"
@@ -74,19 +78,21 @@ STAGE_LEGEND = (
 STATUSES = {"finished": "finished", "stopped": "stopped early", "failed": "failed", "running": "running"}
 STATES = {"done": "done", "recorded": "recorded before", "running": "begun"}
 
+Table = tuple[str, tuple[str, ...], list[tuple[str, ...]]]
+"""Caption, headings and cells."""
+
 
 def cells(row: Row) -> tuple[str, ...]:
     """A row as the table shows it, on screen and in the report: a cell for each of `HEADINGS`."""
-    seeds = row.seeds
     return (
         row.title,
+        _seeds(row),
         f"{row.measured_bytes / 1e6:.1f} MB",
         f"{row.mean_bits:.2f}",
         f"{_figure(row.accuracy, row.accuracy_spread, 3)} (se {row.accuracy_stderr:.3f})",
         "-" if row.answer_loss is None else _figure(row.answer_loss, row.answer_loss_spread),
         "-" if row.perplexity is None else _figure(row.perplexity, row.perplexity_spread, 2),
         row.origin,
-        f"{seeds[0]}-{seeds[-1]}" if len(seeds) > 1 else f"{seeds[0]}",
         _figure(row.validation_loss, row.validation_loss_spread),
         _figure(row.confirmation_loss, row.confirmation_loss_spread),
         f"{row.num_parameters / 1e6:.1f} M",
@@ -97,13 +103,25 @@ def cells(row: Row) -> tuple[str, ...]:
     )
 
 
-def final_tables(rows: Sequence[Row]) -> list[tuple[str, tuple[str, ...], list[tuple[str, ...]]]]:
-    """The final table in parts, narrow enough for a terminal and for paper: caption, headings and cells of each."""
-    body = [dict(zip(HEADINGS, cells(row), strict=True)) for row in rows]
-    return [
-        (caption, ("row", *headings), [tuple(line[heading] for heading in ("row", *headings)) for line in body])
-        for caption, headings in TABLES
-    ]
+def final_tables(results: Results) -> list[Table]:
+    """The final table in parts, narrow enough for a terminal and for paper."""
+    parts = [_part(caption, ("row", *headings), rows(results)) for caption, headings in TABLES]
+    alike = alike_table(results)
+    return [*parts, *([alike] if alike else [])]
+
+
+def alike_table(results: Results) -> Table | None:
+    """Every row under one training seed, the first, which all of them had; None where all had equally many."""
+    first = under_first_seed(results)
+    if len({len(row.seeds) for row in rows(results)}) == 1:
+        return None
+    [seed] = first[0].seeds
+    return _part(f"Like with like: every row under training seed {seed} alone", ALIKE_HEADINGS, first)
+
+
+def _part(caption: str, headings: tuple[str, ...], of_rows: Sequence[Row]) -> Table:
+    body = [dict(zip(HEADINGS, cells(row), strict=True)) for row in of_rows]
+    return caption, headings, [tuple(line[heading] for heading in headings) for line in body]
 
 
 def legend(record: EvalRecord) -> str:
@@ -124,6 +142,11 @@ def legend(record: EvalRecord) -> str:
         "(decode). The rows took turns; shown is the median, and the least and most in brackets. The memory is the "
         f"{setting.memory_counter}."
     )
+
+
+def _seeds(row: Row) -> str:
+    first, *others = row.seeds
+    return f"{len(row.seeds)} ({first}-{others[-1]})" if others else f"1 ({first})"
 
 
 def _turns(figures: tuple[float, float, float] | None) -> str:
@@ -230,20 +253,30 @@ def rungs(run: Snapshot) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
     return ("trial", "from", *(f"{name} at {step}" for name, step in columns)), body
 
 
-def finalists(search: SearchRecord) -> list[tuple[str, ...]]:
-    """Who was scored on fresh rows."""
-    return [
+def finalists(search: SearchRecord) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """Who was scored on fresh rows: headings and cells."""
+    body = [
         (f"{each.index}", each.origin + (", taken over" if each.taken_over else ""), *_fresh(each))
         for each in search.confirmations
     ]
+    return _filled(("trial", "from", *FRESH_HEADINGS), body)
 
 
-def front(search: SearchRecord) -> list[tuple[str, ...]]:
-    """Plans that none of fewer or equal bytes beats on fresh rows."""
-    return [
+def front(search: SearchRecord) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """Plans that none of fewer or equal bytes beats on fresh rows: headings and cells."""
+    body = [
         (f"{each.index}", each.origin, f"{each.plan_bytes / 1e6:.1f} MB", bar(each.plan), *_fresh(each))
         for each in search.front
     ]
+    return _filled(("trial", "from", "bytes", "plan", *FRESH_HEADINGS), body)
+
+
+def _filled(
+    headings: tuple[str, ...], body: Sequence[tuple[str, ...]]
+) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """The table without columns in which no row has a figure."""
+    kept = [column for column in range(len(headings)) if any(row[column] != "-" for row in body)]
+    return tuple(headings[column] for column in kept), [tuple(row[column] for column in kept) for row in body]
 
 
 def bar(plan: dict[str, int]) -> str:

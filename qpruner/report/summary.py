@@ -31,6 +31,8 @@ class Summary(BaseModel):
     """The differences behind the claim."""
     table: tuple[table.Row, ...]
     """The final table; losses in nats per token, means over training seeds."""
+    first_seed_table: tuple[table.Row, ...]
+    """The same under the first training seed alone, which every row had."""
     marginal_effects: MarginalEffects | str | None
     """What finished trials show of each group, or why they show nothing."""
     rank_correlations: dict[str, float | None]
@@ -55,6 +57,7 @@ def summary_of(run: Snapshot) -> Summary:
         claim=table.claim(run.results) if run.is_whole else None,
         comparisons=tuple(table.comparisons(run.results)) if run.is_whole else (),
         table=tuple(table.rows(run.results)) if run.is_whole else (),
+        first_seed_table=tuple(table.under_first_seed(run.results)) if run.is_whole else (),
         marginal_effects=run.effects if run.trials else None,
         rank_correlations={name: rank_correlation(method, run.effects) for name, method in methods.items()},
         records=run.results,

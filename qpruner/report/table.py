@@ -132,6 +132,19 @@ def rows(results: Results) -> list[Row]:
     ]
 
 
+def under_first_seed(results: Results) -> list[Row]:
+    """The same rows under the first training seed alone, the run's own, which every row had."""
+    assert results.finetune and results.evaluate
+    seed = min(record.seed for record in results.finetune.candidates)
+    tuned = tuple(record for record in results.finetune.candidates if record.seed == seed)
+    scored = tuple(row for row in results.evaluate.rows if row.seed == seed)
+    alone = {
+        "finetune": results.finetune.model_copy(update={"candidates": tuned}),
+        "evaluate": results.evaluate.model_copy(update={"rows": scored}),
+    }
+    return rows(results.model_copy(update=alone))
+
+
 def title_of(name: str, search: SearchRecord | None) -> str:
     """What people read where the records have a row's name: a plan that no search found is not called searched."""
     if name != SEARCHED or search is None:

@@ -34,8 +34,9 @@ from qpruner.report import by_task
 from qpruner.report.marginal_effects import MarginalEffects
 from qpruner.report.markdown import render
 from qpruner.report.model_card import model_card
-from qpruner.report.sections import HEADINGS, cells, search_text, steps
+from qpruner.report.sections import HEADINGS, cells, final_tables, search_text, steps
 from qpruner.report.snapshot import Snapshot
+from qpruner.report.summary import summary_of
 from qpruner.report.table import BEST_SEED, RANDOM, SEARCHED, Difference, claim, comparisons, rows
 
 PLAN = {"layers.0": 8, "layers.1": 4}
@@ -535,13 +536,33 @@ def test_a_row_is_the_mean_of_its_tasks_and_of_its_seeds(whole: Results) -> None
     assert {name: row.origin for name, row in table.items() if name in ORIGINS} == ORIGINS
 
 
+def test_a_row_of_one_seed_can_be_compared_with_the_same_seed_of_the_others(whole: Results) -> None:
+    told = {row.name: dict(zip(HEADINGS, cells(row), strict=True)) for row in rows(whole)}
+    assert (told["base"]["seeds"], told[SEARCHED]["seeds"]) == ("1 (0)", "2 (0-1)")
+    caption, headings, body = final_tables(whole)[-1]
+    assert "under training seed 0 alone" in caption
+    alike = {row[0]: dict(zip(headings, row, strict=True)) for row in body}
+    assert list(alike) == [row.title for row in rows(whole)]
+    assert alike["base"]["confirmation loss"] == told["base"]["confirmation loss"]
+    assert told[SEARCHED]["confirmation loss"] == "2.5000 ± 0.7071"
+    assert alike[SEARCHED]["confirmation loss"] == "2.0000"
+    assert f"\n{caption}:\n\n| row | " in report(whole)
+    seeds = {row.name: row.seeds for row in summary_of(snapshot(whole)).first_seed_table}
+    assert set(seeds.values()) == {(0,)}
+
+
+def test_rows_of_equally_many_seeds_are_told_once() -> None:
+    results = results_of([*row_of(BEST_SEED, [2.0, 2.1]), *searched_row([1.0, 1.1])])
+    assert len(final_tables(results)) == 3 and "alone" not in report(results)
+
+
 def test_the_report_holds_every_row_the_claim_and_the_configuration(whole: Results) -> None:
     config = "output: runs/demo\nlora:\n  rank: 8\n"
     text = report(whole, config=config, environment={"python": "3.11.9", "torch": "2.13.0"})
     lines = text.splitlines()
     for row in rows(whole):
         assert "| " + " | ".join(cells(row)) + " |" in lines
-    assert " | gp, trial 11 | 0-1 | 2.2500 ± 0.1768 | 2.5000 ± 0.7071 | " in text
+    assert " | gp, trial 11 | 2.2500 ± 0.1768 | 2.5000 ± 0.7071 | " in text
     assert f"\n\n{claim(whole)}\n\n" in text
     assert f"```yaml\n{config}```" in text
     assert "- python: 3.11.9" in lines and "- torch: 2.13.0" in lines
@@ -617,8 +638,9 @@ def test_the_report_tells_how_search_and_pruning_ended(whole: Results) -> None:
     assert "started from 5 trials that searches with another budget, searcher or plan left" in text
     assert "Resumed: 2 sessions; the last began with 3 trials recorded before. Failed: 1 diverged (lower" in text
     assert "On fresh rows trial 11 (gp) was best, a searched plan." in text
-    assert "| 2 | seed-kl, taken over | 2.1250 (se 0.0625) | - |" in text
-    assert "| 11 | gp | 2.0625 (se 0.0312) | - |" in text
+    assert "\n| trial | from | selection loss |\n" in text, "no accuracy was searched"
+    assert "\n| 2 | seed-kl, taken over | 2.1250 (se 0.0625) |\n" in text
+    assert "\n| 11 | gp | 2.0625 (se 0.0312) |\n" in text
     assert "none of fewer or equal bytes" not in text, "there is no front"
     assert "target 20.00% of all parameters, achieved 19.84%" in text
     assert "150,000,000 -> 120,240,000 parameters, 300.0 -> 240.5 MB" in text
@@ -640,6 +662,7 @@ def test_the_report_shows_a_front() -> None:
         ),
     )
     text = report(results_of(searched_row([1.0]), front=front))
+    assert "| trial | from | bytes | plan | selection loss | selection accuracy |" in text
     assert "| 4 | gp | 9.0 MB | 48 | 2.5000 (se 0.2500) | - |" in text
     assert "| 7 | gp | 9.9 MB | 84 | 2.2500 (se 0.2500) | 0.500 (se 0.100) |" in text
 

@@ -18,7 +18,7 @@ from recorded_runs import planned, recorded_run, trials
 from rich.console import Console
 
 from qpruner import events
-from qpruner.report import sections, table
+from qpruner.report import sections
 from qpruner.report.lines import duration
 from qpruner.report.snapshot import read_snapshot
 from qpruner.report.standing import bar
@@ -50,12 +50,12 @@ with Terminal(quiet="quiet" in sys.argv) as terminal:
 TABLES = """
 import sys
 from qpruner import read_run, record_verbs
-from qpruner.report import sections, table
+from qpruner.report import sections
 from qpruner.report.lines import duration
 from qpruner.terminal import Terminal
 run = sys.argv[3]
 record_verbs.trials(run, (), "trial", False, "text")
-for _, headings, body in sections.final_tables(table.rows(read_run(run).results)):
+for _, headings, body in sections.final_tables(read_run(run).results):
     Terminal(quiet=False).table(headings, body)
 """
 TESTS = Path(__file__).resolve().parent
@@ -199,7 +199,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> MadeRun:
 
 def final_cells(made: MadeRun) -> list[list[tuple[str, ...]]]:
     """Headings and cells of the final table's parts."""
-    return [[head, *body] for _, head, body in sections.final_tables(table.rows(read_snapshot(made.run).results))]
+    return [[head, *body] for _, head, body in sections.final_tables(read_snapshot(made.run).results)]
 
 
 def test_a_pipe_gets_a_whole_line_a_row(made: MadeRun) -> None:

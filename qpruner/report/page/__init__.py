@@ -23,7 +23,7 @@ from qpruner.report.charts.chart import Chart
 from qpruner.report.page.answer import tiles
 from qpruner.report.snapshot import Snapshot
 from qpruner.report.standing import score
-from qpruner.report.table import claim, rows
+from qpruner.report.table import claim
 
 TRIAL_HEADINGS = (
     ("trial", "number"),
@@ -115,7 +115,7 @@ def _tables(run: Snapshot) -> dict[str, Any]:
     if results.evaluate:
         tables["final"] = [
             (caption, headings, [list(map(_unbroken, line)) for line in body])
-            for caption, headings, body in sections.final_tables(rows(results))
+            for caption, headings, body in sections.final_tables(results)
         ]
         tables["by_task"] = by_task.table(results)
         tables["steps"] = sections.steps(results)
@@ -126,7 +126,8 @@ def _tables(run: Snapshot) -> dict[str, Any]:
         tables["groups"] = sections.groups(results.sensitivity, run.effects, run.best_plan)
     if results.search:
         tables["finalists"] = sections.finalists(results.search)
-        tables["front"] = sections.front(results.search)
+        if results.search.front:
+            tables["front"] = sections.front(results.search)
     if results.prune:
         tables["layers"] = [sections.layer_cells(layer) for layer in results.prune.layers]
     return tables

@@ -45,7 +45,7 @@ def _whole(run: Snapshot) -> Iterator[Tile]:
         "Accuracy on held-out tasks",
         f"{winner.accuracy:.3f}",
         (
-            *(f"{other.name}, same fine-tune: {other.accuracy:.3f}" for other in others),
+            *(f"{other.name}, same fine-tune{_seeds(other, winner)}: {other.accuracy:.3f}" for other in others),
             *_answer_losses(winner, others),
             _interval(winner),
         ),
@@ -58,6 +58,11 @@ def _whole(run: Snapshot) -> Iterator[Tile]:
         (f"{len(plan)} groups: {', '.join(counts)}", f"found by {winner.origin}"),
     )
     yield _certainty(run)
+
+
+def _seeds(other: Row, winner: Row) -> str:
+    """Of which training seed a row is that stands beside a mean over several."""
+    return f" under training seed {other.seeds[0]} alone" if len(other.seeds) < len(winner.seeds) else ""
 
 
 def _interval(winner: Row) -> str:
