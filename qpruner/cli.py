@@ -203,7 +203,7 @@ def status(run: str, as_json: bool) -> None:
     _guarded(as_json, lambda: record_verbs.status(run, as_json))
 
 
-@main.command(help="List the trials of a run.")
+@main.command(help="List the trials of a run, the winner marked.")
 @_run_folder
 @click.option(
     "--where", "conditions", multiple=True, metavar="KEY=VALUE", help="Only these: status=finished, loss<3.2."

@@ -78,8 +78,8 @@ class DataConfig(Section):
     validation: Annotated[tuple[DataSource, ...], Field(min_length=1)]
     """Rows that score a trial."""
     confirmation: Annotated[tuple[DataSource, ...], Field(min_length=1)]
-    """Rows that no trial is scored on: the first, third, ... decide among the best trials, the others judge the
-    winner."""
+    """Rows that no trial is scored on: the first, third, ... decide among the best trials (selection loss), the others
+    judge the winner (confirmation loss)."""
     template: Literal["alpaca", "chat"] = "alpaca"
     """How instruction rows are written: the Alpaca prompt, or the tokenizer's own chat template."""
     max_length: Annotated[int, Field(ge=8)] = 256
