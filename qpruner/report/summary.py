@@ -29,10 +29,10 @@ class Summary(BaseModel):
     """What can be said of the searched plan at equal bytes."""
     comparisons: tuple[table.Comparison, ...]
     """The differences behind the claim."""
+    first_seed_table: tuple[table.Row, ...]
+    """The rows of `table` under the first training seed alone, which every row had."""
     table: tuple[table.Row, ...]
     """The final table; losses in nats per token, means over training seeds."""
-    first_seed_table: tuple[table.Row, ...]
-    """The same under the first training seed alone, which every row had."""
     marginal_effects: MarginalEffects | str | None
     """What finished trials show of each group, or why they show nothing."""
     rank_correlations: dict[str, float | None]
