@@ -298,6 +298,7 @@ class FreshScore(Recorded):
     """A finished trial on what no trial was scored on: confirmation rows and, for accuracy, further questions."""
 
     loss: float
+    """The selection loss: on the half of the confirmation rows that chooses, in nats per token."""
     stderr: float
     """Of the loss."""
     accuracy: float | None = None
@@ -399,7 +400,7 @@ class CandidateRecord(Record):
     train_loss: float
     validation_loss: float
     confirmation_loss: float
-    """On rows that no trial was scored on, in nats per token."""
+    """On the half of the confirmation rows that chose nothing, in nats per token."""
     peak_memory_bytes: int
     memory_counter: str
     adapter_sha256: str = ""

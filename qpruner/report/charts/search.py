@@ -73,11 +73,6 @@ def pareto(run: Snapshot) -> Iterator[Chart]:
             | {"opacity": {"condition": {"param": "kinds", "value": 0.85}, "value": 0.1}, "tooltip": details},
         },
         {
-            "transform": [{"filter": "datum.far"}],
-            "mark": {"type": "text", "dy": 14 if run.metric == "accuracy" else -14, "fontWeight": "bold"},
-            "encoding": place | {"text": {"field": "far"}},
-        },
-        {
             "transform": [{"filter": "datum.best"}],
             "mark": {"type": "point", "filled": False, "size": 330, "strokeWidth": 2.5, "color": "var(--text)"},
             "encoding": place,
@@ -88,6 +83,10 @@ def pareto(run: Snapshot) -> Iterator[Chart]:
             "encoding": place | {"text": {"value": "winner" if run.results.search else "best so far"}},
         },
     ]
+    if edge is not None:  # Vega warns of a layer without data
+        arrow = {"type": "text", "dy": 14 if run.metric == "accuracy" else -14, "fontWeight": "bold"}
+        told = {"transform": [{"filter": "datum.far"}], "mark": arrow, "encoding": place | {"text": {"field": "far"}}}
+        layers.append(told)
     yield Chart(
         "pareto",
         SECTION,
