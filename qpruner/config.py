@@ -21,6 +21,8 @@ from qpruner.errors import ConfigError, UserError
 Positive = Annotated[int, Field(ge=1)]
 Named = Annotated[str, Field(min_length=1)]
 Bits = Literal[4, 8, 16]
+TAB_FOUND = "found character '\\t'"
+"""PyYAML's words for a tab where YAML allows none."""
 
 
 class Section(BaseModel):
@@ -633,9 +635,7 @@ def load_config(path: Path, overrides: list[str] | None = None) -> RunConfig:
     try:
         raw = yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeyLoader)  # noqa: S506 (a SafeLoader)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(
-            f"{path} is not valid YAML: {error}; mend it, or see tune_configs/ for complete examples"
-        ) from error
+        raise UserError(_explain_yaml(path, error)) from error
     if not isinstance(raw, dict):
         raise UserError(
             f"{path} must be a mapping of sections, got {type(raw).__name__}; see tune_configs/ for complete examples"
@@ -643,6 +643,17 @@ def load_config(path: Path, overrides: list[str] | None = None) -> RunConfig:
     for override in overrides or []:
         _apply_override(raw, override)
     return validate_config(raw, str(path))
+
+
+def _explain_yaml(path: Path, error: Exception) -> str:
+    """What is wrong with a file that is no YAML; of a tab, which editors do not show, where it is."""
+    if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark and TAB_FOUND in (error.problem or ""):
+        line, column = error.problem_mark.line + 1, error.problem_mark.column + 1
+        return (
+            f"{path}, line {line}, column {column}: a tab; YAML indents and separates by spaces alone: replace the "
+            "file's tabs by spaces, two for each level"
+        )
+    return f"{path} is not valid YAML: {error}; mend it, or see tune_configs/ for complete examples"
 
 
 def validate_config(raw: dict[str, Any], source: str | None = None) -> RunConfig:

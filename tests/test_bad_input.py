@@ -649,7 +649,12 @@ DATA = [
     ),
     refused(
         "calibration-text-too-short", {"calibration.packing": True, "calibration.num_samples": 4000},
-        "`calibration.num_samples`", "4000 samples of 128 tokens", "but the text has", "ask for at most"
+        "`calibration.num_samples`", "4000 samples of 128 tokens", "`calibration.max_length`", "calibration rows have",
+        "in all, enough for", "ask for at most", "`calibration.packing: false`, which takes a row for a sample"
+    ),
+    refused(
+        "calibration-text-of-no-sample", {"calibration.packing": True, "calibration.max_length": 10**6},
+        "8 samples of 1000000 tokens", "enough for 0", "joined together: make `calibration.max_length` shorter"
     ),
     refused(
         "token-ids-missing", {"calibration.token_ids": "/no/ids.json"}, "`calibration.token_ids`", "/no/ids.json",
@@ -861,7 +866,14 @@ def spoilt(name: str, text: str | bytes, *said: str) -> Any:
         spoilt("key-twice", "seed: 1\nseed: 2\n", "`seed`", "given twice", "line"),
         spoilt("key-twice-nested", "=lora:\n  rank: 4\n  rank: 8\n", "`rank`", "given twice", "line 3"),
         spoilt("syntax", "lora: [1\n", "not valid YAML", "line", "expected ',' or ']'", "see tune_configs/"),
-        spoilt("tab", "lora:\n\trank: 1\n", "not valid YAML", "line", "'\\t'"),
+        spoilt(
+            "tab",
+            "=lora:\n\trank: 1\n",
+            "config.yaml, line 2, column 1: a tab",
+            "by spaces alone",
+            "replace the file's tabs",
+        ),
+        spoilt("tab-after-key", "=lora:\n  rank:\t1\n", "config.yaml, line 2, column 8: a tab", "by spaces alone"),
         spoilt("list", "=- output\n- model\n", "mapping of sections", "list", "see tune_configs/"),
         spoilt("empty", "=", "mapping of sections"),
         spoilt("binary", b"\xff\xfe\x00", "not valid YAML"),
@@ -890,7 +902,7 @@ def test_refused_file_that_is_none(name: str, scene: Scene) -> None:
         pytest.param("=3", ("section.key=value", "'=3'"), id="without-key"),
         pytest.param(
             "model.source.x=3",
-            ("model.source.x=3", "`source` is not a section", "`qpruner check` prints"),
+            ("model.source.x=3", "`source` is not a section", "`qpruner check --show-config` prints"),
             id="into-a-value",
         ),
         pytest.param("lora.rank=[", ("lora.rank=[", "not valid YAML"), id="not-yaml"),
