@@ -160,7 +160,7 @@ def pack(rows: Sequence[dict[str, list[int]]], length: int) -> list[dict[str, li
     return [chunk for chunk in chunks if _has_label(chunk["labels"])]
 
 
-def windows(
+def packed_samples(
     examples: Iterable[Example], tokenizer: PreTrainedTokenizerBase, count: int, length: int, template: str
 ) -> list[dict[str, list[int]]]:
     """`count` samples of exactly `length` tokens, from as many rows, one after the other, as that takes.
@@ -174,9 +174,13 @@ def windows(
             break
         ids += _tokens(example, tokenizer, template)[0]
     if len(ids) < count * length:
+        enough = len(ids) // length
         raise UserError(
-            f"`calibration.num_samples` asks for {count} samples of {length} tokens, but the text has {len(ids)} "
-            f"tokens: ask for at most {len(ids) // length}, make `calibration.max_length` shorter or give more text"
+            f"`calibration.num_samples` asks for {counted(count, 'sample')} of {length} tokens "
+            f"(`calibration.max_length`), but the calibration rows have {len(ids)} tokens in all, enough for {enough}, "
+            f"since `calibration.packing` cuts samples from the rows joined together: "
+            f"{f'ask for at most {enough}, ' if enough else ''}make `calibration.max_length` shorter, give more rows, "
+            "or set `calibration.packing: false`, which takes a row for a sample"
         )
     parts = [ids[start : start + length] for start in range(0, count * length, length)]
     return [{"input_ids": part, "labels": part} for part in parts]

@@ -13,15 +13,15 @@ from typing import Any
 import numpy as np
 
 from qpruner.config import BudgetConfig, QuantizeConfig, RunConfig
-from qpruner.data import Example, check_disjoint, encode, load_examples, load_token_ids, normalized, windows
+from qpruner.data import Example
 from qpruner.errors import UserError
-from qpruner.evaluate import task_questions
 from qpruner.models.layout import layout_of, num_layers
-from qpruner.models.loading import check_source, load_model_config, load_tokenizer, resolve_source
+from qpruner.models.loading import load_model_config, resolve_source
 from qpruner.models.structure import EXPERT, family_of
 from qpruner.objects import CACHE, is_mirror
 from qpruner.plan import Layout, PrecisionPlan, check_cpu_widths
 from qpruner.plan_file import check_affordable, read_plan
+from qpruner.preflight_rows import RowCounts, check_encoding, check_rows
 from qpruner.pruning.prune import expected_config
 from qpruner.rundir import run_root
 
@@ -29,10 +29,6 @@ DTYPE_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 GIB = 1024**3
 NEEDED_CAPABILITY = {4: (6, 0), 8: (7, 5)}
 """Compute capability that bitsandbytes' layers of so many bits need."""
-MOST_CHARACTERS_A_TOKEN = 8
-"""Text of more is long enough without being counted in tokens."""
-LONGEST_HEADING = 5
-"""Words of a line that may stand in two texts."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +44,7 @@ class Inspection:
         budget_bytes: The byte budget for the pruned model.
         examples: Rows by split.
         questions: Words of the tasks' questions, by section (`search`, `evaluate`).
+        counts: How many samples and questions each step has.
         warnings: What will work, but perhaps not as hoped.
         plan: The one that `search.plan` names; None where a search chooses, or where which blocks go is open.
     """
@@ -60,6 +57,7 @@ class Inspection:
     budget_bytes: int
     examples: dict[str, list[Example]]
     questions: dict[str, list[str]]
+    counts: RowCounts
     warnings: tuple[str, ...]
     plan: PrecisionPlan | None
 
@@ -91,12 +89,22 @@ def inspect(config: RunConfig, works_here: bool = True) -> Inspection:
             check_affordable(file, pruned.plan_bytes(plan), budget)
     if works_here:
         check_device(config, pruned, _own_capability())
-    examples, questions = _check_data(config, model_config)
-    _check_encoding(config, examples)
+    rows = check_rows(config, model_config.vocab_size, include_path(config))
+    check_encoding(config, rows.examples)
     _check_disk(config, root, base, pruned)
     warnings = _warnings(config, len(pruned.groups))
     return Inspection(
-        model_config, base, pruned_config, pruned, is_estimate, budget, examples, questions, warnings, plan
+        model_config,
+        base,
+        pruned_config,
+        pruned,
+        is_estimate,
+        budget,
+        rows.examples,
+        rows.questions,
+        rows.counts,
+        warnings,
+        plan,
     )
 
 
@@ -285,102 +293,6 @@ def _own_capability() -> tuple[int, int] | None:
     import torch
 
     return torch.cuda.get_device_capability() if torch.cuda.is_available() else None
-
-
-def _check_data(config: RunConfig, model_config: Any) -> tuple[dict[str, list[Example]], dict[str, list[str]]]:
-    splits = {
-        "train": config.data.train,
-        "validation": config.data.validation,
-        "confirmation": config.data.confirmation,
-    }
-    examples = {name: load_examples(sources, f"data.{name}") for name, sources in splits.items()}
-    if len(examples["confirmation"]) < 2:
-        raise UserError(
-            "`data.confirmation` must have at least 2 rows, one to choose the winner by and one to judge it by, got 1: "
-            "name a source that has more, or raise its `limit`"
-        )
-    identities = {f"`data.{name}`": [row.identity for row in rows] for name, rows in examples.items()}
-    calibration = config.calibration.data
-    examples["calibration"] = load_examples(calibration, "calibration.data") if calibration else examples["train"]
-    if config.evaluate.text:
-        examples["text"] = load_examples(config.evaluate.text, "evaluate.text")
-    if config.calibration.token_ids:
-        load_token_ids(Path(config.calibration.token_ids), model_config.vocab_size)
-    # Packed samples are counted in tokens, once they are encoded.
-    counted = () if config.calibration.token_ids or config.calibration.packing else ("num_samples",)
-    num_rows = len(examples["calibration"])
-    asked_rows = {key: getattr(config.calibration, key) for key in (*counted, "num_sensitivity_samples")}
-    if short := [f"`calibration.{key}` asks for {wanted}" for key, wanted in asked_rows.items() if wanted > num_rows]:
-        raise UserError(f"there are {num_rows} calibration rows, but {' and '.join(short)}: ask for fewer or give more")
-    search, evaluate = config.search, config.evaluate
-    asked = {
-        "search": (search.tasks, search.limit, search.num_questions),
-        "evaluate": (evaluate.tasks, evaluate.limit, evaluate.limit),
-    }
-    words: dict[str, list[str]] = {}
-    fresh: list[str] = []
-    for section, (tasks, limit, num_questions) in asked.items():
-        questions = task_questions(tasks, include_path(config), f"{section}.tasks", num_questions) if tasks else {}
-        words[section] = [normalized(text) for texts in questions.values() for text in texts[:limit]]
-        if num_questions != limit:
-            _check_fresh_questions(questions, limit)
-            fresh = [normalized(text) for texts in questions.values() for text in texts[limit:]]
-    # Trials may be scored on the same questions twice, as loss and as accuracy: both are validation.
-    identities["`evaluate.tasks`"] = words["evaluate"]
-    check_disjoint(identities)
-    others = {name: rows for name, rows in identities.items() if name != "`data.validation`"}
-    check_disjoint({"`search.tasks`": [*words["search"], *fresh], **others})
-    if calibration:
-        rows = [row.identity for row in examples["calibration"]]
-        for name in ("`data.validation`", "`data.confirmation`", "`evaluate.tasks`"):
-            check_disjoint({"`calibration.data`": rows, name: identities[name]})
-    # Headings come again in any text; nothing is chosen by confirmation rows that a text could flatter.
-    text = [row.identity for row in examples.get("text", ()) if len(row.identity.split()) > LONGEST_HEADING]
-    for name in ("`data.train`", "`data.validation`"):
-        check_disjoint({name: identities[name], "`evaluate.text`": text})
-    return examples, words
-
-
-def _check_fresh_questions(questions: dict[str, list[str]], limit: int | None) -> None:
-    """Refuse a task that the trials are asked the whole of, where further questions are to choose the winner."""
-    for task, texts in questions.items():
-        if limit is not None and len(texts) <= limit:
-            raise UserError(
-                f"`search.limit` must leave questions of every task to choose the winner by: {task} has {len(texts)}, "
-                f"got {limit}; lower it, half the questions is a good choice"
-            )
-
-
-def _check_encoding(config: RunConfig, examples: dict[str, list[Example]]) -> None:
-    """Refuse a tokenizer that cannot write the rows, and calibration text that is too short.
-
-    A .gguf file's tokenizer takes 15 s to convert: that is left to `prepare` unless the text may be too short.
-    """
-    source, calibration = check_source(config.model), config.calibration
-    is_packed = calibration.packing and not calibration.token_ids
-    if source.endswith(".gguf"):
-        characters = sum(len(row.prompt) + len(row.context) + len(row.response) for row in examples["calibration"])
-        wanted = calibration.num_samples * calibration.max_length
-        if not is_packed or characters > MOST_CHARACTERS_A_TOKEN * wanted:
-            return
-    try:
-        tokenizer = load_tokenizer(source, config.model)
-    except Exception as error:  # missing and broken tokenizer files raise many types
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(
-            f"`model.source`: no tokenizer can be loaded from {source}: {reason}; put the model's tokenizer files there"
-        ) from error
-    settings = config.data
-    for rows in examples.values():
-        # The first rows and one of each format are enough, unless all of them are too long.
-        sample = [*rows[:64], *{row.format: row for row in rows}.values()]
-        try:
-            encode(sample, tokenizer, settings.max_length, settings.template, settings.response_only)
-        except UserError:
-            encode(rows, tokenizer, settings.max_length, settings.template, settings.response_only)
-    if is_packed:
-        rows = examples["calibration"]
-        windows(rows, tokenizer, calibration.num_samples, calibration.max_length, settings.template)
 
 
 def _check_disk(config: RunConfig, folder: Path, base: Layout, pruned: Layout) -> None:

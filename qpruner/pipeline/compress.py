@@ -268,15 +268,15 @@ def _encode_splits(context: Context, model_path: str, folder: Path) -> dict[str,
 def importance_samples(
     config: RunConfig, examples: Sequence[Example], vocabulary: int, tokenizer: PreTrainedTokenizerBase
 ) -> list[dict[str, list[int]]]:
-    """What importance is measured on: given token ids, packed windows, or the first rows of a shuffle."""
-    from qpruner.data import encode, load_token_ids, windows
+    """What importance is measured on: given token ids, packed samples, or the first rows of a shuffle."""
+    from qpruner.data import encode, load_token_ids, packed_samples
 
     settings, template = config.calibration, config.data.template
     if settings.token_ids:
         return load_token_ids(Path(settings.token_ids), vocabulary)
     rows = _shuffled(examples, config.seed)
     if settings.packing:
-        return windows(rows, tokenizer, settings.num_samples, settings.max_length, template)
+        return packed_samples(rows, tokenizer, settings.num_samples, settings.max_length, template)
     return encode(rows[: settings.num_samples], tokenizer, settings.max_length, template, response_only=False)
 
 

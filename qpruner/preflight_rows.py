@@ -1,0 +1,182 @@
+"""The rows of a run before it is begun: which there are, that no two uses share any, that they can be encoded."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from qpruner.config import RunConfig
+from qpruner.data import (
+    Example,
+    check_disjoint,
+    encode,
+    load_examples,
+    load_token_ids,
+    normalized,
+    packed_samples,
+)
+from qpruner.errors import UserError
+from qpruner.evaluate import task_questions
+from qpruner.models.loading import check_source, load_tokenizer
+
+MOST_CHARACTERS_A_TOKEN = 8
+"""Text of more is long enough without being counted in tokens."""
+LONGEST_HEADING = 5
+"""Words of a line that may stand in two texts."""
+Questions = dict[str, list[str]]
+"""Texts of each task's questions."""
+
+
+@dataclass(frozen=True)
+class RowCounts:
+    """How many samples and questions the steps of a run have, where `Rows.examples` does not say it.
+
+    Attributes:
+        samples: Those that importance and sensitivities are measured on (`importance`, `sensitivity`).
+        questions: By use and task: those that score the trials (`search`), further ones that choose the winner
+            (`fresh`) and those of the final table (`test`).
+    """
+
+    samples: dict[str, int]
+    questions: dict[str, dict[str, int]]
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Every row and question that a run will use.
+
+    Attributes:
+        examples: Rows by split.
+        questions: Words of the tasks' questions, by section (`search`, `evaluate`).
+        counts: How many each step has.
+    """
+
+    examples: dict[str, list[Example]]
+    questions: dict[str, list[str]]
+    counts: RowCounts
+
+
+def check_rows(config: RunConfig, vocabulary_size: int, include_path: str | None) -> Rows:
+    """Read every row and question that the run will use.
+
+    Args:
+        config: The configuration.
+        vocabulary_size: Of the model; calibration may be given as token ids.
+        include_path: The folder of further lm-eval tasks.
+
+    Raises:
+        UserError: For the first source or task that cannot be read, has too few rows, or shares some with another use.
+    """
+    examples = _load_splits(config)
+    importance = _num_importance_samples(config, vocabulary_size, len(examples["calibration"]))
+    asked = _asked_questions(config, include_path)
+    words = {use: [normalized(text) for texts in asked[use].values() for text in texts] for use in asked}
+    _check_overlap(config, examples, words)
+    samples = {"importance": importance, "sensitivity": config.calibration.num_sensitivity_samples}
+    uses = {"search": "search", "fresh": "fresh", "evaluate": "test"}
+    counts = RowCounts(
+        samples, {name: {task: len(texts) for task, texts in asked[use].items()} for use, name in uses.items()}
+    )
+    return Rows(examples, {section: words[section] for section in ("search", "evaluate")}, counts)
+
+
+def _load_splits(config: RunConfig) -> dict[str, list[Example]]:
+    data, calibration = config.data, config.calibration.data
+    splits = {"train": data.train, "validation": data.validation, "confirmation": data.confirmation}
+    examples = {name: load_examples(sources, f"data.{name}") for name, sources in splits.items()}
+    if len(examples["confirmation"]) < 2:
+        raise UserError(
+            "`data.confirmation` must have at least 2 rows, one to choose the winner by and one to judge it by, got 1: "
+            "name a source that has more, or raise its `limit`"
+        )
+    examples["calibration"] = load_examples(calibration, "calibration.data") if calibration else examples["train"]
+    if config.evaluate.text:
+        examples["text"] = load_examples(config.evaluate.text, "evaluate.text")
+    return examples
+
+
+def _num_importance_samples(config: RunConfig, vocabulary_size: int, num_rows: int) -> int:
+    """How many samples importance is measured on; refuses fewer rows than importance or sensitivities ask for."""
+    calibration = config.calibration
+    given = calibration.token_ids and load_token_ids(Path(calibration.token_ids), vocabulary_size)
+    # Packed samples are counted in tokens, once they are encoded.
+    counted = () if given or calibration.packing else ("num_samples",)
+    asked = {key: getattr(calibration, key) for key in (*counted, "num_sensitivity_samples")}
+    if short := [f"`calibration.{key}` asks for {wanted}" for key, wanted in asked.items() if wanted > num_rows]:
+        raise UserError(f"there are {num_rows} calibration rows, but {' and '.join(short)}: ask for fewer or give more")
+    return len(given) if given else calibration.num_samples
+
+
+def _check_overlap(config: RunConfig, examples: dict[str, list[Example]], words: dict[str, list[str]]) -> None:
+    """Refuse rows that teach and measure, or that choose and judge."""
+    splits = ("train", "validation", "confirmation")
+    identities = {f"`data.{name}`": [row.identity for row in examples[name]] for name in splits}
+    # Trials may be scored on the same questions twice, as loss and as accuracy: both are validation.
+    identities["`evaluate.tasks`"] = words["evaluate"]
+    check_disjoint(identities)
+    others = {name: rows for name, rows in identities.items() if name != "`data.validation`"}
+    check_disjoint({"`search.tasks`": [*words["search"], *words["fresh"]], **others})
+    if config.calibration.data:
+        rows = [row.identity for row in examples["calibration"]]
+        for name in ("`data.validation`", "`data.confirmation`", "`evaluate.tasks`"):
+            check_disjoint({"`calibration.data`": rows, name: identities[name]})
+    # Headings come again in any text; nothing is chosen by confirmation rows that a text could flatter.
+    text = [row.identity for row in examples.get("text", ()) if len(row.identity.split()) > LONGEST_HEADING]
+    for name in ("`data.train`", "`data.validation`"):
+        check_disjoint({name: identities[name], "`evaluate.text`": text})
+
+
+def _asked_questions(config: RunConfig, folder: str | None) -> dict[str, Questions]:
+    """The questions that score the trials (`search`), choose the winner (`fresh`) and test the models (`evaluate`)."""
+    search, evaluate = config.search, config.evaluate
+    looked_at = task_questions(search.tasks, folder, "search.tasks", search.num_questions) if search.tasks else {}
+    has_fresh = search.num_questions != search.limit
+    if has_fresh:
+        _check_fresh_questions(looked_at, search.limit)
+    return {
+        "search": {task: texts[: search.limit] for task, texts in looked_at.items()},
+        "fresh": {task: texts[search.limit :] for task, texts in looked_at.items()} if has_fresh else {},
+        "evaluate": task_questions(evaluate.tasks, folder, "evaluate.tasks", evaluate.limit),
+    }
+
+
+def _check_fresh_questions(questions: Questions, limit: int | None) -> None:
+    """Refuse a task that the trials are asked the whole of, where further questions are to choose the winner."""
+    for task, texts in questions.items():
+        if limit is not None and len(texts) <= limit:
+            raise UserError(
+                f"`search.limit` must leave questions of every task to choose the winner by: {task} has {len(texts)}, "
+                f"got {limit}; lower it, half the questions is a good choice"
+            )
+
+
+def check_encoding(config: RunConfig, examples: dict[str, list[Example]]) -> None:
+    """Refuse a tokenizer that cannot write the rows, and calibration text that is too short.
+
+    A .gguf file's tokenizer takes 15 s to convert: that is left to `prepare` unless the text may be too short.
+    """
+    source, calibration = check_source(config.model), config.calibration
+    is_packed = calibration.packing and not calibration.token_ids
+    if source.endswith(".gguf"):
+        characters = sum(len(row.prompt) + len(row.context) + len(row.response) for row in examples["calibration"])
+        wanted = calibration.num_samples * calibration.max_length
+        if not is_packed or characters > MOST_CHARACTERS_A_TOKEN * wanted:
+            return
+    try:
+        tokenizer = load_tokenizer(source, config.model)
+    except Exception as error:  # missing and broken tokenizer files raise many types
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(
+            f"`model.source`: no tokenizer can be loaded from {source}: {reason}; put the model's tokenizer files there"
+        ) from error
+    settings = config.data
+    for rows in examples.values():
+        # The first rows and one of each format are enough, unless all of them are too long.
+        sample = [*rows[:64], *{row.format: row for row in rows}.values()]
+        try:
+            encode(sample, tokenizer, settings.max_length, settings.template, settings.response_only)
+        except UserError:
+            encode(rows, tokenizer, settings.max_length, settings.template, settings.response_only)
+    if is_packed:
+        rows = examples["calibration"]
+        packed_samples(rows, tokenizer, calibration.num_samples, calibration.max_length, settings.template)
