@@ -1,7 +1,8 @@
-"""What `qpruner check` prints: the configuration in effect, and what the run would be and take."""
+"""What `qpruner check` prints: what the run would be and take; where it is asked for, every key in effect, too."""
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import Any
 
 import click
@@ -11,13 +12,17 @@ from qpruner import estimate, pipeline
 from qpruner.config import RunConfig
 from qpruner.errors import UserError
 from qpruner.estimate import work
+from qpruner.execution.cluster import local_slots
+from qpruner.memory import free_bytes
 from qpruner.plan import told_of_budget
 from qpruner.preflight import Inspection
 from qpruner.terminal import Terminal
 from qpruner.wording import counted
 
 
-def check(config: RunConfig, address: str | None, quiet: bool, measure: bool, gpu: str | None) -> dict[str, Any]:
+def check(
+    config: RunConfig, address: str | None, quiet: bool, measure: bool, gpu: str | None, show_config: bool
+) -> dict[str, Any]:
     """Everything that can be known of a run before it is begun.
 
     Args:
@@ -26,6 +31,7 @@ def check(config: RunConfig, address: str | None, quiet: bool, measure: bool, gp
         quiet: Print nothing.
         measure: Time a few steps here.
         gpu: Name of a GPU to assume.
+        show_config: Print every key in effect, too.
 
     Raises:
         UserError: For the first thing that cannot work.
@@ -37,8 +43,11 @@ def check(config: RunConfig, address: str | None, quiet: bool, measure: bool, gp
     with Terminal(quiet=quiet) as terminal:
         found = pipeline.check(config, terminal.emit, address)
     inspection, concurrent, resources = found.inspection, found.concurrent, found.resources
-    rates = _rates(config, inspection, resources, measure, gpu)
+    rates = _rates(config, found, measure, gpu)
     gpus = resources.get("gpu") or (1.0 if gpu else None)
+    is_here = address is None and gpu is None and config.model.device_map == "single" and (gpus or 0) <= 1
+    free = free_bytes() if is_here else None
+    taken = estimate.facts(config, inspection, rates, concurrent, found.done, gpus)
     layout, levels = inspection.pruned, config.quantize.bits
     facts = {
         "num_groups": len(layout.groups),
@@ -51,29 +60,42 @@ def check(config: RunConfig, address: str | None, quiet: bool, measure: bool, gp
         "concurrent_trials": concurrent,
         "rungs": list(config.search.rungs),
         "rows": {name: len(rows) for name, rows in inspection.examples.items()},
-        "warnings": list(inspection.warnings),
-        **estimate.facts(config, inspection, rates, concurrent, found.done, gpus),
+        **asdict(inspection.counts),
+        "memory_free": free,
+        "warnings": [*inspection.warnings, *_memory_warnings(taken["memory_at_once"], free)],
+        **taken,
     }
     if not quiet:
-        click.echo(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
-        click.echo(_text(config, facts, has_gpu=gpus is not None))
+        if show_config:
+            click.echo(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
+        click.echo("\n".join(_lines(config, facts, has_gpu=gpus is not None, shows_config=show_config)))
     return {"status": "ok", **facts}
 
 
-def _rates(
-    config: RunConfig, inspection: Inspection, resources: dict[str, float], measure: bool, gpu: str | None
-) -> work.Rates:
-    """How fast a slot is: measured here, or assumed of a GPU or of cores.
+def _memory_warnings(at_once: int, free: int | None) -> list[str]:
+    if free is None or at_once <= free:
+        return []
+    return [
+        f"{at_once / 1e9:.2f} GB of memory are needed at most, and {free / 1e9:.2f} GB are free here: lower "
+        "`evaluate.batch_size`, `training.micro_batch_size`, `calibration.batch_size` or `search.max_concurrent`"
+    ]
+
+
+def _rates(config: RunConfig, found: pipeline.Checked, measure: bool, gpu: str | None) -> work.Rates:
+    """How fast a slot is: its steps timed here, its matrix products timed here, or assumed of a GPU that is elsewhere.
 
     Raises:
         UserError: If trials hold GPUs and there is none here to be timed.
     """
     import torch
 
-    cores = int(resources.get("cpu", 1))
+    inspection, resources = found.inspection, found.resources
+    cores = max(1, int(resources.get("cpu", 1)))
     here = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    if gpu or (resources.get("gpu") and not here and not measure):
+        return work.assumed_rates(gpu or "a GPU elsewhere")
     if not measure:
-        return work.assumed_rates(gpu or here or ("a GPU elsewhere" if resources.get("gpu") else None), cores)
+        return _rates_by_products(config, inspection, here, cores, found.concurrent)
     if resources.get("gpu") and not here:
         raise UserError(
             "`--measure` times this machine, which has no GPU, and trials hold one: check on a machine like the "
@@ -87,6 +109,25 @@ def _rates(
     return work.measured_rates(config, inspection, seconds.training, seconds.scoring, where)
 
 
+def _rates_by_products(
+    config: RunConfig, inspection: Inspection, gpu: str | None, cores: int, concurrent: int
+) -> work.Rates:
+    """Of this machine's GPU, or of its cores while as many slots are busy as it has."""
+    from qpruner.products import operations_per_second
+
+    widest = max(
+        (linear for group in inspection.pruned.groups for linear in group.linears), key=lambda it: it.num_weights
+    )
+    tokens, dtype = config.training.micro_batch_size * config.data.max_length, config.model.dtype
+    slots = max(1, min(concurrent, local_slots().fits({"cpu": cores})))
+    products = operations_per_second(widest.rows, widest.columns, tokens, dtype, cores, slots)
+    about = f"estimated by {dtype} matrix products timed on this machine's"
+    if gpu:
+        return work.gpu_rates(products, f"{about} {gpu}")
+    busy = f"{about} cores, {counted(cores, 'core')} a slot, {counted(slots, 'slot')} busy"
+    return work.cpu_rates(products, int(inspection.model_config.hidden_size), cores, busy)
+
+
 def _given_plan(config: RunConfig, facts: dict[str, Any]) -> list[str]:
     """What the plan of `--plan` takes; none where a search chooses."""
     if config.search.plan is None:
@@ -94,24 +135,55 @@ def _given_plan(config: RunConfig, facts: dict[str, Any]) -> list[str]:
     size, budget = facts["bytes_plan"], facts["bytes_budget"]
     told = "" if size is None else f"{size / 1e6:.1f} MB, {told_of_budget(size, budget)}"
     later = "its bytes are compared with the budget once the model is pruned" if facts["is_estimate"] else ""
-    return [f"your plan:  {'; '.join(filter(None, (told, later)))}"]
+    return [f"your plan:   {'; '.join(filter(None, (told, later)))}"]
 
 
-def _text(config: RunConfig, facts: dict[str, Any], has_gpu: bool) -> str:
+def _row_lines(config: RunConfig, facts: dict[str, Any]) -> list[str]:
+    """What each step has to go by."""
+    rows, calibration = facts["rows"], config.calibration
+    samples, questions = facts["samples"], facts["questions"]
+    source = "`calibration.data`" if calibration.data else "`data.train`"
+    if calibration.token_ids:
+        origin = "of token ids"
+    elif calibration.packing:
+        origin = f"of {calibration.max_length} tokens packed from the {rows['calibration']} rows of {source}"
+    else:
+        origin = f"(one a row, of {rows['calibration']} of {source})"
+    chosen = (rows["confirmation"] + 1) // 2
+    asked = [f"{_questions(questions['search'])} score the trials"] if questions["search"] else []
+    asked += [f"{_questions(questions['fresh'])}, fresh, choose the winner"] if questions["fresh"] else []
+    text = [f"{counted(rows['text'], 'row')} of text (`evaluate.text`)"] if "text" in rows else []
+    return [
+        f"rows:        {rows['train']} train, {rows['validation']} validation, {rows['confirmation']} confirmation "
+        f"({chosen} fresh ones choose the winner, {rows['confirmation'] - chosen} judge it)",
+        f"calibration: {counted(samples['importance'], 'sample')} {origin} for importance; "
+        f"{counted(samples['sensitivity'], 'row')} for the sensitivities",
+        *([f"search:      {'; '.join(asked)}"] if asked else []),
+        f"test:        {', '.join([_questions(questions['test']), *text])}",
+    ]
+
+
+def _questions(by_task: dict[str, int]) -> str:
+    """`48 questions (arc_easy 24, piqa 24)`."""
+    told = ", ".join(f"{task} {count}" for task, count in by_task.items())
+    return f"{counted(sum(by_task.values()), 'question')} ({told})"
+
+
+def _lines(config: RunConfig, facts: dict[str, Any], has_gpu: bool, shows_config: bool) -> list[str]:
+    """What the run would be; then what it takes and whether that is right."""
     about = " (estimate: what is cut is open until the model is pruned)" if facts["is_estimate"] else ""
     sizes = [f"all {bits}-bit {facts[f'bytes_all_{bits}'] / 1e6:.1f} MB" for bits in config.quantize.bits]
-    rows = ", ".join(f"{count} {name}" for name, count in facts["rows"].items())
     trials = f"{config.search.num_trials}, {facts['concurrent_trials']} at once, scored at steps {facts['rungs']}"
-    return "\n".join(
-        [
-            f"groups:     {facts['num_groups']} ({config.quantize.group})",
-            f"parameters: {facts['parameters_base'] / 1e6:.1f} M -> {facts['parameters_pruned'] / 1e6:.1f} M",
-            f"plan bytes: {', '.join(sizes)}, budget {facts['bytes_budget'] / 1e6:.1f} MB{about}",
-            *_given_plan(config, facts),
-            f"trials:     {trials}",
-            f"rows:       {rows}",
-            *estimate.text(facts, has_gpu),
-            *[f"warning:    {warning}" for warning in facts["warnings"]],
-            "The configuration is valid.",
-        ]
-    )
+    keys = "" if shows_config else "; `--show-config` prints every key in effect"
+    return [
+        f"groups:      {facts['num_groups']} ({config.quantize.group})",
+        f"parameters:  {facts['parameters_base'] / 1e6:.1f} M -> {facts['parameters_pruned'] / 1e6:.1f} M",
+        *_row_lines(config, facts),
+        f"trials:      {trials}",
+        *estimate.memory_text(facts),
+        *estimate.time_text(facts, has_gpu),
+        f"plan bytes:  {', '.join(sizes)}, budget {facts['bytes_budget'] / 1e6:.1f} MB{about}",
+        *_given_plan(config, facts),
+        *[f"warning:     {warning}" for warning in facts["warnings"]],
+        f"The configuration is valid{keys}.",
+    ]

@@ -166,8 +166,9 @@ def prune(
 
 @main.command(help="Validate a configuration and say what the run would be and take; loads no weights.")
 @_options
-@click.option("--measure", is_flag=True, help="Time a few steps of these shapes here, instead of assuming a speed.")
+@click.option("--measure", is_flag=True, help="Time a few steps of these shapes here, not only matrix products.")
 @click.option("--gpu", metavar="NAME", help="Assume this GPU (A100, H100, ...) instead of what is here.")
+@click.option("--show-config", is_flag=True, help="Print every key of the configuration in effect, defaults too.")
 @_plan_option
 def check(
     config: str,
@@ -177,15 +178,20 @@ def check(
     quiet: bool,
     measure: bool,
     gpu: str | None,
+    show_config: bool,
     plan_file: Path | None,
 ) -> None:
     def told() -> dict[str, Any]:
+        loaded = load_config(Path(config), [*overrides, *_given(plan_file)])
+        if not (quiet or as_json):
+            # Before the imports, which take seconds by themselves.
+            steps = ", then a few steps" if measure else ""
+            click.echo(f"[check] model, rows, tasks and machine of {config}{steps} ...", err=True)
         quiet_libraries()
         from qpruner.check_verb import check
 
-        settings = [*overrides, *_given(plan_file)]
         with _plan_named(plan_file):
-            return check(load_config(Path(config), settings), address, quiet, measure, gpu)
+            return check(loaded, address, quiet, measure, gpu, show_config)
 
     _guarded(as_json, told)
 

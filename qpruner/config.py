@@ -695,7 +695,9 @@ def _apply_override(raw: dict[str, Any], override: str) -> None:
     for section in sections:
         here = here.setdefault(section, {})
         if not isinstance(here, dict):
-            raise UserError(f"--set {override}: `{section}` is not a section; `qpruner check` prints every key")
+            raise UserError(
+                f"--set {override}: `{section}` is not a section; `qpruner check --show-config` prints every key"
+            )
     here[last] = value
 
 

@@ -902,7 +902,7 @@ def test_refused_file_that_is_none(name: str, scene: Scene) -> None:
         pytest.param("=3", ("section.key=value", "'=3'"), id="without-key"),
         pytest.param(
             "model.source.x=3",
-            ("model.source.x=3", "`source` is not a section", "`qpruner check` prints"),
+            ("model.source.x=3", "`source` is not a section", "`qpruner check --show-config` prints"),
             id="into-a-value",
         ),
         pytest.param("lora.rank=[", ("lora.rank=[", "not valid YAML"), id="not-yaml"),

@@ -200,14 +200,76 @@ def test_check_tells_memory_hours_and_what_was_assumed(
     assert all(each["total"] == sum(each["parts"].values()) for each in told["memory"].values())
     assert told["hours"]["total"] == pytest.approx(sum(told["hours"]["stages"].values()))
     shown = "\n".join(text)
-    assert "assumed: A100, 312 TFLOP/s x 25% utilization" in shown and "time of GPUs: " in shown
+    assert "assumed: A100, 312 TFLOP/s x 25% utilization" in shown and " of GPU time (at most" in shown
     assert set(told["hours"]["share_done"].values()) == {0.0} and "done" not in shown
-    for part in ("weights", "adapters", "gradients", "optimizer", "activations", "logits"):
-        assert any(each.startswith(f"    {part} ") for each in text)
+    parts = told["memory"]["trial, training"]["parts"]
+    assert list(parts) == ["weights", "adapters", "gradients", "optimizer", "activations", "logits"]
+    assert re.search(r"trial, training +\S+ MB, of which (activations|logits) .*: a step of 4 rows x 64 tokens", shown)
+    assert told["memory_free"] is None and "free here" not in shown, "an A100 is not here"
     refused = CliRunner().invoke(main, ["check", "config.yaml", "--gpu", "A100", "--measure"])
     assert refused.exit_code == 2
     refused = CliRunner().invoke(main, ["check", "config.yaml", "--gpu", "Abacus"])
     assert refused.exit_code == 2 and "knows H200, H100, A100" in refused.output
+
+
+def test_the_answer_comes_last_and_the_configuration_when_it_is_asked_for(
+    raw: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("config.yaml").write_text(yaml.safe_dump(raw))
+    done = CliRunner().invoke(main, ["check", "config.yaml"])
+    assert done.stderr == "[check] model, rows, tasks and machine of config.yaml ...\n"
+    short = done.stdout.splitlines()
+    assert len(short) < 25 and short[-1] == "The configuration is valid; `--show-config` prints every key in effect."
+    assert any(each.startswith("    estimated by bfloat16 matrix products timed on this machine's ") for each in short)
+    whole = CliRunner().invoke(main, ["check", "config.yaml", "--show-config"]).stdout
+    keys, _, answer = whole.partition("\n\n")
+    assert yaml.safe_load(keys) == validate_config(raw).model_dump(mode="json")
+    assert answer.splitlines()[-1] == "The configuration is valid."
+    assert CliRunner().invoke(main, ["check", "config.yaml", "--quiet"]).output == ""
+    assert CliRunner().invoke(main, ["check", "config.yaml", "--json"]).stderr == ""
+
+
+def test_check_counts_what_every_step_goes_by(
+    raw: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+
+    def check(**keys: Any) -> tuple[str, dict[str, Any]]:
+        config = raw
+        for key, value in keys.items():
+            config = with_key(config, key.replace("__", "."), value)
+        Path("config.yaml").write_text(yaml.safe_dump(config))
+        done = CliRunner().invoke(main, ["check", "config.yaml", "--json", "--gpu", "A100"])
+        assert done.exit_code == 0, done.output
+        return done.stdout, json.loads(done.stdout.splitlines()[-1])
+
+    said, told = check(data__confirmation__0__limit=15)
+    assert "48 train, 16 validation, 15 confirmation (8 fresh ones choose the winner, 7 judge it)" in said
+    assert "8 samples of 128 tokens packed from the 48 rows of `data.train` for importance; 32 rows for the" in said
+    assert "test:        8 questions (qpruner_everyday_test 8)\n" in said and "search:" not in said
+    assert told["samples"] == {"importance": 8, "sensitivity": 32}
+    assert told["questions"] == {"search": {}, "fresh": {}, "test": {"qpruner_everyday_test": 8}}
+    Path("ids.json").write_text("[[1, 2, 3], [4, 5]]")
+    tasks = {"search__tasks": ["qpruner_everyday_validation"], "search__limit": 6, "search__metric": "accuracy"}
+    said, told = check(calibration__token_ids="ids.json", **tasks)
+    assert "2 samples of token ids for importance" in said
+    six = "6 questions (qpruner_everyday_validation 6)"
+    assert f"search:      {six} score the trials; {six}, fresh, choose the winner\n" in said
+    assert told["questions"]["fresh"] == {"qpruner_everyday_validation": 6}
+
+
+def test_more_memory_than_is_free_is_a_warning(
+    raw: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Logits of batches that no machine of ours holds."""
+    monkeypatch.chdir(tmp_path)
+    Path("config.yaml").write_text(yaml.safe_dump(with_key(raw, "evaluate.batch_size", 10**8)))
+    done = CliRunner().invoke(main, ["check", "config.yaml"])
+    assert done.exit_code == 0, done.output
+    assert re.search(
+        r"warning: +\S+ GB of memory are needed at most, and \S+ GB are free here: lower `eval", done.stdout
+    )
 
 
 def test_check_tells_what_is_done_and_compares_a_plan_with_what_was_cut(
@@ -228,14 +290,14 @@ def test_check_tells_what_is_done_and_compares_a_plan_with_what_was_cut(
     code, told = check("--plan", "8.yaml")
     assert code == 0 and "its bytes are compared with the budget once the model is pruned" in told
     # So many slots of so slow a kind that nothing rounds to 0 s.
-    monkeypatch.setattr(work, "CORE_FLOPS", 1e6)
+    monkeypatch.setattr(work, "BESIDE_PRODUCTS", 64e-6)
     run(validate_config(raw), lambda event: None, until="prune")
     code, told = check("--json")
     hours = json.loads(told.splitlines()[-1])["hours"]
     assert {name for name, share in hours["share_done"].items() if share} == {"prune"}
     assert hours["share_done"]["prune"] == 1 and hours["done"] == hours["stages"]["prune"] > 0
-    assert re.search(r"time of slots: \d.*, \d.* of it done \(at most", told)
-    assert re.search(r"    prune  +\d+ (s|min|h).*, 100% done", told)
+    assert re.search(r"time: +about .* of it left; \d.* of slot time, \d.* of it done \(at most", told)
+    assert re.search(r"by stage: prune \d+ (s|min|h).* \(100% done\), bank", told)
     assert "(estimate" not in told, "the widths are those of the pruned model"
     code, told = check("--set", "prune.importance=magnitude", "--json")
     assert not any(json.loads(told.splitlines()[-1])["hours"]["share_done"].values()), "it would be cut again"

@@ -37,10 +37,14 @@ def facts(
     }
     memory = {name: work(config, inspection) for name, work in works.items()}
     held = 1.0 if gpus is None else gpus
+    sharing = slots if gpus is None else max(1, int(1 / gpus))
+    at_once = {name: each.total * (sharing if name.startswith("trial") else 1) for name, each in memory.items()}
     rates = rates.on(held)
     time = hours(config, inspection, rates, slots, done)
     return {
         "memory": {name: {"at": each.about, "parts": each.parts, "total": each.total} for name, each in memory.items()},
+        "memory_at_once": max(at_once.values()),
+        "trials_sharing_memory": sharing,
         "hours": {
             "rates": rates.origin,
             "stages": {name: held * each for name, each in time.stages.items()},
@@ -55,28 +59,39 @@ def facts(
     }
 
 
-def text(found: Mapping[str, Any], has_gpu: bool) -> list[str]:
-    """The same as lines."""
-    lines = []
-    for name, each in found["memory"].items():
-        lines.append(f"memory, {name}: {_amount(each['total'])} at most ({each['at']})")
-        lines += [f"    {part:<12} {_amount(size):>10}" for part, size in each["parts"].items()]
+def memory_text(found: Mapping[str, Any]) -> list[str]:
+    """The memory as lines: a kind of work each, with the part that takes the most; `facts` has all parts."""
+    works, free, trials = found["memory"], found["memory_free"], found["trials_sharing_memory"]
+    beside = f" with {trials} trials at once" if trials > 1 else ""
+    here = "" if free is None else f"; {_amount(free)} free here"
+    lines = [f"memory:      {_amount(found['memory_at_once'])} at most{beside}{here}"]
+    for name, each in works.items():
+        part = max(each["parts"], key=each["parts"].get)
+        most = f"{part} {_amount(each['parts'][part])}"
+        lines.append(f"    {name:<15} {_amount(each['total']):>8}, of which {most}: {each['at']}")
+    return lines
+
+
+def time_text(found: Mapping[str, Any], has_gpu: bool) -> list[str]:
+    """The hours as lines: all of it, by stage, and by what they were estimated."""
     time = found["hours"]
     taken = {name: duration(3600 * hours) for name, hours in time.items() if isinstance(hours, float)}
     done = f", {taken['done']} of it done" if time["done"] else ""
     left = f", {taken['wall_left']} of it left" if time["done"] else ""
-    lines.append(
-        f"time of {'GPUs' if has_gpu else 'slots'}: {taken['total']}{done} (at most {taken['at_most']}, with no trial "
-        f"stopped); on {counted(time['slots'], 'slot')} about {taken['wall']}{left}:"
-    )
-    for stage, each in time["stages"].items():
-        share = time["share_done"][stage]
-        lines.append(f"    {stage:<12} {duration(3600 * each):>12}{f', {share:.0%} done' if share else ''}")
-    lines.append(
-        f"    {time['rates']}; rows of {CHARACTERS_A_TOKEN} characters a token, {CHOICES} answers a question; without "
-        "starts of processes, loading and saving"
-    )
-    return lines
+    slots, kind = counted(time["slots"], "slot"), "GPU" if has_gpu else "slot"
+    return [
+        f"time:        about {taken['wall']} of work on {slots}{left}; {taken['total']} of {kind} time{done} (at most "
+        f"{taken['at_most']}, with no trial stopped)",
+        f"    by stage: {', '.join(_stage(time, stage) for stage in time['stages'])}",
+        f"    {time['rates']}",
+        f"    rows of {CHARACTERS_A_TOKEN} characters a token, {CHOICES} answers a question; starts of processes, "
+        "loading and saving come on top, with a model as small as the demo's as much again",
+    ]
+
+
+def _stage(time: Mapping[str, Any], stage: str) -> str:
+    share = time["share_done"][stage]
+    return f"{stage} {duration(3600 * time['stages'][stage])}{f' ({share:.0%} done)' if share else ''}"
 
 
 def _amount(size: int) -> str:

@@ -16,7 +16,6 @@ from qpruner.config import RunConfig
 from qpruner.data import Example
 from qpruner.plan import FULL_BITS, Layout
 from qpruner.preflight import Inspection
-from qpruner.wording import counted
 
 CHARACTERS_A_TOKEN = 4
 ALPACA_TOKENS = 40
@@ -43,9 +42,11 @@ TERAFLOPS = {
 """Peak of dense bf16 (float16 where there is no bf16) matrix products, as the makers state it."""
 GPU_UTILIZATION = 0.25
 """Assumed of LoRA steps on 4- and 8-bit layers, which are decoded in every pass; not measured by us."""
-CORE_FLOPS = 1.3e11
-"""Of one CPU core with AVX512-BF16: a LoRA step of 4 x 256 tokens on SmolLM2-135M took 3.3 s in bf16, 3.5 in 4 bits and
-4.4 in 8 (2026-11-25)."""
+BESIDE_PRODUCTS = 2.5e-9
+"""Seconds, over the hidden width, that a CPU core spends beside an operation of matrix products: norms, activations,
+softmax, decoding. On a core with AVX512-BF16 (products at 500 GFLOP/s) and steps of 4 x 128 tokens it was 2.3, 2.4, 2.3
+and 3.0e-9 at widths of 256, 576, 1152 and 2048; kept to AVX2 (110 GFLOP/s) 3.8, 3.4 and 2.5e-9 at the first three
+(means of training and scoring, `qpruner.pace`, 2026-11-26)."""
 
 
 @dataclass(frozen=True)
@@ -69,11 +70,8 @@ class Rates:
         return Rates(self.training * gpus, self.scoring * gpus, f"{self.origin}, {gpus:g} of a GPU a slot")
 
 
-def assumed_rates(gpu: str | None, cores: float) -> Rates:
-    """Rates of a GPU by its name, or of so many CPU cores."""
-    if gpu is None:
-        speed = CORE_FLOPS * cores
-        return Rates(speed, speed, f"assumed: {CORE_FLOPS / 1e9:.0f} GFLOP/s a core, {counted(cores, 'core')} a slot")
+def assumed_rates(gpu: str) -> Rates:
+    """Rates of a GPU by its name."""
     known = next((name for name in TERAFLOPS if name in gpu), None)
     if known is None:
         known = "A10"
@@ -82,6 +80,29 @@ def assumed_rates(gpu: str | None, cores: float) -> Rates:
         about = f"assumed: {gpu}"
     speed = TERAFLOPS[known] * 1e12 * GPU_UTILIZATION
     return Rates(speed, speed, f"{about}, {TERAFLOPS[known]:g} TFLOP/s x {GPU_UTILIZATION:.0%} utilization")
+
+
+def gpu_rates(products: float, about: str) -> Rates:
+    """Rates of a GPU here, which was timed at so many operations a second of matrix products."""
+    speed = products * GPU_UTILIZATION
+    return Rates(speed, speed, f"{about}: {products / 1e12:.3g} TFLOP/s x {GPU_UTILIZATION:.0%} utilization (assumed)")
+
+
+def cpu_rates(products: float, width: int, threads: int, about: str) -> Rates:
+    """Rates of cores here, which were timed at so many operations a second of matrix products.
+
+    Args:
+        products: Operations a second.
+        width: Hidden width of the model.
+        threads: Cores of a slot, among which what is done beside the products is shared, too.
+        about: What was timed.
+    """
+    speed = 1 / (1 / products + BESIDE_PRODUCTS / width / threads)
+    return Rates(
+        speed,
+        speed,
+        f"{about}: {products / 1e9:.0f} GFLOP/s, about {speed / 1e9:.0f} with what else a step does",
+    )
 
 
 def measured_rates(config: RunConfig, inspection: Inspection, training: float, scoring: float, where: str) -> Rates:

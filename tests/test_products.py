@@ -1,0 +1,52 @@
+"""The speed that hours are estimated by is that of this device, in the configuration's dtype."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from qpruner.estimate import work
+from qpruner.models.cpu import has_bfloat16
+from qpruner.products import operations_per_second
+
+TIMED = """
+from qpruner.products import operations_per_second
+print(operations_per_second(512, 512, 256, "bfloat16", 1, 1))
+"""
+AVX2 = {"ONEDNN_MAX_CPU_ISA": "AVX2", "ATEN_CPU_CAPABILITY": "avx2", "MKL_ENABLE_INSTRUCTIONS": "AVX2"}
+
+
+def timed(**environment: str) -> float:
+    done = subprocess.run(
+        [sys.executable, "-c", TIMED], capture_output=True, text=True, check=True, env=os.environ | environment
+    )
+    return float(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.skipif(not has_bfloat16(), reason="this CPU has no bfloat16 instructions to do without")
+def test_a_cpu_without_bfloat16_instructions_is_known_to_be_slower() -> None:
+    """Products took 500 and 110 GFLOP/s, so that two processes on a busy machine still tell them apart."""
+    assert timed(**AVX2) < timed() / 1.5
+
+
+def test_slots_are_timed_side_by_side() -> None:
+    """In threads of their own, which leave this process's number of threads alone; asked again, nothing is timed."""
+    import torch
+
+    threads = torch.get_num_threads()
+    alone = operations_per_second(256, 256, 256, "float32", 1, 1)
+    assert alone == operations_per_second(256, 256, 256, "float32", 1, 1)
+    shared = operations_per_second(256, 256, 256, "float32", 1, 2)
+    assert alone > 1e8 and shared > 1e8
+    assert torch.get_num_threads() == threads
+
+
+def test_what_a_step_does_beside_the_products_weighs_more_on_narrow_models() -> None:
+    narrow, wide = (work.cpu_rates(5e11, width, 1, "made up") for width in (256, 2048))
+    assert narrow.training < wide.training < 5e11
+    assert narrow.training == pytest.approx(1 / (1 / 5e11 + 2.5e-9 / 256))
+    assert work.cpu_rates(1e12, 256, 2, "made up").training == pytest.approx(2 * narrow.training)
+    assert "500 GFLOP/s, about 85 with what else a step does" in narrow.origin
