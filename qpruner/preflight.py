@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,6 @@ from qpruner.errors import UserError
 from qpruner.models.layout import layout_of, num_layers
 from qpruner.models.loading import load_model_config, resolve_source
 from qpruner.models.structure import EXPERT, family_of
-from qpruner.objects import CACHE, is_mirror
 from qpruner.plan import Layout, PrecisionPlan, check_cpu_widths
 from qpruner.plan_file import check_affordable, read_plan
 from qpruner.preflight_rows import RowCounts, check_encoding, check_rows
@@ -63,7 +61,7 @@ class Inspection:
 
 
 def inspect(config: RunConfig, works_here: bool = True) -> Inspection:
-    """Validate a configuration against the model, the data, the tasks, the device and the disk; no weights are read.
+    """Validate a configuration against the model, the data, the tasks and the device; no weights are read.
 
     Args:
         config: The configuration.
@@ -72,7 +70,7 @@ def inspect(config: RunConfig, works_here: bool = True) -> Inspection:
     Raises:
         UserError: For the first thing that cannot work.
     """
-    root = run_root(config.output)
+    run_root(config.output)
     model_config = load_model_config(config.model)
     family_of(model_config)
     base = layout_for(config, model_config)
@@ -91,7 +89,6 @@ def inspect(config: RunConfig, works_here: bool = True) -> Inspection:
         check_device(config, pruned, _own_capability())
     rows = check_rows(config, model_config.vocab_size, include_path(config))
     check_encoding(config, rows.examples)
-    _check_disk(config, root, base, pruned)
     warnings = _warnings(config, len(pruned.groups))
     return Inspection(
         model_config,
@@ -293,18 +290,3 @@ def _own_capability() -> tuple[int, int] | None:
     import torch
 
     return torch.cuda.get_device_capability() if torch.cuda.is_available() else None
-
-
-def _check_disk(config: RunConfig, folder: Path, base: Layout, pruned: Layout) -> None:
-    """Refuse a disk that cannot hold the run's largest files, or this machine's copies of them."""
-    existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
-    sizes = [pruned.plan_bytes(pruned.uniform(bits)) for bits in config.quantize.bits]
-    num_adapters = 8 if is_mirror(folder) else config.search.max_trials + 8
-    adapters = pruned.adapter_bytes * 3 * num_adapters  # weights and two Adam moments each
-    needed = base.num_parameters * base.element_bytes * 2 + sum(sizes) + adapters
-    free = shutil.disk_usage(existing).free
-    if free < needed:
-        raise UserError(
-            f"`output`: the run needs about {amount(needed)} in {existing}, where {amount(free)} are free: "
-            f"make room or name another folder{f' by {CACHE}' if is_mirror(folder) else ''}"
-        )

@@ -103,9 +103,13 @@ class RunDir:
         """Ray Tune's own experiment folders, on this machine: scratch, never read back."""
         return scratch_of(self.root / "tune") if self.is_at_uri else self.root / "tune"
 
+    def scratch_path(self, name: str) -> Path:
+        """Where this machine prepares a folder, what a killed command left of it included."""
+        return scratch_of(self.root / name) if self.is_at_uri else self.root / f".scratch-{name}"
+
     def scratch(self, name: str) -> Path:
         """An empty folder on this machine, for what `publish_folder` is to move."""
-        return emptied(scratch_of(self.root / name) if self.is_at_uri else self.root / f".scratch-{name}")
+        return emptied(self.scratch_path(name))
 
     def begin(self, name: str) -> Path:
         """Where a stage writes: a scratch folder beside its own, or at a URI its own, from which its record is gone."""

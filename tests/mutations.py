@@ -28,6 +28,7 @@ ENDS = "tests/search/test_session_ends.py"
 WORK = "tests/execution/test_workshop.py"
 OBJECTS = "tests/test_objects.py"
 BANK = "tests/quantization/test_bank.py"
+DISK = "tests/pipeline/test_disk.py"
 
 
 @dataclass(frozen=True)
@@ -429,6 +430,30 @@ MUTATIONS = {
         "self._system.get_file_info(FileSelector(self._path))",
         "self._system.get_file_info(self.bucket)",
         f"{OBJECTS}::test_what_googles_storage_refuses_is_told_and_no_more_is_asked_for_than_objects",
+    ),
+    "what a run holds is to be paid for again": Mutation(
+        "qpruner/pipeline/disk.py",
+        "            size = round(size * (1 - shares[name]))\n",
+        "            pass\n",
+        f"{DISK}::test_what_a_run_holds_already_is_paid_for",
+    ),
+    "a finished run asks for room": Mutation(
+        "qpruner/pipeline/disk.py",
+        "            size = round(size * (1 - shares[name]))\n",
+        "            pass\n",
+        "tests/test_run.py::test_a_finished_run_asks_for_no_more_room",
+    ),
+    "what a killed stage left is to be paid for again": Mutation(
+        "qpruner/pipeline/disk.py",
+        "    places = [run.scratch_path(stage)]\n",
+        "    places: list[Path] = []\n",
+        f"{DISK}::test_what_a_killed_stage_left_is_paid_for",
+    ),
+    "a machine's copies of a run at a URI are to be paid for again": Mutation(
+        "qpruner/pipeline/disk.py",
+        "        left += max(0, size - _bytes(_held(context, name, found)))\n",
+        "        left += size\n",
+        "tests/test_at_uri.py::test_room_is_asked_for_what_is_not_on_this_machine_yet",
     ),
     "two drivers share a run": Mutation(
         "qpruner/runlock.py",

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,15 +13,17 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from conftest import raw_config, with_key
+from conftest import disk_of, raw_config, with_key
 from object_store import Store, object_store, talk_to
 
 from qpruner import objects
 from qpruner.candidates import Candidate, CandidateJob, evaluate_candidate, finetune_candidate
 from qpruner.config import RunConfig, validate_config
-from qpruner.mirror import put_folders
-from qpruner.pipeline import run
+from qpruner.errors import UserError
+from qpruner.mirror import fetch, put_folders
+from qpruner.pipeline import check, run
 from qpruner.preflight import include_path
+from qpruner.quantization.bank import read_plan
 from qpruner.records import BankRecord, RungResult
 from qpruner.rundir import RunDir, children
 from qpruner.search.trial import run_trial
@@ -111,3 +115,33 @@ def test_a_trial_finds_its_materials_on_a_machine_that_has_nothing(machine: Mach
     # One file a group of the plan, by its contents; the bank's others stay where they are.
     copies = list((tmp_path / "fifth" / "bank").iterdir())
     assert len(copies) == len(candidate.plan)
+
+
+def test_room_is_asked_for_what_is_not_on_this_machine_yet(
+    config_file: tuple[Store, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = RunConfig.model_validate_json(config_file[1].read_text())
+    with disk_of("48m", tmp_path / "disk") as disk:
+        monkeypatch.setenv(objects.CACHE, str(disk / "cache"))
+
+        def needed() -> float:
+            filler = disk / "filler"
+            with filler.open("wb") as file:
+                os.posix_fallocate(file.fileno(), 0, shutil.disk_usage(disk).free - 8192)
+            with pytest.raises(UserError, match=f"name another folder by {objects.CACHE}") as caught:
+                check(config, lambda event: None)
+            filler.unlink()
+            found = re.search(r"needs about ([\d.]+) MiB more", str(caught.value))
+            assert found, str(caught.value)
+            return float(found[1])
+
+        run_dir = RunDir(config.output)
+        nothing = needed()
+        fetch(run_dir.stage("prune"))
+        model = needed()
+        assert model < nothing - 0.1
+        record = run_dir.read_record("bank", BankRecord)
+        assert record is not None
+        for bits, groups in record.residual_ratio.items():
+            read_plan(run_dir.stage("bank"), dict.fromkeys(groups, int(bits)))
+        assert needed() < model - record.bytes / 2**20 + 0.2

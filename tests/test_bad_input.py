@@ -27,6 +27,7 @@ from conftest import DEMO_DATA, demo_rows, disk_of, raw_config, with_key
 from qpruner.config import RunConfig, load_config, validate_config
 from qpruner.errors import ConfigError, UserError
 from qpruner.models.structure import families
+from qpruner.pipeline import check
 from qpruner.plan import PrecisionPlan
 from qpruner.preflight import inspect
 
@@ -930,8 +931,9 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 def test_a_disk_too_small_is_refused(small_disk: Path, scene: Scene) -> None:
     # Enough trials that their checkpoints alone do not fit.
+    config = config_of(scene, {"output": str(small_disk / "run"), "search.max_trials": 50})
     with pytest.raises(UserError) as caught:
-        inspect(config_of(scene, {"output": str(small_disk / "run"), "search.max_trials": 50}))
+        check(config, lambda event: None)
     said = str(caught.value)
     assert [part for part in ("`output`", str(small_disk), "needs about", "make room") if part not in said] == [], said
     amounts = [float(number) for number in re.findall(r"(\d+(?:\.\d+)?) [KMG]i?B", said)]

@@ -6,6 +6,7 @@ Also the promise that a run may be killed at any instant and repeated: same plan
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -18,7 +19,11 @@ from typing import Any
 import psutil
 import pytest
 import yaml
-from conftest import raw_config, with_key
+from conftest import disk_of, raw_config, with_key
+
+from qpruner.config import load_config
+from qpruner.pipeline import check
+from qpruner.pipeline.disk import SMALL_FILES
 
 MINUTES = 60.0
 NOT_COMPARED = {
@@ -192,6 +197,17 @@ def test_bytes_on_disk_are_the_bytes_told(undisturbed: tuple[Path, dict[str, Any
     # Names and JSON headers weigh about 100 bytes a tensor, which shows on a model this small.
     headers = 100 * 9 * 14 + 100 * 28
     assert searched["measured_bytes"] * 0.99 <= on_disk <= searched["measured_bytes"] * 1.01 + headers
+
+
+def test_a_finished_run_asks_for_no_more_room(undisturbed: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+    run, _ = undisturbed
+    (file,) = run.parent.glob("*.yaml")
+    config = load_config(file, [f"output={tmp_path / 'disk' / 'run'}"])
+    with disk_of("64m", tmp_path / "disk") as disk:
+        shutil.copytree(run, disk / "run")
+        with (disk / "filler").open("wb") as file:
+            os.posix_fallocate(file.fileno(), 0, shutil.disk_usage(disk).free - SMALL_FILES - 8192)
+        check(config, lambda event: None)
 
 
 def test_who_may_read_a_folder_of_the_run_may_read_its_files(undisturbed: tuple[Path, dict[str, Any]]) -> None:

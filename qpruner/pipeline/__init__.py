@@ -18,6 +18,7 @@ from qpruner.execution.slots import Slots, worker_resources
 from qpruner.pipeline.bank import bank
 from qpruner.pipeline.compress import prepare, sensitivity
 from qpruner.pipeline.context import Context
+from qpruner.pipeline.disk import check_room
 from qpruner.pipeline.finish import evaluate, finetune
 from qpruner.pipeline.nodes import look_at_nodes
 from qpruner.pipeline.progress import RunProgress
@@ -104,6 +105,7 @@ def check(config: RunConfig, emit: Emit, address: str | None = None) -> Checked:
     preflight.check_quantizable(inspection.model_config)
     run_dir = RunDir(config.output, create=False)
     with contextlib.closing(Context(config, run_dir, emit, address, inspection)) as context:
+        check_room(context)
         concurrent = check_search(config.search, context.known_slots)
         check_finetune(config, context.known_slots)
         check_trackers(config.trackers)
@@ -142,6 +144,8 @@ def run(
         StageError: When a stage cannot go on.
     """
     inspection = preflight.inspect(config, works_here=address is None)
+    with contextlib.closing(Context(config, RunDir(config.output, create=False), emit, address, inspection)) as planned:
+        check_room(planned)
     run_dir = RunDir(config.output)
     with (
         sole_driver(run_dir.root, lambda text: emit(Message("run", text))),
