@@ -17,7 +17,7 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from qpruner.errors import CorruptFile
+from qpruner.errors import CorruptFile, StorageError
 from qpruner.objects import Objects, OnPiece, each, is_mirror, name_of, objects_at, scratch_of, sha256_of
 from qpruner.patience import patiently
 
@@ -129,6 +129,24 @@ def check(folder: Path, on_piece: OnPiece = lambda: None) -> None:
     elif listed := read_list(folder):
         _compare(listed, each(lambda name: _digest(folder / name, on_piece), list(listed.sha256)), folder)
         _found_whole[folder] = listed
+
+
+def check_arrived(folder: Path) -> None:
+    """Refuse a folder that another machine was to write if it is not here: it may have gone to that one's own disk.
+
+    Raises:
+        StorageError: If its list, which comes last, is still missing after a while.
+    """
+    if is_mirror(folder):
+        return
+    listed = list_beside(folder)
+    try:
+        patiently(listed.stat, listed, was_there=True)
+    except FileNotFoundError as error:
+        raise StorageError(
+            f"{folder} was written on another machine and is not here",
+            "mount the folder of `output` there again, or take it out of the cluster, then repeat the command",
+        ) from error
 
 
 def read_list(folder: Path) -> FileList | None:

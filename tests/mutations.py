@@ -361,15 +361,45 @@ MUTATIONS = {
     ),
     "a trial does without the GPU that it holds": Mutation(
         "qpruner/execution/testimony.py",
-        "    trouble = trouble or unseen_gpus()\n",
-        "",
+        "    _refuse(trouble or unseen_gpus())\n",
+        "    _refuse(trouble)\n",
         f"{LATE}::test_a_node_that_joins_late_and_differs_is_named_and_takes_no_retry",
     ),
     "a task does without the GPU that it holds": Mutation(
         CLUSTER,
-        "        check_gpus()\n",
+        "        cloudpickle.loads(check_node)()\n",
         "",
         f"{LATE}::test_all_work_that_holds_a_gpu_which_torch_does_not_see_is_refused",
+    ),
+    "a task is done on a node that differs": Mutation(
+        CLUSTER,
+        "        cloudpickle.loads(check_node)()\n",
+        "",
+        f"{LATE}::test_no_work_is_done_on_a_node_that_joins_late_and_differs",
+    ),
+    "the workshop is opened on a node that differs": Mutation(
+        "qpruner/execution/workshop.py",
+        "                cloudpickle.loads(check_node)()\n",
+        "",
+        f"{LATE}::test_no_work_is_done_on_a_node_that_joins_late_and_differs",
+    ),
+    "a group trains on a node that differs": Mutation(
+        "qpruner/execution/group.py",
+        "            ray.get([worker.actor.execute.remote(check) for worker in workers])\n",
+        "            pass\n",
+        f"{LATE}::test_no_work_is_done_on_a_node_that_joins_late_and_differs",
+    ),
+    "what joins a cluster after the look is taken for alike": Mutation(
+        "qpruner/pipeline/context.py",
+        "        if not self.address:\n            return packed_check_of_gpus()\n",
+        "        return packed_check_of_gpus()\n",
+        f"{LATE}::test_the_first_work_of_a_command_is_not_done_on_a_node_that_came_after_the_look",
+    ),
+    "what a node wrote to its own disk is committed": Mutation(
+        "qpruner/pipeline/prune.py",
+        "        check_arrived(scratch)\n",
+        "",
+        f"{LATE}::test_what_a_node_wrote_to_its_own_disk_is_not_taken_for_the_runs",
     ),
     "a machine's death is held against the work on it": Mutation(
         CLUSTER,

@@ -13,6 +13,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -256,6 +257,7 @@ def run_tasks(
     resources: dict[str, float],
     max_concurrent: int,
     fresh: bool,
+    check_node: bytes,
     on_tick: Callable[[], None] = lambda: None,
     on_held: Callable[[float], None] = lambda seconds: None,
     progress: Callable[[int], object] = lambda position: None,
@@ -271,6 +273,8 @@ def run_tasks(
         resources: Ray resources of one job.
         max_concurrent: Jobs in flight.
         fresh: Give every job a process that ends with it, so that its memory can be measured.
+        check_node: A pickled function that raises where a job would begin on a machine that cannot be used; it needs
+            nothing of qpruner (`probe.packed_check`).
         on_tick: Called about once a second while jobs run.
         on_held: Told what each job has held of GPUs as it ends: its seconds, without those that it waited for a slot,
             times how many.
@@ -280,10 +284,11 @@ def run_tasks(
         Position of the job and its result, as they finish. An error of a job is raised as it was.
 
     Raises:
-        NodeDiffers: If torch does not see the GPUs that are reserved for a job.
+        NodeDiffers: If a job met a machine that cannot be used.
         WorkerDied: If a job's workers die again and again, on machines that live on and without progress.
     """
     import ray
+    from ray import cloudpickle
     from ray.exceptions import (
         NodeDiedError,
         ObjectLostError,
@@ -296,12 +301,16 @@ def run_tasks(
     assert ray.is_initialized(), "Ray would choose a cluster itself"
     gpus = resources.get("gpu", 0.0)
 
-    def located(job: Any) -> Iterator[str | tuple[float, Result]]:
+    def located(work: bytes) -> Iterator[str | tuple[float, Result]]:
+        # A nested function brings itself along; another qpruner there could not even read the job.
+        from ray import cloudpickle
+
         # First where it is, while it can still tell.
         yield ray.get_runtime_context().get_node_id()
-        check_gpus()
+        cloudpickle.loads(check_node)()
+        run = cloudpickle.loads(work)
         started = time.monotonic()
-        result = function(job)
+        result = run()
         yield time.monotonic() - started, result
 
     remote = ray.remote(
@@ -318,7 +327,7 @@ def run_tasks(
     while waiting or running:
         while waiting and len(running) < max_concurrent:
             position, job = waiting.popleft()
-            running[remote.remote(job)] = position
+            running[remote.remote(cloudpickle.dumps(partial(function, job)))] = position
         done, _ = ray.wait(list(running), num_returns=1, timeout=1.0)
         on_tick()
         for answers in done:
@@ -332,7 +341,7 @@ def run_tasks(
                 del running[answers]
                 waiting.append((position, jobs[position]))
             except RayTaskError as error:
-                raise error.cause from error
+                raise told_by(error) from error
             else:
                 if isinstance(said, str):
                     nodes[position] = said
@@ -382,15 +391,11 @@ class Deaths:
         return first_line(death)
 
 
-def check_gpus() -> None:
-    """Refuse to do without the GPUs that are reserved for this process.
-
-    Raises:
-        NodeDiffers: Naming the node, where torch sees none of them.
-    """
-    trouble = testimony.unseen_gpus()
-    if trouble:
-        raise NodeDiffers(f"{testimony.own_name()}: {trouble}")
+def told_by(error: Any) -> Exception:
+    """What a worker raised, of one of Ray's `RayTaskError`s; a check of its machine has no type of qpruner's there."""
+    cause: Exception = error.cause
+    text = str(cause)
+    return NodeDiffers(text.removeprefix(testimony.REFUSAL)) if text.startswith(testimony.REFUSAL) else cause
 
 
 def first_line(error: Exception) -> str:

@@ -22,7 +22,8 @@ os.environ["RAY_CHDIR_TO_TRIAL_DIR"] = "0"
 
 import psutil
 import ray
-from ray.exceptions import NodeDiedError, RayActorError
+from ray import cloudpickle
+from ray.exceptions import NodeDiedError, RayActorError, RayTaskError
 from ray.train import ControllerError, RunConfig, ScalingConfig, WorkerGroupError
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.torch.config import _TorchBackend
@@ -42,6 +43,7 @@ class _Group:
     resources: Mapping[str, float]
     num_workers: int
     scratch: Path
+    check_node: bytes
 
 
 def run_groups(
@@ -51,6 +53,7 @@ def run_groups(
     num_workers: int,
     max_concurrent: int,
     scratch: Path,
+    check_node: bytes,
     on_tick: Callable[[], None] = lambda: None,
     progress: Callable[[int], object] = lambda position: None,
 ) -> Iterator[tuple[int, Result]]:
@@ -65,6 +68,7 @@ def run_groups(
         num_workers: Processes of a group.
         max_concurrent: Groups in flight.
         scratch: Folder that all nodes see, for Ray Train; gone at the end.
+        check_node: As of `run_tasks`.
         on_tick: Called about once a second while groups run.
         progress: As of `run_tasks`.
 
@@ -75,10 +79,11 @@ def run_groups(
     Raises:
         WorkerDied: If a job's groups lose a process again and again, on machines that live on and without progress.
     """
-    groups = [_Group(function, job, resources, num_workers, scratch) for job in jobs]
+    groups = [_Group(function, job, resources, num_workers, scratch, check_node) for job in jobs]
+    # What waits for a group holds no slot.
+    held = {"cpu": 0.0}
     try:
-        # What waits for a group holds no slot.
-        yield from run_tasks(_run, groups, {"cpu": 0.0}, max_concurrent, fresh=True, on_tick=on_tick, progress=progress)
+        yield from run_tasks(_run, groups, held, max_concurrent, True, check_node, on_tick=on_tick, progress=progress)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
 
@@ -97,7 +102,7 @@ def _run(group: _Group) -> Any:
             use_gpu=bool(group.resources.get("gpu")),
             resources_per_worker={names[name]: amount for name, amount in group.resources.items()},
         ),
-        run_config=RunConfig(name=name, storage_path=str(group.scratch), callbacks=[_GiveBack(places)]),
+        run_config=RunConfig(name=name, storage_path=str(group.scratch), callbacks=[_Watch(places, group.check_node)]),
     )
     try:
         return trainer.fit().return_value
@@ -110,17 +115,29 @@ def _run(group: _Group) -> Any:
         raise error.controller_failure from error
 
 
-class _GiveBack(WorkerGroupCallback, ControllerCallback):  # type: ignore[misc]
-    """Gives a group's slots back at the end of all; Ray Train (2.60) keeps those of one that lost a process just before
-    its function began, and whoever comes next waits for them for ever. Tells where its processes are.
+class _Watch(WorkerGroupCallback, ControllerCallback):  # type: ignore[misc]
+    """Checks the machines of a group's processes before these are sent anything, and tells where they are.
+
+    Gives the group's slots back at the end of all; Ray Train (2.60) keeps those of one that lost a process just before
+    its function began, and whoever comes next waits for them for ever.
 
     Args:
         places: File for Ray's ids of their machines.
+        check_node: As of `run_tasks`.
     """
 
-    def __init__(self, places: Path) -> None:
-        self._places = places
+    def __init__(self, places: Path, check_node: bytes) -> None:
+        self._places, self._check_node = places, check_node
         self._state: Any = None
+
+    def before_init_train_context(self, workers: list[Any]) -> dict[str, list[Any]]:
+        """With its context Ray Train (2.60) sends a process this class, which another qpruner may not have."""
+        check = cloudpickle.loads(self._check_node)
+        try:
+            ray.get([worker.actor.execute.remote(check) for worker in workers])
+        except RayTaskError as error:
+            raise WorkerGroupError(str(error.cause), {0: error.cause}) from error
+        return {}
 
     def after_worker_group_start(self, worker_group: Any) -> None:
         self._state = worker_group.get_worker_group_state()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -134,11 +134,25 @@ def probe(storage: Path, driver: str, banked: Iterable[str] = (), seconds: float
 def packed_check(run: RunDir) -> bytes:
     """A pickled function that a worker calls before it reads anything of qpruner's: that may be another one on a node
     that was not looked at. It raises a RuntimeError that names node and difference, see `testimony.check_like`."""
+    told = (testimony.versions(), str(run.root), run.place, ID, run.id, run.is_at_uri)
+    return _packed(functools.partial(testimony.check_like, *told))
+
+
+def packed_check_of_installation() -> bytes:
+    """As `packed_check`, for work that leaves nothing in a run's storage."""
+    return _packed(functools.partial(testimony.check_installed, testimony.versions()))
+
+
+def packed_check_of_gpus() -> bytes:
+    """As `packed_check`, where all work is done on this machine."""
+    return _packed(testimony.check_gpus)
+
+
+def _packed(check: Callable[[], None]) -> bytes:
     from ray import cloudpickle
 
-    told = (testimony.versions(), str(run.root), run.place, ID, run.id, run.is_at_uri)
     with _sent_whole():
-        packed: bytes = cloudpickle.dumps(functools.partial(testimony.check_like, *told))
+        packed: bytes = cloudpickle.dumps(check)
     return packed
 
 

@@ -25,6 +25,8 @@ DEVICES, NVIDIA, DISPLAY = "/sys/bus/pci/devices", "0x10de", "0x03"
 """Where Linux lists the devices of a machine, and what it says of a GPU: its maker, and its class begins so."""
 HIDERS = ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES")
 MISSING = "not installed"
+REFUSAL = "NodeDiffers: "
+"""Begins the error of a machine that is not like the driver's, of a type that every qpruner can read."""
 
 
 def testify(
@@ -89,9 +91,22 @@ def check_like(own: Mapping[str, str], storage: str, place: str, driver: str, te
     if not trouble:  # else that qpruner cannot be asked
         unseen = _lasting_trouble(_store_trouble if is_at_uri else _storage_trouble, Path(storage), driver, text)
         trouble = f"`output`: {place} {unseen}" if unseen else ""
-    trouble = trouble or unseen_gpus()
+    _refuse(trouble or unseen_gpus())
+
+
+def check_installed(own: Mapping[str, str]) -> None:
+    """As `check_like`, for work that leaves nothing in the run's storage."""
+    _refuse(differences(versions(), own) or unseen_gpus())
+
+
+def check_gpus() -> None:
+    """As `check_like`, on the driver's own machine."""
+    _refuse(unseen_gpus())
+
+
+def _refuse(trouble: str) -> None:
     if trouble:
-        raise RuntimeError(f"NodeDiffers: {own_name()}: {trouble}")
+        raise RuntimeError(f"{REFUSAL}{own_name()}: {trouble}")
 
 
 def own_name() -> str:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from qpruner.events import Emit, Event, Message
-from qpruner.execution.cluster import Deaths, check_gpus
+from qpruner.execution.cluster import Deaths, told_by
 from qpruner.execution.gpu_time import GpuTime
 from qpruner.memory import release
 from qpruner.mirror import fetch
@@ -94,10 +94,11 @@ class OnCluster:
     Args:
         resources: Ray resources of the actor.
         gpu_time: Told of what work holds of GPUs; waiting for a machine holds none.
+        check_node: As of `run_tasks`.
     """
 
-    def __init__(self, resources: Mapping[str, float], gpu_time: GpuTime) -> None:
-        self._resources, self._gpu_time = resources, gpu_time
+    def __init__(self, resources: Mapping[str, float], gpu_time: GpuTime, check_node: bytes) -> None:
+        self._resources, self._gpu_time, self._check_node = resources, gpu_time, check_node
         self._actor: Any = None
         self._node: str | None = None
 
@@ -122,7 +123,8 @@ class OnCluster:
 
         if self._actor is None:
             options = {"num_cpus": self._resources.get("cpu", 0.0), "num_gpus": self._resources.get("gpu", 0.0)}
-            self._actor = ray.remote(_Worker).options(**options).remote(int(self._resources.get("cpu", 1.0)))
+            actor = ray.remote(_checked_worker(self._check_node)).options(**options)
+            self._actor = actor.remote(int(self._resources.get("cpu", 1.0)))
             self._node, place = None, self._actor.place.remote()
             if not ray.wait([place], timeout=SECONDS_UNTOLD)[0]:
                 emit(Message("cluster", f"waiting for a machine with room for {dict(self._resources)}"))
@@ -133,13 +135,14 @@ class OnCluster:
     def _told(self, work: Work[Job, Result], job: Job, emit: Emit) -> Result:
         """Passes the worker's events on; returns what it ends with."""
         import ray
+        from ray import cloudpickle
         from ray.exceptions import RayTaskError
 
-        for reference in self._actor.do.options(num_returns="streaming").remote(work, job):
+        for reference in self._actor.do.options(num_returns="streaming").remote(cloudpickle.dumps((work, job))):
             try:
                 told = ray.get(reference)
             except RayTaskError as error:
-                raise error.cause from error
+                raise told_by(error) from error
             if isinstance(told, _Done):
                 result: Result = told.result
                 return result
@@ -159,22 +162,46 @@ class _Done:
     result: Any
 
 
+def _checked_worker(check_node: bytes) -> type:
+    """The actor: a `_Worker` that is unpickled where the machine has been found to be like the driver's.
+
+    A nested class brings itself along; another qpruner there could not even read the job.
+    """
+    from ray import cloudpickle
+
+    worker = cloudpickle.dumps(_Worker)
+
+    class Worker:
+        def __init__(self, threads: int) -> None:
+            self._threads = threads
+            self._worker: Any = None
+
+        def place(self) -> str:
+            """Ray's id of its machine."""
+            import ray
+
+            node: str = ray.get_runtime_context().get_node_id()
+            return node
+
+        def do(self, packed: bytes) -> Iterator[Any]:
+            from ray import cloudpickle
+
+            if self._worker is None:
+                cloudpickle.loads(check_node)()
+                self._worker = cloudpickle.loads(worker)(self._threads)
+            yield from self._worker.do(*cloudpickle.loads(packed))
+
+    return Worker
+
+
 class _Worker:
-    """The actor: work runs in one thread, so that its events leave as they happen."""
+    """Work runs in one thread, so that its events leave as they happen."""
 
     def __init__(self, threads: int) -> None:
         self._bench = Bench()
         self._thread = ThreadPoolExecutor(1, initializer=_limit_threads, initargs=(threads,))
 
-    def place(self) -> str:
-        """Ray's id of its machine."""
-        import ray
-
-        node: str = ray.get_runtime_context().get_node_id()
-        return node
-
     def do(self, work: Work[Any, Any], job: Any) -> Iterator[Event | _Done]:
-        check_gpus()
         told: queue.SimpleQueue[Event | None] = queue.SimpleQueue()
         outcome = self._thread.submit(work, job, self._bench, told.put)
         outcome.add_done_callback(lambda _: told.put(None))

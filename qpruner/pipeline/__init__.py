@@ -217,7 +217,7 @@ def preview(config: RunConfig, emit: Emit, address: str | None = None) -> PruneR
     """
     inspection = preflight.inspect(config, works_here=address is None)
     run_dir = RunDir(config.output, create=False)
-    with contextlib.closing(Context(config, run_dir, emit, address, inspection)) as context:
+    with contextlib.closing(Context(config, run_dir, emit, address, inspection, writes=False)) as context:
         if address:
             look_at_nodes(context)
         with explained("prune"):

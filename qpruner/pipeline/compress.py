@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from qpruner.config import DataSource, ModelConfig, RunConfig
 from qpruner.events import Emit, Message, Progress
 from qpruner.execution.workshop import Bench
-from qpruner.mirror import fetch, written
+from qpruner.mirror import check_arrived, fetch, written
 from qpruner.pipeline.context import Context
 from qpruner.pipeline.stage import Stage, run_stage
 from qpruner.records import BankRecord, MethodScores, PrepareRecord, PruneRecord, SensitivityRecord, digest_of
@@ -36,6 +36,8 @@ def prepare(context: Context) -> PrepareRecord:
         is_shared = bool(context.address) or context.run_dir.is_at_uri
         job = BaseJob(config.model, scratch / "model", is_shared)
         base = context.workshop.do(bring_base, job, context.emit)
+        if base.converted:
+            check_arrived(job.folder)
         counts = _encode_splits(context, str(fetch(Path(base.path))), scratch / "data")
         # The scratch folder is about to get the stage's name; what is at a URI has another path on each machine.
         place = Path("prepare") if context.run_dir.is_at_uri else context.run_dir.stage("prepare")
@@ -234,7 +236,7 @@ def _measured(context: Context, job: ScoringJob) -> Measurement:
     ]
     told, parts = _teller(context.emit, MEASUREMENT), dict[int, Measurement]()
     for position, part in run_tasks(
-        measure_share, jobs, resources, num_shares, fresh=False, on_held=context.gpu_time.add
+        measure_share, jobs, resources, num_shares, False, context.check_node, on_held=context.gpu_time.add
     ):
         parts[position] = part
         told(len(parts), num_shares)

@@ -13,6 +13,7 @@ from qpruner.config import RunConfig
 from qpruner.events import Emit
 from qpruner.execution.cluster import Cluster, connect, disconnect, local_slots
 from qpruner.execution.gpu_time import GpuTime
+from qpruner.execution.probe import packed_check, packed_check_of_gpus, packed_check_of_installation
 from qpruner.execution.slots import Slots, worker_resources
 from qpruner.execution.workshop import Here, OnCluster, Workshop
 from qpruner.mirror import fetch
@@ -37,6 +38,7 @@ class Context:
         emit: Told of every event.
         address: A Ray cluster to join, or None.
         inspection: What was known before the first stage.
+        writes: Whether the run's folder is written to.
         gpu_time: What work outside the trials has held of GPUs.
     """
 
@@ -45,6 +47,7 @@ class Context:
     emit: Emit
     address: str | None
     inspection: preflight.Inspection
+    writes: bool = True
     gpu_time: GpuTime = field(default_factory=GpuTime)
     _has_joined: bool = False
 
@@ -145,9 +148,17 @@ class Context:
     def workshop(self) -> Workshop:
         """Where the work on one model is done: on the cluster that was given, so that its head needs no GPU."""
         if self.address:
-            return OnCluster(self._workshop_resources(), self.gpu_time)
+            return OnCluster(self._workshop_resources(), self.gpu_time, self.check_node)
         present = local_slots().gpus
         return Here(present if self._is_spread else min(present, 1.0), self.gpu_time)
+
+    @cached_property
+    def check_node(self) -> bytes:
+        """What each process on the cluster calls before it reads its work: its node may have joined since all were
+        looked at. This machine is like itself."""
+        if not self.address:
+            return packed_check_of_gpus()
+        return packed_check(self.run_dir) if self.writes else packed_check_of_installation()
 
     @property
     def _is_spread(self) -> bool:

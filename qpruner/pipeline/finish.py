@@ -206,6 +206,7 @@ def _measure_inference(context: Context, jobs: list[Candidate]) -> tuple[Inferen
         resources,
         1,
         fresh=True,
+        check_node=context.check_node,
         on_tick=progress.tell,
         on_held=context.gpu_time.add,
     )
@@ -294,10 +295,14 @@ def _finetuned(
         from qpruner.execution.group import run_groups
 
         scratch = context.run_dir.scratch("train")
-        return run_groups(finetune_candidate, tasks, resources, num_workers, concurrent, scratch, on_tick, saved)
+        return run_groups(
+            finetune_candidate, tasks, resources, num_workers, concurrent, scratch, context.check_node, on_tick, saved
+        )
     from qpruner.execution.cluster import run_tasks
 
-    return run_tasks(finetune_candidate, tasks, resources, concurrent, fresh=True, on_tick=on_tick, progress=saved)
+    return run_tasks(
+        finetune_candidate, tasks, resources, concurrent, True, context.check_node, on_tick=on_tick, progress=saved
+    )
 
 
 def _record_of(context: Context, job: Candidate, origin: str, outcome: FinetuneOutcome) -> CandidateRecord:
@@ -340,7 +345,7 @@ def _evaluate_jobs(context: Context, jobs: list[Candidate], text: Path | None) -
         for_each(remove, signs)  # of a session that was interrupted
         progress = _Progress(context, "evaluate", signs, len(jobs), "answers")
         for position, scored in run_tasks(
-            evaluate_candidate, tasks, resources, concurrent, fresh=False, on_tick=progress.tell
+            evaluate_candidate, tasks, resources, concurrent, False, context.check_node, on_tick=progress.tell
         ):
             job = left[position]
             record = RowScores(

@@ -1,7 +1,7 @@
 """The cluster's nodes, looked at before anything expensive: one table of what they are, and an error that names each
 that the run could not use.
 
-Nodes that join later, as an autoscaler's do, are compared where a trial begins (`execution.probe.packed_check`).
+Nodes that join later, as an autoscaler's do, are compared where work on them begins (`execution.probe.packed_check`).
 """
 
 from __future__ import annotations

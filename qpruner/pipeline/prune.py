@@ -13,7 +13,7 @@ from qpruner import preflight
 from qpruner.config import PruneConfig, RunConfig
 from qpruner.events import Emit, Message, Progress, StageStarted
 from qpruner.execution.workshop import Bench
-from qpruner.mirror import fetch, written
+from qpruner.mirror import check_arrived, fetch, written
 from qpruner.models.layout import num_layers
 from qpruner.models.structure import ATTENTION, EXPERT, MLP, family_of
 from qpruner.patience import patiently
@@ -36,7 +36,9 @@ def prune(context: Context, prepared: PrepareRecord) -> PruneRecord:
 
     def work(scratch: Path) -> dict[str, Any]:
         job = CutJob(config, context.run_dir.root / prepared.model_path, context.data / "importance", scratch)
-        return context.workshop.do(cut_and_save, job, context.emit)
+        fields = context.workshop.do(cut_and_save, job, context.emit)
+        check_arrived(scratch)
+        return fields
 
     def figures(record: PruneRecord) -> str:
         return (

@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any
 from qpruner.candidates import Candidate, ConfirmationJob, confirm_trial
 from qpruner.errors import StageError
 from qpruner.events import Message, Progress, SearchPlanned
-from qpruner.execution.probe import packed_check
 from qpruner.execution.room import Room
 from qpruner.pipeline.context import Context
 from qpruner.pipeline.stage import Stage, run_stage
@@ -92,7 +91,7 @@ def search(context: Context, banked: BankRecord, measured: SensitivityRecord) ->
             digest=trials_digest,
             search=search_digest,
             resources=resources,
-            check_node=packed_check(context.run_dir),
+            check_node=context.check_node,
         )
         context.join()
         room = Room(lambda: context.slots, resources, settings.max_concurrent, context.emit)
@@ -265,7 +264,7 @@ def _confirm(context: Context, finalists: Sequence[TrialRecord], job: SearchJob)
         jobs.append(ConfirmationJob(context.worker_config, candidate, checkpoint, context.data, threads))
     found: dict[int, Confirmation] = {}
     for position, score in run_tasks(
-        confirm_trial, jobs, resources, concurrent, fresh=False, on_held=context.gpu_time.add
+        confirm_trial, jobs, resources, concurrent, False, context.check_node, on_held=context.gpu_time.add
     ):
         trial = finalists[position]
         control, taken_over = job.control_of(_plan(trial)), not job.owns(trial)

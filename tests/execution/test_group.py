@@ -24,6 +24,7 @@ from qpruner.config import LoraConfig, TrainingConfig
 from qpruner.data import Example, encode
 from qpruner.errors import TrainingDiverged, WorkerDied
 from qpruner.execution.cluster import MAX_DEATHS, connect, disconnect
+from qpruner.execution.probe import packed_check_of_gpus
 from qpruner.finetune import Listener, Schedule, Share, finetune
 from qpruner.models.loading import load_tokenizer
 from qpruner.quantization.assembly import assemble, attach_adapters
@@ -160,8 +161,9 @@ def run() -> Iterator[Run]:
         pytest.skip("two processes need two cores")
 
     def in_group(function: Callable[[Any], Any], folder: Path, job: Any) -> Any:
-        ((position, found),) = run_groups(function, [job], {"cpu": 1.0}, 2, 1, folder / "ray-train")
-        assert position == 0 and not (folder / "ray-train").exists()
+        scratch = folder / "ray-train"
+        ((position, found),) = run_groups(function, [job], {"cpu": 1.0}, 2, 1, scratch, packed_check_of_gpus())
+        assert position == 0 and not scratch.exists()
         return found
 
     yield in_group

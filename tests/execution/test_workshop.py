@@ -22,11 +22,13 @@ from qpruner.errors import CorruptFile, StageError, UserError, WorkerDied
 from qpruner.events import Emit, Event, Message, Progress, StageFinished, StageStarted, TableMade
 from qpruner.execution.cluster import MAX_DEATHS, connect, disconnect, run_tasks
 from qpruner.execution.gpu_time import GpuTime
+from qpruner.execution.probe import packed_check_of_gpus
 from qpruner.execution.workshop import Bench, Here, OnCluster, Workshop
 from qpruner.pipeline import run
 from qpruner.records import Results
 
 GPU = {"cpu": 1.0, "gpu": 1.0}
+CHECK = packed_check_of_gpus()
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +51,7 @@ def workshop(request: pytest.FixtureRequest) -> Iterator[Workshop]:
     place: Workshop = Here(0.0, GpuTime())
     if request.param == "cluster":
         request.getfixturevalue("joined")
-        place = OnCluster(GPU, GpuTime())
+        place = OnCluster(GPU, GpuTime(), CHECK)
     yield place
     place.close()
 
@@ -113,7 +115,7 @@ def test_a_worker_that_is_killed_has_its_work_begun_again(joined: str, tmp_path:
             os.kill(os.getpid(), signal.SIGKILL)
         return len(marks.read_text())
 
-    place = OnCluster(GPU, GpuTime())
+    place = OnCluster(GPU, GpuTime(), CHECK)
     try:
         assert place.do(work, 2, events.append) == 2
         # Where it takes long to start, that is told as well.
@@ -133,7 +135,7 @@ def test_a_task_whose_worker_is_killed_is_run_again(joined: str, tmp_path: Path)
         return job.name
 
     jobs = [tmp_path / "a", tmp_path / "b"]
-    assert dict(run_tasks(task, jobs, GPU, 2, fresh=False)) == {0: "a", 1: "b"}
+    assert dict(run_tasks(task, jobs, GPU, 2, False, CHECK)) == {0: "a", 1: "b"}
 
 
 def test_deaths_between_which_a_task_got_on_are_forgiven_it(joined: str, tmp_path: Path) -> None:
@@ -146,7 +148,7 @@ def test_deaths_between_which_a_task_got_on_are_forgiven_it(joined: str, tmp_pat
             os.kill(os.getpid(), signal.SIGKILL)
         return made
 
-    found = run_tasks(task, [tmp_path], GPU, 1, fresh=True, progress=lambda position: len(list(tmp_path.iterdir())))
+    found = run_tasks(task, [tmp_path], GPU, 1, True, CHECK, progress=lambda position: len(list(tmp_path.iterdir())))
     assert list(found) == [(0, MAX_DEATHS + 1)]
 
 
@@ -159,7 +161,7 @@ def test_gpus_are_counted_for_as_long_as_work_holds_them(joined: str) -> None:
     def task(job: float) -> None:
         time.sleep(job)
 
-    for held, place in ((here := GpuTime(), Here(2.0, here)), (there := GpuTime(), OnCluster(GPU, there))):
+    for held, place in ((here := GpuTime(), Here(2.0, here)), (there := GpuTime(), OnCluster(GPU, there, CHECK))):
         try:
             place.do(work, 0.0, lambda event: None)  # a worker that starts imports torch
             before = held.seconds
@@ -170,9 +172,9 @@ def test_gpus_are_counted_for_as_long_as_work_holds_them(joined: str) -> None:
         finally:
             place.close()
     tasks: list[float] = []
-    list(run_tasks(task, [0.5, 0.5], GPU, 2, fresh=False, on_held=tasks.append))
+    list(run_tasks(task, [0.5, 0.5], GPU, 2, False, CHECK, on_held=tasks.append))
     assert len(tasks) == 2 and all(0.5 <= seconds < 0.9 for seconds in tasks)
-    list(run_tasks(task, [0.0], {"cpu": 1.0}, 1, fresh=False, on_held=tasks.append))
+    list(run_tasks(task, [0.0], {"cpu": 1.0}, 1, False, CHECK, on_held=tasks.append))
     assert tasks[2] == 0.0
 
 
@@ -197,13 +199,13 @@ def test_work_goes_on_elsewhere_however_many_machines_go(place: str, tmp_path: P
 
     def done() -> int:
         if place == "workshop":
-            return OnCluster(GPU, GpuTime()).do(work, None, lambda event: None)
+            return OnCluster(GPU, GpuTime(), CHECK).do(work, None, lambda event: None)
         if place == "task":
-            ((_, found),) = run_tasks(task, [None], GPU, 1, fresh=True)
+            ((_, found),) = run_tasks(task, [None], GPU, 1, True, CHECK)
         else:
             from qpruner.execution.group import run_groups
 
-            ((_, found),) = run_groups(task, [None], {"cpu": 1.0}, 1, 1, tmp_path / "train")
+            ((_, found),) = run_groups(task, [None], {"cpu": 1.0}, 1, 1, tmp_path / "train", CHECK)
         return found
 
     def take_machines_away() -> None:

@@ -1,10 +1,11 @@
-"""A node that joins while a search runs, and is not like the driver's: a second raylet with packages or mounts of its
-own. Its trial is not held against anybody, and the error names it."""
+"""A node that joins while a run is at work, and is not like the driver's: a second raylet with code, packages or mounts
+of its own. No work is done there, no trial is held against anybody, and the error names it."""
 
 from __future__ import annotations
 
 import ctypes
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -13,18 +14,23 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import pytest
+from conftest import raw_config, with_key
 from raylets import Raylets, raylets
 from test_search_stage import job_of
 
-from qpruner.errors import NodeDiffers
-from qpruner.events import Emit, Event, Message
+import qpruner
+from qpruner import events, patience
+from qpruner.config import RunConfig, validate_config
+from qpruner.errors import NodeDiffers, StageError
+from qpruner.events import Emit, Event, Message, TableMade
 from qpruner.execution.cluster import connect, disconnect, run_tasks
 from qpruner.execution.gpu_time import GpuTime
-from qpruner.execution.probe import packed_check
+from qpruner.execution.probe import packed_check, packed_check_of_gpus
 from qpruner.execution.workshop import Bench, OnCluster
+from qpruner.pipeline import preview, run
 from qpruner.records import RungResult
 from qpruner.rundir import RunDir
 from qpruner.search.trial_job import Progress, Report, TrialJob
@@ -52,6 +58,13 @@ def with_another_peft(cluster: Raylets, folder: Path) -> Any:
     old.mkdir(parents=True)
     (old / "METADATA").write_text("Metadata-Version: 2.1\nName: peft\nVersion: 0.1.0\n")
     return cluster.add(num_gpus=1, env_vars={"PYTHONPATH": os.pathsep.join([str(old.parent), *sys.path])})
+
+
+def with_another_qpruner(cluster: Raylets, folder: Path) -> Any:
+    """Add a node whose qpruner lacks what this one's work is made of."""
+    same, other = Path(qpruner.__file__).parent, folder / "other" / "qpruner"
+    shutil.copytree(same, other, ignore=shutil.ignore_patterns("__pycache__", "execution"))
+    return cluster.add(num_gpus=1, env_vars={"PYTHONPATH": os.pathsep.join([str(other.parent), *sys.path])})
 
 
 def with_mounts(cluster: Raylets, mounts: str) -> Any:
@@ -103,6 +116,41 @@ def standing_in(folder: Path) -> Callable[..., None]:
     return trial
 
 
+class Work(Protocol):
+    """Work that returns 1, on one process of the cluster."""
+
+    def __call__(self, resources: dict[str, float], check_node: bytes, scratch: Path = Path()) -> int: ...
+
+
+def as_task(resources: dict[str, float], check_node: bytes, scratch: Path = Path()) -> int:
+    def task(job: int) -> int:
+        return job
+
+    ((_, found),) = run_tasks(task, [1], resources, 1, True, check_node)
+    return found
+
+
+def in_workshop(resources: dict[str, float], check_node: bytes, scratch: Path = Path()) -> int:
+    def work(job: int, bench: Bench, emit: Emit) -> int:
+        return job
+
+    place = OnCluster(resources, GpuTime(), check_node)
+    try:
+        return place.do(work, 1, lambda event: None)
+    finally:
+        place.close()
+
+
+def in_group(resources: dict[str, float], check_node: bytes, scratch: Path = Path()) -> int:
+    from qpruner.execution.group import run_groups
+
+    def task(job: int) -> int:
+        return job
+
+    ((_, found),) = run_groups(task, [1], resources, 1, 1, scratch, check_node)
+    return found
+
+
 def job_with_two_in_flight(folder: Path) -> SearchJob:
     job = job_of(folder, max_trials=2, searcher="random")
     run = RunDir(folder / "run")
@@ -113,31 +161,98 @@ def job_with_two_in_flight(folder: Path) -> SearchJob:
 def test_all_work_that_holds_a_gpu_which_torch_does_not_see_is_refused(cluster: Raylets, tmp_path: Path) -> None:
     """It would go on for days on the CPU. Where GPUs are only counted, that is what was asked for. Groups need no look:
     they have no way to connect."""
-
-    def task(job: int) -> int:
-        return job
-
-    def work(job: int, bench: Bench, emit: Emit) -> int:
-        return job
-
-    def as_task() -> int:
-        ((_, found),) = run_tasks(task, [1], held, 1, fresh=True)
-        return found
-
-    def in_workshop() -> int:
-        place = OnCluster(held, GpuTime())
-        try:
-            return place.do(work, 1, lambda event: None)
-        finally:
-            place.close()
-
-    held = {"cpu": 1.0, "gpu": 1.0}
-    assert as_task() == in_workshop() == 1
+    held, check = {"cpu": 1.0, "gpu": 1.0}, packed_check_of_gpus()
+    assert as_task(held, check) == in_workshop(held, check) == 1
     late = with_a_gpu_that_torch_does_not_see(cluster, tmp_path)
     cluster.kill_machine(cluster.nodes[0])
     for begun in (as_task, in_workshop):
         with pytest.raises(NodeDiffers, match=rf"{late.node_id[:8]}\): a GPU is reserved for work there, but torch"):
-            begun()
+            begun(held, check)
+
+
+@pytest.mark.parametrize(
+    ("join", "what"),
+    [
+        (with_another_qpruner, r"qpruner's code is \w+ there and \w+ here"),
+        (with_a_folder_of_its_own, "`output`: {run} is not shared with it"),
+    ],
+)
+@pytest.mark.parametrize("begun", [as_task, in_workshop, in_group])
+def test_no_work_is_done_on_a_node_that_joins_late_and_differs(
+    begun: Work, join: Callable[[Raylets, Path], Any], what: str, cluster: Raylets, tmp_path: Path
+) -> None:
+    check = packed_check(RunDir(tmp_path / "run"))
+    assert begun({"cpu": 1.0}, check, tmp_path / "train") == 1
+    late = join(cluster, tmp_path)
+    cluster.kill_machine(cluster.nodes[0])
+    with pytest.raises(NodeDiffers, match=rf"{late.node_id[:8]}\): {what.format(run=tmp_path / 'run')}") as caught:
+        begun({"cpu": 1.0}, check, tmp_path / "train")
+    assert "repeat the command" in str(caught.value)
+
+
+def previewed(config: RunConfig, emit: Emit, address: str) -> None:
+    preview(config, emit, address)
+
+
+def prepared(config: RunConfig, emit: Emit, address: str) -> None:
+    run(config, emit, address, until="prepare")
+
+
+@pytest.mark.parametrize(
+    ("command", "join", "what"),
+    [
+        (previewed, with_another_qpruner, "qpruner's code is"),
+        (prepared, with_a_folder_of_its_own, "is not shared with it"),
+    ],
+)
+def test_the_first_work_of_a_command_is_not_done_on_a_node_that_came_after_the_look(
+    command: Callable[[RunConfig, Emit, str], None],
+    join: Callable[[Raylets, Path], Any],
+    what: str,
+    cluster: Raylets,
+    tiny_model: Path,
+    tmp_path: Path,
+) -> None:
+    """As when the autoscaler starts the first worker."""
+    config = validate_config(raw_config(tiny_model, tmp_path / "run"))
+    late: list[Any] = []
+
+    def tell(event: Event) -> None:
+        if isinstance(event, TableMade):
+            late.append(join(cluster, tmp_path))
+            cluster.kill_machine(cluster.nodes[0])
+
+    with pytest.raises(NodeDiffers, match=what) as caught:
+        command(config, tell, cluster.address)
+    assert f"{late[0].node_id[:8]})" in caught.value.cause
+    assert not (tmp_path / "run" / "records").exists()
+    assert command is not previewed or not (tmp_path / "run").exists(), "a preview leaves nothing"
+
+
+def test_what_a_node_wrote_to_its_own_disk_is_not_taken_for_the_runs(
+    cluster: Raylets, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The shared folder is gone from the node while it works, and whatever is written there goes to its own disk."""
+    monkeypatch.setattr(patience, "PATIENCE_SECONDS", 1.0)
+    raw = raw_config(tiny_model, tmp_path / "run")
+    # Many passes, so that the fault comes between the first and the last.
+    for key, value in {"num_samples": 64, "max_length": 16, "batch_size": 1}.items():
+        raw = with_key(raw, f"calibration.{key}", value)
+    config = validate_config(raw)
+    node = with_mounts(cluster, ":")
+    cluster.kill_machine(cluster.nodes[0])
+    gone = []
+
+    def unmount_once(event: Event) -> None:
+        if isinstance(event, events.Progress) and event.detail == "importance" and not gone:
+            raylet = str(node.all_processes["raylet"][0].process.pid)
+            mount = ["mount", "-t", "tmpfs", "apart", config.output]
+            gone.append(subprocess.run(["nsenter", "-t", raylet, "-m", *mount], check=True))
+
+    with pytest.raises(StageError, match="was written on another machine and is not here") as caught:
+        run(config, unmount_once, cluster.address, until="prune")
+    assert gone and caught.value.stage == "prune" and "mount the folder" in caught.value.remedy
+    assert not (tmp_path / "run" / "records" / "prune.json").exists()
 
 
 @pytest.mark.parametrize(
