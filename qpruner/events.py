@@ -44,6 +44,10 @@ class Progress:
     detail: str = ""
 
 
+COMMAND = "run"
+"""As the stage of a message: it is of the command itself, before its first stage."""
+
+
 @dataclass(frozen=True)
 class Message:
     """One line worth telling: a trial's result, a warning, a figure."""

@@ -1,7 +1,8 @@
 """One driver a run: a file that says who works on it, and whose time of change is that process's heartbeat.
 
-A lock is stale when its process is dead, if that can be seen from here, and else when its heartbeat has stopped. Ages
-are differences of the storage's own times, so machines' clocks need not agree. An object store knows no locks: there
+A lock is stale when its process is dead, if that can be seen from here, and else when its heartbeat has stopped: a
+driver on another machine is waited for until it beats again, or would have. Ages are differences of the storage's own
+times, so machines' clocks need not agree. An object store knows no locks: there
 two drivers that start in the same instant may both believe that they hold the run, and the first heartbeat ends one.
 """
 
@@ -51,7 +52,7 @@ def sole_driver(
 
     Args:
         root: The run folder.
-        tell: Told in one line when a stale lock is taken over, or this one was.
+        tell: Told in one line when another machine's driver is waited for, a stale lock is taken over, or this one was.
         heartbeat_seconds: Time between signs of life.
 
     Raises:
@@ -60,17 +61,20 @@ def sole_driver(
     lock: _FileLock | _ObjectLock
     there = objects_at(root / NAME)
     lock, me = _ObjectLock(there) if there else _FileLock(root / NAME), this_process()
-    with lock.alone():
-        holder = lock.holder()
-        if holder is not None:
-            why = _stale(holder, lock, STALE_BEATS * heartbeat_seconds)
-            if why is None:
-                raise UserError(
-                    f"`output`: {name_of(root)} is being worked on by process {holder.pid} on {holder.host} since "
-                    f"{holder.since}; wait until it is done, stop it, or name another `output`"
-                )
-            tell(f"taking over from process {holder.pid} on {holder.host}: {why}")
-        lock.take(me)
+    seen: tuple[Holder, float] | None = None
+    while found := _taken(lock, me, tell, STALE_BEATS * heartbeat_seconds):
+        holder, _ = found
+        if holder.machine == me.machine or (seen and found != seen):
+            raise UserError(
+                f"`output`: {name_of(root)} is being worked on by process {holder.pid} on {holder.host} since "
+                f"{holder.since}; wait until it is done, stop it, or name another `output`"
+            )
+        if not seen:
+            limit = STALE_BEATS * heartbeat_seconds
+            text = f"waiting up to {limit:.0f} s for a sign of life of process {holder.pid} on {holder.host}"
+            tell(f"{text}, which holds this run since {holder.since} and may be dead")
+            seen = found
+        time.sleep(heartbeat_seconds / 4)
     done = threading.Event()
     beating = threading.Thread(target=_beat, args=(lock, me, tell, done, heartbeat_seconds), daemon=True)
     beating.start()
@@ -115,12 +119,15 @@ class _FileLock:
     def beat(self, me: Holder) -> None:
         os.utime(self._path)
 
-    def age(self) -> float:
-        """Seconds since the last heartbeat, on the storage's clock."""
+    def last_beat(self) -> float:
+        return self._path.stat().st_mtime
+
+    def now(self) -> float:
+        """On the storage's clock."""
         probe = self._path.with_name(f".{self._path.name}.{os.getpid()}")
         probe.write_text("now")
         try:
-            return probe.stat().st_mtime - self._path.stat().st_mtime
+            return probe.stat().st_mtime
         finally:
             probe.unlink()
 
@@ -150,12 +157,15 @@ class _ObjectLock:
     def beat(self, me: Holder) -> None:
         self.take(me)
 
-    def age(self) -> float:
-        """Seconds since the last heartbeat, on the store's clock."""
+    def last_beat(self) -> float:
+        return self._there.modified()
+
+    def now(self) -> float:
+        """On the store's clock."""
         probe = Objects(self._there.scheme, self._there.bucket, self._there.query, f"{self._there.key}.{os.getpid()}")
         probe.write(b"now")
         try:
-            return probe.modified() - self._there.modified()
+            return probe.modified()
         finally:
             probe.delete()
 
@@ -185,12 +195,37 @@ def _parsed(text: bytes) -> Holder | None:
         return None
 
 
-def _stale(holder: Holder, lock: _FileLock | _ObjectLock, limit_seconds: float) -> str | None:
-    """Why a holder no longer works on the run; None while it does."""
-    if holder.machine == this_process().machine:
+def _taken(
+    lock: _FileLock | _ObjectLock, me: Holder, tell: Callable[[str], None], limit_seconds: float
+) -> tuple[Holder, float] | None:
+    """Take the lock from nobody or from the dead; else who holds it, and when that process beat last."""
+    with lock.alone():
+        found = _last_sign(lock)
+        if found:
+            holder, beat = found
+            why = _stale(holder, me, lambda: lock.now() - beat, limit_seconds)
+            if why is None:
+                return found
+            tell(f"taking over from process {holder.pid} on {holder.host}: {why}")
+        lock.take(me)
+    return None
+
+
+def _last_sign(lock: _FileLock | _ObjectLock) -> tuple[Holder, float] | None:
+    """Who holds a lock, and when that process beat last; nobody where it was given up just now."""
+    holder = lock.holder()
+    try:
+        return (holder, lock.last_beat()) if holder else None
+    except FileNotFoundError:
+        return None
+
+
+def _stale(holder: Holder, me: Holder, silent_seconds: Callable[[], float], limit_seconds: float) -> str | None:
+    """Why a holder no longer works on the run; None while it does, or may."""
+    if holder.machine == me.machine:
         return None if _start_of(holder.pid) == holder.started else "that process is dead"
-    age = lock.age()
-    return f"no sign of life for {age:.0f} s" if age > limit_seconds else None
+    seconds = silent_seconds()
+    return f"no sign of life for {seconds:.0f} s" if seconds > limit_seconds else None
 
 
 def _start_of(pid: int) -> int | None:

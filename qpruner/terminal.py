@@ -9,6 +9,7 @@ import time
 from collections.abc import Sequence
 from types import TracebackType
 
+import click
 from rich.cells import cell_len, set_cell_size
 from rich.console import Console, Group
 from rich.live import Live
@@ -90,7 +91,10 @@ class Terminal:
             self._live.stop()
 
     def emit(self, event: events.Event) -> None:
-        """Show one event."""
+        """Show one event; what keeps the command itself from beginning is said on stderr, in a quiet one, too."""
+        if isinstance(event, events.Message) and event.stage == events.COMMAND:
+            click.echo(line_of(event, self._steps), err=True)
+            return
         if self._quiet:
             return
         match event:

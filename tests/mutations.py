@@ -491,6 +491,24 @@ MUTATIONS = {
         "            if False:\n",
         "tests/test_runlock.py::test_the_second_driver_is_refused_with_the_firsts_host_and_pid",
     ),
+    "the job after one whose machine was lost is refused": Mutation(
+        "qpruner/runlock.py",
+        "if holder.machine == me.machine or (seen and found != seen):",
+        "if True:",
+        "tests/test_runlock.py::test_a_driver_that_has_just_died_on_another_machine_is_waited_for_and_then_taken_over_from",
+    ),
+    "a driver that lives on another machine is waited for, for ever": Mutation(
+        "qpruner/runlock.py",
+        "if holder.machine == me.machine or (seen and found != seen):",
+        "if holder.machine == me.machine:",
+        "tests/test_runlock.py::test_a_driver_that_lives_on_another_machine_is_refused_at_its_next_heartbeat",
+    ),
+    "nobody is told of whom a quiet command waits for": Mutation(
+        "qpruner/terminal.py",
+        "if isinstance(event, events.Message) and event.stage == events.COMMAND:",
+        "if False:",
+        "tests/test_runlock.py::test_the_command_is_refused_with_exit_code_2",
+    ),
 }
 
 

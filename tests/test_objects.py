@@ -512,16 +512,29 @@ def test_the_second_driver_at_a_uri_is_refused_and_a_dead_one_is_not_waited_for(
     assert told == [f"taking over from process {os.getpid()} on {socket.gethostname()}: that process is dead"]
 
 
-def test_a_lock_at_a_uri_whose_heartbeat_stopped_is_stale(run: RunDir) -> None:
-    beat_seconds = 0.25
-    write_json(run.root / NAME, this_process().model_copy(update={"host": "gpu-7", "machine": "elsewhere"}))
-    with pytest.raises(UserError, match="on gpu-7"), sole_driver(run.root, print, beat_seconds):
-        pass
-    time.sleep(3.2)
+HOLD = (
+    "import signal, sys, time; from qpruner.rundir import RunDir; from qpruner.runlock import sole_driver\n"
+    "{handler}"
+    "with sole_driver(RunDir(sys.argv[1]).root, lambda text: print(text, flush=True), {beat_seconds}):\n"
+    "    print('held', flush=True); time.sleep(60)"
+)
+
+
+def test_a_driver_on_another_machine_holds_a_run_at_a_uri_as_long_as_it_gives_signs_of_life(run: RunDir) -> None:
+    elsewhere = ["unshare", "--pid", "--fork", "--kill-child"]
+    if subprocess.run([*elsewhere, "true"], capture_output=True).returncode:
+        pytest.skip("process namespaces are not permitted here")
+    command = [*elsewhere, sys.executable, "-c", HOLD.format(handler="", beat_seconds=0.5), run.place]
     told: list[str] = []
-    with sole_driver(run.root, told.append, beat_seconds):
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout and process.stdout.readline() == "held\n"
+        with pytest.raises(UserError, match="by process 1 on"), sole_driver(run.root, told.append, 0.5):
+            pass
+        process.kill()
+    with sole_driver(run.root, told.append, 0.5):
         pass
-    assert "on gpu-7: no sign of life for" in told[0]
+    said = [text.partition(" process 1 on ")[0] for text in told]
+    assert said == [*["waiting up to 3 s for a sign of life of"] * 2, "taking over from"]
 
 
 @pytest.mark.parametrize(
@@ -532,12 +545,7 @@ def test_a_lock_at_a_uri_whose_heartbeat_stopped_is_stale(run: RunDir) -> None:
     ],
 )
 def test_who_lost_the_run_at_a_uri_ends_at_the_next_heartbeat(run: RunDir, handler: str, code: int) -> None:
-    program = (
-        "import signal, sys, time; from qpruner.rundir import RunDir; from qpruner.runlock import sole_driver\n"
-        f"{handler}"
-        "with sole_driver(RunDir(sys.argv[1]).root, lambda text: print(text, flush=True), 0.1):\n"
-        "    print('held', flush=True); time.sleep(60)"
-    )
+    program = HOLD.format(handler=handler, beat_seconds=0.1)
     with subprocess.Popen([sys.executable, "-c", program, run.place], stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout and process.stdout.readline() == "held\n"
         other = this_process().model_copy(update={"host": "gpu-7"})

@@ -10,7 +10,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
@@ -18,7 +18,6 @@ from typing import IO, Any
 import psutil
 import pytest
 from conftest import with_key
-from real_driver import driver
 
 from qpruner.errors import UserError
 from qpruner.runlock import HEARTBEAT_SECONDS, NAME, STALE_BEATS, sole_driver, this_process
@@ -37,10 +36,16 @@ except UserError:
 """
 
 
+ELSEWHERE = ["unshare", "--pid", "--fork", "--kill-child"]
+"""Run in a process namespace of its own, as on another machine: whether it lives cannot be seen from here."""
+
+
 @contextmanager
-def another(root: Path, heartbeat_seconds: float = 10) -> Iterator[subprocess.Popen[str]]:
+def another(root: Path, heartbeat_seconds: float = 10, place: Sequence[str] = ()) -> Iterator[subprocess.Popen[str]]:
     """Another process that holds the run, or is refused."""
-    command = [sys.executable, "-c", HOLD, str(root), str(heartbeat_seconds)]
+    command = [*place, sys.executable, "-c", HOLD, str(root), str(heartbeat_seconds)]
+    if place and subprocess.run([*place, "true"], capture_output=True).returncode:
+        pytest.skip("process namespaces are not permitted here")
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         try:
             yield process
@@ -91,23 +96,52 @@ def test_another_process_with_the_number_of_a_dead_one_is_not_it(tmp_path: Path)
     assert "that process is dead" in held(tmp_path)[0]
 
 
-@pytest.mark.parametrize(
-    ("silent_seconds", "is_stale"),
-    [(STALE_BEATS * HEARTBEAT_SECONDS / 2, False), (STALE_BEATS * HEARTBEAT_SECONDS * 2, True)],
-)
-def test_another_machines_driver_is_judged_by_its_heartbeat(
-    silent_seconds: float, is_stale: bool, tmp_path: Path
-) -> None:
+def test_a_driver_that_lives_on_another_machine_is_refused_at_its_next_heartbeat(tmp_path: Path) -> None:
+    told: list[str] = []
+    with another(tmp_path, 0.5, ELSEWHERE) as first:
+        assert word(first) == "held"
+        refused = pytest.raises(UserError, match=rf"by process 1 on {socket.gethostname()} since .*; wait")
+        with refused, sole_driver(tmp_path, told.append, 0.5):
+            pass
+        assert first.poll() is None
+    (waiting,) = told
+    assert waiting.startswith(f"waiting up to 3 s for a sign of life of process 1 on {socket.gethostname()}, which")
+
+
+def test_a_driver_that_has_just_died_on_another_machine_is_waited_for_and_then_taken_over_from(tmp_path: Path) -> None:
+    """As the next job of a chain meets the last one's, whose machine was lost: it is not refused."""
+    told: list[str] = []
+    with another(tmp_path, 0.5, ELSEWHERE) as first:
+        assert word(first) == "held"
+        first.kill()
+        with sole_driver(tmp_path, told.append, 0.5):
+            assert json.loads((tmp_path / NAME).read_text())["pid"] == os.getpid()
+    waiting, taken = told
+    assert waiting.startswith("waiting up to 3 s for a sign of life of process 1 on ")
+    assert taken.startswith(f"taking over from process 1 on {socket.gethostname()}: no sign of life for ")
+
+
+def test_a_driver_that_died_on_another_machine_long_ago_is_not_waited_for(tmp_path: Path) -> None:
     """Its process number says nothing here: there is one like it, our own."""
     lock = tmp_path / NAME
     lock.write_text(this_process().model_copy(update={"host": "gpu-7", "machine": "elsewhere"}).model_dump_json())
-    then = time.time() - silent_seconds
+    then = time.time() - 2 * STALE_BEATS * HEARTBEAT_SECONDS
     os.utime(lock, (then, then))
-    if is_stale:
-        assert f"on gpu-7: no sign of life for {silent_seconds:.0f} s" in held(tmp_path)[0]
-    else:
-        with pytest.raises(UserError, match="on gpu-7"):
-            held(tmp_path)
+    (taken,) = held(tmp_path)
+    assert f"on gpu-7: no sign of life for {2 * STALE_BEATS * HEARTBEAT_SECONDS:.0f} s" in taken
+
+
+def test_of_two_that_wait_for_a_dead_driver_one_holds_the_run(tmp_path: Path) -> None:
+    with another(tmp_path, 0.5, ELSEWHERE) as first:
+        assert word(first) == "held"
+        first.kill()
+        with another(tmp_path, 0.5) as one, another(tmp_path, 0.5) as two:
+            said = []
+            for process in (one, two):
+                while (line := word(process)).startswith(("waiting", "taking over")):
+                    pass
+                said.append(line)
+    assert sorted(said) == ["held", "refused"]
 
 
 def test_a_lock_that_was_cut_short_is_nobodys(tmp_path: Path) -> None:
@@ -195,10 +229,16 @@ def test_the_heartbeat_goes_on_and_who_lost_the_run_ends(tmp_path: Path) -> None
 
 
 def test_the_command_is_refused_with_exit_code_2(tiny_raw: dict[str, Any], write_yaml: Any, tmp_path: Path) -> None:
+    """Also a quiet one says on stderr whom it waits for before."""
     root = tmp_path / "run"
     root.mkdir()
     config = write_yaml(with_key(tiny_raw, "output", str(root)))
-    with sole_driver(root, print), driver(config, verb="prepare") as process:
-        code, said = process.end()
-    assert code == 2 and f"process {os.getpid()} on {socket.gethostname()}" in said
+    command = [sys.executable, "-m", "qpruner", "prepare", str(config), "--json"]
+    with another(root, 0.5, ELSEWHERE) as first:
+        assert word(first) == "held"
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    waiting, refusal = done.stderr.splitlines()[:2]
+    assert waiting.startswith("[run] waiting up to 60 s for a sign of life of process 1 on ")
+    assert f"process 1 on {socket.gethostname()}" in refusal
+    assert done.returncode == 2 and json.loads(done.stdout)["status"] == "error"
     assert not (root / "records").exists()

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from qpruner import preflight
 from qpruner.config import RunConfig, SearchConfig
 from qpruner.errors import UserError
-from qpruner.events import Emit, Event, Message
+from qpruner.events import COMMAND, Emit, Event, Message
 from qpruner.execution.slots import Slots, worker_resources
 from qpruner.pipeline.bank import bank
 from qpruner.pipeline.compress import prepare, sensitivity
@@ -148,7 +148,7 @@ def run(
         check_room(planned)
     run_dir = RunDir(config.output)
     with (
-        sole_driver(run_dir.root, lambda text: emit(Message("run", text))),
+        sole_driver(run_dir.root, lambda text: emit(Message(COMMAND, text))),
         contextlib.closing(Sender(run_dir)) as sender,
     ):
         progress = RunProgress(run_dir, config, until, command)
