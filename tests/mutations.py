@@ -145,8 +145,14 @@ MUTATIONS = {
     ),
     "what Tune makes of a storage that is full is what a search ends with": Mutation(
         DRIVER,
-        "            self._halt.fail(error)\n",
+        "            self._halt.end(error, at_once=True)\n",
         "            raise error\n",
+        f"{ENDS}::test_a_disk_without_room_for_what_the_driver_writes_is_what_the_search_ends_with",
+    ),
+    "an error in a session's last step is forgotten": Mutation(
+        "qpruner/search/tune/__init__.py",
+        "        if halt.trouble:\n",
+        "        if False:\n",
         f"{ENDS}::test_a_disk_without_room_for_what_the_driver_writes_is_what_the_search_ends_with",
     ),
     "a worker without room to say so was killed": Mutation(

@@ -16,7 +16,7 @@ from raylets import Raylets, raylets
 from test_search_stage import job_of
 
 from qpruner.errors import StageError, StorageError
-from qpruner.events import Event, Message, TrialChanged
+from qpruner.events import Event, Message, StepsSeen, TrialChanged
 from qpruner.execution.cluster import Cluster, connect, disconnect
 from qpruner.execution.room import Room
 from qpruner.records import RungResult
@@ -110,24 +110,26 @@ def disk(tmp_path: Path) -> Iterator[Path]:
         yield folder
 
 
+@pytest.mark.parametrize("room", [1, 2])
 def test_a_disk_without_room_for_what_the_driver_writes_is_what_the_search_ends_with(
-    joined: tuple[Raylets, Cluster], disk: Path, tmp_path: Path
+    room: int, joined: tuple[Raylets, Cluster], disk: Path, tmp_path: Path
 ) -> None:
-    """It fills up when the trial has recorded its last rung and the driver has not heard of it."""
-    job = one_trial_on(disk, tmp_path, once="begun")
-    filler = disk / "filler"
+    """It fills up when the trial has recorded its last rung and the driver has not heard of it; with room for another
+    trial Tune knows by then that there is none, and hearing of it is its last step."""
+    job = one_trial_on(disk, tmp_path, once="go")
+    filler, deadline = disk / "filler", time.monotonic() + SECONDS
 
-    def room() -> int:
-        deadline = time.monotonic() + SECONDS
-        if (tmp_path / "begun").exists() and not filler.exists():
+    def tell(event: Event) -> None:
+        assert time.monotonic() < deadline, "the search does not end"
+        if isinstance(event, StepsSeen) and (tmp_path / "begun").exists() and not filler.exists():
+            (tmp_path / "go").touch()
             while not read_trials(job.trials)[0].is_over:
                 assert time.monotonic() < deadline, "the trial does not finish"
                 time.sleep(0.02)
             filler.write_bytes(b"\0" * shutil.disk_usage(disk).free)
-        return 1
 
     with pytest.raises(StorageError, match="no space left"):
-        search(job, within(room), lambda event: None)
+        search(job, lambda: room, tell)
     filler.unlink()
     outcome = search(job, within(lambda: 1), lambda event: None)
     assert [(trial.status, trial.kills) for trial in outcome.trials] == [("finished", 0)]

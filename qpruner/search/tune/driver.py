@@ -49,15 +49,15 @@ MAX_ERRORS = 3
 """Trials that may end in an error on one machine without a rung of any there, before the machine is what is broken."""
 
 
-def _or_fails(take: Callable[..., None]) -> Callable[..., None]:
-    """What the searcher takes from Tune while that handles a result; an error of ours then fails the session."""
+def _or_ends(take: Callable[..., None]) -> Callable[..., None]:
+    """What the searcher takes from Tune while that handles a result; an error of ours then ends the search."""
 
     @functools.wraps(take)
     def took(self: PlanSearcher, *args: Any, **kwargs: Any) -> None:
         try:
             take(self, *args, **kwargs)
         except QprunerError as error:
-            self._halt.fail(error)
+            self._halt.end(error, at_once=True)
 
     return took
 
@@ -112,7 +112,7 @@ class PlanSearcher(LivesInDriver, Searcher):  # type: ignore[misc]
         return {"trial": suggestion.index, "origin": suggestion.origin, **about, **bits}
 
     # Ray calls these by keyword, so the parameters keep its names.
-    @_or_fails
+    @_or_ends
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
         suggestion = self._live[trial_id]
         stderr = result.get("accuracy_stderr") if self._job.config.search.metric == "accuracy" else None
@@ -124,7 +124,7 @@ class PlanSearcher(LivesInDriver, Searcher):  # type: ignore[misc]
         self._clock.tick(record)
         self._emit(TrialChanged(record))
 
-    @_or_fails
+    @_or_ends
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
         suggestion = self._live.pop(trial_id)
         record = read_trial(self._job.trials, suggestion.index)

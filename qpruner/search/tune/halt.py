@@ -32,8 +32,7 @@ class Halt(LivesInDriver, Stopper, Callback):  # type: ignore[misc]
     def __init__(self, emit: Emit) -> None:
         self.requested = self.interrupted = False
         self.trouble: QprunerError | None = None
-        self._error: QprunerError | None = None
-        self._emit, self._told, self._num_running = emit, False, 0
+        self._emit, self._told, self._num_running, self._at_once = emit, False, 0, False
 
     @contextmanager
     def listening(self) -> Iterator[None]:
@@ -58,25 +57,22 @@ class Halt(LivesInDriver, Stopper, Callback):  # type: ignore[misc]
             self.end(NodeDiffers(found[1]))
             self._emit(Message("search", f"warning: {found[1]}; running rungs finish, nothing new starts"))
 
-    def end(self, trouble: QprunerError) -> None:
-        """Have the search end with an error, between rungs; the first one counts."""
-        self.requested, self.trouble = True, self.trouble or trouble
-
-    def fail(self, error: QprunerError) -> None:
-        """Have the session raise an error at its next step, rungs that run or not.
+    def end(self, trouble: QprunerError, at_once: bool = False) -> None:
+        """Have the search end with an error, the first there was: between rungs, or at Tune's next step if it has one.
 
         Raised while Tune handles a result, it would come out as a TuneError, after Tune had told the searcher a second
         time that its trial is over (Ray 2.60).
         """
-        self.requested, self._error = True, self._error or error
+        self.requested, self.trouble = True, self.trouble or trouble
+        self._at_once = self._at_once or at_once
 
     def stop_all(self) -> bool:
         """Whether nothing is left to wait for; trials that wait for a slot are not started any more."""
         return self.requested and not self._num_running
 
     def on_step_begin(self, iteration: int, trials: list[Any], **info: Any) -> None:
-        if self._error:
-            raise self._error
+        if self.trouble and self._at_once:
+            raise self.trouble
         self._num_running = sum(1 for trial in trials if trial.status == Trial.RUNNING)
         if self.interrupted and not self._told:
             # Not said by the signal's handler, which may have come in the middle of a line.
