@@ -95,6 +95,7 @@ INLINE_NOT_RUN = {
     "python -m pytest": TESTS,
     "python benchmarks/": HOURS,
     "benchmarks/": HOURS,
+    "python tests/mutations.py": HOURS,
     "bash launch/up.sh": MACHINES,
     "bash launch/submit.sh": MACHINES,
     "bash launch/fetch.sh": MACHINES,
