@@ -211,7 +211,7 @@ MUTATIONS = {
     ),
     "memory that ends is an error like any other": Mutation(
         "qpruner/memory.py",
-        "return named or any(words in str(error) for words in said)",
+        "return named or bool(SHORTAGE.search(str(error)))",
         "return False",
         f"{SEARCH}::test_a_trial_that_runs_out_of_memory_goes_on_with_less_of_it_or_is_infeasible",
     ),

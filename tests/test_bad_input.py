@@ -650,8 +650,8 @@ DATA = [
     ),
     refused(
         "calibration-text-too-short", {"calibration.packing": True, "calibration.num_samples": 4000},
-        "`calibration.num_samples`", "4000 samples of 128 tokens", "`calibration.max_length`", "calibration rows have",
-        "in all, enough for", "ask for at most", "`calibration.packing: false`, which takes a row for a sample"
+        "`calibration.num_samples`", "4000 samples of 128 tokens", "in all, enough for",
+        "`calibration.packing: false`, which takes a row for a sample"
     ),
     refused(
         "calibration-text-of-no-sample", {"calibration.packing": True, "calibration.max_length": 10**6},
