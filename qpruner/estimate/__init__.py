@@ -85,7 +85,7 @@ def time_text(found: Mapping[str, Any], has_gpu: bool) -> list[str]:
         f"    by stage: {', '.join(_stage(time, stage) for stage in time['stages'])}",
         f"    {time['rates']}",
         f"    rows of {CHARACTERS_A_TOKEN} characters a token, {CHOICES} answers a question; starts of processes, "
-        "loading and saving come on top, with a model as small as the demo's as much again",
+        "loading and saving come on top, with a model as small as the demo's up to as much again",
     ]
 
 
