@@ -22,7 +22,7 @@ from qpruner.config import config_schema, load_config
 from qpruner.errors import CorruptFile, PlanRefused, QprunerError, UserError, note_defect
 from qpruner.logs import logging_to, quiet_libraries
 from qpruner.version import describe
-from qpruner.wording import counted
+from qpruner.wording import counted, without_nan
 
 if TYPE_CHECKING:
     from qpruner.records import PruneRecord, Results
@@ -486,4 +486,4 @@ def _guarded(as_json: bool, work: Callable[[], dict[str, Any]]) -> None:
             click.echo(json.dumps({"status": "interrupted", "resume": resume}))
         sys.exit(130)
     if as_json:
-        click.echo(json.dumps(outcome))
+        click.echo(json.dumps(without_nan(outcome), allow_nan=False))

@@ -1,4 +1,9 @@
-"""Numbers as people read them."""
+"""Numbers as people and other programs read them."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
 
 
 def counted(number: float, noun: str) -> str:
@@ -10,3 +15,12 @@ def counted(number: float, noun: str) -> str:
     """
     told = f"{number:g}" if isinstance(number, float) else f"{number}"
     return f"{told} {noun}{'' if number == 1 else 's'}"
+
+
+def without_nan(value: Any) -> Any:
+    """A value for JSON, which knows no NaN: the standard error of a single question, say, is null."""
+    if isinstance(value, dict):
+        return {key: without_nan(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [without_nan(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

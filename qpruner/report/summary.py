@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
@@ -12,6 +11,7 @@ from qpruner.records import Results, RunState, TrialRecord
 from qpruner.report import table
 from qpruner.report.marginal_effects import MarginalEffects, rank_correlation
 from qpruner.report.snapshot import Snapshot
+from qpruner.wording import without_nan
 
 FORMAT: Literal[1] = 1
 
@@ -69,8 +69,8 @@ def summary_of(run: Snapshot) -> Summary:
 
 
 def summary_text(summary: Summary) -> str:
-    """The file's text. JSON knows no NaN: the standard error of a single question is null."""
-    return json.dumps(_plain(summary.model_dump(mode="json")), indent=2, allow_nan=False) + "\n"
+    """The file's text."""
+    return json.dumps(without_nan(summary.model_dump(mode="json")), indent=2, allow_nan=False) + "\n"
 
 
 def summary_schema() -> str:
@@ -78,11 +78,3 @@ def summary_schema() -> str:
     schema = Summary.model_json_schema(mode="serialization")
     about = {"$schema": "https://json-schema.org/draft/2020-12/schema", "$id": f"urn:qpruner:results:{FORMAT}"}
     return json.dumps(about | schema, indent=2, sort_keys=True) + "\n"
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_plain(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -83,7 +83,8 @@ def _in_use(winner: Row, base: Row | None) -> Iterator[str]:
 
 def _answer_losses(winner: Row, others: list[Row]) -> Iterator[str]:
     if winner.answer_loss is not None:
-        told = "".join(f", {other.name} {other.answer_loss:.3f}" for other in others if other.answer_loss is not None)
+        known = [other for other in others if other.answer_loss is not None]
+        told = "".join(f", {other.name}{_seeds(other, winner)} {other.answer_loss:.3f}" for other in known)
         yield f"loss on right answers: {winner.answer_loss:.3f}{told}"
 
 
