@@ -120,10 +120,10 @@ def _check_overlap(config: RunConfig, examples: dict[str, list[Example]], words:
         rows = [row.identity for row in examples["calibration"]]
         for name in ("`data.validation`", "`data.confirmation`", "`evaluate.tasks`"):
             check_disjoint({"`calibration.data`": rows, name: identities[name]})
-    # Headings come again in any text; nothing is chosen by confirmation rows that a text could flatter.
+    # Headings come again in any text.
     text = [row.identity for row in examples.get("text", ()) if len(row.identity.split()) > LONGEST_HEADING]
-    for name in ("`data.train`", "`data.validation`"):
-        check_disjoint({name: identities[name], "`evaluate.text`": text})
+    for name in splits:
+        check_disjoint({f"`data.{name}`": identities[f"`data.{name}`"], "`evaluate.text`": text})
 
 
 def _asked_questions(config: RunConfig, folder: str | None) -> dict[str, Questions]:

@@ -707,6 +707,13 @@ DATA = [
         "`data.train`", "`evaluate.text` share", OVERLAP, OTHER_ROWS
     ),
     refused(
+        "confirmation-in-text",
+        {"evaluate.text": [
+            {"source": QUESTIONS.format("confirmation"), "format": "text", "columns": {"text": "question"}}
+        ]},
+        "`data.confirmation`", "`evaluate.text` share", OVERLAP, OTHER_ROWS
+    ),
+    refused(
         "test-in-train", {"data.train.0.source": QUESTIONS.format("test")}, "`data.train`", "`evaluate.tasks` share 8",
         OVERLAP, OTHER_ROWS
     ),

@@ -51,8 +51,8 @@ NOT_COMPARED = {
 """What may differ between two runs of one configuration: times, memory, folders, and that it was resumed."""
 
 
-CONFIRMATION_QUESTIONS = {
-    "source": "package:qpruner/demo/data/questions_confirmation.jsonl",
+TEST_QUESTIONS = {
+    "source": "package:qpruner/demo/data/questions_test.jsonl",
     "format": "text",
     "columns": {"text": "question"},
 }
@@ -85,7 +85,7 @@ def written_config(folder: Path, model: Path) -> Path:
     # The controls are three of the five trials.
     raw = with_key(raw, "sensitivity.methods", ["mutual_information", "first_order"])
     raw = with_key(raw, "finetune.seeds", 1)
-    raw = with_key(raw, "evaluate.text", [CONFIRMATION_QUESTIONS])
+    raw = with_key(raw, "evaluate.text", [TEST_QUESTIONS])
     path = folder / "config.yaml"
     path.write_text(yaml.safe_dump(raw))
     return path

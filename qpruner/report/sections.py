@@ -298,13 +298,13 @@ def groups(
     """What each method predicts that fewer bits cost each group, over the most bits it may take, beside the plan's bits
     and what trials show: headings and cells."""
     rises: dict[str, Sequence[float]] = {}
+    *lower, highest = sorted({bits for method in measured.methods.values() for bits in method.values})
     for name, method in measured.methods.items():
-        *lower, highest = sorted(method.values)
         for bits in lower:
             pairs = zip(method.values[bits], method.values[highest], strict=True)
-            rises[f"{name} at {bits}"] = [low - high for low, high in pairs]
+            rises[f"{name}, {bits} less {highest} bits"] = [low - high for low, high in pairs]
     if not isinstance(effects, str):
-        rises |= {f"trials at {bits}": values for bits, values in effects.values.items()}
+        rises |= {f"trials, {bits} less {highest} bits": values for bits, values in effects.values.items()}
     body = [
         (group, f"{plan[group]}" if plan else "-", *(f"{value:.3g}" for value in values))
         for group, *values in zip(measured.groups, *rises.values(), strict=True)

@@ -424,7 +424,7 @@ def test_gpu_seconds_are_those_of_every_fine_tune_and_every_evaluation(
 def test_the_text_is_told_by_what_it_is(raw: dict[str, Any], tmp_path: Path) -> None:
     """Answers to questions are none; responses are, and so is a text that is named."""
     source = "package:qpruner/demo/data"
-    text = {"source": f"{source}/questions_confirmation.jsonl", "format": "text", "columns": {"text": "question"}}
+    text = {"source": f"{source}/questions_test.jsonl", "format": "text", "columns": {"text": "question"}}
     instructions = {"source": f"{source}/instructions.jsonl", "limit": 16}
 
     def found(name: str, **keys: Any) -> tuple[str | None, Path | None]:

@@ -219,11 +219,11 @@ def test_what_the_map_shows_when_pointed_at_is_in_a_table_too(tmp_path: Path) ->
     assert headings == (
         "group",
         "bits",
-        "mutual_information at 4",
-        "first_order at 4",
-        "kl at 4",
-        f"{odd} at 4",
-        "trials at 4",
+        "mutual_information, 4 less 8 bits",
+        "first_order, 4 less 8 bits",
+        "kl, 4 less 8 bits",
+        f"{odd}, 4 less 8 bits",
+        "trials, 4 less 8 bits",
     )
     write_report(made.run)
     plan = page_of(root)[page_of(root).index('<section id="plan"') : page_of(root).index('<section id="search"')]
