@@ -485,6 +485,12 @@ MUTATIONS = {
         "    places: list[Path] = []\n",
         f"{DISK}::test_what_a_killed_stage_left_is_paid_for",
     ),
+    "a damaged trial record keeps a command from looking at what it holds": Mutation(
+        "qpruner/search/trial_records.py",
+        "return [record for record in for_each(_record_or_error, _paths(folder)) if isinstance(record, TrialRecord)]",
+        "return read_trials(folder)",
+        f"{DISK}::test_a_damaged_trial_record_is_no_reason_to_look_no_further",
+    ),
     "a machine's copies of a run at a URI are to be paid for again": Mutation(
         "qpruner/pipeline/disk.py",
         "        left += max(0, size - _bytes(_held(context, name, found)))\n",

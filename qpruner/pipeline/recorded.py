@@ -25,7 +25,7 @@ from qpruner.records import (
     SensitivityRecord,
 )
 from qpruner.rundir import exists
-from qpruner.search.trial_records import read_trials
+from qpruner.search.trial_records import readable_trials
 
 Kind = TypeVar("Kind", bound=Record)
 
@@ -82,7 +82,7 @@ def shares_done(context: Context, found: Results) -> dict[str, float]:
     shares = {name: float(record is not None) for name, record in found}
     if found.bank and found.sensitivity and not found.search:
         trials_digest, search_digest = search_stage(context, found.bank, found.sensitivity).inputs[:2]
-        trials = read_trials(context.run_dir.trials / trials_digest)
+        trials = readable_trials(context.run_dir.trials / trials_digest)
         over = sum(trial.is_over and trial.search == search_digest for trial in trials)
         shares["search"] = min(1.0, over / context.config.search.num_trials)
     return shares

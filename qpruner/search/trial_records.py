@@ -60,6 +60,11 @@ def read_trials(folder: Path) -> list[TrialRecord]:
     return [record for record in found if record is not None]
 
 
+def readable_trials(folder: Path) -> list[TrialRecord]:
+    """As `read_trials`, without those whose record is damaged, which the search sees to when it begins."""
+    return [record for record in for_each(_record_or_error, _paths(folder)) if isinstance(record, TrialRecord)]
+
+
 def set_aside_damaged(folder: Path, search: str, tell: Callable[[str], None]) -> None:
     """Move records that cannot be read, and checkpoints to go on from that are not as they were written, into
     `damaged/`; those trials are run again from their start, with the plans that they had, and no other. The search's
