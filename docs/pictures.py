@@ -29,7 +29,7 @@ from qpruner.stages import read_run
 
 ROOT = Path(__file__).resolve().parent.parent
 IMAGES = ROOT / "docs" / "images"
-COLUMNS = 118
+COLUMNS, LINES = 118, 40
 LOG_LINE = re.compile(r"(\S+ \S+) INFO qpruner\.pipeline: \[(\w+)\] (.*)")
 FONT = re.compile(r"@font-face \{\{.*?\}\}", re.DOTALL)
 """Rich's format would ask another host for one."""
@@ -61,7 +61,7 @@ def terminal_picture(run: Snapshot, log: Path) -> str:
     clock = SimpleNamespace(now=0.0, monotonic=lambda: clock.now)
     with contextlib.redirect_stdout(Screen()), patch.object(terminal, "time", clock):
         view = terminal.Terminal(quiet=False)
-        view._console.width, view._console.record = COLUMNS, True
+        view._console.size, view._console.record = (COLUMNS, LINES), True
         view._console.soft_wrap = False  # the terminal itself wraps long lines, a picture has to be told
         view._progress.get_time = clock.monotonic
         for clock.now, event in told:

@@ -11,7 +11,7 @@ from types import TracebackType
 
 import click
 from rich.cells import cell_len, set_cell_size
-from rich.console import Console, Group
+from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
 from rich.live import Live
 from rich.progress import (
     BarColumn,
@@ -23,6 +23,7 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+from rich.segment import Segment
 from rich.table import Table
 from rich.text import Text
 
@@ -161,15 +162,28 @@ class Terminal:
         if stage == "search":
             self._search = None
 
-    def _view(self) -> Group:
+    def _view(self) -> RenderableType:
         """What the live part shows now."""
         now = time.monotonic()
         stages = [
             f"{stage} {outcome}" if isinstance(outcome, str) else f"{stage} running, {duration(now - outcome)}"
             for stage, outcome in tuple(self._stages.items())
         ]
-        search = self._search if self._search and "search" in self._stages else ""
-        return Group(Text(" | ".join(stages), style="bold", **FOLDED), self._progress, search)
+        above = Group(Text(" | ".join(stages), style="bold", **FOLDED), self._progress)
+        return _Stacked(above, self._search) if self._search and "search" in self._stages else above
+
+
+class _Stacked:
+    """The search under the rest of the live part, in the lines that this leaves of the window."""
+
+    def __init__(self, above: RenderableType, search: SearchView) -> None:
+        self._above, self._search = above, search
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        lines = console.render_lines(self._above, options.reset_height(), pad=False)
+        for line in lines:
+            yield from (*line, Segment.line())
+        yield from console.render(self._search, options.update_height(max(0, options.size.height - len(lines))))
 
 
 class _TimeLeft(TimeRemainingColumn):

@@ -18,6 +18,7 @@ from recorded_runs import planned, recorded_run, trials
 from rich.console import Console
 
 from qpruner import events
+from qpruner.records import TrialRecord
 from qpruner.report import sections
 from qpruner.report.lines import duration
 from qpruner.report.snapshot import read_snapshot
@@ -186,6 +187,45 @@ def test_a_search_that_has_ended_early_has_no_time_left() -> None:
         terminal.emit(event)
     seen = live_part(terminal)
     assert "5 of 20 trials: 3 finished, 1 stopped, 1 failed; 0 of 2 slots busy" in seen and "left" not in seen
+
+
+def crowd(num_groups: int, num_running: int) -> list[TrialRecord]:
+    """A search by groups as small as sublayers: two controls and a plan that are over, the others under way."""
+    listed = [(index, bits) for index, bits in enumerate(trials()[:3] + [trials()[5]] * num_running)]
+    groups = [f"layers.{group:03}" for group in range(num_groups)]
+
+    def plan(index: int) -> dict[str, int]:
+        return {group: (4, 4, 8)[(place * (index % 5 + 1) // 2) % 3] for place, group in enumerate(groups)}
+
+    return [each.model_copy(update={"index": index, "plan": plan(index)}) for index, each in listed]
+
+
+@pytest.mark.parametrize("num_groups", [64, 128])
+@pytest.mark.parametrize("num_running", [8, 40])
+@pytest.mark.parametrize(("width", "height"), [(80, 24), (60, 12), (120, 40)])
+def test_the_live_part_fits_its_window_with_a_line_a_trial(
+    num_groups: int, num_running: int, width: int, height: int
+) -> None:
+    terminal = Terminal(quiet=False)
+    told = crowd(num_groups, num_running)
+    for event in (planned(told), events.StageStarted("search", "100 trials"), events.Progress("search", 3, 100, "")):
+        terminal.emit(event)
+    console = Console(file=io.StringIO(), width=width, height=height, record=True)
+    console.print(terminal._view())
+    lines = console.export_text().splitlines()
+    assert len(lines) <= height and max(map(len, lines)) <= width
+    heading = next(at for at, line in enumerate(lines) if line.split()[:2] == ["trial", "from"])
+    listed = [line for line in lines[heading + 1 :] if re.match(r" *\d", line)]
+    shown = {int(line.split()[0]) for line in listed}
+    assert [int(line.split()[0]) for line in listed] == list(range(3, 3 + len(listed))), "a line a trial"
+    if len(shown) < num_running:
+        assert lines[-1].strip() == f"and {num_running - len(shown)} more" and len(lines) == height
+    fits = width - 1 - lines[heading].index("plan") >= num_groups
+    for line in listed:
+        plan = bar(told[int(line.split()[0])])
+        assert line.rstrip().endswith(plan if fits else f" (of {num_groups})")
+        assert fits or ({"4", "8"} >= set(line.split()[-3]) and ("8" in line.split()[-3]) == ("8" in plan))
+    assert "\u2026" not in "".join(lines)
 
 
 @pytest.fixture(scope="module")
