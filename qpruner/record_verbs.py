@@ -17,7 +17,7 @@ import yaml
 
 from qpruner.errors import UserError
 from qpruner.plan import told_of_budget
-from qpruner.report import run_views
+from qpruner.report import life, run_views
 from qpruner.report.lines import duration
 from qpruner.report.standing import FIGURES
 from qpruner.search.trial_records import remedy_of
@@ -68,13 +68,23 @@ def status(run: str | Path, as_json: bool) -> dict[str, Any]:
 
 
 def _headline(facts: dict[str, Any]) -> str:
-    told = f"{facts['run']}: {facts['outcome']}"
-    if facts["outcome"] == "running":
-        quiet = duration(facts["seconds_since_sign_of_life"])
-        return f"{told} on {facts['host']} (process {facts['pid']}), last sign of life {quiet} ago"
-    if facts["error"]:
-        return f"{told}: {facts['error']}"
-    return told if facts["outcome"] == "done" else f"{told}; repeat the same command to go on"
+    told, quiet = f"{facts['run']}: {facts['outcome']}", duration(facts["seconds_since_sign_of_life"])
+    process = f"on {facts['host']} (process {facts['pid']})"
+    match facts["outcome"]:
+        case "done":
+            return told
+        case life.RUNNING:
+            begun = "" if facts["has_begun"] else "; it has begun no stage yet, below is what the command before left"
+            return f"{told} {process}, last sign of life {quiet} ago{begun}"
+        case life.GONE:
+            told = (
+                f"{facts['run']}: no sign of life for {quiet} {process}: most likely gone; repeat the command to go on"
+            )
+        case "failed":
+            return f"{told}: {facts['error']}"
+        case _:
+            told += "; repeat the command to go on"
+    return f"{told}, in {facts['folder']}: {facts['command']}"
 
 
 def _search_lines(search: dict[str, Any] | None) -> list[str]:

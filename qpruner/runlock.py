@@ -17,12 +17,15 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from qpruner.errors import StorageError, UserError
 from qpruner.objects import Objects, name_of, objects_at
+from qpruner.patience import patiently
 
 NAME = "driver.lock"
 HEARTBEAT_SECONDS = 10.0
@@ -44,6 +47,43 @@ class Holder(BaseModel):
     since: str
 
 
+@dataclass(frozen=True)
+class Driver:
+    """The process that a run's lock names, as one sees it who only looks.
+
+    Attributes:
+        holder: The process.
+        beat: When it gave its last sign of life, in Unix seconds on the storage's clock.
+        state: `alive`; `dead` where this machine and boot has no such process any more; `silent` on another machine
+            after a minute without a sign of life, so that the next command takes the run over.
+    """
+
+    holder: Holder
+    beat: float
+    state: Literal["alive", "dead", "silent"]
+
+
+def driver_of(root: Path) -> Driver | None:
+    """Who drives a run; None where nobody holds its lock.
+
+    Nothing is written, so the storage's clock is not asked: a machine whose own is a minute ahead calls a driver
+    elsewhere silent that is not, and one whose clock is behind notices its end later.
+
+    Args:
+        root: The run folder.
+
+    Raises:
+        StorageError: If the storage cannot be reached.
+    """
+    found = patiently(lambda: _last_sign(_lock_of(root)), root / NAME)
+    if found is None:
+        return None
+    (holder, beat), me = found, this_process()
+    if _stale(holder, me, lambda: time.time() - beat, STALE_BEATS * HEARTBEAT_SECONDS) is None:
+        return Driver(holder, beat, "alive")
+    return Driver(holder, beat, "dead" if holder.machine == me.machine else "silent")
+
+
 @contextmanager
 def sole_driver(
     root: Path, tell: Callable[[str], None], heartbeat_seconds: float = HEARTBEAT_SECONDS
@@ -58,9 +98,7 @@ def sole_driver(
     Raises:
         UserError: If another driver works on the run, with its host and pid.
     """
-    lock: _FileLock | _ObjectLock
-    there = objects_at(root / NAME)
-    lock, me = _ObjectLock(there) if there else _FileLock(root / NAME), this_process()
+    lock, me = _lock_of(root), this_process()
     seen: tuple[Holder, float] | None = None
     while found := _taken(lock, me, tell, STALE_BEATS * heartbeat_seconds):
         holder, _ = found
@@ -173,6 +211,11 @@ class _ObjectLock:
         self._there.delete()
 
 
+def _lock_of(root: Path) -> _FileLock | _ObjectLock:
+    there = objects_at(root / NAME)
+    return _ObjectLock(there) if there else _FileLock(root / NAME)
+
+
 def this_process() -> Holder:
     """What the lock says of this process."""
     try:
@@ -212,9 +255,9 @@ def _taken(
 
 
 def _last_sign(lock: _FileLock | _ObjectLock) -> tuple[Holder, float] | None:
-    """Who holds a lock, and when that process beat last; nobody where it was given up just now."""
-    holder = lock.holder()
+    """Who holds a lock, and when that process beat last; nobody where there is none, or it was given up just now."""
     try:
+        holder = lock.holder()
         return (holder, lock.last_beat()) if holder else None
     except FileNotFoundError:
         return None

@@ -6,8 +6,6 @@ nothing heavy imported, so that a look costs no more than reading them.
 
 from __future__ import annotations
 
-import os
-import socket
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -27,15 +25,13 @@ from qpruner.records import (
     TrialRecord,
     flat,
 )
+from qpruner.report.life import RUNNING, Life, read_life
 from qpruner.report.recorded import read_results
 from qpruner.report.standing import Standing, bar, best_so_far, control_name, in_order_of_end, score, standing
 from qpruner.report.table import SEARCHED
 from qpruner.rundir import STATE, RunDir
 from qpruner.search.trial_records import read_pulse, read_trials
 from qpruner.wording import counted
-
-CUT_OFF = "cut off"
-"""Of a command whose process is gone without a word."""
 
 
 @dataclass(frozen=True)
@@ -44,11 +40,16 @@ class RunView:
 
     Attributes:
         run_dir: The folder.
-        state: Of its latest command.
+        life: Whether its latest command still works on it.
     """
 
     run_dir: RunDir
-    state: RunState
+    life: Life
+
+    @property
+    def state(self) -> RunState:
+        """Of its latest command."""
+        return self.life.state
 
     @cached_property
     def trials(self) -> list[TrialRecord]:
@@ -70,9 +71,8 @@ class RunView:
 
     @property
     def outcome(self) -> str:
-        """How the latest command ended, or `running`."""
-        gone = self.state.host == socket.gethostname() and not _is_alive(self.state.pid)
-        return CUT_OFF if self.state.outcome == "running" and gone else self.state.outcome
+        """How the latest command ended, or `running`, also where another one has taken the run up since."""
+        return RUNNING if self.life.successor else self.life.outcome
 
 
 def view(root: str | Path) -> RunView:
@@ -82,13 +82,13 @@ def view(root: str | Path) -> RunView:
         UserError: If it is none.
     """
     run_dir = RunDir(root, create=False)
-    state = run_dir.read_state(RunState)
-    if state is None:
+    life = read_life(run_dir)
+    if life is None:
         raise UserError(
             f"{root} is no run folder, it has no {STATE}: name the `output` of a configuration that `qpruner run` was "
             "given"
         )
-    return RunView(run_dir, state)
+    return RunView(run_dir, life)
 
 
 def status(run: RunView, now: float) -> dict[str, Any]:
@@ -106,19 +106,23 @@ def status(run: RunView, now: float) -> dict[str, Any]:
             continue
         is_running = state.state == "running"
         # What the command left unfinished when it ended is running no more.
-        shown = run.outcome if is_running and run.outcome != "running" else state.state
-        end = now if shown == "running" else run.state.updated
+        shown = run.life.outcome if is_running else state.state
+        end = now if shown == RUNNING else run.state.updated
         steps = f"{state.done}/{state.total}" if state.total and is_running else None
         seconds = end - state.started if is_running else _taken(run, name, state)
         stages.append({"stage": name, "state": shown, "seconds": seconds, "steps": steps, "text": state.text})
+    worker = run.life.successor or run.state
     return {
         "run": run.run_dir.place,
         "outcome": run.outcome,
         "error": run.state.error,
-        "host": run.state.host,
-        "pid": run.state.pid,
+        "host": worker.host,
+        "pid": worker.pid,
         "started": run.state.started,
-        "seconds_since_sign_of_life": now - run.state.updated,
+        "command": run.state.command,
+        "folder": run.state.folder,
+        "has_begun": run.life.successor is None,
+        "seconds_since_sign_of_life": max(0.0, now - run.life.last_sign),
         "stages": stages,
         "search": _search_status(run),
     }
@@ -287,13 +291,3 @@ def differing_settings(runs: Sequence[RunView]) -> dict[str, list[Any]]:
     keys = dict.fromkeys(key for each in settings for key in each if key != "output")
     values = {key: [each.get(key) for each in settings] for key in keys}
     return {key: found for key, found in values.items() if any(value != found[0] for value in found)}
-
-
-def _is_alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True

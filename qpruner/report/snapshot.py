@@ -9,10 +9,12 @@ from typing import TYPE_CHECKING
 from qpruner.errors import UserError
 from qpruner.plan import PrecisionPlan
 from qpruner.records import Results, RunState, TrialRecord
+from qpruner.report.life import Life, read_life
 from qpruner.report.marginal_effects import MarginalEffects, marginal_effects
 from qpruner.report.recorded import KINDS, read_results
 from qpruner.report.standing import FIGURES, best_of
 from qpruner.rundir import RunDir
+from qpruner.runlock import Driver
 from qpruner.search.trial_records import read_trials
 from qpruner.wording import counted
 
@@ -30,6 +32,7 @@ class Snapshot:
         results: Records of the stages that this command made or found; others would be of an older configuration.
         trials: Every trial that the search knew, in order of suggestion.
         effects: What the trials show of each group, or why they show nothing.
+        driver: The process that the run's lock names; None where nobody holds it.
     """
 
     name: str
@@ -37,6 +40,7 @@ class Snapshot:
     results: Results
     trials: tuple[TrialRecord, ...]
     effects: MarginalEffects | str
+    driver: Driver | None = None
 
     @property
     def is_whole(self) -> bool:
@@ -103,7 +107,8 @@ class Snapshot:
                 f"; resumed {counted(times, 'time')} after a command that did not come to its end." if times else "."
             )
         stage = f" in stage {self.at_work}" if self.at_work else ""
-        match self.state.outcome:
+        life = Life(self.state, self.driver)
+        match life.outcome:
             case "failed":
                 cause = (self.state.error or "").removeprefix(f"stage `{self.at_work}` failed: ")
                 return f"Failed{stage}: {cause}"
@@ -111,7 +116,10 @@ class Snapshot:
                 return f"Interrupted{stage}; the same command goes on from here."
             case "done":
                 return f"Ended after stage {self.state.until}, as asked."
-        return f"Unfinished{stage}: it was at work, or was killed, when this was written."
+            case "running":
+                told = f"it was running on {self.state.host} (process {self.state.pid}) when this was written"
+                return f"Unfinished{stage}: {told}; `qpruner status` tells whether it still is."
+        return f"Unfinished{stage}: its process is {life.outcome}; repeat the command to go on from here."
 
     @property
     def missing(self) -> str | None:
@@ -127,9 +135,10 @@ def read_snapshot(run: RunDir) -> Snapshot:
         UserError: If no command has worked on it.
         CorruptFile: If a record cannot be read.
     """
-    state = run.read_state(RunState)
-    if state is None:
+    life = read_life(run)
+    if life is None:
         raise UserError(f"{run.place} holds no run: it has no run.json; give a folder that `qpruner run` wrote")
+    state = life.state
     results = read_results(run, state)
     trials = read_trials(run.trials / state.search.trials_digest) if state.search else []
-    return Snapshot(Path(run.place).name, state, results, tuple(trials), marginal_effects(trials))
+    return Snapshot(Path(run.place).name, state, results, tuple(trials), marginal_effects(trials), life.driver)

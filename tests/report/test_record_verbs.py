@@ -8,6 +8,7 @@ import json
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, get_args
 
@@ -25,6 +26,7 @@ from qpruner.report import sections
 from qpruner.report.lines import duration
 from qpruner.report.snapshot import read_snapshot
 from qpruner.rundir import RunDir
+from qpruner.runlock import sole_driver
 from qpruner.search.trial_records import remedy_of, write_pulse, write_trial
 
 
@@ -40,9 +42,11 @@ def told(*arguments: object) -> dict[str, Any]:
 
 
 @pytest.fixture
-def run(tmp_path: Path) -> Path:
-    """A run in its search."""
-    return recorded_run(tmp_path / "run")
+def run(tmp_path: Path) -> Iterator[Path]:
+    """A run in its search, which this process drives."""
+    root = recorded_run(tmp_path / "run")
+    with sole_driver(root, print):
+        yield root
 
 
 def test_status_shows_stages_trials_and_the_best_against_the_controls(run: Path) -> None:
@@ -110,15 +114,6 @@ def test_status_and_trials_show_where_trials_are_and_why_they_failed(run: Path) 
 def test_every_way_to_fail_has_a_remedy() -> None:
     (kinds,) = [each for each in get_args(TrialRecord.model_fields["failure"].annotation) if get_args(each)]
     assert len(get_args(kinds)) == 8 and all(remedy_of(kind) for kind in get_args(kinds))
-
-
-def test_a_driver_that_died_without_a_word_is_not_called_running(tmp_path: Path) -> None:
-    dead = subprocess.Popen([sys.executable, "-c", ""])
-    dead.wait()
-    run = recorded_run(tmp_path / "run", pid=dead.pid)
-    text = qpruner("status", run).stdout
-    assert "cut off; repeat the same command to go on" in text
-    assert {each["stage"]: each["state"] for each in told("status", run)["stages"]}["search"] == "cut off"
 
 
 def test_trials_are_filtered_and_sorted(run: Path) -> None:

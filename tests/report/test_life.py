@@ -1,0 +1,143 @@
+"""Who is said to work on a run, by its lock: real processes that live, are stopped, killed, or run elsewhere."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from click.testing import CliRunner
+from recorded_runs import recorded_run
+
+from qpruner.cli import main
+from qpruner.records import RunState
+from qpruner.report.life import MOMENT_SECONDS
+from qpruner.report.snapshot import read_snapshot
+from qpruner.rundir import RunDir
+from qpruner.runlock import NAME, sole_driver, this_process
+
+HOLD = """
+import sys, time
+from pathlib import Path
+from qpruner.runlock import sole_driver
+with sole_driver(Path(sys.argv[1]), print):
+    print("held", flush=True)
+    time.sleep(60)
+"""
+GO_ON = "repeat the command to go on, in /somewhere: qpruner run config.yaml"
+
+
+@contextmanager
+def driver(root: Path) -> Iterator[subprocess.Popen[str]]:
+    """A process that holds the run, as a search in it that began long ago."""
+    with subprocess.Popen([sys.executable, "-c", HOLD, str(root)], stdout=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout and process.stdout.readline() == "held\n"
+            recorded_run(root, pid=process.pid)
+            yield process
+        finally:
+            process.kill()
+
+
+def status(root: Path) -> list[str]:
+    """What `qpruner status` says, which leaves the folder as it was."""
+    before = {path.name: path.stat().st_mtime_ns for path in root.iterdir()}
+    said = CliRunner().invoke(main, ["status", str(root)])
+    assert said.exit_code == 0, said.output
+    assert {path.name: path.stat().st_mtime_ns for path in root.iterdir()} == before
+    return said.stdout.splitlines()
+
+
+def standing(root: Path) -> str:
+    return read_snapshot(RunDir(root, create=False)).standing
+
+
+def stage_line(lines: list[str]) -> str:
+    return next(line for line in lines if line.startswith("search"))
+
+
+def lock_of_another_machine(root: Path, seconds_ago: float) -> None:
+    """A run whose driver beat that long ago, on a machine that cannot be seen from here; we have its pid, too."""
+    recorded_run(root)
+    (root / NAME).write_text(this_process().model_copy(update={"machine": "elsewhere"}).model_dump_json())
+    then = time.time() - seconds_ago
+    os.utime(root / NAME, (then, then))
+
+
+def test_a_driver_that_lives_is_running_also_when_it_is_stopped_or_has_said_nothing_for_long(tmp_path: Path) -> None:
+    root = tmp_path / "run"
+    root.mkdir()
+    with driver(root) as process:
+        process.send_signal(signal.SIGSTOP)
+        os.utime(root / NAME, (0, 0))
+        lines = status(root)
+        assert f"running on {this_process().host} (process {process.pid}), last sign of life" in lines[0]
+        assert "running" in stage_line(lines)
+        assert f"running on {this_process().host} (process {process.pid}) when this was written" in standing(root)
+
+
+def test_a_driver_that_was_killed_is_cut_off_and_the_command_is_told(tmp_path: Path) -> None:
+    root = tmp_path / "run"
+    root.mkdir()
+    with driver(root) as process:
+        process.kill()
+        process.wait()
+        lines = status(root)
+        assert lines[0].endswith(f"cut off; {GO_ON}") and "cut off" in stage_line(lines)
+        assert standing(root).endswith("its process is cut off; repeat the command to go on from here.")
+
+
+def test_another_process_with_the_number_of_a_dead_driver_is_not_it(tmp_path: Path) -> None:
+    root = recorded_run(tmp_path / "run")
+    (root / NAME).write_text(this_process().model_copy(update={"started": 1}).model_dump_json())
+    assert status(root)[0].endswith(f"cut off; {GO_ON}")
+
+
+def test_a_driver_elsewhere_runs_as_long_as_it_gives_signs_of_life(tmp_path: Path) -> None:
+    root = tmp_path / "run"
+    lock_of_another_machine(root, seconds_ago=30)
+    assert "running on" in status(root)[0]
+    lock_of_another_machine(root, seconds_ago=9 * 3600)
+    lines = status(root)
+    assert "no sign of life for 9 h" in lines[0] and lines[0].endswith(f": most likely gone; {GO_ON}")
+    assert "most likely gone" in stage_line(lines)
+    assert "most likely gone; repeat the command" in standing(root)
+
+
+def test_a_command_that_could_not_say_how_it_ended_is_cut_off(tmp_path: Path) -> None:
+    """It gave its lock back, but its disk was full."""
+    assert status(recorded_run(tmp_path / "run"))[0].endswith(f"cut off; {GO_ON}")
+
+
+def test_a_run_that_is_over_needs_no_lock(tmp_path: Path) -> None:
+    assert status(recorded_run(tmp_path / "run", is_over=True))[0].endswith(": done")
+
+
+def test_a_driver_that_has_just_begun_is_told_of_before_its_first_stage(tmp_path: Path) -> None:
+    root = recorded_run(tmp_path / "run", pid=2**22 + 1)
+    with sole_driver(root, print):
+        lines = status(root)
+    assert f"(process {os.getpid()})" in lines[0] and "it has begun no stage yet" in lines[0]
+    assert "cut off" in stage_line(lines)
+
+
+def test_a_driver_that_ends_or_takes_the_run_in_that_instant_is_not_called_cut_off(tmp_path: Path) -> None:
+    """The lock that is empty for a moment, and the state that is written a moment after it was read."""
+    root = recorded_run(tmp_path / "run")
+    (root / NAME).touch()
+    taken = threading.Timer(MOMENT_SECONDS / 3, (root / NAME).write_text, [this_process().model_dump_json()])
+    taken.start()
+    assert "running on" in standing(root)
+    (root / NAME).unlink()
+    run = RunDir(root)
+    state = run.read_state(RunState)
+    assert state
+    ended = threading.Timer(MOMENT_SECONDS / 3, run.write_state, [state.model_copy(update={"outcome": "interrupted"})])
+    ended.start()
+    assert standing(root).startswith("Interrupted")
