@@ -45,7 +45,7 @@ from qpruner.rundir import (
     write_json,
     write_sign,
 )
-from qpruner.runlock import NAME, Holder, sole_driver, this_process
+from qpruner.runlock import NAME, Holder, driver_of, sole_driver, this_process
 
 
 @pytest.fixture(scope="module")
@@ -535,6 +535,18 @@ def test_a_driver_on_another_machine_holds_a_run_at_a_uri_as_long_as_it_gives_si
         pass
     said = [text.partition(" process 1 on ")[0] for text in told]
     assert said == [*["waiting up to 3 s for a sign of life of"] * 2, "taking over from"]
+
+
+def test_who_drives_a_run_at_a_uri_is_seen_and_nothing_is_written(run: RunDir) -> None:
+    assert driver_of(run.root) is None
+    there = objects_at(run.root)
+    assert there
+    with sole_driver(run.root, print):
+        before = there.files()
+        found = driver_of(run.root)
+        assert found and (found.holder.pid, found.state) == (os.getpid(), "alive")
+        assert there.files() == before
+    assert driver_of(run.root) is None
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Whether the latest command on a run still works on it: what it said itself, and what the run's lock says of its process."""
+"""Whether the latest command on a run still works on it, by what it said and what the run's lock tells."""
 
 from __future__ import annotations
 
