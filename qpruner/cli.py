@@ -285,6 +285,7 @@ def export(run: str, form: str, out: Path | None, as_json: bool) -> None:
 def push(run: str, repo_id: str, is_public: bool, what: Any, as_json: bool) -> None:
     def told() -> dict[str, Any]:
         quiet_libraries()
+        from qpruner.card_metadata import told_lacking
         from qpruner.push import push
         from qpruner.rundir import RunDir
 
@@ -292,6 +293,8 @@ def push(run: str, repo_id: str, is_public: bool, what: Any, as_json: bool) -> N
         seen = "private" if done.is_private else "public"
         gone = f"{counted(done.num_removed, 'earlier file')} removed, " if done.num_removed else ""
         click.echo(f"{done.url}: {counted(done.num_files, 'file')}, {done.num_bytes / 1e6:.1f} MB, {gone}{seen}")
+        if remark := told_lacking(done.card_lacks):
+            click.echo(remark, err=True)
         return {"status": "ok", **vars(done)}
 
     _guarded(as_json, told)

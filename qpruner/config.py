@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import re
 from collections.abc import Hashable
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
@@ -21,6 +22,8 @@ from qpruner.errors import ConfigError, UserError
 Positive = Annotated[int, Field(ge=1)]
 Named = Annotated[str, Field(min_length=1)]
 Bits = Literal[4, 8, 16]
+HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?", re.ASCII)
+LICENSE_ID = re.compile(r"[a-z0-9][a-z0-9.+-]*")
 TAB_FOUND = "found character '\\t'"
 """PyYAML's words for a tab where YAML allows none."""
 
@@ -547,6 +550,34 @@ class EvaluateConfig(Section):
         return self
 
 
+class CardConfig(Section):
+    """What `final/README.md`, the final model's card, states; nothing is computed from it."""
+
+    base_model: str | None = None
+    """Hub id of the base model; null takes `model.source` where that is one."""
+    license: str | None = None
+    """The hub's identifier of the final model's licence, such as apache-2.0; null takes what the base model's own card
+    says, or the metadata of the package of a `package:` source."""
+    datasets: tuple[str, ...] | None = None
+    """Hub ids of the data sets that the model was fine-tuned on; null takes those that `data.train` names, `[]` states
+    that there are none on a hub."""
+
+    @field_validator("base_model", "datasets")
+    @classmethod
+    def hub_ids(cls, value: str | tuple[str, ...] | None) -> str | tuple[str, ...] | None:
+        for name in (value,) if isinstance(value, str) else value or ():
+            if not HUB_ID.fullmatch(name):
+                raise ValueError(f"must be hub ids, OWNER/NAME, got {name!r}: leave out what is on no hub")
+        return value
+
+    @field_validator("license")
+    @classmethod
+    def license_id(cls, value: str | None) -> str | None:
+        if value is not None and not LICENSE_ID.fullmatch(value):
+            raise ValueError(f"must be the hub's identifier of a licence, such as apache-2.0 or other, got {value!r}")
+        return value
+
+
 class RunConfig(Section):
     """Everything a run needs."""
 
@@ -565,6 +596,7 @@ class RunConfig(Section):
     search: SearchConfig = SearchConfig()
     finetune: FinetuneConfig
     evaluate: EvaluateConfig
+    card: CardConfig = CardConfig()
     trackers: tuple[Literal["wandb", "mlflow"], ...] = ()
     """Told of every trial and fine-tune, beside TensorBoard. Where they are and their keys come from their own
     environment variables (WANDB_API_KEY, WANDB_PROJECT, WANDB_MODE; MLFLOW_TRACKING_URI, MLFLOW_EXPERIMENT_NAME)."""

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from qpruner.card_metadata import lacking
 from qpruner.errors import StageError, UserError
 from qpruner.records import MARK, ExportRecord
 from qpruner.rundir import RunDir, read_json
@@ -31,7 +32,8 @@ class Pushed:
         num_files: Files in it.
         num_bytes: Of all of them.
         num_removed: Files of an earlier push that are gone; the repository's history has them.
-        is_private: Whether others see it.
+        is_private: Whether nobody else sees it.
+        card_lacks: What its card does not state, by the keys of `card` in the configuration that state it.
     """
 
     url: str
@@ -39,6 +41,7 @@ class Pushed:
     num_bytes: int
     num_removed: int
     is_private: bool
+    card_lacks: tuple[str, ...]
 
 
 def push(run: RunDir, repo_id: str, what: What, is_public: bool) -> Pushed:
@@ -88,7 +91,7 @@ def push(run: RunDir, repo_id: str, what: What, is_public: bool) -> Pushed:
     except (OSError, HTTPError) as error:
         raise StageError("push", f"the hub cannot be reached: {_first_line(error)}", "repeat the command") from error
     num_bytes = sum(operation.upload_info.size for operation in added)
-    return Pushed(commit.commit_url, len(added), num_bytes, len(removed), is_private)
+    return Pushed(commit.commit_url, len(added), num_bytes, len(removed), is_private, lacking(_card(run)))
 
 
 def _files(run: RunDir, what: What, repo_id: str) -> Iterator[tuple[str, Path | bytes]]:
@@ -101,16 +104,21 @@ def _files(run: RunDir, what: What, repo_id: str) -> Iterator[tuple[str, Path | 
     if what != "final" and _made_of(folder) != run.final_digests():
         remedy = f"delete it, then repeat `qpruner export {run.root} --to {what}`"
         raise UserError(f"{folder} was not exported from the present final model, which the card is about: {remedy}")
-    if not (final / CARD).is_file():
-        raise UserError(f"{final} has no model card, which is written once the model is measured: repeat `qpruner run`")
-    card = (final / CARD).read_text(encoding="utf-8")
-    yield CARD, retold(card, _form(folder, what), repo_id).encode()
+    yield CARD, retold(_card(run), _form(folder, what), repo_id).encode()
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder).as_posix()
         if name == ADAPTER:
             yield ADAPTER, _adapter(path, repo_id)
         elif path.is_file() and name not in (CARD, MARK):
             yield name, path
+
+
+def _card(run: RunDir) -> str:
+    """The card of the final model, as its owner may have changed it."""
+    final = run.root / "final"
+    if not (final / CARD).is_file():
+        raise UserError(f"{final} has no model card, which is written once the model is measured: repeat `qpruner run`")
+    return (final / CARD).read_text(encoding="utf-8")
 
 
 def _made_of(folder: Path) -> dict[str, str] | None:

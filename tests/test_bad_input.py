@@ -96,6 +96,18 @@ CONFIGURATION = [
         "did you mean `data.train.0.split`"
     ),
     refused(
+        "card-base-folder", {"card.base_model": "./base"}, "`card.base_model`", "'./base'", "must be hub ids",
+        "leave out what is on no hub"
+    ),
+    refused(
+        "card-dataset-file", {"card.datasets": ["me/rows", "package:me/rows.jsonl"]}, "`card.datasets`",
+        "'package:me/rows.jsonl'", "must be hub ids", "leave out what is on no hub"
+    ),
+    refused(
+        "card-license-text", {"card.license": "Apache 2.0"}, "`card.license`", "'Apache 2.0'",
+        "must be the hub's identifier", "such as apache-2.0"
+    ),
+    refused(
         "key-like-no-other", {"prune.zzzz": 1}, "`prune.zzzz`", "zzzz", "not a known key",
         "aggregation, compensation, depth_importance, depth_share, first_layer, importance, last_layer, layer_rate"
     ),

@@ -242,6 +242,31 @@ def test_repeating_a_finished_run_computes_nothing(undisturbed: tuple[Path, dict
     assert {path.name for path in (run / "tensorboard").iterdir()} == shown, "made again from the records"
 
 
+def test_what_a_card_does_not_state_is_said_and_stated_without_computing_anything(
+    undisturbed: tuple[Path, dict[str, Any]],
+) -> None:
+    run, _ = undisturbed
+    before = {path: path.stat().st_mtime_ns for path in (run / "records").iterdir()}
+    repeated = command(run.parent / "config.yaml")
+    lacking = (
+        "[report] the model card does not state: base model, {}; set `card.base_model`, {} and repeat `qpruner run`"
+    )
+    told = []
+    for stated in ((), ("license=mit",), ("license=mit", "base_model=someone/base", "datasets=[]")):
+        options = [f"--set=card.{key}" for key in stated]
+        done = subprocess.run([*repeated, *options], capture_output=True, text=True, timeout=2 * MINUTES)
+        assert done.returncode == 0, done.stderr[-3000:]
+        assert done.stdout.count("already recorded") == 7
+        told.append([line for line in done.stdout.splitlines() if "the model card" in line])
+    assert {path: path.stat().st_mtime_ns for path in (run / "records").iterdir()} == before
+    (everything,), (less,), nothing = told
+    assert everything.startswith(lacking.format("licence, datasets", "`card.license`, `card.datasets`"))
+    assert less.startswith(lacking.format("datasets", "`card.datasets`"))
+    assert not nothing
+    card = (run / "final" / "README.md").read_text()
+    assert "base_model: someone/base\n" in card and "license: mit\n" in card and "datasets: []\n" in card
+
+
 @pytest.mark.slow
 def test_another_budget_measures_and_packs_nothing_and_starts_from_the_trials_there_are(
     undisturbed: tuple[Path, dict[str, Any]], tmp_path: Path

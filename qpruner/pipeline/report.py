@@ -5,14 +5,15 @@ from __future__ import annotations
 import logging
 import time
 
-from qpruner.events import StageFinished, StageStarted
+from qpruner.card_metadata import lacking, told_lacking
+from qpruner.events import Message, StageFinished, StageStarted
 from qpruner.objects import name_of
 from qpruner.pipeline.context import Context
 from qpruner.pipeline.stage import explained
 from qpruner.records import Results
 from qpruner.report import tensorboard
-from qpruner.report.files import write_report
-from qpruner.rundir import RunDir
+from qpruner.report.files import CARD, write_report
+from qpruner.rundir import RunDir, read_text
 
 
 def report(context: Context, results: Results) -> Results:
@@ -22,6 +23,9 @@ def report(context: Context, results: Results) -> Results:
     with explained("report"):
         page = write_report(context.run_dir)
         tensorboard.write_result(context.run_dir.root, results)
+        remark = told_lacking(lacking(read_text(context.run_dir.root / CARD) or ""))
+    if remark:
+        context.emit(Message("report", remark))
     context.emit(StageFinished("report", time.monotonic() - started, name_of(page)))
     return results
 

@@ -14,6 +14,7 @@ from qpruner.report.snapshot import read_snapshot
 from qpruner.report.summary import summary_of, summary_text
 from qpruner.rundir import RunDir, publish_folder, write_text
 
+CARD = "final/README.md"
 PICTURES = "pictures"
 """Folder of the plots that `report.md` shows."""
 
@@ -36,7 +37,7 @@ def write_report(run_dir: RunDir) -> Path:
     write_text(run_dir.root / "results.json", summary_text(summary_of(run)))
     write_text(run_dir.root / "report.md", markdown.render(run, plots, PICTURES, config))
     if run.is_whole and run_dir.root / "final" in put_folders(run_dir.root):
-        write_text(run_dir.root / "final" / "README.md", model_card(run, base_card(run, run_dir)))
+        write_text(run_dir.root / CARD, model_card(run, base_card(run, run_dir)))
     target = run_dir.root / "report.html"
     write_text(target, page.render(run, plots, config))
     return target

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import yaml
 from huggingface_hub import EvalResult, ModelCardData
-from huggingface_hub.repocard import REGEX_YAML_BLOCK
 
+from qpruner.card_metadata import front_matter
 from qpruner.records import GIVEN
 from qpruner.report.markdown import code, measured, prose
 from qpruner.report.snapshot import Snapshot
@@ -20,6 +20,8 @@ from qpruner.wording import counted
 
 METRICS = {"acc": "accuracy", "acc_norm": "accuracy"}
 """lm-eval's names to the hub's."""
+SPDX_ON_HUB = ("apache-2.0", "mit", "bsd-2-clause", "bsd-3-clause", "isc", "mpl-2.0", "unlicense", "cc0-1.0")
+"""SPDX identifiers, in lower case, that are the hub's as well; what a package says in other words is not guessed at."""
 
 
 def model_card(run: Snapshot, base_card: str | None) -> str:
@@ -32,9 +34,7 @@ def model_card(run: Snapshot, base_card: str | None) -> str:
     assert run.results.evaluate and run.results.search
     base = run.state.config["model"]["source"]
     data = ModelCardData(
-        base_model=base if _is_hub_id(base) else None,
-        **_license(base_card or "", base),
-        datasets=_datasets(run.state.config) or None,
+        **_known(run.state.config, base_card or "") | _stated(run.state.config),
         library_name="transformers",
         pipeline_tag="text-generation",
         tags=["qpruner", "pruning", "mixed-precision", "lora"],
@@ -99,20 +99,38 @@ def base_card(run: Snapshot, run_dir: RunDir) -> str | None:
         return None
 
 
+def _stated(config: dict[str, Any]) -> dict[str, Any]:
+    """What the user states; a configuration of an earlier version has no such section."""
+    return {key: value for key, value in config.get("card", {}).items() if value is not None}
+
+
+def _known(config: dict[str, Any], base_card: str) -> dict[str, Any]:
+    """What the sources tell by themselves; a licence that is stated takes the place of all that is known of one."""
+    base = config["model"]["source"]
+    licence = {} if "license" in _stated(config) else _license(base_card, base) or _package_license(base)
+    return {"base_model": base if _is_hub_id(base) else None, "datasets": _datasets(config) or None, **licence}
+
+
 def _license(card: str, base: str) -> dict[str, Any]:
     """What the base model's card says of its licence; a file that it names is one of its repository."""
-    block = REGEX_YAML_BLOCK.search(card.removeprefix("\N{BOM}"))
-    try:
-        metadata = yaml.safe_load(block[2]) if block else None
-    except yaml.YAMLError:
-        metadata = None
-    if not isinstance(metadata, dict):
-        return {}
+    metadata = front_matter(card)
     told = {name: metadata[name] for name in ("license", "license_name", "license_link") if metadata.get(name)}
     link = told.get("license_link")
     if link and "://" not in str(link) and _is_hub_id(base):
         told["license_link"] = f"https://huggingface.co/{base}/blob/main/{link}"
     return told
+
+
+def _package_license(base: str) -> dict[str, Any]:
+    """What the metadata of the installed package that a model lies in say of its licence."""
+    if not base.startswith("package:"):
+        return {}
+    package = base.removeprefix("package:").partition("/")[0]
+    owners = set(importlib.metadata.packages_distributions().get(package, ()))
+    metadata = [importlib.metadata.metadata(owner) for owner in owners]
+    keys = ("License-Expression", "License")
+    told = {next((each[key] for key in keys if key in each), "").lower() for each in metadata}
+    return {"license": told.pop()} if len(told) == 1 and told <= set(SPDX_ON_HUB) else {}
 
 
 def _datasets(config: dict[str, Any]) -> list[str]:

@@ -76,6 +76,8 @@ def test_the_hub_has_the_final_model_and_nobody_else_sees_it(run: Path, hub: Hub
     told = json.loads(done.stdout.splitlines()[-1])
     repository = hub.repositories[REPO]
     assert repository.private and told["is_private"]
+    assert told["card_lacks"] == ["base_model", "datasets"]
+    assert "does not state: base model, datasets; set `card.base_model`, `card.datasets` and repeat" in done.stderr
     local = {path.name: path.read_bytes() for path in (run / "final").iterdir()}
     assert set(repository.files) == set(local) and told["num_files"] == len(local)
     changed = {name for name in local if local[name] != repository.files[name]}

@@ -418,11 +418,12 @@ def test_the_final_model_gets_a_card_that_the_hub_can_read(long_run: Path, tmp_p
     assert results["claim"] in card.text and "import qpruner.hf" in card.text
 
 
-def card_on(base: str, folder: Path, root: Path) -> Any:
-    """The metadata of the final model's card in the report of a run on `base`, whose files lie in `folder`."""
+def card_on(base: str, folder: Path, root: Path, **stated: Any) -> Any:
+    """The metadata of the final model's card in the report of a run on `base`, whose files lie in `folder`; `stated`
+    are keys of `card`."""
     made = MadeRun(root, num_trials=4, num_blocks=2, model=base)
     data = made.state.config["data"] | {"train": [{"source": "yahma/alpaca-cleaned"}]}
-    made.run.write_state(made.state.model_copy(update={"config": made.state.config | {"data": data}}))
+    made.run.write_state(made.state.model_copy(update={"config": made.state.config | {"data": data, "card": stated}}))
     prepared = made.run.read_record("prepare", PrepareRecord)
     assert prepared
     made.run.write_record("prepare", prepared.model_copy(update={"model_path": str(folder)}))
@@ -477,6 +478,37 @@ def test_a_local_model_s_licence_is_told_where_its_card_can_be_read(
     base.mkdir()
     (base / "README.md").write_bytes(card)
     assert card_on(str(base), base, tmp_path / "run").license == license
+
+
+def test_what_a_user_states_of_a_card_takes_the_place_of_what_is_known(tmp_path: Path) -> None:
+    base = tmp_path / "base"
+    base.mkdir()
+    (base / "README.md").write_text("---\nlicense: other\nlicense_name: research\n---\n# Base\n")
+    told = card_on(str(base), base, tmp_path / "one", base_model="me/base", license="mit", datasets=None)
+    assert (told.base_model, told.license, told.license_name) == ("me/base", "mit", None)
+    assert told.datasets == ["yahma/alpaca-cleaned"]
+    assert card_on(str(base), base, tmp_path / "two", datasets=["me/rows"]).datasets == ["me/rows"]
+
+
+@pytest.mark.parametrize(
+    ("line", "license"),
+    [
+        ("License-Expression: Apache-2.0", "apache-2.0"),
+        ("License: MIT", "mit"),
+        ("License: see the file", None),
+        ("Summary: weights", None),
+    ],
+)
+def test_a_packages_model_has_the_licence_of_its_metadata(
+    line: str, license: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    installed = tmp_path / "site" / "some_weights-1.0.dist-info"
+    installed.mkdir(parents=True)
+    (installed / "METADATA").write_text(f"Metadata-Version: 2.4\nName: some-weights\nVersion: 1.0\n{line}\n")
+    (installed / "top_level.txt").write_text("some_weights\n")
+    monkeypatch.syspath_prepend(tmp_path / "site")
+    told = card_on("package:some_weights/model.gguf", tmp_path / "none", tmp_path / "run")
+    assert (told.license, told.base_model) == (license, None)
 
 
 def test_a_notebook_gets_a_table_of_trials_and_the_answer(long_run: Path, tmp_path: Path) -> None:
