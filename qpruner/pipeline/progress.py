@@ -52,7 +52,7 @@ class RunProgress:
         self._state = RunState(
             config=config.model_dump(mode="json"),
             until=until,
-            command=command or shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+            command=command or shlex.join([*_program(), *sys.argv[1:]]),
             folder=os.getcwd(),
             environment=_environment(),
             host=socket.gethostname(),
@@ -169,3 +169,9 @@ def _gpus() -> str:
     seen = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
     kinds = Counter(f"{gpu.name}, {gpu.total_memory / 1024**3:.1f} GiB" for gpu in seen)
     return "; ".join(f"{number} x {kind}" for kind, number in kinds.items()) or "none"
+
+
+def _program() -> list[str]:
+    """How this process was begun, as a person would type it again."""
+    name = Path(sys.argv[0]).name
+    return ["python", "-m", "qpruner"] if name == "__main__.py" else [name]
