@@ -172,6 +172,19 @@ GIVEN = "given"
 """Origin of the plan that `search.plan` names."""
 
 
+class Begun(Recorded):
+    """A worker process's start on a trial."""
+
+    search: str
+    """Digest of the search that it was for."""
+    session: int
+    """Which of that search's sessions, from 1."""
+    time: float
+    """Unix seconds."""
+    seconds: float
+    """What the trial had taken before."""
+
+
 class TrialRecord(Recorded):
     """One plan's life in the search. `index` counts suggestions from 0; records, not Tune's snapshot, are the truth."""
 
@@ -218,12 +231,15 @@ class TrialRecord(Recorded):
     times: tuple[float, ...] = ()
     """Unix seconds: when it began (until then, when its plan was handed out), when each rung was recorded and, once it
     is over, when it ended."""
+    begun: tuple[Begun, ...] = ()
+    """Every start of a worker on it, in order: it may be interrupted and lose workers; empty in records of older
+    versions."""
 
     def table_rows(self) -> list[dict[str, Any]]:
         """One row, with `loss at STEP` (and accuracy) for each rung."""
         told = self.model_copy(update={"checkpoint": {}, "earlier_gpu_seconds": {}})
         [row] = super(TrialRecord, told).table_rows()
-        for name in ("digest", "rungs", "times"):
+        for name in ("digest", "rungs", "times", "begun"):
             del row[name]
         for rung in self.rungs:
             row[f"loss at {rung.step}"] = rung.loss

@@ -324,7 +324,7 @@ def effects_text(effects: MarginalEffects | str) -> str:
 
 def stages(run: Snapshot) -> list[tuple[str, ...]]:
     """Every stage that was begun: its state and what it took in the command that recorded it."""
-    busy = {"search": sum(trial.seconds for trial in run.trials)}
+    busy = {"search": sum(stretch.end - stretch.start for stretch in run.stretches)}
     # Of the trials that other searches left, too.
     gpu = run.results.gpu_seconds | {"search": sum(trial.gpu_seconds for trial in run.trials)}
     if run.results.search:

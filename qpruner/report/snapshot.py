@@ -13,6 +13,7 @@ from qpruner.report.life import Life, read_life
 from qpruner.report.marginal_effects import MarginalEffects, marginal_effects
 from qpruner.report.recorded import KINDS, read_results
 from qpruner.report.standing import FIGURES, best_of
+from qpruner.report.stretches import Stretch, stretches
 from qpruner.rundir import RunDir
 from qpruner.runlock import Driver
 from qpruner.search.trial_records import read_trials
@@ -71,6 +72,11 @@ class Snapshot:
     def own_trials(self) -> list[TrialRecord]:
         """Without those that a search with another budget or searcher left."""
         return [trial for trial in self.trials if self.state.search and trial.search == self.state.search.search]
+
+    @property
+    def stretches(self) -> list[Stretch]:
+        """When workers had trials for this search."""
+        return stretches(self.trials, self.state.search.search) if self.state.search else []
 
     @property
     def metric(self) -> str:

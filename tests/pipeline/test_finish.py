@@ -476,10 +476,12 @@ def test_the_final_folder_is_the_recorded_winners_and_whole(
                     pass
             with pytest.raises(StageError, match="no space left for"):
                 finetune(alone, searched_record(second), measured)
+            assert weights.read_bytes() != whole
+            (records / "filler").unlink()
+            finetune(alone, searched_record(first), measured)
+            assert weights.read_bytes() == whole
         records.rmdir()
         aside.rename(records)
-        finetune(alone, searched_record(first), measured)
-        assert weights.read_bytes() == whole
     finally:
         alone.close()
 

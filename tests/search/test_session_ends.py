@@ -101,6 +101,9 @@ def test_a_search_whose_hours_are_over_and_whose_machines_are_gone_ends_and_goes
     cluster.add(num_gpus=1)
     outcome = search(job, within(Room(facts.slots, HELD, None, tell)), tell)
     assert [(trial.status, len(trial.rungs)) for trial in outcome.trials] == [("finished", 2)]
+    first, again = outcome.trials[0].begun
+    assert (first.session, first.seconds, again.session, again.search) == (1, 0.0, 2, job.search)
+    assert first.time + again.seconds < again.time, "what it took before, and the pause is not in it"
 
 
 @pytest.fixture

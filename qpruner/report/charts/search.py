@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 from qpruner.plan import PrecisionPlan
 from qpruner.records import TrialRecord
@@ -10,6 +10,7 @@ from qpruner.report.charts.chart import Chart, Spec, Values, colored, quantity, 
 from qpruner.report.far import ARROWS, edge_of, is_far, told_far
 from qpruner.report.snapshot import Snapshot
 from qpruner.report.standing import score
+from qpruner.report.stretches import Stretch, end_to_end
 
 SECTION = "search"
 SEARCHED, CONTROL, STOPPED, FAILED = "searched", "control", "stopped early", "failed"
@@ -180,33 +181,31 @@ def rungs(run: Snapshot) -> Iterator[Chart]:
 
 
 def timeline(run: Snapshot) -> Iterator[Chart]:
-    """Which slot was busy when, and with which trial."""
-    bars, slots = [], 0
-    ends: list[float] = []
-    spans = sorted((trial.times[0], trial.times[-1], trial.index) for trial in run.trials if len(trial.times) > 1)
+    """Which slot had a trial of this search when, and which."""
+    bars, ends = Values(), list[float]()
     trials = {trial.index: trial for trial in run.trials}
-    for start, end, index in spans:
+    worked = end_to_end(run.stretches)
+    for _, start, end, index in worked:
         slot = next((number for number, free in enumerate(ends) if free <= start), len(ends))
         ends[slot : slot + 1] = [end]
-        slots = max(slots, len(ends))
-        minutes = {"start": (start - spans[0][0]) / 60, "end": (end - spans[0][0]) / 60}
-        trial = trials[index]
-        bars.append({"trial": index, "origin": trial.origin, "kind": kind_of(trial), "slot": slot + 1, **minutes})
+        about = {"trial": index, "origin": trials[index].origin, "kind": kind_of(trials[index]), "slot": slot + 1}
+        bars.append(about | {"start": start / 60, "end": end / 60})
     if not bars:
         return
-    busy = sum(end - start for start, end, _ in spans) / (slots * (max(ends) - spans[0][0]) or 1.0)
+    slots = len(ends)
+    busy = sum(stretch.end - stretch.start for stretch in worked) / (slots * max(ends))
     yield Chart(
         "timeline",
         "cost",
-        "Slots in use",
-        f"Each bar is a trial, from its start to its end. Slots ever in use: {slots}; they had a trial "
-        f"{busy:.0%} of the time.",
+        "Slots in use during the search",
+        "Each bar is a worker's time on a trial of this search; the fine-tunes after it are not shown. Slots ever in "
+        f"use: {slots}; they had a trial {busy:.0%} of the time. {_told_sessions(worked)}".rstrip(),
         {
             "height": 22 * slots,
             "data": {"values": bars},
             "mark": {"type": "bar", "stroke": "var(--page)"},
             "encoding": {
-                "x": quantity("start", "minutes since the first trial", zero=True),
+                "x": quantity("start", "minutes of searching since the first trial", zero=True),
                 "x2": {"field": "end"},
                 "y": {"field": "slot", "type": "ordinal", "axis": {"title": "slot"}},
                 "color": _by_kind(bars)["color"],
@@ -216,6 +215,14 @@ def timeline(run: Snapshot) -> Iterator[Chart]:
             },
         },
     )
+
+
+def _told_sessions(worked: Sequence[Stretch]) -> str:
+    """That the axis leaves out what lies between sessions; nothing where there was one."""
+    sessions = len({stretch.session for stretch in worked})
+    if sessions < 2:
+        return ""
+    return f"The search went on over {sessions} sessions; the time between them is cut out of axis and percentage."
 
 
 def _scored(run: Snapshot) -> list[TrialRecord]:

@@ -24,6 +24,7 @@ os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(10**6)
 os.environ["TUNE_FUNCTION_THREAD_TIMEOUT_S"] = str(10**6)
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 
 import ray
 from ray import tune
@@ -89,6 +90,7 @@ def search(job: SearchJob, room: Callable[[], int], emit: Emit, trackers: Tracke
     halt = Halt(emit)
     ended: str | None
     sessions = begin_session(job.trials, job.search)
+    job = replace(job, session=sessions)
     while True:
         try:
             ended = patiently(lambda: _fit(job, room, emit, halt, trackers), job.scratch)

@@ -38,6 +38,7 @@ class SearchJob:
         resources: Ray resources of one trial.
         check_node: A pickled function that raises where a trial would begin on a machine that cannot be used; it needs
             nothing of qpruner.
+        session: Which session of the search this is, from 1.
     """
 
     config: RunConfig
@@ -53,6 +54,7 @@ class SearchJob:
     search: str
     resources: dict[str, float]
     check_node: bytes
+    session: int = 1
 
     def owns(self, record: TrialRecord) -> bool:
         """Whether a trial is of this search, not of one with another budget or searcher."""

@@ -23,7 +23,7 @@ from qpruner.execution.testimony import own_name
 from qpruner.memory import PeakMemory, is_out_of_memory, kernel_kills, release
 from qpruner.mirror import fetch, workplace
 from qpruner.patience import patiently, storage_error
-from qpruner.records import RungResult, TrialPulse
+from qpruner.records import Begun, RungResult, TrialPulse
 from qpruner.rundir import folder_digests, publish_folder, remove, sign_seconds
 from qpruner.search.trial_job import TrialJob
 from qpruner.search.trial_records import (
@@ -97,9 +97,10 @@ class _RecordedTrial:
         self._memory = PeakMemory()
         self._node = ray.get_runtime_context().get_node_id()
         self._beats, self._told = 0, float("-inf")
-        begun = {} if self._record.rungs else {"times": (time.time(),)}  # it may have waited long for a machine
-        ours = {"worker": uuid.uuid4().hex, "node": own_name()}
-        self._record = self._record.model_copy(update=ours | begun)
+        begun = Begun(search=job.search, session=job.session, time=time.time(), seconds=self._before[0])
+        times = {} if self._record.rungs else {"times": (begun.time,)}  # it may have waited long for a machine
+        ours = {"worker": uuid.uuid4().hex, "node": own_name(), "begun": (*self._record.begun, begun)}
+        self._record = self._record.model_copy(update=ours | times)
         write_trial(job.trials, self._record)
         self._progress(self._record.rungs[-1].step if self._record.rungs else 0)
 
