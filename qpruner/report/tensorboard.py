@@ -19,8 +19,9 @@ import yaml
 
 from qpruner import events
 from qpruner.config import RunConfig
-from qpruner.records import Results, SearchState, SensitivityRecord, TrialRecord, digest_of
+from qpruner.records import Results, SearchRecord, SearchState, SensitivityRecord, TrialRecord, digest_of
 from qpruner.report.standing import bar, best_so_far, in_order_of_end, score
+from qpruner.rundir import RunDir
 
 if TYPE_CHECKING:
     from tensorboardX.proto.event_pb2 import Event
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 FOLDER = "tensorboard"
-RESULT = "result"
+RESULT, WINNER = "result", "winner"
 BEST = "search/best so far"
 MOST_POINTS = 1000
 """Steps of a trial's training loss that are kept: a trial's file stays below 200 kB."""
@@ -49,7 +50,7 @@ class Board:
     """
 
     def __init__(self, root: Path, config: RunConfig) -> None:
-        self._folder, self._config = root / FOLDER, config
+        self._run, self._folder, self._config = RunDir(root, create=False), root / FOLDER, config
         self._search: SearchState | None = None
         self._trials: dict[int, TrialRecord] = {}
 
@@ -74,6 +75,8 @@ class Board:
             case events.StageStarted(stage) if stage != "report":
                 # Of what an earlier command ended with; this one's follows at its end.
                 shutil.rmtree(self._folder / RESULT, ignore_errors=True)
+                if stage == "search":
+                    shutil.rmtree(self._folder / WINNER, ignore_errors=True)
             case events.TrialChanged(trial) if self._search:
                 self._trials[trial.index] = trial
                 write_trial(self._folder, self._search, trial)
@@ -81,6 +84,8 @@ class Board:
                     self._write_search()
             case events.StageFinished("search") | events.StageSkipped("search"):
                 self._write_search(is_over=True)
+                if record := self._run.read_record("search", SearchRecord):
+                    write_winner(self._folder, record)
 
     def _drop_others(self) -> None:
         """Drop what an earlier search on this folder left and this one does not compare with."""
@@ -236,8 +241,18 @@ def write_sensitivity(folder: Path, record: SensitivityRecord) -> None:
     event_files.write_events(runs, [drawn], record.digest)
 
 
+def write_winner(folder: Path, search: SearchRecord) -> None:
+    """The winner's plan as a text: fine-tunes and evaluation take hours after it is known."""
+    from qpruner.report import event_files, markdown
+
+    plan = [(group, str(bits)) for group, bits in search.best_plan.items()]
+    chosen = f"Trial {search.best_index} ({markdown.prose(search.best_origin)})."
+    told = f"{chosen}\n\n{markdown.pipe_table(('group', 'bits'), plan)}"
+    event_files.write_events(folder / WINNER, [event_files.text("winner", told)])
+
+
 def write_result(root: Path, results: Results) -> None:
-    """The winner's plan, and the final table with the claim under it, as texts.
+    """The final table with the claim under it, as a text.
 
     Args:
         root: The run folder.
@@ -245,11 +260,6 @@ def write_result(root: Path, results: Results) -> None:
     """
     from qpruner.report import event_files, markdown, sections, table
 
-    search = results.search
-    assert search
-    plan = [(group, str(bits)) for group, bits in search.best_plan.items()]
-    chosen = f"Trial {search.best_index} ({markdown.prose(search.best_origin)})."
-    winner = f"{chosen}\n\n{markdown.pipe_table(('group', 'bits'), plan)}"
     final = markdown.pipe_table(sections.HEADINGS, [sections.cells(row) for row in table.rows(results)])
-    texts = {"winner": winner, "final table": "\n".join([final, "", *markdown.claimed(results)])}
-    event_files.write_events(root / FOLDER / RESULT, [event_files.text(name, body) for name, body in texts.items()])
+    told = "\n".join([final, "", *markdown.claimed(results)])
+    event_files.write_events(root / FOLDER / RESULT, [event_files.text("final table", told)])

@@ -248,8 +248,22 @@ def test_a_new_search_in_the_same_folder_shows_nothing_of_the_last_ones_end(tmp_
     assert read(root, "search").Tags()["scalars"] == []
     text = read(root, "search").Tensors("config/text_summary")[0].tensor_proto.string_val[0].decode()
     assert "max_trials: 4" in text
+    assert (folder / "winner").is_dir()
     board.listen(StageStarted("search", "4 trials"))
-    assert not (folder / "result").exists()
+    assert not (folder / "result").exists() and not (folder / "winner").exists()
+
+
+@pytest.mark.parametrize("event", [OVER, StageSkipped("search", "best: trial 2", 1.0)])
+def test_the_winner_is_told_as_soon_as_the_search_is_over(event: StageFinished | StageSkipped, tmp_path: Path) -> None:
+    """Fine-tunes and evaluation go on for hours after it, and begin with dropping an earlier command's end."""
+    root = recorded_run(tmp_path / "run", is_over=True)
+    board = board_of(root)
+    for each in (planned(trials()), event, StageStarted("finetune", "6 rows")):
+        board.listen(each)
+    text = read(root, "winner").Tensors("winner/text_summary")[0].tensor_proto.string_val[0].decode()
+    assert text.startswith("Trial 2 (gp).")
+    assert all(f"| {group} | {bits} |" in text for group, bits in trials()[2].plan.items())
+    assert not (root / "tensorboard" / "result").exists()
 
 
 def test_a_long_trial_takes_less_than_200_kilobytes(tmp_path: Path) -> None:
