@@ -463,6 +463,10 @@ MODEL = [
         "does not exist", "name a model folder"
     ),
     refused(
+        "model-on-no-hub", {"model.source": "nobody/no-such-model"}, "`model.source`", "'nobody/no-such-model'",
+        "no model config can be read", "see that the hub has this id and is reached from here"
+    ),
+    refused(
         "model-a-file", lambda scene: {"model.source": scene.file("weights.pt", "")}, "`model.source`",
         "{folder}/weights.pt", "is a file", "name a model folder"
     ),

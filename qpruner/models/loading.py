@@ -88,9 +88,13 @@ def load_model_config(model: ModelConfig) -> Any:
             **_where(source), revision=model.revision, trust_remote_code=model.trust_remote_code
         )
     except Exception as error:  # a broken config or .gguf header ends in many types
-        damaged = "the file may be truncated: fetch it again" if source.endswith(".gguf") else "mend its config.json"
+        remedy = "mend its config.json"
+        if source.endswith(".gguf"):
+            remedy = "the file may be truncated: fetch it again"
+        elif not Path(source).exists():
+            remedy = "see that the hub has this id and is reached from here, or name a model's folder"
         raise UserError(
-            f"`model.source`: no model config can be read from {model.source!r}: {_reason(error)}; {damaged}"
+            f"`model.source`: no model config can be read from {model.source!r}: {_reason(error)}; {remedy}"
         ) from error
     if getattr(config, "quantization_config", None) is not None and not source.endswith(".gguf"):
         raise UserError(f"`model.source`: {model.source} is already quantized; give the full-precision checkpoint")

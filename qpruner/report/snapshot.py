@@ -43,6 +43,10 @@ class Snapshot:
     effects: MarginalEffects | str
     driver: Driver | None = None
 
+    def __repr__(self) -> str:
+        recorded = ", ".join(name for name, record in self.results if record is not None)
+        return f"<{type(self).__name__} of the run {self.name!r}: {counted(len(self.trials), 'trial')}; {recorded}>"
+
     @property
     def is_whole(self) -> bool:
         """Whether every stage has its record."""

@@ -20,6 +20,11 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Snapshot:
     return qpruner.read_run(MadeRun(tmp_path_factory.mktemp("tables") / "run", num_trials=20).run.root)
 
 
+def test_a_run_is_told_in_a_line(run: Snapshot) -> None:
+    stages = "prepare, prune, sensitivity, bank, search, finetune, evaluate"
+    assert repr(run) == f"<Snapshot of the run 'run': 20 trials; {stages}>"
+
+
 def test_every_record_has_a_table() -> None:
     kinds = [each for _, each in inspect.getmembers(records, inspect.isclass) if issubclass(each, BaseModel)]
     assert len(kinds) > 20

@@ -68,7 +68,7 @@ def test_other_searches_trials_are_neither_slots_in_use_nor_busy_seconds(tmp_pat
     taken = (begun(1, -NIGHT, search=ANOTHER), begun(1, 60.0, 120.0))
     ours = trial(2, "848444", [3.2, 3.1, 2.9], begun=taken)
     bars, caption, busy = shown(tmp_path / "run", theirs, lent, ours)
-    assert spans(bars) == [(1, 1, 0, 1), (2, 1, 1, 2)]
+    assert spans(bars) == [(1, 1, 0, 60), (2, 1, 60, 120)]
     assert "Slots ever in use: 1; they had a trial 100% of the time" in caption
     assert busy == "120.0"
 
@@ -76,5 +76,16 @@ def test_other_searches_trials_are_neither_slots_in_use_nor_busy_seconds(tmp_pat
 def test_records_of_before_starts_were_kept_are_drawn_by_their_seconds(tmp_path: Path) -> None:
     old = trial(0, "444444", [3.4, 3.3, 3.2], times=(STARTED - NIGHT, STARTED, STARTED + 60, STARTED + 120))
     bars, _, busy = shown(tmp_path / "run", old)
-    assert spans(bars) == [(0, 1, 0, 3)]
+    assert spans(bars) == [(0, 1, 0, 180)]
     assert busy == "180.0"
+
+
+@pytest.mark.parametrize(("seconds", "title", "end"), [(200.0, "seconds", 200.0), (300.0, "minutes", 5.0)])
+def test_a_short_search_is_told_in_seconds(tmp_path: Path, seconds: float, title: str, end: float) -> None:
+    run = RunDir(recorded_run(tmp_path / "run"))
+    for path in (run.trials / DIGEST).glob("*/trial.json"):
+        path.unlink()
+    write_trial(run.trials / DIGEST, trial(0, "444444", [3.4], begun=(begun(1, 0.0),), seconds=seconds))
+    [chart] = timeline(read_snapshot(run))
+    assert chart.spec["encoding"]["x"]["axis"]["title"] == f"{title} of searching since the first trial"
+    assert spans(chart.spec["data"]["values"]) == [(0, 1, 0, end)]

@@ -15,6 +15,8 @@ from qpruner.report.stretches import Stretch, end_to_end
 SECTION = "search"
 SEARCHED, CONTROL, STOPPED, FAILED = "searched", "control", "stopped early", "failed"
 COLORS = {SEARCHED: "var(--searched)", CONTROL: "var(--control)", STOPPED: "var(--stopped)", FAILED: "var(--failed)"}
+MANY_SECONDS = 240
+"""Beyond them an axis of time counts minutes."""
 SHAPES = {SEARCHED: "circle", CONTROL: "diamond", STOPPED: "cross", FAILED: "triangle-down"}
 
 
@@ -185,11 +187,12 @@ def timeline(run: Snapshot) -> Iterator[Chart]:
     bars, ends = Values(), list[float]()
     trials = {trial.index: trial for trial in run.trials}
     worked = end_to_end(run.stretches)
+    unit, seconds = ("minute", 60) if any(stretch.end > MANY_SECONDS for stretch in worked) else ("second", 1)
     for _, start, end, index in worked:
         slot = next((number for number, free in enumerate(ends) if free <= start), len(ends))
         ends[slot : slot + 1] = [end]
         about = {"trial": index, "origin": trials[index].origin, "kind": kind_of(trials[index]), "slot": slot + 1}
-        bars.append(about | {"start": start / 60, "end": end / 60})
+        bars.append(about | {"start": start / seconds, "end": end / seconds})
     if not bars:
         return
     slots = len(ends)
@@ -205,12 +208,12 @@ def timeline(run: Snapshot) -> Iterator[Chart]:
             "data": {"values": bars},
             "mark": {"type": "bar", "stroke": "var(--page)"},
             "encoding": {
-                "x": quantity("start", "minutes of searching since the first trial", zero=True),
+                "x": quantity("start", f"{unit}s of searching since the first trial", zero=True),
                 "x2": {"field": "end"},
                 "y": {"field": "slot", "type": "ordinal", "axis": {"title": "slot"}},
                 "color": _by_kind(bars)["color"],
                 "tooltip": tooltip(
-                    trial="trial", origin="from", kind="kind", start="from minute|.1f", end="to minute|.1f"
+                    trial="trial", origin="from", kind="kind", start=f"from {unit}|.1f", end=f"to {unit}|.1f"
                 ),
             },
         },
