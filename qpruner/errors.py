@@ -140,7 +140,7 @@ class SolverFailed(QprunerError):
 
 
 class RayNotStarted(QprunerError):
-    """Ray did not come up on this machine; nothing has been run yet."""
+    """Ray did not come up on this machine; what was recorded before it was needed stays valid."""
 
 
 class WorkerDied(QprunerError):

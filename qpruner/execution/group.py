@@ -83,7 +83,9 @@ def run_groups(
     # What waits for a group holds no slot.
     held = {"cpu": 0.0}
     try:
-        yield from run_tasks(_run, groups, held, max_concurrent, True, check_node, on_tick=on_tick, progress=progress)
+        yield from run_tasks(
+            _run, groups, held, max_concurrent, fresh=True, check_node=check_node, on_tick=on_tick, progress=progress
+        )
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
 

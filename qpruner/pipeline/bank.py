@@ -198,7 +198,13 @@ def _built(context: Context, jobs: list[GroupJob]) -> Iterator[tuple[GroupJob, d
 
     jobs = [replace(job, threads=int(resources.get("cpu", 1))) for job in jobs]
     for position, built in run_tasks(
-        build_group, jobs, resources, concurrent, False, context.check_node, on_held=context.gpu_time.add
+        build_group,
+        jobs,
+        resources,
+        concurrent,
+        fresh=False,
+        check_node=context.check_node,
+        on_held=context.gpu_time.add,
     ):
         yield jobs[position], built
 

@@ -236,7 +236,13 @@ def _measured(context: Context, job: ScoringJob) -> Measurement:
     ]
     told, parts = _teller(context.emit, MEASUREMENT), dict[int, Measurement]()
     for position, part in run_tasks(
-        measure_share, jobs, resources, num_shares, False, context.check_node, on_held=context.gpu_time.add
+        measure_share,
+        jobs,
+        resources,
+        num_shares,
+        fresh=False,
+        check_node=context.check_node,
+        on_held=context.gpu_time.add,
     ):
         parts[position] = part
         told(len(parts), num_shares)

@@ -301,7 +301,14 @@ def _finetuned(
     from qpruner.execution.cluster import run_tasks
 
     return run_tasks(
-        finetune_candidate, tasks, resources, concurrent, True, context.check_node, on_tick=on_tick, progress=saved
+        finetune_candidate,
+        tasks,
+        resources,
+        concurrent,
+        fresh=True,
+        check_node=context.check_node,
+        on_tick=on_tick,
+        progress=saved,
     )
 
 
@@ -345,7 +352,13 @@ def _evaluate_jobs(context: Context, jobs: list[Candidate], text: Path | None) -
         for_each(remove, signs)  # of a session that was interrupted
         progress = _Progress(context, "evaluate", signs, len(jobs), "answers")
         for position, scored in run_tasks(
-            evaluate_candidate, tasks, resources, concurrent, False, context.check_node, on_tick=progress.tell
+            evaluate_candidate,
+            tasks,
+            resources,
+            concurrent,
+            fresh=False,
+            check_node=context.check_node,
+            on_tick=progress.tell,
         ):
             job = left[position]
             record = RowScores(

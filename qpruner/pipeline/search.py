@@ -264,7 +264,13 @@ def _confirm(context: Context, finalists: Sequence[TrialRecord], job: SearchJob)
         jobs.append(ConfirmationJob(context.worker_config, candidate, checkpoint, context.data, threads))
     found: dict[int, Confirmation] = {}
     for position, score in run_tasks(
-        confirm_trial, jobs, resources, concurrent, False, context.check_node, on_held=context.gpu_time.add
+        confirm_trial,
+        jobs,
+        resources,
+        concurrent,
+        fresh=False,
+        check_node=context.check_node,
+        on_held=context.gpu_time.add,
     ):
         trial = finalists[position]
         control, taken_over = job.control_of(_plan(trial)), not job.owns(trial)
