@@ -137,7 +137,8 @@ def _add_verb(name: str, until: str, text: str) -> None:
             with _plan_named(plan_file):
                 return _run(Path(config), (*overrides, *given), address, until, as_json, quiet)
 
-        if name == "report" and ("://" in config or Path(config).is_dir()):
+        is_file = Path(config).is_file() or Path(config).suffix in (".yaml", ".yml")
+        if name == "report" and not is_file:
             _guarded(as_json, lambda: _report(config, bool(overrides or given or address)))
         else:
             _guarded(as_json, told)
@@ -214,7 +215,7 @@ def status(run: str, as_json: bool) -> None:
 @click.option(
     "--where", "conditions", multiple=True, metavar="KEY=VALUE", help="Only these: status=finished, loss<3.2."
 )
-@click.option("--sort", default="trial", metavar="KEY", show_default=True, help="A column.")
+@click.option("--sort", default="trial", metavar="KEY", show_default=True, help="A column, or `score`.")
 @click.option("--descending", is_flag=True, help="Largest first.")
 @click.option("--csv", "as_csv", is_flag=True, help="Every column, the bits of each group too, as CSV.")
 @_json

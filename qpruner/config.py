@@ -662,6 +662,10 @@ def load_config(path: Path, overrides: list[str] | None = None) -> RunConfig:
         UserError: If the file is missing or is no YAML.
         ConfigError: With every problem found.
     """
+    if path.is_dir():
+        raise UserError(
+            f"{path} is a folder; give a configuration file: of a run, the one that `qpruner run` was given"
+        )
     if not path.is_file():
         raise UserError(f"configuration file {path} does not exist; see tune_configs/ for complete examples")
     try:

@@ -271,13 +271,31 @@ def _read_rows(source: DataSource, key: str) -> list[dict[str, Any]]:
         raise
     except Exception as error:  # datasets raises many types for files that cannot be parsed and hubs out of reach
         cause = error.__cause__ or error  # datasets only says that generating the data set failed
-        reason = str(cause).strip().splitlines()[0] if str(cause).strip() else type(cause).__name__
+        said = str(cause).strip().splitlines()[0] if str(cause).strip() else type(cause).__name__
+        reason = (suffix == ".jsonl" and _line_without_row(Path(path))) or said
         raise UserError(
             f"`{key}.source`: no rows can be read from {source.source!r}: {reason}; mend it or name another"
         ) from error
     _check_columns(rows.column_names, source, key)
     count = len(rows) if source.limit is None else min(source.limit, len(rows))
     return [dict(row) for row in rows.select(range(count))]
+
+
+def _line_without_row(path: Path) -> str | None:
+    """The first line of a file that is no JSON object; None where all are. The readers count from the line's block."""
+    with path.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line.rstrip())
+            except json.JSONDecodeError as error:
+                return f"line {number} is no JSON: {error.msg} at column {error.colno}"
+            except UnicodeDecodeError:
+                return f"line {number} is no UTF-8"
+            if not isinstance(row, dict):
+                return f"line {number} is no JSON object"
+    return None
 
 
 def _check_columns(available: Sequence[str], source: DataSource, key: str) -> None:

@@ -8,7 +8,7 @@ import operator
 import re
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +47,8 @@ SHOWN = (
     "search",
     "plan",
 )
+ALSO_CALLED = {"index": "trial", "origin": "from"}
+"""Columns by their names in records and results.json."""
 MOST_LINES = 10
 """Trials under way, and trials that failed, that `status` lists; `trials` lists all."""
 
@@ -147,9 +149,11 @@ def trials(run: str | Path, conditions: Sequence[str], sort: str, descending: bo
     looked = run_views.view(run)
     rows = [run_views.trial_row(looked, trial) for trial in looked.trials]
     columns = list(rows[0]) if rows else list(SHOWN)
+    search = looked.state.search
+    names = {name: name for name in columns} | ALSO_CALLED | ({"score": search.metric} if search else {})
     for condition in conditions:
-        rows = _where(rows, condition, columns)
-    key = _known(sort, columns)
+        rows = _where(rows, condition, names)
+    key = _known(sort, names)
     told = [row for row in rows if row[key] is not None]
     rows = [*sorted(told, key=operator.itemgetter(key), reverse=descending), *(row for row in rows if row[key] is None)]
     if form == "csv":
@@ -168,12 +172,12 @@ def trials(run: str | Path, conditions: Sequence[str], sort: str, descending: bo
     return {"status": "ok", "trials": rows}
 
 
-def _where(rows: Sequence[dict[str, Any]], condition: str, columns: Sequence[str]) -> list[dict[str, Any]]:
+def _where(rows: Sequence[dict[str, Any]], condition: str, names: Mapping[str, str]) -> list[dict[str, Any]]:
     """The rows of which a condition holds."""
     parts = re.fullmatch(r"(.+?)(<=|>=|!=|<|>|=)(.*)", condition)
     if parts is None:
         raise UserError(f"--where takes KEY=VALUE, or !=, <, <=, > and >= in place of =, got {condition!r}")
-    key, sign, text = _known(parts[1].strip(), columns), parts[2], parts[3].strip()
+    key, sign, text = _known(parts[1].strip(), names), parts[2], parts[3].strip()
     is_number = any(isinstance(row[key], int | float) for row in rows)
     try:
         value = float(text) if is_number else text
@@ -182,11 +186,12 @@ def _where(rows: Sequence[dict[str, Any]], condition: str, columns: Sequence[str
     return [row for row in rows if row[key] is not None and COMPARISONS[sign](row[key], value)]
 
 
-def _known(key: str, columns: Sequence[str]) -> str:
-    if key in columns:
-        return key
-    nearest = difflib.get_close_matches(key, columns, n=1)
-    hint = f"did you mean `{nearest[0]}`?" if nearest else f"they have {', '.join(columns)}"
+def _known(key: str, names: Mapping[str, str]) -> str:
+    """The column that is called so."""
+    if key in names:
+        return names[key]
+    nearest = difflib.get_close_matches(key, names, n=1)
+    hint = f"did you mean `{nearest[0]}`?" if nearest else f"they have {', '.join(names)}"
     raise UserError(f"trials have no `{key}`; {hint}")
 
 

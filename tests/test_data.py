@@ -198,7 +198,13 @@ def test_a_mapping_of_an_unknown_column_is_refused(tmp_path: Path) -> None:
     [
         ("gone.jsonl", None, "does not exist"),
         ("rows.csv", "a,b\n1,2\n", "give a .jsonl, .json, .parquet or .txt file"),
-        ("broken.jsonl", '{"instruction": "a", "outp', "no rows can be read"),
+        ("broken.jsonl", '{"instruction": "a", "outp', "line 1 is no JSON: Unterminated string"),
+        (
+            "second.jsonl",
+            '{"instruction": "a", "output": "b"}\n\n{"output": }\n',
+            "line 3 is no JSON: Expecting value at column 12",
+        ),
+        ("list.jsonl", '{"instruction": "a", "output": "b"}\n["a"]\n', "line 2 is no JSON object"),
         ("broken.parquet", "not parquet", "no rows can be read"),
     ],
 )

@@ -106,7 +106,7 @@ def check(config: RunConfig, emit: Emit, address: str | None = None) -> Checked:
     run_dir = RunDir(config.output, create=False)
     with contextlib.closing(Context(config, run_dir, emit, address, inspection)) as context:
         check_room(context)
-        concurrent = check_search(config.search, context.known_slots)
+        concurrent = min(check_search(config.search, context.known_slots), config.search.num_trials)
         check_finetune(config, context.known_slots)
         check_trackers(config.trackers)
         if address:

@@ -33,7 +33,7 @@ from qpruner.mirror import emptied, fetch, put_folders, workplace, written
 from qpruner.objects import is_mirror, name_of
 from qpruner.pipeline.compress import telling
 from qpruner.pipeline.context import Context
-from qpruner.pipeline.rows import Row, candidate_of, table_rows, untuned_candidates
+from qpruner.pipeline.rows import Row, candidates_for, table_rows, untuned_candidates
 from qpruner.pipeline.stage import Stage, is_whole, run_stage
 from qpruner.plan import Layout, PrecisionPlan
 from qpruner.preflight import layout_for
@@ -107,8 +107,9 @@ def finetune_stage(context: Context, searched: SearchRecord, jobs: list[tuple[Ro
 
 def finetune_jobs(context: Context, searched: SearchRecord, measured: SensitivityRecord) -> list[tuple[Row, Candidate]]:
     """Every row of the table under every training seed."""
-    rows = table_rows(context, searched, measured)
-    return [(row, candidate_of(context, row.name, plan.as_dict(), seed)) for row in rows for seed, plan in row.plans]
+    fine_tunes = [(row, seed, plan) for row in table_rows(context, searched, measured) for seed, plan in row.plans]
+    jobs = candidates_for(context, [(row.name, plan.as_dict(), seed) for row, seed, plan in fine_tunes])
+    return [(row, job) for (row, _, _), job in zip(fine_tunes, jobs, strict=True)]
 
 
 def _is_there(context: Context, final: Path) -> bool:
@@ -155,8 +156,8 @@ def evaluate_stage(context: Context, tuned: FinetuneRecord, jobs: list[tuple[str
 def evaluate_jobs(context: Context, tuned: FinetuneRecord) -> list[tuple[str, Candidate]]:
     """Models before any fine-tune, step by step, and every fine-tuned row and seed."""
     winner = next(each.plan for each in tuned.candidates if each.name == SEARCHED)
-    jobs = [(job.name, job) for job in untuned_candidates(context, winner)]
-    return jobs + [(each.name, candidate_of(context, each.name, each.plan, each.seed)) for each in tuned.candidates]
+    fine_tuned = candidates_for(context, [(each.name, each.plan, each.seed) for each in tuned.candidates])
+    return [(job.name, job) for job in (*untuned_candidates(context, winner), *fine_tuned)]
 
 
 def scores_digest(context: Context) -> str:

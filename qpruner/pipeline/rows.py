@@ -80,18 +80,33 @@ def untuned_candidates(context: Context, winner: Mapping[str, int]) -> list[Cand
     """The model as each step before the fine-tune leaves it: base, pruned, and quantized by the winner's plan."""
     full = context.space.uniform(FULL_BITS).as_dict()
     steps = ((BASE, full), (PRUNED, full), (SEARCHED, winner))
-    return [candidate_of(context, name, plan, None) for name, plan in steps]
+    return candidates_for(context, [(name, plan, None) for name, plan in steps])
 
 
-def candidate_of(context: Context, name: str, plan: Mapping[str, int], seed: int | None) -> Candidate:
-    """A row's plan under one training seed; equal models with equal fine-tunes share a folder, whatever their rows."""
+def candidates_for(context: Context, wanted: Iterable[tuple[str, Mapping[str, int], int | None]]) -> list[Candidate]:
+    """Rows' plans under training seeds; equal models with equal fine-tunes share a folder, whatever their rows.
+
+    Args:
+        context: Of a run whose model is pruned and quantized.
+        wanted: Name of a row, its plan and a training seed, None for no fine-tune.
+    """
     config, run = context.config, context.run_dir
     prepared, banked = run.read_record("prepare", PrepareRecord), run.read_record("bank", BankRecord)
+    searched = run.read_record("search", SearchRecord)
     assert prepared and banked, "prepare and bank run before"
-    checkpoint = run.root / prepared.model_path if name == BASE else run.stage("prune")
+    checkpoints = {BASE: run.root / prepared.model_path}
     # All that a fine-tune depends on. Where checkpoints fall and which rows stand beside it change nothing.
     length = (config.finetune.steps, config.finetune.epochs)
     inputs = (banked.digest, config.lora, config.training, length, config.seed, config.evaluate.batch_size)
-    folder = run.candidates / digest_of(*inputs, name == BASE, dict(plan), seed)
-    title = title_of(name, run.read_record("search", SearchRecord))
-    return Candidate(name, title, checkpoint, context.bank, dict(plan), folder, seed)
+    return [
+        Candidate(
+            name=name,
+            title=title_of(name, searched),
+            checkpoint=checkpoints.get(name, run.stage("prune")),
+            bank=context.bank,
+            plan=dict(plan),
+            folder=run.candidates / digest_of(*inputs, name == BASE, dict(plan), seed),
+            seed=seed,
+        )
+        for name, plan, seed in wanted
+    ]

@@ -10,7 +10,7 @@ import numpy as np
 
 from qpruner.records import MethodScores, TrialRecord
 
-TRIALS_PER_EFFECT = 1.5
+TRIALS_PER_UNKNOWN = 1.5
 """With fewer trials an effect is mostly their noise."""
 Effects = Mapping[int, Sequence[float]]
 
@@ -37,25 +37,29 @@ def marginal_effects(trials: Sequence[TrialRecord]) -> MarginalEffects | str:
         trials: All of a search; their plans have the same groups.
 
     Returns:
-        The effects, or why there are none: there must be `TRIALS_PER_EFFECT` finished trials for each, with plans that
-        tell them apart.
+        The effects, or why there are none: there must be `TRIALS_PER_UNKNOWN` finished trials for each and for
+        the constant, with plans that tell them apart.
     """
     finished = [trial for trial in trials if trial.status == "finished"]
     if not finished:
         return "no trial finished"
     plans = np.array([list(trial.plan.values()) for trial in finished])
     lower = sorted(set(plans.ravel().tolist()))[:-1]
-    num_effects = 1 + plans.shape[1] * len(lower)
-    num_needed = math.ceil(TRIALS_PER_EFFECT * num_effects)
+    num_effects = plans.shape[1] * len(lower)
+    num_unknowns = num_effects + 1
+    num_needed = math.ceil(TRIALS_PER_UNKNOWN * num_unknowns)
     if len(finished) < num_needed:
-        return f"{num_effects} effects need {num_needed} finished trials, got {len(finished)}"
+        return (
+            f"{num_effects} effects and a constant need {num_needed} finished trials, {TRIALS_PER_UNKNOWN:g} for each, "
+            f"got {len(finished)}"
+        )
     design = np.concatenate([np.ones((len(plans), 1)), *[plans == bits for bits in lower]], axis=1)
     losses = np.array([trial.rungs[-1].loss for trial in finished])
     solution, _, rank, _ = np.linalg.lstsq(design, losses, rcond=None)
-    if rank < num_effects:
+    if rank < num_unknowns:
         return f"the plans of {len(finished)} finished trials do not tell {num_effects} effects apart"
     by_level = solution[1:].reshape(len(lower), -1)
-    residual = float(np.sqrt(np.sum((losses - design @ solution) ** 2) / (len(finished) - num_effects)))
+    residual = float(np.sqrt(np.sum((losses - design @ solution) ** 2) / (len(finished) - num_unknowns)))
     values = {bits: tuple(map(float, row)) for bits, row in zip(lower, by_level, strict=True)}
     return MarginalEffects(values, len(finished), residual)
 

@@ -10,7 +10,7 @@ from qpruner.report import by_task, sections
 from qpruner.report.charts.chart import Chart
 from qpruner.report.marginal_effects import MarginalEffects
 from qpruner.report.snapshot import Snapshot
-from qpruner.report.table import claim, rows
+from qpruner.report.table import claim
 
 
 def render(run: Snapshot, charts: Sequence[Chart], pictures: str, config: str) -> str:
@@ -126,19 +126,17 @@ def _shown(charts: Sequence[Chart], section: str, pictures: str) -> list[str]:
 
 
 def measured(results: Results) -> list[str]:
-    """The final table, the claim under it, and how to read it."""
-    table = pipe_table(sections.HEADINGS, [sections.cells(row) for row in rows(results)])
+    """The claim, the final table in its parts, and how to read it."""
     assert results.evaluate
-    legend = prose(sections.legend(results.evaluate))
-    return [table, "", *claimed(results), "", *_alike(results), legend, ""]
+    return [*claimed(results), "", *final_tables(results), prose(sections.legend(results.evaluate)), ""]
 
 
-def _alike(results: Results) -> list[str]:
-    table = sections.alike_table(results)
-    if table is None:
-        return []
-    caption, headings, body = table
-    return [f"{caption}:", "", pipe_table(headings, body), ""]
+def final_tables(results: Results) -> list[str]:
+    """The final table in parts that fit a page's width, each under its caption."""
+    lines = []
+    for caption, headings, body in sections.final_tables(results):
+        lines += [f"{caption}:", "", pipe_table(headings, body), ""]
+    return lines
 
 
 def claimed(results: Results) -> list[str]:

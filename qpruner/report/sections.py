@@ -106,11 +106,11 @@ def cells(row: Row) -> tuple[str, ...]:
 def final_tables(results: Results) -> list[Table]:
     """The final table in parts, narrow enough for a terminal and for paper."""
     parts = [_part(caption, ("row", *headings), rows(results)) for caption, headings in TABLES]
-    alike = alike_table(results)
+    alike = _alike_table(results)
     return [*parts, *([alike] if alike else [])]
 
 
-def alike_table(results: Results) -> Table | None:
+def _alike_table(results: Results) -> Table | None:
     """Every row under one training seed, the first, which all of them had; None where all had equally many."""
     first = under_first_seed(results)
     if len({len(row.seeds) for row in rows(results)}) == 1:

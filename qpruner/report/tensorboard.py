@@ -258,8 +258,7 @@ def write_result(root: Path, results: Results) -> None:
         root: The run folder.
         results: Every record of a whole run.
     """
-    from qpruner.report import event_files, markdown, sections, table
+    from qpruner.report import event_files, markdown
 
-    final = markdown.pipe_table(sections.HEADINGS, [sections.cells(row) for row in table.rows(results)])
-    told = "\n".join([final, "", *markdown.claimed(results)])
+    told = "\n".join([*markdown.final_tables(results), *markdown.claimed(results)])
     event_files.write_events(root / FOLDER / RESULT, [event_files.text("final table", told)])

@@ -33,7 +33,7 @@ from qpruner.pipeline.finish import (
     held_out_text,
     scores_digest,
 )
-from qpruner.pipeline.rows import Row, candidate_of, table_rows, untuned_candidates
+from qpruner.pipeline.rows import Row, candidates_for, table_rows, untuned_candidates
 from qpruner.plan import PrecisionPlan
 from qpruner.records import (
     GIVEN,
@@ -197,11 +197,9 @@ def test_seeds_and_random_plans_of_a_comparison_that_is_off_are_refused(key: str
 
 def folders(context: Context, rows: dict[str, Row]) -> dict[tuple[str, int], Path]:
     """By row and training seed; of several random plans the last."""
-    return {
-        (name, seed): candidate_of(context, name, plan.as_dict(), seed).folder
-        for name, row in rows.items()
-        for seed, plan in row.plans
-    }
+    wanted = [(name, plan.as_dict(), seed) for name, row in rows.items() for seed, plan in row.plans]
+    found = candidates_for(context, wanted)
+    return {(name, seed): job.folder for (name, _, seed), job in zip(wanted, found, strict=True)}
 
 
 def test_equal_models_with_equal_fine_tunes_are_one_job(context: Context) -> None:
@@ -252,7 +250,8 @@ def test_a_fine_tune_is_made_again_only_for_what_changes_it(
     key: str, value: Any, is_same: bool, context: Context, changed: Callable[[str, Any], Context]
 ) -> None:
     plan = context.space.uniform(4).as_dict()
-    before, after = (candidate_of(each, "searched", plan, 0) for each in (context, changed(key, value)))
+    contexts = (context, changed(key, value))
+    before, after = (job for each in contexts for job in candidates_for(each, [("searched", plan, 0)]))
     assert (before.folder == after.folder) == is_same
 
 
@@ -502,7 +501,8 @@ def test_two_workers_fine_tune_what_one_does(changed: Callable[[str, Any], Conte
             (found[workers],) = finetune(context, searched_record(plan), measured_of(context)).candidates
         finally:
             context.close()
-        folder = candidate_of(context, "searched", plan.as_dict(), 0).folder
+        [winner] = candidates_for(context, [("searched", plan.as_dict(), 0)])
+        folder = winner.folder
         left = sorted(path.name for path in folder.iterdir())
         assert left == ["adapter", "adapter.files.json", "progress", "record.json"]
         assert folder.joinpath("progress").read_text() == "14 14"

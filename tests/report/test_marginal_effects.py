@@ -61,7 +61,7 @@ def test_the_residual_is_the_noise_of_a_trial() -> None:
 def test_too_few_trials_are_counted_instead(count: int) -> None:
     assert marginal_effects([]) == "no trial finished"
     found = marginal_effects(trials(count))
-    assert isinstance(found, str) and found.endswith(f"finished trials, got {count}")
+    assert isinstance(found, str) and found.endswith(f"finished trials, 1.5 for each, got {count}")
 
 
 def test_plans_that_always_go_together_are_not_told_apart() -> None:
@@ -70,7 +70,7 @@ def test_plans_that_always_go_together_are_not_told_apart() -> None:
         trial(index, (bits, bits, other), 2.0) for index, (bits, other) in enumerate([(4, 4), (4, 8), (8, 4), (8, 8)])
     ]
     found = marginal_effects(together * 2)
-    assert found == "the plans of 8 finished trials do not tell 4 effects apart"
+    assert found == "the plans of 8 finished trials do not tell 3 effects apart"
 
 
 def test_a_sensitivity_is_ranked_against_the_effects() -> None:

@@ -122,6 +122,8 @@ def test_trials_are_filtered_and_sorted(run: Path) -> None:
     rows = told("trials", run, "--sort", "loss", "--descending")["trials"]
     assert [row["trial"] for row in rows] == [3, 0, 5, 1, 2, 4], "what has no loss comes last"
     assert [row["trial"] for row in told("trials", run, "--where", "from!=gp")["trials"]] == [0, 1]
+    assert [row["trial"] for row in told("trials", run, "--where", "origin!=gp")["trials"]] == [0, 1]
+    assert told("trials", run, "--sort", "score") == told("trials", run, "--sort", "loss")
 
 
 def test_where_no_trial_matches_it_says_so(run: Path) -> None:

@@ -45,7 +45,7 @@ STAGE = {"digest": "0" * 16, "seconds": 1.5}
 SAME = "not distinguishable"
 UNTUNED = ("base", "pruned", "searched")
 ORIGINS = {SEARCHED: "gp, trial 11", BEST_SEED: "seed-kl at the winner's bytes", RANDOM: "3 random plans"}
-NO_EFFECTS = "33 effects need 50 finished trials, got 7"
+NO_EFFECTS = "32 effects and a constant need 50 finished trials, 1.5 for each, got 7"
 STATE = RunState(
     config={},
     until="report",
@@ -560,9 +560,11 @@ def test_the_report_holds_every_row_the_claim_and_the_configuration(whole: Resul
     config = "output: runs/demo\nlora:\n  rank: 8\n"
     text = report(whole, config=config, environment={"python": "3.11.9", "torch": "2.13.0"})
     lines = text.splitlines()
-    for row in rows(whole):
-        assert "| " + " | ".join(cells(row)) + " |" in lines
-    assert " | gp, trial 11 | 2.2500 ± 0.1768 | 2.5000 ± 0.7071 | " in text
+    for caption, headings, body in final_tables(whole):
+        start = lines.index(f"{caption}:")
+        table = ["| " + " | ".join(cells) + " |" for cells in (headings, *body)]
+        assert [line for line in lines[start + 2 : start + 3 + len(table)] if "---" not in line] == table
+    assert " | gp, trial 11 | 2 (0-1) | 2.2500 ± 0.1768 | 2.5000 ± 0.7071 |" in text
     assert f"\n\n{claim(whole)}\n\n" in text
     assert f"```yaml\n{config}```" in text
     assert "- python: 3.11.9" in lines and "- torch: 2.13.0" in lines

@@ -58,7 +58,7 @@ def pareto(run: Snapshot) -> Iterator[Chart]:
             "layer": [
                 {"mark": {"type": "rule", "color": "var(--muted)", "strokeDash": [2, 3]}},
                 {
-                    "mark": {"type": "text", "align": "right", "dx": -4, "baseline": "top", "y": 2},
+                    "mark": {"type": "text", "baseline": "bottom", "y": -3},  # above the plot, where no line strikes it
                     "encoding": {"text": {"field": "text"}},
                 },
             ],
