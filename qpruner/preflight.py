@@ -15,7 +15,7 @@ from qpruner.config import BudgetConfig, QuantizeConfig, RunConfig
 from qpruner.data import Example
 from qpruner.errors import UserError
 from qpruner.models.layout import layout_of, num_layers
-from qpruner.models.loading import load_model_config, resolve_source
+from qpruner.models.loading import load_model_config, resolve_source, whole_path
 from qpruner.models.structure import EXPERT, family_of
 from qpruner.plan import Layout, PrecisionPlan, check_cpu_widths
 from qpruner.plan_file import check_affordable, read_plan
@@ -139,7 +139,7 @@ def layout_for(config: RunConfig, model_config: Any) -> Layout:
 
 
 def include_path(config: RunConfig) -> str | None:
-    """The folder of further lm-eval tasks, as a path."""
+    """The folder of further lm-eval tasks, as a whole path."""
     source = config.evaluate.include_path
     if source is None:
         return None
@@ -147,7 +147,7 @@ def include_path(config: RunConfig) -> str | None:
     if not Path(path).is_dir():
         state = "is a file" if Path(path).exists() else "does not exist"
         raise UserError(f"`evaluate.include_path`: {path} {state}; name a folder of lm-eval task files")
-    return path
+    return whole_path(path)
 
 
 def is_pruned(model_config: Any) -> bool:

@@ -60,6 +60,11 @@ def resolve_source(source: str, key: str) -> str:
     return str(path)
 
 
+def whole_path(source: str) -> str:
+    """A source that lies here, for processes with another current folder; any other source as it is."""
+    return str(Path(source).absolute()) if Path(source).exists() else source
+
+
 def check_source(model: ModelConfig) -> str:
     """Resolve and check the model source without loading weights."""
     source = resolve_source(model.source, "model.source")

@@ -30,11 +30,11 @@ if TYPE_CHECKING:
 
 def prepare(context: Context) -> PrepareRecord:
     """The base model as a folder, and every split encoded once."""
-    config, stage = context.config, prepare_stage(context)
+    stage = prepare_stage(context)
 
     def work(scratch: Path) -> dict[str, Any]:
         is_shared = bool(context.address) or context.run_dir.is_at_uri
-        job = BaseJob(config.model, scratch / "model", is_shared)
+        job = BaseJob(context.worker_config.model, scratch / "model", is_shared)
         base = context.workshop.do(bring_base, job, context.emit)
         if base.converted:
             check_arrived(job.folder)

@@ -17,7 +17,7 @@ from qpruner.execution.probe import packed_check, packed_check_of_gpus, packed_c
 from qpruner.execution.slots import Slots, worker_resources
 from qpruner.execution.workshop import Here, OnCluster, Workshop
 from qpruner.mirror import fetch
-from qpruner.models.loading import checkpoint_config
+from qpruner.models.loading import checkpoint_config, whole_path
 from qpruner.objects import name_of
 from qpruner.plan import Layout, PlanSpace, PrecisionPlan
 from qpruner.plan_file import check_affordable, read_plan
@@ -68,9 +68,11 @@ class Context:
 
     @cached_property
     def worker_config(self) -> RunConfig:
-        """The configuration with package paths resolved, as workers and lm-eval need them."""
+        """The configuration as workers and lm-eval need it: the folder of tasks and a local model are named by whole
+        paths, since workers have another current folder."""
         evaluate = self.config.evaluate.model_copy(update={"include_path": preflight.include_path(self.config)})
-        return self.config.model_copy(update={"evaluate": evaluate})
+        model = self.config.model.model_copy(update={"source": whole_path(self.config.model.source)})
+        return self.config.model_copy(update={"evaluate": evaluate, "model": model})
 
     @cached_property
     def task_digest(self) -> str:

@@ -98,7 +98,7 @@ def preview_prune(context: Context) -> PruneRecord:
     config, rows = context.config, context.inspection.examples["calibration"]
     context.emit(StageStarted("prune", f"{describe(config.prune)}; nothing is written"))
     started = time.monotonic()
-    fields = context.workshop.do(cut_in_memory, PreviewJob(config, rows), context.emit)
+    fields = context.workshop.do(cut_in_memory, PreviewJob(context.worker_config, rows), context.emit)
     return PruneRecord(digest="", seconds=time.monotonic() - started, **fields)
 
 

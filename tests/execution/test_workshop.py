@@ -5,10 +5,12 @@ from __future__ import annotations
 import errno
 import gc
 import os
+import shutil
 import signal
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +27,10 @@ from qpruner.execution.gpu_time import GpuTime
 from qpruner.execution.probe import packed_check_of_gpus
 from qpruner.execution.workshop import Bench, Here, OnCluster, Workshop
 from qpruner.pipeline import run
+from qpruner.pipeline.context import Context
+from qpruner.preflight import inspect
 from qpruner.records import Results
+from qpruner.rundir import RunDir
 
 GPU = {"cpu": 1.0, "gpu": 1.0}
 CHECK = packed_check_of_gpus()
@@ -276,6 +281,22 @@ def test_a_head_without_a_gpu_prunes_packs_and_measures_on_the_only_one(
     same_figures(
         there, run(validate_config(raw_config(tiny_model, tmp_path / "here")), lambda event: None, None, "sensitivity")
     )
+
+
+def test_a_model_and_tasks_named_from_the_drivers_folder_are_found_by_workers(
+    one_gpu: str, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Workers have the files, and the folder that Ray was started in."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(tiny_model, "data/model")
+    shutil.copytree(str(files("qpruner") / "demo"), "data/demo")
+    raw = with_key(raw_config(Path("data/model"), tmp_path / "run"), "evaluate.include_path", "data/demo/tasks")
+    config = validate_config(raw)
+    prepared = run(config, lambda event: None, one_gpu, "prepare").prepare
+    assert prepared and prepared.model_path == str(tmp_path / "data/model")
+    context = Context(config, RunDir(tmp_path / "run"), lambda event: None, None, inspect(config))
+    assert context.worker_config.evaluate.include_path == str(tmp_path / "data/demo/tasks")
+    assert context.config.model.source == "data/model", "what is recorded and digested stays as the user wrote it"
 
 
 @pytest.mark.parametrize("until", ["prune", "search"])
