@@ -41,7 +41,7 @@ def check(
     if gpu is not None and gpu not in work.TERAFLOPS:
         raise UserError(f"`--gpu` knows {', '.join(work.TERAFLOPS)}; got {gpu}")
     with Terminal(quiet=quiet) as terminal:
-        found = pipeline.check(config, terminal.emit, address)
+        found = pipeline.check(config, terminal.emit, address, gpu_is_elsewhere=gpu is not None and address is None)
     inspection, concurrent, resources = found.inspection, found.concurrent, found.resources
     rates = _rates(config, found, measure, gpu)
     gpus = resources.get("gpu") or (1.0 if gpu else None)

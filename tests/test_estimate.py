@@ -212,6 +212,32 @@ def test_check_tells_memory_hours_and_what_was_assumed(
     assert refused.exit_code == 2 and "knows H200, H100, A100" in refused.output
 
 
+def test_a_gpu_elsewhere_takes_what_a_machine_without_one_would_refuse(
+    raw: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What docs/cluster.md recommends for a cluster is checked on a laptop."""
+    monkeypatch.chdir(tmp_path)
+    for key, value in {
+        "search.max_gpu_hours": 2,
+        "search.resources_per_trial": {"cpu": 4, "gpu": 1},
+        "finetune.num_workers": 4,
+        "training.micro_batch_size": 1,
+        "model.dtype": "float16",
+    }.items():
+        raw = with_key(raw, key, value)
+    Path("config.yaml").write_text(yaml.safe_dump(raw))
+    done = CliRunner().invoke(main, ["check", "config.yaml", "--json", "--gpu", "L40S"])
+    assert done.exit_code == 0, done.output
+    assert json.loads(done.output.splitlines()[-1])["concurrent_trials"] == 1, "its hours are those of one such GPU"
+    halves = with_key(with_key(raw, "finetune.num_workers", 1), "search.resources_per_trial", {"cpu": 4, "gpu": 0.5})
+    Path("config.yaml").write_text(yaml.safe_dump(halves))
+    done = CliRunner().invoke(main, ["check", "config.yaml", "--json", "--gpu", "L40S"])
+    assert json.loads(done.output.splitlines()[-1])["concurrent_trials"] == 2
+    Path("config.yaml").write_text(yaml.safe_dump(with_key(raw, "search.resources_per_trial", {"gpu": 0})))
+    done = CliRunner().invoke(main, ["check", "config.yaml", "--gpu", "L40S"])
+    assert done.exit_code == 2 and "use `search.max_hours`" in done.output, "trials that hold no GPU anywhere"
+
+
 def test_the_answer_comes_last_and_the_configuration_when_it_is_asked_for(
     raw: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

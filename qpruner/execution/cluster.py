@@ -46,7 +46,12 @@ def local_slots() -> Slots:
     """This machine's slots, without starting Ray."""
     import torch
 
-    return Slots((Node(float(len(os.sched_getaffinity(0))), float(torch.cuda.device_count())),))
+    return Slots((Node(float(num_cores()), float(torch.cuda.device_count())),))
+
+
+def num_cores() -> int:
+    """Cores that this process may use; macOS keeps none from a process."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 @dataclass(frozen=True)

@@ -59,6 +59,13 @@ class Growth:
         return self.head.fits(resources) + sum(by_worker[: self.max_workers])
 
 
+def with_gpus_for(trial: Mapping[str, float | None] | None) -> Slots:
+    """A machine that is not here, with the GPUs that a trial asks for, or one, and the cores of all that share it."""
+    asked = trial or {}
+    gpu = asked.get("gpu") or 1.0
+    return Slots((Node((asked.get("cpu") or 1.0) * max(1, int(1 / gpu)), max(1.0, gpu)),))
+
+
 @dataclass(frozen=True)
 class Slots:
     """What the cluster can run at once.

@@ -14,7 +14,7 @@ from qpruner import preflight
 from qpruner.config import RunConfig, SearchConfig
 from qpruner.errors import UserError
 from qpruner.events import COMMAND, Emit, Event, Message
-from qpruner.execution.slots import Slots, worker_resources
+from qpruner.execution.slots import Slots, with_gpus_for, worker_resources
 from qpruner.pipeline.bank import bank
 from qpruner.pipeline.compress import prepare, sensitivity
 from qpruner.pipeline.context import Context
@@ -90,24 +90,28 @@ class Checked:
     done: dict[str, float]
 
 
-def check(config: RunConfig, emit: Emit, address: str | None = None) -> Checked:
+def check(config: RunConfig, emit: Emit, address: str | None = None, gpu_is_elsewhere: bool = False) -> Checked:
     """What `run` refuses before its first stage, and what it would be.
 
     Args:
         config: The configuration.
         emit: Told of the cluster's nodes.
         address: A running Ray cluster to join; None looks at this machine.
+        gpu_is_elsewhere: Without an address: assume a machine with the GPUs that a trial asks for. How many there will
+            be is not known.
 
     Raises:
         UserError: For the first thing that cannot work.
     """
-    inspection = preflight.inspect(config, works_here=address is None)
+    inspection = preflight.inspect(config, works_here=not (address or gpu_is_elsewhere))
     preflight.check_quantizable(inspection.model_config)
-    run_dir = RunDir(config.output, create=False)
-    with contextlib.closing(Context(config, run_dir, emit, address, inspection)) as context:
+    run_dir, asked = RunDir(config.output, create=False), config.search.resources_per_trial
+    assumed = with_gpus_for(asked.model_dump() if asked else None) if gpu_is_elsewhere else None
+    with contextlib.closing(Context(config, run_dir, emit, address, inspection, assumed=assumed)) as context:
         check_room(context)
         concurrent = min(check_search(config.search, context.known_slots), config.search.num_trials)
-        check_finetune(config, context.known_slots)
+        if not assumed:
+            check_finetune(config, context.known_slots)
         check_trackers(config.trackers)
         if address:
             look_at_nodes(context)

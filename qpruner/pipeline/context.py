@@ -40,6 +40,7 @@ class Context:
         inspection: What was known before the first stage.
         writes: Whether the run's folder is written to.
         gpu_time: What work outside the trials has held of GPUs.
+        assumed: Slots to plan with instead of those that are here.
     """
 
     config: RunConfig
@@ -49,6 +50,7 @@ class Context:
     inspection: preflight.Inspection
     writes: bool = True
     gpu_time: GpuTime = field(default_factory=GpuTime)
+    assumed: Slots | None = None
     _has_joined: bool = False
 
     @property
@@ -144,7 +146,7 @@ class Context:
     @property
     def known_slots(self) -> Slots:
         """The slots, without starting Ray where it may not be needed."""
-        return self.slots if self.address else local_slots()
+        return self.slots if self.address else self.assumed or local_slots()
 
     @cached_property
     def workshop(self) -> Workshop:

@@ -24,6 +24,7 @@ import psutil
 from qpruner import events
 from qpruner.config import RunConfig
 from qpruner.errors import CorruptFile, QprunerError, StorageError, UserError, note_defect
+from qpruner.execution.cluster import num_cores
 from qpruner.records import RunState, StageState
 from qpruner.rundir import LOG, RunDir, sign_seconds
 from qpruner.version import describe
@@ -144,7 +145,7 @@ def _environment() -> dict[str, str]:
         "python": platform.python_version(),
         "platform": platform.platform(),
         "cpu": _cpu_model(Path("/proc/cpuinfo")),
-        "cpu cores": str(len(os.sched_getaffinity(0))),
+        "cpu cores": str(num_cores()),
         "memory": f"{psutil.virtual_memory().total / 1024**3:.1f} GiB",
         "gpus": _gpus(),
         "qpruner": describe(),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from qpruner.config import SearchConfig
 from qpruner.errors import UserError
 from qpruner.events import Event, Message, SlotsFound
 from qpruner.execution.autoscaler import read_growth
-from qpruner.execution.cluster import connect, disconnect
+from qpruner.execution.cluster import connect, disconnect, local_slots
 from qpruner.execution.room import LOOK_SECONDS, Room
 from qpruner.execution.slots import Growth, Node, Slots, worker_resources
 from qpruner.pipeline import check_search
@@ -52,6 +53,12 @@ def test_a_limit_is_kept_and_a_gpu_is_taken_where_there_is_one() -> None:
     assert TWO_NODES.resources_per_trial({"cpu": 2.0, "gpu": 0}) == {"cpu": 2.0}
     assert Slots((Node(4, 0),)).resources_per_trial(None) == {"cpu": 1.0}
     assert TWO_NODES.concurrent({"cpu": 1, "gpu": 1}, 2) == 2
+
+
+def test_where_the_system_keeps_no_cores_from_a_process_it_has_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    """macOS."""
+    monkeypatch.delattr(os, "sched_getaffinity")
+    assert local_slots().nodes[0].cpus == os.cpu_count()
 
 
 def test_workers_on_one_model_have_whole_gpus() -> None:
