@@ -6,24 +6,33 @@ set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/ray_commands.sh"
 [ $# -ge 3 ] || usage
 cluster=$(cluster_file "$1")
-from=$2 into=$3
+named=$1 from=$2 into=$3
 shift 3
 [ $# -gt 0 ] || set -- report.html report.md results.json records final
 if [[ $from == gs://* ]]; then
   fail "$from is in Google's storage: gcloud storage rsync -r $from $into   (or one part of it: $from/final $into/final)"
 fi
+if [[ $from == s3://*\?* ]]; then
+  endpoint=$(sed -n 's/.*[?&]endpoint_override=\([^&]*\).*/\1/p' <<<"$from")
+  fail "aws s3 knows no ? in a URI; the endpoint is a variable: AWS_ENDPOINT_URL=${endpoint:-https://...} bash $0 $named ${from%%\?*} $into"
+fi
 mkdir -p "$into"
+fetched=() missing=()
 if [[ $from == s3://* ]]; then
-  parts=()
+  from=${from%/} parts=()
   for part in "$@"; do parts+=(--include "$part" --include "$part/*"); done
   run aws s3 sync "$from" "$into" --exclude '*' "${parts[@]}"
-  echo "== $into has what there is of $*; what a run does not have yet comes with its stage: qpruner status $from"
-  exit
+  # It succeeds whatever is there.
+  for part in "$@"; do
+    if aws s3 ls "$from/$part" | grep -E " ${part##*/}/?\$" >/dev/null; then fetched+=("$part"); else missing+=("$part"); fi
+  done
+  status="qpruner status $from"
+else
+  for part in "$@"; do
+    if run ray rsync-down "$cluster" "$from/$part" "$into/"; then fetched+=("$part"); else missing+=("$part"); fi
+  done
+  status="ray exec $named 'qpruner status $from'"
 fi
-fetched=() missing=()
-for part in "$@"; do
-  if run ray rsync-down "$cluster" "$from/$part" "$into/"; then fetched+=("$part"); else missing+=("$part"); fi
-done
 [ ${#fetched[@]} -eq 0 ] || echo "== fetched into $into: ${fetched[*]}"
 [ ${#missing[@]} -eq 0 ] ||
-  fail "not fetched: ${missing[*]}; what a run does not have yet comes with its stage: ray exec $cluster 'qpruner status $from'"
+  fail "not fetched: ${missing[*]}; is $from the run's folder? What a run does not have yet comes with its stage: $status"

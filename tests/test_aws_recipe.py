@@ -120,8 +120,27 @@ def test_from_nothing_to_machines_that_may_use_the_bucket_and_back_to_nothing(ac
 
 
 def test_results_in_a_bucket_are_fetched_and_the_rest_is_not(account: Account, tmp_path: Path) -> None:
-    for name in ("report.html", "records/prune.json", "final/adapter/weights", "bank/large", "records.txt"):
+    of_a_run = {"report.html", "report.md", "results.json", "records/prune.json", "final/adapter/weights"}
+    for name in (*of_a_run, "bank/large", "records.txt", "finals/x"):
         account.store.write(f"runs/mine/{name}", name.encode())
-    account.runs(["bash", "launch/fetch.sh", "cluster.yaml", account.store.uri("runs/mine"), str(tmp_path / "mine")])
+    fetch = ["bash", "launch/fetch.sh", "cluster.yaml"]
+    account.runs([*fetch, account.store.uri("runs/mine/"), str(tmp_path / "mine")])
     here = {str(path.relative_to(tmp_path / "mine")) for path in (tmp_path / "mine").rglob("*") if path.is_file()}
-    assert here == {"report.html", "records/prune.json", "final/adapter/weights"}
+    assert here == of_a_run
+
+    def refused(*given: str) -> str:
+        done = subprocess.run(
+            [*fetch, *given], cwd=account.checkout, env=account.environment, capture_output=True, text=True, timeout=60
+        )
+        assert done.returncode == 1, done.stdout
+        return done.stderr
+
+    mistyped = account.store.uri("runs/mien")
+    assert f"not fetched: report.html final; is {mistyped} the run's folder?" in refused(
+        mistyped, str(tmp_path / "mine"), "report.html", "final"
+    ), "what an earlier fetch brought does not count"
+    assert "not fetched: record; " in refused(account.store.uri("runs/mine"), str(tmp_path / "part"), "final", "record")
+    assert (tmp_path / "part" / "final" / "adapter" / "weights").is_file()
+    run, endpoint = account.store.uri("runs/mine"), "https://minio.example:9000"
+    elsewhere = f"{run}?endpoint_override={endpoint}&region=here"
+    assert f"AWS_ENDPOINT_URL={endpoint} bash launch/fetch.sh cluster.yaml {run} x" in refused(elsewhere, "x")
