@@ -35,10 +35,12 @@ def problems(path: Path) -> list[str]:
     found = [*unedited(path, text), *refused_by_ray(config)]
     if found:
         return found
-    found = missing_files(config)
-    checks = {"aws": aws_credentials, "local": hosts}
-    kind = config["provider"]["type"]
-    return found or (checks[kind](config) if kind in checks else [])
+    checks = {"aws": [aws_names, aws_credentials], "local": [hosts]}
+    for check in (missing_files, *checks.get(config["provider"]["type"], [])):
+        found = check(config)
+        if found:
+            break
+    return found
 
 
 def unedited(path: Path, text: str) -> list[str]:
@@ -80,6 +82,26 @@ def missing_files(config: dict[str, Any]) -> list[str]:
         f"`{key}`: there is no {local} (looked from {Path.cwd()})"
         for key, local in named
         if local and not Path(local).expanduser().exists()
+    ]
+
+
+def aws_names(config: dict[str, Any]) -> list[str]:
+    """What cannot be the name of an image, subnet or group: for what it does not find the AWS CLI prints None, or
+    nothing."""
+    begins = {"ImageId": "ami-", "SubnetIds": "subnet-", "SecurityGroupIds": "sg-"}
+    found = {}
+    for kind, settings in config["available_node_types"].items():
+        machine = settings["node_config"]
+        for key in begins.keys() & machine.keys():
+            value = machine[key]
+            for name in value or [None] if isinstance(value, list) else [value]:
+                if not re.fullmatch(f"{begins[key]}[0-9a-f]+", str(name)):
+                    # Types share most of it: each value is told once.
+                    found.setdefault((key, name), f"available_node_types.{kind}.node_config.{key}")
+    return [
+        f"`{place}` must be {begins[key]} and hexadecimal digits, got {name!r}: see what step 1 of docs/cluster.md "
+        "printed, mend it and repeat steps 1 and 2"
+        for (key, name), place in sorted(found.items(), key=str)
     ]
 
 

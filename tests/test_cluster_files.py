@@ -60,6 +60,20 @@ def test_the_head_settles_versions_and_token_and_both_travel(path: Path) -> None
     assert "source ~/qpruner/launch/node_env.sh" in head and "source ~/qpruner/launch/node_env.sh" in worker
 
 
+def test_keys_lie_in_a_file_of_their_own_that_git_never_takes(tmp_path: Path) -> None:
+    """Every shell of a machine has what `launch/node_secrets.sh` says, where there is one."""
+    installed = tmp_path / "qpruner" / "launch"
+    shutil.copytree(ROOT / "launch", installed)
+    ask = ["bash", "-euc", 'source ~/qpruner/launch/node_env.sh; echo "$RAY_AUTH_MODE ${MY_KEY:-none}"']
+    environment = {"HOME": str(tmp_path), "PATH": os.environ["PATH"]}
+    assert subprocess.check_output(ask, env=environment, text=True) == "token none\n"
+    (installed / "node_secrets.sh").write_text("export MY_KEY=secret\n")
+    assert subprocess.check_output(ask, env=environment, text=True) == "token secret\n"
+    if not (ROOT / ".git").exists():
+        pytest.skip("no git checkout")
+    subprocess.run(["git", "check-ignore", "--quiet", "launch/node_secrets.sh"], cwd=ROOT, check=True)
+
+
 def test_aws_workers_come_on_demand_and_spot_and_go_when_idle() -> None:
     config = prepared(AWS)
     types = config["available_node_types"]
@@ -144,6 +158,24 @@ def test_an_unedited_file_is_named_line_by_line(path: Path) -> None:
     places = [number for number, line in enumerate(path.read_text().splitlines(), 1) if "-REPLACE" in line]
     assert places
     assert all(f"{path}:{number}: replace " in done.stderr for number in places)
+
+
+def test_a_name_that_aws_cannot_have_given_is_told(tmp_path: Path) -> None:
+    """What the AWS CLI prints for what it did not find, put where the name belongs."""
+    path = filled(AWS, tmp_path, ami="None", subnet="None", sg="sg-0abc", head="mine", worker="theirs")
+    path.write_text(path.read_text().replace("[sg-0abc]", "[]"))
+    done = check(path)
+    assert done.returncode == 2
+    said = done.stderr.splitlines()
+    assert len(said) == 3, "once for all types of machines"
+    for key, begins, got in (
+        ("ImageId", "ami-", "'None'"),
+        ("SubnetIds", "subnet-", "'None'"),
+        ("SecurityGroupIds", "sg-", "None"),
+    ):
+        (line,) = [line for line in said if f"node_config.{key}` must be {begins} and hexadecimal digits" in line]
+        assert f"got {got}: see what step 1 of docs/cluster.md printed" in line
+    assert "credentials" not in done.stderr, "told before anybody is asked"
 
 
 def test_without_aws_credentials_it_says_so(tmp_path: Path) -> None:
