@@ -60,11 +60,11 @@ class Account:
         assert done.returncode == 0, f"{command}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
         return done.stdout
 
-    def follow(self, *starts: str) -> None:
+    def follow(self, *starts: str, options: tuple[str, ...] = ("-euo", "pipefail")) -> None:
         """Run blocks of the page, found by how they begin, in one shell."""
         found = [block for block in blocks() if block.page == "docs/cluster.md"]
         texts = [next(block.text for block in found if block.first.startswith(start)) for start in starts]
-        self.runs(["bash", "-euo", "pipefail", "-c", "\n".join(texts)])
+        self.runs(["bash", *options, "-c", "\n".join(texts)])
 
     def client(self, service: str) -> Any:
         import boto3
@@ -91,16 +91,25 @@ def account(tmp_path: Path) -> Iterator[Account]:
         yield Account(store, checkout, os.environ | store.environment | own)
 
 
-def test_from_nothing_to_machines_that_may_use_the_bucket_and_back_to_nothing(account: Account) -> None:
+def test_from_nothing_to_machines_that_may_use_the_bucket_and_back_to_nothing(account: Account, tmp_path: Path) -> None:
     ec2, iam, s3 = (account.client(service) for service in ("ec2", "iam", "s3"))
     before = [bucket["Name"] for bucket in s3.list_buckets()["Buckets"]]
-    account.follow("export AWS_DEFAULT_REGION=us-west-2", "sed -i.unedited")
+    account.follow("export AWS_DEFAULT_REGION=us-west-2", "sed -i.bak")
     (bucket,) = {bucket["Name"] for bucket in s3.list_buckets()["Buckets"]} - set(before)
     for role in ("qpruner-head", "qpruner-worker"):
         policy = iam.get_role_policy(RoleName=role, PolicyName="bucket")["PolicyDocument"]
         assert policy["Statement"][0]["Resource"] == [f"arn:aws:s3:::{bucket}", f"arn:aws:s3:::{bucket}/*"]
 
-    assert "None" not in (account.checkout / "aws_ids.sh").read_text(), "the CLI's word for what it did not find"
+    names, edited = ((account.checkout / name).read_text() for name in ("aws_ids.sh", "cluster.yaml"))
+    assert "None" not in names, "the CLI's word for what it did not find"
+    (account.checkout / "cluster.yaml").write_text(
+        edited.replace("ami-0123456789abcdef0", "").replace("subnet-", "None-")
+    )
+    account.follow("export AWS_DEFAULT_REGION=us-west-2", "sed -i.bak", options=())  # a terminal goes on after errors
+    assert ((account.checkout / "aws_ids.sh").read_text(), (account.checkout / "cluster.yaml").read_text()) == (
+        names,
+        edited,
+    ), "who begins anew ends with the same"
     account.runs([sys.executable, "launch/check_cluster.py", "cluster.yaml"])
     account.runs([sys.executable, "-c", START])
     machines = [each for group in ec2.describe_instances()["Reservations"] for each in group["Instances"]]
@@ -111,12 +120,14 @@ def test_from_nothing_to_machines_that_may_use_the_bucket_and_back_to_nothing(ac
     }
     assert roles == {"head": "qpruner-head", "gpu_on_demand": "qpruner-worker", "gpu_spot": "qpruner-worker"}
 
+    assert len(ec2.describe_key_pairs()["KeyPairs"]) == 1, "Ray's"
     ec2.terminate_instances(InstanceIds=[machine["InstanceId"] for machine in machines])
     s3.put_object(Bucket=bucket, Key="runs/mine/run.json", Body=b"{}")
     account.follow("source aws_ids.sh")
     assert [each["Name"] for each in s3.list_buckets()["Buckets"]] == before
     assert iam.list_roles()["Roles"] == [] and iam.list_instance_profiles()["InstanceProfiles"] == []
     assert [each for each in ec2.describe_security_groups()["SecurityGroups"] if each["GroupName"] == "qpruner"] == []
+    assert ec2.describe_key_pairs()["KeyPairs"] == [] and not list((tmp_path / ".ssh").glob("*.pem"))
 
 
 def test_results_in_a_bucket_are_fetched_and_the_rest_is_not(account: Account, tmp_path: Path) -> None:
