@@ -117,7 +117,9 @@ def fetch(folder: Path, on_piece: OnPiece = lambda: None) -> Path:
 
 
 def check(folder: Path, on_piece: OnPiece = lambda: None) -> None:
-    """Compare a folder with its list, if it has one, whatever this process knows of it; one at a URI is fetched.
+    """Compare a folder with its list, if it has one, whatever this process knows of it.
+
+    Of objects those are read that were put no sooner than their list: the others have not changed since.
 
     Raises:
         CorruptFile: Naming the file or object that is missing or not as it was written.
@@ -125,10 +127,21 @@ def check(folder: Path, on_piece: OnPiece = lambda: None) -> None:
     there = objects_at(folder)
     if there:
         if patiently(list_of(there).is_object, folder):
-            fetch(folder, on_piece)
+            _check_objects(there, folder)
     elif listed := read_list(folder):
         _compare(listed, each(lambda name: _digest(folder / name, on_piece), list(listed.sha256)), folder)
         _found_whole[folder] = listed
+
+
+def _check_objects(there: Objects, folder: Path) -> None:
+    listed, put = _listed(there, folder), patiently(there.times, folder)
+    since = patiently(list_of(there).modified, folder)
+    doubtful = {name: sha256 for name, sha256 in listed.sha256.items() if put.get(name, since) >= since}
+
+    def digest(name: str) -> str | None:
+        return patiently((there / name).digest, folder / name) if name in put else None
+
+    _compare(FileList(sha256=doubtful), each(digest, list(doubtful)), folder)
 
 
 def check_arrived(folder: Path) -> None:

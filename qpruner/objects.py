@@ -221,6 +221,11 @@ class Objects:
         """Bytes of every object below this one, by its name from here."""
         return {found.path[len(self._path) + 1 :]: found.size for found in self._listed(True) if found.is_file}
 
+    def times(self) -> dict[str, float]:
+        """When every object below this one was put, by its name from here, in seconds on the store's clock."""
+        below = {found.path[len(self._path) + 1 :]: found.mtime for found in self._listed(True) if found.is_file}
+        return {name: float(put.timestamp()) for name, put in below.items()}
+
     def names(self) -> list[str]:
         """What lies directly below this one, as in a folder."""
         return sorted(found.base_name for found in self._listed(False))

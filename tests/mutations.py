@@ -299,6 +299,18 @@ MUTATIONS = {
         "",
         f"{STAGES}::test_a_damaged_model_is_named_and_set_aside_and_it_alone_is_made_again",
     ),
+    "folders in a stage's are not compared with their lists": Mutation(
+        "qpruner/pipeline/stage.py",
+        "for part in (folder, *inner):",
+        "for part in (folder,):",
+        f"{STAGES}::test_damaged_rows_are_named_and_set_aside_and_they_alone_are_made_again",
+    ),
+    "objects are compared by who fetches them alone": Mutation(
+        "qpruner/mirror.py",
+        "            _check_objects(there, folder)\n",
+        "            pass\n",
+        f"{OBJECTS}::test_an_object_that_changed_after_it_was_put_is_named_where_a_copy_is_whole",
+    ),
     "a damaged final model is recorded all the same": Mutation(
         FINISH,
         " or not _is_there(context, final):",

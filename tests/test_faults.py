@@ -25,7 +25,7 @@ from qpruner.events import Event, Message, Progress, StageFinished, StageSkipped
 from qpruner.pipeline import run
 from qpruner.pipeline.stage import explained
 from qpruner.records import BankRecord, PrepareRecord, PruneRecord, Results, SensitivityRecord, TrialRecord
-from qpruner.rundir import RunDir, read_json
+from qpruner.rundir import RunDir, folder_digests, read_json
 
 RECORDS = {"prepare": PrepareRecord, "prune": PruneRecord, "bank": BankRecord, "sensitivity": SensitivityRecord}
 
@@ -78,30 +78,46 @@ def copy_of(root: Path, raw: dict[str, Any]) -> Path:
 
 # ---- damaged files
 
-DAMAGES = [
-    pytest.param("prepare/data/sensitivity", lambda path: os.truncate(next(path.glob("*.arrow")), 200), id="rows-cut"),
-    pytest.param("prepare/data/sensitivity", shutil.rmtree, id="rows-missing"),
-]
+
+@pytest.mark.parametrize("split", ["train", "sensitivity"])
+@pytest.mark.parametrize(
+    "damage",
+    [
+        pytest.param(lambda path: flip_a_byte(next(path.glob("*.arrow"))), id="flipped"),
+        pytest.param(lambda path: os.truncate(next(path.glob("*.arrow")), 200), id="cut"),
+        pytest.param(shutil.rmtree, id="missing"),
+    ],
+)
+def test_damaged_rows_are_named_and_set_aside_and_they_alone_are_made_again(
+    split: str, damage: Callable[[Path], object], banked: Path, tiny_raw: dict[str, Any]
+) -> None:
+    """Trials alone read those of `train`: a search that met them would meet them again."""
+    root = copy_of(banked, tiny_raw)
+    rows = root / "prepare" / "data" / split
+    whole = folder_digests(rows)
+    damage(rows)
+    _, events = go(tiny_raw, "bank")
+    (told,) = [event.text for event in events if isinstance(event, Message) and str(rows) in event.text]
+    for aside in (root / "damaged").glob("*[0-9]"):
+        assert str(aside) in told and aside.name.startswith(f"prepare-data-{split}-")
+    assert names(events, StageFinished) == ["prepare"]
+    assert folder_digests(rows) == whole
+    assert names(go(tiny_raw, "bank")[1], StageFinished) == [], "whole again"
 
 
-@pytest.mark.parametrize(("file", "damage"), DAMAGES)
-def test_a_damaged_file_is_named_and_the_remedy_heals(
-    file: str, damage: Callable[[Path], object], pruned: Path, tiny_raw: dict[str, Any]
+def test_rows_that_are_damaged_while_a_command_runs_are_named_with_the_remedy(
+    pruned: Path, tiny_raw: dict[str, Any]
 ) -> None:
     root = copy_of(pruned, tiny_raw)
-    damage(root / file)
-    error = failing(tiny_raw, "sensitivity")
-    assert error.stage == "sensitivity"
-    assert str(root / file) in error.cause
-    # Repeating the command alone would meet the same file again.
-    made_by = root / file.partition("/")[0]
-    assert f"delete {made_by}" in error.remedy
-    assert failing(tiny_raw, "sensitivity").cause == error.cause
+    rows = root / "prepare" / "data" / "sensitivity"
 
-    shutil.rmtree(made_by)
-    results, events = go(tiny_raw, "sensitivity")
-    assert made_by.name in names(events, StageFinished)
-    assert results.sensitivity is not None
+    def damage(event: Event) -> None:
+        if isinstance(event, StageStarted) and event.stage == "bank":
+            os.truncate(next(rows.glob("*.arrow")), 200)
+
+    error = failing(tiny_raw, "sensitivity", damage)
+    assert error.stage == "sensitivity"
+    assert str(rows) in error.cause and f"delete {root / 'prepare'}" in error.remedy
 
 
 @pytest.mark.parametrize(

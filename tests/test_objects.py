@@ -24,7 +24,7 @@ from object_store import Gate, Store, free_port, object_store, talk_to
 from qpruner import objects
 from qpruner.errors import CorruptFile, StorageError, UserError
 from qpruner.logs import logging_to
-from qpruner.mirror import fetch, list_beside, one_at_a_time, put_folders, written
+from qpruner.mirror import check, fetch, list_beside, one_at_a_time, put_folders, written
 from qpruner.objects import mirror_of, name_of, objects_at
 from qpruner.records import BankRecord, SearchClock
 from qpruner.rundir import (
@@ -323,6 +323,23 @@ def test_an_object_that_is_not_as_it_was_put_is_named(
         fetch(path.parent)
     assert caught.value.path == path
     assert not path.parent.exists(), "nothing of it is taken for whole"
+
+
+@pytest.mark.parametrize("harm", ["damaged", "missing"])
+def test_an_object_that_changed_after_it_was_put_is_named_where_a_copy_is_whole(
+    harm: str, run: RunDir, store: Store, tmp_path: Path
+) -> None:
+    """This machine would not fetch it, and others would meet it."""
+    with written(run.stage("prune")) as folder:
+        folder.mkdir(parents=True)
+        (folder / "weights").write_text("w" * 1000)
+    path = run.stage("prune") / "weights"
+    check(path.parent)
+    store.damage(key_of(path)) if harm == "damaged" else store.delete(key_of(path))
+    fetch(path.parent)
+    with pytest.raises(CorruptFile, match=f"{run.place}/prune/weights is {harm}") as caught:
+        check(path.parent)
+    assert caught.value.path == path
 
 
 def test_folders_are_listed_measured_moved_and_removed(run: RunDir, tmp_path: Path) -> None:

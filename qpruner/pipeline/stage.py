@@ -17,11 +17,11 @@ from qpruner.errors import CorruptFile, QprunerError, StageError, StorageError, 
 from qpruner.events import Emit, Message, StageFinished, StageSkipped, StageStarted
 from qpruner.execution.gpu_time import GpuTime
 from qpruner.memory import is_out_of_memory, told_shortage
-from qpruner.mirror import check
+from qpruner.mirror import FILES, check
 from qpruner.objects import is_mirror, name_of
 from qpruner.patience import storage_error
 from qpruner.records import Record, digest_of
-from qpruner.rundir import RunDir, set_aside
+from qpruner.rundir import RunDir, files_in, set_aside
 
 RecordType = TypeVar("RecordType", bound=Record)
 
@@ -106,12 +106,16 @@ def matching(run: RunDir, stage: Stage, kind: type[RecordType]) -> RecordType | 
 
 
 def is_whole(run: RunDir, folder: Path, stage: str, emit: Emit) -> bool:
-    """Whether a folder of a recorded stage is as its list says, if it has one; a damaged one is set aside."""
-    try:
-        check(folder)
-    except CorruptFile as error:
-        emit(Message(stage, f"warning: {error}; set aside in {set_aside(folder, run.root)}, the stage is run again"))
-        return False
+    """Whether a folder of a recorded stage and those in it are as their lists say, if they have one; the first that is
+    damaged is set aside."""
+    inner = [folder / name.removesuffix(FILES) for name in files_in(folder) if name.endswith(FILES)]
+    for part in (folder, *inner):
+        try:
+            check(part)
+        except CorruptFile as error:
+            where = f"set aside in {set_aside(part, run.root)}, " if files_in(part) else ""
+            emit(Message(stage, f"warning: {error}; {where}the stage is run again"))
+            return False
     return True
 
 
