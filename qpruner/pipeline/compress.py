@@ -10,13 +10,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qpruner.config import DataSource, ModelConfig, RunConfig
+from qpruner.errors import CorruptFile
 from qpruner.events import Emit, Message, Progress
 from qpruner.execution.workshop import Bench
 from qpruner.mirror import check_arrived, fetch, written
 from qpruner.pipeline.context import Context
 from qpruner.pipeline.stage import Stage, run_stage
 from qpruner.records import BankRecord, MethodScores, PrepareRecord, PruneRecord, SensitivityRecord, digest_of
-from qpruner.rundir import children, exists, file_digest, read_json, write_json
+from qpruner.rundir import children, exists, file_digest, read_json, set_aside, write_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -93,11 +94,8 @@ def sensitivity(context: Context, pruned: PruneRecord, banked: BankRecord) -> Se
     digest = stage.inputs[0]
 
     def work(scratch: Path) -> dict[str, Any]:
-        earlier = context.run_dir.stage("sensitivity")
-        for name in children(earlier):
-            scores = read_json(earlier / name, MethodScores) if name.endswith(f"-{digest}.json") else None
-            if scores:
-                write_json(scratch / name, scores)
+        for name, scores in _earlier_scores(context, digest):
+            write_json(scratch / name, scores)
         files: dict[str, Path] = {method: scratch / f"{method}-{digest}.json" for method in settings.methods}
         missing = {method for method, file in files.items() if not exists(file)}
         for method, scores in _scored(context, missing):
@@ -130,6 +128,22 @@ def sensitivity_stage(context: Context, pruned: PruneRecord, banked: BankRecord)
     )
     named = ", ".join(settings.methods) or "no method"
     return Stage("sensitivity", named, (digest_of("scores", *inputs), settings.methods))
+
+
+def _earlier_scores(context: Context, digest: str) -> Iterator[tuple[str, MethodScores]]:
+    """Scores of the same inputs by the name of their file; one that is damaged is set aside."""
+    folder = context.run_dir.stage("sensitivity")
+    for name in children(folder):
+        if not name.endswith(f"-{digest}.json"):
+            continue
+        try:
+            scores = read_json(folder / name, MethodScores)
+        except CorruptFile as error:
+            where = set_aside(folder / name, context.run_dir.root)
+            context.emit(Message("sensitivity", f"warning: {error}; set aside in {where}, its scores are made anew"))
+            continue
+        if scores:
+            yield name, scores
 
 
 def _range(method: str, scores: MethodScores) -> str:

@@ -124,6 +124,23 @@ def test_only_what_is_not_known_yet_is_measured(tiny_raw: dict[str, Any]) -> Non
     assert third.methods["kl"].values != second.methods["kl"].values
 
 
+def test_damaged_scores_are_set_aside_and_made_anew_and_no_others(tiny_raw: dict[str, Any]) -> None:
+    """Nobody reads them before another method is asked for."""
+    raw = copy.deepcopy(tiny_raw) | {"prune": {"rate": 0}}
+    raw["quantize"]["group"] = "block"
+    events: list[Event] = []
+    first = record_of(with_key(raw, "sensitivity.methods", ["kl", "fisher"]), events)
+    (file,) = (Path(raw["output"]) / "sensitivity").glob("kl-*.json")
+    os.truncate(file, 100)
+    second = record_of(with_key(raw, "sensitivity.methods", ["kl", "fisher", "loss"]), events)
+    (told,) = [event.text for event in events if isinstance(event, Message) and str(file) in event.text]
+    (aside,) = (Path(raw["output"]) / "damaged").iterdir()
+    assert f"set aside in {aside}" in told
+    assert measured(events) - {"warning:"} == {"kl", "loss"}
+    assert second.methods["fisher"] == first.methods["fisher"]
+    assert second.methods["kl"].values == first.methods["kl"].values
+
+
 @pytest.mark.slow
 def test_a_cluster_shares_the_samples_and_measures_the_same(tiny_raw: dict[str, Any], tmp_path: Path) -> None:
     raw = copy.deepcopy(tiny_raw) | {"prune": {"rate": 0}, "sensitivity": {"methods": ["kl"]}}
