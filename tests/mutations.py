@@ -281,6 +281,18 @@ MUTATIONS = {
         "            pass\n",
         f"{STORE}::test_a_killed_run_is_taken_up_on_an_empty_machine_and_ends_as_if_nothing_had_happened",
     ),
+    "damaged scores end the command": Mutation(
+        "qpruner/pipeline/compress.py",
+        "            where = set_aside(folder / name, context.run_dir.root)\n",
+        "            raise\n",
+        "tests/sensitivity/test_methods.py::test_damaged_scores_are_set_aside_and_made_anew_and_no_others",
+    ),
+    "a bank without its index is built again": Mutation(
+        "qpruner/pipeline/bank.py",
+        "        index = _index_of(record, stage)\n",
+        '        return context.run_dir.forget("bank")\n',
+        "tests/pipeline/test_bank_stage.py::test_an_index_that_cannot_be_read_is_named_and_made_again_from_the_record",
+    ),
     "a bank's damaged object is taken as it is": Mutation(
         "qpruner/quantization/bank.py",
         "            if fetch_file(path, aside, on_piece) != sha256:",

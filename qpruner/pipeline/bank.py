@@ -20,7 +20,7 @@ from qpruner.records import BankRecord, PruneRecord, digest_of
 from qpruner.rundir import files_in, remove
 
 if TYPE_CHECKING:
-    from qpruner.quantization.bank import GroupJob, IndexEntry
+    from qpruner.quantization.bank import BankIndex, GroupJob, IndexEntry
 
 FEW_WEIGHTS = 10_000_000
 """Packing fewer takes less time than a start of Ray."""
@@ -31,8 +31,8 @@ def bank(context: Context, pruned: PruneRecord) -> BankRecord:
     from qpruner.quantization import bank as store
 
     quantize, stage = context.config.quantize, bank_stage(context, pruned)
-    *made_from, library, levels = stage.inputs
-    inputs = digest_of(*made_from, library)
+    *_, library, levels = stage.inputs
+    inputs = _made_from(stage)
     _forget_damaged_bank(context, stage)
 
     def work(scratch: Path) -> dict[str, Any]:
@@ -87,6 +87,25 @@ def bank_stage(context: Context, pruned: PruneRecord) -> Stage:
     return Stage("bank", f"packing every group at {named} bits, {config.lora.init} start", (*made_from, levels))
 
 
+def _made_from(stage: Stage) -> str:
+    """Digest of what every entry is made from."""
+    *made_from, _ = stage.inputs
+    return digest_of(*made_from)
+
+
+def _index_of(record: BankRecord, stage: Stage) -> BankIndex:
+    """The index of a recorded bank."""
+    from qpruner.quantization import bank as store
+
+    inputs, library = _made_from(stage), stage.inputs[-2]
+    files = {}
+    for bits, by_group in record.residual_ratio.items():
+        for group, ratio in by_group.items():
+            name = str(store.entry_file(Path(), group, int(bits)))
+            files[name] = store.IndexEntry(inputs=inputs, sha256=record.files[name], residual_ratio=ratio)
+    return store.BankIndex(digest=record.digest, bitsandbytes=library, files=files)
+
+
 def _forget_damaged_bank(context: Context, stage: Stage) -> None:
     """Have a recorded bank made whole again where a file of it is missing or damaged.
 
@@ -104,9 +123,9 @@ def _forget_damaged_bank(context: Context, stage: Stage) -> None:
     try:
         index = store.read_index(context.bank)
     except CorruptFile as error:
-        context.emit(Message("bank", f"{error}; the bank is built again"))
-        context.run_dir.forget("bank")
-        return
+        context.emit(Message("bank", f"{error}; it is made again from the stage's record"))
+        index = _index_of(record, stage)
+        store.write_index(context.bank, index)
     if index.digest != record.digest:
         raise StageError(
             "bank",
