@@ -95,6 +95,9 @@ class PruneRecord(Record):
     memory_counter: str
     dropped_blocks: tuple[int, ...]
     layers: tuple[LayerWidths, ...]
+    weights: str = ""
+    """Digest of its weight files, which from the same inputs another kind of machine may make otherwise; empty in
+    records of older versions."""
 
     def table_rows(self) -> list[dict[str, Any]]:
         """A row a block of the base model."""

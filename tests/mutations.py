@@ -281,6 +281,12 @@ MUTATIONS = {
         "            pass\n",
         f"{STORE}::test_a_killed_run_is_taken_up_on_an_empty_machine_and_ends_as_if_nothing_had_happened",
     ),
+    "a model that is cut again otherwise keeps the bank": Mutation(
+        "qpruner/pipeline/prune.py",
+        '{"weights": _weights_digest(job.scratch)}',
+        '{"weights": ""}',
+        f"{STAGES}::test_a_model_that_is_cut_again_otherwise_gets_a_bank_of_its_own",
+    ),
     "damaged scores end the command": Mutation(
         "qpruner/pipeline/compress.py",
         "            where = set_aside(folder / name, context.run_dir.root)\n",

@@ -195,6 +195,22 @@ def test_a_stage_whose_folder_is_gone_is_run_again(banked: Path, tiny_raw: dict[
     assert names(events, StageSkipped) == ["prepare", "bank"]
 
 
+def test_a_model_that_is_cut_again_otherwise_gets_a_bank_of_its_own(tiny_raw: dict[str, Any]) -> None:
+    """Another kind of machine rounds differently; here other instructions of this one do."""
+    raw = with_key(tiny_raw, "prune.compensation", "least_squares")
+    before, _ = go(raw, "bank")
+    weights = Path(raw["output"]) / "prune" / "model.safetensors"
+    whole = weights.read_bytes()
+    flip_a_byte(weights)
+    with torch.backends.mkldnn.flags(enabled=False):
+        after, events = go(raw, "bank")
+    if weights.read_bytes() == whole:
+        pytest.skip("all instructions of this machine round alike")
+    assert names(events, StageFinished) == ["prune", "bank"]
+    assert before.bank and after.bank and before.bank.digest != after.bank.digest, "nor is any trial of it taken over"
+    assert {event.done for event in events if isinstance(event, Progress) and event.stage == "bank"} == set(range(1, 9))
+
+
 def _flip(text: bytes) -> bytes:
     """One bit of a key's name is another."""
     at = text.index(b'"seconds"') + 3

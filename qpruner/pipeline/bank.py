@@ -82,7 +82,8 @@ def bank_stage(context: Context, pruned: PruneRecord) -> Stage:
     levels = tuple(bits for bits in quantize.bits if bits != FULL_BITS)
     starts = config.lora.model_copy(update={"dropout": 0.0})
     library = version("bitsandbytes")
-    made_from = (pruned.digest, quantize.group, quantize.double_quant, starts, config.seed, FORMAT, library)
+    model = (pruned.digest, *([pruned.weights] if pruned.weights else []))
+    made_from = (*model, quantize.group, quantize.double_quant, starts, config.seed, FORMAT, library)
     named = ", ".join(map(str, levels))
     return Stage("bank", f"packing every group at {named} bits, {config.lora.init} start", (*made_from, levels))
 

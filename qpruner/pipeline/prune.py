@@ -13,14 +13,14 @@ from qpruner import preflight
 from qpruner.config import PruneConfig, RunConfig
 from qpruner.events import Emit, Message, Progress, StageStarted
 from qpruner.execution.workshop import Bench
-from qpruner.mirror import check_arrived, fetch, written
+from qpruner.mirror import check_arrived, fetch, read_list, written
 from qpruner.models.layout import num_layers
 from qpruner.models.structure import ATTENTION, EXPERT, MLP, family_of
 from qpruner.patience import patiently
 from qpruner.pipeline.compress import importance_samples, telling
 from qpruner.pipeline.context import Context
 from qpruner.pipeline.stage import Stage, run_stage
-from qpruner.records import LayerWidths, PrepareRecord, PruneRecord
+from qpruner.records import LayerWidths, PrepareRecord, PruneRecord, digest_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -90,7 +90,14 @@ def cut_and_save(job: CutJob, bench: Bench, emit: Emit) -> dict[str, Any]:
         told = PruneRecord(digest="", seconds=0.0, **fields)
         patiently(lambda: write_pictures(folder, told, load_importance(folder)), folder)
     bench.keep(pruned.model)
-    return fields
+    return fields | {"weights": _weights_digest(job.scratch)}
+
+
+def _weights_digest(folder: Path) -> str:
+    """Digest of the weights in a folder that was just written."""
+    listed = read_list(folder)
+    assert listed
+    return digest_of({name: sha256 for name, sha256 in listed.sha256.items() if name.endswith(".safetensors")})
 
 
 def preview_prune(context: Context) -> PruneRecord:
