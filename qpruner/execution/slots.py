@@ -31,10 +31,6 @@ class Node:
         by_gpu = int(self.gpus // gpu) if gpu >= 1 else int(self.gpus) * int(1 / gpu)
         return min(by_cpu, by_gpu)
 
-    def less(self, resources: Mapping[str, float]) -> Node:
-        """What is left of it."""
-        return Node(self.cpus - resources.get("cpu", 0.0), self.gpus - resources.get("gpu", 0.0))
-
     def __str__(self) -> str:
         return f"{self.cpus:g} CPUs and {self.gpus:g} GPUs"
 
@@ -101,13 +97,6 @@ class Slots:
         """Tasks of such resources at once when the autoscaler has started what helps them."""
         there = self.fits(resources)
         return max(there, self.growth.fits(resources)) if self.growth else there
-
-    def less(self, resources: Mapping[str, float]) -> Slots:
-        """What is left on the machines that are there, where something holds such resources."""
-        for index, node in enumerate(self.nodes):
-            if node.fits(resources):
-                return Slots((*self.nodes[:index], node.less(resources), *self.nodes[index + 1 :]))
-        return Slots(self.nodes)  # its machine is gone
 
     def resources_per_trial(self, asked: Mapping[str, float | None] | None) -> dict[str, float]:
         """What one trial reserves: what was asked for, else a GPU where there is or may be one, else a core."""

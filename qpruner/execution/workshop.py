@@ -54,10 +54,6 @@ Work = Callable[[Job, Bench, Emit], Result]
 class Workshop(Protocol):
     """The place where work is done."""
 
-    @property
-    def holds(self) -> Mapping[str, float]:
-        """Ray resources that are taken as long as it is open."""
-
     def do(self, work: Work[Job, Result], job: Job, emit: Emit) -> Result:
         """Run `work` there; its events and errors arrive as they are."""
 
@@ -72,8 +68,6 @@ class Here:
         gpus: GPUs that its work may use.
         gpu_time: Told of what work holds of them.
     """
-
-    holds: Mapping[str, float] = {}
 
     def __init__(self, gpus: float, gpu_time: GpuTime) -> None:
         self._gpus, self._gpu_time = gpus, gpu_time
@@ -101,10 +95,6 @@ class OnCluster:
         self._resources, self._gpu_time, self._check_node = resources, gpu_time, check_node
         self._actor: Any = None
         self._node: str | None = None
-
-    @property
-    def holds(self) -> Mapping[str, float]:
-        return self._resources if self._actor is not None else {}
 
     def do(self, work: Work[Job, Result], job: Job, emit: Emit) -> Result:
         from ray.exceptions import RayActorError

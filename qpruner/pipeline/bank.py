@@ -206,13 +206,16 @@ def _check_room(context: Context, scratch: Path, jobs: list[GroupJob]) -> None:
 
 
 def _built(context: Context, jobs: list[GroupJob]) -> Iterator[tuple[GroupJob, dict[str, tuple[str, float]]]]:
-    """Build the groups: on the cluster's workers where that is worth starting them and the workshop leaves any free."""
+    """Build the groups: on the cluster's workers where that is worth starting them and there are or may be several."""
     is_small = sum(group.num_weights for group in context.layout.groups) < FEW_WEIGHTS and not context.address
-    resources, concurrent = ({}, 0) if is_small else context.task_resources(len(jobs))
-    if not concurrent:
+    resources, concurrent = ({}, 1) if is_small else context.task_resources(len(jobs))
+    if concurrent <= 1:
         for job in jobs:
             yield job, context.workshop.do(build_here, job, context.emit)
         return
+    if context.address:
+        # Its machine builds, too; the sensitivities load the model again.
+        context.workshop.close()
     from qpruner.execution.cluster import run_tasks
     from qpruner.quantization.bank import build_group
 

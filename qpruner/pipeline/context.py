@@ -189,17 +189,13 @@ class Context:
         return resources
 
     def task_resources(self, num_tasks: int, num_workers: int = 1) -> tuple[dict[str, float], int]:
-        """Resources of one of several equal tasks, or of each of a task's workers, and how many tasks run at once
-        beside what the workshop holds: none where it holds the only slot. On CPUs the tasks share the cores."""
-        resources = worker_resources(self.trial_resources, num_workers)
-        slots, held = self.slots, self.workshop.holds
-        if held:
-            # On what is there alone: the workshop would have done the work before others were started.
-            slots = slots.less(held)
+        """Resources of one of several equal tasks, or of each of a task's workers, and how many tasks run at once. On
+        CPUs the tasks share the cores."""
+        resources, slots = worker_resources(self.trial_resources, num_workers), self.slots
         limit = max(self.config.search.max_concurrent or num_tasks * num_workers, num_workers)
         room = max(slots.fits(resources), min(slots.at_most(resources), limit))
         # Where every machine is gone for a while, one task waits for another.
-        concurrent = min(max(room // num_workers, 0 if held else 1), num_tasks)
+        concurrent = min(max(room // num_workers, 1), num_tasks)
         if concurrent and not resources.get("gpu"):
             resources = {"cpu": slots.cores_each(concurrent * num_workers)}
         return resources, concurrent

@@ -73,11 +73,6 @@ def test_cores_are_shared_out_inside_machines() -> None:
     assert [nodes.cores_each(number) for number in (1, 2, 3, 16, 17)] == [8, 8, 4, 1, 1]
 
 
-def test_what_the_workshop_holds_is_not_there_for_tasks() -> None:
-    assert TWO_NODES.less({"cpu": 1, "gpu": 2}).fits({"cpu": 1, "gpu": 1}) == 1
-    assert Slots((Node(0, 0), Node(1, 1))).less({"cpu": 1, "gpu": 1}).fits({"cpu": 1, "gpu": 1}) == 0
-
-
 # ---- with an autoscaler
 
 

@@ -14,6 +14,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from conftest import raw_config, with_key
 from raylets import raylets
@@ -297,6 +298,26 @@ def test_a_model_and_tasks_named_from_the_drivers_folder_are_found_by_workers(
     context = Context(config, RunDir(tmp_path / "run"), lambda event: None, None, inspect(config))
     assert context.worker_config.evaluate.include_path == str(tmp_path / "data/demo/tasks")
     assert context.config.model.source == "data/model", "what is recorded and digested stays as the user wrote it"
+
+
+@pytest.mark.slow
+def test_every_node_builds_entries_of_the_bank(tiny_model: Path, tmp_path: Path) -> None:
+    """The one that cut the model, too."""
+    raw = with_key(raw_config(tiny_model, tmp_path / "run"), "lora.loftq_iterations", 60)
+    builders: set[str] = set()
+    with raylets(2, num_gpus=1) as cluster:
+
+        def look(event: Event) -> None:
+            """While one node's entry arrives, the other one is at its own."""
+            if not isinstance(event, Progress) or event.stage != "bank":
+                return
+            for node in cluster.nodes:
+                workers = psutil.Process(node.all_processes["raylet"][0].process.pid).children()
+                if any("ray::build_group" in " ".join(worker.cmdline()) for worker in workers):
+                    builders.add(node.node_id)
+
+        assert run(validate_config(raw), look, cluster.address, "bank").bank
+        assert builders == {node.node_id for node in cluster.nodes}
 
 
 @pytest.mark.parametrize("until", ["prune", "search"])
