@@ -377,6 +377,24 @@ MUTATIONS = {
         '        path.write_text(text, encoding="utf-8")\n',
         "tests/test_rundir.py::test_a_reader_never_sees_half_a_record",
     ),
+    "a record has its name before it is on the disk": Mutation(
+        "qpruner/rundir.py",
+        "        _sync(aside)\n",
+        "",
+        "tests/test_rundir.py::test_a_record_is_on_the_disk_before_it_has_its_name",
+    ),
+    "a folder has its name before it is on the disk": Mutation(
+        "qpruner/rundir.py",
+        "            _sync(path)\n",
+        "            pass\n",
+        "tests/test_rundir.py::test_a_folder_is_on_the_disk_before_it_has_its_name",
+    ),
+    "nothing is ever on the disk for sure": Mutation(
+        "qpruner/rundir.py",
+        "        os.fsync(descriptor)\n",
+        "        pass\n",
+        "tests/test_rundir.py::test_a_record_is_on_the_disk_before_it_has_its_name",
+    ),
     "nobody is told that a search was resumed": Mutation(
         "qpruner/report/sections.py",
         "if search.sessions > 1:",
@@ -448,6 +466,18 @@ MUTATIONS = {
         "raise NodeDiedError(str(cause)) from error",
         "raise cause from error",
         f"{WORK}::test_work_goes_on_elsewhere_however_many_machines_go",
+    ),
+    "a task whose worker is killed ends the command": Mutation(
+        CLUSTER,
+        "                waiting.append((position, jobs[position]))\n",
+        "                raise\n",
+        f"{WORK}::test_a_task_whose_worker_is_killed_is_run_again",
+    ),
+    "a workshop that is killed ends the command": Mutation(
+        "qpruner/execution/workshop.py",
+        "                line = deaths.count(0, self._node, error)\n",
+        "                raise\n",
+        f"{WORK}::test_a_worker_that_is_killed_has_its_work_begun_again",
     ),
     "a fine-tune of days may lose three processes": Mutation(
         CLUSTER,

@@ -12,8 +12,9 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from types import FrameType
 from typing import IO
 
 import pytest
@@ -187,6 +188,44 @@ def test_a_second_commit_replaces_the_first_whole(tmp_path: Path) -> None:
         run.commit("bank", scratch, bank_record(name))
     assert [path.name for path in run.stage("bank").iterdir()] == ["new"]
     assert run.read_record("bank", BankRecord) == bank_record("new")
+
+
+@contextmanager
+def watched(folder: Path) -> Iterator[list[str]]:
+    """Hands out what the interpreter has the system do, in order: `rename`, and `fsync PATH` for what is below a folder
+    and open then."""
+    calls: list[str] = []
+
+    def on_call(frame: FrameType, event: str, function: object) -> None:
+        if event == "c_call" and function in (os.rename, os.replace):
+            calls.append("rename")
+        elif event == "c_call" and function is os.fsync:
+            for descriptor in Path("/proc/self/fd").iterdir():
+                with suppress(OSError):
+                    path = descriptor.readlink()
+                    calls.extend([f"fsync {path.relative_to(folder)}"] if path.is_relative_to(folder) else [])
+
+    sys.setprofile(on_call)
+    try:
+        yield calls
+    finally:
+        sys.setprofile(None)
+
+
+def test_a_record_is_on_the_disk_before_it_has_its_name(tmp_path: Path) -> None:
+    """Else a machine that loses power may keep the name and no contents."""
+    with watched(tmp_path) as calls:
+        write_json(tmp_path / "records" / "bank.json", bank_record())
+    assert calls == [f"fsync records/.bank.json.{os.getpid()}", "rename", "fsync records"]
+
+
+def test_a_folder_is_on_the_disk_before_it_has_its_name(tmp_path: Path) -> None:
+    (tmp_path / "scratch" / "4bit").mkdir(parents=True)
+    (tmp_path / "scratch" / "4bit" / "layers.0").write_text("codes")
+    with watched(tmp_path) as calls:
+        publish_folder(tmp_path / "scratch", tmp_path / "bank")
+    assert calls[:3] == ["fsync scratch", "fsync scratch/4bit", "fsync scratch/4bit/layers.0"]
+    assert calls[3:] == ["rename", "fsync ."]
 
 
 def test_the_old_record_goes_before_the_old_folder(tmp_path: Path) -> None:
