@@ -173,7 +173,7 @@ def trials(run: str | Path, conditions: Sequence[str], sort: str, descending: bo
 
 
 def _where(rows: Sequence[dict[str, Any]], condition: str, names: Mapping[str, str]) -> list[dict[str, Any]]:
-    """The rows of which a condition holds."""
+    """The rows of which a condition holds; one without a value differs from every value."""
     parts = re.fullmatch(r"(.+?)(<=|>=|!=|<|>|=)(.*)", condition)
     if parts is None:
         raise UserError(f"--where takes KEY=VALUE, or !=, <, <=, > and >= in place of =, got {condition!r}")
@@ -183,7 +183,7 @@ def _where(rows: Sequence[dict[str, Any]], condition: str, names: Mapping[str, s
         value = float(text) if is_number else text
     except ValueError as error:
         raise UserError(f"--where {condition}: `{key}` is a number, got {text!r}") from error
-    return [row for row in rows if row[key] is not None and COMPARISONS[sign](row[key], value)]
+    return [row for row in rows if (sign == "!=" if row[key] is None else COMPARISONS[sign](row[key], value))]
 
 
 def _known(key: str, names: Mapping[str, str]) -> str:

@@ -124,6 +124,9 @@ def test_trials_are_filtered_and_sorted(run: Path) -> None:
     assert [row["trial"] for row in told("trials", run, "--where", "from!=gp")["trials"]] == [0, 1]
     assert [row["trial"] for row in told("trials", run, "--where", "origin!=gp")["trials"]] == [0, 1]
     assert told("trials", run, "--sort", "score") == told("trials", run, "--sort", "loss")
+    for condition, expected in (("failure!=diverged", [0, 1, 2, 3, 5]), ("loss!=3.1", [0, 1, 2, 3, 4])):
+        found = [row["trial"] for row in told("trials", run, "--where", condition)["trials"]]
+        assert found == expected, "what has no such figure has not this one"
 
 
 def test_where_no_trial_matches_it_says_so(run: Path) -> None:
