@@ -204,7 +204,12 @@ def test_check_tells_memory_hours_and_what_was_assumed(
     assert set(told["hours"]["share_done"].values()) == {0.0} and "done" not in shown
     parts = told["memory"]["trial, training"]["parts"]
     assert list(parts) == ["weights", "adapters", "gradients", "optimizer", "activations", "logits"]
-    assert re.search(r"trial, training +\S+ MB, of which (activations|logits) .*: a step of 4 rows x 64 tokens", shown)
+    assert re.search(r"trial, training +\S+ MB: a step of 4 rows x 64 tokens .*, the final fine-tune's, too\n", shown)
+    start = next(index for index, each in enumerate(text) if each.startswith("    trial, training"))
+    sizes = re.findall(r"(\w+) ([\d.]+) MB", text[start + 1])
+    assert {name: float(size) for name, size in sizes} == {name: round(size / 1e6, 1) for name, size in parts.items()}
+    assert max(map(len, text[start : start + 8])) <= 120, "a terminal of usual width does not fold it"
+    assert [float(size) for _, size in sizes] == sorted((float(size) for _, size in sizes), reverse=True)
     assert told["memory_free"] is None and "free here" not in shown, "an A100 is not here"
     refused = CliRunner().invoke(main, ["check", "config.yaml", "--gpu", "A100", "--measure"])
     assert refused.exit_code == 2

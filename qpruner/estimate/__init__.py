@@ -60,15 +60,15 @@ def facts(
 
 
 def memory_text(found: Mapping[str, Any]) -> list[str]:
-    """The memory as lines: a kind of work each, with the part that takes the most; `facts` has all parts."""
+    """The memory as lines: of each kind of work its total and what it is of, then its parts, the largest first."""
     works, free, trials = found["memory"], found["memory_free"], found["trials_sharing_memory"]
     beside = f" with {trials} trials at once" if trials > 1 else ""
     here = "" if free is None else f"; {_amount(free)} free here"
     lines = [f"memory:      {_amount(found['memory_at_once'])} at most{beside}{here}"]
     for name, each in works.items():
-        part = max(each["parts"], key=each["parts"].get)
-        most = f"{part} {_amount(each['parts'][part])}"
-        lines.append(f"    {name:<15} {_amount(each['total']):>8}, of which {most}: {each['at']}")
+        parts = sorted(each["parts"].items(), key=lambda part: -part[1])
+        lines.append(f"    {name:<15} {_amount(each['total']):>8}: {each['at']}")
+        lines.append(f"      {', '.join(f'{part} {_amount(size)}' for part, size in parts)}")
     return lines
 
 

@@ -45,7 +45,8 @@ def training_memory(config: RunConfig, inspection: Inspection) -> Memory:
     training, length = config.training, config.data.max_length
     tokens = training.micro_batch_size * length
     return Memory(
-        f"a step of {training.micro_batch_size} rows x {length} tokens (`training.micro_batch_size`)",
+        f"a step of {training.micro_batch_size} rows x {length} tokens (`training.micro_batch_size`), the final "
+        "fine-tune's, too",
         _held(config, inspection)
         | {
             "activations": activation_bytes(inspection, tokens, config.lora.rank, training.gradient_checkpointing),
