@@ -41,6 +41,8 @@ VERBS = {
 }
 WITH_SEARCH = ("search", "finetune", "evaluate", "report")
 """Last stages of verbs that search."""
+LOCAL_RAY = "Ray cluster to join (auto or HOST:PORT); starts a local one without it."
+NO_RAY = "Ray cluster to join (auto or HOST:PORT); starts none without it."
 ABOUT_DAMAGE = (
     "fetch it again if it is yours; if a run wrote it, delete it and repeat `qpruner run`, which makes it anew"
 )
@@ -85,27 +87,31 @@ def main() -> None:
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 
-def _options(function: Callable[..., None], metavar: str = "CONFIG") -> Callable[..., None]:
-    for option in (
-        click.argument("config", metavar=metavar, type=click.Path()),
-        click.option(
-            "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a key: search.max_trials=20."
-        ),
-        click.option("--address", help="Ray cluster to join (auto or HOST:PORT); starts a local one without it."),
-        click.option("--json", "as_json", is_flag=True, help="End stdout with one JSON object."),
-        click.option("--quiet", is_flag=True, help="Print the result only."),
-    ):
-        function = option(function)
-    return function
+def _options(about_address: str, metavar: str = "CONFIG") -> Callable[[Callable[..., None]], Callable[..., None]]:
+    def decorate(function: Callable[..., None]) -> Callable[..., None]:
+        for option in (
+            click.argument("config", metavar=metavar, type=click.Path()),
+            click.option(
+                "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a key: search.max_trials=20."
+            ),
+            click.option("--address", help=about_address),
+            click.option("--json", "as_json", is_flag=True, help="End stdout with one JSON object."),
+            click.option("--quiet", is_flag=True, help="Print the result only."),
+        ):
+            function = option(function)
+        return function
+
+    return decorate
 
 
-_plan_option = click.option(
-    "--plan",
-    "plan_file",
-    type=click.Path(path_type=Path),
-    metavar="FILE",
-    help="Fine-tune this plan instead of searching for one: bits by group, as `qpruner plan` prints them.",
-)
+def _plan_option(does: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    return click.option(
+        "--plan",
+        "plan_file",
+        type=click.Path(path_type=Path),
+        metavar="FILE",
+        help=f"{does}: bits by group, as `qpruner plan` prints them.",
+    )
 
 
 def _given(plan_file: Path | None) -> tuple[str, ...]:
@@ -144,8 +150,9 @@ def _add_verb(name: str, until: str, text: str) -> None:
             _guarded(as_json, told)
 
     if until in WITH_SEARCH:
-        verb = _plan_option(verb)
-    main.command(name, help=text)(_options(verb, "RUN_OR_CONFIG" if name == "report" else "CONFIG"))
+        verb = _plan_option("Take this plan instead of searching for one")(verb)
+    about_address = NO_RAY if until == "prepare" else LOCAL_RAY
+    main.command(name, help=text)(_options(about_address, "RUN_OR_CONFIG" if name == "report" else "CONFIG")(verb))
 
 
 for _name, (_until, _text) in VERBS.items():
@@ -154,7 +161,7 @@ for _name, (_until, _text) in VERBS.items():
 
 
 @main.command(help=VERBS["prune"][1])
-@_options
+@_options(NO_RAY)
 @click.option("--dry-run", is_flag=True, help="Show what would be kept; write nothing.")
 def prune(
     config: str, overrides: tuple[str, ...], address: str | None, as_json: bool, quiet: bool, dry_run: bool
@@ -166,11 +173,11 @@ def prune(
 
 
 @main.command(help="Validate a configuration and say what the run would be and take; loads no weights.")
-@_options
+@_options("Ray cluster to look at (auto or HOST:PORT); looks at this machine without it, and starts no Ray.")
 @click.option("--measure", is_flag=True, help="Time a few steps of these shapes here, not only matrix products.")
 @click.option("--gpu", metavar="NAME", help="Assume this GPU (A100, H100, ...) instead of what is here.")
 @click.option("--show-config", is_flag=True, help="Print every key of the configuration in effect, defaults too.")
-@_plan_option
+@_plan_option("Check this plan, too")
 def check(
     config: str,
     overrides: tuple[str, ...],
