@@ -134,6 +134,19 @@ def test_the_final_table_s_figures_stand_under_one_another(long_run: Path) -> No
     assert answer.count("<table>") == len(sections.TABLES) + 1, "and one of a single seed"
 
 
+@pytest.mark.parametrize(("until", "mark"), [("search", "winner"), ("sensitivity", "best so far")])
+def test_the_table_of_trials_marks_the_best_one_in_words(until: str, mark: str, tmp_path: Path) -> None:
+    """A tint alone is lost to a screen reader, on paper and to the filter."""
+    begun = {} if until == "search" else {"search": StageState(state="running", started=0.0)}
+    made = MadeRun(tmp_path / "run", num_trials=9, num_blocks=2, until=until, stages=begun)
+    write_report(made.run)
+    page = page_of(tmp_path / "run")
+    table = page[page.index('<table id="trials-table"') :]
+    (marked,) = re.findall(rf'<tr[^>]*class="best">([^\n]*), {mark}</td>', table)
+    best = read_snapshot(made.run).best_trial
+    assert best and f">{best.index}</th>" in marked and table.count(f", {mark}<") == 1
+
+
 def test_every_trial_is_in_the_plots_and_the_best_one_is_marked(long_run: Path) -> None:
     run = read_snapshot(RunDir(long_run, create=False))
     specs = {chart.name: chart.spec for chart in charts(run)}

@@ -170,10 +170,13 @@ def _trial_cells(run: Snapshot, trial: TrialRecord) -> Iterator[tuple[str | floa
     """Every cell of a trial's row: what it is sorted by where that is not its text, what is shown, its class."""
     last = trial.rungs[-1] if trial.rungs else None
     reached = score(last, run.metric) if last else None
+    status = sections.STATUSES[trial.status]
+    if trial == run.best_trial:
+        status += ", winner" if run.results.search else ", best so far"
     figures = (
         (None, f"{trial.index}"),
         (None, trial.origin if trial in run.own_trials else f"{trial.origin}, another search"),
-        (None, sections.STATUSES[trial.status]),
+        (None, status),
         (None, f"{trial.plan_bytes / 1e6:.2f}"),
         (None, f"{trial.mean_bits:.2f}"),
         (reached, "" if reached is None else f"{reached:.4f}"),
