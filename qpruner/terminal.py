@@ -66,7 +66,7 @@ class Terminal:
             TextColumn("{task.description}"),
             BarColumn(),
             MofNCompleteColumn(),
-            TimeElapsedColumn(),
+            _TimeTaken(),
             _TimeLeft(),
             console=self._console,
             speed_estimate_period=PACE_SECONDS,
@@ -184,6 +184,13 @@ class _Stacked:
         for line in lines:
             yield from (*line, Segment.line())
         yield from console.render(self._search, options.update_height(max(0, options.size.height - len(lines))))
+
+
+class _TimeTaken(TimeElapsedColumn):
+    """The time taken, but that of a search's trials, whose bar begins when the first is over: the stage's is above."""
+
+    def render(self, task: Task) -> Text:
+        return Text() if task.fields["counts_trials"] else super().render(task)
 
 
 class _TimeLeft(TimeRemainingColumn):
