@@ -16,6 +16,7 @@ from qpruner.execution.cluster import local_slots
 from qpruner.memory import free_bytes
 from qpruner.plan import told_of_budget
 from qpruner.preflight import Inspection
+from qpruner.report.model_card import told_other_base
 from qpruner.terminal import Terminal
 from qpruner.wording import counted
 
@@ -62,7 +63,7 @@ def check(
         "rows": {name: len(rows) for name, rows in inspection.examples.items()},
         **asdict(inspection.counts),
         "memory_free": free,
-        "warnings": [*inspection.warnings, *_memory_warnings(taken["memory_at_once"], free)],
+        "warnings": [*inspection.warnings, *_memory_warnings(taken["memory_at_once"], free), *_card_warnings(config)],
         **taken,
     }
     if not quiet:
@@ -79,6 +80,11 @@ def _memory_warnings(at_once: int, free: int | None) -> list[str]:
         f"{at_once / 1e9:.2f} GB of memory are needed at most, and {free / 1e9:.2f} GB are free here: lower "
         "`evaluate.batch_size`, `training.micro_batch_size`, `calibration.batch_size` or `search.max_concurrent`"
     ]
+
+
+def _card_warnings(config: RunConfig) -> list[str]:
+    remark = told_other_base(config)
+    return [remark] if remark else []
 
 
 def _rates(config: RunConfig, found: pipeline.Checked, measure: bool, gpu: str | None) -> work.Rates:

@@ -33,6 +33,8 @@ COLUMNS = {
     "text": ("text",),
 }
 OPTIONAL_COLUMNS = {"input"}
+BUILDERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".txt": "text"}
+"""Suffixes of the files that are read, and what datasets calls what they hold."""
 OTHER_SUFFIXES = {".csv", ".tsv", ".xlsx", ".gz", ".zip", ".arrow", ".yaml", ".yml"}
 """Files that are not read; without them a relative path would be looked for on the hub."""
 DEFAULT_COLUMNS = {"answer": "answerKey"}
@@ -251,16 +253,15 @@ def _read_rows(source: DataSource, key: str) -> list[dict[str, Any]]:
 
     datasets.disable_progress_bars()
     path = resolve_source(source.source, f"{key}.source")
-    builders = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".txt": "text"}
     suffix = Path(path).suffix
     logging.getLogger("datasets").setLevel(logging.CRITICAL)  # what fails is told by the error below
     try:
-        if suffix in builders:
+        if suffix in BUILDERS:
             if not Path(path).is_file():
                 raise UserError(f"`{key}.source`: file {path} does not exist; name a data file or a hub id")
             if not Path(path).stat().st_size:
                 raise UserError(f"`{key}.source`: file {path} is empty; name another")
-            rows = datasets.load_dataset(builders[suffix], data_files=path, split=source.split)
+            rows = datasets.load_dataset(BUILDERS[suffix], data_files=path, split=source.split)
         elif path.startswith((".", "/")) or Path(path).exists() or suffix in OTHER_SUFFIXES:
             raise UserError(
                 f"`{key}.source`: {path} is no data file; give a .jsonl, .json, .parquet or .txt file, or a hub id"

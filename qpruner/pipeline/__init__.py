@@ -30,6 +30,7 @@ from qpruner.pipeline.sender import Sender
 from qpruner.pipeline.stage import explained
 from qpruner.records import STAGES, PruneRecord, Results
 from qpruner.report.lines import line_of
+from qpruner.report.model_card import told_other_base
 from qpruner.report.tensorboard import Board
 from qpruner.rundir import RunDir
 from qpruner.runlock import sole_driver
@@ -187,6 +188,8 @@ def _stages(context: Context, until: str) -> Results:
             check_trackers(config.trackers)
         if last >= STAGES.index("finetune"):
             check_finetune(config, context.known_slots)
+        if until == "report" and (remark := told_other_base(config)):
+            emit(Message("report", f"warning: {remark}"))
         if context.address:
             look_at_nodes(context)
         prepared = prepare(context)

@@ -10,6 +10,8 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCardData
 
 from qpruner.card_metadata import front_matter
+from qpruner.config import RunConfig
+from qpruner.data import BUILDERS
 from qpruner.records import GIVEN
 from qpruner.report.markdown import code, measured, prose
 from qpruner.report.snapshot import Snapshot
@@ -32,9 +34,10 @@ def model_card(run: Snapshot, base_card: str | None) -> str:
         base_card: The base model's own card, where it is at hand.
     """
     assert run.results.evaluate and run.results.search
-    base = run.state.config["model"]["source"]
+    config = run.state.config
+    base = config["model"]["source"]
     data = ModelCardData(
-        **_known(run.state.config, base_card or "") | _stated(run.state.config),
+        **_known(config, Path(run.state.folder), base_card or "") | _stated(config),
         library_name="transformers",
         pipeline_tag="text-generation",
         tags=["qpruner", "pruning", "mixed-precision", "lora"],
@@ -86,8 +89,26 @@ def _chosen(run: Snapshot) -> str:
     return "a searched plan"
 
 
-def _is_hub_id(source: str) -> bool:
-    return source.count("/") == 1 and not source.startswith(("/", ".", "~", "package:")) and not Path(source).exists()
+def told_other_base(config: RunConfig) -> str | None:
+    """A remark on a card that names another base model than the one that is pruned, in a sentence; None where it does
+    not, or where the source, which is on no hub, does not tell."""
+    stated, base = config.card.base_model, config.model.source
+    if stated in (None, base) or not _is_hub_id(base, Path()):
+        return None
+    return (
+        f"`card.base_model` is {stated}, but `model.source` is {base}: if the section `card` was copied with another "
+        "model's configuration, leave it out, or state base model, licence and data sets of this one"
+    )
+
+
+def _is_hub_id(source: str, folder: Path) -> bool:
+    """Whether a source is a hub's: no file or folder, as seen from the folder that the command was given in."""
+    return (
+        source.count("/") == 1
+        and not source.startswith(("/", ".", "~", "package:"))
+        and Path(source).suffix not in (*BUILDERS, ".gguf")
+        and not (folder / source).exists()
+    )
 
 
 def base_card(run: Snapshot, run_dir: RunDir) -> str | None:
@@ -104,19 +125,20 @@ def _stated(config: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in config.get("card", {}).items() if value is not None}
 
 
-def _known(config: dict[str, Any], base_card: str) -> dict[str, Any]:
+def _known(config: dict[str, Any], folder: Path, base_card: str) -> dict[str, Any]:
     """What the sources tell by themselves; a licence that is stated takes the place of all that is known of one."""
-    base = config["model"]["source"]
-    licence = {} if "license" in _stated(config) else _license(base_card, base) or _package_license(base)
-    return {"base_model": base if _is_hub_id(base) else None, "datasets": _datasets(config) or None, **licence}
+    source = config["model"]["source"]
+    base = source if _is_hub_id(source, folder) else None
+    licence = {} if "license" in _stated(config) else _license(base_card, base) or _package_license(source)
+    return {"base_model": base, "datasets": _datasets(config, folder) or None, **licence}
 
 
-def _license(card: str, base: str) -> dict[str, Any]:
-    """What the base model's card says of its licence; a file that it names is one of its repository."""
+def _license(card: str, base: str | None) -> dict[str, Any]:
+    """What the base model's card says of its licence; a file that it names is one of its repository, if it has one."""
     metadata = front_matter(card)
     told = {name: metadata[name] for name in ("license", "license_name", "license_link") if metadata.get(name)}
     link = told.get("license_link")
-    if link and "://" not in str(link) and _is_hub_id(base):
+    if link and "://" not in str(link) and base:
         told["license_link"] = f"https://huggingface.co/{base}/blob/main/{link}"
     return told
 
@@ -133,6 +155,7 @@ def _package_license(base: str) -> dict[str, Any]:
     return {"license": told.pop()} if len(told) == 1 and told <= set(SPDX_ON_HUB) else {}
 
 
-def _datasets(config: dict[str, Any]) -> list[str]:
+def _datasets(config: dict[str, Any], folder: Path) -> list[str]:
     """Hub data sets that the model was fine-tuned on."""
-    return list(dict.fromkeys(each["source"] for each in config["data"]["train"] if _is_hub_id(each["source"])))
+    sources = dict.fromkeys(each["source"] for each in config["data"]["train"])
+    return [source for source in sources if _is_hub_id(source, folder)]

@@ -18,7 +18,7 @@ import jsonschema
 import pytest
 import yaml
 from click.testing import CliRunner
-from conftest import with_key
+from conftest import raw_config, with_key
 from hub_server import Repository, serving
 from huggingface_hub import ModelCard
 from made_run import HOSTILE, STAGES, TRIALS, MadeRun, reported_run
@@ -35,6 +35,7 @@ from qpruner.report import by_task, sections
 from qpruner.report.charts import charts
 from qpruner.report.far import edge_of, is_far, told_far
 from qpruner.report.files import write_report
+from qpruner.report.model_card import told_other_base
 from qpruner.report.page import render
 from qpruner.report.page.answer import headline
 from qpruner.report.snapshot import read_snapshot
@@ -471,6 +472,51 @@ def test_a_card_names_the_hub_model_and_data_and_its_licence(tmp_path: Path) -> 
     assert told.license_link == "https://huggingface.co/me/with/blob/main/LICENSE"
     told = card_on("me/without", folders[1], tmp_path / "two")
     assert (told.base_model, told.license) == ("me/without", None)
+
+
+def test_a_card_that_was_copied_with_another_models_configuration_is_remarked(tmp_path: Path, tiny_model: Path) -> None:
+    """By `check`, and by `run` before it begins anything; what a folder holds is its user's to say."""
+    raw = raw_config(tiny_model, tmp_path / "run") | {"card": {"base_model": "HuggingFaceTB/SmolLM2-135M-Instruct"}}
+    assert told_other_base(validate_config(raw)) is None
+    path = tmp_path / "my.yaml"
+    path.write_text(yaml.safe_dump(with_key(raw, "model.source", "me/base")))
+    run_until_begun = (
+        "import sys\nfrom pathlib import Path\n"
+        "from qpruner import events, pipeline\nfrom qpruner.config import load_config\n"
+        "def tell(event):\n"
+        "    if isinstance(event, events.StageStarted):\n        raise SystemExit\n"
+        "    print(vars(event))\n"
+        "pipeline.run(load_config(Path(sys.argv[1])), tell)"
+    )
+    with serving() as hub:
+        files = {each.name: each.read_bytes() for each in tiny_model.iterdir()}
+        hub.repositories["me/base"] = Repository(private=False, files=files)
+        variables = {"HF_ENDPOINT": hub.endpoint, "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "0"}
+        for verb in (["-m", "qpruner", "check"], ["-c", run_until_begun]):
+            command = [sys.executable, *verb, str(path)]
+            done = subprocess.run(command, env=os.environ | variables, capture_output=True, text=True, timeout=300)
+            assert done.returncode == 0, done.stderr[-2000:]
+            remark = "`card.base_model` is HuggingFaceTB/SmolLM2-135M-Instruct, but `model.source` is me/base"
+            assert done.stdout.count(remark) == 1
+
+
+def test_a_local_file_or_folder_is_no_hub_id_wherever_the_report_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Relative paths are those of the folder that the command was given in."""
+    made = MadeRun(tmp_path / "runs" / "one", num_trials=4, num_blocks=2, model="models/base")
+    (tmp_path / "models" / "base").mkdir(parents=True)
+    sources = [{"source": "data/train.jsonl"}, {"source": "yahma/alpaca-cleaned"}]
+    data = made.state.config["data"] | {"train": sources}
+    made.run.write_state(
+        made.state.model_copy(update={"folder": str(tmp_path), "config": made.state.config | {"data": data}})
+    )
+    (tmp_path / "runs" / "one" / "final").mkdir()
+    monkeypatch.chdir(tmp_path / "runs")
+    told = CliRunner().invoke(main, ["report", "one"])
+    assert told.exit_code == 0, told.output
+    card = ModelCard((tmp_path / "runs" / "one" / "final" / "README.md").read_text()).data
+    assert (card.base_model, card.datasets) == (None, ["yahma/alpaca-cleaned"])
 
 
 @pytest.mark.parametrize(
