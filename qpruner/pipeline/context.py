@@ -70,11 +70,17 @@ class Context:
 
     @cached_property
     def worker_config(self) -> RunConfig:
-        """The configuration as workers and lm-eval need it: the folder of tasks and a local model are named by whole
-        paths, since workers have another current folder."""
-        evaluate = self.config.evaluate.model_copy(update={"include_path": preflight.include_path(self.config)})
-        model = self.config.model.model_copy(update={"source": whole_path(self.config.model.source)})
-        return self.config.model_copy(update={"evaluate": evaluate, "model": model})
+        """The configuration as workers and lm-eval need it: what they read themselves is named by whole paths, since
+        they have another current folder."""
+        model, calibration, evaluate = self.config.model, self.config.calibration, self.config.evaluate
+        ids = calibration.token_ids
+        return self.config.model_copy(
+            update={
+                "model": model.model_copy(update={"source": whole_path(model.source)}),
+                "calibration": calibration.model_copy(update={"token_ids": ids and whole_path(ids)}),
+                "evaluate": evaluate.model_copy(update={"include_path": preflight.include_path(self.config)}),
+            }
+        )
 
     @cached_property
     def task_digest(self) -> str:

@@ -291,12 +291,14 @@ def test_a_model_and_tasks_named_from_the_drivers_folder_are_found_by_workers(
     monkeypatch.chdir(tmp_path)
     shutil.copytree(tiny_model, "data/model")
     shutil.copytree(str(files("qpruner") / "demo"), "data/demo")
+    Path("data/ids.json").write_text("[[1, 2, 3], [4, 5]]")
     raw = with_key(raw_config(Path("data/model"), tmp_path / "run"), "evaluate.include_path", "data/demo/tasks")
-    config = validate_config(raw)
+    config = validate_config(with_key(raw, "calibration.token_ids", "data/ids.json"))
     prepared = run(config, lambda event: None, one_gpu, "prepare").prepare
     assert prepared and prepared.model_path == str(tmp_path / "data/model")
     context = Context(config, RunDir(tmp_path / "run"), lambda event: None, None, inspect(config))
     assert context.worker_config.evaluate.include_path == str(tmp_path / "data/demo/tasks")
+    assert context.worker_config.calibration.token_ids == str(tmp_path / "data/ids.json"), "a dry run reads it there"
     assert context.config.model.source == "data/model", "what is recorded and digested stays as the user wrote it"
 
 
