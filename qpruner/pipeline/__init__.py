@@ -167,11 +167,14 @@ def run(
 
         try:
             with progress.ending():
-                return _stages(Context(config, run_dir, tell, address, inspection), until)
+                results = _stages(Context(config, run_dir, tell, address, inspection), until)
         except BaseException:
             if progress.is_told:  # else nothing was begun, and the report of an earlier command stands
                 report_unfinished(run_dir)
             raise
+        if until != "report":
+            tell(Message("report", report_unfinished(run_dir)))
+        return results
 
 
 def _stages(context: Context, until: str) -> Results:

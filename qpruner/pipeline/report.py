@@ -30,9 +30,14 @@ def report(context: Context, results: Results) -> Results:
     return results
 
 
-def report_unfinished(run_dir: RunDir) -> None:
-    """The report of a run that failed or was interrupted; what keeps it from being written must not hide why."""
+def report_unfinished(run_dir: RunDir) -> str:
+    """Write the report of a run that ended before its last stage; what keeps it from being written must not hide why.
+
+    Returns:
+        Where it is, or that there is none, for a person.
+    """
     try:
-        write_report(run_dir)
-    except Exception:
+        return f"{name_of(write_report(run_dir))} has the run so far"
+    except Exception as error:
         logging.getLogger(__name__).exception("no report of the unfinished run could be written")
+        return f"warning: no report of the run so far could be written: {error}; `qpruner report` writes it anew"

@@ -14,7 +14,7 @@ from conftest import raw_config, with_key
 
 from qpruner.config import validate_config
 from qpruner.errors import UserError
-from qpruner.events import Event, Progress
+from qpruner.events import Event, Message, Progress
 from qpruner.pipeline import run
 from qpruner.pipeline.progress import PACKAGES, _cpu_model, _environment
 
@@ -52,16 +52,32 @@ def test_long_steps_tell_how_far_they_are(tiny_model: Path, tmp_path: Path) -> N
     assert ("bank", "groups") in told
 
 
+def test_a_command_up_to_a_stage_leaves_a_report_as_far_as_that(tiny_model: Path, tmp_path: Path) -> None:
+    """After hours of a search there is something to look at, and of this command, not of an older one."""
+    root, said = tmp_path / "run", []
+    raw = raw_config(tiny_model, root)
+    for until in ("prepare", "prune"):
+        run(validate_config(raw), said.append, until=until)
+        assert f"Ended after stage {until}, as asked." in (root / "report.html").read_text()
+        assert json.loads((root / "results.json").read_text())["standing"] == f"Ended after stage {until}, as asked."
+    assert said[-1] == Message("report", f"{root / 'report.html'} has the run so far")
+    (root / "results.json").unlink()
+    (root / "results.json").mkdir()  # as good as a file that cannot be written
+    run(validate_config(raw), said.append, until="prepare")
+    assert isinstance(said[-1], Message) and said[-1].text.startswith("warning: no report of the run so far could be ")
+
+
 def test_a_refused_command_leaves_what_the_last_one_told(tiny_model: Path, tmp_path: Path) -> None:
     """`qpruner status` and a new report would else call the run that stands there failed."""
     raw, told = raw_config(tiny_model, tmp_path / "run"), tmp_path / "run" / "run.json"
     run(validate_config(raw), ignore, until="prepare")
-    before = told.read_bytes()
+    before, page = told.read_bytes(), tmp_path / "run" / "report.md"
+    page.write_text("as the last command left it")
     refused = with_key(raw, "search.resources_per_trial", {"gpu": 999})
     with pytest.raises(UserError, match="ask for less"):
         run(validate_config(refused), ignore, until="search")
     assert told.read_bytes() == before
-    assert not (tmp_path / "run" / "report.md").exists()
+    assert page.read_text() == "as the last command left it"
 
 
 def test_a_command_that_finds_everything_recorded_says_that_it_is_done(tiny_model: Path, tmp_path: Path) -> None:
