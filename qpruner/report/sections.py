@@ -63,6 +63,10 @@ FRONT_CAPTION = "Plans that none of fewer or equal bytes beats on fresh rows"
 FRESH_HEADINGS = ("selection loss", "selection accuracy")
 RUNGS_CAPTION = "Every trial at each rung, by optimizer step; a trial that was stopped or failed has none after it"
 METHOD_HEADINGS = ("method", "what", "unit", "seconds", "rank correlation")
+METHODS_CAPTION = (
+    "Sensitivities; first_order, fisher and second_order come from one pass, kl and loss from another: each has the "
+    "seconds of the whole pass"
+)
 GROUPS_CAPTION = "What a method predicts that fewer bits cost, over the most bits a group may take"
 STEP_HEADINGS = ("model", "scores")
 STEPS_TEXT = (

@@ -118,6 +118,7 @@ def test_the_page_answers_first_and_leaves_nothing_out(long_run: Path) -> None:
     results = json.loads((long_run / "results.json").read_text())
     assert text.index("The answer") < text.index("Quality by task") < text.index("The search")
     assert results["claim"].splitlines()[0] in text
+    assert sections.METHODS_CAPTION in text, "what is measured in one pass takes its seconds once"
     assert "92.0 MB" in text and "times smaller than the base model's 278.8 MB" in text
     assert outline.tags["tr"] > 200
     for each in ("qpruner run my.yaml --set search.max_trials=200", "2.13.0", "AMD EPYC 9555", "rank: 4"):
