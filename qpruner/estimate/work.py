@@ -257,7 +257,8 @@ class _Count:
         """Validation at every rung, and the finalists on fresh rows."""
         search = self._config.search
         rung = self.split("validation") + self._questions("search")
-        finalists = min(search.num_trials, search.confirm + len(self._config.sensitivity.methods))
+        best = 1 if search.plan else search.confirm
+        finalists = min(search.max_trials, best + len(self._config.sensitivity.methods))
         return steps.rungs * rung + finalists * (self.split("confirmation") / 2 + self._questions("search"))
 
     def evaluation(self) -> float:

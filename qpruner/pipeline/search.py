@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -78,13 +79,14 @@ def search(context: Context, banked: BankRecord, measured: SensitivityRecord) ->
 
         resources = context.trial_resources
         priors = {name: method.values for name, method in measured.methods.items()}
+        controls = controls_of(space, priors)
         job = ray_tune.SearchJob(
             config=context.worker_config,
             trial=run_trial,
             materials=Materials(context.checkpoint, context.bank, context.data),
             layout=context.layout,
             space=space,
-            controls=[(GIVEN, given)] if given else controls_of(space, priors),
+            controls=[(GIVEN, given)] if given else controls,
             priors=priors,
             trials=context.run_dir.trials / trials_digest,
             scratch=context.run_dir.tune,
@@ -93,6 +95,8 @@ def search(context: Context, banked: BankRecord, measured: SensitivityRecord) ->
             resources=resources,
             check_node=context.check_node,
         )
+        # Beside a plan that was given the controls are not run, but known for what they are where a search ran them.
+        known = replace(job, controls=[*controls, *job.controls])
         context.join()
         room = Room(lambda: context.slots, resources, settings.max_concurrent, context.emit)
         resumed = _tell_recorded(context, job)
@@ -100,17 +104,16 @@ def search(context: Context, banked: BankRecord, measured: SensitivityRecord) ->
             outcome = ray_tune.search(job, room, context.emit, context.trackers)
             tell(f"ended: {outcome.ended}")
             usable = [*outcome.trials, *(trial for trial in outcome.taken_over if space.is_feasible(_plan(trial)))]
-            if given:
-                usable = [trial for trial in usable if _plan(trial) == given]
-            finalists = _finalists(usable, job)
+            finalists = _beside_given(usable, given, known) if given else _finalists(usable, job)
             # What is fine to read may not be what was written.
             if not [trial for trial in finalists if begin_anew_if_damaged(job.trials, trial, tell)]:
                 break
         held = context.gpu_time.seconds
-        confirmations = _confirm(context, finalists, job)
-        best = _best(confirmations, job)
-        best_control = _best([each for each in confirmations if each.control], job)
+        confirmations = _confirm(context, finalists, known)
         by_index = {trial.index: trial for trial in finalists}
+        eligible = [each for each in confirmations if given is None or _plan(by_index[each.index]) == given]
+        best = _best(eligible, job)
+        best_control = _best([each for each in confirmations if each.control], job)
         assert best is not None, "there are finalists"
         write_json(scratch / "best.json", by_index[best.index])
         statuses = [trial.status for trial in outcome.trials]
@@ -131,7 +134,7 @@ def search(context: Context, banked: BankRecord, measured: SensitivityRecord) ->
             "confirmation_gpu_seconds": context.gpu_time.seconds - held,
             "confirmations": confirmations,
             "best_index": best.index,
-            "best_origin": best.origin,
+            "best_origin": GIVEN if given else best.origin,
             "best_plan": by_index[best.index].plan,
             "best_control": best_control.index if best_control else None,
             "control_won": best.control and not given,
@@ -153,21 +156,27 @@ def search(context: Context, banked: BankRecord, measured: SensitivityRecord) ->
 def search_stage(context: Context, banked: BankRecord, measured: SensitivityRecord) -> Stage:
     """What `search` depends on: the digests of its trials and of what is proposed, and where it ends."""
     settings, space, given = context.config.search, context.space, context.given_plan
-    search_digest = digest_of(
-        measured.digest,
-        space.budget_bytes,
-        settings.searcher,
-        settings.metric,
-        settings.pareto,
-        context.config.seed,
-        *([given.as_dict()] if given else []),
-    )
+    search_digest = _search_digest(context, measured, given)
     trials_digest = _trials_digest(context, banked, search_digest)
     trials = "the given plan" if given else f"{counted(settings.max_trials, 'trial')}, {settings.searcher}"
     detail = f"{trials}, {counted(settings.steps, 'step')} each, budget {space.budget_bytes / 1e6:.1f} MB"
     # More trials or hours go on from those there are.
     ends = (settings.max_trials, settings.max_hours, settings.max_gpu_hours, settings.patience, settings.confirm)
     return Stage("search", detail, (trials_digest, search_digest, *ends))
+
+
+def _search_digest(context: Context, measured: SensitivityRecord, given: PrecisionPlan | None) -> str:
+    """Digest of what is proposed, or of the plan that is given in its place."""
+    settings = context.config.search
+    return digest_of(
+        measured.digest,
+        context.space.budget_bytes,
+        settings.searcher,
+        settings.metric,
+        settings.pareto,
+        context.config.seed,
+        *([given.as_dict()] if given else []),
+    )
 
 
 def _trials_digest(context: Context, banked: BankRecord, search_digest: str) -> str:
@@ -235,6 +244,17 @@ def _finalists(trials: Sequence[TrialRecord], job: SearchJob) -> list[TrialRecor
         weighed = [(trial.plan_bytes, score) for trial, score in zip(finished, scores, strict=True)]
         chosen += non_dominated(weighed)
     return [finished[position] for position in sorted(set(chosen))]
+
+
+def _beside_given(trials: Sequence[TrialRecord], given: PrecisionPlan, job: SearchJob) -> list[TrialRecord]:
+    """The trial of the plan that was given, and every control that a search has finished: what it is compared with.
+
+    Raises:
+        StageError: If the given plan's trial did not finish.
+    """
+    tried = _finalists([trial for trial in trials if _plan(trial) == given], job)
+    controls = [trial for trial in trials if trial.status == "finished" and job.control_of(_plan(trial))]
+    return sorted({trial.index: trial for trial in (*tried, *controls)}.values(), key=lambda trial: trial.index)
 
 
 def non_dominated(points: Sequence[tuple[float, float]]) -> list[int]:

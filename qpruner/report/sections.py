@@ -53,12 +53,12 @@ LEGEND = (
     "standard error of an accuracy over questions. "
     "In the claim an interval is the widest of Student's over seeds, Student's over random plans and the paired one "
     "over questions, each at 95 % by itself. The confirmation loss is on the half of the confirmation rows that chose "
-    "nothing, the selection loss on the other half, which chose the winner and the best seed. The test questions have "
-    "chosen nothing."
+    "nothing, the selection loss on the other half, which chose the best seed and, in a search, the winner. The test "
+    "questions have chosen nothing."
 )
 
 
-FINALISTS_CAPTION = "Finalists on the fresh rows that chose the winner"
+FINALISTS_CAPTION = "Finalists on fresh rows"
 FRONT_CAPTION = "Plans that none of fewer or equal bytes beats on fresh rows"
 FRESH_HEADINGS = ("selection loss", "selection accuracy")
 RUNGS_CAPTION = "Every trial at each rung, by optimizer step; a trial that was stopped or failed has none after it"
@@ -214,7 +214,11 @@ def search_text(search: SearchRecord) -> list[str]:
         failed = [f"{number} {kind} ({remedy_of(kind)})" for kind, number in sorted(search.failures.items())]
         told += f" Failed: {', '.join(failed)}."
     if search.best_origin == GIVEN:
-        return [told, f"Trial {search.best_index} is the plan that was given, the only one scored on fresh rows."]
+        controls = len(search.confirmations) - 1
+        beside = f"scored on fresh rows beside {counted(controls, 'control')} that a search had tried"
+        scored = beside if controls else "the only one scored on fresh rows"
+        given = f"Trial {search.best_index} is the plan that was given, {scored}"
+        return [told, f"{given}; where this report speaks of a winner, it is meant."]
     outcome = "a control: no searched plan beat it" if search.control_won else "a searched plan"
     return [told, f"On fresh rows trial {search.best_index} ({search.best_origin}) was best, {outcome}."]
 

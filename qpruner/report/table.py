@@ -212,8 +212,7 @@ def _compared(results: Results, other: str) -> Comparison:
         if ours.seed == theirs.seed
     ]
     if not pairs:
-        missing = {BEST_SEED: "no seed plan was confirmed", RANDOM: "no other plan of equal bytes was found"}
-        return Comparison(other, "", (), None, missing[other], ())
+        return Comparison(other, "", (), None, _missing(other, results.search), ())
     shares = [(theirs.measured_bytes - ours.measured_bytes) / ours.measured_bytes for ours, theirs, _, _ in pairs]
     share = max(shares, key=abs)
     reason = None
@@ -233,6 +232,15 @@ def _compared(results: Results, other: str) -> Comparison:
         ]
     seeds = tuple(dict.fromkeys(ours.seed for ours, _, _, _ in pairs))
     return Comparison(other, pairs[0][1].origin, seeds, share, reason, tuple(each for each in differences if each))
+
+
+def _missing(other: str, search: SearchRecord | None) -> str:
+    """Why there is no such row."""
+    if other == RANDOM:
+        return "no other plan of equal bytes was found"
+    if search and search.best_origin == GIVEN:
+        return "a plan was given, and no seed plan of this budget has finished in this folder"
+    return "no seed plan was confirmed"
 
 
 def _over_questions(

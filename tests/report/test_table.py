@@ -262,6 +262,10 @@ def test_one_random_plan_of_other_bytes_spoils_the_comparison() -> None:
 def test_rows_that_are_not_there_are_missed_aloud() -> None:
     only_random = results_of([*row_of(RANDOM, [2.0]), *searched_row([1.0])])
     assert line_about(only_random, BEST_SEED).endswith("no claim, no seed plan was confirmed.")
+    given = results_of([*row_of(RANDOM, [2.0]), *searched_row([1.0])], best_origin=GIVEN)
+    assert line_about(given, BEST_SEED).endswith(
+        "no claim, a plan was given, and no seed plan of this budget has finished in this folder."
+    )
     only_seed = results_of([*row_of(BEST_SEED, [2.0]), *searched_row([1.0])])
     assert line_about(only_seed, RANDOM).endswith("no claim, no other plan of equal bytes was found.")
 
@@ -284,7 +288,10 @@ def test_a_plan_that_was_given_is_not_called_searched() -> None:
     results = results_of([*row_of(BEST_SEED, [2.0]), *searched_row([1.0])], best_origin=GIVEN)
     assert claim(results).startswith("Given plan: ")
     assert cells(rows(results)[-1])[0] == "given plan"
-    assert search_text(made_search(PLAN, best_origin=GIVEN))[1].startswith("Trial 7 is the plan that was given, ")
+    alone = made_search(PLAN, best_origin=GIVEN, confirmations=(made_confirmation(7, GIVEN, 2.0),))
+    assert search_text(alone)[1].startswith("Trial 7 is the plan that was given, the only one scored on fresh rows; ")
+    beside = made_search(PLAN, best_origin=GIVEN)
+    assert "given, scored on fresh rows beside 1 control that a search had tried; " in search_text(beside)[1]
 
 
 def test_a_plan_that_was_given_is_told_whole_to_repeat_it() -> None:

@@ -81,8 +81,26 @@ def test_a_plan_changed_by_hand_is_one_more_trial_and_what_is_fine_tuned(searche
     assert [(row["from"], row["search"]) for row in listed] == [
         ("uniform-4", "another"), ("seed-first-order", "another"), ("given", "this"),
     ]  # fmt: skip
-    stage = json.loads((run / "run.json").read_text())["stages"]["search"]
-    assert (stage["done"], stage["total"]) == (1, 1), "its bar counts the one plan"
+
+
+@pytest.mark.slow
+def test_a_given_plan_is_compared_with_the_best_seed_that_a_search_has_tried(searched: Path) -> None:
+    run = searched.parent / "run"
+    changed = {**yaml.safe_load(qpruner("plan", run, "--trial", 0).stdout), "layers.0.o": 8}
+    file = searched.parent / "compared.yaml"
+    file.write_text(yaml.safe_dump(changed))
+    compared = ("--set", "finetune.compare=true", "--set", "finetune.seeds=1")
+    done = qpruner("finetune", searched, "--plan", file, *compared)
+    assert done.returncode == 0, done.stderr[-3000:]
+    record = search_of(run)
+    assert record["best_plan"] == changed and record["best_origin"] == "given", "whatever the others scored"
+    assert [each["origin"] for each in record["confirmations"] if each["control"]] == [
+        "uniform-4", "seed-first-order", "given",
+    ]  # fmt: skip
+    tuned = json.loads((run / "records" / "finetune.json").read_text())["candidates"]
+    origins = {row["name"]: row["origin"] for row in tuned}
+    assert origins["best seed"] == "seed-first-order at the winner's bytes"
+    assert origins["searched"] == f"given, trial {record['best_index']}"
 
 
 @pytest.mark.slow
@@ -93,7 +111,9 @@ def test_a_plan_that_a_search_has_tried_is_not_tried_again(searched: Path) -> No
     file.write_text(qpruner("plan", run, "--trial", 1, "--json").stdout)
     done = qpruner("search", searched, "--plan", file)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert (search_of(run)["num_trials"], search_of(run)["best_index"]) == (0, 1)
+    record = search_of(run)
+    assert (record["num_trials"], record["best_index"], record["best_origin"]) == (0, 1, "given")
+    assert [each["origin"] for each in record["confirmations"]][1] == "seed-first-order", "the best seed may be itself"
     assert {path: path.read_bytes() for path in before} == before
 
 
@@ -137,3 +157,15 @@ def test_check_refuses_a_plan_for_another_model(searched: Path) -> None:
     done = qpruner("check", searched, "--set", f"search.plan={file}")
     assert done.returncode == 2
     assert "`layers.7.qkv` is no group of this model" in done.stderr
+
+
+@pytest.mark.slow
+def test_where_no_control_was_tried_a_given_plan_stands_alone(searched: Path) -> None:
+    run = searched.parent / "run"
+    file = searched.parent / "alone.yaml"
+    file.write_text(qpruner("plan", run, "--trial", 0).stdout)
+    done = qpruner("search", searched, "--plan", file, "--set", "search.reuse_trials=false")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert [each["index"] for each in search_of(run)["confirmations"]] == [0]
+    stage = json.loads((run / "run.json").read_text())["stages"]["search"]
+    assert (stage["done"], stage["total"]) == (1, 1), "its bar counts the one plan"
