@@ -267,9 +267,14 @@ class TrialRecord(Recorded):
         return self.worker is not None or bool(self.rungs)
 
     @property
+    def is_given(self) -> bool:
+        """Whether its plan was first tried because it was given."""
+        return self.origin == GIVEN
+
+    @property
     def is_control(self) -> bool:
         """Whether its plan was there before the search: a uniform one, a sensitivity's seed, or one that was given."""
-        return self.origin == GIVEN or self.origin.startswith(("uniform-", "seed-"))
+        return self.is_given or self.origin.startswith(("uniform-", "seed-"))
 
     @property
     def is_ruined(self) -> bool:
@@ -540,6 +545,9 @@ class SearchState(Recorded):
     trials_digest: str
     search: str
     """Of its own trials; see `TrialRecord.search`."""
+    beside: str | None = None
+    """Where a plan was given: of the search that the configuration asks for without it, which that plan is shown
+    beside."""
     metric: Literal["loss", "accuracy"]
     budget_bytes: int
     max_trials: int

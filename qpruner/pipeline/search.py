@@ -61,6 +61,7 @@ def search(context: Context, banked: BankRecord, measured: SensitivityRecord) ->
     state = SearchState(
         trials_digest=trials_digest,
         search=search_digest,
+        beside=_search_digest(context, measured, None) if given else None,
         metric=settings.metric,
         budget_bytes=space.budget_bytes,
         max_trials=settings.num_trials,

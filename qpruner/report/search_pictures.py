@@ -77,7 +77,8 @@ def draw_front(trials: Sequence[TrialRecord], search: SearchState) -> Any:
     finished = [trial for trial in trials if trial.status == "finished"]
     kinds = {
         "searched": ([trial for trial in finished if not trial.is_control], "o", COLORS[4]),
-        "control": ([trial for trial in finished if trial.is_control], "D", COLORS[16]),
+        "control": ([trial for trial in finished if trial.is_control and not trial.is_given], "D", COLORS[16]),
+        "given plan": ([trial for trial in finished if trial.is_given], "s", "black"),
         "stopped early": ([trial for trial in trials if trial.status == "stopped"], "x", "tab:gray"),
     }
     for label, (shown, marker, color) in kinds.items():
@@ -85,7 +86,7 @@ def draw_front(trials: Sequence[TrialRecord], search: SearchState) -> Any:
         if points:
             axes.scatter(*zip(*points, strict=True), marker=marker, color=color, label=label, zorder=3)
     front = front_of(finished, metric)
-    for trial in {trial.index: trial for trial in (*kinds["control"][0], *front)}.values():
+    for trial in {trial.index: trial for trial in (*kinds["control"][0], *kinds["given plan"][0], *front)}.values():
         number = str(trial.index)
         axes.annotate(number, place(trial), xytext=(-4, 4), textcoords="offset points", fontsize=7, ha="right")
     if front:

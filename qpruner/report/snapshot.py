@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING
 
 from qpruner.errors import UserError
 from qpruner.plan import PrecisionPlan
-from qpruner.records import Results, RunState, TrialRecord
+from qpruner.records import GIVEN, Results, RunState, TrialRecord
 from qpruner.report.life import Life, read_life
 from qpruner.report.marginal_effects import MarginalEffects, marginal_effects
 from qpruner.report.recorded import KINDS, read_results
-from qpruner.report.standing import FIGURES, best_of
+from qpruner.report.standing import FIGURES, best_of, shown_together
 from qpruner.report.stretches import Stretch, stretches
 from qpruner.rundir import RunDir
 from qpruner.runlock import Driver
@@ -76,6 +76,16 @@ class Snapshot:
     def own_trials(self) -> list[TrialRecord]:
         """Without those that a search with another budget or searcher left."""
         return [trial for trial in self.trials if self.state.search and trial.search == self.state.search.search]
+
+    @property
+    def shown_together(self) -> list[TrialRecord]:
+        """The trials that best-so-far is told of: beside a plan that was given those of the search, too."""
+        return shown_together(self.state.search, self.trials) if self.state.search else []
+
+    @property
+    def is_given(self) -> bool:
+        """Whether the plan was given, not searched for."""
+        return self.results.search is not None and self.results.search.best_origin == GIVEN
 
     @property
     def stretches(self) -> list[Stretch]:

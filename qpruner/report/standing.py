@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from qpruner.plan import PrecisionPlan
-from qpruner.records import GIVEN, RungResult, SearchState, TrialRecord
+from qpruner.records import RungResult, SearchState, TrialRecord
 
 FIGURES = {"loss": "validation loss", "accuracy": "accuracy"}
 
@@ -63,6 +63,16 @@ def standing(search: SearchState, records: Iterable[TrialRecord]) -> Standing:
     )
 
 
+def shown_together(search: SearchState, records: Iterable[TrialRecord]) -> list[TrialRecord]:
+    """The trials that curves and pictures compare: those of the search; of a plan that was given, it, every other one
+    that was, and the search that it stands beside."""
+    return [
+        trial
+        for trial in records
+        if trial.search in (search.search, search.beside) or (search.beside and trial.is_given)
+    ]
+
+
 def best_of(finished: Iterable[TrialRecord], metric: str) -> TrialRecord | None:
     """The trial with the best score at its last rung; the first of equal ones."""
     return min(finished, key=lambda trial: (cost(trial.rungs[-1], metric), trial.index), default=None)
@@ -83,7 +93,7 @@ def score(rung: RungResult, metric: str) -> float:
 
 def control_name(control: TrialRecord) -> str:
     """What the best control is called: a plan that the user gave stands for itself."""
-    return "given plan" if control.origin == GIVEN else "best control"
+    return "given plan" if control.is_given else "best control"
 
 
 def best_so_far(over: Sequence[TrialRecord], metric: str) -> list[float | None]:

@@ -20,7 +20,7 @@ import yaml
 from qpruner import events
 from qpruner.config import RunConfig
 from qpruner.records import Results, SearchRecord, SearchState, SensitivityRecord, TrialRecord, digest_of
-from qpruner.report.standing import bar, best_so_far, in_order_of_end, score
+from qpruner.report.standing import bar, best_so_far, in_order_of_end, score, shown_together
 from qpruner.rundir import RunDir
 
 if TYPE_CHECKING:
@@ -92,17 +92,17 @@ class Board:
         assert self._search
         trials = self._trials.values()
         kept = {run_name(trial) for trial in trials}
-        kept |= {control_name(trial) for trial in trials if trial.search == self._search.search}
+        kept |= {control_name(trial) for trial in shown_together(self._search, trials)}
         for folder in (*self._folder.glob("trial-*"), *self._folder.glob("control-*")):
             if folder.name not in kept:
                 shutil.rmtree(folder)
 
     def _write_search(self, is_over: bool = False) -> None:
         assert self._search
-        own = [trial for trial in self._trials.values() if trial.search == self._search.search]
-        over = in_order_of_end(own)
-        write_curves(self._folder, self._search, over, self._config)
-        write_pictures(self._folder, self._search, over, is_over)
+        trials = self._trials.values()
+        over = in_order_of_end(shown_together(self._search, trials))
+        write_curves(self._folder, self._search, over, in_order_of_end(trials)[:1], self._config)
+        write_pictures(self._folder, self._search, over, is_over, self._config.search.max_trials)
 
 
 def run_name(trial: TrialRecord) -> str:
@@ -111,8 +111,8 @@ def run_name(trial: TrialRecord) -> str:
 
 
 def control_name(trial: TrialRecord) -> str:
-    """How TensorBoard lists the line of a control."""
-    return f"control-{trial.origin}"
+    """How TensorBoard lists the line of a control; of plans that were given there may be several."""
+    return f"control-{trial.origin}{f'-{trial.index:04d}' if trial.is_given else ''}"
 
 
 def write_trial(folder: Path, search: SearchState, trial: TrialRecord) -> None:
@@ -157,21 +157,28 @@ def _columns(search: SearchState, trial: TrialRecord) -> dict[str, str | float]:
     }
 
 
-def write_curves(folder: Path, search: SearchState, over: Sequence[TrialRecord], config: RunConfig) -> None:
+def write_curves(
+    folder: Path,
+    search: SearchState,
+    over: Sequence[TrialRecord],
+    listed: Sequence[TrialRecord],
+    config: RunConfig,
+) -> None:
     """The best so far of the searched plans against trials, each control as a run and line of its own, the columns of
     the HParams table and the configuration.
 
     Args:
         folder: Where the runs lie.
         search: What it is about.
-        over: Its trials that are over, in the order of their ends; where none is, the table has no columns yet.
+        over: Trials to compare that are over, in the order of their ends.
+        listed: One that the HParams table lists, whose columns all of them have; none where the table is empty yet.
         config: The run's configuration.
     """
     from qpruner.report import event_files
 
     text = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
     begun = [event_files.charts(LAYOUT), event_files.text("config", f"```yaml\n{text}```")]
-    begun += [event_files.experiment(_columns(search, trial), _metrics(config)) for trial in over[:1]]
+    begun += [event_files.experiment(_columns(search, trial), _metrics(config)) for trial in listed]
     times = [trial.times[-1] if trial.times else 0.0 for trial in over]
     best = best_so_far(over, search.metric)
     points = [(count, value) for count, value in enumerate(best, 1) if value is not None]
@@ -180,7 +187,7 @@ def write_curves(folder: Path, search: SearchState, over: Sequence[TrialRecord],
     for control in (trial for trial in over if trial.is_control and trial.status == "finished"):
         value, moment = score(control.rungs[-1], search.metric), control.times[-1] if control.times else 0.0
         # Two points: with more, TensorBoard takes the best trials for outliers and leaves them outside the chart.
-        line = [event_files.scalar(BEST, value, count, moment) for count in (1, search.max_trials)]
+        line = [event_files.scalar(BEST, value, count, moment) for count in (1, config.search.max_trials)]
         event_files.write_events(folder / control_name(control), line)
 
 
@@ -190,7 +197,9 @@ def _metrics(config: RunConfig) -> dict[str, str]:
     return {f"rungs/{name} at step {step}": f"{name} at step {step}" for name in scored for step in config.search.rungs}
 
 
-def write_pictures(folder: Path, search: SearchState, over: Sequence[TrialRecord], is_over: bool) -> None:
+def write_pictures(
+    folder: Path, search: SearchState, over: Sequence[TrialRecord], is_over: bool, max_trials: int
+) -> None:
     """The plans by score and the front, after every tenth of the trials and at the end.
 
     A picture is an event file of its own, named by what it shows, so that none is drawn twice.
@@ -209,7 +218,7 @@ def write_pictures(folder: Path, search: SearchState, over: Sequence[TrialRecord
         name = path.name.rpartition(".")[2]
         if name != name_of(int(name.partition("-")[0])):
             path.unlink()
-    every = math.ceil(search.max_trials / MOST_PICTURES)
+    every = math.ceil(max_trials / MOST_PICTURES)
     for count in range(1, len(over) + 1):
         is_due = count % every == 0 or (is_over and count == len(over))
         if not is_due or not any(trial.rungs for trial in over[:count]):

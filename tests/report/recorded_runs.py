@@ -81,7 +81,7 @@ def trials() -> list[TrialRecord]:
 
 def search_state(**fields: Any) -> SearchState:
     given = {"metric": "loss", "budget_bytes": 32 * MEGABYTE, "max_trials": 20, "steps": 8, "slots": 2}
-    return SearchState(trials_digest=DIGEST, search=MINE, **given | fields)
+    return SearchState(**{"trials_digest": DIGEST, "search": MINE, **given, **fields})
 
 
 def sensitivity() -> SensitivityRecord:

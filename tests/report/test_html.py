@@ -201,6 +201,31 @@ def test_of_a_search_by_accuracy_what_is_far_lies_below() -> None:
     assert edge_of(trials[1:], "accuracy") is None and told_far(trials[1:], "accuracy", None) == ""
 
 
+def test_a_given_plan_is_shown_beside_the_trials_of_the_search(tmp_path: Path) -> None:
+    made = MadeRun(tmp_path / "run", num_trials=20)
+    [before] = [chart for chart in charts(read_snapshot(made.run)) if chart.name == "progress"]
+    seed = made.trials[1]
+    given = seed.model_copy(update={"index": 20, "origin": "given", "search": "9" * 16})
+    write_trial(made.run.trials / TRIALS, given)
+    searched = made.run.read_record("search", SearchRecord)
+    assert searched and made.state.search
+    update = {"best_index": 20, "best_origin": "given", "best_plan": given.plan, "num_trials": 1}
+    made.run.write_record("search", searched.model_copy(update=update))
+    state = made.state.search.model_copy(update={"search": "9" * 16, "beside": made.state.search.search})
+    made.run.write_state(made.state.model_copy(update={"search": state}))
+    found = {chart.name: chart.complete for chart in charts(read_snapshot(made.run))}
+    lines, points = (layer["data"]["values"] for layer in found["progress"]["layer"])
+    assert points[:-1] == before.complete["layer"][1]["data"]["values"], "the search's trials are still there"
+    assert (points[-1]["trial"], points[-1]["kind"]) == (20, "given plan")
+    assert {each["kind"] for each in lines} == {"searched", "control"}
+    [ringed] = [point for point in found["pareto"]["data"]["values"] if point["best"]]
+    assert (ringed["trial"], ringed["kind"]) == (20, "given plan")
+    assert '"text": {"value": "given plan"}' in json.dumps(found["pareto"])
+    write_report(made.run)
+    text = words(page_of(made.run.root))
+    assert "The given plan" in text and "The winner's plan" not in text and "found by" not in text
+
+
 def test_the_report_for_github_has_a_picture_of_every_plot(long_run: Path) -> None:
     text = (long_run / "report.md").read_text()
     pictures = re.findall(r"!\[[^]]*\]\((pictures/[^)]+)\)", text)

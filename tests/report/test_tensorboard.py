@@ -13,7 +13,19 @@ from typing import Any
 import pytest
 from chromium import chromium
 from made_run import MadeRun
-from recorded_runs import GROUPS, RUNGS, STARTED, config_of, planned, recorded_run, search_state, trial, trials
+from recorded_runs import (
+    ANOTHER,
+    GROUPS,
+    MINE,
+    RUNGS,
+    STARTED,
+    config_of,
+    planned,
+    recorded_run,
+    search_state,
+    trial,
+    trials,
+)
 from tensorboard.backend.event_processing.data_provider import MultiplexerDataProvider
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.backend.event_processing.plugin_event_multiplexer import EventMultiplexer
@@ -24,7 +36,7 @@ from tensorboard.plugins.hparams import metadata
 from tensorboard.plugins.scalar.scalars_plugin import ScalarsPlugin
 from tensorboard_server import serving
 
-from qpruner.events import StageFinished, StageSkipped, StageStarted, TrialChanged
+from qpruner.events import SearchPlanned, StageFinished, StageSkipped, StageStarted, TrialChanged
 from qpruner.records import RungResult, TrialRecord
 from qpruner.report.snapshot import read_snapshot
 from qpruner.report.tensorboard import BEST, Board, run_name, write_result, write_trial
@@ -33,7 +45,7 @@ OVER = StageFinished("search", 1.0, "")
 
 
 def board_of(root: Path) -> Board:
-    return Board(root, config_of(Path("runs/demo")))
+    return Board(root, config_of(Path("runs/demo"), search__max_trials=20))
 
 
 def read(root: Path, run: str) -> EventAccumulator:
@@ -161,7 +173,7 @@ def test_pictures_and_texts_are_there(written: Path) -> None:
     assert steps == [2, 4, 5]
     assert read(written, "sensitivity").Images("sensitivity/by group")[0].encoded_image_string.startswith(b"\x89PNG")
     text = read(written, "search").Tensors("config/text_summary")[0].tensor_proto.string_val[0].decode()
-    assert "max_trials: 5" in text
+    assert "max_trials: 20" in text
 
 
 def as_it_goes(root: Path, records: list[TrialRecord]) -> Board:
@@ -251,6 +263,58 @@ def test_a_new_search_in_the_same_folder_shows_nothing_of_the_last_ones_end(tmp_
     assert (folder / "winner").is_dir()
     board.listen(StageStarted("search", "4 trials"))
     assert not (folder / "result").exists() and not (folder / "winner").exists()
+
+
+def given_plan(records: list[TrialRecord], index: int) -> SearchPlanned:
+    """What a command with a plan of its own begins with, on the folder of a search."""
+    return planned(records, search=f"{index:016d}", beside=MINE, max_trials=1)
+
+
+def given_trial(index: int, plan: str, last: float) -> TrialRecord:
+    return trial(index, plan, [3.3, 3.2, last], origin="given", search=f"{index:016d}")
+
+
+def test_plans_that_were_given_join_the_trials_of_the_search(shown: Path) -> None:
+    def pictures() -> dict[Path, bytes]:
+        return {path: content for path, content in files(shown).items() if path.parent.name == "pictures"}
+
+    before = pictures()
+    known = trials()
+    for given in (given_trial(6, "844448", 3.05), given_trial(7, "484448", 2.95)):
+        board = board_of(shown)
+        for event in (given_plan(known, given.index), TrialChanged(given), OVER):
+            board.listen(event)
+        known.append(given)
+    assert before.items() <= pictures().items()
+    assert [image.step for image in read(shown, "pictures").Images("search/plans by score")] == [2, 4, 5, 6, 7]
+    assert points(shown, "search", BEST) == [(5, 2.9), (6, 2.9), (7, 2.9)]
+    levels = {"uniform-4": 3.2, "seed-kl": 3.0, "given-0006": 3.05, "given-0007": 2.95}
+    for control, level in levels.items():
+        assert points(shown, f"control-{control}", BEST) == [(1, level), (20, level)]
+    assert [row(shown, run_name(record))["search"] for record in (known[2], known[-1])] == ["another", "this"]
+
+    board = board_of(shown)
+    board.listen(planned(known))
+    board.listen(OVER)
+    assert pictures() == before, "the search itself is as it was"
+    assert not list((shown / "tensorboard").glob("control-given*"))
+
+
+def test_a_given_plan_that_the_search_has_tried_leaves_its_curves_and_pictures(shown: Path) -> None:
+    def compared() -> dict[Path, bytes]:
+        return {path: content for path, content in files(shown).items() if not path.parent.name.startswith("trial-")}
+
+    before = compared()
+    board = board_of(shown)
+    board.listen(given_plan(trials(), 2))
+    board.listen(OVER)
+    assert compared() == before
+
+
+def test_hparams_has_its_columns_where_only_other_searches_left_trials(tmp_path: Path) -> None:
+    other = trial(0, "444444", [3.0, 2.9, 2.8], origin="uniform-4", search=ANOTHER)
+    board_of(tmp_path / "run").listen(given_plan([other], 0))
+    assert read(tmp_path / "run", "search").SummaryMetadata(metadata.EXPERIMENT_TAG)
 
 
 @pytest.mark.parametrize("event", [OVER, StageSkipped("search", "best: trial 2", 1.0)])

@@ -13,17 +13,26 @@ from qpruner.report.standing import score
 from qpruner.report.stretches import Stretch, end_to_end
 
 SECTION = "search"
-SEARCHED, CONTROL, STOPPED, FAILED = "searched", "control", "stopped early", "failed"
-COLORS = {SEARCHED: "var(--searched)", CONTROL: "var(--control)", STOPPED: "var(--stopped)", FAILED: "var(--failed)"}
+SEARCHED, CONTROL, GIVEN, STOPPED, FAILED = "searched", "control", "given plan", "stopped early", "failed"
+FINISHED = (SEARCHED, CONTROL, GIVEN)
+COLORS = {
+    SEARCHED: "var(--searched)",
+    CONTROL: "var(--control)",
+    GIVEN: "var(--text)",
+    STOPPED: "var(--stopped)",
+    FAILED: "var(--failed)",
+}
 MANY_SECONDS = 240
 """Beyond them an axis of time counts minutes."""
-SHAPES = {SEARCHED: "circle", CONTROL: "diamond", STOPPED: "cross", FAILED: "triangle-down"}
+SHAPES = {SEARCHED: "circle", CONTROL: "diamond", GIVEN: "square", STOPPED: "cross", FAILED: "triangle-down"}
 
 
 def kind_of(trial: TrialRecord) -> str:
     """What a trial is, in the legend's words."""
     if trial.status in ("stopped", "failed"):
         return {"stopped": STOPPED, "failed": FAILED}[trial.status]
+    if trial.is_given:
+        return GIVEN
     return CONTROL if trial.is_control else SEARCHED
 
 
@@ -83,7 +92,7 @@ def pareto(run: Snapshot) -> Iterator[Chart]:
         {
             "transform": [{"filter": "datum.best"}],
             "mark": {"type": "text", "dx": 15, "align": "left", "fontWeight": "bold"},
-            "encoding": place | {"text": {"value": "winner" if run.results.search else "best so far"}},
+            "encoding": place | {"text": {"value": _title_of_best(run)}},
         },
     ]
     if edge is not None:  # Vega warns of a layer without data
@@ -103,11 +112,11 @@ def pareto(run: Snapshot) -> Iterator[Chart]:
 
 def progress(run: Snapshot) -> Iterator[Chart]:
     """The best score so far, trial by trial."""
-    own = {trial.index for trial in run.own_trials}
+    shown = {trial.index for trial in run.shown_together}
     points = [
         {name: point[name] for name in ("trial", "origin", "kind", "score")}
         for point in _points(run)
-        if point["kind"] in (SEARCHED, CONTROL) and point["trial"] in own
+        if point["kind"] in FINISHED and point["trial"] in shown
     ]
     if not points:
         return
@@ -252,6 +261,12 @@ def _points(run: Snapshot) -> Values:
     ]
 
 
+def _title_of_best(run: Snapshot) -> str:
+    if run.is_given:
+        return GIVEN
+    return "winner" if run.results.search else "best so far"
+
+
 def _far(point: Spec, run: Snapshot) -> str:
     """What stands at a trial beyond the edge; the scores of those that were stopped there, maybe many, do not."""
     told = "" if point["kind"] == STOPPED else f"{point['score']:.4f} "
@@ -261,7 +276,7 @@ def _far(point: Spec, run: Snapshot) -> str:
 def _front(points: Values, by_accuracy: bool) -> Iterator[Spec]:
     """The finished trials that none of fewer or equal bytes beats, by bytes."""
     sign, lowest = (-1 if by_accuracy else 1), float("inf")
-    finished = [point for point in points if point["kind"] in (SEARCHED, CONTROL)]
+    finished = [point for point in points if point["kind"] in FINISHED]
     for point in sorted(finished, key=lambda point: (point["megabytes"], sign * point["score"])):
         if sign * point["score"] < lowest:
             lowest = sign * point["score"]

@@ -55,7 +55,7 @@ def _whole(run: Snapshot) -> Iterator[Tile]:
     yield Tile(
         "Plan",
         f"{winner.mean_bits:.2f} mean bits",
-        (f"{len(plan)} groups: {', '.join(counts)}", f"found by {winner.origin}"),
+        (f"{len(plan)} groups: {', '.join(counts)}", winner.origin if run.is_given else f"found by {winner.origin}"),
     )
     yield _certainty(run)
 
