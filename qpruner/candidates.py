@@ -75,6 +75,11 @@ class Candidate:
         return self.folder / "adapter"
 
     @property
+    def checkpoints(self) -> Path:
+        """What its fine-tune can go on from, until that is recorded."""
+        return self.folder / "checkpoints"
+
+    @property
     def progress(self) -> Path:
         """`step total` of a fine-tune under way."""
         return self.folder / "progress"
@@ -116,7 +121,10 @@ class FinetuneOutcome:
 
 
 def finetune_candidate(job: CandidateJob) -> FinetuneOutcome:
-    """Fine-tune a row from its LoftQ start on all training rows and save the adapter; goes on from a checkpoint."""
+    """Fine-tune a row from its LoftQ start on all training rows and save the adapter; goes on from a checkpoint.
+
+    Checkpoints stay, to be removed by who records the outcome.
+    """
     # Imported before memory is measured: the rise should be the model's, not the libraries'.
     import peft  # noqa: F401
 
@@ -139,7 +147,7 @@ def finetune_candidate(job: CandidateJob) -> FinetuneOutcome:
     model = build(config, candidate)
     candidate.folder.mkdir(parents=True, exist_ok=True)
     signs = _Signs(candidate.progress)
-    work = candidate.folder / "checkpoints"
+    work = candidate.checkpoints
     trackers = job.trackers if Share.own().rank == 0 else None
     bits = {f"bits/{group}": value for group, value in candidate.plan.items()}
     about = {"row": candidate.title, "training seed": candidate.seed, **bits}
@@ -167,7 +175,6 @@ def finetune_candidate(job: CandidateJob) -> FinetuneOutcome:
         with written(candidate.adapter) as folder:
             patiently(lambda: model.save_pretrained(folder), folder)
             digest = file_digest(folder / ADAPTER_WEIGHTS)
-        remove(work)
     if is_mirror(work):
         shutil.rmtree(workplace(work), ignore_errors=True)
     size = measured_bytes(model)

@@ -21,7 +21,7 @@ from torch import distributed
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Sampler
 from transformers import Trainer, TrainerCallback, TrainingArguments
-from transformers.trainer_callback import PrinterCallback
+from transformers.trainer_callback import PrinterCallback, TrainerState
 
 from qpruner.calibration import Rows
 from qpruner.config import TrainingConfig
@@ -119,7 +119,8 @@ def finetune(
         output: Folder for checkpoints.
         seed: Seeds data order and dropout.
         pad_id: Padding token.
-        start: A checkpoint of this very training to go on from; of several processes the first one's counts.
+        start: A checkpoint of this very training to go on from; of several processes the first one's counts. After its
+            last step nothing is left to do.
         listener: Told of steps, checkpoints and rungs.
         callbacks: Told of what transformers tells besides.
 
@@ -146,8 +147,17 @@ def finetune(
         start = _agreed(start)
     if share.rank:
         torch.manual_seed(seed + share.rank)  # dropout of its own; Trainer has seeded all processes alike
+    state = TrainerState.load_from_json(str(start / "trainer_state.json")) if start else None
+    if state and state.global_step == state.max_steps:  # Trainer would take one more (5.24)
+        trainer._load_from_checkpoint(str(start))
+        return TrainingResult(state.global_step, list(_losses(state))[-1])
     trainer.train(resume_from_checkpoint=str(start) if start else None)
     return TrainingResult(int(trainer.state.global_step), callback.train_loss)
+
+
+def _losses(state: TrainerState) -> Iterator[float]:
+    """Of every step of the whole training; a checkpoint brings its history with it."""
+    return (float(each["loss"]) for each in state.log_history if "loss" in each)
 
 
 def _share_adapters_only(model: PeftModel) -> None:
@@ -284,8 +294,7 @@ class _Callback(TrainerCallback):  # type: ignore[misc]
             raise TrainingDiverged(
                 f"the training loss is {self.train_loss} and the gradient norm {norm} at step {state.global_step}"
             )
-        # A checkpoint brings the history with it, so the first step is that of the whole training.
-        tolerable = max(self.blind_loss, next(float(each["loss"]) for each in state.log_history if "loss" in each))
+        tolerable = max(self.blind_loss, next(_losses(state)))
         if self.train_loss > tolerable + DIVERGED_BY:
             raise TrainingDiverged(
                 f"the training loss is {self.train_loss:.4g} at step {state.global_step}, far above {tolerable:.4g}, "

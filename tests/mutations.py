@@ -341,6 +341,18 @@ MUTATIONS = {
         "",
         "tests/pipeline/test_finish.py::test_an_interrupted_comparison_goes_on_with_what_is_left",
     ),
+    "a fine-tune that ended takes one more step": Mutation(
+        "qpruner/finetune.py",
+        "if state and state.global_step == state.max_steps:",
+        "if False:",
+        "tests/test_candidates.py::test_a_fine_tune_that_ended_and_was_not_recorded_takes_no_step_again",
+    ),
+    "checkpoints of what is recorded are kept": Mutation(
+        FINISH,
+        "            remove(job.checkpoints)\n",
+        "",
+        "tests/pipeline/test_finish.py::test_an_interrupted_comparison_goes_on_with_what_is_left",
+    ),
     "what is no number is trained on": Mutation(
         "qpruner/finetune.py",
         "if not math.isfinite(self.train_loss) or not math.isfinite(norm):",

@@ -90,16 +90,16 @@ def test_a_fine_tune_whose_machine_dies_goes_on_elsewhere_from_what_it_sent(
     command = [sys.executable, "-c", FINETUNE, str(config_file[1]), "searched"]
     with subprocess.Popen(command, env=environment) as process:
         deadline = time.monotonic() + 120
-        while not put_folders(job.candidate.folder / "checkpoints"):
+        while not put_folders(job.candidate.checkpoints):
             assert process.poll() is None and time.monotonic() < deadline
             time.sleep(0.02)
         process.send_signal(signal.SIGKILL)
     job = machine("third")
-    sent = [path.name for path in put_folders(job.candidate.folder / "checkpoints")]
+    sent = [path.name for path in put_folders(job.candidate.checkpoints)]
     assert sent and "checkpoint-12" not in sent
     found = finetune_candidate(job)
     assert (found.steps, found.train_loss, found.validation_loss) == (12, whole.train_loss, whole.validation_loss)
-    assert put_folders(job.candidate.folder / "checkpoints") == []
+    assert [path.name for path in put_folders(job.candidate.checkpoints)] == ["checkpoint-12"]
     assert {"adapter", "adapter.files.json", "progress"} <= set(children(job.candidate.folder))
     one, other = (evaluate_candidate(machine("fourth", row)) for row in ("whole", "searched"))
     assert one == other

@@ -93,13 +93,26 @@ def validation_loss(job: CandidateJob, model: torch.nn.Module) -> float:
 # Fine-tuning
 
 
-def test_a_fine_tune_leaves_its_adapter_and_nothing_to_go_on_from(tuned: tuple[CandidateJob, FinetuneOutcome]) -> None:
+def test_a_fine_tune_leaves_its_adapter_and_its_last_step(tuned: tuple[CandidateJob, FinetuneOutcome]) -> None:
     job, outcome = tuned
     assert (job.candidate.adapter / ADAPTER).is_file()
-    assert sorted(path.name for path in job.candidate.folder.iterdir()) == ["adapter", "adapter.files.json", "progress"]
-    assert latest_checkpoint(job.candidate.folder / "checkpoints") is None
+    left = sorted(path.name for path in job.candidate.folder.iterdir())
+    assert left == ["adapter", "adapter.files.json", "checkpoints", "progress"]
+    assert latest_checkpoint(job.candidate.checkpoints) == job.candidate.checkpoints / "checkpoint-4"
     assert outcome.steps == 4
     assert job.candidate.progress.read_text() == "4 4"
+
+
+def test_a_fine_tune_that_ended_and_was_not_recorded_takes_no_step_again(
+    tuned: tuple[CandidateJob, FinetuneOutcome], copied: CandidateJob
+) -> None:
+    """Its driver was killed in between; the adapter that it had is given to nobody."""
+    shutil.rmtree(copied.candidate.adapter)
+    copied.candidate.progress.unlink()
+    again = finetune_candidate(copied)
+    assert not copied.candidate.progress.exists(), "no step was told"
+    figures = ("steps", "train_loss", "validation_loss", "confirmation_loss", "adapter_sha256")
+    assert [getattr(again, name) for name in figures] == [getattr(tuned[1], name) for name in figures]
 
 
 def test_the_outcome_is_that_of_the_saved_adapter(tuned: tuple[CandidateJob, FinetuneOutcome]) -> None:

@@ -245,9 +245,10 @@ def _finetune_jobs(context: Context, jobs: list[tuple[Row, Candidate]]) -> list[
         elif each:
             where = set_aside(job.folder, job.folder.parent)
             context.emit(Message("finetune", f"warning: {each}; set aside in {where}, {job.label} is fine-tuned anew"))
+    for_each(remove, [job.checkpoints for job in distinct if job.folder in found])  # of a driver that was killed
     left = [job for job in distinct if job.folder not in found]
     for job in left:
-        for checkpoint in filter(is_damaged, put_folders(job.folder / "checkpoints")):
+        for checkpoint in filter(is_damaged, put_folders(job.checkpoints)):
             where = set_aside(checkpoint, job.folder.parent)
             text = f"warning: {checkpoint} is damaged; set aside in {where}, {job.label} does not go on from it"
             context.emit(Message("finetune", text))
@@ -258,6 +259,7 @@ def _finetune_jobs(context: Context, jobs: list[tuple[Row, Candidate]]) -> list[
             job = left[position]
             record = found[job.folder] = _record_of(context, job, origins[job.folder], outcome)
             write_json(job.folder / "record.json", record)
+            remove(job.checkpoints)
             text = f"{job.label}: validation loss {outcome.validation_loss:.4f} after {outcome.steps} steps"
             context.emit(Message("finetune", f"{text}, peak memory {outcome.peak_memory_bytes / 1e6:.0f} MB"))
             for trouble in outcome.untold:
@@ -288,7 +290,7 @@ def _finetuned(
     """Positions and outcomes as the fine-tunes end; as many at once as the slots take."""
 
     def saved(position: int) -> list[Path]:
-        return sorted(put_folders(jobs[position].folder / "checkpoints"))
+        return sorted(put_folders(jobs[position].checkpoints))
 
     num_workers = context.config.finetune.num_workers
     tasks, resources, concurrent = _worker_jobs(context, jobs, num_workers)

@@ -302,8 +302,10 @@ def test_an_interrupted_comparison_goes_on_with_what_is_left(
         (folder / "adapter").mkdir(parents=True)
         (folder / "adapter" / "adapter_model.safetensors").touch()
         write_json(folder / "record.json", a_record(folder, seeds[folder], 2.0 + number))
+    (recorded[0] / "checkpoints" / "checkpoint-4").mkdir(parents=True)  # its driver was killed just then
     try:
         record = finetune(whole, searched, measured)
+        assert not list(whole.run_dir.candidates.glob("*/checkpoints")), "what is recorded is not gone on from"
         assert told(events, "finetune") == ["searched, training seed 0"]
         counted = progress_of(events, "finetune")
         assert list(counted) == ["steps", "loading weights", "saving weights"]
