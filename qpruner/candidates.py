@@ -9,13 +9,16 @@ from __future__ import annotations
 import json
 import shutil
 import time
+import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pydantic import BaseModel, ConfigDict
+
 from qpruner.config import RunConfig
-from qpruner.errors import CorruptFile
+from qpruner.errors import CorruptFile, TakenOver
 from qpruner.mirror import (
     FILES,
     FileList,
@@ -31,7 +34,16 @@ from qpruner.mirror import (
 from qpruner.objects import is_mirror
 from qpruner.patience import patiently
 from qpruner.records import FreshScore, Inference, InferenceSetting, TaskScore
-from qpruner.rundir import file_digest, folder_digests, remove, sign_seconds, write_json, write_sign
+from qpruner.rundir import (
+    file_digest,
+    folder_digests,
+    publish_folder,
+    read_written,
+    remove,
+    sign_seconds,
+    write_json,
+    write_sign,
+)
 from qpruner.trackers import Trackers
 from qpruner.wording import counted
 
@@ -80,6 +92,11 @@ class Candidate:
         return self.folder / "checkpoints"
 
     @property
+    def owner(self) -> Path:
+        """Which process its fine-tune is."""
+        return self.folder / "owner.json"
+
+    @property
     def progress(self) -> Path:
         """`step total` of a fine-tune under way."""
         return self.folder / "progress"
@@ -124,6 +141,9 @@ def finetune_candidate(job: CandidateJob) -> FinetuneOutcome:
     """Fine-tune a row from its LoftQ start on all training rows and save the adapter; goes on from a checkpoint.
 
     Checkpoints stay, to be removed by who records the outcome.
+
+    Raises:
+        TakenOver: If another process has begun the same since, before anything more is written.
     """
     # Imported before memory is measured: the rise should be the model's, not the libraries'.
     import peft  # noqa: F401
@@ -143,12 +163,15 @@ def finetune_candidate(job: CandidateJob) -> FinetuneOutcome:
     train, validation = (load_encoded(job.data / name) for name in ("train", "validation"))
     fresh = load_confirmation(job.data, "judge")
     pad_id = int(load_tokenizer(str(fetch(candidate.checkpoint))).pad_token_id)
+    is_first = Share.own().rank == 0
+    claim = _Claim(candidate.owner)
+    if is_first:
+        claim.make()
     memory = PeakMemory()
     model = build(config, candidate)
-    candidate.folder.mkdir(parents=True, exist_ok=True)
     signs = _Signs(candidate.progress)
     work = candidate.checkpoints
-    trackers = job.trackers if Share.own().rank == 0 else None
+    trackers = job.trackers if is_first else None
     bits = {f"bits/{group}": value for group, value in candidate.plan.items()}
     about = {"row": candidate.title, "training seed": candidate.seed, **bits}
     with tracked(trackers, candidate.folder.name, candidate.label, about) as told_trackers:
@@ -163,18 +186,15 @@ def finetune_candidate(job: CandidateJob) -> FinetuneOutcome:
             start=latest_checkpoint(work),
             listener=Listener(
                 on_step=lambda step, total, loss: signs.tell(step, total),
-                on_save=lambda checkpoint: _keep(checkpoint, work),
+                before_save=claim.check,
+                on_save=lambda checkpoint: _keep(checkpoint, work, claim),
             ),
             callbacks=[told_trackers],
         )
     peak = memory.bytes()
     loss = mean_loss(model, validation, pad_id, config.evaluate.batch_size).mean
     fresh_loss = mean_loss(model, fresh, pad_id, config.evaluate.batch_size).mean
-    digest = ""
-    if Share.own().rank == 0:
-        with written(candidate.adapter) as folder:
-            patiently(lambda: model.save_pretrained(folder), folder)
-            digest = file_digest(folder / ADAPTER_WEIGHTS)
+    digest = _publish(model, candidate, claim) if is_first else ""
     if is_mirror(work):
         shutil.rmtree(workplace(work), ignore_errors=True)
     size = measured_bytes(model)
@@ -405,7 +425,46 @@ def _digests(checkpoint: Path) -> dict[str, str]:
     return {name: digest for name, digest in folder_digests(checkpoint).items() if not name.startswith("rng_state")}
 
 
-def _keep(checkpoint: Path, work: Path) -> None:
+class _Owner(BaseModel):
+    """Of all processes that worked on a fine-tune the latest, of a group's its first."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    worker: str
+
+
+class _Claim:
+    """One process's on a fine-tune: if it is taken for dead and is not, it must write nothing more.
+
+    Args:
+        path: File that says whose the fine-tune is.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path, self.worker = path, uuid.uuid4().hex
+
+    def make(self) -> None:
+        """Take the fine-tune over from whoever had it."""
+        write_json(self._path, _Owner(worker=self.worker))
+
+    def check(self) -> None:
+        """Raises `TakenOver` if it is another's by now."""
+        if read_written(self._path, _Owner).worker != self.worker:
+            raise TakenOver
+
+
+def _publish(model: PeftModel, candidate: Candidate, claim: _Claim) -> str:
+    """Put the adapter where it belongs, from a place of this process's own; returns the digest of its weights."""
+    aside = workplace(candidate.checkpoints / f"adapter-{claim.worker}")
+    with written(aside):
+        patiently(lambda: model.save_pretrained(aside), aside)
+    digest = file_digest(aside / ADAPTER_WEIGHTS)
+    claim.check()
+    publish_folder(aside, candidate.adapter)
+    return digest
+
+
+def _keep(checkpoint: Path, work: Path, claim: _Claim) -> None:
     """Leave a fine-tune's checkpoint where the next process looks for one, with the sha256 of its files, in place of
     the one before it.
 
@@ -419,6 +478,7 @@ def _keep(checkpoint: Path, work: Path) -> None:
     share = Share.own()
     if checkpoint.parent == work:  # it lies there, and the one before it no longer does
         if share.rank == 0:
+            claim.check()  # saving took its time
             for old in set(work.glob(f"*{FILES}")) - {list_beside(checkpoint)}:
                 old.unlink()
             share_files(checkpoint)
@@ -429,6 +489,7 @@ def _keep(checkpoint: Path, work: Path) -> None:
     if share.rank > 0:
         return
     put_folder(checkpoint, work / checkpoint.name)
+    claim.check()  # sending took its time
     for old in put_folders(work):
         if old.name != checkpoint.name:
             remove(old)

@@ -147,6 +147,10 @@ class WorkerDied(QprunerError):
     """Ray's workers died under one piece of work, again and again."""
 
 
+class TakenOver(QprunerError):
+    """Another process works on this trial or fine-tune by now: this one's machine was cut off and came back."""
+
+
 class CorruptFile(QprunerError):
     """A file the run folder vouches for cannot be read as what it should be.
 

@@ -61,11 +61,13 @@ class Listener:
     Attributes:
         on_rung: Step, checkpoint folder and training loss; may raise to stop.
         on_step: Step, steps in all and training loss.
+        before_save: Before every checkpoint; may raise so that nothing is written.
         on_save: Folder of every checkpoint, a rung's before `on_rung`.
     """
 
     on_rung: Callable[[int, Path, float], None] = lambda step, checkpoint, loss: None
     on_step: Callable[[int, int, float], None] = lambda step, total, loss: None
+    before_save: Callable[[], None] = lambda: None
     on_save: Callable[[Path], None] = lambda checkpoint: None
 
 
@@ -130,7 +132,8 @@ def finetune(
     """
     share = Share.own()
     batches = _Batches(len(rows), settings.micro_batch_size, seed, share)
-    callback = _Callback(schedule.rungs, listener or Listener(), math.log(_vocabulary(model)), batches)
+    listener = listener or Listener()
+    callback = _Callback(schedule.rungs, listener, math.log(_vocabulary(model)), batches)
     if settings.gradient_checkpointing:
         model.enable_input_require_grads()
     trainer = _Trainer(
@@ -140,7 +143,7 @@ def finetune(
         data_collator=lambda batch: collate(batch, pad_id),
         callbacks=[callback, *callbacks],
     )
-    trainer.batches = batches
+    trainer.batches, trainer.before_save = batches, listener.before_save
     trainer.remove_callback(PrinterCallback)  # it prints every logged loss; the stages emit their own events
     if share.processes > 1:
         _share_adapters_only(model)
@@ -204,8 +207,14 @@ class _Trainer(Trainer):  # type: ignore[misc]
     """Trainer with micro-batches of our own, whose checkpoints wait for room on the disk or for the storage."""
 
     batches: _Batches
+    before_save: Callable[[], None]
 
     def _save_checkpoint(self, *arguments: Any, **named: Any) -> None:
+        share = Share.own()
+        if share.rank == 0:
+            self.before_save()
+        if share.processes > 1:
+            distributed.barrier()  # the others write nothing either where the first one may not
         patiently(lambda: super(_Trainer, self)._save_checkpoint(*arguments, **named), Path(self.args.output_dir))
 
     def store_flos(self) -> None:

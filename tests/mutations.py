@@ -341,6 +341,12 @@ MUTATIONS = {
         "",
         "tests/pipeline/test_finish.py::test_an_interrupted_comparison_goes_on_with_what_is_left",
     ),
+    "a fine-tune that was cut off goes on beside the one that took over": Mutation(
+        "qpruner/finetune.py",
+        "            self.before_save()\n",
+        "            pass\n",
+        "tests/test_at_uri.py::test_a_fine_tune_that_was_cut_off_and_comes_back_writes_nothing_more",
+    ),
     "a fine-tune that ended takes one more step": Mutation(
         "qpruner/finetune.py",
         "if state and state.global_step == state.max_steps:",

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -20,12 +21,12 @@ from qpruner import objects
 from qpruner.candidates import Candidate, CandidateJob, evaluate_candidate, finetune_candidate
 from qpruner.config import RunConfig, validate_config
 from qpruner.errors import UserError
-from qpruner.mirror import fetch, put_folders
+from qpruner.mirror import FILES, fetch, put_folders
 from qpruner.pipeline import check, run
 from qpruner.preflight import include_path
 from qpruner.quantization.bank import read_plan
 from qpruner.records import BankRecord, RungResult
-from qpruner.rundir import RunDir, children
+from qpruner.rundir import RunDir, children, files_in
 from qpruner.search.trial import run_trial
 from qpruner.search.trial_job import Materials, TrialJob
 
@@ -39,6 +40,23 @@ from test_at_uri import job_of
 from qpruner.candidates import finetune_candidate
 finetune_candidate(job_of(sys.argv[1], sys.argv[2]))
 """
+
+
+@contextmanager
+def finetune_elsewhere(config_file: Path, row: str) -> Iterator[subprocess.Popen[str]]:
+    """A process that fine-tunes a row; entered as soon as it has left its first checkpoint."""
+    environment = os.environ | {"PYTHONPATH": f"{Path(__file__).parent}:{os.environ.get('PYTHONPATH', '')}"}
+    command = [sys.executable, "-c", FINETUNE, str(config_file), row]
+    checkpoints = job_of(str(config_file), row).candidate.checkpoints
+    with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            deadline = time.monotonic() + 240
+            while not any(name.endswith(FILES) for name in children(checkpoints)):
+                assert process.poll() is None and time.monotonic() < deadline
+                time.sleep(0.02)
+            yield process
+        finally:
+            process.kill()
 
 
 @pytest.fixture(scope="module")
@@ -86,14 +104,8 @@ def test_a_fine_tune_whose_machine_dies_goes_on_elsewhere_from_what_it_sent(
 ) -> None:
     whole = finetune_candidate(machine("whole", "whole"))
     job = machine("second")
-    environment = os.environ | {"PYTHONPATH": f"{Path(__file__).parent}:{os.environ.get('PYTHONPATH', '')}"}
-    command = [sys.executable, "-c", FINETUNE, str(config_file[1]), "searched"]
-    with subprocess.Popen(command, env=environment) as process:
-        deadline = time.monotonic() + 120
-        while not put_folders(job.candidate.checkpoints):
-            assert process.poll() is None and time.monotonic() < deadline
-            time.sleep(0.02)
-        process.send_signal(signal.SIGKILL)
+    with finetune_elsewhere(config_file[1], "searched") as process:
+        process.kill()
     job = machine("third")
     sent = [path.name for path in put_folders(job.candidate.checkpoints)]
     assert sent and "checkpoint-12" not in sent
@@ -103,6 +115,43 @@ def test_a_fine_tune_whose_machine_dies_goes_on_elsewhere_from_what_it_sent(
     assert {"adapter", "adapter.files.json", "progress"} <= set(children(job.candidate.folder))
     one, other = (evaluate_candidate(machine("fourth", row)) for row in ("whole", "searched"))
     assert one == other
+
+
+@pytest.mark.parametrize("place", ["uri", "folder"])
+def test_a_fine_tune_that_was_cut_off_and_comes_back_writes_nothing_more(
+    place: str, machine: Machine, config_file: tuple[Store, Path], tmp_path: Path
+) -> None:
+    """Its machine stands still from its first checkpoint on, until another one has ended what it began."""
+    job, path = machine("cut-off", "taken-over"), config_file[1]
+    if place == "folder":
+        job = job_of(str(path := in_a_folder(*config_file, tmp_path)), "taken-over")
+    with finetune_elsewhere(path, "taken-over") as process:
+        process.send_signal(signal.SIGSTOP)
+        if place == "uri":
+            job = machine("other", "taken-over")
+        finetune_candidate(job)
+        before = written_in(job.candidate.folder)
+        process.send_signal(signal.SIGCONT)
+        said = process.communicate(timeout=240)[1]
+    assert process.returncode and "TakenOver" in said, said[-2000:]
+    assert written_in(job.candidate.folder) == before
+
+
+def in_a_folder(store: Store, config_file: Path, folder: Path) -> Path:
+    """The configuration of a run in a folder that has got as far as the one at the URI."""
+    for key in store.keys("run"):
+        (file := folder / "run" / key).parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(store.read(f"run/{key}"))
+    config = RunConfig.model_validate_json(config_file.read_text())
+    path = folder / "config.json"
+    path.write_text(config.model_copy(update={"output": str(folder / "run")}).model_dump_json())
+    return path
+
+
+def written_in(folder: Path) -> dict[str, float]:
+    """When each file of a row was written; of its progress a process may give a sign before it knows."""
+    there, names = objects.objects_at(folder), set(files_in(folder)) - {"progress"}
+    return {name: (there / name).modified() if there else (folder / name).stat().st_mtime for name in names}
 
 
 def test_a_trial_finds_its_materials_on_a_machine_that_has_nothing(machine: Machine, tmp_path: Path) -> None:

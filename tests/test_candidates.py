@@ -20,6 +20,7 @@ from qpruner.candidates import (
     ConfirmationJob,
     FinetuneOutcome,
     InferenceJob,
+    _Claim,
     _keep,
     build,
     confirm_trial,
@@ -97,7 +98,7 @@ def test_a_fine_tune_leaves_its_adapter_and_its_last_step(tuned: tuple[Candidate
     job, outcome = tuned
     assert (job.candidate.adapter / ADAPTER).is_file()
     left = sorted(path.name for path in job.candidate.folder.iterdir())
-    assert left == ["adapter", "adapter.files.json", "checkpoints", "progress"]
+    assert left == ["adapter", "adapter.files.json", "checkpoints", "owner.json", "progress"]
     assert latest_checkpoint(job.candidate.checkpoints) == job.candidate.checkpoints / "checkpoint-4"
     assert outcome.steps == 4
     assert job.candidate.progress.read_text() == "4 4"
@@ -170,12 +171,14 @@ def test_the_newest_whole_checkpoint_is_the_one_to_go_on_from(tmp_path: Path) ->
 
 def test_a_checkpoint_that_is_not_as_it_was_saved_is_not_gone_on_from(tmp_path: Path) -> None:
     older, newest = checkpoint(tmp_path, 9), checkpoint(tmp_path, 10)
+    claim = _Claim(tmp_path / "owner.json")
+    claim.make()
     for path in (older, newest):
         (path / "optimizer.pt").write_bytes(b"moments of the gradients")
         (path / ADAPTER).chmod(0o600)  # as safetensors leaves it
-        _keep(path, tmp_path)
+        _keep(path, tmp_path, claim)
         assert (path / ADAPTER).stat().st_mode & 0o444 == path.stat().st_mode & 0o444, "a team goes on from it"
-    assert [path.name for path in tmp_path.glob("*.json")] == ["checkpoint-10.files.json"]
+    assert [path.name for path in tmp_path.glob("*.files.json")] == ["checkpoint-10.files.json"]
     assert latest_checkpoint(tmp_path) == newest and not is_damaged(newest)
     flip_a_byte(newest / "optimizer.pt")
     assert is_damaged(newest) and latest_checkpoint(tmp_path) == older

@@ -506,7 +506,7 @@ def test_two_workers_fine_tune_what_one_does(changed: Callable[[str, Any], Conte
         [winner] = candidates_for(context, [("searched", plan.as_dict(), 0)])
         folder = winner.folder
         left = sorted(path.name for path in folder.iterdir())
-        assert left == ["adapter", "adapter.files.json", "progress", "record.json"]
+        assert left == ["adapter", "adapter.files.json", "owner.json", "progress", "record.json"]
         assert folder.joinpath("progress").read_text() == "14 14"
         assert not list(context.run_dir.root.glob(".scratch*"))
         shutil.rmtree(folder)

@@ -17,7 +17,7 @@ import ray
 from ray import cloudpickle, tune
 
 from qpruner.config import RunConfig
-from qpruner.errors import CorruptFile, StorageError, TrainingDiverged
+from qpruner.errors import CorruptFile, StorageError, TakenOver, TrainingDiverged
 from qpruner.execution.nodes import stays
 from qpruner.execution.testimony import own_name
 from qpruner.memory import PeakMemory, is_out_of_memory, kernel_kills, release
@@ -80,10 +80,6 @@ def leave_if_drained() -> None:
         os._exit(0)
 
 
-class _TakenOver(Exception):
-    """Another process works on this trial by now: this one's machine was cut off and came back."""
-
-
 class _RecordedTrial:
     def __init__(self, params: dict[str, Any], job: SearchJob) -> None:
         self._job, self._plan = job, params_to_plan(params)
@@ -115,7 +111,7 @@ class _RecordedTrial:
         try:
             job = TrialJob(self._config(), self._job.materials, self._plan)
             self._job.trial(job, fetch(start) if start else None, self._report, self._progress)
-        except _TakenOver:
+        except TakenOver:
             raise
         except Exception as error:
             smaller = smaller_batch(self._record, self._job.config) if is_out_of_memory(error) else None
@@ -161,7 +157,7 @@ class _RecordedTrial:
 
     def _check_that_it_is_ours(self) -> None:
         if read_trial(self._job.trials, self._record.index).worker != self._record.worker:
-            raise _TakenOver
+            raise TakenOver
 
     def _progress(self, step: int) -> None:
         self._beats += 1
