@@ -38,6 +38,7 @@ from qpruner.rundir import (
     file_digest,
     folder_digests,
     publish_folder,
+    read_json,
     read_written,
     remove,
     sign_seconds,
@@ -386,10 +387,13 @@ def load_adapter(model: PeftModel, folder: Path) -> None:
 
 
 def latest_checkpoint(folder: Path) -> Path | None:
-    """The newest whole checkpoint of an interrupted fine-tune, which has its state and a random state."""
+    """The newest whole checkpoint of an interrupted fine-tune, which has its state and a random state; on this machine,
+    where it was in an object store."""
     found = [path for path in put_folders(folder) if path.name.startswith("checkpoint-")]
     for path in sorted(found, key=lambda path: int(path.name.rpartition("-")[2]), reverse=True):
-        if is_damaged(path):
+        try:
+            check(path)
+        except CorruptFile:
             continue
         checkpoint = fetch(path)
         if _has_state(checkpoint) and any(checkpoint.glob("rng_state*.pth")):
@@ -407,17 +411,15 @@ def _has_state(checkpoint: Path) -> bool:
 
 
 def is_damaged(checkpoint: Path) -> bool:
-    """Whether a fine-tune's checkpoint is not as it was saved; at a URI fetching finds that out.
+    """Whether a fine-tune's checkpoint is not as it was saved; one in an object store is compared there.
 
     One whose process was killed before it wrote down what it had saved is none.
     """
-    if is_mirror(checkpoint):
-        return False
     try:
-        check(checkpoint)
+        listed = read_json(list_beside(checkpoint), FileList)
     except CorruptFile:
         return True
-    return False
+    return listed is not None and bool(listed.sha256.items() - folder_digests(checkpoint).items())
 
 
 def _digests(checkpoint: Path) -> dict[str, str]:

@@ -29,6 +29,7 @@ WORK = "tests/execution/test_workshop.py"
 OBJECTS = "tests/test_objects.py"
 BANK = "tests/quantization/test_bank.py"
 DISK = "tests/pipeline/test_disk.py"
+AT_URI = "tests/test_at_uri.py"
 
 
 @dataclass(frozen=True)
@@ -345,7 +346,25 @@ MUTATIONS = {
         "qpruner/finetune.py",
         "            self.before_save()\n",
         "            pass\n",
-        "tests/test_at_uri.py::test_a_fine_tune_that_was_cut_off_and_comes_back_writes_nothing_more",
+        f"{AT_URI}::test_a_fine_tune_that_was_cut_off_and_comes_back_writes_nothing_more",
+    ),
+    "a fine-tune ends at a damaged checkpoint": Mutation(
+        "qpruner/candidates.py",
+        "        except CorruptFile:\n            continue\n",
+        "        except FileNotFoundError:\n            continue\n",
+        f"{AT_URI}::test_a_damaged_checkpoint_of_a_fine_tune_is_not_gone_on_from",
+    ),
+    "every command meets the same damaged adapter": Mutation(
+        FINISH,
+        "if not (error.path and error.path.is_relative_to(run.candidates)):",
+        "if True:",
+        f"{AT_URI}::test_a_row_whose_adapter_is_damaged_is_set_aside_by_whoever_meets_that",
+    ),
+    "a final model that lacks an object is taken for whole": Mutation(
+        FINISH,
+        "missing = listed.sha256.keys() - files_in(final).keys()",
+        "missing = set[str]()",
+        f"{AT_URI}::test_a_final_model_of_which_an_object_is_gone_is_written_again",
     ),
     "a fine-tune that ended takes one more step": Mutation(
         "qpruner/finetune.py",
@@ -573,7 +592,7 @@ MUTATIONS = {
         "qpruner/pipeline/disk.py",
         "        left += max(0, size - _bytes(_held(context, name, found)))\n",
         "        left += size\n",
-        "tests/test_at_uri.py::test_room_is_asked_for_what_is_not_on_this_machine_yet",
+        f"{AT_URI}::test_room_is_asked_for_what_is_not_on_this_machine_yet",
     ),
     "two drivers share a run": Mutation(
         "qpruner/runlock.py",

@@ -17,16 +17,27 @@ import pytest
 from conftest import disk_of, raw_config, with_key
 from object_store import Store, object_store, talk_to
 
-from qpruner import objects
-from qpruner.candidates import Candidate, CandidateJob, evaluate_candidate, finetune_candidate
+from qpruner import objects, preflight
+from qpruner.candidates import (
+    ADAPTER_WEIGHTS,
+    Candidate,
+    CandidateJob,
+    evaluate_candidate,
+    finetune_candidate,
+    is_damaged,
+    latest_checkpoint,
+)
 from qpruner.config import RunConfig, validate_config
-from qpruner.errors import UserError
-from qpruner.mirror import FILES, fetch, put_folders
+from qpruner.errors import CorruptFile, StageError, UserError
+from qpruner.events import Event, Message
+from qpruner.mirror import FILES, fetch, put_folder, put_folders
 from qpruner.pipeline import check, run
+from qpruner.pipeline.context import Context
+from qpruner.pipeline.finish import _is_there, _row_set_aside_if_damaged
 from qpruner.preflight import include_path
 from qpruner.quantization.bank import read_plan
 from qpruner.records import BankRecord, RungResult
-from qpruner.rundir import RunDir, children, files_in
+from qpruner.rundir import RunDir, children, files_in, write_text
 from qpruner.search.trial import run_trial
 from qpruner.search.trial_job import Materials, TrialJob
 
@@ -115,6 +126,69 @@ def test_a_fine_tune_whose_machine_dies_goes_on_elsewhere_from_what_it_sent(
     assert {"adapter", "adapter.files.json", "progress"} <= set(children(job.candidate.folder))
     one, other = (evaluate_candidate(machine("fourth", row)) for row in ("whole", "searched"))
     assert one == other
+
+
+def test_a_damaged_checkpoint_of_a_fine_tune_is_not_gone_on_from(
+    machine: Machine, config_file: tuple[Store, Path]
+) -> None:
+    store = config_file[0]
+    machine("first-half", "broken")
+    with finetune_elsewhere(config_file[1], "broken") as process:
+        process.kill()
+    job = machine("second-half", "broken")
+    (sent,) = put_folders(job.candidate.checkpoints)
+    assert not is_damaged(sent)
+    store.damage(f"run/candidates/broken/checkpoints/{sent.name}/optimizer.pt")
+    assert is_damaged(sent) and latest_checkpoint(job.candidate.checkpoints) is None
+    assert finetune_candidate(job).steps == 12
+
+
+def adapter_at(store: Store, run: RunDir, folder: Path) -> Path:
+    """A row's adapter, with an object that is not as it was put."""
+    adapter = run.candidates / "0123abcd" / "adapter"
+    (folder / ADAPTER_WEIGHTS).write_bytes(b"weights")
+    put_folder(folder, adapter)
+    write_text(adapter.with_name("record.json"), "{}")
+    store.damage(f"run/candidates/0123abcd/adapter/{ADAPTER_WEIGHTS}")
+    return adapter
+
+
+def test_a_row_whose_adapter_is_damaged_is_set_aside_by_whoever_meets_that(
+    machine: Machine, config_file: tuple[Store, Path], tmp_path: Path
+) -> None:
+    run_dir = RunDir(machine("evaluating").config.output)
+    (folder := tmp_path / "adapter").mkdir()
+    adapter = adapter_at(config_file[0], run_dir, folder)
+    with pytest.raises(StageError) as caught, _row_set_aside_if_damaged(run_dir, "evaluate"):
+        fetch(adapter)
+    (aside,) = children(run_dir.candidates / "damaged")
+    place = f"{run_dir.place}/candidates"
+    assert f"{place}/0123abcd/adapter/{ADAPTER_WEIGHTS} is damaged" in caught.value.cause
+    assert f"set aside in {place}/damaged/{aside}" in caught.value.cause
+    assert caught.value.remedy == "repeat the command: that row alone is fine-tuned anew"
+    assert not files_in(adapter.parent) and "record.json" in children(run_dir.candidates / "damaged" / aside)
+    with pytest.raises(CorruptFile), _row_set_aside_if_damaged(run_dir, "evaluate"):
+        fetch(run_dir.stage("nowhere"))
+
+
+def test_a_final_model_of_which_an_object_is_gone_is_written_again(
+    machine: Machine, config_file: tuple[Store, Path], tmp_path: Path
+) -> None:
+    """As an object is deleted that whoever fetched it found damaged."""
+    config, events = machine("looking").config, list[Event]()
+    context = Context(config, RunDir(config.output), events.append, None, preflight.inspect(config))
+    final = context.run_dir.root / "final"
+    assert not _is_there(context, final)
+    (folder := tmp_path / "final").mkdir()
+    for name in ("config.json", "model.safetensors"):
+        (folder / name).write_text(name)
+    put_folder(folder, final)
+    assert _is_there(context, final) and not events
+    config_file[0].delete("run/final/model.safetensors")
+    assert not _is_there(context, final)
+    assert [event.text for event in events if isinstance(event, Message)] == [
+        f"warning: {context.run_dir.place}/final/model.safetensors is missing; the final model is written again"
+    ]
 
 
 @pytest.mark.parametrize("place", ["uri", "folder"])

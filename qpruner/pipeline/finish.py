@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,11 +26,11 @@ from qpruner.candidates import (
     measure_inference,
 )
 from qpruner.config import RunConfig
-from qpruner.errors import CorruptFile
+from qpruner.errors import CorruptFile, StageError
 from qpruner.events import Emit, Message, Progress
 from qpruner.execution.slots import worker_resources
 from qpruner.execution.workshop import Bench
-from qpruner.mirror import emptied, fetch, put_folders, workplace, written
+from qpruner.mirror import FileList, emptied, fetch, list_beside, put_folders, workplace, written
 from qpruner.objects import is_mirror, name_of
 from qpruner.pipeline.compress import telling
 from qpruner.pipeline.context import Context
@@ -51,8 +52,10 @@ from qpruner.records import (
 )
 from qpruner.report.table import BASE, SEARCHED
 from qpruner.rundir import (
+    RunDir,
     exists,
     file_digest,
+    files_in,
     for_each,
     publish_folder,
     read_json,
@@ -80,7 +83,8 @@ def finetune(context: Context, searched: SearchRecord, measured: SensitivityReco
         winner = next(job for row, job in jobs if row.name == SEARCHED)
         context.run_dir.forget("finetune")  # what it vouches for is about to be written over
         before = context.gpu_time.seconds
-        context.workshop.do(write_final, FinalJob(context.config, winner, final), context.emit)
+        with _row_set_aside_if_damaged(context.run_dir, "finetune"):
+            context.workshop.do(write_final, FinalJob(context.config, winner, final), context.emit)
         context.workshop.close()
         # Those of earlier sessions are among them; rows of one model share a fine-tune.
         held = sum({each.digest: each.gpu_seconds for each in finetuned}.values())
@@ -113,10 +117,35 @@ def finetune_jobs(context: Context, searched: SearchRecord, measured: Sensitivit
 
 
 def _is_there(context: Context, final: Path) -> bool:
-    """Whether the final folder is there whole; one at a URI is compared by who fetches it."""
-    if final not in put_folders(context.run_dir.root):
-        return False
-    return context.run_dir.is_at_uri or is_whole(context.run_dir, final, "finetune", context.emit)
+    """Whether the final folder is there whole; of one at a URI whether all of it is there, since who fetches it
+    compares it."""
+    if not context.run_dir.is_at_uri:
+        return final.is_dir() and is_whole(context.run_dir, final, "finetune", context.emit)
+    try:
+        listed = read_json(list_beside(final), FileList)
+    except CorruptFile as error:
+        trouble = str(error)
+    else:
+        if listed is None:
+            return False
+        missing = listed.sha256.keys() - files_in(final).keys()
+        trouble = f"{name_of(final / min(missing))} is missing" if missing else ""
+    if trouble:
+        context.emit(Message("finetune", f"warning: {trouble}; the final model is written again"))
+    return not trouble
+
+
+@contextmanager
+def _row_set_aside_if_damaged(run: RunDir, stage: str) -> Iterator[None]:
+    """Set the row aside whose adapter turns out not to be as it was written, so that the next command makes it anew."""
+    try:
+        yield
+    except CorruptFile as error:
+        if not (error.path and error.path.is_relative_to(run.candidates)):
+            raise
+        row = run.candidates / error.path.relative_to(run.candidates).parts[0]
+        cause = f"{error}; set aside in {set_aside(row, run.candidates)}"
+        raise StageError(stage, cause, "repeat the command: that row alone is fine-tuned anew") from error
 
 
 def evaluate(context: Context, tuned: FinetuneRecord) -> EvalRecord:
@@ -127,9 +156,10 @@ def evaluate(context: Context, tuned: FinetuneRecord) -> EvalRecord:
 
     def work(scratch: Path) -> dict[str, Any]:
         about, text = held_out_text(context, scratch / "text")
-        scored = _evaluate_jobs(context, _distinct(jobs), text)
-        before = context.gpu_time.seconds
-        setting, taken = _measure_inference(context, [job for _, job in jobs if job.seed is not None])
+        with _row_set_aside_if_damaged(context.run_dir, "evaluate"):
+            scored = _evaluate_jobs(context, _distinct(jobs), text)
+            before = context.gpu_time.seconds
+            setting, taken = _measure_inference(context, [job for _, job in jobs if job.seed is not None])
         rows = [
             scored[job.folder].model_copy(update={"name": name, "inference": taken.get(job.folder)})
             for name, job in jobs
@@ -271,7 +301,7 @@ def _finetune_jobs(context: Context, jobs: list[tuple[Row, Candidate]]) -> list[
 
 
 def _recorded(folder: Path) -> CandidateRecord | str | None:
-    """The record of a fine-tuned row, or what of it is damaged; of weights at a URI fetching finds that out."""
+    """The record of a fine-tuned row, or what of it is damaged; of weights at a URI who fetches them finds that out."""
     weights = folder / "adapter" / ADAPTER_WEIGHTS
     try:
         record = read_json(folder / "record.json", CandidateRecord)
