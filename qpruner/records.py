@@ -230,7 +230,10 @@ class TrialRecord(Recorded):
     micro_batch_size: int | None = None
     """Rows a forward pass saw, where want of memory forced it below `training.micro_batch_size`."""
     kills: int = 0
-    """Times since its last rung that its worker process died, except where fewer rows at once were the answer."""
+    """Times since its last rung that its worker process died, except for want of memory."""
+    memory_kills: int = 0
+    """Times since its last rung that it was killed for want of memory, except where fewer rows at once were the
+    answer."""
     times: tuple[float, ...] = ()
     """Unix seconds: when it began (until then, when its plan was handed out), when each rung was recorded and, once it
     is over, when it ended."""

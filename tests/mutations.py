@@ -125,6 +125,18 @@ MUTATIONS = {
         "if False:",
         f"{SEARCH}::test_a_worker_that_was_taken_for_dead_writes_nothing_when_it_comes_back",
     ),
+    "what goes wrong after a trial's last rung is its failure": Mutation(
+        WORKER,
+        "        if self._record.is_over:\n",
+        "        if False:\n",
+        f"{ENDS}::test_what_goes_wrong_after_its_last_rung_takes_nothing_from_a_trial",
+    ),
+    "a trial that failed after its last rung is stopped at it": Mutation(
+        DRIVER,
+        "if step >= self._job.config.search.steps:",
+        "if False:",
+        f"{TRIALS}::test_a_trial_that_failed_after_its_last_rung_is_finished_by_the_next_command",
+    ),
     "nobody watches for trials that hang": Mutation(
         DRIVER,
         "if now - self._seen[trial_id][1] > self._limit:",
@@ -227,6 +239,12 @@ MUTATIONS = {
         '        return record.model_copy(update={"micro_batch_size": smaller})\n',
         '        record = record.model_copy(update={"micro_batch_size": smaller})\n',
         f"{TRIALS}::test_a_trial_killed_for_memory_goes_down_to_one_row_before_its_plan_is_infeasible",
+    ),
+    "a death of another cause counts as one for want of memory": Mutation(
+        DRIVER,
+        '_with_kill(record, "memory_kills", "infeasible", reason)',
+        '_with_kill(record, "kills", "infeasible", reason)',
+        f"{TRIALS}::test_deaths_of_another_cause_are_no_sign_that_a_plan_is_too_large",
     ),
     "all pay for the one that Ray killed for memory": Mutation(
         DRIVER,

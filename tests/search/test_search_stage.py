@@ -156,6 +156,17 @@ def test_what_hung_before_its_first_rung_is_tried_again_by_the_next_command(tmp_
     assert read_trial(tmp_path / "trials", 1).failure == "hung"
 
 
+def test_a_trial_that_failed_after_its_last_rung_is_finished_by_the_next_command(tmp_path: Path) -> None:
+    """As earlier versions recorded it: its last rung is reported once more, and no step is left for ASHA to spare."""
+    job = job_of(tmp_path)
+    failed = trial(0, "444444", [3.5, 3.4, 3.3], origin="uniform-4", status="failed", failure="storage", worker="w")
+    searcher = searcher_on(job, ledger_of(job, failed))
+    assert isinstance(searcher.suggest("a"), dict)
+    searcher.on_trial_complete("a", {METRIC: 3.3, TIME: 4})
+    (found,) = read_trials(job.trials)
+    assert (found.status, found.failure, found.reason, len(found.rungs)) == ("finished", None, None, 3)
+
+
 def test_the_hours_that_its_trials_held_gpus_count(tmp_path: Path) -> None:
     held = {"gpu_seconds": 1800.0}
     mine, another = trial(0, "444444", [3, 3, 3], **held), trial(1, "844444", [3, 3, 3], ANOTHER, **held)
@@ -362,6 +373,16 @@ def test_a_trial_killed_for_memory_goes_down_to_one_row_before_its_plan_is_infea
     assert (record.status, record.failure, record.seconds) == ("failed", "infeasible", 20.0)
     assert record.reason == "out of memory: Ray killed its worker 3 times in a row"
     assert (record.micro_batch_size, record.peak_memory_bytes) == (1, 7_000)
+
+
+def test_deaths_of_another_cause_are_no_sign_that_a_plan_is_too_large(tmp_path: Path) -> None:
+    """Nor is a second one for want of memory."""
+    job, record = job_of(tmp_path, retry_out_of_memory=False), trial(0, "444444", [3.5], status="running", kills=2)
+    for kills in (1, 2):
+        record = killed_for_memory(record, job)
+        assert (record.status, record.kills, record.memory_kills) == ("running", 2, kills)
+    record = killed_for_memory(record, job)
+    assert (record.status, record.failure) == ("failed", "infeasible")
 
 
 def test_the_watch_tells_the_step_of_each_trial_under_way_and_reads_each_pulse_once(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import subprocess
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -157,6 +158,25 @@ def test_a_worker_that_had_no_room_to_say_so_is_not_taken_for_one_that_was_kille
     assert (trial.status, trial.failure, trial.kills) == ("failed", "storage", 0)
     outcome = search(job, within(lambda: 1), lambda event: None)
     assert [(trial.status, trial.kills) for trial in outcome.trials] == [("finished", 0)]
+
+
+def test_what_goes_wrong_after_its_last_rung_takes_nothing_from_a_trial(
+    joined: tuple[Raylets, Cluster], disk: Path, tmp_path: Path
+) -> None:
+    """The checkpoint before its last cannot be removed: a file system lies on it."""
+
+    def trial(job: TrialJob, start: Path | None, report: Report, progress: Progress) -> None:
+        for step in (1, 4):
+            (checkpoint := tmp_path / f"made-{step}").mkdir()
+            (checkpoint / "weights").write_bytes(b"w")
+            report(RungResult(step=step, loss=3.0), checkpoint)
+            if step == 1:
+                subprocess.run(["mount", "--bind", tmp_path, disk / "trials" / "0000" / "checkpoint-1"], check=True)
+
+    job = replace(job_of(tmp_path, max_trials=1), trial=trial, trials=disk / "trials", resources=HELD)
+    outcome = search(job, within(lambda: 1), lambda event: None)
+    assert [(trial.status, trial.reason, len(trial.rungs)) for trial in outcome.trials] == [("finished", None, 2)]
+    assert (disk / "trials" / "0000" / "checkpoint-1").exists()
 
 
 def slow_to_end(folder: Path, seconds: float, **settings: object) -> SearchJob:

@@ -44,7 +44,8 @@ from qpruner.search.tune.job import (
 )
 
 MAX_KILLS = 3
-"""Deaths of its worker process that a trial may run through without a rung between them, on machines that live on."""
+"""Deaths of its worker process for one cause, memory or another, at which a trial without a rung between them fails, on
+machines that live on."""
 MAX_ERRORS = 3
 """Trials that may end in an error on one machine without a rung of any there, before the machine is what is broken."""
 
@@ -215,7 +216,10 @@ class PlanSearcher(LivesInDriver, Searcher):  # type: ignore[misc]
         self._emit(Message("search", f"warning: {what}; running rungs finish, nothing new starts"))
 
     def _stopped(self, record: TrialRecord) -> TrialRecord:
-        reason = f"stopped by ASHA at step {record.rungs[-1].step}"
+        step = record.rungs[-1].step
+        if step >= self._job.config.search.steps:
+            return record.model_copy(update={"status": "finished"})
+        reason = f"stopped by ASHA at step {step}"
         return record.model_copy(update={"status": "stopped", "reason": reason})
 
     def _killed(self, record: TrialRecord, trial_id: str) -> TrialRecord:
@@ -238,7 +242,7 @@ class PlanSearcher(LivesInDriver, Searcher):  # type: ignore[misc]
             return record
         if pulse and pulse.node == node and (kernel_kills_on(node) or 0) > (pulse.kernel_kills or 0):
             return killed_for_memory(record, self._job, "the kernel")
-        return _with_kill(record, "lost", "its worker process died {} times in a row")
+        return _with_kill(record, "kills", "lost", "its worker process died {} times in a row")
 
     def save(self, checkpoint_path: str) -> None:
         """Nothing to save: the trials' records are the searcher's state."""
@@ -282,14 +286,15 @@ def killed_for_memory(record: TrialRecord, job: SearchJob, by: str = "Ray") -> T
     smaller = smaller_batch(record, job.config)
     if smaller is not None:
         return record.model_copy(update={"micro_batch_size": smaller})
-    return _with_kill(record, "infeasible", f"out of memory: {by} killed its worker {{}} times in a row")
+    reason = f"out of memory: {by} killed its worker {{}} times in a row"
+    return _with_kill(record, "memory_kills", "infeasible", reason)
 
 
-def _with_kill(record: TrialRecord, failure: str, reason: str) -> TrialRecord:
-    """The record with one more kill; with too many of them, it is that of a trial that failed."""
-    kills = record.kills + 1
+def _with_kill(record: TrialRecord, counter: str, failure: str, reason: str) -> TrialRecord:
+    """The record with one more kill of a kind; with too many of them, it is that of a trial that failed."""
+    kills = getattr(record, counter) + 1
     failed = {"status": "failed", "failure": failure, "reason": reason.format(kills)} if kills >= MAX_KILLS else {}
-    return record.model_copy(update={"kills": kills} | failed)
+    return record.model_copy(update={counter: kills} | failed)
 
 
 class HangWatch(LivesInDriver, Callback):  # type: ignore[misc]

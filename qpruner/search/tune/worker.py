@@ -148,6 +148,7 @@ class _RecordedTrial:
             checkpoint=digests,
             status="finished" if ended else "running",
             kills=0,
+            memory_kills=0,
             times=(*self._record.times, time.time()),
         )
         if old:
@@ -176,6 +177,8 @@ class _RecordedTrial:
         write_pulse(self._job.trials, self._record.index, pulse)
 
     def _fail(self, error: Exception) -> None:
+        if self._record.is_over:
+            return  # what came after its last rung takes nothing from it
         failure, reason = diagnosis(error)
         if failure == "infeasible":
             reason += f" (micro-batch {self._config().training.micro_batch_size})"
