@@ -402,6 +402,18 @@ MUTATIONS = {
         "if False:",
         f"{SEARCH}::test_of_plans_that_diverge_the_searcher_hears_and_keeps_away",
     ),
+    "a checkpoint that is out of sight is missing": Mutation(
+        "qpruner/search/trial_records.py",
+        "    read_trial(folder, record.index)\n    return folder_digests(checkpoint)\n",
+        "    return folder_digests(checkpoint)\n",
+        f"{TRIALS}::test_a_checkpoint_that_cannot_be_seen_while_the_storage_is_away_is_not_missing",
+    ),
+    "a trial whose record is out of sight begins anew": Mutation(
+        DRIVER,
+        "if suggestion.index in self._recorded:",
+        "if False:",
+        f"{TRIALS}::test_a_trial_that_is_handed_out_again_while_the_storage_is_away_keeps_its_rungs",
+    ),
     "a damaged record stays where it is": Mutation(
         "qpruner/search/trial_records.py",
         "if isinstance(record, CorruptFile):",

@@ -100,14 +100,27 @@ def begin_anew_if_damaged(folder: Path, record: TrialRecord, tell: Callable[[str
         tell: Told in one line what was set aside.
     """
     checkpoint = checkpoint_of(folder, record)
-    found = folder_digests(checkpoint) if checkpoint else {}
-    if checkpoint is None or found == record.checkpoint:
+    if checkpoint is None:
+        return False
+    found = _digests_found(checkpoint, folder, record)
+    if found == record.checkpoint:
         return False
     where = f"set aside in {set_aside(checkpoint, checkpoint.parent.parent)}" if found else "missing"
     tell(f"{name_of(checkpoint)} is damaged: {where}; trial {record.index} starts anew")
     afresh = {"status": "running", "rungs": (), "checkpoint": {}, "times": record.times[:1]}
     write_trial(folder, record.model_copy(update=afresh))
     return True
+
+
+def _digests_found(checkpoint: Path, folder: Path, record: TrialRecord) -> dict[str, str]:
+    """sha256 of a checkpoint's files. A storage that is away shows none, or not all: what is missing is looked for
+    again when the trial's record is there."""
+    with contextlib.suppress(FileNotFoundError):
+        found = folder_digests(checkpoint)
+        if found.keys() >= record.checkpoint.keys():
+            return found
+    read_trial(folder, record.index)
+    return folder_digests(checkpoint)
 
 
 def _rebuild(folder: Path, path: Path) -> str:

@@ -479,6 +479,16 @@ def test_a_search_that_ends_while_the_storage_is_away_does_not_end_without_its_t
     assert [each.index for each in outcome.trials] == [0]
 
 
+def test_a_trial_that_is_handed_out_again_while_the_storage_is_away_keeps_its_rungs(tmp_path: Path) -> None:
+    job = job_of(tmp_path)
+    running = trial(0, "444444", [3.5], origin="uniform-4", status="running")
+    searcher, _, _ = searcher_of(job, running)
+    with away(job.trials) as end:
+        threading.Timer(0.3, end).start()
+        assert isinstance(searcher.suggest("a"), dict)
+    assert read_trials(job.trials) == [running]
+
+
 # ---- trials that wait for a machine
 
 
@@ -639,6 +649,21 @@ def test_a_trial_whose_checkpoint_is_damaged_starts_anew(damage: str | None, tmp
     assert (found.rungs, found.status, found.times) == ((), "running", (1.0,))
     assert not checkpoint.exists()
     assert len(list(job.trials.glob("damaged/*/weights"))) == (damage == "flipped")
+
+
+@pytest.mark.parametrize("hidden", ["trials", "trials/0000"])
+def test_a_checkpoint_that_cannot_be_seen_while_the_storage_is_away_is_not_missing(hidden: str, tmp_path: Path) -> None:
+    job = job_of(tmp_path)
+    checkpoint = job.trials / "0000" / "checkpoint-2"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "weights").write_bytes(b"w" * 1000)
+    record = trial(0, "444444", [3.5, 3.4], status="running", checkpoint=folder_digests(checkpoint))
+    write_trial(job.trials, record)
+    told: list[str] = []
+    with away(tmp_path / hidden) as end:
+        threading.Timer(0.3, end).start()
+        assert not begin_anew_if_damaged(job.trials, record, told.append)
+    assert told == [] and read_trials(job.trials) == [record]
 
 
 def test_a_finished_trial_whose_checkpoint_is_damaged_is_run_again_first(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from qpruner.errors import QprunerError, StageError, StorageError
 from qpruner.events import Emit, Message, Progress, StepsSeen, TrialChanged, TrialWithdrawn
 from qpruner.execution.nodes import kernel_kills_on, node_in, stays
 from qpruner.records import TrialPulse, TrialRecord
-from qpruner.rundir import read_json, remove
+from qpruner.rundir import remove
 from qpruner.search.searchers import Ledger, Observation, Suggestion
 from qpruner.search.trial_records import (
     begin_trial,
@@ -29,7 +29,6 @@ from qpruner.search.trial_records import (
     read_trial,
     read_trials,
     trial_folder,
-    trial_path,
     write_seconds,
     write_trial,
 )
@@ -78,6 +77,7 @@ class PlanSearcher(LivesInDriver, Searcher):  # type: ignore[misc]
         self._starved: dict[str, str] = {}
         self._failed_on: dict[str | None, list[TrialRecord]] = {}
         recorded = read_trials(job.trials)
+        self._recorded = {record.index for record in recorded}
         self._done = sum(1 for record in recorded if job.owns(record) and record.status != "running")
         self._clock = _Clock(job, recorded)
 
@@ -90,8 +90,9 @@ class PlanSearcher(LivesInDriver, Searcher):  # type: ignore[misc]
             finished: str = Searcher.FINISHED
             return finished
         self._live[trial_id] = suggestion
-        record = read_json(trial_path(self._job.trials, suggestion.index), TrialRecord)
-        if record is None:
+        if suggestion.index in self._recorded:
+            record = read_trial(self._job.trials, suggestion.index)
+        else:
             layout = self._job.layout
             record = TrialRecord(
                 index=suggestion.index,
@@ -107,6 +108,7 @@ class PlanSearcher(LivesInDriver, Searcher):  # type: ignore[misc]
                 times=(time.time(),),
             )
             begin_trial(self._job.trials, record)
+            self._recorded.add(record.index)
         self._emit(TrialChanged(record))
         about = {"plan_bytes": record.plan_bytes, "mean_bits": record.mean_bits}
         bits = dict(zip(self._keys, suggestion.plan.bits, strict=True))
@@ -180,6 +182,7 @@ class PlanSearcher(LivesInDriver, Searcher):  # type: ignore[misc]
     def _withdraw(self, suggestion: Suggestion) -> None:
         """Have a trial that never began never have been."""
         remove(trial_folder(self._job.trials, suggestion.index))
+        self._recorded.discard(suggestion.index)
         self._ledger.withdraw(suggestion)
         self._emit(TrialWithdrawn(suggestion.index))
 
