@@ -253,9 +253,9 @@ def sign_seconds(path: Path) -> float:
     return SIGN_SECONDS_AT_URI if is_mirror(path) else SIGN_SECONDS
 
 
-def write_sign(path: Path, text: str) -> None:
+def write_sign(path: Path, text: str) -> bool:
     """Tell of progress; not made durable, since it says nothing after a crash, and not waited for: a full disk is met,
-    waited for and told of where results are written."""
+    waited for and told of where results are written. Returns whether it was written."""
     there, aside = objects_at(path), path.with_suffix(".new")
     with contextlib.suppress(OSError, StorageError):
         if there:
@@ -263,6 +263,8 @@ def write_sign(path: Path, text: str) -> None:
         else:
             aside.write_text(text, encoding="utf-8")
             aside.replace(path)
+        return True
+    return False
 
 
 def read_sign(path: Path) -> str | None:

@@ -139,9 +139,15 @@ MUTATIONS = {
     ),
     "nobody watches for trials that hang": Mutation(
         DRIVER,
-        "if now - self._seen[trial_id][1] > self._limit:",
+        "if self._seen[trial_id][1] >= self._limit:",
         "if False:",
         f"{SEARCH}::test_a_hanging_trial_is_killed_and_its_slot_is_free_again",
+    ),
+    "trials hang while the storage is away": Mutation(
+        DRIVER,
+        "and not takes_pulses(self._trials):",
+        "and False:",
+        f"{TRIALS}::test_a_trial_does_not_hang_while_the_storage_cannot_be_told_of_progress",
     ),
     "a search without hours and machines waits for ever": Mutation(
         DRIVER,

@@ -9,7 +9,8 @@ import pickle
 import shutil
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,7 +18,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import DEMO_DATA, away, raw_config, with_key
+from conftest import DEMO_DATA, away, disk_of, raw_config, with_key
 from object_store import object_store, talk_to
 
 from qpruner.config import validate_config
@@ -408,6 +409,46 @@ def test_the_watch_tells_the_step_of_each_trial_under_way_and_reads_each_pulse_o
     watch.on_step_end(2, trials)
     assert events == [StepsSeen({0: 3})]
     assert reads == [[0, 1]]
+
+
+@contextmanager
+def full(disk: Path) -> Iterator[Callable[[], None]]:
+    """Another way to have no storage: not a byte is left."""
+    filler = disk / "filler"
+    filler.write_bytes(b"\0" * shutil.disk_usage(disk).free)
+    yield filler.unlink
+
+
+@pytest.mark.parametrize("trouble", [away, full])
+def test_a_trial_does_not_hang_while_the_storage_cannot_be_told_of_progress(
+    trouble: Callable[[Path], AbstractContextManager[Callable[[], None]]], tmp_path: Path
+) -> None:
+    """Nor for the time in which the driver did not look, because it waited for the storage, too."""
+    with disk_of("1m", tmp_path / "disk") as disk:
+        job = replace(job_of(tmp_path, trial_timeout_seconds=1.0), trials=disk / "trials")
+        searcher, _, _ = searcher_of(job)
+        searcher.suggest("a")
+        write_pulse(job.trials, 0, TrialPulse(node="n", pid=1, step=3, beats=9, peak_memory_bytes=1))
+        watch = HangWatch(job, searcher, print)
+        at_work = SimpleNamespace(trial_id="a", config={"trial": 0}, temporary_state=SimpleNamespace(ray_actor="a"))
+
+        def looked_for(seconds: float) -> bool:
+            """Whether the trial was taken for hanging, at which its stand-in has nothing to be killed."""
+            until = time.monotonic() + seconds
+            with suppress(AttributeError):
+                while time.monotonic() < until:
+                    watch.on_step_end(1, [at_work])
+                    time.sleep(0.02)
+                return False
+            return True
+
+        with trouble(disk) as end:
+            assert not looked_for(2.5)
+            end()
+        assert not looked_for(0.3)
+        time.sleep(1.5)
+        assert not looked_for(0.2)
+        assert looked_for(5.0)
 
 
 def test_a_halted_search_hands_out_nothing_and_leaves_its_trials_to_go_on(tmp_path: Path) -> None:

@@ -28,6 +28,7 @@ from qpruner.search.trial_records import (
     read_seconds,
     read_trial,
     read_trials,
+    takes_pulses,
     trial_folder,
     write_seconds,
     write_trial,
@@ -304,15 +305,17 @@ class HangWatch(LivesInDriver, Callback):  # type: ignore[misc]
     """Kills the worker of a trial that makes no progress, so that its slot is free again; tells of those that do.
 
     Ray ends the process by SIGKILL where it does not answer, so a stopped one goes too (5 s, Ray 2.60). Time counts
-    from the last change of the trial's pulse that this process saw, whatever the machines' clocks say. A trial that is
-    given the worker of another has it before it runs; if that one does not end, this one is not what hangs.
+    from the last change of the trial's pulse that this process saw, whatever the machines' clocks say, and from one
+    look to the next: not while this process waits for the storage itself, nor while trials cannot tell of progress. A
+    trial that is given the worker of another has it before it runs; if that one does not end, this one is not what
+    hangs.
     """
 
     def __init__(self, job: SearchJob, searcher: PlanSearcher, emit: Emit) -> None:
         self._trials, self._limit = job.trials, job.config.search.trial_timeout_seconds
         self._searcher, self._emit = searcher, emit
         self._seen: dict[str, tuple[object, float]] = {}
-        self._next_look = 0.0
+        self._pause, self._next_look = min(5.0, self._limit / 4), 0.0
         self._all: list[Any] = []
 
     def on_step_begin(self, iteration: int, trials: list[Any], **info: Any) -> None:
@@ -328,16 +331,19 @@ class HangWatch(LivesInDriver, Callback):  # type: ignore[misc]
         now = time.monotonic()
         if now < self._next_look:
             return
-        self._next_look = now + min(5.0, self._limit / 4)
+        self._next_look = now + self._pause
         at_work = {trial.trial_id: trial for trial in trials if trial.temporary_state.ray_actor is not None}
         seen, self._seen = self._seen, {}
         indices = [trial.config["trial"] for trial in at_work.values()]
         pulses = read_pulses(self._trials, indices)
         self._emit(StepsSeen({index: pulse.step for index, pulse in zip(indices, pulses, strict=True) if pulse}))
-        for (trial_id, trial), pulse in zip(at_work.items(), pulses, strict=True):
-            last, since = seen.get(trial_id, (pulse, now))
-            self._seen[trial_id] = (pulse, since if pulse == last else now)
-            if now - self._seen[trial_id][1] > self._limit:
+        for trial_id, pulse in zip(at_work, pulses, strict=True):
+            last, stood = seen.get(trial_id, (None, -self._pause))
+            self._seen[trial_id] = (pulse, stood + self._pause if pulse == last else 0.0)
+        if any(stood > self._limit / 4 for _, stood in self._seen.values()) and not takes_pulses(self._trials):
+            self._seen = {trial_id: (pulse, 0.0) for trial_id, (pulse, _) in self._seen.items()}
+        for trial_id, trial in at_work.items():
+            if self._seen[trial_id][1] >= self._limit:
                 runs = trial.status == Trial.RUNNING
                 (self._searcher.hangs if runs else self._searcher.waits_in_vain)(trial_id)
                 ray.kill(trial.temporary_state.ray_actor)
