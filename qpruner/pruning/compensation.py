@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Collection, Sequence
+from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
 import torch
@@ -101,29 +102,32 @@ def compensate(model: PreTrainedModel, kept: Kept, method: str, ridge: float, sa
     biased: set[str] = set()
     for index in range(model.config.num_hidden_layers):
         kinds = family.unit_kinds(model.config.per_layer_config[index], index) if index in kept else ()
-        # Attention first: the MLP's inputs are those behind the pruned attention.
-        for kind in kinds:
-            units = kept[index].get(kind.name)
-            if units is None:
-                continue
-            linear = kind.output_linear
-            assert linear is not None, "preflight refuses to compensate what has no output projection"
-            module = model.get_submodule(f"{family.block_path(index)}.{linear}")
-            if method == "bias" and module.bias is None:
-                biased.add(linear)
-            if len(units) == kind.num_units:
-                continue
-            stays = _columns(kind, units)
-            if method == "bias":
-                moments = InputMoments()
-                stream.visit_inputs(index, linear, moments.add)
-                ragged.add_output_biases(model.get_submodule(family.block_path(index)), [linear])
-                _shift_bias(module, stays, moments.mean)
-            else:
-                gram = _Gram()
-                stream.visit_inputs(index, linear, gram.add)
-                _solve(module, stays, gram, ridge, f"{family.block_path(index)}.{linear}")
-        stream.advance(index)
+        block = model.get_submodule(family.block_path(index))
+        with ExitStack() as as_cut:
+            # Attention first: the MLP's inputs are those behind the pruned attention.
+            for kind in kinds:
+                units = kept[index].get(kind.name)
+                if units is None:
+                    continue
+                linear = kind.output_linear
+                assert linear is not None, "preflight refuses to compensate what has no output projection"
+                module = block.get_submodule(linear)
+                if method == "bias" and module.bias is None:
+                    biased.add(linear)
+                if len(units) == kind.num_units:
+                    continue
+                as_cut.enter_context(family.as_cut(block, kind, units))
+                stays = _columns(kind, units)
+                if method == "bias":
+                    moments = InputMoments()
+                    stream.visit_inputs(index, linear, moments.add)
+                    ragged.add_output_biases(block, [linear])
+                    _shift_bias(module, stays, moments.mean)
+                else:
+                    gram = _Gram()
+                    stream.visit_inputs(index, linear, gram.add)
+                    _solve(module, stays, gram, ridge, f"{family.block_path(index)}.{linear}")
+            stream.advance(index)
     declare_biases(model, sorted(biased))
 
 

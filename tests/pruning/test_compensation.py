@@ -6,6 +6,7 @@ The references run the whole model for every layer and keep all activations; wha
 from __future__ import annotations
 
 import copy
+import functools
 import weakref
 from typing import TYPE_CHECKING, Any
 
@@ -33,6 +34,7 @@ KEPT = {
 OUTPUTS = {
     "llama": ("model.layers.{}", "self_attn.o_proj", "mlp.down_proj"),
     "gemma2": ("model.layers.{}", "self_attn.o_proj", "mlp.down_proj"),
+    "olmo2": ("model.layers.{}", "self_attn.o_proj", "mlp.down_proj"),
     "phi3": ("model.layers.{}", "self_attn.o_proj", "mlp.down_proj"),
     "opt": ("model.decoder.layers.{}", "self_attn.out_proj", "fc2"),
     "gpt_neox": ("gpt_neox.layers.{}", "attention.dense", "mlp.dense_4h_to_h"),
@@ -45,8 +47,8 @@ def decoder(name: str = "llama", seed: int = 0) -> PreTrainedModel:
     return tiny(name, seed, **({"num_key_value_heads": 4} if grouped else {}))
 
 
-def outputs_of(name: str, model: PreTrainedModel) -> list[tuple[str, torch.Tensor]]:
-    """In model order, each output projection of which something is cut, and the columns that stay."""
+def outputs_of(name: str, model: PreTrainedModel) -> list[tuple[int, str, torch.Tensor]]:
+    """In model order, each output projection of which something is cut, its block, and the columns that stay."""
     block, attention, mlp = OUTPUTS[name]
     found = []
     for index, kinds in KEPT.items():
@@ -56,14 +58,33 @@ def outputs_of(name: str, model: PreTrainedModel) -> list[tuple[str, torch.Tenso
             width = features // (4 if linear == attention else 48)
             columns = torch.cat([torch.arange(unit * width, (unit + 1) * width) for unit in units])
             if len(columns) < features:
-                found.append((path, columns))
+                found.append((index, path, columns))
     return found
+
+
+def norms_as_cut(name: str, model: PreTrainedModel, index: int) -> None:
+    """OLMo 2: the query and key norms of one block take their mean over the heads that stay."""
+    if name != "olmo2":
+        return
+    attention = model.model.layers[index].self_attn
+    for norm in (attention.q_norm, attention.k_norm):
+        stays = torch.zeros(4, norm.weight.numel() // 4)
+        stays[list(KEPT[index]["attention"])] = 1
+        norm.forward = functools.partial(normed_over, norm, stays.flatten())
+
+
+def normed_over(norm: Any, mask: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
+    """An RMS norm whose mean is over the entries of a mask."""
+    mean_square = (hidden.square() * mask).sum(dim=-1, keepdim=True) / mask.sum()
+    normed: torch.Tensor = norm.weight * hidden * torch.rsqrt(mean_square + norm.variance_epsilon)
+    return normed
 
 
 @torch.no_grad()
 def solved_by_hand(name: str, model: PreTrainedModel, samples: Samples) -> PreTrainedModel:
     """Ridge regression on all activations at once, layer by layer, each on the model as it is pruned so far."""
-    for path, stays in outputs_of(name, model):
+    for index, path, stays in outputs_of(name, model):
+        norms_as_cut(name, model, index)
         linear = model.get_submodule(path)
         inputs, weight = stacked_inputs(model, path, samples), linear.weight.double()
         kept_inputs, kept_weight = inputs[:, stays], weight[:, stays]
@@ -79,7 +100,8 @@ def solved_by_hand(name: str, model: PreTrainedModel, samples: Samples) -> PreTr
 @torch.no_grad()
 def biased_by_hand(name: str, model: PreTrainedModel, samples: Samples) -> PreTrainedModel:
     """FLAP: what the columns that go gave on average, to the bias."""
-    for path, stays in outputs_of(name, model):
+    for index, path, stays in outputs_of(name, model):
+        norms_as_cut(name, model, index)
         linear = model.get_submodule(path)
         removed = torch.tensor([column for column in range(linear.in_features) if column not in stays.tolist()])
         given = linear.weight[:, removed].double() @ stacked_inputs(model, path, samples)[:, removed].mean(0)
@@ -97,7 +119,7 @@ def test_equals_a_solution_on_stacked_activations_of_the_pruned_model(name: str,
     model, base = decoder(name), decoder(name)
     by_hand = {"least_squares": solved_by_hand, "bias": biased_by_hand}[method](name, decoder(name), samples)
     compensate(model, KEPT, method, RIDGE, samples)
-    for path, stays in outputs_of(name, model):
+    for _, path, stays in outputs_of(name, model):
         linear, expected = model.get_submodule(path), by_hand.get_submodule(path)
         torch.testing.assert_close(linear.weight, expected.weight, rtol=1e-3, atol=1e-4)
         gone = [column for column in range(linear.in_features) if column not in stays.tolist()]
@@ -108,6 +130,8 @@ def test_equals_a_solution_on_stacked_activations_of_the_pruned_model(name: str,
         else:
             moved = (linear.weight - base.get_submodule(path).weight)[:, stays].abs().max()
             assert moved > 0.01, "something was solved"
+    for index in KEPT:
+        norms_as_cut(name, model, index)
     torch.testing.assert_close(logits_of(model), logits_of(by_hand), rtol=1e-3, atol=1e-3)
 
 
@@ -115,7 +139,7 @@ def test_each_layer_is_solved_on_the_inputs_that_the_pruned_model_gives_it() -> 
     """Activations of the base model would be another solution, and a worse one."""
     samples, base, model = samples_of(), decoder(), decoder()
     compensate(model, KEPT, "least_squares", RIDGE, samples)
-    path, stays = outputs_of("llama", base)[-1]
+    _, path, stays = outputs_of("llama", base)[-1]
     assert path == "model.layers.2.self_attn.o_proj"
     inputs, weight = stacked_inputs(base, path, samples), base.get_submodule(path).weight.detach().double()
     root = (RIDGE * inputs[:, stays].square().sum(0).mean()).sqrt()
@@ -131,7 +155,10 @@ def test_the_cut_itself_then_changes_no_logit(name: str, method: str) -> None:
     model = decoder(name)
     before = logits_of(model)
     compensate(model, KEPT, method, RIDGE, samples_of())
-    compensated = logits_of(model)
+    as_cut = copy.deepcopy(model)
+    for index in KEPT:
+        norms_as_cut(name, as_cut, index)
+    compensated = logits_of(as_cut)
     cut(model, KEPT)
     torch.testing.assert_close(logits_of(model), compensated, rtol=1e-4, atol=1e-4)
     assert (before - compensated).abs().max() > 0.1
@@ -153,7 +180,7 @@ def test_the_pruned_model_is_nearer_to_the_base_model(method: str, name: str) ->
 
 def test_a_strong_ridge_keeps_the_weights_and_a_weak_one_fits_the_samples() -> None:
     samples = samples_of()
-    path, stays = outputs_of("llama", decoder())[0]
+    _, path, stays = outputs_of("llama", decoder())[0]
     weight = decoder().get_submodule(path).weight.detach().double()
     inputs = stacked_inputs(decoder(), path, samples)
     errors, moved = [], []

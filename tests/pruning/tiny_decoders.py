@@ -33,6 +33,8 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "intermediate_size": 48,
         "residual_multiplier": 0.4,
     },
+    # Query and key norms over all heads.
+    "olmo2": {"num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 48},
     "phi3": {"num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 48},
     "opt": {"num_attention_heads": 4, "ffn_dim": 48, "word_embed_proj_dim": 32},
     # Attention and MLP side by side.

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -169,6 +170,10 @@ class Family:
         """What arrives in the residual stream of the MLP's output projection: this times its output; None where a norm
         comes between, or experts are stacked in its place."""
         return 1.0
+
+    def as_cut(self, block: torch.nn.Module, kind: UnitKind, kept: Sequence[int]) -> AbstractContextManager[None]:
+        """Let a whole block compute the units that stay as the cut one will, where other units have a part in them."""
+        return nullcontext()
 
     # How a config says it ---------------------------------------------------------------------------------------------
 

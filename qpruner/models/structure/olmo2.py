@@ -6,10 +6,18 @@ keeps queries and keys at their size. "Cut equals masked" therefore holds for th
 masked heads out of its mean.
 """
 
-from dataclasses import dataclass, replace
-from typing import Any
+from __future__ import annotations
 
-from qpruner.models.structure.family import Family, UnitKind, UnitSlice
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from qpruner.models.structure.family import ATTENTION, Family, UnitKind, UnitSlice
+
+if TYPE_CHECKING:
+    import torch
 
 
 @dataclass(frozen=True)
@@ -27,6 +35,29 @@ class Olmo2(Family):
 
     def residual_factor(self, config: Any) -> float | None:
         return None
+
+    @contextmanager
+    def as_cut(self, block: torch.nn.Module, kind: UnitKind, kept: Sequence[int]) -> Iterator[None]:
+        """Give the norms a mean over the heads that stay."""
+        norms = kind.slices[:2] if kind.name == ATTENTION else ()
+        handles = []
+        for item in norms:
+            stays = [unit * item.width + row for unit in kept for row in range(item.width)]
+            norm = block.get_submodule(item.parameter.removesuffix(".weight"))
+            handles.append(norm.register_forward_hook(partial(_normed_over, stays=stays)))
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+
+def _normed_over(norm: Any, args: tuple[torch.Tensor], output: torch.Tensor, stays: list[int]) -> torch.Tensor:
+    """What an RMS norm gives when its mean is over some entries alone."""
+    hidden = args[0].float()
+    mean_square = hidden[..., stays].square().mean(-1, keepdim=True)
+    normed: torch.Tensor = norm.weight * (hidden * (mean_square + norm.variance_epsilon).rsqrt()).to(output.device)
+    return normed.to(output.dtype)
 
 
 OLMO2 = Olmo2("olmo2", ("transformers.models.olmo2.modeling_olmo2", "Olmo2DecoderLayer"))
