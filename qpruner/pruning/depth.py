@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from qpruner.calibration import Samples, at_tokens
-from qpruner.models.structure import family_of
+from qpruner.models.structure import EXPERT, MLP, UnitKind, family_of
 from qpruner.pruning.importance import taylor
 
 if TYPE_CHECKING:
@@ -27,10 +28,15 @@ def block_importance(model: PreTrainedModel, layers: Sequence[int], method: str,
     if method == "block_influence":
         return block_influence(model, layers, samples)
     family, config = family_of(model.config), model.config
-    scores = taylor(
-        model, {index: family.unit_kinds(config.per_layer_config[index], index) for index in layers}, samples
-    )
-    return {index: sum(float(score.sum()) for score in kinds.values()) for index, kinds in scores.items()}
+    kinds = {index: _once(family.unit_kinds(config.per_layer_config[index], index)) for index in layers}
+    scores = taylor(model, kinds, samples)
+    return {index: sum(float(score.sum()) for score in by_kind.values()) for index, by_kind in scores.items()}
+
+
+def _once(kinds: Sequence[UnitKind]) -> tuple[UnitKind, ...]:
+    """Kinds of unit that own each matrix of a block once: whole experts (and the router), not their channels too."""
+    has_experts = any(kind.name == EXPERT for kind in kinds)
+    return tuple(kind for kind in kinds if not (has_experts and kind.name == MLP))
 
 
 @torch.no_grad()
@@ -46,7 +52,8 @@ def block_influence(model: PreTrainedModel, layers: Sequence[int], samples: Samp
         def hook(block: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
             before = args[0] if args else kwargs["hidden_states"]
             after = output[0] if isinstance(output, tuple) else output
-            pair = at_tokens(before, tokens).float(), at_tokens(after, tokens).float()
+            # Spread over several devices, a block is given what lies on the device of the one before.
+            pair = at_tokens(before.to(after.device), tokens).float(), at_tokens(after, tokens).float()
             sums[index] += float(torch.nn.functional.cosine_similarity(*pair).sum())
 
         return hook
@@ -67,6 +74,6 @@ def block_influence(model: PreTrainedModel, layers: Sequence[int], samples: Samp
 
 
 def num_blocks_to_drop(rate: float, num_parameters: int, block_parameters: Sequence[int]) -> int:
-    """The number of blocks nearest to a share of all parameters; one block stays."""
-    mean = sum(block_parameters) / len(block_parameters)
-    return min(round(rate * num_parameters / mean), len(block_parameters) - 1)
+    """How many blocks, given in the order in which they go, are nearest to a share of all parameters; one stays."""
+    gone = list(itertools.accumulate(block_parameters[:-1], initial=0))
+    return min(range(len(gone)), key=lambda count: abs(gone[count] - rate * num_parameters))

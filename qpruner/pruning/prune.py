@@ -117,9 +117,9 @@ def cut_by(evidence: Evidence, model: PreTrainedModel, settings: PruneConfig) ->
     blocks, block_scores = list(range(num_layers(model.config))), {}
     gone: set[int] = set()
     if settings.drops_blocks:
-        count = num_dropped(model, settings, layers)
         block_scores = evidence.of_blocks(model, layers)
-        gone = set(sorted(layers, key=lambda index: block_scores[index])[:count])
+        order = sorted(layers, key=lambda index: block_scores[index])
+        gone = set(order[: num_dropped(model, settings, order)])
         evidence.make_up_for_blocks(model, gone, layers)
         blocks, layers = _drop_blocks(model, layers, gone)
     kept: Kept = {}
@@ -215,19 +215,19 @@ def width_target(model: PreTrainedModel, settings: PruneConfig, layers: Sequence
     return int(max(asked - (before - num_parameters(model)) + sum(hidden), 0))
 
 
-def num_dropped(model: PreTrainedModel, settings: PruneConfig, layers: Sequence[int]) -> int:
-    """Blocks that go whole.
+def num_dropped(model: PreTrainedModel, settings: PruneConfig, order: Sequence[int]) -> int:
+    """How many blocks go whole, of those that may go in the order in which they would.
 
     Raises:
         UserError: If the rate is too small for one block or leaves none.
     """
     family = family_of(model.config)
-    sizes = [num_parameters(model.get_submodule(family.block_path(index))) for index in layers]
+    sizes = [num_parameters(model.get_submodule(family.block_path(index))) for index in order]
     share = settings.block_rate
     count = num_blocks_to_drop(share, num_parameters(model), sizes)
-    if settings.width_units:
-        # Finer units can take more away, not give it back.
-        count = min(count, int((settings.rate or 0.0) * num_parameters(model) / max(sizes)))
+    # Finer units can take more away, not give it back.
+    while settings.width_units and sum(sizes[:count]) > (settings.rate or 0.0) * num_parameters(model):
+        count -= 1
     one = sizes[0] / num_parameters(model)
     if len(sizes) < 2:
         raise UserError(
@@ -239,7 +239,7 @@ def num_dropped(model: PreTrainedModel, settings: PruneConfig, layers: Sequence[
             f"`prune.rate`: whole blocks are to take {share:.2%} of all parameters, but one block has {one:.2%}: raise "
             "the rate or `prune.depth_share`, or take `block` out of `prune.units`"
         )
-    if abs(count * sizes[0] - share * num_parameters(model)) > max(sizes):
+    if abs(sum(sizes[:count]) - share * num_parameters(model)) > max(sizes):
         raise UserError(
             f"`prune.rate`: whole blocks are to take {share:.2%} of all parameters, but the {len(sizes)} blocks that "
             f"may go have {sum(sizes) / num_parameters(model):.2%} and one must stay: lower the rate or widen the range"

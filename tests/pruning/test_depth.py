@@ -23,9 +23,9 @@ if TYPE_CHECKING:
 NUM_BLOCKS = 6
 
 
-def decoder(name: str = "llama", seed: int = 0) -> PreTrainedModel:
+def decoder(name: str = "llama", seed: int = 0, **options: Any) -> PreTrainedModel:
     """Six blocks; of a Llama's, the one after the first hardly does anything."""
-    model = tiny(name, seed, num_hidden_layers=NUM_BLOCKS)
+    model = tiny(name, seed, num_hidden_layers=NUM_BLOCKS, **options)
     if name == "llama":
         with torch.no_grad():
             model.model.layers[1].self_attn.o_proj.weight.mul_(0.05)
@@ -78,6 +78,23 @@ def test_taylor_is_the_sum_over_all_matrices_of_a_block() -> None:
     }
     scores = block_importance(decoder(), (1, 2, 4), "taylor", Samples(rows, PAD, 8))
     assert scores == pytest.approx(expected, rel=1e-4)
+
+
+def test_taylor_counts_experts_once() -> None:
+    """They are units whole and channel by channel; their weights and the router's are there once."""
+    rows = rows_of((12, 12, 12))
+    model = decoder("mixtral")
+    ids = torch.tensor([row["input_ids"] for row in rows])
+    model(ids, labels=ids).loss.backward()
+    expected = {
+        index: sum(
+            float((parameter * parameter.grad).detach().abs().sum())
+            for parameter in model.model.layers[index].parameters()
+            if parameter.dim() > 1
+        )
+        for index in (1, 4)
+    }
+    assert block_importance(decoder("mixtral"), (1, 4), "taylor", Samples(rows, PAD, 8)) == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma2", "opt", "gpt_neox", "mixtral"])
@@ -234,6 +251,23 @@ def test_blocks_never_take_more_than_the_rate_where_units_could_take_the_rest(
     for attempt in (lambda: prune(model, settings, samples_of()), lambda: expected_config(model.config, settings)):
         with pytest.raises(UserError, match=rf"but one block has {block:.2%}: raise the rate or `prune.depth_share`"):
             attempt()
+
+
+@pytest.mark.parametrize("units", [["block"], ["block", "attention", "mlp"]], ids=str)
+@pytest.mark.parametrize("small", [(0, 2, 4), (1, 2, 3, 4, 5)], ids=str)
+def test_blocks_of_different_sizes_count_for_what_they_have(small: tuple[int, ...], units: list[str]) -> None:
+    """Qwen3-MoE has plain blocks between those with experts; whichever go, no other number would be nearer."""
+    model = decoder("qwen3_moe", mlp_only_layers=list(small))
+    before = num_parameters(model)
+    sizes = [num_parameters(block) for block in model.model.layers]
+    assert max(sizes) > 2 * min(sizes)
+    settings = settings_of(rate=0.35, units=units, round_to=8, **({"depth_share": 0.9} if len(units) > 1 else {}))
+    pruned = prune(model, settings, samples_of())
+    order = sorted(pruned.block_scores, key=lambda index: pruned.block_scores[index])
+    target = settings.block_rate * before
+    by_count = [sum(sizes[index] for index in order[:count]) for count in range(NUM_BLOCKS)]
+    possible = [gone for gone in by_count if len(units) == 1 or gone <= 0.35 * before]
+    assert sum(sizes[index] for index in pruned.dropped_blocks) == min(possible, key=lambda gone: abs(gone - target))
 
 
 @pytest.mark.parametrize("seed", range(30))
