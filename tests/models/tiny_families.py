@@ -88,6 +88,20 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "opt-350m": ("opt", {"do_layer_norm_before": False, "word_embed_proj_dim": 32}),
     "opt, no biases": ("opt", {"enable_bias": False}),
     "phi-4-mini": ("phi3", {"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.8}}),
+    "phi-3, 128k": (
+        "phi3",
+        {
+            "original_max_position_embeddings": 64,
+            "rope_parameters": {
+                "rope_type": "longrope",
+                "rope_theta": 1e4,
+                "partial_rotary_factor": 1.0,
+                "original_max_position_embeddings": 64,
+                "short_factor": [1.0, 1.1, 1.2, 1.3, 1.4],
+                "long_factor": [1.0, 2.0, 3.0, 4.0, 5.0],
+            },
+        },
+    ),
     "qwen3_moe, every second block": ("qwen3_moe", {"mlp_only_layers": [], "decoder_sparse_step": 2}),
     "qwen3_moe, weights sum to one": ("qwen3_moe", {"norm_topk_prob": True}),
 }

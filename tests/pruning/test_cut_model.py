@@ -301,15 +301,43 @@ def test_uniform_widths_make_a_plain_config(rate: float, compensation: str, tmp_
     assert saved.intermediate_size == model.model.layers[0].mlp.up_proj.out_features
 
 
-@pytest.mark.parametrize("name", ["llama", "gemma2"])
-def test_blocks_that_happen_to_be_alike_are_saved_and_loaded(name: str, tmp_path: Path) -> None:
+LONG_ROPE = {
+    "rope_parameters": {
+        "rope_type": "longrope",
+        "rope_theta": 1e4,
+        "partial_rotary_factor": 1.0,
+        "original_max_position_embeddings": 32,
+        "short_factor": [1.0, 1.1, 1.2, 1.3],
+        "long_factor": [1.0, 2.0, 3.0, 4.0],
+    },
+    "original_max_position_embeddings": 32,
+}
+
+
+@pytest.mark.parametrize(("name", "options"), [("llama", {}), ("gemma2", {}), ("phi3", LONG_ROPE)])
+def test_blocks_that_happen_to_be_alike_are_saved_and_loaded(
+    name: str, options: dict[str, Any], tmp_path: Path
+) -> None:
     """Three of four heads in every block: transformers refuses that number as a plain one, but not block by block."""
     from transformers import AutoModelForCausalLM
 
-    model = tiny(name, num_key_value_heads=4)
+    model = tiny(name, num_key_value_heads=4, **options)
     pruned = prune(model, settings_of(layer_rate=0.25, units=["attention"]), samples_of())
     assert widths(pruned) == {index: {"attention": 3} for index in range(3)}
     model.save_pretrained(tmp_path)
+    assert torch.equal(logits_of(AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)), logits_of(model))
+
+
+def test_uniform_channels_of_a_phi_of_long_context_are_plain(tmp_path: Path) -> None:
+    """Its config wants a factor for every pair of hidden size / heads, so heads cannot go; channels can."""
+    from transformers import AutoModelForCausalLM
+
+    model = tiny("phi3", num_key_value_heads=4, **LONG_ROPE)
+    with pytest.raises(UserError, match=r"`prune.units: \[mlp\]`, or `uniform: false`"):
+        expected_config(model.config, settings_of(rate=0.3, uniform=True))
+    prune(model, settings_of(rate=0.15, uniform=True, units=["mlp"]), samples_of())
+    model.save_pretrained(tmp_path)
+    assert "per_layer_config" not in (tmp_path / "config.json").read_text()
     assert torch.equal(logits_of(AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)), logits_of(model))
 
 
