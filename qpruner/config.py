@@ -508,7 +508,8 @@ class FinetuneConfig(Section):
     worker; it must be a multiple of `num_workers` times `training.micro_batch_size`."""
     seeds: Positive = 3
     """With `compare`: training seeds (data order and dropout) of the searched, the best seed and the random plans; the
-    first is `seed`, the others count up from it. One leaves a claim about one training seed."""
+    first is `seed` + 1, the others count up from it, since the trials that chose the winner were trained under `seed`.
+    One leaves a claim about one training seed."""
     random_plans: Positive = 3
     """With `compare`: random plans of equal bytes, each under all `seeds`. One leaves a claim about one random plan."""
 

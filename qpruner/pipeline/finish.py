@@ -79,7 +79,7 @@ def finetune(context: Context, searched: SearchRecord, measured: SensitivityReco
 
     def work(scratch: Path) -> dict[str, Any]:
         finetuned = _finetune_jobs(context, jobs)
-        # The first training seed is the run's own.
+        # Of the searched row's training seeds the first.
         winner = next(job for row, job in jobs if row.name == SEARCHED)
         context.run_dir.forget("finetune")  # what it vouches for is about to be written over
         before = context.gpu_time.seconds

@@ -36,14 +36,14 @@ def table_rows(context: Context, searched: SearchRecord, measured: SensitivityRe
 
     Both seed rows are solved again at the winner's own bytes, and the random plans weigh as much, so that the claim
     compares like with like. The searched plan, the best seed and each of the random plans get `finetune.seeds` training
-    seeds.
+    seeds. None is the trials' own: under the data order that the winner was selected on it would be flattered.
     """
     config, space = context.config, context.space
     winner = PrecisionPlan.from_dict(searched.best_plan)
     found_by = f"{searched.best_origin}, trial {searched.best_index}"
+    seeds = range(config.seed + 1, config.seed + 1 + config.finetune.seeds)
     if not config.finetune.compare:
-        return [Row(SEARCHED, found_by, ((config.seed, winner),))]
-    seeds = range(config.seed, config.seed + config.finetune.seeds)
+        return [Row(SEARCHED, found_by, ((seeds[0], winner),))]
     equal_bytes = replace(space, budget_bytes=space.plan_bytes(winner))
 
     def same(name: str, origin: str, plan: PrecisionPlan, under: Iterable[int] = seeds[:1]) -> Row:

@@ -133,7 +133,7 @@ def rows(results: Results) -> list[Row]:
 
 
 def under_first_seed(results: Results) -> list[Row]:
-    """The same rows under the first training seed alone, the run's own, which every row had."""
+    """The same rows under the first training seed alone, which every row had."""
     assert results.finetune and results.evaluate
     seed = min(record.seed for record in results.finetune.candidates)
     tuned = tuple(record for record in results.finetune.candidates if record.seed == seed)

@@ -124,7 +124,7 @@ def test_the_seed_rows_are_the_best_seeds_of_the_winners_bytes(context: Context)
         size = space.plan_bytes(every[winner])
         below_budget += size < space.budget_bytes
         found = rows_of(context, every[winner])
-        assert found["searched"].plans == tuple((seed, every[winner]) for seed in (0, 1, 2))
+        assert found["searched"].plans == tuple((seed, every[winner]) for seed in (1, 2, 3))
         for row, method in ((MI_ROW, "mutual_information"), ("best seed", "fisher")):
             (seed,) = {plan for _, plan in found[row].plans}
             assert space.plan_bytes(seed) <= size
@@ -158,11 +158,11 @@ def test_every_random_plan_has_equal_bytes_and_every_training_seed(
     plans = rows_of(context, winner)["random"].plans
     drawn = {plan for _, plan in plans}
     assert len(drawn) == 3 and winner not in drawn
-    assert set(plans) == set(itertools.product((0, 1, 2), drawn)) and len(plans) == 9
+    assert set(plans) == set(itertools.product((1, 2, 3), drawn)) and len(plans) == 9
     for plan in drawn:
         assert space.plan_bytes(plan) == pytest.approx(space.plan_bytes(winner), rel=0.01)
     one = changed("finetune.random_plans", 1)
-    assert [seed for seed, _ in rows_of(one, winner)["random"].plans] == [0, 1, 2]
+    assert [seed for seed, _ in rows_of(one, winner)["random"].plans] == [1, 2, 3]
     assert rows_of(replace(context), winner)["random"].plans == plans
 
 
@@ -173,8 +173,8 @@ def test_rows_of_the_claim_have_several_training_seeds_and_the_others_one(
     found = rows_of(context, a_winner(context))
     assert sum(len(row.plans) for row in found.values()) == num_finetunes(context.config), "as `qpruner check` counts"
     seeds = {name: {seed for seed, _ in row.plans} for name, row in found.items()}
-    assert {name for name, each in seeds.items() if each == {0, 1}} == {"best seed", "random", "searched"}
-    assert {name for name, each in seeds.items() if each == {0}} == {
+    assert {name for name, each in seeds.items() if each == {1, 2}} == {"best seed", "random", "searched"}
+    assert {name for name, each in seeds.items() if each == {1}} == {
         *("base", "pruned", "uniform 4-bit", "uniform 8-bit", MI_ROW)
     }
 
@@ -182,7 +182,7 @@ def test_rows_of_the_claim_have_several_training_seeds_and_the_others_one(
 def test_without_compare_the_winner_stands_alone(changed: Callable[[str, Any], Context]) -> None:
     context = changed("finetune", {"steps": 4, "compare": False})
     winner = context.space.uniform(4)
-    assert rows_of(context, winner) == {"searched": Row("searched", "gp, trial 7", ((0, winner),))}
+    assert rows_of(context, winner) == {"searched": Row("searched", "gp, trial 7", ((1, winner),))}
 
 
 @pytest.mark.parametrize("key", ["seeds", "random_plans"])
@@ -204,9 +204,9 @@ def folders(context: Context, rows: dict[str, Row]) -> dict[tuple[str, int], Pat
 
 def test_equal_models_with_equal_fine_tunes_are_one_job(context: Context) -> None:
     found = folders(context, rows_of(context, context.space.uniform(8)))
-    assert found["searched", 0] == found["uniform 8-bit", 0]
-    assert len({found["searched", seed] for seed in range(3)}) == 3
-    assert found["base", 0] != found["pruned", 0]
+    assert found["searched", 1] == found["uniform 8-bit", 1]
+    assert len({found["searched", seed] for seed in (1, 2, 3)}) == 3
+    assert found["base", 1] != found["pruned", 1]
     untuned = {each.folder for each in untuned_candidates(context, context.space.uniform(8).as_dict())}
     assert len(untuned) == 3 and not untuned & set(found.values())
 
@@ -226,7 +226,7 @@ def test_a_row_is_called_as_the_final_table_calls_it(found: dict[str, Any], titl
     try:
         jobs = finetune_jobs(context, searched_record(winner), measured_of(context))
         labels = [job.label for row, job in jobs if row.name == "searched"]
-        assert labels == [f"{title}, training seed {seed}" for seed in (0, 1, 2)]
+        assert labels == [f"{title}, training seed {seed}" for seed in (1, 2, 3)]
         untuned = [job.label for job in untuned_candidates(context, winner.as_dict())]
         assert untuned == [f"{name} (no fine-tune)" for name in ("base", "pruned", title)]
     finally:
@@ -297,7 +297,7 @@ def test_an_interrupted_comparison_goes_on_with_what_is_left(
     measured, searched = measured_of(context), searched_record(a_winner(context))
     jobs = folders(whole, rows_of(whole, a_winner(context)))
     seeds = {folder: seed for (_, seed), folder in jobs.items()}
-    recorded = sorted(set(seeds) - {jobs["searched", 0]})
+    recorded = sorted(set(seeds) - {jobs["searched", 1]})
     for number, folder in enumerate(recorded):
         (folder / "adapter").mkdir(parents=True)
         (folder / "adapter" / "adapter_model.safetensors").touch()
@@ -306,19 +306,19 @@ def test_an_interrupted_comparison_goes_on_with_what_is_left(
     try:
         record = finetune(whole, searched, measured)
         assert not list(whole.run_dir.candidates.glob("*/checkpoints")), "what is recorded is not gone on from"
-        assert told(events, "finetune") == ["searched, training seed 0"]
+        assert told(events, "finetune") == ["searched, training seed 1"]
         counted = progress_of(events, "finetune")
         assert list(counted) == ["steps", "loading weights", "saving weights"]
         assert counted["steps"][-1] == (4 * len(set(jobs.values())),) * 2, "those that were recorded are done"
         assert all(steps[-1][0] == steps[-1][1] and steps == sorted(set(steps)) for steps in counted.values())
-        weights = jobs["searched", 0] / "adapter" / "adapter_model.safetensors"
+        weights = jobs["searched", 1] / "adapter" / "adapter_model.safetensors"
         flip_a_byte(weights)
         mended = finetune(whole, searched, measured)
         whole.close()  # `alone` will start a Ray of its own, too
         warning, *anew = told(events, "finetune")[1:]
-        assert warning == "warning" and anew == ["searched, training seed 0"], "only what was damaged"
+        assert warning == "warning" and anew == ["searched, training seed 1"], "only what was damaged"
         assert any(f"{weights} is damaged; set aside in " in str(event) for event in events)
-        trained = next(each for each in mended.candidates if (each.name, each.seed) == ("searched", 0))
+        trained = next(each for each in mended.candidates if (each.name, each.seed) == ("searched", 1))
         assert trained.adapter_sha256 == file_digest(weights)
         events.clear()
         assert [(each.name, each.seed) for each in record.candidates] == list(jobs)
@@ -343,7 +343,7 @@ def test_an_interrupted_comparison_goes_on_with_what_is_left(
 
         again = finetune(fewer, searched, measured)
         assert again.digest != record.digest
-        assert [(each.name, each.seed) for each in again.candidates] == [job for job in jobs if job[1] < 2]
+        assert [(each.name, each.seed) for each in again.candidates] == [job for job in jobs if job[1] < 3]
         assert told(events, "finetune") == [], "nothing was trained again"
 
         tuned = finetune(alone, searched, measured)
@@ -356,10 +356,10 @@ def test_an_interrupted_comparison_goes_on_with_what_is_left(
         scored = evaluate(alone, tuned)
         assert [(row.name, row.seed) for row in scored.rows] == [
             *(("base", None), ("pruned", None), ("searched", None)),
-            ("searched", 0),
+            ("searched", 1),
         ]
         assert scored.rows[0].scores == scored.rows[1].scores == scored.rows[2].scores == scores
-        assert told(events, "evaluate") == ["searched, training seed 0", "1 model in turns"]
+        assert told(events, "evaluate") == ["searched, training seed 1", "1 model in turns"]
         counted = progress_of(events, "evaluate")
         assert counted["answers"][-1] == (32, 32), "of four models, two questions each with four answers"
         assert counted["memory and tokens a second"][-1] == (3, 3)
@@ -503,7 +503,7 @@ def test_two_workers_fine_tune_what_one_does(changed: Callable[[str, Any], Conte
             (found[workers],) = finetune(context, searched_record(plan), measured_of(context)).candidates
         finally:
             context.close()
-        [winner] = candidates_for(context, [("searched", plan.as_dict(), 0)])
+        [winner] = candidates_for(context, [("searched", plan.as_dict(), 1)])
         folder = winner.folder
         left = sorted(path.name for path in folder.iterdir())
         assert left == ["adapter", "adapter.files.json", "owner.json", "progress", "record.json"]
