@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import distributed
 from torch.nn.parallel import DistributedDataParallel
@@ -196,8 +197,8 @@ class _Batches(Sampler[list[int]]):
         return -(-self._num_rows // (self._size * self._share.processes))
 
     def __iter__(self) -> Iterator[list[int]]:
-        generator = torch.Generator().manual_seed(self._seed + self.epoch)
-        order = torch.randperm(self._num_rows, generator=generator).tolist()
+        # Of seed and epoch apart: their sum would give the next seed this one's second epoch as its first.
+        order = np.random.default_rng([self._seed, self.epoch]).permutation(self._num_rows).tolist()
         for turn in range(len(self)):
             begin = (turn * self._share.processes + self._share.rank) * self._size
             yield order[begin : begin + self._size] or [self._num_rows]

@@ -156,6 +156,16 @@ def test_every_epoch_has_an_order_of_its_own(
     assert len(second) == 8 and sorted(first) == sorted(second) and first != second
 
 
+def test_no_epoch_of_a_seed_has_the_order_of_another_seeds_epoch() -> None:
+    """Training seeds that share orders would be no independent ones."""
+    orders = set()
+    for seed in range(4):
+        batches = _Batches(50, 2, seed, Share(0, 1))
+        for batches.epoch in range(4):
+            orders.add(tuple(row for batch in batches for row in batch))
+    assert len(orders) == 16
+
+
 def test_only_adapters_change(fresh: Callable[[], PeftModel], rows: list[dict[str, list[int]]], tmp_path: Path) -> None:
     model = fresh()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
