@@ -149,7 +149,7 @@ def select(
     _check_target(sizes, target, round_to)
     if selection == "global":
         return _select_global(values, sizes, round(target * progress), round_to)
-    return _keep_most_important(values, sizes, counts_per_layer(sizes, target, round_to, uniform), progress)
+    return _keep_most_important(values, sizes, counts_per_layer(sizes, target, round_to, uniform), round_to, progress)
 
 
 def select_rate(values: Values, sizes: Sizes, layer_rate: float, round_to: int = 1, progress: float = 1.0) -> Kept:
@@ -174,7 +174,7 @@ def select_rate(values: Values, sizes: Sizes, layer_rate: float, round_to: int =
                     f"`prune.layer_rate` {layer_rate:g} would leave {stays} of the {size.count} {name} units of "
                     f"block {index}, but at least {size.least} must stay: make it less than {bound:g}"
                 )
-    return _keep_most_important(values, sizes, removed, progress)
+    return _keep_most_important(values, sizes, removed, round_to, progress)
 
 
 def units_at_rate(size: KindSize, layer_rate: float, round_to: int = 1) -> int:
@@ -438,15 +438,19 @@ def _bundles(scores: Sequence[float], size: KindSize, width: int) -> list[list[i
 
 
 def _keep_most_important(
-    values: Values, sizes: Sizes, removed: Mapping[int, Mapping[str, int]], progress: float
+    values: Values, sizes: Sizes, removed: Mapping[int, Mapping[str, int]], round_to: int, progress: float
 ) -> Kept:
+    def gone(index: int, name: str) -> int:
+        """On the way, too, the channels that stay are a multiple."""
+        count, multiple = sizes[index][name].count, round_to if name == MLP else 1
+        stays = math.ceil((count - int(removed[index][name] * progress)) / multiple) * multiple
+        return max(count - stays, 0)
+
     return {
         index: {
             name: tuple(
                 sorted(
-                    unit
-                    for bundle in _bundles(scores, sizes[index][name], 1)[int(removed[index][name] * progress) :]
-                    for unit in bundle
+                    unit for bundle in _bundles(scores, sizes[index][name], 1)[gone(index, name) :] for unit in bundle
                 )
             )
             for name, scores in by_kind.items()

@@ -449,6 +449,16 @@ def test_experts_are_cut_whole_or_channel_by_channel(units: list[str], selection
     assert torch.isfinite(logits_of(model)).all()
 
 
+@pytest.mark.parametrize("options", [{"rate": 0.3}, {"rate": 0.3, "uniform": True}, {"layer_rate": 0.4}], ids=str)
+def test_experts_can_be_measured_between_two_steps(options: dict[str, Any]) -> None:
+    """In bfloat16 torch's grouped product takes widths of whole 16 bytes only, so every step has to leave such."""
+    model = tiny("mixtral", intermediate_size=64).to(torch.bfloat16)
+    pruned = prune(model, settings_of(units=["mlp"], round_to=8, steps=4, **options), samples_of())
+    assert {kinds["mlp"] % (4 * 8) for kinds in widths(pruned).values()} == {0}
+    once = prune(tiny("mixtral", intermediate_size=64), settings_of(units=["mlp"], round_to=8, **options), samples_of())
+    assert widths(pruned) == widths(once)
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [
