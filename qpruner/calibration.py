@@ -66,10 +66,18 @@ class Samples:
 
 @dataclass(frozen=True)
 class LossResult:
-    """Loss in nats per predicted token, with its standard error over rows (a ratio estimator)."""
+    """Loss in nats per predicted token, with its standard error over rows (a ratio estimator).
+
+    Attributes:
+        mean: Over all predicted tokens.
+        stderr: Over rows.
+        by_row: What each row says of the mean, in the order given: the rows' mean is `mean`, and their spread its
+            standard error, although rows have more and fewer tokens.
+    """
 
     mean: float
     stderr: float
+    by_row: tuple[float, ...]
 
 
 def batches(rows: Rows, batch_size: int, pad_id: int, device: torch.device) -> Iterator[dict[str, torch.Tensor]]:
@@ -390,8 +398,11 @@ def mean_loss(model: torch.nn.Module, rows: Rows, pad_id: int, batch_size: int) 
     mean = total / tokens
     if not math.isfinite(mean):
         raise TrainingDiverged(f"the validation loss is {mean}")
-    squares = sum((row - mean * count) ** 2 for row, count in zip(sums, counts, strict=True))
-    return LossResult(mean, math.sqrt(squares) / tokens)
+    off = [row - mean * count for row, count in zip(sums, counts, strict=True)]
+    by_row = dict(zip(order, (mean + each * len(rows) / tokens for each in off), strict=True))
+    return LossResult(
+        mean, math.sqrt(sum(each**2 for each in off)) / tokens, tuple(by_row[index] for index in range(len(rows)))
+    )
 
 
 def token_losses(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:

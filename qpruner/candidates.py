@@ -131,6 +131,7 @@ class FinetuneOutcome:
     train_loss: float
     validation_loss: float
     confirmation_loss: float
+    confirmation_losses: tuple[float, ...]
     measured_bytes: int
     peak_memory_bytes: int
     memory_counter: str
@@ -194,7 +195,7 @@ def finetune_candidate(job: CandidateJob) -> FinetuneOutcome:
         )
     peak = memory.bytes()
     loss = mean_loss(model, validation, pad_id, config.evaluate.batch_size).mean
-    fresh_loss = mean_loss(model, fresh, pad_id, config.evaluate.batch_size).mean
+    fresh_loss = mean_loss(model, fresh, pad_id, config.evaluate.batch_size)
     digest = _publish(model, candidate, claim) if is_first else ""
     if is_mirror(work):
         shutil.rmtree(workplace(work), ignore_errors=True)
@@ -205,7 +206,8 @@ def finetune_candidate(job: CandidateJob) -> FinetuneOutcome:
         steps=result.steps,
         train_loss=result.train_loss,
         validation_loss=loss,
-        confirmation_loss=fresh_loss,
+        confirmation_loss=fresh_loss.mean,
+        confirmation_losses=tuple(round(each, 4) for each in fresh_loss.by_row),
         measured_bytes=size,
         peak_memory_bytes=peak,
         memory_counter=memory.counter,

@@ -428,6 +428,9 @@ class CandidateRecord(Record):
     validation_loss: float
     confirmation_loss: float
     """On the half of the confirmation rows that chose nothing, in nats per token."""
+    confirmation_losses: tuple[float, ...] = ()
+    """What each of these rows says of it, so that two models can be paired by row: their mean is the loss, although
+    rows have more and fewer tokens. Empty in records of older versions."""
     peak_memory_bytes: int
     memory_counter: str
     adapter_sha256: str = ""

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import DEMO_DATA, demo_rows, disk_of, flip_a_byte, full_until_noticed, raw_config, with_key
@@ -344,6 +345,34 @@ def test_a_confirmation_scores_the_last_rungs_adapter(tuned: tuple[CandidateJob,
     # What the claim is told in is on rows that chose nothing.
     assert tuned[1].confirmation_loss == pytest.approx(judging.mean, abs=1e-6)
     assert choosing.mean != pytest.approx(judging.mean)
+    by_row = tuned[1].confirmation_losses
+    assert by_row == pytest.approx(judging.by_row, abs=1e-4)
+    assert np.mean(by_row) == pytest.approx(judging.mean, abs=1e-4)
+    assert np.std(by_row) / np.sqrt(len(by_row)) == pytest.approx(judging.stderr, abs=1e-4)
+    lengths = sorted(range(8), key=lambda index: len(rows[1::2][index]["input_ids"]))
+    assert lengths != list(range(8)), "rows are batched by length, and yet told in their order"
+    alone = [mean_loss(model, [row], pad_id, 1).mean for row in rows[1::2]]
+    assert np.corrcoef(alone, by_row)[0, 1] > 0.9
     assert found.loss != pytest.approx(tuned[1].validation_loss), "rows of its own"
     with pytest.raises(CorruptFile, match="adapter"):
         confirm_trial(replace(confirmation, checkpoint=job.candidate.folder))
+
+
+def test_a_trial_by_accuracy_is_confirmed_by_the_questions_after_the_trials(
+    tuned: tuple[CandidateJob, FinetuneOutcome],
+) -> None:
+    job, task = tuned[0], "qpruner_everyday_validation"
+    model = build(job.config, job.candidate)
+    load_adapter(model, job.candidate.adapter)
+    settings, tokenizer = job.config.evaluate, load_tokenizer(str(job.candidate.checkpoint))
+    (score,) = score_tasks(model, tokenizer, [task], settings.include_path, 60, settings.batch_size)  # type: ignore[arg-type]
+
+    def accuracy(begin: int, end: int) -> float:
+        return float(np.mean(score.correct[begin:end]))
+
+    # So many that other questions would tell.
+    limit = next(n for n in range(4, 31) if accuracy(n, 2 * n) not in (accuracy(0, n), accuracy(n, 60)))
+    search = job.config.search.model_copy(update={"metric": "accuracy", "tasks": (task,), "limit": limit})
+    config = job.config.model_copy(update={"search": search})
+    found = confirm_trial(ConfirmationJob(config, job.candidate, job.candidate.adapter, job.data, threads=1))
+    assert found.accuracy == pytest.approx(accuracy(limit, 2 * limit))

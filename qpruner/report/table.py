@@ -83,15 +83,15 @@ class Row:
 
 @dataclass(frozen=True)
 class Difference:
-    """The searched row less another one in one measure, paired by training seed and by question.
+    """The searched row less another one in one measure, paired by training seed and by question or confirmation row.
 
     Attributes:
         measure: Accuracy (over all questions of all tasks), answer loss or confirmation loss.
         mean: Mean over training seeds.
         spread: Standard deviation over training seeds; None with one.
         half_width: Of the 95 % interval: the widest of Student's t over seeds and over the other row's plans (n - 1
-            degrees of freedom, of their means) and the normal one over questions; None where none can be told.
-        num_questions: None where the measure has none.
+            degrees of freedom, of their means) and the normal one over questions or rows; None where none can be told.
+        num_pairs: Questions or confirmation rows; None where records of older versions do not have the rows.
         verdict: `better` or `worse` beyond the interval, else `not distinguishable`.
     """
 
@@ -99,7 +99,7 @@ class Difference:
     mean: float
     spread: float | None
     half_width: float | None
-    num_questions: int | None
+    num_pairs: int | None
     verdict: str
 
 
@@ -223,12 +223,11 @@ def _compared(results: Results, other: str) -> Comparison:
     differences: list[Difference | None] = []
     if reason is None:
         scores = [(ours, theirs) for _, _, ours, theirs in pairs]
-        losses = [ours.confirmation_loss - theirs.confirmation_loss for ours, theirs, _, _ in pairs]
         cells = [(theirs.seed, tuple(theirs.plan.values())) for _, theirs, _, _ in pairs]
         differences = [
             _over_questions(ACCURACY, cells, scores, "correct"),
             _over_questions(ANSWER_LOSS, cells, scores, "answer_loss"),
-            _difference(CONFIRMATION_LOSS, cells, losses, None),
+            _over_confirmation_rows(cells, [(ours, theirs) for ours, theirs, _, _ in pairs]),
         ]
     seeds = tuple(dict.fromkeys(ours.seed for ours, _, _, _ in pairs))
     return Comparison(other, pairs[0][1].origin, seeds, share, reason, tuple(each for each in differences if each))
@@ -256,13 +255,22 @@ def _over_questions(
         if not all(left and right for left, right in paired):
             return None
         by_cell.append([a - b for left, right in paired for a, b in zip(left, right, strict=True)])
-    by_question = [statistics.fmean(values) for values in zip(*by_cell, strict=True)]
-    return _difference(measure, cells, [statistics.fmean(values) for values in by_cell], by_question)
+    return _difference(measure, cells, [statistics.fmean(values) for values in by_cell], by_cell)
+
+
+def _over_confirmation_rows(
+    cells: Sequence[Cell], pairs: Sequence[tuple[CandidateRecord, CandidateRecord]]
+) -> Difference:
+    values = [ours.confirmation_loss - theirs.confirmation_loss for ours, theirs in pairs]
+    both = [(ours.confirmation_losses, theirs.confirmation_losses) for ours, theirs in pairs]
+    by_cell = [[a - b for a, b in zip(*each, strict=True)] for each in both if all(each)]
+    return _difference(CONFIRMATION_LOSS, cells, values, by_cell if len(by_cell) == len(cells) else [])
 
 
 def _difference(
-    measure: str, cells: Sequence[Cell], values: Sequence[float], by_question: list[float] | None
+    measure: str, cells: Sequence[Cell], values: Sequence[float], by_cell: Sequence[Sequence[float]]
 ) -> Difference:
+    """The difference whose cells have these values, each over the same questions or rows, where those are known."""
     from scipy.stats import t
 
     by_seed, by_plan = (_means(values, [cell[axis] for cell in cells]) for axis in (0, 1))
@@ -270,14 +278,15 @@ def _difference(
     for means in (by_seed, by_plan):
         if len(means) > 1:
             widths.append(float(t.ppf(0.975, len(means) - 1)) * statistics.stdev(means) / math.sqrt(len(means)))
-    if by_question and len(by_question) > 1:  # one question has no spread
-        widths.append(Z_95 * statistics.stdev(by_question) / math.sqrt(len(by_question)))
+    by_pair = [statistics.fmean(each) for each in zip(*by_cell, strict=True)]
+    if len(by_pair) > 1:  # one question has no spread
+        widths.append(Z_95 * statistics.stdev(by_pair) / math.sqrt(len(by_pair)))
     mean, half_width = statistics.fmean(values), max(widths, default=None)
     verdict = SAME
     # Seeds that agree to the last bit are no evidence of a spread of zero.
     if half_width and abs(mean) > half_width:
         verdict = "better" if (mean > 0) == (measure == ACCURACY) else "worse"
-    return Difference(measure, mean, _spread(by_seed), half_width, len(by_question) if by_question else None, verdict)
+    return Difference(measure, mean, _spread(by_seed), half_width, len(by_pair) or None, verdict)
 
 
 def _means(values: Sequence[float], keys: Sequence[object]) -> list[float]:
@@ -312,7 +321,7 @@ def _stated(found: Comparison) -> str:
     if found.no_claim:
         return f"{against}: {found.no_claim}."
     count = len(found.seeds)
-    over = f"{count} training seeds, paired" if count > 1 else "one training seed, paired by question"
+    over = f"{count} training seeds, paired" if count > 1 else "one training seed, paired by question and row"
     return f"{against}, {over}: {'; '.join(map(_told, found.differences))}."
 
 
@@ -321,8 +330,8 @@ def _told(found: Difference) -> str:
     about = []
     if found.spread is not None:
         about.append(f"± {found.spread:.4f} over seeds")
-    if found.num_questions:
-        about.append(counted(found.num_questions, "question"))
+    if found.num_pairs:
+        about.append(counted(found.num_pairs, "row" if found.measure == CONFIRMATION_LOSS else "question"))
     low_high = "no interval"
     if found.half_width is not None:
         low_high = f"95 % interval {found.mean - found.half_width:+.4f} to {found.mean + found.half_width:+.4f}"

@@ -390,7 +390,7 @@ def test_gpu_seconds_are_those_of_every_fine_tune_and_every_evaluation(
             if function is finetune_candidate:
                 (job.candidate.adapter).mkdir(parents=True)
                 (job.candidate.adapter / "adapter_model.safetensors").touch()
-                yield position, FinetuneOutcome(8.0, 4, 2.0, 2.0, 2.0, 1, 1, "rss", "")
+                yield position, FinetuneOutcome(8.0, 4, 2.0, 2.0, 2.0, (2.0,), 1, 1, "rss", "")
             elif function is evaluate_candidate:
                 scores = (TaskScore(task="arc", metric="acc", value=0.5, stderr=0.5, num_questions=1, correct=(1.0,)),)
                 yield position, Evaluation(scores, None, 8.0)

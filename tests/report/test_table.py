@@ -381,6 +381,33 @@ def test_seeds_that_agree_on_a_few_questions_prove_nothing() -> None:
     assert difference(results, "confirmation loss").verdict == SAME
 
 
+def test_seeds_that_agree_on_a_few_confirmation_rows_prove_nothing() -> None:
+    """One row that every seed learns better says little of other rows; many that agree say much."""
+    noise = np.array([-0.001, 0.0, 0.001])
+    few = np.array([0.8, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0])
+    for gains, verdict in ((few, SAME), (np.repeat(0.1, 8) + few / 100, "better")):
+        theirs = [2.0 + np.arange(8) + off for off in noise]
+        ours = [rows_of_seed - gains + off for rows_of_seed, off in zip(theirs, noise, strict=True)]
+        results = results_of([*row_by_row(BEST_SEED, SEED_PLAN, theirs), *row_by_row(SEARCHED, PLAN, ours)])
+        found = difference(results, "confirmation loss")
+        assert found.mean == pytest.approx(-gains.mean())
+        assert found.half_width == pytest.approx(
+            max(1.96 * gains.std(ddof=1) / math.sqrt(8), stats.t.ppf(0.975, 2) * 0.001 / math.sqrt(3))
+        )
+        assert found.verdict == verdict
+        assert "over seeds, 8 rows, 95 % interval" in line_about(results, BEST_SEED)
+
+
+def row_by_row(name: str, plan: dict[str, int], losses: Sequence[np.ndarray]) -> list[Scored]:
+    """A row whose seeds had these losses on each confirmation row."""
+    return [
+        (tuned.model_copy(update={"confirmation_losses": tuple(map(float, by_row))}), scores)
+        for (tuned, scores), by_row in zip(
+            row_of(name, [float(by_row.mean()) for by_row in losses], plan=plan), losses, strict=True
+        )
+    ]
+
+
 def test_only_seeds_that_both_rows_have_are_paired_and_counted() -> None:
     """Where few plans have equal bytes there are fewer random plans than training seeds."""
     results = results_of([*row_of(RANDOM, [2.0, 2.2]), *searched_row([1.0, 1.1, 7.0])])
@@ -429,11 +456,11 @@ def test_one_training_seed_falls_back_to_its_questions_and_says_so() -> None:
         found = difference(results, measure)
         assert found.mean == pytest.approx(differences.mean())
         assert found.half_width == pytest.approx(1.96 * differences.std(ddof=1) / math.sqrt(60))
-        assert (found.spread, found.num_questions) == (None, 60)
+        assert (found.spread, found.num_pairs) == (None, 60)
     # Unpaired, the spread of the questions themselves would drown the difference.
     assert difference(results, "answer loss").half_width < 0.4 * np.std(hardness) / math.sqrt(60)  # type: ignore[operator]
     line = line_about(results, BEST_SEED)
-    assert ", one training seed, paired by question: " in line
+    assert ", one training seed, paired by question and row: " in line
     assert line.endswith("confirmation loss -1.0000 nats (no interval), not distinguishable.")
 
 
@@ -468,7 +495,7 @@ def test_several_tasks_are_pooled_by_question() -> None:
     results = results_of([(candidate(BEST_SEED, SEED_PLAN), scores(theirs)), (candidate(SEARCHED, PLAN), scores(ours))])
     pooled = np.concatenate([ours[task] - theirs[task] for task in sizes])
     found = difference(results, "answer loss")
-    assert found.num_questions == 100
+    assert found.num_pairs == 100
     assert found.mean == pytest.approx(pooled.mean())
     assert found.half_width == pytest.approx(1.96 * pooled.std(ddof=1) / 10)
 
@@ -481,7 +508,7 @@ def test_a_task_without_choices_leaves_the_answer_loss_out(lacking: int) -> None
     scores = tuple(score([1.0, 0.0, 1.0, 0.0], each, f"task-{number}") for number, each in enumerate(losses))
     results = results_of([(candidate(BEST_SEED, SEED_PLAN), scores), (candidate(SEARCHED, PLAN), scores)])
     assert "answer loss" not in claim(results)
-    assert difference(results, "accuracy").num_questions == 8
+    assert difference(results, "accuracy").num_pairs == 8
     assert rows(results)[0].answer_loss is None
 
 
