@@ -89,7 +89,7 @@ def inspect(config: RunConfig, works_here: bool = True) -> Inspection:
         check_device(config, pruned, _own_capability())
     rows = check_rows(config, model_config.vocab_size, include_path(config))
     check_encoding(config, rows.examples)
-    warnings = _warnings(config, len(pruned.groups))
+    warnings = (*rows.warnings, *_warnings(config, len(pruned.groups)))
     return Inspection(
         model_config,
         base,

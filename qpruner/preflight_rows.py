@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from qpruner.data import (
 from qpruner.errors import UserError
 from qpruner.evaluate import task_questions
 from qpruner.models.loading import check_source, load_tokenizer
+from qpruner.wording import counted
 
 MOST_CHARACTERS_A_TOKEN = 8
 """Text of more is long enough without being counted in tokens."""
@@ -49,11 +51,13 @@ class Rows:
         examples: Rows by split.
         questions: Words of the tasks' questions, by section (`search`, `evaluate`).
         counts: How many each step has.
+        warnings: What will work, but perhaps not as hoped.
     """
 
     examples: dict[str, list[Example]]
     questions: dict[str, list[str]]
     counts: RowCounts
+    warnings: tuple[str, ...]
 
 
 def check_rows(config: RunConfig, vocabulary_size: int, include_path: str | None) -> Rows:
@@ -67,7 +71,7 @@ def check_rows(config: RunConfig, vocabulary_size: int, include_path: str | None
     Raises:
         UserError: For the first source or task that cannot be read, has too few rows, or shares some with another use.
     """
-    examples = _load_splits(config)
+    examples, left_out = _load_splits(config)
     importance = _num_importance_samples(config, vocabulary_size, len(examples["calibration"]))
     asked = _asked_questions(config, include_path)
     words = {use: [normalized(text) for texts in asked[use].values() for text in texts] for use in asked}
@@ -77,22 +81,50 @@ def check_rows(config: RunConfig, vocabulary_size: int, include_path: str | None
     counts = RowCounts(
         samples, {name: {task: len(texts) for task, texts in asked[use].items()} for use, name in uses.items()}
     )
-    return Rows(examples, {section: words[section] for section in ("search", "evaluate")}, counts)
+    warnings = (*left_out, *_asked_again(words["search"], words["fresh"]))
+    return Rows(examples, {section: words[section] for section in ("search", "evaluate")}, counts, warnings)
 
 
-def _load_splits(config: RunConfig) -> dict[str, list[Example]]:
+def _load_splits(config: RunConfig) -> tuple[dict[str, list[Example]], list[str]]:
+    """Rows by split, and what of them is left out, in words."""
     data, calibration = config.data, config.calibration.data
     splits = {"train": data.train, "validation": data.validation, "confirmation": data.confirmation}
     examples = {name: load_examples(sources, f"data.{name}") for name, sources in splits.items()}
+    examples["confirmation"], left_out = _without_repeats(examples["confirmation"])
     if len(examples["confirmation"]) < 2:
         raise UserError(
-            "`data.confirmation` must have at least 2 rows, one to choose the winner by and one to judge it by, got 1: "
-            "name a source that has more, or raise its `limit`"
+            "`data.confirmation` must have at least 2 rows that differ, one to choose the winner by and one to judge "
+            "it by, got 1: name a source that has more, or raise its `limit`"
         )
     examples["calibration"] = load_examples(calibration, "calibration.data") if calibration else examples["train"]
     if config.evaluate.text:
         examples["text"] = load_examples(config.evaluate.text, "evaluate.text")
-    return examples
+    return examples, left_out
+
+
+def _without_repeats(rows: list[Example]) -> tuple[list[Example], list[str]]:
+    """The confirmation rows, each once: every other one chooses, and a row that comes again might judge as well."""
+    different: dict[str | int, Example] = {}
+    for position, row in enumerate(rows):
+        different.setdefault(row.identity or position, row)
+    if len(different) == len(rows):
+        return rows, []
+    [(again, _)] = Counter(row.identity for row in rows if row.identity).most_common(1)
+    return list(different.values()), [
+        f"{counted(len(rows) - len(different), 'row')} of `data.confirmation` left out, since the same row stands "
+        f"there before, such as {again[:90]!r}: none may both choose the winner and judge it"
+    ]
+
+
+def _asked_again(asked: list[str], fresh: list[str]) -> list[str]:
+    """Whether questions that choose the winner are some of the trials' own."""
+    shared = set(asked) & set(fresh)
+    if not shared:
+        return []
+    return [
+        f"`search.tasks` repeat {counted(len(shared), 'question')}, such as {min(shared)[:90]!r}, which the trials are "
+        "asked and the winner is chosen by: another `search.limit` parts them elsewhere"
+    ]
 
 
 def _num_importance_samples(config: RunConfig, vocabulary_size: int, num_rows: int) -> int:
@@ -100,8 +132,8 @@ def _num_importance_samples(config: RunConfig, vocabulary_size: int, num_rows: i
     calibration = config.calibration
     given = calibration.token_ids and load_token_ids(Path(calibration.token_ids), vocabulary_size)
     # Packed samples are counted in tokens, once they are encoded.
-    counted = () if given or calibration.packing else ("num_samples",)
-    asked = {key: getattr(calibration, key) for key in (*counted, "num_sensitivity_samples")}
+    in_rows = () if given or calibration.packing else ("num_samples",)
+    asked = {key: getattr(calibration, key) for key in (*in_rows, "num_sensitivity_samples")}
     if short := [f"`calibration.{key}` asks for {wanted}" for key, wanted in asked.items() if wanted > num_rows]:
         raise UserError(f"there are {num_rows} calibration rows, but {' and '.join(short)}: ask for fewer or give more")
     return len(given) if given else calibration.num_samples
@@ -141,12 +173,12 @@ def _asked_questions(config: RunConfig, folder: str | None) -> dict[str, Questio
 
 
 def _check_fresh_questions(questions: Questions, limit: int | None) -> None:
-    """Refuse a task that the trials are asked the whole of, where further questions are to choose the winner."""
+    """Refuse a task that has fewer further questions to choose the winner by than the trials are asked."""
     for task, texts in questions.items():
-        if limit is not None and len(texts) <= limit:
+        if limit is not None and len(texts) < 2 * limit:
             raise UserError(
-                f"`search.limit` must leave questions of every task to choose the winner by: {task} has {len(texts)}, "
-                f"got {limit}; lower it, half the questions is a good choice"
+                f"`search.limit` must leave as many questions of every task again to choose the winner by: {task} has "
+                f"{len(texts)}, got {limit}; lower it to {len(texts) // 2} or less"
             )
 
 

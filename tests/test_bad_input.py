@@ -25,6 +25,7 @@ import yaml
 from conftest import DEMO_DATA, demo_rows, disk_of, raw_config, with_key
 
 from qpruner.config import RunConfig, load_config, validate_config
+from qpruner.data import normalized
 from qpruner.errors import ConfigError, UserError
 from qpruner.models.structure import families
 from qpruner.pipeline import check
@@ -431,8 +432,8 @@ MODEL = [
         "only every group at 4 bits fits", "raise it, or prune more"
     ),
     refused(
-        "one-confirmation-row", {"data.confirmation.0.limit": 1}, "`data.confirmation`", "at least 2 rows", "got 1",
-        "raise its `limit`"
+        "one-confirmation-row", {"data.confirmation.0.limit": 1}, "`data.confirmation`", "at least 2 rows that differ",
+        "got 1", "raise its `limit`"
     ),
     refused(
         "budget-fraction-all", {"quantize.budget": {"fraction": 1}}, "`quantize.budget.fraction`", "got 1.0",
@@ -763,7 +764,11 @@ DATA = [
     ),
     refused(
         "search-limit-takes-all", {"search.metric": "accuracy", "search.tasks": [SEARCH_TASK], "search.limit": 500},
-        "`search.limit`", "got 500", "leave questions of every task", "lower it"
+        "`search.limit`", "120, got 500", "leave as many questions of every task", "lower it to 60"
+    ),
+    refused(
+        "search-limit-leaves-few", {"search.metric": "accuracy", "search.tasks": [SEARCH_TASK], "search.limit": 61},
+        "`search.limit`", "120, got 61", "leave as many questions of every task", "lower it to 60"
     ),
     refused(
         "include-path-missing", {"evaluate.include_path": "/no/tasks"}, "`evaluate.include_path`", "/no/tasks",
@@ -873,6 +878,28 @@ def test_trials_that_the_controls_use_up_are_a_warning_with_the_numbers(scene: S
     assert inspect(config_of(scene, few | {"search.max_trials": 4})).warnings == ()
     (warning,) = inspect(config_of(scene, few | {"search.max_trials": 3})).warnings
     said = ("3 uniform and seed plans", "none of 3 trials", "`search.max_trials`", "`sensitivity.methods`")
+    assert [part for part in said if part not in warning] == [], warning
+
+
+def test_a_confirmation_row_that_comes_again_is_left_out_and_counted(scene: Scene) -> None:
+    """Every other row chooses the winner: twice in a row, one would choose and judge."""
+    rows = [f"{row} and {row}" for row in ("one", "one", "two", "three", "Two!", "one")]
+    file = scene.file("rows.jsonl", "".join(json.dumps({"text": row}) + "\n" for row in rows))
+    found = inspect(config_of(scene, {"data.confirmation": [{"source": file, "format": "text"}]}))
+    assert [row.response for row in found.examples["confirmation"]] == ["one and one", "two and two", "three and three"]
+    said = ("3 rows of `data.confirmation` left out", "'one and one'")
+    assert [part for part in said if part not in found.warnings[0]] == [], found.warnings
+
+
+def test_a_question_that_scores_trials_and_chooses_the_winner_is_a_warning(scene: Scene) -> None:
+    questions = demo_rows("questions_validation.jsonl")[:4]
+    questions[3] = questions[0]
+    demo = shutil.copytree(DEMO_DATA.parent, scene.folder / "demo")
+    rows = "".join(json.dumps(row) + "\n" for row in questions)
+    (demo / "data" / "questions_validation.jsonl").write_text(rows)
+    change = {"search.metric": "accuracy", "search.tasks": [SEARCH_TASK], "search.limit": 2}
+    warning = inspect(config_of(scene, change | {"evaluate.include_path": str(demo / "tasks")})).warnings[0]
+    said = ("`search.tasks` repeat 1 question", normalized(questions[0]["question"]), "`search.limit`")
     assert [part for part in said if part not in warning] == [], warning
 
 
