@@ -201,7 +201,12 @@ def layer_widths(base: Any, pruned: Pruned, before: list[int]) -> list[LayerWidt
         kinds = {kind.name: kind for kind in family.unit_kinds(layer_config, index)}
         everything = {name: tuple(range(kind.num_units)) for name, kind in kinds.items()}
         gone = index in pruned.dropped_blocks
-        kept = dict.fromkeys(everything, ()) if gone else everything | pruned.kept.get(index, {})
+        kept: dict[str, tuple[int, ...]] = everything | pruned.kept.get(index, {})
+        if gone:
+            kept = dict.fromkeys(everything, ())
+        if EXPERT in kinds:
+            experts, size = set(kept[EXPERT]), kinds[MLP].units_per_partition
+            kept[MLP] = tuple(channel for channel in kept[MLP] if channel // size in experts)
         layers.append(
             LayerWidths(
                 layer=index,

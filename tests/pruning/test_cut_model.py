@@ -15,11 +15,13 @@ from qpruner.config import PruneConfig
 from qpruner.errors import UserError
 from qpruner.models.loading import load_dense
 from qpruner.models.structure import family_of
+from qpruner.pipeline.prune import block_parameters, layer_widths
 from qpruner.pruning import evidence as evidence_module
 from qpruner.pruning import prune as prune_module
 from qpruner.pruning.prune import Pruned, expected_config, num_parameters, prune
 from qpruner.pruning.selection import Kept, unit_sizes
 from qpruner.pruning.surgery import check_not_shared
+from qpruner.report.sections import layer_cells
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -447,6 +449,20 @@ def test_experts_are_cut_whole_or_channel_by_channel(units: list[str], selection
     assert abs(before - pruned.parameters_after - 0.25 * before) <= finest
     assert all(block.mlp.gate.weight.shape[0] >= 2 for block in model.model.layers), "a token is sent to two"
     assert torch.isfinite(logits_of(model)).all()
+
+
+def test_the_record_lists_the_channels_of_the_experts_that_stay() -> None:
+    model = tiny("mixtral")
+    base = copy.deepcopy(model.config)
+    pruned = prune(model, settings_of(rate=0.3, units=["expert"]), samples_of())
+    layers = layer_widths(base, pruned, [block_parameters(tiny("mixtral"), index) for index in range(3)])
+    cut = [layer for layer in layers if len(layer.kept_experts or ()) < 4]
+    assert cut
+    for layer in layers:
+        experts = pruned.kept[layer.layer]["expert"]
+        assert layer.kept_experts == experts
+        assert layer.kept_mlp_channels == tuple(unit for unit in range(4 * 24) if unit // 24 in experts)
+        assert layer_cells(layer)[3] == f"{len(experts)} x 24 of 4 x 24"
 
 
 @pytest.mark.parametrize("options", [{"rate": 0.3}, {"rate": 0.3, "uniform": True}, {"layer_rate": 0.4}], ids=str)
