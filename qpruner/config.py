@@ -160,7 +160,8 @@ class PruneConfig(Section):
     steps: Positive = 1
     """Cut in this many steps, importance measured anew before each."""
     round_to: Positive = 64
-    """MLP channels that stay in a block are a multiple of this: 64 suits the kernels, 1 hits the rate most closely."""
+    """MLP channels that stay in a block are a multiple of this: 64 suits the kernels, 1 hits the rate most closely, and
+    is taken with `layer_rate` where nothing is said."""
     uniform: bool = False
     """Give every block the same widths, so that the folder is a plain checkpoint that needs no qpruner."""
     first_layer: Annotated[int, Field(ge=0)] = 0
@@ -206,7 +207,7 @@ class PruneConfig(Section):
         if raw.get("layer_rate") is not None:
             if raw.get("rate") is not None:
                 raise ValueError("give `rate` or `layer_rate`, not both")
-            implied["rate"] = None
+            implied |= {"rate": None, "round_to": 1}
         if raw.get("layer_rate") is not None or raw.get("uniform") is True:
             implied["selection"] = "per_layer"
         return implied | raw | ({"rate": None} if "rate" in implied else {})
@@ -234,6 +235,11 @@ class PruneConfig(Section):
             ),
             (by_rate and self.drops_blocks, "`layer_rate` is about units inside blocks: take `block` out of `units`"),
             (by_rate and self.selection == "global", "`layer_rate` needs `selection: per_layer`"),
+            (
+                self.reduction == "product" and self.selection == "global",
+                "`reduction: product` needs `selection: per_layer`: heads and channels have different numbers of "
+                "matrices, so their products cannot be compared; or take another reduction, such as sum",
+            ),
             (self.uniform and self.selection == "global", "`uniform` needs `selection: per_layer`"),
             (
                 self.depth_share is not None and not (self.drops_blocks and width),

@@ -137,6 +137,10 @@ CONFIGURATION = [
         "layer-rate-global", {"prune": {"layer_rate": 0.2, "selection": "global"}}, "`layer_rate`", "`selection:",
         "needs `selection: per_layer`"
     ),
+    refused(
+        "product-global", {"prune": {"reduction": "product"}}, "`prune`", "`reduction: product`",
+        "needs `selection: per_layer`", "such as sum"
+    ),
     refused("units-none", {"prune.units": []}, "`prune.units`", "[]", "at least 1 item"),
     refused("units-unknown", {"prune.units": ["heads"]}, "`prune.units.0`", "'heads'", "'attention', 'mlp' or 'exp"),
     refused("units-twice", {"prune.units": ["mlp", "mlp"]}, "`units`", "['mlp', 'mlp']", "names a kind twice", "once"),

@@ -33,7 +33,7 @@ CRITERIA: list[dict[str, Any]] = [
     {"importance": "taylor"},
     {"importance": "fisher", "aggregation": "vector"},
     {"importance": "taylor", "order": "mixed", "aggregation": "vector", "reduction": "max"},
-    {"importance": "magnitude", "norm": "l1", "reduction": "product"},
+    {"importance": "magnitude", "norm": "l1", "reduction": "last"},
     {"importance": "magnitude", "reduction": "mean"},
     {"importance": "fluctuation"},
     {"importance": "activation_norm"},
@@ -89,7 +89,11 @@ def test_the_defaults_meet_the_rate(rate: float) -> None:
 @pytest.mark.parametrize(
     ("given", "implied"),
     [
-        ({"layer_rate": 0.2}, {"rate": None, "selection": "per_layer", "compensation": "least_squares"}),
+        (
+            {"layer_rate": 0.2},
+            {"rate": None, "selection": "per_layer", "compensation": "least_squares", "round_to": 1},
+        ),
+        ({"layer_rate": 0.2, "round_to": 32}, {"round_to": 32}),
         ({"uniform": True}, {"rate": 0.2, "selection": "per_layer"}),
         ({"units": ["block"]}, {"compensation": "least_squares", "selection": "global"}),
         ({"units": ["block", "mlp"]}, {"compensation": "least_squares"}),
