@@ -32,7 +32,7 @@ from qpruner.records import STAGES, PruneRecord, Results
 from qpruner.report.lines import line_of
 from qpruner.report.model_card import told_other_base
 from qpruner.report.tensorboard import Board
-from qpruner.rundir import RunDir
+from qpruner.rundir import RunDir, exists
 from qpruner.runlock import sole_driver
 from qpruner.search.searchers import check_searcher
 from qpruner.trackers import check_trackers
@@ -172,7 +172,8 @@ def run(
             if progress.is_told:  # else nothing was begun, and the report of an earlier command stands
                 report_unfinished(run_dir)
             raise
-        if until != "report":
+        # Where nothing was done an earlier report, maybe of a whole run, tells more.
+        if until != "report" and (progress.has_begun or not exists(run_dir.root / "report.html")):
             tell(Message("report", report_unfinished(run_dir)))
         return results
 

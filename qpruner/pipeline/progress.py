@@ -44,12 +44,13 @@ class RunProgress:
 
     Attributes:
         is_told: Whether `run.json` is this command's.
+        has_begun: Whether a stage was begun, not only taken from records.
     """
 
     def __init__(self, run: RunDir, config: RunConfig, until: str, command: str | None) -> None:
         now = time.time()
         self._run, self._written = run, 0.0
-        self.is_told = False
+        self.is_told = self.has_begun = False
         self._state = RunState(
             config=config.model_dump(mode="json"),
             until=until,
@@ -68,7 +69,7 @@ class RunProgress:
         """Take one event in."""
         match event:
             case events.StageStarted(stage, detail):
-                self.is_told = True
+                self.is_told = self.has_begun = True
                 self._set(stage, StageState(state="running", started=time.time(), text=detail))
             case events.StageFinished(stage, seconds, figures):
                 self._update(stage, {"state": "done", "seconds": seconds, "text": figures})

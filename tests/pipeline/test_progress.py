@@ -61,6 +61,10 @@ def test_a_command_up_to_a_stage_leaves_a_report_as_far_as_that(tiny_model: Path
         assert f"Ended after stage {until}, as asked." in (root / "report.html").read_text()
         assert json.loads((root / "results.json").read_text())["standing"] == f"Ended after stage {until}, as asked."
     assert said[-1] == Message("report", f"{root / 'report.html'} has the run so far")
+    written = (root / "report.html").stat().st_mtime_ns
+    run(validate_config(raw), said.append, until="prepare")
+    assert (root / "report.html").stat().st_mtime_ns == written, "one that does nothing leaves what tells more"
+    (root / "report.html").unlink()
     (root / "results.json").unlink()
     (root / "results.json").mkdir()  # as good as a file that cannot be written
     run(validate_config(raw), said.append, until="prepare")
