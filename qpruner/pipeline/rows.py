@@ -11,6 +11,7 @@ from qpruner.pipeline.context import Context
 from qpruner.plan import FULL_BITS, PrecisionPlan
 from qpruner.records import BankRecord, PrepareRecord, SearchRecord, SensitivityRecord, digest_of
 from qpruner.report.table import BASE, BEST_SEED, MUTUAL_INFORMATION, PRUNED, RANDOM, SEARCHED, title_of
+from qpruner.search.choice import controls_of
 from qpruner.search.random_plans import random_plans
 from qpruner.search.trial_records import objective
 from qpruner.sensitivity.seeds import seed_origin, seed_plan
@@ -70,7 +71,11 @@ def table_rows(context: Context, searched: SearchRecord, measured: SensitivityRe
 
 def _best_seed_method(context: Context, searched: SearchRecord, measured: SensitivityRecord) -> str | None:
     """The sensitivity whose seed plan was best on fresh rows; None where none was confirmed."""
-    methods = {seed_origin(method): method for method in measured.methods}
+    names = {seed_origin(method): method for method in measured.methods}
+    controls = controls_of(context.space, {name: method.values for name, method in measured.methods.items()})
+    # A plan that is several controls ran once, under its first name.
+    ran_as = {plan: origin for origin, plan in reversed(controls)}
+    methods = {ran_as[plan]: names[origin] for origin, plan in reversed(controls) if origin in names}
     seeds = [each for each in searched.confirmations if each.control and each.origin in methods]
     best = min(seeds, key=lambda each: (objective(each, context.config), each.index), default=None)
     return methods[best.origin] if best else None
