@@ -131,6 +131,12 @@ MUTATIONS = {
         "        if False:\n",
         f"{ENDS}::test_what_goes_wrong_after_its_last_rung_takes_nothing_from_a_trial",
     ),
+    "a full disk of the driver's own is a defect": Mutation(
+        "qpruner/search/tune/__init__.py",
+        "    return trouble if storage_error(trouble) else None\n",
+        "    return None\n",
+        f"{ENDS}::test_a_driver_whose_own_disk_is_full_is_told_so",
+    ),
     "a trial that failed after its last rung is stopped at it": Mutation(
         DRIVER,
         "if step >= self._job.config.search.steps:",
@@ -253,9 +259,9 @@ MUTATIONS = {
         f"{TRIALS}::test_deaths_of_another_cause_are_no_sign_that_a_plan_is_too_large",
     ),
     "all pay for the one that Ray killed for memory": Mutation(
-        DRIVER,
-        "return named or list(running)",
-        "return list(running)",
+        "qpruner/search/tune/__init__.py",
+        "tune_controller.RayActorManager = ActorManager\n",
+        "",
         f"{SEARCH}::test_a_machine_out_of_memory_costs_one_trial_its_worker_and_nothing_else",
     ),
     "nobody waits for a full disk": Mutation(

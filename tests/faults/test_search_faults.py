@@ -311,10 +311,12 @@ def test_a_machine_out_of_memory_costs_one_trial_its_worker_and_nothing_else(
         subprocess.run([sys.executable, "-c", HOG, str(limit - 2 * 10**8), *pids], check=True, timeout=120)
         record = finished(process)
         said = process.said()
-    killed = [int(index) for index in re.findall(r"trial (\d+) lost its worker: Ray killed it for memory", said)]
+    killed = [int(index) for index in re.findall(r"trial (\d+) lost its worker, which Ray killed for memory", said)]
     assert len(killed) == 1, said
     smaller = [index for index, trial in trials_of(process.run).items() if trial["micro_batch_size"] is not None]
     assert smaller == killed, "it goes on with half the rows at once, and no other does"
+    starts = {index: len(trial["begun"]) for index, trial in trials_of(process.run).items()}
+    assert starts == {index: 2 if index in killed else 1 for index in range(5)}, "the other one's worker lived on"
     assert record["num_trials"] == 5 and record["failures"] == {}
 
 

@@ -47,7 +47,8 @@ from qpruner.search.trial_records import (
     write_trial,
 )
 from qpruner.search.tune import SearchJob, _outcome
-from qpruner.search.tune.driver import HangWatch, PlanSearcher, killed_for_memory
+from qpruner.search.tune.actors import KILLED_FOR_MEMORY
+from qpruner.search.tune.driver import HangWatch, PlanSearcher
 from qpruner.search.tune.halt import Halt
 from qpruner.search.tune.job import METRIC, TIME
 from qpruner.search.tune.resume import take_up
@@ -359,30 +360,40 @@ def test_the_searcher_is_told_of_a_plan_that_cannot_be_trained(failure: str, tmp
         assert scores[1] > scores[0] == 3.3 and history.failed == ()
 
 
+def killed_for_memory(searcher: PlanSearcher, job: SearchJob) -> TrialRecord:
+    """The record of trial 0 after Ray killed its worker for memory."""
+    assert isinstance(searcher.suggest("a"), dict)
+    searcher.hear("a", f"{KILLED_FOR_MEMORY}: 1 worker(s) were killed")
+    searcher.on_trial_complete("a", error=True)
+    return read_trial(job.trials, 0)
+
+
 def test_a_trial_killed_for_memory_goes_down_to_one_row_before_its_plan_is_infeasible(tmp_path: Path) -> None:
     """Three kills are no verdict while fewer rows are left to try, and the record names the rows that ran last."""
-    job, record = job_of(tmp_path), trial(0, "444444", [], status="running")
+    job = job_of(tmp_path)
     training = job.config.training.model_copy(update={"batch_size": 16, "micro_batch_size": 16})
     job = replace(job, config=job.config.model_copy(update={"training": training}))
-    pulse = TrialPulse(node="n", pid=1, step=0, beats=1, peak_memory_bytes=7_000, seconds=20.0)
-    write_trial(job.trials, record)
-    write_pulse(job.trials, 0, pulse)
+    searcher, _, events = searcher_of(job, trial(0, "444444", [], status="running", worker="w"))
+    write_pulse(job.trials, 0, TrialPulse(node="n", pid=1, step=0, beats=1, peak_memory_bytes=7_000, seconds=20.0))
     for size in (8, 4, 2, 1, 1, 1):
-        record = killed_for_memory(record, job)
+        record = killed_for_memory(searcher, job)
         assert (record.status, record.micro_batch_size, record.peak_memory_bytes) == ("running", size, 7_000)
-    record = killed_for_memory(record, job)
+    record = killed_for_memory(searcher, job)
     assert (record.status, record.failure, record.seconds) == ("failed", "infeasible", 20.0)
     assert record.reason == "out of memory: Ray killed its worker 3 times in a row"
     assert (record.micro_batch_size, record.peak_memory_bytes) == (1, 7_000)
+    told = [event.text for event in events if isinstance(event, Message)]
+    assert told == ["trial 0 lost its worker, which Ray killed for memory, and goes on from its start"] * 6
 
 
 def test_deaths_of_another_cause_are_no_sign_that_a_plan_is_too_large(tmp_path: Path) -> None:
     """Nor is a second one for want of memory."""
-    job, record = job_of(tmp_path, retry_out_of_memory=False), trial(0, "444444", [3.5], status="running", kills=2)
+    job = job_of(tmp_path, retry_out_of_memory=False)
+    searcher, _, _ = searcher_of(job, trial(0, "444444", [3.5], status="running", worker="w", kills=2))
     for kills in (1, 2):
-        record = killed_for_memory(record, job)
+        record = killed_for_memory(searcher, job)
         assert (record.status, record.kills, record.memory_kills) == ("running", 2, kills)
-    record = killed_for_memory(record, job)
+    record = killed_for_memory(searcher, job)
     assert (record.status, record.failure) == ("failed", "infeasible")
 
 

@@ -9,6 +9,7 @@ is scratch and never restored (its own restore loses what finished since the las
 from __future__ import annotations
 
 import os
+import re
 
 # Set before Ray is imported: no usage report leaves the machine, and no banner is printed.
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -28,12 +29,14 @@ from dataclasses import replace
 
 import ray
 from ray import tune
-from ray.exceptions import OutOfMemoryError
+from ray.train.constants import _get_ray_train_session_dir
+from ray.tune.error import TuneError
+from ray.tune.execution import tune_controller
 from ray.tune.execution.class_cache import ENV_VARS_TO_PROPAGATE
 
 from qpruner.errors import StageError
-from qpruner.events import Emit, Message
-from qpruner.patience import patiently
+from qpruner.events import Emit
+from qpruner.patience import patiently, storage_error
 from qpruner.plan import PlanSpace
 from qpruner.search.searchers import (
     Prior,
@@ -48,10 +51,10 @@ from qpruner.search.trial_records import (
     read_trials,
     remedy_of,
     wait_for_storage,
-    write_trial,
 )
+from qpruner.search.tune.actors import ActorManager
 from qpruner.search.tune.asha import RecordedAsha
-from qpruner.search.tune.driver import Forgetful, HangWatch, PlanSearcher, killed_for_memory, victims
+from qpruner.search.tune.driver import Forgetful, HangWatch, PlanSearcher
 from qpruner.search.tune.halt import Halt
 from qpruner.search.tune.job import SearchJob, SearchOutcome
 from qpruner.search.tune.resume import take_up
@@ -62,6 +65,8 @@ from qpruner.trackers import Trackers
 # Tune would hand the driver's keys to its actors in their runtime environment, which Ray's agents write to their logs
 # (2.60). Every machine has its own, as for all other work.
 ENV_VARS_TO_PROPAGATE.difference_update([name for name in ENV_VARS_TO_PROPAGATE if name.startswith("AWS_")])
+# Tune asks nobody for it.
+tune_controller.RayActorManager = ActorManager
 
 __all__ = ["SearchJob", "SearchOutcome", "check_searcher", "make_proposer", "search"]
 
@@ -69,9 +74,8 @@ __all__ = ["SearchJob", "SearchOutcome", "check_searcher", "make_proposer", "sea
 def search(job: SearchJob, room: Callable[[], int], emit: Emit, trackers: Trackers | None = None) -> SearchOutcome:
     """Run or continue the search until it is over.
 
-    Trials that lost their workers when no new plan was left to hand out go on in another session of Tune. So does what
-    was running when Ray killed a worker because its machine ran out of memory: `Tuner.fit` then ends with a
-    RuntimeError whatever `max_failures` says (Ray 2.60). What Tune cannot write is waited for, as in `patiently`.
+    Trials that lost their workers when no new plan was left to hand out go on in another session of Tune. What Tune
+    cannot write is waited for, as in `patiently`.
 
     Args:
         job: What is searched.
@@ -88,20 +92,10 @@ def search(job: SearchJob, room: Callable[[], int], emit: Emit, trackers: Tracke
     """
     assert ray.is_initialized(), "Tune would choose a cluster itself"
     halt = Halt(emit)
-    ended: str | None
     sessions = begin_session(job.trials, job.search)
     job = replace(job, session=sessions)
     while True:
-        try:
-            ended = patiently(lambda: _fit(job, room, emit, halt, trackers), job.scratch)
-        except RuntimeError as error:
-            if not isinstance(error.__cause__, OutOfMemoryError):
-                raise
-            running = [each for each in read_trials(job.trials) if job.owns(each) and each.status == "running"]
-            for record in victims(str(error.__cause__), running, job.trials):
-                emit(Message("search", f"trial {record.index} lost its worker: Ray killed it for memory"))
-                write_trial(job.trials, killed_for_memory(record, job))
-            ended = None
+        ended = patiently(lambda: _fit(job, room, emit, halt, trackers), job.scratch)
         if halt.interrupted:
             raise KeyboardInterrupt
         if halt.trouble:
@@ -144,11 +138,27 @@ def _fit(job: SearchJob, room: Callable[[], int], emit: Emit, halt: Halt, tracke
     try:
         with halt.listening():
             tuner.fit()
-    except Exception:
+    except Exception as error:
         # The next session must not meet them on the same trials.
         watch.kill_all()
-        raise
+        trouble = _trouble_with_disk(str(error)) if isinstance(error, TuneError) else None
+        if trouble is None:
+            raise
+        raise trouble from error
     return ledger.ended
+
+
+def _trouble_with_disk(told: str) -> OSError | None:
+    """The error of a full or broken disk in which a traceback ends that Tune made a TuneError of; None where it ends in
+    another one.
+
+    What Tune keeps of a trial's error lies with Ray on this machine, and a write that fails names no file (2.60).
+    """
+    found = re.search(r"^OSError: \[Errno (\d+)\] ([^:\n]+)(?:: '(.+)')?\s*\Z", told, re.MULTILINE)
+    if found is None:
+        return None
+    trouble = OSError(int(found[1]), found[2], found[3] or _get_ray_train_session_dir())
+    return trouble if storage_error(trouble) else None
 
 
 def _outcome(job: SearchJob, ended: str, sessions: int) -> SearchOutcome:

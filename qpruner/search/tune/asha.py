@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -77,9 +76,8 @@ class RecordedAsha(ASHAScheduler):  # type: ignore[misc]
 
     def on_trial_error(self, tune_controller: Any, trial: Any) -> None:
         super().on_trial_error(tune_controller, trial)
-        # Tune keeps the text in this file alone; a machine that has no room for it has the trial fail as lost.
-        if trial.error_file and os.path.isfile(trial.error_file):
-            self._on_error(trial.trial_id, Path(trial.error_file).read_text(encoding="utf-8", errors="replace"))
+        # Tune keeps the text in this file alone; where there is no room for it, its session ends before this is called.
+        self._on_error(trial.trial_id, Path(trial.error_file).read_text(encoding="utf-8", errors="replace"))
 
     def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
         action: str = super().on_trial_result(tune_controller, trial, result)

@@ -7,7 +7,6 @@ import functools
 import re
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import ray
@@ -33,6 +32,7 @@ from qpruner.search.trial_records import (
     write_seconds,
     write_trial,
 )
+from qpruner.search.tune.actors import KILLED_FOR_MEMORY
 from qpruner.search.tune.halt import Halt
 from qpruner.search.tune.job import (
     METRIC,
@@ -76,6 +76,7 @@ class PlanSearcher(LivesInDriver, Searcher):  # type: ignore[misc]
         self._kept_waiting: set[str] = set()
         self._died_on: dict[str, str] = {}
         self._starved: dict[str, str] = {}
+        self._killed_by_ray: set[str] = set()
         self._failed_on: dict[str | None, list[TrialRecord]] = {}
         recorded = read_trials(job.trials)
         self._recorded = {record.index for record in recorded}
@@ -146,7 +147,8 @@ class PlanSearcher(LivesInDriver, Searcher):  # type: ignore[misc]
         write_trial(self._job.trials, record)
         if not record.is_over:
             place = f"step {record.rungs[-1].step}" if record.rungs else "its start"
-            self._emit(Message("search", f"trial {record.index} lost its worker and goes on from {place}"))
+            why = ", which Ray killed for memory," if trial_id in self._killed_by_ray else ""
+            self._emit(Message("search", f"trial {record.index} lost its worker{why} and goes on from {place}"))
             self._ledger.hand_out_again(suggestion)
             return
         for observation in observations_of(record, self._job.config):
@@ -196,6 +198,8 @@ class PlanSearcher(LivesInDriver, Searcher):  # type: ignore[misc]
         found = re.search(rf"^[\w.]*\b{StorageError.__name__}: (.+)$", error, re.MULTILINE)
         if found:
             self._starved[trial_id] = found[1]
+        if KILLED_FOR_MEMORY in error:
+            self._killed_by_ray.add(trial_id)
 
     def hangs(self, trial_id: str) -> None:
         """Tell that a trial is killed for want of progress."""
@@ -240,12 +244,14 @@ class PlanSearcher(LivesInDriver, Searcher):  # type: ignore[misc]
             limit = self._job.config.search.trial_timeout_seconds
             reason = f"no progress for {limit:g} s (`search.trial_timeout_seconds`); its worker was killed"
             return record.model_copy(update={"status": "failed", "failure": "hung", "reason": reason})
+        if trial_id in self._killed_by_ray:
+            return _killed_for_memory(record, self._job, "Ray")
         # What dies with its machine, or leaves one that is about to go, says nothing of the trial.
         node = self._died_on.pop(trial_id, None) or (pulse.node if pulse else None)
         if node is not None and not stays(node):
             return record
         if pulse and pulse.node == node and (kernel_kills_on(node) or 0) > (pulse.kernel_kills or 0):
-            return killed_for_memory(record, self._job, "the kernel")
+            return _killed_for_memory(record, self._job, "the kernel")
         return _with_kill(record, "kills", "lost", "its worker process died {} times in a row")
 
     def save(self, checkpoint_path: str) -> None:
@@ -263,30 +269,9 @@ def _as_last_seen(record: TrialRecord, pulse: TrialPulse | None) -> TrialRecord:
     return record.model_copy(update={"peak_memory_bytes": pulse.peak_memory_bytes} | spent)
 
 
-def victims(told: str, running: Sequence[TrialRecord], trials: Path) -> list[TrialRecord]:
-    """The trials whose workers Ray says it killed, by process and node; all that ran where it names none of them.
-
-    Ray (2.60) kills as many as it takes to come below its threshold, those that started last first.
-
-    Args:
-        told: The message of Ray's OutOfMemoryError.
-        running: Trials under way.
-        trials: Folder of the trials.
-    """
-    pids = set(map(int, re.findall(r"Selected to kill: .*?\bpid=(\d+)", told)))
-    pulses = [read_pulse(trials, record.index) for record in running]
-    named = [
-        record
-        for record, pulse in zip(running, pulses, strict=True)
-        if pulse and pulse.pid in pids and pulse.node in told
-    ]
-    return named or list(running)
-
-
-def killed_for_memory(record: TrialRecord, job: SearchJob, by: str = "Ray") -> TrialRecord:
+def _killed_for_memory(record: TrialRecord, job: SearchJob, by: str) -> TrialRecord:
     """The record of a trial whose worker was killed, by Ray or the kernel, because its machine ran out of memory; such
     kills count where its micro-batch can be no smaller."""
-    record = _as_last_seen(record, read_pulse(job.trials, record.index))
     smaller = smaller_batch(record, job.config)
     if smaller is not None:
         return record.model_copy(update={"micro_batch_size": smaller})
