@@ -118,8 +118,32 @@ def test_importance_without_gradients_needs_no_activations(
     by_weights = memory.prune_memory(changed(prune__importance="magnitude"), inspection)
     assert by_weights.total < by_gradient.total
     assert "logits" in by_gradient.parts and "logits" not in by_weights.parts
+    by_blocks = {"prune__units": ["block"], "prune__rate": 0.5}
+    assert "logits" not in memory.prune_memory(changed(**by_blocks), inspection).parts
+    assert "logits" in memory.prune_memory(changed(**by_blocks, prune__depth_importance="taylor"), inspection).parts
     only_forward = memory.sensitivity_memory(changed(sensitivity__methods=["kl"]), inspection)
     assert only_forward.total < memory.sensitivity_memory(changed(), inspection).total
+
+
+def test_a_cut_counts_what_is_held_of_all_samples_and_of_every_weight(
+    inspection: Inspection, changed: Callable[..., RunConfig]
+) -> None:
+    """Compensation comes after importance: the larger of the two is the peak."""
+    samples = inspection.counts.samples["importance"]
+    by_weights = {"prune__importance": "magnitude", "calibration__max_length": 48}
+    solved = memory.prune_memory(changed(**by_weights, prune__compensation="least_squares"), inspection)
+    assert solved.parts["hidden states"] == samples * 48 * (64 * 2 + 48)
+    assert solved.parts["Gram matrix"] == 2 * 4 * 256**2
+    assert (
+        "hidden states" not in memory.prune_memory(changed(**by_weights, prune__compensation="none"), inspection).parts
+    )
+    first, mixed, vector = (
+        memory.prune_memory(changed(prune__importance="taylor", **keys), inspection)
+        for keys in ({}, {"prune__order": "mixed"}, {"prune__order": "mixed", "prune__aggregation": "vector"})
+    )
+    linears = sum(group.num_weights for group in inspection.base.groups)
+    assert mixed.parts["mean squares"] == 4 * linears
+    assert "mean squares" not in first.parts | vector.parts
 
 
 # ---- time

@@ -16,8 +16,11 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from qpruner.config import RunConfig
+from qpruner.models.layout import skeleton
 from qpruner.plan import Layout, LinearShape
 from qpruner.preflight import Inspection
+from qpruner.pruning.prune import cuttable_layers
+from qpruner.pruning.selection import available, unit_sizes
 
 LOGIT_BYTES = 12
 FLOAT32_BYTES = 4
@@ -79,19 +82,46 @@ def _held(config: RunConfig, inspection: Inspection) -> dict[str, int]:
 
 
 def prune_memory(config: RunConfig, inspection: Inspection) -> Memory:
-    """Peak of the cut: the dense base model, and where importance asks for gradients those of one batch."""
+    """Peak of the cut: what importance, or compensation after it, holds beside the dense base model."""
+    works = [_importance_memory(config, inspection)]
+    if config.prune.compensation != "none":
+        works.append(_compensation_memory(config, inspection))
+    return max(works, key=lambda memory: memory.total)
+
+
+def _importance_memory(config: RunConfig, inspection: Inspection) -> Memory:
+    """Where importance asks for gradients, those of one batch; `mixed` by element keeps a float32 for every weight."""
     settings, calibration, base = config.prune, config.calibration, inspection.base
-    weights = {"weights": base.num_parameters * base.element_bytes}
-    widest = max(linear.columns for group in base.groups for linear in group.linears)
-    if settings.compensation == "least_squares":
-        weights["Gram matrix"] = 2 * FLOAT32_BYTES * widest**2
-    if settings.importance not in ("fisher", "taylor"):
-        return Memory(f"the base model, importance by {settings.importance}", weights)
+    parts = {"weights": base.num_parameters * base.element_bytes}
+    by_gradient = bool(settings.width_units) and settings.importance in ("fisher", "taylor")
+    if not by_gradient and not (settings.drops_blocks and settings.depth_importance == "taylor"):
+        return Memory(f"the base model, importance by {settings.importance}", parts)
+    if settings.order == "mixed" and settings.aggregation == "element":
+        sizes = unit_sizes(
+            skeleton(inspection.model_config), cuttable_layers(inspection.model_config, settings), settings.width_units
+        )
+        parts["mean squares"] = FLOAT32_BYTES * available(sizes)
     tokens = calibration.batch_size * calibration.max_length
     return Memory(
         f"gradients of {calibration.batch_size} rows x {calibration.max_length} tokens (`calibration.batch_size`)",
-        weights | _by_gradient(inspection, base, tokens),
+        parts | _by_gradient(inspection, base, tokens),
     )
+
+
+def _compensation_memory(config: RunConfig, inspection: Inspection) -> Memory:
+    """The hidden states of all samples in front of one block, with a mask of a byte for every pair of tokens."""
+    calibration, base = config.calibration, inspection.base
+    samples, length = inspection.counts.samples["importance"], calibration.max_length
+    hidden_bytes = int(inspection.model_config.hidden_size) * base.element_bytes
+    parts = {
+        "weights": base.num_parameters * base.element_bytes,
+        "hidden states": samples * length * (hidden_bytes + length),
+        "activations": _widest(base, calibration.batch_size * length),
+    }
+    if config.prune.compensation == "least_squares":
+        widest = max(linear.columns for group in base.groups for linear in group.linears)
+        parts["Gram matrix"] = 2 * FLOAT32_BYTES * widest**2
+    return Memory(f"compensation on {samples} samples x {length} tokens (`calibration.num_samples`)", parts)
 
 
 def sensitivity_memory(config: RunConfig, inspection: Inspection) -> Memory:

@@ -2,7 +2,8 @@
 
 What a block is given besides its hidden states (masks, positions, windows by layer type) does not depend on them, so it
 is caught once in a pass through the whole model; after that each block runs by itself, however often it is changed in
-between. A model of L blocks costs a few times L block passes, not L squared.
+between. A model of L blocks costs a few times L block passes, not L squared; of all samples the hidden states in front
+of one block are held.
 """
 
 from __future__ import annotations
@@ -99,8 +100,9 @@ class BlockStream:
 
     @torch.no_grad()
     def advance(self, index: int) -> None:
-        """Take the hidden states through a block."""
-        self._hidden = [self._run(index, batch, hidden) for batch, hidden in enumerate(self._hidden)]
+        """Take the hidden states through a block, each batch's in the place of what they were."""
+        for batch, hidden in enumerate(self._hidden):
+            self._hidden[batch] = self._run(index, batch, hidden)
         self._told(index + 1, self._num_blocks)
 
     def _run(self, index: int, batch: int, hidden: torch.Tensor) -> torch.Tensor:

@@ -90,7 +90,7 @@ def expected_config(model_config: Any, settings: PruneConfig) -> Any:
         UserError: For everything about the settings that this model cannot meet.
     """
     if settings.is_off:
-        _layers(model_config, settings)
+        cuttable_layers(model_config, settings)
         return model_config
     check_settings(model_config, settings)
     equal = settings.model_copy(update={"selection": "per_layer", "steps": 1})
@@ -113,7 +113,7 @@ def cut_by(evidence: Evidence, model: PreTrainedModel, settings: PruneConfig) ->
         return Pruned(model, {}, before, before)
     check_not_shared(model)
     check_settings(model.config, settings)
-    layers = _layers(model.config, settings)
+    layers = cuttable_layers(model.config, settings)
     blocks, block_scores = list(range(num_layers(model.config))), {}
     gone: set[int] = set()
     if settings.drops_blocks:
@@ -138,7 +138,8 @@ def cut_by(evidence: Evidence, model: PreTrainedModel, settings: PruneConfig) ->
     )
 
 
-def _layers(model_config: Any, settings: PruneConfig) -> tuple[int, ...]:
+def cuttable_layers(model_config: Any, settings: PruneConfig) -> tuple[int, ...]:
+    """The blocks that may be cut; `UserError` when the model does not have those of the settings."""
     return layer_range(settings.first_layer, settings.last_layer, num_layers(model_config), settings.protected_layers)
 
 
@@ -254,7 +255,7 @@ def check_settings(model_config: Any, settings: PruneConfig) -> None:
         UserError: Naming the key and the remedy.
     """
     family, count = family_of(model_config), num_layers(model_config)
-    layers = _layers(model_config, settings)
+    layers = cuttable_layers(model_config, settings)
     stacked = [
         kind
         for index in range(count)

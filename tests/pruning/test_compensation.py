@@ -226,6 +226,23 @@ def test_activations_are_dropped_as_they_come(monkeypatch: pytest.MonkeyPatch) -
     assert max(alive) == 0
 
 
+def test_hidden_states_are_replaced_batch_by_batch() -> None:
+    """Those of all samples are there once, not in front of a block and behind it."""
+    model = decoder()
+    stream = BlockStream(model, samples_of(batch_size=1))
+    stream.advance(0)
+    seen: list[weakref.ref[torch.Tensor]] = []
+    alive: list[int] = []
+
+    def spy(block: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+        alive.append(sum(reference() is not None for reference in seen))
+        seen.append(weakref.ref(args[0]))
+
+    model.model.layers[1].register_forward_pre_hook(spy)
+    stream.advance(1)
+    assert alive == [0] * 5
+
+
 def test_weights_that_cannot_be_solved_are_named() -> None:
     model = decoder()
     with torch.no_grad():
