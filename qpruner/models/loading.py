@@ -128,6 +128,7 @@ def load_dense(source: str, dtype: str, model: ModelConfig | None = None, told: 
 
     Raises:
         CorruptFile: If a weight file is truncated.
+        UserError: If `device_map: auto` finds no room on the devices for all of it.
     """
     import torch
     from safetensors import SafetensorError
@@ -155,7 +156,28 @@ def load_dense(source: str, dtype: str, model: ModelConfig | None = None, told: 
             raise
         path = damaged_file(Path(source))
         raise CorruptFile(f"{path} is missing or damaged: {_reason(error)}", path) from error
-    return loaded if is_spread else loaded.to(device())
+    if not is_spread:
+        return loaded.to(device())
+    check_reachable(loaded)
+    return loaded
+
+
+def check_reachable(model: PreTrainedModel) -> None:
+    """Refuse a model that was spread over devices and of which a part found room in none.
+
+    Raises:
+        UserError: Naming the first module that lies on the disk, or in memory beside GPUs.
+    """
+    places = {name: str(place) for name, place in getattr(model, "hf_device_map", {}).items()}
+    beside = {"disk"} if set(places.values()) <= {"cpu", "disk"} else {"cpu", "disk"}
+    for name, place in places.items():
+        if place in beside:
+            where = "on the disk" if place == "disk" else "in the machine's memory"
+            raise UserError(
+                f"`model.device_map`: auto left {name or 'the model'} {where}, because the devices have no room for "
+                "it, and weights there can be neither scored nor cut: take more or larger GPUs, or hide them "
+                "(`CUDA_VISIBLE_DEVICES=`) and prune on a CPU with enough memory"
+            )
 
 
 @contextmanager

@@ -11,9 +11,9 @@ import torch
 from tiny_decoders import PAD, logits_of, rows_of, samples_of, settings_of, tiny
 
 from qpruner.calibration import Samples
-from qpruner.config import PruneConfig
+from qpruner.config import ModelConfig, PruneConfig
 from qpruner.errors import UserError
-from qpruner.models.loading import load_dense
+from qpruner.models.loading import check_reachable, load_dense
 from qpruner.models.structure import family_of
 from qpruner.pipeline.prune import block_parameters, layer_widths
 from qpruner.pruning import evidence as evidence_module
@@ -437,6 +437,20 @@ def test_a_model_that_accelerate_has_spread_is_cut_the_same(options: dict[str, A
     assert pruned.dropped_blocks == plain.dropped_blocks
     assert all(hasattr(block, "_hf_hook") for block in spread.model.layers)
     torch.testing.assert_close(logits_of(spread), logits_of(plain.model), rtol=1e-5, atol=1e-5)
+
+
+def test_a_model_that_was_left_on_disk_in_part_is_refused(tiny_model: Path, tmp_path: Path) -> None:
+    """accelerate puts there, or in the machine's memory, what no GPU has room for; no cut can reach it."""
+    from transformers import AutoModelForCausalLM
+
+    places = {"model.embed_tokens": "cpu", "model.layers.0": "cpu", "model.layers.1": "disk", "model.norm": "cpu"}
+    spilled = AutoModelForCausalLM.from_pretrained(
+        tiny_model, device_map=places | {"model.rotary_emb": "cpu", "lm_head": "cpu"}, offload_folder=tmp_path
+    )
+    assert next(spilled.model.layers[1].parameters()).is_meta
+    with pytest.raises(UserError, match=r"`model.device_map`: .* model\.layers\.1 on the disk.*more or larger GPUs"):
+        check_reachable(spilled)
+    check_reachable(load_dense(str(tiny_model), "bfloat16", ModelConfig(source=str(tiny_model), device_map="auto")))
 
 
 # ---- experts
