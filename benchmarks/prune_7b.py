@@ -5,8 +5,7 @@
 The model is 13.5 GB of random bf16 weights, made here; first-order Taylor on 10 samples of 64 tokens, as LLM-Pruner
 takes, unless `--set` says otherwise. Resident memory must stay below 22 GiB (LLM-Pruner holds weights and gradients of
 everything).
-Prints peak and seconds of each step, then one
-JSON line. Long: not part of any test tier.
+Prints peak and seconds of each step, then one JSON line. Long: `pytest -m slow` runs it, the fast tests do not.
 """
 
 from __future__ import annotations
