@@ -10,7 +10,16 @@ from qpruner.candidates import Candidate
 from qpruner.pipeline.context import Context
 from qpruner.plan import FULL_BITS, PrecisionPlan
 from qpruner.records import BankRecord, PrepareRecord, SearchRecord, SensitivityRecord, digest_of
-from qpruner.report.table import BASE, BEST_SEED, MUTUAL_INFORMATION, PRUNED, RANDOM, SEARCHED, title_of
+from qpruner.report.table import (
+    BASE,
+    BEST_SEED,
+    MUTUAL_INFORMATION,
+    ONE_RANDOM_PLAN,
+    PRUNED,
+    RANDOM,
+    SEARCHED,
+    title_of,
+)
 from qpruner.search.choice import controls_of
 from qpruner.search.random_plans import random_plans
 from qpruner.search.trial_records import objective
@@ -64,7 +73,7 @@ def table_rows(context: Context, searched: SearchRecord, measured: SensitivityRe
         rows.append(seed_row(BEST_SEED, method, seeds))
     drawn = random_plans(space, winner, config.finetune.random_plans, config.seed)
     if drawn:
-        origin = "random plan" if len(drawn) == 1 else f"{len(drawn)} random plans"
+        origin = ONE_RANDOM_PLAN if len(drawn) == 1 else f"{len(drawn)} random plans"
         rows.append(Row(RANDOM, origin, tuple(itertools.product(seeds, drawn))))
     return [*rows, same(SEARCHED, found_by, winner, seeds)]
 

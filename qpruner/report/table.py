@@ -13,7 +13,8 @@ from qpruner.search.random_plans import SAME_BYTES
 from qpruner.wording import counted
 
 BASE, PRUNED, BEST_SEED, RANDOM, SEARCHED = "base", "pruned", "best seed", "random", "searched"
-RIVALS = {BEST_SEED: "the best seed", RANDOM: "random plans of equal bytes"}
+ONE_RANDOM_PLAN = "random plan"
+"""Origin of the random row where it is about a single plan."""
 MUTUAL_INFORMATION = "mutual_information"
 Z_95 = 1.96
 SAME = "not distinguishable"
@@ -296,6 +297,12 @@ def _means(values: Sequence[float], keys: Sequence[object]) -> list[float]:
     return [statistics.fmean(each) for each in grouped.values()]
 
 
+def _rival(found: Comparison) -> str:
+    if found.other == BEST_SEED:
+        return "the best seed"
+    return "one random plan of equal bytes" if found.origin == ONE_RANDOM_PLAN else "random plans of equal bytes"
+
+
 def _in_words(found: Sequence[Comparison]) -> str:
     """The verdicts as a sentence; nothing where there are none."""
     parts = []
@@ -305,16 +312,14 @@ def _in_words(found: Sequence[Comparison]) -> str:
             for verdict in ("better", "worse")
         }
         told = [
-            f"is {verdict} than {RIVALS[each.other]} in {measures}"
-            for verdict, measures in by_verdict.items()
-            if measures
+            f"is {verdict} than {_rival(each)} in {measures}" for verdict, measures in by_verdict.items() if measures
         ]
-        parts.append(" and ".join(told) or f"cannot be told from {RIVALS[each.other]}")
+        parts.append(" and ".join(told) or f"cannot be told from {_rival(each)}")
     return f" It {'; it '.join(parts)}." if parts else ""
 
 
 def _stated(found: Comparison) -> str:
-    named = RIVALS[found.other]
+    named = _rival(found)
     if found.more_bytes is None:
         return f"- Against {named}: no claim, {found.no_claim}."
     against = f"- Against {named} ({found.origin}, {found.more_bytes:+.2%} bytes)"

@@ -34,6 +34,7 @@ from qpruner.report import by_task
 from qpruner.report.marginal_effects import MarginalEffects
 from qpruner.report.markdown import render
 from qpruner.report.model_card import model_card
+from qpruner.report.page.answer import tiles
 from qpruner.report.sections import HEADINGS, cells, final_tables, search_text, steps
 from qpruner.report.snapshot import Snapshot
 from qpruner.report.summary import summary_of
@@ -413,6 +414,18 @@ def test_only_seeds_that_both_rows_have_are_paired_and_counted() -> None:
     results = results_of([*row_of(RANDOM, [2.0, 2.2]), *searched_row([1.0, 1.1, 7.0])])
     assert difference(results, "confirmation loss", RANDOM).mean == pytest.approx(-1.05)
     assert ", 2 training seeds, paired: " in line_about(results, RANDOM)
+
+
+def test_one_random_plan_is_not_claimed_to_be_several() -> None:
+    """`finetune.random_plans: 1`, or no more of equal bytes: nothing is known of other random plans."""
+    losses = [2.0, 2.1, 1.9]
+    alone = [(tuned.model_copy(update={"origin": "random plan"}), scores) for tuned, scores in row_of(RANDOM, losses)]
+    results = results_of([*row_of(BEST_SEED, losses), *alone, *searched_row([1.0, 1.11, 0.9])])
+    first, *lines = claim(results).splitlines()
+    assert first.endswith("it is better than one random plan of equal bytes in confirmation loss.")
+    assert lines[1].startswith("- Against one random plan of equal bytes (random plan, +0.00% bytes), 3 training seeds")
+    (tile,) = [each for each in tiles(snapshot(results)) if each.heading.startswith("How sure")]
+    assert any(line.startswith("against one random plan: ") for line in tile.lines)
 
 
 def test_random_plans_count_as_many_times_as_there_are_plans_not_fine_tunes() -> None:

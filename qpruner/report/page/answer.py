@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from qpruner.report import sections
 from qpruner.report.snapshot import Snapshot
 from qpruner.report.standing import best_of, score
-from qpruner.report.table import BASE, BEST_SEED, PRUNED, SEARCHED, Z_95, Row, comparisons, rows
+from qpruner.report.table import BASE, BEST_SEED, ONE_RANDOM_PLAN, PRUNED, SEARCHED, Z_95, Row, comparisons, rows
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,8 @@ def _certainty(run: Snapshot) -> Tile:
         return Tile("How sure", "no claim", ("there is nothing of equal bytes to compare with",))
     lines, verdicts = [], {}
     for each in found:
-        named = "best seed" if each.other == BEST_SEED else "random plans"
+        random = "one random plan" if each.origin == ONE_RANDOM_PLAN else "random plans"
+        named = "best seed" if each.other == BEST_SEED else random
         verdicts[named] = {difference.verdict for difference in each.differences}
         by_verdict: dict[str, list[str]] = {}
         for difference in each.differences:
