@@ -150,7 +150,8 @@ def finetune(
         _share_adapters_only(model)
         start = _agreed(start)
     if share.rank:
-        torch.manual_seed(seed + share.rank)  # dropout of its own; Trainer has seeded all processes alike
+        # Dropout of its own, and none that another seed's process has; Trainer has seeded all processes alike.
+        torch.manual_seed(int(np.random.SeedSequence([seed, share.rank]).generate_state(1)[0]))
     state = TrainerState.load_from_json(str(start / "trainer_state.json")) if start else None
     if state and state.global_step == state.max_steps:  # Trainer would take one more (5.24)
         trainer._load_from_checkpoint(str(start))
