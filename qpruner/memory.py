@@ -16,7 +16,7 @@ from qpruner.errors import OutOfMemory
 STATUS, CLEAR_REFS, VMSTAT = Path("/proc/self/status"), Path("/proc/self/clear_refs"), Path("/proc/vmstat")
 SHORTAGE = re.compile(
     "can't allocate memory|Cannot allocate memory|out of memory|ALLOC_FAILED|bad_alloc|"
-    "could not create a primitive(?! descriptor)"
+    "could not (create|execute) a primitive(?! descriptor)"
 )
 
 
@@ -46,8 +46,8 @@ def free_bytes() -> int:
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error says that GPU or host memory ran out: Python's own, torch's, or a library's in words.
 
-    oneDNN, which multiplies matrices on CPUs, says no more than that it could not create a primitive; what it does not
-    support is a primitive's descriptor (torch 2.13).
+    oneDNN, which multiplies matrices on CPUs, says no more than that it could not create or execute a primitive; what it
+    does not support is a primitive's descriptor (torch 2.13).
     """
     named = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
     return named or bool(SHORTAGE.search(str(error)))

@@ -615,7 +615,7 @@ DATA = [
     ),
     refused(
         "data-not-json", _not_json,
-        "`data.train.0.source`", "{folder}/bad.jsonl", "JSON parse error", "name another"
+        "`data.train.0.source`", "{folder}/bad.jsonl", "line 1 is no JSON", "name another"
     ),
     refused(
         "data-empty", lambda scene: {"data.train.0.source": scene.file("empty.jsonl", "")}, "`data.train.0.source`",
@@ -944,9 +944,15 @@ def test_refused_file(text: str | bytes, said: tuple[str, ...], scene: Scene) ->
     assert [part for part in (path, *said) if part not in str(caught.value)] == [], str(caught.value)
 
 
-@pytest.mark.parametrize("name", ["missing.yaml", "."])
-def test_refused_file_that_is_none(name: str, scene: Scene) -> None:
-    with pytest.raises(UserError, match=r"configuration file .* does not exist.*tune_configs/"):
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("missing.yaml", r"configuration file .* does not exist.*tune_configs/"),
+        (".", "is a folder; give a configuration file"),
+    ],
+)
+def test_refused_file_that_is_none(name: str, said: str, scene: Scene) -> None:
+    with pytest.raises(UserError, match=said):
         load_config(scene.folder / name)
 
 
@@ -1001,7 +1007,7 @@ COMMANDS = [
     pytest.param("check", {}, ("--set", "lora.rank"), "section.key=value", id="set-without-equals"),
     pytest.param("check", {"quantize.budget": {"bytes": 1}}, (), "the smallest that works is", id="budget"),
     pytest.param("check", lambda scene: scene.edited_model(_gpt2), (), "`gpt2` is not supported", id="architecture"),
-    pytest.param("check", _not_json, (), "JSON parse error", id="data-not-json"),
+    pytest.param("check", _not_json, (), "line 1 is no JSON", id="data-not-json"),
     pytest.param("check", {"search.resources_per_trial": {"gpu": 999}}, (), "ask for less", id="resources"),
     pytest.param("check", {"search.max_gpu_hours": 1}, (), "use `search.max_hours`", id="gpu-hours", marks=ON_CPU),
     pytest.param("check", {}, ("--address", "127.0.0.1:1"), "no Ray cluster answers", id="address"),
