@@ -46,8 +46,8 @@ def free_bytes() -> int:
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error says that GPU or host memory ran out: Python's own, torch's, or a library's in words.
 
-    oneDNN, which multiplies matrices on CPUs, says no more than that it could not create or execute a primitive; what it
-    does not support is a primitive's descriptor (torch 2.13).
+    oneDNN, which multiplies matrices on CPUs, says no more than that it could not create or execute a primitive; what
+    it does not support is a primitive's descriptor (torch 2.13).
     """
     named = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
     return named or bool(SHORTAGE.search(str(error)))
