@@ -271,15 +271,19 @@ def _read_rows(source: DataSource, key: str) -> list[dict[str, Any]]:
     except UserError:
         raise
     except Exception as error:  # datasets raises many types for files that cannot be parsed and hubs out of reach
-        cause = error.__cause__ or error  # datasets only says that generating the data set failed
-        said = str(cause).strip().splitlines()[0] if str(cause).strip() else type(cause).__name__
-        reason = (suffix == ".jsonl" and _line_without_row(Path(path))) or said
+        reason = (suffix == ".jsonl" and _line_without_row(Path(path))) or cause_of(error)
         raise UserError(
             f"`{key}.source`: no rows can be read from {source.source!r}: {reason}; mend it or name another"
         ) from error
     _check_columns(rows.column_names, source, key)
     count = len(rows) if source.limit is None else min(source.limit, len(rows))
     return [dict(row) for row in rows.select(range(count))]
+
+
+def cause_of(error: Exception) -> str:
+    """Why rows cannot be loaded, in a line; datasets itself only says that generating the data set failed."""
+    cause = error.__cause__ or error
+    return str(cause).strip().splitlines()[0] if str(cause).strip() else type(cause).__name__
 
 
 def _line_without_row(path: Path) -> str | None:

@@ -10,6 +10,7 @@ import os
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
+from qpruner.data import cause_of
 from qpruner.errors import UserError
 from qpruner.records import TaskScore
 
@@ -113,9 +114,8 @@ def task_questions(tasks: Sequence[str], include_path: str | None, key: str, lim
     try:
         loaded = _task_manager(include_path, tuple(tasks)).load(list(tasks))["tasks"]
     except Exception as error:  # the loaders of many data sets raise many types
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(
-            f"`{key}`: the rows of {', '.join(tasks)} cannot be loaded: {reason}; "
+            f"`{key}`: the rows of {', '.join(tasks)} cannot be loaded: {cause_of(error)}; "
             "mend the task's file or data, or name another task"
         ) from error
     for name, task in loaded.items():

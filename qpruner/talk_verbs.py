@@ -19,6 +19,7 @@ from rich.text import Text
 
 from qpruner.errors import OutOfMemory, UserError
 from qpruner.pipeline.compress import telling
+from qpruner.rundir import STATE
 from qpruner.talk import WHICH, Answer, Sampling, Shelf, Source, sources
 from qpruner.terminal import Terminal
 
@@ -50,7 +51,7 @@ def generate(
         raise UserError("there is no prompt: give `--prompt TEXT`, or `--file FILE` with one a line")
     if not all(prompt.strip() for prompt in asked):
         raise UserError("`--prompt` is empty: give it some text")
-    models = sources(place, _names(which))
+    models = _sources(place, which)
     shelf = _shelf(models)
     answers: list[dict[str, Any]] = []
     for source in models:
@@ -85,7 +86,7 @@ def chat(place: Path, which: str | None, sampling: Sampling) -> dict[str, Any]:
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401  gives `input` its arrow keys and history
 
-    models = sources(place, _names(which))
+    models = _sources(place, which)
     shelf, console = _shelf(models), Console()
     click.echo(f"{', '.join(map(_told, models))}; {COMMANDS}", err=True)
     if shelf.holds_all:
@@ -169,6 +170,15 @@ def _typed() -> Iterator[str]:
         except EOFError:
             click.echo()
             return
+
+
+def _sources(place: Path, which: str | None) -> list[Source]:
+    """The models to talk to; of a run that has not all of them it is told which are missing."""
+    found = sources(place, _names(which))
+    missing = [name for name in WHICH if name not in {source.name for source in found}]
+    if which is None and missing and (place.expanduser() / STATE).is_file():
+        click.echo(f"{', '.join(missing)}: not there yet; `qpruner run` makes them", err=True)
+    return found
 
 
 def _names(which: str | None) -> list[str]:

@@ -944,6 +944,19 @@ def test_refused_file(text: str | bytes, said: tuple[str, ...], scene: Scene) ->
     assert [part for part in (path, *said) if part not in str(caught.value)] == [], str(caught.value)
 
 
+def test_rows_of_a_task_that_are_no_json_are_refused_with_what_the_reader_says(scene: Scene) -> None:
+    """Not only that generating the data set failed."""
+    (scene.folder / "tasks").mkdir()
+    rows = scene.file("tasks/questions.jsonl", b'{"question": "a"}\n{"question": }\n')
+    task = {"task": "mine", "dataset_path": "json", "dataset_kwargs": {"data_files": {"test": rows}}}
+    task |= {"output_type": "multiple_choice", "test_split": "test", "doc_to_text": "{{question}}"}
+    task |= {"doc_to_choice": "choices", "doc_to_target": "answer", "metric_list": [{"metric": "acc"}]}
+    folder = Path(scene.file("tasks/mine.yaml", yaml.safe_dump(task).encode())).parent
+    changed = {"evaluate.include_path": str(folder), "evaluate.tasks": ["mine"]}
+    with pytest.raises(UserError, match="rows of mine cannot be loaded: JSON parse error"):
+        inspect(config_of(scene, changed))
+
+
 @pytest.mark.parametrize(
     ("name", "said"),
     [

@@ -259,6 +259,9 @@ def test_models_that_are_not_there_or_damaged(run: Path, talkative: Path, tmp_pa
     copy = Path(shutil.copytree(run, tmp_path / "run"))
     shutil.rmtree(copy / "final")
     assert [source.name for source in sources(copy, ())] == ["base", "pruned"]
+    asked = ("--prompt", PROMPT, "--max-tokens", 2)
+    assert "final: not there yet; `qpruner run` makes them" in command("generate", copy, *asked).stderr
+    assert "not there yet" not in command("generate", copy, *asked, "--which", "base").stderr
     with pytest.raises(UserError, match="repeat `qpruner run` to make it; `--which base,pruned` is there"):
         sources(copy, ["final"])
     weights = copy / "prune" / "model.safetensors"

@@ -411,7 +411,10 @@ def test_a_run_that_failed_after_any_stage_has_a_page_that_says_where_and_why(tm
     missing = f"There are no figures yet of: {', '.join(STAGES[STAGES.index(stage) :])}."
     assert missing in text and missing in (root / "report.md").read_text()
     assert "How sure" not in text
-    assert ("Best so far" in text) == bool(made.trials)
+    is_chosen = until in ("search", "finetune")
+    assert ("Best so far: " in text, "The winner: " in text) == (bool(made.trials) and not is_chosen, is_chosen)
+    assert ("Point at a trial" in text) == bool(made.trials)
+    assert "Point at" not in (root / "report.md").read_text(), "a picture has nothing to point at"
     assert f"Failed in stage {stage}" in (root / "report.md").read_text()
     jsonschema.validate(json.loads((root / "results.json").read_text()), json.loads(summary_schema()))
 

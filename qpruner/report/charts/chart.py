@@ -40,6 +40,7 @@ class Chart:
         title: Its heading.
         caption: How to read it.
         spec: Vega-Lite, without what all plots share.
+        on_page: What a pointer does there, which no picture can.
     """
 
     name: str
@@ -47,13 +48,14 @@ class Chart:
     title: str
     caption: str
     spec: Spec
+    on_page: str = ""
 
     @property
     def complete(self) -> Spec:
         """The specification as Vega-Lite takes it; a single plot takes the width there is."""
         single = {"width": "container", "autosize": {"type": "fit-x", "contains": "padding"}}
         return {
-            "description": f"{self.title}. {self.caption}",
+            "description": f"{self.title}. {self.caption} {self.on_page}".rstrip(),
             "config": CONFIG,
             **({} if "hconcat" in self.spec else single),
             **self.spec,

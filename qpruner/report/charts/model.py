@@ -98,13 +98,14 @@ def winner(run: Snapshot) -> Iterator[Chart]:
         "plan",
         "Bits and sensitivity by layer",
         f"Left: each group's bits in the plan. Right: what {lowest} bits instead of {highest} are predicted to cost "
-        "that group, as a share of the largest such cost. Point at a cell for its value.",
+        "that group, as a share of the largest such cost.",
         data
         | {
             "params": [_method(run, measured, predictions), _about(predictions)],
             "hconcat": [bits_map, _sensitivity_map(_grid(cells))],
             "spacing": 28,
         },
+        "Point at a cell for its value.",
     )
 
 

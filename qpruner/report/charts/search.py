@@ -104,9 +104,10 @@ def pareto(run: Snapshot) -> Iterator[Chart]:
         SECTION,
         "Score against size",
         "Every trial by its plan's bytes and its last score. The step line joins finished trials that none of fewer or "
-        "equal bytes beats. A cross was stopped early, so its score is of fewer steps. Point at a trial to see its "
-        f"plan; click in the legend to single out a kind. {told_far(scored, run.metric, edge)}".rstrip(),
+        "equal bytes beats. A cross was stopped early, so its score is of fewer steps. "
+        f"{told_far(scored, run.metric, edge)}".rstrip(),
         {"height": 340, "data": {"values": points}, "layer": layers},
+        "Point at a trial to see its plan; click in the legend to single out a kind.",
     )
 
 

@@ -133,7 +133,7 @@ def _so_far(run: Snapshot) -> Iterator[Tile]:
     if run.best_trial:
         best = run.best_trial
         yield Tile(
-            f"Best so far: {run.metric_title}",
+            f"{'The winner' if run.results.search else 'Best so far'}: {run.metric_title}",
             f"{score(best.rungs[-1], run.metric):.4f}",
             (f"trial {best.index}, {best.origin}, {_megabytes(best.plan_bytes)}", *_best_control(run)),
         )
