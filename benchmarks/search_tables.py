@@ -151,7 +151,7 @@ class Evaluator:
     @torch.no_grad()
     def advance(self, hidden: list[torch.Tensor], blocks: Sequence[int]) -> list[torch.Tensor]:
         """Take hidden states through blocks."""
-        self.stream._hidden = hidden
+        self.stream._hidden = list(hidden)  # the stream puts a batch's new states in place of the old ones
         for index in blocks:
             self.stream.advance(index)
         return self.stream._hidden
