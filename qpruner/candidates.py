@@ -38,7 +38,6 @@ from qpruner.rundir import (
     file_digest,
     folder_digests,
     publish_folder,
-    read_json,
     read_written,
     remove,
     sign_seconds,
@@ -395,9 +394,9 @@ def latest_checkpoint(folder: Path) -> Path | None:
     for path in sorted(found, key=lambda path: int(path.name.rpartition("-")[2]), reverse=True):
         try:
             check(path)
+            checkpoint = fetch(path)
         except CorruptFile:
             continue
-        checkpoint = fetch(path)
         if _has_state(checkpoint) and any(checkpoint.glob("rng_state*.pth")):
             return checkpoint
     return None
@@ -418,10 +417,10 @@ def is_damaged(checkpoint: Path) -> bool:
     One whose process was killed before it wrote down what it had saved is none.
     """
     try:
-        listed = read_json(list_beside(checkpoint), FileList)
+        check(checkpoint)
     except CorruptFile:
         return True
-    return listed is not None and bool(listed.sha256.items() - folder_digests(checkpoint).items())
+    return False
 
 
 def _digests(checkpoint: Path) -> dict[str, str]:
