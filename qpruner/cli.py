@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import shlex
+import shutil
 import sys
 import traceback
 from collections.abc import Callable, Iterator
@@ -469,6 +470,12 @@ def _figures(results: Results) -> dict[str, Any]:
     return figures
 
 
+def _program() -> str:
+    """What this shell finds the program by: `launch/demo.sh` calls it by its path, without `.venv` being active."""
+    is_called_by_path = Path(sys.argv[0]).name == "qpruner" and not shutil.which("qpruner")
+    return sys.argv[0] if is_called_by_path else "qpruner"
+
+
 def _guarded(as_json: bool, work: Callable[[], dict[str, Any]]) -> None:
     """Run a verb; errors of ours end in a message and their exit code, not in a traceback."""
     try:
@@ -491,7 +498,7 @@ def _guarded(as_json: bool, work: Callable[[], dict[str, Any]]) -> None:
             click.echo(json.dumps(outcome))
         sys.exit(1)
     except KeyboardInterrupt:
-        resume = f"qpruner {shlex.join(sys.argv[1:])}"
+        resume = shlex.join([_program(), *sys.argv[1:]])
         click.echo(f"interrupted; go on with: {resume}", err=True)
         if as_json:
             click.echo(json.dumps({"status": "interrupted", "resume": resume}))

@@ -48,6 +48,7 @@ def facts(
         "hours": {
             "rates": rates.origin,
             "stages": {name: held * each for name, each in time.stages.items()},
+            "shared": time.shared,
             "share_done": {name: done.get(name, 0.0) for name in time.stages},
             "total": held * time.total,
             "done": held * time.done,
@@ -82,11 +83,20 @@ def time_text(found: Mapping[str, Any], has_gpu: bool) -> list[str]:
     return [
         f"time:        about {taken['wall']} of work on {slots}{left}; {taken['total']} of {kind} time{done} (at most "
         f"{taken['at_most']}, with no trial stopped)",
-        f"    by stage: {', '.join(_stage(time, stage) for stage in time['stages'])}",
+        *_stage_lines(time),
         f"    {time['rates']}",
         f"    rows of {CHARACTERS_A_TOKEN} characters a token, {CHOICES} answers a question; starts of processes, "
         "loading and saving come on top, with a model as small as the demo's up to as much again",
     ]
+
+
+def _stage_lines(time: Mapping[str, Any]) -> list[str]:
+    """The stages by how many slots share each."""
+    lines = []
+    for slots in sorted(set(time["shared"].values())):
+        stages = [_stage(time, stage) for stage in time["stages"] if time["shared"][stage] == slots]
+        lines.append(f"    {'on 1 slot' if slots == 1 else f'shared by {slots} slots'}: {', '.join(stages)}")
+    return lines
 
 
 def _stage(time: Mapping[str, Any], stage: str) -> str:

@@ -134,6 +134,7 @@ class Hours:
 
     Attributes:
         stages: Stage -> hours, all its jobs added up.
+        shared: Stage -> slots that its jobs are shared among.
         done: Of these, what the run's folder holds already.
         at_most: All stages with no trial stopped early.
         wall: With the slots there are, trials and fine-tunes side by side.
@@ -141,6 +142,7 @@ class Hours:
     """
 
     stages: dict[str, float]
+    shared: dict[str, int]
     done: float
     at_most: float
     wall: float
@@ -179,12 +181,20 @@ def hours(
     unstopped = counted.training(every.steps) / rates.training + counted.search_scores(every) / rates.scoring
     workers = config.finetune.num_workers
     groups = max(1, min(slots // workers, jobs))
-    shared = {"search": min(slots, trials), "finetune": groups * workers, "evaluate": min(slots, jobs + UNTUNED)}
-    walls = {name: seconds / shared.get(name, 1) / 3600 for name, seconds in stages.items()}
+    shared = {
+        "prune": 1,
+        "bank": min(slots, len(inspection.pruned.groups)),
+        "sensitivity": 1,
+        "search": min(slots, trials),
+        "finetune": groups * workers,
+        "evaluate": min(slots, jobs + UNTUNED),
+    }
+    walls = {name: seconds / shared[name] / 3600 for name, seconds in stages.items()}
     in_hours = {name: seconds / 3600 for name, seconds in stages.items()}
     shares = {name: (done or {}).get(name, 0.0) for name in stages}
     return Hours(
         stages=in_hours,
+        shared=shared,
         done=sum(shares[name] * each for name, each in in_hours.items()),
         at_most=sum(in_hours.values()) - in_hours["search"] + unstopped / 3600,
         wall=sum(walls.values()),
