@@ -353,7 +353,7 @@ def test_check_tells_what_is_done_and_compares_a_plan_with_what_was_cut(
     assert hours["share_done"]["prune"] == 1 and hours["done"] == hours["stages"]["prune"] > 0
     assert re.search(r"time: +about .* of it left; \d.* of slot time, \d.* of it done \(at most", told)
     assert re.search(
-        r"on 1 slot: prune \d+ (s|min|h).* \(100% done\), sensitivity .*\n +shared by \d+ slots: bank", told
+        r"on 1 slot: prune \d+ (s|min|h).* \(100% done\), sens.*\n +shared by \d+ slots: bank", told
     )
     shared, stages = hours["shared"], hours["stages"]
     assert hours["wall"] == pytest.approx(sum(taken / shared[stage] for stage, taken in stages.items()))
