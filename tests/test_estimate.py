@@ -352,9 +352,7 @@ def test_check_tells_what_is_done_and_compares_a_plan_with_what_was_cut(
     assert {name for name, share in hours["share_done"].items() if share} == {"prune"}
     assert hours["share_done"]["prune"] == 1 and hours["done"] == hours["stages"]["prune"] > 0
     assert re.search(r"time: +about .* of it left; \d.* of slot time, \d.* of it done \(at most", told)
-    assert re.search(
-        r"on 1 slot: prune \d+ (s|min|h).* \(100% done\), sens.*\n +shared by \d+ slots: bank", told
-    )
+    assert re.search(r"on 1 slot: prune \d+ (s|min|h).* \(100% done\), sens.*\n +shared by \d+ slots: bank", told)
     shared, stages = hours["shared"], hours["stages"]
     assert hours["wall"] == pytest.approx(sum(taken / shared[stage] for stage, taken in stages.items()))
     assert "(estimate" not in told, "the widths are those of the pruned model"
