@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -36,7 +37,7 @@ def problems(path: Path) -> list[str]:
     if found:
         return found
     checks = {"aws": [aws_names, aws_credentials], "local": [hosts]}
-    for check in (missing_files, *checks.get(config["provider"]["type"], [])):
+    for check in (missing_files, missing_programs, *checks.get(config["provider"]["type"], [])):
         found = check(config)
         if found:
             break
@@ -83,6 +84,12 @@ def missing_files(config: dict[str, Any]) -> list[str]:
         for key, local in named
         if local and not Path(local).expanduser().exists()
     ]
+
+
+def missing_programs(_: dict[str, Any]) -> list[str]:
+    """What `ray up` calls on this machine and would not find, on AWS once a head is paid for."""
+    missing = [program for program in ("ssh", "rsync") if not shutil.which(program)]
+    return [f"{program} is not installed on this machine: `ray up` needs it" for program in missing]
 
 
 def aws_names(config: dict[str, Any]) -> list[str]:

@@ -23,10 +23,13 @@ fi
 "$python" -c 'import venv, ensurepip' 2>/dev/null ||
   fail "$python has no venv module; on Debian and Ubuntu: apt-get install python3-venv"
 
-# What is installed is a function of pyproject.toml and of what was asked for.
+# What is installed is a function of pyproject.toml, of what was asked for, and of pip's constraints: a cluster's workers
+# have the versions of their head, and those of a head that took its place.
 wanted=$("$python" - "$extras" "$group" <<'PY'
-import hashlib, pathlib, sys
-print(hashlib.sha256(pathlib.Path("pyproject.toml").read_bytes() + " ".join(sys.argv[1:]).encode()).hexdigest())
+import hashlib, os, pathlib, sys
+files = ["pyproject.toml", *os.environ.get("PIP_CONSTRAINT", "").split()]
+made_of = b"".join(pathlib.Path(file).read_bytes() for file in files if pathlib.Path(file).is_file())
+print(hashlib.sha256(made_of + " ".join(sys.argv[1:]).encode()).hexdigest())
 PY
 )
 marker=".venv/qpruner-installed-$extras"

@@ -137,6 +137,17 @@ def filled(path: Path, folder: Path, **values: str) -> Path:
     return written
 
 
+@pytest.fixture
+def with_programs(tmp_path: Path) -> dict[str, str]:
+    """A PATH that has what `ray up` calls; nobody is called."""
+    for name in ("ssh", "rsync"):
+        program = tmp_path / "bin" / name
+        program.parent.mkdir(exist_ok=True)
+        program.write_text("#!/bin/sh\nexit 9\n")
+        program.chmod(0o755)
+    return {"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}"}
+
+
 def filled_aws(folder: Path) -> Path:
     return filled(AWS, folder, ami="ami-0abc", subnet="subnet-0abc", sg="sg-0abc", head="mine", worker="theirs")
 
@@ -160,11 +171,11 @@ def test_an_unedited_file_is_named_line_by_line(path: Path) -> None:
     assert all(f"{path}:{number}: replace " in done.stderr for number in places)
 
 
-def test_a_name_that_aws_cannot_have_given_is_told(tmp_path: Path) -> None:
+def test_a_name_that_aws_cannot_have_given_is_told(tmp_path: Path, with_programs: dict[str, str]) -> None:
     """What the AWS CLI prints for what it did not find, put where the name belongs."""
     path = filled(AWS, tmp_path, ami="None", subnet="None", sg="sg-0abc", head="mine", worker="theirs")
     path.write_text(path.read_text().replace("[sg-0abc]", "[]"))
-    done = check(path)
+    done = check(path, **with_programs)
     assert done.returncode == 2
     said = done.stderr.splitlines()
     assert len(said) == 3, "once for all types of machines"
@@ -178,9 +189,9 @@ def test_a_name_that_aws_cannot_have_given_is_told(tmp_path: Path) -> None:
     assert "credentials" not in done.stderr, "told before anybody is asked"
 
 
-def test_without_aws_credentials_it_says_so(tmp_path: Path) -> None:
+def test_without_aws_credentials_it_says_so(tmp_path: Path, with_programs: dict[str, str]) -> None:
     pytest.importorskip("boto3", reason="needs boto3: pip install 'qpruner[cluster]'")
-    done = check(filled_aws(tmp_path), HOME=str(tmp_path))
+    done = check(filled_aws(tmp_path), HOME=str(tmp_path), **with_programs)
     assert done.returncode == 2
     assert "no AWS credentials were found" in done.stderr
 
@@ -213,6 +224,18 @@ def test_what_aws_still_has_of_a_cluster_is_told_whatever_the_shell_says_of_a_re
         assert done.returncode == 0 and "no machine of qpruner is left in us-west-2" in done.stdout, done.stderr
 
 
+@FILES
+def test_a_machine_without_ssh_is_told_before_anything_is_started(path: Path, tmp_path: Path) -> None:
+    known = {"HEAD": "10.0.0.1", "WORKER": "10.0.0.2", "USER": "nobody"}
+    file = filled_aws(tmp_path) if path == AWS else filled(ON_PREMISE, tmp_path, **known)
+    file.write_text(file.read_text().replace("~/.ssh/id_ed25519", str(file)))
+    done = check(file, PATH="/nowhere")
+    assert done.returncode == 2
+    assert done.stderr.splitlines() == [
+        f"error: {program} is not installed on this machine: `ray up` needs it" for program in ("ssh", "rsync")
+    ]
+
+
 def test_an_unknown_key_is_named(tmp_path: Path) -> None:
     path = filled_aws(tmp_path)
     path.write_text(path.read_text().replace("idle_timeout_minutes", "idle_timeout_minuts"))
@@ -221,7 +244,7 @@ def test_an_unknown_key_is_named(tmp_path: Path) -> None:
     assert "idle_timeout_minuts" in done.stderr
 
 
-needs_ssh = pytest.mark.skipif(not shutil.which("ssh-keygen"), reason="needs ssh")
+needs_ssh = pytest.mark.skipif(not all(map(shutil.which, ("ssh-keygen", "rsync"))), reason="needs ssh and rsync")
 
 
 @needs_ssh

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
 import subprocess
@@ -59,6 +60,25 @@ def test_old_python(checkout: Path, bare_path: Path) -> None:
     done = setup(checkout, str(bare_path))
     assert done.returncode == 1
     assert "Python 3.9.2 is too old; install Python 3.11 or newer" in done.stderr
+
+
+def test_new_versions_of_the_head_are_installed_again(checkout: Path, tmp_path: Path) -> None:
+    """As a cluster's workers are: what their head had installed is the constraint, and another head has other versions."""
+    versions = tmp_path / "versions.txt"
+    versions.write_text("idna==3.10\n")
+    unreachable = {"PIP_INDEX_URL": "http://127.0.0.1:9/simple", "PIP_RETRIES": "0", "PIP_NO_CACHE_DIR": "1"}
+
+    def again() -> subprocess.CompletedProcess[str]:
+        return setup(checkout, os.environ["PATH"], PIP_CONSTRAINT=str(versions), **unreachable)
+
+    asked = (checkout / "pyproject.toml").read_bytes() + versions.read_bytes() + b"demo "
+    (checkout / ".venv").mkdir()
+    (checkout / ".venv" / "qpruner-installed-demo").write_text(hashlib.sha256(asked).hexdigest())
+    done = again()
+    assert (done.returncode, done.stdout) == (0, "== .venv has qpruner[demo] already\n"), done.stderr
+    versions.write_text("idna==3.11\n")
+    done = again()
+    assert done.returncode == 1 and "== installing qpruner[demo]" in done.stdout, "pip was asked"
 
 
 def test_no_network(checkout: Path) -> None:
