@@ -63,7 +63,7 @@ def test_old_python(checkout: Path, bare_path: Path) -> None:
 
 
 def test_new_versions_of_the_head_are_installed_again(checkout: Path, tmp_path: Path) -> None:
-    """As a cluster's workers are: what their head had installed is the constraint, and another head has other versions."""
+    """As on a cluster, whose workers have the versions of their head as constraints."""
     versions = tmp_path / "versions.txt"
     versions.write_text("idna==3.10\n")
     unreachable = {"PIP_INDEX_URL": "http://127.0.0.1:9/simple", "PIP_RETRIES": "0", "PIP_NO_CACHE_DIR": "1"}
