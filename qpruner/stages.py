@@ -20,7 +20,7 @@ def run(config: str | Path, *overrides: str, until: str = "report", address: str
     Args:
         config: Path of a YAML file.
         overrides: `section.key=value` pairs.
-        until: The last stage to run.
+        until: The last stage to run: prepare, prune, bank, sensitivity, search, finetune, evaluate or report.
         address: A running Ray cluster to join; without it Ray starts on this machine when it is needed.
 
     Returns:
@@ -31,8 +31,17 @@ def run(config: str | Path, *overrides: str, until: str = "report", address: str
         StageError: When a stage cannot go on.
     """
     from qpruner.config import load_config
+    from qpruner.errors import UserError
     from qpruner.logs import logging_to, quiet_libraries
+    from qpruner.records import STAGES
 
+    if until not in STAGES:
+        raise UserError(f"`until` must be one of {', '.join(STAGES)}, got {until!r}")
+    if not isinstance(config, str | Path):
+        raise UserError(
+            f"`config` must be the path of a YAML file, got {type(config).__name__}; keys can be given beside it: "
+            "run('my.yaml', 'search.max_trials=8')"
+        )
     loaded = load_config(Path(config), list(overrides))
     quiet_libraries()
     from qpruner.pipeline import run as run_stages

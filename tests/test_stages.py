@@ -93,6 +93,20 @@ def broken(*_: Any) -> Any:
     raise ZeroDivisionError("nobody foresaw this")
 
 
+@pytest.mark.parametrize(
+    ("given", "named", "said"),
+    [
+        (("my.yaml",), {"until": "finetun"}, r"`until` must be one of prepare, prune, .*, report, got 'finetun'"),
+        (({"output": "runs/mine"},), {}, "`config` must be the path of a YAML file, got dict"),
+    ],
+)
+def test_a_stage_or_configuration_that_cannot_be_is_refused(
+    given: tuple[Any, ...], named: dict[str, Any], said: str
+) -> None:
+    with pytest.raises(UserError, match=said):
+        stages.run(*given, **named)
+
+
 def test_an_error_that_nobody_foresaw_says_what_to_do(
     tiny_raw: dict[str, Any], write_yaml: WriteYaml, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -169,7 +169,7 @@ def run(
             with progress.ending():
                 results = _stages(Context(config, run_dir, tell, address, inspection), until)
         except BaseException:
-            if progress.is_told:  # else nothing was begun, and the report of an earlier command stands
+            if progress.is_told:  # else the report of an earlier command stands
                 report_unfinished(run_dir)
             raise
         # Where nothing was done an earlier report, maybe of a whole run, tells more.

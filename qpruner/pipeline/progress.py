@@ -1,7 +1,7 @@
 """`run.json`: where the latest command on a run folder stands, kept for who looks at it from another shell or machine.
 
-Not a record: nothing is skipped because of it, and each command writes it anew, except one that is refused before it
-has begun anything: then what an earlier command left still stands.
+Not a record: nothing is skipped because of it. A command writes it anew once it has begun a stage; one that began none,
+since it was refused, ended before, or found less recorded than there is, leaves what an earlier command told.
 """
 
 from __future__ import annotations
@@ -48,8 +48,9 @@ class RunProgress:
     """
 
     def __init__(self, run: RunDir, config: RunConfig, until: str, command: str | None) -> None:
-        now = time.time()
+        now, before = time.time(), _earlier(run)
         self._run, self._written = run, 0.0
+        self._earlier_stages = before.stages.keys() if before else set()
         self.is_told = self.has_begun = False
         self._state = RunState(
             config=config.model_dump(mode="json"),
@@ -62,7 +63,7 @@ class RunProgress:
             started=now,
             updated=now,
             outcome="running",
-            resumed=_cut_off(run),
+            resumed=before.resumed + (before.outcome != "done") if before else 0,
         )
 
     def listen(self, event: events.Event) -> None:
@@ -92,7 +93,7 @@ class RunProgress:
         try:
             yield
         except UserError as error:
-            if self.is_told:
+            if self.has_begun:
                 self._end("failed", str(error))
             raise
         except QprunerError as error:
@@ -115,9 +116,11 @@ class RunProgress:
             self._set(stage, self._state.stages[stage].model_copy(update=update))
 
     def _end(self, outcome: str, error: str | None) -> None:
-        self.is_told = True
-        self._state = self._state.model_copy(update={"outcome": outcome, "error": error})
-        self._write()
+        # Else what an earlier command told has stages that this one did not come to.
+        self.is_told = self.has_begun or self._earlier_stages <= self._state.stages.keys()
+        if self.is_told:
+            self._state = self._state.model_copy(update={"outcome": outcome, "error": error})
+            self._write()
 
     def _write(self) -> None:
         self._state = self._state.model_copy(update={"updated": time.time()})
@@ -131,13 +134,12 @@ class RunProgress:
             )
 
 
-def _cut_off(run: RunDir) -> int:
-    """How many commands on the run folder did not come to their end; a state that cannot be read tells of none."""
+def _earlier(run: RunDir) -> RunState | None:
+    """What an earlier command told, if it can be read."""
     try:
-        before = run.read_state(RunState)
+        return run.read_state(RunState)
     except CorruptFile:
-        return 0
-    return before.resumed + (before.outcome != "done") if before else 0
+        return None
 
 
 def _environment() -> dict[str, str]:

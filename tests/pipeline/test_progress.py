@@ -14,7 +14,7 @@ from conftest import raw_config, with_key
 
 from qpruner.config import validate_config
 from qpruner.errors import UserError
-from qpruner.events import Event, Message, Progress
+from qpruner.events import Event, Message, Progress, StageSkipped
 from qpruner.pipeline import run
 from qpruner.pipeline.progress import PACKAGES, _cpu_model, _environment
 
@@ -82,6 +82,24 @@ def test_a_refused_command_leaves_what_the_last_one_told(tiny_model: Path, tmp_p
         run(validate_config(refused), ignore, until="search")
     assert told.read_bytes() == before
     assert page.read_text() == "as the last command left it"
+
+
+def test_a_command_that_began_nothing_leaves_what_one_that_came_further_told(tiny_model: Path, tmp_path: Path) -> None:
+    """`qpruner status`, `trials` and `plan` would else not know of a search that is recorded."""
+    root = tmp_path / "run"
+    raw, told, page = raw_config(tiny_model, root), root / "run.json", root / "report.md"
+    run(validate_config(raw), ignore, until="prune")
+    before, written = told.read_bytes(), page.read_text()
+    run(validate_config(raw), ignore, until="prepare")
+    assert (told.read_bytes(), page.read_text()) == (before, written)
+
+    def interrupt(event: Event) -> None:
+        if isinstance(event, StageSkipped):  # Ctrl-C while records are compared
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(validate_config(raw), interrupt, until="bank")
+    assert (told.read_bytes(), page.read_text()) == (before, written)
 
 
 def test_a_command_that_finds_everything_recorded_says_that_it_is_done(tiny_model: Path, tmp_path: Path) -> None:
