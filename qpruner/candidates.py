@@ -43,6 +43,7 @@ from qpruner.rundir import (
     sign_seconds,
     write_json,
     write_sign,
+    write_text,
 )
 from qpruner.trackers import Trackers
 from qpruner.wording import counted
@@ -485,7 +486,7 @@ def _keep(checkpoint: Path, work: Path, claim: _Claim) -> None:
             for old in set(work.glob(f"*{FILES}")) - {list_beside(checkpoint)}:
                 old.unlink()
             share_files(checkpoint)
-            write_json(list_beside(checkpoint), FileList(sha256=_digests(checkpoint)))
+            write_text(list_beside(checkpoint), FileList(sha256=_digests(checkpoint)).model_dump_json())
         return
     if share.processes > 1:
         distributed.barrier()  # each has left its random state

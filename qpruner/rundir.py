@@ -19,7 +19,7 @@ import time
 import uuid
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
@@ -37,10 +37,14 @@ from qpruner.objects import (
     sha256_of,
 )
 from qpruner.patience import patiently
+from qpruner.records import digest_of
 
 STATE, LOG, ID = "run.json", "qpruner.log", "run.id"
 BANK_CACHE = "QPRUNER_BANK_CACHE"
 """Environment variable: a folder on this machine that keeps a copy of every file of a bank that its workers read."""
+
+OWN_DIGEST = "record_digest"
+"""Key of a record's file: digest of all its other keys, since with a flipped bit JSON may well be JSON still."""
 
 SIGN_SECONDS, SIGN_SECONDS_AT_URI = 1.0, 5.0
 
@@ -185,8 +189,10 @@ def _check_answers(root: Path) -> None:
 
 
 def write_json(path: Path, data: BaseModel, patience_seconds: float | None = None) -> None:
-    """Write a record, as `write_text` does."""
-    write_text(path, data.model_dump_json(indent=2) + "\n", patience_seconds)
+    """Write a record with a digest of its own, as `write_text` does."""
+    fields = json.loads(data.model_dump_json())
+    text = json.dumps(fields | {OWN_DIGEST: digest_of(fields)}, indent=2, ensure_ascii=False)
+    write_text(path, text + "\n", patience_seconds)
 
 
 def write_text(path: Path, text: str, patience_seconds: float | None = None) -> None:
@@ -229,16 +235,30 @@ def read_written(path: Path, kind: type[RecordType]) -> RecordType:
 
 
 def read_json(path: Path, kind: type[RecordType]) -> RecordType | None:
-    """Read what `write_json` wrote; None when the file is missing, `CorruptFile` when it is not a `kind`."""
+    """Read what `write_json` wrote, of older versions, too; None when the file is missing.
+
+    Raises:
+        CorruptFile: If it is not a `kind`, or not as it was written.
+    """
     try:
         text = read_text(path)
-        return None if text is None else kind.model_validate(json.loads(text))
+        return None if text is None else kind.model_validate(_as_written(text))
     except ValidationError as error:
         problem = error.errors()[0]
         place = ".".join(str(part) for part in problem["loc"]) or "the whole"
         raise CorruptFile(f"{name_of(path)} is not a {kind.__name__}: {place}: {problem['msg']}", path) from error
     except ValueError as error:  # not JSON, or not even text
         raise CorruptFile(f"{name_of(path)} is not a {kind.__name__}: {error}", path) from error
+
+
+def _as_written(text: str) -> Any:
+    """What a record's file holds; of those that older versions wrote none has a digest of its own."""
+    found = json.loads(text)
+    if isinstance(found, dict) and OWN_DIGEST in found:
+        told = found.pop(OWN_DIGEST)
+        if told != digest_of(found):
+            raise ValueError(f"it is not as it was written, as its `{OWN_DIGEST}` tells")
+    return found
 
 
 def for_each(action: Callable[[Path], Result], paths: Sequence[Path]) -> list[Result]:

@@ -159,6 +159,12 @@ def flip_a_byte(path: Path) -> None:
     path.write_bytes(data)
 
 
+def flipped(text: bytes, before: bytes) -> bytes:
+    """What a disk does to a record: the lowest bit after some text is another, which of a digit makes a digit."""
+    at = text.index(before) + len(before)
+    return text[:at] + bytes([text[at] ^ 1]) + text[at + 1 :]
+
+
 def with_key(raw: dict[str, Any], key: str, value: Any) -> dict[str, Any]:
     """A copy of `raw` with `section.key` set."""
     changed = copy.deepcopy(raw)

@@ -432,6 +432,12 @@ MUTATIONS = {
         "if False:",
         f"{TRIALS}::test_a_damaged_record_is_set_aside_and_only_its_trial_is_run_again",
     ),
+    "a record that was changed is read as it is": Mutation(
+        "qpruner/rundir.py",
+        "if told != digest_of(found):",
+        "if False:",
+        f"{TRIALS}::test_a_damaged_record_is_set_aside_and_only_its_trial_is_run_again",
+    ),
     "a damaged record costs its plan": Mutation(
         "qpruner/search/trial_records.py",
         "    begin_trial(folder, suggested)\n",

@@ -25,6 +25,7 @@ from qpruner.models.loading import load_dense
 from qpruner.pipeline import preview, run
 from qpruner.pruning.importance import score
 from qpruner.records import PruneRecord
+from qpruner.rundir import RunDir
 
 if TYPE_CHECKING:
     from click.testing import Result
@@ -85,7 +86,7 @@ def command(*arguments: str | Path) -> Result:
 def test_the_folder_holds_the_units_that_the_record_lists(raw: Raw, tiny_model: Path) -> None:
     """Indices into the base model: anyone can repeat the cut with them."""
     record, folder, _ = pruned(changed(raw, rate=0.3))
-    assert record == PruneRecord.model_validate_json((folder.parent / "records" / "prune.json").read_text())
+    assert record == RunDir(folder.parent).read_record("prune", PruneRecord)
     base, cut = load_dense(str(tiny_model), "bfloat16"), load_dense(str(folder), "bfloat16")
     assert [layer.layer for layer in record.layers] == [0, 1]
     for layer in record.layers:
@@ -407,7 +408,8 @@ def test_the_command_ends_with_a_table_of_the_blocks(
     raw = raw_config(tiny_model, tmp_path / "run")
     done = command("prune", write_yaml(raw))
     assert done.exit_code == 0, done.output
-    record = PruneRecord.model_validate_json((Path(raw["output"]) / "records" / "prune.json").read_text())
+    record = RunDir(raw["output"]).read_record("prune", PruneRecord)
+    assert record
     lines = [re.split(" {2,}", line) for line in done.output.splitlines()]
     start = lines.index(["block", "query heads", "key/value heads", "MLP channels", "kept parameters"]) + 1
     table = lines[start : start + 2]

@@ -40,7 +40,7 @@ from qpruner.report.page import render
 from qpruner.report.page.answer import headline
 from qpruner.report.snapshot import read_snapshot
 from qpruner.report.summary import summary_of, summary_schema, summary_text
-from qpruner.rundir import RunDir
+from qpruner.rundir import OWN_DIGEST, RunDir
 from qpruner.search.trial_records import write_trial
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -292,7 +292,7 @@ def test_every_stage_tells_the_gpu_seconds_that_it_held(tmp_path: Path) -> None:
     without = MadeRun(tmp_path / "without", num_trials=4, num_blocks=2)
     bank = without.run.record_path("bank")
     fields = json.loads(bank.read_text())
-    del fields["gpu_seconds"]
+    del fields["gpu_seconds"], fields[OWN_DIGEST]
     bank.write_text(json.dumps(fields))
     assert {row[column] for row in sections.stages(read_snapshot(without.run))} == {"-"}
 

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import DEMO_DATA, away, disk_of, raw_config, with_key
+from conftest import DEMO_DATA, away, disk_of, flipped, raw_config, with_key
 from object_store import object_store, talk_to
 
 from qpruner.config import validate_config
@@ -609,8 +609,18 @@ def test_trials_that_wait_when_a_search_is_halted_are_left_to_the_next(tmp_path:
 # ---- what is damaged
 
 
+DAMAGES: dict[str, Callable[[bytes], bytes]] = {
+    "cut": lambda text: text[:-20],
+    "loss": lambda text: flipped(text, b'"loss": '),
+    "bits": lambda text: flipped(text, b'"layers.0": '),
+    "group": lambda text: flipped(text, b'"layers.'),
+}
+"""Of a record, which but for the first is one all the same."""
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
 @pytest.mark.parametrize("copy", ["whole", "damaged", "missing"])
-def test_a_damaged_record_is_set_aside_and_only_its_trial_is_run_again(copy: str, tmp_path: Path) -> None:
+def test_a_damaged_record_is_set_aside_and_only_its_trial_is_run_again(copy: str, damage: str, tmp_path: Path) -> None:
     """With its plan, which no searcher would propose at its number, as long as a copy of that can be read."""
     job = job_of(tmp_path)
     for record in (trial(0, "444444", [3, 3, 3], origin="uniform-4"), trial(1, "484444", [3, 3, 3])):
@@ -618,21 +628,23 @@ def test_a_damaged_record_is_set_aside_and_only_its_trial_is_run_again(copy: str
         write_trial(job.trials, record)
     suggested_path = job.trials / "0001" / "suggested.json"
     if copy == "damaged":
-        suggested_path.write_bytes(suggested_path.read_bytes()[:-20])
+        suggested_path.write_bytes(flipped(suggested_path.read_bytes(), b'"layers.1": '))
     elif copy == "missing":
         suggested_path.unlink()
     path = job.trials / "0001" / "trial.json"
-    whole = path.read_bytes()
-    path.write_bytes(whole[:-20])
+    damaged = DAMAGES[damage](path.read_bytes())
+    path.write_bytes(damaged)
     told: list[str] = []
     set_aside_damaged(job.trials, job.search, told.append)
     assert len(told) == 1 and str(path) in told[0]
     (kept,) = job.trials.glob("damaged/*/trial.json")
-    assert kept.read_bytes() == whole[:-20]
-    first = suggested(ledger_of(job))[0]
+    assert kept.read_bytes() == damaged
+    first, *others = suggested(ledger_of(job))
+    plans = ["444444", first[2], *(plan for _, _, plan in others)]
+    assert len(set(plans)) == len(plans), "none is handed out twice"
     if copy == "whole":
         assert "that trial is run again" in told[0] and first == (1, "random", "484444")
-        path.write_bytes(whole[:-20])
+        path.write_bytes(damaged)
         set_aside_damaged(job.trials, job.search, told.append)
         assert suggested(ledger_of(job))[0] == first, "and so it is a second time"
     else:
@@ -649,7 +661,7 @@ def test_a_plan_that_was_handed_out_outlives_its_record(tmp_path: Path) -> None:
     assert searcher_on(job, ledger_of(job)).suggest("a") == given
 
 
-@pytest.mark.parametrize("text", ["", '{"sec', '{"sessions": 1}', "\0" * 200])
+@pytest.mark.parametrize("text", ["", '{"sec', '{"sessions": 1}', "\0" * 200, '{"seconds": 9.0, "record_digest": "0"}'])
 def test_of_a_damaged_clock_the_search_has_the_time_of_its_trials(text: str, tmp_path: Path) -> None:
     """Two of them at once from 10 to 40, one from 50 to 60."""
     job = job_of(tmp_path)
