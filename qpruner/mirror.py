@@ -177,8 +177,17 @@ def adopt_list(scratch: Path, target: Path) -> None:
     """Move the list of a folder that was just written to where the folder is now, which need not be read for it."""
     listed = read_list(scratch)
     if listed:
-        list_beside(scratch).rename(list_beside(target))
+        rename(list_beside(scratch), list_beside(target))
         _found_whole[target] = listed
+
+
+def rename(path: Path, target: Path) -> None:
+    """Rename what is known to be there. A storage that goes away may do so and not answer; a repetition, its own or
+    ours, is then told that there is nothing of that name."""
+    try:
+        path.replace(target)
+    except FileNotFoundError:
+        target.stat()
 
 
 def share_files(folder: Path) -> None:

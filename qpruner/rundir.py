@@ -24,7 +24,7 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ValidationError
 
 from qpruner.errors import CorruptFile, StorageError, UserError
-from qpruner.mirror import FILES, adopt_list, emptied, list_beside, list_of, put_folder, share_files
+from qpruner.mirror import FILES, adopt_list, emptied, list_beside, list_of, put_folder, rename, share_files
 from qpruner.objects import (
     OnPiece,
     copy_file,
@@ -207,7 +207,7 @@ def write_text(path: Path, text: str, patience_seconds: float | None = None) -> 
         path.parent.mkdir(parents=True, exist_ok=True)
         aside.write_text(text, encoding="utf-8")
         _sync(aside)
-        aside.replace(path)
+        rename(aside, path)
         _sync(path.parent)
 
     patiently(write, path, patience_seconds)
@@ -421,9 +421,10 @@ def publish_folder(scratch: Path, target: Path) -> None:
             _sync(path)
 
     def move() -> None:
-        list_beside(target).unlink(missing_ok=True)
-        shutil.rmtree(target, ignore_errors=True)
-        scratch.rename(target)
+        if scratch.exists():  # else it lies at its target by now
+            list_beside(target).unlink(missing_ok=True)
+            shutil.rmtree(target, ignore_errors=True)
+        rename(scratch, target)
 
     for step in (make_durable, move, lambda: adopt_list(scratch, target), lambda: _sync(target.parent)):
         patiently(step, target)

@@ -27,6 +27,7 @@ LATE = "tests/search/test_late_node.py"
 ENDS = "tests/search/test_session_ends.py"
 WORK = "tests/execution/test_workshop.py"
 OBJECTS = "tests/test_objects.py"
+PATIENCE = "tests/test_patience.py"
 BANK = "tests/quantization/test_bank.py"
 DISK = "tests/pipeline/test_disk.py"
 AT_URI = "tests/test_at_uri.py"
@@ -458,7 +459,7 @@ MUTATIONS = {
     ),
     "records are written where they are read": Mutation(
         "qpruner/rundir.py",
-        '        aside.write_text(text, encoding="utf-8")\n        _sync(aside)\n        aside.replace(path)\n',
+        '        aside.write_text(text, encoding="utf-8")\n        _sync(aside)\n        rename(aside, path)\n',
         '        path.write_text(text, encoding="utf-8")\n',
         "tests/test_rundir.py::test_a_reader_never_sees_half_a_record",
     ),
@@ -473,6 +474,18 @@ MUTATIONS = {
         "            _sync(path)\n",
         "            pass\n",
         "tests/test_rundir.py::test_a_folder_is_on_the_disk_before_it_has_its_name",
+    ),
+    "a folder that was renamed without an answer is deleted": Mutation(
+        "qpruner/rundir.py",
+        "        if scratch.exists():  # else it lies at its target by now\n",
+        "        if True:\n",
+        f"{PATIENCE}::test_a_folder_of_whose_renaming_no_answer_came_is_published",
+    ),
+    "what was renamed without an answer is missing": Mutation(
+        "qpruner/mirror.py",
+        "    except FileNotFoundError:\n        target.stat()\n",
+        "    except FileNotFoundError:\n        raise\n",
+        f"{PATIENCE}::test_a_record_of_whose_renaming_no_answer_came_is_written",
     ),
     "nothing is ever on the disk for sure": Mutation(
         "qpruner/rundir.py",

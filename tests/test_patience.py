@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import shutil
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
+from types import FrameType
 
 import pytest
 import torch
@@ -21,6 +25,7 @@ from qpruner.config import LoraConfig
 from qpruner.data import load_encoded, save_encoded
 from qpruner.errors import StorageError
 from qpruner.execution.testimony import check_like, versions
+from qpruner.mirror import check, written
 from qpruner.patience import patiently, storage_error
 from qpruner.quantization.bank import (
     BankIndex,
@@ -32,7 +37,7 @@ from qpruner.quantization.bank import (
     write_index,
 )
 from qpruner.records import SearchClock
-from qpruner.rundir import file_digest, read_json, read_written, write_json
+from qpruner.rundir import file_digest, folder_digests, publish_folder, read_json, read_written, write_json
 
 
 @pytest.fixture
@@ -118,6 +123,53 @@ def test_a_storage_that_stays_away_is_told_with_its_remedy(disk: Path) -> None:
             write_json(path, SearchClock(seconds=2.0), patience_seconds=0.4)
         threading.Timer(0.8, back).start()
         assert read_written(path, SearchClock) == SearchClock(seconds=1.0), "what was written is waited for"
+
+
+@contextmanager
+def lost_answer(number: int, nth: int = 1) -> Iterator[None]:
+    """The system really renames something, and the answer is an error: EIO as of a server that went away in between,
+    ENOENT as of one that was asked again."""
+    renames = 0
+
+    def on_call(frame: FrameType, event: str, function: object) -> None:
+        nonlocal renames
+        if event == "c_return" and function in (os.rename, os.replace):
+            renames += 1
+            if renames == nth:
+                raise OSError(number, os.strerror(number))  # the interpreter calls no profiler after that
+
+    sys.setprofile(on_call)
+    try:
+        yield
+    finally:
+        sys.setprofile(None)
+    assert renames >= nth
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.ENOENT], ids=["EIO", "ENOENT"])
+def test_a_record_of_whose_renaming_no_answer_came_is_written(number: int, tmp_path: Path) -> None:
+    path = tmp_path / "record.json"
+    write_json(path, SearchClock(seconds=1.0))
+    with lost_answer(number):
+        write_json(path, SearchClock(seconds=2.0))
+    assert read_json(path, SearchClock) == SearchClock(seconds=2.0)
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.ENOENT], ids=["EIO", "ENOENT"])
+@pytest.mark.parametrize("renamed", [1, 2], ids=["folder", "list"])
+def test_a_folder_of_whose_renaming_no_answer_came_is_published(renamed: int, number: int, tmp_path: Path) -> None:
+    """A stage took hours to write the only copy."""
+    scratch, target = tmp_path / "scratch", tmp_path / "prune"
+    with written(scratch) as folder:
+        folder.mkdir()
+        (folder / "weights").write_text("hours")
+    target.mkdir()
+    (target / "unfinished").write_text("half")
+    with lost_answer(number, renamed):
+        publish_folder(scratch, target)
+    assert folder_digests(tmp_path).keys() == {"prune/weights", "prune.files.json"}
+    check(target)
 
 
 def test_a_checkpoint_that_finds_no_room_is_known_for_what_it_is(disk: Path, tmp_path: Path) -> None:
