@@ -419,6 +419,8 @@ def publish_folder(scratch: Path, target: Path) -> None:
         share_files(scratch)
         for path in (scratch, *scratch.rglob("*")):
             _sync(path)
+        if list_beside(scratch).exists():
+            _sync(list_beside(scratch))
 
     def move() -> None:
         if scratch.exists():  # else it lies at its target by now

@@ -475,6 +475,12 @@ MUTATIONS = {
         "            pass\n",
         "tests/test_rundir.py::test_a_folder_is_on_the_disk_before_it_has_its_name",
     ),
+    "a folder's list has its name before it is on the disk": Mutation(
+        "qpruner/rundir.py",
+        "            _sync(list_beside(scratch))\n",
+        "            pass\n",
+        "tests/test_rundir.py::test_a_folder_is_on_the_disk_before_it_has_its_name",
+    ),
     "a folder that was renamed without an answer is deleted": Mutation(
         "qpruner/rundir.py",
         "        if scratch.exists():  # else it lies at its target by now\n",

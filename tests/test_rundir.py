@@ -22,6 +22,7 @@ import torch
 from safetensors.torch import save_file
 
 from qpruner.errors import CorruptFile, UserError
+from qpruner.mirror import written
 from qpruner.records import BankRecord, PrepareRecord
 from qpruner.rundir import RunDir, file_digest, publish_folder, read_json, write_json
 
@@ -220,12 +221,14 @@ def test_a_record_is_on_the_disk_before_it_has_its_name(tmp_path: Path) -> None:
 
 
 def test_a_folder_is_on_the_disk_before_it_has_its_name(tmp_path: Path) -> None:
-    (tmp_path / "scratch" / "4bit").mkdir(parents=True)
-    (tmp_path / "scratch" / "4bit" / "layers.0").write_text("codes")
+    """And so is the list that vouches for it: without its contents an intact folder would be set aside."""
+    with written(tmp_path / "scratch") as folder:
+        (folder / "4bit").mkdir(parents=True)
+        (folder / "4bit" / "layers.0").write_text("codes")
     with watched(tmp_path) as calls:
         publish_folder(tmp_path / "scratch", tmp_path / "bank")
     assert calls[:3] == ["fsync scratch", "fsync scratch/4bit", "fsync scratch/4bit/layers.0"]
-    assert calls[3:] == ["rename", "fsync ."]
+    assert calls[3:] == ["fsync scratch.files.json", "rename", "rename", "fsync ."]
 
 
 def test_the_old_record_goes_before_the_old_folder(tmp_path: Path) -> None:
