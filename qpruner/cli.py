@@ -45,7 +45,8 @@ WITH_SEARCH = ("search", "finetune", "evaluate", "report")
 LOCAL_RAY = "Ray cluster to join (auto or HOST:PORT); starts a local one without it."
 NO_RAY = "Ray cluster to join (auto or HOST:PORT); starts none without it."
 ABOUT_DAMAGE = (
-    "fetch it again if it is yours; if a run wrote it, delete it and repeat `qpruner run`, which makes it anew"
+    "fetch it again if it is yours; if a run wrote it, repeat `qpruner run`, which makes it anew; where that leaves it "
+    "as it is, delete it and repeat that"
 )
 """What to do about a file that verbs without stages cannot read; a stage knows more and says so itself."""
 

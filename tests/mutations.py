@@ -439,6 +439,12 @@ MUTATIONS = {
         "if False:",
         f"{TRIALS}::test_a_damaged_record_is_set_aside_and_only_its_trial_is_run_again",
     ),
+    "whoever does as told about a damaged record loses its plan": Mutation(
+        "qpruner/pipeline/stage.py",
+        'if parts[0] == "trials" and (path.name == "trial.json" or len(parts) == 3):',
+        "if False:",
+        f"{STAGES}::test_what_a_search_sets_aside_by_itself_nobody_is_told_to_delete",
+    ),
     "a damaged record costs its plan": Mutation(
         "qpruner/search/trial_records.py",
         "    begin_trial(folder, suggested)\n",

@@ -27,6 +27,7 @@ from qpruner.pipeline import run
 from qpruner.pipeline.stage import explained
 from qpruner.records import BankRecord, PrepareRecord, PruneRecord, Results, SensitivityRecord, TrialRecord
 from qpruner.rundir import RunDir, folder_digests, read_json
+from qpruner.search.trial_records import set_aside_damaged
 
 RECORDS = {"prepare": PrepareRecord, "prune": PruneRecord, "bank": BankRecord, "sensitivity": SensitivityRecord}
 
@@ -150,7 +151,6 @@ def test_a_damaged_model_is_named_and_set_aside_and_it_alone_is_made_again(
 @pytest.mark.parametrize(
     ("file", "folder"),
     [
-        ("trials/0123abcd/0003/trial.json", "trials/0123abcd/0003"),
         ("trials/0123abcd/0003/checkpoint-4/trainer_state.json", "trials/0123abcd/0003"),
         ("candidates/uniform-4-bit/record.json", "candidates/uniform-4-bit"),
         ("candidates/searched/adapter/adapter_config.json", "candidates/searched"),
@@ -167,6 +167,21 @@ def test_the_remedy_costs_one_trial_or_row_and_no_other(file: str, folder: str, 
         read_json(path, TrialRecord)
     assert str(path) in caught.value.cause
     assert caught.value.remedy.startswith(f"delete {tmp_path / 'run' / folder}, then repeat the command")
+
+
+@pytest.mark.parametrize("file", ["0003/trial.json", "search-0123abcd.json"])
+def test_what_a_search_sets_aside_by_itself_nobody_is_told_to_delete(file: str, tmp_path: Path) -> None:
+    """With its folder the plan of a trial would go, and with its clock the time that a search has had."""
+    path = tmp_path / "run" / "trials" / "0123abcd" / file
+    path.parent.mkdir(parents=True)
+    path.write_text('{"index": 3, "dig')
+    with pytest.raises(StageError) as caught, explained("search", tmp_path / "run"):
+        read_json(path, TrialRecord)
+    assert str(path) in caught.value.cause
+    assert caught.value.remedy.startswith("repeat the command") and "delete" not in caught.value.remedy
+    told: list[str] = []
+    set_aside_damaged(tmp_path / "run" / "trials" / "0123abcd", "0123abcd", told.append)
+    assert len(told) == 1 and str(path) in told[0] and "set aside" in told[0]
 
 
 def test_the_remedy_for_an_adapter_that_is_gone_names_its_row(tmp_path: Path) -> None:

@@ -155,10 +155,13 @@ def _against_nan(stage: str) -> str:
 
 
 def _mend(path: Path | None, root: Path | None) -> str:
-    """What to do about a file that cannot be read; a stage whose folder is gone is run again."""
+    """What to do about a file that cannot be read: a stage whose folder is gone is run again, and a search that begins
+    sets aside what it keeps of its trials."""
     if path is None or root is None or not path.is_relative_to(root):
         return "fetch or write that file again, then repeat the command"
     parts = path.relative_to(root).parts
+    if parts[0] == "trials" and (path.name == "trial.json" or len(parts) == 3):  # of a trial, or a search's clock
+        return "repeat the command: that record is set aside, and a trial is run again with the plan that it had"
     # A trial is a folder of trials/DIGEST, a row one of candidates; every other stage is one folder.
     steps = {"trials": 3, "candidates": 2}.get(parts[0], 1)
     doomed = root.joinpath(*parts[:steps])

@@ -271,4 +271,4 @@ def test_a_damaged_record_says_what_to_do(run: Path) -> None:
     done = qpruner("status", run)
     assert done.exit_code == 1
     assert f"{run / 'run.json'} is not a RunState" in done.stderr
-    assert "delete it and repeat `qpruner run`, which makes it anew" in done.stderr
+    assert "if a run wrote it, repeat `qpruner run`, which makes it anew" in done.stderr
