@@ -78,6 +78,12 @@ MUTATIONS = {
         "if True:",
         f"{PLACES}::test_a_machine_with_a_broken_gpu_ends_the_search_and_its_trials_run_when_it_is_mended",
     ),
+    "a rung that is said again speaks for a broken machine": Mutation(
+        DRIVER,
+        "        if is_news:\n",
+        "        if True:\n",
+        f"{PLACES}::test_a_broken_machine_is_known_though_trials_that_go_on_say_their_last_rung_there",
+    ),
     "a damaged file is met by one trial after the other": Mutation(
         DRIVER,
         'if record.failure in ("storage", "damaged"):',

@@ -241,9 +241,13 @@ class Ledger:
             self._live[suggestion.index] = suggestion.plan
         return suggestion
 
-    def observe(self, observation: Observation) -> None:
-        """Tell a rung's score; the plan that ran is told, not the one that was proposed."""
-        self._observations[observation.index, observation.step] = observation
+    def observe(self, observation: Observation) -> bool:
+        """Tell a rung's score; the plan that ran is told, not the one that was proposed. Returns whether it is news: a
+        trial that goes on says its last rung again."""
+        key = observation.index, observation.step
+        is_news = key not in self._observations
+        self._observations[key] = observation
+        return is_news
 
     def close(self, suggestion: Suggestion, ruined: bool = False) -> None:
         """Tell that a trial is over, with what was observed or with nothing; `ruined` if its plan cannot be trained."""

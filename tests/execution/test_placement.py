@@ -23,7 +23,7 @@ from raylets import Raylets, raylets
 
 from qpruner.config import validate_config
 from qpruner.errors import StageError
-from qpruner.events import Event, SlotsFound, TrialChanged, TrialWithdrawn
+from qpruner.events import Event, Message, SlotsFound, StepsSeen, TrialChanged, TrialWithdrawn
 from qpruner.execution.cluster import Cluster, connect, disconnect
 from qpruner.execution.room import Room
 from qpruner.execution.slots import Slots
@@ -76,6 +76,25 @@ def standing_in(folder: Path, at_once: int) -> Trial:
         checkpoint = folder / f"checkpoint-{mark.name}"
         checkpoint.mkdir()
         report(RungResult(step=job.config.search.steps, loss=3.0), checkpoint)
+
+    return trial
+
+
+def broken_on(node: str, folder: Path) -> Trial:
+    """A trial that fails on one node until that is mended; elsewhere none ends before as many failed there as may."""
+    whole = standing_in(folder, 0)
+
+    def trial(job: TrialJob, start: Path | None, report: Report, progress: Progress) -> None:
+        import ray
+
+        if ray.get_runtime_context().get_node_id() == node and not (folder / "mended").exists():
+            (folder / f"failed-{time.monotonic_ns()}").touch()
+            raise RuntimeError("CUDA error: unspecified launch failure")
+        deadline = time.monotonic() + 120
+        while len(list(folder.glob("failed-*"))) < MAX_ERRORS:
+            assert time.monotonic() < deadline, "the broken machine takes no plans"
+            time.sleep(0.05)
+        whole(job, start, report, progress)
 
     return trial
 
@@ -180,27 +199,50 @@ def test_a_machine_with_a_broken_gpu_ends_the_search_and_its_trials_run_when_it_
     joined: tuple[Raylets, Cluster], slots: Slots, tmp_path: Path
 ) -> None:
     broken = joined[0].nodes[1].node_id
-
-    def trial(job: TrialJob, start: Path | None, report: Report, progress: Progress) -> None:
-        import ray
-
-        if ray.get_runtime_context().get_node_id() == broken and not (tmp_path / "mended").exists():
-            (tmp_path / f"failed-{time.monotonic_ns()}").touch()
-            raise RuntimeError("CUDA error: unspecified launch failure")
-        deadline = time.monotonic() + 120
-        while len(list(tmp_path.glob("failed-*"))) < MAX_ERRORS:
-            assert time.monotonic() < deadline, "the broken machine takes no plans"
-            time.sleep(0.05)
-        whole(job, start, report, progress)
-
-    whole = standing_in(tmp_path, 0)
-    job = replace(job_of(tmp_path, slots, at_once=0), trial=trial)
+    job = replace(job_of(tmp_path, slots, at_once=0), trial=broken_on(broken, tmp_path))
     with pytest.raises(StageError, match=rf"3 trials in a row failed on 127\.0\.0\.1 \(.*, {broken[:8]}\)") as caught:
         search(job, lambda: 3, lambda event: None)
     assert "unspecified launch failure" in caught.value.cause and "mend that machine" in caught.value.remedy
     (tmp_path / "mended").touch()
     outcome = search(job, lambda: 3, lambda event: None)
     assert [trial.status for trial in outcome.trials] == ["finished"] * NUM_TRIALS, "no plan was lost"
+
+
+def test_a_broken_machine_is_known_though_trials_that_go_on_say_their_last_rung_there(
+    joined: tuple[Raylets, Cluster], slots: Slots, tmp_path: Path
+) -> None:
+    """Four are interrupted at their first rung, half a GPU each; then they want whole ones, two of them broken."""
+    broken, number = joined[0].nodes[0].node_id, MAX_ERRORS + 1
+
+    def begun() -> int:
+        return len(list(tmp_path.glob("first-*")))
+
+    def emit(event: Event) -> None:
+        if isinstance(event, StepsSeen) and begun() == number and not (tmp_path / "asked").exists():
+            (tmp_path / "asked").touch()
+            os.kill(os.getpid(), signal.SIGINT)
+        if isinstance(event, Message) and event.text.startswith("interrupted"):
+            (tmp_path / "interrupted").touch()
+
+    def first_rung(job: TrialJob, start: Path | None, report: Report, progress: Progress) -> None:
+        (checkpoint := tmp_path / f"first-{os.getpid()}").mkdir()
+        deadline = time.monotonic() + 120
+        while not (tmp_path / "interrupted").exists():
+            assert time.monotonic() < deadline, "nobody interrupted"
+            time.sleep(0.05)
+        report(RungResult(step=1, loss=3.0), checkpoint)
+
+    job = job_of(tmp_path, slots, at_once=0, first_rung=1, max_trials=number)
+    halves = replace(job, trial=first_rung, resources={"cpu": 1.0, "gpu": 0.5})
+    with pytest.raises(KeyboardInterrupt):
+        search(halves, lambda: number, emit)
+    assert [[rung.step for rung in trial.rungs] for trial in read_trials(job.trials)] == [[1]] * number
+    job = replace(job, trial=broken_on(broken, tmp_path))
+    with pytest.raises(StageError, match=rf"3 trials in a row failed on 127\.0\.0\.1 \(.*, {broken[:8]}\)"):
+        search(job, lambda: sum(GPUS), emit)
+    (tmp_path / "mended").touch()
+    outcome = search(job, lambda: sum(GPUS), emit)
+    assert [trial.status for trial in outcome.trials] == ["finished"] * number, "no plan was lost"
 
 
 @pytest.mark.parametrize("when", ["before", "while"])

@@ -121,11 +121,12 @@ class PlanSearcher(LivesInDriver, Searcher):  # type: ignore[misc]
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
         suggestion = self._live[trial_id]
         stderr = result.get("accuracy_stderr") if self._job.config.search.metric == "accuracy" else None
-        self._ledger.observe(
+        is_news = self._ledger.observe(
             Observation(suggestion.index, suggestion.plan, int(result[TIME]), float(result[METRIC]), stderr)
         )
         record = read_trial(self._job.trials, suggestion.index)
-        self._failed_on.pop(record.node, None)
+        if is_news:
+            self._failed_on.pop(record.node, None)
         self._clock.tick(record)
         self._emit(TrialChanged(record))
 
