@@ -595,6 +595,12 @@ MUTATIONS = {
         "                raise\n",
         f"{WORK}::test_a_worker_that_is_killed_has_its_work_begun_again",
     ),
+    "a workshop that Ray kills for memory ends the command": Mutation(
+        "qpruner/execution/workshop.py",
+        "except (OutOfMemoryError, RayActorError) as error:",
+        "except RayActorError as error:",
+        f"{WORK}::test_a_worker_that_ray_kills_for_memory_has_its_work_begun_again",
+    ),
     "a fine-tune of days may lose three processes": Mutation(
         CLUSTER,
         "if left != self._seen.get(position):",

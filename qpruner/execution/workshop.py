@@ -97,13 +97,13 @@ class OnCluster:
         self._node: str | None = None
 
     def do(self, work: Work[Job, Result], job: Job, emit: Emit) -> Result:
-        from ray.exceptions import RayActorError
+        from ray.exceptions import OutOfMemoryError, RayActorError
 
         deaths = Deaths()
         while True:
             try:
                 return self._try(work, job, emit)
-            except RayActorError as error:
+            except (OutOfMemoryError, RayActorError) as error:
                 self.close()
                 line = deaths.count(0, self._node, error)
                 emit(Message("cluster", f"a worker died, its work is begun again: {line}"))

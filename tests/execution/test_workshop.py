@@ -17,7 +17,7 @@ from typing import Any
 import psutil
 import pytest
 from conftest import raw_config, with_key
-from raylets import raylets
+from raylets import Raylets, raylets
 from transformers import PreTrainedModel
 
 from qpruner.config import validate_config
@@ -38,10 +38,16 @@ CHECK = packed_check_of_gpus()
 
 
 @pytest.fixture(scope="module")
-def one_gpu() -> Iterator[str]:
-    """Address of a cluster with one GPU node."""
-    with raylets(1, num_gpus=1) as cluster:
-        yield cluster.address
+def cluster() -> Iterator[Raylets]:
+    """A cluster with one GPU node."""
+    with raylets(1, num_gpus=1) as started:
+        yield started
+
+
+@pytest.fixture(scope="module")
+def one_gpu(cluster: Raylets) -> str:
+    """Its address."""
+    return cluster.address
 
 
 @pytest.fixture(scope="module")
@@ -131,6 +137,36 @@ def test_a_worker_that_is_killed_has_its_work_begun_again(joined: str, tmp_path:
             place.do(work, 10**6, events.append)
     finally:
         place.close()
+
+
+def test_a_worker_that_ray_kills_for_memory_has_its_work_begun_again(
+    cluster: Raylets, joined: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By its own monitor, on a node that allows 3 GB more than is in use; the only one with two cores."""
+    memory = psutil.virtual_memory()
+    limit, hogged = memory.available - 3 * 10**9, tmp_path / "hogged"
+    monkeypatch.setenv("RAY_memory_usage_threshold", str(1 - limit / memory.total))
+
+    def work(job: Path, bench: Bench, emit: Emit) -> str:
+        if job.exists():
+            return "done"
+        job.touch()
+        kept: list[bytes] = []
+        while True:
+            if psutil.virtual_memory().available > limit - 2 * 10**8:
+                kept.append(b"x" * 2**26)
+            time.sleep(0.01)
+
+    events: list[Event] = []
+    node, place = cluster.add(num_cpus=2, num_gpus=1), OnCluster({"cpu": 2.0, "gpu": 1.0}, GpuTime(), CHECK)
+    try:
+        assert place.do(work, hogged, events.append) == "done"
+    finally:
+        place.close()
+        cluster.cluster.remove_node(node)
+        cluster.nodes.remove(node)
+    told = [event.text for event in events if isinstance(event, Message) and "waiting" not in event.text]
+    assert len(told) == 1 and told[0].startswith("a worker died")
 
 
 def test_a_task_whose_worker_is_killed_is_run_again(joined: str, tmp_path: Path) -> None:
