@@ -115,12 +115,21 @@ class RunDir:
         """An empty folder on this machine, for what `publish_folder` is to move."""
         return emptied(self.scratch_path(name))
 
-    def begin(self, name: str) -> Path:
-        """Where a stage writes: a scratch folder beside its own, or at a URI its own, from which its record is gone."""
-        if not self.is_at_uri:
+    def begin(self, name: str, goes_on: bool = False) -> Path:
+        """Where a stage writes: a scratch folder beside its own, or at a URI its own, from which its record is gone.
+
+        Args:
+            name: The stage.
+            goes_on: Whether it takes over what a killed command left in the scratch folder.
+        """
+        if self.is_at_uri:
+            self.forget(name)
+            return self.stage(name)
+        if not goes_on:
             return self.scratch(name)
-        self.forget(name)
-        return self.stage(name)
+        scratch = self.scratch_path(name)
+        scratch.mkdir(exist_ok=True)
+        return scratch
 
     def commit(self, name: str, scratch: Path, record: BaseModel) -> None:
         """Make a stage's scratch folder its folder and write the record, in that order."""

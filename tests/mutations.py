@@ -29,6 +29,7 @@ WORK = "tests/execution/test_workshop.py"
 OBJECTS = "tests/test_objects.py"
 PATIENCE = "tests/test_patience.py"
 BANK = "tests/quantization/test_bank.py"
+BANK_STAGE = "tests/pipeline/test_bank_stage.py"
 DISK = "tests/pipeline/test_disk.py"
 AT_URI = "tests/test_at_uri.py"
 
@@ -327,15 +328,33 @@ MUTATIONS = {
     ),
     "damaged scores end the command": Mutation(
         "qpruner/pipeline/compress.py",
-        "            where = set_aside(folder / name, context.run_dir.root)\n",
+        "            where = set_aside(file, context.run_dir.root)\n",
         "            raise\n",
         "tests/sensitivity/test_methods.py::test_damaged_scores_are_set_aside_and_made_anew_and_no_others",
+    ),
+    "scores of a command that was cut off are made again": Mutation(
+        "qpruner/pipeline/compress.py",
+        "settings.methods), goes_on=True)",
+        "settings.methods))",
+        "tests/sensitivity/test_methods.py::test_scores_that_an_interrupted_command_made_are_not_made_again",
+    ),
+    "what a command that was cut off had built of a bank is built again": Mutation(
+        "qpruner/pipeline/bank.py",
+        "            write_index()\n",
+        "",
+        f"{BANK_STAGE}::test_groups_that_an_interrupted_command_built_are_not_built_again",
+    ),
+    "what a command that was cut off built for another bank comes into this one": Mutation(
+        "qpruner/pipeline/bank.py",
+        "        remove(scratch / name)\n",
+        "        pass\n",
+        f"{BANK_STAGE}::test_what_an_interrupted_command_left_for_another_bank_harms_none",
     ),
     "a bank without its index is built again": Mutation(
         "qpruner/pipeline/bank.py",
         "        index = _index_of(record, stage)\n",
         '        return context.run_dir.forget("bank")\n',
-        "tests/pipeline/test_bank_stage.py::test_an_index_that_cannot_be_read_is_named_and_made_again_from_the_record",
+        f"{BANK_STAGE}::test_an_index_that_cannot_be_read_is_named_and_made_again_from_the_record",
     ),
     "a bank's damaged object is taken as it is": Mutation(
         "qpruner/quantization/bank.py",

@@ -39,18 +39,19 @@ def bank(context: Context, pruned: PruneRecord) -> BankRecord:
         if 4 in levels and not context.trial_resources.get("gpu"):
             check_cpu_widths([linear for group in context.layout.groups for linear in group.linears])
         files = _taken_over(context.bank, scratch, inputs, levels)
+
+        def write_index() -> None:
+            store.write_index(scratch, store.BankIndex(digest=stage.digest, bitsandbytes=library, files=files))
+
+        write_index()
         jobs = _group_jobs(context, scratch, levels, set(files))
         _check_room(context, scratch, jobs)
         for done, (job, built) in enumerate(_built(context, jobs), 1):
             for name, (sha256, ratio) in built.items():
                 files[name] = store.IndexEntry(inputs=inputs, sha256=sha256, residual_ratio=ratio)
+            write_index()
             context.emit(Progress("bank", done, len(jobs), job.group))
-        index = store.BankIndex(digest=stage.digest, bitsandbytes=library, files=files)
-        store.write_index(scratch, index)
-        sizes = files_in(scratch)
-        for name in set(sizes) - {*files, store.INDEX}:  # at a URI those of an earlier bank lie here
-            remove(scratch / name)
-        groups = context.layout.groups
+        groups, sizes = context.layout.groups, files_in(scratch)
         ratios: dict[str, dict[str, float]] = {}
         for bits in levels:
             by_group = {group.name: store.entry_file(Path(), group.name, bits) for group in groups}
@@ -85,7 +86,8 @@ def bank_stage(context: Context, pruned: PruneRecord) -> Stage:
     model = (pruned.digest, *([pruned.weights] if pruned.weights else []))
     made_from = (*model, quantize.group, quantize.double_quant, starts, config.seed, FORMAT, library)
     named = ", ".join(map(str, levels))
-    return Stage("bank", f"packing every group at {named} bits, {config.lora.init} start", (*made_from, levels))
+    detail = f"packing every group at {named} bits, {config.lora.init} start"
+    return Stage("bank", detail, (*made_from, levels), goes_on=True)
 
 
 def _made_from(stage: Stage) -> str:
@@ -144,25 +146,39 @@ def _forget_damaged_bank(context: Context, stage: Stage) -> None:
 
 
 def _taken_over(bank: Path, scratch: Path, inputs: str, levels: tuple[int, ...]) -> dict[str, IndexEntry]:
-    """Link the intact files of an earlier bank that were made from the same, so that they are not built again.
+    """The intact files of an earlier bank, and of what a killed command left, that were made from the same.
 
-    At a URI the new bank is built over the earlier one, and they stay where they are.
+    Those of a bank in a folder are linked. Nothing else stays in `scratch`: a link of one that does not fit any more
+    may be written through, into that bank.
     """
     from qpruner.quantization import bank as store
 
+    kept = _fitting(scratch, inputs, levels)
+    for name in set(files_in(scratch)) - {*kept, store.INDEX}:
+        remove(scratch / name)
+    if scratch == bank:  # as at a URI
+        return kept
+    for name, entry in _fitting(bank, inputs, levels).items():
+        if name not in kept:
+            kept[name] = entry
+            (scratch / name).parent.mkdir(exist_ok=True)
+            (scratch / name).hardlink_to(bank / name)
+    return kept
+
+
+def _fitting(bank: Path, inputs: str, levels: tuple[int, ...]) -> dict[str, IndexEntry]:
+    """A bank's intact files of these levels that were made from the same."""
+    from qpruner.quantization import bank as store
+
     try:
-        earlier = store.read_index(bank)
+        index = store.read_index(bank)
     except CorruptFile:
         return {}
     wanted = {f"{bits}bit" for bits in levels}
     fitting = {
-        name: entry for name, entry in earlier.files.items() if entry.inputs == inputs and Path(name).parts[0] in wanted
+        name: entry for name, entry in index.files.items() if entry.inputs == inputs and Path(name).parts[0] in wanted
     }
-    kept = store.intact_files(bank, earlier.model_copy(update={"files": fitting}))
-    for name in kept if scratch != bank else ():
-        (scratch / name).parent.mkdir(exist_ok=True)
-        (scratch / name).hardlink_to(bank / name)
-    return {name: fitting[name] for name in kept}
+    return {name: fitting[name] for name in store.intact_files(bank, index.model_copy(update={"files": fitting}))}
 
 
 def _group_jobs(context: Context, scratch: Path, levels: tuple[int, ...], kept: set[str]) -> list[GroupJob]:

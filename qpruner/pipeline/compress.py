@@ -94,7 +94,7 @@ def sensitivity(context: Context, pruned: PruneRecord, banked: BankRecord) -> Se
     digest = stage.inputs[0]
 
     def work(scratch: Path) -> dict[str, Any]:
-        for name, scores in _earlier_scores(context, digest):
+        for name, scores in _earlier_scores(context, scratch, digest):
             write_json(scratch / name, scores)
         files: dict[str, Path] = {method: scratch / f"{method}-{digest}.json" for method in settings.methods}
         missing = {method for method, file in files.items() if not exists(file)}
@@ -127,23 +127,24 @@ def sensitivity_stage(context: Context, pruned: PruneRecord, banked: BankRecord)
         config.seed,
     )
     named = ", ".join(settings.methods) or "no method"
-    return Stage("sensitivity", named, (digest_of("scores", *inputs), settings.methods))
+    return Stage("sensitivity", named, (digest_of("scores", *inputs), settings.methods), goes_on=True)
 
 
-def _earlier_scores(context: Context, digest: str) -> Iterator[tuple[str, MethodScores]]:
-    """Scores of the same inputs by the name of their file; one that is damaged is set aside."""
-    folder = context.run_dir.stage("sensitivity")
-    for name in children(folder):
-        if not name.endswith(f"-{digest}.json"):
+def _earlier_scores(context: Context, scratch: Path, digest: str) -> Iterator[tuple[str, MethodScores]]:
+    """Scores of the same inputs by the name of their file, of an earlier stage and of a killed command; one that is
+    damaged is set aside."""
+    folders = {context.run_dir.stage("sensitivity"), scratch}  # at a URI these are one
+    for file in (folder / name for folder in folders for name in children(folder)):
+        if not file.name.endswith(f"-{digest}.json"):
             continue
         try:
-            scores = read_json(folder / name, MethodScores)
+            scores = read_json(file, MethodScores)
         except CorruptFile as error:
-            where = set_aside(folder / name, context.run_dir.root)
+            where = set_aside(file, context.run_dir.root)
             context.emit(Message("sensitivity", f"warning: {error}; set aside in {where}, its scores are made anew"))
             continue
         if scores:
-            yield name, scores
+            yield file.name, scores
 
 
 def _range(method: str, scores: MethodScores) -> str:

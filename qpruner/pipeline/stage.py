@@ -34,11 +34,13 @@ class Stage:
         name: Its folder and record.
         detail: What it is about to do, for the line that starts it.
         inputs: Everything its result depends on.
+        goes_on: Whether its work takes over what a killed command left in the scratch folder.
     """
 
     name: str
     detail: str
     inputs: tuple[Any, ...]
+    goes_on: bool = False
 
     @property
     def digest(self) -> str:
@@ -75,7 +77,7 @@ def run_stage(
     emit(StageStarted(stage.name, stage.detail))
     started, held = time.monotonic(), gpu_time.seconds
     with explained(stage.name, run.root):
-        scratch = run.begin(stage.name)
+        scratch = run.begin(stage.name, stage.goes_on)
         fields = work(scratch)
         own = {"gpu_seconds": gpu_time.seconds - held} | fields
         record = kind(digest=stage.digest, seconds=time.monotonic() - started, **own)

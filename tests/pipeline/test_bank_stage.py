@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import os
 import shutil
+import signal
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -105,6 +106,45 @@ def test_a_bit_width_more_adds_files_and_builds_none_anew(tiny_model: Path, tmp_
     record, _ = bank_of(with_key(raw, "quantize.bits", [4, 8, 16]))
     assert {path.name: path.stat().st_ino for path in (tmp_path / "run" / "bank" / "4bit").iterdir()} == places
     assert len(record.files) == 2 * len(places)
+
+
+def interrupt(raw: Raw, num_groups: int) -> list[Event]:
+    """Build so many groups, then Ctrl-C; what it leaves is what a SIGKILL leaves."""
+    events: list[Event] = []
+
+    def emit(event: Event) -> None:
+        events.append(event)
+        if len(built(events)) == num_groups:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        run(validate_config(raw), emit, until="bank")
+    return events
+
+
+def test_groups_that_an_interrupted_command_built_are_not_built_again(finished: Path, tiny_raw: Raw) -> None:
+    """Except those whose files are damaged meanwhile."""
+    first = interrupt(tiny_raw, 3)
+    flip_a_byte(Path(tiny_raw["output"]) / ".scratch-bank" / "8bit" / f"{built(first)[1]}.safetensors")
+    _, events = bank_of(tiny_raw)
+    assert set(built(first)) & set(built(events)) == {built(first)[1]}
+    assert len({*built(first), *built(events)}) == 8
+    assert read_index(Path(tiny_raw["output"]) / "bank").files == read_index(finished / "bank").files
+
+
+def test_what_an_interrupted_command_left_for_another_bank_harms_none(raw: Raw) -> None:
+    """What it linked lies in the bank, too."""
+    raw = with_key(raw, "quantize.bits", [4, 16])
+    record, _ = bank_of(raw)
+    interrupt(with_key(raw, "quantize.bits", [4, 8, 16]), 1)
+    other = with_key(raw, "lora.rank", 2)
+    first = interrupt(other, 2)
+    again, events = bank_of(raw)
+    assert built(events) == [] and "damaged" not in said(events)
+    assert again == record
+    record, events = bank_of(other)
+    assert not set(built(first)) & set(built(events))
+    assert set(folder_digests(Path(raw["output"]) / "bank")) == {*record.files, INDEX}
 
 
 def test_nothing_is_taken_over_from_other_weights(raw: Raw) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -139,6 +140,23 @@ def test_damaged_scores_are_set_aside_and_made_anew_and_no_others(tiny_raw: dict
     assert measured(events) - {"warning:"} == {"kl", "loss"}
     assert second.methods["fisher"] == first.methods["fisher"]
     assert second.methods["kl"].values == first.methods["kl"].values
+
+
+def test_scores_that_an_interrupted_command_made_are_not_made_again(tiny_raw: dict[str, Any]) -> None:
+    raw = copy.deepcopy(tiny_raw) | {"prune": {"rate": 0}, "sensitivity": {"methods": ["mutual_information", "kl"]}}
+    raw["quantize"]["group"] = "block"
+    events: list[Event] = []
+
+    def emit(event: Event) -> None:
+        events.append(event)
+        if measured(events):
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        run(validate_config(raw), emit, until="sensitivity")
+    assert measured(events) == {"mutual_information"}
+    record = record_of(raw, events := [])
+    assert measured(events) == {"kl", "loss"} and record.methods.keys() == {"mutual_information", "kl"}
 
 
 @pytest.mark.slow
