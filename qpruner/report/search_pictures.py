@@ -113,7 +113,10 @@ def front_of(finished: Sequence[TrialRecord], metric: str) -> list[TrialRecord]:
 
 
 def draw_sensitivity(record: SensitivityRecord) -> Any:
-    """How much each group is predicted to suffer: a row a method and bit-width, each scaled to its own largest rise."""
+    """What fewer bits are predicted to cost each group: a row a method and bit-width, each as a share of its largest.
+
+    Methods differ in what they predict, and in its unit. Colours are those of the report's map.
+    """
     from matplotlib.figure import Figure
 
     rows, labels = [], []
@@ -125,11 +128,11 @@ def draw_sensitivity(record: SensitivityRecord) -> Any:
             labels.append(f"{name.replace('_', ' ')}, {bits} bits")
     figure = Figure(figsize=(min(4 + 0.3 * len(record.groups), 13), 1.9 + 0.3 * len(rows)), layout="constrained")
     axes = figure.subplots()
-    drawn = axes.imshow(np.array(rows), aspect="auto", interpolation="nearest", cmap="cividis", vmin=-1, vmax=1)
+    drawn = axes.imshow(np.array(rows), aspect="auto", interpolation="nearest", cmap="PuOr_r", vmin=-1, vmax=1)
     figure.colorbar(drawn, ax=axes, label="share of the largest", shrink=0.8)
     _label_groups(axes, record.groups)
     axes.set_yticks(range(len(labels)), labels, fontsize=7)
-    axes.set_title("predicted rise of the loss at fewer bits", fontsize=9, loc="left")
+    axes.set_title("what a method predicts that fewer bits cost, as a share of its largest", fontsize=9, loc="left")
     return figure
 
 

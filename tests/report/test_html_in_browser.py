@@ -11,7 +11,7 @@ import pytest
 from chromium import chromium
 from made_run import HOSTILE, STAGES, MadeRun, reported_run
 
-from qpruner.records import StageState
+from qpruner.records import SensitivityRecord, StageState
 from qpruner.report.files import write_report
 from qpruner.report.snapshot import read_snapshot
 from qpruner.rundir import RunDir
@@ -85,6 +85,28 @@ def test_the_map_shows_the_sensitivity_that_is_chosen(opened: Any, long_run: Pat
         [told] = re.findall("predicted rise: ([^;]+)", cell.get_attribute("aria-label"))
         assert float(told) == pytest.approx(rises[place], rel=0.01)
         assert float(cell.get_attribute("fill-opacity")) == pytest.approx(rises[place] / max(rises), abs=0.01)
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_the_map_tells_a_prediction_below_zero_from_none(opened: Any, tmp_path: Path, scheme: str) -> None:
+    """A first-order one is signed: here the largest is below zero, another half as large above it, and a third 0."""
+    made = MadeRun(tmp_path / "run", num_trials=6, num_blocks=2, noises={"first_order": 0.6})
+    record = made.run.read_record("sensitivity", SensitivityRecord)
+    assert record
+    values = {4: (-0.02, 0.01, 0.0, 0.001), 8: (0.0, 0.0, 0.0, 0.0)}
+    method = record.methods["first_order"].model_copy(update={"values": values})
+    made.run.write_record("sensitivity", record.model_copy(update={"methods": {"first_order": method}}))
+    write_report(made.run)
+    page = opened(tmp_path / "run" / "report.html", color_scheme=scheme)
+    cells = [
+        page.locator(f'figure[data-plot="winner"] path[aria-label*="method: "][aria-label*="{group};"]')
+        for group in made.groups[:3]
+    ]
+    drawn = [(cell.evaluate("it => getComputedStyle(it).fill"), cell.get_attribute("fill-opacity")) for cell in cells]
+    below, above = (rgb(variable(page, name)) for name in ("--below-zero", "--control"))
+    assert drawn == [(below, "1"), (above, "0.5"), (above, "0")]
+    key = page.locator('figure[data-plot="winner"] .concat_2_group')
+    assert [text for text in key.locator("text").all_text_contents() if "%" in text] == ["\u2212100%", "0%", "100%"]
 
 
 def test_the_first_stop_of_the_keyboard_leads_to_the_answer(opened: Any, long_run: Path) -> None:

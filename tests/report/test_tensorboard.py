@@ -23,6 +23,7 @@ from recorded_runs import (
     planned,
     recorded_run,
     search_state,
+    sensitivity,
     trial,
     trials,
 )
@@ -38,6 +39,7 @@ from tensorboard_server import serving
 
 from qpruner.events import SearchPlanned, StageFinished, StageSkipped, StageStarted, TrialChanged
 from qpruner.records import RungResult, TrialRecord
+from qpruner.report.search_pictures import draw_sensitivity
 from qpruner.report.snapshot import read_snapshot
 from qpruner.report.tensorboard import BEST, Board, run_name, write_result, write_trial
 
@@ -174,6 +176,12 @@ def test_pictures_and_texts_are_there(written: Path) -> None:
     assert read(written, "sensitivity").Images("sensitivity/by group")[0].encoded_image_string.startswith(b"\x89PNG")
     text = read(written, "search").Tensors("config/text_summary")[0].tensor_proto.string_val[0].decode()
     assert "max_trials: 20" in text
+
+
+def test_the_map_of_sensitivities_claims_no_unit_that_not_all_methods_have() -> None:
+    """Mutual information predicts no loss."""
+    [shown, _] = draw_sensitivity(sensitivity()).axes
+    assert shown.get_title(loc="left") == "what a method predicts that fewer bits cost, as a share of its largest"
 
 
 def as_it_goes(root: Path, records: list[TrialRecord]) -> Board:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 from qpruner.records import SensitivityRecord
 from qpruner.report.by_task import accuracies
@@ -16,6 +17,12 @@ from qpruner.wording import counted
 CELL_WIDTH, CELL_HEIGHT = 62, 17
 BEFORE_AFTER = {"before": "var(--stopped)", "after": "var(--searched)"}
 SHOWN_TRIALS = "trials (measured)"
+SHADE: Spec = {
+    "color": {"condition": {"test": "datum.share < 0", "value": "var(--below-zero)"}, "value": "var(--control)"},
+    "fillOpacity": {"field": "strength", "type": "quantitative", "scale": None},
+}
+"""Of a share of the largest prediction, from -1 over the page's own colour to 1; `strength` is its absolute value."""
+KEY_STEPS = 20
 
 
 @dataclass(frozen=True)
@@ -98,11 +105,11 @@ def winner(run: Snapshot) -> Iterator[Chart]:
         "plan",
         "Bits and sensitivity by layer",
         f"Left: each group's bits in the plan. Right: what {lowest} bits instead of {highest} are predicted to cost "
-        "that group, as a share of the largest such cost.",
+        "that group, as a share of the largest such figure; below zero, fewer bits are predicted to help.",
         data
         | {
             "params": [_method(run, measured, predictions), _about(predictions)],
-            "hconcat": [bits_map, _sensitivity_map(_grid(cells))],
+            "hconcat": [bits_map, _sensitivity_map(_grid(cells)), _key()],
             "spacing": 28,
         },
         "Point at a cell for its value.",
@@ -193,7 +200,7 @@ def _about(predictions: Sequence[Prediction]) -> Spec:
     return {
         "name": "methods",
         "value": {
-            each.method: {"place": place, "unit": each.unit, "largest": max(each.rises)}
+            each.method: {"place": place, "unit": each.unit, "largest": max(map(abs, each.rises))}
             for place, each in enumerate(predictions)
         },
     }
@@ -201,12 +208,6 @@ def _about(predictions: Sequence[Prediction]) -> Spec:
 
 def _sensitivity_map(grid: Spec) -> Spec:
     """One method's predictions over the model."""
-    shade = {
-        "field": "share",
-        "type": "quantitative",
-        "scale": {"domain": [0, 1], "range": [0, 1], "clamp": True},
-        "legend": None,
-    }
     return {
         "title": {"text": {"expr": "['sensitivity by', method]"}},
         "width": {"step": CELL_WIDTH},
@@ -216,14 +217,32 @@ def _sensitivity_map(grid: Spec) -> Spec:
             {"calculate": "methods[method].unit", "as": "unit"},
             {"calculate": "datum.rises[methods[method].place]", "as": "rise"},
             {"calculate": "methods[method].largest > 0 ? datum.rise / methods[method].largest : 0", "as": "share"},
+            {"calculate": "abs(datum.share)", "as": "strength"},
         ],
-        "mark": {"type": "rect", "color": "var(--control)", "stroke": "var(--line)"},
+        "mark": {"type": "rect", "stroke": "var(--line)"},
         "encoding": grid
+        | SHADE
         | {
             "y": {"field": "block", "type": "ordinal", "axis": None},
-            "fillOpacity": shade,
             "tooltip": tooltip(group="group", method="method", rise="predicted rise|.3g", unit="unit"),
         },
+    }
+
+
+def _key() -> Spec:
+    """What the shades of the sensitivity map stand for."""
+    edges = [2 * step / KEY_STEPS - 1 for step in range(KEY_STEPS + 1)]
+    values: Values = [
+        {"from": low, "to": high, "share": (low + high) / 2, "strength": abs(low + high) / 2}
+        for low, high in pairwise(edges)
+    ]
+    axis = {"title": "share of the largest", "orient": "right", "values": [-1, 0, 1], "format": ".0%"}
+    return {
+        "width": 14,
+        "height": 120,
+        "data": {"values": values},
+        "mark": {"type": "rect", "aria": False},
+        "encoding": SHADE | {"y": {"field": "from", "type": "quantitative", "axis": axis}, "y2": {"field": "to"}},
     }
 
 
