@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
 from chromium import chromium
-from made_run import HOSTILE, STAGES, MadeRun, reported_run
+from made_run import HOSTILE, STAGES, STARTED, TRIALS, MadeRun, reported_run
 
 from qpruner.records import SensitivityRecord, StageState
 from qpruner.report.files import write_report
 from qpruner.report.snapshot import read_snapshot
 from qpruner.rundir import RunDir
+from qpruner.search.trial_records import write_trial
 
 pytestmark = pytest.mark.slow
 
@@ -107,6 +109,22 @@ def test_the_map_tells_a_prediction_below_zero_from_none(opened: Any, tmp_path: 
     assert drawn == [(below, "1"), (above, "0.5"), (above, "0")]
     key = page.locator('figure[data-plot="winner"] .concat_2_group')
     assert [text for text in key.locator("text").all_text_contents() if "%" in text] == ["\u2212100%", "0%", "100%"]
+
+
+@pytest.mark.parametrize("width", [390, 1280])
+def test_minutes_under_the_slots_stand_apart(opened: Any, tmp_path: Path, width: int) -> None:
+    """A search of nine minutes: in steps of 0.2 its axis would have 46 figures."""
+    made = MadeRun(tmp_path / "run", num_trials=40, num_blocks=2)
+    slower = 9 * 60 / (max(trial.times[-1] for trial in made.trials) - STARTED)
+    for trial in made.trials:
+        times = tuple(STARTED + slower * (moment - STARTED) for moment in trial.times)
+        write_trial(made.run.trials / TRIALS, trial.model_copy(update={"times": times}))
+    write_report(made.run)
+    page = opened(tmp_path / "run" / "report.html", viewport={"width": width, "height": 900})
+    labels = page.locator('figure[data-plot="timeline"] .role-axis-label').first.locator("text:not([opacity='0'])")
+    boxes = [label.bounding_box() for label in labels.all()]
+    assert len(boxes) > 3
+    assert all(one["x"] + one["width"] + 3 < other["x"] for one, other in pairwise(boxes))
 
 
 def test_the_first_stop_of_the_keyboard_leads_to_the_answer(opened: Any, long_run: Path) -> None:

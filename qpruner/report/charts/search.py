@@ -218,7 +218,7 @@ def timeline(run: Snapshot) -> Iterator[Chart]:
             "data": {"values": bars},
             "mark": {"type": "bar", "stroke": "var(--page)"},
             "encoding": {
-                "x": quantity("start", f"{unit}s of searching since the first trial", zero=True),
+                "x": quantity("start", f"{unit}s of searching since the first trial", zero=True, tickCount=8),
                 "x2": {"field": "end"},
                 "y": {"field": "slot", "type": "ordinal", "axis": {"title": "slot"}},
                 "color": _by_kind(bars)["color"],
