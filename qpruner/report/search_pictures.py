@@ -11,7 +11,7 @@ import numpy as np
 
 from qpruner.records import SearchState, SensitivityRecord, TrialRecord
 from qpruner.report.far import ARROWS, edge_of, is_far, told_far
-from qpruner.report.standing import FIGURES, cost, score
+from qpruner.report.standing import FIGURES, best_of, cost, score
 
 DOTS_PER_INCH = 90
 MOST_PLANS = 40
@@ -55,14 +55,16 @@ def draw_plans(trials: Sequence[TrialRecord], metric: str) -> Any:
     return figure
 
 
-def draw_front(trials: Sequence[TrialRecord], search: SearchState) -> Any:
-    """Score against bytes, with the front of the finished trials and the budget.
+def draw_front(trials: Sequence[TrialRecord], search: SearchState, winner: int | None = None) -> Any:
+    """Score against bytes, with the front of the finished trials, the budget and a ring around the best.
 
     Args:
         trials: Those that are over.
         search: Its metric and budget.
+        winner: Number of the trial that the search returned; until there is one, the best searched one has the ring.
     """
     from matplotlib.figure import Figure
+    from matplotlib.patheffects import withStroke
 
     metric = search.metric
     scored = [trial for trial in trials if trial.rungs]
@@ -86,9 +88,18 @@ def draw_front(trials: Sequence[TrialRecord], search: SearchState) -> Any:
         if points:
             axes.scatter(*zip(*points, strict=True), marker=marker, color=color, label=label, zorder=3)
     front = front_of(finished, metric)
-    for trial in {trial.index: trial for trial in (*kinds["control"][0], *kinds["given plan"][0], *front)}.values():
-        number = str(trial.index)
-        axes.annotate(number, place(trial), xytext=(-4, 4), textcoords="offset points", fontsize=7, ha="right")
+    if winner is None:
+        name, best = "best so far", best_of(kinds["searched"][0], metric)
+    else:
+        name, best = "winner", next((trial for trial in finished if trial.index == winner), None)
+    halo = [withStroke(linewidth=2, foreground="white")]
+    text: dict[str, Any] = {"textcoords": "offset points", "fontsize": 7, "path_effects": halo, "zorder": 6}
+    if best:
+        axes.scatter(*place(best), s=130, facecolors="none", edgecolors="black", linewidths=1.8, label=name, zorder=5)
+        axes.annotate(f"{best.index}", place(best), xytext=(0, 8), ha="center", fontweight="bold", **text)
+    numbered = {trial.index: trial for trial in (*kinds["control"][0], *kinds["given plan"][0], *front)}
+    for trial in (trial for trial in numbered.values() if trial is not best):
+        axes.annotate(f"{trial.index}", place(trial), xytext=(-4, 4), ha="right", **text)
     if front:
         places = zip(*map(place, front), strict=True)
         axes.step(*places, where="post", color="black", linewidth=1, label="front", zorder=2)
@@ -96,7 +107,7 @@ def draw_front(trials: Sequence[TrialRecord], search: SearchState) -> Any:
         axes.annotate(ARROWS[metric], place(trial), ha="center", va="bottom")
     axes.axvline(search.budget_bytes / 1e6, color="black", linestyle=":", linewidth=1, label="budget")
     axes.set(xlabel="MB", ylabel=FIGURES[metric])
-    about = f"after {len(trials)} trials; numbers are trials. {told_far(scored, metric, edge)}"
+    about = f"after {len(trials)} trials; numbered: front, controls, {name}. {told_far(scored, metric, edge)}"
     axes.set_title("\n".join(textwrap.wrap(about, TITLE_WIDTH)), fontsize=9, loc="left")
     axes.grid(alpha=0.3)
     axes.legend(fontsize=7)

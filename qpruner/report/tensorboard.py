@@ -83,8 +83,9 @@ class Board:
                 if trial.is_over:
                     self._write_search()
             case events.StageFinished("search") | events.StageSkipped("search"):
-                self._write_search(is_over=True)
-                if record := self._run.read_record("search", SearchRecord):
+                record = self._run.read_record("search", SearchRecord)
+                self._write_search(is_over=True, winner=record.best_index if record else None)
+                if record:
                     write_winner(self._folder, record)
 
     def _drop_others(self) -> None:
@@ -97,12 +98,12 @@ class Board:
             if folder.name not in kept:
                 shutil.rmtree(folder)
 
-    def _write_search(self, is_over: bool = False) -> None:
+    def _write_search(self, is_over: bool = False, winner: int | None = None) -> None:
         assert self._search
         trials = self._trials.values()
         over = in_order_of_end(shown_together(self._search, trials))
         write_curves(self._folder, self._search, over, in_order_of_end(trials)[:1], self._config)
-        write_pictures(self._folder, self._search, over, is_over, self._config.search.max_trials)
+        write_pictures(self._folder, self._search, over, is_over, self._config.search.max_trials, winner)
 
 
 def run_name(trial: TrialRecord) -> str:
@@ -198,11 +199,17 @@ def _metrics(config: RunConfig) -> dict[str, str]:
 
 
 def write_pictures(
-    folder: Path, search: SearchState, over: Sequence[TrialRecord], is_over: bool, max_trials: int
+    folder: Path,
+    search: SearchState,
+    over: Sequence[TrialRecord],
+    is_over: bool,
+    max_trials: int,
+    winner: int | None,
 ) -> None:
     """The plans by score and the front, after every tenth of the trials and at the end.
 
-    A picture is an event file of its own, named by what it shows, so that none is drawn twice.
+    A picture is an event file of its own, named by what it shows, so that none is drawn twice: the number of trials, a
+    digest of them, and the winner where it is known.
     """
     from qpruner.report import event_files
 
@@ -214,24 +221,27 @@ def write_pictures(
         return f"{count:06d}-{digest_of(search.metric, search.budget_bytes, seen[:count])}"
 
     runs = folder / "pictures"
+    last = name_of(len(over)) if winner is None else f"{name_of(len(over))}-{winner}"
     for path in runs.glob(f"{event_files.FILE}.*"):
         name = path.name.rpartition(".")[2]
-        if name != name_of(int(name.partition("-")[0])):
+        count = int(name.partition("-")[0])
+        if not name.startswith(name_of(count)) or (is_over and count == len(over) and name != last):
             path.unlink()
     every = math.ceil(max_trials / MOST_PICTURES)
     for count in range(1, len(over) + 1):
-        is_due = count % every == 0 or (is_over and count == len(over))
-        if not is_due or not any(trial.rungs for trial in over[:count]):
+        is_last = is_over and count == len(over)
+        if not (is_last or count % every == 0) or not any(trial.rungs for trial in over[:count]):
             continue
-        if not (runs / f"{event_files.FILE}.{name_of(count)}").is_file():
-            _write_moment(runs, search, over[:count], name_of(count))
+        if not any(runs.glob(f"{event_files.FILE}.{name_of(count)}*")):
+            name = last if is_last else name_of(count)
+            _write_moment(runs, search, over[:count], name, winner if is_last else None)
 
 
-def _write_moment(runs: Path, search: SearchState, over: Sequence[TrialRecord], name: str) -> None:
+def _write_moment(runs: Path, search: SearchState, over: Sequence[TrialRecord], name: str, winner: int | None) -> None:
     from qpruner.report import event_files
     from qpruner.report.search_pictures import draw_front, draw_plans, png_of
 
-    drawn = {"plans by score": draw_plans(over, search.metric), "bytes and score": draw_front(over, search)}
+    drawn = {"plans by score": draw_plans(over, search.metric), "bytes and score": draw_front(over, search, winner)}
     moment = over[-1].times[-1] if over[-1].times else 0.0
     found = [event_files.image(f"search/{tag}", *png_of(each), len(over), moment) for tag, each in drawn.items()]
     event_files.write_events(runs, found, name)

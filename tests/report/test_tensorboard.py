@@ -38,10 +38,11 @@ from tensorboard.plugins.scalar.scalars_plugin import ScalarsPlugin
 from tensorboard_server import serving
 
 from qpruner.events import SearchPlanned, StageFinished, StageSkipped, StageStarted, TrialChanged
-from qpruner.records import RungResult, TrialRecord
-from qpruner.report.search_pictures import draw_sensitivity
+from qpruner.records import RungResult, SearchRecord, TrialRecord
+from qpruner.report.search_pictures import draw_front, draw_sensitivity
 from qpruner.report.snapshot import read_snapshot
 from qpruner.report.tensorboard import BEST, Board, run_name, write_result, write_trial
+from qpruner.rundir import RunDir
 
 OVER = StageFinished("search", 1.0, "")
 
@@ -182,6 +183,35 @@ def test_the_map_of_sensitivities_claims_no_unit_that_not_all_methods_have() -> 
     """Mutual information predicts no loss."""
     [shown, _] = draw_sensitivity(sensitivity()).axes
     assert shown.get_title(loc="left") == "what a method predicts that fewer bits cost, as a share of its largest"
+
+
+@pytest.mark.parametrize(("winner", "name", "number"), [(None, "best so far", "2"), (1, "winner", "1")])
+def test_the_best_trial_has_a_ring_and_its_number(winner: int | None, name: str, number: str) -> None:
+    [axes] = draw_front([record for record in trials() if record.is_over], search_state(), winner).axes
+    assert [text.get_text() for text in axes.texts if text.get_fontweight() == "bold"] == [number]
+    assert name in [text.get_text() for text in axes.get_legend().get_texts()]
+    assert f"numbered: front, controls, {name}." in axes.get_title(loc="left")
+
+
+def test_the_last_picture_of_a_search_is_drawn_once_for_each_winner(tmp_path: Path) -> None:
+    """A command that is repeated does not know the winner before it comes to the search."""
+    root = recorded_run(tmp_path / "run", is_over=True)
+    record = RunDir(root).read_record("search", SearchRecord)
+    assert record
+
+    def pictures() -> dict[str, int]:
+        board = board_of(root)
+        for event in (planned(trials()), OVER):
+            board.listen(event)
+        return {path.name: path.stat().st_mtime_ns for path in (root / "tensorboard" / "pictures").iterdir()}
+
+    before = pictures()
+    assert len(before) == 3 and sorted(before)[-1].endswith("-2")
+    assert pictures() == before
+    RunDir(root).write_record("search", record.model_copy(update={"best_index": 1}))
+    after = pictures()
+    assert len(after) == 3 and sorted(after)[-1].endswith("-1")
+    assert after.items() & before.items() == set(sorted(before.items())[:2])
 
 
 def as_it_goes(root: Path, records: list[TrialRecord]) -> Board:
