@@ -238,7 +238,7 @@ def compare(runs: Sequence[str | Path], as_json: bool) -> dict[str, Any]:
         terminal.table(headings, body)
         if settings:
             terminal.say("Settings that differ:")
-            terminal.table(headings, [[key, *map(str, values)] for key, values in settings.items()])
+            terminal.table(headings, [[key, *map(_setting, values)] for key, values in settings.items()])
         else:
             terminal.say("All settings are the same.")
     return {"status": "ok", "runs": facts, "differing_settings": settings}
@@ -250,6 +250,13 @@ def _short(place: str, places: Sequence[str]) -> str:
     ends = ("/".join(parts[-count:]) for count in range(1, len(parts)))
     others = [other for other in places if other != place]
     return next((end for end in ends if not any(other.endswith(f"/{end}") for other in others)), place)
+
+
+def _setting(value: Any) -> str:
+    """A setting's value as a table shows it."""
+    if value is None:
+        return "-"
+    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
 def _figure(name: str, value: Any) -> str:

@@ -17,14 +17,14 @@ from qpruner.errors import UserError
 from qpruner.records import (
     STAGES,
     BankRecord,
-    EvalRecord,
-    FinetuneRecord,
+    Results,
     RunState,
     SearchRecord,
     StageState,
     TrialRecord,
     flat,
 )
+from qpruner.report import table
 from qpruner.report.life import RUNNING, Life, read_life
 from qpruner.report.recorded import read_results
 from qpruner.report.standing import Standing, bar, best_so_far, control_name, in_order_of_end, score, standing
@@ -242,6 +242,7 @@ def summary(run: RunView) -> dict[str, Any]:
     }
     if record is None:
         return facts
+    results = read_results(run.run_dir, run.state)
     chosen = trial(run, record.best_index)
     fresh = next(each for each in record.confirmations if each.index == record.best_index)
     facts |= {
@@ -255,39 +256,44 @@ def summary(run: RunView) -> dict[str, Any]:
         "selection_stderr": fresh.stderr,
         "search_hours": record.total_seconds / 3600,
         "search_gpu_hours": record.total_gpu_seconds / 3600,
-        **_whole_run(run),
+        **_whole_run(results),
     }
-    return facts | _final(run)
+    return facts | _final(results)
 
 
-def _whole_run(run: RunView) -> dict[str, float]:
+def _whole_run(results: Results) -> dict[str, float]:
     """Hours of all stages that are recorded."""
-    results = read_results(run.run_dir, run.state)
     return {
         "run_hours": sum(results.seconds.values()) / 3600,
         "run_gpu_hours": sum(results.gpu_seconds.values()) / 3600,
     }
 
 
-def _final(run: RunView) -> dict[str, Any]:
+def _final(results: Results) -> dict[str, float | None]:
     """The searched row after its fine-tune, where the latest command came that far."""
-    stages = run.state.stages
-    facts: dict[str, Any] = {}
-    tuned = run.run_dir.read_record("finetune", FinetuneRecord)
-    if tuned and "finetune" in stages and stages["finetune"].state != "running":
-        losses = [each.validation_loss for each in tuned.candidates if each.name == SEARCHED]
-        facts["final_validation_loss"] = statistics.fmean(losses)
-    scored = run.run_dir.read_record("evaluate", EvalRecord)
-    if scored and "evaluate" in stages and stages["evaluate"].state != "running":
-        rows = [row.scores for row in scored.rows if row.name == SEARCHED and row.seed is not None]
-        values = [statistics.fmean(task.value for task in scores) for scores in rows]
-        facts["test_accuracy"] = statistics.fmean(values)
+    if results.finetune is None:
+        return {}
+    losses = [each.validation_loss for each in results.finetune.candidates if each.name == SEARCHED]
+    facts: dict[str, float | None] = {"final_validation_loss": statistics.fmean(losses)}
+    if results.evaluate:
+        row = next(each for each in table.rows(results) if each.name == SEARCHED)
+        facts["test_accuracy"] = row.accuracy
+        facts["test_accuracy_spread"] = row.accuracy_spread
+        facts["test_accuracy_stderr"] = row.accuracy_stderr
     return facts
 
 
 def differing_settings(runs: Sequence[RunView]) -> dict[str, list[Any]]:
-    """Settings that are not the same in all runs: key -> a value a run; the run folder itself aside."""
-    settings = [flat(run.state.config) for run in runs]
+    """Settings that are not the same in all runs: key -> a value a run, None where it is unset; the run folder itself
+    aside."""
+    settings = [flat(_by_place(run.state.config)) for run in runs]
     keys = dict.fromkeys(key for each in settings for key in each if key != "output")
     values = {key: [each.get(key) for each in settings] for key in keys}
     return {key: found for key, found in values.items() if any(value != found[0] for value in found)}
+
+
+def _by_place(setting: Any) -> Any:
+    """A setting whose lists of mappings are mappings by place: `data.train.0.limit` is a key of its own."""
+    if isinstance(setting, list) and setting and isinstance(setting[0], dict):
+        setting = {f"{place}": item for place, item in enumerate(setting)}
+    return {key: _by_place(value) for key, value in setting.items()} if isinstance(setting, dict) else setting

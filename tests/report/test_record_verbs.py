@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -22,7 +23,7 @@ from recorded_runs import DIGEST, GROUPS, recorded_run, trial, trials
 from qpruner.cli import main
 from qpruner.plan_file import read_plan
 from qpruner.records import BankRecord, EvalRecord, SearchRecord, TrialPulse, TrialRecord
-from qpruner.report import sections
+from qpruner.report import sections, table
 from qpruner.report.lines import duration
 from qpruner.report.snapshot import read_snapshot
 from qpruner.rundir import RunDir
@@ -225,6 +226,36 @@ def test_compare_tells_the_hours_of_the_search_from_those_of_the_run(tmp_path: P
     assert (facts["search_hours"], facts["search_gpu_hours"]) == (0.5, 2.01)
     assert facts["run_hours"] == pytest.approx(0.5 + 5 * 61.5 / 3600), "prepare to finetune"
     assert facts["run_gpu_hours"] == pytest.approx(2.01 + 5 * 2 * 61.5 / 3600)
+
+
+def test_compare_tells_of_data_only_what_differs(tmp_path: Path) -> None:
+    """What a configuration leaves open is a dash, and no list shows as Python has it."""
+    source = "package:qpruner/demo/data/questions_train.jsonl"
+    mine = {"source": source, "format": "multiple_choice", "limit": 8}
+    theirs = {"source": source, "format": "multiple_choice", "columns": {"choices": ["one", "other"]}}
+    first = recorded_run(tmp_path / "first", is_over=True, data__train=[mine])
+    second = recorded_run(tmp_path / "second", is_over=True, data__train=[theirs, mine])
+    assert told("compare", first, second)["differing_settings"] == {
+        "data.train.0.limit": [8, None],
+        "data.train.0.columns.choices": [None, ["one", "other"]],
+        "data.train.1.source": [None, source],
+        "data.train.1.format": [None, "multiple_choice"],
+        "data.train.1.split": [None, "train"],
+        "data.train.1.limit": [None, 8],
+    }
+    lines = [line.split(maxsplit=2) for line in qpruner("compare", first, second).stdout.splitlines()]
+    assert ["data.train.0.limit", "8", "-"] in lines
+    assert ["data.train.0.columns.choices", "-", "one, other"] in lines
+
+
+def test_compare_tells_how_sure_the_test_accuracy_is(tmp_path: Path) -> None:
+    """As the final table has it."""
+    made = MadeRun(tmp_path / "run", num_trials=12, num_blocks=2)
+    [row] = [each for each in table.rows(read_snapshot(made.run).results) if each.name == table.SEARCHED]
+    [facts] = told("compare", tmp_path / "run")["runs"]
+    assert facts["test_accuracy"] == row.accuracy
+    assert (facts["test_accuracy_spread"], facts["test_accuracy_stderr"]) == (row.accuracy_spread, row.accuracy_stderr)
+    assert re.search(rf"test_accuracy_stderr +{row.accuracy_stderr:.4f}", qpruner("compare", tmp_path / "run").stdout)
 
 
 def test_runs_of_one_name_are_told_apart_by_their_folders(tmp_path: Path) -> None:
