@@ -57,14 +57,14 @@ class RunDir:
 
     Args:
         root: The folder or URI; the mirror of a URI, too.
-        create: Make the folder when it is missing.
+        create: Make the folder when it is missing; else it is one that a person looks for.
 
     Raises:
         UserError: If it is a file, or a URI that cannot be one of a run or is not answered at.
     """
 
     def __init__(self, root: str | Path, create: bool = True) -> None:
-        self.root = run_root(root)
+        self.root = run_root(root, is_sought=not create)
         if create:
             self.root.mkdir(parents=True, exist_ok=True)
 
@@ -170,8 +170,12 @@ class RunDir:
         return self.root / "records" / f"{name}.json"
 
 
-def run_root(output: str | Path) -> Path:
+def run_root(output: str | Path, is_sought: bool = False) -> Path:
     """The run folder as a full path, or the mirror of a URI whose bucket answers.
+
+    Args:
+        output: The folder or URI.
+        is_sought: It is one that a person looks for, not the `output` of a configuration.
 
     Raises:
         UserError: If the folder, or what should hold it, is a file; or if there is no such URI or bucket.
@@ -182,6 +186,10 @@ def run_root(output: str | Path) -> Path:
         return root
     root = Path(output).expanduser().resolve()
     existing = next(path for path in (root, *root.parents) if path.exists())
+    if not existing.is_dir() and is_sought:
+        raise UserError(
+            f"{existing} is a file, and a run is a folder: of a configuration give the folder that its `output` names"
+        )
     if not existing.is_dir():
         raise UserError(f"`output`: {existing} is a file; name a folder")
     return root

@@ -165,13 +165,18 @@ def test_trials_as_csv_has_the_bits_of_every_group(run: Path) -> None:
         (("plan", "RUN"), "not over"),
         (("plan", "RUN", "--trial", "17"), "no trial 17, only 6 trials"),
         (("status", "RUN/trials"), "no run.json"),
+        (
+            ("status", "RUN/run.json"),
+            "RUN/run.json is a file, and a run is a folder: of a configuration give the folder",
+        ),
+        (("compare", "RUN", "RUN/run.json"), "that its `output` names"),
         (("statsu", "RUN"), "did you mean `qpruner status`?"),
     ],
 )
 def test_a_mistake_names_what_was_meant(run: Path, arguments: tuple[str, ...], hint: str) -> None:
     result = qpruner(*(argument.replace("RUN", str(run)) for argument in arguments))
     assert result.exit_code == 2
-    assert hint in result.stderr
+    assert hint.replace("RUN", str(run)) in result.stderr
 
 
 def test_the_plan_that_is_printed_can_be_read_back(tmp_path: Path) -> None:
