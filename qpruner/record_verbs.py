@@ -8,7 +8,8 @@ import operator
 import re
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,8 @@ ALSO_CALLED = {"index": "trial", "origin": "from"}
 """Columns by their names in records and results.json."""
 MOST_LINES = 10
 """Trials under way, and trials that failed, that `status` lists; `trials` lists all."""
+MOST_WORDS = 12
+"""Words of a column that `trials` tells where a condition on it holds for none; of plans there are more."""
 
 
 def status(run: str | Path, as_json: bool) -> dict[str, Any]:
@@ -147,7 +150,7 @@ def trials(run: str | Path, conditions: Sequence[str], sort: str, descending: bo
         UserError: For a key that trials do not have.
     """
     looked = run_views.view(run)
-    rows = [run_views.trial_row(looked, trial) for trial in looked.trials]
+    rows = every = [run_views.trial_row(looked, trial) for trial in looked.trials]
     columns = list(rows[0]) if rows else list(SHOWN)
     search = looked.state.search
     names = {name: name for name in columns} | ALSO_CALLED | ({"score": search.metric} if search else {})
@@ -161,7 +164,8 @@ def trials(run: str | Path, conditions: Sequence[str], sort: str, descending: bo
         writer.writeheader()
         writer.writerows(rows)
     elif form == "text" and not rows:
-        click.echo("no trials match" if looked.trials else "there are no trials yet")
+        none = "; ".join(["no trials match", *_words_there_are(every, conditions, names)])
+        click.echo(none if looked.trials else "there are no trials yet")
     elif form == "text":
         shown = [name for name in SHOWN if any(row[name] is not None for row in rows)]
         terminal = Terminal(quiet=False)
@@ -174,16 +178,32 @@ def trials(run: str | Path, conditions: Sequence[str], sort: str, descending: bo
 
 def _where(rows: Sequence[dict[str, Any]], condition: str, names: Mapping[str, str]) -> list[dict[str, Any]]:
     """The rows of which a condition holds; one without a value differs from every value."""
-    parts = re.fullmatch(r"(.+?)(<=|>=|!=|<|>|=)(.*)", condition)
-    if parts is None:
-        raise UserError(f"--where takes KEY=VALUE, or !=, <, <=, > and >= in place of =, got {condition!r}")
-    key, sign, text = _known(parts[1].strip(), names), parts[2], parts[3].strip()
+    key, sign, text = _parts(condition, names)
     is_number = any(isinstance(row[key], int | float) for row in rows)
     try:
         value = float(text) if is_number else text
     except ValueError as error:
         raise UserError(f"--where {condition}: `{key}` is a number, got {text!r}") from error
     return [row for row in rows if (sign == "!=" if row[key] is None else COMPARISONS[sign](row[key], value))]
+
+
+def _parts(condition: str, names: Mapping[str, str]) -> tuple[str, str, str]:
+    """Column, sign and value of a condition."""
+    parts = re.fullmatch(r"(.+?)(<=|>=|!=|<|>|=)(.*)", condition)
+    if parts is None:
+        raise UserError(f"--where takes KEY=VALUE, or !=, <, <=, > and >= in place of =, got {condition!r}")
+    return _known(parts[1].strip(), names), parts[2], parts[3].strip()
+
+
+def _words_there_are(
+    rows: Sequence[dict[str, Any]], conditions: Sequence[str], names: Mapping[str, str]
+) -> Iterator[str]:
+    """Of each condition about words that no row meets, the words that there are."""
+    for condition in conditions:
+        key = _parts(condition, names)[0]
+        found = Counter(row[key] for row in rows if isinstance(row[key], str))
+        if 0 < len(found) <= MOST_WORDS and not _where(rows, condition, names):
+            yield f"`{key}` is {', '.join(f'{word} ({count})' for word, count in found.most_common())}"
 
 
 def _known(key: str, names: Mapping[str, str]) -> str:

@@ -132,6 +132,9 @@ def test_trials_are_filtered_and_sorted(run: Path) -> None:
 
 def test_where_no_trial_matches_it_says_so(run: Path) -> None:
     assert qpruner("trials", run, "--where", "loss<1").stdout == "no trials match\n"
+    assert qpruner("trials", run, "--where", "status=failed", "--where", "from=seed-kl").stdout == "no trials match\n"
+    mistyped = qpruner("trials", run, "--where", "status=finised", "--where", "bytes>0").stdout
+    assert mistyped == "no trials match; `status` is finished (3), stopped (1), failed (1), running (1)\n"
     shutil.rmtree(run / "trials")
     assert qpruner("trials", run).stdout == "there are no trials yet\n"
 
