@@ -225,6 +225,7 @@ def test_check_tells_memory_hours_and_what_was_assumed(
     assert told["hours"]["total"] == pytest.approx(sum(told["hours"]["stages"].values()))
     shown = "\n".join(text)
     assert "assumed: A100, 312 TFLOP/s x 25% utilization" in shown and " of GPU time (at most" in shown
+    assert "prune < 1 s, " in shown and " 0 s" not in shown, "a stage that takes something is not told to take nothing"
     assert set(told["hours"]["share_done"].values()) == {0.0} and "done" not in shown
     parts = told["memory"]["trial, training"]["parts"]
     assert list(parts) == ["weights", "adapters", "gradients", "optimizer", "activations", "logits"]

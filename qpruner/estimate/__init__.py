@@ -76,7 +76,7 @@ def memory_text(found: Mapping[str, Any]) -> list[str]:
 def time_text(found: Mapping[str, Any], has_gpu: bool) -> list[str]:
     """The hours as lines: all of it, by stage, and by what they were estimated."""
     time = found["hours"]
-    taken = {name: duration(3600 * hours) for name, hours in time.items() if isinstance(hours, float)}
+    taken = {name: _taken(hours) for name, hours in time.items() if isinstance(hours, float)}
     done = f", {taken['done']} of it done" if time["done"] else ""
     left = f", {taken['wall_left']} of it left" if time["done"] else ""
     slots, kind = counted(time["slots"], "slot"), "GPU" if has_gpu else "slot"
@@ -101,7 +101,13 @@ def _stage_lines(time: Mapping[str, Any]) -> list[str]:
 
 def _stage(time: Mapping[str, Any], stage: str) -> str:
     share = time["share_done"][stage]
-    return f"{stage} {duration(3600 * time['stages'][stage])}{f' ({share:.0%} done)' if share else ''}"
+    return f"{stage} {_taken(time['stages'][stage])}{f' ({share:.0%} done)' if share else ''}"
+
+
+def _taken(hours: float) -> str:
+    """A time in the unit that fits; what rounds to nothing is still something."""
+    seconds = 3600 * hours
+    return "< 1 s" if seconds > 0 and round(seconds) == 0 else duration(seconds)
 
 
 def _amount(size: int) -> str:
