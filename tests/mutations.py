@@ -226,9 +226,15 @@ MUTATIONS = {
     ),
     "a damaged checkpoint is read": Mutation(
         "qpruner/pipeline/search.py",
-        "    set_aside_damaged(context.run_dir.trials / trials_digest, search_digest, tell)\n",
-        "",
+        "if set_aside_damaged(context.run_dir.trials / trials_digest, search_digest, tell):",
+        "if False:",
         f"{SEARCH}::test_a_checkpoint_with_a_flipped_bit_is_named_and_its_trial_starts_anew",
+    ),
+    "a recorded search goes without a trial whose record is damaged": Mutation(
+        "qpruner/pipeline/search.py",
+        '        context.run_dir.forget("search")  # which had all of its trials\n',
+        "        pass\n",
+        f"{SEARCH}::test_a_trial_whose_record_is_damaged_after_the_search_is_run_again",
     ),
     "a finalist's damaged checkpoint is confirmed": Mutation(
         "qpruner/pipeline/search.py",

@@ -71,7 +71,8 @@ def search(context: Context, banked: BankRecord, measured: SensitivityRecord) ->
     def tell(text: str) -> None:
         context.emit(Message("search", text))
 
-    set_aside_damaged(context.run_dir.trials / trials_digest, search_digest, tell)
+    if set_aside_damaged(context.run_dir.trials / trials_digest, search_digest, tell):
+        context.run_dir.forget("search")  # which had all of its trials
     context.emit(SearchPlanned(state, tuple(read_trials(context.run_dir.trials / trials_digest)), measured))
 
     def work(scratch: Path) -> dict[str, Any]:

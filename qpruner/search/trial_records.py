@@ -65,29 +65,30 @@ def readable_trials(folder: Path) -> list[TrialRecord]:
     return [record for record in for_each(_record_or_error, _paths(folder)) if isinstance(record, TrialRecord)]
 
 
-def set_aside_damaged(folder: Path, search: str, tell: Callable[[str], None]) -> None:
+def set_aside_damaged(folder: Path, search: str, tell: Callable[[str], None]) -> bool:
     """Move records that cannot be read, and checkpoints to go on from that are not as they were written, into
     `damaged/`; those trials are run again from their start, with the plans that they had, and no other. The search's
-    own time is made up again.
+    own time is made up again. Returns whether there are such trials.
 
     Args:
         folder: Of the trials.
         search: Whose time is read next.
         tell: Told in one line what was set aside.
     """
-    paths = _paths(folder)
+    paths, are_run_again = _paths(folder), False
     for path, record in zip(paths, for_each(_record_or_error, paths), strict=True):
         if isinstance(record, CorruptFile):
             tell(f"{record}; {_rebuild(folder, path)}")
-            continue
-        if record and not record.is_over:
-            begin_anew_if_damaged(folder, record, tell)
+            are_run_again = True
+        elif record and not record.is_over:
+            are_run_again |= begin_anew_if_damaged(folder, record, tell)
     try:
         _read_clock(folder, search)
     except CorruptFile as error:
         where = set_aside(_clock_path(folder, search), folder)
         tell(f"{error}; set aside in {where}, and the search's time is taken from its trials")
         write_seconds(folder, search, _seconds_at_work(folder, search))
+    return are_run_again
 
 
 def begin_anew_if_damaged(folder: Path, record: TrialRecord, tell: Callable[[str], None]) -> bool:

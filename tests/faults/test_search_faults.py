@@ -220,6 +220,20 @@ def test_a_finalists_checkpoint_with_a_flipped_bit_is_not_what_is_confirmed(
     assert record["confirmations"] == search_record(undisturbed)["confirmations"]
 
 
+def test_a_trial_whose_record_is_damaged_after_the_search_is_run_again(
+    undisturbed: Path, tiny_model: Path, tmp_path: Path
+) -> None:
+    run = shutil.copytree(undisturbed, tmp_path / "run")
+    (record,) = run.glob("trials/*/0001/trial.json")
+    flip_a_bit(record)
+    with driver(search_config(tiny_model, tmp_path)) as process:
+        again = finished(process)
+        assert str(record) in process.said() and "that trial is run again" in process.said()
+    assert rungs_of(run) == rungs_of(undisturbed) and len(list(run.glob("trials/*/damaged/*/trial.json"))) == 1
+    assert again["resumed"] == len(trials_of(run)) - 1, "no other"
+    assert again["confirmations"] == search_record(undisturbed)["confirmations"]
+
+
 # ---- numbers
 
 
