@@ -47,8 +47,10 @@ NOT_COMPARED = {
     "inference_memory_bytes",
     "prefill_tokens_per_second",
     "decode_tokens_per_second",
+    "record_digest",
 }
-"""What may differ between two runs of one configuration: times, memory, folders, and that it was resumed."""
+"""What may differ between two runs of one configuration: times, memory, folders, that it was resumed, and so digests of
+whole records."""
 
 
 TEST_QUESTIONS = {
