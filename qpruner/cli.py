@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import shlex
-import shutil
 import sys
 import traceback
 from collections.abc import Callable, Iterator
@@ -23,7 +21,7 @@ from qpruner.config import config_schema, load_config
 from qpruner.errors import CorruptFile, PlanRefused, QprunerError, UserError, note_defect
 from qpruner.logs import logging_to, quiet_libraries
 from qpruner.version import describe
-from qpruner.wording import counted, without_nan
+from qpruner.wording import as_called, counted, without_nan
 
 if TYPE_CHECKING:
     from qpruner.records import PruneRecord, Results
@@ -45,8 +43,8 @@ WITH_SEARCH = ("search", "finetune", "evaluate", "report")
 LOCAL_RAY = "Ray cluster to join (auto or HOST:PORT); starts a local one without it."
 NO_RAY = "Ray cluster to join (auto or HOST:PORT); starts none without it."
 ABOUT_DAMAGE = (
-    "fetch it again if it is yours; if a run wrote it, repeat `qpruner run`, which makes it anew; where that leaves it "
-    "as it is, delete it and repeat that"
+    "fetch it again if it is yours; if a run wrote it, repeat `qpruner run`, which makes it anew; if that names the "
+    "same file again, delete it and repeat `qpruner run`"
 )
 """What to do about a file that verbs without stages cannot read; a stage knows more and says so itself."""
 
@@ -471,12 +469,6 @@ def _figures(results: Results) -> dict[str, Any]:
     return figures
 
 
-def _program() -> str:
-    """What this shell finds the program by: `launch/demo.sh` calls it by its path, without `.venv` being active."""
-    is_called_by_path = Path(sys.argv[0]).name == "qpruner" and not shutil.which("qpruner")
-    return sys.argv[0] if is_called_by_path else "qpruner"
-
-
 def _guarded(as_json: bool, work: Callable[[], dict[str, Any]]) -> None:
     """Run a verb; errors of ours end in a message and their exit code, not in a traceback."""
     try:
@@ -499,7 +491,7 @@ def _guarded(as_json: bool, work: Callable[[], dict[str, Any]]) -> None:
             click.echo(json.dumps(outcome))
         sys.exit(1)
     except KeyboardInterrupt:
-        resume = shlex.join([_program(), *sys.argv[1:]])
+        resume = as_called()
         click.echo(f"interrupted; go on with: {resume}", err=True)
         if as_json:
             click.echo(json.dumps({"status": "interrupted", "resume": resume}))

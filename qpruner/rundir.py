@@ -413,9 +413,10 @@ def move(path: Path, target: Path) -> Path:
             patiently(lambda: list_of(there).move(list_of(to)), path)
         return target
     target.parent.mkdir(parents=True, exist_ok=True)
+    path.rename(target)  # first: what lies somewhere without its list is taken as it is
     with contextlib.suppress(FileNotFoundError):
         list_beside(path).rename(list_beside(target))
-    return path.rename(target)
+    return target
 
 
 def set_aside(path: Path, place: Path) -> str:

@@ -1,8 +1,12 @@
-"""Numbers as people and other programs read them."""
+"""Numbers and this command as people and other programs read them."""
 
 from __future__ import annotations
 
 import math
+import shlex
+import shutil
+import sys
+from pathlib import Path
 from typing import Any
 
 
@@ -24,3 +28,12 @@ def without_nan(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [without_nan(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def as_called() -> str:
+    """The command of this process as a shell takes it again: `launch/demo.sh` calls the program by its path, since
+    `.venv` need not be active."""
+    called, *arguments = sys.argv
+    name = Path(called).name
+    program = ["python", "-m", "qpruner"] if name == "__main__.py" else [name if shutil.which(name) else called]
+    return shlex.join([*program, *arguments])

@@ -226,14 +226,14 @@ MUTATIONS = {
     ),
     "a damaged checkpoint is read": Mutation(
         "qpruner/pipeline/search.py",
-        "if set_aside_damaged(context.run_dir.trials / trials_digest, search_digest, tell):",
-        "if False:",
+        "    set_aside_damaged(context.run_dir.trials / trials_digest, search_digest, tell)\n",
+        "",
         f"{SEARCH}::test_a_checkpoint_with_a_flipped_bit_is_named_and_its_trial_starts_anew",
     ),
     "a recorded search goes without a trial whose record is damaged": Mutation(
         "qpruner/pipeline/search.py",
-        '        context.run_dir.forget("search")  # which had all of its trials\n',
-        "        pass\n",
+        "    if not all(trial.is_over for trial in own):\n",
+        "    if False:\n",
         f"{SEARCH}::test_a_trial_whose_record_is_damaged_after_the_search_is_run_again",
     ),
     "a finalist's damaged checkpoint is confirmed": Mutation(

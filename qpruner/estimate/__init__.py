@@ -40,7 +40,7 @@ def facts(
     sharing = slots if gpus is None else max(1, int(1 / gpus))
     at_once = {name: each.total * (sharing if name.startswith("trial") else 1) for name, each in memory.items()}
     rates = rates.on(held)
-    time = hours(config, inspection, rates, slots, done)
+    time = hours(config, inspection, rates, slots, done, has_gpus=gpus is not None)
     return {
         "memory": {name: {"at": each.about, "parts": each.parts, "total": each.total} for name, each in memory.items()},
         "memory_at_once": max(at_once.values()),

@@ -154,7 +154,12 @@ class Hours:
 
 
 def hours(
-    config: RunConfig, inspection: Inspection, rates: Rates, slots: int, done: Mapping[str, float] | None = None
+    config: RunConfig,
+    inspection: Inspection,
+    rates: Rates,
+    slots: int,
+    done: Mapping[str, float] | None = None,
+    has_gpus: bool = False,
 ) -> Hours:
     """Time by stage.
 
@@ -164,6 +169,7 @@ def hours(
         rates: Operations a second of a slot.
         slots: Trials at once.
         done: How much of each stage is recorded, from 0 to 1.
+        has_gpus: Whether slots hold GPUs, among which groups are measured; what else scores them is little beside that.
     """
     counted = _Count(config, inspection)
     jobs = num_finetunes(config)
@@ -184,7 +190,7 @@ def hours(
     shared = {
         "prune": 1,
         "bank": min(slots, len(inspection.pruned.groups)),
-        "sensitivity": 1,
+        "sensitivity": slots if has_gpus and {"kl", "loss"} & set(config.sensitivity.methods) else 1,
         "search": min(slots, trials),
         "finetune": groups * workers,
         "evaluate": min(slots, jobs + UNTUNED),

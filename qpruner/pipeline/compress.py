@@ -17,7 +17,7 @@ from qpruner.mirror import check_arrived, fetch, written
 from qpruner.pipeline.context import Context
 from qpruner.pipeline.stage import Stage, run_stage
 from qpruner.records import BankRecord, MethodScores, PrepareRecord, PruneRecord, SensitivityRecord, digest_of
-from qpruner.rundir import children, exists, file_digest, read_json, set_aside, write_json
+from qpruner.rundir import children, exists, file_digest, read_json, remove, set_aside, write_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -131,12 +131,15 @@ def sensitivity_stage(context: Context, pruned: PruneRecord, banked: BankRecord)
 
 
 def _earlier_scores(context: Context, scratch: Path, digest: str) -> Iterator[tuple[str, MethodScores]]:
-    """Scores of the same inputs by the name of their file, of an earlier stage and of a killed command; one that is
-    damaged is set aside."""
-    folders = {context.run_dir.stage("sensitivity"), scratch}  # at a URI these are one
-    for file in (folder / name for folder in folders for name in children(folder)):
-        if not file.name.endswith(f"-{digest}.json"):
-            continue
+    """Scores of the same inputs by the name of their file, of an earlier stage and of a killed command, which leaves
+    nothing else; one that is damaged is set aside."""
+    stage, is_wanted = context.run_dir.stage("sensitivity"), f"-{digest}.json"
+    if scratch != stage:  # as at a URI
+        for name in children(scratch):
+            if not name.endswith(is_wanted):
+                remove(scratch / name)
+    files = {name: folder / name for folder in (stage, scratch) for name in children(folder)}
+    for file in (file for name, file in files.items() if name.endswith(is_wanted)):
         try:
             scores = read_json(file, MethodScores)
         except CorruptFile as error:

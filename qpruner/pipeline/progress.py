@@ -9,9 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import platform
-import shlex
 import socket
-import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -28,6 +26,7 @@ from qpruner.execution.cluster import num_cores
 from qpruner.records import RunState, StageState
 from qpruner.rundir import LOG, RunDir, sign_seconds
 from qpruner.version import describe
+from qpruner.wording import as_called
 
 logger = logging.getLogger(__name__)
 PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "ray", "botorch", "hyperopt", "lm_eval")
@@ -55,7 +54,7 @@ class RunProgress:
         self._state = RunState(
             config=config.model_dump(mode="json"),
             until=until,
-            command=command or shlex.join([*_program(), *sys.argv[1:]]),
+            command=command or as_called(),
             folder=os.getcwd(),
             environment=_environment(),
             host=socket.gethostname(),
@@ -173,9 +172,3 @@ def _gpus() -> str:
     seen = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
     kinds = Counter(f"{gpu.name}, {gpu.total_memory / 1024**3:.1f} GiB" for gpu in seen)
     return "; ".join(f"{number} x {kind}" for kind, number in kinds.items()) or "none"
-
-
-def _program() -> list[str]:
-    """How this process was begun, as a person would type it again."""
-    name = Path(sys.argv[0]).name
-    return ["python", "-m", "qpruner"] if name == "__main__.py" else [name]

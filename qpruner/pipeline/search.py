@@ -71,9 +71,12 @@ def search(context: Context, banked: BankRecord, measured: SensitivityRecord) ->
     def tell(text: str) -> None:
         context.emit(Message("search", text))
 
-    if set_aside_damaged(context.run_dir.trials / trials_digest, search_digest, tell):
-        context.run_dir.forget("search")  # which had all of its trials
-    context.emit(SearchPlanned(state, tuple(read_trials(context.run_dir.trials / trials_digest)), measured))
+    set_aside_damaged(context.run_dir.trials / trials_digest, search_digest, tell)
+    recorded = read_trials(context.run_dir.trials / trials_digest)
+    own = [trial for trial in recorded if trial.search == search_digest][: settings.max_trials]
+    if not all(trial.is_over for trial in own):
+        context.run_dir.forget("search")  # of a search that is recorded they were, before a record was damaged
+    context.emit(SearchPlanned(state, tuple(recorded), measured))
 
     def work(scratch: Path) -> dict[str, Any]:
         from qpruner.search import tune as ray_tune

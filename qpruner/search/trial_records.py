@@ -65,30 +65,28 @@ def readable_trials(folder: Path) -> list[TrialRecord]:
     return [record for record in for_each(_record_or_error, _paths(folder)) if isinstance(record, TrialRecord)]
 
 
-def set_aside_damaged(folder: Path, search: str, tell: Callable[[str], None]) -> bool:
+def set_aside_damaged(folder: Path, search: str, tell: Callable[[str], None]) -> None:
     """Move records that cannot be read, and checkpoints to go on from that are not as they were written, into
     `damaged/`; those trials are run again from their start, with the plans that they had, and no other. The search's
-    own time is made up again. Returns whether there are such trials.
+    own time is made up again.
 
     Args:
         folder: Of the trials.
-        search: Whose time is read next.
+        search: Which one begins.
         tell: Told in one line what was set aside.
     """
-    paths, are_run_again = _paths(folder), False
+    paths = _paths(folder)
     for path, record in zip(paths, for_each(_record_or_error, paths), strict=True):
         if isinstance(record, CorruptFile):
-            tell(f"{record}; {_rebuild(folder, path)}")
-            are_run_again = True
+            tell(f"{record}; {_rebuild(folder, path, search)}")
         elif record and not record.is_over:
-            are_run_again |= begin_anew_if_damaged(folder, record, tell)
+            begin_anew_if_damaged(folder, record, tell)
     try:
         _read_clock(folder, search)
     except CorruptFile as error:
         where = set_aside(_clock_path(folder, search), folder)
         tell(f"{error}; set aside in {where}, and the search's time is taken from its trials")
         write_seconds(folder, search, _seconds_at_work(folder, search))
-    return are_run_again
 
 
 def begin_anew_if_damaged(folder: Path, record: TrialRecord, tell: Callable[[str], None]) -> bool:
@@ -124,14 +122,15 @@ def _digests_found(checkpoint: Path, folder: Path, record: TrialRecord) -> dict[
     return folder_digests(checkpoint)
 
 
-def _rebuild(folder: Path, path: Path) -> str:
+def _rebuild(folder: Path, path: Path, search: str) -> str:
     """Set a trial aside whose record cannot be read, and record that its plan is to be run again; tells of both."""
     suggested = _record_or_error(path.with_name(SUGGESTED))
     where = f"set aside in {set_aside(path.parent, folder)}"
     if not isinstance(suggested, TrialRecord):
         return f"{where}, and its number gets another plan"
     begin_trial(folder, suggested)
-    return f"{where}, and that trial is run again"
+    again = "is run again" if suggested.search == search else "of another search is run again where its plan is wanted"
+    return f"{where}, and that trial {again}"
 
 
 def _record_or_error(path: Path) -> TrialRecord | CorruptFile | None:

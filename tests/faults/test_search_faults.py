@@ -139,8 +139,9 @@ def test_ctrl_c_once_finishes_the_rung_and_says_how_to_go_on(config: Path, undis
         process.interrupt()
         code, said = process.end(minutes=3)
     assert code == 130
-    assert f"interrupted; go on with: qpruner search {config} --json" in said
-    assert json.loads(said.splitlines()[-1]) == {"status": "interrupted", "resume": f"qpruner search {config} --json"}
+    again = f"python -m qpruner search {config} --json"
+    assert f"interrupted; go on with: {again}" in said
+    assert json.loads(said.splitlines()[-1]) == {"status": "interrupted", "resume": again}
     trial = trials_of(process.run)[1]
     assert len(trial["rungs"]) > 1, "the rung that ran was finished"
     assert trial["status"] == "running" and 2 not in trials_of(process.run), "and nothing was begun after it"
