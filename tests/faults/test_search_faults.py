@@ -265,7 +265,10 @@ def test_of_plans_that_diverge_the_searcher_hears_and_keeps_away(config: Path, t
     assert set(failed) == ruined and record["failures"] == {"diverged": len(ruined)}
     assert all("nan at step 1" in trial["reason"] for trial in failed.values()), "stopped at once"
     proposed = {index for index, trial in trials.items() if trial["origin"] == "gp"}
-    assert len(proposed) >= 8 and not ruined & proposed, "two of the controls had told it"
+    assert len(proposed) >= 8
+    # Of the plans inside the budget 94 in 128 have that group at 4 bits: of nine that know nothing of it, two or fewer
+    # would have it once in a thousand times.
+    assert len(ruined & proposed) <= 2, "two of the controls had told it"
     assert record["best_plan"][group] == 8
 
 
