@@ -109,7 +109,10 @@ def search(context: Context, banked: BankRecord, measured: SensitivityRecord) ->
             outcome = ray_tune.search(job, room, context.emit, context.trackers)
             tell(f"ended: {outcome.ended}")
             usable = [*outcome.trials, *(trial for trial in outcome.taken_over if space.is_feasible(_plan(trial)))]
-            finalists = _beside_given(usable, given, known) if given else _finalists(usable, job)
+            if given:
+                finalists = _beside_given(usable, given, known)
+            else:
+                finalists = _finalists([trial for trial in usable if _competes(trial, job)], job)
             # What is fine to read may not be what was written.
             if not [trial for trial in finalists if begin_anew_if_damaged(job.trials, trial, tell)]:
                 break
@@ -219,6 +222,11 @@ def _tell_recorded(context: Context, job: SearchJob) -> int:
 
 def _plan(trial: TrialRecord) -> PrecisionPlan:
     return PrecisionPlan.from_dict(trial.plan)
+
+
+def _competes(trial: TrialRecord, job: SearchJob) -> bool:
+    """Whether a trial may win a search: one of a plan that was given instead of another search is none of its own."""
+    return not trial.is_given or job.control_of(_plan(trial)) is not None
 
 
 def _finalists(trials: Sequence[TrialRecord], job: SearchJob) -> list[TrialRecord]:

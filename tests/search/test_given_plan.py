@@ -84,6 +84,24 @@ def test_a_plan_changed_by_hand_is_one_more_trial_and_what_is_fine_tuned(searche
 
 
 @pytest.mark.slow
+def test_without_the_given_plan_the_winner_of_the_search_is_back(searched: Path) -> None:
+    """However good that plan was: it is not what a search found."""
+    run = searched.parent / "run"
+    assert qpruner("search", searched).returncode == 0
+    before = search_of(run)
+    file = searched.parent / "largest.yaml"
+    plan = yaml.safe_load(qpruner("plan", run, "--trial", 0).stdout)
+    file.write_text(yaml.safe_dump({**plan, "layers.0.down": 8, "layers.1.down": 8}))
+    assert qpruner("search", searched, "--plan", file).returncode == 0
+    assert search_of(run)["best_origin"] == "given"
+    done = qpruner("search", searched, "--set", "search.confirm=9")
+    assert done.returncode == 0, done.stderr[-3000:]
+    again = search_of(run)
+    assert again["num_taken_over"] >= 1 and again["confirmations"] == before["confirmations"]
+    assert (again["best_plan"], again["best_origin"]) == (before["best_plan"], before["best_origin"])
+
+
+@pytest.mark.slow
 def test_a_given_plan_is_compared_with_the_best_seed_that_a_search_has_tried(searched: Path) -> None:
     run = searched.parent / "run"
     changed = {**yaml.safe_load(qpruner("plan", run, "--trial", 0).stdout), "layers.0.o": 8}
