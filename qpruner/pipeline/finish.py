@@ -8,7 +8,7 @@ two rows are the same model, and not when rows or seeds are added.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -92,11 +92,10 @@ def finetune(context: Context, searched: SearchRecord, measured: SensitivityReco
         return {"winner": SEARCHED, "candidates": finetuned, "gpu_seconds": held + written}
 
     def figures(record: FinetuneRecord) -> str:
-        titles = {job.name: job.title for _, job in jobs}
-        losses: dict[str, list[float]] = {}
-        for each in record.candidates:
-            losses.setdefault(titles[each.name], []).append(each.validation_loss)
-        return "validation loss " + ", ".join(f"{title} {sum(all) / len(all):.4f}" for title, all in losses.items())
+        titles, first = {job.name: job.title for _, job in jobs}, _first_seed(record.candidates)
+        losses = [(titles[each.name], each.validation_loss) for each in record.candidates if each.seed == first]
+        told = ", ".join(f"{title} {loss:.4f}" for title, loss in losses)
+        return f"training seed {first}: validation loss {told}"
 
     return run_stage(context.run_dir, stage, FinetuneRecord, work, figures, context.emit, context.gpu_time)
 
@@ -168,10 +167,12 @@ def evaluate(context: Context, tuned: FinetuneRecord) -> EvalRecord:
         return {"rows": rows, "text": about, "inference": setting, "gpu_seconds": held}
 
     def figures(record: EvalRecord) -> str:
-        base = next(row for row in record.rows if row.name == BASE and row.seed is None)
-        winner = next(row for row in record.rows if row.name == SEARCHED and row.seed is not None)
+        first = _first_seed(tuned.candidates)
+        scores = {(row.name, row.seed): _scores_line(row.scores) for row in record.rows}
         title = next(job.title for name, job in jobs if name == SEARCHED)
-        return f"base as it is {_scores_line(base.scores)}; {title} {_scores_line(winner.scores)}"
+        told = {"base as it is": (BASE, None), "base": (BASE, first), title: (SEARCHED, first)}
+        lines = [f"{name} {scores[row]}" for name, row in told.items() if row in scores]
+        return f"training seed {first}: {'; '.join(lines)}"
 
     return run_stage(context.run_dir, stage, EvalRecord, work, figures, context.emit, context.gpu_time)
 
@@ -406,6 +407,11 @@ def _evaluate_jobs(context: Context, jobs: list[Candidate], text: Path | None) -
             found[job.folder] = record
             context.emit(Message("evaluate", f"{job.label}: {_scores_line(record.scores)}"))
     return found
+
+
+def _first_seed(candidates: Sequence[CandidateRecord]) -> int:
+    """The training seed that every row had, whatever their number."""
+    return min(each.seed for each in candidates)
 
 
 def _scores_line(scores: tuple[TaskScore, ...]) -> str:
