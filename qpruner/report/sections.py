@@ -52,9 +52,9 @@ LEGEND = (
     "shows means and, after ±, their standard deviation over seeds, the random row over its plans too; se is the "
     "standard error of an accuracy over questions. "
     "In the claim an interval is the widest of Student's over seeds, Student's over random plans and the paired one "
-    "over questions or confirmation rows, each at 95 % by itself. The confirmation loss is on the half of the "
-    "confirmation rows that chose nothing, the selection loss on the other half, which chose the best seed and, in a "
-    "search, the winner. The test questions have chosen nothing."
+    "over questions or confirmation rows, each at 95 % by itself, so that of several one may leave zero out by "
+    "chance. The confirmation loss is on the half of the confirmation rows that chose nothing, the selection loss on "
+    "the other half, which chose the best seed and, in a search, the winner. The test questions have chosen nothing."
 )
 
 

@@ -26,7 +26,7 @@ class Summary(BaseModel):
     standing: str
     """How far the run is, in a sentence."""
     claim: str | None
-    """What can be said of the searched plan at equal bytes."""
+    """What the searched plan lost against the base and the pruned model, and what can be said of it at equal bytes."""
     comparisons: tuple[table.Comparison, ...]
     """The differences behind the claim."""
     first_seed_table: tuple[table.Row, ...]

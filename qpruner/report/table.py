@@ -169,13 +169,28 @@ def comparisons(results: Results) -> list[Comparison]:
 
 
 def claim(results: Results) -> str:
-    """What can be said of the searched plan at equal bytes, never more than the spread allows: a line, then a list."""
+    """What the searched plan lost against the base and the pruned model, and what can be said of it at equal bytes,
+    never more than the spread allows: a line, then a list."""
     assert results.search
     found = comparisons(results)
     if not found:
         return "No claim: there is no row to compare the searched plan with; set `finetune.compare`."
-    lead = f"{_winner(results.search, _by_name(results)[SEARCHED][0])}{_in_words(found)}"
+    lead = f"{_winner(results.search, _by_name(results)[SEARCHED][0])}{_lost(rows(results))}{_in_words(found)}"
     return "\n".join([lead, *map(_stated, found)])
+
+
+def tally(found: Sequence[Comparison]) -> tuple[str, str]:
+    """In how many of all comparisons the searched plan is better or worse, and how many these are: of several one may
+    show a difference by chance."""
+    verdicts = [difference.verdict for each in found for difference in each.differences]
+    told = [f"{verdict} in {verdicts.count(verdict)}" for verdict in ("better", "worse") if verdict in verdicts]
+    headline = f"{' and '.join(told)} of {len(verdicts)}" if told else "no difference shown"
+    return headline, f"{len(verdicts)} comparisons, each at 95 % by itself"
+
+
+def seeds_told(other: Row, winner: Row) -> str:
+    """Of which training seed a row is that stands beside a mean over several."""
+    return f" under training seed {other.seeds[0]} alone" if len(other.seeds) < len(winner.seeds) else ""
 
 
 def _by_name(results: Results) -> dict[str, list[CandidateRecord]]:
@@ -303,8 +318,25 @@ def _rival(found: Comparison) -> str:
     return "one random plan of equal bytes" if found.origin == ONE_RANDOM_PLAN else "random plans of equal bytes"
 
 
+def _lost(table: Sequence[Row]) -> str:
+    """What the winner weighs and knows beside the base and the pruned model, as a sentence; nothing without them."""
+    by_name = {row.name: row for row in table}
+    if BASE not in by_name or PRUNED not in by_name:
+        return ""
+    winner, base, _ = three = [by_name[name] for name in (SEARCHED, BASE, PRUNED)]
+    told = "test accuracy is {:.3f} (base {:.3f}, pruned {:.3f})".format(*(row.accuracy for row in three))
+    losses = [row.answer_loss for row in three if row.answer_loss is not None]
+    if len(losses) == len(three):
+        told += " and its answer loss {:.3f} (base {:.3f}, pruned {:.3f})".format(*losses)
+    under = seeds_told(base, winner)
+    return (
+        f" At {winner.measured_bytes / base.measured_bytes:.1%} of the base's bytes, adapters included, its {told}, "
+        f"all after the same fine-tune{under and f', base and pruned{under}'}."
+    )
+
+
 def _in_words(found: Sequence[Comparison]) -> str:
-    """The verdicts as a sentence; nothing where there are none."""
+    """The verdicts as a sentence, and how many they are; nothing where there are none."""
     parts = []
     for each in (each for each in found if each.differences):
         by_verdict = {
@@ -315,7 +347,10 @@ def _in_words(found: Sequence[Comparison]) -> str:
             f"is {verdict} than {_rival(each)} in {measures}" for verdict, measures in by_verdict.items() if measures
         ]
         parts.append(" and ".join(told) or f"cannot be told from {_rival(each)}")
-    return f" It {'; it '.join(parts)}." if parts else ""
+    if not parts:
+        return ""
+    headline, among = tally(found)
+    return f" It {'; it '.join(parts)}. Over {among}: {headline}."
 
 
 def _stated(found: Comparison) -> str:

@@ -37,7 +37,6 @@ from qpruner.report.far import edge_of, is_far, told_far
 from qpruner.report.files import write_report
 from qpruner.report.model_card import told_other_base
 from qpruner.report.page import render
-from qpruner.report.page.answer import headline
 from qpruner.report.snapshot import read_snapshot
 from qpruner.report.summary import summary_of, summary_schema, summary_text
 from qpruner.rundir import OWN_DIGEST, RunDir
@@ -608,19 +607,3 @@ def test_a_notebook_gets_a_table_of_trials_and_the_answer(long_run: Path, tmp_pa
     assert "92.0 MB" in shown.text and "no difference shown" in shown.text
     hostile = PrecisionPlan(('"><script>',), (8,))
     assert Outline(hostile._repr_html_()).tags == {"span": 1}
-
-
-@pytest.mark.parametrize(
-    ("seed", "random", "said"),
-    [
-        ({"better"}, {"not distinguishable", "better"}, "better"),
-        ({"not distinguishable"}, {"not distinguishable", "better"}, "better than random plans only"),
-        ({"not distinguishable"}, {"not distinguishable"}, "no difference shown"),
-        ({"worse"}, {"better"}, "better and worse"),
-        ({"not distinguishable"}, {"worse"}, "worse"),
-    ],
-)
-def test_the_headline_claims_no_more_than_holds_against_every_rival(
-    seed: set[str], random: set[str], said: str
-) -> None:
-    assert headline({"best seed": seed, "random plans": random}) == said

@@ -350,7 +350,33 @@ def test_inside_the_spread_of_three_seeds_nothing_is_distinguishable(widths: flo
     assert line.endswith(f"), {verdict}.")
     rival = "the best seed" if other == BEST_SEED else "random plans of equal bytes"
     told = f"cannot be told from {rival}" if verdict == SAME else f"is {verdict} than {rival} in confirmation loss"
-    assert claim(results).splitlines()[0].endswith(f" It {told}."), "in words before the figures"
+    counts = "no difference shown" if verdict == SAME else f"{verdict} in 1 of 3"
+    first = claim(results).splitlines()[0]
+    assert first.endswith(f" It {told}. Over 3 comparisons, each at 95 % by itself: {counts}."), "words before figures"
+
+
+@pytest.mark.parametrize(
+    ("seed", "random", "said"),
+    [
+        (-0.1, 0.0, "better in 1 of 6"),
+        (-0.1, -0.1, "better in 2 of 6"),
+        (0.0, 0.1, "worse in 1 of 6"),
+        (0.1, -0.1, "better in 1 and worse in 1 of 6"),
+        (0.0, 0.0, "no difference shown"),
+    ],
+)
+def test_one_verdict_of_six_is_not_told_as_that_of_all(seed: float, random: float, said: str) -> None:
+    """Of six comparisons at 95 % each, one may show a difference by chance."""
+    ours = [2.0, 2.1, 1.9]
+    beside = {
+        name: row_of(name, [loss - gap + off for loss, off in zip(ours, (0.001, -0.001, 0.0), strict=True)])
+        for name, gap in ((BEST_SEED, seed), (RANDOM, random))
+    }
+    results = results_of([*beside[BEST_SEED], *beside[RANDOM], *searched_row(ours)])
+    among = "6 comparisons, each at 95 % by itself"
+    assert claim(results).splitlines()[0].endswith(f" Over {among}: {said}.")
+    (tile,) = [each for each in tiles(snapshot(results)) if each.heading.startswith("How sure")]
+    assert (tile.figure, tile.lines[0]) == (said, among)
 
 
 def test_an_accuracy_is_better_when_larger_and_a_loss_when_smaller() -> None:
@@ -422,7 +448,7 @@ def test_one_random_plan_is_not_claimed_to_be_several() -> None:
     alone = [(tuned.model_copy(update={"origin": "random plan"}), scores) for tuned, scores in row_of(RANDOM, losses)]
     results = results_of([*row_of(BEST_SEED, losses), *alone, *searched_row([1.0, 1.11, 0.9])])
     first, *lines = claim(results).splitlines()
-    assert first.endswith("it is better than one random plan of equal bytes in confirmation loss.")
+    assert "it is better than one random plan of equal bytes in confirmation loss." in first
     assert lines[1].startswith("- Against one random plan of equal bytes (random plan, +0.00% bytes), 3 training seeds")
     (tile,) = [each for each in tiles(snapshot(results)) if each.heading.startswith("How sure")]
     assert any(line.startswith("against one random plan: ") for line in tile.lines)
@@ -596,6 +622,25 @@ def test_a_row_of_one_seed_can_be_compared_with_the_same_seed_of_the_others(whol
     assert f"\n{caption}:\n\n| row | " in report(whole)
     seeds = {row.name: row.seeds for row in summary_of(snapshot(whole)).first_seed_table}
     assert set(seeds.values()) == {(0,)}
+
+
+def test_the_claim_says_what_was_lost_against_base_and_pruned(whole: Results) -> None:
+    lost = (
+        "At 100.8% of the base's bytes, adapters included, its test accuracy is 0.570 (base 0.475, pruned 0.485) and "
+        "its answer loss 1.750 (base 1.500, pruned 1.500), all after the same fine-tune, base and pruned under "
+        "training seed 0 alone."
+    )
+    card = model_card(
+        snapshot(whole, config={"model": {"source": "me/base"}, "data": {"train": []}}, environment={"qpruner": "1.2"}),
+        None,
+    )
+    assert f" {lost} It " in claim(whole).splitlines()[0]
+    assert lost in report(whole) and lost in card
+    alike = [*row_of("base", [1.0]), *row_of("pruned", [1.0]), *row_of(BEST_SEED, [2.0]), *searched_row([1.0])]
+    assert "after the same fine-tune. It" in claim(results_of(alike)), "one seed each"
+    wordless = [(tuned, (score(answers(50, 20)),)) for tuned, _ in alike]
+    assert " (base 0.400, pruned 0.400), all after" in claim(results_of(wordless))
+    assert "base" not in claim(results_of(alike[1:])), "there is no such row"
 
 
 def test_rows_of_equally_many_seeds_are_told_once() -> None:

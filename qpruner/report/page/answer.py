@@ -2,13 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from qpruner.report import sections
 from qpruner.report.snapshot import Snapshot
 from qpruner.report.standing import best_of, score
-from qpruner.report.table import BASE, BEST_SEED, ONE_RANDOM_PLAN, PRUNED, SEARCHED, Z_95, Row, comparisons, rows
+from qpruner.report.table import (
+    BASE,
+    BEST_SEED,
+    ONE_RANDOM_PLAN,
+    PRUNED,
+    SEARCHED,
+    Z_95,
+    Row,
+    comparisons,
+    rows,
+    seeds_told,
+    tally,
+)
 
 
 @dataclass(frozen=True)
@@ -45,7 +57,7 @@ def _whole(run: Snapshot) -> Iterator[Tile]:
         "Accuracy on held-out tasks",
         f"{winner.accuracy:.3f}",
         (
-            *(f"{other.name}, same fine-tune{_seeds(other, winner)}: {other.accuracy:.3f}" for other in others),
+            *(f"{other.name}, same fine-tune{seeds_told(other, winner)}: {other.accuracy:.3f}" for other in others),
             *_answer_losses(winner, others),
             _interval(winner),
         ),
@@ -58,11 +70,6 @@ def _whole(run: Snapshot) -> Iterator[Tile]:
         (f"{len(plan)} groups: {', '.join(counts)}", winner.origin if run.is_given else f"found by {winner.origin}"),
     )
     yield _certainty(run)
-
-
-def _seeds(other: Row, winner: Row) -> str:
-    """Of which training seed a row is that stands beside a mean over several."""
-    return f" under training seed {other.seeds[0]} alone" if len(other.seeds) < len(winner.seeds) else ""
 
 
 def _interval(winner: Row) -> str:
@@ -84,7 +91,7 @@ def _in_use(winner: Row, base: Row | None) -> Iterator[str]:
 def _answer_losses(winner: Row, others: list[Row]) -> Iterator[str]:
     if winner.answer_loss is not None:
         known = [other for other in others if other.answer_loss is not None]
-        told = "".join(f", {other.name}{_seeds(other, winner)} {other.answer_loss:.3f}" for other in known)
+        told = "".join(f", {other.name}{seeds_told(other, winner)} {other.answer_loss:.3f}" for other in known)
         yield f"loss on right answers: {winner.answer_loss:.3f}{told}"
 
 
@@ -93,31 +100,17 @@ def _certainty(run: Snapshot) -> Tile:
     found = comparisons(run.results)
     if not any(each.differences for each in found):
         return Tile("How sure", "no claim", ("there is nothing of equal bytes to compare with",))
-    lines, verdicts = [], {}
+    lines = []
     for each in found:
         random = "one random plan" if each.origin == ONE_RANDOM_PLAN else "random plans"
         named = "best seed" if each.other == BEST_SEED else random
-        verdicts[named] = {difference.verdict for difference in each.differences}
         by_verdict: dict[str, list[str]] = {}
         for difference in each.differences:
             by_verdict.setdefault(difference.verdict, []).append(difference.measure)
         told = "; ".join(f"{verdict} in {', '.join(measures)}" for verdict, measures in by_verdict.items())
         lines.append(f"against {named}: {told or each.no_claim}")
-    return Tile("How sure, at equal bytes", headline(verdicts), tuple(lines))
-
-
-def headline(verdicts: Mapping[str, Collection[str]]) -> str:
-    """What may be said of all rivals in two words, and else of which.
-
-    Args:
-        verdicts: Rival -> what was found in each measure.
-    """
-    better = [rival for rival, found in verdicts.items() if "better" in found]
-    if any("worse" in found for found in verdicts.values()):
-        return "better and worse" if better else "worse"
-    if not better:
-        return "no difference shown"
-    return "better" if len(better) == len(verdicts) else f"better than {' and '.join(better)} only"
+    headline, among = tally(found)
+    return Tile("How sure, at equal bytes", headline, (among, *lines))
 
 
 def _so_far(run: Snapshot) -> Iterator[Tile]:
