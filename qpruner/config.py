@@ -685,7 +685,7 @@ def load_config(path: Path, overrides: list[str] | None = None) -> RunConfig:
         )
     for override in overrides or []:
         _apply_override(raw, override)
-    return validate_config(raw, str(path))
+    return validate_config(raw, f"{path}, overrides included" if overrides else str(path))
 
 
 def _explain_yaml(path: Path, error: Exception) -> str:
