@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from qpruner.plan import PrecisionPlan
-from qpruner.records import RungResult, SearchState, TrialRecord
+from qpruner.records import FreshScore, RungResult, SearchState, TrialRecord
 
 FIGURES = {"loss": "validation loss", "accuracy": "accuracy"}
 
@@ -78,12 +78,12 @@ def best_of(finished: Iterable[TrialRecord], metric: str) -> TrialRecord | None:
     return min(finished, key=lambda trial: (cost(trial.rungs[-1], metric), trial.index), default=None)
 
 
-def cost(rung: RungResult, metric: str) -> float:
+def cost(rung: RungResult | FreshScore, metric: str) -> float:
     """What is minimized: the loss, or the accuracy with its sign turned."""
     return -score(rung, metric) if metric == "accuracy" else score(rung, metric)
 
 
-def score(rung: RungResult, metric: str) -> float:
+def score(rung: RungResult | FreshScore, metric: str) -> float:
     """The score as people read it."""
     if metric == "loss":
         return rung.loss

@@ -167,6 +167,67 @@ def test_every_trial_is_in_the_plots_and_the_best_one_is_marked(long_run: Path) 
     )
 
 
+def opening(root: Path) -> tuple[str, str]:
+    """The sensitivity that the map opens on, and what is told of its seed plan; the same in both reports."""
+    run = read_snapshot(RunDir(root, create=False))
+    [chart] = [chart for chart in charts(run) if chart.name == "winner"]
+    told = chart.caption.split("begin at the least.")[1].strip()
+    write_report(RunDir(root))
+    assert told in words(Outline(page_of(root)).text) and told in (root / "report.md").read_text(encoding="utf-8")
+    return chart.spec["params"][0]["value"], told
+
+
+@pytest.mark.parametrize("best", ["seed-kl", "seed-first-order"])
+def test_the_map_opens_on_the_best_seed_s_sensitivity_and_tells_how_far_the_winner_has_its_bits(
+    best: str, tmp_path: Path
+) -> None:
+    made = MadeRun(tmp_path / "run", num_trials=12, num_blocks=3)
+    record = made.run.read_record("search", SearchRecord)
+    assert record
+    losses = {best: 3.0, "uniform-4": 2.9}
+    scored = [each.model_copy(update={"loss": losses.get(each.origin, 3.1)}) for each in record.confirmations]
+    made.run.write_record("search", record.model_copy(update={"confirmations": tuple(scored)}))
+    seed = next(trial for trial in made.trials if trial.origin == best)
+    alike = sum(seed.plan[group] == bits for group, bits in record.best_plan.items())
+    method, told = opening(tmp_path / "run")
+    assert method == best.removeprefix("seed-").replace("-", "_")
+    which = f"trial {seed.index}, the best seed on fresh rows"
+    assert told == f"{alike} of 6 groups have the bits of the seed plan of {method} ({which})."
+
+
+@pytest.mark.parametrize(("num_trials", "method", "seed"), [(12, "first_order", 2), (200, "kl", 1)])
+def test_before_fresh_rows_the_map_opens_on_what_trials_show_and_else_on_a_quantization_error(
+    num_trials: int, method: str, seed: int, tmp_path: Path
+) -> None:
+    """Mutual information comes first in the record, and tells of no error."""
+    begun = {"search": StageState(state="running", started=0.0)}
+    noises = {"mutual_information": 1.5, "first_order": 2.0, "kl": 0.1}
+    MadeRun(tmp_path / "run", num_trials, num_blocks=3, until="sensitivity", stages=begun, noises=noises)
+    opened, told = opening(tmp_path / "run")
+    assert opened == method
+    assert re.fullmatch(rf"\d+ of 6 groups have the bits of the seed plan of {method} \(trial {seed}\)\.", told)
+
+
+def test_the_map_s_shades_begin_at_the_least_prediction_where_none_is_below_zero(tmp_path: Path) -> None:
+    """Else a measure that is nearly the same for all groups is one dark field, whatever plan it suggests."""
+    made = MadeRun(tmp_path / "run", num_trials=6, num_blocks=2, noises={"mutual_information": 0.6, "first_order": 0.6})
+    record = made.run.read_record("sensitivity", SensitivityRecord)
+    assert record
+    rises = {"mutual_information": (0.9, 0.8, 1.0, 0.85), "first_order": (-0.5, 0.1, 1.0, 0.2)}
+    methods = {
+        name: method.model_copy(update={"values": {4: rises[name], 8: (0.0,) * 4}})
+        for name, method in record.methods.items()
+    }
+    made.run.write_record("sensitivity", record.model_copy(update={"methods": methods}))
+    [chart] = [chart for chart in charts(read_snapshot(made.run)) if chart.name == "winner"]
+    about = chart.spec["params"][1]["value"]
+    assert {name: (each["least"], each["largest"]) for name, each in about.items()} == {
+        "mutual_information": (0.8, 1.0),
+        "first_order": (0.0, 1.0),
+    }
+    assert chart.png().startswith(b"\x89PNG")
+
+
 @pytest.mark.parametrize("num_trials", [12, 120])
 def test_one_far_control_does_not_press_the_other_trials_together(num_trials: int, tmp_path: Path) -> None:
     made = MadeRun(tmp_path / "run", num_trials=num_trials, num_blocks=2)

@@ -86,7 +86,9 @@ def test_the_map_shows_the_sensitivity_that_is_chosen(opened: Any, long_run: Pat
         place = run.results.sensitivity.groups.index("layers.07.mlp")
         [told] = re.findall("predicted rise: ([^;]+)", cell.get_attribute("aria-label"))
         assert float(told) == pytest.approx(rises[place], rel=0.01)
-        assert float(cell.get_attribute("fill-opacity")) == pytest.approx(rises[place] / max(rises), abs=0.01)
+        least, largest = max(0.0, min(rises)), max(map(abs, rises))
+        share = (rises[place] - least) / (largest - least)
+        assert float(cell.get_attribute("fill-opacity")) == pytest.approx(abs(share), abs=0.01)
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
@@ -109,6 +111,24 @@ def test_the_map_tells_a_prediction_below_zero_from_none(opened: Any, tmp_path: 
     assert drawn == [(below, "1"), (above, "0.5"), (above, "0")]
     key = page.locator('figure[data-plot="winner"] .concat_2_group')
     assert [text for text in key.locator("text").all_text_contents() if "%" in text] == ["\u2212100%", "0%", "100%"]
+
+
+def test_the_map_tells_groups_apart_that_a_sensitivity_holds_nearly_equal(opened: Any, tmp_path: Path) -> None:
+    """As mutual information does: all of them far above zero."""
+    made = MadeRun(tmp_path / "run", num_trials=6, num_blocks=2, noises={"mutual_information": 0.6})
+    record = made.run.read_record("sensitivity", SensitivityRecord)
+    assert record
+    values = {4: (0.9, 0.8, 1.0, 0.85), 8: (0.0, 0.0, 0.0, 0.0)}
+    method = record.methods["mutual_information"].model_copy(update={"values": values})
+    made.run.write_record("sensitivity", record.model_copy(update={"methods": {"mutual_information": method}}))
+    write_report(made.run)
+    figure = opened(tmp_path / "run" / "report.html").locator('figure[data-plot="winner"]')
+    cells = [figure.locator(f'path[aria-label*="method: "][aria-label*="{group};"]') for group in made.groups]
+    drawn = [float(cell.get_attribute("fill-opacity")) for cell in cells]
+    assert drawn == pytest.approx([0.5, 0.0, 1.0, 0.25])
+    key = figure.locator(".concat_2_group")
+    assert [text for text in key.locator("text").all_text_contents() if "%" in text] == ["80%", "100%"]
+    assert key.locator(".mark-rect path").count() == 10, "no shade stands for what is below zero"
 
 
 @pytest.mark.parametrize("width", [390, 1280])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -10,7 +9,7 @@ from itertools import pairwise
 from qpruner.records import SensitivityRecord
 from qpruner.report.by_task import accuracies
 from qpruner.report.charts.chart import Chart, Spec, Values, colored, quantity, tooltip
-from qpruner.report.marginal_effects import rank_correlation
+from qpruner.report.seed_plans import first_method, likeness
 from qpruner.report.snapshot import Snapshot
 from qpruner.wording import counted
 
@@ -21,7 +20,8 @@ SHADE: Spec = {
     "color": {"condition": {"test": "datum.share < 0", "value": "var(--below-zero)"}, "value": "var(--control)"},
     "fillOpacity": {"field": "strength", "type": "quantitative", "scale": None},
 }
-"""Of a share of the largest prediction, from -1 over the page's own colour to 1; `strength` is its absolute value."""
+"""Of a share of the largest prediction, from -1 over the page's own colour to 1; `strength` is its absolute value.
+Where no prediction is below zero, the page's own colour is the least of them: plans follow where they differ."""
 KEY_STEPS = 20
 
 
@@ -98,17 +98,21 @@ def winner(run: Snapshot) -> Iterator[Chart]:
     by_group = zip(*(each.rises for each in predictions), strict=True)
     rises = dict(zip(measured.groups, by_group, strict=True))
     for cell in cells:
-        cell["rises"] = [float(f"{rise:.4g}") for rise in rises[cell["group"]]]
+        cell["rises"] = rises[cell["group"]]
     lowest, *_, highest = sorted(next(iter(measured.methods.values())).values)
+    caption = (
+        f"Left: each group's bits in the plan. Right: what {lowest} bits instead of {highest} are predicted to cost "
+        "that group, as a share of the largest such figure; below zero, fewer bits are predicted to help. Where no "
+        "figure is below zero, the shades begin at the least."
+    )
     yield Chart(
         "winner",
         "plan",
         "Bits and sensitivity by layer",
-        f"Left: each group's bits in the plan. Right: what {lowest} bits instead of {highest} are predicted to cost "
-        "that group, as a share of the largest such figure; below zero, fewer bits are predicted to help.",
+        " ".join(filter(None, [caption, likeness(run)])),
         data
         | {
-            "params": [_method(run, measured, predictions), _about(predictions)],
+            "params": [_method(run, predictions), _about(predictions)],
             "hconcat": [bits_map, _sensitivity_map(_grid(cells)), _key()],
             "spacing": 28,
         },
@@ -179,28 +183,23 @@ def _bits_map(cells: Values, grid: Spec) -> Spec:
     }
 
 
-def _method(run: Snapshot, measured: SensitivityRecord, predictions: Sequence[Prediction]) -> Spec:
-    """The choice of a method; first the one that agrees best with trials, and of equal ones whose seed did best."""
-    fresh = {
-        each.origin.removeprefix("seed-").replace("-", "_"): each.loss
-        for each in (run.results.search.confirmations if run.results.search else ())
-    }
-    agreement = {name: rank_correlation(method, run.effects) or 0.0 for name, method in measured.methods.items()}
-    options = [each.method for each in predictions]
-    bind = {"input": "select", "options": options, "name": "Sensitivity by "}
-    return {
-        "name": "method",
-        "value": min(agreement, key=lambda name: (-agreement[name], fresh.get(name, math.inf))),
-        "bind": bind,
-    }
+def _method(run: Snapshot, predictions: Sequence[Prediction]) -> Spec:
+    """The choice of a method."""
+    bind = {"input": "select", "options": [each.method for each in predictions], "name": "Sensitivity by "}
+    return {"name": "method", "value": first_method(run), "bind": bind}
 
 
 def _about(predictions: Sequence[Prediction]) -> Spec:
-    """Where a cell has each method's rise, once for all cells."""
+    """Where a cell has each method's rise, and between what its shades lie, once for all cells."""
     return {
         "name": "methods",
         "value": {
-            each.method: {"place": place, "unit": each.unit, "largest": max(map(abs, each.rises))}
+            each.method: {
+                "place": place,
+                "unit": each.unit,
+                "largest": max(map(abs, each.rises)),
+                "least": max(0.0, min(each.rises)),
+            }
             for place, each in enumerate(predictions)
         },
     }
@@ -216,7 +215,8 @@ def _sensitivity_map(grid: Spec) -> Spec:
             {"calculate": "method", "as": "method"},
             {"calculate": "methods[method].unit", "as": "unit"},
             {"calculate": "datum.rises[methods[method].place]", "as": "rise"},
-            {"calculate": "methods[method].largest > 0 ? datum.rise / methods[method].largest : 0", "as": "share"},
+            {"calculate": "methods[method].largest - methods[method].least", "as": "range"},
+            {"calculate": "datum.range > 0 ? (datum.rise - methods[method].least) / datum.range : 0", "as": "share"},
             {"calculate": "abs(datum.share)", "as": "strength"},
         ],
         "mark": {"type": "rect", "stroke": "var(--line)"},
@@ -236,23 +236,35 @@ def _key() -> Spec:
         {"from": low, "to": high, "share": (low + high) / 2, "strength": abs(low + high) / 2}
         for low, high in pairwise(edges)
     ]
-    axis = {"title": "share of the largest", "orient": "right", "values": [-1, 0, 1], "format": ".0%"}
+    least = "methods[method].least / methods[method].largest"
+    axis = {
+        "title": "share of the largest",
+        "orient": "right",
+        "values": [-1, 0, 1],
+        "labelExpr": f"datum.value ? (datum.value < 0 && {least} > 0 ? '' : datum.label) : format({least} || 0, '.0%')",
+        "format": ".0%",
+    }
     return {
         "width": 14,
         "height": 120,
         "data": {"values": values},
+        "transform": [{"filter": "datum.share > 0 || methods[method].least == 0"}],
         "mark": {"type": "rect", "aria": False},
-        "encoding": SHADE | {"y": {"field": "from", "type": "quantitative", "axis": axis}, "y2": {"field": "to"}},
+        "encoding": SHADE
+        | {
+            "y": {"field": "from", "type": "quantitative", "scale": {"domain": [-1, 1]}, "axis": axis},
+            "y2": {"field": "to"},
+        },
     }
 
 
 def _predictions(run: Snapshot, measured: SensitivityRecord) -> list[Prediction]:
-    """Every method's, and what trials show."""
-    found = []
+    """Every method's, and what trials show, as the page has room for."""
+    found: list[tuple[str, str, Sequence[float]]] = []
     for name, method in measured.methods.items():
         lowest, *_, highest = sorted(method.values)
         pairs = zip(method.values[lowest], method.values[highest], strict=True)
-        found.append(Prediction(name, method.unit, [low - high for low, high in pairs]))
+        found.append((name, method.unit, [low - high for low, high in pairs]))
     if not isinstance(run.effects, str):
-        found.append(Prediction(SHOWN_TRIALS, "nats", run.effects.values[min(run.effects.values)]))
-    return found
+        found.append((SHOWN_TRIALS, "nats", run.effects.values[min(run.effects.values)]))
+    return [Prediction(name, unit, [float(f"{rise:.4g}") for rise in rises]) for name, unit, rises in found]
