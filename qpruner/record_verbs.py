@@ -52,6 +52,11 @@ ALSO_CALLED = {"index": "trial", "origin": "from"}
 """Columns by their names in records and results.json."""
 MOST_LINES = 10
 """Trials under way, and trials that failed, that `status` lists; `trials` lists all."""
+WITHOUT_WORKER = {
+    "starting": "of them waiting for a worker process to start",
+    "waiting": "of them waiting for a machine",
+}
+"""Why trials that are under way are in no worker's hands, by the count of them."""
 MOST_WORDS = 12
 """Words of a column that `trials` tells where a condition on it holds for none; of plans there are more."""
 
@@ -97,7 +102,8 @@ def _search_lines(search: dict[str, Any] | None) -> list[str]:
         return []
     counts = ", ".join(f"{search[name]} {name}" for name in ("finished", "stopped", "failed", "running"))
     slots = f" on {counted(search['slots'], 'slot')}" if search["slots"] and search["running"] else ""
-    slots += f" ({search['waiting']} of them waiting for a machine)" if search["waiting"] else ""
+    without = [f"{search[name]} {why}" for name, why in WITHOUT_WORKER.items() if search[name]]
+    slots += f" ({', '.join(without)})" if without else ""
     left = "" if search["seconds_left"] is None else f"; about {duration(search['seconds_left'])} left"
     lines = [f"trials: {search['trials']} of {search['max_trials']}: {counts}{slots}{left}"]
     for name, best in (("best so far", search["best"]), (search["control_name"], search["best_control"])):

@@ -266,7 +266,7 @@ class TrialRecord(Recorded):
 
     @property
     def has_begun(self) -> bool:
-        """Whether a worker ever had it; before, it waits for a machine."""
+        """Whether a worker ever had it; before, one is started for it, or it waits for a machine."""
         return self.worker is not None or bool(self.rungs)
 
     @property
@@ -542,7 +542,7 @@ class StageState(Recorded):
     total: int | None = None
     """Steps of its own, where it tells them."""
     text: str = ""
-    """What it is about to do, or what came out."""
+    """What it is about to do, what its present steps are, or what came out."""
 
 
 class SearchState(Recorded):

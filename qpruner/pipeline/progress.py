@@ -80,10 +80,13 @@ class RunProgress:
             case events.SlotsFound(slots) if self._state.search:
                 search = self._state.search.model_copy(update={"slots": slots})
                 self._state = self._state.model_copy(update={"search": search})
-            case events.Progress(stage, done, total):
-                self._update(stage, {"done": done, "total": total})
+            case events.Progress(stage, done, total, detail):
+                self._update(stage, {"done": done, "total": total} | ({"text": detail} if detail else {}))
         is_small = isinstance(event, events.Progress | events.Message | events.TrialChanged | events.StepsSeen)
-        if self.is_told and (not is_small or time.monotonic() - self._written >= sign_seconds(self._run.root)):
+        begins_steps = isinstance(event, events.Progress) and event.done == 0
+        if self.is_told and (
+            not is_small or begins_steps or time.monotonic() - self._written >= sign_seconds(self._run.root)
+        ):
             self._write()
 
     @contextmanager

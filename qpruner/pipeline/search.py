@@ -49,6 +49,7 @@ if TYPE_CHECKING:
     from qpruner.search.tune import SearchJob
 
 
+FINALISTS = "scoring finalists on fresh rows"
 REMEDY = "mend the cause, delete the folders of those trials in the run's `trials`"
 """What to do when all trials failed and no word is known for the reason, or there are several."""
 
@@ -296,6 +297,7 @@ def _confirm(context: Context, finalists: Sequence[TrialRecord], job: SearchJob)
         threads = int(resources.get("cpu", 1))
         jobs.append(ConfirmationJob(context.worker_config, candidate, checkpoint, context.data, threads))
     found: dict[int, Confirmation] = {}
+    context.emit(Progress("search", 0, len(jobs), FINALISTS))
     for position, score in run_tasks(
         confirm_trial,
         jobs,
@@ -314,7 +316,7 @@ def _confirm(context: Context, finalists: Sequence[TrialRecord], job: SearchJob)
             taken_over=taken_over,
             **score.model_dump(),
         )
-        context.emit(Progress("search", len(found), len(jobs), "finalists on fresh rows"))
+        context.emit(Progress("search", len(found), len(jobs), FINALISTS))
     for _, each in sorted(found.items()):
         text = f"finalist: trial {each.index} ({each.origin}), selection loss {each.loss:.4f} (se {each.stderr:.4f})"
         if each.accuracy is not None:

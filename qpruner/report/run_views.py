@@ -140,7 +140,8 @@ def _search_status(run: RunView) -> dict[str, Any] | None:
     return {
         **search.model_dump(),
         **{name: now.count(name) for name in ("finished", "stopped", "failed", "running")},
-        "waiting": sum(1 for trial in now.running if not trial.has_begun),
+        "waiting": now.waiting,
+        "starting": now.starting,
         "trials": len(now.trials),
         "under_way": [trial_row(run, trial) for trial in now.running],
         "failures": [trial_row(run, trial) for trial in now.trials if trial.status == "failed"],

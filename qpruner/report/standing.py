@@ -22,6 +22,7 @@ class Standing:
         best_control: The finished control with the best score.
         seconds_left: An estimate from the mean time of the trials that are over; None before there is one, and where no
             trial runs: then the search has ended, maybe before all of its trials.
+        slots: Trials that machines have room for.
     """
 
     trials: tuple[TrialRecord, ...]
@@ -29,6 +30,7 @@ class Standing:
     best: TrialRecord | None
     best_control: TrialRecord | None
     seconds_left: float | None
+    slots: int
 
     def count(self, status: str) -> int:
         """Trials of this search with that status."""
@@ -38,6 +40,17 @@ class Standing:
     def running(self) -> list[TrialRecord]:
         """Trials under way."""
         return [trial for trial in self.trials if not trial.is_over]
+
+    @property
+    def waiting(self) -> int:
+        """Of these, how many no machine has room for."""
+        return sum(not trial.has_begun for trial in self.running) - self.starting
+
+    @property
+    def starting(self) -> int:
+        """How many have room, and no worker yet: its process is being started."""
+        begun = sum(trial.has_begun for trial in self.running)
+        return min(len(self.running) - begun, max(0, self.slots - begun))
 
 
 def standing(search: SearchState, records: Iterable[TrialRecord]) -> Standing:
@@ -60,6 +73,7 @@ def standing(search: SearchState, records: Iterable[TrialRecord]) -> Standing:
         best=best_of((trial for trial in finished if not trial.is_control), search.metric),
         best_control=best_of((trial for trial in finished if trial.is_control), search.metric),
         seconds_left=left,
+        slots=search.slots or 0,
     )
 
 

@@ -18,9 +18,12 @@ import yaml
 from click.testing import CliRunner, Result
 from made_records import made_confirmation
 from made_run import MadeRun
-from recorded_runs import DIGEST, GROUPS, recorded_run, trial, trials
+from recorded_runs import DIGEST, GROUPS, config_of, recorded_run, trial, trials
 
+from qpruner import events
 from qpruner.cli import main
+from qpruner.pipeline.progress import RunProgress
+from qpruner.pipeline.search import FINALISTS
 from qpruner.plan_file import read_plan
 from qpruner.records import BankRecord, EvalRecord, SearchRecord, TrialPulse, TrialRecord
 from qpruner.report import sections, table
@@ -97,12 +100,17 @@ def test_a_search_took_as_long_as_the_report_says(tmp_path: Path) -> None:
 
 
 def test_status_and_trials_show_where_trials_are_and_why_they_failed(run: Path) -> None:
-    """Trial 5 is past its only rung, and says so itself; trial 6 has a plan and no machine yet."""
+    """Trial 5 is past its only rung, and says so itself; trial 6 has a slot and no worker yet, trial 7 no slot."""
     folder = run / "trials" / DIGEST
     write_pulse(folder, 5, TrialPulse(node="a node", pid=1, step=3, beats=12, peak_memory_bytes=10**6))
     write_trial(folder, trial(6, "484844", [], status="running"))
     text = qpruner("status", run).stdout
-    assert "1 failed, 2 running on 2 slots (1 of them waiting for a machine)" in text
+    assert "1 failed, 2 running on 2 slots (1 of them waiting for a worker process to start); about" in text
+    write_trial(folder, trial(7, "484448", [], status="running"))
+    both = "1 of them waiting for a worker process to start, 1 of them waiting for a machine"
+    assert f"3 running on 2 slots ({both}); about" in qpruner("status", run).stdout
+    search = told("status", run)["search"]
+    assert (search["starting"], search["waiting"]) == (1, 1)
     assert "under way:     trial 5 (gp), step 3/8" in text
     assert "failed:        trial 4 (gp), diverged: TrainingDiverged: the loss is nan\n" in text
     assert "  remedy: lower `training.learning_rate`" in text
@@ -110,6 +118,18 @@ def test_status_and_trials_show_where_trials_are_and_why_they_failed(run: Path) 
     assert [rows[index]["step"] for index in (2, 4, 5, 6)] == [8, 0, 3, 0]
     assert [row["trial"] for row in told("trials", run, "--where", "failure=diverged")["trials"]] == [4]
     assert "TrainingDiverged: the loss is nan" in qpruner("trials", run).stdout
+
+
+def test_status_tells_that_finalists_are_scored_from_the_first_moment_on(tmp_path: Path) -> None:
+    """The trials are all over by then, and a finalist may take minutes."""
+    run, config = RunDir(tmp_path / "run"), config_of(tmp_path / "run")
+    progress = RunProgress(run, config, "report", "qpruner run config.yaml")
+    happened = [events.StageStarted("search", "20 trials"), events.Progress("search", 20, 20)]
+    with sole_driver(run.root, print):
+        for event in (*happened, events.Progress("search", 0, 3, FINALISTS)):
+            progress.listen(event)
+        [search] = [each for each in told("status", run.root)["stages"] if each["stage"] == "search"]
+    assert (search["steps"], search["text"]) == ("0/3", "scoring finalists on fresh rows")
 
 
 def test_every_way_to_fail_has_a_remedy() -> None:

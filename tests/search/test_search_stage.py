@@ -26,7 +26,7 @@ from qpruner.errors import StageError
 from qpruner.events import Event, Message, Progress, StepsSeen, TrialWithdrawn
 from qpruner.objects import CACHE
 from qpruner.pipeline import run
-from qpruner.pipeline.search import _best, _finalists, _front, non_dominated
+from qpruner.pipeline.search import FINALISTS, _best, _finalists, _front, non_dominated
 from qpruner.plan import Group, Layout, LinearShape, PlanSpace, PrecisionPlan
 from qpruner.records import Confirmation, RungResult, SearchRecord, TrialPulse, TrialRecord
 from qpruner.rundir import RunDir, folder_digests
@@ -884,8 +884,8 @@ def test_a_front_by_accuracy_holds_more_bytes_only_where_they_bring_something(ti
         raw = with_key(raw, key, value)
     found, events = go(raw)
     assert found.ended == "all 6 trials were spent (`search.max_trials`)"
-    finalists = [(each.done, each.total) for each in events if isinstance(each, Progress) and each.detail]
-    assert finalists == [(done, len(found.confirmations)) for done in range(1, len(found.confirmations) + 1)]
+    finalists = [(each.done, each.total) for each in events if isinstance(each, Progress) and each.detail == FINALISTS]
+    assert finalists == [(done, len(found.confirmations)) for done in range(len(found.confirmations) + 1)]
     sizes, accuracies = zip(*((point.plan_bytes, point.accuracy) for point in found.front), strict=True)
     assert list(sizes) == sorted(set(sizes)) and sizes[-1] <= found.budget_bytes
     assert list(accuracies) == sorted(set(accuracies))
