@@ -30,6 +30,7 @@ from qpruner.report.recorded import read_results
 from qpruner.report.standing import Standing, bar, best_so_far, control_name, in_order_of_end, score, standing
 from qpruner.report.table import SEARCHED
 from qpruner.rundir import STATE, RunDir
+from qpruner.runlock import driver_of
 from qpruner.search.trial_records import read_pulse, read_trials
 from qpruner.wording import counted
 
@@ -79,11 +80,15 @@ def view(root: str | Path) -> RunView:
     """Look at a run folder.
 
     Raises:
-        UserError: If it is none.
+        UserError: If it is none, or none yet.
     """
     run_dir = RunDir(root, create=False)
     life = read_life(run_dir)
     if life is None:
+        driver = driver_of(run_dir.root)
+        if driver and driver.state == "alive":
+            process = f"process {driver.holder.pid} on {driver.holder.host}, since {driver.holder.since}"
+            raise UserError(f"{root} has no {STATE} yet: a command is starting there ({process}); look again soon")
         raise UserError(
             f"{root} is no run folder, it has no {STATE}: name the `output` of a configuration that `qpruner run` was "
             "given"

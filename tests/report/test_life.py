@@ -127,6 +127,19 @@ def test_a_driver_that_has_just_begun_is_told_of_before_its_first_stage(tmp_path
     assert "cut off" in stage_line(lines)
 
 
+def test_a_first_command_that_has_begun_no_stage_is_told_of(tmp_path: Path) -> None:
+    """It holds the folder, and looks at the cluster and the model before it writes `run.json`."""
+    root = tmp_path / "run"
+    root.mkdir()
+    with sole_driver(root, print):
+        said = CliRunner().invoke(main, ["status", str(root)])
+        assert said.exit_code == 2
+        assert f"has no run.json yet: a command is starting there (process {os.getpid()} on " in said.stderr
+    lock_of = this_process().model_copy(update={"started": 1})
+    (root / NAME).write_text(lock_of.model_dump_json())
+    assert "is no run folder" in CliRunner().invoke(main, ["status", str(root)]).stderr, "that process is dead"
+
+
 def test_a_driver_that_ends_or_takes_the_run_in_that_instant_is_not_called_cut_off(tmp_path: Path) -> None:
     """The lock that is empty for a moment, and the state that is written a moment after it was read."""
     root = recorded_run(tmp_path / "run")
