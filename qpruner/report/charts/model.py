@@ -241,6 +241,9 @@ def _key() -> Spec:
         "title": "share of the largest",
         "orient": "right",
         "values": [-1, 0, 1],
+        "domain": False,
+        "ticks": False,
+        "grid": False,
         "labelExpr": f"datum.value ? (datum.value < 0 && {least} > 0 ? '' : datum.label) : format({least} || 0, '.0%')",
         "format": ".0%",
     }
