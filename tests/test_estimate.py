@@ -202,7 +202,7 @@ def test_gpu_hours_count_what_a_trial_holds(
     """Half a GPU is half as fast, two are paid for and no faster."""
     done = {"prune": 1.0}
     config = validate_config(raw)
-    slot = work.hours(config, inspection, RATES, 2, done)
+    slot = work.hours(config, inspection, RATES, 2, done, has_gpus=True)
     told = estimate.facts(config, inspection, RATES, 2, done, gpus)["hours"]
     assert told["wall"] == pytest.approx(slot.wall / pace)
     for name in ("total", "done", "at_most"):

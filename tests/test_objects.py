@@ -44,6 +44,7 @@ from qpruner.rundir import (
     send_file,
     write_json,
     write_sign,
+    write_text,
 )
 from qpruner.runlock import NAME, Holder, driver_of, sole_driver, this_process
 
@@ -523,7 +524,7 @@ def test_the_second_driver_at_a_uri_is_refused_and_a_dead_one_is_not_waited_for(
         pass
     assert not store.keys(key_of(run.root)), "who is done leaves no lock"
     dead = this_process().model_copy(update={"started": 1})
-    write_json(run.root / NAME, dead)
+    write_text(run.root / NAME, dead.model_dump_json())
     with sole_driver(run.root, told.append):
         pass
     assert told == [f"taking over from process {os.getpid()} on {socket.gethostname()}: that process is dead"]
@@ -578,7 +579,7 @@ def test_who_lost_the_run_at_a_uri_ends_at_the_next_heartbeat(run: RunDir, handl
     with subprocess.Popen([sys.executable, "-c", program, run.place], stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout and process.stdout.readline() == "held\n"
         other = this_process().model_copy(update={"host": "gpu-7"})
-        write_json(run.root / NAME, other)
+        write_text(run.root / NAME, other.model_dump_json())
         assert process.stdout.readline() == f"process {os.getpid()} on gpu-7 took this run over\n"
         assert process.wait(timeout=20) == code
     assert read_json(run.root / NAME, Holder) == other, "the lock of who took it over is left alone"

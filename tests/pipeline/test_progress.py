@@ -17,6 +17,8 @@ from qpruner.errors import UserError
 from qpruner.events import Event, Message, Progress, StageSkipped
 from qpruner.pipeline import run
 from qpruner.pipeline.progress import PACKAGES, _cpu_model, _environment
+from qpruner.records import RunState
+from qpruner.rundir import RunDir
 
 
 def ignore(event: Event) -> None:
@@ -111,10 +113,13 @@ def test_a_command_that_finds_everything_recorded_says_that_it_is_done(tiny_mode
 
 
 def test_commands_that_were_cut_off_are_counted(tiny_model: Path, tmp_path: Path) -> None:
-    raw, told = raw_config(tiny_model, tmp_path / "run"), tmp_path / "run" / "run.json"
+    raw, folder = raw_config(tiny_model, tmp_path / "run"), RunDir(tmp_path / "run")
+    told = tmp_path / "run" / "run.json"
     run(validate_config(raw), ignore, until="prepare")
     for number, outcome in enumerate(("running", "interrupted"), start=1):  # as a killed command leaves it, and Ctrl-C
-        told.write_text(told.read_text().replace('"outcome": "done"', f'"outcome": "{outcome}"'))
+        state = folder.read_state(RunState)
+        assert state and state.outcome == "done"
+        folder.write_state(state.model_copy(update={"outcome": outcome}))
         run(validate_config(raw), ignore, until="prepare")
         assert json.loads(told.read_text())["resumed"] == number
     run(validate_config(raw), ignore, until="prepare")
