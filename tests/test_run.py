@@ -47,6 +47,7 @@ NOT_COMPARED = {
     "inference_memory_bytes",
     "prefill_tokens_per_second",
     "decode_tokens_per_second",
+    "begun",
     "record_digest",
 }
 """What may differ between two runs of one configuration: times, memory, folders, that it was resumed, and so digests of
