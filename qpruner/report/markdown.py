@@ -24,7 +24,9 @@ def render(run: Snapshot, charts: Sequence[Chart], pictures: str, config: str) -
     """
     # Longer than any run of backticks in the configuration.
     fence = "`" * max([3, *(len(ticks) + 1 for ticks in re.findall("`+", config))])
-    lines = [f"# qpruner: {prose(run.name)}", "", *([] if run.is_whole else [prose(run.standing), ""])]
+    lines = [f"# qpruner: {prose(run.name)}", ""]
+    if run.state.resumed or not run.is_whole:
+        lines += [prose(run.standing), ""]
     lines += [run.missing, ""] if run.missing else []
     if run.is_whole:
         lines += [*_final_table(run), *_shown(charts, "quality", pictures)]
