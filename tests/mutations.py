@@ -232,8 +232,8 @@ MUTATIONS = {
     ),
     "a recorded search goes without a trial whose record is damaged": Mutation(
         "qpruner/pipeline/search.py",
-        "    if not all(trial.is_over for trial in own):\n",
-        "    if False:\n",
+        "if not all(trial.is_over for trial in own) and matching(context.run_dir, stage, SearchRecord):",
+        "if False:",
         f"{SEARCH}::test_a_trial_whose_record_is_damaged_after_the_search_is_run_again",
     ),
     "a finalist's damaged checkpoint is confirmed": Mutation(

@@ -7,6 +7,7 @@ another budget starts from what the last one left.
 
 from __future__ import annotations
 
+import contextlib
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
@@ -14,11 +15,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qpruner.candidates import Candidate, ConfirmationJob, confirm_trial
-from qpruner.errors import StageError
+from qpruner.errors import CorruptFile, StageError
 from qpruner.events import Message, Progress, SearchPlanned
 from qpruner.execution.room import Room
 from qpruner.pipeline.context import Context
-from qpruner.pipeline.stage import Stage, run_stage
+from qpruner.pipeline.stage import Stage, matching, run_stage
 from qpruner.plan import PrecisionPlan
 from qpruner.records import (
     GIVEN,
@@ -75,8 +76,9 @@ def search(context: Context, banked: BankRecord, measured: SensitivityRecord) ->
     set_aside_damaged(context.run_dir.trials / trials_digest, search_digest, tell)
     recorded = read_trials(context.run_dir.trials / trials_digest)
     own = [trial for trial in recorded if trial.search == search_digest][: settings.max_trials]
-    if not all(trial.is_over for trial in own):
-        context.run_dir.forget("search")  # of a search that is recorded they were, before a record was damaged
+    with contextlib.suppress(CorruptFile):  # which the stage meets, too
+        if not all(trial.is_over for trial in own) and matching(context.run_dir, stage, SearchRecord):
+            context.run_dir.forget("search")  # all of them were over, before a trial's record was damaged
     context.emit(SearchPlanned(state, tuple(recorded), measured))
 
     def work(scratch: Path) -> dict[str, Any]:
