@@ -263,6 +263,7 @@ def test_work_goes_on_elsewhere_however_many_machines_go(place: str, tmp_path: P
 
     with raylets(1, num_gpus=1) as cluster, ThreadPoolExecutor(1) as thread:
         cluster.cluster._shutdown_at_exit = False  # by a handler of signals, which only the main thread may set
+        disconnect()  # what tests before it have joined
         connect(cluster.address)
         try:
             taking = thread.submit(take_machines_away)
