@@ -1,6 +1,6 @@
 """What does the orchestrator cost? A real search on one raylet and on two, and 2,000 trials that do nothing.
 
-    .venv/bin/qpruner run tune_configs/demo_smollm2_cpu.yaml --until sensitivity
+    .venv/bin/qpruner sensitivity tune_configs/demo_smollm2_cpu.yaml
     .venv/bin/python benchmarks/scaling.py runs/demo --config tune_configs/demo_smollm2_cpu.yaml
 
 The real search has the same plans on one raylet and on two of one core each, and no ASHA; beside it the same trials in

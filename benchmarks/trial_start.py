@@ -1,6 +1,6 @@
 """How long a trial takes to start: from scratch, from the bank, and from the bank in a worker that has run a trial.
 
-    .venv/bin/python benchmarks/trial_start.py RUN --config CONFIG      # after qpruner run CONFIG --until bank
+    .venv/bin/python benchmarks/trial_start.py RUN --config CONFIG      # after qpruner bank CONFIG
 
 From scratch is load, quantize, LoftQ and adapters, as every trial of a search without a bank does it. Every repeat is
 two processes of its own, one from scratch and one from the bank, in turns, the libraries imported before and the files

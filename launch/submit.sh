@@ -24,7 +24,7 @@ run ray rsync-up "$cluster" "$given" "qpruner/tune_configs/$name"
 if [ -n "$attached" ]; then
   run ray submit "$cluster" "$repository/launch/search.py" -- "${quoted[@]}"
 else
-  job=${name%.*}-$(date -u +%Y%m%d-%H%M%S)
+  job=$(printf %s "${name%.*}" | tr -c "A-Za-z0-9._-" -)-$(date -u +%Y%m%d-%H%M%S)
   # Through ssh, so that the job server need not listen anywhere but on the head's loopback.
   run ray exec "$cluster" \
     "ray job submit --no-wait --submission-id $job -- python \$HOME/qpruner/launch/search.py ${quoted[*]}"

@@ -54,8 +54,8 @@ def test_the_head_settles_versions_and_token_and_both_travel(path: Path) -> None
     versions, token = config["cluster_synced_files"]
     assert f"> {versions}" in head
     assert f"PIP_CONSTRAINT={versions} bash ~/qpruner/launch/setup.sh cluster" in worker
-    assert f"chmod 600 {token}" in head
-    assert "get-auth-token" not in worker
+    assert "umask 077; ray get-auth-token --generate" in head, "readable by its owner alone from its first moment"
+    assert token == "~/.ray/auth_token" and "get-auth-token" not in worker
     assert "RAY_AUTH_MODE=token" in (ROOT / "launch" / "node_env.sh").read_text()
     assert "source ~/qpruner/launch/node_env.sh" in head and "source ~/qpruner/launch/node_env.sh" in worker
 

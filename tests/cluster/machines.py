@@ -55,14 +55,25 @@ def skip_where_impossible(*tools: str) -> None:
         pytest.skip(f"this machine lacks {', '.join(missing)}")
 
 
-def link_environment(folder: Path) -> None:
-    """Make `folder/.venv` what `launch/setup.sh cluster` makes there, out of the environment that runs this test."""
+def frozen_versions() -> bytes:
+    """What a head writes to `versions.txt`, as its setup commands do, in the environment that runs this test."""
+    freeze = [sys.executable, "-m", "pip", "freeze", "--exclude-editable"]
+    return subprocess.run(freeze, check=True, capture_output=True).stdout
+
+
+def link_environment(folder: Path, constraints: bytes = b"") -> None:
+    """Make `folder/.venv` what `launch/setup.sh cluster` makes there, out of the environment that runs this test.
+
+    Args:
+        folder: The checkout.
+        constraints: Content of the file that `PIP_CONSTRAINT` names there: a worker's `versions.txt`.
+    """
     venv = folder / ".venv"
     venv.mkdir(parents=True)
     for name in ("bin", "lib"):
         (venv / name).symlink_to(Path(sys.prefix) / name)
     shutil.copy(Path(sys.prefix) / "pyvenv.cfg", venv)
-    wanted = hashlib.sha256((ROOT / "pyproject.toml").read_bytes() + b"cluster ").hexdigest()
+    wanted = hashlib.sha256((ROOT / "pyproject.toml").read_bytes() + constraints + b"cluster ").hexdigest()
     (venv / "qpruner-installed-cluster").write_text(wanted)
 
 

@@ -17,7 +17,17 @@ from pathlib import Path
 
 import psutil
 import pytest
-from machines import ROOT, SSH, Machines, link_environment, skip_where_impossible, small_config, trials_of, wait_for
+from machines import (
+    ROOT,
+    SSH,
+    Machines,
+    frozen_versions,
+    link_environment,
+    skip_where_impossible,
+    small_config,
+    trials_of,
+    wait_for,
+)
 
 pytestmark = pytest.mark.cluster
 
@@ -65,8 +75,10 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     visible = [tmp_path_factory.getbasetemp(), ROOT, Path(sys.prefix), Path(sys.base_prefix)]
     machines = Machines(folder / "machines", visible, num_hosts=1 + NUM_WORKERS)
     try:
+        versions = frozen_versions()
         for host in machines.hosts:
-            link_environment(host.home / "qpruner")
+            is_head = host is machines.hosts[0]
+            link_environment(host.home / "qpruner", b"" if is_head else versions)
             (host.home / ".profile").write_text(
                 f"export PATH={sys.prefix}/bin:$PATH PYTHONPATH=/root/qpruner HF_HUB_OFFLINE=1 {BUSY}\n"
             )
