@@ -21,7 +21,7 @@ from qpruner.errors import OutOfMemory, UserError
 from qpruner.pipeline.compress import telling
 from qpruner.rundir import STATE
 from qpruner.talk import WHICH, Answer, Sampling, Shelf, Source, sources
-from qpruner.terminal import Terminal
+from qpruner.terminal import Terminal, can_redraw
 
 COLUMN = 36
 """Characters that a column needs."""
@@ -130,7 +130,7 @@ def _answers(
 def view(console: Console, names: Sequence[str]) -> Iterator[Callable[[str, str], None]]:
     """A place for what models say at a time; gives a function that takes a model's name and its next piece of text."""
     texts = dict.fromkeys(names, "")
-    if 1 < len(names) <= console.width // COLUMN and console.is_terminal:
+    if 1 < len(names) <= console.width // COLUMN and can_redraw(console):
 
         def add(name: str, piece: str) -> None:
             texts[name] += printable(piece)

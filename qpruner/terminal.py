@@ -43,6 +43,12 @@ LEAST_TEXT = 12
 """Characters that a column of text keeps when it folds."""
 
 
+def can_redraw(console: Console) -> bool:
+    """Whether what was drawn there can be drawn over: a terminal, whatever `FORCE_COLOR` makes rich believe of a pipe,
+    and one that moves its cursor."""
+    return console.file.isatty() and console.is_terminal and not console.is_dumb_terminal
+
+
 class Terminal:
     """Prints events; `NO_COLOR` is honoured by rich.
 
@@ -72,7 +78,7 @@ class Terminal:
             speed_estimate_period=PACE_SECONDS,
         )
         self._live: Live | None = None
-        if self._console.is_terminal and not quiet:
+        if can_redraw(self._console) and not quiet:
             self._live = Live(
                 get_renderable=self._view,
                 console=self._console,

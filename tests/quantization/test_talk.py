@@ -284,21 +284,29 @@ def test_a_pickled_adapter_is_not_read(run: Path, tmp_path: Path) -> None:
         sources(folder, ())
 
 
-def shown(width: int, **options: Any) -> str:
+class ATerminal(io.StringIO):
+    """A file that says that it is a terminal."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+def shown(width: int, file: io.StringIO, **variables: str) -> str:
     """What two models say, as a console of that width has it."""
-    console = Console(file=io.StringIO(), width=width, **options)
+    console = Console(file=file, width=width, _environ={"TERM": "xterm", **variables})
     with view(console, ["base", "final"]) as say:
         for name, piece in (("base", "one "), ("base", "two"), ("final", "three\x1b[2J")):
             say(name, piece)
-    assert isinstance(console.file, io.StringIO)
-    return console.file.getvalue()
+    return file.getvalue()
 
 
 def test_columns_where_the_terminal_is_wide_enough() -> None:
-    wide, narrow, piped = shown(80, force_terminal=True), shown(60, force_terminal=True), shown(200)
+    wide, narrow, piped = shown(80, ATerminal()), shown(60, ATerminal()), shown(200, io.StringIO())
     assert any("one two" in line and "three" in line for line in wide.splitlines())
     assert piped == "[base]\none two\n[final]\nthree\ufffd[2J\n"
     assert narrow == piped
+    assert shown(200, io.StringIO(), FORCE_COLOR="1") == piped
+    assert shown(200, ATerminal(), TERM="dumb") == piped
     assert "\x1b[2J" not in wide and "\ufffd[2J" in wide
 
 

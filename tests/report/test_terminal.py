@@ -108,15 +108,27 @@ def test_a_quiet_terminal_shows_nothing() -> None:
     assert on_a_terminal("quiet") == ""
 
 
-def test_a_pipe_gets_plain_lines_and_every_rung() -> None:
+PLAIN_LINES = [
+    "[prepare] already recorded: 48 rows",
+    "[search] 20 trials ...",
+    "[search] trial   5 [844484] 32.0 MB step 2/8 loss 3.1000 (gp)",
+    "[search] trial   3 [448844] 32.0 MB step 2/8 loss 3.5000 (gp), stopped",
+]
+
+
+@pytest.mark.parametrize("variables", [{}, {"FORCE_COLOR": "1"}, {"TTY_COMPATIBLE": "1"}])
+def test_a_pipe_gets_plain_lines_and_every_rung(variables: dict[str, str]) -> None:
+    """Whatever the environment says of colours: what reads the last line reads JSON."""
     command = [sys.executable, "-c", TELL, str(TESTS), str(TESTS.parent)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
-    assert done.stdout.splitlines() == [
-        "[prepare] already recorded: 48 rows",
-        "[search] 20 trials ...",
-        "[search] trial   5 [844484] 32.0 MB step 2/8 loss 3.1000 (gp)",
-        "[search] trial   3 [448844] 32.0 MB step 2/8 loss 3.5000 (gp), stopped",
-    ]
+    environment = {**os.environ, **variables}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout.splitlines() == PLAIN_LINES
+
+
+@pytest.mark.parametrize("others", [{}, {"FORCE_COLOR": "1"}])
+def test_a_terminal_that_cannot_move_its_cursor_gets_the_lines_of_a_pipe(others: dict[str, str]) -> None:
+    """rich draws no live part there."""
+    assert on_a_terminal(TERM="dumb", **others).splitlines() == PLAIN_LINES
 
 
 def test_a_pipe_is_told_now_and_then_how_far_a_long_step_is(
