@@ -61,7 +61,7 @@ class Terminal:
         # Where nobody sees a window's edge, lines and tables are not folded at 80 columns.
         self._is_plain = not (sys.stderr if stderr else sys.stdout).isatty()
         width = PLAIN_WIDTH if self._is_plain else None
-        self._console = Console(highlight=False, soft_wrap=True, width=width, stderr=stderr)
+        self._console = Console(highlight=False, emoji=False, soft_wrap=True, width=width, stderr=stderr)
         self._quiet = quiet
         self._bars: dict[str, TaskID] = {}
         self._stages: dict[str, float | str] = {}
@@ -69,7 +69,7 @@ class Terminal:
         self._last_line = time.monotonic()
         self._search: SearchView | None = None
         self._progress = Progress(
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(),
             MofNCompleteColumn(),
             _TimeTaken(),

@@ -152,6 +152,15 @@ def live_part(terminal: Terminal) -> str:
     return console.export_text()
 
 
+def test_what_is_told_stays_as_it_is(capsys: pytest.CaptureFixture[str]) -> None:
+    """rich has pictures for words between colons, and takes words in brackets for styles."""
+    terminal, told = Terminal(quiet=False), "kernels.cpp:100: no [bold] room"
+    terminal.emit(events.StageStarted("bank", told))
+    terminal.emit(events.Progress("bank", 1, 2, told))
+    assert capsys.readouterr().out == f"[bank] {told} ...\n"
+    assert f"bank {told} " in live_part(terminal)
+
+
 def test_a_bar_tells_the_time_left_of_slow_steps_and_of_each_thing_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [0.0]
     monkeypatch.setattr("rich.console.monotonic", lambda: now[0])
