@@ -658,6 +658,11 @@ class _UniqueKeyLoader(yaml.SafeLoader):
         return super().construct_mapping(node, deep=deep)
 
 
+def parse_yaml(text: str) -> Any:
+    """What a YAML or JSON text holds; raises `yaml.YAMLError`, also where a key is given twice."""
+    return yaml.load(text, Loader=_UniqueKeyLoader)  # noqa: S506 (a SafeLoader)
+
+
 def load_config(path: Path, overrides: list[str] | None = None) -> RunConfig:
     """Read and validate a configuration file.
 
@@ -676,7 +681,7 @@ def load_config(path: Path, overrides: list[str] | None = None) -> RunConfig:
     if not path.is_file():
         raise UserError(f"configuration file {path} does not exist; see tune_configs/ for complete examples")
     try:
-        raw = yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeyLoader)  # noqa: S506 (a SafeLoader)
+        raw = parse_yaml(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(_explain_yaml(path, error)) from error
     if not isinstance(raw, dict):

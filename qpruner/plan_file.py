@@ -9,6 +9,7 @@ from typing import Any
 
 import yaml
 
+from qpruner.config import parse_yaml
 from qpruner.errors import PlanRefused
 from qpruner.plan import PrecisionPlan
 
@@ -25,7 +26,7 @@ def read_plan(path: Path, groups: Sequence[str], levels: Sequence[int]) -> Preci
         PlanRefused: With every problem found.
     """
     try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+        raw = parse_yaml(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise PlanRefused(f"{path} does not exist; `qpruner plan RUN > {path.name}` makes one") from error
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
@@ -38,7 +39,7 @@ def read_plan(path: Path, groups: Sequence[str], levels: Sequence[int]) -> Preci
     problems = [*_about_groups(bits, groups), *_about_bits(bits, groups, levels)]
     if problems:
         raise PlanRefused(f"{path} is no plan for this model:\n" + "\n".join(f"  - {p}" for p in problems))
-    return PrecisionPlan(tuple(groups), tuple(bits[group] for group in groups))
+    return PrecisionPlan(tuple(groups), tuple(int(bits[group]) for group in groups))
 
 
 def check_affordable(path: Path, plan_bytes: int, budget_bytes: int) -> None:

@@ -22,6 +22,7 @@ from recorded_runs import DIGEST, GROUPS, config_of, recorded_run, trial, trials
 
 from qpruner import events
 from qpruner.cli import main
+from qpruner.errors import PlanRefused
 from qpruner.pipeline.progress import RunProgress
 from qpruner.pipeline.search import FINALISTS
 from qpruner.plan_file import read_plan
@@ -323,6 +324,21 @@ def test_a_plan_that_is_none_for_the_model_is_refused(tmp_path: Path, plan: obje
     with pytest.raises(UserError) as error:
         read_plan(file, GROUPS, (4, 8))
     assert problem in str(error.value)
+
+
+def test_a_group_named_twice_is_refused_with_its_line(tmp_path: Path) -> None:
+    """YAML would take the last, and say nothing."""
+    file = tmp_path / "plan.yaml"
+    file.write_text("".join(f"{group}: 8\n" for group in GROUPS) + "layers.0: 4\n")
+    with pytest.raises(PlanRefused, match=r"key `layers.0` is given twice\s.*line 7"):
+        read_plan(file, GROUPS, (4, 8))
+
+
+def test_bits_are_whole_numbers_however_they_are_written(tmp_path: Path) -> None:
+    """As those of a configuration are: they name files of the bank."""
+    file = tmp_path / "plan.yaml"
+    file.write_text("".join(f"{group}: 8.0\n" for group in GROUPS))
+    assert [repr(bits) for bits in read_plan(file, GROUPS, (4, 8)).bits] == ["8"] * len(GROUPS)
 
 
 def test_a_damaged_record_says_what_to_do(run: Path) -> None:
