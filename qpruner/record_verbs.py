@@ -72,7 +72,8 @@ def status(run: str | Path, as_json: bool) -> dict[str, Any]:
             for each in facts["stages"]
         ]
         terminal.table(("stage", "state", "time", "steps", ""), rows)
-        for line in _search_lines(facts["search"]):
+        is_running = facts["outcome"] == life.RUNNING and facts["has_begun"]
+        for line in _search_lines(facts["search"], is_running) if facts["search"] else ():
             terminal.say(line)
     return {"status": "ok", **facts}
 
@@ -97,25 +98,31 @@ def _headline(facts: dict[str, Any]) -> str:
     return f"{told}, in {facts['folder']}: {facts['command']}"
 
 
-def _search_lines(search: dict[str, Any] | None) -> list[str]:
-    if search is None:
-        return []
-    counts = ", ".join(f"{search[name]} {name}" for name in ("finished", "stopped", "failed", "running"))
-    slots = f" on {counted(search['slots'], 'slot')}" if search["slots"] and search["running"] else ""
-    without = [f"{search[name]} {why}" for name, why in WITHOUT_WORKER.items() if search[name]]
-    slots += f" ({', '.join(without)})" if without else ""
+def _search_lines(search: dict[str, Any], is_running: bool) -> list[str]:
+    counts = ", ".join(f"{search[name]} {name}" for name in ("finished", "stopped", "failed"))
+    begun = f", {search['running']} begun" if search["running"] else ""
+    under_way = f", {search['running']} running{_slots(search)}" if is_running else begun
     left = "" if search["seconds_left"] is None else f"; about {duration(search['seconds_left'])} left"
-    lines = [f"trials: {search['trials']} of {search['max_trials']}: {counts}{slots}{left}"]
+    left += " once it goes on" if left and not is_running else ""
+    lines = [f"trials: {search['trials']} of {search['max_trials']}: {counts}{under_way}{left}"]
     for name, best in (("best so far", search["best"]), (search["control_name"], search["best_control"])):
         if best:
             reached = f"{FIGURES[search['metric']]} {best[search['metric']]:.4f}"
             size = f"{best['bytes'] / 1e6:.1f} MB"
             lines.append(f"{name + ':':<15}{reached}, trial {best['trial']} ({best['from']}), {size} [{best['plan']}]")
-    lines += _told([_under_way(each, search["steps"]) for each in search["under_way"]])
+    word = "under way:" if is_running else "begun:"
+    lines += _told([f"{word:<15}{_under_way(each, search['steps'])}" for each in search["under_way"]])
     lines += _told([_failed(each) for each in search["failures"]])
     if search["winner"] is not None:
         lines.append(_winner(search))
     return lines
+
+
+def _slots(search: dict[str, Any]) -> str:
+    """Where the trials under way are."""
+    slots = f" on {counted(search['slots'], 'slot')}" if search["slots"] and search["running"] else ""
+    without = [f"{search[name]} {why}" for name, why in WITHOUT_WORKER.items() if search[name]]
+    return slots + (f" ({', '.join(without)})" if without else "")
 
 
 def _winner(search: dict[str, Any]) -> str:
@@ -134,7 +141,7 @@ def _told(lines: list[str]) -> list[str]:
 
 
 def _under_way(trial: dict[str, Any], steps: int) -> str:
-    return f"under way:     trial {trial['trial']} ({trial['from']}), step {trial['step']}/{steps}"
+    return f"trial {trial['trial']} ({trial['from']}), step {trial['step']}/{steps}"
 
 
 def _failed(trial: dict[str, Any]) -> str:

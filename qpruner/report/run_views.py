@@ -145,8 +145,9 @@ def _search_status(run: RunView) -> dict[str, Any] | None:
     return {
         **search.model_dump(),
         **{name: now.count(name) for name in ("finished", "stopped", "failed", "running")},
-        "waiting": now.waiting,
-        "starting": now.starting,
+        # What the command left unfinished when it ended waits for nothing.
+        "waiting": now.waiting if run.life.outcome == RUNNING else 0,
+        "starting": now.starting if run.life.outcome == RUNNING else 0,
         "trials": len(now.trials),
         "under_way": [trial_row(run, trial) for trial in now.running],
         "failures": [trial_row(run, trial) for trial in now.trials if trial.status == "failed"],

@@ -80,6 +80,8 @@ STAGE_LEGEND = (
     "the others in all commands whose results stand."
 )
 STATUSES = {"finished": "finished", "stopped": "stopped early", "failed": "failed", "running": "running"}
+BEGUN = "begun"
+"""The status, in words, of a trial that no command works on: the next one goes on with it."""
 STATES = {"done": "done", "recorded": "recorded before", "running": "begun"}
 
 Table = tuple[str, tuple[str, ...], list[tuple[str, ...]]]
@@ -223,11 +225,17 @@ def search_text(search: SearchRecord) -> list[str]:
     return [told, f"On fresh rows trial {search.best_index} ({search.best_origin}) was best, {outcome}."]
 
 
+def statuses(run: Snapshot) -> dict[str, str]:
+    """Every status of a trial in words."""
+    return STATUSES if run.is_running else {**STATUSES, "running": BEGUN}
+
+
 def unfinished_search_text(run: Snapshot) -> list[str]:
     """How far a search came that has no record yet."""
     assert run.state.search
-    counts = {status: sum(trial.status == status for trial in run.own_trials) for status in STATUSES}
-    told = ", ".join(f"{count} {word}" for status, word in STATUSES.items() if (count := counts[status]))
+    words = statuses(run)
+    counts = {status: sum(trial.status == status for trial in run.own_trials) for status in words}
+    told = ", ".join(f"{count} {word}" for status, word in words.items() if (count := counts[status]))
     of_all = f"{len(run.own_trials)} of {counted(run.state.search.max_trials, 'trial')}"
     budget = f"budget {run.state.search.budget_bytes / 1e6:.1f} MB"
     lines = [f"{of_all} so far, {budget}: {told or 'none yet'}."]

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from qpruner.errors import UserError
 from qpruner.plan import PrecisionPlan
 from qpruner.records import GIVEN, Results, RunState, TrialRecord
-from qpruner.report.life import Life, read_life
+from qpruner.report.life import RUNNING, Life, read_life
 from qpruner.report.marginal_effects import MarginalEffects, marginal_effects
 from qpruner.report.recorded import KINDS, read_results
 from qpruner.report.standing import FIGURES, best_of, shown_together
@@ -112,6 +112,11 @@ class Snapshot:
         from qpruner.report.page import notebook_view
 
         return notebook_view(self)
+
+    @property
+    def is_running(self) -> bool:
+        """Whether the latest command still works on it: else its trials have begun, and none of them runs."""
+        return Life(self.state, self.driver).outcome == RUNNING
 
     @property
     def at_work(self) -> str | None:

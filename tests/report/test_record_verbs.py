@@ -26,9 +26,10 @@ from qpruner.errors import PlanRefused
 from qpruner.pipeline.progress import RunProgress
 from qpruner.pipeline.search import FINALISTS
 from qpruner.plan_file import read_plan
-from qpruner.records import BankRecord, EvalRecord, SearchRecord, TrialPulse, TrialRecord
+from qpruner.records import BankRecord, EvalRecord, RunState, SearchRecord, TrialPulse, TrialRecord
 from qpruner.report import sections, table
 from qpruner.report.lines import duration
+from qpruner.report.page import render
 from qpruner.report.snapshot import read_snapshot
 from qpruner.rundir import RunDir
 from qpruner.runlock import sole_driver
@@ -80,7 +81,7 @@ def test_status_names_the_winner_and_no_other_best_than_while_it_was_searched(tm
         return text[text.index("best so far:") :].splitlines()
 
     names = [line.partition(":")[0] for line in lines()]
-    assert names == ["best so far", "best control", "under way", "failed", "  remedy", "winner"]
+    assert names == ["best so far", "best control", "begun", "failed", "  remedy", "winner"]
     assert lines()[-1] == "winner:        selection loss 2.9500, trial 2 (gp); `qpruner plan` prints its plan"
     control = made_confirmation(1, "seed-kl", 2.9)
     search_of(run, best_index=1, best_origin="seed-kl", control_won=True, confirmations=(control,))
@@ -119,6 +120,34 @@ def test_status_and_trials_show_where_trials_are_and_why_they_failed(run: Path) 
     assert [rows[index]["step"] for index in (2, 4, 5, 6)] == [8, 0, 3, 0]
     assert [row["trial"] for row in told("trials", run, "--where", "failure=diverged")["trials"]] == [4]
     assert "TrainingDiverged: the loss is nan" in qpruner("trials", run).stdout
+
+
+@pytest.mark.parametrize("outcome", ["interrupted", "failed", "running"])
+def test_trials_of_a_command_that_has_ended_are_begun_and_wait_for_nothing(tmp_path: Path, outcome: str) -> None:
+    """Ended by a person, by an error or, as `running` says without a driver, by a kill; the next command is not there
+    before it has begun a stage."""
+    run = recorded_run(tmp_path / "run", pid=2**22 + 1)
+    folder = RunDir(run)
+    state = folder.read_state(RunState)
+    assert state
+    folder.write_state(state.model_copy(update={"outcome": outcome}))
+    write_trial(run / "trials" / DIGEST, trial(6, "484844", [], status="running"))
+
+    def check() -> None:
+        lines = qpruner("status", run).stdout.splitlines()
+        trials = "trials: 7 of 20: 3 finished, 1 stopped, 1 failed, 2 begun; about 15 min 00 s left once it goes on"
+        assert trials in lines
+        assert "begun:         trial 5 (gp), step 2/8" in lines
+        assert not any("under way" in line or "waiting for" in line for line in lines)
+        search = told("status", run)["search"]
+        assert (search["starting"], search["waiting"]) == (0, 0)
+        snapshot = read_snapshot(RunDir(run))
+        assert sections.unfinished_search_text(snapshot)[0].endswith("1 failed, 2 begun.")
+        assert '<option value="running">begun</option>' in render(snapshot, [], "")
+
+    check()
+    with sole_driver(run, print):
+        check()
 
 
 def test_status_tells_that_finalists_are_scored_from_the_first_moment_on(tmp_path: Path) -> None:

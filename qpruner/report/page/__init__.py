@@ -170,7 +170,7 @@ def _trial_cells(run: Snapshot, trial: TrialRecord) -> Iterator[tuple[str | floa
     """Every cell of a trial's row: what it is sorted by where that is not its text, what is shown, its class."""
     last = trial.rungs[-1] if trial.rungs else None
     reached = score(last, run.metric) if last else None
-    status = sections.STATUSES[trial.status]
+    status = sections.statuses(run)[trial.status]
     if trial == run.best_trial:
         status += ", winner" if run.results.search else ", best so far"
     figures = (
