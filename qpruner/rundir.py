@@ -37,7 +37,7 @@ from qpruner.objects import (
     sha256_of,
 )
 from qpruner.patience import patiently
-from qpruner.records import digest_of
+from qpruner.records import PrepareRecord, digest_of
 
 STATE, LOG, ID = "run.json", "qpruner.log", "run.id"
 BANK_CACHE = "QPRUNER_BANK_CACHE"
@@ -91,6 +91,11 @@ class RunDir:
     def stage(self, name: str) -> Path:
         """The committed folder of a stage."""
         return self.root / name
+
+    def base_model(self, prepared: PrepareRecord) -> Path:
+        """Folder of the base model: where it was found, or, if `prepare` wrote it, in this run, which may have been moved
+        or copied since."""
+        return self.stage("prepare") / "model" if prepared.converted else Path(prepared.model_path)
 
     @property
     def trials(self) -> Path:

@@ -224,7 +224,7 @@ def _of_run(run: RunDir, which: Sequence[str]) -> list[Source]:
     dense = ModelConfig.model_validate(state.config["model"])
     there = {PRUNED: Source(PRUNED, run.stage("prune"), dense), FINAL: Source(FINAL, run.root / FINAL)}
     if prepared:  # a relative path is from where the run was started
-        there = {BASE: Source(BASE, Path(state.folder) / prepared.model_path, dense), **there}
+        there = {BASE: Source(BASE, Path(state.folder) / run.base_model(prepared), dense), **there}
     there = {name: source for name, source in there.items() if (source.folder / "config.json").is_file()}
     for name in which or there:
         if name not in there:

@@ -35,7 +35,7 @@ def prune(context: Context, prepared: PrepareRecord) -> PruneRecord:
     config = context.config
 
     def work(scratch: Path) -> dict[str, Any]:
-        job = CutJob(config, context.run_dir.root / prepared.model_path, context.data / "importance", scratch)
+        job = CutJob(config, context.run_dir.base_model(prepared), context.data / "importance", scratch)
         fields = context.workshop.do(cut_and_save, job, context.emit)
         check_arrived(scratch)
         return fields

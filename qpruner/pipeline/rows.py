@@ -108,7 +108,7 @@ def candidates_for(context: Context, wanted: Iterable[tuple[str, Mapping[str, in
     prepared, banked = run.read_record("prepare", PrepareRecord), run.read_record("bank", BankRecord)
     searched = run.read_record("search", SearchRecord)
     assert prepared and banked, "prepare and bank run before"
-    checkpoints = {BASE: run.root / prepared.model_path}
+    checkpoints = {BASE: run.base_model(prepared)}
     # All that a fine-tune depends on. Where checkpoints fall and which rows stand beside it change nothing.
     length = (config.finetune.steps, config.finetune.epochs)
     inputs = (banked.digest, config.lora, config.training, length, config.seed, config.evaluate.batch_size)

@@ -115,7 +115,7 @@ def base_card(run: Snapshot, run_dir: RunDir) -> str | None:
     """The base model's own card, which lies where its files do; None where it has none or they are gone."""
     assert run.results.prepare
     try:
-        return read_text(run_dir.root / run.results.prepare.model_path / "README.md")
+        return read_text(run_dir.base_model(run.results.prepare) / "README.md")
     except (OSError, UnicodeDecodeError):  # it is not ours: what is wrong with it must not cost the report
         return None
 

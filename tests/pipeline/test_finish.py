@@ -41,6 +41,7 @@ from qpruner.records import (
     FinetuneRecord,
     Inference,
     InferenceSetting,
+    PrepareRecord,
     RowScores,
     SearchRecord,
     SensitivityRecord,
@@ -218,6 +219,19 @@ def test_equal_models_with_equal_fine_tunes_are_one_job(context: Context) -> Non
     assert found["base", 1] != found["pruned", 1]
     untuned = {each.folder for each in untuned_candidates(context, context.space.uniform(8).as_dict())}
     assert len(untuned) == 3 and not untuned & set(found.values())
+
+
+def test_the_base_row_has_the_model_that_lies_in_the_run(context: Context) -> None:
+    """Wherever the run was when `prepare` wrote it."""
+    run = context.run_dir
+    prepared = run.read_record("prepare", PrepareRecord)
+    assert prepared
+    run.write_record("prepare", prepared.model_copy(update={"model_path": "/gone/prepare/model", "converted": True}))
+    try:
+        base = untuned_candidates(context, context.space.uniform(8).as_dict())[0]
+        assert base.checkpoint == run.root / "prepare" / "model"
+    finally:
+        run.write_record("prepare", prepared)
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import io
 import json
 import logging
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -24,7 +25,7 @@ from qpruner.events import Event, Message, Progress, StageFinished, StageSkipped
 from qpruner.models.loading import load_dense
 from qpruner.pipeline import preview, run
 from qpruner.pruning.importance import score
-from qpruner.records import PruneRecord
+from qpruner.records import PrepareRecord, PruneRecord
 from qpruner.rundir import RunDir
 
 if TYPE_CHECKING:
@@ -100,6 +101,19 @@ def test_the_folder_holds_the_units_that_the_record_lists(raw: Raw, tiny_model: 
         assert (layer.base_kv_groups, layer.base_mlp_channels, layer.heads_per_group) == (2, 256, 2)
         assert layer.base_parameters == sum(parameter.numel() for parameter in old.parameters())
         assert layer.kept_parameters == sum(parameter.numel() for parameter in new.parameters())
+
+
+def test_a_run_that_was_moved_is_cut_from_the_base_model_in_it(raw: Raw, tiny_model: Path, tmp_path: Path) -> None:
+    """As a `.gguf` file leaves it, which is converted into the run."""
+    run(validate_config(raw), lambda event: None, until="prepare")
+    folder = RunDir(raw["output"])
+    prepared = folder.read_record("prepare", PrepareRecord)
+    assert prepared
+    moved_from = str(tmp_path / "gone" / "prepare" / "model")
+    folder.write_record("prepare", prepared.model_copy(update={"model_path": moved_from, "converted": True}))
+    shutil.copytree(tiny_model, folder.stage("prepare") / "model")
+    _, _, events = pruned(raw)
+    assert stages(events) == {"prepare": False, "prune": True}
 
 
 def test_the_figures_are_those_of_the_two_models(raw: Raw, tiny_model: Path) -> None:

@@ -276,6 +276,20 @@ def test_models_that_are_not_there_or_damaged(run: Path, talkative: Path, tmp_pa
         sources(tmp_path, ())
 
 
+def test_a_base_model_that_the_run_wrote_is_found_in_a_copy_of_the_run(
+    run: Path, talkative: Path, tmp_path: Path
+) -> None:
+    """The folder of the run that made it is gone, or another run's by now."""
+    copy = Path(shutil.copytree(run, tmp_path / "renamed"))
+    base = Path(shutil.copytree(talkative, copy / "prepare" / "model"))
+    folder = RunDir(copy)
+    prepared = folder.read_record("prepare", PrepareRecord)
+    assert prepared
+    for recorded in (str(talkative), str(tmp_path / "gone" / "prepare" / "model"), "prepare/model"):
+        folder.write_record("prepare", prepared.model_copy(update={"model_path": recorded, "converted": True}))
+        assert [source.folder for source in sources(copy, ["base"])] == [base]
+
+
 def test_a_pickled_adapter_is_not_read(run: Path, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(run / "final", tmp_path / "final"))
     torch.save(load_file(folder / "adapter_model.safetensors"), folder / "adapter_model.bin")

@@ -521,15 +521,15 @@ def test_the_final_model_gets_a_card_that_the_hub_can_read(long_run: Path, tmp_p
     assert results["claim"] in card.text and "import qpruner.hf" in card.text
 
 
-def card_on(base: str, folder: Path, root: Path, **stated: Any) -> Any:
-    """The metadata of the final model's card in the report of a run on `base`, whose files lie in `folder`; `stated`
-    are keys of `card`."""
+def card_on(base: str, folder: Path, root: Path, converted: bool = False, **stated: Any) -> Any:
+    """The metadata of the final model's card in the report of a run on `base`, whose files lie in `folder`, written by
+    the run where it is converted; `stated` are keys of `card`."""
     made = MadeRun(root, num_trials=4, num_blocks=2, model=base)
     data = made.state.config["data"] | {"train": [{"source": "yahma/alpaca-cleaned"}]}
     made.run.write_state(made.state.model_copy(update={"config": made.state.config | {"data": data, "card": stated}}))
     prepared = made.run.read_record("prepare", PrepareRecord)
     assert prepared
-    made.run.write_record("prepare", prepared.model_copy(update={"model_path": str(folder)}))
+    made.run.write_record("prepare", prepared.model_copy(update={"model_path": str(folder), "converted": converted}))
     (root / "final").mkdir()
     write_report(made.run)
     return ModelCard((root / "final" / "README.md").read_text()).data
@@ -561,6 +561,13 @@ def test_a_card_names_the_hub_model_and_data_and_its_licence(tmp_path: Path) -> 
     assert told.license_link == "https://huggingface.co/me/with/blob/main/LICENSE"
     told = card_on("me/without", folders[1], tmp_path / "two")
     assert (told.base_model, told.license) == ("me/without", None)
+
+
+def test_a_card_has_the_licence_of_a_base_model_that_lies_in_a_run_that_was_moved(tmp_path: Path) -> None:
+    base = tmp_path / "run" / "prepare" / "model"
+    base.mkdir(parents=True)
+    (base / "README.md").write_text("---\nlicense: mit\n---\n# Base\n")
+    assert card_on("me/base", tmp_path / "gone" / "prepare" / "model", tmp_path / "run", converted=True).license == "mit"
 
 
 def test_a_card_that_was_copied_with_another_models_configuration_is_remarked(tmp_path: Path, tiny_model: Path) -> None:
