@@ -173,7 +173,7 @@ def trials(run: str | Path, conditions: Sequence[str], sort: str, descending: bo
     told = [row for row in rows if row[key] is not None]
     rows = [*sorted(told, key=operator.itemgetter(key), reverse=descending), *(row for row in rows if row[key] is None)]
     if form == "csv":
-        writer = csv.DictWriter(sys.stdout, columns)
+        writer = csv.DictWriter(sys.stdout, columns, lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
     elif form == "text" and not rows:

@@ -207,6 +207,12 @@ def test_trials_as_csv_has_the_bits_of_every_group(run: Path) -> None:
     assert rows[4]["reason"] == "TrainingDiverged: the loss is nan"
 
 
+def test_the_last_column_of_the_csv_is_what_awk_takes_it_for(run: Path) -> None:
+    code = "from click.testing import CliRunner\nfrom qpruner.cli import main\nimport sys\nmain(['trials', sys.argv[1], '--csv'])"
+    done = subprocess.run([sys.executable, "-c", code, str(run)], capture_output=True, check=True, timeout=60)
+    assert b"\r" not in done.stdout and done.stdout.splitlines()[0].endswith(f",bits {GROUPS[-1]}".encode())
+
+
 @pytest.mark.parametrize(
     ("arguments", "hint"),
     [
