@@ -93,8 +93,8 @@ class RunDir:
         return self.root / name
 
     def base_model(self, prepared: PrepareRecord) -> Path:
-        """Folder of the base model: where it was found, or, if `prepare` wrote it, in this run, which may have been moved
-        or copied since."""
+        """Folder of the base model: where it was found, or, if `prepare` wrote it, in this run, which may have been
+        moved or copied since."""
         return self.stage("prepare") / "model" if prepared.converted else Path(prepared.model_path)
 
     @property

@@ -567,7 +567,9 @@ def test_a_card_has_the_licence_of_a_base_model_that_lies_in_a_run_that_was_move
     base = tmp_path / "run" / "prepare" / "model"
     base.mkdir(parents=True)
     (base / "README.md").write_text("---\nlicense: mit\n---\n# Base\n")
-    assert card_on("me/base", tmp_path / "gone" / "prepare" / "model", tmp_path / "run", converted=True).license == "mit"
+    assert (
+        card_on("me/base", tmp_path / "gone" / "prepare" / "model", tmp_path / "run", converted=True).license == "mit"
+    )
 
 
 def test_a_card_that_was_copied_with_another_models_configuration_is_remarked(tmp_path: Path, tiny_model: Path) -> None:
