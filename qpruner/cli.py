@@ -297,7 +297,9 @@ def push(run: str, repo_id: str, is_public: bool, what: Any, as_json: bool) -> N
         from qpruner.push import push
         from qpruner.rundir import RunDir
 
-        done = push(RunDir(run, create=False), repo_id, what, is_public)
+        done = push(
+            RunDir(run, create=False), repo_id, what, is_public, lambda text: click.echo(f"[push] {text}", err=True)
+        )
         seen = "private" if done.is_private else "public"
         gone = f"{counted(done.num_removed, 'earlier file')} removed, " if done.num_removed else ""
         click.echo(f"{done.url}: {counted(done.num_files, 'file')}, {done.num_bytes / 1e6:.1f} MB, {gone}{seen}")

@@ -6,7 +6,7 @@ The token comes from `HF_TOKEN` or the hub client's own login; it is sent to the
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -17,6 +17,7 @@ from qpruner.records import MARK, ExportRecord
 from qpruner.rundir import RunDir, read_json
 from qpruner.snippets import Form, retold
 from qpruner.version import VERSION
+from qpruner.wording import counted
 
 What = Literal["final", "merged", "peft"]
 CARD, ADAPTER = "README.md", "adapter_config.json"
@@ -44,7 +45,9 @@ class Pushed:
     card_lacks: tuple[str, ...]
 
 
-def push(run: RunDir, repo_id: str, what: What, is_public: bool) -> Pushed:
+def push(
+    run: RunDir, repo_id: str, what: What, is_public: bool, told: Callable[[str], None] = lambda _: None
+) -> Pushed:
     """Upload the final model, packed, merged or as peft has it, as one commit.
 
     The repository has nothing else afterwards: transformers attaches an adapter that lies beside a merged model, and so
@@ -55,6 +58,7 @@ def push(run: RunDir, repo_id: str, what: What, is_public: bool) -> Pushed:
         repo_id: OWNER/NAME; made when it is not there.
         what: `final`: packed layers and adapter; others: what `qpruner export RUN --to` wrote.
         is_public: Whether everybody may see it.
+        told: Told what is about to be uploaded: gigabytes may take hours.
 
     Raises:
         UserError: If there is nothing to upload, no token, or what is there is public and should not be.
@@ -76,6 +80,7 @@ def push(run: RunDir, repo_id: str, what: What, is_public: bool) -> Pushed:
         is_private = bool(api.repo_info(repo).private)
         if not is_private and not is_public:
             raise UserError(f"{repo} is there and public: give `--public` if the model may be, or name another")
+        told(f"{counted(len(files), 'file')}, {_num_bytes(files) / 1e6:.1f} MB, on their way to {repo} ...")
         added = [CommitOperationAdd(path_in_repo=name, path_or_fileobj=content) for name, content in files]
         earlier = set(api.list_repo_files(repo)) - {HUBS_OWN, *(name for name, _ in files)}
         removed = [CommitOperationDelete(path_in_repo=name, is_folder=False) for name in sorted(earlier)]
@@ -90,8 +95,7 @@ def push(run: RunDir, repo_id: str, what: What, is_public: bool) -> Pushed:
         raise StageError("push", _first_line(error), remedy) from error
     except (OSError, HTTPError) as error:
         raise StageError("push", f"the hub cannot be reached: {_first_line(error)}", "repeat the command") from error
-    num_bytes = sum(operation.upload_info.size for operation in added)
-    return Pushed(commit.commit_url, len(added), num_bytes, len(removed), is_private, lacking(_card(run)))
+    return Pushed(commit.commit_url, len(added), _num_bytes(files), len(removed), is_private, lacking(_card(run)))
 
 
 def _files(run: RunDir, what: What, repo_id: str) -> Iterator[tuple[str, Path | bytes]]:
@@ -111,6 +115,11 @@ def _files(run: RunDir, what: What, repo_id: str) -> Iterator[tuple[str, Path | 
             yield ADAPTER, _adapter(path, repo_id)
         elif path.is_file() and name not in (CARD, MARK):
             yield name, path
+
+
+def _num_bytes(files: Sequence[tuple[str, Path | bytes]]) -> int:
+    """Of all of them together."""
+    return sum(len(content) if isinstance(content, bytes) else content.stat().st_size for _, content in files)
 
 
 def _card(run: RunDir) -> str:

@@ -76,6 +76,9 @@ def test_the_hub_has_the_final_model_and_nobody_else_sees_it(run: Path, hub: Hub
     told = json.loads(done.stdout.splitlines()[-1])
     repository = hub.repositories[REPO]
     assert repository.private and told["is_private"]
+    size = f"{told['num_bytes'] / 1e6:.1f} MB"
+    assert f"[push] {told['num_files']} files, {size}, on their way to {REPO} ...\n" in done.stderr
+    assert told["num_bytes"] == sum(map(len, repository.files.values()))
     assert told["card_lacks"] == ["base_model", "datasets"]
     assert "does not state: base model, datasets; set `card.base_model`, `card.datasets` and repeat" in done.stderr
     local = {path.name: path.read_bytes() for path in (run / "final").iterdir()}
@@ -168,6 +171,7 @@ def test_a_peft_export_is_loaded_as_its_card_says(run: Path, hub: Hub, tmp_path:
 def test_what_is_public_takes_nothing_private(run: Path, hub: Hub, tmp_path: Path) -> None:
     hub.repositories[REPO] = Repository(private=False)
     refused = push(run, environment(hub, tmp_path))
+    assert "on their way" not in refused.stderr
     assert refused.returncode == 2 and f"{REPO} is there and public: give `--public`" in refused.stderr
     assert not hub.repositories[REPO].files and not hub.objects
     done = push(run, environment(hub, tmp_path), "--public")
