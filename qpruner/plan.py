@@ -314,7 +314,10 @@ class PlanSpace:
             if plan is None or self.is_feasible(plan):
                 return plan
             known.append(plan)
-        raise SolverFailed(f"HiGHS found {MAX_EXCLUDED} plans over {self.budget_bytes} bytes within its tolerance")
+        raise SolverFailed(
+            f"HiGHS found {MAX_EXCLUDED} plans over {self.budget_bytes} bytes within its tolerance of a millionth: "
+            "raise `quantize.budget` by as much, or take fewer groups (`quantize.group`)"
+        )
 
     def _optimum(
         self, gains: Sequence[Sequence[float]], avoid: Sequence[PrecisionPlan], margin: float

@@ -175,6 +175,14 @@ def test_a_plan_that_fills_the_budget_to_the_byte_is_found_below_a_solvers_toler
     assert space.nearest_feasible(space.uniform(8), avoid=[space.uniform(4)]) is None
 
 
+def test_a_solver_with_nothing_but_plans_over_the_budget_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plan_module, "MAX_EXCLUDED", 1)
+    sizes = ((500_000_000, 500_000_001),) * 3
+    space = PlanSpace(tuple("abc"), (4, 8), sizes, fixed_bytes=0, budget_bytes=1_500_000_000)
+    with pytest.raises(SolverFailed, match=r"1 plans over \d+ bytes .*: raise `quantize.budget` .*`quantize.group`"):
+        space.best_by_gain([[0.0, 1.0]] * 3)
+
+
 def test_a_solver_that_gives_up_is_not_taken_for_a_budget_that_no_plan_meets(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(plan_module, "SOLVER_SECONDS", 0.0)
     layout = layout_of([(64 * (3 + index), 77 + index) for index in range(40)])
