@@ -196,8 +196,14 @@ def winner(run: RunView) -> TrialRecord:
     """The trial whose plan the search returned.
 
     Raises:
-        UserError: If the search is not over.
+        UserError: If the search is not over, or the plan that was given not scored.
     """
+    given = run.state.config["search"].get("plan")
+    if run.search is None and given is not None:
+        raise UserError(
+            f"{run.run_dir.place} was given a plan ({given}), which is not scored yet, and searches for none: "
+            "`qpruner status` shows where it is, and `--trial NUMBER` prints the plan of a trial that the folder has"
+        )
     if run.search is None:
         raise UserError(
             f"the search of {run.run_dir.place} is not over, so there is no winner yet: `qpruner status` shows where "

@@ -208,7 +208,7 @@ def test_trials_as_csv_has_the_bits_of_every_group(run: Path) -> None:
 
 
 def test_the_last_column_of_the_csv_is_what_awk_takes_it_for(run: Path) -> None:
-    code = "from click.testing import CliRunner\nfrom qpruner.cli import main\nimport sys\nmain(['trials', sys.argv[1], '--csv'])"
+    code = "import sys\nfrom qpruner.cli import main\nmain(['trials', sys.argv[1], '--csv'])"
     done = subprocess.run([sys.executable, "-c", code, str(run)], capture_output=True, check=True, timeout=60)
     assert b"\r" not in done.stdout and done.stdout.splitlines()[0].endswith(f",bits {GROUPS[-1]}".encode())
 
@@ -259,6 +259,16 @@ def test_a_plan_is_printed_with_what_each_group_takes_and_what_the_budget_has_le
     assert lines[1] == f"# {(budget - 32e6) / 1e6:.2f} MB left of the budget of {budget / 1e6:.2f} MB"
     assert lines[2] == "layers.0: 8  # 1.00 MB at 4, 2.00 MB at 8"
     assert told("plan", run)["group_bytes"] == sizes
+
+
+def test_while_a_given_plan_is_tried_there_is_no_search_that_could_be_over(tmp_path: Path) -> None:
+    run = recorded_run(tmp_path / "run", search__plan="mine.yaml")
+    refused = qpruner("plan", run)
+    assert refused.exit_code == 2
+    assert "was given a plan (mine.yaml), which is not scored yet, and searches for none: `qpruner" in refused.stderr
+    assert yaml.safe_load(qpruner("plan", run, "--trial", 0).stdout) == trials()[0].plan
+    over = recorded_run(tmp_path / "over", is_over=True, search__plan="mine.yaml")
+    assert yaml.safe_load(qpruner("plan", over).stdout) == trials()[2].plan
 
 
 def test_a_given_plan_is_called_so(tmp_path: Path) -> None:
