@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from qpruner.records import TrialRecord
 from qpruner.report.standing import cost, score
@@ -19,38 +20,82 @@ MOST_NAMED = 5
 """Trials beyond the edge whose scores a caption tells."""
 
 
-def edge_of(trials: Sequence[TrialRecord], metric: str) -> float | None:
-    """The score at which what is far worse is drawn; None where all trials fit.
+@dataclass(frozen=True)
+class Edge:
+    """Where a plot ends.
+
+    Attributes:
+        metric: `loss` or `accuracy`.
+        score: At which whatever is far worse is drawn; None where all fit.
+        every_rung: Whether the plot has trials at every rung, not at their last ones alone.
+    """
+
+    metric: str
+    score: float | None = None
+    every_rung: bool = False
+
+    def is_beyond(self, found: float) -> bool:
+        """Whether a score is far worse than the plot reaches."""
+        if self.score is None:
+            return False
+        return found < self.score if self.metric == "accuracy" else found > self.score
+
+    def place(self, found: float) -> float:
+        """Where a score is drawn."""
+        return self.score if self.score is not None and self.is_beyond(found) else found
+
+    def far_score(self, trial: TrialRecord) -> float | None:
+        """The last of a trial's scores that lies beyond the edge; None where none does."""
+        shown = trial.rungs if self.every_rung else trial.rungs[-1:]
+        far = [found for rung in shown if self.is_beyond(found := score(rung, self.metric))]
+        return far[-1] if far else None
+
+    def told(self, trials: Sequence[TrialRecord]) -> str:
+        """Which trials lie beyond the edge, in a sentence; empty where none does."""
+        far = [(trial, found) for trial in trials if (found := self.far_score(trial)) is not None]
+        if not far:
+            return ""
+        named = [f"{trial.index} ({trial.origin}) {found:.4f}" for trial, found in far[:MOST_NAMED]]
+        more = [counted(len(far) - MOST_NAMED, "more trial")] if len(far) > MOST_NAMED else []
+        return f"Far off, drawn at the edge with an arrow: trial {', '.join([*named, *more])}."
+
+
+def edge_of(trials: Sequence[TrialRecord], metric: str) -> Edge:
+    """The edge of a plot of trials at their last rungs.
 
     Args:
-        trials: Those of a plot; each was scored.
+        trials: Those of the plot; each was scored.
         metric: `loss` or `accuracy`.
     """
     finished = [cost(trial.rungs[-1], metric) for trial in trials if trial.status == "finished"]
-    if not finished:
-        return None
-    best, middle = min(finished), statistics.median(finished)
     costs = [cost(trial.rungs[-1], metric) for trial in trials]
-    near = [each for each in costs if each <= best + REACH * (middle - best)]
-    if middle == best or len(near) == len(costs):
+    return Edge(metric, _end(costs, _near(costs, finished), metric))
+
+
+def edge_of_rungs(trials: Sequence[TrialRecord], metric: str) -> Edge:
+    """The edge of a plot of trials at every rung, of which those of one step compare."""
+    by_step: dict[int, list[float]] = {}
+    for trial in trials:
+        for rung in trial.rungs:
+            by_step.setdefault(rung.step, []).append(cost(rung, metric))
+    near = [each for costs in by_step.values() for each in _near(costs, costs)]
+    every = [each for costs in by_step.values() for each in costs]
+    return Edge(metric, _end(every, near, metric), every_rung=True)
+
+
+def _near(costs: Sequence[float], compared: Sequence[float]) -> list[float]:
+    """The costs that lie at most `REACH` times as far from the best of those compared as their median does."""
+    if not compared:
+        return list(costs)
+    best, middle = min(compared), statistics.median(compared)
+    return [each for each in costs if middle == best or each <= best + REACH * (middle - best)]
+
+
+def _end(costs: Sequence[float], near: Sequence[float], metric: str) -> float | None:
+    """The score a margin beyond what is near; None where nothing lies beyond it."""
+    if not near:
         return None
-    edge = max(near) + MARGIN * (max(near) - min(near))
-    return -edge if metric == "accuracy" else edge
-
-
-def is_far(trial: TrialRecord, metric: str, edge: float | None) -> bool:
-    """Whether a scored trial lies beyond the edge."""
-    if edge is None:
-        return False
-    found = score(trial.rungs[-1], metric)
-    return found < edge if metric == "accuracy" else found > edge
-
-
-def told_far(trials: Sequence[TrialRecord], metric: str, edge: float | None) -> str:
-    """Which trials lie beyond the edge, in a sentence; empty where none does."""
-    far = [trial for trial in trials if is_far(trial, metric, edge)]
-    if not far:
-        return ""
-    named = [f"{trial.index} ({trial.origin}) {score(trial.rungs[-1], metric):.4f}" for trial in far[:MOST_NAMED]]
-    more = [counted(len(far) - MOST_NAMED, "more trial")] if len(far) > MOST_NAMED else []
-    return f"Far off, drawn at the edge with an arrow: trial {', '.join([*named, *more])}."
+    end = max(near) + MARGIN * (max(near) - min(near))
+    if max(costs) <= end:
+        return None
+    return -end if metric == "accuracy" else end

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from qpruner.records import SearchState, SensitivityRecord, TrialRecord
-from qpruner.report.far import ARROWS, edge_of, is_far, told_far
+from qpruner.report.far import ARROWS, edge_of
 from qpruner.report.standing import FIGURES, best_of, cost, score
 
 DOTS_PER_INCH = 90
@@ -71,8 +71,7 @@ def draw_front(trials: Sequence[TrialRecord], search: SearchState, winner: int |
     edge = edge_of(scored, metric)
 
     def place(trial: TrialRecord) -> tuple[float, float]:
-        far = is_far(trial, metric, edge)
-        return trial.plan_bytes / 1e6, edge if far and edge is not None else score(trial.rungs[-1], metric)
+        return trial.plan_bytes / 1e6, edge.place(score(trial.rungs[-1], metric))
 
     figure = Figure(figsize=(7, 4.2), layout="constrained")
     axes = figure.subplots()
@@ -103,11 +102,11 @@ def draw_front(trials: Sequence[TrialRecord], search: SearchState, winner: int |
     if front:
         places = zip(*map(place, front), strict=True)
         axes.step(*places, where="post", color="black", linewidth=1, label="front", zorder=2)
-    for trial in (trial for trial in scored if is_far(trial, metric, edge)):
+    for trial in (trial for trial in scored if edge.far_score(trial) is not None):
         axes.annotate(ARROWS[metric], place(trial), ha="center", va="bottom")
     axes.axvline(search.budget_bytes / 1e6, color="black", linestyle=":", linewidth=1, label="budget")
     axes.set(xlabel="MB", ylabel=FIGURES[metric])
-    about = f"after {len(trials)} trials; numbered: front, controls, {name}. {told_far(scored, metric, edge)}"
+    about = f"after {len(trials)} trials; numbered: front, controls, {name}. {edge.told(scored)}"
     axes.set_title("\n".join(textwrap.wrap(about, TITLE_WIDTH)), fontsize=9, loc="left")
     axes.grid(alpha=0.3)
     axes.legend(fontsize=7)

@@ -33,7 +33,7 @@ from qpruner.plan import PrecisionPlan
 from qpruner.records import PrepareRecord, RungResult, SearchRecord, SensitivityRecord, StageState
 from qpruner.report import by_task, sections
 from qpruner.report.charts import charts
-from qpruner.report.far import edge_of, is_far, told_far
+from qpruner.report.far import edge_of, edge_of_rungs
 from qpruner.report.files import write_report
 from qpruner.report.model_card import told_other_base
 from qpruner.report.page import render
@@ -228,23 +228,75 @@ def test_the_map_s_shades_begin_at_the_least_prediction_where_none_is_below_zero
     assert chart.png().startswith(b"\x89PNG")
 
 
+def chart_of(made: MadeRun, name: str) -> Any:
+    [chart] = [chart for chart in charts(read_snapshot(made.run)) if chart.name == name]
+    return chart
+
+
+def make_far(made: MadeRun, index: int, by: float = 9.0) -> list[float]:
+    """Make a trial far worse at every rung; its losses then."""
+    trial = made.trials[index]
+    rungs = tuple(rung.model_copy(update={"loss": rung.loss + by}) for rung in trial.rungs)
+    write_trial(made.run.trials / TRIALS, trial.model_copy(update={"rungs": rungs}))
+    return [rung.loss for rung in rungs]
+
+
+@pytest.mark.parametrize("name", ["pareto", "progress", "rungs"])
 @pytest.mark.parametrize("num_trials", [12, 120])
-def test_one_far_control_does_not_press_the_other_trials_together(num_trials: int, tmp_path: Path) -> None:
+def test_one_far_control_does_not_press_the_other_trials_together(num_trials: int, name: str, tmp_path: Path) -> None:
     made = MadeRun(tmp_path / "run", num_trials=num_trials, num_blocks=2)
-    [before] = [chart for chart in charts(read_snapshot(made.run)) if chart.name == "pareto"]
-    near = [point for point in before.spec["data"]["values"] if point["trial"]]
-    uniform = made.trials[0]
-    worse = tuple(rung.model_copy(update={"loss": rung.loss + 2}) for rung in uniform.rungs)
-    write_trial(made.run.trials / TRIALS, uniform.model_copy(update={"rungs": worse}))
-    [after] = [chart for chart in charts(read_snapshot(made.run)) if chart.name == "pareto"]
-    far, *others = after.spec["data"]["values"]
+    before = chart_of(made, name).spec["data"]["values"]
+    losses = make_far(made, 0)
+    after = chart_of(made, name)
+    values = after.spec["data"]["values"]
+    far = [point for point in values if point["trial"] == 0]
+    others = [point for point in values if point["trial"]]
     shown = [point["shown"] for point in others if "far" not in point]
-    assert max(shown) < far["shown"] < max(shown) + 0.1 * (max(shown) - min(shown))
-    assert [point["score"] for point in others] == [point["score"] for point in near], "what is told is what was scored"
-    told = f"{worse[-1].loss:.4f}"
-    assert far["score"] == worse[-1].loss and far["far"] == f"{told} \u2191"
-    assert f"drawn at the edge with an arrow: trial 0 (uniform-4) {told}" in after.caption
+    for point in far:
+        assert max(shown) < point["shown"] < max(shown) + 0.1 * (max(shown) - min(shown))
+    assert [point["score"] for point in others] == [point["score"] for point in before if point["trial"]], "as scored"
+    assert [point["score"] for point in far] == losses[-len(far) :] and len(far) == (3 if name == "rungs" else 1)
+    assert [point["far"] for point in far] == [f"{loss:.4f}" for loss in losses[-len(far) :]]
+    assert f"drawn at the edge with an arrow: trial 0 (uniform-4) {losses[-1]:.4f}" in after.caption
+    ys = {layer["encoding"]["y"]["field"] for layer in after.spec["layer"] if "y" in layer["encoding"]}
+    assert ys == {"shown"}, "nothing else stretches the axis"
+    lines = [layer["data"]["values"] for layer in after.spec["layer"] if "data" in layer]
+    assert all(each["shown"] <= far[0]["shown"] for line in lines for each in line if "shown" in each)
+    arrow, value = (layer["encoding"]["text"] for layer in after.spec["layer"][-2:])
+    assert arrow == {"value": "\u2191"} and value["field"] == "far"
     assert after.png().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("name", ["pareto", "progress", "rungs"])
+def test_where_all_trials_lie_near_one_another_none_is_told_of_an_edge(name: str, tmp_path: Path) -> None:
+    """Early rungs are worse for all: that makes no trial a far one."""
+    chart = chart_of(MadeRun(tmp_path / "run", num_trials=12, num_blocks=2), name)
+    values = chart.spec["data"]["values"]
+    assert all(point["shown"] == point["score"] and "far" not in point for point in values)
+    assert "Far off" not in chart.caption and "\u2191" not in json.dumps(chart.spec)
+
+
+def test_scores_that_would_cover_one_another_stand_in_the_text_alone(tmp_path: Path) -> None:
+    """Two far trials lie at the same place at each rung."""
+    made = MadeRun(tmp_path / "run", num_trials=40, num_blocks=2)
+    losses = {index: make_far(made, index, by) for index, by in ((0, 8.0), (30, 9.0))}
+    for name in ("progress", "rungs"):
+        chart = chart_of(made, name)
+        far = {point["trial"]: point["far"] for point in chart.spec["data"]["values"] if "far" in point}
+        told = {index: f"{found[-1]:.4f}" for index, found in losses.items()}
+        assert far == (told if name == "progress" else {0: "", 30: ""})
+        assert all(each in chart.caption for each in told.values())
+
+
+def test_a_trial_that_was_stopped_far_off_has_an_arrow_without_its_score(tmp_path: Path) -> None:
+    """There may be many."""
+    made = MadeRun(tmp_path / "run", num_trials=40, num_blocks=2)
+    stopped = next(trial.index for trial in made.trials if trial.status == "stopped")
+    loss = make_far(made, stopped)[-1]
+    chart = chart_of(made, "rungs")
+    assert {point["far"] for point in chart.spec["data"]["values"] if point["trial"] == stopped} == {""}
+    assert f"trial {stopped} (gp) {loss:.4f}." in chart.caption
+    assert chart.spec["layer"][-1]["encoding"]["text"] == {"value": "\u2191"}, "Vega warns of a layer without data"
 
 
 def test_of_a_search_by_accuracy_what_is_far_lies_below() -> None:
@@ -254,11 +306,12 @@ def test_of_a_search_by_accuracy_what_is_far_lies_below() -> None:
         recorded_trial(index, "444444", [3.0] * 3, rungs=(rung.model_copy(update={"accuracy": value}),))
         for value, index in found
     ]
-    edge = edge_of(trials, "accuracy")
-    assert edge is not None and 0.70 < edge < 0.71
-    assert [is_far(each, "accuracy", edge) for each in trials] == [True, False, False, False]
-    assert told_far(trials, "accuracy", edge).endswith(": trial 0 (gp) 0.5000.")
-    assert edge_of(trials[1:], "accuracy") is None and told_far(trials[1:], "accuracy", None) == ""
+    for edge in (edge_of(trials, "accuracy"), edge_of_rungs(trials, "accuracy")):
+        assert edge.score is not None and 0.70 < edge.score < 0.71
+        assert [edge.far_score(each) for each in trials] == [0.5, None, None, None]
+        assert (edge.place(0.5), edge.place(0.71)) == (edge.score, 0.71)
+        assert edge.told(trials).endswith(": trial 0 (gp) 0.5000.")
+    assert edge_of(trials[1:], "accuracy").score is None and edge_of(trials[1:], "accuracy").told(trials) == ""
 
 
 def test_a_given_plan_is_shown_beside_the_trials_of_the_search(tmp_path: Path) -> None:
@@ -274,8 +327,8 @@ def test_a_given_plan_is_shown_beside_the_trials_of_the_search(tmp_path: Path) -
     state = made.state.search.model_copy(update={"search": "9" * 16, "beside": made.state.search.search})
     made.run.write_state(made.state.model_copy(update={"search": state}))
     found = {chart.name: chart.complete for chart in charts(read_snapshot(made.run))}
-    lines, points = (layer["data"]["values"] for layer in found["progress"]["layer"])
-    assert points[:-1] == before.complete["layer"][1]["data"]["values"], "the search's trials are still there"
+    points, lines = (each["data"]["values"] for each in (found["progress"], found["progress"]["layer"][0]))
+    assert points[:-1] == before.complete["data"]["values"], "the search's trials are still there"
     assert (points[-1]["trial"], points[-1]["kind"]) == (20, "given plan")
     assert {each["kind"] for each in lines} == {"searched", "control"}
     [ringed] = [point for point in found["pareto"]["data"]["values"] if point["best"]]

@@ -17,6 +17,8 @@ Spec = dict[str, Any]
 Values = list[dict[str, Any]]
 
 PNG_WIDTH, PNG_SCALE = 640, 1.5
+CHARACTER_WIDTH = 8
+"""Pixels that a bold character of a plot's text takes at most, in the mean."""
 FONT_SIZES = {"labelFontSize": 12, "titleFontSize": 12}
 TEXT = {"labelColor": "var(--text)", "titleColor": "var(--text)", "titleFontWeight": "normal", **FONT_SIZES}
 CONFIG: Spec = {
@@ -94,6 +96,18 @@ def shaped(field: str, shapes: dict[str, str]) -> Spec:
     """One shape for each word."""
     scale = {"domain": list(shapes), "range": list(shapes.values())}
     return {"field": field, "type": "nominal", "scale": scale, "legend": {"title": None}}
+
+
+def aside(field: str, distance: int, num_characters: int) -> Spec:
+    """Of a text beside a point: right of it or, where the plot's edge would cut the text, left.
+
+    Args:
+        field: Of the point's place on the x axis.
+        distance: In pixels.
+        num_characters: Of the longest text.
+    """
+    cut = f"scale('x', datum.{field}) + {distance + CHARACTER_WIDTH * num_characters} > width"
+    return {"align": {"expr": f"{cut} ? 'right' : 'left'"}, "dx": {"expr": f"{cut} ? {-distance} : {distance}"}}
 
 
 def tooltip(**fields: str) -> list[Spec]:

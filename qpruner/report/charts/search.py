@@ -6,8 +6,8 @@ from collections.abc import Iterable, Iterator, Sequence
 
 from qpruner.plan import PrecisionPlan
 from qpruner.records import TrialRecord
-from qpruner.report.charts.chart import Chart, Spec, Values, colored, quantity, shaped, tooltip
-from qpruner.report.far import ARROWS, edge_of, is_far, told_far
+from qpruner.report.charts.chart import Chart, Spec, Values, aside, colored, quantity, shaped, tooltip
+from qpruner.report.far import ARROWS, Edge, edge_of, edge_of_rungs
 from qpruner.report.snapshot import Snapshot
 from qpruner.report.standing import score
 from qpruner.report.stretches import Stretch, end_to_end
@@ -24,6 +24,8 @@ COLORS = {
 }
 MANY_SECONDS = 240
 """Beyond them an axis of time counts minutes."""
+ROOM_OF_A_SCORE, CHARACTERS_OF_A_SCORE = 0.2, 7
+"""Of a plot's width, and in characters."""
 SHAPES = {SEARCHED: "circle", CONTROL: "diamond", GIVEN: "square", STOPPED: "cross", FAILED: "triangle-down"}
 
 
@@ -43,10 +45,7 @@ def pareto(run: Snapshot) -> Iterator[Chart]:
         return
     assert run.state.search
     edge = edge_of(scored, run.metric)
-    points = [
-        point | ({"shown": edge, "far": _far(point, run)} if is_far(trial, run.metric, edge) else {})
-        for point, trial in zip(_points(run), scored, strict=True)
-    ]
+    points = _placed(_points(run), "megabytes", edge)
     place = {"x": quantity("megabytes", "size (MB)", tickCount=8), "y": quantity("shown", run.metric_title)}
     kinds = _by_kind(points)
     details = tooltip(
@@ -95,32 +94,28 @@ def pareto(run: Snapshot) -> Iterator[Chart]:
             "encoding": place | {"text": {"value": _title_of_best(run)}},
         },
     ]
-    if edge is not None:  # Vega warns of a layer without data
-        arrow = {"type": "text", "dy": 14 if run.metric == "accuracy" else -14, "fontWeight": "bold"}
-        told = {"transform": [{"filter": "datum.far"}], "mark": arrow, "encoding": place | {"text": {"field": "far"}}}
-        layers.append(told)
     yield Chart(
         "pareto",
         SECTION,
         "Score against size",
         "Every trial by its plan's bytes and its last score. The step line joins finished trials that none of fewer or "
         "equal bytes beats. A cross was stopped early, so its score is of fewer steps. "
-        f"{told_far(scored, run.metric, edge)}".rstrip(),
-        {"height": 340, "data": {"values": points}, "layer": layers},
+        f"{edge.told(scored)}".rstrip(),
+        {"height": 340, "data": {"values": points}, "layer": layers + _arrows(points, place, edge)},
         "Point at a trial to see its plan; click in the legend to single out a kind.",
     )
 
 
 def progress(run: Snapshot) -> Iterator[Chart]:
     """The best score so far, trial by trial."""
-    shown = {trial.index for trial in run.shown_together}
-    points = [
-        {name: point[name] for name in ("trial", "origin", "kind", "score")}
-        for point in _points(run)
-        if point["kind"] in FINISHED and point["trial"] in shown
-    ]
-    if not points:
+    compared = {trial.index for trial in run.shown_together}
+    trials = [trial for trial in _scored(run) if kind_of(trial) in FINISHED and trial.index in compared]
+    if not trials:
         return
+    edge, shown = edge_of(trials, run.metric), {trial.index for trial in trials}
+    told = ("trial", "origin", "kind", "score")
+    points = [{name: point[name] for name in told} for point in _points(run) if point["trial"] in shown]
+    points = _placed(points, "trial", edge)
     better, best = (max if run.metric == "accuracy" else min), Values()
     for kind in (SEARCHED, CONTROL):
         reached = None
@@ -128,10 +123,10 @@ def progress(run: Snapshot) -> Iterator[Chart]:
             if point["kind"] == kind:
                 reached = point["score"] if reached is None else better(reached, point["score"])
             if reached is not None:
-                best.append({"trial": point["trial"], "kind": kind, "score": reached})
+                best.append({"trial": point["trial"], "kind": kind, "score": reached, "shown": edge.place(reached)})
     place = {
         "x": quantity("trial", "trial, in order of suggestion", format="d", tickMinStep=1),
-        "y": quantity("score", run.metric_title),
+        "y": quantity("shown", run.metric_title),
     }
     line = {"type": "line", "interpolate": "step-after", "strokeWidth": 2.5}
     point = {"type": "point", "filled": True, "size": 45, "opacity": 0.75}
@@ -139,12 +134,15 @@ def progress(run: Snapshot) -> Iterator[Chart]:
         "progress",
         SECTION,
         "Best so far",
-        "Lines: the best score of searched plans and of controls after each trial. Points: the finished trials.",
+        "Lines: the best score of searched plans and of controls after each trial. Points: the finished trials. "
+        f"{edge.told(trials)}".rstrip(),
         {
             "height": 260,
+            "data": {"values": points},
             "layer": [
                 {"data": {"values": best}, "mark": line, "encoding": place | {"color": _by_kind(points)["color"]}},
-                {"data": {"values": points}, "mark": point, "encoding": place | _by_kind(points) | _details(run)},
+                {"mark": point, "encoding": place | _by_kind(points) | _details(run)},
+                *_arrows(points, place, edge),
             ],
         },
     )
@@ -166,27 +164,29 @@ def rungs(run: Snapshot) -> Iterator[Chart]:
     steps = sorted({each["step"] for each in scores})
     if len(steps) < 2:
         return
+    edge = edge_of_rungs(run.trials, run.metric)
+    scores = _placed([each | {"rung": steps.index(each["step"])} for each in scores], "rung", edge)
     kinds, faint = _by_kind(scores), max(0.12, min(0.6, 12 / len(run.trials)))
     place = {
         "x": quantity("step", "optimizer step", format="d", values=steps) | {"scale": {"type": "log", "base": 2}},
-        "y": quantity("score", run.metric_title),
-        "detail": {"field": "trial"},
-        "color": kinds["color"],
+        "y": quantity("shown", run.metric_title),
     }
+    each = place | {"detail": {"field": "trial"}, "color": kinds["color"]}
     yield Chart(
         "rungs",
         SECTION,
         "From rung to rung",
-        "Each trial's score at the rungs; a line that ends early was stopped there.",
+        f"Each trial's score at the rungs; a line that ends early was stopped there. {edge.told(run.trials)}".rstrip(),
         {
             "height": 260,
             "data": {"values": scores},
             "layer": [
-                {"mark": {"type": "line", "opacity": faint}, "encoding": place},
+                {"mark": {"type": "line", "opacity": faint}, "encoding": each},
                 {
                     "mark": {"type": "point", "filled": True, "size": 30, "opacity": min(1.0, 2 * faint)},
-                    "encoding": place | {"shape": kinds["shape"]} | _details(run),
+                    "encoding": each | {"shape": kinds["shape"]} | _details(run),
                 },
+                *_arrows(scores, place, edge),
             ],
         },
     )
@@ -254,7 +254,6 @@ def _points(run: Snapshot) -> Values:
             "megabytes": trial.plan_bytes / 1e6,
             "mean_bits": trial.mean_bits,
             "score": score(trial.rungs[-1], run.metric),
-            "shown": score(trial.rungs[-1], run.metric),
             "step": trial.rungs[-1].step,
             "best": trial == run.best_trial,
         }
@@ -268,10 +267,41 @@ def _title_of_best(run: Snapshot) -> str:
     return "winner" if run.results.search else "best so far"
 
 
-def _far(point: Spec, run: Snapshot) -> str:
-    """What stands at a trial beyond the edge; the scores of those that were stopped there, maybe many, do not."""
-    told = "" if point["kind"] == STOPPED else f"{point['score']:.4f} "
-    return told + ARROWS[run.metric]
+def _placed(points: Values, along: str, edge: Edge) -> Values:
+    """Points and where they are drawn; `far` is what stands beside the arrow of one beyond the edge.
+
+    That is its score, but not of trials that were stopped, maybe many, nor where another's, by `along`, would cover it.
+    """
+    told = [point for point in points if edge.is_beyond(point["score"]) and point["kind"] != STOPPED]
+    every = [point[along] for point in points]
+    room = ROOM_OF_A_SCORE * (max(every) - min(every))
+
+    def beside_arrow(point: Spec) -> str:
+        near = sum(abs(point[along] - other[along]) <= room for other in told)
+        return f"{point['score']:.4f}" if point in told and near == 1 else ""
+
+    return [
+        point
+        | {"shown": edge.place(point["score"])}
+        | ({"far": beside_arrow(point)} if edge.is_beyond(point["score"]) else {})
+        for point in points
+    ]
+
+
+def _arrows(points: Values, place: Spec, edge: Edge) -> list[Spec]:
+    """What stands at the points beyond the edge; nothing, of which Vega would warn, where there are none."""
+    mark = {"type": "text", "dy": 14 if edge.metric == "accuracy" else -14, "fontWeight": "bold"}
+    layers: list[Spec] = []
+    if any("far" in point for point in points):
+        arrow = {"value": ARROWS[edge.metric]}
+        layers.append(
+            {"transform": [{"filter": "isValid(datum.far)"}], "mark": mark, "encoding": place | {"text": arrow}}
+        )
+    if any(point.get("far") for point in points):
+        beside = mark | aside(place["x"]["field"], 8, CHARACTERS_OF_A_SCORE)
+        told = {"field": "far", "type": "nominal"}
+        layers.append({"transform": [{"filter": "datum.far"}], "mark": beside, "encoding": place | {"text": told}})
+    return layers
 
 
 def _front(points: Values, by_accuracy: bool) -> Iterator[Spec]:
