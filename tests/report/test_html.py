@@ -16,6 +16,7 @@ from typing import Any, get_args
 
 import jsonschema
 import pytest
+import vl_convert
 import yaml
 from click.testing import CliRunner
 from conftest import raw_config, with_key
@@ -239,6 +240,24 @@ def make_far(made: MadeRun, index: int, by: float = 9.0) -> list[float]:
     rungs = tuple(rung.model_copy(update={"loss": rung.loss + by}) for rung in trial.rungs)
     write_trial(made.run.trials / TRIALS, trial.model_copy(update={"rungs": rungs}))
     return [rung.loss for rung in rungs]
+
+
+@pytest.mark.parametrize(("largest", "side"), [(True, "end"), (False, "start")])
+def test_the_winner_s_label_stands_where_the_plot_s_edge_does_not_cut_it(
+    largest: bool, side: str, tmp_path: Path
+) -> None:
+    """On a telephone the largest plan's label lost its last letter."""
+    made = MadeRun(tmp_path / "run", num_trials=12, num_blocks=2)
+    finished = sorted((trial for trial in made.trials if trial.status == "finished"), key=lambda each: each.plan_bytes)
+    best = finished[-1 if largest else 0]
+    record, search = made.run.read_record("search", SearchRecord), made.state.search
+    assert record and search
+    made.run.write_record("search", record.model_copy(update={"best_index": best.index, "best_plan": best.plan}))
+    search = search.model_copy(update={"budget_bytes": finished[-1].plan_bytes})
+    made.run.write_state(made.state.model_copy(update={"search": search}))
+    drawn = vl_convert.vegalite_to_svg(json.dumps(chart_of(made, "pareto").complete | {"width": 320}))
+    halo, label = re.findall(r"<text([^>]*)>winner</text>", drawn)
+    assert f'text-anchor="{side}"' in halo and f'text-anchor="{side}"' in label
 
 
 @pytest.mark.parametrize("name", ["pareto", "progress", "rungs"])

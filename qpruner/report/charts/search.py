@@ -26,6 +26,8 @@ MANY_SECONDS = 240
 """Beyond them an axis of time counts minutes."""
 ROOM_OF_A_SCORE, CHARACTERS_OF_A_SCORE = 0.2, 7
 """Of a plot's width, and in characters."""
+HALO: Spec = {"stroke": "var(--page)", "strokeWidth": 4, "strokeJoin": "round", "aria": False}
+"""Of a text that points may lie under."""
 SHAPES = {SEARCHED: "circle", CONTROL: "diamond", GIVEN: "square", STOPPED: "cross", FAILED: "triangle-down"}
 
 
@@ -44,7 +46,8 @@ def pareto(run: Snapshot) -> Iterator[Chart]:
     if not scored:
         return
     assert run.state.search
-    edge = edge_of(scored, run.metric)
+    edge, title = edge_of(scored, run.metric), _title_of_best(run)
+    label = {"type": "text", "fontWeight": "bold"} | aside("megabytes", 15, len(title))
     points = _placed(_points(run), "megabytes", edge)
     place = {"x": quantity("megabytes", "size (MB)", tickCount=8), "y": quantity("shown", run.metric_title)}
     kinds = _by_kind(points)
@@ -90,8 +93,8 @@ def pareto(run: Snapshot) -> Iterator[Chart]:
         },
         {
             "transform": [{"filter": "datum.best"}],
-            "mark": {"type": "text", "dx": 15, "align": "left", "fontWeight": "bold"},
-            "encoding": place | {"text": {"value": _title_of_best(run)}},
+            "layer": [{"mark": label | HALO}, {"mark": label}],
+            "encoding": place | {"text": {"value": title}},
         },
     ]
     yield Chart(
