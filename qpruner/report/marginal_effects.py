@@ -44,7 +44,9 @@ def marginal_effects(trials: Sequence[TrialRecord]) -> MarginalEffects | str:
     if not finished:
         return "no trial finished"
     plans = np.array([list(trial.plan.values()) for trial in finished])
-    lower = sorted(set(plans.ravel().tolist()))[:-1]
+    *lower, highest = sorted(set(plans.ravel().tolist()))
+    if not lower:
+        return f"every finished trial has {highest} bits for every group"
     num_effects = plans.shape[1] * len(lower)
     num_unknowns = num_effects + 1
     num_needed = math.ceil(TRIALS_PER_UNKNOWN * num_unknowns)

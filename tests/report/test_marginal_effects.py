@@ -64,6 +64,13 @@ def test_too_few_trials_are_counted_instead(count: int) -> None:
     assert isinstance(found, str) and found.endswith(f"finished trials, 1.5 for each, got {count}")
 
 
+@pytest.mark.parametrize("count", [1, 5])
+def test_one_uniform_plan_alone_shows_no_effect(count: int) -> None:
+    """A search may so far have finished its controls of one level only, or a given plan beside them."""
+    found = marginal_effects([trial(index, (4, 4, 4), 2.0 + index) for index in range(count)])
+    assert found == "every finished trial has 4 bits for every group"
+
+
 def test_plans_that_always_go_together_are_not_told_apart() -> None:
     """Two groups that every plan gave the same bits have one effect between them."""
     together = [
