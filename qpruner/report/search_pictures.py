@@ -18,6 +18,8 @@ MOST_PLANS = 40
 """Plans that a bit map shows: the best ones."""
 MOST_LABELS = 40
 """Groups that are labelled one by one."""
+MOST_NUMBERED = 12
+"""Trials that the plot of bytes and score numbers; where front and controls are more, the front goes without."""
 TITLE_WIDTH = 90
 """Characters in a line of a plot's title."""
 COLORS = {4: "#4477aa", 8: "#ddaa33", 16: "#bb5566"}
@@ -96,17 +98,22 @@ def draw_front(trials: Sequence[TrialRecord], search: SearchState, winner: int |
     if best:
         axes.scatter(*place(best), s=130, facecolors="none", edgecolors="black", linewidths=1.8, label=name, zorder=5)
         axes.annotate(f"{best.index}", place(best), xytext=(0, 8), ha="center", fontweight="bold", **text)
-    numbered = {trial.index: trial for trial in (*kinds["control"][0], *kinds["given plan"][0], *front)}
-    for trial in (trial for trial in numbered.values() if trial is not best):
-        axes.annotate(f"{trial.index}", place(trial), xytext=(-4, 4), ha="right", **text)
+    numbered = {trial.index: trial for trial in (*kinds["control"][0], *kinds["given plan"][0])}
+    with_front = numbered | {trial.index: trial for trial in front}
+    is_few = len(with_front) <= MOST_NUMBERED
+    for trial in (with_front if is_few else numbered).values():
+        if trial is not best:
+            is_far = edge.far_score(trial) is not None  # an arrow stands over it
+            beside = (-7, -3) if is_far else (-4, 4)
+            axes.annotate(f"{trial.index}", place(trial), xytext=beside, ha="right", **text)
     if front:
         places = zip(*map(place, front), strict=True)
         axes.step(*places, where="post", color="black", linewidth=1, label="front", zorder=2)
     for trial in (trial for trial in scored if edge.far_score(trial) is not None):
-        axes.annotate(ARROWS[metric], place(trial), ha="center", va="bottom")
+        axes.annotate(ARROWS[metric], place(trial), ha="center", va="top" if metric == "accuracy" else "bottom")
     axes.axvline(search.budget_bytes / 1e6, color="black", linestyle=":", linewidth=1, label="budget")
     axes.set(xlabel="MB", ylabel=FIGURES[metric])
-    about = f"after {len(trials)} trials; numbered: front, controls, {name}. {edge.told(scored)}"
+    about = f"after {len(trials)} trials; numbered: {'front, ' if is_few else ''}controls, {name}. {edge.told(scored)}"
     axes.set_title("\n".join(textwrap.wrap(about, TITLE_WIDTH)), fontsize=9, loc="left")
     axes.grid(alpha=0.3)
     axes.legend(fontsize=7)

@@ -16,6 +16,7 @@ from made_run import MadeRun
 from recorded_runs import (
     ANOTHER,
     GROUPS,
+    MEGABYTE,
     MINE,
     RUNGS,
     STARTED,
@@ -191,6 +192,43 @@ def test_the_best_trial_has_a_ring_and_its_number(winner: int | None, name: str,
     assert [text.get_text() for text in axes.texts if text.get_fontweight() == "bold"] == [number]
     assert name in [text.get_text() for text in axes.get_legend().get_texts()]
     assert f"numbered: front, controls, {name}." in axes.get_title(loc="left")
+
+
+def drawn_texts(figure: Any) -> dict[str, Any]:
+    """Where each text in the plot lies, in pixels."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    FigureCanvasAgg(figure).draw()
+    [axes] = figure.axes
+    return {text.get_text(): text.get_window_extent() for text in axes.texts}
+
+
+@pytest.mark.parametrize(("num_on_front", "is_numbered"), [(10, True), (40, False)])
+def test_numbers_of_a_long_front_do_not_lie_over_one_another(num_on_front: int, is_numbered: bool) -> None:
+    controls = [record for record in trials() if record.is_control]
+    front = [
+        trial(index, "884444", [3.5, 3.4, 2.9 - index / 1000], plan_bytes=40 * MEGABYTE + 10_000 * index)
+        for index in range(10, 10 + num_on_front)
+    ]
+    figure = draw_front([*controls, *front], search_state(), front[-1].index)
+    numbers = {int(text) for text in drawn_texts(figure) if text.isdigit()}
+    ends = {record.index for record in (*controls, front[-1])}
+    assert numbers == (ends | {record.index for record in front} if is_numbered else ends)
+    title = figure.axes[0].get_title(loc="left")
+    assert f"numbered: {'front, ' if is_numbered else ''}controls, winner." in title
+
+
+@pytest.mark.parametrize("metric", ["loss", "accuracy"])
+def test_the_arrow_of_a_far_control_leaves_its_number_to_be_read(metric: str) -> None:
+    def scored(record: TrialRecord, is_far: bool) -> TrialRecord:
+        last = record.rungs[-1]
+        value = {"loss": 12.0 if is_far else last.loss, "accuracy": 0.1 if is_far else 1 - last.loss / 10}
+        return record.model_copy(update={"rungs": (last.model_copy(update=value),)})
+
+    shown = [scored(record, record.index == 0) for record in trials() if record.status == "finished"]
+    texts = drawn_texts(draw_front(shown, search_state(metric=metric), 2))
+    arrow, number = texts["\u2191" if metric == "loss" else "\u2193"], texts["0"]
+    assert not arrow.overlaps(number)
 
 
 def test_the_last_picture_of_a_search_is_drawn_once_for_each_winner(tmp_path: Path) -> None:
