@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Copies a run's results to this machine: the reports, their data, the records and the final model. From a folder on the
-# cluster by `ray rsync-down`, from a bucket by `aws s3 sync`.
+# Copies a run's results to this machine: the reports with their pictures and data, the records and the final model. From a
+# folder on the cluster by `ray rsync-down`, from a bucket by `aws s3 sync`.
 # Usage: bash launch/fetch.sh CLUSTER.yaml RUN-FOLDER-OR-URI INTO-FOLDER [FILE-OR-FOLDER-OF-THE-RUN ...]
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/ray_commands.sh"
@@ -8,7 +8,7 @@ source "$(dirname "${BASH_SOURCE[0]}")/ray_commands.sh"
 cluster=$(cluster_file "$1")
 named=$1 from=$2 into=$3
 shift 3
-[ $# -gt 0 ] || set -- report.html report.md results.json records final
+[ $# -gt 0 ] || set -- report.html report.md pictures results.json records final
 if [[ $from == gs://* ]]; then
   fail "$from is in Google's storage: gcloud storage rsync -r $from $into   (or one part of it: $from/final $into/final)"
 fi

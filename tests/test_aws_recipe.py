@@ -131,7 +131,8 @@ def test_from_nothing_to_machines_that_may_use_the_bucket_and_back_to_nothing(ac
 
 
 def test_results_in_a_bucket_are_fetched_and_the_rest_is_not(account: Account, tmp_path: Path) -> None:
-    of_a_run = {"report.html", "report.md", "results.json", "records/prune.json", "final/adapter/weights"}
+    of_a_run = {"report.html", "report.md", "pictures/kept.png", "results.json", "records/prune.json"}
+    of_a_run |= {"final/adapter/weights"}
     for name in (*of_a_run, "bank/large", "records.txt", "finals/x"):
         account.store.write(f"runs/mine/{name}", name.encode())
     fetch = ["bash", "launch/fetch.sh", "cluster.yaml"]

@@ -9,14 +9,15 @@ import yaml
 from qpruner.mirror import put_folders
 from qpruner.report import markdown, page
 from qpruner.report.charts import charts
+from qpruner.report.importance_map import PICTURE
 from qpruner.report.model_card import base_card, model_card
-from qpruner.report.snapshot import read_snapshot
+from qpruner.report.snapshot import Snapshot, read_snapshot
 from qpruner.report.summary import summary_of, summary_text
-from qpruner.rundir import RunDir, publish_folder, write_text
+from qpruner.rundir import RunDir, exists, fetch_file, publish_folder, write_text
 
 CARD = "final/README.md"
 PICTURES = "pictures"
-"""Folder of the plots that `report.md` shows."""
+"""Folder of the plots that `report.md` shows, all of them, so that both can be taken elsewhere."""
 
 
 def write_report(run_dir: RunDir) -> Path:
@@ -32,12 +33,22 @@ def write_report(run_dir: RunDir) -> Path:
     scratch = run_dir.scratch(PICTURES)
     for plot in plots:
         (scratch / f"{plot.name}.png").write_bytes(plot.png())
+    has_map = _copy_importance_map(run, run_dir, scratch)
     publish_folder(scratch, run_dir.root / PICTURES)
     config = yaml.safe_dump(run.state.config, sort_keys=False)
     write_text(run_dir.root / "results.json", summary_text(summary_of(run)))
-    write_text(run_dir.root / "report.md", markdown.render(run, plots, PICTURES, config))
+    write_text(run_dir.root / "report.md", markdown.render(run, plots, PICTURES, config, has_map))
     if run.is_whole and run_dir.root / "final" in put_folders(run_dir.root):
         write_text(run_dir.root / CARD, model_card(run, base_card(run, run_dir)))
     target = run_dir.root / "report.html"
     write_text(target, page.render(run, plots, config))
     return target
+
+
+def _copy_importance_map(run: Snapshot, run_dir: RunDir, folder: Path) -> bool:
+    """Put what pruning drew of every unit beside the plots; whether there is one."""
+    drawn = run_dir.stage("prune") / PICTURE
+    if run.results.prune is None or not exists(drawn):
+        return False
+    fetch_file(drawn, folder / PICTURE)
+    return True

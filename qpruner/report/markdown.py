@@ -8,12 +8,13 @@ from collections.abc import Sequence
 from qpruner.records import Results, SensitivityRecord
 from qpruner.report import by_task, sections
 from qpruner.report.charts.chart import Chart
+from qpruner.report.importance_map import PICTURE
 from qpruner.report.marginal_effects import MarginalEffects
 from qpruner.report.snapshot import Snapshot
 from qpruner.report.table import claim
 
 
-def render(run: Snapshot, charts: Sequence[Chart], pictures: str, config: str) -> str:
+def render(run: Snapshot, charts: Sequence[Chart], pictures: str, config: str, has_map: bool) -> str:
     """The whole report; of an unfinished run what there is.
 
     Args:
@@ -21,6 +22,7 @@ def render(run: Snapshot, charts: Sequence[Chart], pictures: str, config: str) -
         charts: Its plots.
         pictures: Folder with a PNG file of each plot, seen from the report.
         config: The configuration as YAML.
+        has_map: Whether the importance map is among the pictures.
     """
     # Longer than any run of backticks in the configuration.
     fence = "`" * max([3, *(len(ticks) + 1 for ticks in re.findall("`+", config))])
@@ -41,8 +43,7 @@ def render(run: Snapshot, charts: Sequence[Chart], pictures: str, config: str) -
             prose(sections.prune_summary(run.results.prune)),
             "",
             *_shown(charts, "pruning", pictures),
-            "![importance of every unit and what was kept](prune/importance.png)",
-            "",
+            *([f"![importance of every unit and what was kept]({pictures}/{PICTURE})", ""] if has_map else []),
             pipe_table(sections.LAYER_HEADINGS, [sections.layer_cells(layer) for layer in run.results.prune.layers]),
             "",
         ]

@@ -158,7 +158,7 @@ def test_a_search_attached_and_gone_on_with_by_a_job(cluster: Cluster, tiny_mode
     assert "SUCCEEDED" in watched(cluster)
     cluster.script("fetch.sh", str(cluster.file), str(run), str(tmp_path / "fetched"))
     fetched = {path.name for path in (tmp_path / "fetched").iterdir()}
-    assert fetched == {"report.html", "report.md", "results.json", "records", "final"}
+    assert fetched == {"report.html", "report.md", "pictures", "results.json", "records", "final"}
     part = cluster.laptop(
         "bash", "launch/fetch.sh", str(cluster.file), str(run), str(tmp_path / "part"), "gone", "records"
     )

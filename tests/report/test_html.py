@@ -366,6 +366,22 @@ def test_the_report_for_github_has_a_picture_of_every_plot(long_run: Path) -> No
         assert (long_run / picture).read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.parametrize("has_map", [True, False])
+def test_the_report_for_github_can_be_taken_elsewhere_with_its_pictures(has_map: bool, tmp_path: Path) -> None:
+    """As `launch/fetch.sh` does; the pruned model stays where it is, or may be gone."""
+    made = MadeRun(tmp_path / "run", num_trials=6, num_blocks=2)
+    if has_map:
+        (tmp_path / "run" / "prune").mkdir()
+        (tmp_path / "run" / "prune" / "importance.png").write_bytes(b"the map")
+    write_report(made.run)
+    elsewhere = Path(shutil.copytree(tmp_path / "run" / "pictures", tmp_path / "elsewhere" / "pictures")).parent
+    shown = re.findall(r"!\[[^]]*\]\(([^)]+)\)", (tmp_path / "run" / "report.md").read_text())
+    assert len(shown) == 8 + has_map
+    assert all((elsewhere / picture).is_file() for picture in shown)
+    if has_map:
+        assert (elsewhere / "pictures" / "importance.png").read_bytes() == b"the map"
+
+
 def test_results_follow_the_published_schema(long_run: Path) -> None:
     written = (ROOT / "docs" / "results.schema.json").read_text()
     assert written == summary_schema(), "run: qpruner schema --results > docs/results.schema.json"

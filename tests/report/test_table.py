@@ -586,7 +586,7 @@ def report(
     environment: dict[str, str] | None = None,
 ) -> str:
     """The Markdown report, plots left out."""
-    return render(snapshot(results, effects, environment=environment or {}), [], "pictures", config)
+    return render(snapshot(results, effects, environment=environment or {}), [], "pictures", config, has_map=False)
 
 
 def test_a_row_is_the_mean_of_its_tasks_and_of_its_seeds(whole: Results) -> None:
