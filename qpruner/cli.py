@@ -441,7 +441,7 @@ def _preview(path: Path, overrides: tuple[str, ...], address: str | None, quiet:
 def _print_layers(record: PruneRecord, terminal: Terminal) -> None:
     from qpruner.report import sections
 
-    terminal.table(sections.LAYER_HEADINGS, [sections.layer_cells(layer) for layer in record.layers])
+    terminal.table(*sections.layers(record))
     terminal.say(sections.prune_summary(record))
 
 

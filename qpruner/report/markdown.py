@@ -9,7 +9,6 @@ from qpruner.records import Results, SensitivityRecord
 from qpruner.report import by_task, sections
 from qpruner.report.charts.chart import Chart
 from qpruner.report.importance_map import PICTURE
-from qpruner.report.marginal_effects import MarginalEffects
 from qpruner.report.snapshot import Snapshot
 from qpruner.report.table import claim
 
@@ -34,7 +33,7 @@ def render(run: Snapshot, charts: Sequence[Chart], pictures: str, config: str, h
         lines += [*_final_table(run), *_shown(charts, "quality", pictures)]
     lines += _search(run, charts, pictures)
     if run.results.sensitivity:
-        lines += _sensitivities(run.results.sensitivity, run.effects, run.best_plan)
+        lines += _sensitivities(run.results.sensitivity, run)
     lines += _shown(charts, "plan", pictures)
     if run.results.prune:
         lines += [
@@ -44,7 +43,7 @@ def render(run: Snapshot, charts: Sequence[Chart], pictures: str, config: str, h
             "",
             *_shown(charts, "pruning", pictures),
             *([f"![importance of every unit and what was kept]({pictures}/{PICTURE})", ""] if has_map else []),
-            pipe_table(sections.LAYER_HEADINGS, [sections.layer_cells(layer) for layer in run.results.prune.layers]),
+            pipe_table(*sections.layers(run.results.prune)),
             "",
         ]
     lines += [
@@ -101,22 +100,20 @@ def _search(run: Snapshot, charts: Sequence[Chart], pictures: str) -> list[str]:
     return [*lines, *_shown(charts, "search", pictures)]
 
 
-def _sensitivities(
-    measured: SensitivityRecord, effects: MarginalEffects | str, plan: dict[str, int] | None
-) -> list[str]:
+def _sensitivities(measured: SensitivityRecord, run: Snapshot) -> list[str]:
     """Every method beside what trials show, and the best plan's bits."""
     return [
         "## Sensitivities and winner",
         "",
         f"{prose(sections.METHODS_CAPTION)}.",
         "",
-        pipe_table(sections.METHOD_HEADINGS, sections.methods(measured, effects)),
+        pipe_table(sections.METHOD_HEADINGS, sections.methods(measured, run.effects)),
         "",
-        prose(sections.effects_text(effects)),
+        prose(sections.effects_text(run.effects)),
         "",
-        f"{sections.GROUPS_CAPTION}.",
+        f"{sections.GROUPS_CAPTION}. {sections.group_numbering(run.results.prune)}".rstrip(),
         "",
-        pipe_table(*sections.groups(measured, effects, plan)),
+        pipe_table(*sections.groups(measured, run.effects, run.best_plan)),
         "",
     ]
 

@@ -184,6 +184,32 @@ def layer_cells(layer: LayerWidths) -> tuple[str, ...]:
     )
 
 
+def layers(record: PruneRecord) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """What is left of each block: headings and cells; where whole blocks went, with its number in the pruned model."""
+    body = [layer_cells(layer) for layer in record.layers]
+    if not record.dropped_blocks:
+        return LAYER_HEADINGS, body
+    kept = iter(range(len(record.layers)))
+    places = ["-" if layer.layer in record.dropped_blocks else f"{next(kept)}" for layer in record.layers]
+    block, *others = LAYER_HEADINGS
+    numbered = [(number, place, *cells) for (number, *cells), place in zip(body, places, strict=True)]
+    return (block, "in the pruned model", *others), numbered
+
+
+def group_numbering(record: PruneRecord | None) -> str:
+    """That groups are not numbered as the base's blocks are, in a sentence; empty where no whole block went."""
+    if record is None or not record.dropped_blocks:
+        return ""
+    *others, last = map(str, record.dropped_blocks)
+    gone = f"blocks {', '.join(others)} and {last} are" if others else f"block {last} is"
+    return f"Blocks are numbered as in the pruned model; the base's {gone} gone."
+
+
+def block_numbering(record: PruneRecord) -> str:
+    """The same of what is told of the base's blocks."""
+    return "Blocks are numbered as in the base model." if record.dropped_blocks else ""
+
+
 def prune_summary(record: PruneRecord) -> str:
     """The cut in two lines."""
     dropped = f"; whole blocks removed: {', '.join(map(str, record.dropped_blocks))}" if record.dropped_blocks else ""

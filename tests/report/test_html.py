@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 import os
 import re
@@ -31,7 +32,7 @@ from qpruner.config import SensitivityMethod, validate_config
 from qpruner.errors import UserError
 from qpruner.pipeline import run
 from qpruner.plan import PrecisionPlan
-from qpruner.records import PrepareRecord, RungResult, SearchRecord, SensitivityRecord, StageState
+from qpruner.records import PrepareRecord, PruneRecord, RungResult, SearchRecord, SensitivityRecord, StageState
 from qpruner.report import by_task, sections
 from qpruner.report.charts import charts
 from qpruner.report.far import edge_of, edge_of_rungs
@@ -501,6 +502,42 @@ def cells_of(root: Path, caption: str) -> list[list[str]]:
     table = page[page.index(f"<caption>{caption}</caption>") :]
     rows = re.findall("<tr[^>]*>(.*?)</tr>", table[: table.index("</table>")], re.DOTALL)
     return [[re.sub("<.*?>", "", cell) for cell in re.findall(r"<t[hd].*?</t[hd]>", row)] for row in rows]
+
+
+def drop_block(made: MadeRun, gone: int) -> None:
+    """Have pruning take a block more, whole, than the model's layers are now."""
+    record = made.run.read_record("prune", PruneRecord)
+    assert record
+    left = list(record.layers)
+    nothing = {"kept_kv_groups": (), "kept_mlp_channels": (), "kept_parameters": 0}
+    left.insert(gone, left[0].model_copy(update=nothing))
+    numbered = tuple(layer.model_copy(update={"layer": index}) for index, layer in enumerate(left))
+    dropped = tuple(layer.layer for layer in numbered if not layer.kept_parameters)
+    made.run.write_record("prune", record.model_copy(update={"layers": numbered, "dropped_blocks": dropped}))
+
+
+def test_where_whole_blocks_went_each_part_says_how_it_numbers_blocks(tmp_path: Path) -> None:
+    """The plan's block 2 is the base's block 3 here: who looks it up in the other table must not take the wrong one."""
+    root = tmp_path / "run"
+    made = MadeRun(root, num_trials=6, num_blocks=3)
+    drop_block(made, 1)
+    told = "Blocks are numbered as in the pruned model; the base's block 1 is gone."
+    assert told in chart_of(made, "winner").caption
+    assert chart_of(made, "kept").caption.endswith("Blocks are numbered as in the base model.")
+    write_report(made.run)
+    page, text = page_of(root), (root / "report.md").read_text()
+    every_group = page[page.index("<summary>Every group") : page.index(f"<caption>{sections.GROUPS_CAPTION}")]
+    assert told in html.unescape(every_group) and text.count(told) == 2
+    assert [row[:2] for row in cells_of(root, "Kept of each block")] == [
+        ["block", "in the pruned model"], ["0", "0"], ["1", "-"], ["2", "1"], ["3", "2"],
+    ]  # fmt: skip
+    assert "| block | in the pruned model |" in text and "| 3 | 2 |" in text
+    drop_block(made, 3)
+    assert "; the base's blocks 1 and 3 are gone." in chart_of(made, "winner").caption
+
+
+def test_where_no_whole_block_went_there_is_one_numbering(long_run: Path) -> None:
+    assert "numbered as in" not in page_of(long_run) + (long_run / "report.md").read_text()
 
 
 def test_accuracies_by_task_are_in_a_table_as_in_the_plots(long_run: Path) -> None:

@@ -9,6 +9,7 @@ from itertools import pairwise
 from qpruner.records import SensitivityRecord
 from qpruner.report.by_task import accuracies
 from qpruner.report.charts.chart import Chart, Spec, Values, colored, quantity, tooltip
+from qpruner.report.sections import block_numbering, group_numbering
 from qpruner.report.seed_plans import first_method, likeness
 from qpruner.report.snapshot import Snapshot
 from qpruner.wording import counted
@@ -91,8 +92,10 @@ def winner(run: Snapshot) -> Iterator[Chart]:
     cells: Values = [{**_place(group), "group": group, "bits": bits} for group, bits in plan.items()]
     bits_map = _bits_map(cells, _grid(cells))
     data: Spec = {"data": {"values": cells}}
+    numbering = group_numbering(run.results.prune)
     if measured is None:
-        yield Chart("winner", "plan", "Bits by layer", "One cell a group.", data | {"hconcat": [bits_map]})
+        caption = f"One cell a group. {numbering}".rstrip()
+        yield Chart("winner", "plan", "Bits by layer", caption, data | {"hconcat": [bits_map]})
         return
     predictions = _predictions(run, measured)
     by_group = zip(*(each.rises for each in predictions), strict=True)
@@ -109,7 +112,7 @@ def winner(run: Snapshot) -> Iterator[Chart]:
         "winner",
         "plan",
         "Bits and sensitivity by layer",
-        " ".join(filter(None, [caption, likeness(run)])),
+        " ".join(filter(None, [caption, numbering, likeness(run)])),
         data
         | {
             "params": [_method(run, predictions), _about(predictions)],
@@ -132,7 +135,7 @@ def kept(run: Snapshot) -> Iterator[Chart]:
         "kept",
         "pruning",
         "Kept of each block",
-        "Share of a block's parameters that pruning left.",
+        f"Share of a block's parameters that pruning left. {block_numbering(run.results.prune)}".rstrip(),
         {
             "height": 150,
             "data": {"values": values},

@@ -124,12 +124,13 @@ def _tables(run: Snapshot) -> dict[str, Any]:
     if results.sensitivity:
         tables["methods"] = sections.methods(results.sensitivity, run.effects)
         tables["groups"] = sections.groups(results.sensitivity, run.effects, run.best_plan)
+        tables["numbering"] = sections.group_numbering(results.prune)
     if results.search:
         tables["finalists"] = sections.finalists(results.search)
         if results.search.front:
             tables["front"] = sections.front(results.search)
     if results.prune:
-        tables["layers"] = [sections.layer_cells(layer) for layer in results.prune.layers]
+        tables["layers"] = sections.layers(results.prune)
     return tables
 
 
