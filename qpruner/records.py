@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 STAGES = ("prepare", "prune", "bank", "sensitivity", "search", "finetune", "evaluate", "report")
 """In the order of the flow."""
+RUN_ID = "run.id"
+"""The file in a run folder that tells it from another of the same name, and shows that its storage is there."""
 
 StandardError = Annotated[float, WithJsonSchema({"type": ["number", "null"]}, mode="serialization")]
 """NaN with a single question, which JSON knows as null."""

@@ -37,9 +37,9 @@ from qpruner.objects import (
     sha256_of,
 )
 from qpruner.patience import patiently
-from qpruner.records import PrepareRecord, digest_of
+from qpruner.records import RUN_ID, PrepareRecord, digest_of
 
-STATE, LOG, ID = "run.json", "qpruner.log", "run.id"
+STATE, LOG = "run.json", "qpruner.log"
 BANK_CACHE = "QPRUNER_BANK_CACHE"
 """Environment variable: a folder on this machine that keeps a copy of every file of a bank that its workers read."""
 
@@ -81,7 +81,7 @@ class RunDir:
     @property
     def id(self) -> str:
         """The folder's own, made when it is first asked for: another run in a folder of the same name has another."""
-        path = self.root / ID
+        path = self.root / RUN_ID
         found = read_text(path)
         if found is None:
             found = uuid.uuid4().hex[:12]

@@ -2,8 +2,9 @@
 
 A lock is stale when its process is dead, if that can be seen from here, and else when its heartbeat has stopped: a
 driver on another machine is waited for until it beats again, or would have. Ages are differences of the storage's own
-times, so machines' clocks need not agree. An object store knows no locks: there
-two drivers that start in the same instant may both believe that they hold the run, and the first heartbeat ends one.
+times, so machines' clocks need not agree. Who slept through another's whole work finds no lock at all, and the run's
+id beside it. An object store knows no locks: there two drivers that start in the same instant may both believe that
+they hold the run, and the first heartbeat ends one.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from qpruner.errors import StorageError, UserError
 from qpruner.objects import Objects, name_of, objects_at
 from qpruner.patience import patiently
+from qpruner.records import RUN_ID
 
 NAME = "driver.lock"
 HEARTBEAT_SECONDS = 10.0
@@ -87,8 +89,10 @@ def driver_of(root: Path) -> Driver | None:
 @contextmanager
 def sole_driver(
     root: Path, tell: Callable[[str], None], heartbeat_seconds: float = HEARTBEAT_SECONDS
-) -> Iterator[None]:
+) -> Iterator[Callable[[], bool]]:
     """Hold a run for this process, which ends at once (SIGTERM) if another took the run over while it was suspended.
+
+    Hands out what asks whether the run is this process's still, which takes a storage that is away for a yes.
 
     Args:
         root: The run folder.
@@ -116,14 +120,23 @@ def sole_driver(
     done = threading.Event()
     beating = threading.Thread(target=_beat, args=(lock, me, tell, done, heartbeat_seconds), daemon=True)
     beating.start()
+
+    def is_ours() -> bool:
+        with contextlib.suppress(OSError, StorageError):
+            return _lost(lock, me) is None
+        return True
+
     try:
-        yield
+        yield is_ours
     finally:
         done.set()
         beating.join()
-        with contextlib.suppress(OSError, StorageError), lock.alone():
+        # Asked before, too: whoever would be alone with a lock that is gone makes one.
+        with contextlib.suppress(OSError, StorageError):
             if lock.holder() == me:
-                lock.give_up()
+                with lock.alone():
+                    if lock.holder() == me:
+                        lock.give_up()
 
 
 class _FileLock:
@@ -145,7 +158,13 @@ class _FileLock:
                     return
 
     def holder(self) -> Holder | None:
+        """Whom it names; `FileNotFoundError` where there is none."""
         return _parsed(self._path.read_bytes())
+
+    def is_gone(self) -> bool:
+        """Whether it was taken away: of a storage that is away the rest of the run is not to be seen either. Looked for
+        last, since the storage may be back by now."""
+        return self._path.with_name(RUN_ID).exists() and not self._path.exists()
 
     def take(self, me: Holder) -> None:
         with self._path.open("r+", encoding="utf-8") as file:
@@ -184,10 +203,12 @@ class _ObjectLock:
         yield
 
     def holder(self) -> Holder | None:
-        try:
-            return _parsed(self._there.read())
-        except FileNotFoundError:
-            return None
+        """Whom it names; `FileNotFoundError` where there is none."""
+        return _parsed(self._there.read())
+
+    def is_gone(self) -> bool:
+        """Whether what is not there was taken away: a store that is away says so."""
+        return True
 
     def take(self, me: Holder) -> None:
         self._there.write(me.model_dump_json().encode())
@@ -286,14 +307,24 @@ def _start_of(pid: int) -> int | None:
     return None if fields[0] in "ZX" else int(fields[19])
 
 
+def _lost(lock: _FileLock | _ObjectLock, me: Holder) -> str | None:
+    """Why a run that this process held is no longer its own; None while it is, or the storage is away."""
+    try:
+        holder = lock.holder()
+    except FileNotFoundError:
+        return "another driver took this run over and is done with it: the lock is gone" if lock.is_gone() else None
+    if holder == me:
+        return None
+    return f"process {holder.pid} on {holder.host} took this run over" if holder else "the lock was emptied"
+
+
 def _beat(
     lock: _FileLock | _ObjectLock, me: Holder, tell: Callable[[str], None], done: threading.Event, seconds: float
 ) -> None:
     while not done.wait(seconds):
         with contextlib.suppress(OSError, StorageError):  # the storage is away: the next beat may reach it
-            holder = lock.holder()
-            if holder != me:
-                tell(f"process {holder.pid} on {holder.host} took this run over" if holder else "the lock was emptied")
+            if why := _lost(lock, me):
+                tell(why)
                 os.kill(os.getpid(), signal.SIGTERM)
                 return  # Ray's handler ends the process a little later: until then, too, the lock is the other's
             lock.beat(me)

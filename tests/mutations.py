@@ -710,6 +710,48 @@ MUTATIONS = {
         "            if False:\n",
         "tests/test_runlock.py::test_the_second_driver_is_refused_with_the_firsts_host_and_pid",
     ),
+    "who slept through another's whole work goes on": Mutation(
+        "qpruner/runlock.py",
+        "if lock.is_gone() else None",
+        "if False else None",
+        "tests/test_runlock.py::test_who_slept_through_all_that_another_did_on_its_run_ends",
+    ),
+    "who lost its run makes a lock to give it up": Mutation(
+        "qpruner/runlock.py",
+        "            if lock.holder() == me:\n                with lock.alone():",
+        "            if True:\n                with lock.alone():",
+        "tests/test_runlock.py::test_who_slept_through_all_that_another_did_on_its_run_ends",
+    ),
+    "a storage that is away ends its driver": Mutation(
+        "qpruner/runlock.py",
+        "return self._path.with_name(RUN_ID).exists() and not self._path.exists()",
+        "return True",
+        "tests/test_runlock.py::test_the_heartbeat_goes_on_and_who_lost_the_run_ends",
+    ),
+    "a driver that slept writes over another's trials": Mutation(
+        DRIVER,
+        "if exists(path):",
+        "if False:",
+        f"{TRIALS}::test_a_driver_that_slept_hands_out_no_number_that_another_has_recorded",
+    ),
+    "a driver that slept counts another's trials as its own": Mutation(
+        "qpruner/search/trial_records.py",
+        "if session is not None and clock.sessions > session:",
+        "if False:",
+        f"{TRIALS}::test_a_driver_that_slept_changes_no_trial_that_another_went_on_with",
+    ),
+    "who lost its run tells how it ended": Mutation(
+        "qpruner/pipeline/progress.py",
+        "if self.is_told and is_ours():",
+        "if self.is_told:",
+        "tests/pipeline/test_progress.py::test_a_command_whose_run_another_took_over_leaves_what_that_one_tells",
+    ),
+    "who lost its run reports on it": Mutation(
+        "qpruner/pipeline/__init__.py",
+        "if progress.is_told and is_ours():",
+        "if progress.is_told:",
+        "tests/pipeline/test_progress.py::test_a_command_whose_run_another_took_over_leaves_what_that_one_tells",
+    ),
     "the job after one whose machine was lost is refused": Mutation(
         "qpruner/runlock.py",
         "if holder.machine == me.machine or (seen and found != seen):",

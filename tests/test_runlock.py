@@ -20,6 +20,7 @@ import pytest
 from conftest import with_key
 
 from qpruner.errors import UserError
+from qpruner.records import RUN_ID
 from qpruner.runlock import HEARTBEAT_SECONDS, NAME, STALE_BEATS, sole_driver, this_process
 
 HOLD = """
@@ -207,7 +208,8 @@ def test_a_run_that_another_took_over_stays_that_ones(tmp_path: Path) -> None:
 
 def test_the_heartbeat_goes_on_and_who_lost_the_run_ends(tmp_path: Path) -> None:
     """As after a laptop slept through another machine's taking over; a storage that is away is no such thing."""
-    lock = tmp_path / NAME
+    lock, run_id = tmp_path / NAME, tmp_path / RUN_ID
+    run_id.write_text("this run")
     theirs = this_process().model_copy(update={"host": "gpu-7", "machine": "elsewhere"}).model_dump_json()
     with another(tmp_path, heartbeat_seconds=0.05) as process:
         assert word(process) == "held"
@@ -217,15 +219,40 @@ def test_the_heartbeat_goes_on_and_who_lost_the_run_ends(tmp_path: Path) -> None
             while not lock.stat().st_mtime:
                 assert time.monotonic() < deadline, "no heartbeat"
                 time.sleep(0.02)
-            aside = lock.rename(lock.with_name("away"))
+            out_of_sight = [(path.rename(path.with_name(f"away-{path.name}")), path) for path in (run_id, lock)]
             time.sleep(0.5)
-            aside.rename(lock)
+            for aside, path in reversed(out_of_sight):
+                aside.rename(path)
         # In one step: a heartbeat that meets an empty file says so instead.
-        aside.write_text(theirs)
-        aside.rename(lock)
+        (new := lock.with_name("new")).write_text(theirs)
+        new.rename(lock)
         assert word(process) == f"process {os.getpid()} on gpu-7 took this run over"
         assert process.wait(timeout=20) == -signal.SIGTERM
     assert lock.read_text() == theirs, "the other's lock is left alone"
+
+
+def test_who_slept_through_all_that_another_did_on_its_run_ends(tmp_path: Path) -> None:
+    """By then there is no lock to see. The signal is handled, as in Ray's driver: not even then is there a new lock."""
+    (tmp_path / RUN_ID).write_text("this run")
+    handler = "import signal, sys\nsignal.signal(signal.SIGTERM, lambda *_: sys.exit(7))\n"
+    command = [*ELSEWHERE, sys.executable, "-c", handler + HOLD, str(tmp_path), "0.5"]
+    if subprocess.run([*ELSEWHERE, "true"], capture_output=True).returncode:
+        pytest.skip("process namespaces are not permitted here")
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            assert word(process) == "held"
+            (sleeper,) = psutil.Process(process.pid).children()
+            sleeper.suspend()
+            told: list[str] = []
+            with sole_driver(tmp_path, told.append, 0.5):
+                pass
+            assert "taking over" in told[-1] and not (tmp_path / NAME).exists()
+            sleeper.resume()
+            assert word(process) == "another driver took this run over and is done with it: the lock is gone"
+            assert process.wait(timeout=20) == 7
+        finally:
+            process.kill()
+    assert [path.name for path in tmp_path.iterdir()] == [RUN_ID]
 
 
 def test_the_command_is_refused_with_exit_code_2(tiny_raw: dict[str, Any], write_yaml: Any, tmp_path: Path) -> None:

@@ -13,7 +13,8 @@ from qpruner.execution import testimony
 from qpruner.execution.cluster import first_line, size_of
 from qpruner.execution.slots import Node
 from qpruner.objects import CACHE, cache_root, is_mirror
-from qpruner.rundir import BANK_CACHE, ID, RunDir
+from qpruner.records import RUN_ID
+from qpruner.rundir import BANK_CACHE, RunDir
 
 ANSWER_SECONDS = 120.0
 """A node starts a worker and answers within this time, or is named as silent; importing torch from a cold network file
@@ -134,7 +135,7 @@ def probe(storage: Path, driver: str, banked: Iterable[str] = (), seconds: float
 def packed_check(run: RunDir) -> bytes:
     """A pickled function that a worker calls before it reads anything of qpruner's: that may be another one on a node
     that was not looked at. It raises a RuntimeError that names node and difference, see `testimony.check_like`."""
-    told = (testimony.versions(), str(run.root), run.place, ID, run.id, run.is_at_uri)
+    told = (testimony.versions(), str(run.root), run.place, RUN_ID, run.id, run.is_at_uri)
     return _packed(functools.partial(testimony.check_like, *told))
 
 

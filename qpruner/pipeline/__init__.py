@@ -153,9 +153,10 @@ def run(
         check_room(planned)
     run_dir = RunDir(config.output)
     with (
-        sole_driver(run_dir.root, lambda text: emit(Message(COMMAND, text))),
+        sole_driver(run_dir.root, lambda text: emit(Message(COMMAND, text))) as is_ours,
         contextlib.closing(Sender(run_dir)) as sender,
     ):
+        _ = run_dir.id  # there from now on: beside it a lock that is gone was taken away
         progress = RunProgress(run_dir, config, until, command)
         board = Board(run_dir.root, config)
 
@@ -166,10 +167,10 @@ def run(
                 listen(event)
 
         try:
-            with progress.ending():
+            with progress.ending(is_ours):
                 results = _stages(Context(config, run_dir, tell, address, inspection), until)
         except BaseException:
-            if progress.is_told:  # else the report of an earlier command stands
+            if progress.is_told and is_ours():  # else the report of an earlier command stands
                 report_unfinished(run_dir)
             raise
         # Where nothing was done an earlier report, maybe of a whole run, tells more.

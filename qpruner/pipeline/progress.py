@@ -12,7 +12,7 @@ import platform
 import socket
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from importlib.metadata import version
 from pathlib import Path
@@ -90,25 +90,25 @@ class RunProgress:
             self._write()
 
     @contextmanager
-    def ending(self) -> Iterator[None]:
-        """Note how the command ends."""
+    def ending(self, is_ours: Callable[[], bool]) -> Iterator[None]:
+        """Note how the command ends, unless another has the run by then."""
         try:
             yield
         except UserError as error:
             if self.has_begun:
-                self._end("failed", str(error))
+                self._end("failed", str(error), is_ours)
             raise
         except QprunerError as error:
-            self._end("failed", str(error))
+            self._end("failed", str(error), is_ours)
             raise
         except Exception as error:
             note = note_defect(error, f"{self._run.place.rstrip('/')}/{LOG}, which has all of it")
-            self._end("failed", f"{type(error).__name__}: {error}\n{note}")
+            self._end("failed", f"{type(error).__name__}: {error}\n{note}", is_ours)
             raise
         except BaseException:  # Ctrl-C
-            self._end("interrupted", None)
+            self._end("interrupted", None, is_ours)
             raise
-        self._end("done", None)
+        self._end("done", None, is_ours)
 
     def _set(self, stage: str, state: StageState) -> None:
         self._state = self._state.model_copy(update={"stages": {**self._state.stages, stage: state}})
@@ -117,10 +117,10 @@ class RunProgress:
         if stage in self._state.stages:
             self._set(stage, self._state.stages[stage].model_copy(update=update))
 
-    def _end(self, outcome: str, error: str | None) -> None:
+    def _end(self, outcome: str, error: str | None, is_ours: Callable[[], bool]) -> None:
         # Else what an earlier command told has stages that this one did not come to.
         self.is_told = self.has_begun or self._earlier_stages <= self._state.stages.keys()
-        if self.is_told:
+        if self.is_told and is_ours():
             self._state = self._state.model_copy(update={"outcome": outcome, "error": error})
             self._write()
 

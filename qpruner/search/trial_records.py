@@ -198,9 +198,13 @@ def read_seconds(trials: Path, search: str) -> float:
     return _read_clock(trials, search).seconds
 
 
-def write_seconds(trials: Path, search: str, seconds: float) -> None:
+def write_seconds(trials: Path, search: str, seconds: float, session: int | None = None) -> bool:
+    """Keep a search's time; returns whether that was the session's to do, which it is until another one begins."""
     clock = _read_clock(trials, search)
+    if session is not None and clock.sessions > session:
+        return False
     write_json(_clock_path(trials, search), clock.model_copy(update={"seconds": seconds}))
+    return True
 
 
 def begin_session(trials: Path, search: str) -> int:

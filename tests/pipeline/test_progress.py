@@ -19,6 +19,7 @@ from qpruner.pipeline import run
 from qpruner.pipeline.progress import PACKAGES, _cpu_model, _environment
 from qpruner.records import RunState
 from qpruner.rundir import RunDir
+from qpruner.runlock import NAME, this_process
 
 
 def ignore(event: Event) -> None:
@@ -71,6 +72,21 @@ def test_a_command_up_to_a_stage_leaves_a_report_as_far_as_that(tiny_model: Path
     (root / "results.json").mkdir()  # as good as a file that cannot be written
     run(validate_config(raw), said.append, until="prepare")
     assert isinstance(said[-1], Message) and said[-1].text.startswith("warning: no report of the run so far could be ")
+
+
+def test_a_command_whose_run_another_took_over_leaves_what_that_one_tells(tiny_model: Path, tmp_path: Path) -> None:
+    """It would else say of a run that goes on, or is done, that it was interrupted."""
+    root, told = tmp_path / "run", list[bytes]()
+
+    def take_over(event: Event) -> None:
+        theirs = this_process().model_copy(update={"host": "gpu-7", "machine": "elsewhere"})
+        (root / NAME).write_text(theirs.model_dump_json())
+        told.append((root / "run.json").read_bytes())
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(validate_config(raw_config(tiny_model, root)), take_over, until="prepare")
+    assert [(root / "run.json").read_bytes()] == told and not (root / "report.html").exists()
 
 
 def test_a_refused_command_leaves_what_the_last_one_told(tiny_model: Path, tmp_path: Path) -> None:

@@ -541,6 +541,39 @@ def test_a_trial_that_is_handed_out_again_while_the_storage_is_away_keeps_its_ru
     assert read_trials(job.trials) == [running]
 
 
+def test_a_driver_that_slept_hands_out_no_number_that_another_has_recorded(tmp_path: Path) -> None:
+    """What the one that took the run over has finished stays as it is."""
+    job = job_of(tmp_path)
+    searcher, halt, _ = searcher_of(job)
+    assert isinstance(searcher.suggest("a"), dict)
+    theirs = trial(1, "844444", [3.5, 3.4, 3.3])
+    write_trial(job.trials, theirs)
+    assert searcher.suggest("b") == "FINISHED" and searcher.suggest("c") == "FINISHED"
+    told = f"another driver took this run over .*: it wrote {job.trials}/0001/trial.json\n.*leave the run to it"
+    with pytest.raises(StageError, match=told):
+        halt.on_step_begin(1, [])
+    assert read_trial(job.trials, 1) == theirs
+
+
+def test_a_driver_that_slept_changes_no_trial_that_another_went_on_with(tmp_path: Path) -> None:
+    """Its worker leaves such a trial to the other's, which is no death to be counted, nor a second end."""
+    job = job_of(tmp_path)
+    begin_session(job.trials, job.search)
+    searcher, halt, _ = searcher_of(job)
+    assert [isinstance(searcher.suggest(name), dict) for name in "ab"] == [True, True]
+    begin_session(job.trials, job.search)
+    finished = trial(0, "444444", [3.5, 3.4, 3.3], origin="uniform-4", times=(1.0, 2.0), worker="theirs")
+    goes_on = trial(1, str(SEED_PLAN), [3.5], status="running", worker="theirs")
+    for record in (finished, goes_on):
+        write_trial(job.trials, record)
+    write_seconds(job.trials, job.search, 7.0)
+    for name in "ab":
+        searcher.on_trial_complete(name, error=True)
+    assert read_trials(job.trials) == [finished, goes_on] and read_seconds(job.trials, job.search) == 7.0
+    with pytest.raises(StageError, match="another driver took this run over"):
+        halt.on_step_begin(1, [])
+
+
 # ---- trials that wait for a machine
 
 

@@ -17,8 +17,9 @@ from ray.tune.search import Searcher
 from qpruner.errors import QprunerError, StageError, StorageError
 from qpruner.events import Emit, Message, Progress, StepsSeen, TrialChanged, TrialWithdrawn
 from qpruner.execution.nodes import kernel_kills_on, node_in, stays
+from qpruner.objects import name_of
 from qpruner.records import TrialPulse, TrialRecord
-from qpruner.rundir import remove
+from qpruner.rundir import exists, remove
 from qpruner.search.searchers import Ledger, Observation, Suggestion
 from qpruner.search.trial_records import (
     begin_trial,
@@ -29,6 +30,7 @@ from qpruner.search.trial_records import (
     read_trials,
     takes_pulses,
     trial_folder,
+    trial_path,
     write_seconds,
     write_trial,
 )
@@ -87,11 +89,10 @@ class PlanSearcher(LivesInDriver, Searcher):  # type: ignore[misc]
         self._hours_are_over()
         if not self._halt.requested and len(self._live) >= self._room():
             return None
+        finished: str = Searcher.FINISHED
         suggestion = None if self._halt.requested else self._ledger.next()
         if suggestion is None:
-            finished: str = Searcher.FINISHED
             return finished
-        self._live[trial_id] = suggestion
         if suggestion.index in self._recorded:
             record = read_trial(self._job.trials, suggestion.index)
         else:
@@ -109,8 +110,13 @@ class PlanSearcher(LivesInDriver, Searcher):  # type: ignore[misc]
                 status="running",
                 times=(time.time(),),
             )
+            path = trial_path(self._job.trials, record.index)
+            if exists(path):  # this search read all that there were, and wrote the others itself
+                self._halt.end(_taken_over(f"it wrote {name_of(path)}"), at_once=True)
+                return finished
             begin_trial(self._job.trials, record)
             self._recorded.add(record.index)
+        self._live[trial_id] = suggestion
         self._emit(TrialChanged(record))
         about = {"plan_bytes": record.plan_bytes, "mean_bits": record.mean_bits}
         bits = dict(zip(self._keys, suggestion.plan.bits, strict=True))
@@ -262,6 +268,16 @@ class PlanSearcher(LivesInDriver, Searcher):  # type: ignore[misc]
         """Nothing to restore; see `save`."""
 
 
+def _taken_over(how: str) -> StageError:
+    """What a search ends with that slept, or was cut off, while another driver worked on its run."""
+    cause = f"another driver took this run over while this one gave no sign of life: {how}"
+    remedy = (
+        "leave the run to it (`qpruner status` tells where it stands); once that has ended, the same command goes on "
+        "from what is recorded"
+    )
+    return StageError("search", cause, remedy)
+
+
 def _as_last_seen(record: TrialRecord, pulse: TrialPulse | None) -> TrialRecord:
     """The record with the memory and the time that a worker's last sign of life tells."""
     if pulse is None:
@@ -360,7 +376,8 @@ class _Clock:
     def tick(self, record: TrialRecord) -> None:
         """Keep the time, and what a trial held: a session may be killed at any instant."""
         self._gpu_seconds[record.index] = record.gpu_seconds_of(self._job.search)
-        write_seconds(self._job.trials, self._job.search, self._seconds())
+        if not write_seconds(self._job.trials, self._job.search, self._seconds(), self._job.session):
+            raise _taken_over("it began a session of this search")
 
     def is_over(self, ledger: Ledger) -> bool:
         """Whether the search's hours are spent; ends it then. Looks once a second."""
