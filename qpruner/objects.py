@@ -58,17 +58,25 @@ def mirror_of(uri: str) -> Path:
     Raises:
         UserError: If it is no URI of a run.
     """
-    parts = urlsplit(uri)
-    unknown = [name for name, _ in parse_qsl(parts.query, keep_blank_values=True) if name not in OPTIONS]
+    try:
+        parts = urlsplit(uri)
+    except ValueError:  # brackets that are no address, which it may repeat
+        raise UserError("`output`: a URI must read s3://BUCKET/PREFIX or gs://BUCKET/PREFIX") from None
+    options = dict(parse_qsl(parts.query, keep_blank_values=True))
+    unknown = [name for name in options if name not in OPTIONS]
     prefix = parts.path.strip("/")
-    if "@" in parts.netloc:  # not repeated: it may be a password
+    # What may be or hold a key is not repeated. One with a slash in it ends what would be the bucket, and no bucket's
+    # name has a colon.
+    if any(sign in parts.netloc for sign in "@:") or "@" in "".join(options.values()):
         raise UserError(f"`output`: a URI holds no credentials; {CREDENTIALS}")
+    if unknown:
+        raise UserError(f"`output`: unknown options {', '.join(unknown)} in the URI; there are {', '.join(OPTIONS)}")
     if parts.scheme not in ("s3", "gs"):
         raise UserError(f"`output`: {uri} must be a folder or begin with s3:// or gs://")
     if not parts.netloc or not prefix or any(step in ("", ".", "..") for step in prefix.split("/")) or parts.fragment:
         raise UserError(f"`output`: {uri} must read {parts.scheme}://BUCKET/PREFIX")
-    if unknown:
-        raise UserError(f"`output`: {uri} has unknown options {', '.join(unknown)}; there are {', '.join(OPTIONS)}")
+    if options.get("scheme", "https") not in ("http", "https"):
+        raise UserError(f"`output`: the option scheme of {uri} must be http or https, got {options['scheme']!r}")
     query = f"?{parts.query}" if parts.query else ""
     name = quote(f"{parts.scheme}://{parts.netloc}/{prefix}{query}", safe="")
     if len(name) > 255:

@@ -752,6 +752,18 @@ MUTATIONS = {
         "if progress.is_told:",
         "tests/pipeline/test_progress.py::test_a_command_whose_run_another_took_over_leaves_what_that_one_tells",
     ),
+    "a key with a slash in it is taken for a bucket": Mutation(
+        "qpruner/objects.py",
+        'for sign in "@:")',
+        'for sign in "@")',
+        f"{OBJECTS}::test_credentials_in_a_uri_are_refused_and_not_repeated",
+    ),
+    "an endpoint's password is taken for its address": Mutation(
+        "qpruner/objects.py",
+        ' or "@" in "".join(options.values())',
+        "",
+        f"{OBJECTS}::test_credentials_in_a_uri_are_refused_and_not_repeated",
+    ),
     "the job after one whose machine was lost is refused": Mutation(
         "qpruner/runlock.py",
         "if holder.machine == me.machine or (seen and found != seen):",
