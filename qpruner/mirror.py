@@ -1,13 +1,14 @@
 """Folders of a run and the lists that vouch for their files; this machine's copies of those in an object store.
 
 A store has no rename. A folder's files are put first and the list of their digests last, beside it: without the list
-there is no folder, and what is fetched is compared with it. A folder on disk that was `written` has the same list
-beside it, and each process compares it once, before it uses what lies there.
+there is no folder, and what is fetched is compared with it. A folder on disk that was `written`, and this machine's
+copy of one in a store, has the same list beside it, and each process compares it once, before it uses what lies there.
 """
 
 from __future__ import annotations
 
 import fcntl
+import logging
 import os
 import shutil
 import time
@@ -33,6 +34,8 @@ class FileList(BaseModel):
 
     sha256: dict[str, str]
 
+
+logger = logging.getLogger(__name__)
 
 _found_whole: dict[Path, FileList] = {}
 """Folders on disk that this process wrote or has compared, with what their lists said."""
@@ -85,7 +88,7 @@ def fetch(folder: Path, on_piece: OnPiece = lambda: None) -> Path:
 
     A folder of a run on disk is there already, and is compared with its list once a process; one without a list is
     taken as it is. Of an object store's, a machine has one copy for all its processes, for as long as the list of its
-    files is the same.
+    files is the same; each process compares it once, several at a time, and fetches it anew where it is damaged.
 
     Args:
         folder: Where it lies, or is to lie.
@@ -100,20 +103,42 @@ def fetch(folder: Path, on_piece: OnPiece = lambda: None) -> Path:
             check(folder, on_piece)
         return folder
     wanted = _listed(there, folder)
-    with one_at_a_time(folder, on_piece):
-        if folder.is_dir() and _kept(folder) == wanted:
-            return folder
-        here = emptied(scratch_of(folder))
+    while True:
+        with one_at_a_time(folder, on_piece, fcntl.LOCK_SH):
+            if _is_kept(folder, wanted, on_piece):
+                return folder
+            seen = _state_of(list_beside(folder))
+        with one_at_a_time(folder, on_piece):
+            if seen == _state_of(list_beside(folder)):  # else another process has fetched it since
+                _bring(there, folder, wanted, on_piece)
+                return folder
 
-        def bring(name: str) -> str | None:
-            try:
-                return patiently(lambda: (there / name).download(here / name, on_piece), folder / name)
-            except FileNotFoundError:
-                return None
 
-        _compare(wanted, each(bring, list(wanted.sha256)), folder)
-        _keep(here, folder, wanted)
-    return folder
+def _is_kept(folder: Path, wanted: FileList, on_piece: OnPiece) -> bool:
+    """Whether this machine's copy is whole and of the folder as it is in the store now."""
+    if not folder.is_dir() or _kept(folder) != wanted:
+        return False
+    if _found_whole.get(folder) != wanted:
+        try:
+            _check_files(wanted, folder, on_piece)
+        except CorruptFile as error:
+            logger.warning("%s is not as it was fetched: all of %s is fetched again", error.path, name_of(folder))
+            return False
+    return True
+
+
+def _bring(there: Objects, folder: Path, wanted: FileList, on_piece: OnPiece) -> None:
+    """Fetch a folder in place of what this machine has of it."""
+    here = emptied(scratch_of(folder))
+
+    def bring(name: str) -> str | None:
+        try:
+            return patiently(lambda: (there / name).download(here / name, on_piece), folder / name)
+        except FileNotFoundError:
+            return None
+
+    _compare(wanted, each(bring, list(wanted.sha256)), folder)
+    _keep(here, folder, wanted)
 
 
 def check(folder: Path, on_piece: OnPiece = lambda: None) -> None:
@@ -129,8 +154,13 @@ def check(folder: Path, on_piece: OnPiece = lambda: None) -> None:
         if patiently(list_of(there).is_object, folder):
             _check_objects(there, folder)
     elif listed := read_list(folder):
-        _compare(listed, each(lambda name: _digest(folder / name, on_piece), list(listed.sha256)), folder)
-        _found_whole[folder] = listed
+        _check_files(listed, folder, on_piece)
+
+
+def _check_files(listed: FileList, folder: Path, on_piece: OnPiece) -> None:
+    """Compare files of this machine, or that it sees, with their list."""
+    _compare(listed, each(lambda name: _digest(folder / name, on_piece), list(listed.sha256)), folder)
+    _found_whole[folder] = listed
 
 
 def _check_objects(there: Objects, folder: Path) -> None:
@@ -220,13 +250,13 @@ def workplace(folder: Path) -> Path:
 
 
 @contextmanager
-def one_at_a_time(path: Path, on_piece: OnPiece = lambda: None) -> Iterator[None]:
+def one_at_a_time(path: Path, on_piece: OnPiece = lambda: None, lock: int = fcntl.LOCK_EX) -> Iterator[None]:
     """Hold the folder that something is to lie in, so that the processes of this machine fetch it once; those that wait
-    say so, since they are not what hangs."""
+    say so, since they are not what hangs. With `LOCK_SH` others that only read may hold it, too."""
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     descriptor = os.open(path.parent, os.O_RDONLY)
     try:
-        while not _taken(descriptor):
+        while not _taken(descriptor, lock):
             on_piece()
             time.sleep(WAITING_SECONDS)
         yield
@@ -234,9 +264,9 @@ def one_at_a_time(path: Path, on_piece: OnPiece = lambda: None) -> Iterator[None
         os.close(descriptor)
 
 
-def _taken(descriptor: int) -> bool:
+def _taken(descriptor: int, lock: int) -> bool:
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(descriptor, lock | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
     return True
@@ -264,13 +294,35 @@ def _listed(there: Objects, folder: Path) -> FileList:
 
 
 def _keep(here: Path, folder: Path, files: FileList) -> None:
-    """Make a folder this machine's copy; the list goes first and comes last."""
+    """Make a folder this machine's copy; the list goes first and comes last, when the files are on the disk."""
     mark = list_beside(folder)
     mark.unlink(missing_ok=True)
     shutil.rmtree(folder, ignore_errors=True)
     folder.parent.mkdir(parents=True, exist_ok=True)
+    for path in (here, *here.rglob("*")):
+        sync(path)
     here.rename(folder)
+    sync(folder.parent)
     mark.write_text(files.model_dump_json(), encoding="utf-8")
+    _found_whole[folder] = files
+
+
+def sync(path: Path) -> None:
+    """Have a file's contents, or a folder's names, on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _state_of(file: Path) -> tuple[int, int] | None:
+    """What tells a file from one that was written in its place; None where there is none."""
+    try:
+        found = file.stat()
+    except FileNotFoundError:
+        return None
+    return found.st_ino, found.st_mtime_ns
 
 
 def _kept(folder: Path) -> FileList | None:

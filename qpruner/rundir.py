@@ -24,7 +24,7 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ValidationError
 
 from qpruner.errors import CorruptFile, StorageError, UserError
-from qpruner.mirror import FILES, adopt_list, emptied, list_beside, list_of, put_folder, rename, share_files
+from qpruner.mirror import FILES, adopt_list, emptied, list_beside, list_of, put_folder, rename, share_files, sync
 from qpruner.objects import (
     OnPiece,
     copy_file,
@@ -228,9 +228,9 @@ def write_text(path: Path, text: str, patience_seconds: float | None = None) -> 
             return
         path.parent.mkdir(parents=True, exist_ok=True)
         aside.write_text(text, encoding="utf-8")
-        _sync(aside)
+        sync(aside)
         rename(aside, path)
-        _sync(path.parent)
+        sync(path.parent)
 
     patiently(write, path, patience_seconds)
 
@@ -441,9 +441,9 @@ def publish_folder(scratch: Path, target: Path) -> None:
     def make_durable() -> None:
         share_files(scratch)
         for path in (scratch, *scratch.rglob("*")):
-            _sync(path)
+            sync(path)
         if list_beside(scratch).exists():
-            _sync(list_beside(scratch))
+            sync(list_beside(scratch))
 
     def move() -> None:
         if scratch.exists():  # else it lies at its target by now
@@ -451,13 +451,5 @@ def publish_folder(scratch: Path, target: Path) -> None:
             shutil.rmtree(target, ignore_errors=True)
         rename(scratch, target)
 
-    for step in (make_durable, move, lambda: adopt_list(scratch, target), lambda: _sync(target.parent)):
+    for step in (make_durable, move, lambda: adopt_list(scratch, target), lambda: sync(target.parent)):
         patiently(step, target)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -376,8 +376,8 @@ MUTATIONS = {
     ),
     "folders are not compared with their lists": Mutation(
         "qpruner/mirror.py",
-        "        _compare(listed, each(lambda name: _digest(folder / name, on_piece), list(listed.sha256)), folder)\n",
-        "",
+        "        _check_files(listed, folder, on_piece)\n",
+        "        pass\n",
         f"{STAGES}::test_a_damaged_model_is_named_and_set_aside_and_it_alone_is_made_again",
     ),
     "folders in a stage's are not compared with their lists": Mutation(
@@ -496,25 +496,25 @@ MUTATIONS = {
     ),
     "records are written where they are read": Mutation(
         "qpruner/rundir.py",
-        '        aside.write_text(text, encoding="utf-8")\n        _sync(aside)\n        rename(aside, path)\n',
+        '        aside.write_text(text, encoding="utf-8")\n        sync(aside)\n        rename(aside, path)\n',
         '        path.write_text(text, encoding="utf-8")\n',
         "tests/test_rundir.py::test_a_reader_never_sees_half_a_record",
     ),
     "a record has its name before it is on the disk": Mutation(
         "qpruner/rundir.py",
-        "        _sync(aside)\n",
+        "        sync(aside)\n",
         "",
         "tests/test_rundir.py::test_a_record_is_on_the_disk_before_it_has_its_name",
     ),
     "a folder has its name before it is on the disk": Mutation(
         "qpruner/rundir.py",
-        "            _sync(path)\n",
+        "            sync(path)\n",
         "            pass\n",
         "tests/test_rundir.py::test_a_folder_is_on_the_disk_before_it_has_its_name",
     ),
     "a folder's list has its name before it is on the disk": Mutation(
         "qpruner/rundir.py",
-        "            _sync(list_beside(scratch))\n",
+        "            sync(list_beside(scratch))\n",
         "            pass\n",
         "tests/test_rundir.py::test_a_folder_is_on_the_disk_before_it_has_its_name",
     ),
@@ -531,7 +531,7 @@ MUTATIONS = {
         f"{PATIENCE}::test_a_record_of_whose_renaming_no_answer_came_is_written",
     ),
     "nothing is ever on the disk for sure": Mutation(
-        "qpruner/rundir.py",
+        "qpruner/mirror.py",
         "        os.fsync(descriptor)\n",
         "        pass\n",
         "tests/test_rundir.py::test_a_record_is_on_the_disk_before_it_has_its_name",
@@ -751,6 +751,24 @@ MUTATIONS = {
         "if progress.is_told and is_ours():",
         "if progress.is_told:",
         "tests/pipeline/test_progress.py::test_a_command_whose_run_another_took_over_leaves_what_that_one_tells",
+    ),
+    "a machine's copy is whole for ever": Mutation(
+        "qpruner/mirror.py",
+        "            _check_files(wanted, folder, on_piece)\n",
+        "            pass\n",
+        f"{OBJECTS}::test_a_copy_that_is_damaged_on_its_machine_is_fetched_again",
+    ),
+    "a machine's processes compare a copy one after the other": Mutation(
+        "qpruner/mirror.py",
+        "with one_at_a_time(folder, on_piece, fcntl.LOCK_SH):",
+        "with one_at_a_time(folder, on_piece):",
+        f"{OBJECTS}::test_a_copy_is_compared_once_a_process_while_others_do_so_too",
+    ),
+    "a copy's list says so before it is on the disk": Mutation(
+        "qpruner/mirror.py",
+        "        sync(path)\n",
+        "        pass\n",
+        f"{OBJECTS}::test_a_copy_is_on_the_disk_before_its_list_says_so",
     ),
     "a key with a slash in it is taken for a bucket": Mutation(
         "qpruner/objects.py",

@@ -203,6 +203,16 @@ def test_nobody_is_told_to_delete_a_file_of_their_own(tmp_path: Path) -> None:
     assert "fetch or write that file again" in caught.value.remedy
 
 
+def test_nobody_is_told_to_delete_what_the_next_command_mends_by_itself(tmp_path: Path) -> None:
+    """At a URI the folder of a stage is no more than a copy, and may be whole in the store."""
+    from safetensors.torch import load_file
+
+    (path := tmp_path / "model.safetensors").touch()
+    with pytest.raises(StageError, match="a safetensors file is damaged") as caught, explained("search", tmp_path):
+        load_file(path)
+    assert caught.value.remedy.startswith("repeat the command") and "delete" not in caught.value.remedy
+
+
 def test_a_stage_whose_folder_is_gone_is_run_again(banked: Path, tiny_raw: dict[str, Any]) -> None:
     root = copy_of(banked, tiny_raw)
     shutil.rmtree(root / "prune")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import logging
 import os
@@ -17,9 +18,11 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import pytest
+from conftest import flip_a_byte
 from cryptography.hazmat.primitives.asymmetric import rsa
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 from object_store import Gate, Store, free_port, object_store, talk_to
+from test_rundir import watched
 
 from qpruner import objects
 from qpruner.errors import CorruptFile, StorageError, UserError
@@ -204,6 +207,74 @@ def test_a_folder_is_the_same_on_another_machine(run: RunDir, machine: Machine, 
     assert files_in(folder) == {"config": 1, "data/rows": 100_000, "data/empty": 0}
     inode = (folder / "config").stat().st_ino
     assert (fetch(folder) / "config").stat().st_ino == inode, "fetched once"
+
+
+FETCH = """
+import logging, sys
+from qpruner.mirror import fetch
+from qpruner.rundir import RunDir
+logging.basicConfig(level="WARNING", format="%(message)s", stream=sys.stdout)
+for path in sorted(fetch(RunDir(sys.argv[1]).stage("prune")).iterdir()):
+    print(path.read_text())
+"""
+
+
+def fetched_by_another(run: RunDir) -> list[str]:
+    """What another process of this machine says while it fetches a folder, and what it finds there then."""
+    return subprocess.run(
+        [sys.executable, "-c", FETCH, run.place], capture_output=True, text=True, check=True
+    ).stdout.splitlines()
+
+
+@pytest.mark.parametrize(
+    "harm",
+    [
+        pytest.param(flip_a_byte, id="flipped"),
+        pytest.param(lambda path: os.truncate(path, 0), id="emptied"),  # as power that fails may leave it
+        pytest.param(Path.unlink, id="missing"),
+    ],
+)
+def test_a_copy_that_is_damaged_on_its_machine_is_fetched_again(
+    harm: Callable[[Path], object], run: RunDir, machine: Machine, tmp_path: Path
+) -> None:
+    """By the next process that uses it, and by no one else."""
+    publish_folder(folder_of(tmp_path, config="c", weights="w" * 1000), run.stage("prune"))
+    there = machine("second")
+    weights = fetch(there.stage("prune")) / "weights"
+    harm(weights)
+    told = f"{weights} is not as it was fetched: all of {there.place}/prune is fetched again"
+    assert fetched_by_another(there) == [told, "c", "w" * 1000]
+    assert fetched_by_another(there) == ["c", "w" * 1000]
+
+
+def test_a_copy_is_compared_once_a_process_while_others_do_so_too(
+    run: RunDir, machine: Machine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A large model takes half a minute, and there may be a trial for each of eight GPUs."""
+    publish_folder(folder_of(tmp_path, weights="w" * 1000), run.stage("prune"))
+    target, heard = machine("second").stage("prune"), list[int]()
+
+    def pieces() -> int:
+        """How many of them are read when it is fetched now."""
+        heard.clear()
+        fetch(target, lambda: heard.append(len(heard)) if len(heard) < 50 else pytest.fail("it waits"))
+        return len(heard)
+
+    assert (pieces(), pieces()) == (1, 0)
+    monkeypatch.setattr("qpruner.mirror._found_whole", {})  # as another process has it
+    with one_at_a_time(target, lock=fcntl.LOCK_SH):
+        assert (pieces(), pieces()) == (1, 0)
+
+
+def test_a_copy_is_on_the_disk_before_its_list_says_so(run: RunDir, machine: Machine, tmp_path: Path) -> None:
+    """Else a machine that loses power has the list of files that are empty."""
+    publish_folder(folder_of(tmp_path, config="c", data__rows="r"), run.stage("prune"))
+    target = machine("second").stage("prune")
+    with watched(tmp_path / "second") as calls:
+        fetch(target)
+    named = calls.index("rename")
+    synced = {Path(call).name for call in calls[:named]}
+    assert synced >= {"config", "data", "prune", "rows"} and calls[named + 1 :]
 
 
 def test_whoever_waits_for_a_folder_hears_of_every_piece(

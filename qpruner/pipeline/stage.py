@@ -178,5 +178,7 @@ def _known_cause(error: Exception) -> tuple[str, str] | None:
         remedy = "lower `training.micro_batch_size` or `data.max_length`, or set `training.gradient_checkpointing`"
         return told_shortage(error), remedy
     if type(error).__name__ == "SafetensorError":
-        return f"a safetensors file is damaged ({error})", "delete the stage's folder, then repeat the command"
+        # Of the run's own, and of this machine's copies, a command that begins finds what is damaged by itself.
+        remedy = "repeat the command, which makes or fetches anew what is the run's; a model of yours has to be mended"
+        return f"a safetensors file is damaged ({error})", remedy
     return None
