@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import sys
 import traceback
 from collections.abc import Callable, Iterator
@@ -401,7 +402,7 @@ def _report(root: str, has_settings: bool) -> dict[str, Any]:
     run = RunDir(root, create=False)
     page = name_of(write_report(run))
     click.echo(page)
-    return {"status": "ok", "run": run.place, "page": page}
+    return {"status": "ok", "run": run.address, "page": page}
 
 
 def _run(
@@ -409,7 +410,7 @@ def _run(
 ) -> dict[str, Any]:
     config = load_config(path, list(overrides))
     quiet_libraries()
-    from qpruner.objects import name_of
+    from qpruner.objects import address_of
     from qpruner.pipeline import run
     from qpruner.rundir import run_root
     from qpruner.terminal import Terminal
@@ -422,8 +423,8 @@ def _run(
             assert results.prune
             _print_layers(results.prune, terminal)
         if until == "report":
-            _print_table(results, name_of(root).rstrip("/"), terminal)
-    return {"status": "ok", "run": name_of(root), **_figures(results)}
+            _print_table(results, root, terminal)
+    return {"status": "ok", "run": address_of(root), **_figures(results)}
 
 
 def _preview(path: Path, overrides: tuple[str, ...], address: str | None, quiet: bool) -> dict[str, Any]:
@@ -445,15 +446,23 @@ def _print_layers(record: PruneRecord, terminal: Terminal) -> None:
     terminal.say(sections.prune_summary(record))
 
 
-def _print_table(results: Results, place: str, terminal: Terminal) -> None:
+def _print_table(results: Results, root: Path, terminal: Terminal) -> None:
     from qpruner.report import sections, table
 
     for caption, headings, body in sections.final_tables(results):
         terminal.say(f"{caption}:")
         terminal.table(headings, body)
     terminal.say(table.claim(results))
-    terminal.say(
-        f"The report: {place}/report.html; its plan: `qpruner plan {place}`; what the model says: "
+    terminal.say(_where_next(root))
+
+
+def _where_next(root: Path) -> str:
+    """What there is to look at once a run is over."""
+    from qpruner.objects import address_of, name_of
+
+    place = shlex.quote(address_of(root))
+    return (
+        f"The report: {name_of(root)}/report.html; its plan: `qpruner plan {place}`; what the model says: "
         f"`qpruner generate {place} --prompt TEXT`"
     )
 

@@ -104,6 +104,12 @@ def name_of(path: Path) -> str:
     return str(objects_at(path) or path)
 
 
+def address_of(path: Path) -> str:
+    """As `name_of`, and how its store is reached: what a command takes, on a machine that knows nothing of it."""
+    there = objects_at(path)
+    return f"{there}?{there.query}" if there and there.query else name_of(path)
+
+
 def scratch_of(path: Path) -> Path:
     """Where this machine prepares what is to lie at a path inside a mirror; stands for nothing itself."""
     return cache_root() / "scratch" / path.relative_to(cache_root() / "runs")

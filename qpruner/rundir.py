@@ -27,6 +27,7 @@ from qpruner.errors import CorruptFile, StorageError, UserError
 from qpruner.mirror import FILES, adopt_list, emptied, list_beside, list_of, put_folder, rename, share_files, sync
 from qpruner.objects import (
     OnPiece,
+    address_of,
     copy_file,
     each,
     is_mirror,
@@ -72,6 +73,11 @@ class RunDir:
     def place(self) -> str:
         """Where the run is, as a person knows it."""
         return name_of(self.root)
+
+    @property
+    def address(self) -> str:
+        """What a command takes for the run, a URI with all that it needs to be reached."""
+        return address_of(self.root)
 
     @property
     def is_at_uri(self) -> bool:

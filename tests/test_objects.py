@@ -25,10 +25,11 @@ from object_store import Gate, Store, free_port, object_store, talk_to
 from test_rundir import watched
 
 from qpruner import objects
+from qpruner.cli import _where_next
 from qpruner.errors import CorruptFile, StorageError, UserError
 from qpruner.logs import logging_to
 from qpruner.mirror import check, fetch, list_beside, one_at_a_time, put_folders, written
-from qpruner.objects import mirror_of, name_of, objects_at
+from qpruner.objects import address_of, mirror_of, name_of, objects_at
 from qpruner.records import BankRecord, SearchClock
 from qpruner.rundir import (
     LOG,
@@ -149,7 +150,13 @@ def test_a_path_in_the_mirror_finds_the_uri_on_any_machine(monkeypatch: pytest.M
         path = mirror_of(uri) / "records" / "prune.json"
         assert str(path).startswith(cache)
         assert name_of(path) == "s3://bucket/team/run/records/prune.json"
-    assert name_of(Path("/shared/run")) == "/shared/run" and objects_at(Path("/home/anna/cache/runs/x")) is None
+        assert address_of(mirror_of(uri)) == uri
+        assert RunDir(mirror_of(uri)).address == uri
+        # In quotes: a shell gives ? and & a meaning of their own.
+        assert f"`qpruner plan '{uri}'`" in _where_next(mirror_of(uri))
+    assert "`qpruner plan s3://bucket/run`" in _where_next(mirror_of("s3://bucket/run"))
+    assert name_of(Path("/shared/run")) == address_of(Path("/shared/run")) == "/shared/run"
+    assert objects_at(Path("/home/anna/cache/runs/x")) is None
 
 
 # ---- files and folders

@@ -118,7 +118,7 @@ def status(run: RunView, now: float) -> dict[str, Any]:
         stages.append({"stage": name, "state": shown, "seconds": seconds, "steps": steps, "text": state.text})
     worker = run.life.successor or run.state
     return {
-        "run": run.run_dir.place,
+        "run": run.run_dir.address,
         "outcome": run.outcome,
         "error": run.state.error,
         "host": worker.host,
