@@ -101,10 +101,12 @@ def sole_driver(
 
     Raises:
         UserError: If another driver works on the run, with its host and pid.
+        StorageError: If the storage is full or away.
     """
     lock, me = _lock_of(root), this_process()
     seen: tuple[Holder, float] | None = None
-    while found := _taken(lock, me, tell, STALE_BEATS * heartbeat_seconds):
+    # Tried once: what was written without an answer would look like another's.
+    while found := patiently(lambda: _taken(lock, me, tell, STALE_BEATS * heartbeat_seconds), root / NAME, seconds=0.0):
         holder, _ = found
         if holder.machine == me.machine or (seen and found != seen):
             raise UserError(

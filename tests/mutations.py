@@ -782,6 +782,12 @@ MUTATIONS = {
         "",
         f"{OBJECTS}::test_credentials_in_a_uri_are_refused_and_not_repeated",
     ),
+    "a storage that is away when a run is taken is a defect": Mutation(
+        "qpruner/runlock.py",
+        "patiently(lambda: _taken(lock, me, tell, STALE_BEATS * heartbeat_seconds), root / NAME, seconds=0.0):",
+        "_taken(lock, me, tell, STALE_BEATS * heartbeat_seconds):",
+        f"{OBJECTS}::test_a_store_that_is_away_when_the_run_is_taken_is_told_with_its_remedy",
+    ),
     "the job after one whose machine was lost is refused": Mutation(
         "qpruner/runlock.py",
         "if holder.machine == me.machine or (seen and found != seen):",

@@ -625,6 +625,16 @@ def test_the_second_driver_at_a_uri_is_refused_and_a_dead_one_is_not_waited_for(
     assert told == [f"taking over from process {os.getpid()} on {socket.gethostname()}: that process is dead"]
 
 
+def test_a_store_that_is_away_when_the_run_is_taken_is_told_with_its_remedy(
+    run: RunDir, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{free_port()}")
+    objects._system.cache_clear()
+    away = pytest.raises(StorageError, match=rf"{run.place}/{NAME} cannot be reached .*\n.*bring the storage back")
+    with away, sole_driver(run.root, print):
+        pass
+
+
 HOLD = (
     "import signal, sys, time; from qpruner.rundir import RunDir; from qpruner.runlock import sole_driver\n"
     "{handler}"

@@ -17,9 +17,9 @@ from typing import IO, Any
 
 import psutil
 import pytest
-from conftest import with_key
+from conftest import away, with_key
 
-from qpruner.errors import UserError
+from qpruner.errors import StorageError, UserError
 from qpruner.records import RUN_ID
 from qpruner.runlock import HEARTBEAT_SECONDS, NAME, STALE_BEATS, sole_driver, this_process
 
@@ -253,6 +253,13 @@ def test_who_slept_through_all_that_another_did_on_its_run_ends(tmp_path: Path) 
         finally:
             process.kill()
     assert [path.name for path in tmp_path.iterdir()] == [RUN_ID]
+
+
+def test_a_storage_that_is_away_when_the_run_is_taken_is_told_with_its_remedy(tmp_path: Path) -> None:
+    with away(tmp_path) as back:
+        with pytest.raises(StorageError, match=rf"{tmp_path / NAME} cannot be reached .*\n.*bring the storage back"):
+            held(tmp_path)
+        back()
 
 
 def test_the_command_is_refused_with_exit_code_2(tiny_raw: dict[str, Any], write_yaml: Any, tmp_path: Path) -> None:
