@@ -48,13 +48,20 @@ def test_the_file_carries_all_that_an_installation_needs(path: Path) -> None:
 
 
 @FILES
+def test_no_command_begins_with_a_parenthesis(path: Path) -> None:
+    """Ray's launcher puts each in parentheses of its own, and the shell takes two of them for arithmetic."""
+    commands = [each for key, value in prepared(path).items() if key.endswith("_commands") for each in value]
+    assert commands and not [each for each in commands if each.lstrip().startswith("(")]
+
+
+@FILES
 def test_the_head_settles_versions_and_token_and_both_travel(path: Path) -> None:
     config = prepared(path)
     head, worker = " ; ".join(config["head_setup_commands"]), " ; ".join(config["worker_setup_commands"])
     versions, token = config["cluster_synced_files"]
     assert f"> {versions}" in head
     assert f"PIP_CONSTRAINT={versions} bash ~/qpruner/launch/setup.sh cluster" in worker
-    assert "umask 077; ray get-auth-token --generate" in head, "readable by its owner alone from its first moment"
+    assert "umask 077 && ray get-auth-token --generate" in head, "readable by its owner alone from its first moment"
     assert token == "~/.ray/auth_token" and "get-auth-token" not in worker
     assert "RAY_AUTH_MODE=token" in (ROOT / "launch" / "node_env.sh").read_text()
     assert "source ~/qpruner/launch/node_env.sh" in head and "source ~/qpruner/launch/node_env.sh" in worker
