@@ -728,6 +728,18 @@ MUTATIONS = {
         "return True",
         "tests/test_runlock.py::test_the_heartbeat_goes_on_and_who_lost_the_run_ends",
     ),
+    "a checkpoint that a killed worker left stays with its trial": Mutation(
+        DRIVER,
+        "            remove_old_checkpoints(self._job.trials, [record])\n",
+        "            pass\n",
+        f"{TRIALS}::test_of_a_trial_that_is_over_the_last_checkpoint_alone_is_kept",
+    ),
+    "a checkpoint that was left when all was killed stays": Mutation(
+        "qpruner/search/tune/resume.py",
+        "    remove_old_checkpoints(job.trials, [record for record in recorded if record.is_over])\n",
+        "",
+        f"{TRIALS}::test_of_a_trial_that_is_over_the_last_checkpoint_alone_is_kept",
+    ),
     "a driver that slept writes over another's trials": Mutation(
         DRIVER,
         "if exists(path):",

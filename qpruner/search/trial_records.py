@@ -14,6 +14,7 @@ from pydantic import ValidationError
 
 from qpruner.config import RunConfig
 from qpruner.errors import CorruptFile
+from qpruner.mirror import FILES
 from qpruner.objects import name_of
 from qpruner.records import FreshScore, RungResult, SearchClock, TrialPulse, TrialRecord
 from qpruner.rundir import (
@@ -23,6 +24,7 @@ from qpruner.rundir import (
     read_json,
     read_sign,
     read_written,
+    remove,
     set_aside,
     write_json,
     write_sign,
@@ -191,6 +193,23 @@ def checkpoint_of(trials: Path, record: TrialRecord) -> Path | None:
     if not record.rungs:
         return None
     return trial_folder(trials, record.index) / f"checkpoint-{record.rungs[-1].step}"
+
+
+def remove_old_checkpoints(trials: Path, records: Sequence[TrialRecord]) -> None:
+    """Remove checkpoints but the last recorded one, and unfinished copies, of trials that are over: a worker that was
+    killed after it recorded a rung left the one before."""
+    last = {trial_folder(trials, record.index): checkpoint_of(trials, record) for record in records}
+
+    def clean(folder: Path) -> None:
+        for name in children(folder):
+            if (
+                name.lstrip(".").startswith("checkpoint-")
+                and not name.endswith(FILES)
+                and folder / name != last[folder]
+            ):
+                remove(folder / name)
+
+    for_each(clean, list(last))
 
 
 def read_seconds(trials: Path, search: str) -> float:

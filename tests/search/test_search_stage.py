@@ -574,6 +574,32 @@ def test_a_driver_that_slept_changes_no_trial_that_another_went_on_with(tmp_path
         halt.on_step_begin(1, [])
 
 
+def test_of_a_trial_that_is_over_the_last_checkpoint_alone_is_kept(tmp_path: Path) -> None:
+    """Its worker was killed after it had recorded the last rung, or with the driver: nobody works on it again."""
+    job = job_of(tmp_path)
+    searcher, _, _ = searcher_of(job)
+    for name in "ab":
+        searcher.suggest(name)
+    left = ("checkpoint-2", "checkpoint-4", ".checkpoint-2.worker", ".checkpoint-1.doomed")
+    for index, (status, losses) in enumerate((("finished", [3.5, 3.4, 3.3]), ("running", [3.5, 3.4]))):
+        record = read_trial(job.trials, index)
+        write_trial(job.trials, trial(index, "".join(map(str, record.plan.values())), losses, status=status))
+        for each in left:
+            (job.trials / f"000{index}" / each).mkdir()
+            (job.trials / f"000{index}" / each / "adapter").touch()
+
+    def checkpoints() -> list[list[str]]:
+        return [sorted(path.name for path in job.trials.glob(f"000{index}/*checkpoint-*")) for index in range(2)]
+
+    searcher.on_trial_complete("a", error=True)
+    assert checkpoints() == [["checkpoint-4"], sorted(left)], "who goes on has its own"
+    take_up(job, RandomProposer(job.space, seed=0))
+    assert checkpoints() == [["checkpoint-4"], sorted(left)]
+    write_trial(job.trials, read_trial(job.trials, 1).model_copy(update={"status": "failed", "failure": "lost"}))
+    take_up(job, RandomProposer(job.space, seed=0))
+    assert checkpoints() == [["checkpoint-4"], ["checkpoint-2"]]
+
+
 # ---- trials that wait for a machine
 
 

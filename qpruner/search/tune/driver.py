@@ -28,6 +28,7 @@ from qpruner.search.trial_records import (
     read_seconds,
     read_trial,
     read_trials,
+    remove_old_checkpoints,
     takes_pulses,
     trial_folder,
     trial_path,
@@ -158,6 +159,8 @@ class PlanSearcher(LivesInDriver, Searcher):  # type: ignore[misc]
             self._emit(Message("search", f"trial {record.index} lost its worker{why} and goes on from {place}"))
             self._ledger.hand_out_again(suggestion)
             return
+        if record.status != "failed":  # one that hung may be at work still
+            remove_old_checkpoints(self._job.trials, [record])
         for observation in observations_of(record, self._job.config):
             self._ledger.observe(observation)
         self._ledger.close(suggestion, record.is_ruined)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from qpruner.plan import PrecisionPlan
 from qpruner.records import TrialRecord
 from qpruner.search.searchers import Ledger, Proposer, Suggestion
-from qpruner.search.trial_records import read_trials, write_trial
+from qpruner.search.trial_records import read_trials, remove_old_checkpoints, write_trial
 from qpruner.search.tune.job import SearchJob, observations_of
 
 
@@ -19,6 +19,7 @@ def take_up(job: SearchJob, proposer: Proposer) -> tuple[Ledger, list[TrialRecor
     proposes = settings.plan is None
     ledger = Ledger(job.space, proposer, job.controls, settings.max_trials, settings.patience, proposes)
     recorded = [_revived(record, job) for record in read_trials(job.trials)]
+    remove_old_checkpoints(job.trials, [record for record in recorded if record.is_over])
     for record in recorded:
         plan = PrecisionPlan.from_dict(record.plan)
         suggestion = Suggestion(record.index, record.origin, plan, record.expected_improvement, record.noise)
