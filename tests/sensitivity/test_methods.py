@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from banked_decoders import LEVELS, Banked, banked
 from conftest import with_key
+from raylets import raylets
 
 from qpruner.config import SensitivityConfig, validate_config
 from qpruner.errors import ConfigError
@@ -158,6 +159,9 @@ def test_scores_that_an_interrupted_command_made_are_not_made_again(tiny_raw: di
     assert measured(events) == {"kl", "loss"} and record.methods.keys() == {"mutual_information", "kl"}
 
 
+NUM_NODES = 2
+
+
 @pytest.mark.slow
 def test_a_cluster_shares_the_samples_and_measures_the_same(tiny_raw: dict[str, Any], tmp_path: Path) -> None:
     raw = copy.deepcopy(tiny_raw) | {"prune": {"rate": 0}, "sensitivity": {"methods": ["kl"]}}
@@ -166,9 +170,10 @@ def test_a_cluster_shares_the_samples_and_measures_the_same(tiny_raw: dict[str, 
     alone = record_of(raw, []).methods["kl"]
     raw["output"] = str(tmp_path / "shared")
     steps: list[Event] = []
-    shared = run(validate_config(raw), steps.append, address="local", until="sensitivity").sensitivity
+    with raylets(NUM_NODES) as cluster:
+        shared = run(validate_config(raw), steps.append, address=cluster.address, until="sensitivity").sensitivity
     assert shared is not None
     totals = {event.total for event in steps if isinstance(event, Progress) and event.stage == "sensitivity"}
-    assert totals == {len(os.sched_getaffinity(0))}, "a share for every core"
+    assert totals == {NUM_NODES}, "a share for every core"
     for bits in (4, 8):
         assert shared.methods["kl"].values[bits] == pytest.approx(alone.values[bits], rel=1e-3, abs=1e-9)
