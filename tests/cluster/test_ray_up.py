@@ -35,7 +35,7 @@ NUM_WORKERS = 3
 PATIENCE_SECONDS = 30 * 60.0
 """No step takes long; on a machine that is busy with other things each may."""
 BUSY = (
-    "RAY_agent_register_timeout_ms=600000 RAY_gcs_server_port_wait_time_s=300 RAY_raylet_start_wait_time_s=300 "
+    "RAY_agent_register_timeout_ms=600000 RAY_gcs_server_port_wait_time_s=300 RAY_raylet_start_wait_time_s=90 "
     "AUTOSCALER_HEARTBEAT_TIMEOUT_S=600 RAY_health_check_timeout_ms=60000 RAY_health_check_failure_threshold=20"
 )
 """The same for Ray; only a raylet gives its agents 15 s to start, whatever is set."""
