@@ -17,6 +17,7 @@ from conftest import disk_of, full_until_noticed
 from ray.train.constants import _get_ray_train_session_dir
 from raylets import Raylets, raylets
 from test_search_stage import job_of
+from test_search_stage import trial as finished
 
 from qpruner import patience
 from qpruner.errors import StageError, StorageError
@@ -25,7 +26,7 @@ from qpruner.execution.cluster import Cluster, connect, disconnect
 from qpruner.execution.room import Room
 from qpruner.records import RungResult
 from qpruner.search.trial_job import Progress, Report, TrialJob
-from qpruner.search.trial_records import read_trials
+from qpruner.search.trial_records import read_trials, write_trial
 from qpruner.search.tune import SearchJob, search
 
 pytestmark = pytest.mark.slow
@@ -140,6 +141,32 @@ def test_a_disk_without_room_for_what_the_driver_writes_is_what_the_search_ends_
     filler.unlink()
     outcome = search(job, within(lambda: 1), lambda event: None)
     assert [(trial.status, trial.kills) for trial in outcome.trials] == [("finished", 0)]
+
+
+def test_a_search_whose_run_another_driver_took_over_ends_and_leaves_the_others_trials(
+    joined: tuple[Raylets, Cluster], tmp_path: Path
+) -> None:
+    """It slept while the other did the trial after the one under way, which ends, and gives its slot to the next."""
+
+    def trial(job: TrialJob, start: Path | None, report: Report, progress: Progress) -> None:
+        deadline = time.monotonic() + SECONDS
+        while not read_trials(trials)[-1].index:
+            assert time.monotonic() < deadline, "nobody takes over"
+            time.sleep(0.05)
+        (checkpoint := tmp_path / f"made-{time.monotonic_ns()}").mkdir()
+        report(LAST, checkpoint)
+
+    job = replace(job_of(tmp_path, max_trials=4), trial=trial, resources=HELD)
+    trials, theirs = job.trials, finished(1, "844444", [3.5, 3.4, 3.3])
+
+    def tell(event: Event) -> None:
+        if isinstance(event, TrialChanged) and not (trials / "0001").exists():
+            write_trial(trials, theirs)
+
+    with pytest.raises(StageError, match=r"another driver took this run over .*/0001/trial\.json"):
+        search(job, within(lambda: 1), tell)
+    first, second = read_trials(trials)
+    assert (first.status, second) == ("finished", theirs)
 
 
 def test_a_worker_that_had_no_room_to_say_so_is_not_taken_for_one_that_was_killed(
