@@ -32,6 +32,7 @@ BANK = "tests/quantization/test_bank.py"
 BANK_STAGE = "tests/pipeline/test_bank_stage.py"
 DISK = "tests/pipeline/test_disk.py"
 AT_URI = "tests/test_at_uri.py"
+CHECKPOINT = "tests/models/test_checkpoint.py"
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,24 @@ FINISH = "qpruner/pipeline/finish.py"
 DRIVER, WORKER = "qpruner/search/tune/driver.py", "qpruner/search/tune/worker.py"
 CLUSTER = "qpruner/execution/cluster.py"
 MUTATIONS = {
+    "a hub model with pickled weights only is fetched": Mutation(
+        "qpruner/models/loading.py",
+        "        _check_hub_files(model)",
+        "        pass",
+        f"{CHECKPOINT}::test_a_hub_model_with_pickled_weights_only_is_refused",
+    ),
+    "a hub model with pickled weights only is worked on": Mutation(
+        "qpruner/models/checkpoint.py",
+        'if not any(fetched.glob("*.safetensors")):',
+        "if False:",
+        f"{CHECKPOINT}::test_a_hub_model_with_pickled_weights_only_is_refused",
+    ),
+    "a hub model that lacks a shard is worked on": Mutation(
+        "qpruner/models/checkpoint.py",
+        'check_folder(fetched, "`model.source`")',
+        "pass",
+        f"{CHECKPOINT}::test_a_hub_model_of_which_a_shard_is_missing_is_refused_before_work",
+    ),
     "a killed worker's trial starts anew": Mutation(
         WORKER,
         "fetch(start) if start else None, self._report",

@@ -10,7 +10,16 @@ from typing import TYPE_CHECKING, Any
 from safetensors import SafetensorError, safe_open
 
 from qpruner.errors import CorruptFile
-from qpruner.models.loading import OnLoading, check_source, load_dense, load_tokenizer, tensors_told, untold
+from qpruner.models.loading import (
+    OnLoading,
+    check_folder,
+    check_source,
+    load_dense,
+    load_tokenizer,
+    tensors_told,
+    untold,
+    without_weights,
+)
 from qpruner.objects import OnPiece
 from qpruner.patience import patiently
 
@@ -46,6 +55,9 @@ def prepare_base(model: ModelConfig, folder: Path, is_shared: bool = False, told
         folder: Where its files go if it has to be written.
         is_shared: Write a hub model to `folder` too: other machines do not see this one's cache.
         told: Told of what is fetched or read.
+
+    Raises:
+        UserError: If the source is no model, or lacks safetensors weights.
     """
     source = check_source(model)
     if Path(source).is_dir():
@@ -69,6 +81,10 @@ def prepare_base(model: ModelConfig, folder: Path, is_shared: bool = False, told
     path = snapshot_download(
         source, revision=model.revision, allow_patterns=patterns, local_dir=place, tqdm_class=_bar_telling(told)
     )
+    fetched = Path(path)
+    if not any(fetched.glob("*.safetensors")):
+        raise without_weights(model)
+    check_folder(fetched, "`model.source`")
     return Base(path, converted=is_shared)
 
 

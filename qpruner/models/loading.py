@@ -24,6 +24,13 @@ if TYPE_CHECKING:
     from qpruner.config import ModelConfig
 
 
+HUB_SECONDS = 10
+"""How long a hub may take to list a model's files."""
+CONVERT = (
+    "convert them with transformers' save_pretrained (with `safe_serialization=True`, which transformers 5 always does)"
+)
+"""What makes pickled weights readable."""
+
 OnLoading = Callable[[str, int, int], None]
 """Told what is on its way, and how much of how much of it is there."""
 
@@ -103,7 +110,36 @@ def load_model_config(model: ModelConfig) -> Any:
         ) from error
     if getattr(config, "quantization_config", None) is not None and not source.endswith(".gguf"):
         raise UserError(f"`model.source`: {model.source} is already quantized; give the full-precision checkpoint")
+    if not Path(source).exists():
+        _check_hub_files(model)
     return config
+
+
+def _check_hub_files(model: ModelConfig) -> None:
+    """Refuse a hub model without safetensors weights before gigabytes are fetched; where no hub answers, what is
+    fetched is looked at later."""
+    from huggingface_hub import HfApi
+
+    try:
+        listed = HfApi().model_info(model.source, revision=model.revision, timeout=HUB_SECONDS).siblings
+    except Exception:  # the client's errors have other types from release to release; who cannot be asked refuses none
+        return
+    if listed is not None and not any(_is_weights(file.rfilename) for file in listed):
+        raise without_weights(model)
+
+
+def _is_weights(name: str) -> bool:
+    return name.endswith(".safetensors") and "/" not in name
+
+
+def without_weights(model: ModelConfig) -> UserError:
+    """What a hub model is refused with that has weights of other kinds only."""
+    revision = f"revision {model.revision}" if model.revision else "its newest revision"
+    return UserError(
+        f"`model.source`: the hub's {model.source} has no .safetensors weights in {revision} (pickled .bin weights are "
+        f"not read); name another one with `model.revision` if the hub has one with them, or {CONVERT} and name that "
+        "folder"
+    )
 
 
 def load_tokenizer(source: str, model: ModelConfig | None = None) -> PreTrainedTokenizerBase:
@@ -258,8 +294,7 @@ def check_folder(path: Path, named: str) -> None:
         raise UserError(f"{named}: folder {path} has no config.json; name a model folder")
     if not any(path.glob("*.safetensors")):
         raise UserError(
-            f"{named}: folder {path} has no .safetensors weights (pickled .bin weights are not read; convert "
-            "them with transformers' save_pretrained)"
+            f"{named}: folder {path} has no .safetensors weights (pickled .bin weights are not read; {CONVERT})"
         )
     index = path / "model.safetensors.index.json"
     if index.is_file():

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 import torch
-from hub_server import Repository, serving
+from hub_server import Hub, Repository, serving
 from safetensors.torch import load_file, save_file
 from tiny_families import (
     CHANNELS,
@@ -266,6 +266,63 @@ def test_a_model_of_a_hub_is_fetched_with_progress(folders: dict[str, Path], tmp
     assert (tmp_path / "model" / "README.md").read_bytes() == others["README.md"], "its licence is told there"
     total = round(sum(map(len, (files | others).values())) / 1e6)
     assert done.stdout.splitlines()[-1] == f"{('fetching MB', total, total)}"
+
+
+def of_hub(hub: Hub, home: Path, code: str) -> str:
+    """What a line ends with that takes the hub's model `me/mine` in a process of its own."""
+    variables = {"HF_ENDPOINT": hub.endpoint, "HF_HOME": str(home), "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"}
+    started = (
+        "from pathlib import Path\nfrom qpruner.config import ModelConfig\n"
+        "from qpruner.models.checkpoint import prepare_base\nfrom qpruner.models.loading import load_model_config\n"
+        f"{code}\nprint('taken')"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", started], env=os.environ | variables, capture_output=True, text=True, timeout=120
+    )
+    return (done.stderr if done.returncode else done.stdout).strip().splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "load_model_config(ModelConfig(source='me/mine'))",
+        "prepare_base(ModelConfig(source='me/mine'), Path('unused'))",
+        "prepare_base(ModelConfig(source='me/mine', revision='main'), Path({shared!r}), is_shared=True)",
+    ],
+    ids=["before anything is fetched", "after it was fetched", "after it was fetched to a shared folder"],
+)
+def test_a_hub_model_with_pickled_weights_only_is_refused(folders: dict[str, Path], tmp_path: Path, code: str) -> None:
+    files = {path.name: path.read_bytes() for path in folders["llama"].iterdir()}
+    weights = files.pop("model.safetensors")
+    with serving() as hub:
+        hub.repositories["me/mine"] = Repository(
+            private=False, files=files | {"pytorch_model.bin": b"pickled", "onnx/model.safetensors": weights}
+        )
+        said = of_hub(hub, tmp_path / "home", code.format(shared=str(tmp_path / "shared")))
+    assert "UserError: `model.source`: the hub's me/mine has no .safetensors weights" in said
+    assert "`model.revision`" in said and "save_pretrained" in said and "safe_serialization=True" in said
+
+
+def test_a_hub_model_of_which_a_shard_is_missing_is_refused_before_work(
+    folders: dict[str, Path], tmp_path: Path
+) -> None:
+    files = {path.name: path.read_bytes() for path in folders["llama"].iterdir()}
+    files["model.safetensors.index.json"] = b'{"weight_map": {"one": "model.safetensors", "two": "other.safetensors"}}'
+    with serving() as hub:
+        hub.repositories["me/mine"] = Repository(private=False, files=files)
+        said = of_hub(hub, tmp_path / "home", "prepare_base(ModelConfig(source='me/mine'), Path('unused'))")
+    assert "lacks 1 weight file: other.safetensors" in said
+
+
+def test_the_config_of_a_hub_model_that_was_fetched_is_read_where_the_hub_is_away(
+    folders: dict[str, Path], tmp_path: Path
+) -> None:
+    files = {path.name: path.read_bytes() for path in folders["llama"].iterdir()}
+    code = "load_model_config(ModelConfig(source='me/mine'))"
+    with serving() as hub:
+        hub.repositories["me/mine"] = Repository(private=False, files=files)
+        assert of_hub(hub, tmp_path / "home", code) == "taken"
+    assert of_hub(hub, tmp_path / "home", code) == "taken"
 
 
 def test_a_local_folder_is_used_where_it_is(folders: dict[str, Path], tmp_path: Path) -> None:

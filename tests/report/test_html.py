@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 import jsonschema
+import numpy as np
 import pytest
 import vl_convert
 import yaml
@@ -25,6 +26,7 @@ from hub_server import Repository, serving
 from huggingface_hub import ModelCard
 from made_run import HOSTILE, STAGES, TRIALS, MadeRun, reported_run
 from recorded_runs import trial as recorded_trial
+from safetensors.numpy import save
 
 import qpruner
 from qpruner.cli import main
@@ -670,10 +672,9 @@ def test_a_card_names_the_hub_model_and_data_and_its_licence(tmp_path: Path) -> 
         "    print(prepare_base(ModelConfig(source='me/' + name), Path('unused')).path)"
     )
     with serving() as hub:
-        hub.repositories["me/without"] = Repository(private=False, files={"config.json": b"{}"})
-        hub.repositories["me/with"] = Repository(
-            private=False, files={"config.json": b"{}", "README.md": card.encode()}
-        )
+        files = {"config.json": b"{}", "model.safetensors": save({"weight": np.zeros(1)})}
+        hub.repositories["me/without"] = Repository(private=False, files=files)
+        hub.repositories["me/with"] = Repository(private=False, files=files | {"README.md": card.encode()})
         variables = {"HF_ENDPOINT": hub.endpoint, "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "0"}
         done = subprocess.run(
             [sys.executable, "-c", code], env=os.environ | variables, capture_output=True, text=True, timeout=120
