@@ -116,13 +116,19 @@ class CalibrationConfig(Section):
     """Tokens an importance sample has, or may have without packing; sensitivity samples have `data.max_length`."""
 
 
+REDUCING = ("fisher", "taylor", "magnitude")
+"""Kinds of importance that score every matrix of a unit and make one score of them."""
+
+
 class PruneConfig(Section):
     """Structured pruning: whole blocks, key/value groups with their query heads, MLP channels, experts."""
 
     rate: Annotated[float, Field(ge=0.0, le=0.9)] | None = 0.2
     """Share of *all* parameters to remove; 0 skips the cut. Null with `layer_rate`."""
     layer_rate: Annotated[float, Field(gt=0.0, lt=1.0)] | None = None
-    """Instead of `rate`: the share of its own units that every block of the range loses (LLM-Pruner's ratio)."""
+    """Instead of `rate`: the share of its own units that every block of the range loses (LLM-Pruner's ratio). It is
+    there to keep the units that LLM-Pruner keeps, so `selection`, `round_to` and `query_heads` are LLM-Pruner's where
+    nothing is said: `per_layer`, 1 and `modulo`."""
     units: Annotated[tuple[Literal["block", "attention", "mlp", "expert"], ...], Field(min_length=1)] = (
         "attention",
         "mlp",
@@ -148,7 +154,8 @@ class PruneConfig(Section):
     """Fisher, Taylor, magnitude: how the matrices of a unit become one score; `last` is the output projection."""
     query_heads: Literal["served", "modulo"] = "served"
     """Fisher, Taylor, magnitude: the key/value head whose score query head h adds to, where several share one: the one
-    that serves it, with which it goes, or number h modulo their count, as in LLM-Pruner's code."""
+    that serves it, with which it goes, or number h modulo their count, as in LLM-Pruner's code, which is taken with
+    `layer_rate` where nothing is said."""
     selection: Literal["per_layer", "global"] = "global"
     """The same share from every block, or the least important units wherever they are; `per_layer` where `layer_rate`
     or `uniform` needs it and nothing is said."""
@@ -208,6 +215,8 @@ class PruneConfig(Section):
             if raw.get("rate") is not None:
                 raise ValueError("give `rate` or `layer_rate`, not both")
             implied |= {"rate": None, "round_to": 1}
+            if raw.get("importance", cls.model_fields["importance"].default) in REDUCING:
+                implied["query_heads"] = "modulo"
         if raw.get("layer_rate") is not None or raw.get("uniform") is True:
             implied["selection"] = "per_layer"
         return implied | raw | ({"rate": None} if "rate" in implied else {})
@@ -222,7 +231,7 @@ class PruneConfig(Section):
     def _rules(self) -> tuple[tuple[bool, str], ...]:
         """What keys ask of one another; a key that would be ignored is a mistake."""
         by_rate, width = self.layer_rate is not None, bool(self.width_units)
-        is_taylor, reduces = self.importance == "taylor", self.importance in ("fisher", "taylor", "magnitude")
+        is_taylor, reduces = self.importance == "taylor", self.importance in REDUCING
         return (
             (not by_rate and self.rate is None, "give `rate` or `layer_rate`, got neither"),
             (

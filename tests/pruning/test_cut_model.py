@@ -91,9 +91,20 @@ def test_the_defaults_meet_the_rate(rate: float) -> None:
     [
         (
             {"layer_rate": 0.2},
-            {"rate": None, "selection": "per_layer", "compensation": "least_squares", "round_to": 1},
+            {
+                "rate": None,
+                "selection": "per_layer",
+                "compensation": "least_squares",
+                "round_to": 1,
+                "query_heads": "modulo",
+            },
         ),
         ({"layer_rate": 0.2, "round_to": 32}, {"round_to": 32}),
+        ({"layer_rate": 0.2, "importance": "taylor"}, {"query_heads": "modulo"}),
+        ({"layer_rate": 0.2, "importance": "magnitude"}, {"query_heads": "modulo"}),
+        ({"layer_rate": 0.2, "query_heads": "served"}, {"query_heads": "served"}),
+        ({"layer_rate": 0.2, "importance": "fluctuation"}, {"query_heads": "served"}),
+        ({"rate": 0.2, "layer_rate": None, "importance": "taylor"}, {"query_heads": "served"}),
         ({"uniform": True}, {"rate": 0.2, "selection": "per_layer"}),
         ({"units": ["block"]}, {"compensation": "least_squares", "selection": "global"}),
         ({"units": ["block", "mlp"]}, {"compensation": "least_squares"}),

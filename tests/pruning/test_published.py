@@ -15,6 +15,7 @@ import torch
 from tiny_decoders import PAD, rows_of, settings_of, tiny
 
 from qpruner.calibration import Samples
+from qpruner.config import PruneConfig
 from qpruner.pruning.prune import prune
 
 if TYPE_CHECKING:
@@ -113,6 +114,16 @@ def test_the_same_units_stay(criterion: str, heads: str, query_heads: str, seed:
     assert pruned.kept == expected
     gone = [(groups - len(kinds["attention"]), CHANNELS - len(kinds["mlp"])) for kinds in expected.values()]
     assert all(channels > 0 for _, channels in gone) and (gone[0][0] > 0) == (groups * ratio >= 1), "a real choice"
+
+
+@pytest.mark.parametrize("criterion", ["param_first", "l2"])
+def test_a_layer_rate_alone_keeps_the_published_units(criterion: str) -> None:
+    rows = rows_of([LENGTH] * 5, seed=10)
+    model = decoder("grouped")
+    expected = published(model, torch.tensor([row["input_ids"] for row in rows]), criterion, 0.4)
+    model.zero_grad(set_to_none=True)
+    settings = PruneConfig.model_validate({"layer_rate": 0.4, "compensation": "none", **CRITERIA[criterion]})
+    assert prune(model, settings, Samples(rows, PAD, batch_size=len(rows))).kept == expected
 
 
 @pytest.mark.parametrize(("heads", "differ"), [("multi-head", False), ("grouped", True)])
