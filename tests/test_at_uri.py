@@ -214,13 +214,13 @@ def test_a_fine_tune_that_was_cut_off_and_comes_back_writes_nothing_more(
 def in_a_folder(store: Store, config_file: Path, folder: Path) -> Path:
     """The configuration of a run in a folder that has got as far as the one at the URI."""
     for key in store.keys("run"):
+        if key.startswith("candidates/"):
+            continue  # rows of the tests before
         (file := folder / "run" / key).parent.mkdir(parents=True, exist_ok=True)
         file.write_bytes(store.read(f"run/{key}"))
     config = RunConfig.model_validate_json(config_file.read_text())
     path = folder / "config.json"
-    # In a folder a step takes hundredths of a second: what stands still from its first checkpoint on has some left.
-    settings = config.finetune.model_copy(update={"steps": 60})
-    path.write_text(config.model_copy(update={"output": str(folder / "run"), "finetune": settings}).model_dump_json())
+    path.write_text(config.model_copy(update={"output": str(folder / "run")}).model_dump_json())
     return path
 
 
