@@ -7,7 +7,8 @@ Text: WikiText-2 validation and web documents (C4) from `--evaldata` where that 
 Evaluated on the first 16k tokens at context 128. Calibrated on the second half of the same text, or on C4; fine-tuned
 on what lies between. Three seeds, each with its own calibration windows, where recipes are close (`spread`,
 `finetune`). Rows that are in the file of an earlier run (pruning_rows.jsonl beside this, or `--rows`) are not measured
-again, at whatever commit they were measured: each says at which. Delete those that a change makes old.
+again, at whatever commit they were measured: each says at which. Delete those that a change makes old, and commit that
+file before going on: rows measured beside a changed file say that the checkout was modified.
 A line a row, then one JSON line with all rows. Perplexities are given as ratios to the unpruned model's, too.
 """
 
@@ -435,11 +436,12 @@ def num_processes() -> int:
 def every_part(measured: Measurements, texts: Sequence[str]) -> list[Row]:
     """All tables: who wins in one is measured in the next."""
     rows = measured.rows(quality(texts))
+    ends = measured.rows(ends_kept(texts))
     rows += measured.rows(compensated(texts, best(rows, 3, "criterion", "selection")))
     recipes = best([row for row in rows if row.part == "compensation"], 4, "criterion", "selection", "compensation")
     rows += measured.rows(repeated(texts, recipes))
     rows += measured.rows(finetuned(texts, recipes))
-    return rows + measured.rows(ends_kept(texts))
+    return rows + ends
 
 
 @contextmanager

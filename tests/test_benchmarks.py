@@ -34,7 +34,7 @@ def test_seven_billion_parameters_are_pruned_within_22_gib() -> None:
 
 
 def test_rows_of_the_pruning_benchmark_are_taken_at_whatever_commit_they_were_measured(tmp_path: Path) -> None:
-    """Committed beside the script, so a plain command goes on with them; nothing is measured here."""
+    """A plain command goes on with those beside the script; nothing is measured here."""
     spec = importlib.util.spec_from_file_location("pruning_benchmark", ROOT / "benchmarks" / "pruning.py")
     assert spec and spec.loader
     bench = importlib.util.module_from_spec(spec)
