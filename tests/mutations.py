@@ -68,6 +68,18 @@ MUTATIONS = {
         "if False:",
         f"{CHECKPOINT}::test_a_hub_model_with_pickled_weights_only_is_refused",
     ),
+    "a hub model whose weights were not fetched is said to have none": Mutation(
+        "qpruner/models/checkpoint.py",
+        "        check_hub_files(model)\n        raise _in_part(model, is_shared)",
+        '        raise UserError(f"the hub\'s {model.source} has no .safetensors weights")',
+        f"{CHECKPOINT}::test_a_hub_model_that_is_here_in_part_is_not_called_one_without_weights",
+    ),
+    "a hub model of which the hub's client knows that a part is missing is a defect of ours": Mutation(
+        "qpruner/models/checkpoint.py",
+        "    except LocalEntryNotFoundError as error:",
+        "    except NotImplementedError as error:",
+        f"{CHECKPOINT}::test_a_hub_model_that_is_here_in_part_is_not_called_one_without_weights",
+    ),
     "a hub model that lacks a shard is worked on": Mutation(
         "qpruner/models/checkpoint.py",
         'check_folder(fetched, "`model.source`")',

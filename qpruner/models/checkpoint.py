@@ -9,16 +9,16 @@ from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError, safe_open
 
-from qpruner.errors import CorruptFile
+from qpruner.errors import CorruptFile, UserError
 from qpruner.models.loading import (
     OnLoading,
     check_folder,
+    check_hub_files,
     check_source,
     load_dense,
     load_tokenizer,
     tensors_told,
     untold,
-    without_weights,
 )
 from qpruner.objects import OnPiece
 from qpruner.patience import patiently
@@ -57,7 +57,7 @@ def prepare_base(model: ModelConfig, folder: Path, is_shared: bool = False, told
         told: Told of what is fetched or read.
 
     Raises:
-        UserError: If the source is no model, or lacks safetensors weights.
+        UserError: If the source is no model, lacks safetensors weights, or is here in part while the hub is away.
     """
     source = check_source(model)
     if Path(source).is_dir():
@@ -67,6 +67,7 @@ def prepare_base(model: ModelConfig, folder: Path, is_shared: bool = False, told
         save_checkpoint(load_dense(source, model.dtype, told=told), load_tokenizer(source), folder, told)
         return Base(str(folder), converted=True)
     from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
 
     patterns = [
         "*.safetensors",
@@ -78,14 +79,34 @@ def prepare_base(model: ModelConfig, folder: Path, is_shared: bool = False, told
         *(["*.py"] if model.trust_remote_code else []),
     ]
     place = folder if is_shared else None
-    path = snapshot_download(
-        source, revision=model.revision, allow_patterns=patterns, local_dir=place, tqdm_class=_bar_telling(told)
-    )
-    fetched = Path(path)
+    try:
+        path = snapshot_download(
+            source, revision=model.revision, allow_patterns=patterns, local_dir=place, tqdm_class=_bar_telling(told)
+        )
+    except LocalEntryNotFoundError as error:
+        raise _in_part(model, is_shared) from error
+    fetched = Path(path).absolute()
     if not any(fetched.glob("*.safetensors")):
-        raise without_weights(model)
+        check_hub_files(model)
+        raise _in_part(model, is_shared)
     check_folder(fetched, "`model.source`")
-    return Base(path, converted=is_shared)
+    return Base(str(fetched), converted=is_shared)
+
+
+def _in_part(model: ModelConfig, is_shared: bool) -> UserError:
+    """What a hub model is refused with that is not all here, where the hub cannot be asked for the rest."""
+    revision = f" --revision {model.revision}" if model.revision else ""
+    here, remedy = "the run's folder", ": `qpruner prepare CONFIG`"
+    if not is_shared:
+        here = "this machine's cache"
+        remedy = (
+            ", into a cache (`HF_HOME`) that this machine sees: `qpruner prepare CONFIG`, or the model alone by "
+            f"`hf download {model.source}{revision}`"
+        )
+    return UserError(
+        f"`model.source`: the hub does not answer, and {here} has not all that is read of {model.source} (.safetensors "
+        f"weights, config, tokenizer); fetch it where the hub is reached{remedy}"
+    )
 
 
 def _bar_telling(told: OnLoading) -> Any:

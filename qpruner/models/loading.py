@@ -111,13 +111,17 @@ def load_model_config(model: ModelConfig) -> Any:
     if getattr(config, "quantization_config", None) is not None and not source.endswith(".gguf"):
         raise UserError(f"`model.source`: {model.source} is already quantized; give the full-precision checkpoint")
     if not Path(source).exists():
-        _check_hub_files(model)
+        check_hub_files(model)
     return config
 
 
-def _check_hub_files(model: ModelConfig) -> None:
+def check_hub_files(model: ModelConfig) -> None:
     """Refuse a hub model without safetensors weights before gigabytes are fetched; where no hub answers, what is
-    fetched is looked at later."""
+    fetched is looked at later.
+
+    Raises:
+        UserError: If the hub lists none.
+    """
     from huggingface_hub import HfApi
 
     try:
@@ -125,21 +129,16 @@ def _check_hub_files(model: ModelConfig) -> None:
     except Exception:  # the client's errors have other types from release to release; who cannot be asked refuses none
         return
     if listed is not None and not any(_is_weights(file.rfilename) for file in listed):
-        raise without_weights(model)
+        revision = f"revision {model.revision}" if model.revision else "its newest revision"
+        raise UserError(
+            f"`model.source`: the hub's {model.source} has no .safetensors weights in {revision} (pickled .bin weights "
+            "are not read); name another one with `model.revision` if the hub has one with them, or "
+            f"{CONVERT} and name that folder"
+        )
 
 
 def _is_weights(name: str) -> bool:
     return name.endswith(".safetensors") and "/" not in name
-
-
-def without_weights(model: ModelConfig) -> UserError:
-    """What a hub model is refused with that has weights of other kinds only."""
-    revision = f"revision {model.revision}" if model.revision else "its newest revision"
-    return UserError(
-        f"`model.source`: the hub's {model.source} has no .safetensors weights in {revision} (pickled .bin weights are "
-        f"not read); name another one with `model.revision` if the hub has one with them, or {CONVERT} and name that "
-        "folder"
-    )
 
 
 def load_tokenizer(source: str, model: ModelConfig | None = None) -> PreTrainedTokenizerBase:
@@ -297,7 +296,7 @@ def check_folder(path: Path, named: str) -> None:
             f"{named}: folder {path} has no .safetensors weights (pickled .bin weights are not read; {CONVERT})"
         )
     index = path / "model.safetensors.index.json"
-    if index.is_file():
+    if index.is_file() and not (path / "model.safetensors").is_file():  # which transformers reads first
         shards = _shards(index, named)
         missing = sorted(shard for shard in shards if not (path / shard).is_file())
         if missing:

@@ -282,11 +282,15 @@ def of_hub(hub: Hub, home: Path, code: str) -> str:
     return (done.stderr if done.returncode else done.stdout).strip().splitlines()[-1]
 
 
+CONFIGURED = "load_model_config(ModelConfig(source='me/mine'))"
+FETCHED = "prepare_base(ModelConfig(source='me/mine'), Path('unused'))"
+
+
 @pytest.mark.parametrize(
     "code",
     [
-        "load_model_config(ModelConfig(source='me/mine'))",
-        "prepare_base(ModelConfig(source='me/mine'), Path('unused'))",
+        CONFIGURED,
+        FETCHED,
         "prepare_base(ModelConfig(source='me/mine', revision='main'), Path({shared!r}), is_shared=True)",
     ],
     ids=["before anything is fetched", "after it was fetched", "after it was fetched to a shared folder"],
@@ -307,22 +311,49 @@ def test_a_hub_model_of_which_a_shard_is_missing_is_refused_before_work(
     folders: dict[str, Path], tmp_path: Path
 ) -> None:
     files = {path.name: path.read_bytes() for path in folders["llama"].iterdir()}
-    files["model.safetensors.index.json"] = b'{"weight_map": {"one": "model.safetensors", "two": "other.safetensors"}}'
+    files["one.safetensors"] = files.pop("model.safetensors")
+    files["model.safetensors.index.json"] = b'{"weight_map": {"one": "one.safetensors", "two": "other.safetensors"}}'
     with serving() as hub:
         hub.repositories["me/mine"] = Repository(private=False, files=files)
-        said = of_hub(hub, tmp_path / "home", "prepare_base(ModelConfig(source='me/mine'), Path('unused'))")
+        said = of_hub(hub, tmp_path / "home", FETCHED)
     assert "lacks 1 weight file: other.safetensors" in said
+
+
+def test_an_index_that_was_left_beside_a_whole_model_is_not_read(folders: dict[str, Path], tmp_path: Path) -> None:
+    """transformers takes the one file, too."""
+    folder = Path(shutil.copytree(folders["llama"], tmp_path / "model"))
+    (folder / "model.safetensors.index.json").write_text('{"weight_map": {"one": "gone.safetensors"}}')
+    assert prepare_base(ModelConfig(source=str(folder)), tmp_path / "unused").path == str(folder)
+    load_dense(str(folder), "float32")
 
 
 def test_the_config_of_a_hub_model_that_was_fetched_is_read_where_the_hub_is_away(
     folders: dict[str, Path], tmp_path: Path
 ) -> None:
     files = {path.name: path.read_bytes() for path in folders["llama"].iterdir()}
-    code = "load_model_config(ModelConfig(source='me/mine'))"
     with serving() as hub:
         hub.repositories["me/mine"] = Repository(private=False, files=files)
-        assert of_hub(hub, tmp_path / "home", code) == "taken"
-    assert of_hub(hub, tmp_path / "home", code) == "taken"
+        assert of_hub(hub, tmp_path / "home", CONFIGURED) == "taken"
+    assert of_hub(hub, tmp_path / "home", CONFIGURED) == "taken"
+
+
+@pytest.mark.parametrize("fetched_before", [CONFIGURED, FETCHED], ids=["its config alone", "all but a file"])
+def test_a_hub_model_that_is_here_in_part_is_not_called_one_without_weights(
+    folders: dict[str, Path], tmp_path: Path, fetched_before: str
+) -> None:
+    """`check` fetches the config of a model, and a node that runs it may see no hub."""
+    files = {path.name: path.read_bytes() for path in folders["llama"].iterdir()}
+    with serving() as hub:
+        hub.repositories["me/mine"] = Repository(private=False, files=files)
+        assert of_hub(hub, tmp_path / "home", fetched_before) == "taken"
+    for weights in tmp_path.glob("home/hub/*/snapshots/*/model.safetensors"):
+        weights.unlink()
+    said = of_hub(hub, tmp_path / "home", FETCHED)
+    assert "UserError: `model.source`: the hub does not answer, and this machine's cache has not all" in said
+    assert "fetch it where the hub is reached" in said and "`hf download me/mine`" in said
+    shared = f"prepare_base(ModelConfig(source='me/mine'), Path({str(tmp_path / 'shared')!r}), is_shared=True)"
+    said = of_hub(hub, tmp_path / "home", shared)
+    assert "the run's folder has not all" in said and "`qpruner prepare CONFIG`" in said
 
 
 def test_a_local_folder_is_used_where_it_is(folders: dict[str, Path], tmp_path: Path) -> None:
