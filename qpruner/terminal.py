@@ -3,7 +3,6 @@ shows the stages, the steps inside one, and the search. The whole log is in the 
 
 from __future__ import annotations
 
-import sys
 import textwrap
 import time
 from collections.abc import Sequence
@@ -31,7 +30,6 @@ from qpruner import events
 from qpruner.report.lines import duration, line_of
 from qpruner.search_view import FOLDED, SearchView
 
-PLAIN_WIDTH = 120
 SECONDS_UNTOLD = 30.0
 """Where there is no live part, a line tells how far a step has got after this long without any."""
 REFRESHES_PER_SECOND = 2
@@ -58,10 +56,8 @@ class Terminal:
     """
 
     def __init__(self, quiet: bool, stderr: bool = False) -> None:
-        # Where nobody sees a window's edge, lines and tables are not folded at 80 columns.
-        self._is_plain = not (sys.stderr if stderr else sys.stdout).isatty()
-        width = PLAIN_WIDTH if self._is_plain else None
-        self._console = Console(highlight=False, emoji=False, soft_wrap=True, width=width, stderr=stderr)
+        self._console = Console(highlight=False, emoji=False, soft_wrap=True, stderr=stderr)
+        self._is_plain = not can_redraw(self._console)
         self._quiet = quiet
         self._bars: dict[str, TaskID] = {}
         self._stages: dict[str, float | str] = {}
@@ -78,7 +74,7 @@ class Terminal:
             speed_estimate_period=PACE_SECONDS,
         )
         self._live: Live | None = None
-        if can_redraw(self._console) and not quiet:
+        if not (self._is_plain or quiet):
             self._live = Live(
                 get_renderable=self._view,
                 console=self._console,

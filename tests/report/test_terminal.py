@@ -280,6 +280,13 @@ def test_a_pipe_gets_a_whole_line_a_row(made: MadeRun) -> None:
     assert done.stdout.replace("±", "").isascii(), "nothing drawn"
 
 
+def test_a_terminal_that_cannot_move_its_cursor_gets_the_tables_of_a_pipe(made: MadeRun) -> None:
+    command = [sys.executable, "-c", TABLES, str(TESTS), str(TESTS.parent), str(made.run.root)]
+    piped = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+    seen = on_a_terminal(str(made.run.root), program=TABLES, TERM="dumb")
+    assert seen.splitlines() == piped.stdout.splitlines()
+
+
 @pytest.mark.parametrize("width", [80, 120])
 def test_a_terminal_cuts_no_figure_and_folds_plans(made: MadeRun, width: int) -> None:
     colored = on_a_terminal(str(made.run.root), program=TABLES, COLUMNS=str(width))
