@@ -279,6 +279,10 @@ def test_one_far_control_does_not_press_the_other_trials_together(num_trials: in
     assert [point["score"] for point in others] == [point["score"] for point in before if point["trial"]], "as scored"
     assert [point["score"] for point in far] == losses[-len(far) :] and len(far) == (3 if name == "rungs" else 1)
     assert [point["far"] for point in far] == [f"{loss:.4f}" for loss in losses[-len(far) :]]
+    if name == "rungs":
+        assert set(far[0]) == {"trial", "origin", "kind", "step", "score", "shown", "far"}, (
+            "no field that nothing reads"
+        )
     assert f"drawn at the edge with an arrow: trial 0 (uniform-4) {losses[-1]:.4f}" in after.caption
     ys = {layer["encoding"]["y"]["field"] for layer in after.spec["layer"] if "y" in layer["encoding"]}
     assert ys == {"shown"}, "nothing else stretches the axis"

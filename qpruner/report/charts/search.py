@@ -48,7 +48,8 @@ def pareto(run: Snapshot) -> Iterator[Chart]:
     assert run.state.search
     edge, title = edge_of(scored, run.metric), _title_of_best(run)
     label = {"type": "text", "fontWeight": "bold"} | aside("megabytes", 15, len(title))
-    points = _placed(_points(run), "megabytes", edge)
+    points = _points(run)
+    points = _placed(points, [point["megabytes"] for point in points], edge)
     place = {"x": quantity("megabytes", "size (MB)", tickCount=8), "y": quantity("shown", run.metric_title)}
     kinds = _by_kind(points)
     details = tooltip(
@@ -118,7 +119,7 @@ def progress(run: Snapshot) -> Iterator[Chart]:
     edge, shown = edge_of(trials, run.metric), {trial.index for trial in trials}
     told = ("trial", "origin", "kind", "score")
     points = [{name: point[name] for name in told} for point in _points(run) if point["trial"] in shown]
-    points = _placed(points, "trial", edge)
+    points = _placed(points, [point["trial"] for point in points], edge)
     better, best = (max if run.metric == "accuracy" else min), Values()
     for kind in (SEARCHED, CONTROL):
         reached = None
@@ -168,7 +169,7 @@ def rungs(run: Snapshot) -> Iterator[Chart]:
     if len(steps) < 2:
         return
     edge = edge_of_rungs(run.trials, run.metric)
-    scores = _placed([each | {"rung": steps.index(each["step"])} for each in scores], "rung", edge)
+    scores = _placed(scores, [steps.index(each["step"]) for each in scores], edge)
     kinds, faint = _by_kind(scores), max(0.12, min(0.6, 12 / len(run.trials)))
     place = {
         "x": quantity("step", "optimizer step", format="d", values=steps) | {"scale": {"type": "log", "base": 2}},
@@ -270,24 +271,29 @@ def _title_of_best(run: Snapshot) -> str:
     return "winner" if run.results.search else "best so far"
 
 
-def _placed(points: Values, along: str, edge: Edge) -> Values:
-    """Points and where they are drawn; `far` is what stands beside the arrow of one beyond the edge.
+def _placed(points: Values, along: Sequence[float], edge: Edge) -> Values:
+    """Points and how high they are drawn; `far` is what stands beside the arrow of one beyond the edge.
 
-    That is its score, but not of trials that were stopped, maybe many, nor where another's, by `along`, would cover it.
+    That is its score, but not of trials that were stopped, maybe many, nor where another's would cover it.
+
+    Args:
+        points: With `score` and `kind`.
+        along: Where each is from left to right.
+        edge: Of the plot.
     """
-    told = [point for point in points if edge.is_beyond(point["score"]) and point["kind"] != STOPPED]
-    every = [point[along] for point in points]
-    room = ROOM_OF_A_SCORE * (max(every) - min(every))
+    placed = list(zip(points, along, strict=True))
+    told = [at for point, at in placed if edge.is_beyond(point["score"]) and point["kind"] != STOPPED]
+    room = ROOM_OF_A_SCORE * (max(along) - min(along))
 
-    def beside_arrow(point: Spec) -> str:
-        near = sum(abs(point[along] - other[along]) <= room for other in told)
-        return f"{point['score']:.4f}" if point in told and near == 1 else ""
+    def beside_arrow(point: Spec, at: float) -> str:
+        near = sum(abs(at - other) <= room for other in told)
+        return f"{point['score']:.4f}" if point["kind"] != STOPPED and near == 1 else ""
 
     return [
         point
         | {"shown": edge.place(point["score"])}
-        | ({"far": beside_arrow(point)} if edge.is_beyond(point["score"]) else {})
-        for point in points
+        | ({"far": beside_arrow(point, at)} if edge.is_beyond(point["score"]) else {})
+        for point, at in placed
     ]
 
 
