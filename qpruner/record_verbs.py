@@ -266,7 +266,7 @@ def compare(runs: Sequence[str | Path], as_json: bool) -> dict[str, Any]:
         terminal = Terminal(quiet=False)
         keys = list(dict.fromkeys(key for each in facts for key in each if key != "run"))
         body = [[key, *(_figure(key, each.get(key)) for each in facts)] for key in keys]
-        places = [each["run"].rstrip("/") for each in facts]
+        places = [each.run_dir.place.rstrip("/") for each in views]
         headings = ["", *(_short(place, places) for place in places)]
         terminal.table(headings, body)
         if settings:

@@ -242,7 +242,7 @@ def summary(run: RunView) -> dict[str, Any]:
     """What stands beside other runs."""
     config, now, record = run.state.config, run.standing, run.search
     facts: dict[str, Any] = {
-        "run": run.run_dir.place,
+        "run": run.run_dir.address,
         "outcome": run.outcome,
         "model": config["model"]["source"],
         "searcher": config["search"]["searcher"],

@@ -18,9 +18,10 @@ import yaml
 from click.testing import CliRunner, Result
 from made_records import made_confirmation
 from made_run import MadeRun
+from object_store import object_store, talk_to
 from recorded_runs import DIGEST, GROUPS, config_of, recorded_run, trial, trials
 
-from qpruner import events
+from qpruner import events, objects
 from qpruner.cli import main
 from qpruner.errors import PlanRefused
 from qpruner.pipeline.progress import RunProgress
@@ -338,6 +339,18 @@ def test_runs_of_one_name_are_told_apart_by_their_folders(tmp_path: Path) -> Non
     heading = qpruner("compare", *runs).stdout.splitlines()[0]
     assert heading.split() == ["a/runs/demo", "b/runs/demo", "mine", f"{tmp_path.name}/demo"]
     assert qpruner("compare", runs[0], runs[0]).stdout.splitlines()[0].split() == ["demo", "demo"]
+
+
+def test_compare_names_a_run_at_a_uri_as_status_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In JSON with all that the next command needs to reach it; over a column its name is enough."""
+    with object_store() as store:
+        talk_to(store, monkeypatch)
+        monkeypatch.setenv(objects.CACHE, str(tmp_path))
+        uri = f"{store.uri('demo')}?endpoint_override={store.environment['AWS_ENDPOINT_URL']}"
+        recorded_run(objects.mirror_of(uri), is_over=True)
+        [facts] = told("compare", uri)["runs"]
+        assert facts["run"] == told("status", uri)["run"] == uri
+        assert qpruner("compare", uri).stdout.splitlines()[0].split() == ["demo"]
 
 
 def test_looking_at_a_run_imports_neither_torch_nor_ray(tmp_path: Path) -> None:
