@@ -326,7 +326,7 @@ def _talk_options(function: Callable[..., None]) -> Callable[..., None]:
             help="0: the likeliest token every time.",
         ),
         click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of draws above 0."),
-        click.argument("place", metavar="RUN_OR_FOLDER", type=click.Path(path_type=Path)),
+        click.argument("place", metavar="RUN_OR_FOLDER", type=click.Path()),
     ):
         function = option(function)
     return function
@@ -338,7 +338,7 @@ def _talk_options(function: Callable[..., None]) -> Callable[..., None]:
 @_json
 @_talk_options
 def generate(
-    place: Path,
+    place: str,
     prompts: tuple[str, ...],
     file: Path | None,
     which: str | None,
@@ -359,7 +359,7 @@ def generate(
 
 @main.command(help="Talk to a run's base, pruned and final model side by side, or to the model of a folder.")
 @_talk_options
-def chat(place: Path, which: str | None, max_tokens: int, temperature: float, seed: int) -> None:
+def chat(place: str, which: str | None, max_tokens: int, temperature: float, seed: int) -> None:
     def told() -> dict[str, Any]:
         quiet_libraries()
         from qpruner import talk, talk_verbs
@@ -458,12 +458,15 @@ def _print_table(results: Results, root: Path, terminal: Terminal) -> None:
 
 def _where_next(root: Path) -> str:
     """What there is to look at once a run is over."""
-    from qpruner.objects import address_of, name_of
+    from qpruner.objects import address_of, is_mirror, name_of
 
     place = shlex.quote(address_of(root))
+    brought, folder = "", place
+    if is_mirror(root):  # models are talked to from a folder
+        brought, folder = f"`qpruner export {place} --to peft --out FOLDER`, then ", "FOLDER"
     return (
         f"The report: {name_of(root)}/report.html; its plan: `qpruner plan {place}`; what the model says: "
-        f"`qpruner generate {place} --prompt TEXT`"
+        f"{brought}`qpruner generate {folder} --prompt TEXT`"
     )
 
 

@@ -7,6 +7,7 @@ matter which models lie in memory together.
 from __future__ import annotations
 
 import itertools
+import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,7 @@ from qpruner.errors import UserError
 from qpruner.hf import load, weights_folder
 from qpruner.memory import explaining_shortage, free_bytes, release
 from qpruner.models.loading import OnLoading, check_folder, load_dense, load_tokenizer, untold
+from qpruner.objects import address_of, mirror_of
 from qpruner.records import PrepareRecord, RunState
 from qpruner.rundir import STATE, RunDir
 
@@ -186,7 +188,7 @@ class Source:
             ) from error
 
 
-def sources(place: Path, which: Sequence[str]) -> list[Source]:
+def sources(place: str | Path, which: Sequence[str]) -> list[Source]:
     """The models of a run, or of a folder alone.
 
     Args:
@@ -194,14 +196,15 @@ def sources(place: Path, which: Sequence[str]) -> list[Source]:
         which: Those of a run that are wanted, in this order; all that are there when empty.
 
     Raises:
-        UserError: If one is missing or damaged.
+        UserError: If one is missing or damaged, or the run is at a URI.
     """
-    if ":/" in str(place):
+    if "://" in str(place):
+        uri = shlex.quote(address_of(mirror_of(str(place))))
         raise UserError(
-            f"models are talked to from a folder, and {place} is a URI: copy the run's `final/` here first "
-            "(`bash launch/fetch.sh`), then name that"
+            f"models are talked to from a folder, and this is a URI: `qpruner export {uri} --to peft --out FOLDER` "
+            "brings its final model here, then name FOLDER"
         )
-    place = place.expanduser().resolve()
+    place = Path(place).expanduser().resolve()
     if (place / STATE).is_file():
         found = _of_run(RunDir(place, create=False), which)
     elif which:

@@ -31,7 +31,7 @@ COMMANDS = "/reset begins anew, /quit or Ctrl-D ends, Ctrl-C stops an answer"
 
 
 def generate(
-    place: Path, which: str | None, prompts: Sequence[str], file: Path | None, sampling: Sampling, as_json: bool
+    place: str, which: str | None, prompts: Sequence[str], file: Path | None, sampling: Sampling, as_json: bool
 ) -> dict[str, Any]:
     """What every model says to every prompt.
 
@@ -75,7 +75,7 @@ def generate(
     return {"status": "ok", "models": described, "prompts": asked, "answers": answers}
 
 
-def chat(place: Path, which: str | None, sampling: Sampling) -> dict[str, Any]:
+def chat(place: str, which: str | None, sampling: Sampling) -> dict[str, Any]:
     """Talk to every model until the person has enough; each remembers what it said itself.
 
     Args:
@@ -172,11 +172,11 @@ def _typed() -> Iterator[str]:
             return
 
 
-def _sources(place: Path, which: str | None) -> list[Source]:
+def _sources(place: str, which: str | None) -> list[Source]:
     """The models to talk to; of a run that has not all of them it is told which are missing."""
     found = sources(place, _names(which))
     missing = [name for name in WHICH if name not in {source.name for source in found}]
-    if which is None and missing and (place.expanduser() / STATE).is_file():
+    if which is None and missing and (Path(place).expanduser() / STATE).is_file():
         click.echo(f"{', '.join(missing)}: not there yet; `qpruner run` makes them", err=True)
     return found
 

@@ -7,6 +7,7 @@ import gc
 import io
 import json
 import re
+import shlex
 import shutil
 import socket
 import weakref
@@ -18,15 +19,18 @@ import torch
 from click.testing import CliRunner, Result
 from conftest import raw_config
 from mixed_models import finished_run
+from object_store import object_store, talk_to
 from peft import PeftModel
 from rich.console import Console
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import qpruner.hf  # noqa: F401
-from qpruner.cli import main
+from qpruner import objects
+from qpruner.cli import _where_next, main
 from qpruner.errors import UserError
 from qpruner.export import export
+from qpruner.mirror import put_folder
 from qpruner.records import PrepareRecord, RunState
 from qpruner.rundir import RunDir
 from qpruner.talk import Sampling, Shelf, sources
@@ -288,6 +292,35 @@ def test_a_base_model_that_the_run_wrote_is_found_in_a_copy_of_the_run(
     for recorded in (str(talkative), str(tmp_path / "gone" / "prepare" / "model"), "prepare/model"):
         folder.write_record("prepare", prepared.model_copy(update={"model_path": recorded, "converted": True}))
         assert [source.folder for source in sources(copy, ["base"])] == [base]
+
+
+@pytest.mark.parametrize("verb", ["generate", "chat"])
+@pytest.mark.parametrize("uri", ["s3://AKIAKEY:HUSH/WORD@bucket/run", "s3://bucket/run?secret_key=HUSHWORD"])
+def test_a_key_in_a_uri_is_not_repeated(verb: str, uri: str) -> None:
+    told = command(verb, uri, *(("--prompt", PROMPT) if verb == "generate" else ()))
+    assert told.exit_code == 2 and "URI" in told.stderr
+    assert not [word for word in ("HUSH", "WORD", "AKIAKEY") if word in told.output]
+
+
+def test_what_a_run_at_a_uri_is_said_to_be_talked_to_by_works(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the last line of the run, and by the verbs that take folders alone."""
+    with object_store() as store:
+        talk_to(store, monkeypatch)
+        monkeypatch.setenv(objects.CACHE, str(tmp_path / "cache"))
+        there = RunDir(f"{store.uri('run')}?endpoint_override={store.environment['AWS_ENDPOINT_URL']}")
+        for name in ("final", "prepare/data/confirmation"):
+            put_folder(run / name, there.root / name)
+        bring, generate = re.findall("`qpruner ((?:export|generate) [^`]*)`", _where_next(there.root))
+        for line in (bring, generate):
+            words = {"FOLDER": tmp_path / "brought", "TEXT": PROMPT}
+            told = command(*(words.get(word, word) for word in shlex.split(line)))
+            assert told.exit_code == 0, told.output
+        assert expected(tmp_path / "brought").strip() in told.stdout
+        for verb in (("generate", there.address, "--prompt", PROMPT), ("chat", there.address)):
+            refused = command(*verb)
+            assert refused.exit_code == 2 and f"`qpruner {bring}` brings its final model here" in refused.stderr
 
 
 def test_a_pickled_adapter_is_not_read(run: Path, tmp_path: Path) -> None:
