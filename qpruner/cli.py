@@ -373,12 +373,15 @@ def _export(root: str, form: Any, out: Path | None) -> dict[str, Any]:
     quiet_libraries()
     from qpruner.export import export
     from qpruner.pipeline.compress import telling
+    from qpruner.report.life import warning_of_driver
     from qpruner.rundir import RunDir
     from qpruner.terminal import Terminal
 
     run = RunDir(root, create=False)
     if out is None and run.is_at_uri:
         raise UserError(f"{run.place}: name a folder on this machine with `--out`")
+    if warning := warning_of_driver(run):
+        click.echo(warning, err=True)
     with Terminal(quiet=False) as terminal:
         done = export(run, form, (out or run.root / "export" / form).resolve(), telling(terminal.emit, "export"))
     click.echo(

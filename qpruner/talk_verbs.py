@@ -19,7 +19,8 @@ from rich.text import Text
 
 from qpruner.errors import OutOfMemory, UserError
 from qpruner.pipeline.compress import telling
-from qpruner.rundir import STATE
+from qpruner.report.life import warning_of_driver
+from qpruner.rundir import STATE, RunDir
 from qpruner.talk import WHICH, Answer, Sampling, Shelf, Source, sources
 from qpruner.terminal import Terminal, can_redraw
 
@@ -173,10 +174,14 @@ def _typed() -> Iterator[str]:
 
 
 def _sources(place: str, which: str | None) -> list[Source]:
-    """The models to talk to; of a run that has not all of them it is told which are missing."""
+    """The models to talk to; of a run it is told which are missing, and that a command works on it."""
+    root = Path(place).expanduser()
+    is_run = (root / STATE).is_file()
+    if is_run and (warning := warning_of_driver(RunDir(root, create=False))):
+        click.echo(warning, err=True)
     found = sources(place, _names(which))
     missing = [name for name in WHICH if name not in {source.name for source in found}]
-    if which is None and missing and (Path(place).expanduser() / STATE).is_file():
+    if is_run and which is None and missing:
         click.echo(f"{', '.join(missing)}: not there yet; `qpruner run` makes them", err=True)
     return found
 

@@ -74,6 +74,15 @@ def read_life(run: RunDir) -> Life | None:
     return life
 
 
+def warning_of_driver(run: RunDir) -> str | None:
+    """What they are told who read a run's models while a command works on it; None where none does."""
+    driver = driver_of(run.root)
+    if driver is None or driver.state != "alive":
+        return None
+    process = f"process {driver.holder.pid} on {driver.holder.host}"
+    return f"warning: {process} works on {run.place}, whose models may be replaced meanwhile"
+
+
 def _look(run: RunDir) -> Life | None:
     state = run.read_state(RunState)
     return Life(state, driver_of(run.root)) if state else None

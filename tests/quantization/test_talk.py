@@ -6,6 +6,7 @@ import functools
 import gc
 import io
 import json
+import os
 import re
 import shlex
 import shutil
@@ -33,6 +34,7 @@ from qpruner.export import export
 from qpruner.mirror import put_folder
 from qpruner.records import PrepareRecord, RunState
 from qpruner.rundir import RunDir
+from qpruner.runlock import sole_driver
 from qpruner.talk import Sampling, Shelf, sources
 from qpruner.talk_verbs import printable, view
 
@@ -292,6 +294,22 @@ def test_a_base_model_that_the_run_wrote_is_found_in_a_copy_of_the_run(
     for recorded in (str(talkative), str(tmp_path / "gone" / "prepare" / "model"), "prepare/model"):
         folder.write_record("prepare", prepared.model_copy(update={"model_path": recorded, "converted": True}))
         assert [source.folder for source in sources(copy, ["base"])] == [base]
+
+
+def test_who_reads_models_that_a_command_may_replace_is_told(run: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(run, tmp_path / "run"))
+    asked = (
+        ("generate", copy, "--prompt", PROMPT, "--max-tokens", 2, "--json"),
+        ("chat", copy, "--which", "final"),
+        ("export", copy, "--to", "peft", "--out", tmp_path / "peft", "--json"),
+    )
+    warning = f"warning: process {os.getpid()} on {socket.gethostname()} works on {copy}, whose models may be replaced"
+    with sole_driver(copy, print):
+        for arguments in asked:
+            told = command(*arguments)
+            assert told.exit_code == 0, told.output
+            assert warning in told.stderr and "warning" not in told.stdout
+    assert "warning" not in command(*asked[1]).stderr
 
 
 @pytest.mark.parametrize("verb", ["generate", "chat"])
