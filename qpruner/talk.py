@@ -226,8 +226,8 @@ def _of_run(run: RunDir, which: Sequence[str]) -> list[Source]:
     assert state
     dense = ModelConfig.model_validate(state.config["model"])
     there = {PRUNED: Source(PRUNED, run.stage("prune"), dense), FINAL: Source(FINAL, run.root / FINAL)}
-    if prepared:  # a relative path is from where the run was started
-        there = {BASE: Source(BASE, Path(state.folder) / run.base_model(prepared), dense), **there}
+    if prepared:
+        there = {BASE: Source(BASE, run.base_model(prepared), dense), **there}
     there = {name: source for name, source in there.items() if (source.folder / "config.json").is_file()}
     for name in which or there:
         if name not in there:

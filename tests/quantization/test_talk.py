@@ -61,14 +61,14 @@ def scale_layers(folder: Path, factor: float) -> None:
 
 @pytest.fixture(scope="module")
 def run(talkative: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run with its three models, all different; the base is named from where the run was started."""
+    """A run with its three models, all different."""
     root = finished_run(talkative, tmp_path_factory.mktemp("talk") / "run")
     pruned = Path(shutil.copytree(talkative, root / "prune"))
     scale_layers(pruned, -0.5)
     folder = RunDir(root)
     folder.write_record(
         "prepare",
-        PrepareRecord(digest="d", seconds=1.0, model_path=talkative.name, converted=False, num_rows={}),
+        PrepareRecord(digest="d", seconds=1.0, model_path=str(talkative), converted=False, num_rows={}),
     )
     folder.write_state(
         RunState(
