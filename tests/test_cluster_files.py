@@ -67,6 +67,19 @@ def test_the_head_settles_versions_and_token_and_both_travel(path: Path) -> None
     assert "source ~/qpruner/launch/node_env.sh" in head and "source ~/qpruner/launch/node_env.sh" in worker
 
 
+def test_a_token_that_anybody_could_read_is_its_owners_alone_from_then_on(tmp_path: Path) -> None:
+    """As Ray leaves it where somebody called `ray.init()` before; the head goes on with it."""
+    files = [yaml.safe_load(path.read_text()) for path in (AWS, ON_PREMISE)]
+    [command] = {each for file in files for each in file["head_setup_commands"] if "get-auth-token" in each}
+    token = tmp_path / ".ray" / "auth_token"
+    token.parent.mkdir()
+    token.write_text("a" * 64)
+    token.chmod(0o644)
+    environment = {"HOME": str(tmp_path), "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    subprocess.run(["bash", "-c", f"({command})"], env=environment, check=True)  # as Ray calls it
+    assert (token.read_text(), f"{token.stat().st_mode & 0o777:o}") == ("a" * 64, "600")
+
+
 def test_keys_lie_in_a_file_of_their_own_that_git_never_takes(tmp_path: Path) -> None:
     """Every shell of a machine has what `launch/node_secrets.sh` says, where there is one."""
     installed = tmp_path / "qpruner" / "launch"
