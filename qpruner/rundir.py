@@ -15,6 +15,7 @@ import functools
 import json
 import os
 import shutil
+import stat
 import time
 import uuid
 from collections.abc import Callable, Sequence
@@ -324,9 +325,17 @@ def read_sign(path: Path) -> str | None:
 
 
 def exists(path: Path) -> bool:
-    """Whether there is a file of that name."""
+    """Whether there is a file of that name; waits as `patiently` does."""
     there = objects_at(path)
-    return patiently(there.is_object, path) if there else path.is_file()
+
+    def is_file() -> bool:
+        # `Path.is_file` takes a storage that is away for a no from Python 3.14 on.
+        try:
+            return stat.S_ISREG(path.stat().st_mode)
+        except (FileNotFoundError, NotADirectoryError):
+            return False
+
+    return patiently(there.is_object if there else is_file, path)
 
 
 def file_digest(path: Path) -> str:

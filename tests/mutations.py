@@ -508,6 +508,12 @@ MUTATIONS = {
         f"{STAGES}::test_what_a_search_sets_aside_by_itself_nobody_is_told_to_delete",
     ),
     "a damaged record costs its plan": Mutation(
+    "one look for a file that fails ends the search": Mutation(
+        "qpruner/rundir.py",
+        "return patiently(there.is_object if there else is_file, path)",
+        "return there.is_object() if there else is_file()",
+        f"{PATIENCE}::test_whether_there_is_a_file_is_asked_again_until_the_storage_answers",
+    ),
         "qpruner/search/trial_records.py",
         "    begin_trial(folder, suggested)\n",
         "",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import shutil
+import subprocess
 import sys
 import threading
 import time
@@ -37,7 +38,7 @@ from qpruner.quantization.bank import (
     write_index,
 )
 from qpruner.records import SearchClock
-from qpruner.rundir import file_digest, folder_digests, publish_folder, read_json, read_written, write_json
+from qpruner.rundir import exists, file_digest, folder_digests, publish_folder, read_json, read_written, write_json
 
 
 @pytest.fixture
@@ -45,6 +46,19 @@ def disk(tmp_path: Path) -> Iterator[Path]:
     """A real file system of 1 MiB."""
     with disk_of("1m", tmp_path / "disk") as folder:
         yield folder
+
+
+@contextmanager
+def unconnected(disk: Path) -> Iterator[Callable[[], None]]:
+    """Covered by a file system whose server died, so that all it is asked fails, until what is handed out is called."""
+    try:
+        server = os.open("/dev/fuse", os.O_RDWR)
+    except OSError as error:
+        pytest.skip(f"no file system of a process's own here: {error}")
+    options = f"fd={server},rootmode=40000,user_id={os.getuid()},group_id={os.getgid()}"
+    subprocess.run(["mount", "-t", "fuse", "-o", options, "qpruner-dead", disk], pass_fds=[server], check=True)
+    os.close(server)
+    yield lambda: subprocess.run(["umount", disk], check=True) and None
 
 
 @contextmanager
@@ -87,6 +101,17 @@ def test_a_record_is_written_once_the_storage_takes_it(trouble: Callable[..., It
         write_json(path, SearchClock(seconds=2.0), patience_seconds=20)
         assert time.monotonic() - started > 0.7
     assert read_json(path, SearchClock) == SearchClock(seconds=2.0)
+
+
+def test_whether_there_is_a_file_is_asked_again_until_the_storage_answers(disk: Path) -> None:
+    """Who takes a number for a new trial asks so; one answer that is an error would end every trial at work."""
+    (disk / "record.json").write_text("{}")
+    with unconnected(disk) as end:
+        with pytest.raises(OSError, match="Transport endpoint is not connected"):
+            (disk / "record.json").read_text()
+        threading.Timer(0.3, end).start()
+        assert exists(disk / "record.json")
+    assert not exists(disk / "nothing") and not exists(disk / "record.json" / "nothing") and not exists(disk)
 
 
 def test_what_is_slow_by_itself_is_tried_again_all_the_same(disk: Path) -> None:
