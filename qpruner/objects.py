@@ -70,7 +70,8 @@ def mirror_of(uri: str) -> Path:
     if any(sign in parts.netloc for sign in "@:") or "@" in "".join(options.values()):
         raise UserError(f"`output`: a URI holds no credentials; {CREDENTIALS}")
     if unknown:
-        raise UserError(f"`output`: unknown options {', '.join(unknown)} in the URI; there are {', '.join(OPTIONS)}")
+        named = ", ".join(name for name in unknown if re.fullmatch("[a-z_]+", name)) or "(which may be keys)"
+        raise UserError(f"`output`: unknown options {named} in the URI; there are {', '.join(OPTIONS)}")
     if parts.scheme not in ("s3", "gs"):
         raise UserError(f"`output`: {uri} must be a folder or begin with s3:// or gs://")
     if not parts.netloc or not prefix or any(step in ("", ".", "..") for step in prefix.split("/")) or parts.fragment:

@@ -135,6 +135,8 @@ def test_what_is_no_uri_of_a_run_is_refused(uri: str, told: str) -> None:
         ("s3://bucket/run?endpoint_override=http://AKIAKEY:HUSHWORD@store:9000", "credentials come from the"),
         ("s3://bucket/run?access_key=AKIAKEY&secret_key=HUSHWORD", "unknown options access_key, secret_key in the"),
         ("https://bucket/run?secret_key=HUSHWORD", "unknown options secret_key in the URI"),
+        ("s3://bucket/run?HUSHWORD", "unknown options .which may be keys. in the URI; there are endpoint_override,"),
+        ("s3://bucket/run?acl&HUSHWORD=", "unknown options acl in the URI"),
     ],
 )
 def test_credentials_in_a_uri_are_refused_and_not_repeated(uri: str, told: str) -> None:
