@@ -314,7 +314,8 @@ def _lost(lock: _FileLock | _ObjectLock, me: Holder) -> str | None:
     try:
         holder = lock.holder()
     except FileNotFoundError:
-        return "another driver took this run over and is done with it: the lock is gone" if lock.is_gone() else None
+        why = "the lock is gone: another driver took this run over and is done with it, or somebody deleted the lock"
+        return why if lock.is_gone() else None
     if holder == me:
         return None
     return f"process {holder.pid} on {holder.host} took this run over" if holder else "the lock was emptied"

@@ -248,7 +248,9 @@ def test_who_slept_through_all_that_another_did_on_its_run_ends(tmp_path: Path) 
                 pass
             assert "taking over" in told[-1] and not (tmp_path / NAME).exists()
             sleeper.resume()
-            assert word(process) == "another driver took this run over and is done with it: the lock is gone"
+            assert word(process).startswith(
+                "the lock is gone: another driver took this run over and is done with it, or"
+            )
             assert process.wait(timeout=20) == 7
         finally:
             process.kill()
