@@ -778,6 +778,18 @@ MUTATIONS = {
         f"{TRIALS}::test_of_a_trial_that_is_over_the_last_checkpoint_alone_is_kept",
     ),
     "a driver that slept writes over another's trials": Mutation(
+    "a trial that failed keeps what it left": Mutation(
+        DRIVER,
+        'if record.failure != "hung":',
+        'if record.status != "failed":',
+        f"{TRIALS}::test_of_a_trial_that_failed_the_last_checkpoint_alone_is_kept[lost]",
+    ),
+    "checkpoints are taken from a worker that hung": Mutation(
+        DRIVER,
+        'if record.failure != "hung":',
+        "if True:",
+        f"{TRIALS}::test_of_a_trial_that_failed_the_last_checkpoint_alone_is_kept[hung]",
+    ),
         DRIVER,
         "if exists(path):",
         "if False:",

@@ -48,7 +48,7 @@ from qpruner.search.trial_records import (
 )
 from qpruner.search.tune import SearchJob, _outcome
 from qpruner.search.tune.actors import KILLED_FOR_MEMORY
-from qpruner.search.tune.driver import HangWatch, PlanSearcher
+from qpruner.search.tune.driver import MAX_KILLS, HangWatch, PlanSearcher
 from qpruner.search.tune.halt import Halt
 from qpruner.search.tune.job import METRIC, TIME
 from qpruner.search.tune.resume import take_up
@@ -598,6 +598,25 @@ def test_of_a_trial_that_is_over_the_last_checkpoint_alone_is_kept(tmp_path: Pat
     write_trial(job.trials, read_trial(job.trials, 1).model_copy(update={"status": "failed", "failure": "lost"}))
     take_up(job, RandomProposer(job.space, seed=0))
     assert checkpoints() == [["checkpoint-4"], ["checkpoint-2"]]
+
+
+@pytest.mark.parametrize("failure", ["lost", "hung"])
+def test_of_a_trial_that_failed_the_last_checkpoint_alone_is_kept(tmp_path: Path, failure: str) -> None:
+    """No session may come after this one that would clean up; a worker that hung may be writing still."""
+    job = job_of(tmp_path)
+    searcher, _, _ = searcher_of(job)
+    searcher.suggest("a")
+    died = {"kills": MAX_KILLS - 1} if failure == "lost" else {}
+    write_trial(job.trials, trial(0, "444444", [3.5, 3.4], origin="uniform-4", status="running", **died))
+    left = ["checkpoint-1", "checkpoint-2"]
+    for each in left:
+        (job.trials / "0000" / each).mkdir()
+    if failure == "hung":
+        searcher.hangs("a")
+    searcher.on_trial_complete("a", error=True)
+    assert read_trial(job.trials, 0).failure == failure
+    kept = sorted(path.name for path in (job.trials / "0000").glob("checkpoint-*"))
+    assert kept == (left if failure == "hung" else left[1:])
 
 
 # ---- trials that wait for a machine

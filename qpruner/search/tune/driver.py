@@ -159,7 +159,7 @@ class PlanSearcher(LivesInDriver, Searcher):  # type: ignore[misc]
             self._emit(Message("search", f"trial {record.index} lost its worker{why} and goes on from {place}"))
             self._ledger.hand_out_again(suggestion)
             return
-        if record.status != "failed":  # one that hung may be at work still
+        if record.failure != "hung":  # it may be at work still
             remove_old_checkpoints(self._job.trials, [record])
         for observation in observations_of(record, self._job.config):
             self._ledger.observe(observation)
