@@ -24,7 +24,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from qpruner.errors import StorageError, UserError
+from qpruner.errors import StageError, StorageError, UserError
 from qpruner.objects import Objects, name_of, objects_at
 from qpruner.patience import patiently
 from qpruner.records import RUN_ID
@@ -139,6 +139,21 @@ def sole_driver(
                 with lock.alone():
                     if lock.holder() == me:
                         lock.give_up()
+
+
+def taken_over(stage: str, how: str) -> StageError:
+    """What a stage ends with whose driver slept, or was cut off, while another worked on its run.
+
+    Args:
+        stage: Its name.
+        how: What shows it.
+    """
+    cause = f"another driver took this run over while this one gave no sign of life: {how}"
+    remedy = (
+        "leave the run to it (`qpruner status` tells where it stands); once that has ended, the same command goes on "
+        "from what is recorded"
+    )
+    return StageError(stage, cause, remedy)
 
 
 class _FileLock:

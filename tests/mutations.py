@@ -33,6 +33,7 @@ BANK_STAGE = "tests/pipeline/test_bank_stage.py"
 DISK = "tests/pipeline/test_disk.py"
 AT_URI = "tests/test_at_uri.py"
 CHECKPOINT = "tests/models/test_checkpoint.py"
+PROGRESS = "tests/pipeline/test_progress.py"
 
 
 @dataclass(frozen=True)
@@ -507,13 +508,13 @@ MUTATIONS = {
         "if False:",
         f"{STAGES}::test_what_a_search_sets_aside_by_itself_nobody_is_told_to_delete",
     ),
-    "a damaged record costs its plan": Mutation(
     "one look for a file that fails ends the search": Mutation(
         "qpruner/rundir.py",
         "return patiently(there.is_object if there else is_file, path)",
         "return there.is_object() if there else is_file()",
         f"{PATIENCE}::test_whether_there_is_a_file_is_asked_again_until_the_storage_answers",
     ),
+    "a damaged record costs its plan": Mutation(
         "qpruner/search/trial_records.py",
         "    begin_trial(folder, suggested)\n",
         "",
@@ -777,7 +778,6 @@ MUTATIONS = {
         "",
         f"{TRIALS}::test_of_a_trial_that_is_over_the_last_checkpoint_alone_is_kept",
     ),
-    "a driver that slept writes over another's trials": Mutation(
     "a trial that failed keeps what it left": Mutation(
         DRIVER,
         'if record.failure != "hung":',
@@ -790,6 +790,7 @@ MUTATIONS = {
         "if True:",
         f"{TRIALS}::test_of_a_trial_that_failed_the_last_checkpoint_alone_is_kept[hung]",
     ),
+    "a driver that slept writes over another's trials": Mutation(
         DRIVER,
         "if exists(path):",
         "if False:",
@@ -803,15 +804,45 @@ MUTATIONS = {
     ),
     "who lost its run tells how it ended": Mutation(
         "qpruner/pipeline/progress.py",
-        "if self.is_told and is_ours():",
-        "if self.is_told:",
-        "tests/pipeline/test_progress.py::test_a_command_whose_run_another_took_over_leaves_what_that_one_tells",
+        "if not self._is_ours():",
+        "if False:",
+        f"{PROGRESS}::test_a_command_whose_run_another_took_over_tells_nothing_more",
     ),
     "who lost its run reports on it": Mutation(
         "qpruner/pipeline/__init__.py",
         "if progress.is_told and is_ours():",
         "if progress.is_told:",
-        "tests/pipeline/test_progress.py::test_a_command_whose_run_another_took_over_leaves_what_that_one_tells",
+        f"{PROGRESS}::test_a_command_whose_run_another_took_over_leaves_what_that_one_tells",
+    ),
+    "who lost its run reports on it all the same, since it had done all that was asked": Mutation(
+        "qpruner/pipeline/__init__.py",
+        'if until != "report" and is_ours() and (',
+        'if until != "report" and (',
+        f"{PROGRESS}::test_who_lost_its_run_when_its_last_stage_was_recorded_reports_nothing",
+    ),
+    "who lost its run begins a stage": Mutation(
+        "qpruner/pipeline/stage.py",
+        "        context.check_ours(stage.name)\n        scratch",
+        "        scratch",
+        f"{PROGRESS}::test_a_stage_whose_run_another_took_over_leaves_what_that_one_recorded[before its work]",
+    ),
+    "who lost its run records a stage": Mutation(
+        "qpruner/pipeline/stage.py",
+        "        context.check_ours(stage.name)\n        run.commit",
+        "        run.commit",
+        f"{PROGRESS}::test_a_stage_whose_run_another_took_over_leaves_what_that_one_recorded[in its work]",
+    ),
+    "who lost its run drops a record": Mutation(
+        "qpruner/pipeline/context.py",
+        "        self.check_ours(stage)\n",
+        "",
+        f"{PROGRESS}::test_a_stage_whose_run_another_took_over_leaves_what_that_one_recorded",
+    ),
+    "stages are not told whose the run is": Mutation(
+        "qpruner/pipeline/__init__.py",
+        ", inspection, is_ours=is_ours)",
+        ", inspection)",
+        f"{PROGRESS}::test_a_command_whose_run_another_took_over_leaves_what_that_one_tells",
     ),
     "a machine's copy is whole for ever": Mutation(
         "qpruner/mirror.py",

@@ -157,7 +157,7 @@ def run(
         contextlib.closing(Sender(run_dir)) as sender,
     ):
         _ = run_dir.id  # there from now on: beside it a lock that is gone was taken away
-        progress = RunProgress(run_dir, config, until, command)
+        progress = RunProgress(run_dir, config, until, command, is_ours)
         board = Board(run_dir.root, config)
 
         def tell(event: Event) -> None:
@@ -167,14 +167,14 @@ def run(
                 listen(event)
 
         try:
-            with progress.ending(is_ours):
-                results = _stages(Context(config, run_dir, tell, address, inspection), until)
+            with progress.ending():
+                results = _stages(Context(config, run_dir, tell, address, inspection, is_ours=is_ours), until)
         except BaseException:
             if progress.is_told and is_ours():  # else the report of an earlier command stands
                 report_unfinished(run_dir)
             raise
         # Where nothing was done an earlier report, maybe of a whole run, tells more.
-        if until != "report" and (progress.has_begun or not exists(run_dir.root / "report.html")):
+        if until != "report" and is_ours() and (progress.has_begun or not exists(run_dir.root / "report.html")):
             tell(Message("report", report_unfinished(run_dir)))
         return results
 

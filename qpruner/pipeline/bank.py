@@ -72,7 +72,7 @@ def bank(context: Context, pruned: PruneRecord) -> BankRecord:
         )
         return f"{len(record.files)} entries, {record.bytes / 1e6:.0f} MB; share of the error left: {left}"
 
-    return run_stage(context.run_dir, stage, BankRecord, work, figures, context.emit, context.gpu_time)
+    return run_stage(context, stage, BankRecord, work, figures)
 
 
 def bank_stage(context: Context, pruned: PruneRecord) -> Stage:

@@ -48,7 +48,7 @@ def prepare(context: Context) -> PrepareRecord:
     def figures(record: PrepareRecord) -> str:
         return ", ".join(f"{count} {name}" for name, count in record.num_rows.items()) + " rows"
 
-    return run_stage(context.run_dir, stage, PrepareRecord, work, figures, context.emit, context.gpu_time)
+    return run_stage(context, stage, PrepareRecord, work, figures)
 
 
 def prepare_stage(context: Context) -> Stage:
@@ -108,7 +108,7 @@ def sensitivity(context: Context, pruned: PruneRecord, banked: BankRecord) -> Se
         ranges = ", ".join(_range(method, scores) for method, scores in record.methods.items())
         return f"{len(record.groups)} groups at {config.quantize.bits[0]} bits: {ranges or 'no method'}"
 
-    record = run_stage(context.run_dir, stage, SensitivityRecord, work, figures, context.emit, context.gpu_time)
+    record = run_stage(context, stage, SensitivityRecord, work, figures)
     # Its memory is needed before the trials start.
     context.workshop.close()
     return record

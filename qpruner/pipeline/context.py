@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -23,6 +24,8 @@ from qpruner.plan import Layout, PlanSpace, PrecisionPlan
 from qpruner.plan_file import check_affordable, read_plan
 from qpruner.records import digest_of
 from qpruner.rundir import RunDir, fetch_file, file_digest
+from qpruner.runlock import NAME as LOCK
+from qpruner.runlock import taken_over
 from qpruner.trackers import Trackers, check_trackers
 
 CONFIG_FILE = "config.json"
@@ -41,6 +44,7 @@ class Context:
         writes: Whether the run's folder is written to.
         gpu_time: What work outside the trials has held of GPUs.
         assumed: Slots to plan with instead of those that are here.
+        is_ours: Whether no other driver has taken the run over.
     """
 
     config: RunConfig
@@ -51,6 +55,7 @@ class Context:
     writes: bool = True
     gpu_time: GpuTime = field(default_factory=GpuTime)
     assumed: Slots | None = None
+    is_ours: Callable[[], bool] = lambda: True
     _has_joined: bool = False
 
     @property
@@ -205,6 +210,20 @@ class Context:
         if concurrent and not resources.get("gpu"):
             resources = {"cpu": slots.cores_each(concurrent * num_workers)}
         return resources, concurrent
+
+    def check_ours(self, stage: str) -> None:
+        """Asked before a record goes or comes: this process may have slept until now, since its work began.
+
+        Raises:
+            StageError: If another driver took the run over.
+        """
+        if not self.is_ours():
+            raise taken_over(stage, f"{name_of(self.run_dir.root / LOCK)} is another's, or gone")
+
+    def forget(self, stage: str) -> None:
+        """Drop the record of a stage of ours."""
+        self.check_ours(stage)
+        self.run_dir.forget(stage)
 
     def join(self) -> None:
         """Have Ray up: where it is not, Tune and tasks join the cluster of `RAY_ADDRESS`, or one on this machine."""

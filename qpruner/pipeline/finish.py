@@ -75,13 +75,13 @@ def finetune(context: Context, searched: SearchRecord, measured: SensitivityReco
     final = context.run_dir.root / "final"
     recorded = for_each(_recorded, [job.folder for _, job in jobs])
     if not all(isinstance(each, CandidateRecord) for each in recorded) or not _is_there(context, final):
-        context.run_dir.forget("finetune")
+        context.forget("finetune")
 
     def work(scratch: Path) -> dict[str, Any]:
         finetuned = _finetune_jobs(context, jobs)
         # Of the searched row's training seeds the first.
         winner = next(job for row, job in jobs if row.name == SEARCHED)
-        context.run_dir.forget("finetune")  # what it vouches for is about to be written over
+        context.forget("finetune")  # what it vouches for is about to be written over
         before = context.gpu_time.seconds
         with _row_set_aside_if_damaged(context.run_dir, "finetune"):
             context.workshop.do(write_final, FinalJob(context.config, winner, final), context.emit)
@@ -97,7 +97,7 @@ def finetune(context: Context, searched: SearchRecord, measured: SensitivityReco
         told = ", ".join(f"{title} {loss:.4f}" for title, loss in losses)
         return f"training seed {first}: validation loss {told}"
 
-    return run_stage(context.run_dir, stage, FinetuneRecord, work, figures, context.emit, context.gpu_time)
+    return run_stage(context, stage, FinetuneRecord, work, figures)
 
 
 def finetune_stage(context: Context, searched: SearchRecord, jobs: list[tuple[Row, Candidate]]) -> Stage:
@@ -174,7 +174,7 @@ def evaluate(context: Context, tuned: FinetuneRecord) -> EvalRecord:
         lines = [f"{name} {scores[row]}" for name, row in told.items() if row in scores]
         return f"training seed {first}: {'; '.join(lines)}"
 
-    return run_stage(context.run_dir, stage, EvalRecord, work, figures, context.emit, context.gpu_time)
+    return run_stage(context, stage, EvalRecord, work, figures)
 
 
 def evaluate_stage(context: Context, tuned: FinetuneRecord, jobs: list[tuple[str, Candidate]]) -> Stage:

@@ -40,15 +40,18 @@ class RunProgress:
         config: The run's configuration.
         until: The last stage that was asked for.
         command: What repeats it; this process's own command line unless it is another one.
+        is_ours: Whether the run is still this command's; else `run.json` tells of another's, and is left alone.
 
     Attributes:
         is_told: Whether `run.json` is this command's.
         has_begun: Whether a stage was begun, not only taken from records.
     """
 
-    def __init__(self, run: RunDir, config: RunConfig, until: str, command: str | None) -> None:
+    def __init__(
+        self, run: RunDir, config: RunConfig, until: str, command: str | None, is_ours: Callable[[], bool]
+    ) -> None:
         now, before = time.time(), _earlier(run)
-        self._run, self._written = run, 0.0
+        self._run, self._is_ours, self._written = run, is_ours, 0.0
         self._earlier_stages = before.stages.keys() if before else set()
         self.is_told = self.has_begun = False
         self._state = RunState(
@@ -90,25 +93,25 @@ class RunProgress:
             self._write()
 
     @contextmanager
-    def ending(self, is_ours: Callable[[], bool]) -> Iterator[None]:
-        """Note how the command ends, unless another has the run by then."""
+    def ending(self) -> Iterator[None]:
+        """Note how the command ends."""
         try:
             yield
         except UserError as error:
             if self.has_begun:
-                self._end("failed", str(error), is_ours)
+                self._end("failed", str(error))
             raise
         except QprunerError as error:
-            self._end("failed", str(error), is_ours)
+            self._end("failed", str(error))
             raise
         except Exception as error:
             note = note_defect(error, f"{self._run.place.rstrip('/')}/{LOG}, which has all of it")
-            self._end("failed", f"{type(error).__name__}: {error}\n{note}", is_ours)
+            self._end("failed", f"{type(error).__name__}: {error}\n{note}")
             raise
         except BaseException:  # Ctrl-C
-            self._end("interrupted", None, is_ours)
+            self._end("interrupted", None)
             raise
-        self._end("done", None, is_ours)
+        self._end("done", None)
 
     def _set(self, stage: str, state: StageState) -> None:
         self._state = self._state.model_copy(update={"stages": {**self._state.stages, stage: state}})
@@ -117,16 +120,18 @@ class RunProgress:
         if stage in self._state.stages:
             self._set(stage, self._state.stages[stage].model_copy(update=update))
 
-    def _end(self, outcome: str, error: str | None, is_ours: Callable[[], bool]) -> None:
+    def _end(self, outcome: str, error: str | None) -> None:
         # Else what an earlier command told has stages that this one did not come to.
         self.is_told = self.has_begun or self._earlier_stages <= self._state.stages.keys()
-        if self.is_told and is_ours():
+        if self.is_told:
             self._state = self._state.model_copy(update={"outcome": outcome, "error": error})
             self._write()
 
     def _write(self) -> None:
         self._state = self._state.model_copy(update={"updated": time.time()})
         self._written = time.monotonic()
+        if not self._is_ours():
+            return
         try:
             self._run.write_state(self._state)
         except (OSError, StorageError) as error:

@@ -47,7 +47,7 @@ def prune(context: Context, prepared: PrepareRecord) -> PruneRecord:
         )
 
     stage = prune_stage(context, prepared)
-    return run_stage(context.run_dir, stage, PruneRecord, work, figures, context.emit, context.gpu_time)
+    return run_stage(context, stage, PruneRecord, work, figures)
 
 
 def prune_stage(context: Context, prepared: PrepareRecord) -> Stage:

@@ -161,7 +161,7 @@ def search(context: Context, banked: BankRecord, measured: SensitivityRecord) ->
             f"winner: trial {record.best_index} [{PrecisionPlan.from_dict(record.best_plan)}] ({record.best_origin})"
         )
 
-    return run_stage(context.run_dir, stage, SearchRecord, work, figures, context.emit, context.gpu_time)
+    return run_stage(context, stage, SearchRecord, work, figures)
 
 
 def search_stage(context: Context, banked: BankRecord, measured: SensitivityRecord) -> Stage:

@@ -15,11 +15,11 @@ from typing import Any, TypeVar
 
 from qpruner.errors import CorruptFile, QprunerError, StageError, StorageError, TrainingDiverged
 from qpruner.events import Emit, Message, StageFinished, StageSkipped, StageStarted
-from qpruner.execution.gpu_time import GpuTime
 from qpruner.memory import is_out_of_memory, told_shortage
 from qpruner.mirror import FILES, check
 from qpruner.objects import is_mirror, name_of
 from qpruner.patience import storage_error
+from qpruner.pipeline.context import Context
 from qpruner.records import Record, digest_of
 from qpruner.rundir import RunDir, files_in, set_aside
 
@@ -48,28 +48,25 @@ class Stage:
 
 
 def run_stage(
-    run: RunDir,
+    context: Context,
     stage: Stage,
     kind: type[RecordType],
     work: Callable[[Path], dict[str, Any]],
     figures: Callable[[RecordType], str],
-    emit: Emit,
-    gpu_time: GpuTime,
 ) -> RecordType:
     """Run a stage unless it is recorded.
 
     Args:
-        run: The run folder.
+        context: The run; told of start, skip and end. A stage that counts its own GPU time says so in its fields.
         stage: What to run.
         kind: Class of its record.
         work: Writes the stage's files into a scratch folder and returns the record's fields.
         figures: The record as one line.
-        emit: Told of start, skip and end.
-        gpu_time: What work of the run has held of GPUs; a stage that counts its own says so in its fields.
 
     Raises:
         StageError: If the stage cannot go on.
     """
+    run, emit, gpu_time = context.run_dir, context.emit, context.gpu_time
     record = _recorded(run, stage, kind, emit)
     if record is not None:
         emit(StageSkipped(stage.name, figures(record), record.seconds))
@@ -77,10 +74,12 @@ def run_stage(
     emit(StageStarted(stage.name, stage.detail))
     started, held = time.monotonic(), gpu_time.seconds
     with explained(stage.name, run.root):
+        context.check_ours(stage.name)
         scratch = run.begin(stage.name, stage.goes_on)
         fields = work(scratch)
         own = {"gpu_seconds": gpu_time.seconds - held} | fields
         record = kind(digest=stage.digest, seconds=time.monotonic() - started, **own)
+        context.check_ours(stage.name)
         run.commit(stage.name, scratch, record)
     emit(StageFinished(stage.name, record.seconds, figures(record)))
     return record

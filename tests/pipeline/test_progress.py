@@ -6,6 +6,7 @@ import json
 import os
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import psutil
 import pytest
@@ -13,13 +14,16 @@ import torch
 from conftest import raw_config, with_key
 
 from qpruner.config import validate_config
-from qpruner.errors import UserError
-from qpruner.events import Event, Message, Progress, StageSkipped
+from qpruner.errors import StageError, UserError
+from qpruner.events import Event, Message, Progress, StageFinished, StageSkipped, StageStarted
 from qpruner.pipeline import run
-from qpruner.pipeline.progress import PACKAGES, _cpu_model, _environment
-from qpruner.records import RunState
+from qpruner.pipeline.context import Context
+from qpruner.pipeline.progress import PACKAGES, RunProgress, _cpu_model, _environment
+from qpruner.pipeline.stage import Stage, run_stage
+from qpruner.preflight import inspect
+from qpruner.records import PrepareRecord, RunState
 from qpruner.rundir import RunDir
-from qpruner.runlock import NAME, this_process
+from qpruner.runlock import NAME, sole_driver, this_process
 
 
 def ignore(event: Event) -> None:
@@ -74,7 +78,10 @@ def test_a_command_up_to_a_stage_leaves_a_report_as_far_as_that(tiny_model: Path
     assert isinstance(said[-1], Message) and said[-1].text.startswith("warning: no report of the run so far could be ")
 
 
-def test_a_command_whose_run_another_took_over_leaves_what_that_one_tells(tiny_model: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("error", [KeyboardInterrupt, StageError])
+def test_a_command_whose_run_another_took_over_leaves_what_that_one_tells(
+    tiny_model: Path, tmp_path: Path, error: type[BaseException]
+) -> None:
     """It would else say of a run that goes on, or is done, that it was interrupted."""
     root, told = tmp_path / "run", list[bytes]()
 
@@ -82,11 +89,65 @@ def test_a_command_whose_run_another_took_over_leaves_what_that_one_tells(tiny_m
         theirs = this_process().model_copy(update={"host": "gpu-7", "machine": "elsewhere"})
         (root / NAME).write_text(theirs.model_dump_json())
         told.append((root / "run.json").read_bytes())
-        raise KeyboardInterrupt
+        if error is KeyboardInterrupt:
+            raise error  # else the stage's own look ends the command
 
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(error):
         run(validate_config(raw_config(tiny_model, root)), take_over, until="prepare")
     assert [(root / "run.json").read_bytes()] == told and not (root / "report.html").exists()
+
+
+def test_who_lost_its_run_when_its_last_stage_was_recorded_reports_nothing(tiny_model: Path, tmp_path: Path) -> None:
+    root = tmp_path / "run"
+
+    def take_over(event: Event) -> None:
+        if isinstance(event, StageFinished):
+            (root / NAME).unlink()
+
+    run(validate_config(raw_config(tiny_model, root)), take_over, until="prepare")
+    assert json.loads((root / "run.json").read_text())["outcome"] == "running" and not (root / "report.html").exists()
+
+
+def test_a_command_whose_run_another_took_over_tells_nothing_more(tiny_model: Path, tmp_path: Path) -> None:
+    """A driver that slept has steps of its own to tell of, mostly before its heartbeat notices."""
+    root, config = RunDir(tmp_path / "run"), validate_config(raw_config(tiny_model, tmp_path / "run"))
+    _ = root.id  # beside it a lock that is gone was taken away
+    with sole_driver(root.root, print) as is_ours:
+        progress = RunProgress(root, config, "report", None, is_ours)
+        progress.listen(StageStarted("search", "20 trials"))
+        before = root.read_state(RunState)
+        assert before and before.stages["search"].state == "running"
+        theirs = before.model_copy(update={"host": "gpu-7", "outcome": "done"})
+        root.write_state(theirs)
+        (root.root / NAME).unlink()
+        progress.listen(StageFinished("search", 1.0, ""))
+        assert root.read_state(RunState) == theirs
+
+
+@pytest.mark.parametrize("when", ["before its work", "in its work"])
+def test_a_stage_whose_run_another_took_over_leaves_what_that_one_recorded(
+    tiny_model: Path, tmp_path: Path, when: str
+) -> None:
+    """The driver slept meanwhile, and its heartbeat has not noticed yet."""
+    config, is_lost = validate_config(raw_config(tiny_model, tmp_path / "run")), when == "before its work"
+    run_dir, stage = RunDir(config.output), Stage("prune", "", ())
+    context = Context(config, run_dir, ignore, None, inspect(config), is_ours=lambda: not is_lost)
+    theirs = PrepareRecord(digest="theirs", seconds=1.0, model_path="", converted=False, num_rows={})
+    run_dir.commit("prune", run_dir.scratch("prune"), theirs)
+
+    def work(scratch: Path) -> dict[str, Any]:
+        nonlocal is_lost
+        assert not is_lost, "who lost its run before has nothing to do"
+        is_lost = True
+        (scratch / "model").touch()
+        return {"model_path": "", "converted": False, "num_rows": {}}
+
+    with pytest.raises(StageError, match=r"another driver took this run over .*driver\.lock is another's, or gone"):
+        run_stage(context, stage, PrepareRecord, work, lambda record: "")
+    is_lost = True
+    with pytest.raises(StageError, match="another driver took this run over"):
+        context.forget("prune")
+    assert run_dir.read_record("prune", PrepareRecord) == theirs and not list(run_dir.stage("prune").iterdir())
 
 
 def test_a_refused_command_leaves_what_the_last_one_told(tiny_model: Path, tmp_path: Path) -> None:

@@ -154,7 +154,7 @@ def test_trials_of_a_command_that_has_ended_are_begun_and_wait_for_nothing(tmp_p
 def test_status_tells_that_finalists_are_scored_from_the_first_moment_on(tmp_path: Path) -> None:
     """The trials are all over by then, and a finalist may take minutes."""
     run, config = RunDir(tmp_path / "run"), config_of(tmp_path / "run")
-    progress = RunProgress(run, config, "report", "qpruner run config.yaml")
+    progress = RunProgress(run, config, "report", "qpruner run config.yaml", lambda: True)
     happened = [events.StageStarted("search", "20 trials"), events.Progress("search", 20, 20)]
     with sole_driver(run.root, print):
         for event in (*happened, events.Progress("search", 0, 3, FINALISTS)):

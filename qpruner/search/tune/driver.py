@@ -20,6 +20,7 @@ from qpruner.execution.nodes import kernel_kills_on, node_in, stays
 from qpruner.objects import name_of
 from qpruner.records import TrialPulse, TrialRecord
 from qpruner.rundir import exists, remove
+from qpruner.runlock import taken_over
 from qpruner.search.searchers import Ledger, Observation, Suggestion
 from qpruner.search.trial_records import (
     begin_trial,
@@ -113,7 +114,7 @@ class PlanSearcher(LivesInDriver, Searcher):  # type: ignore[misc]
             )
             path = trial_path(self._job.trials, record.index)
             if exists(path):  # this search read all that there were, and wrote the others itself
-                self._halt.end(_taken_over(f"it wrote {name_of(path)}"), at_once=True)
+                self._halt.end(taken_over("search", f"it wrote {name_of(path)}"), at_once=True)
                 return finished
             begin_trial(self._job.trials, record)
             self._recorded.add(record.index)
@@ -271,16 +272,6 @@ class PlanSearcher(LivesInDriver, Searcher):  # type: ignore[misc]
         """Nothing to restore; see `save`."""
 
 
-def _taken_over(how: str) -> StageError:
-    """What a search ends with that slept, or was cut off, while another driver worked on its run."""
-    cause = f"another driver took this run over while this one gave no sign of life: {how}"
-    remedy = (
-        "leave the run to it (`qpruner status` tells where it stands); once that has ended, the same command goes on "
-        "from what is recorded"
-    )
-    return StageError("search", cause, remedy)
-
-
 def _as_last_seen(record: TrialRecord, pulse: TrialPulse | None) -> TrialRecord:
     """The record with the memory and the time that a worker's last sign of life tells."""
     if pulse is None:
@@ -380,7 +371,7 @@ class _Clock:
         """Keep the time, and what a trial held: a session may be killed at any instant."""
         self._gpu_seconds[record.index] = record.gpu_seconds_of(self._job.search)
         if not write_seconds(self._job.trials, self._job.search, self._seconds(), self._job.session):
-            raise _taken_over("it began a session of this search")
+            raise taken_over("search", "it began a session of this search")
 
     def is_over(self, ledger: Ledger) -> bool:
         """Whether the search's hours are spent; ends it then. Looks once a second."""
