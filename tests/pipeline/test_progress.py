@@ -15,7 +15,7 @@ from conftest import raw_config, with_key
 
 from qpruner.config import validate_config
 from qpruner.errors import StageError, UserError
-from qpruner.events import Event, Message, Progress, StageFinished, StageSkipped, StageStarted
+from qpruner.events import Event, Message, Progress, StageFinished, StageSkipped, StageStarted, StepsSeen
 from qpruner.pipeline import run
 from qpruner.pipeline.context import Context
 from qpruner.pipeline.progress import PACKAGES, RunProgress, _cpu_model, _environment
@@ -122,6 +122,20 @@ def test_a_command_whose_run_another_took_over_tells_nothing_more(tiny_model: Pa
         (root.root / NAME).unlink()
         progress.listen(StageFinished("search", 1.0, ""))
         assert root.read_state(RunState) == theirs
+
+
+def test_whose_the_run_is_is_asked_no_oftener_than_its_state_is_written(tiny_model: Path, tmp_path: Path) -> None:
+    """An object store is asked for money, and trials tell of every step."""
+    config, asked = validate_config(raw_config(tiny_model, tmp_path / "run")), list[int]()
+
+    def is_ours() -> bool:
+        asked.append(1)
+        return True
+
+    progress = RunProgress(RunDir(config.output), config, "report", None, is_ours)
+    for event in (StageStarted("search", "20 trials"), *(StepsSeen({0: step}) for step in range(500))):
+        progress.listen(event)
+    assert 1 <= len(asked) < 50
 
 
 @pytest.mark.parametrize("when", ["before its work", "in its work"])
