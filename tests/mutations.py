@@ -59,7 +59,7 @@ CLUSTER = "qpruner/execution/cluster.py"
 MUTATIONS = {
     "a hub model with pickled weights only is fetched": Mutation(
         "qpruner/models/loading.py",
-        "        _check_hub_files(model)",
+        "        check_hub_files(model)",
         "        pass",
         f"{CHECKPOINT}::test_a_hub_model_with_pickled_weights_only_is_refused",
     ),
