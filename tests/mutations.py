@@ -391,7 +391,7 @@ MUTATIONS = {
     "a bank without its index is built again": Mutation(
         "qpruner/pipeline/bank.py",
         "        index = _index_of(record, stage)\n",
-        '        return context.run_dir.forget("bank")\n',
+        '        return context.forget("bank")\n',
         f"{BANK_STAGE}::test_an_index_that_cannot_be_read_is_named_and_made_again_from_the_record",
     ),
     "a bank's damaged object is taken as it is": Mutation(
@@ -432,7 +432,7 @@ MUTATIONS = {
     ),
     "the record of one final model stands while another is written": Mutation(
         FINISH,
-        '        context.run_dir.forget("finetune")  # what it vouches for is about to be written over\n',
+        '        context.forget("finetune")  # what it vouches for is about to be written over\n',
         "",
         "tests/pipeline/test_finish.py::test_an_interrupted_comparison_goes_on_with_what_is_left",
     ),

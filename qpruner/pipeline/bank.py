@@ -142,7 +142,7 @@ def _forget_damaged_bank(context: Context, stage: Stage) -> None:
         text = f"{name_of(context.bank / name)} is missing or damaged; it alone is built again"
         context.emit(Message("bank", text))
     if damaged:
-        context.run_dir.forget("bank")
+        context.forget("bank")
 
 
 def _taken_over(bank: Path, scratch: Path, inputs: str, levels: tuple[int, ...]) -> dict[str, IndexEntry]:

@@ -78,7 +78,7 @@ def search(context: Context, banked: BankRecord, measured: SensitivityRecord) ->
     own = [trial for trial in recorded if trial.search == search_digest][: settings.max_trials]
     with contextlib.suppress(CorruptFile):  # which the stage meets, too
         if not all(trial.is_over for trial in own) and matching(context.run_dir, stage, SearchRecord):
-            context.run_dir.forget("search")  # all of them were over, before a trial's record was damaged
+            context.forget("search")  # all of them were over, before a trial's record was damaged
     context.emit(SearchPlanned(state, tuple(recorded), measured))
 
     def work(scratch: Path) -> dict[str, Any]:
