@@ -432,5 +432,6 @@ def test_a_search_of_diverging_trials_only_fails_with_their_reason(banked: Path,
 def test_the_proof_that_the_tests_of_faults_can_fail_fits_the_code() -> None:
     for name, mutation in MUTATIONS.items():
         file, test = mutation.test.split("::")
+        function, *_ = test.split("[")
         assert (ROOT / mutation.file).read_text().count(mutation.old) == 1, name
-        assert f"def {test}(" in (ROOT / file).read_text(), name
+        assert f"def {function}(" in (ROOT / file).read_text(), name
