@@ -57,8 +57,10 @@ def configuration() -> str:
         MADE,
         "",
         "Every key of a configuration file. An unknown key is an error, and so is one that would be ignored beside "
-        "others: `qpruner check` names it. On the command line any key is `--set SECTION.KEY=VALUE`; editors complete "
-        "the file with `tune_configs/schema.json`.",
+        "others: `qpruner check` names it. On the command line any key is `--set SECTION.KEY=VALUE`, items of lists "
+        "too, counted from 0 (`--set data.train.0.limit=8`); `--set SECTION.KEY=` takes a key of the file out, so that "
+        "its default holds, while `KEY=null` gives it the value null. Editors complete the file with "
+        "`tune_configs/schema.json`.",
         "",
         *_section("", schema, schema["$defs"], {}),
     ]

@@ -93,7 +93,11 @@ def _options(about_address: str, metavar: str = "CONFIG") -> Callable[[Callable[
         for option in (
             click.argument("config", metavar=metavar, type=click.Path()),
             click.option(
-                "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a key: search.max_trials=20."
+                "--set",
+                "overrides",
+                multiple=True,
+                metavar="KEY=VALUE",
+                help="Override a key: search.max_trials=20, data.train.0.limit=8; `KEY=` takes it out of the file.",
             ),
             click.option("--address", help=about_address),
             click.option("--json", "as_json", is_flag=True, help="End stdout with one JSON object."),

@@ -18,6 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from pydantic_core.core_schema import ValidationInfo
 
 from qpruner.errors import ConfigError, UserError
+from qpruner.wording import counted
 
 Positive = Annotated[int, Field(ge=1)]
 Named = Annotated[str, Field(min_length=1)]
@@ -26,6 +27,12 @@ HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?", re.ASCII)
 LICENSE_ID = re.compile(r"[a-z0-9][a-z0-9.+-]*")
 TAB_FOUND = "found character '\\t'"
 """PyYAML's words for a tab where YAML allows none."""
+
+
+def take_out(*keys: str) -> str:
+    """The remedy where a key is one too many, or where one of several is: also for a file that is only overridden."""
+    options = " or ".join(f"`--set {key}=`" for key in keys)
+    return f"take {'it' if len(keys) == 1 else 'one'} out (on the command line {options})"
 
 
 class Section(BaseModel):
@@ -213,7 +220,7 @@ class PruneConfig(Section):
         implied: dict[str, Any] = {}
         if raw.get("layer_rate") is not None:
             if raw.get("rate") is not None:
-                raise ValueError("give `rate` or `layer_rate`, not both")
+                raise ValueError(f"give `rate` or `layer_rate`, not both: {take_out('prune.rate', 'prune.layer_rate')}")
             implied |= {"rate": None, "round_to": 1}
             if raw.get("importance", cls.model_fields["importance"].default) in REDUCING:
                 implied["query_heads"] = "modulo"
@@ -252,32 +259,39 @@ class PruneConfig(Section):
             (self.uniform and self.selection == "global", "`uniform` needs `selection: per_layer`"),
             (
                 self.depth_share is not None and not (self.drops_blocks and width),
-                "`depth_share` needs `units` with `block` and another kind",
+                "`depth_share` needs `units` with `block` and another kind: name both, or "
+                f"{take_out('prune.depth_share')}",
             ),
             (
                 not is_taylor and self.order != "first",
-                f"`order` is Taylor's; `importance` is {self.importance}: take it out",
+                f"`order` is Taylor's; `importance` is {self.importance}: {take_out('prune.order')}",
             ),
             (
                 not (is_taylor or self.importance == "fisher") and self.aggregation != "element",
-                f"`aggregation` is Fisher's and Taylor's; `importance` is {self.importance}: take it out",
+                f"`aggregation` is Fisher's and Taylor's; `importance` is {self.importance}: "
+                f"{take_out('prune.aggregation')}",
             ),
             (
                 self.importance != "magnitude" and self.norm != "l2",
-                f"`norm` is magnitude's; `importance` is {self.importance}: take it out",
+                f"`norm` is magnitude's; `importance` is {self.importance}: {take_out('prune.norm')}",
             ),
             (
                 not reduces and self.reduction != "sum",
-                f"`reduction` is Fisher's, Taylor's and magnitude's; `importance` is {self.importance}: take it out",
+                f"`reduction` is Fisher's, Taylor's and magnitude's; `importance` is {self.importance}: "
+                f"{take_out('prune.reduction')}",
             ),
             (
                 not reduces and self.query_heads != "served",
-                f"`query_heads` is Fisher's, Taylor's and magnitude's; `importance` is {self.importance}: take it out",
+                f"`query_heads` is Fisher's, Taylor's and magnitude's; `importance` is {self.importance}: "
+                f"{take_out('prune.query_heads')}",
             ),
-            (
-                not width and (self.compensation == "bias" or self.steps > 1),
-                "`compensation` by bias and `steps` are about units inside blocks, but `units` names whole blocks "
-                "only: take them out, or name another kind",
+            *(
+                (
+                    not width and is_given,
+                    f"`{key}` is about units inside blocks, but `units` names whole blocks only: "
+                    f"{take_out(f'prune.{key}')}, or name another kind",
+                )
+                for key, is_given in (("compensation", self.compensation == "bias"), ("steps", self.steps > 1))
             ),
         )
 
@@ -298,7 +312,9 @@ class BudgetConfig(Section):
     def exactly_one(self) -> BudgetConfig:
         given = [name for name in type(self).model_fields if getattr(self, name) is not None]
         if len(given) != 1:
-            raise ValueError(f"give exactly one of fraction, mean_bits, gib, bytes; got {given or 'none'}")
+            named = [f"quantize.budget.{name}" for name in given]
+            remedy = f"{', '.join(given)}: {take_out(*named)}" if given else "none"
+            raise ValueError(f"give exactly one of fraction, mean_bits, gib, bytes; got {remedy}")
         return self
 
 
@@ -497,11 +513,12 @@ class SearchConfig(Section):
             ),
             (
                 self.patience is not None and self.searcher != "gp",
-                f"`patience` needs a searcher that expects an improvement, `searcher: gp`, got {self.searcher}",
+                f"`patience` needs a searcher that expects an improvement, `searcher: gp`, got {self.searcher}: "
+                f"{take_out('search.patience')}",
             ),
             (
                 self.patience is not None and self.pareto,
-                "`patience` is about one best plan: leave it out with `pareto`",
+                f"`patience` is about one best plan, not about `pareto`'s front: {take_out('search.patience')}",
             ),
         )
 
@@ -531,12 +548,14 @@ class FinetuneConfig(Section):
     @model_validator(mode="after")
     def consistent(self) -> FinetuneConfig:
         if (self.steps is None) == (self.epochs is None):
-            given = "neither" if self.steps is None else "both"
+            given = "neither" if self.steps is None else f"both: {take_out('finetune.steps', 'finetune.epochs')}"
             raise ValueError(f"give exactly one of `steps` and `epochs`, got {given}")
         for key in () if self.compare else ("seeds", "random_plans"):
             if getattr(self, key) != type(self).model_fields[key].default:
-                given = f"got {getattr(self, key)}"
-                raise ValueError(f"`{key}` are those of `compare`, which is off: set `compare: true`, {given}")
+                raise ValueError(
+                    f"`{key}` are those of `compare`, which is off, got {getattr(self, key)}: "
+                    f"{take_out(f'finetune.{key}')}, or set `compare: true`"
+                )
         return self
 
 
@@ -677,7 +696,8 @@ def load_config(path: Path, overrides: list[str] | None = None) -> RunConfig:
 
     Args:
         path: The YAML file.
-        overrides: `section.key=value` pairs; values are YAML.
+        overrides: `section.key=value` pairs; values are YAML. An item of a list is its number, counted from 0
+            (`data.train.0.limit=8`). `section.key=` takes the key out, so that its default holds.
 
     Raises:
         UserError: If the file is missing or is no YAML.
@@ -748,14 +768,37 @@ def _apply_override(raw: dict[str, Any], override: str) -> None:
     except yaml.YAMLError as error:
         raise UserError(f"--set {override}: the value is not valid YAML: {error}; quote a text") from error
     *sections, last = key.split(".")
-    here = raw
+    here: Any = raw
     for section in sections:
-        here = here.setdefault(section, {})
-        if not isinstance(here, dict):
+        place = _place_in(here, section, override)
+        here = here[place] if isinstance(here, list) else here.setdefault(place, {})
+        if not isinstance(here, dict | list):
             raise UserError(
                 f"--set {override}: `{section}` is not a section; `qpruner check --show-config` prints every key"
             )
-    here[last] = value
+    place = _place_in(here, last, override)
+    if text.strip():
+        here[place] = value
+    elif isinstance(here, dict) and place not in here:
+        nearest = difflib.get_close_matches(last, map(str, here), n=1)
+        hint = f"; did you mean `{'.'.join([*sections, *nearest])}`?" if nearest else ", its default holds anyway"
+        raise UserError(f"--set {override}: there is no `{key}` in the file to be taken out{hint}")
+    else:
+        del here[place]
+
+
+def _place_in(here: dict[str, Any] | list[Any], part: str, override: str) -> Any:
+    """Where a part of a key leads: a name in a section, a number in a list."""
+    if isinstance(here, dict):
+        return part
+    if not part.isdecimal():
+        raise UserError(f"--set {override}: `{part}` must be the number of an item, since it is of a list: 0, 1, ...")
+    if int(part) >= len(here):
+        raise UserError(
+            f"--set {override}: there is no item {part} in a list of {counted(len(here), 'item')}, counted from 0; to "
+            "add one, give the whole list"
+        )
+    return int(part)
 
 
 def _explain(problem: Any) -> str:

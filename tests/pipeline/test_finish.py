@@ -198,7 +198,7 @@ def test_without_compare_the_winner_stands_alone(changed: Callable[[str, Any], C
 @pytest.mark.parametrize("key", ["seeds", "random_plans"])
 def test_seeds_and_random_plans_of_a_comparison_that_is_off_are_refused(key: str, raw: dict[str, Any]) -> None:
     """They would be ignored."""
-    with pytest.raises(ConfigError, match=f"`{key}` are those of `compare`, which is off.* got 2"):
+    with pytest.raises(ConfigError, match=f"`{key}` are those of `compare`, which is off, got 2: take it out"):
         validate_config(with_key(raw, "finetune", {"steps": 4, "compare": False, key: 2}))
 
 
