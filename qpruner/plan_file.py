@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,8 @@ def read_plan(path: Path, groups: Sequence[str], levels: Sequence[int]) -> Preci
         raise PlanRefused(f"{path} does not exist; `qpruner plan RUN > {path.name}` makes one") from error
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise PlanRefused(f"{path} cannot be read as YAML or JSON: {error}; `qpruner plan RUN` prints one") from error
+    if raw is None:
+        raise PlanRefused(f"{path} is empty; `qpruner plan RUN > {path.name}` makes one")
     bits = raw.get("plan", raw) if isinstance(raw, dict) else raw
     if not isinstance(bits, dict):
         raise PlanRefused(
@@ -50,9 +53,10 @@ def check_affordable(path: Path, plan_bytes: int, budget_bytes: int) -> None:
     """
     if plan_bytes > budget_bytes:
         size, budget = plan_bytes / 1e6, budget_bytes / 1e6
+        over = math.ceil((plan_bytes - budget_bytes) / 100) / 1e4
         raise PlanRefused(
-            f"the plan in {path} takes {size:.2f} MB, more than the budget of {budget:.2f} MB: give groups fewer bits, "
-            "or raise `quantize.budget`"
+            f"the plan in {path} takes {size:.2f} MB, {over:.4f} MB more than the budget of {budget:.2f} MB: give "
+            "groups fewer bits, or raise `quantize.budget`"
         )
 
 

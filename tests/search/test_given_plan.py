@@ -142,7 +142,7 @@ def test_a_plan_over_the_budget_is_refused_with_both_sizes(searched: Path) -> No
     file.write_text(yaml.safe_dump(dict.fromkeys(plan, 8)))
     done = qpruner("search", searched, "--plan", file)
     assert done.returncode == 2
-    assert "more than the budget of" in done.stderr and "quantize.budget" in done.stderr
+    assert "MB more than the budget of" in done.stderr and "quantize.budget" in done.stderr
 
 
 @pytest.mark.slow
