@@ -175,11 +175,11 @@ CONFIGURATION = [
     ),
     refused(
         "compensation-of-blocks", {"prune.units": ["block"], "prune.compensation": "bias"}, "`compensation`", "`units`",
-        "names whole blocks only", "take them out"
+        "names whole blocks only", "take it out (on the command line `--set prune.compensation=`)"
     ),
     refused(
         "steps-of-blocks", {"prune.units": ["block"], "prune.steps": 2}, "`steps`", "`units`",
-        "names whole blocks only", "take them out"
+        "names whole blocks only", "take it out (on the command line `--set prune.steps=`)"
     ),
     refused("steps-0", {"prune.steps": 0}, "`prune.steps`", "got 0", "greater than or equal to 1"),
     refused("ridge-0", {"prune.ridge": 0}, "`prune.ridge`", "got 0", "greater than 0"),
@@ -197,7 +197,7 @@ CONFIGURATION = [
     ),
     refused(
         "budget-twice", {"quantize.budget": {"fraction": 0.5, "mean_bits": 5}}, "`quantize.budget`",
-        "['fraction', 'mean_bits']", "exactly one", "fraction, mean_bits, gib, bytes"
+        "got fraction, mean_bits: take one out", "exactly one", "fraction, mean_bits, gib, bytes"
     ),
     refused(
         "budget-fraction", {"quantize.budget": {"fraction": 1.5}}, "`quantize.budget.fraction`", "1.5",
@@ -254,7 +254,7 @@ CONFIGURATION = [
     ),
     refused(
         "patience-for-a-front", {"search.searcher": "gp", "search.patience": 3, "search.pareto": True}, "`patience`",
-        "`pareto`", "about one best plan", "leave it out"
+        "`pareto`", "about one best plan", "take it out"
     ),
     refused(
         "gpus-and-a-half", {"search.resources_per_trial": {"gpu": 1.5}}, "`gpu`", "got 1.5", "a whole number",
@@ -470,6 +470,26 @@ MODEL = [
     refused(
         "model-on-no-hub", {"model.source": "nobody/no-such-model"}, "`model.source`", "'nobody/no-such-model'",
         "no model config can be read", "see that the hub has this id and is reached from here"
+    ),
+    refused(
+        "model-on-no-hub-or-here", {"model.source": "nobody/no-such-model"}, "`model.source`", "'nobody/no-such-model'",
+        "no model config can be read", f"there is none at {Path.cwd() / 'nobody/no-such-model'}"
+    ),
+    refused(
+        "model-relative", {"model.source": "runs/mine/prune"}, "`model.source`", str(Path.cwd() / "runs/mine/prune"),
+        "is no hub id", "name a model folder"
+    ),
+    refused(
+        "model-dot-relative", {"model.source": "../mine"}, "`model.source`", str(Path.cwd() / "../mine"),
+        "does not exist", "name a model folder"
+    ),
+    refused(
+        "model-in-home", {"model.source": "~/no-such-model"}, "`model.source`", str(Path.home() / "no-such-model"),
+        "does not exist", "name a model folder"
+    ),
+    refused(
+        "model-in-nobodys-home", {"model.source": "~no-such-user/m"}, "`model.source`", "~no-such-user/m", "no folder",
+        "name a model folder"
     ),
     refused(
         "model-a-file", lambda scene: {"model.source": scene.file("weights.pt", "")}, "`model.source`",
@@ -981,8 +1001,28 @@ def test_refused_file_that_is_none(name: str, said: str, scene: Scene) -> None:
         ),
         pytest.param("lora.rank=[", ("lora.rank=[", "not valid YAML"), id="not-yaml"),
         pytest.param("lora.rnak=3", ("`lora.rnak`", "did you mean `lora.rank`"), id="misspelt"),
-        pytest.param("lora.rank=", ("`lora.rank`", "None", "valid integer"), id="without-value"),
-        pytest.param("quantize.budget.bytes=9", ("`quantize.budget`", "exactly one", "bytes"), id="second-budget"),
+        pytest.param("lora.rank=null", ("`lora.rank`", "None", "valid integer"), id="null"),
+        pytest.param(
+            "lora.rnak=",
+            ("lora.rnak=", "no `lora.rnak` in the file", "did you mean `lora.rank`?"),
+            id="none-to-take-out",
+        ),
+        pytest.param(
+            "data.train.9.limit=3",
+            ("data.train.9.limit=3", "no item 9 in a list of 1 item", "from 0"),
+            id="no-such-item",
+        ),
+        pytest.param(
+            "data.train.first.limit=3", ("`first` must be the number of an item", "0, 1"), id="item-without-number"
+        ),
+        pytest.param(
+            "finetune.epochs=1",
+            ("exactly one", "both", "take one out", "`--set finetune.steps=`"),
+            id="steps-and-epochs",
+        ),
+        pytest.param(
+            "quantize.budget.bytes=9", ("exactly one", "bytes", "`--set quantize.budget.fraction=`"), id="second-budget"
+        ),
     ],
 )
 def test_refused_override(override: str, said: tuple[str, ...], scene: Scene) -> None:
@@ -990,6 +1030,31 @@ def test_refused_override(override: str, said: tuple[str, ...], scene: Scene) ->
     with pytest.raises(UserError) as caught:
         load_config(Path(path), [override])
     assert [part for part in said if part not in str(caught.value)] == [], str(caught.value)
+
+
+def test_a_key_is_taken_out_and_an_item_of_a_list_changed(scene: Scene) -> None:
+    raw = raw_config(scene.model, scene.folder / "run")
+    for key, value in {"prune.aggregation": "vector", "finetune.random_plans": 1, "calibration.data": None}.items():
+        raw = with_key(raw, key, value)
+    path = Path(scene.file("config.yaml", yaml.safe_dump(raw)))
+
+    def load(*overrides: str) -> RunConfig:
+        return load_config(path, list(overrides))
+
+    for override, key in (
+        ("prune.importance=magnitude", "prune.aggregation"),
+        ("finetune.compare=false", "finetune.random_plans"),
+    ):
+        with pytest.raises(ConfigError, match=rf"take it out \(on the command line `--set {key}=`\)"):
+            load(override)
+        assert load(override, f"{key}=")
+    assert load("finetune.random_plans=").finetune.random_plans == 3, "the default"
+    assert load("prune.rate=", "prune.layer_rate=0.2").prune.rate is None, "null with `layer_rate`"
+    assert load("prune.rate=").prune.rate == 0.2, "the default"
+    changed = load("data.validation.0.split=train[:3]", "data.train.0.limit=8").data
+    assert (changed.validation[0].split, changed.train[0].limit) == ("train[:3]", 8)
+    assert changed.train[0].source == raw["data"]["train"][0]["source"], "the item's other keys stay"
+    assert load("model.revision=null").model.revision is None
 
 
 # ---- a disk too small

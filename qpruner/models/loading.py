@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import struct
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from qpruner.config import HUB_ID
 from qpruner.errors import CorruptFile, UserError
 from qpruner.models import ragged
 from qpruner.wording import counted
@@ -50,7 +52,7 @@ def resolve_source(source: str, key: str) -> str:
         UserError: If the package is not installed or has no such file.
     """
     if source.startswith("~"):
-        return str(Path(source).expanduser())
+        return os.path.expanduser(source)  # as it is where there is no such user
     if not source.startswith("package:"):
         return source
     package, _, inner = source.removeprefix("package:").partition("/")
@@ -86,7 +88,14 @@ def check_source(model: ModelConfig) -> str:
     elif path.exists():
         raise UserError(f"`model.source`: {source} is a file, but no .gguf; name a model folder, .gguf file or hub id")
     elif source.startswith((".", "/")):
-        raise UserError(f"`model.source`: folder {source} does not exist; name a model folder, .gguf file or hub id")
+        raise UserError(
+            f"`model.source`: folder {path.absolute()} does not exist; name a model folder, .gguf file or hub id"
+        )
+    elif not HUB_ID.fullmatch(source):
+        raise UserError(
+            f"`model.source`: there is no folder {path.absolute()}, and {source} is no hub id (OWNER/NAME) either; "
+            "name a model folder, .gguf file or hub id"
+        )
     return source
 
 
@@ -104,7 +113,10 @@ def load_model_config(model: ModelConfig) -> Any:
         if source.endswith(".gguf"):
             remedy = "the file may be truncated: fetch it again"
         elif not Path(source).exists():
-            remedy = "see that the hub has this id and is reached from here, or name a model's folder"
+            remedy = (
+                "see that the hub has this id and is reached from here, or name a model's folder: there is none at "
+                f"{Path(source).absolute()}"
+            )
         raise UserError(
             f"`model.source`: no model config can be read from {model.source!r}: {_reason(error)}; {remedy}"
         ) from error
