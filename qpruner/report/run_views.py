@@ -29,10 +29,13 @@ from qpruner.report.life import RUNNING, Life, read_life
 from qpruner.report.recorded import read_results
 from qpruner.report.standing import Standing, bar, best_so_far, control_name, in_order_of_end, score, standing
 from qpruner.report.table import SEARCHED
-from qpruner.rundir import STATE, RunDir
+from qpruner.rundir import LOG, STATE, RunDir, children, exists, for_each
 from qpruner.runlock import driver_of
 from qpruner.search.trial_records import read_pulse, read_trials
 from qpruner.wording import counted
+
+MOST_RUNS = 10
+"""Runs that are named where a folder of runs is taken for one."""
 
 
 @dataclass(frozen=True)
@@ -89,11 +92,32 @@ def view(root: str | Path) -> RunView:
         if driver and driver.state == "alive":
             process = f"process {driver.holder.pid} on {driver.holder.host}, since {driver.holder.since}"
             raise UserError(f"{root} has no {STATE} yet: a command is starting there ({process}); look again soon")
-        raise UserError(
-            f"{root} is no run folder, it has no {STATE}: name the `output` of a configuration that `qpruner run` was "
-            "given"
-        )
+        raise UserError(_no_run(run_dir, str(root)))
     return RunView(run_dir, life)
+
+
+def _no_run(run_dir: RunDir, named: str) -> str:
+    """Why a place is no run, and what to name instead."""
+    names = children(run_dir.root)
+    are_runs = for_each(exists, [run_dir.root / name / STATE for name in names])
+    runs = [name for name, is_run in zip(names, are_runs, strict=True) if is_run]
+    remedy = "name the `output` of a configuration that `qpruner run` was given"
+    if runs:
+        return f"{named} is no run folder, but has the {_listed(runs)}: name one of them"
+    if LOG in names:
+        return (
+            f"{named} has no {STATE} yet, only {LOG}: a command that has just started looks at its input first, so "
+            "look again soon; if none works on it, that file tells why the last one ended"
+        )
+    if names or run_dir.root.is_dir():
+        return f"{named} is no run folder, it has no {STATE}: {remedy}"
+    return f"{named} {'is empty' if run_dir.is_at_uri else 'does not exist'}: {remedy}"
+
+
+def _listed(runs: Sequence[str]) -> str:
+    """`runs a, b`, the first few."""
+    more = f" and {len(runs) - MOST_RUNS} more" if len(runs) > MOST_RUNS else ""
+    return f"{'runs' if len(runs) > 1 else 'run'} {', '.join(runs[:MOST_RUNS])}{more}"
 
 
 def status(run: RunView, now: float) -> dict[str, Any]:

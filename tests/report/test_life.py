@@ -140,6 +140,26 @@ def test_a_first_command_that_has_begun_no_stage_is_told_of(tmp_path: Path) -> N
     assert "is no run folder" in CliRunner().invoke(main, ["status", str(root)]).stderr, "that process is dead"
 
 
+def test_what_is_no_run_is_told_with_what_there_is(tmp_path: Path) -> None:
+    def said(place: Path) -> str:
+        done = CliRunner().invoke(main, ["status", str(place)])
+        assert done.exit_code == 2
+        return done.stderr
+
+    (tmp_path / "runs" / "notes").mkdir(parents=True)
+    (tmp_path / "runs" / "list.txt").touch()
+    assert f"{tmp_path}/runs/demo does not exist: name the `output`" in said(tmp_path / "runs" / "demo")
+    assert "runs is no run folder, it has no run.json: name the `output`" in said(tmp_path / "runs")
+    recorded_run(tmp_path / "runs" / "demo")
+    assert "runs is no run folder, but has the run demo: name one" in said(tmp_path / "runs")
+    recorded_run(tmp_path / "runs" / "mine")
+    assert "runs is no run folder, but has the runs demo, mine: name one" in said(tmp_path / "runs")
+    (tmp_path / "runs" / "notes" / "qpruner.log").touch()
+    assert "notes has no run.json yet, only qpruner.log" in said(tmp_path / "runs" / "notes"), (
+        "before it takes the lock"
+    )
+
+
 def test_a_driver_that_ends_or_takes_the_run_in_that_instant_is_not_called_cut_off(tmp_path: Path) -> None:
     """The lock that is empty for a moment, and the state that is written a moment after it was read."""
     root = recorded_run(tmp_path / "run")
