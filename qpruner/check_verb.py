@@ -15,8 +15,10 @@ from qpruner.estimate import work
 from qpruner.execution.cluster import local_slots
 from qpruner.memory import free_bytes
 from qpruner.plan import told_of_budget
-from qpruner.preflight import Inspection
+from qpruner.preflight import PRUNED_EARLIER, Inspection, is_pruned
+from qpruner.report.life import told_driver
 from qpruner.report.model_card import told_other_base
+from qpruner.rundir import RunDir
 from qpruner.terminal import Terminal
 from qpruner.wording import counted
 
@@ -29,7 +31,7 @@ def check(
     Args:
         config: The configuration.
         address: A Ray cluster to look at; None looks at this machine.
-        quiet: Print nothing.
+        quiet: Print the last line only, and warnings on stderr.
         measure: Time a few steps here.
         gpu: Name of a GPU to assume.
         show_config: Print every key in effect, too.
@@ -54,6 +56,7 @@ def check(
         "num_groups": len(layout.groups),
         "parameters_base": inspection.base.num_parameters,
         "parameters_pruned": layout.num_parameters,
+        "is_pruned_earlier": is_pruned(inspection.model_config),
         "is_estimate": inspection.is_estimate,
         **{f"bytes_all_{bits}": layout.plan_bytes(layout.uniform(bits)) for bits in levels},
         "bytes_budget": inspection.budget_bytes,
@@ -63,13 +66,22 @@ def check(
         "rows": {name: len(rows) for name, rows in inspection.examples.items()},
         **asdict(inspection.counts),
         "memory_free": free,
-        "warnings": [*inspection.warnings, *_memory_warnings(taken["memory_at_once"], free), *_card_warnings(config)],
+        "warnings": [
+            *_driver_warnings(config),
+            *inspection.warnings,
+            *_memory_warnings(taken["memory_at_once"], free),
+            *_card_warnings(config),
+        ],
         **taken,
     }
+    if show_config:
+        click.echo(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
     if not quiet:
-        if show_config:
-            click.echo(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
-        click.echo("\n".join(_lines(config, facts, has_gpu=gpus is not None, shows_config=show_config)))
+        click.echo("\n".join(_lines(config, facts, has_gpu=gpus is not None)))
+    for warning in facts["warnings"]:
+        click.echo(f"warning:     {warning}", err=quiet)
+    keys = "" if quiet or show_config else "; `--show-config` prints every key in effect"
+    click.echo(f"The configuration is valid{keys}.")
     return {"status": "ok", **facts}
 
 
@@ -85,6 +97,11 @@ def _memory_warnings(at_once: int, free: int | None) -> list[str]:
 def _card_warnings(config: RunConfig) -> list[str]:
     remark = told_other_base(config)
     return [remark] if remark else []
+
+
+def _driver_warnings(config: RunConfig) -> list[str]:
+    works = told_driver(RunDir(config.output, create=False))
+    return [f"{works}: `qpruner run` is refused until it ends"] if works else []
 
 
 def _rates(config: RunConfig, found: pipeline.Checked, measure: bool, gpu: str | None) -> work.Rates:
@@ -175,21 +192,19 @@ def _questions(by_task: dict[str, int]) -> str:
     return f"{counted(sum(by_task.values()), 'question')} ({told})"
 
 
-def _lines(config: RunConfig, facts: dict[str, Any], has_gpu: bool, shows_config: bool) -> list[str]:
-    """What the run would be; then what it takes and whether that is right."""
+def _lines(config: RunConfig, facts: dict[str, Any], has_gpu: bool) -> list[str]:
+    """What the run would be; then what it takes."""
     about = " (estimate: what is cut is open until the model is pruned)" if facts["is_estimate"] else ""
     sizes = [f"all {bits}-bit {facts[f'bytes_all_{bits}'] / 1e6:.1f} MB" for bits in config.quantize.bits]
+    cut = f" ({PRUNED_EARLIER})" if facts["is_pruned_earlier"] else ""
     trials = f"{config.search.num_trials}, {facts['concurrent_trials']} at once, scored at steps {facts['rungs']}"
-    keys = "" if shows_config else "; `--show-config` prints every key in effect"
     return [
         f"groups:      {facts['num_groups']} ({config.quantize.group})",
-        f"parameters:  {facts['parameters_base'] / 1e6:.1f} M -> {facts['parameters_pruned'] / 1e6:.1f} M",
+        f"parameters:  {facts['parameters_base'] / 1e6:.1f} M -> {facts['parameters_pruned'] / 1e6:.1f} M{cut}",
         *_row_lines(config, facts),
         f"trials:      {trials}",
         *estimate.memory_text(facts),
         *estimate.time_text(facts, has_gpu),
         f"plan bytes:  {', '.join(sizes)}, budget {facts['bytes_budget'] / 1e6:.1f} MB{about}",
         *_given_plan(config, facts),
-        *[f"warning:     {warning}" for warning in facts["warnings"]],
-        f"The configuration is valid{keys}.",
     ]

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from qpruner.config import BudgetConfig, QuantizeConfig, RunConfig
+from qpruner.config import BudgetConfig, PruneConfig, QuantizeConfig, RunConfig, take_out
 from qpruner.data import Example
 from qpruner.errors import UserError
 from qpruner.models.layout import layout_of, num_layers
@@ -23,6 +23,7 @@ from qpruner.preflight_rows import RowCounts, check_encoding, check_rows
 from qpruner.pruning.prune import expected_config
 from qpruner.rundir import run_root
 
+PRUNED_EARLIER = "pruned earlier: the cut is skipped"
 DTYPE_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 GIB = 1024**3
 NEEDED_CAPABILITY = {4: (6, 0), 8: (7, 5)}
@@ -77,7 +78,7 @@ def inspect(config: RunConfig, works_here: bool = True) -> Inspection:
     pruned_config = _pruned_config(config, model_config)
     pruned = layout_for(config, pruned_config)
     budget = budget_bytes(config.quantize, pruned, config.search.pareto)
-    is_cut = not (config.prune.is_off or is_pruned(model_config))
+    is_cut = not in_effect(config.prune, model_config).is_off
     is_estimate = is_cut and (config.prune.selection == "global" or config.prune.drops_blocks)
     plan = None
     if config.search.plan and not (is_cut and config.prune.drops_blocks):
@@ -89,7 +90,7 @@ def inspect(config: RunConfig, works_here: bool = True) -> Inspection:
         check_device(config, pruned, _own_capability())
     rows = check_rows(config, model_config.vocab_size, include_path(config))
     check_encoding(config, rows.examples)
-    warnings = (*rows.warnings, *_warnings(config, len(pruned.groups)))
+    warnings = (*rows.warnings, *_of_cut(config, model_config), *_warnings(config, len(pruned.groups)))
     return Inspection(
         model_config,
         base,
@@ -102,6 +103,19 @@ def inspect(config: RunConfig, works_here: bool = True) -> Inspection:
         rows.counts,
         warnings,
         plan,
+    )
+
+
+def _of_cut(config: RunConfig, model_config: Any) -> tuple[str, ...]:
+    """That a rate was given for a model whose cut is skipped."""
+    key = "rate" if config.prune.layer_rate is None else "layer_rate"
+    rate = getattr(config.prune, key)
+    if not rate or key not in config.prune.model_fields_set or not is_pruned(model_config):
+        return ()
+    return (
+        f"`prune.{key}` is {rate:g}, but {config.model.source} was pruned earlier, so that the cut is skipped: set "
+        "`prune.rate: 0`" + ("" if key == "rate" else f" and {take_out('prune.layer_rate')}") + ", or name the "
+        "unpruned model",
     )
 
 
@@ -153,6 +167,11 @@ def include_path(config: RunConfig) -> str | None:
 def is_pruned(model_config: Any) -> bool:
     """Whether the blocks already differ in width, so that the cut is skipped."""
     return bool(model_config.is_heterogeneous)
+
+
+def in_effect(settings: PruneConfig, model_config: Any) -> PruneConfig:
+    """The settings of the cut: of a model that was pruned earlier, that there is none."""
+    return settings.model_copy(update={"rate": 0.0, "layer_rate": None}) if is_pruned(model_config) else settings
 
 
 def check_quantizable(model_config: Any) -> None:

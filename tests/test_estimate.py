@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -26,6 +28,7 @@ from qpruner.models.layout import layout_of
 from qpruner.pipeline import run
 from qpruner.preflight import Inspection
 from qpruner.quantization.assembly import attach_adapters
+from qpruner.runlock import sole_driver
 
 RATES = work.Rates(1e12, 2e12, "made up")
 
@@ -282,8 +285,41 @@ def test_the_answer_comes_last_and_the_configuration_when_it_is_asked_for(
     keys, _, answer = whole.partition("\n\n")
     assert yaml.safe_load(keys) == validate_config(raw).model_dump(mode="json")
     assert answer.splitlines()[-1] == "The configuration is valid."
-    assert CliRunner().invoke(main, ["check", "config.yaml", "--quiet"]).output == ""
+    quiet = CliRunner().invoke(main, ["check", "config.yaml", "--quiet", "--set", "search.max_trials=2"])
+    assert quiet.stdout == "The configuration is valid.\n"
+    assert quiet.stderr.startswith("warning:     ") and "`search.max_trials`" in quiet.stderr
     assert CliRunner().invoke(main, ["check", "config.yaml", "--json"]).stderr == ""
+
+
+def test_check_tells_of_a_driver_at_work_and_of_a_cut_that_is_skipped(
+    raw: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for key, value in {"output": str(tmp_path / "run"), "prune.rate": 0.2, "prune.first_layer": 1}.items():
+        raw = with_key(raw, key, value)
+    run(validate_config(raw), lambda event: None, until="prune")
+    with sole_driver(tmp_path / "run", print):
+        said = _checked(raw)
+    assert f"warning:     process {os.getpid()} on {socket.gethostname()} works on {tmp_path / 'run'}: `qpruner" in said
+    assert "works on" not in _checked(raw)
+    again = with_key(with_key(raw, "output", "again"), "model.source", "run/prune")
+    said = _checked(again)
+    assert re.search(r"parameters: +(\S+ M) -> \1 \(pruned earlier: the cut is skipped\)\n", said)
+    assert (
+        "`prune.rate` is 0.2, but run/prune was pruned earlier" in said and "set `prune.rate: 0`, or name the" in said
+    )
+    for keys in ({"rate": 0}, {"first_layer": 1}):
+        assert "`prune.rate` is" not in _checked(with_key(again, "prune", keys)), "nobody asked for a cut"
+    done = CliRunner().invoke(main, ["prune", "config.yaml", "--dry-run"])
+    assert done.exit_code == 0 and "target" not in done.output, done.output
+    assert "pruned earlier: the cut is skipped" in done.output and "no cut, achieved 0.00%" in done.output
+
+
+def _checked(raw: dict[str, Any]) -> str:
+    Path("config.yaml").write_text(yaml.safe_dump(raw))
+    done = CliRunner().invoke(main, ["check", "config.yaml"])
+    assert done.exit_code == 0, done.output
+    return done.stdout
 
 
 def test_check_counts_what_every_step_goes_by(
@@ -379,7 +415,10 @@ def test_a_plan_over_the_budget_is_refused_at_once_where_the_cut_is_known(raw: d
             refused = CliRunner().invoke(main, [verb, str(config), *map(str, options)])
             assert refused.exit_code == 2
             begins = f"error: `{key}`: the plan in {plan} takes "
-            assert begins in refused.output and "more than the budget of" in refused.output
+            assert begins in refused.output
+            told = re.search(r"takes [\d.]+ MB, ([\d.]+) MB more than the budget of", refused.output)
+            over = inspection.pruned.plan_bytes(inspection.pruned.uniform(8)) - inspection.budget_bytes
+            assert told and 0 <= float(told[1]) * 1e6 - over < 101, "never too little"
 
 
 # ---- against reality

@@ -53,7 +53,8 @@ def prune(context: Context, prepared: PrepareRecord) -> PruneRecord:
 def prune_stage(context: Context, prepared: PrepareRecord) -> Stage:
     """What `prune` depends on."""
     settings = context.config.prune
-    return Stage("prune", describe(settings), (prepared.digest, settings))
+    told = describe(preflight.in_effect(settings, context.inspection.model_config))
+    return Stage("prune", told, (prepared.digest, settings))
 
 
 @dataclass(frozen=True)
@@ -103,7 +104,8 @@ def _weights_digest(folder: Path) -> str:
 def preview_prune(context: Context) -> PruneRecord:
     """What `prune` would leave, with nothing written: the model is cut in memory and dropped."""
     config, rows = context.config, context.inspection.examples["calibration"]
-    context.emit(StageStarted("prune", f"{describe(config.prune)}; nothing is written"))
+    settings = preflight.in_effect(config.prune, context.inspection.model_config)
+    context.emit(StageStarted("prune", f"{describe(settings)}; nothing is written"))
     started = time.monotonic()
     fields = context.workshop.do(cut_in_memory, PreviewJob(context.worker_config, rows), context.emit)
     return PruneRecord(digest="", seconds=time.monotonic() - started, **fields)
@@ -145,10 +147,9 @@ def cut_model(
     from qpruner.memory import PeakMemory
     from qpruner.pruning.prune import prune as cut
 
-    settings = config.prune
+    settings = preflight.in_effect(config.prune, model.config)
     if preflight.is_pruned(model.config):
-        emit(Message("prune", "the model was pruned earlier: the cut is skipped"))
-        settings = settings.model_copy(update={"rate": 0.0, "layer_rate": None})
+        emit(Message("prune", f"the model was {preflight.PRUNED_EARLIER}"))
     samples = Samples(rows, int(tokenizer.pad_token_id), config.calibration.batch_size)
     before = [block_parameters(model, index) for index in range(num_layers(model.config))]
     base = copy.deepcopy(model.config)
@@ -178,6 +179,8 @@ def cut_model(
 
 def describe(settings: PruneConfig) -> str:
     """What the prune stage is about to do, in one line."""
+    if settings.is_off:
+        return target_text(settings)
     parts = [target_text(settings), f"by {settings.importance}", settings.selection]
     if settings.compensation != "none":
         parts.append(f"{settings.compensation.replace('_', ' ')} compensation")
@@ -186,6 +189,8 @@ def describe(settings: PruneConfig) -> str:
 
 def target_text(settings: PruneConfig) -> str:
     """`target 20.00% of all parameters`, or `25.00% of each block's units`."""
+    if settings.is_off:
+        return "no cut"
     if settings.layer_rate is not None:
         return f"target {settings.layer_rate:.2%} of each block's {' and '.join(settings.width_units)} units"
     return f"target {settings.rate or 0:.2%} of all parameters"

@@ -74,13 +74,18 @@ def read_life(run: RunDir) -> Life | None:
     return life
 
 
-def warning_of_driver(run: RunDir) -> str | None:
-    """What they are told who read a run's models while a command works on it; None where none does."""
+def told_driver(run: RunDir) -> str | None:
+    """Which living process works on a run; None where none does."""
     driver = driver_of(run.root)
     if driver is None or driver.state != "alive":
         return None
-    process = f"process {driver.holder.pid} on {driver.holder.host}"
-    return f"warning: {process} works on {run.place}, whose models may be replaced meanwhile"
+    return f"process {driver.holder.pid} on {driver.holder.host} works on {run.place}"
+
+
+def warning_of_driver(run: RunDir) -> str | None:
+    """What they are told who read a run's models while a command works on it; None where none does."""
+    works = told_driver(run)
+    return works and f"warning: {works}, whose models may be replaced meanwhile"
 
 
 def _look(run: RunDir) -> Life | None:
