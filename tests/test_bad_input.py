@@ -298,6 +298,11 @@ def _second_shard_missing(folder: Path) -> None:
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
 
 
+def _index_not_json(folder: Path) -> None:
+    (folder / "model.safetensors").rename(folder / "model-00001-of-00001.safetensors")  # else no index is read
+    (folder / "model.safetensors.index.json").write_text('{"wei')
+
+
 def _gpt2(folder: Path) -> None:
     from transformers import GPT2Config
 
@@ -519,7 +524,7 @@ MODEL = [
     ),
     refused(
         "model-index-not-json",
-        lambda scene: scene.edited_model(lambda folder: (folder / "model.safetensors.index.json").write_text('{"wei')),
+        lambda scene: scene.edited_model(_index_not_json),
         "`model.source`", "model.safetensors.index.json", "not valid JSON", "fetch"
     ),
     refused(
