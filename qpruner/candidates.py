@@ -6,6 +6,7 @@ Ray.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 import time
@@ -295,6 +296,7 @@ def measure_inference(job: InferenceJob) -> tuple[InferenceSetting, list[Inferen
     prompt = (ids * -(-PROMPT_TOKENS // len(ids)))[:PROMPT_TOKENS]
     turns: list[list[Turn]] = [[] for _ in job.candidates]
     signs, num_turns = _Signs(job.progress), TURNS * len(job.candidates)
+    signs.tell(0, num_turns)
     for turn in range(num_turns):
         candidate, seen = job.candidates[turn % len(turns)], turns[turn % len(turns)]
         model = build(job.config, candidate)
@@ -508,6 +510,9 @@ class _Signs:
 
     def __init__(self, path: Path) -> None:
         self._path, self._told = path, float("-inf")
+        if not is_mirror(path):
+            with contextlib.suppress(OSError):  # a row that is not fine-tuned has no folder before its scores
+                path.parent.mkdir(exist_ok=True)
 
     def tell(self, done: int, total: int) -> None:
         if done == total or time.monotonic() - self._told >= sign_seconds(self._path):

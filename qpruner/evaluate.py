@@ -70,7 +70,8 @@ def score_tasks(
 
 
 def _telling_model(told: Callable[[int, int], None]) -> Any:
-    """lm-eval's model, which tells of every answer: it hands each to a cache, of which there is none here."""
+    """lm-eval's model, which tells before every batch how many answers there are, and after the last one. It hands each
+    answer to a cache, of which there is none here; a batch's come all at once."""
     from lm_eval.api.model import CacheHook
     from lm_eval.models.huggingface import HFLM
 
@@ -79,6 +80,10 @@ def _telling_model(told: Callable[[int, int], None]) -> Any:
 
         def add_partial(self, attr: str, req: Any, res: Any) -> None:
             self.done += 1
+            if self.done >= self.total:
+                self.tell()
+
+        def tell(self) -> None:
             told(self.done, max(self.done, self.total))
 
     class Telling(HFLM):  # type: ignore[misc]
@@ -86,6 +91,14 @@ def _telling_model(told: Callable[[int, int], None]) -> Any:
             super().__init__(**options)
             self.counter = Counter(None)
             self.set_cache_hook(self.counter)
+
+        def _model_call(self, *args: Any, **kwargs: Any) -> Any:
+            self.counter.tell()
+            return super()._model_call(*args, **kwargs)
+
+        def _model_generate(self, *args: Any, **kwargs: Any) -> Any:
+            self.counter.tell()
+            return super()._model_generate(*args, **kwargs)
 
         def loglikelihood(self, requests: Any, *args: Any, **kwargs: Any) -> Any:
             self.counter.total += len(requests)

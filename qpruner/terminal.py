@@ -4,6 +4,7 @@ shows the stages, the steps inside one, and the search. The whole log is in the 
 from __future__ import annotations
 
 import textwrap
+import threading
 import time
 from collections.abc import Sequence
 from types import TracebackType
@@ -31,7 +32,7 @@ from qpruner.report.lines import duration, line_of
 from qpruner.search_view import FOLDED, SearchView
 
 SECONDS_UNTOLD = 30.0
-"""Where there is no live part, a line tells how far a step has got after this long without any."""
+"""Where there is no live part, a line tells how far a stage has got after this long without any."""
 REFRESHES_PER_SECOND = 2
 PACE_SECONDS = 600.0
 """The time left follows the pace of so long: one answer, group or step of a large model may take a minute."""
@@ -61,8 +62,10 @@ class Terminal:
         self._quiet = quiet
         self._bars: dict[str, TaskID] = {}
         self._stages: dict[str, float | str] = {}
+        self._counts: dict[str, str] = {}
         self._steps = 0
         self._last_line = time.monotonic()
+        self._telling, self._closed = threading.RLock(), threading.Event()
         self._search: SearchView | None = None
         self._progress = Progress(
             TextColumn("{task.description}", markup=False),
@@ -85,11 +88,14 @@ class Terminal:
     def __enter__(self) -> Terminal:
         if self._live:
             self._live.start()
+        elif not self._quiet:
+            threading.Thread(target=self._break_silence, daemon=True).start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._closed.set()
         if self._live:
             self._live.stop()
 
@@ -100,6 +106,10 @@ class Terminal:
             return
         if self._quiet:
             return
+        with self._telling:
+            self._show(event)
+
+    def _show(self, event: events.Event) -> None:
         match event:
             case events.StageStarted(stage):
                 self._stages[stage] = time.monotonic()
@@ -154,11 +164,21 @@ class Terminal:
             counts_trials = stage == "search" and not detail
             self._bars[stage] = self._progress.add_task(stage, total=total, counts_trials=counts_trials)
         self._progress.update(self._bars[stage], completed=done, description=f"{stage} {detail}".strip())
-        if not self._live and time.monotonic() - self._last_line >= SECONDS_UNTOLD:
-            self._line(f"[{stage}] {detail or 'done'}: {done} of {total}")
+        self._counts[stage] = f"{detail or 'done'}: {done} of {total}"
+
+    def _break_silence(self) -> None:
+        """Tell of the stages under way whenever nothing was told for long: what counts may itself be slow to."""
+        while not self._closed.wait(SECONDS_UNTOLD / 30):
+            with self._telling:
+                if time.monotonic() - self._last_line >= SECONDS_UNTOLD:
+                    for stage, began in self._stages.items():
+                        if not isinstance(began, str):
+                            taken = duration(time.monotonic() - began)
+                            self._line(f"[{stage}] {self._counts.get(stage, 'running')}, {taken}")
 
     def _end(self, stage: str, outcome: str) -> None:
         self._stages[stage] = outcome
+        self._counts.pop(stage, None)
         if stage in self._bars:
             self._progress.remove_task(self._bars.pop(stage))
         if stage == "search":

@@ -41,7 +41,7 @@ from qpruner.models.loading import load_dense, load_tokenizer
 from qpruner.pipeline import run
 from qpruner.plan import PrecisionPlan
 from qpruner.records import TaskScore
-from qpruner.rundir import RunDir
+from qpruner.rundir import RunDir, write_sign
 
 ADAPTER = "adapter_model.safetensors"
 
@@ -252,6 +252,21 @@ def test_the_loss_on_a_text_is_that_of_every_token_of_its_windows(
     assert [len(row["input_ids"]) for row in rows[:-1]] == [32] * (len(rows) - 1)
     joined = "\n\n".join(row["question"] for row in demo_rows("questions_confirmation.jsonl"))
     assert [token for row in rows for token in row["input_ids"]] == tokenizer(joined)["input_ids"], "nothing is cut off"
+
+
+def test_answers_are_counted_between_batches_and_of_a_row_without_a_folder(
+    tuned: tuple[CandidateJob, FinetuneOutcome], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows that are not fine-tuned have none before their scores are written."""
+    job = in_folder(untuned(tuned[0]), tmp_path / "base")
+    assert not job.candidate.folder.exists()
+    told: list[str] = []
+    monkeypatch.setattr("qpruner.candidates.sign_seconds", lambda path: 0.0)
+    monkeypatch.setattr("qpruner.candidates.write_sign", lambda path, text: told.append(text) or write_sign(path, text))
+    evaluate_candidate(job)
+    assert job.candidate.scoring_progress.read_text() == "32 32"
+    size = job.config.evaluate.batch_size
+    assert told == [f"{done} 32" for done in range(0, 33, size)], "whole batches, the first before any is answered"
 
 
 def test_rows_take_turns_and_a_larger_model_takes_more_memory(

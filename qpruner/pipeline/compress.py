@@ -203,7 +203,8 @@ def score_information(job: ScoringJob, bench: Bench, emit: Emit) -> dict[str, Me
 
     config, model = job.config, job.model(bench, emit)
     batch_size, told = config.evaluate.batch_size, _teller(emit, scoring.INFORMATION)
-    return scoring.by_information(model, job.subject, config.sensitivity, batch_size, config.seed, told)
+    samples = _teller(emit, (*scoring.INFORMATION, "samples"))
+    return scoring.by_information(model, job.subject, config.sensitivity, batch_size, config.seed, told, samples)
 
 
 def score_expansion(job: ScoringJob, bench: Bench, emit: Emit) -> dict[str, MethodScores]:

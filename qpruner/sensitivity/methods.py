@@ -80,11 +80,12 @@ def by_information(
     batch_size: int,
     seed: int,
     on_progress: OnProgress,
+    on_samples: OnProgress = lambda done, total: None,
 ) -> dict[str, MethodScores]:
-    """Mutual information: one pass forward and nearest neighbours."""
+    """Mutual information: one pass forward, told of by `on_samples`, and nearest neighbours."""
     started = time.monotonic()
     found = mutual_information.measure(
-        model, subject.rows, subject.group, settings, subject.pad_id, batch_size, seed, on_progress
+        model, subject.rows, subject.group, settings, subject.pad_id, batch_size, seed, on_progress, on_samples
     )
     lowest, highest = subject.levels[0], subject.levels[-1]
     values = {

@@ -9,7 +9,6 @@ shuffled labels is subtracted.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -17,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from qpruner.calibration import Rows, visit_outputs
+from qpruner.calibration import OnProgress, Rows, visit_outputs
 from qpruner.config import SensitivityConfig
 from qpruner.errors import UserError
 from qpruner.models.layout import output_modules
@@ -56,7 +55,8 @@ def measure(
     pad_id: int,
     batch_size: int,
     seed: int,
-    on_group: Callable[[int, int], None] = lambda done, total: None,
+    on_group: OnProgress = lambda done, total: None,
+    on_samples: OnProgress = lambda done, total: None,
 ) -> MutualInformation:
     """Estimate every group's mutual information with the prediction in one pass over the samples.
 
@@ -68,7 +68,8 @@ def measure(
         pad_id: Padding token.
         batch_size: Samples per forward pass.
         seed: Seeds the shuffles.
-        on_group: Told how many groups of how many are done.
+        on_group: Told how many groups of how many are done, after the pass.
+        on_samples: Told how many samples of how many have passed.
 
     Raises:
         UserError: If the samples have too few predicted positions or the model predicts one token only.
@@ -82,6 +83,7 @@ def measure(
         predictions.append(predicted[:room])
         for name, paths in modules.items():
             outputs[name].append(torch.cat([batch[path][:room] for path in paths], dim=1))
+        on_samples(min(len(predictions) * batch_size, len(rows)), len(rows))
 
     listened = {path: model.get_submodule(path) for paths in modules.values() for path in paths}
     visit_outputs(model, listened, rows, pad_id, visit, batch_size)

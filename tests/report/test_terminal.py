@@ -9,6 +9,7 @@ import pty
 import re
 import subprocess
 import sys
+import time
 from datetime import datetime
 from pathlib import Path
 
@@ -134,15 +135,38 @@ def test_a_terminal_that_cannot_move_its_cursor_gets_the_lines_of_a_pipe(others:
 def test_a_pipe_is_told_now_and_then_how_far_a_long_step_is(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    terminal = Terminal(quiet=False)
-    terminal.emit(events.StageStarted("evaluate", "arc for 9 models"))
-    terminal.emit(events.Progress("evaluate", 1, 900, "answers"))
-    monkeypatch.setattr("qpruner.terminal.SECONDS_UNTOLD", 0.0)
-    terminal.emit(events.Progress("evaluate", 250, 900, "answers"))
-    assert capsys.readouterr().out.splitlines() == [
-        "[evaluate] arc for 9 models ...",
-        "[evaluate] answers: 250 of 900",
-    ]
+    """Whether or not anything happens meanwhile: before the first count, and again while a count stays."""
+    monkeypatch.setattr("qpruner.terminal.SECONDS_UNTOLD", 0.3)
+    said: list[str] = []
+
+    def wait_for(line: str, times: int) -> None:
+        until = time.monotonic() + 60
+        while said.count(line) < times:
+            assert time.monotonic() < until, said
+            time.sleep(0.01)
+            said.extend(re.sub(r", \d+ s$", "", each) for each in capsys.readouterr().out.splitlines())
+
+    with Terminal(quiet=False) as terminal:
+        terminal.emit(events.StageStarted("evaluate", "arc for 9 models"))
+        wait_for("[evaluate] running", 1)
+        terminal.emit(events.Progress("evaluate", 250, 900, "answers"))
+        wait_for("[evaluate] answers: 250 of 900", 2)
+        terminal.emit(events.StageFinished("evaluate", 1.0, "well"))
+        terminal.emit(events.StageStarted("report", "of the run"))
+        wait_for("[report] running", 1)
+    before = said.index("[evaluate] done in 1.0 s: well")
+    assert said[0] == "[evaluate] arc for 9 models ..."
+    assert not any("[evaluate]" in each for each in said[before + 1 :]), "what is over is not told of"
+
+
+def test_a_quiet_pipe_is_not_told_how_far_a_long_step_is(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("qpruner.terminal.SECONDS_UNTOLD", 0.01)
+    with Terminal(quiet=True) as terminal:
+        terminal.emit(events.StageStarted("evaluate", "arc for 9 models"))
+        time.sleep(0.2)
+    assert capsys.readouterr().out == ""
 
 
 def live_part(terminal: Terminal) -> str:

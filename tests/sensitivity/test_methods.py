@@ -38,7 +38,10 @@ def phi(tmp_path_factory: pytest.TempPathFactory) -> Banked:
 def scores(phi: Banked) -> dict[str, MethodScores]:
     model, subject = phi.model, phi.subject
     settings = SensitivityConfig(max_positions=32, num_shuffles=1)
-    found = by_information(model, subject, settings, 2, 0, lambda done, total: None)
+    passed, count = list[tuple[int, int]](), len(subject.rows)
+    told = lambda done, total: passed.append((done, total))  # noqa: E731
+    found = by_information(model, subject, settings, 2, 0, lambda done, total: None, told)
+    assert passed == [(min(done + 2, count), count) for done in range(0, count, 2)], "the pass is told of"
     found |= by_expansion(model, subject, 2, lambda done, total: None)
     return found | by_measurement(measure(model, phi.samples(), phi.starts), subject.levels, seconds=1.0)
 
