@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+import os
+from dataclasses import asdict, replace
 from typing import Any
 
 import click
@@ -14,7 +15,7 @@ from qpruner.errors import UserError
 from qpruner.estimate import work
 from qpruner.execution.cluster import local_slots
 from qpruner.memory import free_bytes
-from qpruner.plan import told_of_budget
+from qpruner.plan import FULL_BITS, LinearShape, told_of_budget
 from qpruner.preflight import PRUNED_EARLIER, Inspection, is_pruned
 from qpruner.report.life import told_driver
 from qpruner.report.model_card import told_other_base
@@ -112,13 +113,16 @@ def _rates(config: RunConfig, found: pipeline.Checked, measure: bool, gpu: str |
     """
     import torch
 
+    busy = _told_busy()
     inspection, resources = found.inspection, found.resources
     cores = max(1, int(resources.get("cpu", 1)))
     here = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     if gpu or (resources.get("gpu") and not here and not measure):
         return work.assumed_rates(gpu or "a GPU elsewhere")
+    slots = max(1, min(found.concurrent, local_slots().fits({"cpu": cores})))
     if not measure:
-        return _rates_by_products(config, inspection, here, cores, found.concurrent)
+        rates = _rates_by_products(config, inspection, here, cores, slots)
+        return replace(rates, packing=_packing_rate(config, inspection, cores, slots), busy=busy)
     if resources.get("gpu") and not here:
         raise UserError(
             "`--measure` times this machine, which has no GPU, and trials hold one: check on a machine like the "
@@ -129,20 +133,43 @@ def _rates(config: RunConfig, found: pipeline.Checked, measure: bool, gpu: str |
     share = work.share_at_highest(config, inspection)
     seconds = pace.measure(config, inspection.pruned_config, share, cores)
     where = here or counted(cores, "CPU core")
-    return work.measured_rates(config, inspection, seconds.training, seconds.scoring, where)
+    rates = work.measured_rates(config, inspection, seconds.training, seconds.scoring, where)
+    return replace(rates, packing=_packing_rate(config, inspection, cores, slots), busy=busy)
+
+
+def _told_busy() -> str | None:
+    """That something else works on this machine, where its load was above half its cores before anything was timed."""
+    load, cores = os.getloadavg()[0], os.cpu_count() or 1
+    if load <= cores / 2:
+        return None
+    return f"this machine is busy (load {load:.1f} on {counted(cores, 'core')}): times are of what is left of it"
+
+
+def _packing_rate(config: RunConfig, inspection: Inspection, cores: int, slots: int) -> float | None:
+    from qpruner.products import packing_per_second
+    from qpruner.quantization.bank import EntrySettings
+
+    widest, quantize = _widest(inspection), config.quantize
+    settings = EntrySettings(config.lora, quantize.double_quant, config.seed)
+    levels = tuple(bits for bits in quantize.bits if bits != FULL_BITS)
+    if not levels:
+        return None
+    return packing_per_second(widest.rows, widest.columns, settings, levels, config.model.dtype, cores, slots)
+
+
+def _widest(inspection: Inspection) -> LinearShape:
+    linears = (linear for group in inspection.pruned.groups for linear in group.linears)
+    return max(linears, key=lambda linear: linear.num_weights)
 
 
 def _rates_by_products(
-    config: RunConfig, inspection: Inspection, gpu: str | None, cores: int, concurrent: int
+    config: RunConfig, inspection: Inspection, gpu: str | None, cores: int, slots: int
 ) -> work.Rates:
     """Of this machine's GPU, or of its cores while as many slots are busy as it has."""
     from qpruner.products import operations_per_second
 
-    widest = max(
-        (linear for group in inspection.pruned.groups for linear in group.linears), key=lambda it: it.num_weights
-    )
+    widest = _widest(inspection)
     tokens, dtype = config.training.micro_batch_size * config.data.max_length, config.model.dtype
-    slots = max(1, min(concurrent, local_slots().fits({"cpu": cores})))
     products = operations_per_second(widest.rows, widest.columns, tokens, dtype, cores, slots)
     about = f"estimated by {dtype} matrix products timed on this machine's"
     if gpu:

@@ -1,20 +1,25 @@
-"""How fast this device multiplies matrices: what hours are estimated by where no step is timed."""
+"""How fast this device multiplies and packs matrices: what hours are estimated by where no step is timed."""
 
 from __future__ import annotations
 
 import functools
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
+from qpruner.config import LoraConfig
 from qpruner.models import cpu
 from qpruner.models.loading import device
+from qpruner.quantization.bank import EntrySettings, build_entry
 
 SECONDS = 0.3
 LARGEST = {"cpu": (1024, 128), "cuda": (8192, 8192)}
 """Rows and columns, and tokens, of a product that is timed, at most. A core is no faster at larger ones (110 GFLOP/s at
 128 and at 512 tokens with AVX2), and what takes longer than its time slice is mostly timed together with other work."""
+SVD_OPERATIONS = 150
+"""A weight, for a randomized SVD of rank 8 and packing."""
 
 
 @functools.cache
@@ -38,16 +43,63 @@ def operations_per_second(rows: int, columns: int, tokens: int, dtype: str, thre
     if where == "cuda":
         return operations / _seconds(inputs, weight)
     cpu.install()
+    return operations / _side_by_side(lambda: _seconds(inputs, weight), threads, slots)
+
+
+@functools.cache
+def packing_per_second(
+    rows: int, columns: int, settings: EntrySettings, levels: tuple[int, ...], dtype: str, threads: int, slots: int
+) -> float:
+    """Operations a second, as `packing_operations` counts them, of one slot that builds the bank while all of them do.
+
+    Quantizing and factorizing keep a core far below the speed of its products: 2 of 500 GFLOP/s.
+
+    Args:
+        rows: Outputs of the layer that is packed.
+        columns: Its inputs.
+        settings: Of the bank's entries.
+        levels: Bit-widths, without 16.
+        dtype: Of the weights, as the configuration names it.
+        threads: CPU cores of a slot; of no account on a GPU.
+        slots: Slots of this machine that work at once; of no account on a GPU.
+    """
+    where = device()
+    rows, columns = min(rows, LARGEST["cpu"][0]), min(columns, LARGEST["cpu"][0])
+    weight = torch.randn(rows, columns, device=where).to(getattr(torch, dtype))
+
+    def seconds() -> float:
+        taken: list[float] = []
+        until = time.perf_counter() + SECONDS
+        while len(taken) < 2 or time.perf_counter() < until:
+            started = time.perf_counter()
+            for bits in levels:
+                build_entry({"": weight}, bits, settings)
+            taken.append(time.perf_counter() - started)
+        return sum(taken[1:]) / len(taken[1:])  # the first warms up
+
+    taken = seconds() if where == "cuda" else _side_by_side(seconds, threads, slots)
+    return packing_operations(rows, columns, settings.lora, len(levels)) / taken
+
+
+def packing_operations(rows: int, columns: int, lora: LoraConfig, num_levels: int) -> float:
+    """Of a layer at so many bit-widths."""
+    is_exact = lora.init == "loftq" and lora.svd == "exact"
+    by_weight = 10 * min(rows, columns) if is_exact else SVD_OPERATIONS
+    return float(num_levels * lora.loftq_iterations * by_weight * rows * columns)
+
+
+def _side_by_side(seconds: Callable[[], float], threads: int, slots: int) -> float:
+    """What it takes a slot, on average, while all of them do the same."""
 
     def slot(_: int) -> float:
         torch.set_num_threads(threads)  # every Python thread has its own number
-        return _seconds(inputs, weight)
+        return seconds()
 
     before = torch.get_num_threads()
     with ThreadPoolExecutor(slots) as pool:
         taken = list(pool.map(slot, range(slots)))
     torch.set_num_threads(before)
-    return operations * slots / sum(taken)
+    return sum(taken) / slots
 
 
 def _seconds(inputs: torch.Tensor, weight: torch.Tensor) -> float:

@@ -198,6 +198,34 @@ def test_hours_follow_what_is_asked_for(inspection: Inspection, changed: Callabl
     assert fewer.stages["sensitivity"] < once.stages["sensitivity"], "KL and loss take most of it"
 
 
+def test_the_bank_is_told_by_packing_and_by_the_starts_of_its_workers(
+    inspection: Inspection, changed: Callable[..., RunConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def bank(slots: int = 2, packing: float | None = 1e9, has_gpus: bool = False) -> float:
+        rates = work.Rates(1e12, 2e12, "made up", packing)
+        return work.hours(changed(), inspection, rates, slots, has_gpus=has_gpus).stages["bank"] * 3600
+
+    small = bank()
+    assert small == pytest.approx(2 * bank(packing=2e9)) == pytest.approx(2000 * bank(packing=None))
+    monkeypatch.setattr(work, "FEW_WEIGHTS", 0)
+    assert bank() == pytest.approx(small + 2 * work.START_OPERATIONS / 1e9)
+    assert bank(slots=1) == bank(has_gpus=True) == small, "no worker is started, or its start is not what counts"
+
+
+@pytest.mark.parametrize(("load", "is_busy"), [(9.3, True), (0.2, False)])
+def test_check_says_that_the_machine_is_busy(
+    load: float, is_busy: bool, raw: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("os.getloadavg", lambda: (load, 0.0, 0.0))
+    monkeypatch.setattr("os.cpu_count", lambda: 2)
+    Path("config.yaml").write_text(yaml.safe_dump(raw))
+    said = CliRunner().invoke(main, ["check", "config.yaml"]).stdout
+    line = "    this machine is busy (load 9.3 on 2 cores): times are of what is left of it\n"
+    assert "estimated by" in said and (line in said) == is_busy
+    assert "busy (load" not in CliRunner().invoke(main, ["check", "config.yaml", "--gpu", "A100"]).stdout
+
+
 @pytest.mark.parametrize(("gpus", "pace"), [(0.5, 0.5), (1.0, 1.0), (2.0, 1.0)])
 def test_gpu_hours_count_what_a_trial_holds(
     gpus: float, pace: float, inspection: Inspection, raw: dict[str, Any]
@@ -279,7 +307,7 @@ def test_the_answer_comes_last_and_the_configuration_when_it_is_asked_for(
     done = CliRunner().invoke(main, ["check", "config.yaml"])
     assert done.stderr == "[check] model, rows, tasks and machine of config.yaml ...\n"
     short = done.stdout.splitlines()
-    assert len(short) < 25 and short[-1] == "The configuration is valid; `--show-config` prints every key in effect."
+    assert len(short) < 26 and short[-1] == "The configuration is valid; `--show-config` prints every key in effect."
     assert any(each.startswith("    estimated by bfloat16 matrix products timed on this machine's ") for each in short)
     whole = CliRunner().invoke(main, ["check", "config.yaml", "--show-config"]).stdout
     keys, _, answer = whole.partition("\n\n")

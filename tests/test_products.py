@@ -8,9 +8,11 @@ import sys
 
 import pytest
 
+from qpruner.config import LoraConfig
 from qpruner.estimate import work
 from qpruner.models.cpu import has_bfloat16
-from qpruner.products import operations_per_second
+from qpruner.products import operations_per_second, packing_operations, packing_per_second
+from qpruner.quantization.bank import EntrySettings
 
 TIMED = """
 from qpruner.products import operations_per_second
@@ -42,6 +44,14 @@ def test_slots_are_timed_side_by_side() -> None:
     shared = operations_per_second(256, 256, 256, "float32", 1, 2)
     assert alone > 1e8 and shared > 1e8
     assert torch.get_num_threads() == threads
+
+
+def test_packing_is_known_to_be_slower_than_products() -> None:
+    """Taken for products, the demo's bank took a second, which took half a minute."""
+    settings = EntrySettings(LoraConfig(rank=8), double_quant=True, seed=0)
+    packing = packing_per_second(512, 512, settings, (4, 8), "float32", 1, 1)
+    assert packing < operations_per_second(512, 512, 128, "float32", 1, 1) / 3
+    assert packing_operations(10, 20, settings.lora, 2) == 2 * packing_operations(10, 20, settings.lora, 1)
 
 
 def test_what_a_step_does_beside_the_products_weighs_more_on_narrow_models() -> None:

@@ -47,6 +47,7 @@ def facts(
         "trials_sharing_memory": sharing,
         "hours": {
             "rates": rates.origin,
+            "busy": rates.busy,
             "stages": {name: held * each for name, each in time.stages.items()},
             "shared": time.shared,
             "share_done": {name: done.get(name, 0.0) for name in time.stages},
@@ -85,6 +86,7 @@ def time_text(found: Mapping[str, Any], has_gpu: bool) -> list[str]:
         f"{taken['at_most']}, with no trial stopped)",
         *_stage_lines(time),
         f"    {time['rates']}",
+        *([f"    {time['busy']}"] if time["busy"] else []),
         f"    rows of {CHARACTERS_A_TOKEN} characters a token, {CHOICES} answers a question; starts of processes, "
         "loading and saving come on top, with a model as small as the demo's up to as much again",
     ]

@@ -9,13 +9,15 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from qpruner.config import RunConfig
 from qpruner.data import Example
 from qpruner.plan import FULL_BITS, Layout
 from qpruner.preflight import Inspection
+from qpruner.products import packing_operations
+from qpruner.quantization.bank import FEW_WEIGHTS
 
 CHARACTERS_A_TOKEN = 4
 ALPACA_TOKENS = 40
@@ -24,8 +26,9 @@ CHOICES = 4
 """Answers that a question of a task is asked with."""
 UNTUNED = 3
 """Models that are scored without a fine-tune: base, pruned, and quantized by the winner's plan."""
-SVD_OPERATIONS = 150
-"""A weight, for a randomized SVD of rank 8 and packing."""
+START_OPERATIONS = 3e10
+"""Of packing, which take a core as long as a worker's start and its share of Ray's own: about 14 s where it packs 2.2e9
+a second (8.3 s of them imports, on a core with AVX-512, 2026-11-27). A small model's bank is mostly that."""
 TERAFLOPS = {
     "H200": 989.0,
     "H100": 989.0,
@@ -57,17 +60,27 @@ class Rates:
         training: In forward and backward passes of the budget's plan.
         scoring: In forward passes.
         origin: What was assumed or measured.
+        packing: In quantizing and factorizing, where that was timed; None takes it for as fast as scoring.
+        busy: What is to be said of what else this machine did, where it was timed.
     """
 
     training: float
     scoring: float
     origin: str
+    packing: float | None = None
+    busy: str | None = None
 
     def on(self, gpus: float) -> Rates:
         """Of a slot that holds so much of a GPU; what it holds beyond one does not make a trial faster."""
         if gpus >= 1:
             return self
-        return Rates(self.training * gpus, self.scoring * gpus, f"{self.origin}, {gpus:g} of a GPU a slot")
+        return replace(
+            self,
+            training=self.training * gpus,
+            scoring=self.scoring * gpus,
+            packing=self.packing and self.packing * gpus,
+            origin=f"{self.origin}, {gpus:g} of a GPU a slot",
+        )
 
 
 def assumed_rates(gpu: str) -> Rates:
@@ -174,9 +187,11 @@ def hours(
     counted = _Count(config, inspection)
     jobs = num_finetunes(config)
     steps, trials = expected_steps(config), config.search.num_trials
+    packers = min(slots, len(inspection.pruned.groups))
+    starts = 0 if has_gpus else counted.bank_starts(packers) * START_OPERATIONS
     stages = {
         "prune": counted.prune() / rates.training,
-        "bank": counted.bank() / rates.scoring,
+        "bank": (counted.bank() + starts) / (rates.packing or rates.scoring),
         "sensitivity": counted.sensitivity() / rates.training,
         "search": counted.training(steps.steps) / rates.training + counted.search_scores(steps) / rates.scoring,
         "finetune": jobs * counted.training(counted.finetune_steps()) / rates.training
@@ -189,7 +204,7 @@ def hours(
     groups = max(1, min(slots // workers, jobs))
     shared = {
         "prune": 1,
-        "bank": min(slots, len(inspection.pruned.groups)),
+        "bank": packers,
         "sensitivity": slots if has_gpus and {"kl", "loss"} & set(config.sensitivity.methods) else 1,
         "search": min(slots, trials),
         "finetune": groups * workers,
@@ -306,14 +321,14 @@ class _Count:
         return operations * self._pruned
 
     def bank(self) -> float:
-        lora, layout = self._config.lora, self._inspection.pruned
         levels = sum(bits != FULL_BITS for bits in self._config.quantize.bits)
-        linears = [linear for group in layout.groups for linear in group.linears]
-        if lora.init == "loftq" and lora.svd == "exact":
-            by_weight = sum(10 * linear.num_weights * min(linear.rows, linear.columns) for linear in linears)
-        else:
-            by_weight = sum(SVD_OPERATIONS * linear.num_weights for linear in linears)
-        return float(levels * lora.loftq_iterations * by_weight)
+        linears = [linear for group in self._inspection.pruned.groups for linear in group.linears]
+        return sum(packing_operations(each.rows, each.columns, self._config.lora, levels) for each in linears)
+
+    def bank_starts(self, slots: int) -> int:
+        """Workers that are started for the bank; one slot, or few weights, start none."""
+        is_small = sum(group.num_weights for group in self._inspection.pruned.groups) < FEW_WEIGHTS
+        return 0 if slots == 1 or is_small else slots
 
     def _questions(self, section: str) -> float:
         """Every answer of every question is a row of its own."""

@@ -22,9 +22,6 @@ from qpruner.rundir import files_in, remove
 if TYPE_CHECKING:
     from qpruner.quantization.bank import BankIndex, GroupJob, IndexEntry
 
-FEW_WEIGHTS = 10_000_000
-"""Packing fewer takes less time than a start of Ray."""
-
 
 def bank(context: Context, pruned: PruneRecord) -> BankRecord:
     """Packed weights and adapter starts of every (group, bits)."""
@@ -223,7 +220,9 @@ def _check_room(context: Context, scratch: Path, jobs: list[GroupJob]) -> None:
 
 def _built(context: Context, jobs: list[GroupJob]) -> Iterator[tuple[GroupJob, dict[str, tuple[str, float]]]]:
     """Build the groups: on the cluster's workers where that is worth starting them and there are or may be several."""
-    is_small = sum(group.num_weights for group in context.layout.groups) < FEW_WEIGHTS and not context.address
+    from qpruner.quantization import bank as store
+
+    is_small = sum(group.num_weights for group in context.layout.groups) < store.FEW_WEIGHTS and not context.address
     resources, concurrent = ({}, 1) if is_small else context.task_resources(len(jobs))
     if concurrent <= 1:
         for job in jobs:

@@ -34,6 +34,8 @@ from qpruner.rundir import BANK_CACHE, fetch_file, file_digest, for_each, put_fi
 FORMAT = 2
 """Counts up when an entry of the same inputs would hold other tensors."""
 INDEX = "bank.json"
+FEW_WEIGHTS = 10_000_000
+"""Packing fewer takes less time than a start of Ray."""
 
 
 class IndexEntry(BaseModel):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import os
 import shutil
 import subprocess
@@ -172,7 +171,7 @@ def test_workers_build_what_this_process_builds(
     raw: Raw, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     here, _ = bank_of(raw)
-    monkeypatch.setattr(importlib.import_module("qpruner.pipeline.bank"), "FEW_WEIGHTS", 0)
+    monkeypatch.setattr("qpruner.quantization.bank.FEW_WEIGHTS", 0)
     with_workers, events = bank_of(raw_config(tiny_model, tmp_path / "workers"))
     assert with_workers.files == here.files
     assert with_workers.residual_ratio == here.residual_ratio
