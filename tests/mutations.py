@@ -898,6 +898,18 @@ MUTATIONS = {
         "if False:",
         "tests/test_runlock.py::test_the_command_is_refused_with_exit_code_2",
     ),
+    "a pipe hears nothing while nothing is counted": Mutation(
+        "qpruner/terminal.py",
+        "            threading.Thread(target=self._break_silence, daemon=True).start()\n",
+        "            pass\n",
+        "tests/report/test_terminal.py::test_a_pipe_is_told_now_and_then_how_far_a_long_step_is",
+    ),
+    "a row that has no folder yet counts no answers": Mutation(
+        "qpruner/candidates.py",
+        "path.parent.mkdir(exist_ok=True)",
+        "pass",
+        "tests/test_candidates.py::test_answers_are_counted_between_batches_and_of_a_row_without_a_folder",
+    ),
 }
 
 
