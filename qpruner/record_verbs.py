@@ -20,7 +20,7 @@ from qpruner.errors import UserError
 from qpruner.plan import told_of_budget
 from qpruner.report import life, run_views
 from qpruner.report.lines import duration
-from qpruner.report.standing import FIGURES
+from qpruner.report.standing import FIGURES, told_score
 from qpruner.search.trial_records import remedy_of
 from qpruner.terminal import Terminal
 from qpruner.wording import counted
@@ -182,11 +182,17 @@ def trials(run: str | Path, conditions: Sequence[str], sort: str, descending: bo
     elif form == "text":
         shown = [name for name in SHOWN if any(row[name] is not None for row in rows)]
         terminal = Terminal(quiet=False)
-        terminal.table(shown, [[_figure(name, row[name]) for name in shown] for row in rows])
+        terminal.table(shown, [[_cell(name, row) for name in shown] for row in rows])
         for row in rows:
             if row["failure"]:
                 terminal.say(_failed(row))
     return {"status": "ok", "trials": rows}
+
+
+def _cell(name: str, row: dict[str, Any]) -> str:
+    """A trial's figure as the table shows it: a score, where the trial is past the rung that it is of, with that."""
+    shown = _figure(name, row[name])
+    return told_score(shown, row["rung"], row["step"]) if name in FIGURES and row["rung"] else shown
 
 
 def _where(rows: Sequence[dict[str, Any]], condition: str, names: Mapping[str, str]) -> list[dict[str, Any]]:
@@ -272,7 +278,7 @@ def compare(runs: Sequence[str | Path], as_json: bool) -> dict[str, Any]:
         if settings:
             terminal.say("Settings that differ:")
             terminal.table(headings, [[key, *map(_setting, values)] for key, values in settings.items()])
-        else:
+        elif len(views) > 1:
             terminal.say("All settings are the same.")
     return {"status": "ok", "runs": facts, "differing_settings": settings}
 

@@ -14,7 +14,7 @@ from rich.text import Text
 from qpruner import events
 from qpruner.records import SearchState, TrialRecord
 from qpruner.report.lines import duration
-from qpruner.report.standing import FIGURES, Standing, bar, control_name, score, standing
+from qpruner.report.standing import FIGURES, Standing, bar, control_name, score, standing, told_score
 from qpruner.wording import counted
 
 COLORS = {"4": "cyan", "8": "yellow", "F": "magenta"}
@@ -154,12 +154,13 @@ def _table(running: list[TrialRecord], num_listed: int, search: SearchState, ste
     table = Table(*figures, "plan", box=None, header_style="dim")
     for trial in running[:num_listed]:
         last = trial.rungs[-1] if trial.rungs else None
+        step = max(last.step if last else 0, steps.get(trial.index, 0))
         table.add_row(
             str(trial.index),
             trial.origin,
             f"{trial.plan_bytes / 1e6:.1f} MB",
-            f"{max(last.step if last else 0, steps.get(trial.index, 0))}/{search.steps}",
-            f"{score(last, search.metric):.4f}" if last else "-",
+            f"{step}/{search.steps}",
+            told_score(f"{score(last, search.metric):.4f}", last.step, step) if last else "-",
             PlanBar(trial),
         )
     if len(running) > num_listed:

@@ -190,7 +190,8 @@ def _search_status(run: RunView) -> dict[str, Any] | None:
 def trial_row(run: RunView, trial: TrialRecord) -> dict[str, Any]:
     """A trial as a flat row: figures first, then the bits of every group.
 
-    Losses are those of its last rung; the step of one that runs is where it is now, between two rungs, too.
+    Losses are those of its last rung, the step `rung`; the step of one that runs is where it is now, between two rungs,
+    too.
     """
     last = trial.rungs[-1] if trial.rungs else None
     assert run.state.search
@@ -204,6 +205,7 @@ def trial_row(run: RunView, trial: TrialRecord) -> dict[str, Any]:
         "mean_bits": trial.mean_bits,
         "plan": bar(trial),
         "step": max(last.step if last else 0, pulse.step if pulse else 0),
+        "rung": last.step if last else None,
         "loss": last.loss if last else None,
         "accuracy": last.accuracy if last else None,
         "train_loss": last.train_loss if last else None,

@@ -105,6 +105,11 @@ def score(rung: RungResult | FreshScore, metric: str) -> float:
     return rung.accuracy
 
 
+def told_score(shown: str, rung: int, step: int) -> str:
+    """A score beside the step that its trial is at: with the rung it is of where the trial is past it."""
+    return shown if rung == step else f"{shown} @{rung}"
+
+
 def control_name(control: TrialRecord) -> str:
     """What the best control is called: a plan that the user gave stands for itself."""
     return "given plan" if control.is_given else "best control"

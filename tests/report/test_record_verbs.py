@@ -115,10 +115,14 @@ def test_status_and_trials_show_where_trials_are_and_why_they_failed(run: Path) 
     search = told("status", run)["search"]
     assert (search["starting"], search["waiting"]) == (1, 1)
     assert "under way:     trial 5 (gp), step 3/8" in text
+    shown = {line.split()[0]: line for line in qpruner("trials", run).stdout.splitlines()}
+    assert "  3.1000 @2" in shown["5"], "at step 3, with the loss of step 2"
+    assert "@" not in shown["2"] and "@" not in shown["6"]
     assert "failed:        trial 4 (gp), diverged: TrainingDiverged: the loss is nan\n" in text
     assert "  remedy: lower `training.learning_rate`" in text
     rows = {row["trial"]: row for row in told("trials", run)["trials"]}
     assert [rows[index]["step"] for index in (2, 4, 5, 6)] == [8, 0, 3, 0]
+    assert [rows[index]["rung"] for index in (2, 4, 5, 6)] == [8, None, 2, None]
     assert [row["trial"] for row in told("trials", run, "--where", "failure=diverged")["trials"]] == [4]
     assert "TrainingDiverged: the loss is nan" in qpruner("trials", run).stdout
 
@@ -288,6 +292,8 @@ def test_compare_shows_results_side_by_side_and_the_settings_that_differ(tmp_pat
     assert facts["differing_settings"] == {"lora.rank": [4, 2], "search.searcher": ["gp", "random"]}
     text = qpruner("compare", first, second).stdout
     assert "848444" in text and "Settings that differ" in text
+    same = "All settings are the same."
+    assert same in qpruner("compare", first, first).stdout and same not in qpruner("compare", first).stdout
 
 
 def test_compare_tells_the_hours_of_the_search_from_those_of_the_run(tmp_path: Path) -> None:

@@ -88,7 +88,8 @@ def test_a_terminal_shows_the_search_live() -> None:
     assert "6 of 20 trials: 3 finished, 1 stopped, 1 failed; 1 of 2 slots busy; about 15 min 00 s left" in seen
     assert "best so far   validation loss 2.9000, trial 2 (gp), 32.0 MB" in seen
     assert "best control  validation loss 3.0000, trial 1 (seed-kl)" in seen
-    assert "3/8" in seen and "\x1b[33m8" in seen, "where the running trial is past its rung, and bits in colour"
+    assert "3/8" in seen and "3.1000 @2" in seen, "the loss of its rung"
+    assert "\x1b[33m8" in seen, "where the running trial is past its rung, and bits in colour"
 
 
 def test_a_narrow_terminal_folds_what_it_shows_live() -> None:
