@@ -148,9 +148,9 @@ class Snapshot:
 
     @property
     def missing(self) -> str | None:
-        """What a run that is not whole has no figures of, in a sentence."""
+        """The stages that a run that is not whole has no record of, in a sentence; some may have figures already."""
         names = [name for name in KINDS if getattr(self.results, name) is None]
-        return f"There are no figures yet of: {', '.join(names)}." if names else None
+        return f"There is no result yet of: {', '.join(names)}." if names else None
 
 
 def read_snapshot(run: RunDir) -> Snapshot:

@@ -302,6 +302,32 @@ def test_where_all_trials_lie_near_one_another_none_is_told_of_an_edge(name: str
     assert "Far off" not in chart.caption and "\u2191" not in json.dumps(chart.spec)
 
 
+def test_the_best_so_far_goes_on_to_the_last_trial_though_it_was_stopped(tmp_path: Path) -> None:
+    made = MadeRun(tmp_path / "run", num_trials=12, num_blocks=2)
+    last = made.trials[-1].model_copy(update={"status": "stopped"})
+    ends = {}
+    for record in (made.trials[-1].model_copy(update={"status": "finished"}), last):
+        write_trial(made.run.trials / TRIALS, record)
+        line = chart_of(made, "progress").spec["layer"][0]["data"]["values"]
+        ends[record.status] = {each["kind"]: each["trial"] for each in line}
+        assert len(line) == len({(each["kind"], each["trial"]) for each in line})
+    assert ends["stopped"] == ends["finished"] == {"searched": 11, "control": 11}
+
+
+def test_the_budget_s_name_stands_where_no_arrow_does(tmp_path: Path) -> None:
+    """A far trial at the budget has its arrow at the upper end of the budget's line."""
+    made = MadeRun(tmp_path / "run", num_trials=12, num_blocks=2)
+    make_far(made, 0)
+    search = made.state.search
+    assert search
+    search = search.model_copy(update={"budget_bytes": made.trials[0].plan_bytes})
+    made.run.write_state(made.state.model_copy(update={"search": search}))
+    drawn = vl_convert.vegalite_to_svg(json.dumps(chart_of(made, "pareto").complete | {"width": 640}))
+    places = re.findall(r'<text[^>]*transform="translate\(([\d.-]+),([\d.-]+)\)[^>]*>(budget|\u2191)</text>', drawn)
+    (one, budget), (other, arrow) = sorted((name, (float(x), float(y))) for x, y, name in places)
+    assert (one, other) == ("budget", "\u2191") and abs(budget[1] - arrow[1]) > 60
+
+
 def test_scores_that_would_cover_one_another_stand_in_the_text_alone(tmp_path: Path) -> None:
     """Two far trials lie at the same place at each rung."""
     made = MadeRun(tmp_path / "run", num_trials=40, num_blocks=2)
@@ -599,7 +625,7 @@ def test_a_run_that_failed_after_any_stage_has_a_page_that_says_where_and_why(tm
     assert json.loads(told.output.splitlines()[-1])["page"] == str(root / "report.html")
     text = words(Outline(page_of(root)).text)
     assert f"Failed in stage {stage}: no space left for /runs" in text
-    missing = f"There are no figures yet of: {', '.join(STAGES[STAGES.index(stage) :])}."
+    missing = f"There is no result yet of: {', '.join(STAGES[STAGES.index(stage) :])}."
     assert missing in text and missing in (root / "report.md").read_text()
     assert "How sure" not in text
     is_chosen = until in ("search", "finetune")

@@ -173,7 +173,7 @@ def test_a_run_that_is_not_whole_opens_without_complaint_and_says_what_is_missin
     write_report(made.run)
     page = opened(tmp_path / "run" / "report.html")
     assert page.locator("header .standing").inner_text().startswith(said.format(missing[0]))
-    assert page.get_by_text(f"There are no figures yet of: {', '.join(missing)}.").is_visible()
+    assert page.get_by_text(f"There is no result yet of: {', '.join(missing)}.").is_visible()
     assert page.locator("#quality").count() == 0
     headings = page.locator("main h2").all_inner_texts()
     assert page.locator("nav a").count() == len(headings)

@@ -70,7 +70,8 @@ def pareto(run: Snapshot) -> Iterator[Chart]:
             "layer": [
                 {"mark": {"type": "rule", "color": "var(--muted)", "strokeDash": [2, 3]}},
                 {
-                    "mark": {"type": "text", "baseline": "bottom", "y": -3},  # above the plot, where no line strikes it
+                    # Along the line, on the side of no plan: at its end an arrow may stand.
+                    "mark": {"type": "text", "angle": 270, "baseline": "top", "dy": 7, "y": {"expr": "height / 2"}},
                     "encoding": {"text": {"field": "text"}},
                 },
             ],
@@ -120,10 +121,13 @@ def progress(run: Snapshot) -> Iterator[Chart]:
     told = ("trial", "origin", "kind", "score")
     points = [{name: point[name] for name in told} for point in _points(run) if point["trial"] in shown]
     points = _placed(points, [point["trial"] for point in points], edge)
+    last = max(trial.index for trial in run.shown_together if trial.is_over)
+    # The last trials may all have been stopped: the best stays what it was.
+    after_each = points if points[-1]["trial"] == last else [*points, {"trial": last, "kind": None}]
     better, best = (max if run.metric == "accuracy" else min), Values()
     for kind in (SEARCHED, CONTROL):
         reached = None
-        for point in points:
+        for point in after_each:
             if point["kind"] == kind:
                 reached = point["score"] if reached is None else better(reached, point["score"])
             if reached is not None:
