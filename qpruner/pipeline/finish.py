@@ -105,7 +105,10 @@ def finetune_stage(context: Context, searched: SearchRecord, jobs: list[tuple[Ro
     settings = context.config.finetune
     length = counted(settings.steps, "step") if settings.steps else counted(settings.epochs or 0.0, "epoch")
     told = [(row.name, row.origin, job.seed, job.folder.name) for row, job in jobs]
-    return Stage("finetune", f"{counted(len(_distinct(jobs)), 'fine-tune')}, {length}", (searched.digest, told))
+    work = f"{counted(len(_distinct(jobs)), 'fine-tune')}, {length}"
+    # A plan's loss here beside its loss as a trial, after as many steps, looks like an error.
+    detail = f"{work}, in another data order than the trials', whose losses differ by it"
+    return Stage("finetune", detail, (searched.digest, told))
 
 
 def finetune_jobs(context: Context, searched: SearchRecord, measured: SensitivityRecord) -> list[tuple[Row, Candidate]]:

@@ -215,11 +215,7 @@ def _tell_recorded(context: Context, job: SearchJob) -> int:
         context.emit(Message("search", f"going on from {counted(resumed, 'recorded trial')}"))
     if len(recorded) > resumed:
         number = len(recorded) - resumed
-        context.emit(
-            Message(
-                "search", f"starting from {counted(number, 'trial')} of a search with another budget, searcher or plan"
-            )
-        )
+        context.emit(Message("search", f"starting from {counted(number, 'trial')} that earlier searches left"))
     return resumed
 
 

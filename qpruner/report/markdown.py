@@ -107,7 +107,7 @@ def _sensitivities(measured: SensitivityRecord, run: Snapshot) -> list[str]:
         "",
         f"{prose(sections.METHODS_CAPTION)}.",
         "",
-        pipe_table(sections.METHOD_HEADINGS, sections.methods(measured, run.effects)),
+        pipe_table(*sections.methods(measured, run.effects)),
         "",
         prose(sections.effects_text(run.effects)),
         "",

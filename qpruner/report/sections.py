@@ -48,9 +48,10 @@ ALIKE_HEADINGS = ("row", "test accuracy", "test answer loss", "perplexity", "val
 LEGEND = (
     "Bytes are the packed tensors, scales, unquantized rest and adapters; mean bits are over the grouped weights; peak "
     "memory is that of the fine-tune, in a process of its own. Every row had the same fine-tune. Seeds are training "
-    "seeds (data order and dropout; adapter starts are the same): how many, and in brackets which. A row with several "
-    "shows means and, after ±, their standard deviation over seeds, the random row over its plans too; se is the "
-    "standard error of an accuracy over questions. "
+    "seeds (data order and dropout; adapter starts are the same): how many, and in brackets which; none is the "
+    "trials', so a plan's loss as a trial does not compare with its loss here. A row with several shows means and, "
+    "after ±, their standard deviation over seeds, the random row over its plans too; se is the standard error of an "
+    "accuracy over questions. "
     "In the claim an interval is the widest of Student's over seeds, Student's over random plans and the paired one "
     "over questions or confirmation rows, each at 95 % by itself, so that of several one may leave zero out by "
     "chance. The confirmation loss is on the half of the confirmation rows that chose nothing, the selection loss on "
@@ -233,8 +234,7 @@ def search_text(search: SearchRecord) -> list[str]:
         + f". It ended because {search.ended}."
     )
     if search.num_taken_over:
-        others = "searches with another budget, searcher or plan"
-        told += f" It started from {counted(search.num_taken_over, 'trial')} that {others} left."
+        told += f" It started from {counted(search.num_taken_over, 'trial')} that earlier searches left."
     if search.sessions > 1:
         before = counted(search.resumed, "trial")
         told += f" Resumed: {search.sessions} sessions; the last began with {before} recorded before."
@@ -326,12 +326,15 @@ def bar(plan: dict[str, int]) -> str:
     return str(PrecisionPlan.from_dict(plan))
 
 
-def methods(measured: SensitivityRecord, effects: MarginalEffects | str) -> list[tuple[str, ...]]:
-    """Every sensitivity, what it took, and how it agrees with what trials show."""
-    return [
+def methods(
+    measured: SensitivityRecord, effects: MarginalEffects | str
+) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """Every sensitivity, what it took, and, where trials show enough, how it agrees with them: headings and cells."""
+    body = [
         (name, method.source, method.unit, f"{method.seconds:.1f}", _correlation(method, effects))
         for name, method in measured.methods.items()
     ]
+    return _filled(METHOD_HEADINGS, body)
 
 
 def groups(

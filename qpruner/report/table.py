@@ -174,7 +174,7 @@ def claim(results: Results) -> str:
     assert results.search
     found = comparisons(results)
     if not found:
-        return "No claim: there is no row to compare the searched plan with; set `finetune.compare`."
+        return "No claim is made: no other plan had the same fine-tune."
     lead = f"{_winner(results.search, _by_name(results)[SEARCHED][0])}{_lost(rows(results))}{_in_words(found)}"
     return "\n".join([lead, *map(_stated, found)])
 
@@ -330,8 +330,8 @@ def _lost(table: Sequence[Row]) -> str:
         told += " and its answer loss {:.3f} (base {:.3f}, pruned {:.3f})".format(*losses)
     under = seeds_told(base, winner)
     return (
-        f" At {winner.measured_bytes / base.measured_bytes:.1%} of the base's bytes, adapters included, its {told}, "
-        f"all after the same fine-tune{under and f', base and pruned{under}'}."
+        f" At {winner.measured_bytes / base.measured_bytes:.1%} of the bytes of the base with such an adapter, its "
+        f"{told}, all after the same fine-tune{under and f', base and pruned{under}'}."
     )
 
 

@@ -30,6 +30,7 @@ from qpruner.pipeline.finish import (
     evaluate,
     finetune,
     finetune_jobs,
+    finetune_stage,
     held_out_text,
     scores_digest,
 )
@@ -254,6 +255,14 @@ def test_a_row_is_called_as_the_final_table_calls_it(found: dict[str, Any], titl
         assert untuned == [f"{name} (no fine-tune)" for name in ("base", "pruned", title)]
     finally:
         context.run_dir.forget("search")
+
+
+def test_the_line_that_begins_the_fine_tunes_says_why_their_losses_are_not_the_trials(context: Context) -> None:
+    """The winner's, after as many steps, may be 0.3 worse than as a trial."""
+    searched = searched_record(a_winner(context))
+    jobs = finetune_jobs(context, searched, measured_of(context))
+    detail = finetune_stage(context, searched, jobs).detail
+    assert detail.endswith(", in another data order than the trials', whose losses differ by it")
 
 
 @pytest.mark.parametrize(

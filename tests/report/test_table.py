@@ -222,9 +222,26 @@ def difference(results: Results, measure: str, other: str = BEST_SEED) -> Differ
 
 def test_without_a_row_to_compare_with_there_is_no_claim() -> None:
     text = claim(results_of(searched_row([1.0])))
-    assert text.startswith("No claim")
-    assert "`finetune.compare`" in text
-    assert "better" not in text
+    assert text == "No claim is made: no other plan had the same fine-tune."
+
+
+def test_the_first_figures_of_a_run_without_comparison_are_base_and_pruned_as_they_are() -> None:
+    """An accuracy alone says nothing; what was measured has no fine-tune, and the run's owner can ask for more."""
+    untuned = [(name, (score(answers(40, right)),)) for name, right in zip(UNTUNED, (25, 24, 20), strict=True)]
+    run = snapshot(results_of(searched_row([1.0]), untuned))
+    by_heading = {tile.heading: tile.lines for tile in tiles(run)}
+    accuracy = by_heading["Accuracy on held-out tasks"]
+    assert accuracy[:2] == ("base, not fine-tuned: 0.625", "pruned, not fine-tuned: 0.600")
+    assert "finetune.compare gives other plans the same fine-tune" in by_heading["How sure"]
+    tuned = [*row_of("base", [1.0]), *row_of("pruned", [1.0]), *searched_row([1.0])]
+    compared = snapshot(results_of(tuned, untuned))
+    assert not any("not fine-tuned" in line for tile in tiles(compared) for line in tile.lines)
+
+
+def test_a_card_gives_its_readers_no_task_of_the_owner() -> None:
+    config = {"model": {"source": "me/base"}, "data": {"train": []}}
+    run = snapshot(results_of(searched_row([1.0])), config=config, environment={"qpruner": "1.2"})
+    assert "No claim is made: " in model_card(run, None) and "finetune.compare" not in model_card(run, None)
 
 
 def test_a_search_that_returns_the_seed_says_so_whatever_the_scores() -> None:
@@ -626,9 +643,9 @@ def test_a_row_of_one_seed_can_be_compared_with_the_same_seed_of_the_others(whol
 
 def test_the_claim_says_what_was_lost_against_base_and_pruned(whole: Results) -> None:
     lost = (
-        "At 100.8% of the base's bytes, adapters included, its test accuracy is 0.570 (base 0.475, pruned 0.485) and "
-        "its answer loss 1.750 (base 1.500, pruned 1.500), all after the same fine-tune, base and pruned under "
-        "training seed 0 alone."
+        "At 100.8% of the bytes of the base with such an adapter, its test accuracy is 0.570 (base 0.475, pruned "
+        "0.485) and its answer loss 1.750 (base 1.500, pruned 1.500), all after the same fine-tune, base and pruned "
+        "under training seed 0 alone."
     )
     card = model_card(
         snapshot(whole, config={"model": {"source": "me/base"}, "data": {"train": []}}, environment={"qpruner": "1.2"}),
@@ -725,11 +742,15 @@ def test_a_record_without_timings_is_shown_without_them(whole: Results) -> None:
     assert "turns" not in report(whole)
 
 
+def test_the_legend_says_why_a_trials_loss_is_another(whole: Results) -> None:
+    assert "none is the trials', so a plan's loss as a trial does not compare with its loss here." in report(whole)
+
+
 def test_the_report_tells_how_search_and_pruning_ended(whole: Results) -> None:
     text = report(whole)
     assert "16 trials, 7 finished, 8 stopped early, 1 failed" in text
     assert "It ended because all 16 trials were spent (`search.max_trials`)." in text
-    assert "started from 5 trials that searches with another budget, searcher or plan left" in text
+    assert "started from 5 trials that earlier searches left" in text
     assert "Resumed: 2 sessions; the last began with 3 trials recorded before. Failed: 1 diverged (lower" in text
     assert "On fresh rows trial 11 (gp) was best, a searched plan." in text
     assert "\n| trial | from | selection loss |\n" in text, "no accuracy was searched"
@@ -763,12 +784,13 @@ def test_the_report_shows_a_front() -> None:
 
 def test_the_report_shows_sensitivities_beside_what_trials_show(whole: Results) -> None:
     text = report(whole)
-    assert "| kl | one group at a time | nats | 12.5 | - |" in text
+    assert "| method | what | unit | seconds |\n" in text, "no column of dashes"
+    assert "| kl | one group at a time | nats | 12.5 |\n" in text
     assert f"No rank correlation with what trials show: {NO_EFFECTS}." in text
     assert "| layers.0 | 8 | 0.5 |" in text and "| layers.1 | 4 | 0.25 |" in text
     effects = MarginalEffects({4: (0.01, 0.02)}, num_trials=9, residual=0.005)
     text = report(whole, effects)
-    assert "| kl | one group at a time | nats | 12.5 | -1.00 |" in text
+    assert "| seconds | rank correlation |\n" in text and "| kl | one group at a time | nats | 12.5 | -1.00 |" in text
     assert "main effects of 9 finished trials (residual 0.0050 nats)" in text
     assert "| layers.0 | 8 | 0.5 | 0.01 |" in text
 

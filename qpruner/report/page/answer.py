@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -58,6 +59,7 @@ def _whole(run: Snapshot) -> Iterator[Tile]:
         f"{winner.accuracy:.3f}",
         (
             *(f"{other.name}, same fine-tune{seeds_told(other, winner)}: {other.accuracy:.3f}" for other in others),
+            *(f"{name}, not fine-tuned: {accuracy:.3f}" for name, accuracy in _untuned(run) if name not in table),
             *_answer_losses(winner, others),
             _interval(winner),
         ),
@@ -70,6 +72,14 @@ def _whole(run: Snapshot) -> Iterator[Tile]:
         (f"{len(plan)} groups: {', '.join(counts)}", winner.origin if run.is_given else f"found by {winner.origin}"),
     )
     yield _certainty(run)
+
+
+def _untuned(run: Snapshot) -> Iterator[tuple[str, float]]:
+    """Base and pruned model before any fine-tune, and their accuracies."""
+    assert run.results.evaluate
+    for row in run.results.evaluate.rows:
+        if row.seed is None and row.name in (BASE, PRUNED):
+            yield row.name, statistics.fmean(score.value for score in row.scores)
 
 
 def _interval(winner: Row) -> str:
@@ -99,7 +109,10 @@ def _certainty(run: Snapshot) -> Tile:
     """The claim in a few words."""
     found = comparisons(run.results)
     if not any(each.differences for each in found):
-        return Tile("How sure", "no claim", ("there is nothing of equal bytes to compare with",))
+        lines = ["there is nothing of equal bytes to compare with"]
+        if not found:
+            lines.append("finetune.compare gives other plans the same fine-tune")
+        return Tile("How sure", "no claim", tuple(lines))
     lines = []
     for each in found:
         random = "one random plan" if each.origin == ONE_RANDOM_PLAN else "random plans"
