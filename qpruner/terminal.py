@@ -95,7 +95,8 @@ class Terminal:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._closed.set()
+        with self._telling:  # what is printed from here on stays last
+            self._closed.set()
         if self._live:
             self._live.stop()
 
@@ -170,7 +171,7 @@ class Terminal:
         """Tell of the stages under way whenever nothing was told for long: what counts may itself be slow to."""
         while not self._closed.wait(SECONDS_UNTOLD / 30):
             with self._telling:
-                if time.monotonic() - self._last_line >= SECONDS_UNTOLD:
+                if not self._closed.is_set() and time.monotonic() - self._last_line >= SECONDS_UNTOLD:
                     for stage, began in self._stages.items():
                         if not isinstance(began, str):
                             taken = duration(time.monotonic() - began)
