@@ -52,7 +52,7 @@ def packing_per_second(
 ) -> float:
     """Operations a second, as `packing_operations` counts them, of one slot that builds the bank while all of them do.
 
-    Quantizing and factorizing keep a core far below the speed of its products: 2 of 500 GFLOP/s.
+    Quantizing and factorizing keep a core far below the speed of its products: 2 of 100 GFLOP/s with AVX2.
 
     Args:
         rows: Outputs of the layer that is packed.

@@ -28,7 +28,7 @@ UNTUNED = 3
 """Models that are scored without a fine-tune: base, pruned, and quantized by the winner's plan."""
 START_OPERATIONS = 3e10
 """Of packing, which take a core as long as a worker's start and its share of Ray's own: about 14 s where it packs 2.2e9
-a second (8.3 s of them imports, on a core with AVX-512, 2026-11-27). A small model's bank is mostly that."""
+a second (8.3 s of them imports, on a core with AVX2, 2026-11-27). A small model's bank is mostly that."""
 TERAFLOPS = {
     "H200": 989.0,
     "H100": 989.0,
