@@ -113,7 +113,7 @@ def _rates(config: RunConfig, found: pipeline.Checked, measure: bool, gpu: str |
     """
     import torch
 
-    busy = _told_busy()
+    load = os.getloadavg()[0]  # before anything is timed
     inspection, resources = found.inspection, found.resources
     cores = max(1, int(resources.get("cpu", 1)))
     here = torch.cuda.get_device_name() if torch.cuda.is_available() else None
@@ -122,7 +122,7 @@ def _rates(config: RunConfig, found: pipeline.Checked, measure: bool, gpu: str |
     slots = max(1, min(found.concurrent, local_slots().fits({"cpu": cores})))
     if not measure:
         rates = _rates_by_products(config, inspection, here, cores, slots)
-        return replace(rates, packing=_packing_rate(config, inspection, cores, slots), busy=busy)
+        return _with_bank(rates, config, inspection, cores, slots, None if here else load)
     if resources.get("gpu") and not here:
         raise UserError(
             "`--measure` times this machine, which has no GPU, and trials hold one: check on a machine like the "
@@ -134,26 +134,30 @@ def _rates(config: RunConfig, found: pipeline.Checked, measure: bool, gpu: str |
     seconds = pace.measure(config, inspection.pruned_config, share, cores)
     where = here or counted(cores, "CPU core")
     rates = work.measured_rates(config, inspection, seconds.training, seconds.scoring, where)
-    return replace(rates, packing=_packing_rate(config, inspection, cores, slots), busy=busy)
+    return _with_bank(rates, config, inspection, cores, slots, None if here else load)
 
 
-def _told_busy() -> str | None:
-    """That something else works on this machine, where its load was above half its cores before anything was timed."""
-    load, cores = os.getloadavg()[0], os.cpu_count() or 1
-    if load <= cores / 2:
-        return None
-    return f"this machine is busy (load {load:.1f} on {counted(cores, 'core')}): times are of what is left of it"
+def _with_bank(
+    rates: work.Rates, config: RunConfig, inspection: Inspection, cores: int, slots: int, load: float | None
+) -> work.Rates:
+    """With the time of packing, and a word on a load above half this machine's cores, where its cores do the work."""
+    packing, count = _packing_rate(config, inspection, cores, slots), os.cpu_count() or 1
+    if load is None or load <= count / 2:
+        return replace(rates, packing=packing)
+    told = (
+        f"this machine is busy (load {load:.1f} on {counted(count, 'core')}): all but the bank is told as if it were "
+        "free, so expect longer"
+    )
+    return replace(rates, packing=packing, busy=told)
 
 
-def _packing_rate(config: RunConfig, inspection: Inspection, cores: int, slots: int) -> float | None:
+def _packing_rate(config: RunConfig, inspection: Inspection, cores: int, slots: int) -> float:
     from qpruner.products import packing_per_second
     from qpruner.quantization.bank import EntrySettings
 
     widest, quantize = _widest(inspection), config.quantize
     settings = EntrySettings(config.lora, quantize.double_quant, config.seed)
     levels = tuple(bits for bits in quantize.bits if bits != FULL_BITS)
-    if not levels:
-        return None
     return packing_per_second(widest.rows, widest.columns, settings, levels, config.model.dtype, cores, slots)
 
 

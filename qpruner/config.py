@@ -780,11 +780,18 @@ def _apply_override(raw: dict[str, Any], override: str) -> None:
     if text.strip():
         here[place] = value
     elif isinstance(here, dict) and place not in here:
-        nearest = difflib.get_close_matches(last, map(str, here), n=1)
-        hint = f"; did you mean `{'.'.join([*sections, *nearest])}`?" if nearest else ", its default holds anyway"
-        raise UserError(f"--set {override}: there is no `{key}` in the file to be taken out{hint}")
+        raise UserError(f"--set {override}: {_why_not_there(key)}")
     else:
         del here[place]
+
+
+def _why_not_there(key: str) -> str:
+    """Why a key cannot be taken out of a file: it is none, or the file does not have it."""
+    location = [int(part) if part.isdecimal() else part for part in key.split(".")]
+    for depth, part in enumerate(location):
+        if isinstance(part, str) and part not in _known_keys(location[:depth]):
+            return _explain_unknown_key(location[: depth + 1])
+    return f"there is no `{key}` in the file to be taken out, its default holds anyway"
 
 
 def _place_in(here: dict[str, Any] | list[Any], part: str, override: str) -> Any:

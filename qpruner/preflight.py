@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from qpruner.config import BudgetConfig, PruneConfig, QuantizeConfig, RunConfig, take_out
+from qpruner.config import BudgetConfig, PruneConfig, QuantizeConfig, RunConfig
 from qpruner.data import Example
 from qpruner.errors import UserError
 from qpruner.models.layout import layout_of, num_layers
@@ -114,8 +114,9 @@ def _of_cut(config: RunConfig, model_config: Any) -> tuple[str, ...]:
         return ()
     return (
         f"`prune.{key}` is {rate:g}, but {config.model.source} was pruned earlier, so that the cut is skipped: set "
-        "`prune.rate: 0`" + ("" if key == "rate" else f" and {take_out('prune.layer_rate')}") + ", or name the "
-        "unpruned model",
+        "`prune.rate: 0`"
+        + ("" if key == "rate" else " and take out `prune.layer_rate` (`--set prune.layer_rate=`)")
+        + ", or name the unpruned model",
     )
 
 

@@ -6,6 +6,7 @@ import functools
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import torch
 
@@ -64,7 +65,10 @@ def packing_per_second(
         slots: Slots of this machine that work at once; of no account on a GPU.
     """
     where = device()
-    rows, columns = min(rows, LARGEST["cpu"][0]), min(columns, LARGEST["cpu"][0])
+    lora = settings.lora.model_copy(update={"loftq_iterations": 1})  # which count alike
+    settings = replace(settings, lora=lora)
+    most = LARGEST["cpu"][0] // (2 if _is_exact(lora) else 1)
+    rows, columns = min(rows, most), min(columns, most)
     weight = torch.randn(rows, columns, device=where).to(getattr(torch, dtype))
 
     def seconds() -> float:
@@ -78,14 +82,17 @@ def packing_per_second(
         return sum(taken[1:]) / len(taken[1:])  # the first warms up
 
     taken = seconds() if where == "cuda" else _side_by_side(seconds, threads, slots)
-    return packing_operations(rows, columns, settings.lora, len(levels)) / taken
+    return packing_operations(rows, columns, lora, len(levels)) / taken
 
 
 def packing_operations(rows: int, columns: int, lora: LoraConfig, num_levels: int) -> float:
     """Of a layer at so many bit-widths."""
-    is_exact = lora.init == "loftq" and lora.svd == "exact"
-    by_weight = 10 * min(rows, columns) if is_exact else SVD_OPERATIONS
+    by_weight = 10 * min(rows, columns) if _is_exact(lora) else SVD_OPERATIONS
     return float(num_levels * lora.loftq_iterations * by_weight * rows * columns)
+
+
+def _is_exact(lora: LoraConfig) -> bool:
+    return lora.init == "loftq" and lora.svd == "exact"
 
 
 def _side_by_side(seconds: Callable[[], float], threads: int, slots: int) -> float:

@@ -64,7 +64,7 @@ class Terminal:
         self._stages: dict[str, float | str] = {}
         self._counts: dict[str, str] = {}
         self._steps = 0
-        self._last_line = time.monotonic()
+        self._last_line, self._is_cut = time.monotonic(), False
         self._telling, self._closed = threading.RLock(), threading.Event()
         self._search: SearchView | None = None
         self._progress = Progress(
@@ -108,6 +108,8 @@ class Terminal:
         if self._quiet:
             return
         with self._telling:
+            if self._is_cut:
+                raise SystemExit(1)
             self._show(event)
 
     def _show(self, event: events.Event) -> None:
@@ -165,17 +167,27 @@ class Terminal:
             counts_trials = stage == "search" and not detail
             self._bars[stage] = self._progress.add_task(stage, total=total, counts_trials=counts_trials)
         self._progress.update(self._bars[stage], completed=done, description=f"{stage} {detail}".strip())
-        self._counts[stage] = f"{detail or 'done'}: {done} of {total}"
+        if done < total:
+            self._counts[stage] = f"{detail or 'done'}: {done} of {total}"
+        else:
+            self._counts.pop(stage, None)
 
     def _break_silence(self) -> None:
         """Tell of the stages under way whenever nothing was told for long: what counts may itself be slow to."""
         while not self._closed.wait(SECONDS_UNTOLD / 30):
             with self._telling:
                 if not self._closed.is_set() and time.monotonic() - self._last_line >= SECONDS_UNTOLD:
-                    for stage, began in self._stages.items():
-                        if not isinstance(began, str):
-                            taken = duration(time.monotonic() - began)
-                            self._line(f"[{stage}] {self._counts.get(stage, 'running')}, {taken}")
+                    try:
+                        self._tell_of_stages()
+                    except SystemExit:  # rich found the pipe closed; to end is for the command's own thread
+                        self._is_cut = True
+
+    def _tell_of_stages(self) -> None:
+        for stage in {**self._stages, **self._counts}:  # what export and talk do begins with no event
+            began, count = self._stages.get(stage), self._counts.get(stage, "running")
+            if not isinstance(began, str):
+                taken = f", {duration(time.monotonic() - began)}" if began else ""
+                self._line(f"[{stage}] {count}{taken}")
 
     def _end(self, stage: str, outcome: str) -> None:
         self._stages[stage] = outcome

@@ -1009,7 +1009,17 @@ def test_refused_file_that_is_none(name: str, said: str, scene: Scene) -> None:
         pytest.param("lora.rank=null", ("`lora.rank`", "None", "valid integer"), id="null"),
         pytest.param(
             "lora.rnak=",
-            ("lora.rnak=", "no `lora.rnak` in the file", "did you mean `lora.rank`?"),
+            ("lora.rnak=", "`lora.rnak` is not a known key", "did you mean `lora.rank`?"),
+            id="unknown-to-take-out",
+        ),
+        pytest.param(
+            "serach.patience=",
+            ("serach.patience=", "`serach` is not a known key", "did you mean `search`?"),
+            id="unknown-section-to-take-out",
+        ),
+        pytest.param(
+            "search.max_hours=",
+            ("search.max_hours=", "no `search.max_hours` in the file", "its default holds"),
             id="none-to-take-out",
         ),
         pytest.param(

@@ -208,7 +208,7 @@ def test_the_bank_is_told_by_packing_and_by_the_starts_of_its_workers(
     small = bank()
     assert small == pytest.approx(2 * bank(packing=2e9)) == pytest.approx(2000 * bank(packing=None))
     monkeypatch.setattr(work, "FEW_WEIGHTS", 0)
-    assert bank() == pytest.approx(small + 2 * work.START_OPERATIONS / 1e9)
+    assert bank() == pytest.approx(small + 2 * work.START_SECONDS)
     assert bank(slots=1) == bank(has_gpus=True) == small, "no worker is started, or its start is not what counts"
 
 
@@ -221,7 +221,7 @@ def test_check_says_that_the_machine_is_busy(
     monkeypatch.setattr("os.cpu_count", lambda: 2)
     Path("config.yaml").write_text(yaml.safe_dump(raw))
     said = CliRunner().invoke(main, ["check", "config.yaml"]).stdout
-    line = "    this machine is busy (load 9.3 on 2 cores): times are of what is left of it\n"
+    line = "    this machine is busy (load 9.3 on 2 cores): all but the bank is told as if it were free"
     assert "estimated by" in said and (line in said) == is_busy
     assert "busy (load" not in CliRunner().invoke(main, ["check", "config.yaml", "--gpu", "A100"]).stdout
 
@@ -333,6 +333,7 @@ def test_check_tells_of_a_driver_at_work_and_of_a_cut_that_is_skipped(
     again = with_key(with_key(raw, "output", "again"), "model.source", "run/prune")
     said = _checked(again)
     assert re.search(r"parameters: +(\S+ M) -> \1 \(pruned earlier: the cut is skipped\)\n", said)
+    assert re.search(r"prune +0 s", said), "no time is told for it, and no gradients"
     assert (
         "`prune.rate` is 0.2, but run/prune was pruned earlier" in said and "set `prune.rate: 0`, or name the" in said
     )

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from qpruner.config import RunConfig
 from qpruner.models.layout import skeleton
 from qpruner.plan import Layout, LinearShape
-from qpruner.preflight import Inspection
+from qpruner.preflight import Inspection, in_effect
 from qpruner.pruning.prune import cuttable_layers
 from qpruner.pruning.selection import available, unit_sizes
 
@@ -83,6 +83,8 @@ def _held(config: RunConfig, inspection: Inspection) -> dict[str, int]:
 
 def prune_memory(config: RunConfig, inspection: Inspection) -> Memory:
     """Peak of the cut: what importance, or compensation after it, holds beside the dense base model."""
+    if in_effect(config.prune, inspection.model_config).is_off:
+        return Memory("the base model", {"weights": inspection.base.num_parameters * inspection.base.element_bytes})
     works = [_importance_memory(config, inspection)]
     if config.prune.compensation != "none":
         works.append(_compensation_memory(config, inspection))

@@ -15,7 +15,7 @@ from typing import Any
 from qpruner.config import RunConfig
 from qpruner.data import Example
 from qpruner.plan import FULL_BITS, Layout
-from qpruner.preflight import Inspection
+from qpruner.preflight import Inspection, in_effect
 from qpruner.products import packing_operations
 from qpruner.quantization.bank import FEW_WEIGHTS
 
@@ -26,9 +26,9 @@ CHOICES = 4
 """Answers that a question of a task is asked with."""
 UNTUNED = 3
 """Models that are scored without a fine-tune: base, pruned, and quantized by the winner's plan."""
-START_OPERATIONS = 3e10
-"""Of packing, which take a core as long as a worker's start and its share of Ray's own: about 14 s where it packs 2.2e9
-a second (8.3 s of them imports, on a core with AVX2, 2026-11-27). A small model's bank is mostly that."""
+START_SECONDS = 14.0
+"""Of a core, for a worker's start and its share of Ray's own (8.3 s of them imports, on a core with AVX2, 2026-11-27).
+A small model's bank is mostly that."""
 TERAFLOPS = {
     "H200": 989.0,
     "H100": 989.0,
@@ -61,7 +61,7 @@ class Rates:
         scoring: In forward passes.
         origin: What was assumed or measured.
         packing: In quantizing and factorizing, where that was timed; None takes it for as fast as scoring.
-        busy: What is to be said of what else this machine did, where it was timed.
+        busy: What is to be said of what else this machine did, where its cores were timed.
     """
 
     training: float
@@ -188,10 +188,10 @@ def hours(
     jobs = num_finetunes(config)
     steps, trials = expected_steps(config), config.search.num_trials
     packers = min(slots, len(inspection.pruned.groups))
-    starts = 0 if has_gpus else counted.bank_starts(packers) * START_OPERATIONS
+    starts = 0 if has_gpus else counted.bank_starts(packers)
     stages = {
         "prune": counted.prune() / rates.training,
-        "bank": (counted.bank() + starts) / (rates.packing or rates.scoring),
+        "bank": counted.bank() / (rates.packing or rates.scoring) + starts * START_SECONDS,
         "sensitivity": counted.sensitivity() / rates.training,
         "search": counted.training(steps.steps) / rates.training + counted.search_scores(steps) / rates.scoring,
         "finetune": jobs * counted.training(counted.finetune_steps()) / rates.training
@@ -298,7 +298,8 @@ class _Count:
 
     def prune(self) -> float:
         """Importance and compensation, for each of `prune.steps`."""
-        settings, calibration = self._config.prune, self._config.calibration
+        settings = in_effect(self._config.prune, self._inspection.model_config)
+        calibration = self._config.calibration
         if settings.is_off:
             return 0.0
         per_weight = {"fisher": 6, "taylor": 6, "fluctuation": 2, "activation_norm": 2}.get(settings.importance, 0)

@@ -99,7 +99,7 @@ def view(root: str | Path) -> RunView:
 def _no_run(run_dir: RunDir, named: str) -> str:
     """Why a place is no run, and what to name instead."""
     names = children(run_dir.root)
-    are_runs = for_each(exists, [run_dir.root / name / STATE for name in names])
+    are_runs = for_each(_may_be_run, [run_dir.root / name for name in names])
     runs = [name for name, is_run in zip(names, are_runs, strict=True) if is_run]
     remedy = "name the `output` of a configuration that `qpruner run` was given"
     if runs:
@@ -112,6 +112,13 @@ def _no_run(run_dir: RunDir, named: str) -> str:
     if names or run_dir.root.is_dir():
         return f"{named} is no run folder, it has no {STATE}: {remedy}"
     return f"{named} {'is empty' if run_dir.is_at_uri else 'does not exist'}: {remedy}"
+
+
+def _may_be_run(folder: Path) -> bool:
+    try:
+        return exists(folder / STATE)
+    except OSError:  # a folder that may not be entered, a link that loops
+        return False
 
 
 def _listed(runs: Sequence[str]) -> str:

@@ -155,6 +155,10 @@ def test_a_pipe_is_told_now_and_then_how_far_a_long_step_is(
         terminal.emit(events.StageFinished("evaluate", 1.0, "well"))
         terminal.emit(events.StageStarted("report", "of the run"))
         wait_for("[report] running", 1)
+        terminal.emit(events.StageFinished("report", 1.0, "well"))
+        terminal.emit(events.Progress("export", 3, 5, "layers"))
+        wait_for("[export] layers: 3 of 5", 2)  # a verb that is no stage
+        terminal.emit(events.Progress("export", 5, 5, "layers"))
     before = said.index("[evaluate] done in 1.0 s: well")
     assert said[0] == "[evaluate] arc for 9 models ..."
     assert not any("[evaluate]" in each for each in said[before + 1 :]), "what is over is not told of"
@@ -168,6 +172,33 @@ def test_a_quiet_pipe_is_not_told_how_far_a_long_step_is(
         terminal.emit(events.StageStarted("evaluate", "arc for 9 models"))
         time.sleep(0.2)
     assert capsys.readouterr().out == ""
+
+
+CUT = """
+import sys, time
+sys.path[:0] = sys.argv[1:]
+from qpruner import events, terminal
+terminal.SECONDS_UNTOLD = 0.1
+with terminal.Terminal(quiet=False) as shown:
+    shown.emit(events.StageStarted("evaluate", "arc for 9 models"))
+    sys.stdin.readline()
+    time.sleep(1)
+    shown.emit(events.StageStarted("report", "of the run"))
+    time.sleep(1)
+    print("went on", file=sys.stderr)
+"""
+
+
+def test_a_command_whose_reader_has_gone_ends_whoever_finds_it_out() -> None:
+    command = [sys.executable, "-c", CUT, str(TESTS.parent)]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen(command, text=True, **pipes) as process:  # type: ignore[call-overload]
+        assert process.stdout.readline() == "[evaluate] arc for 9 models ...\n"
+        process.stdout.close()
+        process.stdin.write("\n")
+        process.stdin.close()
+        said = process.stderr.read()
+        assert process.wait(timeout=60) == 1 and "went on" not in said, said
 
 
 def live_part(terminal: Terminal) -> str:
