@@ -167,16 +167,22 @@ class Terminal:
             counts_trials = stage == "search" and not detail
             self._bars[stage] = self._progress.add_task(stage, total=total, counts_trials=counts_trials)
         self._progress.update(self._bars[stage], completed=done, description=f"{stage} {detail}".strip())
+        count = f"{detail or 'done'}: {done} of {total}"
+        if self._is_plain and self._is_silent():
+            self._line(f"[{stage}] {count}")
         if done < total:
-            self._counts[stage] = f"{detail or 'done'}: {done} of {total}"
+            self._counts[stage] = count
         else:
             self._counts.pop(stage, None)
 
+    def _is_silent(self) -> bool:
+        return time.monotonic() - self._last_line >= SECONDS_UNTOLD
+
     def _break_silence(self) -> None:
         """Tell of the stages under way whenever nothing was told for long: what counts may itself be slow to."""
-        while not self._closed.wait(SECONDS_UNTOLD / 30):
+        while not self._closed.wait(max(SECONDS_UNTOLD / 30, 0.05)):
             with self._telling:
-                if not self._closed.is_set() and time.monotonic() - self._last_line >= SECONDS_UNTOLD:
+                if not self._closed.is_set() and self._is_silent():
                     try:
                         self._tell_of_stages()
                     except SystemExit:  # rich found the pipe closed; to end is for the command's own thread

@@ -55,7 +55,7 @@ def test_long_steps_tell_how_far_they_are(tiny_model: Path, tmp_path: Path) -> N
         total = steps[0][1]
         assert steps[-1] == (total, total) and steps == sorted(set(steps)), f"{stage}: {what}"
     assert len(told["prune", "loading weights"]) > 10
-    assert len([what for stage, what in told if stage == "sensitivity"]) == 3
+    assert len([what for stage, what in told if stage == "sensitivity"]) == 4
     assert ("bank", "groups") in told
 
 
