@@ -119,36 +119,39 @@ def _rates(config: RunConfig, found: pipeline.Checked, measure: bool, gpu: str |
     here = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     if gpu or (resources.get("gpu") and not here and not measure):
         return work.assumed_rates(gpu or "a GPU elsewhere")
-    slots = max(1, min(found.concurrent, local_slots().fits({"cpu": cores})))
-    if not measure:
-        rates = _rates_by_products(config, inspection, here, cores, slots)
-        return _with_bank(rates, config, inspection, cores, slots, None if here else load)
-    if resources.get("gpu") and not here:
+    if measure and resources.get("gpu") and not here:
         raise UserError(
             "`--measure` times this machine, which has no GPU, and trials hold one: check on a machine like the "
             f"cluster's, or name its GPU with `--gpu` ({', '.join(work.TERAFLOPS)})"
         )
+    slots = max(1, min(found.concurrent, local_slots().fits({"cpu": cores})))
+    rates = (
+        _rates_by_steps(config, inspection, here, cores)
+        if measure
+        else _rates_by_products(config, inspection, here, cores, slots)
+    )
+    packing = _packing_rate(config, inspection, cores, slots)
+    return replace(rates, packing=packing, busy=None if here else _told_busy(load))
+
+
+def _told_busy(load: float) -> str | None:
+    """That something else works on this machine, where its load was above half its cores."""
+    cores = os.cpu_count() or 1
+    if load <= cores / 2:
+        return None
+    return (
+        f"this machine is busy (load {load:.1f} on {counted(cores, 'core')}): all but the bank is told as if it were "
+        "free, so expect longer"
+    )
+
+
+def _rates_by_steps(config: RunConfig, inspection: Inspection, gpu: str | None, cores: int) -> work.Rates:
     from qpruner import pace
 
     share = work.share_at_highest(config, inspection)
     seconds = pace.measure(config, inspection.pruned_config, share, cores)
-    where = here or counted(cores, "CPU core")
-    rates = work.measured_rates(config, inspection, seconds.training, seconds.scoring, where)
-    return _with_bank(rates, config, inspection, cores, slots, None if here else load)
-
-
-def _with_bank(
-    rates: work.Rates, config: RunConfig, inspection: Inspection, cores: int, slots: int, load: float | None
-) -> work.Rates:
-    """With the time of packing, and a word on a load above half this machine's cores, where its cores do the work."""
-    packing, count = _packing_rate(config, inspection, cores, slots), os.cpu_count() or 1
-    if load is None or load <= count / 2:
-        return replace(rates, packing=packing)
-    told = (
-        f"this machine is busy (load {load:.1f} on {counted(count, 'core')}): all but the bank is told as if it were "
-        "free, so expect longer"
-    )
-    return replace(rates, packing=packing, busy=told)
+    where = gpu or counted(cores, "CPU core")
+    return work.measured_rates(config, inspection, seconds.training, seconds.scoring, where)
 
 
 def _packing_rate(config: RunConfig, inspection: Inspection, cores: int, slots: int) -> float:

@@ -17,7 +17,7 @@ from qpruner.data import Example
 from qpruner.plan import FULL_BITS, Layout
 from qpruner.preflight import Inspection, in_effect
 from qpruner.products import packing_operations
-from qpruner.quantization.bank import FEW_WEIGHTS
+from qpruner.quantization.bank import is_soon_packed
 
 CHARACTERS_A_TOKEN = 4
 ALPACA_TOKENS = 40
@@ -328,8 +328,7 @@ class _Count:
 
     def bank_starts(self, slots: int) -> int:
         """Workers that are started for the bank; one slot, or few weights, start none."""
-        is_small = sum(group.num_weights for group in self._inspection.pruned.groups) < FEW_WEIGHTS
-        return 0 if slots == 1 or is_small else slots
+        return 0 if slots == 1 or is_soon_packed(self._inspection.pruned) else slots
 
     def _questions(self, section: str) -> float:
         """Every answer of every question is a row of its own."""

@@ -220,9 +220,9 @@ def _check_room(context: Context, scratch: Path, jobs: list[GroupJob]) -> None:
 
 def _built(context: Context, jobs: list[GroupJob]) -> Iterator[tuple[GroupJob, dict[str, tuple[str, float]]]]:
     """Build the groups: on the cluster's workers where that is worth starting them and there are or may be several."""
-    from qpruner.quantization import bank as store
+    from qpruner.quantization.bank import build_group, is_soon_packed
 
-    is_small = sum(group.num_weights for group in context.layout.groups) < store.FEW_WEIGHTS and not context.address
+    is_small = is_soon_packed(context.layout) and not context.address
     resources, concurrent = ({}, 1) if is_small else context.task_resources(len(jobs))
     if concurrent <= 1:
         for job in jobs:
@@ -232,7 +232,6 @@ def _built(context: Context, jobs: list[GroupJob]) -> Iterator[tuple[GroupJob, d
         # Its machine builds, too; the sensitivities load the model again.
         context.workshop.close()
     from qpruner.execution.cluster import run_tasks
-    from qpruner.quantization.bank import build_group
 
     jobs = [replace(job, threads=int(resources.get("cpu", 1))) for job in jobs]
     for position, built in run_tasks(

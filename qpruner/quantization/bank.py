@@ -26,7 +26,7 @@ from qpruner.models.checkpoint import dense_tensors
 from qpruner.models.loading import device
 from qpruner.objects import OnPiece, cache_root, is_mirror, name_of
 from qpruner.patience import patiently
-from qpruner.plan import FULL_BITS
+from qpruner.plan import FULL_BITS, Layout
 from qpruner.quantization.loftq import loftq_start
 from qpruner.quantization.mixed import pack
 from qpruner.rundir import BANK_CACHE, fetch_file, file_digest, for_each, put_file, read_json, write_json
@@ -84,6 +84,11 @@ class Entry:
 
     tensors: dict[str, torch.Tensor]
     residual_ratio: float
+
+
+def is_soon_packed(layout: Layout) -> bool:
+    """Whether a model's weights are so few that workers are not worth starting for them."""
+    return sum(group.num_weights for group in layout.groups) < FEW_WEIGHTS
 
 
 def build_entry(weights: Mapping[str, torch.Tensor], bits: int, settings: EntrySettings) -> Entry:
