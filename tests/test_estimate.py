@@ -124,6 +124,7 @@ def test_importance_without_gradients_needs_no_activations(
     by_blocks = {"prune__units": ["block"], "prune__rate": 0.5}
     assert "logits" not in memory.prune_memory(changed(**by_blocks), inspection).parts
     assert "logits" in memory.prune_memory(changed(**by_blocks, prune__depth_importance="taylor"), inspection).parts
+    assert set(memory.prune_memory(changed(prune__rate=0.0), inspection).parts) == {"weights"}, "nothing is cut"
     only_forward = memory.sensitivity_memory(changed(sensitivity__methods=["kl"]), inspection)
     assert only_forward.total < memory.sensitivity_memory(changed(), inspection).total
 
@@ -334,7 +335,7 @@ def test_check_tells_of_a_driver_at_work_and_of_a_cut_that_is_skipped(
     again = with_key(with_key(raw, "output", "again"), "model.source", "run/prune")
     said = _checked(again)
     assert re.search(r"parameters: +(\S+ M) -> \1 \(pruned earlier: the cut is skipped\)\n", said)
-    assert re.search(r"prune +0 s", said), "no time is told for it, and no gradients"
+    assert re.search(r"prune +0 s", said), "no time is told for it"
     assert (
         "`prune.rate` is 0.2, but run/prune was pruned earlier" in said and "set `prune.rate: 0`, or name the" in said
     )

@@ -7,12 +7,13 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 from qpruner.config import LoraConfig
 from qpruner.estimate import work
 from qpruner.models.cpu import has_bfloat16
 from qpruner.products import operations_per_second, packing_operations, packing_per_second
-from qpruner.quantization.bank import EntrySettings
+from qpruner.quantization.bank import Entry, EntrySettings, build_entry
 
 TIMED = """
 from qpruner.products import operations_per_second
@@ -36,8 +37,6 @@ def test_a_cpu_without_bfloat16_instructions_is_known_to_be_slower() -> None:
 
 def test_slots_are_timed_side_by_side() -> None:
     """In threads of their own, which leave this process's number of threads alone; asked again, nothing is timed."""
-    import torch
-
     threads = torch.get_num_threads()
     alone = operations_per_second(256, 256, 256, "float32", 1, 1)
     assert alone == operations_per_second(256, 256, 256, "float32", 1, 1)
@@ -52,6 +51,20 @@ def test_packing_is_known_to_be_slower_than_products() -> None:
     packing = packing_per_second(512, 512, settings, (4, 8), "float32", 1, 1)
     assert packing < operations_per_second(512, 512, 128, "float32", 1, 1) / 3
     assert packing_operations(10, 20, settings.lora, 2) == 2 * packing_operations(10, 20, settings.lora, 1)
+
+
+def test_one_alternation_of_a_small_layer_is_packed_whatever_loftq_is_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Exact SVDs of 1024 x 1024 in five alternations kept `check` busy for ten seconds."""
+    packed: list[tuple[int, torch.Size]] = []
+
+    def build(weights: dict[str, torch.Tensor], bits: int, settings: EntrySettings) -> Entry:
+        packed.append((settings.lora.loftq_iterations, weights[""].shape))
+        return build_entry(weights, bits, settings)
+
+    monkeypatch.setattr("qpruner.products.build_entry", build)
+    lora = LoraConfig(rank=8, svd="exact", loftq_iterations=5)
+    packing_per_second(4096, 4096, EntrySettings(lora, double_quant=True, seed=0), (4, 8), "float32", 1, 1)
+    assert set(packed) == {(1, (512, 512))}
 
 
 def test_what_a_step_does_beside_the_products_weighs_more_on_narrow_models() -> None:
