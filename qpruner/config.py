@@ -544,13 +544,16 @@ class FinetuneConfig(Section):
     One leaves a claim about one training seed."""
     random_plans: Positive = 3
     """With `compare`: random plans of equal bytes, each under all `seeds`. One leaves a claim about one random plan."""
+    seed_rows: Literal["best", "all"] = "best"
+    """With `compare`: which sensitivities' seed plans are rows. `best` has the one that was best on fresh rows, under
+    all `seeds`, and that of mutual information, under the first; `all` every other's, under the first, too."""
 
     @model_validator(mode="after")
     def consistent(self) -> FinetuneConfig:
         if (self.steps is None) == (self.epochs is None):
             given = "neither" if self.steps is None else f"both: {take_out('finetune.steps', 'finetune.epochs')}"
             raise ValueError(f"give exactly one of `steps` and `epochs`, got {given}")
-        for key in () if self.compare else ("seeds", "random_plans"):
+        for key in () if self.compare else ("seeds", "random_plans", "seed_rows"):
             if getattr(self, key) != type(self).model_fields[key].default:
                 raise ValueError(
                     f"`{key}` are those of `compare`, which is off, got {getattr(self, key)}: "

@@ -252,7 +252,9 @@ def num_finetunes(config: RunConfig) -> int:
     if not config.finetune.compare:
         return 1
     methods = config.sensitivity.methods
-    once = 2 + sum(bits != FULL_BITS for bits in config.quantize.bits) + ("mutual_information" in methods)
+    # `all`: every method but the best
+    other_seeds = len(methods[1:]) if config.finetune.seed_rows == "all" else "mutual_information" in methods
+    once = 2 + sum(bits != FULL_BITS for bits in config.quantize.bits) + other_seeds
     return once + (1 + bool(methods) + config.finetune.random_plans) * config.finetune.seeds
 
 

@@ -66,11 +66,12 @@ def table_rows(context: Context, searched: SearchRecord, measured: SensitivityRe
     full = space.uniform(FULL_BITS)
     rows = [same(BASE, "unquantized", full), same(PRUNED, "unquantized", full)]
     rows += [same(f"uniform {bits}-bit", "uniform", space.uniform(bits)) for bits in space.levels if bits != FULL_BITS]
-    if MUTUAL_INFORMATION in measured.methods:
-        rows.append(seed_row("mutual-information seed", MUTUAL_INFORMATION, seeds[:1]))
-    method = _best_seed_method(context, searched, measured)
-    if method:
-        rows.append(seed_row(BEST_SEED, method, seeds))
+    best = _best_seed_method(context, searched, measured)
+    for method in measured.methods:
+        if method == MUTUAL_INFORMATION or (config.finetune.seed_rows == "all" and method != best):
+            rows.append(seed_row(f"{method.replace('_', '-')} seed", method, seeds[:1]))
+    if best:
+        rows.append(seed_row(BEST_SEED, best, seeds))
     drawn = random_plans(space, winner, config.finetune.random_plans, config.seed)
     if drawn:
         origin = ONE_RANDOM_PLAN if len(drawn) == 1 else f"{len(drawn)} random plans"

@@ -190,17 +190,41 @@ def test_rows_of_the_claim_have_several_training_seeds_and_the_others_one(
     }
 
 
+def test_every_seed_plan_is_a_row_where_all_are_asked_for(changed: Callable[[str, Any], Context]) -> None:
+    """The best has its own row, under all training seeds; equal plans share a fine-tune."""
+    context = changed("finetune.seed_rows", "all")
+    methods = ("mutual_information", "fisher", "kl")
+    config = context.config
+    sensitivity = config.sensitivity.model_copy(update={"methods": methods})
+    context = replace(context, config=config.model_copy(update={"sensitivity": sensitivity}))
+    measured = measured_of(context)
+    fisher = measured.methods["fisher"]
+    backwards = fisher.model_copy(update={"values": {bits: each[::-1] for bits, each in fisher.values.items()}})
+    measured = measured.model_copy(update={"methods": {**measured.methods, "kl": backwards}})
+
+    def seed_rows(best: str) -> dict[str, int]:
+        searched = searched_record(a_winner(context), {f"seed-{best}": 2.0})
+        rows = table_rows(context, searched, measured)
+        if best != "mutual-information":
+            assert sum(len(row.plans) for row in rows) == num_finetunes(context.config), "as `qpruner check` counts"
+        return {row.name: len(row.plans) for row in rows if row.origin.startswith("seed-")}
+
+    assert seed_rows("fisher") == {MI_ROW: 1, "kl seed": 1, "best seed": 3}
+    assert seed_rows("kl") == {MI_ROW: 1, "fisher seed": 1, "best seed": 3}
+    assert seed_rows("mutual-information") == {MI_ROW: 1, "fisher seed": 1, "kl seed": 1, "best seed": 3}
+
+
 def test_without_compare_the_winner_stands_alone(changed: Callable[[str, Any], Context]) -> None:
     context = changed("finetune", {"steps": 4, "compare": False})
     winner = context.space.uniform(4)
     assert rows_of(context, winner) == {"searched": Row("searched", "gp, trial 7", ((1, winner),))}
 
 
-@pytest.mark.parametrize("key", ["seeds", "random_plans"])
-def test_seeds_and_random_plans_of_a_comparison_that_is_off_are_refused(key: str, raw: dict[str, Any]) -> None:
+@pytest.mark.parametrize(("key", "value"), [("seeds", 2), ("random_plans", 2), ("seed_rows", "all")])
+def test_rows_of_a_comparison_that_is_off_are_refused(key: str, value: object, raw: dict[str, Any]) -> None:
     """They would be ignored."""
-    with pytest.raises(ConfigError, match=f"`{key}` are those of `compare`, which is off, got 2: take it out"):
-        validate_config(with_key(raw, "finetune", {"steps": 4, "compare": False, key: 2}))
+    with pytest.raises(ConfigError, match=f"`{key}` are those of `compare`, which is off, got {value}: take it out"):
+        validate_config(with_key(raw, "finetune", {"steps": 4, "compare": False, key: value}))
 
 
 # What is made once
