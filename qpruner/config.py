@@ -68,7 +68,7 @@ class DataSource(Section):
     """Rows from one place."""
 
     source: Named
-    """Hub id, a local .jsonl / .json / .parquet / .txt file, or `package:NAME/FILE`."""
+    """Hub id, a local .jsonl / .json / .parquet / .csv / .tsv / .txt file, or `package:NAME/FILE`."""
     format: Literal["instruction", "multiple_choice", "text"] = "instruction"
     """How a row becomes a prompt and a response."""
     columns: dict[str, str | tuple[str, ...]] = Field(default_factory=dict)

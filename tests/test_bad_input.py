@@ -631,12 +631,12 @@ DATA = [
         "does not exist", "name"
     ),
     refused(
-        "data-wrong-extension", lambda scene: {"data.train.0.source": scene.file("rows.csv", "question,answer\n")},
-        "`data.train.0.source`", "{folder}/rows.csv", "no data file", ".jsonl, .json, .parquet or .txt"
+        "data-wrong-extension", lambda scene: {"data.train.0.source": scene.file("rows.xlsx", "PK")},
+        "`data.train.0.source`", "{folder}/rows.xlsx", "no data file", ".jsonl, .json, .parquet, .csv, .tsv or .txt"
     ),
     refused(
-        "data-wrong-extension-relative", {"data.train.0.source": "rows.csv"}, "`data.train.0.source`", "rows.csv",
-        "no data file", ".jsonl, .json, .parquet or .txt"
+        "data-wrong-extension-relative", {"data.train.0.source": "rows.xlsx"}, "`data.train.0.source`", "rows.xlsx",
+        "no data file", ".jsonl, .json, .parquet, .csv, .tsv or .txt"
     ),
     refused(
         "data-not-json", _not_json,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -152,9 +153,32 @@ def test_every_file_type_reads_the_same(tmp_path: Path) -> None:
     rows = [{"instruction": f"Say {number}.", "output": str(number)} for number in range(3)]
     datasets.Dataset.from_list(rows).to_parquet(tmp_path / "rows.parquet")
     (tmp_path / "rows.json").write_text(json.dumps(rows))
+    for name, separator in (("rows.csv", ","), ("rows.tsv", "\t")):
+        lines = [separator.join(("instruction", "output")), *(separator.join(row.values()) for row in rows)]
+        (tmp_path / name).write_text("\n".join(lines))
     expected = examples_of(tmp_path, rows)
-    for name in ("rows.parquet", "rows.json"):
+    for name in ("rows.parquet", "rows.json", "rows.csv", "rows.tsv"):
         assert load_examples([DataSource(source=str(tmp_path / name))], "data.train") == expected
+
+
+def test_the_cells_of_a_table_are_the_text_that_stands_there(tmp_path: Path) -> None:
+    """Quotes, lines in cells and a byte order mark are a spreadsheet's; numbers, "NA" and empty cells stay text, also
+    where ten thousand numbers stand above them."""
+    cells = ["007", "1.50", "None", "NA", "", "two\nlines", 'a "word", quoted', *["1"] * 11_000, "nine"]
+    with (tmp_path / "rows.csv").open("w", encoding="utf-8-sig", newline="") as file:
+        table = csv.writer(file)
+        table.writerow(["prompt", "answer"])
+        table.writerows((f"Say {position}.", cell) for position, cell in enumerate(cells))
+    columns = {"instruction": "prompt", "output": "answer"}
+    found = load_examples([DataSource(source=str(tmp_path / "rows.csv"), columns=columns)], "data.train")
+    assert [example.response for example in found] == cells
+
+
+def test_a_table_with_a_column_a_choice_is_multiple_choice(tmp_path: Path) -> None:
+    (tmp_path / "rows.csv").write_text("question,a,b,right\nIs it?,no,yes,B\nIs it not?,1,2,0\n")
+    columns: dict[str, str | tuple[str, ...]] = {"choices": ("a", "b"), "answer": "right"}
+    source = DataSource(source=str(tmp_path / "rows.csv"), format="multiple_choice", columns=columns)
+    assert [example.response for example in load_examples([source], "data.train")] == ["yes", "1"]
 
 
 def test_limit_and_split_take_the_first_rows(tmp_path: Path) -> None:
@@ -197,7 +221,9 @@ def test_a_mapping_of_an_unknown_column_is_refused(tmp_path: Path) -> None:
     ("name", "content", "told"),
     [
         ("gone.jsonl", None, "does not exist"),
-        ("rows.csv", "a,b\n1,2\n", "give a .jsonl, .json, .parquet or .txt file"),
+        ("rows.xlsx", "PK", "give a .jsonl, .json, .parquet, .csv, .tsv or .txt file"),
+        ("torn.csv", "instruction,output\na,b\na,b,c\n", "Expected 2 fields in line 3, saw 3"),
+        ("empty.csv", "\n\n", "no rows can be read"),
         ("broken.jsonl", '{"instruction": "a", "outp', "line 1 is no JSON: Unterminated string"),
         (
             "second.jsonl",
