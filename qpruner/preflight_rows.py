@@ -23,6 +23,11 @@ from qpruner.wording import counted
 
 MOST_CHARACTERS_A_TOKEN = 8
 """Text of more is long enough without being counted in tokens."""
+CHARACTERS_A_TOKEN = 4
+"""About."""
+FEW_TOKENS = 500
+"""A mean loss over fewer is mostly about which rows they are: on 143 (64 questions) eight bits came out behind four
+(LOG.md, 2026-11-27)."""
 LONGEST_HEADING = 5
 """Words of a line that may stand in two texts."""
 Questions = dict[str, list[str]]
@@ -81,7 +86,7 @@ def check_rows(config: RunConfig, vocabulary_size: int, include_path: str | None
     counts = RowCounts(
         samples, {name: {task: len(texts) for task, texts in asked[use].items()} for use, name in uses.items()}
     )
-    warnings = (*left_out, *_asked_again(words["search"], words["fresh"]))
+    warnings = (*left_out, *_asked_again(words["search"], words["fresh"]), *_few_tokens(config, examples))
     return Rows(examples, {section: words[section] for section in ("search", "evaluate")}, counts, warnings)
 
 
@@ -125,6 +130,26 @@ def _asked_again(asked: list[str], fresh: list[str]) -> list[str]:
         f"`search.tasks` repeat {counted(len(shared), 'question')}, such as {min(shared)[:90]!r}, which the trials are "
         "asked and the winner is chosen by: another `search.limit` parts them elsewhere"
     ]
+
+
+def _few_tokens(config: RunConfig, examples: dict[str, list[Example]]) -> list[str]:
+    """That losses are means over too few tokens to tell plans apart; every other confirmation row chooses."""
+    if config.search.metric != "loss" or config.search.plan:
+        return []
+    uses = {
+        "`data.validation` scores the trials": examples["validation"],
+        "half of `data.confirmation` chooses the winner": examples["confirmation"][::2],
+    }
+    found = []
+    for use, rows in uses.items():
+        texts = [row.response if config.data.response_only else row.prompt + row.context + row.response for row in rows]
+        tokens = sum(map(len, texts)) // CHARACTERS_A_TOKEN
+        if tokens < FEW_TOKENS:
+            found.append(
+                f"{use} on about {tokens} tokens of {counted(len(rows), 'row')}: too few to tell plans apart; give it "
+                f"more rows, or rows with longer responses, {FEW_TOKENS} tokens at least"
+            )
+    return found
 
 
 def _num_importance_samples(config: RunConfig, vocabulary_size: int, num_rows: int) -> int:

@@ -892,20 +892,39 @@ def test_the_largest_budget_that_the_error_names_works_and_a_front_may_have_it_a
     assert inspect(config_of(scene, everything | {"search.pareto": True})).budget_bytes == largest + 1
 
 
+def warned(scene: Scene, changed: dict[str, Any], about: str = "search.max_trials") -> list[str]:
+    return [each for each in inspect(config_of(scene, changed)).warnings if about in each]
+
+
+def test_too_few_tokens_to_score_on_are_a_warning_with_the_numbers(scene: Scene) -> None:
+    """Every other confirmation row chooses."""
+    validation, confirmation = warned(scene, {}, "tokens of")
+    for warning, key, rows in ((validation, "data.validation", 16), (confirmation, "data.confirmation", 8)):
+        tokens = re.search(rf"`{key}` .* on about (\d+) tokens of {rows} rows: too few to tell plans apart", warning)
+        assert tokens and 0 < int(tokens[1]) < 500, warning
+        assert "more rows" in warning and "500 tokens at least" in warning
+    rows = [{"text": f"{number} {'word ' * 20}"} for number in range(40)]
+    long = {"source": scene.file("long.jsonl", "\n".join(map(json.dumps, rows))), "format": "text"}
+    (confirmation,) = warned(scene, {"data.validation": [long]}, "tokens of")
+    assert "`data.confirmation`" in confirmation
+    by_accuracy = {"search.metric": "accuracy", "search.tasks": ["qpruner_everyday_validation"], "search.limit": 8}
+    assert warned(scene, by_accuracy, "tokens of") == []
+
+
 def test_more_groups_than_trials_can_inform_is_a_warning_with_the_numbers(scene: Scene) -> None:
     """Two blocks of four projections at two levels: eight unknowns."""
-    assert inspect(config_of(scene, {"search.max_trials": 8})).warnings == ()
-    warning = inspect(config_of(scene, {"search.max_trials": 7})).warnings[0]
+    assert warned(scene, {"search.max_trials": 8}) == []
+    warning = warned(scene, {"search.max_trials": 7})[0]
     said = ("7 trials", "`search.max_trials`", "8 groups", "8 unknowns", "allow 8", "`quantize.group`", "projection")
     assert [part for part in said if part not in warning] == [], warning
-    (warning,) = inspect(config_of(scene, {"search.max_trials": 9, "quantize.bits": [4, 8, 16]})).warnings
+    (warning,) = warned(scene, {"search.max_trials": 9, "quantize.bits": [4, 8, 16]})
     assert "16 unknowns" in warning
 
 
 def test_trials_that_the_controls_use_up_are_a_warning_with_the_numbers(scene: Scene) -> None:
     few = {"quantize.group": "block", "sensitivity.methods": ["mutual_information", "kl"]}
-    assert inspect(config_of(scene, few | {"search.max_trials": 4})).warnings == ()
-    (warning,) = inspect(config_of(scene, few | {"search.max_trials": 3})).warnings
+    assert warned(scene, few | {"search.max_trials": 4}) == []
+    (warning,) = warned(scene, few | {"search.max_trials": 3})
     said = ("3 uniform and seed plans", "none of 3 trials", "`search.max_trials`", "`sensitivity.methods`")
     assert [part for part in said if part not in warning] == [], warning
 

@@ -10,8 +10,9 @@ from typing import Any
 
 from qpruner.config import RunConfig
 from qpruner.estimate.memory import prune_memory, scoring_memory, sensitivity_memory, training_memory
-from qpruner.estimate.work import CHARACTERS_A_TOKEN, CHOICES, Rates, hours
+from qpruner.estimate.work import CHOICES, Rates, hours
 from qpruner.preflight import Inspection
+from qpruner.preflight_rows import CHARACTERS_A_TOKEN
 from qpruner.report.lines import duration
 from qpruner.wording import counted
 
