@@ -459,7 +459,7 @@ def _print_table(results: Results, root: Path, terminal: Terminal) -> None:
     for caption, headings, body in sections.final_tables(results):
         terminal.say(f"{caption}:")
         terminal.table(headings, body)
-    terminal.say(table.claim(results))
+    terminal.prose(table.claim(results))
     terminal.say(_where_next(root))
 
 

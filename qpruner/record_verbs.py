@@ -57,6 +57,7 @@ WITHOUT_WORKER = {
     "waiting": "of them waiting for a machine",
 }
 """Why trials that are under way are in no worker's hands, by the count of them."""
+SIZES = {"kB": 1e3, "MB": 1e6, "GB": 1e9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
 MOST_WORDS = 12
 """Words of a column that `trials` tells where a condition on it holds for none; of plans there are more."""
 
@@ -177,7 +178,7 @@ def trials(run: str | Path, conditions: Sequence[str], sort: str, descending: bo
         writer.writeheader()
         writer.writerows(rows)
     elif form == "text" and not rows:
-        none = "; ".join(["no trials match", *_words_there_are(every, conditions, names)])
+        none = "; ".join(["no trials match", *_what_there_is(every, conditions, names)])
         click.echo(none if looked.trials else "there are no trials yet")
     elif form == "text":
         shown = [name for name in SHOWN if any(row[name] is not None for row in rows)]
@@ -200,10 +201,17 @@ def _where(rows: Sequence[dict[str, Any]], condition: str, names: Mapping[str, s
     key, sign, text = _parts(condition, names)
     is_number = any(isinstance(row[key], int | float) for row in rows)
     try:
-        value = float(text) if is_number else text
+        value = _number(key, text) if is_number else text
     except ValueError as error:
         raise UserError(f"--where {condition}: `{key}` is a number, got {text!r}") from error
     return [row for row in rows if (sign == "!=" if row[key] is None else COMPARISONS[sign](row[key], value))]
+
+
+def _number(key: str, text: str) -> float:
+    """A figure as a person writes it: of bytes with the unit that the table shows, too."""
+    units = SIZES if key.endswith("bytes") else {}
+    unit = next((unit for unit in units if text.endswith(unit)), "")
+    return float(text.removesuffix(unit)) * units.get(unit, 1)
 
 
 def _parts(condition: str, names: Mapping[str, str]) -> tuple[str, str, str]:
@@ -214,14 +222,19 @@ def _parts(condition: str, names: Mapping[str, str]) -> tuple[str, str, str]:
     return _known(parts[1].strip(), names), parts[2], parts[3].strip()
 
 
-def _words_there_are(
+def _what_there_is(
     rows: Sequence[dict[str, Any]], conditions: Sequence[str], names: Mapping[str, str]
 ) -> Iterator[str]:
-    """Of each condition about words that no row meets, the words that there are."""
+    """Of each condition that no row meets, the words that there are, or how far the numbers go."""
     for condition in conditions:
         key = _parts(condition, names)[0]
+        if _where(rows, condition, names):
+            continue
+        numbers = [row[key] for row in rows if isinstance(row[key], int | float)]
         found = Counter(row[key] for row in rows if isinstance(row[key], str))
-        if 0 < len(found) <= MOST_WORDS and not _where(rows, condition, names):
+        if numbers:
+            yield f"`{key}` is from {_figure(key, min(numbers))} to {_figure(key, max(numbers))}"
+        elif 0 < len(found) <= MOST_WORDS:
             yield f"`{key}` is {', '.join(f'{word} ({count})' for word, count in found.most_common())}"
 
 

@@ -27,7 +27,7 @@ StandardError = Annotated[float, WithJsonSchema({"type": ["number", "null"]}, mo
 class Recorded(BaseModel):
     """Base of what is recorded: plain data that never changes."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
     def to_dataframe(self) -> pandas.DataFrame:
         """As a table: a row for each of what the record lists; one row of its figures where it lists nothing."""
@@ -431,8 +431,9 @@ class CandidateRecord(Record):
     confirmation_loss: float
     """On the half of the confirmation rows that chose nothing, in nats per token."""
     confirmation_losses: tuple[float, ...] = ()
-    """What each of these rows says of it, so that two models can be paired by row: their mean is the loss, although
-    rows have more and fewer tokens. Empty in records of older versions."""
+    """What each of these rows says of it, so that two models can be paired by row: no losses of rows, but values whose
+    mean is the loss and whose spread its standard error, although rows have more and fewer tokens; they may lie below
+    zero. Empty in records of older versions."""
     peak_memory_bytes: int
     memory_counter: str
     adapter_sha256: str = ""
@@ -463,7 +464,8 @@ class TaskScore(Recorded):
     correct: tuple[float, ...]
     """1 or 0 a question."""
     answer_loss: tuple[float, ...] = ()
-    """Negative log-likelihood of the right choice in nats, a question; empty where the task has no choices."""
+    """Negative log-likelihood of the right choice in nats, a question (its tokens added up, no mean); empty where the
+    task has no choices."""
 
     def table_rows(self) -> list[dict[str, Any]]:
         """A row a question."""

@@ -153,9 +153,13 @@ class Terminal:
         """Print a line of the result."""
         self._line(text)
 
-    def _line(self, text: str) -> None:
+    def prose(self, text: str) -> None:
+        """Print sentences of the result: on a terminal a line ends between words; what a line says may be copied."""
+        self._line(text, is_prose=not self._is_plain)
+
+    def _line(self, text: str, is_prose: bool = False) -> None:
         self._last_line = time.monotonic()
-        self._console.print(text, markup=False)
+        self._console.print(text, markup=False, soft_wrap=not is_prose)
 
     def _advance(self, stage: str, done: int, total: int, detail: str) -> None:
         before = next((task for task in self._progress.tasks if task.id == self._bars.get(stage)), None)
@@ -238,7 +242,7 @@ class _TimeLeft(TimeRemainingColumn):
     """The time left, but that of a search's trials, which its own view tells from what its trials took."""
 
     def render(self, task: Task) -> Text:
-        return Text() if task.fields["counts_trials"] else super().render(task)
+        return Text() if task.fields["counts_trials"] else Text.assemble(super().render(task), " left")
 
 
 class _Column:

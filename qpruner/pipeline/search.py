@@ -310,7 +310,7 @@ def _confirm(context: Context, finalists: Sequence[TrialRecord], job: SearchJob)
         found[position] = Confirmation(
             index=trial.index,
             origin=control or (f"{trial.origin} of another search" if taken_over else trial.origin),
-            control=control is not None,
+            control=control not in (None, GIVEN),
             taken_over=taken_over,
             **score.model_dump(),
         )

@@ -54,7 +54,8 @@ def model_card(run: Snapshot, base_card: str | None) -> str:
             f"# {prose(run.name)}",
             "",
             f"{code(base)}, pruned, quantized to {winner.mean_bits:.2f} mean bits by {_chosen(run)} and fine-tuned "
-            f"by qpruner {run.state.environment['qpruner']}: {winner.measured_bytes / 1e6:.1f} MB.",
+            f"by qpruner {run.state.environment['qpruner']}: {winner.measured_bytes / 1e6:.1f} MB. Of the fine-tunes "
+            f"below it is that of training seed {winner.seeds[0]}.",
             "",
             section("packed"),
             "## Measured",

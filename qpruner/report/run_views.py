@@ -27,7 +27,7 @@ from qpruner.records import (
 from qpruner.report import table
 from qpruner.report.life import RUNNING, Life, read_life
 from qpruner.report.recorded import read_results
-from qpruner.report.standing import Standing, bar, best_so_far, control_name, in_order_of_end, score, standing
+from qpruner.report.standing import Standing, bar, best_of, best_so_far, control_name, in_order_of_end, score, standing
 from qpruner.report.table import SEARCHED
 from qpruner.rundir import LOG, STATE, RunDir, children, exists, for_each
 from qpruner.runlock import driver_of
@@ -282,9 +282,7 @@ def summary(run: RunView) -> dict[str, Any]:
         "metric": config["search"]["metric"],
         "budget_bytes": budget_bytes(run),
         **{name: now.count(name) if now else 0 for name in ("finished", "stopped", "failed", "running")},
-        "best_control": score(now.best_control.rungs[-1], config["search"]["metric"])
-        if now and now.best_control
-        else None,
+        "best_control": _best_control(run),
     }
     if record is None:
         return facts
@@ -307,6 +305,18 @@ def summary(run: RunView) -> dict[str, Any]:
     return facts | _final(results)
 
 
+def _best_control(run: RunView) -> float | None:
+    """The score of the best control: of those that a given plan was compared with, though another search ran them."""
+    metric = run.state.config["search"]["metric"]
+    trials = list(run.standing.trials) if run.standing else []
+    if run.search:
+        trials = [trial(run, each.index) for each in run.search.confirmations if each.control]
+    best = best_of(
+        (each for each in trials if each.status == "finished" and each.is_control and not each.is_given), metric
+    )
+    return score(best.rungs[-1], metric) if best else None
+
+
 def _whole_run(results: Results) -> dict[str, float]:
     """Hours of all stages that are recorded."""
     return {
@@ -319,13 +329,18 @@ def _final(results: Results) -> dict[str, float | None]:
     """The searched row after its fine-tune, where the latest command came that far."""
     if results.finetune is None:
         return {}
-    losses = [each.validation_loss for each in results.finetune.candidates if each.name == SEARCHED]
-    facts: dict[str, float | None] = {"final_validation_loss": statistics.fmean(losses)}
+    tuned = [each for each in results.finetune.candidates if each.name == SEARCHED]
+    facts: dict[str, float | None] = {
+        "final_validation_loss": statistics.fmean(each.validation_loss for each in tuned),
+        "final_confirmation_loss": statistics.fmean(each.confirmation_loss for each in tuned),
+    }
     if results.evaluate:
         row = next(each for each in table.rows(results) if each.name == SEARCHED)
         facts["test_accuracy"] = row.accuracy
         facts["test_accuracy_spread"] = row.accuracy_spread
         facts["test_accuracy_stderr"] = row.accuracy_stderr
+        facts["test_answer_loss"] = row.answer_loss
+        facts["perplexity"] = row.perplexity
     return facts
 
 

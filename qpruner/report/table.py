@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from qpruner.plan import PrecisionPlan
 from qpruner.records import GIVEN, CandidateRecord, Results, RowScores, SearchRecord, StandardError, TaskScore
@@ -126,10 +126,16 @@ class Comparison:
 
 
 def rows(results: Results) -> list[Row]:
-    """The table's rows, in the order of the fine-tunes."""
-    return [
+    """The table's rows, in the order of the fine-tunes; a seed or uniform plan that is the best seed's says so."""
+    found = [
         _row(title_of(name, results.search), tuned, _evaluated(results, name))
         for name, tuned in _by_name(results).items()
+    ]
+    best = [row.plans for row in found if row.name == BEST_SEED]
+    apart = (BASE, PRUNED, BEST_SEED, RANDOM, SEARCHED)
+    return [
+        replace(row, title=f"{row.title} = {BEST_SEED}") if row.name not in apart and row.plans in best else row
+        for row in found
     ]
 
 
@@ -175,7 +181,7 @@ def claim(results: Results) -> str:
     found = comparisons(results)
     if not found:
         return "No claim is made: no other plan had the same fine-tune."
-    lead = f"{_winner(results.search, _by_name(results)[SEARCHED][0])}{_lost(rows(results))}{_in_words(found)}"
+    lead = f"{_winner(results.search, _by_name(results)[SEARCHED][0])}{_lost(results)}{_in_words(found)}"
     return "\n".join([lead, *map(_stated, found)])
 
 
@@ -186,11 +192,6 @@ def tally(found: Sequence[Comparison]) -> tuple[str, str]:
     told = [f"{verdict} in {verdicts.count(verdict)}" for verdict in ("better", "worse") if verdict in verdicts]
     headline = f"{' and '.join(told)} of {len(verdicts)}" if told else "no difference shown"
     return headline, f"{len(verdicts)} comparisons, each at 95 % by itself"
-
-
-def seeds_told(other: Row, winner: Row) -> str:
-    """Of which training seed a row is that stands beside a mean over several."""
-    return f" under training seed {other.seeds[0]} alone" if len(other.seeds) < len(winner.seeds) else ""
 
 
 def _by_name(results: Results) -> dict[str, list[CandidateRecord]]:
@@ -318,20 +319,28 @@ def _rival(found: Comparison) -> str:
     return "one random plan of equal bytes" if found.origin == ONE_RANDOM_PLAN else "random plans of equal bytes"
 
 
-def _lost(table: Sequence[Row]) -> str:
+def beside_base(results: Results) -> tuple[list[Row], str]:
+    """The searched row, then the base's and the pruned model's as far as there are such, all under the training seed
+    that each had, and that seed in words; no words where no row had more."""
+    alike = {row.name: row for row in under_first_seed(results)}
+    found = [alike[name] for name in (SEARCHED, BASE, PRUNED) if name in alike]
+    several = any(len(row.seeds) > 1 for row in rows(results))
+    return found, f" under training seed {found[0].seeds[0]}" if several else ""
+
+
+def _lost(results: Results) -> str:
     """What the winner weighs and knows beside the base and the pruned model, as a sentence; nothing without them."""
-    by_name = {row.name: row for row in table}
-    if BASE not in by_name or PRUNED not in by_name:
+    three, under = beside_base(results)
+    if len(three) < 3:
         return ""
-    winner, base, _ = three = [by_name[name] for name in (SEARCHED, BASE, PRUNED)]
+    winner, base, _ = three
     told = "test accuracy is {:.3f} (base {:.3f}, pruned {:.3f})".format(*(row.accuracy for row in three))
     losses = [row.answer_loss for row in three if row.answer_loss is not None]
     if len(losses) == len(three):
         told += " and its answer loss {:.3f} (base {:.3f}, pruned {:.3f})".format(*losses)
-    under = seeds_told(base, winner)
     return (
         f" At {winner.measured_bytes / base.measured_bytes:.1%} of the bytes of the base with such an adapter, its "
-        f"{told}, all after the same fine-tune{under and f', base and pruned{under}'}."
+        f"{told}, all after the same fine-tune{under}."
     )
 
 

@@ -185,8 +185,22 @@ def test_trials_are_filtered_and_sorted(run: Path) -> None:
         assert found == expected, "what has no such figure has not this one"
 
 
+def test_bytes_are_asked_for_as_the_table_shows_them(run: Path) -> None:
+    sizes = {row["trial"]: row["bytes"] for row in told("trials", run)["trials"]}
+    middle = sorted(sizes.values())[len(sizes) // 2]
+    for asked in (f"{middle / 1e6} MB", f"{middle / 1e6}MB", f"{middle / 2**10}KiB", f"{middle}"):
+        found = [row["trial"] for row in told("trials", run, "--where", f"bytes<{asked}")["trials"]]
+        assert found == [trial for trial, size in sizes.items() if size < middle] != []
+    told_range = qpruner("trials", run, "--where", "bytes<1 MB").stdout
+    assert told_range == f"no trials match; `bytes` is from {min(sizes.values()) / 1e6:.2f} MB to " + (
+        f"{max(sizes.values()) / 1e6:.2f} MB\n"
+    )
+
+
 def test_where_no_trial_matches_it_says_so(run: Path) -> None:
-    assert qpruner("trials", run, "--where", "loss<1").stdout == "no trials match\n"
+    losses = [row["loss"] for row in told("trials", run)["trials"] if row["loss"] is not None]
+    none = f"no trials match; `loss` is from {min(losses):.4f} to {max(losses):.4f}\n"
+    assert qpruner("trials", run, "--where", "loss<1").stdout == none
     assert qpruner("trials", run, "--where", "status=failed", "--where", "from=seed-kl").stdout == "no trials match\n"
     mistyped = qpruner("trials", run, "--where", "status=finised", "--where", "bytes>0").stdout
     assert mistyped == "no trials match; `status` is finished (3), stopped (1), failed (1), running (1)\n"
@@ -336,7 +350,18 @@ def test_compare_tells_how_sure_the_test_accuracy_is(tmp_path: Path) -> None:
     [facts] = told("compare", tmp_path / "run")["runs"]
     assert facts["test_accuracy"] == row.accuracy
     assert (facts["test_accuracy_spread"], facts["test_accuracy_stderr"]) == (row.accuracy_spread, row.accuracy_stderr)
+    losses = (facts["final_validation_loss"], facts["final_confirmation_loss"], facts["test_answer_loss"])
+    assert losses == (row.validation_loss, row.confirmation_loss, row.answer_loss)
+    assert facts["perplexity"] == row.perplexity
     assert re.search(rf"test_accuracy_stderr +{row.accuracy_stderr:.4f}", qpruner("compare", tmp_path / "run").stdout)
+
+
+def test_compare_takes_no_given_plan_for_a_control(tmp_path: Path) -> None:
+    run = recorded_run(tmp_path / "run", is_over=False)
+    [before] = told("compare", run)["runs"]
+    write_trial(RunDir(run).trials / DIGEST, trial(9, "884444", [3.3, 3.2, 0.5], origin="given"))
+    [facts] = told("compare", run)["runs"]
+    assert facts["best_control"] == before["best_control"] > 0.5
 
 
 def test_runs_of_one_name_are_told_apart_by_their_folders(tmp_path: Path) -> None:

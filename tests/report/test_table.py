@@ -231,7 +231,7 @@ def test_the_first_figures_of_a_run_without_comparison_are_base_and_pruned_as_th
     run = snapshot(results_of(searched_row([1.0]), untuned))
     by_heading = {tile.heading: tile.lines for tile in tiles(run)}
     accuracy = by_heading["Accuracy on held-out tasks"]
-    assert accuracy[:2] == ("base, not fine-tuned: 0.625", "pruned, not fine-tuned: 0.600")
+    assert accuracy[1:3] == ("base, not fine-tuned: 0.625", "pruned, not fine-tuned: 0.600")
     assert "finetune.compare gives other plans the same fine-tune" in by_heading["How sure"]
     tuned = [*row_of("base", [1.0]), *row_of("pruned", [1.0]), *searched_row([1.0])]
     compared = snapshot(results_of(tuned, untuned))
@@ -641,11 +641,22 @@ def test_a_row_of_one_seed_can_be_compared_with_the_same_seed_of_the_others(whol
     assert set(seeds.values()) == {(0,)}
 
 
+def test_a_seed_plan_that_is_the_best_seed_says_so() -> None:
+    """Else one plan stands there with two sets of figures."""
+    seed = row_of("mutual-information seed", [2.0], plan=SEED_PLAN)
+    base = row_of("base", [1.0], plan=SEED_PLAN)
+    same = results_of([*base, *seed, *row_of(BEST_SEED, [2.0, 2.1], plan=SEED_PLAN), *searched_row([1.0, 1.1])])
+    titles = [row.title for row in rows(same)]
+    assert titles == ["base", "mutual-information seed = best seed", BEST_SEED, SEARCHED]
+    other = results_of([*seed, *row_of(BEST_SEED, [2.0, 2.1], plan=PLAN), *searched_row([1.0, 1.1])])
+    assert [row.title for row in rows(other)] == ["mutual-information seed", BEST_SEED, SEARCHED]
+
+
 def test_the_claim_says_what_was_lost_against_base_and_pruned(whole: Results) -> None:
     lost = (
         "At 100.8% of the bytes of the base with such an adapter, its test accuracy is 0.570 (base 0.475, pruned "
-        "0.485) and its answer loss 1.750 (base 1.500, pruned 1.500), all after the same fine-tune, base and pruned "
-        "under training seed 0 alone."
+        "0.485) and its answer loss 1.750 (base 1.500, pruned 1.500), all after the same fine-tune under "
+        "training seed 0."
     )
     card = model_card(
         snapshot(whole, config={"model": {"source": "me/base"}, "data": {"train": []}}, environment={"qpruner": "1.2"}),

@@ -100,6 +100,16 @@ def test_a_narrow_terminal_folds_what_it_shows_live() -> None:
     assert "validation loss 2.9000, trial 2 (gp), 32.0 MB" in seen
 
 
+def test_sentences_are_broken_between_words_and_what_may_be_copied_is_not() -> None:
+    text = "It is worse than one random plan of equal bytes in confirmation loss, ± 0.1286 over seeds."
+    program = f"from qpruner.terminal import Terminal as T\nT(quiet=False).{{}}({text!r})"
+    lines = [line.strip() for line in on_a_terminal(program=program.format("prose"), COLUMNS="40").splitlines()]
+    assert len(lines) > 2 and max(map(len, lines)) <= 40 and " ".join(lines) == text
+    assert on_a_terminal(program=program.format("say"), COLUMNS="40").strip() == text
+    piped = subprocess.run([sys.executable, "-c", program.format("prose")], capture_output=True, text=True, check=True)
+    assert piped.stdout == f"{text}\n"
+
+
 def test_a_terminal_without_color_stays_without() -> None:
     seen = on_a_terminal(NO_COLOR="1")
     assert "1 of 2 slots busy" in seen
@@ -229,10 +239,12 @@ def test_a_bar_tells_the_time_left_of_slow_steps_and_of_each_thing_counted(monke
         return " ".join(line.split())
 
     bars = [bar_after(60, done, 4, f"layers.{done}") for done in range(1, 4)]
-    assert bars[-1].endswith("3/4 0:02:00 0:01:00"), "a minute a group, whatever the groups are called"
-    assert bar_after(60, 4, 4, "layers.4").endswith("4/4 0:03:00 0:00:00")
-    assert bar_after(5, 1, 4, "saving weights").endswith("1/4 0:00:00 -:--:--"), "what came before says nothing of it"
-    assert bar_after(2, 2, 4, "saving weights").endswith("2/4 0:00:02 0:00:04")
+    assert bars[-1].endswith("3/4 0:02:00 0:01:00 left"), "a minute a group, whatever the groups are called"
+    assert bar_after(60, 4, 4, "layers.4").endswith("4/4 0:03:00 0:00:00 left")
+    assert bar_after(5, 1, 4, "saving weights").endswith("1/4 0:00:00 -:--:-- left"), (
+        "what came before says nothing of it"
+    )
+    assert bar_after(2, 2, 4, "saving weights").endswith("2/4 0:00:02 0:00:04 left")
 
 
 def test_the_times_of_a_search_are_told_once(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -254,7 +266,7 @@ def test_the_times_of_a_search_are_told_once(monkeypatch: pytest.MonkeyPatch) ->
     assert re.search(r"search .* 5/20 *$", seen, re.MULTILINE) and seen.count("left") == 1
     for done in (1, 2):
         seen = shown_after(done, 3, "finalists on fresh rows")
-    assert re.search(r"search finalists on fresh rows .* 2/3 0:01:00 0:01:00 *$", seen, re.MULTILINE)
+    assert re.search(r"search finalists on fresh rows .* 2/3 0:01:00 0:01:00 left *$", seen, re.MULTILINE)
 
 
 def test_a_search_that_has_ended_early_has_no_time_left() -> None:

@@ -112,9 +112,14 @@ def test_a_given_plan_is_compared_with_the_best_seed_that_a_search_has_tried(sea
     assert done.returncode == 0, done.stderr[-3000:]
     record = search_of(run)
     assert record["best_plan"] == changed and record["best_origin"] == "given", "whatever the others scored"
-    assert [each["origin"] for each in record["confirmations"] if each["control"]] == [
-        "uniform-4", "seed-first-order", "given",
-    ]  # fmt: skip
+    confirmed = {each["origin"]: each for each in record["confirmations"]}
+    controls = [origin for origin, each in confirmed.items() if each["control"]]
+    assert (controls, list(confirmed)) == (["uniform-4", "seed-first-order"], [*controls, "given"])
+    best = min(controls, key=lambda origin: (confirmed[origin]["loss"], confirmed[origin]["index"]))
+    assert record["best_control"] == confirmed[best]["index"], "a given plan is no control"
+    [told] = json.loads(qpruner("compare", run, "--json").stdout)["runs"]
+    losses = {row["from"]: row["loss"] for row in json.loads(qpruner("trials", run, "--json").stdout)["trials"]}
+    assert told["best_control"] == min(losses[origin] for origin in controls)
     tuned = json.loads((run / "records" / "finetune.json").read_text())["candidates"]
     origins = {row["name"]: row["origin"] for row in tuned}
     assert origins["best seed"] == "seed-first-order at the winner's bytes"

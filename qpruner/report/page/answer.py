@@ -17,9 +17,9 @@ from qpruner.report.table import (
     SEARCHED,
     Z_95,
     Row,
+    beside_base,
     comparisons,
     rows,
-    seeds_told,
     tally,
 )
 
@@ -53,15 +53,13 @@ def _whole(run: Snapshot) -> Iterator[Tile]:
             *_in_use(winner, base),
         ),
     )
-    others = [table[name] for name in (BASE, PRUNED) if name in table]
     yield Tile(
         "Accuracy on held-out tasks",
         f"{winner.accuracy:.3f}",
         (
-            *(f"{other.name}, same fine-tune{seeds_told(other, winner)}: {other.accuracy:.3f}" for other in others),
-            *(f"{name}, not fine-tuned: {accuracy:.3f}" for name, accuracy in _untuned(run) if name not in table),
-            *_answer_losses(winner, others),
             _interval(winner),
+            *_beside_base(run),
+            *(f"{name}, not fine-tuned: {accuracy:.3f}" for name, accuracy in _untuned(run) if name not in table),
         ),
     )
     plan = run.results.search.best_plan
@@ -98,11 +96,14 @@ def _in_use(winner: Row, base: Row | None) -> Iterator[str]:
     yield told
 
 
-def _answer_losses(winner: Row, others: list[Row]) -> Iterator[str]:
-    if winner.answer_loss is not None:
-        known = [other for other in others if other.answer_loss is not None]
-        told = "".join(f", {other.name}{seeds_told(other, winner)} {other.answer_loss:.3f}" for other in known)
-        yield f"loss on right answers: {winner.answer_loss:.3f}{told}"
+def _beside_base(run: Snapshot) -> Iterator[str]:
+    """Accuracy and answer loss beside those of base and pruned model; the answer loss alone where these are no rows."""
+    (winner, *others), under = beside_base(run.results)
+    measures = {"accuracy": lambda row: row.accuracy, "answer loss": lambda row: row.answer_loss}
+    for measure, value in measures.items():
+        known = [f", {other.name} {value(other):.3f}" for other in others if value(other) is not None]
+        if value(winner) is not None and (others or measure != "accuracy"):
+            yield f"{measure}{under}: {value(winner):.3f}{''.join(known)}"
 
 
 def _certainty(run: Snapshot) -> Tile:
