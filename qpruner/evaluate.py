@@ -129,7 +129,7 @@ def task_questions(tasks: Sequence[str], include_path: str | None, key: str, lim
     except Exception as error:  # the loaders of many data sets raise many types
         raise UserError(
             f"`{key}`: the rows of {', '.join(tasks)} cannot be loaded: {cause_of(error)}; "
-            "mend the task's file or data, or name another task"
+            "mend the task's file or data, mind the network where they are on the hub, or name another task"
         ) from error
     for name, task in loaded.items():
         if not set(METRICS) & set(task.aggregation()):
