@@ -67,7 +67,7 @@ def bank(context: Context, pruned: PruneRecord) -> BankRecord:
         left = ", ".join(
             f"{bits}-bit {sum(ratio.values()) / len(ratio):.3f}" for bits, ratio in record.residual_ratio.items()
         )
-        return f"{len(record.files)} entries, {record.bytes / 1e6:.0f} MB; share of the error left: {left}"
+        return f"{len(record.files)} entries, {record.bytes / 1e6:.0f} MB; share of the quantization error left by LoftQ: {left}"
 
     return run_stage(context, stage, BankRecord, work, figures)
 

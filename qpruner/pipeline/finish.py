@@ -107,7 +107,7 @@ def finetune_stage(context: Context, searched: SearchRecord, jobs: list[tuple[Ro
     told = [(row.name, row.origin, job.seed, job.folder.name) for row, job in jobs]
     work = f"{counted(len(_distinct(jobs)), 'fine-tune')}, {length}"
     # A plan's loss here beside its loss as a trial, after as many steps, looks like an error.
-    detail = f"{work}, in another data order than the trials', whose losses differ by it"
+    detail = f"{work}, under other training seeds than the trials', so losses are no longer those of trials"
     return Stage("finetune", detail, (searched.digest, told))
 
 

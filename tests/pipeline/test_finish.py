@@ -286,7 +286,7 @@ def test_the_line_that_begins_the_fine_tunes_says_why_their_losses_are_not_the_t
     searched = searched_record(a_winner(context))
     jobs = finetune_jobs(context, searched, measured_of(context))
     detail = finetune_stage(context, searched, jobs).detail
-    assert detail.endswith(", in another data order than the trials', whose losses differ by it")
+    assert detail.endswith(", under other training seeds than the trials', so losses are no longer those of trials")
 
 
 @pytest.mark.parametrize(

@@ -241,9 +241,7 @@ def test_a_bar_tells_the_time_left_of_slow_steps_and_of_each_thing_counted(monke
     bars = [bar_after(60, done, 4, f"layers.{done}") for done in range(1, 4)]
     assert bars[-1].endswith("3/4 0:02:00 0:01:00 left"), "a minute a group, whatever the groups are called"
     assert bar_after(60, 4, 4, "layers.4").endswith("4/4 0:03:00 0:00:00 left")
-    assert bar_after(5, 1, 4, "saving weights").endswith("1/4 0:00:00 -:--:-- left"), (
-        "what came before says nothing"
-    )
+    assert bar_after(5, 1, 4, "saving weights").endswith("1/4 0:00:00 -:--:-- left"), "what came before says nothing"
     assert bar_after(2, 2, 4, "saving weights").endswith("2/4 0:00:02 0:00:04 left")
 
 
