@@ -67,7 +67,8 @@ def bank(context: Context, pruned: PruneRecord) -> BankRecord:
         left = ", ".join(
             f"{bits}-bit {sum(ratio.values()) / len(ratio):.3f}" for bits, ratio in record.residual_ratio.items()
         )
-        return f"{len(record.files)} entries, {record.bytes / 1e6:.0f} MB; share of the quantization error left by LoftQ: {left}"
+        size = f"{len(record.files)} entries, {record.bytes / 1e6:.0f} MB"
+        return f"{size}; share of the quantization error that LoftQ leaves: {left}"
 
     return run_stage(context, stage, BankRecord, work, figures)
 
