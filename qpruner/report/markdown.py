@@ -9,6 +9,7 @@ from qpruner.records import Results, SensitivityRecord
 from qpruner.report import by_task, sections
 from qpruner.report.charts.chart import Chart
 from qpruner.report.importance_map import PICTURE
+from qpruner.report.outcome import search_text
 from qpruner.report.snapshot import Snapshot
 from qpruner.report.table import claim
 
@@ -91,7 +92,7 @@ def _search(run: Snapshot, charts: Sequence[Chart], pictures: str) -> list[str]:
     if search is None and run.state.search is None:
         return []
     lines = ["## The search", ""]
-    for line in sections.search_text(search) if search else sections.unfinished_search_text(run):
+    for line in search_text(search, run.trials) if search else sections.unfinished_search_text(run):
         lines += [prose(line), ""]
     if search:
         lines += [f"{sections.FINALISTS_CAPTION}:", "", pipe_table(*sections.finalists(search)), ""]

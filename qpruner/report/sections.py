@@ -21,13 +21,11 @@ from qpruner.records import (
     SensitivityRecord,
     TaskScore,
 )
-from qpruner.report.lines import duration
 from qpruner.report.marginal_effects import MarginalEffects, rank_correlation
 from qpruner.report.recorded import KINDS
 from qpruner.report.snapshot import Snapshot
 from qpruner.report.standing import FIGURES, score
 from qpruner.report.table import SEARCHED, Row, model_title, rows, under_first_seed
-from qpruner.search.trial_records import remedy_of
 from qpruner.wording import counted
 
 LAYER_HEADINGS = ("block", "query heads", "key/value heads", "MLP channels", "kept parameters")
@@ -221,34 +219,6 @@ def prune_summary(record: PruneRecord) -> str:
         f"{record.bytes_after / 1e6:.1f} MB, {record.seconds:.1f} s, {record.peak_memory_bytes / 1e6:.0f} MB at most "
         f"above the loaded model ({record.memory_counter})."
     )
-
-
-def search_text(search: SearchRecord) -> list[str]:
-    """What ran, why it ended, and who was best on fresh rows."""
-    told = (
-        f"{search.searcher} on {search.metric}, budget {search.budget_bytes / 1e6:.1f} MB: "
-        f"{counted(search.num_trials, 'trial')}, "
-        f"{search.num_finished} finished, {search.num_stopped} stopped early, {search.num_failed} failed, in "
-        f"{duration(search.total_seconds)}"
-        + (f", {duration(search.total_gpu_seconds)} on GPUs" if search.total_gpu_seconds else "")
-        + f". It ended because {search.ended}."
-    )
-    if search.num_taken_over:
-        told += f" It started from {counted(search.num_taken_over, 'trial')} that earlier searches left."
-    if search.sessions > 1:
-        before = counted(search.resumed, "trial")
-        told += f" Resumed: {search.sessions} sessions; the last began with {before} recorded before."
-    if search.failures:
-        failed = [f"{number} {kind} ({remedy_of(kind)})" for kind, number in sorted(search.failures.items())]
-        told += f" Failed: {', '.join(failed)}."
-    if search.best_origin == GIVEN:
-        controls = len(search.confirmations) - 1
-        beside = f"scored on fresh rows beside {counted(controls, 'control')} that a search had tried"
-        scored = beside if controls else "the only one scored on fresh rows"
-        given = f"Trial {search.best_index} is the plan that was given, {scored}"
-        return [told, f"{given}; where this report speaks of a winner, it is meant."]
-    outcome = "a control: no searched plan beat it" if search.control_won else "a searched plan"
-    return [told, f"On fresh rows trial {search.best_index} ({search.best_origin}) was best, {outcome}."]
 
 
 def statuses(run: Snapshot) -> dict[str, str]:

@@ -30,6 +30,7 @@ from qpruner.plan_file import read_plan
 from qpruner.records import BankRecord, EvalRecord, RunState, SearchRecord, TrialPulse, TrialRecord
 from qpruner.report import sections, table
 from qpruner.report.lines import duration
+from qpruner.report.outcome import search_text
 from qpruner.report.page import render
 from qpruner.report.snapshot import read_snapshot
 from qpruner.rundir import RunDir
@@ -98,7 +99,7 @@ def test_a_search_took_as_long_as_the_report_says(tmp_path: Path) -> None:
         assert stages["search"] == seconds
         snapshot = read_snapshot(RunDir(run))
         assert snapshot.results.search
-        assert f" in {duration(seconds)}. It ended" in sections.search_text(snapshot.results.search)[0]
+        assert f" in {duration(seconds)}. It ended" in search_text(snapshot.results.search, snapshot.trials)[0]
         assert {row[0]: row[2] for row in sections.stages(snapshot)}["search"] == f"{seconds:.1f}"
 
 

@@ -10,11 +10,13 @@ from typing import Any
 import numpy as np
 import pytest
 from made_records import made_confirmation, made_search
+from recorded_runs import trial as recorded_trial
 from scipy import stats
 
 from qpruner.records import (
     GIVEN,
     CandidateRecord,
+    Confirmation,
     EvalRecord,
     FinetuneRecord,
     FrontPoint,
@@ -26,16 +28,19 @@ from qpruner.records import (
     PruneRecord,
     Results,
     RowScores,
+    RungResult,
     RunState,
     SensitivityRecord,
     TaskScore,
+    TrialRecord,
 )
 from qpruner.report import by_task
 from qpruner.report.marginal_effects import MarginalEffects
 from qpruner.report.markdown import render
 from qpruner.report.model_card import model_card
+from qpruner.report.outcome import search_text
 from qpruner.report.page.answer import tiles
-from qpruner.report.sections import HEADINGS, cells, final_tables, search_text, steps
+from qpruner.report.sections import HEADINGS, cells, final_tables, steps
 from qpruner.report.snapshot import Snapshot
 from qpruner.report.summary import summary_of
 from qpruner.report.table import BEST_SEED, RANDOM, SEARCHED, Difference, claim, comparisons, rows
@@ -307,9 +312,57 @@ def test_a_plan_that_was_given_is_not_called_searched() -> None:
     assert claim(results).startswith("Given plan: ")
     assert cells(rows(results)[-1])[0] == "given plan"
     alone = made_search(PLAN, best_origin=GIVEN, confirmations=(made_confirmation(7, GIVEN, 2.0),))
-    assert search_text(alone)[1].startswith("Trial 7 is the plan that was given, the only one scored on fresh rows; ")
+    assert search_text(alone, ())[1].startswith(
+        "Trial 7 is the plan that was given, the only one scored on fresh rows; "
+    )
     beside = made_search(PLAN, best_origin=GIVEN)
-    assert "given, scored on fresh rows beside 1 control that a search had tried; " in search_text(beside)[1]
+    assert "given, scored on fresh rows beside 1 control that a search had tried; " in search_text(beside, ())[1]
+
+
+@pytest.mark.parametrize(
+    ("metric", "ours", "theirs", "told"),
+    [
+        ("loss", (2.0625, 2.4), (2.125, 2.5), "Its selection loss is 2.0625, that of the best control 2.1250"),
+        ("accuracy", (0.7, 0.6), (0.65, 0.5), "Its selection accuracy is 0.7000, that of the best control 0.6500"),
+    ],
+)
+def test_the_winner_is_told_with_its_margin_and_with_who_had_the_better_score(
+    metric: str, ours: tuple[float, float], theirs: tuple[float, float], told: str
+) -> None:
+    """Fresh rows choose; without a reason the winner looks like a mistake beside a trial that scored better."""
+
+    def fresh(index: int, origin: str, value: float) -> Confirmation:
+        return made_confirmation(index, origin, value, accuracy=value, accuracy_stderr=0.1)
+
+    def trial(index: int, value: float) -> TrialRecord:
+        rung = RungResult(step=8, loss=value, accuracy=value, train_loss=value)
+        return recorded_trial(index, "444444", [value] * 3, rungs=(rung,))
+
+    finalists = (fresh(2, "seed-kl", theirs[0]), fresh(3, "seed-fisher", theirs[1]), fresh(7, "gp", ours[0]))
+    better = ours[1] - 0.1 if metric == "loss" else ours[1] + 0.1
+    search = made_search(PLAN, metric=metric, confirmations=(*finalists, fresh(9, "gp", ours[1])))
+    trials = [trial(2, ours[1]), trial(7, ours[1]), trial(9, better)]
+    margin = f"{told} (trial 2, seed-kl): a margin of {abs(ours[0] - theirs[0]):.4f}."
+    first = f"Trial 9 had the best score as a trial ({better:.4f}, trial 7 {ours[1]:.4f}), but {ours[1]:.4f} on fresh"
+    assert search_text(search, trials)[1] == (
+        f"On fresh rows trial 7 (gp) was best, a searched plan. {margin} {first} rows."
+    )
+    assert search_text(search, trials[:2])[1].endswith(margin), "no finalist scored better"
+    alone = made_search(PLAN, metric=metric, confirmations=finalists[-1:])
+    assert search_text(alone, trials)[1].endswith("was best, a searched plan."), "there was no control"
+
+
+def test_a_control_that_won_is_told_with_its_margin_over_searched_plans() -> None:
+    won = {"best_index": 2, "best_origin": "seed-kl", "control_won": True}
+    finalists = (
+        made_confirmation(2, "seed-kl", 2.0),
+        made_confirmation(7, "gp", 2.5),
+        made_confirmation(8, "gp", 2.25),
+    )
+    told = search_text(made_search(PLAN, **won, confirmations=finalists), ())[1]
+    assert told.endswith(
+        "Its selection loss is 2.0000, that of the best searched plan 2.2500 (trial 8, gp): a margin of 0.2500."
+    )
 
 
 def test_a_plan_that_was_given_is_told_whole_to_repeat_it() -> None:

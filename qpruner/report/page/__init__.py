@@ -20,6 +20,7 @@ from markupsafe import Markup
 from qpruner.records import TrialRecord
 from qpruner.report import by_task, sections
 from qpruner.report.charts.chart import Chart
+from qpruner.report.outcome import search_text
 from qpruner.report.page.answer import tiles
 from qpruner.report.snapshot import Snapshot
 from qpruner.report.standing import score
@@ -149,7 +150,7 @@ def _code(text: str) -> Markup:
 
 def _search_text(run: Snapshot) -> list[str]:
     if run.results.search:
-        return sections.search_text(run.results.search)
+        return search_text(run.results.search, run.trials)
     return sections.unfinished_search_text(run) if run.state.search else []
 
 

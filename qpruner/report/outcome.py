@@ -1,0 +1,72 @@
+"""What a search came to, in sentences: what ran, why it ended, who won and why."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from qpruner.records import GIVEN, SearchRecord, TrialRecord
+from qpruner.report.lines import duration
+from qpruner.report.standing import cost, score
+from qpruner.search.trial_records import remedy_of
+from qpruner.wording import counted
+
+
+def search_text(search: SearchRecord, trials: Sequence[TrialRecord]) -> list[str]:
+    """What ran, why it ended, and who was best on fresh rows, by how much.
+
+    Args:
+        search: Its record.
+        trials: Every trial that it knew.
+    """
+    told = (
+        f"{search.searcher} on {search.metric}, budget {search.budget_bytes / 1e6:.1f} MB: "
+        f"{counted(search.num_trials, 'trial')}, "
+        f"{search.num_finished} finished, {search.num_stopped} stopped early, {search.num_failed} failed, in "
+        f"{duration(search.total_seconds)}"
+        + (f", {duration(search.total_gpu_seconds)} on GPUs" if search.total_gpu_seconds else "")
+        + f". It ended because {search.ended}."
+    )
+    if search.num_taken_over:
+        told += f" It started from {counted(search.num_taken_over, 'trial')} that earlier searches left."
+    if search.sessions > 1:
+        before = counted(search.resumed, "trial")
+        told += f" Resumed: {search.sessions} sessions; the last began with {before} recorded before."
+    if search.failures:
+        failed = [f"{number} {kind} ({remedy_of(kind)})" for kind, number in sorted(search.failures.items())]
+        told += f" Failed: {', '.join(failed)}."
+    if search.best_origin == GIVEN:
+        controls = len(search.confirmations) - 1
+        beside = f"scored on fresh rows beside {counted(controls, 'control')} that a search had tried"
+        scored = beside if controls else "the only one scored on fresh rows"
+        given = f"Trial {search.best_index} is the plan that was given, {scored}"
+        return [told, f"{given}; where this report speaks of a winner, it is meant."]
+    outcome = "a control: no searched plan beat it" if search.control_won else "a searched plan"
+    best = f"On fresh rows trial {search.best_index} ({search.best_origin}) was best, {outcome}."
+    return [told, " ".join([best, *_margin(search), *_flattered(search, trials)])]
+
+
+def _margin(search: SearchRecord) -> Iterator[str]:
+    """By how much the winner beat the best of the other kind on fresh rows; nothing where there was none."""
+    best = next(each for each in search.confirmations if each.index == search.best_index)
+    others = [each for each in search.confirmations if each.control != search.control_won]
+    if others:
+        rival = min(others, key=lambda each: (cost(each, search.metric), each.index))
+        ours, theirs = (score(each, search.metric) for each in (best, rival))
+        yield (
+            f"Its selection {search.metric} is {ours:.4f}, that of the best "
+            f"{'searched plan' if search.control_won else 'control'} {theirs:.4f} (trial {rival.index}, "
+            f"{rival.origin}): a margin of {abs(ours - theirs):.4f}."
+        )
+
+
+def _flattered(search: SearchRecord, trials: Sequence[TrialRecord]) -> Iterator[str]:
+    """Which finalist scored better than the winner as a trial, and what fresh rows say of it."""
+    fresh = {each.index: score(each, search.metric) for each in search.confirmations}
+    finalists = {trial.index: trial.rungs[-1] for trial in trials if trial.index in fresh}
+    winner = finalists.get(search.best_index)
+    first = min(finalists, key=lambda index: (cost(finalists[index], search.metric), index), default=None)
+    if winner and first is not None and cost(finalists[first], search.metric) < cost(winner, search.metric):
+        yield (
+            f"Trial {first} had the best score as a trial ({score(finalists[first], search.metric):.4f}, trial "
+            f"{search.best_index} {score(winner, search.metric):.4f}), but {fresh[first]:.4f} on fresh rows."
+        )
