@@ -78,7 +78,7 @@ def _final_table(run: Snapshot) -> list[str]:
         "",
         sections.STEPS_TEXT,
         "",
-        *[f"- {prose(model)}: {prose(scores)}" for model, scores in sections.steps(run.results)],
+        pipe_table(*sections.steps(run.results)),
         "",
         f"{by_task.CAPTION}:",
         "",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Sequence
 
 import yaml
@@ -16,6 +17,7 @@ from qpruner.records import (
     MethodScores,
     PruneRecord,
     Results,
+    RowScores,
     RungResult,
     SearchRecord,
     SensitivityRecord,
@@ -67,10 +69,11 @@ METHODS_CAPTION = (
     "seconds of the whole pass"
 )
 GROUPS_CAPTION = "What a method predicts that fewer bits cost, over the most bits a group may take"
-STEP_HEADINGS = ("model", "scores")
+STEP_HEADINGS = ("model", "scores", "answer loss", "perplexity")
 STEPS_TEXT = (
     "The model as each step leaves it: base, pruned, quantized by the winner's plan (each quantized layer with the "
-    "adapter start that its fine-tune begins with), fine-tuned."
+    "adapter start that its fine-tune begins with), fine-tuned. Where two accuracies are within their standard errors, "
+    "the answer loss, which is finer, says more."
 )
 STAGE_HEADINGS = ("stage", "state", "seconds", "busy seconds", "GPU seconds")
 STAGE_LEGEND = (
@@ -357,13 +360,22 @@ def stages(run: Snapshot) -> list[tuple[str, ...]]:
     ]
 
 
-def steps(results: Results) -> list[tuple[str, str]]:
-    """The model as each step leaves it, and its score on every task; fine-tuned under the first training seed."""
+def steps(results: Results) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """The model as each step leaves it, its score on every task, and the finer losses that there are, fine-tuned under
+    the first training seed: headings and cells."""
     assert results.evaluate
     untuned = [row for row in results.evaluate.rows if row.seed is None]
     tuned = next(row for row in results.evaluate.rows if row.name == SEARCHED and row.seed is not None)
-    told = [(model_title(row, results.search), task_scores(row.scores)) for row in untuned]
-    return [*told, (f"{model_title(tuned, results.search)}, training seed {tuned.seed}", task_scores(tuned.scores))]
+    body = [(model_title(row, results.search), *_step(row)) for row in untuned]
+    body.append((f"{model_title(tuned, results.search)}, training seed {tuned.seed}", *_step(tuned)))
+    return _filled(STEP_HEADINGS, body)
+
+
+def _step(row: RowScores) -> tuple[str, str, str]:
+    """Scores, answer loss (where every task has choices) and perplexity of a model."""
+    losses = [statistics.fmean(score.answer_loss) for score in row.scores if score.answer_loss]
+    answer_loss = f"{statistics.fmean(losses):.4f}" if len(losses) == len(row.scores) else "-"
+    return task_scores(row.scores), answer_loss, "-" if row.text_loss is None else f"{math.exp(row.text_loss):.2f}"
 
 
 def given_plan(run: Snapshot) -> str | None:

@@ -572,6 +572,16 @@ def test_where_no_whole_block_went_there_is_one_numbering(long_run: Path) -> Non
     assert "numbered as in" not in page_of(long_run) + (long_run / "report.md").read_text()
 
 
+def test_the_page_tells_each_step_s_losses_beside_its_accuracy(long_run: Path) -> None:
+    headings, *body = cells_of(long_run, "Step by step")
+    assert headings == ["model", "scores", "answer loss", "perplexity"]
+    assert [row[0] for row in body] == [
+        *(f"{name} (no fine-tune)" for name in ("base", "pruned", "searched")),
+        "searched, training seed 0",
+    ]
+    assert all(float(answer_loss) > 0 and float(perplexity) > 1 for *_, answer_loss, perplexity in body)
+
+
 def test_accuracies_by_task_are_in_a_table_as_in_the_plots(long_run: Path) -> None:
     headings, *body = cells_of(long_run, by_task.CAPTION)
     assert headings == ["row", "arc_easy acc (400 questions)", "piqa acc (200 questions)"]

@@ -302,7 +302,7 @@ def test_a_control_that_no_searched_plan_beat_is_named_as_what_is_returned(origi
     assert f"in the row `{title}`." in text
     assert [row.name for row in rows(results)] == [BEST_SEED, SEARCHED], "programs find it as ever"
     assert [cells(row)[0] for row in rows(results)] == [BEST_SEED, title]
-    assert title in by_task.table(results)[1][-1] and title in steps(results)[-1][0]
+    assert title in by_task.table(results)[1][-1] and title in steps(results)[1][-1][0]
     assert "control" not in claim(results_of(scored))
     assert claim(results_of(scored)).startswith("Searched: gp, trial 11, 100.00 MB.")
 
@@ -743,10 +743,28 @@ def test_the_report_holds_every_row_the_claim_and_the_configuration(whole: Resul
     assert "- python: 3.11.9" in lines and "- torch: 2.13.0" in lines
     steps = lines[lines.index("## Step by step") :]
     scored = "arc acc 0.100 (se 0.043) (50 questions), piqa acc 0.150 (se 0.057) (40 questions)"
-    assert [line for line in steps[:9] if line.startswith("- ")] == [
-        *(f"- {name} (no fine-tune): {scored}" for name in UNTUNED),
-        "- searched, training seed 0: arc acc 0.340 (se 0.068) (50 questions), arc acc 0.750 (se 0.069) (40 questions)",
+    tuned = "arc acc 0.340 (se 0.068) (50 questions), arc acc 0.750 (se 0.069) (40 questions)"
+    assert [line for line in steps[:11] if line.startswith("| ")] == [
+        "| model | scores | answer loss |",
+        *(f"| {name} (no fine-tune) | {scored} | - |" for name in UNTUNED),
+        f"| searched, training seed 0 | {tuned} | 1.5000 |",
     ]
+
+
+def test_each_step_tells_the_answer_loss_and_the_perplexity_where_there_are_such() -> None:
+    """By accuracies of 48 questions alone a pruned model may look better than its base."""
+
+    def of_losses(accuracy: int, *losses: float) -> tuple[TaskScore, ...]:
+        return tuple(score(answers(48, accuracy), [loss] * 48 if loss else []) for loss in losses)
+
+    untuned = [("base", of_losses(30, 11.0, 12.0)), ("pruned", of_losses(31, 12.0, 13.0))]
+    results = results_of(searched_row([1.0], of_losses(33, 8.0)), untuned)
+    assert steps(results)[0] == ("model", "scores", "answer loss"), "no text, no perplexity"
+    assert [row[2] for row in steps(results)[1]] == ["11.5000", "12.5000", "8.0000"]
+    headings, body = steps(with_figures(results))
+    assert headings[3] == "perplexity" and [row[3] for row in body] == ["8.00"] * 3
+    wordless = results_of(searched_row([1.0], of_losses(33, 0.0)), [("base", of_losses(30, 11.0, 0.0))])
+    assert steps(wordless)[0] == ("model", "scores"), "of some of the tasks alone it would be no mean over all"
 
 
 def test_the_searched_plan_without_a_fine_tune_is_no_rival(whole: Results) -> None:
