@@ -331,9 +331,9 @@ def groups(
 
 
 def effects_text(effects: MarginalEffects | str) -> str:
-    """What the rank correlations are with."""
+    """What the rank correlations are with, or why there are none."""
     if isinstance(effects, str):
-        return f"No rank correlation with what trials show: {effects}."
+        return f"Rank correlations with what trials show were not computed: {effects}."
     return (
         f"Trials: least-squares main effects of {effects.num_trials} finished trials (residual {effects.residual:.4f} "
         "nats). Rank correlation is Spearman's with these, over groups and lower bits."

@@ -868,7 +868,7 @@ def test_the_report_shows_sensitivities_beside_what_trials_show(whole: Results) 
     text = report(whole)
     assert "| method | what | unit | seconds |\n" in text, "no column of dashes"
     assert "| kl | one group at a time | nats | 12.5 |\n" in text
-    assert f"No rank correlation with what trials show: {NO_EFFECTS}." in text
+    assert f"Rank correlations with what trials show were not computed: {NO_EFFECTS}." in text, "which is none of zero"
     assert "| layers.0 | 8 | 0.5 |" in text and "| layers.1 | 4 | 0.25 |" in text
     effects = MarginalEffects({4: (0.01, 0.02)}, num_trials=9, residual=0.005)
     text = report(whole, effects)
