@@ -1,4 +1,4 @@
-"""Where a plot of scores ends, so that one plan far worse than all others does not press these into a line."""
+"""Where a plot of scores ends, so that one plan far from all others does not press these into a line."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ MARGIN = 0.06
 ARROWS = {"loss": "\u2191", "accuracy": "\u2193"}
 """To where a trial at the edge lies, by metric."""
 MOST_NAMED = 5
-"""Trials beyond the edge whose scores a caption tells."""
+"""Trials beyond the edge whose scores a caption tells, of each kind."""
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Edge:
 
     Attributes:
         metric: `loss` or `accuracy`.
-        score: At which whatever is far worse is drawn; None where all fit.
+        score: At which whatever lies beyond it is drawn; None where all fit.
         every_rung: Whether the plot has trials at every rung, not at their last ones alone.
     """
 
@@ -35,7 +35,7 @@ class Edge:
     every_rung: bool = False
 
     def is_beyond(self, found: float) -> bool:
-        """Whether a score is far worse than the plot reaches."""
+        """Whether a score lies beyond what the plot reaches."""
         if self.score is None:
             return False
         return found < self.score if self.metric == "accuracy" else found > self.score
@@ -51,13 +51,27 @@ class Edge:
         return far[-1] if far else None
 
     def told(self, trials: Sequence[TrialRecord]) -> str:
-        """Which trials lie beyond the edge, in a sentence; empty where none does."""
-        far = [(trial, found) for trial in trials if (found := self.far_score(trial)) is not None]
-        if not far:
-            return ""
-        named = [f"{trial.index} ({trial.origin}) {found:.4f}" for trial, found in far[:MOST_NAMED]]
-        more = [counted(len(far) - MOST_NAMED, "more trial")] if len(far) > MOST_NAMED else []
-        return f"Far off, drawn at the edge with an arrow: trial {', '.join([*named, *more])}."
+        """Which trials lie beyond the edge, in sentences; empty where none does.
+
+        A last score beside those of finished trials may be of fewer steps, and be no worse than theirs were there.
+        """
+        worse, early = list[str](), list[str]()
+        for trial in trials:
+            found = self.far_score(trial)
+            if found is not None and (self.every_rung or trial.status == "finished"):
+                worse.append(f"{trial.index} ({trial.origin}) {found:.4f}")
+            elif found is not None:
+                early.append(f"{trial.index} ({trial.origin}) {found:.4f} at step {trial.rungs[-1].step}")
+        told = {
+            "Far worse, drawn at the edge with an arrow": worse,
+            "Of fewer steps, so not comparable, drawn at the edge with an arrow": early,
+        }
+        return " ".join(f"{what}: trial {_listed(named)}." for what, named in told.items() if named)
+
+
+def _listed(named: Sequence[str]) -> str:
+    more = [counted(len(named) - MOST_NAMED, "more trial")] if len(named) > MOST_NAMED else []
+    return ", ".join([*named[:MOST_NAMED], *more])
 
 
 def edge_of(trials: Sequence[TrialRecord], metric: str) -> Edge:

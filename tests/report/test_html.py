@@ -299,7 +299,7 @@ def test_where_all_trials_lie_near_one_another_none_is_told_of_an_edge(name: str
     chart = chart_of(MadeRun(tmp_path / "run", num_trials=12, num_blocks=2), name)
     values = chart.spec["data"]["values"]
     assert all(point["shown"] == point["score"] and "far" not in point for point in values)
-    assert "Far off" not in chart.caption and "\u2191" not in json.dumps(chart.spec)
+    assert "at the edge" not in chart.caption and "\u2191" not in json.dumps(chart.spec)
 
 
 def test_the_best_so_far_goes_on_to_the_last_trial_though_it_was_stopped(tmp_path: Path) -> None:
@@ -349,6 +349,20 @@ def test_a_trial_that_was_stopped_far_off_has_an_arrow_without_its_score(tmp_pat
     assert {point["far"] for point in chart.spec["data"]["values"] if point["trial"] == stopped} == {""}
     assert f"trial {stopped} (gp) {loss:.4f}." in chart.caption
     assert chart.spec["layer"][-1]["encoding"]["text"] == {"value": "\u2191"}, "Vega warns of a layer without data"
+
+
+def test_a_score_of_fewer_steps_is_not_called_worse(tmp_path: Path) -> None:
+    """At its own step the trial may have been among the best; from rung to rung, where steps compare, it was not."""
+    made = MadeRun(tmp_path / "run", num_trials=40, num_blocks=2)
+    [finished] = make_far(made, 0)[-1:]
+    stopped = next(trial for trial in made.trials if trial.status == "stopped")
+    loss, step = make_far(made, stopped.index)[-1], stopped.rungs[-1].step
+    worse = "Far worse, drawn at the edge with an arrow: trial 0 (uniform-4)"
+    early = "Of fewer steps, so not comparable, drawn at the edge with an arrow: trial"
+    assert chart_of(made, "pareto").caption.endswith(
+        f" {worse} {finished:.4f}. {early} {stopped.index} (gp) {loss:.4f} at step {step}."
+    )
+    assert chart_of(made, "rungs").caption.endswith(f" {worse} {finished:.4f}, {stopped.index} (gp) {loss:.4f}.")
 
 
 def test_of_a_search_by_accuracy_what_is_far_lies_below() -> None:
