@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 
 from qpruner.records import Results, SensitivityRecord
-from qpruner.report import by_task, sections
+from qpruner.report import by_task, legend, sections
 from qpruner.report.charts.chart import Chart
 from qpruner.report.importance_map import PICTURE
 from qpruner.report.outcome import search_text
@@ -130,8 +130,8 @@ def _shown(charts: Sequence[Chart], section: str, pictures: str) -> list[str]:
 
 def measured(results: Results) -> list[str]:
     """The claim, the final table in its parts, and how to read it."""
-    assert results.evaluate
-    return [*claimed(results), "", *final_tables(results), prose(sections.legend(results.evaluate)), ""]
+    explained = [f"- **{term}**: {prose(meaning)}" for term, meaning in legend.terms(results)]
+    return [*claimed(results), "", *final_tables(results), f"{legend.TITLE}:", "", *explained, ""]
 
 
 def final_tables(results: Results) -> list[str]:

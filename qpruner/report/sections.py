@@ -11,7 +11,6 @@ import yaml
 from qpruner.plan import PrecisionPlan
 from qpruner.records import (
     GIVEN,
-    EvalRecord,
     FreshScore,
     LayerWidths,
     MethodScores,
@@ -33,7 +32,7 @@ from qpruner.wording import counted
 LAYER_HEADINGS = ("block", "query heads", "key/value heads", "MLP channels", "kept parameters")
 TABLES = (
     (
-        "How well each row does on what has chosen nothing, after the same fine-tune",
+        "Test results of each row, all after the same fine-tune; no plan was chosen by them",
         ("seeds", "bytes", "mean bits", "test accuracy", "test answer loss", "perplexity"),
     ),
     ("The fine-tune of each row", ("from", "seeds", "validation loss", "confirmation loss")),
@@ -45,18 +44,6 @@ TABLES = (
 """The final table in parts of which each fits 120 columns: captions, and headings beside the row's name."""
 HEADINGS = ("row", *dict.fromkeys(heading for _, headings in TABLES for heading in headings))
 ALIKE_HEADINGS = ("row", "test accuracy", "test answer loss", "perplexity", "validation loss", "confirmation loss")
-LEGEND = (
-    "Bytes are the packed tensors, scales, unquantized rest and adapters; mean bits are over the grouped weights; peak "
-    "memory is that of the fine-tune, in a process of its own. Every row had the same fine-tune. Seeds are training "
-    "seeds (data order and dropout; adapter starts are the same): how many, and in brackets which; none is the "
-    "trials', so a plan's loss as a trial does not compare with its loss here. A row with several shows means and, "
-    "after ±, their standard deviation over seeds, the random row over its plans too; se is the standard error of an "
-    "accuracy over questions. "
-    "In the claim an interval is the widest of Student's over seeds, Student's over random plans and the paired one "
-    "over questions or confirmation rows, each at 95 % by itself, so that of several one may leave zero out by "
-    "chance. The confirmation loss is on the half of the confirmation rows that chose nothing, the selection loss on "
-    "the other half, which chose the best seed and, in a search, the winner. The test questions have chosen nothing."
-)
 
 
 FINALISTS_CAPTION = "Finalists on fresh rows"
@@ -130,26 +117,6 @@ def _alike_table(results: Results) -> Table | None:
 def _part(caption: str, headings: tuple[str, ...], of_rows: Sequence[Row]) -> Table:
     body = [dict(zip(HEADINGS, cells(row), strict=True)) for row in of_rows]
     return caption, headings, [tuple(line[heading] for heading in headings) for line in body]
-
-
-def legend(record: EvalRecord) -> str:
-    """How to read the final table: what its figures are, and on what those of use were taken."""
-    if record.text:
-        text = f"Perplexity is the exponential of the mean loss a token on {record.text}."
-    else:
-        text = (
-            "There is no perplexity: the confirmation rows are multiple-choice, and their loss is that of the answers; "
-            "`evaluate.text` names a text to measure it on."
-        )
-    if record.inference is None:
-        return f"{LEGEND} {text}"
-    setting = record.inference
-    return (
-        f"{LEGEND} {text} Inference memory and tokens a second are those of a generation of one sequence on "
-        f"{setting.device}, adapter on: {setting.prompt_tokens} tokens read (prefill), {setting.new_tokens} written "
-        "(decode). The rows took turns; shown is the median, and the least and most in brackets. The memory is the "
-        f"{setting.memory_counter}."
-    )
 
 
 def _seeds(row: Row) -> str:

@@ -39,6 +39,7 @@ from qpruner.report import by_task, sections
 from qpruner.report.charts import charts
 from qpruner.report.far import edge_of, edge_of_rungs
 from qpruner.report.files import write_report
+from qpruner.report.legend import terms
 from qpruner.report.model_card import told_other_base
 from qpruner.report.page import render
 from qpruner.report.snapshot import read_snapshot
@@ -584,6 +585,14 @@ def test_where_whole_blocks_went_each_part_says_how_it_numbers_blocks(tmp_path: 
 
 def test_where_no_whole_block_went_there_is_one_numbering(long_run: Path) -> None:
     assert "numbered as in" not in page_of(long_run) + (long_run / "report.md").read_text()
+
+
+def test_the_page_explains_rows_and_figures_of_the_final_table_a_term_each(long_run: Path) -> None:
+    run = read_snapshot(RunDir(long_run, create=False))
+    text, page = words(Outline(page_of(long_run)).text), page_of(long_run)
+    told = terms(run.results)
+    assert len(told) > 15 and page.count("<dt>") == len(told) + page.count('<div class="tile">')
+    assert all(f"{term} {meaning.replace('`', '')}" in text for term, meaning in told)
 
 
 def test_the_page_tells_each_step_s_losses_beside_its_accuracy(long_run: Path) -> None:

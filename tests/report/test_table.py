@@ -35,6 +35,7 @@ from qpruner.records import (
     TrialRecord,
 )
 from qpruner.report import by_task
+from qpruner.report.legend import terms
 from qpruner.report.marginal_effects import MarginalEffects
 from qpruner.report.markdown import render
 from qpruner.report.model_card import model_card
@@ -814,7 +815,7 @@ def test_the_legend_says_on_what_text_and_where_it_was_measured(whole: Results) 
     text = report(with_figures(whole))
     assert "mean loss a token on the text." in text
     assert "NVIDIA X, adapter on: 128 tokens read (prefill), 16 written" in text
-    assert "There is no perplexity: the confirmation rows are multiple-choice" in report(with_figures(whole, text=None))
+    assert "- **perplexity**: none: the confirmation rows are multiple-choice" in report(with_figures(whole, text=None))
 
 
 def test_a_record_without_timings_is_shown_without_them(whole: Results) -> None:
@@ -826,6 +827,18 @@ def test_a_record_without_timings_is_shown_without_them(whole: Results) -> None:
 
 def test_the_legend_says_why_a_trials_loss_is_another(whole: Results) -> None:
     assert "none is the trials', so a plan's loss as a trial does not compare with its loss here." in report(whole)
+
+
+def test_the_legend_says_what_the_rows_and_their_losses_are(whole: Results) -> None:
+    told = dict(terms(whole))
+    assert list(told)[:7] == ["base", "pruned", "uniform", "seed", BEST_SEED, RANDOM, SEARCHED]
+    assert "right answer given the question, in nats per answer (not per token): lower is better" in told["answer loss"]
+    assert all(
+        told[f"{name} loss"].startswith("in nats per token") for name in ("validation", "selection", "confirmation")
+    )
+    text = report(whole)
+    assert all(f"\n- **{term}**: {meaning}\n" in text for term, meaning in told.items())
+    assert terms(results_of(searched_row([1.0])))[0][0] == SEARCHED, "there are no other rows to explain"
 
 
 def test_the_report_tells_how_search_and_pruning_ended(whole: Results) -> None:

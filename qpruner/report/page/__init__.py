@@ -18,7 +18,7 @@ from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
 from qpruner.records import TrialRecord
-from qpruner.report import by_task, sections
+from qpruner.report import by_task, legend, sections
 from qpruner.report.charts.chart import Chart
 from qpruner.report.outcome import search_text
 from qpruner.report.page.answer import tiles
@@ -78,6 +78,7 @@ def render(run: Snapshot, charts: Sequence[Chart], config: str) -> str:
         tables=_tables(run),
         search_text=_search_text(run),
         by_task=by_task,
+        legend=legend,
         sections=sections,
         as_json=_script_json,
         plan_bar=_plan_bar,
@@ -120,7 +121,7 @@ def _tables(run: Snapshot) -> dict[str, Any]:
         ]
         tables["by_task"] = by_task.table(results)
         tables["steps"] = sections.steps(results)
-        tables["legend"] = sections.legend(results.evaluate)
+        tables["legend"] = legend.terms(results)
         tables["claim"] = [line.removeprefix("- ") for line in claim(results).splitlines()]
     if results.sensitivity:
         tables["methods"] = sections.methods(results.sensitivity, run.effects)

@@ -1,0 +1,75 @@
+"""How to read the final table: what its rows are and what its figures mean, a term each."""
+
+from __future__ import annotations
+
+from qpruner.records import EvalRecord, Results
+from qpruner.report.table import BASE, BEST_SEED, PRUNED, RANDOM, SEARCHED, rows
+from qpruner.search.random_plans import SAME_BYTES
+
+TITLE = "How to read the table"
+ROWS = {
+    BASE: "the base model, neither pruned nor quantized.",
+    PRUNED: "the pruned model, not quantized.",
+    "uniform": "the pruned model, every group at the same bits.",
+    "seed": "the plan that a sensitivity finds by itself, without a search, at the winner's bytes.",
+    BEST_SEED: "that of the sensitivity whose plan was best on fresh rows.",
+    RANDOM: f"plans drawn at random among those of the winner's bytes, to within {SAME_BYTES:.0%}.",
+    SEARCHED: "the winner, the plan that was best on fresh rows; called `winner (…)` where that is a control, which no "
+    "searched plan beat, and `given plan` where it was given.",
+}
+"""By what rows' names hold."""
+BEFORE_PERPLEXITY = {
+    "seeds": "training seeds (data order and dropout; adapter starts are the same): how many, and in brackets which; "
+    "none is the trials', so a plan's loss as a trial does not compare with its loss here. A row with several shows "
+    "means and, after ±, their standard deviation over seeds, the random row over its plans too.",
+    "bytes": "the packed tensors, scales, unquantized rest and adapters.",
+    "mean bits": "over the grouped weights.",
+    "test accuracy": "on the held-out tasks, whose questions have chosen nothing; se is its standard error over "
+    "questions.",
+    "answer loss": "the mean negative log-likelihood of the right answer given the question, in nats per answer (not "
+    "per token): lower is better, and finer than accuracy.",
+}
+AFTER_PERPLEXITY = {
+    "validation loss": "in nats per token, on the rows that trials are scored on.",
+    "selection loss": "in nats per token, on the half of the confirmation rows that chose the best seed and, in a "
+    "search, the winner.",
+    "confirmation loss": "in nats per token, on the other half of these rows, which chose nothing.",
+    "interval": "in the claim the widest of Student's over seeds, Student's over random plans and the paired one over "
+    "questions or confirmation rows, each at 95 % by itself, so that of several one may leave zero out by chance.",
+    "peak memory": "that of the fine-tune, in a process of its own.",
+}
+
+
+def terms(results: Results) -> list[tuple[str, str]]:
+    """Terms and their meanings: of the rows that there are, and of the figures, with what they were measured on."""
+    assert results.evaluate
+    names = [row.name for row in rows(results)]
+    of_rows = {term: meaning for term, meaning in ROWS.items() if any(term in name for name in names)}
+    return [
+        *of_rows.items(),
+        *BEFORE_PERPLEXITY.items(),
+        ("perplexity", _perplexity(results.evaluate)),
+        *AFTER_PERPLEXITY.items(),
+        *_in_use(results.evaluate),
+    ]
+
+
+def _perplexity(record: EvalRecord) -> str:
+    if record.text:
+        return f"the exponential of the mean loss a token on {record.text}."
+    return (
+        "none: the confirmation rows are multiple-choice, and their loss is that of the answers; `evaluate.text` names "
+        "a text to measure it on."
+    )
+
+
+def _in_use(record: EvalRecord) -> list[tuple[str, str]]:
+    setting = record.inference
+    if setting is None:
+        return []
+    told = (
+        f"those of a generation of one sequence on {setting.device}, adapter on: {setting.prompt_tokens} tokens read "
+        f"(prefill), {setting.new_tokens} written (decode). The rows took turns; shown is the median, and the least "
+        f"and most in brackets. The memory is the {setting.memory_counter}."
+    )
+    return [("inference memory and tokens/s", told)]
