@@ -46,8 +46,7 @@ def pareto(run: Snapshot) -> Iterator[Chart]:
     if not scored:
         return
     assert run.state.search
-    edge, title = edge_of(scored, run.metric), _title_of_best(run)
-    label = {"type": "text", "fontWeight": "bold"} | aside("megabytes", 15, len(title))
+    edge = edge_of(scored, run.metric)
     points = _points(run)
     points = _placed(points, [point["megabytes"] for point in points], edge)
     place = {"x": quantity("megabytes", "size (MB)", tickCount=8), "y": quantity("shown", run.metric_title)}
@@ -88,16 +87,7 @@ def pareto(run: Snapshot) -> Iterator[Chart]:
             | kinds
             | {"opacity": {"condition": {"param": "kinds", "value": 0.85}, "value": 0.1}, "tooltip": details},
         },
-        {
-            "transform": [{"filter": "datum.best"}],
-            "mark": {"type": "point", "filled": False, "size": 330, "strokeWidth": 2.5, "color": "var(--text)"},
-            "encoding": place,
-        },
-        {
-            "transform": [{"filter": "datum.best"}],
-            "layer": [{"mark": label | HALO}, {"mark": label}],
-            "encoding": place | {"text": {"value": title}},
-        },
+        *_ring(run, points, place),
     ]
     yield Chart(
         "pareto",
@@ -105,7 +95,7 @@ def pareto(run: Snapshot) -> Iterator[Chart]:
         "Score against size",
         "Every trial by its plan's bytes and its last score. The step line joins finished trials that none of fewer or "
         "equal bytes beats. A cross was stopped early, so its score is of fewer steps. "
-        f"{edge.told(scored)}".rstrip(),
+        f"{_told_choice(run)}{edge.told(scored)}".rstrip(),
         {"height": 340, "data": {"values": points}, "layer": layers + _arrows(points, place, edge)},
         "Point at a trial to see its plan; click in the legend to single out a kind.",
     )
@@ -118,7 +108,7 @@ def progress(run: Snapshot) -> Iterator[Chart]:
     if not trials:
         return
     edge, shown = edge_of(trials, run.metric), {trial.index for trial in trials}
-    told = ("trial", "origin", "kind", "score")
+    told = ("trial", "origin", "kind", "score", "best")
     points = [{name: point[name] for name in told} for point in _points(run) if point["trial"] in shown]
     points = _placed(points, [point["trial"] for point in points], edge)
     last = max(trial.index for trial in run.shown_together if trial.is_over)
@@ -143,13 +133,14 @@ def progress(run: Snapshot) -> Iterator[Chart]:
         SECTION,
         "Best so far",
         "Lines: the best score of searched plans and of controls after each trial. Points: the finished trials. "
-        f"{edge.told(trials)}".rstrip(),
+        f"{_told_choice(run)}{edge.told(trials)}".rstrip(),
         {
             "height": 260,
             "data": {"values": points},
             "layer": [
                 {"data": {"values": best}, "mark": line, "encoding": place | {"color": _by_kind(points)["color"]}},
                 {"mark": point, "encoding": place | _by_kind(points) | _details(run)},
+                *_ring(run, points, place),
                 *_arrows(points, place, edge),
             ],
         },
@@ -273,6 +264,30 @@ def _title_of_best(run: Snapshot) -> str:
     if run.is_given:
         return GIVEN
     return "winner" if run.results.search else "best so far"
+
+
+def _told_choice(run: Snapshot) -> str:
+    """That another trial than the winner may have the best score; nothing where no search chose one."""
+    if run.results.search is None or run.is_given:
+        return ""
+    return "The winner was chosen on fresh rows, so another trial may have a better score. "
+
+
+def _ring(run: Snapshot, points: Values, place: Spec) -> list[Spec]:
+    """What marks the best trial and names it; nothing where it is not among the points."""
+    if not any(point["best"] for point in points):
+        return []
+    title, is_best = _title_of_best(run), [{"filter": "datum.best"}]
+    ring = {"type": "point", "filled": False, "size": 330, "strokeWidth": 2.5, "color": "var(--text)"}
+    label = {"type": "text", "fontWeight": "bold"} | aside(place["x"]["field"], 15, len(title))
+    return [
+        {"transform": is_best, "mark": ring, "encoding": place},
+        {
+            "transform": is_best,
+            "layer": [{"mark": label | HALO}, {"mark": label}],
+            "encoding": place | {"text": {"value": title}},
+        },
+    ]
 
 
 def _placed(points: Values, along: Sequence[float], edge: Edge) -> Values:

@@ -38,6 +38,8 @@ TRIAL_HEADINGS = (
     ("plan", "plan"),
     ("reason", "text"),
 )
+FEW_TRIALS = 12
+"""Trials that the table shows at full height, without a box to scroll in."""
 PARTS = {
     "answer": "The answer",
     "quality": "Quality",
@@ -82,6 +84,7 @@ def render(run: Snapshot, charts: Sequence[Chart], config: str) -> str:
         sections=sections,
         as_json=_script_json,
         plan_bar=_plan_bar,
+        few_trials=FEW_TRIALS,
         trial_headings=TRIAL_HEADINGS,
         trial_cells=lambda trial: list(_trial_cells(run, trial)),
         style=_own("style.css"),
