@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import re
+from collections import Counter
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
@@ -11,6 +13,7 @@ from typing import Any
 import pytest
 from chromium import chromium
 from made_run import HOSTILE, STAGES, STARTED, TRIALS, MadeRun, reported_run
+from PIL import Image
 
 from qpruner.records import SensitivityRecord, StageState
 from qpruner.report.files import write_report
@@ -231,6 +234,31 @@ def test_nothing_is_wider_than_the_window_and_text_is_readable(
         assert contrast(*(variable(page, name) for name in (text, ground))) >= 4.5, (text, ground)
     drawn = page.locator('figure[data-plot="kept"] .role-axis text').first
     assert drawn.evaluate("element => getComputedStyle(element).fill") == rgb(variable(page, "--text"))
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_a_table_that_is_cut_at_the_edge_shows_that_it_scrolls(opened: Any, long_run: Path, scheme: str) -> None:
+    """On a telephone nothing else tells that there are columns out of sight."""
+    page = opened(long_run / "report.html", color_scheme=scheme, viewport={"width": 420, "height": 900})
+    table = page.locator("#answer .scroll").first
+    ground = tuple(int(variable(page, "--page")[at : at + 2], 16) for at in (1, 3, 5))
+    sides = {}
+    for where in ("start", "end"):
+        table.evaluate("(it, end) => { it.scrollLeft = end ? it.scrollWidth : 0; }", where == "end")
+        drawn = Image.open(io.BytesIO(table.screenshot())).convert("RGB")
+        # Of a column of pixels most are no text, heading or line.
+        columns = [[drawn.getpixel((x, y)) for y in range(drawn.height)] for x in (0, drawn.width - 1)]
+        sides[where] = [Counter(column).most_common(1)[0][0] != ground for column in columns]
+    assert sides == {"start": [False, True], "end": [True, False]}
+
+
+def test_the_map_s_text_stands_beside_it_where_there_is_room(opened: Any, long_run: Path) -> None:
+    for width, is_beside in ((1280, True), (420, False)):
+        page = opened(long_run / "report.html", viewport={"width": width, "height": 900})
+        figure = page.locator('figure[data-plot="winner"]')
+        plot, text = (figure.locator(part).bounding_box() for part in (".plot", "figcaption"))
+        assert (text["x"] > plot["x"] + plot["width"]) == is_beside
+        assert (text["y"] > plot["y"] + plot["height"]) != is_beside
 
 
 def test_print_shows_every_trial_in_light_colours(opened: Any, long_run: Path, tmp_path: Path) -> None:
