@@ -58,8 +58,8 @@ def _whole(run: Snapshot) -> Iterator[Tile]:
         f"{winner.accuracy:.3f}",
         (
             _interval(winner),
-            *_beside_base(run),
             *(f"{name}, not fine-tuned: {accuracy:.3f}" for name, accuracy in _untuned(run) if name not in table),
+            *_beside_base(run),
         ),
     )
     plan = run.results.search.best_plan
