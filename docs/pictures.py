@@ -68,7 +68,9 @@ def terminal_picture(run: Snapshot, log: Path) -> str:
             view.emit(event)
         clock.now = moment
         view._console.print(view._view())
-        return view._console.export_svg(title=run.state.command, code_format=FONT.sub("", CONSOLE_SVG_FORMAT))
+        program, *arguments = run.state.command.split()
+        title = " ".join([Path(program).name, *arguments])
+        return view._console.export_svg(title=title, code_format=FONT.sub("", CONSOLE_SVG_FORMAT))
 
 
 def moment_of(trials: Sequence[TrialRecord]) -> float:

@@ -5,5 +5,5 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 bash launch/setup.sh demo demo-model
-echo "== qpruner run tune_configs/demo_smollm2_cpu.yaml $* (7 to 40 minutes on two free cores, depending on the CPU; longer on busy ones; Ctrl-C, then the same again, goes on)"
+echo "== qpruner run tune_configs/demo_smollm2_cpu.yaml $* (10 to 45 minutes on two free cores, depending on the CPU; longer on busy ones; Ctrl-C, then the same again, goes on)"
 exec .venv/bin/qpruner run tune_configs/demo_smollm2_cpu.yaml "$@"
