@@ -12,6 +12,7 @@ import subprocess
 import sys
 from collections import Counter
 from html.parser import HTMLParser
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, get_args
 
@@ -334,6 +335,22 @@ def test_the_winner_is_marked_though_another_trial_has_a_better_score(name: str,
     assert "The winner was chosen on fresh rows, so another trial may have a better score." in chart.caption
     drawn = vl_convert.vegalite_to_svg(json.dumps(chart.complete | {"width": 640}))
     assert drawn.count(">winner</text>") == 2, "and its halo"
+
+
+def test_plans_near_the_budget_stand_apart_though_one_is_far_smaller(tmp_path: Path) -> None:
+    """Most plans use the budget up; a uniform one of 4 bits far from it pressed them into its line."""
+    made = MadeRun(tmp_path / "run", num_trials=12, num_blocks=2)
+    assert made.state.search
+    budget = made.state.search.budget_bytes
+    scored = [trial for trial in made.trials if trial.rungs]
+    for trial, below in zip(scored, (17_600_000, *range(100_000, 2_000_000, 170_000)), strict=False):
+        write_trial(made.run.trials / TRIALS, trial.model_copy(update={"plan_bytes": budget - below}))
+    drawn = vl_convert.vegalite_to_svg(json.dumps(chart_of(made, "pareto").complete | {"width": 640}))
+    places = set(re.findall(r'aria-roledescription="point" transform="translate\(([\d.]+),', drawn))
+    first, *near = sorted(map(float, places))
+    assert len(near) == len(scored) - 1
+    assert near[-1] - near[0] > 0.3 * (near[-1] - first), "of equal lengths a MB they had a twelfth of it"
+    assert min(other - one for one, other in pairwise(near)) > 8
 
 
 def test_the_budget_s_name_stands_where_no_arrow_does(tmp_path: Path) -> None:

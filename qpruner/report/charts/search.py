@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Sequence
 
 from qpruner.plan import PrecisionPlan
@@ -24,6 +25,10 @@ COLORS = {
 }
 MANY_SECONDS = 240
 """Beyond them an axis of time counts minutes."""
+UNITS_OF_SIZE = 50
+"""The largest distance of a plan from the budget, in lengths that are nearly to scale beside it."""
+BUDGET_PADDING = 24
+"""Pixels beside the budget's line, for its name."""
 ROOM_OF_A_SCORE, CHARACTERS_OF_A_SCORE = 0.2, 7
 """Of a plot's width, and in characters."""
 HALO: Spec = {"stroke": "var(--page)", "strokeWidth": 4, "strokeJoin": "round", "aria": False}
@@ -46,10 +51,12 @@ def pareto(run: Snapshot) -> Iterator[Chart]:
     if not scored:
         return
     assert run.state.search
-    edge = edge_of(scored, run.metric)
-    points = _points(run)
-    points = _placed(points, [point["megabytes"] for point in points], edge)
-    place = {"x": quantity("megabytes", "size (MB)", tickCount=8), "y": quantity("shown", run.metric_title)}
+    budget, edge = run.state.search.budget_bytes / 1e6, edge_of(scored, run.metric)
+    points = [point | {"distance": point["megabytes"] - budget} for point in _points(run)]
+    unit = max(abs(point["distance"]) for point in points) / UNITS_OF_SIZE or 1.0
+    along = [math.copysign(math.log1p(abs(point["distance"]) / unit), point["distance"]) for point in points]
+    points = _placed(points, along, edge)
+    place = {"x": _from_budget(budget, unit), "y": quantity("shown", run.metric_title)}
     kinds = _by_kind(points)
     details = tooltip(
         trial="trial",
@@ -61,10 +68,9 @@ def pareto(run: Snapshot) -> Iterator[Chart]:
         score=f"{run.metric_title}|.4f",
         step="at step",
     )
-    budget = {"megabytes": run.state.search.budget_bytes / 1e6, "text": "budget"}
     layers: list[Spec] = [
         {
-            "data": {"values": [budget]},
+            "data": {"values": [{"distance": 0, "text": "budget"}]},
             "encoding": {"x": place["x"]},
             "layer": [
                 {"mark": {"type": "rule", "color": "var(--muted)", "strokeDash": [2, 3]}},
@@ -93,12 +99,28 @@ def pareto(run: Snapshot) -> Iterator[Chart]:
         "pareto",
         SECTION,
         "Score against size",
-        "Every trial by its plan's bytes and its last score. The step line joins finished trials that none of fewer or "
-        "equal bytes beats. A cross was stopped early, so its score is of fewer steps. "
+        "Every trial by its plan's bytes and its last score. The axis is stretched near the budget, which most plans "
+        "use up. The step line joins finished trials that none of fewer or equal bytes beats. A cross was stopped "
+        "early, so its score is of fewer steps. "
         f"{_told_choice(run)}{edge.told(scored)}".rstrip(),
         {"height": 340, "data": {"values": points}, "layer": layers + _arrows(points, place, edge)},
         "Point at a trial to see its plan; click in the legend to single out a kind.",
     )
+
+
+def _from_budget(budget: float, unit: float) -> Spec:
+    """The axis of sizes, stretched near the budget: by logarithms of how far they are from it.
+
+    Args:
+        budget: In MB.
+        unit: How many MB at the budget are nearly to scale.
+    """
+    title = f"size: MB from the budget of {budget:,.1f} MB"
+    steps = (10.0**power * step for power in range(-4, 7) for step in (1, 2, 5))
+    ticks = [step for step in steps if unit / 2 < step <= UNITS_OF_SIZE * unit]
+    scale = {"type": "symlog", "constant": unit, "nice": False, "padding": BUDGET_PADDING}
+    axis = quantity("distance", title, values=[*(-step for step in ticks), 0, *ticks], format="~g", labelOverlap=True)
+    return axis | {"scale": scale}
 
 
 def progress(run: Snapshot) -> Iterator[Chart]:
@@ -339,7 +361,7 @@ def _front(points: Values, by_accuracy: bool) -> Iterator[Spec]:
     for point in sorted(finished, key=lambda point: (point["megabytes"], sign * point["score"])):
         if sign * point["score"] < lowest:
             lowest = sign * point["score"]
-            yield {"megabytes": point["megabytes"], "shown": point["shown"]}
+            yield {"distance": point["distance"], "shown": point["shown"]}
 
 
 def _by_kind(values: Iterable[Spec]) -> Spec:
