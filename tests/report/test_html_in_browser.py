@@ -252,13 +252,15 @@ def test_a_table_that_is_cut_at_the_edge_shows_that_it_scrolls(opened: Any, long
     assert sides == {"start": [False, True], "end": [True, False]}
 
 
-def test_the_map_s_text_stands_beside_it_where_there_is_room(opened: Any, long_run: Path) -> None:
+def test_the_sensitivities_stand_beside_the_map_where_there_is_room(opened: Any, tmp_path: Path) -> None:
+    """Of a plan by blocks the map is a third as wide as the page."""
+    write_report(MadeRun(tmp_path / "run", num_trials=6, parts=("block",)).run)
     for width, is_beside in ((1280, True), (420, False)):
-        page = opened(long_run / "report.html", viewport={"width": width, "height": 900})
-        figure = page.locator('figure[data-plot="winner"]')
-        plot, text = (figure.locator(part).bounding_box() for part in (".plot", "figcaption"))
-        assert (text["x"] > plot["x"] + plot["width"]) == is_beside
-        assert (text["y"] > plot["y"] + plot["height"]) != is_beside
+        page = opened(tmp_path / "run" / "report.html", viewport={"width": width, "height": 900})
+        assert page.evaluate("document.documentElement.scrollWidth") <= width
+        figure, table = (page.locator(part).bounding_box() for part in (".beside figure", ".beside > div"))
+        assert (table["x"] > figure["x"] + figure["width"]) == is_beside
+        assert (table["y"] > figure["y"] + figure["height"]) != is_beside
 
 
 def test_print_shows_every_trial_in_light_colours(opened: Any, long_run: Path, tmp_path: Path) -> None:
