@@ -11,6 +11,7 @@ import csv
 import json
 import logging
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,6 +39,8 @@ BUILDERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "c
 """Suffixes of the files that are read, and what datasets calls what they hold."""
 OTHER_SUFFIXES = {".xlsx", ".gz", ".zip", ".arrow", ".yaml", ".yml"}
 """Files that are not read; without them a relative path would be looked for on the hub."""
+LARGEST_CELL = 2**30
+"""Characters; Python's own limit is 131072, less than a long text."""
 DEFAULT_COLUMNS = {"answer": "answerKey"}
 
 ALPACA = (
@@ -254,7 +257,7 @@ def _read_rows(source: DataSource, key: str) -> list[dict[str, Any]]:
 
     datasets.disable_progress_bars()
     path = resolve_source(source.source, f"{key}.source")
-    suffix = Path(path).suffix
+    suffix = Path(path).suffix.lower()
     logging.getLogger("datasets").setLevel(logging.CRITICAL)  # what fails is told by the error below
     try:
         if suffix in BUILDERS:
@@ -285,14 +288,50 @@ def _read_rows(source: DataSource, key: str) -> list[dict[str, Any]]:
 
 def _as_written(path: Path, suffix: str) -> dict[str, Any]:
     """For datasets: every cell is the text that stands there. Left to itself pandas makes numbers of 007 and 1.50, and
-    holes of "None" and "NA"; a column whose first 10,000 cells are numbers then refuses the word that follows."""
+    holes of "None" and "NA"; a column whose first 10,000 cells are numbers then refuses the word that follows.
+
+    Raises:
+        ValueError: For a file of which pandas would make other rows than it has, without a word: rows of more or fewer
+            cells than the header names, quotes that are left open, two columns of one name.
+    """
     import datasets
 
     separator = "\t" if suffix == ".tsv" else ","
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        header = next((row for row in csv.reader(file, delimiter=separator) if row), [])
-    features = datasets.Features({name: datasets.Value("string") for name in header})
+    header = _header_of_whole_table(path, separator)
+    # What pandas calls a column without a name.
+    names = [name or f"Unnamed: {position}" for position, name in enumerate(header)]
+    features = datasets.Features({name: datasets.Value("string") for name in names})
     return {"sep": separator, "features": features, "keep_default_na": False}
+
+
+def _header_of_whole_table(path: Path, separator: str) -> list[str]:
+    """The first line's cells, where every other line has as many."""
+    csv.field_size_limit(LARGEST_CELL)
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        table = csv.reader(file, delimiter=separator, strict=True)
+        header: list[str] = []
+        num_rows = 0
+        try:
+            for row in table:
+                if row and header and len(row) != len(header):
+                    raise ValueError(
+                        f"line {table.line_num} has {counted(len(row), 'cell')}, its header {len(header)} "
+                        f"({', '.join(header)}): a cell that holds {separator!r} stands in double quotes"
+                    )
+                num_rows += bool(row and header)
+                header = header or row
+        except csv.Error as error:
+            raise ValueError(
+                f"line {table.line_num}: {error}: a cell that begins with a double quote ends with one, and those "
+                "in it are doubled"
+            ) from None
+    if separator == "," and len(header) == 1 and ";" in header[0]:
+        raise ValueError("its header is one cell with semicolons: in a .csv file commas part the cells")
+    if twice := [name for name, count in Counter(filter(None, header)).items() if count > 1]:
+        raise ValueError(f"two of its columns are called {twice[0]!r}")
+    if not num_rows:
+        raise ValueError("it has no row under its header")
+    return header
 
 
 def cause_of(error: Exception) -> str:

@@ -24,7 +24,7 @@ from qpruner.wording import counted
 MOST_CHARACTERS_A_TOKEN = 8
 """Text of more is long enough without being counted in tokens."""
 CHARACTERS_A_TOKEN = 4
-"""About."""
+"""About, in English."""
 FEW_TOKENS = 500
 """A mean loss over fewer is mostly about which rows they are: on 143 (64 questions) eight bits came out behind four
 (LOG.md, 2026-11-27)."""
@@ -136,20 +136,28 @@ def _few_tokens(config: RunConfig, examples: dict[str, list[Example]]) -> list[s
     """That losses are means over too few tokens to tell plans apart; every other confirmation row chooses."""
     if config.search.metric != "loss" or config.search.plan:
         return []
+    data = config.data
+    # The smaller half judges the winner.
     uses = {
         "`data.validation` scores the trials": examples["validation"],
-        "half of `data.confirmation` chooses the winner": examples["confirmation"][::2],
+        "half of `data.confirmation` chooses the winner, and half judges it,": examples["confirmation"][1::2],
     }
     found = []
     for use, rows in uses.items():
-        texts = [row.response if config.data.response_only else row.prompt + row.context + row.response for row in rows]
-        tokens = sum(map(len, texts)) // CHARACTERS_A_TOKEN
+        texts = [row.response if data.response_only else row.prompt + row.context + row.response for row in rows]
+        tokens = sum(min(_about_tokens(text), data.max_length) for text in texts)
         if tokens < FEW_TOKENS:
             found.append(
-                f"{use} on about {tokens} tokens of {counted(len(rows), 'row')}: too few to tell plans apart; give it "
-                f"more rows, or rows with longer responses, {FEW_TOKENS} tokens at least"
+                f"{use} on about {tokens} tokens of {counted(len(rows), 'row')}: too few to tell plans apart; give "
+                f"{FEW_TOKENS} tokens at least, by more rows or by rows with longer responses"
             )
     return found
+
+
+def _about_tokens(text: str) -> int:
+    """Letters of other scripts than the Latin one are tokens of their own, or several."""
+    others = sum(not character.isascii() for character in text)
+    return others + (len(text) - others) // CHARACTERS_A_TOKEN
 
 
 def _num_importance_samples(config: RunConfig, vocabulary_size: int, num_rows: int) -> int:

@@ -203,7 +203,8 @@ def _where(rows: Sequence[dict[str, Any]], condition: str, names: Mapping[str, s
     try:
         value = _number(key, text) if is_number else text
     except ValueError as error:
-        raise UserError(f"--where {condition}: `{key}` is a number, got {text!r}") from error
+        units = f", in bytes or with {', '.join(SIZES)}" if key.endswith("bytes") else ""
+        raise UserError(f"--where {condition}: `{key}` is a number{units}, got {text!r}") from error
     return [row for row in rows if (sign == "!=" if row[key] is None else COMPARISONS[sign](row[key], value))]
 
 

@@ -903,10 +903,20 @@ def test_too_few_tokens_to_score_on_are_a_warning_with_the_numbers(scene: Scene)
         tokens = re.search(rf"`{key}` .* on about (\d+) tokens of {rows} rows: too few to tell plans apart", warning)
         assert tokens and 0 < int(tokens[1]) < 500, warning
         assert "more rows" in warning and "500 tokens at least" in warning
-    rows = [{"text": f"{number} {'word ' * 20}"} for number in range(40)]
-    long = {"source": scene.file("long.jsonl", "\n".join(map(json.dumps, rows))), "format": "text"}
-    (confirmation,) = warned(scene, {"data.validation": [long]}, "tokens of")
-    assert "`data.confirmation`" in confirmation
+
+    def rows_of(*texts: str) -> dict[str, Any]:
+        rows = [{"text": f"{number} {text}"} for number, text in enumerate(texts)]
+        return {
+            "data.validation": [
+                {"source": scene.file("rows.jsonl", "\n".join(map(json.dumps, rows))), "format": "text"}
+            ]
+        }
+
+    for enough in (rows_of(*["word " * 20] * 40), rows_of(*["\u5b57" * 20] * 40)):
+        (confirmation,) = warned(scene, enough, "tokens of")
+        assert "`data.confirmation`" in confirmation
+    validation, _ = warned(scene, rows_of("word " * 10_000) | {"data.max_length": 64}, "tokens of")
+    assert "about 64 tokens of 1 row:" in validation, "a row is cut"
     by_accuracy = {"search.metric": "accuracy", "search.tasks": ["qpruner_everyday_validation"], "search.limit": 8}
     assert warned(scene, by_accuracy, "tokens of") == []
 

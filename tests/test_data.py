@@ -174,6 +174,13 @@ def test_the_cells_of_a_table_are_the_text_that_stands_there(tmp_path: Path) -> 
     assert [example.response for example in found] == cells
 
 
+def test_a_table_may_have_columns_without_a_name(tmp_path: Path) -> None:
+    """An index, as pandas writes it, or a comma at the end of every line."""
+    (tmp_path / "rows.CSV").write_text(",instruction,output,\n0,Say it.,it,\n\n1,Say no.,no,\n")
+    found = load_examples([DataSource(source=str(tmp_path / "rows.CSV"))], "data.train")
+    assert [(example.prompt, example.response) for example in found] == [("Say it.", "it"), ("Say no.", "no")]
+
+
 def test_a_table_with_a_column_a_choice_is_multiple_choice(tmp_path: Path) -> None:
     (tmp_path / "rows.csv").write_text("question,a,b,right\nIs it?,no,yes,B\nIs it not?,1,2,0\n")
     columns: dict[str, str | tuple[str, ...]] = {"choices": ("a", "b"), "answer": "right"}
@@ -222,8 +229,15 @@ def test_a_mapping_of_an_unknown_column_is_refused(tmp_path: Path) -> None:
     [
         ("gone.jsonl", None, "does not exist"),
         ("rows.xlsx", "PK", "give a .jsonl, .json, .parquet, .csv, .tsv or .txt file"),
-        ("torn.csv", "instruction,output\na,b\na,b,c\n", "Expected 2 fields in line 3, saw 3"),
-        ("empty.csv", "\n\n", "no rows can be read"),
+        ("torn.csv", "instruction,output\na,b\na,b,c\n", "line 3 has 3 cells, its header 2 (instruction, output)"),
+        ("first.csv", "instruction,output\nSay hi.,Hello, there\nSay bye.,Bye\n", "line 2 has 3 cells, its header 2"),
+        ("short.csv", "instruction,input,output\na,b\n", "line 2 has 2 cells, its header 3"),
+        ("open.tsv", 'instruction\toutput\na\t"b\nc\td\n', "line 3: unexpected end of data"),
+        ("merged.tsv", 'instruction\toutput\na\t"b\nc\td\ne\tf" g\n', "a cell that begins with a double quote"),
+        ("twice.csv", "instruction,output,output\na,b,c\n", "two of its columns are called 'output'"),
+        ("parted.csv", "instruction;output\na;b\n", "in a .csv file commas part the cells"),
+        ("empty.csv", "\n\n", "no row under its header"),
+        ("header.csv", "instruction,output\n", "no row under its header"),
         ("broken.jsonl", '{"instruction": "a", "outp', "line 1 is no JSON: Unterminated string"),
         (
             "second.jsonl",

@@ -248,7 +248,7 @@ def expected_steps(config: RunConfig) -> _Steps:
 
 
 def num_finetunes(config: RunConfig) -> int:
-    """Rows of the final table, each training seed counted."""
+    """Fine-tunes of the final table's rows under all their training seeds; less where rows have one plan."""
     if not config.finetune.compare:
         return 1
     methods = config.sensitivity.methods

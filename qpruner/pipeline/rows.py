@@ -44,7 +44,7 @@ class Row:
 def table_rows(context: Context, searched: SearchRecord, measured: SensitivityRecord) -> list[Row]:
     """Every row; without `finetune.compare` the winner alone, under one training seed.
 
-    Both seed rows are solved again at the winner's own bytes, and the random plans weigh as much, so that the claim
+    Seed plans are solved again at the winner's own bytes, and the random plans weigh as much, so that the claim
     compares like with like. The searched plan, the best seed and each of the random plans get `finetune.seeds` training
     seeds. None is the trials' own: under the data order that the winner was selected on it would be flattered.
     """

@@ -52,10 +52,13 @@ def _margin(search: SearchRecord) -> Iterator[str]:
     if others:
         rival = min(others, key=lambda each: (cost(each, search.metric), each.index))
         ours, theirs = (score(each, search.metric) for each in (best, rival))
+        errors = [each.stderr if search.metric == "loss" else each.accuracy_stderr for each in (best, rival)]
+        known = [f"{error:.4f}" for error in errors if error is not None]
+        beside = f" (standard errors {' and '.join(known)}, over the same rows)" if len(known) == 2 else ""
         yield (
             f"Its selection {search.metric} is {ours:.4f}, that of the best "
             f"{'searched plan' if search.control_won else 'control'} {theirs:.4f} (trial {rival.index}, "
-            f"{rival.origin}): a margin of {abs(ours - theirs):.4f}."
+            f"{rival.origin}): a margin of {abs(ours - theirs):.4f}{beside}."
         )
 
 

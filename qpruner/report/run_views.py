@@ -15,6 +15,7 @@ from typing import Any
 
 from qpruner.errors import UserError
 from qpruner.records import (
+    GIVEN,
     STAGES,
     BankRecord,
     Results,
@@ -308,12 +309,13 @@ def summary(run: RunView) -> dict[str, Any]:
 def _best_control(run: RunView) -> float | None:
     """The score of the best control: of those that a given plan was compared with, though another search ran them."""
     metric = run.state.config["search"]["metric"]
-    trials = list(run.standing.trials) if run.standing else []
+    finished = [each for each in run.standing.trials if each.status == "finished"] if run.standing else []
+    controls = [each for each in finished if each.is_control and not each.is_given]
     if run.search:
-        trials = [trial(run, each.index) for each in run.search.confirmations if each.control]
-    best = best_of(
-        (each for each in trials if each.status == "finished" and each.is_control and not each.is_given), metric
-    )
+        # By their plan: a control may have run first as a plan that was given, or as one that another search found.
+        confirmed = [each for each in run.search.confirmations if each.control and each.origin != GIVEN]
+        controls = [trial(run, each.index) for each in confirmed]
+    best = best_of(controls, metric)
     return score(best.rungs[-1], metric) if best else None
 
 

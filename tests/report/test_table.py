@@ -343,7 +343,8 @@ def test_the_winner_is_told_with_its_margin_and_with_who_had_the_better_score(
     better = ours[1] - 0.1 if metric == "loss" else ours[1] + 0.1
     search = made_search(PLAN, metric=metric, confirmations=(*finalists, fresh(9, "gp", ours[1])))
     trials = [trial(2, ours[1]), trial(7, ours[1]), trial(9, better)]
-    margin = f"{told} (trial 2, seed-kl): a margin of {abs(ours[0] - theirs[0]):.4f}."
+    errors = f"{'0.0625 and 0.0625' if metric == 'loss' else '0.1000 and 0.1000'}, over the same rows)"
+    margin = f"{told} (trial 2, seed-kl): a margin of {abs(ours[0] - theirs[0]):.4f} (standard errors {errors}."
     first = f"Trial 9 had the best score as a trial ({better:.4f}, trial 7 {ours[1]:.4f}), but {ours[1]:.4f} on fresh"
     assert search_text(search, trials)[1] == (
         f"On fresh rows trial 7 (gp) was best, a searched plan. {margin} {first} rows."
@@ -362,7 +363,8 @@ def test_a_control_that_won_is_told_with_its_margin_over_searched_plans() -> Non
     )
     told = search_text(made_search(PLAN, **won, confirmations=finalists), ())[1]
     assert told.endswith(
-        "Its selection loss is 2.0000, that of the best searched plan 2.2500 (trial 8, gp): a margin of 0.2500."
+        "Its selection loss is 2.0000, that of the best searched plan 2.2500 (trial 8, gp): a margin of 0.2500 "
+        "(standard errors 0.0625 and 0.0625, over the same rows)."
     )
 
 

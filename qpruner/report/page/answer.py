@@ -99,11 +99,12 @@ def _in_use(winner: Row, base: Row | None) -> Iterator[str]:
 def _beside_base(run: Snapshot) -> Iterator[str]:
     """Accuracy and answer loss beside those of base and pruned model; the answer loss alone where these are no rows."""
     (winner, *others), under = beside_base(run.results)
-    measures = {"accuracy": lambda row: row.accuracy, "answer loss": lambda row: row.answer_loss}
-    for measure, value in measures.items():
-        known = [f", {other.name} {value(other):.3f}" for other in others if value(other) is not None]
-        if value(winner) is not None and (others or measure != "accuracy"):
-            yield f"{measure}{under}: {value(winner):.3f}{''.join(known)}"
+    if others:
+        told = "".join(f", {other.name} {other.accuracy:.3f}" for other in others)
+        yield f"accuracy{under}: {winner.accuracy:.3f}{told}"
+    if winner.answer_loss is not None:
+        told = "".join(f", {other.name} {other.answer_loss:.3f}" for other in others if other.answer_loss is not None)
+        yield f"answer loss{under}: {winner.answer_loss:.3f}{told}"
 
 
 def _certainty(run: Snapshot) -> Tile:
