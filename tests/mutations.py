@@ -575,7 +575,7 @@ MUTATIONS = {
         "tests/test_rundir.py::test_a_record_is_on_the_disk_before_it_has_its_name",
     ),
     "nobody is told that a search was resumed": Mutation(
-        "qpruner/report/sections.py",
+        "qpruner/report/outcome.py",
         "if search.sessions > 1:",
         "if False:",
         "tests/test_run.py::test_killed_twice_and_repeated_gives_the_same",

@@ -150,7 +150,7 @@ def test_whole_run_ends_in_the_table(undisturbed: tuple[Path, dict[str, Any]]) -
     assert all(f"| {title} |" in text for title in titles)
     steps = [(row["name"], row["seed"]) for row in report["records"]["evaluate"]["rows"]][:4]
     assert steps == [("base", None), ("pruned", None), ("searched", None), ("base", 1)]
-    assert f"- {titles[-1]} (no fine-tune): " in text
+    assert f"| {titles[-1]} (no fine-tune) | " in text
     assert report["claim"] in text
     assert '<p class="standing">Finished.</p>' in (run / "report.html").read_text()
     assert report["claim"] in (run / "final" / "README.md").read_text()
