@@ -95,7 +95,7 @@ class DataConfig(Section):
     template: Literal["alpaca", "chat"] = "alpaca"
     """How instruction rows are written: the Alpaca prompt, or the tokenizer's own chat template."""
     max_length: Annotated[int, Field(ge=8)] = 256
-    """Tokens a row may have; longer ones are cut."""
+    """Tokens a row may have; longer ones lose their ends."""
     response_only: bool = True
     """Count the loss on the response only."""
     packing: bool = False

@@ -278,6 +278,10 @@ def _read_rows(source: DataSource, key: str) -> list[dict[str, Any]]:
         raise
     except Exception as error:  # datasets raises many types for files that cannot be parsed and hubs out of reach
         reason = (suffix == ".jsonl" and _line_without_row(Path(path))) or cause_of(error)
+        if "corresponds to no data" in reason or reason.startswith("Unknown split"):
+            raise UserError(
+                f"`{key}.split`: {source.split} takes no rows of {source.source!r} ({reason}): name another part of it"
+            ) from error
         raise UserError(
             f"`{key}.source`: no rows can be read from {source.source!r}: {reason}; mend it or name another"
         ) from error
@@ -310,7 +314,7 @@ def _header_of_whole_table(path: Path, separator: str) -> list[str]:
     with path.open(encoding="utf-8-sig", newline="") as file:
         table = csv.reader(file, delimiter=separator, strict=True)
         header: list[str] = []
-        num_rows = 0
+        num_rows, begins = 0, 1
         try:
             for row in table:
                 if row and header and len(row) != len(header):
@@ -319,10 +323,10 @@ def _header_of_whole_table(path: Path, separator: str) -> list[str]:
                         f"({', '.join(header)}): a cell that holds {separator!r} stands in double quotes"
                     )
                 num_rows += bool(row and header)
-                header = header or row
+                header, begins = header or row, table.line_num + 1
         except csv.Error as error:
             raise ValueError(
-                f"line {table.line_num}: {error}: a cell that begins with a double quote ends with one, and those "
+                f"line {begins}: {error}: a cell that begins with a double quote ends with one, and those "
                 "in it are doubled"
             ) from None
     if separator == "," and len(header) == 1 and ";" in header[0]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,6 +26,11 @@ MOST_CHARACTERS_A_TOKEN = 8
 """Text of more is long enough without being counted in tokens."""
 CHARACTERS_A_TOKEN = 4
 """About, in English."""
+ALPACA_TOKENS, QUESTION_TOKENS = 40, 4
+"""Of the template around an instruction, and around a question."""
+SPLITS = ("train", "validation", "confirmation")
+MOST_CUT = 0.05
+"""Share of rows that may be cut without a word."""
 FEW_TOKENS = 500
 """A mean loss over fewer is mostly about which rows they are: on 143 (64 questions) eight bits came out behind four
 (LOG.md, 2026-11-27)."""
@@ -86,7 +92,8 @@ def check_rows(config: RunConfig, vocabulary_size: int, include_path: str | None
     counts = RowCounts(
         samples, {name: {task: len(texts) for task, texts in asked[use].items()} for use, name in uses.items()}
     )
-    warnings = (*left_out, *_asked_again(words["search"], words["fresh"]), *_few_tokens(config, examples))
+    told = (*_without_response(examples), *_cut(config, examples), *_few_tokens(config, examples))
+    warnings = (*left_out, *_asked_again(words["search"], words["fresh"]), *told)
     return Rows(examples, {section: words[section] for section in ("search", "evaluate")}, counts, warnings)
 
 
@@ -132,6 +139,37 @@ def _asked_again(asked: list[str], fresh: list[str]) -> list[str]:
     ]
 
 
+def _without_response(examples: dict[str, list[Example]]) -> Iterator[str]:
+    """That rows have no answer: columns that are empty or that single rows of a file lack."""
+    for split in SPLITS:
+        empty = [row for row in examples[split] if row.format != "text" and not row.response.strip()]
+        if empty:
+            yield (
+                f"{counted(len(empty), 'row')} of `data.{split}` of {len(examples[split])} have no response, such as "
+                f"{empty[0].prompt[:90]!r}: they teach to say nothing; fill them or leave them out"
+            )
+
+
+def _cut(config: RunConfig, examples: dict[str, list[Example]]) -> Iterator[str]:
+    """That rows are longer than they may be, in about how many tokens they have."""
+    longest = config.data.max_length
+    for split in SPLITS:
+        rows = examples[split]
+        cut = sum(sum(about_tokens(row)) > longest for row in rows)
+        lost = sum(about_tokens(row)[0] >= longest for row in rows)
+        if cut > MOST_CUT * len(rows):
+            yield (
+                f"about {cut} of {counted(len(rows), 'row')} of `data.{split}` are longer than `data.max_length` of "
+                f"{longest} tokens and lose their ends, {lost} of them all of their response: make it longer"
+            )
+
+
+def about_tokens(row: Example) -> tuple[int, int]:
+    """About how many tokens of a row are its prompt's, with the template's, and its response's."""
+    template = {"instruction": ALPACA_TOKENS, "multiple_choice": QUESTION_TOKENS}.get(row.format, 0)
+    return template + _tokens_of(f"{row.prompt}{row.context}"), _tokens_of(row.response)
+
+
 def _few_tokens(config: RunConfig, examples: dict[str, list[Example]]) -> list[str]:
     """That losses are means over too few tokens to tell plans apart; every other confirmation row chooses."""
     if config.search.metric != "loss" or config.search.plan:
@@ -144,8 +182,10 @@ def _few_tokens(config: RunConfig, examples: dict[str, list[Example]]) -> list[s
     }
     found = []
     for use, rows in uses.items():
-        texts = [row.response if data.response_only else row.prompt + row.context + row.response for row in rows]
-        tokens = sum(min(_about_tokens(text), data.max_length) for text in texts)
+        tokens = 0
+        for prompt, response in map(about_tokens, rows):
+            before = prompt if data.response_only else 0
+            tokens += max(0, min(prompt + response, data.max_length) - before)
         if tokens < FEW_TOKENS:
             found.append(
                 f"{use} on about {tokens} tokens of {counted(len(rows), 'row')}: too few to tell plans apart; give "
@@ -154,7 +194,7 @@ def _few_tokens(config: RunConfig, examples: dict[str, list[Example]]) -> list[s
     return found
 
 
-def _about_tokens(text: str) -> int:
+def _tokens_of(text: str) -> int:
     """Letters of other scripts than the Latin one are tokens of their own, or several."""
     others = sum(not character.isascii() for character in text)
     return others + (len(text) - others) // CHARACTERS_A_TOKEN

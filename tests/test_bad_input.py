@@ -647,7 +647,7 @@ DATA = [
         "{folder}/empty.jsonl", "empty", "name another"
     ),
     refused(
-        "data-split-unknown", {"data.train.0.split": "trian"}, "`data.train.0.source`", '"trian"', "Unknown split",
+        "data-split-unknown", {"data.train.0.split": "trian"}, "`data.train.0.split`", '"trian"', "Unknown split",
         "['train']"
     ),
     refused(
@@ -896,6 +896,28 @@ def warned(scene: Scene, changed: dict[str, Any], about: str = "search.max_trial
     return [each for each in inspect(config_of(scene, changed)).warnings if about in each]
 
 
+def test_rows_without_a_response_are_a_warning_with_their_number(scene: Scene) -> None:
+    """An empty cell, and a row of a file that lacks the column."""
+    rows = [{"instruction": f"Say {number}.", "output": "it"} for number in range(40)]
+    rows[3], rows[7] = {"instruction": "Explain tea.", "output": " "}, {"instruction": "Explain salt."}
+    file = scene.file("empty.jsonl", "\n".join(map(json.dumps, rows)))
+    (warning,) = warned(scene, {"data.train": [{"source": file}], "data.max_length": 256}, "have no response")
+    assert "2 rows of `data.train` of 40" in warning and "'Explain tea.'" in warning and "leave them out" in warning
+    assert warned(scene, {}, "have no response") == []
+
+
+def test_rows_that_are_cut_are_a_warning_with_their_number(scene: Scene) -> None:
+    rows = [{"instruction": "Say it.", "output": "word " * 8} for _ in range(36)]
+    rows += [{"instruction": f"Say {number}.", "output": "word " * 300} for number in range(3)]
+    rows.append({"instruction": "Say " * 300, "output": "it"})
+    file = scene.file("long.jsonl", "\n".join(map(json.dumps, rows)))
+    long = {"data.train": [{"source": file}], "data.max_length": 256}
+    (warning,) = warned(scene, long, "lose their ends")
+    assert "about 4 of 40 rows of `data.train`" in warning and "1 of them all of their response" in warning
+    assert "`data.max_length` of 256 tokens" in warning
+    assert warned(scene, long | {"data.max_length": 512}, "lose their ends") == []
+
+
 def test_too_few_tokens_to_score_on_are_a_warning_with_the_numbers(scene: Scene) -> None:
     """Every other confirmation row chooses."""
     validation, confirmation = warned(scene, {}, "tokens of")
@@ -917,6 +939,9 @@ def test_too_few_tokens_to_score_on_are_a_warning_with_the_numbers(scene: Scene)
         assert "`data.confirmation`" in confirmation
     validation, _ = warned(scene, rows_of("word " * 10_000) | {"data.max_length": 64}, "tokens of")
     assert "about 64 tokens of 1 row:" in validation, "a row is cut"
+    asked = scene.file("asked.jsonl", json.dumps({"instruction": "Say it.", "output": "word " * 1000}))
+    cut = {"data.validation": [{"source": asked}], "data.max_length": 250}
+    assert "about 209 tokens of 1 row:" in warned(scene, cut, "tokens of")[0], "its prompt takes its share"
     by_accuracy = {"search.metric": "accuracy", "search.tasks": ["qpruner_everyday_validation"], "search.limit": 8}
     assert warned(scene, by_accuracy, "tokens of") == []
 

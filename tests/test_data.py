@@ -204,6 +204,14 @@ def test_several_sources_are_joined_in_order(tmp_path: Path) -> None:
     assert [example.response for example in found] == ["one", "carbon dioxide"]
 
 
+@pytest.mark.parametrize("split", ["train[5:9]", "test"])
+def test_a_split_that_is_not_there_is_named(tmp_path: Path, split: str) -> None:
+    source = DataSource(source=rows_file(tmp_path, [ARC], "a.jsonl"), format="multiple_choice", split=split)
+    with pytest.raises(UserError, match=r"`data\.train\.0\.split`: ") as caught:
+        load_examples([source], "data.train")
+    assert split in str(caught.value) and "a.jsonl" in str(caught.value) and "name another part" in str(caught.value)
+
+
 def test_missing_columns_are_told_with_the_ones_there_are(tmp_path: Path) -> None:
     with pytest.raises(UserError) as caught:
         examples_of(tmp_path, [{"prompt": "Say it.", "completion": "it"}])
@@ -232,7 +240,7 @@ def test_a_mapping_of_an_unknown_column_is_refused(tmp_path: Path) -> None:
         ("torn.csv", "instruction,output\na,b\na,b,c\n", "line 3 has 3 cells, its header 2 (instruction, output)"),
         ("first.csv", "instruction,output\nSay hi.,Hello, there\nSay bye.,Bye\n", "line 2 has 3 cells, its header 2"),
         ("short.csv", "instruction,input,output\na,b\n", "line 2 has 2 cells, its header 3"),
-        ("open.tsv", 'instruction\toutput\na\t"b\nc\td\n', "line 3: unexpected end of data"),
+        ("open.tsv", 'instruction\toutput\na\t"b\nc\td\n', "line 2: unexpected end of data"),
         ("merged.tsv", 'instruction\toutput\na\t"b\nc\td\ne\tf" g\n', "a cell that begins with a double quote"),
         ("twice.csv", "instruction,output,output\na,b,c\n", "two of its columns are called 'output'"),
         ("parted.csv", "instruction;output\na;b\n", "in a .csv file commas part the cells"),

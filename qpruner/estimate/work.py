@@ -16,12 +16,10 @@ from qpruner.config import RunConfig
 from qpruner.data import Example
 from qpruner.plan import FULL_BITS, Layout
 from qpruner.preflight import Inspection, in_effect
-from qpruner.preflight_rows import CHARACTERS_A_TOKEN
+from qpruner.preflight_rows import ALPACA_TOKENS, CHARACTERS_A_TOKEN
 from qpruner.products import packing_operations
 from qpruner.quantization.bank import is_soon_packed
 
-ALPACA_TOKENS = 40
-"""Of the template around an instruction."""
 CHOICES = 4
 """Answers that a question of a task is asked with."""
 UNTUNED = 3

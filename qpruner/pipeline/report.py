@@ -18,15 +18,17 @@ from qpruner.rundir import RunDir, read_text
 
 def report(context: Context, results: Results) -> Results:
     """Write every file; cheap, so it is done anew each time."""
-    context.emit(StageStarted("report", "report.html, report.md and results.json"))
+    # A copied run folder keeps these words: the names alone stay true.
+    files = "report.html, report.md and results.json"
+    context.emit(StageStarted("report", files))
     started = time.monotonic()
     with explained("report"):
-        page = write_report(context.run_dir)
+        write_report(context.run_dir)
         tensorboard.write_result(context.run_dir.root, results)
         remark = told_lacking(lacking(read_text(context.run_dir.root / CARD) or ""))
     if remark:
         context.emit(Message("report", remark))
-    context.emit(StageFinished("report", time.monotonic() - started, name_of(page)))
+    context.emit(StageFinished("report", time.monotonic() - started, files))
     return results
 
 
