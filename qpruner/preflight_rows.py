@@ -155,8 +155,9 @@ def _cut(config: RunConfig, examples: dict[str, list[Example]]) -> Iterator[str]
     longest = config.data.max_length
     for split in SPLITS:
         rows = examples[split]
-        cut = sum(sum(about_tokens(row)) > longest for row in rows)
-        lost = sum(about_tokens(row)[0] >= longest for row in rows)
+        lengths = [about_tokens(row) for row in rows]
+        cut = sum(prompt + response > longest for prompt, response in lengths)
+        lost = sum(prompt >= longest for prompt, _ in lengths)
         if cut > MOST_CUT * len(rows):
             yield (
                 f"about {cut} of {counted(len(rows), 'row')} of `data.{split}` are longer than `data.max_length` of "
@@ -170,34 +171,32 @@ def about_tokens(row: Example) -> tuple[int, int]:
     return template + _tokens_of(f"{row.prompt}{row.context}"), _tokens_of(row.response)
 
 
-def _few_tokens(config: RunConfig, examples: dict[str, list[Example]]) -> list[str]:
+def _few_tokens(config: RunConfig, examples: dict[str, list[Example]]) -> Iterator[str]:
     """That losses are means over too few tokens to tell plans apart; every other confirmation row chooses."""
     if config.search.metric != "loss" or config.search.plan:
-        return []
+        return
     data = config.data
     # The smaller half judges the winner.
     uses = {
         "`data.validation` scores the trials": examples["validation"],
         "half of `data.confirmation` chooses the winner, and half judges it,": examples["confirmation"][1::2],
     }
-    found = []
     for use, rows in uses.items():
         tokens = 0
         for prompt, response in map(about_tokens, rows):
             before = prompt if data.response_only else 0
             tokens += max(0, min(prompt + response, data.max_length) - before)
         if tokens < FEW_TOKENS:
-            found.append(
+            yield (
                 f"{use} on about {tokens} tokens of {counted(len(rows), 'row')}: too few to tell plans apart; give "
                 f"{FEW_TOKENS} tokens at least, by more rows or by rows with longer responses"
             )
-    return found
 
 
 def _tokens_of(text: str) -> int:
     """Letters of other scripts than the Latin one are tokens of their own, or several."""
-    others = sum(not character.isascii() for character in text)
-    return others + (len(text) - others) // CHARACTERS_A_TOKEN
+    num_latin = len(text.encode("ascii", "ignore"))
+    return len(text) - num_latin + num_latin // CHARACTERS_A_TOKEN
 
 
 def _num_importance_samples(config: RunConfig, vocabulary_size: int, num_rows: int) -> int:

@@ -309,7 +309,8 @@ def test_the_answer_comes_last_and_the_configuration_when_it_is_asked_for(
     done = CliRunner().invoke(main, ["check", "config.yaml"])
     assert done.stderr == "[check] model, rows, tasks and machine of config.yaml ...\n"
     short = done.stdout.splitlines()
-    assert len(short) < 30 and short[-1] == "The configuration is valid; `--show-config` prints every key in effect."
+    told = [line for line in short if " tokens of " not in line]  # two warnings of few rows to score on
+    assert len(told) < 25 and short[-1] == "The configuration is valid; `--show-config` prints every key in effect."
     assert any(each.startswith("    estimated by bfloat16 matrix products timed on this machine's ") for each in short)
     whole = CliRunner().invoke(main, ["check", "config.yaml", "--show-config"]).stdout
     keys, _, answer = whole.partition("\n\n")

@@ -16,7 +16,7 @@ from qpruner.config import RunConfig
 from qpruner.data import Example
 from qpruner.plan import FULL_BITS, Layout
 from qpruner.preflight import Inspection, in_effect
-from qpruner.preflight_rows import ALPACA_TOKENS, CHARACTERS_A_TOKEN
+from qpruner.preflight_rows import CHARACTERS_A_TOKEN, about_tokens
 from qpruner.products import packing_operations
 from qpruner.quantization.bank import is_soon_packed
 
@@ -345,12 +345,7 @@ def _matrix_weights(layout: Layout, model_config: Any) -> int:
 
 def _lengths(rows: Sequence[Example], config: RunConfig) -> list[int]:
     """About how many tokens each row has."""
-    found = []
-    for row in rows:
-        tokens = sum(map(len, (row.prompt, row.context, row.response))) // CHARACTERS_A_TOKEN + 4
-        tokens += ALPACA_TOKENS if row.format == "instruction" else 0
-        found.append(min(tokens, config.data.max_length))
-    return found
+    return [min(sum(about_tokens(row)), config.data.max_length) for row in rows]
 
 
 def _padded(lengths: Sequence[int], rows: int) -> float:
