@@ -137,6 +137,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path, nargs="?", help="a run up to `sensitivity`; left out, only the empty trials")
     parser.add_argument("--config", type=Path, help="the run's configuration file")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="as of `qpruner search`")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--empty", type=int, default=NUM_EMPTY, help="trials that do nothing")
     parser.add_argument("--resume", type=Path, help=argparse.SUPPRESS)
@@ -148,7 +149,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="qpruner-scaling-", dir=options.run and options.run.parent) as name:
         work = Path(name)
         if options.run:
-            config = load_config(options.config)
+            config = load_config(options.config, options.set)
             ratios, searches, bares = [], [], []
             for _ in range(options.repeats):
                 one, plans = search_seconds(config, options.run, 1, work)
