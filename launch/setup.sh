@@ -58,3 +58,4 @@ if [ -n "$group" ]; then
   pip install --no-deps --group "$group" || fail "the group $group could not be installed; pip's own message is above"
 fi
 printf '%s' "$wanted" > "$marker"
+echo "== done: .venv/bin/qpruner --help"

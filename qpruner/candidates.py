@@ -34,7 +34,7 @@ from qpruner.mirror import (
 )
 from qpruner.objects import is_mirror
 from qpruner.patience import patiently
-from qpruner.records import FreshScore, Inference, InferenceSetting, TaskScore
+from qpruner.records import FinalistScore, Inference, InferenceSetting, TaskScore
 from qpruner.rundir import (
     file_digest,
     folder_digests,
@@ -51,6 +51,8 @@ from qpruner.wording import counted
 
 if TYPE_CHECKING:
     from peft import PeftModel
+
+    from qpruner.calibration import LossResult
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 
@@ -208,7 +210,7 @@ def finetune_candidate(job: CandidateJob) -> FinetuneOutcome:
         train_loss=result.train_loss,
         validation_loss=loss,
         confirmation_loss=fresh_loss.mean,
-        confirmation_losses=tuple(round(each, 4) for each in fresh_loss.by_row),
+        confirmation_losses=_rounded(fresh_loss),
         measured_bytes=size,
         peak_memory_bytes=peak,
         memory_counter=memory.counter,
@@ -331,7 +333,7 @@ class ConfirmationJob:
     threads: int
 
 
-def confirm_trial(job: ConfirmationJob) -> FreshScore:
+def confirm_trial(job: ConfirmationJob) -> FinalistScore:
     """Score a trial's last rung on what no trial was scored on: the confirmation rows that choose and, where accuracy
     is searched, as many questions again of every task, those that come after the trials'."""
     from qpruner.calibration import mean_loss
@@ -346,8 +348,9 @@ def confirm_trial(job: ConfirmationJob) -> FreshScore:
     search, settings = job.config.search, job.config.evaluate
     rows = load_confirmation(job.data, "choose")
     loss = mean_loss(model, rows, int(tokenizer.pad_token_id), settings.batch_size)
+    score = FinalistScore(loss=loss.mean, stderr=loss.stderr, losses=_rounded(loss))
     if search.metric == "loss":
-        return FreshScore(loss=loss.mean, stderr=loss.stderr)
+        return score
     assert search.limit is not None
     scores = score_tasks(
         model,  # type: ignore[arg-type]
@@ -359,7 +362,12 @@ def confirm_trial(job: ConfirmationJob) -> FreshScore:
         skip=search.limit,
     )
     accuracy, stderr = mean_accuracy(scores)
-    return FreshScore(loss=loss.mean, stderr=loss.stderr, accuracy=accuracy, accuracy_stderr=stderr)
+    return score.model_copy(update={"accuracy": accuracy, "accuracy_stderr": stderr})
+
+
+def _rounded(loss: LossResult) -> tuple[float, ...]:
+    """What rows say of a mean, in as many digits as a record keeps."""
+    return tuple(round(each, 4) for each in loss.by_row)
 
 
 def build(config: RunConfig, candidate: Candidate) -> PeftModel:

@@ -46,12 +46,12 @@ def check(
         raise UserError(f"`--gpu` knows {', '.join(work.TERAFLOPS)}; got {gpu}")
     with Terminal(quiet=quiet) as terminal:
         found = pipeline.check(config, terminal.emit, address, gpu_is_elsewhere=gpu is not None and address is None)
-    inspection, concurrent, resources = found.inspection, found.concurrent, found.resources
+    inspection, resources = found.inspection, found.resources
     rates = _rates(config, found, measure, gpu)
     gpus = resources.get("gpu") or (1.0 if gpu else None)
     is_here = address is None and gpu is None and config.model.device_map == "single" and (gpus or 0) <= 1
     free = free_bytes() if is_here else None
-    taken = estimate.facts(config, inspection, rates, concurrent, found.done, gpus)
+    taken = estimate.facts(config, inspection, rates, found.slots, found.done, gpus)
     layout, levels = inspection.pruned, config.quantize.bits
     facts = {
         "num_groups": len(layout.groups),
@@ -62,7 +62,7 @@ def check(
         **{f"bytes_all_{bits}": layout.plan_bytes(layout.uniform(bits)) for bits in levels},
         "bytes_budget": inspection.budget_bytes,
         "bytes_plan": None if inspection.plan is None else layout.plan_bytes(inspection.plan),
-        "concurrent_trials": concurrent,
+        "concurrent_trials": min(found.slots, config.search.num_trials),
         "rungs": list(config.search.rungs),
         "rows": {name: len(rows) for name, rows in inspection.examples.items()},
         **asdict(inspection.counts),
@@ -124,7 +124,7 @@ def _rates(config: RunConfig, found: pipeline.Checked, measure: bool, gpu: str |
             "`--measure` times this machine, which has no GPU, and trials hold one: check on a machine like the "
             f"cluster's, or name its GPU with `--gpu` ({', '.join(work.TERAFLOPS)})"
         )
-    slots = max(1, min(found.concurrent, local_slots().fits({"cpu": cores})))
+    slots = max(1, min(found.slots, local_slots().fits({"cpu": cores})))
     rates = (
         _rates_by_steps(config, inspection, here, cores)
         if measure

@@ -225,7 +225,11 @@ def status(run: str, as_json: bool) -> None:
 @main.command(help="List the trials of a run, the winner marked.")
 @_run_folder
 @click.option(
-    "--where", "conditions", multiple=True, metavar="KEY=VALUE", help="Only these: status=finished, loss<3.2."
+    "--where",
+    "conditions",
+    multiple=True,
+    metavar="KEY=VALUE",
+    help="Only these: status=finished, loss<3.2, 'bytes<=126 MB'; also != and >. Several all hold.",
 )
 @click.option("--sort", default="trial", metavar="KEY", show_default=True, help="A column, or `score`.")
 @click.option("--descending", is_flag=True, help="Largest first.")

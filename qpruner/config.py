@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import math
 import re
 from collections.abc import Hashable
 from pathlib import Path
@@ -829,7 +830,16 @@ def _explain(problem: Any) -> str:
         "model_type": "must be a mapping of keys (a section)",
         "too_short": "must have at least 1 item",
     }.get(problem["type"], rule)
-    return f"`{key}`: {rule[0].lower() + rule[1:]}, got {problem['input']!r}"
+    return f"`{key}`: {rule[0].lower() + rule[1:]}, got {problem['input']!r}{_as_share(problem)}"
+
+
+def _as_share(problem: Any) -> str:
+    """How a share is written that was given in per cent; nothing where it was not."""
+    limits = problem.get("ctx", {})
+    most, given = limits.get("le", limits.get("lt", math.inf)), problem["input"]
+    if not (most <= 1 and isinstance(given, int | float) and 2 <= given <= 100 * most):
+        return ""
+    return f": a share, so {given:g} % is {given / 100:g}"
 
 
 def _explain_unknown_key(location: list[str | int]) -> str:

@@ -318,9 +318,12 @@ def _header_of_whole_table(path: Path, separator: str) -> list[str]:
         try:
             for row in table:
                 if row and header and len(row) != len(header):
+                    remedy = f"a cell that holds {separator!r} stands in double quotes"
+                    if len(row) < len(header):
+                        remedy = f"an empty cell has its {separator!r}, too"
                     raise ValueError(
                         f"line {table.line_num} has {counted(len(row), 'cell')}, its header {len(header)} "
-                        f"({', '.join(header)}): a cell that holds {separator!r} stands in double quotes"
+                        f"({', '.join(header)}): {remedy}"
                     )
                 num_rows += bool(row and header)
                 header, begins = header or row, table.line_num + 1
@@ -329,6 +332,8 @@ def _header_of_whole_table(path: Path, separator: str) -> list[str]:
                 f"line {begins}: {error}: a cell that begins with a double quote ends with one, and those "
                 "in it are doubled"
             ) from None
+        except UnicodeDecodeError:
+            raise ValueError(_line_without_utf8(path)) from None
     if separator == "," and len(header) == 1 and ";" in header[0]:
         raise ValueError("its header is one cell with semicolons: in a .csv file commas part the cells")
     if twice := [name for name, count in Counter(filter(None, header)).items() if count > 1]:
@@ -342,6 +347,17 @@ def cause_of(error: Exception) -> str:
     """Why rows cannot be loaded, in a line; datasets itself only says that generating the data set failed."""
     cause = error.__cause__ or error
     return str(cause).strip().splitlines()[0] if str(cause).strip() else type(cause).__name__
+
+
+def _line_without_utf8(path: Path) -> str:
+    """The first line that is not UTF-8."""
+    with path.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            try:
+                line.decode()
+            except UnicodeDecodeError:
+                return f"line {number} is no UTF-8: save the file as UTF-8"
+    return "it is no UTF-8: save it as UTF-8"
 
 
 def _line_without_row(path: Path) -> str | None:
@@ -378,8 +394,14 @@ def _check_columns(available: Sequence[str], source: DataSource, key: str) -> No
         if missing and not (column in OPTIONAL_COLUMNS and column not in source.columns):
             raise UserError(
                 f"`{key}.columns.{column}`: the data have no column {', '.join(missing)}; "
-                f"they have {', '.join(available)}"
+                f"they have {', '.join(available)}{_where_named(source)}"
             )
+
+
+def _where_named(source: DataSource) -> str:
+    """Where columns are named that look like none, as those of a file without a header do."""
+    is_table = BUILDERS.get(Path(source.source).suffix.lower()) == "csv"
+    return ", which the first line of the file says: it is the header" if is_table else ""
 
 
 def _mapped(source: DataSource, column: str) -> tuple[str, ...]:

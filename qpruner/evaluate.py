@@ -7,6 +7,7 @@ import itertools
 import logging
 import math
 import os
+import shlex
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -153,10 +154,12 @@ def _check_known(tasks: Sequence[str], include_path: str | None, key: str) -> No
     import difflib
 
     known = _task_manager(include_path, tuple(tasks)).all_tasks
+    folder = f" --include_path {shlex.quote(include_path)}" if include_path else ""
+    listed = f"`lm_eval ls tasks{folder}` lists the known ones"
     for task in tasks:
         if task not in known:
             nearest = difflib.get_close_matches(task, known, n=3)
-            hint = f"did you mean {', '.join(nearest)}?" if nearest else "`lm_eval ls tasks` lists the known ones"
+            hint = f"did you mean {', '.join(nearest)}?" if nearest else listed
             raise UserError(f"`{key}`: lm-eval has no task `{task}`; {hint}")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -34,6 +35,8 @@ MOST_CUT = 0.05
 FEW_TOKENS = 500
 """A mean loss over fewer is mostly about which rows they are: on 143 (64 questions) eight bits came out behind four
 (LOG.md, 2026-11-27)."""
+FEW_QUESTIONS = 40
+"""An accuracy over fewer has a standard error of up to 0.08 and more, beyond most differences between plans."""
 LONGEST_HEADING = 5
 """Words of a line that may stand in two texts."""
 Questions = dict[str, list[str]]
@@ -92,7 +95,12 @@ def check_rows(config: RunConfig, vocabulary_size: int, include_path: str | None
     counts = RowCounts(
         samples, {name: {task: len(texts) for task, texts in asked[use].items()} for use, name in uses.items()}
     )
-    told = (*_without_response(examples), *_cut(config, examples), *_few_tokens(config, examples))
+    told = (
+        *_without_response(examples),
+        *_cut(config, examples),
+        *_few_tokens(config, examples),
+        *_few_questions(words),
+    )
     warnings = (*left_out, *_asked_again(words["search"], words["fresh"]), *told)
     return Rows(examples, {section: words[section] for section in ("search", "evaluate")}, counts, warnings)
 
@@ -190,6 +198,18 @@ def _few_tokens(config: RunConfig, examples: dict[str, list[Example]]) -> Iterat
             yield (
                 f"{use} on about {tokens} tokens of {counted(len(rows), 'row')}: too few to tell plans apart; give "
                 f"{FEW_TOKENS} tokens at least, by more rows or by rows with longer responses"
+            )
+
+
+def _few_questions(words: dict[str, list[str]]) -> Iterator[str]:
+    """That accuracies are over too few questions to tell models apart."""
+    uses = {"search": "`search.tasks` score the trials", "evaluate": "`evaluate.tasks` test the models"}
+    for section, use in uses.items():
+        asked = len(words[section])
+        if 0 < asked < FEW_QUESTIONS:
+            yield (
+                f"{use} on {counted(asked, 'question')}: an accuracy over so few has a standard error of up to "
+                f"{0.5 / math.sqrt(asked):.2f}; ask {FEW_QUESTIONS} at least: a higher `{section}.limit`, or more tasks"
             )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import difflib
+import math
 import operator
 import re
 import sys
@@ -57,7 +58,11 @@ WITHOUT_WORKER = {
     "waiting": "of them waiting for a machine",
 }
 """Why trials that are under way are in no worker's hands, by the count of them."""
-SIZES = {"kB": 1e3, "MB": 1e6, "GB": 1e9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
+UNITS: dict[str, dict[str, float]] = {
+    "bytes": {"kB": 1e3, "MB": 1e6, "GB": 1e9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30},
+    "seconds": {"h": 3600, "min": 60, "s": 1},
+}
+"""Those that a person may write of figures in a base unit, by that."""
 MOST_WORDS = 12
 """Words of a column that `trials` tells where a condition on it holds for none; of plans there are more."""
 
@@ -197,22 +202,39 @@ def _cell(name: str, row: dict[str, Any]) -> str:
 
 
 def _where(rows: Sequence[dict[str, Any]], condition: str, names: Mapping[str, str]) -> list[dict[str, Any]]:
-    """The rows of which a condition holds; one without a value differs from every value."""
+    """The rows of which a condition holds; one without a value differs from every value.
+
+    A value of no more digits than the table shows compares with what it shows: 6 mean bits are those of 5.998.
+    """
     key, sign, text = _parts(condition, names)
-    is_number = any(isinstance(row[key], int | float) for row in rows)
-    try:
-        value = _number(key, text) if is_number else text
-    except ValueError as error:
-        units = f", in bytes or with {', '.join(SIZES)}" if key.endswith("bytes") else ""
-        raise UserError(f"--where {condition}: `{key}` is a number{units}, got {text!r}") from error
-    return [row for row in rows if (sign == "!=" if row[key] is None else COMPARISONS[sign](row[key], value))]
+    value: float | str = text
+    as_shown = False
+    if any(isinstance(row[key], int | float) for row in rows):
+        try:
+            value = _number(key, text)
+        except ValueError as error:
+            units = "".join(f", in {base} or with {', '.join(_units(key))}" for base in UNITS if key.endswith(base))
+            raise UserError(f"--where {condition}: `{key}` is a number{units}, got {text!r}") from error
+        as_shown = math.isfinite(value) and _number(key, _figure(key, value)) == value
+
+    def holds(found: Any) -> bool:
+        return COMPARISONS[sign](_number(key, _figure(key, found)) if as_shown else found, value)
+
+    return [row for row in rows if (sign == "!=" if row[key] is None else holds(row[key]))]
 
 
 def _number(key: str, text: str) -> float:
-    """A figure as a person writes it: of bytes with the unit that the table shows, too."""
-    units = SIZES if key.endswith("bytes") else {}
-    unit = next((unit for unit in units if text.endswith(unit)), "")
-    return float(text.removesuffix(unit)) * units.get(unit, 1)
+    """A figure as a person writes it, with units as the table shows them, too: `126.91 MB`, `1 min 15 s`."""
+    units, total = _units(key), 0.0
+    for part in re.split(r"(?<=[A-Za-z])\s+", text):
+        unit = next((unit for unit in units if part.endswith(unit)), "")
+        total += float(part.removesuffix(unit)) * units.get(unit, 1)
+    return total
+
+
+def _units(key: str) -> dict[str, float]:
+    """The units of a figure by their names; none where it has no base unit."""
+    return next((units for base, units in UNITS.items() if key.endswith(base)), {})
 
 
 def _parts(condition: str, names: Mapping[str, str]) -> tuple[str, str, str]:

@@ -334,7 +334,14 @@ class FreshScore(Recorded):
     accuracy_stderr: float | None = None
 
 
-class Confirmation(FreshScore):
+class FinalistScore(FreshScore):
+    """The same with what its rows say, so that two finalists can be paired by row."""
+
+    losses: tuple[float, ...] = ()
+    """As `CandidateRecord.confirmation_losses`, of the half that chooses. Empty in records of older versions."""
+
+
+class Confirmation(FinalistScore):
     """A finalist: one of the best trials, or a control."""
 
     index: int

@@ -124,6 +124,8 @@ CONFIGURATION = [
     refused("choice-misspelt", {"prune.importance": "tailor"}, "importance`", "'tailor'", "'taylor', 'magnitude',"),
     refused("no-training-data", {"data.train": []}, "`data.train`", "[]", "at least 1 item"),
     refused("rate-negative", {"prune.rate": -0.1}, "`prune.rate`", "-0.1", "greater than or equal to 0"),
+    refused("rate-in-per-cent", {"prune.rate": 20}, "`prune.rate`", "got 20: a share", "so 20 % is 0.2"),
+    refused("dropout-in-per-cent", {"lora.dropout": 5.5}, "`lora.dropout`", "got 5.5: a share", "so 5.5 % is 0.055"),
     refused("rate-too-large", {"prune.rate": 0.95}, "`prune.rate`", "0.95", "less than or equal to 0.9"),
     refused("rate-twice", {"prune.layer_rate": 0.25}, "`prune`", "`layer_rate`", "not both", "give `rate` or"),
     refused("rate-missing", {"prune": {"rate": None}}, "`prune`", "neither", "give `rate` or `layer_rate`"),
@@ -893,9 +895,10 @@ def test_the_largest_budget_that_the_error_names_works_and_a_front_may_have_it_a
 
 
 def warned(scene: Scene, changed: dict[str, Any], about: str | None = None) -> list[str]:
-    """The warnings on something; else all but those of the scene's few rows to score on."""
+    """The warnings on something; else all but those of the scene's few rows and questions to score on."""
     found = inspect(config_of(scene, changed)).warnings
-    return [each for each in found if (about in each if about else " tokens of " not in each)]
+    few = (" tokens of ", "over so few")
+    return [each for each in found if (about in each if about else not any(part in each for part in few))]
 
 
 def test_rows_without_a_response_are_a_warning_with_their_number(scene: Scene) -> None:
@@ -946,6 +949,15 @@ def test_too_few_tokens_to_score_on_are_a_warning_with_the_numbers(scene: Scene)
     assert "about 209 tokens of 1 row:" in warned(scene, cut, "tokens of")[0], "its prompt takes its share"
     by_accuracy = {"search.metric": "accuracy", "search.tasks": ["qpruner_everyday_validation"], "search.limit": 8}
     assert warned(scene, by_accuracy, "tokens of") == []
+
+
+def test_too_few_questions_are_a_warning_with_their_standard_error(scene: Scene) -> None:
+    """Of the test, and of trials where accuracy is searched; those that a task has where no limit is given."""
+    by_accuracy = {"search.metric": "accuracy", "search.tasks": [SEARCH_TASK], "search.limit": 16}
+    trials, test = warned(scene, by_accuracy | {"evaluate.limit": 4}, "over so few")
+    for warning, said in ((trials, ("16 questions", "0.12", "`search.limit`")), (test, ("4 questions", "0.25"))):
+        assert [part for part in said if part not in warning] == [], warning
+    assert warned(scene, {"evaluate.limit": 40}, "over so few") == []
 
 
 def test_more_groups_than_trials_can_inform_is_a_warning_with_the_numbers(scene: Scene) -> None:

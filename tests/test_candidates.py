@@ -357,6 +357,7 @@ def test_a_confirmation_scores_the_last_rungs_adapter(tuned: tuple[CandidateJob,
     choosing, judging = (mean_loss(model, rows[part::2], pad_id, job.config.evaluate.batch_size) for part in (0, 1))
     found = confirm_trial(confirmation)
     assert (found.loss, found.stderr) == pytest.approx((choosing.mean, choosing.stderr), abs=1e-6)
+    assert found.losses == pytest.approx(choosing.by_row, abs=1e-4), "so that finalists can be paired by row"
     # What the claim is told in is on rows that chose nothing.
     assert tuned[1].confirmation_loss == pytest.approx(judging.mean, abs=1e-6)
     assert choosing.mean != pytest.approx(judging.mean)

@@ -218,7 +218,11 @@ def test_missing_columns_are_told_with_the_ones_there_are(tmp_path: Path) -> Non
     message = str(caught.value)
     assert "`data.train.0.columns.instruction`" in message
     assert "no column instruction" in message
-    assert "prompt, completion" in message
+    assert message.endswith("they have prompt, completion")
+    table = tmp_path / "rows.csv"
+    table.write_text("Say it.,it\nSay that.,that\n")
+    with pytest.raises(UserError, match=r"Say it\., it, which the first line of the file says: it is the header"):
+        load_examples([DataSource(source=str(table))], "data.train")
 
 
 def test_a_mapping_to_a_column_that_is_not_there_is_refused_even_if_optional(tmp_path: Path) -> None:
@@ -239,7 +243,12 @@ def test_a_mapping_of_an_unknown_column_is_refused(tmp_path: Path) -> None:
         ("rows.xlsx", "PK", "give a .jsonl, .json, .parquet, .csv, .tsv or .txt file"),
         ("torn.csv", "instruction,output\na,b\na,b,c\n", "line 3 has 3 cells, its header 2 (instruction, output)"),
         ("first.csv", "instruction,output\nSay hi.,Hello, there\nSay bye.,Bye\n", "line 2 has 3 cells, its header 2"),
-        ("short.csv", "instruction,input,output\na,b\n", "line 2 has 2 cells, its header 3"),
+        (
+            "short.csv",
+            "instruction,input,output\na,b\n",
+            "line 2 has 2 cells, its header 3 (instruction, input, output): an empty cell has its ','",
+        ),
+        ("latin.csv", b"instruction,output\na,b\ncaf\xe9,b\n", "line 3 is no UTF-8: save the file as UTF-8"),
         ("open.tsv", 'instruction\toutput\na\t"b\nc\td\n', "line 2: unexpected end of data"),
         ("merged.tsv", 'instruction\toutput\na\t"b\nc\td\ne\tf" g\n', "a cell that begins with a double quote"),
         ("twice.csv", "instruction,output,output\na,b,c\n", "two of its columns are called 'output'"),
@@ -256,10 +265,10 @@ def test_a_mapping_of_an_unknown_column_is_refused(tmp_path: Path) -> None:
         ("broken.parquet", "not parquet", "no rows can be read"),
     ],
 )
-def test_a_file_that_is_no_data_is_named(tmp_path: Path, name: str, content: str | None, told: str) -> None:
+def test_a_file_that_is_no_data_is_named(tmp_path: Path, name: str, content: str | bytes | None, told: str) -> None:
     path = tmp_path / name
     if content is not None:
-        path.write_text(content)
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(UserError) as caught:
         load_examples([DataSource(source=str(path))], "data.validation")
     assert "`data.validation.0.source`" in str(caught.value)

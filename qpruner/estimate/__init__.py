@@ -26,7 +26,7 @@ def facts(
         config: The run's configuration.
         inspection: Shapes, rows and questions.
         rates: Of a whole GPU, or of a slot without one.
-        slots: Trials at once.
+        slots: Trials, or fine-tunes, at once.
         done: How much of each stage is recorded, from 0 to 1.
         gpus: What each slot holds, whose hours are counted; None counts those of slots.
     """
@@ -65,7 +65,7 @@ def facts(
 def memory_text(found: Mapping[str, Any]) -> list[str]:
     """The memory as lines: of each kind of work its total and what it is of, then its parts, the largest first."""
     works, free, trials = found["memory"], found["memory_free"], found["trials_sharing_memory"]
-    beside = f" with {trials} trials at once" if trials > 1 else ""
+    beside = f" with {trials} trials or fine-tunes at once" if trials > 1 else ""
     here = "" if free is None else f"; {_amount(free)} free here"
     lines = [f"memory:      {_amount(found['memory_at_once'])} at most{beside}{here}"]
     for name, each in works.items():

@@ -178,7 +178,7 @@ def hours(
         config: The run's configuration.
         inspection: Shapes, rows and questions.
         rates: Operations a second of a slot.
-        slots: Trials at once.
+        slots: Trials, or fine-tunes, at once.
         done: How much of each stage is recorded, from 0 to 1.
         has_gpus: Whether slots hold GPUs, among which groups are measured; what else scores them is little beside that.
     """

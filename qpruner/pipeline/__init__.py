@@ -80,13 +80,13 @@ class Checked:
 
     Attributes:
         inspection: Sizes and rows; of the pruned model itself, where the run's folder has it already.
-        concurrent: Trials at once.
+        slots: Trials at once, were there enough of them; fine-tunes, too.
         resources: What Ray reserves for one.
         done: How much of each stage is recorded with the same inputs, from 0 to 1.
     """
 
     inspection: preflight.Inspection
-    concurrent: int
+    slots: int
     resources: dict[str, float]
     done: dict[str, float]
 
@@ -110,7 +110,7 @@ def check(config: RunConfig, emit: Emit, address: str | None = None, gpu_is_else
     assumed = with_gpus_for(asked.model_dump() if asked else None) if gpu_is_elsewhere else None
     with contextlib.closing(Context(config, run_dir, emit, address, inspection, assumed=assumed)) as context:
         check_room(context)
-        concurrent = min(check_search(config.search, context.known_slots), config.search.num_trials)
+        slots = check_search(config.search, context.known_slots)
         if not assumed:
             check_finetune(config, context.known_slots)
         check_trackers(config.trackers)
@@ -126,7 +126,7 @@ def check(config: RunConfig, emit: Emit, address: str | None = None, gpu_is_else
                 budget_bytes=context.space.budget_bytes,
                 plan=context.given_plan,
             )
-        return Checked(inspection, concurrent, context.trial_resources, shares_done(context, found))
+        return Checked(inspection, slots, context.trial_resources, shares_done(context, found))
 
 
 def run(

@@ -144,7 +144,7 @@ def cut_model(
 ) -> tuple[Pruned, dict[str, Any]]:
     """Cut a loaded model; returns what was made and the fields of its record."""
     from qpruner.calibration import Samples
-    from qpruner.memory import PeakMemory
+    from qpruner.memory import PeakMemory, page_in
     from qpruner.pruning.prune import prune as cut
 
     settings = preflight.in_effect(config.prune, model.config)
@@ -153,6 +153,7 @@ def cut_model(
     samples = Samples(rows, int(tokenizer.pad_token_id), config.calibration.batch_size)
     before = [block_parameters(model, index) for index in range(num_layers(model.config))]
     base = copy.deepcopy(model.config)
+    page_in(model)
     memory = PeakMemory()
     pruned = cut(
         model, settings, samples, config.seed, lambda what, done, total: emit(Progress("prune", done, total, what))

@@ -18,6 +18,7 @@ from qpruner.report.table import (
     PRUNED,
     RANDOM,
     SEARCHED,
+    UNIFORM,
     title_of,
 )
 from qpruner.search.choice import controls_of
@@ -65,7 +66,7 @@ def table_rows(context: Context, searched: SearchRecord, measured: SensitivityRe
 
     full = space.uniform(FULL_BITS)
     rows = [same(BASE, "unquantized", full), same(PRUNED, "unquantized", full)]
-    rows += [same(f"uniform {bits}-bit", "uniform", space.uniform(bits)) for bits in space.levels if bits != FULL_BITS]
+    rows += [same(f"uniform {bits}-bit", UNIFORM, space.uniform(bits)) for bits in space.levels if bits != FULL_BITS]
     best = _best_seed_method(context, searched, measured)
     for method in measured.methods:
         if method == MUTUAL_INFORMATION or (config.finetune.seed_rows == "all" and method != best):

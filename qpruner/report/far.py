@@ -12,6 +12,8 @@ from qpruner.wording import counted
 
 REACH = 6.0
 """A plot reaches as many times as far from the best finished trial as their median lies."""
+LEAST_HEIGHT = 0.5
+"""A plot ends before what lies further only where all trials that are near would else have less of its height."""
 MARGIN = 0.06
 """Of the plot's height, between the worst trial that is shown to scale and its edge."""
 ARROWS = {"loss": "\u2191", "accuracy": "\u2193"}
@@ -106,10 +108,11 @@ def _near(costs: Sequence[float], compared: Sequence[float]) -> list[float]:
 
 
 def _end(costs: Sequence[float], near: Sequence[float], metric: str) -> float | None:
-    """The score a margin beyond what is near; None where nothing lies beyond it."""
+    """The score a margin beyond what is near; None where there is room for all."""
     if not near:
         return None
-    end = max(near) + MARGIN * (max(near) - min(near))
-    if max(costs) <= end:
+    height = max(near) - min(near)
+    if height >= LEAST_HEIGHT * (max(costs) - min(near)):
         return None
+    end = max(near) + MARGIN * height
     return -end if metric == "accuracy" else end

@@ -106,7 +106,7 @@ def _sensitivities(measured: SensitivityRecord, run: Snapshot) -> list[str]:
     return [
         "## Sensitivities and winner",
         "",
-        f"{prose(sections.METHODS_CAPTION)}.",
+        f"{prose(sections.methods_caption(measured))}.",
         "",
         pipe_table(*sections.methods(measured, run.effects)),
         "",

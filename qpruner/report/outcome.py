@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
+import statistics
 from collections.abc import Iterator, Sequence
 
-from qpruner.records import GIVEN, SearchRecord, TrialRecord
+from qpruner.records import GIVEN, Confirmation, SearchRecord, TrialRecord
 from qpruner.report.lines import duration
 from qpruner.report.standing import cost, score
 from qpruner.search.trial_records import remedy_of
@@ -52,14 +54,22 @@ def _margin(search: SearchRecord) -> Iterator[str]:
     if others:
         rival = min(others, key=lambda each: (cost(each, search.metric), each.index))
         ours, theirs = (score(each, search.metric) for each in (best, rival))
-        errors = [each.stderr if search.metric == "loss" else each.accuracy_stderr for each in (best, rival)]
-        known = [f"{error:.4f}" for error in errors if error is not None]
-        beside = f" (standard errors {' and '.join(known)}, over the same rows)" if len(known) == 2 else ""
         yield (
             f"Its selection {search.metric} is {ours:.4f}, that of the best "
             f"{'searched plan' if search.control_won else 'control'} {theirs:.4f} (trial {rival.index}, "
-            f"{rival.origin}): a margin of {abs(ours - theirs):.4f}{beside}."
+            f"{rival.origin}): a margin of {abs(ours - theirs):.4f}{_error(best, rival, search.metric)}."
         )
+
+
+def _error(one: Confirmation, other: Confirmation, metric: str) -> str:
+    """The standard error of a margin: of its rows where they are known, else of each score."""
+    if metric == "loss" and len(one.losses) == len(other.losses) > 1:
+        apart = [ours - theirs for ours, theirs in zip(one.losses, other.losses, strict=True)]
+        paired = statistics.stdev(apart) / math.sqrt(len(apart))
+        return f" (standard error {paired:.4f}, paired over {len(apart)} rows)"
+    errors = [each.stderr if metric == "loss" else each.accuracy_stderr for each in (one, other)]
+    known = [f"{error:.4f}" for error in errors if error is not None]
+    return f" (standard errors {' and '.join(known)}, over the same rows)" if len(known) == 2 else ""
 
 
 def _flattered(search: SearchRecord, trials: Sequence[TrialRecord]) -> Iterator[str]:

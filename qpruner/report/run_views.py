@@ -191,7 +191,9 @@ def _search_status(run: RunView) -> dict[str, Any] | None:
         "best_so_far": best_so_far(in_order_of_end(now.trials), search.metric),
         "winner": run.search.best_index if run.search else None,
         "control_won": run.search.control_won if run.search else None,
-        "confirmations": [each.model_dump() for each in run.search.confirmations] if run.search else [],
+        "confirmations": [each.model_dump(exclude={"losses"}) for each in run.search.confirmations]
+        if run.search
+        else [],
     }
 
 

@@ -51,10 +51,8 @@ FRONT_CAPTION = "Plans that none of fewer or equal bytes beats on fresh rows"
 FRESH_HEADINGS = ("selection loss", "selection accuracy")
 RUNGS_CAPTION = "Every trial at each rung, by optimizer step; a trial that was stopped or failed has none after it"
 METHOD_HEADINGS = ("method", "what", "unit", "seconds", "rank correlation")
-METHODS_CAPTION = (
-    "Sensitivities; first_order, fisher and second_order come from one pass, kl and loss from another: each has the "
-    "seconds of the whole pass"
-)
+PASSES = (("first_order", "fisher", "second_order"), ("kl", "loss"))
+"""Sensitivities that one pass over the rows measures together."""
 GROUPS_CAPTION = "What a method predicts that fewer bits cost, over the most bits a group may take"
 STEP_HEADINGS = ("model", "scores", "answer loss", "perplexity")
 STEPS_TEXT = (
@@ -102,7 +100,7 @@ def final_tables(results: Results) -> list[Table]:
     """The final table in parts, narrow enough for a terminal and for paper."""
     parts = [_part(caption, ("row", *headings), rows(results)) for caption, headings in TABLES]
     alike = _alike_table(results)
-    return [*parts, *([alike] if alike else [])]
+    return [parts[0], *([alike] if alike else []), *parts[1:]]
 
 
 def _alike_table(results: Results) -> Table | None:
@@ -266,6 +264,16 @@ def bar(plan: dict[str, int]) -> str:
     return str(PrecisionPlan.from_dict(plan))
 
 
+def methods_caption(measured: SensitivityRecord) -> str:
+    """What stands over the sensitivities, and which of them share a pass."""
+    told = "Sensitivities"
+    for together in PASSES:
+        *others, last = [name for name in together if name in measured.methods] or [""]
+        if others:
+            told += f"; {', '.join(others)} and {last} come from one pass, and each has the seconds of all of it"
+    return told
+
+
 def methods(
     measured: SensitivityRecord, effects: MarginalEffects | str
 ) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
@@ -308,7 +316,7 @@ def effects_text(effects: MarginalEffects | str) -> str:
 
 
 def stages(run: Snapshot) -> list[tuple[str, ...]]:
-    """Every stage that was begun: its state and what it took in the command that recorded it."""
+    """Every stage that was begun, its state and what it took in the command that recorded it; then all together."""
     busy = {"search": sum(stretch.end - stretch.start for stretch in run.stretches)}
     # Of the trials that other searches left, too.
     gpu = run.results.gpu_seconds | {"search": sum(trial.gpu_seconds for trial in run.trials)}
@@ -320,11 +328,14 @@ def stages(run: Snapshot) -> list[tuple[str, ...]]:
     def told(figures: dict[str, float], name: str) -> str:
         return f"{figures[name]:.1f}" if figures.get(name) else "-"
 
-    return [
-        (name, STATES[stage.state], told(run.results.seconds, name), told(busy, name), told(gpu, name))
-        for name, stage in run.state.stages.items()
-        if name in KINDS
+    begun = {name: stage for name, stage in run.state.stages.items() if name in KINDS}
+    seconds, gpu = ({name: each.get(name, 0.0) for name in begun} for each in (run.results.seconds, gpu))
+    rows = [
+        (name, STATES[stage.state], told(seconds, name), told(busy, name), told(gpu, name))
+        for name, stage in begun.items()
     ]
+    together = {"seconds": sum(seconds.values()), "gpu": sum(gpu.values())}
+    return [*rows, ("all stages", "-", told(together, "seconds"), "-", told(together, "gpu"))]
 
 
 def steps(results: Results) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:

@@ -9,6 +9,9 @@ from qpruner.report.standing import cost
 from qpruner.report.table import MUTUAL_INFORMATION
 from qpruner.sensitivity.seeds import seed_origin
 
+MOST_GROUPS = 8
+"""Groups whose bits differ from a seed plan's that are named."""
+
 
 def first_method(run: Snapshot) -> str:
     """The sensitivity whose seed plan was best on fresh rows. Where none was scored there, the one that agrees best
@@ -32,9 +35,14 @@ def likeness(run: Snapshot) -> str | None:
     seed = next((trial for trial in run.trials if _is_seed(run, trial, method, best)), None)
     if seed is None or plan is None:
         return None
-    alike = sum(seed.plan[group] == bits for group, bits in plan.items())
+    others = [
+        f"{group} {bits} bits instead of {seed.plan[group]}" for group, bits in plan.items() if seed.plan[group] != bits
+    ]
+    alike, more = len(plan) - len(others), len(others) - MOST_GROUPS
+    named = [*others[:MOST_GROUPS], *([f"{more} more"] if more > 0 else [])]
     which = f"trial {seed.index}" + (", the best seed on fresh rows" if best else "")
-    return f"{alike} of {len(plan)} groups have the bits of the seed plan of {method} ({which})."
+    told = f"; others: {', '.join(named)}" if named else ""
+    return f"{alike} of {len(plan)} groups have the bits of the seed plan of {method} ({which}){told}."
 
 
 def _best_seed(run: Snapshot) -> Confirmation | None:

@@ -13,6 +13,8 @@ from qpruner.search.random_plans import SAME_BYTES
 from qpruner.wording import counted
 
 BASE, PRUNED, BEST_SEED, RANDOM, SEARCHED = "base", "pruned", "best seed", "random", "searched"
+UNIFORM = "uniform"
+"""Origin of the rows whose groups are all at the same bits."""
 ONE_RANDOM_PLAN = "random plan"
 """Origin of the random row where it is about a single plan."""
 MUTUAL_INFORMATION = "mutual_information"
@@ -181,7 +183,8 @@ def claim(results: Results) -> str:
     found = comparisons(results)
     if not found:
         return "No claim is made: no other plan had the same fine-tune."
-    lead = f"{_winner(results.search, _by_name(results)[SEARCHED][0])}{_lost(results)}{_in_words(found)}"
+    winner = _winner(results.search, _by_name(results)[SEARCHED][0])
+    lead = f"{winner}{_lost(results)}{_beside_uniform(results)}{_in_words(found)}"
     return "\n".join([lead, *map(_stated, found)])
 
 
@@ -341,6 +344,20 @@ def _lost(results: Results) -> str:
     return (
         f" At {winner.measured_bytes / base.measured_bytes:.1%} of the bytes of the base with such an adapter, its "
         f"{told}, all after the same fine-tune{under}."
+    )
+
+
+def _beside_uniform(results: Results) -> str:
+    """What the winner weighs and knows beside uniform bits, as a sentence; nothing without such rows."""
+    alike = {row.name: row for row in under_first_seed(results)}
+    winner = alike[SEARCHED]
+    uniform = [row for row in alike.values() if row.origin == UNIFORM and row.plans != winner.plans]
+    if not uniform:
+        return ""
+    told = [f"{row.title} {row.confirmation_loss:.3f} at {row.measured_bytes / 1e6:.1f} MB" for row in uniform]
+    return (
+        f" Its confirmation loss is {winner.confirmation_loss:.3f} at {winner.measured_bytes / 1e6:.1f} MB "
+        f"({', '.join(told)}), under the same training seed."
     )
 
 

@@ -25,7 +25,7 @@ from click.testing import CliRunner
 from conftest import raw_config, with_key
 from hub_server import Repository, serving
 from huggingface_hub import ModelCard
-from made_run import HOSTILE, STAGES, TRIALS, MadeRun, reported_run
+from made_run import BUDGET, HOSTILE, STAGES, TRIALS, MadeRun, reported_run
 from recorded_runs import trial as recorded_trial
 from safetensors.numpy import save
 
@@ -123,7 +123,11 @@ def test_the_page_answers_first_and_leaves_nothing_out(long_run: Path) -> None:
     results = json.loads((long_run / "results.json").read_text())
     assert text.index("The answer") < text.index("Quality by task") < text.index("The search")
     assert results["claim"].splitlines()[0] in text
-    assert sections.METHODS_CAPTION in text, "what is measured in one pass takes its seconds once"
+    assert re.search(
+        r"writes \d+\.\d tokens/s \(base \d+\.\d tokens/s\) reads \d+ tokens/s \(base \d+ tokens/s\)", text
+    )
+    assert "takes 140.0 MB (base 331.0 MB) on 2 CPU cores, one sequence, adapter on" in text
+    assert f"budget {BUDGET / 1e6:.1f} MB (quantize.budget: fraction 0.5), adapter included" in text
     assert "92.0 MB" in text and "times smaller than the base model's 278.8 MB" in text
     assert outline.tags["tr"] > 200
     for each in ("qpruner run my.yaml --set search.max_trials=200", "2.13.0", "AMD EPYC 9555", "rank: 4"):
@@ -152,6 +156,21 @@ def test_the_table_of_trials_marks_the_best_one_in_words(until: str, mark: str, 
     (marked,) = re.findall(rf'<tr[^>]*class="best">([^\n]*), {mark}</td>', table)
     best = read_snapshot(made.run).best_trial
     assert best and f">{best.index}</th>" in marked and table.count(f", {mark}<") == 1
+
+
+def test_the_table_of_trials_has_reasons_where_there_are_some(tmp_path: Path) -> None:
+    made = MadeRun(tmp_path / "run", num_trials=9, num_blocks=2)
+    pages = []
+    for reason in ("loss is NaN", None):
+        for trial in made.trials:
+            write_trial(
+                made.run.trials / TRIALS, trial.model_copy(update={"reason": reason if trial.index == 3 else None})
+            )
+        write_report(made.run)
+        page = page_of(tmp_path / "run")
+        pages.append(page[page.index('<table id="trials-table"') :])
+    assert '<button type="button">reason</button>' in pages[0] and ">loss is NaN</td>" in pages[0]
+    assert "reason" not in pages[1][: pages[1].index("</table>")]
 
 
 @pytest.mark.parametrize(("num_trials", "box"), [(12, "scroll"), (13, "scroll tall")])
@@ -205,7 +224,13 @@ def test_the_map_opens_on_the_best_seed_s_sensitivity_and_tells_how_far_the_winn
     method, told = opening(tmp_path / "run")
     assert method == best.removeprefix("seed-").replace("-", "_")
     which = f"trial {seed.index}, the best seed on fresh rows"
-    assert told == f"{alike} of 6 groups have the bits of the seed plan of {method} ({which})."
+    others = [
+        f"{group} {bits} bits instead of {seed.plan[group]}"
+        for group, bits in record.best_plan.items()
+        if seed.plan[group] != bits
+    ]
+    rest = f"; others: {', '.join(others)}" if others else ""
+    assert told == f"{alike} of 6 groups have the bits of the seed plan of {method} ({which}){rest}."
 
 
 @pytest.mark.parametrize(("num_trials", "method", "seed"), [(12, "first_order", 2), (200, "kl", 1)])
@@ -218,7 +243,9 @@ def test_before_fresh_rows_the_map_opens_on_what_trials_show_and_else_on_a_quant
     MadeRun(tmp_path / "run", num_trials, num_blocks=3, until="sensitivity", stages=begun, noises=noises)
     opened, told = opening(tmp_path / "run")
     assert opened == method
-    assert re.fullmatch(rf"\d+ of 6 groups have the bits of the seed plan of {method} \(trial {seed}\)\.", told)
+    assert re.fullmatch(
+        rf"\d+ of 6 groups have the bits of the seed plan of {method} \(trial {seed}\)(; others: .*)?\.", told
+    )
 
 
 def test_the_map_s_shades_begin_at_the_least_prediction_where_none_is_below_zero(tmp_path: Path) -> None:
@@ -403,6 +430,17 @@ def test_a_score_of_fewer_steps_is_not_called_worse(tmp_path: Path) -> None:
     assert chart_of(made, "rungs").caption.endswith(f" {worse} {finished:.4f}, {stopped.index} (gp) {loss:.4f}.")
 
 
+def test_what_leaves_the_others_half_the_plot_is_shown_where_it_is() -> None:
+    """Of few trials one may be far by its neighbours' measure, and yet fit."""
+    losses = [2.34, 2.36, 2.345, 2.355, 2.35, 2.42]
+    trials = [recorded_trial(index, "444444", [loss] * 3) for index, loss in enumerate(losses)]
+    far = recorded_trial(6, "444444", [2.50] * 3)
+    assert edge_of([*trials, far], "loss").score is None and edge_of_rungs([*trials, far], "loss").score is None
+    further = recorded_trial(6, "444444", [2.60] * 3)
+    for edge in (edge_of([*trials, further], "loss"), edge_of_rungs([*trials, further], "loss")):
+        assert edge.score is not None and 2.42 < edge.score < 2.43
+
+
 def test_of_a_search_by_accuracy_what_is_far_lies_below() -> None:
     found = [(0.50, 0), (0.71, 1), (0.72, 2), (0.73, 3)]
     rung = RungResult(step=8, loss=3.0, train_loss=3.0, accuracy=0.0)
@@ -519,6 +557,7 @@ def test_every_stage_tells_the_gpu_seconds_that_it_held(tmp_path: Path) -> None:
     assert confirmed
     made.run.write_record("search", confirmed.model_copy(update={"confirmation_gpu_seconds": 1.5}))
     held["search"] = {row[0]: row[column] for row in sections.stages(read_snapshot(made.run))}["search"]
+    assert held.pop("all stages") == f"{123.0 * (len(STAGES) - 1) + search - 1.5:.1f}"
     assert held == dict.fromkeys(STAGES, "123.0") | {"search": f"{search:.1f}"}
     cells = " | 61.5 | - | 123.0 |"
     write_report(made.run)

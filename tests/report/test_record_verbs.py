@@ -17,7 +17,7 @@ import pytest
 import yaml
 from click.testing import CliRunner, Result
 from made_records import made_confirmation
-from made_run import MadeRun
+from made_run import TRIALS, MadeRun
 from object_store import object_store, talk_to
 from recorded_runs import DIGEST, GROUPS, config_of, recorded_run, trial, trials
 
@@ -198,6 +198,31 @@ def test_bytes_are_asked_for_as_the_table_shows_them(run: Path) -> None:
     )
 
 
+def test_figures_compare_as_the_table_shows_them_where_no_more_digits_are_given(tmp_path: Path) -> None:
+    """A plan shown with 6.00 mean bits is one of 6, though it has 5.998; who writes 5.998 means that."""
+    made = MadeRun(tmp_path / "run", num_trials=6, num_blocks=2)
+    changes = {"mean_bits": 5.998, "seconds": 80.4}
+    write_trial(made.run.trials / TRIALS, made.trials[2].model_copy(update=changes))
+    others = {"mean_bits": 5.9, "seconds": 60.0}
+    for each in (*made.trials[:2], *made.trials[3:]):
+        write_trial(made.run.trials / TRIALS, each.model_copy(update=others))
+    [row] = [row for row in told("trials", tmp_path / "run")["trials"] if row["trial"] == 2]
+    for condition, expected in (
+        ("mean_bits>=6", [2]),
+        ("mean_bits=6.00", [2]),
+        ("mean_bits=5.998", [2]),
+        ("mean_bits>5.998", []),
+        (f"loss={row['loss']:.4f}", [2]),
+        ("seconds=1 min 20 s", [2]),
+        ("seconds>1 min 05 s", [2]),
+        ("seconds>=80", [2]),
+        ("seconds<=1 min", [0, 1, 3, 4, 5]),
+        ("seconds<inf", [0, 1, 2, 3, 4, 5]),
+    ):
+        found = [row["trial"] for row in told("trials", tmp_path / "run", "--where", condition)["trials"]]
+        assert found == expected, condition
+
+
 def test_where_no_trial_matches_it_says_so(run: Path) -> None:
     losses = [row["loss"] for row in told("trials", run)["trials"] if row["loss"] is not None]
     none = f"no trials match; `loss` is from {min(losses):.4f} to {max(losses):.4f}\n"
@@ -240,6 +265,7 @@ def test_the_last_column_of_the_csv_is_what_awk_takes_it_for(run: Path) -> None:
         (("trials", "RUN", "--sort", "byte"), "did you mean `bytes`?"),
         (("trials", "RUN", "--where", "loss<low"), "`loss` is a number, got 'low'"),
         (("trials", "RUN", "--where", "bytes<126M"), "`bytes` is a number, in bytes or with kB, MB, GB"),
+        (("trials", "RUN", "--where", "seconds<1 hour"), "`seconds` is a number, in seconds or with h, min, s, got"),
         (("trials", "RUN", "--where", "loss"), "--where takes KEY=VALUE"),
         (("trials", "RUN", "--srot", "loss"), "--sort"),
         (("plan", "RUN"), "not over"),

@@ -34,7 +34,7 @@ from qpruner.records import (
     TaskScore,
     TrialRecord,
 )
-from qpruner.report import by_task
+from qpruner.report import by_task, sections
 from qpruner.report.legend import terms
 from qpruner.report.marginal_effects import MarginalEffects
 from qpruner.report.markdown import render
@@ -54,7 +54,7 @@ UNTUNED = ("base", "pruned", "searched")
 ORIGINS = {SEARCHED: "gp, trial 11", BEST_SEED: "seed-kl at the winner's bytes", RANDOM: "3 random plans"}
 NO_EFFECTS = "32 effects and a constant need 50 finished trials, 1.5 for each, got 7"
 STATE = RunState(
-    config={},
+    config={"quantize": {"budget": {"fraction": 0.5, "bytes": None}}},
     until="report",
     command="qpruner run my.yaml",
     folder="/home/me",
@@ -78,7 +78,7 @@ def candidate(
     return CandidateRecord(
         **STAGE,
         name=name,
-        origin=ORIGINS.get(name, "uniform"),
+        origin=ORIGINS.get(name, "unquantized" if name in ("base", "pruned") else "uniform"),
         seed=seed,
         plan=plan,
         plan_bytes=measured_bytes,
@@ -366,6 +366,32 @@ def test_a_control_that_won_is_told_with_its_margin_over_searched_plans() -> Non
         "Its selection loss is 2.0000, that of the best searched plan 2.2500 (trial 8, gp): a margin of 0.2500 "
         "(standard errors 0.0625 and 0.0625, over the same rows)."
     )
+
+
+def test_a_margin_is_told_with_the_error_of_its_rows_where_they_are_known() -> None:
+    """Rows are hard and easy for all: their spread is far larger than that of the differences by row."""
+    control, best = np.array([1.0, 3.0, 2.0, 6.0]), np.array([0.9, 2.7, 1.9, 5.5])
+    finalists = [
+        made_confirmation(index, origin, float(rows.mean()), losses=tuple(rows))
+        for index, origin, rows in ((2, "seed-kl", control), (7, "gp", best))
+    ]
+    error = float((control - best).std(ddof=1) / 2)
+    told = search_text(made_search(PLAN, confirmations=tuple(finalists)), ())[1]
+    assert told.endswith(f"a margin of 0.2500 (standard error {error:.4f}, paired over 4 rows).")
+    older = (finalists[0], finalists[1].model_copy(update={"losses": ()}))
+    assert "(standard errors 0.0625 and 0.0625, " in search_text(made_search(PLAN, confirmations=older), ())[1]
+
+
+def test_sensitivities_of_one_pass_are_told_to_share_its_seconds() -> None:
+    """Of those that were asked for."""
+    measured = results_of(searched_row([1.0])).sensitivity
+    assert measured
+    scores = measured.methods["kl"]
+    several = dict.fromkeys(("mutual_information", "first_order", "fisher", "kl"), scores)
+    assert sections.methods_caption(measured.model_copy(update={"methods": several})) == (
+        "Sensitivities; first_order and fisher come from one pass, and each has the seconds of all of it"
+    )
+    assert sections.methods_caption(measured) == "Sensitivities"
 
 
 def test_a_plan_that_was_given_is_told_whole_to_repeat_it() -> None:
@@ -685,7 +711,7 @@ def test_a_row_is_the_mean_of_its_tasks_and_of_its_seeds(whole: Results) -> None
 def test_a_row_of_one_seed_can_be_compared_with_the_same_seed_of_the_others(whole: Results) -> None:
     told = {row.name: dict(zip(HEADINGS, cells(row), strict=True)) for row in rows(whole)}
     assert (told["base"]["seeds"], told[SEARCHED]["seeds"]) == ("1 (0)", "2 (0-1)")
-    caption, headings, body = final_tables(whole)[-1]
+    caption, headings, body = final_tables(whole)[1]
     assert "under training seed 0 alone" in caption
     alike = {row[0]: dict(zip(headings, row, strict=True)) for row in body}
     assert list(alike) == [row.title for row in rows(whole)]
@@ -718,13 +744,30 @@ def test_the_claim_says_what_was_lost_against_base_and_pruned(whole: Results) ->
         snapshot(whole, config={"model": {"source": "me/base"}, "data": {"train": []}}, environment={"qpruner": "1.2"}),
         None,
     )
-    assert f" {lost} It " in claim(whole).splitlines()[0]
+    assert f" {lost} Its confirmation loss is 2.000 " in claim(whole).splitlines()[0]
     assert lost in report(whole) and lost in card
     alike = [*row_of("base", [1.0]), *row_of("pruned", [1.0]), *row_of(BEST_SEED, [2.0]), *searched_row([1.0])]
     assert "after the same fine-tune. It" in claim(results_of(alike)), "one seed each"
     wordless = [(tuned, (score(answers(50, 20)),)) for tuned, _ in alike]
     assert " (base 0.400, pruned 0.400), all after" in claim(results_of(wordless))
     assert "base" not in claim(results_of(alike[1:])), "there is no such row"
+
+
+def test_the_claim_says_what_uniform_bits_know_for_their_bytes() -> None:
+    """The winner beside fewer bytes and beside more, each under the one seed that all had."""
+    four, eight = dict.fromkeys(PLAN, 4), dict.fromkeys(PLAN, 8)
+    uniform = [
+        *row_of("uniform 4-bit", [1.75], plan=four, measured_bytes=80_000_000),
+        *row_of("uniform 8-bit", [1.25], plan=eight, measured_bytes=120_000_000),
+    ]
+    told = claim(results_of([*uniform, *row_of(BEST_SEED, [2.0, 2.1]), *searched_row([1.5, 1.0])]))
+    assert (
+        " Its confirmation loss is 1.500 at 100.0 MB (uniform 4-bit 1.750 at 80.0 MB, uniform 8-bit 1.250 at 120.0 "
+        "MB), under the same training seed." in told
+    )
+    won = claim(results_of([*uniform, *searched_row([1.5], plan=four)]))
+    assert "(uniform 8-bit 1.250 at 120.0 MB)" in won, "the winner is no row beside itself"
+    assert "confirmation loss is" not in claim(results_of([*row_of(BEST_SEED, [2.0]), *searched_row([1.0])]))
 
 
 def test_rows_of_equally_many_seeds_are_told_once() -> None:

@@ -68,6 +68,8 @@ def render(run: Snapshot, charts: Sequence[Chart], config: str) -> str:
         "search": run.state.search,
         "pruning": run.results.prune,
     }
+    # Reasons, the last, only where there are some.
+    trial_headings = TRIAL_HEADINGS if any(trial.reason for trial in run.trials) else TRIAL_HEADINGS[:-1]
     parts = {name: heading for name, heading in PARTS.items() if there.get(name, True)}
     return template.render(
         run=run,
@@ -85,8 +87,8 @@ def render(run: Snapshot, charts: Sequence[Chart], config: str) -> str:
         as_json=_script_json,
         plan_bar=_plan_bar,
         few_trials=FEW_TRIALS,
-        trial_headings=TRIAL_HEADINGS,
-        trial_cells=lambda trial: list(_trial_cells(run, trial)),
+        trial_headings=trial_headings,
+        trial_cells=lambda trial: list(_trial_cells(run, trial))[: len(trial_headings)],
         style=_own("style.css"),
         script=_own("page.js"),
         bundle=_runtime(),
@@ -127,6 +129,7 @@ def _tables(run: Snapshot) -> dict[str, Any]:
         tables["legend"] = legend.terms(results)
         tables["claim"] = [line.removeprefix("- ") for line in claim(results).splitlines()]
     if results.sensitivity:
+        tables["methods_caption"] = sections.methods_caption(results.sensitivity)
         tables["methods"] = sections.methods(results.sensitivity, run.effects)
         tables["groups"] = sections.groups(results.sensitivity, run.effects, run.best_plan)
         tables["numbering"] = sections.group_numbering(results.prune)

@@ -41,16 +41,15 @@ def tiles(run: Snapshot) -> list[Tile]:
 def _whole(run: Snapshot) -> Iterator[Tile]:
     assert run.results.search and run.results.prune
     table = {row.name: row for row in rows(run.results)}
-    winner, base, before = table[SEARCHED], table.get(BASE), run.results.prune.bytes_before
+    winner, before = table[SEARCHED], run.results.prune.bytes_before
     yield Tile(
         "Size",
         _megabytes(winner.measured_bytes),
         (
             f"{before / winner.measured_bytes:.1f} times smaller than the base model's {_megabytes(before)}",
-            f"{_megabytes(run.results.prune.bytes_after)} after pruning; budget "
-            f"{_megabytes(run.results.search.budget_bytes)}, adapter included",
+            f"{_megabytes(run.results.prune.bytes_after)} after pruning",
+            f"budget {_megabytes(run.results.search.budget_bytes)} ({_budget(run)}), adapter included",
             f"{winner.num_parameters / 1e6:.1f} M of {run.results.prune.parameters_before / 1e6:.1f} M parameters",
-            *_in_use(winner, base),
         ),
     )
     yield Tile(
@@ -69,7 +68,14 @@ def _whole(run: Snapshot) -> Iterator[Tile]:
         f"{winner.mean_bits:.2f} mean bits",
         (f"{len(plan)} groups: {', '.join(counts)}", winner.origin if run.is_given else f"found by {winner.origin}"),
     )
+    yield from _in_use(run, winner, table.get(BASE))
     yield _certainty(run)
+
+
+def _budget(run: Snapshot) -> str:
+    """The budget as the configuration has it."""
+    given = run.state.config["quantize"]["budget"]
+    return "quantize.budget: " + ", ".join(f"{name} {value}" for name, value in given.items() if value is not None)
 
 
 def _untuned(run: Snapshot) -> Iterator[tuple[str, float]]:
@@ -86,14 +92,25 @@ def _interval(winner: Row) -> str:
     return f"95 % interval over questions {low:.3f} to {high:.3f}"
 
 
-def _in_use(winner: Row, base: Row | None) -> Iterator[str]:
-    """Memory and speed of a generation."""
-    if winner.inference_memory_bytes is None or winner.decode_tokens_per_second is None:
+def _in_use(run: Snapshot, winner: Row, base: Row | None) -> Iterator[Tile]:
+    """Speed and memory of a generation, beside the base's: of few bytes does not mean fast."""
+    assert run.results.evaluate
+    setting = run.results.evaluate.inference
+    figures, others = _generation(winner), base and _generation(base)
+    if setting is None or figures is None:
         return
-    told = f"in use {_megabytes(winner.inference_memory_bytes)}, {winner.decode_tokens_per_second[0]:.1f} tokens/s"
-    if base and base.inference_memory_bytes and base.decode_tokens_per_second:
-        told += f"; base {_megabytes(base.inference_memory_bytes)}, {base.decode_tokens_per_second[0]:.1f} tokens/s"
-    yield told
+    beside = [f" (base {other})" for other in others] if others else [""] * len(figures)
+    written, read, memory = (f"{figure}{told}" for figure, told in zip(figures, beside, strict=True))
+    device = f"on {setting.device}, one sequence, adapter on"
+    yield Tile("Speed in use", figures[0], (f"writes {written}", f"reads {read}", f"takes {memory}", device))
+
+
+def _generation(row: Row) -> tuple[str, str, str] | None:
+    """What a row writes and reads, and the memory that this takes."""
+    written, read, memory = row.decode_tokens_per_second, row.prefill_tokens_per_second, row.inference_memory_bytes
+    if written is None or read is None or memory is None:
+        return None
+    return f"{written[0]:.1f} tokens/s", f"{read[0]:.0f} tokens/s", _megabytes(memory)
 
 
 def _beside_base(run: Snapshot) -> Iterator[str]:
