@@ -123,10 +123,9 @@ def test_the_page_answers_first_and_leaves_nothing_out(long_run: Path) -> None:
     results = json.loads((long_run / "results.json").read_text())
     assert text.index("The answer") < text.index("Quality by task") < text.index("The search")
     assert results["claim"].splitlines()[0] in text
-    assert re.search(
-        r"writes \d+\.\d tokens/s \(base \d+\.\d tokens/s\) reads \d+ tokens/s \(base \d+ tokens/s\)", text
-    )
-    assert "takes 140.0 MB (base 331.0 MB) on 2 CPU cores, one sequence, adapter on" in text
+    for speed in (r"writes \d+\.\d tokens/s \(base \d+\.\d tokens/s\)", r"reads \d+ tokens/s \(base \d+ tokens/s\)"):
+        assert re.search(speed, text)
+    assert "takes 140.0 MB (base 331.0 MB)" in text and "on 2 CPU cores, one sequence, adapter on" in text
     assert f"budget {BUDGET / 1e6:.1f} MB (quantize.budget: fraction 0.5), adapter included" in text
     assert "92.0 MB" in text and "times smaller than the base model's 278.8 MB" in text
     assert outline.tags["tr"] > 200
