@@ -343,12 +343,21 @@ def _talk_options(function: Callable[..., None]) -> Callable[..., None]:
 @main.command(help="What a run's base, pruned and final model say to a prompt, side by side; or the model of a folder.")
 @click.option("--prompt", "prompts", multiple=True, metavar="TEXT", help="What to answer; may be given several times.")
 @click.option("--file", type=click.Path(path_type=Path), help="More prompts, one a line.")
+@click.option(
+    "--template",
+    type=click.Choice(["chat", "alpaca", "none"]),
+    default="chat",
+    show_default=True,
+    help="What is put around a prompt: the tokenizer's chat template (none where it has none), or that of "
+    "`data.template: alpaca`, as in a fine-tune on instructions.",
+)
 @_json
 @_talk_options
 def generate(
     place: str,
     prompts: tuple[str, ...],
     file: Path | None,
+    template: Any,
     which: str | None,
     max_tokens: int,
     temperature: float,
@@ -359,7 +368,7 @@ def generate(
         quiet_libraries()
         from qpruner import talk, talk_verbs
 
-        sampling = talk.Sampling(max_tokens, temperature, seed)
+        sampling = talk.Sampling(max_tokens, temperature, seed, template)
         return talk_verbs.generate(place, which, prompts, file, sampling, as_json)
 
     _guarded(as_json, told)

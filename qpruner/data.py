@@ -464,12 +464,16 @@ def _render(example: Example, tokenizer: PreTrainedTokenizerBase, template: str)
         messages = [{"role": "user", "content": content}]
         prompt = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         return str(prompt), f"{example.response}{tokenizer.eos_token or ''}"
-    prompt = ALPACA.format(
-        context=", paired with an input that provides further context" if example.context else "",
-        instruction=example.prompt,
-        input=f"### Input:\n{example.context}\n\n" if example.context else "",
+    return alpaca_prompt(example.prompt, example.context), f"{example.response}{tokenizer.eos_token or ''}"
+
+
+def alpaca_prompt(instruction: str, context: str = "") -> str:
+    """An instruction, and its input where it has one, in the prompt of Stanford Alpaca."""
+    return ALPACA.format(
+        context=", paired with an input that provides further context" if context else "",
+        instruction=instruction,
+        input=f"### Input:\n{context}\n\n" if context else "",
     )
-    return prompt, f"{example.response}{tokenizer.eos_token or ''}"
 
 
 def save_encoded(rows: Sequence[Mapping[str, list[int]]], folder: Path) -> None:

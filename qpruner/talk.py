@@ -18,6 +18,7 @@ from transformers import GenerationConfig
 from transformers.generation.streamers import TextStreamer
 
 from qpruner.config import ModelConfig
+from qpruner.data import alpaca_prompt
 from qpruner.errors import UserError
 from qpruner.hf import load, weights_folder
 from qpruner.memory import explaining_shortage, free_bytes, release
@@ -36,19 +37,26 @@ AGAINST_SHORTAGE = (
 )
 
 
+Template = Literal["chat", "alpaca", "none"]
+"""The tokenizer's own, none where it has none; that of the fine-tune's instructions (`data.template: alpaca`), around
+the last turn alone; none."""
+
+
 @dataclass(frozen=True)
 class Sampling:
-    """How answers are drawn.
+    """How answers are asked for and drawn.
 
     Attributes:
         max_tokens: Tokens an answer may have.
         temperature: 0 for the likeliest token every time.
         seed: Of the draws.
+        template: What is put around a prompt.
     """
 
     max_tokens: int
     temperature: float
     seed: int
+    template: Template = "chat"
 
 
 @dataclass(frozen=True)
@@ -77,8 +85,8 @@ class Talker:
         """Say something to a conversation.
 
         Args:
-            turns: The person's and the model's in turn, the person's first and last. They go through the tokenizer's
-                chat template; where it has none, the model goes on with their lines.
+            turns: The person's and the model's in turn, the person's first and last; without a template the model goes
+                on with their lines.
             sampling: How.
             on_text: Told of each piece of text as soon as it is there.
 
@@ -86,7 +94,7 @@ class Talker:
             UserError: If the conversation leaves no room in the model's context.
             OutOfMemory: If it does so in memory.
         """
-        prompt = self._encoded(turns).to(self._model.device)
+        prompt = self._encoded(turns, sampling.template).to(self._model.device)
         length = prompt.shape[1]
         context = getattr(self._model.config, "max_position_embeddings", None) or length + sampling.max_tokens
         if length >= context:
@@ -113,9 +121,11 @@ class Talker:
         text = self._tokenizer.decode(tokens, skip_special_tokens=True)
         return Answer(text, len(tokens), "end" if tokens[-1] in ends else "length")
 
-    def _encoded(self, turns: Sequence[str]) -> torch.Tensor:
+    def _encoded(self, turns: Sequence[str], template: Template) -> torch.Tensor:
         """Token ids ``(1, seq)``."""
-        if not self._tokenizer.chat_template:
+        if template == "alpaca":
+            encoded = self._tokenizer(alpaca_prompt(turns[-1]), return_tensors="pt")
+        elif template == "none" or not self._tokenizer.chat_template:
             encoded = self._tokenizer("\n".join(turns), return_tensors="pt")
         else:
             roles = itertools.cycle(("user", "assistant"))

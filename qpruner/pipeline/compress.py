@@ -106,7 +106,8 @@ def sensitivity(context: Context, pruned: PruneRecord, banked: BankRecord) -> Se
 
     def figures(record: SensitivityRecord) -> str:
         ranges = ", ".join(_range(method, scores) for method, scores in record.methods.items())
-        return f"{len(record.groups)} groups at {config.quantize.bits[0]} bits: {ranges or 'no method'}"
+        bits = config.quantize.bits
+        return f"{len(record.groups)} groups, {min(bits)} less {max(bits)} bits: {ranges or 'no method'}"
 
     record = run_stage(context, stage, SensitivityRecord, work, figures)
     # Its memory is needed before the trials start.
@@ -151,8 +152,9 @@ def _earlier_scores(context: Context, scratch: Path, digest: str) -> Iterator[tu
 
 
 def _range(method: str, scores: MethodScores) -> str:
-    lowest = scores.values[min(scores.values)]
-    return f"{method} {min(lowest):.3g} to {max(lowest):.3g}"
+    lowest, highest = (scores.values[level(scores.values)] for level in (min, max))
+    rises = [low - high for low, high in zip(lowest, highest, strict=True)]
+    return f"{method} {min(rises):.3g} to {max(rises):.3g}"
 
 
 def _scored(context: Context, missing: set[str]) -> Iterator[tuple[str, MethodScores]]:

@@ -12,6 +12,7 @@ import shlex
 import shutil
 import socket
 import weakref
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import qpruner.hf  # noqa: F401
 from qpruner import objects
 from qpruner.cli import _where_next, main
+from qpruner.data import alpaca_prompt
 from qpruner.errors import UserError
 from qpruner.export import export
 from qpruner.mirror import put_folder
@@ -201,6 +203,11 @@ def test_a_chat_template_is_used_where_there_is_one(talkative: Path, tmp_path: P
     said = talker.answer(turns, GREEDY, lambda _: None)
     assert said.text == expected(talkative, "<user>which\n<assistant>that\n<user>why\n<assistant>")
     assert said.text != expected(talkative, "\n".join(turns))
+    plain = talker.answer(["which"], replace(GREEDY, template="none"), lambda _: None)
+    assert plain.text == expected(talkative, "which"), "as it is, whatever the tokenizer has"
+    told = command("generate", folder, "--prompt", "which", "--max-tokens", 12, "--template", "alpaca", "--json")
+    (answer,) = json.loads(told.stdout)["answers"]
+    assert answer["text"] == expected(talkative, alpaca_prompt("which")) != plain.text
 
 
 def test_pieces_come_while_the_model_writes_and_make_up_the_answer(talkative: Path) -> None:
