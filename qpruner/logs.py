@@ -16,12 +16,17 @@ from qpruner.rundir import LOG, fetch_file
 
 logger = logging.getLogger(__name__)
 
+TELL_ADDRESSES = ("httpx", "httpx2")
+"""Loggers of the hub's clients, which tell each address that they ask for: one that is signed is a key."""
+
 
 def quiet_libraries() -> None:
     """Progress bars and banners of the libraries would tear the terminal's own; their warnings go to the log."""
     os.environ.setdefault("TQDM_DISABLE", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    for name in TELL_ADDRESSES:
+        logging.getLogger(name).setLevel(logging.WARNING)
 
 
 @contextmanager

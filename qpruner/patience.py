@@ -18,6 +18,8 @@ Result = TypeVar("Result")
 PATIENCE_SECONDS = float(os.environ.get("QPRUNER_STORAGE_PATIENCE_SECONDS", "120"))
 """How long a write waits for room or for the storage to come back."""
 FIRST_PAUSE, LONGEST_PAUSE = 0.5, 20.0
+LONG_ATTEMPTS = 2
+"""Attempts in a row that took longer than the patience themselves, after which its pauses are counted anew."""
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
 AWAY = (
@@ -41,23 +43,30 @@ logger = logging.getLogger(__name__)
 
 
 def patiently(
-    action: Callable[[], Result], place: Path, seconds: float | None = None, was_there: bool = False
+    action: Callable[[], Result],
+    place: Path,
+    seconds: float | None = None,
+    was_there: bool = False,
+    goes_on: bool = False,
 ) -> Result:
     """Do something on the run's storage, again and again while that is full or away, with growing pauses.
 
     Args:
         action: What may be repeated after it failed half way.
         place: What to name where an error names no file.
-        seconds: Pauses in all, `PATIENCE_SECONDS` by default; counted anew after an attempt that itself took longer.
+        seconds: Pauses in all, `PATIENCE_SECONDS` by default; counted anew after an attempt that itself took longer,
+            `LONG_ATTEMPTS` times.
         was_there: Whether what it reads was found whole before, so that a file that is missing may be a storage that is
             away.
+        goes_on: Whether an attempt goes on from where the one before came to, so that after a long one pauses are
+            counted anew however often that was.
 
     Raises:
         StorageError: When the storage is still full or away after that.
         FileNotFoundError: When what was there is still missing after that.
     """
     limit = PATIENCE_SECONDS if seconds is None else seconds
-    waited, pause = 0.0, FIRST_PAUSE
+    waited, pause, long_attempts = 0.0, FIRST_PAUSE, 0
     while True:
         started = time.monotonic()
         try:
@@ -66,8 +75,8 @@ def patiently(
             trouble = storage_error(error, place)
             if trouble is None and not (was_there and isinstance(error, FileNotFoundError)):
                 raise
-            if time.monotonic() - started > limit:
-                waited, pause = 0.0, FIRST_PAUSE
+            if time.monotonic() - started > limit and (goes_on or long_attempts < LONG_ATTEMPTS):
+                waited, long_attempts = 0.0, long_attempts + 1
             if waited >= limit:
                 if trouble is None:
                     raise

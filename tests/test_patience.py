@@ -27,7 +27,7 @@ from qpruner.data import load_encoded, save_encoded
 from qpruner.errors import StorageError
 from qpruner.execution.testimony import check_like, versions
 from qpruner.mirror import check, written
-from qpruner.patience import patiently, storage_error
+from qpruner.patience import LONG_ATTEMPTS, patiently, storage_error
 from qpruner.quantization.bank import (
     BankIndex,
     EntrySettings,
@@ -129,6 +129,27 @@ def test_what_is_slow_by_itself_is_tried_again_all_the_same(disk: Path) -> None:
 
         assert patiently(write, disk, seconds=0.2) == 10_000
     assert attempts == 3
+
+
+def test_what_is_slow_by_itself_is_not_tried_for_ever(disk: Path) -> None:
+    """A large model on a disk that fills up at its end; what goes on where it came to may be: each time it did some."""
+    attempts, most = 0, 2 * LONG_ATTEMPTS + 1
+
+    def write() -> None:
+        nonlocal attempts
+        attempts += 1
+        time.sleep(0.3)
+        if attempts == most:
+            raise InterruptedError
+        (disk / "copy").write_bytes(b"c" * 10_000)
+
+    with full(disk):  # type: ignore[attr-defined]
+        with pytest.raises(StorageError, match="no space left"):
+            patiently(write, disk, seconds=0.2)
+        assert attempts == LONG_ATTEMPTS + 1
+        attempts = 0
+        with pytest.raises(InterruptedError):
+            patiently(write, disk, seconds=0.2, goes_on=True)
 
 
 def test_a_disk_that_stays_full_is_told_with_its_remedy_and_the_old_record_stays(disk: Path) -> None:

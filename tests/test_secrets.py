@@ -3,6 +3,7 @@ or in what Ray writes down."""
 
 from __future__ import annotations
 
+import logging
 import os
 import subprocess
 import sys
@@ -14,7 +15,7 @@ import pytest
 import yaml
 from conftest import raw_config, with_key
 
-pytestmark = pytest.mark.slow
+from qpruner.logs import logging_to, quiet_libraries
 
 NAMES = ("HF_TOKEN", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "RAY_AUTH_TOKEN", "WANDB_API_KEY")
 SECRETS = {name: f"secret-{number}-of-{name.lower()}" for number, name in enumerate(NAMES)}
@@ -35,6 +36,18 @@ def ray_files() -> Iterator[Path]:
         yield Path(folder)
 
 
+def test_no_address_that_the_hub_s_clients_ask_for_is_in_the_log(tmp_path: Path) -> None:
+    """One that is signed opens a gated model for a while."""
+    quiet_libraries()
+    with logging_to(tmp_path):
+        for name in ("httpx", "httpx2"):
+            logging.getLogger(name).info("HTTP Request: GET https://cdn.example/model?Signature=secret")
+            logging.getLogger(name).warning("%s was told", name)
+    told = (tmp_path / "qpruner.log").read_text()
+    assert "httpx was told" in told and "httpx2 was told" in told and "Signature" not in told
+
+
+@pytest.mark.slow
 def test_no_file_of_a_run_or_of_ray_has_a_token(tiny_model: Path, ray_files: Path, tmp_path: Path) -> None:
     raw = with_key(raw_config(tiny_model, tmp_path / "run"), "search.max_trials", 2)
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(with_key(raw, "finetune.compare", False)))

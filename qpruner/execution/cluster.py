@@ -117,7 +117,7 @@ def _start(environment: dict[str, Any]) -> None:
     """
     import ray
 
-    with _without(OF_A_CLUSTER):
+    with _without(OF_A_CLUSTER), _on_loopback():
         _ensure_token()
         try:
             ray.init(
@@ -127,7 +127,6 @@ def _start(environment: dict[str, Any]) -> None:
                 logging_level="ERROR",
                 object_store_memory=OBJECT_STORE_BYTES,
                 runtime_env=environment,
-                _node_ip_address="127.0.0.1",
             )
         except Exception as error:
             if "timed out" not in str(error).lower():
@@ -147,6 +146,24 @@ def _without(variables: Sequence[str]) -> Iterator[None]:
         yield
     finally:
         os.environ.update(before)
+
+
+@contextmanager
+def _on_loopback() -> Iterator[None]:
+    """Have Ray, and what is started meanwhile, listen on loopback alone. Told the address 127.0.0.1 it takes that on
+    the way to the internet instead, and its processes then listen on all; what keeps it from either is what it has for
+    systems on which it forms no clusters, read when it is imported (Ray 2.60)."""
+    from ray._private import ray_constants
+
+    name, clusters = ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR, ray_constants.ENABLE_RAY_CLUSTER
+    before = os.environ.get(name)
+    os.environ[name], ray_constants.ENABLE_RAY_CLUSTER = "0", False
+    try:
+        yield
+    finally:
+        ray_constants.ENABLE_RAY_CLUSTER = clusters
+        os.environ.pop(name)
+        os.environ.update({name: before} if before is not None else {})
 
 
 def _ensure_token() -> None:

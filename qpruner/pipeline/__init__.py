@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 from qpruner import preflight
 from qpruner.config import RunConfig, SearchConfig
-from qpruner.errors import UserError
+from qpruner.errors import StorageError, UserError
 from qpruner.events import COMMAND, Emit, Event, Message
 from qpruner.execution.slots import Slots, with_gpus_for, worker_resources
 from qpruner.pipeline.bank import bank
@@ -169,8 +169,10 @@ def run(
         try:
             with progress.ending():
                 results = _stages(Context(config, run_dir, tell, address, inspection, is_ours=is_ours), until)
-        except BaseException:
-            if progress.is_told and is_ours():  # else the report of an earlier command stands
+        except BaseException as error:
+            # Of a storage that was waited for a report would wait once more.
+            is_away = isinstance(error, StorageError) or isinstance(error.__cause__, StorageError)
+            if progress.is_told and not is_away and is_ours():  # else the report of an earlier command stands
                 report_unfinished(run_dir)
             raise
         # Where nothing was done an earlier report, maybe of a whole run, tells more.

@@ -146,6 +146,12 @@ def _row_set_aside_if_damaged(run: RunDir, stage: str) -> Iterator[None]:
         if not (error.path and error.path.is_relative_to(run.candidates)):
             raise
         row = run.candidates / error.path.relative_to(run.candidates).parts[0]
+        if not run.is_at_uri and isinstance(_recorded(row), CandidateRecord):
+            raise StageError(
+                stage,
+                f"{error}; seen from the driver's machine it is whole",
+                "let the machine that read it see `output` again, or leave it out, then repeat the command",
+            ) from error
         cause = f"{error}; set aside in {set_aside(row, run.candidates)}"
         raise StageError(stage, cause, "repeat the command: that row alone is fine-tuned anew") from error
 

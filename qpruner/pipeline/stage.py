@@ -25,6 +25,9 @@ from qpruner.rundir import RunDir, files_in, set_aside
 
 RecordType = TypeVar("RecordType", bound=Record)
 
+LOOKED_THROUGH = ("prepare", "prune", "bank")
+"""Stages whose files a command that begins compares with their lists."""
+
 
 @dataclass(frozen=True)
 class Stage:
@@ -161,12 +164,12 @@ def _mend(path: Path | None, root: Path | None) -> str:
     if path is None or root is None or not path.is_relative_to(root):
         return "fetch or write that file again, then repeat the command"
     parts = path.relative_to(root).parts
-    if parts[0] == "trials" and (path.name == "trial.json" or len(parts) == 3):  # of a trial, or a search's clock
-        return "repeat the command: that record is set aside, and a trial is run again with the plan that it had"
-    # A trial is a folder of trials/DIGEST, a row one of candidates; every other stage is one folder.
-    steps = {"trials": 3, "candidates": 2}.get(parts[0], 1)
-    doomed = root.joinpath(*parts[:steps])
-    if steps == 1 and is_mirror(root):  # at a URI a stage is there when its record is
+    if parts[0] == "trials":
+        return "repeat the command: what is damaged is set aside, and a trial is run again with the plan that it had"
+    if parts[0] in LOOKED_THROUGH and not is_mirror(root):
+        return "repeat the command: what is damaged is set aside, and that alone is made again"
+    doomed = root.joinpath(*parts[: 2 if parts[0] == "candidates" else 1])  # a row is a folder of its own
+    if parts[0] != "candidates" and is_mirror(root):  # at a URI a stage is there when its record is
         doomed = RunDir(root, create=False).record_path(parts[0])
     return f"delete {name_of(doomed)}, then repeat the command: what it held is made again"
 

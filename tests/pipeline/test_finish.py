@@ -19,7 +19,7 @@ from qpruner import preflight
 from qpruner.candidates import Evaluation, FinetuneOutcome, evaluate_candidate, finetune_candidate
 from qpruner.config import validate_config
 from qpruner.data import load_encoded
-from qpruner.errors import ConfigError, StageError
+from qpruner.errors import ConfigError, CorruptFile, StageError
 from qpruner.estimate.work import num_finetunes
 from qpruner.events import Event, Message, Progress, StageSkipped
 from qpruner.pipeline import run
@@ -27,6 +27,7 @@ from qpruner.pipeline.context import Context
 from qpruner.pipeline.finish import (
     _gpus_held,
     _Progress,
+    _row_set_aside_if_damaged,
     evaluate,
     finetune,
     finetune_jobs,
@@ -572,6 +573,23 @@ def test_two_workers_fine_tune_what_one_does(changed: Callable[[str, Any], Conte
     assert two.measured_bytes == one.measured_bytes
     assert two.train_loss == pytest.approx(one.train_loss, rel=1e-3)
     assert two.validation_loss == pytest.approx(one.validation_loss, rel=1e-3)
+
+
+def test_a_row_that_is_whole_seen_from_here_is_not_set_aside(tmp_path: Path) -> None:
+    """The machine that could not read it may not see the storage; the row took hours."""
+    run_dir = RunDir(tmp_path)
+    folder = run_dir.candidates / "0123abcd"
+    weights = folder / "adapter" / "adapter_model.safetensors"
+    weights.parent.mkdir(parents=True)
+    weights.write_bytes(b"weights")
+    write_json(folder / "record.json", a_record(folder, 1, 2.0))
+    for is_there, told in ((True, "seen from the driver's machine it is whole"), (False, "set aside in")):
+        if not is_there:
+            weights.unlink()
+        with pytest.raises(StageError) as caught, _row_set_aside_if_damaged(run_dir, "evaluate"):
+            raise CorruptFile(f"adapter {weights} cannot be read", weights)
+        assert told in caught.value.cause and "repeat the command" in caught.value.remedy
+        assert (folder / "record.json").exists() == is_there
 
 
 def a_record(folder: Path, seed: int, loss: float) -> CandidateRecord:

@@ -18,6 +18,7 @@ from ray.train.constants import _get_ray_train_session_dir
 from raylets import Raylets, raylets
 from test_search_stage import job_of
 from test_search_stage import trial as finished
+from transformers import AutoConfig
 
 from qpruner import patience
 from qpruner.errors import StageError, StorageError
@@ -207,6 +208,26 @@ def test_what_goes_wrong_after_its_last_rung_takes_nothing_from_a_trial(
     outcome = search(job, within(lambda: 1), lambda event: None)
     assert [(trial.status, trial.reason, len(trial.rungs)) for trial in outcome.trials] == [("finished", None, 2)]
     assert (disk / "trials" / "0000" / "checkpoint-1").exists()
+
+
+def test_a_trial_that_misses_its_files_while_the_storage_is_away_goes_on_once_it_is_back(
+    joined: tuple[Raylets, Cluster], disk: Path, tmp_path: Path
+) -> None:
+    """transformers tells of a missing file without the system's number, as of any other mistake."""
+    (disk / "config.json").write_text('{"model_type": "llama"}')
+
+    def trial(job: TrialJob, start: Path | None, report: Report, progress: Progress) -> None:
+        if not (tmp_path / "away").exists():
+            (tmp_path / "away").touch()
+            subprocess.run(["mount", "-t", "tmpfs", "-o", "ro", "qpruner-away", disk], check=True)
+            subprocess.Popen(["sh", "-c", f"sleep 1; umount {disk}"])
+        AutoConfig.from_pretrained(disk)
+        (checkpoint := tmp_path / f"made-{time.monotonic_ns()}").mkdir()
+        report(LAST, checkpoint)
+
+    job = replace(job_of(tmp_path, max_trials=1), trial=trial, trials=disk / "trials", resources=HELD)
+    outcome = search(job, within(lambda: 1), lambda event: None)
+    assert [(trial.status, trial.reason, trial.kills) for trial in outcome.trials] == [("finished", None, 0)]
 
 
 def test_a_driver_whose_own_disk_is_full_is_told_so(

@@ -95,7 +95,7 @@ def search(job: SearchJob, room: Callable[[], int], emit: Emit, trackers: Tracke
     sessions = begin_session(job.trials, job.search)
     job = replace(job, session=sessions)
     while True:
-        ended = patiently(lambda: _fit(job, room, emit, halt, trackers), job.scratch)
+        ended = patiently(lambda: _fit(job, room, emit, halt, trackers), job.scratch, goes_on=True)
         if halt.interrupted:
             raise KeyboardInterrupt
         if halt.trouble:

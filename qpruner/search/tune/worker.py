@@ -22,6 +22,7 @@ from qpruner.execution.nodes import stays
 from qpruner.execution.testimony import own_name
 from qpruner.memory import PeakMemory, is_out_of_memory, kernel_kills, release
 from qpruner.mirror import fetch, workplace
+from qpruner.objects import is_mirror
 from qpruner.patience import patiently, storage_error
 from qpruner.records import Begun, RungResult, TrialPulse
 from qpruner.rundir import folder_digests, publish_folder, remove, sign_seconds
@@ -33,6 +34,7 @@ from qpruner.search.trial_records import (
     read_pulse,
     read_trial,
     trial_folder,
+    trial_path,
     write_pulse,
     write_trial,
 )
@@ -106,7 +108,8 @@ class _RecordedTrial:
             tune.report(_metrics(self._record.rungs[-1], self._job.config))
 
     def ran(self) -> bool:
-        """Run the trial to its end; False when it should go on with a smaller micro-batch."""
+        """Run the trial to its end; False when it should go on from its last rung, with a smaller micro-batch or since
+        the storage is back."""
         start = checkpoint_of(self._job.trials, self._record)
         try:
             job = TrialJob(self._config(), self._job.materials, self._plan)
@@ -115,6 +118,8 @@ class _RecordedTrial:
             raise
         except Exception as error:
             smaller = smaller_batch(self._record, self._job.config) if is_out_of_memory(error) else None
+            if smaller is None and self._was_away(error):
+                return False
             if smaller is None:
                 self._fail(error)
                 raise
@@ -175,6 +180,22 @@ class _RecordedTrial:
             **self._spent(),
         )
         write_pulse(self._job.trials, self._record.index, pulse)
+
+    def _was_away(self, error: Exception) -> bool:
+        """Whether what a trial missed or took for damaged was a storage that was away, and is back: what libraries say
+        of it may have no number, and is then any other error."""
+        record = trial_path(self._job.trials, self._record.index)
+        if is_mirror(record) or diagnosis(error)[0] not in ("error", "damaged"):
+            return False
+        with contextlib.suppress(OSError):
+            record.stat()
+            return False
+        try:
+            patiently(record.stat, record, was_there=True)
+        except (OSError, StorageError):
+            return False
+        logger.warning("trial %d goes on: the storage was away when it said %s", self._record.index, error)
+        return True
 
     def _fail(self, error: Exception) -> None:
         if self._record.is_over:
