@@ -836,8 +836,8 @@ MUTATIONS = {
     ),
     "who lost its run reports on it": Mutation(
         "qpruner/pipeline/__init__.py",
-        "if progress.is_told and is_ours():",
-        "if progress.is_told:",
+        "if progress.is_told and not is_away and is_ours():",
+        "if progress.is_told and not is_away:",
         f"{PROGRESS}::test_a_command_whose_run_another_took_over_leaves_what_that_one_tells",
     ),
     "who lost its run reports on it all the same, since it had done all that was asked": Mutation(
