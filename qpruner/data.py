@@ -12,7 +12,7 @@ import json
 import logging
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -41,7 +41,8 @@ OTHER_SUFFIXES = {".xlsx", ".gz", ".zip", ".arrow", ".yaml", ".yml"}
 """Files that are not read; without them a relative path would be looked for on the hub."""
 LARGEST_CELL = 2**30
 """Characters; Python's own limit is 131072, less than a long text."""
-DEFAULT_COLUMNS = {"answer": "answerKey"}
+ALSO_CALLED = {"answer": "answerKey"}
+"""Columns that ARC and data like it call otherwise."""
 
 ALPACA = (
     "Below is an instruction that describes a task{context}. Write a response that appropriately completes the "
@@ -387,14 +388,15 @@ def _check_columns(available: Sequence[str], source: DataSource, key: str) -> No
             f"{', '.join(ours)}"
         )
     for column in ours:
-        theirs = _mapped(source, column)
+        theirs = _mapped(source, column, available)
         if len(theirs) > 1 and column != "choices":
             raise UserError(f"`{key}.columns.{column}` must name one column, got {', '.join(theirs)}")
         missing = [name for name in theirs if name not in available]
         if missing and not (column in OPTIONAL_COLUMNS and column not in source.columns):
             raise UserError(
                 f"`{key}.columns.{column}`: the data have no column {', '.join(missing)}; "
-                f"they have {', '.join(available)}{_where_named(source)}"
+                f"they have {', '.join(available)}{_where_named(source)}; name yours with, for example, "
+                f"`columns: {{{column}: {available[0]}}}`"
             )
 
 
@@ -404,36 +406,38 @@ def _where_named(source: DataSource) -> str:
     return ", which the first line of the file says: it is the header" if is_table else ""
 
 
-def _mapped(source: DataSource, column: str) -> tuple[str, ...]:
-    value = source.columns.get(column, DEFAULT_COLUMNS.get(column, column))
+def _mapped(source: DataSource, column: str, available: Collection[str]) -> tuple[str, ...]:
+    other = ALSO_CALLED.get(column, column)
+    value = source.columns.get(column, column if column in available or other not in available else other)
     return (value,) if isinstance(value, str) else tuple(value)
 
 
 def _to_example(row: dict[str, Any], source: DataSource, key: str) -> Example:
     def value(column: str) -> str:
-        found = row.get(_mapped(source, column)[0])
+        found = row.get(_mapped(source, column, row)[0])
         return "" if found is None else str(found)
 
     if source.format == "text":
         return Example("text", "", "", value("text"))
     if source.format == "instruction":
         return Example("instruction", value("instruction"), value("input"), value("output"))
-    columns = _mapped(source, "choices")
+    columns = _mapped(source, "choices", row)
     if len(columns) == 1 and not isinstance(row[columns[0]], (list, dict)):
         raise UserError(
             f"`{key}.columns.choices`: column {columns[0]} must hold a list of choices, got {row[columns[0]]!r:.60}; "
             "where each choice has a column, give a list of columns"
         )
     choices, labels = _choices(row, columns)
-    answer = row[_mapped(source, "answer")[0]]
+    answer = row[_mapped(source, "answer", row)[0]]
     if isinstance(answer, str) and answer in labels:
         index = labels.index(answer)
     elif str(answer).isdigit() and int(answer) < len(choices):
         index = int(answer)
     else:
+        asked = value("question")[:90]
         raise UserError(
             f"`{key}.columns.answer`: {answer!r} is neither one of the labels {', '.join(labels)} nor a position "
-            f"from 0 to {len(choices) - 1}"
+            f"from 0 to {len(choices) - 1}; the question is {asked!r}"
         )
     return Example("multiple_choice", value("question"), "", choices[index])
 

@@ -138,9 +138,31 @@ def task_questions(tasks: Sequence[str], include_path: str | None, key: str, lim
                 f"`{key}`: task `{name}` reports {', '.join(task.aggregation())}, which is none of "
                 f"{', '.join(METRICS)}: name a task that reports an accuracy"
             )
-    return {
-        name: [_question(task, doc) for doc in itertools.islice(task.eval_docs, limit)] for name, task in loaded.items()
-    }
+    questions: dict[str, list[str]] = {}
+    for name, task in loaded.items():
+        questions[name] = []
+        for number, doc in enumerate(itertools.islice(task.eval_docs, limit), 1):
+            _check_answer(task, doc, f"`{key}`: question {number} of task `{name}`")
+            questions[name].append(_question(task, doc))
+    return questions
+
+
+def _check_answer(task: Any, doc: dict[str, Any], place: str) -> None:
+    """Refuse a question whose right answer is none of its choices: lm-eval counts it wrong, whatever a model says."""
+    if task.OUTPUT_TYPE != "multiple_choice":
+        return
+    if task.multiple_input:  # the choices are questions with one ending, and the text says which is right
+        count, right, choices = int(task.multiple_input), task.doc_to_text(doc), []
+    else:
+        choices = task.doc_to_choice(doc)
+        count, right = len(choices), task.doc_to_target(doc)
+    for answer in right if isinstance(right, list) else [right]:
+        is_one = 0 <= answer < count if isinstance(answer, int) else answer in choices
+        if not is_one:
+            raise UserError(
+                f"{place} has the answer {answer!r}, which is none of its {count} choices: give one of them, or its "
+                f"position from 0 to {count - 1}, in the rows or by the task file's `doc_to_target`"
+            )
 
 
 def _positions(tasks: Sequence[str], include_path: str | None, skip: int, limit: int | None) -> dict[str, list[int]]:

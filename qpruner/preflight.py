@@ -161,7 +161,9 @@ def include_path(config: RunConfig) -> str | None:
     path = resolve_source(source, "evaluate.include_path")
     if not Path(path).is_dir():
         state = "is a file" if Path(path).exists() else "does not exist"
-        raise UserError(f"`evaluate.include_path`: {path} {state}; name a folder of lm-eval task files")
+        raise UserError(
+            f"`evaluate.include_path`: {Path(path).absolute()} {state}; name a folder of lm-eval task files"
+        )
     return whole_path(path)
 
 

@@ -622,6 +622,14 @@ def _task_of_likelihood(scene: Scene, section: str) -> dict[str, Any]:
     return {f"{section}.tasks": ["likelihood"], "evaluate.include_path": str(demo / "tasks")}
 
 
+def _task_counted_from_one(scene: Scene) -> dict[str, Any]:
+    """A task file that takes the answers' positions for one more than they are."""
+    demo = shutil.copytree(DEMO_DATA.parent, scene.folder / "demo")
+    task = demo / "tasks" / f"{TEST_TASK}.yaml"
+    task.write_text(task.read_text().replace("choices.label.index(answerKey)", "choices.label.index(answerKey) + 1"))
+    return {"evaluate.include_path": str(demo / "tasks")}
+
+
 QUESTION = {"question": "Is water wet?", "choices": {"text": ["no", "yes"], "label": ["A", "B"]}, "answerKey": "B"}
 OVERLAP = "must not overlap"
 OTHER_ROWS = "take other rows"
@@ -788,6 +796,10 @@ DATA = [
     refused(
         "task-without-accuracy", lambda scene: _task_of_likelihood(scene, "evaluate"), "`evaluate.tasks`",
         "reports bits_per_byte", "none of acc, exact_match", "name a task that reports an accuracy"
+    ),
+    refused(
+        "task-whose-answer-is-no-choice", _task_counted_from_one, "`evaluate.tasks`: question",
+        f"of task `{TEST_TASK}` has the answer 4", "none of its 4 choices", "position from 0 to 3"
     ),
     refused(
         "search-task-without-accuracy", lambda scene: _task_of_likelihood(scene, "search"), "`search.tasks`",

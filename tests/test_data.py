@@ -86,6 +86,15 @@ def test_an_instruction_row_with_and_without_input(tmp_path: Path) -> None:
     ]
 
 
+def test_an_answer_is_called_so_or_as_in_arc(tmp_path: Path) -> None:
+    row = {"question": "Is it?", "choices": ["no", "yes"]}
+    for name in ("answer", "answerKey"):
+        (found,) = examples_of(tmp_path, [row | {name: 1}], format="multiple_choice")
+        assert found.response == "yes"
+    (found,) = examples_of(tmp_path, [row | {"answer": 0, "answerKey": "B"}], format="multiple_choice")
+    assert found.response == "no", "our own name comes first"
+
+
 def test_the_input_column_may_be_missing(tmp_path: Path) -> None:
     rows = [{"instruction": "Name a colour.", "output": "red"}]
     assert examples_of(tmp_path, rows) == [Example("instruction", "Name a colour.", "", "red")]
@@ -218,7 +227,7 @@ def test_missing_columns_are_told_with_the_ones_there_are(tmp_path: Path) -> Non
     message = str(caught.value)
     assert "`data.train.0.columns.instruction`" in message
     assert "no column instruction" in message
-    assert message.endswith("they have prompt, completion")
+    assert message.endswith("have prompt, completion; name yours with, for example, `columns: {instruction: prompt}`")
     table = tmp_path / "rows.csv"
     table.write_text("Say it.,it\nSay that.,that\n")
     with pytest.raises(UserError, match=r"Say it\., it, which the first line of the file says: it is the header"):

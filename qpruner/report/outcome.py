@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from qpruner.records import GIVEN, Confirmation, SearchRecord, TrialRecord
 from qpruner.report.lines import duration
 from qpruner.report.standing import cost, score
+from qpruner.report.table import Z_95
 from qpruner.search.trial_records import remedy_of
 from qpruner.wording import counted
 
@@ -66,7 +67,8 @@ def _error(one: Confirmation, other: Confirmation, metric: str) -> str:
     if metric == "loss" and len(one.losses) == len(other.losses) > 1:
         apart = [ours - theirs for ours, theirs in zip(one.losses, other.losses, strict=True)]
         paired = statistics.stdev(apart) / math.sqrt(len(apart))
-        return f" (standard error {paired:.4f}, paired over {len(apart)} rows)"
+        verdict = ", so it may be chance" if abs(statistics.fmean(apart)) < Z_95 * paired else ""
+        return f" (standard error {paired:.4f}, paired over {len(apart)} rows{verdict})"
     errors = [each.stderr if metric == "loss" else each.accuracy_stderr for each in (one, other)]
     known = [f"{error:.4f}" for error in errors if error is not None]
     return f" (standard errors {' and '.join(known)}, over the same rows)" if len(known) == 2 else ""

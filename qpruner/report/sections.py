@@ -26,7 +26,7 @@ from qpruner.report.marginal_effects import MarginalEffects, rank_correlation
 from qpruner.report.recorded import KINDS
 from qpruner.report.snapshot import Snapshot
 from qpruner.report.standing import FIGURES, score
-from qpruner.report.table import SEARCHED, Row, model_title, rows, under_first_seed
+from qpruner.report.table import BASE, SEARCHED, Row, model_title, rows, under_first_seed
 from qpruner.wording import counted
 
 LAYER_HEADINGS = ("block", "query heads", "key/value heads", "MLP channels", "kept parameters")
@@ -57,7 +57,8 @@ GROUPS_CAPTION = "What a method predicts that fewer bits cost, over the most bit
 STEP_HEADINGS = ("model", "scores", "answer loss", "perplexity")
 STEPS_TEXT = (
     "The model as each step leaves it: base, pruned, quantized by the winner's plan (each quantized layer with the "
-    "adapter start that its fine-tune begins with), fine-tuned. Where two accuracies are within their standard errors, "
+    "adapter start that its fine-tune begins with), fine-tuned; last, where it is a row, the base after the same "
+    "fine-tune, with which the winner is to be compared. Where two accuracies are within their standard errors, "
     "the answer loss, which is finer, says more."
 )
 STAGE_HEADINGS = ("stage", "state", "seconds", "busy seconds", "GPU seconds")
@@ -91,8 +92,8 @@ def cells(row: Row) -> tuple[str, ...]:
         f"{row.num_parameters / 1e6:.1f} M",
         f"{row.peak_memory_bytes / 1e6:.0f} MB",
         "-" if row.inference_memory_bytes is None else f"{row.inference_memory_bytes / 1e6:.0f} MB",
-        _turns(row.prefill_tokens_per_second),
-        _turns(row.decode_tokens_per_second),
+        turns(row.prefill_tokens_per_second),
+        turns(row.decode_tokens_per_second),
     )
 
 
@@ -122,7 +123,8 @@ def _seeds(row: Row) -> str:
     return f"{len(row.seeds)} ({first}-{others[-1]})" if others else f"1 ({first})"
 
 
-def _turns(figures: tuple[float, float, float] | None) -> str:
+def turns(figures: tuple[float, float, float] | None) -> str:
+    """The median of several turns, and in brackets the least and the most."""
     if figures is None:
         return "-"
     median, least, most = (f"{value:.1f}" if value < 100 else f"{value:.0f}" for value in figures)
@@ -340,12 +342,13 @@ def stages(run: Snapshot) -> list[tuple[str, ...]]:
 
 def steps(results: Results) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
     """The model as each step leaves it, its score on every task, and the finer losses that there are, fine-tuned under
-    the first training seed: headings and cells."""
+    the first training seed, then the base fine-tuned: headings and cells."""
     assert results.evaluate
     untuned = [row for row in results.evaluate.rows if row.seed is None]
-    tuned = next(row for row in results.evaluate.rows if row.name == SEARCHED and row.seed is not None)
+    tuned = {row.name: row for row in reversed(results.evaluate.rows) if row.seed is not None}
     body = [(model_title(row, results.search), *_step(row)) for row in untuned]
-    body.append((f"{model_title(tuned, results.search)}, training seed {tuned.seed}", *_step(tuned)))
+    for row in (tuned[name] for name in (SEARCHED, BASE) if name in tuned):
+        body.append((f"{model_title(row, results.search)}, training seed {row.seed}", *_step(row)))
     return _filled(STEP_HEADINGS, body)
 
 

@@ -378,6 +378,9 @@ def test_a_margin_is_told_with_the_error_of_its_rows_where_they_are_known() -> N
     error = float((control - best).std(ddof=1) / 2)
     told = search_text(made_search(PLAN, confirmations=tuple(finalists)), ())[1]
     assert told.endswith(f"a margin of 0.2500 (standard error {error:.4f}, paired over 4 rows).")
+    near = control - np.array([0.3, -0.1, 0.2, -0.1])
+    unsure = (finalists[0], finalists[1].model_copy(update={"losses": tuple(near), "loss": float(near.mean())}))
+    assert search_text(made_search(PLAN, confirmations=unsure), ())[1].endswith("over 4 rows, so it may be chance).")
     older = (finalists[0], finalists[1].model_copy(update={"losses": ()}))
     assert "(standard errors 0.0625 and 0.0625, " in search_text(made_search(PLAN, confirmations=older), ())[1]
 
@@ -790,10 +793,12 @@ def test_the_report_holds_every_row_the_claim_and_the_configuration(whole: Resul
     steps = lines[lines.index("## Step by step") :]
     scored = "arc acc 0.100 (se 0.043) (50 questions), piqa acc 0.150 (se 0.057) (40 questions)"
     tuned = "arc acc 0.340 (se 0.068) (50 questions), arc acc 0.750 (se 0.069) (40 questions)"
+    base = "arc acc 0.200 (se 0.057) (50 questions), arc acc 0.750 (se 0.069) (40 questions)"
     assert [line for line in steps[:11] if line.startswith("| ")] == [
         "| model | scores | answer loss |",
         *(f"| {name} (no fine-tune) | {scored} | - |" for name in UNTUNED),
         f"| searched, training seed 0 | {tuned} | 1.5000 |",
+        f"| base, training seed 0 | {base} | 1.5000 |",
     ]
 
 

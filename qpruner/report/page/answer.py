@@ -99,10 +99,12 @@ def _in_use(run: Snapshot, winner: Row, base: Row | None) -> Iterator[Tile]:
     figures, others = _generation(winner), base and _generation(base)
     if setting is None or figures is None:
         return
-    beside = [f" (base {other})" for other in others] if others else [""] * len(figures)
+    beside = [f", base {other}" for other in others] if others else [""] * len(figures)
     written, read, memory = (f"{figure}{told}" for figure, told in zip(figures, beside, strict=True))
-    device = f"on {setting.device}, one sequence, adapter on"
-    yield Tile("Speed in use", figures[0], (f"writes {written}", f"reads {read}", f"takes {memory}", device))
+    device = f"on {setting.device}, one sequence, adapter on; in brackets the least and the most of the turns"
+    assert winner.decode_tokens_per_second, "else there were no figures"
+    median = f"{winner.decode_tokens_per_second[0]:.1f} tokens/s"
+    yield Tile("Speed in use", median, (f"writes {written}", f"reads {read}", f"takes {memory}", device))
 
 
 def _generation(row: Row) -> tuple[str, str, str] | None:
@@ -110,7 +112,7 @@ def _generation(row: Row) -> tuple[str, str, str] | None:
     written, read, memory = row.decode_tokens_per_second, row.prefill_tokens_per_second, row.inference_memory_bytes
     if written is None or read is None or memory is None:
         return None
-    return f"{written[0]:.1f} tokens/s", f"{read[0]:.0f} tokens/s", _megabytes(memory)
+    return f"{sections.turns(written)} tokens/s", f"{sections.turns(read)} tokens/s", _megabytes(memory)
 
 
 def _beside_base(run: Snapshot) -> Iterator[str]:
