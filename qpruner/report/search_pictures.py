@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from qpruner.records import SearchState, SensitivityRecord, TrialRecord
+from qpruner.report.charts.search import UNITS_OF_SIZE
 from qpruner.report.far import ARROWS, edge_of
 from qpruner.report.standing import FIGURES, best_of, cost, score
 
@@ -20,18 +21,21 @@ MOST_LABELS = 40
 """Groups that are labelled one by one."""
 MOST_NUMBERED = 12
 """Trials that the plot of bytes and score numbers; where front and controls are more, the front goes without."""
+NUM_TICKS = 6
+"""Of the axis of sizes."""
 TITLE_WIDTH = 90
 """Characters in a line of a plot's title."""
 COLORS = {4: "#4477aa", 8: "#ddaa33", 16: "#bb5566"}
 """Of bit-widths; told apart in greyscale and by the color-blind (Paul Tol's high-contrast scheme)."""
 
 
-def draw_plans(trials: Sequence[TrialRecord], metric: str) -> Any:
+def draw_plans(trials: Sequence[TrialRecord], metric: str, winner: int | None = None) -> Any:
     """The bit map: a row a trial, a column a group, the best score on top.
 
     Args:
         trials: Those that are over; the ones without a score are left out.
         metric: `loss` or `accuracy`.
+        winner: Number of the trial that the search returned, if there is one.
     """
     from matplotlib.colors import BoundaryNorm, ListedColormap
     from matplotlib.figure import Figure
@@ -49,7 +53,8 @@ def draw_plans(trials: Sequence[TrialRecord], metric: str) -> Any:
     axes.grid(which="minor", color="white", linewidth=1)
     axes.tick_params(which="both", length=0)
     _label_groups(axes, groups)
-    labels = [f"{trial.index} {trial.origin}  {_score(trial, metric)}" for trial in scored]
+    names = [f"{trial.origin}{', winner' if trial.index == winner else ''}" for trial in scored]
+    labels = [f"{trial.index} {name}  {_score(trial, metric)}" for trial, name in zip(scored, names, strict=True)]
     axes.set_yticks(range(len(scored)), labels, fontsize=7)
     axes.set_title(f"plans by {FIGURES[metric]}, best on top (* stopped early)", fontsize=9, loc="left")
     shown = [Patch(color=color, label=f"{level} bits") for level, color in COLORS.items() if level in bits]
@@ -112,12 +117,35 @@ def draw_front(trials: Sequence[TrialRecord], search: SearchState, winner: int |
     for trial in (trial for trial in scored if edge.far_score(trial) is not None):
         axes.annotate(ARROWS[metric], place(trial), ha="center", va="top" if metric == "accuracy" else "bottom")
     axes.axvline(search.budget_bytes / 1e6, color="black", linestyle=":", linewidth=1, label="budget")
-    axes.set(xlabel="MB", ylabel=FIGURES[metric])
+    axes.set(xlabel="MB, stretched near the budget", ylabel=FIGURES[metric])
+    _stretch(axes, [trial.plan_bytes / 1e6 for trial in scored], search.budget_bytes / 1e6)
     about = f"after {len(trials)} trials; numbered: {'front, ' if is_few else ''}controls, {name}. {edge.told(scored)}"
     axes.set_title("\n".join(textwrap.wrap(about, TITLE_WIDTH)), fontsize=9, loc="left")
     axes.grid(alpha=0.3)
     axes.legend(fontsize=7)
     return figure
+
+
+def _stretch(axes: Any, sizes: Sequence[float], budget: float) -> None:
+    """An axis of sizes that is nearly to scale beside the budget, which most plans use up, and presses together what is
+    far from it, as the report's."""
+    furthest = max(abs(size - budget) for size in sizes)
+    if not furthest:
+        return
+    unit = furthest / UNITS_OF_SIZE
+
+    def along(size: Any) -> Any:
+        return np.sign(size - budget) * np.log1p(np.abs(size - budget) / unit)
+
+    def back(place: Any) -> Any:
+        return budget + np.sign(place) * unit * np.expm1(np.abs(place))
+
+    axes.set_xscale("function", functions=(along, back))
+    low, high = along(min(*sizes, budget)), along(max(*sizes, budget))
+    axes.set_xlim(back(low - 0.05 * (high - low)), back(high + 0.05 * (high - low)))
+    ticks = back(np.linspace(low, high, NUM_TICKS))
+    axes.set_xticks(ticks, [f"{tick:.1f}" for tick in ticks])
+    axes.minorticks_off()
 
 
 def front_of(finished: Sequence[TrialRecord], metric: str) -> list[TrialRecord]:
@@ -141,7 +169,7 @@ def draw_sensitivity(record: SensitivityRecord) -> Any:
         *lower, highest = sorted(method.values)
         for bits in lower:
             rise = np.array(method.values[bits]) - np.array(method.values[highest])
-            rows.append(rise / (np.abs(rise).max() or 1.0))
+            rows.append(_shades(rise))
             labels.append(f"{name.replace('_', ' ')}, {bits} bits")
     figure = Figure(figsize=(min(4 + 0.3 * len(record.groups), 13), 1.9 + 0.3 * len(rows)), layout="constrained")
     axes = figure.subplots()
@@ -149,8 +177,20 @@ def draw_sensitivity(record: SensitivityRecord) -> Any:
     figure.colorbar(drawn, ax=axes, label="share of the largest", shrink=0.8)
     _label_groups(axes, record.groups)
     axes.set_yticks(range(len(labels)), labels, fontsize=7)
-    axes.set_title("what a method predicts that fewer bits cost, as a share of its largest", fontsize=9, loc="left")
+    about = (
+        "what a method predicts that fewer bits cost, as a share of its largest; where no figure is below zero, the "
+        "shades begin at the least"
+    )
+    axes.set_title("\n".join(textwrap.wrap(about, TITLE_WIDTH)), fontsize=9, loc="left")
     return figure
+
+
+def _shades(rises: Any) -> Any:
+    """Where predictions stand between the largest of either sign; where none is below zero, from the least on, since
+    they may all be near the largest."""
+    if rises.min() < 0 or rises.min() == rises.max():
+        return rises / (np.abs(rises).max() or 1.0)
+    return (rises - rises.min()) / (rises.max() - rises.min())
 
 
 def png_of(drawn: Any) -> tuple[bytes, tuple[int, int]]:

@@ -241,7 +241,10 @@ def _write_moment(runs: Path, search: SearchState, over: Sequence[TrialRecord], 
     from qpruner.report import event_files
     from qpruner.report.search_pictures import draw_front, draw_plans, png_of
 
-    drawn = {"plans by score": draw_plans(over, search.metric), "bytes and score": draw_front(over, search, winner)}
+    drawn = {
+        "plans by score": draw_plans(over, search.metric, winner),
+        "bytes and score": draw_front(over, search, winner),
+    }
     moment = over[-1].times[-1] if over[-1].times else 0.0
     found = [event_files.image(f"search/{tag}", *png_of(each), len(over), moment) for tag, each in drawn.items()]
     event_files.write_events(runs, found, name)

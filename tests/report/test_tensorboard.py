@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from chromium import chromium
 from made_run import MadeRun
@@ -40,7 +41,7 @@ from tensorboard_server import serving
 
 from qpruner.events import SearchPlanned, StageFinished, StageSkipped, StageStarted, TrialChanged
 from qpruner.records import RungResult, SearchRecord, TrialRecord
-from qpruner.report.search_pictures import draw_front, draw_sensitivity
+from qpruner.report.search_pictures import _shades, draw_front, draw_plans, draw_sensitivity
 from qpruner.report.snapshot import read_snapshot
 from qpruner.report.tensorboard import BEST, Board, run_name, write_result, write_trial
 from qpruner.rundir import RunDir
@@ -183,7 +184,32 @@ def test_pictures_and_texts_are_there(written: Path) -> None:
 def test_the_map_of_sensitivities_claims_no_unit_that_not_all_methods_have() -> None:
     """Mutual information predicts no loss."""
     [shown, _] = draw_sensitivity(sensitivity()).axes
-    assert shown.get_title(loc="left") == "what a method predicts that fewer bits cost, as a share of its largest"
+    assert shown.get_title(loc="left").startswith("what a method predicts that fewer bits cost, as a share of its ")
+
+
+def test_predictions_that_are_all_near_the_largest_are_told_apart() -> None:
+    """Mutual information is 0.7 to 0.9 of itself at fewer bits; of losses below zero zero stays in the middle."""
+    assert _shades(np.array([0.7, 0.8, 0.9])) == pytest.approx([0.0, 0.5, 1.0])
+    assert _shades(np.array([-0.1, 0.0, 0.2])) == pytest.approx([-0.5, 0.0, 1.0])
+    assert _shades(np.array([0.3, 0.3])) == pytest.approx([1.0, 1.0]) and not _shades(np.zeros(2)).any()
+
+
+def test_plans_near_the_budget_stand_apart_in_the_picture_too() -> None:
+    budget = search_state().budget_bytes
+    below = {10: 10_000, 11: 60_000, 12: 160_000, 13: 20_000_000}
+    near = [trial(index, "884444", [3.5, 3.4, 3.0], plan_bytes=budget - size) for index, size in below.items()]
+    [axes] = draw_front(near, search_state()).axes
+    along = axes.transData.transform([(record.plan_bytes / 1e6, 3.0) for record in near])[:, 0]
+    width = along[0] - along[3]
+    assert width > 0 and along[0] - along[1] > 0.02 * width and along[1] - along[2] > 0.04 * width
+
+
+def test_the_map_of_plans_names_the_winner() -> None:
+    over = [record for record in trials() if record.is_over]
+    [axes] = draw_plans(over, "loss", 1).axes
+    marked = [label.get_text() for label in axes.get_yticklabels() if "winner" in label.get_text()]
+    assert [label.split()[0] for label in marked] == ["1"]
+    assert not any("winner" in label.get_text() for label in draw_plans(over, "loss").axes[0].get_yticklabels())
 
 
 @pytest.mark.parametrize(("winner", "name", "number"), [(None, "best so far", "2"), (1, "winner", "1")])
