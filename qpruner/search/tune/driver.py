@@ -161,7 +161,10 @@ class PlanSearcher(LivesInDriver, Searcher):  # type: ignore[misc]
             self._ledger.hand_out_again(suggestion)
             return
         if record.failure != "hung":  # it may be at work still
-            remove_old_checkpoints(self._job.trials, [record])
+            try:
+                remove_old_checkpoints(self._job.trials, [record])
+            except OSError as error:  # takes nothing from a trial that is over
+                self._emit(Message("search", f"warning: an old checkpoint stays where it is: {error}"))
         for observation in observations_of(record, self._job.config):
             self._ledger.observe(observation)
         self._ledger.close(suggestion, record.is_ruined)
