@@ -384,6 +384,10 @@ class TrainingConfig(Section):
 
 
 SensitivityMethod = Literal["mutual_information", "first_order", "fisher", "second_order", "kl", "loss"]
+INFORMATION = ("mutual_information",)
+EXPANSION = ("first_order", "fisher", "second_order")
+MEASUREMENT = ("kl", "loss")
+"""Methods by the passes over the rows that they need."""
 
 
 class SensitivityConfig(Section):

@@ -19,7 +19,7 @@ PATIENCE_SECONDS = float(os.environ.get("QPRUNER_STORAGE_PATIENCE_SECONDS", "120
 """How long a write waits for room or for the storage to come back."""
 FIRST_PAUSE, LONGEST_PAUSE = 0.5, 20.0
 LONG_ATTEMPTS = 2
-"""Attempts in a row that took longer than the patience themselves, after which its pauses are counted anew."""
+"""Attempts that may take longer than the patience themselves, after each of which its pauses are counted anew."""
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
 AWAY = (
@@ -76,7 +76,7 @@ def patiently(
             if trouble is None and not (was_there and isinstance(error, FileNotFoundError)):
                 raise
             if time.monotonic() - started > limit and (goes_on or long_attempts < LONG_ATTEMPTS):
-                waited, long_attempts = 0.0, long_attempts + 1
+                waited, pause, long_attempts = 0.0, FIRST_PAUSE, long_attempts + 1
             if waited >= limit:
                 if trouble is None:
                     raise

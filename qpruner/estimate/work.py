@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from qpruner.config import RunConfig
+from qpruner.config import MEASUREMENT, RunConfig
 from qpruner.data import Example
 from qpruner.plan import FULL_BITS, Layout
 from qpruner.preflight import Inspection, in_effect
@@ -203,7 +203,7 @@ def hours(
     shared = {
         "prune": 1,
         "bank": packers,
-        "sensitivity": slots if has_gpus and {"kl", "loss"} & set(config.sensitivity.methods) else 1,
+        "sensitivity": slots if has_gpus and set(MEASUREMENT) & set(config.sensitivity.methods) else 1,
         "search": min(slots, trials),
         "finetune": groups * workers,
         "evaluate": min(slots, jobs + UNTUNED),
@@ -314,7 +314,7 @@ class _Count:
         operations = 2.0 * tokens if "mutual_information" in methods else 0.0
         if {"first_order", "fisher", "second_order"} & methods:
             operations += 6 * tokens
-        if {"kl", "loss"} & methods:
+        if methods & set(MEASUREMENT):
             measured = tokens * min(1.0, settings.num_measured_samples / max(1, len(rows)))
             lower = len(self._config.quantize.bits) - 1 + (self._config.quantize.bits[-1] != FULL_BITS)
             # Half a forward pass a group and level: what lies before the group is kept.

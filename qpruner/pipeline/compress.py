@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qpruner.config import DataSource, ModelConfig, RunConfig
+from qpruner.config import EXPANSION, INFORMATION, MEASUREMENT, DataSource, ModelConfig, RunConfig
 from qpruner.errors import CorruptFile
 from qpruner.events import Emit, Message, Progress
 from qpruner.execution.workshop import Bench
@@ -173,10 +173,10 @@ def _scored(context: Context, missing: set[str]) -> Iterator[tuple[str, MethodSc
         scaling=config.lora.alpha / config.lora.rank,
     )
     job = ScoringJob(config, context.checkpoint, subject)
-    for methods, score in ((scoring.INFORMATION, score_information), (scoring.EXPANSION, score_expansion)):
+    for methods, score in ((INFORMATION, score_information), (EXPANSION, score_expansion)):
         if missing.intersection(methods):
             yield from context.workshop.do(score, job, context.emit).items()
-    if missing.intersection(scoring.MEASUREMENT):
+    if missing.intersection(MEASUREMENT):
         started = time.monotonic()
         found = _measured(context, job)
         yield from scoring.by_measurement(found, subject.levels, time.monotonic() - started).items()
@@ -204,26 +204,25 @@ def score_information(job: ScoringJob, bench: Bench, emit: Emit) -> dict[str, Me
     from qpruner.sensitivity import methods as scoring
 
     config, model = job.config, job.model(bench, emit)
-    batch_size, told = config.evaluate.batch_size, _teller(emit, scoring.INFORMATION)
-    samples = _teller(emit, (*scoring.INFORMATION, "samples"))
+    batch_size, told = config.evaluate.batch_size, _teller(emit, INFORMATION)
+    samples = _teller(emit, (*INFORMATION, "samples"))
     return scoring.by_information(model, job.subject, config.sensitivity, batch_size, config.seed, told, samples)
 
 
 def score_expansion(job: ScoringJob, bench: Bench, emit: Emit) -> dict[str, MethodScores]:
     from qpruner.sensitivity import methods as scoring
 
-    told = _teller(emit, scoring.EXPANSION)
+    told = _teller(emit, EXPANSION)
     return scoring.by_expansion(job.model(bench, emit), job.subject, job.config.calibration.batch_size, told)
 
 
 def measure_all(job: ScoringJob, bench: Bench, emit: Emit) -> Measurement:
     """KL and loss of every group, on every sample."""
-    from qpruner.sensitivity import methods as scoring
     from qpruner.sensitivity.measurement import measure
 
     model = job.model(bench, emit)
     samples = job.subject.samples(job.config.evaluate.batch_size, job.config.sensitivity.num_measured_samples)
-    return measure(model, samples.by_length, job.subject.starts(model), _teller(emit, scoring.MEASUREMENT))
+    return measure(model, samples.by_length, job.subject.starts(model), _teller(emit, MEASUREMENT))
 
 
 def _teller(emit: Emit, methods: Sequence[str]) -> Callable[[int, int], None]:
@@ -234,7 +233,7 @@ def _measured(context: Context, job: ScoringJob) -> Measurement:
     """KL and loss of every group, the samples shared among the slots where several are there."""
     from qpruner.execution.cluster import run_tasks
     from qpruner.sensitivity.measurement import Measurement
-    from qpruner.sensitivity.methods import MEASUREMENT, MeasurementJob, measure_share
+    from qpruner.sensitivity.methods import MeasurementJob, measure_share
 
     slots = context.known_slots
     num_slots = slots.fits(context.trial_resources) if context.address else int(slots.gpus)

@@ -168,9 +168,12 @@ def _mend(path: Path | None, root: Path | None) -> str:
         return "repeat the command: what is damaged is set aside, and a trial is run again with the plan that it had"
     if parts[0] in LOOKED_THROUGH and not is_mirror(root):
         return "repeat the command: what is damaged is set aside, and that alone is made again"
-    doomed = root.joinpath(*parts[: 2 if parts[0] == "candidates" else 1])  # a row is a folder of its own
-    if parts[0] != "candidates" and is_mirror(root):  # at a URI a stage is there when its record is
+    if parts[0] == "candidates":  # a row is a folder of its own
+        doomed = root.joinpath(*parts[:2])
+    elif is_mirror(root):  # at a URI a stage is there when its record is
         doomed = RunDir(root, create=False).record_path(parts[0])
+    else:
+        doomed = root / parts[0]
     return f"delete {name_of(doomed)}, then repeat the command: what it held is made again"
 
 

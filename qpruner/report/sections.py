@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 import yaml
 
+from qpruner.config import EXPANSION, MEASUREMENT
 from qpruner.plan import PrecisionPlan
 from qpruner.records import (
     GIVEN,
@@ -51,8 +52,6 @@ FRONT_CAPTION = "Plans that none of fewer or equal bytes beats on fresh rows"
 FRESH_HEADINGS = ("selection loss", "selection accuracy")
 RUNGS_CAPTION = "Every trial at each rung, by optimizer step; a trial that was stopped or failed has none after it"
 METHOD_HEADINGS = ("method", "what", "unit", "seconds", "rank correlation")
-PASSES = (("first_order", "fisher", "second_order"), ("kl", "loss"))
-"""Sensitivities that one pass over the rows measures together."""
 GROUPS_CAPTION = "What a method predicts that fewer bits cost, over the most bits a group may take"
 STEP_HEADINGS = ("model", "scores", "answer loss", "perplexity")
 STEPS_TEXT = (
@@ -269,7 +268,7 @@ def bar(plan: dict[str, int]) -> str:
 def methods_caption(measured: SensitivityRecord) -> str:
     """What stands over the sensitivities, and which of them share a pass."""
     told = "Sensitivities"
-    for together in PASSES:
+    for together in (EXPANSION, MEASUREMENT):
         *others, last = [name for name in together if name in measured.methods] or [""]
         if others:
             told += f"; {', '.join(others)} and {last} come from one pass, and each has the seconds of all of it"

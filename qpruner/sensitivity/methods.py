@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qpruner.calibration import OnProgress, Rows, Samples
-from qpruner.config import SensitivityConfig
+from qpruner.config import EXPANSION, MEASUREMENT, SensitivityConfig
 from qpruner.mirror import fetch
 from qpruner.models.layout import group_linears
 from qpruner.plan import FULL_BITS
@@ -27,11 +27,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 NATS = "nats per predicted token"
-
-INFORMATION = ("mutual_information",)
-EXPANSION = ("first_order", "fisher", "second_order")
-MEASUREMENT = ("kl", "loss")
-"""Methods by the passes that they need."""
 
 SOURCES = {
     "mutual_information": "mutual information of the group's output with the predicted token (QPruner, Findings of "
