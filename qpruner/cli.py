@@ -252,7 +252,7 @@ def plan(run: str, index: int | None, as_json: bool) -> None:
     _guarded(as_json, lambda: record_verbs.plan(run, index, as_json))
 
 
-@main.command(help="Put runs side by side, with the settings in which they differ.")
+@main.command(help="Put runs side by side: figures, paired differences, settings that differ.")
 @click.argument("runs", nargs=-1, required=True, type=click.Path())
 @_json
 def compare(runs: tuple[str, ...], as_json: bool) -> None:
@@ -467,12 +467,13 @@ def _print_layers(record: PruneRecord, terminal: Terminal) -> None:
 
 
 def _print_table(results: Results, root: Path, terminal: Terminal) -> None:
-    from qpruner.report import sections, table
+    from qpruner.report import sections
+    from qpruner.report.claim import claim
 
     for caption, headings, body in sections.final_tables(results):
         terminal.say(f"{caption}:")
         terminal.table(headings, body)
-    terminal.prose(table.claim(results))
+    terminal.prose(claim(results))
     terminal.say(_where_next(root))
 
 
@@ -496,10 +497,11 @@ def _figures(results: Results) -> dict[str, Any]:
     if results.search:
         figures["best_plan"] = results.search.best_plan
     if results.finetune and results.evaluate:
-        from qpruner.report import table
+        from qpruner.report.claim import claim
+        from qpruner.report.table import rows
 
-        figures["claim"] = table.claim(results)
-        figures["table"] = [vars(row) for row in table.rows(results)]
+        figures["claim"] = claim(results)
+        figures["table"] = [vars(row) for row in rows(results)]
     return figures
 
 

@@ -11,6 +11,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ import yaml
 from qpruner.errors import UserError
 from qpruner.plan import told_of_budget
 from qpruner.report import life, run_views
+from qpruner.report.between_runs import told_against
 from qpruner.report.lines import duration
 from qpruner.report.standing import FIGURES, told_score
 from qpruner.search.trial_records import remedy_of
@@ -301,9 +303,10 @@ def _sizes(group: str, sizes: dict[str, dict[str, int]]) -> str:
 
 
 def compare(runs: Sequence[str | Path], as_json: bool) -> dict[str, Any]:
-    """Runs side by side, and the settings in which they differ."""
+    """Runs side by side, by how much each is apart from the first, and the settings in which they differ."""
     views = [run_views.view(run) for run in runs]
     facts, settings = [run_views.summary(run) for run in views], run_views.differing_settings(views)
+    apart, shared = run_views.against_first(views), run_views.stages_told_twice(views)
     if not as_json:
         terminal = Terminal(quiet=False)
         keys = list(dict.fromkeys(key for each in facts for key in each if key != "run"))
@@ -311,12 +314,22 @@ def compare(runs: Sequence[str | Path], as_json: bool) -> dict[str, Any]:
         places = [each.run_dir.place.rstrip("/") for each in views]
         headings = ["", *(_short(place, places) for place in places)]
         terminal.table(headings, body)
+        if shared:
+            terminal.say(
+                f"Of stages that ran once for several of these runs the hours count in each: {', '.join(shared)}."
+            )
+        for name, found in zip(headings[2:], apart, strict=True):
+            terminal.prose(f"{name} less {headings[1]}: {told_against(found)}.")
         if settings:
             terminal.say("Settings that differ:")
             terminal.table(headings, [[key, *map(_setting, values)] for key, values in settings.items()])
         elif len(views) > 1:
             terminal.say("All settings are the same.")
-    return {"status": "ok", "runs": facts, "differing_settings": settings}
+    less_first = [
+        {"run": each["run"], "other": facts[0]["run"], **asdict(found)}
+        for each, found in zip(facts[1:], apart, strict=True)
+    ]
+    return {"status": "ok", "runs": facts, "differences": less_first, "differing_settings": settings}
 
 
 def _short(place: str, places: Sequence[str]) -> str:

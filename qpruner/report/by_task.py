@@ -6,7 +6,8 @@ import statistics
 from dataclasses import dataclass
 
 from qpruner.records import Results, TaskScore
-from qpruner.report.table import Z_95, model_title
+from qpruner.report.paired import Z_95
+from qpruner.report.table import model_title
 from qpruner.wording import counted
 
 CAPTION = "Accuracy on each held-out task; in brackets its 95 % interval over questions"

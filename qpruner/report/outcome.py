@@ -8,8 +8,8 @@ from collections.abc import Iterator, Sequence
 
 from qpruner.records import GIVEN, Confirmation, SearchRecord, TrialRecord
 from qpruner.report.lines import duration
+from qpruner.report.paired import Z_95
 from qpruner.report.standing import cost, score
-from qpruner.report.table import Z_95
 from qpruner.search.trial_records import remedy_of
 from qpruner.wording import counted
 

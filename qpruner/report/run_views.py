@@ -26,6 +26,7 @@ from qpruner.records import (
     flat,
 )
 from qpruner.report import table
+from qpruner.report.between_runs import Against, against, shared_stages
 from qpruner.report.life import RUNNING, Life, read_life
 from qpruner.report.recorded import read_results
 from qpruner.report.standing import Standing, bar, best_of, best_so_far, control_name, in_order_of_end, score, standing
@@ -55,6 +56,11 @@ class RunView:
     def state(self) -> RunState:
         """Of its latest command."""
         return self.life.state
+
+    @cached_property
+    def results(self) -> Results:
+        """The records of its latest command."""
+        return read_results(self.run_dir, self.state)
 
     @cached_property
     def trials(self) -> list[TrialRecord]:
@@ -289,7 +295,7 @@ def summary(run: RunView) -> dict[str, Any]:
     }
     if record is None:
         return facts
-    results = read_results(run.run_dir, run.state)
+    results = run.results
     chosen = trial(run, record.best_index)
     fresh = next(each for each in record.confirmations if each.index == record.best_index)
     facts |= {
@@ -346,6 +352,16 @@ def _final(results: Results) -> dict[str, float | None]:
         facts["test_answer_loss"] = row.answer_loss
         facts["perplexity"] = row.perplexity
     return facts
+
+
+def against_first(runs: Sequence[RunView]) -> list[Against]:
+    """The searched row of every run but the first less the first one's."""
+    return [against(run.results, runs[0].results) for run in runs[1:]]
+
+
+def stages_told_twice(runs: Sequence[RunView]) -> list[str]:
+    """Stages whose hours count in several of the runs, though they ran once."""
+    return shared_stages([run.results for run in runs])
 
 
 def differing_settings(runs: Sequence[RunView]) -> dict[str, list[Any]]:

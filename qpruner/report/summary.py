@@ -8,9 +8,10 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict
 
 from qpruner.records import Results, RunState, TrialRecord
-from qpruner.report import table
+from qpruner.report.claim import Comparison, claim, comparisons
 from qpruner.report.marginal_effects import MarginalEffects, rank_correlation
 from qpruner.report.snapshot import Snapshot
+from qpruner.report.table import Row, rows, under_first_seed
 from qpruner.wording import without_nan
 
 FORMAT: Literal[1] = 1
@@ -27,11 +28,11 @@ class Summary(BaseModel):
     """How far the run is, in a sentence."""
     claim: str | None
     """What the searched plan lost against the base and the pruned model, and what can be said of it at equal bytes."""
-    comparisons: tuple[table.Comparison, ...]
+    comparisons: tuple[Comparison, ...]
     """The differences behind the claim."""
-    first_seed_table: tuple[table.Row, ...]
+    first_seed_table: tuple[Row, ...]
     """The rows of `table` under the first training seed alone, which every row had."""
-    table: tuple[table.Row, ...]
+    table: tuple[Row, ...]
     """The final table; losses in nats per token, means over training seeds."""
     marginal_effects: MarginalEffects | str | None
     """What finished trials show of each group, or why they show nothing."""
@@ -54,10 +55,10 @@ def summary_of(run: Snapshot) -> Summary:
     methods = run.results.sensitivity.methods if run.results.sensitivity else {}
     return Summary(
         standing=run.standing,
-        claim=table.claim(run.results) if run.is_whole else None,
-        comparisons=tuple(table.comparisons(run.results)) if run.is_whole else (),
-        table=tuple(table.rows(run.results)) if run.is_whole else (),
-        first_seed_table=tuple(table.under_first_seed(run.results)) if run.is_whole else (),
+        claim=claim(run.results) if run.is_whole else None,
+        comparisons=tuple(comparisons(run.results)) if run.is_whole else (),
+        table=tuple(rows(run.results)) if run.is_whole else (),
+        first_seed_table=tuple(under_first_seed(run.results)) if run.is_whole else (),
         marginal_effects=run.effects if run.trials else None,
         rank_correlations={name: rank_correlation(method, run.effects) for name, method in methods.items()},
         records=run.results,

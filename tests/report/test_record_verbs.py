@@ -27,7 +27,18 @@ from qpruner.errors import PlanRefused
 from qpruner.pipeline.progress import RunProgress
 from qpruner.pipeline.search import FINALISTS
 from qpruner.plan_file import read_plan
-from qpruner.records import BankRecord, EvalRecord, RunState, SearchRecord, TrialPulse, TrialRecord
+from qpruner.records import (
+    BankRecord,
+    EvalRecord,
+    FinetuneRecord,
+    PrepareRecord,
+    Record,
+    RowScores,
+    RunState,
+    SearchRecord,
+    TrialPulse,
+    TrialRecord,
+)
 from qpruner.report import sections, table
 from qpruner.report.lines import duration
 from qpruner.report.outcome import search_text
@@ -382,6 +393,90 @@ def test_compare_tells_how_sure_the_test_accuracy_is(tmp_path: Path) -> None:
     assert losses == (row.validation_loss, row.confirmation_loss, row.answer_loss)
     assert facts["perplexity"] == row.perplexity
     assert re.search(rf"test_accuracy_stderr +{row.accuracy_stderr:.4f}", qpruner("compare", tmp_path / "run").stdout)
+
+
+def _changed(run: Path, stage: str, kind: type[Record], **changes: Any) -> None:
+    record = RunDir(run).read_record(stage, kind)
+    assert record
+    RunDir(run).write_record(stage, record.model_copy(update=changes))
+
+
+def _better_answers(run: Path) -> tuple[RowScores, ...]:
+    """The scores of a run, but that its searched row answers every question, and at three quarters of the loss."""
+    record = RunDir(run).read_record("evaluate", EvalRecord)
+    assert record
+    return tuple(
+        row.model_copy(
+            update={
+                "scores": tuple(
+                    each.model_copy(
+                        update={
+                            "correct": (1.0,) * each.num_questions,
+                            "answer_loss": tuple(0.75 * loss for loss in each.answer_loss),
+                        }
+                    )
+                    for each in row.scores
+                )
+            }
+        )
+        if row.name == table.SEARCHED
+        else row
+        for row in record.rows
+    )
+
+
+def test_compare_pairs_runs_that_were_measured_on_the_same_questions(tmp_path: Path) -> None:
+    """A difference of two means says nothing without its interval, which pairing narrows."""
+    runs = [tmp_path / name for name in ("first", "second")]
+    for run in runs:
+        MadeRun(run, num_trials=12, num_blocks=2)
+    _changed(runs[1], "evaluate", EvalRecord, rows=_better_answers(runs[1]))
+    facts = told("compare", *runs)
+    [found] = facts["differences"]
+    accuracy, answers, confirmation = found["differences"]
+    assert (found["run"], found["other"], found["seeds"]) == (str(runs[1]), str(runs[0]), [0, 1, 2])
+    assert (accuracy["measure"], accuracy["verdict"], accuracy["num_pairs"]) == ("accuracy", "better", 600)
+    assert 0 < accuracy["mean"] - accuracy["half_width"] < accuracy["mean"] + accuracy["half_width"] < 1
+    before = facts["runs"][0]["test_answer_loss"]
+    assert (answers["mean"], answers["verdict"]) == (pytest.approx(-before / 4, rel=0.05), "better")
+    assert (confirmation["mean"], confirmation["verdict"]) == (0, "not distinguishable")
+    text = qpruner("compare", *runs).stdout
+    assert "second less first: +0.00% bytes, 3 training seeds, paired: accuracy +0." in text
+    assert "hours count in each: prepare, prune, sensitivity, bank, search, finetune, evaluate." in text
+
+
+def test_compare_pairs_only_what_was_measured_alike(tmp_path: Path) -> None:
+    runs = [tmp_path / name for name in ("first", "questions", "rows", "both", "unfinished")]
+    for run in runs[:-1]:
+        MadeRun(run, num_trials=12, num_blocks=2)
+    MadeRun(runs[-1], num_trials=12, num_blocks=2, until="search")
+    rows = tuple(row.model_copy(update={"digest": "other"}) for row in _better_answers(runs[0]))
+    for run in (runs[1], runs[3]):
+        _changed(run, "evaluate", EvalRecord, rows=rows)
+    for run in (runs[2], runs[3]):
+        _changed(run, "prepare", PrepareRecord, digest="other")
+    found = told("compare", *runs)["differences"]
+    assert [[each["measure"] for each in one["differences"]] for one in found] == [
+        ["confirmation loss"],
+        ["accuracy", "answer loss"],
+        [],
+        [],
+    ]
+    reasons = (None, None, "test questions and confirmation rows are others", "the final table of one of them is not")
+    for one, reason in zip(found, reasons, strict=True):
+        assert one["no_figures"] is reason is None or one["no_figures"].startswith(reason)
+    assert "unfinished less first: nothing to pair, the final table of one" in qpruner("compare", *runs).stdout
+
+
+def test_compare_knows_one_model_in_two_folders(tmp_path: Path) -> None:
+    runs = [tmp_path / name for name in ("first", "copy")]
+    for run in runs:
+        MadeRun(run, num_trials=12, num_blocks=2)
+        record = RunDir(run).read_record("finetune", FinetuneRecord)
+        assert record
+        tuned = tuple(each.model_copy(update={"adapter_sha256": f"sha of {each.seed}"}) for each in record.candidates)
+        _changed(run, "finetune", FinetuneRecord, candidates=tuned)
+    assert "copy less first: nothing to pair, it is the same fine-tuned model." in qpruner("compare", *runs).stdout
 
 
 def test_compare_takes_no_given_plan_for_a_control(tmp_path: Path) -> None:

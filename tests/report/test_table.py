@@ -35,16 +35,18 @@ from qpruner.records import (
     TrialRecord,
 )
 from qpruner.report import by_task, sections
+from qpruner.report.claim import claim, comparisons
 from qpruner.report.legend import terms
 from qpruner.report.marginal_effects import MarginalEffects
 from qpruner.report.markdown import render
 from qpruner.report.model_card import model_card
 from qpruner.report.outcome import search_text
 from qpruner.report.page.answer import tiles
+from qpruner.report.paired import Difference
 from qpruner.report.sections import HEADINGS, cells, final_tables, steps
 from qpruner.report.snapshot import Snapshot
 from qpruner.report.summary import summary_of
-from qpruner.report.table import BEST_SEED, RANDOM, SEARCHED, Difference, claim, comparisons, rows
+from qpruner.report.table import BEST_SEED, RANDOM, SEARCHED, rows
 
 PLAN = {"layers.0": 8, "layers.1": 4}
 SEED_PLAN = {"layers.0": 4, "layers.1": 8}

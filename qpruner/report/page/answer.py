@@ -7,21 +7,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from qpruner.report import sections
+from qpruner.report.claim import beside_base, comparisons, tally
+from qpruner.report.paired import Z_95
 from qpruner.report.snapshot import Snapshot
 from qpruner.report.standing import best_of, score
-from qpruner.report.table import (
-    BASE,
-    BEST_SEED,
-    ONE_RANDOM_PLAN,
-    PRUNED,
-    SEARCHED,
-    Z_95,
-    Row,
-    beside_base,
-    comparisons,
-    rows,
-    tally,
-)
+from qpruner.report.table import BASE, BEST_SEED, ONE_RANDOM_PLAN, PRUNED, SEARCHED, Row, rows
 
 
 @dataclass(frozen=True)
