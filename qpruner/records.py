@@ -341,6 +341,13 @@ class FinalistScore(FreshScore):
     """As `CandidateRecord.confirmation_losses`, of the half that chooses. Empty in records of older versions."""
 
 
+class KeptScore(FinalistScore):
+    """The same as a trial's folder keeps it, for commands to come."""
+
+    digest: str
+    """Of the weights and of what they were scored by."""
+
+
 class Confirmation(FinalistScore):
     """A finalist: one of the best trials, or a control."""
 

@@ -276,6 +276,22 @@ MUTATIONS = {
         "if True:",
         f"{SEARCH}::test_a_finalists_checkpoint_with_a_flipped_bit_is_not_what_is_confirmed",
     ),
+    "finalists are scored anew by every command": Mutation(
+        "qpruner/pipeline/search.py",
+        "if each and each.digest == digest",
+        "if False",
+        f"{SEARCH}::test_what_finalists_scored_before_the_driver_was_killed_is_kept",
+    ),
+    "a finalist's damaged score ends the search": Mutation(
+        "qpruner/pipeline/search.py",
+        """        return read_json(path, KeptScore)
+    except CorruptFile as error:
+""",
+        """        return read_json(path, KeptScore)
+    except ZeroDivisionError as error:
+""",
+        f"{SEARCH}::test_a_finalists_damaged_score_is_made_again_and_no_other",
+    ),
     "the searcher does not hear of what diverged": Mutation(
         "qpruner/records.py",
         'return self.failure in ("infeasible", "diverged")',

@@ -288,8 +288,9 @@ class _Count:
         """Validation at every rung, and the finalists on fresh rows."""
         search = self._config.search
         rung = self.split("validation") + self._questions("search")
-        best = 1 if search.plan else search.confirm
-        finalists = min(search.max_trials, best + len(self._config.sensitivity.methods))
+        # Of a plan that is given only that: the controls beside it were scored by the search that tried them.
+        best = min(search.max_trials, search.confirm + len(self._config.sensitivity.methods))
+        finalists = 1 if search.plan else best
         return steps.rungs * rung + finalists * (self.split("confirmation") / 2 + self._questions("search"))
 
     def evaluation(self) -> float:

@@ -27,19 +27,21 @@ from qpruner.records import (
     Confirmation,
     FreshScore,
     FrontPoint,
+    KeptScore,
     SearchRecord,
     SearchState,
     SensitivityRecord,
     TrialRecord,
     digest_of,
 )
-from qpruner.rundir import write_json
+from qpruner.rundir import for_each, read_json, set_aside, write_json
 from qpruner.search.choice import controls_of, finalist_positions, winner_position
 from qpruner.search.trial_job import Materials
 from qpruner.search.trial_records import (
     MENDED_BY,
     begin_anew_if_damaged,
     checkpoint_of,
+    fresh_path,
     objective,
     read_trials,
     set_aside_damaged,
@@ -282,8 +284,69 @@ def non_dominated(points: Sequence[tuple[float, float]]) -> list[int]:
 
 def _confirm(context: Context, finalists: Sequence[TrialRecord], job: SearchJob) -> list[Confirmation]:
     """Scores of each finalist on what no trial was scored on, in order of suggestion."""
+    confirmations = []
+    for trial, score in zip(finalists, _fresh_scores(context, finalists, job), strict=True):
+        control, taken_over = job.control_of(_plan(trial)), not job.owns(trial)
+        each = Confirmation(
+            index=trial.index,
+            origin=control or (f"{trial.origin} of another search" if taken_over else trial.origin),
+            control=control not in (None, GIVEN),
+            taken_over=taken_over,
+            **score.model_dump(exclude={"digest"}),
+        )
+        text = f"finalist: trial {each.index} ({each.origin}), selection loss {each.loss:.4f} (se {each.stderr:.4f})"
+        if each.accuracy is not None:
+            text += f", selection accuracy {each.accuracy:.3f} (se {each.accuracy_stderr:.3f})"
+        context.emit(Message("search", text))
+        confirmations.append(each)
+    return confirmations
+
+
+def _fresh_scores(context: Context, finalists: Sequence[TrialRecord], job: SearchJob) -> list[KeptScore]:
+    """Of each finalist; what a command before scored is not scored again."""
     from qpruner.execution.cluster import run_tasks
 
+    paths = [fresh_path(job.trials, trial.index) for trial in finalists]
+    digests = [digest_of(trial.checkpoint, context.config.search.metric) for trial in finalists]
+    kept = for_each(lambda path: _kept_score(context, path), paths)
+    found = {
+        position: each
+        for position, (each, digest) in enumerate(zip(kept, digests, strict=True))
+        if each and each.digest == digest
+    }
+    context.emit(Progress("search", len(found), len(finalists), FINALISTS))
+    left = [position for position in range(len(finalists)) if position not in found]
+    if left:
+        jobs, resources, concurrent = _confirmation_jobs(context, [finalists[position] for position in left], job)
+        for number, score in run_tasks(
+            confirm_trial,
+            jobs,
+            resources,
+            concurrent,
+            fresh=False,
+            check_node=context.check_node,
+            on_held=context.gpu_time.add,
+        ):
+            position = left[number]
+            found[position] = KeptScore(**score.model_dump(), digest=digests[position])
+            write_json(paths[position], found[position])
+            context.emit(Progress("search", len(found), len(finalists), FINALISTS))
+    return [found[position] for position in range(len(finalists))]
+
+
+def _kept_score(context: Context, path: Path) -> KeptScore | None:
+    try:
+        return read_json(path, KeptScore)
+    except CorruptFile as error:
+        where = set_aside(path, path.parent.parent)
+        context.emit(Message("search", f"warning: {error}; set aside in {where}, that finalist is scored again"))
+        return None
+
+
+def _confirmation_jobs(
+    context: Context, finalists: Sequence[TrialRecord], job: SearchJob
+) -> tuple[list[ConfirmationJob], dict[str, float], int]:
+    """A job a finalist, the resources of each, and how many run at once."""
     resources, concurrent = context.task_resources(len(finalists))
     jobs = []
     for trial in finalists:
@@ -294,33 +357,7 @@ def _confirm(context: Context, finalists: Sequence[TrialRecord], job: SearchJob)
         candidate = Candidate(trial.origin, title, context.checkpoint, context.bank, trial.plan, checkpoint, seed)
         threads = int(resources.get("cpu", 1))
         jobs.append(ConfirmationJob(context.worker_config, candidate, checkpoint, context.data, threads))
-    found: dict[int, Confirmation] = {}
-    context.emit(Progress("search", 0, len(jobs), FINALISTS))
-    for position, score in run_tasks(
-        confirm_trial,
-        jobs,
-        resources,
-        concurrent,
-        fresh=False,
-        check_node=context.check_node,
-        on_held=context.gpu_time.add,
-    ):
-        trial = finalists[position]
-        control, taken_over = job.control_of(_plan(trial)), not job.owns(trial)
-        found[position] = Confirmation(
-            index=trial.index,
-            origin=control or (f"{trial.origin} of another search" if taken_over else trial.origin),
-            control=control not in (None, GIVEN),
-            taken_over=taken_over,
-            **score.model_dump(),
-        )
-        context.emit(Progress("search", len(found), len(jobs), FINALISTS))
-    for _, each in sorted(found.items()):
-        text = f"finalist: trial {each.index} ({each.origin}), selection loss {each.loss:.4f} (se {each.stderr:.4f})"
-        if each.accuracy is not None:
-            text += f", selection accuracy {each.accuracy:.3f} (se {each.accuracy_stderr:.3f})"
-        context.emit(Message("search", text))
-    return [found[position] for position in sorted(found)]
+    return jobs, resources, concurrent
 
 
 def _best(confirmations: Sequence[Confirmation], job: SearchJob) -> Confirmation | None:

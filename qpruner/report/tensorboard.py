@@ -11,7 +11,7 @@ import logging
 import math
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -30,6 +30,8 @@ logger = logging.getLogger(__name__)
 
 FOLDER = "tensorboard"
 RESULT, WINNER = "result", "winner"
+SELECTION = "selection"
+"""Tags of what finalists scored on fresh rows, and the end of the names of the files that have them."""
 BEST = "search/best so far"
 MOST_POINTS = 1000
 """Steps of a trial's training loss that are kept: a trial's file stays below 200 kB."""
@@ -77,6 +79,8 @@ class Board:
                 shutil.rmtree(self._folder / RESULT, ignore_errors=True)
                 if stage == "search":
                     shutil.rmtree(self._folder / WINNER, ignore_errors=True)
+                    for path in self._folder.glob(f"trial-*/*.{SELECTION}"):
+                        path.unlink()
             case events.TrialChanged(trial) if self._search:
                 self._trials[trial.index] = trial
                 write_trial(self._folder, self._search, trial)
@@ -87,6 +91,7 @@ class Board:
                 self._write_search(is_over=True, winner=record.best_index if record else None)
                 if record:
                     write_winner(self._folder, record)
+                    write_selection(self._folder, record, self._trials)
 
     def _drop_others(self) -> None:
         """Drop what an earlier search on this folder left and this one does not compare with."""
@@ -195,7 +200,11 @@ def write_curves(
 def _metrics(config: RunConfig) -> dict[str, str]:
     """Tag -> column of the HParams table."""
     scored = ("loss", "accuracy") if config.search.tasks else ("loss",)
-    return {f"rungs/{name} at step {step}": f"{name} at step {step}" for name in scored for step in config.search.rungs}
+    rungs = {
+        f"rungs/{name} at step {step}": f"{name} at step {step}" for name in scored for step in config.search.rungs
+    }
+    metric = config.search.metric
+    return rungs | {f"{SELECTION}/{metric}": f"selection {metric}", f"{SELECTION}/{WINNER}": WINNER}
 
 
 def write_pictures(
@@ -271,6 +280,29 @@ def write_winner(folder: Path, search: SearchRecord) -> None:
     chosen = f"Trial {search.best_index} ({markdown.prose(search.best_origin)})."
     told = f"{chosen}\n\n{markdown.pipe_table(('group', 'bits'), plan)}"
     event_files.write_events(folder / WINNER, [event_files.text("winner", told)])
+
+
+def write_selection(folder: Path, search: SearchRecord, trials: Mapping[int, TrialRecord]) -> None:
+    """What each finalist scored on fresh rows, and which won, as metrics of its row of the HParams table. A file of its
+    own: what it says may change when the trial is long over.
+
+    Args:
+        folder: Where the runs lie.
+        search: The record of a search that is over.
+        trials: Every trial that it knew, by number.
+    """
+    from qpruner.report import event_files
+
+    for each in search.confirmations:
+        trial = trials.get(each.index)
+        if trial is None or not trial.rungs:  # damaged since, and to be run again
+            continue
+        step, moment = trial.rungs[-1].step, trial.times[-1] if trial.times else 0.0
+        values = {search.metric: score(each, search.metric)}
+        if each.index == search.best_index:
+            values[WINNER] = 1.0
+        found = [event_files.scalar(f"{SELECTION}/{name}", value, step, moment) for name, value in values.items()]
+        event_files.write_events(folder / run_name(trial), found, SELECTION)
 
 
 def write_result(root: Path, results: Results) -> None:

@@ -212,6 +212,11 @@ def remove_old_checkpoints(trials: Path, records: Sequence[TrialRecord]) -> None
     for_each(clean, list(last))
 
 
+def fresh_path(trials: Path, index: int) -> Path:
+    """A finalist's score on fresh rows: it is the same for every search and given plan that it is beside."""
+    return trial_folder(trials, index) / "fresh.json"
+
+
 def read_seconds(trials: Path, search: str) -> float:
     """Seconds that a search has taken so far, all sessions together."""
     return _read_clock(trials, search).seconds

@@ -221,6 +221,42 @@ def test_a_finalists_checkpoint_with_a_flipped_bit_is_not_what_is_confirmed(
     assert record["confirmations"] == search_record(undisturbed)["confirmations"]
 
 
+def fresh_scores(run: Path) -> dict[int, tuple[int, str]]:
+    """When, and what, each finalist was scored on fresh rows, by its trial."""
+    paths = run.glob("trials/*/*/fresh.json")
+    return {int(path.parent.name): (path.stat().st_mtime_ns, path.read_text()) for path in paths}
+
+
+def test_what_finalists_scored_before_the_driver_was_killed_is_kept(config: Path, undisturbed: Path) -> None:
+    with driver(config) as process:
+        process.wait_until(lambda: fresh_scores(process.run), "the first finalist's score")
+        process.process.send_signal(signal.SIGKILL)
+        process.end()
+    kept = fresh_scores(process.run)
+    with driver(config) as process:
+        record = finished(process)
+    assert 0 < len(kept) < len(record["confirmations"]) == len(fresh_scores(process.run))
+    assert kept.items() <= fresh_scores(process.run).items(), "none of them was scored again"
+    assert record["confirmations"] == search_record(undisturbed)["confirmations"]
+
+
+def test_a_finalists_damaged_score_is_made_again_and_no_other(
+    undisturbed: Path, tiny_model: Path, tmp_path: Path
+) -> None:
+    run = shutil.copytree(undisturbed, tmp_path / "run")
+    (run / "records" / "search.json").unlink()
+    before = fresh_scores(run)
+    (path,) = run.glob("trials/*/0000/fresh.json")
+    path.write_text(before[0][1][:-3])
+    with driver(search_config(tiny_model, tmp_path)) as process:
+        record = finished(process)
+        assert str(path) in process.said() and "that finalist is scored again" in process.said()
+    after = fresh_scores(run)
+    assert [index for index in before if before[index] != after[index]] == [0]
+    assert {index: text for index, (_, text) in after.items()} == {index: text for index, (_, text) in before.items()}
+    assert record["confirmations"] == search_record(undisturbed)["confirmations"]
+
+
 def test_a_trial_whose_record_is_damaged_after_the_search_is_run_again(
     undisturbed: Path, tiny_model: Path, tmp_path: Path
 ) -> None:

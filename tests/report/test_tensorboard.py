@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 from chromium import chromium
+from made_records import made_confirmation
 from made_run import MadeRun
 from recorded_runs import (
     ANOTHER,
@@ -115,12 +116,37 @@ def test_hparams_tells_whether_a_trial_failed_and_when_it_ran(written: Path) -> 
 def test_hparams_columns_are_metrics_at_each_rung_and_first_what_tells_trials_apart(written: Path) -> None:
     content = read(written, "search").SummaryMetadata(metadata.EXPERIMENT_TAG).plugin_data.content
     columns = metadata.parse_experiment_plugin_data(content)
-    assert [metric.display_name for metric in columns.metric_infos] == [f"loss at step {step}" for step in RUNGS]
+    assert [metric.display_name for metric in columns.metric_infos] == [
+        *(f"loss at step {step}" for step in RUNGS),
+        "selection loss",
+        "winner",
+    ]
     named = {info.name for info in columns.hparam_infos}
     assert named == set(row(written, run_name(trials()[0])))
     assert sorted(named)[:5] == ["#", "From", "MB", "Mean bits", "Status"]
     tags = read(written, run_name(trials()[2])).Tags()["scalars"]
-    assert {metric.name.tag for metric in columns.metric_infos} <= set(tags)
+    assert {metric.name.tag for metric in columns.metric_infos} - set(tags) == {"selection/loss", "selection/winner"}
+
+
+def test_hparams_tells_what_finalists_scored_on_fresh_rows_and_which_won(tmp_path: Path) -> None:
+    """Not the one with the best loss as a trial: who sorts by that would take another for the winner."""
+    root = recorded_run(tmp_path / "run", is_over=True)
+    record = RunDir(root).read_record("search", SearchRecord)
+    assert record
+    record = record.model_copy(
+        update={"confirmations": (made_confirmation(1, "seed-kl", 3.05, control=True), *record.confirmations)}
+    )
+    RunDir(root).write_record("search", record)
+    board = board_of(root)
+    for event in (planned(trials()), OVER):
+        board.listen(event)
+    for each in record.confirmations:
+        run = run_name(trials()[each.index])
+        assert points(root, run, "selection/loss") == [(8, pytest.approx(each.loss))]
+        assert ("selection/winner" in read(root, run).Tags()["scalars"]) == (each.index == record.best_index)
+        assert row(root, run)["Status"] == "finished", "the row is there beside it"
+    board.listen(StageStarted("search", "another search"))
+    assert not list((root / "tensorboard").glob("trial-*/*.selection"))
 
 
 def test_curves_have_every_training_step_and_every_rung_at_its_time(written: Path) -> None:
