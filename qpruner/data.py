@@ -14,11 +14,12 @@ import re
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from qpruner.config import DataSource
-from qpruner.errors import CorruptFile, UserError
+from qpruner.errors import CorruptFile, UserError, together
 from qpruner.mirror import fetch, written
 from qpruner.patience import patiently
 from qpruner.wording import counted
@@ -86,15 +87,17 @@ def load_examples(sources: Sequence[DataSource], key: str) -> list[Example]:
         key: The config key of `sources`, for errors.
 
     Raises:
-        UserError: For a missing file, missing columns (the ones there are get listed), or no rows at all.
+        UserError: For missing files and columns (the ones there are get listed), of every source; for no rows at all.
     """
-    examples: list[Example] = []
-    for index, source in enumerate(sources):
-        rows = _read_rows(source, f"{key}.{index}")
-        examples.extend(_to_example(row, source, f"{key}.{index}") for row in rows)
+    read = together(*(partial(_examples_of, source, f"{key}.{index}") for index, source in enumerate(sources)))
+    examples = [example for rows in read for example in rows]
     if not examples:
         raise UserError(f"`{key}` has no rows: name a source that has some, or raise its `limit`")
     return examples
+
+
+def _examples_of(source: DataSource, key: str) -> list[Example]:
+    return [_to_example(row, source, key) for row in _read_rows(source, key)]
 
 
 def check_disjoint(splits: Mapping[str, Iterable[str]]) -> None:

@@ -6,8 +6,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 from qpruner.wording import counted
 
@@ -43,6 +44,29 @@ class ConfigError(UserError):
         count = len(self.problems)
         lines = "\n".join(f"  - {problem}" for problem in self.problems)
         super().__init__(f"{heading}{counted(count, 'problem')} in the configuration:\n{lines}")
+
+
+def together(*checks: Callable[[], Any]) -> list[Any]:
+    """What checks found, none of which rests on another: a person is told every mistake at once.
+
+    Raises:
+        UserError: What one of them raised, as it is; a `ConfigError` of what several raised.
+    """
+    found, errors = [], []
+    for check in checks:
+        try:
+            found.append(check())
+        except UserError as error:
+            errors.append(error)
+    if len(errors) > 1:
+        raise ConfigError(
+            problem
+            for error in errors
+            for problem in (error.problems if isinstance(error, ConfigError) else (str(error),))
+        )
+    if errors:
+        raise errors[0]
+    return found
 
 
 class PlanRefused(UserError):

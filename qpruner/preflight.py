@@ -13,13 +13,13 @@ import numpy as np
 
 from qpruner.config import BudgetConfig, PruneConfig, QuantizeConfig, RunConfig
 from qpruner.data import Example
-from qpruner.errors import UserError
+from qpruner.errors import UserError, together
 from qpruner.models.layout import layout_of, num_layers
-from qpruner.models.loading import load_model_config, resolve_source, whole_path
+from qpruner.models.loading import load_model_config
 from qpruner.models.structure import EXPERT, family_of
 from qpruner.plan import Layout, PrecisionPlan, check_cpu_widths
 from qpruner.plan_file import check_affordable, read_plan
-from qpruner.preflight_rows import RowCounts, check_encoding, check_rows
+from qpruner.preflight_rows import RowCounts, Rows, check_encoding, check_rows, num_importance_samples
 from qpruner.pruning.prune import expected_config
 from qpruner.rundir import run_root
 
@@ -31,8 +31,8 @@ NEEDED_CAPABILITY = {4: (6, 0), 8: (7, 5)}
 
 
 @dataclass(frozen=True)
-class Inspection:
-    """What a run would be.
+class Shapes:
+    """What a configuration makes of its model.
 
     Attributes:
         model_config: transformers config of the base model.
@@ -41,10 +41,6 @@ class Inspection:
         pruned: Sizes after pruning; an estimate when `is_estimate`.
         is_estimate: Global selection, or which blocks go, leaves the widths open until the scores are known.
         budget_bytes: The byte budget for the pruned model.
-        examples: Rows by split.
-        questions: Words of the tasks' questions, by section (`search`, `evaluate`).
-        counts: How many samples and questions each step has.
-        warnings: What will work, but perhaps not as hoped.
         plan: The one that `search.plan` names; None where a search chooses, or where which blocks go is open.
     """
 
@@ -54,11 +50,24 @@ class Inspection:
     pruned: Layout
     is_estimate: bool
     budget_bytes: int
+    plan: PrecisionPlan | None
+
+
+@dataclass(frozen=True)
+class Inspection(Shapes):
+    """What a run would be.
+
+    Attributes:
+        examples: Rows by split.
+        questions: Words of the tasks' questions, by section (`search`, `evaluate`).
+        counts: How many samples and questions each step has.
+        warnings: What will work, but perhaps not as hoped.
+    """
+
     examples: dict[str, list[Example]]
     questions: dict[str, list[str]]
     counts: RowCounts
     warnings: tuple[str, ...]
-    plan: PrecisionPlan | None
 
 
 def inspect(config: RunConfig, works_here: bool = True) -> Inspection:
@@ -69,9 +78,29 @@ def inspect(config: RunConfig, works_here: bool = True) -> Inspection:
         works_here: Whether this machine's device is what the run works on, not those of a cluster.
 
     Raises:
-        UserError: For the first thing that cannot work.
+        UserError: For what cannot work: of the folder, the model, each source of rows and the tasks all that is found,
+            of what rests on them the first.
     """
-    run_root(config.output)
+    shapes: Shapes
+    rows: Rows
+    _, shapes, rows = together(
+        lambda: run_root(config.output), lambda: _shapes(config, works_here), lambda: check_rows(config)
+    )
+    importance = num_importance_samples(config, shapes.model_config.vocab_size, len(rows.examples["calibration"]))
+    check_encoding(config, rows.examples)
+    samples = {"importance": importance, "sensitivity": config.calibration.num_sensitivity_samples}
+    cut = _of_cut(config, shapes.model_config)
+    return Inspection(
+        **vars(shapes),
+        examples=rows.examples,
+        questions=rows.questions,
+        counts=RowCounts(samples, rows.asked),
+        warnings=(*rows.warnings, *cut, *_warnings(config, len(shapes.pruned.groups))),
+    )
+
+
+def _shapes(config: RunConfig, works_here: bool) -> Shapes:
+    """What the configuration makes of the model."""
     model_config = load_model_config(config.model)
     family_of(model_config)
     base = layout_for(config, model_config)
@@ -88,22 +117,7 @@ def inspect(config: RunConfig, works_here: bool = True) -> Inspection:
             check_affordable(file, pruned.plan_bytes(plan), budget)
     if works_here:
         check_device(config, pruned, _own_capability())
-    rows = check_rows(config, model_config.vocab_size, include_path(config))
-    check_encoding(config, rows.examples)
-    warnings = (*rows.warnings, *_of_cut(config, model_config), *_warnings(config, len(pruned.groups)))
-    return Inspection(
-        model_config,
-        base,
-        pruned_config,
-        pruned,
-        is_estimate,
-        budget,
-        rows.examples,
-        rows.questions,
-        rows.counts,
-        warnings,
-        plan,
-    )
+    return Shapes(model_config, base, pruned_config, pruned, is_estimate, budget, plan)
 
 
 def _of_cut(config: RunConfig, model_config: Any) -> tuple[str, ...]:
@@ -151,20 +165,6 @@ def layout_for(config: RunConfig, model_config: Any) -> Layout:
         config.quantize.double_quant,
         config.lora.rank,
     )
-
-
-def include_path(config: RunConfig) -> str | None:
-    """The folder of further lm-eval tasks, as a whole path."""
-    source = config.evaluate.include_path
-    if source is None:
-        return None
-    path = resolve_source(source, "evaluate.include_path")
-    if not Path(path).is_dir():
-        state = "is a file" if Path(path).exists() else "does not exist"
-        raise UserError(
-            f"`evaluate.include_path`: {Path(path).absolute()} {state}; name a folder of lm-eval task files"
-        )
-    return whole_path(path)
 
 
 def is_pruned(model_config: Any) -> bool:

@@ -6,6 +6,7 @@ import math
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from qpruner.config import RunConfig
@@ -18,9 +19,9 @@ from qpruner.data import (
     normalized,
     packed_samples,
 )
-from qpruner.errors import UserError
+from qpruner.errors import UserError, together
 from qpruner.evaluate import task_questions
-from qpruner.models.loading import check_source, load_tokenizer
+from qpruner.models.loading import check_source, load_tokenizer, resolve_source, whole_path
 from qpruner.wording import counted
 
 MOST_CHARACTERS_A_TOKEN = 8
@@ -45,7 +46,7 @@ Questions = dict[str, list[str]]
 
 @dataclass(frozen=True)
 class RowCounts:
-    """How many samples and questions the steps of a run have, where `Rows.examples` does not say it.
+    """How many samples and questions the steps of a run have, where `Inspection.examples` does not say it.
 
     Attributes:
         samples: Those that importance and sensitivities are measured on (`importance`, `sensitivity`).
@@ -64,37 +65,31 @@ class Rows:
     Attributes:
         examples: Rows by split.
         questions: Words of the tasks' questions, by section (`search`, `evaluate`).
-        counts: How many each step has.
+        asked: How many questions, as `RowCounts.questions`.
         warnings: What will work, but perhaps not as hoped.
     """
 
     examples: dict[str, list[Example]]
     questions: dict[str, list[str]]
-    counts: RowCounts
+    asked: dict[str, dict[str, int]]
     warnings: tuple[str, ...]
 
 
-def check_rows(config: RunConfig, vocabulary_size: int, include_path: str | None) -> Rows:
+def check_rows(config: RunConfig) -> Rows:
     """Read every row and question that the run will use.
 
-    Args:
-        config: The configuration.
-        vocabulary_size: Of the model; calibration may be given as token ids.
-        include_path: The folder of further lm-eval tasks.
-
     Raises:
-        UserError: For the first source or task that cannot be read, has too few rows, or shares some with another use.
+        UserError: For sources and tasks that cannot be read or have too few rows, all of them; for rows that two uses
+            share.
     """
-    examples, left_out = _load_splits(config)
-    importance = _num_importance_samples(config, vocabulary_size, len(examples["calibration"]))
-    asked = _asked_questions(config, include_path)
+    loaded: tuple[dict[str, list[Example]], list[str]]
+    asked: dict[str, Questions]
+    loaded, asked = together(lambda: _load_splits(config), lambda: _asked_questions(config))
+    examples, left_out = loaded
     words = {use: [normalized(text) for texts in asked[use].values() for text in texts] for use in asked}
     _check_overlap(config, examples, words)
-    samples = {"importance": importance, "sensitivity": config.calibration.num_sensitivity_samples}
     uses = {"search": "search", "fresh": "fresh", "evaluate": "test"}
-    counts = RowCounts(
-        samples, {name: {task: len(texts) for task, texts in asked[use].items()} for use, name in uses.items()}
-    )
+    numbers = {name: {task: len(texts) for task, texts in asked[use].items()} for use, name in uses.items()}
     told = (
         *_without_response(examples),
         *_cut(config, examples),
@@ -102,23 +97,24 @@ def check_rows(config: RunConfig, vocabulary_size: int, include_path: str | None
         *_few_questions(words),
     )
     warnings = (*left_out, *_asked_again(words["search"], words["fresh"]), *told)
-    return Rows(examples, {section: words[section] for section in ("search", "evaluate")}, counts, warnings)
+    return Rows(examples, {section: words[section] for section in ("search", "evaluate")}, numbers, warnings)
 
 
 def _load_splits(config: RunConfig) -> tuple[dict[str, list[Example]], list[str]]:
     """Rows by split, and what of them is left out, in words."""
-    data, calibration = config.data, config.calibration.data
-    splits = {"train": data.train, "validation": data.validation, "confirmation": data.confirmation}
-    examples = {name: load_examples(sources, f"data.{name}") for name, sources in splits.items()}
+    sources = {name: (getattr(config.data, name), f"data.{name}") for name in SPLITS}
+    sources["calibration"] = (config.calibration.data, "calibration.data")
+    sources["text"] = (config.evaluate.text, "evaluate.text")
+    given = {name: each for name, each in sources.items() if each[0]}
+    loaded = together(*(partial(load_examples, *each) for each in given.values()))
+    examples: dict[str, list[Example]] = dict(zip(given, loaded, strict=True))
+    examples.setdefault("calibration", examples["train"])
     examples["confirmation"], left_out = _without_repeats(examples["confirmation"])
     if len(examples["confirmation"]) < 2:
         raise UserError(
             "`data.confirmation` must have at least 2 rows that differ, one to choose the winner by and one to judge "
             "it by, got 1: name a source that has more, or raise its `limit`"
         )
-    examples["calibration"] = load_examples(calibration, "calibration.data") if calibration else examples["train"]
-    if config.evaluate.text:
-        examples["text"] = load_examples(config.evaluate.text, "evaluate.text")
     return examples, left_out
 
 
@@ -219,7 +215,7 @@ def _tokens_of(text: str) -> int:
     return len(text) - num_latin + num_latin // CHARACTERS_A_TOKEN
 
 
-def _num_importance_samples(config: RunConfig, vocabulary_size: int, num_rows: int) -> int:
+def num_importance_samples(config: RunConfig, vocabulary_size: int, num_rows: int) -> int:
     """How many samples importance is measured on; refuses fewer rows than importance or sensitivities ask for."""
     calibration = config.calibration
     given = calibration.token_ids and load_token_ids(Path(calibration.token_ids), vocabulary_size)
@@ -233,8 +229,7 @@ def _num_importance_samples(config: RunConfig, vocabulary_size: int, num_rows: i
 
 def _check_overlap(config: RunConfig, examples: dict[str, list[Example]], words: dict[str, list[str]]) -> None:
     """Refuse rows that teach and measure, or that choose and judge."""
-    splits = ("train", "validation", "confirmation")
-    identities = {f"`data.{name}`": [row.identity for row in examples[name]] for name in splits}
+    identities = {f"`data.{name}`": [row.identity for row in examples[name]] for name in SPLITS}
     # Trials may be scored on the same questions twice, as loss and as accuracy: both are validation.
     identities["`evaluate.tasks`"] = words["evaluate"]
     check_disjoint(identities)
@@ -246,21 +241,40 @@ def _check_overlap(config: RunConfig, examples: dict[str, list[Example]], words:
             check_disjoint({"`calibration.data`": rows, name: identities[name]})
     # Headings come again in any text.
     text = [row.identity for row in examples.get("text", ()) if len(row.identity.split()) > LONGEST_HEADING]
-    for name in splits:
+    for name in SPLITS:
         check_disjoint({f"`data.{name}`": identities[f"`data.{name}`"], "`evaluate.text`": text})
 
 
-def _asked_questions(config: RunConfig, folder: str | None) -> dict[str, Questions]:
+def include_path(config: RunConfig) -> str | None:
+    """The folder of further lm-eval tasks, as a whole path."""
+    source = config.evaluate.include_path
+    if source is None:
+        return None
+    path = resolve_source(source, "evaluate.include_path")
+    if not Path(path).is_dir():
+        state = "is a file" if Path(path).exists() else "does not exist"
+        raise UserError(
+            f"`evaluate.include_path`: {Path(path).absolute()} {state}; name a folder of lm-eval task files"
+        )
+    return whole_path(path)
+
+
+def _asked_questions(config: RunConfig) -> dict[str, Questions]:
     """The questions that score the trials (`search`), choose the winner (`fresh`) and test the models (`evaluate`)."""
-    search, evaluate = config.search, config.evaluate
-    looked_at = task_questions(search.tasks, folder, "search.tasks", search.num_questions) if search.tasks else {}
+    search, evaluate, folder = config.search, config.evaluate, include_path(config)
+    looked_at: Questions
+    tested: Questions
+    looked_at, tested = together(
+        lambda: task_questions(search.tasks, folder, "search.tasks", search.num_questions) if search.tasks else {},
+        lambda: task_questions(evaluate.tasks, folder, "evaluate.tasks", evaluate.limit),
+    )
     has_fresh = search.num_questions != search.limit
     if has_fresh:
         _check_fresh_questions(looked_at, search.limit)
     return {
         "search": {task: texts[: search.limit] for task, texts in looked_at.items()},
         "fresh": {task: texts[search.limit :] for task, texts in looked_at.items()} if has_fresh else {},
-        "evaluate": task_questions(evaluate.tasks, folder, "evaluate.tasks", evaluate.limit),
+        "evaluate": tested,
     }
 
 

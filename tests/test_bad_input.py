@@ -872,6 +872,22 @@ def test_every_problem_is_told_at_once(scene: Scene) -> None:
     assert "4 problems" in str(caught.value)
 
 
+def test_what_is_wrong_with_model_rows_and_tasks_is_told_at_once(scene: Scene) -> None:
+    """Each look takes a person's time, and one at a cluster more."""
+    bare = scene.file("bare.jsonl", '{"x": 1}\n')
+    change = {
+        "model.source": "/no/model",
+        "data.train": [{"source": "/no/rows.jsonl"}, {"source": bare}],
+        "data.confirmation": [{"source": "/no/others.jsonl"}],
+        "evaluate.tasks": ["no_such_task"],
+    }
+    with pytest.raises(ConfigError) as caught:
+        inspect(config_of(scene, change))
+    told = ("/no/model", "/no/rows.jsonl", "`data.train.1.columns", "/no/others.jsonl", "`no_such_task`")
+    assert len(caught.value.problems) == len(told), caught.value.problems
+    assert all(part in problem for part, problem in zip(told, caught.value.problems, strict=True))
+
+
 def test_the_smallest_budget_that_the_error_names_works(scene: Scene) -> None:
     with pytest.raises(UserError) as caught:
         inspect(config_of(scene, {"quantize.budget": {"bytes": 1}}))

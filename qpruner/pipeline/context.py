@@ -22,6 +22,7 @@ from qpruner.models.loading import checkpoint_config, whole_path
 from qpruner.objects import name_of
 from qpruner.plan import Layout, PlanSpace, PrecisionPlan
 from qpruner.plan_file import check_affordable, read_plan
+from qpruner.preflight_rows import include_path
 from qpruner.records import digest_of
 from qpruner.rundir import RunDir, fetch_file, file_digest
 from qpruner.runlock import NAME as LOCK
@@ -83,14 +84,14 @@ class Context:
             update={
                 "model": model.model_copy(update={"source": whole_path(model.source)}),
                 "calibration": calibration.model_copy(update={"token_ids": ids and whole_path(ids)}),
-                "evaluate": evaluate.model_copy(update={"include_path": preflight.include_path(self.config)}),
+                "evaluate": evaluate.model_copy(update={"include_path": include_path(self.config)}),
             }
         )
 
     @cached_property
     def task_digest(self) -> str:
         """Digest of the tasks' questions and files: with others it is another measurement."""
-        folder = preflight.include_path(self.config)
+        folder = include_path(self.config)
         files = sorted(path for path in Path(folder).rglob("*") if path.is_file()) if folder else []
         return digest_of(self.inspection.questions, *[file_digest(path) for path in files if path.suffix != ".pyc"])
 

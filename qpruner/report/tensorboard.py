@@ -298,7 +298,7 @@ def write_selection(folder: Path, search: SearchRecord, trials: Mapping[int, Tri
         if trial is None or not trial.rungs:  # damaged since, and to be run again
             continue
         step, moment = trial.rungs[-1].step, trial.times[-1] if trial.times else 0.0
-        values = {search.metric: score(each, search.metric)}
+        values: dict[str, float] = {search.metric: score(each, search.metric)}
         if each.index == search.best_index:
             values[WINNER] = 1.0
         found = [event_files.scalar(f"{SELECTION}/{name}", value, step, moment) for name, value in values.items()]

@@ -36,7 +36,8 @@ def _whole(run: Snapshot) -> Iterator[Tile]:
         "Size",
         _megabytes(winner.measured_bytes),
         (
-            f"{before / winner.measured_bytes:.1f} times smaller than the base model's {_megabytes(before)}",
+            f"{before / winner.measured_bytes:.1f} times smaller than the base model's {_megabytes(before)}"
+            + _with_adapter(table.get(BASE)),
             f"{_megabytes(run.results.prune.bytes_after)} after pruning",
             f"budget {_megabytes(run.results.search.budget_bytes)} ({_budget(run)}), adapter included",
             f"{winner.num_parameters / 1e6:.1f} M of {run.results.prune.parameters_before / 1e6:.1f} M parameters",
@@ -60,6 +61,11 @@ def _whole(run: Snapshot) -> Iterator[Tile]:
     )
     yield from _in_use(run, winner, table.get(BASE))
     yield _certainty(run)
+
+
+def _with_adapter(base: Row | None) -> str:
+    """The base's size in the table, which is of a fine-tuned one."""
+    return f" ({_megabytes(base.measured_bytes)} with such an adapter)" if base else ""
 
 
 def _budget(run: Snapshot) -> str:
