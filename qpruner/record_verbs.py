@@ -268,7 +268,9 @@ def _known(key: str, names: Mapping[str, str]) -> str:
     if key in names:
         return names[key]
     nearest = difflib.get_close_matches(key, names, n=1)
-    hint = f"did you mean `{nearest[0]}`?" if nearest else f"they have {', '.join(names)}"
+    bits = [name for name in names if name.startswith("bits ")]
+    told = [name for name in names if name not in bits] + [f"`{name}` and so on, a group each" for name in bits[:1]]
+    hint = f"did you mean `{nearest[0]}`?" if nearest else f"they have {', '.join(told)}"
     raise UserError(f"trials have no `{key}`; {hint}")
 
 

@@ -274,6 +274,7 @@ def test_the_last_column_of_the_csv_is_what_awk_takes_it_for(run: Path) -> None:
     [
         (("trials", "RUN", "--where", "statsu=failed"), "did you mean `status`?"),
         (("trials", "RUN", "--sort", "byte"), "did you mean `bytes`?"),
+        (("trials", "RUN", "--sort", "xyz"), "index, origin, score, `bits layers.0` and so on, a group each"),
         (("trials", "RUN", "--where", "loss<low"), "`loss` is a number, got 'low'"),
         (("trials", "RUN", "--where", "bytes<126M"), "`bytes` is a number, in bytes or with kB, MB, GB"),
         (("trials", "RUN", "--where", "seconds<1 hour"), "`seconds` is a number, in seconds or with h, min, s, got"),
