@@ -276,6 +276,12 @@ MUTATIONS = {
         "if True:",
         f"{SEARCH}::test_a_finalists_checkpoint_with_a_flipped_bit_is_not_what_is_confirmed",
     ),
+    "a Ray that does not come up in time is given up at once": Mutation(
+        CLUSTER,
+        "MAX_STARTS = 3\n",
+        "MAX_STARTS = 1\n",
+        "tests/execution/test_local_ray.py::test_a_ray_that_comes_up_at_the_second_start_is_worked_with",
+    ),
     "finalists are scored anew by every command": Mutation(
         "qpruner/pipeline/search.py",
         "if each and each.digest == digest",

@@ -10,12 +10,14 @@ import tempfile
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
+
+import psutil
 
 from qpruner.errors import NodeDiffers, RayNotStarted, UserError, WorkerDied
 from qpruner.execution import testimony
@@ -28,6 +30,8 @@ from qpruner.rundir import BANK_CACHE
 # Set before Ray is imported: no usage report leaves the machine.
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 
+logger = logging.getLogger(__name__)
+
 Result = TypeVar("Result")
 
 OBJECT_STORE_BYTES = 200 * 1024**2
@@ -35,6 +39,8 @@ OBJECT_STORE_BYTES = 200 * 1024**2
 MAX_DEATHS = 3
 """Workers that may die under one piece of work, on machines that live on and without progress, before that is an
 error."""
+MAX_STARTS = 3
+"""Of Ray on a machine that is too busy for it; what the first has read comes faster in the next."""
 OF_A_CLUSTER = ("RAY_REDIS_ADDRESS", "RAY_GCS_SERVER_PORT")
 """What is set where a cluster's head runs: a Ray that starts beside it would take up that cluster's state (KubeRay's
 fault tolerance), or want its control store's port. `RAY_ADDRESS` is not heard where an address is given, as here."""
@@ -113,29 +119,45 @@ def _start(environment: dict[str, Any]) -> None:
     """Start Ray, which gives each of its processes 30 seconds to come up, whatever else the machine does (Ray 2.60).
 
     Raises:
-        RayNotStarted: If one of them did not in that time.
+        RayNotStarted: If one of them did not in that time, again and again.
     """
     import ray
 
     with _without(OF_A_CLUSTER), _on_loopback():
         _ensure_token()
-        try:
-            ray.init(
-                address="local",
-                include_dashboard=False,
-                log_to_driver=False,
-                logging_level="ERROR",
-                object_store_memory=OBJECT_STORE_BYTES,
-                runtime_env=environment,
-            )
-        except Exception as error:
-            if "timed out" not in str(error).lower():
-                raise
-            raise RayNotStarted(
-                f"Ray did not come up on this machine in time ({first_line(error)}); it has {os.cpu_count()} cores and "
-                f"a load of {os.getloadavg()[0]:.0f}\n  remedy: end what else runs or wait for it, then repeat the "
-                "command: it goes on from what is recorded; Ray's own words are in the newest folder of `/tmp/ray`"
-            ) from error
+        for attempt in range(1, MAX_STARTS + 1):
+            others = set(psutil.Process().children(recursive=True))
+            try:
+                ray.init(
+                    address="local",
+                    include_dashboard=False,
+                    log_to_driver=False,
+                    logging_level="ERROR",
+                    object_store_memory=OBJECT_STORE_BYTES,
+                    runtime_env=environment,
+                )
+            except Exception as error:
+                if "timed out" not in str(error).lower():
+                    raise
+                _end({*psutil.Process().children(recursive=True)} - others)
+                if attempt == MAX_STARTS:
+                    raise RayNotStarted(
+                        f"Ray did not come up on this machine in time, {attempt} times ({first_line(error)}); it has "
+                        f"{os.cpu_count()} cores and a load of {os.getloadavg()[0]:.0f}\n  remedy: end what else runs "
+                        "or wait for it, then repeat the command: it goes on from what is recorded; Ray's own words "
+                        "are in the newest folder of `/tmp/ray`"
+                    ) from error
+                logger.warning("Ray did not come up in time (%s); it is started again", first_line(error))
+            else:
+                return
+
+
+def _end(processes: Collection[psutil.Process]) -> None:
+    """End what a start of Ray left behind, which would live as long as this process."""
+    for process in processes:
+        with suppress(psutil.NoSuchProcess):
+            process.kill()
+    psutil.wait_procs(list(processes), timeout=ANSWER_SECONDS)
 
 
 @contextmanager
@@ -359,7 +381,7 @@ def run_tasks(
             # A group's task ends with the RayActorError of the process that it lost.
             except (WorkerCrashedError, NodeDiedError, OutOfMemoryError, ObjectLostError, RayActorError) as error:
                 line = deaths.count(position, nodes.pop(position, None), error)
-                logging.getLogger(__name__).warning("a worker died, its job is run again: %s", line)
+                logger.warning("a worker died, its job is run again: %s", line)
                 del running[answers]
                 waiting.append((position, jobs[position]))
             except RayTaskError as error:
