@@ -53,9 +53,9 @@ def check_affordable(path: Path, plan_bytes: int, budget_bytes: int) -> None:
     """
     if plan_bytes > budget_bytes:
         size, budget = plan_bytes / 1e6, budget_bytes / 1e6
-        over = math.ceil((plan_bytes - budget_bytes) / 100) / 1e4
+        over = math.ceil((plan_bytes - budget_bytes) / 10_000) / 100
         raise PlanRefused(
-            f"the plan in {path} takes {size:.2f} MB, {over:.4f} MB more than the budget of {budget:.2f} MB: give "
+            f"the plan in {path} takes {size:.2f} MB, {over:.2f} MB more than the budget of {budget:.2f} MB: give "
             "groups fewer bits, or raise `quantize.budget`"
         )
 
@@ -69,7 +69,8 @@ def _about_groups(bits: dict[Any, Any], groups: Sequence[str]) -> list[str]:
     missing = [name for name in groups if name not in bits]
     if missing:
         named = ", ".join(missing[:5]) + (", ..." if len(missing) > 5 else "")
-        problems.append(f"{len(missing)} of {len(groups)} groups are missing: {named}")
+        whole = "; `qpruner plan RUN` prints one with all" if len(missing) > len(groups) / 2 else ""
+        problems.append(f"{len(missing)} of {len(groups)} groups are missing: {named}{whole}")
     return problems
 
 

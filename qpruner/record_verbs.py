@@ -20,6 +20,7 @@ import yaml
 
 from qpruner.errors import UserError
 from qpruner.plan import told_of_budget
+from qpruner.records import plan_group_bytes
 from qpruner.report import life, run_views
 from qpruner.report.between_runs import told_against
 from qpruner.report.lines import duration
@@ -243,7 +244,10 @@ def _parts(condition: str, names: Mapping[str, str]) -> tuple[str, str, str]:
     """Column, sign and value of a condition."""
     parts = re.fullmatch(r"(.+?)(<=|>=|!=|<|>|=)(.*)", condition)
     if parts is None:
-        raise UserError(f"--where takes KEY=VALUE, or !=, <, <=, > and >= in place of =, got {condition!r}")
+        raise UserError(
+            f"--where takes KEY=VALUE, or !=, <, <=, > and >= in place of =, got {condition!r}; "
+            "for example --where 'loss<3.2'"
+        )
     return _known(parts[1].strip(), names), parts[2], parts[3].strip()
 
 
@@ -282,6 +286,10 @@ def plan(run: str | Path, index: int | None, as_json: bool) -> dict[str, Any]:
     if not as_json:
         size = f"{trial.plan_bytes / 1e6:.1f} MB, {trial.mean_bits:.2f} bits on average"
         click.echo(f"# trial {trial.index} ({trial.origin}) of {looked.run_dir.place}: {size}")
+        if sizes:
+            grouped = plan_group_bytes(sizes, trial.plan)
+            others = f"{(trial.plan_bytes - grouped) / 1e6:.1f} MB besides: embeddings, norms, head, adapter"
+            click.echo(f"# {grouped / 1e6:.1f} MB in these groups; {others}")
         if budget is not None:
             click.echo(f"# {told_of_budget(trial.plan_bytes, budget)}")
         for group, bits in trial.plan.items():

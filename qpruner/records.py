@@ -59,6 +59,8 @@ class PrepareRecord(Record):
 
     model_path: str
     converted: bool
+    source_bytes: int | None = None
+    """Of the .gguf file that the base's weights were expanded from; None where they are as they were given."""
     num_rows: dict[str, int]
 
 
@@ -159,6 +161,11 @@ class BankRecord(Record):
                 for group, value in by_group.items():
                     rows.setdefault(group, {"group": group})[f"{told} at {bits} bits"] = value
         return list(rows.values())
+
+
+def plan_group_bytes(group_bytes: dict[str, dict[str, int]], plan: dict[str, int]) -> int:
+    """What a plan's groups take of `BankRecord.group_bytes`, without what is in no group."""
+    return sum(group_bytes[f"{bits}"][group] for group, bits in plan.items())
 
 
 class RungResult(Recorded):

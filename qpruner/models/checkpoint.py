@@ -36,10 +36,12 @@ SHARD_SIZE = "1GB"
 
 @dataclass(frozen=True)
 class Base:
-    """Where the base model is, and whether its files were written there for this run."""
+    """Where the base model is, whether its files were written there for this run, and the bytes of the .gguf file that
+    they were expanded from."""
 
     path: str
     converted: bool
+    source_bytes: int | None = None
 
 
 def prepare_base(model: ModelConfig, folder: Path, is_shared: bool = False, told: OnLoading = untold) -> Base:
@@ -65,7 +67,7 @@ def prepare_base(model: ModelConfig, folder: Path, is_shared: bool = False, told
         return Base(str(Path(source).absolute()), converted=False)
     if source.endswith(".gguf"):
         save_checkpoint(load_dense(source, model.dtype, told=told), load_tokenizer(source), folder, told)
-        return Base(str(folder), converted=True)
+        return Base(str(folder), converted=True, source_bytes=Path(source).stat().st_size)
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 

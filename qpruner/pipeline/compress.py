@@ -43,7 +43,12 @@ def prepare(context: Context) -> PrepareRecord:
         # The scratch folder is about to get the stage's name; what is at a URI has another path on each machine.
         place = Path("prepare") if context.run_dir.is_at_uri else context.run_dir.stage("prepare")
         path = place / "model" if base.converted else base.path
-        return {"model_path": str(path), "converted": base.converted, "num_rows": counts}
+        return {
+            "model_path": str(path),
+            "converted": base.converted,
+            "source_bytes": base.source_bytes,
+            "num_rows": counts,
+        }
 
     def figures(record: PrepareRecord) -> str:
         return ", ".join(f"{count} {name}" for name, count in record.num_rows.items()) + " rows"

@@ -55,7 +55,7 @@ def model_card(run: Snapshot, base_card: str | None) -> str:
             "",
             f"{code(base)}, pruned, quantized to {winner.mean_bits:.2f} mean bits by {_chosen(run)} and fine-tuned "
             f"by qpruner {run.state.environment['qpruner']}: {winner.measured_bytes / 1e6:.1f} MB. Of the fine-tunes "
-            f"below it is that of training seed {winner.seeds[0]}.",
+            f"below it is that of training seed {winner.seeds[0]}.{_expanded(run)}",
             "",
             section("packed"),
             "## Measured",
@@ -77,6 +77,15 @@ def _measured(run: Snapshot) -> Iterator[EvalResult]:
             metric_type=METRICS.get(score.metric, score.metric),
             metric_value=round(score.value, 4),
         )
+
+
+def _expanded(run: Snapshot) -> str:
+    """That the base's weights came from a .gguf file, which is mostly a quantized one, as a sentence."""
+    prepared = run.results.prepare
+    if prepared is None or prepared.source_bytes is None:
+        return ""
+    name = Path(run.state.config["model"]["source"]).name
+    return f" The base's weights were expanded from {code(name)}, a file of {prepared.source_bytes / 1e6:.1f} MB."
 
 
 def _chosen(run: Snapshot) -> str:

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import math
-import statistics
 from collections.abc import Iterator, Sequence
 
 from qpruner.records import GIVEN, Confirmation, SearchRecord, TrialRecord
 from qpruner.report.lines import duration
-from qpruner.report.paired import Z_95
+from qpruner.report.paired import Z_95, paired_losses
 from qpruner.report.standing import cost, score
 from qpruner.search.trial_records import remedy_of
 from qpruner.wording import counted
@@ -64,11 +62,11 @@ def _margin(search: SearchRecord) -> Iterator[str]:
 
 def _error(one: Confirmation, other: Confirmation, metric: str) -> str:
     """The standard error of a margin: of its rows where they are known, else of each score."""
-    if metric == "loss" and len(one.losses) == len(other.losses) > 1:
-        apart = [ours - theirs for ours, theirs in zip(one.losses, other.losses, strict=True)]
-        paired = statistics.stdev(apart) / math.sqrt(len(apart))
-        verdict = ", so it may be chance" if abs(statistics.fmean(apart)) < Z_95 * paired else ""
-        return f" (standard error {paired:.4f}, paired over {len(apart)} rows{verdict})"
+    apart = paired_losses(one, other) if metric == "loss" else None
+    if apart:
+        mean, paired = apart
+        verdict = ", so it may be chance" if abs(mean) < Z_95 * paired else ""
+        return f" (standard error {paired:.4f}, paired over {len(one.losses)} rows{verdict})"
     errors = [each.stderr if metric == "loss" else each.accuracy_stderr for each in (one, other)]
     known = [f"{error:.4f}" for error in errors if error is not None]
     return f" (standard errors {' and '.join(known)}, over the same rows)" if len(known) == 2 else ""

@@ -7,6 +7,7 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from qpruner.records import FinalistScore
 from qpruner.report.table import FineTune
 from qpruner.wording import counted
 
@@ -55,6 +56,15 @@ def over_questions(pairs: Sequence[Pair]) -> list[Difference]:
     task has choices."""
     found = (_over_questions(ACCURACY, pairs, "correct"), _over_questions(ANSWER_LOSS, pairs, "answer_loss"))
     return [each for each in found if each]
+
+
+def paired_losses(one: FinalistScore, other: FinalistScore) -> tuple[float, float] | None:
+    """Mean and standard error of one finalist's losses less another's, row by row; None where records of older versions
+    do not have the rows."""
+    if not len(one.losses) == len(other.losses) > 1:
+        return None
+    apart = [ours - theirs for ours, theirs in zip(one.losses, other.losses, strict=True)]
+    return statistics.fmean(apart), statistics.stdev(apart) / math.sqrt(len(apart))
 
 
 def over_confirmation_rows(pairs: Sequence[Pair]) -> Difference:

@@ -351,6 +351,10 @@ def _final(results: Results) -> dict[str, float | None]:
         facts["test_accuracy_stderr"] = row.accuracy_stderr
         facts["test_answer_loss"] = row.answer_loss
         facts["perplexity"] = row.perplexity
+        facts["inference_memory_bytes"] = row.inference_memory_bytes
+        for name in ("prefill_tokens_per_second", "decode_tokens_per_second"):
+            turns = getattr(row, name)
+            facts[name] = turns[0] if turns else None
     return facts
 
 

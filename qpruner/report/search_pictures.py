@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 
 from qpruner.records import SearchState, SensitivityRecord, TrialRecord
-from qpruner.report.charts.search import UNITS_OF_SIZE
 from qpruner.report.far import ARROWS, edge_of
 from qpruner.report.standing import FIGURES, best_of, cost, score
+from qpruner.report.stretched import stretched
 
 DOTS_PER_INCH = 90
 MOST_PLANS = 40
@@ -21,8 +21,6 @@ MOST_LABELS = 40
 """Groups that are labelled one by one."""
 MOST_NUMBERED = 12
 """Trials that the plot of bytes and score numbers; where front and controls are more, the front goes without."""
-NUM_TICKS = 6
-"""Of the axis of sizes."""
 TITLE_WIDTH = 90
 """Characters in a line of a plot's title."""
 COLORS = {4: "#4477aa", 8: "#ddaa33", 16: "#bb5566"}
@@ -127,23 +125,14 @@ def draw_front(trials: Sequence[TrialRecord], search: SearchState, winner: int |
 
 
 def _stretch(axes: Any, sizes: Sequence[float], budget: float) -> None:
-    """An axis of sizes that is nearly to scale beside the budget, which most plans use up, and presses together what is
-    far from it, as the report's."""
-    furthest = max(abs(size - budget) for size in sizes)
-    if not furthest:
+    """The axis of sizes."""
+    axis = stretched(sizes, budget)
+    axes.set_xscale("function", functions=(np.vectorize(axis.along), np.vectorize(axis.back)))
+    low, high = (axis.along(end(*sizes, budget)) for end in (min, max))
+    if low == high:
         return
-    unit = furthest / UNITS_OF_SIZE
-
-    def along(size: Any) -> Any:
-        return np.sign(size - budget) * np.log1p(np.abs(size - budget) / unit)
-
-    def back(place: Any) -> Any:
-        return budget + np.sign(place) * unit * np.expm1(np.abs(place))
-
-    axes.set_xscale("function", functions=(along, back))
-    low, high = along(min(*sizes, budget)), along(max(*sizes, budget))
-    axes.set_xlim(back(low - 0.05 * (high - low)), back(high + 0.05 * (high - low)))
-    ticks = back(np.linspace(low, high, NUM_TICKS))
+    axes.set_xlim(axis.back(low - 0.05 * (high - low)), axis.back(high + 0.05 * (high - low)))
+    ticks = axis.ticks(sizes)
     axes.set_xticks(ticks, [f"{tick:.1f}" for tick in ticks])
     axes.minorticks_off()
 

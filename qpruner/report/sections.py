@@ -12,6 +12,7 @@ from qpruner.config import EXPANSION, MEASUREMENT
 from qpruner.plan import PrecisionPlan
 from qpruner.records import (
     GIVEN,
+    Confirmation,
     FreshScore,
     LayerWidths,
     MethodScores,
@@ -24,6 +25,7 @@ from qpruner.records import (
     TaskScore,
 )
 from qpruner.report.marginal_effects import MarginalEffects, rank_correlation
+from qpruner.report.paired import paired_losses
 from qpruner.report.recorded import KINDS
 from qpruner.report.snapshot import Snapshot
 from qpruner.report.standing import FIGURES, score
@@ -50,6 +52,7 @@ ALIKE_HEADINGS = ("row", "test accuracy", "test answer loss", "perplexity", "val
 FINALISTS_CAPTION = "Finalists on fresh rows"
 FRONT_CAPTION = "Plans that none of fewer or equal bytes beats on fresh rows"
 FRESH_HEADINGS = ("selection loss", "selection accuracy")
+APART = "loss less the winner's, paired by row"
 RUNGS_CAPTION = "Every trial at each rung, by optimizer step; a trial that was stopped or failed has none after it"
 METHOD_HEADINGS = ("method", "what", "unit", "seconds", "rank correlation")
 GROUPS_CAPTION = "What a method predicts that fewer bits cost, over the most bits a group may take"
@@ -236,11 +239,24 @@ def rungs(run: Snapshot) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
 
 def finalists(search: SearchRecord) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
     """Who was scored on fresh rows: headings and cells."""
+    best = next((each for each in search.confirmations if each.index == search.best_index), None)
     body = [
-        (f"{each.index}", each.origin + (", taken over" if each.taken_over else ""), *_fresh(each))
+        (
+            f"{each.index}",
+            each.origin + (", taken over" if each.taken_over else ""),
+            *_fresh(each),
+            "-" if best in (None, each) else _less(each, best),
+        )
         for each in search.confirmations
     ]
-    return _filled(("trial", "from", *FRESH_HEADINGS), body)
+    return _filled(("trial", "from", *FRESH_HEADINGS, APART), body)
+
+
+def _less(each: Confirmation, best: Confirmation) -> str:
+    """A finalist's selection loss less the winner's, paired by row; what each loss's own error is mostly of, which rows
+    there are, is in both."""
+    apart = paired_losses(each, best)
+    return "-" if apart is None else f"{apart[0]:+.4f} (se {apart[1]:.4f})"
 
 
 def front(search: SearchRecord) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:

@@ -20,8 +20,8 @@ class Standing:
         others: Trials that searches with another budget, searcher or plan left in the same folder.
         best: The finished trial with the best score that is no control; None before there is one.
         best_control: The finished control with the best score.
-        seconds_left: An estimate from the mean time of the trials that are over; None before there is one, and where no
-            trial runs: then the search has ended, maybe before all of its trials.
+        seconds_left: Of trials; an estimate from the mean time of those that are over; None before there is one, and
+            where no trial runs: then the search has ended, maybe before all of its trials.
         slots: Trials that machines have room for.
     """
 
@@ -66,7 +66,8 @@ def standing(search: SearchState, records: Iterable[TrialRecord]) -> Standing:
     over = [trial.seconds for trial in trials if trial.is_over]
     left = None
     if over and search.slots and len(over) < len(trials):
-        left = (search.max_trials - len(over)) * sum(over) / len(over) / search.slots
+        under_way = sum(trial.rungs[-1].step / search.steps for trial in trials if trial.rungs and not trial.is_over)
+        left = max(0.0, search.max_trials - len(over) - under_way) * sum(over) / len(over) / search.slots
     return Standing(
         trials=trials,
         others=tuple(trial for trial in ordered if trial.search != search.search),

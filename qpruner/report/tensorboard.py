@@ -29,9 +29,11 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 FOLDER = "tensorboard"
+FRESH = "fresh"
+"""End of the names of files with what finalists scored on fresh rows."""
 RESULT, WINNER = "result", "winner"
-SELECTION = "selection"
-"""Tags of what finalists scored on fresh rows, and the end of the names of the files that have them."""
+RUNGS, SELECTION = "validation by rung", "winner by fresh rows"
+"""Groups of tags that are columns of the HParams table, named so that Scalars begins with the curves."""
 BEST = "search/best so far"
 MOST_POINTS = 1000
 """Steps of a trial's training loss that are kept: a trial's file stays below 200 kB."""
@@ -79,7 +81,7 @@ class Board:
                 shutil.rmtree(self._folder / RESULT, ignore_errors=True)
                 if stage == "search":
                     shutil.rmtree(self._folder / WINNER, ignore_errors=True)
-                    for path in self._folder.glob(f"trial-*/*.{SELECTION}"):
+                    for path in self._folder.glob(f"trial-*/*.{FRESH}"):
                         path.unlink()
             case events.TrialChanged(trial) if self._search:
                 self._trials[trial.index] = trial
@@ -140,7 +142,7 @@ def write_trial(folder: Path, search: SearchState, trial: TrialRecord) -> None:
         for name, value in (("loss", rung.loss), ("accuracy", rung.accuracy)):
             if value is not None:
                 found.append(event_files.scalar(f"validation/{name}", value, rung.step, moment))
-                found.append(event_files.scalar(f"rungs/{name} at step {rung.step}", value, rung.step, moment))
+                found.append(event_files.scalar(f"{RUNGS}/{name} at step {rung.step}", value, rung.step, moment))
     if trial.is_over:
         # For a column of 10 em. The path of its files, which TensorBoard shows otherwise, begins alike in all rows.
         called = f"{trial.index:04d} of {folder.parent.name}"
@@ -198,13 +200,13 @@ def write_curves(
 
 
 def _metrics(config: RunConfig) -> dict[str, str]:
-    """Tag -> column of the HParams table."""
+    """Tag -> column of the HParams table: first what trials are compared by, since a window shows a few."""
     scored = ("loss", "accuracy") if config.search.tasks else ("loss",)
-    rungs = {
-        f"rungs/{name} at step {step}": f"{name} at step {step}" for name in scored for step in config.search.rungs
-    }
-    metric = config.search.metric
-    return rungs | {f"{SELECTION}/{metric}": f"selection {metric}", f"{SELECTION}/{WINNER}": WINNER}
+    steps, metric = config.search.rungs, config.search.metric
+    rungs = {f"{RUNGS}/{name} at step {step}": f"{name} at step {step}" for name in scored for step in steps}
+    last = f"{RUNGS}/{metric} at step {steps[-1]}"
+    chosen = {f"{SELECTION}/{metric}": f"selection {metric}", f"{SELECTION}/{WINNER}": WINNER}
+    return {last: rungs[last]} | chosen | rungs
 
 
 def write_pictures(
@@ -302,7 +304,7 @@ def write_selection(folder: Path, search: SearchRecord, trials: Mapping[int, Tri
         if each.index == search.best_index:
             values[WINNER] = 1.0
         found = [event_files.scalar(f"{SELECTION}/{name}", value, step, moment) for name, value in values.items()]
-        event_files.write_events(folder / run_name(trial), found, SELECTION)
+        event_files.write_events(folder / run_name(trial), found, FRESH)
 
 
 def write_result(root: Path, results: Results) -> None:

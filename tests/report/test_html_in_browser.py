@@ -263,6 +263,19 @@ def test_the_sensitivities_stand_beside_the_map_where_there_is_room(opened: Any,
         assert (table["y"] > figure["y"] + figure["height"]) != is_beside
 
 
+def test_the_map_makes_room_for_every_methods_name(opened: Any, tmp_path: Path) -> None:
+    """The longest one moves the key to the right; it and its title are whole all the same."""
+    write_report(MadeRun(tmp_path / "run", num_trials=6, parts=("block",)).run)
+    page = opened(tmp_path / "run" / "report.html", viewport={"width": 1280, "height": 900})
+    choice = page.get_by_label("Sensitivity by")
+    for method in choice.locator("option").all_inner_texts():
+        choice.select_option(method)
+        drawing = page.locator('figure[data-plot="winner"] svg').bounding_box()
+        for text in page.locator('figure[data-plot="winner"] svg text').filter(has_text=re.compile("share|100%")).all():
+            box = text.bounding_box()
+            assert drawing["x"] <= box["x"] and box["x"] + box["width"] <= drawing["x"] + drawing["width"] + 1, method
+
+
 def test_print_shows_every_trial_in_light_colours(opened: Any, long_run: Path, tmp_path: Path) -> None:
     page = opened(long_run / "report.html", color_scheme="dark")
     page.get_by_label("Status").select_option("failed")
@@ -274,6 +287,11 @@ def test_print_shows_every_trial_in_light_colours(opened: Any, long_run: Path, t
     assert variable(page, "--page") == "#ffffff"
     assert page.locator("nav").is_hidden()
     assert page.locator("details:not([open])").count() == 0
+    assert page.locator(".on-screen").filter(visible=True).count() == 0, "nobody points at paper"
+    page.set_viewport_size({"width": 718, "height": 1000})  # A4 with margins
+    winner = page.locator('figure[data-plot="winner"] svg')
+    drawn = winner.evaluate("it => it.viewBox.baseVal.width")
+    assert winner.bounding_box()["width"] >= drawn - 1, "not pressed together"
     pdf = page.pdf(format="A4", path=tmp_path / "page.pdf")
     assert pdf.startswith(b"%PDF") and pdf.count(b"/Type /Page\n") > 5
     page.evaluate("dispatchEvent(new Event('afterprint'))")

@@ -71,7 +71,7 @@ def run(tmp_path: Path) -> Iterator[Path]:
 def test_status_shows_stages_trials_and_the_best_against_the_controls(run: Path) -> None:
     text = qpruner("status", run).stdout
     assert "running on" in text and "last sign of life" in text
-    assert "trials: 6 of 20: 3 finished, 1 stopped, 1 failed, 1 running on 2 slots; about 15 min 00 s left" in text
+    assert "trials: 6 of 20: 3 finished, 1 stopped, 1 failed, 1 running on 2 slots; about 14 min 45 s left" in text
     assert "best so far:   validation loss 2.9000, trial 2 (gp), 32.0 MB [848444]" in text
     assert "best control:  validation loss 3.0000, trial 1 (seed-kl)" in text
     stages = {each["stage"]: each["state"] for each in told("status", run)["stages"]}
@@ -152,7 +152,7 @@ def test_trials_of_a_command_that_has_ended_are_begun_and_wait_for_nothing(tmp_p
 
     def check() -> None:
         lines = qpruner("status", run).stdout.splitlines()
-        trials = "trials: 7 of 20: 3 finished, 1 stopped, 1 failed, 2 begun; about 15 min 00 s left once it goes on"
+        trials = "trials: 7 of 20: 3 finished, 1 stopped, 1 failed, 2 begun; about 14 min 45 s left once it goes on"
         assert trials in lines
         assert "begun:         trial 5 (gp), step 2/8" in lines
         assert not any("under way" in line or "waiting for" in line for line in lines)
@@ -315,8 +315,9 @@ def test_a_plan_is_printed_with_what_each_group_takes_and_what_the_budget_has_le
     )
     lines = qpruner("plan", run).stdout.splitlines()
     budget = told("plan", run)["budget_bytes"]
-    assert lines[1] == f"# {(budget - 32e6) / 1e6:.2f} MB left of the budget of {budget / 1e6:.2f} MB"
-    assert lines[2] == "layers.0: 8  # 1.00 MB at 4, 2.00 MB at 8"
+    assert lines[1] == "# 8.0 MB in these groups; 24.0 MB besides: embeddings, norms, head, adapter"
+    assert lines[2] == f"# {(budget - 32e6) / 1e6:.2f} MB left of the budget of {budget / 1e6:.2f} MB"
+    assert lines[3] == "layers.0: 8  # 1.00 MB at 4, 2.00 MB at 8"
     assert told("plan", run)["group_bytes"] == sizes
 
 

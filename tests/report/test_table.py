@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from scipy import stats
 
 from qpruner.records import (
     GIVEN,
+    BankRecord,
     CandidateRecord,
     Confirmation,
     EvalRecord,
@@ -385,6 +387,39 @@ def test_a_margin_is_told_with_the_error_of_its_rows_where_they_are_known() -> N
     assert search_text(made_search(PLAN, confirmations=unsure), ())[1].endswith("over 4 rows, so it may be chance).")
     older = (finalists[0], finalists[1].model_copy(update={"losses": ()}))
     assert "(standard errors 0.0625 and 0.0625, " in search_text(made_search(PLAN, confirmations=older), ())[1]
+
+
+def test_finalists_stand_beside_the_winner_row_by_row() -> None:
+    """Their own errors say that nothing differs; most of them is which rows there are."""
+    rows_of = {2: np.array([1.0, 3.0, 2.0, 6.0]), 3: np.array([1.1, 3.3, 2.1, 6.1]), 7: np.array([0.9, 2.7, 1.9, 5.5])}
+    finalists = tuple(
+        made_confirmation(index, origin, float(rows_of[index].mean()), losses=tuple(rows_of[index]))
+        for index, origin in ((2, "seed-kl"), (3, "gp"), (7, "gp"))
+    )
+    headings, body = sections.finalists(made_search(PLAN, confirmations=finalists))
+    apart = [row[headings.index("loss less the winner's, paired by row")] for row in body]
+    errors = [float((rows_of[index] - rows_of[7]).std(ddof=1) / 2) for index in (2, 3)]
+    assert apart == [f"+0.2500 (se {errors[0]:.4f})", f"+0.4000 (se {errors[1]:.4f})", "-"]
+    older = tuple(each.model_copy(update={"losses": ()}) for each in finalists)
+    assert sections.finalists(made_search(PLAN, confirmations=older))[0] == ("trial", "from", "selection loss")
+
+
+def test_the_size_tells_what_the_plan_decides_on_and_where_the_base_came_from() -> None:
+    results = results_of(searched_row([1.0]))
+    assert results.prepare and results.search
+    (size, *_) = tiles(snapshot(results))
+    assert not any("in the plan's groups" in line or "expanded" in line for line in size.lines), "older records"
+    group_bytes = {f"{bits}": dict.fromkeys(results.search.best_plan, bits * 1_000_000) for bits in (4, 8)}
+    told = {
+        "bank": BankRecord(**STAGE, files={}, bytes=1, residual_ratio={}, group_bytes=group_bytes),
+        "prepare": results.prepare.model_copy(update={"source_bytes": 98_400_000}),
+    }
+    run = snapshot(results.model_copy(update=told))
+    config = run.state.config | {"model": {"source": "package:some_weights/small.Q4_1.gguf"}}
+    (size, *_) = tiles(replace(run, state=run.state.model_copy(update={"config": config})))
+    others = "88.0 MB besides (embeddings, norms, head, adapter), whatever the plan"
+    assert f"12.0 MB in the plan's groups; {others}" in size.lines
+    assert "the base was expanded from a file of 98.4 MB, small.Q4_1.gguf" in size.lines
 
 
 def test_sensitivities_of_one_pass_are_told_to_share_its_seconds() -> None:

@@ -44,7 +44,7 @@ from qpruner.events import SearchPlanned, StageFinished, StageSkipped, StageStar
 from qpruner.records import RungResult, SearchRecord, TrialRecord
 from qpruner.report.search_pictures import _shades, draw_front, draw_plans, draw_sensitivity
 from qpruner.report.snapshot import read_snapshot
-from qpruner.report.tensorboard import BEST, Board, run_name, write_result, write_trial
+from qpruner.report.tensorboard import BEST, SELECTION, Board, run_name, write_result, write_trial
 from qpruner.rundir import RunDir
 
 OVER = StageFinished("search", 1.0, "")
@@ -117,15 +117,19 @@ def test_hparams_columns_are_metrics_at_each_rung_and_first_what_tells_trials_ap
     content = read(written, "search").SummaryMetadata(metadata.EXPERIMENT_TAG).plugin_data.content
     columns = metadata.parse_experiment_plugin_data(content)
     assert [metric.display_name for metric in columns.metric_infos] == [
-        *(f"loss at step {step}" for step in RUNGS),
+        f"loss at step {RUNGS[-1]}",
         "selection loss",
         "winner",
+        *(f"loss at step {step}" for step in RUNGS[:-1]),
     ]
     named = {info.name for info in columns.hparam_infos}
     assert named == set(row(written, run_name(trials()[0])))
     assert sorted(named)[:5] == ["#", "From", "MB", "Mean bits", "Status"]
     tags = read(written, run_name(trials()[2])).Tags()["scalars"]
-    assert {metric.name.tag for metric in columns.metric_infos} - set(tags) == {"selection/loss", "selection/winner"}
+    assert {metric.name.tag for metric in columns.metric_infos} - set(tags) == {
+        f"{SELECTION}/loss",
+        f"{SELECTION}/winner",
+    }
 
 
 def test_hparams_tells_what_finalists_scored_on_fresh_rows_and_which_won(tmp_path: Path) -> None:
@@ -142,11 +146,11 @@ def test_hparams_tells_what_finalists_scored_on_fresh_rows_and_which_won(tmp_pat
         board.listen(event)
     for each in record.confirmations:
         run = run_name(trials()[each.index])
-        assert points(root, run, "selection/loss") == [(8, pytest.approx(each.loss))]
-        assert ("selection/winner" in read(root, run).Tags()["scalars"]) == (each.index == record.best_index)
+        assert points(root, run, f"{SELECTION}/loss") == [(8, pytest.approx(each.loss))]
+        assert (f"{SELECTION}/winner" in read(root, run).Tags()["scalars"]) == (each.index == record.best_index)
         assert row(root, run)["Status"] == "finished", "the row is there beside it"
     board.listen(StageStarted("search", "another search"))
-    assert not list((root / "tensorboard").glob("trial-*/*.selection"))
+    assert not list((root / "tensorboard").glob("trial-*/*.fresh"))
 
 
 def test_curves_have_every_training_step_and_every_rung_at_its_time(written: Path) -> None:

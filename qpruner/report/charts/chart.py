@@ -56,10 +56,11 @@ class Chart:
     def complete(self) -> Spec:
         """The specification as Vega-Lite takes it; a single plot takes the width there is."""
         single = {"width": "container", "autosize": {"type": "fit-x", "contains": "padding"}}
+        several = {"autosize": {"type": "pad", "resize": True}}  # a choice may change how long a title is
         return {
             "description": f"{self.title}. {self.caption} {self.on_page}".rstrip(),
             "config": CONFIG,
-            **({} if "hconcat" in self.spec else single),
+            **(several if "hconcat" in self.spec else single),
             **self.spec,
         }
 

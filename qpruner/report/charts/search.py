@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Iterator, Sequence
 
 from qpruner.plan import PrecisionPlan
@@ -11,6 +10,7 @@ from qpruner.report.charts.chart import Chart, Spec, Values, aside, colored, qua
 from qpruner.report.far import ARROWS, Edge, edge_of, edge_of_rungs
 from qpruner.report.snapshot import Snapshot
 from qpruner.report.standing import score
+from qpruner.report.stretched import Stretched, stretched
 from qpruner.report.stretches import Stretch, end_to_end
 
 SECTION = "search"
@@ -25,8 +25,6 @@ COLORS = {
 }
 MANY_SECONDS = 240
 """Beyond them an axis of time counts minutes."""
-UNITS_OF_SIZE = 50
-"""The largest distance of a plan from the budget, in lengths that are nearly to scale beside it."""
 BUDGET_PADDING = 24
 """Pixels beside the budget's line, for its name."""
 ROOM_OF_A_SCORE, CHARACTERS_OF_A_SCORE = 0.2, 7
@@ -53,10 +51,10 @@ def pareto(run: Snapshot) -> Iterator[Chart]:
     assert run.state.search
     budget, edge = run.state.search.budget_bytes / 1e6, edge_of(scored, run.metric)
     points = [point | {"distance": point["megabytes"] - budget} for point in _points(run)]
-    unit = max(abs(point["distance"]) for point in points) / UNITS_OF_SIZE or 1.0
-    along = [math.copysign(math.log1p(abs(point["distance"]) / unit), point["distance"]) for point in points]
-    points = _placed(points, along, edge)
-    place = {"x": _from_budget(budget, unit), "y": quantity("shown", run.metric_title)}
+    sizes = [point["megabytes"] for point in points]
+    axis = stretched(sizes, budget)
+    points = _placed(points, list(map(axis.along, sizes)), edge)
+    place = {"x": _sizes(axis, sizes), "y": quantity("shown", run.metric_title)}
     kinds = _by_kind(points)
     details = tooltip(
         trial="trial",
@@ -108,19 +106,18 @@ def pareto(run: Snapshot) -> Iterator[Chart]:
     )
 
 
-def _from_budget(budget: float, unit: float) -> Spec:
-    """The axis of sizes, stretched near the budget: by logarithms of how far they are from it.
-
-    Args:
-        budget: In MB.
-        unit: How many MB at the budget are nearly to scale.
-    """
-    title = f"size: MB from the budget of {budget:,.1f} MB"
-    steps = (10.0**power * step for power in range(-4, 7) for step in (1, 2, 5))
-    ticks = [step for step in steps if unit / 2 < step <= UNITS_OF_SIZE * unit]
-    scale = {"type": "symlog", "constant": unit, "nice": False, "padding": BUDGET_PADDING}
-    axis = quantity("distance", title, values=[*(-step for step in ticks), 0, *ticks], format="~g", labelOverlap=True)
-    return axis | {"scale": scale}
+def _sizes(axis: Stretched, sizes: Sequence[float]) -> Spec:
+    """The axis of sizes; Vega has such a scale around zero, so points have their distance from the budget."""
+    ticks = [tick - axis.budget for tick in axis.ticks(sizes)]
+    scale = {"type": "symlog", "constant": axis.unit, "nice": False, "padding": BUDGET_PADDING}
+    told = quantity(
+        "distance",
+        f"size in MB, stretched near the budget of {axis.budget:,.1f} MB",
+        values=ticks,
+        labelExpr=f"format(datum.value + {axis.budget}, ',.1f')",
+        labelOverlap=True,
+    )
+    return told | {"scale": scale}
 
 
 def progress(run: Snapshot) -> Iterator[Chart]:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import statistics
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
+from qpruner.records import plan_group_bytes
 from qpruner.report import sections
 from qpruner.report.claim import beside_base, comparisons, tally
 from qpruner.report.paired import Z_95
@@ -41,6 +43,7 @@ def _whole(run: Snapshot) -> Iterator[Tile]:
             f"{_megabytes(run.results.prune.bytes_after)} after pruning",
             f"budget {_megabytes(run.results.search.budget_bytes)} ({_budget(run)}), adapter included",
             f"{winner.num_parameters / 1e6:.1f} M of {run.results.prune.parameters_before / 1e6:.1f} M parameters",
+            *_parts(run, winner),
         ),
     )
     yield Tile(
@@ -57,10 +60,28 @@ def _whole(run: Snapshot) -> Iterator[Tile]:
     yield Tile(
         "Plan",
         f"{winner.mean_bits:.2f} mean bits",
-        (f"{len(plan)} groups: {', '.join(counts)}", winner.origin if run.is_given else f"found by {winner.origin}"),
+        (
+            f"{len(plan)} groups: {', '.join(counts)}",
+            f"{8 * winner.measured_bytes / winner.num_parameters:.1f} bits a parameter with all that is in no group",
+            winner.origin if run.is_given else f"found by {winner.origin}",
+        ),
     )
     yield from _in_use(run, winner, table.get(BASE))
     yield _certainty(run)
+
+
+def _parts(run: Snapshot, winner: Row) -> Iterator[str]:
+    """What of the size the plan decides on, and where the base's weights came from, where records tell."""
+    results = run.results
+    if results.bank and results.search and results.bank.group_bytes:
+        grouped = plan_group_bytes(results.bank.group_bytes, results.search.best_plan)
+        yield (
+            f"{_megabytes(grouped)} in the plan's groups; {_megabytes(winner.measured_bytes - grouped)} besides "
+            "(embeddings, norms, head, adapter), whatever the plan"
+        )
+    if results.prepare and results.prepare.source_bytes:
+        source, size = run.state.config["model"]["source"], _megabytes(results.prepare.source_bytes)
+        yield f"the base was expanded from a file of {size}, {Path(source).name}"
 
 
 def _with_adapter(base: Row | None) -> str:

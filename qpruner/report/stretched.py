@@ -1,0 +1,44 @@
+"""An axis of sizes that is nearly to scale beside the budget, which most plans use up, and presses together what is far
+from it: by logarithms of how far that is."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+UNITS = 50
+"""The largest distance of a plan from the budget, in lengths that are nearly to scale beside it."""
+NUM_TICKS = 6
+
+
+@dataclass(frozen=True)
+class Stretched:
+    """The axis.
+
+    Attributes:
+        budget: In MB.
+        unit: How many MB at the budget are nearly to scale.
+    """
+
+    budget: float
+    unit: float
+
+    def along(self, size: float) -> float:
+        """Where a size stands."""
+        return math.copysign(math.log1p(abs(size - self.budget) / self.unit), size - self.budget)
+
+    def back(self, place: float) -> float:
+        """The size that stands there."""
+        return self.budget + math.copysign(self.unit * math.expm1(abs(place)), place)
+
+    def ticks(self, sizes: Sequence[float]) -> list[float]:
+        """Sizes at equal distances from the least to the most, the budget among what is between."""
+        low, high = self.along(min(*sizes, self.budget)), self.along(max(*sizes, self.budget))
+        return [self.back(low + (high - low) * number / (NUM_TICKS - 1)) for number in range(NUM_TICKS)]
+
+
+def stretched(sizes: Sequence[float], budget: float) -> Stretched:
+    """The axis of plans of these sizes."""
+    furthest = max(abs(size - budget) for size in sizes)
+    return Stretched(budget, furthest / UNITS or 1.0)
