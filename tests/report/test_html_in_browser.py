@@ -267,7 +267,7 @@ def test_the_map_makes_room_for_every_methods_name(opened: Any, tmp_path: Path) 
     """The longest one moves the key to the right; it and its title are whole all the same."""
     write_report(MadeRun(tmp_path / "run", num_trials=6, parts=("block",)).run)
     page = opened(tmp_path / "run" / "report.html", viewport={"width": 1280, "height": 900})
-    choice = page.get_by_label("Sensitivity by")
+    choice = page.locator("select[name=method]")
     for method in choice.locator("option").all_inner_texts():
         choice.select_option(method)
         drawing = page.locator('figure[data-plot="winner"] svg').bounding_box()
