@@ -1,10 +1,10 @@
-"""README's three pictures, from one finished run that a single command made from its beginning to its end.
+"""README's pictures, from one finished run that a single command made from its beginning to its end.
 
     python docs/pictures.py runs/demo
 
 `terminal.svg` is the run's search told again: the lines of its log, and its trials' records as they stood at one
-moment, go through the view that `qpruner run` has. For `tensorboard.png` and `report.png` Chromium opens the real
-TensorBoard on the run, and its report.
+moment, go through the view that `qpruner run` has. For `tensorboard.png` Chromium opens the real TensorBoard on the
+run, for `report.png`, `pareto.png` and `winner.png` its report.
 """
 
 from __future__ import annotations
@@ -13,10 +13,12 @@ import contextlib
 import io
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 from unittest.mock import patch
 
 from rich._export_format import CONSOLE_SVG_FORMAT
@@ -62,7 +64,8 @@ def terminal_picture(run: Snapshot, log: Path) -> str:
     with contextlib.redirect_stdout(Screen()), patch.object(terminal, "time", clock):
         view = terminal.Terminal(quiet=False)
         view._console.size, view._console.record = (COLUMNS, LINES), True
-        view._console.soft_wrap = False  # the terminal itself wraps long lines, a picture has to be told
+        # A terminal itself wraps long lines, a picture has to be told.
+        view._console.print = partial(unwrapped, view._console.print)  # type: ignore[method-assign]
         view._progress.get_time = clock.monotonic
         for clock.now, event in told:
             view.emit(event)
@@ -71,6 +74,11 @@ def terminal_picture(run: Snapshot, log: Path) -> str:
         program, *arguments = run.state.command.split()
         title = " ".join([Path(program).name, *arguments])
         return view._console.export_svg(title=title, code_format=FONT.sub("", CONSOLE_SVG_FORMAT))
+
+
+def unwrapped(print_: Callable[..., None], *what: Any, **options: Any) -> None:
+    """Print with lines as wide as the picture."""
+    print_(*what, **options | {"soft_wrap": False})
 
 
 def moment_of(trials: Sequence[TrialRecord]) -> float:
@@ -128,7 +136,7 @@ def as_of(trial: TrialRecord, moment: float) -> TrialRecord:
 
 
 def browser_pictures(run: Snapshot, root: Path) -> None:
-    """TensorBoard's table of the trials, and the first screen of the report."""
+    """TensorBoard's table of the trials, the first screen of the report, and two of its plots."""
     sys.path.append(str(ROOT / "tests"))
     from chromium import chromium
     from tensorboard_server import serving
@@ -141,15 +149,12 @@ def browser_pictures(run: Snapshot, root: Path) -> None:
         table = page.locator("tf-hparams-table-view")
         for trial in run.trials:
             table.get_by_text(re.compile(rf"\b{trial.index:04d}\b")).first.wait_for()
-        # As a person would drag them: TensorBoard has all columns 10 em wide.
-        page.locator("vaadin-grid-column").evaluate_all(
-            "(columns, widths) => columns.forEach((column, index) => { column.width = `${widths[index] ?? 9}em` })",
-            [9, 8, 4, 13, 6, 6, 7],
-        )
         page.screenshot(path=IMAGES / "tensorboard.png")
         page = browser.new_page(viewport={"width": 1200, "height": 790})
         page.goto((root / "report.html").resolve().as_uri())
         page.screenshot(path=IMAGES / "report.png")
+        for name in ("pareto", "winner"):
+            page.locator(f'figure[data-plot="{name}"]').screenshot(path=IMAGES / f"{name}.png")
 
 
 if __name__ == "__main__":
