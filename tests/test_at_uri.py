@@ -34,7 +34,7 @@ from qpruner.mirror import FILES, fetch, put_folder, put_folders
 from qpruner.pipeline import check, run
 from qpruner.pipeline.context import Context
 from qpruner.pipeline.finish import _is_there, _row_set_aside_if_damaged
-from qpruner.preflight import include_path
+from qpruner.preflight_rows import include_path
 from qpruner.quantization.bank import read_plan
 from qpruner.records import BankRecord, RungResult
 from qpruner.rundir import RunDir, children, files_in, write_text

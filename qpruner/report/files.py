@@ -34,6 +34,7 @@ def write_report(run_dir: RunDir) -> Path:
     for plot in plots:
         (scratch / f"{plot.name}.png").write_bytes(plot.png())
     has_map = _copy_importance_map(run, run_dir, scratch)
+    importance = (scratch / PICTURE).read_bytes() if has_map else None
     publish_folder(scratch, run_dir.root / PICTURES)
     config = yaml.safe_dump(run.state.config, sort_keys=False)
     write_text(run_dir.root / "results.json", summary_text(summary_of(run)))
@@ -41,7 +42,7 @@ def write_report(run_dir: RunDir) -> Path:
     if run.is_whole and run_dir.root / "final" in put_folders(run_dir.root):
         write_text(run_dir.root / CARD, model_card(run, base_card(run, run_dir)))
     target = run_dir.root / "report.html"
-    write_text(target, page.render(run, plots, config))
+    write_text(target, page.render(run, plots, config, importance))
     return target
 
 

@@ -43,7 +43,7 @@ def render(run: Snapshot, charts: Sequence[Chart], pictures: str, config: str, h
             prose(sections.prune_summary(run.results.prune)),
             "",
             *_shown(charts, "pruning", pictures),
-            *([f"![importance of every unit and what was kept]({pictures}/{PICTURE})", ""] if has_map else []),
+            *(_picture(*sections.IMPORTANCE, f"{pictures}/{PICTURE}") if has_map else ()),
             pipe_table(*sections.layers(run.results.prune)),
             "",
         ]
@@ -123,9 +123,12 @@ def _shown(charts: Sequence[Chart], section: str, pictures: str) -> list[str]:
     lines = []
     for chart in charts:
         if chart.section == section:
-            title = prose(chart.title)
-            lines += [f"![{title}]({pictures}/{chart.name}.png)", "", f"{title}. {prose(chart.caption)}", ""]
+            lines += _picture(chart.title, chart.caption, f"{pictures}/{chart.name}.png")
     return lines
+
+
+def _picture(title: str, caption: str, path: str) -> list[str]:
+    return [f"![{prose(title)}]({path})", "", f"{prose(title)}. {prose(caption)}", ""]
 
 
 def measured(results: Results) -> list[str]:

@@ -32,6 +32,12 @@ from qpruner.report.standing import FIGURES, score
 from qpruner.report.table import BASE, SEARCHED, Row, model_title, rows, under_first_seed
 from qpruner.wording import counted
 
+IMPORTANCE = (
+    "Importance of every unit",
+    "What pruning cuts by, block by block from the least to the most important unit; beside it the share of them that "
+    "was kept.",
+)
+"""Title and caption of the map that pruning draws."""
 LAYER_HEADINGS = ("block", "query heads", "key/value heads", "MLP channels", "kept parameters")
 TABLES = (
     (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import html
 import json
 import os
@@ -501,6 +502,8 @@ def test_the_report_for_github_can_be_taken_elsewhere_with_its_pictures(has_map:
     shown = re.findall(r"!\[[^]]*\]\(([^)]+)\)", (tmp_path / "run" / "report.md").read_text())
     assert len(shown) == 8 + has_map
     assert all((elsewhere / picture).is_file() for picture in shown)
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert (f"data:image/png;base64,{base64.b64encode(b'the map').decode()}" in page) == has_map, "the page has it, too"
     if has_map:
         assert (elsewhere / "pictures" / "importance.png").read_bytes() == b"the map"
 

@@ -6,6 +6,7 @@ through Jinja's escaping, and a content security policy keeps the page from load
 
 from __future__ import annotations
 
+import base64
 import json
 import re
 import time
@@ -51,13 +52,14 @@ PARTS = {
 }
 
 
-def render(run: Snapshot, charts: Sequence[Chart], config: str) -> str:
+def render(run: Snapshot, charts: Sequence[Chart], config: str, importance: bytes | None = None) -> str:
     """The page.
 
     Args:
         run: What the run's folder tells.
         charts: Its plots.
         config: The configuration as YAML.
+        importance: What pruning drew of every unit, as a PNG file.
     """
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True)
     environment.filters["code"] = _code
@@ -78,6 +80,7 @@ def render(run: Snapshot, charts: Sequence[Chart], config: str) -> str:
         tiles=tiles(run),
         charts=charts,
         config=config,
+        importance=importance and base64.b64encode(importance).decode(),
         written=time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
         tables=_tables(run),
         search_text=_search_text(run),
