@@ -1,4 +1,4 @@
-"""README's pictures, from one finished run that a single command made from its beginning to its end.
+"""The pictures of README and docs/report.md, from one run that a single command made from its beginning to its end.
 
     python docs/pictures.py runs/demo
 

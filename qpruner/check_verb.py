@@ -38,7 +38,7 @@ def check(
         show_config: Print every key in effect, too.
 
     Raises:
-        UserError: For the first thing that cannot work.
+        UserError: For what cannot work, as `preflight.inspect` tells it.
     """
     if measure and gpu:
         raise UserError("`--measure` times what is here, `--gpu` assumes what is not: leave one of them out")

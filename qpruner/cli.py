@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shlex
 import sys
 import traceback
@@ -19,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from qpruner.config import config_schema, load_config
-from qpruner.errors import CorruptFile, PlanRefused, QprunerError, UserError, note_defect
+from qpruner.errors import ConfigError, CorruptFile, PlanRefused, QprunerError, UserError, note_defect
 from qpruner.logs import logging_to, quiet_libraries
 from qpruner.version import describe
 from qpruner.wording import as_called, counted, without_nan
@@ -131,6 +132,11 @@ def _plan_named(plan_file: Path | None) -> Iterator[None]:
         yield
     except PlanRefused as error:
         raise error if plan_file is None else PlanRefused(error.problem, "--plan") from error
+    except ConfigError as error:
+        if plan_file is None:
+            raise
+        named = [re.sub(r"^`search\.plan`", "`--plan`", problem) for problem in error.problems]
+        raise ConfigError(named, error.source) from error
 
 
 def _add_verb(name: str, until: str, text: str) -> None:

@@ -36,10 +36,11 @@ class ConfigError(UserError):
 
     Attributes:
         problems: One complete sentence a problem.
+        source: The file that has them; None where they are not of a file alone.
     """
 
     def __init__(self, problems: Iterable[str], source: str | None = None) -> None:
-        self.problems = tuple(problems)
+        self.problems, self.source = tuple(problems), source
         heading = f"{source}: " if source else ""
         count = len(self.problems)
         lines = "\n".join(f"  - {problem}" for problem in self.problems)

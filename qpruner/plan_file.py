@@ -53,9 +53,10 @@ def check_affordable(path: Path, plan_bytes: int, budget_bytes: int) -> None:
     """
     if plan_bytes > budget_bytes:
         size, budget = plan_bytes / 1e6, budget_bytes / 1e6
-        over = math.ceil((plan_bytes - budget_bytes) / 10_000) / 100
+        decimals = 2 if plan_bytes - budget_bytes > 1e6 else 4
+        over = math.ceil((plan_bytes - budget_bytes) / 1e6 * 10**decimals) / 10**decimals
         raise PlanRefused(
-            f"the plan in {path} takes {size:.2f} MB, {over:.2f} MB more than the budget of {budget:.2f} MB: give "
+            f"the plan in {path} takes {size:.2f} MB, {over:.{decimals}f} MB more than the budget of {budget:.2f} MB: give "
             "groups fewer bits, or raise `quantize.budget`"
         )
 

@@ -59,7 +59,7 @@ class Inspection(Shapes):
 
     Attributes:
         examples: Rows by split.
-        questions: Words of the tasks' questions, by section (`search`, `evaluate`).
+        questions: Words of the tasks' questions, by use (`search`, `fresh`, `evaluate`).
         counts: How many samples and questions each step has.
         warnings: What will work, but perhaps not as hoped.
     """

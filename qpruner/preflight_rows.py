@@ -64,7 +64,8 @@ class Rows:
 
     Attributes:
         examples: Rows by split.
-        questions: Words of the tasks' questions, by section (`search`, `evaluate`).
+        questions: Words of the tasks' questions, by use: those that score the trials (`search`), further ones that
+            choose the winner (`fresh`), those of the final table (`evaluate`).
         asked: How many questions, as `RowCounts.questions`.
         warnings: What will work, but perhaps not as hoped.
     """
@@ -97,7 +98,7 @@ def check_rows(config: RunConfig) -> Rows:
         *_few_questions(words),
     )
     warnings = (*left_out, *_asked_again(words["search"], words["fresh"]), *told)
-    return Rows(examples, {section: words[section] for section in ("search", "evaluate")}, numbers, warnings)
+    return Rows(examples, words, numbers, warnings)
 
 
 def _load_splits(config: RunConfig) -> tuple[dict[str, list[Example]], list[str]]:

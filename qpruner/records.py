@@ -353,6 +353,8 @@ class KeptScore(FinalistScore):
 
     digest: str
     """Of the weights and of what they were scored by."""
+    gpu_seconds: float
+    """Seconds that the scoring held GPUs, times how many."""
 
 
 class Confirmation(FinalistScore):
@@ -400,7 +402,7 @@ class SearchRecord(Record):
     gpu_seconds: float
     """Seconds that trials held GPUs, times how many."""
     confirmation_gpu_seconds: float = 0.0
-    """The same of the finalists' scores on fresh rows."""
+    """The same of the finalists' scores on fresh rows, whichever command made them."""
     confirmations: tuple[Confirmation, ...]
     best_index: int
     best_origin: str
@@ -418,7 +420,7 @@ class SearchRecord(Record):
 
     @property
     def total_seconds(self) -> float:
-        """What the search took, all sessions together, with the finalists on fresh rows, which the last one scored."""
+        """What the search took, all sessions together, with the finalists that the last one scored on fresh rows."""
         return max(self.seconds, self.search_seconds)
 
     @property
@@ -548,6 +550,8 @@ class EvalRecord(Record):
     text: str | None = None
     """Which held-out text `RowScores.text_loss` is on."""
     inference: InferenceSetting | None = None
+    tested: str = ""
+    """Digest of the questions and of how they are asked; empty in records of older versions."""
 
     def table_rows(self) -> list[dict[str, Any]]:
         """A row a model and training seed that was scored."""

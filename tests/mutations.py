@@ -284,8 +284,8 @@ MUTATIONS = {
     ),
     "finalists are scored anew by every command": Mutation(
         "qpruner/pipeline/search.py",
-        "if each and each.digest == digest",
-        "if False",
+        "elif kept and kept.digest == digests[position]:",
+        "elif False:",
         f"{SEARCH}::test_what_finalists_scored_before_the_driver_was_killed_is_kept",
     ),
     "a finalist's damaged score ends the search": Mutation(

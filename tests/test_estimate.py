@@ -456,6 +456,10 @@ def test_a_plan_over_the_budget_is_refused_at_once_where_the_cut_is_known(raw: d
             told = re.search(r"takes [\d.]+ MB, ([\d.]+) MB more than the budget of", refused.output)
             over = inspection.pruned.plan_bytes(inspection.pruned.uniform(8)) - inspection.budget_bytes
             assert told and 0 <= float(told[1]) * 1e6 - over < 101, "never too little"
+            elsewhere = ("--set", "data.train.0.source=/no/rows.jsonl")
+            both = CliRunner().invoke(main, [verb, str(config), *map(str, options), *elsewhere])
+            assert both.exit_code == 2 and "2 problems" in both.output and "/no/rows.jsonl" in both.output
+            assert f"  - `{key}`: the plan in {plan} takes " in both.output
 
 
 # ---- against reality

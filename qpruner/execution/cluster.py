@@ -10,7 +10,7 @@ import tempfile
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
@@ -126,7 +126,7 @@ def _start(environment: dict[str, Any]) -> None:
     with _without(OF_A_CLUSTER), _on_loopback():
         _ensure_token()
         for attempt in range(1, MAX_STARTS + 1):
-            others = set(psutil.Process().children(recursive=True))
+            others = set(_ray_processes())
             try:
                 ray.init(
                     address="local",
@@ -139,7 +139,7 @@ def _start(environment: dict[str, Any]) -> None:
             except Exception as error:
                 if "timed out" not in str(error).lower():
                     raise
-                _end({*psutil.Process().children(recursive=True)} - others)
+                _end([process for process in _ray_processes() if process not in others])
                 if attempt == MAX_STARTS:
                     raise RayNotStarted(
                         f"Ray did not come up on this machine in time, {attempt} times ({first_line(error)}); it has "
@@ -152,12 +152,24 @@ def _start(environment: dict[str, Any]) -> None:
                 return
 
 
-def _end(processes: Collection[psutil.Process]) -> None:
+def _ray_processes() -> list[psutil.Process]:
+    """Those of Ray that this process has started, and what they have."""
+    import ray
+
+    package, found = os.path.dirname(ray.__file__), []
+    for child in psutil.Process().children():
+        with suppress(psutil.NoSuchProcess):
+            if package in " ".join(child.cmdline()):
+                found += [child, *child.children(recursive=True)]
+    return found
+
+
+def _end(processes: list[psutil.Process]) -> None:
     """End what a start of Ray left behind, which would live as long as this process."""
     for process in processes:
         with suppress(psutil.NoSuchProcess):
             process.kill()
-    psutil.wait_procs(list(processes), timeout=ANSWER_SECONDS)
+    psutil.wait_procs(processes, timeout=ANSWER_SECONDS)
 
 
 @contextmanager

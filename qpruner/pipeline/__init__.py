@@ -102,7 +102,7 @@ def check(config: RunConfig, emit: Emit, address: str | None = None, gpu_is_else
             be is not known.
 
     Raises:
-        UserError: For the first thing that cannot work.
+        UserError: For what cannot work, as `preflight.inspect` tells it.
     """
     inspection = preflight.inspect(config, works_here=not (address or gpu_is_elsewhere))
     preflight.check_quantizable(inspection.model_config)

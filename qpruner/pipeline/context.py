@@ -91,9 +91,21 @@ class Context:
     @cached_property
     def task_digest(self) -> str:
         """Digest of the tasks' questions and files: with others it is another measurement."""
+        questions = self.inspection.questions
+        return digest_of({name: questions[name] for name in ("search", "evaluate")}, *self._task_files)
+
+    @cached_property
+    def tested_digest(self) -> str:
+        """Digest of what the final models are asked, and how."""
+        asked, settings = self.inspection.questions["evaluate"], self.config.evaluate
+        return digest_of(asked, settings.tasks, settings.limit, settings.num_fewshot, *self._task_files)
+
+    @cached_property
+    def _task_files(self) -> list[str]:
+        """Digests of the files of further tasks."""
         folder = include_path(self.config)
         files = sorted(path for path in Path(folder).rglob("*") if path.is_file()) if folder else []
-        return digest_of(self.inspection.questions, *[file_digest(path) for path in files if path.suffix != ".pyc"])
+        return [file_digest(path) for path in files if path.suffix != ".pyc"]
 
     @cached_property
     def pruned_config(self) -> Any:

@@ -173,7 +173,13 @@ def evaluate(context: Context, tuned: FinetuneRecord) -> EvalRecord:
             for name, job in jobs
         ]
         held = sum(row.gpu_seconds for row in scored.values()) + context.gpu_time.seconds - before
-        return {"rows": rows, "text": about, "inference": setting, "gpu_seconds": held}
+        return {
+            "rows": rows,
+            "text": about,
+            "inference": setting,
+            "tested": context.tested_digest,
+            "gpu_seconds": held,
+        }
 
     def figures(record: EvalRecord) -> str:
         first = _first_seed(tuned.candidates)

@@ -121,8 +121,8 @@ def search(context: Context, banked: BankRecord, measured: SensitivityRecord) ->
             # What is fine to read may not be what was written.
             if not [trial for trial in finalists if begin_anew_if_damaged(job.trials, trial, tell)]:
                 break
-        held = context.gpu_time.seconds
-        confirmations = _confirm(context, finalists, known)
+        fresh = _fresh_scores(context, finalists, known)
+        confirmations = _confirm(context, finalists, fresh, known)
         by_index = {trial.index: trial for trial in finalists}
         eligible = [each for each in confirmations if given is None or _plan(by_index[each.index]) == given]
         best = _best(eligible, job)
@@ -144,7 +144,7 @@ def search(context: Context, banked: BankRecord, measured: SensitivityRecord) ->
             "ended": outcome.ended,
             "search_seconds": outcome.seconds,
             "gpu_seconds": outcome.gpu_seconds,
-            "confirmation_gpu_seconds": context.gpu_time.seconds - held,
+            "confirmation_gpu_seconds": sum(score.gpu_seconds for score in fresh),
             "confirmations": confirmations,
             "best_index": best.index,
             "best_origin": GIVEN if given else best.origin,
@@ -282,17 +282,19 @@ def non_dominated(points: Sequence[tuple[float, float]]) -> list[int]:
     return front
 
 
-def _confirm(context: Context, finalists: Sequence[TrialRecord], job: SearchJob) -> list[Confirmation]:
-    """Scores of each finalist on what no trial was scored on, in order of suggestion."""
+def _confirm(
+    context: Context, finalists: Sequence[TrialRecord], scores: Sequence[KeptScore], job: SearchJob
+) -> list[Confirmation]:
+    """The finalists with their scores on what no trial was scored on."""
     confirmations = []
-    for trial, score in zip(finalists, _fresh_scores(context, finalists, job), strict=True):
+    for trial, score in zip(finalists, scores, strict=True):
         control, taken_over = job.control_of(_plan(trial)), not job.owns(trial)
         each = Confirmation(
             index=trial.index,
             origin=control or (f"{trial.origin} of another search" if taken_over else trial.origin),
             control=control not in (None, GIVEN),
             taken_over=taken_over,
-            **score.model_dump(exclude={"digest"}),
+            **score.model_dump(exclude={"digest", "gpu_seconds"}),
         )
         text = f"finalist: trial {each.index} ({each.origin}), selection loss {each.loss:.4f} (se {each.stderr:.4f})"
         if each.accuracy is not None:
@@ -303,21 +305,25 @@ def _confirm(context: Context, finalists: Sequence[TrialRecord], job: SearchJob)
 
 
 def _fresh_scores(context: Context, finalists: Sequence[TrialRecord], job: SearchJob) -> list[KeptScore]:
-    """Of each finalist; what a command before scored is not scored again."""
+    """Scores of each finalist on what no trial was scored on; what a command before scored is not scored again."""
     from qpruner.execution.cluster import run_tasks
 
     paths = [fresh_path(job.trials, trial.index) for trial in finalists]
-    digests = [digest_of(trial.checkpoint, context.config.search.metric) for trial in finalists]
-    kept = for_each(lambda path: _kept_score(context, path), paths)
-    found = {
-        position: each
-        for position, (each, digest) in enumerate(zip(kept, digests, strict=True))
-        if each and each.digest == digest
-    }
+    # Which rows there are is told by the folder of trials, as all that they were trained on.
+    asked = (context.config.search.metric, context.inspection.questions["fresh"])
+    digests = [digest_of(trial.checkpoint, *asked) for trial in finalists]
+    found: dict[int, KeptScore] = {}
+    for position, kept in enumerate(for_each(_kept_or_error, paths)):
+        if isinstance(kept, CorruptFile):
+            where = set_aside(paths[position], job.trials)
+            context.emit(Message("search", f"warning: {kept}; set aside in {where}, that finalist is scored again"))
+        elif kept and kept.digest == digests[position]:
+            found[position] = kept
     context.emit(Progress("search", len(found), len(finalists), FINALISTS))
     left = [position for position in range(len(finalists)) if position not in found]
     if left:
         jobs, resources, concurrent = _confirmation_jobs(context, [finalists[position] for position in left], job)
+        held: list[float] = []
         for number, score in run_tasks(
             confirm_trial,
             jobs,
@@ -325,22 +331,21 @@ def _fresh_scores(context: Context, finalists: Sequence[TrialRecord], job: Searc
             concurrent,
             fresh=False,
             check_node=context.check_node,
-            on_held=context.gpu_time.add,
+            on_held=held.append,
         ):
             position = left[number]
-            found[position] = KeptScore(**score.model_dump(), digest=digests[position])
-            write_json(paths[position], found[position])
+            kept_score = KeptScore(**score.model_dump(), digest=digests[position], gpu_seconds=held[-1])
+            write_json(paths[position], kept_score)
+            found[position] = kept_score
             context.emit(Progress("search", len(found), len(finalists), FINALISTS))
     return [found[position] for position in range(len(finalists))]
 
 
-def _kept_score(context: Context, path: Path) -> KeptScore | None:
+def _kept_or_error(path: Path) -> KeptScore | CorruptFile | None:
     try:
         return read_json(path, KeptScore)
     except CorruptFile as error:
-        where = set_aside(path, path.parent.parent)
-        context.emit(Message("search", f"warning: {error}; set aside in {where}, that finalist is scored again"))
-        return None
+        return error
 
 
 def _confirmation_jobs(

@@ -129,11 +129,10 @@ def _stretch(axes: Any, sizes: Sequence[float], budget: float) -> None:
     axis = stretched(sizes, budget)
     axes.set_xscale("function", functions=(np.vectorize(axis.along), np.vectorize(axis.back)))
     low, high = (axis.along(end(*sizes, budget)) for end in (min, max))
-    if low == high:
-        return
-    axes.set_xlim(axis.back(low - 0.05 * (high - low)), axis.back(high + 0.05 * (high - low)))
-    ticks = axis.ticks(sizes)
-    axes.set_xticks(ticks, [f"{tick:.1f}" for tick in ticks])
+    beside = 0.05 * (high - low) or 1.0
+    axes.set_xlim(axis.back(low - beside), axis.back(high + beside))
+    ticks, decimals = axis.ticks(sizes)
+    axes.set_xticks(ticks, [f"{tick:.{decimals}f}" for tick in ticks])
     axes.minorticks_off()
 
 

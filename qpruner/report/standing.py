@@ -66,8 +66,8 @@ def standing(search: SearchState, records: Iterable[TrialRecord]) -> Standing:
     over = [trial.seconds for trial in trials if trial.is_over]
     left = None
     if over and search.slots and len(over) < len(trials):
-        under_way = sum(trial.rungs[-1].step / search.steps for trial in trials if trial.rungs and not trial.is_over)
-        left = max(0.0, search.max_trials - len(over) - under_way) * sum(over) / len(over) / search.slots
+        under_way = sum(trial.seconds for trial in trials if not trial.is_over)
+        left = max(0.0, (search.max_trials - len(over)) * sum(over) / len(over) - under_way) / search.slots
     return Standing(
         trials=trials,
         others=tuple(trial for trial in ordered if trial.search != search.search),

@@ -6,6 +6,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 UNITS = 50
 """The largest distance of a plan from the budget, in lengths that are nearly to scale beside it."""
@@ -32,10 +33,15 @@ class Stretched:
         """The size that stands there."""
         return self.budget + math.copysign(self.unit * math.expm1(abs(place)), place)
 
-    def ticks(self, sizes: Sequence[float]) -> list[float]:
-        """Sizes at equal distances from the least to the most, the budget among what is between."""
+    def ticks(self, sizes: Sequence[float]) -> tuple[list[float], int]:
+        """Sizes at equal distances from the least to the most, those of the budget included, and how many decimals tell
+        them apart."""
         low, high = self.along(min(*sizes, self.budget)), self.along(max(*sizes, self.budget))
-        return [self.back(low + (high - low) * number / (NUM_TICKS - 1)) for number in range(NUM_TICKS)]
+        if low == high:
+            return [self.budget], 1
+        ticks = [self.back(low + (high - low) * number / (NUM_TICKS - 1)) for number in range(NUM_TICKS)]
+        closest = min(after - before for before, after in pairwise(ticks))
+        return ticks, max(1, math.ceil(-math.log10(closest)))
 
 
 def stretched(sizes: Sequence[float], budget: float) -> Stretched:

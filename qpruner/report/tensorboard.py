@@ -144,6 +144,7 @@ def write_trial(folder: Path, search: SearchState, trial: TrialRecord) -> None:
                 found.append(event_files.scalar(f"validation/{name}", value, rung.step, moment))
                 found.append(event_files.scalar(f"{RUNGS}/{name} at step {rung.step}", value, rung.step, moment))
     if trial.is_over:
+        found.append(event_files.scalar(f"{SELECTION}/{WINNER}", 0.0, search.steps, moments[-1]))
         # For a column of 10 em. The path of its files, which TensorBoard shows otherwise, begins alike in all rows.
         called = f"{trial.index:04d} of {folder.parent.name}"
         times = (started, moments[-1])
@@ -200,13 +201,13 @@ def write_curves(
 
 
 def _metrics(config: RunConfig) -> dict[str, str]:
-    """Tag -> column of the HParams table: first what trials are compared by, since a window shows a few."""
+    """Tag -> column of the HParams table: first what trials are compared by, since a window shows a few. None that
+    trials lack which reached all rungs: the parallel coordinates leave out whoever lacks one."""
     scored = ("loss", "accuracy") if config.search.tasks else ("loss",)
     steps, metric = config.search.rungs, config.search.metric
     rungs = {f"{RUNGS}/{name} at step {step}": f"{name} at step {step}" for name in scored for step in steps}
     last = f"{RUNGS}/{metric} at step {steps[-1]}"
-    chosen = {f"{SELECTION}/{metric}": f"selection {metric}", f"{SELECTION}/{WINNER}": WINNER}
-    return {last: rungs[last]} | chosen | rungs
+    return {last: rungs[last], f"{SELECTION}/{WINNER}": WINNER} | rungs
 
 
 def write_pictures(
@@ -285,8 +286,8 @@ def write_winner(folder: Path, search: SearchRecord) -> None:
 
 
 def write_selection(folder: Path, search: SearchRecord, trials: Mapping[int, TrialRecord]) -> None:
-    """What each finalist scored on fresh rows, and which won, as metrics of its row of the HParams table. A file of its
-    own: what it says may change when the trial is long over.
+    """What each finalist scored on fresh rows, and which won, a step after the trial's last, so that it is what counts.
+    A file of its own: what it says may change when the trial is long over.
 
     Args:
         folder: Where the runs lie.
@@ -299,10 +300,11 @@ def write_selection(folder: Path, search: SearchRecord, trials: Mapping[int, Tri
         trial = trials.get(each.index)
         if trial is None or not trial.rungs:  # damaged since, and to be run again
             continue
-        step, moment = trial.rungs[-1].step, trial.times[-1] if trial.times else 0.0
-        values: dict[str, float] = {search.metric: score(each, search.metric)}
-        if each.index == search.best_index:
-            values[WINNER] = 1.0
+        values: dict[str, float] = {
+            search.metric: score(each, search.metric),
+            WINNER: float(each.index == search.best_index),
+        }
+        step, moment = trial.rungs[-1].step + 1, trial.times[-1] if trial.times else 0.0
         found = [event_files.scalar(f"{SELECTION}/{name}", value, step, moment) for name, value in values.items()]
         event_files.write_events(folder / run_name(trial), found, FRESH)
 

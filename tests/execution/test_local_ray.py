@@ -123,7 +123,11 @@ def started_with_raylets_suspended(said: Path, times: int) -> tuple[int, list[ps
         said.open("w") as heard,
         subprocess.Popen([sys.executable, "-c", start], stdout=heard, stderr=heard) as process,
     ):
+        deadline = time.monotonic() + 600
         while process.poll() is None:
+            if time.monotonic() > deadline:
+                process.kill()
+                pytest.fail(f"it neither came up nor gave up: {said.read_text()}")
             with suppress(psutil.NoSuchProcess):
                 for child in psutil.Process(process.pid).children(recursive=True):
                     if child.name() == "raylet" and child not in stopped and len(stopped) < times:

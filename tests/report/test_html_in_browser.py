@@ -270,8 +270,14 @@ def test_the_map_makes_room_for_every_methods_name(opened: Any, tmp_path: Path) 
     choice = page.locator("select[name=method]")
     for method in choice.locator("option").all_inner_texts():
         choice.select_option(method)
-        drawing = page.locator('figure[data-plot="winner"] svg').bounding_box()
-        for text in page.locator('figure[data-plot="winner"] svg text').filter(has_text=re.compile("share|100%")).all():
+        figure = page.locator('figure[data-plot="winner"] svg')
+        figure.locator("text").filter(
+            has_text=re.compile(f"^{re.escape(method)}$|by{re.escape(method)}$")
+        ).first.wait_for()
+        drawing = figure.bounding_box()
+        texts = figure.locator("text").filter(has_text=re.compile("share|100%")).all()
+        assert len(texts) >= 2
+        for text in texts:
             box = text.bounding_box()
             assert drawing["x"] <= box["x"] and box["x"] + box["width"] <= drawing["x"] + drawing["width"] + 1, method
 

@@ -71,7 +71,7 @@ def run(tmp_path: Path) -> Iterator[Path]:
 def test_status_shows_stages_trials_and_the_best_against_the_controls(run: Path) -> None:
     text = qpruner("status", run).stdout
     assert "running on" in text and "last sign of life" in text
-    assert "trials: 6 of 20: 3 finished, 1 stopped, 1 failed, 1 running on 2 slots; about 14 min 45 s left" in text
+    assert "trials: 6 of 20: 3 finished, 1 stopped, 1 failed, 1 running on 2 slots; about 14 min 30 s left" in text
     assert "best so far:   validation loss 2.9000, trial 2 (gp), 32.0 MB [848444]" in text
     assert "best control:  validation loss 3.0000, trial 1 (seed-kl)" in text
     stages = {each["stage"]: each["state"] for each in told("status", run)["stages"]}
@@ -152,7 +152,7 @@ def test_trials_of_a_command_that_has_ended_are_begun_and_wait_for_nothing(tmp_p
 
     def check() -> None:
         lines = qpruner("status", run).stdout.splitlines()
-        trials = "trials: 7 of 20: 3 finished, 1 stopped, 1 failed, 2 begun; about 14 min 45 s left once it goes on"
+        trials = "trials: 7 of 20: 3 finished, 1 stopped, 1 failed, 2 begun; about 14 min 30 s left once it goes on"
         assert trials in lines
         assert "begun:         trial 5 (gp), step 2/8" in lines
         assert not any("under way" in line or "waiting for" in line for line in lines)
@@ -464,10 +464,24 @@ def test_compare_pairs_only_what_was_measured_alike(tmp_path: Path) -> None:
         [],
         [],
     ]
+    assert [one["differ"] for one in found] == [["test questions"], ["confirmation rows"], [], []]
+    text = qpruner("compare", *runs[:2]).stdout
+    assert "; their test questions are others, so nothing is told of them." in text
     reasons = (None, None, "test questions and confirmation rows are others", "the final table of one of them is not")
     for one, reason in zip(found, reasons, strict=True):
         assert one["no_figures"] is reason is None or one["no_figures"].startswith(reason)
     assert "unfinished less first: nothing to pair, the final table of one" in qpruner("compare", *runs).stdout
+
+
+def test_compare_pairs_test_questions_whatever_trials_were_asked(tmp_path: Path) -> None:
+    """A search by loss and one by accuracy: what the final models were asked has a digest of its own."""
+    runs = [tmp_path / name for name in ("by-loss", "by-accuracy")]
+    for run, digest in zip(runs, "01", strict=True):
+        MadeRun(run, num_trials=12, num_blocks=2)
+        rows = tuple(row.model_copy(update={"digest": digest}) for row in _better_answers(run))
+        _changed(run, "evaluate", EvalRecord, rows=rows, tested="same")
+    [found] = told("compare", *runs)["differences"]
+    assert [each["measure"] for each in found["differences"]] == ["accuracy", "answer loss", "confirmation loss"]
 
 
 def test_compare_knows_one_model_in_two_folders(tmp_path: Path) -> None:

@@ -44,6 +44,7 @@ from qpruner.events import SearchPlanned, StageFinished, StageSkipped, StageStar
 from qpruner.records import RungResult, SearchRecord, TrialRecord
 from qpruner.report.search_pictures import _shades, draw_front, draw_plans, draw_sensitivity
 from qpruner.report.snapshot import read_snapshot
+from qpruner.report.stretched import stretched
 from qpruner.report.tensorboard import BEST, SELECTION, Board, run_name, write_result, write_trial
 from qpruner.rundir import RunDir
 
@@ -118,7 +119,6 @@ def test_hparams_columns_are_metrics_at_each_rung_and_first_what_tells_trials_ap
     columns = metadata.parse_experiment_plugin_data(content)
     assert [metric.display_name for metric in columns.metric_infos] == [
         f"loss at step {RUNGS[-1]}",
-        "selection loss",
         "winner",
         *(f"loss at step {step}" for step in RUNGS[:-1]),
     ]
@@ -126,10 +126,7 @@ def test_hparams_columns_are_metrics_at_each_rung_and_first_what_tells_trials_ap
     assert named == set(row(written, run_name(trials()[0])))
     assert sorted(named)[:5] == ["#", "From", "MB", "Mean bits", "Status"]
     tags = read(written, run_name(trials()[2])).Tags()["scalars"]
-    assert {metric.name.tag for metric in columns.metric_infos} - set(tags) == {
-        f"{SELECTION}/loss",
-        f"{SELECTION}/winner",
-    }
+    assert {metric.name.tag for metric in columns.metric_infos} <= set(tags), "else the parallel coordinates lack it"
 
 
 def test_hparams_tells_what_finalists_scored_on_fresh_rows_and_which_won(tmp_path: Path) -> None:
@@ -146,9 +143,10 @@ def test_hparams_tells_what_finalists_scored_on_fresh_rows_and_which_won(tmp_pat
         board.listen(event)
     for each in record.confirmations:
         run = run_name(trials()[each.index])
-        assert points(root, run, f"{SELECTION}/loss") == [(8, pytest.approx(each.loss))]
-        assert (f"{SELECTION}/winner" in read(root, run).Tags()["scalars"]) == (each.index == record.best_index)
+        assert points(root, run, f"{SELECTION}/loss") == [(9, pytest.approx(each.loss))]
+        assert points(root, run, f"{SELECTION}/winner") == [(8, 0), (9, each.index == record.best_index)]
         assert row(root, run)["Status"] == "finished", "the row is there beside it"
+    assert points(root, run_name(trials()[0]), f"{SELECTION}/winner") == [(8, 0)], "no finalist"
     board.listen(StageStarted("search", "another search"))
     assert not list((root / "tensorboard").glob("trial-*/*.fresh"))
 
@@ -232,6 +230,16 @@ def test_plans_near_the_budget_stand_apart_in_the_picture_too() -> None:
     along = axes.transData.transform([(record.plan_bytes / 1e6, 3.0) for record in near])[:, 0]
     width = along[0] - along[3]
     assert width > 0 and along[0] - along[1] > 0.02 * width and along[1] - along[2] > 0.04 * width
+
+
+@pytest.mark.parametrize(
+    ("sizes", "budget"), [([109.54, 126.9, 127.07], 127.11), ([126.9, 127.07], 127.08), ([0.1, 0.099], 0.1001)]
+)
+def test_sizes_on_the_axis_are_told_apart(sizes: list[float], budget: float) -> None:
+    ticks, decimals = stretched(sizes, budget).ticks(sizes)
+    assert len({f"{tick:.{decimals}f}" for tick in ticks}) == len(ticks) == 6
+    assert ticks[0] == pytest.approx(min(sizes)) and ticks[-1] == pytest.approx(budget)
+    assert stretched([budget], budget).ticks([budget]) == ([budget], 1)
 
 
 def test_the_map_of_plans_names_the_winner() -> None:

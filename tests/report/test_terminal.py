@@ -85,7 +85,7 @@ def on_a_terminal(*options: str, program: str = TELL, **environment: str) -> str
 def test_a_terminal_shows_the_search_live() -> None:
     seen = on_a_terminal()
     assert "prepare recorded | search running" in seen
-    assert "6 of 20 trials: 3 finished, 1 stopped, 1 failed; 1 of 2 slots busy; about 14 min 45 s left" in seen
+    assert "6 of 20 trials: 3 finished, 1 stopped, 1 failed; 1 of 2 slots busy; about 14 min 30 s left" in seen
     assert "best so far   validation loss 2.9000, trial 2 (gp), 32.0 MB" in seen
     assert "best control  validation loss 3.0000, trial 1 (seed-kl)" in seen
     assert "3/8" in seen and "3.1000 @2" in seen, "the loss of its rung"
@@ -96,7 +96,7 @@ def test_a_narrow_terminal_folds_what_it_shows_live() -> None:
     """What stands behind the edge is what is happening now."""
     seen = " ".join(re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", " ", on_a_terminal(COLUMNS="40")).split())
     assert re.search(r"search running, \d+ s", seen)
-    assert "1 of 2 slots busy; about 14 min 45 s left" in seen
+    assert "1 of 2 slots busy; about 14 min 30 s left" in seen
     assert "validation loss 2.9000, trial 2 (gp), 32.0 MB" in seen
 
 

@@ -108,13 +108,13 @@ def pareto(run: Snapshot) -> Iterator[Chart]:
 
 def _sizes(axis: Stretched, sizes: Sequence[float]) -> Spec:
     """The axis of sizes; Vega has such a scale around zero, so points have their distance from the budget."""
-    ticks = [tick - axis.budget for tick in axis.ticks(sizes)]
+    ticks, decimals = axis.ticks(sizes)
     scale = {"type": "symlog", "constant": axis.unit, "nice": False, "padding": BUDGET_PADDING}
     told = quantity(
         "distance",
         f"size in MB, stretched near the budget of {axis.budget:,.1f} MB",
-        values=ticks,
-        labelExpr=f"format(datum.value + {axis.budget}, ',.1f')",
+        values=[tick - axis.budget for tick in ticks],
+        labelExpr=f"format(datum.value + {axis.budget}, ',.{decimals}f')",
         labelOverlap=True,
     )
     return told | {"scale": scale}

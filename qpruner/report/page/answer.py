@@ -62,7 +62,7 @@ def _whole(run: Snapshot) -> Iterator[Tile]:
         f"{winner.mean_bits:.2f} mean bits",
         (
             f"{len(plan)} groups: {', '.join(counts)}",
-            f"{8 * winner.measured_bytes / winner.num_parameters:.1f} bits a parameter with all that is in no group",
+            f"{8 * winner.measured_bytes / winner.num_parameters:.1f} bits a parameter, adapter and all included",
             winner.origin if run.is_given else f"found by {winner.origin}",
         ),
     )
