@@ -56,8 +56,8 @@ def check_affordable(path: Path, plan_bytes: int, budget_bytes: int) -> None:
         decimals = 2 if plan_bytes - budget_bytes > 1e6 else 4
         over = math.ceil((plan_bytes - budget_bytes) / 1e6 * 10**decimals) / 10**decimals
         raise PlanRefused(
-            f"the plan in {path} takes {size:.2f} MB, {over:.{decimals}f} MB more than the budget of {budget:.2f} MB: give "
-            "groups fewer bits, or raise `quantize.budget`"
+            f"the plan in {path} takes {size:.2f} MB, {over:.{decimals}f} MB more than the budget of {budget:.2f} MB: "
+            "give groups fewer bits, or raise `quantize.budget`"
         )
 
 
