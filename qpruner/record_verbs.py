@@ -22,7 +22,7 @@ from qpruner.errors import UserError
 from qpruner.plan import told_of_budget
 from qpruner.records import plan_group_bytes
 from qpruner.report import life, run_views
-from qpruner.report.between_runs import told_against
+from qpruner.report.between_runs import against, shared_stages, told_against
 from qpruner.report.lines import duration
 from qpruner.report.standing import FIGURES, told_score
 from qpruner.search.trial_records import remedy_of
@@ -316,7 +316,8 @@ def compare(runs: Sequence[str | Path], as_json: bool) -> dict[str, Any]:
     """Runs side by side, by how much each is apart from the first, and the settings in which they differ."""
     views = [run_views.view(run) for run in runs]
     facts, settings = [run_views.summary(run) for run in views], run_views.differing_settings(views)
-    apart, shared = run_views.against_first(views), run_views.stages_told_twice(views)
+    results = [run.results for run in views]
+    apart, shared = [against(each, results[0]) for each in results[1:]], shared_stages(results)
     if not as_json:
         terminal = Terminal(quiet=False)
         keys = list(dict.fromkeys(key for each in facts for key in each if key != "run"))

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from qpruner.config import MEASUREMENT, RunConfig
+from qpruner.config import EXPANSION, INFORMATION, MEASUREMENT, RunConfig
 from qpruner.data import Example
 from qpruner.plan import FULL_BITS, Layout
 from qpruner.preflight import Inspection, in_effect
@@ -312,8 +312,8 @@ class _Count:
         rows = self._lengths["calibration"][: calibration.num_sensitivity_samples]
         tokens = sum(rows)
         methods = set(settings.methods)
-        operations = 2.0 * tokens if "mutual_information" in methods else 0.0
-        if {"first_order", "fisher", "second_order"} & methods:
+        operations = 2.0 * tokens if methods & set(INFORMATION) else 0.0
+        if methods & set(EXPANSION):
             operations += 6 * tokens
         if methods & set(MEASUREMENT):
             measured = tokens * min(1.0, settings.num_measured_samples / max(1, len(rows)))

@@ -26,7 +26,6 @@ from qpruner.records import (
     flat,
 )
 from qpruner.report import table
-from qpruner.report.between_runs import Against, against, shared_stages
 from qpruner.report.life import RUNNING, Life, read_life
 from qpruner.report.recorded import read_results
 from qpruner.report.standing import Standing, bar, best_of, best_so_far, control_name, in_order_of_end, score, standing
@@ -356,16 +355,6 @@ def _final(results: Results) -> dict[str, float | None]:
             turns = getattr(row, name)
             facts[name] = turns[0] if turns else None
     return facts
-
-
-def against_first(runs: Sequence[RunView]) -> list[Against]:
-    """The searched row of every run but the first less the first one's."""
-    return [against(run.results, runs[0].results) for run in runs[1:]]
-
-
-def stages_told_twice(runs: Sequence[RunView]) -> list[str]:
-    """Stages whose hours count in several of the runs, though they ran once."""
-    return shared_stages([run.results for run in runs])
 
 
 def differing_settings(runs: Sequence[RunView]) -> dict[str, list[Any]]:
