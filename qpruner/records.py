@@ -413,6 +413,9 @@ class SearchRecord(Record):
     """No searched plan beat the best control on fresh rows, so that control is returned."""
     front: tuple[FrontPoint, ...]
     """With `search.pareto`, by bytes: the plans that none of fewer or equal bytes beats on fresh rows; else empty."""
+    hypervolume: float | None = None
+    """With `search.pareto`: how much better than the smallest plan of the front its best inside a budget is on fresh
+    rows, in the unit of the metric, in the mean over all budgets from that plan's bytes to `budget_bytes`."""
     resumed: int
     """Trials that an earlier, interrupted run had already recorded."""
     sessions: int = 1
@@ -584,6 +587,8 @@ class SearchState(Recorded):
     """Where a plan was given: of the search that the configuration asks for without it, which that plan is shown
     beside."""
     metric: Literal["loss", "accuracy"]
+    pareto: bool = False
+    """Whether the front of metric against bytes is searched."""
     budget_bytes: int
     max_trials: int
     steps: int

@@ -18,6 +18,7 @@ from qpruner.candidates import Candidate, ConfirmationJob, confirm_trial
 from qpruner.errors import CorruptFile, StageError
 from qpruner.events import Message, Progress, SearchPlanned
 from qpruner.execution.room import Room
+from qpruner.front import hypervolume, non_dominated
 from qpruner.pipeline.context import Context
 from qpruner.pipeline.stage import Stage, matching, run_stage
 from qpruner.plan import PrecisionPlan
@@ -67,6 +68,7 @@ def search(context: Context, banked: BankRecord, measured: SensitivityRecord) ->
         search=search_digest,
         beside=_search_digest(context, measured, None) if given else None,
         metric=settings.metric,
+        pareto=settings.pareto,
         budget_bytes=space.budget_bytes,
         max_trials=settings.num_trials,
         steps=settings.steps,
@@ -129,6 +131,7 @@ def search(context: Context, banked: BankRecord, measured: SensitivityRecord) ->
         best_control = _best([each for each in confirmations if each.control], job)
         assert best is not None, "there are finalists"
         write_json(scratch / "best.json", by_index[best.index])
+        front = _front(confirmations, by_index, job) if settings.pareto else ()
         statuses = [trial.status for trial in outcome.trials]
         return {
             "trials_digest": trials_digest,
@@ -151,13 +154,14 @@ def search(context: Context, banked: BankRecord, measured: SensitivityRecord) ->
             "best_plan": by_index[best.index].plan,
             "best_control": best_control.index if best_control else None,
             "control_won": best.control and not given,
-            "front": _front(confirmations, by_index, job) if settings.pareto else (),
+            "front": front,
+            "hypervolume": _hypervolume(front, job) if front else None,
             "resumed": resumed,
             "sessions": outcome.sessions,
         }
 
     def figures(record: SearchRecord) -> str:
-        front = f"a front of {len(record.front)} plans, " if record.front else ""
+        front = f"a front of {counted(len(record.front), 'plan')}, " if record.front else ""
         return (
             f"{record.num_finished} finished, {record.num_stopped} stopped early, {record.num_failed} failed; {front}"
             f"winner: trial {record.best_index} [{PrecisionPlan.from_dict(record.best_plan)}] ({record.best_origin})"
@@ -271,17 +275,6 @@ def _beside_given(trials: Sequence[TrialRecord], given: PrecisionPlan, job: Sear
     return sorted({trial.index: trial for trial in (*tried, *controls)}.values(), key=lambda trial: trial.index)
 
 
-def non_dominated(points: Sequence[tuple[float, float]]) -> list[int]:
-    """Positions of the points that no other equals in one figure and beats in the other, or beats in both; both are
-    minimized, and of equal points the first counts."""
-    front, lowest = [], float("inf")
-    for position in sorted(range(len(points)), key=lambda position: points[position]):
-        if points[position][1] < lowest:
-            front.append(position)
-            lowest = points[position][1]
-    return front
-
-
 def _confirm(
     context: Context, finalists: Sequence[TrialRecord], scores: Sequence[KeptScore], job: SearchJob
 ) -> list[Confirmation]:
@@ -387,3 +380,8 @@ def _front(
         )
         for each in (confirmations[position] for position in non_dominated(weighed))
     )
+
+
+def _hypervolume(front: Sequence[FrontPoint], job: SearchJob) -> float:
+    points = [(float(point.plan_bytes), objective(point, job.config)) for point in front]
+    return hypervolume(points, points[0], job.space.budget_bytes)

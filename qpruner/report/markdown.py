@@ -97,7 +97,7 @@ def _search(run: Snapshot, charts: Sequence[Chart], pictures: str) -> list[str]:
     if search:
         lines += [f"{sections.FINALISTS_CAPTION}:", "", pipe_table(*sections.finalists(search)), ""]
         if search.front:
-            lines += [f"{sections.FRONT_CAPTION}:", "", pipe_table(*sections.front(search)), ""]
+            lines += [f"{sections.front_caption(search)}:", "", pipe_table(*sections.front(search)), ""]
     return [*lines, *_shown(charts, "search", pictures)]
 
 

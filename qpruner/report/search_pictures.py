@@ -9,9 +9,10 @@ from typing import Any
 
 import numpy as np
 
+from qpruner.front import non_dominated
 from qpruner.records import SearchState, SensitivityRecord, TrialRecord
 from qpruner.report.far import ARROWS, edge_of
-from qpruner.report.standing import FIGURES, best_of, cost, score
+from qpruner.report.standing import FIGURES, best_of, cost, score, weighed
 from qpruner.report.stretched import stretched
 
 DOTS_PER_INCH = 90
@@ -91,7 +92,7 @@ def draw_front(trials: Sequence[TrialRecord], search: SearchState, winner: int |
         points = [place(trial) for trial in shown if trial.rungs]
         if points:
             axes.scatter(*zip(*points, strict=True), marker=marker, color=color, label=label, zorder=3)
-    front = front_of(finished, metric)
+    front = [finished[position] for position in non_dominated([weighed(trial, metric) for trial in finished])]
     if winner is None:
         name, best = "best so far", best_of(kinds["searched"][0], metric)
     else:
@@ -134,15 +135,6 @@ def _stretch(axes: Any, sizes: Sequence[float], budget: float) -> None:
     ticks, decimals = axis.ticks(sizes)
     axes.set_xticks(ticks, [f"{tick:.{decimals}f}" for tick in ticks])
     axes.minorticks_off()
-
-
-def front_of(finished: Sequence[TrialRecord], metric: str) -> list[TrialRecord]:
-    """The finished trials that none of fewer or equal bytes beats, by bytes."""
-    front: list[TrialRecord] = []
-    for trial in sorted(finished, key=lambda trial: (trial.plan_bytes, cost(trial.rungs[-1], metric), trial.index)):
-        if not front or cost(trial.rungs[-1], metric) < cost(front[-1].rungs[-1], metric):
-            front.append(trial)
-    return front
 
 
 def draw_sensitivity(record: SensitivityRecord) -> Any:

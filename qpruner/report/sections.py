@@ -265,6 +265,19 @@ def _less(each: Confirmation, best: Confirmation) -> str:
     return "-" if apart is None else f"{apart[0]:+.4f} (se {apart[1]:.4f})"
 
 
+def front_caption(search: SearchRecord) -> str:
+    """What the table of the front shows, and what the front is worth."""
+    if search.hypervolume is None:  # a record of an older version
+        return FRONT_CAPTION
+    smallest = search.front[0]
+    unit = "nats" if search.metric == "loss" else "of accuracy"
+    return (
+        f"{FRONT_CAPTION}; hypervolume {search.hypervolume:.4f} {unit}: so much better than trial {smallest.index}, "
+        f"the smallest, the best plan inside a budget is there, in the mean over all budgets from its "
+        f"{smallest.plan_bytes / 1e6:.1f} to {search.budget_bytes / 1e6:.1f} MB"
+    )
+
+
 def front(search: SearchRecord) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
     """Plans that none of fewer or equal bytes beats on fresh rows: headings and cells."""
     body = [

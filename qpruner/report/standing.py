@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from qpruner.front import Point, hypervolumes
 from qpruner.plan import PrecisionPlan
 from qpruner.records import FreshScore, RungResult, SearchState, TrialRecord
 
@@ -98,6 +99,11 @@ def cost(rung: RungResult | FreshScore, metric: str) -> float:
     return -score(rung, metric) if metric == "accuracy" else score(rung, metric)
 
 
+def weighed(trial: TrialRecord, metric: str) -> Point:
+    """A scored trial as a point of a front: its bytes, and what is minimized."""
+    return trial.plan_bytes, cost(trial.rungs[-1], metric)
+
+
 def score(rung: RungResult | FreshScore, metric: str) -> float:
     """The score as people read it."""
     if metric == "loss":
@@ -125,6 +131,13 @@ def best_so_far(over: Sequence[TrialRecord], metric: str) -> list[float | None]:
             best = best_of([trial] if best is None else [best, trial], metric)
         curve.append(score(best.rungs[-1], metric) if best else None)
     return curve
+
+
+def hypervolume_so_far(over: Sequence[TrialRecord], metric: str, budget_bytes: int) -> list[float]:
+    """The hypervolume of those that finished among the first 1, 2, ... of the trials given; nothing where none did."""
+    points = [weighed(trial, metric) if trial.status == "finished" else None for trial in over]
+    smallest = min(filter(None, points), default=None)
+    return list(hypervolumes(points, smallest, budget_bytes)) if smallest else []
 
 
 def in_order_of_end(trials: Iterable[TrialRecord]) -> list[TrialRecord]:

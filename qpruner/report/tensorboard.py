@@ -20,7 +20,7 @@ import yaml
 from qpruner import events
 from qpruner.config import RunConfig
 from qpruner.records import Results, SearchRecord, SearchState, SensitivityRecord, TrialRecord, digest_of
-from qpruner.report.standing import bar, best_so_far, in_order_of_end, score, shown_together
+from qpruner.report.standing import bar, best_so_far, hypervolume_so_far, in_order_of_end, score, shown_together
 from qpruner.rundir import RunDir
 
 if TYPE_CHECKING:
@@ -34,15 +34,12 @@ FRESH = "fresh"
 RESULT, WINNER = "result", "winner"
 RUNGS, SELECTION = "validation by rung", "winner by fresh rows"
 """Groups of tags that are columns of the HParams table, named so that Scalars begins with the curves."""
-BEST = "search/best so far"
+BEST, HYPERVOLUME = "search/best so far", "search/hypervolume so far"
 MOST_POINTS = 1000
 """Steps of a trial's training loss that are kept: a trial's file stays below 200 kB."""
 MOST_PICTURES = 10
 """Of each kind; TensorBoard shows no more."""
-LAYOUT = {
-    "the search": {"best so far, and the controls": [BEST]},
-    "its trials": {"validation loss": ["validation/loss"], "training loss": ["train/loss"]},
-}
+TRIALS_CHARTS = {"validation loss": ["validation/loss"], "training loss": ["train/loss"]}
 
 
 class Board:
@@ -173,8 +170,8 @@ def write_curves(
     listed: Sequence[TrialRecord],
     config: RunConfig,
 ) -> None:
-    """The best so far of the searched plans against trials, each control as a run and line of its own, the columns of
-    the HParams table and the configuration.
+    """The best so far of the searched plans against trials, each control as a run and line of its own, the hypervolume
+    of a search for a front, the columns of the HParams table and the configuration.
 
     Args:
         folder: Where the runs lie.
@@ -186,12 +183,22 @@ def write_curves(
     from qpruner.report import event_files
 
     text = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
-    begun = [event_files.charts(LAYOUT), event_files.text("config", f"```yaml\n{text}```")]
+    charts = {"best so far, and the controls": [BEST]} | (
+        {"hypervolume so far": [HYPERVOLUME]} if search.pareto else {}
+    )
+    layout = {"the search": charts, "its trials": TRIALS_CHARTS}
+    begun = [event_files.charts(layout), event_files.text("config", f"```yaml\n{text}```")]
     begun += [event_files.experiment(_columns(search, trial), _metrics(config)) for trial in listed]
     times = [trial.times[-1] if trial.times else 0.0 for trial in over]
     best = best_so_far(over, search.metric)
     points = [(count, value) for count, value in enumerate(best, 1) if value is not None]
     curve = [event_files.scalar(BEST, value, count, times[count - 1]) for count, value in points]
+    if search.pareto:
+        volumes = hypervolume_so_far(over, search.metric, search.budget_bytes)
+        every = zip(volumes, times, strict=False)
+        curve += [
+            event_files.scalar(HYPERVOLUME, value, count, moment) for count, (value, moment) in enumerate(every, 1)
+        ]
     event_files.write_events(folder / "search", [*begun, *curve])
     for control in (trial for trial in over if trial.is_control and trial.status == "finished"):
         value, moment = score(control.rungs[-1], search.metric), control.times[-1] if control.times else 0.0

@@ -36,7 +36,15 @@ from qpruner.config import SensitivityMethod, validate_config
 from qpruner.errors import UserError
 from qpruner.pipeline import run
 from qpruner.plan import PrecisionPlan
-from qpruner.records import PrepareRecord, PruneRecord, RungResult, SearchRecord, SensitivityRecord, StageState
+from qpruner.records import (
+    FrontPoint,
+    PrepareRecord,
+    PruneRecord,
+    RungResult,
+    SearchRecord,
+    SensitivityRecord,
+    StageState,
+)
 from qpruner.report import by_task, sections
 from qpruner.report.charts import charts
 from qpruner.report.far import edge_of, edge_of_rungs
@@ -454,6 +462,38 @@ def test_of_a_search_by_accuracy_what_is_far_lies_below() -> None:
         assert (edge.place(0.5), edge.place(0.71)) == (edge.score, 0.71)
         assert edge.told(trials).endswith(": trial 0 (gp) 0.5000.")
     assert edge_of(trials[1:], "accuracy").score is None and edge_of(trials[1:], "accuracy").told(trials) == ""
+
+
+def test_a_front_is_told_with_its_hypervolume(tmp_path: Path) -> None:
+    made = MadeRun(tmp_path / "run", num_trials=20)
+    assert made.state.search
+    assert "hypervolume" not in {chart.name for chart in charts(read_snapshot(made.run))}
+    made.run.write_state(
+        made.state.model_copy(update={"search": made.state.search.model_copy(update={"pareto": True})})
+    )
+    searched = made.run.read_record("search", SearchRecord)
+    assert searched
+    fresh = [(trial.index, trial.plan_bytes, trial.rungs[-1].loss) for trial in made.trials if trial.index in (0, 1)]
+    front = tuple(
+        FrontPoint(index=index, origin="gp", plan=searched.best_plan, plan_bytes=size, loss=loss, stderr=0.1)
+        for index, size, loss in fresh
+    )
+    for volume, told in ((0.1234, "hypervolume 0.1234 nats: so much better than trial 0"), (None, "on fresh rows:\n")):
+        record = searched.model_copy(update={"front": front, "hypervolume": volume})
+        made.run.write_record("search", record)
+        write_report(made.run)
+        assert told in (made.run.root / "report.md").read_text()
+        assert told.rstrip(":\n") in words(page_of(made.run.root))
+    values = chart_of(made, "hypervolume").spec["data"]["values"]
+    finished = [trial for trial in made.trials if trial.status == "finished"]
+    smallest, edge = min((trial.plan_bytes, trial.rungs[-1].loss) for trial in finished), BUDGET
+    for name in ("all trials", "control"):
+        told = [each["hypervolume"] for each in values if each["of"] == name]
+        assert told == sorted(told)
+    sizes = np.linspace(smallest[0], edge, 2001)[:-1]
+    best = [min(trial.rungs[-1].loss for trial in finished if trial.plan_bytes <= size) for size in sizes]
+    every = [each["hypervolume"] for each in values if each["of"] == "all trials"]
+    assert len(every) == 20 and every[-1] == pytest.approx(smallest[1] - statistics.mean(best), abs=1e-3)
 
 
 def test_a_given_plan_is_shown_beside_the_trials_of_the_search(tmp_path: Path) -> None:

@@ -45,7 +45,7 @@ from qpruner.records import RungResult, SearchRecord, TrialRecord
 from qpruner.report.search_pictures import _shades, draw_front, draw_plans, draw_sensitivity
 from qpruner.report.snapshot import read_snapshot
 from qpruner.report.stretched import stretched
-from qpruner.report.tensorboard import BEST, SELECTION, Board, run_name, write_result, write_trial
+from qpruner.report.tensorboard import BEST, HYPERVOLUME, SELECTION, Board, run_name, write_result, write_trial
 from qpruner.rundir import RunDir
 
 OVER = StageFinished("search", 1.0, "")
@@ -198,6 +198,18 @@ def test_every_chart_of_the_custom_scalars_finds_the_curves_that_it_is_to_show(w
         "validation loss": {(run, "validation/loss") for run in scored},
         "training loss": {(run, "train/loss") for run in scored},
     }
+
+
+def test_a_search_for_a_front_tells_what_the_front_is_worth_after_each_trial(tmp_path: Path) -> None:
+    root = tmp_path / "run"
+    board = board_of(root)
+    state = search_state(pareto=True, budget_bytes=40 * MEGABYTE)
+    board.listen(SearchPlanned(state, tuple(trials()), sensitivity()))
+    board.listen(OVER)
+    assert [record.plan_bytes // MEGABYTE for record in trials()[:3]] == [24, 32, 32]
+    of_two, of_three = ((3.2 - best) * (40 - 32) / (40 - 24) for best in (3.0, 2.9))
+    found = [value for _, value in points(root, "search", HYPERVOLUME)]
+    assert found == pytest.approx([0.0, of_two, of_two, of_two, of_three]), "the last to end is the best"
 
 
 def test_pictures_and_texts_are_there(written: Path) -> None:

@@ -16,7 +16,6 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import pytest
 from conftest import DEMO_DATA, away, disk_of, flipped, raw_config, with_key
 from object_store import object_store, talk_to
@@ -26,7 +25,7 @@ from qpruner.errors import StageError
 from qpruner.events import Event, Message, Progress, StepsSeen, TrialWithdrawn
 from qpruner.objects import CACHE
 from qpruner.pipeline import run
-from qpruner.pipeline.search import FINALISTS, _best, _finalists, _front, non_dominated
+from qpruner.pipeline.search import FINALISTS, _best, _finalists, _front, _hypervolume
 from qpruner.plan import Group, Layout, LinearShape, PlanSpace, PrecisionPlan
 from qpruner.records import Confirmation, RungResult, SearchRecord, TrialPulse, TrialRecord
 from qpruner.rundir import RunDir, folder_digests
@@ -889,18 +888,6 @@ def test_where_accuracy_is_searched_accuracy_chooses(tmp_path: Path) -> None:
         assert best is not None and best.index == winner
 
 
-@pytest.mark.parametrize("seed", range(5))
-def test_a_front_holds_what_none_of_fewer_or_equal_bytes_beats(seed: int) -> None:
-    points = [(float(size), float(score)) for size, score in np.random.default_rng(seed).integers(0, 6, (20, 2))]
-
-    def beats(one: tuple[float, float], other: tuple[float, float]) -> bool:
-        return one != other and one[0] <= other[0] and one[1] <= other[1]
-
-    expected = {point for point in points if not any(beats(other, point) for other in points)}
-    found = [points[position] for position in non_dominated(points)]
-    assert found == sorted(expected)
-
-
 def test_the_front_is_that_of_the_fresh_scores(tmp_path: Path) -> None:
     """By the trials' own scores the middle plan is on the front; on fresh rows the small one beats it."""
     trials = {
@@ -909,11 +896,17 @@ def test_the_front_is_that_of_the_fresh_scores(tmp_path: Path) -> None:
         2: trial(2, "444444", [3, 3, 3.4]),
     }
     fresh = [confirmation(0, 3.1), confirmation(1, 3.5, control=True), confirmation(2, 3.3)]
-    front = _front(fresh, trials, job_of(tmp_path, pareto=True))
+    job = job_of(tmp_path, pareto=True)
+    front = _front(fresh, trials, job)
     assert [(point.index, point.loss, point.plan_bytes) for point in front] == [
         (2, 3.3, LAYOUT.plan_bytes(plan_of("444444"))),
         (0, 3.1, LAYOUT.plan_bytes(plan_of("888444"))),
     ]
+    smallest, larger = (point.plan_bytes for point in front)
+    worth = (3.3 - 3.1) * (job.space.budget_bytes - larger) / (job.space.budget_bytes - smallest)
+    assert 0 < worth < 0.2
+    assert _hypervolume(front, job) == pytest.approx(worth)
+    assert _hypervolume(front[:1], job) == 0.0
 
 
 # ---- the whole stage
@@ -969,3 +962,5 @@ def test_a_front_by_accuracy_holds_more_bytes_only_where_they_bring_something(ti
     assert list(accuracies) == sorted(set(accuracies))
     assert found.best_plan == found.front[-1].plan, "the best is the front's best inside the budget"
     assert all(each.accuracy is not None for each in found.confirmations)
+    assert found.hypervolume is not None and found.hypervolume >= 0
+    assert (found.hypervolume > 0) == (len(found.front) > 1)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from qpruner.report.charts.chart import Chart
 from qpruner.report.charts.model import kept, tasks, winner
-from qpruner.report.charts.search import pareto, progress, rungs, timeline
+from qpruner.report.charts.search import hypervolume, pareto, progress, rungs, timeline
 from qpruner.report.snapshot import Snapshot
 
 
 def charts(run: Snapshot) -> list[Chart]:
     """Every plot that the run has something to show in, in the report's order."""
-    return [chart for make in (tasks, winner, pareto, progress, rungs, timeline, kept) for chart in make(run)]
+    return [
+        chart for make in (tasks, winner, pareto, progress, hypervolume, rungs, timeline, kept) for chart in make(run)
+    ]

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 
+from qpruner.front import non_dominated
 from qpruner.plan import PrecisionPlan
 from qpruner.records import TrialRecord
 from qpruner.report.charts.chart import Chart, Spec, Values, aside, colored, quantity, shaped, tooltip
 from qpruner.report.far import ARROWS, Edge, edge_of, edge_of_rungs
 from qpruner.report.snapshot import Snapshot
-from qpruner.report.standing import score
+from qpruner.report.standing import hypervolume_so_far, score
 from qpruner.report.stretched import Stretched, stretched
 from qpruner.report.stretches import Stretch, end_to_end
 
@@ -162,6 +163,43 @@ def progress(run: Snapshot) -> Iterator[Chart]:
                 *_ring(run, points, place),
                 *_arrows(points, place, edge),
             ],
+        },
+    )
+
+
+def hypervolume(run: Snapshot) -> Iterator[Chart]:
+    """What the front is worth, trial by trial, of a search for one."""
+    search = run.state.search
+    if search is None or not search.pareto:
+        return
+    trials = [trial for trial in run.shown_together if trial.is_over]
+    lines = {"all trials": trials, CONTROL: [trial for trial in trials if trial.is_control]}
+    values: Values = [
+        {"trial": trial.index, "of": name, "hypervolume": volume}
+        for name, shown in lines.items()
+        for trial, volume in zip(shown, hypervolume_so_far(shown, run.metric, search.budget_bytes), strict=False)
+    ]
+    if not values:
+        return
+    colors = {"all trials": COLORS[SEARCHED], CONTROL: COLORS[CONTROL]}
+    there = {value["of"] for value in values}
+    yield Chart(
+        "hypervolume",
+        SECTION,
+        "Hypervolume so far",
+        "What the front is worth after each trial: how much better than the smallest plan the best one inside a budget "
+        f"is in {run.metric_title}, in the mean over all budgets up to this search's. Finished trials count, at their "
+        "last rung.",
+        {
+            "height": 200,
+            "data": {"values": values},
+            "mark": {"type": "line", "interpolate": "step-after", "strokeWidth": 2.5, "point": True},
+            "encoding": {
+                "x": quantity("trial", "trial, in order of suggestion", format="d", tickMinStep=1),
+                "y": quantity("hypervolume", "hypervolume", zero=True),
+                "color": colored("of", {name: color for name, color in colors.items() if name in there}),
+                "tooltip": tooltip(trial="trial", of="of", hypervolume="hypervolume|.4f"),
+            },
         },
     )
 
@@ -353,12 +391,10 @@ def _arrows(points: Values, place: Spec, edge: Edge) -> list[Spec]:
 
 def _front(points: Values, by_accuracy: bool) -> Iterator[Spec]:
     """The finished trials that none of fewer or equal bytes beats, by bytes."""
-    sign, lowest = (-1 if by_accuracy else 1), float("inf")
+    sign = -1 if by_accuracy else 1
     finished = [point for point in points if point["kind"] in FINISHED]
-    for point in sorted(finished, key=lambda point: (point["megabytes"], sign * point["score"])):
-        if sign * point["score"] < lowest:
-            lowest = sign * point["score"]
-            yield {"distance": point["distance"], "shown": point["shown"]}
+    for position in non_dominated([(point["megabytes"], sign * point["score"]) for point in finished]):
+        yield {"distance": finished[position]["distance"], "shown": finished[position]["shown"]}
 
 
 def _by_kind(values: Iterable[Spec]) -> Spec:

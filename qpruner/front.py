@@ -1,0 +1,50 @@
+"""The front of two figures that are both to be small, as a plan's bytes and its loss, and what a front is worth."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+
+Point = tuple[float, float]
+"""Bytes, and what is minimized beside them."""
+
+
+def non_dominated(points: Sequence[Point]) -> list[int]:
+    """Positions of the points that no other equals in one figure and beats in the other, or beats in both; both are
+    minimized, and of equal points the first counts."""
+    front, lowest = [], float("inf")
+    for position in sorted(range(len(points)), key=lambda position: points[position]):
+        if points[position][1] < lowest:
+            front.append(position)
+            lowest = points[position][1]
+    return front
+
+
+def hypervolume(points: Sequence[Point], smallest: Point, budget_bytes: float) -> float:
+    """The hypervolume of a front by bytes and score (Zitzler and Thiele, 1998), in the unit of the score.
+
+    That is the area of what the points dominate, up to the budget and to the score of the smallest plan, divided by the
+    bytes from that plan to the budget: how much better than it the best plan inside a budget is, in the mean over all
+    budgets between them.
+
+    Args:
+        points: Of plans, dominated ones too.
+        smallest: The plan that all others are measured by.
+        budget_bytes: The largest budget.
+    """
+    area, lowest = 0.0, smallest[1]
+    for position in non_dominated(points):
+        size, score = points[position]
+        if size < budget_bytes and score < lowest:
+            area += (budget_bytes - size) * (lowest - score)
+            lowest = score
+    return area / (budget_bytes - smallest[0]) if area else 0.0
+
+
+def hypervolumes(points: Iterable[Point | None], smallest: Point, budget_bytes: float) -> Iterator[float]:
+    """The hypervolume of the first 1, 2, ... points, where a None adds nothing."""
+    front: list[Point] = []
+    for point in points:
+        if point is not None:
+            front.append(point)
+            front = [front[position] for position in non_dominated(front)]
+        yield hypervolume(front, smallest, budget_bytes)
