@@ -133,11 +133,16 @@ def best_so_far(over: Sequence[TrialRecord], metric: str) -> list[float | None]:
     return curve
 
 
-def hypervolume_so_far(over: Sequence[TrialRecord], metric: str, budget_bytes: int) -> list[float]:
-    """The hypervolume of those that finished among the first 1, 2, ... of the trials given; nothing where none did."""
-    points = [weighed(trial, metric) if trial.status == "finished" else None for trial in over]
-    smallest = min(filter(None, points), default=None)
-    return list(hypervolumes(points, smallest, budget_bytes)) if smallest else []
+def hypervolume_so_far(
+    over: Sequence[TrialRecord], metric: str, budget_bytes: int, of_controls: bool = False
+) -> list[float]:
+    """The hypervolume of those that finished among the first 1, 2, ... of the trials given, by the smallest of all; of
+    the controls alone on request; nothing where no trial finished."""
+    points = {trial.index: weighed(trial, metric) for trial in over if trial.status == "finished"}
+    if not points:
+        return []
+    told = (points.get(trial.index) if trial.is_control or not of_controls else None for trial in over)
+    return list(hypervolumes(told, min(points.values()), budget_bytes))
 
 
 def in_order_of_end(trials: Iterable[TrialRecord]) -> list[TrialRecord]:

@@ -487,12 +487,13 @@ def test_a_front_is_told_with_its_hypervolume(tmp_path: Path) -> None:
     values = chart_of(made, "hypervolume").spec["data"]["values"]
     finished = [trial for trial in made.trials if trial.status == "finished"]
     smallest, edge = min((trial.plan_bytes, trial.rungs[-1].loss) for trial in finished), BUDGET
-    for name in ("all trials", "control"):
-        told = [each["hypervolume"] for each in values if each["of"] == name]
-        assert told == sorted(told)
+    every, controls = (
+        [each["hypervolume"] for each in values if each["of"] == name] for name in ("all trials", "control")
+    )
+    assert every == sorted(every) and controls[2:] == [controls[2]] * 18, "the first three are the controls"
+    assert every[:3] == controls[:3] and every[-1] > controls[-1]
     sizes = np.linspace(smallest[0], edge, 2001)[:-1]
     best = [min(trial.rungs[-1].loss for trial in finished if trial.plan_bytes <= size) for size in sizes]
-    every = [each["hypervolume"] for each in values if each["of"] == "all trials"]
     assert len(every) == 20 and every[-1] == pytest.approx(smallest[1] - statistics.mean(best), abs=1e-3)
 
 

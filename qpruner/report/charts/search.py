@@ -173,23 +173,22 @@ def hypervolume(run: Snapshot) -> Iterator[Chart]:
     if search is None or not search.pareto:
         return
     trials = [trial for trial in run.shown_together if trial.is_over]
-    lines = {"all trials": trials, CONTROL: [trial for trial in trials if trial.is_control]}
     values: Values = [
         {"trial": trial.index, "of": name, "hypervolume": volume}
-        for name, shown in lines.items()
-        for trial, volume in zip(shown, hypervolume_so_far(shown, run.metric, search.budget_bytes), strict=False)
+        for name, alone in (("all trials", False), (CONTROL, True))
+        for trial, volume in zip(
+            trials, hypervolume_so_far(trials, run.metric, search.budget_bytes, alone), strict=False
+        )
     ]
     if not values:
         return
-    colors = {"all trials": COLORS[SEARCHED], CONTROL: COLORS[CONTROL]}
-    there = {value["of"] for value in values}
     yield Chart(
         "hypervolume",
         SECTION,
         "Hypervolume so far",
-        "What the front is worth after each trial: how much better than the smallest plan the best one inside a budget "
-        f"is in {run.metric_title}, in the mean over all budgets up to this search's. Finished trials count, at their "
-        "last rung.",
+        "What the front is worth after each trial, and that of the controls alone: how much better than the smallest "
+        f"plan the best one inside a budget is in {run.metric_title}, in the mean over all budgets up to the search's "
+        "own. Finished trials count, at their last rung.",
         {
             "height": 200,
             "data": {"values": values},
@@ -197,7 +196,7 @@ def hypervolume(run: Snapshot) -> Iterator[Chart]:
             "encoding": {
                 "x": quantity("trial", "trial, in order of suggestion", format="d", tickMinStep=1),
                 "y": quantity("hypervolume", "hypervolume", zero=True),
-                "color": colored("of", {name: color for name, color in colors.items() if name in there}),
+                "color": colored("of", {"all trials": COLORS[SEARCHED], CONTROL: COLORS[CONTROL]}),
                 "tooltip": tooltip(trial="trial", of="of", hypervolume="hypervolume|.4f"),
             },
         },
