@@ -9,7 +9,8 @@ on what lies between. Three seeds, each with its own calibration windows, where 
 `finetune`). Rows that are in the file of an earlier run (pruning_rows.jsonl beside this, or `--rows`) are not measured
 again, at whatever commit they were measured: each says at which. Delete those that a change makes old, and commit that
 file before going on: rows measured beside a changed file say that the checkout was modified.
-A line a row, then one JSON line with all rows. Perplexities are given as ratios to the unpruned model's, too.
+A line a row, then tables of the rows there are (docs/pruning.md has them), then one JSON line with all rows.
+Perplexities are given as ratios to the unpruned model's, too.
 """
 
 from __future__ import annotations
@@ -374,6 +375,54 @@ def say(row: Row) -> None:
     )
 
 
+def tables(rows: Sequence[Row]) -> str:
+    """What docs/pruning.md shows, in Markdown: multiples of the unpruned model's perplexity."""
+    by_part = {part: [row for row in rows if row.part == part] for part in {row.part for row in rows}}
+    compensated = by_part.get("compensation", []) + by_part.get("spread", [])
+    tuned = by_part.get("finetune", [])
+    recipes = {(row.criterion, row.selection, row.compensation) for row in tuned}
+    peer = [row for row in by_part.get("quality", []) if row.criterion == "LLM-Pruner"]
+    before = [
+        row
+        for row in (*peer, *compensated)
+        if (row.criterion, row.selection, row.compensation) in recipes and row.rate in (0.196, 0.2)
+    ]
+    of_one = ("criterion", "selection", "compensation")
+    found: list[tuple[str, list[Row], tuple[str, ...], str]] = [
+        ("Every criterion, nothing made up for", by_part.get("quality", []), ("criterion",), "selection"),
+        ("Blocks 4 to 25 alone", by_part.get("ends", []), ("criterion", "selection"), "compensation"),
+        ("By rate and compensation", compensated, of_one, "rate"),
+        ("Before the fine-tune", before, of_one, "rate"),
+        ("After it", tuned, of_one, "rate"),
+    ]
+    return "\n\n".join(table(*each) for each in found if each[1])
+
+
+def table(title: str, rows: Sequence[Row], down: Sequence[str], across: str) -> str:
+    """A row for each value of some fields, a column for each of another; in a cell the texts, the geometric mean over
+    the seeds, with the least and the most of several."""
+    columns = sorted({getattr(row, across) for row in rows}, reverse=across == "selection")
+    cells: dict[tuple[str, ...], dict[Any, dict[str, list[float]]]] = {}
+    for row in rows:
+        text = row.calibration.rpartition(", ")[2]
+        cell = cells.setdefault(tuple(getattr(row, field) for field in down), {}).setdefault(getattr(row, across), {})
+        cell.setdefault(text, []).append(row.ratio)
+    texts = dict.fromkeys(row.calibration.rpartition(", ")[2] for row in rows)
+    lines = [f"{title} ({' / '.join(texts)})", ""]
+    lines += ["| " + " | ".join([*down, *map(str, columns)]) + " |", "|---" * (len(down) + len(columns)) + "|"]
+    for names, found in cells.items():
+        told = [" / ".join(map(_ratio, found.get(column, {}).values())) for column in columns]
+        lines.append("| " + " | ".join([*names, *told]) + " |")
+    return "\n".join(lines)
+
+
+def _ratio(ratios: Sequence[float]) -> str:
+    mean = math.exp(statistics.mean(map(math.log, ratios)))
+    digits = max(0, 3 - len(f"{mean:.0f}"))
+    several = f" ({min(ratios):.{digits}f}-{max(ratios):.{digits}f})" if len(ratios) > 1 else ""
+    return f"{mean:,.{digits}f}{several}"
+
+
 _bench: Bench | None = None
 
 
@@ -406,6 +455,11 @@ class Measurements:
         lines = file.read_text().splitlines() if file.exists() else []
         known = [Row(**json.loads(line)) for line in lines]
         self._rows = {astuple(row)[:NUM_KEYS]: row for row in known}
+
+    @property
+    def known(self) -> list[Row]:
+        """Every row there is, whether a table of today has it or not."""
+        return list(self._rows.values())
 
     def rows(self, tasks: Sequence[Task]) -> list[Row]:
         """In the order of the tasks; raises `OutOfTime` when some are missing."""
@@ -474,7 +528,9 @@ def main() -> None:
             try:
                 rows = every_part(measured, texts)
             except OutOfTime as missing:
+                print(tables(measured.known), flush=True)
                 raise SystemExit(f"the minutes are over: {missing}; the same command goes on") from None
+    print(tables(rows))
     print(json.dumps([asdict(row) for row in rows]))
 
 

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -33,13 +34,21 @@ def test_seven_billion_parameters_are_pruned_within_22_gib() -> None:
     assert abs(1 - after / before - 0.2) < 0.001
 
 
-def test_rows_of_the_pruning_benchmark_are_taken_at_whatever_commit_they_were_measured(tmp_path: Path) -> None:
-    """A plain command goes on with those beside the script; nothing is measured here."""
+@pytest.fixture(scope="module")
+def pruning_benchmark() -> Any:
     spec = importlib.util.spec_from_file_location("pruning_benchmark", ROOT / "benchmarks" / "pruning.py")
     assert spec and spec.loader
     bench = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = bench  # dataclasses look their module up
     spec.loader.exec_module(bench)
+    return bench
+
+
+def test_rows_of_the_pruning_benchmark_are_taken_at_whatever_commit_they_were_measured(
+    tmp_path: Path, pruning_benchmark: Any
+) -> None:
+    """A plain command goes on with those beside the script; nothing is measured here."""
+    bench = pruning_benchmark
     tasks = bench.ends_kept(["same text"])
     assert {task.settings.first_layer for task in tasks} == {4} and len(set(tasks)) == 16
     rows = [
@@ -49,3 +58,28 @@ def test_rows_of_the_pruning_benchmark_are_taken_at_whatever_commit_they_were_me
     file.write_text("".join(json.dumps(asdict(row)) + "\n" for row in rows))
     assert bench.Measurements(None, file, until=0.0).rows(tasks) == rows
     assert bench.arguments_of([]).rows == ROOT / "benchmarks" / "pruning_rows.jsonl"
+
+
+def test_the_tables_of_the_pruning_benchmark_have_every_text_and_the_spread_over_seeds(pruning_benchmark: Any) -> None:
+    bench, texts = pruning_benchmark, ["same text", "web text"]
+
+    def rows(tasks: Any, *ratios: float) -> list[Any]:
+        return [bench.Row(*task.key, 0.2, 40.0, ratio, 1.0) for task, ratio in zip(tasks, ratios, strict=True)]
+
+    default = ("fisher", "global", "least_squares")
+    of_one = [task for task in bench.compensated(texts, [default[:2]]) if task.key[1:4] == default]
+    found = rows(of_one[:4], 1.5, 1.7, 2.4, 2.6)
+    found += rows(bench.repeated(["same text"], [default])[:2], 1.6, 1.4)
+    found += rows(bench.finetuned(["same text"], [default]), 1.25, 0.96, 0.98, 0.97)
+    found += rows(bench.quality(["same text"])[:1], 3.089)
+    told = bench.tables(found).splitlines()
+    recipe = "| fisher | global | least_squares |"
+    assert f"{recipe} 1.50 (1.40-1.60) / 1.70 | 2.40 / 2.60 |" in told
+    before, after = (
+        told.index(f"{title} ({texts[0]}{more})")
+        for title, more in (("Before the fine-tune", " / web text"), ("After it", ""))
+    )
+    assert f"{recipe}  | 1.50 (1.40-1.60) / 1.70 |" in told[before:after]
+    assert "| LLM-Pruner | per_layer 4-25 | none | 3.09 |  |" in told[before:after]
+    assert f"{recipe}  | 0.97 (0.96-0.98) |" in told[after:]
+    assert not any(line.startswith("Blocks 4 to 25 alone") for line in told), "nothing was measured for it"
