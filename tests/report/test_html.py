@@ -45,7 +45,7 @@ from qpruner.records import (
     SensitivityRecord,
     StageState,
 )
-from qpruner.report import by_task, sections
+from qpruner.report import by_task, run_views, sections
 from qpruner.report.charts import charts
 from qpruner.report.far import edge_of, edge_of_rungs
 from qpruner.report.files import write_report
@@ -484,6 +484,7 @@ def test_a_front_is_told_with_its_hypervolume(tmp_path: Path) -> None:
         write_report(made.run)
         assert told in (made.run.root / "report.md").read_text()
         assert told.rstrip(":\n") in words(page_of(made.run.root))
+        assert run_views.summary(run_views.view(made.run.root)).get("hypervolume") == volume
     values = chart_of(made, "hypervolume").spec["data"]["values"]
     finished = [trial for trial in made.trials if trial.status == "finished"]
     smallest, edge = min((trial.plan_bytes, trial.rungs[-1].loss) for trial in finished), BUDGET
