@@ -24,7 +24,7 @@ def hypervolume(points: Sequence[Point], smallest: Point, budget_bytes: float) -
 
     That is the area of what the points dominate, up to the budget and to the score of the smallest plan, divided by the
     bytes from that plan to the budget: how much better than it the best plan inside a budget is, in the mean over all
-    budgets between them.
+    budgets between them. So a plan of the whole budget adds nothing.
 
     Args:
         points: Of plans, dominated ones too.
