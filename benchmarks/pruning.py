@@ -109,6 +109,8 @@ class Row:
 
 NUM_KEYS = 7
 """Fields of a row that say what was measured."""
+COLUMNS = ("per_layer 4-25", "per_layer", "global", "none", "bias", "least_squares", 0.196, *RATES)
+"""In a table's order."""
 
 
 class Remembered(Measured):
@@ -409,17 +411,17 @@ def tables(rows: Sequence[Row]) -> str:
 def table(title: str, rows: Sequence[Row], down: Sequence[str], across: str) -> str:
     """A row for each value of some fields, a column for each of another; in a cell the texts, the geometric mean over
     the seeds, with the least and the most of several."""
-    columns = sorted({getattr(row, across) for row in rows}, reverse=across == "selection")
+    columns = sorted({getattr(row, across) for row in rows}, key=lambda value: (*COLUMNS, value).index(value))
     cells: dict[tuple[str, ...], dict[Any, dict[str, list[float]]]] = {}
     for row in rows:
         text = row.calibration.rpartition(", ")[2]
         cell = cells.setdefault(tuple(getattr(row, field) for field in down), {}).setdefault(getattr(row, across), {})
         cell.setdefault(text, []).append(row.ratio)
-    texts = dict.fromkeys(row.calibration.rpartition(", ")[2] for row in rows)
+    texts = sorted({row.calibration.rpartition(", ")[2] for row in rows})
     lines = [f"{title} ({' / '.join(texts)})", ""]
     lines += ["| " + " | ".join([*down, *map(str, columns)]) + " |", "|---" * (len(down) + len(columns)) + "|"]
     for names, found in cells.items():
-        told = [" / ".join(map(_ratio, found.get(column, {}).values())) for column in columns]
+        told = [" / ".join(_ratio(ratios) for _, ratios in sorted(found.get(column, {}).items())) for column in columns]
         lines.append("| " + " | ".join([*names, *told]) + " |")
     return "\n".join(lines)
 
