@@ -891,8 +891,8 @@ def test_where_accuracy_is_searched_accuracy_chooses(tmp_path: Path) -> None:
 def test_the_front_is_that_of_the_fresh_scores(tmp_path: Path) -> None:
     """By the trials' own scores the middle plan is on the front; on fresh rows the small one beats it."""
     trials = {
-        0: trial(0, "888444", [3, 3, 3.0]),
-        1: trial(1, "884444", [3, 3, 3.2], origin="seed-kl"),
+        0: trial(0, "884444", [3, 3, 3.0]),
+        1: trial(1, "844444", [3, 3, 3.2], origin="seed-kl"),
         2: trial(2, "444444", [3, 3, 3.4]),
     }
     fresh = [confirmation(0, 3.1), confirmation(1, 3.5, control=True), confirmation(2, 3.3)]
@@ -900,7 +900,7 @@ def test_the_front_is_that_of_the_fresh_scores(tmp_path: Path) -> None:
     front = _front(fresh, trials, job)
     assert [(point.index, point.loss, point.plan_bytes) for point in front] == [
         (2, 3.3, LAYOUT.plan_bytes(plan_of("444444"))),
-        (0, 3.1, LAYOUT.plan_bytes(plan_of("888444"))),
+        (0, 3.1, LAYOUT.plan_bytes(plan_of("884444"))),
     ]
     smallest, larger = (point.plan_bytes for point in front)
     worth = (3.3 - 3.1) * (job.space.budget_bytes - larger) / (job.space.budget_bytes - smallest)
