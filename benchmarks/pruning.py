@@ -107,9 +107,11 @@ class Row:
     commit: str | None = None
 
 
+PEER_RATE = 0.196
+"""Of all parameters, by LLM-Pruner's setting, which names none."""
 NUM_KEYS = 7
 """Fields of a row that say what was measured."""
-COLUMNS = ("per_layer 4-25", "per_layer", "global", "none", "bias", "least_squares", 0.196, *RATES)
+COLUMNS = ("per_layer 4-25", "per_layer", "global", "none", "bias", "least_squares", PEER_RATE, *RATES)
 """In a table's order."""
 
 
@@ -265,7 +267,7 @@ class Task:
             self.criterion,
             selection,
             settings.compensation,
-            settings.rate or 0.196,
+            settings.rate or PEER_RATE,
             self.calibration,
             self.seed,
         )
@@ -395,7 +397,7 @@ def tables(rows: Sequence[Row]) -> str:
     before = [
         row
         for row in (*peer, *compensated)
-        if (row.criterion, row.selection, row.compensation) in recipes and row.rate in (0.196, 0.2)
+        if (row.criterion, row.selection, row.compensation) in recipes and row.rate in (PEER_RATE, RATES[0])
     ]
     of_one = ("criterion", "selection", "compensation")
     found: list[tuple[str, list[Row], tuple[str, ...], str]] = [

@@ -383,5 +383,5 @@ def _front(
 
 
 def _hypervolume(front: Sequence[FrontPoint], job: SearchJob) -> float:
-    points = [(float(point.plan_bytes), objective(point, job.config)) for point in front]
+    points = [(point.plan_bytes, objective(point, job.config)) for point in front]
     return hypervolume(points, points[0], job.space.budget_bytes)

@@ -273,7 +273,7 @@ def front_caption(search: SearchRecord) -> str:
     unit = "nats" if search.metric == "loss" else "of accuracy"
     return (
         f"{FRONT_CAPTION}; hypervolume {search.hypervolume:.4f} {unit}: so much better than trial {smallest.index}, "
-        f"the smallest, the best plan inside a budget is there, in the mean over all budgets from its "
+        "the smallest, the best plan inside a budget is there, in the mean over all budgets from its "
         f"{smallest.plan_bytes / 1e6:.1f} to {search.budget_bytes / 1e6:.1f} MB"
     )
 

@@ -137,11 +137,12 @@ def hypervolume_so_far(
     over: Sequence[TrialRecord], metric: str, budget_bytes: int, of_controls: bool = False
 ) -> list[float]:
     """The hypervolume of those that finished among the first 1, 2, ... of the trials given, by the smallest of all; of
-    the controls alone on request; nothing where no trial finished."""
+    the controls alone on request, of which a plan that the user gave is none."""
     points = {trial.index: weighed(trial, metric) for trial in over if trial.status == "finished"}
     if not points:
-        return []
-    told = (points.get(trial.index) if trial.is_control or not of_controls else None for trial in over)
+        return [0.0] * len(over)
+    left_out = {trial.index for trial in over if of_controls and (trial.is_given or not trial.is_control)}
+    told = (None if trial.index in left_out else points.get(trial.index) for trial in over)
     return list(hypervolumes(told, min(points.values()), budget_bytes))
 
 

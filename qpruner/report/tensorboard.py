@@ -195,7 +195,7 @@ def write_curves(
     curve = [event_files.scalar(BEST, value, count, times[count - 1]) for count, value in points]
     if search.pareto:
         volumes = hypervolume_so_far(over, search.metric, search.budget_bytes)
-        every = zip(volumes, times, strict=False)
+        every = zip(volumes, times, strict=True)
         curve += [
             event_files.scalar(HYPERVOLUME, value, count, moment) for count, (value, moment) in enumerate(every, 1)
         ]

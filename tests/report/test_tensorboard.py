@@ -41,9 +41,10 @@ from tensorboard.plugins.scalar.scalars_plugin import ScalarsPlugin
 from tensorboard_server import serving
 
 from qpruner.events import SearchPlanned, StageFinished, StageSkipped, StageStarted, TrialChanged
-from qpruner.records import RungResult, SearchRecord, TrialRecord
+from qpruner.records import GIVEN, RungResult, SearchRecord, TrialRecord
 from qpruner.report.search_pictures import _shades, draw_front, draw_plans, draw_sensitivity
 from qpruner.report.snapshot import read_snapshot
+from qpruner.report.standing import hypervolume_so_far
 from qpruner.report.stretched import stretched
 from qpruner.report.tensorboard import BEST, HYPERVOLUME, SELECTION, Board, run_name, write_result, write_trial
 from qpruner.rundir import RunDir
@@ -210,6 +211,12 @@ def test_a_search_for_a_front_tells_what_the_front_is_worth_after_each_trial(tmp
     of_two, of_three = ((3.2 - best) * (40 - 32) / (40 - 24) for best in (3.0, 2.9))
     found = [value for _, value in points(root, "search", HYPERVOLUME)]
     assert found == pytest.approx([0.0, of_two, of_two, of_two, of_three]), "the last to end is the best"
+    laid_out = read(root, "search").Tensors("custom_scalars__config__")[0].tensor_proto.string_val[0]
+    assert HYPERVOLUME.encode() in laid_out
+    given = [*trials()[:2], trial(2, "848444", [3.2, 3.1, 2.9], origin=GIVEN)]
+    of_controls = hypervolume_so_far(given, "loss", 40 * MEGABYTE, of_controls=True)
+    assert of_controls == pytest.approx([0.0, of_two, of_two]), "a plan of the user's own is none of them"
+    assert hypervolume_so_far([trials()[4]], "loss", 40 * MEGABYTE) == [0.0], "none has finished"
 
 
 def test_pictures_and_texts_are_there(written: Path) -> None:

@@ -177,7 +177,7 @@ def hypervolume(run: Snapshot) -> Iterator[Chart]:
         {"trial": trial.index, "of": name, "hypervolume": volume}
         for name, alone in (("all trials", False), (CONTROL, True))
         for trial, volume in zip(
-            trials, hypervolume_so_far(trials, run.metric, search.budget_bytes, alone), strict=False
+            trials, hypervolume_so_far(trials, run.metric, search.budget_bytes, alone), strict=True
         )
     ]
     if not values:
