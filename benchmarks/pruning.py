@@ -196,6 +196,18 @@ class Bench:
         evidence = Remembered(self, settings, calibration, seed)
         return cut_by(evidence, copy.deepcopy(self.base), settings).model
 
+    def pruned(self, task: Task) -> Any:
+        """A task's pruned model, kept where the fine-tune starts from it too."""
+        if task.settings.rate != RATES[0] or task.part not in ("compensation", "spread", "finetune"):
+            return self.prune(task.settings, task.calibration, task.seed)
+        name = "-".join(map(str, task.key[1:])).replace(" ", "")
+        folder = self._scratch / name
+        if not folder.exists():
+            unfinished = self._scratch / f"{name}.{os.getpid()}"
+            save_checkpoint(self.prune(task.settings, task.calibration, task.seed), self.tokenizer, unfinished)
+            unfinished.rename(folder)
+        return load_dense(str(folder), "bfloat16").eval()
+
     def scores(self, settings: PruneConfig, calibration: str, seed: int) -> Scores:
         """Importance of every unit of every block of the base model."""
         keys = (settings.importance, settings.order, settings.aggregation, settings.norm, settings.query_heads)
@@ -216,7 +228,7 @@ class Bench:
     def measure(self, task: Task) -> Row:
         """Prune, perhaps fine-tune, and evaluate."""
         started = time.monotonic()
-        model = self.prune(task.settings, task.calibration, task.seed)
+        model = self.pruned(task)
         if task.part == "finetune":
             model = _finetune(self, model)
         seconds = time.monotonic() - started

@@ -115,7 +115,8 @@ def visit_gradients(
             gradient = parameter.grad
             parameter.grad = None
             assert gradient is not None
-            if not torch.isfinite(gradient).all():
+            # One NaN or infinity makes the sum one; a look at each entry takes a tenth of a pass on a CPU.
+            if not gradient.sum(dtype=torch.float32).isfinite():
                 raise TrainingDiverged(f"the gradient of {name} is NaN or infinite on the calibration samples")
             visit(name, parameter, gradient)  # type: ignore[arg-type]
 
