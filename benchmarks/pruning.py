@@ -83,10 +83,11 @@ first-order Taylor summed weight by weight, one batch of 10 x 64 tokens; at 34 %
 go."""
 WITH_BLOCKS: dict[str, dict[str, Any]] = {
     f"fisher, blocks {share}": {"units": ("block", "attention", "mlp"), "depth_share": share}
-    for share in (0.3, 0.4, 0.5)
+    for share in (0.3, 0.4, 0.5, 0.7)
 }
-"""The default with two, three or four of the 30 blocks gone whole at 20 %, channels making up the rest. At that rate
-alone: importance is measured anew between blocks and channels, so that a row takes three times as long as another."""
+"""The default with two to five of the 30 blocks gone whole at 20 %, channels making up the rest; at other rates the
+best of them alone. Importance is measured anew between blocks and channels, so that a row takes three times as long as
+another."""
 
 
 @dataclass(frozen=True)
@@ -307,11 +308,6 @@ def quality(texts: Sequence[str]) -> list[Task]:
     )
 
 
-def rates_of(criterion: str) -> tuple[float, ...]:
-    """The rates at which a recipe is measured."""
-    return RATES if criterion in CRITERIA else RATES[:1]
-
-
 def ends_kept(texts: Sequence[str]) -> list[Task]:
     """Criteria at 20 % that take it all from LLM-Pruner's range of blocks: some lose by cutting the first and last."""
     return [
@@ -323,29 +319,29 @@ def ends_kept(texts: Sequence[str]) -> list[Task]:
     ]
 
 
-def compensated(texts: Sequence[str], chosen: Sequence[tuple[str, ...]]) -> list[Task]:
-    """Criteria and selections with every compensation at all rates; and the default with whole blocks beside."""
+def compensated(
+    texts: Sequence[str], chosen: Sequence[tuple[str, ...]], rates: Sequence[float], with_blocks: Sequence[str]
+) -> list[Task]:
+    """Criteria and selections with every compensation; and the default with whole blocks beside."""
     recipes = [
         (criterion, selection, method)
         for criterion, selection in chosen
         for method in ("least_squares", "bias", "none")
-    ] + [(criterion, "global", "least_squares") for criterion in WITH_BLOCKS]
+    ] + [(criterion, "global", "least_squares") for criterion in with_blocks]
     return [
         Task("compensation", criterion, recipe(criterion, selection, method, rate), text)
-        for rate in RATES
+        for rate in rates
         for criterion, selection, method in recipes
-        if rate in rates_of(criterion)
         for text in texts
     ]
 
 
-def repeated(texts: Sequence[str], recipes: Sequence[tuple[str, ...]]) -> list[Task]:
-    """Recipes at their rates with other calibration windows of each text."""
+def repeated(texts: Sequence[str], recipes: Sequence[tuple[str, ...]], rates: Sequence[float]) -> list[Task]:
+    """Recipes with other calibration windows of each text."""
     return [
         Task("spread", criterion, recipe(criterion, selection, method, rate), text, seed)
-        for rate in RATES
+        for rate in rates
         for criterion, selection, method in recipes
-        if rate in rates_of(criterion)
         for text in texts
         for seed in SEEDS[1:]
     ]
@@ -362,13 +358,16 @@ def finetuned(texts: Sequence[str], recipes: Sequence[tuple[str, ...]]) -> list[
     ]
 
 
-def best(rows: list[Row], count: int, *keys: str) -> list[tuple[str, ...]]:
-    """The recipes with the lowest mean log perplexity over the texts at 20 %, told by some of a row's fields."""
+def ranked(rows: Sequence[Row], *keys: str) -> list[tuple[str, ...]]:
+    """Recipes, told by some of a row's fields, by their mean log perplexity over the texts at 20 %; of those that
+    differ in how many blocks go, the best alone."""
     found: dict[tuple[str, ...], list[float]] = {}
     for row in rows:
-        if row.criterion in {**CRITERIA, **WITH_BLOCKS} and row.rate == 0.2:
+        if row.criterion in {**CRITERIA, **WITH_BLOCKS} and row.rate == RATES[0]:
             found.setdefault(tuple(getattr(row, key) for key in keys), []).append(math.log(row.perplexity))
-    return sorted(found, key=lambda recipe: statistics.mean(found[recipe]))[:count]
+    recipes = sorted(found, key=lambda recipe: statistics.mean(found[recipe]))
+    with_blocks = [recipe for recipe in recipes if recipe[0] in WITH_BLOCKS]
+    return [recipe for recipe in recipes if recipe not in with_blocks[1:]]
 
 
 def _finetune(bench: Bench, model: Any) -> Any:
@@ -512,14 +511,19 @@ def num_processes() -> int:
 
 
 def every_part(measured: Measurements, texts: Sequence[str]) -> list[Row]:
-    """All tables: who wins in one is measured in the next."""
+    """All tables: who wins in one is measured in the next; what decides between the best, at 20 %, comes first."""
+    first, others = RATES[:1], RATES[1:]
     rows = measured.rows(quality(texts))
-    ends = measured.rows(ends_kept(texts))
-    rows += measured.rows(compensated(texts, best(rows, 3, "criterion", "selection")))
-    recipes = best([row for row in rows if row.part == "compensation"], 4, "criterion", "selection", "compensation")
-    rows += measured.rows(repeated(texts, recipes))
+    chosen = ranked(rows, "criterion", "selection")[:3]
+    rows += measured.rows(ends_kept(texts))
+    at_first = measured.rows(compensated(texts, chosen, first, list(WITH_BLOCKS)))
+    recipes = ranked(at_first, "criterion", "selection", "compensation")[:4]
+    rows += at_first
+    rows += measured.rows(repeated(texts, recipes, first))
     rows += measured.rows(finetuned(texts, recipes))
-    return rows + ends
+    with_blocks = [criterion for criterion, *_ in recipes if criterion in WITH_BLOCKS]
+    rows += measured.rows(compensated(texts, chosen, others, with_blocks))
+    return rows + measured.rows(repeated(texts, recipes, others))
 
 
 @contextmanager
