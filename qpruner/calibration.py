@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -323,6 +323,12 @@ def visit_inputs(
     finally:
         for handle in handles:
             handle.remove()
+
+
+def entering(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> torch.Tensor:
+    """The hidden states ``(batch, seq, hidden)`` that a decoder block was called with."""
+    states: torch.Tensor = args[0] if args else kwargs["hidden_states"]
+    return states
 
 
 def at_tokens(inputs: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:

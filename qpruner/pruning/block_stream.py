@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from qpruner.calibration import Samples, at_tokens, batches
+from qpruner.calibration import Samples, at_tokens, batches, entering
 from qpruner.models.structure import family_of
 
 if TYPE_CHECKING:
@@ -117,10 +117,9 @@ class BlockStream:
 
         def hook_for(index: int) -> Callable[..., None]:
             def hook(block: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-                others = dict(kwargs)
-                hidden = args[0] if args else others.pop("hidden_states")
                 if index == 0:
-                    self._hidden.append(hidden)
+                    self._hidden.append(entering(args, kwargs))
+                others = {name: value for name, value in kwargs.items() if name != "hidden_states"}
                 self._calls[-1][index] = (args[1:], others)
 
             return hook
