@@ -121,9 +121,20 @@ def test_importance_without_gradients_needs_no_activations(
     by_weights = memory.prune_memory(changed(prune__importance="magnitude"), inspection)
     assert by_weights.total < by_gradient.total
     assert "logits" in by_gradient.parts and "logits" not in by_weights.parts
-    by_blocks = {"prune__units": ["block"], "prune__rate": 0.5}
-    assert "logits" not in memory.prune_memory(changed(**by_blocks), inspection).parts
-    assert "logits" in memory.prune_memory(changed(**by_blocks, prune__depth_importance="taylor"), inspection).parts
+
+    def by_blocks(criterion: str, **more: int) -> memory.Memory:
+        settings = {"prune__units": ["block"], "prune__rate": 0.5, "prune__depth_importance": criterion}
+        return memory.prune_memory(changed(**settings, prune__compensation="none", **more), inspection)
+
+    assert "logits" not in by_blocks("block_influence").parts
+    assert "logits" in by_blocks("taylor").parts
+    config = inspection.model_config
+    by_loss = by_blocks("loss").parts
+    tokens = by_loss["logits"] // (12 * config.vocab_size)
+    assert tokens == changed().calibration.batch_size * changed().calibration.max_length
+    assert by_loss["block outputs"] == config.num_hidden_layers * tokens * config.hidden_size * 2
+    of_one = by_blocks("loss", calibration__max_length=4096, calibration__batch_size=64)
+    assert of_one.parts["logits"] == 12 * 4096 * config.vocab_size, "the first sample has all the tokens it takes"
     assert set(memory.prune_memory(changed(prune__rate=0.0), inspection).parts) == {"weights"}, "nothing is cut"
     only_forward = memory.sensitivity_memory(changed(sensitivity__methods=["kl"]), inspection)
     assert only_forward.total < memory.sensitivity_memory(changed(), inspection).total

@@ -60,7 +60,7 @@ class Measured:
         self._step = 0
 
     def of_blocks(self, model: PreTrainedModel, layers: Sequence[int]) -> dict[int, float]:
-        """By block influence or Taylor."""
+        """By the criterion for blocks of the settings."""
         samples = self._samples_telling("importance of blocks")
         return block_importance(model, layers, self._settings.depth_importance, samples)
 
