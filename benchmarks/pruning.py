@@ -82,17 +82,12 @@ LLM_PRUNER = PruneConfig(
 first-order Taylor summed weight by weight, one batch of 10 x 64 tokens; at 34 % of their units 19.6 % of all parameters
 go."""
 WITH_BLOCKS: dict[str, dict[str, Any]] = {
-    f"fisher, blocks {share}{told}": {
-        "units": ("block", "attention", "mlp"),
-        "depth_share": share,
-        "depth_importance": criterion,
-    }
-    for criterion, told in (("loss", ""), ("block_influence", " by influence"))
+    f"fisher, blocks {share}": {"units": ("block", "attention", "mlp"), "depth_share": share}
     for share in (0.3, 0.4, 0.5, 0.7)
 }
-"""The default's criterion with two to five of the 30 blocks gone whole at 20 %, channels making up the rest; at other
-rates the best of them alone. Importance is measured anew between blocks and channels, so that a row takes three times
-as long as another."""
+"""The default with two to five of the 30 blocks gone whole at 20 %, channels making up the rest; at other rates the
+best of them alone. Importance is measured anew between blocks and channels, so that a row takes three times as long as
+another."""
 
 
 @dataclass(frozen=True)

@@ -133,8 +133,8 @@ def test_importance_without_gradients_needs_no_activations(
     tokens = by_loss["logits"] // (12 * config.vocab_size)
     assert tokens == changed().calibration.batch_size * changed().calibration.max_length
     assert by_loss["block outputs"] == config.num_hidden_layers * tokens * config.hidden_size * 2
-    of_one = by_blocks("loss", calibration__max_length=4096, calibration__batch_size=64)
-    assert of_one.parts["logits"] == 12 * 4096 * config.vocab_size, "the first sample has all the tokens it takes"
+    of_one = by_blocks("loss", calibration__max_length=8192, calibration__batch_size=64)
+    assert of_one.parts["logits"] == 12 * 8192 * config.vocab_size, "the first sample has all the tokens it takes"
     assert set(memory.prune_memory(changed(prune__rate=0.0), inspection).parts) == {"weights"}, "nothing is cut"
     only_forward = memory.sensitivity_memory(changed(sensitivity__methods=["kl"]), inspection)
     assert only_forward.total < memory.sensitivity_memory(changed(), inspection).total
@@ -202,6 +202,18 @@ def test_hours_follow_what_is_asked_for(inspection: Inspection, changed: Callabl
     assert longer.stages["finetune"] > once.stages["finetune"]
     assert {name for name in once.stages if longer.stages[name] != once.stages[name]} == {"finetune"}
     assert of(prune__rate=0).stages["prune"] == 0
+
+    def cut(**keys: Any) -> float:
+        return of(prune__units=["block", "mlp"], **keys).stages["prune"]
+
+    units = once.stages["prune"]
+    assert units < cut() < cut(prune__depth_importance="taylor"), "blocks are ranked and made up for, too"
+    calibration = changed().calibration
+    tokens = calibration.num_samples * calibration.max_length
+    once_through = units / (6 + 4)  # Fisher and least squares: operations a weight and token
+    longer = (cut(prune__depth_importance="loss") - cut(prune__depth_importance="block_influence")) / once_through
+    num_blocks = inspection.model_config.num_hidden_layers
+    assert tokens < 8192 and longer == pytest.approx(num_blocks - 2), "half a pass of 2 a block, instead of one"
     half = work.hours(changed(search__max_trials=40), inspection, RATES, 2, {"prune": 1.0, "search": 0.5})
     assert half.done == pytest.approx(half.stages["prune"] + half.stages["search"] / 2)
     assert half.wall - half.wall_left == pytest.approx(half.stages["prune"] + half.stages["search"] / 4)

@@ -14,10 +14,12 @@ from typing import Any
 
 from qpruner.config import EXPANSION, INFORMATION, MEASUREMENT, RunConfig
 from qpruner.data import Example
+from qpruner.models.layout import num_layers
 from qpruner.plan import FULL_BITS, Layout
 from qpruner.preflight import Inspection, in_effect
 from qpruner.preflight_rows import CHARACTERS_A_TOKEN, about_tokens
 from qpruner.products import packing_operations
+from qpruner.pruning.depth import NUM_TOKENS
 from qpruner.quantization.bank import is_soon_packed
 
 CHOICES = 4
@@ -298,14 +300,22 @@ class _Count:
         return self._questions("evaluate") + text
 
     def prune(self) -> float:
-        """Importance and compensation, for each of `prune.steps`."""
+        """What whole blocks take, then importance and compensation for each of `prune.steps`."""
         settings = in_effect(self._config.prune, self._inspection.model_config)
         calibration = self._config.calibration
         if settings.is_off:
             return 0.0
         per_weight = {"fisher": 6, "taylor": 6, "fluctuation": 2, "activation_norm": 2}.get(settings.importance, 0)
         per_weight += 4 if settings.compensation != "none" else 0
-        return settings.steps * per_weight * self._base * calibration.num_samples * calibration.max_length
+        tokens = calibration.num_samples * calibration.max_length
+        passes = settings.steps * per_weight * tokens
+        if settings.drops_blocks:
+            # Half a forward pass a block that is left out.
+            left_out = num_layers(self._inspection.model_config) * min(tokens, NUM_TOKENS)
+            by_criterion = {"block_influence": 2 * tokens, "loss": left_out, "taylor": 6 * tokens}
+            passes += by_criterion[settings.depth_importance]
+            passes += 4 * tokens if settings.compensation == "least_squares" else 0
+        return passes * self._base
 
     def sensitivity(self) -> float:
         settings, calibration = self._config.sensitivity, self._config.calibration

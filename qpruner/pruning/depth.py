@@ -18,8 +18,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-NUM_TOKENS = 2048
-"""Calibration tokens on which the loss without a block is measured: half a pass of theirs through the model a block."""
+NUM_TOKENS = 8192
+"""Calibration tokens on which the loss without a block is measured: half a pass of theirs through the model a block.
+With 2048 another choice of samples moved a block's rise by 0.03 nats where blocks lie 0.02 apart (SmolLM2)."""
 
 
 def block_importance(model: PreTrainedModel, layers: Sequence[int], method: str, samples: Samples) -> dict[int, float]:
@@ -28,7 +29,7 @@ def block_importance(model: PreTrainedModel, layers: Sequence[int], method: str,
     Args:
         model: Dense model.
         layers: Blocks that may go.
-        method: `loss`, `block_influence` or `taylor`.
+        method: `block_influence`, `loss` or `taylor`.
         samples: Calibration samples.
 
     Raises:

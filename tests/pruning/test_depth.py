@@ -83,11 +83,11 @@ def test_the_loss_without_a_block_is_that_of_the_model_that_lacks_it(name: str, 
 
 def test_the_loss_without_a_block_is_measured_on_some_of_many_samples() -> None:
     told: list[tuple[int, int]] = []
-    rows = rows_of((32,) * 100)
+    rows = rows_of((32,) * 300)
     scores = block_importance(
-        decoder(), (1, 2), "loss", Samples(rows, PAD, 32, lambda done, total: told.append((done, total)))
+        decoder(), (1, 2), "loss", Samples(rows, PAD, 128, lambda done, total: told.append((done, total)))
     )
-    assert scores == pytest.approx(block_importance(decoder(), (1, 2), "loss", Samples(rows[:64], PAD, 64)), rel=1e-4)
+    assert scores == pytest.approx(block_importance(decoder(), (1, 2), "loss", Samples(rows[:256], PAD, 256)), rel=1e-4)
     assert told == [(1, 4), (2, 4), (3, 4), (4, 4)]
 
 
