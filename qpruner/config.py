@@ -145,9 +145,8 @@ class PruneConfig(Section):
     are experts), whole experts."""
     depth_share: Annotated[float, Field(gt=0.0, lt=1.0)] | None = None
     """Share of `rate` that whole blocks take where `units` names `block` beside others; null takes half."""
-    depth_importance: Literal["block_influence", "loss", "taylor"] = "block_influence"
-    """How blocks are ranked: by how little they turn their hidden states (ShortGPT), by the rise of the loss without
-    them (Shortened LLaMA), or by first-order Taylor."""
+    depth_importance: Literal["block_influence", "taylor"] = "block_influence"
+    """How blocks are ranked: by how little they turn their hidden states (ShortGPT), or by first-order Taylor."""
     importance: Literal["fisher", "taylor", "magnitude", "fluctuation", "activation_norm", "random"] = "fisher"
     """How units are ranked: by Fisher information (that is Taylor of second order), by Taylor expansion of the loss
     (LLM-Pruner), by their weights, by the fluctuation of what reaches the output projection (FLAP), by its norm

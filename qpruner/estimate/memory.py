@@ -19,7 +19,6 @@ from qpruner.config import RunConfig
 from qpruner.models.layout import num_layers, skeleton
 from qpruner.plan import Layout, LinearShape
 from qpruner.preflight import Inspection, in_effect
-from qpruner.pruning.depth import NUM_TOKENS
 from qpruner.pruning.prune import cuttable_layers
 from qpruner.pruning.selection import available, unit_sizes
 
@@ -87,8 +86,6 @@ def prune_memory(config: RunConfig, inspection: Inspection) -> Memory:
     if in_effect(config.prune, inspection.model_config).is_off:
         return Memory("the base model", {"weights": inspection.base.num_parameters * inspection.base.element_bytes})
     works = [_importance_memory(config, inspection)]
-    if config.prune.drops_blocks and config.prune.depth_importance == "loss":
-        works.append(_block_importance_memory(config, inspection))
     if config.prune.compensation != "none":
         works.append(_compensation_memory(config, inspection))
     return max(works, key=lambda memory: memory.total)
@@ -110,17 +107,6 @@ def _importance_memory(config: RunConfig, inspection: Inspection) -> Memory:
     return Memory(
         f"gradients of {calibration.batch_size} rows x {calibration.max_length} tokens (`calibration.batch_size`)",
         parts | _by_gradient(inspection, base, tokens),
-    )
-
-
-def _block_importance_memory(config: RunConfig, inspection: Inspection) -> Memory:
-    """Where blocks are left out one at a time, all others' outputs for a batch of what that is measured on."""
-    calibration, base = config.calibration, inspection.base
-    rows = min(calibration.batch_size, -(-NUM_TOKENS // calibration.max_length))
-    return Memory(
-        f"the loss of {rows} rows x {calibration.max_length} tokens without each block",
-        {"weights": base.num_parameters * base.element_bytes}
-        | _by_rerun(inspection, base, rows * calibration.max_length),
     )
 
 
@@ -148,23 +134,17 @@ def sensitivity_memory(config: RunConfig, inspection: Inspection) -> Memory:
     rows = config.calibration.batch_size if has_gradients else config.evaluate.batch_size
     tokens = rows * length
     if not has_gradients:
-        return Memory(
-            f"forward passes of {rows} rows x {length} tokens", weights | _by_rerun(inspection, layout, tokens)
-        )
+        hidden_bytes = int(inspection.model_config.hidden_size) * layout.element_bytes
+        parts = {
+            "block outputs": num_layers(inspection.model_config) * tokens * hidden_bytes,
+            "activations": _widest(layout, tokens),
+            "logits": logit_bytes(inspection, tokens),
+        }
+        return Memory(f"forward passes of {rows} rows x {length} tokens", weights | parts)
     return Memory(
         f"gradients of {rows} rows x {length} tokens",
         weights | _by_gradient(inspection, layout, tokens),
     )
-
-
-def _by_rerun(inspection: Inspection, dense: Layout, tokens: int) -> dict[str, int]:
-    """What a batch takes that runs once, and again from any block on."""
-    hidden_bytes = int(inspection.model_config.hidden_size) * dense.element_bytes
-    return {
-        "block outputs": num_layers(inspection.model_config) * tokens * hidden_bytes,
-        "activations": _widest(dense, tokens),
-        "logits": logit_bytes(inspection, tokens),
-    }
 
 
 def _by_gradient(inspection: Inspection, dense: Layout, tokens: int) -> dict[str, int]:

@@ -14,12 +14,10 @@ from typing import Any
 
 from qpruner.config import EXPANSION, INFORMATION, MEASUREMENT, RunConfig
 from qpruner.data import Example
-from qpruner.models.layout import num_layers
 from qpruner.plan import FULL_BITS, Layout
 from qpruner.preflight import Inspection, in_effect
 from qpruner.preflight_rows import CHARACTERS_A_TOKEN, about_tokens
 from qpruner.products import packing_operations
-from qpruner.pruning.depth import NUM_TOKENS
 from qpruner.quantization.bank import is_soon_packed
 
 CHOICES = 4
@@ -310,10 +308,7 @@ class _Count:
         tokens = calibration.num_samples * calibration.max_length
         passes = settings.steps * per_weight * tokens
         if settings.drops_blocks:
-            # Half a forward pass a block that is left out.
-            left_out = num_layers(self._inspection.model_config) * min(tokens, NUM_TOKENS)
-            by_criterion = {"block_influence": 2 * tokens, "loss": left_out, "taylor": 6 * tokens}
-            passes += by_criterion[settings.depth_importance]
+            passes += {"block_influence": 2, "taylor": 6}[settings.depth_importance] * tokens
             passes += 4 * tokens if settings.compensation == "least_squares" else 0
         return passes * self._base
 

@@ -4,23 +4,16 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from qpruner.calibration import Samples, at_tokens, batches, entering
+from qpruner.calibration import Samples, at_tokens, entering
 from qpruner.models.structure import EXPERT, MLP, UnitKind, family_of
 from qpruner.pruning.importance import taylor
-from qpruner.rerun import Rerun
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-
-NUM_TOKENS = 8192
-"""Calibration tokens on which the loss without a block is measured: half a pass of theirs through the model a block.
-With 2048 another choice of samples moved a block's rise by 0.03 nats where blocks lie 0.02 apart (SmolLM2)."""
 
 
 def block_importance(model: PreTrainedModel, layers: Sequence[int], method: str, samples: Samples) -> dict[int, float]:
@@ -29,14 +22,9 @@ def block_importance(model: PreTrainedModel, layers: Sequence[int], method: str,
     Args:
         model: Dense model.
         layers: Blocks that may go.
-        method: `block_influence`, `loss` or `taylor`.
+        method: `block_influence` or `taylor`.
         samples: Calibration samples.
-
-    Raises:
-        TrainingDiverged: Where predictions or gradients are NaN or infinite.
     """
-    if method == "loss":
-        return loss_without(model, layers, samples)
     if method == "block_influence":
         return block_influence(model, layers, samples)
     family, config = family_of(model.config), model.config
@@ -49,25 +37,6 @@ def _once(kinds: Sequence[UnitKind]) -> tuple[UnitKind, ...]:
     """Kinds of unit that own each matrix of a block once: whole experts (and the router), not their channels too."""
     has_experts = any(kind.name == EXPERT for kind in kinds)
     return tuple(kind for kind in kinds if not (has_experts and kind.name == MLP))
-
-
-@torch.no_grad()
-def loss_without(model: PreTrainedModel, layers: Sequence[int], samples: Samples) -> dict[int, float]:
-    """How much the mean loss rises, in nats, when a block alone is left out (the perplexity criterion of Shortened
-    LLaMA, arXiv 2402.02834), on the first samples that have `NUM_TOKENS` tokens together."""
-    tokens = itertools.accumulate((len(row["input_ids"]) for row in samples.rows), initial=0)
-    rows = [row for row, before in zip(samples.rows, tokens, strict=False) if before < NUM_TOKENS]
-    samples = replace(samples, rows=rows).by_length
-    total = -(-len(rows) // samples.batch_size) * len(layers)
-    rises, count, done = dict.fromkeys(layers, 0.0), 0.0, 0
-    for batch in batches(samples.rows, samples.batch_size, samples.pad_id, model.device):
-        run = Rerun(model, batch)
-        count += float(run.counts.sum())
-        for index in layers:
-            rises[index] += float(run.rise_without(index)[1].sum())
-            done += 1
-            samples.told(done, total)
-    return {index: rise / count for index, rise in rises.items()}
 
 
 @torch.no_grad()

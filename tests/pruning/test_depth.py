@@ -16,7 +16,6 @@ from qpruner.errors import UserError
 from qpruner.pruning.compensation import fold_blocks
 from qpruner.pruning.depth import block_importance, num_blocks_to_drop
 from qpruner.pruning.prune import expected_config, num_parameters, prune
-from qpruner.pruning.surgery import keep_blocks
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -35,7 +34,7 @@ def decoder(name: str = "llama", seed: int = 0, **options: Any) -> PreTrainedMod
 
 
 def settings_of(**options: Any) -> PruneConfig:
-    return tiny_decoders.settings_of(**{"units": ["block"], "depth_importance": "block_influence", **options})
+    return tiny_decoders.settings_of(**{"units": ["block"], **options})
 
 
 @torch.no_grad()
@@ -62,33 +61,6 @@ def test_block_influence_is_how_far_a_block_turns_its_tokens(batch_size: int) ->
     assert list(scores) == list(range(NUM_BLOCKS))
     assert scores == pytest.approx(expected, rel=1e-4)
     assert max(expected.values()) > 1.2 * min(expected.values()), "the blocks are told apart"
-
-
-@pytest.mark.parametrize("batch_size", [2, 8])
-@pytest.mark.parametrize("name", ["llama", "gemma2", "opt", "gpt_neox", "mixtral"])
-def test_the_loss_without_a_block_is_that_of_the_model_that_lacks_it(name: str, batch_size: int) -> None:
-    """Samples of different lengths: their tokens count alike."""
-    samples = samples_of(batch_size=batch_size)
-    before = mean_loss(decoder(name), samples.rows, PAD, 1).mean
-    expected = {}
-    for index in (0, 2, NUM_BLOCKS - 1):
-        model = decoder(name)
-        keep_blocks(model, [other for other in range(NUM_BLOCKS) if other != index])
-        expected[index] = mean_loss(model, samples.rows, PAD, 1).mean - before
-    model = decoder(name)
-    assert block_importance(model, tuple(expected), "loss", samples) == pytest.approx(expected, abs=2e-6)
-    assert len({round(rise, 4) for rise in expected.values()}) == 3, "the blocks are told apart"
-    assert torch.equal(logits_of(model), logits_of(decoder(name))), "the model runs whole again"
-
-
-def test_the_loss_without_a_block_is_measured_on_some_of_many_samples() -> None:
-    told: list[tuple[int, int]] = []
-    rows = rows_of((32,) * 300)
-    scores = block_importance(
-        decoder(), (1, 2), "loss", Samples(rows, PAD, 128, lambda done, total: told.append((done, total)))
-    )
-    assert scores == pytest.approx(block_importance(decoder(), (1, 2), "loss", Samples(rows[:256], PAD, 256)), rel=1e-4)
-    assert told == [(1, 4), (2, 4), (3, 4), (4, 4)]
 
 
 def test_taylor_is_the_sum_over_all_matrices_of_a_block() -> None:
@@ -126,7 +98,7 @@ def test_taylor_counts_experts_once() -> None:
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma2", "opt", "gpt_neox", "mixtral"])
-@pytest.mark.parametrize("method", ["loss", "block_influence", "taylor"])
+@pytest.mark.parametrize("method", ["block_influence", "taylor"])
 def test_the_least_important_blocks_go_and_the_rest_runs_as_before(name: str, method: str) -> None:
     """Dropping a block is leaving it out: the others keep their weights, windows and places in the cache."""
     model, base = decoder(name), decoder(name)
@@ -212,8 +184,7 @@ def test_no_block_outside_the_range_is_changed_to_make_up_for_others(gone: set[i
 def test_least_squares_loses_less_than_nothing_when_blocks_go() -> None:
     losses = {}
     for compensation in ("none", "least_squares"):
-        settings = settings_of(rate=0.3, compensation=compensation)
-        pruned = prune(decoder(), settings, samples_of())
+        pruned = prune(decoder(), PruneConfig(rate=0.3, units=("block",), compensation=compensation), samples_of())
         losses[compensation] = mean_loss(pruned.model, samples_of().rows, PAD, 8).mean
     assert PruneConfig(units=("block",)).compensation == "least_squares"
     assert losses["least_squares"] < losses["none"] - 0.05
