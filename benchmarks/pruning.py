@@ -92,7 +92,7 @@ another."""
 
 @dataclass(frozen=True)
 class Row:
-    """One pruned model, measured."""
+    """One pruned model, measured; `seconds` are those of the pruning and fine-tune that had to be done for it."""
 
     part: str
     criterion: str
@@ -136,7 +136,7 @@ class Bench:
 
     Args:
         evaldata: Folder of public data; the demo's own text is taken where it is absent.
-        scratch: Where importance is kept, for the other processes.
+        scratch: Where importance and pruned models are kept, for the other processes.
     """
 
     def __init__(self, evaldata: Path, scratch: Path) -> None:
@@ -541,7 +541,11 @@ def arguments_of(given: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--evaldata", type=Path, default=Path("../shared/evaldata"))
     parser.add_argument("--rows", type=Path, default=ROWS, help="keep rows here, and take those that are there")
     parser.add_argument("--minutes", type=float, default=math.inf, help="begin no row after that")
-    parser.add_argument("--scratch", type=Path, help="keep importance here, so that another run need not measure it")
+    parser.add_argument(
+        "--scratch",
+        type=Path,
+        help="keep importance and the models that are fine-tuned (a quarter GB each) here, for another run",
+    )
     return parser.parse_args(given)
 
 
