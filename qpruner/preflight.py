@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,13 +15,13 @@ import numpy as np
 from qpruner.config import BudgetConfig, PruneConfig, QuantizeConfig, RunConfig
 from qpruner.data import Example
 from qpruner.errors import UserError, together
-from qpruner.models.layout import layout_of, num_layers
+from qpruner.models.layout import layout_of, num_layers, skeleton
 from qpruner.models.loading import load_model_config
 from qpruner.models.structure import EXPERT, family_of
 from qpruner.plan import Layout, PrecisionPlan, check_cpu_widths
 from qpruner.plan_file import check_affordable, read_plan
 from qpruner.preflight_rows import RowCounts, Rows, check_encoding, check_rows, num_importance_samples
-from qpruner.pruning.prune import expected_config
+from qpruner.pruning.prune import are_alike, expected_config, resolved
 from qpruner.rundir import run_root
 
 PRUNED_EARLIER = "pruned earlier: the cut is skipped"
@@ -41,7 +42,8 @@ class Shapes:
         pruned: Sizes after pruning; an estimate when `is_estimate`.
         is_estimate: Global selection, or which blocks go, leaves the widths open until the scores are known.
         budget_bytes: The byte budget for the pruned model.
-        plan: The one that `search.plan` names; None where a search chooses, or where which blocks go is open.
+        plan: The one that `search.plan` names; None where a search chooses, or where how many blocks go is open.
+        prune: The settings of the cut as they are for this model (`in_effect`).
     """
 
     model_config: Any
@@ -51,6 +53,7 @@ class Shapes:
     is_estimate: bool
     budget_bytes: int
     plan: PrecisionPlan | None
+    prune: PruneConfig
 
 
 @dataclass(frozen=True)
@@ -104,20 +107,22 @@ def _shapes(config: RunConfig, works_here: bool) -> Shapes:
     model_config = load_model_config(config.model)
     family_of(model_config)
     base = layout_for(config, model_config)
-    pruned_config = _pruned_config(config, model_config)
+    prune = in_effect(config.prune, model_config)
+    pruned_config = _pruned_config(prune, model_config)
     pruned = layout_for(config, pruned_config)
     budget = budget_bytes(config.quantize, pruned, config.search.pareto)
-    is_cut = not in_effect(config.prune, model_config).is_off
-    is_estimate = is_cut and (config.prune.selection == "global" or config.prune.drops_blocks)
+    drops_blocks = not prune.is_off and prune.drops_blocks
+    is_estimate = drops_blocks or (not prune.is_off and prune.selection == "global")
     plan = None
-    if config.search.plan and not (is_cut and config.prune.drops_blocks):
+    # Where blocks are not alike, how many go depends on which.
+    if config.search.plan and not (drops_blocks and not are_alike(model_config)):
         file = Path(config.search.plan)
         plan = read_plan(file, [group.name for group in pruned.groups], config.quantize.bits)
         if not is_estimate:
             check_affordable(file, pruned.plan_bytes(plan), budget)
     if works_here:
         check_device(config, pruned, _own_capability())
-    return Shapes(model_config, base, pruned_config, pruned, is_estimate, budget, plan)
+    return Shapes(model_config, base, pruned_config, pruned, is_estimate, budget, plan, prune)
 
 
 def _of_cut(config: RunConfig, model_config: Any) -> tuple[str, ...]:
@@ -173,8 +178,10 @@ def is_pruned(model_config: Any) -> bool:
 
 
 def in_effect(settings: PruneConfig, model_config: Any) -> PruneConfig:
-    """The settings of the cut: of a model that was pruned earlier, that there is none."""
-    return settings.model_copy(update={"rate": 0.0, "layer_rate": None}) if is_pruned(model_config) else settings
+    """The settings of the cut of this model: of one that was pruned earlier, that there is none."""
+    if is_pruned(model_config):
+        return settings.model_copy(update={"rate": 0.0, "layer_rate": None})
+    return resolved(settings, skeleton(copy.deepcopy(model_config)))
 
 
 def check_quantizable(model_config: Any) -> None:
@@ -263,17 +270,15 @@ def amount(size: int) -> str:
     return f"{size / GIB:.1f} GiB" if size >= GIB else f"{-(-size * 10 // 1024**2) / 10:.1f} MiB"
 
 
-def _pruned_config(config: RunConfig, model_config: Any) -> Any:
+def _pruned_config(settings: PruneConfig, model_config: Any) -> Any:
     """The config after pruning, or what it would be on average where the scores decide."""
     if is_pruned(model_config):
         return model_config
     try:
-        return expected_config(model_config, config.prune)
+        return expected_config(model_config, settings)
     except UserError as error:
-        rate = config.prune.rate if config.prune.layer_rate is None else config.prune.layer_rate
-        raise UserError(
-            f"{error} (`prune.{'rate' if config.prune.layer_rate is None else 'layer_rate'}` is {rate:g})"
-        ) from error
+        key, rate = ("rate", settings.rate) if settings.layer_rate is None else ("layer_rate", settings.layer_rate)
+        raise UserError(f"{error} (`prune.{key}` is {rate:g})") from error
 
 
 def check_device(config: RunConfig, pruned: Layout, capability: tuple[int, int] | None) -> None:

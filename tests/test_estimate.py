@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from conftest import raw_config, with_key
 from qpruner import estimate, preflight
 from qpruner.cli import main
 from qpruner.config import LoraConfig, RunConfig, validate_config
+from qpruner.errors import UserError
 from qpruner.estimate import memory, work
 from qpruner.models.cpu import has_bfloat16
 from qpruner.models.layout import layout_of
@@ -56,6 +58,11 @@ def changed(raw: dict[str, Any]) -> Callable[..., RunConfig]:
     return change
 
 
+def inspected(config: RunConfig, inspection: Inspection) -> tuple[RunConfig, Inspection]:
+    """A configuration with what an inspection would be under its settings of the cut."""
+    return config, replace(inspection, prune=preflight.in_effect(config.prune, inspection.model_config))
+
+
 # ---- memory
 
 
@@ -78,7 +85,6 @@ def kept_bytes(model: torch.nn.Module, ids: torch.Tensor) -> int:
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3_text"])
 def test_activations_are_near_to_what_autograd_keeps(family: str, inspection: Inspection) -> None:
     """Attention in float32, on a CPU without bfloat16 instructions, is not counted."""
-    from dataclasses import replace
 
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -117,18 +123,20 @@ def test_memory_grows_with_what_it_is_made_of(inspection: Inspection, changed: C
 def test_importance_without_gradients_needs_no_activations(
     inspection: Inspection, changed: Callable[..., RunConfig]
 ) -> None:
-    by_gradient = memory.prune_memory(changed(), inspection)
-    by_weights = memory.prune_memory(changed(prune__importance="magnitude"), inspection)
+    def cut(**keys: Any) -> memory.Memory:
+        return memory.prune_memory(*inspected(changed(**keys), inspection))
+
+    by_gradient, by_weights = cut(), cut(prune__importance="magnitude")
     assert by_weights.total < by_gradient.total
     assert "logits" in by_gradient.parts and "logits" not in by_weights.parts
 
     def by_blocks(criterion: str) -> memory.Memory:
         settings = {"prune__units": ["block"], "prune__rate": 0.5, "prune__depth_importance": criterion}
-        return memory.prune_memory(changed(**settings, prune__compensation="none"), inspection)
+        return cut(**settings, prune__compensation="none")
 
     assert "logits" not in by_blocks("block_influence").parts
     assert "logits" in by_blocks("taylor").parts
-    assert set(memory.prune_memory(changed(prune__rate=0.0), inspection).parts) == {"weights"}, "nothing is cut"
+    assert set(cut(prune__rate=0.0).parts) == {"weights"}, "nothing is cut"
     only_forward = memory.sensitivity_memory(changed(sensitivity__methods=["kl"]), inspection)
     assert only_forward.total < memory.sensitivity_memory(changed(), inspection).total
     config, tokens = inspection.model_config, only_forward.parts["logits"] // (12 * inspection.model_config.vocab_size)
@@ -139,16 +147,18 @@ def test_a_cut_counts_what_is_held_of_all_samples_and_of_every_weight(
     inspection: Inspection, changed: Callable[..., RunConfig]
 ) -> None:
     """Compensation comes after importance: the larger of the two is the peak."""
+
+    def cut(**keys: Any) -> memory.Memory:
+        return memory.prune_memory(*inspected(changed(**keys), inspection))
+
     samples = inspection.counts.samples["importance"]
     by_weights = {"prune__importance": "magnitude", "calibration__max_length": 48}
-    solved = memory.prune_memory(changed(**by_weights, prune__compensation="least_squares"), inspection)
+    solved = cut(**by_weights, prune__compensation="least_squares")
     assert solved.parts["hidden states"] == samples * 48 * (64 * 2 + 48)
     assert solved.parts["Gram matrix"] == 2 * 4 * 256**2
-    assert (
-        "hidden states" not in memory.prune_memory(changed(**by_weights, prune__compensation="none"), inspection).parts
-    )
+    assert "hidden states" not in cut(**by_weights, prune__compensation="none").parts
     first, mixed, vector = (
-        memory.prune_memory(changed(prune__importance="taylor", **keys), inspection)
+        cut(prune__importance="taylor", **keys)
         for keys in ({}, {"prune__order": "mixed"}, {"prune__order": "mixed", "prune__aggregation": "vector"})
     )
     linears = sum(group.num_weights for group in inspection.base.groups)
@@ -182,7 +192,7 @@ def test_every_trial_that_is_a_control_runs_to_its_end(changed: Callable[..., Ru
 
 def test_hours_follow_what_is_asked_for(inspection: Inspection, changed: Callable[..., RunConfig]) -> None:
     def of(rates: work.Rates = RATES, slots: int = 1, **keys: Any) -> work.Hours:
-        return work.hours(changed(search__max_trials=40, **keys), inspection, rates, slots)
+        return work.hours(*inspected(changed(search__max_trials=40, **keys), inspection), rates, slots)
 
     once = of()
     assert once.total < once.at_most, "ASHA spares something"
@@ -449,6 +459,23 @@ def test_check_tells_what_is_done_and_compares_a_plan_with_what_was_cut(
     assert told_of_plan["hours"]["shared"] == shared | {"search": 1}, "rows are fine-tuned side by side all the same"
     code, told = check("--plan", "8.yaml")
     assert code == 2 and "more than the budget of" in told
+
+
+def test_a_plan_is_read_at_once_where_it_is_known_how_many_blocks_go(raw: dict[str, Any], tmp_path: Path) -> None:
+    """Groups are named after the blocks that stay; whichever go, of blocks that are alike it is the same number."""
+    raw = with_key(with_key(raw, "prune.units", ["block", "mlp"]), "prune.depth_share", 0.5)
+    raw = with_key(raw, "prune.rate", 0.5)
+    inspection = preflight.inspect(validate_config(raw))
+    before, after = ([group.name for group in layout.groups] for layout in (inspection.base, inspection.pruned))
+    assert before[: len(after)] == after and len(after) == len(before) // 2
+    plan = tmp_path / "plan.yaml"
+    raw = with_key(raw, "search.plan", str(plan))
+    plan.write_text(yaml.safe_dump(dict.fromkeys(after, 4)))
+    read = preflight.inspect(validate_config(raw)).plan
+    assert read and read.as_dict() == dict.fromkeys(after, 4)
+    plan.write_text(yaml.safe_dump(dict.fromkeys(before, 4)))
+    with pytest.raises(UserError, match=f"`{before[len(after)]}` is no group of this model"):
+        preflight.inspect(validate_config(raw))
 
 
 def test_a_plan_over_the_budget_is_refused_at_once_where_the_cut_is_known(raw: dict[str, Any], tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from qpruner.config import RunConfig
 from qpruner.models.layout import num_layers, skeleton
 from qpruner.plan import Layout, LinearShape
-from qpruner.preflight import Inspection, in_effect
+from qpruner.preflight import Inspection
 from qpruner.pruning.prune import cuttable_layers
 from qpruner.pruning.selection import available, unit_sizes
 
@@ -83,7 +83,7 @@ def _held(config: RunConfig, inspection: Inspection) -> dict[str, int]:
 
 def prune_memory(config: RunConfig, inspection: Inspection) -> Memory:
     """Peak of the cut: what importance, or compensation after it, holds beside the dense base model."""
-    if in_effect(config.prune, inspection.model_config).is_off:
+    if inspection.prune.is_off:
         return Memory("the base model", {"weights": inspection.base.num_parameters * inspection.base.element_bytes})
     works = [_importance_memory(config, inspection)]
     if config.prune.compensation != "none":
@@ -93,7 +93,7 @@ def prune_memory(config: RunConfig, inspection: Inspection) -> Memory:
 
 def _importance_memory(config: RunConfig, inspection: Inspection) -> Memory:
     """Where importance asks for gradients, those of one batch; `mixed` by element keeps a float32 for every weight."""
-    settings, calibration, base = config.prune, config.calibration, inspection.base
+    settings, calibration, base = inspection.prune, config.calibration, inspection.base
     parts = {"weights": base.num_parameters * base.element_bytes}
     by_gradient = bool(settings.width_units) and settings.importance in ("fisher", "taylor")
     if not by_gradient and not (settings.drops_blocks and settings.depth_importance == "taylor"):

@@ -15,7 +15,7 @@ from typing import Any
 from qpruner.config import EXPANSION, INFORMATION, MEASUREMENT, RunConfig
 from qpruner.data import Example
 from qpruner.plan import FULL_BITS, Layout
-from qpruner.preflight import Inspection, in_effect
+from qpruner.preflight import Inspection
 from qpruner.preflight_rows import CHARACTERS_A_TOKEN, about_tokens
 from qpruner.products import packing_operations
 from qpruner.quantization.bank import is_soon_packed
@@ -299,7 +299,7 @@ class _Count:
 
     def prune(self) -> float:
         """What whole blocks take, then importance and compensation for each of `prune.steps`."""
-        settings = in_effect(self._config.prune, self._inspection.model_config)
+        settings = self._inspection.prune
         calibration = self._config.calibration
         if settings.is_off:
             return 0.0

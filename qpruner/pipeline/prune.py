@@ -52,9 +52,7 @@ def prune(context: Context, prepared: PrepareRecord) -> PruneRecord:
 
 def prune_stage(context: Context, prepared: PrepareRecord) -> Stage:
     """What `prune` depends on."""
-    settings = context.config.prune
-    told = describe(preflight.in_effect(settings, context.inspection.model_config))
-    return Stage("prune", told, (prepared.digest, settings))
+    return Stage("prune", describe(context.inspection.prune), (prepared.digest, context.config.prune))
 
 
 @dataclass(frozen=True)
@@ -103,9 +101,8 @@ def _weights_digest(folder: Path) -> str:
 
 def preview_prune(context: Context) -> PruneRecord:
     """What `prune` would leave, with nothing written: the model is cut in memory and dropped."""
-    config, rows = context.config, context.inspection.examples["calibration"]
-    settings = preflight.in_effect(config.prune, context.inspection.model_config)
-    context.emit(StageStarted("prune", f"{describe(settings)}; nothing is written"))
+    rows = context.inspection.examples["calibration"]
+    context.emit(StageStarted("prune", f"{describe(context.inspection.prune)}; nothing is written"))
     started = time.monotonic()
     fields = context.workshop.do(cut_in_memory, PreviewJob(context.worker_config, rows), context.emit)
     return PruneRecord(digest="", seconds=time.monotonic() - started, **fields)
@@ -179,10 +176,12 @@ def cut_model(
 
 
 def describe(settings: PruneConfig) -> str:
-    """What the prune stage is about to do, in one line."""
+    """What the prune stage is about to do, in one line, of settings that are in effect."""
     if settings.is_off:
         return target_text(settings)
     parts = [target_text(settings), f"by {settings.importance}", settings.selection]
+    if settings.drops_blocks:
+        parts.append("whole blocks first" if settings.width_units else "whole blocks only")
     if settings.compensation != "none":
         parts.append(f"{settings.compensation.replace('_', ' ')} compensation")
     return ", ".join(parts)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from qpruner.calibration import Samples
-from qpruner.config import PruneConfig
+from qpruner.config import WIDTH_UNITS, PruneConfig
 from qpruner.errors import UserError
 from qpruner.models.layout import num_layers, skeleton
 from qpruner.models.structure import ATTENTION, EXPERT, MLP, family_of
@@ -112,6 +112,7 @@ def cut_by(evidence: Evidence, model: PreTrainedModel, settings: PruneConfig) ->
     if settings.is_off:
         return Pruned(model, {}, before, before)
     check_not_shared(model)
+    settings = resolved(settings, model)
     check_settings(model.config, settings)
     layers = cuttable_layers(model.config, settings)
     blocks, block_scores = list(range(num_layers(model.config))), {}
@@ -136,6 +137,25 @@ def cut_by(evidence: Evidence, model: PreTrainedModel, settings: PruneConfig) ->
         {blocks[index]: by_kind for index, by_kind in scores.items()},
         block_scores,
     )
+
+
+def resolved(settings: PruneConfig, model: PreTrainedModel) -> PruneConfig:
+    """The settings with what goes out of a model where `units` is null: whole blocks, too, where the block in front
+    makes up for them and their share of the parameters can be met.
+
+    Args:
+        settings: The settings.
+        model: Dense model, or one on the meta device.
+    """
+    if settings.units is not None:
+        return settings
+    with_blocks = settings.model_copy(update={"units": ("block", *WIDTH_UNITS)})
+    factor = family_of(model.config).residual_factor(model.config)
+    if settings.compensation == "least_squares" and factor is not None and not settings.is_off:
+        sizes = _block_sizes(model, cuttable_layers(model.config, settings))
+        if _problem_of_blocks(with_blocks, num_parameters(model), sizes) is None:
+            return with_blocks
+    return settings.model_copy(update={"units": WIDTH_UNITS})
 
 
 def cuttable_layers(model_config: Any, settings: PruneConfig) -> tuple[int, ...]:
@@ -222,30 +242,45 @@ def num_dropped(model: PreTrainedModel, settings: PruneConfig, order: Sequence[i
     Raises:
         UserError: If the rate is too small for one block or leaves none.
     """
+    total, sizes = num_parameters(model), _block_sizes(model, order)
+    problem = _problem_of_blocks(settings, total, sizes)
+    if problem is not None:
+        raise UserError(problem)
+    return _nearest_number(settings, total, sizes)
+
+
+def _block_sizes(model: PreTrainedModel, layers: Sequence[int]) -> list[int]:
     family = family_of(model.config)
-    sizes = [num_parameters(model.get_submodule(family.block_path(index))) for index in order]
-    share = settings.block_rate
-    count = num_blocks_to_drop(share, num_parameters(model), sizes)
+    return [num_parameters(model.get_submodule(family.block_path(index))) for index in layers]
+
+
+def _nearest_number(settings: PruneConfig, total: int, sizes: Sequence[int]) -> int:
+    count = num_blocks_to_drop(settings.block_rate, total, sizes)
     # Finer units can take more away, not give it back.
-    while settings.width_units and sum(sizes[:count]) > (settings.rate or 0.0) * num_parameters(model):
+    while settings.width_units and sum(sizes[:count]) > (settings.rate or 0.0) * total:
         count -= 1
-    one = sizes[0] / num_parameters(model)
+    return count
+
+
+def _problem_of_blocks(settings: PruneConfig, total: int, sizes: Sequence[int]) -> str | None:
+    """Why blocks of such sizes, in the order in which they would go, cannot take their share; None where they can."""
+    share, count = settings.block_rate, _nearest_number(settings, total, sizes)
     if len(sizes) < 2:
-        raise UserError(
+        return (
             "`prune.units` names block, but only one block may go and one must stay: widen `prune.first_layer` / "
             "`prune.last_layer`, name fewer `prune.protected_layers`, or take `block` out"
         )
     if count < 1:
-        raise UserError(
-            f"`prune.rate`: whole blocks are to take {share:.2%} of all parameters, but one block has {one:.2%}: raise "
-            "the rate or `prune.depth_share`, or take `block` out of `prune.units`"
+        return (
+            f"`prune.rate`: whole blocks are to take {share:.2%} of all parameters, but one block has "
+            f"{sizes[0] / total:.2%}: raise the rate or `prune.depth_share`, or take `block` out of `prune.units`"
         )
-    if abs(sum(sizes[:count]) - share * num_parameters(model)) > max(sizes):
-        raise UserError(
+    if abs(sum(sizes[:count]) - share * total) > max(sizes):
+        return (
             f"`prune.rate`: whole blocks are to take {share:.2%} of all parameters, but the {len(sizes)} blocks that "
-            f"may go have {sum(sizes) / num_parameters(model):.2%} and one must stay: lower the rate or widen the range"
+            f"may go have {sum(sizes) / total:.2%} and one must stay: lower the rate or widen the range"
         )
-    return count
+    return None
 
 
 def check_settings(model_config: Any, settings: PruneConfig) -> None:
@@ -287,6 +322,15 @@ def check_settings(model_config: Any, settings: PruneConfig) -> None:
         _check_uniform(model_config, settings, layers, count)
 
 
+def are_alike(model_config: Any) -> bool:
+    """Whether all blocks of a model have the same units."""
+    family = family_of(model_config)
+    first, *others = (
+        family.unit_kinds(model_config.per_layer_config[index], index) for index in range(num_layers(model_config))
+    )
+    return all(kinds == first for kinds in others)
+
+
 def _check_uniform(model_config: Any, settings: PruneConfig, layers: Sequence[int], count: int) -> None:
     family = family_of(model_config)
     if len(layers) < count and settings.width_units:
@@ -295,7 +339,7 @@ def _check_uniform(model_config: Any, settings: PruneConfig, layers: Sequence[in
             "`prune.first_layer`, `prune.last_layer` and `prune.protected_layers` out, or set `uniform: false`"
         )
     kinds = family.unit_kinds(model_config.per_layer_config[0], 0)
-    if any(family.unit_kinds(model_config.per_layer_config[index], index) != kinds for index in range(count)):
+    if not are_alike(model_config):
         raise UserError("`prune.uniform`: the blocks of this model are not alike to begin with: set `uniform: false`")
     if ATTENTION in settings.width_units and len(plain_counts(model_config, 0)) < 2:
         raise UserError(

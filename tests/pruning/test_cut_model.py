@@ -382,7 +382,7 @@ def test_uniform_channels_are_plain_where_heads_cannot_be(name: str, compensatio
         {"layer_rate": 0.4},
         {"rate": 0.3, "uniform": True},
         {"rate": 0.4, "units": ["block"]},
-        {"rate": 0.5, "units": ["block", "attention", "mlp"], "uniform": True},
+        {"rate": 0.5, "units": ["block", "attention", "mlp"], "depth_share": 0.5, "uniform": True},
         {"rate": 0.2, "protected_layers": [1]},
         {"rate": 0.0},
     ],
@@ -424,7 +424,13 @@ def test_where_scores_decide_the_config_is_what_it_is_on_average() -> None:
     [
         {"rate": 0.3},
         {"rate": 0.3, "compensation": "least_squares", "selection": "global"},
-        {"rate": 0.5, "units": ["block", "attention", "mlp"], "compensation": "bias", "steps": 2},
+        {
+            "rate": 0.5,
+            "units": ["block", "attention", "mlp"],
+            "depth_share": 0.5,
+            "compensation": "bias",
+            "steps": 2,
+        },
         {"rate": 0.3, "importance": "fluctuation"},
     ],
     ids=str,

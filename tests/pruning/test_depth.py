@@ -15,7 +15,7 @@ from qpruner.config import PruneConfig
 from qpruner.errors import UserError
 from qpruner.pruning.compensation import fold_blocks
 from qpruner.pruning.depth import block_importance, num_blocks_to_drop
-from qpruner.pruning.prune import expected_config, num_parameters, prune
+from qpruner.pruning.prune import expected_config, num_parameters, prune, resolved
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -216,17 +216,17 @@ def test_only_blocks_of_the_range_go() -> None:
 
 
 @pytest.mark.parametrize("selection", ["per_layer", "global"])
-@pytest.mark.parametrize("depth_share", [None, 0.6])
+@pytest.mark.parametrize("depth_share", [0.5, 0.6])
 @pytest.mark.parametrize("rate", [0.3, 0.5])
-def test_blocks_and_units_together_meet_the_rate(selection: str, depth_share: float | None, rate: float) -> None:
+def test_blocks_and_units_together_meet_the_rate(selection: str, depth_share: float, rate: float) -> None:
     model = decoder()
     before, channel = num_parameters(model), 3 * 32
-    options = {"depth_share": depth_share} if depth_share else {}
-    settings = settings_of(rate=rate, units=["block", "attention", "mlp"], selection=selection, **options)
+    units = ["block", "attention", "mlp"]
+    settings = settings_of(rate=rate, units=units, selection=selection, depth_share=depth_share)
     pruned = prune(model, settings, samples_of())
     block = num_parameters(decoder().model.layers[0])
     assert abs(before - num_parameters(pruned.model) - rate * before) <= channel
-    assert abs(len(pruned.dropped_blocks) * block - (depth_share or 0.5) * rate * before) <= block / 2
+    assert abs(len(pruned.dropped_blocks) * block - depth_share * rate * before) <= block / 2
     assert 1 in pruned.dropped_blocks
     # What is kept is told by block of the base model.
     assert set(pruned.kept) == set(pruned.scores) == set(range(NUM_BLOCKS)) - set(pruned.dropped_blocks)
@@ -235,6 +235,63 @@ def test_blocks_and_units_together_meet_the_rate(selection: str, depth_share: fl
         rows = list(pruned.kept[old]["mlp"])
         up = base.model.layers[old].mlp.up_proj.weight[rows]
         assert torch.equal(pruned.model.model.layers[new].mlp.up_proj.weight, up)
+
+
+@pytest.mark.parametrize("rate", [0.08, 0.2, 0.5])
+def test_where_no_share_is_given_blocks_take_half_but_no_more_than_a_tenth(rate: float) -> None:
+    """Of twenty blocks, each about a twentieth of all parameters."""
+    model = tiny("llama", num_hidden_layers=20)
+    block = num_parameters(model.model.layers[0]) / num_parameters(model)
+    pruned = prune(model, settings_of(rate=rate, units=["block", "mlp"]), samples_of())
+    assert len(pruned.dropped_blocks) == round(min(rate / 2, 0.1) / block) == (1 if rate == 0.08 else 2)
+
+
+@pytest.mark.parametrize("rate", [0.2, 0.5])
+def test_nothing_but_a_rate_takes_whole_blocks_heads_and_channels(rate: float) -> None:
+    """As naming all three does, with Fisher information measured anew once the blocks are gone."""
+    named = PruneConfig(rate=rate, units=("block", "attention", "mlp"))
+    pruned, again = (
+        prune(decoder(intermediate_size=128), settings, samples_of()) for settings in (PruneConfig(rate=rate), named)
+    )
+    assert pruned.dropped_blocks == again.dropped_blocks == (1,)
+    assert pruned.kept == again.kept
+    assert torch.equal(logits_of(pruned.model), logits_of(again.model))
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "takes_blocks"),
+    [
+        ("llama", {"rate": 0.2}, True),
+        ("opt", {"rate": 0.2}, True),
+        ("llama", {"rate": 0.2, "uniform": True}, True),
+        ("llama", {"rate": 0.2, "importance": "random", "first_layer": 1, "last_layer": 2}, True),
+        # Nothing makes up for them.
+        ("llama", {"rate": 0.2, "compensation": "none"}, False),
+        ("llama", {"rate": 0.2, "compensation": "bias"}, False),
+        ("gemma2", {"rate": 0.2}, False),
+        ("mixtral", {"rate": 0.2, "compensation": "none"}, False),
+        # One would be too much, or none would be left.
+        ("llama", {"rate": 0.1}, False),
+        ("llama", {"rate": 0.2, "first_layer": 3, "last_layer": 3}, False),
+        ("llama", {"rate": 0.2, "last_layer": 1, "protected_layers": (1,)}, False),
+        ("llama", {"layer_rate": 0.2}, False),
+        ("llama", {"rate": 0.0}, False),
+    ],
+    ids=str,
+)
+def test_whole_blocks_go_where_nothing_is_said_if_they_are_made_up_for(
+    name: str, options: dict[str, Any], takes_blocks: bool
+) -> None:
+    settings = resolved(PruneConfig.model_validate(options), decoder(name))
+    assert settings.units == (("block", "attention", "mlp") if takes_blocks else ("attention", "mlp"))
+    assert resolved(settings, decoder(name)) is settings
+
+
+def test_a_range_that_holds_too_few_blocks_for_their_share_gives_none() -> None:
+    """Six of thirty blocks may take a tenth of all parameters; of a range of two only one could go."""
+    model = tiny("llama", num_hidden_layers=30)
+    assert resolved(PruneConfig(rate=0.2, last_layer=1), model).units == ("attention", "mlp")
+    assert resolved(PruneConfig(rate=0.2, last_layer=5), model).units == ("block", "attention", "mlp")
 
 
 @pytest.mark.parametrize(
