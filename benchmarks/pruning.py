@@ -335,11 +335,10 @@ def compensated(
     ]
 
 
-def repeated(texts: Sequence[str], recipes: Sequence[tuple[str, ...]], rates: Sequence[float]) -> list[Task]:
-    """Recipes with other calibration windows of each text."""
+def repeated(texts: Sequence[str], recipes: Sequence[tuple[str, ...]]) -> list[Task]:
+    """Recipes at 20 % with other calibration windows of each text."""
     return [
-        Task("spread", criterion, recipe(criterion, selection, method, rate), text, seed)
-        for rate in rates
+        Task("spread", criterion, recipe(criterion, selection, method), text, seed)
         for criterion, selection, method in recipes
         for text in texts
         for seed in SEEDS[1:]
@@ -510,19 +509,17 @@ def num_processes() -> int:
 
 
 def every_part(measured: Measurements, texts: Sequence[str]) -> list[Row]:
-    """All tables: who wins in one is measured in the next; what decides between the best, at 20 %, comes first."""
+    """All tables: who wins in one, at 20 %, is measured in the next."""
     first, others = RATES[:1], RATES[1:]
     rows = measured.rows(quality(texts))
     chosen = ranked(rows, "criterion", "selection")[:3]
     rows += measured.rows(ends_kept(texts))
     at_first = measured.rows(compensated(texts, chosen, first, list(WITH_BLOCKS)))
     recipes = ranked(at_first, "criterion", "selection", "compensation")[:4]
-    rows += at_first
-    rows += measured.rows(repeated(texts, recipes, first))
-    rows += measured.rows(finetuned(texts, recipes))
     with_blocks = [criterion for criterion, *_ in recipes if criterion in WITH_BLOCKS]
-    rows += measured.rows(compensated(texts, chosen, others, with_blocks))
-    return rows + measured.rows(repeated(texts, recipes, others))
+    rows += at_first + measured.rows(compensated(texts, chosen, others, with_blocks))
+    rows += measured.rows(repeated(texts, recipes))
+    return rows + measured.rows(finetuned(texts, recipes))
 
 
 @contextmanager

@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pruning import SOURCE, WITH_BLOCKS, Bench
+from pruning import SOURCE, Bench
 
 from qpruner.config import PruneConfig
 from qpruner.models.checkpoint import save_checkpoint
@@ -40,7 +40,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     "default": {},
     "round_to 1": {"round_to": 1},
     "round_to 32": {"round_to": 32},
-    **WITH_BLOCKS,
+    "no whole blocks": {"units": ("attention", "mlp")},
 }
 """Name -> what it has other than the default, at 20 %."""
 WORKLOADS = {
@@ -91,7 +91,7 @@ def _make_random(folders: dict[str, Path], evaldata: Path, scratch: Path) -> Non
         torch.manual_seed(0)
         model = AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **LLAMA_1B), dtype=torch.bfloat16)
         keys = {"rate": 0.2, **RECIPES[name]} if name in RECIPES else {"rate": 0.0}
-        settings = PruneConfig(selection="per_layer", compensation="none", **keys)
+        settings = PruneConfig(selection="per_layer", **keys)
         save_checkpoint(cut_by(Unweighed(settings), model, settings).model, tokenizer, path)
 
 
