@@ -15,6 +15,7 @@ from qpruner.errors import UserError
 from qpruner.estimate import work
 from qpruner.execution.cluster import local_slots
 from qpruner.memory import free_bytes
+from qpruner.models.layout import num_layers
 from qpruner.plan import FULL_BITS, LinearShape, told_of_budget
 from qpruner.preflight import PRUNED_EARLIER, Inspection, is_pruned
 from qpruner.report.life import told_driver
@@ -57,6 +58,8 @@ def check(
         "num_groups": len(layout.groups),
         "parameters_base": inspection.base.num_parameters,
         "parameters_pruned": layout.num_parameters,
+        "blocks_base": num_layers(inspection.model_config),
+        "blocks_pruned": num_layers(inspection.pruned_config),
         "is_pruned_earlier": is_pruned(inspection.model_config),
         "is_estimate": inspection.is_estimate,
         **{f"bytes_all_{bits}": layout.plan_bytes(layout.uniform(bits)) for bits in levels},
@@ -231,6 +234,8 @@ def _lines(config: RunConfig, facts: dict[str, Any], has_gpu: bool) -> list[str]
     about = " (estimate: what is cut is open until the model is pruned)" if facts["is_estimate"] else ""
     sizes = [f"all {bits}-bit {facts[f'bytes_all_{bits}'] / 1e6:.1f} MB" for bits in config.quantize.bits]
     cut = f" ({PRUNED_EARLIER})" if facts["is_pruned_earlier"] else ""
+    if facts["blocks_pruned"] < facts["blocks_base"]:
+        cut = f", {facts['blocks_base']} -> {facts['blocks_pruned']} blocks"
     trials = f"{config.search.num_trials}, {facts['concurrent_trials']} at once, scored at steps {facts['rungs']}"
     return [
         f"groups:      {facts['num_groups']} ({config.quantize.group})",

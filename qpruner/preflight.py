@@ -17,7 +17,7 @@ from qpruner.data import Example
 from qpruner.errors import UserError, together
 from qpruner.models.layout import layout_of, num_layers, skeleton
 from qpruner.models.loading import load_model_config
-from qpruner.models.structure import EXPERT, family_of
+from qpruner.models.structure import EXPERT, MLP, family_of
 from qpruner.plan import Layout, PrecisionPlan, check_cpu_widths
 from qpruner.plan_file import check_affordable, read_plan
 from qpruner.preflight_rows import RowCounts, Rows, check_encoding, check_rows, num_importance_samples
@@ -121,7 +121,11 @@ def _shapes(config: RunConfig, works_here: bool) -> Shapes:
         if not is_estimate:
             check_affordable(file, pruned.plan_bytes(plan), budget)
     if works_here:
-        check_device(config, pruned, _own_capability())
+        capability = _own_capability()
+        if capability is None:
+            check_cpu(config, prune, pruned)
+        else:
+            check_gpu(config, capability)
     return Shapes(model_config, base, pruned_config, pruned, is_estimate, budget, plan, prune)
 
 
@@ -281,35 +285,42 @@ def _pruned_config(settings: PruneConfig, model_config: Any) -> Any:
         raise UserError(f"{error} (`prune.{key}` is {rate:g})") from error
 
 
-def check_device(config: RunConfig, pruned: Layout, capability: tuple[int, int] | None) -> None:
-    """Refuse a device that cannot run the configured layers.
-
-    Args:
-        config: The configuration.
-        pruned: The pruned model's sizes.
-        capability: The GPU's compute capability; None for a CPU.
+def check_gpu(config: RunConfig, capability: tuple[int, int]) -> None:
+    """Refuse a GPU of a compute capability that cannot run the configured layers.
 
     Raises:
         UserError: Naming the key, the rule and the remedy.
     """
-    if capability is not None:
-        for bits in config.quantize.bits:
-            needed = NEEDED_CAPABILITY.get(bits, (0, 0))
-            if capability < needed:
-                has, need = (".".join(map(str, version)) for version in (capability, needed))
-                raise UserError(
-                    f"`quantize.bits`: a GPU of compute capability {has} cannot run {bits}-bit layers, which need "
-                    f"{need}; leave {bits} out"
-                )
-        return
+    for bits in config.quantize.bits:
+        needed = NEEDED_CAPABILITY.get(bits, (0, 0))
+        if capability < needed:
+            has, need = (".".join(map(str, version)) for version in (capability, needed))
+            raise UserError(
+                f"`quantize.bits`: a GPU of compute capability {has} cannot run {bits}-bit layers, which need "
+                f"{need}; leave {bits} out"
+            )
+
+
+def check_cpu(config: RunConfig, prune: PruneConfig, pruned: Layout) -> None:
+    """Refuse what a CPU cannot train or run.
+
+    Args:
+        config: The configuration.
+        prune: Its settings of the cut, in effect.
+        pruned: The pruned model's sizes.
+
+    Raises:
+        UserError: Naming the key, the rule and the remedy.
+    """
     if config.model.dtype == "float16":
         raise UserError("`model.dtype`: float16 cannot be trained on a CPU; use bfloat16 or float32")
     if 4 in config.quantize.bits:
         check_cpu_widths([linear for group in pruned.groups for linear in group.linears])
-        if config.prune.selection == "global" and not config.prune.is_off and config.prune.round_to % 64:
+        is_free = prune.selection == "global" and MLP in prune.width_units and not prune.is_off
+        if is_free and prune.round_to % 64:
             raise UserError(
                 f"`prune.round_to` must be a multiple of 64 for `selection: global` with 4-bit layers on a CPU, "
-                f"got {config.prune.round_to}: bitsandbytes decodes some of the widths in between wrongly"
+                f"got {prune.round_to}: bitsandbytes decodes some of the widths in between wrongly"
             )
 
 

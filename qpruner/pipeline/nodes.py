@@ -22,7 +22,7 @@ from qpruner.execution.testimony import differences, differing, versions
 from qpruner.objects import CACHE, CREDENTIALS, is_mirror, name_of
 from qpruner.pipeline.context import Context
 from qpruner.plan import FULL_BITS, Layout
-from qpruner.preflight import amount, check_device
+from qpruner.preflight import amount, check_cpu, check_gpu
 from qpruner.records import BankRecord
 from qpruner.rundir import BANK_CACHE, RunDir, read_sign, remove, write_text
 from qpruner.wording import counted
@@ -83,7 +83,7 @@ def look_at_nodes(context: Context) -> None:
             text = f"warning: Ray counts {report.size.gpus:g} GPUs on {report.name}, which has none that can be seen"
             context.emit(Message("cluster", f"{text}: what holds them runs on the CPU"))
     if _works_on_cpus(reports, resources):
-        check_device(context.config, context.inspection.pruned, None)
+        check_cpu(context.config, context.inspection.prune, context.inspection.pruned)
 
 
 def _banked(run: RunDir) -> list[str]:
@@ -188,7 +188,7 @@ def _gpus(report: Report, facts: NodeFacts, needs: Needs) -> str:
         return f"{seen}; install a torch for its driver (`nvidia-smi` shows that), or a newer driver"
     for gpu in facts.gpus:
         try:
-            check_device(needs.config, needs.layout, gpu.capability)
+            check_gpu(needs.config, gpu.capability)
         except UserError as error:
             return f"{gpu.kind}: {error}, or that node out of the cluster"
     return ""

@@ -10,7 +10,7 @@ import torch
 
 from qpruner.calibration import Samples, at_tokens, entering
 from qpruner.models.structure import EXPERT, MLP, UnitKind, family_of
-from qpruner.pruning.importance import taylor
+from qpruner.pruning.importance import check_finite, taylor
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -24,9 +24,23 @@ def block_importance(model: PreTrainedModel, layers: Sequence[int], method: str,
         layers: Blocks that may go.
         method: `block_influence` or `taylor`.
         samples: Calibration samples.
+
+    Raises:
+        TrainingDiverged: Naming the weight, or else the block whose importance is NaN or infinite.
     """
-    if method == "block_influence":
-        return block_influence(model, layers, samples)
+    family = family_of(model.config)
+    for index in layers:
+        # Once some blocks are gone, nobody would find it, or by another number.
+        for name, parameter in model.get_submodule(family.block_path(index)).named_parameters():
+            check_finite(parameter, f"the weight {family.block_path(index)}.{name}")
+    scores = block_influence(model, layers, samples) if method == "block_influence" else _taylor(model, layers, samples)
+    for index, value in scores.items():
+        check_finite(torch.tensor(value), f"the importance of {family.block_path(index)}")
+    return scores
+
+
+def _taylor(model: PreTrainedModel, layers: Sequence[int], samples: Samples) -> dict[int, float]:
+    """Sum over the weights of each block."""
     family, config = family_of(model.config), model.config
     kinds = {index: _once(family.unit_kinds(config.per_layer_config[index], index)) for index in layers}
     scores = taylor(model, kinds, samples)

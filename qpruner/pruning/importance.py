@@ -233,7 +233,7 @@ def _by_output(
             path = paths[index, kind.name]
             weight = model.get_parameter(f"{path}.weight").detach().float()
             salience = weight.square().sum(dim=0).cpu().double() * feature_weight(path)
-            _check_finite(salience, f"the importance of {path}")
+            check_finite(salience, f"the importance of {path}")
             scores[index][kind.name] = salience.view(kind.num_units, -1).sum(dim=1)
     return scores
 
@@ -269,7 +269,7 @@ def _checked_matrices(
             name = f"{family.block_path(index)}.{path}"
             parameter = model.get_parameter(name)
             if parameter.dim() > 1:
-                _check_finite(parameter, f"the weight {name}")
+                check_finite(parameter, f"the weight {name}")
                 found[name] = (parameter, slices)
     return found
 
@@ -288,7 +288,7 @@ class _Collected:
             along = entries.sum(dim=[dim for dim in range(entries.dim()) if dim not in kept]).view(kind.partitions, -1)
             owned = along[:, item.offset : item.offset + kind.units_per_partition * item.width]
             by_head = owned.double().reshape(-1, item.width // item.heads).sum(dim=1).cpu()
-            _check_finite(by_head, what)
+            check_finite(by_head, what)
             scores = self._scores.setdefault((index, kind), {})
             scores[position] = scores[position] + by_head if position in scores else by_head
 
@@ -314,6 +314,7 @@ REDUCTIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 """``(matrices, units)`` -> ``(units,)``; the last matrix is the output projection."""
 
 
-def _check_finite(values: torch.Tensor, what: str) -> None:
+def check_finite(values: torch.Tensor, what: str) -> None:
+    """`TrainingDiverged` where some value is not."""
     if not torch.isfinite(values).all():
         raise TrainingDiverged(f"{what} is NaN or infinite")

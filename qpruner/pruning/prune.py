@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from qpruner.calibration import Samples
 from qpruner.config import WIDTH_UNITS, PruneConfig
-from qpruner.errors import UserError
+from qpruner.errors import TrainingDiverged, UserError
 from qpruner.models.layout import num_layers, skeleton
 from qpruner.models.structure import ATTENTION, EXPERT, MLP, family_of
 from qpruner.pruning.compensation import new_biases
@@ -27,6 +28,7 @@ from qpruner.pruning.selection import (
     units_at_rate,
 )
 from qpruner.pruning.surgery import check_not_shared, cut, keep_blocks
+from qpruner.wording import counted
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -46,7 +48,7 @@ class Pruned:
         model: The smaller model.
         kept: Units that stay; blocks that were not cut are not listed.
         dropped_blocks: Blocks that went whole.
-        scores: Importance of every unit, as measured before the first cut.
+        scores: Importance of every unit, as measured before the first cut of one, whole blocks gone.
         block_scores: Importance of every block that might have gone whole.
         parameters_before: Parameters of the base model, tied ones once.
         parameters_after: Parameters of the smaller model.
@@ -127,7 +129,8 @@ def cut_by(evidence: Evidence, model: PreTrainedModel, settings: PruneConfig) ->
     scores: Scores = {}
     if settings.width_units:
         target = width_target(model, settings, layers, before)
-        kept, scores = _cut_widths(evidence, model, settings, layers, target)
+        with _beside_blocks(len(gone)):
+            kept, scores = _cut_widths(evidence, model, settings, layers, target)
     return Pruned(
         model,
         {blocks[index]: by_kind for index, by_kind in kept.items()},
@@ -161,6 +164,18 @@ def resolved(settings: PruneConfig, model: PreTrainedModel) -> PruneConfig:
 def cuttable_layers(model_config: Any, settings: PruneConfig) -> tuple[int, ...]:
     """The blocks that may be cut; `UserError` when the model does not have those of the settings."""
     return layer_range(settings.first_layer, settings.last_layer, num_layers(model_config), settings.protected_layers)
+
+
+@contextmanager
+def _beside_blocks(count: int) -> Iterator[None]:
+    """Errors say that blocks went before what they tell of."""
+    try:
+        yield
+    except (UserError, TrainingDiverged) as error:
+        if not count:
+            raise
+        blocks = counted(count, "whole block")
+        raise type(error)(f"{error} (once {blocks} went: numbers of parameters and blocks are without them)") from error
 
 
 def _drop_blocks(model: PreTrainedModel, layers: Sequence[int], gone: set[int]) -> tuple[list[int], tuple[int, ...]]:
