@@ -150,8 +150,9 @@ class PruneConfig(Section):
     depth_share: Annotated[float, Field(gt=0.0, lt=1.0)] | None = None
     """Share of `rate` that whole blocks take where `units` names `block` beside others; null takes half, but no more
     than a tenth of all parameters."""
-    depth_importance: Literal["block_influence", "taylor"] = "block_influence"
-    """How blocks are ranked: by how little they turn their hidden states (ShortGPT), or by first-order Taylor."""
+    depth_importance: Literal["kl", "block_influence", "taylor"] = "kl"
+    """How blocks are ranked: by how far predictions move (KL divergence) when each alone is left out, and made up for
+    if `compensation` does that; by how little they turn their hidden states (ShortGPT); or by first-order Taylor."""
     importance: Literal["fisher", "taylor", "magnitude", "fluctuation", "activation_norm", "random"] = "fisher"
     """How units are ranked: by Fisher information (that is Taylor of second order), by Taylor expansion of the loss
     (LLM-Pruner), by their weights, by the fluctuation of what reaches the output projection (FLAP), by its norm
