@@ -146,7 +146,7 @@ class PruneConfig(Section):
     """What may go: whole blocks, key/value groups with their query heads, MLP channels (of every expert, where there
     are experts), whole experts. Null takes groups and channels, and with `compensation: least_squares` whole blocks,
     too, if the block in front can make up for them and their share of the parameters (`depth_share`) is at least half
-    a block."""
+    a block; with `importance: random` only groups and channels."""
     depth_share: Annotated[float, Field(gt=0.0, lt=1.0)] | None = None
     """Share of `rate` that whole blocks take where `units` names `block` beside others; null takes half, but no more
     than a tenth of all parameters."""

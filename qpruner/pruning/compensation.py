@@ -76,6 +76,8 @@ def fold_blocks(
         if behind and index in layers:
             fold(model, stream, index, behind, ridge)
         stream.advance(index)
+    if config.num_hidden_layers - 1 in gone:
+        samples.told(config.num_hidden_layers, config.num_hidden_layers)
 
 
 def fold(model: PreTrainedModel, stream: BlockStream, index: int, behind: Sequence[int], ridge: float) -> None:

@@ -107,14 +107,20 @@ def divergence_without(
 
 def _split(samples: Samples) -> tuple[Samples, Samples]:
     """Samples to fit on, and others to compare on; of so few that none can be spared, the same."""
-    rows, tokens = list(samples.rows), 0
-    count = 0
-    while count < len(rows) // 4 and tokens < NUM_TOKENS:
-        count += 1
-        tokens += len(rows[-count]["input_ids"])
+    rows = list(samples.rows)
+    count = num_compared([len(row["input_ids"]) for row in rows])
     if not count:
         return samples, samples
     return replace(samples, rows=rows[:-count]), replace(samples, rows=rows[-count:])
+
+
+def num_compared(lengths: Sequence[int]) -> int:
+    """How many samples of such lengths, the last ones, predictions are compared on."""
+    count = tokens = 0
+    while count < len(lengths) // 4 and tokens < NUM_TOKENS:
+        count += 1
+        tokens += lengths[-count]
+    return count
 
 
 @contextmanager

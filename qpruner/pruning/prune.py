@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from qpruner.calibration import Samples
-from qpruner.config import WIDTH_UNITS, PruneConfig
+from qpruner.config import MOST_OF_BLOCKS, WIDTH_UNITS, PruneConfig
 from qpruner.errors import TrainingDiverged, UserError
 from qpruner.models.layout import num_layers, skeleton
 from qpruner.models.structure import ATTENTION, EXPERT, MLP, family_of
@@ -144,7 +144,7 @@ def cut_by(evidence: Evidence, model: PreTrainedModel, settings: PruneConfig) ->
 
 def resolved(settings: PruneConfig, model: PreTrainedModel) -> PruneConfig:
     """The settings with what goes out of a model where `units` is null: whole blocks, too, where the block in front
-    makes up for them and their share of the parameters can be met.
+    makes up for them and their share of the parameters can be met; never in the random control.
 
     Args:
         settings: The settings.
@@ -154,7 +154,8 @@ def resolved(settings: PruneConfig, model: PreTrainedModel) -> PruneConfig:
         return settings
     with_blocks = settings.model_copy(update={"units": ("block", *WIDTH_UNITS)})
     factor = family_of(model.config).residual_factor(model.config)
-    if settings.compensation == "least_squares" and factor is not None and not settings.is_off:
+    is_made_up_for = settings.compensation == "least_squares" and factor is not None
+    if is_made_up_for and settings.importance != "random" and not settings.is_off:
         sizes = _block_sizes(model, cuttable_layers(model.config, settings))
         if _problem_of_blocks(with_blocks, num_parameters(model), sizes) is None:
             return with_blocks
@@ -286,9 +287,12 @@ def _problem_of_blocks(settings: PruneConfig, total: int, sizes: Sequence[int]) 
             "`prune.last_layer`, name fewer `prune.protected_layers`, or take `block` out"
         )
     if count < 1:
+        is_most = settings.depth_share is None and share == MOST_OF_BLOCKS
+        remedy = "give `prune.depth_share`" if is_most else "raise the rate or `prune.depth_share`"
         return (
-            f"`prune.rate`: whole blocks are to take {share:.2%} of all parameters, but one block has "
-            f"{sizes[0] / total:.2%}: raise the rate or `prune.depth_share`, or take `block` out of `prune.units`"
+            f"`prune.rate`: whole blocks are to take {share:.2%} of all parameters"
+            f"{' (the most, unless `prune.depth_share` says more)' if is_most else ''}, but one block has "
+            f"{sizes[0] / total:.2%}: {remedy}, or take `block` out of `prune.units`"
         )
     if abs(sum(sizes[:count]) - share * total) > max(sizes):
         return (
