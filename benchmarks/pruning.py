@@ -81,14 +81,10 @@ LLM_PRUNER = PruneConfig(
 """Its published setting on this model, with the units that its own program keeps (`llm_pruner.py`): blocks 4-25,
 first-order Taylor summed weight by weight, one batch of 10 x 64 tokens; at 34 % of their units 19.6 % of all parameters
 go."""
-WITH_BLOCKS = {
-    f"fisher, {share:.0%} in blocks{name}": (share, keys)
-    for name, keys in (("", {}), (" by influence", {"depth_importance": "block_influence"}))
-    for share in (0.06, 0.08, 0.1, 0.14)
-}
-"""Share of all parameters that go in whole blocks (two to five of 30), channels making up the rest, and how blocks are
-ranked; at other rates than 20 % the best of them alone. Importance is measured anew between blocks and channels, so
-that a row takes three times as long as another."""
+WITH_BLOCKS = {f"fisher, {share:.0%} in blocks": share for share in (0.06, 0.08, 0.1, 0.14)}
+"""Share of all parameters that go in whole blocks (two to five of 30), channels making up the rest; at other rates than
+20 % the best of them alone. Importance is measured anew between blocks and channels, so that a row takes three times as
+long as another."""
 
 
 @dataclass(frozen=True)
@@ -289,10 +285,9 @@ class Task:
 
 def recipe(criterion: str, selection: str, compensation: str, rate: float = 0.2, **more: Any) -> PruneConfig:
     """The settings of a row."""
-    keys: dict[str, Any] = {"units": ("attention", "mlp"), **CRITERIA.get(criterion, {})}
+    keys: dict[str, Any] = dict(CRITERIA.get(criterion, {}))
     if criterion in WITH_BLOCKS:
-        share, ranking = WITH_BLOCKS[criterion]
-        keys = {"units": ("block", "attention", "mlp"), "depth_share": share / rate, **ranking}
+        keys = {"units": ("block", "attention", "mlp"), "depth_share": WITH_BLOCKS[criterion] / rate}
     return PruneConfig(rate=rate, selection=selection, compensation=compensation, **keys | more)
 
 

@@ -40,7 +40,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     "default": {},
     "round_to 1": {"round_to": 1},
     "round_to 32": {"round_to": 32},
-    "no whole blocks": {"units": ("attention", "mlp")},
+    "10% in blocks": {"units": ("block", "attention", "mlp")},
 }
 """Name -> what it has other than the default, at 20 %."""
 WORKLOADS = {

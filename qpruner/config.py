@@ -126,11 +126,9 @@ class CalibrationConfig(Section):
 
 REDUCING = ("fisher", "taylor", "magnitude")
 """Kinds of importance that score every matrix of a unit and make one score of them."""
-WIDTH_UNITS = ("attention", "mlp")
-"""Kinds of unit that go out of blocks where none is named."""
 MOST_OF_BLOCKS = 0.1
-"""Share of all parameters that whole blocks take at most where nothing is said: a fifth of 30 blocks cost more than
-channels do (docs/pruning.md)."""
+"""Share of all parameters that whole blocks take at most beside other kinds where nothing is said: more of them cost
+more than channels do (docs/pruning.md)."""
 
 
 class PruneConfig(Section):
@@ -142,17 +140,17 @@ class PruneConfig(Section):
     """Instead of `rate`: the share of its own units that every block of the range loses (LLM-Pruner's ratio). It is
     there to keep the units that LLM-Pruner keeps, so `selection`, `round_to` and `query_heads` are LLM-Pruner's where
     nothing is said: `per_layer`, 1 and `modulo`."""
-    units: Annotated[tuple[Literal["block", "attention", "mlp", "expert"], ...], Field(min_length=1)] | None = None
+    units: Annotated[tuple[Literal["block", "attention", "mlp", "expert"], ...], Field(min_length=1)] = (
+        "attention",
+        "mlp",
+    )
     """What may go: whole blocks, key/value groups with their query heads, MLP channels (of every expert, where there
-    are experts), whole experts. Null takes groups and channels, and with `compensation: least_squares` whole blocks,
-    too, if the block in front can make up for them and their share of the parameters (`depth_share`) is at least half
-    a block; with `importance: random` only groups and channels."""
+    are experts), whole experts."""
     depth_share: Annotated[float, Field(gt=0.0, lt=1.0)] | None = None
     """Share of `rate` that whole blocks take where `units` names `block` beside others; null takes half, but no more
     than a tenth of all parameters."""
-    depth_importance: Literal["kl", "block_influence", "taylor"] = "kl"
-    """How blocks are ranked: by how far predictions move (KL divergence) when each alone is left out, and made up for
-    if `compensation` does that; by how little they turn their hidden states (ShortGPT); or by first-order Taylor."""
+    depth_importance: Literal["block_influence", "taylor"] = "block_influence"
+    """How blocks are ranked: by how little they turn their hidden states (ShortGPT), or by first-order Taylor."""
     importance: Literal["fisher", "taylor", "magnitude", "fluctuation", "activation_norm", "random"] = "fisher"
     """How units are ranked: by Fisher information (that is Taylor of second order), by Taylor expansion of the loss
     (LLM-Pruner), by their weights, by the fluctuation of what reaches the output projection (FLAP), by its norm
@@ -199,14 +197,13 @@ class PruneConfig(Section):
 
     @property
     def drops_blocks(self) -> bool:
-        """Whether whole blocks go; `units` may not be null, which leaves it to the model."""
-        assert self.units is not None, "prune.resolved says which"
+        """Whether whole blocks go."""
         return "block" in self.units
 
     @property
     def width_units(self) -> tuple[str, ...]:
         """The kinds of unit that go out of blocks."""
-        return tuple(unit for unit in self.units or WIDTH_UNITS if unit != "block")
+        return tuple(unit for unit in self.units if unit != "block")
 
     @property
     def looks_at_linears(self) -> bool:
@@ -249,19 +246,18 @@ class PruneConfig(Section):
     def _rules(self) -> tuple[tuple[bool, str], ...]:
         """What keys ask of one another; a key that would be ignored is a mistake."""
         by_rate, width = self.layer_rate is not None, bool(self.width_units)
-        units = self.units or WIDTH_UNITS
         is_taylor, reduces = self.importance == "taylor", self.importance in REDUCING
         return (
             (not by_rate and self.rate is None, "give `rate` or `layer_rate`, got neither"),
             (
-                len(set(units)) < len(units),
-                f"`units` names a kind twice: {list(units)}; name each once",
+                len(set(self.units)) < len(self.units),
+                f"`units` names a kind twice: {list(self.units)}; name each once",
             ),
             (
-                {"expert", "mlp"} <= set(units),
+                {"expert", "mlp"} <= set(self.units),
                 "`units` may name `expert` or `mlp`, not both: whole experts go, or channels of every expert",
             ),
-            (by_rate and "block" in units, "`layer_rate` is about units inside blocks: take `block` out of `units`"),
+            (by_rate and self.drops_blocks, "`layer_rate` is about units inside blocks: take `block` out of `units`"),
             (by_rate and self.selection == "global", "`layer_rate` needs `selection: per_layer`"),
             (
                 self.reduction == "product" and self.selection == "global",
@@ -270,7 +266,7 @@ class PruneConfig(Section):
             ),
             (self.uniform and self.selection == "global", "`uniform` needs `selection: per_layer`"),
             (
-                self.depth_share is not None and not ("block" in units and width),
+                self.depth_share is not None and not (self.drops_blocks and width),
                 "`depth_share` needs `units` with `block` and another kind: name both, or "
                 f"{take_out('prune.depth_share')}",
             ),

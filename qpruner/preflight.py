@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import copy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,13 +14,13 @@ import numpy as np
 from qpruner.config import BudgetConfig, PruneConfig, QuantizeConfig, RunConfig
 from qpruner.data import Example
 from qpruner.errors import UserError, together
-from qpruner.models.layout import layout_of, num_layers, skeleton
+from qpruner.models.layout import layout_of, num_layers
 from qpruner.models.loading import load_model_config
 from qpruner.models.structure import EXPERT, MLP, family_of
 from qpruner.plan import Layout, PrecisionPlan, check_cpu_widths
 from qpruner.plan_file import check_affordable, read_plan
 from qpruner.preflight_rows import RowCounts, Rows, check_encoding, check_rows, num_importance_samples
-from qpruner.pruning.prune import are_alike, expected_config, resolved
+from qpruner.pruning.prune import are_alike, expected_config
 from qpruner.rundir import run_root
 
 PRUNED_EARLIER = "pruned earlier: the cut is skipped"
@@ -183,9 +182,7 @@ def is_pruned(model_config: Any) -> bool:
 
 def in_effect(settings: PruneConfig, model_config: Any) -> PruneConfig:
     """The settings of the cut of this model: of one that was pruned earlier, that there is none."""
-    if is_pruned(model_config):
-        return settings.model_copy(update={"rate": 0.0, "layer_rate": None})
-    return resolved(settings, skeleton(copy.deepcopy(model_config)))
+    return settings.model_copy(update={"rate": 0.0, "layer_rate": None}) if is_pruned(model_config) else settings
 
 
 def check_quantizable(model_config: Any) -> None:

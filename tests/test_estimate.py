@@ -209,15 +209,10 @@ def test_hours_follow_what_is_asked_for(inspection: Inspection, changed: Callabl
     assert of(prune__rate=0).stages["prune"] == 0
 
     def cut(**keys: Any) -> float:
-        keys = {"prune__depth_importance": "block_influence"} | keys
         return of(prune__units=["block", "mlp"], **keys).stages["prune"]
 
     units = once.stages["prune"]
     assert units < cut() < cut(prune__depth_importance="taylor"), "blocks are ranked and made up for, too"
-    by_kl, alone = (
-        cut(prune__depth_importance="kl", prune__compensation=method) for method in ("least_squares", "none")
-    )
-    assert cut() < by_kl and by_kl - cut() > alone - cut(prune__compensation="none"), "each is made up for, too"
     assert cut(prune__compensation="none") == pytest.approx(units * (6 + 2) / (6 + 4)), "Fisher, and a pass forward"
     half = work.hours(changed(search__max_trials=40), inspection, RATES, 2, {"prune": 1.0, "search": 0.5})
     assert half.done == pytest.approx(half.stages["prune"] + half.stages["search"] / 2)

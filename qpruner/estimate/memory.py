@@ -19,7 +19,6 @@ from qpruner.config import RunConfig
 from qpruner.models.layout import num_layers, skeleton
 from qpruner.plan import Layout, LinearShape
 from qpruner.preflight import Inspection
-from qpruner.pruning.depth import num_compared
 from qpruner.pruning.prune import cuttable_layers
 from qpruner.pruning.selection import available, unit_sizes
 
@@ -87,8 +86,6 @@ def prune_memory(config: RunConfig, inspection: Inspection) -> Memory:
     if inspection.prune.is_off:
         return Memory("the base model", {"weights": inspection.base.num_parameters * inspection.base.element_bytes})
     works = [_importance_memory(config, inspection)]
-    if inspection.prune.drops_blocks and inspection.prune.depth_importance == "kl":
-        works.append(_comparison_memory(config, inspection))
     if config.prune.compensation != "none":
         works.append(_compensation_memory(config, inspection))
     return max(works, key=lambda memory: memory.total)
@@ -111,25 +108,6 @@ def _importance_memory(config: RunConfig, inspection: Inspection) -> Memory:
         f"gradients of {calibration.batch_size} rows x {calibration.max_length} tokens (`calibration.batch_size`)",
         parts | _by_gradient(inspection, base, tokens),
     )
-
-
-def _comparison_memory(config: RunConfig, inspection: Inspection) -> Memory:
-    """Predictions in float32 of all that blocks are compared on, with what every block put out; beside it what makes
-    up for a block."""
-    calibration, base = config.calibration, inspection.base
-    length, model_config = calibration.max_length, inspection.model_config
-    samples = max(1, num_compared([length] * inspection.counts.samples["importance"]))
-    outputs = num_layers(model_config) * int(model_config.hidden_size) * base.element_bytes
-    parts = {
-        "weights": base.num_parameters * base.element_bytes,
-        "predictions": FLOAT32_BYTES * samples * length * int(model_config.vocab_size),
-        "block outputs": samples * length * outputs,
-        "logits": logit_bytes(inspection, min(samples, calibration.batch_size) * length),
-    }
-    if config.prune.compensation == "least_squares":
-        made_up = _compensation_memory(config, inspection).parts
-        parts |= {name: made_up[name] for name in ("hidden states", "activations", "Gram matrix")}
-    return Memory(f"comparing predictions on {samples} samples x {length} tokens without each block", parts)
 
 
 def _compensation_memory(config: RunConfig, inspection: Inspection) -> Memory:

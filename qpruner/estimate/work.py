@@ -12,14 +12,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from qpruner.config import EXPANSION, INFORMATION, MEASUREMENT, PruneConfig, RunConfig
+from qpruner.config import EXPANSION, INFORMATION, MEASUREMENT, RunConfig
 from qpruner.data import Example
-from qpruner.models.layout import num_layers
 from qpruner.plan import FULL_BITS, Layout
 from qpruner.preflight import Inspection
 from qpruner.preflight_rows import CHARACTERS_A_TOKEN, about_tokens
 from qpruner.products import packing_operations
-from qpruner.pruning.depth import num_compared
 from qpruner.quantization.bank import is_soon_packed
 
 CHOICES = 4
@@ -308,21 +306,11 @@ class _Count:
         per_weight = {"fisher": 6, "taylor": 6, "fluctuation": 2, "activation_norm": 2}.get(settings.importance, 0)
         per_weight += 4 if settings.compensation != "none" else 0
         tokens = calibration.num_samples * calibration.max_length
-        passes = float(settings.steps * per_weight * tokens)
+        passes = settings.steps * per_weight * tokens
         if settings.drops_blocks:
-            passes += self._ranking_of_blocks(settings, tokens)
+            passes += {"block_influence": 2, "taylor": 6}[settings.depth_importance] * tokens
             passes += 4 * tokens if settings.compensation == "least_squares" else 0
         return passes * self._base
-
-    def _ranking_of_blocks(self, settings: PruneConfig, tokens: int) -> float:
-        """Operations a weight. Without each block, half a forward pass over what is compared: what lies before it is
-        kept; where the one in front makes up for it, blocks run in front of it, it, and on to the next."""
-        if settings.depth_importance != "kl":
-            return float({"block_influence": 2, "taylor": 6}[settings.depth_importance] * tokens)
-        length = self._config.calibration.max_length
-        compared = max(1, num_compared([length] * self._config.calibration.num_samples)) * length
-        fitted = 8 * (tokens - compared) if settings.compensation == "least_squares" else 0
-        return float((2 + num_layers(self._inspection.model_config)) * compared + fitted)
 
     def sensitivity(self) -> float:
         settings, calibration = self._config.sensitivity, self._config.calibration

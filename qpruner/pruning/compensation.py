@@ -68,39 +68,25 @@ def fold_blocks(
         samples: Calibration samples.
     """
     family, config = family_of(model.config), model.config
-    if family.residual_factor(config) is None:
+    factor = family.residual_factor(config)
+    if factor is None:
         return
     stream = BlockStream(model, samples)
     for index in (index for index in range(config.num_hidden_layers) if index not in gone):
         behind = list(itertools.takewhile(lambda other: other in gone, range(index + 1, config.num_hidden_layers)))
         if behind and index in layers:
-            fold(model, stream, index, behind, ridge)
+            linear = family.unit_kinds(config.per_layer_config[index], index)[-1].output_linear
+            assert linear is not None, "a residual factor says that there is one"
+            gram = _Gram()
+            stream.visit_effect(index, linear, behind, gram.add)
+            assert gram.matrix is not None and gram.targets is not None
+            name = f"{family.block_path(index)}.{linear}"
+            change = _ridge_solution(gram.matrix, gram.targets / factor, ridge, name)
+            weight = model.get_parameter(f"{name}.weight").data
+            weight.copy_(weight.float() + change.to(weight.device))
         stream.advance(index)
     if config.num_hidden_layers - 1 in gone:
         samples.told(config.num_hidden_layers, config.num_hidden_layers)
-
-
-def fold(model: PreTrainedModel, stream: BlockStream, index: int, behind: Sequence[int], ridge: float) -> None:
-    """Let a block add what those behind it add, as `fold_blocks` says.
-
-    Args:
-        model: Dense model of a family that has a residual factor.
-        stream: Calibration samples in front of the block.
-        index: The block.
-        behind: The blocks behind it, in order.
-        ridge: Weight of staying near the original weights, relative to the mean square of the inputs.
-    """
-    family, config = family_of(model.config), model.config
-    factor = family.residual_factor(config)
-    linear = family.unit_kinds(config.per_layer_config[index], index)[-1].output_linear
-    assert factor is not None and linear is not None, "a residual factor says that there is one"
-    gram = _Gram()
-    stream.visit_effect(index, linear, behind, gram.add)
-    assert gram.matrix is not None and gram.targets is not None
-    name = f"{family.block_path(index)}.{linear}"
-    change = _ridge_solution(gram.matrix, gram.targets / factor, ridge, name)
-    weight = model.get_parameter(f"{name}.weight").data
-    weight.copy_(weight.float() + change.to(weight.device))
 
 
 def compensate(model: PreTrainedModel, kept: Kept, method: str, ridge: float, samples: Samples) -> None:

@@ -62,8 +62,7 @@ class Measured:
     def of_blocks(self, model: PreTrainedModel, layers: Sequence[int]) -> dict[int, float]:
         """By the criterion for blocks of the settings."""
         samples = self._samples_telling("importance of blocks")
-        ridge = self._settings.ridge if self._settings.compensation == "least_squares" else None
-        return block_importance(model, layers, self._settings.depth_importance, samples, ridge)
+        return block_importance(model, layers, self._settings.depth_importance, samples)
 
     def make_up_for_blocks(self, model: PreTrainedModel, gone: Collection[int], layers: Sequence[int]) -> None:
         """By least squares, where that is the compensation."""

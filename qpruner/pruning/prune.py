@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from qpruner.calibration import Samples
-from qpruner.config import MOST_OF_BLOCKS, WIDTH_UNITS, PruneConfig
+from qpruner.config import MOST_OF_BLOCKS, PruneConfig
 from qpruner.errors import TrainingDiverged, UserError
 from qpruner.models.layout import num_layers, skeleton
 from qpruner.models.structure import ATTENTION, EXPERT, MLP, family_of
@@ -114,7 +114,6 @@ def cut_by(evidence: Evidence, model: PreTrainedModel, settings: PruneConfig) ->
     if settings.is_off:
         return Pruned(model, {}, before, before)
     check_not_shared(model)
-    settings = resolved(settings, model)
     check_settings(model.config, settings)
     layers = cuttable_layers(model.config, settings)
     blocks, block_scores = list(range(num_layers(model.config))), {}
@@ -140,26 +139,6 @@ def cut_by(evidence: Evidence, model: PreTrainedModel, settings: PruneConfig) ->
         {blocks[index]: by_kind for index, by_kind in scores.items()},
         block_scores,
     )
-
-
-def resolved(settings: PruneConfig, model: PreTrainedModel) -> PruneConfig:
-    """The settings with what goes out of a model where `units` is null: whole blocks, too, where the block in front
-    makes up for them and their share of the parameters can be met; never in the random control.
-
-    Args:
-        settings: The settings.
-        model: Dense model, or one on the meta device.
-    """
-    if settings.units is not None:
-        return settings
-    with_blocks = settings.model_copy(update={"units": ("block", *WIDTH_UNITS)})
-    factor = family_of(model.config).residual_factor(model.config)
-    is_made_up_for = settings.compensation == "least_squares" and factor is not None
-    if is_made_up_for and settings.importance != "random" and not settings.is_off:
-        sizes = _block_sizes(model, cuttable_layers(model.config, settings))
-        if _problem_of_blocks(with_blocks, num_parameters(model), sizes) is None:
-            return with_blocks
-    return settings.model_copy(update={"units": WIDTH_UNITS})
 
 
 def cuttable_layers(model_config: Any, settings: PruneConfig) -> tuple[int, ...]:
@@ -258,48 +237,33 @@ def num_dropped(model: PreTrainedModel, settings: PruneConfig, order: Sequence[i
     Raises:
         UserError: If the rate is too small for one block or leaves none.
     """
-    total, sizes = num_parameters(model), _block_sizes(model, order)
-    problem = _problem_of_blocks(settings, total, sizes)
-    if problem is not None:
-        raise UserError(problem)
-    return _nearest_number(settings, total, sizes)
-
-
-def _block_sizes(model: PreTrainedModel, layers: Sequence[int]) -> list[int]:
     family = family_of(model.config)
-    return [num_parameters(model.get_submodule(family.block_path(index))) for index in layers]
-
-
-def _nearest_number(settings: PruneConfig, total: int, sizes: Sequence[int]) -> int:
-    count = num_blocks_to_drop(settings.block_rate, total, sizes)
+    sizes = [num_parameters(model.get_submodule(family.block_path(index))) for index in order]
+    share = settings.block_rate
+    count = num_blocks_to_drop(share, num_parameters(model), sizes)
     # Finer units can take more away, not give it back.
-    while settings.width_units and sum(sizes[:count]) > (settings.rate or 0.0) * total:
+    while settings.width_units and sum(sizes[:count]) > (settings.rate or 0.0) * num_parameters(model):
         count -= 1
-    return count
-
-
-def _problem_of_blocks(settings: PruneConfig, total: int, sizes: Sequence[int]) -> str | None:
-    """Why blocks of such sizes, in the order in which they would go, cannot take their share; None where they can."""
-    share, count = settings.block_rate, _nearest_number(settings, total, sizes)
+    one = sizes[0] / num_parameters(model)
     if len(sizes) < 2:
-        return (
+        raise UserError(
             "`prune.units` names block, but only one block may go and one must stay: widen `prune.first_layer` / "
             "`prune.last_layer`, name fewer `prune.protected_layers`, or take `block` out"
         )
     if count < 1:
         is_most = settings.depth_share is None and share == MOST_OF_BLOCKS
         remedy = "give `prune.depth_share`" if is_most else "raise the rate or `prune.depth_share`"
-        return (
+        raise UserError(
             f"`prune.rate`: whole blocks are to take {share:.2%} of all parameters"
-            f"{' (the most, unless `prune.depth_share` says more)' if is_most else ''}, but one block has "
-            f"{sizes[0] / total:.2%}: {remedy}, or take `block` out of `prune.units`"
+            f"{' (the most, unless `prune.depth_share` says more)' if is_most else ''}, but one block has {one:.2%}: "
+            f"{remedy}, or take `block` out of `prune.units`"
         )
-    if abs(sum(sizes[:count]) - share * total) > max(sizes):
-        return (
+    if abs(sum(sizes[:count]) - share * num_parameters(model)) > max(sizes):
+        raise UserError(
             f"`prune.rate`: whole blocks are to take {share:.2%} of all parameters, but the {len(sizes)} blocks that "
-            f"may go have {sum(sizes) / total:.2%} and one must stay: lower the rate or widen the range"
+            f"may go have {sum(sizes) / num_parameters(model):.2%} and one must stay: lower the rate or widen the range"
         )
-    return None
+    return count
 
 
 def check_settings(model_config: Any, settings: PruneConfig) -> None:

@@ -10,20 +10,24 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
 from qpruner.calibration import Samples, batches
-from qpruner.rerun import Rerun
+from qpruner.data import IGNORED_LABEL
+from qpruner.errors import TrainingDiverged
+from qpruner.models.structure import family_of
 from qpruner.sensitivity.starts import Starts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 Floats = npt.NDArray[np.float64]
+POSITIONS = 256
+"""Predicted positions whose distributions are compared at once: float32 copies of so many rows of the vocabulary."""
 
 
 @dataclass(frozen=True)
@@ -88,7 +92,7 @@ def measure(
     total = len(list(samples.split())) * len(starts.groups) * len(starts.levels)
     done, parts = 0, []
     for batch in batches(samples.rows, samples.batch_size, samples.pad_id, model.device):
-        run = Rerun(model, batch)
+        run = _Rerun(model, batch)
         sums = torch.zeros(len(starts.levels), len(starts.groups), 2, len(run.counts), dtype=torch.float64)
         for index, (group, paths) in enumerate(starts.groups.items()):
             for level, bits in enumerate(starts.levels):
@@ -103,6 +107,92 @@ def measure(
             Measurement(run.counts.numpy(), run.base_loss.numpy(), sums[:, :, 0].numpy(), sums[:, :, 1].numpy())
         )
     return Measurement.joined(parts)
+
+
+class _Rerun:
+    """A batch that was run once and is run again from any block with other weights in it.
+
+    Attributes:
+        counts: ``(samples,)`` float64, predicted positions.
+        base_loss: ``(samples,)`` float64, summed over them.
+    """
+
+    def __init__(self, model: PreTrainedModel, batch: Mapping[str, torch.Tensor]) -> None:
+        family = family_of(model.config)
+        self._model, self._batch = model, batch
+        self._paths = [family.block_path(index) for index in range(model.config.num_hidden_layers)]
+        self._blocks = [model.get_submodule(path) for path in self._paths]
+        labels = batch["labels"][:, 1:]
+        self._predicting = torch.nn.functional.pad(labels != IGNORED_LABEL, (0, 1))
+        self._labels = labels[labels != IGNORED_LABEL]
+        self._sample = self._predicting.nonzero()[:, 0].cpu()
+        self.counts = self._predicting.sum(dim=1).double().cpu()
+        self._outputs: list[Any] = []
+        handles = [
+            block.register_forward_hook(lambda module, inputs, output: self._outputs.append(output))
+            for block in self._blocks
+        ]
+        try:
+            logits = self._logits()
+        finally:
+            for handle in handles:
+                handle.remove()
+        self._expected = logits.float().log_softmax(dim=-1)
+        self._losses = -self._at_labels(self._expected, self._labels)
+        self.base_loss = self._by_sample(self._losses, "the unquantized model")
+
+    def block_of(self, path: str) -> int:
+        """The block that a layer lies in."""
+        return next(index for index, block in enumerate(self._paths) if path.startswith(f"{block}."))
+
+    def rise(self, first: int, what: str) -> torch.Tensor:
+        """Summed divergence and change of the loss with blocks run from `first` on: ``(2, samples)`` float64."""
+        with _handing_on(self._blocks[:first], self._outputs):
+            logits = self._logits()
+        kl, loss = [], []
+        for start in range(0, len(logits), POSITIONS):
+            here = slice(start, start + POSITIONS)
+            expected, found = self._expected[here], logits[here].float().log_softmax(dim=-1)
+            loss.append(-self._at_labels(found, self._labels[here]))
+            kl.append((expected.exp() * (expected - found)).sum(dim=-1))
+        changes = (torch.cat(kl), torch.cat(loss) - self._losses)
+        return torch.stack([self._by_sample(change, what) for change in changes])
+
+    def _logits(self) -> torch.Tensor:
+        """``(positions, vocabulary)`` at the predicted positions, all samples in one."""
+        head = self._model.get_output_embeddings()
+        handle = head.register_forward_pre_hook(lambda module, inputs: inputs[0][self._predicting.to(inputs[0].device)])
+        inputs = {name: self._batch[name] for name in ("input_ids", "attention_mask")}
+        try:
+            logits: torch.Tensor = self._model(**inputs, use_cache=False).logits
+        finally:
+            handle.remove()
+        return logits
+
+    @staticmethod
+    def _at_labels(log_probabilities: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        return log_probabilities.gather(1, labels.to(log_probabilities.device)[:, None])[:, 0]
+
+    def _by_sample(self, values: torch.Tensor, what: str) -> torch.Tensor:
+        if not values.isfinite().all():
+            raise TrainingDiverged(f"the predictions of {what} are NaN or infinite on the calibration samples")
+        return torch.zeros_like(self.counts).index_add_(0, self._sample, values.double().cpu())
+
+
+@contextmanager
+def _handing_on(blocks: Sequence[torch.nn.Module], outputs: Sequence[Any]) -> Iterator[None]:
+    """Let blocks put out what they put out before instead of running."""
+    before = [vars(block).get("forward") for block in blocks]
+    for block, output in zip(blocks, outputs, strict=False):
+        block.forward = lambda *args, output=output, **kwargs: output  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        for block, forward in zip(blocks, before, strict=True):
+            if forward is None:
+                del block.forward
+            else:
+                block.forward = forward  # type: ignore[method-assign]
 
 
 @contextmanager

@@ -77,15 +77,8 @@ def tiny(name: str = "llama", seed: int = 0, **options: Any) -> PreTrainedModel:
 
 
 def settings_of(**options: Any) -> PruneConfig:
-    """Heads and channels by first-order Taylor, block by block, nothing made up for, to within one channel; whatever
-    the defaults are."""
-    recipe = {
-        "units": ["attention", "mlp"],
-        "importance": "taylor",
-        "selection": "per_layer",
-        "compensation": "none",
-        "round_to": 1,
-    }
+    """First-order Taylor block by block, nothing made up for, to within one channel; whatever the defaults are."""
+    recipe = {"importance": "taylor", "selection": "per_layer", "compensation": "none", "round_to": 1}
     return PruneConfig.model_validate(recipe | options)
 
 

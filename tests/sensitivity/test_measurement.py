@@ -145,5 +145,5 @@ def test_a_group_without_numbers_is_named(llama: Banked) -> None:
 def test_a_broken_model_is_told(llama: Banked) -> None:
     with torch.no_grad():
         llama.model.model.norm.weight[0] = torch.nan
-    with pytest.raises(TrainingDiverged, match="the predictions of the model as it is"):
+    with pytest.raises(TrainingDiverged, match="the unquantized model"):
         measure(llama.model, llama.samples(), llama.starts)
