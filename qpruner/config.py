@@ -126,6 +126,8 @@ class CalibrationConfig(Section):
 
 REDUCING = ("fisher", "taylor", "magnitude")
 """Kinds of importance that score every matrix of a unit and make one score of them."""
+RIDGE = 0.3
+"""Of least squares, where nothing is said."""
 MOST_OF_BLOCKS = 0.1
 """Share of all parameters that whole blocks take at most beside other kinds where nothing is said: more of them cost
 more than channels do (docs/pruning.md)."""
@@ -174,7 +176,7 @@ class PruneConfig(Section):
     compensation: Literal["none", "bias", "least_squares"] = "least_squares"
     """What the output projections (o, down) do for what was cut: nothing, a bias (FLAP), or weights solved anew on the
     calibration samples, block by block; with least squares the block in front also makes up for whole blocks."""
-    ridge: Annotated[float, Field(gt=0.0)] = 0.3
+    ridge: Annotated[float, Field(gt=0.0)] = RIDGE
     """Least squares only: weight of staying near the original weights, relative to the inputs' mean square."""
     steps: Positive = 1
     """Cut in this many steps, importance measured anew before each."""
@@ -269,6 +271,15 @@ class PruneConfig(Section):
                 self.depth_share is not None and not (self.drops_blocks and width),
                 "`depth_share` needs `units` with `block` and another kind: name both, or "
                 f"{take_out('prune.depth_share')}",
+            ),
+            (
+                self.depth_importance != "block_influence" and not self.drops_blocks,
+                "`depth_importance` ranks whole blocks, which `units` does not name: "
+                f"{take_out('prune.depth_importance')}",
+            ),
+            (
+                self.ridge != RIDGE and self.compensation != "least_squares",
+                f"`ridge` is that of least squares; `compensation` is {self.compensation}: {take_out('prune.ridge')}",
             ),
             (
                 not is_taylor and self.order != "first",

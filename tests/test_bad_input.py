@@ -159,6 +159,14 @@ CONFIGURATION = [
         "depth-share-alone", {"prune.depth_share": 0.5}, "`depth_share`", "`units`", "with `block` and another kind"
     ),
     refused(
+        "depth-importance-alone", {"prune.depth_importance": "taylor"}, "`depth_importance`", "`units`",
+        "ranks whole blocks", "take it out (on the command line `--set prune.depth_importance=`)"
+    ),
+    refused(
+        "ridge-of-bias", {"prune.ridge": 0.1, "prune.compensation": "bias"}, "`ridge`", "bias",
+        "is that of least squares", "take it out"
+    ),
+    refused(
         "depth-share-1", {"prune.depth_share": 1, "prune.units": ["block", "mlp"]}, "`prune.depth_share`", "got 1",
         "less than 1"
     ),

@@ -251,7 +251,7 @@ def num_dropped(model: PreTrainedModel, settings: PruneConfig, order: Sequence[i
             "`prune.last_layer`, name fewer `prune.protected_layers`, or take `block` out"
         )
     if count < 1:
-        is_most = settings.depth_share is None and share == MOST_OF_BLOCKS
+        is_most = bool(settings.width_units) and settings.depth_share is None and share == MOST_OF_BLOCKS
         remedy = "give `prune.depth_share`" if is_most else "raise the rate or `prune.depth_share`"
         raise UserError(
             f"`prune.rate`: whole blocks are to take {share:.2%} of all parameters"
