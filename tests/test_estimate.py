@@ -156,6 +156,7 @@ def test_a_cut_counts_what_is_held_of_all_samples_and_of_every_weight(
     solved = cut(**by_weights, prune__compensation="least_squares")
     assert solved.parts["hidden states"] == samples * 48 * (64 * 2 + 48)
     assert solved.parts["Gram matrix"] == 2 * 4 * 256**2
+    assert solved.parts["solution"] == 3 * 4 * 64 * 256
     assert "hidden states" not in cut(**by_weights, prune__compensation="none").parts
     first, mixed, vector = (
         cut(prune__importance="taylor", **keys)

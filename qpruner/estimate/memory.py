@@ -123,6 +123,8 @@ def _compensation_memory(config: RunConfig, inspection: Inspection) -> Memory:
     if config.prune.compensation == "least_squares":
         widest = max(linear.columns for group in base.groups for linear in group.linears)
         parts["Gram matrix"] = 2 * FLOAT32_BYTES * widest**2
+        # What is asked of the projection, the change that gives it, and its weights in float32.
+        parts["solution"] = 3 * FLOAT32_BYTES * int(inspection.model_config.hidden_size) * widest
     return Memory(f"compensation on {samples} samples x {length} tokens (`calibration.num_samples`)", parts)
 
 
