@@ -479,6 +479,21 @@ def test_a_plan_is_read_at_once_where_it_is_known_how_many_blocks_go(raw: dict[s
         preflight.inspect(validate_config(raw))
 
 
+def test_check_tells_how_many_blocks_go_and_asks_for_no_width_where_none_is_cut(
+    raw: dict[str, Any], tmp_path: Path
+) -> None:
+    """A multiple of 64 is what 4-bit layers on a CPU need of channels that stay."""
+    config = tmp_path / "config.yaml"
+    config.write_text(yaml.safe_dump(with_key(with_key(raw, "prune.units", ["block"]), "prune.rate", 0.5)))
+    narrow = ("--set", "prune.round_to=32")
+    done = CliRunner().invoke(main, ["check", str(config), *narrow])
+    assert done.exit_code == 0, done.output
+    assert re.search(r"^parameters: .* M -> \S+ M, 2 -> 1 blocks$", done.stdout, re.MULTILINE)
+    cut = ("--set", "prune.units=[mlp]", "--set", "prune.rate=0.2")
+    refused = CliRunner().invoke(main, ["check", str(config), *narrow, *cut])
+    assert refused.exit_code == 2 and "set `prune.round_to` to 64" in refused.output
+
+
 def test_a_plan_over_the_budget_is_refused_at_once_where_the_cut_is_known(raw: dict[str, Any], tmp_path: Path) -> None:
     """By the name under which it was given."""
     raw = with_key(raw, "prune.selection", "per_layer")
