@@ -285,9 +285,10 @@ class Task:
 
 def recipe(criterion: str, selection: str, compensation: str, rate: float = 0.2, **more: Any) -> PruneConfig:
     """The settings of a row."""
-    keys: dict[str, Any] = dict(CRITERIA.get(criterion, {}))
     if criterion in WITH_BLOCKS:
-        keys = {"units": ("block", "attention", "mlp"), "depth_share": WITH_BLOCKS[criterion] / rate}
+        keys: dict[str, Any] = {"units": ("block", "attention", "mlp"), "depth_share": WITH_BLOCKS[criterion] / rate}
+    else:
+        keys = dict(CRITERIA[criterion])
     return PruneConfig(rate=rate, selection=selection, compensation=compensation, **keys | more)
 
 

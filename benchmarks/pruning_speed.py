@@ -91,7 +91,7 @@ def _make_random(folders: dict[str, Path], evaldata: Path, scratch: Path) -> Non
         torch.manual_seed(0)
         model = AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **LLAMA_1B), dtype=torch.bfloat16)
         keys = {"rate": 0.2, **RECIPES[name]} if name in RECIPES else {"rate": 0.0}
-        settings = PruneConfig(selection="per_layer", **keys)
+        settings = PruneConfig(selection="per_layer", compensation="none", **keys)
         save_checkpoint(cut_by(Unweighed(settings), model, settings).model, tokenizer, path)
 
 

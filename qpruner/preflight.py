@@ -110,11 +110,11 @@ def _shapes(config: RunConfig, works_here: bool) -> Shapes:
     pruned_config = _pruned_config(prune, model_config)
     pruned = layout_for(config, pruned_config)
     budget = budget_bytes(config.quantize, pruned, config.search.pareto)
-    drops_blocks = not prune.is_off and prune.drops_blocks
-    is_estimate = drops_blocks or (not prune.is_off and prune.selection == "global")
-    plan = None
+    is_estimate = not prune.is_off and (prune.selection == "global" or prune.drops_blocks)
     # Where blocks are not alike, how many go depends on which.
-    if config.search.plan and not (drops_blocks and not are_alike(model_config)):
+    has_known_groups = prune.is_off or not prune.drops_blocks or are_alike(model_config)
+    plan = None
+    if config.search.plan and has_known_groups:
         file = Path(config.search.plan)
         plan = read_plan(file, [group.name for group in pruned.groups], config.quantize.bits)
         if not is_estimate:

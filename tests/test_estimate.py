@@ -85,7 +85,6 @@ def kept_bytes(model: torch.nn.Module, ids: torch.Tensor) -> int:
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3_text"])
 def test_activations_are_near_to_what_autograd_keeps(family: str, inspection: Inspection) -> None:
     """Attention in float32, on a CPU without bfloat16 instructions, is not counted."""
-
     from transformers import AutoConfig, AutoModelForCausalLM
 
     config = AutoConfig.for_model(
@@ -120,12 +119,15 @@ def test_memory_grows_with_what_it_is_made_of(inspection: Inspection, changed: C
     assert wide.total == sum(wide.parts.values())
 
 
-def test_importance_without_gradients_needs_no_activations(
-    inspection: Inspection, changed: Callable[..., RunConfig]
-) -> None:
-    def cut(**keys: Any) -> memory.Memory:
-        return memory.prune_memory(*inspected(changed(**keys), inspection))
+@pytest.fixture
+def cut(inspection: Inspection, changed: Callable[..., RunConfig]) -> Callable[..., memory.Memory]:
+    """The cut's peak with other keys."""
+    return lambda **keys: memory.prune_memory(*inspected(changed(**keys), inspection))
 
+
+def test_importance_without_gradients_needs_no_activations(
+    inspection: Inspection, changed: Callable[..., RunConfig], cut: Callable[..., memory.Memory]
+) -> None:
     by_gradient, by_weights = cut(), cut(prune__importance="magnitude")
     assert by_weights.total < by_gradient.total
     assert "logits" in by_gradient.parts and "logits" not in by_weights.parts
@@ -144,13 +146,9 @@ def test_importance_without_gradients_needs_no_activations(
 
 
 def test_a_cut_counts_what_is_held_of_all_samples_and_of_every_weight(
-    inspection: Inspection, changed: Callable[..., RunConfig]
+    inspection: Inspection, cut: Callable[..., memory.Memory]
 ) -> None:
     """Compensation comes after importance: the larger of the two is the peak."""
-
-    def cut(**keys: Any) -> memory.Memory:
-        return memory.prune_memory(*inspected(changed(**keys), inspection))
-
     samples = inspection.counts.samples["importance"]
     by_weights = {"prune__importance": "magnitude", "calibration__max_length": 48}
     solved = cut(**by_weights, prune__compensation="least_squares")
@@ -209,12 +207,16 @@ def test_hours_follow_what_is_asked_for(inspection: Inspection, changed: Callabl
     assert {name for name in once.stages if longer.stages[name] != once.stages[name]} == {"finetune"}
     assert of(prune__rate=0).stages["prune"] == 0
 
-    def cut(**keys: Any) -> float:
+    def with_blocks(**keys: Any) -> float:
         return of(prune__units=["block", "mlp"], **keys).stages["prune"]
 
     units = once.stages["prune"]
-    assert units < cut() < cut(prune__depth_importance="taylor"), "blocks are ranked and made up for, too"
-    assert cut(prune__compensation="none") == pytest.approx(units * (6 + 2) / (6 + 4)), "Fisher, and a pass forward"
+    assert units < with_blocks() < with_blocks(prune__depth_importance="taylor"), (
+        "blocks are ranked and made up for, too"
+    )
+    assert with_blocks(prune__compensation="none") == pytest.approx(units * (6 + 2) / (6 + 4)), (
+        "Fisher, and a pass forward"
+    )
     half = work.hours(changed(search__max_trials=40), inspection, RATES, 2, {"prune": 1.0, "search": 0.5})
     assert half.done == pytest.approx(half.stages["prune"] + half.stages["search"] / 2)
     assert half.wall - half.wall_left == pytest.approx(half.stages["prune"] + half.stages["search"] / 4)

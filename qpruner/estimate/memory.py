@@ -86,7 +86,7 @@ def prune_memory(config: RunConfig, inspection: Inspection) -> Memory:
     if inspection.prune.is_off:
         return Memory("the base model", {"weights": inspection.base.num_parameters * inspection.base.element_bytes})
     works = [_importance_memory(config, inspection)]
-    if config.prune.compensation != "none":
+    if inspection.prune.compensation != "none":
         works.append(_compensation_memory(config, inspection))
     return max(works, key=lambda memory: memory.total)
 
@@ -120,7 +120,7 @@ def _compensation_memory(config: RunConfig, inspection: Inspection) -> Memory:
         "hidden states": samples * length * (hidden_bytes + length),
         "activations": _widest(base, calibration.batch_size * length),
     }
-    if config.prune.compensation == "least_squares":
+    if inspection.prune.compensation == "least_squares":
         widest = max(linear.columns for group in base.groups for linear in group.linears)
         parts["Gram matrix"] = 2 * FLOAT32_BYTES * widest**2
         # What is asked of the projection, the change that gives it, and its weights in float32.
