@@ -43,9 +43,10 @@ from qpruner.finetune import Schedule, finetune
 from qpruner.memory import release
 from qpruner.models.checkpoint import save_checkpoint
 from qpruner.models.loading import load_dense, load_tokenizer, resolve_source
+from qpruner.pruning.best_cut import cuts_of, prune_best
 from qpruner.pruning.evidence import Measured
 from qpruner.pruning.importance import Scores, score
-from qpruner.pruning.prune import cut_by, num_parameters
+from qpruner.pruning.prune import Pruned, cut_by, num_parameters
 from qpruner.quantization.assembly import attach_adapters
 from qpruner.version import commit
 
@@ -81,6 +82,9 @@ LLM_PRUNER = PruneConfig(
 """Its published setting on this model, with the units that its own program keeps (`llm_pruner.py`): blocks 4-25,
 first-order Taylor summed weight by weight, one batch of 10 x 64 tokens; at 34 % of their units 19.6 % of all parameters
 go."""
+DEFAULT = ("default", "global", "least_squares")
+"""What a configuration that says nothing gets: of fisher with and without whole blocks, what loses less on validation
+rows; they are other windows of the evaluated text, as a user's are of the task."""
 WITH_BLOCKS = {f"fisher, {share:.0%} in blocks": share for share in (0.06, 0.08, 0.1, 0.14)}
 """Share of all parameters that go in whole blocks (two to five of 30), channels making up the rest; at other rates than
 20 % the best of them alone. Importance is measured anew between blocks and channels, so that a row takes three times as
@@ -163,7 +167,9 @@ class Bench:
             web = []
         first, half = NUM_EVALUATED * CONTEXT, len(ids) // 2
         texts = {"same text": _rows(ids[half:], CONTEXT)} | ({"web text": _rows(web, CONTEXT)} if web else {})
-        return {"evaluated": _rows(ids[:first], CONTEXT), "training": _rows(ids[first:half], CONTEXT), **texts}
+        between = _rows(ids[first:half], CONTEXT)
+        validation = between[-NUM_CALIBRATION:]
+        return {"evaluated": _rows(ids[:first], CONTEXT), "training": between, "validation": validation, **texts}
 
     @property
     def texts(self) -> list[str]:
@@ -190,9 +196,21 @@ class Bench:
         return self.perplexity(self.base)
 
     def prune(self, settings: PruneConfig, calibration: str, seed: int = 0) -> Any:
-        """The pruned model; importance is measured once for each criterion and text."""
-        evidence = Remembered(self, settings, calibration, seed)
-        return cut_by(evidence, copy.deepcopy(self.base), settings).model
+        """The pruned model; importance is measured once for each criterion and text, but for what is compared."""
+        cuts = [cut.settings for cut in cuts_of(self.base.config, settings)]
+        if len(cuts) == 1:
+            evidence = Remembered(self, settings, calibration, seed)
+            return cut_by(evidence, copy.deepcopy(self.base), settings).model
+        best: list[Any] = []
+
+        def keep(_: PruneConfig, pruned: Pruned) -> None:
+            best[:] = [pruned.model]
+
+        samples, validation = self.samples(calibration, seed), self.windows["validation"]
+        tried = prune_best(lambda: copy.deepcopy(self.base), cuts, samples, validation, keep, seed)
+        for each in tried:
+            print(f"    validation loss {each.loss:.3f} without blocks {each.dropped_blocks}", flush=True)
+        return best[0]
 
     def pruned(self, task: Task) -> Any:
         """A task's pruned model, kept where the fine-tune starts from it too."""
@@ -285,10 +303,13 @@ class Task:
 
 def recipe(criterion: str, selection: str, compensation: str, rate: float = 0.2, **more: Any) -> PruneConfig:
     """The settings of a row."""
-    if criterion in WITH_BLOCKS:
-        keys: dict[str, Any] = {"units": ("block", "attention", "mlp"), "depth_share": WITH_BLOCKS[criterion] / rate}
+    keys: dict[str, Any]
+    if criterion == DEFAULT[0]:
+        keys = {}
+    elif criterion in WITH_BLOCKS:
+        keys = {"units": ("block", "attention", "mlp"), "depth_share": WITH_BLOCKS[criterion] / rate}
     else:
-        keys = dict(CRITERIA[criterion])
+        keys = {"units": ("attention", "mlp"), **CRITERIA[criterion]}
     return PruneConfig(rate=rate, selection=selection, compensation=compensation, **keys | more)
 
 
@@ -322,12 +343,12 @@ def ends_kept(texts: Sequence[str]) -> list[Task]:
 def compensated(
     texts: Sequence[str], chosen: Sequence[tuple[str, ...]], rates: Sequence[float], with_blocks: Sequence[str]
 ) -> list[Task]:
-    """Criteria and selections with every compensation; and the default with whole blocks beside."""
+    """Criteria and selections with every compensation; the default; and fisher with whole blocks beside."""
     recipes = [
         (criterion, selection, method)
         for criterion, selection in chosen
         for method in ("least_squares", "bias", "none")
-    ] + [(criterion, "global", "least_squares") for criterion in with_blocks]
+    ] + [(criterion, "global", "least_squares") for criterion in (DEFAULT[0], *with_blocks)]
     return [
         Task("compensation", criterion, recipe(criterion, selection, method, rate), text)
         for rate in rates
@@ -516,7 +537,7 @@ def every_part(measured: Measurements, texts: Sequence[str]) -> list[Row]:
     chosen = ranked(rows, "criterion", "selection")[:3]
     rows += measured.rows(ends_kept(texts))
     at_first = measured.rows(compensated(texts, chosen, first, list(WITH_BLOCKS)))
-    recipes = ranked(at_first, "criterion", "selection", "compensation")[:4]
+    recipes = [DEFAULT, *ranked(at_first, "criterion", "selection", "compensation")[:4]]
     with_blocks = [criterion for criterion, *_ in recipes if criterion in WITH_BLOCKS]
     rows += at_first + measured.rows(compensated(texts, chosen, others, with_blocks))
     rows += measured.rows(repeated(texts, recipes))

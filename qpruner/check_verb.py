@@ -59,7 +59,7 @@ def check(
         "parameters_base": inspection.base.num_parameters,
         "parameters_pruned": layout.num_parameters,
         "blocks_base": num_layers(inspection.model_config),
-        "blocks_pruned": num_layers(inspection.pruned_config),
+        "blocks_pruned": [num_layers(cut.expected) for cut in inspection.cuts],
         "is_pruned_earlier": is_pruned(inspection.model_config),
         "is_estimate": inspection.is_estimate,
         **{f"bytes_all_{bits}": layout.plan_bytes(layout.uniform(bits)) for bits in levels},
@@ -152,7 +152,7 @@ def _rates_by_steps(config: RunConfig, inspection: Inspection, gpu: str | None, 
     from qpruner import pace
 
     share = work.share_at_highest(config, inspection)
-    seconds = pace.measure(config, inspection.pruned_config, share, cores)
+    seconds = pace.measure(config, inspection.cuts[0].expected, share, cores)
     where = gpu or counted(cores, "CPU core")
     return work.measured_rates(config, inspection, seconds.training, seconds.scoring, where)
 
@@ -234,8 +234,9 @@ def _lines(config: RunConfig, facts: dict[str, Any], has_gpu: bool) -> list[str]
     about = " (estimate: what is cut is open until the model is pruned)" if facts["is_estimate"] else ""
     sizes = [f"all {bits}-bit {facts[f'bytes_all_{bits}'] / 1e6:.1f} MB" for bits in config.quantize.bits]
     cut = f" ({PRUNED_EARLIER})" if facts["is_pruned_earlier"] else ""
-    if facts["blocks_pruned"] < facts["blocks_base"]:
-        cut = f", {facts['blocks_base']} -> {facts['blocks_pruned']} blocks"
+    blocks = facts["blocks_pruned"]
+    if min(blocks) < facts["blocks_base"]:
+        cut = f", {facts['blocks_base']} -> {' or '.join(map(str, blocks))} blocks"
     trials = f"{config.search.num_trials}, {facts['concurrent_trials']} at once, scored at steps {facts['rungs']}"
     return [
         f"groups:      {facts['num_groups']} ({config.quantize.group})",

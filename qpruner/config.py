@@ -142,12 +142,10 @@ class PruneConfig(Section):
     """Instead of `rate`: the share of its own units that every block of the range loses (LLM-Pruner's ratio). It is
     there to keep the units that LLM-Pruner keeps, so `selection`, `round_to` and `query_heads` are LLM-Pruner's where
     nothing is said: `per_layer`, 1 and `modulo`."""
-    units: Annotated[tuple[Literal["block", "attention", "mlp", "expert"], ...], Field(min_length=1)] = (
-        "attention",
-        "mlp",
-    )
+    units: Annotated[tuple[Literal["block", "attention", "mlp", "expert"], ...], Field(min_length=1)] | None = None
     """What may go: whole blocks, key/value groups with their query heads, MLP channels (of every expert, where there
-    are experts), whole experts."""
+    are experts), whole experts. Null: `attention` and `mlp`; where least squares can make up for whole blocks, the same
+    with `block` beside them is cut too, and the cut that loses less on validation rows stays."""
     depth_share: Annotated[float, Field(gt=0.0, lt=1.0)] | None = None
     """Share of `rate` that whole blocks take where `units` names `block` beside others; null takes half, but no more
     than a tenth of all parameters."""
@@ -200,12 +198,12 @@ class PruneConfig(Section):
     @property
     def drops_blocks(self) -> bool:
         """Whether whole blocks go."""
-        return "block" in self.units
+        return "block" in (self.units or ())
 
     @property
     def width_units(self) -> tuple[str, ...]:
         """The kinds of unit that go out of blocks."""
-        return tuple(unit for unit in self.units if unit != "block")
+        return tuple(unit for unit in self.units or ("attention", "mlp") if unit != "block")
 
     @property
     def looks_at_linears(self) -> bool:
@@ -248,15 +246,15 @@ class PruneConfig(Section):
     def _rules(self) -> tuple[tuple[bool, str], ...]:
         """What keys ask of one another; a key that would be ignored is a mistake."""
         by_rate, width = self.layer_rate is not None, bool(self.width_units)
-        is_taylor, reduces = self.importance == "taylor", self.importance in REDUCING
+        is_taylor, reduces, units = self.importance == "taylor", self.importance in REDUCING, self.units or ()
         return (
             (not by_rate and self.rate is None, "give `rate` or `layer_rate`, got neither"),
             (
-                len(set(self.units)) < len(self.units),
-                f"`units` names a kind twice: {list(self.units)}; name each once",
+                len(set(units)) < len(units),
+                f"`units` names a kind twice: {list(units)}; name each once",
             ),
             (
-                {"expert", "mlp"} <= set(self.units),
+                {"expert", "mlp"} <= set(units),
                 "`units` may name `expert` or `mlp`, not both: whole experts go, or channels of every expert",
             ),
             (by_rate and self.drops_blocks, "`layer_rate` is about units inside blocks: take `block` out of `units`"),

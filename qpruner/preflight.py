@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,14 +14,15 @@ import numpy as np
 
 from qpruner.config import BudgetConfig, PruneConfig, QuantizeConfig, RunConfig
 from qpruner.data import Example
-from qpruner.errors import UserError, together
+from qpruner.errors import PlanRefused, UserError, together
 from qpruner.models.layout import layout_of, num_layers
 from qpruner.models.loading import load_model_config
 from qpruner.models.structure import EXPERT, MLP, family_of
 from qpruner.plan import Layout, PrecisionPlan, check_cpu_widths
 from qpruner.plan_file import check_affordable, read_plan
 from qpruner.preflight_rows import RowCounts, Rows, check_encoding, check_rows, num_importance_samples
-from qpruner.pruning.prune import are_alike, expected_config
+from qpruner.pruning.best_cut import Cut, cuts_of
+from qpruner.pruning.prune import are_alike
 from qpruner.rundir import run_root
 
 PRUNED_EARLIER = "pruned earlier: the cut is skipped"
@@ -37,22 +39,20 @@ class Shapes:
     Attributes:
         model_config: transformers config of the base model.
         base: Sizes of the base model.
-        pruned_config: The same after pruning.
-        pruned: Sizes after pruning; an estimate when `is_estimate`.
+        cuts: The cuts of this model that are tried, the one without whole blocks first where that is open.
+        pruned: Sizes after the first; an estimate when `is_estimate`.
         is_estimate: Global selection, or which blocks go, leaves the widths open until the scores are known.
         budget_bytes: The byte budget for the pruned model.
         plan: The one that `search.plan` names; None where a search chooses, or where how many blocks go is open.
-        prune: The settings of the cut as they are for this model (`in_effect`).
     """
 
     model_config: Any
     base: Layout
-    pruned_config: Any
+    cuts: tuple[Cut, ...]
     pruned: Layout
     is_estimate: bool
     budget_bytes: int
     plan: PrecisionPlan | None
-    prune: PruneConfig
 
 
 @dataclass(frozen=True)
@@ -106,26 +106,40 @@ def _shapes(config: RunConfig, works_here: bool) -> Shapes:
     model_config = load_model_config(config.model)
     family_of(model_config)
     base = layout_for(config, model_config)
-    prune = in_effect(config.prune, model_config)
-    pruned_config = _pruned_config(prune, model_config)
-    pruned = layout_for(config, pruned_config)
+    cuts = cuts_in_effect(config.prune, model_config)
+    pruned = layout_for(config, cuts[0].expected)
     budget = budget_bytes(config.quantize, pruned, config.search.pareto)
-    is_estimate = not prune.is_off and (prune.selection == "global" or prune.drops_blocks)
-    # Where blocks are not alike, how many go depends on which.
-    has_known_groups = prune.is_off or not prune.drops_blocks or are_alike(model_config)
-    plan = None
-    if config.search.plan and has_known_groups:
-        file = Path(config.search.plan)
-        plan = read_plan(file, [group.name for group in pruned.groups], config.quantize.bits)
-        if not is_estimate:
-            check_affordable(file, pruned.plan_bytes(plan), budget)
+    is_estimate = not is_pruned(model_config) and any(
+        not cut.settings.is_off and (cut.settings.selection == "global" or cut.settings.drops_blocks) for cut in cuts
+    )
+    plan = _plan(config, model_config, cuts)
+    if plan and not is_estimate:
+        assert config.search.plan
+        check_affordable(Path(config.search.plan), pruned.plan_bytes(plan), budget)
     if works_here:
         capability = _own_capability()
         if capability is None:
-            check_cpu(config, prune, pruned)
+            check_cpu(config, cuts)
         else:
             check_gpu(config, capability)
-    return Shapes(model_config, base, pruned_config, pruned, is_estimate, budget, plan, prune)
+    return Shapes(model_config, base, cuts, pruned, is_estimate, budget, plan)
+
+
+def _plan(config: RunConfig, model_config: Any, cuts: Sequence[Cut]) -> PrecisionPlan | None:
+    """The plan of `search.plan`; None where there is none, or where the groups are known after the cut alone."""
+    # Where blocks are not alike, how many go depends on which.
+    has_known_groups = are_alike(model_config) or not any(cut.settings.drops_blocks for cut in cuts)
+    if not config.search.plan or not has_known_groups:
+        return None
+    refusals = []
+    for cut in cuts:
+        groups = [group.name for group in layout_for(config, cut.expected).groups]
+        try:
+            plan = read_plan(Path(config.search.plan), groups, config.quantize.bits)
+            return plan if len(cuts) == 1 else None
+        except PlanRefused as error:
+            refusals.append(error)
+    raise refusals[0]
 
 
 def _of_cut(config: RunConfig, model_config: Any) -> tuple[str, ...]:
@@ -180,9 +194,19 @@ def is_pruned(model_config: Any) -> bool:
     return bool(model_config.is_heterogeneous)
 
 
-def in_effect(settings: PruneConfig, model_config: Any) -> PruneConfig:
-    """The settings of the cut of this model: of one that was pruned earlier, that there is none."""
-    return settings.model_copy(update={"rate": 0.0, "layer_rate": None}) if is_pruned(model_config) else settings
+def cuts_in_effect(settings: PruneConfig, model_config: Any) -> tuple[Cut, ...]:
+    """The cuts of this model that are tried; of one that was pruned earlier, that there is none.
+
+    Raises:
+        UserError: If the model cannot meet the settings.
+    """
+    if is_pruned(model_config):
+        return (Cut(settings.model_copy(update={"rate": 0.0, "layer_rate": None}), model_config),)
+    try:
+        return cuts_of(model_config, settings)
+    except UserError as error:
+        key, rate = ("rate", settings.rate) if settings.layer_rate is None else ("layer_rate", settings.layer_rate)
+        raise UserError(f"{error} (`prune.{key}` is {rate:g})") from error
 
 
 def check_quantizable(model_config: Any) -> None:
@@ -271,17 +295,6 @@ def amount(size: int) -> str:
     return f"{size / GIB:.1f} GiB" if size >= GIB else f"{-(-size * 10 // 1024**2) / 10:.1f} MiB"
 
 
-def _pruned_config(settings: PruneConfig, model_config: Any) -> Any:
-    """The config after pruning, or what it would be on average where the scores decide."""
-    if is_pruned(model_config):
-        return model_config
-    try:
-        return expected_config(model_config, settings)
-    except UserError as error:
-        key, rate = ("rate", settings.rate) if settings.layer_rate is None else ("layer_rate", settings.layer_rate)
-        raise UserError(f"{error} (`prune.{key}` is {rate:g})") from error
-
-
 def check_gpu(config: RunConfig, capability: tuple[int, int]) -> None:
     """Refuse a GPU of a compute capability that cannot run the configured layers.
 
@@ -298,13 +311,12 @@ def check_gpu(config: RunConfig, capability: tuple[int, int]) -> None:
             )
 
 
-def check_cpu(config: RunConfig, prune: PruneConfig, pruned: Layout) -> None:
+def check_cpu(config: RunConfig, cuts: Sequence[Cut]) -> None:
     """Refuse what a CPU cannot train or run.
 
     Args:
         config: The configuration.
-        prune: Its settings of the cut, in effect.
-        pruned: The pruned model's sizes.
+        cuts: The cuts that are tried.
 
     Raises:
         UserError: Naming the key, the rule and the remedy.
@@ -312,13 +324,16 @@ def check_cpu(config: RunConfig, prune: PruneConfig, pruned: Layout) -> None:
     if config.model.dtype == "float16":
         raise UserError("`model.dtype`: float16 cannot be trained on a CPU; use bfloat16 or float32")
     if 4 in config.quantize.bits:
-        check_cpu_widths([linear for group in pruned.groups for linear in group.linears])
-        is_free = prune.selection == "global" and MLP in prune.width_units and not prune.is_off
-        if is_free and prune.round_to % 64:
-            raise UserError(
-                f"`prune.round_to` must be a multiple of 64 for `selection: global` with 4-bit layers on a CPU, "
-                f"got {prune.round_to}: bitsandbytes decodes some of the widths in between wrongly"
-            )
+        for cut in cuts:
+            prune = cut.settings
+            groups = layout_for(config, cut.expected).groups
+            check_cpu_widths([linear for group in groups for linear in group.linears])
+            is_free = prune.selection == "global" and MLP in prune.width_units and not prune.is_off
+            if is_free and prune.round_to % 64:
+                raise UserError(
+                    f"`prune.round_to` must be a multiple of 64 for `selection: global` with 4-bit layers on a CPU, "
+                    f"got {prune.round_to}: bitsandbytes decodes some of the widths in between wrongly"
+                )
 
 
 def _own_capability() -> tuple[int, int] | None:

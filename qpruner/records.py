@@ -80,6 +80,15 @@ class LayerWidths(Recorded):
     kept_parameters: int
 
 
+class TriedCut(Recorded):
+    """A cut that was compared with others."""
+
+    dropped_blocks: tuple[int, ...]
+    """Whole blocks that went, as indices into the base model."""
+    validation_loss: float
+    """Right after it, in nats a predicted token, of some validation rows."""
+
+
 class PruneRecord(Record):
     """The pruned checkpoint."""
 
@@ -99,6 +108,9 @@ class PruneRecord(Record):
     memory_counter: str
     dropped_blocks: tuple[int, ...]
     layers: tuple[LayerWidths, ...]
+    tried: tuple[TriedCut, ...] = ()
+    """The cuts that `prune.units` left open, of which the one with the least loss stays; empty where it left none, and
+    in records of older versions."""
     weights: str = ""
     """Digest of its weight files, which from the same inputs another kind of machine may make otherwise; empty in
     records of older versions."""

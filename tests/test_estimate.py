@@ -29,6 +29,7 @@ from qpruner.models.cpu import has_bfloat16
 from qpruner.models.layout import layout_of
 from qpruner.pipeline import run
 from qpruner.preflight import Inspection
+from qpruner.pruning.best_cut import Cut
 from qpruner.quantization.assembly import attach_adapters
 from qpruner.runlock import sole_driver
 
@@ -60,7 +61,7 @@ def changed(raw: dict[str, Any]) -> Callable[..., RunConfig]:
 
 def inspected(config: RunConfig, inspection: Inspection) -> tuple[RunConfig, Inspection]:
     """A configuration with what an inspection would be under its settings of the cut."""
-    return config, replace(inspection, prune=preflight.in_effect(config.prune, inspection.model_config))
+    return config, replace(inspection, cuts=(Cut(config.prune, inspection.cuts[0].expected),))
 
 
 # ---- memory

@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from qpruner.config import RunConfig
+from qpruner.config import PruneConfig, RunConfig
 from qpruner.models.layout import num_layers, skeleton
 from qpruner.plan import Layout, LinearShape
 from qpruner.preflight import Inspection
@@ -83,17 +83,25 @@ def _held(config: RunConfig, inspection: Inspection) -> dict[str, int]:
 
 def prune_memory(config: RunConfig, inspection: Inspection) -> Memory:
     """Peak of the cut: what importance, or compensation after it, holds beside the dense base model."""
-    if inspection.prune.is_off:
-        return Memory("the base model", {"weights": inspection.base.num_parameters * inspection.base.element_bytes})
-    works = [_importance_memory(config, inspection)]
-    if inspection.prune.compensation != "none":
-        works.append(_compensation_memory(config, inspection))
+    settings = [cut.settings for cut in inspection.cuts]
+    weights = {"weights": inspection.base.num_parameters * inspection.base.element_bytes}
+    if settings[0].is_off:
+        return Memory("the base model", weights)
+    works = [_importance_memory(config, inspection, each) for each in settings]
+    works += [_compensation_memory(config, inspection, each) for each in settings if each.compensation != "none"]
+    if len(settings) > 1:
+        rows, length = config.calibration.batch_size, config.data.max_length
+        parts = {
+            "activations": _widest(inspection.base, rows * length),
+            "logits": logit_bytes(inspection, rows * length),
+        }
+        works.append(Memory(f"forward passes of {rows} rows x {length} tokens", weights | parts))
     return max(works, key=lambda memory: memory.total)
 
 
-def _importance_memory(config: RunConfig, inspection: Inspection) -> Memory:
+def _importance_memory(config: RunConfig, inspection: Inspection, settings: PruneConfig) -> Memory:
     """Where importance asks for gradients, those of one batch; `mixed` by element keeps a float32 for every weight."""
-    settings, calibration, base = inspection.prune, config.calibration, inspection.base
+    calibration, base = config.calibration, inspection.base
     parts = {"weights": base.num_parameters * base.element_bytes}
     by_gradient = bool(settings.width_units) and settings.importance in ("fisher", "taylor")
     if not by_gradient and not (settings.drops_blocks and settings.depth_importance == "taylor"):
@@ -110,7 +118,7 @@ def _importance_memory(config: RunConfig, inspection: Inspection) -> Memory:
     )
 
 
-def _compensation_memory(config: RunConfig, inspection: Inspection) -> Memory:
+def _compensation_memory(config: RunConfig, inspection: Inspection, settings: PruneConfig) -> Memory:
     """The hidden states of all samples in front of one block, with a mask of a byte for every pair of tokens."""
     calibration, base = config.calibration, inspection.base
     samples, length = inspection.counts.samples["importance"], calibration.max_length
@@ -120,7 +128,7 @@ def _compensation_memory(config: RunConfig, inspection: Inspection) -> Memory:
         "hidden states": samples * length * (hidden_bytes + length),
         "activations": _widest(base, calibration.batch_size * length),
     }
-    if inspection.prune.compensation == "least_squares":
+    if settings.compensation == "least_squares":
         widest = max(linear.columns for group in base.groups for linear in group.linears)
         parts["Gram matrix"] = 2 * FLOAT32_BYTES * widest**2
         # What is asked of the projection, the change that gives it, and its weights in float32.

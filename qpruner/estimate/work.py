@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from qpruner.config import EXPANSION, INFORMATION, MEASUREMENT, RunConfig
+from qpruner.config import EXPANSION, INFORMATION, MEASUREMENT, PruneConfig, RunConfig
 from qpruner.data import Example
 from qpruner.plan import FULL_BITS, Layout
 from qpruner.preflight import Inspection
@@ -298,8 +298,14 @@ class _Count:
         return self._questions("evaluate") + text
 
     def prune(self) -> float:
+        """All the cuts that are tried, and the comparison of several."""
+        cuts = [cut.settings for cut in self._inspection.cuts]
+        rows = self._lengths["validation"]
+        share = min(1.0, self._config.calibration.num_samples / len(rows)) if len(cuts) > 1 else 0.0
+        return sum(map(self._cut, cuts)) + share * len(cuts) * self.split("validation")
+
+    def _cut(self, settings: PruneConfig) -> float:
         """What whole blocks take, then importance and compensation for each of `prune.steps`."""
-        settings = self._inspection.prune
         calibration = self._config.calibration
         if settings.is_off:
             return 0.0

@@ -40,6 +40,11 @@ class Bench:
         """Leave the pruned model to what comes next."""
         self._pruned = pruned
 
+    def clear(self) -> None:
+        """Drop the model, so that another finds room."""
+        self._pruned = None
+        release()
+
     def pruned_model(self, checkpoint: Path, dtype: str, told: OnLoading = untold) -> PreTrainedModel:
         """The pruned model on this process's device; loaded if an earlier session cut it."""
         if self._pruned is None:

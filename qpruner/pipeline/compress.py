@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from qpruner.config import EXPANSION, INFORMATION, MEASUREMENT, DataSource, ModelConfig, RunConfig
 from qpruner.errors import CorruptFile
@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from qpruner.models.loading import OnLoading
     from qpruner.sensitivity.measurement import Measurement
     from qpruner.sensitivity.methods import Subject
+
+Row = TypeVar("Row")
 
 
 def prepare(context: Context) -> PrepareRecord:
@@ -282,20 +284,27 @@ def _encode_splits(context: Context, model_path: str, folder: Path) -> dict[str,
     config, settings = context.config, context.config.data
     tokenizer = load_tokenizer(model_path)
     examples = context.inspection.examples
-    splits = {
-        name: encode(examples[name], tokenizer, settings.max_length, settings.template, settings.response_only)
-        for name in ("train", "validation", "confirmation")
-    }
+    splits = {name: encode_split(config, examples[name], tokenizer) for name in ("train", "validation", "confirmation")}
     if settings.packing:
         splits["train"] = pack(splits["train"], settings.max_length)
     vocabulary = context.inspection.model_config.vocab_size
     splits["importance"] = importance_samples(config, examples["calibration"], vocabulary, tokenizer)
     # Importance is the whole text's loss, as in LLM-Pruner; sensitivity looks where an answer is predicted.
-    sensitivity = _shuffled(examples["calibration"], config.seed)[: config.calibration.num_sensitivity_samples]
+    sensitivity = shuffled(examples["calibration"], config.seed)[: config.calibration.num_sensitivity_samples]
     splits["sensitivity"] = encode(sensitivity, tokenizer, settings.max_length, settings.template)
     for name, rows in splits.items():
         save_encoded(rows, folder / name)
     return {name: len(rows) for name, rows in splits.items()}
+
+
+def encode_split(
+    config: RunConfig, examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase
+) -> list[dict[str, list[int]]]:
+    """Rows of a split as the model sees them, one an example."""
+    from qpruner.data import encode
+
+    settings = config.data
+    return encode(examples, tokenizer, settings.max_length, settings.template, settings.response_only)
 
 
 def importance_samples(
@@ -307,16 +316,17 @@ def importance_samples(
     settings, template = config.calibration, config.data.template
     if settings.token_ids:
         return load_token_ids(Path(settings.token_ids), vocabulary)
-    rows = _shuffled(examples, config.seed)
+    rows = shuffled(examples, config.seed)
     if settings.packing:
         return packed_samples(rows, tokenizer, settings.num_samples, settings.max_length, template)
     return encode(rows[: settings.num_samples], tokenizer, settings.max_length, template, response_only=False)
 
 
-def _shuffled(examples: Sequence[Example], seed: int) -> list[Example]:
-    rows = list(examples)
-    random.Random(seed).shuffle(rows)
-    return rows
+def shuffled(rows: Sequence[Row], seed: int) -> list[Row]:
+    """The same rows in an order that the seed tells."""
+    mixed = list(rows)
+    random.Random(seed).shuffle(mixed)
+    return mixed
 
 
 def _source_digests(context: Context) -> list[str]:

@@ -83,7 +83,7 @@ def look_at_nodes(context: Context) -> None:
             text = f"warning: Ray counts {report.size.gpus:g} GPUs on {report.name}, which has none that can be seen"
             context.emit(Message("cluster", f"{text}: what holds them runs on the CPU"))
     if _works_on_cpus(reports, resources):
-        check_cpu(context.config, context.inspection.prune, context.inspection.pruned)
+        check_cpu(context.config, context.inspection.cuts)
 
 
 def _banked(run: RunDir) -> list[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import tempfile
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,19 +14,19 @@ from qpruner import preflight
 from qpruner.config import PruneConfig, RunConfig
 from qpruner.events import Emit, Message, Progress, StageStarted
 from qpruner.execution.workshop import Bench
+from qpruner.memory import release
 from qpruner.mirror import check_arrived, fetch, read_list, written
 from qpruner.models.layout import num_layers
 from qpruner.models.structure import ATTENTION, EXPERT, MLP, family_of
 from qpruner.patience import patiently
-from qpruner.pipeline.compress import importance_samples, telling
+from qpruner.pipeline.compress import encode_split, importance_samples, shuffled, telling
 from qpruner.pipeline.context import Context
 from qpruner.pipeline.stage import Stage, run_stage
 from qpruner.records import LayerWidths, PrepareRecord, PruneRecord, digest_of
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel
 
-    from qpruner.calibration import Rows
     from qpruner.data import Example
     from qpruner.pruning.prune import Pruned
 
@@ -35,7 +36,9 @@ def prune(context: Context, prepared: PrepareRecord) -> PruneRecord:
     config = context.config
 
     def work(scratch: Path) -> dict[str, Any]:
-        job = CutJob(config, context.run_dir.base_model(prepared), context.data / "importance", scratch)
+        _tell_of_earlier_cut(context)
+        base, data = context.run_dir.base_model(prepared), context.data
+        job = CutJob(config, _settings(context), base, data / "importance", data / "validation", scratch)
         fields = context.workshop.do(cut_and_save, job, context.emit)
         check_arrived(scratch)
         return fields
@@ -52,7 +55,16 @@ def prune(context: Context, prepared: PrepareRecord) -> PruneRecord:
 
 def prune_stage(context: Context, prepared: PrepareRecord) -> Stage:
     """What `prune` depends on."""
-    return Stage("prune", describe(context.inspection.prune), (prepared.digest, context.config.prune))
+    return Stage("prune", describe(_settings(context)), (prepared.digest, context.config.prune))
+
+
+def _settings(context: Context) -> tuple[PruneConfig, ...]:
+    return tuple(cut.settings for cut in context.inspection.cuts)
+
+
+def _tell_of_earlier_cut(context: Context) -> None:
+    if preflight.is_pruned(context.inspection.model_config):
+        context.emit(Message("prune", f"the model was {preflight.PRUNED_EARLIER}"))
 
 
 @dataclass(frozen=True)
@@ -61,19 +73,23 @@ class CutJob:
 
     Attributes:
         config: The run's configuration.
+        cuts: Settings of every cut that is tried.
         base: Folder of the base model.
         rows: Folder of the encoded importance samples.
+        validation: Folder of the encoded validation rows.
         scratch: Folder for the pruned checkpoint.
     """
 
     config: RunConfig
+    cuts: tuple[PruneConfig, ...]
     base: Path
     rows: Path
+    validation: Path
     scratch: Path
 
 
 def cut_and_save(job: CutJob, bench: Bench, emit: Emit) -> dict[str, Any]:
-    """Cut the base model, write it and leave it on the bench; returns the record's fields."""
+    """Cut the base model, write what loses least and leave it on the bench; returns the record's fields."""
     from qpruner.data import load_encoded
     from qpruner.models.checkpoint import save_checkpoint
     from qpruner.models.loading import load_dense, load_tokenizer
@@ -81,14 +97,23 @@ def cut_and_save(job: CutJob, bench: Bench, emit: Emit) -> dict[str, Any]:
 
     base, told_of_weights = str(fetch(job.base)), telling(emit, "prune")
     tokenizer = load_tokenizer(base)
-    model = load_dense(base, job.config.model.dtype, job.config.model, told_of_weights)
-    pruned, fields = cut_model(job.config, model, tokenizer, load_encoded(job.rows), emit)
+    rows = Rows(load_encoded(job.rows), load_encoded(job.validation), int(tokenizer.pad_token_id))
+
+    def load() -> PreTrainedModel:
+        bench.clear()
+        return load_dense(base, job.config.model.dtype, job.config.model, told_of_weights)
+
     with written(job.scratch) as folder:
-        save_checkpoint(pruned.model, tokenizer, folder, told_of_weights)
-        patiently(lambda: save_importance(folder, pruned.scores, pruned.block_scores), folder)
-        told = PruneRecord(digest="", seconds=0.0, **fields)
-        patiently(lambda: write_pictures(folder, told, load_importance(folder)), folder)
-    bench.keep(pruned.model)
+
+        def keep(pruned: Pruned, fields: dict[str, Any]) -> None:
+            # Over those of a cut that this one is better than; `save_pretrained` drops shards that it has not written.
+            save_checkpoint(pruned.model, tokenizer, folder, told_of_weights)
+            patiently(lambda: save_importance(folder, pruned.scores, pruned.block_scores), folder)
+            told = PruneRecord(digest="", seconds=0.0, **fields)
+            patiently(lambda: write_pictures(folder, told, load_importance(folder)), folder)
+            bench.keep(pruned.model)
+
+        fields = best_of(job.config, job.cuts, load, rows, emit, keep)
     return fields | {"weights": _weights_digest(job.scratch)}
 
 
@@ -101,10 +126,12 @@ def _weights_digest(folder: Path) -> str:
 
 def preview_prune(context: Context) -> PruneRecord:
     """What `prune` would leave, with nothing written: the model is cut in memory and dropped."""
-    rows = context.inspection.examples["calibration"]
-    context.emit(StageStarted("prune", f"{describe(context.inspection.prune)}; nothing is written"))
+    examples, settings = context.inspection.examples, _settings(context)
+    context.emit(StageStarted("prune", f"{describe(settings)}; nothing is written"))
+    _tell_of_earlier_cut(context)
     started = time.monotonic()
-    fields = context.workshop.do(cut_in_memory, PreviewJob(context.worker_config, rows), context.emit)
+    job = PreviewJob(context.worker_config, settings, examples["calibration"], examples["validation"])
+    fields = context.workshop.do(cut_in_memory, job, context.emit)
     return PruneRecord(digest="", seconds=time.monotonic() - started, **fields)
 
 
@@ -114,50 +141,117 @@ class PreviewJob:
 
     Attributes:
         config: The run's configuration.
+        cuts: Settings of every cut that is tried.
         examples: Calibration rows.
+        validation: Validation rows.
     """
 
     config: RunConfig
+    cuts: tuple[PruneConfig, ...]
     examples: list[Example]
+    validation: list[Example]
 
 
 def cut_in_memory(job: PreviewJob, bench: Bench, emit: Emit) -> dict[str, Any]:
     """Cut the base model and drop it; returns the record's fields."""
     from qpruner.models.checkpoint import prepare_base
-    from qpruner.models.loading import load_dense, load_tokenizer
+    from qpruner.models.loading import load_dense, load_model_config, load_tokenizer
 
     config = job.config
     with tempfile.TemporaryDirectory() as scratch:
         base = prepare_base(config.model, Path(scratch), told=telling(emit, "prune"))
         tokenizer = load_tokenizer(base.path)
-        model = load_dense(base.path, config.model.dtype, config.model, telling(emit, "prune"))
-        rows = importance_samples(config, job.examples, model.config.vocab_size, tokenizer)
-        _, fields = cut_model(config, model, tokenizer, rows, emit)
-    return fields
+        vocabulary = load_model_config(config.model).vocab_size
+        rows = Rows(
+            importance_samples(config, job.examples, vocabulary, tokenizer),
+            encode_split(config, job.validation, tokenizer),
+            int(tokenizer.pad_token_id),
+        )
+
+        def load() -> PreTrainedModel:
+            release()
+            return load_dense(base.path, config.model.dtype, config.model, telling(emit, "prune"))
+
+        return best_of(config, job.cuts, load, rows, emit)
 
 
-def cut_model(
-    config: RunConfig, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: Rows, emit: Emit
-) -> tuple[Pruned, dict[str, Any]]:
-    """Cut a loaded model; returns what was made and the fields of its record."""
+@dataclass(frozen=True)
+class Rows:
+    """Encoded rows that cuts are made and compared by.
+
+    Attributes:
+        importance: Calibration samples.
+        validation: Rows to compare cuts on.
+        pad_id: Padding token.
+    """
+
+    importance: list[dict[str, list[int]]]
+    validation: list[dict[str, list[int]]]
+    pad_id: int
+
+
+class _Base:
+    """What is told of a loaded model once it is cut."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        from qpruner.memory import PeakMemory, page_in
+
+        self.config = copy.deepcopy(model.config)
+        self.block_parameters = [block_parameters(model, index) for index in range(num_layers(model.config))]
+        page_in(model)
+        self.memory = PeakMemory()
+
+
+def best_of(
+    config: RunConfig,
+    cuts: Sequence[PruneConfig],
+    load: Callable[[], PreTrainedModel],
+    rows: Rows,
+    emit: Emit,
+    keep: Callable[[Pruned, dict[str, Any]], None] = lambda pruned, fields: None,
+) -> dict[str, Any]:
+    """Make every cut that is open; returns the record's fields of the best.
+
+    Args:
+        config: The run's configuration.
+        cuts: Settings of each cut.
+        load: Gives the base model, once a cut.
+        rows: Samples, and rows to compare on.
+        emit: Told how far it is.
+        keep: Given each cut that is better than those before it, and its fields.
+    """
     from qpruner.calibration import Samples
-    from qpruner.memory import PeakMemory, page_in
-    from qpruner.pruning.prune import prune as cut
+    from qpruner.pruning.best_cut import prune_best
 
-    settings = preflight.in_effect(config.prune, model.config)
-    if preflight.is_pruned(model.config):
-        emit(Message("prune", f"the model was {preflight.PRUNED_EARLIER}"))
-    samples = Samples(rows, int(tokenizer.pad_token_id), config.calibration.batch_size)
-    before = [block_parameters(model, index) for index in range(num_layers(model.config))]
-    base = copy.deepcopy(model.config)
-    page_in(model)
-    memory = PeakMemory()
-    pruned = cut(
-        model, settings, samples, config.seed, lambda what, done, total: emit(Progress("prune", done, total, what))
+    held_out = shuffled(rows.validation, config.seed)[: config.calibration.num_samples]
+    best: dict[str, Any] = {}
+    loaded: list[_Base] = []
+
+    def fresh() -> PreTrainedModel:
+        model = load()
+        loaded.append(_Base(model))
+        return model
+
+    def keep_better(settings: PruneConfig, pruned: Pruned) -> None:
+        best.update(_fields(config, settings, loaded[-1], pruned))
+        keep(pruned, best)
+
+    tried = prune_best(
+        fresh,
+        cuts,
+        Samples(rows.importance, rows.pad_id, config.calibration.batch_size),
+        held_out,
+        keep_better,
+        config.seed,
+        lambda what, done, total: emit(Progress("prune", done, total, what)),
     )
+    return best | {"tried": [{"dropped_blocks": each.dropped_blocks, "validation_loss": each.loss} for each in tried]}
+
+
+def _fields(config: RunConfig, settings: PruneConfig, base: _Base, pruned: Pruned) -> dict[str, Any]:
     removed = pruned.parameters_before - pruned.parameters_after
     element_bytes = preflight.DTYPE_BYTES[config.model.dtype]
-    return pruned, {
+    return {
         "importance": settings.importance,
         "selection": settings.selection,
         "compensation": settings.compensation,
@@ -168,19 +262,22 @@ def cut_model(
         "parameters_after": pruned.parameters_after,
         "bytes_before": pruned.parameters_before * element_bytes,
         "bytes_after": pruned.parameters_after * element_bytes,
-        "peak_memory_bytes": memory.bytes(),
-        "memory_counter": memory.counter,
+        "peak_memory_bytes": base.memory.bytes(),
+        "memory_counter": base.memory.counter,
         "dropped_blocks": pruned.dropped_blocks,
-        "layers": layer_widths(base, pruned, before),
+        "layers": layer_widths(base.config, pruned, base.block_parameters),
     }
 
 
-def describe(settings: PruneConfig) -> str:
-    """What the prune stage is about to do, in one line, of settings that are in effect."""
+def describe(cuts: Sequence[PruneConfig]) -> str:
+    """What the prune stage is about to do, in one line, of the settings of the cuts that are tried."""
+    settings = cuts[0]
     if settings.is_off:
         return target_text(settings)
     parts = [target_text(settings), f"by {settings.importance}", settings.selection]
-    if settings.drops_blocks:
+    if len(cuts) > 1:
+        parts.append("without whole blocks and with some, whichever loses less")
+    elif settings.drops_blocks:
         parts.append("whole blocks first" if settings.width_units else "whole blocks only")
     if settings.compensation != "none":
         parts.append(f"{settings.compensation.replace('_', ' ')} compensation")

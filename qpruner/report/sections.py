@@ -188,15 +188,21 @@ def block_numbering(record: PruneRecord) -> str:
 
 
 def prune_summary(record: PruneRecord) -> str:
-    """The cut in two lines."""
+    """The cut in a few lines."""
     dropped = f"; whole blocks removed: {', '.join(map(str, record.dropped_blocks))}" if record.dropped_blocks else ""
+    compared = ", ".join(f"{each.validation_loss:.3f} {_without(each.dropped_blocks)}" for each in record.tried)
+    tried = f"\nValidation loss in nats a token right after each cut that was tried: {compared}." if compared else ""
     return (
         f"{record.importance}, {record.selection}, compensation {record.compensation}: {record.target}, achieved "
         f"{record.achieved_rate:.2%}{dropped}.\n"
         f"{record.parameters_before:,} -> {record.parameters_after:,} parameters, {record.bytes_before / 1e6:.1f} -> "
         f"{record.bytes_after / 1e6:.1f} MB, {record.seconds:.1f} s, {record.peak_memory_bytes / 1e6:.0f} MB at most "
-        f"above the loaded model ({record.memory_counter})."
+        f"above the loaded model ({record.memory_counter}).{tried}"
     )
+
+
+def _without(dropped_blocks: tuple[int, ...]) -> str:
+    return f"without blocks {', '.join(map(str, dropped_blocks))}" if dropped_blocks else "with all blocks"
 
 
 def statuses(run: Snapshot) -> dict[str, str]:
