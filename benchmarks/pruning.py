@@ -43,10 +43,10 @@ from qpruner.finetune import Schedule, finetune
 from qpruner.memory import release
 from qpruner.models.checkpoint import save_checkpoint
 from qpruner.models.loading import load_dense, load_tokenizer, resolve_source
-from qpruner.pruning.best_cut import cuts_of, prune_best
+from qpruner.pruning.best_cut import Made, cuts_of, prune_best
 from qpruner.pruning.evidence import Measured
 from qpruner.pruning.importance import Scores, score
-from qpruner.pruning.prune import Pruned, cut_by, num_parameters
+from qpruner.pruning.prune import cut_by, num_parameters
 from qpruner.quantization.assembly import attach_adapters
 from qpruner.version import commit
 
@@ -203,11 +203,12 @@ class Bench:
             return cut_by(evidence, copy.deepcopy(self.base), settings).model
         best: list[Any] = []
 
-        def keep(_: PruneConfig, pruned: Pruned) -> None:
-            best[:] = [pruned.model]
+        def made(cut: Made) -> None:
+            if cut.is_best:
+                best[:] = [cut.pruned.model]
 
-        samples, validation = self.samples(calibration, seed), self.windows["validation"]
-        tried = prune_best(lambda: copy.deepcopy(self.base), cuts, samples, validation, keep, seed)
+        samples, validation = self.samples(calibration, seed), Samples(self.windows["validation"], self.pad_id, 8)
+        tried = prune_best(lambda: copy.deepcopy(self.base), cuts, samples, validation, made, seed)
         for each in tried:
             print(f"    validation loss {each.loss:.3f} without blocks {each.dropped_blocks}", flush=True)
         return best[0]

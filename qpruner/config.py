@@ -144,8 +144,9 @@ class PruneConfig(Section):
     nothing is said: `per_layer`, 1 and `modulo`."""
     units: Annotated[tuple[Literal["block", "attention", "mlp", "expert"], ...], Field(min_length=1)] | None = None
     """What may go: whole blocks, key/value groups with their query heads, MLP channels (of every expert, where there
-    are experts), whole experts. Null: `attention` and `mlp`; where least squares can make up for whole blocks, the same
-    with `block` beside them is cut too, and the cut that loses less on validation rows stays."""
+    are experts), whole experts. Null: `attention` and `mlp`; where least squares can make up for whole blocks, one
+    is no more than they may take and no random control is asked for, the same with `block` beside them is cut too, and
+    what loses less on the validation rows stays."""
     depth_share: Annotated[float, Field(gt=0.0, lt=1.0)] | None = None
     """Share of `rate` that whole blocks take where `units` names `block` beside others; null takes half, but no more
     than a tenth of all parameters."""

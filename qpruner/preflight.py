@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -107,36 +108,40 @@ def _shapes(config: RunConfig, works_here: bool) -> Shapes:
     family_of(model_config)
     base = layout_for(config, model_config)
     cuts = cuts_in_effect(config.prune, model_config)
-    pruned = layout_for(config, cuts[0].expected)
-    budget = budget_bytes(config.quantize, pruned, config.search.pareto)
-    is_estimate = not is_pruned(model_config) and any(
-        not cut.settings.is_off and (cut.settings.selection == "global" or cut.settings.drops_blocks) for cut in cuts
-    )
-    plan = _plan(config, model_config, cuts)
-    if plan and not is_estimate:
-        assert config.search.plan
-        check_affordable(Path(config.search.plan), pruned.plan_bytes(plan), budget)
     if works_here:
         capability = _own_capability()
         if capability is None:
-            check_cpu(config, cuts)
+            cuts = _on_cpu(config, cuts)
         else:
             check_gpu(config, capability)
+    cuts, plan = _for_plan(config, model_config, cuts)
+    pruned = layout_for(config, cuts[0].expected)
+    budget = budget_bytes(config.quantize, pruned, config.search.pareto)
+    is_estimate = any(
+        not cut.settings.is_off and (cut.settings.selection == "global" or cut.settings.drops_blocks) for cut in cuts
+    )
+    if plan and not is_estimate:
+        assert config.search.plan
+        check_affordable(Path(config.search.plan), pruned.plan_bytes(plan), budget)
     return Shapes(model_config, base, cuts, pruned, is_estimate, budget, plan)
 
 
-def _plan(config: RunConfig, model_config: Any, cuts: Sequence[Cut]) -> PrecisionPlan | None:
-    """The plan of `search.plan`; None where there is none, or where the groups are known after the cut alone."""
+def _for_plan(
+    config: RunConfig, model_config: Any, cuts: tuple[Cut, ...]
+) -> tuple[tuple[Cut, ...], PrecisionPlan | None]:
+    """The plan of `search.plan`, with the cut whose groups it names; no plan where there is none, or where the groups
+    are known after the cut alone."""
     # Where blocks are not alike, how many go depends on which.
-    has_known_groups = are_alike(model_config) or not any(cut.settings.drops_blocks for cut in cuts)
+    has_known_groups = are_alike(model_config) or not any(
+        cut.settings.drops_blocks and not cut.settings.is_off for cut in cuts
+    )
     if not config.search.plan or not has_known_groups:
-        return None
+        return cuts, None
     refusals = []
     for cut in cuts:
         groups = [group.name for group in layout_for(config, cut.expected).groups]
         try:
-            plan = read_plan(Path(config.search.plan), groups, config.quantize.bits)
-            return plan if len(cuts) == 1 else None
+            return (cut,), read_plan(Path(config.search.plan), groups, config.quantize.bits)
         except PlanRefused as error:
             refusals.append(error)
     raise refusals[0]
@@ -309,6 +314,17 @@ def check_gpu(config: RunConfig, capability: tuple[int, int]) -> None:
                 f"`quantize.bits`: a GPU of compute capability {has} cannot run {bits}-bit layers, which need "
                 f"{need}; leave {bits} out"
             )
+
+
+def _on_cpu(config: RunConfig, cuts: tuple[Cut, ...]) -> tuple[Cut, ...]:
+    """Of the cuts that are tried, those whose widths a CPU can run; the first has to be."""
+    check_cpu(config, cuts[:1])
+    found = list(cuts[:1])
+    for cut in cuts[1:]:
+        with suppress(UserError):
+            check_cpu(config, [cut])
+            found.append(cut)
+    return tuple(found)
 
 
 def check_cpu(config: RunConfig, cuts: Sequence[Cut]) -> None:

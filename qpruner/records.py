@@ -86,7 +86,9 @@ class TriedCut(Recorded):
     dropped_blocks: tuple[int, ...]
     """Whole blocks that went, as indices into the base model."""
     validation_loss: float
-    """Right after it, in nats a predicted token, of some validation rows."""
+    """Right after it, in nats a predicted token of the validation rows."""
+    behind_stderr: float
+    """Standard error, over rows, of how far it is behind the cut that stays; 0 of that one."""
 
 
 class PruneRecord(Record):
@@ -104,7 +106,7 @@ class PruneRecord(Record):
     bytes_before: int
     bytes_after: int
     peak_memory_bytes: int
-    """Above the loaded model."""
+    """Above the loaded model, of all cuts that were tried."""
     memory_counter: str
     dropped_blocks: tuple[int, ...]
     layers: tuple[LayerWidths, ...]

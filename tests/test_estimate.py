@@ -601,8 +601,6 @@ def test_a_choice_of_two_cuts_takes_both_and_the_passes_that_compare_them(
     both = seconds(config, config.prune, beside)
     alone = seconds(config, config.prune) + seconds(config, beside)
     assert alone < both < 1.5 * alone
-    few = changed(calibration__num_samples=1)
-    assert seconds(few, few.prune, beside) - seconds(few, few.prune) - seconds(few, beside) < (both - alone) / 4
 
 
 def test_rows_that_cuts_are_compared_on_may_take_the_most_memory(
@@ -613,4 +611,4 @@ def test_rows_that_cuts_are_compared_on_may_take_the_most_memory(
     two = replace(inspection, cuts=(cut, cut))
     assert memory.prune_memory(long, inspection) == memory.prune_memory(short, inspection)
     assert memory.prune_memory(short, two) == memory.prune_memory(short, inspection)
-    assert memory.prune_memory(long, two).about == "forward passes of 10 rows x 4096 tokens"
+    assert memory.prune_memory(long, two).about == "passes of 8 rows x 4096 tokens (`evaluate.batch_size`)"

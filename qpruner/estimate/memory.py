@@ -90,12 +90,12 @@ def prune_memory(config: RunConfig, inspection: Inspection) -> Memory:
     works = [_importance_memory(config, inspection, each) for each in settings]
     works += [_compensation_memory(config, inspection, each) for each in settings if each.compensation != "none"]
     if len(settings) > 1:
-        rows, length = config.calibration.batch_size, config.data.max_length
+        rows, length = config.evaluate.batch_size, config.data.max_length
         parts = {
             "activations": _widest(inspection.base, rows * length),
             "logits": logit_bytes(inspection, rows * length),
         }
-        works.append(Memory(f"forward passes of {rows} rows x {length} tokens", weights | parts))
+        works.append(Memory(f"passes of {rows} rows x {length} tokens (`evaluate.batch_size`)", weights | parts))
     return max(works, key=lambda memory: memory.total)
 
 

@@ -300,9 +300,8 @@ class _Count:
     def prune(self) -> float:
         """All the cuts that are tried, and the comparison of several."""
         cuts = [cut.settings for cut in self._inspection.cuts]
-        rows = self._lengths["validation"]
-        share = min(1.0, self._config.calibration.num_samples / len(rows)) if len(cuts) > 1 else 0.0
-        return sum(map(self._cut, cuts)) + share * len(cuts) * self.split("validation")
+        compared = len(cuts) * self.split("validation") if len(cuts) > 1 else 0.0
+        return sum(map(self._cut, cuts)) + compared
 
     def _cut(self, settings: PruneConfig) -> float:
         """What whole blocks take, then importance and compensation for each of `prune.steps`."""

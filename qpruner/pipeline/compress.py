@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from qpruner.config import EXPANSION, INFORMATION, MEASUREMENT, DataSource, ModelConfig, RunConfig
 from qpruner.errors import CorruptFile
@@ -27,8 +27,6 @@ if TYPE_CHECKING:
     from qpruner.models.loading import OnLoading
     from qpruner.sensitivity.measurement import Measurement
     from qpruner.sensitivity.methods import Subject
-
-Row = TypeVar("Row")
 
 
 def prepare(context: Context) -> PrepareRecord:
@@ -290,7 +288,7 @@ def _encode_splits(context: Context, model_path: str, folder: Path) -> dict[str,
     vocabulary = context.inspection.model_config.vocab_size
     splits["importance"] = importance_samples(config, examples["calibration"], vocabulary, tokenizer)
     # Importance is the whole text's loss, as in LLM-Pruner; sensitivity looks where an answer is predicted.
-    sensitivity = shuffled(examples["calibration"], config.seed)[: config.calibration.num_sensitivity_samples]
+    sensitivity = _shuffled(examples["calibration"], config.seed)[: config.calibration.num_sensitivity_samples]
     splits["sensitivity"] = encode(sensitivity, tokenizer, settings.max_length, settings.template)
     for name, rows in splits.items():
         save_encoded(rows, folder / name)
@@ -316,17 +314,16 @@ def importance_samples(
     settings, template = config.calibration, config.data.template
     if settings.token_ids:
         return load_token_ids(Path(settings.token_ids), vocabulary)
-    rows = shuffled(examples, config.seed)
+    rows = _shuffled(examples, config.seed)
     if settings.packing:
         return packed_samples(rows, tokenizer, settings.num_samples, settings.max_length, template)
     return encode(rows[: settings.num_samples], tokenizer, settings.max_length, template, response_only=False)
 
 
-def shuffled(rows: Sequence[Row], seed: int) -> list[Row]:
-    """The same rows in an order that the seed tells."""
-    mixed = list(rows)
-    random.Random(seed).shuffle(mixed)
-    return mixed
+def _shuffled(examples: Sequence[Example], seed: int) -> list[Example]:
+    rows = list(examples)
+    random.Random(seed).shuffle(rows)
+    return rows
 
 
 def _source_digests(context: Context) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import shutil
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -19,15 +20,18 @@ from qpruner.mirror import check_arrived, fetch, read_list, written
 from qpruner.models.layout import num_layers
 from qpruner.models.structure import ATTENTION, EXPERT, MLP, family_of
 from qpruner.patience import patiently
-from qpruner.pipeline.compress import encode_split, importance_samples, shuffled, telling
+from qpruner.pipeline.compress import encode_split, importance_samples, telling
 from qpruner.pipeline.context import Context
 from qpruner.pipeline.stage import Stage, run_stage
 from qpruner.records import LayerWidths, PrepareRecord, PruneRecord, digest_of
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from qpruner.calibration import Rows, Samples
     from qpruner.data import Example
+    from qpruner.errors import QprunerError
+    from qpruner.pruning.best_cut import Made
     from qpruner.pruning.prune import Pruned
 
 
@@ -97,7 +101,9 @@ def cut_and_save(job: CutJob, bench: Bench, emit: Emit) -> dict[str, Any]:
 
     base, told_of_weights = str(fetch(job.base)), telling(emit, "prune")
     tokenizer = load_tokenizer(base)
-    rows = Rows(load_encoded(job.rows), load_encoded(job.validation), int(tokenizer.pad_token_id))
+    samples = _samples(load_encoded(job.rows), tokenizer, job.config.calibration.batch_size)
+    validation = load_encoded(job.validation) if len(job.cuts) > 1 else []
+    held_out = _samples(validation, tokenizer, job.config.evaluate.batch_size)
 
     def load() -> PreTrainedModel:
         bench.clear()
@@ -106,14 +112,14 @@ def cut_and_save(job: CutJob, bench: Bench, emit: Emit) -> dict[str, Any]:
     with written(job.scratch) as folder:
 
         def keep(pruned: Pruned, fields: dict[str, Any]) -> None:
-            # Over those of a cut that this one is better than; `save_pretrained` drops shards that it has not written.
+            shutil.rmtree(folder, ignore_errors=True)  # of a cut that loses more
             save_checkpoint(pruned.model, tokenizer, folder, told_of_weights)
             patiently(lambda: save_importance(folder, pruned.scores, pruned.block_scores), folder)
             told = PruneRecord(digest="", seconds=0.0, **fields)
             patiently(lambda: write_pictures(folder, told, load_importance(folder)), folder)
             bench.keep(pruned.model)
 
-        fields = best_of(job.config, job.cuts, load, rows, emit, keep)
+        fields = best_of(job.config, job.cuts, load, samples, held_out, emit, keep)
     return fields | {"weights": _weights_digest(job.scratch)}
 
 
@@ -130,7 +136,8 @@ def preview_prune(context: Context) -> PruneRecord:
     context.emit(StageStarted("prune", f"{describe(settings)}; nothing is written"))
     _tell_of_earlier_cut(context)
     started = time.monotonic()
-    job = PreviewJob(context.worker_config, settings, examples["calibration"], examples["validation"])
+    validation = examples["validation"] if len(settings) > 1 else []
+    job = PreviewJob(context.worker_config, settings, examples["calibration"], validation)
     fields = context.workshop.do(cut_in_memory, job, context.emit)
     return PruneRecord(digest="", seconds=time.monotonic() - started, **fields)
 
@@ -143,7 +150,7 @@ class PreviewJob:
         config: The run's configuration.
         cuts: Settings of every cut that is tried.
         examples: Calibration rows.
-        validation: Validation rows.
+        validation: Validation rows, where there are several.
     """
 
     config: RunConfig
@@ -162,51 +169,30 @@ def cut_in_memory(job: PreviewJob, bench: Bench, emit: Emit) -> dict[str, Any]:
         base = prepare_base(config.model, Path(scratch), told=telling(emit, "prune"))
         tokenizer = load_tokenizer(base.path)
         vocabulary = load_model_config(config.model).vocab_size
-        rows = Rows(
-            importance_samples(config, job.examples, vocabulary, tokenizer),
-            encode_split(config, job.validation, tokenizer),
-            int(tokenizer.pad_token_id),
-        )
+        rows = importance_samples(config, job.examples, vocabulary, tokenizer)
+        samples = _samples(rows, tokenizer, config.calibration.batch_size)
+        validation = encode_split(config, job.validation, tokenizer) if len(job.cuts) > 1 else []
+        held_out = _samples(validation, tokenizer, config.evaluate.batch_size)
 
         def load() -> PreTrainedModel:
             release()
             return load_dense(base.path, config.model.dtype, config.model, telling(emit, "prune"))
 
-        return best_of(config, job.cuts, load, rows, emit)
+        return best_of(config, job.cuts, load, samples, held_out, emit)
 
 
-@dataclass(frozen=True)
-class Rows:
-    """Encoded rows that cuts are made and compared by.
+def _samples(rows: Rows, tokenizer: PreTrainedTokenizerBase, batch_size: int) -> Samples:
+    from qpruner.calibration import Samples
 
-    Attributes:
-        importance: Calibration samples.
-        validation: Rows to compare cuts on.
-        pad_id: Padding token.
-    """
-
-    importance: list[dict[str, list[int]]]
-    validation: list[dict[str, list[int]]]
-    pad_id: int
-
-
-class _Base:
-    """What is told of a loaded model once it is cut."""
-
-    def __init__(self, model: PreTrainedModel) -> None:
-        from qpruner.memory import PeakMemory, page_in
-
-        self.config = copy.deepcopy(model.config)
-        self.block_parameters = [block_parameters(model, index) for index in range(num_layers(model.config))]
-        page_in(model)
-        self.memory = PeakMemory()
+    return Samples(rows, int(tokenizer.pad_token_id), batch_size)
 
 
 def best_of(
     config: RunConfig,
     cuts: Sequence[PruneConfig],
     load: Callable[[], PreTrainedModel],
-    rows: Rows,
+    samples: Samples,
+    held_out: Samples,
     emit: Emit,
     keep: Callable[[Pruned, dict[str, Any]], None] = lambda pruned, fields: None,
 ) -> dict[str, Any]:
@@ -216,39 +202,74 @@ def best_of(
         config: The run's configuration.
         cuts: Settings of each cut.
         load: Gives the base model, once a cut.
-        rows: Samples, and rows to compare on.
+        samples: What cuts are made by.
+        held_out: What several are compared on.
         emit: Told how far it is.
         keep: Given each cut that is better than those before it, and its fields.
     """
-    from qpruner.calibration import Samples
-    from qpruner.pruning.best_cut import prune_best
+    from qpruner.pruning.best_cut import prune_best, with_or_without
 
-    held_out = shuffled(rows.validation, config.seed)[: config.calibration.num_samples]
-    best: dict[str, Any] = {}
-    loaded: list[_Base] = []
+    watch, fields = _Watch(), {}
 
     def fresh() -> PreTrainedModel:
         model = load()
-        loaded.append(_Base(model))
+        watch.begin(model)
         return model
 
-    def keep_better(settings: PruneConfig, pruned: Pruned) -> None:
-        best.update(_fields(config, settings, loaded[-1], pruned))
-        keep(pruned, best)
+    def made(cut: Made) -> None:
+        watch.end()
+        if cut.is_best:
+            fields.update(_fields(config, cut.settings, cut.pruned, watch))
+            keep(cut.pruned, fields)
+
+    def failed(settings: PruneConfig, error: QprunerError) -> None:
+        emit(Message("prune", f"warning: the cut {with_or_without(settings)} whole blocks is left out: {error}"))
 
     tried = prune_best(
         fresh,
         cuts,
-        Samples(rows.importance, rows.pad_id, config.calibration.batch_size),
+        samples,
         held_out,
-        keep_better,
+        made,
         config.seed,
         lambda what, done, total: emit(Progress("prune", done, total, what)),
+        failed,
     )
-    return best | {"tried": [{"dropped_blocks": each.dropped_blocks, "validation_loss": each.loss} for each in tried]}
+    compared = [
+        {"dropped_blocks": each.dropped_blocks, "validation_loss": each.loss, "behind_stderr": each.behind_stderr}
+        for each in tried
+    ]
+    return fields | {"tried": compared, "peak_memory_bytes": watch.peak_bytes}
 
 
-def _fields(config: RunConfig, settings: PruneConfig, base: _Base, pruned: Pruned) -> dict[str, Any]:
+class _Watch:
+    """What is told of the base model once it is cut, and the memory that cuts take."""
+
+    def __init__(self) -> None:
+        self.config: Any = None
+        self.block_parameters: list[int] = []
+        self.peak_bytes = 0
+
+    def begin(self, base: PreTrainedModel) -> None:
+        """Before a cut."""
+        from qpruner.memory import PeakMemory, page_in
+
+        self.config = copy.deepcopy(base.config)
+        self.block_parameters = [block_parameters(base, index) for index in range(num_layers(base.config))]
+        page_in(base)
+        self._memory = PeakMemory()
+
+    def end(self) -> None:
+        """After it."""
+        self.peak_bytes = max(self.peak_bytes, self._memory.bytes())
+
+    @property
+    def counter(self) -> str:
+        """What counted."""
+        return self._memory.counter
+
+
+def _fields(config: RunConfig, settings: PruneConfig, pruned: Pruned, base: _Watch) -> dict[str, Any]:
     removed = pruned.parameters_before - pruned.parameters_after
     element_bytes = preflight.DTYPE_BYTES[config.model.dtype]
     return {
@@ -262,8 +283,8 @@ def _fields(config: RunConfig, settings: PruneConfig, base: _Base, pruned: Prune
         "parameters_after": pruned.parameters_after,
         "bytes_before": pruned.parameters_before * element_bytes,
         "bytes_after": pruned.parameters_after * element_bytes,
-        "peak_memory_bytes": base.memory.bytes(),
-        "memory_counter": base.memory.counter,
+        "peak_memory_bytes": base.peak_bytes,
+        "memory_counter": base.counter,
         "dropped_blocks": pruned.dropped_blocks,
         "layers": layer_widths(base.config, pruned, base.block_parameters),
     }

@@ -5,15 +5,17 @@ Which blocks can go whole, and whether any should, no score tells on every text 
 
 from __future__ import annotations
 
+import math
+import statistics
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from qpruner.calibration import Rows, Samples, mean_loss
+from qpruner.calibration import LossResult, Samples, mean_loss
 from qpruner.config import PruneConfig
-from qpruner.errors import UserError
+from qpruner.errors import QprunerError, TrainingDiverged, UserError
 from qpruner.models.structure import family_of
 from qpruner.pruning.prune import Pruned, expected_config, prune
 
@@ -35,18 +37,33 @@ class Cut:
 
 
 @dataclass(frozen=True)
-class Tried:
-    """A cut that was made to be compared.
+class Made:
+    """A cut that was made.
 
     Attributes:
         settings: Its settings.
-        dropped_blocks: Blocks that went whole.
-        loss: Of the held-out rows, in nats a predicted token.
+        pruned: The smaller model, and what it kept.
+        is_best: Whether it loses less than those before it.
     """
 
     settings: PruneConfig
+    pruned: Pruned
+    is_best: bool
+
+
+@dataclass(frozen=True)
+class Tried:
+    """A cut that was compared with others.
+
+    Attributes:
+        dropped_blocks: Blocks that went whole.
+        loss: Of the held-out rows, in nats a predicted token.
+        behind_stderr: Standard error, over rows, of its distance from the best; 0 of that one.
+    """
+
     dropped_blocks: tuple[int, ...]
     loss: float
+    behind_stderr: float
 
 
 def cuts_of(model_config: Any, settings: PruneConfig) -> tuple[Cut, ...]:
@@ -78,10 +95,11 @@ def prune_best(
     load: Callable[[], PreTrainedModel],
     cuts: Sequence[PruneConfig],
     samples: Samples,
-    held_out: Rows,
-    keep: Callable[[PruneConfig, Pruned], None],
+    held_out: Samples,
+    made: Callable[[Made], None],
     seed: int = 0,
     told: Callable[[str, int, int], None] = lambda what, done, total: None,
+    failed: Callable[[PruneConfig, QprunerError], None] = lambda settings, error: None,
 ) -> tuple[Tried, ...]:
     """Make one cut after the other, each of a model loaded anew: there is never more than one.
 
@@ -89,37 +107,60 @@ def prune_best(
         load: Gives the dense model; what it gave before may be dropped.
         cuts: Settings of each.
         samples: Calibration samples.
-        held_out: Encoded rows that are no calibration samples.
-        keep: Given every cut that loses less than those before it on `held_out`, while its model is there.
+        held_out: Rows that are no calibration samples; several cuts are compared on them.
+        made: Given every cut while its model is there; the last that is best is the best of all.
         seed: Of the random control.
         told: Told what is measured, and how much of it is done.
+        failed: Told of a cut that cannot be made, where another can.
 
     Returns:
-        What was compared; nothing where there is but one cut.
+        What was compared; nothing where but one cut was made.
 
     Raises:
         UserError: If the rate cannot be met, or the model shares weights that a cut would break.
+        TrainingDiverged: If something is NaN or infinite.
     """
-    tried: list[Tried] = []
+    if len(cuts) == 1:
+        made(Made(cuts[0], prune(load(), cuts[0], samples, seed, told), is_best=True))
+        return ()
+    losses: list[LossResult] = []
+    dropped: list[tuple[int, ...]] = []
+    errors: list[QprunerError] = []
     for settings in cuts:
-        beside = f", {with_or_without(settings)} whole blocks" if len(cuts) > 1 else ""
-        pruned = prune(load(), settings, samples, seed, partial(_tell, told, beside))
-        if len(cuts) == 1:
-            keep(settings, pruned)
-            break
-        told(f"validation loss{beside}", 0, 1)
-        loss = mean_loss(pruned.model, held_out, samples.pad_id, samples.batch_size).mean
-        told(f"validation loss{beside}", 1, 1)
-        if all(loss < other.loss for other in tried):
-            keep(settings, pruned)
-        tried.append(Tried(settings, pruned.dropped_blocks, loss))
+        beside = f", {with_or_without(settings)} whole blocks"
+        try:
+            pruned = prune(load(), settings, samples, seed, partial(_tell, told, beside))
+            told(f"validation loss{beside}", 0, 1)
+            loss = mean_loss(pruned.model, held_out.rows, held_out.pad_id, held_out.batch_size)
+            told(f"validation loss{beside}", 1, 1)
+        except (UserError, TrainingDiverged) as error:
+            errors.append(error)
+            if len(errors) == len(cuts):
+                raise errors[0] from None
+            failed(settings, error)
+            continue
+        is_best = all(loss.mean < other.mean for other in losses)
+        losses.append(loss)
+        dropped.append(pruned.dropped_blocks)
+        made(Made(settings, pruned, is_best))
         del pruned
-    return tuple(tried)
+    if len(losses) == 1:
+        return ()
+    best = min(losses, key=lambda loss: loss.mean)
+    return tuple(
+        Tried(blocks, loss.mean, _stderr_of_distance(loss, best)) for blocks, loss in zip(dropped, losses, strict=True)
+    )
 
 
 def with_or_without(settings: PruneConfig) -> str:
     """Of whole blocks."""
     return "with" if settings.drops_blocks else "without"
+
+
+def _stderr_of_distance(one: LossResult, other: LossResult) -> float:
+    """Of two mean losses, paired by row."""
+    distances = [mine - its for mine, its in zip(one.by_row, other.by_row, strict=True)]
+    return statistics.stdev(distances) / math.sqrt(len(distances)) if len(distances) > 1 else 0.0
 
 
 def _tell(told: Callable[[str, int, int], None], beside: str, what: str, done: int, total: int) -> None:

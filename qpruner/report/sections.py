@@ -23,6 +23,7 @@ from qpruner.records import (
     SearchRecord,
     SensitivityRecord,
     TaskScore,
+    TriedCut,
 )
 from qpruner.report.marginal_effects import MarginalEffects, rank_correlation
 from qpruner.report.paired import paired_losses
@@ -190,7 +191,7 @@ def block_numbering(record: PruneRecord) -> str:
 def prune_summary(record: PruneRecord) -> str:
     """The cut in a few lines."""
     dropped = f"; whole blocks removed: {', '.join(map(str, record.dropped_blocks))}" if record.dropped_blocks else ""
-    compared = ", ".join(f"{each.validation_loss:.3f} {_without(each.dropped_blocks)}" for each in record.tried)
+    compared = ", ".join(map(_told, record.tried))
     tried = f"\nValidation loss in nats a token right after each cut that was tried: {compared}." if compared else ""
     return (
         f"{record.importance}, {record.selection}, compensation {record.compensation}: {record.target}, achieved "
@@ -201,8 +202,11 @@ def prune_summary(record: PruneRecord) -> str:
     )
 
 
-def _without(dropped_blocks: tuple[int, ...]) -> str:
-    return f"without blocks {', '.join(map(str, dropped_blocks))}" if dropped_blocks else "with all blocks"
+def _told(cut: TriedCut) -> str:
+    """`2.621 without blocks 3, 13 (behind, with a standard error of 0.012)`."""
+    gone = ", ".join(map(str, cut.dropped_blocks))
+    behind = f" (behind, with a standard error of {cut.behind_stderr:.3f})" if cut.behind_stderr else ""
+    return f"{cut.validation_loss:.3f} {f'without blocks {gone}' if gone else 'with all blocks'}{behind}"
 
 
 def statuses(run: Snapshot) -> dict[str, str]:

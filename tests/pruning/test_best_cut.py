@@ -9,20 +9,19 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
-from tiny_decoders import PAD, rows_of, samples_of, tiny
+from tiny_decoders import PAD, VOCABULARY, samples_of, tiny
 
-from qpruner.calibration import mean_loss
+from qpruner.calibration import LossResult, Samples, mean_loss
 from qpruner.config import PruneConfig
-from qpruner.errors import UserError
-from qpruner.pruning.best_cut import Tried, cuts_of, prune_best
-from qpruner.pruning.prune import Pruned, prune
+from qpruner.errors import QprunerError, TrainingDiverged, UserError
+from qpruner.pruning.best_cut import Made, Tried, cuts_of, prune_best
+from qpruner.pruning.prune import prune
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 NUM_BLOCKS = 12
 """So many that one block is less than a tenth of all parameters, the most that whole blocks may take."""
-HELD_OUT = rows_of((12, 9, 12, 7))
 NARROW = {"rate": 0.2, "round_to": 1}
 
 
@@ -46,54 +45,72 @@ def with_idle_channels() -> PreTrainedModel:
     return model
 
 
+@torch.no_grad()
+def held_out_of(model: PreTrainedModel) -> Samples:
+    """Rows whose labels are what the model predicts: the further a cut is from it, the more it loses on them."""
+    ids = torch.randint(3, VOCABULARY, (256, 12), generator=torch.Generator().manual_seed(1))
+    labels = torch.cat([ids[:, :1], model(ids).logits[:, :-1].argmax(dim=-1)], dim=1)
+    rows = [{"input_ids": some, "labels": its} for some, its in zip(ids.tolist(), labels.tolist(), strict=True)]
+    return Samples(rows, PAD, 64)
+
+
 def cuts(model: PreTrainedModel, **options: Any) -> list[PruneConfig]:
-    return [cut.settings for cut in cuts_of(model.config, PruneConfig(**NARROW, **options))]
+    return [cut.settings for cut in cuts_of(model.config, PruneConfig(**NARROW | options))]
 
 
-def tried(make: Callable[[], PreTrainedModel]) -> tuple[tuple[Tried, ...], list[tuple[PruneConfig, Pruned]]]:
-    """What was compared, and what was kept on the way."""
-    kept: list[tuple[PruneConfig, Pruned]] = []
-    settings = cuts(make())
-    return prune_best(make, settings, samples_of(), HELD_OUT, lambda *better: kept.append(better)), kept
+def tried(make: Callable[[], PreTrainedModel], **options: Any) -> tuple[tuple[Tried, ...], list[Made]]:
+    """What was compared, and every cut that was made."""
+    made: list[Made] = []
+    return prune_best(make, cuts(make(), **options), samples_of(), held_out_of(make()), made.append), made
 
 
-def test_the_cut_that_loses_less_on_held_out_rows_is_the_last_kept() -> None:
-    for make, drops, kept_in_turn in ((with_an_idle_block, True, 2), (with_idle_channels, False, 1)):
-        compared, kept = tried(make)
-        assert len(compared) == 2 and len(kept) == kept_in_turn
-        assert [bool(each.dropped_blocks) for each in compared] == [False, True]
-        settings, pruned = kept[-1]
-        assert settings.drops_blocks == bool(pruned.dropped_blocks) == drops
-        best = min(compared, key=lambda each: each.loss)
-        assert best.settings == settings and best.dropped_blocks == pruned.dropped_blocks
-        assert mean_loss(pruned.model, HELD_OUT, PAD, 8).mean == pytest.approx(best.loss)
-    assert tried(with_an_idle_block)[0][1].dropped_blocks == (5,)
+def loss_of(cut: Made, held_out: Samples) -> LossResult:
+    return mean_loss(cut.pruned.model, held_out.rows, PAD, held_out.batch_size)
+
+
+@pytest.mark.parametrize(("make", "drops"), [(with_an_idle_block, True), (with_idle_channels, False)])
+def test_the_cut_that_loses_less_on_held_out_rows_is_the_last_that_is_best(
+    make: Callable[[], PreTrainedModel], drops: bool
+) -> None:
+    compared, made = tried(make, rate=0.5 if drops else 0.2)
+    assert [bool(each.dropped_blocks) for each in compared] == [cut.settings.drops_blocks for cut in made]
+    assert [cut.is_best for cut in made] == [True, drops], "they come without blocks first"
+    assert [cut.pruned.dropped_blocks for cut in made] == [each.dropped_blocks for each in compared]
+    losses = [loss_of(cut, held_out_of(make())) for cut in made]
+    assert [each.loss for each in compared] == pytest.approx([loss.mean for loss in losses])
+    apart = torch.tensor(losses[0].by_row) - torch.tensor(losses[1].by_row)
+    behind = float(apart.std()) / len(apart) ** 0.5
+    assert abs(losses[0].mean - losses[1].mean) > 5 * behind, "it is no matter of luck"
+    assert [each.behind_stderr for each in compared] == pytest.approx([behind, 0] if drops else [0, behind], rel=1e-3)
+    if drops:
+        assert compared[1].dropped_blocks == (5,)
 
 
 def test_each_cut_is_the_one_that_its_settings_make_alone() -> None:
-    for settings, pruned in tried(with_an_idle_block)[1]:
-        alone = prune(with_an_idle_block(), settings, samples_of())
-        assert alone.kept == pruned.kept and alone.dropped_blocks == pruned.dropped_blocks
-        for one, other in zip(alone.model.parameters(), pruned.model.parameters(), strict=True):
+    for cut in tried(with_an_idle_block)[1]:
+        alone = prune(with_an_idle_block(), cut.settings, samples_of())
+        assert alone.kept == cut.pruned.kept and alone.dropped_blocks == cut.pruned.dropped_blocks
+        for one, other in zip(alone.model.parameters(), cut.pruned.model.parameters(), strict=True):
             assert torch.equal(one, other)
 
 
-def test_there_is_never_more_than_one_model() -> None:
+@pytest.mark.parametrize("make", [with_an_idle_block, with_idle_channels])
+def test_there_is_never_more_than_one_model(make: Callable[[], PreTrainedModel]) -> None:
     loaded: list[weakref.ref[PreTrainedModel]] = []
 
     def load() -> PreTrainedModel:
         gc.collect()
         assert all(model() is None for model in loaded)
-        model = with_idle_channels()
+        model = make()
         loaded.append(weakref.ref(model))
         return model
 
-    prune_best(load, cuts(decoder()), samples_of(), HELD_OUT, lambda settings, pruned: None)
+    prune_best(load, cuts(decoder()), samples_of(), held_out_of(decoder()), lambda cut: None)
     assert len(loaded) == 2
 
 
 def test_one_cut_is_made_without_a_comparison() -> None:
-    kept: list[Pruned] = []
+    made: list[Made] = []
     loads: list[int] = []
     told: list[str] = []
 
@@ -101,22 +118,21 @@ def test_one_cut_is_made_without_a_comparison() -> None:
         loads.append(1)
         return decoder()
 
-    settings = cuts(decoder(), units=["attention", "mlp"])
-    found = prune_best(
-        load, settings, samples_of(), [], lambda _, pruned: kept.append(pruned), told=lambda what, *_: told.append(what)
-    )
-    assert found == () and len(kept) == len(loads) == 1 and kept[0].dropped_blocks == ()
+    settings, nothing = cuts(decoder(), units=["attention", "mlp"]), Samples([], PAD, 8)
+    found = prune_best(load, settings, samples_of(), nothing, made.append, told=lambda what, *_: told.append(what))
+    assert found == () and len(made) == len(loads) == 1 and made[0].is_best and not made[0].pruned.dropped_blocks
     assert told and not any("whole blocks" in what or "validation" in what for what in told)
 
 
 def test_what_is_told_says_which_cut_it_is_of() -> None:
     told: dict[str, None] = {}
+    held_out = held_out_of(decoder())
     prune_best(
         decoder,
         cuts(decoder()),
         samples_of(),
-        HELD_OUT,
-        lambda *_: None,
+        held_out,
+        lambda cut: None,
         told=lambda what, *_: told.update({what: None}),
     )
     assert list(told) == [
@@ -131,6 +147,43 @@ def test_what_is_told_says_which_cut_it_is_of() -> None:
         "cutting, with whole blocks",
         "validation loss, with whole blocks",
     ]
+
+
+def test_a_cut_that_cannot_be_made_leaves_the_other() -> None:
+    """The block in front of those that go has a ridge of its own to invert: here channels that are all alike."""
+
+    def alike() -> PreTrainedModel:
+        model = with_an_idle_block()
+        for linear in (model.model.layers[4].mlp.gate_proj, model.model.layers[4].mlp.up_proj):
+            linear.weight.data[:] = linear.weight.data[:1]
+        return model
+
+    made: list[Made] = []
+    failed: list[tuple[PruneConfig, QprunerError]] = []
+    settings = [each.model_copy(update={"ridge": 1e-30}) for each in cuts(alike(), protected_layers=(4,))]
+    settings[1] = settings[1].model_copy(update={"protected_layers": ()})
+    found = prune_best(
+        alike,
+        settings,
+        samples_of(),
+        held_out_of(alike()),
+        made.append,
+        failed=lambda which, error: failed.append((which, error)),
+    )
+    assert found == () and [cut.settings for cut in made] == settings[:1] and made[0].is_best
+    assert [which for which, _ in failed] == settings[1:] and "raise `prune.ridge`" in str(failed[0][1])
+
+
+def test_where_no_cut_can_be_made_the_first_says_why() -> None:
+    def broken() -> PreTrainedModel:
+        model = decoder()
+        model.model.layers[2].mlp.up_proj.weight.data[0, 0] = float("nan")
+        return model
+
+    made: list[Made] = []
+    with pytest.raises(TrainingDiverged, match=r"weight model\.layers\.2\.mlp\.up_proj\.weight is NaN"):
+        prune_best(broken, cuts(decoder()), samples_of(), held_out_of(decoder()), made.append)
+    assert not made
 
 
 @pytest.mark.parametrize("name", ["llama", "granite", "phi3", "opt", "gpt_neox"])
