@@ -155,7 +155,8 @@ class Bench:
 
     @cached_property
     def windows(self) -> dict[str, list[dict[str, list[int]]]]:
-        """Rows by use: `evaluated`, `training`, and calibration samples by name of their text."""
+        """Rows by use: `evaluated`, `training`, `validation` (the last of these), and calibration samples by name of
+        their text."""
         if self.has_evaldata:
             ids = self._tokens((self._evaldata / "text" / "wikitext2_valid.txt").read_text())
             lines = (self._evaldata / "text" / "c4_150.jsonl").read_text().splitlines()

@@ -89,7 +89,7 @@ class DataConfig(Section):
     train: Annotated[tuple[DataSource, ...], Field(min_length=1)]
     """Rows to fine-tune on."""
     validation: Annotated[tuple[DataSource, ...], Field(min_length=1)]
-    """Rows that score a trial."""
+    """Rows that score a trial, and decide between two cuts where `prune.units` is open."""
     confirmation: Annotated[tuple[DataSource, ...], Field(min_length=1)]
     """Rows that no trial is scored on: the first, third, ... decide among the best trials (selection loss), the others
     judge the winner (confirmation loss)."""
@@ -144,12 +144,11 @@ class PruneConfig(Section):
     nothing is said: `per_layer`, 1 and `modulo`."""
     units: Annotated[tuple[Literal["block", "attention", "mlp", "expert"], ...], Field(min_length=1)] | None = None
     """What may go: whole blocks, key/value groups with their query heads, MLP channels (of every expert, where there
-    are experts), whole experts. Null: `attention` and `mlp`; where least squares can make up for whole blocks, one
-    is no more than they may take and no random control is asked for, the same with `block` beside them is cut too, and
-    what loses less on the validation rows stays."""
+    are experts), whole experts. Null: `attention` and `mlp`; where least squares can make up for whole blocks, the
+    same with `block` beside them is cut too, and what loses less on the rows of `data.validation` stays."""
     depth_share: Annotated[float, Field(gt=0.0, lt=1.0)] | None = None
-    """Share of `rate` that whole blocks take where `units` names `block` beside others; null takes half, but no more
-    than a tenth of all parameters."""
+    """Share of `rate` that whole blocks take where `units` names `block` beside others; null, or no `units`, takes
+    half, but about a tenth of all parameters at most."""
     depth_importance: Literal["block_influence", "taylor"] = "block_influence"
     """How blocks are ranked: by how little they turn their hidden states (ShortGPT), or by first-order Taylor."""
     importance: Literal["fisher", "taylor", "magnitude", "fluctuation", "activation_norm", "random"] = "fisher"
@@ -198,7 +197,7 @@ class PruneConfig(Section):
 
     @property
     def drops_blocks(self) -> bool:
-        """Whether whole blocks go."""
+        """Whether `units` names whole blocks."""
         return "block" in (self.units or ())
 
     @property

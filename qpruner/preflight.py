@@ -111,7 +111,7 @@ def _shapes(config: RunConfig, works_here: bool) -> Shapes:
     if works_here:
         capability = _own_capability()
         if capability is None:
-            cuts = _on_cpu(config, cuts)
+            cuts = cuts_on_cpu(config, cuts)
         else:
             check_gpu(config, capability)
     cuts, plan = _for_plan(config, model_config, cuts)
@@ -316,40 +316,35 @@ def check_gpu(config: RunConfig, capability: tuple[int, int]) -> None:
             )
 
 
-def _on_cpu(config: RunConfig, cuts: tuple[Cut, ...]) -> tuple[Cut, ...]:
-    """Of the cuts that are tried, those whose widths a CPU can run; the first has to be."""
-    check_cpu(config, cuts[:1])
-    found = list(cuts[:1])
-    for cut in cuts[1:]:
+def cuts_on_cpu(config: RunConfig, cuts: Sequence[Cut]) -> tuple[Cut, ...]:
+    """Of the cuts that are tried, those that a CPU can train and run.
+
+    Raises:
+        UserError: Naming the key, the rule and the remedy, where the first is none.
+    """
+    first, *others = cuts
+    _check_cpu(config, first)
+    found = [first]
+    for cut in others:
         with suppress(UserError):
-            check_cpu(config, [cut])
+            _check_cpu(config, cut)
             found.append(cut)
     return tuple(found)
 
 
-def check_cpu(config: RunConfig, cuts: Sequence[Cut]) -> None:
-    """Refuse what a CPU cannot train or run.
-
-    Args:
-        config: The configuration.
-        cuts: The cuts that are tried.
-
-    Raises:
-        UserError: Naming the key, the rule and the remedy.
-    """
+def _check_cpu(config: RunConfig, cut: Cut) -> None:
     if config.model.dtype == "float16":
         raise UserError("`model.dtype`: float16 cannot be trained on a CPU; use bfloat16 or float32")
     if 4 in config.quantize.bits:
-        for cut in cuts:
-            prune = cut.settings
-            groups = layout_for(config, cut.expected).groups
-            check_cpu_widths([linear for group in groups for linear in group.linears])
-            is_free = prune.selection == "global" and MLP in prune.width_units and not prune.is_off
-            if is_free and prune.round_to % 64:
-                raise UserError(
-                    f"`prune.round_to` must be a multiple of 64 for `selection: global` with 4-bit layers on a CPU, "
-                    f"got {prune.round_to}: bitsandbytes decodes some of the widths in between wrongly"
-                )
+        prune = cut.settings
+        groups = layout_for(config, cut.expected).groups
+        check_cpu_widths([linear for group in groups for linear in group.linears])
+        is_free = prune.selection == "global" and MLP in prune.width_units and not prune.is_off
+        if is_free and prune.round_to % 64:
+            raise UserError(
+                f"`prune.round_to` must be a multiple of 64 for `selection: global` with 4-bit layers on a CPU, "
+                f"got {prune.round_to}: bitsandbytes decodes some of the widths in between wrongly"
+            )
 
 
 def _own_capability() -> tuple[int, int] | None:

@@ -82,7 +82,7 @@ def _held(config: RunConfig, inspection: Inspection) -> dict[str, int]:
 
 
 def prune_memory(config: RunConfig, inspection: Inspection) -> Memory:
-    """Peak of the cut: what importance, or compensation after it, holds beside the dense base model."""
+    """Peak of the cut: what importance, compensation, or the comparison of two cuts holds beside the dense model."""
     settings = [cut.settings for cut in inspection.cuts]
     weights = {"weights": inspection.base.num_parameters * inspection.base.element_bytes}
     if settings[0].is_off:

@@ -58,7 +58,8 @@ def prune(context: Context, prepared: PrepareRecord) -> PruneRecord:
 
 
 def prune_stage(context: Context, prepared: PrepareRecord) -> Stage:
-    """What `prune` depends on."""
+    """What `prune` depends on. A given plan that says which cut is meant is not among it: with the plan of a run that
+    has its cut, that one is taken."""
     return Stage("prune", describe(_settings(context)), (prepared.digest, context.config.prune))
 
 

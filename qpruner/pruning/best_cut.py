@@ -28,7 +28,7 @@ class Cut:
     """A cut that may be made.
 
     Attributes:
-        settings: Its settings; `units` names what goes, unless nothing beside the usual can.
+        settings: Its settings; heads and channels go where `units` is null.
         expected: The config after it; where scores decide on widths, what it would be on average.
     """
 
@@ -69,8 +69,8 @@ class Tried:
 def cuts_of(model_config: Any, settings: PruneConfig) -> tuple[Cut, ...]:
     """The cuts to choose from: that of the settings, and where they leave `units` open, one with whole blocks beside.
 
-    The second is none where nothing would make up for blocks (another compensation, a norm or experts in the place),
-    where each block is to lose its own share, where one block is more than blocks may take, and beside the random
+    There is no second one where nothing would make up for blocks (another compensation, a norm or experts in the
+    place), where each block is to lose its own share, where the rate is too small for one block, and beside the random
     control.
 
     Raises:
