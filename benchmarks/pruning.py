@@ -166,7 +166,8 @@ class Bench:
             rows = [json.loads(line) for line in (data / "instructions.jsonl").read_text().splitlines()]
             ids = self._tokens("\n\n".join(" ".join(map(str, row.values())) for row in rows))
             web = []
-        first, half = NUM_EVALUATED * CONTEXT, len(ids) // 2
+        half = len(ids) // 2
+        first = min(NUM_EVALUATED * CONTEXT, half // 2)  # the demo's own text is short
         texts = {"same text": _rows(ids[half:], CONTEXT)} | ({"web text": _rows(web, CONTEXT)} if web else {})
         between = _rows(ids[first:half], CONTEXT)
         validation = between[-NUM_CALIBRATION:]
@@ -184,7 +185,8 @@ class Bench:
             rows = _rows([token for row in self.windows[text][:NUM_CALIBRATION] for token in row["input_ids"]], 64)[:10]
             return Samples(rows, self.pad_id, len(rows))
         rows = self.windows[calibration]
-        chosen = random.Random(seed).sample(rows, NUM_CALIBRATION) if seed else rows[:NUM_CALIBRATION]
+        number = min(NUM_CALIBRATION, len(rows))
+        chosen = random.Random(seed).sample(rows, number) if seed else rows[:number]
         return Samples(chosen, self.pad_id, 8)
 
     def perplexity(self, model: Any) -> float:

@@ -97,3 +97,19 @@ def test_of_recipes_that_differ_in_their_blocks_the_pruning_benchmark_goes_on_wi
     ]
     told = bench.ranked(rows, "criterion", "selection", "compensation")
     assert [recipe[0] for recipe in told] == ["fisher, 8% in blocks", "fisher", "fisher", "fisher"]
+
+
+def test_without_public_data_the_pruning_benchmark_divides_the_demos_own_text(pruning_benchmark: Any) -> None:
+    """It is short: no part is empty, and nothing that is evaluated is calibrated on."""
+    from qpruner.models.loading import load_tokenizer, resolve_source
+
+    bench = pruning_benchmark.Bench.__new__(pruning_benchmark.Bench)  # without the model
+    bench.has_evaldata, bench.pad_id = False, 0
+    bench.tokenizer = load_tokenizer(resolve_source(pruning_benchmark.SOURCE, "model.source"))
+    assert bench.texts == ["same text"]
+    parts = {name: {tuple(row["input_ids"]) for row in rows} for name, rows in bench.windows.items()}
+    assert all(len(rows) >= 10 for rows in parts.values()), {name: len(rows) for name, rows in parts.items()}
+    assert parts["evaluated"].isdisjoint(parts["training"] | parts["validation"] | parts["same text"])
+    assert parts["training"].isdisjoint(parts["same text"])
+    for seed in (0, 1):
+        assert len(bench.samples("same text", seed).rows) >= 10
