@@ -258,16 +258,11 @@ class _Watch:
         self.config = copy.deepcopy(base.config)
         self.block_parameters = [block_parameters(base, index) for index in range(num_layers(base.config))]
         page_in(base)
-        self._memory = PeakMemory()
+        self.memory = PeakMemory()
 
     def end(self) -> None:
         """After it."""
-        self.peak_bytes = max(self.peak_bytes, self._memory.bytes())
-
-    @property
-    def counter(self) -> str:
-        """What counted."""
-        return self._memory.counter
+        self.peak_bytes = max(self.peak_bytes, self.memory.bytes())
 
 
 def _fields(config: RunConfig, settings: PruneConfig, pruned: Pruned, base: _Watch) -> dict[str, Any]:
@@ -285,7 +280,7 @@ def _fields(config: RunConfig, settings: PruneConfig, pruned: Pruned, base: _Wat
         "bytes_before": pruned.parameters_before * element_bytes,
         "bytes_after": pruned.parameters_after * element_bytes,
         "peak_memory_bytes": base.peak_bytes,
-        "memory_counter": base.counter,
+        "memory_counter": base.memory.counter,
         "dropped_blocks": pruned.dropped_blocks,
         "layers": layer_widths(base.config, pruned, base.block_parameters),
     }

@@ -127,14 +127,11 @@ def prune_best(
     dropped: list[tuple[int, ...]] = []
     errors: list[QprunerError] = []
     for settings in cuts:
-        beside = f", {with_or_without(settings)} whole blocks"
+        telling = partial(_tell, told, f", {with_or_without(settings)} whole blocks")
         try:
-            pruned = prune(load(), settings, samples, seed, partial(_tell, told, beside))
-            told(f"validation loss{beside}", 0, 1)
-            loss = mean_loss(pruned.model, held_out.rows, held_out.pad_id, held_out.batch_size)
-            told(f"validation loss{beside}", 1, 1)
+            pruned, loss = _cut_and_score(load, settings, samples, held_out, seed, telling)
         except (UserError, TrainingDiverged) as error:
-            errors.append(error)
+            errors.append(_without_frames(error))
             if len(errors) == len(cuts):
                 raise errors[0] from None
             failed(settings, error)
@@ -150,6 +147,27 @@ def prune_best(
     return tuple(
         Tried(blocks, loss.mean, _stderr_of_distance(loss, best)) for blocks, loss in zip(dropped, losses, strict=True)
     )
+
+
+def _cut_and_score(
+    load: Callable[[], PreTrainedModel],
+    settings: PruneConfig,
+    samples: Samples,
+    held_out: Samples,
+    seed: int,
+    told: Callable[[str, int, int], None],
+) -> tuple[Pruned, LossResult]:
+    pruned = prune(load(), settings, samples, seed, told)
+    told("validation loss", 0, 1)
+    loss = mean_loss(pruned.model, held_out.rows, held_out.pad_id, held_out.batch_size)
+    told("validation loss", 1, 1)
+    return pruned, loss
+
+
+def _without_frames(error: QprunerError) -> QprunerError:
+    """The error alone: the frames that it came through hold the model, and would while the next is loaded."""
+    error.__cause__ = error.__context__ = None
+    return error.with_traceback(None)
 
 
 def with_or_without(settings: PruneConfig) -> str:

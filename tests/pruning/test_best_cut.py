@@ -13,7 +13,7 @@ from tiny_decoders import PAD, VOCABULARY, samples_of, tiny
 
 from qpruner.calibration import LossResult, Samples, mean_loss
 from qpruner.config import PruneConfig
-from qpruner.errors import QprunerError, TrainingDiverged, UserError
+from qpruner.errors import TrainingDiverged, UserError
 from qpruner.pruning.best_cut import Made, Tried, cuts_of, prune_best
 from qpruner.pruning.prune import prune
 
@@ -149,29 +149,36 @@ def test_what_is_told_says_which_cut_it_is_of() -> None:
     ]
 
 
-def test_a_cut_that_cannot_be_made_leaves_the_other() -> None:
+@pytest.mark.parametrize("fails_first", [False, True])
+def test_a_cut_that_cannot_be_made_leaves_the_other_and_no_model(fails_first: bool) -> None:
     """The block in front of those that go has a ridge of its own to invert: here channels that are all alike."""
+    loaded: list[weakref.ref[PreTrainedModel]] = []
 
     def alike() -> PreTrainedModel:
+        gc.collect()
+        assert all(model() is None for model in loaded)
         model = with_an_idle_block()
         for linear in (model.model.layers[4].mlp.gate_proj, model.model.layers[4].mlp.up_proj):
             linear.weight.data[:] = linear.weight.data[:1]
+        loaded.append(weakref.ref(model))
         return model
 
-    made: list[Made] = []
-    failed: list[tuple[PruneConfig, QprunerError]] = []
-    settings = [each.model_copy(update={"ridge": 1e-30}) for each in cuts(alike(), protected_layers=(4,))]
-    settings[1] = settings[1].model_copy(update={"protected_layers": ()})
+    made: list[PruneConfig] = []
+    failed: list[tuple[PruneConfig, str]] = []
+    works, fails = (each.model_copy(update={"ridge": 1e-30}) for each in cuts(decoder(), protected_layers=(4,)))
+    fails = fails.model_copy(update={"protected_layers": ()})
+    held_out = held_out_of(with_an_idle_block())
     found = prune_best(
         alike,
-        settings,
+        [fails, works] if fails_first else [works, fails],
         samples_of(),
-        held_out_of(alike()),
-        made.append,
-        failed=lambda which, error: failed.append((which, error)),
+        held_out,
+        lambda cut: made.append(cut.settings),
+        failed=lambda which, error: failed.append((which, str(error))),
     )
-    assert found == () and [cut.settings for cut in made] == settings[:1] and made[0].is_best
-    assert [which for which, _ in failed] == settings[1:] and "raise `prune.ridge`" in str(failed[0][1])
+    assert found == () and made == [works] and len(loaded) == 2
+    ((which, why),) = failed
+    assert which == fails and "raise `prune.ridge`" in why
 
 
 def test_where_no_cut_can_be_made_the_first_says_why() -> None:
