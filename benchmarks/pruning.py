@@ -71,6 +71,8 @@ CRITERIA: dict[str, dict[str, str]] = {
     "random": {"importance": "random"},
 }
 ENDS_KEPT = {"first_layer": 4, "last_layer": 25}
+MIDDLE = " 4-25"
+"""Behind a selection: from these blocks alone."""
 LLM_PRUNER = PruneConfig(
     layer_rate=0.34,
     importance="taylor",
@@ -85,10 +87,16 @@ go."""
 DEFAULT = ("default", "global", "least_squares")
 """What a configuration that says nothing gets: of fisher with and without whole blocks, what loses less on validation
 rows; they are other windows of the evaluated text, as a user's are of the task."""
-WITH_BLOCKS = {f"fisher, {share:.0%} in blocks": share for share in (0.06, 0.08, 0.1, 0.14)}
+WITH_BLOCKS = {f"fisher, {share:.0%} in blocks": (CRITERIA["fisher"], share) for share in (0.06, 0.08, 0.1, 0.14)}
 """Share of all parameters that go in whole blocks (two to five of 30), channels making up the rest; at other rates than
 20 % the best of them alone. Importance is measured anew between blocks and channels, so that a row takes three times as
 long as another."""
+IN_STEPS: dict[str, tuple[dict[str, Any], float]] = {
+    f"{criterion}, 3 steps{beside}": (CRITERIA[criterion] | {"steps": 3}, share)
+    for criterion in ("fisher", "fisher vector")
+    for beside, share in (("", 0.0), (", 10% in blocks", 0.1))
+}
+"""Importance is measured anew before each step, without and with whole blocks."""
 
 
 @dataclass(frozen=True)
@@ -109,6 +117,10 @@ class Row:
     commit: str | None = None
 
 
+PEER_CRITERION = ("taylor first", "global")
+"""LLM-Pruner's, cut as we would; beside the best three."""
+PEER_RECIPE = ("taylor first", f"per_layer{MIDDLE}", "none")
+"""LLM-Pruner's setting, calibrated on as many tokens as every other row."""
 PEER_RATE = 0.196
 """Of all parameters, by LLM-Pruner's setting, which names none."""
 NUM_KEYS = 7
@@ -293,7 +305,7 @@ class Task:
     def key(self) -> tuple[str, str, str, str, float, str, int]:
         """The first fields of its row."""
         settings = self.settings
-        selection = settings.selection if settings.first_layer == 0 else f"{settings.selection} 4-25"
+        selection = settings.selection + ("" if settings.first_layer == 0 else MIDDLE)
         return (
             self.part,
             self.criterion,
@@ -305,16 +317,18 @@ class Task:
         )
 
 
-def recipe(criterion: str, selection: str, compensation: str, rate: float = 0.2, **more: Any) -> PruneConfig:
+def recipe(criterion: str, selection: str, compensation: str, rate: float = 0.2) -> PruneConfig:
     """The settings of a row."""
     keys: dict[str, Any]
     if criterion == DEFAULT[0]:
         keys = {}
-    elif criterion in WITH_BLOCKS:
-        keys = {"units": ("block", "attention", "mlp"), "depth_share": WITH_BLOCKS[criterion] / rate}
     else:
-        keys = {"units": ("attention", "mlp"), **CRITERIA[criterion]}
-    return PruneConfig(rate=rate, selection=selection, compensation=compensation, **keys | more)
+        several, share = {**WITH_BLOCKS, **IN_STEPS}.get(criterion) or (CRITERIA[criterion], 0.0)
+        blocks = {"units": ("block", "attention", "mlp"), "depth_share": share / rate}
+        keys = {**several, **(blocks if share else {"units": ("attention", "mlp")})}
+    if selection.endswith(MIDDLE):
+        keys |= ENDS_KEPT
+    return PruneConfig(rate=rate, selection=selection.removesuffix(MIDDLE), compensation=compensation, **keys)
 
 
 def quality(texts: Sequence[str]) -> list[Task]:
@@ -336,10 +350,10 @@ def quality(texts: Sequence[str]) -> list[Task]:
 def ends_kept(texts: Sequence[str]) -> list[Task]:
     """Criteria at 20 % that take it all from LLM-Pruner's range of blocks: some lose by cutting the first and last."""
     return [
-        Task("ends", criterion, recipe(criterion, selection, method, **ENDS_KEPT), text)
+        Task("ends", criterion, recipe(criterion, f"{selection}{MIDDLE}", method), text)
         for criterion in ("fluctuation", "fisher", "taylor first", "activation norm")
         for selection in ("per_layer", "global")
-        for method in ("none", "least_squares")
+        for method in ("none", "least_squares", *(("bias",) if criterion == "fluctuation" else ()))  # FLAP's own
         for text in texts
     ]
 
@@ -347,12 +361,12 @@ def ends_kept(texts: Sequence[str]) -> list[Task]:
 def compensated(
     texts: Sequence[str], chosen: Sequence[tuple[str, ...]], rates: Sequence[float], with_blocks: Sequence[str]
 ) -> list[Task]:
-    """Criteria and selections with every compensation; the default; and fisher with whole blocks beside."""
+    """Criteria and selections with every compensation; the default; and fisher with whole blocks beside, in steps."""
     recipes = [
         (criterion, selection, method)
         for criterion, selection in chosen
         for method in ("least_squares", "bias", "none")
-    ] + [(criterion, "global", "least_squares") for criterion in (DEFAULT[0], *with_blocks)]
+    ] + [(criterion, "global", "least_squares") for criterion in (DEFAULT[0], *with_blocks, *IN_STEPS)]
     return [
         Task("compensation", criterion, recipe(criterion, selection, method, rate), text)
         for rate in rates
@@ -387,7 +401,7 @@ def ranked(rows: Sequence[Row], *keys: str) -> list[tuple[str, ...]]:
     differ in how many blocks go, the best alone."""
     found: dict[tuple[str, ...], list[float]] = {}
     for row in rows:
-        if row.criterion in {**CRITERIA, **WITH_BLOCKS} and row.rate == RATES[0]:
+        if row.criterion in {**CRITERIA, **WITH_BLOCKS, **IN_STEPS} and row.rate == RATES[0]:
             found.setdefault(tuple(getattr(row, key) for key in keys), []).append(math.log(row.perplexity))
     recipes = sorted(found, key=lambda recipe: statistics.mean(found[recipe]))
     with_blocks = [recipe for recipe in recipes if recipe[0] in WITH_BLOCKS]
@@ -537,12 +551,14 @@ def num_processes() -> int:
 def every_part(measured: Measurements, texts: Sequence[str]) -> list[Row]:
     """All tables: who wins in one, at 20 %, is measured in the next."""
     first, others = RATES[:1], RATES[1:]
-    rows = measured.rows(quality(texts))
-    chosen = ranked(rows, "criterion", "selection")[:3]
-    rows += measured.rows(ends_kept(texts))
+    ends = measured.rows(ends_kept(texts))
+    rows = measured.rows(quality(texts)) + ends
+    not_made_up_for = [row for row in rows if row.compensation == "none"]
+    chosen = list(dict.fromkeys([*ranked(not_made_up_for, "criterion", "selection")[:3], PEER_CRITERION]))
     at_first = measured.rows(compensated(texts, chosen, first, list(WITH_BLOCKS)))
-    recipes = [DEFAULT, *ranked(at_first, "criterion", "selection", "compensation")[:4]]
-    with_blocks = [criterion for criterion, *_ in recipes if criterion in WITH_BLOCKS]
+    best = ranked(at_first + ends, "criterion", "selection", "compensation")[:4]
+    recipes = [DEFAULT, *best, PEER_RECIPE]
+    with_blocks = [criterion for criterion, *_ in best if criterion in WITH_BLOCKS]
     rows += at_first + measured.rows(compensated(texts, chosen, others, with_blocks))
     rows += measured.rows(repeated(texts, recipes))
     return rows + measured.rows(finetuned(texts, recipes))
