@@ -101,6 +101,9 @@ class PruneRecord(Record):
     target_rate: float | None
     """Share of all parameters asked for; None when each block's own share was."""
     achieved_rate: float
+    possible_rates: tuple[float, ...] = ()
+    """Next to the rate that was asked for, below and above, where what may go is so coarse that few are possible; empty
+    where a channel of one block settles it, and in records of older versions."""
     parameters_before: int
     parameters_after: int
     bytes_before: int
@@ -116,6 +119,15 @@ class PruneRecord(Record):
     weights: str = ""
     """Digest of its weight files, which from the same inputs another kind of machine may make otherwise; empty in
     records of older versions."""
+
+    @property
+    def achieved(self) -> str:
+        """The achieved rate in words, beside what else was possible where it is not what was asked for."""
+        told = f"achieved {self.achieved_rate:.2%}"
+        possible = [f"{rate:.2%}" for rate in self.possible_rates]
+        if not possible or f"{self.target_rate:.2%}" in possible:
+            return told
+        return f"{told}, possible next to it {' and '.join(possible)}"
 
     def table_rows(self) -> list[dict[str, Any]]:
         """A row a block of the base model."""

@@ -50,7 +50,7 @@ def prune(context: Context, prepared: PrepareRecord) -> PruneRecord:
     def figures(record: PruneRecord) -> str:
         return (
             f"{record.parameters_before / 1e6:.1f}M -> {record.parameters_after / 1e6:.1f}M parameters "
-            f"({record.target}, achieved {record.achieved_rate:.2%})"
+            f"({record.target}, {record.achieved})"
         )
 
     stage = prune_stage(context, prepared)
@@ -254,9 +254,10 @@ class _Watch:
     def begin(self, base: PreTrainedModel) -> None:
         """Before a cut."""
         from qpruner.memory import PeakMemory, page_in
+        from qpruner.pruning.prune import block_sizes
 
         self.config = copy.deepcopy(base.config)
-        self.block_parameters = [block_parameters(base, index) for index in range(num_layers(base.config))]
+        self.block_parameters = block_sizes(base, range(num_layers(base.config)))
         page_in(base)
         self.memory = PeakMemory()
 
@@ -275,6 +276,7 @@ def _fields(config: RunConfig, settings: PruneConfig, pruned: Pruned, base: _Wat
         "target": target_text(settings),
         "target_rate": settings.rate,
         "achieved_rate": removed / pruned.parameters_before,
+        "possible_rates": pruned.possible_rates,
         "parameters_before": pruned.parameters_before,
         "parameters_after": pruned.parameters_after,
         "bytes_before": pruned.parameters_before * element_bytes,
@@ -311,8 +313,10 @@ def target_text(settings: PruneConfig) -> str:
 
 
 def layer_widths(base: Any, pruned: Pruned, before: list[int]) -> list[LayerWidths]:
-    """What each block of the base model keeps."""
-    family = family_of(base)
+    """What each block of the base model keeps, of this many parameters each before."""
+    from qpruner.pruning.prune import block_sizes
+
+    family, after = family_of(base), block_sizes(pruned.model, range(num_layers(pruned.model.config)))
     position = {old: new for new, old in enumerate(sorted(set(range(len(before))) - set(pruned.dropped_blocks)))}
     layers = []
     for index, parameters in enumerate(before):
@@ -337,14 +341,7 @@ def layer_widths(base: Any, pruned: Pruned, before: list[int]) -> list[LayerWidt
                 base_experts=kinds[EXPERT].num_units if EXPERT in kinds else None,
                 heads_per_group=layer_config.num_attention_heads // kinds[ATTENTION].num_units,
                 base_parameters=parameters,
-                kept_parameters=0 if gone else block_parameters(pruned.model, position[index]),
+                kept_parameters=0 if gone else after[position[index]],
             )
         )
     return layers
-
-
-def block_parameters(model: PreTrainedModel, index: int) -> int:
-    """Parameters of one decoder block."""
-    from qpruner.pruning.prune import num_parameters
-
-    return num_parameters(model.get_submodule(family_of(model.config).block_path(index)))

@@ -48,7 +48,7 @@ def score(
         seed: Of the random control.
 
     Raises:
-        TrainingDiverged: Naming the parameter whose weight, gradient or importance is NaN or infinite.
+        TrainingDiverged: Naming the parameter whose gradient or importance is NaN or infinite.
     """
     kinds = unit_kinds_of(model, layers, settings.width_units)
     reduction, modulo = settings.reduction, settings.query_heads == "modulo"
@@ -76,7 +76,7 @@ def magnitude(
 ) -> Scores:
     """Sum over a unit's weights of ``|w|`` (`l1`) or ``w^2`` (`l2`; no root is taken, as in LLM-Pruner)."""
     collected = _Collected(kinds)
-    for name, (parameter, owners) in _checked_matrices(model, kinds).items():
+    for name, (parameter, owners) in _matrices(model, kinds).items():
         weight = parameter.detach().float()
         collected.add(owners, weight.abs() if norm == "l1" else weight.square(), f"the importance of {name}")
     return collected.reduce(reduction, modulo)
@@ -122,7 +122,7 @@ def _taylor_by_vector(
     model: PreTrainedModel, kinds: Mapping[int, Sequence[UnitKind]], samples: Samples, order: str
 ) -> _Collected:
     """From the gradients of masks on rows and columns: one pass, whatever the order."""
-    matrices = _checked_matrices(model, kinds)
+    matrices = _matrices(model, kinds)
     linears = {
         name: (cast(torch.nn.Linear, model.get_submodule(name.removesuffix(".weight"))), owners[0][1].dim)
         for name, (_, owners) in matrices.items()
@@ -155,7 +155,7 @@ def _taylor_by_element(
     model: PreTrainedModel, kinds: Mapping[int, Sequence[UnitKind]], samples: Samples, order: str
 ) -> _Collected:
     """From every weight's own gradient, which its hook hands over and drops."""
-    matrices = _checked_matrices(model, kinds)
+    matrices = _matrices(model, kinds)
     parameters = {name: parameter for name, (parameter, _) in matrices.items()}
     collected = _Collected(kinds)
     mean_squares: dict[str, torch.Tensor] = {}
@@ -251,13 +251,10 @@ def unit_kinds_of(
     }
 
 
-def _checked_matrices(
+def _matrices(
     model: PreTrainedModel, kinds: Mapping[int, Sequence[UnitKind]]
 ) -> dict[str, tuple[torch.nn.Parameter, list[tuple[Owner, UnitSlice]]]]:
-    """Each matrix of the blocks with the slices that units own of it; norms and biases are left out.
-
-    One broken weight makes every gradient NaN, so it is looked for before they are taken.
-    """
+    """Each matrix of the blocks with the slices that units own of it; norms and biases are left out."""
     family = family_of(model.config)
     found = {}
     for index, some in kinds.items():
@@ -269,7 +266,6 @@ def _checked_matrices(
             name = f"{family.block_path(index)}.{path}"
             parameter = model.get_parameter(name)
             if parameter.dim() > 1:
-                check_finite(parameter, f"the weight {name}")
                 found[name] = (parameter, slices)
     return found
 
@@ -312,6 +308,16 @@ REDUCTIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "last": lambda scores: scores[-1],
 }
 """``(matrices, units)`` -> ``(units,)``; the last matrix is the output projection."""
+
+
+def check_weights(model: PreTrainedModel) -> None:
+    """Name a broken weight: one makes every gradient NaN, and blocks have other numbers once some are gone.
+
+    Raises:
+        TrainingDiverged: Naming the first parameter, norms, biases and embeddings too, that is NaN or infinite.
+    """
+    for name, parameter in model.named_parameters():
+        check_finite(parameter, f"the weight {name}")
 
 
 def check_finite(values: torch.Tensor, what: str) -> None:

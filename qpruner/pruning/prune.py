@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -16,11 +17,13 @@ from qpruner.models.structure import ATTENTION, EXPERT, MLP, family_of
 from qpruner.pruning.compensation import new_biases
 from qpruner.pruning.depth import num_blocks_to_drop
 from qpruner.pruning.evidence import Evidence, Measured, Unweighed
-from qpruner.pruning.importance import Scores
+from qpruner.pruning.importance import Scores, check_weights
 from qpruner.pruning.selection import (
     Kept,
     Sizes,
     layer_range,
+    nearest_below_and_above,
+    neighbours,
     plain_counts,
     select,
     select_rate,
@@ -50,6 +53,8 @@ class Pruned:
         dropped_blocks: Blocks that went whole.
         scores: Importance of every unit, as measured before the first cut of one, whole blocks gone.
         block_scores: Importance of every block that might have gone whole.
+        possible_rates: Next to the rate that was asked for, below and above, where what may go is so coarse that few
+            are possible: all blocks alike, whole blocks alone, heads alone, experts alone.
         parameters_before: Parameters of the base model, tied ones once.
         parameters_after: Parameters of the smaller model.
     """
@@ -61,6 +66,7 @@ class Pruned:
     dropped_blocks: tuple[int, ...] = ()
     scores: Scores = field(default_factory=dict)
     block_scores: dict[int, float] = field(default_factory=dict)
+    possible_rates: tuple[float, ...] = ()
 
 
 def prune(
@@ -81,7 +87,9 @@ def prune(
 
     Raises:
         UserError: If the rate cannot be met, or the model shares weights that a cut would break.
+        TrainingDiverged: Naming the weight, gradient or importance that is NaN or infinite.
     """
+    check_weights(model)
     return cut_by(Measured(settings, samples, seed, told), model, settings)
 
 
@@ -116,12 +124,16 @@ def cut_by(evidence: Evidence, model: PreTrainedModel, settings: PruneConfig) ->
     check_not_shared(model)
     check_settings(model.config, settings)
     layers = cuttable_layers(model.config, settings)
+    asked = round((settings.rate or 0.0) * before)
     blocks, block_scores = list(range(num_layers(model.config))), {}
     gone: set[int] = set()
+    possible: tuple[int, ...] = ()
     if settings.drops_blocks:
         block_scores = evidence.of_blocks(model, layers)
         order = sorted(layers, key=lambda index: block_scores[index])
         gone = set(order[: num_dropped(model, settings, order)])
+        if not settings.width_units:
+            possible = nearest_below_and_above(list(itertools.accumulate(block_sizes(model, order)[:-1])), asked)
         evidence.make_up_for_blocks(model, gone, layers)
         blocks, layers = _drop_blocks(model, layers, gone)
     kept: Kept = {}
@@ -129,7 +141,11 @@ def cut_by(evidence: Evidence, model: PreTrainedModel, settings: PruneConfig) ->
     if settings.width_units:
         target = width_target(model, settings, layers, before)
         with _beside_blocks(len(gone)):
-            kept, scores = _cut_widths(evidence, model, settings, layers, target)
+            sizes = unit_sizes(model, layers, settings.width_units)
+            kept, scores = _cut_widths(evidence, model, settings, sizes, target)
+        if settings.layer_rate is None:
+            found = neighbours(sizes, target, settings.round_to, settings.uniform)
+            possible = tuple(asked + number - target for number in found)
     return Pruned(
         model,
         {blocks[index]: by_kind for index, by_kind in kept.items()},
@@ -138,6 +154,7 @@ def cut_by(evidence: Evidence, model: PreTrainedModel, settings: PruneConfig) ->
         tuple(sorted(gone)),
         {blocks[index]: by_kind for index, by_kind in scores.items()},
         block_scores,
+        tuple(number / before for number in possible),
     )
 
 
@@ -169,11 +186,11 @@ def _cut_widths(
     evidence: Evidence,
     model: PreTrainedModel,
     settings: PruneConfig,
-    layers: Sequence[int],
+    sizes: Sizes,
     target: int,
 ) -> tuple[Kept, Scores]:
     """Cut units in `settings.steps` steps; importance is measured anew before each."""
-    sizes = unit_sizes(model, layers, settings.width_units)
+    layers = tuple(sizes)
     alive: Kept = {
         index: {name: tuple(range(size.count * size.partitions)) for name, size in kinds.items()}
         for index, kinds in sizes.items()
@@ -237,8 +254,7 @@ def num_dropped(model: PreTrainedModel, settings: PruneConfig, order: Sequence[i
     Raises:
         UserError: If the rate is too small for one block or leaves none.
     """
-    family = family_of(model.config)
-    sizes = [num_parameters(model.get_submodule(family.block_path(index))) for index in order]
+    sizes = block_sizes(model, order)
     share = settings.block_rate
     count = num_blocks_to_drop(share, num_parameters(model), sizes)
     # Finer units can take more away, not give it back.
@@ -264,6 +280,12 @@ def num_dropped(model: PreTrainedModel, settings: PruneConfig, order: Sequence[i
             f"may go have {sum(sizes) / num_parameters(model):.2%} and one must stay: lower the rate or widen the range"
         )
     return count
+
+
+def block_sizes(model: PreTrainedModel, layers: Sequence[int]) -> list[int]:
+    """Parameters of each of some blocks."""
+    family = family_of(model.config)
+    return [num_parameters(model.get_submodule(family.block_path(index))) for index in layers]
 
 
 def check_settings(model_config: Any, settings: PruneConfig) -> None:

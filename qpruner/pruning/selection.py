@@ -230,6 +230,8 @@ def counts_per_layer(sizes: Sizes, target: int, round_to: int = 1, uniform: bool
     Raises:
         UserError: If the blocks do not have that many parameters to give.
     """
+    if uniform:
+        return {index: dict(_most_like(sizes, target, round_to)) for index in sizes}
     share = target / available(sizes)
     removed: dict[int, dict[str, int]] = {index: {} for index in sizes}
     left = target
@@ -237,16 +239,13 @@ def counts_per_layer(sizes: Sizes, target: int, round_to: int = 1, uniform: bool
     has_channels = any(MLP in kinds for kinds in sizes.values())
     for position, name in enumerate(coarse):
         having = {index: kinds[name] for index, kinds in sizes.items() if name in kinds}
-        is_last = position == len(coarse) - 1 and not has_channels
-        if is_last:
-            counts = _nearest_counts(having, left, uniform)
-        elif uniform or has_channels:
+        if position == len(coarse) - 1 and not has_channels:
+            counts = _dealt(having, round(left / next(iter(having.values())).parameters))
+        elif has_channels:
             counts = _share_counts(having, share, left)
         else:
             # Nothing much finer follows that could make up for one more or less in every block.
             counts = _dealt(having, int(share * sum(size.count for size in having.values())))
-        if uniform:
-            counts = {index: _plain_count(having[index], count, nearest=is_last) for index, count in counts.items()}
         for index, count in counts.items():
             removed[index][name] = count
             left -= count * having[index].parameters
@@ -257,26 +256,87 @@ def counts_per_layer(sizes: Sizes, target: int, round_to: int = 1, uniform: bool
         half_a_bundle = min(size.parameters for size in channels.values()) * round_to / 2
         while coarse and left > most + half_a_bundle:
             before = copy.deepcopy(removed)
-            gained = _one_more_everywhere(sizes, removed, coarse) if uniform else _one_more(sizes, removed, coarse)
+            gained = _one_more(sizes, removed, coarse)
             if not gained:
                 raise too_much(target, _most_removable(sizes, round_to))
             if gained - left > left - most:  # too much by more than is missing
                 removed = before
                 break
             left -= gained
-        for index, count in _channel_counts(channels, left, round_to, uniform).items():
+        for index, count in _channel_counts(channels, left, round_to).items():
             removed[index][MLP] = count
     return removed
 
 
-def _plain_count(size: KindSize, removed: int, nearest: bool = False) -> int:
-    """Units to remove so that a plain checkpoint can have the rest: the nearest number, or the next smaller one."""
-    stays = size.count - removed
-    if not size.plain:
-        return removed
-    if nearest:
-        return size.count - min(size.plain, key=lambda count: (abs(count - stays), -count))
-    return size.count - min(count for count in size.plain if count >= stays)
+def neighbours(sizes: Sizes, target: int, round_to: int, uniform: bool) -> tuple[int, ...]:
+    """Numbers of parameters next to the target, below and above, that can go; none where channels, block by block, give
+    nearly every number."""
+    if uniform:
+        found = [_parameters(sizes, alike) for alike in _alike(sizes, target, round_to)]
+    else:
+        parameters = {size.parameters for kinds in sizes.values() for size in kinds.values()}
+        if len(parameters) > 1 or any(MLP in kinds for kinds in sizes.values()):
+            return ()
+        one = parameters.pop()
+        found = [min(count * one, _most_removable(sizes, round_to)) for count in (target // one, target // one + 1)]
+    return nearest_below_and_above(found, target)
+
+
+def nearest_below_and_above(found: Sequence[int], target: int) -> tuple[int, ...]:
+    """Of some numbers, those next to the target; itself alone where it is among them."""
+    below = max((number for number in found if number <= target), default=None)
+    above = min((number for number in found if number >= target), default=None)
+    return tuple(sorted({number for number in (below, above) if number is not None}))
+
+
+def _alike(sizes: Sizes, target: int, round_to: int) -> list[dict[str, int]]:
+    """Units of each kind that every block may lose, all blocks alike: any number of coarse ones that a plain checkpoint
+    can have, and the numbers of channels next to what is left."""
+    kinds = next(iter(sizes.values()))
+    share = target / len(sizes)
+    found: list[dict[str, int]] = [{}]
+    for name in (EXPERT, ATTENTION):
+        if name in kinds:
+            size = kinds[name]
+            stays = size.plain or range(size.least, size.count + 1)
+            found = [alike | {name: size.count - count} for alike in found for count in stays]
+    if MLP not in kinds:
+        return found
+    channels = kinds[MLP]
+    most = channels.count // round_to
+    with_channels = []
+    for alike in found:
+        left = share - sum(count * kinds[name].parameters for name, count in alike.items())
+        bundles = (channels.count - left / channels.parameters) / round_to
+        near = {min(max(count, 1), most) for count in (math.floor(bundles), math.ceil(bundles))}
+        with_channels += [alike | {MLP: channels.count - count * round_to} for count in sorted(near)]
+    return with_channels
+
+
+def _parameters(sizes: Sizes, alike: Mapping[str, int]) -> int:
+    """That go out of all blocks, which are alike, when each loses these units."""
+    kinds = next(iter(sizes.values()))
+    return len(sizes) * sum(kinds[name].parameters * count for name, count in alike.items())
+
+
+def _most_like(sizes: Sizes, target: int, round_to: int) -> dict[str, int]:
+    """Of what every block may lose, all alike, what comes nearest; of all that come within one unit of one block, what
+    takes about the same share of every kind, of heads and experts rather less."""
+    share = target / available(sizes)
+    kinds = next(iter(sizes.values()))
+
+    def order(alike: Mapping[str, int]) -> tuple[float, ...]:
+        coarse = {name: count / kinds[name].count for name, count in alike.items() if name != MLP}
+        missed = abs(target - _parameters(sizes, alike))
+        too_far = sum(max(of_kind - share, 0) for of_kind in coarse.values())
+        distance = sum(abs(of_kind - share) for of_kind in coarse.values())
+        return max(missed, _finest(sizes, round_to)), too_far, distance, missed
+
+    found = _alike(sizes, target, round_to)
+    most = max(_parameters(sizes, alike) for alike in found)
+    if target > most + len(sizes) * _finest(sizes, round_to) // 2:
+        raise too_much(target, most)
+    return min(found, key=order)
 
 
 def _share_counts(having: Mapping[int, KindSize], share: float, room: int) -> dict[int, int]:
@@ -288,14 +348,6 @@ def _share_counts(having: Mapping[int, KindSize], share: float, room: int) -> di
     return counts
 
 
-def _nearest_counts(having: Mapping[int, KindSize], target: int, uniform: bool) -> dict[int, int]:
-    """Whole units that each block loses so that the target is nearest."""
-    total = round(target / next(iter(having.values())).parameters)
-    if uniform:
-        total = round(total / len(having)) * len(having)
-    return _dealt(having, total)
-
-
 def _dealt(having: Mapping[int, KindSize], total: int) -> dict[int, int]:
     """Whole units spread over the blocks; where it is uneven, the first lose one more."""
     base, extra = divmod(total, len(having))
@@ -303,28 +355,6 @@ def _dealt(having: Mapping[int, KindSize], total: int) -> dict[int, int]:
         index: min(base + (1 if position < extra else 0), size.count - size.least)
         for position, (index, size) in enumerate(having.items())
     }
-
-
-def _one_more_everywhere(sizes: Sizes, removed: dict[int, dict[str, int]], coarse: Sequence[str]) -> int:
-    for name in coarse:
-        having = {index: kinds[name] for index, kinds in sizes.items() if name in kinds}
-        more = {
-            index: next(
-                (
-                    count
-                    for count in range(removed[index][name] + 1, size.count - size.least + 1)
-                    if not size.plain or size.count - count in size.plain
-                ),
-                0,
-            )
-            for index, size in having.items()
-        }
-        if all(more.values()):
-            gained = sum((more[index] - removed[index][name]) * size.parameters for index, size in having.items())
-            for index in having:
-                removed[index][name] = more[index]
-            return gained
-    return 0
 
 
 def _one_more(sizes: Sizes, removed: dict[int, dict[str, int]], coarse: Sequence[str]) -> int:
@@ -342,16 +372,11 @@ def _one_more(sizes: Sizes, removed: dict[int, dict[str, int]], coarse: Sequence
     return 0
 
 
-def _channel_counts(channels: Mapping[int, KindSize], left: int, round_to: int, uniform: bool) -> dict[int, int]:
+def _channel_counts(channels: Mapping[int, KindSize], left: int, round_to: int) -> dict[int, int]:
     """Channels that each block loses so that `left` parameters go: the same share, in bundles, the rest spread."""
     total = sum(size.parameters * size.count for size in channels.values())
     share = max(left, 0) / total
     bundles = {index: (1 - share) * size.count / round_to for index, size in channels.items()}
-    if uniform:
-        return {
-            index: size.count - min(max(round(bundles[index]), 1), size.count // round_to) * round_to
-            for index, size in channels.items()
-        }
     stays = {index: min(max(int(bundles[index]), 1), size.count // round_to) for index, size in channels.items()}
     # Whole bundles are dealt out by what rounding down took from each block, until the target is nearest.
     order = sorted(stays, key=lambda index: (stays[index] - bundles[index], index))

@@ -194,8 +194,8 @@ def prune_summary(record: PruneRecord) -> str:
     compared = ", ".join(map(_told, record.tried))
     tried = f"\nValidation loss in nats a token right after each cut that was tried: {compared}." if compared else ""
     return (
-        f"{record.importance}, {record.selection}, compensation {record.compensation}: {record.target}, achieved "
-        f"{record.achieved_rate:.2%}{dropped}.\n"
+        f"{record.importance}, {record.selection}, compensation {record.compensation}: {record.target}, "
+        f"{record.achieved}{dropped}.\n"
         f"{record.parameters_before:,} -> {record.parameters_after:,} parameters, {record.bytes_before / 1e6:.1f} -> "
         f"{record.bytes_after / 1e6:.1f} MB, {record.seconds:.1f} s, {record.peak_memory_bytes / 1e6:.0f} MB at most "
         f"above the loaded model ({record.memory_counter}).{tried}"

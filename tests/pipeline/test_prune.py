@@ -26,6 +26,7 @@ from qpruner.models.loading import load_dense
 from qpruner.pipeline import preview, run
 from qpruner.pruning.importance import score
 from qpruner.records import PrepareRecord, PruneRecord
+from qpruner.report.sections import prune_summary
 from qpruner.rundir import RunDir
 
 if TYPE_CHECKING:
@@ -154,7 +155,10 @@ def test_a_grid_too_coarse_is_told_with_target_and_what_was_possible(raw: Raw) -
     assert record.achieved_rate == min(possible, key=lambda rate: abs(rate - 0.1)) != 0.1
     assert sum(2 - count for count in groups) == possible.index(record.achieved_rate)
     told = next(event.figures for event in events if isinstance(event, StageFinished) and event.stage == "prune")
-    assert f"target 10.00% of all parameters, achieved {record.achieved_rate:.2%}" in told
+    next_to_it = [max(rate for rate in possible if rate < 0.1), min(rate for rate in possible if rate > 0.1)]
+    assert record.possible_rates == pytest.approx(next_to_it)
+    told_of = f"achieved {record.achieved_rate:.2%}, possible next to it {next_to_it[0]:.2%} and {next_to_it[1]:.2%}"
+    assert f"target 10.00% of all parameters, {told_of}" in told and told_of in prune_summary(record)
 
 
 def test_whole_blocks_are_listed_and_keep_nothing(raw: Raw) -> None:

@@ -15,10 +15,10 @@ from qpruner.config import ModelConfig, PruneConfig
 from qpruner.errors import UserError
 from qpruner.models.loading import check_reachable, load_dense
 from qpruner.models.structure import family_of
-from qpruner.pipeline.prune import block_parameters, layer_widths
+from qpruner.pipeline.prune import layer_widths
 from qpruner.pruning import evidence as evidence_module
 from qpruner.pruning import prune as prune_module
-from qpruner.pruning.prune import Pruned, expected_config, num_parameters, prune
+from qpruner.pruning.prune import Pruned, block_sizes, expected_config, num_parameters, prune
 from qpruner.pruning.selection import Kept, unit_sizes
 from qpruner.pruning.surgery import check_not_shared
 from qpruner.report.sections import layer_cells
@@ -163,6 +163,27 @@ def test_where_the_grid_is_coarse_the_nearest_possible_rate_is_achieved(rate: fl
     assert removed % head == 0
     assert abs(removed - rate * before) <= head / 2
     assert all(list(kinds) == ["attention"] for kinds in pruned.kept.values())
+
+
+@pytest.mark.parametrize(
+    ("rate", "keys"),
+    [
+        (0.22, {"uniform": True, "round_to": 16}),
+        (0.5, {"units": ["block"]}),
+        (0.22, {"units": ["attention"]}),
+        (0.22, {"units": ["attention"], "compensation": "bias"}),
+        (0.45, {"units": ["block", "attention"], "depth_share": 0.8}),
+    ],
+    ids=str,
+)
+def test_the_achieved_rate_is_one_of_those_that_are_told_as_possible(rate: float, keys: dict[str, Any]) -> None:
+    model = decoder()
+    before = num_parameters(model)
+    pruned = prune(model, settings_of(rate=rate, **keys), samples_of())
+    achieved = 1 - pruned.parameters_after / before
+    assert any(abs(achieved - possible) * before < 0.5 for possible in pruned.possible_rates)
+    below, above = pruned.possible_rates
+    assert below < rate < above and abs(achieved - rate) == pytest.approx(min(rate - below, above - rate))
 
 
 def test_a_rate_of_zero_changes_nothing() -> None:
@@ -490,7 +511,7 @@ def test_the_record_lists_the_channels_of_the_experts_that_stay() -> None:
     model = tiny("mixtral")
     base = copy.deepcopy(model.config)
     pruned = prune(model, settings_of(rate=0.3, units=["expert"]), samples_of())
-    layers = layer_widths(base, pruned, [block_parameters(tiny("mixtral"), index) for index in range(3)])
+    layers = layer_widths(base, pruned, block_sizes(tiny("mixtral"), range(3)))
     cut = [layer for layer in layers if len(layer.kept_experts or ()) < 4]
     assert cut
     for layer in layers:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from qpruner.pruning.selection import (
     available,
     counts_per_layer,
     layer_range,
+    neighbours,
     select,
     select_rate,
     units_at_rate,
@@ -364,6 +366,58 @@ def test_uniform_heads_go_further_when_channels_cannot_give_the_rest() -> None:
     counts = counts_per_layer(sizes, 2 * 3500, uniform=True)
     assert [8 - kinds["attention"] for kinds in counts.values()] == [4, 4]
     assert abs(parameters_of(counts, sizes) - 2 * 4000) <= 0, "four heads are more than asked, so no channel goes"
+
+
+@pytest.mark.parametrize("kinds", [("attention", "mlp"), ("expert", "attention"), ("attention",)], ids=str)
+@pytest.mark.parametrize("seed", range(20))
+def test_no_uniform_widths_are_nearer_and_those_next_to_the_target_are_told(seed: int, kinds: tuple[str, ...]) -> None:
+    """Against every combination; one that is a unit of one block off may be passed over for a more even one."""
+    generator = np.random.default_rng(seed)
+    plain = tuple(sorted({int(count) for count in generator.integers(1, 12, 4)} | {12}))
+    every = {
+        "expert": KindSize(int(generator.integers(5000, 90000)), 8, least=2),
+        "attention": KindSize(int(generator.integers(1000, 30000)), 12, plain=plain),
+        "mlp": KindSize(int(generator.integers(5, 100)), 64 * 10),
+    }
+    sizes = {index: {kind: every[kind] for kind in kinds} for index in range(5)}
+    stays = {"expert": range(2, 9), "attention": plain, "mlp": range(64, 64 * 10 + 1, 64)}
+    possible = [
+        5 * sum((every[kind].count - count) * every[kind].parameters for kind, count in zip(kinds, counts, strict=True))
+        for counts in itertools.product(*(stays[kind] for kind in kinds))
+    ]
+    target = int(max(possible) * generator.uniform(0.05, 0.95))
+    removed = parameters_of(counts_per_layer(sizes, target, 64, uniform=True), sizes)
+    one = min(every[kind].parameters * (64 if kind == "mlp" else 1) for kind in kinds)
+    assert abs(removed - target) <= max(one, min(abs(each - target) for each in possible))
+    below, above = (max(each for each in possible if each <= target), min(each for each in possible if each >= target))
+    assert neighbours(sizes, target, 64, uniform=True) == tuple(sorted({below, above}))
+
+
+@pytest.mark.parametrize(("rate", "achieved"), [(0.2, 0.1973), (0.3, 0.2960), (0.5, 0.5015)])
+def test_smollm2_with_blocks_all_alike_comes_as_near_as_it_can(rate: float, achieved: float) -> None:
+    """134.5M parameters; 64 channels of every block are 2.5 % of them, one of three heads of every block 6.6 %."""
+    head, channel, parameters = 64 * 576 * 8, 3 * 576, 134_515_008
+    sizes = {index: {"attention": KindSize(head, 3), "mlp": KindSize(channel, 1536)} for index in range(30)}
+    removed = parameters_of(counts_per_layer(sizes, int(rate * parameters), 64, uniform=True), sizes)
+    assert removed / parameters == pytest.approx(achieved, abs=1e-4)
+
+
+@pytest.mark.parametrize("selection", SELECTIONS)
+def test_heads_alone_are_told_with_what_is_next_to_the_target(selection: str) -> None:
+    sizes = sizes_of(4, attention=(1000, 3))
+    scores: Values = {index: {"attention": [1.0, 2.0, 3.0]} for index in sizes}
+    kept = select(scores, sizes, 3400, selection)
+    assert removed_by(kept, sizes) == 3000
+    assert neighbours(sizes, 3400, 1, uniform=False) == (3000, 4000)
+    assert neighbours(sizes, 8400, 1, uniform=False) == (8000,), "one of each block must stay"
+    assert neighbours(sizes_of(4, (1000, 3), (9, 100)), 3400, 1, uniform=False) == ()
+
+
+def test_heads_of_plain_numbers_that_cannot_give_what_is_asked_are_refused() -> None:
+    """A silent cut of half as much would be taken for the one that was asked for."""
+    sizes = {index: {"attention": KindSize(1000, 8, plain=(4, 8)), "mlp": KindSize(10, 100)} for index in range(2)}
+    with pytest.raises(UserError, match="at most 9,980 can when"):
+        counts_per_layer(sizes, 2 * 7000, uniform=True)
 
 
 # ---- experts
