@@ -171,9 +171,10 @@ class PruneConfig(Section):
     selection: Literal["per_layer", "global"] = "global"
     """The same share from every block, or the least important units wherever they are; `per_layer` where `layer_rate`
     or `uniform` needs it and nothing is said."""
-    compensation: Literal["none", "bias", "least_squares"] = "least_squares"
+    compensation: Literal["none", "bias", "least_squares"] | None = None
     """What the output projections (o, down) do for what was cut: nothing, a bias (FLAP), or weights solved anew on the
-    calibration samples, block by block; with least squares the block in front also makes up for whole blocks."""
+    calibration samples, block by block; with least squares the block in front also makes up for whole blocks. Null:
+    `least_squares`, but `none` where experts are cut, whose stacked weights it cannot solve."""
     ridge: Annotated[float, Field(gt=0.0)] = RIDGE
     """Least squares only: weight of staying near the original weights, relative to the inputs' mean square."""
     steps: Positive = 1
@@ -204,6 +205,11 @@ class PruneConfig(Section):
     def width_units(self) -> tuple[str, ...]:
         """The kinds of unit that go out of blocks."""
         return tuple(unit for unit in self.units or ("attention", "mlp") if unit != "block")
+
+    @property
+    def compensates_by(self) -> Literal["none", "bias", "least_squares"]:
+        """What makes up for what was cut, where no experts are."""
+        return self.compensation or "least_squares"
 
     @property
     def looks_at_linears(self) -> bool:
@@ -276,7 +282,7 @@ class PruneConfig(Section):
                 f"{take_out('prune.depth_importance')}",
             ),
             (
-                self.ridge != RIDGE and self.compensation != "least_squares",
+                self.ridge != RIDGE and self.compensates_by != "least_squares",
                 f"`ridge` is that of least squares; `compensation` is {self.compensation}: {take_out('prune.ridge')}",
             ),
             (

@@ -9,8 +9,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-PROGRAM = """
-import importlib.abc, json, sys
+WITHOUT_QPRUNER = """
+import importlib.abc, sys
 
 class Blocker(importlib.abc.MetaPathFinder):
     def find_spec(self, name, path=None, target=None):
@@ -24,7 +24,11 @@ except ModuleNotFoundError:
     pass
 else:
     sys.exit("qpruner is there after all")
+"""
+"""First lines of a program that is to run as if qpruner were not installed; `sys.meta_path.pop(0)` brings it back."""
 
+PROGRAM = f"""{WITHOUT_QPRUNER}
+import json
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -33,7 +37,7 @@ for folder in folders:
     try:
         model, info = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
     except Exception as error:
-        print(json.dumps({"refused": f"{type(error).__name__}: {error}"}))
+        print(json.dumps({{"refused": f"{{type(error).__name__}}: {{error}}"}}))
         continue
     assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")), info
     AutoTokenizer.from_pretrained(folder)
@@ -41,7 +45,7 @@ for folder in folders:
     with torch.no_grad():
         logits = model(ids).logits.float()
     made = model.generate(ids, max_new_tokens=5, do_sample=False, eos_token_id=None)
-    print(json.dumps({"logits": logits.tolist(), "made": made.tolist(), "layers": model.config.num_hidden_layers}))
+    print(json.dumps({{"logits": logits.tolist(), "made": made.tolist(), "layers": model.config.num_hidden_layers}}))
 assert not any(name.split(".")[0] == "qpruner" for name in sys.modules)
 """
 

@@ -88,7 +88,7 @@ def prune_memory(config: RunConfig, inspection: Inspection) -> Memory:
     if settings[0].is_off:
         return Memory("the base model", weights)
     works = [_importance_memory(config, inspection, each) for each in settings]
-    works += [_compensation_memory(config, inspection, each) for each in settings if each.compensation != "none"]
+    works += [_compensation_memory(config, inspection, each) for each in settings if each.compensates_by != "none"]
     if len(settings) > 1:
         rows, length = config.evaluate.batch_size, config.data.max_length
         parts = {
@@ -128,7 +128,7 @@ def _compensation_memory(config: RunConfig, inspection: Inspection, settings: Pr
         "hidden states": samples * length * (hidden_bytes + length),
         "activations": _widest(base, calibration.batch_size * length),
     }
-    if settings.compensation == "least_squares":
+    if settings.compensates_by == "least_squares":
         widest = max(linear.columns for group in base.groups for linear in group.linears)
         parts["Gram matrix"] = 2 * FLOAT32_BYTES * widest**2
         # What is asked of the projection, the change that gives it, and its weights in float32.

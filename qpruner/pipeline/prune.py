@@ -272,7 +272,7 @@ def _fields(config: RunConfig, settings: PruneConfig, pruned: Pruned, base: _Wat
     return {
         "importance": settings.importance,
         "selection": settings.selection,
-        "compensation": settings.compensation,
+        "compensation": settings.compensates_by,
         "target": target_text(settings),
         "target_rate": settings.rate,
         "achieved_rate": removed / pruned.parameters_before,
@@ -298,8 +298,8 @@ def describe(cuts: Sequence[PruneConfig]) -> str:
         parts.append("without whole blocks and with some, whichever loses less")
     elif settings.drops_blocks:
         parts.append("whole blocks first" if settings.width_units else "whole blocks only")
-    if settings.compensation != "none":
-        parts.append(f"{settings.compensation.replace('_', ' ')} compensation")
+    if settings.compensates_by != "none":
+        parts.append(f"{settings.compensates_by.replace('_', ' ')} compensation")
     return ", ".join(parts)
 
 

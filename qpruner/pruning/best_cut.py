@@ -17,7 +17,7 @@ from qpruner.calibration import LossResult, Samples, mean_loss
 from qpruner.config import PruneConfig
 from qpruner.errors import QprunerError, TrainingDiverged, UserError
 from qpruner.models.structure import family_of
-from qpruner.pruning.prune import Pruned, expected_config, prune
+from qpruner.pruning.prune import Pruned, expected_config, prune, settled
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -76,11 +76,12 @@ def cuts_of(model_config: Any, settings: PruneConfig) -> tuple[Cut, ...]:
     Raises:
         UserError: For everything about the settings that this model cannot meet.
     """
+    settings = settled(model_config, settings)
     first = Cut(settings, expected_config(model_config, settings))
     if (
         settings.units is not None
         or not settings.rate
-        or settings.compensation != "least_squares"
+        or settings.compensates_by != "least_squares"
         or settings.importance == "random"
         or family_of(model_config).residual_factor(model_config) is None
     ):

@@ -187,7 +187,7 @@ def _others(stays: torch.Tensor, length: int) -> torch.Tensor:
 
 def new_biases(model: PreTrainedModel, settings: PruneConfig, layers: Sequence[int]) -> list[str]:
     """Output projections that compensation gives a bias where the family has none."""
-    if settings.compensation != "bias":
+    if settings.compensates_by != "bias":
         return []
     family = family_of(model.config)
     kinds = family.unit_kinds(model.config.per_layer_config[layers[0]], layers[0])

@@ -66,7 +66,7 @@ class Measured:
 
     def make_up_for_blocks(self, model: PreTrainedModel, gone: Collection[int], layers: Sequence[int]) -> None:
         """By least squares, where that is the compensation."""
-        if self._settings.compensation == "least_squares":
+        if self._settings.compensates_by == "least_squares":
             samples = self._samples_telling("making up for blocks")
             fold_blocks(model, gone, layers, self._settings.ridge, samples)
 
@@ -77,9 +77,9 @@ class Measured:
 
     def make_up(self, model: PreTrainedModel, kept: Kept) -> None:
         """By the compensation of the settings."""
-        if self._settings.compensation != "none":
+        if self._settings.compensates_by != "none":
             samples = self._samples_telling("compensation")
-            compensate(model, kept, self._settings.compensation, self._settings.ridge, samples)
+            compensate(model, kept, self._settings.compensates_by, self._settings.ridge, samples)
 
     def telling(self, what: str) -> OnProgress:
         """Whoever is told what is measured; blocks go before the first step."""

@@ -10,10 +10,10 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from qpruner.calibration import Samples
-from qpruner.config import MOST_OF_BLOCKS, PruneConfig
+from qpruner.config import MOST_OF_BLOCKS, RIDGE, PruneConfig
 from qpruner.errors import TrainingDiverged, UserError
 from qpruner.models.layout import num_layers, skeleton
-from qpruner.models.structure import ATTENTION, EXPERT, MLP, family_of
+from qpruner.models.structure import ATTENTION, EXPERT, MLP, UnitKind, family_of
 from qpruner.pruning.compensation import new_biases
 from qpruner.pruning.depth import num_blocks_to_drop
 from qpruner.pruning.evidence import Evidence, Measured, Unweighed
@@ -90,6 +90,7 @@ def prune(
         TrainingDiverged: Naming the weight, gradient or importance that is NaN or infinite.
     """
     check_weights(model)
+    settings = settled(model.config, settings)
     return cut_by(Measured(settings, samples, seed, told), model, settings)
 
 
@@ -102,6 +103,7 @@ def expected_config(model_config: Any, settings: PruneConfig) -> Any:
     if settings.is_off:
         cuttable_layers(model_config, settings)
         return model_config
+    settings = settled(model_config, settings)
     check_settings(model_config, settings)
     equal = settings.model_copy(update={"selection": "per_layer", "steps": 1})
     return cut_by(Unweighed(equal), skeleton(copy.deepcopy(model_config)), equal).model.config
@@ -295,19 +297,13 @@ def check_settings(model_config: Any, settings: PruneConfig) -> None:
         UserError: Naming the key and the remedy.
     """
     family, count = family_of(model_config), num_layers(model_config)
-    layers = cuttable_layers(model_config, settings)
-    stacked = [
-        kind
-        for index in range(count)
-        for kind in family.unit_kinds(model_config.per_layer_config[index], index)
-        if kind.name in settings.width_units and (kind.partitions > 1 or kind.name == EXPERT)
-    ]
+    layers, stacked = cuttable_layers(model_config, settings), _stacked(model_config, settings)
     by_linear = [
         f"{key} {value} ({remedy})"
         for key, value, remedy, looks_at_linears in (
             ("importance", settings.importance, "fisher, taylor, magnitude or random", settings.looks_at_linears),
             ("aggregation", settings.aggregation, "element", settings.aggregation == "vector"),
-            ("compensation", settings.compensation, "none", settings.compensation != "none"),
+            ("compensation", settings.compensates_by, "none", settings.compensates_by != "none"),
         )
         if looks_at_linears
     ]
@@ -325,6 +321,24 @@ def check_settings(model_config: Any, settings: PruneConfig) -> None:
         )
     if settings.uniform:
         _check_uniform(model_config, settings, layers, count)
+
+
+def settled(model_config: Any, settings: PruneConfig) -> PruneConfig:
+    """With the compensation that this model can have, where neither it nor its ridge is named."""
+    if settings.compensation is None and settings.ridge == RIDGE and _stacked(model_config, settings):
+        return settings.model_copy(update={"compensation": "none"})
+    return settings
+
+
+def _stacked(model_config: Any, settings: PruneConfig) -> list[UnitKind]:
+    """Kinds of unit that may go, block by block, whose weights no linear layer holds."""
+    family = family_of(model_config)
+    return [
+        kind
+        for index in range(num_layers(model_config))
+        for kind in family.unit_kinds(model_config.per_layer_config[index], index)
+        if kind.name in settings.width_units and (kind.partitions > 1 or kind.name == EXPERT)
+    ]
 
 
 def are_alike(model_config: Any) -> bool:
@@ -351,7 +365,7 @@ def _check_uniform(model_config: Any, settings: PruneConfig, layers: Sequence[in
             f"`prune.uniform`: no plain {family.model_type} checkpoint can have fewer heads, for its hidden size must "
             f"be made up of them: set `prune.units: [{MLP}]`, or `uniform: false`"
         )
-    if settings.compensation != "bias":
+    if settings.compensates_by != "bias":
         return
     block = skeleton(model_config).get_submodule(family.block_path(0))
     outputs = [block.get_submodule(kind.output_linear) for kind in kinds if kind.output_linear]

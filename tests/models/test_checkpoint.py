@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import pytest
 import torch
 from hub_server import Hub, Repository, serving
+from plain_transformers import WITHOUT_QPRUNER
 from safetensors.torch import load_file, save_file
 from tiny_families import (
     CHANNELS,
@@ -35,10 +36,12 @@ from tiny_families import (
     with_output_biases,
 )
 
-from qpruner.config import ModelConfig
+from qpruner.calibration import Samples
+from qpruner.config import ModelConfig, PruneConfig
 from qpruner.errors import CorruptFile, UserError
 from qpruner.models.checkpoint import prepare_base, save_checkpoint
 from qpruner.models.loading import load_dense, load_model_config, load_tokenizer
+from qpruner.pruning.prune import prune
 from qpruner.pruning.surgery import cut, keep_blocks
 
 if TYPE_CHECKING:
@@ -48,32 +51,32 @@ if TYPE_CHECKING:
 
 NEW_TOKENS = 8
 
-FRESH_PROCESS = """
-import sys
+FRESH_PROCESS = f"""{WITHOUT_QPRUNER}
 from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-root, tensors = Path(sys.argv[1]), {}
+root, tensors = Path(sys.argv[1]), {{}}
 input_ids = load_file(root / "prompt.safetensors")["input_ids"]
 
 def look_at(folder):
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     name = folder.relative_to(root).as_posix()
     with torch.no_grad():
-        tensors[f"{name}/logits"] = model(input_ids=input_ids, use_cache=False).logits
+        tensors[f"{{name}}/logits"] = model(input_ids=input_ids, use_cache=False).logits
     for cache in (True, False):
-        options = {"max_new_tokens": int(sys.argv[2]), "min_new_tokens": int(sys.argv[2]), "do_sample": False}
+        options = {{"max_new_tokens": int(sys.argv[2]), "min_new_tokens": int(sys.argv[2]), "do_sample": False}}
         found = model.generate(
             input_ids, use_cache=cache, output_logits=True, return_dict_in_generate=True, **options
         )
-        tensors[f"{name}/tokens, cache {cache}"] = found.sequences
-        tensors[f"{name}/scores, cache {cache}"] = torch.stack(found.logits)
+        tensors[f"{{name}}/tokens, cache {{cache}}"] = found.sequences
+        tensors[f"{{name}}/scores, cache {{cache}}"] = torch.stack(found.logits)
 
 for folder in sorted(root.glob("plain/*/*")):
     look_at(folder)
 assert not any(name.startswith("qpruner") for name in sys.modules)
+sys.meta_path.pop(0)
 import qpruner.hf
 for folder in sorted(root.glob("ragged/*/*")):
     look_at(folder)
@@ -88,6 +91,14 @@ def alike(name: str) -> Kept:
     return {index: {kind: kept for kind, kept in units.items() if kept is not None} for index in range(LAYERS)}
 
 
+def uniformly_pruned(name: str) -> PreTrainedModel:
+    """With the key that a person would set; Qwen3-MoE's blocks are not alike to begin with."""
+    rate, units = (0.1, ("mlp",)) if name in HEADWISE else (0.25, ("attention", "mlp"))
+    settings = PruneConfig(rate=rate, uniform=True, units=units, importance="magnitude", round_to=8)
+    samples = Samples([{"input_ids": row, "labels": row} for row in prompt().tolist()], 0, 2)
+    return prune(family_model(name), settings, samples).model
+
+
 KINDS: dict[str, tuple[Sequence[str], Callable[[str], PreTrainedModel]]] = {
     "ragged/widths": (MODEL_NAMES, lambda name: cut(family_model(name), kept_of(name))),
     "ragged/depth": (FAMILY_NAMES, lambda name: keep_blocks(cut(family_model(name), kept_of(name)), (1, 2))),
@@ -95,6 +106,7 @@ KINDS: dict[str, tuple[Sequence[str], Callable[[str], PreTrainedModel]]] = {
     "ragged/experts": (MIXTURES, lambda name: cut(family_model(name), kept_experts(name))),
     "plain/depth": (FAMILY_NAMES, lambda name: keep_blocks(family_model(name), (1, 2))),
     "plain/alike": (FAMILY_NAMES, lambda name: cut(family_model(name), alike(name))),
+    "plain/uniform": (tuple(name for name in FAMILY_NAMES if name != "qwen3_moe"), uniformly_pruned),
 }
 """Kinds of pruned model by the folder they are written to: `ragged` needs our import, `plain` must not."""
 CUT_MODELS = tuple(f"{kind}/{name}" for kind, (names, _) in KINDS.items() for name in names)

@@ -18,6 +18,7 @@ from qpruner.models.structure import family_of
 from qpruner.pipeline.prune import layer_widths
 from qpruner.pruning import evidence as evidence_module
 from qpruner.pruning import prune as prune_module
+from qpruner.pruning.best_cut import cuts_of
 from qpruner.pruning.prune import Pruned, block_sizes, expected_config, num_parameters, prune
 from qpruner.pruning.selection import Kept, unit_sizes
 from qpruner.pruning.surgery import check_not_shared
@@ -77,7 +78,7 @@ def test_the_defaults_meet_the_rate(rate: float) -> None:
     model = decoder(intermediate_size=512)
     before = num_parameters(model)
     settings = PruneConfig(rate=rate)
-    assert (settings.importance, settings.selection, settings.compensation) == ("fisher", "global", "least_squares")
+    assert (settings.importance, settings.selection, settings.compensates_by) == ("fisher", "global", "least_squares")
     pruned = prune(model, settings, samples_of())
     assert abs(before - pruned.parameters_after - rate * before) <= CHANNEL * 64
     assert all(kinds["mlp"] % 64 == 0 for kinds in widths(pruned).values())
@@ -94,7 +95,7 @@ def test_the_defaults_meet_the_rate(rate: float) -> None:
             {
                 "rate": None,
                 "selection": "per_layer",
-                "compensation": "least_squares",
+                "compensates_by": "least_squares",
                 "round_to": 1,
                 "query_heads": "modulo",
             },
@@ -106,8 +107,8 @@ def test_the_defaults_meet_the_rate(rate: float) -> None:
         ({"layer_rate": 0.2, "importance": "fluctuation"}, {"query_heads": "served"}),
         ({"rate": 0.2, "layer_rate": None, "importance": "taylor"}, {"query_heads": "served"}),
         ({"uniform": True}, {"rate": 0.2, "selection": "per_layer"}),
-        ({"units": ["block"]}, {"compensation": "least_squares", "selection": "global"}),
-        ({"units": ["block", "mlp"]}, {"compensation": "least_squares"}),
+        ({"units": ["block"]}, {"compensates_by": "least_squares", "selection": "global"}),
+        ({"units": ["block", "mlp"]}, {"compensates_by": "least_squares"}),
         ({"uniform": False}, {"selection": "global"}),
     ],
     ids=str,
@@ -542,6 +543,7 @@ def test_experts_can_be_measured_between_two_steps(options: dict[str, Any]) -> N
         ),
         ({"compensation": "bias"}, ("compensation bias (none)", "`prune.units: [attention]`")),
         ({"compensation": "least_squares", "units": ["expert"]}, ("mlp.experts.gate_up_proj", "least_squares (none)")),
+        ({"compensation": None, "ridge": 0.5}, ("compensation least_squares (none)",)),
         ({"round_to": 4}, ("`prune.round_to` must be a multiple of 8 for the experts of a mixtral model, got 4",)),
     ],
     ids=str,
@@ -552,6 +554,18 @@ def test_what_stacked_experts_cannot_do_is_refused(options: dict[str, Any], said
         with pytest.raises(UserError) as caught:
             attempt()
         assert [part for part in said if part not in str(caught.value)] == [], str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("units", "expected"), [(None, "none"), (("expert",), "none"), (("attention",), "least_squares")], ids=str
+)
+def test_experts_are_cut_by_default_with_nothing_made_up_for(units: Any, expected: str) -> None:
+    """What only linear layers can have is no default for those that have none."""
+    model, settings = tiny("mixtral"), PruneConfig(rate=0.1, units=units, round_to=8)
+    (cut,) = cuts_of(model.config, settings)
+    assert cut.settings.compensates_by == expected
+    before = num_parameters(model)
+    assert prune(model, settings, samples_of()).parameters_after < before
 
 
 # ---- shared weights

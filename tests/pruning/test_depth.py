@@ -214,7 +214,7 @@ def test_least_squares_loses_less_than_nothing_when_blocks_go() -> None:
     for compensation in ("none", "least_squares"):
         pruned = prune(decoder(), PruneConfig(rate=0.3, units=("block",), compensation=compensation), samples_of())
         losses[compensation] = mean_loss(pruned.model, samples_of().rows, PAD, 8).mean
-    assert PruneConfig(units=("block",)).compensation == "least_squares"
+    assert PruneConfig(units=("block",)).compensates_by == "least_squares"
     assert losses["least_squares"] < losses["none"] - 0.05
 
 
