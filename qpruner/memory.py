@@ -47,6 +47,14 @@ def page_in(model: torch.nn.Module) -> None:
         tensor.detach().sum()
 
 
+def take_in(model: torch.nn.Module) -> None:
+    """Move every weight into memory of this process. A mapped .safetensors file stays resident until its last tensor is
+    gone, norms included, so that a model cut in place would be there twice. Needs room for the largest file beside."""
+    for tensor in (*model.parameters(), *model.buffers()):
+        if tensor.device.type == "cpu":
+            tensor.data = tensor.data.clone()
+
+
 def free_bytes() -> int:
     """Memory that is free for another model: the GPU's, or the machine's where torch sees no GPU."""
     import psutil

@@ -27,7 +27,7 @@ def last_line(*arguments: str) -> dict[str, object]:
 @pytest.mark.slow
 def test_seven_billion_parameters_are_pruned_within_22_gib() -> None:
     """LLM-Pruner needs about 80 GB for this; 20 GiB of free memory are needed here."""
-    found = last_line("benchmarks/prune_7b.py", "--save")
+    found = last_line("benchmarks/prune_7b.py")
     assert found["below_22_gib"] is True
     before, after = found["parameters_before"], found["parameters_after"]
     assert isinstance(before, int) and isinstance(after, int)
@@ -50,9 +50,9 @@ def test_rows_of_the_pruning_benchmark_are_taken_at_whatever_commit_they_were_me
     """A plain command goes on with those beside the script; nothing is measured here."""
     bench = pruning_benchmark
     tasks = bench.ends_kept(["same text"])
-    assert {task.settings.first_layer for task in tasks} == {4} and len(set(tasks)) == 16
+    assert {task.settings.first_layer for task in tasks} == {4} and len(set(tasks)) == 18
     rows = [
-        bench.Row(*task.key, 0.2, 40.0, 1.0, 1.0, commit) for task, commit in zip(tasks, ["a", None] * 8, strict=True)
+        bench.Row(*task.key, 0.2, 40.0, 1.0, 1.0, commit) for task, commit in zip(tasks, ["a", None] * 9, strict=True)
     ]
     file = tmp_path / "rows.jsonl"
     file.write_text("".join(json.dumps(asdict(row)) + "\n" for row in rows))
@@ -96,7 +96,8 @@ def test_of_recipes_that_differ_in_their_blocks_the_pruning_benchmark_goes_on_wi
         for task in tasks
     ]
     told = bench.ranked(rows, "criterion", "selection", "compensation")
-    assert [recipe[0] for recipe in told] == ["fisher, 8% in blocks", "fisher", "fisher", "fisher"]
+    in_one = [recipe[0] for recipe in told if recipe[0] not in bench.IN_STEPS]
+    assert in_one == ["fisher, 8% in blocks", "fisher", "fisher", "fisher"]
 
 
 def test_without_public_data_the_pruning_benchmark_divides_the_demos_own_text(pruning_benchmark: Any) -> None:

@@ -253,12 +253,12 @@ class _Watch:
 
     def begin(self, base: PreTrainedModel) -> None:
         """Before a cut."""
-        from qpruner.memory import PeakMemory, page_in
+        from qpruner.memory import PeakMemory, take_in
         from qpruner.pruning.prune import block_sizes
 
         self.config = copy.deepcopy(base.config)
         self.block_parameters = block_sizes(base, range(num_layers(base.config)))
-        page_in(base)
+        take_in(base)
         self.memory = PeakMemory()
 
     def end(self) -> None:
