@@ -92,11 +92,11 @@ WITH_BLOCKS = {f"fisher, {share:.0%} in blocks": (CRITERIA["fisher"], share) for
 20 % the best of them alone. Importance is measured anew between blocks and channels, so that a row takes three times as
 long as another."""
 IN_STEPS: dict[str, tuple[dict[str, Any], float]] = {
-    f"{criterion}, 3 steps{beside}": (CRITERIA[criterion] | {"steps": 3}, share)
+    f"{criterion}, 3 steps, 10% in blocks": (CRITERIA[criterion] | {"steps": 3}, 0.1)
     for criterion in ("fisher", "fisher vector")
-    for beside, share in (("", 0.0), (", 10% in blocks", 0.1))
 }
-"""Importance is measured anew before each step, without and with whole blocks."""
+"""Importance is measured anew before each step, whole blocks gone."""
+BESIDE = WITH_BLOCKS | IN_STEPS
 
 
 @dataclass(frozen=True)
@@ -323,7 +323,7 @@ def recipe(criterion: str, selection: str, compensation: str, rate: float = 0.2)
     if criterion == DEFAULT[0]:
         keys = {}
     else:
-        several, share = {**WITH_BLOCKS, **IN_STEPS}.get(criterion) or (CRITERIA[criterion], 0.0)
+        several, share = BESIDE.get(criterion) or (CRITERIA[criterion], 0.0)
         blocks = {"units": ("block", "attention", "mlp"), "depth_share": share / rate}
         keys = {**several, **(blocks if share else {"units": ("attention", "mlp")})}
     if selection.endswith(MIDDLE):
@@ -385,13 +385,14 @@ def repeated(texts: Sequence[str], recipes: Sequence[tuple[str, ...]]) -> list[T
     ]
 
 
-def finetuned(texts: Sequence[str], recipes: Sequence[tuple[str, ...]]) -> list[Task]:
-    """Recipes at 20 % and LLM-Pruner's setting, each after the same short LoRA fine-tune."""
+def finetuned(texts: Sequence[str], recipes: Sequence[tuple[str, ...]], once: Sequence[tuple[str, ...]]) -> list[Task]:
+    """Recipes at 20 % and LLM-Pruner's setting, each after the same short LoRA fine-tune; some with one choice of
+    calibration windows alone."""
     peer = [Task("finetune", "LLM-Pruner", LLM_PRUNER, f"10 x 64, {text}") for text in texts]
     return peer + [
         Task("finetune", criterion, recipe(criterion, selection, method), text, seed)
         for seed in SEEDS
-        for criterion, selection, method in recipes
+        for criterion, selection, method in [*recipes, *(() if seed else once)]
         for text in texts
     ]
 
@@ -401,7 +402,7 @@ def ranked(rows: Sequence[Row], *keys: str) -> list[tuple[str, ...]]:
     differ in how many blocks go, the best alone."""
     found: dict[tuple[str, ...], list[float]] = {}
     for row in rows:
-        if row.criterion in {**CRITERIA, **WITH_BLOCKS, **IN_STEPS} and row.rate == RATES[0]:
+        if row.criterion in CRITERIA.keys() | BESIDE and row.rate == RATES[0]:
             found.setdefault(tuple(getattr(row, key) for key in keys), []).append(math.log(row.perplexity))
     recipes = sorted(found, key=lambda recipe: statistics.mean(found[recipe]))
     with_blocks = [recipe for recipe in recipes if recipe[0] in WITH_BLOCKS]
@@ -557,11 +558,12 @@ def every_part(measured: Measurements, texts: Sequence[str]) -> list[Row]:
     chosen = list(dict.fromkeys([*ranked(not_made_up_for, "criterion", "selection")[:3], PEER_CRITERION]))
     at_first = measured.rows(compensated(texts, chosen, first, list(WITH_BLOCKS)))
     best = ranked(at_first + ends, "criterion", "selection", "compensation")[:4]
-    recipes = [DEFAULT, *best, PEER_RECIPE]
-    with_blocks = [criterion for criterion, *_ in best if criterion in WITH_BLOCKS]
-    rows += at_first + measured.rows(compensated(texts, chosen, others, with_blocks))
-    rows += measured.rows(repeated(texts, recipes))
-    return rows + measured.rows(finetuned(texts, recipes))
+    with_blocks = [recipe for recipe in best if recipe[0] in WITH_BLOCKS]
+    rows += at_first + measured.rows(compensated(texts, chosen, others, [criterion for criterion, *_ in with_blocks]))
+    rows += measured.rows(repeated(texts, [DEFAULT, *best]))
+    # The default is the cut with blocks wherever that one is better.
+    several = [DEFAULT, *(recipe for recipe in best if recipe not in with_blocks)]
+    return rows + measured.rows(finetuned(texts, several, [*with_blocks, PEER_RECIPE]))
 
 
 @contextmanager

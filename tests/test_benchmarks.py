@@ -70,7 +70,7 @@ def test_the_tables_of_the_pruning_benchmark_have_every_text_and_the_spread_over
     of_one = [task for task in bench.compensated(texts, [default[:2]], bench.RATES, []) if task.key[1:4] == default]
     found = rows(of_one[:4], 1.5, 1.7, 2.4, 2.6)
     found += rows(bench.repeated(["same text"], [default]), 1.6, 1.4)
-    found += rows(bench.finetuned(["same text"], [default]), 1.25, 0.96, 0.98, 0.97)
+    found += rows(bench.finetuned(["same text"], [default], []), 1.25, 0.96, 0.98, 0.97)
     found += rows(bench.quality(["same text"])[:1], 3.089)
     told = bench.tables(found[::-1]).splitlines()  # they come as they are measured, side by side
     recipe = "| fisher | global | least_squares |"
