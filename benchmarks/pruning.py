@@ -87,6 +87,8 @@ go."""
 DEFAULT = ("default", "global", "least_squares")
 """What a configuration that says nothing gets: of fisher with and without whole blocks, what loses less on validation
 rows; they are other windows of the evaluated text, as a user's are of the task."""
+ALONE = " alone"
+"""Behind a calibration text: it gives the default's validation rows, too."""
 WITH_BLOCKS = {f"fisher, {share:.0%} in blocks": (CRITERIA["fisher"], share) for share in (0.06, 0.08, 0.1, 0.14)}
 """Share of all parameters that go in whole blocks (two to five of 30), channels making up the rest; at other rates than
 20 % the best of them alone. Importance is measured anew between blocks and channels, so that a row takes three times as
@@ -196,7 +198,7 @@ class Bench:
             text = calibration.removeprefix("10 x 64, ")
             rows = _rows([token for row in self.windows[text][:NUM_CALIBRATION] for token in row["input_ids"]], 64)[:10]
             return Samples(rows, self.pad_id, len(rows))
-        rows = self.windows[calibration]
+        rows = self.windows[calibration.removesuffix(ALONE)]
         number = min(NUM_CALIBRATION, len(rows))
         chosen = random.Random(seed).sample(rows, number) if seed else rows[:number]
         return Samples(chosen, self.pad_id, 8)
@@ -222,7 +224,11 @@ class Bench:
             if cut.is_best:
                 best[:] = [cut.pruned.model]
 
-        samples, validation = self.samples(calibration, seed), Samples(self.windows["validation"], self.pad_id, 8)
+        samples, held_out = self.samples(calibration, seed), self.windows["validation"]
+        if calibration.endswith(ALONE):
+            others = [row for row in self.windows[calibration.removesuffix(ALONE)] if row not in samples.rows]
+            held_out = others[-NUM_CALIBRATION:]
+        validation = Samples(held_out, self.pad_id, 8)
         tried = prune_best(lambda: copy.deepcopy(self.base), cuts, samples, validation, made, seed)
         for each in tried:
             print(f"    validation loss {each.loss:.3f} without blocks {each.dropped_blocks}", flush=True)
@@ -385,6 +391,13 @@ def repeated(texts: Sequence[str], recipes: Sequence[tuple[str, ...]]) -> list[T
     ]
 
 
+def validated(texts: Sequence[str]) -> list[Task]:
+    """The default at 20 % by validation rows of the calibration text, where that is not the evaluated one."""
+    return [
+        Task("validation", DEFAULT[0], recipe(*DEFAULT), f"{text}{ALONE}", seed) for text in texts[1:] for seed in SEEDS
+    ]
+
+
 def finetuned(texts: Sequence[str], recipes: Sequence[tuple[str, ...]], once: Sequence[tuple[str, ...]]) -> list[Task]:
     """Recipes at 20 % and LLM-Pruner's setting, each after the same short LoRA fine-tune; some with one choice of
     calibration windows alone."""
@@ -454,6 +467,7 @@ def tables(rows: Sequence[Row]) -> str:
         ("Every criterion, nothing made up for", by_part.get("quality", []), ("criterion",), "selection"),
         ("Blocks 4 to 25 alone", by_part.get("ends", []), ("criterion", "selection"), "compensation"),
         ("By rate and compensation", compensated, of_one, "rate"),
+        ("By validation rows of the calibration text", by_part.get("validation", []), of_one, "rate"),
         ("Before the fine-tune", before, of_one, "rate"),
         ("After it", tuned, of_one, "rate"),
     ]
@@ -560,7 +574,7 @@ def every_part(measured: Measurements, texts: Sequence[str]) -> list[Row]:
     best = ranked(at_first + ends, "criterion", "selection", "compensation")[:4]
     with_blocks = [recipe for recipe in best if recipe[0] in WITH_BLOCKS]
     rows += at_first + measured.rows(compensated(texts, chosen, others, [criterion for criterion, *_ in with_blocks]))
-    rows += measured.rows(repeated(texts, [DEFAULT, *best]))
+    rows += measured.rows(repeated(texts, [DEFAULT, *best])) + measured.rows(validated(texts))
     # The default is the cut with blocks wherever that one is better.
     several = [DEFAULT, *(recipe for recipe in best if recipe not in with_blocks)]
     return rows + measured.rows(finetuned(texts, several, [*with_blocks, PEER_RECIPE]))
