@@ -3,9 +3,10 @@
     .venv/bin/python benchmarks/prune_7b.py              # first-order Taylor, nothing made up for, as LLM-Pruner
     .venv/bin/python benchmarks/prune_7b.py --default    # what `rate: 0.2` alone means: two cuts, the better one kept
 
-13.5 GB of random bf16 weights are made here and written as a checkpoint, which is then loaded, cut on 10 samples of 64
-tokens, saved and loaded again, by the functions that `qpruner prune` calls. Resident memory must stay below 22 GiB
-(LLM-Pruner holds weights and gradients of everything); it includes pages of weight files that are mapped.
+13.5 GB of random bf16 weights are made here and written as a checkpoint of files of at most 10 GB, as Llama-2-7B's is,
+which is then loaded, cut on 10 samples of 64 tokens, saved and loaded again, by the functions that `qpruner prune`
+calls. Resident memory must stay below 22 GiB (LLM-Pruner holds weights and gradients of everything); it includes pages
+of weight files that are mapped.
 Prints peaks and seconds of each step, then one JSON line. Takes 27 GB of disk. Long: `pytest -m slow` runs it, the fast
 tests do not.
 """
@@ -29,7 +30,7 @@ from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTo
 
 from qpruner.calibration import Samples
 from qpruner.config import PruneConfig
-from qpruner.memory import take_in
+from qpruner.memory import release, take_in
 from qpruner.models.checkpoint import save_checkpoint
 from qpruner.models.loading import load_dense
 from qpruner.pruning.best_cut import Made, cuts_of, prune_best
@@ -114,6 +115,7 @@ def prune_folder(base: Path, folder: Path, settings: PruneConfig, steps: Steps) 
     kept: list[Made] = []
 
     def load() -> Any:
+        release()
         model = load_dense(str(base), "bfloat16")
         take_in(model)
         steps.end("load")
@@ -147,9 +149,10 @@ def main() -> None:
     steps = Steps()
     with tempfile.TemporaryDirectory(dir=arguments.scratch) as scratch:
         base, folder = Path(scratch, "base"), Path(scratch, "pruned")
-        save_checkpoint(random_llama(arguments.num_layers), tokenizer(), base)
+        random_llama(arguments.num_layers).save_pretrained(base, max_shard_size="10GB")
         steps.end("build")
         pruned = prune_folder(base, folder, settings, steps).pruned
+        release()
         model = load_dense(str(folder), "bfloat16")
         take_in(model)
         steps.end("reload")

@@ -118,11 +118,16 @@ class Row:
     seconds: float
     commit: str | None = None
 
+    @property
+    def measured(self) -> tuple[Any, ...]:
+        """The fields that say what."""
+        return astuple(self)[:NUM_KEYS]
+
 
 PEER_CRITERION = ("taylor first", "global")
 """LLM-Pruner's, cut as we would; beside the best three."""
-PEER_RECIPE = ("taylor first", f"per_layer{MIDDLE}", "none")
-"""LLM-Pruner's setting, calibrated on as many tokens as every other row."""
+PEERS = {"LLM-Pruner": "10 x 64", "LLM-Pruner, 8192 tokens": f"{NUM_CALIBRATION} x {CONTEXT}"}
+"""Its setting on the tokens it takes and on as many as every other row, in one batch."""
 PEER_RATE = 0.196
 """Of all parameters, by LLM-Pruner's setting, which names none."""
 NUM_KEYS = 7
@@ -194,10 +199,11 @@ class Bench:
 
     def samples(self, calibration: str, seed: int = 0) -> Samples:
         """A calibration text's samples: its first windows, or, with another seed, others at random."""
-        if calibration.startswith("10 x"):
-            text = calibration.removeprefix("10 x 64, ")
-            rows = _rows([token for row in self.windows[text][:NUM_CALIBRATION] for token in row["input_ids"]], 64)[:10]
-            return Samples(rows, self.pad_id, len(rows))
+        size, _, text = calibration.rpartition(", ")
+        if size:
+            number, length = map(int, size.split(" x "))
+            tokens = [token for row in self.windows[text][:NUM_CALIBRATION] for token in row["input_ids"]]
+            return Samples(_rows(tokens, length)[:number], self.pad_id, number)
         rows = self.windows[calibration.removesuffix(ALONE)]
         number = min(NUM_CALIBRATION, len(rows))
         chosen = random.Random(seed).sample(rows, number) if seed else rows[:number]
@@ -339,9 +345,8 @@ def recipe(criterion: str, selection: str, compensation: str, rate: float = 0.2)
 
 def quality(texts: Sequence[str]) -> list[Task]:
     """Every criterion and selection at 20 %, calibrated on each text; and LLM-Pruner's own setting."""
-    peer = [Task("quality", "LLM-Pruner", LLM_PRUNER, f"10 x 64, {text}") for text in texts]
     return (
-        peer
+        peers("quality", texts)
         + [
             Task("quality", criterion, recipe(criterion, selection, "none"), text, seed)
             for selection in ("per_layer", "global")
@@ -353,13 +358,18 @@ def quality(texts: Sequence[str]) -> list[Task]:
     )
 
 
+def peers(part: str, texts: Sequence[str]) -> list[Task]:
+    """LLM-Pruner's own setting."""
+    return [Task(part, name, LLM_PRUNER, f"{size}, {text}") for name, size in PEERS.items() for text in texts]
+
+
 def ends_kept(texts: Sequence[str]) -> list[Task]:
     """Criteria at 20 % that take it all from LLM-Pruner's range of blocks: some lose by cutting the first and last."""
     return [
         Task("ends", criterion, recipe(criterion, f"{selection}{MIDDLE}", method), text)
         for criterion in ("fluctuation", "fisher", "taylor first", "activation norm")
         for selection in ("per_layer", "global")
-        for method in ("none", "least_squares", *(("bias",) if criterion == "fluctuation" else ()))  # FLAP's own
+        for method in ("none", "least_squares", *(("bias",) if criterion == "fluctuation" else ()))  # FLAP's
         for text in texts
     ]
 
@@ -401,8 +411,7 @@ def validated(texts: Sequence[str]) -> list[Task]:
 def finetuned(texts: Sequence[str], recipes: Sequence[tuple[str, ...]], once: Sequence[tuple[str, ...]]) -> list[Task]:
     """Recipes at 20 % and LLM-Pruner's setting, each after the same short LoRA fine-tune; some with one choice of
     calibration windows alone."""
-    peer = [Task("finetune", "LLM-Pruner", LLM_PRUNER, f"10 x 64, {text}") for text in texts]
-    return peer + [
+    return peers("finetune", texts) + [
         Task("finetune", criterion, recipe(criterion, selection, method), text, seed)
         for seed in SEEDS
         for criterion, selection, method in [*recipes, *(() if seed else once)]
@@ -453,10 +462,14 @@ def say(row: Row) -> None:
 def tables(rows: Sequence[Row]) -> str:
     """What docs/pruning.md shows, in Markdown: multiples of the unpruned model's perplexity."""
     by_part = {part: [row for row in rows if row.part == part] for part in {row.part for row in rows}}
-    compensated = by_part.get("compensation", []) + by_part.get("spread", [])
     tuned = by_part.get("finetune", [])
     recipes = {(row.criterion, row.selection, row.compensation) for row in tuned}
-    peer = [row for row in by_part.get("quality", []) if row.criterion == "LLM-Pruner"]
+    # One of the middle blocks' recipes that is among the best has its first row there.
+    ends = [row for row in by_part.get("ends", []) if (row.criterion, row.selection, row.compensation) in recipes]
+    made_up_for = by_part.get("compensation", [])
+    known = {row.measured[1:] for row in made_up_for}
+    compensated = made_up_for + [row for row in ends if row.measured[1:] not in known] + by_part.get("spread", [])
+    peer = [row for row in by_part.get("quality", []) if row.criterion in PEERS]
     before = [
         row
         for row in (*peer, *compensated)
@@ -530,7 +543,7 @@ class Measurements:
         self._pool, self._file, self._until = pool, file, until
         lines = file.read_text().splitlines() if file.exists() else []
         known = [Row(**json.loads(line)) for line in lines]
-        self._rows = {astuple(row)[:NUM_KEYS]: row for row in known}
+        self._rows = {row.measured: row for row in known}
 
     @property
     def known(self) -> list[Row]:
@@ -553,7 +566,7 @@ class Measurements:
 
     def _keep(self, row: Row) -> None:
         say(row)
-        self._rows[astuple(row)[:NUM_KEYS]] = row
+        self._rows[row.measured] = row
         with self._file.open("a") as out:
             out.write(json.dumps(asdict(row)) + "\n")
 
@@ -577,7 +590,7 @@ def every_part(measured: Measurements, texts: Sequence[str]) -> list[Row]:
     rows += measured.rows(repeated(texts, [DEFAULT, *best])) + measured.rows(validated(texts))
     # The default is the cut with blocks wherever that one is better.
     several = [DEFAULT, *(recipe for recipe in best if recipe not in with_blocks)]
-    return rows + measured.rows(finetuned(texts, several, [*with_blocks, PEER_RECIPE]))
+    return rows + measured.rows(finetuned(texts, several, with_blocks))
 
 
 @contextmanager

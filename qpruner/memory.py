@@ -49,7 +49,8 @@ def page_in(model: torch.nn.Module) -> None:
 
 def take_in(model: torch.nn.Module) -> None:
     """Move every weight into memory of this process. A mapped .safetensors file stays resident until its last tensor is
-    gone, norms included, so that a model cut in place would be there twice. Needs room for the largest file beside."""
+    gone, norms included, so that a model cut in place would be there twice. Until all of a file is moved its pages
+    stay, which the system may take back."""
     for tensor in (*model.parameters(), *model.buffers()):
         if tensor.device.type == "cpu":
             tensor.data = tensor.data.clone()

@@ -103,7 +103,7 @@ class PruneRecord(Record):
     achieved_rate: float
     possible_rates: tuple[float, ...] = ()
     """Next to the rate that was asked for, below and above, where what may go is so coarse that few are possible; empty
-    where a channel of one block settles it, and in records of older versions."""
+    elsewhere, and in records of older versions."""
     parameters_before: int
     parameters_after: int
     bytes_before: int
@@ -127,7 +127,7 @@ class PruneRecord(Record):
         possible = [f"{rate:.2%}" for rate in self.possible_rates]
         if not possible or f"{self.target_rate:.2%}" in possible:
             return told
-        return f"{told}, possible next to it {' and '.join(possible)}"
+        return f"{told}, nearest possible {' and '.join(possible)}"
 
     def table_rows(self) -> list[dict[str, Any]]:
         """A row a block of the base model."""

@@ -70,7 +70,7 @@ def test_the_tables_of_the_pruning_benchmark_have_every_text_and_the_spread_over
     of_one = [task for task in bench.compensated(texts, [default[:2]], bench.RATES, []) if task.key[1:4] == default]
     found = rows(of_one[:4], 1.5, 1.7, 2.4, 2.6)
     found += rows(bench.repeated(["same text"], [default]), 1.6, 1.4)
-    found += rows(bench.finetuned(["same text"], [default], []), 1.25, 0.96, 0.98, 0.97)
+    found += rows(bench.finetuned(["same text"], [default], []), 1.25, 1.2, 0.96, 0.98, 0.97)
     found += rows(bench.quality(["same text"])[:1], 3.089)
     told = bench.tables(found[::-1]).splitlines()  # they come as they are measured, side by side
     recipe = "| fisher | global | least_squares |"
@@ -98,6 +98,31 @@ def test_of_recipes_that_differ_in_their_blocks_the_pruning_benchmark_goes_on_wi
     told = bench.ranked(rows, "criterion", "selection", "compensation")
     in_one = [recipe[0] for recipe in told if recipe[0] not in bench.IN_STEPS]
     assert in_one == ["fisher, 8% in blocks", "fisher", "fisher", "fisher"]
+
+
+def test_what_is_fine_tuned_was_measured_before_it_with_every_seed(pruning_benchmark: Any) -> None:
+    """Also a recipe of the middle blocks, whose first row is in a table of its own."""
+    bench, middle = pruning_benchmark, ("fisher", f"global{pruning_benchmark.MIDDLE}", "least_squares")
+
+    class Known:
+        def rows(self, tasks: Any) -> list[Any]:
+            is_middle = [task.key[1:4] == middle for task in tasks]
+            return [
+                bench.Row(*task.key, 0.2, 40.0 if best else 50.0, (1.5 if best else 2.0) + 0.1 * task.seed, 1.0)
+                for task, best in zip(tasks, is_middle, strict=True)
+            ]
+
+    told = bench.tables(bench.every_part(Known(), ["same text", "web text"])).splitlines()
+    before, after = (
+        next(index for index, line in enumerate(told) if line.startswith(title))
+        for title in ("Before the fine-tune", "After it")
+    )
+    recipes = [
+        {tuple(line.split(" | ")[:3]) for line in part if line.startswith("| ")}
+        for part in (told[before:after], told[after:])
+    ]
+    assert recipes[0] == recipes[1] and len(recipes[0]) >= 6
+    assert f"| {' | '.join(middle)} |  | 1.60 (1.50-1.70) / 1.60 (1.50-1.70) |" in told[before:after]
 
 
 def test_without_public_data_the_pruning_benchmark_divides_the_demos_own_text(pruning_benchmark: Any) -> None:

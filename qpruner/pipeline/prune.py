@@ -60,7 +60,10 @@ def prune(context: Context, prepared: PrepareRecord) -> PruneRecord:
 def prune_stage(context: Context, prepared: PrepareRecord) -> Stage:
     """What `prune` depends on. A given plan that says which cut is meant is not among it: with the plan of a run that
     has its cut, that one is taken."""
-    return Stage("prune", describe(_settings(context)), (prepared.digest, context.config.prune))
+    from qpruner.pruning.prune import settled
+
+    settings = settled(context.inspection.model_config, context.config.prune)
+    return Stage("prune", describe(_settings(context)), (prepared.digest, settings))
 
 
 def _settings(context: Context) -> tuple[PruneConfig, ...]:
@@ -208,12 +211,14 @@ def best_of(
         emit: Told how far it is.
         keep: Given each cut that is better than those before it, and its fields.
     """
+    from qpruner.memory import take_in
     from qpruner.pruning.best_cut import prune_best, with_or_without
 
     watch, fields = _Watch(), {}
 
     def fresh() -> PreTrainedModel:
         model = load()
+        take_in(model)
         watch.begin(model)
         return model
 
@@ -253,12 +258,11 @@ class _Watch:
 
     def begin(self, base: PreTrainedModel) -> None:
         """Before a cut."""
-        from qpruner.memory import PeakMemory, take_in
+        from qpruner.memory import PeakMemory
         from qpruner.pruning.prune import block_sizes
 
         self.config = copy.deepcopy(base.config)
         self.block_parameters = block_sizes(base, range(num_layers(base.config)))
-        take_in(base)
         self.memory = PeakMemory()
 
     def end(self) -> None:

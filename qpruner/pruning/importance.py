@@ -322,5 +322,6 @@ def check_weights(model: PreTrainedModel) -> None:
 
 def check_finite(values: torch.Tensor, what: str) -> None:
     """`TrainingDiverged` where some value is not."""
-    if not torch.isfinite(values).all():
+    least_and_most = torch.stack(torch.aminmax(values.detach()))  # NaN if one is; `isfinite` of all takes 5 bytes each
+    if not torch.isfinite(least_and_most).all():
         raise TrainingDiverged(f"{what} is NaN or infinite")

@@ -324,10 +324,21 @@ def check_settings(model_config: Any, settings: PruneConfig) -> None:
 
 
 def settled(model_config: Any, settings: PruneConfig) -> PruneConfig:
-    """With the compensation that this model can have, where neither it nor its ridge is named."""
-    if settings.compensation is None and settings.ridge == RIDGE and _stacked(model_config, settings):
-        return settings.model_copy(update={"compensation": "none"})
-    return settings
+    """With the compensation that this model can have, where none is named.
+
+    Raises:
+        UserError: If the ridge of one that it cannot have is named.
+    """
+    if settings.compensation is not None:
+        return settings
+    stacked = bool(_stacked(model_config, settings))
+    if stacked and settings.ridge != RIDGE:
+        raise UserError(
+            f"`prune.ridge` is that of least squares, which experts of a {family_of(model_config).model_type} model "
+            f"cannot have, for they are stacked in one parameter; got {settings.ridge:g}: take it out, or take "
+            "`prune.units: [attention]`"
+        )
+    return settings.model_copy(update={"compensation": "none" if stacked else "least_squares"})
 
 
 def _stacked(model_config: Any, settings: PruneConfig) -> list[UnitKind]:

@@ -269,8 +269,8 @@ def counts_per_layer(sizes: Sizes, target: int, round_to: int = 1, uniform: bool
 
 
 def neighbours(sizes: Sizes, target: int, round_to: int, uniform: bool) -> tuple[int, ...]:
-    """Numbers of parameters next to the target, below and above, that can go; none where channels, block by block, give
-    nearly every number."""
+    """Numbers of parameters next to the target, below and above, that can go; none where finer units of some blocks
+    make up the difference."""
     if uniform:
         found = [_parameters(sizes, alike) for alike in _alike(sizes, target, round_to)]
     else:
@@ -320,22 +320,28 @@ def _parameters(sizes: Sizes, alike: Mapping[str, int]) -> int:
 
 
 def _most_like(sizes: Sizes, target: int, round_to: int) -> dict[str, int]:
-    """Of what every block may lose, all alike, what comes nearest; of all that come within one unit of one block, what
-    takes about the same share of every kind, of heads and experts rather less."""
+    """Of what every block may lose, all alike, what takes about the same share of every kind, of heads and experts
+    rather less; it comes as near as half a unit of every block, or nothing does."""
     share = target / available(sizes)
     kinds = next(iter(sizes.values()))
+    near = len(sizes) * _finest(sizes, round_to) / 2
 
     def order(alike: Mapping[str, int]) -> tuple[float, ...]:
         coarse = {name: count / kinds[name].count for name, count in alike.items() if name != MLP}
         missed = abs(target - _parameters(sizes, alike))
         too_far = sum(max(of_kind - share, 0) for of_kind in coarse.values())
         distance = sum(abs(of_kind - share) for of_kind in coarse.values())
-        return max(missed, _finest(sizes, round_to)), too_far, distance, missed
+        return max(missed, near), too_far, distance, missed
 
     found = _alike(sizes, target, round_to)
-    most = max(_parameters(sizes, alike) for alike in found)
-    if target > most + len(sizes) * _finest(sizes, round_to) // 2:
-        raise too_much(target, most)
+    if target > (most := max(_parameters(sizes, alike) for alike in found)) + near:
+        plain = kinds[ATTENTION].plain if ATTENTION in kinds else ()
+        heads = f" and {min(plain)} key/value groups, the fewest that its plain checkpoint can have" if plain else ""
+        raise UserError(
+            f"`prune.rate` asks for {target:,} parameters to go, but with `prune.uniform` at most {most:,} can when "
+            f"each block keeps at least one unit of each kind{heads}: lower the rate, name more `prune.units`, or set "
+            "`uniform: false`"
+        )
     return min(found, key=order)
 
 

@@ -15,7 +15,7 @@ from qpruner.calibration import LossResult, Samples, mean_loss
 from qpruner.config import PruneConfig
 from qpruner.errors import TrainingDiverged, UserError
 from qpruner.pruning.best_cut import Made, Tried, cuts_of, prune_best
-from qpruner.pruning.prune import prune
+from qpruner.pruning.prune import prune, settled
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -197,8 +197,9 @@ def test_where_no_cut_can_be_made_the_first_says_why() -> None:
 def test_where_least_squares_can_make_up_for_blocks_they_are_tried(name: str) -> None:
     model = decoder(name)
     without, beside = cuts_of(model.config, PruneConfig(**NARROW))
-    assert without.settings == PruneConfig(**NARROW) and without.expected.num_hidden_layers == NUM_BLOCKS
-    assert beside.settings == PruneConfig(**NARROW, units=("block", "attention", "mlp"))
+    solved = NARROW | {"compensation": "least_squares"}
+    assert without.settings == PruneConfig(**solved) and without.expected.num_hidden_layers == NUM_BLOCKS
+    assert beside.settings == PruneConfig(**solved, units=("block", "attention", "mlp"))
     assert beside.expected.num_hidden_layers < NUM_BLOCKS
 
 
@@ -221,7 +222,8 @@ def test_where_least_squares_can_make_up_for_blocks_they_are_tried(name: str) ->
 )
 def test_where_they_are_named_or_nothing_makes_up_for_them_there_is_one_cut(name: str, options: dict[str, Any]) -> None:
     settings = PruneConfig(**{**NARROW, **options})
-    assert [cut.settings for cut in cuts_of(decoder(name).config, settings)] == [settings]
+    model_config = decoder(name).config
+    assert [cut.settings for cut in cuts_of(model_config, settings)] == [settled(model_config, settings)]
 
 
 def test_blocks_that_are_too_large_for_their_share_are_not_tried() -> None:

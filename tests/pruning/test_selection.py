@@ -371,7 +371,7 @@ def test_uniform_heads_go_further_when_channels_cannot_give_the_rest() -> None:
 @pytest.mark.parametrize("kinds", [("attention", "mlp"), ("expert", "attention"), ("attention",)], ids=str)
 @pytest.mark.parametrize("seed", range(20))
 def test_no_uniform_widths_are_nearer_and_those_next_to_the_target_are_told(seed: int, kinds: tuple[str, ...]) -> None:
-    """Against every combination; one that is a unit of one block off may be passed over for a more even one."""
+    """Against every combination; one that is half a unit of every block off may be passed over for a more even one."""
     generator = np.random.default_rng(seed)
     plain = tuple(sorted({int(count) for count in generator.integers(1, 12, 4)} | {12}))
     every = {
@@ -388,16 +388,42 @@ def test_no_uniform_widths_are_nearer_and_those_next_to_the_target_are_told(seed
     target = int(max(possible) * generator.uniform(0.05, 0.95))
     removed = parameters_of(counts_per_layer(sizes, target, 64, uniform=True), sizes)
     one = min(every[kind].parameters * (64 if kind == "mlp" else 1) for kind in kinds)
-    assert abs(removed - target) <= max(one, min(abs(each - target) for each in possible))
+    assert abs(removed - target) <= max(5 * one / 2, min(abs(each - target) for each in possible))
     below, above = (max(each for each in possible if each <= target), min(each for each in possible if each >= target))
     assert neighbours(sizes, target, 64, uniform=True) == tuple(sorted({below, above}))
 
 
-@pytest.mark.parametrize(("rate", "achieved"), [(0.2, 0.1973), (0.3, 0.2960), (0.5, 0.5015)])
-def test_smollm2_with_blocks_all_alike_comes_as_near_as_it_can(rate: float, achieved: float) -> None:
-    """134.5M parameters; 64 channels of every block are 2.5 % of them, one of three heads of every block 6.6 %."""
-    head, channel, parameters = 64 * 576 * 8, 3 * 576, 134_515_008
-    sizes = {index: {"attention": KindSize(head, 3), "mlp": KindSize(channel, 1536)} for index in range(30)}
+SMOLLM2 = (3, 64 * 576 * 8, 1536, 3 * 576, 30, 134_515_008, (1, 2, 3))
+LLAMA_2_7B = (32, 4 * 128 * 4096, 11008, 3 * 4096, 32, 6_738_415_616, (1, 2, 4, 8, 16, 32))
+QWEN3_8B = (8, 10 * 128 * 4096, 12288, 3 * 4096, 36, 8_190_735_360, tuple(range(1, 9)))
+
+
+@pytest.mark.parametrize("shape", [SMOLLM2, LLAMA_2_7B, QWEN3_8B], ids=["SmolLM2-135M", "Llama-2-7B", "Qwen3-8B"])
+def test_uniform_heads_lose_about_the_share_and_no_more_and_a_higher_rate_gives_none_back(shape: Any) -> None:
+    """Which of the nearest widths hits a rate most closely is chance: half of all heads went for 0.1 % of the rate."""
+    heads, head, channels, channel, blocks, parameters, plain = shape
+    kinds = {"attention": KindSize(head, heads, plain=plain), "mlp": KindSize(channel, channels)}
+    sizes = dict.fromkeys(range(blocks), kinds)
+    before = 0
+    for rate in np.arange(0.02, 0.5, 0.005):
+        target = int(rate * parameters)
+        counts = counts_per_layer(sizes, target, 64, uniform=True)[0]
+        assert counts["attention"] / heads <= target / available(sizes)
+        assert heads - counts["attention"] == min(
+            each for each in plain if each >= heads * (1 - target / available(sizes))
+        )
+        assert counts["attention"] >= before
+        before = counts["attention"]
+
+
+@pytest.mark.parametrize(("rate", "achieved"), [(0.2, 0.1973), (0.3, 0.2878), (0.5, 0.5097)])
+def test_smollm2_with_blocks_all_alike_comes_within_half_of_64_channels_of_every_block(
+    rate: float, achieved: float
+) -> None:
+    """64 channels of every block are 2.5 % of all parameters, one of three heads of every block 6.6 %."""
+    heads, head, channels, channel, blocks, parameters, plain = SMOLLM2
+    kinds = {"attention": KindSize(head, heads, plain=plain), "mlp": KindSize(channel, channels)}
+    sizes = dict.fromkeys(range(blocks), kinds)
     removed = parameters_of(counts_per_layer(sizes, int(rate * parameters), 64, uniform=True), sizes)
     assert removed / parameters == pytest.approx(achieved, abs=1e-4)
 
@@ -416,7 +442,7 @@ def test_heads_alone_are_told_with_what_is_next_to_the_target(selection: str) ->
 def test_heads_of_plain_numbers_that_cannot_give_what_is_asked_are_refused() -> None:
     """A silent cut of half as much would be taken for the one that was asked for."""
     sizes = {index: {"attention": KindSize(1000, 8, plain=(4, 8)), "mlp": KindSize(10, 100)} for index in range(2)}
-    with pytest.raises(UserError, match="at most 9,980 can when"):
+    with pytest.raises(UserError, match=r"at most 9,980 can .* 4 key/value groups, .*`uniform: false`"):
         counts_per_layer(sizes, 2 * 7000, uniform=True)
 
 
