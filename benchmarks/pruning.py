@@ -421,14 +421,14 @@ def finetuned(texts: Sequence[str], recipes: Sequence[tuple[str, ...]], once: Se
 
 def ranked(rows: Sequence[Row], *keys: str) -> list[tuple[str, ...]]:
     """Recipes, told by some of a row's fields, by their mean log perplexity over the texts at 20 %; of those that
-    differ in how many blocks go, the best alone."""
+    differ in how many blocks or steps there are, the best alone."""
     found: dict[tuple[str, ...], list[float]] = {}
     for row in rows:
         if row.criterion in CRITERIA.keys() | BESIDE and row.rate == RATES[0]:
             found.setdefault(tuple(getattr(row, key) for key in keys), []).append(math.log(row.perplexity))
     recipes = sorted(found, key=lambda recipe: statistics.mean(found[recipe]))
-    with_blocks = [recipe for recipe in recipes if recipe[0] in WITH_BLOCKS]
-    return [recipe for recipe in recipes if recipe not in with_blocks[1:]]
+    beside = [recipe for recipe in recipes if recipe[0] in BESIDE]
+    return [recipe for recipe in recipes if recipe not in beside[1:]]
 
 
 def _finetune(bench: Bench, model: Any) -> Any:
@@ -585,8 +585,9 @@ def every_part(measured: Measurements, texts: Sequence[str]) -> list[Row]:
     chosen = list(dict.fromkeys([*ranked(not_made_up_for, "criterion", "selection")[:3], PEER_CRITERION]))
     at_first = measured.rows(compensated(texts, chosen, first, list(WITH_BLOCKS)))
     best = ranked(at_first + ends, "criterion", "selection", "compensation")[:4]
-    with_blocks = [recipe for recipe in best if recipe[0] in WITH_BLOCKS]
-    rows += at_first + measured.rows(compensated(texts, chosen, others, [criterion for criterion, *_ in with_blocks]))
+    with_blocks = [recipe for recipe in best if recipe[0] in BESIDE]
+    more_blocks = ranked([row for row in at_first if row.criterion in WITH_BLOCKS], "criterion")[0]
+    rows += at_first + measured.rows(compensated(texts, chosen, others, more_blocks))
     rows += measured.rows(repeated(texts, [DEFAULT, *best])) + measured.rows(validated(texts))
     # The default is the cut with blocks wherever that one is better.
     several = [DEFAULT, *(recipe for recipe in best if recipe not in with_blocks)]

@@ -128,6 +128,9 @@ REDUCING = ("fisher", "taylor", "magnitude")
 """Kinds of importance that score every matrix of a unit and make one score of them."""
 RIDGE = 0.3
 """Of least squares, where nothing is said."""
+MOST_OF_A_STEP = 0.2
+"""Share of all parameters that go in one step at most where nothing is said: beyond it importance is worth measuring
+anew on the way, below it is not (docs/pruning.md)."""
 MOST_OF_BLOCKS = 0.1
 """Share of all parameters that whole blocks take at most beside other kinds where nothing is said: more of them cost
 more than channels do (docs/pruning.md)."""
@@ -177,8 +180,9 @@ class PruneConfig(Section):
     `least_squares`, but `none` where experts are cut, whose stacked weights it cannot solve."""
     ridge: Annotated[float, Field(gt=0.0)] = RIDGE
     """Least squares only: weight of staying near the original weights, relative to the inputs' mean square."""
-    steps: Positive = 1
-    """Cut in this many steps, importance measured anew before each."""
+    steps: Positive | None = None
+    """Cut in this many steps, importance measured anew before each. Null: one for every 20 % of all parameters that are
+    to go, so one up to 20 %, two up to 40 %; one with `layer_rate`."""
     round_to: Positive = 64
     """MLP channels that stay in a block are a multiple of this: 64 suits the kernels, 1 hits the rate most closely, and
     is taken with `layer_rate` where nothing is said."""
@@ -210,6 +214,12 @@ class PruneConfig(Section):
     def compensates_by(self) -> Literal["none", "bias", "least_squares"]:
         """What makes up for what was cut, where no experts are."""
         return self.compensation or "least_squares"
+
+    @property
+    def num_steps(self) -> int:
+        """In how many steps units are cut; whole blocks go before the first."""
+        rate = self.rate if self.width_units else None
+        return self.steps or max(math.ceil(round((rate or 0.0) / MOST_OF_A_STEP, 9)), 1)
 
     @property
     def looks_at_linears(self) -> bool:
@@ -314,7 +324,7 @@ class PruneConfig(Section):
                     f"`{key}` is about units inside blocks, but `units` names whole blocks only: "
                     f"{take_out(f'prune.{key}')}, or name another kind",
                 )
-                for key, is_given in (("compensation", self.compensation == "bias"), ("steps", self.steps > 1))
+                for key, is_given in (("compensation", self.compensation == "bias"), ("steps", (self.steps or 1) > 1))
             ),
         )
 

@@ -83,7 +83,8 @@ class Measured:
 
     def telling(self, what: str) -> OnProgress:
         """Whoever is told what is measured; blocks go before the first step."""
-        of_steps = f", step {self._step} of {self._settings.steps}" if self._step and self._settings.steps > 1 else ""
+        total = self._settings.num_steps
+        of_steps = f", step {self._step} of {total}" if self._step and total > 1 else ""
         return partial(self._told, f"{what}{of_steps}")
 
     def _samples_telling(self, what: str) -> Samples:

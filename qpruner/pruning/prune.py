@@ -191,14 +191,14 @@ def _cut_widths(
     sizes: Sizes,
     target: int,
 ) -> tuple[Kept, Scores]:
-    """Cut units in `settings.steps` steps; importance is measured anew before each."""
+    """Cut units in `settings.num_steps` steps; importance is measured anew before each."""
     layers = tuple(sizes)
     alive: Kept = {
         index: {name: tuple(range(size.count * size.partitions)) for name, size in kinds.items()}
         for index, kinds in sizes.items()
     }
     first: Scores = {}
-    for step in range(1, settings.steps + 1):
+    for step in range(1, settings.num_steps + 1):
         scores = evidence.of_units(model, layers)
         first = first or scores
         values = {
@@ -207,7 +207,7 @@ def _cut_widths(
             }
             for index, kinds in sizes.items()
         }
-        kept = choose(values, sizes, settings, target, step / settings.steps)
+        kept = choose(values, sizes, settings, target, step / settings.num_steps)
         present = {
             index: {name: _positions(alive[index][name], units) for name, units in by_kind.items()}
             for index, by_kind in kept.items()
@@ -324,11 +324,12 @@ def check_settings(model_config: Any, settings: PruneConfig) -> None:
 
 
 def settled(model_config: Any, settings: PruneConfig) -> PruneConfig:
-    """With the compensation that this model can have, where none is named.
+    """With the compensation that this model can have, where none is named, and the number of steps.
 
     Raises:
         UserError: If the ridge of one that it cannot have is named.
     """
+    settings = settings.model_copy(update={"steps": settings.num_steps})
     if settings.compensation is not None:
         return settings
     stacked = bool(_stacked(model_config, settings))

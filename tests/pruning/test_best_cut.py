@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 NUM_BLOCKS = 12
 """So many that one block is less than a tenth of all parameters, the most that whole blocks may take."""
-NARROW = {"rate": 0.2, "round_to": 1}
+NARROW = {"rate": 0.2, "round_to": 1, "steps": 1}
 
 
 def decoder(name: str = "llama", **options: Any) -> PreTrainedModel:

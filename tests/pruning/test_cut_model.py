@@ -72,9 +72,10 @@ def test_the_model_loses_the_rate_that_was_asked(criterion: dict[str, Any], rate
     assert torch.isfinite(logits_of(model)).all()
 
 
-@pytest.mark.parametrize("rate", [0.2, 0.3, 0.5])
-def test_the_defaults_meet_the_rate(rate: float) -> None:
-    """Nothing but a rate: Fisher information, wherever it is least, least squares, multiples of 64."""
+@pytest.mark.parametrize(("rate", "steps"), [(0.2, 1), (0.3, 2), (0.5, 3)])
+def test_the_defaults_meet_the_rate(rate: float, steps: int) -> None:
+    """Nothing but a rate: Fisher information, wherever it is least, least squares, multiples of 64, a step for every
+    20 % of all parameters."""
     model = decoder(intermediate_size=512)
     before = num_parameters(model)
     settings = PruneConfig(rate=rate)
@@ -82,9 +83,12 @@ def test_the_defaults_meet_the_rate(rate: float) -> None:
     pruned = prune(model, settings, samples_of())
     assert abs(before - pruned.parameters_after - rate * before) <= CHANNEL * 64
     assert all(kinds["mlp"] % 64 == 0 for kinds in widths(pruned).values())
-    plain = prune(decoder(intermediate_size=512), PruneConfig(rate=rate, compensation="none"), samples_of())
-    assert plain.kept == pruned.kept
-    assert not torch.equal(logits_of(plain.model), logits_of(model))
+    said = {"importance": "fisher", "selection": "global", "round_to": 64, "steps": steps, "rate": rate}
+    for compensation, is_same in (("least_squares", True), ("none", False)):
+        settings = PruneConfig(**said, compensation=compensation)
+        told = prune(decoder(intermediate_size=512), settings, samples_of())
+        assert torch.equal(logits_of(told.model), logits_of(model)) == is_same
+        assert told.kept == pruned.kept or steps > 1
 
 
 @pytest.mark.parametrize(
@@ -110,6 +114,13 @@ def test_the_defaults_meet_the_rate(rate: float) -> None:
         ({"units": ["block"]}, {"compensates_by": "least_squares", "selection": "global"}),
         ({"units": ["block", "mlp"]}, {"compensates_by": "least_squares"}),
         ({"uniform": False}, {"selection": "global"}),
+        ({"rate": 0.2}, {"num_steps": 1}),
+        ({"rate": 0.21}, {"num_steps": 2}),
+        ({"rate": 0.6}, {"num_steps": 3}),
+        ({"rate": 0.9}, {"num_steps": 5}),
+        ({"rate": 0.5, "steps": 1}, {"num_steps": 1}),
+        ({"rate": 0.5, "units": ["block"]}, {"num_steps": 1}),
+        ({"layer_rate": 0.5}, {"num_steps": 1}),
     ],
     ids=str,
 )
