@@ -337,7 +337,7 @@ def recipe(criterion: str, selection: str, compensation: str, rate: float = 0.2)
     else:
         several, share = BESIDE.get(criterion) or (CRITERIA[criterion], 0.0)
         blocks = {"units": ("block", "attention", "mlp"), "depth_share": share / rate}
-        keys = {**several, **(blocks if share else {"units": ("attention", "mlp")})}
+        keys = {"steps": 1, **several, **(blocks if share else {"units": ("attention", "mlp")})}
     if selection.endswith(MIDDLE):
         keys |= ENDS_KEPT
     return PruneConfig(rate=rate, selection=selection.removesuffix(MIDDLE), compensation=compensation, **keys)
