@@ -302,6 +302,8 @@ def describe(cuts: Sequence[PruneConfig]) -> str:
         parts.append("without whole blocks and with some, whichever loses less")
     elif settings.drops_blocks:
         parts.append("whole blocks first" if settings.width_units else "whole blocks only")
+    if settings.num_steps > 1:
+        parts.append(f"in {settings.num_steps} steps")
     if settings.compensates_by != "none":
         parts.append(f"{settings.compensates_by.replace('_', ' ')} compensation")
     return ", ".join(parts)

@@ -133,6 +133,8 @@ def test_the_figures_are_those_of_the_two_models(raw: Raw, tiny_model: Path) -> 
     assert record.peak_memory_bytes >= 0 and record.memory_counter
     finished = next(event for event in events if isinstance(event, StageFinished) and event.stage == "prune")
     assert f"{record.achieved_rate:.2%}" in finished.figures
+    started = next(event for event in events if isinstance(event, StageStarted) and event.stage == "prune")
+    assert "per_layer, in 2 steps, least squares compensation" in started.detail
     counted: dict[str, list[tuple[int, int]]] = {}
     for event in events:
         if isinstance(event, Progress):
