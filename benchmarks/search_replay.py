@@ -61,10 +61,12 @@ class Table:
 
     @cached_property
     def sensitivities(self) -> dict[str, dict[int, list[float]]]:
-        """By method, in the order in which a run measures them, and hands out their seeds."""
+        """By method, in the order in which a run measures them, and hands out their seeds; a level that is left out, as
+        that of the unquantized weights, raises nothing."""
         found, known = self.content.get("sensitivities", {}), SensitivityConfig().methods
         order = [*(method for method in known if method in found), *(method for method in found if method not in known)]
-        return {method: {int(bits): rise for bits, rise in found[method].items()} for method in order}
+        nothing = [0.0] * len(self.content["groups"])
+        return {method: {bits: found[method].get(str(bits), nothing) for bits in self.levels} for method in order}
 
     @cached_property
     def losses(self) -> dict[int, dict[tuple[int, ...], float]]:

@@ -155,14 +155,27 @@ def test_a_replay_runs_every_plan_of_a_small_space_once(table: Path, searcher: s
 def test_seed_plans_run_first_and_the_best_of_them_is_remembered(table: Path) -> None:
     found = Table.read(table)
     controls = controls_of(found.space(0.5), found.sensitivities)
-    # As a run hands them out: uniform plans, then the seeds in the order of `sensitivity.methods`.
-    assert [origin for origin, _ in controls] == ["uniform-4", "seed-fisher", "seed-loss"]
+    # As a run hands them out: the seeds in the order of `sensitivity.methods`, then uniform plans.
+    assert [origin for origin, _ in controls] == ["seed-fisher", "seed-loss", "uniform-4"]
     done = replay(task(table, "random", seeded=True))
     losses = [found.score(plan.bits, 8) for _, plan in controls]
     assert losses_of(done)[:3] == losses
     assert [trial.control for trial in done.trials[:4]] == [True, True, True, False]
     assert done.best_seed == min(losses)
     assert replay(task(table, "random")).best_seed is None
+
+
+def test_a_table_may_leave_out_what_the_unquantized_weights_raise(table: Path) -> None:
+    content = json.loads(table.read_text())
+    highest = str(max(content["levels"]))
+    content["sensitivities"] = {
+        method: {level: rises for level, rises in values.items() if level != highest}
+        for method, values in content["sensitivities"].items()
+    }
+    table.write_text(json.dumps(content))
+    found = Table.read(table)
+    assert all(values[int(highest)] == [0.0] * len(content["groups"]) for values in found.sensitivities.values())
+    assert replay(task(table, "gp", seeded=True)).trials
 
 
 def test_replays_are_repeatable_and_can_be_written_down(table: Path) -> None:

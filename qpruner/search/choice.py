@@ -14,10 +14,10 @@ from qpruner.sensitivity.seeds import seed_origin, seed_plan
 
 
 def controls_of(space: PlanSpace, sensitivities: Mapping[str, Prior]) -> list[tuple[str, PrecisionPlan]]:
-    """The plans every search starts with: uniform ones inside the budget, then the seed of every sensitivity."""
+    """The plans every search starts with: the seed of every sensitivity, then the uniform ones inside the budget."""
     uniform = [(f"uniform-{bits}", space.uniform(bits)) for bits in space.levels]
     seeds = [(seed_origin(method), seed_plan(values, space)) for method, values in sensitivities.items()]
-    return [(origin, plan) for origin, plan in [*uniform, *seeds] if space.is_feasible(plan)]
+    return [(origin, plan) for origin, plan in [*seeds, *uniform] if space.is_feasible(plan)]
 
 
 def finalist_positions(scores: Sequence[float], are_controls: Sequence[bool], confirm: int) -> list[int]:
