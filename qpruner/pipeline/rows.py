@@ -84,9 +84,9 @@ def _best_seed_method(context: Context, searched: SearchRecord, measured: Sensit
     """The sensitivity whose seed plan was best on fresh rows; None where none was confirmed."""
     names = {seed_origin(method): method for method in measured.methods}
     controls = controls_of(context.space, {name: method.values for name, method in measured.methods.items()})
-    # A plan that is several controls ran once, under its first name.
-    ran_as = {plan: origin for origin, plan in reversed(controls)}
-    methods = {ran_as[plan]: names[origin] for origin, plan in reversed(controls) if origin in names}
+    # A plan that is several controls ran once, under one of its names.
+    of_plan = {plan: names[origin] for origin, plan in reversed(controls) if origin in names}
+    methods = {origin: of_plan[plan] for origin, plan in controls if plan in of_plan}
     seeds = [each for each in searched.confirmations if each.control and each.origin in methods]
     best = min(seeds, key=lambda each: (objective(each, context.config), each.index), default=None)
     return methods[best.origin] if best else None

@@ -154,11 +154,14 @@ def test_the_best_seed_is_the_one_that_confirmed_best(
     assert found["searched"].origin == "gp, trial 7"
 
 
-def test_a_seed_that_is_a_uniform_plan_ran_under_that_name(context: Context, raw: dict[str, Any]) -> None:
+@pytest.mark.parametrize("name", ["uniform-8", "seed-mutual-information"])
+def test_a_seed_that_is_a_uniform_plan_ran_under_one_of_the_names(
+    name: str, context: Context, raw: dict[str, Any]
+) -> None:
     """Where all groups fit at their highest bits, every seed plan has them there."""
     everything = with_key(with_key(raw, "quantize.budget", {"fraction": 1.0}), "search.pareto", True)
     front = replace(context, config=validate_config(everything))
-    found = rows_of(front, a_winner(context), {"uniform-4": 1.0, "uniform-8": 2.0})
+    found = rows_of(front, a_winner(context), {"uniform-4": 1.0, name: 2.0})
     assert found["best seed"].origin == "seed-mutual-information at the winner's bytes"
     assert "best seed" not in rows_of(front, a_winner(context), {"uniform-4": 1.0})
 

@@ -33,6 +33,7 @@ def ignore(event: Event) -> None:
 def test_long_steps_tell_how_far_they_are(tiny_model: Path, tmp_path: Path) -> None:
     raw = with_key(raw_config(tiny_model, tmp_path / "run"), "prune.units", ["block", "attention", "mlp"])
     raw = with_key(raw, "prune.depth_share", 0.5)
+    raw = with_key(raw, "prune.steps", 1)
     raw = with_key(with_key(raw, "prune.rate", 0.6), "sensitivity.methods", ["mutual_information", "fisher", "kl"])
     told: dict[tuple[str, str], list[tuple[int, int]]] = {}
 
