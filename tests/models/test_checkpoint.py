@@ -91,12 +91,16 @@ def alike(name: str) -> Kept:
     return {index: {kind: kept for kind, kept in units.items() if kept is not None} for index in range(LAYERS)}
 
 
-def uniformly_pruned(name: str) -> PreTrainedModel:
-    """With the key that a person would set; Qwen3-MoE's blocks are not alike to begin with."""
-    rate, units = (0.1, ("mlp",)) if name in HEADWISE else (0.25, ("attention", "mlp"))
+ALIKE = {"qwen3_moe": {"mlp_only_layers": []}}
+"""What makes all blocks of a family's tiny model alike."""
+
+
+def uniformly_pruned(name: str, units: tuple[str, ...] = ("attention", "mlp")) -> PreTrainedModel:
+    """With the key that a person would set, all blocks being alike to begin with."""
+    rate, units = (0.1, ("mlp",)) if name in HEADWISE else (0.25, units)
     settings = PruneConfig(rate=rate, uniform=True, units=units, importance="magnitude", round_to=8)
     samples = Samples([{"input_ids": row, "labels": row} for row in prompt().tolist()], 0, 2)
-    return prune(family_model(name), settings, samples).model
+    return prune(family_model(name, **ALIKE.get(name, {})), settings, samples).model
 
 
 KINDS: dict[str, tuple[Sequence[str], Callable[[str], PreTrainedModel]]] = {
@@ -106,7 +110,8 @@ KINDS: dict[str, tuple[Sequence[str], Callable[[str], PreTrainedModel]]] = {
     "ragged/experts": (MIXTURES, lambda name: cut(family_model(name), kept_experts(name))),
     "plain/depth": (FAMILY_NAMES, lambda name: keep_blocks(family_model(name), (1, 2))),
     "plain/alike": (FAMILY_NAMES, lambda name: cut(family_model(name), alike(name))),
-    "plain/uniform": (tuple(name for name in FAMILY_NAMES if name != "qwen3_moe"), uniformly_pruned),
+    "plain/uniform": (FAMILY_NAMES, uniformly_pruned),
+    "plain/experts": (MIXTURES, lambda name: uniformly_pruned(name, ("attention", "expert"))),
 }
 """Kinds of pruned model by the folder they are written to: `ragged` needs our import, `plain` must not."""
 CUT_MODELS = tuple(f"{kind}/{name}" for kind, (names, _) in KINDS.items() for name in names)
