@@ -45,6 +45,7 @@ class Shapes:
         is_estimate: Global selection, or which blocks go, leaves the widths open until the scores are known.
         budget_bytes: The byte budget for the pruned model.
         plan: The one that `search.plan` names; None where a search chooses, or where how many blocks go is open.
+        packs: Whether the cut is gone on from. One that is only made may have widths that a device cannot run.
     """
 
     model_config: Any
@@ -54,6 +55,7 @@ class Shapes:
     is_estimate: bool
     budget_bytes: int
     plan: PrecisionPlan | None
+    packs: bool
 
 
 @dataclass(frozen=True)
@@ -73,12 +75,13 @@ class Inspection(Shapes):
     warnings: tuple[str, ...]
 
 
-def inspect(config: RunConfig, works_here: bool = True) -> Inspection:
+def inspect(config: RunConfig, works_here: bool = True, packs: bool = True) -> Inspection:
     """Validate a configuration against the model, the data, the tasks and the device; no weights are read.
 
     Args:
         config: The configuration.
         works_here: Whether this machine's device is what the run works on, not those of a cluster.
+        packs: Whether the cut is gone on from.
 
     Raises:
         UserError: For what cannot work: of the folder, the model, each source of rows and the tasks all that is found,
@@ -87,7 +90,7 @@ def inspect(config: RunConfig, works_here: bool = True) -> Inspection:
     shapes: Shapes
     rows: Rows
     _, shapes, rows = together(
-        lambda: run_root(config.output), lambda: _shapes(config, works_here), lambda: check_rows(config)
+        lambda: run_root(config.output), lambda: _shapes(config, works_here, packs), lambda: check_rows(config)
     )
     importance = num_importance_samples(config, shapes.model_config.vocab_size, len(rows.examples["calibration"]))
     check_encoding(config, rows.examples)
@@ -102,18 +105,14 @@ def inspect(config: RunConfig, works_here: bool = True) -> Inspection:
     )
 
 
-def _shapes(config: RunConfig, works_here: bool) -> Shapes:
+def _shapes(config: RunConfig, works_here: bool, packs: bool) -> Shapes:
     """What the configuration makes of the model."""
     model_config = load_model_config(config.model)
     family_of(model_config)
     base = layout_for(config, model_config)
     cuts = cuts_in_effect(config.prune, model_config)
     if works_here:
-        capability = _own_capability()
-        if capability is None:
-            cuts = cuts_on_cpu(config, cuts)
-        else:
-            check_gpu(config, capability)
+        cuts = cuts_on(_own_capability(), config, cuts, packs)
     cuts, plan = _for_plan(config, model_config, cuts)
     pruned = layout_for(config, cuts[0].expected)
     budget = budget_bytes(config.quantize, pruned, config.search.pareto)
@@ -123,7 +122,7 @@ def _shapes(config: RunConfig, works_here: bool) -> Shapes:
     if plan and not is_estimate:
         assert config.search.plan
         check_affordable(Path(config.search.plan), pruned.plan_bytes(plan), budget)
-    return Shapes(model_config, base, cuts, pruned, is_estimate, budget, plan)
+    return Shapes(model_config, base, cuts, pruned, is_estimate, budget, plan, packs)
 
 
 def _for_plan(
@@ -316,12 +315,43 @@ def check_gpu(config: RunConfig, capability: tuple[int, int]) -> None:
             )
 
 
-def cuts_on_cpu(config: RunConfig, cuts: Sequence[Cut]) -> tuple[Cut, ...]:
-    """Of the cuts that are tried, those that a CPU can train and run.
+def cuts_on(
+    capability: tuple[int, int] | None, config: RunConfig, cuts: tuple[Cut, ...], packs: bool
+) -> tuple[Cut, ...]:
+    """Of the cuts that are tried, those that a device can train and run; all of them where it can none and nothing more
+    is to be done.
+
+    Args:
+        capability: Compute capability of the GPU; None of a CPU.
+        config: The configuration.
+        cuts: The cuts.
+        packs: Whether the cut is gone on from.
 
     Raises:
-        UserError: Naming the key, the rule and the remedy, where the first is none.
+        UserError: Naming the key, the rule and the remedy, where it cannot run the first.
     """
+    if capability is None and config.model.dtype == "float16":
+        raise UserError("`model.dtype`: float16 cannot be trained on a CPU; use bfloat16 or float32")
+    try:
+        if capability is None:
+            return _cuts_on_cpu(config, cuts)
+        check_gpu(config, capability)
+    except UserError:
+        if packs:
+            raise
+    return cuts
+
+
+def remark_on_cut(config: RunConfig, cuts: tuple[Cut, ...]) -> str:
+    """That this machine can make it, and no more; empty where it can go on."""
+    try:
+        cuts_on(_own_capability(), config, cuts, packs=True)
+    except UserError as error:
+        return f"nothing but the cut can be done on this machine: {error}"
+    return ""
+
+
+def _cuts_on_cpu(config: RunConfig, cuts: Sequence[Cut]) -> tuple[Cut, ...]:
     first, *others = cuts
     _check_cpu(config, first)
     found = [first]
@@ -333,8 +363,6 @@ def cuts_on_cpu(config: RunConfig, cuts: Sequence[Cut]) -> tuple[Cut, ...]:
 
 
 def _check_cpu(config: RunConfig, cut: Cut) -> None:
-    if config.model.dtype == "float16":
-        raise UserError("`model.dtype`: float16 cannot be trained on a CPU; use bfloat16 or float32")
     if 4 in config.quantize.bits:
         prune = cut.settings
         groups = layout_for(config, cut.expected).groups

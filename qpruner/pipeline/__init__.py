@@ -149,7 +149,8 @@ def run(
         UserError: Before any weight is loaded, when the input cannot work.
         StageError: When a stage cannot go on.
     """
-    inspection = preflight.inspect(config, works_here=address is None)
+    packs = STAGES.index(until) >= STAGES.index("bank")
+    inspection = preflight.inspect(config, works_here=address is None, packs=packs)
     with contextlib.closing(Context(config, RunDir(config.output, create=False), emit, address, inspection)) as planned:
         check_room(planned)
     run_dir = RunDir(config.output)
@@ -186,7 +187,7 @@ def _stages(context: Context, until: str) -> Results:
     """The flow up to a stage."""
     config, inspection, emit = context.config, context.inspection, context.emit
     last = STAGES.index(until)
-    if last >= STAGES.index("bank"):
+    if inspection.packs:
         preflight.check_quantizable(inspection.model_config)
     with contextlib.closing(context):
         if last >= STAGES.index("search"):
@@ -196,6 +197,8 @@ def _stages(context: Context, until: str) -> Results:
             check_trackers(config.trackers)
         if last >= STAGES.index("finetune"):
             check_finetune(config, context.known_slots)
+        if until == "prune" and not context.address and (remark := preflight.remark_on_cut(config, inspection.cuts)):
+            emit(Message("prune", f"warning: {remark}"))
         if until == "report" and (remark := told_other_base(config)):
             emit(Message("report", f"warning: {remark}"))
         if context.address:
@@ -230,7 +233,7 @@ def preview(config: RunConfig, emit: Emit, address: str | None = None) -> PruneR
     Raises:
         UserError: When the input cannot work.
     """
-    inspection = preflight.inspect(config, works_here=address is None)
+    inspection = preflight.inspect(config, works_here=address is None, packs=False)
     run_dir = RunDir(config.output, create=False)
     with contextlib.closing(Context(config, run_dir, emit, address, inspection, writes=False)) as context:
         if address:

@@ -22,7 +22,7 @@ from qpruner.execution.testimony import differences, differing, versions
 from qpruner.objects import CACHE, CREDENTIALS, is_mirror, name_of
 from qpruner.pipeline.context import Context
 from qpruner.plan import FULL_BITS, Layout
-from qpruner.preflight import amount, check_gpu, cuts_on_cpu
+from qpruner.preflight import amount, check_gpu, cuts_on
 from qpruner.records import BankRecord
 from qpruner.rundir import BANK_CACHE, RunDir, read_sign, remove, write_text
 from qpruner.wording import counted
@@ -83,7 +83,7 @@ def look_at_nodes(context: Context) -> None:
             text = f"warning: Ray counts {report.size.gpus:g} GPUs on {report.name}, which has none that can be seen"
             context.emit(Message("cluster", f"{text}: what holds them runs on the CPU"))
     if _works_on_cpus(reports, resources):
-        cuts = cuts_on_cpu(context.config, context.inspection.cuts)
+        cuts = cuts_on(None, context.config, context.inspection.cuts, context.inspection.packs)
         context.inspection = replace(context.inspection, cuts=cuts)
 
 

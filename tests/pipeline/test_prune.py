@@ -165,6 +165,21 @@ def test_a_grid_too_coarse_is_told_with_target_and_what_was_possible(raw: Raw) -
     assert f"target 10.00% of all parameters, {told_of}" in told and told_of in prune_summary(record)
 
 
+def test_a_cut_that_is_not_gone_on_from_may_have_widths_that_this_machine_cannot_run(
+    raw: Raw, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is for another machine, or for no 4-bit layers at all; what would go on from it is refused before it."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    raw = with_key(changed(raw, round_to=32, selection="global"), "quantize.bits", [4, 8])
+    assert preview(validate_config(raw), lambda event: None).layers
+    with pytest.raises(UserError, match=r"`quantize\.bits`: .* on a CPU bitsandbytes decodes 4-bit weights wrongly"):
+        run(validate_config(raw), lambda event: None, until="bank")
+    record, _, events = pruned(raw)
+    assert any(len(layer.kept_mlp_channels) % 64 for layer in record.layers)
+    (warning,) = [event.text for event in events if isinstance(event, Message) and "this machine" in event.text]
+    assert "nothing but the cut can be done on this machine: `quantize.bits`: model.layers" in warning
+
+
 def test_whole_blocks_are_listed_and_keep_nothing(raw: Raw) -> None:
     record, folder, _ = pruned(changed(raw, rate=0.5, units=["block", "mlp"], depth_share=0.8))
     assert len(record.dropped_blocks) == 1
