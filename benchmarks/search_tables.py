@@ -8,6 +8,8 @@ FOLDER is a dense checkpoint, pruned or not. `zero_shot` is the loss right after
 `finetuned` after a short fine-tune from the bank, at every rung; `surrogate` measures `--plans` random plans without
 fine-tune and fits main effects and pairs of neighbours to them, tested on plans left out. What is measured goes to
 `OUT.lines` as it comes, so that a build that was interrupted goes on. `benchmarks/search_regret.py` replays the files.
+Those in `tables/` have `--validation 16` (zero_shot, surrogate) and `--validation 32 --rungs 8 16` (finetuned). A
+table's `loss_noise` is 0: trials share seed and data order, and a repeat is the same to the bit.
 
 Text is cut into windows: the first for training, then validation, then calibration of the sensitivities (disjoint).
 """
