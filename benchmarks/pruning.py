@@ -96,8 +96,9 @@ long as another."""
 IN_STEPS: dict[str, tuple[dict[str, Any], float]] = {
     f"{criterion}, {steps} steps, 10% in blocks": (CRITERIA[criterion] | {"steps": steps}, 0.1)
     for criterion, steps in (("fisher", 3), ("fisher vector", 3), ("fisher", 2), ("fisher", 5))
-}
-"""Importance is measured anew before each step, whole blocks gone; two and five at the highest rate alone."""
+} | {"fisher, 3 steps": (CRITERIA["fisher"] | {"steps": 3}, 0.0)}
+"""Importance is measured anew before each step, whole blocks gone; two, five, and without whole blocks at the highest
+rate alone."""
 BESIDE = WITH_BLOCKS | IN_STEPS
 
 
@@ -387,7 +388,7 @@ def compensated(
         Task("compensation", criterion, recipe(criterion, selection, method, rate), text)
         for rate in rates
         for criterion, selection, method in recipes
-        if criterion not in IN_STEPS or ", 3 steps" in criterion or rate == RATES[-1]
+        if criterion not in IN_STEPS or ", 3 steps," in criterion or rate == RATES[-1]
         for text in texts
     ]
 
