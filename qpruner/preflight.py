@@ -342,13 +342,13 @@ def cuts_on(
     return cuts
 
 
-def remark_on_cut(config: RunConfig, cuts: tuple[Cut, ...]) -> str:
-    """That this machine can make it, and no more; empty where it can go on."""
+def remark_on_cut(config: RunConfig, cuts: tuple[Cut, ...]) -> str | None:
+    """That this machine can make it, and no more; None where it can go on."""
     try:
         cuts_on(_own_capability(), config, cuts, packs=True)
     except UserError as error:
         return f"nothing but the cut can be done on this machine: {error}"
-    return ""
+    return None
 
 
 def _cuts_on_cpu(config: RunConfig, cuts: Sequence[Cut]) -> tuple[Cut, ...]:
