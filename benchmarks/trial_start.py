@@ -3,8 +3,8 @@
     .venv/bin/python benchmarks/trial_start.py RUN --config CONFIG      # after qpruner bank CONFIG
 
 From scratch is load, quantize, LoftQ and adapters, as every trial of a search without a bank does it. Every repeat is
-two processes of its own, one from scratch and one from the bank, in turns, the libraries imported before and the files
-in the page cache. Wall-clock and processor seconds. Prints a table and a JSON line.
+two processes of its own, one from scratch and one from the bank, in turns, the libraries imported and settled before
+as in a worker, the files in the page cache. Wall-clock and processor seconds. Prints a table and a JSON line.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ import torch
 import yaml
 
 from qpruner.config import RunConfig
+from qpruner.memory import settle
 from qpruner.models.layout import group_linears
 from qpruner.models.loading import load_dense
 from qpruner.quantization.assembly import Workbench, attach_adapters
@@ -59,6 +60,7 @@ def seconds(work: Callable[[], Any]) -> tuple[float, float]:
 def measure(config: RunConfig, run: Path, turn: int, banked: bool) -> dict[str, tuple[float, float]]:
     """What this process, which has built no model yet, takes for a trial's start; from the bank for two in a row."""
     checkpoint, bank, quantize = run / "prune", run / "bank", config.quantize
+    settle()
     names = group_names(bank)
     generator = random.Random(turn)
     first, second = ({name: generator.choice((4, 8)) for name in names} for _ in range(2))

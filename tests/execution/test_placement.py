@@ -10,6 +10,7 @@ import pickle
 import signal
 import threading
 import time
+import weakref
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 from dataclasses import replace
@@ -303,6 +304,33 @@ def test_a_search_takes_a_machine_that_joins_late(joined: tuple[Raylets, Cluster
         raylets.cluster.remove_node(raylets.nodes.pop())
     assert [trial.status for trial in outcome.trials] == ["finished"] * NUM_TRIALS
     assert [event.slots for event in events if isinstance(event, SlotsFound)] == [3, 4], "not five"
+
+
+def test_a_worker_leaves_its_libraries_out_of_the_collectors_passes_and_no_trial(slots: Slots, tmp_path: Path) -> None:
+    """What a trial leaves in a cycle, as Trainer and model are, is given back before the next of the same worker."""
+
+    def trial(job: TrialJob, start: Path | None, report: Report, progress: Progress) -> None:
+        import gc
+
+        class Trainer:
+            def __init__(self) -> None:
+                self.model = self
+
+        before = getattr(gc, "left_by_the_trial_before", lambda: None)()
+        said = {"pid": os.getpid(), "frozen": gc.get_freeze_count(), "given back": before is None}
+        gc.left_by_the_trial_before = weakref.ref(Trainer())  # type: ignore[attr-defined]
+        (checkpoint := tmp_path / f"made-{time.monotonic_ns()}").mkdir()
+        checkpoint.with_name(checkpoint.name.replace("made", "said")).write_text(json.dumps(said))
+        report(RungResult(step=job.config.search.steps, loss=3.0), checkpoint)
+
+    search(replace(job_of(tmp_path, slots, at_once=0), trial=trial), lambda: 1, lambda event: None)
+    said = [json.loads(path.read_text()) for path in sorted(tmp_path.glob("said-*"))]
+    assert len(said) == NUM_TRIALS > len({each["pid"] for each in said}), "no worker had two trials"
+    assert all(each["given back"] for each in said)
+    for process in {each["pid"] for each in said}:
+        frozen = [each["frozen"] for each in said if each["pid"] == process]
+        assert frozen[0] > 100_000, "of torch alone"
+        assert frozen == sorted(frozen, reverse=True), "frozen again, with what a trial held"
 
 
 def test_the_driver_keeps_no_averages_of_trials_that_are_over(slots: Slots, tmp_path: Path) -> None:

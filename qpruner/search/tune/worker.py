@@ -20,7 +20,7 @@ from qpruner.config import RunConfig
 from qpruner.errors import CorruptFile, StorageError, TakenOver, TrainingDiverged
 from qpruner.execution.nodes import stays
 from qpruner.execution.testimony import own_name
-from qpruner.memory import PeakMemory, is_out_of_memory, kernel_kills, release
+from qpruner.memory import PeakMemory, is_out_of_memory, kernel_kills, release, settle
 from qpruner.mirror import fetch, workplace
 from qpruner.objects import is_mirror
 from qpruner.patience import patiently, storage_error
@@ -64,6 +64,7 @@ def sent_whole(job: SearchJob) -> Callable[[dict[str, Any]], None]:
 def run_recorded(params: dict[str, Any], job: SearchJob) -> None:
     """One trial, from its own last rung to its end."""
     _limit_threads(job.resources)
+    settle()
     release()  # the actor's last trial
     trial = _RecordedTrial(params, job)
     leave_if_drained()
