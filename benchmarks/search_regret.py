@@ -35,6 +35,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from search_informed import informed_searches, random_design
 from search_replay import NUM_TRIALS, Replay, Table, Task, replay
 from search_results import (
     FRACTIONS,
@@ -46,7 +47,6 @@ from search_results import (
     asha_against_full,
     goals_of,
     patience_of,
-    random_design,
     summarize,
 )
 
@@ -100,6 +100,21 @@ def _replays(tasks: Sequence[Task], jobs: int) -> Iterator[Replay]:
     with ProcessPoolExecutor(jobs, get_context("spawn"), torch.set_num_threads, (1,)) as pool:
         for future in as_completed([pool.submit(replay, task) for task in tasks]):
             yield future.result()
+
+
+def informed(path: Path) -> dict[str, Any]:
+    """What a surrogate gives up to one who knows its prior: by searching, and from random plans."""
+    searches = [
+        {**columns_of(row), "restlessness": restlessness}
+        for seeded in (False, True)
+        for restlessness, row in informed_searches(Task(path, FRACTIONS[0], "informed", seeded, 1, 0)).items()
+    ]
+    return {"searches": searches, "random_plans": random_design(Table.read(path))}
+
+
+def columns_of(row: Row) -> dict[str, Any]:
+    """A row as JSON has it."""
+    return {key: value for key, value in asdict(row).items() if key != "curves"}
 
 
 def draw(rows: Sequence[Row], path: Path) -> None:
@@ -195,9 +210,16 @@ def show(results: Mapping[str, Any], rows: Sequence[Row]) -> None:
         numbers = [f"{goal[key]:.3g}" for key in ("value", "limit")]
         lines.append([goal["table"], goal["goal"], *numbers, "met" if goal["met"] else "MISSED"])
     _print_aligned(lines)
-    for name, regrets in results["random_design"].items():
-        medians = ", ".join(f"{values[1]:.1%} ({number})" for number, values in regrets.items())
-        print(f"\n{name}: regret of ridge regression with the true prior on random plans, median: {medians}")
+    for name, found in results["informed"].items():
+        print(f"\n{name}: an additive model that is told the true prior and the noise, middle budget, one at a time")
+        lines = [["start", "draws at", "area", f"regret after {NUM_TRIALS}", "to 5 %"]]
+        for row in found["searches"]:
+            ends, reached = percent(row["regret"][NUM_TRIALS]), spread(row["to_5_percent"], ".0f", NEVER)
+            start = "seeded" if row["seeded"] else "blind"
+            lines.append([start, f"{row['restlessness']:g} sd", percent(row["area"]), ends, reached])
+        _print_aligned(lines)
+        medians = ", ".join(f"{values[1]:.1%} ({number})" for number, values in found["random_plans"].items())
+        print(f"told random plans instead, median regret: {medians}")
 
 
 def _print_aligned(lines: Sequence[Sequence[str]]) -> None:
@@ -224,12 +246,12 @@ def main() -> None:
     replays = replay_all(tasks, arguments.jobs, arguments.keep)
     rows = summarize(replays)
     results = {
-        "rows": [{key: value for key, value in asdict(row).items() if key != "curves"} for row in rows],
+        "rows": [columns_of(row) for row in rows],
         "asha": asha_against_full(replays),
         "patience": patience_of(replays),
         "ablation": [found for path in paths for found in ablation(path)],
         "goals": goals_of(rows),
-        "random_design": {path.stem: random_design(path) for path in paths if Table.read(path).is_surrogate},
+        "informed": {path.stem: informed(path) for path in paths if Table.read(path).is_surrogate},
         "plot": str(arguments.plot),
     }
     show(results, rows)

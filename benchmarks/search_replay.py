@@ -328,17 +328,18 @@ class _Asha:
         return action == RecordedAsha.STOP
 
 
-def replay(task: Task, patience: int | None = None) -> Replay:
+def replay(task: Task, patience: int | None = None, proposer: Proposer | None = None) -> Replay:
     """Search the table until `NUM_TRIALS` trials have ended, every plan has run, or `patience` is spent.
 
-    With several in flight a trial's rungs are spread evenly over its duration, which is log-normal around one.
+    With several in flight a trial's rungs are spread evenly over its duration, which is log-normal around one. A
+    `proposer` stands in for the searcher that the task names.
     """
     table = Table.read(task.path)
     space = table.space(task.fraction)
     controls = controls_of(space, table.sensitivities) if task.seeded else []
     plans = {plan for _, plan in controls}
     priors = table.sensitivities if task.seeded else {}
-    witness = _Witness(make_proposer(task.searcher, space, task.seed, priors))
+    witness = _Witness(proposer or make_proposer(task.searcher, space, task.seed, priors))
     ledger = Ledger(space, witness, controls, NUM_TRIALS, patience)
     asha = _Asha(table, space, plans) if task.asha else None
     generator = np.random.default_rng([task.seed, 2])

@@ -138,11 +138,11 @@ def summarize(replays: Sequence[Replay]) -> list[Row]:
             Row(
                 **setting.columns,
                 seeds=len(items),
-                regret={number: _quartiles(regrets[:, number - 1]) for number in MILESTONES},
-                tried={number: _quartiles(tried[:, number - 1]) for number in MILESTONES},
-                to_5_percent=_quartiles(_trials_to(regrets, 0.05)),
-                to_1_percent=_quartiles(_trials_to(regrets, 0.01)),
-                area=_quartiles(regrets.mean(axis=1)),
+                regret={number: quartiles(regrets[:, number - 1]) for number in MILESTONES},
+                tried={number: quartiles(tried[:, number - 1]) for number in MILESTONES},
+                to_5_percent=quartiles(_trials_to(regrets, 0.05)),
+                to_1_percent=quartiles(_trials_to(regrets, 0.01)),
+                area=quartiles(regrets.mean(axis=1)),
                 ends_best=float(np.mean(ended <= 1e-9)),
                 worse_than_seed=float(np.mean(ended > np.array(seeds_at) + 1e-9)) if seeds_at else None,
                 wasted=sum(item.wasted for item in items) / max(1, sum(item.proposals for item in items)),
@@ -164,7 +164,8 @@ def _trials_to(regrets: np.ndarray, share: float) -> np.ndarray:
     return np.where(stays.any(axis=1), stays.argmax(axis=1) + 1, NEVER)
 
 
-def _quartiles(values: Sequence[float] | np.ndarray) -> tuple[float, ...]:
+def quartiles(values: Sequence[float] | np.ndarray) -> tuple[float, ...]:
+    """Lower quartile, median, upper quartile."""
     # No interpolation: a count of trials stays one, and NEVER is not averaged with a count.
     return tuple(float(value) for value in np.quantile(values, (0.25, 0.5, 0.75), method="inverted_cdf"))
 
@@ -189,11 +190,11 @@ def asha_against_full(replays: Sequence[Replay]) -> list[dict[str, Any]]:
                 **setting.columns,
                 "asha": asha,
                 "seeds": len(items),
-                "to_5_percent": _quartiles([_spent_to(*pair, 0.05) for pair in zip(regrets, spent, strict=True)]),
-                "to_1_percent": _quartiles([_spent_to(*pair, 0.01) for pair in zip(regrets, spent, strict=True)]),
-                "at_end": _quartiles([regret[-1] for regret in regrets]),
-                "spent": _quartiles([each[-1] for each in spent]),
-                "trials": _quartiles([len(item.trials) for item in items]),
+                "to_5_percent": quartiles([_spent_to(*pair, 0.05) for pair in zip(regrets, spent, strict=True)]),
+                "to_1_percent": quartiles([_spent_to(*pair, 0.01) for pair in zip(regrets, spent, strict=True)]),
+                "at_end": quartiles([regret[-1] for regret in regrets]),
+                "spent": quartiles([each[-1] for each in spent]),
+                "trials": quartiles([len(item.trials) for item in items]),
                 "stopped": float(np.mean([not trial.finished for item in items for trial in item.trials])),
             }
         )
@@ -220,9 +221,9 @@ def patience_of(replays: Sequence[Replay]) -> list[dict[str, Any]]:
                     **setting.columns,
                     "patience": patience,
                     "seeds": len(items),
-                    "trials": _quartiles([len(item.trials) for item in ended]),
-                    "regret": _quartiles([float(limits.regrets(item, item.returned())[-1]) for item in ended]),
-                    "without": _quartiles([float(limits.regrets(item, item.returned())[-1]) for item in items]),
+                    "trials": quartiles([len(item.trials) for item in ended]),
+                    "regret": quartiles([float(limits.regrets(item, item.returned())[-1]) for item in ended]),
+                    "without": quartiles([float(limits.regrets(item, item.returned())[-1]) for item in items]),
                 }
             )
     return found
@@ -327,35 +328,3 @@ def main_effects(table: Table, step: int) -> np.ndarray:
     design = np.hstack([np.ones((len(plans), 1)), *((plans == bits).astype(float) for bits in below)])
     effects: np.ndarray = np.linalg.lstsq(design, np.array(list(table.losses[step].values())), rcond=None)[0][1:]
     return effects
-
-
-def random_design(path: Path) -> dict[int, tuple[float, ...]]:
-    """What random plans can tell of a surrogate of two levels at the middle budget, to one who knows its prior.
-
-    Number of plans -> quartiles of the regret of the plan that ridge regression on them picks, given the true variance
-    of the effects and their true mean a byte.
-    """
-    table = Table.read(path)
-    space = table.space(FRACTIONS[0])
-    best, worst = table.limits(space)
-    low, high = (np.array(table.content["main"][str(level)]) for level in table.levels)
-    effects, noise = high - low, float(table.content["loss_noise"])
-    sizes = np.diff(np.array(space.group_bytes), axis=1)[:, 0]
-    room = space.budget_bytes - space.fixed_bytes - sum(group[0] for group in space.group_bytes)
-    mean = sizes * effects.sum() / sizes.sum()
-    variance = float(np.mean((effects - mean) ** 2))
-
-    def regret(number: int, seed: int) -> float:
-        generator = np.random.default_rng(seed)
-        design = np.zeros((number, len(sizes)))
-        for row in design:
-            for group in generator.permutation(len(sizes)):
-                row[group] = row @ sizes + sizes[group] <= room
-        scores = design @ effects + noise * generator.standard_normal(number)
-        design, scores = design - design.mean(0), scores - scores.mean()
-        gram = variance * design @ design.T + noise**2 * np.eye(number)
-        found = mean + variance * design.T @ np.linalg.solve(gram, scores - design @ mean)
-        plan = space.best_by_gain([[0.0, -effect] for effect in found])
-        return (table.score(plan.bits, 0) - best) / (worst - best)
-
-    return {number: _quartiles([regret(number, seed) for seed in range(12)]) for number in (32, 64, 128, 256)}

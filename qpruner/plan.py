@@ -92,6 +92,9 @@ def told_of_budget(plan_bytes: int, budget_bytes: int) -> str:
     return f"{abs(left):.2f} MB {'left of' if left >= 0 else 'above'} the budget of {budget_bytes / 1e6:.2f} MB"
 
 
+WRONGLY_DECODED = "and on a CPU bitsandbytes decodes 4-bit weights wrongly where that is a multiple of 16 but not of 64"
+
+
 def check_cpu_widths(linears: Iterable[LinearShape]) -> None:
     """Refuse 4-bit layers that bitsandbytes' CPU kernel decodes wrongly.
 
@@ -102,12 +105,17 @@ def check_cpu_widths(linears: Iterable[LinearShape]) -> None:
         UserError: Naming the layer, its width and the remedy.
     """
     for linear in linears:
-        if linear.columns % 16 == 0 and linear.columns % NF4_BLOCK_SIZE:
+        if decodes_wrongly(linear.columns):
             raise UserError(
-                f"`quantize.bits`: {linear.name} has {linear.columns} columns, and on a CPU bitsandbytes decodes 4-bit "
-                "weights wrongly where that is a multiple of 16 but not of 64: set `prune.round_to` to 64, or use bits "
-                "8 and 16"
+                f"`quantize.bits`: {linear.name} has {linear.columns} columns, {WRONGLY_DECODED}: use bits 8 and 16, "
+                "or have the cut leave other widths: `prune.round_to: 64` for MLP channels, `prune.units: [mlp]` where "
+                "the size of heads is no multiple of 64"
             )
+
+
+def decodes_wrongly(columns: int) -> bool:
+    """Whether bitsandbytes' CPU kernel decodes 4-bit weights of so many columns wrongly, see `check_cpu_widths`."""
+    return columns % 16 == 0 and columns % NF4_BLOCK_SIZE != 0
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,11 +18,11 @@ from qpruner.errors import PlanRefused, UserError, together
 from qpruner.models.layout import layout_of, num_layers
 from qpruner.models.loading import load_model_config
 from qpruner.models.structure import EXPERT, MLP, family_of
-from qpruner.plan import Layout, PrecisionPlan, check_cpu_widths
+from qpruner.plan import WRONGLY_DECODED, Layout, PrecisionPlan, check_cpu_widths, decodes_wrongly
 from qpruner.plan_file import check_affordable, read_plan
 from qpruner.preflight_rows import RowCounts, Rows, check_encoding, check_rows, num_importance_samples
 from qpruner.pruning.best_cut import Cut, cuts_of
-from qpruner.pruning.prune import are_alike
+from qpruner.pruning.prune import are_alike, cuttable_layers
 from qpruner.rundir import run_root
 
 PRUNED_EARLIER = "pruned earlier: the cut is skipped"
@@ -112,7 +111,7 @@ def _shapes(config: RunConfig, works_here: bool, packs: bool) -> Shapes:
     base = layout_for(config, model_config)
     cuts = cuts_in_effect(config.prune, model_config)
     if works_here:
-        cuts = cuts_on(_own_capability(), config, cuts, packs)
+        cuts = cuts_on(_own_capability(), config, model_config, cuts, packs)
     cuts, plan = _for_plan(config, model_config, cuts)
     pruned = layout_for(config, cuts[0].expected)
     budget = budget_bytes(config.quantize, pruned, config.search.pareto)
@@ -316,7 +315,7 @@ def check_gpu(config: RunConfig, capability: tuple[int, int]) -> None:
 
 
 def cuts_on(
-    capability: tuple[int, int] | None, config: RunConfig, cuts: tuple[Cut, ...], packs: bool
+    capability: tuple[int, int] | None, config: RunConfig, model_config: Any, cuts: tuple[Cut, ...], packs: bool
 ) -> tuple[Cut, ...]:
     """Of the cuts that are tried, those that a device can train and run; all of them where it can none and nothing more
     is to be done.
@@ -324,17 +323,18 @@ def cuts_on(
     Args:
         capability: Compute capability of the GPU; None of a CPU.
         config: The configuration.
+        model_config: Of the model before the cut.
         cuts: The cuts.
         packs: Whether the cut is gone on from.
 
     Raises:
-        UserError: Naming the key, the rule and the remedy, where it cannot run the first.
+        UserError: Naming the key, the rule and the remedy, where it can run none: that of the first.
     """
     if capability is None and config.model.dtype == "float16":
         raise UserError("`model.dtype`: float16 cannot be trained on a CPU; use bfloat16 or float32")
     try:
         if capability is None:
-            return _cuts_on_cpu(config, cuts)
+            return _cuts_on_cpu(config, model_config, cuts)
         check_gpu(config, capability)
     except UserError:
         if packs:
@@ -342,37 +342,62 @@ def cuts_on(
     return cuts
 
 
-def remark_on_cut(config: RunConfig, cuts: tuple[Cut, ...]) -> str | None:
+def remark_on_cut(config: RunConfig, shapes: Shapes) -> str | None:
     """That this machine can make it, and no more; None where it can go on."""
     try:
-        cuts_on(_own_capability(), config, cuts, packs=True)
+        cuts_on(_own_capability(), config, shapes.model_config, shapes.cuts, packs=True)
     except UserError as error:
         return f"nothing but the cut can be done on this machine: {error}"
     return None
 
 
-def _cuts_on_cpu(config: RunConfig, cuts: Sequence[Cut]) -> tuple[Cut, ...]:
-    first, *others = cuts
-    _check_cpu(config, first)
-    found = [first]
-    for cut in others:
-        with suppress(UserError):
-            _check_cpu(config, cut)
+def _cuts_on_cpu(config: RunConfig, model_config: Any, cuts: Sequence[Cut]) -> tuple[Cut, ...]:
+    found: list[Cut] = []
+    refusals: list[UserError] = []
+    for cut in cuts:
+        try:
+            _check_cpu(config, model_config, cut)
             found.append(cut)
+        except UserError as error:
+            refusals.append(error)
+    if not found:
+        raise refusals[0]
     return tuple(found)
 
 
-def _check_cpu(config: RunConfig, cut: Cut) -> None:
-    if 4 in config.quantize.bits:
-        prune = cut.settings
-        groups = layout_for(config, cut.expected).groups
-        check_cpu_widths([linear for group in groups for linear in group.linears])
-        is_free = prune.selection == "global" and MLP in prune.width_units and not prune.is_off
-        if is_free and prune.round_to % 64:
+def _check_cpu(config: RunConfig, model_config: Any, cut: Cut) -> None:
+    if 4 not in config.quantize.bits:
+        return
+    groups = layout_for(config, cut.expected).groups
+    check_cpu_widths([linear for group in groups for linear in group.linears])
+    if cut.settings.selection == "global" and not cut.settings.is_off:
+        for index in cuttable_layers(model_config, cut.settings):
+            _check_any_width(model_config, cut.settings, index)
+
+
+def _check_any_width(model_config: Any, prune: PruneConfig, index: int) -> None:
+    """Refuse widths that a block may be left with where scores decide on them."""
+    family = family_of(model_config)
+    for kind in family.unit_kinds(model_config.per_layer_config[index], index):
+        if kind.name not in prune.width_units or not kind.output_linear:
+            continue
+        columns = next(item.width for item in kind.slices if item.parameter == f"{kind.output_linear}.weight")
+        multiple = prune.round_to if kind.name == MLP else 1
+        left = [*range(multiple, kind.num_units, multiple), kind.num_units]
+        wrong = next((units for units in left if decodes_wrongly(units * columns)), None)
+        if wrong is None:
+            continue
+        linear = f"{family.block_path(index)}.{kind.output_linear}"
+        if kind.name == MLP and wrong < kind.num_units:
             raise UserError(
-                f"`prune.round_to` must be a multiple of 64 for `selection: global` with 4-bit layers on a CPU, "
-                f"got {prune.round_to}: bitsandbytes decodes some of the widths in between wrongly"
+                f"`prune.round_to` must be a multiple of 64 for `selection: global` with 4-bit layers on a CPU, got "
+                f"{prune.round_to}: {linear} may be left with {wrong * columns} columns, {WRONGLY_DECODED}"
             )
+        raise UserError(
+            f"`prune.selection: global` may leave {linear} with {wrong * columns} columns, {WRONGLY_DECODED}: use "
+            f"`quantize.bits` 8 and 16, take {kind.name} out of `prune.units`, or set `selection: per_layer`, whose "
+            "widths are known before the cut"
+        )
 
 
 def _own_capability() -> tuple[int, int] | None:

@@ -394,7 +394,7 @@ MODEL = [
     ),
     refused(
         "round-to-on-cpu", {"prune.round_to": 32}, "`quantize.bits`", "has 160 columns", "wrongly",
-        "set `prune.round_to` to 64", marks=ON_CPU
+        "`prune.round_to: 64` for MLP channels", marks=ON_CPU
     ),
     refused(
         "round-to-on-cpu-global", {"prune.round_to": 32, "prune.selection": "global", "prune.rate": 0.1},

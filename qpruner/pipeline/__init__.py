@@ -197,8 +197,8 @@ def _stages(context: Context, until: str) -> Results:
             check_trackers(config.trackers)
         if last >= STAGES.index("finetune"):
             check_finetune(config, context.known_slots)
-        if until == "prune" and not context.address and (remark := preflight.remark_on_cut(config, inspection.cuts)):
-            emit(Message("prune", f"warning: {remark}"))
+        if until == "prune":
+            _remark_on_cut(context)
         if until == "report" and (remark := told_other_base(config)):
             emit(Message("report", f"warning: {remark}"))
         if context.address:
@@ -238,5 +238,12 @@ def preview(config: RunConfig, emit: Emit, address: str | None = None) -> PruneR
     with contextlib.closing(Context(config, run_dir, emit, address, inspection, writes=False)) as context:
         if address:
             look_at_nodes(context)
+        _remark_on_cut(context)
         with explained("prune"):
             return preview_prune(context)
+
+
+def _remark_on_cut(context: Context) -> None:
+    """Warn that this machine can make the cut and nothing more."""
+    if not context.address and (remark := preflight.remark_on_cut(context.config, context.inspection)):
+        context.emit(Message("prune", f"warning: {remark}"))

@@ -83,8 +83,9 @@ def look_at_nodes(context: Context) -> None:
             text = f"warning: Ray counts {report.size.gpus:g} GPUs on {report.name}, which has none that can be seen"
             context.emit(Message("cluster", f"{text}: what holds them runs on the CPU"))
     if _works_on_cpus(reports, resources):
-        cuts = cuts_on(None, context.config, context.inspection.cuts, context.inspection.packs)
-        context.inspection = replace(context.inspection, cuts=cuts)
+        seen = context.inspection
+        cuts = cuts_on(None, context.config, seen.model_config, seen.cuts, seen.packs)
+        context.inspection = replace(seen, cuts=cuts)
 
 
 def _banked(run: RunDir) -> list[str]:

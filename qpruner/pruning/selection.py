@@ -409,22 +409,26 @@ def _select_global(values: Values, sizes: Sizes, target: int, round_to: int) -> 
     """
     bundles: dict[tuple[int, str], list[list[int]]] = {}
     ranked: list[tuple[float, int, str, int]] = []
+    # Bundles that went: all that an earlier step removed, be it more than this step's share of the way.
+    gone: dict[tuple[int, str], int] = {}
     for index, by_kind in values.items():
         for name, scores in by_kind.items():
             size = sizes[index][name]
             parts = _bundles(scores, size, round_to if name == MLP else 1)
             bundles[index, name] = parts
+            gone[index, name] = sum(scores[part[0]] == float("-inf") for part in parts)
             weight = size.parameters / size.partitions
-            for position, part in enumerate(parts[: len(parts) - size.least]):
+            for position in range(gone[index, name], len(parts) - size.least):
+                part = parts[position]
                 score = sum(scores[unit] for unit in part) / (weight * len(part))
                 ranked.append((score, index, name, position))
-    gone = dict.fromkeys(bundles, 0)
-    removed = 0
-    finest = _finest(sizes, round_to)
 
     def weight_of(index: int, name: str, position: int) -> int:
         size = sizes[index][name]
         return size.parameters * len(bundles[index, name][position]) // size.partitions
+
+    removed = sum(weight_of(*place, position) for place, count in gone.items() for position in range(count))
+    finest = _finest(sizes, round_to)
 
     for _, index, name, position in sorted(ranked):
         parameters = weight_of(index, name, position)
@@ -440,9 +444,9 @@ def _select_global(values: Values, sizes: Sizes, target: int, round_to: int) -> 
             if name != MLP and gone[index, name] == position:
                 gone[index, name] += 1
                 removed += weight_of(index, name, position)
-        for score, index, name, position in sorted(ranked, reverse=True):
+        for _, index, name, position in sorted(ranked, reverse=True):
             parameters = weight_of(index, name, position)
-            is_last = name == MLP and gone[index, name] == position + 1 and score > float("-inf")
+            is_last = name == MLP and gone[index, name] == position + 1
             if is_last and removed - target > parameters // 2:
                 gone[index, name] -= 1
                 removed -= parameters

@@ -692,5 +692,5 @@ def test_of_what_is_open_a_cut_whose_widths_a_cpu_cannot_run_is_not_tried(
     }
     assert counts == {"(8, 16)": 2, "(4, 16)": 1}
     asked = changed(with_key(raw, "quantize.bits", [4, 16]), units=["block", "attention", "mlp"])
-    with pytest.raises(UserError, match=r"set `prune\.round_to` to 64"):
+    with pytest.raises(UserError, match=r"`prune\.round_to: 64` for MLP channels"):
         inspect(validate_config(asked))

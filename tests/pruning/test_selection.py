@@ -328,6 +328,35 @@ def test_what_an_earlier_step_removed_never_comes_back() -> None:
     assert 1200 <= removed_by(last, sizes) <= 1200 + 1000
 
 
+@pytest.mark.parametrize("selection", ["global", "per_layer"])
+@pytest.mark.parametrize("seed", range(60))
+def test_a_step_that_took_more_than_the_next_ones_share_is_gone_on_from(seed: int, selection: str) -> None:
+    """A head is worth several steps here: once it went, there are steps with nothing to do."""
+    generator = np.random.default_rng(seed)
+    sizes = {
+        index: {"attention": KindSize(int(generator.integers(50, 400)), 4), "mlp": KindSize(10, 12)}
+        for index in range(2)
+    }
+    target, steps = int(available(sizes) * generator.uniform(0.1, 0.6)), int(generator.integers(3, 9))
+    alive = {index: {name: tuple(range(size.count)) for name, size in kinds.items()} for index, kinds in sizes.items()}
+    for step in range(1, steps + 1):
+        scores: Values = {
+            index: {
+                name: [
+                    generator.random() if unit in alive[index][name] else float("-inf") for unit in range(size.count)
+                ]
+                for name, size in kinds.items()
+            }
+            for index, kinds in sizes.items()
+        }
+        kept = select(scores, sizes, target, selection, progress=step / steps)
+        for index, kinds in kept.items():
+            for name, units in kinds.items():
+                assert set(units) <= set(alive[index][name])
+        alive = kept
+    assert abs(removed_by(alive, sizes) - target) <= max(kinds["attention"].parameters for kinds in sizes.values())
+
+
 # ---- every block alike
 
 
