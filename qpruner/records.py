@@ -95,6 +95,7 @@ class PruneRecord(Record):
     """The pruned checkpoint."""
 
     importance: str
+    """Criterion of the units that went: for units of blocks, and for whole blocks where those alone might go."""
     selection: str
     compensation: str
     target: str

@@ -164,16 +164,16 @@ def _taylor_by_element(
         collected.add(matrices[name][1], entries, f"the importance of {name}")
 
     def visit_sample(name: str, parameter: torch.nn.Parameter, gradient: torch.Tensor) -> None:
-        square = (parameter.detach().float() * gradient.float()).square_().div_(len(samples.rows))
+        square = _salience(parameter, gradient).square_().div_(len(samples.rows))
         if order == "second":  # a sum of positive terms: each sample's can be added by itself
             add(name, square)
         else:
             mean_squares[name] = mean_squares[name].add_(square) if name in mean_squares else square
 
     def visit_batch(name: str, parameter: torch.nn.Parameter, gradient: torch.Tensor) -> None:
-        salience = parameter.detach().float() * gradient.float()
+        salience = _salience(parameter, gradient)
         if order == "mixed":
-            salience = salience - 0.5 * mean_squares[name]
+            salience.sub_(mean_squares[name], alpha=0.5)
         add(name, salience.abs_())
 
     if order != "first":
@@ -181,6 +181,11 @@ def _taylor_by_element(
     if order != "second":
         visit_gradients(model, parameters, samples, visit_batch)
     return collected
+
+
+def _salience(parameter: torch.nn.Parameter, gradient: torch.Tensor) -> torch.Tensor:
+    """``w g`` in float32; in the gradient's own memory where that is float32, for nobody reads it any more."""
+    return gradient.float().mul_(parameter.detach())
 
 
 def output_moments(

@@ -270,7 +270,8 @@ def num_dropped(model: PreTrainedModel, settings: PruneConfig, order: Sequence[i
         )
     if count < 1:
         is_most = bool(settings.width_units) and settings.depth_share is None and share == MOST_OF_BLOCKS
-        remedy = "give `prune.depth_share`" if is_most else "raise the rate or `prune.depth_share`"
+        beside = "raise the rate or `prune.depth_share`" if settings.width_units else "raise the rate"
+        remedy = "give `prune.depth_share`" if is_most else beside
         raise UserError(
             f"`prune.rate`: whole blocks are to take {share:.2%} of all parameters"
             f"{' (the most, unless `prune.depth_share` says more)' if is_most else ''}, but one block has {one:.2%}: "
@@ -319,6 +320,10 @@ def check_settings(model_config: Any, settings: PruneConfig) -> None:
             f"{family.model_type} model, got {settings.round_to}: torch's grouped matrix product takes rows of whole "
             "16 bytes only"
         )
+    obstacle = None if settings.width_units else _obstacle(model_config, settings)
+    if obstacle and settings.compensates_by == "least_squares":
+        what, why, remedy = obstacle
+        raise UserError(f"`prune.compensation`: {what} cannot have least squares, for {why}: take it out, or {remedy}")
     if settings.uniform:
         _check_uniform(model_config, settings, layers, count)
 
@@ -332,14 +337,26 @@ def settled(model_config: Any, settings: PruneConfig) -> PruneConfig:
     settings = settings.model_copy(update={"steps": settings.num_steps})
     if settings.compensation is not None:
         return settings
-    stacked = bool(_stacked(model_config, settings))
-    if stacked and settings.ridge != RIDGE:
+    obstacle = _obstacle(model_config, settings)
+    if obstacle and settings.ridge != RIDGE:
+        what, why, remedy = obstacle
         raise UserError(
-            f"`prune.ridge` is that of least squares, which experts of a {family_of(model_config).model_type} model "
-            f"cannot have, for they are stacked in one parameter; got {settings.ridge:g}: take it out, or take "
-            "`prune.units: [attention]`"
+            f"`prune.ridge` is that of least squares, which {what} cannot have, for {why}; got {settings.ridge:g}: "
+            f"take it out, or {remedy}"
         )
-    return settings.model_copy(update={"compensation": "none" if stacked else "least_squares"})
+    return settings.model_copy(update={"compensation": "none" if obstacle else "least_squares"})
+
+
+def _obstacle(model_config: Any, settings: PruneConfig) -> tuple[str, str, str] | None:
+    """What nothing can make up for, why, and what to cut instead; None where nothing stands in the way."""
+    family = family_of(model_config)
+    if _stacked(model_config, settings):
+        why = "they are stacked in one parameter"
+        return f"experts of a {family.model_type} model", why, "take `prune.units: [attention]`"
+    if not settings.width_units and family.residual_factor(model_config) is None:
+        why = "behind its MLP there is a norm, or experts stand in its place"
+        return f"the whole blocks of a {family.model_type} model", why, "name another kind in `prune.units`"
+    return None
 
 
 def _stacked(model_config: Any, settings: PruneConfig) -> list[UnitKind]:

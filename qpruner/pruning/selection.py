@@ -174,6 +174,15 @@ def select_rate(values: Values, sizes: Sizes, layer_rate: float, round_to: int =
                     f"`prune.layer_rate` {layer_rate:g} would leave {stays} of the {size.count} {name} units of "
                     f"block {index}, but at least {size.least} must stay: make it less than {bound:g}"
                 )
+    if not any(count for kinds in removed.values() for count in kinds.values()):
+        kinds = next(iter(sizes.values()))
+        units = " and ".join(f"{size.count} {name}" for name, size in kinds.items())
+        multiple = f", {MLP} ones in multiples of {round_to}" if MLP in kinds and round_to > 1 else ""
+        raise UserError(
+            f"`prune.layer_rate` {layer_rate:g} takes no unit out of any block: of the {units} units of block "
+            f"{next(iter(sizes))} whole ones alone can go{multiple}: raise it"
+            f"{', lower `prune.round_to`' if multiple else ''} or name finer `prune.units`"
+        )
     return _keep_most_important(values, sizes, removed, round_to, progress)
 
 
@@ -236,21 +245,15 @@ def counts_per_layer(sizes: Sizes, target: int, round_to: int = 1, uniform: bool
     removed: dict[int, dict[str, int]] = {index: {} for index in sizes}
     left = target
     coarse = [name for name in (EXPERT, ATTENTION) if any(name in kinds for kinds in sizes.values())]
-    has_channels = any(MLP in kinds for kinds in sizes.values())
-    for position, name in enumerate(coarse):
+    channels = {index: kinds[MLP] for index, kinds in sizes.items() if MLP in kinds}
+    totals = {} if channels else _nearest_totals(sizes, target)
+    for name in coarse:
         having = {index: kinds[name] for index, kinds in sizes.items() if name in kinds}
-        if position == len(coarse) - 1 and not has_channels:
-            counts = _dealt(having, round(left / next(iter(having.values())).parameters))
-        elif has_channels:
-            counts = _share_counts(having, share, left)
-        else:
-            # Nothing much finer follows that could make up for one more or less in every block.
-            counts = _dealt(having, int(share * sum(size.count for size in having.values())))
+        counts = _share_counts(having, share, left) if channels else _dealt(having, totals[name])
         for index, count in counts.items():
             removed[index][name] = count
             left -= count * having[index].parameters
-    if has_channels:
-        channels = {index: kinds[MLP] for index, kinds in sizes.items() if MLP in kinds}
+    if channels:
         # Where channels cannot give the rest, coarse units give more, of whichever kind has them.
         most = sum((size.count - round_to) * size.parameters for size in channels.values())
         half_a_bundle = min(size.parameters for size in channels.values()) * round_to / 2
@@ -273,13 +276,70 @@ def neighbours(sizes: Sizes, target: int, round_to: int, uniform: bool) -> tuple
     make up the difference."""
     if uniform:
         found = [_parameters(sizes, alike) for alike in _alike(sizes, target, round_to)]
+    elif any(MLP in kinds for kinds in sizes.values()):
+        return ()
     else:
-        parameters = {size.parameters for kinds in sizes.values() for size in kinds.values()}
-        if len(parameters) > 1 or any(MLP in kinds for kinds in sizes.values()):
-            return ()
-        one = parameters.pop()
-        found = [min(count * one, _most_removable(sizes, round_to)) for count in (target // one, target // one + 1)]
+        found = [gone for gone, _ in _totals(_pools(sizes), target)]
     return nearest_below_and_above(found, target)
+
+
+@dataclass(frozen=True)
+class _Pool:
+    """One kind of unit over all blocks.
+
+    Attributes:
+        parameters: Of one unit.
+        count: Units.
+        most: Units that can go.
+    """
+
+    parameters: int
+    count: int
+    most: int
+
+
+def _pools(sizes: Sizes) -> dict[str, _Pool]:
+    """By kind, the coarsest first."""
+    pools = {}
+    for name in (EXPERT, ATTENTION):
+        having = [kinds[name] for kinds in sizes.values() if name in kinds]
+        if having:
+            count = sum(size.count for size in having)
+            pools[name] = _Pool(having[0].parameters, count, count - sum(size.least for size in having))
+    return pools
+
+
+def _totals(pools: Mapping[str, _Pool], target: int) -> list[tuple[int, dict[str, int]]]:
+    """Where no channels go: any number of experts, and the numbers of heads next to what is left, or of those alone;
+    each with the parameters that go."""
+    *coarser, finest = pools
+    found: list[tuple[int, dict[str, int]]] = [(0, {})]
+    for name in coarser:
+        one = pools[name].parameters
+        found = [
+            (gone + count * one, totals | {name: count})
+            for gone, totals in found
+            for count in range(pools[name].most + 1)
+        ]
+    one = pools[finest].parameters
+    return [
+        (gone + count * one, totals | {finest: count})
+        for gone, totals in found
+        for count in {min(max((target - gone) // one + more, 0), pools[finest].most) for more in (0, 1)}
+    ]
+
+
+def _nearest_totals(sizes: Sizes, target: int) -> dict[str, int]:
+    """Of these, as near as one head, what takes about the same share of every kind."""
+    pools = _pools(sizes)
+    share, near = target / available(sizes), _finest(sizes, 1) / 2
+
+    def order(found: tuple[int, Mapping[str, int]]) -> tuple[float, ...]:
+        gone, totals = found
+        uneven = sum(abs(count / pools[name].count - share) for name, count in totals.items())
+        return max(abs(target - gone), near), uneven, abs(target - gone)
+
+    return min(_totals(pools, target), key=order)[1]
 
 
 def nearest_below_and_above(found: Sequence[int], target: int) -> tuple[int, ...]:

@@ -15,7 +15,7 @@ from qpruner.config import PruneConfig
 from qpruner.errors import TrainingDiverged, UserError
 from qpruner.pruning.compensation import fold_blocks
 from qpruner.pruning.depth import block_importance, num_blocks_to_drop
-from qpruner.pruning.prune import expected_config, num_parameters, prune
+from qpruner.pruning.prune import expected_config, num_parameters, prune, settled
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -220,8 +220,16 @@ def test_least_squares_loses_less_than_nothing_when_blocks_go() -> None:
 
 @pytest.mark.parametrize("name", ["gemma2", "mixtral"])
 def test_where_the_output_projection_does_not_reach_the_stream_blocks_go_without(name: str) -> None:
-    settings = settings_of(rate=0.3, compensation="least_squares")
-    pruned, plain = (prune(decoder(name), each, samples_of()) for each in (settings, settings_of(rate=0.3)))
+    model_config = decoder(name).config
+    asked, unsaid = (PruneConfig(rate=0.3, units=("block",), compensation=each) for each in ("least_squares", None))
+    with pytest.raises(
+        UserError, match=rf"`prune\.compensation`: the whole blocks of a {name} model cannot have least"
+    ):
+        expected_config(model_config, asked)
+    with pytest.raises(UserError, match=r"`prune\.ridge` is that of least squares, which the whole blocks"):
+        expected_config(model_config, unsaid.model_copy(update={"ridge": 0.5}))
+    assert settled(model_config, unsaid).compensates_by == "none"
+    pruned, plain = (prune(decoder(name), each, samples_of()) for each in (unsaid, settings_of(rate=0.3)))
     assert pruned.dropped_blocks == plain.dropped_blocks
     assert torch.equal(logits_of(pruned.model), logits_of(plain.model))
 

@@ -33,7 +33,7 @@ class MixtureFamily(Family):
 
     def expert_kind(self, layer_config: Any) -> UnitKind:
         """Whole experts with their row of the router."""
-        names = ("mlp.experts.gate_up_proj", "mlp.experts.down_proj", "mlp.gate.weight")
+        names = ("mlp.experts.gate_up_proj", "mlp.gate.weight", "mlp.experts.down_proj")
         return UnitKind(EXPERT, getattr(layer_config, self.experts_key), tuple(UnitSlice(name, 0, 1) for name in names))
 
     def channel_kind(self, layer_config: Any) -> UnitKind:
