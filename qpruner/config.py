@@ -124,6 +124,8 @@ class CalibrationConfig(Section):
     """Tokens an importance sample has, or may have without packing; sensitivity samples have `data.max_length`."""
 
 
+OF_UNITS = ("importance", "order", "aggregation", "norm", "reduction", "query_heads", "round_to")
+"""Keys that are about units inside blocks alone."""
 REDUCING = ("fisher", "taylor", "magnitude")
 """Kinds of importance that score every matrix of a unit and make one score of them."""
 RIDGE = 0.3
@@ -326,7 +328,11 @@ class PruneConfig(Section):
                     f"`{key}` is about units inside blocks, but `units` names whole blocks only: "
                     f"{take_out(f'prune.{key}')}, or name another kind",
                 )
-                for key, is_given in (("compensation", self.compensation == "bias"), ("steps", (self.steps or 1) > 1))
+                for key, is_given in (
+                    ("compensation", self.compensation == "bias"),
+                    ("steps", (self.steps or 1) > 1),
+                    *((key, getattr(self, key) != type(self).model_fields[key].default) for key in OF_UNITS),
+                )
             ),
         )
 

@@ -8,11 +8,12 @@ so that training, validation loss and lm-eval accuracy speak of the same thing.
 from __future__ import annotations
 
 import csv
+import itertools
 import json
 import logging
 import re
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -137,16 +138,43 @@ def encode(
     Raises:
         UserError: If no row has a response token left within `max_length`.
     """
-    encoded = []
+    encoded = list(_encoded(examples, tokenizer, max_length, template, response_only))
+    if not encoded:
+        raise UserError(f"`data.max_length` of {max_length} tokens leaves no row a token to predict: make it longer")
+    return encoded
+
+
+def row_samples(
+    examples: Iterable[Example], tokenizer: PreTrainedTokenizerBase, count: int, length: int, template: str
+) -> list[dict[str, list[int]]]:
+    """The first `count` rows that have a token to predict, cut at `length` tokens.
+
+    Raises:
+        UserError: If fewer have one.
+    """
+    samples = list(itertools.islice(_encoded(examples, tokenizer, length, template, response_only=False), count))
+    if len(samples) < count:
+        raise UserError(
+            f"`calibration.num_samples` asks for {counted(count, 'row')}, but only {len(samples)} of the calibration "
+            f"rows have a token to predict within {length} tokens (`calibration.max_length`): ask for fewer, give "
+            "more rows, or set `calibration.packing: true`, which joins them"
+        )
+    return samples
+
+
+def _encoded(
+    examples: Iterable[Example],
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+    template: str,
+    response_only: bool,
+) -> Iterator[dict[str, list[int]]]:
     for example in examples:
         ids, prompt_length = _tokens(example, tokenizer, template)
         masked = prompt_length if response_only else 0
         labels = ([IGNORED_LABEL] * masked + ids[masked:])[:max_length]
         if _has_label(labels):
-            encoded.append({"input_ids": ids[:max_length], "labels": labels})
-    if not encoded:
-        raise UserError(f"`data.max_length` of {max_length} tokens leaves no row a token to predict: make it longer")
-    return encoded
+            yield {"input_ids": ids[:max_length], "labels": labels}
 
 
 def _tokens(example: Example, tokenizer: PreTrainedTokenizerBase, template: str) -> tuple[list[int], int]:

@@ -20,7 +20,7 @@ from qpruner.models.loading import load_model_config
 from qpruner.models.structure import EXPERT, MLP, family_of
 from qpruner.plan import WRONGLY_DECODED, Layout, PrecisionPlan, check_cpu_widths, decodes_wrongly
 from qpruner.plan_file import check_affordable, read_plan
-from qpruner.preflight_rows import RowCounts, Rows, check_encoding, check_rows, num_importance_samples
+from qpruner.preflight_rows import RowCounts, Rows, check_encoding, check_rows, size_of_importance_samples
 from qpruner.pruning.best_cut import Cut, cuts_of
 from qpruner.pruning.prune import are_alike, cuttable_layers
 from qpruner.rundir import run_root
@@ -91,7 +91,9 @@ def inspect(config: RunConfig, works_here: bool = True, packs: bool = True) -> I
     _, shapes, rows = together(
         lambda: run_root(config.output), lambda: _shapes(config, works_here, packs), lambda: check_rows(config)
     )
-    importance = num_importance_samples(config, shapes.model_config.vocab_size, len(rows.examples["calibration"]))
+    vocabulary_size, num_rows = shapes.model_config.vocab_size, len(rows.examples["calibration"])
+    importance, sample_length = size_of_importance_samples(config, vocabulary_size, num_rows)
+    _check_positions(config, shapes.model_config, sample_length)
     check_encoding(config, rows.examples)
     samples = {"importance": importance, "sensitivity": config.calibration.num_sensitivity_samples}
     cut = _of_cut(config, shapes.model_config)
@@ -99,9 +101,22 @@ def inspect(config: RunConfig, works_here: bool = True, packs: bool = True) -> I
         **vars(shapes),
         examples=rows.examples,
         questions=rows.questions,
-        counts=RowCounts(samples, rows.asked),
+        counts=RowCounts(samples, rows.asked, sample_length),
         warnings=(*rows.warnings, *cut, *_warnings(config, len(shapes.pruned.groups))),
     )
+
+
+def _check_positions(config: RunConfig, model_config: Any, sample_length: int) -> None:
+    """Refuse more tokens than a table of positions has rows."""
+    if not family_of(model_config).has_learned_positions:
+        return
+    key = "calibration.token_ids" if config.calibration.token_ids else "calibration.max_length"
+    for name, length in (("data.max_length", config.data.max_length), (key, sample_length)):
+        if length > (most := int(model_config.max_position_embeddings)):
+            raise UserError(
+                f"`{name}`: {length} tokens are more than the {most} positions that this {model_config.model_type} "
+                f"model has learned: give at most {most}"
+            )
 
 
 def _shapes(config: RunConfig, works_here: bool, packs: bool) -> Shapes:

@@ -18,6 +18,7 @@ from qpruner.data import (
     load_token_ids,
     normalized,
     packed_samples,
+    row_samples,
 )
 from qpruner.errors import UserError, together
 from qpruner.evaluate import task_questions
@@ -52,10 +53,12 @@ class RowCounts:
         samples: Those that importance and sensitivities are measured on (`importance`, `sensitivity`).
         questions: By use and task: those that score the trials (`search`), further ones that choose the winner
             (`fresh`) and those of the final table (`test`).
+        sample_length: Tokens of the longest sample of importance, at most.
     """
 
     samples: dict[str, int]
     questions: dict[str, dict[str, int]]
+    sample_length: int
 
 
 @dataclass(frozen=True)
@@ -216,16 +219,19 @@ def _tokens_of(text: str) -> int:
     return len(text) - num_latin + num_latin // CHARACTERS_A_TOKEN
 
 
-def num_importance_samples(config: RunConfig, vocabulary_size: int, num_rows: int) -> int:
-    """How many samples importance is measured on; refuses fewer rows than importance or sensitivities ask for."""
+def size_of_importance_samples(config: RunConfig, vocabulary_size: int, num_rows: int) -> tuple[int, int]:
+    """How many samples importance is measured on, and the tokens of the longest, at most; refuses fewer rows than
+    importance or sensitivities ask for."""
     calibration = config.calibration
     given = calibration.token_ids and load_token_ids(Path(calibration.token_ids), vocabulary_size)
-    # Packed samples are counted in tokens, once they are encoded.
+    # Packed samples are counted in tokens, and rows of nothing left out, once they are encoded.
     in_rows = () if given or calibration.packing else ("num_samples",)
     asked = {key: getattr(calibration, key) for key in (*in_rows, "num_sensitivity_samples")}
     if short := [f"`calibration.{key}` asks for {wanted}" for key, wanted in asked.items() if wanted > num_rows]:
         raise UserError(f"there are {num_rows} calibration rows, but {' and '.join(short)}: ask for fewer or give more")
-    return len(given) if given else calibration.num_samples
+    if given:
+        return len(given), max(len(sample["input_ids"]) for sample in given)
+    return calibration.num_samples, calibration.max_length
 
 
 def _check_overlap(config: RunConfig, examples: dict[str, list[Example]], words: dict[str, list[str]]) -> None:
@@ -295,11 +301,11 @@ def check_encoding(config: RunConfig, examples: dict[str, list[Example]]) -> Non
     A .gguf file's tokenizer takes 15 s to convert: that is left to `prepare` unless the text may be too short.
     """
     source, calibration = check_source(config.model), config.calibration
-    is_packed = calibration.packing and not calibration.token_ids
     if source.endswith(".gguf"):
-        characters = sum(len(row.prompt) + len(row.context) + len(row.response) for row in examples["calibration"])
+        lengths = [len(row.prompt) + len(row.context) + len(row.response) for row in examples["calibration"]]
         wanted = calibration.num_samples * calibration.max_length
-        if not is_packed or characters > MOST_CHARACTERS_A_TOKEN * wanted:
+        is_enough = sum(lengths) > MOST_CHARACTERS_A_TOKEN * wanted if calibration.packing else all(lengths)
+        if is_enough or calibration.token_ids:
             return
     try:
         tokenizer = load_tokenizer(source, config.model)
@@ -316,6 +322,6 @@ def check_encoding(config: RunConfig, examples: dict[str, list[Example]]) -> Non
             encode(sample, tokenizer, settings.max_length, settings.template, settings.response_only)
         except UserError:
             encode(rows, tokenizer, settings.max_length, settings.template, settings.response_only)
-    if is_packed:
-        rows = examples["calibration"]
-        packed_samples(rows, tokenizer, calibration.num_samples, calibration.max_length, settings.template)
+    if not calibration.token_ids:
+        take = packed_samples if calibration.packing else row_samples
+        take(examples["calibration"], tokenizer, calibration.num_samples, calibration.max_length, settings.template)

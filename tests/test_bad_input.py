@@ -188,6 +188,14 @@ CONFIGURATION = [
         "names whole blocks only", "take it out (on the command line `--set prune.compensation=`)"
     ),
     refused(
+        "multiple-of-blocks", {"prune.units": ["block"], "prune.round_to": 32}, "`round_to`", "`units`",
+        "whole blocks only", "take it out"
+    ),
+    refused(
+        "criterion-of-blocks", {"prune.units": ["block"], "prune.importance": "magnitude"}, "`importance`", "`units`",
+        "whole blocks only", "name another kind"
+    ),
+    refused(
         "steps-of-blocks", {"prune.units": ["block"], "prune.steps": 2}, "`steps`", "`units`",
         "names whole blocks only", "take it out (on the command line `--set prune.steps=`)"
     ),
@@ -606,6 +614,13 @@ def _not_json(scene: Scene) -> dict[str, Any]:
     return {"data.train.0.source": scene.file("bad.jsonl", "{not json\n")}
 
 
+def _rows_of_nothing(scene: Scene) -> dict[str, Any]:
+    """Blank lines between paragraphs."""
+    text = "\n\n\n\n".join(f"Paragraph {number} of a text." for number in range(3))
+    source = {"source": scene.file("text.txt", f"{text}\n"), "format": "text"}
+    return {"calibration.data": [source], "calibration.packing": False, "calibration.num_sensitivity_samples": 8}
+
+
 def _token_ids(content: str | bytes) -> Callable[[Scene], dict[str, Any]]:
     return lambda scene: {"calibration.token_ids": scene.file("ids.json", content)}
 
@@ -720,6 +735,10 @@ DATA = [
     refused(
         "calibration-text-of-no-sample", {"calibration.packing": True, "calibration.max_length": 10**6},
         "8 samples of 1000000 tokens", "enough for 0", "joined together: make `calibration.max_length` shorter"
+    ),
+    refused(
+        "calibration-rows-of-nothing", _rows_of_nothing, "`calibration.num_samples`", "8 rows",
+        "only 3 of the calibration rows have a token to predict within 128 tokens", "ask for fewer, give more rows"
     ),
     refused(
         "token-ids-missing", {"calibration.token_ids": "/no/ids.json"}, "`calibration.token_ids`", "/no/ids.json",

@@ -61,7 +61,11 @@ def changed(raw: dict[str, Any]) -> Callable[..., RunConfig]:
 
 def inspected(config: RunConfig, inspection: Inspection) -> tuple[RunConfig, Inspection]:
     """A configuration with what an inspection would be under its settings of the cut."""
-    return config, replace(inspection, cuts=(Cut(config.prune, inspection.cuts[0].expected),))
+    return config, replace(
+        inspection,
+        cuts=(Cut(config.prune, inspection.cuts[0].expected),),
+        counts=replace(inspection.counts, sample_length=config.calibration.max_length),
+    )
 
 
 # ---- memory
@@ -489,12 +493,12 @@ def test_check_tells_how_many_blocks_go_and_asks_for_no_width_where_none_is_cut(
     config = tmp_path / "config.yaml"
     config.write_text(yaml.safe_dump(with_key(with_key(raw, "prune.units", ["block"]), "prune.rate", 0.5)))
     narrow = ("--set", "prune.round_to=32")
-    done = CliRunner().invoke(main, ["check", str(config), *narrow])
+    done = CliRunner().invoke(main, ["check", str(config)])
     assert done.exit_code == 0, done.output
     assert re.search(r"^parameters: .* M -> \S+ M, 2 -> 1 blocks$", done.stdout, re.MULTILINE)
     cut = ("--set", "prune.units=[mlp]", "--set", "prune.rate=0.2")
     refused = CliRunner().invoke(main, ["check", str(config), *narrow, *cut])
-    assert refused.exit_code == 2 and "set `prune.round_to` to 64" in refused.output
+    assert refused.exit_code == 2 and "`prune.round_to: 64` for MLP channels" in refused.output
 
 
 def test_a_plan_over_the_budget_is_refused_at_once_where_the_cut_is_known(raw: dict[str, Any], tmp_path: Path) -> None:

@@ -111,9 +111,10 @@ def _importance_memory(config: RunConfig, inspection: Inspection, settings: Prun
             skeleton(inspection.model_config), cuttable_layers(inspection.model_config, settings), settings.width_units
         )
         parts["mean squares"] = FLOAT32_BYTES * available(sizes)
-    tokens = calibration.batch_size * calibration.max_length
+    length = inspection.counts.sample_length
+    tokens = calibration.batch_size * length
     return Memory(
-        f"gradients of {calibration.batch_size} rows x {calibration.max_length} tokens (`calibration.batch_size`)",
+        f"gradients of {calibration.batch_size} rows x {length} tokens (`calibration.batch_size`)",
         parts | _by_gradient(inspection, base, tokens),
     )
 
@@ -121,7 +122,7 @@ def _importance_memory(config: RunConfig, inspection: Inspection, settings: Prun
 def _compensation_memory(config: RunConfig, inspection: Inspection, settings: PruneConfig) -> Memory:
     """The hidden states of all samples in front of one block, with a mask of a byte for every pair of tokens."""
     calibration, base = config.calibration, inspection.base
-    samples, length = inspection.counts.samples["importance"], calibration.max_length
+    samples, length = inspection.counts.samples["importance"], inspection.counts.sample_length
     hidden_bytes = int(inspection.model_config.hidden_size) * base.element_bytes
     parts = {
         "weights": base.num_parameters * base.element_bytes,

@@ -305,12 +305,12 @@ class _Count:
 
     def _cut(self, settings: PruneConfig) -> float:
         """What whole blocks take, then importance and compensation for each of `prune.steps`."""
-        calibration = self._config.calibration
+        counts = self._inspection.counts
         if settings.is_off:
             return 0.0
         per_weight = {"fisher": 6, "taylor": 6, "fluctuation": 2, "activation_norm": 2}.get(settings.importance, 0)
         per_weight += 4 if settings.compensates_by != "none" else 0
-        tokens = calibration.num_samples * calibration.max_length
+        tokens = counts.samples["importance"] * counts.sample_length
         passes = settings.num_steps * per_weight * tokens
         if settings.drops_blocks:
             passes += {"block_influence": 2, "taylor": 6}[settings.depth_importance] * tokens

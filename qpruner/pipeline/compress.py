@@ -308,16 +308,15 @@ def encode_split(
 def importance_samples(
     config: RunConfig, examples: Sequence[Example], vocabulary: int, tokenizer: PreTrainedTokenizerBase
 ) -> list[dict[str, list[int]]]:
-    """What importance is measured on: given token ids, packed samples, or the first rows of a shuffle."""
-    from qpruner.data import encode, load_token_ids, packed_samples
+    """What importance is measured on: given token ids, or packed samples or rows in the order of a shuffle."""
+    from qpruner.data import load_token_ids, packed_samples, row_samples
 
     settings, template = config.calibration, config.data.template
     if settings.token_ids:
         return load_token_ids(Path(settings.token_ids), vocabulary)
     rows = _shuffled(examples, config.seed)
-    if settings.packing:
-        return packed_samples(rows, tokenizer, settings.num_samples, settings.max_length, template)
-    return encode(rows[: settings.num_samples], tokenizer, settings.max_length, template, response_only=False)
+    take = packed_samples if settings.packing else row_samples
+    return take(rows, tokenizer, settings.num_samples, settings.max_length, template)
 
 
 def _shuffled(examples: Sequence[Example], seed: int) -> list[Example]:

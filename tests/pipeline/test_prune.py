@@ -240,7 +240,7 @@ def test_uniform_folders_run_where_qpruner_is_not_installed(raw: Raw, tmp_path: 
     kinds = {
         "width": {"rate": 0.3, "uniform": True},
         "solved": {"rate": 0.3, "uniform": True, "compensation": "least_squares", "steps": 2},
-        "depth": {"rate": 0.3, "units": ["block"]},
+        "depth": {"rate": 0.3, "units": ["block"], "importance": "fisher", "round_to": 64},
         "both": {"rate": 0.5, "units": ["block", "attention", "mlp"], "depth_share": 0.5, "uniform": True},
         "ragged": {"rate": 0.3, "first_layer": 1},
         "biased": {"rate": 0.3, "compensation": "bias"},

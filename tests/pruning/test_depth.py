@@ -313,7 +313,8 @@ def test_blocks_of_different_sizes_count_for_what_they_have(small: tuple[int, ..
     before = num_parameters(model)
     sizes = [num_parameters(block) for block in model.model.layers]
     assert max(sizes) > 2 * min(sizes)
-    settings = settings_of(rate=0.35, units=units, round_to=8, **({"depth_share": 0.9} if len(units) > 1 else {}))
+    of_units = {"depth_share": 0.9, "round_to": 8} if len(units) > 1 else {}
+    settings = settings_of(rate=0.35, units=units, **of_units)
     pruned = prune(model, settings, samples_of())
     order = sorted(pruned.block_scores, key=lambda index: pruned.block_scores[index])
     target = settings.block_rate * before

@@ -86,6 +86,7 @@ class Family:
         attention: Path of the attention module in a block.
         mlp: Path of the MLP in a block; '' where its layers lie in the block itself.
         layerwise_keys: Config keys that hold a list with one entry a block.
+        has_learned_positions: Whether positions are a table, which ends; others can be computed for any.
     """
 
     model_type: str
@@ -94,6 +95,7 @@ class Family:
     attention: str = "self_attn"
     mlp: str = "mlp"
     layerwise_keys: tuple[str, ...] = ("layer_types",)
+    has_learned_positions: bool = False
 
     def block_path(self, index: int) -> str:
         return f"{self.blocks}.{index}"

@@ -45,4 +45,10 @@ class Opt(DerivedHeadFamily):
         attention.out_proj = resized(attention.out_proj, config.hidden_size, columns)
 
 
-OPT = Opt("opt", ("transformers.models.opt.modeling_opt", "OPTDecoderLayer"), "model.decoder.layers", mlp="")
+OPT = Opt(
+    "opt",
+    ("transformers.models.opt.modeling_opt", "OPTDecoderLayer"),
+    "model.decoder.layers",
+    mlp="",
+    has_learned_positions=True,
+)
