@@ -180,7 +180,8 @@ class PruneConfig(Section):
     compensation: Literal["none", "bias", "least_squares"] | None = None
     """What the output projections (o, down) do for what was cut: nothing, a bias (FLAP), or weights solved anew on the
     calibration samples, block by block; with least squares the block in front also makes up for whole blocks. Null:
-    `least_squares`, but `none` where experts are cut, whose stacked weights it cannot solve."""
+    `least_squares`, but `none` where experts are cut, whose stacked weights it cannot solve, and where whole blocks
+    alone go from a family with a norm behind the MLP, or experts in its place."""
     ridge: Annotated[float, Field(gt=0.0)] = RIDGE
     """Least squares only: weight of staying near the original weights, relative to the inputs' mean square."""
     steps: Positive | None = None
@@ -214,6 +215,11 @@ class PruneConfig(Section):
         return tuple(unit for unit in self.units or ("attention", "mlp") if unit != "block")
 
     @property
+    def criterion(self) -> str:
+        """What units of blocks are ranked by; where whole blocks alone go, what those are."""
+        return self.importance if self.width_units else self.depth_importance
+
+    @property
     def compensates_by(self) -> Literal["none", "bias", "least_squares"]:
         """What makes up for what was cut, where no experts are."""
         return self.compensation or "least_squares"
@@ -221,9 +227,9 @@ class PruneConfig(Section):
     @property
     def num_steps(self) -> int:
         """In how many steps units are cut; whole blocks go before the first."""
-        rate = (self.rate if self.width_units else None) or 0.0
+        rate = round((self.rate if self.width_units else None) or 0.0, 9)
         few = (steps for steps, most in FEW_STEPS.items() if rate <= most)
-        return self.steps or next(few, math.ceil(round(rate / MOST_OF_A_STEP, 9)))
+        return self.steps or next(few, math.ceil(round(rate / MOST_OF_A_STEP, 6)))
 
     @property
     def looks_at_linears(self) -> bool:
@@ -324,13 +330,14 @@ class PruneConfig(Section):
             ),
             *(
                 (
-                    not width and is_given,
+                    not width and not by_rate and is_given,
                     f"`{key}` is about units inside blocks, but `units` names whole blocks only: "
                     f"{take_out(f'prune.{key}')}, or name another kind",
                 )
                 for key, is_given in (
                     ("compensation", self.compensation == "bias"),
                     ("steps", (self.steps or 1) > 1),
+                    ("selection", self.selection != "global" and not self.uniform),
                     *((key, getattr(self, key) != type(self).model_fields[key].default) for key in OF_UNITS),
                 )
             ),

@@ -147,17 +147,35 @@ def encode(
 def row_samples(
     examples: Iterable[Example], tokenizer: PreTrainedTokenizerBase, count: int, length: int, template: str
 ) -> list[dict[str, list[int]]]:
-    """The first `count` rows that have a token to predict, cut at `length` tokens.
+    """The first `count` rows that have a token to predict, of prompt or response, cut at `length` tokens.
 
     Raises:
         UserError: If fewer have one.
     """
-    samples = list(itertools.islice(_encoded(examples, tokenizer, length, template, response_only=False), count))
+    keys = "calibration.num_samples", "calibration.max_length"
+    return _first(count, _encoded(examples, tokenizer, length, template, response_only=False), length, *keys)
+
+
+def answered_samples(
+    examples: Iterable[Example], tokenizer: PreTrainedTokenizerBase, count: int, length: int, template: str
+) -> list[dict[str, list[int]]]:
+    """The first `count` rows that have a token of the response to predict, cut at `length` tokens.
+
+    Raises:
+        UserError: If fewer have one.
+    """
+    keys = "calibration.num_sensitivity_samples", "data.max_length"
+    return _first(count, _encoded(examples, tokenizer, length, template, response_only=True), length, *keys)
+
+
+def _first(
+    count: int, encoded: Iterable[dict[str, list[int]]], length: int, count_key: str, length_key: str
+) -> list[dict[str, list[int]]]:
+    samples = list(itertools.islice(encoded, count))
     if len(samples) < count:
         raise UserError(
-            f"`calibration.num_samples` asks for {counted(count, 'row')}, but only {len(samples)} of the calibration "
-            f"rows have a token to predict within {length} tokens (`calibration.max_length`): ask for fewer, give "
-            "more rows, or set `calibration.packing: true`, which joins them"
+            f"`{count_key}` asks for {counted(count, 'row')}, but only {len(samples)} of the calibration rows have a "
+            f"token to predict within {length} tokens (`{length_key}`): ask for fewer, give more rows or make it longer"
         )
     return samples
 

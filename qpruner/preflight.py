@@ -5,10 +5,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -17,11 +16,11 @@ from qpruner.data import Example
 from qpruner.errors import PlanRefused, UserError, together
 from qpruner.models.layout import layout_of, num_layers
 from qpruner.models.loading import load_model_config
-from qpruner.models.structure import EXPERT, MLP, family_of
+from qpruner.models.structure import ATTENTION, EXPERT, MLP, family_of
 from qpruner.plan import WRONGLY_DECODED, Layout, PrecisionPlan, check_cpu_widths, decodes_wrongly
 from qpruner.plan_file import check_affordable, read_plan
 from qpruner.preflight_rows import RowCounts, Rows, check_encoding, check_rows, size_of_importance_samples
-from qpruner.pruning.best_cut import Cut, cuts_of
+from qpruner.pruning.best_cut import Cut, cuts_of, with_or_without
 from qpruner.pruning.prune import are_alike, cuttable_layers
 from qpruner.rundir import run_root
 
@@ -40,7 +39,8 @@ class Shapes:
         model_config: transformers config of the base model.
         base: Sizes of the base model.
         cuts: The cuts of this model that are tried, the one without whole blocks first where that is open.
-        pruned: Sizes after the first; an estimate when `is_estimate`.
+        left_out: Why some are not tried on the device that the run works on.
+        pruned: Sizes after the first that is tried; an estimate when `is_estimate`.
         is_estimate: Global selection, or which blocks go, leaves the widths open until the scores are known.
         budget_bytes: The byte budget for the pruned model.
         plan: The one that `search.plan` names; None where a search chooses, or where how many blocks go is open.
@@ -50,11 +50,15 @@ class Shapes:
     model_config: Any
     base: Layout
     cuts: tuple[Cut, ...]
+    left_out: tuple[str, ...]
     pruned: Layout
     is_estimate: bool
     budget_bytes: int
     plan: PrecisionPlan | None
     packs: bool
+
+
+AnyShapes = TypeVar("AnyShapes", bound=Shapes)
 
 
 @dataclass(frozen=True)
@@ -93,7 +97,7 @@ def inspect(config: RunConfig, works_here: bool = True, packs: bool = True) -> I
     )
     vocabulary_size, num_rows = shapes.model_config.vocab_size, len(rows.examples["calibration"])
     importance, sample_length = size_of_importance_samples(config, vocabulary_size, num_rows)
-    _check_positions(config, shapes.model_config, sample_length)
+    _check_positions(config, shapes, sample_length)
     check_encoding(config, rows.examples)
     samples = {"importance": importance, "sensitivity": config.calibration.num_sensitivity_samples}
     cut = _of_cut(config, shapes.model_config)
@@ -102,16 +106,20 @@ def inspect(config: RunConfig, works_here: bool = True, packs: bool = True) -> I
         examples=rows.examples,
         questions=rows.questions,
         counts=RowCounts(samples, rows.asked, sample_length),
-        warnings=(*rows.warnings, *cut, *_warnings(config, len(shapes.pruned.groups))),
+        warnings=(*rows.warnings, *cut, *shapes.left_out, *_warnings(config, len(shapes.pruned.groups))),
     )
 
 
-def _check_positions(config: RunConfig, model_config: Any, sample_length: int) -> None:
+def _check_positions(config: RunConfig, shapes: Shapes, sample_length: int) -> None:
     """Refuse more tokens than a table of positions has rows."""
+    model_config = shapes.model_config
     if not family_of(model_config).has_learned_positions:
         return
-    key = "calibration.token_ids" if config.calibration.token_ids else "calibration.max_length"
-    for name, length in (("data.max_length", config.data.max_length), (key, sample_length)):
+    lengths = {"data.max_length": config.data.max_length}
+    if not all(cut.settings.is_off for cut in shapes.cuts):
+        key = "calibration.token_ids" if config.calibration.token_ids else "calibration.max_length"
+        lengths[key] = sample_length
+    for name, length in lengths.items():
         if length > (most := int(model_config.max_position_embeddings)):
             raise UserError(
                 f"`{name}`: {length} tokens are more than the {most} positions that this {model_config.model_type} "
@@ -124,19 +132,41 @@ def _shapes(config: RunConfig, works_here: bool, packs: bool) -> Shapes:
     model_config = load_model_config(config.model)
     family_of(model_config)
     base = layout_for(config, model_config)
-    cuts = cuts_in_effect(config.prune, model_config)
-    if works_here:
-        cuts = cuts_on(_own_capability(), config, model_config, cuts, packs)
-    cuts, plan = _for_plan(config, model_config, cuts)
+    cuts, plan = _for_plan(config, model_config, cuts_in_effect(config.prune, model_config))
+    shapes = Shapes(model_config, base, cuts, (), base, False, 0, plan, packs)
+    return shapes_on(_own_capability(), config, shapes) if works_here else _with_cuts(config, shapes, cuts)
+
+
+def shapes_on(capability: tuple[int, int] | None, config: RunConfig, shapes: AnyShapes) -> AnyShapes:
+    """With those cuts alone that a device can train and run; all of them where it can none and nothing more is to be
+    done.
+
+    Args:
+        capability: Compute capability of the GPU; None of a CPU.
+        config: The configuration.
+        shapes: What the configuration makes of the model, whatever the device.
+
+    Raises:
+        UserError: Naming the key, the rule and the remedy, where it can run no cut: that of the first.
+    """
+    cuts, refusals = cuts_on(capability, config, shapes.model_config, shapes.cuts, shapes.packs)
+    left_out = tuple(
+        f"the cut {with_or_without(cut.settings)} whole blocks is left out: {refusal}" for cut, refusal in refusals
+    )
+    return replace(_with_cuts(config, shapes, cuts), left_out=left_out)
+
+
+def _with_cuts(config: RunConfig, shapes: AnyShapes, cuts: tuple[Cut, ...]) -> AnyShapes:
+    """The sizes after these cuts."""
     pruned = layout_for(config, cuts[0].expected)
     budget = budget_bytes(config.quantize, pruned, config.search.pareto)
     is_estimate = any(
         not cut.settings.is_off and (cut.settings.selection == "global" or cut.settings.drops_blocks) for cut in cuts
     )
-    if plan and not is_estimate:
+    if shapes.plan and not is_estimate:
         assert config.search.plan
-        check_affordable(Path(config.search.plan), pruned.plan_bytes(plan), budget)
-    return Shapes(model_config, base, cuts, pruned, is_estimate, budget, plan, packs)
+        check_affordable(Path(config.search.plan), pruned.plan_bytes(shapes.plan), budget)
+    return replace(shapes, cuts=cuts, pruned=pruned, is_estimate=is_estimate, budget_bytes=budget)
 
 
 def _for_plan(
@@ -331,9 +361,9 @@ def check_gpu(config: RunConfig, capability: tuple[int, int]) -> None:
 
 def cuts_on(
     capability: tuple[int, int] | None, config: RunConfig, model_config: Any, cuts: tuple[Cut, ...], packs: bool
-) -> tuple[Cut, ...]:
-    """Of the cuts that are tried, those that a device can train and run; all of them where it can none and nothing more
-    is to be done.
+) -> tuple[tuple[Cut, ...], list[tuple[Cut, UserError]]]:
+    """Of the cuts that are tried, those that a device can train and run, and why not the others; all of them where it
+    can none and nothing more is to be done.
 
     Args:
         capability: Compute capability of the GPU; None of a CPU.
@@ -347,14 +377,19 @@ def cuts_on(
     """
     if capability is None and config.model.dtype == "float16":
         raise UserError("`model.dtype`: float16 cannot be trained on a CPU; use bfloat16 or float32")
-    try:
-        if capability is None:
-            return _cuts_on_cpu(config, model_config, cuts)
-        check_gpu(config, capability)
-    except UserError:
-        if packs:
-            raise
-    return cuts
+    found: list[Cut] = []
+    refusals: list[tuple[Cut, UserError]] = []
+    for cut in cuts:
+        try:
+            _check_cpu(config, model_config, cut) if capability is None else check_gpu(config, capability)
+            found.append(cut)
+        except UserError as error:
+            refusals.append((cut, error))
+    if found:
+        return tuple(found), refusals
+    if packs:
+        raise refusals[0][1]
+    return cuts, []
 
 
 def remark_on_cut(config: RunConfig, shapes: Shapes) -> str | None:
@@ -364,20 +399,6 @@ def remark_on_cut(config: RunConfig, shapes: Shapes) -> str | None:
     except UserError as error:
         return f"nothing but the cut can be done on this machine: {error}"
     return None
-
-
-def _cuts_on_cpu(config: RunConfig, model_config: Any, cuts: Sequence[Cut]) -> tuple[Cut, ...]:
-    found: list[Cut] = []
-    refusals: list[UserError] = []
-    for cut in cuts:
-        try:
-            _check_cpu(config, model_config, cut)
-            found.append(cut)
-        except UserError as error:
-            refusals.append(error)
-    if not found:
-        raise refusals[0]
-    return tuple(found)
 
 
 def _check_cpu(config: RunConfig, model_config: Any, cut: Cut) -> None:
@@ -410,8 +431,8 @@ def _check_any_width(model_config: Any, prune: PruneConfig, index: int) -> None:
             )
         raise UserError(
             f"`prune.selection: global` may leave {linear} with {wrong * columns} columns, {WRONGLY_DECODED}: use "
-            f"`quantize.bits` 8 and 16, take {kind.name} out of `prune.units`, or set `selection: per_layer`, whose "
-            "widths are known before the cut"
+            f"`quantize.bits` 8 and 16, set `prune.units: [{ATTENTION if kind.name == MLP else MLP}]`, or `selection: "
+            "per_layer`, whose widths are known before the cut"
         )
 
 

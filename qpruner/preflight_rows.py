@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -12,6 +12,7 @@ from pathlib import Path
 from qpruner.config import RunConfig
 from qpruner.data import (
     Example,
+    answered_samples,
     check_disjoint,
     encode,
     load_examples,
@@ -301,12 +302,8 @@ def check_encoding(config: RunConfig, examples: dict[str, list[Example]]) -> Non
     A .gguf file's tokenizer takes 15 s to convert: that is left to `prepare` unless the text may be too short.
     """
     source, calibration = check_source(config.model), config.calibration
-    if source.endswith(".gguf"):
-        lengths = [len(row.prompt) + len(row.context) + len(row.response) for row in examples["calibration"]]
-        wanted = calibration.num_samples * calibration.max_length
-        is_enough = sum(lengths) > MOST_CHARACTERS_A_TOKEN * wanted if calibration.packing else all(lengths)
-        if is_enough or calibration.token_ids:
-            return
+    if source.endswith(".gguf") and _is_surely_enough(config, examples["calibration"]):
+        return
     try:
         tokenizer = load_tokenizer(source, config.model)
     except Exception as error:  # missing and broken tokenizer files raise many types
@@ -325,3 +322,22 @@ def check_encoding(config: RunConfig, examples: dict[str, list[Example]]) -> Non
     if not calibration.token_ids:
         take = packed_samples if calibration.packing else row_samples
         take(examples["calibration"], tokenizer, calibration.num_samples, calibration.max_length, settings.template)
+    number = calibration.num_sensitivity_samples
+    answered_samples(examples["calibration"], tokenizer, number, settings.max_length, settings.template)
+
+
+def _is_surely_enough(config: RunConfig, rows: list[Example]) -> bool:
+    """Whether calibration rows need not be counted in tokens."""
+    calibration = config.calibration
+    whole = [len(row.prompt) + len(row.context) + len(row.response) for row in rows]
+    if not _num_written(row.response for row in rows) >= calibration.num_sensitivity_samples:
+        return False
+    if calibration.token_ids:
+        return True
+    if calibration.packing:
+        return sum(whole) > MOST_CHARACTERS_A_TOKEN * calibration.num_samples * calibration.max_length
+    return sum(length > MOST_CHARACTERS_A_TOKEN for length in whole) >= calibration.num_samples
+
+
+def _num_written(texts: Iterable[str]) -> int:
+    return sum(bool(text.strip()) for text in texts)

@@ -27,7 +27,7 @@ def config_of(folder: Path, bits: list[int], **prune: Any) -> RunConfig:
 
 def checked_on_cpu(model_config: Any, config: RunConfig) -> int:
     """How many cuts a CPU can go on from."""
-    return len(cuts_on(None, config, model_config, cuts_of(model_config, config.prune), packs=True))
+    return len(cuts_on(None, config, model_config, cuts_of(model_config, config.prune), packs=True)[0])
 
 
 def test_heads_that_a_cpu_would_decode_wrongly_are_refused_before_the_cut(tmp_path: Path) -> None:
@@ -37,7 +37,7 @@ def test_heads_that_a_cpu_would_decode_wrongly_are_refused_before_the_cut(tmp_pa
     config = config_of(tmp_path, [4, 8], rate=0.1, selection="global", units=units)
     with pytest.raises(UserError) as caught:
         checked_on_cpu(model_config, config)
-    for told in ("`prune.selection: global`", "layers.0.self_attn.o_proj with 96 columns", "take attention out of"):
+    for told in ("`prune.selection: global`", "layers.0.self_attn.o_proj with 96 columns", "set `prune.units: [mlp]`"):
         assert told in str(caught.value)
     assert checked_on_cpu(model_config, config_of(tmp_path, [8, 16], rate=0.1, selection="global", units=units)) == 1
     assert checked_on_cpu(model_config, config_of(tmp_path, [4, 8], rate=0.1, selection="global", units=["mlp"])) == 1
@@ -69,7 +69,8 @@ def test_of_several_cuts_those_that_a_cpu_can_go_on_from_are_tried(tmp_path: Pat
     config = config_of(tmp_path, [4, 8], rate=0.2, selection="per_layer")
     settings = PruneConfig(selection="per_layer")
     cuts = Cut(settings, bad), Cut(settings, good)
-    assert cuts_on(None, config, good, cuts, packs=True) == cuts[1:]
+    tried, [(left_out, why)] = cuts_on(None, config, good, cuts, packs=True)
+    assert (tried, left_out) == (cuts[1:], cuts[0]) and "144 columns" in str(why)
     with pytest.raises(UserError, match="144 columns"):
         cuts_on(None, config, good, cuts[:1], packs=True)
 

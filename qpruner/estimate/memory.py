@@ -105,7 +105,7 @@ def _importance_memory(config: RunConfig, inspection: Inspection, settings: Prun
     parts = {"weights": base.num_parameters * base.element_bytes}
     by_gradient = bool(settings.width_units) and settings.importance in ("fisher", "taylor")
     if not by_gradient and not (settings.drops_blocks and settings.depth_importance == "taylor"):
-        return Memory(f"the base model, importance by {settings.importance}", parts)
+        return Memory(f"the base model, importance by {settings.criterion}", parts)
     if settings.order == "mixed" and settings.aggregation == "element":
         sizes = unit_sizes(
             skeleton(inspection.model_config), cuttable_layers(inspection.model_config, settings), settings.width_units

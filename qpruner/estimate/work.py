@@ -311,7 +311,7 @@ class _Count:
         per_weight = {"fisher": 6, "taylor": 6, "fluctuation": 2, "activation_norm": 2}.get(settings.importance, 0)
         per_weight += 4 if settings.compensates_by != "none" else 0
         tokens = counts.samples["importance"] * counts.sample_length
-        passes = settings.num_steps * per_weight * tokens
+        passes = settings.num_steps * per_weight * tokens if settings.width_units else 0
         if settings.drops_blocks:
             passes += {"block_influence": 2, "taylor": 6}[settings.depth_importance] * tokens
             passes += 4 * tokens if settings.compensates_by == "least_squares" else 0

@@ -276,7 +276,7 @@ def _measured(context: Context, job: ScoringJob) -> Measurement:
 
 def _encode_splits(context: Context, model_path: str, folder: Path) -> dict[str, int]:
     """Encode every split and the calibration samples; returns rows by split."""
-    from qpruner.data import encode, pack, save_encoded
+    from qpruner.data import answered_samples, pack, save_encoded
     from qpruner.models.loading import load_tokenizer
 
     config, settings = context.config, context.config.data
@@ -288,8 +288,8 @@ def _encode_splits(context: Context, model_path: str, folder: Path) -> dict[str,
     vocabulary = context.inspection.model_config.vocab_size
     splits["importance"] = importance_samples(config, examples["calibration"], vocabulary, tokenizer)
     # Importance is the whole text's loss, as in LLM-Pruner; sensitivity looks where an answer is predicted.
-    sensitivity = _shuffled(examples["calibration"], config.seed)[: config.calibration.num_sensitivity_samples]
-    splits["sensitivity"] = encode(sensitivity, tokenizer, settings.max_length, settings.template)
+    shuffled, number = _shuffled(examples["calibration"], config.seed), config.calibration.num_sensitivity_samples
+    splits["sensitivity"] = answered_samples(shuffled, tokenizer, number, settings.max_length, settings.template)
     for name, rows in splits.items():
         save_encoded(rows, folder / name)
     return {name: len(rows) for name, rows in splits.items()}

@@ -11,7 +11,7 @@ import shutil
 import uuid
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from qpruner.config import RunConfig
@@ -22,7 +22,7 @@ from qpruner.execution.testimony import differences, differing, versions
 from qpruner.objects import CACHE, CREDENTIALS, is_mirror, name_of
 from qpruner.pipeline.context import Context
 from qpruner.plan import FULL_BITS, Layout
-from qpruner.preflight import amount, check_gpu, cuts_on
+from qpruner.preflight import amount, check_gpu, shapes_on
 from qpruner.records import BankRecord
 from qpruner.rundir import BANK_CACHE, RunDir, read_sign, remove, write_text
 from qpruner.wording import counted
@@ -83,9 +83,9 @@ def look_at_nodes(context: Context) -> None:
             text = f"warning: Ray counts {report.size.gpus:g} GPUs on {report.name}, which has none that can be seen"
             context.emit(Message("cluster", f"{text}: what holds them runs on the CPU"))
     if _works_on_cpus(reports, resources):
-        seen = context.inspection
-        cuts = cuts_on(None, context.config, seen.model_config, seen.cuts, seen.packs)
-        context.inspection = replace(seen, cuts=cuts)
+        context.inspection = shapes_on(None, context.config, context.inspection)
+        for remark in context.inspection.left_out:
+            context.emit(Message("prune", f"warning: {remark}"))
 
 
 def _banked(run: RunDir) -> list[str]:

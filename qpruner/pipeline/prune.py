@@ -274,7 +274,7 @@ def _fields(config: RunConfig, settings: PruneConfig, pruned: Pruned, base: _Wat
     removed = pruned.parameters_before - pruned.parameters_after
     element_bytes = preflight.DTYPE_BYTES[config.model.dtype]
     return {
-        "importance": _criterion(settings),
+        "importance": settings.criterion,
         "selection": settings.selection,
         "compensation": settings.compensates_by,
         "target": target_text(settings),
@@ -297,7 +297,7 @@ def describe(cuts: Sequence[PruneConfig]) -> str:
     settings = cuts[0]
     if settings.is_off:
         return target_text(settings)
-    parts = [target_text(settings), f"by {_criterion(settings).replace('_', ' ')}", settings.selection]
+    parts = [target_text(settings), f"by {settings.criterion.replace('_', ' ')}", settings.selection]
     if len(cuts) > 1:
         parts.append("without whole blocks and with some, whichever loses less")
     elif settings.drops_blocks:
@@ -307,11 +307,6 @@ def describe(cuts: Sequence[PruneConfig]) -> str:
     if settings.compensates_by != "none":
         parts.append(f"{settings.compensates_by.replace('_', ' ')} compensation")
     return ", ".join(parts)
-
-
-def _criterion(settings: PruneConfig) -> str:
-    """What units are ranked by; where whole blocks alone go, what those are."""
-    return settings.importance if settings.width_units else settings.depth_importance
 
 
 def target_text(settings: PruneConfig) -> str:

@@ -185,7 +185,11 @@ def _taylor_by_element(
 
 def _salience(parameter: torch.nn.Parameter, gradient: torch.Tensor) -> torch.Tensor:
     """``w g`` in float32; in the gradient's own memory where that is float32, for nobody reads it any more."""
-    return gradient.float().mul_(parameter.detach())
+    salience = gradient.float().contiguous()
+    pieces = (torch.split(each.detach().view(-1), ENTRIES_AT_ONCE) for each in (salience, parameter.contiguous()))
+    for piece, weights in zip(*pieces, strict=True):
+        piece.mul_(weights)  # a whole matrix would be there a second time in float32
+    return salience
 
 
 def output_moments(
@@ -305,6 +309,7 @@ class _Collected:
         return scores
 
 
+ENTRIES_AT_ONCE = 2**22
 REDUCTIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "sum": lambda scores: scores.sum(dim=0),
     "mean": lambda scores: scores.mean(dim=0),

@@ -355,7 +355,7 @@ def _obstacle(model_config: Any, settings: PruneConfig) -> tuple[str, str, str] 
         return f"experts of a {family.model_type} model", why, "take `prune.units: [attention]`"
     if not settings.width_units and family.residual_factor(model_config) is None:
         why = "behind its MLP there is a norm, or experts stand in its place"
-        return f"the whole blocks of a {family.model_type} model", why, "name another kind in `prune.units`"
+        return f"the whole blocks of a {family.model_type} model", why, f"name `{ATTENTION}` in `prune.units`, too"
     return None
 
 

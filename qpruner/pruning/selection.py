@@ -482,6 +482,8 @@ def _select_global(values: Values, sizes: Sizes, target: int, round_to: int) -> 
                 part = parts[position]
                 score = sum(scores[unit] for unit in part) / (weight * len(part))
                 ranked.append((score, index, name, position))
+    ranked.sort()
+    earlier = dict(gone)
 
     def weight_of(index: int, name: str, position: int) -> int:
         size = sizes[index][name]
@@ -489,8 +491,7 @@ def _select_global(values: Values, sizes: Sizes, target: int, round_to: int) -> 
 
     removed = sum(weight_of(*place, position) for place, count in gone.items() for position in range(count))
     finest = _finest(sizes, round_to)
-
-    for _, index, name, position in sorted(ranked):
+    for _, index, name, position in ranked:
         parameters = weight_of(index, name, position)
         # Bundles of a block go in order; one that was too large for what is left keeps its successors.
         if removed + parameters <= target + finest // 2 and gone[index, name] == position:
@@ -498,18 +499,20 @@ def _select_global(values: Values, sizes: Sizes, target: int, round_to: int) -> 
             removed += parameters
     if any(name == MLP for _, name in bundles):
         # Channels may not suffice: then coarse units go although they are too large, and channels come back.
-        for _, index, name, position in sorted(ranked):
+        for _, index, name, position in ranked:
             if target - removed <= finest:
                 break
             if name != MLP and gone[index, name] == position:
                 gone[index, name] += 1
                 removed += weight_of(index, name, position)
-        for _, index, name, position in sorted(ranked, reverse=True):
+        for _, index, name, position in reversed(ranked):
             parameters = weight_of(index, name, position)
             is_last = name == MLP and gone[index, name] == position + 1
             if is_last and removed - target > parameters // 2:
                 gone[index, name] -= 1
                 removed -= parameters
+    else:
+        gone = _as_near_as_possible(sizes, target, ranked, earlier, gone)
     return {
         index: {
             name: tuple(sorted(unit for part in bundles[index, name][gone[index, name] :] for unit in part))
@@ -517,6 +520,41 @@ def _select_global(values: Values, sizes: Sizes, target: int, round_to: int) -> 
         }
         for index, by_kind in values.items()
     }
+
+
+def _as_near_as_possible(
+    sizes: Sizes,
+    target: int,
+    ranked: Sequence[tuple[float, int, str, int]],
+    earlier: Mapping[tuple[int, str], int],
+    gone: Mapping[tuple[int, str], int],
+) -> dict[tuple[int, str], int]:
+    """Where no channels go: the least important of each kind, in numbers that come as near the target as one head, and
+    have as many experts as would have gone by importance alone, or nearly."""
+
+    def totals_of(counts: Mapping[tuple[int, str], int]) -> dict[str, int]:
+        return {name: sum(count for (_, kind), count in counts.items() if kind == name) for _, name in counts}
+
+    before, wanted = totals_of(earlier), totals_of(gone)
+    possible = [
+        (missed, totals)
+        for parameters, totals in _totals(_pools(sizes), target)
+        for missed in [max(abs(target - parameters), _finest(sizes, 1) / 2)]
+        if all(totals[name] >= count for name, count in before.items())
+    ]
+    coarsest = next(iter(_pools(sizes)))
+    _, left = min(
+        possible,
+        key=lambda found: (found[0], abs(found[1][coarsest] - wanted[coarsest])),
+        default=(0.0, before),
+    )
+    left = {name: count - before[name] for name, count in left.items()}
+    counts = dict(earlier)
+    for _, index, name, position in ranked:
+        if left[name] > 0 and counts[index, name] == position:
+            counts[index, name] += 1
+            left[name] -= 1
+    return counts
 
 
 def _bundles(scores: Sequence[float], size: KindSize, width: int) -> list[list[int]]:

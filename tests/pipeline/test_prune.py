@@ -171,7 +171,9 @@ def test_a_cut_that_is_not_gone_on_from_may_have_widths_that_this_machine_cannot
     """It is for another machine, or for no 4-bit layers at all; what would go on from it is refused before it."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     raw = with_key(changed(raw, round_to=32, selection="global"), "quantize.bits", [4, 8])
-    assert preview(validate_config(raw), lambda event: None).layers
+    shown: list[Event] = []
+    assert preview(validate_config(raw), shown.append).layers
+    assert sum("nothing but the cut" in event.text for event in shown if isinstance(event, Message)) == 1
     with pytest.raises(UserError, match=r"`quantize\.bits`: .* on a CPU bitsandbytes decodes 4-bit weights wrongly"):
         run(validate_config(raw), lambda event: None, until="bank")
     record, _, events = pruned(raw)
@@ -240,7 +242,7 @@ def test_uniform_folders_run_where_qpruner_is_not_installed(raw: Raw, tmp_path: 
     kinds = {
         "width": {"rate": 0.3, "uniform": True},
         "solved": {"rate": 0.3, "uniform": True, "compensation": "least_squares", "steps": 2},
-        "depth": {"rate": 0.3, "units": ["block"], "importance": "fisher", "round_to": 64},
+        "depth": {"rate": 0.3, "units": ["block"], "importance": "fisher", "selection": "global", "round_to": 64},
         "both": {"rate": 0.5, "units": ["block", "attention", "mlp"], "depth_share": 0.5, "uniform": True},
         "ragged": {"rate": 0.3, "first_layer": 1},
         "biased": {"rate": 0.3, "compensation": "bias"},

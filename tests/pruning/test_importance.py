@@ -313,7 +313,7 @@ def test_one_gradient_at_a_time_is_alive(model: PreTrainedModel, samples: Sample
 @pytest.mark.parametrize("order", ["first", "second"])
 def test_a_gradient_is_weighed_in_one_more_tensor_of_its_size(order: str) -> None:
     """In float32, beside its own bfloat16: for the stacked experts of Mixtral-8x7B 3.8 GB, not three times that."""
-    num_channels = 150_000
+    num_channels = 600_000  # tensors that glibc maps and unmaps, whatever was freed before
     model = tiny(num_hidden_layers=1, intermediate_size=num_channels).to(torch.bfloat16)
     num_weights = model.model.layers[0].mlp.down_proj.weight.numel()
     settings = settings_of(importance="taylor", order=order, units=["mlp"])
@@ -321,7 +321,7 @@ def test_a_gradient_is_weighed_in_one_more_tensor_of_its_size(order: str) -> Non
     score(model, (0,), settings, samples)  # what libraries take once
     peak = PeakMemory()
     score(model, (0,), settings, samples)
-    assert peak.bytes() < 9 * num_weights, peak.bytes() / num_weights
+    assert peak.bytes() < 10 * num_weights, peak.bytes() / num_weights
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma2", "phi3", "opt", "gpt_neox"])

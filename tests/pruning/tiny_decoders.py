@@ -78,9 +78,9 @@ def tiny(name: str = "llama", seed: int = 0, **options: Any) -> PreTrainedModel:
 
 def settings_of(**options: Any) -> PruneConfig:
     """First-order Taylor block by block, nothing made up for, to within one channel; whatever the defaults are."""
-    recipe: dict[str, Any] = {"selection": "per_layer", "compensation": "none"}
+    recipe: dict[str, Any] = {"compensation": "none"}
     if list(options.get("units", ())) != ["block"]:
-        recipe |= {"importance": "taylor", "round_to": 1, "steps": 1}
+        recipe |= {"importance": "taylor", "selection": "per_layer", "round_to": 1, "steps": 1}
     return PruneConfig.model_validate(recipe | options)
 
 
