@@ -253,14 +253,12 @@ class PruneConfig(Section):
             return raw
         implied: dict[str, Any] = {}
         if raw.get("layer_rate") is not None:
-            if raw.get("rate") is not None:
-                raise ValueError(f"give `rate` or `layer_rate`, not both: {take_out('prune.rate', 'prune.layer_rate')}")
             implied |= {"rate": None, "round_to": 1}
             if raw.get("importance", cls.model_fields["importance"].default) in REDUCING:
                 implied["query_heads"] = "modulo"
         if raw.get("layer_rate") is not None or raw.get("uniform") is True:
             implied["selection"] = "per_layer"
-        return implied | raw | ({"rate": None} if "rate" in implied else {})
+        return implied | raw
 
     @model_validator(mode="after")
     def consistent(self) -> PruneConfig:
@@ -276,6 +274,10 @@ class PruneConfig(Section):
         return (
             (not by_rate and self.rate is None, "give `rate` or `layer_rate`, got neither"),
             (
+                by_rate and self.rate is not None,
+                f"give `rate` or `layer_rate`, not both: {take_out('prune.rate', 'prune.layer_rate')}",
+            ),
+            (
                 len(set(units)) < len(units),
                 f"`units` names a kind twice: {list(units)}; name each once",
             ),
@@ -284,13 +286,18 @@ class PruneConfig(Section):
                 "`units` may name `expert` or `mlp`, not both: whole experts go, or channels of every expert",
             ),
             (by_rate and self.drops_blocks, "`layer_rate` is about units inside blocks: take `block` out of `units`"),
-            (by_rate and self.selection == "global", "`layer_rate` needs `selection: per_layer`"),
+            *(
+                (
+                    needs and self.selection == "global",
+                    f"`{key}` needs `selection: per_layer`, its default; got global: {take_out('prune.selection')}",
+                )
+                for key, needs in (("layer_rate", by_rate), ("uniform", self.uniform))
+            ),
             (
                 self.reduction == "product" and self.selection == "global",
                 "`reduction: product` needs `selection: per_layer`: heads and channels have different numbers of "
                 "matrices, so their products cannot be compared; or take another reduction, such as sum",
             ),
-            (self.uniform and self.selection == "global", "`uniform` needs `selection: per_layer`"),
             (
                 self.depth_share is not None and not (self.drops_blocks and width),
                 "`depth_share` needs `units` with `block` and another kind: name both, or "
@@ -897,8 +904,9 @@ def _explain_unknown_key(location: list[str | int]) -> str:
     known = _known_keys(location[:-1])
     name = str(location[-1])
     prefix = "".join(f"{part}." for part in location[:-1])
-    nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    hint = f"did you mean `{prefix}{nearest[0]}`?" if nearest else f"known keys: {', '.join(sorted(known))}"
+    inside = [f"{section}.{name}" for section in known if name in _known_keys([*location[:-1], section])]
+    nearest = inside or [f"{prefix}{key}" for key in difflib.get_close_matches(name, known, n=1, cutoff=0.5)]
+    hint = f"did you mean `{nearest[0]}`?" if nearest else f"known keys: {', '.join(sorted(known))}"
     return f"`{prefix}{name}` is not a known key; {hint}"
 
 

@@ -151,7 +151,9 @@ def shapes_on(capability: tuple[int, int] | None, config: RunConfig, shapes: Any
     """
     cuts, refusals = cuts_on(capability, config, shapes.model_config, shapes.cuts, shapes.packs)
     left_out = tuple(
-        f"the cut {with_or_without(cut.settings)} whole blocks is left out: {refusal}" for cut, refusal in refusals
+        f"the cut {with_or_without(cut.settings)} whole blocks is left out: {refusal}"
+        for cut, refusal in refusals
+        if cut not in cuts
     )
     return replace(_with_cuts(config, shapes, cuts), left_out=left_out)
 
@@ -362,8 +364,8 @@ def check_gpu(config: RunConfig, capability: tuple[int, int]) -> None:
 def cuts_on(
     capability: tuple[int, int] | None, config: RunConfig, model_config: Any, cuts: tuple[Cut, ...], packs: bool
 ) -> tuple[tuple[Cut, ...], list[tuple[Cut, UserError]]]:
-    """Of the cuts that are tried, those that a device can train and run, and why not the others; all of them where it
-    can none and nothing more is to be done.
+    """Of the cuts that are tried, those that a device can train and run, all of them where it can none and nothing more
+    is to be done; and what it cannot, with the reasons.
 
     Args:
         capability: Compute capability of the GPU; None of a CPU.
@@ -385,20 +387,17 @@ def cuts_on(
             found.append(cut)
         except UserError as error:
             refusals.append((cut, error))
-    if found:
-        return tuple(found), refusals
-    if packs:
-        raise refusals[0][1]
-    return cuts, []
+    if not found and packs:
+        raise UserError(f"{refusals[0][1]} (`qpruner prune` alone still makes this cut)")
+    return tuple(found) or cuts, refusals
 
 
 def remark_on_cut(config: RunConfig, shapes: Shapes) -> str | None:
     """That this machine can make it, and no more; None where it can go on."""
-    try:
-        cuts_on(_own_capability(), config, shapes.model_config, shapes.cuts, packs=True)
-    except UserError as error:
-        return f"nothing but the cut can be done on this machine: {error}"
-    return None
+    _, refusals = cuts_on(_own_capability(), config, shapes.model_config, shapes.cuts, packs=False)
+    if len(refusals) < len(shapes.cuts):
+        return None
+    return f"nothing but the cut can be done on this machine: {refusals[0][1]}"
 
 
 def _check_cpu(config: RunConfig, model_config: Any, cut: Cut) -> None:

@@ -229,7 +229,8 @@ def size_of_importance_samples(config: RunConfig, vocabulary_size: int, num_rows
     in_rows = () if given or calibration.packing else ("num_samples",)
     asked = {key: getattr(calibration, key) for key in (*in_rows, "num_sensitivity_samples")}
     if short := [f"`calibration.{key}` asks for {wanted}" for key, wanted in asked.items() if wanted > num_rows]:
-        raise UserError(f"there are {num_rows} calibration rows, but {' and '.join(short)}: ask for fewer or give more")
+        there = f"there {'is' if num_rows == 1 else 'are'} {counted(num_rows, 'calibration row')}"
+        raise UserError(f"{there}, but {' and '.join(short)}: ask for fewer or give more")
     if given:
         return len(given), max(len(sample["input_ids"]) for sample in given)
     return calibration.num_samples, calibration.max_length

@@ -87,6 +87,10 @@ def refused(
 # fmt: off
 CONFIGURATION = [
     refused("key-unknown", {"outptu": "x"}, "`outptu`", "outptu", "not a known key", "did you mean `output`"),
+    refused(
+        "key-at-the-wrong-level", {"round_to": 8}, "`round_to`", "round_to", "not a known key",
+        "did you mean `prune.round_to`"
+    ),
     refused("key-misspelt", {"lora.rnak": 8}, "`lora.rnak`", "rnak", "not a known key", "did you mean `lora.rank`"),
     refused(
         "key-misspelt-deep", {"quantize.budget.bitez": 3}, "`quantize.budget.bitez`", "bitez", "not a known key",
@@ -136,8 +140,8 @@ CONFIGURATION = [
         "units inside blocks", "take `block` out of `units`"
     ),
     refused(
-        "layer-rate-global", {"prune": {"layer_rate": 0.2, "selection": "global"}}, "`layer_rate`", "`selection:",
-        "needs `selection: per_layer`"
+        "layer-rate-global", {"prune": {"layer_rate": 0.2, "selection": "global"}}, "`layer_rate`", "global",
+        "needs `selection: per_layer`, its default; got global", "take it out"
     ),
     refused(
         "product-global", {"prune": {"reduction": "product"}}, "`prune`", "`reduction: product`",
@@ -152,7 +156,7 @@ CONFIGURATION = [
     ),
     refused(
         "uniform-global", {"prune.uniform": True, "prune.selection": "global"}, "`uniform`", "`uniform`",
-        "needs `selection: per_layer`"
+        "needs `selection: per_layer`, its default; got global", "take it out"
     ),
     refused("uniform-number", {"prune.uniform": 3}, "`prune.uniform`", "got 3", "valid boolean"),
     refused(
@@ -394,7 +398,7 @@ MODEL = [
     ),
     refused(
         "layer-rate-leaves-none", {"prune": {"layer_rate": 0.999, "round_to": 1}}, "`prune.layer_rate`", "0.999",
-        "would leave 0 of the 2 attention units of block 0, but at least 1 must stay", "make it less than 0.5"
+        "would leave 0 of the 2 attention units of block 0, but at least 1 must stay", "make it at most 0.968"
     ),
     refused(
         "round-to-leaves-too-much", {"prune.round_to": 256, "prune.units": ["mlp"]}, "`prune.rate`", "0.2",

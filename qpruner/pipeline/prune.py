@@ -139,11 +139,10 @@ def preview_prune(context: Context) -> PruneRecord:
     examples, settings = context.inspection.examples, _settings(context)
     context.emit(StageStarted("prune", f"{describe(settings)}; nothing is written"))
     _tell_of_earlier_cut(context)
-    started = time.monotonic()
     validation = examples["validation"] if len(settings) > 1 else []
     job = PreviewJob(context.worker_config, settings, examples["calibration"], validation)
     fields = context.workshop.do(cut_in_memory, job, context.emit)
-    return PruneRecord(digest="", seconds=time.monotonic() - started, **fields)
+    return PruneRecord(digest="", **fields)
 
 
 @dataclass(frozen=True)
@@ -182,7 +181,9 @@ def cut_in_memory(job: PreviewJob, bench: Bench, emit: Emit) -> dict[str, Any]:
             release()
             return load_dense(base.path, config.model.dtype, config.model, telling(emit, "prune"))
 
-        return best_of(config, job.cuts, load, samples, held_out, emit)
+        started = time.monotonic()  # what was prepared is another stage's
+        fields = best_of(config, job.cuts, load, samples, held_out, emit)
+        return fields | {"seconds": time.monotonic() - started}
 
 
 def _samples(rows: Rows, tokenizer: PreTrainedTokenizerBase, batch_size: int) -> Samples:
@@ -245,6 +246,8 @@ def best_of(
         {"dropped_blocks": each.dropped_blocks, "validation_loss": each.loss, "behind_stderr": each.behind_stderr}
         for each in tried
     ]
+    if fields["parameters_after"] == fields["parameters_before"] and not all(cut.is_off for cut in cuts):
+        emit(Message("prune", "warning: nothing was cut: the rate is less than half of the smallest step"))
     return fields | {"tried": compared, "peak_memory_bytes": watch.peak_bytes}
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -21,6 +22,7 @@ from qpruner.pruning.importance import Scores, check_weights
 from qpruner.pruning.selection import (
     Kept,
     Sizes,
+    TooMuch,
     layer_range,
     nearest_below_and_above,
     neighbours,
@@ -144,7 +146,11 @@ def cut_by(evidence: Evidence, model: PreTrainedModel, settings: PruneConfig) ->
         target = width_target(model, settings, layers, before)
         with _beside_blocks(len(gone)):
             sizes = unit_sizes(model, layers, settings.width_units)
-            kept, scores = _cut_widths(evidence, model, settings, sizes, target)
+            try:
+                kept, scores = _cut_widths(evidence, model, settings, sizes, target)
+            except TooMuch as error:
+                most = math.floor(1000 * (asked - target + error.most) / before) / 1000
+                raise UserError(f"{error}; as it is, a rate of {most:g} is the most") from error
         if settings.layer_rate is None:
             found = neighbours(sizes, target, settings.round_to, settings.uniform)
             possible = tuple(asked + number - target for number in found)

@@ -169,10 +169,10 @@ def select_rate(values: Values, sizes: Sizes, layer_rate: float, round_to: int =
     for index, kinds in sizes.items():
         for name, size in kinds.items():
             if (stays := size.count - removed[index][name]) < size.least:
-                bound = math.floor(1000 * (1 - size.least / size.count)) / 1000
+                bound = math.floor(1000 * (1 - ((size.least - 1) * size.rows + 1) / (size.count * size.rows))) / 1000
                 raise UserError(
                     f"`prune.layer_rate` {layer_rate:g} would leave {stays} of the {size.count} {name} units of "
-                    f"block {index}, but at least {size.least} must stay: make it less than {bound:g}"
+                    f"block {index}, but at least {size.least} must stay: make it at most {bound:g}"
                 )
     if not any(count for kinds in removed.values() for count in kinds.values()):
         kinds = next(iter(sizes.values()))
@@ -272,15 +272,27 @@ def counts_per_layer(sizes: Sizes, target: int, round_to: int = 1, uniform: bool
 
 
 def neighbours(sizes: Sizes, target: int, round_to: int, uniform: bool) -> tuple[int, ...]:
-    """Numbers of parameters next to the target, below and above, that can go; none where finer units of some blocks
-    make up the difference."""
+    """Numbers of parameters next to the target, below and above, that go where they are asked for; none where finer
+    units of some blocks make up the difference."""
     if uniform:
-        found = [_parameters(sizes, alike) for alike in _alike(sizes, target, round_to)]
-    elif any(MLP in kinds for kinds in sizes.values()):
+        return _neighbours_alike(sizes, target, round_to)
+    if any(MLP in kinds for kinds in sizes.values()):
         return ()
-    else:
-        found = [gone for gone, _ in _totals(_pools(sizes), target)]
-    return nearest_below_and_above(found, target)
+    return nearest_below_and_above([gone for gone, _ in _totals(_pools(sizes), target)], target)
+
+
+def _neighbours_alike(sizes: Sizes, target: int, round_to: int) -> tuple[int, ...]:
+    """What goes, all blocks alike, and what would go next to it on the target's other side."""
+    chosen = _parameters(sizes, _most_like(sizes, target, round_to))
+    if chosen == target:
+        return (chosen,)
+    possible = sorted({_parameters(sizes, alike) for alike in _alike(sizes, target, round_to)}, reverse=chosen > target)
+    others = (
+        number
+        for number in possible
+        if (number > target) == (chosen < target) and _parameters(sizes, _most_like(sizes, number, round_to)) == number
+    )
+    return tuple(sorted({chosen, next(others, chosen)}))
 
 
 @dataclass(frozen=True)
@@ -592,10 +604,23 @@ def _keep_most_important(
     }
 
 
-def too_much(target: int, most: int) -> UserError:
+class TooMuch(UserError):
+    """A rate asks for more than there is.
+
+    Attributes:
+        most: Parameters that can go.
+    """
+
+    def __init__(self, text: str, most: int) -> None:
+        super().__init__(text)
+        self.most = most
+
+
+def too_much(target: int, most: int) -> TooMuch:
     """What to say when a rate asks for more than there is."""
-    return UserError(
+    return TooMuch(
         f"`prune.rate` asks for {target:,} parameters to go, but at most {most:,} can when each block that may be cut "
         "keeps at least one unit of each kind: lower the rate, widen `prune.first_layer` / `prune.last_layer` or name "
-        "more `prune.units`"
+        "more `prune.units`",
+        most,
     )

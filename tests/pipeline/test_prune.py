@@ -182,6 +182,12 @@ def test_a_cut_that_is_not_gone_on_from_may_have_widths_that_this_machine_cannot
     assert "nothing but the cut can be done on this machine: `quantize.bits`: model.layers" in warning
 
 
+def test_a_cut_of_nothing_is_told(raw: Raw) -> None:
+    record, _, events = pruned(changed(raw, rate=0.0001, round_to=64))
+    assert record.parameters_after == record.parameters_before
+    assert sum("nothing was cut" in event.text for event in events if isinstance(event, Message)) == 1
+
+
 def test_whole_blocks_are_listed_and_keep_nothing(raw: Raw) -> None:
     record, folder, _ = pruned(changed(raw, rate=0.5, units=["block", "mlp"], depth_share=0.8))
     assert len(record.dropped_blocks) == 1

@@ -418,8 +418,14 @@ def test_no_uniform_widths_are_nearer_and_those_next_to_the_target_are_told(seed
     removed = parameters_of(counts_per_layer(sizes, target, 64, uniform=True), sizes)
     one = min(every[kind].parameters * (64 if kind == "mlp" else 1) for kind in kinds)
     assert abs(removed - target) <= max(5 * one / 2, min(abs(each - target) for each in possible))
-    below, above = (max(each for each in possible if each <= target), min(each for each in possible if each >= target))
-    assert neighbours(sizes, target, 64, uniform=True) == tuple(sorted({below, above}))
+    told = neighbours(sizes, target, 64, uniform=True)
+    assert removed in told and set(told) <= set(possible)
+    assert min(told) <= target <= max(told) or len(told) == 1
+    for number in told:
+        if number != removed:
+            assert parameters_of(counts_per_layer(sizes, number, 64, uniform=True), sizes) == number, (
+                "asked for, it goes"
+            )
 
 
 SMOLLM2 = (3, 64 * 576 * 8, 1536, 3 * 576, 30, 134_515_008, (1, 2, 3))
@@ -570,7 +576,7 @@ def test_a_blocks_own_share_is_rounded_to_a_multiple(rate: float, stays: int) ->
     ("name", "size", "rate", "bound"),
     [
         ("mlp", KindSize(7, 40), 0.976, 0.975),
-        ("attention", KindSize(7, 4, rows=8), 0.99, 0.75),
+        ("attention", KindSize(7, 4, rows=8), 0.99, 0.968),
         ("expert", KindSize(7, 8, least=2), 0.8, 0.75),
     ],
 )
@@ -579,7 +585,7 @@ def test_a_blocks_own_share_that_leaves_too_few_is_refused(
 ) -> None:
     """Not quietly made less; just below the bound that is told, it works."""
     scores: Values = {3: {name: [float(unit) for unit in range(size.count)]}}
-    told = rf"{rate:g} would leave \d of the {size.count} {name} units of block 3, .* less than {bound:g}"
+    told = rf"{rate:g} would leave \d of the {size.count} {name} units of block 3, .* at most {bound:g}"
     with pytest.raises(UserError, match=told):
         select_rate(scores, {3: {name: size}}, rate)
     kept = select_rate(scores, {3: {name: size}}, bound - 1e-6)
