@@ -108,8 +108,8 @@ def check_cpu_widths(linears: Iterable[LinearShape]) -> None:
         if decodes_wrongly(linear.columns):
             raise UserError(
                 f"`quantize.bits`: {linear.name} has {linear.columns} columns, {WRONGLY_DECODED}: use bits 8 and 16, "
-                "or have the cut leave other widths: `prune.round_to: 64` for MLP channels, `prune.units: [mlp]` where "
-                "the size of heads is no multiple of 64"
+                "or, if it is a cut that leaves this width, have it leave another: `prune.round_to: 64` for MLP "
+                "channels, `prune.units: [mlp]` where the size of heads is no multiple of 64"
             )
 
 

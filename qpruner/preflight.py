@@ -388,7 +388,8 @@ def cuts_on(
         except UserError as error:
             refusals.append((cut, error))
     if not found and packs:
-        raise UserError(f"{refusals[0][1]} (`qpruner prune` alone still makes this cut)")
+        refused, why = refusals[0]
+        raise UserError(str(why) + ("" if refused.settings.is_off else " (`qpruner prune` alone still makes this cut)"))
     return tuple(found) or cuts, refusals
 
 

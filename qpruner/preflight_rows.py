@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -28,6 +28,8 @@ from qpruner.wording import counted
 
 MOST_CHARACTERS_A_TOKEN = 8
 """Text of more is long enough without being counted in tokens."""
+PROMPT_MARGIN = 1.25
+"""A prompt that takes less than the room by so much leaves a token to predict, however its tokens are counted."""
 CHARACTERS_A_TOKEN = 4
 """About, in English."""
 ALPACA_TOKENS, QUESTION_TOKENS = 40, 4
@@ -303,7 +305,7 @@ def check_encoding(config: RunConfig, examples: dict[str, list[Example]]) -> Non
     A .gguf file's tokenizer takes 15 s to convert: that is left to `prepare` unless the text may be too short.
     """
     source, calibration = check_source(config.model), config.calibration
-    if source.endswith(".gguf") and _is_surely_enough(config, examples["calibration"]):
+    if source.endswith(".gguf") and _is_plainly_enough(config, examples["calibration"]):
         return
     try:
         tokenizer = load_tokenizer(source, config.model)
@@ -327,18 +329,15 @@ def check_encoding(config: RunConfig, examples: dict[str, list[Example]]) -> Non
     answered_samples(examples["calibration"], tokenizer, number, settings.max_length, settings.template)
 
 
-def _is_surely_enough(config: RunConfig, rows: list[Example]) -> bool:
+def _is_plainly_enough(config: RunConfig, rows: list[Example]) -> bool:
     """Whether calibration rows need not be counted in tokens."""
-    calibration = config.calibration
+    calibration, room = config.calibration, config.data.max_length / PROMPT_MARGIN
     whole = [len(row.prompt) + len(row.context) + len(row.response) for row in rows]
-    if not _num_written(row.response for row in rows) >= calibration.num_sensitivity_samples:
+    answered = sum(bool(row.response.strip()) and about_tokens(row)[0] < room for row in rows)
+    if answered < calibration.num_sensitivity_samples:
         return False
     if calibration.token_ids:
         return True
     if calibration.packing:
         return sum(whole) > MOST_CHARACTERS_A_TOKEN * calibration.num_samples * calibration.max_length
     return sum(length > MOST_CHARACTERS_A_TOKEN for length in whole) >= calibration.num_samples
-
-
-def _num_written(texts: Iterable[str]) -> int:
-    return sum(bool(text.strip()) for text in texts)

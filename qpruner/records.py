@@ -128,7 +128,7 @@ class PruneRecord(Record):
         possible = [f"{rate:.2%}" for rate in self.possible_rates]
         if not possible or f"{self.target_rate:.2%}" in possible:
             return told
-        return f"{told}, possible next to the target {' and '.join(possible)}"
+        return f"{told}, possible with these settings next to the target {' and '.join(possible)}"
 
     def table_rows(self) -> list[dict[str, Any]]:
         """A row a block of the base model."""

@@ -148,7 +148,7 @@ def select(
     check_round_to(sizes, round_to)
     _check_target(sizes, target, round_to)
     if selection == "global":
-        return _select_global(values, sizes, round(target * progress), round_to)
+        return _select_global(values, sizes, round(target * progress), round_to, is_last=progress == 1.0)
     return _keep_most_important(values, sizes, counts_per_layer(sizes, target, round_to, uniform), round_to, progress)
 
 
@@ -166,14 +166,19 @@ def select_rate(values: Values, sizes: Sizes, layer_rate: float, round_to: int =
         index: {name: units_at_rate(size, layer_rate, round_to if name == MLP else 1) for name, size in kinds.items()}
         for index, kinds in sizes.items()
     }
-    for index, kinds in sizes.items():
-        for name, size in kinds.items():
-            if (stays := size.count - removed[index][name]) < size.least:
-                bound = math.floor(1000 * (1 - ((size.least - 1) * size.rows + 1) / (size.count * size.rows))) / 1000
-                raise UserError(
-                    f"`prune.layer_rate` {layer_rate:g} would leave {stays} of the {size.count} {name} units of "
-                    f"block {index}, but at least {size.least} must stay: make it at most {bound:g}"
-                )
+    too_few = [
+        (_highest_rate(size, layer_rate), index, name)
+        for index, kinds in sizes.items()
+        for name, size in kinds.items()
+        if size.count - removed[index][name] < size.least
+    ]
+    if too_few:
+        bound, index, name = min(too_few)
+        size = sizes[index][name]
+        raise UserError(
+            f"`prune.layer_rate` {layer_rate:g} would leave {size.count - removed[index][name]} of the {size.count} "
+            f"{name} units of block {index}, but at least {size.least} must stay: make it at most {bound:g}"
+        )
     if not any(count for kinds in removed.values() for count in kinds.values()):
         kinds = next(iter(sizes.values()))
         units = " and ".join(f"{size.count} {name}" for name, size in kinds.items())
@@ -184,6 +189,12 @@ def select_rate(values: Values, sizes: Sizes, layer_rate: float, round_to: int =
             f"{', lower `prune.round_to`' if multiple else ''} or name finer `prune.units`"
         )
     return _keep_most_important(values, sizes, removed, round_to, progress)
+
+
+def _highest_rate(size: KindSize, refused: float) -> float:
+    """In thousandths, below one that leaves too few units."""
+    rates = (number / 1000 for number in range(int(refused * 1000), -1, -1))
+    return next(rate for rate in rates if size.count - units_at_rate(size, rate) >= size.least)
 
 
 def units_at_rate(size: KindSize, layer_rate: float, round_to: int = 1) -> int:
@@ -278,7 +289,10 @@ def neighbours(sizes: Sizes, target: int, round_to: int, uniform: bool) -> tuple
         return _neighbours_alike(sizes, target, round_to)
     if any(MLP in kinds for kinds in sizes.values()):
         return ()
-    return nearest_below_and_above([gone for gone, _ in _totals(_pools(sizes), target)], target)
+    found = [gone for gone, _ in _totals(_pools(sizes), target)]
+    if len(_pools(sizes)) > 1 and min(abs(target - gone) for gone in found) <= _finest(sizes, 1) / 2:
+        return ()  # heads make up the difference
+    return nearest_below_and_above(found, target)
 
 
 def _neighbours_alike(sizes: Sizes, target: int, round_to: int) -> tuple[int, ...]:
@@ -321,9 +335,12 @@ def _pools(sizes: Sizes) -> dict[str, _Pool]:
     return pools
 
 
-def _totals(pools: Mapping[str, _Pool], target: int) -> list[tuple[int, dict[str, int]]]:
+def _totals(
+    pools: Mapping[str, _Pool], target: int, before: Mapping[str, int] | None = None
+) -> list[tuple[int, dict[str, int]]]:
     """Where no channels go: any number of experts, and the numbers of heads next to what is left, or of those alone;
-    each with the parameters that go."""
+    each with the parameters that go. As many as went `before` at least."""
+    least = before or dict.fromkeys(pools, 0)
     *coarser, finest = pools
     found: list[tuple[int, dict[str, int]]] = [(0, {})]
     for name in coarser:
@@ -331,13 +348,13 @@ def _totals(pools: Mapping[str, _Pool], target: int) -> list[tuple[int, dict[str
         found = [
             (gone + count * one, totals | {name: count})
             for gone, totals in found
-            for count in range(pools[name].most + 1)
+            for count in range(least[name], pools[name].most + 1)
         ]
     one = pools[finest].parameters
     return [
         (gone + count * one, totals | {finest: count})
         for gone, totals in found
-        for count in {min(max((target - gone) // one + more, 0), pools[finest].most) for more in (0, 1)}
+        for count in {min(max((target - gone) // one + more, least[finest]), pools[finest].most) for more in (0, 1)}
     ]
 
 
@@ -473,7 +490,7 @@ def _channel_counts(channels: Mapping[int, KindSize], left: int, round_to: int) 
     return {index: size.count - stays[index] * round_to for index, size in channels.items()}
 
 
-def _select_global(values: Values, sizes: Sizes, target: int, round_to: int) -> Kept:
+def _select_global(values: Values, sizes: Sizes, target: int, round_to: int, is_last: bool) -> Kept:
     """Remove the bundles of least importance per parameter wherever they are.
 
     A bundle is a key/value group, an expert, or `round_to` channels of one block that are neighbours in its ranking
@@ -502,14 +519,16 @@ def _select_global(values: Values, sizes: Sizes, target: int, round_to: int) -> 
         return size.parameters * len(bundles[index, name][position]) // size.partitions
 
     removed = sum(weight_of(*place, position) for place, count in gone.items() for position in range(count))
-    finest = _finest(sizes, round_to)
+    finest, has_channels = _finest(sizes, round_to), any(name == MLP for _, name in bundles)
     for _, index, name, position in ranked:
         parameters = weight_of(index, name, position)
         # Bundles of a block go in order; one that was too large for what is left keeps its successors.
         if removed + parameters <= target + finest // 2 and gone[index, name] == position:
             gone[index, name] += 1
             removed += parameters
-    if any(name == MLP for _, name in bundles):
+        elif not (has_channels or is_last):
+            break  # what would fill the gap before an expert is wanted at the end
+    if has_channels:
         # Channels may not suffice: then coarse units go although they are too large, and channels come back.
         for _, index, name, position in ranked:
             if target - removed <= finest:
@@ -523,7 +542,7 @@ def _select_global(values: Values, sizes: Sizes, target: int, round_to: int) -> 
             if is_last and removed - target > parameters // 2:
                 gone[index, name] -= 1
                 removed -= parameters
-    else:
+    elif is_last:
         gone = _as_near_as_possible(sizes, target, ranked, earlier, gone)
     return {
         index: {
@@ -547,20 +566,16 @@ def _as_near_as_possible(
     def totals_of(counts: Mapping[tuple[int, str], int]) -> dict[str, int]:
         return {name: sum(count for (_, kind), count in counts.items() if kind == name) for _, name in counts}
 
-    before, wanted = totals_of(earlier), totals_of(gone)
-    possible = [
-        (missed, totals)
-        for parameters, totals in _totals(_pools(sizes), target)
-        for missed in [max(abs(target - parameters), _finest(sizes, 1) / 2)]
-        if all(totals[name] >= count for name, count in before.items())
-    ]
+    before, wanted, near = totals_of(earlier), totals_of(gone), _finest(sizes, 1) / 2
     coarsest = next(iter(_pools(sizes)))
-    _, left = min(
-        possible,
-        key=lambda found: (found[0], abs(found[1][coarsest] - wanted[coarsest])),
-        default=(0.0, before),
-    )
-    left = {name: count - before[name] for name, count in left.items()}
+
+    def order(found: tuple[int, Mapping[str, int]]) -> tuple[float, ...]:
+        parameters, totals = found
+        missed = abs(target - parameters)
+        return max(missed, near), abs(totals[coarsest] - wanted[coarsest]), missed
+
+    _, chosen = min(_totals(_pools(sizes), target, before), key=order)
+    left = {name: count - before[name] for name, count in chosen.items()}
     counts = dict(earlier)
     for _, index, name, position in ranked:
         if left[name] > 0 and counts[index, name] == position:

@@ -160,7 +160,8 @@ def test_a_grid_too_coarse_is_told_with_target_and_what_was_possible(raw: Raw) -
     next_to_it = [max(rate for rate in possible if rate < 0.1), min(rate for rate in possible if rate > 0.1)]
     assert record.possible_rates == pytest.approx(next_to_it)
     told_of = (
-        f"achieved {record.achieved_rate:.2%}, possible next to the target {next_to_it[0]:.2%} and {next_to_it[1]:.2%}"
+        f"achieved {record.achieved_rate:.2%}, possible with these settings next to the target "
+        f"{next_to_it[0]:.2%} and {next_to_it[1]:.2%}"
     )
     assert f"target 10.00% of all parameters, {told_of}" in told and told_of in prune_summary(record)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -582,9 +583,10 @@ def test_experts_are_cut_by_default_with_nothing_made_up_for(units: Any, expecte
     assert prune(model, settings, samples_of()).parameters_after < before
 
 
+@pytest.mark.parametrize("steps", [1, 3, 5])
 @pytest.mark.parametrize("selection", ["per_layer", "global"])
 @pytest.mark.parametrize("rate", [0.05 + 0.03 * number for number in range(15)])
-def test_heads_and_whole_experts_come_as_near_as_they_can(rate: float, selection: str) -> None:
+def test_heads_and_whole_experts_come_as_near_as_they_can(rate: float, selection: str, steps: int) -> None:
     """Where heads alone cannot give what experts leave, one more expert goes."""
     model, units = tiny("mixtral"), ["attention", "expert"]
     before, asked = num_parameters(model), round(rate * num_parameters(model))
@@ -594,12 +596,24 @@ def test_heads_and_whole_experts_come_as_near_as_they_can(rate: float, selection
         for heads in range(pools[0][1] + 1)
         for experts in range(pools[1][1] + 1)
     }
-    options = {"rate": rate, "units": units, "importance": "magnitude", "selection": selection}
+    options = {"rate": rate, "units": units, "importance": "magnitude", "selection": selection, "steps": steps}
     pruned = prune(model, settings_of(**options), samples_of())
     nearest = min(abs(number - asked) for number in sums)
     assert abs(before - pruned.parameters_after - asked) <= max(nearest, pools[0][0] / 2)
     told = sorted({max(n for n in sums if n <= asked), min(n for n in sums if n >= asked)})
-    assert [round(each * before) for each in pruned.possible_rates] == told
+    is_met = nearest <= pools[0][0] / 2
+    assert [round(each * before) for each in pruned.possible_rates] == ([] if is_met else told)
+
+
+@pytest.mark.parametrize("options", [{"units": ["mlp"]}, {"units": ["attention"]}, {"last_layer": 1}], ids=str)
+def test_the_highest_rate_that_is_told_can_be_had(options: dict[str, Any]) -> None:
+    model_config = tiny().config
+    with pytest.raises(UserError) as caught:
+        expected_config(model_config, settings_of(rate=0.9, **options))
+    (told,) = re.findall(r"as it is, a rate of (0\.\d+) is the most", str(caught.value))
+    expected_config(model_config, settings_of(rate=float(told), **options))
+    with pytest.raises(UserError):
+        expected_config(model_config, settings_of(rate=float(told) + 0.1, **options))
 
 
 def test_a_share_of_each_block_that_takes_no_unit_is_refused() -> None:

@@ -592,6 +592,14 @@ def test_a_blocks_own_share_that_leaves_too_few_is_refused(
     assert len(kept[3][name]) == size.least
 
 
+def test_the_bound_that_is_told_is_that_of_every_kind() -> None:
+    sizes = {0: {"attention": KindSize(900, 4, rows=8), "expert": KindSize(3000, 8, least=2)}}
+    scores: Values = {0: {name: [float(unit) for unit in range(size.count)] for name, size in sizes[0].items()}}
+    with pytest.raises(UserError, match=r"at least 2 must stay: make it at most 0\.75$"):
+        select_rate(scores, sizes, 0.999)
+    assert len(select_rate(scores, sizes, 0.75)[0]["expert"]) == 2
+
+
 def test_a_blocks_own_share_takes_its_least_important() -> None:
     sizes = {0: {"attention": KindSize(900, 4, rows=8), "mlp": KindSize(10, 10)}, 5: {"mlp": KindSize(10, 20)}}
     scores: Values = {
