@@ -398,7 +398,7 @@ MODEL = [
     ),
     refused(
         "layer-rate-leaves-none", {"prune": {"layer_rate": 0.999, "round_to": 1}}, "`prune.layer_rate`", "0.999",
-        "would leave 0 of the 2 attention units of block 0, but at least 1 must stay", "make it at most 0.968"
+        "would leave 0 of the 2 attention units of block 0, but at least 1 must stay", "make it at most 0.992"
     ),
     refused(
         "round-to-leaves-too-much", {"prune.round_to": 256, "prune.units": ["mlp"]}, "`prune.rate`", "0.2",
