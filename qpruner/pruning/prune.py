@@ -150,7 +150,7 @@ def cut_by(evidence: Evidence, model: PreTrainedModel, settings: PruneConfig) ->
                 kept, scores = _cut_widths(evidence, model, settings, sizes, target)
             except TooMuch as error:
                 if gone:  # at a lower rate fewer blocks go, too
-                    raise
+                    raise UserError(str(error)) from error
                 most = math.floor(1000 * (asked - target + error.most) / before) / 1000
                 raise UserError(f"{error}; as it is, a rate of {most:g} is the most") from error
         if settings.layer_rate is None:

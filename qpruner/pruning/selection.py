@@ -538,8 +538,8 @@ def _select_global(values: Values, sizes: Sizes, target: int, round_to: int, is_
                 removed += weight_of(index, name, position)
         for _, index, name, position in reversed(ranked):
             parameters = weight_of(index, name, position)
-            is_last = name == MLP and gone[index, name] == position + 1
-            if is_last and removed - target > parameters // 2:
+            went_last = name == MLP and gone[index, name] == position + 1
+            if went_last and removed - target > parameters // 2:
                 gone[index, name] -= 1
                 removed -= parameters
     elif is_last:

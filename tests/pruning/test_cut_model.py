@@ -616,6 +616,13 @@ def test_the_highest_rate_that_is_told_can_be_had(options: dict[str, Any]) -> No
         expected_config(model_config, settings_of(rate=float(told) + 0.1, **options))
 
 
+def test_no_highest_rate_is_told_where_fewer_blocks_would_go_at_it() -> None:
+    settings = settings_of(rate=0.9, units=["block", "attention"], depth_share=0.5)
+    with pytest.raises(UserError, match=r"at most .* can .*\(once \d whole blocks? went") as caught:
+        expected_config(tiny(num_hidden_layers=6).config, settings)
+    assert "is the most" not in str(caught.value)
+
+
 def test_a_share_of_each_block_that_takes_no_unit_is_refused() -> None:
     """Of three heads a fifth is none: nobody may go on with a model that was not cut."""
     model = tiny(hidden_size=48, num_attention_heads=6, num_key_value_heads=3)
