@@ -17,6 +17,8 @@ from qpruner.search.searchers import Ledger, RandomProposer, Suggestion
 
 SPACE = PlanSpace(("a", "b", "c"), (4, 8), ((4, 8),) * 3, fixed_bytes=0, budget_bytes=24)
 PLAN = PrecisionPlan(("a", "b", "c"), (4, 8, 4))
+SEED, UNIFORM = 0, 1
+"""The search's trials, in their order."""
 
 
 def ledger_of_given() -> Ledger:
@@ -48,7 +50,7 @@ def search_of(run: Path) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def searched(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The configuration of a run whose search of uniform plans is over."""
+    """The configuration of a run whose search of a seed plan and the uniform one is over."""
     folder = tmp_path_factory.mktemp("given")
     raw = with_key(raw_config(tiny_model, folder / "run"), "sensitivity.methods", ["first_order"])
     raw = with_key(with_key(raw, "search.max_trials", 2), "finetune.compare", False)
@@ -62,7 +64,7 @@ def searched(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
 @pytest.mark.slow
 def test_a_plan_changed_by_hand_is_one_more_trial_and_what_is_fine_tuned(searched: Path) -> None:
     run = searched.parent / "run"
-    printed = yaml.safe_load(qpruner("plan", run, "--trial", 0).stdout)
+    printed = yaml.safe_load(qpruner("plan", run, "--trial", UNIFORM).stdout)
     changed = {**printed, "layers.0.qkv": 8, "layers.1.o": 8}
     file = searched.parent / "plan.yaml"
     file.write_text(yaml.safe_dump(changed))
@@ -79,7 +81,7 @@ def test_a_plan_changed_by_hand_is_one_more_trial_and_what_is_fine_tuned(searche
     assert tuned["plan"] == changed
     listed = json.loads(qpruner("trials", run, "--json").stdout)["trials"]
     assert [(row["from"], row["search"]) for row in listed] == [
-        ("uniform-4", "another"), ("seed-first-order", "another"), ("given", "this"),
+        ("seed-first-order", "another"), ("uniform-4", "another"), ("given", "this"),
     ]  # fmt: skip
 
 
@@ -90,7 +92,7 @@ def test_without_the_given_plan_the_winner_of_the_search_is_back(searched: Path)
     assert qpruner("search", searched).returncode == 0
     before = search_of(run)
     file = searched.parent / "largest.yaml"
-    plan = yaml.safe_load(qpruner("plan", run, "--trial", 0).stdout)
+    plan = yaml.safe_load(qpruner("plan", run, "--trial", UNIFORM).stdout)
     file.write_text(yaml.safe_dump({**plan, "layers.0.down": 8, "layers.1.down": 8}))
     assert qpruner("search", searched, "--plan", file).returncode == 0
     assert search_of(run)["best_origin"] == "given"
@@ -104,7 +106,7 @@ def test_without_the_given_plan_the_winner_of_the_search_is_back(searched: Path)
 @pytest.mark.slow
 def test_a_given_plan_is_compared_with_the_best_seed_that_a_search_has_tried(searched: Path) -> None:
     run = searched.parent / "run"
-    changed = {**yaml.safe_load(qpruner("plan", run, "--trial", 0).stdout), "layers.0.o": 8}
+    changed = {**yaml.safe_load(qpruner("plan", run, "--trial", UNIFORM).stdout), "layers.0.o": 8}
     file = searched.parent / "compared.yaml"
     file.write_text(yaml.safe_dump(changed))
     compared = ("--set", "finetune.compare=true", "--set", "finetune.seeds=1")
@@ -114,7 +116,7 @@ def test_a_given_plan_is_compared_with_the_best_seed_that_a_search_has_tried(sea
     assert record["best_plan"] == changed and record["best_origin"] == "given", "whatever the others scored"
     confirmed = {each["origin"]: each for each in record["confirmations"]}
     controls = [origin for origin, each in confirmed.items() if each["control"]]
-    assert (controls, list(confirmed)) == (["uniform-4", "seed-first-order"], [*controls, "given"])
+    assert (controls, list(confirmed)) == (["seed-first-order", "uniform-4"], [*controls, "given"])
     best = min(controls, key=lambda origin: (confirmed[origin]["loss"], confirmed[origin]["index"]))
     assert record["best_control"] == confirmed[best]["index"], "a given plan is no control"
     [told] = json.loads(qpruner("compare", run, "--json").stdout)["runs"]
@@ -129,20 +131,20 @@ def test_a_given_plan_is_compared_with_the_best_seed_that_a_search_has_tried(sea
 @pytest.mark.slow
 def test_a_plan_that_a_search_has_tried_is_not_tried_again(searched: Path) -> None:
     run = searched.parent / "run"
-    before = {path: path.read_bytes() for path in run.glob("trials/*/0001/trial.json")}
+    before = {path: path.read_bytes() for path in run.glob(f"trials/*/{SEED:04}/trial.json")}
     file = searched.parent / "tried.json"
-    file.write_text(qpruner("plan", run, "--trial", 1, "--json").stdout)
+    file.write_text(qpruner("plan", run, "--trial", SEED, "--json").stdout)
     done = qpruner("search", searched, "--plan", file)
     assert done.returncode == 0, done.stderr[-3000:]
     record = search_of(run)
-    assert (record["num_trials"], record["best_index"], record["best_origin"]) == (0, 1, "given")
-    assert [each["origin"] for each in record["confirmations"]][1] == "seed-first-order", "the best seed may be itself"
+    assert (record["num_trials"], record["best_index"], record["best_origin"]) == (0, SEED, "given")
+    assert record["confirmations"][0]["origin"] == "seed-first-order", "the best seed may be itself"
     assert {path: path.read_bytes() for path in before} == before
 
 
 @pytest.mark.slow
 def test_a_plan_over_the_budget_is_refused_with_both_sizes(searched: Path) -> None:
-    plan = yaml.safe_load(qpruner("plan", searched.parent / "run", "--trial", 0).stdout)
+    plan = yaml.safe_load(qpruner("plan", searched.parent / "run", "--trial", UNIFORM).stdout)
     file = searched.parent / "large.yaml"
     file.write_text(yaml.safe_dump(dict.fromkeys(plan, 8)))
     done = qpruner("search", searched, "--plan", file)
@@ -152,7 +154,7 @@ def test_a_plan_over_the_budget_is_refused_with_both_sizes(searched: Path) -> No
 
 @pytest.mark.slow
 def test_check_tells_what_a_plan_takes_and_refuses_what_run_does(searched: Path) -> None:
-    plan = yaml.safe_load(qpruner("plan", searched.parent / "run", "--trial", 0).stdout)
+    plan = yaml.safe_load(qpruner("plan", searched.parent / "run", "--trial", UNIFORM).stdout)
     file = searched.parent / "checked.yaml"
     file.write_text(yaml.safe_dump(dict.fromkeys(plan, 4)))
     done = qpruner("check", searched, "--plan", file, "--json")
@@ -186,7 +188,7 @@ def test_check_refuses_a_plan_for_another_model(searched: Path) -> None:
 def test_where_no_control_was_tried_a_given_plan_stands_alone(searched: Path) -> None:
     run = searched.parent / "run"
     file = searched.parent / "alone.yaml"
-    file.write_text(qpruner("plan", run, "--trial", 0).stdout)
+    file.write_text(qpruner("plan", run, "--trial", UNIFORM).stdout)
     done = qpruner("search", searched, "--plan", file, "--set", "search.reuse_trials=false")
     assert done.returncode == 0, done.stderr[-3000:]
     assert [each["index"] for each in search_of(run)["confirmations"]] == [0]
