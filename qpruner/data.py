@@ -145,37 +145,29 @@ def encode(
 
 
 def row_samples(
-    examples: Iterable[Example], tokenizer: PreTrainedTokenizerBase, count: int, length: int, template: str
+    examples: Iterable[Example],
+    tokenizer: PreTrainedTokenizerBase,
+    count: int,
+    length: int,
+    template: str,
+    response_only: bool = False,
 ) -> list[dict[str, list[int]]]:
-    """The first `count` rows that have a token to predict, of prompt or response, cut at `length` tokens.
+    """The first `count` rows that have a token to predict, cut at `length` tokens: those of importance, or with
+    `response_only`, where a response is predicted, those of the sensitivities.
 
     Raises:
         UserError: If fewer have one.
     """
-    keys = "calibration.num_samples", "calibration.max_length"
-    return _first(count, _encoded(examples, tokenizer, length, template, response_only=False), length, *keys)
-
-
-def answered_samples(
-    examples: Iterable[Example], tokenizer: PreTrainedTokenizerBase, count: int, length: int, template: str
-) -> list[dict[str, list[int]]]:
-    """The first `count` rows that have a token of the response to predict, cut at `length` tokens.
-
-    Raises:
-        UserError: If fewer have one.
-    """
-    keys = "calibration.num_sensitivity_samples", "data.max_length"
-    return _first(count, _encoded(examples, tokenizer, length, template, response_only=True), length, *keys)
-
-
-def _first(
-    count: int, encoded: Iterable[dict[str, list[int]]], length: int, count_key: str, length_key: str
-) -> list[dict[str, list[int]]]:
-    samples = list(itertools.islice(encoded, count))
+    samples = list(itertools.islice(_encoded(examples, tokenizer, length, template, response_only), count))
     if len(samples) < count:
+        asked, limit = (
+            ("calibration.num_sensitivity_samples", "data.max_length")
+            if response_only
+            else ("calibration.num_samples", "calibration.max_length")
+        )
         raise UserError(
-            f"`{count_key}` asks for {counted(count, 'row')}, but only {len(samples)} of the calibration rows have a "
-            f"token to predict within {length} tokens (`{length_key}`): ask for fewer, give more rows or make it longer"
+            f"`{asked}` asks for {counted(count, 'row')}, but only {len(samples)} of the calibration rows have a token "
+            f"to predict within {length} tokens (`{limit}`): ask for fewer, give more rows or make it longer"
         )
     return samples
 

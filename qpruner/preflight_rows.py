@@ -12,7 +12,6 @@ from pathlib import Path
 from qpruner.config import RunConfig
 from qpruner.data import (
     Example,
-    answered_samples,
     check_disjoint,
     encode,
     load_examples,
@@ -326,7 +325,7 @@ def check_encoding(config: RunConfig, examples: dict[str, list[Example]]) -> Non
         take = packed_samples if calibration.packing else row_samples
         take(examples["calibration"], tokenizer, calibration.num_samples, calibration.max_length, settings.template)
     number = calibration.num_sensitivity_samples
-    answered_samples(examples["calibration"], tokenizer, number, settings.max_length, settings.template)
+    row_samples(examples["calibration"], tokenizer, number, settings.max_length, settings.template, response_only=True)
 
 
 def _is_plainly_enough(config: RunConfig, rows: list[Example]) -> bool:

@@ -745,6 +745,13 @@ DATA = [
         "only 3 of the calibration rows have a token to predict within 128 tokens", "ask for fewer, give more rows"
     ),
     refused(
+        "sensitivity-rows-of-nothing",
+        lambda scene: _rows_of_nothing(scene)
+        | {"calibration.packing": True, "calibration.num_samples": 1, "calibration.max_length": 8},
+        "`calibration.num_sensitivity_samples`", "8 rows", "only 3 of the calibration rows have a token to predict",
+        "ask for fewer, give more rows"
+    ),
+    refused(
         "token-ids-missing", {"calibration.token_ids": "/no/ids.json"}, "`calibration.token_ids`", "/no/ids.json",
         "cannot be read", "No such file"
     ),

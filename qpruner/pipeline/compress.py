@@ -276,7 +276,7 @@ def _measured(context: Context, job: ScoringJob) -> Measurement:
 
 def _encode_splits(context: Context, model_path: str, folder: Path) -> dict[str, int]:
     """Encode every split and the calibration samples; returns rows by split."""
-    from qpruner.data import answered_samples, pack, save_encoded
+    from qpruner.data import pack, row_samples, save_encoded
     from qpruner.models.loading import load_tokenizer
 
     config, settings = context.config, context.config.data
@@ -289,7 +289,9 @@ def _encode_splits(context: Context, model_path: str, folder: Path) -> dict[str,
     splits["importance"] = importance_samples(config, examples["calibration"], vocabulary, tokenizer)
     # Importance is the whole text's loss, as in LLM-Pruner; sensitivity looks where an answer is predicted.
     shuffled, number = _shuffled(examples["calibration"], config.seed), config.calibration.num_sensitivity_samples
-    splits["sensitivity"] = answered_samples(shuffled, tokenizer, number, settings.max_length, settings.template)
+    splits["sensitivity"] = row_samples(
+        shuffled, tokenizer, number, settings.max_length, settings.template, response_only=True
+    )
     for name, rows in splits.items():
         save_encoded(rows, folder / name)
     return {name: len(rows) for name, rows in splits.items()}

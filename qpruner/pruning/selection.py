@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -257,7 +257,7 @@ def counts_per_layer(sizes: Sizes, target: int, round_to: int = 1, uniform: bool
     left = target
     coarse = [name for name in (EXPERT, ATTENTION) if any(name in kinds for kinds in sizes.values())]
     channels = {index: kinds[MLP] for index, kinds in sizes.items() if MLP in kinds}
-    totals = {} if channels else _nearest_totals(sizes, target)
+    totals = {} if channels else _most_even_totals(sizes, target)
     for name in coarse:
         having = {index: kinds[name] for index, kinds in sizes.items() if name in kinds}
         counts = _share_counts(having, share, left) if channels else _dealt(having, totals[name])
@@ -358,17 +358,28 @@ def _totals(
     ]
 
 
-def _nearest_totals(sizes: Sizes, target: int) -> dict[str, int]:
-    """Of these, as near as one head, what takes about the same share of every kind."""
-    pools = _pools(sizes)
-    share, near = target / available(sizes), _finest(sizes, 1) / 2
+def _nearest_totals(
+    sizes: Sizes,
+    target: int,
+    dislike: Callable[[Mapping[str, int]], float],
+    before: Mapping[str, int] | None = None,
+) -> dict[str, int]:
+    """Of these, what is disliked least among those as near as half a head; the nearest, where none is."""
+    near = _finest(sizes, 1) / 2
 
     def order(found: tuple[int, Mapping[str, int]]) -> tuple[float, ...]:
         gone, totals = found
-        uneven = sum(abs(count / pools[name].count - share) for name, count in totals.items())
-        return max(abs(target - gone), near), uneven, abs(target - gone)
+        return max(abs(target - gone), near), dislike(totals), abs(target - gone)
 
-    return min(_totals(pools, target), key=order)[1]
+    return min(_totals(_pools(sizes), target, before), key=order)[1]
+
+
+def _most_even_totals(sizes: Sizes, target: int) -> dict[str, int]:
+    """About the same share of every kind."""
+    pools, share = _pools(sizes), target / available(sizes)
+    return _nearest_totals(
+        sizes, target, lambda totals: sum(abs(count / pools[name].count - share) for name, count in totals.items())
+    )
 
 
 def nearest_below_and_above(found: Sequence[int], target: int) -> tuple[int, ...]:
@@ -566,15 +577,8 @@ def _as_near_as_possible(
     def totals_of(counts: Mapping[tuple[int, str], int]) -> dict[str, int]:
         return {name: sum(count for (_, kind), count in counts.items() if kind == name) for _, name in counts}
 
-    before, wanted, near = totals_of(earlier), totals_of(gone), _finest(sizes, 1) / 2
-    coarsest = next(iter(_pools(sizes)))
-
-    def order(found: tuple[int, Mapping[str, int]]) -> tuple[float, ...]:
-        parameters, totals = found
-        missed = abs(target - parameters)
-        return max(missed, near), abs(totals[coarsest] - wanted[coarsest]), missed
-
-    _, chosen = min(_totals(_pools(sizes), target, before), key=order)
+    before, wanted, coarsest = totals_of(earlier), totals_of(gone), next(iter(_pools(sizes)))
+    chosen = _nearest_totals(sizes, target, lambda totals: abs(totals[coarsest] - wanted[coarsest]), before)
     left = {name: count - before[name] for name, count in chosen.items()}
     counts = dict(earlier)
     for _, index, name, position in ranked:
