@@ -29,6 +29,7 @@ from qpruner.config import RunConfig, SearchConfig, SensitivityConfig
 from qpruner.plan import PlanSpace, PrecisionPlan
 from qpruner.search.choice import controls_of, finalist_positions, winner_position
 from qpruner.search.searchers import History, Ledger, Observation, Proposal, Proposer, Suggestion
+from qpruner.search.timetable import Timetable
 from qpruner.search.tune import make_proposer
 from qpruner.search.tune.asha import RecordedAsha
 from qpruner.search.tune.job import METRIC, TIME
@@ -192,6 +193,7 @@ class Task:
         in_flight: Trials at a time.
         seed: Seeds the searcher, the noise and the trials' durations.
         asha: Whether ASHA stops trials at rungs.
+        deterministic: Whether plans are those of `search.deterministic`.
     """
 
     path: Path
@@ -201,6 +203,7 @@ class Task:
     in_flight: int
     seed: int
     asha: bool = False
+    deterministic: bool = False
 
 
 @dataclass(frozen=True)
@@ -239,6 +242,7 @@ class Replay:
         proposals: Plans that the searcher proposed.
         wasted: Those that were over budget or known, and had to be repaired.
         seconds: Processor time of a proposal, on average.
+        duration: Of the search, in median durations of a whole trial.
     """
 
     task: Task
@@ -248,6 +252,7 @@ class Replay:
     proposals: int
     wasted: int
     seconds: float
+    duration: float = 0.0
 
     def to_json(self) -> str:
         return json.dumps(asdict(self), default=str)
@@ -309,11 +314,11 @@ class _Witness:
 class _Asha:
     """The scheduler of a run, called as Ray Tune's controller calls it."""
 
-    def __init__(self, table: Table, space: PlanSpace, controls: Collection[PrecisionPlan]) -> None:
+    def __init__(self, table: Table, space: PlanSpace, controls: Collection[PrecisionPlan], ledger: Ledger) -> None:
         settings = SearchConfig(steps=table.steps[-1], first_rung=table.steps[0])
         # Of the configuration it reads `search` alone, and a whole one would name a model.
         config = RunConfig.model_construct(search=settings)
-        self._scheduler = RecordedAsha(config, space, controls, [], lambda trial_id: False)
+        self._scheduler = RecordedAsha(config, space, controls, [], lambda trial_id: False, is_known=ledger.is_known)
         self._trials: dict[int, SimpleNamespace] = {}
 
     def stops(self, suggestion: Suggestion, step: int, score: float) -> bool:
@@ -340,8 +345,9 @@ def replay(task: Task, patience: int | None = None, proposer: Proposer | None = 
     plans = {plan for _, plan in controls}
     priors = table.sensitivities if task.seeded else {}
     witness = _Witness(proposer or make_proposer(task.searcher, space, task.seed, priors))
-    ledger = Ledger(space, witness, controls, NUM_TRIALS, patience)
-    asha = _Asha(table, space, plans) if task.asha else None
+    timetable = Timetable(task.in_flight, table.steps) if task.deterministic else None
+    ledger = Ledger(space, witness, controls, NUM_TRIALS, patience, timetable=timetable)
+    asha = _Asha(table, space, plans, ledger) if task.asha else None
     generator = np.random.default_rng([task.seed, 2])
     started: list[Suggestion] = []
     ended: dict[int, EndedTrial] = {}
@@ -349,23 +355,25 @@ def replay(task: Task, patience: int | None = None, proposer: Proposer | None = 
     # (time, order of entry, suggestion, rung)
     events: list[tuple[float, int, Suggestion, int]] = []
 
-    def start(now: float) -> None:
-        suggestion = ledger.next()
-        if suggestion is None:
-            return
-        started.append(suggestion)
-        seconds = float(np.exp(JITTER * generator.standard_normal()))
-        for rung in range(len(table.steps)):
-            moment = now + seconds * (rung + 1) / len(table.steps)
-            heapq.heappush(events, (moment, suggestion.index * len(table.steps) + rung, suggestion, rung))
+    def fill(now: float) -> None:
+        while len(started) - len(ended) < task.in_flight and not ledger.waits:
+            suggestion = ledger.next()
+            if suggestion is None:
+                return
+            started.append(suggestion)
+            seconds = float(np.exp(JITTER * generator.standard_normal()))
+            for rung in range(len(table.steps)):
+                moment = now + seconds * (rung + 1) / len(table.steps)
+                heapq.heappush(events, (moment, suggestion.index * len(table.steps) + rung, suggestion, rung))
 
-    for _ in range(task.in_flight):
-        start(0.0)
+    now = 0.0
+    fill(now)
     while events:
-        now, _, suggestion, rung = heapq.heappop(events)
+        moment, _, suggestion, rung = heapq.heappop(events)
         index, plan, step = suggestion.index, suggestion.plan, table.steps[rung]
         if index in ended:
             continue
+        now = moment
         spent += step - (table.steps[rung - 1] if rung else 0)
         score = table.measured(plan.bits, step, (task.seed, "trial"))
         ledger.observe(Observation(index, plan, step, score))
@@ -377,7 +385,7 @@ def replay(task: Task, patience: int | None = None, proposer: Proposer | None = 
         fresh = table.measured(plan.bits, last, (task.seed, "fresh"))
         loss = table.score(plan.bits, last)
         ended[index] = EndedTrial(index, loss, score, fresh, plan in plans, finished, spent)
-        start(now)
+        fill(now)
     proposals = witness.proposed
     wasted = sum(proposals[item.index].plan != item.plan for item in started if item.index in proposals)
     at_start = [table.score(plan.bits, table.steps[-1]) for plan in plans]
@@ -393,4 +401,5 @@ def replay(task: Task, patience: int | None = None, proposer: Proposer | None = 
         len(proposals),
         wasted,
         witness.seconds / max(1, len(proposals)),
+        now,
     )

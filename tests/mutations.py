@@ -36,6 +36,7 @@ DISK = "tests/pipeline/test_disk.py"
 AT_URI = "tests/test_at_uri.py"
 CHECKPOINT = "tests/models/test_checkpoint.py"
 PROGRESS = "tests/pipeline/test_progress.py"
+TIMED = "tests/search/test_timetable.py::test_how_long_trials_take_and_how_many_run_at_once_changes_no_plan"
 
 
 @dataclass(frozen=True)
@@ -396,7 +397,7 @@ MUTATIONS = {
     ),
     "finished trials are not recalled": Mutation(
         "qpruner/search/tune/resume.py",
-        "            ledger.recall(suggestion, rungs, ruined=record.is_ruined)\n    return",
+        "            ledger.recall(suggestion, rungs, ending_of(record))\n    return",
         "            pass\n    return",
         f"{SEARCH}::test_a_new_head_goes_on_from_what_the_run_folder_holds",
     ),
@@ -957,6 +958,36 @@ MUTATIONS = {
         "path.parent.mkdir(exist_ok=True)",
         "pass",
         "tests/test_candidates.py::test_answers_are_counted_between_batches_and_of_a_row_without_a_folder",
+    ),
+    "a deterministic search looks at what happens to be there": Mutation(
+        "qpruner/search/searchers.py",
+        "if timetable is None or timetable.is_known(*key)",
+        "if True",
+        TIMED,
+    ),
+    "in a deterministic search ASHA compares with what happens to be there": Mutation(
+        "qpruner/search/searchers.py",
+        "return self.timetable is None or self.timetable.is_known(other, step, to=trial)",
+        "return True",
+        TIMED,
+    ),
+    "a deterministic search takes what fails to have ended with its last rung": Mutation(
+        "qpruner/search/searchers.py",
+        'has_failed=ending != "scored"',
+        "has_failed=False",
+        TIMED,
+    ),
+    "a deterministic search that goes on has forgotten when trials began": Mutation(
+        "qpruner/search/searchers.py",
+        "                self.timetable.advance()\n                self.timetable.begin(suggestion.index)\n        for",
+        "                pass\n        for",
+        "tests/search/test_timetable.py::test_a_search_taken_up_again_proposes_what_it_would_have",
+    ),
+    "a deterministic search proposes before it knows": Mutation(
+        DRIVER,
+        "(self._ledger.waits or len(self._live) >= self._room())",
+        "len(self._live) >= self._room()",
+        "tests/search/test_timetable.py::test_the_same_seed_and_as_many_workers_give_the_same_plans",
     ),
 }
 

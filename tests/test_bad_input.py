@@ -271,6 +271,10 @@ CONFIGURATION = [
         "'gp', 'hyperopt', 'bayesopt' or 'random'"
     ),
     refused(
+        "deterministic-on-any-slots", {"search.deterministic": True}, "`deterministic`", "needs `max_concurrent`",
+        "--set search.deterministic="
+    ),
+    refused(
         "patience-of-tpe", {"search.searcher": "hyperopt", "search.patience": 3}, "`patience`", "got hyperopt",
         "expects an improvement", "`searcher: gp`"
     ),

@@ -2,22 +2,26 @@
 
 Nothing here knows of Ray. A `Proposer` turns what is known into a plan; the `Ledger` hands out controls first, repairs
 a proposal that is over budget to the nearest feasible plan, replaces one that is known, and remembers what ran.
-Suggestion k depends only on the seed, k and the results known when it is asked for.
+Suggestion k depends only on the seed, k and the results known when it is asked for; with a `Timetable` those do not
+depend on how long trials take.
 """
 
 from __future__ import annotations
 
 import importlib.metadata
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Protocol
+from typing import Literal, Protocol
 
 import numpy as np
 
 from qpruner.errors import UserError
 from qpruner.plan import PlanSpace, PrecisionPlan
+from qpruner.search.timetable import Timetable
 
+Ending = Literal["scored", "failed", "ruined"]
+"""How a trial is over: with its last score, without the one it was to have, or because its plan cannot be trained."""
 Prior = Mapping[int, Sequence[float]]
 """One sensitivity as a searcher sees it: bits -> predicted rise of the loss of every group, in nats or its own unit."""
 
@@ -198,6 +202,8 @@ class Ledger:
         max_trials: Suggestions in all; those that another budget's search made do not count.
         patience: Proposals in a row whose expected improvement is below the noise before the search ends; None never.
         proposes: Whether the searcher is asked for more plans than the controls.
+        timetable: Says what is known when a plan is proposed, so that it is the same on any machines; None takes what
+            is there.
         ended: Why there are no more suggestions, once there are none.
     """
 
@@ -207,6 +213,7 @@ class Ledger:
     max_trials: int
     patience: int | None = None
     proposes: bool = True
+    timetable: Timetable | None = None
     ended: str | None = None
     _known: dict[PrecisionPlan, int] = field(default_factory=dict)
     _counted: set[int] = field(default_factory=set)
@@ -217,25 +224,36 @@ class Ledger:
     _unpromising: int = 0
 
     def recall(
-        self, suggestion: Suggestion, rungs: Sequence[Observation], counts: bool = True, ruined: bool = False
+        self, suggestion: Suggestion, rungs: Sequence[Observation], ending: Ending = "scored", counts: bool = True
     ) -> None:
-        """Take over a trial that is over, finished or not; `counts` is off for another budget's."""
+        """Take over a trial that is over; `counts` is off for another budget's. To be called in order of suggestion."""
+        self._take_over(suggestion, rungs, counts)
+        self.close(suggestion, ending)
+
+    def resume(self, suggestion: Suggestion, rungs: Sequence[Observation]) -> None:
+        """Take over a trial that was still running, likewise; it is handed out again before new ones."""
+        self._take_over(suggestion, rungs, counts=True)
+        self._unfinished.append(suggestion)
+
+    def _take_over(self, suggestion: Suggestion, rungs: Sequence[Observation], counts: bool) -> None:
         self._known[suggestion.plan] = suggestion.index
         if counts:
             self._counted.add(suggestion.index)
             self._weigh(suggestion)
+            if self.timetable:
+                self.timetable.advance()
+                self.timetable.begin(suggestion.index)
         for rung in rungs:
             self.observe(rung)
-        if ruined:
-            self._ruined[suggestion.index] = suggestion.plan
 
-    def resume(self, suggestion: Suggestion, rungs: Sequence[Observation]) -> None:
-        """Take over a trial that was still running; it is handed out again before new ones."""
-        self.recall(suggestion, rungs)
-        self._unfinished.append(suggestion)
+    @property
+    def waits(self) -> bool:
+        """Whether there is nothing to hand out before more is known of the trials under way."""
+        is_over = self.ended is not None or len(self._counted) >= self.max_trials
+        return bool(self.timetable and self.timetable.waits and not self._unfinished and not is_over)
 
     def next(self) -> Suggestion | None:
-        """The next suggestion, or None when the search is over; `ended` then says why."""
+        """The next suggestion, or None when the search is over; `ended` then says why. Not asked while it `waits`."""
         suggestion = self._unfinished.pop(0) if self._unfinished else self._new()
         if suggestion:
             self._live[suggestion.index] = suggestion.plan
@@ -247,12 +265,20 @@ class Ledger:
         key = observation.index, observation.step
         is_news = key not in self._observations
         self._observations[key] = observation
+        if self.timetable:
+            self.timetable.reach(*key)
         return is_news
 
-    def close(self, suggestion: Suggestion, ruined: bool = False) -> None:
-        """Tell that a trial is over, with what was observed or with nothing; `ruined` if its plan cannot be trained."""
+    def is_known(self, trial: int, other: int, step: int) -> bool:
+        """Whether another trial's rung was known when a trial began; without a timetable that is not asked."""
+        return self.timetable is None or self.timetable.is_known(other, step, to=trial)
+
+    def close(self, suggestion: Suggestion, ending: Ending = "scored") -> None:
+        """Tell that a trial is over, with what was observed or with nothing."""
         self._live.pop(suggestion.index, None)
-        if ruined:
+        if self.timetable:
+            self.timetable.end(suggestion.index, has_failed=ending != "scored")
+        if ending == "ruined":
             self._ruined[suggestion.index] = suggestion.plan
 
     def hand_out_again(self, suggestion: Suggestion) -> None:
@@ -265,6 +291,8 @@ class Ledger:
         self._live.pop(suggestion.index, None)
         self._known.pop(suggestion.plan, None)
         self._counted.discard(suggestion.index)
+        if self.timetable:
+            self.timetable.withdraw(suggestion.index)
 
     def end(self, reason: str) -> None:
         """No new suggestions from now on; the first reason stays."""
@@ -272,24 +300,28 @@ class Ledger:
 
     def history(self) -> History:
         """What the searcher is told."""
-        told = self._observations | self._penalties()
-        heard = {index for index, _ in told} | set(self._live)
+        timetable = self.timetable
+        told = {key: item for key, item in self._observations.items() if timetable is None or timetable.is_known(*key)}
+        running = timetable.in_flight if timetable else frozenset(self._live)
+        told |= self._penalties(told.values(), running)
+        heard = {index for index, _ in told} | running
         by_index = sorted(self._known.items(), key=lambda item: item[1])
         return History(
             tuple(told[key] for key in sorted(told)),
-            tuple(self._live[index] for index in sorted(self._live)),
+            tuple(plan for plan, index in by_index if index in running),
             tuple(plan for plan, index in by_index if index not in heard),
         )
 
-    def _penalties(self) -> dict[tuple[int, int], Observation]:
+    def _penalties(self, told: Collection[Observation], running: Collection[int]) -> dict[tuple[int, int], Observation]:
         """What ruined plans are told with; nothing while nothing was scored."""
-        step = max((step for _, step in self._observations), default=None)
+        step = max((item.step for item in told), default=None)
         if step is None:
             return {}
-        scores = [item.score for item in self._observations.values() if item.step == step]
+        scores = [item.score for item in told if item.step == step]
         worst, best = max(scores), min(scores)
         score = worst + ((worst - best) or abs(worst) / 100)
-        return {(index, step): Observation(index, plan, step, score) for index, plan in self._ruined.items()}
+        ruined = {index: plan for index, plan in self._ruined.items() if index not in running}
+        return {(index, step): Observation(index, plan, step, score) for index, plan in ruined.items()}
 
     def _new(self) -> Suggestion | None:
         if self.ended:
@@ -297,12 +329,17 @@ class Ledger:
         if len(self._counted) >= self.max_trials:
             self.end(f"all {self.max_trials} trials were spent (`search.max_trials`)")
             return None
+        if self.timetable:
+            assert not self.timetable.waits, "what this plan is proposed from is not known yet"
+            self.timetable.advance()
         taken = set(self._known.values())
         index = next(number for number in itertools.count() if number not in taken)
         suggestion = self._control(index) or self._proposal(index)
         if suggestion:
             self._known[suggestion.plan] = index
             self._counted.add(index)
+            if self.timetable:
+                self.timetable.begin(index)
         return suggestion
 
     def _control(self, index: int) -> Suggestion | None:

@@ -119,7 +119,13 @@ def _fit(job: SearchJob, room: Callable[[], int], emit: Emit, halt: Halt, tracke
         tune_config=tune.TuneConfig(
             search_alg=searcher,
             scheduler=RecordedAsha(
-                job.config, job.space, [plan for _, plan in job.controls], recorded, searcher.is_recalled, searcher.hear
+                job.config,
+                job.space,
+                [plan for _, plan in job.controls],
+                recorded,
+                searcher.is_recalled,
+                searcher.hear,
+                ledger.is_known,
             ),
             num_samples=-1,
             reuse_actors=True,

@@ -17,6 +17,8 @@ from qpruner.records import TrialRecord
 from qpruner.search.trial_records import objective
 from qpruner.search.tune.job import METRIC, TIME, params_to_plan
 
+IsKnown = Callable[[int, int, int], bool]
+
 
 class RecordedAsha(ASHAScheduler):  # type: ignore[misc]
     """ASHA (Li et al., arXiv 1810.05934) that spares controls and knows what was recorded before.
@@ -29,6 +31,7 @@ class RecordedAsha(ASHAScheduler):  # type: ignore[misc]
         is_recalled: Asked by Ray's id whether a trial that waits for a machine is not to start any more.
         on_error: Told Ray's id of a trial that ends in an error, and the error's text, before the searcher hears that
             there was one.
+        is_known: Asked whether a trial is compared with another's rung: (number, the other's, step).
     """
 
     def __init__(
@@ -39,6 +42,7 @@ class RecordedAsha(ASHAScheduler):  # type: ignore[misc]
         recorded: Sequence[TrialRecord],
         is_recalled: Callable[[str], bool],
         on_error: Callable[[str, str], None] = lambda trial_id, error: None,
+        is_known: IsKnown = lambda trial, other, step: True,
     ) -> None:
         settings = config.search
         super().__init__(
@@ -51,7 +55,7 @@ class RecordedAsha(ASHAScheduler):  # type: ignore[misc]
         )
         self._space, self._controls = space, frozenset(controls)
         self._is_recalled, self._on_error = is_recalled, on_error
-        bracket = _LikeSizes(settings.first_rung, settings.steps, settings.reduction_factor, settings.pareto)
+        bracket = _LikeSizes(settings.first_rung, settings.steps, settings.reduction_factor, settings.pareto, is_known)
         self._brackets = [bracket]
         for record in recorded:
             plan = PrecisionPlan.from_dict(record.plan)
@@ -98,25 +102,27 @@ class _LikeSizes(_Bracket):  # type: ignore[misc]
     """ASHA's rungs by trial number, so that one that goes on under another of Ray's ids is entered once; for a front, a
     trial is compared with those of no more bytes, since a smaller plan that scores worse is no worse a plan."""
 
-    def __init__(self, first_rung: int, steps: int, factor: int, for_front: bool) -> None:
+    def __init__(self, first_rung: int, steps: int, factor: int, for_front: bool, is_known: IsKnown) -> None:
         super().__init__(first_rung, steps, factor, s=0)
         self.sizes: dict[int, int] = {}
-        self._for_front = for_front
-        self._size = 0
+        self._for_front, self._is_known = for_front, is_known
+        self._entering = (0, 0)
 
     def on_result(self, trial: Any, cur_iter: int, cur_rew: float) -> str:
         return self.enter(trial.config["trial"], cur_iter, cur_rew)
 
     def enter(self, index: int, step: int, reward: float) -> str:
         """Record a trial's rung and decide on it; one that is recorded goes on."""
-        self._size = self.sizes[index]
+        self._entering = (index, step)
         action: str = super().on_result(_Numbered(index), step, reward)
         return action
 
     def cutoff(self, recorded: dict[int, float]) -> float | None:
+        trial, step = self._entering
+        rivals = {index: reward for index, reward in recorded.items() if self._is_known(trial, index, step)}
         if self._for_front:
-            recorded = {index: reward for index, reward in recorded.items() if self.sizes[index] <= self._size}
-        limit: float | None = super().cutoff(recorded)
+            rivals = {index: reward for index, reward in rivals.items() if self.sizes[index] <= self.sizes[trial]}
+        limit: float | None = super().cutoff(rivals)
         return limit
 
 

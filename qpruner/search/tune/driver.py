@@ -43,6 +43,7 @@ from qpruner.search.tune.job import (
     TIME,
     LivesInDriver,
     SearchJob,
+    ending_of,
     observations_of,
     smaller_batch,
 )
@@ -89,7 +90,7 @@ class PlanSearcher(LivesInDriver, Searcher):  # type: ignore[misc]
 
     def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
         self._hours_are_over()
-        if not self._halt.requested and len(self._live) >= self._room():
+        if not self._halt.requested and (self._ledger.waits or len(self._live) >= self._room()):
             return None
         finished: str = Searcher.FINISHED
         suggestion = None if self._halt.requested else self._ledger.next()
@@ -167,7 +168,7 @@ class PlanSearcher(LivesInDriver, Searcher):  # type: ignore[misc]
                 self._emit(Message("search", f"warning: an old checkpoint stays where it is: {error}"))
         for observation in observations_of(record, self._job.config):
             self._ledger.observe(observation)
-        self._ledger.close(suggestion, record.is_ruined)
+        self._ledger.close(suggestion, ending_of(record))
         self._done += 1
         self._emit(TrialChanged(record))
         self._emit(Progress("search", self._done, self._job.config.search.num_trials))

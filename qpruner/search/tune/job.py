@@ -10,7 +10,7 @@ from typing import Any
 from qpruner.config import RunConfig
 from qpruner.plan import Layout, PlanSpace, PrecisionPlan
 from qpruner.records import TrialRecord
-from qpruner.search.searchers import Observation, Prior
+from qpruner.search.searchers import Ending, Observation, Prior
 from qpruner.search.trial_job import Materials, Trial
 from qpruner.search.trial_records import objective
 
@@ -106,6 +106,13 @@ def smaller_batch(record: TrialRecord, config: RunConfig) -> int | None:
         return None
     present = record.micro_batch_size or training.micro_batch_size
     return next((size for size in range(present // 2, 0, -1) if training.batch_size % size == 0), None)
+
+
+def ending_of(record: TrialRecord) -> Ending:
+    """What the searcher is told of how a trial that is over has ended."""
+    if record.is_ruined:
+        return "ruined"
+    return "failed" if record.status == "failed" else "scored"
 
 
 def observations_of(record: TrialRecord, config: RunConfig) -> list[Observation]:

@@ -5,8 +5,9 @@ from __future__ import annotations
 from qpruner.plan import PrecisionPlan
 from qpruner.records import TrialRecord
 from qpruner.search.searchers import Ledger, Proposer, Suggestion
+from qpruner.search.timetable import Timetable
 from qpruner.search.trial_records import read_trials, remove_old_checkpoints, write_trial
-from qpruner.search.tune.job import SearchJob, observations_of
+from qpruner.search.tune.job import SearchJob, ending_of, observations_of
 
 
 def take_up(job: SearchJob, proposer: Proposer) -> tuple[Ledger, list[TrialRecord]]:
@@ -16,8 +17,16 @@ def take_up(job: SearchJob, proposer: Proposer) -> tuple[Ledger, list[TrialRecor
     `search.max_trials`.
     """
     settings = job.config.search
-    proposes = settings.plan is None
-    ledger = Ledger(job.space, proposer, job.controls, settings.max_trials, settings.patience, proposes)
+    timetable = Timetable(settings.max_concurrent, settings.rungs) if settings.max_concurrent else None
+    ledger = Ledger(
+        job.space,
+        proposer,
+        job.controls,
+        settings.max_trials,
+        settings.patience,
+        proposes=settings.plan is None,
+        timetable=timetable if settings.deterministic else None,
+    )
     recorded = [_revived(record, job) for record in read_trials(job.trials)]
     remove_old_checkpoints(job.trials, [record for record in recorded if record.is_over])
     for record in recorded:
@@ -25,11 +34,11 @@ def take_up(job: SearchJob, proposer: Proposer) -> tuple[Ledger, list[TrialRecor
         suggestion = Suggestion(record.index, record.origin, plan, record.expected_improvement, record.noise)
         rungs = observations_of(record, job.config)
         if not job.owns(record):
-            ledger.recall(suggestion, rungs, counts=False, ruined=record.is_ruined)
+            ledger.recall(suggestion, rungs, ending_of(record), counts=False)
         elif record.status == "running":
             ledger.resume(suggestion, rungs)
         else:
-            ledger.recall(suggestion, rungs, ruined=record.is_ruined)
+            ledger.recall(suggestion, rungs, ending_of(record))
     return ledger, recorded
 
 
