@@ -2,8 +2,9 @@
 
     .venv/bin/python benchmarks/search_deterministic.py          # 3 minutes
 
-Replays on the tables in `benchmarks/tables`, as in `search_regret.py`: `gp` at the middle budget; a trial's duration is
-log-normal with a standard deviation of 0.25 in its logarithm: the slowest of 16 takes half as long again as the median. Time is in median durations of a whole trial. Prints a table and a JSON line.
+Replays on the tables in `benchmarks/tables`, as in `search_regret.py`: `gp` at the middle budget. A trial's duration is
+log-normal with a standard deviation of 0.25 in its logarithm: the slowest of 16 takes half as long again as the median.
+Time is in median durations of a whole trial. Prints a table and a JSON line.
 """
 
 from __future__ import annotations
