@@ -318,7 +318,9 @@ class _Asha:
         settings = SearchConfig(steps=table.steps[-1], first_rung=table.steps[0])
         # Of the configuration it reads `search` alone, and a whole one would name a model.
         config = RunConfig.model_construct(search=settings)
-        self._scheduler = RecordedAsha(config, space, controls, [], lambda trial_id: False, is_known=ledger.is_known)
+        self._scheduler = RecordedAsha(
+            config, space, controls, [], lambda trial_id: False, rivals=ledger.rivals if ledger.timetable else None
+        )
         self._trials: dict[int, SimpleNamespace] = {}
 
     def stops(self, suggestion: Suggestion, step: int, score: float) -> bool:

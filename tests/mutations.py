@@ -36,6 +36,7 @@ DISK = "tests/pipeline/test_disk.py"
 AT_URI = "tests/test_at_uri.py"
 CHECKPOINT = "tests/models/test_checkpoint.py"
 PROGRESS = "tests/pipeline/test_progress.py"
+TAKEN_UP = "tests/search/test_timetable.py::test_a_search_taken_up_again_goes_on_as_it_would_have"
 TIMED = "tests/search/test_timetable.py::test_how_long_trials_take_and_how_many_run_at_once_changes_no_plan"
 
 
@@ -967,8 +968,8 @@ MUTATIONS = {
     ),
     "in a deterministic search ASHA compares with what happens to be there": Mutation(
         "qpruner/search/searchers.py",
-        "return self.timetable is None or self.timetable.is_known(other, step, to=trial)",
-        "return True",
+        "and self.timetable.is_known(index, step, to=trial)",
+        "",
         TIMED,
     ),
     "a deterministic search takes what fails to have ended with its last rung": Mutation(
@@ -979,13 +980,19 @@ MUTATIONS = {
     ),
     "a deterministic search that goes on has forgotten when trials began": Mutation(
         "qpruner/search/searchers.py",
-        "                self.timetable.advance()\n                self.timetable.begin(suggestion.index)\n        for",
-        "                pass\n        for",
-        "tests/search/test_timetable.py::test_a_search_taken_up_again_proposes_what_it_would_have",
+        "self.timetable.take_up(suggestion.index, suggestion.begun)",
+        "pass",
+        TAKEN_UP,
+    ),
+    "a deterministic search takes the last rung of what goes on for decided": Mutation(
+        "qpruner/search/searchers.py",
+        "        for rung in rungs[:-1]:\n",
+        "        for rung in rungs:\n",
+        TAKEN_UP,
     ),
     "a deterministic search proposes before it knows": Mutation(
         DRIVER,
-        "(self._ledger.waits or len(self._live) >= self._room())",
+        "(len(self._live) >= self._room() or self._ledger.waits)",
         "len(self._live) >= self._room()",
         "tests/search/test_timetable.py::test_the_same_seed_and_as_many_workers_give_the_same_plans",
     ),

@@ -192,7 +192,7 @@ def _search_digest(context: Context, measured: SensitivityRecord, given: Precisi
         settings.metric,
         settings.pareto,
         context.config.seed,
-        *([settings.max_concurrent] if settings.deterministic else []),
+        *([settings.max_concurrent] if settings.deterministic and given is None else []),
         *([given.as_dict()] if given else []),
     )
 

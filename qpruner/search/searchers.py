@@ -18,7 +18,7 @@ import numpy as np
 
 from qpruner.errors import UserError
 from qpruner.plan import PlanSpace, PrecisionPlan
-from qpruner.search.timetable import Timetable
+from qpruner.search.timetable import Moment, Timetable
 
 Ending = Literal["scored", "failed", "ruined"]
 """How a trial is over: with its last score, without the one it was to have, or because its plan cannot be trained."""
@@ -36,6 +36,7 @@ class Suggestion:
         plan: The plan.
         expected_improvement: As in `Proposal`, for a plan that a searcher with a model proposed.
         noise: Likewise.
+        begun: When its trial began by the timetable, where there is one.
     """
 
     index: int
@@ -43,6 +44,7 @@ class Suggestion:
     plan: PrecisionPlan
     expected_improvement: float | None = None
     noise: float | None = None
+    begun: Moment | None = None
 
 
 @dataclass(frozen=True)
@@ -226,35 +228,40 @@ class Ledger:
     def recall(
         self, suggestion: Suggestion, rungs: Sequence[Observation], ending: Ending = "scored", counts: bool = True
     ) -> None:
-        """Take over a trial that is over; `counts` is off for another budget's. To be called in order of suggestion."""
-        self._take_over(suggestion, rungs, counts)
+        """Take over a trial that is over; `counts` is off for another budget's."""
+        self._take_over(suggestion, counts)
+        for rung in rungs:
+            self.observe(rung)
         self.close(suggestion, ending)
 
     def resume(self, suggestion: Suggestion, rungs: Sequence[Observation]) -> None:
-        """Take over a trial that was still running, likewise; it is handed out again before new ones."""
-        self._take_over(suggestion, rungs, counts=True)
+        """Take over a trial that was still running; it is handed out again before new ones, and says its last rung
+        again, which may stop it."""
+        self._take_over(suggestion, counts=True)
+        for rung in rungs[:-1]:
+            self.observe(rung)
+        self._observations |= {(rung.index, rung.step): rung for rung in rungs[-1:]}
         self._unfinished.append(suggestion)
 
-    def _take_over(self, suggestion: Suggestion, rungs: Sequence[Observation], counts: bool) -> None:
+    def _take_over(self, suggestion: Suggestion, counts: bool) -> None:
         self._known[suggestion.plan] = suggestion.index
         if counts:
             self._counted.add(suggestion.index)
             self._weigh(suggestion)
-            if self.timetable:
-                self.timetable.advance()
-                self.timetable.begin(suggestion.index)
-        for rung in rungs:
-            self.observe(rung)
+            if self.timetable and suggestion.begun:
+                self.timetable.take_up(suggestion.index, suggestion.begun)
 
     @property
     def waits(self) -> bool:
         """Whether there is nothing to hand out before more is known of the trials under way."""
-        is_over = self.ended is not None or len(self._counted) >= self.max_trials
-        return bool(self.timetable and self.timetable.waits and not self._unfinished and not is_over)
+        if self.timetable is None or any(suggestion.begun for suggestion in self._unfinished):
+            return False
+        is_over = not self._unfinished and (self.ended is not None or len(self._counted) >= self.max_trials)
+        return self.timetable.waits and not is_over
 
     def next(self) -> Suggestion | None:
         """The next suggestion, or None when the search is over; `ended` then says why. Not asked while it `waits`."""
-        suggestion = self._unfinished.pop(0) if self._unfinished else self._new()
+        suggestion = self._taken_up() if self._unfinished else self._new()
         if suggestion:
             self._live[suggestion.index] = suggestion.plan
         return suggestion
@@ -269,9 +276,14 @@ class Ledger:
             self.timetable.reach(*key)
         return is_news
 
-    def is_known(self, trial: int, other: int, step: int) -> bool:
-        """Whether another trial's rung was known when a trial began; without a timetable that is not asked."""
-        return self.timetable is None or self.timetable.is_known(other, step, to=trial)
+    def rivals(self, trial: int, step: int) -> dict[int, float]:
+        """Scores of other trials at a rung, by number, as far as the timetable has them known when a trial began."""
+        assert self.timetable
+        return {
+            index: item.score
+            for (index, at), item in self._observations.items()
+            if at == step and index != trial and self.timetable.is_known(index, step, to=trial)
+        }
 
     def close(self, suggestion: Suggestion, ending: Ending = "scored") -> None:
         """Tell that a trial is over, with what was observed or with nothing."""
@@ -323,24 +335,38 @@ class Ledger:
         ruined = {index: plan for index, plan in self._ruined.items() if index not in running}
         return {(index, step): Observation(index, plan, step, score) for index, plan in ruined.items()}
 
+    def _taken_up(self) -> Suggestion:
+        """A trial that goes on: of those that the timetable knows, the first."""
+        under_way = [suggestion for suggestion in self._unfinished if suggestion.begun] or self._unfinished
+        self._unfinished.remove(suggestion := under_way[0])
+        if suggestion.begun:
+            return suggestion
+        self._advance()
+        return self._begun(suggestion)
+
+    def _advance(self) -> None:
+        if self.timetable:
+            assert not self.timetable.waits, "what the next plan is proposed from is not known yet"
+            self.timetable.advance()
+
+    def _begun(self, suggestion: Suggestion) -> Suggestion:
+        return replace(suggestion, begun=self.timetable.begin(suggestion.index)) if self.timetable else suggestion
+
     def _new(self) -> Suggestion | None:
         if self.ended:
             return None
         if len(self._counted) >= self.max_trials:
             self.end(f"all {self.max_trials} trials were spent (`search.max_trials`)")
             return None
-        if self.timetable:
-            assert not self.timetable.waits, "what this plan is proposed from is not known yet"
-            self.timetable.advance()
+        self._advance()
         taken = set(self._known.values())
         index = next(number for number in itertools.count() if number not in taken)
         suggestion = self._control(index) or self._proposal(index)
-        if suggestion:
-            self._known[suggestion.plan] = index
-            self._counted.add(index)
-            if self.timetable:
-                self.timetable.begin(index)
-        return suggestion
+        if suggestion is None:
+            return None
+        self._known[suggestion.plan] = index
+        self._counted.add(index)
+        return self._begun(suggestion)
 
     def _control(self, index: int) -> Suggestion | None:
         for origin, plan in self.controls:

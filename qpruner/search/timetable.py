@@ -1,9 +1,9 @@
 """When trials would begin, reach their rungs and end if a step took all of them the same time.
 
-Which results are there when a plan is asked for hangs on machines, and with it every plan from then on. A search that
-is to propose the same plans on any machines asks this timetable instead, as a conservative discrete-event simulation
-does (Chandy & Misra 1979): a plan is proposed from what is known at its trial's own beginning here, and waits for what
-is not known yet. The waits are for trials that have begun, so they end.
+Which results are there when a plan is asked for hangs on how fast the machines are, and with it every plan from then
+on. A search that is to propose the same plans all the same asks this timetable, as a conservative discrete-event
+simulation does (Chandy & Misra 1979): a plan is proposed from what is known when its trial begins here, and waits for
+what is not known yet. What is waited for are trials that have begun, so the waits end.
 """
 
 from __future__ import annotations
@@ -12,7 +12,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 Moment = tuple[int, int]
-"""Optimizer steps from the beginning of the search, and whose: at one step the earlier trial comes first."""
+"""Optimizer steps from the beginning of the search, and the trial that got there: at one step the lowest number is
+first. A trial begins at the moment at which another ends."""
+START: Moment = (0, -1)
 
 
 @dataclass
@@ -35,7 +37,8 @@ class Timetable:
         self._slots, self._rungs = slots, tuple(rungs)
         self._entries: dict[int, _Entry] = {}
         self._in_flight: set[int] = set()
-        self._now: Moment = (0, -1)
+        self._made_room: dict[int, Moment] = {}
+        self._now = START
 
     @property
     def waits(self) -> bool:
@@ -51,13 +54,25 @@ class Timetable:
         """Go to the moment at which the next trial begins."""
         if len(self._in_flight) >= self._slots:
             first = self._next_to_end()
-            self._now = self._end(first)
+            self._now = self._made_room[first] = self._end(first)
             self._in_flight.remove(first)
 
-    def begin(self, index: int) -> None:
-        """Have a trial begin at this moment."""
+    def begin(self, index: int) -> Moment:
+        """Have a trial begin at this moment, which is returned."""
         self._entries[index] = _Entry(self._now)
         self._in_flight.add(index)
+        return self._now
+
+    def take_up(self, index: int, begun: Moment) -> None:
+        """Have a trial have begun when its record says, in any order."""
+        self._entries[index] = _Entry(begun)
+        self._now = max(self._now, begun)
+        before = begun[1]
+        self._made_room[before] = max(self._made_room.get(before, START), begun)
+        for each in {index, before} & set(self._entries):
+            # A number is given again where a trial's folder was deleted.
+            has_made_room = self._made_room.get(each, START) > self._entries[each].begun
+            (self._in_flight.discard if has_made_room else self._in_flight.add)(each)
 
     def withdraw(self, index: int) -> None:
         """Have a trial never have begun."""
@@ -65,7 +80,8 @@ class Timetable:
         self._in_flight.discard(index)
 
     def reach(self, index: int, step: int) -> None:
-        """Take a rung that a trial has reported. What did not begin here, another search's, is known from the start."""
+        """Take a rung after which a trial goes on or ends. What did not begin here, another search's, is known from
+        the start."""
         if index in self._entries:
             self._entries[index].reached = max(step, self._entries[index].reached)
 
@@ -82,7 +98,7 @@ class Timetable:
             step: The rung.
             to: A trial at whose beginning it is to be known, instead.
         """
-        if index not in self._entries or (to is not None and to not in self._entries):
+        if index not in self._entries:
             return True
         moment = self._now if to is None else self._entries[to].begun
         return (self._entries[index].begun[0] + step, index) <= moment

@@ -1,8 +1,9 @@
-"""The same seed and the same `max_concurrent` give the same plans, however long trials take and whatever runs them."""
+"""The same seed and the same `max_concurrent` give the same plans, however long trials take and how many really run."""
 
 from __future__ import annotations
 
 import heapq
+import itertools
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -55,59 +56,89 @@ class Machines:
         ledger: What hands out plans.
         room: Trials that really run at a time.
         seed: Of how long they take.
-        found: What has run so far.
+        found: Suggestion, last step and ending of each trial so far, by number; what goes on comes from here.
+        slow: A trial that takes long to come up again.
     """
 
     ledger: Ledger
     room: int
     seed: int
     found: dict[int, tuple[Suggestion, int, Ending | None]] = field(default_factory=dict)
+    slow: int | None = None
 
-    def run(self, num_events: int | None = None) -> Found:
-        """Run the search to its end, or until so many rungs have been reported."""
-        generator = np.random.default_rng(self.seed)
-        scheduler = asha(self.ledger, self.found)
-        events: list[tuple[float, int, int]] = []
-        live: dict[int, tuple[Suggestion, Any]] = {}
-        now, is_over, heard = 0.0, False, 0
+    def run(self, num_events: int | None = None, is_halted: bool = False) -> Found:
+        """Run the search to its end, or until so many rungs have been reported: killed then, or halted, where running
+        rungs finish, are recorded and not decided on."""
+        self._generator = np.random.default_rng(self.seed)
+        self._scheduler = asha(self.ledger, self.found)
+        self._events: list[tuple[float, int, int]] = []
+        self._live: dict[int, tuple[Suggestion, Any]] = {}
+        now, heard, is_over = 0.0, 0, False
         while True:
-            while not is_over and len(live) < self.room and not self.ledger.waits:
+            while not is_over and len(self._live) < self.room and not self.ledger.waits:
                 suggestion = self.ledger.next()
-                if suggestion is None:
-                    is_over = True
-                    break
-                bits = {f"bits/{name}": value for name, value in suggestion.plan.as_dict().items()}
-                trial = SimpleNamespace(trial_id=str(suggestion.index), config={"trial": suggestion.index, **bits})
-                scheduler.on_trial_add(None, trial)
-                live[suggestion.index] = (suggestion, trial)
-                reached = self.found.get(suggestion.index, (suggestion, 0, None))[1]
-                self.found[suggestion.index] = (suggestion, reached, None)
-                if reached:  # a trial that goes on says its last rung again
-                    told = {METRIC: score(suggestion.plan, reached), TIME: reached}
-                    assert scheduler.on_trial_result(None, trial, told) == RecordedAsha.CONTINUE
-                heapq.heappush(events, (now + generator.lognormal(0, 1.5), suggestion.index, reached))
-            if not events or heard == num_events:
-                return [(suggestion, step) for _, (suggestion, step, _) in sorted(self.found.items())]
-            now, index, reached = heapq.heappop(events)
+                if suggestion:
+                    self._start(suggestion, now)
+                is_over = suggestion is None
+            if not self._events or heard == num_events:
+                break
+            now, index, step = heapq.heappop(self._events)
+            self._report(now, index, step)
             heard += 1
-            suggestion, trial = live[index]
-            if reached == RUNGS[1] and diverges(suggestion):
-                self._close(live, index, reached, "ruined")
-                continue
-            step = next(rung for rung in RUNGS if rung > reached)
-            value = score(suggestion.plan, step)
-            action = scheduler.on_trial_result(None, trial, {METRIC: value, TIME: step})
-            self.ledger.observe(Observation(index, suggestion.plan, step, value))
-            self.found[index] = (suggestion, step, None)
-            if step == RUNGS[-1] or action == RecordedAsha.STOP:
-                self._close(live, index, step, "scored")
-            else:
-                heapq.heappush(events, (now + generator.lognormal(0, 1.5), index, step))
+        if is_halted:
+            for _, index, step in self._events:
+                suggestion, reached, _ = self.found[index]
+                if not (reached == RUNGS[1] and diverges(suggestion)):
+                    self.found[index] = (suggestion, step, "scored" if step == RUNGS[-1] else None)
+        elif num_events is None:
+            assert is_over and not self._live
+        return [(suggestion, step) for _, (suggestion, step, _) in sorted(self.found.items())]
 
-    def _close(self, live: dict[int, Any], index: int, step: int, ending: Ending) -> None:
-        suggestion, _ = live.pop(index)
+    def _start(self, suggestion: Suggestion, now: float) -> None:
+        index = suggestion.index
+        bits = {f"bits/{name}": value for name, value in suggestion.plan.as_dict().items()}
+        trial = SimpleNamespace(trial_id=str(index), config={"trial": index, **bits})
+        self._scheduler.on_trial_add(None, trial)
+        self._live[index] = (suggestion, trial)
+        reached = self.found[index][1] if index in self.found else 0
+        self.found[index] = (suggestion, reached, None)
+        # A trial that goes on says its last rung again.
+        self._await(index, reached or RUNGS[0], now + (100.0 if index == self.slow else 0.0))
+
+    def _await(self, index: int, step: int, now: float) -> None:
+        heapq.heappush(self._events, (now + self._generator.lognormal(0, 1.5), index, step))
+
+    def _report(self, now: float, index: int, step: int) -> None:
+        suggestion, trial = self._live[index]
+        if step > RUNGS[1] and diverges(suggestion):
+            self._close(index, RUNGS[1], "ruined")
+            return
+        value = score(suggestion.plan, step)
+        action = self._scheduler.on_trial_result(None, trial, {METRIC: value, TIME: step})
+        self.ledger.observe(Observation(index, suggestion.plan, step, value))
+        self.found[index] = (suggestion, step, None)
+        if step == RUNGS[-1] or action == RecordedAsha.STOP:
+            self._close(index, step, "scored")
+        else:
+            self._await(index, next(rung for rung in RUNGS if rung > step), now)
+
+    def _close(self, index: int, step: int, ending: Ending) -> None:
+        suggestion, _ = self._live.pop(index)
         self.ledger.close(suggestion, ending)
         self.found[index] = (suggestion, step, ending)
+
+
+def taken_up(make: MakeProposer, found: Mapping[int, tuple[Suggestion, int, Ending | None]]) -> Ledger:
+    """The ledger of a search that finds these records; they are read in any order."""
+    again = ledger_of(make)
+    for index, (suggestion, reached, ending) in sorted(found.items(), reverse=True):
+        rungs = [Observation(index, suggestion.plan, step, score(suggestion.plan, step)) for step in RUNGS]
+        known = [rung for rung in rungs if rung.step <= reached]
+        if ending is None:
+            again.resume(suggestion, known)
+        else:
+            again.recall(suggestion, known, ending)
+    return again
 
 
 def asha(ledger: Ledger, found: Mapping[int, tuple[Suggestion, int, Ending | None]]) -> RecordedAsha:
@@ -130,7 +161,14 @@ def asha(ledger: Ledger, found: Mapping[int, tuple[Suggestion, int, Ending | Non
         )
         for index, (suggestion, reached, ending) in sorted(found.items())
     ]
-    return RecordedAsha(validate_config(raw), SPACE, controls, recorded, lambda trial: False, is_known=ledger.is_known)
+    return RecordedAsha(
+        validate_config(raw),
+        SPACE,
+        controls,
+        recorded,
+        lambda trial: False,
+        rivals=ledger.rivals if ledger.timetable else None,
+    )
 
 
 def ledger_of(make: MakeProposer, timetable: bool = True) -> Ledger:
@@ -175,28 +213,85 @@ def test_it_learns_from_what_is_over() -> None:
 def test_one_slot_changes_nothing() -> None:
     """With one trial at a time everything is known in any case, and stops what it would have."""
     make = maker("gp")
-    timetable = Timetable(1, RUNGS)
-    slots = replace(ledger_of(make), timetable=timetable)
-    assert Machines(slots, 1, seed=0).run() == Machines(ledger_of(make, timetable=False), 1, seed=5).run()
+    timed = Machines(replace(ledger_of(make), timetable=Timetable(1, RUNGS)), 1, seed=0).run()
+    free = Machines(ledger_of(make, timetable=False), 1, seed=5).run()
+    assert [(replace(suggestion, begun=None), step) for suggestion, step in timed] == free
 
 
-@pytest.mark.parametrize("killed_after", [1, 9, 23, 40])
-def test_a_search_taken_up_again_proposes_what_it_would_have(killed_after: int) -> None:
-    make = maker("gp")
+@pytest.mark.parametrize("is_halted", [False, True], ids=["killed", "halted"])
+def test_a_search_taken_up_again_goes_on_as_it_would_have(is_halted: bool) -> None:
+    """Wherever it was left, however long each trial takes to come up again, on as many machines or on one."""
+    make = Neighbour
     expected = Machines(ledger_of(make), SLOTS, seed=0).run()
-    killed = Machines(ledger_of(make), SLOTS, seed=1)
-    killed.run(num_events=killed_after)
-    again = ledger_of(make)
-    for index in sorted(killed.found):
-        suggestion, reached, ending = killed.found[index]
-        rungs = [Observation(index, suggestion.plan, step, score(suggestion.plan, step)) for step in RUNGS]
-        known = [rung for rung in rungs if rung.step <= reached]
-        if ending is None:
-            again.resume(suggestion, known)
-        else:
-            again.recall(suggestion, known, ending)
-    machines = Machines(again, SLOTS, seed=2, found=killed.found)
-    assert [suggestion for suggestion, _ in machines.run()] == [suggestion for suggestion, _ in expected]
+    num_under_way = 0
+    for seed, num_events in itertools.product(range(1, 5), range(1, 60, 2)):
+        left = Machines(ledger_of(make), SLOTS, seed)
+        left.run(num_events, is_halted)
+        running = [index for index, (_, reached, ending) in left.found.items() if ending is None and reached]
+        num_under_way += len(running)
+        for room, slow in ((SLOTS, min(running, default=None)), (SLOTS, max(running, default=None)), (1, None)):
+            again = Machines(taken_up(make, left.found), room, seed + 10, dict(left.found), slow)
+            assert again.run() == expected, f"seed {seed}, left after {num_events} rungs"
+    assert num_under_way > 100
+
+
+def test_what_another_search_left_running_begins_like_any_other_trial() -> None:
+    """More of them than there are slots: the third is handed out when the first is over, and is waited for like it."""
+    ledger = ledger_of(Neighbour)
+    plans = [SPACE.best_by_gain([[0.0, float(group == first)] for group in range(10)]) for first in range(SLOTS + 1)]
+    for index, plan in enumerate(plans):
+        ledger.resume(Suggestion(index, "random", plan), [Observation(index, plan, 1, 2.0)])
+    running = [ledger.next() for _ in range(SLOTS)]
+    assert [item.index for item in running if item] == list(range(SLOTS)) and ledger.waits
+    for suggestion in running[:0:-1]:
+        assert suggestion
+        ledger.close(suggestion)
+        assert ledger.waits, "the first of them is not over"
+    assert running[0]
+    ledger.close(running[0])
+    last = ledger.next()
+    assert last and (last.index, last.begun) == (SLOTS, (1, 0))
+
+
+def test_a_number_that_is_given_again_is_in_flight_again() -> None:
+    """A failed trial's folder was deleted: the trial that has its number now is not the one that made room."""
+    timetable = Timetable(2, RUNGS)
+    for index, begun in ((0, (0, -1)), (2, (8, 0)), (1, (16, 2)), (3, (1, 1))):
+        timetable.take_up(index, begun)
+    timetable.end(0, has_failed=False)
+    timetable.end(2, has_failed=False)
+    assert timetable.in_flight == {1, 3}
+
+
+def test_a_withdrawn_trial_leaves_its_slot_to_the_next() -> None:
+    ledger = ledger_of(Neighbour)
+    suggestions = [ledger.next() for _ in range(SLOTS)]
+    assert ledger.waits and suggestions[-1]
+    ledger.withdraw(suggestions[-1])
+    assert not ledger.waits
+    assert ledger.next() == suggestions[-1] and ledger.waits
+
+
+def test_what_other_searches_have_measured_is_known_from_the_start() -> None:
+    ledger = ledger_of(Neighbour)
+    plan = SPACE.best_by_gain([[0.0, 1.0]] * 10)
+    measured = [Observation(7, plan, step, 2.0) for step in RUNGS]
+    ledger.recall(Suggestion(7, "random", plan), measured, counts=False)
+    first = ledger.next()
+    assert first and ledger.history().observations == tuple(measured)
+    assert ledger.rivals(first.index, RUNGS[0]) == {7: 2.0}
+
+
+def test_a_search_that_is_over_waits_for_nothing() -> None:
+    ledger = replace(ledger_of(Neighbour), max_trials=SLOTS)
+    for _ in range(SLOTS):
+        ledger.next()
+    assert not ledger.waits and ledger.next() is None
+    ledger = ledger_of(Neighbour)
+    for _ in range(SLOTS):
+        ledger.next()
+    ledger.end("the hours are over")
+    assert not ledger.waits and ledger.next() is None
 
 
 @pytest.fixture

@@ -125,7 +125,7 @@ def _fit(job: SearchJob, room: Callable[[], int], emit: Emit, halt: Halt, tracke
                 recorded,
                 searcher.is_recalled,
                 searcher.hear,
-                ledger.is_known,
+                ledger.rivals if ledger.timetable else None,
             ),
             num_samples=-1,
             reuse_actors=True,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from qpruner.records import TrialRecord
 from qpruner.search.trial_records import objective
 from qpruner.search.tune.job import METRIC, TIME, params_to_plan
 
-IsKnown = Callable[[int, int, int], bool]
+Rivals = Callable[[int, int], Mapping[int, float]]
 
 
 class RecordedAsha(ASHAScheduler):  # type: ignore[misc]
@@ -31,7 +31,8 @@ class RecordedAsha(ASHAScheduler):  # type: ignore[misc]
         is_recalled: Asked by Ray's id whether a trial that waits for a machine is not to start any more.
         on_error: Told Ray's id of a trial that ends in an error, and the error's text, before the searcher hears that
             there was one.
-        is_known: Asked whether a trial is compared with another's rung: (number, the other's, step).
+        rivals: Tells with which scores a trial is compared at a rung, of other trials by their numbers; None takes all
+            that are there.
     """
 
     def __init__(
@@ -42,7 +43,7 @@ class RecordedAsha(ASHAScheduler):  # type: ignore[misc]
         recorded: Sequence[TrialRecord],
         is_recalled: Callable[[str], bool],
         on_error: Callable[[str, str], None] = lambda trial_id, error: None,
-        is_known: IsKnown = lambda trial, other, step: True,
+        rivals: Rivals | None = None,
     ) -> None:
         settings = config.search
         super().__init__(
@@ -55,7 +56,7 @@ class RecordedAsha(ASHAScheduler):  # type: ignore[misc]
         )
         self._space, self._controls = space, frozenset(controls)
         self._is_recalled, self._on_error = is_recalled, on_error
-        bracket = _LikeSizes(settings.first_rung, settings.steps, settings.reduction_factor, settings.pareto, is_known)
+        bracket = _LikeSizes(settings.first_rung, settings.steps, settings.reduction_factor, settings.pareto)
         self._brackets = [bracket]
         for record in recorded:
             plan = PrecisionPlan.from_dict(record.plan)
@@ -66,6 +67,7 @@ class RecordedAsha(ASHAScheduler):  # type: ignore[misc]
             decided = record.rungs[:-1] if record.status == "running" else record.rungs
             for rung in decided:
                 bracket.enter(record.index, rung.step, -objective(rung, config))
+        bracket.rivals = rivals
 
     def on_trial_add(self, tune_controller: Any, trial: Any) -> None:
         super().on_trial_add(tune_controller, trial)
@@ -102,10 +104,11 @@ class _LikeSizes(_Bracket):  # type: ignore[misc]
     """ASHA's rungs by trial number, so that one that goes on under another of Ray's ids is entered once; for a front, a
     trial is compared with those of no more bytes, since a smaller plan that scores worse is no worse a plan."""
 
-    def __init__(self, first_rung: int, steps: int, factor: int, for_front: bool, is_known: IsKnown) -> None:
+    def __init__(self, first_rung: int, steps: int, factor: int, for_front: bool) -> None:
         super().__init__(first_rung, steps, factor, s=0)
         self.sizes: dict[int, int] = {}
-        self._for_front, self._is_known = for_front, is_known
+        self.rivals: Rivals | None = None
+        self._for_front = for_front
         self._entering = (0, 0)
 
     def on_result(self, trial: Any, cur_iter: int, cur_rew: float) -> str:
@@ -119,10 +122,12 @@ class _LikeSizes(_Bracket):  # type: ignore[misc]
 
     def cutoff(self, recorded: dict[int, float]) -> float | None:
         trial, step = self._entering
-        rivals = {index: reward for index, reward in recorded.items() if self._is_known(trial, index, step)}
+        if self.rivals:
+            found = self.rivals(trial, step)
+            recorded = {index: -score for index, score in found.items() if index in self.sizes}
         if self._for_front:
-            rivals = {index: reward for index, reward in rivals.items() if self.sizes[index] <= self.sizes[trial]}
-        limit: float | None = super().cutoff(rivals)
+            recorded = {index: reward for index, reward in recorded.items() if self.sizes[index] <= self.sizes[trial]}
+        limit: float | None = super().cutoff(recorded)
         return limit
 
 

@@ -17,7 +17,7 @@ def take_up(job: SearchJob, proposer: Proposer) -> tuple[Ledger, list[TrialRecor
     `search.max_trials`.
     """
     settings = job.config.search
-    timetable = Timetable(settings.max_concurrent, settings.rungs) if settings.max_concurrent else None
+    slots = settings.max_concurrent if settings.deterministic else None
     ledger = Ledger(
         job.space,
         proposer,
@@ -25,13 +25,14 @@ def take_up(job: SearchJob, proposer: Proposer) -> tuple[Ledger, list[TrialRecor
         settings.max_trials,
         settings.patience,
         proposes=settings.plan is None,
-        timetable=timetable if settings.deterministic else None,
+        timetable=Timetable(slots, settings.rungs) if slots else None,
     )
     recorded = [_revived(record, job) for record in read_trials(job.trials)]
     remove_old_checkpoints(job.trials, [record for record in recorded if record.is_over])
     for record in recorded:
         plan = PrecisionPlan.from_dict(record.plan)
-        suggestion = Suggestion(record.index, record.origin, plan, record.expected_improvement, record.noise)
+        proposed = (record.expected_improvement, record.noise, record.slot_from)
+        suggestion = Suggestion(record.index, record.origin, plan, *proposed)
         rungs = observations_of(record, job.config)
         if not job.owns(record):
             ledger.recall(suggestion, rungs, ending_of(record), counts=False)
@@ -61,6 +62,7 @@ def _revived(record: TrialRecord, job: SearchJob) -> TrialRecord:
         "reason": None,
         "failure": None,
         "times": record.times[: 1 + len(record.rungs)],
+        "slot_from": record.slot_from if record.status == "running" and job.owns(record) else None,
     }
     revived = record.model_copy(update=update)
     if revived != record:
