@@ -36,7 +36,7 @@ from typing import Any
 import numpy as np
 import torch
 from search_informed import informed_searches, random_design
-from search_replay import NUM_TRIALS, Replay, Table, Task, replay
+from search_replay import NUM_TRIALS, BadTable, Replay, Table, Task, replay
 from search_results import (
     FRACTIONS,
     IN_FLIGHT,
@@ -110,6 +110,11 @@ def informed(path: Path) -> dict[str, Any]:
         for restlessness, row in informed_searches(Task(path, FRACTIONS[0], "informed", seeded, 1, 0)).items()
     ]
     return {"searches": searches, "random_plans": random_design(Table.read(path))}
+
+
+def knows_informed(table: Table) -> bool:
+    """Whether `informed` has a prior to tell: that of a surrogate of two levels."""
+    return table.is_surrogate and len(table.levels) == 2
 
 
 def columns_of(row: Row) -> dict[str, Any]:
@@ -239,6 +244,11 @@ def main() -> None:
     parser.add_argument("--plot", type=Path, default=Path("search_regret.png"))
     arguments = parser.parse_args()
     paths = arguments.table or sorted(TABLES.glob("*.json"))
+    try:
+        for path, fraction in itertools.product(paths, FRACTIONS):
+            Table.read(path).space(fraction)
+    except (BadTable, OSError) as error:
+        parser.error(str(error))
     tasks = tasks_of(paths, arguments.searchers, arguments.seeds)
     if arguments.stored:
         held = stored(arguments.keep)
@@ -251,12 +261,21 @@ def main() -> None:
         "patience": patience_of(replays),
         "ablation": [found for path in paths for found in ablation(path)],
         "goals": goals_of(rows),
-        "informed": {path.stem: informed(path) for path in paths if Table.read(path).is_surrogate},
+        "informed": {path.stem: informed(path) for path in paths if knows_informed(Table.read(path))},
         "plot": str(arguments.plot),
     }
     show(results, rows)
     draw(rows, arguments.plot)
-    print(json.dumps(results))
+    print(json.dumps(_of_json(results), allow_nan=False))
+
+
+def _of_json(value: Any) -> Any:
+    """As JSON can have it: what is never reached is null."""
+    if isinstance(value, Mapping):
+        return {key: _of_json(each) for key, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_of_json(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ import heapq
 import itertools
 import json
 import time
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -27,7 +27,8 @@ import numpy as np
 
 from qpruner.config import RunConfig, SearchConfig, SensitivityConfig
 from qpruner.plan import PlanSpace, PrecisionPlan
-from qpruner.search.choice import controls_of, finalist_positions, winner_position
+from qpruner.search.choice import controls_of, finalist_positions, lowest_first, winner_position
+from qpruner.search.gaussian_process import GaussianProcessProposer
 from qpruner.search.searchers import History, Ledger, Observation, Proposal, Proposer, Suggestion
 from qpruner.search.timetable import Timetable
 from qpruner.search.tune import make_proposer
@@ -41,6 +42,14 @@ JITTER = 0.25
 """Standard deviation of the logarithm of a trial's duration, when several are in flight."""
 
 
+MAX_COUNTED = 2**16
+"""Plans of a space whose losses are counted before they are asked for."""
+
+
+class BadTable(ValueError):
+    """A file that is no table."""
+
+
 @dataclass(frozen=True)
 class Table:
     """A table or a surrogate, as its file has it."""
@@ -50,7 +59,20 @@ class Table:
 
     @classmethod
     def read(cls, path: Path) -> Table:
-        return cls(path.stem, json.loads(path.read_text()))
+        """Read a file.
+
+        Raises:
+            BadTable: Naming the file, the field and what is wrong with it.
+        """
+        try:
+            content = json.loads(path.read_text())
+            found = cls(path.stem, content)
+            problem = _problem_with(found)
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise BadTable(f"{path} is no table: {type(error).__name__} {error}") from error
+        if problem:
+            raise BadTable(f"{path}: {problem}")
+        return found
 
     @property
     def is_surrogate(self) -> bool:
@@ -58,7 +80,8 @@ class Table:
 
     @cached_property
     def levels(self) -> tuple[int, ...]:
-        return tuple(self.content["levels"])
+        """Ascending, in whatever order and type the file has them."""
+        return tuple(sorted(int(level) for level in self.content["levels"]))
 
     @cached_property
     def sensitivities(self) -> dict[str, dict[int, list[float]]]:
@@ -73,7 +96,7 @@ class Table:
     def losses(self) -> dict[int, dict[tuple[int, ...], float]]:
         """Step -> plan -> loss; a table without rungs has the one step 0."""
         rungs = self.content.get("rungs") or {"0": self.content["loss"]}
-        plans = [tuple(plan) for plan in self.content["plans"]]
+        plans = [tuple(int(bits) for bits in plan) for plan in self.content["plans"]]
         return {int(step): dict(zip(plans, losses, strict=True)) for step, losses in rungs.items()}
 
     @property
@@ -82,13 +105,18 @@ class Table:
         steps = (0,) if self.is_surrogate else tuple(sorted(self.losses))
         return tuple(step for step in steps if step > 0) or steps
 
+    @property
+    def pairs(self) -> list[tuple[int, int, int, int, float]]:
+        """Of a surrogate: (group, level, other group, its level, what both together add to the loss)."""
+        return list(self.content.get("pairs", ()))
+
     def score(self, bits: tuple[int, ...], step: int) -> float:
         if not self.is_surrogate:
             return self.losses[step][bits]
         main = sum(self.content["main"][str(level)][group] for group, level in enumerate(bits))
         pairs = sum(
             value
-            for group, level, other, their_level, value in self.content["pairs"]
+            for group, level, other, their_level, value in self.pairs
             if bits[group] == level and bits[other] == their_level
         )
         return float(self.content["intercept"] + main + pairs)
@@ -102,13 +130,23 @@ class Table:
         return self.score(bits, step) + noise * float(np.random.default_rng(seed).standard_normal())
 
     def space(self, fraction: float) -> PlanSpace:
-        """Plans within a budget between the smallest plan's bytes (0) and the largest's (1)."""
+        """Plans within a budget between the smallest plan's bytes (0) and the largest's (1).
+
+        Raises:
+            BadTable: If the table lacks the loss of one of them.
+        """
         by_level = [self.content["group_bytes"][str(level)] for level in self.levels]
         group_bytes = tuple(tuple(int(size) for size in sizes) for sizes in zip(*by_level, strict=True))
         lowest, highest = (sum(chosen(sizes) for sizes in group_bytes) for chosen in (min, max))
         fixed = int(self.content.get("fixed_bytes", 0))
         budget = fixed + int(lowest + fraction * (highest - lowest))
-        return PlanSpace(tuple(self.content["groups"]), self.levels, group_bytes, fixed, budget)
+        space = PlanSpace(tuple(self.content["groups"]), self.levels, group_bytes, fixed, budget)
+        if not self.is_surrogate and len(self.levels) ** len(space.groups) <= MAX_COUNTED:
+            sizes = [sum(plan) for plan in itertools.product(*group_bytes)]
+            inside, known = sum(size <= budget - fixed for size in sizes), len(self.feasible(space))
+            if known < inside:
+                raise BadTable(f"{self.name}: `plans` has {known} of the {inside} plans inside a budget of {fraction}")
+        return space
 
     def feasible(self, space: PlanSpace) -> list[PrecisionPlan]:
         """Every plan inside the budget; of a table."""
@@ -153,6 +191,39 @@ class Table:
                 bits[group] = self.levels[level]
 
 
+def _problem_with(table: Table) -> str | None:
+    """What is wrong with a table's content, in one line."""
+    content, levels, groups = table.content, table.levels, table.content["groups"]
+    if len(set(levels)) < 2 or len(set(levels)) < len(levels):
+        return f"`levels` must be two or more different numbers of bits, got {content['levels']}"
+    if not groups or len(set(groups)) < len(groups):
+        return f"`groups` must be different names, got {groups}"
+    by_level = {f"`group_bytes` at {bits}": content["group_bytes"][str(bits)] for bits in levels}
+    for method, values in content.get("sensitivities", {}).items():
+        lacking = [bits for bits in levels[:-1] if values and str(bits) not in values]
+        if lacking:
+            return f"`sensitivities.{method}` lacks {lacking[0]} bits; only the highest level may be left out"
+        by_level |= {f"`sensitivities.{method}` at {bits}": each for bits, each in values.items()}
+    if table.is_surrogate:
+        by_level |= {f"`main` at {bits}": content["main"][str(bits)] for bits in levels}
+    for name, each in by_level.items():
+        if len(each) != len(groups) or not np.isfinite(np.array(each, dtype=float)).all():
+            return f"{name} must be {len(groups)} numbers, one a group"
+    if table.is_surrogate:
+        return None
+    plans = [tuple(int(bits) for bits in plan) for plan in content["plans"]]
+    odd = next((plan for plan in plans if len(plan) != len(groups) or not set(plan) <= set(levels)), None)
+    if odd is not None:
+        return f"`plans` must have {len(groups)} of the levels {list(levels)} each, got {list(odd)}"
+    if len(set(plans)) < len(plans):
+        return f"`plans` has {len(plans) - len(set(plans))} plans more than once"
+    rungs = {f"`rungs` at {step}": losses for step, losses in (content.get("rungs") or {}).items()}
+    for name, losses in (rungs or {"`loss`": content["loss"]}).items():
+        if len(losses) != len(plans) or not np.isfinite(np.array(losses, dtype=float)).all():
+            return f"{name} must be {len(plans)} numbers, one a plan"
+    return None
+
+
 class _PairTerms:
     """How a surrogate's loss changes with one or two groups."""
 
@@ -162,7 +233,7 @@ class _PairTerms:
         self._main = np.array([table.content["main"][str(level)] for level in levels]).T
         num_groups = len(self._main)
         self._pairs = np.zeros((num_groups, len(levels), num_groups, len(levels)))
-        for group, level, other, their_level, value in table.content["pairs"]:
+        for group, level, other, their_level, value in table.pairs:
             self._pairs[group, levels.index(level), other, levels.index(their_level)] += value
             self._pairs[other, levels.index(their_level), group, levels.index(level)] += value
 
@@ -218,6 +289,8 @@ class EndedTrial:
         control: Whether it was there before the searcher was asked.
         finished: Whether it reached the last rung.
         spent: Steps that all trials together had run when it ended.
+        leads: Suggestions that the searcher's model expected most of then, the best first: as many as are scored again.
+            Only where scores have noise, since else the lowest score is the best plan.
     """
 
     index: int
@@ -227,6 +300,7 @@ class EndedTrial:
     control: bool
     finished: bool
     spent: int
+    leads: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -263,7 +337,7 @@ class Replay:
         task, trials, promises = (content.pop(key) for key in ("task", "trials", "promises"))
         return cls(
             Task(**{**task, "path": Path(task["path"])}),
-            [EndedTrial(**trial) for trial in trials],
+            [EndedTrial(**{**trial, "leads": tuple(trial.get("leads", ()))}) for trial in trials],
             promises={int(index): tuple(promise) for index, promise in promises.items()},
             **content,
         )
@@ -275,7 +349,10 @@ class Replay:
 
     def _returned(self, trials: list[EndedTrial]) -> float:
         finished = sorted((trial for trial in trials if trial.finished), key=lambda trial: trial.index)
-        chosen = finalist_positions([trial.score for trial in finished], [trial.control for trial in finished], CONFIRM)
+        leads = {index: place for place, index in enumerate(trials[-1].leads)} if trials else {}
+        expected = [leads.get(trial.index, CONFIRM) for trial in finished] if leads else None
+        scores, are_controls = [trial.score for trial in finished], [trial.control for trial in finished]
+        chosen = finalist_positions(scores, are_controls, CONFIRM, expected)
         again = [finished[position] for position in chosen]
         position = winner_position([trial.fresh for trial in again], [trial.control for trial in again])
         return float("inf") if position is None else again[position].loss
@@ -335,6 +412,14 @@ class _Asha:
         return action == RecordedAsha.STOP
 
 
+def leads_of(proposer: Proposer, history: History, finished: Sequence[Suggestion]) -> tuple[int, ...]:
+    """The finished suggestions that a searcher's model expects most of, the best first; none of one without a model."""
+    if not isinstance(proposer, GaussianProcessProposer) or not finished:
+        return ()
+    order = lowest_first(proposer.expected(history, [suggestion.plan for suggestion in finished]))
+    return tuple(finished[at].index for at in order[: CONFIRM + 1])
+
+
 def replay(task: Task, patience: int | None = None, proposer: Proposer | None = None) -> Replay:
     """Search the table until `NUM_TRIALS` trials have ended, every plan has run, or `patience` is spent.
 
@@ -350,6 +435,7 @@ def replay(task: Task, patience: int | None = None, proposer: Proposer | None = 
     timetable = Timetable(task.in_flight, table.steps) if task.deterministic else None
     ledger = Ledger(space, witness, controls, NUM_TRIALS, patience, timetable=timetable)
     asha = _Asha(table, space, plans, ledger) if task.asha else None
+    has_noise = bool(table.content.get("loss_noise"))
     generator = np.random.default_rng([task.seed, 2])
     started: list[Suggestion] = []
     ended: dict[int, EndedTrial] = {}
@@ -386,7 +472,10 @@ def replay(task: Task, patience: int | None = None, proposer: Proposer | None = 
         last = table.steps[-1]
         fresh = table.measured(plan.bits, last, (task.seed, "fresh"))
         loss = table.score(plan.bits, last)
-        ended[index] = EndedTrial(index, loss, score, fresh, plan in plans, finished, spent)
+        over = [item for item in started if item.index in ended and ended[item.index].finished]
+        over += [suggestion] if finished else []
+        leads = leads_of(witness.inner, ledger.history(), over) if has_noise else ()
+        ended[index] = EndedTrial(index, loss, score, fresh, plan in plans, finished, spent, leads)
         fill(now)
     proposals = witness.proposed
     wasted = sum(proposals[item.index].plan != item.plan for item in started if item.index in proposals)

@@ -91,7 +91,7 @@ class Limits:
     def regrets(self, item: Replay, losses: Sequence[float] | np.ndarray) -> np.ndarray:
         """Losses as shares of the range; no plan counts as the worst."""
         best, worst = self.of(item.task.path, item.task.fraction)
-        return (np.minimum(losses, worst) - best) / (worst - best)
+        return (np.minimum(losses, worst) - best) / ((worst - best) or 1.0)
 
 
 class Setting(NamedTuple):
@@ -295,7 +295,7 @@ def ablation(path: Path) -> list[dict[str, Any]]:
     before, after = (0, table.steps[-1]) if table.is_surrogate else (min(table.losses), table.steps[-1])
     best, worst = table.limits(space)
     inside = [] if table.is_surrogate else sorted(table.score(plan.bits, after) for plan in table.feasible(space))
-    costs: Mapping[str, float] = table.content["meta"].get("sensitivity_seconds", {})
+    costs: Mapping[str, float] = table.content.get("meta", {}).get("sensitivity_seconds", {})
     found = []
     for method, values in table.sensitivities.items():
         top = np.array(values.get(table.levels[-1], np.zeros(len(space.groups))))
@@ -311,7 +311,7 @@ def ablation(path: Path) -> list[dict[str, Any]]:
                 },
                 "seed_rank": int(np.searchsorted(inside, loss - 1e-12)) + 1 if inside else None,
                 "num_plans": len(inside) or None,
-                "seed_regret": (loss - best) / (worst - best),
+                "seed_regret": (loss - best) / ((worst - best) or 1.0),
                 "seconds": costs.get(method),
             }
         )

@@ -53,7 +53,7 @@ from qpruner.quantization.bank import (
     write_index,
 )
 from qpruner.quantization.mixed import unpack
-from qpruner.sensitivity.measurement import measure
+from qpruner.sensitivity.measurement import handing_on, measure
 from qpruner.sensitivity.methods import Subject, by_expansion, by_information, by_measurement
 
 LORA = LoraConfig(rank=8, alpha=16)
@@ -114,6 +114,7 @@ class Job:
 class Evaluator:
     """Losses of plans without fine-tune; what the blocks before a change gave is used again."""
 
+    @torch.no_grad()
     def __init__(self, job: Job) -> None:
         from qpruner.calibration import Samples
 
@@ -129,6 +130,12 @@ class Evaluator:
         self.weights: dict[tuple[str, int], torch.Tensor] = {}
         block_path = family_of(self.model.config).block_path
         self.blocks = [block_path(index) for index in range(self.model.config.num_hidden_layers)]
+        self.modules = [self.model.get_submodule(path) for path in self.blocks]
+        put: list[Any] = []
+        handle = self.modules[0].register_forward_hook(lambda module, inputs, output: put.append(output))
+        self.model(input_ids=self.labels[:1], use_cache=False)
+        handle.remove()
+        self.puts_tuples = isinstance(put[0], tuple)
 
     def set_bits(self, name: str, bits: int) -> None:
         """Put the weights of a bank group at a bit-width in place: what quantization and the LoftQ start make of it."""
@@ -163,8 +170,12 @@ class Evaluator:
         """Mean loss in nats a token from the last block's hidden states."""
         total, start = 0.0, 0
         for batch in hidden:
-            logits = self.model.lm_head(self.model.base_model.norm(batch))
-            total += float(token_losses(logits, self.labels[start : start + len(batch)]).sum())
+            labels = self.labels[start : start + len(batch)]
+            # The model's own end: norm, scaling of the logits and what else a family has.
+            output = (batch,) if self.puts_tuples else batch
+            with handing_on(self.modules, [output] * len(self.modules)):
+                logits = self.model(input_ids=labels, use_cache=False).logits
+            total += float(token_losses(logits, labels).sum())
             start += len(batch)
         return total / self.labels[:, 1:].numel()
 
@@ -365,7 +376,7 @@ def main() -> None:
     parser.add_argument("--text", required=True, help="plain text")
     parser.add_argument("--out", required=True, type=Path)
     parser.add_argument("--groups", default="10", help="number of runs of blocks, or block, sublayer, projection")
-    parser.add_argument("--levels", type=int, nargs=2, default=(4, 8))
+    parser.add_argument("--levels", type=int, nargs="+", default=(4, 8))
     parser.add_argument("--rungs", type=int, nargs="+", default=(4, 8, 16))
     parser.add_argument("--context", type=int, default=96)
     parser.add_argument("--validation", type=int, default=48, help="windows")
@@ -373,13 +384,15 @@ def main() -> None:
     parser.add_argument("--bank", help="folder; default beside OUT")
     parser.add_argument("--jobs", type=int, default=os.cpu_count())
     arguments = parser.parse_args()
+    if arguments.kind == "surrogate" and (len(arguments.levels) != 2 or arguments.groups.isdigit()):
+        parser.error("a surrogate is of two --levels, and of --groups block, sublayer or projection")
     bank = arguments.bank or str(arguments.out.with_suffix("")) + "-bank"
     job = Job(
         model=arguments.model,
         text=arguments.text,
         bank=bank,
         groups=arguments.groups,
-        levels=tuple(arguments.levels),
+        levels=tuple(sorted(arguments.levels)),
         context=arguments.context,
         num_validation=arguments.validation,
         rungs=tuple(arguments.rungs) if arguments.kind == "finetuned" else (),
@@ -391,12 +404,14 @@ def main() -> None:
     measured = {(tuple(each["plan"]), each["seed"]) for each in done}
     everything = list(itertools.product(job.levels, repeat=len(names))) if arguments.kind != "surrogate" else []
     if arguments.kind == "finetuned":
-        # Sixteen plans again with other data orders: how far a repeat with another seed moves the loss.
+        # Every fifth part's first plan again with other data orders: how far a repeat with another seed moves the loss.
         again = [(plan, seed) for seed in (1, 2, 3) for plan in everything[:: max(1, len(everything) // 5)]]
         todo: list[Any] = [each for each in [*((plan, 0) for plan in everything), *again] if each not in measured]
     elif arguments.kind == "zero_shot":
-        heads = itertools.product(job.levels, repeat=4)
-        todo = [head for head in heads if sum(plan[:4] == head for plan, _ in measured) < 2 ** (len(names) - 4)]
+        first = min(4, len(names))
+        below = len(job.levels) ** (len(names) - first)
+        heads = itertools.product(job.levels, repeat=first)
+        todo = [head for head in heads if sum(plan[:first] == head for plan, _ in measured) < below]
     else:
         wanted = random_plans(len(names), job.levels, arguments.plans, 0)
         todo = [plan for plan in wanted if (plan, 0) not in measured]

@@ -147,7 +147,7 @@ class _Rerun:
 
     def rise(self, first: int, what: str) -> torch.Tensor:
         """Summed divergence and change of the loss with blocks run from `first` on: ``(2, samples)`` float64."""
-        with _handing_on(self._blocks[:first], self._outputs):
+        with handing_on(self._blocks[:first], self._outputs):
             logits = self._logits()
         kl, loss = [], []
         for start in range(0, len(logits), POSITIONS):
@@ -180,7 +180,7 @@ class _Rerun:
 
 
 @contextmanager
-def _handing_on(blocks: Sequence[torch.nn.Module], outputs: Sequence[Any]) -> Iterator[None]:
+def handing_on(blocks: Sequence[torch.nn.Module], outputs: Sequence[Any]) -> Iterator[None]:
     """Let blocks put out what they put out before instead of running."""
     before = [vars(block).get("forward") for block in blocks]
     for block, output in zip(blocks, outputs, strict=False):

@@ -224,7 +224,7 @@ def test_a_search_taken_up_again_goes_on_as_it_would_have(is_halted: bool) -> No
     make = Neighbour
     expected = Machines(ledger_of(make), SLOTS, seed=0).run()
     num_under_way = 0
-    for seed, num_events in itertools.product(range(1, 5), range(1, 60, 2)):
+    for seed, num_events in itertools.product((1, 2), range(1, 60, 4)):
         left = Machines(ledger_of(make), SLOTS, seed)
         left.run(num_events, is_halted)
         running = [index for index, (_, reached, ending) in left.found.items() if ending is None and reached]
@@ -232,7 +232,7 @@ def test_a_search_taken_up_again_goes_on_as_it_would_have(is_halted: bool) -> No
         for room, slow in ((SLOTS, min(running, default=None)), (SLOTS, max(running, default=None)), (1, None)):
             again = Machines(taken_up(make, left.found), room, seed + 10, dict(left.found), slow)
             assert again.run() == expected, f"seed {seed}, left after {num_events} rungs"
-    assert num_under_way > 100
+    assert num_under_way > 30
 
 
 def test_what_another_search_left_running_begins_like_any_other_trial() -> None:
