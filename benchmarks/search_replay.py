@@ -16,7 +16,7 @@ import heapq
 import itertools
 import json
 import time
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -27,8 +27,7 @@ import numpy as np
 
 from qpruner.config import RunConfig, SearchConfig, SensitivityConfig
 from qpruner.plan import PlanSpace, PrecisionPlan
-from qpruner.search.choice import controls_of, finalist_positions, lowest_first, winner_position
-from qpruner.search.gaussian_process import GaussianProcessProposer
+from qpruner.search.choice import controls_of, finalist_positions, winner_position
 from qpruner.search.searchers import History, Ledger, Observation, Proposal, Proposer, Suggestion
 from qpruner.search.timetable import Timetable
 from qpruner.search.tune import make_proposer
@@ -289,8 +288,6 @@ class EndedTrial:
         control: Whether it was there before the searcher was asked.
         finished: Whether it reached the last rung.
         spent: Steps that all trials together had run when it ended.
-        leads: Suggestions that the searcher's model expected most of then, the best first: as many as are scored again.
-            Only where scores have noise, since else the lowest score is the best plan.
     """
 
     index: int
@@ -300,7 +297,6 @@ class EndedTrial:
     control: bool
     finished: bool
     spent: int
-    leads: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -337,7 +333,7 @@ class Replay:
         task, trials, promises = (content.pop(key) for key in ("task", "trials", "promises"))
         return cls(
             Task(**{**task, "path": Path(task["path"])}),
-            [EndedTrial(**{**trial, "leads": tuple(trial.get("leads", ()))}) for trial in trials],
+            [EndedTrial(**trial) for trial in trials],
             promises={int(index): tuple(promise) for index, promise in promises.items()},
             **content,
         )
@@ -349,10 +345,7 @@ class Replay:
 
     def _returned(self, trials: list[EndedTrial]) -> float:
         finished = sorted((trial for trial in trials if trial.finished), key=lambda trial: trial.index)
-        leads = {index: place for place, index in enumerate(trials[-1].leads)} if trials else {}
-        expected = [leads.get(trial.index, CONFIRM) for trial in finished] if leads else None
-        scores, are_controls = [trial.score for trial in finished], [trial.control for trial in finished]
-        chosen = finalist_positions(scores, are_controls, CONFIRM, expected)
+        chosen = finalist_positions([trial.score for trial in finished], [trial.control for trial in finished], CONFIRM)
         again = [finished[position] for position in chosen]
         position = winner_position([trial.fresh for trial in again], [trial.control for trial in again])
         return float("inf") if position is None else again[position].loss
@@ -412,14 +405,6 @@ class _Asha:
         return action == RecordedAsha.STOP
 
 
-def leads_of(proposer: Proposer, history: History, finished: Sequence[Suggestion]) -> tuple[int, ...]:
-    """The finished suggestions that a searcher's model expects most of, the best first; none of one without a model."""
-    if not isinstance(proposer, GaussianProcessProposer) or not finished:
-        return ()
-    order = lowest_first(proposer.expected(history, [suggestion.plan for suggestion in finished]))
-    return tuple(finished[at].index for at in order[: CONFIRM + 1])
-
-
 def replay(task: Task, patience: int | None = None, proposer: Proposer | None = None) -> Replay:
     """Search the table until `NUM_TRIALS` trials have ended, every plan has run, or `patience` is spent.
 
@@ -435,7 +420,6 @@ def replay(task: Task, patience: int | None = None, proposer: Proposer | None = 
     timetable = Timetable(task.in_flight, table.steps) if task.deterministic else None
     ledger = Ledger(space, witness, controls, NUM_TRIALS, patience, timetable=timetable)
     asha = _Asha(table, space, plans, ledger) if task.asha else None
-    has_noise = bool(table.content.get("loss_noise"))
     generator = np.random.default_rng([task.seed, 2])
     started: list[Suggestion] = []
     ended: dict[int, EndedTrial] = {}
@@ -472,10 +456,7 @@ def replay(task: Task, patience: int | None = None, proposer: Proposer | None = 
         last = table.steps[-1]
         fresh = table.measured(plan.bits, last, (task.seed, "fresh"))
         loss = table.score(plan.bits, last)
-        over = [item for item in started if item.index in ended and ended[item.index].finished]
-        over += [suggestion] if finished else []
-        leads = leads_of(witness.inner, ledger.history(), over) if has_noise else ()
-        ended[index] = EndedTrial(index, loss, score, fresh, plan in plans, finished, spent, leads)
+        ended[index] = EndedTrial(index, loss, score, fresh, plan in plans, finished, spent)
         fill(now)
     proposals = witness.proposed
     wasted = sum(proposals[item.index].plan != item.plan for item in started if item.index in proposals)

@@ -525,8 +525,7 @@ class SearchConfig(Section):
     limit: Positive | None = None
     """Questions a task, at most; `metric: accuracy` needs it, so that others are left to choose the winner by."""
     confirm: Positive = 3
-    """Best trials that are scored again on fresh rows, beside the controls: that of the best score and, with
-    `searcher: gp`, those that its model expects most of; with `pareto` at least the whole front."""
+    """Best trials that are scored again on fresh rows, beside the controls; with `pareto` at least the whole front."""
     resources_per_trial: ResourcesConfig | None = None
     """null takes one GPU where there are GPUs and one CPU core where there are none."""
     trial_timeout_seconds: Annotated[float, Field(gt=0)] = 1800.0

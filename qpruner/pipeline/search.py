@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -119,9 +119,7 @@ def search(context: Context, banked: BankRecord, measured: SensitivityRecord) ->
             if given:
                 finalists = _beside_given(usable, given, known)
             else:
-                competing = [trial for trial in usable if _competes(trial, job)]
-                expected = None if settings.pareto else ray_tune.expected_scores(job, competing)
-                finalists = _finalists(competing, job, expected)
+                finalists = _finalists([trial for trial in usable if _competes(trial, job)], job)
             # What is fine to read may not be what was written.
             if not [trial for trial in finalists if begin_anew_if_damaged(job.trials, trial, tell)]:
                 break
@@ -236,15 +234,8 @@ def _competes(trial: TrialRecord, job: SearchJob) -> bool:
     return not trial.is_given or job.control_of(_plan(trial)) is not None
 
 
-def _finalists(
-    trials: Sequence[TrialRecord], job: SearchJob, expected: Mapping[int, float] | None = None
-) -> list[TrialRecord]:
+def _finalists(trials: Sequence[TrialRecord], job: SearchJob) -> list[TrialRecord]:
     """The best finished trials and every finished control; for a front, no trial that could be on it is left out.
-
-    Args:
-        trials: Those that compete.
-        job: The search.
-        expected: By number, what the searcher's model expects each finished one to score.
 
     Raises:
         StageError: If no trial finished, with the first reason.
@@ -264,9 +255,9 @@ def _finalists(
         )
     settings = job.config.search
     scores = [objective(trial.rungs[-1], job.config) for trial in finished]
-    are_controls = [job.control_of(_plan(trial)) is not None for trial in finished]
-    means = [expected[trial.index] for trial in finished] if expected else None
-    chosen = finalist_positions(scores, are_controls, settings.confirm, means)
+    chosen = finalist_positions(
+        scores, [job.control_of(_plan(trial)) is not None for trial in finished], settings.confirm
+    )
     if settings.pareto:
         weighed = [(trial.plan_bytes, score) for trial, score in zip(finished, scores, strict=True)]
         chosen += non_dominated(weighed)

@@ -20,28 +20,11 @@ def controls_of(space: PlanSpace, sensitivities: Mapping[str, Prior]) -> list[tu
     return [(origin, plan) for origin, plan in [*seeds, *uniform] if space.is_feasible(plan)]
 
 
-def finalist_positions(
-    scores: Sequence[float], are_controls: Sequence[bool], confirm: int, expected: Sequence[float] | None = None
-) -> list[int]:
-    """Positions of the trials that are scored again: `confirm` of them, and every control; ascending.
-
-    The lowest score of many is in part the luckiest. So, where a searcher's model expects scores from those of all
-    plans together, the lowest score is joined by the lowest expected ones, and else by the next scores.
-
-    Args:
-        scores: What each trial scored last; of equal ones the first counts as lower.
-        are_controls: Which are controls.
-        confirm: How many are wanted beside the controls.
-        expected: What the model expects each to score.
-    """
-    ranked = lowest_first(scores)
-    chosen = ranked[:1] + [at for at in (lowest_first(expected) if expected else ranked) if at != ranked[0]]
-    return sorted({*chosen[:confirm], *(position for position, control in enumerate(are_controls) if control)})
-
-
-def lowest_first(values: Sequence[float]) -> list[int]:
-    """Positions by value, of equal ones the first."""
-    return sorted(range(len(values)), key=lambda position: (values[position], position))
+def finalist_positions(scores: Sequence[float], are_controls: Sequence[bool], confirm: int) -> list[int]:
+    """Positions of the trials that are scored again: the `confirm` lowest scores, of equal ones the first, and every
+    control; ascending."""
+    ranked = sorted(range(len(scores)), key=lambda position: (scores[position], position))
+    return sorted({*ranked[:confirm], *(position for position, control in enumerate(are_controls) if control)})
 
 
 def winner_position(fresh: Sequence[float], are_controls: Sequence[bool]) -> int | None:

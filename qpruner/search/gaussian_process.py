@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -63,13 +63,6 @@ class GaussianProcessProposer:
         """A feasible plan that `history` does not hold; the smallest plan when there is none."""
         with _one_thread():
             return self._propose(index, history)
-
-    def expected(self, history: History, plans: Sequence[PrecisionPlan]) -> list[float]:
-        """What each plan is expected to score at the last rung, from all that is known."""
-        with _one_thread():
-            posterior = self._posterior(history, self._plans.tensor(history.pending))
-            means: list[float] = posterior.mean(self._plans.tensor(plans)).tolist()
-        return means
 
     def _propose(self, index: int, history: History) -> Proposal:
         generator = np.random.default_rng([self._seed, index])

@@ -5,7 +5,6 @@ The first tests call its parts on records as trials write them; the last ones ru
 
 from __future__ import annotations
 
-import itertools
 import pickle
 import shutil
 import threading
@@ -17,7 +16,6 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import pytest
 from conftest import DEMO_DATA, away, disk_of, flipped, raw_config, with_key
 from object_store import object_store, talk_to
@@ -47,7 +45,7 @@ from qpruner.search.trial_records import (
     write_seconds,
     write_trial,
 )
-from qpruner.search.tune import SearchJob, _outcome, expected_scores
+from qpruner.search.tune import SearchJob, _outcome
 from qpruner.search.tune.actors import KILLED_FOR_MEMORY
 from qpruner.search.tune.driver import MAX_KILLS, HangWatch, PlanSearcher
 from qpruner.search.tune.halt import Halt
@@ -866,25 +864,6 @@ def test_the_finalists_are_the_best_and_this_searchs_controls_whatever_they_are_
         trial(6, "844484", [2.0, 2.0]),
     ]
     assert [each.index for each in _finalists(trials, job_of(tmp_path, confirm=2))] == [0, 2, 3, 4]
-
-
-def test_what_the_model_expects_most_of_is_scored_again_beside_the_best_score(tmp_path: Path) -> None:
-    """Scores are additive but for luck: trial 9 has the best one by that alone, the plans of eights are really best."""
-    generator = np.random.default_rng(0)
-    plans = ["".join(bits) for bits in itertools.product("48", repeat=6) if bits.count("8") <= 3]
-    trials = []
-    for index, plan in enumerate(plans[:24]):
-        loss = 3.0 - 0.1 * plan[2:].count("8") + 0.02 * float(generator.standard_normal())
-        trials.append(trial(index, plan, [loss, loss, loss - 0.4 * (index == 9)]))
-    job = job_of(tmp_path, confirm=3, searcher="gp")
-    expected = expected_scores(job, trials)
-    assert expected is not None and set(expected) == set(range(24))
-    finalists = _finalists(trials, job, expected)
-    chosen = [each.index for each in finalists if job.control_of(PrecisionPlan.from_dict(each.plan)) is None]
-    by_expectation = sorted((index for index in expected if index != 9), key=lambda index: expected[index])[:2]
-    assert chosen == sorted([9, *by_expectation])
-    assert all(list(trials[index].plan.values())[2:].count(8) == 3 for index in by_expectation)
-    assert expected_scores(job_of(tmp_path, searcher="random"), trials) is None
 
 
 def test_for_a_front_no_plan_that_may_be_on_it_is_left_out(tmp_path: Path) -> None:

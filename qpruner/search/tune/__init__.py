@@ -24,7 +24,7 @@ os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(10**6)
 # nobody (2.60). Workers read it, which import this module, too.
 os.environ["TUNE_FUNCTION_THREAD_TIMEOUT_S"] = str(10**6)
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 import ray
@@ -37,10 +37,8 @@ from ray.tune.execution.class_cache import ENV_VARS_TO_PROPAGATE
 from qpruner.errors import StageError
 from qpruner.events import Emit
 from qpruner.patience import patiently, storage_error
-from qpruner.plan import PlanSpace, PrecisionPlan
-from qpruner.records import TrialRecord
+from qpruner.plan import PlanSpace
 from qpruner.search.searchers import (
-    History,
     Prior,
     Proposer,
     RandomProposer,
@@ -58,7 +56,7 @@ from qpruner.search.tune.actors import ActorManager
 from qpruner.search.tune.asha import RecordedAsha
 from qpruner.search.tune.driver import Forgetful, HangWatch, PlanSearcher
 from qpruner.search.tune.halt import Halt
-from qpruner.search.tune.job import SearchJob, SearchOutcome, observations_of
+from qpruner.search.tune.job import SearchJob, SearchOutcome
 from qpruner.search.tune.resume import take_up
 from qpruner.search.tune.trackers import tracker_callbacks
 from qpruner.search.tune.worker import sent_whole
@@ -70,7 +68,7 @@ ENV_VARS_TO_PROPAGATE.difference_update([name for name in ENV_VARS_TO_PROPAGATE 
 # Tune asks nobody for it.
 tune_controller.RayActorManager = ActorManager
 
-__all__ = ["SearchJob", "SearchOutcome", "check_searcher", "expected_scores", "make_proposer", "search"]
+__all__ = ["SearchJob", "SearchOutcome", "check_searcher", "make_proposer", "search"]
 
 
 def search(job: SearchJob, room: Callable[[], int], emit: Emit, trackers: Trackers | None = None) -> SearchOutcome:
@@ -190,23 +188,6 @@ def _outcome(job: SearchJob, ended: str, sessions: int) -> SearchOutcome:
         sessions=sessions,
         gpu_seconds=sum(trial.gpu_seconds_of(job.search) for trial in recorded),
     )
-
-
-def expected_scores(job: SearchJob, trials: Sequence[TrialRecord]) -> dict[int, float] | None:
-    """What the searcher's model expects each finished trial to score at the last rung, from the rungs of all trials; by
-    number. None of a searcher without a model."""
-    if job.config.search.searcher != "gp":
-        return None
-    from qpruner.search.gaussian_process import GaussianProcessProposer
-
-    told = [
-        rung for trial in sorted(trials, key=lambda trial: trial.index) for rung in observations_of(trial, job.config)
-    ]
-    finished = [trial for trial in trials if trial.status == "finished"]
-    proposer = GaussianProcessProposer(job.space, job.config.seed, job.priors)
-    plans = [PrecisionPlan.from_dict(trial.plan) for trial in finished]
-    found = proposer.expected(History(tuple(told)), plans) if finished else []
-    return {trial.index: score for trial, score in zip(finished, found, strict=True)}
 
 
 def make_proposer(
