@@ -1,6 +1,6 @@
 """What `search.deterministic` costs: the same searches with and without it, 16 trials in flight, by time and regret.
 
-    .venv/bin/python benchmarks/search_deterministic.py          # 3 minutes
+    .venv/bin/python benchmarks/search_deterministic.py          # 8 minutes of one core
 
 Replays on the tables in `benchmarks/tables`, as in `search_regret.py`: `gp` at the middle budget. A trial's duration is
 log-normal with a standard deviation of 0.25 in its logarithm: the slowest of 16 takes half as long again as the median.

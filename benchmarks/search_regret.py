@@ -246,7 +246,7 @@ def main() -> None:
     paths = arguments.table or sorted(TABLES.glob("*.json"))
     try:
         for path, fraction in itertools.product(paths, FRACTIONS):
-            Table.read(path).space(fraction)
+            Table.read(path).check_whole(fraction)
     except (BadTable, OSError) as error:
         parser.error(str(error))
     tasks = tasks_of(paths, arguments.searchers, arguments.seeds)

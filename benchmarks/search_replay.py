@@ -39,8 +39,6 @@ CONFIRM = SearchConfig().confirm
 """Best trials that are scored again before one is returned."""
 JITTER = 0.25
 """Standard deviation of the logarithm of a trial's duration, when several are in flight."""
-
-
 MAX_COUNTED = 2**16
 """Plans of a space whose losses are counted before they are asked for."""
 
@@ -129,23 +127,27 @@ class Table:
         return self.score(bits, step) + noise * float(np.random.default_rng(seed).standard_normal())
 
     def space(self, fraction: float) -> PlanSpace:
-        """Plans within a budget between the smallest plan's bytes (0) and the largest's (1).
-
-        Raises:
-            BadTable: If the table lacks the loss of one of them.
-        """
+        """Plans within a budget between the smallest plan's bytes (0) and the largest's (1)."""
         by_level = [self.content["group_bytes"][str(level)] for level in self.levels]
         group_bytes = tuple(tuple(int(size) for size in sizes) for sizes in zip(*by_level, strict=True))
         lowest, highest = (sum(chosen(sizes) for sizes in group_bytes) for chosen in (min, max))
         fixed = int(self.content.get("fixed_bytes", 0))
         budget = fixed + int(lowest + fraction * (highest - lowest))
-        space = PlanSpace(tuple(self.content["groups"]), self.levels, group_bytes, fixed, budget)
-        if not self.is_surrogate and len(self.levels) ** len(space.groups) <= MAX_COUNTED:
-            sizes = [sum(plan) for plan in itertools.product(*group_bytes)]
-            inside, known = sum(size <= budget - fixed for size in sizes), len(self.feasible(space))
-            if known < inside:
-                raise BadTable(f"{self.name}: `plans` has {known} of the {inside} plans inside a budget of {fraction}")
-        return space
+        return PlanSpace(tuple(self.content["groups"]), self.levels, group_bytes, fixed, budget)
+
+    def check_whole(self, fraction: float) -> None:
+        """See that a table of few plans has the loss of every one inside a budget, before any is asked for.
+
+        Raises:
+            BadTable: If it lacks one.
+        """
+        space = self.space(fraction)
+        if self.is_surrogate or len(self.levels) ** len(space.groups) > MAX_COUNTED:
+            return
+        sizes = [space.fixed_bytes + sum(plan) for plan in itertools.product(*space.group_bytes)]
+        inside, known = sum(size <= space.budget_bytes for size in sizes), len(self.feasible(space))
+        if known < inside:
+            raise BadTable(f"{self.name}: `plans` has {known} of the {inside} plans inside a budget of {fraction}")
 
     def feasible(self, space: PlanSpace) -> list[PrecisionPlan]:
         """Every plan inside the budget; of a table."""

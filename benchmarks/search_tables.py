@@ -23,6 +23,7 @@ import os
 import statistics
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
@@ -410,8 +411,8 @@ def main() -> None:
     elif arguments.kind == "zero_shot":
         first = min(4, len(names))
         below = len(job.levels) ** (len(names) - first)
-        heads = itertools.product(job.levels, repeat=first)
-        todo = [head for head in heads if sum(plan[:first] == head for plan, _ in measured) < below]
+        counts = Counter(plan[:first] for plan, _ in measured)
+        todo = [head for head in itertools.product(job.levels, repeat=first) if counts[head] < below]
     else:
         wanted = random_plans(len(names), job.levels, arguments.plans, 0)
         todo = [plan for plan in wanted if (plan, 0) not in measured]

@@ -108,7 +108,7 @@ def test_what_is_no_table_is_said_before_anything_is_replayed(what: str, tmp_pat
     path = tmp_path / "theirs.json"
     path.write_text(json.dumps(content))
     with pytest.raises(BadTable) as refused:
-        Table.read(path).space(0.5)
+        Table.read(path).check_whole(0.5)
     assert "theirs" in str(refused.value) and said in str(refused.value)
 
 
