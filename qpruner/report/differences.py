@@ -133,9 +133,9 @@ def _half_width(by_seed: Sequence[float], by_plan: Sequence[float], by_row: Answ
     mean over seeds. Were the searched plan such a draw, its value would differ from theirs by the plan and by the luck
     that every plan has with seeds and questions, all of which is in their spread: nothing needs to be added.
 
-    Against one plan it is the wider of Student's over seeds and the normal one over questions or rows. Of two plans that
-    differ in nothing it tells 2 to 8 % apart with three seeds (simulated, 2026-12); with one seed, of which it knows no
-    spread, up to 33 %.
+    Against one plan it is the wider of Student's over seeds and the normal one over questions or rows. Two plans that
+    differ in nothing are told apart in 2 to 8 % of cases with three seeds; with one, which shows no spread, in up to
+    33 % (simulated).
     """
     if len(by_plan) > 1:
         return measures.prediction_half_width(by_plan)
