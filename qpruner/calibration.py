@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from qpruner import measures
 from qpruner.data import IGNORED_LABEL, collate
 from qpruner.errors import TrainingDiverged
 
@@ -70,14 +71,17 @@ class LossResult:
 
     Attributes:
         mean: Over all predicted tokens.
-        stderr: Over rows.
         by_row: What each row says of the mean, in the order given: the rows' mean is `mean`, and their spread its
             standard error, although rows have more and fewer tokens.
     """
 
     mean: float
-    stderr: float
     by_row: tuple[float, ...]
+
+    @property
+    def stderr(self) -> float:
+        """Standard error of the mean over rows; NaN with one row."""
+        return measures.over_questions(self.by_row).stderr
 
 
 def batches(rows: Rows, batch_size: int, pad_id: int, device: torch.device) -> Iterator[dict[str, torch.Tensor]]:
@@ -407,9 +411,7 @@ def mean_loss(model: torch.nn.Module, rows: Rows, pad_id: int, batch_size: int) 
         raise TrainingDiverged(f"the validation loss is {mean}")
     off = [row - mean * count for row, count in zip(sums, counts, strict=True)]
     by_row = dict(zip(order, (mean + each * len(rows) / tokens for each in off), strict=True))
-    return LossResult(
-        mean, math.sqrt(sum(each**2 for each in off)) / tokens, tuple(by_row[index] for index in range(len(rows)))
-    )
+    return LossResult(mean, tuple(by_row[index] for index in range(len(rows))))
 
 
 def token_losses(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:

@@ -360,6 +360,7 @@ def confirm_trial(job: ConfirmationJob) -> FinalistScore:
         search.limit,
         settings.batch_size,
         skip=search.limit,
+        metric=search.named_metric,
     )
     accuracy, stderr = mean_accuracy(scores)
     return score.model_copy(update={"accuracy": accuracy, "accuracy_stderr": stderr})

@@ -24,6 +24,8 @@ from qpruner.wording import counted
 Positive = Annotated[int, Field(ge=1)]
 Named = Annotated[str, Field(min_length=1)]
 Bits = Literal[4, 8, 16]
+AccuracyMetric = Literal["acc_norm", "acc", "exact_match"]
+"""lm-eval's metrics that give one number between 0 and 1 a question, the preferred first."""
 HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?", re.ASCII)
 LICENSE_ID = re.compile(r"[a-z0-9][a-z0-9.+-]*")
 TAB_FOUND = "found character '\\t'"
@@ -517,13 +519,15 @@ class SearchConfig(Section):
     """Steps before ASHA may stop a trial for the first time."""
     reduction_factor: Annotated[int, Field(ge=2)] = 2
     """ASHA keeps one in this many at each rung."""
-    metric: Literal["loss", "accuracy"] = "loss"
-    """Validation loss, or the mean accuracy of `tasks`. The winner is chosen by the same on what no trial was scored
-    on: half the confirmation rows, or the `limit` questions of each task that come after those of the trials."""
+    metric: Literal["loss", "accuracy", AccuracyMetric] = "loss"
+    """Validation loss, or the mean over `tasks` of a metric that each of them reports; `accuracy` takes a task's
+    acc_norm, else acc, else exact_match. The winner is chosen by the same on what no trial was scored on: half the
+    confirmation rows, or the `limit` questions of each task that come after those of the trials."""
     tasks: tuple[str, ...] = ()
     """lm-eval tasks scored at every rung."""
     limit: Positive | None = None
-    """Questions a task, at most; `metric: accuracy` needs it, so that others are left to choose the winner by."""
+    """Questions a task, at most; every `metric` but the loss needs it, so that others are left to choose the winner
+    by."""
     confirm: Positive = 3
     """Best trials that are scored again on fresh rows, beside the controls; with `pareto` at least the whole front."""
     resources_per_trial: ResourcesConfig | None = None
@@ -551,7 +555,17 @@ class SearchConfig(Section):
     @property
     def num_questions(self) -> int | None:
         """Questions of each task that the search looks at: those of the trials and those that choose the winner."""
-        return self.limit * 2 if self.metric == "accuracy" and self.limit else self.limit
+        return self.limit * 2 if self.by_accuracy and self.limit else self.limit
+
+    @property
+    def by_accuracy(self) -> bool:
+        """Trials are compared by an accuracy, not by the loss."""
+        return self.metric != "loss"
+
+    @property
+    def named_metric(self) -> str | None:
+        """The lm-eval metric that `metric` names; None where each task's preferred one counts."""
+        return None if self.metric in ("loss", "accuracy") else self.metric
 
     @model_validator(mode="after")
     def consistent(self) -> SearchConfig:
@@ -562,7 +576,6 @@ class SearchConfig(Section):
 
     def _rules(self) -> tuple[tuple[bool, str], ...]:
         """What keys ask of one another; a key that would be ignored is a mistake."""
-        by_accuracy = self.metric == "accuracy"
         return (
             (
                 self.first_rung > self.steps,
@@ -573,11 +586,14 @@ class SearchConfig(Section):
                 "`deterministic` needs `max_concurrent`, since plans depend on how many trials run at a time: give "
                 f"that number, or {take_out('search.deterministic')}",
             ),
-            (by_accuracy and not self.tasks, "`metric: accuracy` needs at least one task under `tasks`"),
             (
-                by_accuracy and bool(self.tasks) and (self.limit is None or self.limit < 2),
-                "`metric: accuracy` needs a `limit` of at least 2, since one question has no standard error and those "
-                f"after the limit choose the winner, got {self.limit}",
+                self.by_accuracy and not self.tasks,
+                f"`metric: {self.metric}` needs at least one task under `tasks`",
+            ),
+            (
+                self.by_accuracy and bool(self.tasks) and (self.limit is None or self.limit < 2),
+                f"`metric: {self.metric}` needs a `limit` of at least 2, since one question has no standard error and "
+                f"those after the limit choose the winner, got {self.limit}",
             ),
             (
                 self.patience is not None and self.searcher != "gp",
@@ -611,7 +627,8 @@ class FinetuneConfig(Section):
     first is `seed` + 1, the others count up from it, since the trials that chose the winner were trained under `seed`.
     One leaves a claim about one training seed."""
     random_plans: Positive = 3
-    """With `compare`: random plans of equal bytes, each under all `seeds`. One leaves a claim about one random plan."""
+    """With `compare`: random plans of equal bytes, each under all `seeds`. The claim speaks of random plans
+    where there are several."""
     seed_rows: Literal["best", "all"] = "best"
     """With `compare`: which sensitivities' seed plans are rows. `best` has the one that was best on fresh rows, under
     all `seeds`, and that of mutual information, under the first; `all` every other's, under the first, too."""

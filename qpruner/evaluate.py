@@ -8,18 +8,29 @@ import logging
 import math
 import os
 import shlex
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, get_args
 
+from qpruner import measures
+from qpruner.config import AccuracyMetric
 from qpruner.data import cause_of
 from qpruner.errors import UserError
-from qpruner.records import TaskScore
+from qpruner.records import MetricScore, TaskScore
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-METRICS = ("acc", "exact_match")
-"""Metrics that give one number between 0 and 1 a question, in order of preference."""
+METRICS: tuple[str, ...] = get_args(AccuracyMetric)
+"""In order of preference."""
+
+
+@dataclass(frozen=True)
+class TaskQuestions:
+    """What a task asks, to compare with the training rows, and the metric that scores it."""
+
+    texts: list[str]
+    metric: str
 
 
 def score_tasks(
@@ -31,6 +42,7 @@ def score_tasks(
     batch_size: int,
     num_fewshot: int = 0,
     skip: int = 0,
+    metric: str | None = None,
     told: Callable[[int, int], None] = lambda done, total: None,
 ) -> tuple[TaskScore, ...]:
     """Run lm-eval on a model in memory.
@@ -44,10 +56,11 @@ def score_tasks(
         batch_size: Requests per forward pass.
         num_fewshot: Worked examples before each question.
         skip: Questions of each task that are left out before those; every task must have more.
+        metric: The metric of every `TaskScore`; None takes the first of `METRICS` that the task reports.
         told: Told how many requests (a question's choices, or a generation) of how many are answered.
 
     Returns:
-        One score a task (the subtasks of a group one by one), with the standard error of a mean of 0/1 outcomes.
+        One score a task (the subtasks of a group one by one), with every metric that it reports.
     """
     from lm_eval import simple_evaluate
 
@@ -67,7 +80,9 @@ def score_tasks(
         log_samples=True,
     )
     model.train(was_training)
-    return tuple(_score(task, samples) for task, samples in results["samples"].items())
+    return tuple(
+        _score(task, samples, results["results"][task], metric) for task, samples in results["samples"].items()
+    )
 
 
 def _telling_model(told: Callable[[int, int], None]) -> Any:
@@ -112,17 +127,25 @@ def _telling_model(told: Callable[[int, int], None]) -> Any:
     return Telling
 
 
-def mean_accuracy(scores: Sequence[TaskScore]) -> tuple[float, float]:
+def mean_accuracy(scores: Sequence[TaskScore]) -> measures.Estimate:
     """Unweighted mean over tasks and its standard error."""
-    mean = sum(score.value for score in scores) / len(scores)
-    return mean, math.sqrt(sum(score.stderr**2 for score in scores)) / len(scores)
+    return measures.over_tasks([score.correct for score in scores])
 
 
-def task_questions(tasks: Sequence[str], include_path: str | None, key: str, limit: int | None) -> dict[str, list[str]]:
-    """The question texts of each task, the first `limit` of them, to compare with the training rows.
+def task_questions(
+    tasks: Sequence[str], include_path: str | None, key: str, limit: int | None, metric: str | None = None
+) -> dict[str, TaskQuestions]:
+    """The first `limit` questions of each task.
+
+    Args:
+        tasks: Task or group names.
+        include_path: Folder of further task files.
+        key: Configuration key of the tasks, for errors.
+        limit: All when None.
+        metric: That `search.metric` names; None takes the first of `METRICS` that each task reports.
 
     Raises:
-        UserError: For an unknown task, one whose rows cannot be loaded, or one that reports no accuracy.
+        UserError: For an unknown task, one whose rows cannot be loaded, or one that does not report the metric.
     """
     _check_known(tasks, include_path, key)
     try:
@@ -132,19 +155,31 @@ def task_questions(tasks: Sequence[str], include_path: str | None, key: str, lim
             f"`{key}`: the rows of {', '.join(tasks)} cannot be loaded: {cause_of(error)}; "
             "mend the task's file or data, mind the network where they are on the hub, or name another task"
         ) from error
+    used = {name: _used_metric(name, task.aggregation(), metric, key) for name, task in loaded.items()}
+    questions: dict[str, TaskQuestions] = {}
     for name, task in loaded.items():
-        if not set(METRICS) & set(task.aggregation()):
-            raise UserError(
-                f"`{key}`: task `{name}` reports {', '.join(task.aggregation())}, which is none of "
-                f"{', '.join(METRICS)}: name a task that reports an accuracy"
-            )
-    questions: dict[str, list[str]] = {}
-    for name, task in loaded.items():
-        questions[name] = []
+        texts = []
         for number, doc in enumerate(itertools.islice(task.eval_docs, limit), 1):
             _check_answer(task, doc, f"`{key}`: question {number} of task `{name}`")
-            questions[name].append(_question(task, doc))
+            texts.append(_question(task, doc))
+        questions[name] = TaskQuestions(texts, used[name])
     return questions
+
+
+def _used_metric(task: str, reported: Collection[str], wanted: str | None, key: str) -> str:
+    """The metric that scores a task: the wanted one, else the first of `METRICS` that it reports."""
+    accuracies = [name for name in METRICS if name in reported]
+    if not accuracies:
+        raise UserError(
+            f"`{key}`: task `{task}` reports {', '.join(reported)}, which is none of {', '.join(METRICS)}: name a task "
+            "that reports an accuracy"
+        )
+    if wanted and wanted not in accuracies:
+        raise UserError(
+            f"`search.metric` must be a metric that every task of `{key}` reports, got {wanted}, but `{task}` reports "
+            f"{', '.join(accuracies)}: name one that all report, `accuracy` for each task's own, or another task"
+        )
+    return wanted or accuracies[0]
 
 
 def _check_answer(task: Any, doc: dict[str, Any], place: str) -> None:
@@ -212,24 +247,46 @@ def _question(task: Any, doc: dict[str, Any]) -> str:
     return str(task.doc_to_text(doc))
 
 
-def _score(task: str, samples: list[dict[str, Any]]) -> TaskScore:
-    metric = next((name for name in METRICS if name in samples[0]), None)
-    if metric is None:
-        raise UserError(f"task `{task}` reports none of {', '.join(METRICS)}; choose an accuracy task")
-    ordered = sorted(samples, key=lambda sample: int(sample["doc_id"]))
-    correct = tuple(float(sample[metric]) for sample in ordered)
-    count = len(correct)
-    value = sum(correct) / count
-    stderr = math.sqrt(value * (1 - value) / (count - 1)) if count > 1 else math.nan
+def _score(task: str, samples: list[dict[str, Any]], aggregated: Mapping[str, Any], wanted: str | None) -> TaskScore:
+    """A task's score from lm-eval's log, which has each question once for every filter of the task's answers."""
+    by_filter: dict[str, list[dict[str, Any]]] = {}
+    for sample in sorted(samples, key=lambda sample: int(sample["doc_id"])):
+        by_filter.setdefault(sample["filter"], []).append(sample)
+    keys = [(metric, name) for name, found in by_filter.items() for metric in found[0]["metrics"]]
+    metrics = {
+        _called(metric, name): _metric_score(
+            aggregated[f"{metric},{name}"], [sample[metric] for sample in by_filter[name]]
+        )
+        for metric, name in keys
+    }
+    metric = _used_metric(task, dict(keys), wanted, "tasks")
+    name = next(name for its, name in keys if its == metric)
+    correct = tuple(float(sample[metric]) for sample in by_filter[name])
+    value, stderr = measures.over_questions(correct)
     return TaskScore(
         task=task,
-        metric=metric,
+        metric=_called(metric, name),
         value=value,
         stderr=stderr,
-        num_questions=count,
+        num_questions=len(correct),
         correct=correct,
-        answer_loss=_answer_losses(ordered),
+        answer_loss=_answer_losses(by_filter[name]),
+        metrics=metrics,
     )
+
+
+def _called(metric: str, name: str) -> str:
+    """lm-eval's name of a metric of the answers that a filter leaves."""
+    return metric if name == "none" else f"{metric},{name}"
+
+
+def _metric_score(value: float, values: Sequence[Any]) -> MetricScore:
+    """lm-eval's value, with a standard error where it is the mean of numbers, one a question."""
+    if all(isinstance(each, int | float) for each in values):
+        mean, stderr = measures.over_questions(values)
+        if math.isclose(mean, value):
+            return MetricScore(value=value, stderr=stderr)
+    return MetricScore(value=value, stderr=math.nan)
 
 
 def _answer_losses(samples: list[dict[str, Any]]) -> tuple[float, ...]:

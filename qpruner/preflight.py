@@ -68,12 +68,14 @@ class Inspection(Shapes):
     Attributes:
         examples: Rows by split.
         questions: Words of the tasks' questions, by use (`search`, `fresh`, `evaluate`).
+        metrics: lm-eval's metric that scores each task, by section (`search`, `evaluate`).
         counts: How many samples and questions each step has.
         warnings: What will work, but perhaps not as hoped.
     """
 
     examples: dict[str, list[Example]]
     questions: dict[str, list[str]]
+    metrics: dict[str, dict[str, str]]
     counts: RowCounts
     warnings: tuple[str, ...]
 
@@ -105,6 +107,7 @@ def inspect(config: RunConfig, works_here: bool = True, packs: bool = True) -> I
         **vars(shapes),
         examples=rows.examples,
         questions=rows.questions,
+        metrics=rows.metrics,
         counts=RowCounts(samples, rows.asked, sample_length),
         warnings=(*rows.warnings, *cut, *shapes.left_out, *_warnings(config, len(shapes.pruned.groups))),
     )

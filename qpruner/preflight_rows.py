@@ -21,7 +21,7 @@ from qpruner.data import (
     row_samples,
 )
 from qpruner.errors import UserError, together
-from qpruner.evaluate import task_questions
+from qpruner.evaluate import TaskQuestions, task_questions
 from qpruner.models.loading import check_source, load_tokenizer, resolve_source, whole_path
 from qpruner.wording import counted
 
@@ -72,12 +72,14 @@ class Rows:
         questions: Words of the tasks' questions, by use: those that score the trials (`search`), further ones that
             choose the winner (`fresh`), those of the final table (`evaluate`).
         asked: How many questions, as `RowCounts.questions`.
+        metrics: lm-eval's metric that scores each task, by section (`search`, `evaluate`).
         warnings: What will work, but perhaps not as hoped.
     """
 
     examples: dict[str, list[Example]]
     questions: dict[str, list[str]]
     asked: dict[str, dict[str, int]]
+    metrics: dict[str, dict[str, str]]
     warnings: tuple[str, ...]
 
 
@@ -89,9 +91,10 @@ def check_rows(config: RunConfig) -> Rows:
             share.
     """
     loaded: tuple[dict[str, list[Example]], list[str]]
-    asked: dict[str, Questions]
-    loaded, asked = together(lambda: _load_splits(config), lambda: _asked_questions(config))
+    tasks: dict[str, dict[str, TaskQuestions]]
+    loaded, tasks = together(lambda: _load_splits(config), lambda: _tasks(config))
     examples, left_out = loaded
+    asked = _asked_questions(config, tasks)
     words = {use: [normalized(text) for texts in asked[use].values() for text in texts] for use in asked}
     _check_overlap(config, examples, words)
     uses = {"search": "search", "fresh": "fresh", "evaluate": "test"}
@@ -103,7 +106,8 @@ def check_rows(config: RunConfig) -> Rows:
         *_few_questions(words),
     )
     warnings = (*left_out, *_asked_again(words["search"], words["fresh"]), *told)
-    return Rows(examples, words, numbers, warnings)
+    metrics = {use: {name: task.metric for name, task in of_use.items()} for use, of_use in tasks.items()}
+    return Rows(examples, words, numbers, metrics, warnings)
 
 
 def _load_splits(config: RunConfig) -> tuple[dict[str, list[Example]], list[str]]:
@@ -269,32 +273,41 @@ def include_path(config: RunConfig) -> str | None:
     return whole_path(path)
 
 
-def _asked_questions(config: RunConfig) -> dict[str, Questions]:
-    """The questions that score the trials (`search`), choose the winner (`fresh`) and test the models (`evaluate`)."""
+def _tasks(config: RunConfig) -> dict[str, dict[str, TaskQuestions]]:
+    """The tasks of `search` and of `evaluate` with the questions that the run looks at."""
     search, evaluate, folder = config.search, config.evaluate, include_path(config)
-    looked_at: Questions
-    tested: Questions
+    looked_at: dict[str, TaskQuestions]
+    tested: dict[str, TaskQuestions]
     looked_at, tested = together(
-        lambda: task_questions(search.tasks, folder, "search.tasks", search.num_questions) if search.tasks else {},
+        lambda: (
+            task_questions(search.tasks, folder, "search.tasks", search.num_questions, search.named_metric)
+            if search.tasks
+            else {}
+        ),
         lambda: task_questions(evaluate.tasks, folder, "evaluate.tasks", evaluate.limit),
     )
-    has_fresh = search.num_questions != search.limit
-    if has_fresh:
+    if search.by_accuracy:
         _check_fresh_questions(looked_at, search.limit)
+    return {"search": looked_at, "evaluate": tested}
+
+
+def _asked_questions(config: RunConfig, tasks: dict[str, dict[str, TaskQuestions]]) -> dict[str, Questions]:
+    """The questions that score the trials (`search`), choose the winner (`fresh`) and test the models (`evaluate`)."""
+    limit, looked_at = config.search.limit, tasks["search"]
     return {
-        "search": {task: texts[: search.limit] for task, texts in looked_at.items()},
-        "fresh": {task: texts[search.limit :] for task, texts in looked_at.items()} if has_fresh else {},
-        "evaluate": tested,
+        "search": {name: task.texts[:limit] for name, task in looked_at.items()},
+        "fresh": {name: task.texts[limit:] for name, task in looked_at.items()} if config.search.by_accuracy else {},
+        "evaluate": {name: task.texts for name, task in tasks["evaluate"].items()},
     }
 
 
-def _check_fresh_questions(questions: Questions, limit: int | None) -> None:
+def _check_fresh_questions(tasks: dict[str, TaskQuestions], limit: int | None) -> None:
     """Refuse a task that has fewer further questions to choose the winner by than the trials are asked."""
-    for task, texts in questions.items():
-        if limit is not None and len(texts) < 2 * limit:
+    for name, task in tasks.items():
+        if limit is not None and len(task.texts) < 2 * limit:
             raise UserError(
-                f"`search.limit` must leave as many questions of every task again to choose the winner by: {task} has "
-                f"{len(texts)}, got {limit}; lower it to {len(texts) // 2} or less"
+                f"`search.limit` must leave as many questions of every task again to choose the winner by: {name} has "
+                f"{len(task.texts)}, got {limit}; lower it to {len(task.texts) // 2} or less"
             )
 
 

@@ -24,7 +24,7 @@ from qpruner.records import plan_group_bytes
 from qpruner.report import life, run_views
 from qpruner.report.between_runs import against, shared_stages, told_against
 from qpruner.report.lines import duration
-from qpruner.report.standing import FIGURES, told_score
+from qpruner.report.standing import told_score
 from qpruner.search.trial_records import remedy_of
 from qpruner.terminal import Terminal
 from qpruner.wording import counted
@@ -116,7 +116,7 @@ def _search_lines(search: dict[str, Any], is_running: bool) -> list[str]:
     lines = [f"trials: {search['trials']} of {search['max_trials']}: {counts}{under_way}{left}"]
     for name, best in (("best so far", search["best"]), (search["control_name"], search["best_control"])):
         if best:
-            reached = f"{FIGURES[search['metric']]} {best[search['metric']]:.4f}"
+            reached = f"{search['score_title']} {best[search['metric']]:.4f}"
             size = f"{best['bytes'] / 1e6:.1f} MB"
             lines.append(f"{name + ':':<15}{reached}, trial {best['trial']} ({best['from']}), {size} [{best['plan']}]")
     word = "under way:" if is_running else "begun:"
@@ -138,7 +138,8 @@ def _winner(search: dict[str, Any]) -> str:
     """What fresh rows chose."""
     metric, chosen = search["metric"], search["winner"]
     fresh = next(each for each in search["confirmations"] if each["index"] == chosen)
-    told = f"winner:        selection {metric} {fresh[metric]:.4f}, trial {chosen} ({fresh['origin']})"
+    name = search["score_title"].removeprefix("validation ")
+    told = f"winner:        selection {name} {fresh[metric]:.4f}, trial {chosen} ({fresh['origin']})"
     unbeaten = ", a control that no searched plan beat" if search["control_won"] else ""
     return f"{told}{unbeaten}; `qpruner plan` prints its plan"
 
@@ -201,7 +202,7 @@ def trials(run: str | Path, conditions: Sequence[str], sort: str, descending: bo
 def _cell(name: str, row: dict[str, Any]) -> str:
     """A trial's figure as the table shows it: a score, where the trial is past the rung that it is of, with that."""
     shown = _figure(name, row[name])
-    return told_score(shown, row["rung"], row["step"]) if name in FIGURES and row["rung"] else shown
+    return told_score(shown, row["rung"], row["step"]) if name in ("loss", "accuracy") and row["rung"] else shown
 
 
 def _where(rows: Sequence[dict[str, Any]], condition: str, names: Mapping[str, str]) -> list[dict[str, Any]]:

@@ -21,13 +21,14 @@ RUN_ID = "run.id"
 """The file in a run folder that tells it from another of the same name, and shows that its storage is there."""
 
 StandardError = Annotated[float, WithJsonSchema({"type": ["number", "null"]}, mode="serialization")]
-"""NaN with a single question, which JSON knows as null."""
+"""NaN over a single question or row, which JSON knows as null."""
 
 
 class Recorded(BaseModel):
     """Base of what is recorded: plain data that never changes."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+    # A standard error over one question or row is NaN.
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, ser_json_inf_nan="constants")
 
     def to_dataframe(self) -> pandas.DataFrame:
         """As a table: a row for each of what the record lists; one row of its figures where it lists nothing."""
@@ -365,8 +366,8 @@ class FreshScore(Recorded):
 
     loss: float
     """The selection loss: on the half of the confirmation rows that chooses, in nats per token."""
-    stderr: float
-    """Of the loss."""
+    stderr: StandardError
+    """Of the loss, over these rows."""
     accuracy: float | None = None
     accuracy_stderr: float | None = None
 
@@ -415,6 +416,8 @@ class SearchRecord(Record):
     searcher: str
     metric: Literal["loss", "accuracy"]
     """What was searched, and what chose among the confirmations."""
+    metrics: dict[str, str] = {}
+    """Task -> lm-eval's metric that `accuracy` is a mean of."""
     budget_bytes: int
     num_trials: int
     """Of this search; those taken over are not among them."""
@@ -507,18 +510,29 @@ class FinetuneRecord(Record):
         return [row for each in self.candidates for row in each.table_rows()]
 
 
+class MetricScore(Recorded):
+    """A metric of an lm-eval task."""
+
+    value: float
+    """As lm-eval aggregates it."""
+    stderr: StandardError
+    """Of the mean over questions; null where the metric is no such mean, too."""
+
+
 class TaskScore(Recorded):
     """An lm-eval accuracy. Per-question values are kept, in the task's order, so that rows can be paired."""
 
-    model_config = ConfigDict(ser_json_inf_nan="constants")
-
     task: str
     metric: str
+    """The one that tables and claims use: `acc_norm` where the task reports it, then `acc`, then `exact_match`; in a
+    trial the one that `search.metric` names."""
     value: float
     stderr: StandardError
     num_questions: int
     correct: tuple[float, ...]
-    """1 or 0 a question."""
+    """1 or 0 a question, by `metric`."""
+    metrics: dict[str, MetricScore] = {}
+    """Every metric that the task reports, by lm-eval's names (`METRIC,FILTER` where the task filters answers)."""
     answer_loss: tuple[float, ...] = ()
     """Negative log-likelihood of the right choice in nats, a question (its tokens added up, no mean); empty where the
     task has no choices."""
@@ -552,9 +566,6 @@ class RowScores(Recorded):
     """One row on the held-out tasks, under one training seed; without a seed as it is before any fine-tune: quantized
     layers with the adapter start that makes up for a part of the error."""
 
-    # The standard error of a single question is NaN.
-    model_config = ConfigDict(ser_json_inf_nan="constants")
-
     digest: str
     name: str
     seed: int | None
@@ -567,17 +578,18 @@ class RowScores(Recorded):
     """Seconds that the scoring held GPUs, times how many."""
 
     def table_rows(self) -> list[dict[str, Any]]:
-        """One row, with accuracy and standard error of each task."""
+        """One row, with every metric of each task and its standard error."""
         [row] = super().table_rows()
-        for score in row.pop("scores"):
-            row |= {f"{score['task']} {score['metric']}": score["value"], f"{score['task']} stderr": score["stderr"]}
+        del row["scores"]
+        for score in self.scores:
+            used = {score.metric: MetricScore(value=score.value, stderr=score.stderr)}
+            for name, each in (used | score.metrics).items():
+                row |= {f"{score.task} {name}": each.value, f"{score.task} {name}_stderr": each.stderr}
         return [row]
 
 
 class EvalRecord(Record):
     """Accuracies on the held-out tasks: base, pruned and searched before any fine-tune, every fine-tuned row after."""
-
-    model_config = ConfigDict(ser_json_inf_nan="constants")
 
     rows: tuple[RowScores, ...]
     text: str | None = None
@@ -585,6 +597,11 @@ class EvalRecord(Record):
     inference: InferenceSetting | None = None
     tested: str = ""
     """Digest of the questions and of how they are asked; empty in records of older versions."""
+
+    @property
+    def metrics(self) -> dict[str, str]:
+        """Task -> the metric that tables and claims use."""
+        return {score.task: score.metric for score in self.rows[-1].scores}
 
     def table_rows(self) -> list[dict[str, Any]]:
         """A row a model and training seed that was scored."""
@@ -617,6 +634,8 @@ class SearchState(Recorded):
     """Where a plan was given: of the search that the configuration asks for without it, which that plan is shown
     beside."""
     metric: Literal["loss", "accuracy"]
+    metrics: dict[str, str] = {}
+    """Task -> lm-eval's metric that `accuracy` is a mean of."""
     pareto: bool = False
     """Whether the front of metric against bytes is searched."""
     budget_bytes: int

@@ -14,7 +14,7 @@ from rich.text import Text
 from qpruner import events
 from qpruner.records import SearchState, TrialRecord
 from qpruner.report.lines import duration
-from qpruner.report.standing import FIGURES, Standing, bar, control_name, score, standing, told_score
+from qpruner.report.standing import Standing, bar, control_name, score, score_title, standing, told_score
 from qpruner.wording import counted
 
 COLORS = {"4": "cyan", "8": "yellow", "F": "magenta"}
@@ -137,7 +137,7 @@ class _Reached:
 
     def __init__(self, trial: TrialRecord, search: SearchState) -> None:
         name = control_name(trial) if trial.is_control else "best so far"
-        reached = f"{FIGURES[search.metric]} {score(trial.rungs[-1], search.metric):.4f}"
+        reached = f"{score_title(search)} {score(trial.rungs[-1], search.metric):.4f}"
         size = f"{trial.plan_bytes / 1e6:.1f} MB"
         self._text = f"{name:<12}  {reached}, trial {trial.index} ({trial.origin}), {size}"
         self._plan = PlanBar(trial)
@@ -150,7 +150,8 @@ class _Reached:
 
 
 def _table(running: list[TrialRecord], num_listed: int, search: SearchState, steps: Mapping[int, int]) -> Table:
-    figures = [Column(heading, no_wrap=True) for heading in ("trial", "from", "bytes", "step", FIGURES[search.metric])]
+    headings = ("trial", "from", "bytes", "step", score_title(search))
+    figures = [Column(heading, no_wrap=True) for heading in headings]
     table = Table(*figures, "plan", box=None, header_style="dim")
     for trial in running[:num_listed]:
         last = trial.rungs[-1] if trial.rungs else None

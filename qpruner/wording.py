@@ -21,6 +21,11 @@ def counted(number: float, noun: str) -> str:
     return f"{told} {noun}{'' if number == 1 else 's'}"
 
 
+def error_text(stderr: float | None, digits: int) -> str:
+    """A standard error behind its mean, `` (se 0.048)``; nothing where one question or row has none."""
+    return "" if stderr is None or math.isnan(stderr) else f" (se {stderr:.{digits}f})"
+
+
 def without_nan(value: Any) -> Any:
     """A value for JSON, which knows no NaN: the standard error of a single question, say, is null."""
     if isinstance(value, dict):

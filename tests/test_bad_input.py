@@ -260,7 +260,7 @@ CONFIGURATION = [
     ),
     refused(
         "accuracy-of-one-question",
-        {"search.metric": "accuracy", "search.tasks": [SEARCH_TASK], "search.limit": 1}, "`metric: accuracy`", "got 1",
+        {"search.metric": "acc", "search.tasks": [SEARCH_TASK], "search.limit": 1}, "`metric: acc`", "got 1",
         "one question has no standard error", "a `limit` of at least 2"
     ),
     refused("trials-0", {"search.max_trials": 0}, "`search.max_trials`", "got 0", "greater than or equal to 1"),
@@ -837,7 +837,7 @@ DATA = [
     ),
     refused(
         "task-without-accuracy", lambda scene: _task_of_likelihood(scene, "evaluate"), "`evaluate.tasks`",
-        "reports bits_per_byte", "none of acc, exact_match", "name a task that reports an accuracy"
+        "reports bits_per_byte", "none of acc_norm, acc, exact_match", "name a task that reports an accuracy"
     ),
     refused(
         "task-whose-answer-is-no-choice", _task_counted_from_one, "`evaluate.tasks`: question",
@@ -845,7 +845,16 @@ DATA = [
     ),
     refused(
         "search-task-without-accuracy", lambda scene: _task_of_likelihood(scene, "search"), "`search.tasks`",
-        "reports bits_per_byte", "none of acc, exact_match", "name a task that reports an accuracy"
+        "reports bits_per_byte", "none of acc_norm, acc, exact_match", "name a task that reports an accuracy"
+    ),
+    refused(
+        "search-metric-unreported", {"search.metric": "acc_norm", "search.tasks": [SEARCH_TASK], "search.limit": 8},
+        "`search.metric`", "got acc_norm", f"every task of `search.tasks` reports, got acc_norm, but `{SEARCH_TASK}`",
+        "name one that all report, `accuracy` for each task's own"
+    ),
+    refused(
+        "search-metric-unknown", {"search.metric": "f1", "search.tasks": [SEARCH_TASK], "search.limit": 8},
+        "`search.metric`", "f1", "'acc_norm', 'acc' or 'exact_match'"
     ),
     refused(
         "search-limit-takes-all", {"search.metric": "accuracy", "search.tasks": [SEARCH_TASK], "search.limit": 500},

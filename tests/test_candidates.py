@@ -364,7 +364,7 @@ def test_a_confirmation_scores_the_last_rungs_adapter(tuned: tuple[CandidateJob,
     by_row = tuned[1].confirmation_losses
     assert by_row == pytest.approx(judging.by_row, abs=1e-4)
     assert np.mean(by_row) == pytest.approx(judging.mean, abs=1e-4)
-    assert np.std(by_row) / np.sqrt(len(by_row)) == pytest.approx(judging.stderr, abs=1e-4)
+    assert np.std(by_row, ddof=1) / np.sqrt(len(by_row)) == pytest.approx(judging.stderr, abs=1e-4)
     lengths = sorted(range(8), key=lambda index: len(rows[1::2][index]["input_ids"]))
     assert lengths != list(range(8)), "rows are batched by length, and yet told in their order"
     alone = [mean_loss(model, [row], pad_id, 1).mean for row in rows[1::2]]

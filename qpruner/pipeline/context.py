@@ -98,7 +98,8 @@ class Context:
     def tested_digest(self) -> str:
         """Digest of what the final models are asked, and how."""
         asked, settings = self.inspection.questions["evaluate"], self.config.evaluate
-        return digest_of(asked, settings.tasks, settings.limit, settings.num_fewshot, *self._task_files)
+        metrics = self.inspection.metrics["evaluate"]
+        return digest_of(asked, metrics, settings.tasks, settings.limit, settings.num_fewshot, *self._task_files)
 
     @cached_property
     def _task_files(self) -> list[str]:

@@ -64,7 +64,7 @@ from qpruner.rundir import (
     set_aside,
     write_json,
 )
-from qpruner.wording import counted
+from qpruner.wording import counted, error_text
 
 
 def finetune(context: Context, searched: SearchRecord, measured: SensitivityRecord) -> FinetuneRecord:
@@ -209,7 +209,8 @@ def evaluate_jobs(context: Context, tuned: FinetuneRecord) -> list[tuple[str, Ca
 def scores_digest(context: Context) -> str:
     """Digest of what a row is scored on."""
     texts = [row.response for row in context.inspection.examples.get("text", ())]
-    return digest_of(context.config.evaluate, context.task_digest, texts, context.config.data.max_length)
+    metrics = context.inspection.metrics["evaluate"]
+    return digest_of(context.config.evaluate, context.task_digest, metrics, texts, context.config.data.max_length)
 
 
 def held_out_text(context: Context, folder: Path) -> tuple[str | None, Path | None]:
@@ -430,8 +431,8 @@ def _first_seed(candidates: Sequence[CandidateRecord]) -> int:
 
 
 def _scores_line(scores: tuple[TaskScore, ...]) -> str:
-    """`task 0.650 (se 0.048)` for every task."""
-    return ", ".join(f"{score.task} {score.value:.3f} (se {score.stderr:.3f})" for score in scores)
+    """`task acc_norm 0.650 (se 0.048)` for every task."""
+    return ", ".join(f"{each.task} {each.metric} {each.value:.3f}{error_text(each.stderr, 3)}" for each in scores)
 
 
 def _layout_of(context: Context, job: Candidate) -> Layout:

@@ -14,7 +14,6 @@ from qpruner.report.table import (
     BASE,
     BEST_SEED,
     MUTUAL_INFORMATION,
-    ONE_RANDOM_PLAN,
     PRUNED,
     RANDOM,
     SEARCHED,
@@ -25,6 +24,7 @@ from qpruner.search.choice import controls_of
 from qpruner.search.random_plans import random_plans
 from qpruner.search.trial_records import objective
 from qpruner.sensitivity.seeds import seed_origin, seed_plan
+from qpruner.wording import counted
 
 
 @dataclass(frozen=True)
@@ -75,8 +75,7 @@ def table_rows(context: Context, searched: SearchRecord, measured: SensitivityRe
         rows.append(seed_row(BEST_SEED, best, seeds))
     drawn = random_plans(space, winner, config.finetune.random_plans, config.seed)
     if drawn:
-        origin = ONE_RANDOM_PLAN if len(drawn) == 1 else f"{len(drawn)} random plans"
-        rows.append(Row(RANDOM, origin, tuple(itertools.product(seeds, drawn))))
+        rows.append(Row(RANDOM, counted(len(drawn), "random plan"), tuple(itertools.product(seeds, drawn))))
     return [*rows, same(SEARCHED, found_by, winner, seeds)]
 
 

@@ -19,6 +19,7 @@ from qpruner.errors import CorruptFile, StageError
 from qpruner.events import Message, Progress, SearchPlanned
 from qpruner.execution.room import Room
 from qpruner.front import hypervolume, non_dominated
+from qpruner.measures import accuracy_name
 from qpruner.pipeline.context import Context
 from qpruner.pipeline.stage import Stage, matching, run_stage
 from qpruner.plan import PrecisionPlan
@@ -47,7 +48,7 @@ from qpruner.search.trial_records import (
     read_trials,
     set_aside_damaged,
 )
-from qpruner.wording import counted
+from qpruner.wording import counted, error_text
 
 if TYPE_CHECKING:
     from qpruner.search.tune import SearchJob
@@ -67,7 +68,8 @@ def search(context: Context, banked: BankRecord, measured: SensitivityRecord) ->
         trials_digest=trials_digest,
         search=search_digest,
         beside=_search_digest(context, measured, None) if given else None,
-        metric=settings.metric,
+        metric="accuracy" if settings.by_accuracy else "loss",
+        metrics=context.inspection.metrics["search"],
         pareto=settings.pareto,
         budget_bytes=space.budget_bytes,
         max_trials=settings.num_trials,
@@ -136,7 +138,8 @@ def search(context: Context, banked: BankRecord, measured: SensitivityRecord) ->
         return {
             "trials_digest": trials_digest,
             "searcher": settings.searcher,
-            "metric": settings.metric,
+            "metric": state.metric,
+            "metrics": state.metrics,
             "budget_bytes": space.budget_bytes,
             "num_trials": len(outcome.trials),
             "num_finished": statuses.count("finished"),
@@ -208,7 +211,7 @@ def _trials_digest(context: Context, banked: BankRecord, search_digest: str) -> 
         config.lora,
         config.seed,
         scored,
-        context.task_digest if settings.tasks else "",
+        (context.task_digest, context.inspection.metrics["search"]) if settings.tasks else "",
         "" if settings.reuse_trials else search_digest,
     )
 
@@ -289,9 +292,12 @@ def _confirm(
             taken_over=taken_over,
             **score.model_dump(exclude={"digest", "gpu_seconds"}),
         )
-        text = f"finalist: trial {each.index} ({each.origin}), selection loss {each.loss:.4f} (se {each.stderr:.4f})"
+        text = (
+            f"finalist: trial {each.index} ({each.origin}), selection loss {each.loss:.4f}{error_text(each.stderr, 4)}"
+        )
         if each.accuracy is not None:
-            text += f", selection accuracy {each.accuracy:.3f} (se {each.accuracy_stderr:.3f})"
+            name = accuracy_name(context.inspection.metrics["search"])
+            text += f", selection {name} {each.accuracy:.3f}{error_text(each.accuracy_stderr, 3)}"
         context.emit(Message("search", text))
         confirmations.append(each)
     return confirmations

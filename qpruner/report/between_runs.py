@@ -5,15 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from qpruner.records import EvalRecord, Results
-from qpruner.report.paired import (
+from qpruner.report.differences import (
     Difference,
     Pair,
+    difference_text,
     more_bytes,
     over_confirmation_rows,
     over_questions,
     paired,
-    told_difference,
-    told_seeds,
+    seeds_text,
 )
 from qpruner.report.table import SEARCHED, fine_tunes
 
@@ -78,9 +78,9 @@ def told_against(found: Against) -> str:
     """The differences in words."""
     if found.no_figures:
         return f"nothing to pair, {found.no_figures}"
-    differences = "; ".join(map(told_difference, found.differences))
+    differences = "; ".join(map(difference_text, found.differences))
     differ = "".join(f"; their {name} are others, so nothing is told of them" for name in found.differ)
-    return f"{found.more_bytes:+.2%} bytes, {told_seeds(found.seeds)}: {differences}{differ}"
+    return f"{found.more_bytes:+.2%} bytes, {seeds_text(found.seeds)}: {differences}{differ}"
 
 
 def shared_stages(runs: list[Results]) -> list[str]:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from dataclasses import dataclass
 
+from qpruner.measures import Z_95, averaged, over_tasks
 from qpruner.records import Results, TaskScore
-from qpruner.report.paired import Z_95
 from qpruner.report.table import model_title
 from qpruner.wording import counted
 
@@ -68,14 +69,14 @@ def table(results: Results) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
 
 def _accuracy(title: str, scores: list[TaskScore], is_before: bool) -> Accuracy:
     value = statistics.fmean(score.value for score in scores)
-    half_width = Z_95 * statistics.fmean(score.stderr for score in scores)
-    has_width = half_width == half_width  # NaN with one question
+    stderr = over_tasks(averaged([[score.correct] for score in scores])).stderr
+    half_width = 0.0 if math.isnan(stderr) else Z_95 * stderr
     return Accuracy(
         row=title,
         is_before=is_before,
         value=value,
-        low=max(0.0, value - half_width) if has_width else value,
-        high=min(1.0, value + half_width) if has_width else value,
+        low=max(0.0, value - half_width),
+        high=min(1.0, value + half_width),
         num_seeds=len(scores),
         num_questions=scores[0].num_questions,
     )

@@ -5,21 +5,21 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from qpruner.measures import accuracy_in_full
 from qpruner.records import GIVEN, CandidateRecord, Results, SearchRecord
-from qpruner.report.paired import (
+from qpruner.report.differences import (
     Difference,
     Pair,
+    difference_text,
     more_bytes,
     over_confirmation_rows,
     over_questions,
     paired,
-    told_difference,
-    told_seeds,
+    seeds_text,
 )
 from qpruner.report.table import (
     BASE,
     BEST_SEED,
-    ONE_RANDOM_PLAN,
     PRUNED,
     RANDOM,
     SEARCHED,
@@ -99,16 +99,18 @@ def _compared(results: Results, other: str) -> Comparison:
         return Comparison(other, "", (), None, _missing(other, results.search), ())
     share, origin = more_bytes(pairs), pairs[0][1][0].origin
     seeds = tuple(dict.fromkeys(ours.seed for (ours, _), _ in pairs))
-    reason = _why_no_claim(pairs, share)
+    reason = _why_no_claim(pairs, share, of_random=other == RANDOM)
     found = [] if reason else [*over_questions(pairs), over_confirmation_rows(pairs)]
     return Comparison(other, origin, seeds, share, reason, tuple(found))
 
 
-def _why_no_claim(pairs: Sequence[Pair], share: float) -> str | None:
+def _why_no_claim(pairs: Sequence[Pair], share: float, of_random: bool) -> str | None:
     if all(ours.plan == theirs.plan for (ours, _), (theirs, _) in pairs):
         return "it is the winner's plan itself, so there is no gain to claim"
     if abs(share) > SAME_BYTES:
         return f"no claim at equal bytes, it takes {abs(share):.1%} {'more' if share > 0 else 'fewer'}"
+    if of_random and len({tuple(theirs.plan.items()) for _, (theirs, _) in pairs}) == 1:
+        return "no claim, it is one plan, which says nothing of how far random plans lie apart"
     return None
 
 
@@ -122,9 +124,7 @@ def _missing(other: str, search: SearchRecord | None) -> str:
 
 
 def _rival(found: Comparison) -> str:
-    if found.other == BEST_SEED:
-        return "the best seed"
-    return "one random plan of equal bytes" if found.origin == ONE_RANDOM_PLAN else "random plans of equal bytes"
+    return "the best seed" if found.other == BEST_SEED else "random plans of equal bytes"
 
 
 def beside_base(results: Results) -> tuple[list[Row], str]:
@@ -142,7 +142,9 @@ def _lost(results: Results) -> str:
     if len(three) < 3:
         return ""
     winner, base, _ = three
-    told = "test accuracy is {:.3f} (base {:.3f}, pruned {:.3f})".format(*(row.accuracy for row in three))
+    assert results.evaluate
+    told = f"test {accuracy_in_full(results.evaluate.metrics)}"
+    told += " is {:.3f} (base {:.3f}, pruned {:.3f})".format(*(row.accuracy for row in three))
     losses = [row.answer_loss for row in three if row.answer_loss is not None]
     if len(losses) == len(three):
         told += " and its answer loss {:.3f} (base {:.3f}, pruned {:.3f})".format(*losses)
@@ -191,4 +193,4 @@ def _stated(found: Comparison) -> str:
     against = f"- Against {named} ({found.origin}, {found.more_bytes:+.2%} bytes)"
     if found.no_claim:
         return f"{against}: {found.no_claim}."
-    return f"{against}, {told_seeds(found.seeds)}: {'; '.join(map(told_difference, found.differences))}."
+    return f"{against}, {seeds_text(found.seeds)}: {'; '.join(map(difference_text, found.differences))}."

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
+from qpruner.measures import accuracy_in_full
 from qpruner.records import EvalRecord, Results
 from qpruner.report.table import BASE, BEST_SEED, PRUNED, RANDOM, SEARCHED, rows
 from qpruner.search.random_plans import SAME_BYTES
@@ -18,24 +21,29 @@ ROWS = {
     "searched plan beat, and `given plan` where it was given.",
 }
 """By what rows' names hold."""
-BEFORE_PERPLEXITY = {
+BEFORE_ACCURACY = {
     "seeds": "training seeds (data order and dropout; adapter starts are the same): how many, and in brackets which; "
     "none is the trials', so a plan's loss as a trial does not compare with its loss here. A row with several shows "
     "means and, after ±, their standard deviation over seeds, the random row over its plans too.",
     "bytes": "the packed tensors, scales, unquantized rest and adapters.",
     "mean bits": "over the grouped weights.",
-    "test accuracy": "on the held-out tasks, whose questions have chosen nothing; se is its standard error over "
-    "questions.",
-    "answer loss": "the mean negative log-likelihood of the right answer given the question, in nats per answer (not "
-    "per token): lower is better, and finer than accuracy.",
 }
-AFTER_PERPLEXITY = {
+COUNTED = {
+    "acc_norm": "has the highest log-likelihood a character",
+    "acc": "has the highest log-likelihood",
+    "exact_match": "is what the model writes",
+}
+"""lm-eval's metric -> when it counts a question: its right answer ..."""
+AFTER_ACCURACY = {
+    "answer loss": "the negative log-likelihood of the right answer given the question, in nats per answer (not per "
+    "token): lower is better, and finer than the accuracy; a mean as that is.",
     "validation loss": "in nats per token, on the rows that trials are scored on.",
     "selection loss": "in nats per token, on the half of the confirmation rows that chose the best seed and, in a "
     "search, the winner.",
     "confirmation loss": "in nats per token, on the other half of these rows, which chose nothing.",
-    "interval": "in the claim the widest of Student's over seeds, Student's over random plans and the paired one over "
-    "questions or confirmation rows, each at 95 % by itself, so that of several one may leave zero out by chance.",
+    "interval": "in the claim, against the best seed the wider of Student's over seeds and the paired one over "
+    "questions or confirmation rows; against random plans the one in which a further random plan would lie. Each is at "
+    "95 % by itself, so that of several one may leave zero out by chance.",
     "peak memory": "that of the fine-tune, in a process of its own.",
 }
 
@@ -43,15 +51,26 @@ AFTER_PERPLEXITY = {
 def terms(results: Results) -> list[tuple[str, str]]:
     """Terms and their meanings: of the rows that there are, and of the figures, with what they were measured on."""
     assert results.evaluate
-    names = [row.name for row in rows(results)]
+    metrics, names = results.evaluate.metrics, [row.name for row in rows(results)]
     of_rows = {term: meaning for term, meaning in ROWS.items() if any(term in name for name in names)}
     return [
         *of_rows.items(),
-        *BEFORE_PERPLEXITY.items(),
+        *BEFORE_ACCURACY.items(),
+        (f"test {accuracy_in_full(metrics)}", _accuracy(metrics)),
         ("perplexity", _perplexity(results.evaluate)),
-        *AFTER_PERPLEXITY.items(),
+        *AFTER_ACCURACY.items(),
         *_in_use(results.evaluate),
     ]
+
+
+def _accuracy(metrics: Mapping[str, str]) -> str:
+    """What the accuracy is a mean of."""
+    counted = [f"{name}: it {COUNTED[name.partition(',')[0]]}" for name in dict.fromkeys(metrics.values())]
+    return (
+        "the share of right answers on the held-out tasks, which have chosen nothing: the mean over tasks of the mean "
+        "over a task's questions; se is its standard error over questions. Of the right answer "
+        f"{'; '.join(counted)}."
+    )
 
 
 def _perplexity(record: EvalRecord) -> str:

@@ -75,6 +75,7 @@ def _measured(run: Snapshot) -> Iterator[EvalResult]:
             dataset_type=score.task,
             dataset_name=f"{score.task} ({counted(score.num_questions, 'question')})",
             metric_type=METRICS.get(score.metric, score.metric),
+            metric_name=score.metric,
             metric_value=round(score.value, 4),
         )
 

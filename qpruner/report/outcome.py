@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+from qpruner.measures import Z_95, accuracy_in_full
 from qpruner.records import GIVEN, Confirmation, SearchRecord, TrialRecord
+from qpruner.report.differences import paired_losses
 from qpruner.report.lines import duration
-from qpruner.report.paired import Z_95, paired_losses
-from qpruner.report.standing import cost, score
+from qpruner.report.standing import cost, score, score_name
 from qpruner.search.trial_records import remedy_of
 from qpruner.wording import counted
 
@@ -19,8 +20,9 @@ def search_text(search: SearchRecord, trials: Sequence[TrialRecord]) -> list[str
         search: Its record.
         trials: Every trial that it knew.
     """
+    what = "loss" if search.metric == "loss" else accuracy_in_full(search.metrics)
     told = (
-        f"{search.searcher} on {search.metric}, budget {search.budget_bytes / 1e6:.1f} MB: "
+        f"{search.searcher} on {what}, budget {search.budget_bytes / 1e6:.1f} MB: "
         f"{counted(search.num_trials, 'trial')}, "
         f"{search.num_finished} finished, {search.num_stopped} stopped early, {search.num_failed} failed, in "
         f"{duration(search.total_seconds)}"
@@ -54,7 +56,7 @@ def _margin(search: SearchRecord) -> Iterator[str]:
         rival = min(others, key=lambda each: (cost(each, search.metric), each.index))
         ours, theirs = (score(each, search.metric) for each in (best, rival))
         yield (
-            f"Its selection {search.metric} is {ours:.4f}, that of the best "
+            f"Its selection {score_name(search)} is {ours:.4f}, that of the best "
             f"{'searched plan' if search.control_won else 'control'} {theirs:.4f} (trial {rival.index}, "
             f"{rival.origin}): a margin of {abs(ours - theirs):.4f}{_error(best, rival, search.metric)}."
         )

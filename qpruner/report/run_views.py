@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from qpruner.errors import UserError
+from qpruner.measures import accuracy_in_full
 from qpruner.records import (
     GIVEN,
     STAGES,
@@ -28,7 +29,17 @@ from qpruner.records import (
 from qpruner.report import table
 from qpruner.report.life import RUNNING, Life, read_life
 from qpruner.report.recorded import read_results
-from qpruner.report.standing import Standing, bar, best_of, best_so_far, control_name, in_order_of_end, score, standing
+from qpruner.report.standing import (
+    Standing,
+    bar,
+    best_of,
+    best_so_far,
+    control_name,
+    in_order_of_end,
+    score,
+    score_title,
+    standing,
+)
 from qpruner.report.table import SEARCHED
 from qpruner.rundir import LOG, STATE, RunDir, children, exists, for_each
 from qpruner.runlock import driver_of
@@ -181,6 +192,7 @@ def _search_status(run: RunView) -> dict[str, Any] | None:
         return None
     return {
         **search.model_dump(),
+        "score_title": score_title(search),
         **{name: now.count(name) for name in ("finished", "stopped", "failed", "running")},
         # What the command left unfinished when it ended waits for nothing.
         "waiting": now.waiting if run.life.outcome == RUNNING else 0,
@@ -335,17 +347,18 @@ def _whole_run(results: Results) -> dict[str, float]:
     }
 
 
-def _final(results: Results) -> dict[str, float | None]:
+def _final(results: Results) -> dict[str, float | str | None]:
     """The searched row after its fine-tune, where the latest command came that far."""
     if results.finetune is None:
         return {}
     tuned = [each for each in results.finetune.candidates if each.name == SEARCHED]
-    facts: dict[str, float | None] = {
+    facts: dict[str, float | str | None] = {
         "final_validation_loss": statistics.fmean(each.validation_loss for each in tuned),
         "final_confirmation_loss": statistics.fmean(each.confirmation_loss for each in tuned),
     }
     if results.evaluate:
         row = next(each for each in table.rows(results) if each.name == SEARCHED)
+        facts["test_metric"] = accuracy_in_full(results.evaluate.metrics)
         facts["test_accuracy"] = row.accuracy
         facts["test_accuracy_spread"] = row.accuracy_spread
         facts["test_accuracy_stderr"] = row.accuracy_stderr

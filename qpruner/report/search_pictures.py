@@ -12,7 +12,7 @@ import numpy as np
 from qpruner.front import non_dominated
 from qpruner.records import SearchState, SensitivityRecord, TrialRecord
 from qpruner.report.far import ARROWS, edge_of
-from qpruner.report.standing import FIGURES, best_of, cost, score, weighed
+from qpruner.report.standing import best_of, cost, score, score_title, weighed
 from qpruner.report.stretched import stretched
 
 DOTS_PER_INCH = 90
@@ -28,18 +28,19 @@ COLORS = {4: "#4477aa", 8: "#ddaa33", 16: "#bb5566"}
 """Of bit-widths; told apart in greyscale and by the color-blind (Paul Tol's high-contrast scheme)."""
 
 
-def draw_plans(trials: Sequence[TrialRecord], metric: str, winner: int | None = None) -> Any:
+def draw_plans(trials: Sequence[TrialRecord], search: SearchState, winner: int | None = None) -> Any:
     """The bit map: a row a trial, a column a group, the best score on top.
 
     Args:
         trials: Those that are over; the ones without a score are left out.
-        metric: `loss` or `accuracy`.
+        search: Says what the scores are.
         winner: Number of the trial that the search returned, if there is one.
     """
     from matplotlib.colors import BoundaryNorm, ListedColormap
     from matplotlib.figure import Figure
     from matplotlib.patches import Patch
 
+    metric = search.metric
     scored = sorted((trial for trial in trials if trial.rungs), key=lambda trial: _rank(trial, metric))[:MOST_PLANS]
     groups = list(scored[0].plan)
     bits = np.array([list(trial.plan.values()) for trial in scored])
@@ -55,7 +56,7 @@ def draw_plans(trials: Sequence[TrialRecord], metric: str, winner: int | None = 
     names = [f"{trial.origin}{', winner' if trial.index == winner else ''}" for trial in scored]
     labels = [f"{trial.index} {name}  {_score(trial, metric)}" for trial, name in zip(scored, names, strict=True)]
     axes.set_yticks(range(len(scored)), labels, fontsize=7)
-    axes.set_title(f"plans by {FIGURES[metric]}, best on top (* stopped early)", fontsize=9, loc="left")
+    axes.set_title(f"plans by {score_title(search)}, best on top (* stopped early)", fontsize=9, loc="left")
     shown = [Patch(color=color, label=f"{level} bits") for level, color in COLORS.items() if level in bits]
     figure.legend(handles=shown, ncols=len(shown), loc="outside lower right", fontsize=7, frameon=False)
     return figure
@@ -116,7 +117,7 @@ def draw_front(trials: Sequence[TrialRecord], search: SearchState, winner: int |
     for trial in (trial for trial in scored if edge.far_score(trial) is not None):
         axes.annotate(ARROWS[metric], place(trial), ha="center", va="top" if metric == "accuracy" else "bottom")
     axes.axvline(search.budget_bytes / 1e6, color="black", linestyle=":", linewidth=1, label="budget")
-    axes.set(xlabel="MB, stretched near the budget", ylabel=FIGURES[metric])
+    axes.set(xlabel="MB, stretched near the budget", ylabel=score_title(search))
     _stretch(axes, [trial.plan_bytes / 1e6 for trial in scored], search.budget_bytes / 1e6)
     about = f"after {len(trials)} trials; numbered: {'front, ' if is_few else ''}controls, {name}. {edge.told(scored)}"
     axes.set_title("\n".join(textwrap.wrap(about, TITLE_WIDTH)), fontsize=9, loc="left")

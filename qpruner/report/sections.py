@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import yaml
 
+from qpruner import measures
 from qpruner.config import EXPANSION, MEASUREMENT
 from qpruner.plan import PrecisionPlan
 from qpruner.records import (
@@ -25,13 +25,13 @@ from qpruner.records import (
     TaskScore,
     TriedCut,
 )
+from qpruner.report.differences import paired_losses
 from qpruner.report.marginal_effects import MarginalEffects, rank_correlation
-from qpruner.report.paired import paired_losses
 from qpruner.report.recorded import KINDS
 from qpruner.report.snapshot import Snapshot
-from qpruner.report.standing import FIGURES, score
+from qpruner.report.standing import score, score_name
 from qpruner.report.table import BASE, SEARCHED, Row, model_title, rows, under_first_seed
-from qpruner.wording import counted
+from qpruner.wording import counted, error_text
 
 IMPORTANCE = (
     "Importance of every unit",
@@ -40,10 +40,11 @@ IMPORTANCE = (
 )
 """Title and caption of the map that pruning draws."""
 LAYER_HEADINGS = ("block", "query heads", "key/value heads", "MLP channels", "kept parameters")
+TEST_ACCURACY = "test accuracy"
 TABLES = (
     (
         "Test results of each row, all after the same fine-tune; no plan was chosen by them",
-        ("seeds", "bytes", "mean bits", "test accuracy", "test answer loss", "perplexity"),
+        ("seeds", "bytes", "mean bits", TEST_ACCURACY, "test answer loss", "perplexity"),
     ),
     ("The fine-tune of each row", ("from", "seeds", "validation loss", "confirmation loss")),
     (
@@ -53,12 +54,11 @@ TABLES = (
 )
 """The final table in parts of which each fits 120 columns: captions, and headings beside the row's name."""
 HEADINGS = ("row", *dict.fromkeys(heading for _, headings in TABLES for heading in headings))
-ALIKE_HEADINGS = ("row", "test accuracy", "test answer loss", "perplexity", "validation loss", "confirmation loss")
+ALIKE_HEADINGS = ("row", TEST_ACCURACY, "test answer loss", "perplexity", "validation loss", "confirmation loss")
 
 
 FINALISTS_CAPTION = "Finalists on fresh rows"
 FRONT_CAPTION = "Plans that none of fewer or equal bytes beats on fresh rows"
-FRESH_HEADINGS = ("selection loss", "selection accuracy")
 APART = "loss less the winner's, paired by row"
 RUNGS_CAPTION = "Every trial at each rung, by optimizer step; a trial that was stopped or failed has none after it"
 METHOD_HEADINGS = ("method", "what", "unit", "seconds", "rank correlation")
@@ -92,7 +92,7 @@ def cells(row: Row) -> tuple[str, ...]:
         _seeds(row),
         f"{row.measured_bytes / 1e6:.1f} MB",
         f"{row.mean_bits:.2f}",
-        f"{_figure(row.accuracy, row.accuracy_spread, 3)} (se {row.accuracy_stderr:.3f})",
+        f"{_figure(row.accuracy, row.accuracy_spread, 3)}{error_text(row.accuracy_stderr, 3)}",
         "-" if row.answer_loss is None else _figure(row.answer_loss, row.answer_loss_spread),
         "-" if row.perplexity is None else _figure(row.perplexity, row.perplexity_spread, 2),
         row.origin,
@@ -108,23 +108,30 @@ def cells(row: Row) -> tuple[str, ...]:
 
 def final_tables(results: Results) -> list[Table]:
     """The final table in parts, narrow enough for a terminal and for paper."""
-    parts = [_part(caption, ("row", *headings), rows(results)) for caption, headings in TABLES]
-    alike = _alike_table(results)
+    assert results.evaluate
+    metrics = results.evaluate.metrics
+    parts = [_part(caption, ("row", *headings), rows(results), metrics) for caption, headings in TABLES]
+    alike = _alike_table(results, metrics)
     return [parts[0], *([alike] if alike else []), *parts[1:]]
 
 
-def _alike_table(results: Results) -> Table | None:
+def _alike_table(results: Results, metrics: Mapping[str, str]) -> Table | None:
     """Every row under one training seed, the first, which all of them had; None where all had equally many."""
     first = under_first_seed(results)
     if len({len(row.seeds) for row in rows(results)}) == 1:
         return None
     [seed] = first[0].seeds
-    return _part(f"Like with like: every row under training seed {seed} alone", ALIKE_HEADINGS, first)
+    return _part(f"Like with like: every row under training seed {seed} alone", ALIKE_HEADINGS, first, metrics)
 
 
-def _part(caption: str, headings: tuple[str, ...], of_rows: Sequence[Row]) -> Table:
+def _part(caption: str, headings: tuple[str, ...], of_rows: Sequence[Row], metrics: Mapping[str, str]) -> Table:
+    """Some columns of the table; the accuracy's heading names the metric, the caption those of tasks that differ."""
     body = [dict(zip(HEADINGS, cells(row), strict=True)) for row in of_rows]
-    return caption, headings, [tuple(line[heading] for heading in headings) for line in body]
+    name = measures.accuracy_name(metrics)
+    shown = tuple(f"test {name}" if heading == TEST_ACCURACY else heading for heading in headings)
+    if name == measures.ACCURACY and TEST_ACCURACY in headings:
+        caption += f"; {measures.accuracy_in_full(metrics)}"
+    return caption, shown, [tuple(line[heading] for heading in headings) for line in body]
 
 
 def _seeds(row: Row) -> str:
@@ -237,9 +244,10 @@ def rungs(run: Snapshot) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
     steps = sorted({step for found in by_trial for step in found})
     names = [
         name
-        for name in FIGURES
+        for name in ("loss", "accuracy")
         if any(getattr(each, name) is not None for found in by_trial for each in found.values())
     ]
+    shown = {"loss": "loss", "accuracy": measures.accuracy_name(run.state.search.metrics if run.state.search else {})}
     columns = [(name, step) for name in names for step in steps]
 
     def told(rung: RungResult | None, name: str) -> str:
@@ -250,7 +258,7 @@ def rungs(run: Snapshot) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
         (f"{trial.index}", trial.origin, *(told(found.get(step), name) for name, step in columns))
         for trial, found in zip(run.trials, by_trial, strict=True)
     ]
-    return ("trial", "from", *(f"{name} at {step}" for name, step in columns)), body
+    return ("trial", "from", *(f"{shown[name]} at {step}" for name, step in columns)), body
 
 
 def finalists(search: SearchRecord) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
@@ -265,14 +273,14 @@ def finalists(search: SearchRecord) -> tuple[tuple[str, ...], list[tuple[str, ..
         )
         for each in search.confirmations
     ]
-    return _filled(("trial", "from", *FRESH_HEADINGS, APART), body)
+    return _filled(("trial", "from", *_fresh_headings(search), APART), body)
 
 
 def _less(each: Confirmation, best: Confirmation) -> str:
     """A finalist's selection loss less the winner's, paired by row; what each loss's own error is mostly of, which rows
     there are, is in both."""
     apart = paired_losses(each, best)
-    return "-" if apart is None else f"{apart[0]:+.4f} (se {apart[1]:.4f})"
+    return "-" if apart is None else f"{apart.mean:+.4f}{error_text(apart.stderr, 4)}"
 
 
 def front_caption(search: SearchRecord) -> str:
@@ -280,7 +288,7 @@ def front_caption(search: SearchRecord) -> str:
     if search.hypervolume is None:  # a record of an older version
         return FRONT_CAPTION
     smallest = search.front[0]
-    unit = "nats" if search.metric == "loss" else "of accuracy"
+    unit = "nats" if search.metric == "loss" else f"of {score_name(search)}"
     return (
         f"{FRONT_CAPTION}; hypervolume {search.hypervolume:.4f} {unit}: so much better than trial {smallest.index}, "
         "the smallest, the best plan inside a budget is there, in the mean over all budgets from its "
@@ -294,7 +302,11 @@ def front(search: SearchRecord) -> tuple[tuple[str, ...], list[tuple[str, ...]]]
         (f"{each.index}", each.origin, f"{each.plan_bytes / 1e6:.1f} MB", bar(each.plan), *_fresh(each))
         for each in search.front
     ]
-    return _filled(("trial", "from", "bytes", "plan", *FRESH_HEADINGS), body)
+    return _filled(("trial", "from", "bytes", "plan", *_fresh_headings(search)), body)
+
+
+def _fresh_headings(search: SearchRecord) -> tuple[str, str]:
+    return "selection loss", f"selection {measures.accuracy_name(search.metrics)}"
 
 
 def _filled(
@@ -398,8 +410,8 @@ def steps(results: Results) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
 
 def _step(row: RowScores) -> tuple[str, str, str]:
     """Scores, answer loss (where every task has choices) and perplexity of a model."""
-    losses = [statistics.fmean(score.answer_loss) for score in row.scores if score.answer_loss]
-    answer_loss = f"{statistics.fmean(losses):.4f}" if len(losses) == len(row.scores) else "-"
+    losses = [score.answer_loss for score in row.scores]
+    answer_loss = f"{measures.over_tasks(losses).mean:.4f}" if all(losses) else "-"
     return task_scores(row.scores), answer_loss, "-" if row.text_loss is None else f"{math.exp(row.text_loss):.2f}"
 
 
@@ -421,18 +433,15 @@ def environment(run: Snapshot) -> list[tuple[str, str]]:
 def task_scores(scores: tuple[TaskScore, ...]) -> str:
     """Every task's score in a line."""
     return ", ".join(
-        f"{score.task} {score.metric} {score.value:.3f}{_stderr(score)} ({counted(score.num_questions, 'question')})"
-        for score in scores
+        f"{each.task} {each.metric} {each.value:.3f}{error_text(each.stderr, 3)} "
+        f"({counted(each.num_questions, 'question')})"
+        for each in scores
     )
 
 
-def _stderr(score: TaskScore) -> str:
-    return "" if math.isnan(score.stderr) else f" (se {score.stderr:.3f})"
-
-
 def _fresh(score: FreshScore) -> tuple[str, str]:
-    accuracy = "-" if score.accuracy is None else f"{score.accuracy:.3f} (se {score.accuracy_stderr:.3f})"
-    return f"{score.loss:.4f} (se {score.stderr:.4f})", accuracy
+    accuracy = "-" if score.accuracy is None else f"{score.accuracy:.3f}{error_text(score.accuracy_stderr, 3)}"
+    return f"{score.loss:.4f}{error_text(score.stderr, 4)}", accuracy
 
 
 def _correlation(method: MethodScores, effects: MarginalEffects | str) -> str:

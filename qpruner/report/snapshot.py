@@ -12,7 +12,7 @@ from qpruner.records import GIVEN, Results, RunState, TrialRecord
 from qpruner.report.life import RUNNING, Life, read_life
 from qpruner.report.marginal_effects import MarginalEffects, marginal_effects
 from qpruner.report.recorded import KINDS, read_results
-from qpruner.report.standing import FIGURES, best_of, shown_together
+from qpruner.report.standing import best_of, score_title, shown_together
 from qpruner.report.stretches import Stretch, stretches
 from qpruner.rundir import RunDir
 from qpruner.runlock import Driver
@@ -99,8 +99,9 @@ class Snapshot:
 
     @property
     def metric_title(self) -> str:
-        """The same with its unit."""
-        return FIGURES[self.metric] + (" (nats per token)" if self.metric == "loss" else "")
+        """What the scores are called, with their unit."""
+        search = self.state.search
+        return score_title(search) if search and search.metric != "loss" else "validation loss (nats per token)"
 
     def to_dataframe(self) -> pandas.DataFrame:
         """The trials, one a row, as `TrialRecord.to_dataframe` has it."""

@@ -6,10 +6,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from qpruner.front import Point, hypervolumes
+from qpruner.measures import accuracy_name
 from qpruner.plan import PrecisionPlan
-from qpruner.records import FreshScore, RungResult, SearchState, TrialRecord
-
-FIGURES = {"loss": "validation loss", "accuracy": "accuracy"}
+from qpruner.records import FreshScore, RungResult, SearchRecord, SearchState, TrialRecord
 
 
 @dataclass(frozen=True)
@@ -94,9 +93,19 @@ def best_of(finished: Iterable[TrialRecord], metric: str) -> TrialRecord | None:
     return min(finished, key=lambda trial: (cost(trial.rungs[-1], metric), trial.index), default=None)
 
 
+def score_name(search: SearchState | SearchRecord) -> str:
+    """What the search's scores are called: `loss`, or the accuracy by lm-eval's name."""
+    return "loss" if search.metric == "loss" else accuracy_name(search.metrics)
+
+
+def score_title(search: SearchState | SearchRecord) -> str:
+    """The same of a trial, whose loss is on the validation rows."""
+    return f"{'validation ' if search.metric == 'loss' else ''}{score_name(search)}"
+
+
 def cost(rung: RungResult | FreshScore, metric: str) -> float:
     """What is minimized: the loss, or the accuracy with its sign turned."""
-    return -score(rung, metric) if metric == "accuracy" else score(rung, metric)
+    return score(rung, metric) if metric == "loss" else -score(rung, metric)
 
 
 def weighed(trial: TrialRecord, metric: str) -> Point:

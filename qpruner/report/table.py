@@ -7,14 +7,13 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from qpruner import measures
 from qpruner.plan import PrecisionPlan
 from qpruner.records import GIVEN, CandidateRecord, Results, RowScores, SearchRecord, StandardError
 
 BASE, PRUNED, BEST_SEED, RANDOM, SEARCHED = "base", "pruned", "best seed", "random", "searched"
 UNIFORM = "uniform"
 """Origin of the rows whose groups are all at the same bits."""
-ONE_RANDOM_PLAN = "random plan"
-"""Origin of the random row where it is about a single plan."""
 MUTUAL_INFORMATION = "mutual_information"
 FineTune = tuple[CandidateRecord, RowScores]
 """A row under one training seed, and what was measured of it."""
@@ -40,10 +39,10 @@ class Row:
         validation_loss_spread: Over fine-tunes.
         confirmation_loss: In nats per token, on rows that no trial was scored on and that chose nothing.
         confirmation_loss_spread: Over fine-tunes.
-        accuracy: Unweighted mean over the held-out tasks.
+        accuracy: Over the held-out tasks, of the metric that `EvalRecord.metrics` names.
         accuracy_spread: Over fine-tunes.
-        accuracy_stderr: Over questions, of one training seed.
-        answer_loss: Mean negative log-likelihood of the right answers in nats; None where a task has no choices.
+        accuracy_stderr: Over questions.
+        answer_loss: Negative log-likelihood of the right answers in nats; None where a task has no choices.
         answer_loss_spread: Over fine-tunes.
         perplexity: On the held-out text; None without one.
         perplexity_spread: Over fine-tunes.
@@ -132,15 +131,13 @@ def _spread(values: Sequence[float]) -> float | None:
 
 def _row(title: str, found: list[FineTune]) -> Row:
     tuned, evaluated = [record for record, _ in found], [row for _, row in found]
-    scored = [row.scores for row in evaluated]
+    correct = [[score.correct for score in row.scores] for row in evaluated]
+    answer_losses = [[score.answer_loss for score in row.scores] for row in evaluated]
     perplexities = [math.exp(row.text_loss) for row in evaluated if row.text_loss is not None]
     taken = list(dict.fromkeys(row.inference for row in evaluated if row.inference))
-    accuracies = [statistics.fmean(score.value for score in scores) for scores in scored]
-    stderrs = [math.sqrt(sum(score.stderr**2 for score in scores)) / len(scores) for scores in scored]
-    has_choices = all(score.answer_loss for scores in scored for score in scores)
-    answers = [
-        statistics.fmean(statistics.fmean(score.answer_loss) for score in scores) for scores in scored if has_choices
-    ]
+    accuracies = [measures.over_tasks(tasks).mean for tasks in correct]
+    have_choices = all(all(tasks) for tasks in answer_losses)
+    answers = [measures.over_tasks(tasks).mean for tasks in answer_losses] if have_choices else []
     validation = [record.validation_loss for record in tuned]
     confirmation = [record.confirmation_loss for record in tuned]
     bars = (str(PrecisionPlan.from_dict(record.plan)) for record in tuned)
@@ -160,7 +157,7 @@ def _row(title: str, found: list[FineTune]) -> Row:
         confirmation_loss_spread=_spread(confirmation),
         accuracy=statistics.fmean(accuracies),
         accuracy_spread=_spread(accuracies),
-        accuracy_stderr=statistics.fmean(stderrs),
+        accuracy_stderr=measures.over_tasks(measures.averaged(correct)).stderr,
         answer_loss=statistics.fmean(answers) if answers else None,
         answer_loss_spread=_spread(answers),
         perplexity=statistics.fmean(perplexities) if perplexities else None,

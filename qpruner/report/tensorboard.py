@@ -19,8 +19,17 @@ import yaml
 
 from qpruner import events
 from qpruner.config import RunConfig
+from qpruner.measures import accuracy_name
 from qpruner.records import Results, SearchRecord, SearchState, SensitivityRecord, TrialRecord, digest_of
-from qpruner.report.standing import bar, best_so_far, hypervolume_so_far, in_order_of_end, score, shown_together
+from qpruner.report.standing import (
+    bar,
+    best_so_far,
+    hypervolume_so_far,
+    in_order_of_end,
+    score,
+    score_name,
+    shown_together,
+)
 from qpruner.rundir import RunDir
 
 if TYPE_CHECKING:
@@ -136,7 +145,7 @@ def write_trial(folder: Path, search: SearchState, trial: TrialRecord) -> None:
             step += 1
             if step % every == 0:
                 found.append(event_files.scalar("train/loss", loss, step, moment))
-        for name, value in (("loss", rung.loss), ("accuracy", rung.accuracy)):
+        for name, value in (("loss", rung.loss), (accuracy_name(search.metrics), rung.accuracy)):
             if value is not None:
                 found.append(event_files.scalar(f"validation/{name}", value, rung.step, moment))
                 found.append(event_files.scalar(f"{RUNGS}/{name} at step {rung.step}", value, rung.step, moment))
@@ -188,7 +197,7 @@ def write_curves(
     )
     layout = {"the search": charts, "its trials": TRIALS_CHARTS}
     begun = [event_files.charts(layout), event_files.text("config", f"```yaml\n{text}```")]
-    begun += [event_files.experiment(_columns(search, trial), _metrics(config)) for trial in listed]
+    begun += [event_files.experiment(_columns(search, trial), _metrics(search, config)) for trial in listed]
     times = [trial.times[-1] if trial.times else 0.0 for trial in over]
     best = best_so_far(over, search.metric)
     points = [(count, value) for count, value in enumerate(best, 1) if value is not None]
@@ -207,13 +216,13 @@ def write_curves(
         event_files.write_events(folder / control_name(control), line)
 
 
-def _metrics(config: RunConfig) -> dict[str, str]:
+def _metrics(search: SearchState, config: RunConfig) -> dict[str, str]:
     """Tag -> column of the HParams table: first what trials are compared by, since a window shows a few. None that
     trials lack which reached all rungs: the parallel coordinates leave out whoever lacks one."""
-    scored = ("loss", "accuracy") if config.search.tasks else ("loss",)
-    steps, metric = config.search.rungs, config.search.metric
+    scored = ("loss", accuracy_name(search.metrics)) if config.search.tasks else ("loss",)
+    steps = config.search.rungs
     rungs = {f"{RUNGS}/{name} at step {step}": f"{name} at step {step}" for name in scored for step in steps}
-    last = f"{RUNGS}/{metric} at step {steps[-1]}"
+    last = f"{RUNGS}/{score_name(search)} at step {steps[-1]}"
     return {last: rungs[last], f"{SELECTION}/{WINNER}": WINNER} | rungs
 
 
@@ -261,7 +270,7 @@ def _write_moment(runs: Path, search: SearchState, over: Sequence[TrialRecord], 
     from qpruner.report.search_pictures import draw_front, draw_plans, png_of
 
     drawn = {
-        "plans by score": draw_plans(over, search.metric, winner),
+        "plans by score": draw_plans(over, search, winner),
         "bytes and score": draw_front(over, search, winner),
     }
     moment = over[-1].times[-1] if over[-1].times else 0.0
@@ -308,7 +317,7 @@ def write_selection(folder: Path, search: SearchRecord, trials: Mapping[int, Tri
         if trial is None or not trial.rungs:  # damaged since, and to be run again
             continue
         values: dict[str, float] = {
-            search.metric: score(each, search.metric),
+            score_name(search): score(each, search.metric),
             WINNER: float(each.index == search.best_index),
         }
         step, moment = trial.rungs[-1].step + 1, trial.times[-1] if trial.times else 0.0

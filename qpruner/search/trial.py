@@ -99,6 +99,7 @@ def score(
             config.evaluate.include_path,
             config.search.limit,
             config.evaluate.batch_size,
+            metric=config.search.named_metric,
         )
     accuracy, stderr = mean_accuracy(scores)
     return RungResult(step=step, loss=loss, accuracy=accuracy, accuracy_stderr=stderr, train_loss=train_loss)

@@ -58,9 +58,11 @@ class Measurement:
         return mean
 
     def stderr(self, sums: Floats) -> Floats:
-        """Standard error of the mean over samples (a ratio estimator)."""
+        """Standard error of the mean over samples (a ratio estimator); NaN with one sample."""
+        if len(self.counts) == 1:
+            return np.full(sums.shape[:-1], np.nan)
         rest = sums - self.mean(sums)[..., None] * self.counts
-        stderr: Floats = np.sqrt(np.square(rest).sum(axis=-1)) / self.counts.sum()
+        stderr: Floats = rest.std(axis=-1, ddof=1) * np.sqrt(len(self.counts)) / self.counts.sum()
         return stderr
 
 

@@ -39,7 +39,11 @@ def test_every_record_has_a_table() -> None:
         ("sensitivity", 60, {"group", "kl at 4 bits", "kl at 8 bits", "mutual_information at 4 bits"}),
         ("search", 4, {"index", "origin", "loss", "stderr", "control"}),
         ("finetune", 13, {"name", "seed", "validation_loss", "bits of layers.00.mlp"}),
-        ("evaluate", 16, {"name", "seed", "arc_easy acc", "arc_easy stderr", "text_loss", "inference.memory_bytes"}),
+        (
+            "evaluate",
+            16,
+            {"name", "seed", "arc_easy acc", "arc_easy acc_stderr", "text_loss", "inference.memory_bytes"},
+        ),
     ],
 )
 def test_a_stage_s_record_has_a_row_for_each_that_it_lists(

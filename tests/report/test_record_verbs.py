@@ -437,13 +437,14 @@ def test_compare_pairs_runs_that_were_measured_on_the_same_questions(tmp_path: P
     [found] = facts["differences"]
     accuracy, answers, confirmation = found["differences"]
     assert (found["run"], found["other"], found["seeds"]) == (str(runs[1]), str(runs[0]), [0, 1, 2])
-    assert (accuracy["measure"], accuracy["verdict"], accuracy["num_pairs"]) == ("accuracy", "better", 600)
+    assert (accuracy["measure"], accuracy["verdict"], accuracy["num_pairs"]) == ("acc", "better", 600)
     assert 0 < accuracy["mean"] - accuracy["half_width"] < accuracy["mean"] + accuracy["half_width"] < 1
     before = facts["runs"][0]["test_answer_loss"]
+    assert facts["runs"][0]["test_metric"] == "acc"
     assert (answers["mean"], answers["verdict"]) == (pytest.approx(-before / 4, rel=0.05), "better")
     assert (confirmation["mean"], confirmation["verdict"]) == (0, "not distinguishable")
     text = qpruner("compare", *runs).stdout
-    assert "second less first: +0.00% bytes, 3 training seeds, paired: accuracy +0." in text
+    assert "second less first: +0.00% bytes, 3 training seeds, paired: acc +0." in text
     assert "hours count in each: prepare, prune, sensitivity, bank, search, finetune, evaluate." in text
 
 
@@ -460,7 +461,7 @@ def test_compare_pairs_only_what_was_measured_alike(tmp_path: Path) -> None:
     found = told("compare", *runs)["differences"]
     assert [[each["measure"] for each in one["differences"]] for one in found] == [
         ["confirmation loss"],
-        ["accuracy", "answer loss"],
+        ["acc", "answer loss"],
         [],
         [],
     ]
@@ -481,7 +482,7 @@ def test_compare_pairs_test_questions_whatever_trials_were_asked(tmp_path: Path)
         rows = tuple(row.model_copy(update={"digest": digest}) for row in _better_answers(run))
         _changed(run, "evaluate", EvalRecord, rows=rows, tested="same")
     [found] = told("compare", *runs)["differences"]
-    assert [each["measure"] for each in found["differences"]] == ["accuracy", "answer loss", "confirmation loss"]
+    assert [each["measure"] for each in found["differences"]] == ["acc", "answer loss", "confirmation loss"]
 
 
 def test_compare_knows_one_model_in_two_folders(tmp_path: Path) -> None:

@@ -38,13 +38,13 @@ from qpruner.records import (
 )
 from qpruner.report import by_task, sections
 from qpruner.report.claim import claim, comparisons
+from qpruner.report.differences import Difference
 from qpruner.report.legend import terms
 from qpruner.report.marginal_effects import MarginalEffects
 from qpruner.report.markdown import render
 from qpruner.report.model_card import model_card
 from qpruner.report.outcome import search_text
 from qpruner.report.page.answer import tiles
-from qpruner.report.paired import Difference
 from qpruner.report.sections import HEADINGS, cells, final_tables, steps
 from qpruner.report.snapshot import Snapshot
 from qpruner.report.summary import summary_of
@@ -98,12 +98,14 @@ def candidate(
     )
 
 
-def score(correct: Sequence[float], answer_loss: Sequence[float] = (), task: str = "arc") -> TaskScore:
+def score(
+    correct: Sequence[float], answer_loss: Sequence[float] = (), task: str = "arc", metric: str = "acc"
+) -> TaskScore:
     value = sum(correct) / len(correct)
     stderr = math.sqrt(value * (1 - value) / (len(correct) - 1)) if len(correct) > 1 else math.nan
     return TaskScore(
         task=task,
-        metric="acc",
+        metric=metric,
         value=value,
         stderr=stderr,
         num_questions=len(correct),
@@ -214,6 +216,16 @@ def searched_row(losses: Sequence[float], scores: Sequence[TaskScore] | None = N
     return row_of(SEARCHED, losses, scores, **({"plan": PLAN} | changes))
 
 
+def random_rows(losses: Sequence[float], by_plan: Sequence[float]) -> list[Scored]:
+    """As many random plans as there are distances from these losses, each under as many training seeds."""
+    plans = [{"layers.0": 4, "layers.1": bits} for bits in (4, 8, 16)]
+    return [
+        scored
+        for plan, off in zip(plans, by_plan, strict=False)
+        for scored in row_of(RANDOM, [loss + off for loss in losses], plan=plan)
+    ]
+
+
 def line_about(results: Results, other: str) -> str:
     """The claim's line about a row."""
     begins = {BEST_SEED: "- Against the best seed", RANDOM: "- Against random plans"}[other]
@@ -240,7 +252,7 @@ def test_the_first_figures_of_a_run_without_comparison_are_base_and_pruned_as_th
     untuned = [(name, (score(answers(40, right)),)) for name, right in zip(UNTUNED, (25, 24, 20), strict=True)]
     run = snapshot(results_of(searched_row([1.0]), untuned))
     by_heading = {tile.heading: tile.lines for tile in tiles(run)}
-    accuracy = by_heading["Accuracy on held-out tasks"]
+    accuracy = by_heading["Test acc"]
     assert accuracy[1:3] == ("base, not fine-tuned: 0.625", "pruned, not fine-tuned: 0.600")
     assert "finetune.compare gives other plans the same fine-tune" in by_heading["How sure"]
     tuned = [*row_of("base", [1.0]), *row_of("pruned", [1.0]), *searched_row([1.0])]
@@ -477,12 +489,15 @@ def test_the_interval_is_students_over_differences_paired_by_seed(num_seeds: int
     ("widths", "verdict"), [(0.97, SAME), (-0.97, SAME), (0.0, SAME), (1.03, "worse"), (-1.03, "better")]
 )
 @pytest.mark.parametrize("other", [BEST_SEED, RANDOM])
-def test_inside_the_spread_of_three_seeds_nothing_is_distinguishable(widths: float, verdict: str, other: str) -> None:
+def test_inside_the_interval_nothing_is_distinguishable(widths: float, verdict: str, other: str) -> None:
+    """Against one plan the interval is Student's over seeds, against several that of one more plan."""
     noise = np.array([-0.02, 0.0, 0.02])
-    half_width = stats.t.ppf(0.975, 2) * 0.02 / math.sqrt(3)
+    half_width = stats.t.ppf(0.975, 2) * 0.02 * math.sqrt(1 / 3 if other == BEST_SEED else 1 + 1 / 3)
     ours = 2.0 + noise + widths * half_width
-    results = results_of([*row_of(other, [2.0, 2.0, 2.0]), *searched_row(list(ours))])
-    assert difference(results, "confirmation loss", other).verdict == verdict
+    theirs = row_of(other, [2.0] * 3) if other == BEST_SEED else random_rows([2.0] * 3, noise)
+    results = results_of([*theirs, *searched_row(list(ours))])
+    found = difference(results, "confirmation loss", other)
+    assert (found.half_width, found.verdict) == (pytest.approx(half_width), verdict)
     line = line_about(results, other)
     assert ", 3 training seeds, paired: " in line
     assert f"confirmation loss {widths * half_width:+.4f} nats (± 0.0200 over seeds" in line
@@ -507,11 +522,10 @@ def test_inside_the_spread_of_three_seeds_nothing_is_distinguishable(widths: flo
 def test_one_verdict_of_six_is_not_told_as_that_of_all(seed: float, random: float, said: str) -> None:
     """Of six comparisons at 95 % each, one may show a difference by chance."""
     ours = [2.0, 2.1, 1.9]
-    beside = {
-        name: row_of(name, [loss - gap + off for loss, off in zip(ours, (0.001, -0.001, 0.0), strict=True)])
-        for name, gap in ((BEST_SEED, seed), (RANDOM, random))
-    }
-    results = results_of([*beside[BEST_SEED], *beside[RANDOM], *searched_row(ours)])
+    off = (0.001, -0.001, 0.0)
+    best = row_of(BEST_SEED, [loss - seed + each for loss, each in zip(ours, off, strict=True)])
+    drawn = random_rows([loss - random for loss in ours], off)
+    results = results_of([*best, *drawn, *searched_row(ours)])
     among = "6 comparisons, each at 95 % by itself"
     assert claim(results).splitlines()[0].endswith(f" Over {among}: {said}.")
     (tile,) = [each for each in tiles(snapshot(results)) if each.heading.startswith("How sure")]
@@ -530,7 +544,7 @@ def test_an_accuracy_is_better_when_larger_and_a_loss_when_smaller() -> None:
     up = results_of([*row_of(BEST_SEED, losses, base), *searched_row(lower, gained)])
     down = results_of([*row_of(BEST_SEED, lower, gained), *searched_row(losses, base)])
     for results, verdict in ((up, "better"), (down, "worse")):
-        for measure in ("accuracy", "answer loss", "confirmation loss"):
+        for measure in ("acc", "answer loss", "confirmation loss"):
             assert difference(results, measure).verdict == verdict, measure
         assert line_about(results, BEST_SEED).count(f", {verdict}") == 3
 
@@ -539,7 +553,7 @@ def test_seeds_that_agree_on_a_few_questions_prove_nothing() -> None:
     """One more right answer of 50 under every seed has no spread over seeds, but other questions would differ."""
     base, ours = [score(answers(50, 20))] * 3, [score(answers(50, 21))] * 3
     results = results_of([*row_of(BEST_SEED, [2.0] * 3, base), *searched_row([1.9] * 3, ours)])
-    found = difference(results, "accuracy")
+    found = difference(results, "acc")
     assert found.spread == pytest.approx(0.0)
     assert found.half_width == pytest.approx(1.96 * np.std(answers(50, 1), ddof=1) / math.sqrt(50))
     assert found.verdict == SAME
@@ -575,42 +589,35 @@ def row_by_row(name: str, plan: dict[str, int], losses: Sequence[np.ndarray]) ->
 
 
 def test_only_seeds_that_both_rows_have_are_paired_and_counted() -> None:
-    """Where few plans have equal bytes there are fewer random plans than training seeds."""
-    results = results_of([*row_of(RANDOM, [2.0, 2.2]), *searched_row([1.0, 1.1, 7.0])])
-    assert difference(results, "confirmation loss", RANDOM).mean == pytest.approx(-1.05)
-    assert ", 2 training seeds, paired: " in line_about(results, RANDOM)
+    results = results_of([*row_of(BEST_SEED, [2.0, 2.2]), *searched_row([1.0, 1.1, 7.0])])
+    assert difference(results, "confirmation loss").mean == pytest.approx(-1.05)
+    assert ", 2 training seeds, paired: " in line_about(results, BEST_SEED)
 
 
-def test_one_random_plan_is_not_claimed_to_be_several() -> None:
-    """`finetune.random_plans: 1`, or no more of equal bytes: nothing is known of other random plans."""
+def test_one_random_plan_says_nothing_of_random_plans() -> None:
+    """`finetune.random_plans: 1`, or no more of equal bytes: the row stays, and nothing is claimed."""
     losses = [2.0, 2.1, 1.9]
-    alone = [(tuned.model_copy(update={"origin": "random plan"}), scores) for tuned, scores in row_of(RANDOM, losses)]
-    results = results_of([*row_of(BEST_SEED, losses), *alone, *searched_row([1.0, 1.11, 0.9])])
+    results = results_of([*row_of(BEST_SEED, losses), *random_rows(losses, [0.0]), *searched_row([1.0, 1.11, 0.9])])
     first, *lines = claim(results).splitlines()
-    assert "it is better than one random plan of equal bytes in confirmation loss." in first
-    assert lines[1].startswith("- Against one random plan of equal bytes (random plan, +0.00% bytes), 3 training seeds")
+    assert "random" not in first and first.endswith("each at 95 % by itself: better in 1 of 3.")
+    reason = "no claim, it is one plan, which says nothing of how far random plans lie apart"
+    assert lines[1] == f"- Against random plans of equal bytes (3 random plans, +0.00% bytes): {reason}."
     (tile,) = [each for each in tiles(snapshot(results)) if each.heading.startswith("How sure")]
-    assert any(line.startswith("against one random plan: ") for line in tile.lines)
+    assert f"against random plans: {reason}" in tile.lines
+    assert RANDOM in [row.name for row in rows(results)]
 
 
 def test_random_plans_count_as_many_times_as_there_are_plans_not_fine_tunes() -> None:
-    """Three plans under three seeds are nine fine-tunes, but three plans: their spread is what the claim must bear."""
-    by_plan, by_seed = np.array([0.3, 0.0, -0.3]), np.array([0.02, 0.0, -0.02])
-    ours = [2.0, 2.1, 1.9]
-    plans = [{"layers.0": 4, "layers.1": bits} for bits in (4, 8, 16)]
-    theirs = [
-        scored
-        for plan, off in zip(plans, by_plan, strict=True)
-        for scored in row_of(RANDOM, [float(x) for x in np.array(ours) + 0.2 + off + by_seed], plan=plan)
-    ]
-    results = results_of([*theirs, *searched_row(ours)])
+    """Three plans under three seeds are nine fine-tunes, but three plans: a further one would lie as far from them."""
+    by_plan, by_seed = np.array([0.1, 0.0, -0.1]), np.array([0.02, 0.0, -0.02])
+    ours = np.array([2.0, 2.1, 1.9])
+    results = results_of([*random_rows(list(ours + 0.4 + by_seed), by_plan), *searched_row(list(ours))])
     found = difference(results, "confirmation loss", RANDOM)
-    assert found.mean == pytest.approx(-0.2)
+    assert found.mean == pytest.approx(-0.4)
     assert found.spread == pytest.approx(0.02)
-    # Nine independent fine-tunes, or seeds alone, would have made it "better".
-    assert found.half_width == pytest.approx(stats.t.ppf(0.975, 2) * 0.3 / math.sqrt(3))
-    assert found.verdict == SAME
-    assert abs(found.mean) > stats.t.ppf(0.975, 8) * 0.26 / 3 and abs(found.mean) > stats.t.ppf(0.975, 2) * 0.02
+    assert found.half_width == pytest.approx(stats.t.ppf(0.975, 2) * 0.1 * math.sqrt(1 + 1 / 3))
+    # Student's interval for the mean of the three plans, or of nine fine-tunes, would have made it "better".
+    assert found.verdict == SAME and abs(found.mean) > stats.t.ppf(0.975, 2) * 0.1 / math.sqrt(3)
     (row,) = [row for row in rows(results) if row.name == RANDOM]
     assert row.seeds == (0, 1, 2) and len(row.plans) == 3
     assert ", 3 training seeds, paired: " in line_about(results, RANDOM)
@@ -630,7 +637,7 @@ def test_one_training_seed_falls_back_to_its_questions_and_says_so() -> None:
             *searched_row([1.0], [score(our_correct, our_loss)]),
         ]
     )
-    for measure, differences in (("accuracy", our_correct - their_correct), ("answer loss", our_loss - their_loss)):
+    for measure, differences in (("acc", our_correct - their_correct), ("answer loss", our_loss - their_loss)):
         found = difference(results, measure)
         assert found.mean == pytest.approx(differences.mean())
         assert found.half_width == pytest.approx(1.96 * differences.std(ddof=1) / math.sqrt(60))
@@ -652,30 +659,13 @@ def test_an_accuracy_of_one_seed_is_distinguishable_beyond_1_96_standard_errors(
 ) -> None:
     theirs, ours = score(answers(100, their_correct)), score(answers(100, our_correct))
     results = results_of([*row_of(BEST_SEED, [2.0], [theirs]), *searched_row([2.0], [ours])])
-    assert difference(results, "accuracy").verdict == verdict
+    assert difference(results, "acc").verdict == verdict
 
 
 def test_one_question_distinguishes_nothing() -> None:
     """`evaluate.limit: 1` is what people try first; one answer has no spread to speak of."""
     scored = [*row_of(BEST_SEED, [2.0], [score([0.0], [3.0])]), *searched_row([1.0], [score([1.0], [0.1])])]
     assert not re.search("better|worse", claim(results_of(scored)))
-
-
-def test_several_tasks_are_pooled_by_question() -> None:
-    generator = np.random.default_rng(5)
-    sizes = {"arc": 30, "piqa": 70}
-    theirs = {task: generator.normal(2, 1, size) for task, size in sizes.items()}
-    ours = {task: values + generator.normal(0.05, 0.2, len(values)) for task, values in theirs.items()}
-
-    def scores(losses: dict[str, Any]) -> tuple[TaskScore, ...]:
-        return tuple(score([1.0] * len(values), values, task) for task, values in losses.items())
-
-    results = results_of([(candidate(BEST_SEED, SEED_PLAN), scores(theirs)), (candidate(SEARCHED, PLAN), scores(ours))])
-    pooled = np.concatenate([ours[task] - theirs[task] for task in sizes])
-    found = difference(results, "answer loss")
-    assert found.num_pairs == 100
-    assert found.mean == pytest.approx(pooled.mean())
-    assert found.half_width == pytest.approx(1.96 * pooled.std(ddof=1) / 10)
 
 
 @pytest.mark.parametrize("lacking", [0, 1])
@@ -686,7 +676,7 @@ def test_a_task_without_choices_leaves_the_answer_loss_out(lacking: int) -> None
     scores = tuple(score([1.0, 0.0, 1.0, 0.0], each, f"task-{number}") for number, each in enumerate(losses))
     results = results_of([(candidate(BEST_SEED, SEED_PLAN), scores), (candidate(SEARCHED, PLAN), scores)])
     assert "answer loss" not in claim(results)
-    assert difference(results, "accuracy").num_pairs == 8
+    assert difference(results, "acc").num_pairs == 8
     assert rows(results)[0].answer_loss is None
 
 
@@ -712,7 +702,10 @@ def whole() -> Results:
             # Every random plan is another one.
             own = PLAN if name == RANDOM and seed else plan
             row = candidate(name, own, 100_000_000 + 100_000 * (number + seed), seed, 2.125 + seed / 4, 2.0 + seed)
-            scores = (score(answers(50, 10 + number + 5 * seed), [1.0 + seed] * 50), score(answers(40, 30), [2.0] * 40))
+            scores = (
+                score(answers(50, 10 + number + 5 * seed), [1.0 + seed] * 50),
+                score(answers(40, 30), [2.0] * 40, "piqa"),
+            )
             scored.append((row, scores))
     untuned = [(name, (score(answers(50, 5)), score(answers(40, 6), task="piqa"))) for name in UNTUNED]
     return results_of(scored, untuned)
@@ -748,6 +741,64 @@ def test_a_row_is_the_mean_of_its_tasks_and_of_its_seeds(whole: Results) -> None
     assert {name: row.origin for name, row in table.items() if name in ORIGINS} == ORIGINS
 
 
+def test_the_standard_error_of_a_row_is_that_of_its_mean_over_seeds() -> None:
+    """Of the accuracy that stands there: luck with a question under one seed counts for less than under all of them."""
+    by_seed = [answers(4, 2), answers(4, 3), answers(4, 3)]
+    results = results_of([*row_of(BEST_SEED, [2.0]), *searched_row([1.0] * 3, [score(each) for each in by_seed])])
+    (row,) = [row for row in rows(results) if row.name == SEARCHED]
+    assert row.accuracy == pytest.approx(np.mean(by_seed))
+    expected = np.mean(by_seed, axis=0).std(ddof=1) / 2
+    assert row.accuracy_stderr == pytest.approx(expected)
+    (told,) = [each for each in by_task.accuracies(results)["arc", "acc"] if each.row == SEARCHED]
+    assert (told.value, told.value - told.low) == pytest.approx((row.accuracy, 1.96 * expected))
+
+
+@pytest.mark.parametrize(
+    ("metrics", "name", "in_full"),
+    [
+        (("acc_norm", "acc_norm"), "acc_norm", "acc_norm"),
+        (("acc_norm", "acc"), "accuracy", "accuracy (acc_norm of arc; acc of boolq)"),
+    ],
+)
+def test_every_accuracy_is_shown_with_the_metric_it_is(metrics: tuple[str, str], name: str, in_full: str) -> None:
+    """acc and acc_norm of one model lie as far apart as models do (HellaSwag 53 and 69)."""
+    scores = tuple(
+        score(answers(50, 20), [1.0] * 50, task, metric) for task, metric in zip(("arc", "boolq"), metrics, strict=True)
+    )
+    tuned = [*row_of("base", [1.0]), *row_of("pruned", [1.0]), *row_of(BEST_SEED, [2.0]), *searched_row([1.0])]
+    results = results_of([(row, scores) for row, _ in tuned])
+    caption, headings, _ = final_tables(results)[0]
+    assert f"test {name}" in headings and caption.endswith(f"; {in_full}") == (name == "accuracy")
+    assert f"its test {in_full} is 0.400 (base 0.400, pruned 0.400)" in claim(results)
+    assert f"\n- Against the best seed ({ORIGINS[BEST_SEED]}, +0.00% bytes)" in claim(results)
+    assert f": {name} +0.0000 (100 questions, " in claim(results)
+    tile = tiles(snapshot(results))[1]
+    assert tile.heading == f"Test {name}" and (in_full in tile.lines) == (name == "accuracy")
+    legend = dict(terms(results))[f"test {in_full}"]
+    assert all(f"{metric}: it has the highest log-likelihood" in legend for metric in metrics)
+    assert by_task.table(results)[0][1:] == tuple(
+        f"{task} {metric} (50 questions)" for task, metric in zip(("arc", "boolq"), metrics, strict=True)
+    )
+    config = {"model": {"source": "me/base"}, "data": {"train": []}}
+    card = model_card(snapshot(results, config=config, environment={"qpruner": "1.2"}), None)
+    assert all(f"name: {metric}\n" in card for metric in metrics), "in what the hub reads"
+    assert f"| test {name} |" in card
+
+
+def test_a_search_is_told_with_the_metric_it_is_by() -> None:
+    metrics = {"arc": "acc_norm"}
+    finalists = [
+        made_confirmation(index, origin, 2.0, accuracy=0.5, accuracy_stderr=0.1)
+        for index, origin in ((2, "seed-kl"), (7, "gp"))
+    ]
+    search = made_search(PLAN, metric="accuracy", metrics=metrics, confirmations=tuple(finalists))
+    told = " ".join(search_text(search, ()))
+    assert told.startswith("gp on acc_norm, budget ") and "Its selection acc_norm is 0.5000" in told
+    assert sections.finalists(search)[0][2:] == ("selection loss", "selection acc_norm")
+    mixed = search.model_copy(update={"metrics": metrics | {"boolq": "acc"}})
+    assert search_text(mixed, ())[0].startswith("gp on accuracy (acc_norm of arc; acc of boolq), budget ")
+
+
 def test_a_row_of_one_seed_can_be_compared_with_the_same_seed_of_the_others(whole: Results) -> None:
     told = {row.name: dict(zip(HEADINGS, cells(row), strict=True)) for row in rows(whole)}
     assert (told["base"]["seeds"], told[SEARCHED]["seeds"]) == ("1 (0)", "2 (0-1)")
@@ -776,7 +827,7 @@ def test_a_seed_plan_that_is_the_best_seed_says_so() -> None:
 
 def test_the_claim_says_what_was_lost_against_base_and_pruned(whole: Results) -> None:
     lost = (
-        "At 100.7% of the bytes of the base with such an adapter, its test accuracy is 0.545 (base 0.475, pruned "
+        "At 100.7% of the bytes of the base with such an adapter, its test acc is 0.545 (base 0.475, pruned "
         "0.485) and its answer loss 1.500 (base 1.500, pruned 1.500), all after the same fine-tune under "
         "training seed 0."
     )
@@ -829,8 +880,8 @@ def test_the_report_holds_every_row_the_claim_and_the_configuration(whole: Resul
     assert "- python: 3.11.9" in lines and "- torch: 2.13.0" in lines
     steps = lines[lines.index("## Step by step") :]
     scored = "arc acc 0.100 (se 0.043) (50 questions), piqa acc 0.150 (se 0.057) (40 questions)"
-    tuned = "arc acc 0.340 (se 0.068) (50 questions), arc acc 0.750 (se 0.069) (40 questions)"
-    base = "arc acc 0.200 (se 0.057) (50 questions), arc acc 0.750 (se 0.069) (40 questions)"
+    tuned = "arc acc 0.340 (se 0.068) (50 questions), piqa acc 0.750 (se 0.069) (40 questions)"
+    base = "arc acc 0.200 (se 0.057) (50 questions), piqa acc 0.750 (se 0.069) (40 questions)"
     assert [line for line in steps[:11] if line.startswith("| ")] == [
         "| model | scores | answer loss |",
         *(f"| {name} (no fine-tune) | {scored} | - |" for name in UNTUNED),

@@ -162,6 +162,16 @@ def test_curves_have_every_training_step_and_every_rung_at_its_time(written: Pat
     assert walls == [STARTED + 2 * 60 + minutes * 60 for minutes in (1, 2, 3)]
 
 
+def test_accuracies_are_curves_named_by_their_metric(tmp_path: Path) -> None:
+    rungs = tuple(rung.model_copy(update={"accuracy": 0.5}) for rung in trials()[2].rungs)
+    record = trials()[2].model_copy(update={"rungs": rungs})
+    search = search_state(metric="accuracy", metrics={"arc_easy": "acc_norm"})
+    write_trial(tmp_path / "tensorboard", search, record)
+    assert points(tmp_path, run_name(record), "validation/acc_norm") == [(step, 0.5) for step in RUNGS]
+    [axes] = draw_plans([record], search).axes
+    assert axes.get_title(loc="left").startswith("plans by acc_norm, ")
+
+
 def test_the_best_so_far_counts_searched_plans_and_controls_are_lines_beside_it(written: Path) -> None:
     # In the order of their ends: trial 4 failed at once and 3 was stopped before 2 finished.
     assert points(written, "search", BEST) == [(5, 2.9)]
@@ -263,10 +273,10 @@ def test_sizes_on_the_axis_are_told_apart(sizes: list[float], budget: float) -> 
 
 def test_the_map_of_plans_names_the_winner() -> None:
     over = [record for record in trials() if record.is_over]
-    [axes] = draw_plans(over, "loss", 1).axes
+    [axes] = draw_plans(over, search_state(), 1).axes
     marked = [label.get_text() for label in axes.get_yticklabels() if "winner" in label.get_text()]
     assert [label.split()[0] for label in marked] == ["1"]
-    assert not any("winner" in label.get_text() for label in draw_plans(over, "loss").axes[0].get_yticklabels())
+    assert not any("winner" in label.get_text() for label in draw_plans(over, search_state()).axes[0].get_yticklabels())
 
 
 @pytest.mark.parametrize(("winner", "name", "number"), [(None, "best so far", "2"), (1, "winner", "1")])

@@ -972,12 +972,13 @@ def test_a_front_by_accuracy_holds_more_bytes_only_where_they_bring_something(ti
         "search.searcher": "gp",
         "search.first_rung": 2,
         "search.pareto": True,
-        "search.metric": "accuracy",
+        "search.metric": "acc",
         "search.tasks": ["qpruner_everyday_validation"],
         "search.limit": 8,
     }.items():
         raw = with_key(raw, key, value)
     found, events = go(raw)
+    assert (found.metric, found.metrics) == ("accuracy", {"qpruner_everyday_validation": "acc"})
     assert found.ended == "all 6 trials were spent (`search.max_trials`)"
     finalists = [(each.done, each.total) for each in events if isinstance(each, Progress) and each.detail == FINALISTS]
     assert finalists == [(done, len(found.confirmations)) for done in range(len(found.confirmations) + 1)]

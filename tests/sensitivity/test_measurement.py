@@ -125,7 +125,9 @@ def test_the_standard_error_is_that_of_a_mean_over_samples() -> None:
     sums = np.random.default_rng(0).normal(size=(1, 1, 50))
     found = Measurement(np.full(50, 4.0), np.zeros(50), sums, sums)
     assert found.mean(sums)[0, 0] == pytest.approx((sums / 4).mean())
-    assert found.stderr(sums)[0, 0] == pytest.approx((sums / 4).std() / 50**0.5)
+    assert found.stderr(sums)[0, 0] == pytest.approx((sums / 4).std(ddof=1) / 50**0.5)
+    alone = Measurement(np.full(1, 4.0), np.zeros(1), sums[..., :1], sums[..., :1])
+    assert np.isnan(alone.stderr(sums[..., :1])).all(), "one sample has no spread"
 
 
 def test_a_group_without_numbers_is_named(llama: Banked) -> None:

@@ -62,14 +62,15 @@ def tasks(run: Snapshot) -> Iterator[Chart]:
             "y": {"field": "row", "type": "nominal", "sort": rows, "axis": {"title": None, "labelLimit": 230}},
             "color": colored("when", BEFORE_AFTER, "fine-tune"),
         }
-        low_high = {"x": quantity("low", "accuracy", tickCount=8), "x2": {"field": "high"}}
-        details = tooltip(row="row", value="accuracy|.3f", low="low|.3f", high="high|.3f", seeds="training seeds")
+        low_high = {"x": quantity("low", metric, tickCount=8), "x2": {"field": "high"}}
+        details = tooltip(row="row", value=f"{metric}|.3f", low="low|.3f", high="high|.3f", seeds="training seeds")
         yield Chart(
             f"task-{number}",
             "quality",
             f"{task}: {metric}",
-            f"Accuracy on {counted(found[0].num_questions, 'held-out question')}, before and after the fine-tune that "
-            "every row had. Bars are 95 % intervals over questions; several training seeds show as their mean.",
+            f"lm-eval's {metric} on {counted(found[0].num_questions, 'held-out question')}, before and after the "
+            "fine-tune that every row had. Bars are 95 % intervals over questions; several training seeds show as "
+            "their mean.",
             {
                 "height": 24 * len(rows),
                 "data": {"values": values},
@@ -77,7 +78,7 @@ def tasks(run: Snapshot) -> Iterator[Chart]:
                     {"mark": {"type": "rule", "strokeWidth": 2}, "encoding": place | low_high},
                     {
                         "mark": {"type": "point", "filled": True, "size": 80, "opacity": 1},
-                        "encoding": place | {"x": quantity("value", "accuracy", tickCount=8), "tooltip": details},
+                        "encoding": place | {"x": quantity("value", metric, tickCount=8), "tooltip": details},
                     },
                 ],
             },

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from qpruner.measures import ACCURACY, Z_95, accuracy_in_full, accuracy_name, over_tasks
 from qpruner.records import plan_group_bytes
 from qpruner.report import sections
 from qpruner.report.claim import beside_base, comparisons, tally
-from qpruner.report.paired import Z_95
 from qpruner.report.snapshot import Snapshot
 from qpruner.report.standing import best_of, score
-from qpruner.report.table import BASE, BEST_SEED, ONE_RANDOM_PLAN, PRUNED, SEARCHED, Row, rows
+from qpruner.report.table import BASE, BEST_SEED, PRUNED, SEARCHED, Row, rows
 
 
 @dataclass(frozen=True)
@@ -31,7 +30,8 @@ def tiles(run: Snapshot) -> list[Tile]:
 
 
 def _whole(run: Snapshot) -> Iterator[Tile]:
-    assert run.results.search and run.results.prune
+    assert run.results.search and run.results.prune and run.results.evaluate
+    measure = accuracy_name(run.results.evaluate.metrics)
     table = {row.name: row for row in rows(run.results)}
     winner, before = table[SEARCHED], run.results.prune.bytes_before
     yield Tile(
@@ -47,10 +47,11 @@ def _whole(run: Snapshot) -> Iterator[Tile]:
         ),
     )
     yield Tile(
-        "Accuracy on held-out tasks",
+        f"Test {measure}",
         f"{winner.accuracy:.3f}",
         (
             _interval(winner),
+            *([accuracy_in_full(run.results.evaluate.metrics)] if measure == ACCURACY else []),
             *(f"{name}, not fine-tuned: {accuracy:.3f}" for name, accuracy in _untuned(run) if name not in table),
             *_beside_base(run),
         ),
@@ -100,7 +101,7 @@ def _untuned(run: Snapshot) -> Iterator[tuple[str, float]]:
     assert run.results.evaluate
     for row in run.results.evaluate.rows:
         if row.seed is None and row.name in (BASE, PRUNED):
-            yield row.name, statistics.fmean(score.value for score in row.scores)
+            yield row.name, over_tasks([score.correct for score in row.scores]).mean
 
 
 def _interval(winner: Row) -> str:
@@ -134,10 +135,11 @@ def _generation(row: Row) -> tuple[str, str, str] | None:
 
 def _beside_base(run: Snapshot) -> Iterator[str]:
     """Accuracy and answer loss beside those of base and pruned model; the answer loss alone where these are no rows."""
+    assert run.results.evaluate
     (winner, *others), under = beside_base(run.results)
     if others:
         told = "".join(f", {other.name} {other.accuracy:.3f}" for other in others)
-        yield f"accuracy{under}: {winner.accuracy:.3f}{told}"
+        yield f"{accuracy_name(run.results.evaluate.metrics)}{under}: {winner.accuracy:.3f}{told}"
     if winner.answer_loss is not None:
         told = "".join(f", {other.name} {other.answer_loss:.3f}" for other in others if other.answer_loss is not None)
         yield f"answer loss{under}: {winner.answer_loss:.3f}{told}"
@@ -153,8 +155,7 @@ def _certainty(run: Snapshot) -> Tile:
         return Tile("How sure", "no claim", tuple(lines))
     lines = []
     for each in found:
-        random = "one random plan" if each.origin == ONE_RANDOM_PLAN else "random plans"
-        named = "best seed" if each.other == BEST_SEED else random
+        named = "best seed" if each.other == BEST_SEED else "random plans"
         by_verdict: dict[str, list[str]] = {}
         for difference in each.differences:
             by_verdict.setdefault(difference.verdict, []).append(difference.measure)
