@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -46,8 +47,8 @@ def stage_seconds(config: RunConfig, inspection: Inspection, speed: work.Rates) 
     return {name: 3600 * each for name, each in hours.stages.items()}
 
 
-def inspected(setup: Setup) -> Inspection:
-    """What `preflight.inspect` makes of the configuration, with rows of the benchmark's lengths and no task."""
+def inspected(setup: Setup) -> Any:
+    """What the estimates read of a `preflight.Inspection`, with rows of the benchmark's lengths and no task."""
     config, base = setup.config, setup.base()
     layout, cuts = preflight.layout_for(config, base), preflight.cuts_in_effect(config.prune, base)
     shapes = preflight.Shapes(
@@ -70,7 +71,7 @@ def inspected(setup: Setup) -> Inspection:
     samples = {"importance": config.calibration.num_samples, "sensitivity": 0}
     counts = RowCounts(samples, {}, config.calibration.max_length)
     on_device = preflight.shapes_on(capability, config, shapes)
-    return Inspection(**vars(on_device), examples=texts, questions={}, counts=counts, warnings=())
+    return SimpleNamespace(**vars(on_device), examples=texts, questions={}, counts=counts)
 
 
 def rates(config: RunConfig, inspection: Inspection) -> tuple[work.Rates, work.Rates]:
