@@ -62,9 +62,9 @@ def resident_bytes() -> int:
     return int(line.split()[1]) * 1024
 
 
-def random_llama(num_layers: int) -> LlamaForCausalLM:
-    """Llama-2-7B's shapes, bf16, weights of transformers' own size (0.02)."""
-    config = LlamaConfig(
+def llama_7b(num_layers: int = 32) -> LlamaConfig:
+    """Llama-2-7B's shapes."""
+    return LlamaConfig(
         vocab_size=32000,
         hidden_size=4096,
         intermediate_size=11008,
@@ -73,22 +73,26 @@ def random_llama(num_layers: int) -> LlamaForCausalLM:
         num_key_value_heads=32,
         max_position_embeddings=4096,
     )
+
+
+def random_llama(config: LlamaConfig, device: str = "cpu") -> LlamaForCausalLM:
+    """A model made on its device: bf16, weights of transformers' own size (0.02)."""
     with torch.device("meta"):
         model = LlamaForCausalLM(config)
-    model = model.to(torch.bfloat16).to_empty(device="cpu")
+    model = model.to(torch.bfloat16).to_empty(device=device)
     torch.manual_seed(0)
     for name, parameter in model.named_parameters():
         with torch.no_grad():
             parameter.fill_(1.0) if "norm" in name else parameter.normal_(0.0, 0.02)
     # `to_empty` leaves the rotary frequencies unset: they are no weights, and are made anew.
     rotary = model.model.rotary_emb
-    model.model.rotary_emb = type(rotary)(config)
+    model.model.rotary_emb = type(rotary)(config).to(device)
     return model.eval()
 
 
 def tokenizer() -> PreTrainedTokenizerFast:
     """A checkpoint has one."""
-    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel({"a": 0})))
+    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel({"a": 0})), pad_token="a")  # noqa: S106
 
 
 class Steps:
@@ -149,7 +153,7 @@ def main() -> None:
     steps = Steps()
     with tempfile.TemporaryDirectory(dir=arguments.scratch) as scratch:
         base, folder = Path(scratch, "base"), Path(scratch, "pruned")
-        random_llama(arguments.num_layers).save_pretrained(base, max_shard_size="10GB")
+        random_llama(llama_7b(arguments.num_layers)).save_pretrained(base, max_shard_size="10GB")
         steps.end("build")
         pruned = prune_folder(base, folder, settings, steps).pruned
         release()

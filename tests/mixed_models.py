@@ -65,8 +65,8 @@ def logits_of(model: torch.nn.Module) -> torch.Tensor:
     return logits
 
 
-def finished_run(tiny_model: Path, root: Path) -> Path:
-    """A run folder as far as an export looks at it: groups at 4, 8 and 16 bits, an adapter that changes every layer."""
+def final_model(tiny_model: Path, root: Path) -> Path:
+    """A final folder: groups at 4, 8 and 16 bits, an adapter that changes every layer."""
     names = fill_bank(tiny_model, root / "bank", double_quant=False)
     model, starts = assemble(tiny_model, root / "bank", GROUP, mixed_plan(names, (4, 8, 16)), DTYPE, False)
     save_checkpoint(model, load_tokenizer(str(tiny_model)), root / "final")
@@ -76,6 +76,12 @@ def finished_run(tiny_model: Path, root: Path) -> Path:
         if "lora_" in name:
             torch.nn.init.normal_(parameter, std=0.2)
     adapted.save_pretrained(str(root / "final"))
+    return root / "final"
+
+
+def finished_run(tiny_model: Path, root: Path) -> Path:
+    """A run folder as far as an export looks at it: a final model, and confirmation rows."""
+    final_model(tiny_model, root)
     rows = torch.randint(3, 400, (2, 24), generator=torch.Generator().manual_seed(1)).tolist()
     save_encoded([{"input_ids": row, "labels": row} for row in rows], root / "prepare" / "data" / "confirmation")
     return root

@@ -8,7 +8,7 @@ from pathlib import Path
 import bitsandbytes as bnb
 import pytest
 import torch
-from mixed_models import fill_bank, finished_run, logits_of, mixed_model, mixed_plan, token_ids
+from mixed_models import fill_bank, final_model, logits_of, mixed_model, mixed_plan, token_ids
 from transformers import AutoModelForCausalLM
 
 import qpruner.hf  # noqa: F401
@@ -100,7 +100,7 @@ def test_a_model_may_leave_the_gpu_and_come_back(model: Model, used: bool) -> No
 @pytest.mark.parametrize("how", ["to", "device_map"])
 def test_a_final_model_predicts_on_the_gpu_what_it_does_on_the_cpu(how: str, tiny_model: Path, tmp_path: Path) -> None:
     """As the snippets of the pages and of the model card bring it there; and by transformers' own placement."""
-    final = finished_run(tiny_model, tmp_path) / "final"
+    final = final_model(tiny_model, tmp_path)
     expected = logits_of(AutoModelForCausalLM.from_pretrained(final)).float()
     if how == "to":
         model = AutoModelForCausalLM.from_pretrained(final).to("cuda")

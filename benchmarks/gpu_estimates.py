@@ -1,0 +1,100 @@
+"""A part of `gpu_7b.py`: what `qpruner check` expects of memory and seconds, beside what the other parts measured."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from gpu_setup import Figures, Setup
+
+from qpruner import pace, preflight, products
+from qpruner.config import RunConfig
+from qpruner.data import Example
+from qpruner.estimate import memory, work
+from qpruner.preflight import Inspection
+from qpruner.preflight_rows import CHARACTERS_A_TOKEN, RowCounts
+from qpruner.quantization.bank import EntrySettings
+
+
+def estimates(setup: Setup) -> Figures:
+    """Seconds by `check` and by `check --measure`, and bytes; `measured` is null where a part has not run."""
+    config, inspection, found = setup.config, inspected(setup), measured(setup)
+    by_products, by_steps = (stage_seconds(config, inspection, each) for each in rates(config, inspection))
+    lasted = {
+        "prune": found("prune", "cut"),
+        "bank": found("bank", "pack"),
+        "search": found("trial", "training_and_scoring"),
+    }
+    training, scoring = memory.training_memory(config, inspection), memory.scoring_memory(config, inspection)
+    held = {
+        "prune": (memory.prune_memory(config, inspection).total, found("prune", "peak_bytes")),
+        "step": (training.total, found("memory", "qpruner_4_and_8_bits_bytes")),
+        "trial": (max(training.total, scoring.total), found("trial", "peak_bytes")),
+    }
+    return {
+        f"{name}_seconds": {"check": by_products[name], "check_measure": by_steps[name], "measured": seconds}
+        for name, seconds in lasted.items()
+    } | {f"{name}_memory": {"check": expected, "measured": peak} for name, (expected, peak) in held.items()}
+
+
+def stage_seconds(config: RunConfig, inspection: Inspection, speed: work.Rates) -> dict[str, float]:
+    """Of each stage on one slot; with one trial allowed, the search is that trial."""
+    hours = work.hours(config, inspection, speed, slots=1, has_gpus=torch.cuda.is_available())
+    return {name: 3600 * each for name, each in hours.stages.items()}
+
+
+def inspected(setup: Setup) -> Any:
+    """What the estimates read of a `preflight.Inspection`, with rows of the benchmark's lengths and no task."""
+    config, base = setup.config, setup.base()
+    layout, cuts = preflight.layout_for(config, base), preflight.cuts_in_effect(config.prune, base)
+    shapes = preflight.Shapes(
+        model_config=base,
+        base=layout,
+        cuts=cuts,
+        left_out=(),
+        pruned=layout,
+        is_estimate=False,
+        budget_bytes=0,
+        plan=None,
+        packs=True,
+    )
+    capability = torch.cuda.get_device_capability() if torch.cuda.is_available() else None
+    splits = {"train": setup.train_rows, "validation": setup.validation_rows, "confirmation": [], "calibration": []}
+    texts = {
+        name: [Example("text", "", "", "x" * CHARACTERS_A_TOKEN * len(row["input_ids"])) for row in rows]
+        for name, rows in splits.items()
+    }
+    samples = {"importance": config.calibration.num_samples, "sensitivity": 0}
+    counts = RowCounts(samples, {}, config.calibration.max_length)
+    on_device = preflight.shapes_on(capability, config, shapes)
+    return SimpleNamespace(**vars(on_device), examples=texts, questions={}, counts=counts)
+
+
+def rates(config: RunConfig, inspection: Inspection) -> tuple[work.Rates, work.Rates]:
+    """By matrix products timed here, as `check` has them, and by steps of a few blocks, as `check --measure`."""
+    linears = (linear for group in inspection.pruned.groups for linear in group.linears)
+    widest = max(linears, key=lambda linear: linear.num_weights)
+    tokens, dtype = config.training.micro_batch_size * config.data.max_length, config.model.dtype
+    speed = products.operations_per_second(widest.rows, widest.columns, tokens, dtype, 1, 1)
+    hidden = int(inspection.model_config.hidden_size)
+    by_products = (
+        work.gpu_rates(speed, "here") if torch.cuda.is_available() else work.cpu_rates(speed, hidden, 1, "here")
+    )
+    share = work.share_at_highest(config, inspection)
+    seconds = pace.measure(config, inspection.cuts[0].expected, share, threads=1)
+    by_steps = work.measured_rates(config, inspection, seconds.training, seconds.scoring, "here")
+    settings = EntrySettings(config.lora, config.quantize.double_quant, config.seed)
+    packing = products.packing_per_second(widest.rows, widest.columns, settings, config.quantize.bits, dtype, 1, 1)
+    return replace(by_products, packing=packing), replace(by_steps, packing=packing)
+
+
+def measured(setup: Setup) -> Callable[[str, str], Any]:
+    """Looks up a figure of the newest line of a part that did not fail."""
+    results = setup.work / "results.jsonl"
+    lines = map(json.loads, results.read_text().splitlines() if results.is_file() else ())
+    newest = {line["part"]: line for line in lines if "error" not in line and line["shape"] == setup.shape}
+    return lambda part, figure: newest.get(part, {}).get(figure)
