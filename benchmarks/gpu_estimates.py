@@ -63,15 +63,19 @@ def inspected(setup: Setup) -> Any:
         packs=True,
     )
     capability = torch.cuda.get_device_capability() if torch.cuda.is_available() else None
-    splits = {"train": setup.train_rows, "validation": setup.validation_rows, "confirmation": [], "calibration": []}
-    texts = {
-        name: [Example("text", "", "", "x" * CHARACTERS_A_TOKEN * len(row["input_ids"])) for row in rows]
-        for name, rows in splits.items()
-    }
+    train, validation = setup.train_rows, setup.validation_rows
+    splits = {"train": train, "validation": validation, "confirmation": validation[:1], "calibration": train[:1]}
+    texts = {name: [as_text(len(row["input_ids"])) for row in rows] for name, rows in splits.items()}
     samples = {"importance": config.calibration.num_samples, "sensitivity": 0}
     counts = RowCounts(samples, {}, config.calibration.max_length)
     on_device = preflight.shapes_on(capability, config, shapes)
     return SimpleNamespace(**vars(on_device), examples=texts, questions={}, counts=counts)
+
+
+def as_text(length: int) -> Example:
+    """A row as `Setup` makes it, half a prompt, in characters."""
+    half = length // 2 * CHARACTERS_A_TOKEN
+    return Example("text", "x" * half, "", "x" * (length * CHARACTERS_A_TOKEN - half))
 
 
 def rates(config: RunConfig, inspection: Inspection) -> tuple[work.Rates, work.Rates]:
