@@ -262,7 +262,7 @@ WORTH = dict(zip(NAMES, (2, 6, 1, 5, 3, 4), strict=True))
 
 
 def searched_by_accuracy(folder: Path, stderr: float | None) -> list[TrialRecord]:
-    """Trials of a gp whose plans all answer the same questions and report this binomial error, until the search ends."""
+    """Trials of a gp whose plans answer the same questions and report this binomial error, until the search ends."""
     settings = {"metric": "accuracy", "tasks": ["qpruner_everyday_validation"], "limit": 8}
     job = job_of(folder, searcher="gp", max_trials=20, patience=3, **settings)
     ledger, _ = take_up(job, make_proposer("gp", job.space, 0, {}))
