@@ -284,7 +284,7 @@ def sensitivities(job: Job) -> dict[str, Any]:
     def silent(done: int, total: int) -> None:
         """Nobody watches."""
 
-    scores = by_information(model, subject, SensitivityConfig(), 16, 0, silent)
+    scores = by_information(model, subject, SensitivityConfig(), 0, silent)
     scores |= by_expansion(model, subject, 16, silent)
     started = time.monotonic()
     found = measure(model, subject.samples(16, NUM_MEASURED), subject.starts(model), silent)

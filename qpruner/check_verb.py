@@ -94,7 +94,8 @@ def _memory_warnings(at_once: int, free: int | None) -> list[str]:
         return []
     return [
         f"{at_once / 1e9:.2f} GB of memory are needed at most, and {free / 1e9:.2f} GB are free here: lower "
-        "`evaluate.batch_size`, `training.micro_batch_size`, `calibration.batch_size` or `search.max_concurrent`"
+        "`evaluate.batch_size`, `training.micro_batch_size`, `calibration.batch_size`, `sensitivity.batch_size` or "
+        "`search.max_concurrent`"
     ]
 
 

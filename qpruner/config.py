@@ -453,6 +453,8 @@ class SensitivityConfig(Section):
     """What is measured, each giving a seed plan: mutual information with the prediction (the paper's), gradient times
     quantization error, Fisher-weighted squared error, the sum of these two, and the KL divergence and the change of the
     loss with one group quantized. The middle three share a backward pass, the last two their passes."""
+    batch_size: Positive = 4
+    """Samples a pass sees, a backward pass too. Scores do not depend on it, up to rounding; memory grows with it."""
     num_measured_samples: Positive = 32
     """KL and loss: samples, at most. They cost a pass through half the model for every group, bit-width and sample."""
     num_components: Positive = 4
@@ -462,7 +464,7 @@ class SensitivityConfig(Section):
     num_shuffles: Positive = 5
     """Mutual information: shuffled-label baselines that are averaged and subtracted."""
     max_positions: Annotated[int, Field(ge=32)] = 512
-    """Mutual information: predicted positions used, at most."""
+    """Mutual information: predicted positions used, at most; drawn from all samples."""
 
     @model_validator(mode="after")
     def different(self) -> SensitivityConfig:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import re
@@ -144,10 +145,28 @@ def test_importance_without_gradients_needs_no_activations(
     assert "logits" not in by_blocks("block_influence").parts
     assert "logits" in by_blocks("taylor").parts
     assert set(cut(prune__rate=0.0).parts) == {"weights"}, "nothing is cut"
-    only_forward = memory.sensitivity_memory(changed(sensitivity__methods=["kl"]), inspection)
-    assert only_forward.total < memory.sensitivity_memory(changed(), inspection).total
-    config, tokens = inspection.model_config, only_forward.parts["logits"] // (12 * inspection.model_config.vocab_size)
-    assert only_forward.parts["block outputs"] == config.num_hidden_layers * tokens * config.hidden_size * 2
+
+
+def test_each_sensitivity_counts_what_its_passes_hold(
+    inspection: Inspection, changed: Callable[..., RunConfig]
+) -> None:
+    """What they hold in truth: tests/sensitivity/test_memory.py."""
+
+    def of(*methods: str, rows: int = 4, vocabulary: int = 512) -> memory.Memory:
+        config = changed(sensitivity__methods=methods, sensitivity__batch_size=rows, evaluate__batch_size=64)
+        own = copy.deepcopy(inspection.model_config)
+        own.vocab_size = vocabulary
+        return memory.sensitivity_memory(config, replace(inspection, model_config=own))
+
+    assert of("kl").about == "passes of 4 rows x 64 tokens (`sensitivity.batch_size`)"
+    assert of("kl", rows=8).parts["block outputs"] == 2 * of("kl").parts["block outputs"] == 2 * 2 * 4 * 64 * 64 * 2
+    assert of("fisher").parts["logits"] == 12 * 4 * 64 * 512
+    words = 152_000
+    assert of("kl", vocabulary=words).parts["log-probabilities"] == (4 + 2 + 16) * 4 * 64 * words
+    assert of("kl", rows=64, vocabulary=words).parts["log-probabilities"] == (2 + 4 + 4) * 64 * 64 * words
+    several = of("mutual_information", "fisher", "kl")
+    assert several.total == max(of(method).total for method in ("mutual_information", "fisher", "kl"))
+    assert set(of().parts) == {"weights"}
 
 
 def test_a_cut_counts_what_is_held_of_all_samples_and_of_every_weight(

@@ -6,7 +6,7 @@ For n tokens in a forward pass (rows x length), a vocabulary of V and elements o
   adapter's inner values (4 x rank), and about e (r + c) of what lies between layers; a layer without adapter the last
   alone. Autograd keeps within 15 % of this (Llama, Qwen3, Gemma 3: tests/test_estimate.py), within 25 % on a CPU that
   computes attention in float32 for want of bfloat16. With gradient checkpointing every block keeps its input, and one
-  block all of this.
+  block all of this. A model without adapters keeps up to `DENSE` times as much as its layers by this.
 - Logits: 12 n V. The loss is taken in float32: the loss's own copy, its gradient and the gradient of the logits.
 """
 
@@ -15,15 +15,24 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from qpruner.config import PruneConfig, RunConfig
+from qpruner.config import EXPANSION, INFORMATION, MEASUREMENT, PruneConfig, RunConfig
 from qpruner.models.layout import num_layers, skeleton
 from qpruner.plan import Layout, LinearShape
 from qpruner.preflight import Inspection
 from qpruner.pruning.prune import cuttable_layers
 from qpruner.pruning.selection import available, unit_sizes
+from qpruner.sensitivity.expansion import BYTES_A_WEIGHT
+from qpruner.sensitivity.measurement import POSITIONS
 
 LOGIT_BYTES = 12
+PREDICTION_BYTES = 9
+"""Of a logit that no loss is taken of, at most: itself, a copy, and what it takes to see that it is finite."""
+DENSE = 1.5
+"""What a dense model keeps for the backward pass, of what goes into its linear layers and comes out: norms in float32
+and gates besides. Measured 0.7 (OPT), 1.13 (Llama), 1.29 (Qwen3), 1.48 (Gemma 3) and 1.53 (Phi-3) on a CPU, 2026-11."""
 FLOAT32_BYTES = 4
+COMPONENT_BYTES = 32
+"""Of an output whose principal components are taken: it, its copy for LAPACK, its share of the vectors and a spare."""
 
 
 @dataclass(frozen=True)
@@ -138,31 +147,71 @@ def _compensation_memory(config: RunConfig, inspection: Inspection, settings: Pr
 
 
 def sensitivity_memory(config: RunConfig, inspection: Inspection) -> Memory:
-    """Peak of the sensitivities: the dense pruned model, and gradients of one batch where a method asks for them."""
-    layout, length = inspection.pruned, config.data.max_length
-    weights = {"weights": layout.num_parameters * layout.element_bytes}
-    has_gradients = not {"first_order", "fisher", "second_order"}.isdisjoint(config.sensitivity.methods)
-    rows = config.calibration.batch_size if has_gradients else config.evaluate.batch_size
-    tokens = rows * length
-    if not has_gradients:
-        hidden_bytes = int(inspection.model_config.hidden_size) * layout.element_bytes
-        parts = {
-            "block outputs": num_layers(inspection.model_config) * tokens * hidden_bytes,
-            "activations": _widest(layout, tokens),
-            "logits": logit_bytes(inspection, tokens),
-        }
-        return Memory(f"forward passes of {rows} rows x {length} tokens", weights | parts)
-    return Memory(
-        f"gradients of {rows} rows x {length} tokens",
-        weights | _by_gradient(inspection, layout, tokens),
-    )
+    """Peak of the sensitivities: the dense pruned model, and the most that a pass of any method takes beside it.
+
+    The gradients of the logits are gone when the backward pass comes to the layers: the larger of the two counts.
+    """
+    dense, settings = inspection.pruned, config.sensitivity
+    tokens = settings.batch_size * config.data.max_length
+    weights = {"weights": dense.num_parameters * dense.element_bytes}
+    works = [weights]
+    if set(settings.methods) & set(INFORMATION):
+        works += [weights | parts for parts in _by_information(config, inspection, tokens)]
+    if set(settings.methods) & set(EXPANSION):
+        activations = {"activations": _kept_dense(dense, tokens)}
+        works.append(weights | activations | {"logits": logit_bytes(inspection, tokens)})
+        works.append(weights | activations | {"gradients and errors": BYTES_A_WEIGHT * _largest(dense)})
+    if set(settings.methods) & set(MEASUREMENT):
+        works.append(weights | _by_measurement(inspection, tokens))
+    about = f"passes of {settings.batch_size} rows x {config.data.max_length} tokens (`sensitivity.batch_size`)"
+    return Memory(about, max(works, key=lambda parts: sum(parts.values())))
+
+
+def _by_information(config: RunConfig, inspection: Inspection, tokens: int) -> list[dict[str, int]]:
+    """What mutual information holds: in a pass, and when it takes the components of a group's outputs in float64.
+
+    Outputs are kept at the drawn positions, and a batch's in float32 besides; of these it has all at most.
+    """
+    dense, positions = inspection.pruned, config.sensitivity.max_positions
+    features = [int(inspection.model_config.hidden_size)] * len(dense.groups)
+    if config.quantize.group == "projection":
+        features = [sum(linear.rows for linear in group.linears) for group in dense.groups]
+    drawn, outputs = min(tokens, positions), positions * dense.element_bytes * sum(features)
+    logits = PREDICTION_BYTES * drawn * int(inspection.model_config.vocab_size)
+    return [
+        {
+            "outputs": outputs + drawn * FLOAT32_BYTES * sum(features),
+            "activations": _widest(dense, tokens),
+            "logits": logits,
+        },
+        {"outputs": outputs, "components": COMPONENT_BYTES * positions * max(features)},
+    ]
+
+
+def _by_measurement(inspection: Inspection, tokens: int) -> dict[str, int]:
+    """What KL and loss hold: every block's output for a batch, a group at other bits, its largest layer while that is
+    unpacked, and the log-probabilities at the predicted positions, which are all of them at most.
+
+    For V words and elements of e bytes: while the unquantized model's are made the logits (e V a position), a float32
+    copy and the log-probabilities; later those, the other weights' logits, and four copies of `POSITIONS` of them.
+    """
+    dense, config = inspection.pruned, inspection.model_config
+    unpacked = (2 * FLOAT32_BYTES + 1) * _largest(dense)
+    making = (dense.element_bytes + 2 * FLOAT32_BYTES) * tokens
+    comparing = (dense.element_bytes + FLOAT32_BYTES) * tokens + 4 * FLOAT32_BYTES * min(tokens, POSITIONS)
+    return {
+        "block outputs": num_layers(config) * tokens * int(config.hidden_size) * dense.element_bytes,
+        "activations": _widest(dense, tokens),
+        "quantized group": dense.element_bytes * max(group.num_weights for group in dense.groups) + unpacked,
+        "log-probabilities": int(config.vocab_size) * max(making, comparing),
+    }
 
 
 def _by_gradient(inspection: Inspection, dense: Layout, tokens: int) -> dict[str, int]:
     """What a backward pass through a dense model takes whose gradients are dropped one parameter at a time."""
     return {
-        "gradient": FLOAT32_BYTES * max(linear.num_weights for group in dense.groups for linear in group.linears),
-        "activations": sum(_kept(group.linears, tokens, dense.element_bytes, None) for group in dense.groups),
+        "gradient": FLOAT32_BYTES * _largest(dense),
+        "activations": _kept_dense(dense, tokens),
         "logits": logit_bytes(inspection, tokens),
     }
 
@@ -188,6 +237,16 @@ def _kept(linears: Iterable[LinearShape], tokens: int, element_bytes: int, rank:
     return tokens * sum(
         element_bytes * (linear.rows + linear.columns) + adapter * (linear.columns + (rank or 0)) for linear in linears
     )
+
+
+def _kept_dense(dense: Layout, tokens: int) -> int:
+    """What a model without adapters keeps for the backward pass."""
+    return int(DENSE * sum(_kept(group.linears, tokens, dense.element_bytes, None) for group in dense.groups))
+
+
+def _largest(layout: Layout) -> int:
+    """Weights of the largest layer."""
+    return max(linear.num_weights for group in layout.groups for linear in group.linears)
 
 
 def _widest(layout: Layout, tokens: int) -> int:

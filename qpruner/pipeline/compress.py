@@ -129,7 +129,6 @@ def sensitivity_stage(context: Context, pruned: PruneRecord, banked: BankRecord)
         settings.model_copy(update={"methods": ()}),
         config.quantize.group,
         config.quantize.bits,
-        config.evaluate.batch_size,
         config.seed,
     )
     named = ", ".join(settings.methods) or "no method"
@@ -209,24 +208,23 @@ def score_information(job: ScoringJob, bench: Bench, emit: Emit) -> dict[str, Me
     from qpruner.sensitivity import methods as scoring
 
     config, model = job.config, job.model(bench, emit)
-    batch_size, told = config.evaluate.batch_size, _teller(emit, INFORMATION)
-    samples = _teller(emit, (*INFORMATION, "samples"))
-    return scoring.by_information(model, job.subject, config.sensitivity, batch_size, config.seed, told, samples)
+    told, samples = _teller(emit, INFORMATION), _teller(emit, (*INFORMATION, "samples"))
+    return scoring.by_information(model, job.subject, config.sensitivity, config.seed, told, samples)
 
 
 def score_expansion(job: ScoringJob, bench: Bench, emit: Emit) -> dict[str, MethodScores]:
     from qpruner.sensitivity import methods as scoring
 
     told = _teller(emit, EXPANSION)
-    return scoring.by_expansion(job.model(bench, emit), job.subject, job.config.calibration.batch_size, told)
+    return scoring.by_expansion(job.model(bench, emit), job.subject, job.config.sensitivity.batch_size, told)
 
 
 def measure_all(job: ScoringJob, bench: Bench, emit: Emit) -> Measurement:
     """KL and loss of every group, on every sample."""
     from qpruner.sensitivity.measurement import measure
 
-    model = job.model(bench, emit)
-    samples = job.subject.samples(job.config.evaluate.batch_size, job.config.sensitivity.num_measured_samples)
+    model, settings = job.model(bench, emit), job.config.sensitivity
+    samples = job.subject.samples(settings.batch_size, settings.num_measured_samples)
     return measure(model, samples.by_length, job.subject.starts(model), _teller(emit, MEASUREMENT))
 
 
@@ -246,15 +244,15 @@ def _measured(context: Context, job: ScoringJob) -> Measurement:
         return context.workshop.do(measure_all, job, context.emit)
     # Every slot loads the model, the one that held it too.
     context.workshop.close()
-    batch_size = context.config.evaluate.batch_size
-    samples = job.subject.samples(batch_size, context.config.sensitivity.num_measured_samples).by_length
+    settings = context.config.sensitivity
+    samples = job.subject.samples(settings.batch_size, settings.num_measured_samples).by_length
     resources, num_shares = context.task_resources(min(num_slots, len(samples.rows)))
     jobs = [
         MeasurementJob(
             checkpoint=context.checkpoint,
             dtype=context.config.model.dtype,
             subject=replace(job.subject, rows=samples.rows[share::num_shares]),
-            batch_size=batch_size,
+            batch_size=settings.batch_size,
             threads=int(resources.get("cpu", 1)),
         )
         for share in range(num_shares)

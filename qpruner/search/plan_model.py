@@ -184,14 +184,12 @@ class Data:
         plans: ``(n, groups)`` level indices.
         ranks: ``(n,)`` rungs below the last: 0 is the target.
         scores: ``(n,)``, as observed.
-        variances: ``(n,)`` known variance of each score, 0 where it is not known.
         num_rungs: How many rungs there are, whether or not any of these scores is from each.
     """
 
     plans: Tensor
     ranks: Tensor
     scores: Tensor
-    variances: Tensor
     num_rungs: int
 
     @classmethod
@@ -204,12 +202,11 @@ class Data:
             ),
             torch.tensor([steps.index(item.step) for item in observations], dtype=torch.long),
             torch.tensor([item.score for item in observations], dtype=torch.float64),
-            torch.tensor([(item.stderr or 0.0) ** 2 for item in observations], dtype=torch.float64),
             len(steps),
         )
 
     def subset(self, rows: Tensor) -> Data:
-        return Data(self.plans[rows], self.ranks[rows], self.scores[rows], self.variances[rows], self.num_rungs)
+        return Data(self.plans[rows], self.ranks[rows], self.scores[rows], self.num_rungs)
 
 
 def informative(observations: Sequence[Observation]) -> list[Observation]:
@@ -265,9 +262,9 @@ class Posterior:
         self._plans = torch.cat([data.plans, pending])
         self._features = model.features(self._plans)
         self._ranks = torch.cat([data.ranks, torch.zeros(len(pending), dtype=torch.long)])
-        known = torch.cat([data.variances, torch.zeros(len(pending), dtype=torch.float64)]) / self.unit**2
         gram = self._between(self._plans, self._features, self._ranks, self._plans, self._features, self._ranks)
-        self._factor = torch.linalg.cholesky(gram + torch.diag(known + self._value("noise") + JITTER))
+        noise = (self._value("noise") + JITTER) * torch.eye(len(gram), dtype=torch.float64)
+        self._factor = torch.linalg.cholesky(gram + noise)
         residual = (data.scores - self._center) / self.unit - self._prior_mean(self.hyper, data)
         # A pending plan's weight is zero: its score is the one expected.
         self._weights = torch.zeros(len(self._plans), dtype=torch.float64)
@@ -290,9 +287,8 @@ class Posterior:
 
     @property
     def noise(self) -> float:
-        """Standard deviation of a score that is measured again; known errors count, on average."""
-        variance = self._value("noise") * self.unit**2 + self._data.variances.sum() / max(1, len(self._data.variances))
-        return float(variance.sqrt())
+        """Standard deviation of a score that is measured again."""
+        return float(self._value("noise").sqrt() * self.unit)
 
     def mean(self, plans: Tensor) -> Tensor:
         """Expected scores of ``(n, groups)`` plans."""
@@ -397,7 +393,7 @@ class Posterior:
         grams = torch.stack([features @ part @ features.T for part in self._model.parts.values()])
         distance = self._model.mismatches(data.plans, data.plans)
         same_rung = _levels(data.ranks, data.ranks)
-        known = data.variances / self.unit**2 + JITTER
+        diagonal = torch.eye(len(data.scores), dtype=torch.float64)
         scores = (data.scores - self._center) / self.unit
         shares = len(self._model.parts)
 
@@ -406,7 +402,7 @@ class Posterior:
             additive = torch.einsum("c,cnm->nm", hyper[:shares].exp(), grams)
             kernel = self._shape(hyper, additive, distance) * self._rung_factor(hyper, data.ranks, data.ranks)
             noise = hyper[self._names.index("noise")].exp()
-            factor = torch.linalg.cholesky(kernel + same_rung + torch.diag(known + noise))
+            factor = torch.linalg.cholesky(kernel + same_rung + (noise + JITTER) * diagonal)
             residual = scores - self._prior_mean(hyper, data)
             white = torch.linalg.solve_triangular(factor, residual[:, None], upper=False)
             belief = ((hyper - self._medians) / self._spreads) ** 2
@@ -435,7 +431,7 @@ class Posterior:
         own = torch.tensor([name.split()[0] in OWN for name in self._model.parts])
         weights, features = self.hyper[: len(own)].exp(), self._model.features(data.plans)
         mine, rest = (torch.einsum("c,cde->de", weights[which], self._parts[which]) for which in (own, ~own))
-        noise = torch.diag(data.variances / self.unit**2 + self._value("noise") + JITTER)
+        noise = (self._value("noise") + JITTER) * torch.eye(len(data.scores), dtype=torch.float64)
         residual = (data.scores - self._center) / self.unit - self._prior_mean(self.hyper, data)
         seen = features * self._rung_factor(self.hyper, data.ranks, torch.zeros(1, dtype=torch.long))
         distance = self._model.mismatches(data.plans, data.plans)

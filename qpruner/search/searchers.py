@@ -51,19 +51,20 @@ class Suggestion:
 class Observation:
     """A trial's score at one rung; smaller is better.
 
+    It has no standard error. All trials answer the same questions, so what the choice of questions does to a score
+    moves all scores alike and is no noise between plans; the binomial error of an accuracy would overstate it.
+
     Attributes:
         index: The suggestion.
         plan: The plan that ran.
         step: Optimizer steps of the rung.
         score: What is minimized.
-        stderr: Its standard error where the measurement tells it (an accuracy), else None.
     """
 
     index: int
     plan: PrecisionPlan
     step: int
     score: float
-    stderr: float | None = None
 
 
 @dataclass(frozen=True)
@@ -169,7 +170,7 @@ class ScalarizedProposer:
         scores = np.array([item.score for item in history.observations])
         sizes = np.array([float(self.space.plan_bytes(item.plan)) for item in history.observations])
         told = [
-            replace(item, score=float(score), stderr=None)
+            replace(item, score=float(score))
             for item, score in zip(history.observations, _chebyshev(scores, sizes, weight), strict=True)
         ]
         return replace(self.inner.propose(index, replace(history, observations=tuple(told))), expected_improvement=None)

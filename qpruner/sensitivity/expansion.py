@@ -13,6 +13,7 @@ All come from one backward pass over the samples, for every group and bit-width 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -30,11 +31,14 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 Floats = npt.NDArray[np.float64]
+BYTES_A_WEIGHT = 17
+"""Held for each weight of the layer that the backward pass is at: its gradients' sum and their squares' sum, a level's
+error and a product with it (or what unpacking takes), each in float32, and its code."""
 
 
 @dataclass(frozen=True)
 class Expansion:
-    """What the backward pass leaves.
+    """Predicted rises of the loss.
 
     Attributes:
         num_tokens: Labelled tokens.
@@ -60,7 +64,7 @@ def expand(
 ) -> Expansion:
     """Run the samples forward and backward once.
 
-    Memory above the weights: the activations of a batch, and a few float32 copies of one layer's weight.
+    Memory above the weights: the activations of a batch, and `BYTES_A_WEIGHT` for each weight of one layer.
 
     Args:
         model: The pruned model, unquantized.
@@ -80,20 +84,16 @@ def expand(
     @torch.no_grad()
     def visit(path: str, inputs: torch.Tensor, gradients: torch.Tensor) -> None:
         index, group = owner[path]
-        weight = linears[path].weight.detach().float()
-        errors = torch.stack(
-            [starts.weight(group, bits, path, weight.device).sub_(weight).flatten() for bits in starts.levels]
-        )
-        slopes, squares = torch.zeros_like(weight), torch.zeros_like(weight)
-        for sample, gradient in zip(inputs.float(), gradients.float(), strict=True):
-            slope = gradient.T @ sample
-            slopes.add_(slope)
-            squares.addcmul_(slope, slope)
-        changes = torch.stack([errors @ slopes.flatten(), 0.5 * errors.square() @ squares.flatten()])
-        if not changes.isfinite().all():
-            raise TrainingDiverged(f"the gradient of {path}.weight is NaN or infinite on the calibration samples")
-        for total, change in zip((first_order, fisher), changes.double().cpu().numpy(), strict=True):
-            total[:, index] += change
+        weight = linears[path].weight
+        slopes, squares = _sums_over_samples(inputs, gradients)
+        for level, bits in enumerate(starts.levels):
+            error = starts.weight(group, bits, path, weight.device).sub_(weight)
+            slope, curvature = rises(error, slopes, squares)
+            del error  # before the next level's is made
+            if not math.isfinite(slope + curvature):
+                raise TrainingDiverged(f"the gradient of {path}.weight is NaN or infinite on the calibration samples")
+            first_order[level, index] += slope
+            fisher[level, index] += curvature
 
     done = 0
     for batch in samples.split():
@@ -102,3 +102,27 @@ def expand(
         on_samples(done, len(samples.rows))
     num_tokens = sum(label != IGNORED_LABEL for row in samples.rows for label in row["labels"][1:])
     return Expansion(num_tokens, first_order / num_tokens, fisher / num_tokens)
+
+
+def rises(error: torch.Tensor, slopes: torch.Tensor, squares: torch.Tensor) -> tuple[float, float]:
+    """First-order and Fisher term of one weight, all ``(rows, columns)`` float32; `error` is overwritten.
+
+    Sums and no dot products: those of 45 million terms, a layer of a 7B model, were 0.4 to 0.9 % short (2026-11).
+    """
+    return float((error * slopes).sum()), float(0.5 * error.square_().mul_(squares).sum())
+
+
+def _sums_over_samples(inputs: torch.Tensor, gradients: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Sum of the samples' weight gradients, and of their squares: two ``(rows, columns)`` float32.
+
+    Args:
+        inputs: ``(samples, seq, columns)`` of a linear layer.
+        gradients: ``(samples, seq, rows)`` at its output.
+    """
+    slope = torch.empty(gradients.shape[-1], inputs.shape[-1], device=inputs.device)
+    slopes, squares = torch.zeros_like(slope), torch.zeros_like(slope)
+    for sample, gradient in zip(inputs, gradients, strict=True):
+        torch.mm(gradient.float().T, sample.float(), out=slope)
+        slopes.add_(slope)
+        squares.addcmul_(slope, slope)
+    return slopes, squares

@@ -79,7 +79,7 @@ def measure(
     moved by one unit in the last place (2026-11), about what 8 bits cost there. Fisher tells such groups apart.
 
     Memory above the weights: every block's output for one batch, the unquantized model's log-probabilities at the
-    batch's predicted positions in float32, and a group's weights once more.
+    batch's predicted positions in float32, a group's weights once more, and one layer's while it is unpacked.
 
     Args:
         model: The pruned model, unquantized; its weights are put back as they were.
@@ -98,9 +98,10 @@ def measure(
         sums = torch.zeros(len(starts.levels), len(starts.groups), 2, len(run.counts), dtype=torch.float64)
         for index, (group, paths) in enumerate(starts.groups.items()):
             for level, bits in enumerate(starts.levels):
-                weights = {
-                    path: starts.weight(group, bits, path, model.get_submodule(path).weight.device) for path in paths
-                }
+                weights = {}
+                for path in paths:
+                    own = model.get_parameter(f"{path}.weight")
+                    weights[path] = starts.weight(group, bits, path, own.device).to(own.dtype)
                 with _replaced(model, weights):
                     sums[level, index] = run.rise(run.block_of(paths[0]), f"{group} at {bits} bits")
                 done += 1
@@ -204,7 +205,7 @@ def _replaced(model: torch.nn.Module, weights: Mapping[str, torch.Tensor]) -> It
     own = {path: parameter.data for path, parameter in parameters.items()}
     try:
         for path, parameter in parameters.items():
-            parameter.data = weights[path].to(parameter.dtype)
+            parameter.data = weights[path]
         yield
     finally:
         for path, parameter in parameters.items():

@@ -72,15 +72,14 @@ def by_information(
     model: PreTrainedModel,
     subject: Subject,
     settings: SensitivityConfig,
-    batch_size: int,
     seed: int,
     on_progress: OnProgress,
     on_samples: OnProgress = lambda done, total: None,
 ) -> dict[str, MethodScores]:
-    """Mutual information: one pass forward, told of by `on_samples`, and nearest neighbours."""
+    """Mutual information: a pass forward over samples with drawn positions (`on_samples`), then nearest neighbours."""
     started = time.monotonic()
     found = mutual_information.measure(
-        model, subject.rows, subject.group, settings, subject.pad_id, batch_size, seed, on_progress, on_samples
+        model, subject.rows, subject.group, settings, subject.pad_id, seed, on_progress, on_samples
     )
     lowest, highest = subject.levels[0], subject.levels[-1]
     values = {
@@ -89,6 +88,7 @@ def by_information(
     details = {
         "estimator": mutual_information.ESTIMATOR,
         "bias": mutual_information.BIAS,
+        "num_samples": found.num_samples,
         "num_positions": found.num_positions,
         "num_classes": found.num_classes,
         "raw_nats": found.raw,

@@ -9,6 +9,7 @@ shuffled labels is subtracted.
 
 from __future__ import annotations
 
+import random
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -18,6 +19,7 @@ import torch
 
 from qpruner.calibration import OnProgress, Rows, visit_outputs
 from qpruner.config import SensitivityConfig
+from qpruner.data import IGNORED_LABEL
 from qpruner.errors import UserError
 from qpruner.models.layout import output_modules
 
@@ -38,6 +40,7 @@ class MutualInformation:
     groups: tuple[str, ...]
     raw: tuple[float, ...]
     baseline: tuple[float, ...]
+    num_samples: int
     num_positions: int
     num_classes: int
 
@@ -53,7 +56,6 @@ def measure(
     group: str,
     settings: SensitivityConfig,
     pad_id: int,
-    batch_size: int,
     seed: int,
     on_group: OnProgress = lambda done, total: None,
     on_samples: OnProgress = lambda done, total: None,
@@ -64,29 +66,28 @@ def measure(
         model: The pruned model.
         rows: Encoded calibration samples.
         group: `block`, `sublayer` or `projection`.
-        settings: Components, neighbours, baselines.
+        settings: Positions, components, neighbours, baselines, samples per forward pass.
         pad_id: Padding token.
-        batch_size: Samples per forward pass.
-        seed: Seeds the shuffles.
+        seed: Seeds the draw of positions and the shuffles.
         on_group: Told how many groups of how many are done, after the pass.
         on_samples: Told how many samples of how many have passed.
 
     Raises:
         UserError: If the samples have too few predicted positions or the model predicts one token only.
     """
+    rows = spread_positions(rows, settings.max_positions, seed)
     modules = output_modules(model.config, group)
     outputs: dict[str, list[torch.Tensor]] = {name: [] for name in modules}
     predictions: list[torch.Tensor] = []
 
     def visit(batch: dict[str, torch.Tensor], predicted: torch.Tensor) -> None:
-        room = settings.max_positions - sum(len(tokens) for tokens in predictions)
-        predictions.append(predicted[:room])
+        predictions.append(predicted)
         for name, paths in modules.items():
-            outputs[name].append(torch.cat([batch[path][:room] for path in paths], dim=1))
-        on_samples(min(len(predictions) * batch_size, len(rows)), len(rows))
+            outputs[name].append(torch.cat([batch[path] for path in paths], dim=1).to(model.dtype))
+        on_samples(min(len(predictions) * settings.batch_size, len(rows)), len(rows))
 
     listened = {path: model.get_submodule(path) for paths in modules.values() for path in paths}
-    visit_outputs(model, listened, rows, pad_id, visit, batch_size)
+    visit_outputs(model, listened, rows, pad_id, visit, settings.batch_size)
     labels = pool_rare(torch.cat(predictions).numpy(), settings.num_neighbors + 1)
     num_classes = len(np.unique(labels))
     if num_classes < 2:
@@ -101,7 +102,33 @@ def measure(
         raw.append(estimate(components, labels, settings.num_neighbors))
         baseline.append(float(np.mean([estimate(components, other, settings.num_neighbors) for other in shuffled])))
         on_group(len(raw), len(modules))
-    return MutualInformation(tuple(modules), tuple(raw), tuple(baseline), len(labels), num_classes)
+    return MutualInformation(tuple(modules), tuple(raw), tuple(baseline), len(rows), len(labels), num_classes)
+
+
+def spread_positions(rows: Rows, max_positions: int, seed: int) -> list[dict[str, list[int]]]:
+    """Draw positions evenly from all rows, and keep only what it takes to predict there.
+
+    Neighbouring positions of one text say much the same, so the estimate gains by positions from many rows.
+
+    Returns:
+        Rows with a label at each position that was drawn and nowhere else, cut behind the last of them, the shortest
+        first. A row without any is left out.
+    """
+    labelled = [
+        (row, at)
+        for row, sample in enumerate(rows)
+        for at, label in enumerate(sample["labels"][1:], start=1)
+        if label != IGNORED_LABEL
+    ]
+    drawn: dict[int, set[int]] = {}
+    for row, at in random.Random(seed).sample(labelled, min(max_positions, len(labelled))):
+        drawn.setdefault(row, set()).add(at)
+    kept = []
+    for row, chosen in drawn.items():
+        ids, labels = (rows[row][name][: max(chosen) + 1] for name in ("input_ids", "labels"))
+        masked = [label if at in chosen else IGNORED_LABEL for at, label in enumerate(labels)]
+        kept.append({"input_ids": ids, "labels": masked})
+    return sorted(kept, key=lambda row: len(row["input_ids"]))
 
 
 def estimate(components: Floats, labels: Integers, num_neighbors: int) -> float:
@@ -132,7 +159,8 @@ def estimate(components: Floats, labels: Integers, num_neighbors: int) -> float:
 
 def whitened_components(outputs: torch.Tensor, num_components: int) -> Floats:
     """Leading principal components of outputs ``(samples, features)``, each scaled to unit variance."""
-    centered = outputs.double() - outputs.double().mean(dim=0)
+    centered = outputs.to(torch.float64, copy=True)
+    centered -= centered.mean(dim=0)
     left, values, _ = torch.linalg.svd(centered, full_matrices=False)
     kept = max(1, min(num_components, int((values > values[0] * 1e-9).sum())))
     whitened: Floats = (left[:, :kept] * len(outputs) ** 0.5).numpy()

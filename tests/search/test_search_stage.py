@@ -45,7 +45,7 @@ from qpruner.search.trial_records import (
     write_seconds,
     write_trial,
 )
-from qpruner.search.tune import SearchJob, _outcome
+from qpruner.search.tune import SearchJob, _outcome, make_proposer
 from qpruner.search.tune.actors import KILLED_FOR_MEMORY
 from qpruner.search.tune.driver import MAX_KILLS, HangWatch, PlanSearcher
 from qpruner.search.tune.halt import Halt
@@ -255,6 +255,40 @@ def test_patience_outlives_an_interruption(tmp_path: Path) -> None:
             write_trial(job.trials, record.model_copy(update={"status": "finished"}))
     assert running == "FINISHED"
     assert ledger.ended is not None and "below the noise (0.01) for 3 proposals in a row" in ledger.ended
+
+
+WORTH = dict(zip(NAMES, (2, 6, 1, 5, 3, 4), strict=True))
+"""Questions of 100 that a group at 8 bits answers and at 4 does not."""
+
+
+def searched_by_accuracy(folder: Path, stderr: float | None) -> list[TrialRecord]:
+    """Trials of a gp whose plans answer the same questions and report this binomial error, until the search ends."""
+    settings = {"metric": "accuracy", "tasks": ["qpruner_everyday_validation"], "limit": 8}
+    job = job_of(folder, searcher="gp", max_trials=20, patience=3, **settings)
+    ledger, _ = take_up(job, make_proposer("gp", job.space, 0, {}))
+    searcher = PlanSearcher(job, ledger, lambda: 1, lambda event: None, Halt(lambda event: None))
+    while isinstance(asked := searcher.suggest("a"), dict):
+        record = read_trial(job.trials, asked["trial"])
+        accuracy = 0.5 + sum(WORTH[name] for name, bits in record.plan.items() if bits == 8) / 100
+        rungs = (RungResult(step=4, loss=1.0, accuracy=accuracy, accuracy_stderr=stderr),)
+        write_trial(job.trials, record.model_copy(update={"rungs": rungs, "status": "finished"}))
+        result = {METRIC: 1 - accuracy, TIME: 4, "loss": 1.0, "accuracy": accuracy, "accuracy_stderr": stderr}
+        searcher.on_trial_result("a", result)
+        searcher.on_trial_complete("a", result)
+    assert ledger.ended is not None and "`search.patience`" in ledger.ended
+    return read_trials(job.trials)
+
+
+def test_the_error_over_questions_does_not_steer_the_search(tmp_path: Path) -> None:
+    """Plans that answer the same questions differ by what they are: the error is recorded, and no noise."""
+    found = searched_by_accuracy(tmp_path / "told", 0.05)
+    proposed = [
+        [(each.plan, each.expected_improvement, each.noise) for each in trials]
+        for trials in (found, searched_by_accuracy(tmp_path / "untold", None))
+    ]
+    assert proposed[0] == proposed[1]
+    assert max(each.rungs[-1].accuracy or 0.0 for each in found) == 0.65, "patience ends no search before the best plan"
+    assert {each.rungs[-1].accuracy_stderr for each in found} == {0.05}
 
 
 # ---- what another budget takes over

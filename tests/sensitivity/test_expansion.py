@@ -12,7 +12,7 @@ from banked_decoders import FAMILIES, PAD, Banked, banked
 
 from qpruner.calibration import Samples, mean_loss, token_losses
 from qpruner.errors import TrainingDiverged
-from qpruner.sensitivity.expansion import Expansion, expand
+from qpruner.sensitivity.expansion import Expansion, expand, rises
 
 BITS = (4, 8)
 
@@ -68,6 +68,14 @@ def test_every_rise_is_that_of_each_samples_own_gradient(tmp_path: Path, name: s
     assert found.first_order == pytest.approx(first / count, rel=1e-3, abs=1e-6)
     assert found.fisher == pytest.approx(fisher / count, rel=1e-3)
     assert found.second_order == pytest.approx((first + fisher) / count, rel=1e-3, abs=1e-6)
+
+
+def test_sums_over_a_large_layer_are_not_short() -> None:
+    generator = torch.Generator().manual_seed(0)
+    error, slopes, squares = (torch.rand(4096, 4096, generator=generator) for _ in range(3))
+    exact = float(error.double().flatten() @ slopes.double().flatten())
+    squared = float(error.double().square().flatten() @ squares.double().flatten()) / 2
+    assert rises(error, slopes, squares) == pytest.approx((exact, squared), rel=1e-5)
 
 
 @pytest.fixture

@@ -37,10 +37,10 @@ def phi(tmp_path_factory: pytest.TempPathFactory) -> Banked:
 @pytest.fixture(scope="module")
 def scores(phi: Banked) -> dict[str, MethodScores]:
     model, subject = phi.model, phi.subject
-    settings = SensitivityConfig(max_positions=32, num_shuffles=1)
+    settings = SensitivityConfig(batch_size=2, max_positions=32, num_shuffles=1)
     passed, count = list[tuple[int, int]](), len(subject.rows)
     told = lambda done, total: passed.append((done, total))  # noqa: E731
-    found = by_information(model, subject, settings, 2, 0, lambda done, total: None, told)
+    found = by_information(model, subject, settings, 0, lambda done, total: None, told)
     assert passed == [(min(done + 2, count), count) for done in range(0, count, 2)], "the pass is told of"
     found |= by_expansion(model, subject, 2, lambda done, total: None)
     return found | by_measurement(measure(model, phi.samples(), phi.starts), subject.levels, seconds=1.0)
@@ -126,6 +126,15 @@ def test_only_what_is_not_known_yet_is_measured(tiny_raw: dict[str, Any]) -> Non
     third = record_of(with_key(raw, "lora.rank", 2), events)
     assert measured(events) == {"kl", "loss", "first_order", "fisher", "second_order"}
     assert third.methods["kl"].values != second.methods["kl"].values
+
+
+def test_batches_are_the_sensitivities_own(tiny_raw: dict[str, Any]) -> None:
+    raw = copy.deepcopy(tiny_raw) | {"prune": {"rate": 0}, "sensitivity": {"methods": ["fisher"], "batch_size": 5}}
+    raw, events = with_key(raw, "calibration.batch_size", 32), list[Event]()
+    first = record_of(raw, events)
+    seen = [event.done for event in events if isinstance(event, Progress) and "fisher" in event.detail]
+    assert seen == [5, 10, 15, 20, 25, 30, 32], "of 32 samples"
+    assert record_of(with_key(raw, "evaluate.batch_size", 2), events) == first, "scoring's batches are no input"
 
 
 def test_damaged_scores_are_set_aside_and_made_anew_and_no_others(tiny_raw: dict[str, Any]) -> None:

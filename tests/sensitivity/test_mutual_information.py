@@ -18,6 +18,7 @@ from qpruner.sensitivity.mutual_information import (
     estimate,
     measure,
     pool_rare,
+    spread_positions,
     whitened_components,
 )
 
@@ -142,11 +143,9 @@ def model(tiny_model: Path) -> PreTrainedModel:
     return load_dense(str(tiny_model), "float32").eval()
 
 
-def measured(
-    model: PreTrainedModel, rows: list[dict[str, list[int]]], group: str, batch_size: int = 8, **changes: int
-) -> MutualInformation:
-    settings = SensitivityConfig.model_validate({"max_positions": 128, "num_shuffles": 2} | changes)
-    return measure(model, rows, group, settings, pad_id=1, batch_size=batch_size, seed=0)
+def measured(model: PreTrainedModel, rows: list[dict[str, list[int]]], group: str, **changes: int) -> MutualInformation:
+    settings = SensitivityConfig.model_validate({"batch_size": 8, "max_positions": 128, "num_shuffles": 2} | changes)
+    return measure(model, rows, group, settings, pad_id=1, seed=0)
 
 
 @pytest.mark.parametrize("group", ["block", "sublayer", "projection"])
@@ -175,11 +174,36 @@ def test_padding_and_batches_do_not_matter(model: PreTrainedModel, rows: list[di
     assert together.values == pytest.approx(alone.values, abs=0.02)
 
 
+def test_positions_come_from_rows_all_over(model: PreTrainedModel, rows: list[dict[str, list[int]]]) -> None:
+    """A first row of 60 positions has no more say than its share; a row that gives none does not run."""
+    long = torch.randint(2, 400, (61,), generator=torch.Generator().manual_seed(2)).tolist()
+    passed: list[list[int]] = []
+    heard = model.get_input_embeddings().register_forward_hook(
+        lambda module, inputs, output: passed.extend(inputs[0].tolist())
+    )
+    found = measured(model, [{"input_ids": long, "labels": long}, *rows], "block", max_positions=48, num_neighbors=1)
+    heard.remove()
+    assert found.num_positions == 48
+    assert len(passed) == found.num_samples and 12 < found.num_samples < 1 + ROWS
+
+
+def test_drawn_positions_keep_their_texts(rows: list[dict[str, list[int]]]) -> None:
+    kept = spread_positions(rows, 40, seed=3)
+    assert kept == spread_positions(rows, 40, seed=3) != spread_positions(rows, 40, seed=4)
+    assert sum(label != -100 for row in kept for label in row["labels"]) == 40
+    for row in kept:
+        assert row["labels"][-1] != -100, "nothing runs behind the last position"
+        assert any(whole["input_ids"][: len(row["input_ids"])] == row["input_ids"] for whole in rows)
+        assert all(label in (-100, token) for token, label in zip(row["input_ids"], row["labels"], strict=True))
+    whole = spread_positions(rows, 10**6, seed=3)
+    assert sorted(row["labels"] for row in whole) == sorted(row["labels"] for row in rows), "all, where they are few"
+
+
 def test_the_last_block_tells_of_the_prediction(model: PreTrainedModel, rows: list[dict[str, list[int]]]) -> None:
     """The prediction is computed from the last block's output and nothing else."""
-    found = measured(model, rows, "block")
+    found = measured(model, rows, "block", num_neighbors=1)
     values = dict(zip(found.groups, found.values, strict=True))
-    assert values["layers.1"] > 0.1
+    assert values["layers.1"] > 0.3
 
 
 def test_a_model_that_predicts_one_token_is_told(tiny_model: Path, rows: list[dict[str, list[int]]]) -> None:

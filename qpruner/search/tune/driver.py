@@ -133,9 +133,8 @@ class PlanSearcher(LivesInDriver, Searcher):  # type: ignore[misc]
     @_or_ends
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
         suggestion = self._live[trial_id]
-        stderr = result.get("accuracy_stderr") if self._job.config.search.metric == "accuracy" else None
         is_news = self._ledger.observe(
-            Observation(suggestion.index, suggestion.plan, int(result[TIME]), float(result[METRIC]), stderr)
+            Observation(suggestion.index, suggestion.plan, int(result[TIME]), float(result[METRIC]))
         )
         record = read_trial(self._job.trials, suggestion.index)
         if is_news:

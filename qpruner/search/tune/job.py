@@ -118,13 +118,4 @@ def ending_of(record: TrialRecord) -> Ending:
 def observations_of(record: TrialRecord, config: RunConfig) -> list[Observation]:
     """What the searcher is told of a trial: its score at every rung it reached."""
     plan = PrecisionPlan.from_dict(record.plan)
-    return [
-        Observation(
-            record.index,
-            plan,
-            rung.step,
-            objective(rung, config),
-            rung.accuracy_stderr if config.search.metric == "accuracy" else None,
-        )
-        for rung in record.rungs
-    ]
+    return [Observation(record.index, plan, rung.step, objective(rung, config)) for rung in record.rungs]

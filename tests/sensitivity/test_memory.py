@@ -1,0 +1,85 @@
+"""What the sensitivities hold at most, as torch allocates it, beside what `qpruner check` counts for them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from banked_decoders import HEADS, Banked, banked, rows_of
+from conftest import raw_config, with_key
+from torch.profiler import ProfilerActivity, profile
+
+from qpruner import preflight
+from qpruner.config import RunConfig, validate_config
+from qpruner.estimate.memory import sensitivity_memory
+from qpruner.models.layout import layout_of
+from qpruner.preflight import Inspection
+from qpruner.sensitivity.expansion import expand
+from qpruner.sensitivity.measurement import measure
+from qpruner.sensitivity.methods import by_information
+
+LENGTH = 64
+SHAPES: dict[str, dict[str, Any]] = {
+    "many weights": {"hidden_size": 512, "intermediate_size": 1376},  # Llama-2-7B's proportions
+    "many words": {"vocab_size": 16000},
+}
+METHODS: dict[str, Callable[[Banked, RunConfig], object]] = {
+    "mutual_information": lambda banked, config: by_information(
+        banked.model, banked.subject, config.sensitivity, 0, lambda done, total: None
+    ),
+    "fisher": lambda banked, config: expand(banked.model, banked.samples(config.sensitivity.batch_size), banked.starts),
+    "kl": lambda banked, config: measure(banked.model, banked.samples(config.sensitivity.batch_size), banked.starts),
+}
+
+
+def peak_bytes(work: Callable[[], object]) -> int:
+    """The most that torch held at once, above what it held before."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
+        work()
+    events = sorted(seen.profiler.kineto_results.events(), key=lambda event: event.start_ns())  # type: ignore[union-attr]
+    held = most = 0
+    for event in events:
+        if event.name() == "[memory]":
+            held += event.nbytes()
+            most = max(most, held)
+    return most
+
+
+@pytest.fixture(scope="module")
+def raw(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    raw = raw_config(tiny_model, tmp_path_factory.mktemp("memory") / "run")
+    settings = {"quantize.group": "block", "data.max_length": LENGTH, "sensitivity.max_positions": 512}
+    for key, value in settings.items():
+        raw = with_key(raw, key, value)
+    return raw
+
+
+@pytest.fixture(scope="module")
+def inspection(raw: dict[str, Any]) -> Inspection:
+    return preflight.inspect(validate_config(raw))
+
+
+@pytest.fixture(scope="module", params=SHAPES)
+def subject(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Banked:
+    """A decoder in bfloat16, its bank, and samples of full length with a label at every token."""
+    sizes = HEADS | {"num_hidden_layers": 2} | SHAPES[request.param]
+    found = banked(tmp_path_factory.mktemp("bank"), "llama", "block", init="plain", **sizes)
+    found.model.to(torch.bfloat16)  # type: ignore[call-arg, arg-type]
+    found = replace(found, subject=replace(found.subject, rows=rows_of([LENGTH] * 8, unlabelled=0)))
+    assert found.starts, "its files are mapped, which the profiler takes for memory"
+    return found
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_check_counts_what_a_sensitivity_holds(
+    raw: dict[str, Any], inspection: Inspection, subject: Banked, method: str
+) -> None:
+    config = validate_config(with_key(raw, "sensitivity.methods", [method]))
+    own = layout_of(subject.model.config, "block", dtype_bytes=2, double_quant=False, lora_rank=8)
+    found = sensitivity_memory(config, replace(inspection, model_config=subject.model.config, pruned=own))
+    beside = found.total - found.parts["weights"]
+    assert 0.4 * beside < peak_bytes(lambda: METHODS[method](subject, config)) <= beside
