@@ -88,8 +88,8 @@ def rates(config: RunConfig, inspection: Inspection) -> tuple[work.Rates, work.R
     by_products = (
         work.gpu_rates(speed, "here") if torch.cuda.is_available() else work.cpu_rates(speed, hidden, 1, "here")
     )
-    share = work.share_at_highest(config, inspection)
-    seconds = pace.measure(config, inspection.cuts[0].expected, share, threads=1)
+    high, labelled = work.share_at_highest(config, inspection), work.share_labelled(config, inspection)
+    seconds = pace.measure(config, inspection.cuts[0].expected, high, labelled, threads=1)
     by_steps = work.measured_rates(config, inspection, seconds.training, seconds.scoring, "here")
     settings = EntrySettings(config.lora, config.quantize.double_quant, config.seed)
     packing = products.packing_per_second(widest.rows, widest.columns, settings, config.quantize.bits, dtype, 1, 1)

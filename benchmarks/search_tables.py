@@ -175,8 +175,8 @@ class Evaluator:
             # The model's own end: norm, scaling of the logits and what else a family has.
             output = (batch,) if self.puts_tuples else batch
             with handing_on(self.modules, [output] * len(self.modules)):
-                logits = self.model(input_ids=labels, use_cache=False).logits
-            total += float(token_losses(logits, labels).sum())
+                inputs = {"input_ids": labels, "attention_mask": torch.ones_like(labels), "labels": labels}
+                total += float(token_losses(self.model, inputs).sum())
             start += len(batch)
         return total / self.labels[:, 1:].numel()
 

@@ -1,7 +1,7 @@
 """Calibration samples and what is read off a model with them: gradients, inputs, outputs and losses, batch by batch.
 
 Nothing here keeps more than it was asked for: a gradient is handed over in its own hook and dropped at once, inputs of
-layers are reduced as they come, outputs are kept at the predicted positions only.
+layers are reduced as they come. Outputs are kept, and the head is run, only where a labelled token is predicted.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from qpruner import measures
-from qpruner.data import IGNORED_LABEL, collate
+from qpruner.data import IGNORED_LABEL, collate, row_lengths
 from qpruner.errors import TrainingDiverged
 
 if TYPE_CHECKING:
@@ -234,18 +234,11 @@ def _backward(
     Args:
         model: The model.
         batch: Rows, padded.
-        loss: From each token's loss ``(samples, seq - 1)`` and how many tokens of each sample are labelled.
+        loss: From each token's loss ``(samples, seq)`` and how many tokens of each sample are labelled.
     """
-    losses = token_losses(_logits(model, batch), batch["labels"])
-    counts = _labels_by_sample(batch["labels"]).to(losses.device)
+    losses = token_losses(model, batch)
+    counts = predicting(batch["labels"]).sum(dim=1).to(losses.device)
     loss(losses, counts).backward()  # type: ignore[no-untyped-call]
-
-
-def _logits(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-    logits: torch.Tensor = model(
-        input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False
-    ).logits
-    return logits
 
 
 @contextmanager
@@ -361,27 +354,26 @@ def visit_outputs(
         batch_size: Samples per forward pass.
     """
     outputs: dict[str, torch.Tensor] = {}
-    predicting = torch.empty(0, dtype=torch.bool)
+    positions = torch.empty(0, dtype=torch.bool)
 
     def hook_for(name: str) -> Callable[..., None]:
         def hook(module: torch.nn.Module, inputs: object, output: Any) -> None:
             states = output[0] if isinstance(output, tuple) else output
-            outputs[name] = states[predicting].float().cpu()
+            outputs[name] = states[positions.to(states.device)].float().cpu()
 
         return hook
 
     handles = [module.register_forward_hook(hook_for(name)) for name, module in modules.items()]
     try:
         for batch in batches(rows, batch_size, pad_id, model.device):
-            predicting = torch.zeros_like(batch["labels"], dtype=torch.bool)
-            predicting[:, :-1] = batch["labels"][:, 1:] != IGNORED_LABEL
-            logits = _logits(model, batch)
+            positions = predicting(batch["labels"])
+            logits = predicted_logits(model, batch)
             for name, output in outputs.items():
                 if not torch.isfinite(output).all():
                     raise TrainingDiverged(f"the output of {name} is NaN or infinite on the calibration samples")
-            if not torch.isfinite(logits[predicting]).all():
+            if not torch.isfinite(logits).all():
                 raise TrainingDiverged("the output of model.lm_head is NaN or infinite on the calibration samples")
-            visit(outputs, logits[predicting].argmax(dim=-1).cpu())
+            visit(outputs, logits.argmax(dim=-1).cpu())
             outputs.clear()
     finally:
         for handle in handles:
@@ -399,12 +391,13 @@ def mean_loss(model: torch.nn.Module, rows: Rows, pad_id: int, batch_size: int) 
     model.eval()
     device = next(model.parameters()).device
     # Rows of like length together, so that little is spent on padding.
-    order = sorted(range(len(rows)), key=lambda index: len(rows[index]["input_ids"]))
+    lengths = row_lengths(rows)
+    order = sorted(range(len(rows)), key=lengths.__getitem__)
     sums: list[float] = []
     counts: list[int] = []
     for batch in batches([rows[index] for index in order], batch_size, pad_id, device):
-        sums.extend(token_losses(_logits(model, batch), batch["labels"]).sum(dim=1).tolist())
-        counts.extend(_labels_by_sample(batch["labels"]).tolist())
+        sums.extend(token_losses(model, batch).sum(dim=1).tolist())
+        counts.extend(predicting(batch["labels"]).sum(dim=1).tolist())
     model.train(was_training)
     total, tokens = sum(sums), sum(counts)
     mean = total / tokens
@@ -415,29 +408,52 @@ def mean_loss(model: torch.nn.Module, rows: Rows, pad_id: int, batch_size: int) 
     return LossResult(mean, tuple(by_row[index] for index in range(len(rows))))
 
 
-def token_losses(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Cross entropy of each next token.
+def token_losses(model: torch.nn.Module, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """Cross entropy of each next token in nats, ``(batch, seq)`` float32; zero where no labelled token is predicted."""
+    logits = predicted_logits(model, batch)
+    positions = predicting(batch["labels"]).to(logits.device)
+    losses = torch.zeros(positions.shape, device=logits.device)
+    losses[positions] = torch.nn.functional.cross_entropy(
+        logits.float(), predicted_labels(batch["labels"]).to(logits.device), reduction="none"
+    )
+    return losses
+
+
+def predicted_logits(model: torch.nn.Module, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """Logits ``(positions, vocabulary)`` where a labelled token is predicted, all samples in one."""
+    inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    with labelled_only(model, batch["labels"]):
+        logits: torch.Tensor = model(**inputs, use_cache=False).logits
+    return logits
+
+
+@contextmanager
+def labelled_only(model: torch.nn.Module, labels: torch.Tensor) -> Iterator[None]:
+    """Run the head only where a labelled token is predicted: logits are ``(positions, vocabulary)`` meanwhile.
 
     Args:
-        logits: ``(batch, seq, vocabulary)``.
-        labels: ``(batch, seq)``, -100 where no token is predicted.
-
-    Returns:
-        ``(batch, seq - 1)`` float32, zero where there is no label.
+        model: A causal language model of any family, with or without adapters.
+        labels: Those of the batch that goes through it, ``(batch, seq)``.
     """
-    flat = torch.nn.functional.cross_entropy(
-        logits[:, :-1].reshape(-1, logits.shape[-1]).float(),
-        labels[:, 1:].reshape(-1).to(logits.device),
-        ignore_index=IGNORED_LABEL,
-        reduction="none",
-    )
-    return flat.view(labels.shape[0], -1)
+    positions = predicting(labels)
+    head = model.get_output_embeddings()  # type: ignore[operator]
+    handle = head.register_forward_pre_hook(lambda _, inputs: inputs[0][positions.to(inputs[0].device)])
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def predicting(labels: torch.Tensor) -> torch.Tensor:
+    """Positions whose next token has a label: ``(batch, seq)`` bool."""
+    return torch.nn.functional.pad(labels[:, 1:] != IGNORED_LABEL, (0, 1))
+
+
+def predicted_labels(labels: torch.Tensor) -> torch.Tensor:
+    """The labels at these positions, in the order of `predicted_logits`: ``(positions,)``."""
+    return labels[:, 1:][labels[:, 1:] != IGNORED_LABEL]
 
 
 def count_labels(labels: torch.Tensor) -> int:
     """Tokens that are predicted in a batch of labels ``(batch, seq)``."""
-    return int(_labels_by_sample(labels).sum())
-
-
-def _labels_by_sample(labels: torch.Tensor) -> torch.Tensor:
-    return (labels[:, 1:] != IGNORED_LABEL).sum(dim=1)
+    return int(predicting(labels).sum())

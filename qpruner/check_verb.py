@@ -152,8 +152,8 @@ def _told_busy(load: float) -> str | None:
 def _rates_by_steps(config: RunConfig, inspection: Inspection, gpu: str | None, cores: int) -> work.Rates:
     from qpruner import pace
 
-    share = work.share_at_highest(config, inspection)
-    seconds = pace.measure(config, inspection.cuts[0].expected, share, cores)
+    high, labelled = work.share_at_highest(config, inspection), work.share_labelled(config, inspection)
+    seconds = pace.measure(config, inspection.cuts[0].expected, high, labelled, cores)
     where = gpu or counted(cores, "CPU core")
     return work.measured_rates(config, inspection, seconds.training, seconds.scoring, where)
 

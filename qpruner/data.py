@@ -17,7 +17,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast, overload
 
 from qpruner.config import DataSource
 from qpruner.errors import CorruptFile, UserError, together
@@ -26,6 +26,7 @@ from qpruner.patience import patiently
 from qpruner.wording import counted
 
 if TYPE_CHECKING:
+    import datasets
     from transformers import PreTrainedTokenizerBase
 
 IGNORED_LABEL = -100
@@ -537,13 +538,49 @@ def load_confirmation(data: Path, part: Literal["choose", "judge"]) -> list[dict
     return load_encoded(data / "confirmation")[("choose", "judge").index(part) :: 2]
 
 
-def load_encoded(folder: Path) -> list[dict[str, list[int]]]:
-    """Read what `save_encoded` wrote."""
+def load_encoded(folder: Path) -> EncodedRows:
+    """Map what `save_encoded` wrote into memory.
+
+    Raises:
+        CorruptFile: If the folder is damaged; reading a row later raises nothing.
+    """
     import datasets
 
     try:
-        return patiently(
-            lambda: [dict(row) for row in datasets.load_from_disk(str(fetch(folder)))], folder, was_there=True
-        )
-    except (OSError, ValueError, KeyError) as error:  # pyarrow's errors are among them
+        return patiently(lambda: EncodedRows(datasets.load_from_disk(str(fetch(folder)))), folder, was_there=True)
+    except (OSError, ValueError, KeyError, AttributeError, NotImplementedError) as error:  # pyarrow's are among them
         raise CorruptFile(f"the encoded rows in {folder} cannot be read: {error}", folder) from error
+
+
+class EncodedRows(Sequence[dict[str, list[int]]]):
+    """Encoded rows in an Arrow file that is mapped into memory: a row is read when it is asked for.
+
+    A slice is a list of rows.
+
+    Attributes:
+        lengths: Tokens of each row, from Arrow's offsets; no row is read for them.
+    """
+
+    def __init__(self, rows: datasets.Dataset) -> None:
+        from pyarrow.compute import list_value_length
+
+        rows.data.validate(full=True)  # offsets that a damaged file has wrong would be followed anywhere
+        self._rows = rows
+        self.lengths: list[int] = list_value_length(rows.data["input_ids"]).to_pylist()
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    @overload
+    def __getitem__(self, index: int) -> dict[str, list[int]]: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[dict[str, list[int]]]: ...
+    def __getitem__(self, index: int | slice) -> dict[str, list[int]] | list[dict[str, list[int]]]:
+        if isinstance(index, slice):
+            return [self[position] for position in range(len(self))[index]]
+        return cast("dict[str, list[int]]", self._rows[index])
+
+
+def row_lengths(rows: Sequence[Mapping[str, list[int]]]) -> list[int]:
+    """Tokens of each row."""
+    return rows.lengths if isinstance(rows, EncodedRows) else [len(row["input_ids"]) for row in rows]

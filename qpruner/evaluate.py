@@ -87,7 +87,9 @@ def score_tasks(
 
 def _telling_model(told: Callable[[int, int], None]) -> Any:
     """lm-eval's model, which tells before every batch how many answers there are, and after the last one. It hands each
-    answer to a cache, of which there is none here; a batch's come all at once."""
+    answer to a cache, of which there is none here; a batch's come all at once. The head runs at the end of the rows
+    only, where their answers are: lm-eval reads no other logits, and counts positions from the end."""
+    import torch
     from lm_eval.api.model import CacheHook
     from lm_eval.models.huggingface import HFLM
 
@@ -108,9 +110,16 @@ def _telling_model(told: Callable[[int, int], None]) -> Any:
             self.counter = Counter(None)
             self.set_cache_hook(self.counter)
 
-        def _model_call(self, *args: Any, **kwargs: Any) -> Any:
+        def _loglikelihood_tokens(self, requests: Any, *args: Any, **kwargs: Any) -> Any:
+            self.longest_answer = max((len(answer) for _, _, answer in requests), default=0)
+            return super()._loglikelihood_tokens(requests, *args, **kwargs)
+
+        def _model_call(self, inps: Any, *args: Any, **kwargs: Any) -> Any:
             self.counter.tell()
-            return super()._model_call(*args, **kwargs)
+            ends = ((inps != 0) * torch.arange(1, inps.shape[1] + 1, device=inps.device)).amax(dim=1)  # padding is 0
+            padding = inps.shape[1] - int(ends.min())
+            with torch.no_grad():
+                return self.model(inps, logits_to_keep=padding + self.longest_answer).logits
 
         def _model_generate(self, *args: Any, **kwargs: Any) -> Any:
             self.counter.tell()

@@ -20,13 +20,13 @@ import numpy as np
 import torch
 from torch import distributed
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import ConcatDataset, DataLoader, Sampler
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, TrainerState
 
-from qpruner.calibration import Rows
+from qpruner.calibration import Rows, labelled_only, predicted_labels
 from qpruner.config import TrainingConfig
-from qpruner.data import IGNORED_LABEL, collate
+from qpruner.data import IGNORED_LABEL, collate, row_lengths
 from qpruner.errors import TrainingDiverged
 from qpruner.patience import patiently
 
@@ -132,7 +132,7 @@ def finetune(
             `DIVERGED_BY` above both the first step's and that of a blind guess, ln(vocabulary).
     """
     share = Share.own()
-    batches = _Batches(len(rows), settings.micro_batch_size, seed, share)
+    batches = _Batches(row_lengths(rows), settings, seed, share)
     listener = listener or Listener()
     callback = _Callback(schedule.rungs, listener, math.log(_vocabulary(model)), batches)
     if settings.gradient_checkpointing:
@@ -140,7 +140,7 @@ def finetune(
     trainer = _Trainer(
         model=model,
         args=_arguments(settings, schedule, output, seed, share),
-        train_dataset=[*rows, {"input_ids": [pad_id], "labels": [IGNORED_LABEL]}],  # type: ignore[arg-type]
+        train_dataset=ConcatDataset([rows, [{"input_ids": [pad_id], "labels": [IGNORED_LABEL]}]]),  # type: ignore[list-item]
         data_collator=lambda batch: collate(batch, pad_id),
         callbacks=[callback, *callbacks],
     )
@@ -184,32 +184,46 @@ def _agreed(start: Path | None) -> Path | None:
 class _Batches(Sampler[list[int]]):
     """One process's micro-batches of an epoch, as positions of rows.
 
-    A batch's rows are the same however many processes share them: in the epoch's random order the processes take a
-    micro-batch each, in turns. Every process has as many; one that finds no row left in the last turn takes the blank
-    one that stands behind the rows and has no token to learn. Accelerate's own shares repeat rows there, and begin with
-    the first epoch's order when they go on in the middle of another one (1.15).
+    An optimizer batch is the next `batch_size` rows of the epoch's random order, however many processes share it. Its
+    rows are sorted by length, the longest first, and the processes take a micro-batch each, in turns. So all rows of a
+    turn are of like length, and little is spent on padding; the gradient stays that of the same rows.
+
+    Every process has as many micro-batches. One that finds no row left in the last turn takes the blank row, which
+    comes after all others and has no token to learn. Accelerate's own shares repeat rows there, and begin with the
+    first epoch's order when they resume in the middle of another one (1.15).
     """
 
-    def __init__(self, num_rows: int, size: int, seed: int, share: Share) -> None:
-        self._num_rows, self._size, self._seed, self._share = num_rows, size, seed, share
+    def __init__(self, lengths: Sequence[int], settings: TrainingConfig, seed: int, share: Share) -> None:
+        self._lengths, self._seed, self._share = lengths, seed, share
+        self._batch_size, self._size = settings.batch_size, settings.micro_batch_size
         self.epoch = 0
 
     def __len__(self) -> int:
-        return -(-self._num_rows // (self._size * self._share.processes))
+        return -(-len(self._lengths) // (self._size * self._share.processes))
 
     def __iter__(self) -> Iterator[list[int]]:
         # Of seed and epoch apart: their sum would give the next seed this one's second epoch as its first.
-        order = np.random.default_rng([self._seed, self.epoch]).permutation(self._num_rows).tolist()
-        for turn in range(len(self)):
-            begin = (turn * self._share.processes + self._share.rank) * self._size
-            yield order[begin : begin + self._size] or [self._num_rows]
+        order = np.random.default_rng([self._seed, self.epoch]).permutation(len(self._lengths)).tolist()
+        for start in range(0, len(order), self._batch_size):
+            batch = sorted(order[start : start + self._batch_size], key=self._lengths.__getitem__, reverse=True)
+            for turn in range(0, len(batch), self._size * self._share.processes):
+                begin = turn + self._share.rank * self._size
+                yield batch[begin : begin + self._size] or [len(order)]
 
 
 class _Trainer(Trainer):  # type: ignore[misc]
-    """Trainer with micro-batches of our own, whose checkpoints wait for room on the disk or for the storage."""
+    """Trainer with micro-batches of our own, whose head computes no logits that the loss does not read, and whose
+    checkpoints wait for room on the disk or for the storage."""
 
     batches: _Batches
     before_save: Callable[[], None]
+
+    def compute_loss(self, model: Any, inputs: dict[str, Any], *arguments: Any, **named: Any) -> Any:
+        """Compute the model's own loss, a mixture's router loss included, with logits at the labelled tokens only."""
+        with labelled_only(self.model, inputs["labels"]):
+            return super().compute_loss(
+                model, inputs | {"shift_labels": predicted_labels(inputs["labels"])}, *arguments, **named
+            )
 
     def _save_checkpoint(self, *arguments: Any, **named: Any) -> None:
         share = Share.own()

@@ -14,7 +14,9 @@ from typing import Any
 
 import torch
 
+from qpruner.calibration import token_losses
 from qpruner.config import RunConfig
+from qpruner.data import IGNORED_LABEL
 from qpruner.memory import release
 from qpruner.models import cpu, ragged
 from qpruner.models.layout import group_linears
@@ -41,30 +43,42 @@ class Seconds:
     scoring: float
 
 
-def measure(config: RunConfig, model_config: Any, share_high: float, threads: int) -> Seconds:
+def measure(config: RunConfig, model_config: Any, share_high: float, share_labelled: float, threads: int) -> Seconds:
     """Time a micro-batch of rows of full length.
 
     Args:
         config: Its batch size, length, bit-widths and adapters.
         model_config: transformers config of the pruned model.
         share_high: Share of the weights that are at the highest bits, the others being at the lowest.
+        share_labelled: Share of the tokens that have a label, to which the head is applied.
         threads: CPU cores of a slot.
     """
     if not torch.cuda.is_available():
         torch.set_num_threads(threads)
     levels = config.quantize.bits
-    low, high = (_whole_model(config, model_config, bits) for bits in (levels[0], levels[-1]))
+    batch = _batch(config, model_config, share_labelled)
+    low, high = (_whole_model(config, model_config, batch, bits) for bits in (levels[0], levels[-1]))
     mixed = ((1 - share_high) * least + share_high * most for least, most in zip(low, high, strict=True))
     return Seconds(*mixed)
 
 
-def _whole_model(config: RunConfig, model_config: Any, bits: int) -> tuple[float, float]:
+def _batch(config: RunConfig, model_config: Any, share_labelled: float) -> dict[str, torch.Tensor]:
+    rows, length = config.training.micro_batch_size, config.data.max_length
+    ids = torch.randint(0, int(model_config.vocab_size), (rows, length), device=device())
+    labels = ids.clone()
+    labels[:, : round(length * (1 - share_labelled))] = IGNORED_LABEL
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
+
+
+def _whole_model(
+    config: RunConfig, model_config: Any, batch: dict[str, torch.Tensor], bits: int
+) -> tuple[float, float]:
     """Seconds of training and of scoring with every group at some bits, from the two small models."""
     blocks = int(model_config.num_hidden_layers)
     few, more = min(FEW, blocks), min(MORE, blocks)
     timed = {}
     for count in {few, more}:
-        timed[count] = _timed(config, model_config, count, bits)
+        timed[count] = _timed(_small_model(config, model_config, count, bits), batch)
         release()
     if few == more:
         return timed[few]
@@ -75,23 +89,19 @@ def _whole_model(config: RunConfig, model_config: Any, bits: int) -> tuple[float
     return whole[0], whole[1]
 
 
-def _timed(config: RunConfig, model_config: Any, num_blocks: int, bits: int) -> tuple[float, float]:
-    model = _small_model(config, model_config, num_blocks, bits)
-    rows, length = config.training.micro_batch_size, config.data.max_length
-    ids = torch.randint(0, int(model_config.vocab_size), (rows, length), device=device())
-    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
+def _timed(model: Any, batch: dict[str, torch.Tensor]) -> tuple[float, float]:
     # As the Trainer runs it.
     mixed = torch.autocast("cuda", torch.bfloat16) if torch.cuda.is_available() else contextlib.nullcontext()
 
     def train() -> None:
         with mixed:
-            loss = model(**batch, use_cache=False).loss
-        loss.backward()
+            loss = token_losses(model, batch).sum()
+        loss.backward()  # type: ignore[no-untyped-call]
 
     def score() -> None:
         model.eval()
         with torch.no_grad():
-            float(model(**batch, use_cache=False).loss)
+            float(token_losses(model, batch).sum())
 
     return _least(train), _least(score)
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from qpruner.config import RunConfig
+from qpruner.config import DataConfig, RunConfig
 from qpruner.data import (
     Example,
     check_disjoint,
@@ -185,21 +185,23 @@ def about_tokens(row: Example) -> tuple[int, int]:
     return template + _tokens_of(f"{row.prompt}{row.context}"), _tokens_of(row.response)
 
 
+def about_labelled(row: Example, data: DataConfig) -> int:
+    """About how many tokens of a row have a label."""
+    prompt, response = about_tokens(row)
+    return max(0, min(prompt + response, data.max_length) - (prompt if data.response_only else 0))
+
+
 def _few_tokens(config: RunConfig, examples: dict[str, list[Example]]) -> Iterator[str]:
     """That losses are means over too few tokens to tell plans apart; every other confirmation row chooses."""
     if config.search.metric != "loss" or config.search.plan:
         return
-    data = config.data
     # The smaller half judges the winner.
     uses = {
         "`data.validation` scores the trials": examples["validation"],
         "half of `data.confirmation` chooses the winner, and half judges it,": examples["confirmation"][1::2],
     }
     for use, rows in uses.items():
-        tokens = 0
-        for prompt, response in map(about_tokens, rows):
-            before = prompt if data.response_only else 0
-            tokens += max(0, min(prompt + response, data.max_length) - before)
+        tokens = sum(about_labelled(row, config.data) for row in rows)
         if tokens < FEW_TOKENS:
             yield (
                 f"{use} on about {tokens} tokens of {counted(len(rows), 'row')}: too few to tell plans apart; give "

@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -321,6 +322,32 @@ def test_an_untuned_row_is_the_model_as_it_is(config: RunConfig, tuned: tuple[Ca
         settings.batch_size,
     )
     assert evaluate_candidate(job).scores == expected
+
+
+def test_answers_are_scored_from_the_logits_at_their_own_tokens(config: RunConfig, tiny_model: Path) -> None:
+    """As lm-eval's own model scores them, which computes logits at every token of the questions, too."""
+    from lm_eval import simple_evaluate
+    from lm_eval.models.huggingface import HFLM
+
+    from qpruner.evaluate import _task_manager
+
+    model, tokenizer = load_dense(str(tiny_model), "float32"), load_tokenizer(str(tiny_model))
+    positions: list[int] = []
+    head = model.get_output_embeddings()
+    head.register_forward_hook(lambda _, inputs, __: positions.append(inputs[0][..., 0].numel()))
+    settings = config.evaluate
+    (score,) = score_tasks(model, tokenizer, settings.tasks, settings.include_path, 12, 7)
+    ours = sum(positions)
+    positions.clear()
+    lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=7, softmax_dtype="float32")
+    manager = _task_manager(settings.include_path, settings.tasks)
+    asked = {"limit": 12, "bootstrap_iters": 0, "log_samples": True, "task_manager": manager}
+    found: Any = simple_evaluate(model=lm, tasks=list(settings.tasks), **asked)
+    (samples,) = found["samples"].values()
+    expected = [-sample["filtered_resps"][int(sample["target"])][0] for sample in samples]
+    assert score.answer_loss == pytest.approx(expected, rel=1e-5)
+    assert score.correct == tuple(sample["acc"] for sample in samples)
+    assert ours < sum(positions) / 2
 
 
 def test_a_quantized_row_without_a_fine_tune_is_where_its_fine_tune_begins(

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import csv
 import json
+import struct
+import tracemalloc
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,9 +22,10 @@ from qpruner.data import (
     load_examples,
     normalized,
     pack,
+    row_lengths,
     save_encoded,
 )
-from qpruner.errors import UserError
+from qpruner.errors import CorruptFile, UserError
 from qpruner.models.loading import load_tokenizer
 
 if TYPE_CHECKING:
@@ -519,4 +522,36 @@ def test_a_batch_is_padded_on_the_right_and_the_padding_is_not_learned() -> None
 def test_encoded_rows_survive_the_disk(tmp_path: Path) -> None:
     rows = [{"input_ids": [5, 6, 7], "labels": [IGNORED, 6, 7]}, {"input_ids": [9], "labels": [9]}]
     save_encoded(rows, tmp_path / "train")
-    assert load_encoded(tmp_path / "train") == rows
+    found = load_encoded(tmp_path / "train")
+    assert list(found) == rows and len(found) == 2
+    assert found[-1] == rows[1] and found[1:] == rows[1:] and found[::2] == rows[:1]
+    assert found.lengths == row_lengths(rows) == [3, 1]
+
+
+def test_loading_reads_no_row(tmp_path: Path) -> None:
+    """Two lists of 200 numbers take 3.2 kB of Python's memory a row; a number for its length takes 40 bytes."""
+    num_rows = 2000
+    save_encoded([{"input_ids": [row] * 200, "labels": [row] * 200} for row in range(num_rows)], tmp_path / "train")
+    load_encoded(tmp_path / "train")  # imports what it needs
+    tracemalloc.start()
+    try:
+        rows = load_encoded(tmp_path / "train")
+        assert rows[num_rows - 1]["input_ids"] == [num_rows - 1] * 200
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < 200 * num_rows
+
+
+def test_a_row_that_ends_before_it_begins_is_damage(tmp_path: Path) -> None:
+    """Without a list of digests beside the folder; followed, such an offset leads out of the file."""
+    rows = [{"input_ids": [1] * 8, "labels": [1] * 8} for _ in range(4)]
+    save_encoded(rows, tmp_path / "train")
+    (tmp_path / "train.files.json").unlink()
+    (file,) = (tmp_path / "train").glob("*.arrow")
+    offsets = struct.pack("<5i", 0, 8, 16, 24, 32)
+    content = file.read_bytes()
+    assert content.count(offsets) == 2, "those of both columns"
+    file.write_bytes(content.replace(offsets, struct.pack("<5i", 0, 8, 16, 7, 32)))
+    with pytest.raises(CorruptFile, match="the encoded rows in"):
+        load_encoded(tmp_path / "train")

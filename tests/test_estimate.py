@@ -23,9 +23,10 @@ from conftest import raw_config, with_key
 
 from qpruner import estimate, preflight
 from qpruner.cli import main
-from qpruner.config import LoraConfig, PruneConfig, RunConfig, validate_config
+from qpruner.config import LoraConfig, PruneConfig, RunConfig, TrainingConfig, validate_config
 from qpruner.errors import UserError
 from qpruner.estimate import memory, work
+from qpruner.finetune import Share, _Batches
 from qpruner.models.cpu import has_bfloat16
 from qpruner.models.layout import layout_of
 from qpruner.pipeline import run
@@ -247,6 +248,29 @@ def test_hours_follow_what_is_asked_for(inspection: Inspection, changed: Callabl
     assert once.done == 0 and once.wall_left == once.wall
     fewer = of(sensitivity__methods=["mutual_information", "fisher"])
     assert fewer.stages["sensitivity"] < once.stages["sensitivity"], "KL and loss take most of it"
+
+
+def test_padding_is_that_of_the_micro_batches() -> None:
+    lengths = np.random.default_rng(0).lognormal(4, 0.7, 75).astype(int).tolist()
+    dealt = list(_Batches(lengths, TrainingConfig(batch_size=16, micro_batch_size=4), 0, Share(0, 1)))
+    in_order = [lengths[row] for micro_batch in dealt for row in micro_batch]
+    padded = sum(len(rows) * max(lengths[row] for row in rows) for rows in dealt)
+    assert work._padded(in_order, 16, 4) == pytest.approx(padded / 75)
+    assert sum(lengths) < padded < 1.3 * sum(lengths)
+
+
+def test_the_head_is_counted_at_labelled_tokens(inspection: Inspection, changed: Callable[..., RunConfig]) -> None:
+    """Prompts are not predicted unless `data.response_only` is false; a rate that was timed so is counted so, too."""
+    answers, all_tokens = changed(), changed(data__response_only=False)
+    some, every = (work.hours(config, inspection, RATES, 1).stages["finetune"] for config in (answers, all_tokens))
+    head = inspection.model_config.vocab_size * inspection.model_config.hidden_size
+    whole = inspection.pruned.num_parameters
+    assert work.share_labelled(all_tokens, inspection) == 1
+    assert 0 < work.share_labelled(answers, inspection) < 0.5
+    assert (whole - head) / whole < some / every < 1 - head / whole / 2
+    timed = [work.measured_rates(config, inspection, 1.0, 0.5, "here") for config in (answers, all_tokens)]
+    assert timed[0].training / timed[1].training == timed[0].scoring / timed[1].scoring
+    assert timed[0].training / timed[1].training == pytest.approx(some / every, rel=0.1)
 
 
 def test_the_bank_is_told_by_packing_and_by_the_starts_of_its_workers(

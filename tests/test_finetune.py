@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import itertools
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from conftest import demo_rows
 from peft import PeftModel
+from transformers import TrainerCallback
 
 from qpruner.config import LoraConfig, TrainingConfig
-from qpruner.data import Example, encode
+from qpruner.data import EncodedRows, Example, encode, load_encoded, save_encoded
 from qpruner.errors import TrainingDiverged
 from qpruner.finetune import Listener, Schedule, Share, _Batches, finetune
 from qpruner.models.loading import load_tokenizer
@@ -117,14 +121,21 @@ def test_half_the_micro_batch_from_a_rung_on_is_the_same_training(
     assert found == pytest.approx(expected[3:], rel=1e-4)
 
 
+def some_lengths(num_rows: int) -> list[int]:
+    """Most of them short, some long, a few alike."""
+    return np.random.default_rng(1).lognormal(3.5, 0.8, num_rows).astype(int).clip(4, 200).tolist()
+
+
 @pytest.mark.parametrize("num_rows", [1, 4, 5, 21, 24, 30])
 @pytest.mark.parametrize("processes", [2, 3])
 def test_processes_share_the_batches_of_one(num_rows: int, processes: int) -> None:
     """A batch of twelve: what the processes take for a step is what one process takes, each row once."""
     size, batch, blank = 2, 12, num_rows
+    settings = TrainingConfig(batch_size=batch, micro_batch_size=size)
+    lengths = some_lengths(num_rows)
     for epoch in (0, 1):
-        every = [_Batches(num_rows, size, 5, Share(rank, processes)) for rank in range(processes)]
-        alone = _Batches(num_rows, size, 5, Share(0, 1))
+        every = [_Batches(lengths, settings, 5, Share(rank, processes)) for rank in range(processes)]
+        alone = _Batches(lengths, settings, 5, Share(0, 1))
         for batches in (alone, *every):
             batches.epoch = epoch
         turns = [list(batches) for batches in every]
@@ -145,6 +156,71 @@ def test_processes_share_the_batches_of_one(num_rows: int, processes: int) -> No
             assert sorted(taken) == sorted(order[begin : begin + batch])
 
 
+@pytest.mark.parametrize("processes", [1, 2])
+def test_rows_of_one_turn_are_of_like_length(processes: int) -> None:
+    """All rows of a turn, whatever process takes them, are as long as any of the next turn of the same batch."""
+    settings, lengths = TrainingConfig(batch_size=16, micro_batch_size=2), some_lengths(70)
+    every = [list(_Batches(lengths, settings, 5, Share(rank, processes))) for rank in range(processes)]
+    turns = [[lengths[row] for own in turn for row in own if row < 70] for turn in zip(*every, strict=True)]
+    in_batch = 16 // 2 // processes
+    for first in range(0, len(turns), in_batch):
+        batch = turns[first : first + in_batch]
+        for longer, shorter in itertools.pairwise(batch):
+            assert min(longer) >= max(shorter)
+
+
+def test_the_rows_of_a_batch_are_those_of_the_random_order() -> None:
+    """Sorting within a batch takes no row from another one: short rows would else be learned before long ones."""
+    settings, lengths = TrainingConfig(batch_size=16, micro_batch_size=2), some_lengths(64)
+    order = np.random.default_rng([5, 0]).permutation(64).tolist()
+    found = [row for turn in _Batches(lengths, settings, 5, Share(0, 1)) for row in turn]
+    for begin in range(0, 64, 16):
+        assert sorted(found[begin : begin + 16]) == sorted(order[begin : begin + 16])
+    assert found != order
+
+
+class Gradients(TrainerCallback):
+    """Keeps the gradient of each step."""
+
+    def __init__(self) -> None:
+        self.steps: list[torch.Tensor] = []
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        model = kwargs["model"]
+        self.steps.append(torch.cat([each.grad.flatten() for each in model.parameters() if each.grad is not None]))
+
+
+@pytest.mark.parametrize("micro_batch_size", [1, 2, 4])
+def test_the_gradient_is_that_of_the_whole_batch(micro_batch_size: int, tiny_model: Path, tmp_path: Path) -> None:
+    """The mean over all labelled tokens of the optimizer batch, in float32, however its rows are dealt."""
+    generator = np.random.default_rng(0)
+    ids = [generator.integers(2, 500, length).tolist() for length in (6, 60, 8, 33, 7, 12, 51, 9)]
+    rows = [{"input_ids": row, "labels": [-100] * 3 + row[3:]} for row in ids]
+    model, starts = assemble(tiny_model, tiny_model, "block", {"layers.0": 16, "layers.1": 16}, "float32", False)
+    peft_model: Any = attach_adapters(model, starts, LoraConfig(rank=4, init="plain"), "block", seed=3)
+    for row in rows:
+        logits = peft_model(input_ids=torch.tensor([row["input_ids"]])).logits[0, :-1]
+        torch.nn.functional.cross_entropy(logits, torch.tensor(row["labels"][1:]), reduction="sum").backward()
+    adapters = [each for each in peft_model.parameters() if each.grad is not None]
+    expected = torch.cat([each.grad.flatten() for each in adapters]) / sum(len(row) - 3 for row in ids)
+    peft_model.zero_grad()
+    seen = Gradients()
+    settings = TrainingConfig(batch_size=8, micro_batch_size=micro_batch_size, max_grad_norm=1e9)
+    finetune(peft_model, rows, settings, Schedule(steps=1), tmp_path, seed=5, pad_id=1, callbacks=[seen])
+    (found,) = seen.steps
+    assert torch.linalg.norm(found - expected) < 1e-5 * torch.linalg.norm(expected)
+
+
+def test_only_the_rows_of_a_step_are_read(
+    fresh: Callable[[], PeftModel], rows: list[dict[str, list[int]]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_encoded(rows, tmp_path / "rows")
+    mapped, read, get = load_encoded(tmp_path / "rows"), [], EncodedRows.__getitem__
+    monkeypatch.setattr(EncodedRows, "__getitem__", lambda self, index: read.append(index) or get(self, index))
+    finetune(fresh(), mapped, SETTINGS, Schedule(steps=2), tmp_path, seed=5, pad_id=1)
+    assert len(read) == len(set(read)) == 2 * SETTINGS.batch_size < len(rows)
+
+
 def test_every_epoch_has_an_order_of_its_own(
     fresh: Callable[[], PeftModel], rows: list[dict[str, list[int]]], tmp_path: Path
 ) -> None:
@@ -160,7 +236,8 @@ def test_no_epoch_of_a_seed_has_the_order_of_another_seeds_epoch() -> None:
     """Training seeds that share orders would be no independent ones."""
     orders = set()
     for seed in range(4):
-        batches = _Batches(50, 2, seed, Share(0, 1))
+        settings = TrainingConfig(batch_size=2, micro_batch_size=2)
+        batches = _Batches(some_lengths(50), settings, seed, Share(0, 1))
         for batches.epoch in range(4):
             orders.add(tuple(row for batch in batches for row in batch))
     assert len(orders) == 16

@@ -16,7 +16,7 @@ from qpruner.config import EXPANSION, INFORMATION, MEASUREMENT, PruneConfig, Run
 from qpruner.data import Example
 from qpruner.plan import FULL_BITS, Layout
 from qpruner.preflight import Inspection
-from qpruner.preflight_rows import CHARACTERS_A_TOKEN, about_tokens
+from qpruner.preflight_rows import CHARACTERS_A_TOKEN, about_labelled, about_tokens
 from qpruner.products import packing_operations
 from qpruner.quantization.bank import is_soon_packed
 
@@ -117,9 +117,10 @@ def cpu_rates(products: float, width: int, threads: int, about: str) -> Rates:
 
 
 def measured_rates(config: RunConfig, inspection: Inspection, training: float, scoring: float, where: str) -> Rates:
-    """Rates at which a micro-batch of rows of full length takes so many seconds, forward and backward or forward."""
+    """Rates at which a micro-batch of rows of full length, with the training rows' share of labels, takes so many
+    seconds forward and backward, or forward."""
     rows, length = config.training.micro_batch_size, config.data.max_length
-    operations = rows * length * _matrix_weights(inspection.pruned, inspection.model_config)
+    operations = rows * length * _Count(config, inspection).weights_a_token("train")
     origin = (
         f"measured on {where}: {rows} rows x {length} tokens take {training:.3g} s forward and backward, "
         f"{scoring:.3g} s forward"
@@ -132,6 +133,11 @@ def share_at_highest(config: RunConfig, inspection: Inspection) -> float:
     layout, levels = inspection.pruned, config.quantize.bits
     low, high = (layout.plan_bytes(layout.uniform(bits)) for bits in (levels[0], levels[-1]))
     return min(1.0, (inspection.budget_bytes - low) / (high - low))
+
+
+def share_labelled(config: RunConfig, inspection: Inspection) -> float:
+    """Share of the training rows' tokens that have a label."""
+    return _Count(config, inspection).share_labelled("train")
 
 
 def _operations(config: RunConfig) -> int:
@@ -263,18 +269,29 @@ class _Count:
         self._config, self._inspection = config, inspection
         self._pruned = _matrix_weights(inspection.pruned, inspection.model_config)
         self._base = _matrix_weights(inspection.base, inspection.model_config)
+        self._head = int(inspection.model_config.vocab_size) * int(inspection.model_config.hidden_size)
         self._lengths = {name: _lengths(rows, config) for name, rows in inspection.examples.items()}
+
+    def share_labelled(self, name: str) -> float:
+        """Share of a split's tokens that have a label."""
+        rows = self._inspection.examples[name]
+        return sum(about_labelled(row, self._config.data) for row in rows) / sum(self._lengths[name])
+
+    def weights_a_token(self, name: str) -> float:
+        """Weights that a token of a split is multiplied with, on average: the head's where it has a label."""
+        return self._pruned - (1 - self.share_labelled(name)) * self._head
 
     def training(self, steps: float) -> float:
         """Of optimizer steps, padding included."""
-        training = self._config.training
-        rows = list(self._lengths["train"])
-        random.Random(self._config.seed).shuffle(rows)
+        training, lengths = self._config.training, self._lengths["train"]
+        mean, padding = sum(lengths) / len(lengths), 0.0
         if self._config.data.packing:
-            padded = float(self._config.data.max_length)
+            mean = float(self._config.data.max_length)
         else:
-            padded = _padded(rows, training.micro_batch_size)
-        return steps * training.batch_size * padded * _operations(self._config) * self._pruned
+            rows = random.Random(self._config.seed).sample(lengths, len(lengths))
+            padding = _padded(rows, training.batch_size, training.micro_batch_size) - mean
+        weights = mean * self.weights_a_token("train") + padding * (self._pruned - self._head)
+        return steps * training.batch_size * weights * _operations(self._config)
 
     def finetune_steps(self) -> float:
         settings, batch = self._config.finetune, self._config.training.batch_size
@@ -282,7 +299,7 @@ class _Count:
 
     def split(self, *names: str) -> float:
         """Forward passes over rows of like length together, so without padding."""
-        return sum(2 * self._pruned * sum(self._lengths[name]) for name in names)
+        return sum(2 * self.weights_a_token(name) * sum(self._lengths[name]) for name in names)
 
     def search_scores(self, steps: _Steps) -> float:
         """Validation at every rung, and the finalists on fresh rows."""
@@ -359,7 +376,10 @@ def _lengths(rows: Sequence[Example], config: RunConfig) -> list[int]:
     return [min(sum(about_tokens(row)), config.data.max_length) for row in rows]
 
 
-def _padded(lengths: Sequence[int], rows: int) -> float:
-    """Mean length of batches that are padded to their longest row."""
-    longest = [max(lengths[start : start + rows]) for start in range(0, len(lengths), rows)]
-    return sum(longest) / len(longest)
+def _padded(lengths: Sequence[int], batch_size: int, rows: int) -> float:
+    """Mean length of rows in micro-batches of so many, each padded to its longest; rows of a batch come by length."""
+    padded = 0
+    for start in range(0, len(lengths), batch_size):
+        batch = sorted(lengths[start : start + batch_size], reverse=True)
+        padded += sum(longest * len(batch[at : at + rows]) for at, longest in enumerate(batch) if at % rows == 0)
+    return padded / len(lengths)

@@ -169,7 +169,7 @@ def _scored(context: Context, missing: set[str]) -> Iterator[tuple[str, MethodSc
 
     config = context.config
     subject = scoring.Subject(
-        rows=load_encoded(context.data / "sensitivity"),
+        rows=list(load_encoded(context.data / "sensitivity")),  # they travel to other machines, a mapped file does not
         pad_id=int(load_tokenizer(str(context.checkpoint)).pad_token_id),
         group=config.quantize.group,
         levels=config.quantize.bits,

@@ -16,8 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from qpruner.calibration import Samples, batches
-from qpruner.data import IGNORED_LABEL
+from qpruner.calibration import Samples, batches, predicted_labels, predicted_logits, predicting
 from qpruner.errors import TrainingDiverged
 from qpruner.models.structure import family_of
 from qpruner.sensitivity.starts import Starts
@@ -125,18 +124,17 @@ class _Rerun:
         self._model, self._batch = model, batch
         self._paths = [family.block_path(index) for index in range(model.config.num_hidden_layers)]
         self._blocks = [model.get_submodule(path) for path in self._paths]
-        labels = batch["labels"][:, 1:]
-        self._predicting = torch.nn.functional.pad(labels != IGNORED_LABEL, (0, 1))
-        self._labels = labels[labels != IGNORED_LABEL]
-        self._sample = self._predicting.nonzero()[:, 0].cpu()
-        self.counts = self._predicting.sum(dim=1).double().cpu()
+        self._labels = predicted_labels(batch["labels"])
+        positions = predicting(batch["labels"])
+        self._sample = positions.nonzero()[:, 0].cpu()
+        self.counts = positions.sum(dim=1).double().cpu()
         self._outputs: list[Any] = []
         handles = [
             block.register_forward_hook(lambda module, inputs, output: self._outputs.append(output))
             for block in self._blocks
         ]
         try:
-            logits = self._logits()
+            logits = predicted_logits(self._model, self._batch)
         finally:
             for handle in handles:
                 handle.remove()
@@ -151,7 +149,7 @@ class _Rerun:
     def rise(self, first: int, what: str) -> torch.Tensor:
         """Summed divergence and change of the loss with blocks run from `first` on: ``(2, samples)`` float64."""
         with handing_on(self._blocks[:first], self._outputs):
-            logits = self._logits()
+            logits = predicted_logits(self._model, self._batch)
         kl, loss = [], []
         for start in range(0, len(logits), POSITIONS):
             here = slice(start, start + POSITIONS)
@@ -160,17 +158,6 @@ class _Rerun:
             kl.append((expected.exp() * (expected - found)).sum(dim=-1))
         changes = (torch.cat(kl), torch.cat(loss) - self._losses)
         return torch.stack([self._by_sample(change, what) for change in changes])
-
-    def _logits(self) -> torch.Tensor:
-        """``(positions, vocabulary)`` at the predicted positions, all samples in one."""
-        head = self._model.get_output_embeddings()
-        handle = head.register_forward_pre_hook(lambda module, inputs: inputs[0][self._predicting.to(inputs[0].device)])
-        inputs = {name: self._batch[name] for name in ("input_ids", "attention_mask")}
-        try:
-            logits: torch.Tensor = self._model(**inputs, use_cache=False).logits
-        finally:
-            handle.remove()
-        return logits
 
     @staticmethod
     def _at_labels(log_probabilities: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:

@@ -20,6 +20,6 @@ def test_a_cut_model_of_the_family_is_timed(name: str) -> None:
     for key, value in {"data.max_length": 16, "lora.dropout": 0.1, "training.gradient_checkpointing": True}.items():
         raw = with_key(raw, key, value)
     config = cut(family_model(name), kept_of(name)).config
-    seconds = measure(validate_config(raw), config, share_high=0.5, threads=1)
+    seconds = measure(validate_config(raw), config, share_high=0.5, share_labelled=0.25, threads=1)
     assert seconds.scoring > 0 and seconds.training > 0
     assert config.num_hidden_layers == 3, "the config is not changed"

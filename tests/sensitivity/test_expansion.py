@@ -10,7 +10,7 @@ import pytest
 import torch
 from banked_decoders import FAMILIES, PAD, Banked, banked
 
-from qpruner.calibration import Samples, mean_loss, token_losses
+from qpruner.calibration import Samples, mean_loss
 from qpruner.errors import TrainingDiverged
 from qpruner.sensitivity.expansion import Expansion, expand, rises
 
@@ -22,7 +22,8 @@ def summed_losses(model: torch.nn.Module, samples: Samples) -> list[torch.Tensor
     losses = []
     for row in samples.rows:
         logits = model(input_ids=torch.tensor([row["input_ids"]]), use_cache=False).logits
-        losses.append(token_losses(logits, torch.tensor([row["labels"]])).sum())
+        targets = torch.tensor(row["labels"][1:])
+        losses.append(torch.nn.functional.cross_entropy(logits[0, :-1], targets, reduction="sum"))
     return losses
 
 

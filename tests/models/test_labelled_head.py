@@ -1,0 +1,163 @@
+"""Every family computes logits only where a labelled token is predicted, and gets the loss and gradients it had."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_families import MIXTURES, MODEL_NAMES, blocks_of, family_model, family_name
+from transformers import Trainer
+
+from qpruner.calibration import (
+    Samples,
+    mean_loss,
+    token_losses,
+    visit_gradients,
+    visit_linear_gradients,
+    visit_mask_gradients,
+    visit_outputs,
+)
+from qpruner.config import LoraConfig, TrainingConfig
+from qpruner.data import collate
+from qpruner.finetune import Schedule, Share, _arguments, _Trainer, finetune
+from qpruner.models.layout import group_linears
+from qpruner.quantization.assembly import attach_adapters
+
+PAD, BLANK = 0, {"input_ids": [0], "labels": [-100]}
+LABELLED = (4, 7, 1, 5)
+"""Tokens of each row that have a label, of 9, 12, 6 and 8."""
+
+
+def rows() -> list[dict[str, list[int]]]:
+    """Prompts without labels and responses with them; one row has a label in the middle, too."""
+    generator = torch.Generator().manual_seed(3)
+    made = []
+    for length, labelled in zip((9, 12, 6, 8), LABELLED, strict=True):
+        ids = torch.randint(3, 97, (length,), generator=generator).tolist()
+        made.append({"input_ids": ids, "labels": [-100] * (length - labelled) + ids[length - labelled :]})
+    made[3]["labels"] = [-100, *made[3]["input_ids"][1:4], -100, -100, *made[3]["input_ids"][6:]]
+    return made
+
+
+def reference_losses(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Each token's loss ``(batch, seq - 1)`` from logits at every position."""
+    logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False).logits
+    losses: torch.Tensor = torch.nn.functional.cross_entropy(
+        logits[:, :-1].float().transpose(1, 2), batch["labels"][:, 1:], reduction="none"
+    )
+    return losses
+
+
+def gradients(model: torch.nn.Module, loss: torch.Tensor) -> dict[str, torch.Tensor]:
+    model.zero_grad()
+    loss.backward()  # type: ignore[no-untyped-call]
+    return {name: each.grad.clone() for name, each in model.named_parameters() if each.grad is not None}
+
+
+@pytest.fixture
+def positions() -> Iterator[Callable[[torch.nn.Module], list[int]]]:
+    """Notes at how many positions a model's head is run, a number for every pass."""
+    handles = []
+
+    def note(model: Any) -> list[int]:
+        seen: list[int] = []
+        head = model.get_output_embeddings()
+        handles.append(head.register_forward_hook(lambda _, inputs, __: seen.append(inputs[0][..., 0].numel())))
+        return seen
+
+    yield note
+    for handle in handles:
+        handle.remove()
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [(name, "float32") for name in MODEL_NAMES]
+    # torch's products of bfloat16 experts want other widths than these.
+    + [(name, "bfloat16") for name in MODEL_NAMES if family_name(name) not in MIXTURES],
+)
+def test_losses_and_gradients_are_those_of_all_logits(name: str, dtype: str) -> None:
+    """In float32 they agree to rounding; in bfloat16 gradients, which are added up in another order, to 2 % in norm."""
+    tolerance = {"float32": 1e-5, "bfloat16": 2e-2}[dtype]
+    model = family_model(name).to(getattr(torch, dtype))
+    batch = collate(rows(), PAD)
+    expected = reference_losses(model, batch)
+    found = token_losses(model, batch)
+    assert (found != 0).sum() == sum(LABELLED)
+    torch.testing.assert_close(found[:, :-1], expected, rtol=tolerance, atol=tolerance)
+    before, after = gradients(model, expected.sum()), gradients(model, found.sum())
+    assert before.keys() == after.keys()
+    for key, gradient in before.items():
+        assert torch.linalg.norm(after[key] - gradient) <= tolerance * torch.linalg.norm(gradient) + 1e-6, key
+
+
+@pytest.mark.parametrize("name", MODEL_NAMES)
+def test_the_head_runs_at_labelled_tokens_only(
+    name: str, positions: Callable[[torch.nn.Module], list[int]], tmp_path: Path
+) -> None:
+    """In every pass that reads losses or predictions, and in training."""
+    model = family_model(name)
+    seen = positions(model)
+    samples = Samples(rows(), PAD, batch_size=3)
+    linears: Any = {
+        path: model.get_submodule(path) for path in next(iter(group_linears(model.config, "block").values()))
+    }
+    weights = {path: linear.weight for path, linear in linears.items()}
+    last = blocks_of(model)[-1]
+
+    def ignore(*_: Any) -> None:
+        pass
+
+    def train() -> None:
+        adapted = attach_adapters(model, {}, LoraConfig(rank=2), "block", seed=0)
+        settings = TrainingConfig(batch_size=4, micro_batch_size=2)
+        finetune(adapted, rows(), settings, Schedule(steps=1), tmp_path, seed=0, pad_id=PAD)
+
+    passes: dict[str, Callable[[], object]] = {
+        "scoring": lambda: mean_loss(model, rows(), PAD, 3),
+        "gradients": lambda: visit_gradients(model, weights, samples, ignore),
+        "masks": lambda: visit_mask_gradients(
+            model, {path: (each, 0) for path, each in linears.items()}, samples, ignore
+        ),
+        "every sample's gradients": lambda: visit_linear_gradients(model, linears, samples, ignore),
+        "outputs": lambda: visit_outputs(model, {"last": last}, rows(), PAD, ignore, 3),
+        "training": train,
+    }
+    for title, run in passes.items():
+        seen.clear()
+        run()
+        assert len(seen) == 2 and sum(seen) == sum(LABELLED), title
+
+
+@pytest.mark.parametrize("name", MODEL_NAMES)
+def test_a_training_step_has_the_models_own_loss(name: str, tmp_path: Path) -> None:
+    """Divided by the labelled tokens of the whole optimizer batch; with gradient checkpointing; with the loss of a
+    mixture's routers where its config asks for it."""
+    model = family_model(name, **({"output_router_logits": True} if family_name(name) in MIXTURES else {}))
+    adapted: Any = attach_adapters(model, {}, LoraConfig(rank=2), "block", seed=0)
+    adapted.enable_input_require_grads()
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    settings = TrainingConfig(batch_size=4, micro_batch_size=2)
+    arguments = _arguments(settings, Schedule(steps=1), tmp_path, 0, Share(0, 1))
+    trainer = _Trainer(model=adapted, args=arguments, train_dataset=[BLANK])  # type: ignore[arg-type]
+    adapted.train()
+    tokens = torch.tensor(100)  # of the optimizer batch, of which this is a part
+    found = []
+    for trainer_class in (_Trainer, Trainer):
+        torch.manual_seed(0)  # OPT has dropout of its own
+        batch = dict(collate(rows(), PAD))
+        found.append(trainer_class.compute_loss(trainer, adapted, batch, num_items_in_batch=tokens))
+    own, expected = found
+    torch.testing.assert_close(own, expected, rtol=1e-5, atol=1e-6)
+    assert expected > 0.1
+    before, after = gradients(adapted, expected), gradients(adapted, own)
+    assert before.keys() == after.keys() and before
+    for key, gradient in before.items():
+        assert torch.linalg.norm(after[key] - gradient) <= 1e-5 * torch.linalg.norm(gradient) + 1e-7, key
+    blank = trainer.compute_loss(adapted, dict(collate([BLANK], PAD)), num_items_in_batch=tokens)
+    if family_name(name) not in MIXTURES:  # a router has a loss of its own on any row
+        assert blank == 0
+        assert all(not gradient.any() for gradient in gradients(adapted, blank).values())
