@@ -104,22 +104,25 @@ class DataConfig(Section):
 
 
 class CalibrationConfig(Section):
-    """Samples that importance and sensitivity are measured on."""
+    """Samples that importance and sensitivity are measured on. With `data.response_only` prompts are read, but only
+    responses are predicted, as in the fine-tune; of text every token is."""
 
     data: tuple[DataSource, ...] | None = None
-    """Calibrate on these rows; null takes the training rows (importance to the target task)."""
+    """Rows that importance and compensation are measured on; null takes the training rows. Sensitivities, which are
+    about the target task, always take training rows."""
     token_ids: str | None = None
     """Importance is measured on these instead: a JSON file with a list of lists of token ids, each a sample as it is;
     `packing`, `num_samples` and `max_length` do not apply."""
     packing: bool = True
-    """Concatenate the rows and cut them into samples of exactly `max_length` tokens; off, a row is a sample."""
+    """Join the rows and cut them into samples of exactly `max_length` tokens, without those that hold no token to
+    predict; off, a row is a sample."""
     num_samples: Positive = 64
     """Samples used for importance and compensation."""
     batch_size: Positive = 10
     """Samples a backward pass sees: |w * gradient| is exact for one batch, over several the absolute values are summed.
     Memory grows with samples x tokens x vocabulary."""
     num_sensitivity_samples: Positive = 64
-    """Rows used for sensitivity."""
+    """Training rows used for sensitivity."""
     max_length: Annotated[int, Field(ge=4)] = 128
     """Tokens an importance sample has, or may have without packing; sensitivity samples have `data.max_length`."""
 

@@ -95,8 +95,7 @@ def inspect(config: RunConfig, works_here: bool = True, packs: bool = True) -> I
     _, shapes, rows = together(
         lambda: run_root(config.output), lambda: _shapes(config, works_here, packs), lambda: check_rows(config)
     )
-    vocabulary_size, num_rows = shapes.model_config.vocab_size, len(rows.examples["calibration"])
-    importance, sample_length = size_of_importance_samples(config, vocabulary_size, num_rows)
+    importance, sample_length = size_of_importance_samples(config, shapes.model_config.vocab_size, rows.examples)
     _check_positions(config, shapes, sample_length)
     check_encoding(config, rows.examples)
     samples = {"importance": importance, "sensitivity": config.calibration.num_sensitivity_samples}

@@ -737,12 +737,12 @@ DATA = [
     ),
     refused(
         "calibration-text-too-short", {"calibration.packing": True, "calibration.num_samples": 4000},
-        "`calibration.num_samples`", "4000 samples of 128 tokens", "in all, enough for",
+        "`calibration.num_samples`", "4000 samples of 128 tokens", "with a token to predict, since",
         "`calibration.packing: false`, which takes a row for a sample"
     ),
     refused(
         "calibration-text-of-no-sample", {"calibration.packing": True, "calibration.max_length": 10**6},
-        "8 samples of 1000000 tokens", "enough for 0", "joined together: make `calibration.max_length` shorter"
+        "`calibration.num_samples`", "8 samples of 1000000 tokens", "together: make `calibration.max_length` shorter"
     ),
     refused(
         "calibration-rows-of-nothing", _rows_of_nothing, "`calibration.num_samples`", "8 rows",
@@ -750,8 +750,8 @@ DATA = [
     ),
     refused(
         "sensitivity-rows-of-nothing",
-        lambda scene: _rows_of_nothing(scene)
-        | {"calibration.packing": True, "calibration.num_samples": 1, "calibration.max_length": 8},
+        lambda scene: {"data.train": _rows_of_nothing(scene)["calibration.data"], "calibration.num_samples": 1}
+        | {"calibration.max_length": 8, "calibration.num_sensitivity_samples": 8},
         "`calibration.num_sensitivity_samples`", "8 rows", "only 3 of the calibration rows have a token to predict",
         "ask for fewer, give more rows"
     ),

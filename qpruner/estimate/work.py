@@ -319,7 +319,7 @@ class _Count:
 
     def sensitivity(self) -> float:
         settings, calibration = self._config.sensitivity, self._config.calibration
-        rows = self._lengths["calibration"][: calibration.num_sensitivity_samples]
+        rows = self._lengths["train"][: calibration.num_sensitivity_samples]
         tokens = sum(rows)
         methods = set(settings.methods)
         operations = 2.0 * tokens if methods & set(INFORMATION) else 0.0

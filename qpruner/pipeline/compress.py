@@ -276,7 +276,7 @@ def _measured(context: Context, job: ScoringJob) -> Measurement:
 
 def _encode_splits(context: Context, model_path: str, folder: Path) -> dict[str, int]:
     """Encode every split and the calibration samples; returns rows by split."""
-    from qpruner.data import pack, row_samples, save_encoded
+    from qpruner.data import SENSITIVITY_KEYS, pack, row_samples, save_encoded
     from qpruner.models.loading import load_tokenizer
 
     config, settings = context.config, context.config.data
@@ -287,10 +287,10 @@ def _encode_splits(context: Context, model_path: str, folder: Path) -> dict[str,
         splits["train"] = pack(splits["train"], settings.max_length)
     vocabulary = context.inspection.model_config.vocab_size
     splits["importance"] = importance_samples(config, examples["calibration"], vocabulary, tokenizer)
-    # Importance is the whole text's loss, as in LLM-Pruner; sensitivity looks where an answer is predicted.
-    shuffled, number = _shuffled(examples["calibration"], config.seed), config.calibration.num_sensitivity_samples
+    # Sensitivities are about the target task, so they take training rows whatever importance is calibrated on.
+    shuffled, number = _shuffled(examples["train"], config.seed), config.calibration.num_sensitivity_samples
     splits["sensitivity"] = row_samples(
-        shuffled, tokenizer, number, settings.max_length, settings.template, response_only=True
+        shuffled, tokenizer, number, settings.max_length, settings.template, True, SENSITIVITY_KEYS
     )
     for name, rows in splits.items():
         save_encoded(rows, folder / name)
@@ -313,12 +313,12 @@ def importance_samples(
     """What importance is measured on: given token ids, or packed samples or rows in the order of a shuffle."""
     from qpruner.data import load_token_ids, packed_samples, row_samples
 
-    settings, template = config.calibration, config.data.template
+    settings, data = config.calibration, config.data
     if settings.token_ids:
         return load_token_ids(Path(settings.token_ids), vocabulary)
     rows = _shuffled(examples, config.seed)
     take = packed_samples if settings.packing else row_samples
-    return take(rows, tokenizer, settings.num_samples, settings.max_length, template)
+    return take(rows, tokenizer, settings.num_samples, settings.max_length, data.template, data.response_only)
 
 
 def _shuffled(examples: Sequence[Example], seed: int) -> list[Example]:
