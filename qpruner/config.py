@@ -381,8 +381,9 @@ class QuantizeConfig(Section):
 
     group: Literal["block", "sublayer", "projection"] = "block"
     """What gets one bit-width."""
-    bits: tuple[Bits, ...] = (4, 8)
-    """Bit-widths a group may take: 4 (NF4), 8 (LLM.int8), 16 (unquantized)."""
+    bits: Annotated[tuple[Bits, ...], Field(min_length=1)] = (4, 8)
+    """Bit-widths a group may take: 4 (NF4), 8 (LLM.int8), 16 (unquantized). One alone gives every group the same:
+    nothing is measured or searched, one trial is run."""
     double_quant: bool = False
     """Quantize the 4-bit scales too."""
     budget: BudgetConfig = BudgetConfig(fraction=0.5)
@@ -390,8 +391,8 @@ class QuantizeConfig(Section):
 
     @model_validator(mode="after")
     def ascending(self) -> QuantizeConfig:
-        if len(self.bits) < 2 or list(self.bits) != sorted(set(self.bits)):
-            raise ValueError(f"`bits` must be at least two different bit-widths in ascending order, got {self.bits}")
+        if list(self.bits) != sorted(set(self.bits)):
+            raise ValueError(f"`bits` must be different bit-widths in ascending order, got {list(self.bits)}")
         return self
 
 
@@ -502,8 +503,9 @@ class SearchConfig(Section):
     patience: Positive | None = None
     """It ends after this many proposals in a row whose expected improvement is below the noise of a score."""
     plan: Named | None = None
-    """A file with a plan made by hand or by another run (`qpruner plan` prints one): no other is tried, and it is what
-    is fine-tuned. Also `--plan FILE`."""
+    """Take this plan instead of searching: a file made by hand or by another run (`qpruner plan` prints one), or the
+    name of a sensitivity (`mutual_information`), whose seed plan is taken. No other is tried, and it is what is
+    fine-tuned. Also `--plan`."""
     pareto: bool = False
     """Look for the front of `metric` against bytes instead of the one best plan inside the budget."""
     reuse_trials: bool = True
@@ -547,9 +549,14 @@ class SearchConfig(Section):
         return (*rungs, self.steps)
 
     @property
-    def num_trials(self) -> int:
-        """Trials that end the search: one where a plan is given."""
-        return 1 if self.plan else self.max_trials
+    def plan_method(self) -> str | None:
+        """The sensitivity whose seed plan is taken; None where `plan` names none."""
+        return self.plan if self.plan in get_args(SensitivityMethod) else None
+
+    @property
+    def plan_file(self) -> Path | None:
+        """The file whose plan is taken; None where `plan` names none."""
+        return Path(self.plan) if self.plan and not self.plan_method else None
 
     @property
     def num_questions(self) -> int | None:
@@ -710,6 +717,21 @@ class RunConfig(Section):
     """Told of every trial and fine-tune, beside TensorBoard. Where they are and their keys come from their own
     environment variables (WANDB_API_KEY, WANDB_PROJECT, WANDB_MODE; MLFLOW_TRACKING_URI, MLFLOW_EXPERIMENT_NAME)."""
 
+    @property
+    def measured_methods(self) -> tuple[str, ...]:
+        """Sensitivities that are measured: none where groups have one bit-width to choose from."""
+        return self.sensitivity.methods if len(self.quantize.bits) > 1 else ()
+
+    @property
+    def is_searched(self) -> bool:
+        """Whether plans are searched: none is given, and there are bit-widths to choose from."""
+        return self.search.plan is None and len(self.quantize.bits) > 1
+
+    @property
+    def num_trials(self) -> int:
+        """Trials that end the search; one where nothing is searched."""
+        return self.search.max_trials if self.is_searched else 1
+
     @model_validator(mode="after")
     def consistent(self) -> RunConfig:
         problems = [message for is_wrong, message in self._rules() if is_wrong]
@@ -722,7 +744,14 @@ class RunConfig(Section):
         seen = sorted(set(self.search.tasks) & set(self.evaluate.tasks))
         workers, training, asked = self.finetune.num_workers, self.training, self.search.resources_per_trial
         gpus = (asked.gpu if asked else None) or 0
+        method, bits = self.search.plan_method, self.quantize.bits
         return (
+            (
+                bool(method) and method not in self.measured_methods,
+                f"`search.plan` takes the seed plan of {method}, which is not measured: name it in "
+                f"`sensitivity.methods`, got {list(self.sensitivity.methods)}, and two bit-widths or more in "
+                f"`quantize.bits`, got {list(bits)}; a file of that name is `./{method}`",
+            ),
             (
                 bool(seen),
                 f"`evaluate.tasks` must not share tasks with `search.tasks`, both name {', '.join(seen)}: the report "

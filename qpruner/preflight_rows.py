@@ -184,7 +184,7 @@ def about_tokens(row: Example) -> tuple[int, int]:
 
 def _few_tokens(config: RunConfig, examples: dict[str, list[Example]]) -> Iterator[str]:
     """That losses are means over too few tokens to tell plans apart; every other confirmation row chooses."""
-    if config.search.metric != "loss" or config.search.plan:
+    if config.search.metric != "loss" or not config.is_searched:
         return
     data = config.data
     # The smaller half judges the winner.
@@ -338,9 +338,7 @@ def check_encoding(config: RunConfig, examples: dict[str, list[Example]]) -> Non
         take = packed_samples if calibration.packing else row_samples
         take(examples["calibration"], tokenizer, calibration.num_samples, calibration.max_length, *written)
     number = calibration.num_sensitivity_samples
-    row_samples(
-        examples["train"], tokenizer, number, settings.max_length, settings.template, True, SENSITIVITY_KEYS
-    )
+    row_samples(examples["train"], tokenizer, number, settings.max_length, settings.template, True, SENSITIVITY_KEYS)
 
 
 def _are_plainly_enough(config: RunConfig, examples: dict[str, list[Example]]) -> bool:

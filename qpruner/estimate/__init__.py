@@ -30,12 +30,9 @@ def facts(
         done: How much of each stage is recorded, from 0 to 1.
         gpus: What each slot holds, whose hours are counted; None counts those of slots.
     """
-    works = {
-        "trial, training": training_memory,
-        "trial, scoring": scoring_memory,
-        "prune": prune_memory,
-        "sensitivity": sensitivity_memory,
-    }
+    works = {"trial, training": training_memory, "trial, scoring": scoring_memory, "prune": prune_memory}
+    if config.measured_methods:
+        works["sensitivity"] = sensitivity_memory
     memory = {name: work(config, inspection) for name, work in works.items()}
     held = 1.0 if gpus is None else gpus
     sharing = slots if gpus is None else max(1, int(1 / gpus))

@@ -94,14 +94,14 @@ def telling(emit: Emit, stage: str) -> OnLoading:
 
 def sensitivity(context: Context, pruned: PruneRecord, banked: BankRecord) -> SensitivityRecord:
     """How much each group suffers at fewer bits, method by method; scores of the same inputs are taken over."""
-    config, settings = context.config, context.config.sensitivity
+    config = context.config
     stage = sensitivity_stage(context, pruned, banked)
     digest = stage.inputs[0]
 
     def work(scratch: Path) -> dict[str, Any]:
         for name, scores in _earlier_scores(context, scratch, digest):
             write_json(scratch / name, scores)
-        files: dict[str, Path] = {method: scratch / f"{method}-{digest}.json" for method in settings.methods}
+        files: dict[str, Path] = {method: scratch / f"{method}-{digest}.json" for method in config.measured_methods}
         missing = {method for method, file in files.items() if not exists(file)}
         for method, scores in _scored(context, missing):
             write_json(scratch / f"{method}-{digest}.json", scores)
@@ -112,7 +112,8 @@ def sensitivity(context: Context, pruned: PruneRecord, banked: BankRecord) -> Se
     def figures(record: SensitivityRecord) -> str:
         ranges = ", ".join(_range(method, scores) for method, scores in record.methods.items())
         bits = config.quantize.bits
-        return f"{len(record.groups)} groups, {min(bits)} less {max(bits)} bits: {ranges or 'no method'}"
+        about = f"{min(bits)} less {max(bits)} bits: {ranges}" if ranges else "nothing measured"
+        return f"{len(record.groups)} groups, {about}"
 
     record = run_stage(context, stage, SensitivityRecord, work, figures)
     # Its memory is needed before the trials start.
@@ -132,8 +133,8 @@ def sensitivity_stage(context: Context, pruned: PruneRecord, banked: BankRecord)
         config.evaluate.batch_size,
         config.seed,
     )
-    named = ", ".join(settings.methods) or "no method"
-    return Stage("sensitivity", named, (digest_of("scores", *inputs), settings.methods), goes_on=True)
+    named = ", ".join(config.measured_methods) or "nothing to measure"
+    return Stage("sensitivity", named, (digest_of("scores", *inputs), config.measured_methods), goes_on=True)
 
 
 def _earlier_scores(context: Context, scratch: Path, digest: str) -> Iterator[tuple[str, MethodScores]]:
