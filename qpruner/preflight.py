@@ -92,7 +92,7 @@ def inspect(config: RunConfig, works_here: bool = True, packs: bool = True) -> I
     shapes: Shapes
     rows: Rows
     _, shapes, rows = together(
-        lambda: run_root(config.output), lambda: _shapes(config, works_here, packs), lambda: check_rows(config)
+        lambda: run_root(config.output), lambda: shapes_of(config, works_here, packs), lambda: check_rows(config)
     )
     importance, sample_length = size_of_importance_samples(config, shapes.model_config.vocab_size, rows.examples)
     _check_positions(config, shapes, sample_length)
@@ -125,7 +125,7 @@ def _check_positions(config: RunConfig, shapes: Shapes, sample_length: int) -> N
             )
 
 
-def _shapes(config: RunConfig, works_here: bool, packs: bool) -> Shapes:
+def shapes_of(config: RunConfig, works_here: bool, packs: bool) -> Shapes:
     """What the configuration makes of the model."""
     model_config = load_model_config(config.model)
     family_of(model_config)
