@@ -65,7 +65,7 @@ def check(
         **{f"bytes_all_{bits}": layout.plan_bytes(layout.uniform(bits)) for bits in levels},
         "bytes_budget": inspection.budget_bytes,
         "bytes_plan": None if inspection.plan is None else layout.plan_bytes(inspection.plan),
-        "concurrent_trials": min(found.slots, config.search.num_trials),
+        "concurrent_trials": min(found.slots, config.num_trials),
         "rungs": list(config.search.rungs),
         "rows": {name: len(rows) for name, rows in inspection.examples.items()},
         **asdict(inspection.counts),
@@ -190,8 +190,13 @@ def _rates_by_products(
 
 
 def _given_plan(config: RunConfig, facts: dict[str, Any]) -> list[str]:
-    """What the plan of `--plan` takes; none where a search chooses."""
-    if config.search.plan is None:
+    """The plan that is taken instead of a search, and what it takes; none where a search chooses."""
+    search, bits = config.search, config.quantize.bits
+    if search.plan_method:
+        return [f"your plan:   the seed plan of {search.plan_method}, inside the budget (`search.plan`)"]
+    if len(bits) == 1:
+        return [f"your plan:   every group at {bits[0]} bits, the only one of `quantize.bits`"]
+    if search.plan is None:
         return []
     size, budget = facts["bytes_plan"], facts["bytes_budget"]
     told = "" if size is None else f"{size / 1e6:.1f} MB, {told_of_budget(size, budget)}"
@@ -218,10 +223,14 @@ def _row_lines(config: RunConfig, facts: dict[str, Any]) -> list[str]:
         f"rows:        {rows['train']} train, {rows['validation']} validation, {rows['confirmation']} confirmation "
         f"({chosen} fresh ones choose the winner, {rows['confirmation'] - chosen} judge it)",
         f"calibration: {counted(samples['importance'], 'sample')} {origin} for importance; "
-        f"{counted(samples['sensitivity'], 'row')} for the sensitivities",
+        f"{_measured(config, samples['sensitivity'])} for the sensitivities",
         *([f"search:      {'; '.join(asked)}"] if asked else []),
         f"test:        {', '.join([_questions(questions['test']), *text])}",
     ]
+
+
+def _measured(config: RunConfig, num_rows: int) -> str:
+    return f"{counted(num_rows, 'row')} of `data.train`" if config.measured_methods else "none"
 
 
 def _questions(by_task: dict[str, int]) -> str:
@@ -238,7 +247,7 @@ def _lines(config: RunConfig, facts: dict[str, Any], has_gpu: bool) -> list[str]
     blocks = facts["blocks_pruned"]
     if min(blocks) < facts["blocks_base"]:
         cut = f", {facts['blocks_base']} -> {' or '.join(map(str, blocks))} blocks"
-    trials = f"{config.search.num_trials}, {facts['concurrent_trials']} at once, scored at steps {facts['rungs']}"
+    trials = f"{config.num_trials}, {facts['concurrent_trials']} at once, scored at steps {facts['rungs']}"
     return [
         f"groups:      {facts['num_groups']} ({config.quantize.group})",
         f"parameters:  {facts['parameters_base'] / 1e6:.1f} M -> {facts['parameters_pruned'] / 1e6:.1f} M{cut}",

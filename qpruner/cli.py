@@ -116,7 +116,7 @@ def _plan_option(does: str) -> Callable[[Callable[..., None]], Callable[..., Non
         "plan_file",
         type=click.Path(path_type=Path),
         metavar="FILE",
-        help=f"{does}: bits by group, as `qpruner plan` prints them.",
+        help=f"{does}: bits by group, as `qpruner plan` prints them, or a sensitivity for its seed plan.",
     )
 
 

@@ -106,22 +106,25 @@ class DataConfig(Section):
 
 
 class CalibrationConfig(Section):
-    """Samples that importance and sensitivity are measured on."""
+    """Samples that importance and sensitivity are measured on. With `data.response_only` prompts are read, but only
+    responses are predicted, as in the fine-tune; of text every token is."""
 
     data: tuple[DataSource, ...] | None = None
-    """Calibrate on these rows; null takes the training rows (importance to the target task)."""
+    """Rows that importance and compensation are measured on; null takes the training rows. Sensitivities, which are
+    about the target task, always take training rows."""
     token_ids: str | None = None
     """Importance is measured on these instead: a JSON file with a list of lists of token ids, each a sample as it is;
     `packing`, `num_samples` and `max_length` do not apply."""
     packing: bool = True
-    """Concatenate the rows and cut them into samples of exactly `max_length` tokens; off, a row is a sample."""
+    """Join the rows and cut them into samples of exactly `max_length` tokens, without those that hold no token to
+    predict; off, a row is a sample."""
     num_samples: Positive = 64
     """Samples used for importance and compensation."""
     batch_size: Positive = 10
     """Samples a backward pass sees: |w * gradient| is exact for one batch, over several the absolute values are summed.
     Memory grows with samples x tokens x vocabulary."""
     num_sensitivity_samples: Positive = 64
-    """Rows used for sensitivity."""
+    """Training rows used for sensitivity."""
     max_length: Annotated[int, Field(ge=4)] = 128
     """Tokens an importance sample has, or may have without packing; sensitivity samples have `data.max_length`."""
 
@@ -380,8 +383,9 @@ class QuantizeConfig(Section):
 
     group: Literal["block", "sublayer", "projection"] = "block"
     """What gets one bit-width."""
-    bits: tuple[Bits, ...] = (4, 8)
-    """Bit-widths a group may take: 4 (NF4), 8 (LLM.int8), 16 (unquantized)."""
+    bits: Annotated[tuple[Bits, ...], Field(min_length=1)] = (4, 8)
+    """Bit-widths a group may take: 4 (NF4), 8 (LLM.int8), 16 (unquantized). One alone gives every group the same:
+    nothing is measured or searched, one trial is run."""
     double_quant: bool = False
     """Quantize the 4-bit scales too."""
     budget: BudgetConfig = BudgetConfig(fraction=0.5)
@@ -389,8 +393,8 @@ class QuantizeConfig(Section):
 
     @model_validator(mode="after")
     def ascending(self) -> QuantizeConfig:
-        if len(self.bits) < 2 or list(self.bits) != sorted(set(self.bits)):
-            raise ValueError(f"`bits` must be at least two different bit-widths in ascending order, got {self.bits}")
+        if list(self.bits) != sorted(set(self.bits)):
+            raise ValueError(f"`bits` must be different bit-widths in ascending order, got {list(self.bits)}")
         return self
 
 
@@ -503,8 +507,9 @@ class SearchConfig(Section):
     patience: Positive | None = None
     """It ends after this many proposals in a row whose expected improvement is below the noise of a score."""
     plan: Named | None = None
-    """A file with a plan made by hand or by another run (`qpruner plan` prints one): no other is tried, and it is what
-    is fine-tuned. Also `--plan FILE`."""
+    """Take this plan instead of searching: a file made by hand or by another run (`qpruner plan` prints one), or the
+    name of a sensitivity (`mutual_information`), whose seed plan is taken. No other is tried, and it is what is
+    fine-tuned. Also `--plan`."""
     pareto: bool = False
     """Look for the front of `metric` against bytes instead of the one best plan inside the budget."""
     reuse_trials: bool = True
@@ -550,9 +555,14 @@ class SearchConfig(Section):
         return (*rungs, self.steps)
 
     @property
-    def num_trials(self) -> int:
-        """Trials that end the search: one where a plan is given."""
-        return 1 if self.plan else self.max_trials
+    def plan_method(self) -> str | None:
+        """The sensitivity whose seed plan is taken; None where `plan` names none."""
+        return self.plan if self.plan in get_args(SensitivityMethod) else None
+
+    @property
+    def plan_file(self) -> Path | None:
+        """The file whose plan is taken; None where `plan` names none."""
+        return Path(self.plan) if self.plan and not self.plan_method else None
 
     @property
     def num_questions(self) -> int | None:
@@ -726,6 +736,21 @@ class RunConfig(Section):
     """Told of every trial and fine-tune, beside TensorBoard. Where they are and their keys come from their own
     environment variables (WANDB_API_KEY, WANDB_PROJECT, WANDB_MODE; MLFLOW_TRACKING_URI, MLFLOW_EXPERIMENT_NAME)."""
 
+    @property
+    def measured_methods(self) -> tuple[str, ...]:
+        """Sensitivities that are measured: none where groups have one bit-width to choose from."""
+        return self.sensitivity.methods if len(self.quantize.bits) > 1 else ()
+
+    @property
+    def is_searched(self) -> bool:
+        """Whether plans are searched: none is given, and there are bit-widths to choose from."""
+        return self.search.plan is None and len(self.quantize.bits) > 1
+
+    @property
+    def num_trials(self) -> int:
+        """Trials that end the search; one where nothing is searched."""
+        return self.search.max_trials if self.is_searched else 1
+
     @model_validator(mode="after")
     def consistent(self) -> RunConfig:
         problems = [message for is_wrong, message in self._rules() if is_wrong]
@@ -738,7 +763,14 @@ class RunConfig(Section):
         seen = sorted(set(self.search.tasks) & set(self.evaluate.tasks))
         workers, training, asked = self.finetune.num_workers, self.training, self.search.resources_per_trial
         gpus = (asked.gpu if asked else None) or 0
+        method, bits = self.search.plan_method, self.quantize.bits
         return (
+            (
+                bool(method) and method not in self.measured_methods,
+                f"`search.plan` takes the seed plan of {method}, which is not measured: name it in "
+                f"`sensitivity.methods`, got {list(self.sensitivity.methods)}, and two bit-widths or more in "
+                f"`quantize.bits`, got {list(bits)}; a file of that name is `./{method}`",
+            ),
             (
                 bool(seen),
                 f"`evaluate.tasks` must not share tasks with `search.tasks`, both name {', '.join(seen)}: the report "

@@ -38,6 +38,9 @@ COLUMNS = {
     "text": ("text",),
 }
 OPTIONAL_COLUMNS = {"input"}
+IMPORTANCE_KEYS = ("calibration.num_samples", "calibration.max_length")
+SENSITIVITY_KEYS = ("calibration.num_sensitivity_samples", "data.max_length")
+"""How many rows are asked for, and how long each may be."""
 BUILDERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv", ".tsv": "csv", ".txt": "text"}
 """Suffixes of the files that are read, and what datasets calls what they hold."""
 OTHER_SUFFIXES = {".xlsx", ".gz", ".zip", ".arrow", ".yaml", ".yml"}
@@ -151,21 +154,26 @@ def row_samples(
     count: int,
     length: int,
     template: str,
-    response_only: bool = False,
+    response_only: bool,
+    keys: tuple[str, str] = IMPORTANCE_KEYS,
 ) -> list[dict[str, list[int]]]:
-    """The first `count` rows that have a token to predict, cut at `length` tokens: those of importance, or with
-    `response_only`, where a response is predicted, those of the sensitivities.
+    """The first `count` rows that have a token to predict, cut at `length` tokens.
+
+    Args:
+        examples: The rows.
+        tokenizer: The model's.
+        count: How many are asked for.
+        length: Tokens a row may have.
+        template: How instructions are written.
+        response_only: Label the response only, not the prompt.
+        keys: The config keys of `count` and `length`, for errors.
 
     Raises:
         UserError: If fewer have one.
     """
     samples = list(itertools.islice(_encoded(examples, tokenizer, length, template, response_only), count))
     if len(samples) < count:
-        asked, limit = (
-            ("calibration.num_sensitivity_samples", "data.max_length")
-            if response_only
-            else ("calibration.num_samples", "calibration.max_length")
-        )
+        asked, limit = keys
         raise UserError(
             f"`{asked}` asks for {counted(count, 'row')}, but only {len(samples)} of the calibration rows have a token "
             f"to predict within {length} tokens (`{limit}`): ask for fewer, give more rows or make it longer"
@@ -181,11 +189,18 @@ def _encoded(
     response_only: bool,
 ) -> Iterator[dict[str, list[int]]]:
     for example in examples:
-        ids, prompt_length = _tokens(example, tokenizer, template)
-        masked = prompt_length if response_only else 0
-        labels = ([IGNORED_LABEL] * masked + ids[masked:])[:max_length]
-        if _has_label(labels):
-            yield {"input_ids": ids[:max_length], "labels": labels}
+        ids, labels = _labelled(example, tokenizer, template, response_only)
+        if _has_label(labels[:max_length]):
+            yield {"input_ids": ids[:max_length], "labels": labels[:max_length]}
+
+
+def _labelled(
+    example: Example, tokenizer: PreTrainedTokenizerBase, template: str, response_only: bool
+) -> tuple[list[int], list[int]]:
+    """A row's token ids and labels; with `response_only` the prompt has none."""
+    ids, prompt_length = _tokens(example, tokenizer, template)
+    masked = prompt_length if response_only else 0
+    return ids, [IGNORED_LABEL] * masked + ids[masked:]
 
 
 def _tokens(example: Example, tokenizer: PreTrainedTokenizerBase, template: str) -> tuple[list[int], int]:
@@ -210,29 +225,51 @@ def pack(rows: Sequence[dict[str, list[int]]], length: int) -> list[dict[str, li
 
 
 def packed_samples(
-    examples: Iterable[Example], tokenizer: PreTrainedTokenizerBase, count: int, length: int, template: str
+    examples: Iterable[Example],
+    tokenizer: PreTrainedTokenizerBase,
+    count: int,
+    length: int,
+    template: str,
+    response_only: bool,
 ) -> list[dict[str, list[int]]]:
-    """`count` samples of exactly `length` tokens, from as many rows, one after the other, as that takes.
+    """`count` samples of exactly `length` tokens, cut from the rows joined together; those without a token to predict
+    are left out.
+
+    Args:
+        examples: The rows, of which as many are read as that takes.
+        tokenizer: The model's.
+        count: How many samples are asked for.
+        length: Tokens of each.
+        template: How instructions are written.
+        response_only: Label responses only, not prompts.
 
     Raises:
-        UserError: If the rows have fewer tokens.
+        UserError: If the rows make fewer.
     """
-    ids: list[int] = []
-    for example in examples:
-        if len(ids) >= count * length:
-            break
-        ids += _tokens(example, tokenizer, template)[0]
-    if len(ids) < count * length:
-        enough = len(ids) // length
+    rows = (_labelled(example, tokenizer, template, response_only) for example in examples)
+    samples = list(itertools.islice(_whole_samples(rows, length), count))
+    if len(samples) < count:
+        fewer = f"ask for at most {len(samples)}, " if samples else ""
         raise UserError(
             f"`calibration.num_samples` asks for {counted(count, 'sample')} of {length} tokens "
-            f"(`calibration.max_length`), but the calibration rows have {len(ids)} tokens in all, enough for {enough}, "
-            f"since `calibration.packing` cuts samples from the rows joined together: "
-            f"{f'ask for at most {enough}, ' if enough else ''}make `calibration.max_length` shorter, give more rows, "
-            "or set `calibration.packing: false`, which takes a row for a sample"
+            f"(`calibration.max_length`), but the calibration rows make {len(samples)} with a token to predict, since "
+            f"`calibration.packing` cuts samples from the rows joined together: {fewer}make `calibration.max_length` "
+            "shorter, give more rows, or set `calibration.packing: false`, which takes a row for a sample"
         )
-    parts = [ids[start : start + length] for start in range(0, count * length, length)]
-    return [{"input_ids": part, "labels": part} for part in parts]
+    return samples
+
+
+def _whole_samples(rows: Iterable[tuple[list[int], list[int]]], length: int) -> Iterator[dict[str, list[int]]]:
+    """Token ids and labels of rows, one after the other, in samples of `length` tokens that have one to predict."""
+    ids: list[int] = []
+    labels: list[int] = []
+    for row_ids, row_labels in rows:
+        ids += row_ids
+        labels += row_labels
+        while len(ids) >= length:
+            if _has_label(labels[:length]):
+                yield {"input_ids": ids[:length], "labels": labels[:length]}
+            ids, labels = ids[length:], labels[length:]
 
 
 def text_windows(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase, length: int) -> list[dict[str, list[int]]]:

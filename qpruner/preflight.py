@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
@@ -43,7 +42,7 @@ class Shapes:
         pruned: Sizes after the first that is tried; an estimate when `is_estimate`.
         is_estimate: Global selection, or which blocks go, leaves the widths open until the scores are known.
         budget_bytes: The byte budget for the pruned model.
-        plan: The one that `search.plan` names; None where a search chooses, or where how many blocks go is open.
+        plan: That of the file that `search.plan` names; None where it names none, or where how many blocks go is open.
         packs: Whether the cut is gone on from. One that is only made may have widths that a device cannot run.
     """
 
@@ -95,10 +94,9 @@ def inspect(config: RunConfig, works_here: bool = True, packs: bool = True) -> I
     shapes: Shapes
     rows: Rows
     _, shapes, rows = together(
-        lambda: run_root(config.output), lambda: _shapes(config, works_here, packs), lambda: check_rows(config)
+        lambda: run_root(config.output), lambda: shapes_of(config, works_here, packs), lambda: check_rows(config)
     )
-    vocabulary_size, num_rows = shapes.model_config.vocab_size, len(rows.examples["calibration"])
-    importance, sample_length = size_of_importance_samples(config, vocabulary_size, num_rows)
+    importance, sample_length = size_of_importance_samples(config, shapes.model_config.vocab_size, rows.examples)
     _check_positions(config, shapes, sample_length)
     check_encoding(config, rows.examples)
     samples = {"importance": importance, "sensitivity": config.calibration.num_sensitivity_samples}
@@ -130,7 +128,7 @@ def _check_positions(config: RunConfig, shapes: Shapes, sample_length: int) -> N
             )
 
 
-def _shapes(config: RunConfig, works_here: bool, packs: bool) -> Shapes:
+def shapes_of(config: RunConfig, works_here: bool, packs: bool) -> Shapes:
     """What the configuration makes of the model."""
     model_config = load_model_config(config.model)
     family_of(model_config)
@@ -169,27 +167,28 @@ def _with_cuts(config: RunConfig, shapes: AnyShapes, cuts: tuple[Cut, ...]) -> A
         not cut.settings.is_off and (cut.settings.selection == "global" or cut.settings.drops_blocks) for cut in cuts
     )
     if shapes.plan and not is_estimate:
-        assert config.search.plan
-        check_affordable(Path(config.search.plan), pruned.plan_bytes(shapes.plan), budget)
+        assert config.search.plan_file
+        check_affordable(config.search.plan_file, pruned.plan_bytes(shapes.plan), budget)
     return replace(shapes, cuts=cuts, pruned=pruned, is_estimate=is_estimate, budget_bytes=budget)
 
 
 def _for_plan(
     config: RunConfig, model_config: Any, cuts: tuple[Cut, ...]
 ) -> tuple[tuple[Cut, ...], PrecisionPlan | None]:
-    """The plan of `search.plan`, with the cut whose groups it names; no plan where there is none, or where the groups
-    are known after the cut alone."""
+    """The plan in the file of `search.plan`, with the cut whose groups it names; no plan where there is none, or where
+    the groups are known after the cut alone."""
     # Where blocks are not alike, how many go depends on which.
     has_known_groups = are_alike(model_config) or not any(
         cut.settings.drops_blocks and not cut.settings.is_off for cut in cuts
     )
-    if not config.search.plan or not has_known_groups:
+    file = config.search.plan_file
+    if file is None or not has_known_groups:
         return cuts, None
     refusals = []
     for cut in cuts:
         groups = [group.name for group in layout_for(config, cut.expected).groups]
         try:
-            return (cut,), read_plan(Path(config.search.plan), groups, config.quantize.bits)
+            return (cut,), read_plan(file, groups, config.quantize.bits)
         except PlanRefused as error:
             refusals.append(error)
     raise refusals[0]
@@ -212,7 +211,9 @@ def _of_cut(config: RunConfig, model_config: Any) -> tuple[str, ...]:
 def _warnings(config: RunConfig, num_groups: int) -> tuple[str, ...]:
     """What a search of so few trials cannot do, in numbers."""
     trials, quantize = config.search.max_trials, config.quantize
-    if config.search.plan:
+    if len(quantize.bits) == 1 and "methods" in config.sensitivity.model_fields_set and config.sensitivity.methods:
+        return ("`sensitivity.methods` measures nothing where `quantize.bits` has one bit-width: leave it out",)
+    if not config.is_searched:
         return ()
     warnings = []
     num_unknowns = num_groups * (len(quantize.bits) - 1)
@@ -292,21 +293,24 @@ def budget_bytes(quantize: QuantizeConfig, layout: Layout, pareto: bool) -> int:
         pareto: Whether a front is searched, which may go up to the largest plan.
 
     Raises:
-        UserError: If no plan meets it, only the smallest does, or every plan does; the smallest and the largest that
-            work are named.
+        UserError: If no plan meets it, or, of several bit-widths, only the smallest plan does or every plan does; the
+            smallest and the largest that work are named.
     """
     budget, levels = quantize.budget, quantize.bits
     lowest, highest = layout.plan_bytes(layout.uniform(levels[0])), layout.plan_bytes(layout.uniform(levels[-1]))
     size = _asked_bytes(budget, levels, [layout.plan_bytes(layout.uniform(bits)) for bits in levels])
     name, value = next((name, value) for name, value in budget if value is not None)
-    steps = (higher - lower for lower, higher in zip(*map(layout.group_bytes, levels[:2]), strict=True))
-    choice = lowest + min(steps)
+    choice = lowest
+    if len(levels) > 1:
+        choice += min(more - less for less, more in zip(*map(layout.group_bytes, levels[:2]), strict=True))
     smallest = f"the smallest that works is {choice} bytes ({_rounded_up_gib(choice)} GiB)"
     if size < lowest:
         raise UserError(
             f"`quantize.budget.{name}` is below the pruned model with every group at {levels[0]} bits, {lowest} bytes: "
             f"{smallest}, got {value}; raise it, or prune more"
         )
+    if len(levels) == 1:
+        return size
     if size < choice:
         raise UserError(
             f"`quantize.budget.{name}` leaves nothing to choose, only every group at {levels[0]} bits fits, {lowest} "

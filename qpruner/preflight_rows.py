@@ -11,6 +11,7 @@ from pathlib import Path
 
 from qpruner.config import DataConfig, RunConfig
 from qpruner.data import (
+    SENSITIVITY_KEYS,
     Example,
     check_disjoint,
     encode,
@@ -193,7 +194,7 @@ def about_labelled(row: Example, data: DataConfig) -> int:
 
 def _few_tokens(config: RunConfig, examples: dict[str, list[Example]]) -> Iterator[str]:
     """That losses are means over too few tokens to tell plans apart; every other confirmation row chooses."""
-    if config.search.metric != "loss" or config.search.plan:
+    if config.search.metric != "loss" or not config.is_searched:
         return
     # The smaller half judges the winner.
     uses = {
@@ -227,20 +228,31 @@ def _tokens_of(text: str) -> int:
     return len(text) - num_latin + num_latin // CHARACTERS_A_TOKEN
 
 
-def size_of_importance_samples(config: RunConfig, vocabulary_size: int, num_rows: int) -> tuple[int, int]:
+def size_of_importance_samples(
+    config: RunConfig, vocabulary_size: int, examples: dict[str, list[Example]]
+) -> tuple[int, int]:
     """How many samples importance is measured on, and the tokens of the longest, at most; refuses fewer rows than
     importance or sensitivities ask for."""
     calibration = config.calibration
     given = calibration.token_ids and load_token_ids(Path(calibration.token_ids), vocabulary_size)
+    asked = {"num_sensitivity_samples": examples["train"]}
     # Packed samples are counted in tokens, and rows of nothing left out, once they are encoded.
-    in_rows = () if given or calibration.packing else ("num_samples",)
-    asked = {key: getattr(calibration, key) for key in (*in_rows, "num_sensitivity_samples")}
-    if short := [f"`calibration.{key}` asks for {wanted}" for key, wanted in asked.items() if wanted > num_rows]:
-        there = f"there {'is' if num_rows == 1 else 'are'} {counted(num_rows, 'calibration row')}"
-        raise UserError(f"{there}, but {' and '.join(short)}: ask for fewer or give more")
+    if not (given or calibration.packing):
+        asked["num_samples"] = examples["calibration"]
+    for key, rows in asked.items():
+        if (wanted := getattr(calibration, key)) > len(rows):
+            raise UserError(
+                f"`calibration.{key}` asks for {wanted} rows, but there {'is' if len(rows) == 1 else 'are'} "
+                f"{counted(len(rows), 'row')} of {_source_of(config, key)}: ask for fewer or give more"
+            )
     if given:
         return len(given), max(len(sample["input_ids"]) for sample in given)
     return calibration.num_samples, calibration.max_length
+
+
+def _source_of(config: RunConfig, key: str) -> str:
+    """Where the rows are that a key of `calibration` counts."""
+    return "`calibration.data`" if config.calibration.data and key == "num_samples" else "`data.train`"
 
 
 def _check_overlap(config: RunConfig, examples: dict[str, list[Example]], words: dict[str, list[str]]) -> None:
@@ -319,7 +331,7 @@ def check_encoding(config: RunConfig, examples: dict[str, list[Example]]) -> Non
     A .gguf file's tokenizer takes 15 s to convert: that is left to `prepare` unless the text may be too short.
     """
     source, calibration = check_source(config.model), config.calibration
-    if source.endswith(".gguf") and _is_plainly_enough(config, examples["calibration"]):
+    if source.endswith(".gguf") and _are_plainly_enough(config, examples):
         return
     try:
         tokenizer = load_tokenizer(source, config.model)
@@ -336,22 +348,32 @@ def check_encoding(config: RunConfig, examples: dict[str, list[Example]]) -> Non
             encode(sample, tokenizer, settings.max_length, settings.template, settings.response_only)
         except UserError:
             encode(rows, tokenizer, settings.max_length, settings.template, settings.response_only)
+    written = (settings.template, settings.response_only)
     if not calibration.token_ids:
         take = packed_samples if calibration.packing else row_samples
-        take(examples["calibration"], tokenizer, calibration.num_samples, calibration.max_length, settings.template)
+        take(examples["calibration"], tokenizer, calibration.num_samples, calibration.max_length, *written)
     number = calibration.num_sensitivity_samples
-    row_samples(examples["calibration"], tokenizer, number, settings.max_length, settings.template, response_only=True)
+    row_samples(examples["train"], tokenizer, number, settings.max_length, settings.template, True, SENSITIVITY_KEYS)
 
 
-def _is_plainly_enough(config: RunConfig, rows: list[Example]) -> bool:
-    """Whether calibration rows need not be counted in tokens."""
-    calibration, room = config.calibration, config.data.max_length / PROMPT_MARGIN
-    whole = [len(row.prompt) + len(row.context) + len(row.response) for row in rows]
-    answered = sum(bool(row.response.strip()) and about_tokens(row)[0] < room for row in rows)
-    if answered < calibration.num_sensitivity_samples:
+def _are_plainly_enough(config: RunConfig, examples: dict[str, list[Example]]) -> bool:
+    """Whether the rows of importance and sensitivities need not be counted in tokens."""
+    calibration, rows = config.calibration, examples["calibration"]
+    answered = _with_room(examples["train"], config.data.max_length)
+    if len(answered) < calibration.num_sensitivity_samples:
         return False
     if calibration.token_ids:
         return True
-    if calibration.packing:
-        return sum(whole) > MOST_CHARACTERS_A_TOKEN * calibration.num_samples * calibration.max_length
-    return sum(length > MOST_CHARACTERS_A_TOKEN for length in whole) >= calibration.num_samples
+    predicted = _with_room(rows, calibration.max_length)
+    if not calibration.packing:
+        return len(predicted) >= calibration.num_samples
+    # Where no prompt is as long as a sample, every sample holds a token of a response.
+    whole = sum(len(row.prompt) + len(row.context) + len(row.response) for row in rows)
+    enough = MOST_CHARACTERS_A_TOKEN * calibration.num_samples * calibration.max_length
+    return len(predicted) == len(rows) and whole > enough
+
+
+def _with_room(rows: list[Example], length: int) -> list[Example]:
+    """The rows that have a response and a prompt that leaves room for some of it in so many tokens."""
+    room = length / PROMPT_MARGIN
+    return [row for row in rows if row.response.strip() and about_tokens(row)[0] < room]

@@ -209,7 +209,7 @@ class RungResult(Recorded):
 
 
 GIVEN = "given"
-"""Origin of the plan that `search.plan` names."""
+"""Origin of the plan that is taken instead of a search."""
 
 
 class Begun(Recorded):

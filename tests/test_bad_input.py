@@ -210,9 +210,21 @@ CONFIGURATION = [
     refused("calibration-batch-0", {"calibration.batch_size": 0}, "batch_size`", "got 0", "greater than or equal to 1"),
     refused("calibration-length", {"calibration.max_length": 3}, "max_length`", "got 3", "greater than or equal to 4"),
     refused("bits-unsupported", {"quantize.bits": [3, 8]}, "`quantize.bits.0`", "got 3", "4, 8 or 16"),
-    refused("bits-single", {"quantize.bits": [4]}, "`bits`", "4", "at least two", "in ascending order"),
+    refused("bits-none", {"quantize.bits": []}, "`quantize.bits`", "[]", "at least 1 item"),
     refused("bits-descending", {"quantize.bits": [8, 4]}, "`bits`", "8, 4", "in ascending order"),
-    refused("bits-duplicated", {"quantize.bits": [4, 4]}, "`bits`", "4, 4", "two different", "in ascending order"),
+    refused("bits-duplicated", {"quantize.bits": [4, 4]}, "`bits`", "4, 4", "must be different", "in ascending order"),
+    refused(
+        "plan-of-no-sensitivity-measured", {"search.plan": "kl", "sensitivity.methods": ["fisher"]}, "`search.plan`",
+        "kl", "not measured", "name it in `sensitivity.methods`, got ['fisher']"
+    ),
+    refused(
+        "plan-of-a-sensitivity-and-one-bit-width", {"search.plan": "kl", "quantize.bits": [4]}, "`search.plan`", "kl",
+        "not measured", "two bit-widths or more in `quantize.bits`, got [4]"
+    ),
+    refused(
+        "budget-below-one-bit-width", {"quantize.bits": [4], "quantize.budget": {"bytes": 1000}},
+        "`quantize.budget.bytes`", "1000", "is below the pruned model with every group at 4 bits", "raise it"
+    ),
     refused(
         "budget-empty", {"quantize.budget": {}}, "`quantize.budget`", "none", "exactly one",
         "fraction, mean_bits, gib, bytes"
@@ -737,12 +749,12 @@ DATA = [
     ),
     refused(
         "calibration-text-too-short", {"calibration.packing": True, "calibration.num_samples": 4000},
-        "`calibration.num_samples`", "4000 samples of 128 tokens", "in all, enough for",
+        "`calibration.num_samples`", "4000 samples of 128 tokens", "with a token to predict, since",
         "`calibration.packing: false`, which takes a row for a sample"
     ),
     refused(
         "calibration-text-of-no-sample", {"calibration.packing": True, "calibration.max_length": 10**6},
-        "8 samples of 1000000 tokens", "enough for 0", "joined together: make `calibration.max_length` shorter"
+        "`calibration.num_samples`", "8 samples of 1000000 tokens", "together: make `calibration.max_length` shorter"
     ),
     refused(
         "calibration-rows-of-nothing", _rows_of_nothing, "`calibration.num_samples`", "8 rows",
@@ -750,8 +762,8 @@ DATA = [
     ),
     refused(
         "sensitivity-rows-of-nothing",
-        lambda scene: _rows_of_nothing(scene)
-        | {"calibration.packing": True, "calibration.num_samples": 1, "calibration.max_length": 8},
+        lambda scene: {"data.train": _rows_of_nothing(scene)["calibration.data"], "calibration.num_samples": 1}
+        | {"calibration.max_length": 8, "calibration.num_sensitivity_samples": 8},
         "`calibration.num_sensitivity_samples`", "8 rows", "only 3 of the calibration rows have a token to predict",
         "ask for fewer, give more rows"
     ),

@@ -22,7 +22,9 @@ from qpruner.data import (
     load_examples,
     normalized,
     pack,
+    packed_samples,
     row_lengths,
+    row_samples,
     save_encoded,
 )
 from qpruner.errors import CorruptFile, UserError
@@ -508,6 +510,38 @@ def test_every_packed_chunk_has_a_loss(tokenizer: PreTrainedTokenizerBase) -> No
         shifted = batch["labels"][:, 1:].flatten()
         uniform = torch.zeros(len(shifted), len(tokenizer))
         assert torch.isfinite(torch.nn.functional.cross_entropy(uniform, shifted, ignore_index=IGNORED))
+
+
+# Calibration samples
+
+
+@pytest.mark.parametrize("take", [packed_samples, row_samples])
+def test_calibration_predicts_responses_only(take: Any, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Of a prompt 45 % are the words of its template, which say nothing of the model's task."""
+    rows = [Example("instruction", f"Name the colour of plum {number}.", "", f"purple {number}") for number in range(6)]
+    samples = take(rows, tokenizer, 3, 160, "alpaca", True)
+    words = tokenizer.decode([token for sample in samples for token in predicted(sample)])
+    assert "purple" in words
+    assert "Name the colour" not in words and "Instruction" not in words
+    read = tokenizer.decode([token for sample in samples for token in sample["input_ids"]])
+    assert "Instruction" in read, "prompts are read all the same"
+
+
+def test_packed_samples_without_a_response_are_left_out(tokenizer: PreTrainedTokenizerBase) -> None:
+    rows = [Example("multiple_choice", "which gas do plants take in? " * 20, "", " carbon") for _ in range(4)]
+    samples = packed_samples(rows, tokenizer, 4, 16, "alpaca", True)
+    assert [len(sample["input_ids"]) for sample in samples] == [16] * 4
+    assert all(label != IGNORED for sample in samples for label in predicted(sample))
+    assert all(predicted({"labels": sample["labels"][1:]}) for sample in samples)
+    with pytest.raises(UserError, match="make 4 with a token to predict"):
+        packed_samples(rows, tokenizer, 5, 16, "alpaca", True)
+
+
+@pytest.mark.parametrize("take", [packed_samples, row_samples])
+def test_every_token_of_calibration_text_is_predicted(take: Any, tokenizer: PreTrainedTokenizerBase) -> None:
+    rows = [Example("text", "", "", "Plants take in carbon dioxide and give off oxygen. " * 4) for _ in range(4)]
+    for sample in take(rows, tokenizer, 3, 24, "alpaca", True):
+        assert sample["labels"] == sample["input_ids"] and len(sample["labels"]) == 24
 
 
 def test_a_batch_is_padded_on_the_right_and_the_padding_is_not_learned() -> None:

@@ -445,7 +445,7 @@ def test_check_counts_what_every_step_goes_by(
 
     said, told = check(data__confirmation__0__limit=15)
     assert "48 train, 16 validation, 15 confirmation (8 fresh ones choose the winner, 7 judge it)" in said
-    assert "8 samples of 128 tokens packed from the 48 rows of `data.train` for importance; 32 rows for the" in said
+    assert "8 samples of 128 tokens packed from the 48 rows of `data.train` for importance; 32 rows of" in said
     assert "test:        8 questions (qpruner_everyday_test 8)\n" in said and "search:" not in said
     assert told["samples"] == {"importance": 8, "sensitivity": 32}
     assert told["questions"] == {"search": {}, "fresh": {}, "test": {"qpruner_everyday_test": 8}}

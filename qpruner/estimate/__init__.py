@@ -5,11 +5,11 @@ Nothing is loaded or run here. The speed of a slot is assumed, or what `qpruner.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from qpruner.config import RunConfig
-from qpruner.estimate.memory import prune_memory, scoring_memory, sensitivity_memory, training_memory
+from qpruner.estimate.memory import Memory, prune_memory, scoring_memory, sensitivity_memory, training_memory
 from qpruner.estimate.work import CHOICES, Rates, hours
 from qpruner.preflight import Inspection
 from qpruner.preflight_rows import CHARACTERS_A_TOKEN
@@ -30,13 +30,7 @@ def facts(
         done: How much of each stage is recorded, from 0 to 1.
         gpus: What each slot holds, whose hours are counted; None counts those of slots.
     """
-    works = {
-        "trial, training": training_memory,
-        "trial, scoring": scoring_memory,
-        "prune": prune_memory,
-        "sensitivity": sensitivity_memory,
-    }
-    memory = {name: work(config, inspection) for name, work in works.items()}
+    memory = {name: work(config, inspection) for name, work in works(config).items()}
     held = 1.0 if gpus is None else gpus
     sharing = slots if gpus is None else max(1, int(1 / gpus))
     at_once = {name: each.total * (sharing if name.startswith("trial") else 1) for name, each in memory.items()}
@@ -60,6 +54,18 @@ def facts(
             "slots": slots,
         },
     }
+
+
+def works(config: RunConfig) -> dict[str, Callable[[RunConfig, Inspection], Memory]]:
+    """The kinds of work whose memory is counted, and by what."""
+    found: dict[str, Callable[[RunConfig, Inspection], Memory]] = {
+        "trial, training": training_memory,
+        "trial, scoring": scoring_memory,
+        "prune": prune_memory,
+    }
+    if config.measured_methods:
+        found["sensitivity"] = sensitivity_memory
+    return found
 
 
 def memory_text(found: Mapping[str, Any]) -> list[str]:

@@ -132,7 +132,7 @@ def share_at_highest(config: RunConfig, inspection: Inspection) -> float:
     """Where the budget lies between all groups at the lowest bits (0) and all at the highest (1)."""
     layout, levels = inspection.pruned, config.quantize.bits
     low, high = (layout.plan_bytes(layout.uniform(bits)) for bits in (levels[0], levels[-1]))
-    return min(1.0, (inspection.budget_bytes - low) / (high - low))
+    return min(1.0, (inspection.budget_bytes - low) / (high - low)) if high > low else 0.0
 
 
 def share_labelled(config: RunConfig, inspection: Inspection) -> float:
@@ -190,7 +190,7 @@ def hours(
     """
     counted = _Count(config, inspection)
     jobs = num_finetunes(config)
-    steps, trials = expected_steps(config), config.search.num_trials
+    steps, trials = expected_steps(config), config.num_trials
     packers = min(slots, len(inspection.pruned.groups))
     starts = 0 if has_gpus else counted.bank_starts(packers)
     stages = {
@@ -209,7 +209,7 @@ def hours(
     shared = {
         "prune": 1,
         "bank": packers,
-        "sensitivity": slots if has_gpus and set(MEASUREMENT) & set(config.sensitivity.methods) else 1,
+        "sensitivity": slots if has_gpus and set(MEASUREMENT) & set(config.measured_methods) else 1,
         "search": min(slots, trials),
         "finetune": groups * workers,
         "evaluate": min(slots, jobs + UNTUNED),
@@ -241,12 +241,10 @@ def expected_steps(config: RunConfig) -> _Steps:
     A trial that is first at a rung is never stopped there, so a small search takes more.
     """
     search = config.search
-    controls = min(search.num_trials, len(config.quantize.bits) - 1 + len(config.sensitivity.methods))
-    if search.plan:
-        controls = 1
+    controls = min(config.num_trials, max(1, len(config.quantize.bits) - 1 + len(config.measured_methods)))
     shares = [search.reduction_factor**-position for position in range(len(search.rungs))]
     lengths = [after - before for before, after in zip((0, *search.rungs), search.rungs, strict=False)]
-    others = search.num_trials - controls
+    others = config.num_trials - controls
     steps = sum(share * length for share, length in zip(shares, lengths, strict=True))
     return _Steps(controls * search.steps + others * steps, controls * len(search.rungs) + others * sum(shares))
 
@@ -255,7 +253,7 @@ def num_finetunes(config: RunConfig) -> int:
     """Fine-tunes of the final table's rows under all their training seeds; less where rows have one plan."""
     if not config.finetune.compare:
         return 1
-    methods = config.sensitivity.methods
+    methods = config.measured_methods
     # `all`: every method but the best
     other_seeds = len(methods[1:]) if config.finetune.seed_rows == "all" else "mutual_information" in methods
     once = 2 + sum(bits != FULL_BITS for bits in config.quantize.bits) + other_seeds
@@ -306,8 +304,8 @@ class _Count:
         search = self._config.search
         rung = self.split("validation") + self._questions("search")
         # Of a plan that is given only that: the controls beside it were scored by the search that tried them.
-        best = min(search.max_trials, search.confirm + len(self._config.sensitivity.methods))
-        finalists = 1 if search.plan else best
+        best = min(search.max_trials, search.confirm + len(self._config.measured_methods))
+        finalists = best if self._config.is_searched else 1
         return steps.rungs * rung + finalists * (self.split("confirmation") / 2 + self._questions("search"))
 
     def evaluation(self) -> float:
@@ -336,9 +334,9 @@ class _Count:
 
     def sensitivity(self) -> float:
         settings, calibration = self._config.sensitivity, self._config.calibration
-        rows = self._lengths["calibration"][: calibration.num_sensitivity_samples]
+        rows = self._lengths["train"][: calibration.num_sensitivity_samples]
         tokens = sum(rows)
-        methods = set(settings.methods)
+        methods = set(self._config.measured_methods)
         operations = 2.0 * tokens if methods & set(INFORMATION) else 0.0
         if methods & set(EXPANSION):
             operations += 6 * tokens

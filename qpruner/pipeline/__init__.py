@@ -125,7 +125,7 @@ def check(config: RunConfig, emit: Emit, address: str | None = None, gpu_is_else
                 pruned=context.layout,
                 is_estimate=False,
                 budget_bytes=context.space.budget_bytes,
-                plan=context.given_plan,
+                plan=context.plan_in_file,
             )
         return Checked(inspection, slots, context.trial_resources, shares_done(context, found))
 

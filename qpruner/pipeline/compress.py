@@ -94,14 +94,14 @@ def telling(emit: Emit, stage: str) -> OnLoading:
 
 def sensitivity(context: Context, pruned: PruneRecord, banked: BankRecord) -> SensitivityRecord:
     """How much each group suffers at fewer bits, method by method; scores of the same inputs are taken over."""
-    config, settings = context.config, context.config.sensitivity
+    config = context.config
     stage = sensitivity_stage(context, pruned, banked)
     digest = stage.inputs[0]
 
     def work(scratch: Path) -> dict[str, Any]:
         for name, scores in _earlier_scores(context, scratch, digest):
             write_json(scratch / name, scores)
-        files: dict[str, Path] = {method: scratch / f"{method}-{digest}.json" for method in settings.methods}
+        files: dict[str, Path] = {method: scratch / f"{method}-{digest}.json" for method in config.measured_methods}
         missing = {method for method, file in files.items() if not exists(file)}
         for method, scores in _scored(context, missing):
             write_json(scratch / f"{method}-{digest}.json", scores)
@@ -112,7 +112,8 @@ def sensitivity(context: Context, pruned: PruneRecord, banked: BankRecord) -> Se
     def figures(record: SensitivityRecord) -> str:
         ranges = ", ".join(_range(method, scores) for method, scores in record.methods.items())
         bits = config.quantize.bits
-        return f"{len(record.groups)} groups, {min(bits)} less {max(bits)} bits: {ranges or 'no method'}"
+        about = f"{min(bits)} less {max(bits)} bits: {ranges}" if ranges else "nothing measured"
+        return f"{len(record.groups)} groups, {about}"
 
     record = run_stage(context, stage, SensitivityRecord, work, figures)
     # Its memory is needed before the trials start.
@@ -131,8 +132,8 @@ def sensitivity_stage(context: Context, pruned: PruneRecord, banked: BankRecord)
         config.quantize.bits,
         config.seed,
     )
-    named = ", ".join(settings.methods) or "no method"
-    return Stage("sensitivity", named, (digest_of("scores", *inputs), settings.methods), goes_on=True)
+    named = ", ".join(config.measured_methods) or "nothing to measure"
+    return Stage("sensitivity", named, (digest_of("scores", *inputs), config.measured_methods), goes_on=True)
 
 
 def _earlier_scores(context: Context, scratch: Path, digest: str) -> Iterator[tuple[str, MethodScores]]:
@@ -274,7 +275,7 @@ def _measured(context: Context, job: ScoringJob) -> Measurement:
 
 def _encode_splits(context: Context, model_path: str, folder: Path) -> dict[str, int]:
     """Encode every split and the calibration samples; returns rows by split."""
-    from qpruner.data import pack, row_samples, save_encoded
+    from qpruner.data import SENSITIVITY_KEYS, pack, row_samples, save_encoded
     from qpruner.models.loading import load_tokenizer
 
     config, settings = context.config, context.config.data
@@ -285,10 +286,10 @@ def _encode_splits(context: Context, model_path: str, folder: Path) -> dict[str,
         splits["train"] = pack(splits["train"], settings.max_length)
     vocabulary = context.inspection.model_config.vocab_size
     splits["importance"] = importance_samples(config, examples["calibration"], vocabulary, tokenizer)
-    # Importance is the whole text's loss, as in LLM-Pruner; sensitivity looks where an answer is predicted.
-    shuffled, number = _shuffled(examples["calibration"], config.seed), config.calibration.num_sensitivity_samples
+    # Sensitivities are about the target task, so they take training rows whatever importance is calibrated on.
+    shuffled, number = _shuffled(examples["train"], config.seed), config.calibration.num_sensitivity_samples
     splits["sensitivity"] = row_samples(
-        shuffled, tokenizer, number, settings.max_length, settings.template, response_only=True
+        shuffled, tokenizer, number, settings.max_length, settings.template, True, SENSITIVITY_KEYS
     )
     for name, rows in splits.items():
         save_encoded(rows, folder / name)
@@ -311,12 +312,12 @@ def importance_samples(
     """What importance is measured on: given token ids, or packed samples or rows in the order of a shuffle."""
     from qpruner.data import load_token_ids, packed_samples, row_samples
 
-    settings, template = config.calibration, config.data.template
+    settings, data = config.calibration, config.data
     if settings.token_ids:
         return load_token_ids(Path(settings.token_ids), vocabulary)
     rows = _shuffled(examples, config.seed)
     take = packed_samples if settings.packing else row_samples
-    return take(rows, tokenizer, settings.num_samples, settings.max_length, template)
+    return take(rows, tokenizer, settings.num_samples, settings.max_length, data.template, data.response_only)
 
 
 def _shuffled(examples: Sequence[Example], seed: int) -> list[Example]:

@@ -131,15 +131,15 @@ class Context:
         return PlanSpace.of(self.layout, quantize.bits, budget)
 
     @cached_property
-    def given_plan(self) -> PrecisionPlan | None:
-        """The plan that `search.plan` names.
+    def plan_in_file(self) -> PrecisionPlan | None:
+        """The plan in the file that `search.plan` names; None where it names none.
 
         Raises:
             PlanRefused: If it is no plan for this model, or over the budget.
         """
-        if self.config.search.plan is None:
+        file = self.config.search.plan_file
+        if file is None:
             return None
-        file = Path(self.config.search.plan)
         plan = read_plan(file, self.space.groups, self.space.levels)
         check_affordable(file, self.space.plan_bytes(plan), self.space.budget_bytes)
         return plan

@@ -49,7 +49,7 @@ def _sizes(context: Context) -> dict[str, int]:
         "prepare": base.num_parameters * base.element_bytes,
         "prune": base.num_parameters * base.element_bytes,
         "bank": sum(pruned.plan_bytes(pruned.uniform(bits)) for bits in config.quantize.bits),
-        "search": 0 if context.run_dir.is_at_uri else checkpoint * config.search.num_trials,
+        "search": 0 if context.run_dir.is_at_uri else checkpoint * config.num_trials,
         "finetune": checkpoint * 8,
     }
 

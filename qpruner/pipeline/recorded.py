@@ -84,5 +84,5 @@ def shares_done(context: Context, found: Results) -> dict[str, float]:
         trials_digest, search_digest = search_stage(context, found.bank, found.sensitivity).inputs[:2]
         trials = readable_trials(context.run_dir.trials / trials_digest)
         over = sum(trial.is_over and trial.search == search_digest for trial in trials)
-        shares["search"] = min(1.0, over / context.config.search.num_trials)
+        shares["search"] = min(1.0, over / context.config.num_trials)
     return shares

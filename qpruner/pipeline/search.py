@@ -48,6 +48,7 @@ from qpruner.search.trial_records import (
     read_trials,
     set_aside_damaged,
 )
+from qpruner.sensitivity.seeds import seed_plan
 from qpruner.wording import counted, error_text
 
 if TYPE_CHECKING:
@@ -62,7 +63,7 @@ REMEDY = "mend the cause, delete the folders of those trials in the run's `trial
 def search(context: Context, banked: BankRecord, measured: SensitivityRecord) -> SearchRecord:
     """Candidate plans as parallel trials; the best few are scored again on fresh rows."""
     settings, space = context.config.search, context.space
-    given, stage = context.given_plan, search_stage(context, banked, measured)
+    given, stage = given_plan(context, measured), search_stage(context, banked, measured)
     trials_digest, search_digest = stage.inputs[:2]
     state = SearchState(
         trials_digest=trials_digest,
@@ -72,7 +73,7 @@ def search(context: Context, banked: BankRecord, measured: SensitivityRecord) ->
         metrics=context.inspection.metrics["search"],
         pareto=settings.pareto,
         budget_bytes=space.budget_bytes,
-        max_trials=settings.num_trials,
+        max_trials=context.config.num_trials,
         steps=settings.steps,
     )
 
@@ -173,9 +174,24 @@ def search(context: Context, banked: BankRecord, measured: SensitivityRecord) ->
     return run_stage(context, stage, SearchRecord, work, figures)
 
 
+def given_plan(context: Context, measured: SensitivityRecord) -> PrecisionPlan | None:
+    """The plan that is taken instead of a search: that of a file, a sensitivity's seed plan, or the only one there is;
+    None where plans are searched.
+
+    Raises:
+        PlanRefused: If a file's plan is none for this model, or over the budget.
+    """
+    space, method = context.space, context.config.search.plan_method
+    if method:
+        return seed_plan(measured.methods[method].values, space)
+    if context.plan_in_file or len(space.levels) > 1:
+        return context.plan_in_file
+    return space.uniform(space.levels[0])
+
+
 def search_stage(context: Context, banked: BankRecord, measured: SensitivityRecord) -> Stage:
     """What `search` depends on: the digests of its trials and of what is proposed, and where it ends."""
-    settings, space, given = context.config.search, context.space, context.given_plan
+    settings, space, given = context.config.search, context.space, given_plan(context, measured)
     search_digest = _search_digest(context, measured, given)
     trials_digest = _trials_digest(context, banked, search_digest)
     trials = "the given plan" if given else f"{counted(settings.max_trials, 'trial')}, {settings.searcher}"

@@ -33,8 +33,8 @@ def render(run: Snapshot, charts: Sequence[Chart], pictures: str, config: str, h
     if run.is_whole:
         lines += [*_final_table(run), *_shown(charts, "quality", pictures)]
     lines += _search(run, charts, pictures)
-    if run.results.sensitivity:
-        lines += _sensitivities(run.results.sensitivity, run)
+    if run.sensitivity:
+        lines += _sensitivities(run.sensitivity, run)
     lines += _shown(charts, "plan", pictures)
     if run.results.prune:
         lines += [
@@ -66,7 +66,7 @@ def render(run: Snapshot, charts: Sequence[Chart], pictures: str, config: str, h
         "",
     ]
     if plan := sections.given_plan(run):
-        lines += ["The plan that its `search.plan` names:", "", "```yaml", plan.rstrip(), "```", ""]
+        lines += ["The plan that was taken instead of a search:", "", "```yaml", plan.rstrip(), "```", ""]
     return "\n".join(lines)
 
 

@@ -20,9 +20,10 @@ def search_text(search: SearchRecord, trials: Sequence[TrialRecord]) -> list[str
         search: Its record.
         trials: Every trial that it knew.
     """
+    by = "a plan that was given" if search.best_origin == GIVEN else search.searcher
     what = "loss" if search.metric == "loss" else accuracy_in_full(search.metrics)
     told = (
-        f"{search.searcher} on {what}, budget {search.budget_bytes / 1e6:.1f} MB: "
+        f"{by} on {what}, budget {search.budget_bytes / 1e6:.1f} MB: "
         f"{counted(search.num_trials, 'trial')}, "
         f"{search.num_finished} finished, {search.num_stopped} stopped early, {search.num_failed} failed, in "
         f"{duration(search.total_seconds)}"

@@ -16,8 +16,8 @@ MOST_GROUPS = 8
 def first_method(run: Snapshot) -> str:
     """The sensitivity whose seed plan was best on fresh rows. Where none was scored there, the one that agrees best
     with trials; where these show nothing, the first that tells of quantization errors."""
-    assert run.results.sensitivity
-    methods = run.results.sensitivity.methods
+    assert run.sensitivity
+    methods = run.sensitivity.methods
     best = _best_seed(run)
     if best:
         return next(name for name in methods if seed_origin(name) == best.origin)
@@ -46,8 +46,8 @@ def likeness(run: Snapshot) -> str | None:
 
 
 def _best_seed(run: Snapshot) -> Confirmation | None:
-    assert run.results.sensitivity
-    origins = set(map(seed_origin, run.results.sensitivity.methods))
+    assert run.sensitivity
+    origins = set(map(seed_origin, run.sensitivity.methods))
     confirmed = run.results.search.confirmations if run.results.search else ()
     seeds = [each for each in confirmed if each.control and each.origin in origins]
     return min(seeds, key=lambda each: (cost(each, run.metric), each.index), default=None)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from qpruner.errors import UserError
 from qpruner.plan import PrecisionPlan
-from qpruner.records import GIVEN, Results, RunState, TrialRecord
+from qpruner.records import GIVEN, Results, RunState, SensitivityRecord, TrialRecord
 from qpruner.report.life import RUNNING, Life, read_life
 from qpruner.report.marginal_effects import MarginalEffects, marginal_effects
 from qpruner.report.recorded import KINDS, read_results
@@ -86,6 +86,12 @@ class Snapshot:
     def is_given(self) -> bool:
         """Whether the plan was given, not searched for."""
         return self.results.search is not None and self.results.search.best_origin == GIVEN
+
+    @property
+    def sensitivity(self) -> SensitivityRecord | None:
+        """The sensitivities; None where none was measured."""
+        record = self.results.sensitivity
+        return record if record and record.methods else None
 
     @property
     def stretches(self) -> list[Stretch]:

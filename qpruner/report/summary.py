@@ -52,7 +52,7 @@ class Summary(BaseModel):
 
 def summary_of(run: Snapshot) -> Summary:
     """Everything that the run's folder tells."""
-    methods = run.results.sensitivity.methods if run.results.sensitivity else {}
+    methods = run.sensitivity.methods if run.sensitivity else {}
     return Summary(
         standing=run.standing,
         claim=claim(run.results) if run.is_whole else None,

@@ -105,7 +105,8 @@ def title_of(name: str, search: SearchRecord | None) -> str:
     if name != SEARCHED or search is None:
         return name
     if search.best_origin == GIVEN:
-        return "given plan"
+        known = (each.origin for each in search.confirmations if each.index == search.best_index and each.control)
+        return "".join(["given plan", *(f" ({origin})" for origin in known)])
     return f"winner ({search.best_origin})" if search.control_won else name
 
 

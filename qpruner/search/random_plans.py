@@ -27,6 +27,8 @@ def random_plans(space: PlanSpace, plan: PrecisionPlan, count: int, seed: int) -
     Returns:
         `count` plans, or fewer where 131072 draws found no more.
     """
+    if len(space.levels) == 1:
+        return []
     generator = np.random.default_rng(seed)
     sizes = np.array(space.group_bytes, dtype=float)
     wanted, apart = space.plan_bytes(plan) - space.fixed_bytes, SAME_BYTES * space.plan_bytes(plan)

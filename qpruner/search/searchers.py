@@ -377,7 +377,7 @@ class Ledger:
 
     def _proposal(self, index: int) -> Suggestion | None:
         if not self.proposes:
-            self.end("a plan was given (`search.plan`)")
+            self.end("only one plan was to be tried (`search.plan`, or a single `quantize.bits`)")
             return None
         proposal = self.proposer.propose(index, self.history())
         plan = self.space.nearest_feasible(proposal.plan, avoid=self._known)

@@ -373,10 +373,45 @@ def test_other_token_ids_in_the_same_file_run_it_again(raw: Raw, tmp_path: Path)
 # ---- calibration samples
 
 
-def importance_rows(raw: Raw) -> list[list[int]]:
+def prepared_rows(raw: Raw, split: str) -> list[dict[str, list[int]]]:
     from qpruner.data import load_encoded
 
-    return [row["input_ids"] for row in load_encoded(Path(raw["output"]) / "prepare" / "data" / "importance")]
+    return load_encoded(Path(raw["output"]) / "prepare" / "data" / split)
+
+
+def importance_rows(raw: Raw) -> list[list[int]]:
+    return [row["input_ids"] for row in prepared_rows(raw, "importance")]
+
+
+@pytest.mark.parametrize("packing", [True, False])
+def test_importance_differentiates_the_loss_of_responses(raw: Raw, packing: bool) -> None:
+    """What the fine-tune does not predict must not decide which units stay."""
+    from qpruner.calibration import Samples
+
+    instructions = {"source": "package:qpruner/demo/data/instructions.jsonl", "split": "train[:48]"}
+    raw = with_key(with_key(raw, "data.train", [instructions]), "calibration.packing", packing)
+    raw = with_key(with_key(raw, "data.max_length", 256), "calibration.max_length", 200)
+    _, folder, _ = pruned(raw)
+    rows = prepared_rows(raw, "importance")
+    shares = [sum(label != -100 for label in row["labels"]) / len(row["labels"]) for row in rows]
+    assert 0 < max(shares) < 0.6, "the template and the instruction are the larger part"
+    config = validate_config(raw)
+    model = load_dense(str(raw["model"]["source"]), "bfloat16")
+    expected = score(model, (0, 1), config.prune, Samples(rows, 1, config.calibration.batch_size))
+    with np.load(folder / "importance.npz") as scores:
+        np.testing.assert_allclose(scores["0.mlp"], expected[0]["mlp"].numpy(), rtol=1e-6)
+
+
+def test_sensitivities_are_of_the_task_beside_calibration_text(raw: Raw) -> None:
+    """Importance on plain text, as LLM-Pruner measures it; bits by what the model is fine-tuned for."""
+    text = {"source": "package:qpruner/demo/data/instructions.jsonl", "format": "text", "columns": {"text": "output"}}
+    raw = with_key(with_key(raw, "calibration.data", [text]), "calibration.max_length", 50)
+    pruned(raw)
+    assert all(row["labels"] == row["input_ids"] for row in prepared_rows(raw, "importance"))
+    train = {tuple(row["input_ids"]): row["labels"] for row in prepared_rows(raw, "train")}
+    rows = prepared_rows(raw, "sensitivity")
+    assert len(rows) == 32
+    assert all(train[tuple(row["input_ids"])] == row["labels"] for row in rows), "prompts without a label"
 
 
 def test_packed_samples_are_all_of_the_asked_length(raw: Raw, tiny_model: Path) -> None:

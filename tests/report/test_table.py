@@ -449,7 +449,7 @@ def test_sensitivities_of_one_pass_are_told_to_share_its_seconds() -> None:
 def test_a_plan_that_was_given_is_told_whole_to_repeat_it() -> None:
     """Its file may be gone, and the configuration only names it."""
     text = report(results_of(searched_row([1.0]), best_origin=GIVEN))
-    assert "names:\n\n```yaml\nlayers.0: 8\nlayers.1: 4\n```" in text[text.index("## To repeat it") :]
+    assert "search:\n\n```yaml\nlayers.0: 8\nlayers.1: 4\n```" in text[text.index("## To repeat it") :]
     assert "`search.plan`" not in report(results_of(searched_row([1.0])))
 
 

@@ -10,13 +10,17 @@ from typing import Any
 
 import pytest
 import yaml
+from click.testing import CliRunner
 from conftest import raw_config, with_key
 
+from qpruner.cli import main
 from qpruner.plan import PlanSpace, PrecisionPlan
+from qpruner.search.random_plans import random_plans
 from qpruner.search.searchers import Ledger, RandomProposer, Suggestion
 
 SPACE = PlanSpace(("a", "b", "c"), (4, 8), ((4, 8),) * 3, fixed_bytes=0, budget_bytes=24)
 PLAN = PrecisionPlan(("a", "b", "c"), (4, 8, 4))
+ENDED = "only one plan was to be tried (`search.plan`, or a single `quantize.bits`)"
 SEED, UNIFORM = 0, 1
 """The search's trials, in their order."""
 
@@ -30,7 +34,7 @@ def test_beside_a_given_plan_nothing_is_proposed() -> None:
     first = ledger.next()
     assert first is not None and (first.origin, first.plan) == ("given", PLAN)
     assert ledger.next() is None
-    assert ledger.ended == "a plan was given (`search.plan`)"
+    assert ledger.ended == ENDED
 
 
 def test_a_given_plan_that_another_search_tried_is_not_handed_out() -> None:
@@ -75,7 +79,7 @@ def test_a_plan_changed_by_hand_is_one_more_trial_and_what_is_fine_tuned(searche
     assert (record["num_trials"], record["best_origin"], record["ended"]) == (
         1,
         "given",
-        "a plan was given (`search.plan`)",
+        ENDED,
     )
     [tuned] = json.loads((run / "records" / "finetune.json").read_text())["candidates"]
     assert tuned["plan"] == changed
@@ -194,3 +198,77 @@ def test_where_no_control_was_tried_a_given_plan_stands_alone(searched: Path) ->
     assert [each["index"] for each in search_of(run)["confirmations"]] == [0]
     stage = json.loads((run / "run.json").read_text())["stages"]["search"]
     assert (stage["done"], stage["total"]) == (1, 1), "its bar counts the one plan"
+
+
+# ---- a plan that the configuration gives without a file
+
+
+@pytest.fixture(scope="module")
+def uniform(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A configuration with one bit-width."""
+    folder = tmp_path_factory.mktemp("uniform")
+    raw = with_key(raw_config(tiny_model, folder / "run"), "quantize", {"group": "block", "bits": [4]})
+    for key, value in {"finetune.seeds": 1, "finetune.random_plans": 1}.items():
+        raw = with_key(raw, key, value)
+    config = folder / "config.yaml"
+    config.write_text(yaml.safe_dump(raw))
+    return config
+
+
+METHODS = ("--set", "sensitivity.methods=[mutual_information]")
+BY_INFORMATION = ("--set", "quantize.bits=[4, 8]", *METHODS, "--plan", "mutual_information")
+
+
+def checked(*arguments: object) -> tuple[str, dict[str, Any]]:
+    done = CliRunner().invoke(main, ["check", *map(str, arguments), "--json", "--gpu", "A100"])
+    assert done.exit_code == 0, done.output
+    return done.stdout, json.loads(done.stdout.splitlines()[-1])
+
+
+def test_check_tells_of_one_bit_width(uniform: Path) -> None:
+    said, facts = checked(uniform)
+    assert "your plan:   every group at 4 bits, the only one of `quantize.bits`\n" in said
+    assert "trials:      1, 1 at once" in said and "none for the sensitivities" in said
+    assert facts["bytes_budget"] == facts["bytes_all_4"] and "sensitivity" not in facts["memory"]
+    assert facts["hours"]["stages"]["sensitivity"] == 0
+    assert not [warning for warning in facts["warnings"] if "`search.max_trials`" in warning]
+    _, facts = checked(uniform, *METHODS)
+    assert facts["warnings"][-1].startswith("`sensitivity.methods` measures nothing where `quantize.bits` has one")
+
+
+def test_check_tells_of_a_sensitivity_s_plan(uniform: Path) -> None:
+    said, facts = checked(uniform, *BY_INFORMATION)
+    assert "your plan:   the seed plan of mutual_information, inside the budget" in said
+    assert "trials:      1, 1 at once" in said and facts["bytes_plan"] is None
+    assert facts["hours"]["stages"]["sensitivity"] > 0
+
+
+def test_random_plans_of_one_bit_width_are_none() -> None:
+    space = PlanSpace(("a", "b"), (4,), ((4,), (4,)), fixed_bytes=0, budget_bytes=8)
+    assert random_plans(space, space.uniform(4), 3, seed=0) == []
+
+
+@pytest.mark.slow
+def test_one_bit_width_runs_whole_without_a_search(uniform: Path) -> None:
+    """The paper's first variant, with the comparisons that are left: the report has no sensitivities to show."""
+    done, run = qpruner("run", uniform), uniform.parent / "run"
+    assert done.returncode == 0, done.stderr[-3000:]
+    record = search_of(run)
+    assert record["best_plan"] == {"layers.0": 4, "layers.1": 4}
+    assert (record["num_trials"], record["best_origin"], record["ended"]) == (1, "given", ENDED)
+    assert json.loads((run / "records" / "sensitivity.json").read_text())["methods"] == {}
+    rows = [row["name"] for row in json.loads((run / "records" / "finetune.json").read_text())["candidates"]]
+    assert rows == ["base", "pruned", "uniform 4-bit", "searched"], "there is no other plan to draw or to seed"
+    assert "given plan (uniform-4)" in (run / "report.md").read_text()
+
+
+@pytest.mark.slow
+def test_the_seed_plan_of_a_sensitivity_is_taken(uniform: Path, tmp_path: Path) -> None:
+    """The paper's second variant: bits by mutual information, and no search."""
+    run = tmp_path / "run"
+    done = qpruner("search", uniform, "--set", f"output={run}", *BY_INFORMATION)
+    assert done.returncode == 0, done.stderr[-3000:]
+    record = search_of(run)
+    assert (record["num_trials"], record["best_origin"], record["ended"]) == (1, "given", ENDED)
+    assert [each["origin"] for each in record["confirmations"]] == ["seed-mutual-information"]
+    assert sorted(record["best_plan"].values()) == [4, 8], "half the bytes between all at 4 and all at 8"

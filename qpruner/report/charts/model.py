@@ -87,7 +87,7 @@ def tasks(run: Snapshot) -> Iterator[Chart]:
 
 def winner(run: Snapshot) -> Iterator[Chart]:
     """The best plan's bits over the model's layers and, beside them, how much each group suffers."""
-    plan, measured = run.best_plan, run.results.sensitivity
+    plan, measured = run.best_plan, run.sensitivity
     if plan is None:
         return
     cells: Values = [{**_place(group), "group": group, "bits": bits} for group, bits in plan.items()]

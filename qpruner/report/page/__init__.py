@@ -131,10 +131,10 @@ def _tables(run: Snapshot) -> dict[str, Any]:
         tables["steps"] = sections.steps(results)
         tables["legend"] = legend.terms(results)
         tables["claim"] = [line.removeprefix("- ") for line in claim(results).splitlines()]
-    if results.sensitivity:
-        tables["methods_caption"] = sections.methods_caption(results.sensitivity)
-        tables["methods"] = sections.methods(results.sensitivity, run.effects)
-        tables["groups"] = sections.groups(results.sensitivity, run.effects, run.best_plan)
+    if measured := run.sensitivity:
+        tables["methods_caption"] = sections.methods_caption(measured)
+        tables["methods"] = sections.methods(measured, run.effects)
+        tables["groups"] = sections.groups(measured, run.effects, run.best_plan)
         tables["numbering"] = sections.group_numbering(results.prune)
     if results.search:
         tables["finalists"] = sections.finalists(results.search)

@@ -108,7 +108,8 @@ def search(job: SearchJob, room: Callable[[], int], emit: Emit, trackers: Tracke
 def _fit(job: SearchJob, room: Callable[[], int], emit: Emit, halt: Halt, trackers: Trackers | None) -> str | None:
     """One session of Ray Tune, from the records to the last trial; returns why there are no more."""
     settings = job.config.search
-    proposer = make_proposer(settings.searcher, job.space, job.config.seed, job.priors, settings.pareto)
+    name = settings.searcher if job.config.is_searched else "random"
+    proposer = make_proposer(name, job.space, job.config.seed, job.priors, settings.pareto)
     wait_for_storage(job.trials, job.search)
     ledger, recorded = take_up(job, proposer)
     searcher = PlanSearcher(job, ledger, room, emit, halt)

@@ -174,7 +174,7 @@ class PlanSearcher(LivesInDriver, Searcher):  # type: ignore[misc]
         self._ledger.close(suggestion, ending_of(record))
         self._done += 1
         self._emit(TrialChanged(record))
-        self._emit(Progress("search", self._done, self._job.config.search.num_trials))
+        self._emit(Progress("search", self._done, self._job.config.num_trials))
         if record.failure in ("storage", "damaged"):
             self._halt.requested = True
         elif record.failure == "error":

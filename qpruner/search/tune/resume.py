@@ -24,7 +24,7 @@ def take_up(job: SearchJob, proposer: Proposer) -> tuple[Ledger, list[TrialRecor
         job.controls,
         settings.max_trials,
         settings.patience,
-        proposes=settings.plan is None,
+        proposes=job.config.is_searched,
         timetable=Timetable(slots, settings.rungs) if slots else None,
     )
     recorded = [_revived(record, job) for record in read_trials(job.trials)]
