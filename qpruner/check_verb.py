@@ -72,6 +72,7 @@ def check(
         "memory_free": free,
         "warnings": [
             *_driver_warnings(config),
+            *config.warnings,
             *inspection.warnings,
             *_memory_warnings(taken["memory_at_once"], free),
             *_card_warnings(config),
@@ -238,6 +239,9 @@ def _lines(config: RunConfig, facts: dict[str, Any], has_gpu: bool) -> list[str]
     if min(blocks) < facts["blocks_base"]:
         cut = f", {facts['blocks_base']} -> {' or '.join(map(str, blocks))} blocks"
     trials = f"{config.search.num_trials}, {facts['concurrent_trials']} at once, scored at steps {facts['rungs']}"
+    unknowns = facts["num_groups"] * (len(config.quantize.bits) - 1)
+    if config.search.plan is None and unknowns > config.search.max_trials:
+        trials += f"; fewer than what is to be found ({unknowns} unknowns), so sensitivities guide the search"
     return [
         f"groups:      {facts['num_groups']} ({config.quantize.group})",
         f"parameters:  {facts['parameters_base'] / 1e6:.1f} M -> {facts['parameters_pruned'] / 1e6:.1f} M{cut}",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from qpruner.records import EvalRecord, Results
+from qpruner.records import EvalRecord, InferenceSetting, Results
 from qpruner.report.table import BASE, BEST_SEED, PRUNED, RANDOM, SEARCHED, rows
 from qpruner.search.random_plans import SAME_BYTES
 
@@ -50,7 +50,7 @@ def terms(results: Results) -> list[tuple[str, str]]:
         *BEFORE_PERPLEXITY.items(),
         ("perplexity", _perplexity(results.evaluate)),
         *AFTER_PERPLEXITY.items(),
-        *_in_use(results.evaluate),
+        *_in_use(results.inference),
     ]
 
 
@@ -63,8 +63,7 @@ def _perplexity(record: EvalRecord) -> str:
     )
 
 
-def _in_use(record: EvalRecord) -> list[tuple[str, str]]:
-    setting = record.inference
+def _in_use(setting: InferenceSetting | None) -> list[tuple[str, str]]:
     if setting is None:
         return []
     told = (

@@ -27,7 +27,7 @@ def render(run: Snapshot, charts: Sequence[Chart], pictures: str, config: str, h
     # Longer than any run of backticks in the configuration.
     fence = "`" * max([3, *(len(ticks) + 1 for ticks in re.findall("`+", config))])
     lines = [f"# qpruner: {prose(run.name)}", ""]
-    if run.state.resumed or not run.is_whole:
+    if run.state.resumed or run.missing:
         lines += [prose(run.standing), ""]
     lines += [run.missing, ""] if run.missing else []
     if run.is_whole:

@@ -141,7 +141,10 @@ def status(run: RunView, now: float) -> dict[str, Any]:
         now: Unix seconds.
     """
     stages: list[dict[str, Any]] = []
+    compares = run.state.config["finetune"]["compare"]
     for name in STAGES[: STAGES.index(run.state.until) + 1]:
+        if name == "comparison" and not compares:
+            continue
         state = run.state.stages.get(name)
         if state is None:
             stages.append({"stage": name, "state": "waiting", "seconds": None, "steps": None, "text": ""})
@@ -337,9 +340,9 @@ def _whole_run(results: Results) -> dict[str, float]:
 
 def _final(results: Results) -> dict[str, float | None]:
     """The searched row after its fine-tune, where the latest command came that far."""
-    if results.finetune is None:
+    tuned = [each for each in results.candidates if each.name == SEARCHED]
+    if not tuned:
         return {}
-    tuned = [each for each in results.finetune.candidates if each.name == SEARCHED]
     facts: dict[str, float | None] = {
         "final_validation_loss": statistics.fmean(each.validation_loss for each in tuned),
         "final_confirmation_loss": statistics.fmean(each.confirmation_loss for each in tuned),

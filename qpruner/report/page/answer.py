@@ -111,8 +111,7 @@ def _interval(winner: Row) -> str:
 
 def _in_use(run: Snapshot, winner: Row, base: Row | None) -> Iterator[Tile]:
     """Speed and memory of a generation, beside the base's: of few bytes does not mean fast."""
-    assert run.results.evaluate
-    setting = run.results.evaluate.inference
+    setting = run.results.inference
     figures, others = _generation(winner), base and _generation(base)
     if setting is None or figures is None:
         return
