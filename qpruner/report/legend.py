@@ -49,7 +49,7 @@ def terms(results: Results) -> list[tuple[str, str]]:
         *of_rows.items(),
         *BEFORE_PERPLEXITY.items(),
         ("perplexity", _perplexity(results.evaluate)),
-        *AFTER_PERPLEXITY.items(),
+        *(term for term in AFTER_PERPLEXITY.items() if len(names) > 1 or term[0] != "interval"),
         *_in_use(results.inference),
     ]
 

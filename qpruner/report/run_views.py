@@ -26,6 +26,7 @@ from qpruner.records import (
     flat,
 )
 from qpruner.report import table
+from qpruner.report.alone import to_compare
 from qpruner.report.life import RUNNING, Life, read_life
 from qpruner.report.recorded import read_results
 from qpruner.report.standing import Standing, bar, best_of, best_so_far, control_name, in_order_of_end, score, standing
@@ -78,6 +79,12 @@ class RunView:
         record = self.run_dir.read_record("search", SearchRecord)
         state = self.state.stages.get("search")
         return record if state and state.state != "running" else None
+
+    @property
+    def could_compare(self) -> bool:
+        """Whether the run is finished and was asked for no comparison."""
+        stage = self.state.stages.get("report")
+        return bool(stage and stage.state == "done") and not self.state.config["finetune"]["compare"]
 
     @property
     def outcome(self) -> str:
@@ -170,6 +177,7 @@ def status(run: RunView, now: float) -> dict[str, Any]:
         "seconds_since_sign_of_life": max(0.0, now - run.life.last_sign),
         "stages": stages,
         "search": _search_status(run),
+        "to_compare": to_compare(run.state.command) if run.could_compare else None,
     }
 
 

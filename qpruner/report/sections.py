@@ -42,7 +42,7 @@ IMPORTANCE = (
 LAYER_HEADINGS = ("block", "query heads", "key/value heads", "MLP channels", "kept parameters")
 TABLES = (
     (
-        "Test results of each row, all after the same fine-tune; no plan was chosen by them",
+        "Test results after the fine-tune, the same for every row; no plan was chosen by them",
         ("seeds", "bytes", "mean bits", "test accuracy", "test answer loss", "perplexity"),
     ),
     ("The fine-tune of each row", ("from", "seeds", "validation loss", "confirmation loss")),

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from qpruner.errors import UserError
 from qpruner.plan import PrecisionPlan
 from qpruner.records import GIVEN, Results, RunState, TrialRecord
+from qpruner.report.alone import to_compare
 from qpruner.report.life import RUNNING, Life, read_life
 from qpruner.report.marginal_effects import MarginalEffects, marginal_effects
 from qpruner.report.recorded import KINDS, read_results
@@ -56,6 +57,12 @@ class Snapshot:
     def lacks_comparison(self) -> bool:
         """Whether the comparison that `finetune.compare` asks for is not there."""
         return bool(self.state.config["finetune"]["compare"]) and self.results.comparison is None
+
+    @property
+    def to_compare(self) -> str | None:
+        """How the comparison is added to a finished run that was asked for none; None for another run."""
+        is_finished = self.is_whole and self.state.until == "report" and not self.state.config["finetune"]["compare"]
+        return to_compare(self.state.command) if is_finished else None
 
     @property
     def best_plan(self) -> dict[str, int] | None:

@@ -123,6 +123,12 @@ def fine_tunes(results: Results) -> dict[str, list[FineTune]]:
     return found
 
 
+def untuned_accuracies(results: Results) -> dict[str, float]:
+    """Base and pruned model as they are before any fine-tune -> their accuracies."""
+    rows = [row for row in results.scores if row.seed is None and row.name in (BASE, PRUNED)]
+    return {row.name: statistics.fmean(score.value for score in row.scores) for row in rows}
+
+
 def _spread(values: Sequence[float]) -> float | None:
     return statistics.stdev(values) if len(values) > 1 else None
 
