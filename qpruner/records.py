@@ -605,7 +605,7 @@ class ComparisonRecord(Record):
     def table_rows(self) -> list[dict[str, Any]]:
         """A row a fine-tune, with its scores."""
         pairs = zip(self.candidates, self.rows, strict=True)
-        return [row | score for tuned, scores in pairs for row in tuned.table_rows() for score in scores.table_rows()]
+        return [scores.table_rows()[0] | tuned.table_rows()[0] for tuned, scores in pairs]
 
 
 class StageState(Recorded):
@@ -667,6 +667,11 @@ class RunState(Recorded):
     """Earlier commands on the folder that did not come to their end."""
     stages: dict[str, StageState] = {}
     search: SearchState | None = None
+
+    @property
+    def compares(self) -> bool:
+        """Whether a comparison is asked for (`finetune.compare`)."""
+        return bool(self.config.get("finetune", {}).get("compare"))
 
 
 MARK = "qpruner_export.json"

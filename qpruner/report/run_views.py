@@ -84,7 +84,7 @@ class RunView:
     def could_compare(self) -> bool:
         """Whether the run is finished and was asked for no comparison."""
         stage = self.state.stages.get("report")
-        return bool(stage and stage.state == "done") and not self.state.config["finetune"]["compare"]
+        return bool(stage and stage.state == "done") and not self.state.compares
 
     @property
     def outcome(self) -> str:
@@ -148,9 +148,8 @@ def status(run: RunView, now: float) -> dict[str, Any]:
         now: Unix seconds.
     """
     stages: list[dict[str, Any]] = []
-    compares = run.state.config["finetune"]["compare"]
     for name in STAGES[: STAGES.index(run.state.until) + 1]:
-        if name == "comparison" and not compares:
+        if name == "comparison" and not run.state.compares:
             continue
         state = run.state.stages.get(name)
         if state is None:

@@ -56,12 +56,12 @@ class Snapshot:
     @property
     def lacks_comparison(self) -> bool:
         """Whether the comparison that `finetune.compare` asks for is not there."""
-        return bool(self.state.config["finetune"]["compare"]) and self.results.comparison is None
+        return self.state.compares and self.results.comparison is None
 
     @property
     def to_compare(self) -> str | None:
         """How the comparison is added to a finished run that was asked for none; None for another run."""
-        is_finished = self.is_whole and self.state.until == "report" and not self.state.config["finetune"]["compare"]
+        is_finished = self.is_whole and self.state.until == "report" and not self.state.compares
         return to_compare(self.state.command) if is_finished else None
 
     @property
