@@ -18,6 +18,7 @@ from qpruner.memory import free_bytes
 from qpruner.models.layout import num_layers
 from qpruner.plan import FULL_BITS, LinearShape, told_of_budget
 from qpruner.preflight import PRUNED_EARLIER, Inspection, is_pruned
+from qpruner.preflight_rows import SPLITS, num_cut
 from qpruner.report.life import told_driver
 from qpruner.report.model_card import told_other_base
 from qpruner.rundir import RunDir
@@ -68,6 +69,7 @@ def check(
         "concurrent_trials": min(found.slots, config.search.num_trials),
         "rungs": list(config.search.rungs),
         "rows": {name: len(rows) for name, rows in inspection.examples.items()},
+        "rows_cut": {name: num_cut(inspection.examples[name], config.data.max_length) for name in SPLITS},
         **asdict(inspection.counts),
         "memory_free": free,
         "warnings": [
@@ -214,9 +216,11 @@ def _row_lines(config: RunConfig, facts: dict[str, Any]) -> list[str]:
     asked = [f"{_questions(questions['search'])} score the trials"] if questions["search"] else []
     asked += [f"{_questions(questions['fresh'])}, fresh, choose the winner"] if questions["fresh"] else []
     text = [f"{counted(rows['text'], 'row')} of text (`evaluate.text`)"] if "text" in rows else []
+    cut = [f"{number} {name}" for name, number in facts["rows_cut"].items() if number]
+    ends = f"; about {', '.join(cut)} lose their ends (`data.max_length` {config.data.max_length})" if cut else ""
     return [
         f"rows:        {rows['train']} train, {rows['validation']} validation, {rows['confirmation']} confirmation "
-        f"({chosen} fresh ones choose the winner, {rows['confirmation'] - chosen} judge it)",
+        f"({chosen} fresh ones choose the winner, {rows['confirmation'] - chosen} judge it){ends}",
         f"calibration: {counted(samples['importance'], 'sample')} {origin} for importance; "
         f"{counted(samples['sensitivity'], 'row')} for the sensitivities",
         *([f"search:      {'; '.join(asked)}"] if asked else []),
