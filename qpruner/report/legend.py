@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from qpruner.measures import accuracy_in_full
-from qpruner.records import EvalRecord, Results
+from qpruner.records import EvalRecord, InferenceSetting, Results
 from qpruner.report.table import BASE, BEST_SEED, PRUNED, RANDOM, SEARCHED, rows
 from qpruner.search.random_plans import SAME_BYTES
 
@@ -58,8 +58,8 @@ def terms(results: Results) -> list[tuple[str, str]]:
         *BEFORE_ACCURACY.items(),
         (f"test {accuracy_in_full(metrics)}", _accuracy(metrics)),
         ("perplexity", _perplexity(results.evaluate)),
-        *AFTER_ACCURACY.items(),
-        *_in_use(results.evaluate),
+        *(term for term in AFTER_ACCURACY.items() if len(names) > 1 or term[0] != "interval"),
+        *_in_use(results.inference),
     ]
 
 
@@ -82,8 +82,7 @@ def _perplexity(record: EvalRecord) -> str:
     )
 
 
-def _in_use(record: EvalRecord) -> list[tuple[str, str]]:
-    setting = record.inference
+def _in_use(setting: InferenceSetting | None) -> list[tuple[str, str]]:
     if setting is None:
         return []
     told = (

@@ -27,6 +27,7 @@ from qpruner.records import (
     flat,
 )
 from qpruner.report import table
+from qpruner.report.alone import to_compare
 from qpruner.report.life import RUNNING, Life, read_life
 from qpruner.report.recorded import read_results
 from qpruner.report.standing import (
@@ -91,6 +92,12 @@ class RunView:
         return record if state and state.state != "running" else None
 
     @property
+    def could_compare(self) -> bool:
+        """Whether the run is finished and was asked for no comparison."""
+        stage = self.state.stages.get("report")
+        return bool(stage and stage.state == "done") and not self.state.compares
+
+    @property
     def outcome(self) -> str:
         """How the latest command ended, or `running`, also where another one has taken the run up since."""
         return RUNNING if self.life.successor else self.life.outcome
@@ -153,6 +160,8 @@ def status(run: RunView, now: float) -> dict[str, Any]:
     """
     stages: list[dict[str, Any]] = []
     for name in STAGES[: STAGES.index(run.state.until) + 1]:
+        if name == "comparison" and not run.state.compares:
+            continue
         state = run.state.stages.get(name)
         if state is None:
             stages.append({"stage": name, "state": "waiting", "seconds": None, "steps": None, "text": ""})
@@ -178,6 +187,7 @@ def status(run: RunView, now: float) -> dict[str, Any]:
         "seconds_since_sign_of_life": max(0.0, now - run.life.last_sign),
         "stages": stages,
         "search": _search_status(run),
+        "to_compare": to_compare(run.state.command) if run.could_compare else None,
     }
 
 
@@ -349,9 +359,9 @@ def _whole_run(results: Results) -> dict[str, float]:
 
 def _final(results: Results) -> dict[str, float | str | None]:
     """The searched row after its fine-tune, where the latest command came that far."""
-    if results.finetune is None:
+    tuned = [each for each in results.candidates if each.name == SEARCHED]
+    if not tuned:
         return {}
-    tuned = [each for each in results.finetune.candidates if each.name == SEARCHED]
     facts: dict[str, float | str | None] = {
         "final_validation_loss": statistics.fmean(each.validation_loss for each in tuned),
         "final_confirmation_loss": statistics.fmean(each.confirmation_loss for each in tuned),
