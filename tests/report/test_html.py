@@ -277,6 +277,19 @@ def test_the_map_s_shades_begin_at_the_least_prediction_where_none_is_below_zero
     assert chart.png().startswith(b"\x89PNG")
 
 
+def test_a_run_without_sensitivities_has_a_report(tmp_path: Path) -> None:
+    """As one with a single bit-width, or with `sensitivity.methods: []`."""
+    made = MadeRun(tmp_path / "run", num_trials=6, num_blocks=2)
+    record = made.run.read_record("sensitivity", SensitivityRecord)
+    assert record
+    made.run.write_record("sensitivity", record.model_copy(update={"methods": {}}))
+    write_report(made.run)
+    assert "Sensitivities" not in (tmp_path / "run" / "report.md").read_text()
+    run = read_snapshot(made.run)
+    [chart] = [chart for chart in charts(run) if chart.name == "winner"]
+    assert chart.title == "Bits by layer"
+
+
 def chart_of(made: MadeRun, name: str) -> Any:
     [chart] = [chart for chart in charts(read_snapshot(made.run)) if chart.name == name]
     return chart
