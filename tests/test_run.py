@@ -178,6 +178,9 @@ def test_no_trial_is_over_budget_or_twice(undisturbed: tuple[Path, dict[str, Any
     controls = [trial for trial in trials if trial["origin"].startswith(("uniform-", "seed-"))]
     assert controls
     assert all(trial["status"] == "finished" for trial in controls), "controls are exempt from ASHA"
+    assert {trial["index"] for trial in controls} <= {each["index"] for each in search["confirmations"]}, (
+        "and are scored again on fresh rows with the finalists"
+    )
 
 
 def test_final_folder_loads_in_plain_transformers(undisturbed: tuple[Path, dict[str, Any]]) -> None:
@@ -394,6 +397,10 @@ def test_a_comparison_is_added_to_a_finished_run_and_may_be_killed(
 
     assert "--set finetune.compare=true" in done("--set", "finetune.compare=false")
     before = written()
+    search, trials = search_of(run)
+    assert {each["index"] for each in search["confirmations"] if each["control"]} == {
+        index for index, trial in trials.items() if trial["origin"].startswith(("uniform-", "seed-"))
+    }, "controls are trials, and scored on fresh rows, also where nothing is compared after a fine-tune"
     assert table() == ["searched"] and len(list(run.glob("candidates/*/record.json"))) == 1
     kill_when(config, lambda: len(list(run.glob("candidates/*/record.json"))) >= 3, options=compared)
     assert table() == ["searched"] and written() == before

@@ -291,6 +291,14 @@ def test_the_error_over_questions_does_not_steer_the_search(tmp_path: Path) -> N
     assert {each.rungs[-1].accuracy_stderr for each in found} == {0.05}
 
 
+def test_patience_ends_no_search_for_a_front(tmp_path: Path) -> None:
+    """As its warning says: what is expected there is in another unit than a score's noise."""
+    ledger, _ = take_up(
+        job := job_of(tmp_path, patience=1, pareto=True, max_trials=5), Hopeless(job_of(tmp_path).space)
+    )
+    assert len(suggested(ledger)) == 5 and job.config.warnings
+
+
 # ---- what another budget takes over
 
 
