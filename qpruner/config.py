@@ -12,7 +12,7 @@ import math
 import re
 from collections.abc import Hashable
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal, Self, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -36,10 +36,31 @@ def take_out(*keys: str) -> str:
     return f"take {'it' if len(keys) == 1 else 'one'} out (on the command line {options})"
 
 
+Idle = tuple[bool, str, tuple[str, ...]]
+"""Whether some keys have no effect, why, and which keys."""
+
+
 class Section(BaseModel):
     """Base of every section: frozen, no unknown keys, no infinities, no `yes` for a 1."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
+
+    def idle(self) -> tuple[Idle, ...]:
+        """Keys that have no effect beside others; of several reasons for a key the first is told."""
+        return ()
+
+    def ignored(self) -> dict[str, str]:
+        """Keys that are set, not to their defaults, and have no effect; each with the reason."""
+        found: dict[str, str] = {}
+        for is_idle, reason, keys in self.idle():
+            for key in keys if is_idle else ():
+                if getattr(self, key) != type(self).model_fields[key].default:
+                    found.setdefault(key, reason)
+        return found
+
+    def in_effect(self) -> Self:
+        """The same with defaults in place of keys that have no effect."""
+        return self.model_copy(update={key: type(self).model_fields[key].default for key in self.ignored()})
 
     @field_validator("*", mode="before")
     @classmethod
@@ -110,7 +131,7 @@ class CalibrationConfig(Section):
     """Calibrate on these rows; null takes the training rows (importance to the target task)."""
     token_ids: str | None = None
     """Importance is measured on these instead: a JSON file with a list of lists of token ids, each a sample as it is;
-    `packing`, `num_samples` and `max_length` do not apply."""
+    `packing`, `num_samples` and `max_length` then have no effect."""
     packing: bool = True
     """Concatenate the rows and cut them into samples of exactly `max_length` tokens; off, a row is a sample."""
     num_samples: Positive = 64
@@ -122,6 +143,10 @@ class CalibrationConfig(Section):
     """Rows used for sensitivity."""
     max_length: Annotated[int, Field(ge=4)] = 128
     """Tokens an importance sample has, or may have without packing; sensitivity samples have `data.max_length`."""
+
+    def idle(self) -> tuple[Idle, ...]:
+        is_given = self.token_ids is not None
+        return ((is_given, "`calibration.token_ids` is given", ("packing", "num_samples", "max_length")),)
 
 
 OF_UNITS = ("importance", "order", "aggregation", "norm", "reduction", "query_heads", "round_to")
@@ -153,8 +178,8 @@ class PruneConfig(Section):
     are experts), whole experts. Null: `attention` and `mlp`; where least squares can make up for whole blocks, the
     same with `block` beside them is cut too, and what loses less on the rows of `data.validation` stays."""
     depth_share: Annotated[float, Field(gt=0.0, lt=1.0)] | None = None
-    """Share of `rate` that whole blocks take where `units` names `block` beside others; null, or no `units`, takes
-    half, but about a tenth of all parameters at most."""
+    """Share of `rate` that whole blocks take where other units go beside them; null takes half, but about a tenth of
+    all parameters at most."""
     depth_importance: Literal["block_influence", "taylor"] = "block_influence"
     """How blocks are ranked: by how little they turn their hidden states (ShortGPT), or by first-order Taylor."""
     importance: Literal["fisher", "taylor", "magnitude", "fluctuation", "activation_norm", "random"] = "fisher"
@@ -225,6 +250,12 @@ class PruneConfig(Section):
         return self.compensation or "least_squares"
 
     @property
+    def may_add_blocks(self) -> bool:
+        """Whether a second cut with whole blocks is tried beside that of units, where the model allows it."""
+        is_open = self.units is None and bool(self.rate)
+        return is_open and self.compensates_by == "least_squares" and self.importance != "random"
+
+    @property
     def num_steps(self) -> int:
         """In how many steps units are cut; whole blocks go before the first."""
         rate = round((self.rate if self.width_units else None) or 0.0, 9)
@@ -268,9 +299,8 @@ class PruneConfig(Section):
         return self
 
     def _rules(self) -> tuple[tuple[bool, str], ...]:
-        """What keys ask of one another; a key that would be ignored is a mistake."""
-        by_rate, width = self.layer_rate is not None, bool(self.width_units)
-        is_taylor, reduces, units = self.importance == "taylor", self.importance in REDUCING, self.units or ()
+        """What cannot work together."""
+        by_rate, units = self.layer_rate is not None, self.units or ()
         return (
             (not by_rate and self.rate is None, "give `rate` or `layer_rate`, got neither"),
             (
@@ -294,60 +324,27 @@ class PruneConfig(Section):
                 for key, needs in (("layer_rate", by_rate), ("uniform", self.uniform))
             ),
             (
-                self.reduction == "product" and self.selection == "global",
+                self.reduction == "product" and self.selection == "global" and bool(self.width_units),
                 "`reduction: product` needs `selection: per_layer`: heads and channels have different numbers of "
                 "matrices, so their products cannot be compared; or take another reduction, such as sum",
             ),
-            (
-                self.depth_share is not None and not (self.drops_blocks and width),
-                "`depth_share` needs `units` with `block` and another kind: name both, or "
-                f"{take_out('prune.depth_share')}",
-            ),
-            (
-                self.depth_importance != "block_influence" and not self.drops_blocks,
-                "`depth_importance` ranks whole blocks, which `units` does not name: "
-                f"{take_out('prune.depth_importance')}",
-            ),
-            (
-                self.ridge != RIDGE and self.compensates_by != "least_squares",
-                f"`ridge` is that of least squares; `compensation` is {self.compensation}: {take_out('prune.ridge')}",
-            ),
-            (
-                not is_taylor and self.order != "first",
-                f"`order` is Taylor's; `importance` is {self.importance}: {take_out('prune.order')}",
-            ),
-            (
-                not (is_taylor or self.importance == "fisher") and self.aggregation != "element",
-                f"`aggregation` is Fisher's and Taylor's; `importance` is {self.importance}: "
-                f"{take_out('prune.aggregation')}",
-            ),
-            (
-                self.importance != "magnitude" and self.norm != "l2",
-                f"`norm` is magnitude's; `importance` is {self.importance}: {take_out('prune.norm')}",
-            ),
-            (
-                not reduces and self.reduction != "sum",
-                f"`reduction` is Fisher's, Taylor's and magnitude's; `importance` is {self.importance}: "
-                f"{take_out('prune.reduction')}",
-            ),
-            (
-                not reduces and self.query_heads != "served",
-                f"`query_heads` is Fisher's, Taylor's and magnitude's; `importance` is {self.importance}: "
-                f"{take_out('prune.query_heads')}",
-            ),
-            *(
-                (
-                    not width and not by_rate and is_given,
-                    f"`{key}` is about units inside blocks, but `units` names whole blocks only: "
-                    f"{take_out(f'prune.{key}')}, or name another kind",
-                )
-                for key, is_given in (
-                    ("compensation", self.compensation == "bias"),
-                    ("steps", (self.steps or 1) > 1),
-                    ("selection", self.selection != "global" and not self.uniform),
-                    *((key, getattr(self, key) != type(self).model_fields[key].default) for key in OF_UNITS),
-                )
-            ),
+        )
+
+    def idle(self) -> tuple[Idle, ...]:
+        blocks_only, importance = not self.width_units, f"`prune.importance` is {self.importance}"
+        may_drop, only = self.drops_blocks or self.may_add_blocks, "`prune.units` names whole blocks only"
+        return (
+            (blocks_only, only, OF_UNITS),
+            (blocks_only and self.compensation == "bias", only, ("compensation",)),
+            (blocks_only and self.steps != 1, only, ("steps",)),
+            (blocks_only and not self.uniform, only, ("selection",)),
+            (blocks_only, only, ("depth_share",)),
+            (not may_drop, "no whole blocks go (`prune.units`)", ("depth_share", "depth_importance")),
+            (self.compensates_by != "least_squares", f"`prune.compensation` is {self.compensation}", ("ridge",)),
+            (self.importance != "taylor", importance, ("order",)),
+            (self.importance not in ("fisher", "taylor"), importance, ("aggregation",)),
+            (self.importance != "magnitude", importance, ("norm",)),
+            (self.importance not in REDUCING, importance, ("reduction", "query_heads")),
         )
 
 
@@ -391,6 +388,9 @@ class QuantizeConfig(Section):
             raise ValueError(f"`bits` must be at least two different bit-widths in ascending order, got {self.bits}")
         return self
 
+    def idle(self) -> tuple[Idle, ...]:
+        return ((4 not in self.bits, "`quantize.bits` has no 4", ("double_quant",)),)
+
 
 class LoraConfig(Section):
     """The adapters."""
@@ -407,6 +407,9 @@ class LoraConfig(Section):
     """Alternations of quantization and SVD."""
     svd: Literal["exact", "randomized"] = "randomized"
     """Randomized SVD is many times faster and loses little at these ranks."""
+
+    def idle(self) -> tuple[Idle, ...]:
+        return ((self.init == "plain", "`lora.init` is plain", ("loftq_iterations", "svd")),)
 
 
 class TrainingConfig(Section):
@@ -468,6 +471,13 @@ class SensitivityConfig(Section):
             raise ValueError(f"`methods` names a method twice, got {', '.join(self.methods)}: name each once")
         return self
 
+    def idle(self) -> tuple[Idle, ...]:
+        of_information = ("num_components", "num_neighbors", "num_shuffles", "max_positions")
+        return tuple(
+            (not set(needed) & set(self.methods), f"`sensitivity.methods` lacks {' and '.join(needed)}", keys)
+            for needed, keys in ((INFORMATION, of_information), (MEASUREMENT, ("num_measured_samples",)))
+        )
+
 
 class ResourcesConfig(Section):
     """What Ray reserves for one trial."""
@@ -497,7 +507,8 @@ class SearchConfig(Section):
     max_gpu_hours: Annotated[float, Field(gt=0)] | None = None
     """It ends after its trials have held GPUs for this many hours; trials in flight finish."""
     patience: Positive | None = None
-    """It ends after this many proposals in a row whose expected improvement is below the noise of a score."""
+    """It ends after this many proposals in a row whose expected improvement is below the noise of a score; `gp` alone
+    expects one, and only of the one best plan, not of `pareto`'s front."""
     plan: Named | None = None
     """A file with a plan made by hand or by another run (`qpruner plan` prints one): no other is tried, and it is what
     is fine-tuned. Also `--plan FILE`."""
@@ -561,7 +572,7 @@ class SearchConfig(Section):
         return self
 
     def _rules(self) -> tuple[tuple[bool, str], ...]:
-        """What keys ask of one another; a key that would be ignored is a mistake."""
+        """What cannot work together."""
         by_accuracy = self.metric == "accuracy"
         return (
             (
@@ -579,15 +590,13 @@ class SearchConfig(Section):
                 "`metric: accuracy` needs a `limit` of at least 2, since one question has no standard error and those "
                 f"after the limit choose the winner, got {self.limit}",
             ),
-            (
-                self.patience is not None and self.searcher != "gp",
-                f"`patience` needs a searcher that expects an improvement, `searcher: gp`, got {self.searcher}: "
-                f"{take_out('search.patience')}",
-            ),
-            (
-                self.patience is not None and self.pareto,
-                f"`patience` is about one best plan, not about `pareto`'s front: {take_out('search.patience')}",
-            ),
+        )
+
+    def idle(self) -> tuple[Idle, ...]:
+        return (
+            (self.searcher != "gp", f"`search.searcher` is {self.searcher}", ("patience",)),
+            (self.pareto, "`search.pareto` is true", ("patience",)),
+            (not self.tasks, "`search.tasks` names none", ("limit",)),
         )
 
 
@@ -600,8 +609,9 @@ class FinetuneConfig(Section):
     """Passes over the training rows."""
     save_steps: Positive = 50
     """Steps between checkpoints."""
-    compare: bool = True
-    """Give base, pruned, uniform, seed and random plans the same fine-tune, for the final table and its claim."""
+    compare: bool = False
+    """Once the winner is fine-tuned, evaluated and reported, give base, pruned, uniform, seed and random plans the same
+    fine-tune, for the final table and its claim. `--set finetune.compare=true` adds this to a finished run."""
     num_workers: Positive = 1
     """Workers, each with a GPU (or with cores) of its own, that share every batch of a fine-tune through Ray Train; the
     workers may lie on several nodes. `training.batch_size` stays that of all together, so the losses are those of one
@@ -621,13 +631,10 @@ class FinetuneConfig(Section):
         if (self.steps is None) == (self.epochs is None):
             given = "neither" if self.steps is None else f"both: {take_out('finetune.steps', 'finetune.epochs')}"
             raise ValueError(f"give exactly one of `steps` and `epochs`, got {given}")
-        for key in () if self.compare else ("seeds", "random_plans", "seed_rows"):
-            if getattr(self, key) != type(self).model_fields[key].default:
-                raise ValueError(
-                    f"`{key}` are those of `compare`, which is off, got {getattr(self, key)}: "
-                    f"{take_out(f'finetune.{key}')}, or set `compare: true`"
-                )
         return self
+
+    def idle(self) -> tuple[Idle, ...]:
+        return ((not self.compare, "`finetune.compare` is false", ("seeds", "random_plans", "seed_rows")),)
 
 
 class EvaluateConfig(Section):
@@ -706,6 +713,16 @@ class RunConfig(Section):
     trackers: tuple[Literal["wandb", "mlflow"], ...] = ()
     """Told of every trial and fine-tune, beside TensorBoard. Where they are and their keys come from their own
     environment variables (WANDB_API_KEY, WANDB_PROJECT, WANDB_MODE; MLFLOW_TRACKING_URI, MLFLOW_EXPERIMENT_NAME)."""
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """Every key that is set and has no effect beside another, in a sentence each."""
+        return tuple(
+            f"`{name}.{key}` has no effect: {reason}"
+            for name, section in self
+            if isinstance(section, Section)
+            for key, reason in section.ignored().items()
+        )
 
     @model_validator(mode="after")
     def consistent(self) -> RunConfig:

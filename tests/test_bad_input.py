@@ -24,13 +24,14 @@ import torch
 import yaml
 from conftest import DEMO_DATA, demo_rows, disk_of, raw_config, with_key
 
-from qpruner.config import RunConfig, load_config, validate_config
-from qpruner.data import normalized
+from qpruner.config import DataSource, RunConfig, load_config, validate_config
+from qpruner.data import load_examples, normalized
 from qpruner.errors import ConfigError, UserError
 from qpruner.models.structure import families
 from qpruner.pipeline import check
 from qpruner.plan import PrecisionPlan
 from qpruner.preflight import inspect
+from qpruner.preflight_rows import num_cut
 
 QUESTIONS = "package:qpruner/demo/data/questions_{}.jsonl"
 INSTRUCTIONS = "package:qpruner/demo/data/instructions.jsonl"
@@ -160,48 +161,8 @@ CONFIGURATION = [
     ),
     refused("uniform-number", {"prune.uniform": 3}, "`prune.uniform`", "got 3", "valid boolean"),
     refused(
-        "depth-share-alone", {"prune.depth_share": 0.5}, "`depth_share`", "`units`", "with `block` and another kind"
-    ),
-    refused(
-        "depth-importance-alone", {"prune.depth_importance": "taylor"}, "`depth_importance`", "`units`",
-        "ranks whole blocks", "take it out (on the command line `--set prune.depth_importance=`)"
-    ),
-    refused(
-        "ridge-of-bias", {"prune.ridge": 0.1, "prune.compensation": "bias"}, "`ridge`", "bias",
-        "is that of least squares", "take it out"
-    ),
-    refused(
         "depth-share-1", {"prune.depth_share": 1, "prune.units": ["block", "mlp"]}, "`prune.depth_share`", "got 1",
         "less than 1"
-    ),
-    refused(
-        "order-of-magnitude", {"prune.importance": "magnitude", "prune.order": "second"}, "`order`", "magnitude",
-        "is Taylor's", "take it out"
-    ),
-    refused(
-        "aggregation-of-fluctuation", {"prune.importance": "fluctuation", "prune.aggregation": "vector"},
-        "`aggregation`", "fluctuation", "is Fisher's and Taylor's", "take it out"
-    ),
-    refused("norm-of-fisher", {"prune.norm": "l1"}, "`norm`", "fisher", "is magnitude's", "take it out"),
-    refused(
-        "reduction-of-random", {"prune.importance": "random", "prune.reduction": "max"}, "`reduction`", "random",
-        "is Fisher's, Taylor's and magnitude's", "take it out"
-    ),
-    refused(
-        "compensation-of-blocks", {"prune.units": ["block"], "prune.compensation": "bias"}, "`compensation`", "`units`",
-        "names whole blocks only", "take it out (on the command line `--set prune.compensation=`)"
-    ),
-    refused(
-        "multiple-of-blocks", {"prune.units": ["block"], "prune.round_to": 32}, "`round_to`", "`units`",
-        "whole blocks only", "take it out"
-    ),
-    refused(
-        "criterion-of-blocks", {"prune.units": ["block"], "prune.importance": "magnitude"}, "`importance`", "`units`",
-        "whole blocks only", "name another kind"
-    ),
-    refused(
-        "steps-of-blocks", {"prune.units": ["block"], "prune.steps": 2}, "`steps`", "`units`",
-        "names whole blocks only", "take it out (on the command line `--set prune.steps=`)"
     ),
     refused("steps-0", {"prune.steps": 0}, "`prune.steps`", "got 0", "greater than or equal to 1"),
     refused("ridge-0", {"prune.ridge": 0}, "`prune.ridge`", "got 0", "greater than 0"),
@@ -273,14 +234,6 @@ CONFIGURATION = [
     refused(
         "deterministic-on-any-slots", {"search.deterministic": True}, "`deterministic`", "needs `max_concurrent`",
         "--set search.deterministic="
-    ),
-    refused(
-        "patience-of-tpe", {"search.searcher": "hyperopt", "search.patience": 3}, "`patience`", "got hyperopt",
-        "expects an improvement", "`searcher: gp`"
-    ),
-    refused(
-        "patience-for-a-front", {"search.searcher": "gp", "search.patience": 3, "search.pareto": True}, "`patience`",
-        "`pareto`", "about one best plan", "take it out"
     ),
     refused(
         "gpus-and-a-half", {"search.resources_per_trial": {"gpu": 1.5}}, "`gpu`", "got 1.5", "a whole number",
@@ -981,16 +934,19 @@ def test_rows_without_a_response_are_a_warning_with_their_number(scene: Scene) -
     assert warned(scene, {}, "have no response") == []
 
 
-def test_rows_that_are_cut_are_a_warning_with_their_number(scene: Scene) -> None:
-    rows = [{"instruction": "Say it.", "output": "word " * 8} for _ in range(36)]
-    rows += [{"instruction": f"Say {number}.", "output": "word " * 300} for number in range(3)]
-    rows.append({"instruction": "Say " * 300, "output": "it"})
-    file = scene.file("long.jsonl", "\n".join(map(json.dumps, rows)))
-    long = {"data.train": [{"source": file}], "data.max_length": 256}
-    (warning,) = warned(scene, long, "lose their ends")
-    assert "about 4 of 40 rows of `data.train`" in warning and "1 of them all of their response" in warning
-    assert "`data.max_length` of 256 tokens" in warning
-    assert warned(scene, long | {"data.max_length": 512}, "lose their ends") == []
+def test_rows_without_room_for_a_response_are_a_warning(scene: Scene) -> None:
+    """Rows that lose their ends alone are none: that is what `data.max_length` is for, and `check` counts them."""
+    rows = [{"instruction": "Say it.", "output": "word " * 8} for _ in range(30)]
+    rows += [{"instruction": f"Say {number}.", "output": "word " * 300} for number in range(7)]
+    cut = scene.file("cut.jsonl", "\n".join(map(json.dumps, rows)))
+    rows += [{"instruction": f"Say {number} " * 150, "output": "it"} for number in range(3)]
+    lost = scene.file("lost.jsonl", "\n".join(map(json.dumps, rows)))
+    at_256 = {"data.train": [{"source": lost}], "data.max_length": 256}
+    (warning,) = warned(scene, at_256, "all of their response")
+    assert "about 3 of 40 rows of `data.train`" in warning and "`data.max_length` of 256 tokens or more" in warning
+    assert warned(scene, at_256 | {"data.max_length": 512}, "all of their response") == []
+    assert warned(scene, at_256 | {"data.train": [{"source": cut}], "search.max_trials": 8}) == []
+    assert num_cut(load_examples([DataSource(source=cut)], "data.train"), 256) == 7
 
 
 def test_too_few_tokens_to_score_on_are_a_warning_with_the_numbers(scene: Scene) -> None:
@@ -1028,16 +984,6 @@ def test_too_few_questions_are_a_warning_with_their_standard_error(scene: Scene)
     for warning, said in ((trials, ("16 questions", "0.12", "`search.limit`")), (test, ("4 questions", "0.25"))):
         assert [part for part in said if part not in warning] == [], warning
     assert warned(scene, {"evaluate.limit": 40}, "over so few") == []
-
-
-def test_more_groups_than_trials_can_inform_is_a_warning_with_the_numbers(scene: Scene) -> None:
-    """Two blocks of four projections at two levels: eight unknowns."""
-    assert warned(scene, {"search.max_trials": 8}) == []
-    warning = warned(scene, {"search.max_trials": 7})[0]
-    said = ("7 trials", "`search.max_trials`", "8 groups", "8 unknowns", "allow 8", "`quantize.group`", "projection")
-    assert [part for part in said if part not in warning] == [], warning
-    (warning,) = warned(scene, {"search.max_trials": 9, "quantize.bits": [4, 8, 16]})
-    assert "16 unknowns" in warning
 
 
 def test_trials_that_the_controls_use_up_are_a_warning_with_the_numbers(scene: Scene) -> None:
@@ -1194,13 +1140,6 @@ def test_a_key_is_taken_out_and_an_item_of_a_list_changed(scene: Scene) -> None:
     def load(*overrides: str) -> RunConfig:
         return load_config(path, list(overrides))
 
-    for override, key in (
-        ("prune.importance=magnitude", "prune.aggregation"),
-        ("finetune.compare=false", "finetune.random_plans"),
-    ):
-        with pytest.raises(ConfigError, match=rf"take it out \(on the command line `--set {key}=`\)"):
-            load(override)
-        assert load(override, f"{key}=")
     assert load("finetune.random_plans=").finetune.random_plans == 3, "the default"
     assert load("prune.rate=", "prune.layer_rate=0.2").prune.rate is None, "null with `layer_rate`"
     assert load("prune.rate=").prune.rate == 0.2, "the default"

@@ -186,6 +186,7 @@ def run(
 def _stages(context: Context, until: str) -> Results:
     """The flow up to a stage."""
     config, inspection, emit = context.config, context.inspection, context.emit
+    _warn_of_keys(context)
     last = STAGES.index(until)
     if inspection.packs:
         preflight.check_quantizable(inspection.model_config)
@@ -238,9 +239,16 @@ def preview(config: RunConfig, emit: Emit, address: str | None = None) -> PruneR
     with contextlib.closing(Context(config, run_dir, emit, address, inspection, writes=False)) as context:
         if address:
             look_at_nodes(context)
+        _warn_of_keys(context)
         _remark_on_cut(context)
         with explained("prune"):
             return preview_prune(context)
+
+
+def _warn_of_keys(context: Context) -> None:
+    """Name the keys of the configuration that have no effect."""
+    for warning in context.config.warnings:
+        context.emit(Message(COMMAND, f"warning: {warning}"))
 
 
 def _remark_on_cut(context: Context) -> None:

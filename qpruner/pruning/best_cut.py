@@ -78,13 +78,7 @@ def cuts_of(model_config: Any, settings: PruneConfig) -> tuple[Cut, ...]:
     """
     settings = settled(model_config, settings)
     first = Cut(settings, expected_config(model_config, settings))
-    if (
-        settings.units is not None
-        or not settings.rate
-        or settings.compensates_by != "least_squares"
-        or settings.importance == "random"
-        or family_of(model_config).residual_factor(model_config) is None
-    ):
+    if not settings.may_add_blocks or family_of(model_config).residual_factor(model_config) is None:
         return (first,)
     beside = settings.model_copy(update={"units": ("block", *settings.width_units)})
     with suppress(UserError):

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from qpruner.calibration import Samples
-from qpruner.config import MOST_OF_BLOCKS, RIDGE, PruneConfig
+from qpruner.config import MOST_OF_BLOCKS, PruneConfig
 from qpruner.errors import TrainingDiverged, UserError
 from qpruner.models.layout import num_layers, skeleton
 from qpruner.models.structure import ATTENTION, EXPERT, MLP, UnitKind, family_of
@@ -337,21 +337,13 @@ def check_settings(model_config: Any, settings: PruneConfig) -> None:
 
 
 def settled(model_config: Any, settings: PruneConfig) -> PruneConfig:
-    """With the compensation that this model can have, where none is named, and the number of steps.
-
-    Raises:
-        UserError: If the ridge of one that it cannot have is named.
-    """
+    """With defaults in place of keys that have no effect, the number of steps and, where none is named, the
+    compensation that this model can have."""
+    settings = settings.in_effect()
     settings = settings.model_copy(update={"steps": settings.num_steps})
     if settings.compensation is not None:
         return settings
     obstacle = _obstacle(model_config, settings)
-    if obstacle and settings.ridge != RIDGE:
-        what, why, remedy = obstacle
-        raise UserError(
-            f"`prune.ridge` is that of least squares, which {what} cannot have, for {why}; got {settings.ridge:g}: "
-            f"take it out, or {remedy}"
-        )
     return settings.model_copy(update={"compensation": "none" if obstacle else "least_squares"})
 
 

@@ -558,7 +558,6 @@ def test_experts_can_be_measured_between_two_steps(options: dict[str, Any]) -> N
         ),
         ({"compensation": "bias"}, ("compensation bias (none)", "`prune.units: [attention]`")),
         ({"compensation": "least_squares", "units": ["expert"]}, ("mlp.experts.gate_up_proj", "least_squares (none)")),
-        ({"compensation": None, "ridge": 0.5}, ("`prune.ridge`", "got 0.5: take it out")),
         ({"round_to": 4}, ("`prune.round_to` must be a multiple of 8 for the experts of a mixtral model, got 4",)),
     ],
     ids=str,

@@ -257,6 +257,14 @@ def test_patience_outlives_an_interruption(tmp_path: Path) -> None:
     assert ledger.ended is not None and "below the noise (0.01) for 3 proposals in a row" in ledger.ended
 
 
+def test_patience_ends_no_search_for_a_front(tmp_path: Path) -> None:
+    """As its warning says: what is expected there is in another unit than a score's noise."""
+    ledger, _ = take_up(
+        job := job_of(tmp_path, patience=1, pareto=True, max_trials=5), Hopeless(job_of(tmp_path).space)
+    )
+    assert len(suggested(ledger)) == 5 and job.config.warnings
+
+
 # ---- what another budget takes over
 
 

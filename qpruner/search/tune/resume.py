@@ -23,7 +23,7 @@ def take_up(job: SearchJob, proposer: Proposer) -> tuple[Ledger, list[TrialRecor
         proposer,
         job.controls,
         settings.max_trials,
-        settings.patience,
+        None if settings.pareto else settings.patience,
         proposes=settings.plan is None,
         timetable=Timetable(slots, settings.rungs) if slots else None,
     )
