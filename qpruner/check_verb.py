@@ -18,6 +18,7 @@ from qpruner.memory import free_bytes
 from qpruner.models.layout import num_layers
 from qpruner.plan import FULL_BITS, LinearShape, told_of_budget
 from qpruner.preflight import PRUNED_EARLIER, Inspection, is_pruned
+from qpruner.preflight_rows import SPLITS, num_cut
 from qpruner.report.life import told_driver
 from qpruner.report.model_card import told_other_base
 from qpruner.rundir import RunDir
@@ -68,10 +69,12 @@ def check(
         "concurrent_trials": min(found.slots, config.search.num_trials),
         "rungs": list(config.search.rungs),
         "rows": {name: len(rows) for name, rows in inspection.examples.items()},
+        "rows_cut": {name: num_cut(inspection.examples[name], config.data.max_length) for name in SPLITS},
         **asdict(inspection.counts),
         "memory_free": free,
         "warnings": [
             *_driver_warnings(config),
+            *config.warnings,
             *inspection.warnings,
             *_memory_warnings(taken["memory_at_once"], free),
             *_card_warnings(config),
@@ -213,9 +216,11 @@ def _row_lines(config: RunConfig, facts: dict[str, Any]) -> list[str]:
     asked = [f"{_questions(questions['search'])} score the trials"] if questions["search"] else []
     asked += [f"{_questions(questions['fresh'])}, fresh, choose the winner"] if questions["fresh"] else []
     text = [f"{counted(rows['text'], 'row')} of text (`evaluate.text`)"] if "text" in rows else []
+    cut = [f"{number} {name}" for name, number in facts["rows_cut"].items() if number]
+    ends = f"; about {', '.join(cut)} lose their ends (`data.max_length` {config.data.max_length})" if cut else ""
     return [
         f"rows:        {rows['train']} train, {rows['validation']} validation, {rows['confirmation']} confirmation "
-        f"({chosen} fresh ones choose the winner, {rows['confirmation'] - chosen} judge it)",
+        f"({chosen} fresh ones choose the winner, {rows['confirmation'] - chosen} judge it){ends}",
         f"calibration: {counted(samples['importance'], 'sample')} {origin} for importance; "
         f"{counted(samples['sensitivity'], 'row')} for the sensitivities",
         *([f"search:      {'; '.join(asked)}"] if asked else []),
@@ -238,6 +243,9 @@ def _lines(config: RunConfig, facts: dict[str, Any], has_gpu: bool) -> list[str]
     if min(blocks) < facts["blocks_base"]:
         cut = f", {facts['blocks_base']} -> {' or '.join(map(str, blocks))} blocks"
     trials = f"{config.search.num_trials}, {facts['concurrent_trials']} at once, scored at steps {facts['rungs']}"
+    unknowns = facts["num_groups"] * (len(config.quantize.bits) - 1)
+    if config.search.plan is None and unknowns > config.search.max_trials:
+        trials += f"; fewer than what is to be found ({unknowns} unknowns), so sensitivities guide the search"
     return [
         f"groups:      {facts['num_groups']} ({config.quantize.group})",
         f"parameters:  {facts['parameters_base'] / 1e6:.1f} M -> {facts['parameters_pruned'] / 1e6:.1f} M{cut}",

@@ -5,13 +5,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
 
-from qpruner.config import BudgetConfig, PruneConfig, QuantizeConfig, RunConfig
+from qpruner.config import RIDGE, BudgetConfig, PruneConfig, QuantizeConfig, RunConfig
 from qpruner.data import Example
 from qpruner.errors import PlanRefused, UserError, together
 from qpruner.models.layout import layout_of, num_layers
@@ -100,13 +101,13 @@ def inspect(config: RunConfig, works_here: bool = True, packs: bool = True) -> I
     _check_positions(config, shapes, sample_length)
     check_encoding(config, rows.examples)
     samples = {"importance": importance, "sensitivity": config.calibration.num_sensitivity_samples}
-    cut = _of_cut(config, shapes.model_config)
+    cut = _of_cut(config, shapes)
     return Inspection(
         **vars(shapes),
         examples=rows.examples,
         questions=rows.questions,
         counts=RowCounts(samples, rows.asked, sample_length),
-        warnings=(*rows.warnings, *cut, *shapes.left_out, *_warnings(config, len(shapes.pruned.groups))),
+        warnings=(*rows.warnings, *cut, *shapes.left_out, *_few_trials(config)),
     )
 
 
@@ -192,40 +193,32 @@ def _for_plan(
     raise refusals[0]
 
 
-def _of_cut(config: RunConfig, model_config: Any) -> tuple[str, ...]:
-    """That a rate was given for a model whose cut is skipped."""
-    key = "rate" if config.prune.layer_rate is None else "layer_rate"
-    rate = getattr(config.prune, key)
-    if not rate or key not in config.prune.model_fields_set or not is_pruned(model_config):
-        return ()
-    return (
-        f"`prune.{key}` is {rate:g}, but {config.model.source} was pruned earlier, so that the cut is skipped: set "
-        "`prune.rate: 0`"
-        + ("" if key == "rate" else " and take out `prune.layer_rate` (`--set prune.layer_rate=`)")
-        + ", or name the unpruned model",
-    )
+def _of_cut(config: RunConfig, shapes: Shapes) -> Iterator[str]:
+    """That keys of the cut have no effect on this model."""
+    prune, source = config.prune, config.model.source
+    key = "rate" if prune.layer_rate is None else "layer_rate"
+    rate = getattr(prune, key)
+    if is_pruned(shapes.model_config):
+        if rate and key in prune.model_fields_set:
+            also = "" if key == "rate" else " and take out `prune.layer_rate` (`--set prune.layer_rate=`)"
+            yield (
+                f"`prune.{key}` is {rate:g}, but {source} was pruned earlier, so that the cut is skipped: set "
+                f"`prune.rate: 0`{also}, or name the unpruned model"
+            )
+        return
+    compensations = {cut.settings.compensates_by for cut in shapes.cuts if not cut.settings.is_off}
+    if prune.in_effect().ridge != RIDGE and compensations == {"none"}:
+        yield f"`prune.ridge` has no effect: least squares cannot make up for what goes from {source}"
 
 
-def _warnings(config: RunConfig, num_groups: int) -> tuple[str, ...]:
-    """What a search of so few trials cannot do, in numbers."""
-    trials, quantize = config.search.max_trials, config.quantize
-    if config.search.plan:
-        return ()
-    warnings = []
-    num_unknowns = num_groups * (len(quantize.bits) - 1)
-    if num_unknowns > trials:
-        warnings.append(
-            f"{trials} trials (`search.max_trials`) cannot tell what more bits are worth in {num_groups} groups "
-            f"({num_unknowns} unknowns): the search leans on the sensitivities; allow {num_unknowns} trials, or take a "
-            f"coarser `quantize.group` than {quantize.group}"
-        )
-    num_controls = len(quantize.bits) - 1 + len(config.sensitivity.methods)
-    if num_controls >= trials:
-        warnings.append(
+def _few_trials(config: RunConfig) -> Iterator[str]:
+    """That the trials may end before the searcher begins."""
+    trials, num_controls = config.search.max_trials, len(config.quantize.bits) - 1 + len(config.sensitivity.methods)
+    if num_controls >= trials and not config.search.plan:
+        yield (
             f"up to {num_controls} uniform and seed plans come first, which may leave none of {trials} trials "
             "(`search.max_trials`) to the searcher: allow more trials, or name fewer `sensitivity.methods`"
         )
-    return tuple(warnings)
 
 
 def layout_for(config: RunConfig, model_config: Any) -> Layout:
