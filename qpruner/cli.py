@@ -474,12 +474,15 @@ def _print_layers(record: PruneRecord, terminal: Terminal) -> None:
 
 def _print_table(results: Results, root: Path, terminal: Terminal) -> None:
     from qpruner.report import sections
+    from qpruner.report.alone import to_compare
     from qpruner.report.claim import claim
 
     for caption, headings, body in sections.final_tables(results):
         terminal.say(f"{caption}:")
         terminal.table(headings, body)
     terminal.prose(claim(results))
+    if results.comparison is None:
+        terminal.say(to_compare(as_called()))
     terminal.say(_where_next(root))
 
 

@@ -84,6 +84,8 @@ def status(run: str | Path, as_json: bool) -> dict[str, Any]:
         is_running = facts["outcome"] == life.RUNNING and facts["has_begun"]
         for line in _search_lines(facts["search"], is_running) if facts["search"] else ():
             terminal.say(line)
+        if facts["to_compare"]:
+            terminal.say(facts["to_compare"])
     return {"status": "ok", **facts}
 
 

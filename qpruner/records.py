@@ -15,8 +15,8 @@ from pydantic import BaseModel, ConfigDict, WithJsonSchema
 if TYPE_CHECKING:
     import pandas
 
-STAGES = ("prepare", "prune", "bank", "sensitivity", "search", "finetune", "evaluate", "report")
-"""In the order of the flow."""
+STAGES = ("prepare", "prune", "bank", "sensitivity", "search", "finetune", "evaluate", "comparison", "report")
+"""In the order of the flow; `comparison` with `finetune.compare` alone."""
 RUN_ID = "run.id"
 """The file in a run folder that tells it from another of the same name, and shows that its storage is there."""
 
@@ -497,7 +497,7 @@ class CandidateRecord(Record):
 
 
 class FinetuneRecord(Record):
-    """The winner's adapter and, with `finetune.compare`, the other rows', by row and then by training seed."""
+    """The winner's fine-tune, whose adapter the final model has."""
 
     winner: str
     candidates: tuple[CandidateRecord, ...]
@@ -575,7 +575,7 @@ class RowScores(Recorded):
 
 
 class EvalRecord(Record):
-    """Accuracies on the held-out tasks: base, pruned and searched before any fine-tune, every fine-tuned row after."""
+    """Accuracies on the held-out tasks: base, pruned and quantized before any fine-tune, and the fine-tuned winner."""
 
     model_config = ConfigDict(ser_json_inf_nan="constants")
 
@@ -589,6 +589,23 @@ class EvalRecord(Record):
     def table_rows(self) -> list[dict[str, Any]]:
         """A row a model and training seed that was scored."""
         return [row for each in self.rows for row in each.table_rows()]
+
+
+class ComparisonRecord(Record):
+    """Every row of the final table after the same fine-tune, the winner's own too, by row and then by training seed."""
+
+    model_config = ConfigDict(ser_json_inf_nan="constants")
+
+    candidates: tuple[CandidateRecord, ...]
+    rows: tuple[RowScores, ...]
+    """Their scores on the held-out tasks, in the same order."""
+    inference: InferenceSetting
+    """Of all rows, which took turns: the winner's figures stand beside those measured in the same minutes."""
+
+    def table_rows(self) -> list[dict[str, Any]]:
+        """A row a fine-tune, with its scores."""
+        pairs = zip(self.candidates, self.rows, strict=True)
+        return [scores.table_rows()[0] | tuned.table_rows()[0] for tuned, scores in pairs]
 
 
 class StageState(Recorded):
@@ -651,6 +668,11 @@ class RunState(Recorded):
     stages: dict[str, StageState] = {}
     search: SearchState | None = None
 
+    @property
+    def compares(self) -> bool:
+        """Whether a comparison is asked for (`finetune.compare`)."""
+        return bool(self.config.get("finetune", {}).get("compare"))
+
 
 MARK = "qpruner_export.json"
 """Name of an `ExportRecord` in the export's folder."""
@@ -673,6 +695,27 @@ class Results(Recorded):
     search: SearchRecord | None = None
     finetune: FinetuneRecord | None = None
     evaluate: EvalRecord | None = None
+    comparison: ComparisonRecord | None = None
+
+    @property
+    def candidates(self) -> tuple[CandidateRecord, ...]:
+        """The fine-tunes of the final table: every row's, or without a comparison the winner's."""
+        record = self.comparison or self.finetune
+        return record.candidates if record else ()
+
+    @property
+    def scores(self) -> tuple[RowScores, ...]:
+        """The models as they are before any fine-tune, then the `candidates`, on the held-out tasks."""
+        rows = self.evaluate.rows if self.evaluate else ()
+        if self.comparison is None:
+            return rows
+        return (*(row for row in rows if row.seed is None), *self.comparison.rows)
+
+    @property
+    def inference(self) -> InferenceSetting | None:
+        """How memory and speed of the `candidates` were measured."""
+        record = self.comparison or self.evaluate
+        return record.inference if record else None
 
     @property
     def seconds(self) -> dict[str, float]:

@@ -20,7 +20,8 @@ def run(config: str | Path, *overrides: str, until: str = "report", address: str
     Args:
         config: Path of a YAML file.
         overrides: `section.key=value` pairs.
-        until: The last stage to run: prepare, prune, bank, sensitivity, search, finetune, evaluate or report.
+        until: The last stage to run: prepare, prune, bank, sensitivity, search, finetune, evaluate, comparison
+            (with `finetune.compare`) or report.
         address: A running Ray cluster to join; without it Ray starts on this machine when it is needed.
 
     Returns:
@@ -82,12 +83,13 @@ def search(config: str | Path, *overrides: str, address: str | None = None) -> S
 
 
 def finetune(config: str | Path, *overrides: str, address: str | None = None) -> Snapshot:
-    """`run` up to the final model, RUN/final; `results.finetune` tells the losses of every row."""
+    """`run` up to the final model, RUN/final; `results.finetune` tells the winner's losses."""
     return run(config, *overrides, until="finetune", address=address)
 
 
 def evaluate(config: str | Path, *overrides: str, address: str | None = None) -> Snapshot:
-    """`run` up to the held-out evaluation; `results.evaluate` tells the scores of every row."""
+    """`run` up to the held-out evaluation; `results.evaluate` tells the scores of the winner, and of
+    the model before any fine-tune."""
     return run(config, *overrides, until="evaluate", address=address)
 
 

@@ -57,7 +57,7 @@ class Mutation:
     test: str
 
 
-FINISH = "qpruner/pipeline/finish.py"
+FINISH, JOBS = "qpruner/pipeline/finish.py", "qpruner/pipeline/jobs.py"
 DRIVER, WORKER = "qpruner/search/tune/driver.py", "qpruner/search/tune/worker.py"
 CLUSTER = "qpruner/execution/cluster.py"
 MUTATIONS = {
@@ -367,7 +367,7 @@ MUTATIONS = {
         f"{PATIENCE}::test_what_is_slow_by_itself_is_not_tried_for_ever",
     ),
     "a row that another machine cannot see is set aside": Mutation(
-        FINISH,
+        JOBS,
         "not run.is_at_uri and isinstance(_recorded(row), CandidateRecord)",
         "False",
         "tests/pipeline/test_finish.py::test_a_row_that_is_whole_seen_from_here_is_not_set_aside",
@@ -476,15 +476,21 @@ MUTATIONS = {
     ),
     "a damaged final model is recorded all the same": Mutation(
         FINISH,
-        " or not _is_there(context, final):",
-        ":",
-        "tests/pipeline/test_finish.py::test_an_interrupted_comparison_goes_on_with_what_is_left",
+        "    if not _is_there(context, final):",
+        "    if False:",
+        "tests/pipeline/test_finish.py::test_the_winner_is_trained_and_scored_once",
+    ),
+    "a comparison begins before its winner is reported": Mutation(
+        "qpruner/pipeline/comparison.py",
+        '        context.emit(Message("comparison", f"the winner is done: {report_unfinished(context.run_dir)}"))\n',
+        "",
+        "tests/test_run.py::test_a_comparison_is_added_to_a_finished_run_and_may_be_killed",
     ),
     "the record of one final model stands while another is written": Mutation(
         FINISH,
         '        context.forget("finetune")  # what it vouches for is about to be written over\n',
         "",
-        "tests/pipeline/test_finish.py::test_an_interrupted_comparison_goes_on_with_what_is_left",
+        "tests/pipeline/test_finish.py::test_the_winner_is_trained_and_scored_once",
     ),
     "a fine-tune that was cut off goes on beside the one that took over": Mutation(
         "qpruner/finetune.py",
@@ -499,7 +505,7 @@ MUTATIONS = {
         f"{AT_URI}::test_a_damaged_checkpoint_of_a_fine_tune_is_not_gone_on_from",
     ),
     "every command meets the same damaged adapter": Mutation(
-        FINISH,
+        JOBS,
         "if not (error.path and error.path.is_relative_to(run.candidates)):",
         "if True:",
         f"{AT_URI}::test_a_row_whose_adapter_is_damaged_is_set_aside_by_whoever_meets_that",
@@ -517,7 +523,7 @@ MUTATIONS = {
         "tests/test_candidates.py::test_a_fine_tune_that_ended_and_was_not_recorded_takes_no_step_again",
     ),
     "checkpoints of what is recorded are kept": Mutation(
-        FINISH,
+        JOBS,
         "            remove(job.checkpoints)\n",
         "",
         "tests/pipeline/test_finish.py::test_an_interrupted_comparison_goes_on_with_what_is_left",

@@ -33,7 +33,8 @@ from qpruner.events import Event, Message
 from qpruner.mirror import FILES, fetch, put_folder, put_folders
 from qpruner.pipeline import check, run
 from qpruner.pipeline.context import Context
-from qpruner.pipeline.finish import _is_there, _row_set_aside_if_damaged
+from qpruner.pipeline.finish import _is_there
+from qpruner.pipeline.jobs import row_set_aside_if_damaged
 from qpruner.preflight_rows import include_path
 from qpruner.quantization.bank import read_plan
 from qpruner.records import BankRecord, RungResult
@@ -159,7 +160,7 @@ def test_a_row_whose_adapter_is_damaged_is_set_aside_by_whoever_meets_that(
     run_dir = RunDir(machine("evaluating").config.output)
     (folder := tmp_path / "adapter").mkdir()
     adapter = adapter_at(config_file[0], run_dir, folder)
-    with pytest.raises(StageError) as caught, _row_set_aside_if_damaged(run_dir, "evaluate"):
+    with pytest.raises(StageError) as caught, row_set_aside_if_damaged(run_dir, "evaluate"):
         fetch(adapter)
     (aside,) = children(run_dir.candidates / "damaged")
     place = f"{run_dir.place}/candidates"
@@ -167,7 +168,7 @@ def test_a_row_whose_adapter_is_damaged_is_set_aside_by_whoever_meets_that(
     assert f"set aside in {place}/damaged/{aside}" in caught.value.cause
     assert caught.value.remedy == "repeat the command: that row alone is fine-tuned anew"
     assert not files_in(adapter.parent) and "record.json" in children(run_dir.candidates / "damaged" / aside)
-    with pytest.raises(CorruptFile), _row_set_aside_if_damaged(run_dir, "evaluate"):
+    with pytest.raises(CorruptFile), row_set_aside_if_damaged(run_dir, "evaluate"):
         fetch(run_dir.stage("nowhere"))
 
 

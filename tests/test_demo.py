@@ -57,7 +57,7 @@ def test_demo(tmp_path: Path) -> None:
     unpruned = report["records"]["evaluate"]["rows"][0]["scores"][0]
     assert unpruned["value"] - 3 * unpruned["stderr"] > CHANCE, "clearly above chance"
     assert table["searched"]["measured_bytes"] <= report["records"]["search"]["budget_bytes"]
-    candidates = report["records"]["finetune"]["candidates"]
+    candidates = report["records"]["comparison"]["candidates"]
     assert all(row["measured_bytes"] == row["plan_bytes"] and row["steps"] == 8 for row in candidates)
     assert report["claim"] == told["claim"]
     checked = subprocess.run([*command[:3], "check", str(config), "--json"], capture_output=True, text=True, cwd=ROOT)

@@ -209,7 +209,7 @@ def test_hours_follow_what_is_asked_for(inspection: Inspection, changed: Callabl
     assert of(slots=4, **shared).total == of(slots=4, **alone).total
     longer = of(finetune__steps=8)
     assert longer.stages["finetune"] > once.stages["finetune"]
-    assert {name for name in once.stages if longer.stages[name] != once.stages[name]} == {"finetune"}
+    assert {name for name in once.stages if longer.stages[name] != once.stages[name]} == {*("finetune", "comparison")}
     assert of(prune__rate=0).stages["prune"] == 0
 
     def with_blocks(**keys: Any) -> float:
@@ -228,6 +228,61 @@ def test_hours_follow_what_is_asked_for(inspection: Inspection, changed: Callabl
     assert once.done == 0 and once.wall_left == once.wall
     fewer = of(sensitivity__methods=["mutual_information", "fisher"])
     assert fewer.stages["sensitivity"] < once.stages["sensitivity"], "KL and loss take most of it"
+
+
+def test_the_comparison_is_told_whether_or_not_it_is_asked_for(
+    inspection: Inspection, changed: Callable[..., RunConfig]
+) -> None:
+    """It is a fine-tune and its scores for each row and seed but the winner's first, which no comparison changes."""
+
+    def of(**keys: Any) -> work.Hours:
+        return work.hours(changed(**keys), inspection, RATES, 2)
+
+    asked, alone = of(), of(finetune={"steps": 4})
+    assert "comparison" not in alone.stages and asked.stages["comparison"] == asked.comparison == alone.comparison
+    assert asked.total == pytest.approx(alone.total + alone.comparison)
+    assert asked.wall == pytest.approx(alone.wall + alone.comparison / 2), "on both slots"
+    assert {name: hours for name, hours in asked.stages.items() if name != "comparison"} == alone.stages
+    one = alone.stages["finetune"] + alone.stages["evaluate"] / (1 + work.UNTUNED)
+    assert asked.comparison == pytest.approx(work.num_compared(changed()) * one)
+    fewer = of(finetune={"steps": 4, "compare": True, "seeds": 1, "random_plans": 1})
+    assert fewer.comparison == pytest.approx(asked.comparison - 12 * one), "two seeds of winner, best seed and 4 plans"
+
+
+def test_check_tells_the_comparisons_share_of_the_hours(
+    raw: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("config.yaml").write_text(yaml.safe_dump(raw))
+    lines, facts = {}, {}
+    for compare in ("true", "false"):
+        options = ["--gpu", "A100", "--set", f"finetune.compare={compare}"]
+        *text, last = CliRunner().invoke(main, ["check", "config.yaml", "--json", *options]).stdout.splitlines()
+        facts[compare] = json.loads(last)
+        [lines[compare]] = [line for line in text if line.startswith("comparison:  ")]
+    hours, number = facts["true"]["hours"], facts["true"]["num_compared"]
+    share = hours["stages"]["comparison"] / hours["total"]
+    assert lines["true"].startswith(f"comparison:  {share:.0%} of the GPU time, ")
+    assert lines["true"].endswith(f": {number} fine-tunes, after the winner's report")
+    assert lines["false"].startswith(f"comparison:  off; `finetune.compare=true` would add {number} fine-tunes, ")
+    assert facts["false"]["hours"]["comparison"] == hours["comparison"]
+
+
+def test_check_counts_what_is_no_warning(raw: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fewer trials than unknowns (two blocks of four projections at two levels are eight), and rows that are cut."""
+    monkeypatch.chdir(tmp_path)
+    said = []
+    for trials, longest in ((8, 800), (7, 256)):
+        changed = with_key(with_key(raw, "search.max_trials", trials), "data.max_length", longest)
+        changed = with_key(changed, "data.validation", [{"source": "rows.jsonl", "format": "text"}])
+        Path("rows.jsonl").write_text("".join(f'{{"text": "{number} {"word " * 400}"}}\n' for number in range(3)))
+        Path("config.yaml").write_text(yaml.safe_dump(with_key(changed, "sensitivity.methods", ["fisher"])))
+        said.append(CliRunner().invoke(main, ["check", "config.yaml", "--gpu", "A100"]).output)
+        assert not re.search(r"warning:.*(unknowns|lose their ends)", said[-1])
+    enough, few = said
+    assert "The configuration is valid" in enough and "unknowns" not in enough and "lose their ends" not in enough
+    assert "; fewer than what is to be found (8 unknowns), so sensitivities guide the search" in few
+    assert "; about 3 validation lose their ends (`data.max_length` 256)" in few
 
 
 def test_the_bank_is_told_by_packing_and_by_the_starts_of_its_workers(
@@ -463,7 +518,7 @@ def test_check_tells_what_is_done_and_compares_a_plan_with_what_was_cut(
     assert code == 0 and "left of the budget" in told and "compared" not in told
     code, told = check("--plan", "4.yaml", "--json")
     told_of_plan = json.loads(told.splitlines()[-1])
-    assert told_of_plan["concurrent_trials"] == 1 and shared["finetune"] > 1
+    assert told_of_plan["concurrent_trials"] == 1 and shared["comparison"] > 1
     assert told_of_plan["hours"]["shared"] == shared | {"search": 1}, "rows are fine-tuned side by side all the same"
     code, told = check("--plan", "8.yaml")
     assert code == 2 and "more than the budget of" in told
@@ -576,7 +631,7 @@ def real(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Ru
 @pytest.mark.slow
 def test_a_fine_tune_takes_the_memory_and_the_time_that_were_told(real: tuple[RunConfig, Path], tmp_path: Path) -> None:
     """Memory within a factor of 1.5; time, of which loading is no part and other work on the machine is, within 3."""
-    config, path = real
+    _, path = real
     command = [sys.executable, "-c", FINETUNE, str(path), str(tmp_path / "row")]
     done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=600)
     took = json.loads(done.stdout.splitlines()[-1])
@@ -586,7 +641,7 @@ def test_a_fine_tune_takes_the_memory_and_the_time_that_were_told(real: tuple[Ru
     )  # fmt: skip
     facts = json.loads(told.stdout.splitlines()[-1])
     expected = facts["memory"]["trial, training"]["total"]
-    seconds = facts["hours"]["stages"]["finetune"] * 3600 / work.num_finetunes(config)
+    seconds = facts["hours"]["stages"]["finetune"] * 3600
     print(f"memory: told {expected / 1e6:.0f} MB, took {took['peak'] / 1e6:.0f} MB")
     print(f"time: told {seconds:.1f} s, took {took['seconds']:.1f} s; {facts['hours']['rates']}")
     assert expected / 1.5 < took["peak"] < expected * 1.5

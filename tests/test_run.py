@@ -102,9 +102,11 @@ def is_ray_agent(process: psutil.Process) -> bool:
         return False
 
 
-def kill_when(config: Path, condition: Callable[[], bool], number: signal.Signals = signal.SIGKILL) -> None:
+def kill_when(
+    config: Path, condition: Callable[[], bool], number: signal.Signals = signal.SIGKILL, options: tuple[str, ...] = ()
+) -> None:
     """Start a run, signal the driver once the condition holds, and wait until Ray's processes are gone."""
-    driver = subprocess.Popen(command(config), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    driver = subprocess.Popen(command(config, *options), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     descendants: list[psutil.Process] = []
     try:
         deadline = time.monotonic() + 4 * MINUTES
@@ -148,8 +150,8 @@ def test_whole_run_ends_in_the_table(undisturbed: tuple[Path, dict[str, Any]]) -
     text = (run / "report.md").read_text()
     titles = [row["title"] for row in report["table"]]
     assert all(f"| {title} |" in text for title in titles)
-    steps = [(row["name"], row["seed"]) for row in report["records"]["evaluate"]["rows"]][:4]
-    assert steps == [("base", None), ("pruned", None), ("searched", None), ("base", 1)]
+    steps = [(row["name"], row["seed"]) for row in report["records"]["evaluate"]["rows"]]
+    assert steps == [("base", None), ("pruned", None), ("searched", None), ("searched", 1)]
     assert f"| {titles[-1]} (no fine-tune) | " in text
     assert report["claim"] in text
     assert '<p class="standing">Finished.</p>' in (run / "report.html").read_text()
@@ -159,10 +161,11 @@ def test_whole_run_ends_in_the_table(undisturbed: tuple[Path, dict[str, Any]]) -
         assert 0 < row["decode_tokens_per_second"][1] < row["prefill_tokens_per_second"][0], "reading is faster"
         assert row["perplexity"] > 1
     assert "| decode tokens/s |" in text and "on `evaluate.text` in" in text
-    candidates = report["records"]["finetune"]["candidates"]
+    candidates = report["records"]["comparison"]["candidates"]
+    assert report["records"]["finetune"]["candidates"] == candidates[-1:], "the winner's is one and the same"
     assert all(row["measured_bytes"] == row["plan_bytes"] for row in candidates), "the formula is the packed tensors"
     # Every row had the same fine-tune.
-    assert {row["steps"] for row in report["records"]["finetune"]["candidates"]} == {4}
+    assert {row["steps"] for row in candidates} == {4}
 
 
 def test_no_trial_is_over_budget_or_twice(undisturbed: tuple[Path, dict[str, Any]]) -> None:
@@ -175,6 +178,9 @@ def test_no_trial_is_over_budget_or_twice(undisturbed: tuple[Path, dict[str, Any
     controls = [trial for trial in trials if trial["origin"].startswith(("uniform-", "seed-"))]
     assert controls
     assert all(trial["status"] == "finished" for trial in controls), "controls are exempt from ASHA"
+    assert {trial["index"] for trial in controls} <= {each["index"] for each in search["confirmations"]}, (
+        "and are scored again on fresh rows with the finalists"
+    )
 
 
 def test_final_folder_loads_in_plain_transformers(undisturbed: tuple[Path, dict[str, Any]]) -> None:
@@ -240,7 +246,7 @@ def test_repeating_a_finished_run_computes_nothing(undisturbed: tuple[Path, dict
     shutil.rmtree(run / "tensorboard")
     done = subprocess.run(command(run.parent / "config.yaml"), capture_output=True, text=True, timeout=2 * MINUTES)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.count("already recorded") == 7
+    assert done.stdout.count("already recorded") == 8
     assert {path: path.stat().st_mtime_ns for path in (run / "records").iterdir()} == before
     assert {path.name for path in (run / "tensorboard").iterdir()} == shown, "made again from the records"
 
@@ -259,7 +265,7 @@ def test_what_a_card_does_not_state_is_said_and_stated_without_computing_anythin
         options = [f"--set=card.{key}" for key in stated]
         done = subprocess.run([*repeated, *options], capture_output=True, text=True, timeout=2 * MINUTES)
         assert done.returncode == 0, done.stderr[-3000:]
-        assert done.stdout.count("already recorded") == 7
+        assert done.stdout.count("already recorded") == 8
         told.append([line for line in done.stdout.splitlines() if "the model card" in line])
     assert {path: path.stat().st_mtime_ns for path in (run / "records").iterdir()} == before
     (everything,), (less,), nothing = told
@@ -368,6 +374,49 @@ def test_killed_inside_each_stage_gives_the_same(
     assert done.returncode == 0, done.stderr[-3000:]
     assert outcome(run) == outcome(undisturbed[0])
     assert not list(run.glob(".scratch-*")), "nothing half-made is left"
+
+
+@pytest.mark.slow
+def test_a_comparison_is_added_to_a_finished_run_and_may_be_killed(
+    undisturbed: tuple[Path, dict[str, Any]], tiny_model: Path, tmp_path: Path
+) -> None:
+    """What the winner has is there before, stays meanwhile, and is not made again."""
+    config = written_config(tmp_path / "added", tiny_model)
+    run, compared = config.parent / "run", ("--set", "finetune.compare=true")
+
+    def done(*options: str) -> str:
+        ended = subprocess.run(command(config, *options), capture_output=True, text=True, timeout=8 * MINUTES)
+        assert ended.returncode == 0, ended.stderr[-3000:]
+        return ended.stdout
+
+    def written() -> dict[Path, int]:
+        return {path: path.stat().st_mtime_ns for path in (*(run / "records").iterdir(), run / "final" / "config.json")}
+
+    def table() -> list[str]:
+        return [row["name"] for row in json.loads((run / "results.json").read_text())["table"]]
+
+    assert "--set finetune.compare=true" in done("--set", "finetune.compare=false")
+    before = written()
+    search, trials = search_of(run)
+    assert {each["index"] for each in search["confirmations"] if each["control"]} == {
+        index for index, trial in trials.items() if trial["origin"].startswith(("uniform-", "seed-"))
+    }, "controls are trials, and scored on fresh rows, also where nothing is compared after a fine-tune"
+    assert table() == ["searched"] and len(list(run.glob("candidates/*/record.json"))) == 1
+    kill_when(config, lambda: len(list(run.glob("candidates/*/record.json"))) >= 3, options=compared)
+    assert table() == ["searched"] and written() == before
+    page = (run / "report.html").read_text()
+    assert "The winner is finished, its comparison is not. Unfinished in stage comparison: " in page
+    claim = json.loads((run / "results.json").read_text())["claim"]
+    assert claim in (run / "report.md").read_text() and claim in (run / "final" / "README.md").read_text()
+
+    told = done(*compared)
+    assert told.count("already recorded") == 7
+    title = json.loads((run / "results.json").read_text())["table"][-1]["title"]
+    assert f"[comparison] {title}, training seed 1: " not in told, "it is neither trained nor scored again"
+    assert {path: time for path, time in written().items() if path in before} == before
+    assert outcome(run) == outcome(undisturbed[0])
+    before = written()
+    assert done(*compared).count("already recorded") == 8 and written() == before
 
 
 @pytest.mark.slow

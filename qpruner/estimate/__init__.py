@@ -10,7 +10,7 @@ from typing import Any
 
 from qpruner.config import RunConfig
 from qpruner.estimate.memory import prune_memory, scoring_memory, sensitivity_memory, training_memory
-from qpruner.estimate.work import CHOICES, Rates, hours
+from qpruner.estimate.work import CHOICES, Rates, hours, num_compared
 from qpruner.preflight import Inspection
 from qpruner.preflight_rows import CHARACTERS_A_TOKEN
 from qpruner.report.lines import duration
@@ -58,7 +58,9 @@ def facts(
             "wall": time.wall,
             "wall_left": time.wall_left,
             "slots": slots,
+            "comparison": held * time.comparison,
         },
+        "num_compared": num_compared(config),
     }
 
 
@@ -90,7 +92,18 @@ def time_text(found: Mapping[str, Any], has_gpu: bool) -> list[str]:
         *([f"    {time['busy']}"] if time["busy"] else []),
         f"    rows of {CHARACTERS_A_TOKEN} characters a token, {CHOICES} answers a question; starts of processes, "
         "loading and saving come on top, with a model as small as the demo's up to as much again",
+        f"comparison:  {_comparison(found, kind)}",
     ]
+
+
+def _comparison(found: Mapping[str, Any], kind: str) -> str:
+    """What `finetune.compare` takes of the hours, or would add to them."""
+    time, fine_tunes = found["hours"], counted(found["num_compared"], "fine-tune")
+    taken, total = _taken(time["comparison"]), _taken(time["total"])
+    if "comparison" in time["stages"]:
+        share = time["comparison"] / time["total"]
+        return f"{share:.0%} of the {kind} time, {taken} of {total}: {fine_tunes}, after the winner's report"
+    return f"off; `finetune.compare=true` would add {fine_tunes}, {taken} of {kind} time to {total}"
 
 
 def _stage_lines(time: Mapping[str, Any]) -> list[str]:

@@ -150,6 +150,7 @@ class Hours:
         at_most: All stages with no trial stopped early.
         wall: With the slots there are, trials and fine-tunes side by side.
         wall_left: Of this, what is not done.
+        comparison: Hours of one slot that `finetune.compare` adds or would add; among `stages` where it is on.
     """
 
     stages: dict[str, float]
@@ -158,6 +159,7 @@ class Hours:
     at_most: float
     wall: float
     wall_left: float
+    comparison: float
 
     @property
     def total(self) -> float:
@@ -183,7 +185,7 @@ def hours(
         has_gpus: Whether slots hold GPUs, among which groups are measured; what else scores them is little beside that.
     """
     counted = _Count(config, inspection)
-    jobs = num_finetunes(config)
+    others = num_compared(config)
     steps, trials = expected_steps(config), config.search.num_trials
     packers = min(slots, len(inspection.pruned.groups))
     starts = 0 if has_gpus else counted.bank_starts(packers)
@@ -192,22 +194,26 @@ def hours(
         "bank": counted.bank() / (rates.packing or rates.scoring) + starts * START_SECONDS,
         "sensitivity": counted.sensitivity() / rates.training,
         "search": counted.training(steps.steps) / rates.training + counted.search_scores(steps) / rates.scoring,
-        "finetune": jobs * counted.training(counted.finetune_steps()) / rates.training
-        + jobs * (counted.split("validation") + counted.split("confirmation") / 2) / rates.scoring,
-        "evaluate": (jobs + UNTUNED) * counted.evaluation() / rates.scoring,
+        "finetune": counted.training(counted.finetune_steps()) / rates.training
+        + (counted.split("validation") + counted.split("confirmation") / 2) / rates.scoring,
+        "evaluate": (1 + UNTUNED) * counted.evaluation() / rates.scoring,
     }
+    comparison = others * (stages["finetune"] + counted.evaluation() / rates.scoring)
+    if config.finetune.compare:
+        stages["comparison"] = comparison
     every = _Steps(trials * config.search.steps, trials * len(config.search.rungs))
     unstopped = counted.training(every.steps) / rates.training + counted.search_scores(every) / rates.scoring
     workers = config.finetune.num_workers
-    groups = max(1, min(slots // workers, jobs))
     shared = {
         "prune": 1,
         "bank": packers,
         "sensitivity": slots if has_gpus and set(MEASUREMENT) & set(config.sensitivity.methods) else 1,
         "search": min(slots, trials),
-        "finetune": groups * workers,
-        "evaluate": min(slots, jobs + UNTUNED),
+        "finetune": workers,
+        "evaluate": min(slots, 1 + UNTUNED),
+        "comparison": max(1, min(slots // workers, others)) * workers,
     }
+    shared = {name: shared[name] for name in stages}
     walls = {name: seconds / shared[name] / 3600 for name, seconds in stages.items()}
     in_hours = {name: seconds / 3600 for name, seconds in stages.items()}
     shares = {name: (done or {}).get(name, 0.0) for name in stages}
@@ -218,6 +224,7 @@ def hours(
         at_most=sum(in_hours.values()) - in_hours["search"] + unstopped / 3600,
         wall=sum(walls.values()),
         wall_left=sum((1 - shares[name]) * each for name, each in walls.items()),
+        comparison=comparison / 3600,
     )
 
 
@@ -245,15 +252,14 @@ def expected_steps(config: RunConfig) -> _Steps:
     return _Steps(controls * search.steps + others * steps, controls * len(search.rungs) + others * sum(shares))
 
 
-def num_finetunes(config: RunConfig) -> int:
-    """Fine-tunes of the final table's rows under all their training seeds; less where rows have one plan."""
-    if not config.finetune.compare:
-        return 1
+def num_compared(config: RunConfig) -> int:
+    """Fine-tunes that `finetune.compare` adds to the winner's first: of the other rows, and of the winner under further
+    training seeds; less where rows have one plan."""
     methods = config.sensitivity.methods
     # `all`: every method but the best
     other_seeds = len(methods[1:]) if config.finetune.seed_rows == "all" else "mutual_information" in methods
     once = 2 + sum(bits != FULL_BITS for bits in config.quantize.bits) + other_seeds
-    return once + (1 + bool(methods) + config.finetune.random_plans) * config.finetune.seeds
+    return once + (1 + bool(methods) + config.finetune.random_plans) * config.finetune.seeds - 1
 
 
 class _Count:

@@ -1,4 +1,4 @@
-"""The flow, top to bottom: prepare, prune, bank, sensitivity, search, finetune, evaluate, report.
+"""The flow, top to bottom: prepare, prune, bank, sensitivity, search, finetune, evaluate, comparison, report.
 
 Each stage leaves a record; a stage whose record has the digest of its present inputs is skipped, which makes
 `qpruner run` safe to repeat after any crash.
@@ -16,6 +16,7 @@ from qpruner.errors import StorageError, UserError
 from qpruner.events import COMMAND, Emit, Event, Message
 from qpruner.execution.slots import Slots, with_gpus_for, worker_resources
 from qpruner.pipeline.bank import bank
+from qpruner.pipeline.comparison import compare
 from qpruner.pipeline.compress import prepare, sensitivity
 from qpruner.pipeline.context import Context
 from qpruner.pipeline.disk import check_room
@@ -209,7 +210,7 @@ def _stages(context: Context, until: str) -> Results:
         banked = bank(context, pruned) if pruned and last >= 2 else None
         measured = sensitivity(context, pruned, banked) if pruned and banked and last >= 3 else None
         searched = search(context, banked, measured) if banked and measured and last >= 4 else None
-        tuned = finetune(context, searched, measured) if searched and measured and last >= 5 else None
+        tuned = finetune(context, searched) if searched and last >= 5 else None
         scored = evaluate(context, tuned) if tuned and last >= 6 else None
         results = Results(
             prepare=prepared,
@@ -220,7 +221,9 @@ def _stages(context: Context, until: str) -> Results:
             finetune=tuned,
             evaluate=scored,
         )
-        return report(context, results) if last >= 7 else results
+        if config.finetune.compare and scored and last >= 7:
+            results = results.model_copy(update={"comparison": compare(context, results)})
+        return report(context, results) if last >= 8 else results
 
 
 def preview(config: RunConfig, emit: Emit, address: str | None = None) -> PruneRecord:

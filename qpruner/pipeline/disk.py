@@ -21,6 +21,9 @@ SMALL_FILES = 2**20
 WITH_ADAM = 3
 """Copies of an adapter in a checkpoint: its weights and two moments each."""
 
+OF_ROWS = ("finetune", "comparison")
+"""Stages that leave their files in the folders of the final table's rows."""
+
 
 def check_room(context: Context) -> None:
     """Refuse a disk that cannot hold the large files that a run has still to write, or at a URI this machine's copies.
@@ -50,7 +53,8 @@ def _sizes(context: Context) -> dict[str, int]:
         "prune": base.num_parameters * base.element_bytes,
         "bank": sum(pruned.plan_bytes(pruned.uniform(bits)) for bits in config.quantize.bits),
         "search": 0 if context.run_dir.is_at_uri else checkpoint * config.search.num_trials,
-        "finetune": checkpoint * 8,
+        "finetune": checkpoint * 2,
+        "comparison": checkpoint * 6 if config.finetune.compare else 0,
     }
 
 
@@ -69,14 +73,14 @@ def _left(context: Context, sizes: dict[str, int]) -> int:
 
 def _folder(context: Context, stage: str) -> Path:
     """What a stage leaves its large files in."""
-    return context.run_dir.candidates if stage == "finetune" else context.run_dir.stage(stage)
+    return context.run_dir.candidates if stage in OF_ROWS else context.run_dir.stage(stage)
 
 
 def _held(context: Context, stage: str, found: Results) -> Iterator[Path]:
     """Files on this machine that a stage need not write again, or writes over: what an attempt left that was killed."""
     run = context.run_dir
     places = [run.scratch_path(stage)]
-    if run.is_at_uri or stage == "finetune":
+    if run.is_at_uri or stage in OF_ROWS:
         places.append(_folder(context, stage))
     for folder, _, names in (step for place in places for step in os.walk(place)):
         yield from (Path(folder, name) for name in names)

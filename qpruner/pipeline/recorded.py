@@ -7,14 +7,16 @@ from typing import TypeVar
 
 from qpruner.errors import CorruptFile
 from qpruner.pipeline.bank import bank_stage
+from qpruner.pipeline.comparison import comparison_jobs, comparison_stage
 from qpruner.pipeline.compress import prepare_stage, sensitivity_stage
 from qpruner.pipeline.context import Context
-from qpruner.pipeline.finish import evaluate_jobs, evaluate_stage, finetune_jobs, finetune_stage
+from qpruner.pipeline.finish import evaluate_jobs, evaluate_stage, finetune_stage, winner_jobs
 from qpruner.pipeline.prune import prune_stage
 from qpruner.pipeline.search import search_stage
 from qpruner.pipeline.stage import Stage, matching
 from qpruner.records import (
     BankRecord,
+    ComparisonRecord,
     EvalRecord,
     FinetuneRecord,
     PrepareRecord,
@@ -53,17 +55,22 @@ def recorded(context: Context) -> Results:
         known("search", SearchRecord, lambda: search_stage(context, banked, measured)) if banked and measured else None
     )
     tuned = (
-        known(
-            "finetune",
-            FinetuneRecord,
-            lambda: finetune_stage(context, searched, finetune_jobs(context, searched, measured)),
-        )
-        if searched and measured
+        known("finetune", FinetuneRecord, lambda: finetune_stage(context, searched, winner_jobs(context, searched)))
+        if searched
         else None
     )
     scored = (
         known("evaluate", EvalRecord, lambda: evaluate_stage(context, tuned, evaluate_jobs(context, tuned)))
         if tuned
+        else None
+    )
+    compared = (
+        known(
+            "comparison",
+            ComparisonRecord,
+            lambda: comparison_stage(scored, comparison_jobs(context, searched, measured)),
+        )
+        if scored and searched and measured and context.config.finetune.compare
         else None
     )
     return Results(
@@ -74,6 +81,7 @@ def recorded(context: Context) -> Results:
         search=searched,
         finetune=tuned,
         evaluate=scored,
+        comparison=compared,
     )
 
 

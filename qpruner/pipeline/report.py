@@ -11,7 +11,6 @@ from qpruner.objects import name_of
 from qpruner.pipeline.context import Context
 from qpruner.pipeline.stage import explained
 from qpruner.records import Results
-from qpruner.report import tensorboard
 from qpruner.report.files import CARD, write_report
 from qpruner.rundir import RunDir, read_text
 
@@ -24,7 +23,6 @@ def report(context: Context, results: Results) -> Results:
     started = time.monotonic()
     with explained("report"):
         write_report(context.run_dir)
-        tensorboard.write_result(context.run_dir.root, results)
         remark = told_lacking(lacking(read_text(context.run_dir.root / CARD) or ""))
     if remark:
         context.emit(Message("report", remark))

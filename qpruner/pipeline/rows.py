@@ -1,4 +1,4 @@
-"""The rows of the final table: which plans stand beside the winner, and under how many training seeds."""
+"""The rows of the final table: the winner, which plans stand beside it, and under how many training seeds."""
 
 from __future__ import annotations
 
@@ -42,20 +42,24 @@ class Row:
     plans: tuple[tuple[int, PrecisionPlan], ...]
 
 
+def winner_row(context: Context, searched: SearchRecord) -> Row:
+    """The winner under the first training seed, which is not the trials' own: under the data order that the winner was
+    selected on it would be flattered."""
+    plan = PrecisionPlan.from_dict(searched.best_plan)
+    return Row(SEARCHED, f"{searched.best_origin}, trial {searched.best_index}", ((context.config.seed + 1, plan),))
+
+
 def table_rows(context: Context, searched: SearchRecord, measured: SensitivityRecord) -> list[Row]:
-    """Every row; without `finetune.compare` the winner alone, under one training seed.
+    """Every row of the comparison.
 
     Seed plans are solved again at the winner's own bytes, and the random plans weigh as much, so that the claim
     compares like with like. The searched plan, the best seed and each of the random plans get `finetune.seeds` training
-    seeds. None is the trials' own: under the data order that the winner was selected on it would be flattered.
+    seeds, the others the first of them.
     """
-    config, space = context.config, context.space
-    winner = PrecisionPlan.from_dict(searched.best_plan)
-    found_by = f"{searched.best_origin}, trial {searched.best_index}"
-    seeds = range(config.seed + 1, config.seed + 1 + config.finetune.seeds)
-    if not config.finetune.compare:
-        return [Row(SEARCHED, found_by, ((seeds[0], winner),))]
-    equal_bytes = replace(space, budget_bytes=space.plan_bytes(winner))
+    config, space, winner = context.config, context.space, winner_row(context, searched)
+    [(first, plan)] = winner.plans
+    seeds = range(first, first + config.finetune.seeds)
+    equal_bytes = replace(space, budget_bytes=space.plan_bytes(plan))
 
     def same(name: str, origin: str, plan: PrecisionPlan, under: Iterable[int] = seeds[:1]) -> Row:
         return Row(name, origin, tuple((seed, plan) for seed in under))
@@ -73,11 +77,11 @@ def table_rows(context: Context, searched: SearchRecord, measured: SensitivityRe
             rows.append(seed_row(f"{method.replace('_', '-')} seed", method, seeds[:1]))
     if best:
         rows.append(seed_row(BEST_SEED, best, seeds))
-    drawn = random_plans(space, winner, config.finetune.random_plans, config.seed)
+    drawn = random_plans(space, plan, config.finetune.random_plans, config.seed)
     if drawn:
         origin = ONE_RANDOM_PLAN if len(drawn) == 1 else f"{len(drawn)} random plans"
         rows.append(Row(RANDOM, origin, tuple(itertools.product(seeds, drawn))))
-    return [*rows, same(SEARCHED, found_by, winner, seeds)]
+    return [*rows, same(SEARCHED, winner.origin, plan, seeds)]
 
 
 def _best_seed_method(context: Context, searched: SearchRecord, measured: SensitivityRecord) -> str | None:

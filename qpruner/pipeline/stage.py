@@ -153,7 +153,7 @@ def explained(stage: str, root: Path | None = None) -> Iterator[None]:
 
 def _against_nan(stage: str) -> str:
     """What to do about NaN; before anything is trained it comes with the weights."""
-    if stage in ("search", "finetune"):
+    if stage in ("search", "finetune", "comparison"):
         return "lower `training.learning_rate`, or use bfloat16 or float32"
     return "the base model's weights are broken or too large for `model.dtype`: take another copy or dtype"
 

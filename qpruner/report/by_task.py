@@ -38,10 +38,9 @@ class Accuracy:
 
 def accuracies(results: Results) -> dict[tuple[str, str], list[Accuracy]]:
     """Task and metric -> every row's accuracy, in the order of the rows."""
-    assert results.evaluate
     scores: dict[tuple[str, str], dict[str, list[TaskScore]]] = {}
     before: set[str] = set()
-    for row in results.evaluate.rows:
+    for row in results.scores:
         title = model_title(row, results.search)
         if row.seed is None:
             before.add(title)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from qpruner.records import GIVEN, CandidateRecord, Results, SearchRecord
+from qpruner.report.alone import told_alone
 from qpruner.report.paired import (
     Difference,
     Pair,
@@ -66,9 +67,9 @@ def claim(results: Results) -> str:
     never more than the spread allows: a line, then a list."""
     assert results.search
     found = comparisons(results)
-    if not found:
-        return "No claim is made: no other plan had the same fine-tune."
     winner = _winner(results.search, fine_tunes(results)[SEARCHED][0][0])
+    if not found:
+        return told_alone(results, winner)
     lead = f"{winner}{_lost(results)}{_beside_uniform(results)}{_in_words(found)}"
     return "\n".join([lead, *map(_stated, found)])
 

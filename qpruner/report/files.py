@@ -7,7 +7,7 @@ from pathlib import Path
 import yaml
 
 from qpruner.mirror import put_folders
-from qpruner.report import markdown, page
+from qpruner.report import markdown, page, tensorboard
 from qpruner.report.charts import charts
 from qpruner.report.importance_map import PICTURE
 from qpruner.report.model_card import base_card, model_card
@@ -41,6 +41,8 @@ def write_report(run_dir: RunDir) -> Path:
     write_text(run_dir.root / "report.md", markdown.render(run, plots, PICTURES, config, has_map))
     if run.is_whole and run_dir.root / "final" in put_folders(run_dir.root):
         write_text(run_dir.root / CARD, model_card(run, base_card(run, run_dir)))
+    if run.is_whole:
+        tensorboard.write_result(run_dir.root, run.results)
     target = run_dir.root / "report.html"
     write_text(target, page.render(run, plots, config, importance))
     return target

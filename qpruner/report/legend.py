@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from qpruner.records import EvalRecord, Results
+from qpruner.records import EvalRecord, InferenceSetting, Results
 from qpruner.report.table import BASE, BEST_SEED, PRUNED, RANDOM, SEARCHED, rows
 from qpruner.search.random_plans import SAME_BYTES
 
@@ -49,8 +49,8 @@ def terms(results: Results) -> list[tuple[str, str]]:
         *of_rows.items(),
         *BEFORE_PERPLEXITY.items(),
         ("perplexity", _perplexity(results.evaluate)),
-        *AFTER_PERPLEXITY.items(),
-        *_in_use(results.evaluate),
+        *(term for term in AFTER_PERPLEXITY.items() if len(names) > 1 or term[0] != "interval"),
+        *_in_use(results.inference),
     ]
 
 
@@ -63,8 +63,7 @@ def _perplexity(record: EvalRecord) -> str:
     )
 
 
-def _in_use(record: EvalRecord) -> list[tuple[str, str]]:
-    setting = record.inference
+def _in_use(setting: InferenceSetting | None) -> list[tuple[str, str]]:
     if setting is None:
         return []
     told = (

@@ -27,7 +27,7 @@ def render(run: Snapshot, charts: Sequence[Chart], pictures: str, config: str, h
     # Longer than any run of backticks in the configuration.
     fence = "`" * max([3, *(len(ticks) + 1 for ticks in re.findall("`+", config))])
     lines = [f"# qpruner: {prose(run.name)}", ""]
-    if run.state.resumed or not run.is_whole:
+    if run.state.resumed or run.missing:
         lines += [prose(run.standing), ""]
     lines += [run.missing, ""] if run.missing else []
     if run.is_whole:
@@ -73,7 +73,7 @@ def render(run: Snapshot, charts: Sequence[Chart], pictures: str, config: str, h
 def _final_table(run: Snapshot) -> list[str]:
     assert run.results.evaluate
     return [
-        *measured(run.results),
+        *measured(run.results, [prose(run.to_compare), ""] if run.to_compare else []),
         "## Step by step",
         "",
         sections.STEPS_TEXT,
@@ -131,10 +131,10 @@ def _picture(title: str, caption: str, path: str) -> list[str]:
     return [f"![{prose(title)}]({path})", "", f"{prose(title)}. {prose(caption)}", ""]
 
 
-def measured(results: Results) -> list[str]:
-    """The claim, the final table in its parts, and how to read it."""
+def measured(results: Results, remark: Sequence[str] = ()) -> list[str]:
+    """The claim, maybe a remark, the final table in its parts, and how to read it."""
     explained = [f"- **{term}**: {prose(meaning)}" for term, meaning in legend.terms(results)]
-    return [*claimed(results), "", *final_tables(results), f"{legend.TITLE}:", "", *explained, ""]
+    return [*claimed(results), "", *remark, *final_tables(results), f"{legend.TITLE}:", "", *explained, ""]
 
 
 def final_tables(results: Results) -> list[str]:

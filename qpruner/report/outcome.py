@@ -43,24 +43,33 @@ def search_text(search: SearchRecord, trials: Sequence[TrialRecord]) -> list[str
         return [told, f"{given}; where this report speaks of a winner, it is meant."]
     outcome = "a control: no searched plan beat it" if search.control_won else "a searched plan"
     best = f"On fresh rows trial {search.best_index} ({search.best_origin}) was best, {outcome}."
-    return [told, " ".join([best, *_margin(search), *_flattered(search, trials)])]
+    apart = (f"I{clause[1:]}" for clause in margin(search))
+    return [told, " ".join([best, *apart, *_flattered(search, trials)])]
 
 
-def _margin(search: SearchRecord) -> Iterator[str]:
-    """By how much the winner beat the best of the other kind on fresh rows; nothing where there was none."""
-    best = next(each for each in search.confirmations if each.index == search.best_index)
-    others = [each for each in search.confirmations if each.control != search.control_won]
-    if others:
-        rival = min(others, key=lambda each: (cost(each, search.metric), each.index))
+def margin(search: SearchRecord) -> Iterator[str]:
+    """By how much the winner beat the best of the other kind on fresh rows, as a clause; nothing where there was
+    none."""
+    best, rival = rivals(search)
+    if rival:
         ours, theirs = (score(each, search.metric) for each in (best, rival))
+        is_behind = cost(best, search.metric) > cost(rival, search.metric)
         yield (
-            f"Its selection {search.metric} is {ours:.4f}, that of the best "
+            f"its selection {search.metric} is {ours:.4f}, that of the best "
             f"{'searched plan' if search.control_won else 'control'} {theirs:.4f} (trial {rival.index}, "
-            f"{rival.origin}): a margin of {abs(ours - theirs):.4f}{_error(best, rival, search.metric)}."
+            f"{rival.origin}): {'behind by' if is_behind else 'a margin of'} {abs(ours - theirs):.4f}"
+            f"{margin_error(best, rival, search.metric)}."
         )
 
 
-def _error(one: Confirmation, other: Confirmation, metric: str) -> str:
+def rivals(search: SearchRecord) -> tuple[Confirmation, Confirmation | None]:
+    """The winner on fresh rows, and the best of the other kind there: a control's is a searched plan."""
+    best = next(each for each in search.confirmations if each.index == search.best_index)
+    others = [each for each in search.confirmations if each.control != search.control_won and each != best]
+    return best, min(others, key=lambda each: (cost(each, search.metric), each.index), default=None)
+
+
+def margin_error(one: Confirmation, other: Confirmation, metric: str) -> str:
     """The standard error of a margin: of its rows where they are known, else of each score."""
     apart = paired_losses(one, other) if metric == "loss" else None
     if apart:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from qpruner.records import (
     BankRecord,
+    ComparisonRecord,
     EvalRecord,
     FinetuneRecord,
     PrepareRecord,
@@ -24,6 +25,7 @@ KINDS: dict[str, type[Record]] = {
     "search": SearchRecord,
     "finetune": FinetuneRecord,
     "evaluate": EvalRecord,
+    "comparison": ComparisonRecord,
 }
 
 

@@ -26,6 +26,7 @@ from qpruner.records import (
     flat,
 )
 from qpruner.report import table
+from qpruner.report.alone import to_compare
 from qpruner.report.life import RUNNING, Life, read_life
 from qpruner.report.recorded import read_results
 from qpruner.report.standing import Standing, bar, best_of, best_so_far, control_name, in_order_of_end, score, standing
@@ -78,6 +79,12 @@ class RunView:
         record = self.run_dir.read_record("search", SearchRecord)
         state = self.state.stages.get("search")
         return record if state and state.state != "running" else None
+
+    @property
+    def could_compare(self) -> bool:
+        """Whether the run is finished and was asked for no comparison."""
+        stage = self.state.stages.get("report")
+        return bool(stage and stage.state == "done") and not self.state.compares
 
     @property
     def outcome(self) -> str:
@@ -142,6 +149,8 @@ def status(run: RunView, now: float) -> dict[str, Any]:
     """
     stages: list[dict[str, Any]] = []
     for name in STAGES[: STAGES.index(run.state.until) + 1]:
+        if name == "comparison" and not run.state.compares:
+            continue
         state = run.state.stages.get(name)
         if state is None:
             stages.append({"stage": name, "state": "waiting", "seconds": None, "steps": None, "text": ""})
@@ -167,6 +176,7 @@ def status(run: RunView, now: float) -> dict[str, Any]:
         "seconds_since_sign_of_life": max(0.0, now - run.life.last_sign),
         "stages": stages,
         "search": _search_status(run),
+        "to_compare": to_compare(run.state.command) if run.could_compare else None,
     }
 
 
@@ -337,9 +347,9 @@ def _whole_run(results: Results) -> dict[str, float]:
 
 def _final(results: Results) -> dict[str, float | None]:
     """The searched row after its fine-tune, where the latest command came that far."""
-    if results.finetune is None:
+    tuned = [each for each in results.candidates if each.name == SEARCHED]
+    if not tuned:
         return {}
-    tuned = [each for each in results.finetune.candidates if each.name == SEARCHED]
     facts: dict[str, float | None] = {
         "final_validation_loss": statistics.fmean(each.validation_loss for each in tuned),
         "final_confirmation_loss": statistics.fmean(each.confirmation_loss for each in tuned),

@@ -42,7 +42,7 @@ IMPORTANCE = (
 LAYER_HEADINGS = ("block", "query heads", "key/value heads", "MLP channels", "kept parameters")
 TABLES = (
     (
-        "Test results of each row, all after the same fine-tune; no plan was chosen by them",
+        "Test results after the fine-tune, the same for every row; no plan was chosen by them",
         ("seeds", "bytes", "mean bits", "test accuracy", "test answer loss", "perplexity"),
     ),
     ("The fine-tune of each row", ("from", "seeds", "validation loss", "confirmation loss")),
@@ -368,8 +368,10 @@ def stages(run: Snapshot) -> list[tuple[str, ...]]:
     gpu = run.results.gpu_seconds | {"search": sum(trial.gpu_seconds for trial in run.trials)}
     if run.results.search:
         gpu["search"] += run.results.search.confirmation_gpu_seconds
-    if run.results.finetune:
-        busy["finetune"] = sum({each.digest: each.seconds for each in run.results.finetune.candidates}.values())
+    own = {each.digest for each in run.results.finetune.candidates} if run.results.finetune else set()
+    taken = {each.digest: each.seconds for each in run.results.candidates}  # rows of one model share a fine-tune
+    busy["finetune"] = sum(seconds for digest, seconds in taken.items() if digest in own)
+    busy["comparison"] = sum(taken.values()) - busy["finetune"]
 
     def told(figures: dict[str, float], name: str) -> str:
         return f"{figures[name]:.1f}" if figures.get(name) else "-"
@@ -387,9 +389,8 @@ def stages(run: Snapshot) -> list[tuple[str, ...]]:
 def steps(results: Results) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
     """The model as each step leaves it, its score on every task, and the finer losses that there are, fine-tuned under
     the first training seed, then the base fine-tuned: headings and cells."""
-    assert results.evaluate
-    untuned = [row for row in results.evaluate.rows if row.seed is None]
-    tuned = {row.name: row for row in reversed(results.evaluate.rows) if row.seed is not None}
+    untuned = [row for row in results.scores if row.seed is None]
+    tuned = {row.name: row for row in reversed(results.scores) if row.seed is not None}
     body = [(model_title(row, results.search), *_step(row)) for row in untuned]
     for row in (tuned[name] for name in (SEARCHED, BASE) if name in tuned):
         body.append((f"{model_title(row, results.search)}, training seed {row.seed}", *_step(row)))
@@ -413,8 +414,8 @@ def environment(run: Snapshot) -> list[tuple[str, str]]:
     """Versions and hardware where the command was started, and what the rows were measured on, which a cluster has
     elsewhere."""
     found = list(run.state.environment.items())
-    if run.results.evaluate and run.results.evaluate.inference:
-        found.append(("rows measured on", run.results.evaluate.inference.device))
+    if run.results.inference:
+        found.append(("rows measured on", run.results.inference.device))
     return found
 
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from qpruner.errors import UserError
 from qpruner.plan import PrecisionPlan
 from qpruner.records import GIVEN, Results, RunState, TrialRecord
+from qpruner.report.alone import to_compare
 from qpruner.report.life import RUNNING, Life, read_life
 from qpruner.report.marginal_effects import MarginalEffects, marginal_effects
 from qpruner.report.recorded import KINDS, read_results
@@ -49,8 +50,19 @@ class Snapshot:
 
     @property
     def is_whole(self) -> bool:
-        """Whether every stage has its record."""
+        """Whether the winner is fine-tuned and evaluated; a comparison may be still to come."""
         return self.results.evaluate is not None
+
+    @property
+    def lacks_comparison(self) -> bool:
+        """Whether the comparison that `finetune.compare` asks for is not there."""
+        return self.state.compares and self.results.comparison is None
+
+    @property
+    def to_compare(self) -> str | None:
+        """How the comparison is added to a finished run that was asked for none; None for another run."""
+        is_finished = self.is_whole and self.state.until == "report" and not self.state.compares
+        return to_compare(self.state.command) if is_finished else None
 
     @property
     def best_plan(self) -> dict[str, int] | None:
@@ -125,12 +137,19 @@ class Snapshot:
 
     @property
     def standing(self) -> str:
-        """How far the run is, in a sentence."""
-        if self.is_whole:
-            times = self.state.resumed
-            return "Finished" + (
-                f"; resumed {counted(times, 'time')} after a command that did not come to its end." if times else "."
-            )
+        """How far the run is, in a sentence; in two where the winner is done and its comparison is not."""
+        if not self.is_whole:
+            return self._unfinished
+        if self.lacks_comparison:
+            return f"The winner is finished, its comparison is not. {self._unfinished}"
+        times = self.state.resumed
+        return "Finished" + (
+            f"; resumed {counted(times, 'time')} after a command that did not come to its end." if times else "."
+        )
+
+    @property
+    def _unfinished(self) -> str:
+        """How the latest command ended before its last stage, or where it is."""
         stage = f" in stage {self.at_work}" if self.at_work else ""
         life = Life(self.state, self.driver)
         match life.outcome:
@@ -148,8 +167,9 @@ class Snapshot:
 
     @property
     def missing(self) -> str | None:
-        """The stages that a run that is not whole has no record of, in a sentence; some may have figures already."""
-        names = [name for name in KINDS if getattr(self.results, name) is None]
+        """The stages that an unfinished run has no record of, in a sentence; some may have figures already."""
+        asked = [name for name in KINDS if name != "comparison" or self.lacks_comparison]
+        names = [name for name in asked if getattr(self.results, name) is None]
         return f"There is no result yet of: {', '.join(names)}." if names else None
 
 

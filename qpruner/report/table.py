@@ -79,26 +79,24 @@ class Row:
 
 def rows(results: Results) -> list[Row]:
     """The table's rows, in the order of the fine-tunes; a seed or uniform plan that is the best seed's says so."""
-    found = [_row(title_of(name, results.search), tuned) for name, tuned in fine_tunes(results).items()]
+    return _rows(results, fine_tunes(results))
+
+
+def under_first_seed(results: Results) -> list[Row]:
+    """The same rows under the first training seed alone, which every row had."""
+    first = min(record.seed for record in results.candidates)
+    alone = {name: [each for each in tuned if each[0].seed == first] for name, tuned in fine_tunes(results).items()}
+    return _rows(results, alone)
+
+
+def _rows(results: Results, by_name: dict[str, list[FineTune]]) -> list[Row]:
+    found = [_row(title_of(name, results.search), tuned) for name, tuned in by_name.items()]
     best = [row.plans for row in found if row.name == BEST_SEED]
     apart = (BASE, PRUNED, BEST_SEED, RANDOM, SEARCHED)
     return [
         replace(row, title=f"{row.title} = {BEST_SEED}") if row.name not in apart and row.plans in best else row
         for row in found
     ]
-
-
-def under_first_seed(results: Results) -> list[Row]:
-    """The same rows under the first training seed alone, which every row had."""
-    assert results.finetune and results.evaluate
-    seed = min(record.seed for record in results.finetune.candidates)
-    tuned = tuple(record for record in results.finetune.candidates if record.seed == seed)
-    scored = tuple(row for row in results.evaluate.rows if row.seed == seed)
-    alone = {
-        "finetune": results.finetune.model_copy(update={"candidates": tuned}),
-        "evaluate": results.evaluate.model_copy(update={"rows": scored}),
-    }
-    return rows(results.model_copy(update=alone))
 
 
 def title_of(name: str, search: SearchRecord | None) -> str:
@@ -118,12 +116,17 @@ def model_title(row: RowScores, search: SearchRecord | None) -> str:
 
 def fine_tunes(results: Results) -> dict[str, list[FineTune]]:
     """Row -> its fine-tunes, in the order of their records."""
-    assert results.finetune and results.evaluate
-    scored = [row for row in results.evaluate.rows if row.seed is not None]
+    scored = [row for row in results.scores if row.seed is not None]
     found: dict[str, list[FineTune]] = {}
-    for each in zip(results.finetune.candidates, scored, strict=True):
+    for each in zip(results.candidates, scored, strict=True):
         found.setdefault(each[0].name, []).append(each)
     return found
+
+
+def untuned_accuracies(results: Results) -> dict[str, float]:
+    """Base and pruned model as they are before any fine-tune -> their accuracies."""
+    rows = [row for row in results.scores if row.seed is None and row.name in (BASE, PRUNED)]
+    return {row.name: statistics.fmean(score.value for score in row.scores) for row in rows}
 
 
 def _spread(values: Sequence[float]) -> float | None:

@@ -73,8 +73,8 @@ class Board:
                     write_trial(self._folder, search, trial)
                 self._write_search()
                 write_sensitivity(self._folder, measured)
-            case events.StageStarted(stage) if stage != "report":
-                # Of what an earlier command ended with; this one's follows at its end.
+            case events.StageStarted(stage) if stage not in ("comparison", "report"):
+                # Of what an earlier command ended with; this one's follows once the winner is done.
                 shutil.rmtree(self._folder / RESULT, ignore_errors=True)
                 if stage == "search":
                     shutil.rmtree(self._folder / WINNER, ignore_errors=True)

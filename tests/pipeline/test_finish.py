@@ -19,23 +19,15 @@ from qpruner import preflight
 from qpruner.candidates import Evaluation, FinetuneOutcome, evaluate_candidate, finetune_candidate
 from qpruner.config import validate_config
 from qpruner.data import load_encoded
-from qpruner.errors import ConfigError, CorruptFile, StageError
-from qpruner.estimate.work import num_finetunes
+from qpruner.errors import CorruptFile, StageError
+from qpruner.estimate.work import num_compared
 from qpruner.events import Event, Message, Progress, StageSkipped
 from qpruner.pipeline import run
+from qpruner.pipeline.comparison import compare, comparison_jobs
 from qpruner.pipeline.context import Context
-from qpruner.pipeline.finish import (
-    _gpus_held,
-    _Progress,
-    _row_set_aside_if_damaged,
-    evaluate,
-    finetune,
-    finetune_jobs,
-    finetune_stage,
-    held_out_text,
-    scores_digest,
-)
-from qpruner.pipeline.rows import Row, candidates_for, table_rows, untuned_candidates
+from qpruner.pipeline.finish import evaluate, finetune, finetune_stage, held_out_text, winner_jobs
+from qpruner.pipeline.jobs import JobProgress, finetune_jobs, gpus_held, row_set_aside_if_damaged, scores_digest
+from qpruner.pipeline.rows import Row, candidates_for, table_rows, untuned_candidates, winner_row
 from qpruner.plan import PrecisionPlan
 from qpruner.records import (
     GIVEN,
@@ -44,6 +36,7 @@ from qpruner.records import (
     Inference,
     InferenceSetting,
     PrepareRecord,
+    Results,
     RowScores,
     SearchRecord,
     SensitivityRecord,
@@ -186,7 +179,7 @@ def test_rows_of_the_claim_have_several_training_seeds_and_the_others_one(
 ) -> None:
     context = changed("finetune.seeds", 2)
     found = rows_of(context, a_winner(context))
-    assert sum(len(row.plans) for row in found.values()) == num_finetunes(context.config), "as `qpruner check` counts"
+    assert sum(len(row.plans) for row in found.values()) == 1 + num_compared(context.config), "as `check` counts"
     seeds = {name: {seed for seed, _ in row.plans} for name, row in found.items()}
     assert {name for name, each in seeds.items() if each == {1, 2}} == {"best seed", "random", "searched"}
     assert {name for name, each in seeds.items() if each == {1}} == {
@@ -210,7 +203,7 @@ def test_every_seed_plan_is_a_row_where_all_are_asked_for(changed: Callable[[str
         searched = searched_record(a_winner(context), {f"seed-{best}": 2.0})
         rows = table_rows(context, searched, measured)
         shared = int(best == "mutual-information")  # that row's fine-tune is the best seed's first
-        assert sum(len(row.plans) for row in rows) - shared == num_finetunes(context.config), "as check counts"
+        assert sum(len(row.plans) for row in rows) - shared == 1 + num_compared(context.config), "as check counts"
         return {row.name: len(row.plans) for row in rows if row.origin.startswith("seed-")}
 
     assert seed_rows("fisher") == {MI_ROW: 1, "kl seed": 1, "best seed": 3}
@@ -218,17 +211,28 @@ def test_every_seed_plan_is_a_row_where_all_are_asked_for(changed: Callable[[str
     assert seed_rows("mutual-information") == {MI_ROW: 1, "fisher seed": 1, "kl seed": 1, "best seed": 3}
 
 
-def test_without_compare_the_winner_stands_alone(changed: Callable[[str, Any], Context]) -> None:
-    context = changed("finetune", {"steps": 4, "compare": False})
+def test_the_winner_comes_first_under_one_training_seed(context: Context) -> None:
+    """Whatever is compared with it afterwards: its fine-tune is one of its row in the comparison."""
     winner = context.space.uniform(4)
-    assert rows_of(context, winner) == {"searched": Row("searched", "gp, trial 7", ((1, winner),))}
+    alone = winner_row(context, searched_record(winner))
+    assert alone == Row("searched", "gp, trial 7", ((1, winner),))
+    row = rows_of(context, winner)["searched"]
+    assert (row.name, row.origin, row.plans[0]) == (alone.name, alone.origin, alone.plans[0])
 
 
-@pytest.mark.parametrize(("key", "value"), [("seeds", 2), ("random_plans", 2), ("seed_rows", "all")])
-def test_rows_of_a_comparison_that_is_off_are_refused(key: str, value: object, raw: dict[str, Any]) -> None:
-    """They would be ignored."""
-    with pytest.raises(ConfigError, match=f"`{key}` are those of `compare`, which is off, got {value}: take it out"):
-        validate_config(with_key(raw, "finetune", {"steps": 4, "compare": False, key: value}))
+@pytest.mark.parametrize(
+    "settings", [{}, {"seeds": 5}, {"compare": False}, {"compare": False, "random_plans": 1}], ids=str
+)
+def test_what_is_compared_changes_nothing_of_the_winner(
+    settings: dict[str, Any], context: Context, changed: Callable[[str, Any], Context]
+) -> None:
+    """`finetune` and `evaluate` of a finished run stay recorded when a comparison is added or taken away."""
+    searched = searched_record(a_winner(context))
+    one, other = (
+        finetune_stage(each, searched, winner_jobs(each, searched))
+        for each in (context, changed("finetune", {"steps": 4} | settings))
+    )
+    assert one.digest == other.digest
 
 
 # What is made once
@@ -276,7 +280,7 @@ def test_a_row_is_called_as_the_final_table_calls_it(found: dict[str, Any], titl
     winner = a_winner(context)
     context.run_dir.write_record("search", searched_record(winner).model_copy(update=found))
     try:
-        jobs = finetune_jobs(context, searched_record(winner), measured_of(context))
+        jobs = comparison_jobs(context, searched_record(winner), measured_of(context))
         labels = [job.label for row, job in jobs if row.name == "searched"]
         assert labels == [f"{title}, training seed {seed}" for seed in (1, 2, 3)]
         untuned = [job.label for job in untuned_candidates(context, winner.as_dict())]
@@ -285,12 +289,11 @@ def test_a_row_is_called_as_the_final_table_calls_it(found: dict[str, Any], titl
         context.run_dir.forget("search")
 
 
-def test_the_line_that_begins_the_fine_tunes_says_why_their_losses_are_not_the_trials(context: Context) -> None:
-    """The winner's, after as many steps, may be 0.3 worse than as a trial."""
+def test_the_line_that_begins_the_fine_tune_says_why_its_loss_is_not_the_trials(context: Context) -> None:
+    """It may be 0.3 worse than as a trial, after as many steps."""
     searched = searched_record(a_winner(context))
-    jobs = finetune_jobs(context, searched, measured_of(context))
-    detail = finetune_stage(context, searched, jobs).detail
-    assert detail.endswith(", under other training seeds than the trials', so losses are no longer those of trials")
+    detail = finetune_stage(context, searched, winner_jobs(context, searched)).detail
+    assert detail.endswith(", under another training seed than the trials', so its loss is not that of a trial")
 
 
 @pytest.mark.parametrize(
@@ -334,7 +337,7 @@ def test_what_workers_leave_adds_up_with_what_is_recorded(context: Context, tmp_
     """One of three jobs was done before; nothing is told twice, and half a file is nothing."""
     events: list[Event] = []
     signs = [tmp_path / "a", tmp_path / "b"]
-    progress = _Progress(replace(context, emit=events.append), "evaluate", signs, 3, "answers")
+    progress = JobProgress(replace(context, emit=events.append), "evaluate", signs, 3, "answers")
     for a, b in ((None, None), ("2 8", None), ("2 8", None), ("8 8", "3"), ("8 8", "8 8")):
         for sign, text in zip(signs, (a, b), strict=True):
             if text:
@@ -347,72 +350,96 @@ def test_what_workers_leave_adds_up_with_what_is_recorded(context: Context, tmp_
 def test_an_interrupted_comparison_goes_on_with_what_is_left(
     context: Context, changed: Callable[[str, Any], Context]
 ) -> None:
-    """All fine-tunes but one were recorded before; what is recorded stands when seeds are taken away or rows are."""
+    """All fine-tunes but one were recorded before; what is recorded stands when seeds are taken away."""
     events: list[Event] = []
     one_plan, two_seeds = {"steps": 4, "random_plans": 1}, {"steps": 4, "random_plans": 1, "seeds": 2}
-    whole, fewer, alone = (
-        replace(changed("finetune", each), emit=events.append)
-        for each in (one_plan, two_seeds, {"steps": 4, "compare": False})
-    )
+    whole, fewer = (replace(changed("finetune", each), emit=events.append) for each in (one_plan, two_seeds))
     measured, searched = measured_of(context), searched_record(a_winner(context))
     jobs = folders(whole, rows_of(whole, a_winner(context)))
     seeds = {folder: seed for (_, seed), folder in jobs.items()}
-    recorded = sorted(set(seeds) - {jobs["searched", 1]})
+    recorded = sorted(set(seeds) - {jobs["random", 2]})
     for number, folder in enumerate(recorded):
         (folder / "adapter").mkdir(parents=True)
         (folder / "adapter" / "adapter_model.safetensors").touch()
         write_json(folder / "record.json", a_record(folder, seeds[folder], 2.0 + number))
     (recorded[0] / "checkpoints" / "checkpoint-4").mkdir(parents=True)  # its driver was killed just then
-    try:
-        record = finetune(whole, searched, measured)
-        assert not list(whole.run_dir.candidates.glob("*/checkpoints")), "what is recorded is not gone on from"
-        assert told(events, "finetune") == ["searched, training seed 1"]
-        counted = progress_of(events, "finetune")
-        assert list(counted) == ["steps", "loading weights", "saving weights"]
-        assert counted["steps"][-1] == (4 * len(set(jobs.values())),) * 2, "those that were recorded are done"
-        assert all(steps[-1][0] == steps[-1][1] and steps == sorted(set(steps)) for steps in counted.values())
-        weights = jobs["searched", 1] / "adapter" / "adapter_model.safetensors"
-        flip_a_byte(weights)
-        mended = finetune(whole, searched, measured)
-        whole.close()  # `alone` will start a Ray of its own, too
-        warning, *anew = told(events, "finetune")[1:]
-        assert warning == "warning" and anew == ["searched, training seed 1"], "only what was damaged"
-        assert any(f"{weights} is damaged; set aside in " in str(event) for event in events)
-        trained = next(each for each in mended.candidates if (each.name, each.seed) == ("searched", 1))
-        assert trained.adapter_sha256 == file_digest(weights)
+
+    def finetune_all(context: Context) -> list[CandidateRecord]:
         events.clear()
-        assert [(each.name, each.seed) for each in record.candidates] == list(jobs)
-        for each in record.candidates:
+        return finetune_jobs(context, "comparison", comparison_jobs(context, searched, measured))
+
+    try:
+        records = finetune_all(whole)
+        assert not list(whole.run_dir.candidates.glob("*/checkpoints")), "what is recorded is not gone on from"
+        assert told(events, "comparison") == ["random, training seed 2"]
+        counted = progress_of(events, "comparison")
+        assert list(counted) == ["steps"]
+        assert counted["steps"][-1] == (4 * len(set(jobs.values())),) * 2, "those that were recorded are done"
+        assert counted["steps"] == sorted(set(counted["steps"]))
+        assert [(each.name, each.seed) for each in records] == list(jobs)
+        for each in records:
             folder = jobs[each.name, each.seed]
             assert folder not in recorded or each.validation_loss == 2.0 + recorded.index(folder)
-        final = whole.run_dir.root / "final" / "adapter_model.safetensors"
+
+        weights = jobs["random", 2] / "adapter" / "adapter_model.safetensors"
+        flip_a_byte(weights)
+        mended = finetune_all(whole)
+        assert told(events, "comparison") == ["warning", "random, training seed 2"], "only what was damaged"
+        assert any(f"{weights} is damaged; set aside in " in str(event) for event in events)
+        trained = next(each for each in mended if (each.name, each.seed) == ("random", 2))
+        assert trained.adapter_sha256 == file_digest(weights)
+
+        again = finetune_all(fewer)
+        assert [(each.name, each.seed) for each in again] == [job for job in jobs if job[1] < 3]
+        assert told(events, "comparison") == [], "nothing was trained again"
+    finally:
+        whole.close()
+        for folder in set(jobs.values()):
+            shutil.rmtree(folder)
+
+
+@pytest.mark.slow
+def test_the_winner_is_trained_and_scored_once(context: Context, changed: Callable[[str, Any], Context]) -> None:
+    """Also where its adapter or the final folder is damaged, and where another final model could not be written."""
+    events: list[Event] = []
+    alone = replace(changed("finetune", {"steps": 4}), emit=events.append)
+    searched = searched_record(a_winner(context))
+    [(_, job)] = winner_jobs(alone, searched)
+    weights, final = (folder / "adapter_model.safetensors" for folder in (job.adapter, alone.run_dir.root / "final"))
+
+    def messages(searched: SearchRecord) -> list[str]:
+        events.clear()
+        finetune(alone, searched)
+        return told(events, "finetune")
+
+    try:
+        assert messages(searched) == ["searched, training seed 1"]
+        counted = progress_of(events, "finetune")
+        assert list(counted) == ["steps", "loading weights", "saving weights"]
+        assert all(steps[-1][0] == steps[-1][1] and steps == sorted(set(steps)) for steps in counted.values())
+        flip_a_byte(weights)
+        assert messages(searched) == ["warning", "searched, training seed 1"]
         written = file_digest(final)
         flip_a_byte(final)
-        finetune(whole, searched, measured)
-        assert told(events, "finetune") == ["warning"] and file_digest(final) == written, "made again, nothing trained"
-        events.clear()
-        finetune(whole, searched, measured)
-        assert told(events, "finetune") == [], "whole again"
+        assert messages(searched) == ["warning"] and file_digest(final) == written, "made again, nothing trained"
+        assert messages(searched) == [], "whole again"
 
         # A command that ends while it writes another final model must not leave the record of the one before.
-        (stone := whole.run_dir.root / ".final").touch()
+        other = searched_record(context.space.uniform(4))
+        (stone := alone.run_dir.root / ".final").touch()
         with pytest.raises(FileExistsError):
-            finetune(fewer, searched, measured)
-        assert whole.run_dir.read_record("finetune", FinetuneRecord) is None
+            finetune(alone, other)
+        assert alone.run_dir.read_record("finetune", FinetuneRecord) is None
         stone.unlink()
 
-        again = finetune(fewer, searched, measured)
-        assert again.digest != record.digest
-        assert [(each.name, each.seed) for each in again.candidates] == [job for job in jobs if job[1] < 3]
-        assert told(events, "finetune") == [], "nothing was trained again"
-
-        tuned = finetune(alone, searched, measured)
+        tuned = finetune(alone, searched)
         scores = (TaskScore(task="arc", metric="acc", value=0.5, stderr=0.5, num_questions=1, correct=(1.0,)),)
         digest = scores_digest(alone)
         for each in untuned_candidates(alone, searched.best_plan):
             write_json(
                 each.folder / "scores.json", RowScores(digest=digest, name=each.name, seed=each.seed, scores=scores)
             )
+        events.clear()
         scored = evaluate(alone, tuned)
         assert [(row.name, row.seed) for row in scored.rows] == [
             *(("base", None), ("pruned", None), ("searched", None)),
@@ -433,7 +460,6 @@ def test_an_interrupted_comparison_goes_on_with_what_is_left(
         assert told(events, "evaluate")[2:] == ["1 model in turns"], "nothing was scored again"
         assert told(events, "finetune") == []
     finally:
-        whole.close()
         alone.close()
 
 
@@ -464,18 +490,21 @@ def test_gpu_seconds_are_those_of_every_fine_tune_and_every_evaluation(
     monkeypatch.setattr(Context, "task_resources", lambda own, tasks, workers=1: (own.trial_resources, 1))
     monkeypatch.setattr("qpruner.pipeline.finish.write_final", lambda job, bench, emit: None)
     winner = context.space.uniform(8)  # a control
+    searched, measured = searched_record(winner), measured_of(context)
     try:
-        tuned = finetune(context, searched_record(winner), measured_of(context))
-        number = len({each.digest for each in tuned.candidates})
-        assert number < len(tuned.candidates)
-        assert {each.gpu_seconds for each in tuned.candidates} == {4.0}
-        assert tuned.gpu_seconds == pytest.approx(4.0 * number, abs=0.1)
+        tuned = finetune(context, searched)
+        assert [each.gpu_seconds for each in tuned.candidates] == [4.0]
+        assert tuned.gpu_seconds == pytest.approx(4.0, abs=0.1)
         scored = evaluate(context, tuned)
         untuned = len(untuned_candidates(context, winner.as_dict()))
-        assert scored.gpu_seconds == pytest.approx(4.0 * (number + untuned) + 100.0, abs=0.1)
-        assert _gpus_held(context, 2) == 2.0, "workers of one model have whole GPUs"
+        assert scored.gpu_seconds == pytest.approx(4.0 * (1 + untuned) + 100.0, abs=0.1)
+        compared = compare(context, Results(search=searched, sensitivity=measured, finetune=tuned, evaluate=scored))
+        others = len({each.digest for each in compared.candidates}) - 1
+        assert others < len(compared.candidates) - 1
+        assert compared.gpu_seconds == pytest.approx(2 * 4.0 * others + 100.0, abs=0.1), "the winner's are told"
+        assert gpus_held(context, 2) == 2.0, "workers of one model have whole GPUs"
     finally:
-        for stage in ("finetune", "evaluate"):
+        for stage in ("finetune", "evaluate", "comparison"):
             context.run_dir.forget(stage)
 
 
@@ -510,20 +539,20 @@ def test_the_final_folder_is_the_recorded_winners_and_whole(
     context: Context, changed: Callable[[str, Any], Context], tmp_path: Path
 ) -> None:
     events: list[Event] = []
-    alone = replace(changed("finetune", {"steps": 4, "compare": False}), emit=events.append)
-    measured, first, second = measured_of(context), a_winner(context), context.space.uniform(4)
+    alone = replace(changed("finetune", {"steps": 4}), emit=events.append)
+    first, second = a_winner(context), context.space.uniform(4)
     root = alone.run_dir.root
     weights, records = root / "final" / "model.safetensors", root / "records"
     try:
-        finetune(alone, searched_record(first), measured)
+        finetune(alone, searched_record(first))
         whole = weights.read_bytes()
         (root / "final" / "README.md").write_text("A card, which comes later.")
         events.clear()
-        finetune(alone, searched_record(first), measured)
+        finetune(alone, searched_record(first))
         assert [type(event) for event in events] == [StageSkipped]
 
         flip_a_byte(weights)
-        finetune(alone, searched_record(first), measured)
+        finetune(alone, searched_record(first))
         assert any(f"{weights} is damaged" in str(event) and "set aside in" in str(event) for event in events)
         assert weights.read_bytes() == whole and told(events, "finetune") == ["warning"], "no row is trained again"
 
@@ -536,10 +565,10 @@ def test_the_final_folder_is_the_recorded_winners_and_whole(
                 while filler.write(b"\0" * 4096):
                     pass
             with pytest.raises(StageError, match="no space left for"):
-                finetune(alone, searched_record(second), measured)
+                finetune(alone, searched_record(second))
             assert weights.read_bytes() != whole
             (records / "filler").unlink()
-            finetune(alone, searched_record(first), measured)
+            finetune(alone, searched_record(first))
             assert weights.read_bytes() == whole
         records.rmdir()
         aside.rename(records)
@@ -554,13 +583,11 @@ def test_two_workers_fine_tune_what_one_does(changed: Callable[[str, Any], Conte
     found = {}
     for workers in (2, 1):
         whole = with_key(raw, "training.micro_batch_size", 2)
-        config = validate_config(
-            with_key(whole, "finetune", {"steps": 14, "save_steps": 4, "num_workers": workers, "compare": False})
-        )
-        context = replace(changed("finetune", {"steps": 14, "compare": False}), config=config)
+        config = validate_config(with_key(whole, "finetune", {"steps": 14, "save_steps": 4, "num_workers": workers}))
+        context = replace(changed("finetune", {"steps": 14}), config=config)
         plan = a_winner(context)
         try:
-            (found[workers],) = finetune(context, searched_record(plan), measured_of(context)).candidates
+            (found[workers],) = finetune(context, searched_record(plan)).candidates
         finally:
             context.close()
         [winner] = candidates_for(context, [("searched", plan.as_dict(), 1)])
@@ -589,7 +616,7 @@ def test_a_row_that_is_whole_seen_from_here_is_not_set_aside(tmp_path: Path) -> 
     for is_there, told in ((True, "seen from the driver's machine it is whole"), (False, "set aside in")):
         if not is_there:
             weights.unlink()
-        with pytest.raises(StageError) as caught, _row_set_aside_if_damaged(run_dir, "evaluate"):
+        with pytest.raises(StageError) as caught, row_set_aside_if_damaged(run_dir, "evaluate"):
             raise CorruptFile(f"adapter {weights} cannot be read", weights)
         assert told in caught.value.cause and "repeat the command" in caught.value.remedy
         assert (folder / "record.json").exists() == is_there

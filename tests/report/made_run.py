@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from qpruner.pipeline.progress import _environment
 from qpruner.records import (
     BankRecord,
     CandidateRecord,
+    ComparisonRecord,
     EvalRecord,
     FinetuneRecord,
     Inference,
@@ -45,11 +47,14 @@ STAGE: dict[str, Any] = {"digest": "0" * 16, "seconds": 61.5}
 PARTS = ("attention", "mlp")
 NOISES = {"mutual_information": 1.5, "first_order": 0.6, "kl": 0.3}
 """Sensitivity method -> how far it is from what trials find."""
-STAGES = ("prepare", "prune", "bank", "sensitivity", "search", "finetune", "evaluate")
+STAGES = ("prepare", "prune", "bank", "sensitivity", "search", "finetune", "evaluate", "comparison")
 STARTED = 1_790_000_000.0
 HOSTILE = "</script><script>document.title='owned'</script><img src=x onerror=\"document.title='owned'\"> & `| `"
 """A name that would be markup if a report let it."""
 BUDGET = 93_000_000
+SETTING = InferenceSetting(
+    device="2 CPU cores", prompt_tokens=128, new_tokens=16, memory_counter="rise of resident memory"
+)
 
 
 class MadeRun:
@@ -62,7 +67,7 @@ class MadeRun:
         num_trials: int = 200,
         num_blocks: int = 30,
         model: str = "SmolLM2-135M",
-        until: str = "evaluate",
+        until: str = "comparison",
         outcome: str = "done",
         error: str | None = None,
         stages: dict[str, StageState] | None = None,
@@ -168,6 +173,7 @@ class MadeRun:
             "search": self._search,
             "finetune": self._finetune,
             "evaluate": self._evaluate,
+            "comparison": self._comparison,
         }
 
     def _prune(self, num_blocks: int) -> Record:
@@ -237,7 +243,7 @@ class MadeRun:
             sessions=2,
         )
 
-    def _finetune(self) -> Record:
+    def _candidates(self) -> tuple[CandidateRecord, ...]:
         best = self._search().best_plan
         levels = {BASE: 16, PRUNED: 16, "uniform 4-bit": 4, "uniform 8-bit": 8}
         rows = []
@@ -269,12 +275,31 @@ class MadeRun:
                         memory_counter="rise of resident memory",
                     )
                 )
-        return FinetuneRecord(**self._stage, winner=SEARCHED, candidates=tuple(rows))
+        return tuple(rows)
+
+    @cached_property
+    def _every_row(self) -> tuple[tuple[CandidateRecord, ...], tuple[RowScores, ...]]:
+        """Every fine-tune, the winner's first training seed among them, and its scores."""
+        candidates = self._candidates()
+        return candidates, self._scores([(row.name, row.seed) for row in candidates])
+
+    def _finetune(self) -> Record:
+        [winner] = [row for row in self._every_row[0] if (row.name, row.seed) == (SEARCHED, 0)]
+        return FinetuneRecord(**self._stage, winner=SEARCHED, candidates=(winner,))
 
     def _evaluate(self) -> Record:
+        untuned = self._scores([(BASE, None), (PRUNED, None), (SEARCHED, None)])
+        winner = [row for row in self._every_row[1] if (row.name, row.seed) == (SEARCHED, 0)]
+        text = "`evaluate.text` in 12 windows of 128 tokens"
+        return EvalRecord(**self._stage, rows=(*untuned, *winner), text=text, inference=SETTING)
+
+    def _comparison(self) -> Record:
+        candidates, rows = self._every_row
+        return ComparisonRecord(**self._stage, candidates=candidates, rows=rows, inference=SETTING)
+
+    def _scores(self, wanted: Sequence[tuple[str, int | None]]) -> tuple[RowScores, ...]:
         shares = {BASE: 0.77, PRUNED: 0.71, "uniform 4-bit": 0.66}
-        tuned = [(row.name, row.seed) for row in self._finetune().candidates]  # type: ignore[attr-defined]
-        rows = [
+        return tuple(
             RowScores(
                 digest="0",
                 name=name,
@@ -283,13 +308,7 @@ class MadeRun:
                 text_loss=3.3 + self._random.normal(0, 0.01),
                 inference=None if seed is None else self._taken(name),
             )
-            for name, seed in [(BASE, None), (PRUNED, None), (SEARCHED, None), *tuned]
-        ]
-        setting = InferenceSetting(
-            device="2 CPU cores", prompt_tokens=128, new_tokens=16, memory_counter="rise of resident memory"
-        )
-        return EvalRecord(
-            **self._stage, rows=tuple(rows), text="`evaluate.text` in 12 windows of 128 tokens", inference=setting
+            for name, seed in wanted
         )
 
     def _taken(self, name: str) -> Inference:

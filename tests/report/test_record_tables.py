@@ -21,7 +21,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Snapshot:
 
 
 def test_a_run_is_told_in_a_line(run: Snapshot) -> None:
-    stages = "prepare, prune, sensitivity, bank, search, finetune, evaluate"
+    stages = "prepare, prune, sensitivity, bank, search, finetune, evaluate, comparison"
     assert repr(run) == f"<Snapshot of the run 'run': 20 trials; {stages}>"
 
 
@@ -38,8 +38,9 @@ def test_every_record_has_a_table() -> None:
         ("prune", 30, {"layer", "kept_mlp_channels", "kept_parameters"}),
         ("sensitivity", 60, {"group", "kl at 4 bits", "kl at 8 bits", "mutual_information at 4 bits"}),
         ("search", 4, {"index", "origin", "loss", "stderr", "control"}),
-        ("finetune", 13, {"name", "seed", "validation_loss", "bits of layers.00.mlp"}),
-        ("evaluate", 16, {"name", "seed", "arc_easy acc", "arc_easy stderr", "text_loss", "inference.memory_bytes"}),
+        ("finetune", 1, {"name", "seed", "validation_loss", "bits of layers.00.mlp"}),
+        ("evaluate", 4, {"name", "seed", "arc_easy acc", "arc_easy stderr", "text_loss", "inference.memory_bytes"}),
+        ("comparison", 13, {"name", "seed", "validation_loss", "bits of layers.00.mlp", "arc_easy acc", "text_loss"}),
     ],
 )
 def test_a_stage_s_record_has_a_row_for_each_that_it_lists(
@@ -74,7 +75,7 @@ def test_a_score_has_a_row_a_question_and_the_results_a_row_a_stage(run: Snapsho
     assert run.results.evaluate
     frame = run.results.evaluate.rows[0].scores[0].to_dataframe()
     assert len(frame) == 400 and frame["correct"].mean() == run.results.evaluate.rows[0].scores[0].value
-    assert run.results.to_dataframe()["stage"].tolist()[-2:] == ["finetune", "evaluate"]
+    assert run.results.to_dataframe()["stage"].tolist()[-3:] == ["finetune", "evaluate", "comparison"]
     assert run.results.sensitivity
     method = run.results.sensitivity.methods["kl"].to_dataframe()
     assert method["at 4 bits"].tolist() == list(run.results.sensitivity.methods["kl"].values[4])

@@ -29,8 +29,8 @@ from qpruner.pipeline.search import FINALISTS
 from qpruner.plan_file import read_plan
 from qpruner.records import (
     BankRecord,
+    ComparisonRecord,
     EvalRecord,
-    FinetuneRecord,
     PrepareRecord,
     Record,
     RowScores,
@@ -405,7 +405,7 @@ def _changed(run: Path, stage: str, kind: type[Record], **changes: Any) -> None:
 
 def _better_answers(run: Path) -> tuple[RowScores, ...]:
     """The scores of a run, but that its searched row answers every question, and at three quarters of the loss."""
-    record = RunDir(run).read_record("evaluate", EvalRecord)
+    record = RunDir(run).read_record("comparison", ComparisonRecord)
     assert record
     return tuple(
         row.model_copy(
@@ -427,12 +427,19 @@ def _better_answers(run: Path) -> tuple[RowScores, ...]:
     )
 
 
+def _asked(run: Path, digest: str) -> tuple[RowScores, ...]:
+    """The evaluated rows, as if with questions of that digest."""
+    record = RunDir(run).read_record("evaluate", EvalRecord)
+    assert record
+    return tuple(row.model_copy(update={"digest": digest}) for row in record.rows)
+
+
 def test_compare_pairs_runs_that_were_measured_on_the_same_questions(tmp_path: Path) -> None:
     """A difference of two means says nothing without its interval, which pairing narrows."""
     runs = [tmp_path / name for name in ("first", "second")]
     for run in runs:
         MadeRun(run, num_trials=12, num_blocks=2)
-    _changed(runs[1], "evaluate", EvalRecord, rows=_better_answers(runs[1]))
+    _changed(runs[1], "comparison", ComparisonRecord, rows=_better_answers(runs[1]))
     facts = told("compare", *runs)
     [found] = facts["differences"]
     accuracy, answers, confirmation = found["differences"]
@@ -444,7 +451,7 @@ def test_compare_pairs_runs_that_were_measured_on_the_same_questions(tmp_path: P
     assert (confirmation["mean"], confirmation["verdict"]) == (0, "not distinguishable")
     text = qpruner("compare", *runs).stdout
     assert "second less first: +0.00% bytes, 3 training seeds, paired: accuracy +0." in text
-    assert "hours count in each: prepare, prune, sensitivity, bank, search, finetune, evaluate." in text
+    assert "hours count in each: prepare, prune, sensitivity, bank, search, finetune, evaluate, comparison." in text
 
 
 def test_compare_pairs_only_what_was_measured_alike(tmp_path: Path) -> None:
@@ -452,9 +459,8 @@ def test_compare_pairs_only_what_was_measured_alike(tmp_path: Path) -> None:
     for run in runs[:-1]:
         MadeRun(run, num_trials=12, num_blocks=2)
     MadeRun(runs[-1], num_trials=12, num_blocks=2, until="search")
-    rows = tuple(row.model_copy(update={"digest": "other"}) for row in _better_answers(runs[0]))
     for run in (runs[1], runs[3]):
-        _changed(run, "evaluate", EvalRecord, rows=rows)
+        _changed(run, "evaluate", EvalRecord, rows=_asked(run, "other"))
     for run in (runs[2], runs[3]):
         _changed(run, "prepare", PrepareRecord, digest="other")
     found = told("compare", *runs)["differences"]
@@ -478,8 +484,7 @@ def test_compare_pairs_test_questions_whatever_trials_were_asked(tmp_path: Path)
     runs = [tmp_path / name for name in ("by-loss", "by-accuracy")]
     for run, digest in zip(runs, "01", strict=True):
         MadeRun(run, num_trials=12, num_blocks=2)
-        rows = tuple(row.model_copy(update={"digest": digest}) for row in _better_answers(run))
-        _changed(run, "evaluate", EvalRecord, rows=rows, tested="same")
+        _changed(run, "evaluate", EvalRecord, rows=_asked(run, digest), tested="same")
     [found] = told("compare", *runs)["differences"]
     assert [each["measure"] for each in found["differences"]] == ["accuracy", "answer loss", "confirmation loss"]
 
@@ -488,10 +493,10 @@ def test_compare_knows_one_model_in_two_folders(tmp_path: Path) -> None:
     runs = [tmp_path / name for name in ("first", "copy")]
     for run in runs:
         MadeRun(run, num_trials=12, num_blocks=2)
-        record = RunDir(run).read_record("finetune", FinetuneRecord)
+        record = RunDir(run).read_record("comparison", ComparisonRecord)
         assert record
         tuned = tuple(each.model_copy(update={"adapter_sha256": f"sha of {each.seed}"}) for each in record.candidates)
-        _changed(run, "finetune", FinetuneRecord, candidates=tuned)
+        _changed(run, "comparison", ComparisonRecord, candidates=tuned)
     assert "copy less first: nothing to pair, it is the same fine-tuned model." in qpruner("compare", *runs).stdout
 
 

@@ -110,7 +110,7 @@ def test_a_given_plan_is_compared_with_the_best_seed_that_a_search_has_tried(sea
     file = searched.parent / "compared.yaml"
     file.write_text(yaml.safe_dump(changed))
     compared = ("--set", "finetune.compare=true", "--set", "finetune.seeds=1")
-    done = qpruner("finetune", searched, "--plan", file, *compared)
+    done = qpruner("run", searched, "--plan", file, *compared)
     assert done.returncode == 0, done.stderr[-3000:]
     record = search_of(run)
     assert record["best_plan"] == changed and record["best_origin"] == "given", "whatever the others scored"
@@ -122,7 +122,7 @@ def test_a_given_plan_is_compared_with_the_best_seed_that_a_search_has_tried(sea
     [told] = json.loads(qpruner("compare", run, "--json").stdout)["runs"]
     losses = {row["from"]: row["loss"] for row in json.loads(qpruner("trials", run, "--json").stdout)["trials"]}
     assert told["best_control"] == min(losses[origin] for origin in controls)
-    tuned = json.loads((run / "records" / "finetune.json").read_text())["candidates"]
+    tuned = json.loads((run / "records" / "comparison.json").read_text())["candidates"]
     origins = {row["name"]: row["origin"] for row in tuned}
     assert origins["best seed"] == "seed-first-order at the winner's bytes"
     assert origins["searched"] == f"given, trial {record['best_index']}"

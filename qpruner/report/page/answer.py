@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,10 +9,11 @@ from pathlib import Path
 from qpruner.records import plan_group_bytes
 from qpruner.report import sections
 from qpruner.report.claim import beside_base, comparisons, tally
+from qpruner.report.outcome import margin_error, rivals
 from qpruner.report.paired import Z_95
 from qpruner.report.snapshot import Snapshot
-from qpruner.report.standing import best_of, score
-from qpruner.report.table import BASE, BEST_SEED, ONE_RANDOM_PLAN, PRUNED, SEARCHED, Row, rows
+from qpruner.report.standing import best_of, cost, score
+from qpruner.report.table import BASE, BEST_SEED, ONE_RANDOM_PLAN, SEARCHED, Row, rows, untuned_accuracies
 
 
 @dataclass(frozen=True)
@@ -32,13 +32,13 @@ def tiles(run: Snapshot) -> list[Tile]:
 
 def _whole(run: Snapshot) -> Iterator[Tile]:
     assert run.results.search and run.results.prune
-    table = {row.name: row for row in rows(run.results)}
-    winner, before = table[SEARCHED], run.results.prune.bytes_before
+    table, before = {row.name: row for row in rows(run.results)}, untuned_accuracies(run.results)
+    winner, base_bytes = table[SEARCHED], run.results.prune.bytes_before
     yield Tile(
         "Size",
         _megabytes(winner.measured_bytes),
         (
-            f"{before / winner.measured_bytes:.1f} times smaller than the base model's {_megabytes(before)}"
+            f"{base_bytes / winner.measured_bytes:.1f} times smaller than the base model's {_megabytes(base_bytes)}"
             + _with_adapter(table.get(BASE)),
             f"{_megabytes(run.results.prune.bytes_after)} after pruning",
             f"budget {_megabytes(run.results.search.budget_bytes)} ({_budget(run)}), adapter included",
@@ -51,7 +51,7 @@ def _whole(run: Snapshot) -> Iterator[Tile]:
         f"{winner.accuracy:.3f}",
         (
             _interval(winner),
-            *(f"{name}, not fine-tuned: {accuracy:.3f}" for name, accuracy in _untuned(run) if name not in table),
+            *(f"{name}, not fine-tuned: {value:.3f}" for name, value in before.items() if name not in table),
             *_beside_base(run),
         ),
     )
@@ -95,14 +95,6 @@ def _budget(run: Snapshot) -> str:
     return "quantize.budget: " + ", ".join(f"{name} {value}" for name, value in given.items() if value is not None)
 
 
-def _untuned(run: Snapshot) -> Iterator[tuple[str, float]]:
-    """Base and pruned model before any fine-tune, and their accuracies."""
-    assert run.results.evaluate
-    for row in run.results.evaluate.rows:
-        if row.seed is None and row.name in (BASE, PRUNED):
-            yield row.name, statistics.fmean(score.value for score in row.scores)
-
-
 def _interval(winner: Row) -> str:
     half_width = Z_95 * winner.accuracy_stderr
     low, high = max(0.0, winner.accuracy - half_width), min(1.0, winner.accuracy + half_width)
@@ -111,8 +103,7 @@ def _interval(winner: Row) -> str:
 
 def _in_use(run: Snapshot, winner: Row, base: Row | None) -> Iterator[Tile]:
     """Speed and memory of a generation, beside the base's: of few bytes does not mean fast."""
-    assert run.results.evaluate
-    setting = run.results.evaluate.inference
+    setting = run.results.inference
     figures, others = _generation(winner), base and _generation(base)
     if setting is None or figures is None:
         return
@@ -146,11 +137,10 @@ def _beside_base(run: Snapshot) -> Iterator[str]:
 def _certainty(run: Snapshot) -> Tile:
     """The claim in a few words."""
     found = comparisons(run.results)
+    if not found:
+        return _on_fresh_rows(run)
     if not any(each.differences for each in found):
-        lines = ["there is nothing of equal bytes to compare with"]
-        if not found:
-            lines.append("finetune.compare gives other plans the same fine-tune")
-        return Tile("How sure", "no claim", tuple(lines))
+        return Tile("How sure", "no claim", ("there is nothing of equal bytes to compare with",))
     lines = []
     for each in found:
         random = "one random plan" if each.origin == ONE_RANDOM_PLAN else "random plans"
@@ -162,6 +152,23 @@ def _certainty(run: Snapshot) -> Tile:
         lines.append(f"against {named}: {told or each.no_claim}")
     headline, among = tally(found)
     return Tile("How sure, at equal bytes", headline, (among, *lines))
+
+
+def _on_fresh_rows(run: Snapshot) -> Tile:
+    """What was compared where no other plan had the winner's fine-tune: the finalists, as trials."""
+    search, hint = run.results.search, "finetune.compare gives other plans the same fine-tune"
+    assert search
+    best, rival = rivals(search)
+    if rival is None:
+        return Tile("How sure, on fresh rows", "nothing beside", ("no control was scored there", hint))
+    apart = cost(rival, search.metric) - cost(best, search.metric)
+    lines = (
+        f"selection {search.metric} of trial {best.index} ({best.origin}) against trial {rival.index} ({rival.origin})",
+        margin_error(best, rival, search.metric).strip(" ()"),
+        hint,
+    )
+    figure = f"{abs(apart):.4f} {'worse' if apart < 0 else 'better'}"
+    return Tile("How sure, on fresh rows", figure, tuple(filter(None, lines)))
 
 
 def _so_far(run: Snapshot) -> Iterator[Tile]:

@@ -1,0 +1,154 @@
+"""What is said of a winner that was compared with nothing after its fine-tune, and of a comparison that is not done."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+from conftest import with_key
+from made_records import made_confirmation, made_search
+from made_run import STARTED, MadeRun
+
+from qpruner.cli import main
+from qpruner.records import GIVEN, RunState, StageState
+from qpruner.report.claim import claim
+from qpruner.report.files import write_report
+from qpruner.report.outcome import margin
+from qpruner.report.page.answer import tiles
+from qpruner.report.snapshot import Snapshot, read_snapshot
+from qpruner.rundir import RunDir
+
+COMMAND = "qpruner run my.yaml --set search.max_trials=200"
+"""Of the made runs."""
+
+
+def made_alone(root: Path) -> MadeRun:
+    """A finished run that was asked for no comparison."""
+    report = {"report": StageState(state="done", started=STARTED, seconds=1.0)}
+    made = MadeRun(root, num_trials=40, num_blocks=2, until="evaluate", stages=report)
+    (root / "final").mkdir()
+    config = with_key(made.state.config, "finetune.compare", False)
+    made.run.write_state(made.state.model_copy(update={"config": config}))
+    return made
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    made = made_alone(tmp_path_factory.mktemp("alone") / "run")
+    write_report(made.run)
+    return made.run.root
+
+
+@pytest.fixture(scope="module")
+def alone(folder: Path) -> Snapshot:
+    return read_snapshot(RunDir(folder, create=False))
+
+
+def status(root: Path) -> tuple[dict[str, Any], str]:
+    """`qpruner status` as data and as text."""
+    outputs = [CliRunner().invoke(main, ["status", str(root), *form]).output for form in (("--json",), ())]
+    return json.loads(outputs[0]), outputs[1]
+
+
+def test_the_claim_tells_size_losses_and_accuracies(alone: Snapshot) -> None:
+    results = alone.results
+    assert results.finetune and results.evaluate and results.search
+    [tuned], scored = results.finetune.candidates, results.evaluate.rows
+    base, pruned, _, winner = (sum(score.value for score in row.scores) / 2 for row in scored)
+    lead, fresh, nothing = claim(results).splitlines()
+    for told in (
+        "Searched: gp, trial 57, 92.00 MB. It is 3.0 times smaller than the base model.",
+        f"validation loss is {tuned.validation_loss:.4f} and its confirmation loss {tuned.confirmation_loss:.4f}",
+        f"test accuracy {winner:.3f} (without a fine-tune, base {base:.3f}, pruned {pruned:.3f})",
+    ):
+        assert told in lead
+    [apart] = margin(results.search)
+    assert fresh == f"- On the search's fresh rows, before this fine-tune: {apart}"
+    assert "that of the best control" in apart and "a margin of" in apart
+    assert nothing == "- No other plan had this fine-tune, so nothing is claimed at equal bytes."
+
+
+def test_the_page_shows_the_margin_on_fresh_rows(alone: Snapshot) -> None:
+    tile = {tile.heading: tile for tile in tiles(alone)}["How sure, on fresh rows"]
+    assert alone.results.search
+    ours, theirs = (score.loss for score in (alone.results.search.confirmations[-1], best_control(alone)))
+    assert tile.figure == f"{theirs - ours:.4f} better"
+    assert tile.lines[-1] == "finetune.compare gives other plans the same fine-tune"
+
+
+def best_control(run: Snapshot) -> Any:
+    assert run.results.search
+    return min((each for each in run.results.search.confirmations if each.control), key=lambda each: each.loss)
+
+
+def test_a_given_plan_may_be_behind_the_best_control() -> None:
+    fresh = (made_confirmation(2, "seed-kl", 2.0), made_confirmation(9, GIVEN, 2.5))
+    search = made_search({"a": 4}, confirmations=fresh, best_index=9, best_origin=GIVEN)
+    [told] = margin(search)
+    assert told.startswith(
+        "its selection loss is 2.5000, that of the best control 2.0000 (trial 2, seed-kl): behind by"
+    )
+
+
+def test_owners_are_told_how_to_add_the_comparison(folder: Path) -> None:
+    command = f"{COMMAND} --set finetune.compare=true"
+    facts, text = status(folder)
+    assert f"`{command}`" in facts["to_compare"] and command in text
+    assert f"`{command}`" in (folder / "report.md").read_text()
+    assert f"<code>{command}</code>" in (folder / "report.html").read_text()
+    assert "finetune.compare" not in (folder / "final" / "README.md").read_text(), "its readers have no such run"
+
+
+def test_nothing_is_missing_where_no_comparison_is_asked_for(alone: Snapshot, folder: Path) -> None:
+    assert (alone.standing, alone.missing) == ("Finished.", None)
+    facts, _ = status(folder)
+    assert [each["stage"] for each in facts["stages"]][-3:] == ["finetune", "evaluate", "report"]
+    assert "**interval**" not in (folder / "report.md").read_text(), "a term of the comparison's claim"
+
+
+@pytest.mark.parametrize(
+    ("outcome", "told"),
+    [
+        ("interrupted", "Interrupted in stage comparison; the same command goes on from here."),
+        ("failed", "Failed in stage comparison: no memory"),
+    ],
+)
+def test_without_its_comparison_the_winner_is_reported_whole(outcome: str, told: str, tmp_path: Path) -> None:
+    begun = {"comparison": StageState(state="running", started=STARTED)}
+    error = "no memory" if outcome == "failed" else None
+    made = MadeRun(
+        tmp_path / "run", num_trials=6, num_blocks=2, until="evaluate", stages=begun, outcome=outcome, error=error
+    )
+    (tmp_path / "run" / "final").mkdir()
+    write_report(made.run)
+    run, summary = read_snapshot(made.run), json.loads((tmp_path / "run" / "results.json").read_text())
+    assert run.standing == f"The winner is finished, its comparison is not. {told}"
+    assert run.missing == "There is no result yet of: comparison."
+    assert [row["name"] for row in summary["table"]] == ["searched"] and summary["claim"] == claim(run.results)
+    assert run.standing in (tmp_path / "run" / "report.md").read_text()
+    assert "Measured" in (tmp_path / "run" / "final" / "README.md").read_text()
+    facts, text = status(tmp_path / "run")
+    assert facts["to_compare"] is None and "finetune.compare" not in text, "it is asked for"
+    assert [(each["stage"], each["state"]) for each in facts["stages"]][-2:] == [
+        ("comparison", outcome),
+        ("report", "waiting"),
+    ]
+
+
+def test_a_compared_run_is_told_by_its_comparison(tmp_path: Path) -> None:
+    """The winner's row has all its training seeds, and the memory and speed that were measured beside the others."""
+    run = read_snapshot(MadeRun(tmp_path / "run", num_trials=6, num_blocks=2).run)
+    assert run.results.comparison and run.results.evaluate
+    assert run.results.candidates == run.results.comparison.candidates
+    assert run.results.scores == (*run.results.evaluate.rows[:3], *run.results.comparison.rows)
+    assert run.results.inference == run.results.comparison.inference
+    assert run.to_compare is None and run.standing == "Finished."
+
+
+def test_the_state_of_an_older_run_asks_for_no_comparison() -> None:
+    fields = {"until": "report", "command": "", "folder": "", "environment": {}, "host": "", "pid": 1}
+    state = RunState(config={}, **fields, started=0.0, updated=0.0, outcome="done")
+    assert not state.compares
