@@ -20,7 +20,7 @@ def search_text(search: SearchRecord, trials: Sequence[TrialRecord]) -> list[str
         search: Its record.
         trials: Every trial that it knew.
     """
-    by = "a plan that was given" if search.best_origin == GIVEN else search.searcher
+    by = "a given plan" if search.best_origin == GIVEN else search.searcher
     what = "loss" if search.metric == "loss" else accuracy_in_full(search.metrics)
     told = (
         f"{by} on {what}, budget {search.budget_bytes / 1e6:.1f} MB: "

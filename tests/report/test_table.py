@@ -48,7 +48,7 @@ from qpruner.report.page.answer import tiles
 from qpruner.report.sections import HEADINGS, cells, final_tables, steps
 from qpruner.report.snapshot import Snapshot
 from qpruner.report.summary import summary_of
-from qpruner.report.table import BEST_SEED, RANDOM, SEARCHED, rows
+from qpruner.report.table import BEST_SEED, RANDOM, SEARCHED, rows, title_of
 
 PLAN = {"layers.0": 8, "layers.1": 4}
 SEED_PLAN = {"layers.0": 4, "layers.1": 8}
@@ -327,8 +327,16 @@ def test_a_plan_that_was_given_is_not_called_searched() -> None:
     assert search_text(alone, ())[1].startswith(
         "Trial 7 is the plan that was given, the only one scored on fresh rows; "
     )
+    assert search_text(alone, ())[0].startswith("a given plan on loss, "), "no searcher chose it"
     beside = made_search(PLAN, best_origin=GIVEN)
     assert "given, scored on fresh rows beside 1 control that a search had tried; " in search_text(beside, ())[1]
+
+
+@pytest.mark.parametrize("origin", ["uniform-4", "seed-mutual-information"])
+def test_a_given_plan_that_has_a_name_is_told_by_it(origin: str) -> None:
+    """Of one bit-width, or of a sensitivity that `search.plan` names."""
+    given = made_search(PLAN, best_origin=GIVEN, confirmations=(made_confirmation(7, origin, 2.0),))
+    assert title_of(SEARCHED, given) == f"given plan ({origin})"
 
 
 @pytest.mark.parametrize(
