@@ -136,7 +136,7 @@ def search(context: Context, banked: BankRecord, measured: SensitivityRecord) ->
         statuses = [trial.status for trial in outcome.trials]
         return {
             "trials_digest": trials_digest,
-            "searcher": settings.searcher,
+            "searcher": settings.searcher if context.config.is_searched else "none",
             "metric": settings.metric,
             "budget_bytes": space.budget_bytes,
             "num_trials": len(outcome.trials),
