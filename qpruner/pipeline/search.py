@@ -138,7 +138,7 @@ def search(context: Context, banked: BankRecord, measured: SensitivityRecord) ->
         statuses = [trial.status for trial in outcome.trials]
         return {
             "trials_digest": trials_digest,
-            "searcher": settings.searcher,
+            "searcher": settings.searcher if context.config.is_searched else "none",
             "metric": state.metric,
             "metrics": state.metrics,
             "budget_bytes": space.budget_bytes,
