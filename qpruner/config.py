@@ -515,8 +515,8 @@ class SearchConfig(Section):
     max_gpu_hours: Annotated[float, Field(gt=0)] | None = None
     """It ends after its trials have held GPUs for this many hours; trials in flight finish."""
     patience: Positive | None = None
-    """It ends after this many proposals in a row whose expected improvement is below the noise of a score; `gp` alone
-    expects one, and only of the one best plan, not of `pareto`'s front."""
+    """It ends after this many proposals in a row whose expected improvement is below the noise of a score. Needs
+    `searcher: gp` and no `pareto`."""
     plan: Named | None = None
     """Take this plan instead of searching: a file made by hand or by another run (`qpruner plan` prints one), or the
     name of a sensitivity (`mutual_information`), whose seed plan is taken. No other is tried, and it is what is
