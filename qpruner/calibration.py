@@ -357,27 +357,26 @@ def visit_outputs(
         batch_size: Samples per forward pass.
     """
     outputs: dict[str, torch.Tensor] = {}
-    predicting = torch.empty(0, dtype=torch.bool)
+    positions = torch.empty(0, dtype=torch.bool)
 
     def hook_for(name: str) -> Callable[..., None]:
         def hook(module: torch.nn.Module, inputs: object, output: Any) -> None:
             states = output[0] if isinstance(output, tuple) else output
-            outputs[name] = states[predicting].float().cpu()
+            outputs[name] = states[positions.to(states.device)].float().cpu()
 
         return hook
 
     handles = [module.register_forward_hook(hook_for(name)) for name, module in modules.items()]
     try:
         for batch in batches(rows, batch_size, pad_id, model.device):
-            predicting = torch.zeros_like(batch["labels"], dtype=torch.bool)
-            predicting[:, :-1] = batch["labels"][:, 1:] != IGNORED_LABEL
+            positions = torch.nn.functional.pad(batch["labels"][:, 1:] != IGNORED_LABEL, (0, 1))
             logits = _logits(model, batch)
             for name, output in outputs.items():
                 if not torch.isfinite(output).all():
                     raise TrainingDiverged(f"the output of {name} is NaN or infinite on the calibration samples")
-            if not torch.isfinite(logits[predicting]).all():
+            if not torch.isfinite(logits[positions]).all():
                 raise TrainingDiverged("the output of model.lm_head is NaN or infinite on the calibration samples")
-            visit(outputs, logits[predicting].argmax(dim=-1).cpu())
+            visit(outputs, logits[positions].argmax(dim=-1).cpu())
             outputs.clear()
     finally:
         for handle in handles:
