@@ -11,6 +11,7 @@ import csv
 import itertools
 import json
 import logging
+import random
 import re
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
@@ -148,6 +149,13 @@ def encode(
     return encoded
 
 
+def shuffled(examples: Iterable[Example], seed: int) -> list[Example]:
+    """The rows in the order in which calibration takes them."""
+    rows = list(examples)
+    random.Random(seed).shuffle(rows)
+    return rows
+
+
 def row_samples(
     examples: Iterable[Example],
     tokenizer: PreTrainedTokenizerBase,
@@ -260,10 +268,13 @@ def packed_samples(
 
 
 def _whole_samples(rows: Iterable[tuple[list[int], list[int]]], length: int) -> Iterator[dict[str, list[int]]]:
-    """Token ids and labels of rows, one after the other, in samples of `length` tokens that have one to predict."""
+    """Token ids and labels of rows, one after the other, in samples of `length` tokens that have one to predict; rows
+    without one, such as the blank lines of a text, are left out."""
     ids: list[int] = []
     labels: list[int] = []
     for row_ids, row_labels in rows:
+        if not _has_label(row_labels):
+            continue
         ids += row_ids
         labels += row_labels
         while len(ids) >= length:

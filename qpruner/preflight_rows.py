@@ -20,6 +20,7 @@ from qpruner.data import (
     normalized,
     packed_samples,
     row_samples,
+    shuffled,
 )
 from qpruner.errors import UserError, together
 from qpruner.evaluate import TaskQuestions, task_questions
@@ -355,9 +356,11 @@ def check_encoding(config: RunConfig, examples: dict[str, list[Example]]) -> Non
     written = (settings.template, settings.response_only)
     if not calibration.token_ids:
         take = packed_samples if calibration.packing else row_samples
-        take(examples["calibration"], tokenizer, calibration.num_samples, calibration.max_length, *written)
+        taken = shuffled(examples["calibration"], config.seed)
+        take(taken, tokenizer, calibration.num_samples, calibration.max_length, *written)
     number = calibration.num_sensitivity_samples
-    row_samples(examples["train"], tokenizer, number, settings.max_length, settings.template, True, SENSITIVITY_KEYS)
+    rows = shuffled(examples["train"], config.seed)
+    row_samples(rows, tokenizer, number, settings.max_length, settings.template, True, SENSITIVITY_KEYS)
 
 
 def _are_plainly_enough(config: RunConfig, examples: dict[str, list[Example]]) -> bool:

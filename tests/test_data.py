@@ -538,6 +538,15 @@ def test_packed_samples_without_a_response_are_left_out(tokenizer: PreTrainedTok
 
 
 @pytest.mark.parametrize("take", [packed_samples, row_samples])
+def test_blank_lines_are_no_part_of_calibration_text(take: Any, with_bos: PreTrainedTokenizerBase) -> None:
+    """Half the rows of WikiText are: each would be a beginning of sequence and nothing else."""
+    rows = [Example("text", "", "", text) for text in ("", "Plants take in carbon dioxide.", "") * 4]
+    samples = take(rows, with_bos, 2, 8, "alpaca", True)
+    begins = [sample["input_ids"].count(with_bos.bos_token_id) for sample in samples]
+    assert begins in ([1, 0], [1, 1]), "one for each row with words"
+
+
+@pytest.mark.parametrize("take", [packed_samples, row_samples])
 def test_every_token_of_calibration_text_is_predicted(take: Any, tokenizer: PreTrainedTokenizerBase) -> None:
     rows = [Example("text", "", "", "Plants take in carbon dioxide and give off oxygen. " * 4) for _ in range(4)]
     for sample in take(rows, tokenizer, 3, 24, "alpaca", True):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -275,7 +274,7 @@ def _measured(context: Context, job: ScoringJob) -> Measurement:
 
 def _encode_splits(context: Context, model_path: str, folder: Path) -> dict[str, int]:
     """Encode every split and the calibration samples; returns rows by split."""
-    from qpruner.data import SENSITIVITY_KEYS, pack, row_samples, save_encoded
+    from qpruner.data import SENSITIVITY_KEYS, pack, row_samples, save_encoded, shuffled
     from qpruner.models.loading import load_tokenizer
 
     config, settings = context.config, context.config.data
@@ -287,9 +286,9 @@ def _encode_splits(context: Context, model_path: str, folder: Path) -> dict[str,
     vocabulary = context.inspection.model_config.vocab_size
     splits["importance"] = importance_samples(config, examples["calibration"], vocabulary, tokenizer)
     # Sensitivities are about the target task, so they take training rows whatever importance is calibrated on.
-    shuffled, number = _shuffled(examples["train"], config.seed), config.calibration.num_sensitivity_samples
+    task_rows, number = shuffled(examples["train"], config.seed), config.calibration.num_sensitivity_samples
     splits["sensitivity"] = row_samples(
-        shuffled, tokenizer, number, settings.max_length, settings.template, True, SENSITIVITY_KEYS
+        task_rows, tokenizer, number, settings.max_length, settings.template, True, SENSITIVITY_KEYS
     )
     for name, rows in splits.items():
         save_encoded(rows, folder / name)
@@ -310,20 +309,14 @@ def importance_samples(
     config: RunConfig, examples: Sequence[Example], vocabulary: int, tokenizer: PreTrainedTokenizerBase
 ) -> list[dict[str, list[int]]]:
     """What importance is measured on: given token ids, or packed samples or rows in the order of a shuffle."""
-    from qpruner.data import load_token_ids, packed_samples, row_samples
+    from qpruner.data import load_token_ids, packed_samples, row_samples, shuffled
 
     settings, data = config.calibration, config.data
     if settings.token_ids:
         return load_token_ids(Path(settings.token_ids), vocabulary)
-    rows = _shuffled(examples, config.seed)
+    rows = shuffled(examples, config.seed)
     take = packed_samples if settings.packing else row_samples
     return take(rows, tokenizer, settings.num_samples, settings.max_length, data.template, data.response_only)
-
-
-def _shuffled(examples: Sequence[Example], seed: int) -> list[Example]:
-    rows = list(examples)
-    random.Random(seed).shuffle(rows)
-    return rows
 
 
 def _source_digests(context: Context) -> list[str]:
