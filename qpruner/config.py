@@ -127,8 +127,8 @@ class DataConfig(Section):
 
 
 class CalibrationConfig(Section):
-    """Samples that importance and sensitivity are measured on. With `data.response_only` prompts are read, but only
-    responses are predicted, as in the fine-tune; of text every token is."""
+    """Samples that importance and sensitivity are measured on. With `data.response_only` importance predicts responses
+    only, as the fine-tune does, and every token of plain text; sensitivities always predict responses."""
 
     data: tuple[DataSource, ...] | None = None
     """Rows that importance and compensation are measured on; null takes the training rows. Sensitivities, which are
@@ -648,9 +648,9 @@ class FinetuneConfig(Section):
     """With `compare`: training seeds (data order and dropout) of the searched, the best seed and the random plans; the
     first is `seed` + 1, the others count up from it, since the trials that chose the winner were trained under `seed`.
     One leaves a claim about one training seed."""
-    random_plans: Positive = 3
+    random_plans: Annotated[int, Field(ge=0)] = 3
     """With `compare`: random plans of equal bytes, each under all `seeds`. The claim speaks of random plans
-    where there are several."""
+    where there are several; of one it can say nothing."""
     seed_rows: Literal["best", "all"] = "best"
     """With `compare`: which sensitivities' seed plans are rows. `best` has the one that was best on fresh rows, under
     all `seeds`, and that of mutual information, under the first; `all` every other's, under the first, too."""

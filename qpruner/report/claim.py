@@ -59,7 +59,9 @@ def comparisons(results: Results) -> list[Comparison]:
     """The searched plan against the best seed and against random plans of equal bytes; empty without such rows."""
     if set(fine_tunes(results)) == {SEARCHED}:
         return []
-    return [_compared(results, other) for other in (BEST_SEED, RANDOM)]
+    # One random plan does not show how far random plans lie apart.
+    several = len({tuple(record.plan.items()) for record, _ in fine_tunes(results).get(RANDOM, ())}) > 1
+    return [_compared(results, other) for other in (BEST_SEED, *([RANDOM] if several else []))]
 
 
 def claim(results: Results) -> str:
@@ -97,28 +99,24 @@ def _compared(results: Results, other: str) -> Comparison:
     by_name = fine_tunes(results)
     pairs = paired(by_name[SEARCHED], by_name.get(other, ()))
     if not pairs:
-        return Comparison(other, "", (), None, _missing(other, results.search), ())
+        return Comparison(other, "", (), None, _without_seed(results.search), ())
     share, origin = more_bytes(pairs), pairs[0][1][0].origin
     seeds = tuple(dict.fromkeys(ours.seed for (ours, _), _ in pairs))
-    reason = _why_no_claim(pairs, share, of_random=other == RANDOM)
+    reason = _why_no_claim(pairs, share)
     found = [] if reason else [*over_questions(pairs), over_confirmation_rows(pairs)]
     return Comparison(other, origin, seeds, share, reason, tuple(found))
 
 
-def _why_no_claim(pairs: Sequence[Pair], share: float, of_random: bool) -> str | None:
+def _why_no_claim(pairs: Sequence[Pair], share: float) -> str | None:
     if all(ours.plan == theirs.plan for (ours, _), (theirs, _) in pairs):
         return "it is the winner's plan itself, so there is no gain to claim"
     if abs(share) > SAME_BYTES:
         return f"no claim at equal bytes, it takes {abs(share):.1%} {'more' if share > 0 else 'fewer'}"
-    if of_random and len({tuple(theirs.plan.items()) for _, (theirs, _) in pairs}) == 1:
-        return "no claim, it is one plan, which says nothing of how far random plans lie apart"
     return None
 
 
-def _missing(other: str, search: SearchRecord | None) -> str:
-    """Why there is no such row."""
-    if other == RANDOM:
-        return "no other plan of equal bytes was found"
+def _without_seed(search: SearchRecord | None) -> str:
+    """Why there is no row of the best seed."""
     if search and search.best_origin == GIVEN:
         return "a plan was given, and no seed plan of this budget has finished in this folder"
     return "no seed plan was confirmed"

@@ -93,7 +93,9 @@ def difference_text(found: Difference) -> str:
 
 def seeds_text(seeds: Sequence[int]) -> str:
     """How differences are paired, in words."""
-    return f"{len(seeds)} training seeds, paired" if len(seeds) > 1 else "one training seed, paired by question and row"
+    if len(seeds) > 1:
+        return f"{len(seeds)} training seeds, paired"
+    return "one training seed, whose luck the intervals leave out, paired by question and row"
 
 
 def _over_questions(measure: str, pairs: Sequence[Pair], values: str) -> Difference | None:
@@ -130,12 +132,11 @@ def _half_width(by_seed: Sequence[float], by_plan: Sequence[float], by_row: Answ
     """Half of the 95 % interval; None where there is nothing to take a spread of.
 
     Against several random plans it is the prediction interval for one more plan drawn like them, each plan's value a
-    mean over seeds. Were the searched plan such a draw, its value would differ from theirs by the plan and by the luck
-    that every plan has with seeds and questions, all of which is in their spread: nothing needs to be added.
+    mean over seeds. Their spread holds all that sets one draw apart from another: the plan, and its luck with seeds and
+    questions. So nothing is added to it.
 
-    Against one plan it is the wider of Student's over seeds and the normal one over questions or rows. Two plans that
-    differ in nothing are told apart in 2 to 8 % of cases with three seeds; with one, which shows no spread, in up to
-    33 % (simulated).
+    Against one plan it is the wider of Student's over seeds and the normal one over questions or rows. Under one
+    training seed it leaves out that seed's luck: equal plans then differ by more in over 5 % of cases.
     """
     if len(by_plan) > 1:
         return measures.prediction_half_width(by_plan)

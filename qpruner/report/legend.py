@@ -36,14 +36,15 @@ COUNTED = {
 """lm-eval's metric -> when it counts a question: its right answer ..."""
 AFTER_ACCURACY = {
     "answer loss": "the negative log-likelihood of the right answer given the question, in nats per answer (not per "
-    "token): lower is better, and finer than the accuracy; a mean as that is.",
+    "token): lower is better, and finer than the accuracy; a mean over tasks like it.",
     "validation loss": "in nats per token, on the rows that trials are scored on.",
     "selection loss": "in nats per token, on the half of the confirmation rows that chose the best seed and, in a "
     "search, the winner.",
     "confirmation loss": "in nats per token, on the other half of these rows, which chose nothing.",
     "interval": "in the claim, against the best seed the wider of Student's over seeds and the paired one over "
-    "questions or confirmation rows; against random plans the one in which a further random plan would lie. Each is at "
-    "95 % by itself, so that of several one may leave zero out by chance.",
+    "questions or confirmation rows; against random plans the one in which a further random plan would lie. Under one "
+    "training seed it leaves out that seed's luck. Each is at 95 % by itself, so that of several one may leave zero "
+    "out by chance.",
     "peak memory": "that of the fine-tune, in a process of its own.",
 }
 
@@ -65,10 +66,10 @@ def terms(results: Results) -> list[tuple[str, str]]:
 
 def _accuracy(metrics: Mapping[str, str]) -> str:
     """What the accuracy is a mean of."""
-    counted = [f"{name}: it {COUNTED[name.partition(',')[0]]}" for name in dict.fromkeys(metrics.values())]
+    counted = [f"{COUNTED[name.partition(',')[0]]} ({name})" for name in dict.fromkeys(metrics.values())]
     return (
         "the share of right answers on the held-out tasks, which have chosen nothing: the mean over tasks of the mean "
-        "over a task's questions; se is its standard error over questions. Of the right answer "
+        "over a task's questions; se is its standard error over questions. A question counts where the right answer "
         f"{'; '.join(counted)}."
     )
 

@@ -74,7 +74,7 @@ def _measured(run: Snapshot) -> Iterator[EvalResult]:
             task_type="text-generation",
             dataset_type=score.task,
             dataset_name=f"{score.task} ({counted(score.num_questions, 'question')})",
-            metric_type=METRICS.get(score.metric, score.metric),
+            metric_type=METRICS.get(metric := score.metric.partition(",")[0], metric),
             metric_name=score.metric,
             metric_value=round(score.value, 4),
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 
 from qpruner.measures import Z_95, accuracy_in_full
@@ -80,8 +81,8 @@ def margin_error(one: Confirmation, other: Confirmation, metric: str) -> str:
         verdict = ", so it may be chance" if abs(mean) < Z_95 * paired else ""
         return f" (standard error {paired:.4f}, paired over {len(one.losses)} rows{verdict})"
     errors = [each.stderr if metric == "loss" else each.accuracy_stderr for each in (one, other)]
-    known = [f"{error:.4f}" for error in errors if error is not None]
-    return f" (standard errors {' and '.join(known)}, over the same rows)" if len(known) == 2 else ""
+    known = [f"{error:.4f}" for error in errors if error is not None and not math.isnan(error)]
+    return f" (standard errors {' and '.join(known)})" if len(known) == 2 else ""
 
 
 def _flattered(search: SearchRecord, trials: Sequence[TrialRecord]) -> Iterator[str]:
