@@ -12,7 +12,7 @@ from qpruner.report import sections
 from qpruner.report.claim import beside_base, comparisons, tally
 from qpruner.report.outcome import margin_error, rivals
 from qpruner.report.snapshot import Snapshot
-from qpruner.report.standing import best_of, cost, score
+from qpruner.report.standing import best_of, cost, score, score_name
 from qpruner.report.table import BASE, BEST_SEED, SEARCHED, Row, rows, untuned_accuracies
 
 
@@ -165,7 +165,8 @@ def _on_fresh_rows(run: Snapshot) -> Tile:
         return Tile("How sure, on fresh rows", "nothing beside", ("no control was scored there", hint))
     apart = cost(rival, search.metric) - cost(best, search.metric)
     lines = (
-        f"selection {search.metric} of trial {best.index} ({best.origin}) against trial {rival.index} ({rival.origin})",
+        f"selection {score_name(search)} of trial {best.index} ({best.origin}) against trial {rival.index} "
+        f"({rival.origin})",
         margin_error(best, rival, search.metric).strip(" ()"),
         hint,
     )
