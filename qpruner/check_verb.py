@@ -254,8 +254,8 @@ def _lines(config: RunConfig, facts: dict[str, Any], has_gpu: bool) -> list[str]
         cut = f", {facts['blocks_base']} -> {' or '.join(map(str, blocks))} blocks"
     trials = f"{config.num_trials}, {facts['concurrent_trials']} at once, scored at steps {facts['rungs']}"
     unknowns = facts["num_groups"] * (len(config.quantize.bits) - 1)
-    if config.is_searched and unknowns > config.search.max_trials:
-        trials += f"; fewer than what is to be found ({unknowns} unknowns), so sensitivities guide the search"
+    if config.is_searched and config.measured_methods and unknowns > config.search.max_trials:
+        trials += f"; fewer than the {unknowns} values to estimate, so the sensitivities guide the search"
     return [
         f"groups:      {facts['num_groups']} ({config.quantize.group})",
         f"parameters:  {facts['parameters_base'] / 1e6:.1f} M -> {facts['parameters_pruned'] / 1e6:.1f} M{cut}",

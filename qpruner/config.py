@@ -51,12 +51,16 @@ class Section(BaseModel):
         """Keys that have no effect beside others; of several reasons for a key the first is told."""
         return ()
 
+    def is_set(self, key: str) -> bool:
+        """Return whether a key differs from its default."""
+        return bool(getattr(self, key) != type(self).model_fields[key].default)
+
     def ignored(self) -> dict[str, str]:
         """Keys that are set, not to their defaults, and have no effect; each with the reason."""
         found: dict[str, str] = {}
         for is_idle, reason, keys in self.idle():
             for key in keys if is_idle else ():
-                if getattr(self, key) != type(self).model_fields[key].default:
+                if self.is_set(key):
                     found.setdefault(key, reason)
         return found
 
@@ -151,7 +155,7 @@ class CalibrationConfig(Section):
 
     def idle(self) -> tuple[Idle, ...]:
         is_given = self.token_ids is not None
-        return ((is_given, "`calibration.token_ids` is given", ("packing", "num_samples", "max_length")),)
+        return ((is_given, "`calibration.token_ids` is given", ("data", "packing", "num_samples", "max_length")),)
 
 
 OF_UNITS = ("importance", "order", "aggregation", "norm", "reduction", "query_heads", "round_to")
@@ -338,7 +342,10 @@ class PruneConfig(Section):
     def idle(self) -> tuple[Idle, ...]:
         blocks_only, importance = not self.width_units, f"`prune.importance` is {self.importance}"
         may_drop, only = self.drops_blocks or self.may_add_blocks, "`prune.units` names whole blocks only"
+        # `uniform` implies `selection`.
+        others = [key for key in type(self).model_fields if key != "rate" and not (key == "selection" and self.uniform)]
         return (
+            (self.is_off, "`prune.rate` is 0", tuple(others)),
             (blocks_only, only, OF_UNITS),
             (blocks_only and self.compensation == "bias", only, ("compensation",)),
             (blocks_only and self.steps != 1, only, ("steps",)),
@@ -481,9 +488,12 @@ class SensitivityConfig(Section):
 
     def idle(self) -> tuple[Idle, ...]:
         of_information = ("num_components", "num_neighbors", "num_shuffles", "max_positions")
-        return tuple(
-            (not set(needed) & set(self.methods), f"`sensitivity.methods` lacks {' and '.join(needed)}", keys)
-            for needed, keys in ((INFORMATION, of_information), (MEASUREMENT, ("num_measured_samples",)))
+        return (
+            (not self.methods, "`sensitivity.methods` is empty", ("batch_size",)),
+            *(
+                (not set(needed) & set(self.methods), f"`sensitivity.methods` lacks {' and '.join(needed)}", keys)
+                for needed, keys in ((INFORMATION, of_information), (MEASUREMENT, ("num_measured_samples",)))
+            ),
         )
 
 
@@ -500,6 +510,19 @@ class ResourcesConfig(Section):
         if self.gpu is not None and self.gpu > 1 and self.gpu != int(self.gpu):
             raise ValueError(f"`gpu` must be a share of one GPU or a whole number of them, got {self.gpu:g}")
         return self
+
+
+OF_SEARCHING = (
+    "searcher",
+    "max_trials",
+    "max_hours",
+    "max_gpu_hours",
+    "patience",
+    "pareto",
+    "deterministic",
+    "confirm",
+)
+"""Keys that are about several trials."""
 
 
 class SearchConfig(Section):
@@ -761,12 +784,27 @@ class RunConfig(Section):
     @property
     def warnings(self) -> tuple[str, ...]:
         """Every key that is set and has no effect beside another, in a sentence each."""
-        return tuple(
-            f"`{name}.{key}` has no effect: {reason}"
-            for name, section in self
-            if isinstance(section, Section)
-            for key, reason in section.ignored().items()
-        )
+        found = self.ignored()
+        for name, section in self:
+            for key, reason in section.ignored().items() if isinstance(section, Section) else ():
+                found.setdefault(f"{name}.{key}", reason)
+        return tuple(f"`{key}` has no effect: {reason}" for key, reason in found.items())
+
+    def is_set(self, key: str) -> bool:
+        """Return whether a key of a section, `section.key`, differs from its default."""
+        section, name = key.split(".")
+        return bool(getattr(self, section).is_set(name))
+
+    def idle(self) -> tuple[Idle, ...]:
+        """Keys that have no effect beside those of another section, `section.key`.
+
+        `search.plan` is no reason: `--plan` takes a plan for a file that was written for a search.
+        `calibration.num_sensitivity_samples` always has an effect: only runs of the same rows are compared as pairs.
+        """
+        only = f"`quantize.bits` is {list(self.quantize.bits)}, so nothing is measured or searched"
+        searched = (f"search.{key}" for key in OF_SEARCHING)
+        measured = (f"sensitivity.{key}" for key in SensitivityConfig.model_fields)
+        return ((len(self.quantize.bits) == 1, only, (*searched, *measured)),)
 
     @model_validator(mode="after")
     def consistent(self) -> RunConfig:

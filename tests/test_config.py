@@ -49,6 +49,33 @@ def config_of(changes: dict[str, Any]) -> RunConfig:
             "quantize.double_quant",
             "`quantize.bits` has no 4",
         ),
+        (
+            {"calibration": {"token_ids": "ids.json", "data": [{"source": "rows.jsonl"}]}},
+            "calibration.data",
+            "`calibration.token_ids` is given",
+        ),
+        ({"prune": {"rate": 0, "importance": "taylor"}}, "prune.importance", "`prune.rate` is 0"),
+        ({"prune": {"rate": 0, "order": "second"}}, "prune.order", "`prune.rate` is 0"),
+        ({"prune": {"rate": 0, "uniform": True}}, "prune.uniform", "`prune.rate` is 0"),
+        ({"prune": {"rate": 0, "first_layer": 1}}, "prune.first_layer", "`prune.rate` is 0"),
+        ({"sensitivity": {"methods": [], "batch_size": 2}}, "sensitivity.batch_size", "`sensitivity.methods` is empty"),
+        *(
+            ({"quantize.bits": [4], "sensitivity": {}, "search": search}, f"search.{key}", "`quantize.bits` is [4]")
+            for key, search in (
+                ("searcher", {"searcher": "random"}),
+                ("max_trials", {"max_trials": 5}),
+                ("max_hours", {"max_hours": 1}),
+                ("max_gpu_hours", {"max_gpu_hours": 1}),
+                ("patience", {"patience": 2}),
+                ("pareto", {"pareto": True}),
+                ("deterministic", {"deterministic": True, "max_concurrent": 2}),
+                ("confirm", {"confirm": 2}),
+            )
+        ),
+        *(
+            ({"quantize.bits": [8], "sensitivity": {key: value}, "search": {}}, f"sensitivity.{key}", "`quantize.bits`")
+            for key, value in (("methods", ["kl"]), ("batch_size", 2), ("num_shuffles", 2))
+        ),
         ({"lora.init": "plain", "lora.loftq_iterations": 2}, "lora.loftq_iterations", "`lora.init` is plain"),
         (
             {"sensitivity": {"methods": ["fisher"], "num_shuffles": 2}},
@@ -85,11 +112,15 @@ def test_a_key_without_effect_is_named_with_the_reason(changes: dict[str, Any], 
         {"prune.uniform": True, "prune.ridge": 0.1},
         {"prune.units": ["block"], "prune.uniform": True, "prune.ridge": 0.1},
         {"search.patience": 3, "finetune.seeds": 2},
+        {"search.plan": "plan.yaml", "search.patience": 3, "search.confirm": 4},
+        {"prune": {"rate": 0}},
+        {"quantize.bits": [4], "sensitivity": {}, "search": {"steps": 4, "first_rung": 1, "max_concurrent": 2}},
     ],
     ids=str,
 )
 def test_keys_with_an_effect_are_not_named(changes: dict[str, Any]) -> None:
-    """Where `units` is open a second cut takes whole blocks, too; what `layer_rate` implies is nobody's key."""
+    """Where `units` is open a second cut takes whole blocks, too; what `layer_rate` implies is nobody's key; a
+    file that a plan is taken for may be that of a search."""
     assert config_of(changes).warnings == ()
 
 
@@ -105,6 +136,7 @@ def test_the_demo_without_comparison_takes_one_set() -> None:
     config = load_config(DEMO, ["finetune.compare=false"])
     assert config.warnings == ("`finetune.random_plans` has no effect: `finetune.compare` is false",)
     assert load_config(DEMO).warnings == ()
+    assert load_config(DEMO, ["search.plan=plan.yaml"]).warnings == (), "as `--plan` sets it"
 
 
 def test_in_effect_are_defaults_where_a_key_has_none() -> None:

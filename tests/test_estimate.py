@@ -321,10 +321,13 @@ def test_check_counts_what_is_no_warning(raw: dict[str, Any], tmp_path: Path, mo
         Path("rows.jsonl").write_text("".join(f'{{"text": "{number} {"word " * 400}"}}\n' for number in range(3)))
         Path("config.yaml").write_text(yaml.safe_dump(with_key(changed, "sensitivity.methods", ["fisher"])))
         said.append(CliRunner().invoke(main, ["check", "config.yaml", "--gpu", "A100"]).output)
-        assert not re.search(r"warning:.*(unknowns|lose their ends)", said[-1])
+        assert not re.search(r"warning:.*(values to estimate|lose their ends)", said[-1])
     enough, few = said
-    assert "The configuration is valid" in enough and "unknowns" not in enough and "lose their ends" not in enough
-    assert "; fewer than what is to be found (8 unknowns), so sensitivities guide the search" in few
+    assert "The configuration is valid" in enough and "to estimate" not in enough and "lose their ends" not in enough
+    assert "; fewer than the 8 values to estimate, so the sensitivities guide the search" in few
+    unmeasured = ["check", "config.yaml", "--gpu", "A100", "--set", "sensitivity={methods: []}"]
+    text = CliRunner().invoke(main, unmeasured).output
+    assert "The configuration is valid" in text and "values to estimate" not in text and "guide" not in text
     assert "; about 3 validation lose their ends (`data.max_length` 256)" in few
 
 

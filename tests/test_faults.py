@@ -221,6 +221,24 @@ def test_nobody_is_told_to_delete_what_the_next_command_mends_by_itself(tmp_path
     assert caught.value.remedy.startswith("repeat the command") and "delete" not in caught.value.remedy
 
 
+@pytest.mark.parametrize(
+    ("stage", "key"),
+    [
+        ("prune", "calibration.batch_size"),
+        ("sensitivity", "sensitivity.batch_size"),
+        ("search", "training.micro_batch_size"),
+        ("finetune", "training.micro_batch_size"),
+        ("comparison", "training.micro_batch_size"),
+        ("evaluate", "evaluate.batch_size"),
+    ],
+)
+def test_the_remedy_for_memory_is_the_stages_own(stage: str, key: str) -> None:
+    with pytest.raises(StageError) as caught, explained(stage):
+        torch.empty(2**50)
+    assert caught.value.remedy.startswith(f"lower `{key}` or ")
+    assert ("gradient_checkpointing" in caught.value.remedy) == key.startswith("training.")
+
+
 def test_a_stage_whose_folder_is_gone_is_run_again(banked: Path, tiny_raw: dict[str, Any]) -> None:
     root = copy_of(banked, tiny_raw)
     shutil.rmtree(root / "prune")

@@ -258,12 +258,18 @@ def expected_steps(config: RunConfig) -> _Steps:
 
 def num_compared(config: RunConfig) -> int:
     """Fine-tunes that `finetune.compare` adds to the winner's first: of the other rows, and of the winner under further
-    training seeds; less where rows have one plan."""
-    methods = config.measured_methods
+    training seeds. Rows of one plan share theirs. Without a search only one trial is confirmed, so no seed is the best;
+    the winner is then its own row: of its method, or of the only bit-width.
+    """
+    methods, settings, bits = config.measured_methods, config.finetune, config.quantize.bits
+    has_best = bool(methods) and config.is_searched
+    shown = set(methods) if settings.seed_rows == "all" else {"mutual_information"} & set(methods)
     # `all`: every method but the best
-    other_seeds = len(methods[1:]) if config.finetune.seed_rows == "all" else "mutual_information" in methods
-    once = 2 + sum(bits != FULL_BITS for bits in config.quantize.bits) + other_seeds
-    return once + (1 + bool(methods) + config.finetune.random_plans) * config.finetune.seeds - 1
+    seed_rows = len(shown) - (has_best and settings.seed_rows == "all")
+    is_own_row = len(bits) == 1 or config.search.plan_method in shown
+    once = 2 + sum(each != FULL_BITS for each in bits) + seed_rows - is_own_row
+    drawn = settings.random_plans if len(bits) > 1 else 0
+    return once + (1 + has_best + drawn) * settings.seeds - 1
 
 
 class _Count:

@@ -59,15 +59,18 @@ def _sizes(context: Context) -> dict[str, int]:
 
 
 def _left(context: Context, sizes: dict[str, int]) -> int:
-    """Of these bytes those that are not on this machine yet."""
+    """Of these bytes those that are not on this machine yet; what stages share a folder is subtracted once."""
     found = recorded(context)
     shares, left = shares_done(context, found), 0
-    for name, size in sizes.items():
-        if context.run_dir.is_at_uri and shares[name]:
-            size = min(size, sum(files_in(_folder(context, name)).values()))
-        elif not context.run_dir.is_at_uri:
-            size = round(size * (1 - shares[name]))
-        left += max(0, size - _bytes(_held(context, name, found)))
+    for names in (*((name,) for name in sizes if name not in OF_ROWS), OF_ROWS):
+        done = [name for name in names if shares[name]]
+        if context.run_dir.is_at_uri:
+            there = sum(files_in(_folder(context, names[0])).values()) if done else 0
+            size = sum(sizes[name] for name in names if name not in done)
+            size += min(there, sum(sizes[name] for name in done))
+        else:
+            size = sum(round(sizes[name] * (1 - shares[name])) for name in names)
+        left += max(0, size - _bytes({file for name in names for file in _held(context, name, found)}))
     return left
 
 

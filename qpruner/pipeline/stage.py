@@ -28,6 +28,13 @@ RecordType = TypeVar("RecordType", bound=Record)
 LOOKED_THROUGH = ("prepare", "prune", "bank")
 """Stages whose files a command that begins compares with their lists."""
 
+ROWS_AT_ONCE = {
+    "prune": "`calibration.batch_size` or `calibration.max_length`",
+    "sensitivity": "`sensitivity.batch_size` or `data.max_length`",
+    "evaluate": "`evaluate.batch_size` or `data.max_length`",
+}
+"""What sets the memory of the stages that train nothing: rows of a pass, and how long they are."""
+
 
 @dataclass(frozen=True)
 class Stage:
@@ -145,7 +152,7 @@ def explained(stage: str, root: Path | None = None) -> Iterator[None]:
         raise
     except Exception as error:
         trouble = storage_error(error, root)
-        cause = (trouble.cause, trouble.remedy) if trouble else _known_cause(error)
+        cause = (trouble.cause, trouble.remedy) if trouble else _known_cause(stage, error)
         if cause is None:
             raise
         raise StageError(stage, *cause) from error
@@ -177,11 +184,17 @@ def _mend(path: Path | None, root: Path | None) -> str:
     return f"delete {name_of(doomed)}, then repeat the command: what it held is made again"
 
 
-def _known_cause(error: Exception) -> tuple[str, str] | None:
+def _against_shortage(stage: str) -> str:
+    """What to do about memory that is too small, which depends on what the stage holds most of."""
+    if stage in ROWS_AT_ONCE:
+        return f"lower {ROWS_AT_ONCE[stage]}"
+    return "lower `training.micro_batch_size` or `data.max_length`, or set `training.gradient_checkpointing`"
+
+
+def _known_cause(stage: str, error: Exception) -> tuple[str, str] | None:
     """Cause and remedy of errors that libraries raise under types of their own."""
     if is_out_of_memory(error):
-        remedy = "lower `training.micro_batch_size` or `data.max_length`, or set `training.gradient_checkpointing`"
-        return told_shortage(error), remedy
+        return told_shortage(error), _against_shortage(stage)
     if type(error).__name__ == "SafetensorError":
         # Of the run's own, and of this machine's copies, a command that begins finds what is damaged by itself.
         remedy = "repeat the command, which makes or fetches anew what is the run's; a model of yours has to be mended"

@@ -34,5 +34,5 @@ def to_compare(command: str) -> str:
     """How the comparison is added to a finished run, as a sentence."""
     return (
         "The comparison with the base, uniform bits, seed and random plans after the same fine-tune is added by "
-        f"`{command} --set finetune.compare=true`; nothing of the winner is trained again."
+        f"`{command} --set finetune.compare=true`; the winner's own fine-tune is kept."
     )

@@ -26,7 +26,15 @@ from qpruner.pipeline import run
 from qpruner.pipeline.comparison import compare, comparison_jobs
 from qpruner.pipeline.context import Context
 from qpruner.pipeline.finish import evaluate, finetune, finetune_stage, held_out_text, winner_jobs
-from qpruner.pipeline.jobs import JobProgress, finetune_jobs, gpus_held, row_set_aside_if_damaged, scores_digest
+from qpruner.pipeline.jobs import (
+    JobProgress,
+    distinct,
+    finetune_jobs,
+    gpus_held,
+    jobs_of,
+    row_set_aside_if_damaged,
+    scores_digest,
+)
 from qpruner.pipeline.rows import Row, candidates_for, table_rows, untuned_candidates, winner_row
 from qpruner.plan import PrecisionPlan
 from qpruner.records import (
@@ -43,6 +51,7 @@ from qpruner.records import (
     TaskScore,
 )
 from qpruner.rundir import RunDir, file_digest, write_json
+from qpruner.sensitivity.seeds import seed_plan
 
 MI_ROW = "mutual-information seed"
 
@@ -209,6 +218,34 @@ def test_every_seed_plan_is_a_row_where_all_are_asked_for(changed: Callable[[str
     assert seed_rows("fisher") == {MI_ROW: 1, "kl seed": 1, "best seed": 3}
     assert seed_rows("kl") == {MI_ROW: 1, "fisher seed": 1, "best seed": 3}
     assert seed_rows("mutual-information") == {MI_ROW: 1, "fisher seed": 1, "kl seed": 1, "best seed": 3}
+
+
+@pytest.mark.parametrize(
+    ("changes", "method", "number"),
+    [
+        ({"quantize.bits": [4]}, None, 4),
+        ({"quantize.bits": [16]}, None, 3),
+        ({"search.plan": "mutual_information"}, "mutual_information", 15),
+        ({"search.plan": "fisher"}, "fisher", 16),
+        ({"search.plan": "fisher", "finetune.seed_rows": "all"}, "fisher", 16),
+        ({"search.plan": "plan.yaml"}, None, 16),
+    ],
+    ids=str,
+)
+def test_check_counts_the_fine_tunes_without_a_search(
+    changes: dict[str, Any], method: str | None, number: int, context: Context, raw: dict[str, Any]
+) -> None:
+    """The winner's own fine-tune is a row's, too, and no seed plan beside it was confirmed."""
+    for key, value in changes.items():
+        raw = with_key(raw, key, value)
+    given, measured = replace(context, config=validate_config(raw)), measured_of(context)
+    space = given.space
+    methods = {name: each for name, each in measured.methods.items() if name in given.config.measured_methods}
+    winner = space.plan_of([0, 1, 1, 0, 0, 1, 0, 0]) if len(space.levels) > 1 else space.uniform(space.levels[0])
+    winner = seed_plan(methods[method].values, space) if method else winner
+    searched = searched_record(winner, {"given": 2.0})
+    rows = table_rows(given, searched, measured.model_copy(update={"methods": methods}))
+    assert len(distinct(jobs_of(given, rows))) - 1 == num_compared(given.config) == number
 
 
 def test_the_winner_comes_first_under_one_training_seed(context: Context) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +80,16 @@ def test_the_page_shows_the_margin_on_fresh_rows(alone: Snapshot) -> None:
     assert tile.lines[-1] == "finetune.compare gives other plans the same fine-tune"
 
 
+def test_the_margin_of_an_accuracy_is_told_by_its_name(alone: Snapshot) -> None:
+    search = alone.results.search
+    assert search
+    fresh = [each.model_copy(update={"accuracy": 0.5, "accuracy_stderr": 0.1}) for each in search.confirmations]
+    changed = {"metric": "accuracy", "metrics": {"piqa": "acc_norm"}, "confirmations": tuple(fresh)}
+    results = alone.results.model_copy(update={"search": search.model_copy(update=changed)})
+    tile = {tile.heading: tile for tile in tiles(replace(alone, results=results))}["How sure, on fresh rows"]
+    assert tile.lines[0].startswith("selection acc_norm of trial ")
+
+
 def best_control(run: Snapshot) -> Any:
     assert run.results.search
     return min((each for each in run.results.search.confirmations if each.control), key=lambda each: each.loss)
@@ -97,6 +108,7 @@ def test_owners_are_told_how_to_add_the_comparison(folder: Path) -> None:
     command = f"{COMMAND} --set finetune.compare=true"
     facts, text = status(folder)
     assert f"`{command}`" in facts["to_compare"] and command in text
+    assert facts["to_compare"].endswith("; the winner's own fine-tune is kept."), "further seeds of it are trained"
     assert f"`{command}`" in (folder / "report.md").read_text()
     assert f"<code>{command}</code>" in (folder / "report.html").read_text()
     assert "finetune.compare" not in (folder / "final" / "README.md").read_text(), "its readers have no such run"
