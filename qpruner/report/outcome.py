@@ -82,7 +82,8 @@ def margin_error(one: Confirmation, other: Confirmation, metric: str) -> str:
         return f" (standard error {paired:.4f}, paired over {len(one.losses)} rows{verdict})"
     errors = [each.stderr if metric == "loss" else each.accuracy_stderr for each in (one, other)]
     known = [f"{error:.4f}" for error in errors if error is not None and not math.isnan(error)]
-    return f" (standard errors {' and '.join(known)})" if len(known) == 2 else ""
+    over = "rows" if metric == "loss" else "questions"
+    return f" (standard errors {' and '.join(known)}, over the same {over})" if len(known) == 2 else ""
 
 
 def _flattered(search: SearchRecord, trials: Sequence[TrialRecord]) -> Iterator[str]:
