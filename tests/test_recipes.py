@@ -73,10 +73,12 @@ def test_a_header_tells_the_memory_that_check_counts(path: Path) -> None:
         assert card and max(peaks.values()) < 0.95 * int(card[1]) * 2**30
 
 
-def test_the_large_recipes_fit_a_card_of_24_gib_and_use_a_larger_one() -> None:
+def test_the_large_recipes_are_for_24_gib_or_80_and_say_where_the_comparison_runs() -> None:
+    """It trains the unquantized base: on the small card with checkpointing only."""
     for path in (*PAPER.glob("llama2*.yaml"), ROOT / "tune_configs" / "qwen3_8b_p20.yaml"):
-        cards = [int(card) for card in re.findall(r"fits a GPU with (\d+) GiB", path.read_text())]
-        assert cards[0] == 24 and 40 <= cards[1] <= 80, path
+        assert re.findall(r"fits a GPU with (\d+) GiB", path.read_text()) == ["24", "80", "40"], path
+        peaks = RECIPES["peaks"](load_config(path, ["finetune.compare=true", "training.gradient_checkpointing=true"]))
+        assert "comparison" in peaks and max(peaks.values()) < 0.95 * 24 * 2**30, path
 
 
 def inspected(path: Path, tiny_model: Path, folder: Path) -> preflight.Inspection:
