@@ -61,7 +61,7 @@ def peaks(config: RunConfig) -> dict[str, int]:
         found = shapes_of(config.model_copy(update={"model": local}), works_here=False, packs=True)
     calibration = config.calibration
     counts = RowCounts({"importance": calibration.num_samples}, {}, calibration.max_length)
-    inspection = Inspection(**vars(found), examples={}, questions={}, counts=counts, warnings=())
+    inspection = Inspection(**vars(found), examples={}, questions={}, metrics={}, counts=counts, warnings=())
     return {name: work(config, inspection).total for name, work in estimate.works(config).items()}
 
 

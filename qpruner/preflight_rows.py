@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -35,6 +35,8 @@ CHARACTERS_A_TOKEN = 4
 """About, in English."""
 ALPACA_TOKENS, QUESTION_TOKENS = 40, 4
 """Of the template around an instruction, and around a question."""
+TEMPLATE_END = 8
+"""Tokens that a template puts behind a response at most."""
 SPLITS = ("train", "validation", "confirmation")
 MOST_LOST = 0.05
 """Share of rows that may lose all of their response without a word. Rows that lose their ends alone are counted by
@@ -195,6 +197,14 @@ def about_labelled(row: Example, data: DataConfig) -> int:
     """About how many tokens of a row have a label."""
     prompt, response = about_tokens(row)
     return max(0, min(prompt + response, data.max_length) - (prompt if data.response_only else 0))
+
+
+def most_labelled(rows: Sequence[Example] | None, data: DataConfig) -> int:
+    """At most so many tokens of a row have a label, though its language may take twice the tokens of English; all that
+    a row can have where the rows are not known, are packed or are labelled throughout."""
+    if not rows or data.packing or not data.response_only:
+        return data.max_length
+    return min(data.max_length, TEMPLATE_END + 2 * max(about_tokens(row)[1] for row in rows))
 
 
 def _few_tokens(config: RunConfig, examples: dict[str, list[Example]]) -> Iterator[str]:

@@ -9,7 +9,14 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from qpruner.config import RunConfig
-from qpruner.estimate.memory import Memory, prune_memory, scoring_memory, sensitivity_memory, training_memory
+from qpruner.estimate.memory import (
+    Memory,
+    comparison_memory,
+    prune_memory,
+    scoring_memory,
+    sensitivity_memory,
+    training_memory,
+)
 from qpruner.estimate.work import CHOICES, Rates, hours, num_compared
 from qpruner.preflight import Inspection
 from qpruner.preflight_rows import CHARACTERS_A_TOKEN
@@ -33,7 +40,8 @@ def facts(
     memory = {name: work(config, inspection) for name, work in works(config).items()}
     held = 1.0 if gpus is None else gpus
     sharing = slots if gpus is None else max(1, int(1 / gpus))
-    at_once = {name: each.total * (sharing if name.startswith("trial") else 1) for name, each in memory.items()}
+    in_slots = ("trial", "comparison")
+    at_once = {name: each.total * (sharing if name.startswith(in_slots) else 1) for name, each in memory.items()}
     rates = rates.on(held)
     time = hours(config, inspection, rates, slots, done, has_gpus=gpus is not None)
     return {
@@ -67,6 +75,8 @@ def works(config: RunConfig) -> dict[str, Callable[[RunConfig, Inspection], Memo
     }
     if config.measured_methods:
         found["sensitivity"] = sensitivity_memory
+    if config.finetune.compare:
+        found["comparison"] = comparison_memory
     return found
 
 

@@ -7,7 +7,8 @@ For n tokens in a forward pass (rows x length), a vocabulary of V and elements o
   alone. Autograd keeps within 15 % of this (Llama, Qwen3, Gemma 3: tests/test_estimate.py), within 25 % on a CPU that
   computes attention in float32 for want of bfloat16. With gradient checkpointing every block keeps its input, and one
   block all of this. A model without adapters keeps up to `DENSE` times as much as its layers by this.
-- Logits: 12 n V. The loss is taken in float32: the loss's own copy, its gradient and the gradient of the logits.
+- Logits, at the tokens that may have a label: 12 V a token. The loss is taken in float32: the loss's own copy, its
+  gradient and the gradient of the logits. Scoring holds the logits, a copy in float32 and its log-probabilities.
 """
 
 from __future__ import annotations
@@ -17,14 +18,17 @@ from dataclasses import dataclass
 
 from qpruner.config import EXPANSION, INFORMATION, MEASUREMENT, PruneConfig, RunConfig
 from qpruner.models.layout import num_layers, skeleton
-from qpruner.plan import Layout, LinearShape
+from qpruner.plan import FULL_BITS, Layout, LinearShape
 from qpruner.preflight import Inspection
+from qpruner.preflight_rows import most_labelled
 from qpruner.pruning.prune import cuttable_layers
 from qpruner.pruning.selection import available, unit_sizes
 from qpruner.sensitivity.expansion import BYTES_A_WEIGHT
 from qpruner.sensitivity.measurement import POSITIONS
 
 LOGIT_BYTES = 12
+SCORED = ("validation", "confirmation")
+"""Splits that are scored."""
 PREDICTION_BYTES = 9
 """Of a logit that no loss is taken of, at most: itself, a copy, and what it takes to see that it is finite."""
 DENSE = 1.5
@@ -54,36 +58,67 @@ class Memory:
 
 def training_memory(config: RunConfig, inspection: Inspection) -> Memory:
     """Peak of a training step of a trial, or of the final fine-tune, with the budget's plan and rows of full length."""
-    training, length = config.training, config.data.max_length
-    tokens = training.micro_batch_size * length
     return Memory(
-        f"a step of {training.micro_batch_size} rows x {length} tokens (`training.micro_batch_size`), the final "
-        "fine-tune's, too",
-        _held(config, inspection)
-        | {
-            "activations": activation_bytes(inspection, tokens, config.lora.rank, training.gradient_checkpointing),
-            "logits": logit_bytes(inspection, tokens),
-        },
+        f"a step of {config.training.micro_batch_size} rows x {config.data.max_length} tokens "
+        "(`training.micro_batch_size`), the final fine-tune's, too",
+        _step(config, inspection, inspection.pruned, _trial_bytes(config, inspection)),
     )
+
+
+def comparison_memory(config: RunConfig, inspection: Inspection) -> Memory:
+    """Peak of the comparison: a training step of the base model, which is neither pruned nor quantized."""
+    base = inspection.base
+    return Memory(
+        f"a step of {config.training.micro_batch_size} rows x {config.data.max_length} tokens of the base model at "
+        f"{FULL_BITS} bits (`finetune.compare`, `training.micro_batch_size`)",
+        _step(config, inspection, base, base.plan_bytes(base.uniform(FULL_BITS))),
+    )
+
+
+def _step(config: RunConfig, inspection: Inspection, layout: Layout, plan_bytes: int) -> dict[str, int]:
+    """A training step of a model whose weights and adapters take so many bytes."""
+    training, hidden_size = config.training, int(inspection.model_config.hidden_size)
+    rows = training.micro_batch_size
+    labelled = rows * most_labelled(inspection.examples.get("train"), config.data)
+    tokens = rows * config.data.max_length
+    return _held(layout, plan_bytes) | {
+        "activations": activation_bytes(layout, hidden_size, tokens, config.lora.rank, training.gradient_checkpointing),
+        "logits": logit_bytes(inspection, labelled),
+    }
 
 
 def scoring_memory(config: RunConfig, inspection: Inspection) -> Memory:
     """Peak of scoring a trial at a rung, which its optimizer's state outlasts."""
-    rows, length = config.evaluate.batch_size, config.data.max_length
-    tokens = rows * length
     return Memory(
-        f"scoring {rows} rows x {length} tokens (`evaluate.batch_size`)",
-        _held(config, inspection)
-        | {"activations": _widest(inspection.pruned, tokens), "logits": logit_bytes(inspection, tokens)},
+        f"scoring {config.evaluate.batch_size} rows x {config.data.max_length} tokens (`evaluate.batch_size`)",
+        _held(inspection.pruned, _trial_bytes(config, inspection)) | _scored(config, inspection, inspection.pruned),
     )
 
 
-def _held(config: RunConfig, inspection: Inspection) -> dict[str, int]:
-    """What a trial holds all the time."""
-    layout = inspection.pruned
-    largest, adapters = layout.plan_bytes(layout.uniform(config.quantize.bits[-1])), layout.adapter_bytes
+def _scored(config: RunConfig, inspection: Inspection, layout: Layout) -> dict[str, int]:
+    """A forward pass over a batch of rows; where lm-eval pads answers, its head may run at every token."""
+    rows, length = config.evaluate.batch_size, config.data.max_length
+    labelled = length
+    if not config.search.tasks:
+        labelled = max(most_labelled(inspection.examples.get(name), config.data) for name in SCORED)
+    a_logit = inspection.base.element_bytes + 2 * FLOAT32_BYTES
     return {
-        "weights": min(inspection.budget_bytes, largest) - adapters,
+        "activations": _widest(layout, rows * length),
+        "logits": a_logit * rows * labelled * int(inspection.model_config.vocab_size),
+    }
+
+
+def _trial_bytes(config: RunConfig, inspection: Inspection) -> int:
+    """Weights and adapters of a trial at most."""
+    layout = inspection.pruned
+    return min(inspection.budget_bytes, layout.plan_bytes(layout.uniform(config.quantize.bits[-1])))
+
+
+def _held(layout: Layout, plan_bytes: int) -> dict[str, int]:
+    """What training holds all the time."""
+    adapters = layout.adapter_bytes
+    return {
+        "weights": plan_bytes - adapters,
         "adapters": adapters,
         "gradients": adapters,
         "optimizer": 2 * adapters,
@@ -100,11 +135,8 @@ def prune_memory(config: RunConfig, inspection: Inspection) -> Memory:
     works += [_compensation_memory(config, inspection, each) for each in settings if each.compensates_by != "none"]
     if len(settings) > 1:
         rows, length = config.evaluate.batch_size, config.data.max_length
-        parts = {
-            "activations": _widest(inspection.base, rows * length),
-            "logits": logit_bytes(inspection, rows * length),
-        }
-        works.append(Memory(f"passes of {rows} rows x {length} tokens (`evaluate.batch_size`)", weights | parts))
+        parts = weights | _scored(config, inspection, inspection.base)
+        works.append(Memory(f"passes of {rows} rows x {length} tokens (`evaluate.batch_size`)", parts))
     return max(works, key=lambda memory: memory.total)
 
 
@@ -216,14 +248,13 @@ def _by_gradient(inspection: Inspection, dense: Layout, tokens: int) -> dict[str
     }
 
 
-def activation_bytes(inspection: Inspection, tokens: int, rank: int, checkpointing: bool) -> int:
+def activation_bytes(layout: Layout, hidden_size: int, tokens: int, rank: int, checkpointing: bool) -> int:
     """What is kept for the backward pass of a forward pass with adapters."""
-    layout = inspection.pruned
     blocks = _by_block(layout)
     kept = [_kept(linears, tokens, layout.element_bytes, rank) for linears in blocks]
     if not checkpointing:
         return sum(kept)
-    return len(blocks) * tokens * int(inspection.model_config.hidden_size) * layout.element_bytes + max(kept)
+    return len(blocks) * tokens * hidden_size * layout.element_bytes + max(kept)
 
 
 def logit_bytes(inspection: Inspection, tokens: int) -> int:

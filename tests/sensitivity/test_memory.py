@@ -1,4 +1,4 @@
-"""What the sensitivities hold at most, as torch allocates it, beside what `qpruner check` counts for them."""
+"""What the sensitivities and scoring hold at most, as torch allocates it, beside what `qpruner check` counts for them."""
 
 from __future__ import annotations
 
@@ -9,18 +9,20 @@ from typing import Any
 
 import pytest
 import torch
-from banked_decoders import HEADS, Banked, banked, rows_of
+from banked_decoders import HEADS, PAD, Banked, banked, rows_of
 from conftest import raw_config, with_key
 from torch.profiler import ProfilerActivity, profile
 
 from qpruner import preflight
+from qpruner.calibration import mean_loss
 from qpruner.config import RunConfig, validate_config
-from qpruner.estimate.memory import sensitivity_memory
+from qpruner.estimate.memory import scoring_memory, sensitivity_memory
 from qpruner.models.layout import layout_of
 from qpruner.preflight import Inspection
 from qpruner.sensitivity.expansion import expand
 from qpruner.sensitivity.measurement import measure
 from qpruner.sensitivity.methods import by_information
+from qpruner.sensitivity.starts import Starts
 
 LENGTH = 64
 SHAPES: dict[str, dict[str, Any]] = {
@@ -83,3 +85,28 @@ def test_check_counts_what_a_sensitivity_holds(
     found = sensitivity_memory(config, replace(inspection, model_config=subject.model.config, pruned=own))
     beside = found.total - found.parts["weights"]
     assert 0.4 * beside < peak_bytes(lambda: METHODS[method](subject, config)) <= beside
+
+
+def test_expansion_holds_one_levels_error_at_a_time(tmp_path: Path) -> None:
+    """Of a wide MLP on few tokens, a layer's error is a visible share of the peak."""
+    sizes = HEADS | {"num_hidden_layers": 1, "hidden_size": 256, "intermediate_size": 2048}
+    found = banked(tmp_path, "llama", "block", init="plain", **sizes)
+
+    def peak(*levels: int) -> int:
+        starts = Starts(found.subject.bank, found.groups, levels, found.subject.scaling)
+        return peak_bytes(lambda: expand(found.model, found.samples(), starts))
+
+    one = max(peak(4), peak(8))
+    error = 4 * 256 * 2048
+    assert error > 0.15 * one
+    assert peak(4, 8, 4) == pytest.approx(one, rel=0.03)
+
+
+def test_check_counts_what_scoring_holds(raw: dict[str, Any], inspection: Inspection, subject: Banked) -> None:
+    config = validate_config(raw)
+    own = layout_of(subject.model.config, "block", dtype_bytes=2, double_quant=False, lora_rank=8)
+    shapes = replace(inspection, model_config=subject.model.config, base=own, pruned=own, examples={})
+    parts = scoring_memory(config, shapes).parts
+    beside = parts["activations"] + parts["logits"]
+    peak = peak_bytes(lambda: mean_loss(subject.model, subject.subject.rows, PAD, config.evaluate.batch_size))
+    assert 0.4 * beside < peak <= beside
