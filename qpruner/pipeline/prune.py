@@ -105,8 +105,9 @@ def cut_and_save(job: CutJob, bench: Bench, emit: Emit) -> dict[str, Any]:
 
     base, told_of_weights = str(fetch(job.base)), telling(emit, "prune")
     tokenizer = load_tokenizer(base)
-    samples = _samples(load_encoded(job.rows), tokenizer, job.config.calibration.batch_size)
-    validation = load_encoded(job.validation) if len(job.cuts) > 1 else []
+    # As lists: an error that is kept would keep a mapped file open, and its disk busy.
+    samples = _samples(list(load_encoded(job.rows)), tokenizer, job.config.calibration.batch_size)
+    validation = list(load_encoded(job.validation)) if len(job.cuts) > 1 else []
     held_out = _samples(validation, tokenizer, job.config.evaluate.batch_size)
 
     def load() -> PreTrainedModel:

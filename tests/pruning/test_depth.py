@@ -226,8 +226,6 @@ def test_where_the_output_projection_does_not_reach_the_stream_blocks_go_without
         UserError, match=rf"`prune\.compensation`: the whole blocks of a {name} model cannot have least"
     ):
         expected_config(model_config, asked)
-    with pytest.raises(UserError, match=r"`prune\.ridge` is that of least squares, which the whole blocks"):
-        expected_config(model_config, unsaid.model_copy(update={"ridge": 0.5}))
     assert settled(model_config, unsaid).compensates_by == "none"
     model = decoder(name)
     expected = logits_of(model)

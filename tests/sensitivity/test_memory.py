@@ -1,4 +1,4 @@
-"""What the sensitivities and scoring hold at most, as torch allocates it, beside what `qpruner check` counts for them."""
+"""What sensitivities and scoring hold at most, as torch allocates it, beside what `qpruner check` counts for them."""
 
 from __future__ import annotations
 
