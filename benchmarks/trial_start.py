@@ -1,10 +1,14 @@
 """How long a trial takes to start: from scratch, from the bank, and from the bank in a worker that has run a trial.
 
     .venv/bin/python benchmarks/trial_start.py RUN --config CONFIG      # after qpruner bank CONFIG
+    .venv/bin/python benchmarks/trial_start.py --rows 48760             # only the training rows, as many as Alpaca's
 
 From scratch is load, quantize, LoftQ and adapters, as every trial of a search without a bank does it. Every repeat is
 two processes of its own, one from scratch and one from the bank, in turns, the libraries imported and settled before
 as in a worker, the files in the page cache. Wall-clock and processor seconds. Prints a table and a JSON line.
+
+With `--rows` it makes a training set with lengths like Alpaca's (110 tokens in the mean), and a process of its own for
+every repeat loads it and pads the first batch of 64 rows. Memory is what the process has more of after that.
 """
 
 from __future__ import annotations
@@ -15,16 +19,23 @@ import random
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
+import datasets  # noqa: F401
+import numpy as np
 import peft  # noqa: F401
+import psutil
 import torch
 import yaml
 
 from qpruner.config import RunConfig
+from qpruner.data import collate, load_encoded, save_encoded
 from qpruner.memory import settle
 from qpruner.models.layout import group_linears
 from qpruner.models.loading import load_dense
@@ -73,17 +84,64 @@ def measure(config: RunConfig, run: Path, turn: int, banked: bool) -> dict[str, 
     }
 
 
+def make_rows(count: int, folder: Path) -> None:
+    """Save rows whose prompts are about as long as Alpaca's, template included, and their responses, too."""
+    generator = np.random.default_rng(0)
+    prompts = generator.lognormal(np.log(45), 0.25, count).astype(int).clip(38, 200)
+    responses = generator.lognormal(np.log(42), 0.95, count).astype(int).clip(2, 400)
+    ids = [
+        generator.integers(0, 32000, prompt + rest).tolist() for prompt, rest in zip(prompts, responses, strict=True)
+    ]
+    masks = [[-100] * prompt for prompt in prompts]
+    save_encoded(
+        [{"input_ids": row, "labels": mask + row[len(mask) :]} for row, mask in zip(ids, masks, strict=True)], folder
+    )
+
+
+def read_rows(folder: Path) -> tuple[float, float, float]:
+    """Wall-clock and processor seconds until the first batch is there, and the megabytes that stay."""
+    settle()
+    kept: list[Any] = []
+
+    def start() -> None:
+        rows = load_encoded(folder)
+        kept.extend((rows, collate([rows[index] for index in range(0, len(rows), len(rows) // 64)], 0)))
+
+    before = psutil.Process().memory_info().rss
+    return *seconds(start), (psutil.Process().memory_info().rss - before) / 1e6
+
+
+def measure_rows(count: int, repeats: int) -> None:
+    with tempfile.TemporaryDirectory() as work:
+        folder = Path(work) / "train"
+        make_rows(count, folder)
+        found = []
+        for _ in range(repeats):
+            with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+                found.append(pool.submit(read_rows, folder).result())
+    columns = dict(zip(("s", "s of processor time", "MB"), zip(*found, strict=True), strict=True))
+    for name, values in columns.items():
+        print(f"{count} rows {statistics.median(values):8.3f} {name} ({min(values):.3f} to {max(values):.3f})")
+    print(json.dumps({"rows": count, "repeats": repeats, **columns}))
+
+
 def group_names(bank: Path) -> list[str]:
     return sorted({path.stem for path in bank.glob("*bit/*.safetensors")})
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", type=Path)
-    parser.add_argument("--config", type=Path, required=True, help="the run's configuration file")
+    parser.add_argument("run", type=Path, nargs="?")
+    parser.add_argument("--config", type=Path, help="the run's configuration file")
+    parser.add_argument("--rows", type=int, help="measure reading so many training rows instead")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--only", nargs=2, metavar=("TURN", "KIND"), help="one repeat in this process: bank or scratch")
     arguments = parser.parse_args()
+    if arguments.rows:
+        measure_rows(arguments.rows, arguments.repeats)
+        return
+    if not (arguments.run and arguments.config):
+        parser.error("name RUN and --config CONFIG, or --rows NUMBER")
     if arguments.only:
         config = RunConfig.model_validate(yaml.safe_load(arguments.config.read_text()))
         turn, kind = arguments.only

@@ -380,8 +380,8 @@ MUTATIONS = {
     ),
     "a trial's rows must be there at once": Mutation(
         "qpruner/data.py",
-        "folder, was_there=True\n",
-        "folder\n",
+        "folder, was_there=True)\n    except",
+        "folder)\n    except",
         "tests/test_patience.py::test_what_a_trial_reads_when_it_begins_is_waited_for",
     ),
     "a trial's tensors must be there at once": Mutation(
