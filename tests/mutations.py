@@ -422,8 +422,8 @@ MUTATIONS = {
     ),
     "scores of a command that was cut off are made again": Mutation(
         "qpruner/pipeline/compress.py",
-        "settings.methods), goes_on=True)",
-        "settings.methods))",
+        "measured_methods), goes_on=True)",
+        "measured_methods))",
         "tests/sensitivity/test_methods.py::test_scores_that_an_interrupted_command_made_are_not_made_again",
     ),
     "what a command that was cut off had built of a bank is built again": Mutation(
@@ -770,14 +770,14 @@ MUTATIONS = {
     ),
     "what a run holds is to be paid for again": Mutation(
         "qpruner/pipeline/disk.py",
-        "            size = round(size * (1 - shares[name]))\n",
-        "            pass\n",
+        "            size = sum(round(sizes[name] * (1 - shares[name])) for name in names)\n",
+        "            size = sum(sizes[name] for name in names)\n",
         f"{DISK}::test_what_a_run_holds_already_is_paid_for",
     ),
     "a finished run asks for room": Mutation(
         "qpruner/pipeline/disk.py",
-        "            size = round(size * (1 - shares[name]))\n",
-        "            pass\n",
+        "            size = sum(round(sizes[name] * (1 - shares[name])) for name in names)\n",
+        "            size = sum(sizes[name] for name in names)\n",
         "tests/test_run.py::test_a_finished_run_asks_for_no_more_room",
     ),
     "what a killed stage left is to be paid for again": Mutation(
@@ -794,7 +794,7 @@ MUTATIONS = {
     ),
     "a machine's copies of a run at a URI are to be paid for again": Mutation(
         "qpruner/pipeline/disk.py",
-        "        left += max(0, size - _bytes(_held(context, name, found)))\n",
+        "        left += max(0, size - _bytes({file for name in names for file in _held(context, name, found)}))\n",
         "        left += size\n",
         f"{AT_URI}::test_room_is_asked_for_what_is_not_on_this_machine_yet",
     ),

@@ -231,9 +231,12 @@ def test_check_tells_of_one_bit_width(uniform: Path) -> None:
     assert "trials:      1, 1 at once" in said and "none for the sensitivities" in said
     assert facts["bytes_budget"] == facts["bytes_all_4"] and "sensitivity" not in facts["memory"]
     assert facts["hours"]["stages"]["sensitivity"] == 0
-    assert not [warning for warning in facts["warnings"] if "`search.max_trials`" in warning]
+    idle = "has no effect: `quantize.bits` is [4], so nothing is measured or searched"
+    assert (
+        f"`search.max_trials` {idle}" in facts["warnings"] and f"`sensitivity.methods` {idle}" not in facts["warnings"]
+    )
     _, facts = checked(uniform, *METHODS)
-    assert facts["warnings"][-1].startswith("`sensitivity.methods` measures nothing where `quantize.bits` has one")
+    assert f"`sensitivity.methods` {idle}" in facts["warnings"]
 
 
 def test_check_tells_of_a_sensitivity_s_plan(uniform: Path) -> None:
@@ -257,7 +260,7 @@ def test_one_bit_width_runs_whole_without_a_search(uniform: Path) -> None:
     assert record["best_plan"] == {"layers.0": 4, "layers.1": 4}
     assert (record["num_trials"], record["best_origin"], record["ended"]) == (1, "given", ENDED)
     assert json.loads((run / "records" / "sensitivity.json").read_text())["methods"] == {}
-    rows = [row["name"] for row in json.loads((run / "records" / "finetune.json").read_text())["candidates"]]
+    rows = [row["name"] for row in json.loads((run / "records" / "comparison.json").read_text())["candidates"]]
     assert rows == ["base", "pruned", "uniform 4-bit", "searched"], "there is no other plan to draw or to seed"
     assert "given plan (uniform-4)" in (run / "report.md").read_text()
 
