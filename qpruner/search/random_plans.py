@@ -27,7 +27,7 @@ def random_plans(space: PlanSpace, plan: PrecisionPlan, count: int, seed: int) -
     Returns:
         `count` plans, or fewer where 131072 draws found no more.
     """
-    if len(space.levels) == 1:
+    if count == 0 or len(space.levels) == 1:
         return []
     generator = np.random.default_rng(seed)
     sizes = np.array(space.group_bytes, dtype=float)

@@ -38,6 +38,7 @@ def test_random_plans_have_equal_bytes_and_differ(
     assert len({plan, *drawn}) == 6
     for other in drawn:
         assert abs(space.plan_bytes(other) - space.plan_bytes(plan)) <= 0.01 * space.plan_bytes(plan)
+    assert random_plans(space, plan, 0, seed=0) == []
     assert drawn == random_plans(space, plan, 5, seed=0)
     assert set(drawn) != set(random_plans(space, plan, 5, seed=1))
 
