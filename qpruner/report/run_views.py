@@ -308,7 +308,7 @@ def summary(run: RunView) -> dict[str, Any]:
         "run": run.run_dir.address,
         "outcome": run.outcome,
         "model": config["model"]["source"],
-        "searcher": config["search"]["searcher"],
+        "searcher": record.searcher if record else config["search"]["searcher"],
         "metric": config["search"]["metric"],
         "budget_bytes": budget_bytes(run),
         **{name: now.count(name) if now else 0 for name in ("finished", "stopped", "failed", "running")},
