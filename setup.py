@@ -7,7 +7,7 @@ from setuptools import setup
 from setuptools.command.build_py import build_py
 from setuptools.command.sdist import sdist
 
-VERSION = runpy.run_path("qpruner/version.py")
+VERSION = runpy.run_path("qpruner/runs/version.py")
 
 
 def leave_commit(package: Path) -> None:

@@ -11,12 +11,14 @@ from typing import Any
 import torch
 from gpu_setup import Figures, Setup
 
-from qpruner import pace, preflight, products
-from qpruner.config import RunConfig
-from qpruner.data import Example
+from qpruner.config.schema import RunConfig
+from qpruner.data.rows import Example
+from qpruner.estimate import matmul_speed as products
 from qpruner.estimate import memory, work
-from qpruner.preflight import Inspection
-from qpruner.preflight_rows import CHARACTERS_A_TOKEN, RowCounts
+from qpruner.estimate import step_times as pace
+from qpruner.pipeline import preflight
+from qpruner.pipeline.preflight import Inspection
+from qpruner.pipeline.preflight_rows import CHARACTERS_A_TOKEN, RowCounts
 from qpruner.quantization.bank import EntrySettings
 
 

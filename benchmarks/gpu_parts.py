@@ -27,16 +27,16 @@ from gpu_setup import PAD_ID, SHAPES, Figures, Laps, Setup
 from gpu_training import peaks, throughput
 from prune_7b import random_llama, tokenizer
 
-from qpruner.calibration import Samples
-from qpruner.memory import PeakMemory, release, settle
+from qpruner.data.calibration import Samples
 from qpruner.models.checkpoint import save_checkpoint
 from qpruner.models.loading import device
+from qpruner.models.memory import PeakMemory, release, settle
 from qpruner.pruning.best_cut import Made, cuts_of, prune_best
 from qpruner.quantization.bank import INDEX, BankIndex, EntrySettings, GroupJob, IndexEntry, build_group, write_index
-from qpruner.records import RungResult
+from qpruner.runs.records import RungResult
+from qpruner.runs.version import describe
 from qpruner.search import trial
 from qpruner.search.trial_job import Materials, TrialJob
-from qpruner.version import describe
 
 ROOT = Path(__file__).resolve().parent.parent
 

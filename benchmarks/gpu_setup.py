@@ -16,8 +16,8 @@ import torch
 from prune_7b import llama_7b
 from transformers import AutoConfig, LlamaConfig
 
-from qpruner.config import RunConfig
-from qpruner.data import IGNORED_LABEL
+from qpruner.config.schema import RunConfig
+from qpruner.data.rows import IGNORED_LABEL
 from qpruner.models.layout import group_linears
 
 PAD_ID = 0

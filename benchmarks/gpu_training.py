@@ -15,11 +15,11 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, Trainer, Trai
 from transformers.trainer_callback import PrinterCallback
 
 import qpruner.hf  # noqa: F401  (plain transformers then loads blocks of different widths)
-from qpruner.data import collate
-from qpruner.finetune import Schedule, finetune
-from qpruner.memory import PeakMemory, release
+from qpruner.data.rows import collate
+from qpruner.models.memory import PeakMemory, release
 from qpruner.quantization.assembly import Workbench
-from qpruner.scratch import working_folder
+from qpruner.runs.scratch import working_folder
+from qpruner.training.finetune import Schedule, finetune
 
 TURNS, TURNS_SECONDS = 3, 300.0
 """Timed turns of the two fine-tunes, at most, and seconds after which none begins."""
@@ -43,7 +43,7 @@ def our_model(setup: Setup, *bits: int) -> Any:
 
 
 def train_ours(setup: Setup, model: Any, rows: Rows) -> float:
-    """An epoch of `qpruner.finetune`; returns seconds."""
+    """An epoch of `qpruner.training.finetune`; returns seconds."""
     clock, config = Clock(), setup.config
     schedule = Schedule(steps=len(rows) // setup.batch_size)
     with working_folder("qpruner-gpu-") as folder:
@@ -104,7 +104,7 @@ def train_plainly(model: Any, rows: Rows, setup: Setup, checkpointing: bool = Tr
 
 
 def throughput(setup: Setup) -> Figures:
-    """Tokens a second, padding not counted, of `qpruner.finetune` and of Trainer with peft's QLoRA, both at 4 bits."""
+    """Non-padding tokens a second of our fine-tune and of Trainer with peft's QLoRA, both at 4 bits."""
     rows, ours, plain = setup.train_rows, our_model(setup, 4), plain_model(setup, 4)
     turns: list[tuple[float, float]] = []
     started = time.monotonic()

@@ -104,8 +104,8 @@ def _rows(old: Any, new: Any) -> list[int]:
 
 def run_ours(model: Path, tokens: Path, query_heads: str, keys: dict[str, str]) -> Kept:
     """`qpruner`'s prune step with the same settings."""
-    from qpruner.calibration import Samples
-    from qpruner.config import PruneConfig
+    from qpruner.config.schema import PruneConfig
+    from qpruner.data.calibration import Samples
     from qpruner.models.loading import load_dense
     from qpruner.pruning.prune import prune
 

@@ -28,11 +28,11 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from qpruner.calibration import Samples
-from qpruner.config import PruneConfig
-from qpruner.memory import release, take_in
+from qpruner.config.schema import PruneConfig
+from qpruner.data.calibration import Samples
 from qpruner.models.checkpoint import save_checkpoint
 from qpruner.models.loading import load_dense
+from qpruner.models.memory import release, take_in
 from qpruner.pruning.best_cut import Made, cuts_of, prune_best
 from qpruner.pruning.prune import num_parameters
 

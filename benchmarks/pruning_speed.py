@@ -30,7 +30,7 @@ from typing import Any
 import torch
 from pruning import SOURCE, Bench
 
-from qpruner.config import PruneConfig
+from qpruner.config.schema import PruneConfig
 from qpruner.models.checkpoint import save_checkpoint
 from qpruner.models.loading import device, load_dense, load_tokenizer, resolve_source
 from qpruner.pruning.best_cut import cuts_of

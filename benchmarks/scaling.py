@@ -25,7 +25,7 @@ from pathlib import Path
 
 import numpy as np
 
-from qpruner.config import RunConfig, load_config
+from qpruner.config.schema import RunConfig, load_config
 
 NUM_PLANS = 8
 NUM_EMPTY, NUM_SIZES = 2000, 20
@@ -71,7 +71,7 @@ import json, sys
 from pathlib import Path
 import torch
 torch.set_num_threads(1)
-from qpruner.config import validate_config
+from qpruner.config.schema import validate_config
 from qpruner.search.trial import run_trial
 from qpruner.search.trial_job import Materials, TrialJob
 run, config, plans = Path(sys.argv[1]), validate_config(json.loads(sys.argv[2])), json.loads(sys.argv[3])
@@ -99,7 +99,7 @@ def empty_trials(folder: Path, num_trials: int) -> dict[str, float | None]:
     import ray
     from stand_in import run_search, start_ray
 
-    from qpruner.events import Event, Progress
+    from qpruner.runs.events import Event, Progress
 
     start_ray(num_cpus=2)
     sizes: list[tuple[int, int]] = []

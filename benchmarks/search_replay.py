@@ -25,14 +25,14 @@ from typing import Any
 
 import numpy as np
 
-from qpruner.config import RunConfig, SearchConfig, SensitivityConfig
-from qpruner.plan import PlanSpace, PrecisionPlan
+from qpruner.cluster.tune import make_proposer
+from qpruner.cluster.tune.asha import RecordedAsha
+from qpruner.cluster.tune.job import METRIC, TIME
+from qpruner.config.schema import RunConfig, SearchConfig, SensitivityConfig
+from qpruner.plans.plan import PlanSpace, PrecisionPlan
 from qpruner.search.choice import controls_of, finalist_positions, winner_position
 from qpruner.search.searchers import History, Ledger, Observation, Proposal, Proposer, Suggestion
 from qpruner.search.timetable import Timetable
-from qpruner.search.tune import make_proposer
-from qpruner.search.tune.asha import RecordedAsha
-from qpruner.search.tune.job import METRIC, TIME
 
 NUM_TRIALS = 64
 CONFIRM = SearchConfig().confirm

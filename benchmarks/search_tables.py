@@ -35,13 +35,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from qpruner.calibration import mean_loss, token_losses
-from qpruner.config import LoraConfig, SensitivityConfig, TrainingConfig
-from qpruner.finetune import Listener, Schedule, finetune
+from qpruner.config.schema import LoraConfig, SensitivityConfig, TrainingConfig
+from qpruner.data.calibration import mean_loss, token_losses
+from qpruner.models.families import family_of
 from qpruner.models.layout import group_linears, layout_of
 from qpruner.models.loading import load_dense, load_tokenizer
-from qpruner.models.structure import family_of
-from qpruner.plan import FULL_BITS
+from qpruner.plans.plan import FULL_BITS
 from qpruner.pruning.block_stream import BlockStream
 from qpruner.quantization.assembly import Workbench
 from qpruner.quantization.bank import (
@@ -56,6 +55,7 @@ from qpruner.quantization.bank import (
 from qpruner.quantization.mixed import unpack
 from qpruner.sensitivity.measurement import handing_on, measure
 from qpruner.sensitivity.methods import Subject, by_expansion, by_information, by_measurement
+from qpruner.training.finetune import Listener, Schedule, finetune
 
 LORA = LoraConfig(rank=8, alpha=16)
 TRAINING = TrainingConfig(learning_rate=1e-3, batch_size=4, micro_batch_size=4, warmup_ratio=0.1)
@@ -117,7 +117,7 @@ class Evaluator:
 
     @torch.no_grad()
     def __init__(self, job: Job) -> None:
-        from qpruner.calibration import Samples
+        from qpruner.data.calibration import Samples
 
         self.job = job
         self.model = load_dense(job.model, DTYPE).eval()

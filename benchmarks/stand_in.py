@@ -17,16 +17,16 @@ from pathlib import Path
 import numpy as np
 import ray
 
-from qpruner.config import RunConfig, validate_config
-from qpruner.events import Event
-from qpruner.execution.cluster import OBJECT_STORE_BYTES, Cluster
-from qpruner.execution.probe import packed_check
-from qpruner.execution.room import Room
-from qpruner.plan import Group, Layout, LinearShape, PlanSpace
-from qpruner.records import RungResult
-from qpruner.rundir import RunDir
+from qpruner.cluster.cluster import OBJECT_STORE_BYTES, Cluster
+from qpruner.cluster.probe import packed_check
+from qpruner.cluster.room import Room
+from qpruner.cluster.tune import SearchJob, SearchOutcome, search
+from qpruner.config.schema import RunConfig, validate_config
+from qpruner.plans.plan import Group, Layout, LinearShape, PlanSpace
+from qpruner.runs.events import Event
+from qpruner.runs.paths import RunDir
+from qpruner.runs.records import RungResult
 from qpruner.search.trial_job import Materials, Progress, Report, TrialJob
-from qpruner.search.tune import SearchJob, SearchOutcome, search
 
 NUM_GROUPS = 64
 NAMES = tuple(f"layers.{index:02d}" for index in range(NUM_GROUPS))

@@ -22,12 +22,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from qpruner.calibration import labelled_only, mean_loss, predicted_labels
-from qpruner.config import RunConfig, load_config
-from qpruner.data import collate, encode, load_examples
-from qpruner.finetune import Share, _Batches
+from qpruner.config.schema import RunConfig, load_config
+from qpruner.data.calibration import labelled_only, mean_loss, predicted_labels
+from qpruner.data.rows import collate, encode, load_examples
+from qpruner.estimate.step_times import _small_model
 from qpruner.models.loading import load_model_config, load_tokenizer, resolve_source
-from qpruner.pace import _small_model
+from qpruner.training.finetune import Share, _Batches
 
 Rows = list[dict[str, list[int]]]
 MicroBatches = list[list[int]]

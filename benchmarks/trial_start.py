@@ -34,11 +34,11 @@ import psutil
 import torch
 import yaml
 
-from qpruner.config import RunConfig
-from qpruner.data import collate, load_encoded, save_encoded
-from qpruner.memory import settle
+from qpruner.config.schema import RunConfig
+from qpruner.data.rows import collate, load_encoded, save_encoded
 from qpruner.models.layout import group_linears
 from qpruner.models.loading import load_dense
+from qpruner.models.memory import settle
 from qpruner.quantization.assembly import Workbench, attach_adapters
 from qpruner.quantization.bank import EntrySettings, build_entry
 from qpruner.quantization.mixed import packed_layer

@@ -23,11 +23,12 @@ from unittest.mock import patch
 
 from rich._export_format import CONSOLE_SVG_FORMAT
 
-from qpruner import events, terminal
-from qpruner.records import TrialRecord
+from qpruner.api import read_run
+from qpruner.cli import terminal
 from qpruner.report.snapshot import Snapshot
-from qpruner.rundir import LOG
-from qpruner.stages import read_run
+from qpruner.runs import events
+from qpruner.runs.paths import LOG
+from qpruner.runs.records import TrialRecord
 
 ROOT = Path(__file__).resolve().parent.parent
 IMAGES = ROOT / "docs" / "images"

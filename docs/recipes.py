@@ -17,9 +17,9 @@ from safetensors.torch import save_file
 from transformers import LlamaConfig, PretrainedConfig, Qwen3Config
 
 from qpruner import estimate
-from qpruner.config import RunConfig, load_config
-from qpruner.preflight import GIB, Inspection, shapes_of
-from qpruner.preflight_rows import RowCounts
+from qpruner.config.schema import RunConfig, load_config
+from qpruner.pipeline.preflight import GIB, Inspection, shapes_of
+from qpruner.pipeline.preflight_rows import RowCounts
 
 FOLDER = Path(__file__).resolve().parent.parent / "tune_configs"
 COMMAND, MEMORY = "# Command:", "# Memory:"

@@ -8,8 +8,8 @@ from typing import Any
 
 import click
 
-from qpruner.cli import main
-from qpruner.config import RunConfig
+from qpruner.cli.main import main
+from qpruner.config.schema import RunConfig
 
 FOLDER = Path(__file__).resolve().parent
 MADE = "<!-- Made from the code by `python docs/reference.py`: change it there. -->"

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import logging
 
-from qpruner import stages
-from qpruner.stages import read_run, run
-from qpruner.version import VERSION
+from qpruner import api as stages
+from qpruner.api import read_run, run
+from qpruner.runs.version import VERSION
 
 __all__ = ["read_run", "run", "stages"]
 __version__ = VERSION

@@ -1,5 +1,5 @@
 """`python -m qpruner` is the command `qpruner`, of that very Python."""
 
-from qpruner.cli import main
+from qpruner.cli.main import main
 
 main()

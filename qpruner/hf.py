@@ -12,8 +12,8 @@ from typing import Any
 
 from qpruner.models import cpu, ragged
 from qpruner.models.loading import OnLoading, device, tensors_told, untold
+from qpruner.models.snippets import PEFT_BASE
 from qpruner.quantization import mixed
-from qpruner.snippets import PEFT_BASE
 
 __all__ = ["load", "mixed", "ragged", "weights_folder"]
 

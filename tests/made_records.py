@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from qpruner.records import Confirmation, SearchRecord
+from qpruner.runs.records import Confirmation, SearchRecord
 
 
 def made_search(plan: dict[str, int], **changes: Any) -> SearchRecord:

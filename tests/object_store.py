@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from qpruner import objects
+from qpruner.runs import object_store as objects
 
 BUCKET = "runs"
 KEYS = {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test", "AWS_DEFAULT_REGION": "us-east-1"}

@@ -28,8 +28,8 @@ from conftest import raw_config
 from doc_blocks import FENCE, PAGES, ROOT, Block, blocks
 from tensorboard_server import serving
 
-from qpruner.cli import main
-from qpruner.config import validate_config
+from qpruner.cli.main import main
+from qpruner.config.schema import validate_config
 
 RUN = ("bash", "python")
 LANGUAGES = (*RUN, "yaml", "text")
@@ -48,7 +48,7 @@ NOT_RUN = {
         "docs/watching.md",
         'pip install "qpruner[wandb,mlflow]"',
     ): "needs accounts; tests/search/test_trackers.py has both",
-    ("docs/using.md", "qpruner push"): "needs an account of a hub; tests/quantization/test_push.py has one on loopback",
+    ("docs/using.md", "qpruner push"): "needs an account of a hub; tests/export/test_push.py has one on loopback",
     ("docs/families.md", "@dataclass(frozen=True)"): "a part of phi3.py; `test_code_of_the_package_is_quoted`",
     ("docs/cluster.md", "bash launch/setup.sh cluster"): "asks a package index; tests/test_launch.py has its refusals",
     ("docs/cluster.md", "export AWS_DEFAULT_REGION=us-west-2"): RECIPE,
@@ -82,7 +82,7 @@ PLACES = {
 }
 """What stands for the words in capitals when a command in prose is run."""
 INLINE_NOT_RUN = {
-    "qpruner push": "needs an account of a hub; tests/quantization/test_push.py has one on loopback",
+    "qpruner push": "needs an account of a hub; tests/export/test_push.py has one on loopback",
     "qpruner run my.yaml --address auto": MACHINES,
     "qpruner run CONFIG --address": MACHINES,
     "qpruner check CONFIG --address auto": MACHINES,
@@ -95,7 +95,6 @@ INLINE_NOT_RUN = {
     "python -m pytest": TESTS,
     "python benchmarks/": HOURS,
     "benchmarks/": HOURS,
-    "python tests/mutations.py": HOURS,
     "bash launch/up.sh": MACHINES,
     "bash launch/submit.sh": MACHINES,
     "bash launch/fetch.sh": MACHINES,

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 from pydantic import BaseModel
 
-from qpruner import config
-from qpruner.cli import main
+from qpruner.cli.main import main
+from qpruner.config import schema as config
 
 ROOT = Path(__file__).resolve().parent.parent
 SECTIONS = [

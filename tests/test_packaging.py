@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 from checkouts import copy_checkout, git
 
-from qpruner.version import VERSION
+from qpruner.runs.version import VERSION
 
 ROOT = Path(__file__).resolve().parent.parent
 VERSION_MODULE = Path("qpruner") / "version.py"

@@ -12,16 +12,16 @@ import pytest
 import yaml
 from click.testing import CliRunner
 
-from qpruner.cli import main
-from qpruner.config import config_schema
-from qpruner.version import VERSION
+from qpruner.cli.main import main
+from qpruner.config.schema import config_schema
+from qpruner.runs.version import VERSION
 
 ROOT = Path(__file__).resolve().parent.parent
 
 
 def test_help_and_version_import_no_heavy_library() -> None:
     code = (
-        "import sys\nfrom click.testing import CliRunner\nfrom qpruner.cli import main\n"
+        "import sys\nfrom click.testing import CliRunner\nfrom qpruner.cli.main import main\n"
         "for asked in (['--help'], ['--version'], ['run', '--help']):\n"
         "    assert CliRunner().invoke(main, asked).exit_code == 0\n"
         "heavy = {'torch', 'ray', 'transformers', 'peft', 'datasets'} & set(sys.modules)\nassert not heavy, heavy"

@@ -1,6 +1,6 @@
 """What a run will take, before it is paid for: memory by part, and hours by stage.
 
-Nothing is loaded or run here. The speed of a slot is assumed, or what `qpruner.pace` measured.
+Nothing is loaded or run here. The speed of a slot is assumed, or what `qpruner.estimate.step_times` measured.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from qpruner.config import RunConfig
+from qpruner.config.schema import RunConfig
 from qpruner.estimate.memory import (
     Memory,
     comparison_memory,
@@ -18,8 +18,8 @@ from qpruner.estimate.memory import (
     training_memory,
 )
 from qpruner.estimate.work import CHOICES, Rates, hours, num_compared
-from qpruner.preflight import Inspection
-from qpruner.preflight_rows import CHARACTERS_A_TOKEN
+from qpruner.pipeline.preflight import Inspection
+from qpruner.pipeline.preflight_rows import CHARACTERS_A_TOKEN
 from qpruner.report.lines import duration
 from qpruner.wording import counted
 

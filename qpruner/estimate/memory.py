@@ -4,7 +4,7 @@ For n tokens in a forward pass (rows x length), a vocabulary of V and elements o
 
 - An adapted layer of r rows and c columns keeps for its backward pass its input in float32 for the adapter (4 c), the
   adapter's inner values (4 x rank), and about e (r + c) of what lies between layers; a layer without adapter the last
-  alone. Autograd keeps within 15 % of this (Llama, Qwen3, Gemma 3: tests/test_estimate.py), within 25 % on a CPU that
+  alone. Autograd keeps within 15 % of this (Llama, Qwen3, Gemma 3: tests/estimate), within 25 % on a CPU that
   computes attention in float32 for want of bfloat16. With gradient checkpointing every block keeps its input, and one
   block all of this. A model without adapters keeps up to `DENSE` times as much as its layers by this.
 - Logits, at the tokens that may have a label: 12 V a token. The loss is taken in float32: the loss's own copy, its
@@ -16,11 +16,11 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from qpruner.config import EXPANSION, INFORMATION, MEASUREMENT, PruneConfig, RunConfig
+from qpruner.config.schema import EXPANSION, INFORMATION, MEASUREMENT, PruneConfig, RunConfig
 from qpruner.models.layout import num_layers, skeleton
-from qpruner.plan import FULL_BITS, Layout, LinearShape
-from qpruner.preflight import Inspection
-from qpruner.preflight_rows import most_labelled
+from qpruner.pipeline.preflight import Inspection
+from qpruner.pipeline.preflight_rows import most_labelled
+from qpruner.plans.plan import FULL_BITS, Layout, LinearShape
 from qpruner.pruning.prune import cuttable_layers
 from qpruner.pruning.selection import available, unit_sizes
 from qpruner.sensitivity.expansion import BYTES_A_WEIGHT

@@ -12,12 +12,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from qpruner.config import EXPANSION, INFORMATION, MEASUREMENT, PruneConfig, RunConfig
-from qpruner.data import Example
-from qpruner.plan import FULL_BITS, Layout
-from qpruner.preflight import Inspection
-from qpruner.preflight_rows import CHARACTERS_A_TOKEN, about_labelled, about_tokens
-from qpruner.products import packing_operations
+from qpruner.config.schema import EXPANSION, INFORMATION, MEASUREMENT, PruneConfig, RunConfig
+from qpruner.data.rows import Example
+from qpruner.estimate.matmul_speed import packing_operations
+from qpruner.pipeline.preflight import Inspection
+from qpruner.pipeline.preflight_rows import CHARACTERS_A_TOKEN, about_labelled, about_tokens
+from qpruner.plans.plan import FULL_BITS, Layout
 from qpruner.quantization.bank import is_soon_packed
 
 CHOICES = 4
@@ -47,7 +47,7 @@ BESIDE_PRODUCTS = 2.5e-9
 """Seconds, over the hidden width, that a CPU core spends beside an operation of matrix products: norms, activations,
 softmax, decoding. On a core with AVX512-BF16 (products at 500 GFLOP/s) and steps of 4 x 128 tokens it was 2.3, 2.4, 2.3
 and 3.0e-9 at widths of 256, 576, 1152 and 2048; kept to AVX2 (110 GFLOP/s) 3.8, 3.4 and 2.5e-9 at the first three
-(means of training and scoring, `qpruner.pace`, 2026-11-26)."""
+(means of training and scoring, `qpruner.estimate.step_times`, 2026-11-26)."""
 
 
 @dataclass(frozen=True)

@@ -20,14 +20,14 @@ from qpruner.models.loading import (
     tensors_told,
     untold,
 )
-from qpruner.objects import OnPiece
-from qpruner.patience import patiently
+from qpruner.runs.object_store import OnPiece
+from qpruner.runs.retry import patiently
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from qpruner.config import ModelConfig
+    from qpruner.config.schema import ModelConfig
 
 
 SHARD_SIZE = "1GB"

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from qpruner.models import ragged
-from qpruner.models.structure import family_of
-from qpruner.plan import Group, Layout, LinearShape
+from qpruner.models.families import family_of
+from qpruner.plans.plan import Group, Layout, LinearShape
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qpruner.config import HUB_ID
+from qpruner.config.schema import HUB_ID
 from qpruner.errors import CorruptFile, UserError
 from qpruner.models import ragged
 from qpruner.wording import counted
@@ -23,7 +23,7 @@ from qpruner.wording import counted
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from qpruner.config import ModelConfig
+    from qpruner.config.schema import ModelConfig
 
 
 HUB_SECONDS = 10

@@ -13,7 +13,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from qpruner.models.structure import Family, families, family_of, family_of_type
+from qpruner.models.families import Family, families, family_of, family_of_type
 
 OUTPUT_BIASES = "qpruner_output_biases"
 """Config key: linear layers of a block that got a bias for what was cut, where the family has none."""

@@ -10,11 +10,10 @@ import contextlib
 import logging
 from dataclasses import dataclass, replace
 
-from qpruner import preflight
-from qpruner.config import RunConfig, SearchConfig
+from qpruner.cluster.slots import Slots, with_gpus_for, worker_resources
+from qpruner.config.schema import RunConfig, SearchConfig
 from qpruner.errors import StorageError, UserError
-from qpruner.events import COMMAND, Emit, Event, Message
-from qpruner.execution.slots import Slots, with_gpus_for, worker_resources
+from qpruner.pipeline import preflight
 from qpruner.pipeline.bank import bank
 from qpruner.pipeline.comparison import compare
 from qpruner.pipeline.compress import prepare, sensitivity
@@ -29,14 +28,15 @@ from qpruner.pipeline.report import report, report_unfinished
 from qpruner.pipeline.search import search
 from qpruner.pipeline.sender import Sender
 from qpruner.pipeline.stage import explained
-from qpruner.records import STAGES, PruneRecord, Results
 from qpruner.report.lines import line_of
 from qpruner.report.model_card import told_other_base
 from qpruner.report.tensorboard import Board
-from qpruner.rundir import RunDir, exists
-from qpruner.runlock import sole_driver
+from qpruner.runs.events import COMMAND, Emit, Event, Message
+from qpruner.runs.lock import sole_driver
+from qpruner.runs.paths import RunDir, exists
+from qpruner.runs.records import STAGES, PruneRecord, Results
 from qpruner.search.searchers import check_searcher
-from qpruner.trackers import check_trackers
+from qpruner.training.trackers import check_trackers
 from qpruner.wording import counted
 
 logger = logging.getLogger(__name__)

@@ -9,15 +9,15 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from qpruner.cluster.workshop import Bench
 from qpruner.errors import CorruptFile, StageError
-from qpruner.events import Emit, Message, Progress
-from qpruner.execution.workshop import Bench
-from qpruner.objects import name_of
 from qpruner.pipeline.context import Context
 from qpruner.pipeline.stage import Stage, run_stage
-from qpruner.plan import FULL_BITS, check_cpu_widths
-from qpruner.records import BankRecord, PruneRecord, digest_of
-from qpruner.rundir import files_in, remove
+from qpruner.plans.plan import FULL_BITS, check_cpu_widths
+from qpruner.runs.events import Emit, Message, Progress
+from qpruner.runs.object_store import name_of
+from qpruner.runs.paths import files_in, remove
+from qpruner.runs.records import BankRecord, PruneRecord, digest_of
 
 if TYPE_CHECKING:
     from qpruner.quantization.bank import BankIndex, GroupJob, IndexEntry
@@ -232,7 +232,7 @@ def _built(context: Context, jobs: list[GroupJob]) -> Iterator[tuple[GroupJob, d
     if context.address:
         # Its machine builds, too; the sensitivities load the model again.
         context.workshop.close()
-    from qpruner.execution.cluster import run_tasks
+    from qpruner.cluster.cluster import run_tasks
 
     jobs = [replace(job, threads=int(resources.get("cpu", 1))) for job in jobs]
     for position, built in run_tasks(

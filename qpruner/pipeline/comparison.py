@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from qpruner.events import Message
 from qpruner.pipeline.context import Context
 from qpruner.pipeline.jobs import (
     RowJob,
@@ -21,7 +20,8 @@ from qpruner.pipeline.jobs import (
 from qpruner.pipeline.report import report_unfinished
 from qpruner.pipeline.rows import table_rows
 from qpruner.pipeline.stage import Stage, run_stage
-from qpruner.records import ComparisonRecord, EvalRecord, Results, SearchRecord, SensitivityRecord
+from qpruner.runs.events import Message
+from qpruner.runs.records import ComparisonRecord, EvalRecord, Results, SearchRecord, SensitivityRecord
 from qpruner.wording import counted
 
 

@@ -8,20 +8,20 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qpruner.config import EXPANSION, INFORMATION, MEASUREMENT, DataSource, ModelConfig, RunConfig
+from qpruner.cluster.workshop import Bench
+from qpruner.config.schema import EXPANSION, INFORMATION, MEASUREMENT, DataSource, ModelConfig, RunConfig
 from qpruner.errors import CorruptFile
-from qpruner.events import Emit, Message, Progress
-from qpruner.execution.workshop import Bench
-from qpruner.mirror import check_arrived, fetch, written
 from qpruner.pipeline.context import Context
 from qpruner.pipeline.stage import Stage, run_stage
-from qpruner.records import BankRecord, MethodScores, PrepareRecord, PruneRecord, SensitivityRecord, digest_of
-from qpruner.rundir import children, exists, file_digest, read_json, remove, set_aside, write_json
+from qpruner.runs.events import Emit, Message, Progress
+from qpruner.runs.mirror import check_arrived, fetch, written
+from qpruner.runs.paths import children, exists, file_digest, read_json, remove, set_aside, write_json
+from qpruner.runs.records import BankRecord, MethodScores, PrepareRecord, PruneRecord, SensitivityRecord, digest_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from qpruner.data import Example
+    from qpruner.data.rows import Example
     from qpruner.models.checkpoint import Base
     from qpruner.models.loading import OnLoading
     from qpruner.sensitivity.measurement import Measurement
@@ -163,7 +163,7 @@ def _range(method: str, scores: MethodScores) -> str:
 
 def _scored(context: Context, missing: set[str]) -> Iterator[tuple[str, MethodScores]]:
     """Scores of the methods that are missing, and of those that come from the same passes."""
-    from qpruner.data import load_encoded
+    from qpruner.data.rows import load_encoded
     from qpruner.models.loading import load_tokenizer
     from qpruner.sensitivity import methods as scoring
 
@@ -234,7 +234,7 @@ def _teller(emit: Emit, methods: Sequence[str]) -> Callable[[int, int], None]:
 
 def _measured(context: Context, job: ScoringJob) -> Measurement:
     """KL and loss of every group, the samples shared among the slots where several are there."""
-    from qpruner.execution.cluster import run_tasks
+    from qpruner.cluster.cluster import run_tasks
     from qpruner.sensitivity.measurement import Measurement
     from qpruner.sensitivity.methods import MeasurementJob, measure_share
 
@@ -274,7 +274,7 @@ def _measured(context: Context, job: ScoringJob) -> Measurement:
 
 def _encode_splits(context: Context, model_path: str, folder: Path) -> dict[str, int]:
     """Encode every split and the calibration samples; returns rows by split."""
-    from qpruner.data import SENSITIVITY_KEYS, pack, row_samples, save_encoded, shuffled
+    from qpruner.data.rows import SENSITIVITY_KEYS, pack, row_samples, save_encoded, shuffled
     from qpruner.models.loading import load_tokenizer
 
     config, settings = context.config, context.config.data
@@ -299,7 +299,7 @@ def encode_split(
     config: RunConfig, examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase
 ) -> list[dict[str, list[int]]]:
     """Rows of a split as the model sees them, one an example."""
-    from qpruner.data import encode
+    from qpruner.data.rows import encode
 
     settings = config.data
     return encode(examples, tokenizer, settings.max_length, settings.template, settings.response_only)
@@ -309,7 +309,7 @@ def importance_samples(
     config: RunConfig, examples: Sequence[Example], vocabulary: int, tokenizer: PreTrainedTokenizerBase
 ) -> list[dict[str, list[int]]]:
     """What importance is measured on: given token ids, or packed samples or rows in the order of a shuffle."""
-    from qpruner.data import load_token_ids, packed_samples, row_samples, shuffled
+    from qpruner.data.rows import load_token_ids, packed_samples, row_samples, shuffled
 
     settings, data = config.calibration, config.data
     if settings.token_ids:

@@ -9,25 +9,25 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from qpruner import preflight
-from qpruner.config import RunConfig
-from qpruner.events import Emit
-from qpruner.execution.cluster import Cluster, connect, disconnect, local_slots
-from qpruner.execution.gpu_time import GpuTime
-from qpruner.execution.probe import packed_check, packed_check_of_gpus, packed_check_of_installation
-from qpruner.execution.slots import Slots, worker_resources
-from qpruner.execution.workshop import Here, OnCluster, Workshop
-from qpruner.mirror import fetch
+from qpruner.cluster.cluster import Cluster, connect, disconnect, local_slots
+from qpruner.cluster.gpu_time import GpuTime
+from qpruner.cluster.probe import packed_check, packed_check_of_gpus, packed_check_of_installation
+from qpruner.cluster.slots import Slots, worker_resources
+from qpruner.cluster.workshop import Here, OnCluster, Workshop
+from qpruner.config.schema import RunConfig
 from qpruner.models.loading import checkpoint_config, whole_path
-from qpruner.objects import name_of
-from qpruner.plan import Layout, PlanSpace, PrecisionPlan
-from qpruner.plan_file import check_affordable, read_plan
-from qpruner.preflight_rows import include_path
-from qpruner.records import digest_of
-from qpruner.rundir import RunDir, fetch_file, file_digest
-from qpruner.runlock import NAME as LOCK
-from qpruner.runlock import taken_over
-from qpruner.trackers import Trackers, check_trackers
+from qpruner.pipeline import preflight
+from qpruner.pipeline.preflight_rows import include_path
+from qpruner.plans.file import check_affordable, read_plan
+from qpruner.plans.plan import Layout, PlanSpace, PrecisionPlan
+from qpruner.runs.events import Emit
+from qpruner.runs.lock import NAME as LOCK
+from qpruner.runs.lock import taken_over
+from qpruner.runs.mirror import fetch
+from qpruner.runs.object_store import name_of
+from qpruner.runs.paths import RunDir, fetch_file, file_digest
+from qpruner.runs.records import digest_of
+from qpruner.training.trackers import Trackers, check_trackers
 
 CONFIG_FILE = "config.json"
 

@@ -9,12 +9,12 @@ from contextlib import suppress
 from pathlib import Path
 
 from qpruner.errors import UserError
-from qpruner.objects import CACHE, cache_root
 from qpruner.pipeline.context import Context
+from qpruner.pipeline.preflight import amount
 from qpruner.pipeline.recorded import recorded, shares_done
-from qpruner.preflight import amount
-from qpruner.records import Results
-from qpruner.rundir import BANK_CACHE, files_in
+from qpruner.runs.object_store import CACHE, cache_root
+from qpruner.runs.paths import BANK_CACHE, files_in
+from qpruner.runs.records import Results
 
 SMALL_FILES = 2**20
 """Bytes of records, log and report, which every command writes."""

@@ -7,13 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qpruner.candidates import ADAPTER_WEIGHTS, Candidate
-from qpruner.config import RunConfig
+from qpruner.cluster.workshop import Bench
+from qpruner.config.schema import RunConfig
 from qpruner.errors import CorruptFile
-from qpruner.events import Emit, Message
-from qpruner.execution.workshop import Bench
-from qpruner.mirror import FileList, emptied, fetch, list_beside, workplace, written
-from qpruner.objects import name_of
 from qpruner.pipeline.compress import telling
 from qpruner.pipeline.context import Context
 from qpruner.pipeline.jobs import (
@@ -30,9 +26,13 @@ from qpruner.pipeline.jobs import (
 )
 from qpruner.pipeline.rows import candidates_for, untuned_candidates, winner_row
 from qpruner.pipeline.stage import Stage, is_whole, run_stage
-from qpruner.records import EvalRecord, FinetuneRecord, SearchRecord
 from qpruner.report.table import BASE, SEARCHED
-from qpruner.rundir import files_in, publish_folder, read_json
+from qpruner.runs.events import Emit, Message
+from qpruner.runs.mirror import FileList, emptied, fetch, list_beside, workplace, written
+from qpruner.runs.object_store import name_of
+from qpruner.runs.paths import files_in, publish_folder, read_json
+from qpruner.runs.records import EvalRecord, FinetuneRecord, SearchRecord
+from qpruner.training.candidates import ADAPTER_WEIGHTS, Candidate
 from qpruner.wording import counted
 
 
@@ -141,7 +141,7 @@ def evaluate_jobs(context: Context, tuned: FinetuneRecord) -> list[Candidate]:
 
 def held_out_text(context: Context, folder: Path) -> tuple[str | None, Path | None]:
     """What perplexity is measured on, in words and encoded; nothing where all there is are answers to questions."""
-    from qpruner.data import load_confirmation, save_encoded, text_windows
+    from qpruner.data.rows import load_confirmation, save_encoded, text_windows
     from qpruner.models.loading import load_tokenizer
 
     examples, length = context.inspection.examples, context.config.data.max_length

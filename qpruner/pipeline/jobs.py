@@ -12,7 +12,28 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from qpruner.candidates import (
+from qpruner.cluster.slots import worker_resources
+from qpruner.errors import CorruptFile, StageError
+from qpruner.pipeline.context import Context
+from qpruner.pipeline.preflight import layout_for
+from qpruner.pipeline.rows import Row, candidates_for
+from qpruner.plans.plan import Layout, PrecisionPlan
+from qpruner.runs.events import Message, Progress
+from qpruner.runs.mirror import put_folders
+from qpruner.runs.object_store import is_mirror, name_of
+from qpruner.runs.paths import (
+    RunDir,
+    exists,
+    file_digest,
+    for_each,
+    read_json,
+    read_sign,
+    remove,
+    set_aside,
+    write_json,
+)
+from qpruner.runs.records import CandidateRecord, Inference, InferenceSetting, RowScores, TaskScore, digest_of
+from qpruner.training.candidates import (
     ADAPTER_WEIGHTS,
     Candidate,
     CandidateJob,
@@ -23,17 +44,6 @@ from qpruner.candidates import (
     is_damaged,
     measure_inference,
 )
-from qpruner.errors import CorruptFile, StageError
-from qpruner.events import Message, Progress
-from qpruner.execution.slots import worker_resources
-from qpruner.mirror import put_folders
-from qpruner.objects import is_mirror, name_of
-from qpruner.pipeline.context import Context
-from qpruner.pipeline.rows import Row, candidates_for
-from qpruner.plan import Layout, PrecisionPlan
-from qpruner.preflight import layout_for
-from qpruner.records import CandidateRecord, Inference, InferenceSetting, RowScores, TaskScore, digest_of
-from qpruner.rundir import RunDir, exists, file_digest, for_each, read_json, read_sign, remove, set_aside, write_json
 from qpruner.wording import counted, error_text
 
 RowJob = tuple[Row, Candidate]
@@ -123,13 +133,13 @@ def _finetuned(
     num_workers = context.config.finetune.num_workers
     tasks, resources, concurrent = _worker_jobs(context, jobs, num_workers)
     if num_workers > 1:
-        from qpruner.execution.group import run_groups
+        from qpruner.cluster.group import run_groups
 
         scratch = context.run_dir.scratch("train")
         return run_groups(
             finetune_candidate, tasks, resources, num_workers, concurrent, scratch, context.check_node, on_tick, saved
         )
-    from qpruner.execution.cluster import run_tasks
+    from qpruner.cluster.cluster import run_tasks
 
     return run_tasks(
         finetune_candidate,
@@ -176,7 +186,7 @@ def scores_digest(context: Context) -> str:
 
 def score_jobs(context: Context, stage: str, jobs: list[Candidate], text: Path | None) -> dict[Path, RowScores]:
     """Score what has no record of these tasks and this text yet; the scores by folder."""
-    from qpruner.execution.cluster import run_tasks
+    from qpruner.cluster.cluster import run_tasks
 
     digest = scores_digest(context)
     found: dict[Path, RowScores] = {}
@@ -228,7 +238,7 @@ def measure_in_turns(
     context: Context, stage: str, jobs: Iterable[Candidate]
 ) -> tuple[InferenceSetting, dict[Path, Inference]]:
     """What each row takes to use, by its folder; training seeds of one plan are one model."""
-    from qpruner.execution.cluster import run_tasks
+    from qpruner.cluster.cluster import run_tasks
 
     models: dict[tuple[Any, ...], list[Candidate]] = {}
     for job in sorted(jobs, key=lambda job: str(job.checkpoint)):

@@ -14,17 +14,17 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from qpruner.config import RunConfig
+from qpruner.cluster.probe import Cache, Gpu, NodeFacts, Report, probe
+from qpruner.cluster.testimony import differences, differing, versions
+from qpruner.config.schema import RunConfig
 from qpruner.errors import CorruptFile, UserError
-from qpruner.events import Message, TableMade
-from qpruner.execution.probe import Cache, Gpu, NodeFacts, Report, probe
-from qpruner.execution.testimony import differences, differing, versions
-from qpruner.objects import CACHE, CREDENTIALS, is_mirror, name_of
 from qpruner.pipeline.context import Context
-from qpruner.plan import FULL_BITS, Layout
-from qpruner.preflight import amount, check_gpu, shapes_on
-from qpruner.records import BankRecord
-from qpruner.rundir import BANK_CACHE, RunDir, read_sign, remove, write_text
+from qpruner.pipeline.preflight import amount, check_gpu, shapes_on
+from qpruner.plans.plan import FULL_BITS, Layout
+from qpruner.runs.events import Message, TableMade
+from qpruner.runs.object_store import CACHE, CREDENTIALS, is_mirror, name_of
+from qpruner.runs.paths import BANK_CACHE, RunDir, read_sign, remove, write_text
+from qpruner.runs.records import BankRecord
 from qpruner.wording import counted
 
 HEADINGS = ("node", "CPUs", "GPUs", "bank cache free", "versions", "state")

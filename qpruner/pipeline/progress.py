@@ -19,13 +19,13 @@ from pathlib import Path
 
 import psutil
 
-from qpruner import events
-from qpruner.config import RunConfig
+from qpruner.cluster.cluster import num_cores
+from qpruner.config.schema import RunConfig
 from qpruner.errors import CorruptFile, QprunerError, StorageError, UserError, note_defect
-from qpruner.execution.cluster import num_cores
-from qpruner.records import RunState, StageState
-from qpruner.rundir import LOG, RunDir, sign_seconds
-from qpruner.version import describe
+from qpruner.runs import events
+from qpruner.runs.paths import LOG, RunDir, sign_seconds
+from qpruner.runs.records import RunState, StageState
+from qpruner.runs.version import describe
 from qpruner.wording import as_called
 
 logger = logging.getLogger(__name__)

@@ -11,25 +11,25 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qpruner import preflight
-from qpruner.config import PruneConfig, RunConfig
-from qpruner.events import Emit, Message, Progress, StageStarted
-from qpruner.execution.workshop import Bench
-from qpruner.memory import release
-from qpruner.mirror import check_arrived, fetch, read_list, written
+from qpruner.cluster.workshop import Bench
+from qpruner.config.schema import PruneConfig, RunConfig
+from qpruner.models.families import ATTENTION, EXPERT, MLP, family_of
 from qpruner.models.layout import num_layers
-from qpruner.models.structure import ATTENTION, EXPERT, MLP, family_of
-from qpruner.patience import patiently
+from qpruner.models.memory import release
+from qpruner.pipeline import preflight
 from qpruner.pipeline.compress import encode_split, importance_samples, telling
 from qpruner.pipeline.context import Context
 from qpruner.pipeline.stage import Stage, run_stage
-from qpruner.records import LayerWidths, PrepareRecord, PruneRecord, digest_of
+from qpruner.runs.events import Emit, Message, Progress, StageStarted
+from qpruner.runs.mirror import check_arrived, fetch, read_list, written
+from qpruner.runs.records import LayerWidths, PrepareRecord, PruneRecord, digest_of
+from qpruner.runs.retry import patiently
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from qpruner.calibration import Rows, Samples
-    from qpruner.data import Example
+    from qpruner.data.calibration import Rows, Samples
+    from qpruner.data.rows import Example
     from qpruner.errors import QprunerError
     from qpruner.pruning.best_cut import Made
     from qpruner.pruning.prune import Pruned
@@ -98,7 +98,7 @@ class CutJob:
 
 def cut_and_save(job: CutJob, bench: Bench, emit: Emit) -> dict[str, Any]:
     """Cut the base model, write what loses least and leave it on the bench; returns the record's fields."""
-    from qpruner.data import load_encoded
+    from qpruner.data.rows import load_encoded
     from qpruner.models.checkpoint import save_checkpoint
     from qpruner.models.loading import load_dense, load_tokenizer
     from qpruner.report.importance_map import load_importance, save_importance, write_pictures
@@ -188,7 +188,7 @@ def cut_in_memory(job: PreviewJob, bench: Bench, emit: Emit) -> dict[str, Any]:
 
 
 def _samples(rows: Rows, tokenizer: PreTrainedTokenizerBase, batch_size: int) -> Samples:
-    from qpruner.calibration import Samples
+    from qpruner.data.calibration import Samples
 
     return Samples(rows, int(tokenizer.pad_token_id), batch_size)
 
@@ -213,7 +213,7 @@ def best_of(
         emit: Told how far it is.
         keep: Given each cut that is better than those before it, and its fields.
     """
-    from qpruner.memory import take_in
+    from qpruner.models.memory import take_in
     from qpruner.pruning.best_cut import prune_best, with_or_without
 
     watch, fields = _Watch(), {}
@@ -262,7 +262,7 @@ class _Watch:
 
     def begin(self, base: PreTrainedModel) -> None:
         """Before a cut."""
-        from qpruner.memory import PeakMemory
+        from qpruner.models.memory import PeakMemory
         from qpruner.pruning.prune import block_sizes
 
         self.config = copy.deepcopy(base.config)

@@ -5,14 +5,14 @@ from __future__ import annotations
 import logging
 import time
 
-from qpruner.card_metadata import lacking, told_lacking
-from qpruner.events import Message, StageFinished, StageStarted
-from qpruner.objects import name_of
+from qpruner.export.card_metadata import lacking, told_lacking
 from qpruner.pipeline.context import Context
 from qpruner.pipeline.stage import explained
-from qpruner.records import Results
 from qpruner.report.files import CARD, write_report
-from qpruner.rundir import RunDir, read_text
+from qpruner.runs.events import Message, StageFinished, StageStarted
+from qpruner.runs.object_store import name_of
+from qpruner.runs.paths import RunDir, read_text
+from qpruner.runs.records import Results
 
 
 def report(context: Context, results: Results) -> Results:

@@ -6,10 +6,8 @@ import itertools
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
-from qpruner.candidates import Candidate
 from qpruner.pipeline.context import Context
-from qpruner.plan import FULL_BITS, PrecisionPlan
-from qpruner.records import BankRecord, PrepareRecord, SearchRecord, SensitivityRecord, digest_of
+from qpruner.plans.plan import FULL_BITS, PrecisionPlan
 from qpruner.report.table import (
     BASE,
     BEST_SEED,
@@ -20,10 +18,12 @@ from qpruner.report.table import (
     UNIFORM,
     title_of,
 )
+from qpruner.runs.records import BankRecord, PrepareRecord, SearchRecord, SensitivityRecord, digest_of
 from qpruner.search.choice import controls_of
 from qpruner.search.random_plans import random_plans
 from qpruner.search.trial_records import objective
 from qpruner.sensitivity.seeds import seed_origin, seed_plan
+from qpruner.training.candidates import Candidate
 from qpruner.wording import counted
 
 

@@ -14,16 +14,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qpruner.candidates import Candidate, ConfirmationJob, confirm_trial
+from qpruner.cluster.room import Room
+from qpruner.data.measures import accuracy_name
 from qpruner.errors import CorruptFile, StageError
-from qpruner.events import Message, Progress, SearchPlanned
-from qpruner.execution.room import Room
-from qpruner.front import hypervolume, non_dominated
-from qpruner.measures import accuracy_name
 from qpruner.pipeline.context import Context
 from qpruner.pipeline.stage import Stage, matching, run_stage
-from qpruner.plan import PrecisionPlan
-from qpruner.records import (
+from qpruner.plans.pareto import hypervolume, non_dominated
+from qpruner.plans.plan import PrecisionPlan
+from qpruner.runs.events import Message, Progress, SearchPlanned
+from qpruner.runs.paths import for_each, read_json, set_aside, write_json
+from qpruner.runs.records import (
     GIVEN,
     BankRecord,
     Confirmation,
@@ -36,7 +36,6 @@ from qpruner.records import (
     TrialRecord,
     digest_of,
 )
-from qpruner.rundir import for_each, read_json, set_aside, write_json
 from qpruner.search.choice import controls_of, finalist_positions, winner_position
 from qpruner.search.trial_job import Materials
 from qpruner.search.trial_records import (
@@ -49,10 +48,11 @@ from qpruner.search.trial_records import (
     set_aside_damaged,
 )
 from qpruner.sensitivity.seeds import seed_plan
+from qpruner.training.candidates import Candidate, ConfirmationJob, confirm_trial
 from qpruner.wording import counted, error_text
 
 if TYPE_CHECKING:
-    from qpruner.search.tune import SearchJob
+    from qpruner.cluster.tune import SearchJob
 
 
 FINALISTS = "scoring finalists on fresh rows"
@@ -89,7 +89,7 @@ def search(context: Context, banked: BankRecord, measured: SensitivityRecord) ->
     context.emit(SearchPlanned(state, tuple(recorded), measured))
 
     def work(scratch: Path) -> dict[str, Any]:
-        from qpruner.search import tune as ray_tune
+        from qpruner.cluster import tune as ray_tune
         from qpruner.search.trial import run_trial
 
         resources = context.trial_resources
@@ -321,7 +321,7 @@ def _confirm(
 
 def _fresh_scores(context: Context, finalists: Sequence[TrialRecord], job: SearchJob) -> list[KeptScore]:
     """Scores of each finalist on what no trial was scored on; what a command before scored is not scored again."""
-    from qpruner.execution.cluster import run_tasks
+    from qpruner.cluster.cluster import run_tasks
 
     paths = [fresh_path(job.trials, trial.index) for trial in finalists]
     # Which rows there are is told by the folder of trials, as all that they were trained on.

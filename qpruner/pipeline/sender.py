@@ -8,9 +8,9 @@ import shutil
 import time
 
 from qpruner.errors import StorageError
-from qpruner.events import Event, StageFinished
 from qpruner.report.tensorboard import FOLDER
-from qpruner.rundir import LOG, RunDir, files_in, remove, send_file
+from qpruner.runs.events import Event, StageFinished
+from qpruner.runs.paths import LOG, RunDir, files_in, remove, send_file
 
 logger = logging.getLogger(__name__)
 SECONDS_BETWEEN = 30.0

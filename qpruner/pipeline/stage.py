@@ -14,14 +14,14 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from qpruner.errors import CorruptFile, QprunerError, StageError, StorageError, TrainingDiverged
-from qpruner.events import Emit, Message, StageFinished, StageSkipped, StageStarted
-from qpruner.memory import is_out_of_memory, told_shortage
-from qpruner.mirror import FILES, check
-from qpruner.objects import is_mirror, name_of
-from qpruner.patience import storage_error
+from qpruner.models.memory import is_out_of_memory, told_shortage
 from qpruner.pipeline.context import Context
-from qpruner.records import Record, digest_of
-from qpruner.rundir import RunDir, files_in, set_aside
+from qpruner.runs.events import Emit, Message, StageFinished, StageSkipped, StageStarted
+from qpruner.runs.mirror import FILES, check
+from qpruner.runs.object_store import is_mirror, name_of
+from qpruner.runs.paths import RunDir, files_in, set_aside
+from qpruner.runs.records import Record, digest_of
+from qpruner.runs.retry import storage_error
 
 RecordType = TypeVar("RecordType", bound=Record)
 

@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from qpruner.calibration import LossResult, Samples, mean_loss
-from qpruner.config import PruneConfig
+from qpruner.config.schema import PruneConfig
+from qpruner.data.calibration import LossResult, Samples, mean_loss
 from qpruner.errors import QprunerError, TrainingDiverged, UserError
-from qpruner.models.structure import family_of
+from qpruner.models.families import family_of
 from qpruner.pruning.prune import Pruned, expected_config, prune, settled
 
 if TYPE_CHECKING:

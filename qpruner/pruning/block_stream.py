@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from qpruner.calibration import Samples, at_tokens, batches, entering
-from qpruner.models.structure import family_of
+from qpruner.data.calibration import Samples, at_tokens, batches, entering
+from qpruner.models.families import family_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

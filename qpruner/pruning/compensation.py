@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from qpruner.calibration import InputMoments, Samples
-from qpruner.config import PruneConfig
+from qpruner.config.schema import PruneConfig
+from qpruner.data.calibration import InputMoments, Samples
 from qpruner.errors import TrainingDiverged
 from qpruner.models import ragged
-from qpruner.models.structure import UnitKind, family_of
+from qpruner.models.families import UnitKind, family_of
 from qpruner.pruning.block_stream import BlockStream
 from qpruner.pruning.selection import Kept
 from qpruner.pruning.surgery import unit_indices

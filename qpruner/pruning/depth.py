@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from qpruner.calibration import Samples, at_tokens, entering
-from qpruner.models.structure import EXPERT, MLP, UnitKind, family_of
+from qpruner.data.calibration import Samples, at_tokens, entering
+from qpruner.models.families import EXPERT, MLP, UnitKind, family_of
 from qpruner.pruning.importance import check_finite, taylor
 
 if TYPE_CHECKING:

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Protocol
 
 import torch
 
-from qpruner.calibration import OnProgress, Samples
-from qpruner.config import PruneConfig
+from qpruner.config.schema import PruneConfig
+from qpruner.data.calibration import OnProgress, Samples
 from qpruner.pruning.compensation import compensate, declare_biases, fold_blocks, new_biases
 from qpruner.pruning.depth import block_importance
 from qpruner.pruning.importance import Scores, score, unit_kinds_of

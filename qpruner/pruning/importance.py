@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, cast
 
 import torch
 
-from qpruner.calibration import (
+from qpruner.config.schema import PruneConfig
+from qpruner.data.calibration import (
     InputMoments,
     Samples,
     count_labels,
@@ -21,9 +22,8 @@ from qpruner.calibration import (
     visit_inputs,
     visit_mask_gradients,
 )
-from qpruner.config import PruneConfig
 from qpruner.errors import TrainingDiverged
-from qpruner.models.structure import UnitKind, UnitSlice, family_of
+from qpruner.models.families import UnitKind, UnitSlice, family_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

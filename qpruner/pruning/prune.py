@@ -10,11 +10,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from qpruner.calibration import Samples
-from qpruner.config import MOST_OF_BLOCKS, PruneConfig
+from qpruner.config.schema import MOST_OF_BLOCKS, PruneConfig
+from qpruner.data.calibration import Samples
 from qpruner.errors import TrainingDiverged, UserError
+from qpruner.models.families import ATTENTION, EXPERT, MLP, UnitKind, family_of
 from qpruner.models.layout import num_layers, skeleton
-from qpruner.models.structure import ATTENTION, EXPERT, MLP, UnitKind, family_of
 from qpruner.pruning.compensation import new_biases
 from qpruner.pruning.depth import num_blocks_to_drop
 from qpruner.pruning.evidence import Evidence, Measured, Unweighed

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from qpruner.errors import UserError
-from qpruner.models.structure import ATTENTION, EXPERT, MLP, family_of, owned_parameters
+from qpruner.models.families import ATTENTION, EXPERT, MLP, family_of, owned_parameters
 
 Kept = dict[int, dict[str, tuple[int, ...]]]
 """Block index -> kind of unit -> indices of the units that stay, ascending."""

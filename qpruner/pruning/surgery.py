@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from qpruner.calibration import OnProgress
+from qpruner.data.calibration import OnProgress
 from qpruner.errors import UserError
 from qpruner.models import ragged
-from qpruner.models.structure import UnitKind, UnitSlice, family_of, owned_parameters
+from qpruner.models.families import UnitKind, UnitSlice, family_of, owned_parameters
 from qpruner.pruning.selection import Kept
 
 if TYPE_CHECKING:

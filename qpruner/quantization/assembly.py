@@ -15,16 +15,16 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from qpruner.config import LoraConfig
+from qpruner.config.schema import LoraConfig
 from qpruner.models import cpu, ragged
 from qpruner.models.checkpoint import dense_tensors
 from qpruner.models.layout import group_linears
 from qpruner.models.loading import device
-from qpruner.objects import OnPiece
-from qpruner.plan import FULL_BITS
+from qpruner.plans.plan import FULL_BITS
 from qpruner.quantization.bank import INDEX, BankIndex, read_plan
 from qpruner.quantization.mixed import MixedPrecisionConfig, dense_layer, packed_layer
-from qpruner.rundir import read_json
+from qpruner.runs.object_store import OnPiece
+from qpruner.runs.paths import read_json
 
 if TYPE_CHECKING:
     from peft import PeftConfig, PeftModel

@@ -19,17 +19,17 @@ from pydantic import BaseModel, ConfigDict
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from qpruner.config import LoraConfig
+from qpruner.config.schema import LoraConfig
 from qpruner.errors import CorruptFile, TrainingDiverged
-from qpruner.mirror import fetch, one_at_a_time, workplace
 from qpruner.models.checkpoint import dense_tensors
 from qpruner.models.loading import device
-from qpruner.objects import OnPiece, cache_root, is_mirror, name_of
-from qpruner.patience import patiently
-from qpruner.plan import FULL_BITS, Layout
+from qpruner.plans.plan import FULL_BITS, Layout
 from qpruner.quantization.loftq import loftq_start
 from qpruner.quantization.mixed import pack
-from qpruner.rundir import BANK_CACHE, fetch_file, file_digest, for_each, put_file, read_json, write_json
+from qpruner.runs.mirror import fetch, one_at_a_time, workplace
+from qpruner.runs.object_store import OnPiece, cache_root, is_mirror, name_of
+from qpruner.runs.paths import BANK_CACHE, fetch_file, file_digest, for_each, put_file, read_json, write_json
+from qpruner.runs.retry import patiently
 
 FORMAT = 2
 """Counts up when an entry of the same inputs would hold other tensors."""

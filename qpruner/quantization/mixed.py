@@ -20,7 +20,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.quantizers.quantizers_utils import get_module_from_name
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from qpruner.plan import FULL_BITS, NF4_BLOCK_SIZE, LinearShape, check_cpu_widths
+from qpruner.plans.plan import FULL_BITS, NF4_BLOCK_SIZE, LinearShape, check_cpu_widths
 
 METHOD = "qpruner"
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from qpruner.measures import accuracy_in_full
-from qpruner.records import Results
+from qpruner.data.measures import accuracy_in_full
 from qpruner.report.outcome import margin
 from qpruner.report.table import rows, untuned_accuracies
+from qpruner.runs.records import Results
 
 
 def told_alone(results: Results, winner: str) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from qpruner.records import EvalRecord, Results
 from qpruner.report.differences import (
     Difference,
     Pair,
@@ -16,6 +15,7 @@ from qpruner.report.differences import (
     seeds_text,
 )
 from qpruner.report.table import SEARCHED, fine_tunes
+from qpruner.runs.records import EvalRecord, Results
 
 
 @dataclass(frozen=True)

@@ -6,9 +6,9 @@ import math
 import statistics
 from dataclasses import dataclass
 
-from qpruner.measures import Z_95, averaged, over_tasks
-from qpruner.records import Results, TaskScore
+from qpruner.data.measures import Z_95, averaged, over_tasks
 from qpruner.report.table import model_title
+from qpruner.runs.records import Results, TaskScore
 from qpruner.wording import counted
 
 CAPTION = "Accuracy on each held-out task; in brackets its 95 % interval over questions"

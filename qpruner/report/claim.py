@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from qpruner.measures import accuracy_in_full
-from qpruner.records import GIVEN, CandidateRecord, Results, SearchRecord
+from qpruner.data.measures import accuracy_in_full
 from qpruner.report.alone import told_alone
 from qpruner.report.differences import (
     Difference,
@@ -31,6 +30,7 @@ from qpruner.report.table import (
     title_of,
     under_first_seed,
 )
+from qpruner.runs.records import GIVEN, CandidateRecord, Results, SearchRecord
 from qpruner.search.random_plans import SAME_BYTES
 
 

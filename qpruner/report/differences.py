@@ -7,10 +7,10 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from qpruner import measures
-from qpruner.measures import Answers, Estimate
-from qpruner.records import FinalistScore
+from qpruner.data import measures
+from qpruner.data.measures import Answers, Estimate
 from qpruner.report.table import FineTune
+from qpruner.runs.records import FinalistScore
 from qpruner.wording import counted
 
 SAME = "not distinguishable"

@@ -6,8 +6,8 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from qpruner.records import TrialRecord
 from qpruner.report.standing import cost, score
+from qpruner.runs.records import TrialRecord
 from qpruner.wording import counted
 
 REACH = 6.0

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from qpruner.records import LayerWidths, PruneRecord
+from qpruner.runs.records import LayerWidths, PruneRecord
 
 if TYPE_CHECKING:
     import torch

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from qpruner.measures import accuracy_in_full
-from qpruner.records import EvalRecord, InferenceSetting, Results
+from qpruner.data.measures import accuracy_in_full
 from qpruner.report.table import BASE, BEST_SEED, PRUNED, RANDOM, SEARCHED, rows
+from qpruner.runs.records import EvalRecord, InferenceSetting, Results
 from qpruner.search.random_plans import SAME_BYTES
 
 TITLE = "How to read the table"

@@ -5,9 +5,9 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 
-from qpruner.records import RunState
-from qpruner.rundir import RunDir
-from qpruner.runlock import Driver, Holder, driver_of
+from qpruner.runs.lock import Driver, Holder, driver_of
+from qpruner.runs.paths import RunDir
+from qpruner.runs.records import RunState
 
 RUNNING = "running"
 CUT_OFF = "cut off"

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from qpruner import events
 from qpruner.report.standing import told
+from qpruner.runs import events
 
 
 def line_of(event: events.Event, steps: int) -> str | None:

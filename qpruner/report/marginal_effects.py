@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from qpruner.records import MethodScores, TrialRecord
+from qpruner.runs.records import MethodScores, TrialRecord
 
 TRIALS_PER_UNKNOWN = 1.5
 """With fewer trials an effect is mostly their noise."""

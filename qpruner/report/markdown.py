@@ -5,13 +5,13 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from qpruner.records import Results, SensitivityRecord
 from qpruner.report import by_task, legend, sections
-from qpruner.report.charts.chart import Chart
 from qpruner.report.claim import claim
 from qpruner.report.importance_map import PICTURE
 from qpruner.report.outcome import search_text
+from qpruner.report.plots.chart import Chart
 from qpruner.report.snapshot import Snapshot
+from qpruner.runs.records import Results, SensitivityRecord
 
 
 def render(run: Snapshot, charts: Sequence[Chart], pictures: str, config: str, has_map: bool) -> str:

@@ -9,15 +9,15 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData
 
-from qpruner.card_metadata import front_matter
-from qpruner.config import RunConfig
-from qpruner.data import BUILDERS
-from qpruner.records import GIVEN
+from qpruner.config.schema import RunConfig
+from qpruner.data.rows import BUILDERS
+from qpruner.export.card_metadata import front_matter
+from qpruner.models.snippets import section
 from qpruner.report.markdown import code, measured, prose
 from qpruner.report.snapshot import Snapshot
 from qpruner.report.table import SEARCHED, rows
-from qpruner.rundir import RunDir, read_text
-from qpruner.snippets import section
+from qpruner.runs.paths import RunDir, read_text
+from qpruner.runs.records import GIVEN
 from qpruner.wording import counted
 
 METRICS = {"acc": "accuracy", "acc_norm": "accuracy"}

@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 
-from qpruner.measures import Z_95, accuracy_in_full
-from qpruner.records import GIVEN, Confirmation, SearchRecord, TrialRecord
+from qpruner.data.measures import Z_95, accuracy_in_full
 from qpruner.report.differences import paired_losses
 from qpruner.report.lines import duration
 from qpruner.report.standing import cost, score, score_name
+from qpruner.runs.records import GIVEN, Confirmation, SearchRecord, TrialRecord
 from qpruner.search.trial_records import remedy_of
 from qpruner.wording import counted
 

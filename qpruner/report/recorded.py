@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from qpruner.records import (
+from qpruner.runs.paths import RunDir
+from qpruner.runs.records import (
     BankRecord,
     ComparisonRecord,
     EvalRecord,
@@ -15,7 +16,6 @@ from qpruner.records import (
     SearchRecord,
     SensitivityRecord,
 )
-from qpruner.rundir import RunDir
 
 KINDS: dict[str, type[Record]] = {
     "prepare": PrepareRecord,

@@ -13,19 +13,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from qpruner.data.measures import accuracy_in_full
 from qpruner.errors import UserError
-from qpruner.measures import accuracy_in_full
-from qpruner.records import (
-    GIVEN,
-    STAGES,
-    BankRecord,
-    Results,
-    RunState,
-    SearchRecord,
-    StageState,
-    TrialRecord,
-    flat,
-)
 from qpruner.report import table
 from qpruner.report.alone import to_compare
 from qpruner.report.life import RUNNING, Life, read_life
@@ -42,8 +31,19 @@ from qpruner.report.standing import (
     standing,
 )
 from qpruner.report.table import SEARCHED
-from qpruner.rundir import LOG, STATE, RunDir, children, exists, for_each
-from qpruner.runlock import driver_of
+from qpruner.runs.lock import driver_of
+from qpruner.runs.paths import LOG, STATE, RunDir, children, exists, for_each
+from qpruner.runs.records import (
+    GIVEN,
+    STAGES,
+    BankRecord,
+    Results,
+    RunState,
+    SearchRecord,
+    StageState,
+    TrialRecord,
+    flat,
+)
 from qpruner.search.trial_records import read_pulse, read_trials
 from qpruner.wording import counted
 

@@ -9,11 +9,11 @@ from typing import Any
 
 import numpy as np
 
-from qpruner.front import non_dominated
-from qpruner.records import SearchState, SensitivityRecord, TrialRecord
+from qpruner.plans.pareto import non_dominated
 from qpruner.report.far import ARROWS, edge_of
 from qpruner.report.standing import best_of, cost, score, score_title, weighed
 from qpruner.report.stretched import stretched
+from qpruner.runs.records import SearchState, SensitivityRecord, TrialRecord
 
 DOTS_PER_INCH = 90
 MOST_PLANS = 40

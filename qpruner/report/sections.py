@@ -7,10 +7,16 @@ from collections.abc import Mapping, Sequence
 
 import yaml
 
-from qpruner import measures
-from qpruner.config import EXPANSION, MEASUREMENT
-from qpruner.plan import PrecisionPlan
-from qpruner.records import (
+from qpruner.config.schema import EXPANSION, MEASUREMENT
+from qpruner.data import measures
+from qpruner.plans.plan import PrecisionPlan
+from qpruner.report.differences import paired_losses
+from qpruner.report.marginal_effects import MarginalEffects, rank_correlation
+from qpruner.report.recorded import KINDS
+from qpruner.report.snapshot import Snapshot
+from qpruner.report.standing import score, score_name
+from qpruner.report.table import BASE, SEARCHED, Row, model_title, rows, under_first_seed
+from qpruner.runs.records import (
     GIVEN,
     Confirmation,
     FreshScore,
@@ -25,12 +31,6 @@ from qpruner.records import (
     TaskScore,
     TriedCut,
 )
-from qpruner.report.differences import paired_losses
-from qpruner.report.marginal_effects import MarginalEffects, rank_correlation
-from qpruner.report.recorded import KINDS
-from qpruner.report.snapshot import Snapshot
-from qpruner.report.standing import score, score_name
-from qpruner.report.table import BASE, SEARCHED, Row, model_title, rows, under_first_seed
 from qpruner.wording import counted, error_text
 
 IMPORTANCE = (

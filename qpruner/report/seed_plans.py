@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from qpruner.records import Confirmation, TrialRecord
 from qpruner.report.marginal_effects import rank_correlation
 from qpruner.report.snapshot import Snapshot
 from qpruner.report.standing import cost
 from qpruner.report.table import MUTUAL_INFORMATION
+from qpruner.runs.records import Confirmation, TrialRecord
 from qpruner.sensitivity.seeds import seed_origin
 
 MOST_GROUPS = 8

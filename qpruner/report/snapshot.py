@@ -7,16 +7,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qpruner.errors import UserError
-from qpruner.plan import PrecisionPlan
-from qpruner.records import GIVEN, Results, RunState, SensitivityRecord, TrialRecord
+from qpruner.plans.plan import PrecisionPlan
 from qpruner.report.alone import to_compare
 from qpruner.report.life import RUNNING, Life, read_life
 from qpruner.report.marginal_effects import MarginalEffects, marginal_effects
 from qpruner.report.recorded import KINDS, read_results
 from qpruner.report.standing import best_of, score_title, shown_together
 from qpruner.report.stretches import Stretch, stretches
-from qpruner.rundir import RunDir
-from qpruner.runlock import Driver
+from qpruner.runs.lock import Driver
+from qpruner.runs.paths import RunDir
+from qpruner.runs.records import GIVEN, Results, RunState, SensitivityRecord, TrialRecord
 from qpruner.search.trial_records import read_trials
 from qpruner.wording import counted
 

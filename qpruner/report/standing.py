@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from qpruner.front import Point, hypervolumes
-from qpruner.measures import accuracy_name
-from qpruner.plan import PrecisionPlan
-from qpruner.records import FreshScore, RungResult, SearchRecord, SearchState, TrialRecord
+from qpruner.data.measures import accuracy_name
+from qpruner.plans.pareto import Point, hypervolumes
+from qpruner.plans.plan import PrecisionPlan
+from qpruner.runs.records import FreshScore, RungResult, SearchRecord, SearchState, TrialRecord
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 from itertools import groupby
 from typing import NamedTuple
 
-from qpruner.records import TrialRecord
+from qpruner.runs.records import TrialRecord
 
 
 class Stretch(NamedTuple):

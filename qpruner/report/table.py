@@ -7,9 +7,9 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from qpruner import measures
-from qpruner.plan import PrecisionPlan
-from qpruner.records import GIVEN, CandidateRecord, Results, RowScores, SearchRecord, StandardError
+from qpruner.data import measures
+from qpruner.plans.plan import PrecisionPlan
+from qpruner.runs.records import GIVEN, CandidateRecord, Results, RowScores, SearchRecord, StandardError
 
 BASE, PRUNED, BEST_SEED, RANDOM, SEARCHED = "base", "pruned", "best seed", "random", "searched"
 UNIFORM = "uniform"

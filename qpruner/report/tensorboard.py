@@ -17,10 +17,8 @@ from typing import TYPE_CHECKING
 
 import yaml
 
-from qpruner import events
-from qpruner.config import RunConfig
-from qpruner.measures import accuracy_name
-from qpruner.records import Results, SearchRecord, SearchState, SensitivityRecord, TrialRecord, digest_of
+from qpruner.config.schema import RunConfig
+from qpruner.data.measures import accuracy_name
 from qpruner.report.standing import (
     bar,
     best_so_far,
@@ -30,7 +28,9 @@ from qpruner.report.standing import (
     score_name,
     shown_together,
 )
-from qpruner.rundir import RunDir
+from qpruner.runs import events
+from qpruner.runs.paths import RunDir
+from qpruner.runs.records import Results, SearchRecord, SearchState, SensitivityRecord, TrialRecord, digest_of
 
 if TYPE_CHECKING:
     from tensorboardX.proto.event_pb2 import Event

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from qpruner.plan import PlanSpace, PrecisionPlan
+from qpruner.plans.plan import PlanSpace, PrecisionPlan
 from qpruner.search.searchers import Prior
 from qpruner.sensitivity.seeds import seed_origin, seed_plan
 

@@ -25,7 +25,7 @@ from gpytorch.distributions import MultivariateNormal
 from linear_operator.operators import DiagLinearOperator
 from torch import Tensor
 
-from qpruner.plan import PlanSpace, PrecisionPlan
+from qpruner.plans.plan import PlanSpace, PrecisionPlan
 from qpruner.search.plan_model import Data, PlanModel, Posterior, informative, settled
 from qpruner.search.searchers import History, Observation, Prior, Proposal
 

@@ -20,7 +20,7 @@ import torch
 from scipy.optimize import minimize
 from torch import Tensor
 
-from qpruner.plan import PlanSpace
+from qpruner.plans.plan import PlanSpace
 from qpruner.search.searchers import History, Observation, Prior
 
 JITTER = 1e-8

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from qpruner.plan import PlanSpace, PrecisionPlan
+from qpruner.plans.plan import PlanSpace, PrecisionPlan
 
 SAME_BYTES = 0.01
 """Plans whose bytes differ by at most this share count as equal bytes."""

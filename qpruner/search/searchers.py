@@ -17,7 +17,7 @@ from typing import Literal, Protocol
 import numpy as np
 
 from qpruner.errors import UserError
-from qpruner.plan import PlanSpace, PrecisionPlan
+from qpruner.plans.plan import PlanSpace, PrecisionPlan
 from qpruner.search.timetable import Moment, Timetable
 
 Ending = Literal["scored", "failed", "ruined"]

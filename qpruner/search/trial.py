@@ -8,18 +8,18 @@ from pathlib import Path
 
 import torch
 
-from qpruner.calibration import Rows, mean_loss
-from qpruner.config import RunConfig
-from qpruner.data import load_encoded
+from qpruner.config.schema import RunConfig
+from qpruner.data.calibration import Rows, mean_loss
+from qpruner.data.rows import load_encoded
 from qpruner.errors import TrainingDiverged
-from qpruner.evaluate import mean_accuracy, score_tasks
-from qpruner.finetune import Listener, Schedule, finetune
-from qpruner.mirror import fetch
 from qpruner.models.loading import load_tokenizer
 from qpruner.quantization.assembly import workbench
-from qpruner.records import RungResult
-from qpruner.scratch import working_folder
+from qpruner.runs.mirror import fetch
+from qpruner.runs.records import RungResult
+from qpruner.runs.scratch import working_folder
 from qpruner.search.trial_job import Progress, Report, TrialJob
+from qpruner.training.evaluate import mean_accuracy, score_tasks
+from qpruner.training.finetune import Listener, Schedule, finetune
 
 
 def run_trial(job: TrialJob, start: Path | None, report: Report, progress: Progress = lambda step: None) -> None:

@@ -10,8 +10,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from qpruner.config import RunConfig
-from qpruner.records import RungResult
+from qpruner.config.schema import RunConfig
+from qpruner.runs.records import RungResult
 
 Report = Callable[[RungResult, Path], None]
 Progress = Callable[[int], None]

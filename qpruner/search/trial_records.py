@@ -12,12 +12,11 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from qpruner.config import RunConfig
+from qpruner.config.schema import RunConfig
 from qpruner.errors import CorruptFile
-from qpruner.mirror import FILES
-from qpruner.objects import name_of
-from qpruner.records import FreshScore, RungResult, SearchClock, TrialPulse, TrialRecord
-from qpruner.rundir import (
+from qpruner.runs.mirror import FILES
+from qpruner.runs.object_store import name_of
+from qpruner.runs.paths import (
     children,
     folder_digests,
     for_each,
@@ -29,6 +28,7 @@ from qpruner.rundir import (
     write_json,
     write_sign,
 )
+from qpruner.runs.records import FreshScore, RungResult, SearchClock, TrialPulse, TrialRecord
 
 MENDED_BY = {
     "diverged": "lower `training.learning_rate`",

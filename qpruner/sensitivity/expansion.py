@@ -22,8 +22,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from qpruner.calibration import Samples, visit_linear_gradients
-from qpruner.data import IGNORED_LABEL
+from qpruner.data.calibration import Samples, visit_linear_gradients
+from qpruner.data.rows import IGNORED_LABEL
 from qpruner.errors import TrainingDiverged
 from qpruner.sensitivity.starts import Starts
 

@@ -16,9 +16,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from qpruner.calibration import Samples, batches, predicted_labels, predicted_logits, predicting
+from qpruner.data.calibration import Samples, batches, predicted_labels, predicted_logits, predicting
 from qpruner.errors import TrainingDiverged
-from qpruner.models.structure import family_of
+from qpruner.models.families import family_of
 from qpruner.sensitivity.starts import Starts
 
 if TYPE_CHECKING:

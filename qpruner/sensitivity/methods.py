@@ -12,12 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qpruner.calibration import OnProgress, Rows, Samples
-from qpruner.config import EXPANSION, MEASUREMENT, SensitivityConfig
-from qpruner.mirror import fetch
+from qpruner.config.schema import EXPANSION, MEASUREMENT, SensitivityConfig
+from qpruner.data.calibration import OnProgress, Rows, Samples
 from qpruner.models.layout import group_linears
-from qpruner.plan import FULL_BITS
-from qpruner.records import MethodScores
+from qpruner.plans.plan import FULL_BITS
+from qpruner.runs.mirror import fetch
+from qpruner.runs.records import MethodScores
 from qpruner.sensitivity import mutual_information
 from qpruner.sensitivity.expansion import expand
 from qpruner.sensitivity.measurement import Measurement, measure

@@ -17,9 +17,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from qpruner.calibration import OnProgress, Rows, visit_outputs
-from qpruner.config import SensitivityConfig
-from qpruner.data import IGNORED_LABEL
+from qpruner.config.schema import SensitivityConfig
+from qpruner.data.calibration import OnProgress, Rows, visit_outputs
+from qpruner.data.rows import IGNORED_LABEL
 from qpruner.errors import UserError
 from qpruner.models.layout import output_modules
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from qpruner.plan import PlanSpace, PrecisionPlan
+from qpruner.plans.plan import PlanSpace, PrecisionPlan
 
 RESOLUTION = 1e-5
 """What a step to more bits is worth at least, of the largest gain: the budget is used whatever is predicted."""

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from qpruner.plan import FULL_BITS
+from qpruner.plans.plan import FULL_BITS
 from qpruner.quantization.bank import read_plan
 from qpruner.quantization.mixed import unpack
 

@@ -24,9 +24,9 @@ import pytest
 from raylets import Raylets, raylets
 from real_driver import Driver, driver, search_config, search_record, trials_of
 
-from qpruner.config import load_config
-from qpruner.records import BankRecord
-from qpruner.rundir import RunDir, file_digest, folder_digests
+from qpruner.config.schema import load_config
+from qpruner.runs.paths import RunDir, file_digest, folder_digests
+from qpruner.runs.records import BankRecord
 
 pytestmark = pytest.mark.cluster
 

@@ -33,9 +33,9 @@ from real_driver import (
 )
 from safetensors.torch import load_file, save_file
 
+from qpruner.cluster.tune.driver import MAX_KILLS
 from qpruner.quantization.bank import read_index, write_index
-from qpruner.rundir import file_digest
-from qpruner.search.tune.driver import MAX_KILLS
+from qpruner.runs.paths import file_digest
 
 pytestmark = pytest.mark.slow
 

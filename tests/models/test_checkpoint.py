@@ -36,8 +36,8 @@ from tiny_families import (
     with_output_biases,
 )
 
-from qpruner.calibration import Samples
-from qpruner.config import ModelConfig, PruneConfig
+from qpruner.config.schema import ModelConfig, PruneConfig
+from qpruner.data.calibration import Samples
 from qpruner.errors import CorruptFile, UserError
 from qpruner.models.checkpoint import prepare_base, save_checkpoint
 from qpruner.models.loading import load_dense, load_model_config, load_tokenizer
@@ -263,7 +263,7 @@ def test_a_model_of_a_hub_is_fetched_with_progress(folders: dict[str, Path], tmp
     files = {path.name: path.read_bytes() for path in folders["llama"].iterdir()}
     others = {"more.json": b" " * 8_000_000, "README.md": b"---\nlicense: mit\n---\n"}
     code = (
-        "import sys\nfrom pathlib import Path\nfrom qpruner.config import ModelConfig\n"
+        "import sys\nfrom pathlib import Path\nfrom qpruner.config.schema import ModelConfig\n"
         "from qpruner.models.checkpoint import prepare_base\n"
         "def tell(*told): sys.stdout.write(f'{told}\\n')  # whole lines, from several threads\n"
         "prepare_base(ModelConfig(source='me/mine'), Path(sys.argv[1]), True, tell)"
@@ -289,7 +289,7 @@ def of_hub(hub: Hub, home: Path, code: str) -> str:
     """What a line ends with that takes the hub's model `me/mine` in a process of its own."""
     variables = {"HF_ENDPOINT": hub.endpoint, "HF_HOME": str(home), "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"}
     started = (
-        "from pathlib import Path\nfrom qpruner.config import ModelConfig\n"
+        "from pathlib import Path\nfrom qpruner.config.schema import ModelConfig\n"
         "from qpruner.models.checkpoint import prepare_base\nfrom qpruner.models.loading import load_model_config\n"
         f"{code}\nprint('taken')"
     )

@@ -23,16 +23,16 @@ from tiny_families import (
 )
 from transformers import AutoModelForCausalLM
 
-from qpruner.config import LoraConfig
+from qpruner.config.schema import LoraConfig
 from qpruner.errors import UserError
 from qpruner.models.layout import group_linears, layout_of
-from qpruner.plan import PrecisionPlan
-from qpruner.preflight import check_quantizable
+from qpruner.pipeline.preflight import check_quantizable
+from qpruner.plans.plan import PrecisionPlan
 from qpruner.pruning.surgery import cut
 from qpruner.quantization.assembly import assemble, attach_adapters, measured_bytes
 from qpruner.quantization.bank import BankIndex, EntrySettings, IndexEntry, build_entry, write_entry, write_index
 from qpruner.quantization.mixed import unpack
-from qpruner.rundir import file_digest
+from qpruner.runs.paths import file_digest
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

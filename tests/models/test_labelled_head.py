@@ -11,7 +11,8 @@ import torch
 from tiny_families import MIXTURES, MODEL_NAMES, blocks_of, family_model, family_name
 from transformers import Trainer
 
-from qpruner.calibration import (
+from qpruner.config.schema import LoraConfig, TrainingConfig
+from qpruner.data.calibration import (
     Samples,
     mean_loss,
     token_losses,
@@ -20,11 +21,10 @@ from qpruner.calibration import (
     visit_mask_gradients,
     visit_outputs,
 )
-from qpruner.config import LoraConfig, TrainingConfig
-from qpruner.data import collate
-from qpruner.finetune import Schedule, Share, _arguments, _Trainer, finetune
+from qpruner.data.rows import collate
 from qpruner.models.layout import group_linears
 from qpruner.quantization.assembly import attach_adapters
+from qpruner.training.finetune import Schedule, Share, _arguments, _Trainer, finetune
 
 PAD, BLANK = 0, {"input_ids": [0], "labels": [-100]}
 LABELLED = (4, 7, 1, 5)

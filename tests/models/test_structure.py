@@ -41,10 +41,10 @@ from tiny_families import (
 )
 from transformers import AutoConfig
 
-from qpruner.config import LoraConfig, PruneConfig
+from qpruner.config.schema import LoraConfig, PruneConfig
 from qpruner.errors import UserError
+from qpruner.models.families import families, family_of, family_of_type
 from qpruner.models.layout import group_linears, layout_of, output_modules
-from qpruner.models.structure import families, family_of, family_of_type
 from qpruner.pruning.prune import check_settings
 from qpruner.pruning.selection import unit_sizes
 from qpruner.pruning.surgery import cut, keep_blocks

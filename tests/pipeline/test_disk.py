@@ -13,15 +13,15 @@ from typing import Any
 import pytest
 from conftest import disk_of, with_key
 
-from qpruner.config import validate_config
+from qpruner.config.schema import validate_config
 from qpruner.errors import UserError
-from qpruner.events import Event
 from qpruner.pipeline import check, run
 from qpruner.pipeline.context import Context
+from qpruner.pipeline.preflight import inspect
 from qpruner.pipeline.recorded import recorded
 from qpruner.pipeline.search import search_stage
-from qpruner.preflight import inspect
-from qpruner.rundir import RunDir
+from qpruner.runs.events import Event
+from qpruner.runs.paths import RunDir
 from qpruner.search.trial_records import trial_path
 
 MIB = 2**20

@@ -15,14 +15,11 @@ import pytest
 from conftest import disk_of, flip_a_byte, raw_config, with_key
 from made_records import made_confirmation, made_search
 
-from qpruner import preflight
-from qpruner.candidates import Evaluation, FinetuneOutcome, evaluate_candidate, finetune_candidate
-from qpruner.config import validate_config
-from qpruner.data import load_encoded
+from qpruner.config.schema import validate_config
+from qpruner.data.rows import load_encoded
 from qpruner.errors import CorruptFile, StageError
 from qpruner.estimate.work import num_compared
-from qpruner.events import Event, Message, Progress, StageSkipped
-from qpruner.pipeline import run
+from qpruner.pipeline import preflight, run
 from qpruner.pipeline.comparison import compare, comparison_jobs
 from qpruner.pipeline.context import Context
 from qpruner.pipeline.finish import evaluate, finetune, finetune_stage, held_out_text, winner_jobs
@@ -36,8 +33,10 @@ from qpruner.pipeline.jobs import (
     scores_digest,
 )
 from qpruner.pipeline.rows import Row, candidates_for, table_rows, untuned_candidates, winner_row
-from qpruner.plan import PrecisionPlan
-from qpruner.records import (
+from qpruner.plans.plan import PrecisionPlan
+from qpruner.runs.events import Event, Message, Progress, StageSkipped
+from qpruner.runs.paths import RunDir, file_digest, write_json
+from qpruner.runs.records import (
     GIVEN,
     CandidateRecord,
     FinetuneRecord,
@@ -50,8 +49,8 @@ from qpruner.records import (
     SensitivityRecord,
     TaskScore,
 )
-from qpruner.rundir import RunDir, file_digest, write_json
 from qpruner.sensitivity.seeds import seed_plan
+from qpruner.training.candidates import Evaluation, FinetuneOutcome, evaluate_candidate, finetune_candidate
 
 MI_ROW = "mutual-information seed"
 
@@ -523,7 +522,7 @@ def test_gpu_seconds_are_those_of_every_fine_tune_and_every_evaluation(
                 taken = Inference(memory_bytes=1, prefill_tokens_per_second=(1.0,), decode_tokens_per_second=(1.0,))
                 yield position, (setting, [taken] * len(job.candidates))
 
-    monkeypatch.setattr("qpruner.execution.cluster.run_tasks", run_tasks)
+    monkeypatch.setattr("qpruner.cluster.cluster.run_tasks", run_tasks)
     monkeypatch.setattr(Context, "task_resources", lambda own, tasks, workers=1: (own.trial_resources, 1))
     monkeypatch.setattr("qpruner.pipeline.finish.write_final", lambda job, bench, emit: None)
     winner = context.space.uniform(8)  # a control

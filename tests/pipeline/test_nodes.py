@@ -9,13 +9,13 @@ from typing import Any
 import pytest
 from conftest import raw_config, with_key
 
-from qpruner import objects
-from qpruner.config import validate_config
-from qpruner.execution.probe import Cache, Gpu, NodeFacts, Report
-from qpruner.execution.slots import Node
+from qpruner.cluster.probe import Cache, Gpu, NodeFacts, Report
+from qpruner.cluster.slots import Node
+from qpruner.config.schema import validate_config
 from qpruner.pipeline.nodes import Needs, row, troubles
-from qpruner.plan import Group, Layout, LinearShape
-from qpruner.rundir import BANK_CACHE
+from qpruner.plans.plan import Group, Layout, LinearShape
+from qpruner.runs import object_store as objects
+from qpruner.runs.paths import BANK_CACHE
 
 GIB = 1024**3
 GROUPS = tuple(Group(f"layers.{index}", (LinearShape(f"layers.{index}", 4096, 4096),)) for index in range(32))

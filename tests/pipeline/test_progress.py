@@ -13,17 +13,17 @@ import pytest
 import torch
 from conftest import raw_config, with_key
 
-from qpruner.config import validate_config
+from qpruner.config.schema import validate_config
 from qpruner.errors import StageError, UserError
-from qpruner.events import Event, Message, Progress, StageFinished, StageSkipped, StageStarted, StepsSeen
 from qpruner.pipeline import run
 from qpruner.pipeline.context import Context
+from qpruner.pipeline.preflight import inspect
 from qpruner.pipeline.progress import PACKAGES, RunProgress, _cpu_model, _environment
 from qpruner.pipeline.stage import Stage, run_stage
-from qpruner.preflight import inspect
-from qpruner.records import PrepareRecord, RunState
-from qpruner.rundir import RunDir
-from qpruner.runlock import NAME, sole_driver, this_process
+from qpruner.runs.events import Event, Message, Progress, StageFinished, StageSkipped, StageStarted, StepsSeen
+from qpruner.runs.lock import NAME, sole_driver, this_process
+from qpruner.runs.paths import RunDir
+from qpruner.runs.records import PrepareRecord, RunState
 
 
 def ignore(event: Event) -> None:

@@ -19,15 +19,15 @@ import torch
 from conftest import flip_a_byte, raw_config, with_key
 from plain_transformers import told_by_plain_transformers
 
-from qpruner.config import validate_config
+from qpruner.config.schema import validate_config
 from qpruner.errors import StageError, UserError
-from qpruner.events import Event, Message, Progress, StageFinished, StageSkipped, StageStarted
 from qpruner.models.loading import load_dense
 from qpruner.pipeline import preview, run
 from qpruner.pruning.importance import score
-from qpruner.records import PrepareRecord, PruneRecord
 from qpruner.report.sections import prune_summary
-from qpruner.rundir import RunDir
+from qpruner.runs.events import Event, Message, Progress, StageFinished, StageSkipped, StageStarted
+from qpruner.runs.paths import RunDir
+from qpruner.runs.records import PrepareRecord, PruneRecord
 
 if TYPE_CHECKING:
     from click.testing import Result
@@ -74,7 +74,7 @@ def command(*arguments: str | Path) -> Result:
     """`qpruner` as typed, in this process."""
     from click.testing import CliRunner
 
-    from qpruner.cli import main
+    from qpruner.cli.main import main
 
     try:
         return CliRunner().invoke(main, [str(argument) for argument in arguments])
@@ -374,7 +374,7 @@ def test_other_token_ids_in_the_same_file_run_it_again(raw: Raw, tmp_path: Path)
 
 
 def prepared_rows(raw: Raw, split: str) -> list[dict[str, list[int]]]:
-    from qpruner.data import load_encoded
+    from qpruner.data.rows import load_encoded
 
     return load_encoded(Path(raw["output"]) / "prepare" / "data" / split)
 
@@ -386,7 +386,7 @@ def importance_rows(raw: Raw) -> list[list[int]]:
 @pytest.mark.parametrize("packing", [True, False])
 def test_importance_differentiates_the_loss_of_responses(raw: Raw, packing: bool) -> None:
     """What the fine-tune does not predict must not decide which units stay."""
-    from qpruner.calibration import Samples
+    from qpruner.data.calibration import Samples
 
     instructions = {"source": "package:qpruner/demo/data/instructions.jsonl", "split": "train[:48]"}
     raw = with_key(with_key(raw, "data.train", [instructions]), "calibration.packing", packing)
@@ -416,7 +416,7 @@ def test_sensitivities_are_of_the_task_beside_calibration_text(raw: Raw) -> None
 
 def test_packed_samples_are_all_of_the_asked_length(raw: Raw, tiny_model: Path) -> None:
     """As LLM-Pruner takes its samples, but from as many rows as it takes: none is short, none is padded."""
-    from qpruner.data import load_examples
+    from qpruner.data.rows import load_examples
     from qpruner.models.loading import load_tokenizer
 
     raw = with_key(with_key(raw, "calibration.packing", True), "calibration.max_length", 50)
@@ -439,7 +439,7 @@ def test_token_ids_are_the_samples(raw: Raw, tmp_path: Path) -> None:
     _, folder, _ = pruned(raw)
     assert importance_rows(raw) == samples
     assert validate_config(raw).calibration.num_samples == 8, "all samples of the file count"
-    from qpruner.calibration import Samples
+    from qpruner.data.calibration import Samples
 
     model = load_dense(str(raw["model"]["source"]), "bfloat16")
     rows = [{"input_ids": row, "labels": row} for row in samples]
@@ -488,7 +488,7 @@ def test_a_damaged_weight_is_told_with_its_name_and_what_to_do(raw: Raw, tiny_mo
 def test_no_process_begins_with_a_model_that_was_damaged_meanwhile(raw: Raw) -> None:
     _, folder, _ = pruned(raw)
     flip_a_byte(folder / "model.safetensors")
-    code = f"from pathlib import Path; from qpruner.mirror import fetch; fetch(Path({str(folder)!r}))"
+    code = f"from pathlib import Path; from qpruner.runs.mirror import fetch; fetch(Path({str(folder)!r}))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert done.returncode == 1
     assert f"CorruptFile: {folder / 'model.safetensors'} is damaged" in done.stderr.replace("qpruner.errors.", "")
@@ -620,8 +620,8 @@ def open_raw(raw: Raw, deep: tuple[Path, Path, bool]) -> tuple[Raw, bool]:
 
 def test_whole_blocks_go_where_that_loses_less_on_validation_rows(open_raw: tuple[Raw, bool], tmp_path: Path) -> None:
     """What is left is what the settings that won leave alone: its files, its record and its model."""
-    from qpruner.calibration import mean_loss
-    from qpruner.data import load_encoded
+    from qpruner.data.calibration import mean_loss
+    from qpruner.data.rows import load_encoded
 
     raw, drops = open_raw
     record, folder, events = pruned(raw)
@@ -651,9 +651,9 @@ def test_what_is_left_of_several_cuts_is_one_on_the_bench_and_in_the_folder(
     open_raw: tuple[Raw, bool], tmp_path: Path
 ) -> None:
     """The last that is better than those before it: no file of another stays."""
-    from qpruner.execution.workshop import Bench
+    from qpruner.cluster.workshop import Bench
+    from qpruner.pipeline.preflight import inspect
     from qpruner.pipeline.prune import CutJob, cut_and_save
-    from qpruner.preflight import inspect
 
     raw, _ = open_raw
     config = validate_config(raw)
@@ -727,7 +727,7 @@ def test_of_what_is_open_a_cut_whose_widths_a_cpu_cannot_run_is_not_tried(
     deep: tuple[Path, Path, bool], raw: Raw
 ) -> None:
     """bitsandbytes decodes some of them wrongly in 4 bits; nobody has asked for whole blocks."""
-    from qpruner.preflight import inspect
+    from qpruner.pipeline.preflight import inspect
 
     raw = changed(with_key(raw, "model.source", str(deep[0])), compensation="least_squares", rate=0.25, round_to=8)
     counts = {

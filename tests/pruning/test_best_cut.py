@@ -11,8 +11,8 @@ import pytest
 import torch
 from tiny_decoders import PAD, VOCABULARY, samples_of, tiny
 
-from qpruner.calibration import LossResult, Samples, mean_loss
-from qpruner.config import PruneConfig
+from qpruner.config.schema import PruneConfig
+from qpruner.data.calibration import LossResult, Samples, mean_loss
 from qpruner.errors import TrainingDiverged, UserError
 from qpruner.pruning.best_cut import Made, Tried, cuts_of, prune_best
 from qpruner.pruning.prune import prune, settled

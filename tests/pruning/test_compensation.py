@@ -14,7 +14,7 @@ import pytest
 import torch
 from tiny_decoders import FAMILIES, logits_of, samples_of, settings_of, stacked_inputs, tiny
 
-from qpruner.calibration import Samples
+from qpruner.data.calibration import Samples
 from qpruner.errors import TrainingDiverged
 from qpruner.pruning.block_stream import BlockStream
 from qpruner.pruning.compensation import compensate

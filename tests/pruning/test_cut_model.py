@@ -11,11 +11,11 @@ import pytest
 import torch
 from tiny_decoders import PAD, logits_of, rows_of, samples_of, settings_of, tiny
 
-from qpruner.calibration import Samples
-from qpruner.config import ModelConfig, PruneConfig
+from qpruner.config.schema import ModelConfig, PruneConfig
+from qpruner.data.calibration import Samples
 from qpruner.errors import UserError
+from qpruner.models.families import family_of
 from qpruner.models.loading import check_reachable, load_dense
-from qpruner.models.structure import family_of
 from qpruner.pipeline.prune import layer_widths
 from qpruner.pruning import evidence as evidence_module
 from qpruner.pruning import prune as prune_module

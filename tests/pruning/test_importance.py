@@ -11,9 +11,9 @@ import pytest
 import torch
 from tiny_decoders import PAD, rows_of, samples_of, settings_of, stacked_inputs, tiny
 
-from qpruner.calibration import Samples, visit_gradients, visit_mask_gradients
+from qpruner.data.calibration import Samples, visit_gradients, visit_mask_gradients
 from qpruner.errors import TrainingDiverged
-from qpruner.memory import PeakMemory
+from qpruner.models.memory import PeakMemory
 from qpruner.pruning.importance import Scores, score
 from qpruner.pruning.prune import prune
 

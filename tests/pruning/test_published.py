@@ -14,8 +14,8 @@ import pytest
 import torch
 from tiny_decoders import PAD, rows_of, settings_of, tiny
 
-from qpruner.calibration import Samples
-from qpruner.config import PruneConfig
+from qpruner.config.schema import PruneConfig
+from qpruner.data.calibration import Samples
 from qpruner.pruning.prune import prune
 
 if TYPE_CHECKING:

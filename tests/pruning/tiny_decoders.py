@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from qpruner.calibration import Samples
-from qpruner.config import PruneConfig
+from qpruner.config.schema import PruneConfig
+from qpruner.data.calibration import Samples
 from qpruner.models import ragged
 
 if TYPE_CHECKING:

@@ -9,7 +9,7 @@ from mixed_models import DTYPE, GROUP, LORA, fill_bank, mixed_plan
 from transformers import AutoConfig
 
 from qpruner.models.layout import layout_of
-from qpruner.plan import PrecisionPlan
+from qpruner.plans.plan import PrecisionPlan
 from qpruner.quantization.assembly import assemble, attach_adapters, measured_bytes
 
 

@@ -12,7 +12,7 @@ from conftest import disk_of, flip_a_byte
 from mixed_models import DTYPE, GROUP, LORA, fill_bank, logits_of, mixed_plan, seal
 from safetensors.torch import load_file
 
-from qpruner.config import LoraConfig
+from qpruner.config.schema import LoraConfig
 from qpruner.errors import CorruptFile, StorageError
 from qpruner.models.layout import group_linears
 from qpruner.models.loading import load_dense
@@ -29,7 +29,7 @@ from qpruner.quantization.bank import (
     write_index,
 )
 from qpruner.quantization.mixed import pack, unpack
-from qpruner.rundir import BANK_CACHE, file_digest
+from qpruner.runs.paths import BANK_CACHE, file_digest
 
 
 def weights() -> dict[str, torch.Tensor]:

@@ -20,7 +20,7 @@ from qpruner.errors import UserError
 from qpruner.models.checkpoint import save_checkpoint
 from qpruner.models.layout import group_linears, layout_of
 from qpruner.models.loading import load_dense, load_tokenizer
-from qpruner.plan import LinearShape, PrecisionPlan, check_cpu_widths
+from qpruner.plans.plan import LinearShape, PrecisionPlan, check_cpu_widths
 from qpruner.quantization.assembly import assemble, attach_adapters
 from qpruner.quantization.mixed import pack, replace_linears, unpack
 

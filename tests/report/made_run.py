@@ -12,9 +12,12 @@ import numpy as np
 from conftest import raw_config
 from made_records import made_confirmation, made_search
 
-from qpruner.config import validate_config
+from qpruner.config.schema import validate_config
 from qpruner.pipeline.progress import _environment
-from qpruner.records import (
+from qpruner.report.files import write_report
+from qpruner.report.table import BASE, BEST_SEED, PRUNED, RANDOM, SEARCHED
+from qpruner.runs.paths import RunDir
+from qpruner.runs.records import (
     BankRecord,
     CandidateRecord,
     ComparisonRecord,
@@ -37,9 +40,6 @@ from qpruner.records import (
     TaskScore,
     TrialRecord,
 )
-from qpruner.report.files import write_report
-from qpruner.report.table import BASE, BEST_SEED, PRUNED, RANDOM, SEARCHED
-from qpruner.rundir import RunDir
 from qpruner.search.trial_records import write_trial
 
 TRIALS, SEARCH = "1" * 16, "2" * 16

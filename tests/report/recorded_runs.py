@@ -10,9 +10,10 @@ from typing import Any
 from conftest import raw_config, with_key
 from made_records import made_confirmation, made_search
 
-from qpruner.config import RunConfig, validate_config
-from qpruner.events import SearchPlanned
-from qpruner.records import (
+from qpruner.config.schema import RunConfig, validate_config
+from qpruner.runs.events import SearchPlanned
+from qpruner.runs.paths import RunDir
+from qpruner.runs.records import (
     MethodScores,
     RungResult,
     RunState,
@@ -22,7 +23,6 @@ from qpruner.records import (
     StageState,
     TrialRecord,
 )
-from qpruner.rundir import RunDir
 from qpruner.search.trial_records import write_trial
 
 GROUPS = tuple(f"layers.{index}" for index in range(6))

@@ -13,14 +13,14 @@ from conftest import with_key
 from made_records import made_confirmation, made_search
 from made_run import STARTED, MadeRun
 
-from qpruner.cli import main
-from qpruner.records import GIVEN, RunState, StageState
+from qpruner.cli.main import main
 from qpruner.report.claim import claim
 from qpruner.report.files import write_report
 from qpruner.report.outcome import margin
 from qpruner.report.page.answer import tiles
 from qpruner.report.snapshot import Snapshot, read_snapshot
-from qpruner.rundir import RunDir
+from qpruner.runs.paths import RunDir
+from qpruner.runs.records import GIVEN, RunState, StageState
 
 COMMAND = "qpruner run my.yaml --set search.max_trials=200"
 """Of the made runs."""

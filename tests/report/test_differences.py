@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from qpruner.records import CandidateRecord, EvalRecord, FinetuneRecord, Results, RowScores, TaskScore
 from qpruner.report.claim import comparisons
 from qpruner.report.differences import Difference
 from qpruner.report.table import BEST_SEED, RANDOM, SEARCHED, rows
+from qpruner.runs.records import CandidateRecord, EvalRecord, FinetuneRecord, Results, RowScores, TaskScore
 
 QUESTIONS = {
     "boolq": 330,

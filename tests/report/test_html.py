@@ -31,12 +31,22 @@ from recorded_runs import trial as recorded_trial
 from safetensors.numpy import save
 
 import qpruner
-from qpruner.cli import main
-from qpruner.config import SensitivityMethod, validate_config
+from qpruner.cli.main import main
+from qpruner.config.schema import SensitivityMethod, validate_config
 from qpruner.errors import UserError
 from qpruner.pipeline import run
-from qpruner.plan import PrecisionPlan
-from qpruner.records import (
+from qpruner.plans.plan import PrecisionPlan
+from qpruner.report import by_task, run_views, sections
+from qpruner.report.far import edge_of, edge_of_rungs
+from qpruner.report.files import write_report
+from qpruner.report.legend import terms
+from qpruner.report.model_card import told_other_base
+from qpruner.report.page import render
+from qpruner.report.plots import charts
+from qpruner.report.snapshot import read_snapshot
+from qpruner.report.summary import summary_of, summary_schema, summary_text
+from qpruner.runs.paths import OWN_DIGEST, RunDir
+from qpruner.runs.records import (
     FrontPoint,
     PrepareRecord,
     PruneRecord,
@@ -45,16 +55,6 @@ from qpruner.records import (
     SensitivityRecord,
     StageState,
 )
-from qpruner.report import by_task, run_views, sections
-from qpruner.report.charts import charts
-from qpruner.report.far import edge_of, edge_of_rungs
-from qpruner.report.files import write_report
-from qpruner.report.legend import terms
-from qpruner.report.model_card import told_other_base
-from qpruner.report.page import render
-from qpruner.report.snapshot import read_snapshot
-from qpruner.report.summary import summary_of, summary_schema, summary_text
-from qpruner.rundir import OWN_DIGEST, RunDir
 from qpruner.search.trial_records import write_trial
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -866,7 +866,7 @@ def test_a_card_names_the_hub_model_and_data_and_its_licence(tmp_path: Path) -> 
     """From a hub on loopback, as `prepare` fetches a model."""
     card = "---\nlicense: other\nlicense_name: qwen-research\nlicense_link: LICENSE\n---\n# Base\n"
     code = (
-        "from pathlib import Path\nfrom qpruner.config import ModelConfig\n"
+        "from pathlib import Path\nfrom qpruner.config.schema import ModelConfig\n"
         "from qpruner.models.checkpoint import prepare_base\n"
         "for name in ('with', 'without'):\n"
         "    print(prepare_base(ModelConfig(source='me/' + name), Path('unused')).path)"
@@ -906,7 +906,7 @@ def test_a_card_that_was_copied_with_another_models_configuration_is_remarked(tm
     path.write_text(yaml.safe_dump(with_key(raw, "model.source", "me/base")))
     run_until_begun = (
         "import sys\nfrom pathlib import Path\n"
-        "from qpruner import events, pipeline\nfrom qpruner.config import load_config\n"
+        "from qpruner import events, pipeline\nfrom qpruner.config.schema import load_config\n"
         "def tell(event):\n"
         "    if isinstance(event, events.StageStarted):\n        raise SystemExit\n"
         "    print(vars(event))\n"

@@ -15,10 +15,10 @@ from chromium import chromium
 from made_run import HOSTILE, STAGES, STARTED, TRIALS, MadeRun, reported_run
 from PIL import Image
 
-from qpruner.records import SensitivityRecord, StageState
 from qpruner.report.files import write_report
 from qpruner.report.snapshot import read_snapshot
-from qpruner.rundir import RunDir
+from qpruner.runs.paths import RunDir
+from qpruner.runs.records import SensitivityRecord, StageState
 from qpruner.search.trial_records import write_trial
 
 pytestmark = pytest.mark.slow

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 import torch
 
-from qpruner.records import LayerWidths, PruneRecord
 from qpruner.report.importance_map import NUM_COLUMNS, draw, load_importance, save_importance, write_pictures
+from qpruner.runs.records import LayerWidths, PruneRecord
 
 
 def layer(index: int, groups: int, channels: int, experts: int | None = None) -> LayerWidths:

@@ -15,17 +15,17 @@ from pathlib import Path
 from click.testing import CliRunner
 from recorded_runs import recorded_run
 
-from qpruner.cli import main
-from qpruner.records import RunState
+from qpruner.cli.main import main
 from qpruner.report.life import MOMENT_SECONDS
 from qpruner.report.snapshot import read_snapshot
-from qpruner.rundir import RunDir
-from qpruner.runlock import NAME, sole_driver, this_process
+from qpruner.runs.lock import NAME, sole_driver, this_process
+from qpruner.runs.paths import RunDir
+from qpruner.runs.records import RunState
 
 HOLD = """
 import sys, time
 from pathlib import Path
-from qpruner.runlock import sole_driver
+from qpruner.runs.lock import sole_driver
 with sole_driver(Path(sys.argv[1]), print):
     print("held", flush=True)
     time.sleep(60)

@@ -7,8 +7,8 @@ import itertools
 import numpy as np
 import pytest
 
-from qpruner.records import MethodScores, RungResult, TrialRecord
 from qpruner.report.marginal_effects import MarginalEffects, marginal_effects, rank_correlation
+from qpruner.runs.records import MethodScores, RungResult, TrialRecord
 
 LEVELS = (4, 8, 16)
 TRUE = {4: np.array([0.3, 0.1, 0.5]), 8: np.array([0.02, 0.05, 0.01]), 16: np.zeros(3)}

@@ -9,9 +9,9 @@ from made_run import MadeRun
 from pydantic import BaseModel
 
 import qpruner
-from qpruner import records
-from qpruner.records import BankRecord, Recorded
 from qpruner.report.snapshot import Snapshot
+from qpruner.runs import records
+from qpruner.runs.records import BankRecord, Recorded
 
 
 @pytest.fixture(scope="module")

@@ -40,14 +40,14 @@ from tensorboard.plugins.hparams import metadata
 from tensorboard.plugins.scalar.scalars_plugin import ScalarsPlugin
 from tensorboard_server import serving
 
-from qpruner.events import SearchPlanned, StageFinished, StageSkipped, StageStarted, TrialChanged
-from qpruner.records import GIVEN, RungResult, SearchRecord, TrialRecord
 from qpruner.report.search_pictures import _shades, draw_front, draw_plans, draw_sensitivity
 from qpruner.report.snapshot import read_snapshot
 from qpruner.report.standing import hypervolume_so_far
 from qpruner.report.stretched import stretched
 from qpruner.report.tensorboard import BEST, HYPERVOLUME, SELECTION, Board, run_name, write_result, write_trial
-from qpruner.rundir import RunDir
+from qpruner.runs.events import SearchPlanned, StageFinished, StageSkipped, StageStarted, TrialChanged
+from qpruner.runs.paths import RunDir
+from qpruner.runs.records import GIVEN, RungResult, SearchRecord, TrialRecord
 
 OVER = StageFinished("search", 1.0, "")
 

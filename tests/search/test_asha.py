@@ -14,12 +14,12 @@ import numpy as np
 import pytest
 from conftest import raw_config, with_key
 
-from qpruner.config import RunConfig, validate_config
-from qpruner.plan import PlanSpace, PrecisionPlan
-from qpruner.records import RungResult, TrialRecord
+from qpruner.cluster.tune.asha import RecordedAsha
+from qpruner.cluster.tune.job import METRIC, TIME
+from qpruner.config.schema import RunConfig, validate_config
+from qpruner.plans.plan import PlanSpace, PrecisionPlan
+from qpruner.runs.records import RungResult, TrialRecord
 from qpruner.search.trial_records import objective
-from qpruner.search.tune.asha import RecordedAsha
-from qpruner.search.tune.job import METRIC, TIME
 
 STOP, CONTINUE = "STOP", "CONTINUE"
 CONTROLS = range(3)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from qpruner.plan import PlanSpace, PrecisionPlan
+from qpruner.plans.plan import PlanSpace, PrecisionPlan
 from qpruner.search.gaussian_process import GaussianProcessProposer, Plans, _best
 from qpruner.search.plan_model import NUM_RUNG_PAIRS, Data, PlanModel, Posterior, informative, settled
 from qpruner.search.searchers import History, Ledger, Observation

@@ -13,8 +13,8 @@ import yaml
 from click.testing import CliRunner
 from conftest import raw_config, with_key
 
-from qpruner.cli import main
-from qpruner.plan import PlanSpace, PrecisionPlan
+from qpruner.cli.main import main
+from qpruner.plans.plan import PlanSpace, PrecisionPlan
 from qpruner.search.random_plans import random_plans
 from qpruner.search.searchers import Ledger, RandomProposer, Suggestion
 

@@ -22,20 +22,21 @@ from raylets import Raylets, raylets
 from test_search_stage import job_of
 
 import qpruner
-from qpruner import events, patience
-from qpruner.config import RunConfig, validate_config
+from qpruner.cluster.cluster import connect, disconnect, run_tasks
+from qpruner.cluster.gpu_time import GpuTime
+from qpruner.cluster.probe import packed_check, packed_check_of_gpus
+from qpruner.cluster.tune import SearchJob, search
+from qpruner.cluster.workshop import Bench, OnCluster
+from qpruner.config.schema import RunConfig, validate_config
 from qpruner.errors import NodeDiffers, StageError
-from qpruner.events import Emit, Event, Message, TableMade
-from qpruner.execution.cluster import connect, disconnect, run_tasks
-from qpruner.execution.gpu_time import GpuTime
-from qpruner.execution.probe import packed_check, packed_check_of_gpus
-from qpruner.execution.workshop import Bench, OnCluster
 from qpruner.pipeline import preview, run
-from qpruner.records import RungResult
-from qpruner.rundir import RunDir
+from qpruner.runs import events
+from qpruner.runs import retry as patience
+from qpruner.runs.events import Emit, Event, Message, TableMade
+from qpruner.runs.paths import RunDir
+from qpruner.runs.records import RungResult
 from qpruner.search.trial_job import Progress, Report, TrialJob
 from qpruner.search.trial_records import read_trials
-from qpruner.search.tune import SearchJob, search
 
 pytestmark = pytest.mark.slow
 CLONE_NEWNS = 0x20000
@@ -63,7 +64,7 @@ def with_another_peft(cluster: Raylets, folder: Path) -> Any:
 def with_another_qpruner(cluster: Raylets, folder: Path) -> Any:
     """Add a node whose qpruner lacks what this one's work is made of."""
     same, other = Path(qpruner.__file__).parent, folder / "other" / "qpruner"
-    shutil.copytree(same, other, ignore=shutil.ignore_patterns("__pycache__", "execution"))
+    shutil.copytree(same, other, ignore=shutil.ignore_patterns("__pycache__", "cluster"))
     return cluster.add(num_gpus=1, env_vars={"PYTHONPATH": os.pathsep.join([str(other.parent), *sys.path])})
 
 
@@ -142,7 +143,7 @@ def in_workshop(resources: dict[str, float], check_node: bytes, scratch: Path = 
 
 
 def in_group(resources: dict[str, float], check_node: bytes, scratch: Path = Path()) -> int:
-    from qpruner.execution.group import run_groups
+    from qpruner.cluster.group import run_groups
 
     def task(job: int) -> int:
         return job

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from qpruner.plan import PlanSpace, PrecisionPlan
+from qpruner.plans.plan import PlanSpace, PrecisionPlan
 from qpruner.search.random_plans import random_plans
 
 

@@ -20,15 +20,21 @@ import pytest
 from conftest import DEMO_DATA, away, disk_of, flipped, raw_config, with_key
 from object_store import object_store, talk_to
 
-from qpruner.config import validate_config
+from qpruner.cluster.tune import SearchJob, _outcome, make_proposer
+from qpruner.cluster.tune.actors import KILLED_FOR_MEMORY
+from qpruner.cluster.tune.driver import MAX_KILLS, HangWatch, PlanSearcher
+from qpruner.cluster.tune.halt import Halt
+from qpruner.cluster.tune.job import METRIC, TIME
+from qpruner.cluster.tune.resume import take_up
+from qpruner.config.schema import validate_config
 from qpruner.errors import StageError
-from qpruner.events import Event, Message, Progress, StepsSeen, TrialWithdrawn
-from qpruner.objects import CACHE
 from qpruner.pipeline import run
 from qpruner.pipeline.search import FINALISTS, _best, _finalists, _front, _hypervolume
-from qpruner.plan import Group, Layout, LinearShape, PlanSpace, PrecisionPlan
-from qpruner.records import Confirmation, RungResult, SearchRecord, TrialPulse, TrialRecord
-from qpruner.rundir import RunDir, folder_digests
+from qpruner.plans.plan import Group, Layout, LinearShape, PlanSpace, PrecisionPlan
+from qpruner.runs.events import Event, Message, Progress, StepsSeen, TrialWithdrawn
+from qpruner.runs.object_store import CACHE
+from qpruner.runs.paths import RunDir, folder_digests
+from qpruner.runs.records import Confirmation, RungResult, SearchRecord, TrialPulse, TrialRecord
 from qpruner.search.searchers import History, Ledger, Proposal, RandomProposer
 from qpruner.search.trial import run_trial
 from qpruner.search.trial_job import Materials
@@ -45,12 +51,6 @@ from qpruner.search.trial_records import (
     write_seconds,
     write_trial,
 )
-from qpruner.search.tune import SearchJob, _outcome, make_proposer
-from qpruner.search.tune.actors import KILLED_FOR_MEMORY
-from qpruner.search.tune.driver import MAX_KILLS, HangWatch, PlanSearcher
-from qpruner.search.tune.halt import Halt
-from qpruner.search.tune.job import METRIC, TIME
-from qpruner.search.tune.resume import take_up
 
 MINE, ANOTHER = "a" * 16, "b" * 16
 GROUPS = tuple(Group(f"layers.{index}", (LinearShape(f"layers.{index}", 64, 64),)) for index in range(6))
@@ -451,7 +451,7 @@ def test_the_watch_tells_the_step_of_each_trial_under_way_and_reads_each_pulse_o
         reads.append(list(indices))
         return read_pulses(folder, indices)
 
-    monkeypatch.setattr("qpruner.search.tune.driver.read_pulses", read)
+    monkeypatch.setattr("qpruner.cluster.tune.driver.read_pulses", read)
     watch = HangWatch(job, searcher, events.append)
     trials = [
         SimpleNamespace(trial_id=str(index), config={"trial": index}, temporary_state=SimpleNamespace(ray_actor=actor))
@@ -979,8 +979,8 @@ def test_the_front_is_that_of_the_fresh_scores(tmp_path: Path) -> None:
 
 
 def test_the_winner_by_accuracy_is_chosen_by_questions_that_no_trial_was_asked(tiny_model: Path) -> None:
-    from qpruner.evaluate import score_tasks
     from qpruner.models.loading import load_dense, load_tokenizer
+    from qpruner.training.evaluate import score_tasks
 
     model, tokenizer = load_dense(str(tiny_model), "float32"), load_tokenizer(str(tiny_model))
     folder = str(DEMO_DATA.parent / "tasks")

@@ -11,8 +11,9 @@ from importlib.metadata import PackageNotFoundError
 import numpy as np
 import pytest
 
+from qpruner.cluster.tune import make_proposer
 from qpruner.errors import UserError
-from qpruner.plan import Group, Layout, LinearShape, PlanSpace, PrecisionPlan
+from qpruner.plans.plan import Group, Layout, LinearShape, PlanSpace, PrecisionPlan
 from qpruner.search import searchers
 from qpruner.search.searchers import (
     History,
@@ -25,7 +26,6 @@ from qpruner.search.searchers import (
     Suggestion,
     check_searcher,
 )
-from qpruner.search.tune import make_proposer
 
 MakeProposer = Callable[[PlanSpace, int], Proposer]
 NAMES = ("random", "hyperopt", "gp")

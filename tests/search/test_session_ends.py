@@ -20,15 +20,15 @@ from test_search_stage import job_of
 from test_search_stage import trial as finished
 from transformers import AutoConfig
 
-from qpruner import patience
+from qpruner.cluster.cluster import Cluster, connect, disconnect
+from qpruner.cluster.room import Room
+from qpruner.cluster.tune import SearchJob, search
 from qpruner.errors import StageError, StorageError
-from qpruner.events import Event, Message, StepsSeen, TrialChanged
-from qpruner.execution.cluster import Cluster, connect, disconnect
-from qpruner.execution.room import Room
-from qpruner.records import RungResult
+from qpruner.runs import retry as patience
+from qpruner.runs.events import Event, Message, StepsSeen, TrialChanged
+from qpruner.runs.records import RungResult
 from qpruner.search.trial_job import Progress, Report, TrialJob
 from qpruner.search.trial_records import read_trials, write_trial
-from qpruner.search.tune import SearchJob, search
 
 pytestmark = pytest.mark.slow
 HELD = {"cpu": 1.0, "gpu": 1.0}

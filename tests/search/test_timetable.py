@@ -19,17 +19,17 @@ from raylets import raylets
 from test_search_stage import job_of
 from test_searchers import MakeProposer, Neighbour, controls_of, maker, score_of, space_of
 
-from qpruner.config import validate_config
-from qpruner.execution.cluster import Cluster, connect, disconnect
-from qpruner.plan import PrecisionPlan
-from qpruner.records import RungResult, TrialRecord
+from qpruner.cluster.cluster import Cluster, connect, disconnect
+from qpruner.cluster.tune import SearchJob, search
+from qpruner.cluster.tune.asha import RecordedAsha
+from qpruner.cluster.tune.job import METRIC, TIME
+from qpruner.config.schema import validate_config
+from qpruner.plans.plan import PrecisionPlan
+from qpruner.runs.records import RungResult, TrialRecord
 from qpruner.search.searchers import Ending, Ledger, Observation, Suggestion
 from qpruner.search.timetable import Timetable
 from qpruner.search.trial_job import Progress, Report, TrialJob
 from qpruner.search.trial_records import read_trials
-from qpruner.search.tune import SearchJob, search
-from qpruner.search.tune.asha import RecordedAsha
-from qpruner.search.tune.job import METRIC, TIME
 
 SPACE = space_of(10)
 SLOTS, MAX_TRIALS = 4, 24

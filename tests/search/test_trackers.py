@@ -22,15 +22,15 @@ from conftest import demo_rows
 from peft import PeftModel
 from real_driver import between_rungs, driver, rungs_of, search_config, trials_of
 
-from qpruner.config import LoraConfig, TrainingConfig
-from qpruner.data import Example, encode
+from qpruner.config.schema import LoraConfig, TrainingConfig
+from qpruner.data.rows import Example, encode
 from qpruner.errors import UserError
-from qpruner.finetune import Listener, Schedule, finetune
 from qpruner.models.loading import load_tokenizer
 from qpruner.quantization.assembly import assemble, attach_adapters
-from qpruner.rundir import RunDir
-from qpruner.tracked_finetune import tracked
-from qpruner.trackers import KIND, ROW, Trackers, check_trackers
+from qpruner.runs.paths import RunDir
+from qpruner.training.finetune import Listener, Schedule, finetune
+from qpruner.training.tracked_finetune import tracked
+from qpruner.training.trackers import KIND, ROW, Trackers, check_trackers
 
 WITHOUT = {name: importlib.util.find_spec(name) is None for name in ("wandb", "mlflow")}
 WITH_WANDB = pytest.mark.skipif(WITHOUT["wandb"], reason="wandb is not installed")
@@ -270,7 +270,7 @@ def test_a_tracker_whose_package_is_missing_is_refused(monkeypatch: pytest.Monke
 def test_wandb_without_a_key_is_refused(tmp_path: Path) -> None:
     hidden = {"HOME": str(tmp_path)}  # where a login would be
     rest = {name: value for name, value in os.environ.items() if not name.startswith("WANDB_")}
-    code = "from qpruner.trackers import check_trackers; check_trackers(('wandb',))"
+    code = "from qpruner.training.trackers import check_trackers; check_trackers(('wandb',))"
     done = subprocess.run([sys.executable, "-c", code], env=rest | hidden, capture_output=True, text=True)
     assert done.returncode and "UserError: `trackers` names wandb, and there is no key for it" in done.stderr
 

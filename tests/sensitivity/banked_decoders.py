@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from qpruner.calibration import Samples
-from qpruner.config import LoraConfig
+from qpruner.config.schema import LoraConfig
+from qpruner.data.calibration import Samples
 from qpruner.models import ragged
 from qpruner.models.layout import group_linears
 from qpruner.quantization.bank import BankIndex, EntrySettings, IndexEntry, build_entry, write_entry, write_index
-from qpruner.rundir import file_digest
+from qpruner.runs.paths import file_digest
 from qpruner.sensitivity.methods import Subject
 from qpruner.sensitivity.starts import Starts
 

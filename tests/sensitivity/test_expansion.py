@@ -10,7 +10,7 @@ import pytest
 import torch
 from banked_decoders import FAMILIES, PAD, Banked, banked
 
-from qpruner.calibration import Samples, mean_loss
+from qpruner.data.calibration import Samples, mean_loss
 from qpruner.errors import TrainingDiverged
 from qpruner.sensitivity.expansion import Expansion, expand, rises
 

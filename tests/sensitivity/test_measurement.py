@@ -11,7 +11,7 @@ import pytest
 import torch
 from banked_decoders import FAMILIES, LORA, Banked, banked
 
-from qpruner.calibration import Samples
+from qpruner.data.calibration import Samples
 from qpruner.errors import TrainingDiverged
 from qpruner.quantization.assembly import assemble, attach_adapters
 from qpruner.sensitivity.measurement import Measurement, measure

@@ -13,12 +13,12 @@ from banked_decoders import HEADS, PAD, Banked, banked, rows_of
 from conftest import raw_config, with_key
 from torch.profiler import ProfilerActivity, profile
 
-from qpruner import preflight
-from qpruner.calibration import mean_loss
-from qpruner.config import RunConfig, validate_config
+from qpruner.config.schema import RunConfig, validate_config
+from qpruner.data.calibration import mean_loss
 from qpruner.estimate.memory import scoring_memory, sensitivity_memory
 from qpruner.models.layout import layout_of
-from qpruner.preflight import Inspection
+from qpruner.pipeline import preflight
+from qpruner.pipeline.preflight import Inspection
 from qpruner.sensitivity.expansion import expand
 from qpruner.sensitivity.measurement import measure
 from qpruner.sensitivity.methods import by_information

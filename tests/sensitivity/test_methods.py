@@ -13,11 +13,11 @@ from banked_decoders import LEVELS, Banked, banked
 from conftest import with_key
 from raylets import raylets
 
-from qpruner.config import SensitivityConfig, validate_config
+from qpruner.config.schema import SensitivityConfig, validate_config
 from qpruner.errors import ConfigError
-from qpruner.events import Event, Message, Progress, StageSkipped
 from qpruner.pipeline import run
-from qpruner.records import MethodScores, SensitivityRecord
+from qpruner.runs.events import Event, Message, Progress, StageSkipped
+from qpruner.runs.records import MethodScores, SensitivityRecord
 from qpruner.sensitivity.measurement import measure
 from qpruner.sensitivity.methods import (
     MeasurementJob,

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from qpruner.config import SensitivityConfig
+from qpruner.config.schema import SensitivityConfig
 from qpruner.errors import UserError
 from qpruner.models.layout import group_linears
 from qpruner.models.loading import load_dense

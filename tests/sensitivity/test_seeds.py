@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import pytest
 
-from qpruner.plan import PlanSpace, PrecisionPlan
+from qpruner.plans.plan import PlanSpace, PrecisionPlan
 from qpruner.sensitivity import seed_origin, seed_plan
 
 SIZES = {4: 40, 8: 70, 16: 130}

@@ -18,14 +18,14 @@ from typing import Any
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
-from qpruner.records import TrialRecord
 from qpruner.report import by_task, legend, sections
-from qpruner.report.charts.chart import Chart
 from qpruner.report.claim import claim
 from qpruner.report.outcome import search_text
 from qpruner.report.page.answer import tiles
+from qpruner.report.plots.chart import Chart
 from qpruner.report.snapshot import Snapshot
 from qpruner.report.standing import score
+from qpruner.runs.records import TrialRecord
 
 TRIAL_HEADINGS = (
     ("trial", "number"),

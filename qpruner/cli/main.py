@@ -1,0 +1,547 @@
+"""The command line: verbs, options, and what a person sees while stages work.
+
+Exit codes: 0 on success, 2 on a user's mistake, 1 on ours. With `--json` the last line of stdout is one JSON object.
+Heavy imports stay inside the verbs, so that `qpruner --help` answers at once.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from qpruner.config.schema import config_schema, load_config
+from qpruner.errors import ConfigError, CorruptFile, PlanRefused, QprunerError, UserError, note_defect
+from qpruner.runs.logs import logging_to, quiet_libraries
+from qpruner.runs.version import describe
+from qpruner.wording import as_called, counted, without_nan
+
+if TYPE_CHECKING:
+    from qpruner.cli.terminal import Terminal
+    from qpruner.runs.records import PruneRecord, Results
+
+VERBS = {
+    "run": ("report", "Run the whole flow: prune, search, fine-tune, evaluate, report."),
+    "prepare": ("prepare", "Bring the base model into a folder and encode the data."),
+    "prune": ("prune", "Run up to the pruned checkpoint."),
+    "sensitivity": ("sensitivity", "Run up to the sensitivities."),
+    "bank": ("bank", "Run up to the bank of packed weights and adapter starts."),
+    "search": ("search", "Run up to the precision search."),
+    "finetune": ("finetune", "Run up to the final fine-tune."),
+    "evaluate": ("evaluate", "Run up to the held-out evaluation."),
+    "report": ("report", "Write a run folder's report anew, whole or not; given a configuration, run the whole flow."),
+}
+WITH_SEARCH = ("search", "finetune", "evaluate", "report")
+"""Last stages of verbs that search."""
+LOCAL_RAY = "Ray cluster to join (auto or HOST:PORT); starts a local one without it."
+NO_RAY = "Ray cluster to join (auto or HOST:PORT); starts none without it."
+ABOUT_DAMAGE = (
+    "fetch it again if it is yours; if a run wrote it, repeat `qpruner run`, which makes it anew; if that names the "
+    "same file again, delete it and repeat `qpruner run`"
+)
+"""What to do about a file that verbs without stages cannot read; a stage knows more and says so itself."""
+
+
+class _Suggesting(click.Group):
+    """Names the nearest verb when one is mistyped."""
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        import difflib
+
+        try:
+            return super().resolve_command(ctx, args)
+        except click.UsageError as error:
+            nearest = difflib.get_close_matches(args[0], self.list_commands(ctx), n=1)
+            hint = f"; did you mean `qpruner {nearest[0]}`?" if nearest else ""
+            raise click.UsageError(f"{error.message.rstrip('.')}{hint}", ctx) from error
+
+
+def _show_version(ctx: click.Context, _: click.Parameter, is_asked: bool) -> None:
+    if is_asked and not ctx.resilient_parsing:
+        click.echo(f"qpruner, version {describe()}")
+        ctx.exit()
+
+
+@click.group(cls=_Suggesting, context_settings={"help_option_names": ["-h", "--help"]})
+@click.option(
+    "--version",
+    is_flag=True,
+    is_eager=True,
+    expose_value=False,
+    callback=_show_version,
+    help="Show the version and its commit, and exit.",
+)
+def main() -> None:
+    """Make a large language model fit the memory you have, at the least loss."""
+    # torch's threads wait for one another spinning. Beside another busy process that doubled a training step on two
+    # cores (2026-11-26: 16 s, else 7); they sleep after so many turns. Read when torch is loaded.
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+
+
+def _options(about_address: str, metavar: str = "CONFIG") -> Callable[[Callable[..., None]], Callable[..., None]]:
+    def decorate(function: Callable[..., None]) -> Callable[..., None]:
+        for option in (
+            click.argument("config", metavar=metavar, type=click.Path()),
+            click.option(
+                "--set",
+                "overrides",
+                multiple=True,
+                metavar="KEY=VALUE",
+                help="Override a key: search.max_trials=20, data.train.0.limit=8; `KEY=` takes it out of the file.",
+            ),
+            click.option("--address", help=about_address),
+            click.option("--json", "as_json", is_flag=True, help="End stdout with one JSON object."),
+            click.option("--quiet", is_flag=True, help="Print the result only."),
+        ):
+            function = option(function)
+        return function
+
+    return decorate
+
+
+def _plan_option(does: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    return click.option(
+        "--plan",
+        "plan_file",
+        type=click.Path(path_type=Path),
+        metavar="FILE",
+        help=f"{does}: bits by group, as `qpruner plan` prints them, or a sensitivity for its seed plan.",
+    )
+
+
+def _given(plan_file: Path | None) -> tuple[str, ...]:
+    """The setting that `--plan` stands for."""
+    return () if plan_file is None else (f"search.plan={json.dumps(str(plan_file))}",)
+
+
+@contextmanager
+def _plan_named(plan_file: Path | None) -> Iterator[None]:
+    """A plan that is refused is named as it was given: by the option, or else by the setting."""
+    try:
+        yield
+    except PlanRefused as error:
+        raise error if plan_file is None else PlanRefused(error.problem, "--plan") from error
+    except ConfigError as error:
+        if plan_file is None:
+            raise
+        named = [re.sub(r"^`search\.plan`", "`--plan`", problem) for problem in error.problems]
+        raise ConfigError(named, error.source) from error
+
+
+def _add_verb(name: str, until: str, text: str) -> None:
+    def verb(
+        config: str,
+        overrides: tuple[str, ...],
+        address: str | None,
+        as_json: bool,
+        quiet: bool,
+        plan_file: Path | None = None,
+    ) -> None:
+        given = _given(plan_file)
+
+        def told() -> dict[str, Any]:
+            with _plan_named(plan_file):
+                return _run(Path(config), (*overrides, *given), address, until, as_json, quiet)
+
+        is_file = Path(config).is_file() or Path(config).suffix in (".yaml", ".yml")
+        if name == "report" and not is_file:
+            _guarded(as_json, lambda: _report(config, bool(overrides or given or address)))
+        else:
+            _guarded(as_json, told)
+
+    if until in WITH_SEARCH:
+        verb = _plan_option("Take this plan instead of searching for one")(verb)
+    about_address = NO_RAY if until == "prepare" else LOCAL_RAY
+    main.command(name, help=text)(_options(about_address, "RUN_OR_CONFIG" if name == "report" else "CONFIG")(verb))
+
+
+for _name, (_until, _text) in VERBS.items():
+    if _name != "prune":
+        _add_verb(_name, _until, _text)
+
+
+@main.command(help=VERBS["prune"][1])
+@_options(NO_RAY)
+@click.option("--dry-run", is_flag=True, help="Show what would be kept; write nothing.")
+def prune(
+    config: str, overrides: tuple[str, ...], address: str | None, as_json: bool, quiet: bool, dry_run: bool
+) -> None:
+    if dry_run:
+        _guarded(as_json, lambda: _preview(Path(config), overrides, address, quiet))
+    else:
+        _guarded(as_json, lambda: _run(Path(config), overrides, address, "prune", as_json, quiet))
+
+
+@main.command(help="Validate a configuration and say what the run would be and take; loads no weights.")
+@_options("Ray cluster to look at (auto or HOST:PORT); looks at this machine without it, and starts no Ray.")
+@click.option("--measure", is_flag=True, help="Time a few steps of these shapes here, not only matrix products.")
+@click.option("--gpu", metavar="NAME", help="Assume this GPU (A100, H100, ...) instead of what is here.")
+@click.option("--show-config", is_flag=True, help="Print every key of the configuration in effect, defaults too.")
+@_plan_option("Check this plan, too")
+def check(
+    config: str,
+    overrides: tuple[str, ...],
+    address: str | None,
+    as_json: bool,
+    quiet: bool,
+    measure: bool,
+    gpu: str | None,
+    show_config: bool,
+    plan_file: Path | None,
+) -> None:
+    def told() -> dict[str, Any]:
+        loaded = load_config(Path(config), [*overrides, *_given(plan_file)])
+        if not (quiet or as_json):
+            # Before the imports, which take seconds by themselves.
+            steps = ", then a few steps" if measure else ""
+            click.echo(f"[check] model, rows, tasks and machine of {config}{steps} ...", err=True)
+        quiet_libraries()
+        from qpruner.cli.check import check
+
+        with _plan_named(plan_file):
+            return check(loaded, address, quiet, measure, gpu, show_config)
+
+    _guarded(as_json, told)
+
+
+_run_folder = click.argument("run", type=click.Path())
+_json = click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead.")
+
+
+@main.command(help="Where a run stands: its stages, trials, and the best so far. From any shell or machine.")
+@_run_folder
+@_json
+def status(run: str, as_json: bool) -> None:
+    from qpruner.cli import run_verbs as record_verbs
+
+    _guarded(as_json, lambda: record_verbs.status(run, as_json))
+
+
+@main.command(help="List the trials of a run, the winner marked.")
+@_run_folder
+@click.option(
+    "--where",
+    "conditions",
+    multiple=True,
+    metavar="KEY=VALUE",
+    help="Only these: status=finished, loss<3.2, 'bytes<=126 MB'; also != and >. Several all hold.",
+)
+@click.option("--sort", default="trial", metavar="KEY", show_default=True, help="A column, or `score`.")
+@click.option("--descending", is_flag=True, help="Largest first.")
+@click.option("--csv", "as_csv", is_flag=True, help="Every column, the bits of each group too, as CSV.")
+@_json
+def trials(run: str, conditions: tuple[str, ...], sort: str, descending: bool, as_csv: bool, as_json: bool) -> None:
+    from qpruner.cli import run_verbs as record_verbs
+
+    form = "json" if as_json else "csv" if as_csv else "text"
+    _guarded(as_json, lambda: record_verbs.trials(run, conditions, sort, descending, form))
+
+
+@main.command(help="Print the winner's plan as YAML, for `--plan` of another run or to change it by hand.")
+@_run_folder
+@click.option("--trial", "index", type=int, metavar="NUMBER", help="The plan of this trial instead.")
+@_json
+def plan(run: str, index: int | None, as_json: bool) -> None:
+    from qpruner.cli import run_verbs as record_verbs
+
+    _guarded(as_json, lambda: record_verbs.plan(run, index, as_json))
+
+
+@main.command(help="Put runs side by side: figures, paired differences, settings that differ.")
+@click.argument("runs", nargs=-1, required=True, type=click.Path())
+@_json
+def compare(runs: tuple[str, ...], as_json: bool) -> None:
+    from qpruner.cli import run_verbs as record_verbs
+
+    _guarded(as_json, lambda: record_verbs.compare(runs, as_json))
+
+
+@main.command(help="Print the JSON schema of the configuration, for editors.")
+@click.option("--results", is_flag=True, help="That of results.json instead.")
+def schema(results: bool) -> None:
+    if results:
+        from qpruner.report.summary import summary_schema
+
+        click.echo(summary_schema(), nl=False)
+    else:
+        click.echo(config_schema(), nl=False)
+
+
+@main.command(help="Write the final model in another form, and compare its predictions before it counts.")
+@_run_folder
+@click.option(
+    "--to",
+    "form",
+    type=click.Choice(("merged", "peft")),
+    required=True,
+    help="merged: dense, the adapter added in. peft: the adapter, and the quantized model below it.",
+)
+@click.option("--out", type=click.Path(path_type=Path), help="Where to; RUN/export/FORM without it.")
+@click.option("--json", "as_json", is_flag=True, help="End stdout with one JSON object.")
+def export(run: str, form: str, out: Path | None, as_json: bool) -> None:
+    _guarded(as_json, lambda: _export(run, form, out))
+
+
+@main.command(help="Upload the final model with its card to a model hub; nothing else of qpruner uploads anything.")
+@_run_folder
+@click.argument("repo_id", metavar="OWNER/NAME")
+@click.option("--public/--private", "is_public", default=False, help="Who may see it; private without either.")
+@click.option(
+    "--what",
+    type=click.Choice(("final", "merged", "peft")),
+    default="final",
+    show_default=True,
+    help="final: packed layers and adapter. merged, peft: what `export --to` wrote.",
+)
+@click.option("--json", "as_json", is_flag=True, help="End stdout with one JSON object.")
+def push(run: str, repo_id: str, is_public: bool, what: Any, as_json: bool) -> None:
+    def told() -> dict[str, Any]:
+        quiet_libraries()
+        from qpruner.export.card_metadata import told_lacking
+        from qpruner.export.hub import push
+        from qpruner.runs.paths import RunDir
+
+        done = push(
+            RunDir(run, create=False), repo_id, what, is_public, lambda text: click.echo(f"[push] {text}", err=True)
+        )
+        seen = "private" if done.is_private else "public"
+        gone = f"{counted(done.num_removed, 'earlier file')} removed, " if done.num_removed else ""
+        click.echo(f"{done.url}: {counted(done.num_files, 'file')}, {done.num_bytes / 1e6:.1f} MB, {gone}{seen}")
+        if remark := told_lacking(done.card_lacks):
+            click.echo(remark, err=True)
+        return {"status": "ok", **vars(done)}
+
+    _guarded(as_json, told)
+
+
+def _talk_options(function: Callable[..., None]) -> Callable[..., None]:
+    count = click.IntRange(min=1)
+    for option in (
+        click.option(
+            "--which", metavar="NAMES", help="Of a run's models: base,pruned,final. All that are there without it."
+        ),
+        click.option("--max-tokens", type=count, default=128, show_default=True, help="Tokens an answer may have."),
+        click.option(
+            "--temperature",
+            type=click.FloatRange(min=0),
+            default=0.0,
+            show_default=True,
+            help="0: the likeliest token every time.",
+        ),
+        click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of draws above 0."),
+        click.argument("place", metavar="RUN_OR_FOLDER", type=click.Path()),
+    ):
+        function = option(function)
+    return function
+
+
+@main.command(help="What a run's base, pruned and final model say to a prompt, side by side; or the model of a folder.")
+@click.option("--prompt", "prompts", multiple=True, metavar="TEXT", help="What to answer; may be given several times.")
+@click.option("--file", type=click.Path(path_type=Path), help="More prompts, one a line.")
+@click.option(
+    "--template",
+    type=click.Choice(["chat", "alpaca", "none"]),
+    default="chat",
+    show_default=True,
+    help="What is put around a prompt: the tokenizer's chat template (none where it has none), or that of "
+    "`data.template: alpaca`, as in a fine-tune on instructions.",
+)
+@_json
+@_talk_options
+def generate(
+    place: str,
+    prompts: tuple[str, ...],
+    file: Path | None,
+    template: Any,
+    which: str | None,
+    max_tokens: int,
+    temperature: float,
+    seed: int,
+    as_json: bool,
+) -> None:
+    def told() -> dict[str, Any]:
+        quiet_libraries()
+        from qpruner.cli import model_verbs as talk_verbs
+        from qpruner.export import generate as talk
+
+        sampling = talk.Sampling(max_tokens, temperature, seed, template)
+        return talk_verbs.generate(place, which, prompts, file, sampling, as_json)
+
+    _guarded(as_json, told)
+
+
+@main.command(help="Talk to a run's base, pruned and final model side by side, or to the model of a folder.")
+@_talk_options
+def chat(place: str, which: str | None, max_tokens: int, temperature: float, seed: int) -> None:
+    def told() -> dict[str, Any]:
+        quiet_libraries()
+        from qpruner.cli import model_verbs as talk_verbs
+        from qpruner.export import generate as talk
+
+        return talk_verbs.chat(place, which, talk.Sampling(max_tokens, temperature, seed))
+
+    _guarded(False, told)
+
+
+def _export(root: str, form: Any, out: Path | None) -> dict[str, Any]:
+    quiet_libraries()
+    from qpruner.cli.terminal import Terminal
+    from qpruner.export.folders import export
+    from qpruner.pipeline.compress import telling
+    from qpruner.report.life import warning_of_driver
+    from qpruner.runs.paths import RunDir
+
+    run = RunDir(root, create=False)
+    if out is None and run.is_at_uri:
+        raise UserError(f"{run.place}: name a folder on this machine with `--out`")
+    if warning := warning_of_driver(run):
+        click.echo(warning, err=True)
+    with Terminal(quiet=False) as terminal:
+        done = export(run, form, (out or run.root / "export" / form).resolve(), telling(terminal.emit, "export"))
+    click.echo(
+        f"{done.folder}: diverges by {done.divergence:.2g} nats a token from the final model, same prediction at "
+        f"{done.agreement:.1%} of {done.num_positions} positions; loads "
+        + ("in plain transformers" if done.is_plain else "after `import qpruner.hf`")
+    )
+    return {"status": "ok", **vars(done), "folder": str(done.folder)}
+
+
+def _report(root: str, has_settings: bool) -> dict[str, Any]:
+    if has_settings:
+        raise UserError(
+            f"`--set`, `--plan` and `--address` belong to a configuration, and {root} is a run: leave them out, or "
+            "name the configuration instead"
+        )
+    from qpruner.report.files import write_report
+    from qpruner.runs.object_store import name_of
+    from qpruner.runs.paths import RunDir
+
+    run = RunDir(root, create=False)
+    page = name_of(write_report(run))
+    click.echo(page)
+    return {"status": "ok", "run": run.address, "page": page}
+
+
+def _run(
+    path: Path, overrides: tuple[str, ...], address: str | None, until: str, as_json: bool, quiet: bool
+) -> dict[str, Any]:
+    config = load_config(path, list(overrides))
+    quiet_libraries()
+    from qpruner.cli.terminal import Terminal
+    from qpruner.pipeline import run
+    from qpruner.runs.object_store import address_of
+    from qpruner.runs.paths import run_root
+
+    root = run_root(config.output)
+    with logging_to(root):
+        with Terminal(quiet=quiet) as terminal:
+            results = run(config, terminal.emit, address, until)
+        if until == "prune":
+            assert results.prune
+            _print_layers(results.prune, terminal)
+        if until == "report":
+            _print_table(results, root, terminal)
+    return {"status": "ok", "run": address_of(root), **_figures(results)}
+
+
+def _preview(path: Path, overrides: tuple[str, ...], address: str | None, quiet: bool) -> dict[str, Any]:
+    config = load_config(path, list(overrides))
+    quiet_libraries()
+    from qpruner.cli.terminal import Terminal
+    from qpruner.pipeline import preview
+
+    with Terminal(quiet=quiet) as terminal:
+        record = preview(config, terminal.emit, address)
+    _print_layers(record, terminal)
+    return {"status": "ok", "dry_run": True, "prune": record.model_dump(mode="json")}
+
+
+def _print_layers(record: PruneRecord, terminal: Terminal) -> None:
+    from qpruner.report import sections
+
+    terminal.table(*sections.layers(record))
+    terminal.say(sections.prune_summary(record))
+
+
+def _print_table(results: Results, root: Path, terminal: Terminal) -> None:
+    from qpruner.report import sections
+    from qpruner.report.alone import to_compare
+    from qpruner.report.claim import claim
+
+    for caption, headings, body in sections.final_tables(results):
+        terminal.say(f"{caption}:")
+        terminal.table(headings, body)
+    terminal.prose(claim(results))
+    if results.comparison is None:
+        terminal.say(to_compare(as_called()))
+    terminal.say(_where_next(root))
+
+
+def _where_next(root: Path) -> str:
+    """What there is to look at once a run is over."""
+    from qpruner.runs.object_store import address_of, is_mirror, name_of
+
+    place = shlex.quote(address_of(root))
+    brought, folder = "", place
+    if is_mirror(root):  # models are talked to from a folder
+        brought, folder = f"`qpruner export {place} --to peft --out FOLDER`, then ", "FOLDER"
+    return (
+        f"The report: {name_of(root)}/report.html; its plan: `qpruner plan {place}`; what the model says: "
+        f"{brought}`qpruner generate {folder} --prompt TEXT`"
+    )
+
+
+def _figures(results: Results) -> dict[str, Any]:
+    """What fits one line: the claim and table if there are any, and the seconds of each stage."""
+    figures: dict[str, Any] = {"seconds": results.seconds}
+    if results.search:
+        figures["best_plan"] = results.search.best_plan
+    if results.finetune and results.evaluate:
+        from qpruner.report.claim import claim
+        from qpruner.report.table import rows
+
+        figures["claim"] = claim(results)
+        figures["table"] = [vars(row) for row in rows(results)]
+    return figures
+
+
+def _guarded(as_json: bool, work: Callable[[], dict[str, Any]]) -> None:
+    """Run a verb; errors of ours end in a message and their exit code, not in a traceback."""
+    try:
+        outcome = work()
+    except QprunerError as error:
+        remedy = f"\n  remedy: {ABOUT_DAMAGE}" if isinstance(error, CorruptFile) else ""
+        click.echo(f"error: {error}{remedy}", err=True)
+        outcome = {"status": "error", "kind": type(error).__name__, "error": str(error)}
+        if as_json:
+            click.echo(json.dumps(outcome))
+        sys.exit(error.exit_code)
+    except BrokenPipeError:
+        raise  # click ends quietly where nobody reads on, as in `qpruner trials RUN | head`
+    except Exception as error:
+        # Ours to mend: the traceback is for the report, the JSON line for whoever waits for one.
+        remedy = note_defect(error)
+        traceback.print_exc()
+        if as_json:
+            outcome = {"status": "error", "kind": type(error).__name__, "error": f"{error}\n{remedy}"}
+            click.echo(json.dumps(outcome))
+        sys.exit(1)
+    except KeyboardInterrupt:
+        resume = as_called()
+        click.echo(f"interrupted; go on with: {resume}", err=True)
+        if as_json:
+            click.echo(json.dumps({"status": "interrupted", "resume": resume}))
+        sys.exit(130)
+    if as_json:
+        click.echo(json.dumps(without_nan(outcome), allow_nan=False))

@@ -1,0 +1,374 @@
+"""What `qpruner status`, `trials`, `plan` and `compare` print; the figures are those of `report.run_views`."""
+
+from __future__ import annotations
+
+import csv
+import difflib
+import math
+import operator
+import re
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import click
+import yaml
+
+from qpruner.cli.terminal import Terminal
+from qpruner.errors import UserError
+from qpruner.plans.plan import told_of_budget
+from qpruner.report import life, run_views
+from qpruner.report.between_runs import against, shared_stages, told_against
+from qpruner.report.lines import duration
+from qpruner.report.standing import told_score
+from qpruner.runs.records import plan_group_bytes
+from qpruner.search.trial_records import remedy_of
+from qpruner.wording import counted
+
+COMPARISONS: dict[str, Callable[[Any, Any], bool]] = {
+    "<=": operator.le,
+    ">=": operator.ge,
+    "!=": operator.ne,
+    "<": operator.lt,
+    ">": operator.gt,
+    "=": operator.eq,
+}
+SHOWN = (
+    "trial",
+    "winner",
+    "from",
+    "status",
+    "failure",
+    "bytes",
+    "mean_bits",
+    "step",
+    "loss",
+    "accuracy",
+    "seconds",
+    "search",
+    "plan",
+)
+ALSO_CALLED = {"index": "trial", "origin": "from"}
+"""Columns by their names in records and results.json."""
+MOST_LINES = 10
+"""Trials under way, and trials that failed, that `status` lists; `trials` lists all."""
+WITHOUT_WORKER = {
+    "starting": "of them waiting for a worker process to start",
+    "waiting": "of them waiting for a machine",
+}
+"""Why trials that are under way are in no worker's hands, by the count of them."""
+UNITS: dict[str, dict[str, float]] = {
+    "bytes": {"kB": 1e3, "MB": 1e6, "GB": 1e9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30},
+    "seconds": {"h": 3600, "min": 60, "s": 1},
+}
+"""Those that a person may write of figures in a base unit, by that."""
+MOST_WORDS = 12
+"""Words of a column that `trials` tells where a condition on it holds for none; of plans there are more."""
+
+
+def status(run: str | Path, as_json: bool) -> dict[str, Any]:
+    """Where a run stands."""
+    facts = run_views.status(run_views.view(run), time.time())
+    if not as_json:
+        terminal = Terminal(quiet=False)
+        terminal.say(_headline(facts))
+        rows = [
+            (each["stage"], each["state"], _figure("seconds", each["seconds"]), each["steps"] or "", each["text"])
+            for each in facts["stages"]
+        ]
+        terminal.table(("stage", "state", "time", "steps", ""), rows)
+        is_running = facts["outcome"] == life.RUNNING and facts["has_begun"]
+        for line in _search_lines(facts["search"], is_running) if facts["search"] else ():
+            terminal.say(line)
+        if facts["to_compare"]:
+            terminal.say(facts["to_compare"])
+    return {"status": "ok", **facts}
+
+
+def _headline(facts: dict[str, Any]) -> str:
+    told, quiet = f"{facts['run']}: {facts['outcome']}", duration(facts["seconds_since_sign_of_life"])
+    process = f"on {facts['host']} (process {facts['pid']})"
+    match facts["outcome"]:
+        case "done":
+            return told
+        case life.RUNNING:
+            begun = "" if facts["has_begun"] else "; it has begun no stage yet, below is what the command before left"
+            return f"{told} {process}, last sign of life {quiet} ago{begun}"
+        case life.GONE:
+            told = (
+                f"{facts['run']}: no sign of life for {quiet} {process}: most likely gone; repeat the command to go on"
+            )
+        case "failed":
+            return f"{told}: {facts['error']}"
+        case _:
+            told += "; repeat the command to go on"
+    return f"{told}, in {facts['folder']}: {facts['command']}"
+
+
+def _search_lines(search: dict[str, Any], is_running: bool) -> list[str]:
+    counts = ", ".join(f"{search[name]} {name}" for name in ("finished", "stopped", "failed"))
+    begun = f", {search['running']} begun" if search["running"] else ""
+    under_way = f", {search['running']} running{_slots(search)}" if is_running else begun
+    left = "" if search["seconds_left"] is None else f"; about {duration(search['seconds_left'])} left"
+    left += " once it goes on" if left and not is_running else ""
+    lines = [f"trials: {search['trials']} of {search['max_trials']}: {counts}{under_way}{left}"]
+    for name, best in (("best so far", search["best"]), (search["control_name"], search["best_control"])):
+        if best:
+            reached = f"{search['score_title']} {best[search['metric']]:.4f}"
+            size = f"{best['bytes'] / 1e6:.1f} MB"
+            lines.append(f"{name + ':':<15}{reached}, trial {best['trial']} ({best['from']}), {size} [{best['plan']}]")
+    word = "under way:" if is_running else "begun:"
+    lines += _told([f"{word:<15}{_under_way(each, search['steps'])}" for each in search["under_way"]])
+    lines += _told([_failed(each) for each in search["failures"]])
+    if search["winner"] is not None:
+        lines.append(_winner(search))
+    return lines
+
+
+def _slots(search: dict[str, Any]) -> str:
+    """Where the trials under way are."""
+    slots = f" on {counted(search['slots'], 'slot')}" if search["slots"] and search["running"] else ""
+    without = [f"{search[name]} {why}" for name, why in WITHOUT_WORKER.items() if search[name]]
+    return slots + (f" ({', '.join(without)})" if without else "")
+
+
+def _winner(search: dict[str, Any]) -> str:
+    """What fresh rows chose."""
+    metric, chosen = search["metric"], search["winner"]
+    fresh = next(each for each in search["confirmations"] if each["index"] == chosen)
+    name = search["score_title"].removeprefix("validation ")
+    told = f"winner:        selection {name} {fresh[metric]:.4f}, trial {chosen} ({fresh['origin']})"
+    unbeaten = ", a control that no searched plan beat" if search["control_won"] else ""
+    return f"{told}{unbeaten}; `qpruner plan` prints its plan"
+
+
+def _told(lines: list[str]) -> list[str]:
+    """The first few, and how many more there are."""
+    more = len(lines) - MOST_LINES
+    return [*lines[:MOST_LINES], f"... and {more} more: `qpruner trials` lists them"] if more > 0 else lines
+
+
+def _under_way(trial: dict[str, Any], steps: int) -> str:
+    return f"trial {trial['trial']} ({trial['from']}), step {trial['step']}/{steps}"
+
+
+def _failed(trial: dict[str, Any]) -> str:
+    told = f"failed:        trial {trial['trial']} ({trial['from']}), {trial['failure']}: {trial['reason']}"
+    return f"{told}\n  remedy: {remedy_of(trial['failure'])}" if trial["failure"] else told
+
+
+def trials(run: str | Path, conditions: Sequence[str], sort: str, descending: bool, form: str) -> dict[str, Any]:
+    """The trials of a run.
+
+    Args:
+        run: The run folder.
+        conditions: `KEY=VALUE`, also with `!=`, `<`, `<=`, `>` and `>=`; all of them hold.
+        sort: A key; what has no such figure comes last.
+        descending: Largest first.
+        form: `text`, `csv` or `json`.
+
+    Raises:
+        UserError: For a key that trials do not have.
+    """
+    looked = run_views.view(run)
+    rows = every = [run_views.trial_row(looked, trial) for trial in looked.trials]
+    columns = list(rows[0]) if rows else list(SHOWN)
+    search = looked.state.search
+    names = {name: name for name in columns} | ALSO_CALLED | ({"score": search.metric} if search else {})
+    for condition in conditions:
+        rows = _where(rows, condition, names)
+    key = _known(sort, names)
+    told = [row for row in rows if row[key] is not None]
+    rows = [*sorted(told, key=operator.itemgetter(key), reverse=descending), *(row for row in rows if row[key] is None)]
+    if form == "csv":
+        writer = csv.DictWriter(sys.stdout, columns, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+    elif form == "text" and not rows:
+        none = "; ".join(["no trials match", *_what_there_is(every, conditions, names)])
+        click.echo(none if looked.trials else "there are no trials yet")
+    elif form == "text":
+        shown = [name for name in SHOWN if any(row[name] is not None for row in rows)]
+        terminal = Terminal(quiet=False)
+        terminal.table(shown, [[_cell(name, row) for name in shown] for row in rows])
+        for row in rows:
+            if row["failure"]:
+                terminal.say(_failed(row))
+    return {"status": "ok", "trials": rows}
+
+
+def _cell(name: str, row: dict[str, Any]) -> str:
+    """A trial's figure as the table shows it: a score, where the trial is past the rung that it is of, with that."""
+    shown = _figure(name, row[name])
+    return told_score(shown, row["rung"], row["step"]) if name in ("loss", "accuracy") and row["rung"] else shown
+
+
+def _where(rows: Sequence[dict[str, Any]], condition: str, names: Mapping[str, str]) -> list[dict[str, Any]]:
+    """The rows of which a condition holds; one without a value differs from every value.
+
+    A value of no more digits than the table shows compares with what it shows: 6 mean bits are those of 5.998.
+    """
+    key, sign, text = _parts(condition, names)
+    value: float | str = text
+    as_shown = False
+    if any(isinstance(row[key], int | float) for row in rows):
+        try:
+            value = _number(key, text)
+        except ValueError as error:
+            units = "".join(f", in {base} or with {', '.join(_units(key))}" for base in UNITS if key.endswith(base))
+            raise UserError(f"--where {condition}: `{key}` is a number{units}, got {text!r}") from error
+        as_shown = math.isfinite(value) and _number(key, _figure(key, value)) == value
+
+    def holds(found: Any) -> bool:
+        return COMPARISONS[sign](_number(key, _figure(key, found)) if as_shown else found, value)
+
+    return [row for row in rows if (sign == "!=" if row[key] is None else holds(row[key]))]
+
+
+def _number(key: str, text: str) -> float:
+    """A figure as a person writes it, with units as the table shows them, too: `126.91 MB`, `1 min 15 s`."""
+    units, total = _units(key), 0.0
+    for part in re.split(r"(?<=[A-Za-z])\s+", text):
+        unit = next((unit for unit in units if part.endswith(unit)), "")
+        total += float(part.removesuffix(unit)) * units.get(unit, 1)
+    return total
+
+
+def _units(key: str) -> dict[str, float]:
+    """The units of a figure by their names; none where it has no base unit."""
+    return next((units for base, units in UNITS.items() if key.endswith(base)), {})
+
+
+def _parts(condition: str, names: Mapping[str, str]) -> tuple[str, str, str]:
+    """Column, sign and value of a condition."""
+    parts = re.fullmatch(r"(.+?)(<=|>=|!=|<|>|=)(.*)", condition)
+    if parts is None:
+        raise UserError(
+            f"--where takes KEY=VALUE, or !=, <, <=, > and >= in place of =, got {condition!r}; "
+            "for example --where 'loss<3.2'"
+        )
+    return _known(parts[1].strip(), names), parts[2], parts[3].strip()
+
+
+def _what_there_is(
+    rows: Sequence[dict[str, Any]], conditions: Sequence[str], names: Mapping[str, str]
+) -> Iterator[str]:
+    """Of each condition that no row meets, the words that there are, or how far the numbers go."""
+    for condition in conditions:
+        key = _parts(condition, names)[0]
+        if _where(rows, condition, names):
+            continue
+        numbers = [row[key] for row in rows if isinstance(row[key], int | float)]
+        found = Counter(row[key] for row in rows if isinstance(row[key], str))
+        if numbers:
+            yield f"`{key}` is from {_figure(key, min(numbers))} to {_figure(key, max(numbers))}"
+        elif 0 < len(found) <= MOST_WORDS:
+            yield f"`{key}` is {', '.join(f'{word} ({count})' for word, count in found.most_common())}"
+
+
+def _known(key: str, names: Mapping[str, str]) -> str:
+    """The column that is called so."""
+    if key in names:
+        return names[key]
+    nearest = difflib.get_close_matches(key, names, n=1)
+    bits = [name for name in names if name.startswith("bits ")]
+    told = [name for name in names if name not in bits] + [f"`{name}` and so on, a group each" for name in bits[:1]]
+    hint = f"did you mean `{nearest[0]}`?" if nearest else f"they have {', '.join(told)}"
+    raise UserError(f"trials have no `{key}`; {hint}")
+
+
+def plan(run: str | Path, index: int | None, as_json: bool) -> dict[str, Any]:
+    """The winner's plan, or a trial's: YAML that `--plan` takes back."""
+    looked = run_views.view(run)
+    trial = run_views.winner(looked) if index is None else run_views.trial(looked, index)
+    budget, sizes = run_views.budget_bytes(looked), run_views.group_bytes(looked)
+    if not as_json:
+        size = f"{trial.plan_bytes / 1e6:.1f} MB, {trial.mean_bits:.2f} bits on average"
+        click.echo(f"# trial {trial.index} ({trial.origin}) of {looked.run_dir.place}: {size}")
+        if sizes:
+            grouped = plan_group_bytes(sizes, trial.plan)
+            others = f"{(trial.plan_bytes - grouped) / 1e6:.1f} MB besides: embeddings, norms, head, adapter"
+            click.echo(f"# {grouped / 1e6:.1f} MB in these groups; {others}")
+        if budget is not None:
+            click.echo(f"# {told_of_budget(trial.plan_bytes, budget)}")
+        for group, bits in trial.plan.items():
+            click.echo(f"{yaml.safe_dump({group: bits}).strip()}{_sizes(group, sizes)}")
+    return {
+        "status": "ok",
+        "trial": trial.index,
+        "from": trial.origin,
+        "bytes": trial.plan_bytes,
+        "mean_bits": trial.mean_bits,
+        "budget_bytes": budget,
+        "plan": trial.plan,
+        "group_bytes": sizes,
+    }
+
+
+def _sizes(group: str, sizes: dict[str, dict[str, int]]) -> str:
+    """What the group takes at each level, as a comment."""
+    told = ", ".join(f"{by_group[group] / 1e6:.2f} MB at {bits}" for bits, by_group in sizes.items())
+    return f"  # {told}" if told else ""
+
+
+def compare(runs: Sequence[str | Path], as_json: bool) -> dict[str, Any]:
+    """Runs side by side, by how much each is apart from the first, and the settings in which they differ."""
+    views = [run_views.view(run) for run in runs]
+    facts, settings = [run_views.summary(run) for run in views], run_views.differing_settings(views)
+    results = [run.results for run in views]
+    apart, shared = [against(each, results[0]) for each in results[1:]], shared_stages(results)
+    if not as_json:
+        terminal = Terminal(quiet=False)
+        keys = list(dict.fromkeys(key for each in facts for key in each if key != "run"))
+        body = [[key, *(_figure(key, each.get(key)) for each in facts)] for key in keys]
+        places = [each.run_dir.place.rstrip("/") for each in views]
+        headings = ["", *(_short(place, places) for place in places)]
+        terminal.table(headings, body)
+        if shared:
+            terminal.say(
+                f"Of stages that ran once for several of these runs the hours count in each: {', '.join(shared)}."
+            )
+        for name, found in zip(headings[2:], apart, strict=True):
+            terminal.prose(f"{name} less {headings[1]}: {told_against(found)}.")
+        if settings:
+            terminal.say("Settings that differ:")
+            terminal.table(headings, [[key, *map(_setting, values)] for key, values in settings.items()])
+        elif len(views) > 1:
+            terminal.say("All settings are the same.")
+    less_first = [
+        {"run": each["run"], "other": facts[0]["run"], **asdict(found)}
+        for each, found in zip(facts[1:], apart, strict=True)
+    ]
+    return {"status": "ok", "runs": facts, "differences": less_first, "differing_settings": settings}
+
+
+def _short(place: str, places: Sequence[str]) -> str:
+    """The end of a run's place, as long as it takes to tell it from the others."""
+    parts = place.split("/")
+    ends = ("/".join(parts[-count:]) for count in range(1, len(parts)))
+    others = [other for other in places if other != place]
+    return next((end for end in ends if not any(other.endswith(f"/{end}") for other in others)), place)
+
+
+def _setting(value: Any) -> str:
+    """A setting's value as a table shows it."""
+    if value is None:
+        return "-"
+    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def _figure(name: str, value: Any) -> str:
+    """A value as a table shows it."""
+    if value is None:
+        return "-"
+    if name.endswith("bytes"):
+        return f"{value / 1e6:.2f} MB"
+    if name.endswith("seconds"):
+        return duration(value)
+    if name == "mean_bits" or name.endswith("hours"):
+        return f"{value:.2f}"
+    return f"{value:.4f}" if isinstance(value, float) else str(value)

@@ -1,0 +1,87 @@
+"""How a search is halted: running rungs finish, nothing new starts, and the records say where to go on."""
+
+from __future__ import annotations
+
+import re
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any
+
+from ray.tune.callback import Callback
+from ray.tune.experiment import Trial
+from ray.tune.stopper import Stopper
+
+from qpruner.cluster.tune.job import LivesInDriver
+from qpruner.errors import NodeDiffers, QprunerError
+from qpruner.runs.events import Emit, Message
+from qpruner.wording import counted
+
+
+class Halt(LivesInDriver, Stopper, Callback):  # type: ignore[misc]
+    """Ends Tune's session between rungs, on Ctrl-C or on request; a second Ctrl-C is a KeyboardInterrupt at once.
+
+    Attributes:
+        requested: Whether the search is to end.
+        interrupted: Whether a person asked for it.
+        trouble: What the search ends with; None where it may go on.
+    """
+
+    def __init__(self, emit: Emit) -> None:
+        self.requested = self.interrupted = False
+        self.trouble: QprunerError | None = None
+        self._emit, self._told, self._num_running, self._at_once = emit, False, 0, False
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Take Ctrl-C while the search runs; signals reach the main thread only."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before = signal.signal(signal.SIGINT, self._on_signal)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGINT, before)
+
+    def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
+        """Whether a trial that reported a rung is to stop there."""
+        return self.requested
+
+    def hear(self, error: str) -> None:
+        """Take a trial's error; a node that cannot be used would meet one trial after the other with it."""
+        found = re.search(rf"^RuntimeError: {NodeDiffers.__name__}: (.+)$", error, re.MULTILINE)
+        if found and self.trouble is None:
+            self.end(NodeDiffers(found[1]))
+            self._emit(Message("search", f"warning: {found[1]}; running rungs finish, nothing new starts"))
+
+    def end(self, trouble: QprunerError, at_once: bool = False) -> None:
+        """Have the search end with an error, the first there was: between rungs, or at Tune's next step if it has one.
+
+        Raised while Tune handles a result, it would come out as a TuneError, after Tune had told the searcher a second
+        time that its trial is over (Ray 2.60).
+        """
+        self.requested, self.trouble = True, self.trouble or trouble
+        self._at_once = self._at_once or at_once
+
+    def stop_all(self) -> bool:
+        """Whether nothing is left to wait for; trials that wait for a slot are not started any more."""
+        return self.requested and not self._num_running
+
+    def on_step_begin(self, iteration: int, trials: list[Any], **info: Any) -> None:
+        if self.trouble and self._at_once:
+            raise self.trouble
+        self._num_running = sum(1 for trial in trials if trial.status == Trial.RUNNING)
+        if self.interrupted and not self._told:
+            # Not said by the signal's handler, which may have come in the middle of a line.
+            self._told = True
+            awaited = counted(self._num_running, "running rung")
+            text = f"interrupted: waiting for {awaited} to finish; Ctrl-C again leaves at once"
+            self._emit(Message("search", text))
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        if self.interrupted:
+            raise KeyboardInterrupt
+        self.requested = self.interrupted = True

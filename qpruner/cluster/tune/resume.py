@@ -1,0 +1,70 @@
+"""A search taken up from the records: its own trials, and those that another budget's or searcher's search left."""
+
+from __future__ import annotations
+
+from qpruner.cluster.tune.job import SearchJob, ending_of, observations_of
+from qpruner.plans.plan import PrecisionPlan
+from qpruner.runs.records import TrialRecord
+from qpruner.search.searchers import Ledger, Proposer, Suggestion
+from qpruner.search.timetable import Timetable
+from qpruner.search.trial_records import read_trials, remove_old_checkpoints, write_trial
+
+
+def take_up(job: SearchJob, proposer: Proposer) -> tuple[Ledger, list[TrialRecord]]:
+    """The ledger with every recorded trial in it, and those trials.
+
+    Another search's trials inform the searcher, their plans are not run again, and they do not use up
+    `search.max_trials`.
+    """
+    settings = job.config.search
+    slots = settings.max_concurrent if settings.deterministic else None
+    ledger = Ledger(
+        job.space,
+        proposer,
+        job.controls,
+        settings.max_trials,
+        None if settings.pareto else settings.patience,
+        proposes=job.config.is_searched,
+        timetable=Timetable(slots, settings.rungs) if slots else None,
+    )
+    recorded = [_revived(record, job) for record in read_trials(job.trials)]
+    remove_old_checkpoints(job.trials, [record for record in recorded if record.is_over])
+    for record in recorded:
+        plan = PrecisionPlan.from_dict(record.plan)
+        proposed = (record.expected_improvement, record.noise, record.slot_from)
+        suggestion = Suggestion(record.index, record.origin, plan, *proposed)
+        rungs = observations_of(record, job.config)
+        if not job.owns(record):
+            ledger.recall(suggestion, rungs, ending_of(record), counts=False)
+        elif record.status == "running":
+            ledger.resume(suggestion, rungs)
+        else:
+            ledger.recall(suggestion, rungs, ending_of(record))
+    return ledger, recorded
+
+
+def _revived(record: TrialRecord, job: SearchJob) -> TrialRecord:
+    """The record of a trial that has to go on, as one of this search: what was cut off, whosever it was, and what
+    another search stopped early and is a control here."""
+    plan = PrecisionPlan.from_dict(record.plan)
+    control = job.control_of(plan)
+    cut_off = record.status == "running" or record.is_tried_again
+    if not job.space.is_feasible(plan) or not (cut_off or (control and record.status == "stopped")):
+        return record
+    earlier = record.earlier_gpu_seconds
+    if not job.owns(record):
+        earlier = earlier | {record.search: record.gpu_seconds_of(record.search)}
+    update = {
+        "search": job.search,
+        "earlier_gpu_seconds": earlier,
+        "origin": control or record.origin,
+        "status": "running",
+        "reason": None,
+        "failure": None,
+        "times": record.times[: 1 + len(record.rungs)],
+        "slot_from": record.slot_from if record.status == "running" and job.owns(record) else None,
+    }
+    revived = record.model_copy(update=update)
+    if revived != record:
+        write_trial(job.trials, revived)
+    return revived

@@ -1,0 +1,268 @@
+"""What a Ray worker does with one trial: its record is written before each report, and says how it ended."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import logging
+import os
+import shutil
+import time
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
+
+import ray
+from ray import cloudpickle, tune
+
+from qpruner.cluster.nodes import stays
+from qpruner.cluster.testimony import own_name
+from qpruner.cluster.tune.job import METRIC, TIME, SearchJob, params_to_plan, smaller_batch
+from qpruner.config.schema import RunConfig
+from qpruner.errors import CorruptFile, StorageError, TakenOver, TrainingDiverged
+from qpruner.models.memory import PeakMemory, is_out_of_memory, kernel_kills, release, settle
+from qpruner.runs.mirror import fetch, workplace
+from qpruner.runs.object_store import is_mirror
+from qpruner.runs.paths import folder_digests, publish_folder, remove, sign_seconds
+from qpruner.runs.records import Begun, RungResult, TrialPulse
+from qpruner.runs.retry import patiently, storage_error
+from qpruner.search.trial_job import TrialJob
+from qpruner.search.trial_records import (
+    begin_anew_if_damaged,
+    checkpoint_of,
+    objective,
+    read_pulse,
+    read_trial,
+    trial_folder,
+    trial_path,
+    write_pulse,
+    write_trial,
+)
+
+logger = logging.getLogger(__name__)
+
+Failure = Literal["infeasible", "diverged", "storage", "damaged", "error"]
+
+
+def sent_whole(job: SearchJob) -> Callable[[dict[str, Any]], None]:
+    """What Tune sends to a worker: `run_recorded`, unpickled where the machine has been found to be like the driver's.
+
+    A nested function brings itself along; another qpruner there could not even read the job.
+    """
+    check, work = job.check_node, cloudpickle.dumps(functools.partial(run_recorded, job=job))
+
+    def run_where_alike(params: dict[str, Any]) -> None:
+        from ray import cloudpickle  # what this module's names stand for may differ there
+
+        cloudpickle.loads(check)()
+        cloudpickle.loads(work)(params)
+
+    return run_where_alike
+
+
+def run_recorded(params: dict[str, Any], job: SearchJob) -> None:
+    """One trial, from its own last rung to its end."""
+    _limit_threads(job.resources)
+    settle()
+    release()  # the actor's last trial
+    trial = _RecordedTrial(params, job)
+    leave_if_drained()
+    trial.report_last_rung()
+    while not trial.ran():
+        release()
+
+
+def leave_if_drained() -> None:
+    """End this process where its machine is about to go: its trial goes on elsewhere, from the rung that is recorded.
+
+    Ray gives such a node no new actors, but Tune would go on with this one, and hand it one trial after another (Ray
+    2.60). A node that does nothing any more leaves the cluster by itself.
+    """
+    if not stays(ray.get_runtime_context().get_node_id()):
+        os._exit(0)
+
+
+class _RecordedTrial:
+    def __init__(self, params: dict[str, Any], job: SearchJob) -> None:
+        self._job, self._plan = job, params_to_plan(params)
+        self._record = read_trial(job.trials, params["trial"])
+        if begin_anew_if_damaged(job.trials, self._record, logger.warning):
+            self._record = read_trial(job.trials, params["trial"])
+        # What an earlier process held since its last rung is in its pulse alone.
+        spent = [each for each in (self._record, read_pulse(job.trials, self._record.index)) if each]
+        self._before = max(each.seconds for each in spent), max(each.gpu_seconds for each in spent)
+        self._started = time.monotonic()
+        self._memory = PeakMemory()
+        self._node = ray.get_runtime_context().get_node_id()
+        self._beats, self._told = 0, float("-inf")
+        begun = Begun(search=job.search, session=job.session, time=time.time(), seconds=self._before[0])
+        times = {} if self._record.rungs else {"times": (begun.time,)}  # it may have waited long for a machine
+        ours = {"worker": uuid.uuid4().hex, "node": own_name(), "begun": (*self._record.begun, begun)}
+        self._record = self._record.model_copy(update=ours | times)
+        write_trial(job.trials, self._record)
+        self._progress(self._record.rungs[-1].step if self._record.rungs else 0)
+
+    def report_last_rung(self) -> None:
+        """A trial that goes on says its last rung again: the scheduler may have been killed before it decided."""
+        if self._record.rungs:
+            tune.report(_metrics(self._record.rungs[-1], self._job.config))
+
+    def ran(self) -> bool:
+        """Run the trial to its end; False when it should go on from its last rung, with a smaller micro-batch or since
+        the storage is back."""
+        start = checkpoint_of(self._job.trials, self._record)
+        try:
+            job = TrialJob(self._config(), self._job.materials, self._plan)
+            self._job.trial(job, fetch(start) if start else None, self._report, self._progress)
+        except TakenOver:
+            raise
+        except Exception as error:
+            smaller = smaller_batch(self._record, self._job.config) if is_out_of_memory(error) else None
+            if smaller is None and self._was_away(error):
+                return False
+            if smaller is None:
+                self._fail(error)
+                raise
+            self._write(micro_batch_size=smaller)
+            return False
+        return True
+
+    def _config(self) -> RunConfig:
+        """The configuration, with batches as small as want of memory made them."""
+        config, size = self._job.config, self._record.micro_batch_size
+        if size is None:
+            return config
+        training = config.training.model_copy(update={"micro_batch_size": size})
+        scored = max(1, config.evaluate.batch_size * size // config.training.micro_batch_size)
+        evaluate = config.evaluate.model_copy(update={"batch_size": scored})
+        return config.model_copy(update={"training": training, "evaluate": evaluate})
+
+    def _report(self, result: RungResult, checkpoint: Path) -> None:
+        target = trial_folder(self._job.trials, self._record.index) / f"checkpoint-{result.step}"
+        aside = patiently(lambda: _beside(checkpoint, target, str(self._record.worker)), target)
+        digests = folder_digests(aside)
+        # Asked again where it counts: copying took its time, and so does publishing.
+        self._check_that_it_is_ours()
+        _drop_others(aside)
+        publish_folder(aside, target)
+        old = checkpoint_of(self._job.trials, self._record)
+        ended = result.step >= self._job.config.search.steps
+        self._check_that_it_is_ours()
+        self._write(
+            rungs=(*self._record.rungs, result),
+            checkpoint=digests,
+            status="finished" if ended else "running",
+            kills=0,
+            memory_kills=0,
+            times=(*self._record.times, time.time()),
+        )
+        if old:
+            remove(old)
+        tune.report(_metrics(result, self._job.config))
+        leave_if_drained()
+
+    def _check_that_it_is_ours(self) -> None:
+        if read_trial(self._job.trials, self._record.index).worker != self._record.worker:
+            raise TakenOver
+
+    def _progress(self, step: int) -> None:
+        self._beats += 1
+        if time.monotonic() - self._told < sign_seconds(self._job.trials):
+            return
+        self._told = time.monotonic()
+        pulse = TrialPulse(
+            node=self._node,
+            pid=os.getpid(),
+            step=step,
+            beats=self._beats,
+            peak_memory_bytes=self._memory.bytes(),
+            kernel_kills=kernel_kills(),
+            **self._spent(),
+        )
+        write_pulse(self._job.trials, self._record.index, pulse)
+
+    def _was_away(self, error: Exception) -> bool:
+        """Whether what a trial missed or took for damaged was a storage that was away, and is back: what libraries say
+        of it may have no number, and is then any other error."""
+        record = trial_path(self._job.trials, self._record.index)
+        if is_mirror(record) or diagnosis(error)[0] not in ("error", "damaged"):
+            return False
+        with contextlib.suppress(OSError):
+            record.stat()
+            return False
+        try:
+            patiently(record.stat, record, was_there=True)
+        except (OSError, StorageError):
+            return False
+        logger.warning("trial %d goes on: the storage was away when it said %s", self._record.index, error)
+        return True
+
+    def _fail(self, error: Exception) -> None:
+        if self._record.is_over:
+            return  # what came after its last rung takes nothing from it
+        failure, reason = diagnosis(error)
+        if failure == "infeasible":
+            reason += f" (micro-batch {self._config().training.micro_batch_size})"
+        if failure in ("storage", "damaged"):
+            reason += f" (on {own_name()})"  # whose disk or copy it may be
+        # Where even this cannot be written, the record says "running", and the trial goes on from its last rung.
+        with contextlib.suppress(OSError, StorageError):
+            self._check_that_it_is_ours()
+            self._write(patience_seconds=0.0, status="failed", failure=failure, reason=reason)
+
+    def _write(self, patience_seconds: float | None = None, **update: Any) -> None:
+        measured = {"peak_memory_bytes": self._memory.bytes(), "memory_counter": self._memory.counter}
+        self._record = self._record.model_copy(update=self._spent() | measured | update)
+        write_trial(self._job.trials, self._record, patience_seconds)
+
+    def _spent(self) -> dict[str, float]:
+        """What the trial has taken, all sessions together."""
+        seconds = time.monotonic() - self._started
+        held = seconds * self._job.resources.get("gpu", 0.0)
+        return {"seconds": self._before[0] + seconds, "gpu_seconds": self._before[1] + held}
+
+
+def diagnosis(error: Exception) -> tuple[Failure, str]:
+    """What kind of failure an error is, and one line that says so."""
+    if isinstance(error, StorageError):
+        return "storage", error.cause
+    if isinstance(error, CorruptFile):
+        return "damaged", f"a file of the run is damaged: {error}"
+    text = str(error).strip().splitlines()
+    line = f"{type(error).__name__}: {text[0][:200] if text else 'no message'}"
+    if is_out_of_memory(error):
+        return "infeasible", f"out of memory: {line}"
+    if isinstance(error, TrainingDiverged):
+        return "diverged", line
+    trouble = storage_error(error)
+    return ("storage", trouble.cause) if trouble else ("error", line)
+
+
+def _beside(checkpoint: Path, target: Path, worker: str) -> Path:
+    """Copy a checkpoint next to its final place, so that the last step is a rename where there are any."""
+    aside = workplace(target.with_name(f".{target.name}.{worker}"))
+    shutil.rmtree(aside, ignore_errors=True)
+    # training_args.bin is a pickle that nothing reads; it stays out of the run's storage.
+    shutil.copytree(checkpoint, aside, ignore=shutil.ignore_patterns("training_args.bin", "README.md"))
+    return aside
+
+
+def _drop_others(aside: Path) -> None:
+    """Remove what workers before this one copied and did not publish; only the trial's own worker may."""
+    for left in aside.parent.glob(".checkpoint-*"):
+        if left != aside:
+            shutil.rmtree(left, ignore_errors=True)
+
+
+def _limit_threads(resources: dict[str, float]) -> None:
+    import torch
+
+    if not torch.cuda.is_available():
+        torch.set_num_threads(max(1, int(resources.get("cpu", 1))))
+
+
+def _metrics(result: RungResult, config: RunConfig) -> dict[str, float]:
+    values = {METRIC: objective(result, config), TIME: result.step, "loss": result.loss}
+    optional = {"accuracy": result.accuracy, "accuracy_stderr": result.accuracy_stderr, "train_loss": result.train_loss}
+    return values | {name: value for name, value in optional.items() if value is not None}

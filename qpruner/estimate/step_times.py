@@ -1,0 +1,148 @@
+"""How fast this device trains and scores: a few real steps on a few blocks of the model's own shapes.
+
+The blocks have random weights, packed as the plans' are, and adapters; embeddings and head are whole. A model of one
+block and one of five tell what a block costs and what the rest does; no weight of the model is read.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from qpruner.config.schema import RunConfig
+from qpruner.data.calibration import token_losses
+from qpruner.data.rows import IGNORED_LABEL
+from qpruner.models import cpu, ragged
+from qpruner.models.layout import group_linears
+from qpruner.models.loading import device
+from qpruner.models.memory import release
+from qpruner.plans.plan import FULL_BITS
+from qpruner.quantization.assembly import attach_adapters
+from qpruner.quantization.mixed import pack, packed_layer
+
+FEW, MORE = 1, 5
+"""Blocks of the two models."""
+REPEATS = 3
+
+
+@dataclass(frozen=True)
+class Seconds:
+    """Of one batch through the whole model.
+
+    Attributes:
+        training: Forward and backward.
+        scoring: Forward.
+    """
+
+    training: float
+    scoring: float
+
+
+def measure(config: RunConfig, model_config: Any, share_high: float, share_labelled: float, threads: int) -> Seconds:
+    """Time a micro-batch of rows of full length.
+
+    Args:
+        config: Its batch size, length, bit-widths and adapters.
+        model_config: transformers config of the pruned model.
+        share_high: Share of the weights that are at the highest bits, the others being at the lowest.
+        share_labelled: Share of the tokens that have a label, to which the head is applied.
+        threads: CPU cores of a slot.
+    """
+    if not torch.cuda.is_available():
+        torch.set_num_threads(threads)
+    levels = config.quantize.bits
+    batch = _batch(config, model_config, share_labelled)
+    low, high = (_whole_model(config, model_config, batch, bits) for bits in (levels[0], levels[-1]))
+    mixed = ((1 - share_high) * least + share_high * most for least, most in zip(low, high, strict=True))
+    return Seconds(*mixed)
+
+
+def _batch(config: RunConfig, model_config: Any, share_labelled: float) -> dict[str, torch.Tensor]:
+    rows, length = config.training.micro_batch_size, config.data.max_length
+    ids = torch.randint(0, int(model_config.vocab_size), (rows, length), device=device())
+    labels = ids.clone()
+    labels[:, : round(length * (1 - share_labelled))] = IGNORED_LABEL
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
+
+
+def _whole_model(
+    config: RunConfig, model_config: Any, batch: dict[str, torch.Tensor], bits: int
+) -> tuple[float, float]:
+    """Seconds of training and of scoring with every group at some bits, from the two small models."""
+    blocks = int(model_config.num_hidden_layers)
+    few, more = min(FEW, blocks), min(MORE, blocks)
+    timed = {}
+    for count in {few, more}:
+        timed[count] = _timed(_small_model(config, model_config, count, bits), batch)
+        release()
+    if few == more:
+        return timed[few]
+    whole = []
+    for less, most in zip(timed[few], timed[more], strict=True):
+        block = max(0.0, most - less) / (more - few)
+        whole.append(most + (blocks - more) * block)
+    return whole[0], whole[1]
+
+
+def _timed(model: Any, batch: dict[str, torch.Tensor]) -> tuple[float, float]:
+    # As the Trainer runs it.
+    mixed = torch.autocast("cuda", torch.bfloat16) if torch.cuda.is_available() else contextlib.nullcontext()
+
+    def train() -> None:
+        with mixed:
+            loss = token_losses(model, batch).sum()
+        loss.backward()  # type: ignore[no-untyped-call]
+
+    def score() -> None:
+        model.eval()
+        with torch.no_grad():
+            float(token_losses(model, batch).sum())
+
+    return _least(train), _least(score)
+
+
+def _least(work: Any) -> float:
+    taken = []
+    for _ in range(1 + REPEATS):
+        _wait()
+        started = time.perf_counter()
+        work()
+        _wait()
+        taken.append(time.perf_counter() - started)
+    return min(taken[1:])  # the first warms up; what else the machine does only adds
+
+
+def _wait() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def _small_model(config: RunConfig, model_config: Any, num_blocks: int, bits: int) -> Any:
+    """Blocks from the middle of the model, whose widths are neither the first's nor the last's."""
+    from transformers import AutoModelForCausalLM
+
+    ragged.install(model_config.model_type)
+    cpu.install()
+    small = copy.deepcopy(model_config)
+    first = (int(small.num_hidden_layers) - num_blocks) // 2
+    ragged.keep_blocks(small, range(first, first + num_blocks))
+    quantize, dtype = config.quantize, getattr(torch, config.model.dtype)
+    with torch.device(device()):
+        model: Any = AutoModelForCausalLM.from_config(small, dtype=dtype)
+    if bits != FULL_BITS:
+        for paths in group_linears(small, quantize.group).values():
+            for path in paths:
+                linear = model.get_submodule(path)
+                tensors = pack(linear.weight.data, bits, quantize.double_quant)
+                model.set_submodule(path, packed_layer(linear, bits, tensors, dtype, quantize.double_quant))
+        model.is_loaded_in_4bit = model.is_loaded_in_8bit = True
+    adapted: Any = attach_adapters(model, {}, config.lora, quantize.group, config.seed)
+    if config.training.gradient_checkpointing:
+        adapted.enable_input_require_grads()
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    return adapted.train()

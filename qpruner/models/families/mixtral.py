@@ -1,0 +1,82 @@
+"""Mixtral: Llama's attention, and an MLP of experts whose weights are stacked in one parameter each."""
+
+import functools
+from dataclasses import dataclass
+from typing import Any
+
+from qpruner.models.families.family import ATTENTION, EXPERT, MLP, Family, UnitKind, UnitSlice
+
+
+@dataclass(frozen=True)
+class MixtureFamily(Family):
+    """Experts in `mlp.experts.gate_up_proj` ``(experts, 2 * channels, hidden)`` and `mlp.experts.down_proj`
+    ``(experts, hidden, channels)``, a router in `mlp.gate.weight` ``(experts, hidden)``.
+
+    Attributes:
+        experts_key: Config key of the number of experts.
+        channels_key: Config key of the channels of one expert.
+    """
+
+    experts_key: str = "num_local_experts"
+    channels_key: str = "intermediate_size"
+
+    def projections(self) -> dict[str, tuple[str, ...]]:
+        whole = super().projections()
+        return {name: whole[name] for name in ("qkv", "o")}
+
+    @property
+    def unquantizable(self) -> tuple[str, ...]:
+        return ("mlp.experts.gate_up_proj", "mlp.experts.down_proj")
+
+    def unit_kinds(self, layer_config: Any, index: int) -> tuple[UnitKind, ...]:
+        return (self.attention_kind(layer_config), self.expert_kind(layer_config), self.channel_kind(layer_config))
+
+    def expert_kind(self, layer_config: Any) -> UnitKind:
+        """Whole experts with their row of the router."""
+        names = ("mlp.experts.gate_up_proj", "mlp.gate.weight", "mlp.experts.down_proj")
+        return UnitKind(EXPERT, getattr(layer_config, self.experts_key), tuple(UnitSlice(name, 0, 1) for name in names))
+
+    def channel_kind(self, layer_config: Any) -> UnitKind:
+        """Channels of the experts; each expert keeps its own, all the same number."""
+        experts, channels = getattr(layer_config, self.experts_key), getattr(layer_config, self.channels_key)
+        slices = (
+            UnitSlice("mlp.experts.gate_up_proj", 1, 1),
+            UnitSlice("mlp.experts.gate_up_proj", 1, 1, offset=channels),
+            UnitSlice("mlp.experts.down_proj", 2, 1),
+        )
+        return UnitKind(MLP, experts * channels, slices, partitions=experts)
+
+    def residual_factor(self, config: Any) -> float | None:
+        return None
+
+    def least_experts(self, layer_config: Any) -> int:
+        """A token is sent to this many experts, so a block must keep them."""
+        return int(layer_config.num_experts_per_tok)
+
+    def widths(self, layer_config: Any, index: int, num_units: dict[str, int]) -> dict[str, int]:
+        heads_per_group = layer_config.num_attention_heads // layer_config.num_key_value_heads
+        return {
+            "num_key_value_heads": num_units[ATTENTION],
+            "num_attention_heads": num_units[ATTENTION] * heads_per_group,
+            self.experts_key: num_units[EXPERT],
+            self.channels_key: num_units[MLP],
+        }
+
+    def after_build(self, block: Any, config: Any, index: int) -> None:
+        """Show the router's logits as wide as those of a whole block: the balancing loss adds them up over blocks."""
+        router: Any = getattr(block.mlp, "gate", None)
+        if router is not None and (missing := getattr(config, self.experts_key) - len(router.weight)) > 0:
+            router.register_forward_hook(functools.partial(_widen_logits, missing=missing))
+
+    def after_cut(self, model: Any) -> None:
+        model.num_experts = getattr(model.config, self.experts_key)
+
+
+def _widen_logits(router: Any, args: Any, output: tuple[Any, ...], missing: int) -> tuple[Any, ...]:
+    """Logits of minus infinity, a share of nothing, for the experts that are gone; who routes does not read them."""
+    from torch.nn.functional import pad
+
+    return (pad(output[0], (0, missing), value=float("-inf")), *output[1:])
+
+
+MIXTRAL = MixtureFamily("mixtral", ("transformers.models.mixtral.modeling_mixtral", "MixtralDecoderLayer"))

@@ -1,0 +1,63 @@
+"""OLMo 2: query and key norms over all heads together, so their weights are cut with the heads.
+
+The norm's mean square is then over the heads that stay. A model whose removed heads were only set to zero would divide
+by the old number of heads and make every attention score smaller by kept / all heads; taking the mean over what is left
+keeps queries and keys at their size. "Cut equals masked" therefore holds for this family with a norm that leaves the
+masked heads out of its mean.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from qpruner.models.families.family import ATTENTION, Family, UnitKind, UnitSlice
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True)
+class Olmo2(Family):
+    """Llama's projections, and norms that follow the heads."""
+
+    def attention_kind(self, layer_config: Any) -> UnitKind:
+        kind = super().attention_kind(layer_config)
+        queries, keys = kind.slices[0].width, kind.slices[1].width
+        norms = (
+            UnitSlice("self_attn.q_norm.weight", 0, queries),
+            UnitSlice("self_attn.k_norm.weight", 0, keys),
+        )
+        return replace(kind, slices=(*norms, *kind.slices))
+
+    def residual_factor(self, config: Any) -> float | None:
+        return None
+
+    @contextmanager
+    def as_cut(self, block: torch.nn.Module, kind: UnitKind, kept: Sequence[int]) -> Iterator[None]:
+        """Give the norms a mean over the heads that stay."""
+        norms = kind.slices[:2] if kind.name == ATTENTION else ()
+        handles = []
+        for item in norms:
+            stays = [unit * item.width + row for unit in kept for row in range(item.width)]
+            norm = block.get_submodule(item.parameter.removesuffix(".weight"))
+            handles.append(norm.register_forward_hook(partial(_normed_over, stays=stays)))
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+
+def _normed_over(norm: Any, args: tuple[torch.Tensor], output: torch.Tensor, stays: list[int]) -> torch.Tensor:
+    """What an RMS norm gives when its mean is over some entries alone."""
+    hidden = args[0].float()
+    mean_square = hidden[..., stays].square().mean(-1, keepdim=True)
+    normed: torch.Tensor = norm.weight * (hidden * (mean_square + norm.variance_epsilon).rsqrt()).to(output.device)
+    return normed.to(output.dtype)
+
+
+OLMO2 = Olmo2("olmo2", ("transformers.models.olmo2.modeling_olmo2", "Olmo2DecoderLayer"))

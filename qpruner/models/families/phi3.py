@@ -1,0 +1,49 @@
+"""Phi-3 and Phi-4 (text): q, k and v in one layer, one after the other; gate and up likewise."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from qpruner.models.families.family import ATTENTION, MLP, Family, UnitKind, UnitSlice
+
+
+@dataclass(frozen=True)
+class Phi3(Family):
+    """Rows of `qkv_proj` are all queries, then all keys, then all values; of `gate_up_proj` all gates, then all ups."""
+
+    def projections(self) -> dict[str, tuple[str, ...]]:
+        return {
+            "qkv": ("self_attn.qkv_proj",),
+            "o": ("self_attn.o_proj",),
+            "gate_up": ("mlp.gate_up_proj",),
+            "down": ("mlp.down_proj",),
+        }
+
+    def attention_kind(self, layer_config: Any) -> UnitKind:
+        head_dim, groups = self.head_dim(layer_config), layer_config.num_key_value_heads
+        heads = layer_config.num_attention_heads // groups
+        keys = groups * heads * head_dim
+        slices = (
+            UnitSlice("self_attn.qkv_proj.weight", 0, heads * head_dim, heads=heads),
+            UnitSlice("self_attn.qkv_proj.weight", 0, head_dim, offset=keys),
+            UnitSlice("self_attn.qkv_proj.weight", 0, head_dim, offset=keys + groups * head_dim),
+            UnitSlice("self_attn.o_proj.weight", 1, heads * head_dim, heads=heads),
+        )
+        return UnitKind(ATTENTION, groups, slices)
+
+    def mlp_kind(self, layer_config: Any) -> UnitKind:
+        channels = layer_config.intermediate_size
+        slices = (
+            UnitSlice("mlp.gate_up_proj.weight", 0, 1),
+            UnitSlice("mlp.gate_up_proj.weight", 0, 1, offset=channels),
+            UnitSlice("mlp.down_proj.weight", 1, 1),
+        )
+        return UnitKind(MLP, channels, slices)
+
+    def is_plain(self, config: Any, widths: dict[str, int]) -> bool:
+        """The config wants a rope factor for every pair of hidden size / heads, whatever the head size."""
+        rope = config.rope_parameters
+        pairs = int(config.hidden_size // widths["num_attention_heads"] * rope["partial_rotary_factor"]) // 2
+        return all(len(rope[key]) == pairs for key in ("short_factor", "long_factor") if rope.get(key))
+
+
+PHI3 = Phi3("phi3", ("transformers.models.phi3.modeling_phi3", "Phi3DecoderLayer"))

@@ -1,0 +1,5 @@
+"""Qwen2 and 2.5: Llama's block with biases on q, k and v."""
+
+from qpruner.models.families.family import Family
+
+QWEN2 = Family("qwen2", ("transformers.models.qwen2.modeling_qwen2", "Qwen2DecoderLayer"))

@@ -1,0 +1,43 @@
+"""Qwen3-MoE: Qwen3's attention, an MLP of experts in most blocks and a plain one in the others."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from qpruner.models.families.family import MLP, UnitKind
+from qpruner.models.families.mixtral import MixtureFamily
+
+
+@dataclass(frozen=True)
+class Qwen3Moe(MixtureFamily):
+    """Blocks named in `mlp_only_layers`, or skipped by `decoder_sparse_step`, have Llama's MLP."""
+
+    def unit_kinds(self, layer_config: Any, index: int) -> tuple[UnitKind, ...]:
+        if self._has_experts(layer_config, index):
+            return super().unit_kinds(layer_config, index)
+        return (self.attention_kind(layer_config), self.mlp_kind(layer_config))
+
+    def widths(self, layer_config: Any, index: int, num_units: dict[str, int]) -> dict[str, int]:
+        experts, channels = layer_config.num_experts, layer_config.moe_intermediate_size
+        if self._has_experts(layer_config, index):
+            return super().widths(layer_config, index, num_units) | {
+                "intermediate_size": layer_config.intermediate_size
+            }
+        widths = super().widths(layer_config, index, num_units | {"expert": experts})
+        return widths | {"moe_intermediate_size": channels, "intermediate_size": num_units[MLP]}
+
+    def keep_blocks(self, config: Any, kept: list[int]) -> None:
+        super().keep_blocks(config, kept)
+        # Which blocks are plain depends on their position: spell it out before positions change.
+        config.mlp_only_layers = [new for new, old in enumerate(kept) if not self._has_experts(config, old)]
+        config.decoder_sparse_step = 1
+
+    def _has_experts(self, config: Any, index: int) -> bool:
+        return index not in config.mlp_only_layers and (index + 1) % config.decoder_sparse_step == 0
+
+
+QWEN3_MOE = Qwen3Moe(
+    "qwen3_moe",
+    ("transformers.models.qwen3_moe.modeling_qwen3_moe", "Qwen3MoeDecoderLayer"),
+    experts_key="num_experts",
+    channels_key="moe_intermediate_size",
+)

@@ -1,5 +1,0 @@
-"""Llama 1-3.x; SmolLM, TinyLlama and Vicuna are of this family."""
-
-from qpruner.models.structure.family import DividedFamily
-
-LLAMA = DividedFamily("llama", ("transformers.models.llama.modeling_llama", "LlamaDecoderLayer"))

@@ -1,0 +1,396 @@
+"""The rows of a run before it is begun: which there are, that no two uses share any, that they can be encoded."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from qpruner.config.schema import DataConfig, RunConfig
+from qpruner.data.rows import (
+    SENSITIVITY_KEYS,
+    Example,
+    check_disjoint,
+    encode,
+    load_examples,
+    load_token_ids,
+    normalized,
+    packed_samples,
+    row_samples,
+    shuffled,
+)
+from qpruner.errors import UserError, together
+from qpruner.models.loading import check_source, load_tokenizer, resolve_source, whole_path
+from qpruner.training.evaluate import TaskQuestions, task_questions
+from qpruner.wording import counted
+
+MOST_CHARACTERS_A_TOKEN = 8
+"""Text of more is long enough without being counted in tokens."""
+PROMPT_MARGIN = 1.25
+"""A prompt that takes less than the room by so much leaves a token to predict, however its tokens are counted."""
+CHARACTERS_A_TOKEN = 4
+"""About, in English."""
+ALPACA_TOKENS, QUESTION_TOKENS = 40, 4
+"""Of the template around an instruction, and around a question."""
+TEMPLATE_END = 8
+"""Tokens that a template puts behind a response at most."""
+SPLITS = ("train", "validation", "confirmation")
+MOST_LOST = 0.05
+"""Share of rows that may lose all of their response without a word. Rows that lose their ends alone are counted by
+`check`: cut at 256 tokens, as published, 9 of 102 rows of cleaned Alpaca do."""
+FEW_TOKENS = 500
+"""A mean loss over fewer is mostly about which rows they are: on 143 (64 questions) eight bits came out behind four
+(LOG.md, 2026-11-27)."""
+FEW_QUESTIONS = 40
+"""An accuracy over fewer has a standard error of up to 0.08 and more, beyond most differences between plans."""
+LONGEST_HEADING = 5
+"""Words of a line that may stand in two texts."""
+Questions = dict[str, list[str]]
+"""Texts of each task's questions."""
+
+
+@dataclass(frozen=True)
+class RowCounts:
+    """How many samples and questions the steps of a run have, where `Inspection.examples` does not say it.
+
+    Attributes:
+        samples: Those that importance and sensitivities are measured on (`importance`, `sensitivity`).
+        questions: By use and task: those that score the trials (`search`), further ones that choose the winner
+            (`fresh`) and those of the final table (`test`).
+        sample_length: Tokens of the longest sample of importance, at most.
+    """
+
+    samples: dict[str, int]
+    questions: dict[str, dict[str, int]]
+    sample_length: int
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Every row and question that a run will use.
+
+    Attributes:
+        examples: Rows by split.
+        questions: Words of the tasks' questions, by use: those that score the trials (`search`), further ones that
+            choose the winner (`fresh`), those of the final table (`evaluate`).
+        asked: How many questions, as `RowCounts.questions`.
+        metrics: lm-eval's metric that scores each task, by section (`search`, `evaluate`).
+        warnings: What will work, but perhaps not as hoped.
+    """
+
+    examples: dict[str, list[Example]]
+    questions: dict[str, list[str]]
+    asked: dict[str, dict[str, int]]
+    metrics: dict[str, dict[str, str]]
+    warnings: tuple[str, ...]
+
+
+def check_rows(config: RunConfig) -> Rows:
+    """Read every row and question that the run will use.
+
+    Raises:
+        UserError: For sources and tasks that cannot be read or have too few rows, all of them; for rows that two uses
+            share.
+    """
+    loaded: tuple[dict[str, list[Example]], list[str]]
+    tasks: dict[str, dict[str, TaskQuestions]]
+    loaded, tasks = together(lambda: _load_splits(config), lambda: _tasks(config))
+    examples, left_out = loaded
+    asked = _asked_questions(config, tasks)
+    words = {use: [normalized(text) for texts in asked[use].values() for text in texts] for use in asked}
+    _check_overlap(config, examples, words)
+    uses = {"search": "search", "fresh": "fresh", "evaluate": "test"}
+    numbers = {name: {task: len(texts) for task, texts in asked[use].items()} for use, name in uses.items()}
+    told = (
+        *_without_response(examples),
+        *_without_room(config, examples),
+        *_few_tokens(config, examples),
+        *_few_questions(words),
+    )
+    warnings = (*left_out, *_asked_again(words["search"], words["fresh"]), *told)
+    metrics = {use: {name: task.metric for name, task in of_use.items()} for use, of_use in tasks.items()}
+    return Rows(examples, words, numbers, metrics, warnings)
+
+
+def _load_splits(config: RunConfig) -> tuple[dict[str, list[Example]], list[str]]:
+    """Rows by split, and what of them is left out, in words."""
+    sources = {name: (getattr(config.data, name), f"data.{name}") for name in SPLITS}
+    sources["calibration"] = (config.calibration.data, "calibration.data")
+    sources["text"] = (config.evaluate.text, "evaluate.text")
+    given = {name: each for name, each in sources.items() if each[0]}
+    loaded = together(*(partial(load_examples, *each) for each in given.values()))
+    examples: dict[str, list[Example]] = dict(zip(given, loaded, strict=True))
+    examples.setdefault("calibration", examples["train"])
+    examples["confirmation"], left_out = _without_repeats(examples["confirmation"])
+    if len(examples["confirmation"]) < 2:
+        raise UserError(
+            "`data.confirmation` must have at least 2 rows that differ, one to choose the winner by and one to judge "
+            "it by, got 1: name a source that has more, or raise its `limit`"
+        )
+    return examples, left_out
+
+
+def _without_repeats(rows: list[Example]) -> tuple[list[Example], list[str]]:
+    """The confirmation rows, each once: every other one chooses, and a row that comes again might judge as well."""
+    different: dict[str | int, Example] = {}
+    for position, row in enumerate(rows):
+        different.setdefault(row.identity or position, row)
+    if len(different) == len(rows):
+        return rows, []
+    [(again, _)] = Counter(row.identity for row in rows if row.identity).most_common(1)
+    return list(different.values()), [
+        f"{counted(len(rows) - len(different), 'row')} of `data.confirmation` left out, since the same row stands "
+        f"there before, such as {again[:90]!r}: none may both choose the winner and judge it"
+    ]
+
+
+def _asked_again(asked: list[str], fresh: list[str]) -> list[str]:
+    """Whether questions that choose the winner are some of the trials' own."""
+    shared = set(asked) & set(fresh)
+    if not shared:
+        return []
+    return [
+        f"`search.tasks` repeat {counted(len(shared), 'question')}, such as {min(shared)[:90]!r}, which the trials are "
+        "asked and the winner is chosen by: another `search.limit` parts them elsewhere"
+    ]
+
+
+def _without_response(examples: dict[str, list[Example]]) -> Iterator[str]:
+    """That rows have no answer: columns that are empty or that single rows of a file lack."""
+    for split in SPLITS:
+        empty = [row for row in examples[split] if row.format != "text" and not row.response.strip()]
+        if empty:
+            yield (
+                f"{counted(len(empty), 'row')} of `data.{split}` of {len(examples[split])} have no response, such as "
+                f"{empty[0].prompt[:90]!r}: they teach to say nothing; fill them or leave them out"
+            )
+
+
+def _without_room(config: RunConfig, examples: dict[str, list[Example]]) -> Iterator[str]:
+    """That prompts leave no room for a response, in about how many tokens they have."""
+    longest = config.data.max_length
+    for split in SPLITS:
+        rows = examples[split]
+        lost = sum(about_tokens(row)[0] >= longest for row in rows)
+        if lost > MOST_LOST * len(rows):
+            yield (
+                f"about {lost} of {counted(len(rows), 'row')} of `data.{split}` lose all of their response: their "
+                f"prompts have `data.max_length` of {longest} tokens or more; make it longer"
+            )
+
+
+def num_cut(rows: list[Example], longest: int) -> int:
+    """About how many rows have more tokens than this and lose their ends."""
+    return sum(sum(about_tokens(row)) > longest for row in rows)
+
+
+def about_tokens(row: Example) -> tuple[int, int]:
+    """About how many tokens of a row are its prompt's, with the template's, and its response's."""
+    template = {"instruction": ALPACA_TOKENS, "multiple_choice": QUESTION_TOKENS}.get(row.format, 0)
+    return template + _tokens_of(f"{row.prompt}{row.context}"), _tokens_of(row.response)
+
+
+def about_labelled(row: Example, data: DataConfig) -> int:
+    """About how many tokens of a row have a label."""
+    prompt, response = about_tokens(row)
+    return max(0, min(prompt + response, data.max_length) - (prompt if data.response_only else 0))
+
+
+def most_labelled(rows: Sequence[Example] | None, data: DataConfig) -> int:
+    """At most so many tokens of a row have a label, though its language may take twice the tokens of English; all that
+    a row can have where the rows are not known, are packed or are labelled throughout."""
+    if not rows or data.packing or not data.response_only:
+        return data.max_length
+    return min(data.max_length, TEMPLATE_END + 2 * max(about_tokens(row)[1] for row in rows))
+
+
+def _few_tokens(config: RunConfig, examples: dict[str, list[Example]]) -> Iterator[str]:
+    """That losses are means over too few tokens to tell plans apart; every other confirmation row chooses."""
+    if config.search.metric != "loss" or not config.is_searched:
+        return
+    # The smaller half judges the winner.
+    uses = {
+        "`data.validation` scores the trials": examples["validation"],
+        "half of `data.confirmation` chooses the winner, and half judges it,": examples["confirmation"][1::2],
+    }
+    for use, rows in uses.items():
+        tokens = sum(about_labelled(row, config.data) for row in rows)
+        if tokens < FEW_TOKENS:
+            yield (
+                f"{use} on about {tokens} tokens of {counted(len(rows), 'row')}: too few to tell plans apart; give "
+                f"{FEW_TOKENS} tokens at least, by more rows or by rows with longer responses"
+            )
+
+
+def _few_questions(words: dict[str, list[str]]) -> Iterator[str]:
+    """That accuracies are over too few questions to tell models apart."""
+    uses = {"search": "`search.tasks` score the trials", "evaluate": "`evaluate.tasks` test the models"}
+    for section, use in uses.items():
+        asked = len(words[section])
+        if 0 < asked < FEW_QUESTIONS:
+            yield (
+                f"{use} on {counted(asked, 'question')}: an accuracy over so few has a standard error of up to "
+                f"{0.5 / math.sqrt(asked):.2f}; ask {FEW_QUESTIONS} at least: a higher `{section}.limit`, or more tasks"
+            )
+
+
+def _tokens_of(text: str) -> int:
+    """Letters of other scripts than the Latin one are tokens of their own, or several."""
+    num_latin = len(text.encode("ascii", "ignore"))
+    return len(text) - num_latin + num_latin // CHARACTERS_A_TOKEN
+
+
+def size_of_importance_samples(
+    config: RunConfig, vocabulary_size: int, examples: dict[str, list[Example]]
+) -> tuple[int, int]:
+    """How many samples importance is measured on, and the tokens of the longest, at most; refuses fewer rows than
+    importance or sensitivities ask for."""
+    calibration = config.calibration
+    given = calibration.token_ids and load_token_ids(Path(calibration.token_ids), vocabulary_size)
+    asked = {"num_sensitivity_samples": examples["train"]}
+    # Packed samples are counted in tokens, and rows of nothing left out, once they are encoded.
+    if not (given or calibration.packing):
+        asked["num_samples"] = examples["calibration"]
+    for key, rows in asked.items():
+        if (wanted := getattr(calibration, key)) > len(rows):
+            raise UserError(
+                f"`calibration.{key}` asks for {wanted} rows, but there {'is' if len(rows) == 1 else 'are'} "
+                f"{counted(len(rows), 'row')} of {_source_of(config, key)}: ask for fewer or give more"
+            )
+    if given:
+        return len(given), max(len(sample["input_ids"]) for sample in given)
+    return calibration.num_samples, calibration.max_length
+
+
+def _source_of(config: RunConfig, key: str) -> str:
+    """Where the rows are that a key of `calibration` counts."""
+    return "`calibration.data`" if config.calibration.data and key == "num_samples" else "`data.train`"
+
+
+def _check_overlap(config: RunConfig, examples: dict[str, list[Example]], words: dict[str, list[str]]) -> None:
+    """Refuse rows that teach and measure, or that choose and judge."""
+    identities = {f"`data.{name}`": [row.identity for row in examples[name]] for name in SPLITS}
+    # Trials may be scored on the same questions twice, as loss and as accuracy: both are validation.
+    identities["`evaluate.tasks`"] = words["evaluate"]
+    check_disjoint(identities)
+    others = {name: rows for name, rows in identities.items() if name != "`data.validation`"}
+    check_disjoint({"`search.tasks`": [*words["search"], *words["fresh"]], **others})
+    if config.calibration.data:
+        rows = [row.identity for row in examples["calibration"]]
+        for name in ("`data.validation`", "`data.confirmation`", "`evaluate.tasks`"):
+            check_disjoint({"`calibration.data`": rows, name: identities[name]})
+    # Headings come again in any text.
+    text = [row.identity for row in examples.get("text", ()) if len(row.identity.split()) > LONGEST_HEADING]
+    for name in SPLITS:
+        check_disjoint({f"`data.{name}`": identities[f"`data.{name}`"], "`evaluate.text`": text})
+
+
+def include_path(config: RunConfig) -> str | None:
+    """The folder of further lm-eval tasks, as a whole path."""
+    source = config.evaluate.include_path
+    if source is None:
+        return None
+    path = resolve_source(source, "evaluate.include_path")
+    if not Path(path).is_dir():
+        state = "is a file" if Path(path).exists() else "does not exist"
+        raise UserError(
+            f"`evaluate.include_path`: {Path(path).absolute()} {state}; name a folder of lm-eval task files"
+        )
+    return whole_path(path)
+
+
+def _tasks(config: RunConfig) -> dict[str, dict[str, TaskQuestions]]:
+    """The tasks of `search` and of `evaluate` with the questions that the run looks at."""
+    search, evaluate, folder = config.search, config.evaluate, include_path(config)
+    looked_at: dict[str, TaskQuestions]
+    tested: dict[str, TaskQuestions]
+    looked_at, tested = together(
+        lambda: (
+            task_questions(search.tasks, folder, "search.tasks", search.num_questions, search.named_metric)
+            if search.tasks
+            else {}
+        ),
+        lambda: task_questions(evaluate.tasks, folder, "evaluate.tasks", evaluate.limit),
+    )
+    if search.by_accuracy:
+        _check_fresh_questions(looked_at, search.limit)
+    return {"search": looked_at, "evaluate": tested}
+
+
+def _asked_questions(config: RunConfig, tasks: dict[str, dict[str, TaskQuestions]]) -> dict[str, Questions]:
+    """The questions that score the trials (`search`), choose the winner (`fresh`) and test the models (`evaluate`)."""
+    limit, looked_at = config.search.limit, tasks["search"]
+    return {
+        "search": {name: task.texts[:limit] for name, task in looked_at.items()},
+        "fresh": {name: task.texts[limit:] for name, task in looked_at.items()} if config.search.by_accuracy else {},
+        "evaluate": {name: task.texts for name, task in tasks["evaluate"].items()},
+    }
+
+
+def _check_fresh_questions(tasks: dict[str, TaskQuestions], limit: int | None) -> None:
+    """Refuse a task that has fewer further questions to choose the winner by than the trials are asked."""
+    for name, task in tasks.items():
+        if limit is not None and len(task.texts) < 2 * limit:
+            raise UserError(
+                f"`search.limit` must leave as many questions of every task again to choose the winner by: {name} has "
+                f"{len(task.texts)}, got {limit}; lower it to {len(task.texts) // 2} or less"
+            )
+
+
+def check_encoding(config: RunConfig, examples: dict[str, list[Example]]) -> None:
+    """Refuse a tokenizer that cannot write the rows, and calibration text that is too short.
+
+    A .gguf file's tokenizer takes 15 s to convert: that is left to `prepare` unless the text may be too short.
+    """
+    source, calibration = check_source(config.model), config.calibration
+    if source.endswith(".gguf") and _are_plainly_enough(config, examples):
+        return
+    try:
+        tokenizer = load_tokenizer(source, config.model)
+    except Exception as error:  # missing and broken tokenizer files raise many types
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(
+            f"`model.source`: no tokenizer can be loaded from {source}: {reason}; put the model's tokenizer files there"
+        ) from error
+    settings = config.data
+    for rows in examples.values():
+        # The first rows and one of each format are enough, unless all of them are too long.
+        sample = [*rows[:64], *{row.format: row for row in rows}.values()]
+        try:
+            encode(sample, tokenizer, settings.max_length, settings.template, settings.response_only)
+        except UserError:
+            encode(rows, tokenizer, settings.max_length, settings.template, settings.response_only)
+    written = (settings.template, settings.response_only)
+    if not calibration.token_ids:
+        take = packed_samples if calibration.packing else row_samples
+        taken = shuffled(examples["calibration"], config.seed)
+        take(taken, tokenizer, calibration.num_samples, calibration.max_length, *written)
+    number = calibration.num_sensitivity_samples
+    rows = shuffled(examples["train"], config.seed)
+    row_samples(rows, tokenizer, number, settings.max_length, settings.template, True, SENSITIVITY_KEYS)
+
+
+def _are_plainly_enough(config: RunConfig, examples: dict[str, list[Example]]) -> bool:
+    """Whether the rows of importance and sensitivities need not be counted in tokens."""
+    calibration, rows = config.calibration, examples["calibration"]
+    answered = _with_room(examples["train"], config.data.max_length)
+    if len(answered) < calibration.num_sensitivity_samples:
+        return False
+    if calibration.token_ids:
+        return True
+    predicted = _with_room(rows, calibration.max_length)
+    if not calibration.packing:
+        return len(predicted) >= calibration.num_samples
+    # Where no prompt is as long as a sample, every sample holds a token of a response.
+    whole = sum(len(row.prompt) + len(row.context) + len(row.response) for row in rows)
+    enough = MOST_CHARACTERS_A_TOKEN * calibration.num_samples * calibration.max_length
+    return len(predicted) == len(rows) and whole > enough
+
+
+def _with_room(rows: list[Example], length: int) -> list[Example]:
+    """The rows that have a response and a prompt that leaves room for some of it in so many tokens."""
+    room = length / PROMPT_MARGIN
+    return [row for row in rows if row.response.strip() and about_tokens(row)[0] < room]

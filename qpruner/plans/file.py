@@ -1,0 +1,84 @@
+"""A plan in a file: made by hand, or printed by `qpruner plan`, and read back by `--plan`."""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from qpruner.config.schema import parse_yaml
+from qpruner.errors import PlanRefused
+from qpruner.plans.plan import PrecisionPlan
+
+
+def read_plan(path: Path, groups: Sequence[str], levels: Sequence[int]) -> PrecisionPlan:
+    """Read a plan.
+
+    Args:
+        path: YAML or JSON: bits by group, or an object with such a mapping under `plan`.
+        groups: The model's groups; the file must name each of them.
+        levels: The bit-widths a group may take.
+
+    Raises:
+        PlanRefused: With every problem found.
+    """
+    try:
+        raw = parse_yaml(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise PlanRefused(f"{path} does not exist; `qpruner plan RUN > {path.name}` makes one") from error
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise PlanRefused(f"{path} cannot be read as YAML or JSON: {error}; `qpruner plan RUN` prints one") from error
+    if raw is None:
+        raise PlanRefused(f"{path} is empty; `qpruner plan RUN > {path.name}` makes one")
+    bits = raw.get("plan", raw) if isinstance(raw, dict) else raw
+    if not isinstance(bits, dict):
+        raise PlanRefused(
+            f"{path} must map every group to its bits, got {type(bits).__name__}; `qpruner plan RUN` prints one"
+        )
+    problems = [*_about_groups(bits, groups), *_about_bits(bits, groups, levels)]
+    if problems:
+        raise PlanRefused(f"{path} is no plan for this model:\n" + "\n".join(f"  - {p}" for p in problems))
+    return PrecisionPlan(tuple(groups), tuple(int(bits[group]) for group in groups))
+
+
+def check_affordable(path: Path, plan_bytes: int, budget_bytes: int) -> None:
+    """Refuse a file's plan over the budget.
+
+    Raises:
+        PlanRefused: With both sizes.
+    """
+    if plan_bytes > budget_bytes:
+        size, budget = plan_bytes / 1e6, budget_bytes / 1e6
+        decimals = 2 if plan_bytes - budget_bytes > 1e6 else 4
+        over = math.ceil((plan_bytes - budget_bytes) / 1e6 * 10**decimals) / 10**decimals
+        raise PlanRefused(
+            f"the plan in {path} takes {size:.2f} MB, {over:.{decimals}f} MB more than the budget of {budget:.2f} MB: "
+            "give groups fewer bits, or raise `quantize.budget`"
+        )
+
+
+def _about_groups(bits: dict[Any, Any], groups: Sequence[str]) -> list[str]:
+    problems = []
+    for name in (name for name in bits if name not in groups):
+        nearest = difflib.get_close_matches(str(name), groups, n=1)
+        hint = f"did you mean `{nearest[0]}`?" if nearest else f"they are {groups[0]} to {groups[-1]}"
+        problems.append(f"`{name}` is no group of this model; {hint}")
+    missing = [name for name in groups if name not in bits]
+    if missing:
+        named = ", ".join(missing[:5]) + (", ..." if len(missing) > 5 else "")
+        whole = "; `qpruner plan RUN` prints one with all" if len(missing) > len(groups) / 2 else ""
+        problems.append(f"{len(missing)} of {len(groups)} groups are missing: {named}{whole}")
+    return problems
+
+
+def _about_bits(bits: dict[Any, Any], groups: Sequence[str], levels: Sequence[int]) -> list[str]:
+    allowed = ", ".join(map(str, levels))
+    return [
+        f"`{name}` must have one of {allowed} bits (`quantize.bits`), got {value!r}"
+        for name, value in bits.items()
+        if name in groups and (isinstance(value, bool) or value not in levels)
+    ]

@@ -1,0 +1,309 @@
+"""Accuracy on lm-eval tasks, built-in ones and those of a folder."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import logging
+import math
+import os
+import shlex
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, get_args
+
+from qpruner.config.schema import AccuracyMetric
+from qpruner.data import measures
+from qpruner.data.rows import cause_of
+from qpruner.errors import UserError
+from qpruner.runs.records import MetricScore, TaskScore
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+METRICS: tuple[str, ...] = get_args(AccuracyMetric)
+"""In order of preference."""
+
+
+@dataclass(frozen=True)
+class TaskQuestions:
+    """What a task asks, to compare with the training rows, and the metric that scores it."""
+
+    texts: list[str]
+    metric: str
+
+
+def score_tasks(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    tasks: Sequence[str],
+    include_path: str | None,
+    limit: int | None,
+    batch_size: int,
+    num_fewshot: int = 0,
+    skip: int = 0,
+    metric: str | None = None,
+    told: Callable[[int, int], None] = lambda done, total: None,
+) -> tuple[TaskScore, ...]:
+    """Run lm-eval on a model in memory.
+
+    Args:
+        model: The model, with or without adapters.
+        tokenizer: Its tokenizer.
+        tasks: Task or group names.
+        include_path: Folder of further task files.
+        limit: First questions of each task, all when None.
+        batch_size: Requests per forward pass.
+        num_fewshot: Worked examples before each question.
+        skip: Questions of each task that are left out before those; every task must have more.
+        metric: The metric of every `TaskScore`; None takes the first of `METRICS` that the task reports.
+        told: Told how many requests (a question's choices, or a generation) of how many are answered.
+
+    Returns:
+        One score a task (the subtasks of a group one by one), with every metric that it reports.
+    """
+    from lm_eval import simple_evaluate
+
+    was_training = model.training
+    model.eval()
+    results: Any = simple_evaluate(
+        # In bf16 a log-probability of -6 is known to 0.03, more than most plans differ by.
+        model=_telling_model(told)(
+            pretrained=model, tokenizer=tokenizer, batch_size=batch_size, softmax_dtype="float32"
+        ),
+        tasks=list(tasks),
+        task_manager=_task_manager(include_path, tuple(tasks)),
+        num_fewshot=num_fewshot,
+        limit=None if skip else limit,
+        samples=_positions(tasks, include_path, skip, limit) if skip else None,
+        bootstrap_iters=0,
+        log_samples=True,
+    )
+    model.train(was_training)
+    return tuple(
+        _score(task, samples, results["results"][task], metric) for task, samples in results["samples"].items()
+    )
+
+
+def _telling_model(told: Callable[[int, int], None]) -> Any:
+    """lm-eval's model, which tells before every batch how many answers there are, and after the last one. It hands each
+    answer to a cache, of which there is none here; a batch's come all at once. The head runs at the end of the rows
+    only, where their answers are: lm-eval reads no other logits, and counts positions from the end."""
+    import torch
+    from lm_eval.api.model import CacheHook
+    from lm_eval.models.huggingface import HFLM
+
+    class Counter(CacheHook):  # type: ignore[misc]
+        done = total = 0
+
+        def add_partial(self, attr: str, req: Any, res: Any) -> None:
+            self.done += 1
+            if self.done >= self.total:
+                self.tell()
+
+        def tell(self) -> None:
+            told(self.done, max(self.done, self.total))
+
+    class Telling(HFLM):  # type: ignore[misc]
+        def __init__(self, **options: Any) -> None:
+            super().__init__(**options)
+            self.counter = Counter(None)
+            self.set_cache_hook(self.counter)
+
+        def _loglikelihood_tokens(self, requests: Any, *args: Any, **kwargs: Any) -> Any:
+            self.longest_answer = max((len(answer) for _, _, answer in requests), default=0)
+            return super()._loglikelihood_tokens(requests, *args, **kwargs)
+
+        def _model_call(self, inps: Any, *args: Any, **kwargs: Any) -> Any:
+            self.counter.tell()
+            ends = ((inps != 0) * torch.arange(1, inps.shape[1] + 1, device=inps.device)).amax(dim=1)  # padding is 0
+            padding = inps.shape[1] - int(ends.min())
+            with torch.no_grad():
+                return self.model(inps, logits_to_keep=padding + self.longest_answer).logits
+
+        def _model_generate(self, *args: Any, **kwargs: Any) -> Any:
+            self.counter.tell()
+            return super()._model_generate(*args, **kwargs)
+
+        def loglikelihood(self, requests: Any, *args: Any, **kwargs: Any) -> Any:
+            self.counter.total += len(requests)
+            return super().loglikelihood(requests, *args, **kwargs)
+
+        def generate_until(self, requests: Any, *args: Any, **kwargs: Any) -> Any:
+            self.counter.total += len(requests)
+            return super().generate_until(requests, *args, **kwargs)
+
+    return Telling
+
+
+def mean_accuracy(scores: Sequence[TaskScore]) -> measures.Estimate:
+    """Unweighted mean over tasks and its standard error."""
+    return measures.over_tasks([score.correct for score in scores])
+
+
+def task_questions(
+    tasks: Sequence[str], include_path: str | None, key: str, limit: int | None, metric: str | None = None
+) -> dict[str, TaskQuestions]:
+    """The first `limit` questions of each task.
+
+    Args:
+        tasks: Task or group names.
+        include_path: Folder of further task files.
+        key: Configuration key of the tasks, for errors.
+        limit: All when None.
+        metric: That `search.metric` names; None takes the first of `METRICS` that each task reports.
+
+    Raises:
+        UserError: For an unknown task, one whose rows cannot be loaded, or one that does not report the metric.
+    """
+    _check_known(tasks, include_path, key)
+    try:
+        loaded = _task_manager(include_path, tuple(tasks)).load(list(tasks))["tasks"]
+    except Exception as error:  # the loaders of many data sets raise many types
+        raise UserError(
+            f"`{key}`: the rows of {', '.join(tasks)} cannot be loaded: {cause_of(error)}; "
+            "mend the task's file or data, mind the network where they are on the hub, or name another task"
+        ) from error
+    used = {name: _used_metric(name, task.aggregation(), metric, key) for name, task in loaded.items()}
+    questions: dict[str, TaskQuestions] = {}
+    for name, task in loaded.items():
+        texts = []
+        for number, doc in enumerate(itertools.islice(task.eval_docs, limit), 1):
+            _check_answer(task, doc, f"`{key}`: question {number} of task `{name}`")
+            texts.append(_question(task, doc))
+        questions[name] = TaskQuestions(texts, used[name])
+    return questions
+
+
+def _used_metric(task: str, reported: Collection[str], wanted: str | None, key: str) -> str:
+    """The metric that scores a task: the wanted one, else the first of `METRICS` that it reports."""
+    accuracies = [name for name in METRICS if name in reported]
+    if not accuracies:
+        raise UserError(
+            f"`{key}`: task `{task}` reports {', '.join(reported)}, which is none of {', '.join(METRICS)}: name a task "
+            "that reports an accuracy"
+        )
+    if wanted and wanted not in accuracies:
+        raise UserError(
+            f"`search.metric` must be a metric that every task of `{key}` reports, got {wanted}, but `{task}` reports "
+            f"{', '.join(accuracies)}: name one that all report, `accuracy` for each task's own, or another task"
+        )
+    return wanted or accuracies[0]
+
+
+def _check_answer(task: Any, doc: dict[str, Any], place: str) -> None:
+    """Refuse a question whose right answer is none of its choices: lm-eval counts it wrong, whatever a model says."""
+    if task.OUTPUT_TYPE != "multiple_choice":
+        return
+    if task.multiple_input:  # the choices are questions with one ending, and the text says which is right
+        count, right, choices = int(task.multiple_input), task.doc_to_text(doc), []
+    else:
+        choices = task.doc_to_choice(doc)
+        count, right = len(choices), task.doc_to_target(doc)
+    for answer in right if isinstance(right, list) else [right]:
+        is_one = 0 <= answer < count if isinstance(answer, int) else answer in choices
+        if not is_one:
+            raise UserError(
+                f"{place} has the answer {answer!r}, which is none of its {count} choices: give one of them, or its "
+                f"position from 0 to {count - 1}, in the rows or by the task file's `doc_to_target`"
+            )
+
+
+def _positions(tasks: Sequence[str], include_path: str | None, skip: int, limit: int | None) -> dict[str, list[int]]:
+    """Which questions of each task come after the first `skip`, at most `limit` of them."""
+    loaded = _task_manager(include_path, tuple(tasks)).load(list(tasks))["tasks"]
+    stop = None if limit is None else skip + limit
+    return {name: list(range(len(task.eval_docs)))[skip:stop] for name, task in loaded.items()}
+
+
+def _check_known(tasks: Sequence[str], include_path: str | None, key: str) -> None:
+    import difflib
+
+    known = _task_manager(include_path, tuple(tasks)).all_tasks
+    folder = f" --include_path {shlex.quote(include_path)}" if include_path else ""
+    listed = f"`lm_eval ls tasks{folder}` lists the known ones"
+    for task in tasks:
+        if task not in known:
+            nearest = difflib.get_close_matches(task, known, n=3)
+            hint = f"did you mean {', '.join(nearest)}?" if nearest else listed
+            raise UserError(f"`{key}`: lm-eval has no task `{task}`; {hint}")
+
+
+@functools.lru_cache(maxsize=4)
+def _task_manager(include_path: str | None, tasks: tuple[str, ...]) -> Any:
+    """lm-eval's index of tasks; the built-in ones (6 s to read) only if the folder alone does not serve `tasks`.
+
+    Groups of a folder may name built-in tasks, so only plain tasks count as served.
+    """
+    # lm-eval draws progress bars and logs every request it builds; the stages emit their own events.
+    os.environ.setdefault("TQDM_DISABLE", "1")
+    from lm_eval.tasks import TaskManager
+
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    if include_path:
+        own = TaskManager(include_path=include_path, include_defaults=False)
+        if set(tasks) <= set(own.all_subtasks):
+            return own
+    return TaskManager(include_path=include_path)
+
+
+def _question(task: Any, doc: dict[str, Any]) -> str:
+    """A task's question without the words around it, where the row has it in a column of its own."""
+    for column in ("question", "goal", "query", "ctx", "sentence"):
+        if isinstance(doc.get(column), str):
+            passage = doc.get("passage", "")
+            return f"{doc[column]} {passage}".strip()
+    return str(task.doc_to_text(doc))
+
+
+def _score(task: str, samples: list[dict[str, Any]], aggregated: Mapping[str, Any], wanted: str | None) -> TaskScore:
+    """A task's score from lm-eval's log, which has each question once for every filter of the task's answers."""
+    by_filter: dict[str, list[dict[str, Any]]] = {}
+    for sample in sorted(samples, key=lambda sample: int(sample["doc_id"])):
+        by_filter.setdefault(sample["filter"], []).append(sample)
+    keys = [(metric, name) for name, found in by_filter.items() for metric in found[0]["metrics"]]
+    metrics = {
+        _called(metric, name): _metric_score(
+            aggregated[f"{metric},{name}"], [sample[metric] for sample in by_filter[name]]
+        )
+        for metric, name in keys
+    }
+    metric = _used_metric(task, dict(keys), wanted, "tasks")
+    name = next(name for its, name in keys if its == metric)
+    correct = tuple(float(sample[metric]) for sample in by_filter[name])
+    value, stderr = measures.over_questions(correct)
+    return TaskScore(
+        task=task,
+        metric=_called(metric, name),
+        value=value,
+        stderr=stderr,
+        num_questions=len(correct),
+        correct=correct,
+        answer_loss=_answer_losses(by_filter[name]),
+        metrics=metrics,
+    )
+
+
+def _called(metric: str, name: str) -> str:
+    """lm-eval's name of a metric of the answers that a filter leaves."""
+    return metric if name == "none" else f"{metric},{name}"
+
+
+def _metric_score(value: float, values: Sequence[Any]) -> MetricScore:
+    """lm-eval's value, with a standard error where it is the mean of numbers, one a question."""
+    if all(isinstance(each, int | float) for each in values):
+        mean, stderr = measures.over_questions(values)
+        if math.isclose(mean, value):
+            return MetricScore(value=value, stderr=stderr)
+    return MetricScore(value=value, stderr=math.nan)
+
+
+def _answer_losses(samples: list[dict[str, Any]]) -> tuple[float, ...]:
+    """Negative log-likelihood of the right choice: finer than right or wrong, so small differences show sooner."""
+    losses = []
+    for sample in samples:
+        responses, target = sample["filtered_resps"], sample["target"]
+        if not str(target).isdigit() or len(responses) < 2 or int(target) >= len(responses):
+            return ()
+        losses.append(-float(responses[int(target)][0]))
+    return tuple(losses)

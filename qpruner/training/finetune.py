@@ -1,0 +1,335 @@
+"""The one training loop: transformers' Trainer and a callback, for trials and the final fine-tune alike.
+
+Rungs are steps at which the loop saves a checkpoint and then calls back; a checkpoint holds adapter, optimizer,
+scheduler and random state, so a run that goes on from one is the run that was never interrupted.
+
+Where torch's process group is up, its processes share the work: each takes its part of every batch, gradients are
+added up over all, and the losses are those of one process. Every process calls `finetune` alike; the first one saves
+and tells.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import distributed
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import ConcatDataset, DataLoader, Sampler
+from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_callback import PrinterCallback, TrainerState
+
+from qpruner.config.schema import TrainingConfig
+from qpruner.data.calibration import Rows, labelled_only, predicted_labels
+from qpruner.data.rows import IGNORED_LABEL, collate, row_lengths
+from qpruner.errors import TrainingDiverged
+from qpruner.runs.retry import patiently
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+
+
+DIVERGED_BY = 1.0
+"""Nats per token."""
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How long to train and where to save.
+
+    Attributes:
+        steps: Optimizer steps, or None to count epochs.
+        epochs: Passes over the rows, or None to count steps.
+        rungs: Steps at which a checkpoint is saved and `on_rung` is called.
+        save_steps: Steps between further checkpoints; None saves at rungs only.
+    """
+
+    steps: int | None
+    epochs: float | None = None
+    rungs: Sequence[int] = ()
+    save_steps: int | None = None
+
+
+@dataclass(frozen=True)
+class Listener:
+    """Who is told how the training goes; of several processes the first one's.
+
+    Attributes:
+        on_rung: Step, checkpoint folder and training loss; may raise to stop.
+        on_step: Step, steps in all and training loss.
+        before_save: Before every checkpoint; may raise so that nothing is written.
+        on_save: Folder of every checkpoint, a rung's before `on_rung`.
+    """
+
+    on_rung: Callable[[int, Path, float], None] = lambda step, checkpoint, loss: None
+    on_step: Callable[[int, int, float], None] = lambda step, total, loss: None
+    before_save: Callable[[], None] = lambda: None
+    on_save: Callable[[Path], None] = lambda checkpoint: None
+
+
+@dataclass(frozen=True)
+class Share:
+    """Which of the processes that train together this one is.
+
+    Attributes:
+        rank: 0 is the first, which saves and tells.
+        processes: How many there are; 1 where no process group is up.
+    """
+
+    rank: int
+    processes: int
+
+    @classmethod
+    def own(cls) -> Share:
+        """This process's."""
+        if not (distributed.is_available() and distributed.is_initialized()):
+            return cls(0, 1)
+        return cls(distributed.get_rank(), distributed.get_world_size())
+
+
+@dataclass(frozen=True)
+class TrainingResult:
+    """Steps taken and the loss of the last one, in nats per token."""
+
+    steps: int
+    train_loss: float
+
+
+def finetune(
+    model: PeftModel,
+    rows: Rows,
+    settings: TrainingConfig,
+    schedule: Schedule,
+    output: Path,
+    seed: int,
+    pad_id: int,
+    start: Path | None = None,
+    listener: Listener | None = None,
+    callbacks: Sequence[TrainerCallback] = (),
+) -> TrainingResult:
+    """Train the adapters in place.
+
+    Args:
+        model: What `attach_adapters` made.
+        rows: Encoded training rows, the same in every process.
+        settings: Optimizer settings; `batch_size` is that of all processes together.
+        schedule: Length, rungs and checkpoints.
+        output: Folder for checkpoints.
+        seed: Seeds data order and dropout.
+        pad_id: Padding token.
+        start: A checkpoint of this very training to go on from; of several processes the first one's counts. After its
+            last step nothing is left to do.
+        listener: Told of steps, checkpoints and rungs.
+        callbacks: Told of what transformers tells besides.
+
+    Raises:
+        TrainingDiverged: At the step whose loss or gradient is NaN or infinite, or whose loss is more than
+            `DIVERGED_BY` above both the first step's and that of a blind guess, ln(vocabulary).
+    """
+    share = Share.own()
+    batches = _Batches(row_lengths(rows), settings, seed, share)
+    listener = listener or Listener()
+    callback = _Callback(schedule.rungs, listener, math.log(_vocabulary(model)), batches)
+    if settings.gradient_checkpointing:
+        model.enable_input_require_grads()
+    trainer = _Trainer(
+        model=model,
+        args=_arguments(settings, schedule, output, seed, share),
+        train_dataset=ConcatDataset([rows, [{"input_ids": [pad_id], "labels": [IGNORED_LABEL]}]]),  # type: ignore[list-item]
+        data_collator=lambda batch: collate(batch, pad_id),
+        callbacks=[callback, *callbacks],
+    )
+    trainer.batches, trainer.before_save = batches, listener.before_save
+    trainer.remove_callback(PrinterCallback)  # it prints every logged loss; the stages emit their own events
+    if share.processes > 1:
+        _share_adapters_only(model)
+        start = _agreed(start)
+    if share.rank:
+        # Dropout of its own, and none that another seed's process has; Trainer has seeded all processes alike.
+        torch.manual_seed(int(np.random.SeedSequence([seed, share.rank]).generate_state(1)[0]))
+    state = TrainerState.load_from_json(str(start / "trainer_state.json")) if start else None
+    if state and state.global_step == state.max_steps:  # Trainer would take one more (5.24)
+        trainer._load_from_checkpoint(str(start))
+        return TrainingResult(state.global_step, list(_losses(state))[-1])
+    trainer.train(resume_from_checkpoint=str(start) if start else None)
+    return TrainingResult(int(trainer.state.global_step), callback.train_loss)
+
+
+def _losses(state: TrainerState) -> Iterator[float]:
+    """Of every step of the whole training; a checkpoint brings its history with it."""
+    return (float(each["loss"]) for each in state.log_history if "loss" in each)
+
+
+def _share_adapters_only(model: PeftModel) -> None:
+    """Keep what is not trained out of what the processes exchange: each has read the same from the bank."""
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    tensors = [*model.named_parameters(), *model.named_buffers()]
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(  # type: ignore[no-untyped-call]
+        model, [name for name, _ in tensors if name not in trained]
+    )
+
+
+def _agreed(start: Path | None) -> Path | None:
+    """The first process's checkpoint; a shared folder may show other machines an older listing."""
+    told: list[str | None] = [str(start) if start else None]
+    distributed.broadcast_object_list(told, src=0)
+    return Path(told[0]) if told[0] else None
+
+
+class _Batches(Sampler[list[int]]):
+    """One process's micro-batches of an epoch, as positions of rows.
+
+    An optimizer batch is the next `batch_size` rows of the epoch's random order, however many processes share it. Its
+    rows are sorted by length, the longest first, and the processes take a micro-batch each, in turns. So all rows of a
+    turn are of like length, and little is spent on padding; the gradient stays that of the same rows.
+
+    Every process has as many micro-batches. One that finds no row left in the last turn takes the blank row, which
+    comes after all others and has no token to learn. Accelerate's own shares repeat rows there, and begin with the
+    first epoch's order when they resume in the middle of another one (1.15).
+    """
+
+    def __init__(self, lengths: Sequence[int], settings: TrainingConfig, seed: int, share: Share) -> None:
+        self._lengths, self._seed, self._share = lengths, seed, share
+        self._batch_size, self._size = settings.batch_size, settings.micro_batch_size
+        self.epoch = 0
+
+    def __len__(self) -> int:
+        return -(-len(self._lengths) // (self._size * self._share.processes))
+
+    def __iter__(self) -> Iterator[list[int]]:
+        # Of seed and epoch apart: their sum would give the next seed this one's second epoch as its first.
+        order = np.random.default_rng([self._seed, self.epoch]).permutation(len(self._lengths)).tolist()
+        for start in range(0, len(order), self._batch_size):
+            batch = sorted(order[start : start + self._batch_size], key=self._lengths.__getitem__, reverse=True)
+            for turn in range(0, len(batch), self._size * self._share.processes):
+                begin = turn + self._share.rank * self._size
+                yield batch[begin : begin + self._size] or [len(order)]
+
+
+class _Trainer(Trainer):  # type: ignore[misc]
+    """Trainer with micro-batches of our own, whose head computes no logits that the loss does not read, and whose
+    checkpoints wait for room on the disk or for the storage."""
+
+    batches: _Batches
+    before_save: Callable[[], None]
+
+    def compute_loss(self, model: Any, inputs: dict[str, Any], *arguments: Any, **named: Any) -> Any:
+        """Compute the model's own loss, a mixture's router loss included, with logits at the labelled tokens only."""
+        with labelled_only(self.model, inputs["labels"]):
+            return super().compute_loss(
+                model, inputs | {"shift_labels": predicted_labels(inputs["labels"])}, *arguments, **named
+            )
+
+    def _save_checkpoint(self, *arguments: Any, **named: Any) -> None:
+        share = Share.own()
+        if share.rank == 0:
+            self.before_save()
+        if share.processes > 1:
+            distributed.barrier()  # the others write nothing either where the first one may not
+        patiently(lambda: super(_Trainer, self)._save_checkpoint(*arguments, **named), Path(self.args.output_dir))
+
+    def store_flos(self) -> None:
+        """Not counted: the processes would have to wait for one another, and one that saves again for all others."""
+
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        return DataLoader(
+            self.train_dataset,
+            batch_sampler=self.batches,
+            collate_fn=self.data_collator,
+            pin_memory=self.args.dataloader_pin_memory,
+        )
+
+
+def _vocabulary(model: PeftModel) -> int:
+    return int(model.get_base_model().get_input_embeddings().weight.shape[0])
+
+
+def _arguments(
+    settings: TrainingConfig, schedule: Schedule, output: Path, seed: int, share: Share
+) -> TrainingArguments:
+    length: dict[str, Any] = (
+        {"max_steps": schedule.steps} if schedule.steps is not None else {"num_train_epochs": schedule.epochs}
+    )
+    saving: dict[str, Any] = (
+        {"save_strategy": "steps", "save_steps": schedule.save_steps, "save_total_limit": 2}
+        if schedule.save_steps
+        else {"save_strategy": "no"}
+    )
+    return TrainingArguments(
+        output_dir=str(output),
+        per_device_train_batch_size=settings.micro_batch_size,
+        gradient_accumulation_steps=settings.batch_size // (settings.micro_batch_size * share.processes),
+        average_tokens_across_devices=True,
+        ddp_find_unused_parameters=False,
+        ddp_broadcast_buffers=False,
+        learning_rate=settings.learning_rate,
+        lr_scheduler_type="cosine",
+        warmup_steps=settings.warmup_ratio,  # a share below 1 since transformers 5
+        weight_decay=settings.weight_decay,
+        max_grad_norm=settings.max_grad_norm,
+        gradient_checkpointing=settings.gradient_checkpointing,
+        gradient_checkpointing_kwargs={"use_reentrant": False},
+        optim="adamw_torch",
+        seed=seed,
+        data_seed=seed,
+        use_cpu=not torch.cuda.is_available(),
+        bf16=torch.cuda.is_available() and torch.cuda.is_bf16_supported(),
+        dataloader_pin_memory=torch.cuda.is_available(),
+        remove_unused_columns=False,
+        logging_steps=1,
+        logging_nan_inf_filter=False,
+        report_to=[],
+        disable_tqdm=True,
+        **length,
+        **saving,
+    )
+
+
+class _Callback(TrainerCallback):  # type: ignore[misc]
+    """Names the epoch, saves at rungs, tells the listener, and stops a diverging run.
+
+    Loss and gradient norm are those of all processes, so that all of them stop at the same step.
+    """
+
+    def __init__(self, rungs: Sequence[int], listener: Listener, blind_loss: float, batches: _Batches) -> None:
+        self.rungs = frozenset(rungs)
+        self.listener = listener
+        self.blind_loss = blind_loss
+        self.batches = batches
+        self.train_loss = math.nan
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.batches.epoch = int(state.epoch or 0)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step in self.rungs:
+            control.should_save = True
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
+        if not logs or "loss" not in logs:
+            return
+        self.train_loss = float(logs["loss"])
+        norm = float(logs.get("grad_norm", 0.0))
+        if not math.isfinite(self.train_loss) or not math.isfinite(norm):
+            raise TrainingDiverged(
+                f"the training loss is {self.train_loss} and the gradient norm {norm} at step {state.global_step}"
+            )
+        tolerable = max(self.blind_loss, next(_losses(state)))
+        if self.train_loss > tolerable + DIVERGED_BY:
+            raise TrainingDiverged(
+                f"the training loss is {self.train_loss:.4g} at step {state.global_step}, far above {tolerable:.4g}, "
+                "the larger of the first step's and a blind guess's"
+            )
+        if state.is_world_process_zero:
+            self.listener.on_step(state.global_step, state.max_steps, self.train_loss)
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        self.listener.on_save(checkpoint)
+        if state.global_step in self.rungs and state.is_world_process_zero:
+            self.listener.on_rung(state.global_step, checkpoint, self.train_loss)

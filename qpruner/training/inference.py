@@ -1,0 +1,91 @@
+"""What a model costs to use: memory of a generation, and tokens a second of prefill and of decode.
+
+The final table and `benchmarks/pruning.py` time with the same function. Timings of neighbours differ more over minutes
+than within one, so models that are compared are timed in turns.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from transformers import GenerationConfig
+from transformers.generation.streamers import BaseStreamer
+
+from qpruner.models.memory import PeakMemory, page_in, release
+from qpruner.quantization.assembly import measured_bytes
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+WARM_UP_TOKENS = 16
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Tokens a second, of all sequences of the batch together."""
+
+    prefill: float
+    decode: float
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One generation: its speed, and the memory it took with the model's own.
+
+    Attributes:
+        speed: Of one sequence.
+        memory_bytes: At the highest point.
+        memory_counter: What was counted.
+    """
+
+    speed: Speed
+    memory_bytes: int
+    memory_counter: str
+
+
+class _Clock(BaseStreamer):  # type: ignore[misc]
+    """Notes when transformers' `generate` has taken the prompt and when it has each new token."""
+
+    def __init__(self) -> None:
+        self.seconds: list[float] = []
+
+    def put(self, value: torch.Tensor) -> None:
+        self.seconds.append(time.perf_counter())  # the tokens are on the CPU, so the GPU has done its part
+
+    def end(self) -> None:
+        """Nothing to add."""
+
+
+def generate(model: PreTrainedModel, prompt: torch.Tensor, num_tokens: int) -> Speed:
+    """Read prompts ``(batch, seq)`` and write `num_tokens` (2 at least), greedily; the first comes with reading."""
+    clock = _Clock()
+    model.generate(
+        input_ids=prompt,
+        attention_mask=torch.ones_like(prompt),
+        generation_config=GenerationConfig(
+            max_new_tokens=num_tokens, min_new_tokens=num_tokens, do_sample=False, pad_token_id=0
+        ),
+        streamer=clock,
+    )
+    started, read, *_, written = clock.seconds
+    return Speed(prompt.numel() / (read - started), len(prompt) * (num_tokens - 1) / (written - read))
+
+
+def take_turn(model: PreTrainedModel, prompt: list[int], num_tokens: int) -> Turn:
+    """One sequence's generation, after a short one that warms up.
+
+    Memory is CUDA's peak on a GPU; on a CPU the packed tensors and the rise of resident memory above the loaded model.
+    """
+    ids = torch.tensor([prompt], device=model.device)
+    model.eval()
+    release()
+    page_in(model)
+    memory = PeakMemory()
+    held = torch.cuda.memory_allocated() if torch.cuda.is_available() else measured_bytes(model)
+    generate(model, ids[:, :WARM_UP_TOKENS], 2)
+    speed = generate(model, ids, num_tokens)
+    counter = "tensors of the model, and " + memory.counter
+    return Turn(speed, held + memory.bytes(), memory.counter if torch.cuda.is_available() else counter)

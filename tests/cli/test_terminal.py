@@ -1,0 +1,428 @@
+"""What a person sees while a run works: a live part on a terminal, plain lines in a pipe."""
+
+from __future__ import annotations
+
+import importlib.util
+import io
+import os
+import pty
+import re
+import subprocess
+import sys
+import time
+from datetime import datetime
+from pathlib import Path
+
+import pytest
+from made_run import TRIALS, MadeRun
+from recorded_runs import planned, recorded_run, trials
+from rich.console import Console
+
+from qpruner.api import read_run
+from qpruner.cli.terminal import Terminal
+from qpruner.report import sections
+from qpruner.report.lines import duration
+from qpruner.report.snapshot import read_snapshot
+from qpruner.report.standing import bar
+from qpruner.runs import events
+from qpruner.runs.paths import LOG
+from qpruner.runs.records import TrialRecord
+from qpruner.search.trial_records import write_trial
+
+TELL = """
+import sys, time
+sys.path[:0] = sys.argv[1:3]
+from recorded_runs import planned, trials
+from qpruner.runs import events
+from qpruner.cli.terminal import Terminal
+with Terminal(quiet="quiet" in sys.argv) as terminal:
+    told = trials()
+    for event in (
+        events.StageSkipped("prepare", "48 rows", 3.0),
+        planned(told[:5]),
+        events.StageStarted("search", "20 trials"),
+        events.SlotsFound(2),
+        events.TrialChanged(told[5]),
+        events.TrialChanged(told[3]),
+        events.StepsSeen({5: 3}),
+    ):
+        terminal.emit(event)
+    time.sleep(1)  # long enough for a refresh
+"""
+TABLES = """
+import sys
+from qpruner.cli import run_verbs as record_verbs
+from qpruner import read_run
+from qpruner.report import sections
+from qpruner.report.lines import duration
+from qpruner.cli.terminal import Terminal
+run = sys.argv[3]
+record_verbs.trials(run, (), "trial", False, "text")
+for _, headings, body in sections.final_tables(read_run(run).results):
+    Terminal(quiet=False).table(headings, body)
+"""
+TESTS = Path(__file__).resolve().parents[1] / "report"
+
+
+def on_a_terminal(*options: str, program: str = TELL, **environment: str) -> str:
+    """All that a pseudo-terminal of 120 columns received."""
+    ours, theirs = pty.openpty()
+    environment = {**os.environ, "TERM": "xterm-256color", "COLUMNS": "120", "LINES": "40", **environment}
+    command = [sys.executable, "-c", program, str(TESTS), str(TESTS.parent), *options]
+    process = subprocess.Popen(command, stdout=theirs, env=environment)
+    os.close(theirs)
+    received = b""
+    try:
+        while chunk := os.read(ours, 4096):
+            received += chunk
+    except OSError:  # how Linux says that the other side is closed
+        pass
+    finally:
+        os.close(ours)
+        assert process.wait(timeout=60) == 0
+    return received.decode()
+
+
+def test_a_terminal_shows_the_search_live() -> None:
+    seen = on_a_terminal()
+    assert "prepare recorded | search running" in seen
+    assert "6 of 20 trials: 3 finished, 1 stopped, 1 failed; 1 of 2 slots busy; about 14 min 30 s left" in seen
+    assert "best so far   validation loss 2.9000, trial 2 (gp), 32.0 MB" in seen
+    assert "best control  validation loss 3.0000, trial 1 (seed-kl)" in seen
+    assert "3/8" in seen and "3.1000 @2" in seen, "the loss of its rung"
+    assert "\x1b[33m8" in seen, "where the running trial is past its rung, and bits in colour"
+
+
+def test_a_narrow_terminal_folds_what_it_shows_live() -> None:
+    """What stands behind the edge is what is happening now."""
+    seen = " ".join(re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", " ", on_a_terminal(COLUMNS="40")).split())
+    assert re.search(r"search running, \d+ s", seen)
+    assert "1 of 2 slots busy; about 14 min 30 s left" in seen
+    assert "validation loss 2.9000, trial 2 (gp), 32.0 MB" in seen
+
+
+def test_sentences_are_broken_between_words_and_what_may_be_copied_is_not() -> None:
+    text = "It is worse than one random plan of equal bytes in confirmation loss, ± 0.1286 over seeds."
+    program = f"from qpruner.cli.terminal import Terminal as T\nT(quiet=False).{{}}({text!r})"
+    lines = [line.strip() for line in on_a_terminal(program=program.format("prose"), COLUMNS="40").splitlines()]
+    assert len(lines) > 2 and max(map(len, lines)) <= 40 and " ".join(lines) == text
+    assert on_a_terminal(program=program.format("say"), COLUMNS="40").strip() == text
+    piped = subprocess.run([sys.executable, "-c", program.format("prose")], capture_output=True, text=True, check=True)
+    assert piped.stdout == f"{text}\n"
+
+
+def test_a_terminal_without_color_stays_without() -> None:
+    seen = on_a_terminal(NO_COLOR="1")
+    assert "1 of 2 slots busy" in seen
+    assert not any(f"\x1b[{color}m" in seen for color in range(30, 38))
+
+
+def test_a_quiet_terminal_shows_nothing() -> None:
+    assert on_a_terminal("quiet") == ""
+
+
+PLAIN_LINES = [
+    "[prepare] already recorded: 48 rows",
+    "[search] 20 trials ...",
+    "[search] trial   5 [844484] 32.0 MB step 2/8 loss 3.1000 (gp)",
+    "[search] trial   3 [448844] 32.0 MB step 2/8 loss 3.5000 (gp), stopped",
+]
+
+
+@pytest.mark.parametrize("variables", [{}, {"FORCE_COLOR": "1"}, {"TTY_COMPATIBLE": "1"}])
+def test_a_pipe_gets_plain_lines_and_every_rung(variables: dict[str, str]) -> None:
+    """Whatever the environment says of colours: what reads the last line reads JSON."""
+    command = [sys.executable, "-c", TELL, str(TESTS), str(TESTS.parent)]
+    environment = {**os.environ, **variables}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout.splitlines() == PLAIN_LINES
+
+
+@pytest.mark.parametrize("others", [{}, {"FORCE_COLOR": "1"}])
+def test_a_terminal_that_cannot_move_its_cursor_gets_the_lines_of_a_pipe(others: dict[str, str]) -> None:
+    """rich draws no live part there."""
+    assert on_a_terminal(TERM="dumb", **others).splitlines() == PLAIN_LINES
+
+
+def test_a_pipe_is_told_now_and_then_how_far_a_long_step_is(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Whether or not anything happens meanwhile: before the first count, and again while a count stays."""
+    monkeypatch.setattr("qpruner.cli.terminal.SECONDS_UNTOLD", 0.3)
+    said: list[str] = []
+
+    def wait_for(line: str, times: int) -> None:
+        until = time.monotonic() + 60
+        while said.count(line) < times:
+            assert time.monotonic() < until, said
+            time.sleep(0.01)
+            said.extend(re.sub(r", \d+ s$", "", each) for each in capsys.readouterr().out.splitlines())
+
+    with Terminal(quiet=False) as terminal:
+        terminal.emit(events.StageStarted("evaluate", "arc for 9 models"))
+        wait_for("[evaluate] running", 1)
+        terminal.emit(events.Progress("evaluate", 250, 900, "answers"))
+        wait_for("[evaluate] answers: 250 of 900", 2)
+        terminal.emit(events.StageFinished("evaluate", 1.0, "well"))
+        terminal.emit(events.StageStarted("report", "of the run"))
+        wait_for("[report] running", 1)
+        terminal.emit(events.StageFinished("report", 1.0, "well"))
+        terminal.emit(events.Progress("export", 3, 5, "layers"))
+        wait_for("[export] layers: 3 of 5", 2)  # a verb that is no stage
+        terminal.emit(events.Progress("export", 5, 5, "layers"))
+    before = said.index("[evaluate] done in 1.0 s: well")
+    assert said[0] == "[evaluate] arc for 9 models ..."
+    assert not any("[evaluate]" in each for each in said[before + 1 :]), "what is over is not told of"
+
+
+def test_a_quiet_pipe_is_not_told_how_far_a_long_step_is(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("qpruner.cli.terminal.SECONDS_UNTOLD", 0.01)
+    with Terminal(quiet=True) as terminal:
+        terminal.emit(events.StageStarted("evaluate", "arc for 9 models"))
+        time.sleep(0.2)
+    assert capsys.readouterr().out == ""
+
+
+CUT = """
+import sys, time
+sys.path[:0] = sys.argv[1:]
+from qpruner.runs import events
+from qpruner.cli import terminal
+terminal.SECONDS_UNTOLD = 0.1
+with terminal.Terminal(quiet=False) as shown:
+    shown.emit(events.StageStarted("evaluate", "arc for 9 models"))
+    sys.stdin.readline()
+    time.sleep(1)
+    shown.emit(events.StageStarted("report", "of the run"))
+    time.sleep(1)
+    print("went on", file=sys.stderr)
+"""
+
+
+def test_a_command_whose_reader_has_gone_ends_whoever_finds_it_out() -> None:
+    command = [sys.executable, "-c", CUT, str(TESTS.parent)]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen(command, text=True, **pipes) as process:  # type: ignore[call-overload]
+        assert process.stdout.readline() == "[evaluate] arc for 9 models ...\n"
+        process.stdout.close()
+        process.stdin.write("\n")
+        process.stdin.close()
+        said = process.stderr.read()
+        assert process.wait(timeout=60) == 1 and "went on" not in said, said
+
+
+def live_part(terminal: Terminal) -> str:
+    """What a live part shows now."""
+    console = Console(file=io.StringIO(), width=120, record=True)
+    console.print(terminal._view())
+    return console.export_text()
+
+
+def test_what_is_told_stays_as_it_is(capsys: pytest.CaptureFixture[str]) -> None:
+    """rich has pictures for words between colons, and takes words in brackets for styles."""
+    terminal, told = Terminal(quiet=False), "kernels.cpp:100: no [bold] room"
+    terminal.emit(events.StageStarted("bank", told))
+    terminal.emit(events.Progress("bank", 1, 2, told))
+    assert capsys.readouterr().out == f"[bank] {told} ...\n"
+    assert f"bank {told} " in live_part(terminal)
+
+
+def test_a_bar_tells_the_time_left_of_slow_steps_and_of_each_thing_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr("rich.console.monotonic", lambda: now[0])
+    terminal = Terminal(quiet=False)
+
+    def bar_after(seconds: float, done: int, total: int, detail: str) -> str:
+        now[0] += seconds
+        terminal.emit(events.Progress("bank", done, total, detail))
+        (line,) = [line for line in live_part(terminal).splitlines() if line.startswith("bank ")]
+        return " ".join(line.split())
+
+    bars = [bar_after(60, done, 4, f"layers.{done}") for done in range(1, 4)]
+    assert bars[-1].endswith("3/4 0:02:00 0:01:00 left"), "a minute a group, whatever the groups are called"
+    assert bar_after(60, 4, 4, "layers.4").endswith("4/4 0:03:00 0:00:00 left")
+    assert bar_after(5, 1, 4, "saving weights").endswith("1/4 0:00:00 -:--:-- left"), "what came before says nothing"
+    assert bar_after(2, 2, 4, "saving weights").endswith("2/4 0:00:02 0:00:04 left")
+
+
+def test_the_times_of_a_search_are_told_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What it took by its stage, and what is left by its own line, which knows what trials take; of finalists, which
+    are no trials, by the bar."""
+    now = [0.0]
+    monkeypatch.setattr("rich.console.monotonic", lambda: now[0])
+    terminal = Terminal(quiet=False)
+    for event in (planned(trials()), events.StageStarted("search", "20 trials"), events.SlotsFound(2)):
+        terminal.emit(event)
+
+    def shown_after(done: int, total: int, detail: str = "") -> str:
+        now[0] += 60
+        terminal.emit(events.Progress("search", done, total, detail))
+        return live_part(terminal)
+
+    for done in (3, 4, 5):
+        seen = shown_after(done, 20)
+    assert re.search(r"search .* 5/20 *$", seen, re.MULTILINE) and seen.count("left") == 1
+    for done in (1, 2):
+        seen = shown_after(done, 3, "finalists on fresh rows")
+    assert re.search(r"search finalists on fresh rows .* 2/3 0:01:00 0:01:00 left *$", seen, re.MULTILINE)
+
+
+def test_a_search_that_has_ended_early_has_no_time_left() -> None:
+    """While its finalists are scored."""
+    told = trials()[:5]
+    terminal = Terminal(quiet=False)
+    for event in (planned(told), events.StageStarted("search", "20 trials")):
+        terminal.emit(event)
+    seen = live_part(terminal)
+    assert "5 of 20 trials: 3 finished, 1 stopped, 1 failed; 0 of 2 slots busy" in seen and "left" not in seen
+
+
+def crowd(num_groups: int, num_running: int) -> list[TrialRecord]:
+    """A search by groups as small as sublayers: two controls and a plan that are over, the others under way."""
+    listed = [(index, bits) for index, bits in enumerate(trials()[:3] + [trials()[5]] * num_running)]
+    groups = [f"layers.{group:03}" for group in range(num_groups)]
+
+    def plan(index: int) -> dict[str, int]:
+        return {group: (4, 4, 8)[(place * (index % 5 + 1) // 2) % 3] for place, group in enumerate(groups)}
+
+    return [each.model_copy(update={"index": index, "plan": plan(index)}) for index, each in listed]
+
+
+@pytest.mark.parametrize("num_groups", [64, 128])
+@pytest.mark.parametrize("num_running", [8, 40])
+@pytest.mark.parametrize(("width", "height"), [(80, 24), (60, 12), (120, 40)])
+def test_the_live_part_fits_its_window_with_a_line_a_trial(
+    num_groups: int, num_running: int, width: int, height: int
+) -> None:
+    terminal = Terminal(quiet=False)
+    told = crowd(num_groups, num_running)
+    for event in (planned(told), events.StageStarted("search", "100 trials"), events.Progress("search", 3, 100, "")):
+        terminal.emit(event)
+    console = Console(file=io.StringIO(), width=width, height=height, record=True)
+    console.print(terminal._view())
+    lines = console.export_text().splitlines()
+    assert len(lines) <= height and max(map(len, lines)) <= width
+    heading = next(at for at, line in enumerate(lines) if line.split()[:2] == ["trial", "from"])
+    listed = [line for line in lines[heading + 1 :] if re.match(r" *\d", line)]
+    shown = {int(line.split()[0]) for line in listed}
+    assert [int(line.split()[0]) for line in listed] == list(range(3, 3 + len(listed))), "a line a trial"
+    if len(shown) < num_running:
+        assert lines[-1].strip() == f"and {num_running - len(shown)} more" and len(lines) == height
+    fits = width - 1 - lines[heading].index("plan") >= num_groups
+    for line in listed:
+        plan = bar(told[int(line.split()[0])])
+        assert line.rstrip().endswith(plan if fits else f" (of {num_groups})")
+        assert fits or ({"4", "8"} >= set(line.split()[-3]) and ("8" in line.split()[-3]) == ("8" in plan))
+    assert "\u2026" not in "".join(lines)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> MadeRun:
+    """A run that is over, of 60 groups; its first trial has a name for its origin as long as they come."""
+    made = MadeRun(tmp_path_factory.mktemp("tables") / "run", num_trials=20)
+    made.trials[0] = made.trials[0].model_copy(update={"origin": "a control with a rather long name"})
+    write_trial(made.run.trials / TRIALS, made.trials[0])
+    return made
+
+
+def final_cells(made: MadeRun) -> list[list[tuple[str, ...]]]:
+    """Headings and cells of the final table's parts."""
+    return [[head, *body] for _, head, body in sections.final_tables(read_snapshot(made.run).results)]
+
+
+def test_a_pipe_gets_a_whole_line_a_row(made: MadeRun) -> None:
+    command = [sys.executable, "-c", TABLES, str(TESTS), str(TESTS.parent), str(made.run.root)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+    lines = done.stdout.splitlines()
+    plans = [line.split()[-1] for line in lines[1:21]]
+    assert plans == [bar(trial) for trial in made.trials], "one line a trial, with the plan of 60 groups"
+    # Columns are as wide as their widest cell, and two spaces apart.
+    told = []
+    for part in final_cells(made):
+        widths = [max(map(len, column)) for column in zip(*part, strict=True)]
+        told += ["  ".join(map(str.ljust, row, widths)).rstrip() for row in part]
+    assert lines[-len(told) :] == told
+    assert max(map(len, told)) <= 120, "narrow enough for a page, whoever reads it"
+    assert done.stdout.replace("±", "").isascii(), "nothing drawn"
+
+
+def test_a_terminal_that_cannot_move_its_cursor_gets_the_tables_of_a_pipe(made: MadeRun) -> None:
+    command = [sys.executable, "-c", TABLES, str(TESTS), str(TESTS.parent), str(made.run.root)]
+    piped = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+    seen = on_a_terminal(str(made.run.root), program=TABLES, TERM="dumb")
+    assert seen.splitlines() == piped.stdout.splitlines()
+
+
+@pytest.mark.parametrize("width", [80, 120])
+def test_a_terminal_cuts_no_figure_and_folds_plans(made: MadeRun, width: int) -> None:
+    colored = on_a_terminal(str(made.run.root), program=TABLES, COLUMNS=str(width))
+    seen = re.sub(r"\x1b\[[0-9;]*m", "", colored)
+    lines = seen.splitlines()
+    assert "\u2026" not in seen and max(map(len, lines)) <= width
+    # Cells by line and border; a column of text goes on in the lines below.
+    columns = [[cell.strip() for cell in re.split("[│┃]", line)[1:-1]] for line in lines]
+    shown = {cell for line in columns for cell in line}
+    for cells in final_cells(made):
+        figures = {cell for row in cells[1:] for cell in row if len(cell) <= 24}
+        assert figures <= shown, "no figure is wrapped"
+        assert {word for heading in cells[0] for word in heading.split()} <= set(" ".join(shown).split())
+    # The first trial's lines, in each of the tables that its columns are told in.
+    starts, ends = ([i for i, line in enumerate(columns) if line[:1] == [number]] for number in ("0", "1"))
+    rows = [columns[start:end] for start, end in zip(starts, ends, strict=True)]
+    folded = [column for part in rows for column in zip(*part, strict=True)]
+    assert bar(made.trials[0]) in {"".join(column) for column in folded}
+    assert made.trials[0].origin in {" ".join(column).strip() for column in folded}
+
+
+def test_a_picture_of_the_search(tmp_path: Path) -> None:
+    """`docs/pictures.py` tells a run again up to a moment of its search, with nothing that asks another host."""
+    sys.path.insert(0, str(TESTS.parent.parent / "docs"))
+    from pictures import moment_of, terminal_picture
+
+    made = MadeRun(tmp_path / "run", num_trials=64)
+    assert made.state.search
+    made.run.write_state(made.state.model_copy(update={"search": made.state.search.model_copy(update={"slots": 8})}))
+    begun = min(trial.times[0] for trial in made.trials)
+
+    def line(seconds: float, text: str) -> str:
+        now = datetime.fromtimestamp(begun + seconds).strftime("%Y-%m-%d %H:%M:%S,%f")[:-3]
+        return f"{now} INFO qpruner.pipeline: {text}\n"
+
+    log = tmp_path / "run" / "qpruner.log"
+    log.write_text(
+        line(-100, "[prune] target 20.00% of all parameters, by fisher ...")
+        + line(-10, "[prune] done in 90.0 s: 134.5M -> 107.6M parameters")
+        + line(-1, "[search] 64 trials, gp ...")
+        + line(1, "[search] trial   0 [" + "4" * 60 + "] 74.5 MB step 4/16 loss 4.3 (uniform-4)")
+        + line(90_000, "[search] ended: all 64 trials were spent")
+    )
+    moment = moment_of(made.trials)
+    over = [trial for trial in made.trials if trial.times[-1] <= moment]
+    picture = terminal_picture(read_run(made.run.root), log)
+    (tmp_path / "terminal.svg").write_text(picture)
+    seen = picture.replace("&#160;", " ")
+    assert "[prune] done in 90.0 s: 134.5M -&gt; 107.6M parameters" in seen
+    assert f"prune 1 min 30 s | search running, {duration(moment - begun + 1)}" in seen
+    assert "of 64 trials: " in seen and f"{len(over)}/64" in seen and "8 of 8 slots busy" in seen
+    assert "step 4/16" not in seen and "all 64 trials" not in seen, "a live view shows rungs; and what came later"
+    assert "url(" not in picture.replace("url(#", "")
+
+
+def test_readmes_picture_of_the_terminal_is_what_a_run_told(tmp_path: Path) -> None:
+    spec = importlib.util.spec_from_file_location("pictures", Path(__file__).parents[2] / "docs" / "pictures.py")
+    assert spec and spec.loader
+    pictures = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(pictures)
+    root = recorded_run(tmp_path / "run", is_over=True)
+    begun = min(trial.times[0] for trial in read_run(root).own_trials)
+    said = f"{datetime.fromtimestamp(begun - 60):%Y-%m-%d %H:%M:%S},000 INFO qpruner.pipeline: "
+    lines = ("[prepare] encoding the data ...", "[prepare] done in 3.0 s: 48 rows", "[search] 20 trials, gp ...")
+    (root / LOG).write_text("".join(f"{said}{line}\n" for line in lines))
+    picture = pictures.terminal_picture(read_run(root), root / LOG)
+    text = re.sub(r"<[^>]+>", "", picture).replace("&#160;", " ")
+    assert "[prepare] done in 3.0 s: 48 rows" in text and "prepare 3 s | search running" in text
+    assert "5 of 20 trials: 1 finished, 0 stopped, 0 failed; 2 of 2 slots busy" in text
+    assert "best control  validation loss 3.2000, trial 0 (uniform-4), 24.0 MB  444444" in text
+    assert "@font-face" not in picture, "it asks no other host for anything"

@@ -1,0 +1,166 @@
+"""How many trials a cluster takes at once."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from ipaddress import ip_address
+from pathlib import Path
+
+import pytest
+from raylets import raylets
+
+from qpruner.cluster.autoscaler import read_growth
+from qpruner.cluster.cluster import connect, disconnect, local_slots
+from qpruner.cluster.room import LOOK_SECONDS, Room
+from qpruner.cluster.slots import Growth, Node, Slots, worker_resources
+from qpruner.config.schema import SearchConfig
+from qpruner.errors import UserError
+from qpruner.pipeline import check_search
+from qpruner.runs.events import Event, Message, SlotsFound
+
+TWO_NODES = Slots((Node(8, 2), Node(8, 1)))
+ROOT = Path(__file__).resolve().parents[2]
+HEAD = Node(2, 0)
+CLOUD = Growth(HEAD, (Node(8, 1), Node(8, 1), Node(64, 8)), max_workers=2)
+"""A head without GPUs, and an autoscaler with two types: two machines at once, of the larger type one."""
+
+
+@pytest.mark.parametrize(
+    ("resources", "expected"),
+    [
+        pytest.param({"cpu": 1, "gpu": 1}, 3, id="one-gpu"),
+        pytest.param({"cpu": 1, "gpu": 0.5}, 6, id="halves"),
+        pytest.param({"cpu": 1, "gpu": 0.4}, 6, id="two-fit-on-each-gpu"),
+        pytest.param({"cpu": 1, "gpu": 2}, 1, id="two-gpus-of-one-machine"),
+        pytest.param({"cpu": 5}, 2, id="cores-of-one-machine"),
+        pytest.param({"cpu": 4, "gpu": 0.25}, 4, id="too-few-cores-for-the-gpus"),
+    ],
+)
+def test_a_trials_resources_lie_on_one_machine(resources: dict[str, float], expected: int) -> None:
+    assert TWO_NODES.concurrent(resources, None) == expected
+
+
+def test_what_only_two_machines_together_have_is_refused() -> None:
+    """Ray would wait for ever."""
+    with pytest.raises(
+        UserError, match=r"'gpu': 3.* on one machine.* the largest of 2 has 8 CPUs and 2 GPUs: ask for less"
+    ):
+        TWO_NODES.concurrent({"cpu": 1, "gpu": 3}, None)
+
+
+def test_a_limit_is_kept_and_a_gpu_is_taken_where_there_is_one() -> None:
+    assert TWO_NODES.resources_per_trial(None) == {"cpu": 1.0, "gpu": 1.0}
+    assert TWO_NODES.resources_per_trial({"cpu": 2.0, "gpu": 0}) == {"cpu": 2.0}
+    assert Slots((Node(4, 0),)).resources_per_trial(None) == {"cpu": 1.0}
+    assert TWO_NODES.concurrent({"cpu": 1, "gpu": 1}, 2) == 2
+
+
+def test_where_the_system_keeps_no_cores_from_a_process_it_has_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    """macOS."""
+    monkeypatch.delattr(os, "sched_getaffinity")
+    assert local_slots().nodes[0].cpus == os.cpu_count()
+
+
+def test_workers_on_one_model_have_whole_gpus() -> None:
+    assert worker_resources({"cpu": 2, "gpu": 0.5}, 1) == {"cpu": 2, "gpu": 0.5}
+    assert worker_resources({"cpu": 2, "gpu": 0.5}, 2) == {"cpu": 2, "gpu": 1}
+    assert worker_resources({"cpu": 2}, 2) == {"cpu": 2}
+
+
+def test_cores_are_shared_out_inside_machines() -> None:
+    """Two machines of 8 cores have no 16 cores for a lone task, and none has 6 for each of three."""
+    nodes = Slots((Node(8, 0), Node(8, 0), Node(0, 0)))
+    assert [nodes.cores_each(number) for number in (1, 2, 3, 16, 17)] == [8, 8, 4, 1, 1]
+
+
+# ---- with an autoscaler
+
+
+@pytest.mark.parametrize(
+    ("resources", "expected"),
+    [
+        pytest.param({"cpu": 1, "gpu": 1}, 8 + 1, id="the-largest-two-of-three"),
+        pytest.param({"cpu": 1, "gpu": 4}, 2, id="only-on-the-large-one"),
+        pytest.param({"cpu": 2}, 1 + 32 + 4, id="the-head-too"),
+    ],
+)
+def test_trials_may_wait_for_what_can_be_started(resources: dict[str, float], expected: int) -> None:
+    for nodes in ((HEAD,), (HEAD, Node(8, 1))):
+        slots = Slots(nodes, CLOUD)
+        assert slots.concurrent(resources, None) == expected, "what is started already is not counted twice"
+        assert slots.concurrent(resources, 2) == min(2, expected)
+    assert Slots((HEAD,), CLOUD).fits({"gpu": 1}) == 0
+
+
+def test_a_trial_that_fits_on_no_type_is_refused_with_the_largest() -> None:
+    assert Slots((HEAD,), CLOUD).resources_per_trial(None) == {"cpu": 1.0, "gpu": 1.0}, "a GPU may come"
+    expected = "the largest of 1 and of those that the autoscaler may start has 64 CPUs and 8 GPUs: ask for less"
+    with pytest.raises(UserError, match=expected):
+        Slots((HEAD,), CLOUD).concurrent({"cpu": 1, "gpu": 9}, None)
+
+
+def test_the_cluster_file_says_what_may_be_started() -> None:
+    assert read_growth(ROOT / "cluster.yaml", HEAD) == Growth(HEAD, (Node(8, 1),) * 5, max_workers=4)
+    onprem = ROOT / "launch" / "cluster_onprem.yaml"
+    assert read_growth(onprem, HEAD) is None, "its machines do not say their size"
+    with pytest.raises(UserError, match=r"nowhere.yaml, the cluster file of Ray's autoscaler, cannot be read"):
+        read_growth(ROOT / "nowhere.yaml", HEAD)
+
+
+# ---- without one, on real nodes
+
+
+def test_without_workers_a_search_is_refused_and_later_ones_are_found_as_they_come_and_go() -> None:
+    settings = SearchConfig.model_validate({"resources_per_trial": {"cpu": 1, "gpu": 1}, "max_concurrent": 2})
+    trial = {"cpu": 1.0, "gpu": 1.0}
+    with raylets(0) as cluster:
+        joined = connect(cluster.address)
+        try:
+            with pytest.raises(
+                UserError, match="the largest of 1 has 0 CPUs and 0 GPUs: ask for less, or add a larger"
+            ):
+                check_search(settings, joined.slots())
+            told: list[Event] = []
+            room = Room(joined.slots, trial, settings.max_concurrent, told.append)
+            assert room() == 0
+            node = cluster.add(num_gpus=1)
+            assert check_search(settings, joined.slots()) == 1
+            cluster.add(num_cpus=3, num_gpus=3)
+            assert check_search(settings, joined.slots()) == 2, "no more than `search.max_concurrent`"
+            time.sleep(LOOK_SECONDS)
+            assert room() == 2
+            cluster.cluster.remove_node(node)
+            cluster.nodes.remove(node)
+            assert joined.slots().fits(trial) == 3
+            waiting, *others = [event for event in told if isinstance(event, Message)]
+            assert "no machine is there that could run a trial" in waiting.text and not others
+            assert told == [SlotsFound(0), waiting, SlotsFound(2)]
+        finally:
+            disconnect()
+
+
+LISTENS = """
+import json, psutil
+from qpruner.cluster.cluster import connect, disconnect
+connect(None)
+us = [psutil.Process(), *psutil.Process().children(recursive=True)]
+sockets = [each for one in us for each in one.net_connections("tcp") if each.status == psutil.CONN_LISTEN]
+print(json.dumps(sorted({each.laddr.ip for each in sockets})))
+disconnect()
+"""
+
+
+@pytest.mark.slow
+def test_a_ray_of_our_own_listens_on_this_machine_alone(tmp_path: Path) -> None:
+    """Not on the address on the way to the internet, which Ray takes by itself, and on which whoever gets through may
+    run code."""
+    # The other tests' word for loopback (conftest.py).
+    environment = {name: value for name, value in os.environ.items() if name != "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"}
+    done = subprocess.run([sys.executable, "-c", LISTENS], env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    listens = json.loads(done.stdout.splitlines()[-1])
+    assert listens and all(ip_address(address.removeprefix("::ffff:")).is_loopback for address in listens), listens

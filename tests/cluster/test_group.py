@@ -1,0 +1,269 @@
+"""Several processes on one job: the steps of one process, and what becomes of a job whose process dies."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+from conftest import demo_rows
+from safetensors.torch import load_file
+
+from qpruner.cluster.cluster import MAX_DEATHS, connect, disconnect
+from qpruner.cluster.probe import packed_check_of_gpus
+from qpruner.config.schema import LoraConfig, TrainingConfig
+from qpruner.data.rows import Example, encode
+from qpruner.errors import TrainingDiverged, WorkerDied
+from qpruner.models.loading import load_tokenizer
+from qpruner.quantization.assembly import assemble, attach_adapters
+from qpruner.training.candidates import latest_checkpoint
+from qpruner.training.finetune import Listener, Schedule, Share, finetune
+
+pytestmark = pytest.mark.slow
+
+STEPS = 14
+"""Two epochs and two steps: 21 rows in batches of four leave one row for each epoch's last step, and one worker of two
+without any."""
+
+
+Losses = dict[int, float]
+
+
+@dataclass(frozen=True)
+class Training:
+    """What `train` does.
+
+    Attributes:
+        model: Folder of the base model.
+        rows: Encoded rows.
+        output: Where checkpoints and `steps` go: a line for every step, its number and its loss.
+        micro_batch_size: Rows of a forward pass.
+        dropout: Of the adapters.
+        start: A checkpoint; None takes the newest in `output`.
+        killed_at: The forward pass at which the second process gets a SIGKILL, once.
+    """
+
+    model: Path
+    rows: list[dict[str, list[int]]]
+    output: Path
+    micro_batch_size: int
+    dropout: float = 0.0
+    start: Path | None = None
+    killed_at: int = 0
+
+
+def train(job: Training) -> Losses:
+    """The losses of the steps that this process took; the real training, on whatever workers there are."""
+    torch.set_num_threads(1)
+    model, starts = assemble(job.model, job.model, "block", {"layers.0": 16, "layers.1": 16}, "float32", False)
+    lora = LoraConfig(rank=4, dropout=job.dropout, init="plain")
+    peft_model = attach_adapters(model, starts, lora, "block", seed=3)
+    passes = 0
+
+    def count(*_: Any) -> None:
+        nonlocal passes
+        passes += 1
+        killed = job.output / "killed"
+        if passes == job.killed_at and Share.own().rank == 1 and not killed.exists():
+            killed.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    peft_model.register_forward_pre_hook(count)
+    losses: Losses = {}
+
+    def on_step(step: int, total: int, loss: float) -> None:
+        losses[step] = loss
+        with (job.output / "steps").open("a") as file:
+            file.write(f"{step} {loss}\n")
+
+    job.output.mkdir(parents=True, exist_ok=True)
+    # So small a norm clips every step: had each worker its own, the losses would differ at once.
+    settings = TrainingConfig(
+        learning_rate=1e-2, batch_size=4, micro_batch_size=job.micro_batch_size, max_grad_norm=0.05
+    )
+    finetune(
+        peft_model,
+        job.rows,
+        settings,
+        Schedule(steps=STEPS, rungs=range(2, STEPS + 1, 2)),
+        job.output,
+        seed=5,
+        pad_id=1,
+        start=job.start or latest_checkpoint(job.output),
+        listener=Listener(on_step=on_step),
+    )
+    return losses
+
+
+def train_each(jobs: list[Training]) -> list[Losses]:
+    """Several trainings by the same processes, one after the other."""
+    return [train(job) for job in jobs]
+
+
+def fail(folder: Path) -> None:
+    """The second process has a mistake in its own part, while the first waits for it."""
+    (folder / f"tried-{os.getpid()}").touch()
+    if torch.distributed.get_rank() == 1:
+        raise TrainingDiverged("the second process's own words")
+    torch.distributed.barrier()
+
+
+def die(folder: Path) -> None:
+    """The second process dies whenever it is run."""
+    if torch.distributed.get_rank() == 1:
+        time.sleep(1)
+        (folder / f"died-{os.getpid()}").touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+    torch.distributed.barrier()
+
+
+def add_up(job: float) -> float:
+    """One collective operation."""
+    own = torch.tensor(job * (1 + torch.distributed.get_rank()))
+    torch.distributed.all_reduce(own)
+    return float(own)
+
+
+def steps_of(job: Training) -> list[tuple[int, float]]:
+    """Every step that was taken in a job's folder, in order, those of a process that was killed included."""
+    lines = [line.split() for line in (job.output / "steps").read_text().splitlines()]
+    return [(int(step), float(loss)) for step, loss in lines]
+
+
+def adapter(job: Training) -> dict[str, torch.Tensor]:
+    """What was learned."""
+    found: dict[str, torch.Tensor] = load_file(job.output / f"checkpoint-{STEPS}" / "adapter_model.safetensors")
+    return found
+
+
+Run = Callable[[Callable[[Any], Any], Path, Any], Any]
+"""Runs a function of this file on a job in a group of two processes of one core each; a folder for Ray Train."""
+
+
+@pytest.fixture(scope="module")
+def run() -> Iterator[Run]:
+    import ray
+
+    from qpruner.cluster.group import run_groups
+
+    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers cannot import this file
+    if connect(None).slots().fits({"cpu": 1.0}) < 2:
+        pytest.skip("two processes need two cores")
+
+    def in_group(function: Callable[[Any], Any], folder: Path, job: Any) -> Any:
+        scratch = folder / "ray-train"
+        ((position, found),) = run_groups(function, [job], {"cpu": 1.0}, 2, 1, scratch, packed_check_of_gpus())
+        assert position == 0 and not scratch.exists()
+        return found
+
+    yield in_group
+    disconnect()
+
+
+@pytest.fixture(scope="module")
+def trained(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory, run: Run) -> dict[str, tuple[Training, Losses]]:
+    """What one process, `one`, and two processes made of the same training."""
+    examples = [
+        Example("multiple_choice", row["question"], "", row["choices"]["text"][0])
+        for row in demo_rows("questions_train.jsonl")[:21]
+    ]
+    folder = tmp_path_factory.mktemp("group")
+    rows = encode(examples, load_tokenizer(str(tiny_model)), 64)
+    one = Training(tiny_model, rows, folder / "one", micro_batch_size=2)
+    two = replace(one, output=folder / "two")
+    jobs = {
+        "two": two,
+        "accumulating": replace(one, output=folder / "accumulating", micro_batch_size=1),
+        "resumed": replace(one, output=folder / "resumed", start=two.output / "checkpoint-8"),
+        "resumed-from-one": replace(one, output=folder / "resumed-from-one", start=one.output / "checkpoint-8"),
+        "dropout": replace(one, output=folder / "dropout", dropout=0.1),
+    }
+    found = {"one": (one, train(one))}
+    losses = run(train_each, folder, list(jobs.values()))
+    return found | dict(zip(jobs, zip(jobs.values(), losses, strict=True), strict=True))
+
+
+@pytest.mark.parametrize("name", ["two", "accumulating"])
+def test_two_processes_take_the_steps_of_one(name: str, trained: dict[str, tuple[Training, Losses]]) -> None:
+    """In float32, where only the order of additions differs: 1e-5 of a loss, a hundred roundings."""
+    (alone, one), (together, two) = trained["one"], trained[name]
+    assert list(one) == list(range(1, STEPS + 1))
+    assert len({round(loss, 4) for loss in one.values()}) == STEPS, "the losses move"
+    assert two == pytest.approx(one, rel=1e-5)
+    assert steps_of(together) == list(two.items()), "one of them tells"
+    for name, tensor in adapter(alone).items():
+        torch.testing.assert_close(adapter(together)[name], tensor, rtol=1e-3, atol=1e-5)
+
+
+def test_two_processes_go_on_from_a_checkpoint_in_the_middle_of_an_epoch(
+    trained: dict[str, tuple[Training, Losses]],
+) -> None:
+    """From their own, and from one that a single process left."""
+    expected = {step: loss for step, loss in trained["two"][1].items() if step > 8}
+    assert trained["resumed"][1] == expected
+    assert trained["resumed-from-one"][1] == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_job_whose_process_is_killed_goes_on_from_its_last_checkpoint(
+    trained: dict[str, tuple[Training, Losses]], run: Run, tmp_path: Path
+) -> None:
+    """With dropout, whose random state each process has saved for itself."""
+    undisturbed, losses = trained["dropout"]
+    assert losses != pytest.approx(trained["two"][1], rel=1e-5)
+    killed = replace(undisturbed, output=tmp_path / "killed", killed_at=6)
+    run(train, tmp_path, killed)
+    steps = steps_of(killed)
+    assert (killed.output / "killed").exists()
+    # Two workers with two rows each: a pass a step. The sixth was not finished, the checkpoint before it is of step 4.
+    assert [step for step, _ in steps] == [*range(1, 6), *range(5, STEPS + 1)]
+    assert all(loss == losses[step] for step, loss in steps)
+
+
+def test_one_processs_error_is_raised_as_it_was_and_not_tried_again(run: Run, tmp_path: Path) -> None:
+    with pytest.raises(TrainingDiverged, match=r"^the second process's own words$"):
+        run(fail, tmp_path, tmp_path)
+    assert len(list(tmp_path.glob("tried-*"))) == 2
+
+
+def test_a_process_that_is_killed_while_its_group_is_connected_costs_that_group_only(run: Run, tmp_path: Path) -> None:
+    """Its slots are free again; Ray Train alone would wait for them."""
+    killed: list[int] = []
+
+    def kill() -> None:
+        """A SIGKILL to the process at which the others meet, as soon as it waits for them there."""
+        deadline = time.monotonic() + 200
+        while not killed and time.monotonic() < deadline:
+            for process in psutil.Process().children(recursive=True):
+                with suppress(psutil.Error, OSError):
+                    named = "RayTrainWorker" in " ".join(process.cmdline())
+                    # Torch's rendezvous listens on every address, Ray's own ports on loopback.
+                    if named and any(
+                        each.status == psutil.CONN_LISTEN and each.laddr.ip in ("::", "0.0.0.0")
+                        for each in process.net_connections("tcp")
+                    ):
+                        process.kill()
+                        killed.append(process.pid)
+                        return
+            time.sleep(0.05)
+
+    killer = threading.Thread(target=kill)
+    killer.start()
+    assert run(add_up, tmp_path, 0.5) == 1.5
+    killer.join()
+    assert killed
+
+
+def test_a_job_whose_processes_die_again_and_again_is_given_up(run: Run, tmp_path: Path) -> None:
+    with pytest.raises(WorkerDied, match=f"{MAX_DEATHS} workers died under the same piece of work"):
+        run(die, tmp_path, tmp_path)
+    assert len(list(tmp_path.glob("died-*"))) == MAX_DEATHS

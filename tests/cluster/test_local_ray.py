@@ -1,0 +1,155 @@
+"""A run without an address has a Ray of its own, whatever other clusters there are on the machine."""
+
+from __future__ import annotations
+
+import os
+import stat
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
+
+import psutil
+import pytest
+from raylets import raylets
+from real_driver import driver, search_config, trials_of
+
+from qpruner.cluster.cluster import MAX_STARTS, connect, disconnect
+from qpruner.errors import UserError
+
+LOCAL = """
+import sys
+import ray
+from qpruner.cluster.cluster import connect, disconnect
+cluster = connect(None)
+print(ray.get_runtime_context().gcs_address, len(ray.nodes()), cluster.slots().largest.cpus > 0, flush=True)
+sys.stdin.readline()
+print(ray.get(ray.remote(lambda: 6 * 7).remote()), flush=True)
+disconnect()
+"""
+"""Says which cluster it is in, waits for a line, and says what a task there returned."""
+
+
+@contextmanager
+def local_run(**environment: str) -> Iterator[subprocess.Popen[str]]:
+    command = [sys.executable, "-c", LOCAL]
+    pipe = subprocess.PIPE
+    known = {name: value for name, value in os.environ.items() if not name.startswith("RAY_AUTH")}
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, env=known | environment) as process:
+        try:
+            yield process
+        finally:
+            process.terminate()  # Ray's own handler ends what it has started
+
+
+def said(process: subprocess.Popen[str]) -> list[str]:
+    assert process.stdout
+    return process.stdout.readline().split()
+
+
+def go_on(process: subprocess.Popen[str]) -> None:
+    assert process.stdin
+    process.stdin.write("\n")
+    process.stdin.flush()
+
+
+def test_a_run_without_an_address_joins_no_cluster_that_it_was_not_told_of() -> None:
+    """Also where everything in the environment speaks of one, as on its head."""
+    with raylets(1) as cluster:
+        port = cluster.address.rpartition(":")[2]
+        with local_run(RAY_ADDRESS=cluster.address, RAY_GCS_SERVER_PORT=port) as process:
+            address, nodes, has_cores = said(process)
+            assert address != cluster.address and (nodes, has_cores) == ("1", "True")
+            go_on(process)
+            assert said(process) == ["42"]
+
+
+@pytest.mark.slow
+def test_a_search_without_an_address_leaves_the_cluster_of_the_environment_alone(
+    tiny_model: Path, tmp_path: Path
+) -> None:
+    """Tune starts Ray by itself where it finds none up, and then joins that cluster."""
+    from ray._raylet import GcsClient
+
+    config = search_config(tiny_model, tmp_path, **{"search.max_trials": 1})
+    with raylets(1) as cluster:
+        with driver(config, RAY_ADDRESS=cluster.address) as process:
+            code, told = process.end()
+        assert code == 0, told[-3000:]
+        assert trials_of(process.run)[0]["status"] == "finished"
+        assert GcsClient(address=cluster.address).get_all_job_info() == {}, "no driver was ever there"
+
+
+@pytest.mark.slow
+def test_runs_that_start_together_on_a_new_machine_have_a_ray_each(tmp_path: Path) -> None:
+    """Until the first run there is no token; each of them needs one that its own processes have, too."""
+    with ExitStack() as stack:
+        both = [stack.enter_context(local_run(HOME=str(tmp_path))) for _ in range(2)]
+        addresses = {said(process)[0] for process in both}
+        assert len(addresses) == 2
+        for process in both:
+            go_on(process)
+        assert [said(process) for process in both] == [["42"], ["42"]]
+    token = tmp_path / ".ray" / "auth_token"
+    assert stat.S_IMODE(token.stat().st_mode) == 0o600 and list(token.parent.iterdir()) == [token]
+
+
+def test_a_process_that_has_joined_a_cluster_runs_in_no_other() -> None:
+    """As in a notebook, where somebody else works with Ray, too."""
+    import ray
+
+    with raylets(0) as cluster:
+        assert not connect(cluster.address).was_joined
+        try:
+            assert connect(cluster.address).was_joined and connect("auto").was_joined
+            with pytest.raises(UserError, match=rf"joined the Ray cluster at {cluster.address} already.*`ray.shutdown"):
+                connect(None)
+            with pytest.raises(UserError, match=r"not the one at 127\.0\.0\.1:1;"):
+                connect("127.0.0.1:1")
+            assert ray.is_initialized()
+        finally:
+            disconnect()
+
+
+def started_with_raylets_suspended(said: Path, times: int) -> tuple[int, list[psutil.Process]]:
+    """Start Ray, whose first raylets stand still from their first moment, as on a machine that is far too busy; the
+    exit code, and those raylets."""
+    work = "assert ray.get(ray.remote(lambda: 6 * 7).remote()) == 42"
+    start = f"import ray\nfrom qpruner.cluster.cluster import connect\nconnect(None)\n{work}"
+    stopped: list[psutil.Process] = []
+    with (
+        said.open("w") as heard,
+        subprocess.Popen([sys.executable, "-c", start], stdout=heard, stderr=heard) as process,
+    ):
+        deadline = time.monotonic() + 600
+        while process.poll() is None:
+            if time.monotonic() > deadline:
+                process.kill()
+                pytest.fail(f"it neither came up nor gave up: {said.read_text()}")
+            with suppress(psutil.NoSuchProcess):
+                for child in psutil.Process(process.pid).children(recursive=True):
+                    if child.name() == "raylet" and child not in stopped and len(stopped) < times:
+                        child.suspend()
+                        stopped.append(child)
+            time.sleep(0.01)
+        return process.wait(), stopped
+
+
+@pytest.mark.slow
+def test_a_ray_that_does_not_come_up_is_no_defect_and_leaves_nothing_behind(tmp_path: Path) -> None:
+    code, stopped = started_with_raylets_suspended(tmp_path / "said", times=99)
+    said = (tmp_path / "said").read_text()
+    assert code == 1 and len(stopped) == MAX_STARTS
+    assert f"RayNotStarted: Ray did not come up on this machine in time, {MAX_STARTS} times (" in said, said
+    assert "\n  remedy: end what else runs or" in said
+    assert not any(process.is_running() for process in stopped)
+
+
+@pytest.mark.slow
+def test_a_ray_that_comes_up_at_the_second_start_is_worked_with(tmp_path: Path) -> None:
+    """Of the first one nothing is left."""
+    code, [stopped] = started_with_raylets_suspended(tmp_path / "said", times=1)
+    assert code == 0, (tmp_path / "said").read_text()
+    assert not stopped.is_running()

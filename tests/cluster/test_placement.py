@@ -1,0 +1,350 @@
+"""Where trials run: one a GPU, on every node, and never two on one; through the search itself, with trials that only
+say where they are."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import pickle
+import signal
+import threading
+import time
+import weakref
+from collections import Counter, defaultdict
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import raw_config, with_key
+from ray import tune
+from raylets import Raylets, raylets
+
+from qpruner.cluster.cluster import Cluster, connect, disconnect
+from qpruner.cluster.room import Room
+from qpruner.cluster.slots import Slots
+from qpruner.cluster.tune import SearchJob, search
+from qpruner.cluster.tune.driver import MAX_ERRORS, Forgetful
+from qpruner.config.schema import validate_config
+from qpruner.errors import StageError
+from qpruner.plans.plan import Group, Layout, LinearShape, PlanSpace
+from qpruner.runs.events import Event, Message, SlotsFound, StepsSeen, TrialChanged, TrialWithdrawn
+from qpruner.runs.records import RungResult
+from qpruner.search.trial_job import Materials, Progress, Report, Trial, TrialJob
+from qpruner.search.trial_records import read_pulse, read_trial, read_trials, write_trial
+
+GPUS = (2, 1)
+"""Of two nodes; the head, the third, has none and no core."""
+NUM_TRIALS = 8
+GROUPS = tuple(Group(f"layers.{index}", (LinearShape(f"layers.{index}", 64, 64),)) for index in range(6))
+LAYOUT = Layout(GROUPS, 1000, 300, 2, double_quant=False, num_parameters=10**5)
+
+
+@pytest.fixture(scope="module")
+def joined() -> Iterator[tuple[Raylets, Cluster]]:
+    """A cluster of three raylets that this process has joined."""
+    with raylets(0) as cluster:
+        for number in GPUS:
+            cluster.add(num_cpus=4, num_gpus=number)
+        yield cluster, connect(cluster.address)
+        disconnect()
+
+
+@pytest.fixture
+def slots(joined: tuple[Raylets, Cluster]) -> Slots:
+    """What it can run."""
+    return joined[1].slots()
+
+
+def standing_in(folder: Path, at_once: int) -> Trial:
+    """A trial that says where it runs and from when to when; none ends before so many have run at once."""
+
+    def trial(job: TrialJob, start: Path | None, report: Report, progress: Progress) -> None:
+        import ray
+
+        began = time.time()
+        mark = folder / f"began-{os.getpid()}-{time.monotonic_ns()}"
+        mark.touch()
+        while len(list(folder.glob("began-*"))) < at_once:
+            assert time.time() - began < 120, f"never {at_once} trials at once"
+            time.sleep(0.05)
+        time.sleep(0.2)
+        node, devices = ray.get_runtime_context().get_node_id(), os.environ["CUDA_VISIBLE_DEVICES"]
+        said = {"node": node, "devices": devices, "began": began, "ended": time.time(), "pid": os.getpid()}
+        mark.with_name(mark.name.replace("began", "said")).write_text(json.dumps(said))
+        checkpoint = folder / f"checkpoint-{mark.name}"
+        checkpoint.mkdir()
+        report(RungResult(step=job.config.search.steps, loss=3.0), checkpoint)
+
+    return trial
+
+
+def broken_on(node: str, folder: Path) -> Trial:
+    """A trial that fails on one node until that is mended; elsewhere none ends before as many failed there as may."""
+    whole = standing_in(folder, 0)
+
+    def trial(job: TrialJob, start: Path | None, report: Report, progress: Progress) -> None:
+        import ray
+
+        if ray.get_runtime_context().get_node_id() == node and not (folder / "mended").exists():
+            (folder / f"failed-{time.monotonic_ns()}").touch()
+            raise RuntimeError("CUDA error: unspecified launch failure")
+        deadline = time.monotonic() + 120
+        while len(list(folder.glob("failed-*"))) < MAX_ERRORS:
+            assert time.monotonic() < deadline, "the broken machine takes no plans"
+            time.sleep(0.05)
+        whole(job, start, report, progress)
+
+    return trial
+
+
+def job_of(folder: Path, slots: Slots, at_once: int, **settings: Any) -> SearchJob:
+    """A search of random plans whose trials take what they do by default, and end once so many have run at once."""
+    raw = with_key(raw_config(Path("model"), folder / "run"), "search.searcher", "random")
+    raw = with_key(with_key(raw, "search.max_trials", NUM_TRIALS), "search.first_rung", 4)
+    for key, value in settings.items():
+        raw = with_key(raw, f"search.{key}", value)
+    resources = slots.resources_per_trial(None)
+    return SearchJob(
+        config=validate_config(raw),
+        materials=Materials(folder, folder, folder),
+        layout=LAYOUT,
+        space=PlanSpace.of(LAYOUT, (4, 8), LAYOUT.plan_bytes(LAYOUT.uniform(8))),
+        controls=[],
+        priors={},
+        trials=folder / "trials",
+        scratch=folder / "tune",
+        digest="0" * 16,
+        search="1" * 16,
+        resources=resources,
+        check_node=pickle.dumps(dict),
+        trial=standing_in(folder, at_once),
+    )
+
+
+def overlap(one: dict[str, Any], other: dict[str, Any]) -> bool:
+    return bool(one["began"] < other["ended"] and other["began"] < one["ended"])
+
+
+def test_every_gpu_has_one_trial_and_no_gpu_two(slots: Slots, tmp_path: Path) -> None:
+    job = job_of(tmp_path, slots, at_once=sum(GPUS))
+    assert job.resources == {"cpu": 1.0, "gpu": 1.0}
+    events: list[Event] = []
+    outcome = search(job, Room(lambda: slots, job.resources, None, events.append), events.append)
+    assert [event for event in events if isinstance(event, SlotsFound)] == [SlotsFound(sum(GPUS))]
+    assert [trial.status for trial in outcome.trials] == ["finished"] * NUM_TRIALS
+    said = [json.loads(path.read_text()) for path in tmp_path.glob("said-*")]
+    assert len(said) == NUM_TRIALS
+    used: dict[str, set[str]] = defaultdict(set)
+    for trial in said:
+        used[trial["node"]].add(trial["devices"])
+    assert sorted(used.values(), key=len) == [{"0"}, {"0", "1"}], "each trial sees one GPU, and every GPU had a trial"
+    for one, other in itertools.combinations(said, 2):
+        if overlap(one, other) and one["node"] == other["node"]:
+            assert one["devices"] != other["devices"], (one, other)
+    pulses = [read_pulse(job.trials, trial.index) for trial in outcome.trials]
+    assert Counter(pulse.node for pulse in pulses if pulse) == Counter(trial["node"] for trial in said), (
+        "and tells where"
+    )
+    assert len({trial["pid"] for trial in said}) < NUM_TRIALS, "workers that were used again kept to their GPU"
+
+
+def over(event: Event) -> bool:
+    return isinstance(event, TrialChanged) and event.trial.is_over
+
+
+def test_ctrl_c_begins_nothing_that_waits_for_a_machine(slots: Slots, tmp_path: Path) -> None:
+    """With room for six, as on a cluster that may grow, three wait; the next session would begin with them."""
+    events: list[Event] = []
+
+    def emit(event: Event) -> None:
+        if over(event) and not any(map(over, events)):
+            os.kill(os.getpid(), signal.SIGINT)
+        events.append(event)
+
+    job = job_of(tmp_path, slots, at_once=sum(GPUS))
+    with pytest.raises(KeyboardInterrupt):
+        search(job, lambda: 6, emit)
+    found = [(trial.status, trial.has_begun) for trial in read_trials(job.trials)]
+    assert sorted(found) == [("finished", True)] * 3 + [("running", False)] * 3
+
+
+def test_what_still_waits_when_the_hours_are_over_is_not_begun(slots: Slots, tmp_path: Path) -> None:
+    """They are over with the first rung, while the three that began it go on."""
+    events: list[Event] = []
+
+    def emit(event: Event) -> None:
+        if isinstance(event, TrialWithdrawn):
+            (tmp_path / f"withdrawn-{event.index}").touch()
+        events.append(event)
+
+    def trial(job: TrialJob, start: Path | None, report: Report, progress: Progress) -> None:
+        (checkpoint := tmp_path / f"first-{os.getpid()}").mkdir()
+        report(RungResult(step=1, loss=3.0), checkpoint)
+        deadline = time.monotonic() + 60
+        while len(list(tmp_path.glob("withdrawn-*"))) < 3:
+            assert time.monotonic() < deadline, "the trials that wait are not withdrawn"
+            time.sleep(0.05)
+        whole(job, start, report, progress)
+
+    whole = standing_in(tmp_path, sum(GPUS))
+    job = job_of(tmp_path, slots, at_once=0, first_rung=1, max_gpu_hours=1e-7)
+    outcome = search(replace(job, trial=trial), lambda: 6, emit)
+    assert [trial.status for trial in outcome.trials] == ["finished"] * 3
+    assert outcome.ended.endswith("GPU hours were spent (`search.max_gpu_hours` is 1e-07)")
+
+
+def test_a_machine_with_a_broken_gpu_ends_the_search_and_its_trials_run_when_it_is_mended(
+    joined: tuple[Raylets, Cluster], slots: Slots, tmp_path: Path
+) -> None:
+    broken = joined[0].nodes[1].node_id
+    job = replace(job_of(tmp_path, slots, at_once=0), trial=broken_on(broken, tmp_path))
+    with pytest.raises(StageError, match=rf"3 trials in a row failed on 127\.0\.0\.1 \(.*, {broken[:8]}\)") as caught:
+        search(job, lambda: 3, lambda event: None)
+    assert "unspecified launch failure" in caught.value.cause and "mend that machine" in caught.value.remedy
+    (tmp_path / "mended").touch()
+    outcome = search(job, lambda: 3, lambda event: None)
+    assert [trial.status for trial in outcome.trials] == ["finished"] * NUM_TRIALS, "no plan was lost"
+
+
+def test_a_broken_machine_is_known_though_trials_that_go_on_say_their_last_rung_there(
+    joined: tuple[Raylets, Cluster], slots: Slots, tmp_path: Path
+) -> None:
+    """Four are interrupted at their first rung, half a GPU each; then they want whole ones, two of them broken."""
+    broken, number = joined[0].nodes[0].node_id, MAX_ERRORS + 1
+
+    def begun() -> int:
+        return len(list(tmp_path.glob("first-*")))
+
+    def emit(event: Event) -> None:
+        if isinstance(event, StepsSeen) and begun() == number and not (tmp_path / "asked").exists():
+            (tmp_path / "asked").touch()
+            os.kill(os.getpid(), signal.SIGINT)
+        if isinstance(event, Message) and event.text.startswith("interrupted"):
+            (tmp_path / "interrupted").touch()
+
+    def first_rung(job: TrialJob, start: Path | None, report: Report, progress: Progress) -> None:
+        (checkpoint := tmp_path / f"first-{os.getpid()}").mkdir()
+        deadline = time.monotonic() + 120
+        while not (tmp_path / "interrupted").exists():
+            assert time.monotonic() < deadline, "nobody interrupted"
+            time.sleep(0.05)
+        report(RungResult(step=1, loss=3.0), checkpoint)
+
+    job = job_of(tmp_path, slots, at_once=0, first_rung=1, max_trials=number)
+    halves = replace(job, trial=first_rung, resources={"cpu": 1.0, "gpu": 0.5})
+    with pytest.raises(KeyboardInterrupt):
+        search(halves, lambda: number, emit)
+    assert [[rung.step for rung in trial.rungs] for trial in read_trials(job.trials)] == [[1]] * number
+    job = replace(job, trial=broken_on(broken, tmp_path))
+    with pytest.raises(StageError, match=rf"3 trials in a row failed on 127\.0\.0\.1 \(.*, {broken[:8]}\)"):
+        search(job, lambda: sum(GPUS), emit)
+    (tmp_path / "mended").touch()
+    outcome = search(job, lambda: sum(GPUS), emit)
+    assert [trial.status for trial in outcome.trials] == ["finished"] * number, "no plan was lost"
+
+
+@pytest.mark.parametrize("when", ["before", "while"])
+def test_a_worker_that_loses_its_trial_while_it_copies_a_checkpoint_publishes_nothing(
+    when: str, slots: Slots, tmp_path: Path
+) -> None:
+    """Its machine was cut off, and came back; the other worker is a line in the record and a copy of its own here."""
+
+    def trial(job: TrialJob, start: Path | None, report: Report, progress: Progress) -> None:
+        (checkpoint := tmp_path / f"made-{time.monotonic_ns()}").mkdir()
+        (checkpoint / "weights").write_bytes(b"w" * 2**27)
+
+        def take_over() -> None:
+            while when == "while" and not list(folder.glob(".checkpoint-*")):
+                time.sleep(0.001)
+            others.mkdir()
+            write_trial(trials, read_trial(trials, 0).model_copy(update={"worker": "another"}))
+
+        is_first = not (tmp_path / "left").exists()
+        if is_first:
+            taking = threading.Thread(target=take_over, daemon=True)
+            taking.start()
+            if when == "before":
+                taking.join()
+        try:
+            report(RungResult(step=job.config.search.steps, loss=3.0), checkpoint)
+        finally:
+            if is_first:
+                names = [path.name for path in folder.glob("checkpoint-*")]
+                told = [names, read_trial(trials, 0).worker, others.is_dir()]
+                (tmp_path / "left").write_text(json.dumps(told))
+
+    trials, folder = tmp_path / "trials", tmp_path / "trials" / "0000"
+    others = folder / ".checkpoint-4.another"
+    job = replace(job_of(tmp_path, slots, at_once=0, max_trials=1), trial=trial)
+    outcome = search(job, lambda: 1, lambda event: None)
+    assert json.loads((tmp_path / "left").read_text()) == [[], "another", True]
+    assert [trial.status for trial in outcome.trials] == ["finished"]
+    left = sorted(path.name for path in folder.iterdir())
+    assert left == ["checkpoint-4", "pulse.json", "suggested.json", "trial.json"], "what both had copied is gone, too"
+
+
+@pytest.mark.slow
+def test_a_search_takes_a_machine_that_joins_late(joined: tuple[Raylets, Cluster], tmp_path: Path) -> None:
+    """None of its trials ends before so many run at once that one of them is on it."""
+    raylets, cluster = joined
+    events: list[Event] = []
+
+    def emit(event: Event) -> None:
+        if isinstance(event, TrialChanged) and len(raylets.nodes) == len(GPUS):
+            raylets.add(num_cpus=4, num_gpus=2)
+        events.append(event)
+
+    job = job_of(tmp_path, cluster.slots(), at_once=4)
+    try:
+        outcome = search(job, Room(cluster.slots, job.resources, 4, emit), emit)
+    finally:
+        raylets.cluster.remove_node(raylets.nodes.pop())
+    assert [trial.status for trial in outcome.trials] == ["finished"] * NUM_TRIALS
+    assert [event.slots for event in events if isinstance(event, SlotsFound)] == [3, 4], "not five"
+
+
+def test_a_worker_leaves_its_libraries_out_of_the_collectors_passes_and_no_trial(slots: Slots, tmp_path: Path) -> None:
+    """What a trial leaves in a cycle, as Trainer and model are, is given back before the next of the same worker."""
+
+    def trial(job: TrialJob, start: Path | None, report: Report, progress: Progress) -> None:
+        import gc
+
+        class Trainer:
+            def __init__(self) -> None:
+                self.model = self
+
+        before = getattr(gc, "left_by_the_trial_before", lambda: None)()
+        said = {"pid": os.getpid(), "frozen": gc.get_freeze_count(), "given back": before is None}
+        gc.left_by_the_trial_before = weakref.ref(Trainer())  # type: ignore[attr-defined]
+        (checkpoint := tmp_path / f"made-{time.monotonic_ns()}").mkdir()
+        checkpoint.with_name(checkpoint.name.replace("made", "said")).write_text(json.dumps(said))
+        report(RungResult(step=job.config.search.steps, loss=3.0), checkpoint)
+
+    search(replace(job_of(tmp_path, slots, at_once=0), trial=trial), lambda: 1, lambda event: None)
+    said = [json.loads(path.read_text()) for path in sorted(tmp_path.glob("said-*"))]
+    assert len(said) == NUM_TRIALS > len({each["pid"] for each in said}), "no worker had two trials"
+    assert all(each["given back"] for each in said)
+    for process in {each["pid"] for each in said}:
+        frozen = [each["frozen"] for each in said if each["pid"] == process]
+        assert frozen[0] > 100_000, "of torch alone"
+        assert frozen == sorted(frozen, reverse=True), "frozen again, with what a trial held"
+
+
+def test_the_driver_keeps_no_averages_of_trials_that_are_over(slots: Slots, tmp_path: Path) -> None:
+    """Tune keeps them, and their JSON, to the end: half of the memory that a trial costs the driver."""
+    kept: list[tuple[dict[str, Any], dict[str, Any]]] = []
+
+    class Looks(tune.Callback):  # type: ignore[misc]
+        def on_experiment_end(self, trials: list[Any], **info: Any) -> None:
+            assert all(trial.last_result["loss"] == 3.0 for trial in trials)
+            kept.extend((trial.run_metadata.metric_analysis, trial.run_metadata.metric_n_steps) for trial in trials)
+
+    tune.Tuner(
+        lambda config: tune.report({"loss": 3.0}),
+        tune_config=tune.TuneConfig(num_samples=3, reuse_actors=True),
+        run_config=tune.RunConfig(storage_path=str(tmp_path), callbacks=[Forgetful(), Looks()], verbose=0),
+    ).fit()
+    assert kept == [({}, {})] * 3

@@ -1,0 +1,144 @@
+"""The recipes of `tune_configs/`: each whole, run by the commands of its header, and true to what it says of itself."""
+
+from __future__ import annotations
+
+import re
+import runpy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from qpruner.config.schema import RunConfig, load_config
+from qpruner.pipeline import preflight
+
+ROOT = Path(__file__).resolve().parents[2]
+CONFIGS = sorted((ROOT / "tune_configs").rglob("*.yaml"))
+RECIPES = runpy.run_path(str(ROOT / "docs" / "recipes.py"))
+PAPER = ROOT / "tune_configs" / "paper"
+FOR_GPUS = [path for path in CONFIGS if RECIPES["MEMORY"] in path.read_text()]
+VARIANTS = ("uniform", "mutual_information", "bayesian")
+COMMANDS = [
+    pytest.param(path, line, id=f"{path.stem}-{number}")
+    for path in CONFIGS
+    for number, line in enumerate(line for line in path.read_text().splitlines() if line.startswith("# Command:"))
+]
+
+
+def named(path: Path) -> str:
+    return path.stem
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=named)
+def test_a_recipe_is_complete_and_says_how_to_run_it(path: Path) -> None:
+    config = load_config(path)
+    assert config.warnings == (), "a key without effect"
+    head = [line for line in path.read_text().split("output:")[0].splitlines() if line]
+    assert all(line.startswith("#") for line in head)
+    text = " ".join(head)
+    assert all(word in text for word in ("Hardware:", "Time:", "Command:", str(path.relative_to(ROOT)))), text
+    assert "TIME" not in text, "a time that was never filled in"
+    schema = re.search(r"\$schema=(\S+)", text)
+    assert schema and (path.parent / schema[1]).is_file()
+    given = yaml.safe_load(path.read_text())
+    # Complete: a section that is left out would take values that the file does not show.
+    shown = {"model", "data", "calibration", "prune", "quantize", "lora", "training", "search", "finetune", "evaluate"}
+    assert shown <= set(given)
+    assert config.output == given["output"]
+
+
+@pytest.mark.parametrize(("path", "line"), COMMANDS)
+def test_the_commands_of_a_header_are_valid(path: Path, line: str) -> None:
+    assert str(path.relative_to(ROOT)) in line
+    load_config(path, RECIPES["overrides_of"](line))
+
+
+def test_recipes_write_into_folders_of_their_own() -> None:
+    assert len({load_config(path).output for path in CONFIGS}) == len(CONFIGS)
+
+
+@pytest.mark.parametrize("path", FOR_GPUS, ids=named)
+def test_a_header_tells_the_memory_that_check_counts(path: Path) -> None:
+    """`python docs/recipes.py` writes the lines anew."""
+    lines = path.read_text().splitlines()
+    commands = [number for number, line in enumerate(lines) if line.startswith("# Command:")]
+    for number in commands:
+        peaks = RECIPES["peaks"](load_config(path, RECIPES["overrides_of"](lines[number])))
+        told = dict(re.findall(r"(\w+) ([\d.]+) GB", lines[number + 1]))
+        assert set(told) == {name.removeprefix("trial, ") for name in peaks}
+        for name, size in peaks.items():
+            assert float(told[name.removeprefix("trial, ")]) == pytest.approx(size / 1e9, rel=0.1, abs=0.06), name
+        card = re.search(r"fits a GPU with (\d+) GiB", lines[number + 1])
+        assert card and max(peaks.values()) < 0.95 * int(card[1]) * 2**30
+
+
+def test_the_large_recipes_are_for_24_gib_or_80_and_say_where_the_comparison_runs() -> None:
+    """It trains the unquantized base: on the small card with checkpointing only."""
+    for path in (*PAPER.glob("llama2*.yaml"), ROOT / "tune_configs" / "qwen3_8b_p20.yaml"):
+        assert re.findall(r"fits a GPU with (\d+) GiB", path.read_text()) == ["24", "80", "40"], path
+        peaks = RECIPES["peaks"](load_config(path, ["finetune.compare=true", "training.gradient_checkpointing=true"]))
+        assert "comparison" in peaks and max(peaks.values()) < 0.95 * 24 * 2**30, path
+
+
+def inspected(path: Path, tiny_model: Path, folder: Path) -> preflight.Inspection:
+    """What `check` finds, offline: a recipe for the hub gets its model's shape, and the demo's rows and tasks."""
+    config = load_config(path)
+    if config.model.source.startswith("package:"):
+        return preflight.inspect(config, works_here=False)
+    RECIPES["shapes"]()[config.model.source].save_pretrained(folder)
+    for file in (*tiny_model.glob("tokenizer*"), tiny_model / "model.safetensors"):
+        (folder / file.name).symlink_to(file)
+    offline = load_config(PAPER / "smollm2_135m_bayesian.yaml")
+    parts: dict[str, Any] = {
+        "model": config.model.model_copy(update={"source": str(folder)}),
+        "data": offline.data.model_copy(update={"max_length": 256}),
+        "calibration": config.calibration.model_copy(update={"data": None}),
+        "evaluate": offline.evaluate,
+    }
+    return preflight.inspect(config.model_copy(update=parts), works_here=False)
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=named)
+def test_no_recipe_warns_about_itself(path: Path, tiny_model: Path, tmp_path: Path) -> None:
+    assert inspected(path, tiny_model, tmp_path).warnings == ()
+
+
+@pytest.mark.parametrize("model", ["llama2_7b", "smollm2_135m"])
+def test_the_papers_variants_differ_in_their_bits_alone(model: str) -> None:
+    uniform, by_information, bayesian = (load_config(PAPER / f"{model}_{variant}.yaml") for variant in VARIANTS)
+    assert uniform.quantize.bits == (4,) and uniform.measured_methods == ()
+    assert by_information.search.plan_method == "mutual_information"
+    assert [each.is_searched for each in (uniform, by_information, bayesian)] == [False, False, True]
+    assert by_information.quantize == bayesian.quantize
+    assert by_information.measured_methods == bayesian.measured_methods == ("mutual_information",)
+    for section in ("model", "data", "calibration", "prune", "lora", "training", "finetune", "evaluate"):
+        assert getattr(uniform, section) == getattr(by_information, section) == getattr(bayesian, section), section
+
+
+def follows_llm_pruner(config: RunConfig) -> bool:
+    prune, calibration = config.prune, config.calibration
+    return (
+        (prune.importance, prune.order, prune.aggregation, prune.reduction) == ("taylor", "first", "element", "sum")
+        and (prune.selection, prune.query_heads, prune.compensation) == ("per_layer", "modulo", "none")
+        and prune.round_to == 1
+        and (calibration.num_samples, calibration.max_length, calibration.batch_size) == (10, 64, 10)
+        and calibration.data is not None
+        and all(source.format == "text" for source in calibration.data)
+    )
+
+
+@pytest.mark.parametrize("path", sorted(PAPER.glob("*.yaml")), ids=named)
+def test_the_papers_recipes_cut_as_llm_pruner_does(path: Path) -> None:
+    assert follows_llm_pruner(load_config(path))
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_the_seven_billion_recipes_train_as_llm_pruner_does(variant: str) -> None:
+    config = load_config(PAPER / f"llama2_7b_{variant}.yaml")
+    assert (config.prune.layer_rate, config.prune.first_layer, config.prune.last_layer) == (0.25, 4, 29)
+    assert (config.lora.rank, config.training.batch_size, config.training.learning_rate) == (8, 64, 1e-4)
+    assert config.finetune.epochs == 2 and not config.finetune.compare
+    assert set(config.evaluate.tasks) == {
+        "boolq", "piqa", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "openbookqa",
+    }  # fmt: skip

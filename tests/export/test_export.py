@@ -1,0 +1,178 @@
+"""Exports predict what the final model predicts, or they do not come into being."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Callable
+from itertools import groupby
+from pathlib import Path
+
+import pytest
+import torch
+from click.testing import CliRunner
+from conftest import raw_config, with_key
+from mixed_models import LORA, finished_run, logits_of, token_ids
+from plain_transformers import told_by_plain_transformers
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+import qpruner.hf  # noqa: F401
+from qpruner import pipeline
+from qpruner.cli.main import main
+from qpruner.config.schema import validate_config
+from qpruner.data.rows import load_encoded
+from qpruner.errors import StageError, UserError
+from qpruner.export.folders import compare, export
+from qpruner.quantization.mixed import unpack
+from qpruner.runs.paths import RunDir
+
+ADAPTER = "adapter_model.safetensors"
+
+
+@pytest.fixture(scope="module")
+def finished(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return finished_run(tiny_model, tmp_path_factory.mktemp("finished"))
+
+
+def test_a_merged_model_is_dense_plain_and_predicts_the_same(finished: Path) -> None:
+    told = CliRunner().invoke(main, ["export", str(finished), "--to", "merged", "--json"])
+    assert told.exit_code == 0, told.output
+    outcome = json.loads(told.output.splitlines()[-1])
+    folder = finished / "export" / "merged"
+    assert outcome["folder"] == str(folder) and outcome["is_plain"] and outcome["num_positions"] == 48
+    config = json.loads((folder / "config.json").read_text())
+    assert "quantization_config" not in config and "per_layer_config" not in config
+    assert {tensor.dtype for tensor in load_file(folder / "model.safetensors").values()} == {torch.bfloat16}
+    merged = logits_of(AutoModelForCausalLM.from_pretrained(folder)).log_softmax(-1)
+    final = AutoModelForCausalLM.from_pretrained(finished / "final")
+    expected = logits_of(final).log_softmax(-1)
+    for name, parameter in final.named_parameters():
+        if "lora_B" in name:
+            parameter.data.zero_()
+    without = logits_of(final).log_softmax(-1)
+    assert (merged - expected).abs().mean() < 0.05 * (without - expected).abs().mean()
+
+
+def test_a_merged_model_of_a_uniform_run_needs_no_qpruner(tiny_model: Path, tmp_path: Path) -> None:
+    """A model that was really cut, in a process where qpruner cannot be imported: the final model's predictions."""
+    raw = with_key(raw_config(tiny_model, tmp_path / "cut"), "prune", {"rate": 0.2, "uniform": True})
+    pipeline.run(validate_config(raw), lambda event: None, until="prune")
+    pruned = tmp_path / "cut" / "prune"
+    run = finished_run(pruned, tmp_path / "run")
+    done = export(RunDir(run), "merged", tmp_path / "merged")
+    assert done.is_plain
+    ids = token_ids().tolist()
+    merged, unadapted = (
+        torch.tensor(told["logits"]).log_softmax(-1)
+        for told in told_by_plain_transformers(ids, [done.folder, pruned], tmp_path)
+    )
+    final = logits_of(AutoModelForCausalLM.from_pretrained(run / "final")).float().log_softmax(-1)
+    assert merged.shape == final.shape
+    assert (merged - final).abs().mean() < 0.05 * (unadapted - final).abs().mean()
+
+
+def test_an_export_tells_how_far_it_is(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("qpruner.cli.terminal.SECONDS_UNTOLD", 0.0)
+    done = CliRunner().invoke(main, ["export", str(finished), "--to", "merged", "--out", str(tmp_path / "out")])
+    lines = [re.fullmatch(r"\[export\] (.*): (\d+) of (\d+)", line) for line in done.stdout.splitlines()]
+    ended = [line[1] for line in lines if line and line[2] == line[3]]
+    compared = ["loading weights", "comparing predictions"]
+    # The final model's adapter is loaded by itself.
+    made = ["merging the adapter", "saving weights"]
+    assert [what for what, _ in groupby(ended)] == [*made, *compared, *compared], done.output
+
+
+def test_a_peft_export_is_the_same_model(finished: Path, tmp_path: Path) -> None:
+    done = export(RunDir(finished), "peft", tmp_path / "mine")
+    assert done.divergence < 1e-3 and done.agreement > 0.9
+    assert not (tmp_path / "mine" / "base" / "adapter_config.json").exists()
+    settings = json.loads((tmp_path / "mine" / "adapter_config.json").read_text())
+    assert settings["base_model_name_or_path"] == str(tmp_path / "mine" / "base")
+
+
+def test_what_does_not_predict_the_same_leaves_no_folder(finished: Path, tmp_path: Path) -> None:
+    """An adapter with a NaN in it: the final model is broken, and so would be whatever is made of it."""
+    root = Path(shutil.copytree(finished, tmp_path / "run"))
+    file = root / "final" / ADAPTER
+    adapter = load_file(file)
+    next(iter(adapter.values()))[0, 0] = torch.nan
+    save_file(adapter, file)
+    with pytest.raises(StageError, match="answers nan% off"):
+        export(RunDir(root), "merged", tmp_path / "out")
+    assert not list(tmp_path.glob("*out*"))
+
+
+@pytest.fixture(scope="module")
+def faint(finished: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run whose adapters are a hundredth of each layer: one of them is lost among the rounding of the rest."""
+    root = Path(shutil.copytree(finished, tmp_path_factory.mktemp("faint") / "run"))
+    scale_adapters(root / "final" / ADAPTER, 1 / 800, "lora_B")
+    return root
+
+
+def scale_adapters(file: Path, factor: float, which: str) -> None:
+    parts = load_file(file)
+    assert any(which in name for name in parts)
+    save_file({name: part * factor if which in name else part for name, part in parts.items()}, file)
+
+
+@pytest.fixture(scope="module")
+def merged(faint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return export(RunDir(faint), "merged", tmp_path_factory.mktemp("merged") / "out").folder
+
+
+LAYERS = {4: "self_attn.q_proj", 8: "self_attn.o_proj", 16: "mlp.up_proj"}
+DAMAGES: dict[str, tuple[Callable[[torch.Tensor, torch.Tensor], torch.Tensor], str]] = {
+    "adapter lost": (lambda base, added: base, r"has -?\d?\d% of its adapter"),
+    "adapter twice": (lambda base, added: base + 2 * added, r"has (1[5-9]|2[0-4])\d% of its adapter"),
+    "another base": (lambda base, added: 1.1 * base + added, r"answers 1\d% off"),
+    "not a number": (lambda base, added: base + torch.nan, "answers nan% off"),
+}
+
+
+@pytest.mark.parametrize("bits", LAYERS)
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_one_layer_that_is_not_what_it_was_is_noticed(
+    damage: str, bits: int, faint: Path, merged: Path, tmp_path: Path
+) -> None:
+    layer = f"model.layers.0.{LAYERS[bits]}"
+    state, adapter = load_file(faint / "final" / "model.safetensors"), load_file(faint / "final" / ADAPTER)
+    parts = {name.removeprefix(f"{layer}."): part for name, part in state.items() if name.startswith(f"{layer}.")}
+    base = parts["weight"].float() if bits == 16 else unpack(parts, torch.float32)
+    lora_a, lora_b = (adapter[f"base_model.model.{layer}.lora_{side}.weight"].float() for side in "AB")
+    change, told = DAMAGES[damage]
+    folder = Path(shutil.copytree(merged, tmp_path / "out"))
+    weights = load_file(folder / "model.safetensors")
+    weights[f"{layer}.weight"] = change(base, LORA.alpha / LORA.rank * lora_b @ lora_a).to(torch.bfloat16)
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(StageError, match=rf"`{layer}` {told}"):
+        compare(faint / "final", folder, rows_of(faint))
+
+
+def rows_of(run: Path) -> list[list[int]]:
+    return [row["input_ids"] for row in load_encoded(run / "prepare" / "data" / "confirmation")]
+
+
+def test_a_lost_adapter_of_a_peft_export_is_noticed(faint: Path, tmp_path: Path) -> None:
+    folder = export(RunDir(faint), "peft", tmp_path / "mine").folder
+    scale_adapters(folder / ADAPTER, 0.0, f"layers.1.{LAYERS[16]}.lora_B")
+    with pytest.raises(StageError, match=r"`model\.layers\.1\.mlp\.up_proj` has -?\d?\d% of its adapter"):
+        compare(faint / "final", folder, rows_of(faint))
+
+
+def test_what_is_no_layer_with_an_adapter_shows_in_the_predictions(faint: Path, merged: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(merged, tmp_path / "out"))
+    weights = load_file(folder / "model.safetensors")
+    weights["model.norm.weight"] = torch.full_like(weights["model.norm.weight"], 3.0)
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(StageError, match=r"diverges by \S+ nats a token, more than 0\.05"):
+        compare(faint / "final", folder, rows_of(faint))
+
+
+def test_exports_say_what_is_missing_or_in_the_way(finished: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="has no final model"):
+        export(RunDir(tmp_path), "merged", tmp_path / "out")
+    with pytest.raises(UserError, match="name another folder with `--out`"):
+        export(RunDir(finished), "merged", tmp_path)

@@ -1,0 +1,453 @@
+"""Real faults while stages work: damaged files, a full disk, weights and losses that are no numbers.
+
+Nothing of qpruner is replaced here: files are cut short, a real file system is filled, and the weights really are NaN.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import re
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import flip_a_byte, flipped, full_until_noticed, raw_config, with_key
+
+from qpruner.config.schema import validate_config
+from qpruner.errors import CorruptFile, StageError, UserError
+from qpruner.pipeline import run
+from qpruner.pipeline.stage import explained
+from qpruner.runs.events import Event, Message, Progress, StageFinished, StageSkipped, StageStarted
+from qpruner.runs.paths import RunDir, folder_digests, read_json
+from qpruner.runs.records import BankRecord, PrepareRecord, PruneRecord, Results, SensitivityRecord, TrialRecord
+from qpruner.search.trial_records import set_aside_damaged
+
+RECORDS = {"prepare": PrepareRecord, "prune": PruneRecord, "bank": BankRecord, "sensitivity": SensitivityRecord}
+
+
+def names(events: list[Event], kind: type[Event]) -> list[str]:
+    """The stages that an event of this kind tells of, in order."""
+    return [event.stage for event in events if isinstance(event, kind)]
+
+
+def go(raw: dict[str, Any], until: str, emit: Callable[[Event], None] | None = None) -> tuple[Results, list[Event]]:
+    """Runs the flow in process; returns the records and what it said."""
+    events: list[Event] = []
+
+    def tell(event: Event) -> None:
+        events.append(event)
+        if emit:
+            emit(event)
+
+    return run(validate_config(raw), tell, until=until), events
+
+
+def failing(raw: dict[str, Any], until: str, emit: Callable[[Event], None] | None = None) -> StageError:
+    """Runs the flow, which must fail in a stage; returns the error."""
+    with pytest.raises(StageError) as caught:
+        go(raw, until, emit)
+    assert caught.value.exit_code == 1
+    return caught.value
+
+
+@pytest.fixture(scope="module")
+def pruned(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Path:
+    """A run that has got as far as the pruned checkpoint."""
+    root = tmp_path_factory.mktemp("pruned") / "run"
+    go(raw_config(tiny_model, root), "prune")
+    return root
+
+
+@pytest.fixture(scope="module")
+def banked(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path, pruned: Path) -> Path:
+    """The same run, gone on to the bank."""
+    root = shutil.copytree(pruned, tmp_path_factory.mktemp("banked") / "run")
+    go(raw_config(tiny_model, root), "bank")
+    return root
+
+
+def copy_of(root: Path, raw: dict[str, Any]) -> Path:
+    """A copy of a run where the configuration has its own."""
+    return shutil.copytree(root, Path(raw["output"]))
+
+
+# ---- damaged files
+
+
+@pytest.mark.parametrize("split", ["train", "sensitivity"])
+@pytest.mark.parametrize(
+    "damage",
+    [
+        pytest.param(lambda path: flip_a_byte(next(path.glob("*.arrow"))), id="flipped"),
+        pytest.param(lambda path: os.truncate(next(path.glob("*.arrow")), 200), id="cut"),
+        pytest.param(shutil.rmtree, id="missing"),
+    ],
+)
+def test_damaged_rows_are_named_and_set_aside_and_they_alone_are_made_again(
+    split: str, damage: Callable[[Path], object], banked: Path, tiny_raw: dict[str, Any]
+) -> None:
+    """Trials alone read those of `train`: a search that met them would meet them again."""
+    root = copy_of(banked, tiny_raw)
+    rows = root / "prepare" / "data" / split
+    whole = folder_digests(rows)
+    damage(rows)
+    _, events = go(tiny_raw, "bank")
+    (told,) = [event.text for event in events if isinstance(event, Message) and str(rows) in event.text]
+    for aside in (root / "damaged").glob("*[0-9]"):
+        assert str(aside) in told and aside.name.startswith(f"prepare-data-{split}-")
+    assert names(events, StageFinished) == ["prepare"]
+    assert folder_digests(rows) == whole
+    assert names(go(tiny_raw, "bank")[1], StageFinished) == [], "whole again"
+
+
+def test_rows_that_are_damaged_while_a_command_runs_are_named_with_the_remedy(
+    pruned: Path, tiny_raw: dict[str, Any]
+) -> None:
+    root = copy_of(pruned, tiny_raw)
+    rows = root / "prepare" / "data" / "sensitivity"
+
+    def damage(event: Event) -> None:
+        if isinstance(event, StageStarted) and event.stage == "bank":
+            os.truncate(next(rows.glob("*.arrow")), 200)
+
+    error = failing(tiny_raw, "sensitivity", damage)
+    assert error.stage == "sensitivity"
+    assert str(rows) in error.cause
+    assert error.remedy == "repeat the command: what is damaged is set aside, and that alone is made again"
+    assert names(go(tiny_raw, "bank")[1], StageFinished)[0] == "prepare", "and so it is"
+
+
+@pytest.mark.parametrize(
+    ("file", "damage"),
+    [
+        pytest.param("prune/model.safetensors", flip_a_byte, id="weights-flipped"),
+        pytest.param("prune/model.safetensors", lambda path: os.truncate(path, 0), id="weights-empty"),
+        pytest.param("prune/model.safetensors", Path.unlink, id="weights-missing"),
+        pytest.param("prune/config.json", flip_a_byte, id="config-flipped"),
+        pytest.param("prune.files.json", flip_a_byte, id="list-flipped"),
+    ],
+)
+def test_a_damaged_model_is_named_and_set_aside_and_it_alone_is_made_again(
+    file: str, damage: Callable[[Path], object], banked: Path, tiny_raw: dict[str, Any]
+) -> None:
+    root = copy_of(banked, tiny_raw)
+    weights = root / "prune" / "model.safetensors"
+    whole = weights.read_bytes()
+    damage(root / file)
+    _, events = go(tiny_raw, "bank")
+    (told,) = [event.text for event in events if isinstance(event, Message) and "set aside" in event.text]
+    (aside,) = [path for path in (root / "damaged").iterdir() if path.is_dir()]
+    assert str(root / file) in told and str(aside) in told
+    assert names(events, StageFinished) == ["prune"]
+    assert weights.read_bytes() == whole
+    assert names(go(tiny_raw, "bank")[1], StageFinished) == [], "whole again"
+
+
+@pytest.mark.parametrize(
+    ("file", "folder"),
+    [
+        ("candidates/uniform-4-bit/record.json", "candidates/uniform-4-bit"),
+        ("candidates/searched/adapter/adapter_config.json", "candidates/searched"),
+        ("search/best.json", "search"),
+    ],
+)
+def test_the_remedy_costs_one_row_and_no_other(file: str, folder: str, tmp_path: Path) -> None:
+    """What can be read of the others took hours; half of the damaged one would be met again."""
+    path = tmp_path / "run" / file
+    path.parent.mkdir(parents=True)
+    path.write_text('{"index": 3, "dig')
+    with pytest.raises(StageError) as caught, explained("search", tmp_path / "run"):
+        read_json(path, TrialRecord)
+    assert str(path) in caught.value.cause
+    assert caught.value.remedy.startswith(f"delete {tmp_path / 'run' / folder}, then repeat the command")
+
+
+@pytest.mark.parametrize("file", ["bank/4bit/layers.0.json", "prune/model.safetensors", "trials/0/0003/checkpoint-4/a"])
+def test_what_a_command_finds_by_itself_nobody_is_told_to_delete(file: str, tmp_path: Path) -> None:
+    """With a trial its plan would go, with a bank all that is whole, and a model may only have been out of sight."""
+    with pytest.raises(StageError) as caught, explained("search", tmp_path):
+        raise CorruptFile("damaged", tmp_path / file)
+    assert caught.value.remedy.startswith("repeat the command: what is damaged is set aside, and ")
+
+
+@pytest.mark.parametrize("file", ["0003/trial.json", "search-0123abcd.json"])
+def test_what_a_search_sets_aside_by_itself_nobody_is_told_to_delete(file: str, tmp_path: Path) -> None:
+    """With its folder the plan of a trial would go, and with its clock the time that a search has had."""
+    path = tmp_path / "run" / "trials" / "0123abcd" / file
+    path.parent.mkdir(parents=True)
+    path.write_text('{"index": 3, "dig')
+    with pytest.raises(StageError) as caught, explained("search", tmp_path / "run"):
+        read_json(path, TrialRecord)
+    assert str(path) in caught.value.cause
+    assert caught.value.remedy.startswith("repeat the command") and "delete" not in caught.value.remedy
+    told: list[str] = []
+    set_aside_damaged(tmp_path / "run" / "trials" / "0123abcd", "0123abcd", told.append)
+    assert len(told) == 1 and str(path) in told[0] and "set aside" in told[0]
+
+
+def test_the_remedy_for_an_adapter_that_is_gone_names_its_row(tmp_path: Path) -> None:
+    from qpruner.training.candidates import load_adapter
+
+    root = tmp_path / "run"
+    with pytest.raises(StageError) as caught, explained("evaluate", root):
+        load_adapter(torch.nn.Identity(), root / "candidates" / "searched" / "adapter")  # type: ignore[arg-type]
+    assert caught.value.remedy.startswith(f"delete {root / 'candidates' / 'searched'}, then")
+
+
+def test_nobody_is_told_to_delete_a_file_of_their_own(tmp_path: Path) -> None:
+    path = tmp_path / "models" / "trials" / "record.json"
+    path.parent.mkdir(parents=True)
+    path.write_text("{")
+    with pytest.raises(StageError) as caught, explained("prune", tmp_path / "run"):
+        read_json(path, TrialRecord)
+    assert "delete" not in caught.value.remedy
+    assert "fetch or write that file again" in caught.value.remedy
+
+
+def test_nobody_is_told_to_delete_what_the_next_command_mends_by_itself(tmp_path: Path) -> None:
+    """At a URI the folder of a stage is no more than a copy, and may be whole in the store."""
+    from safetensors.torch import load_file
+
+    (path := tmp_path / "model.safetensors").touch()
+    with pytest.raises(StageError, match="a safetensors file is damaged") as caught, explained("search", tmp_path):
+        load_file(path)
+    assert caught.value.remedy.startswith("repeat the command") and "delete" not in caught.value.remedy
+
+
+@pytest.mark.parametrize(
+    ("stage", "key"),
+    [
+        ("prune", "calibration.batch_size"),
+        ("sensitivity", "sensitivity.batch_size"),
+        ("search", "training.micro_batch_size"),
+        ("finetune", "training.micro_batch_size"),
+        ("comparison", "training.micro_batch_size"),
+        ("evaluate", "evaluate.batch_size"),
+    ],
+)
+def test_the_remedy_for_memory_is_the_stages_own(stage: str, key: str) -> None:
+    with pytest.raises(StageError) as caught, explained(stage):
+        torch.empty(2**50)
+    assert caught.value.remedy.startswith(f"lower `{key}` or ")
+    assert ("gradient_checkpointing" in caught.value.remedy) == key.startswith("training.")
+
+
+def test_a_stage_whose_folder_is_gone_is_run_again(banked: Path, tiny_raw: dict[str, Any]) -> None:
+    root = copy_of(banked, tiny_raw)
+    shutil.rmtree(root / "prune")
+    _, events = go(tiny_raw, "bank")
+    assert names(events, StageFinished) == ["prune"]
+    assert names(events, StageSkipped) == ["prepare", "bank"]
+
+
+def test_a_model_that_is_cut_again_otherwise_gets_a_bank_of_its_own(tiny_raw: dict[str, Any]) -> None:
+    """Another kind of machine rounds differently; here other instructions of this one do."""
+    raw = with_key(tiny_raw, "prune.compensation", "least_squares")
+    before, _ = go(raw, "bank")
+    weights = Path(raw["output"]) / "prune" / "model.safetensors"
+    whole = weights.read_bytes()
+    flip_a_byte(weights)
+    with torch.backends.mkldnn.flags(enabled=False):
+        after, events = go(raw, "bank")
+    if weights.read_bytes() == whole:
+        pytest.skip("all instructions of this machine round alike")
+    assert names(events, StageFinished) == ["prune", "bank"]
+    assert before.bank and after.bank and before.bank.digest != after.bank.digest, "nor is any trial of it taken over"
+    assert {event.done for event in events if isinstance(event, Progress) and event.stage == "bank"} == set(range(1, 9))
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        pytest.param(lambda text: text[: len(text) // 2], id="truncated"),
+        pytest.param(lambda text: b"", id="empty"),
+        pytest.param(lambda text: b"\0" * len(text), id="zeros"),
+        pytest.param(lambda text: b"\xff\xfe" + text[2:], id="no-text"),
+        pytest.param(lambda text: b"[]", id="no-record"),
+        pytest.param(lambda text: flipped(text, b'"digest": "'), id="digest-flipped"),
+        pytest.param(lambda text: flipped(text, re.search(rb'"seconds": \d+\.', text)[0]), id="number-flipped"),
+    ],
+)
+@pytest.mark.parametrize("stage", ["prepare", "prune", "bank"])
+def test_a_corrupt_record_is_told_and_its_stage_run_again(
+    stage: str, damage: Callable[[bytes], bytes], banked: Path, tiny_raw: dict[str, Any]
+) -> None:
+    root = copy_of(banked, tiny_raw)
+    record = root / "records" / f"{stage}.json"
+    kind = RECORDS[stage]
+    before = RunDir(root).read_record(stage, kind)
+    record.write_bytes(damage(record.read_bytes()))
+    _, events = go(tiny_raw, "bank")
+    told = [event.text for event in events if isinstance(event, Message) and str(record) in event.text]
+    assert len(told) == 1 and "run again" in told[0]
+    assert "\n" not in told[0], "a message is one line"
+    assert names(events, StageFinished) == [stage], "what depends on it is as it was"
+    again = RunDir(root).read_record(stage, kind)
+    assert before and again
+    # What the machine measured is another figure each time.
+    measured = {"seconds": 0} | ({"peak_memory_bytes": 0} if stage == "prune" else {})
+    assert again.model_copy(update=measured) == before.model_copy(update=measured)
+
+
+# ---- a full disk
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[Path]:
+    """A real file system of 16 MiB: enough for the run, if nothing else fills it."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=16m", "qpruner-test", folder], capture_output=True)
+    if mounted.returncode:
+        pytest.skip(f"mounting is not permitted here: {mounted.stderr.decode().strip()}")
+    yield folder
+    subprocess.run(["umount", folder], check=True)
+
+
+def fill(disk: Path, leave: int) -> Path:
+    """Takes all of a file system but some bytes; returns the file that holds them."""
+    filler = disk / "filler"
+    filler.write_bytes(b"\0" * (shutil.disk_usage(disk).free - leave))
+    return filler
+
+
+def test_a_full_disk_is_refused_before_the_first_stage(disk: Path, tiny_raw: dict[str, Any]) -> None:
+    fill(disk, leave=50_000)
+    with pytest.raises(UserError, match=r"`output`: the run needs about .* make room"):
+        go(with_key(tiny_raw, "output", str(disk / "run")), "bank")
+
+
+@pytest.mark.parametrize("leave", [0, 4096, 100_000])
+@pytest.mark.parametrize("stage", ["prune", "bank"])
+def test_a_disk_that_fills_up_in_a_stage_costs_that_stage_only(
+    stage: str, leave: int, disk: Path, banked: Path, tiny_raw: dict[str, Any]
+) -> None:
+    raw = with_key(tiny_raw, "output", str(disk / "run"))
+
+    def fill_at_start(event: Event) -> None:
+        if isinstance(event, StageStarted) and event.stage == stage:
+            fill(disk, leave)
+
+    error = failing(raw, "bank", fill_at_start)
+    assert error.stage == stage
+    assert "no space left" in error.cause and str(disk) in error.cause
+    assert "make room, then repeat the command" in error.remedy
+
+    earlier = list(RECORDS)[: list(RECORDS).index(stage)]
+    run_dir = RunDir(disk / "run")
+    assert [run_dir.read_record(name, RECORDS[name]) is not None for name in RECORDS] == [
+        name in earlier for name in RECORDS
+    ]
+
+    (disk / "filler").unlink()
+    results, events = go(raw, "bank")
+    assert names(events, StageSkipped) == earlier
+    undisturbed = RunDir(banked).read_record("bank", BankRecord)
+    assert results.bank and undisturbed and results.bank.files == undisturbed.files, "the same bank, bit for bit"
+
+
+@pytest.mark.parametrize("leave", [4096, 100_000])
+@pytest.mark.parametrize(("stage", "kind"), [("prepare", StageStarted), ("prune", StageStarted), ("bank", Progress)])
+def test_a_disk_that_is_full_for_a_while_costs_a_stage_nothing_but_the_wait(
+    stage: str, kind: type[Event], leave: int, disk: Path, banked: Path, tiny_raw: dict[str, Any]
+) -> None:
+    """The bank's first entry is built by then: a bank that has no room at all is refused with its size."""
+    with contextlib.ExitStack() as meanwhile:
+
+        def fill_once(event: Event) -> None:
+            if isinstance(event, kind) and event.stage == stage and not fillers:
+                fillers.append(meanwhile.enter_context(full_until_noticed(disk, leave)))
+
+        fillers: list[Path] = []
+        results, _ = go(with_key(tiny_raw, "output", str(disk / "run")), "bank", fill_once)
+        assert not fillers[0].exists(), "it was waited for"
+    undisturbed = RunDir(banked).read_record("bank", BankRecord)
+    assert results.bank and undisturbed and results.bank.files == undisturbed.files, "the same bank, bit for bit"
+
+
+# ---- what is no number
+
+
+def poisoned_model(model: Path, folder: Path, parameter: str) -> Path:
+    """A copy of a model with one NaN in one parameter."""
+    from safetensors.torch import load_file, save_file
+
+    copy = shutil.copytree(model, folder)
+    tensors = load_file(copy / "model.safetensors")
+    tensors[parameter].view(-1)[0] = math.nan
+    save_file(tensors, copy / "model.safetensors", metadata={"format": "pt"})
+    return copy
+
+
+@pytest.mark.parametrize(
+    ("importance", "rate", "parameter"),
+    [
+        pytest.param("taylor", 0.2, "model.layers.1.mlp.down_proj.weight", id="taylor"),
+        pytest.param("magnitude", 0.2, "model.layers.1.mlp.up_proj.weight", id="magnitude"),
+        pytest.param("magnitude", 0.2, "model.norm.weight", id="outside-the-blocks"),
+        pytest.param("taylor", 0.0, "model.layers.0.self_attn.q_proj.weight", id="not-pruned"),
+    ],
+)
+def test_weights_that_are_no_numbers_stop_the_first_stage_that_reads_them(
+    importance: str, rate: float, parameter: str, tiny_raw: dict[str, Any], tmp_path: Path
+) -> None:
+    model = poisoned_model(Path(tiny_raw["model"]["source"]), tmp_path / "model", parameter)
+    raw = with_key(with_key(tiny_raw, "prune.importance", importance), "prune.rate", rate)
+    error = failing(with_key(raw, "model.source", str(model)), "sensitivity")
+    assert error.stage == "prune"
+    assert error.cause == f"the weight {parameter} is NaN or infinite"
+    assert "weights" in error.remedy and "learning_rate" not in error.remedy, "nothing has been trained yet"
+    report = (Path(tiny_raw["output"]) / "report.md").read_text()
+    assert f"Failed in stage prune: {error.cause}" in report, "a failed run has its report"
+
+
+@pytest.mark.parametrize("first_rung", [1, 4])
+def test_a_diverging_trial_names_the_step_and_the_learning_rate(
+    first_rung: int, banked: Path, tiny_raw: dict[str, Any]
+) -> None:
+    from qpruner.search.trial import run_trial
+    from qpruner.search.trial_job import Materials, TrialJob
+
+    root = copy_of(banked, tiny_raw)
+    raw = with_key(with_key(tiny_raw, "training.learning_rate", 1e30), "search.first_rung", first_rung)
+    bank = RunDir(root).read_record("bank", BankRecord)
+    assert bank is not None
+    plan = dict.fromkeys(bank.residual_ratio["4"], 4)
+    job = TrialJob(validate_config(raw), Materials(root / "prune", root / "bank", root / "prepare" / "data"), plan)
+    with pytest.raises(StageError) as caught, explained("search"):
+        run_trial(job, None, lambda result, checkpoint: None)
+    assert caught.value.stage == "search"
+    assert "nan" in caught.value.cause.lower() and "at step" in caught.value.cause
+    assert "`training.learning_rate`" in caught.value.remedy
+
+
+def test_a_trial_tells_of_all_that_it_loads_before_its_first_pass(banked: Path, tiny_raw: dict[str, Any]) -> None:
+    """It may take longer than a trial may stand still: every file of the model, every group of the bank. The rows come
+    last, and are not there."""
+    from qpruner.search.trial import run_trial
+    from qpruner.search.trial_job import Materials, TrialJob
+
+    root = copy_of(banked, tiny_raw)
+    bank = RunDir(root).read_record("bank", BankRecord)
+    assert bank is not None
+    plan = dict.fromkeys(bank.residual_ratio["4"], 4)
+    beats: list[int] = []
+    job = TrialJob(validate_config(tiny_raw), Materials(root / "prune", root / "bank", root / "nowhere"), plan)
+    with pytest.raises(CorruptFile, match="nowhere"):
+        run_trial(job, None, lambda result, checkpoint: None, beats.append)
+    assert len(beats) > len(list((root / "prune").iterdir())) + len(plan)
+
+
+@pytest.mark.slow
+def test_a_search_of_diverging_trials_only_fails_with_their_reason(banked: Path, tiny_raw: dict[str, Any]) -> None:
+    copy_of(banked, tiny_raw)
+    error = failing(with_key(with_key(tiny_raw, "training.learning_rate", 1e30), "search.max_trials", 2), "search")
+    assert error.stage == "search"
+    assert "none of 2 trials finished" in error.cause and "TrainingDiverged" in error.cause and "step" in error.cause
+    assert "`training.learning_rate`" in error.remedy

@@ -1,0 +1,142 @@
+"""What is refused of a model's shapes before a weight is read."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import raw_config, with_key
+from transformers import AutoConfig
+
+from qpruner.config.schema import PruneConfig, RunConfig, validate_config
+from qpruner.errors import UserError
+from qpruner.pipeline.preflight import cuts_on, inspect
+from qpruner.pruning.best_cut import Cut, cuts_of
+from qpruner.pruning.prune import settled
+
+SHAPES = {"num_hidden_layers": 2, "vocab_size": 64, "pad_token_id": 0}
+PHI = {"hidden_size": 384, "num_attention_heads": 4, "num_key_value_heads": 4, "intermediate_size": 1024}
+"""Heads of 96 rows, as Phi-3-mini's: two of them are a multiple of 64, one and three are not."""
+
+
+def config_of(folder: Path, bits: list[int], **prune: Any) -> RunConfig:
+    raw = with_key(raw_config(folder, folder / "run"), "prune", {"compensation": "none", **prune})
+    return validate_config(with_key(raw, "quantize.bits", bits))
+
+
+def checked_on_cpu(model_config: Any, config: RunConfig) -> int:
+    """How many cuts a CPU can go on from."""
+    return len(cuts_on(None, config, model_config, cuts_of(model_config, config.prune), packs=True)[0])
+
+
+def test_heads_that_a_cpu_would_decode_wrongly_are_refused_before_the_cut(tmp_path: Path) -> None:
+    """Where scores decide, any number may stay of what is expected to be even in every block."""
+    units = ["attention", "mlp"]
+    model_config = AutoConfig.for_model("phi3", **SHAPES, **PHI)
+    config = config_of(tmp_path, [4, 8], rate=0.1, selection="global", units=units)
+    with pytest.raises(UserError) as caught:
+        checked_on_cpu(model_config, config)
+    for told in ("`prune.selection: global`", "layers.0.self_attn.o_proj with 96 columns", "set `prune.units: [mlp]`"):
+        assert told in str(caught.value)
+    assert checked_on_cpu(model_config, config_of(tmp_path, [8, 16], rate=0.1, selection="global", units=units)) == 1
+    assert checked_on_cpu(model_config, config_of(tmp_path, [4, 8], rate=0.1, selection="global", units=["mlp"])) == 1
+    for share, is_even in ((0.5, True), (0.25, False)):
+        known = config_of(tmp_path, [4, 8], layer_rate=share, units=units, round_to=64)
+        if is_even:
+            assert checked_on_cpu(model_config, known) == 1
+            continue
+        with pytest.raises(
+            UserError, match=r"o_proj has 288 columns, .* `prune\.units: \[mlp\]` where the size of heads"
+        ):
+            checked_on_cpu(model_config, known)
+
+
+def test_a_block_that_loses_nothing_keeps_a_width_of_the_base_model(tmp_path: Path) -> None:
+    llama = {"hidden_size": 64, "num_attention_heads": 1, "num_key_value_heads": 1}
+    for width, is_refused in ((176, True), (192, False)):
+        model_config = AutoConfig.for_model("llama", **SHAPES, **llama, intermediate_size=width)
+        config = config_of(tmp_path, [4, 8], rate=0.2, selection="global", units=["mlp"])
+        if is_refused:
+            with pytest.raises(UserError, match=r"may leave model\.layers\.0\.mlp\.down_proj with 176 columns"):
+                checked_on_cpu(model_config, config)
+        else:
+            assert checked_on_cpu(model_config, config) == 1
+
+
+def test_of_several_cuts_those_that_a_cpu_can_go_on_from_are_tried(tmp_path: Path) -> None:
+    bad, good = (AutoConfig.for_model("phi3", **SHAPES, **PHI | {"intermediate_size": width}) for width in (144, 128))
+    config = config_of(tmp_path, [4, 8], rate=0.2, selection="per_layer")
+    settings = PruneConfig(selection="per_layer")
+    cuts = Cut(settings, bad), Cut(settings, good)
+    tried, [(left_out, why)] = cuts_on(None, config, good, cuts, packs=True)
+    assert (tried, left_out) == (cuts[1:], cuts[0]) and "144 columns" in str(why)
+    with pytest.raises(UserError, match="144 columns"):
+        cuts_on(None, config, good, cuts[:1], packs=True)
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"data.max_length": 65}, r"`data\.max_length`: 65 tokens are more than the 64 positions that this opt model"),
+        ({"calibration.max_length": 128}, r"`calibration\.max_length`: 128 tokens .* give at most 64"),
+        ({"calibration.token_ids": [[1] * 70]}, r"`calibration\.token_ids`: 70 tokens are more"),
+        ({}, None),
+    ],
+    ids=str,
+)
+def test_more_tokens_than_learned_positions_are_refused(
+    changes: dict[str, Any], told: str | None, tiny_model: Path, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(tiny_model, tmp_path / "model")
+    vocabulary = AutoConfig.from_pretrained(folder).vocab_size
+    sizes = {"hidden_size": 64, "num_attention_heads": 1, "ffn_dim": 256, "word_embed_proj_dim": 64}
+    shapes = SHAPES | sizes | {"vocab_size": vocabulary, "max_position_embeddings": 64}
+    AutoConfig.for_model("opt", architectures=["OPTForCausalLM"], **shapes).save_pretrained(folder)
+    raw = raw_config(folder, tmp_path / "run")
+    for key, value in ({"data.max_length": 64, "calibration.max_length": 64} | changes).items():
+        if key == "calibration.token_ids":
+            (tmp_path / "ids.json").write_text(str(value))
+            value = str(tmp_path / "ids.json")
+        raw = with_key(raw, key, value)
+    raw = with_key(with_key(raw, "prune.rate", 0.05), "quantize.bits", [8, 16])
+    if told:
+        with pytest.raises(UserError, match=told):
+            inspect(validate_config(raw))
+    else:
+        assert inspect(validate_config(raw)).counts.sample_length == 64
+
+
+def test_given_samples_are_counted_as_long_as_they_are(tiny_model: Path, tmp_path: Path) -> None:
+    (tmp_path / "ids.json").write_text(str([[1] * 300, [2] * 17]))
+    raw = with_key(raw_config(tiny_model, tmp_path / "run"), "calibration.token_ids", str(tmp_path / "ids.json"))
+    counts = inspect(validate_config(raw)).counts
+    assert (counts.samples["importance"], counts.sample_length) == (2, 300)
+
+
+def test_a_ridge_that_this_model_cannot_have_is_named(tiny_model: Path, tmp_path: Path) -> None:
+    """Stacked experts cannot be made up for; what else goes from the model can."""
+    folder = shutil.copytree(tiny_model, tmp_path / "model")
+    vocabulary = AutoConfig.from_pretrained(folder).vocab_size
+    sizes = {"hidden_size": 64, "intermediate_size": 64, "num_attention_heads": 2, "num_key_value_heads": 2}
+    AutoConfig.for_model("mixtral", **SHAPES | sizes | {"vocab_size": vocabulary}).save_pretrained(folder)
+
+    def named(**prune: Any) -> list[str]:
+        raw = with_key(raw_config(folder, tmp_path / "run"), "prune", {"rate": 0.05, "round_to": 8, **prune})
+        found = inspect(validate_config(raw), works_here=False, packs=False)
+        return [warning for warning in found.warnings if "`prune.ridge`" in warning]
+
+    [warning] = named(ridge=0.5)
+    assert warning == f"`prune.ridge` has no effect: least squares cannot make up for what goes from {folder}"
+    assert named() == named(ridge=0.5, units=["attention"]) == []
+
+
+def test_keys_without_effect_change_no_cut(tiny_model: Path) -> None:
+    """So nothing is pruned anew for them."""
+    model_config = AutoConfig.from_pretrained(tiny_model)
+    for idle, plain in (
+        ({"importance": "magnitude", "order": "second"}, {"importance": "magnitude"}),
+        ({"units": ["block"], "compensation": "bias", "rate": 0.4}, {"units": ["block"], "rate": 0.4}),
+    ):
+        assert settled(model_config, PruneConfig(**idle)) == settled(model_config, PruneConfig(**plain))

@@ -1,0 +1,273 @@
+"""What a worker does for a run at a URI, on machines that have nothing of it: without Ray, on a real S3 server."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from conftest import disk_of, raw_config, with_key
+from object_store import Store, object_store, talk_to
+
+from qpruner.config.schema import RunConfig, validate_config
+from qpruner.errors import CorruptFile, StageError, UserError
+from qpruner.pipeline import check, preflight, run
+from qpruner.pipeline.context import Context
+from qpruner.pipeline.finish import _is_there
+from qpruner.pipeline.jobs import row_set_aside_if_damaged
+from qpruner.pipeline.preflight_rows import include_path
+from qpruner.quantization.bank import read_plan
+from qpruner.runs import object_store as objects
+from qpruner.runs.events import Event, Message
+from qpruner.runs.mirror import FILES, fetch, put_folder, put_folders
+from qpruner.runs.paths import RunDir, children, files_in, write_text
+from qpruner.runs.records import BankRecord, RungResult
+from qpruner.search.trial import run_trial
+from qpruner.search.trial_job import Materials, TrialJob
+from qpruner.training.candidates import (
+    ADAPTER_WEIGHTS,
+    Candidate,
+    CandidateJob,
+    evaluate_candidate,
+    finetune_candidate,
+    is_damaged,
+    latest_checkpoint,
+)
+
+pytestmark = pytest.mark.slow
+
+Machine = Callable[[str], CandidateJob]
+
+FINETUNE = """
+import sys
+from test_at_uri import job_of
+from qpruner.training.candidates import finetune_candidate
+finetune_candidate(job_of(sys.argv[1], sys.argv[2]))
+"""
+
+
+@contextmanager
+def finetune_elsewhere(config_file: Path, row: str) -> Iterator[subprocess.Popen[str]]:
+    """A process that fine-tunes a row; entered as soon as it has left its first checkpoint."""
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, "-c", FINETUNE, str(config_file), row]
+    checkpoints = job_of(str(config_file), row).candidate.checkpoints
+    with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            deadline = time.monotonic() + 240
+            while not any(name.endswith(FILES) for name in children(checkpoints)):
+                assert process.poll() is None and time.monotonic() < deadline
+                time.sleep(0.02)
+            yield process
+        finally:
+            process.kill()
+
+
+@pytest.fixture(scope="module")
+def config_file(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Store, Path]]:
+    """A configuration whose run has got as far as the bank; the machine that did it has left nothing."""
+    folder = tmp_path_factory.mktemp("uri")
+    with object_store() as store, pytest.MonkeyPatch.context() as patch:
+        talk_to(store, patch)
+        patch.setenv(objects.CACHE, str(folder / "first"))
+        raw = with_key(raw_config(tiny_model, folder), "output", store.uri("run"))
+        raw = with_key(with_key(raw, "finetune.steps", 12), "finetune.save_steps", 2)
+        config = validate_config(raw)
+        run(config, lambda event: None, until="bank")
+        (folder / "config.json").write_text(config.model_dump_json())
+        yield store, folder / "config.json"
+
+
+@pytest.fixture
+def machine(config_file: tuple[Store, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Machine:
+    """Goes to a machine of that name; returns a row's job as it is given there."""
+
+    def go(name: str, row: str = "searched") -> CandidateJob:
+        monkeypatch.setenv(objects.CACHE, str(tmp_path / name))
+        return job_of(str(config_file[1]), row)
+
+    return go
+
+
+def job_of(config_file: str, row: str) -> CandidateJob:
+    config = RunConfig.model_validate_json(Path(config_file).read_text())
+    evaluate = config.evaluate.model_copy(update={"include_path": include_path(config)})
+    config = config.model_copy(update={"evaluate": evaluate})
+    run_dir = RunDir(config.output)
+    record = run_dir.read_record("bank", BankRecord)
+    assert record is not None
+    plan = {name: (4, 8)[index % 2] for index, name in enumerate(sorted(record.residual_ratio["4"]))}
+    candidate = Candidate(
+        row, row, run_dir.stage("prune"), run_dir.stage("bank"), plan, run_dir.candidates / row, seed=0
+    )
+    return CandidateJob(config, candidate, run_dir.stage("prepare") / "data", threads=1)
+
+
+def test_a_fine_tune_whose_machine_dies_goes_on_elsewhere_from_what_it_sent(
+    machine: Machine, config_file: tuple[Store, Path]
+) -> None:
+    whole = finetune_candidate(machine("whole", "whole"))
+    job = machine("second")
+    with finetune_elsewhere(config_file[1], "searched") as process:
+        process.kill()
+    job = machine("third")
+    sent = [path.name for path in put_folders(job.candidate.checkpoints)]
+    assert sent and "checkpoint-12" not in sent
+    found = finetune_candidate(job)
+    assert (found.steps, found.train_loss, found.validation_loss) == (12, whole.train_loss, whole.validation_loss)
+    assert [path.name for path in put_folders(job.candidate.checkpoints)] == ["checkpoint-12"]
+    assert {"adapter", "adapter.files.json", "progress"} <= set(children(job.candidate.folder))
+    one, other = (evaluate_candidate(machine("fourth", row)) for row in ("whole", "searched"))
+    assert (one.scores, one.text_loss) == (other.scores, other.text_loss)
+
+
+def test_a_damaged_checkpoint_of_a_fine_tune_is_not_gone_on_from(
+    machine: Machine, config_file: tuple[Store, Path]
+) -> None:
+    store = config_file[0]
+    machine("first-half", "broken")
+    with finetune_elsewhere(config_file[1], "broken") as process:
+        process.kill()
+    job = machine("second-half", "broken")
+    (sent,) = put_folders(job.candidate.checkpoints)
+    assert not is_damaged(sent)
+    store.damage(f"run/candidates/broken/checkpoints/{sent.name}/optimizer.pt")
+    assert is_damaged(sent) and latest_checkpoint(job.candidate.checkpoints) is None
+    assert finetune_candidate(job).steps == 12
+
+
+def adapter_at(store: Store, run: RunDir, folder: Path) -> Path:
+    """A row's adapter, with an object that is not as it was put."""
+    adapter = run.candidates / "0123abcd" / "adapter"
+    (folder / ADAPTER_WEIGHTS).write_bytes(b"weights")
+    put_folder(folder, adapter)
+    write_text(adapter.with_name("record.json"), "{}")
+    store.damage(f"run/candidates/0123abcd/adapter/{ADAPTER_WEIGHTS}")
+    return adapter
+
+
+def test_a_row_whose_adapter_is_damaged_is_set_aside_by_whoever_meets_that(
+    machine: Machine, config_file: tuple[Store, Path], tmp_path: Path
+) -> None:
+    run_dir = RunDir(machine("evaluating").config.output)
+    (folder := tmp_path / "adapter").mkdir()
+    adapter = adapter_at(config_file[0], run_dir, folder)
+    with pytest.raises(StageError) as caught, row_set_aside_if_damaged(run_dir, "evaluate"):
+        fetch(adapter)
+    (aside,) = children(run_dir.candidates / "damaged")
+    place = f"{run_dir.place}/candidates"
+    assert f"{place}/0123abcd/adapter/{ADAPTER_WEIGHTS} is damaged" in caught.value.cause
+    assert f"set aside in {place}/damaged/{aside}" in caught.value.cause
+    assert caught.value.remedy == "repeat the command: that row alone is fine-tuned anew"
+    assert not files_in(adapter.parent) and "record.json" in children(run_dir.candidates / "damaged" / aside)
+    with pytest.raises(CorruptFile), row_set_aside_if_damaged(run_dir, "evaluate"):
+        fetch(run_dir.stage("nowhere"))
+
+
+def test_a_final_model_of_which_an_object_is_gone_is_written_again(
+    machine: Machine, config_file: tuple[Store, Path], tmp_path: Path
+) -> None:
+    """As an object is deleted that whoever fetched it found damaged."""
+    config, events = machine("looking").config, list[Event]()
+    context = Context(config, RunDir(config.output), events.append, None, preflight.inspect(config))
+    final = context.run_dir.root / "final"
+    assert not _is_there(context, final)
+    (folder := tmp_path / "final").mkdir()
+    for name in ("config.json", "model.safetensors"):
+        (folder / name).write_text(name)
+    put_folder(folder, final)
+    assert _is_there(context, final) and not events
+    config_file[0].delete("run/final/model.safetensors")
+    assert not _is_there(context, final)
+    assert [event.text for event in events if isinstance(event, Message)] == [
+        f"warning: {context.run_dir.place}/final/model.safetensors is missing; the final model is written again"
+    ]
+
+
+@pytest.mark.parametrize("place", ["uri", "folder"])
+def test_a_fine_tune_that_was_cut_off_and_comes_back_writes_nothing_more(
+    place: str, machine: Machine, config_file: tuple[Store, Path], tmp_path: Path
+) -> None:
+    """Its machine stands still from its first checkpoint on, until another one has ended what it began."""
+    job, path = machine("cut-off", "taken-over"), config_file[1]
+    if place == "folder":
+        job = job_of(str(path := in_a_folder(*config_file, tmp_path)), "taken-over")
+    with finetune_elsewhere(path, "taken-over") as process:
+        process.send_signal(signal.SIGSTOP)
+        if place == "uri":
+            job = machine("other", "taken-over")
+        finetune_candidate(job)
+        before = written_in(job.candidate.folder)
+        process.send_signal(signal.SIGCONT)
+        said = process.communicate(timeout=240)[1]
+    assert process.returncode and "TakenOver" in said, said[-2000:]
+    assert written_in(job.candidate.folder) == before
+
+
+def in_a_folder(store: Store, config_file: Path, folder: Path) -> Path:
+    """The configuration of a run in a folder that has got as far as the one at the URI."""
+    for key in store.keys("run"):
+        if key.startswith("candidates/"):
+            continue  # rows of the tests before
+        (file := folder / "run" / key).parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(store.read(f"run/{key}"))
+    config = RunConfig.model_validate_json(config_file.read_text())
+    path = folder / "config.json"
+    path.write_text(config.model_copy(update={"output": str(folder / "run")}).model_dump_json())
+    return path
+
+
+def written_in(folder: Path) -> dict[str, float]:
+    """When each file of a row was written; of its progress a process may give a sign before it knows."""
+    there, names = objects.objects_at(folder), set(files_in(folder)) - {"progress"}
+    return {name: (there / name).modified() if there else (folder / name).stat().st_mtime for name in names}
+
+
+def test_a_trial_finds_its_materials_on_a_machine_that_has_nothing(machine: Machine, tmp_path: Path) -> None:
+    job = machine("fifth")
+    candidate = job.candidate
+    trial = TrialJob(job.config, Materials(candidate.checkpoint, candidate.bank, job.data), candidate.plan)
+    told: list[RungResult] = []
+    run_trial(trial, None, lambda result, checkpoint: told.append(result))
+    assert [result.step for result in told] == [1, 2, 4]
+    # One file a group of the plan, by its contents; the bank's others stay where they are.
+    copies = list((tmp_path / "fifth" / "bank").iterdir())
+    assert len(copies) == len(candidate.plan)
+
+
+def test_room_is_asked_for_what_is_not_on_this_machine_yet(
+    config_file: tuple[Store, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = RunConfig.model_validate_json(config_file[1].read_text())
+    with disk_of("48m", tmp_path / "disk") as disk:
+        monkeypatch.setenv(objects.CACHE, str(disk / "cache"))
+
+        def needed() -> float:
+            filler = disk / "filler"
+            with filler.open("wb") as file:
+                os.posix_fallocate(file.fileno(), 0, shutil.disk_usage(disk).free - 8192)
+            with pytest.raises(UserError, match=f"name another folder by {objects.CACHE}") as caught:
+                check(config, lambda event: None)
+            filler.unlink()
+            found = re.search(r"needs about ([\d.]+) MiB more", str(caught.value))
+            assert found, str(caught.value)
+            return float(found[1])
+
+        run_dir = RunDir(config.output)
+        nothing = needed()
+        fetch(run_dir.stage("prune"))
+        model = needed()
+        assert model < nothing - 0.1
+        record = run_dir.read_record("bank", BankRecord)
+        assert record is not None
+        for bits, groups in record.residual_ratio.items():
+            read_plan(run_dir.stage("bank"), dict.fromkeys(groups, int(bits)))
+        assert needed() < model - record.bytes / 2**20 + 0.2

@@ -1,0 +1,717 @@
+"""A run at a URI: what lies there is whole or not there, wherever it is read from. A real S3 server on loopback."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import logging
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+
+import pytest
+from conftest import flip_a_byte
+from cryptography.hazmat.primitives.asymmetric import rsa
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
+from object_store import Gate, Store, free_port, object_store, talk_to
+from test_rundir import watched
+
+from qpruner.cli.main import _where_next
+from qpruner.errors import CorruptFile, StorageError, UserError
+from qpruner.runs import object_store as objects
+from qpruner.runs.lock import NAME, Holder, driver_of, sole_driver, this_process
+from qpruner.runs.logs import logging_to
+from qpruner.runs.mirror import check, fetch, list_beside, one_at_a_time, put_folders, written
+from qpruner.runs.object_store import address_of, mirror_of, name_of, objects_at
+from qpruner.runs.paths import (
+    LOG,
+    RunDir,
+    children,
+    exists,
+    file_digest,
+    files_in,
+    folder_digests,
+    move,
+    publish_folder,
+    put_file,
+    read_json,
+    read_sign,
+    remove,
+    send_file,
+    write_json,
+    write_sign,
+    write_text,
+)
+from qpruner.runs.records import BankRecord, SearchClock
+
+
+@pytest.fixture(scope="module")
+def store() -> Iterator[Store]:
+    with object_store() as found:
+        yield found
+
+
+Machine = Callable[[str], RunDir]
+
+
+@pytest.fixture
+def machine(store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Machine:
+    """Goes to a machine of that name, with a cache of its own; returns the test's run as it is seen there."""
+    talk_to(store, monkeypatch)
+
+    def go(name: str) -> RunDir:
+        monkeypatch.setenv(objects.CACHE, str(tmp_path / name))
+        return RunDir(store.uri(f"{tmp_path.name}/run"))
+
+    return go
+
+
+@pytest.fixture
+def run(machine: Machine) -> RunDir:
+    """A run of its own in the store, seen from a machine of its own."""
+    return machine("first")
+
+
+def key_of(path: Path) -> str:
+    there = objects_at(path)
+    assert there is not None
+    return there.key
+
+
+def folder_of(tmp_path: Path, **files: str) -> Path:
+    """A folder with such files, `a__b` for `a/b`."""
+    folder = tmp_path / "made"
+    shutil.rmtree(folder, ignore_errors=True)
+    for name, text in files.items():
+        path = folder / name.replace("__", "/")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    return folder
+
+
+def bank_record(digest: str) -> BankRecord:
+    return BankRecord(digest=digest, seconds=1.0, files={}, bytes=1, residual_ratio={})
+
+
+# ---- names
+
+
+@pytest.mark.parametrize(
+    ("uri", "told"),
+    [
+        ("http://example.org/run", "must be a folder or begin with s3:// or gs://"),
+        ("s3://bucket", "must read s3://BUCKET/PREFIX"),
+        ("s3:///run", "must read s3://BUCKET/PREFIX"),
+        ("s3://bucket/a/../b", "must read s3://BUCKET/PREFIX"),
+        ("s3://bucket/run?acl=public", "unknown options acl in the URI; there are endpoint_override, region, scheme"),
+        ("s3://bucket/run?scheme=ftp", "must be http or https, got 'ftp'"),
+        ("s3://bucket/run?scheme=", "must be http or https, got ''"),
+        ("s3://[bucket/run", "must read s3://BUCKET/PREFIX"),
+        ("s3://bucket/" + "r" * 300, "must be shorter"),
+    ],
+)
+def test_what_is_no_uri_of_a_run_is_refused(uri: str, told: str) -> None:
+    with pytest.raises(UserError, match=told.replace("?", r"\?")):
+        mirror_of(uri)
+
+
+@pytest.mark.parametrize(
+    ("uri", "told"),
+    [
+        ("s3://AKIAKEY:HUSHWORD@bucket/run", "credentials come from the environment"),
+        # A key may have a slash in it: what comes after is a path then, to who reads URIs.
+        ("s3://AKIAKEY:HUSH/WORD@bucket/run", "credentials come from the environment"),
+        ("s3://HUSHWORD@bucket/run", "credentials come from the environment"),
+        ("https://AKIAKEY:HUSHWORD@store.example/bucket/run", "credentials come from the environment"),
+        ("s3://[AKIAKEY:HUSHWORD@bucket/run", "must read s3://BUCKET/PREFIX"),
+        ("s3://bucket/run?endpoint_override=http://AKIAKEY:HUSHWORD@store:9000", "credentials come from the"),
+        ("s3://bucket/run?access_key=AKIAKEY&secret_key=HUSHWORD", "unknown options access_key, secret_key in the"),
+        ("https://bucket/run?secret_key=HUSHWORD", "unknown options secret_key in the URI"),
+        ("s3://bucket/run?HUSHWORD", "unknown options .which may be keys. in the URI; there are endpoint_override,"),
+        ("s3://bucket/run?acl&HUSHWORD=", "unknown options acl in the URI"),
+    ],
+)
+def test_credentials_in_a_uri_are_refused_and_not_repeated(uri: str, told: str) -> None:
+    with pytest.raises(UserError, match=told) as caught:
+        mirror_of(uri)
+    assert not [word for word in ("HUSH", "WORD", "AKIAKEY") if word in str(caught.value)]
+
+
+def test_a_path_in_the_mirror_finds_the_uri_on_any_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    uri = "s3://bucket/team/run?endpoint_override=http://10.0.0.1:9000&region=eu-west-1"
+    for cache in ("/home/anna/cache", "/home/bert/cache"):
+        monkeypatch.setenv(objects.CACHE, cache)
+        path = mirror_of(uri) / "records" / "prune.json"
+        assert str(path).startswith(cache)
+        assert name_of(path) == "s3://bucket/team/run/records/prune.json"
+        assert address_of(mirror_of(uri)) == uri
+        assert RunDir(mirror_of(uri)).address == uri
+        # In quotes: a shell gives ? and & a meaning of their own.
+        assert f"`qpruner plan '{uri}'`" in _where_next(mirror_of(uri))
+    assert "`qpruner plan s3://bucket/run`" in _where_next(mirror_of("s3://bucket/run"))
+    assert name_of(Path("/shared/run")) == address_of(Path("/shared/run")) == "/shared/run"
+    assert objects_at(Path("/home/anna/cache/runs/x")) is None
+
+
+# ---- files and folders
+
+
+def test_records_are_read_as_they_were_written(run: RunDir) -> None:
+    assert run.read_record("bank", BankRecord) is None
+    run.write_record("bank", bank_record("a"))
+    run.write_record("bank", bank_record("b"))
+    assert run.read_record("bank", BankRecord) == bank_record("b")
+    assert exists(run.record_path("bank")) and children(run.root / "records") == ["bank.json"]
+    run.forget("bank")
+    assert run.read_record("bank", BankRecord) is None and not exists(run.record_path("bank"))
+
+
+WRITE_FOR_EVER = """
+import itertools, sys, time
+from qpruner.runs.records import BankRecord
+from qpruner.runs.paths import RunDir
+run = RunDir(sys.argv[1])
+for turn in itertools.count():
+    files = dict.fromkeys(map(str, range(100 * (turn % 2))), "0")
+    run.write_record("bank", BankRecord(digest=str(turn), seconds=1.0, files=files, bytes=1, residual_ratio={}))
+    print(turn, flush=True)
+    time.sleep(0.01)
+"""
+
+
+def test_a_record_that_grows_while_it_is_read_is_the_old_one_or_the_new_one(run: RunDir) -> None:
+    """A trial's record does, at each rung, while the driver and `qpruner status` look at it."""
+    command = [sys.executable, "-c", WRITE_FOR_EVER, run.place]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout and process.stdout.readline()
+            seen = set()
+            while len(seen) < 60:
+                record = run.read_record("bank", BankRecord)
+                assert record is not None and len(record.files) == 100 * (int(record.digest) % 2)
+                seen.add(record.digest)
+        finally:
+            process.kill()
+
+
+def test_a_corrupt_record_is_named_by_its_uri(run: RunDir, store: Store) -> None:
+    store.write(key_of(run.record_path("bank")), b'{"digest": "a", "seco')
+    with pytest.raises(CorruptFile, match=f"{run.place}/records/bank.json is not a BankRecord"):
+        run.read_record("bank", BankRecord)
+
+
+def test_a_folder_is_the_same_on_another_machine(run: RunDir, machine: Machine, tmp_path: Path) -> None:
+    publish_folder(folder_of(tmp_path, config="c", data__rows="r" * 100_000, data__empty=""), run.stage("prune"))
+    folder = fetch(machine("second").stage("prune"))
+    assert folder.is_relative_to(tmp_path / "second")
+    assert (folder / "data" / "rows").read_text() == "r" * 100_000 and (folder / "data" / "empty").read_bytes() == b""
+    assert files_in(folder) == {"config": 1, "data/rows": 100_000, "data/empty": 0}
+    inode = (folder / "config").stat().st_ino
+    assert (fetch(folder) / "config").stat().st_ino == inode, "fetched once"
+
+
+FETCH = """
+import logging, sys
+from qpruner.runs.mirror import fetch
+from qpruner.runs.paths import RunDir
+logging.basicConfig(level="WARNING", format="%(message)s", stream=sys.stdout)
+for path in sorted(fetch(RunDir(sys.argv[1]).stage("prune")).iterdir()):
+    print(path.read_text())
+"""
+
+
+def fetched_by_another(run: RunDir) -> list[str]:
+    """What another process of this machine says while it fetches a folder, and what it finds there then."""
+    return subprocess.run(
+        [sys.executable, "-c", FETCH, run.place], capture_output=True, text=True, check=True
+    ).stdout.splitlines()
+
+
+@pytest.mark.parametrize(
+    "harm",
+    [
+        pytest.param(flip_a_byte, id="flipped"),
+        pytest.param(lambda path: os.truncate(path, 0), id="emptied"),  # as power that fails may leave it
+        pytest.param(Path.unlink, id="missing"),
+    ],
+)
+def test_a_copy_that_is_damaged_on_its_machine_is_fetched_again(
+    harm: Callable[[Path], object], run: RunDir, machine: Machine, tmp_path: Path
+) -> None:
+    """By the next process that uses it, and by no one else."""
+    publish_folder(folder_of(tmp_path, config="c", weights="w" * 1000), run.stage("prune"))
+    there = machine("second")
+    weights = fetch(there.stage("prune")) / "weights"
+    harm(weights)
+    told = f"{weights} is not as it was fetched: all of {there.place}/prune is fetched again"
+    assert fetched_by_another(there) == [told, "c", "w" * 1000]
+    assert fetched_by_another(there) == ["c", "w" * 1000]
+
+
+def test_a_copy_is_compared_once_a_process_while_others_do_so_too(
+    run: RunDir, machine: Machine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A large model takes half a minute, and there may be a trial for each of eight GPUs."""
+    publish_folder(folder_of(tmp_path, weights="w" * 1000), run.stage("prune"))
+    target, heard = machine("second").stage("prune"), list[int]()
+
+    def pieces() -> int:
+        """How many of them are read when it is fetched now."""
+        heard.clear()
+        fetch(target, lambda: heard.append(len(heard)) if len(heard) < 50 else pytest.fail("it waits"))
+        return len(heard)
+
+    assert (pieces(), pieces()) == (1, 0)
+    monkeypatch.setattr("qpruner.runs.mirror._found_whole", {})  # as another process has it
+    with one_at_a_time(target, lock=fcntl.LOCK_SH):
+        assert (pieces(), pieces()) == (1, 0)
+
+
+def test_a_copy_is_on_the_disk_before_its_list_says_so(run: RunDir, machine: Machine, tmp_path: Path) -> None:
+    """Else a machine that loses power has the list of files that are empty."""
+    publish_folder(folder_of(tmp_path, config="c", data__rows="r"), run.stage("prune"))
+    target = machine("second").stage("prune")
+    with watched(tmp_path / "second") as calls:
+        fetch(target)
+    named = calls.index("rename")
+    synced = {Path(call).name for call in calls[:named]}
+    assert synced >= {"config", "data", "prune", "rows"} and calls[named + 1 :]
+
+
+def test_whoever_waits_for_a_folder_hears_of_every_piece(
+    run: RunDir, machine: Machine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a trial waits for is not what hangs: two files of several pieces, and a process that fetches first."""
+    for name in ("PIECE_BYTES", "HASHED_BYTES"):
+        monkeypatch.setattr(objects, name, 2**16)
+    pieces = {"one": 3, "other": 2}
+    files = {name: "w" * (number * objects.PIECE_BYTES - 1) for name, number in pieces.items()}
+    publish_folder(folder_of(tmp_path, **files), run.stage("prune"))
+    target, heard = machine("second").stage("prune"), list[int]()
+    begun, fetched = threading.Event(), threading.Event()
+
+    def fetch_first() -> None:
+        with one_at_a_time(target):
+            begun.set()
+            fetched.wait(30)
+
+    def hear() -> None:
+        heard.append(len(list(tmp_path.glob("second/scratch/*/prune/*"))))
+        fetched.set()
+
+    first = threading.Thread(target=fetch_first)
+    first.start()
+    begun.wait(30)
+    fetch(target, hear)
+    first.join()
+    assert heard[0] == 0 and len([number for number in heard if number]) >= sum(pieces.values())
+    onto_disk = shutil.copytree(target, tmp_path / "disk" / "prune")
+    shutil.copy(list_beside(target), list_beside(onto_disk))
+    heard.clear()
+    fetch(onto_disk, hear)
+    assert len(heard) == sum(pieces.values())
+
+
+def test_what_is_written_in_place_is_sent_and_need_not_be_fetched(run: RunDir, store: Store, tmp_path: Path) -> None:
+    target = run.stage("prune")
+    with written(target) as folder:
+        folder.mkdir()
+        (folder / "weights").write_text("w")
+        assert not store.keys(key_of(target))
+    inode = (target / "weights").stat().st_ino
+    assert (fetch(target) / "weights").stat().st_ino == inode
+    assert set(store.keys(key_of(run.root))) == {"prune/weights", "prune.files.json"}
+    entry = run.stage("bank") / "4bit" / "q.safetensors"
+    (file := tmp_path / "q.safetensors").write_text("codes")
+    assert put_file(file, entry) == file_digest(entry) and not file.exists()
+    assert store.read(key_of(entry)) == b"codes"
+    with pytest.raises(FileNotFoundError), written(target) as folder:
+        (folder / "weights").read_text()
+    assert fetch(target).is_dir(), "what was not finished replaced nothing"
+
+
+def test_a_folder_put_again_replaces_the_first_whole(run: RunDir, machine: Machine, tmp_path: Path) -> None:
+    publish_folder(folder_of(tmp_path, old="1", same="2"), run.stage("prune"))
+    fetch(run.stage("prune"))
+    publish_folder(folder_of(tmp_path, new="3", same="4"), machine("second").stage("prune"))
+    machine("first")
+    folder = fetch(run.stage("prune"))
+    assert {path.name: path.read_text() for path in folder.iterdir()} == {"new": "3", "same": "4"}
+    assert files_in(run.stage("prune")) == {"new": 1, "same": 1}
+
+
+SEND_FOR_EVER = """
+import sys
+from pathlib import Path
+from qpruner.runs.mirror import emptied
+from qpruner.runs.paths import RunDir, publish_folder
+run, scratch, turn = RunDir(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
+while True:
+    emptied(scratch)
+    for index in range(6):
+        (scratch / f"{turn}-{index}").write_text(f"{turn} " * 500)
+        (scratch / f"part-{index}").write_text(f"{turn} " * 500)
+    publish_folder(scratch, run.stage("prune"))
+    turn += 1
+    print(turn, flush=True)
+"""
+
+
+def test_a_folder_is_whole_or_not_there_whenever_its_sender_is_killed(machine: Machine, tmp_path: Path) -> None:
+    for turn in (0, 1000):
+        place = machine("first").place
+        command = [sys.executable, "-c", SEND_FOR_EVER, place, str(tmp_path / "scratch"), str(turn)]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+            assert process.stdout and process.stdout.readline()
+            time.sleep(0.01 + turn / 10_000)
+            process.send_signal(signal.SIGKILL)
+        there = machine(f"after-{turn}")
+        if put_folders(there.root):
+            folder = fetch(there.stage("prune"))
+            texts = {path.read_text() for path in folder.iterdir()}
+            assert len(texts) == 1 and len(list(folder.iterdir())) == 12
+        else:
+            with pytest.raises(CorruptFile, match="was not put whole"):
+                fetch(there.stage("prune"))
+    publish_folder(folder_of(tmp_path, after="1"), there.stage("prune"))
+    assert [path.name for path in fetch(there.stage("prune")).iterdir()] == ["after"]
+
+
+SEND_SLOWLY = """
+import sys
+from pathlib import Path
+from qpruner.runs.paths import RunDir, publish_folder
+publish_folder(Path(sys.argv[2]), RunDir(sys.argv[1]).stage("prune"))
+"""
+
+
+def test_a_folder_whose_sender_is_killed_between_two_files_is_not_there(
+    machine: Machine, store: Store, tmp_path: Path
+) -> None:
+    """The small file arrives long before the large one."""
+    there = machine("first")
+    scratch = folder_of(tmp_path, small="s")
+    (scratch / "large").write_bytes(bytes(96 * 2**20))
+    with subprocess.Popen([sys.executable, "-c", SEND_SLOWLY, there.place, str(scratch)]) as process:
+        while not store.keys(key_of(there.root)):
+            assert process.poll() is None
+        process.send_signal(signal.SIGKILL)
+    assert put_folders(there.root) == []
+    with pytest.raises(CorruptFile, match="was not put whole"):
+        fetch(there.stage("prune"))
+
+
+@pytest.mark.parametrize("harm", ["damaged", "missing"])
+def test_an_object_that_is_not_as_it_was_put_is_named(
+    harm: str, run: RunDir, machine: Machine, store: Store, tmp_path: Path
+) -> None:
+    publish_folder(folder_of(tmp_path, config="c", weights="w" * 1000), run.stage("prune"))
+    there = machine("second")
+    path = there.stage("prune") / "weights"
+    store.damage(key_of(path)) if harm == "damaged" else remove(path)
+    with pytest.raises(CorruptFile, match=f"{there.place}/prune/weights is {harm}") as caught:
+        fetch(path.parent)
+    assert caught.value.path == path
+    assert not path.parent.exists(), "nothing of it is taken for whole"
+
+
+@pytest.mark.parametrize("harm", ["damaged", "missing"])
+def test_an_object_that_changed_after_it_was_put_is_named_where_a_copy_is_whole(
+    harm: str, run: RunDir, store: Store, tmp_path: Path
+) -> None:
+    """This machine would not fetch it, and others would meet it."""
+    with written(run.stage("prune")) as folder:
+        folder.mkdir(parents=True)
+        (folder / "weights").write_text("w" * 1000)
+    path = run.stage("prune") / "weights"
+    check(path.parent)
+    store.damage(key_of(path)) if harm == "damaged" else store.delete(key_of(path))
+    fetch(path.parent)
+    with pytest.raises(CorruptFile, match=f"{run.place}/prune/weights is {harm}") as caught:
+        check(path.parent)
+    assert caught.value.path == path
+
+
+def test_folders_are_listed_measured_moved_and_removed(run: RunDir, tmp_path: Path) -> None:
+    trial = run.trials / "d" / "0001"
+    publish_folder(folder_of(tmp_path, adapter="a", state="ss"), trial / "checkpoint-4")
+    write_json(trial / "trial.json", SearchClock(seconds=1.0))
+    assert children(run.trials / "d") == ["0001"] and children(run.trials / "none") == []
+    assert put_folders(trial) == [trial / "checkpoint-4"]
+    digests = folder_digests(trial / "checkpoint-4")
+    assert digests == {name: file_digest(trial / "checkpoint-4" / name) for name in ("adapter", "state")}
+    aside = run.trials / "d" / "damaged" / "checkpoint"
+    assert move(trial / "checkpoint-4", aside) == aside
+    assert folder_digests(aside) == digests and folder_digests(trial / "checkpoint-4") == {}
+    assert (fetch(aside) / "state").read_text() == "ss"
+    remove(trial)
+    assert read_json(trial / "trial.json", SearchClock) is None and put_folders(trial) == []
+    remove(trial)
+    with pytest.raises(FileNotFoundError):
+        file_digest(trial / "trial.json")
+
+
+def test_a_record_vouches_for_what_a_stage_put(run: RunDir) -> None:
+    scratch = run.begin("bank")
+    with written(scratch) as folder:
+        folder.mkdir()
+        (folder / "q").write_text("codes")
+    assert run.read_record("bank", BankRecord) is None
+    run.commit("bank", scratch, bank_record("a"))
+    assert run.read_record("bank", BankRecord) == bank_record("a") and run.has_folder("bank")
+    run.begin("bank")
+    assert run.read_record("bank", BankRecord) is None, "the old record goes before the old files"
+
+
+# ---- a store that is away, or refuses
+
+
+class Google(BaseHTTPRequestHandler):
+    """Answers as Google's storage does to a role of this kind."""
+
+    role = "objects"
+
+    def do_GET(self) -> None:
+        path = self.path.partition("?")[0]
+        if self.role == "none" or path.endswith("/b/runs"):
+            self._answer(403, "a@p.iam.gserviceaccount.com does not have storage.buckets.get access")
+        elif "/b/runs/o" not in path:
+            self._answer(404, "The specified bucket does not exist.")
+        elif not path.endswith("/o"):
+            self._answer(404, "No such object: runs/mine")
+        else:
+            self._answer(200, "")
+
+    def _answer(self, code: int, message: str) -> None:
+        body = json.dumps({"error": {"code": code, "message": message}} if message else {"kind": "storage#objects"})
+        self.send_response(code)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body.encode())
+
+    def log_message(self, *arguments: object) -> None:
+        """Nobody reads it."""
+
+
+@pytest.mark.parametrize(
+    ("role", "bucket", "told"),
+    [
+        ("objects", "runs", None),
+        ("none", "runs", "access is refused"),
+        ("objects", "other", "there is no bucket other"),
+    ],
+)
+def test_what_googles_storage_refuses_is_told_and_no_more_is_asked_for_than_objects(
+    role: str, bucket: str, told: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its role for a bucket's objects may not see the bucket. Requests are signed here, so any key will do."""
+    key = rsa.generate_private_key(public_exponent=65537, key_size=2048)
+    as_text = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()).decode()
+    account = {"type": "service_account", "client_email": "a@p.iam.gserviceaccount.com", "private_key_id": "k"}
+    nowhere = {"token_uri": "http://127.0.0.1:9/", "private_key": as_text}
+    (tmp_path / "key.json").write_text(json.dumps(account | nowhere))
+    monkeypatch.setenv("GOOGLE_APPLICATION_CREDENTIALS", str(tmp_path / "key.json"))
+    monkeypatch.setattr(Google, "role", role)
+    server = HTTPServer(("127.0.0.1", 0), Google)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    uri = f"gs://{bucket}/mine?scheme=http&endpoint_override=127.0.0.1:{server.server_port}"
+    try:
+        if told is None:
+            assert read_json(RunDir(uri).root / "run.json", SearchClock) is None
+        else:
+            with pytest.raises(UserError, match=f"`output`: .*{told}"):
+                RunDir(uri)
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
+
+
+@pytest.mark.parametrize("how", ["unused-port", "unknown-host", "no-bucket"])
+def test_a_store_that_cannot_be_reached_is_told_within_seconds(
+    how: str, run: RunDir, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    uri = "s3://no-such-bucket/run" if how == "no-bucket" else f"{run.place}-other"
+    if how == "unused-port":
+        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{free_port()}")
+    if how == "unknown-host":
+        monkeypatch.setenv("AWS_ENDPOINT_URL", "http://nowhere.invalid:9000")
+    objects._system.cache_clear()
+    started = time.monotonic()
+    with pytest.raises(UserError, match="`output`") as caught:
+        RunDir(uri)
+    assert time.monotonic() - started < 15
+    expected = "there is no bucket no-such-bucket" if how == "no-bucket" else "check the network and the endpoint"
+    assert expected in str(caught.value)
+
+
+class _Refusing(BaseHTTPRequestHandler):
+    """What S3 answers to who may not list a bucket."""
+
+    def do_GET(self) -> None:
+        self.send_response(403)
+        self.end_headers()
+        self.wfile.write(b"<Error><Code>AccessDenied</Code><Message>Access Denied</Message></Error>")
+
+
+@pytest.mark.parametrize("keys", [True, False])
+def test_missing_and_wrong_credentials_are_told_with_where_they_come_from(
+    keys: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with HTTPServer(("127.0.0.1", 0), _Refusing) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{server.server_port}")
+        monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+        monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "none"))
+        monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+        for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+            monkeypatch.setenv(name, "wrong") if keys else monkeypatch.delenv(name, raising=False)
+        objects._system.cache_clear()
+        with pytest.raises(UserError, match=r"`output`: .*access is refused .*credentials come from the environment"):
+            RunDir("s3://runs/refused")
+        server.shutdown()
+
+
+def test_a_store_that_is_away_for_a_while_is_waited_for(
+    run: RunDir, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody listens for longer than one request tries; both who writes and who reads wait for it."""
+    path, gate = run.root / "clock.json", Gate(store.port)
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{gate.port}")
+    objects._system.cache_clear()
+    write_json(path, SearchClock(seconds=1.0))
+    for action in (lambda: write_json(path, SearchClock(seconds=2.0)), lambda: read_json(path, SearchClock)):
+        gate.shut()
+        threading.Timer(1.0, gate.open).start()
+        started = time.monotonic()
+        found = action()
+        assert time.monotonic() - started > 0.9
+    assert found == SearchClock(seconds=2.0)
+    gate.shut()
+
+
+def test_a_store_that_stays_away_is_told_with_its_remedy(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_sign(run.root / "pulse.json", "beat")
+    assert read_sign(run.root / "pulse.json") == "beat"
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{free_port()}")
+    objects._system.cache_clear()
+    expected = rf"{run.place}/clock.json cannot be reached \(NETWORK.*\n.*bring the storage back"
+    with pytest.raises(StorageError, match=expected):
+        write_json(run.root / "clock.json", SearchClock(seconds=2.0), patience_seconds=0.4)
+    write_sign(run.root / "pulse.json", "nobody waits for a sign of life")
+    assert read_sign(run.root / "pulse.json") is None
+
+
+# ---- one driver
+
+
+def test_the_second_driver_at_a_uri_is_refused_and_a_dead_one_is_not_waited_for(run: RunDir, store: Store) -> None:
+    told: list[str] = []
+    refused = pytest.raises(UserError, match=rf"{run.place} is being worked on by process {os.getpid()}")
+    with sole_driver(run.root, told.append), refused, sole_driver(run.root, told.append):
+        pass
+    assert not store.keys(key_of(run.root)), "who is done leaves no lock"
+    dead = this_process().model_copy(update={"started": 1})
+    write_text(run.root / NAME, dead.model_dump_json())
+    with sole_driver(run.root, told.append):
+        pass
+    assert told == [f"taking over from process {os.getpid()} on {socket.gethostname()}: that process is dead"]
+
+
+def test_a_store_that_is_away_when_the_run_is_taken_is_told_with_its_remedy(
+    run: RunDir, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{free_port()}")
+    objects._system.cache_clear()
+    away = pytest.raises(StorageError, match=rf"{run.place}/{NAME} cannot be reached .*\n.*bring the storage back")
+    with away, sole_driver(run.root, print):
+        pass
+
+
+HOLD = (
+    "import signal, sys, time; from qpruner.runs.paths import RunDir; from qpruner.runs.lock import sole_driver\n"
+    "{handler}"
+    "with sole_driver(RunDir(sys.argv[1]).root, lambda text: print(text, flush=True), {beat_seconds}):\n"
+    "    print('held', flush=True); time.sleep(60)"
+)
+
+
+def test_a_driver_on_another_machine_holds_a_run_at_a_uri_as_long_as_it_gives_signs_of_life(run: RunDir) -> None:
+    elsewhere = ["unshare", "--pid", "--fork", "--kill-child"]
+    if subprocess.run([*elsewhere, "true"], capture_output=True).returncode:
+        pytest.skip("process namespaces are not permitted here")
+    command = [*elsewhere, sys.executable, "-c", HOLD.format(handler="", beat_seconds=0.5), run.place]
+    told: list[str] = []
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout and process.stdout.readline() == "held\n"
+        with pytest.raises(UserError, match="by process 1 on"), sole_driver(run.root, told.append, 0.5):
+            pass
+        process.kill()
+    with sole_driver(run.root, told.append, 0.5):
+        pass
+    said = [text.partition(" process 1 on ")[0] for text in told]
+    assert said == [*["waiting up to 3 s for a sign of life of"] * 2, "taking over from"]
+
+
+def test_who_drives_a_run_at_a_uri_is_seen_and_nothing_is_written(run: RunDir) -> None:
+    assert driver_of(run.root) is None
+    there = objects_at(run.root)
+    assert there
+    with sole_driver(run.root, print):
+        before = there.files()
+        found = driver_of(run.root)
+        assert found and (found.holder.pid, found.state) == (os.getpid(), "alive")
+        assert there.files() == before
+    assert driver_of(run.root) is None
+
+
+@pytest.mark.parametrize(
+    ("handler", "code"),
+    [
+        ("", -signal.SIGTERM),
+        ("signal.signal(signal.SIGTERM, lambda *_: (time.sleep(0.5), sys.exit(7)))\n", 7),  # as Ray's, in a driver
+    ],
+)
+def test_who_lost_the_run_at_a_uri_ends_at_the_next_heartbeat(run: RunDir, handler: str, code: int) -> None:
+    program = HOLD.format(handler=handler, beat_seconds=0.1)
+    with subprocess.Popen([sys.executable, "-c", program, run.place], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout and process.stdout.readline() == "held\n"
+        other = this_process().model_copy(update={"host": "gpu-7"})
+        write_text(run.root / NAME, other.model_dump_json())
+        assert process.stdout.readline() == f"process {os.getpid()} on gpu-7 took this run over\n"
+        assert process.wait(timeout=20) == code
+    assert read_json(run.root / NAME, Holder) == other, "the lock of who took it over is left alone"
+
+
+def test_a_log_goes_on_where_it_ended_and_what_was_not_sent_yet_stays(machine: Machine) -> None:
+    """Of two commands on one machine, too: the second is refused only after its log is open."""
+    here, logger = machine("first"), logging.getLogger("qpruner.test")
+    log = here.root / LOG
+    with logging_to(here.root):
+        logger.info("begun")
+        with logging_to(here.root):
+            logger.info("not sent yet: there is no object")
+        send_file(log)
+        logger.info("killed before this was sent")
+    with logging_to(here.root):
+        logger.info("again")
+    text = log.read_text()
+    assert [text.count(said) for said in ("begun", "not sent yet", "killed before", "again")] == [1, 2, 1, 1]
+    send_file(log)
+    there = machine("second")
+    with logging_to(there.root):
+        logger.info("elsewhere")
+    assert (there.root / LOG).read_text().startswith(text)
+    send_file(there.root / LOG)
+    back = machine("first")
+    with logging_to(back.root):
+        assert "elsewhere" in (back.root / LOG).read_text()

@@ -1,0 +1,335 @@
+"""Replays of searches on tables: what is counted, and that the benchmark runs from a file to its JSON line."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
+sys.path.insert(0, str(BENCHMARKS))
+
+import search_regret  # noqa: E402
+import search_replay  # noqa: E402
+from search_regret import tasks_of  # noqa: E402
+from search_replay import EndedTrial, Replay, Table, Task, _PairTerms, replay  # noqa: E402
+from search_results import NEVER, ablation, asha_against_full, goals_of, patience_of, summarize  # noqa: E402
+
+from qpruner.search.choice import controls_of  # noqa: E402
+from qpruner.search.searchers import History, Proposal, RandomProposer  # noqa: E402
+
+MAIN = [0.03, 0.005, 0.08, 0.06, 0.02]
+LYING = [0.01, 0.06, 0.005, 0.02, 0.08]
+
+
+def write(path: Path, **content: Any) -> Path:
+    path.write_text(
+        json.dumps(
+            {
+                "groups": [f"layers.{index:02d}" for index in range(5)],
+                "levels": [4, 8],
+                "group_bytes": {"4": [50, 60, 70, 50, 60], "8": [100, 120, 140, 100, 120]},
+                "fixed_bytes": 30,
+                "loss_noise": 0.0,
+                "sensitivities": {"loss": {"4": MAIN, "8": [0.0] * 5}, "fisher": {"4": LYING, "8": [0.0] * 5}},
+                "meta": {"sensitivity_seconds": {"loss": 12.0}},
+                **content,
+            }
+        )
+    )
+    return path
+
+
+@pytest.fixture
+def table(tmp_path: Path) -> Path:
+    """Every plan of five groups, at two rungs; the first is another ranking, on another level."""
+    plans = list(itertools.product((4, 8), repeat=5))
+    losses = [3.0 + sum(rise for rise, bits in zip(MAIN, plan, strict=True) if bits == 4) for plan in plans]
+    early = [1.0 + 2 * loss for loss in losses]
+    return write(tmp_path / "table.json", plans=plans, loss=losses, rungs={"0": losses[::-1], "4": early, "8": losses})
+
+
+@pytest.fixture
+def surrogate(tmp_path: Path) -> Path:
+    """Groups 0 and 2 at 8 bits together are worth less than each alone."""
+    return write(
+        tmp_path / "surrogate.json",
+        intercept=3.0,
+        main={"4": MAIN, "8": [0.0] * 5},
+        pairs=[[0, 8, 2, 8, 0.05], [1, 4, 4, 4, 0.004]],
+    )
+
+
+def task(path: Path, searcher: str = "random", **changes: Any) -> Task:
+    return Task(
+        **{"path": path, "fraction": 0.5, "searcher": searcher, "seeded": False, "in_flight": 1, "seed": 0} | changes
+    )
+
+
+def replayed(of: Task, losses: Sequence[float], **changes: Any) -> Replay:
+    """A search whose trials ended in order, scores without noise, none a control."""
+    trials = [EndedTrial(at, loss, loss, loss, False, True, 8 * (at + 1)) for at, loss in enumerate(losses)]
+    content = {"best_seed": None, "promises": {}, "proposals": len(losses), "wasted": 1, "seconds": 0.1} | changes
+    return Replay(of, trials, **content)
+
+
+def losses_of(done: Replay) -> list[float]:
+    return [trial.loss for trial in done.trials]
+
+
+def test_a_budget_lies_between_the_smallest_plan_and_the_largest(table: Path) -> None:
+    space = Table.read(table).space(0.5)
+    assert space.budget_bytes == 30 + 290 + 145
+    assert Table.read(table).space(0.0).is_feasible(space.uniform(4))
+    assert Table.read(table).space(1.0).is_feasible(space.uniform(8))
+
+
+def test_a_surrogates_best_and_worst_are_those_of_all_its_plans(surrogate: Path) -> None:
+    found = Table.read(surrogate)
+    for fraction in (0.3, 0.5, 0.8):
+        space = found.space(fraction)
+        plans = (space.plan_of(row) for row in itertools.product(range(2), repeat=5))
+        losses = [found.score(plan.bits, 0) for plan in plans if space.is_feasible(plan)]
+        assert found.limits(space) == pytest.approx((min(losses), max(losses)))
+
+
+def test_what_one_and_two_changed_groups_do_to_a_surrogate_is_added_up_rightly(tmp_path: Path) -> None:
+    generator = np.random.default_rng(0)
+    pairs = [
+        [a, x, b, y, generator.normal()] for a, b in ((0, 1), (1, 2), (3, 1), (0, 4)) for x in (4, 8) for y in (4, 8)
+    ]
+    path = write(tmp_path / "pairs.json", intercept=3.0, main={"4": MAIN, "8": LYING}, pairs=pairs)
+    found, terms = Table.read(path), _PairTerms(Table.read(path))
+    bits = np.array([4, 8, 8, 4, 8])
+    for one, two in itertools.combinations(range(5), 2):
+        changed = bits.copy()
+        moves = [(group, int(bits[group] == 4)) for group in (one, two)]
+        for group, level in moves:
+            changed[group] = (4, 8)[level]
+        expected = found.score(tuple(changed), 0) - found.score(tuple(bits), 0)
+        change = terms.changes(bits)
+        assert change[moves[0]] + change[moves[1]] + terms.joint(bits, *moves) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("in_flight", [1, 4])
+def test_a_searcher_is_told_what_is_in_flight_and_every_rung(
+    table: Path, in_flight: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    histories = []
+
+    class Listener(RandomProposer):
+        def propose(self, index: int, history: History) -> Proposal:
+            histories.append(history)
+            return super().propose(index, history)
+
+    monkeypatch.setattr(search_replay, "make_proposer", lambda name, space, seed, priors: Listener(space, seed))
+    replay(task(table, in_flight=in_flight))
+    # The first trials start together; later there is one place free whenever the searcher is asked.
+    assert [len(history.pending) for history in histories[:in_flight]] == list(range(in_flight))
+    assert {len(history.pending) for history in histories[in_flight:-in_flight]} == {in_flight - 1}
+    assert {item.step for item in histories[-1].observations} == {4, 8}
+
+
+@pytest.mark.parametrize("in_flight", [1, 16])
+@pytest.mark.parametrize("searcher", ["random", "gp"])
+def test_a_replay_runs_every_plan_of_a_small_space_once(table: Path, searcher: str, in_flight: int) -> None:
+    done = replay(task(table, searcher, in_flight=in_flight))
+    found = Table.read(table)
+    feasible = found.feasible(found.space(0.5))
+    assert sorted(losses_of(done)) == pytest.approx(sorted(found.score(plan.bits, 8) for plan in feasible))
+    # With several in flight the searcher is asked until it has nothing left.
+    assert done.proposals >= len(feasible)
+    if searcher == "gp":
+        assert done.wasted == 0
+    else:
+        assert done.wasted > 0
+
+
+def test_seed_plans_run_first_and_the_best_of_them_is_remembered(table: Path) -> None:
+    found = Table.read(table)
+    controls = controls_of(found.space(0.5), found.sensitivities)
+    # As a run hands them out: the seeds in the order of `sensitivity.methods`, then uniform plans.
+    assert [origin for origin, _ in controls] == ["seed-fisher", "seed-loss", "uniform-4"]
+    done = replay(task(table, "random", seeded=True))
+    losses = [found.score(plan.bits, 8) for _, plan in controls]
+    assert losses_of(done)[:3] == losses
+    assert [trial.control for trial in done.trials[:4]] == [True, True, True, False]
+    assert done.best_seed == min(losses)
+    assert replay(task(table, "random")).best_seed is None
+
+
+def test_a_table_may_leave_out_what_the_unquantized_weights_raise(table: Path) -> None:
+    content = json.loads(table.read_text())
+    highest = str(max(content["levels"]))
+    content["sensitivities"] = {
+        method: {level: rises for level, rises in values.items() if level != highest}
+        for method, values in content["sensitivities"].items()
+    }
+    table.write_text(json.dumps(content))
+    found = Table.read(table)
+    assert all(values[int(highest)] == [0.0] * len(content["groups"]) for values in found.sensitivities.values())
+    assert replay(task(table, "gp", seeded=True)).trials
+
+
+def test_replays_are_repeatable_and_can_be_written_down(table: Path) -> None:
+    first, again = (replay(task(table, "gp", in_flight=4, seed=3)) for _ in range(2))
+    assert first.trials == again.trials
+    assert Replay.from_json(first.to_json()) == first
+
+
+def test_regret_is_a_share_of_the_range_and_trials_are_counted_until_it_is_small(table: Path) -> None:
+    found = Table.read(table)
+    best, worst = found.limits(found.space(0.5))
+
+    def at(*regrets: float) -> Replay:
+        losses = [best + regret * (worst - best) for regret in regrets]
+        return replayed(task(table), losses)
+
+    (row,) = summarize([at(0.5, 0.7, 0.04, 0.2, 0.0), at(0.5, 0.3), at(0.5, 0.3, 0.02)])
+    assert row.regret[8] == pytest.approx((0.0, 0.02, 0.3))
+    assert row.to_5_percent == (3, 3, NEVER)
+    assert row.to_1_percent == (5, NEVER, NEVER)
+    assert row.ends_best == pytest.approx(1 / 3)
+    assert row.wasted == pytest.approx(3 / 10)
+    assert row.area[1] == pytest.approx((0.5 + 0.3 + 62 * 0.02) / 64)
+
+
+def test_goals_are_missed_by_a_searcher_that_is_no_better(table: Path) -> None:
+    replays = []
+    for name, at_once, seeded in itertools.product(("gp", "hyperopt"), (1, 16), (False, True)):
+        losses = Table.read(table).losses[8].values()
+        slow = sorted(losses, reverse=True) if name == "hyperopt" else sorted(losses)
+        of = task(table, name, in_flight=at_once, seeded=seeded)
+        replays.append(replayed(of, slow, best_seed=min(losses), wasted=0))
+    goals = goals_of(summarize(replays))
+    assert all(goal["met"] for goal in goals)
+    swapped = {"gp": "hyperopt", "hyperopt": "gp"}
+    replays = [
+        replace(item, task=replace(item.task, searcher=swapped[item.task.searcher]), wasted=1) for item in replays
+    ]
+    missed = {goal["goal"] for goal in goals_of(summarize(replays)) if not goal["met"]}
+    assert missed >= {
+        "blind, trials to 5 % at most 1/2 of hyperopt",
+        "seeded, area at most 1/2 of hyperopt",
+        "wasted proposals",
+    }
+
+
+def test_where_nobody_comes_near_the_best_the_rivals_last_regret_is_the_mark(table: Path) -> None:
+    slow = sorted(Table.read(table).losses[8].values(), reverse=True)[:8]
+    replays = [
+        replayed(task(table, name, in_flight=at_once, seeded=seeded), losses, best_seed=slow[0])
+        for name, losses in (("gp", slow[-1:] * 2), ("hyperopt", slow))
+        for at_once, seeded in itertools.product((1, 16), (False, True))
+    ]
+    goals = {goal["goal"]: goal for goal in goals_of(summarize(replays))}
+    assert not goals["blind, trials to 5 % at most 1/2 of hyperopt"]["met"]
+    mark = goals["blind, trials to the last regret of hyperopt at most 1/2 of its"]
+    assert (mark["value"], mark["limit"]) == (1, 32)
+
+
+def test_the_ablation_tells_a_true_sensitivity_from_a_false_one(table: Path, surrogate: Path) -> None:
+    for path in (table, surrogate):
+        found = {row["sensitivity"]: row for row in ablation(path)}
+        step = Table.read(path).steps[-1]
+        assert found["loss"]["spearman"][step] == pytest.approx(1.0)
+        assert found["fisher"]["spearman"][step] < 0.9
+        assert found["loss"]["seed_regret"] < found["fisher"]["seed_regret"]
+        assert found["loss"]["seconds"] == 12.0
+    found = {row["sensitivity"]: row for row in ablation(table)}
+    assert (found["loss"]["seed_rank"], found["loss"]["spearman"][0]) == (1, pytest.approx(-1.0))
+
+
+def test_what_is_returned_was_the_best_on_fresh_rows_of_the_few_that_scored_best(table: Path) -> None:
+    # (loss, score, fresh): the third trial was lucky when it was scored, the fourth when it was scored again, and the
+    # best plan of all was unlucky.
+    told = [(3.0, 3.3, 3.0), (3.2, 3.2, 3.2), (3.4, 3.0, 3.4), (3.3, 3.1, 2.9), (3.5, 3.4, 3.5)]
+    trials = [EndedTrial(at, *each, False, True, 0) for at, each in enumerate(told)]
+    done = replace(replayed(task(table), [3.0]), trials=trials)
+    # Of up to three trials the best on fresh rows is returned; of five, the best of three, the first not among them.
+    assert done.returned() == [3.0, 3.0, 3.0, 3.3, 3.3]
+    # A control is scored again whatever its score.
+    control = replace(done, trials=[replace(trials[0], control=True, fresh=2.8), *trials[1:]])
+    assert control.returned() == [3.0] * 5
+    # What ASHA stopped is not returned.
+    stopped = replace(done, trials=[*trials[:3], replace(trials[3], finished=False), trials[4]])
+    assert stopped.returned() == [3.0] * 5
+
+
+def test_scores_of_a_noisy_table_scatter_from_seed_to_seed_and_regret_is_without_it(table: Path) -> None:
+    noisy = write(table.with_name("noisy.json"), **json.loads(table.read_text()) | {"loss_noise": 0.5})
+    first, again, other = (replay(task(noisy, "random", seed=seed)) for seed in (0, 0, 1))
+    assert first.trials == again.trials
+    off = {seed: [trial.score - trial.loss for trial in done.trials] for seed, done in ((0, first), (1, other))}
+    assert 0.25 < np.std([*off[0], *off[1]]) < 1.0
+    fresh = [trial.fresh - trial.loss for trial in first.trials]
+    assert abs(np.corrcoef(off[0], fresh)[0, 1]) < 0.8
+    space = Table.read(table).space(0.5)
+    assert sorted(losses_of(first)) == pytest.approx(sorted(Table.read(table).score(plan.bits, 8)
+                                                            for plan in Table.read(table).feasible(space)))  # fmt: skip
+    (row,) = summarize([first])
+    assert row.tried[64][1] == pytest.approx(0.0)
+    assert row.regret[64][1] > 0.05  # noise is larger than the range, and the best tried is not what is returned
+
+
+def test_asha_stops_poor_trials_at_their_first_rung_and_never_a_control(table: Path) -> None:
+    full, early = (replay(task(table, "random", seeded=True, asha=asha)) for asha in (False, True))
+    stopped = [trial for trial in early.trials if not trial.finished]
+    assert stopped and not [trial for trial in stopped if trial.control]
+    kept = [trial.loss for trial in early.trials if trial.finished and not trial.control]
+    assert np.mean([trial.loss for trial in stopped]) > np.mean(kept)
+    # Half a trial's steps each: the first rung is at 4 of 8.
+    assert early.trials[-1].spent == full.trials[-1].spent - 4 * len(stopped)
+    found = {row["asha"]: row for row in asha_against_full([full, early])}
+    assert found[False]["spent"][1] == len(full.trials)
+    assert found[True]["spent"][1] == pytest.approx(len(early.trials) - len(stopped) / 2)
+    assert found[True]["stopped"] == pytest.approx(len(stopped) / len(early.trials))
+    assert asha_against_full([full]) == []
+
+
+@pytest.mark.parametrize("in_flight", [1, 4])
+def test_patience_ends_a_replay_where_the_ledger_would_have_ended_it(table: Path, in_flight: int) -> None:
+    searched = task(table, "gp", seeded=True, in_flight=in_flight)
+    whole = replay(searched)
+    for patience in (1, 3):
+        ended = replay(searched, patience)
+        assert len(ended.trials) < len(whole.trials)
+        # Steps of trials that were in flight beside those that count are in one and not in the other.
+        same = [[replace(trial, spent=0) for trial in each.trials] for each in (whole.with_patience(patience), ended)]
+        assert same[0] == same[1]
+    found = {row["patience"]: row for row in patience_of([whole])}
+    assert found[3]["trials"][1] == len(whole.with_patience(3).trials)
+
+
+def test_other_budgets_get_a_third_of_the_seeds(table: Path) -> None:
+    tasks = tasks_of([table], ["gp", "random"], 9)
+    number = {fraction: sum(item.fraction == fraction for item in tasks) for fraction in (0.25, 0.5, 0.75)}
+    assert number == {0.25: 24, 0.5: 2 * 72, 0.75: 24}  # with ASHA and without at the middle budget
+    assert {item.fraction for item in tasks if item.asha} == {0.5}
+
+
+@pytest.mark.slow
+def test_the_benchmark_runs_from_files_to_its_line_and_goes_on_from_what_it_kept(
+    table: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["search_regret.py", "--table", str(table), "--seeds", "1"]
+    command += ["--searchers", "gp", "random", "--plot", str(tmp_path / "plot.png"), "--keep", str(tmp_path / "kept")]
+    monkeypatch.setattr(sys, "argv", command)
+    lines = []
+    for _ in range(2):
+        search_regret.main()
+        output = capsys.readouterr().out
+        lines.append(json.loads(output.splitlines()[-1]))
+        assert "regret of the plan that is returned, in % of the range" in output
+    assert lines[0] == lines[1]
+    assert len((tmp_path / "kept").read_text().splitlines()) == 32
+    assert {row["searcher"] for row in lines[0]["rows"]} == {"gp", "random"}
+    assert (tmp_path / "plot.png").stat().st_size > 10_000
+    assert np.all([row["regret"]["64"][1] == 0 for row in lines[0]["rows"]])

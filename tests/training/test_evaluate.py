@@ -1,0 +1,157 @@
+"""Scores of real lm-eval tasks: which metrics are recorded, and which one tables and searches use."""
+
+from __future__ import annotations
+
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from qpruner.errors import UserError
+from qpruner.models.loading import load_dense, load_tokenizer
+from qpruner.runs.records import TaskScore
+from qpruner.training.evaluate import mean_accuracy, score_tasks, task_questions
+
+NUM_QUESTIONS = 24
+ROWS = f'''
+import datasets
+
+def load(**_):
+    """Questions whose first choice is long and right in two of three, so that a score by length is another."""
+    rows = [
+        {{"question": f"What is {{n}}?", "choices": [f"the one that comes after {{n - 1}}", str(n)],
+          "answer": int(n % 3 == 0), "text": "[invalid]"}}
+        for n in range({NUM_QUESTIONS})
+    ]
+    return {{"test": datasets.Dataset.from_list(rows)}}
+'''
+HEAD = """
+custom_dataset: !function rows.load
+test_split: test
+doc_to_text: "Question: {{question}}\\nAnswer:"
+"""
+CHOICES = 'output_type: multiple_choice\ndoc_to_choice: "{{choices}}"\ndoc_to_target: answer\n'
+WRITTEN = """
+output_type: generate_until
+doc_to_target: text
+generation_kwargs: {until: ["\\n"], max_gen_toks: 4}
+filter_list:
+  - name: strict
+    filter: [{function: regex, regex_pattern: "the answer is (.*)"}, {function: take_first}]
+  - name: whole
+    filter: [{function: take_first}]
+"""
+TASKS = {
+    "toy_acc": (CHOICES, ("acc",)),
+    "toy_both": (CHOICES, ("acc", "acc_norm", "brier_score")),
+    "toy_norm": (CHOICES, ("acc_norm",)),
+    "toy_written": (WRITTEN, ("exact_match",)),
+}
+EVALDATA = Path(os.environ.get("QPRUNER_EVALDATA", Path(__file__).resolve().parents[3] / "shared" / "evaldata"))
+"""Public data sets and lm-eval's own tasks on them, where there are such beside the checkout."""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A folder of tasks that ask the same and report different metrics."""
+    made = tmp_path_factory.mktemp("tasks")
+    (made / "rows.py").write_text(ROWS)
+    for task, (kind, metrics) in TASKS.items():
+        listed = "".join(f"  - metric: {metric}\n" for metric in metrics)
+        (made / f"{task}.yaml").write_text(f"task: {task}{HEAD}{kind}metric_list:\n{listed}")
+    return str(made)
+
+
+@pytest.fixture(scope="module")
+def model(tiny_model: Path) -> tuple[Any, Any]:
+    return load_dense(str(tiny_model), "float32"), load_tokenizer(str(tiny_model))
+
+
+def scores_of(model: tuple[Any, Any], folder: str, *tasks: str, **options: Any) -> dict[str, TaskScore]:
+    found = score_tasks(*model, tasks, folder, options.pop("limit", None), 8, **options)
+    return {each.task: each for each in found}
+
+
+@pytest.fixture(scope="module")
+def scores(model: tuple[Any, Any], folder: str) -> dict[str, TaskScore]:
+    return scores_of(model, folder, *TASKS)
+
+
+def likelihoods(model: tuple[Any, Any]) -> tuple[np.ndarray, np.ndarray]:
+    """Log-likelihood and characters of every choice ``(questions, choices)``."""
+    from lm_eval.api.instance import Instance
+    from lm_eval.models.huggingface import HFLM
+
+    space: dict[str, Any] = {}
+    exec(ROWS, space)
+    rows = list(space["load"]()["test"])
+    asked = [(f"Question: {row['question']}\nAnswer:", f" {choice}") for row in rows for choice in row["choices"]]
+    lm = HFLM(pretrained=model[0], tokenizer=model[1], batch_size=8, softmax_dtype="float32")
+    found = lm.loglikelihood([Instance("loglikelihood", {}, each, 0) for each in asked], disable_tqdm=True)
+    lengths = np.array([[len(choice) for choice in row["choices"]] for row in rows])
+    return np.array([each for each, _ in found]).reshape(lengths.shape), lengths
+
+
+def test_tables_prefer_acc_norm_and_know_acc(model: tuple[Any, Any], scores: dict[str, TaskScore]) -> None:
+    likelihood, lengths = likelihoods(model)
+    right = np.array([int(number % 3 == 0) for number in range(NUM_QUESTIONS)])
+    acc, acc_norm = (each.argmax(axis=1) == right for each in (likelihood, likelihood / lengths))
+    assert acc.mean() != acc_norm.mean(), "else the test could not tell them apart"
+    both = scores["toy_both"]
+    assert both.metric == "acc_norm" and both.correct == tuple(acc_norm) and both.value == acc_norm.mean()
+    assert both.stderr == pytest.approx(acc_norm.std(ddof=1) / math.sqrt(NUM_QUESTIONS))
+    assert list(both.metrics) == ["acc", "acc_norm", "brier_score"]
+    assert both.metrics["acc"].value == acc.mean()
+    assert both.metrics["acc"].stderr == pytest.approx(acc.std(ddof=1) / math.sqrt(NUM_QUESTIONS))
+    assert math.isnan(both.metrics["brier_score"].stderr), "no mean of a number a question"
+    assert both.answer_loss == scores["toy_acc"].answer_loss
+
+
+def test_a_task_with_acc_norm_alone_is_scored_by_it(folder: str, scores: dict[str, TaskScore]) -> None:
+    assert scores["toy_norm"].metric == "acc_norm" and list(scores["toy_norm"].metrics) == ["acc_norm"]
+    assert scores["toy_norm"].correct == scores["toy_both"].correct
+    assert task_questions(["toy_norm"], folder, "evaluate.tasks", None)["toy_norm"].metric == "acc_norm"
+
+
+def test_the_mean_accuracy_is_over_tasks(scores: dict[str, TaskScore]) -> None:
+    two = [scores["toy_acc"], scores["toy_both"]]
+    mean, stderr = mean_accuracy(two)
+    assert mean == pytest.approx((two[0].value + two[1].value) / 2)
+    assert stderr == pytest.approx(math.hypot(two[0].stderr, two[1].stderr) / 2)
+
+
+def test_answers_that_a_task_filters_count_once(scores: dict[str, TaskScore]) -> None:
+    """lm-eval logs a question once for each filter; the first one counts."""
+    written = scores["toy_written"]
+    assert {name: each.value for name, each in written.metrics.items()} == {
+        "exact_match,strict": 1.0,
+        "exact_match,whole": 0.0,
+    }
+    assert (written.metric, written.value, written.num_questions) == ("exact_match,strict", 1.0, NUM_QUESTIONS)
+
+
+@pytest.mark.parametrize(("wanted", "metric"), [("acc", "acc"), ("acc_norm", "acc_norm"), (None, "acc_norm")])
+def test_a_search_may_name_its_metric(wanted: str | None, metric: str, model: tuple[Any, Any], folder: str) -> None:
+    found = scores_of(model, folder, "toy_both", metric=wanted, limit=6, skip=6)["toy_both"]
+    assert (found.metric, found.value) == (metric, found.metrics[metric].value)
+    assert task_questions(["toy_both"], folder, "search.tasks", 6, wanted)["toy_both"].metric == metric
+
+
+def test_a_metric_that_a_task_does_not_report_is_refused(folder: str) -> None:
+    with pytest.raises(UserError) as caught:
+        task_questions(["toy_both", "toy_acc"], folder, "search.tasks", 6, "acc_norm")
+    assert str(caught.value) == (
+        "`search.metric` must be a metric that every task of `search.tasks` reports, got acc_norm, but `toy_acc` "
+        "reports acc: name one that all report, `accuracy` for each task's own, or another task"
+    )
+
+
+@pytest.mark.skipif(not (EVALDATA / "lm_eval_tasks").is_dir(), reason="no public data here")
+def test_real_tasks_are_scored_by_the_metrics_of_the_papers(model: tuple[Any, Any]) -> None:
+    found = scores_of(model, str(EVALDATA / "lm_eval_tasks"), "offline_commonsense", limit=8)
+    metrics = {task: each.metric for task, each in found.items()}
+    assert metrics == {"boolq": "acc", "piqa": "acc_norm", "hellaswag": "acc_norm", "arc_easy": "acc_norm"}
+    assert {"acc", "acc_norm"} <= set(found["hellaswag"].metrics)

@@ -1,0 +1,280 @@
+"""The training loop: going on from a checkpoint is the training that was never interrupted."""
+
+from __future__ import annotations
+
+import itertools
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import demo_rows
+from peft import PeftModel
+from transformers import TrainerCallback
+
+from qpruner.config.schema import LoraConfig, TrainingConfig
+from qpruner.data.rows import EncodedRows, Example, encode, load_encoded, save_encoded
+from qpruner.errors import TrainingDiverged
+from qpruner.models.loading import load_tokenizer
+from qpruner.quantization.assembly import assemble, attach_adapters
+from qpruner.training.finetune import Listener, Schedule, Share, _Batches, finetune
+
+SETTINGS = TrainingConfig(learning_rate=1e-2, batch_size=4, micro_batch_size=2)
+
+
+@pytest.fixture
+def rows(tiny_model: Path) -> list[dict[str, list[int]]]:
+    examples = [
+        Example("multiple_choice", row["question"], "", row["choices"]["text"][0])
+        for row in demo_rows("questions_train.jsonl")[:24]
+    ]
+    return encode(examples, load_tokenizer(str(tiny_model)), 64)
+
+
+@pytest.fixture
+def fresh(tiny_model: Path) -> Callable[[], PeftModel]:
+    """Builds the same model with plain adapters each time."""
+
+    def build() -> PeftModel:
+        model, starts = assemble(tiny_model, tiny_model, "block", {"layers.0": 16, "layers.1": 16}, "bfloat16", False)
+        return attach_adapters(model, starts, LoraConfig(rank=4, dropout=0.1, init="plain"), "block", seed=3)
+
+    return build
+
+
+def losses(
+    model: PeftModel,
+    rows: list[dict[str, list[int]]],
+    output: Path,
+    start: Path | None,
+    settings: TrainingConfig = SETTINGS,
+) -> list[float]:
+    seen: list[float] = []
+    schedule = Schedule(steps=6, rungs=(3, 6))
+    listener = Listener(on_step=lambda step, total, loss: seen.append(loss))
+    finetune(model, rows, settings, schedule, output, seed=5, pad_id=1, start=start, listener=listener)
+    return seen
+
+
+def test_going_on_from_a_rung_repeats_the_uninterrupted_run(
+    fresh: Callable[[], PeftModel], rows: list[dict[str, list[int]]], tmp_path: Path
+) -> None:
+    whole = losses(fresh(), rows, tmp_path / "whole", None)
+    assert len(whole) == 6
+    resumed = losses(fresh(), rows, tmp_path / "resumed", tmp_path / "whole" / "checkpoint-3")
+    assert resumed == whole[3:]
+    one = torch.load(tmp_path / "whole" / "checkpoint-6" / "optimizer.pt", weights_only=True)
+    other = torch.load(tmp_path / "resumed" / "checkpoint-6" / "optimizer.pt", weights_only=True)
+    assert all(
+        torch.equal(a["exp_avg"], b["exp_avg"])
+        for a, b in zip(one["state"].values(), other["state"].values(), strict=True)
+    )
+
+
+def test_rungs_are_called_in_order_with_whole_checkpoints(
+    fresh: Callable[[], PeftModel], rows: list[dict[str, list[int]]], tmp_path: Path
+) -> None:
+    called: list[tuple[int, bool]] = []
+
+    def on_rung(step: int, checkpoint: Path, loss: float) -> None:
+        called.append((step, (checkpoint / "adapter_model.safetensors").is_file()))
+
+    schedule = Schedule(steps=4, rungs=(1, 2, 4))
+    finetune(fresh(), rows, SETTINGS, schedule, tmp_path, seed=0, pad_id=1, listener=Listener(on_rung=on_rung))
+    assert called == [(1, True), (2, True), (4, True)]
+
+
+def test_gradient_checkpointing_changes_no_loss(
+    fresh: Callable[[], PeftModel], rows: list[dict[str, list[int]]], tmp_path: Path
+) -> None:
+    plain = SETTINGS
+    recomputed = SETTINGS.model_copy(update={"gradient_checkpointing": True})
+    one = losses(fresh(), rows, tmp_path / "plain", None, plain)
+    other = losses(fresh(), rows, tmp_path / "recomputed", None, recomputed)
+    assert other == pytest.approx(one, rel=1e-3)
+
+
+def test_accumulation_is_the_same_batch(
+    fresh: Callable[[], PeftModel], rows: list[dict[str, list[int]]], tmp_path: Path
+) -> None:
+    small = losses(fresh(), rows, tmp_path / "small", None, SETTINGS.model_copy(update={"micro_batch_size": 1}))
+    large = losses(fresh(), rows, tmp_path / "large", None, SETTINGS.model_copy(update={"micro_batch_size": 4}))
+    assert small[0] == pytest.approx(large[0], rel=1e-2)
+
+
+def test_half_the_micro_batch_from_a_rung_on_is_the_same_training(
+    tiny_model: Path, rows: list[dict[str, list[int]]], tmp_path: Path
+) -> None:
+    """What a trial that ran out of memory goes on with."""
+
+    def build() -> PeftModel:
+        model, starts = assemble(tiny_model, tiny_model, "block", {"layers.0": 16, "layers.1": 16}, "float32", False)
+        return attach_adapters(model, starts, LoraConfig(rank=4, init="plain"), "block", seed=3)
+
+    whole, half = (SETTINGS.model_copy(update={"micro_batch_size": size}) for size in (4, 2))
+    expected = losses(build(), rows, tmp_path / "whole", None, whole)
+    assert len({round(loss, 3) for loss in expected}) == 6
+    found = losses(build(), rows, tmp_path / "half", tmp_path / "whole" / "checkpoint-3", half)
+    assert found == pytest.approx(expected[3:], rel=1e-4)
+
+
+def some_lengths(num_rows: int) -> list[int]:
+    """Most of them short, some long, a few alike."""
+    return np.random.default_rng(1).lognormal(3.5, 0.8, num_rows).astype(int).clip(4, 200).tolist()
+
+
+@pytest.mark.parametrize("num_rows", [1, 4, 5, 21, 24, 30])
+@pytest.mark.parametrize("processes", [2, 3])
+def test_processes_share_the_batches_of_one(num_rows: int, processes: int) -> None:
+    """A batch of twelve: what the processes take for a step is what one process takes, each row once."""
+    size, batch, blank = 2, 12, num_rows
+    settings = TrainingConfig(batch_size=batch, micro_batch_size=size)
+    lengths = some_lengths(num_rows)
+    for epoch in (0, 1):
+        every = [_Batches(lengths, settings, 5, Share(rank, processes)) for rank in range(processes)]
+        alone = _Batches(lengths, settings, 5, Share(0, 1))
+        for batches in (alone, *every):
+            batches.epoch = epoch
+        turns = [list(batches) for batches in every]
+        assert (
+            {len(each) for each in turns} == {len(batches) for batches in every} == {-(-num_rows // size // processes)}
+        )
+        order = [row for turn in alone for row in turn]
+        assert sorted(order) == list(range(num_rows))
+        accumulated = batch // size // processes
+        for step, begin in enumerate(range(0, num_rows, batch)):
+            taken = [
+                row
+                for each in turns
+                for turn in each[step * accumulated : (step + 1) * accumulated]
+                for row in turn
+                if row != blank
+            ]
+            assert sorted(taken) == sorted(order[begin : begin + batch])
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_rows_of_one_turn_are_of_like_length(processes: int) -> None:
+    """All rows of a turn, whatever process takes them, are as long as any of the next turn of the same batch."""
+    settings, lengths = TrainingConfig(batch_size=16, micro_batch_size=2), some_lengths(70)
+    every = [list(_Batches(lengths, settings, 5, Share(rank, processes))) for rank in range(processes)]
+    turns = [[lengths[row] for own in turn for row in own if row < 70] for turn in zip(*every, strict=True)]
+    in_batch = 16 // 2 // processes
+    for first in range(0, len(turns), in_batch):
+        batch = turns[first : first + in_batch]
+        for longer, shorter in itertools.pairwise(batch):
+            assert min(longer) >= max(shorter)
+
+
+def test_the_rows_of_a_batch_are_those_of_the_random_order() -> None:
+    """Sorting within a batch takes no row from another one: short rows would else be learned before long ones."""
+    settings, lengths = TrainingConfig(batch_size=16, micro_batch_size=2), some_lengths(64)
+    order = np.random.default_rng([5, 0]).permutation(64).tolist()
+    found = [row for turn in _Batches(lengths, settings, 5, Share(0, 1)) for row in turn]
+    for begin in range(0, 64, 16):
+        assert sorted(found[begin : begin + 16]) == sorted(order[begin : begin + 16])
+    assert found != order
+
+
+class Gradients(TrainerCallback):
+    """Keeps the gradient of each step."""
+
+    def __init__(self) -> None:
+        self.steps: list[torch.Tensor] = []
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        model = kwargs["model"]
+        self.steps.append(torch.cat([each.grad.flatten() for each in model.parameters() if each.grad is not None]))
+
+
+@pytest.mark.parametrize("micro_batch_size", [1, 2, 4])
+def test_the_gradient_is_that_of_the_whole_batch(micro_batch_size: int, tiny_model: Path, tmp_path: Path) -> None:
+    """The mean over all labelled tokens of the optimizer batch, in float32, however its rows are dealt."""
+    generator = np.random.default_rng(0)
+    ids = [generator.integers(2, 500, length).tolist() for length in (6, 60, 8, 33, 7, 12, 51, 9)]
+    rows = [{"input_ids": row, "labels": [-100] * 3 + row[3:]} for row in ids]
+    model, starts = assemble(tiny_model, tiny_model, "block", {"layers.0": 16, "layers.1": 16}, "float32", False)
+    peft_model: Any = attach_adapters(model, starts, LoraConfig(rank=4, init="plain"), "block", seed=3)
+    for row in rows:
+        logits = peft_model(input_ids=torch.tensor([row["input_ids"]])).logits[0, :-1]
+        torch.nn.functional.cross_entropy(logits, torch.tensor(row["labels"][1:]), reduction="sum").backward()
+    adapters = [each for each in peft_model.parameters() if each.grad is not None]
+    expected = torch.cat([each.grad.flatten() for each in adapters]) / sum(len(row) - 3 for row in ids)
+    peft_model.zero_grad()
+    seen = Gradients()
+    settings = TrainingConfig(batch_size=8, micro_batch_size=micro_batch_size, max_grad_norm=1e9)
+    finetune(peft_model, rows, settings, Schedule(steps=1), tmp_path, seed=5, pad_id=1, callbacks=[seen])
+    (found,) = seen.steps
+    assert torch.linalg.norm(found - expected) < 1e-5 * torch.linalg.norm(expected)
+
+
+def test_only_the_rows_of_a_step_are_read(
+    fresh: Callable[[], PeftModel], rows: list[dict[str, list[int]]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_encoded(rows, tmp_path / "rows")
+    mapped, read, get = load_encoded(tmp_path / "rows"), [], EncodedRows.__getitem__
+    monkeypatch.setattr(EncodedRows, "__getitem__", lambda self, index: read.append(index) or get(self, index))
+    finetune(fresh(), mapped, SETTINGS, Schedule(steps=2), tmp_path, seed=5, pad_id=1)
+    assert len(read) == len(set(read)) == 2 * SETTINGS.batch_size < len(rows)
+
+
+def test_every_epoch_has_an_order_of_its_own(
+    fresh: Callable[[], PeftModel], rows: list[dict[str, list[int]]], tmp_path: Path
+) -> None:
+    model, seen = fresh(), []
+    model.register_forward_pre_hook(lambda _, __, given: seen.append(given["input_ids"][0].tolist()), with_kwargs=True)
+    one_each = SETTINGS.model_copy(update={"micro_batch_size": 1})
+    finetune(model, rows[:8], one_each, Schedule(steps=4), tmp_path, seed=5, pad_id=1)
+    first, second = seen[:8], seen[8:]
+    assert len(second) == 8 and sorted(first) == sorted(second) and first != second
+
+
+def test_no_epoch_of_a_seed_has_the_order_of_another_seeds_epoch() -> None:
+    """Training seeds that share orders would be no independent ones."""
+    orders = set()
+    for seed in range(4):
+        settings = TrainingConfig(batch_size=2, micro_batch_size=2)
+        batches = _Batches(some_lengths(50), settings, seed, Share(0, 1))
+        for batches.epoch in range(4):
+            orders.add(tuple(row for batch in batches for row in batch))
+    assert len(orders) == 16
+
+
+def test_only_adapters_change(fresh: Callable[[], PeftModel], rows: list[dict[str, list[int]]], tmp_path: Path) -> None:
+    model = fresh()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    losses(model, rows, tmp_path, None)
+    changed = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}
+    assert changed
+    assert all("lora_" in name for name in changed)
+
+
+def test_a_loss_that_leaves_all_bounds_stops_the_run_while_it_is_still_a_number(
+    tiny_model: Path, rows: list[dict[str, list[int]]], tmp_path: Path
+) -> None:
+    """A model that has learnt its four rows meets a learning rate far too high; its logits are ten times as large as
+    those of a fresh one, so that a wrong guess costs something."""
+    model, starts = assemble(tiny_model, tiny_model, "block", {"layers.0": 16, "layers.1": 16}, "float32", False)
+    with torch.no_grad():
+        model.get_submodule("model.norm").weight.fill_(10.0)
+    peft_model = attach_adapters(model, starts, LoraConfig(rank=4, init="plain"), "block", seed=3)
+    seen = losses(peft_model, rows[:4], tmp_path / "well", None, SETTINGS.model_copy(update={"learning_rate": 0.02}))
+    assert seen[-1] < 6.0
+    with pytest.raises(
+        TrainingDiverged, match=r"the training loss is .* at step [2-6], far above 6\.238, the larger of"
+    ):
+        losses(peft_model, rows[:4], tmp_path / "ill", None, SETTINGS.model_copy(update={"learning_rate": 10.0}))
+
+
+def test_a_diverging_run_stops_and_names_the_step(
+    fresh: Callable[[], PeftModel], rows: list[dict[str, list[int]]], tmp_path: Path
+) -> None:
+    model = fresh()
+    with torch.no_grad():
+        model.get_submodule("base_model.model.model.norm").weight.fill_(float("nan"))
+    with pytest.raises(TrainingDiverged, match="at step 1"):
+        losses(model, rows, tmp_path, None)
+    shutil.rmtree(tmp_path, ignore_errors=True)

@@ -1,0 +1,130 @@
+"""Memory or disk that run out in a command that is no stage: it says what to do, and takes itself for no defect."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import struct
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import pytest
+from conftest import disk_of
+from mixed_models import finished_run
+
+import qpruner.hf  # noqa: F401
+from qpruner.errors import StorageError
+from qpruner.export.folders import export
+from qpruner.runs.paths import RunDir
+
+WIDTH = 400_000
+"""Channels of a block whose weights take 154 MB."""
+
+PROGRAM = """
+import io, json, re, resource, sys
+from pathlib import Path
+from qpruner.cli.main import main
+
+def run(*command):
+    try:
+        main(command)
+    except SystemExit as end:
+        print(f"exit {end.code}", file=sys.stderr, flush=True)
+
+warm, *commands = json.loads(sys.argv[1])
+run(*warm)
+size = 1024 * int(re.search(r"VmSize:\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
+for more, typed, command in commands:
+    resource.setrlimit(resource.RLIMIT_AS, (size + more * 10**6, -1))
+    sys.stdin = io.StringIO(typed)
+    run(*command)
+"""
+
+
+def write_zeros(file: Path, shapes: Mapping[str, Sequence[int]]) -> None:
+    """A safetensors file of bfloat16 zeros that takes no room on the disk."""
+    header, end = {}, 0
+    for name, shape in shapes.items():
+        begin, end = end, end + 2 * math.prod(shape)
+        header[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [begin, end]}
+    described = json.dumps({"__metadata__": {"format": "pt"}, **header}).encode()
+    with file.open("wb") as written:
+        written.write(struct.pack("<Q", len(described)) + described)
+        written.truncate(8 + len(described) + end)
+
+
+@pytest.fixture
+def wide(tiny_model: Path, tmp_path: Path) -> Path:
+    """A model of one block that takes 154 MB, and 800 MB for a product of 1000 tokens."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    folder = Path(shutil.copytree(tiny_model, tmp_path / "wide"))
+    config = LlamaConfig.from_pretrained(folder)
+    config.num_hidden_layers, config.intermediate_size, config.max_position_embeddings = 1, WIDTH, 65536
+    config.save_pretrained(folder)
+    with torch.device("meta"):
+        shapes = {name: list(each.shape) for name, each in LlamaForCausalLM(config).state_dict().items()}
+    del shapes["lm_head.weight"]
+    write_zeros(folder / "model.safetensors", shapes)
+    return folder
+
+
+def test_memory_that_runs_out_is_told_with_what_helps(wide: Path, tiny_model: Path, tmp_path: Path) -> None:
+    """Address space that the system refuses, to a model, to an answer in a chat that goes on, and to an export."""
+    run = finished_run(tiny_model, tmp_path / "run")
+    write_zeros(run / "final" / "adapter_model.safetensors", {"wide": [64, 3 * WIDTH]})
+    asked = ["--max-tokens", "2"]
+    commands = [
+        ["generate", str(tiny_model), "--prompt", "warm", *asked],
+        [100, "", ["generate", str(wide), "--prompt", "what", *asked]],
+        [100, "", ["export", str(run), "--to", "merged"]],
+        [600, f"{'word ' * 1000}\nwhat\n/quit\n", ["chat", str(wide), *asked]],
+    ]
+    done = subprocess.run([sys.executable, "-c", PROGRAM, json.dumps(commands)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "defect" not in done.stderr and "Traceback" not in done.stderr, done.stderr
+    ended = [line for line in done.stderr.splitlines() if line.startswith(("error: out of memory (", "exit "))]
+    assert [line[:5] for line in ended] == ["exit ", "error", "exit ", "error", "exit ", "error", "exit "], done.stderr
+    assert [line for line in ended if line.startswith("exit")] == ["exit 0", "exit 1", "exit 1", "exit 0"]
+    remedies = [line for line in done.stderr.splitlines() if line.startswith("  remedy: ")]
+    assert ["`--which`" in line for line in remedies] == [True, False, True]
+    assert all("`CUDA_VISIBLE_DEVICES=`" in line for line in remedies)
+    assert done.stdout.count("> ") == 3
+
+
+def test_a_disk_without_room_for_an_export_is_told(tiny_model: Path, tmp_path: Path) -> None:
+    run = finished_run(tiny_model, tmp_path / "run")
+    with disk_of("128k", tmp_path / "disk") as disk:
+        with pytest.raises(StorageError, match=r"no space left for \S+\n  remedy: make room"):
+            export(RunDir(run), "peft", disk / "mine")
+        assert not list(disk.iterdir())
+
+
+MULTIPLIES = """
+import resource, sys, torch
+from qpruner.models.memory import is_out_of_memory
+dtype = getattr(torch, sys.argv[1])
+ones = lambda size: torch.ones(size, size, dtype=dtype)
+ones(512) @ ones(512)
+taken = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+for spare in range(4, 22, 2):
+    resource.setrlimit(resource.RLIMIT_AS, (taken + spare * 2**20, resource.RLIM_INFINITY))
+    try:
+        for size in range(600, 4000, 200):
+            ones(size) @ ones(size)
+    except Exception as error:
+        print(is_out_of_memory(error), error)
+    resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+"""
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_whatever_torch_says_when_a_process_may_take_no_more_is_known_as_want_of_memory(dtype: str) -> None:
+    """oneDNN's words for it among them, where it multiplies in bfloat16. With less to spare torch may crash."""
+    done = subprocess.run([sys.executable, "-c", MULTIPLIES, dtype], capture_output=True, text=True)
+    told = [line for line in done.stdout.splitlines() if line.startswith(("True", "False"))]
+    assert len(told) == 9 and all(line.startswith("True") for line in told), done
