@@ -26,7 +26,7 @@ from qpruner.pipeline.jobs import (
 )
 from qpruner.pipeline.rows import candidates_for, untuned_candidates, winner_row
 from qpruner.pipeline.stage import Stage, is_whole, run_stage
-from qpruner.report.table import BASE, SEARCHED
+from qpruner.report.results import BASE, SEARCHED
 from qpruner.runs.events import Emit, Message
 from qpruner.runs.mirror import FileList, emptied, fetch, list_beside, workplace, written
 from qpruner.runs.object_store import name_of
