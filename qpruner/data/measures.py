@@ -52,7 +52,7 @@ def averaged(models: Sequence[Answers]) -> list[list[float]]:
 
 
 def student_half_width(values: Sequence[float]) -> float:
-    """Compute half the width of Student's 95 % interval for the mean of the distribution that `values` are drawn from."""
+    """Compute half the width of Student's 95 % interval for the mean that `values` are drawn around."""
     return _student(values) / math.sqrt(len(values))
 
 
