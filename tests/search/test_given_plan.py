@@ -220,7 +220,7 @@ BY_INFORMATION = ("--set", "quantize.bits=[4, 8]", *METHODS, "--plan", "mutual_i
 
 
 def checked(*arguments: object) -> tuple[str, dict[str, Any]]:
-    done = CliRunner().invoke(main, ["check", *map(str, arguments), "--json", "--gpu", "A100"])
+    done = CliRunner().invoke(main, ["check", *map(str, arguments), "--json", "--gpu"])
     assert done.exit_code == 0, done.output
     return done.stdout, json.loads(done.stdout.splitlines()[-1])
 
@@ -230,7 +230,6 @@ def test_check_tells_of_one_bit_width(uniform: Path) -> None:
     assert "your plan:   every group at 4 bits, the only one of `quantize.bits`\n" in said
     assert "trials:      1, 1 at once" in said and "none for the sensitivities" in said
     assert facts["bytes_budget"] == facts["bytes_all_4"] and "sensitivity" not in facts["memory"]
-    assert facts["hours"]["stages"]["sensitivity"] == 0
     idle = "has no effect: `quantize.bits` is [4], so nothing is measured or searched"
     assert (
         f"`search.max_trials` {idle}" in facts["warnings"] and f"`sensitivity.methods` {idle}" not in facts["warnings"]
