@@ -11,7 +11,7 @@ import torch
 from gpu_setup import Figures, Setup
 
 from qpruner.config.schema import RunConfig
-from qpruner.data.rows import Example
+from qpruner.data.sources import Example
 from qpruner.estimate import hours, memory, step_times
 from qpruner.pipeline import preflight
 from qpruner.pipeline.preflight import Inspection

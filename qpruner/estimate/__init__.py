@@ -20,8 +20,7 @@ from qpruner.estimate.memory import (
 )
 from qpruner.pipeline.preflight import Inspection
 from qpruner.pipeline.preflight_rows import CHARACTERS_A_TOKEN
-from qpruner.report.lines import duration
-from qpruner.wording import counted
+from qpruner.wording import counted, duration
 
 
 def facts(
@@ -51,6 +50,7 @@ def facts(
         "memory_at_once": max(at_once.values()),
         "trials_sharing_memory": sharing,
         "hours": None if rates is None else _hours(config, inspection, rates, slots, done, gpus),
+        "share_done": dict(done),
         "num_compared": num_compared(config),
     }
 
@@ -68,7 +68,6 @@ def _hours(
         "rates": rates.origin,
         "stages": {name: held * each for name, each in stages.items()},
         "shared": shared,
-        "share_done": {name: done.get(name, 0.0) for name in stages},
         "total": held * sum(stages.values()),
         "left": held * sum(left[name] * each for name, each in stages.items()),
         "wall": sum(each / shared[name] for name, each in stages.items()),
@@ -106,14 +105,16 @@ def memory_text(found: Mapping[str, Any]) -> list[str]:
 
 def time_text(found: Mapping[str, Any], has_gpu: bool) -> list[str]:
     """Render the hours as lines: their sum, each stage, and what was timed."""
-    time = found["hours"]
+    time, done = found["hours"], {name: share for name, share in found["share_done"].items() if share}
+    recorded = [f"done:        {', '.join(f'{name} {share:.0%}' for name, share in done.items())}"] if done else []
     if time is None:
-        return ["time:        not estimated; `--measure` times a few steps of these shapes on this machine"]
+        return [*recorded, "time:        not estimated; `--measure` times a few steps of these shapes on this machine"]
     wall, total, kind = _taken(time["wall"]), _taken(time["total"]), "GPU" if has_gpu else "slot"
     left = ""
     if time["left"] < time["total"]:
         left = f"; left: {_taken(time['wall_left'])}, {_taken(time['left'])} of {kind} time"
     return [
+        *recorded,
         f"time:        about {wall} on {counted(time['slots'], 'slot')}, {total} of {kind} time{left}",
         *_stage_lines(time),
         f"    {time['rates']}",
@@ -126,14 +127,9 @@ def _stage_lines(time: Mapping[str, Any]) -> list[str]:
     """List the stages by how many slots share each."""
     lines = []
     for slots in sorted(set(time["shared"].values())):
-        stages = [_stage(time, stage) for stage in time["stages"] if time["shared"][stage] == slots]
+        stages = [f"{name} {_taken(each)}" for name, each in time["stages"].items() if time["shared"][name] == slots]
         lines.append(f"    {'on 1 slot' if slots == 1 else f'shared by {slots} slots'}: {', '.join(stages)}")
     return lines
-
-
-def _stage(time: Mapping[str, Any], stage: str) -> str:
-    share = time["share_done"][stage]
-    return f"{stage} {_taken(time['stages'][stage])}{f' ({share:.0%} done)' if share else ''}"
 
 
 def _taken(hours: float) -> str:

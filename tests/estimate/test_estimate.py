@@ -19,7 +19,7 @@ from conftest import raw_config, with_key
 
 from qpruner import estimate
 from qpruner.config.schema import LoraConfig, PruneConfig, RunConfig, TrainingConfig, validate_config
-from qpruner.data.rows import encode
+from qpruner.data.encoding import encode
 from qpruner.estimate import hours, memory
 from qpruner.estimate.step_times import StepTimes
 from qpruner.models.cpu import has_bfloat16

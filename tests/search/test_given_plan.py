@@ -175,8 +175,8 @@ def test_check_tells_what_a_plan_takes_and_refuses_what_run_does(searched: Path)
 def test_check_tells_how_much_of_a_search_is_done(searched: Path) -> None:
     for trials, share in ((2, 1.0), (4, 0.5)):
         done = qpruner("check", searched, "--set", f"search.max_trials={trials}", "--json")
-        shares = json.loads(done.stdout.splitlines()[-1])["hours"]["share_done"]
-        assert shares == {"prune": 1, "bank": 1, "sensitivity": 1, "search": share, "finetune": 0, "evaluate": 0}
+        shares = json.loads(done.stdout.splitlines()[-1])["share_done"]
+        assert shares["search"] == share and shares["sensitivity"] == 1 and shares["finetune"] == 0
 
 
 @pytest.mark.slow
@@ -242,7 +242,6 @@ def test_check_tells_of_a_sensitivity_s_plan(uniform: Path) -> None:
     said, facts = checked(uniform, *BY_INFORMATION)
     assert "your plan:   the seed plan of mutual_information, inside the budget" in said
     assert "trials:      1, 1 at once" in said and facts["bytes_plan"] is None
-    assert facts["hours"]["stages"]["sensitivity"] > 0
 
 
 def test_random_plans_of_one_bit_width_are_none() -> None:
