@@ -18,7 +18,7 @@ from made_records import made_confirmation, made_search
 from qpruner.config.schema import validate_config
 from qpruner.data.encoding import load_encoded
 from qpruner.errors import CorruptFile, StageError
-from qpruner.estimate.work import num_compared
+from qpruner.estimate.hours import num_compared
 from qpruner.pipeline import preflight, run
 from qpruner.pipeline.comparison import compare, comparison_jobs
 from qpruner.pipeline.context import Context
