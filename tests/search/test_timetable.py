@@ -23,7 +23,7 @@ from qpruner.cluster.cluster import Cluster, connect, disconnect
 from qpruner.cluster.tune import SearchJob, search
 from qpruner.cluster.tune.asha import RecordedAsha
 from qpruner.cluster.tune.job import METRIC, TIME
-from qpruner.config.schema import validate_config
+from qpruner.config.load import validate_config
 from qpruner.plans.plan import PrecisionPlan
 from qpruner.runs.records import RungResult, TrialRecord
 from qpruner.search.searchers import Ending, Ledger, Observation, Suggestion
