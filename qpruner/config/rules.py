@@ -27,16 +27,7 @@ from qpruner.config.section import Idle
 
 OF_UNITS = ("importance", "order", "aggregation", "norm", "reduction", "query_heads", "round_to")
 """Keys of `prune` about units inside blocks alone."""
-OF_SEARCHING = (
-    "searcher",
-    "max_trials",
-    "max_hours",
-    "max_gpu_hours",
-    "patience",
-    "pareto",
-    "deterministic",
-    "confirm",
-)
+OF_SEARCHING = ("searcher", "max_trials", "max_hours", "max_gpu_hours", "patience", "pareto", "confirm")
 """Keys of `search` about several trials."""
 
 
@@ -112,11 +103,6 @@ def search_rules(search: SearchConfig) -> Iterator[str]:
     """Check rungs, and what a search by accuracy needs."""
     if search.first_rung > search.steps:
         yield f"`first_rung` must be at most `steps` ({search.steps}), got {search.first_rung}"
-    if search.deterministic and search.max_concurrent is None:
-        yield (
-            "`deterministic` needs `max_concurrent`, since plans depend on how many trials run at a time: give "
-            f"that number, or {take_out('search.deterministic')}"
-        )
     if search.by_accuracy and not search.tasks:
         yield f"`metric: {search.metric}` needs at least one task under `tasks`"
     elif search.by_accuracy and (search.limit is None or search.limit < 2):

@@ -245,10 +245,6 @@ CONFIGURATION = [
         "'gp', 'hyperopt', 'bayesopt' or 'random'"
     ),
     refused(
-        "deterministic-on-any-slots", {"search.deterministic": True}, "`deterministic`", "needs `max_concurrent`",
-        "--set search.deterministic="
-    ),
-    refused(
         "gpus-and-a-half", {"search.resources_per_trial": {"gpu": 1.5}}, "`gpu`", "got 1.5", "a whole number",
         "a share of one GPU or"
     ),
