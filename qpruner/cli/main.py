@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from qpruner.config.schema import config_schema, load_config
+from qpruner.config.load import config_schema, load_config
 from qpruner.errors import ConfigError, CorruptFile, PlanRefused, QprunerError, UserError, note_defect
 from qpruner.runs.logs import logging_to, quiet_libraries
 from qpruner.runs.version import describe
