@@ -24,7 +24,7 @@ WIDTH = 400_000
 """Channels of a block whose weights take 154 MB."""
 
 PROGRAM = """
-import io, json, re, resource, sys
+import json, re, resource, sys
 from pathlib import Path
 from qpruner.cli.main import main
 
