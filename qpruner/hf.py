@@ -1,6 +1,6 @@
-"""`import qpruner.hf` once, and plain transformers loads qpruner's folders.
+"""Let plain transformers load qpruner's folders: import this once.
 
-Registers the mixed-precision quantizer and lets the supported families build blocks of different widths, so that
+It registers the mixed-precision quantizer and lets the supported families build blocks of different widths, so that
 `AutoModelForCausalLM.from_pretrained(folder)` works on pruned and on final folders; an adapter beside the weights is
 attached by transformers itself. On a CPU without bfloat16 instructions its products are computed in float32.
 """
@@ -12,32 +12,29 @@ from typing import Any
 
 from qpruner.models import cpu, ragged
 from qpruner.models.loading import OnLoading, device, tensors_told, untold
-from qpruner.models.snippets import PEFT_BASE
 from qpruner.quantization import mixed
 
 __all__ = ["load", "mixed", "ragged", "weights_folder"]
+
+PEFT_BASE = "base"
+"""Folder of the quantized model inside a peft export."""
 
 ragged.install()
 cpu.install()
 
 
 def weights_folder(folder: Path) -> Path:
-    """Where a model's weights are: in a folder of its own below a peft export, else in the folder itself."""
+    """Return the folder of a model's weights: in a peft export one below it, else the folder itself."""
     base = folder / PEFT_BASE
     return base if base.is_dir() and not (folder / "config.json").exists() else folder
 
 
-def load(folder: Path, told: OnLoading = untold) -> Any:
-    """A folder as who uses it would load it, on the best device: final, an export of ours, or of any plain model.
-
-    Args:
-        folder: The folder.
-        told: Told how many tensors are there.
-    """
+def load(folder: Path, on_progress: OnLoading = untold) -> Any:
+    """Load a final folder, an export or any plain model as its user would, on the best device."""
     from transformers import AutoModelForCausalLM
 
     weights = weights_folder(folder)
-    with tensors_told(told):
+    with tensors_told(on_progress):
         model = AutoModelForCausalLM.from_pretrained(weights, use_safetensors=True).to(device())
     if weights == folder:
         return model

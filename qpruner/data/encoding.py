@@ -1,6 +1,6 @@
 """Turn rows into prompts and responses, and those into tokens and labels.
 
-A multiple-choice row is written as lm-eval writes ARC, "Question: ...\\nAnswer: ...", so that training, validation loss
+A multiple-choice row is written as lm-eval writes ARC, with "Question:" and "Answer:", so that training, validation loss
 and lm-eval accuracy measure the same thing.
 """
 

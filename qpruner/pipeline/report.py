@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 
-from qpruner.export.card_metadata import lacking, told_lacking
+from qpruner.export.card import missing_keys, missing_remark
 from qpruner.pipeline.context import Context
 from qpruner.pipeline.stage import explained
 from qpruner.report.files import CARD, write_report
@@ -23,7 +23,7 @@ def report(context: Context, results: Results) -> Results:
     started = time.monotonic()
     with explained("report"):
         write_report(context.run_dir)
-        remark = told_lacking(lacking(read_text(context.run_dir.root / CARD) or ""))
+        remark = missing_remark(missing_keys(read_text(context.run_dir.root / CARD) or ""))
     if remark:
         context.emit(Message("report", remark))
     context.emit(StageFinished("report", time.monotonic() - started, files))
