@@ -116,7 +116,7 @@ class DataConfig(Section):
     train: Annotated[tuple[DataSource, ...], Field(min_length=1)]
     """Rows to fine-tune on."""
     validation: Annotated[tuple[DataSource, ...], Field(min_length=1)]
-    """Rows that score a trial, and decide between two cuts where `prune.units` is open."""
+    """Rows that score a trial."""
     confirmation: Annotated[tuple[DataSource, ...], Field(min_length=1)]
     """Rows that no trial is scored on: the first, third, ... decide among the best trials (selection loss), the others
     judge the winner (confirmation loss)."""
@@ -182,10 +182,12 @@ class PruneConfig(Section):
     """Instead of `rate`: the share of its own units that every block of the range loses (LLM-Pruner's ratio). It is
     there to keep the units that LLM-Pruner keeps, so `selection`, `round_to` and `query_heads` are LLM-Pruner's where
     nothing is said: `per_layer`, 1 and `modulo`."""
-    units: Annotated[tuple[Literal["block", "attention", "mlp", "expert"], ...], Field(min_length=1)] | None = None
+    units: Annotated[tuple[Literal["block", "attention", "mlp", "expert"], ...], Field(min_length=1)] = (
+        "attention",
+        "mlp",
+    )
     """What may go: whole blocks, key/value groups with their query heads, MLP channels (of every expert, where there
-    are experts), whole experts. Null: `attention` and `mlp`; where least squares can make up for whole blocks, the
-    same with `block` beside them is cut too, and what loses less on the rows of `data.validation` stays."""
+    are experts), whole experts."""
     depth_share: Annotated[float, Field(gt=0.0, lt=1.0)] | None = None
     """Share of `rate` that whole blocks take where other units go beside them; null takes half, but about a tenth of
     all parameters at most."""
@@ -241,12 +243,12 @@ class PruneConfig(Section):
     @property
     def drops_blocks(self) -> bool:
         """Whether `units` names whole blocks."""
-        return "block" in (self.units or ())
+        return "block" in self.units
 
     @property
     def width_units(self) -> tuple[str, ...]:
         """The kinds of unit that go out of blocks."""
-        return tuple(unit for unit in self.units or ("attention", "mlp") if unit != "block")
+        return tuple(unit for unit in self.units if unit != "block")
 
     @property
     def criterion(self) -> str:
@@ -257,12 +259,6 @@ class PruneConfig(Section):
     def compensates_by(self) -> Literal["none", "bias", "least_squares"]:
         """What makes up for what was cut, where no experts are."""
         return self.compensation or "least_squares"
-
-    @property
-    def may_add_blocks(self) -> bool:
-        """Whether a second cut with whole blocks is tried beside that of units, where the model allows it."""
-        is_open = self.units is None and bool(self.rate)
-        return is_open and self.compensates_by == "least_squares" and self.importance != "random"
 
     @property
     def num_steps(self) -> int:
@@ -309,7 +305,7 @@ class PruneConfig(Section):
 
     def _rules(self) -> tuple[tuple[bool, str], ...]:
         """What cannot work together."""
-        by_rate, units = self.layer_rate is not None, self.units or ()
+        by_rate, units = self.layer_rate is not None, self.units
         return (
             (not by_rate and self.rate is None, "give `rate` or `layer_rate`, got neither"),
             (
@@ -341,7 +337,7 @@ class PruneConfig(Section):
 
     def idle(self) -> tuple[Idle, ...]:
         blocks_only, importance = not self.width_units, f"`prune.importance` is {self.importance}"
-        may_drop, only = self.drops_blocks or self.may_add_blocks, "`prune.units` names whole blocks only"
+        only = "`prune.units` names whole blocks only"
         # `uniform` implies `selection`.
         others = [key for key in type(self).model_fields if key != "rate" and not (key == "selection" and self.uniform)]
         return (
@@ -351,7 +347,7 @@ class PruneConfig(Section):
             (blocks_only and self.steps != 1, only, ("steps",)),
             (blocks_only and not self.uniform, only, ("selection",)),
             (blocks_only, only, ("depth_share",)),
-            (not may_drop, "no whole blocks go (`prune.units`)", ("depth_share", "depth_importance")),
+            (not self.drops_blocks, "no whole blocks go (`prune.units`)", ("depth_share", "depth_importance")),
             (self.compensates_by != "least_squares", f"`prune.compensation` is {self.compensation}", ("ridge",)),
             (self.importance != "taylor", importance, ("order",)),
             (self.importance not in ("fisher", "taylor"), importance, ("aggregation",)),

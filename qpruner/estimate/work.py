@@ -325,10 +325,8 @@ class _Count:
         return self._questions("evaluate") + text
 
     def prune(self) -> float:
-        """All the cuts that are tried, and the comparison of several."""
-        cuts = [cut.settings for cut in self._inspection.cuts]
-        compared = len(cuts) * self.split("validation") if len(cuts) > 1 else 0.0
-        return sum(map(self._cut, cuts)) + compared
+        """Of every cut."""
+        return sum(self._cut(cut.settings) for cut in self._inspection.cuts)
 
     def _cut(self, settings: PruneConfig) -> float:
         """What whole blocks take, then importance and compensation for each of `prune.steps`."""

@@ -119,10 +119,9 @@ def check(config: RunConfig, emit: Emit, address: str | None = None, gpu_is_else
             look_at_nodes(context)
         found = recorded(context)
         if found.prune:
-            made = inspection.cuts[-1 if found.prune.dropped_blocks else 0]
             inspection = replace(
                 inspection,
-                cuts=(replace(made, expected=context.pruned_config),),
+                cuts=(replace(inspection.cuts[0], expected=context.pruned_config),),
                 pruned=context.layout,
                 is_estimate=False,
                 budget_bytes=context.space.budget_bytes,

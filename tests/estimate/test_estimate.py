@@ -23,7 +23,7 @@ from conftest import raw_config, with_key
 
 from qpruner import estimate
 from qpruner.cli.main import main
-from qpruner.config.schema import LoraConfig, PruneConfig, RunConfig, TrainingConfig, validate_config
+from qpruner.config.schema import LoraConfig, RunConfig, TrainingConfig, validate_config
 from qpruner.data.rows import encode
 from qpruner.errors import UserError
 from qpruner.estimate import memory, work
@@ -33,7 +33,7 @@ from qpruner.models.loading import load_tokenizer
 from qpruner.pipeline import preflight, run
 from qpruner.pipeline.preflight import Inspection
 from qpruner.pipeline.preflight_rows import most_labelled
-from qpruner.pruning.best_cut import Cut
+from qpruner.pruning.prune import Cut
 from qpruner.quantization.assembly import attach_adapters
 from qpruner.runs.lock import sole_driver
 from qpruner.training.finetune import Share, _Batches
@@ -731,28 +731,3 @@ def test_a_fine_tune_takes_the_memory_and_the_time_that_were_told(real: tuple[Ru
     print(f"time: told {seconds:.1f} s, took {took['seconds']:.1f} s; {facts['hours']['rates']}")
     assert expected / 1.5 < took["peak"] < expected * 1.5
     assert seconds / 3 < took["seconds"] < seconds * 3
-
-
-def test_a_choice_of_two_cuts_takes_both_and_the_passes_that_compare_them(
-    inspection: Inspection, changed: Callable[..., RunConfig]
-) -> None:
-    def seconds(config: RunConfig, *settings: PruneConfig) -> float:
-        cuts = tuple(Cut(each, inspection.cuts[0].expected) for each in settings)
-        return work.hours(config, replace(inspection, cuts=cuts), RATES, 2).stages["prune"]
-
-    config = changed()
-    beside = config.prune.model_copy(update={"units": ("block", "attention", "mlp")})
-    both = seconds(config, config.prune, beside)
-    alone = seconds(config, config.prune) + seconds(config, beside)
-    assert alone < both < 1.5 * alone
-
-
-def test_rows_that_cuts_are_compared_on_may_take_the_most_memory(
-    inspection: Inspection, changed: Callable[..., RunConfig]
-) -> None:
-    cut = inspection.cuts[0]
-    short, long = (changed(data__max_length=length, prune__aggregation="vector") for length in (64, 4096))
-    two = replace(inspection, cuts=(cut, cut))
-    assert memory.prune_memory(long, inspection) == memory.prune_memory(short, inspection)
-    assert memory.prune_memory(short, two) == memory.prune_memory(short, inspection)
-    assert memory.prune_memory(long, two).about == "passes of 8 rows x 4096 tokens (`evaluate.batch_size`)"
