@@ -12,7 +12,7 @@ import torch
 from gpu_setup import Figures, Setup
 
 from qpruner.config.schema import RunConfig
-from qpruner.data.rows import Example
+from qpruner.data.sources import Example
 from qpruner.estimate import matmul_speed as products
 from qpruner.estimate import memory, work
 from qpruner.estimate import step_times as pace

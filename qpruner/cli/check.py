@@ -20,8 +20,8 @@ from qpruner.models.memory import free_bytes
 from qpruner.pipeline.preflight import PRUNED_EARLIER, Inspection, is_pruned
 from qpruner.pipeline.preflight_rows import SPLITS, num_cut
 from qpruner.plans.plan import FULL_BITS, LinearShape, told_of_budget
-from qpruner.report.life import told_driver
-from qpruner.report.model_card import told_other_base
+from qpruner.report.card import other_base_remark
+from qpruner.report.liveness import driver_text
 from qpruner.runs.paths import RunDir
 from qpruner.wording import counted
 
@@ -103,12 +103,12 @@ def _memory_warnings(at_once: int, free: int | None) -> list[str]:
 
 
 def _card_warnings(config: RunConfig) -> list[str]:
-    remark = told_other_base(config)
+    remark = other_base_remark(config)
     return [remark] if remark else []
 
 
 def _driver_warnings(config: RunConfig) -> list[str]:
-    works = told_driver(RunDir(config.output, create=False))
+    works = driver_text(RunDir(config.output, create=False))
     return [f"{works}: `qpruner run` is refused until it ends"] if works else []
 
 

@@ -271,7 +271,7 @@ def compare(runs: tuple[str, ...], as_json: bool) -> None:
 @click.option("--results", is_flag=True, help="That of results.json instead.")
 def schema(results: bool) -> None:
     if results:
-        from qpruner.report.summary import summary_schema
+        from qpruner.report.results_json import summary_schema
 
         click.echo(summary_schema(), nl=False)
     else:
@@ -399,7 +399,7 @@ def _export(root: str, form: Any, out: Path | None) -> dict[str, Any]:
     from qpruner.cli.terminal import Terminal
     from qpruner.export.folders import export
     from qpruner.pipeline.compress import telling
-    from qpruner.report.life import warning_of_driver
+    from qpruner.report.liveness import warning_of_driver
     from qpruner.runs.paths import RunDir
 
     run = RunDir(root, create=False)
@@ -509,7 +509,7 @@ def _figures(results: Results) -> dict[str, Any]:
         figures["best_plan"] = results.search.best_plan
     if results.finetune and results.evaluate:
         from qpruner.report.claim import claim
-        from qpruner.report.table import rows
+        from qpruner.report.results import rows
 
         figures["claim"] = claim(results)
         figures["table"] = [vars(row) for row in rows(results)]

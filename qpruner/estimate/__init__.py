@@ -20,8 +20,7 @@ from qpruner.estimate.memory import (
 from qpruner.estimate.work import CHOICES, Rates, hours, num_compared
 from qpruner.pipeline.preflight import Inspection
 from qpruner.pipeline.preflight_rows import CHARACTERS_A_TOKEN
-from qpruner.report.lines import duration
-from qpruner.wording import counted
+from qpruner.wording import counted, duration
 
 
 def facts(

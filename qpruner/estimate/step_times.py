@@ -15,8 +15,8 @@ from typing import Any
 import torch
 
 from qpruner.config.schema import RunConfig
-from qpruner.data.calibration import token_losses
-from qpruner.data.rows import IGNORED_LABEL
+from qpruner.data.encoding import IGNORED_LABEL
+from qpruner.data.losses import token_losses
 from qpruner.models import cpu, ragged
 from qpruner.models.layout import group_linears
 from qpruner.models.loading import device

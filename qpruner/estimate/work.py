@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from qpruner.config.schema import EXPANSION, INFORMATION, MEASUREMENT, PruneConfig, RunConfig
-from qpruner.data.rows import Example
+from qpruner.data.sources import Example
 from qpruner.estimate.matmul_speed import packing_operations
 from qpruner.pipeline.preflight import Inspection
 from qpruner.pipeline.preflight_rows import CHARACTERS_A_TOKEN, about_labelled, about_tokens

@@ -28,8 +28,8 @@ from qpruner.pipeline.report import report, report_unfinished
 from qpruner.pipeline.search import search
 from qpruner.pipeline.sender import Sender
 from qpruner.pipeline.stage import explained
-from qpruner.report.lines import line_of
-from qpruner.report.model_card import told_other_base
+from qpruner.report.card import other_base_remark
+from qpruner.report.search_progress import event_line
 from qpruner.report.tensorboard import Board
 from qpruner.runs.events import COMMAND, Emit, Event, Message
 from qpruner.runs.lock import sole_driver
@@ -163,7 +163,7 @@ def run(
         board = Board(run_dir.root, config)
 
         def tell(event: Event) -> None:
-            if line := line_of(event, config.search.steps):
+            if line := event_line(event, config.search.steps):
                 logger.info(line)
             for listen in (progress.listen, board.listen, sender.listen, emit):
                 listen(event)
@@ -200,7 +200,7 @@ def _stages(context: Context, until: str) -> Results:
             check_finetune(config, context.known_slots)
         if until == "prune":
             _remark_on_cut(context)
-        if until == "report" and (remark := told_other_base(config)):
+        if until == "report" and (remark := other_base_remark(config)):
             emit(Message("report", f"warning: {remark}"))
         if context.address:
             look_at_nodes(context)

@@ -26,7 +26,7 @@ from qpruner.pipeline.jobs import (
 )
 from qpruner.pipeline.rows import candidates_for, untuned_candidates, winner_row
 from qpruner.pipeline.stage import Stage, is_whole, run_stage
-from qpruner.report.table import BASE, SEARCHED
+from qpruner.report.results import BASE, SEARCHED
 from qpruner.runs.events import Emit, Message
 from qpruner.runs.mirror import FileList, emptied, fetch, list_beside, workplace, written
 from qpruner.runs.object_store import name_of
@@ -141,7 +141,7 @@ def evaluate_jobs(context: Context, tuned: FinetuneRecord) -> list[Candidate]:
 
 def held_out_text(context: Context, folder: Path) -> tuple[str | None, Path | None]:
     """What perplexity is measured on, in words and encoded; nothing where all there is are answers to questions."""
-    from qpruner.data.rows import load_confirmation, save_encoded, text_windows
+    from qpruner.data.encoding import load_confirmation, save_encoded, text_windows
     from qpruner.models.loading import load_tokenizer
 
     examples, length = context.inspection.examples, context.config.data.max_length

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 from qpruner.pipeline.context import Context
 from qpruner.plans.plan import FULL_BITS, PrecisionPlan
-from qpruner.report.table import (
+from qpruner.report.results import (
     BASE,
     BEST_SEED,
     MUTUAL_INFORMATION,

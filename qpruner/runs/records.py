@@ -688,8 +688,8 @@ class Results(Recorded):
 
     prepare: PrepareRecord | None = None
     prune: PruneRecord | None = None
-    sensitivity: SensitivityRecord | None = None
     bank: BankRecord | None = None
+    sensitivity: SensitivityRecord | None = None
     search: SearchRecord | None = None
     finetune: FinetuneRecord | None = None
     evaluate: EvalRecord | None = None

@@ -25,7 +25,7 @@ import yaml
 from conftest import DEMO_DATA, demo_rows, disk_of, raw_config, with_key
 
 from qpruner.config.schema import DataSource, RunConfig, load_config, validate_config
-from qpruner.data.rows import load_examples, normalized
+from qpruner.data.sources import load_examples, normalized
 from qpruner.errors import ConfigError, UserError
 from qpruner.models.families import families
 from qpruner.pipeline import check

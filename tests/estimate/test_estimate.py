@@ -24,7 +24,7 @@ from conftest import raw_config, with_key
 from qpruner import estimate
 from qpruner.cli.main import main
 from qpruner.config.schema import LoraConfig, RunConfig, TrainingConfig, validate_config
-from qpruner.data.rows import encode
+from qpruner.data.encoding import encode
 from qpruner.errors import UserError
 from qpruner.estimate import memory, work
 from qpruner.models.cpu import has_bfloat16

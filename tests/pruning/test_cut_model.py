@@ -549,7 +549,9 @@ def test_what_stacked_experts_cannot_do_is_refused(options: dict[str, Any], said
 
 
 @pytest.mark.parametrize(
-    ("units", "expected"), [(("attention", "mlp"), "none"), (("expert",), "none"), (("attention",), "least_squares")], ids=str
+    ("units", "expected"),
+    [(("attention", "mlp"), "none"), (("expert",), "none"), (("attention",), "least_squares")],
+    ids=str,
 )
 def test_experts_are_cut_by_default_with_nothing_made_up_for(units: Any, expected: str) -> None:
     """What only linear layers can have is no default for those that have none."""
