@@ -10,7 +10,8 @@ import pytest
 from conftest import raw_config, with_key
 from transformers import AutoConfig
 
-from qpruner.config.schema import PruneConfig, RunConfig, validate_config
+from qpruner.config.load import validate_config
+from qpruner.config.schema import PruneConfig, RunConfig
 from qpruner.errors import UserError
 from qpruner.pipeline.preflight import check_device, inspect
 from qpruner.pruning.prune import planned_cut, settled
