@@ -32,7 +32,8 @@ from qpruner.runs.mirror import FileList, emptied, fetch, list_beside, workplace
 from qpruner.runs.object_store import name_of
 from qpruner.runs.paths import files_in, publish_folder, read_json
 from qpruner.runs.records import EvalRecord, FinetuneRecord, SearchRecord
-from qpruner.training.candidates import ADAPTER_WEIGHTS, Candidate
+from qpruner.training.checkpoints import ADAPTER_WEIGHTS
+from qpruner.training.table_rows import Candidate
 from qpruner.wording import counted
 
 

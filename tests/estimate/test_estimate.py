@@ -318,7 +318,7 @@ def test_the_comparison_is_a_fine_tune_for_each_row_and_seed(inspection: Inspect
 FINETUNE = """
 import json, sys
 from pathlib import Path
-from qpruner.training.candidates import Candidate, CandidateJob, finetune_candidate
+from qpruner.training.table_rows import Candidate, CandidateJob, finetune_candidate
 from qpruner.config.load import load_config
 from qpruner.runs.paths import RunDir
 config = load_config(Path(sys.argv[1]))
