@@ -9,7 +9,7 @@ from typing import Any
 import click
 import yaml
 
-from qpruner import estimate, pipeline
+from qpruner import estimate
 from qpruner.cli.terminal import Terminal
 from qpruner.cluster.cluster import local_slots
 from qpruner.config.schema import RunConfig
@@ -19,6 +19,8 @@ from qpruner.models.layout import num_layers
 from qpruner.models.memory import free_bytes
 from qpruner.pipeline.preflight import PRUNED_EARLIER, Inspection, is_pruned
 from qpruner.pipeline.preflight_rows import SPLITS, num_cut
+from qpruner.pipeline.run import Checked
+from qpruner.pipeline.run import check as check_run
 from qpruner.plans.plan import FULL_BITS, LinearShape, told_of_budget
 from qpruner.report.life import told_driver
 from qpruner.report.model_card import told_other_base
@@ -47,7 +49,7 @@ def check(
     if gpu is not None and gpu not in work.TERAFLOPS:
         raise UserError(f"`--gpu` knows {', '.join(work.TERAFLOPS)}; got {gpu}")
     with Terminal(quiet=quiet) as terminal:
-        found = pipeline.check(config, terminal.emit, address, gpu_is_elsewhere=gpu is not None and address is None)
+        found = check_run(config, terminal.emit, address, gpu_is_elsewhere=gpu is not None and address is None)
     inspection, resources = found.inspection, found.resources
     rates = _rates(config, found, measure, gpu)
     gpus = resources.get("gpu") or (1.0 if gpu else None)
@@ -112,7 +114,7 @@ def _driver_warnings(config: RunConfig) -> list[str]:
     return [f"{works}: `qpruner run` is refused until it ends"] if works else []
 
 
-def _rates(config: RunConfig, found: pipeline.Checked, measure: bool, gpu: str | None) -> work.Rates:
+def _rates(config: RunConfig, found: Checked, measure: bool, gpu: str | None) -> work.Rates:
     """How fast a slot is: its steps timed here, its matrix products timed here, or assumed of a GPU that is elsewhere.
 
     Raises:

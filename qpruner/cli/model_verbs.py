@@ -20,7 +20,7 @@ from rich.text import Text
 from qpruner.cli.terminal import Terminal, can_redraw
 from qpruner.errors import OutOfMemory, UserError
 from qpruner.export.generate import WHICH, Answer, Sampling, Shelf, Source, sources
-from qpruner.pipeline.compress import telling
+from qpruner.pipeline.prepare import telling
 from qpruner.report.life import warning_of_driver
 from qpruner.runs.paths import STATE, RunDir
 

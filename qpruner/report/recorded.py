@@ -2,35 +2,17 @@
 
 from __future__ import annotations
 
-from qpruner.runs.paths import RunDir
-from qpruner.runs.records import (
-    BankRecord,
-    ComparisonRecord,
-    EvalRecord,
-    FinetuneRecord,
-    PrepareRecord,
-    PruneRecord,
-    Record,
-    Results,
-    RunState,
-    SearchRecord,
-    SensitivityRecord,
-)
+from typing import get_args
 
-KINDS: dict[str, type[Record]] = {
-    "prepare": PrepareRecord,
-    "prune": PruneRecord,
-    "bank": BankRecord,
-    "sensitivity": SensitivityRecord,
-    "search": SearchRecord,
-    "finetune": FinetuneRecord,
-    "evaluate": EvalRecord,
-    "comparison": ComparisonRecord,
-}
+from qpruner.runs.paths import RunDir
+from qpruner.runs.records import Record, Results, RunState
+
+KINDS: dict[str, type[Record]] = {name: get_args(field.annotation)[0] for name, field in Results.model_fields.items()}
+"""Class of each stage's record, in the order of the flow."""
 
 
 def read_results(run: RunDir, state: RunState) -> Results:
-    """Every such record.
+    """Read every such record.
 
     Raises:
         CorruptFile: If one cannot be read.

@@ -28,9 +28,9 @@ from qpruner.config.schema import DataSource, RunConfig, load_config, validate_c
 from qpruner.data.rows import load_examples, normalized
 from qpruner.errors import ConfigError, UserError
 from qpruner.models.families import families
-from qpruner.pipeline import check
 from qpruner.pipeline.preflight import inspect
 from qpruner.pipeline.preflight_rows import num_cut
+from qpruner.pipeline.run import check
 from qpruner.plans.plan import PrecisionPlan
 
 QUESTIONS = "package:qpruner/demo/data/questions_{}.jsonl"

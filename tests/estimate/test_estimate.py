@@ -30,9 +30,10 @@ from qpruner.estimate import memory, work
 from qpruner.models.cpu import has_bfloat16
 from qpruner.models.layout import layout_of
 from qpruner.models.loading import load_tokenizer
-from qpruner.pipeline import preflight, run
+from qpruner.pipeline import preflight
 from qpruner.pipeline.preflight import Inspection
 from qpruner.pipeline.preflight_rows import most_labelled
+from qpruner.pipeline.run import run
 from qpruner.pruning.best_cut import Cut
 from qpruner.quantization.assembly import attach_adapters
 from qpruner.runs.lock import sole_driver
@@ -688,7 +689,7 @@ def real(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Ru
     """A run up to its bank, of a model whose logits and activations stand out from what a process takes anyway."""
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-    from qpruner.pipeline import run
+    from qpruner.pipeline.run import run
 
     folder = tmp_path_factory.mktemp("real")
     config = AutoConfig.from_pretrained(tiny_model)

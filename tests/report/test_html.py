@@ -34,7 +34,7 @@ import qpruner
 from qpruner.cli.main import main
 from qpruner.config.schema import SensitivityMethod, validate_config
 from qpruner.errors import UserError
-from qpruner.pipeline import run
+from qpruner.pipeline.run import run
 from qpruner.plans.plan import PrecisionPlan
 from qpruner.report import by_task, run_views, sections
 from qpruner.report.far import edge_of, edge_of_rungs

@@ -29,7 +29,7 @@ from qpruner.cluster.tune import SearchJob, search
 from qpruner.cluster.workshop import Bench, OnCluster
 from qpruner.config.schema import RunConfig, validate_config
 from qpruner.errors import NodeDiffers, StageError
-from qpruner.pipeline import preview, run
+from qpruner.pipeline.run import preview, run
 from qpruner.runs import events
 from qpruner.runs import retry as patience
 from qpruner.runs.events import Emit, Event, Message, TableMade
