@@ -43,7 +43,7 @@ def check_room(context: Context) -> None:
 
 def _sizes(context: Context) -> dict[str, int]:
     """About the bytes that each stage leaves on this machine."""
-    wanted = [stage for stage in STAGES if stage.is_wanted(context.config)]
+    wanted = [stage for stage in STAGES if stage.record and stage.is_wanted(context.config)]
     return dict.fromkeys(Results.model_fields, 0) | {stage.name: stage(context).disk_bytes() for stage in wanted}
 
 
