@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, Trainer, Trai
 from transformers.trainer_callback import PrinterCallback
 
 import qpruner.hf  # noqa: F401  (plain transformers then loads blocks of different widths)
-from qpruner.data.rows import collate
+from qpruner.data.encoding import collate
 from qpruner.models.memory import PeakMemory, release
 from qpruner.quantization.assembly import Workbench
 from qpruner.runs.scratch import working_folder

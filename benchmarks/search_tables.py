@@ -36,7 +36,7 @@ import numpy as np
 import torch
 
 from qpruner.config.schema import LoraConfig, SensitivityConfig, TrainingConfig
-from qpruner.data.calibration import mean_loss, token_losses
+from qpruner.data.losses import mean_loss, token_losses
 from qpruner.models.families import family_of
 from qpruner.models.layout import group_linears, layout_of
 from qpruner.models.loading import load_dense, load_tokenizer

@@ -35,7 +35,7 @@ import torch
 import yaml
 
 from qpruner.config.schema import RunConfig
-from qpruner.data.rows import collate, load_encoded, save_encoded
+from qpruner.data.encoding import collate, load_encoded, save_encoded
 from qpruner.models.layout import group_linears
 from qpruner.models.loading import load_dense
 from qpruner.models.memory import settle

@@ -1,4 +1,4 @@
-"""Writes the pages that are made from the code, `configuration.md` and `commands.md`: `python docs/reference.py`."""
+"""Write the pages that are made from the code, `configuration.md` and `commands.md`: `python docs/reference.py`."""
 
 from __future__ import annotations
 
@@ -13,85 +13,88 @@ from qpruner.config.schema import RunConfig
 
 FOLDER = Path(__file__).resolve().parent
 MADE = "<!-- Made from the code by `python docs/reference.py`: change it there. -->"
-TYPES = {"string": "text", "integer": "whole number", "number": "number", "boolean": "`true` or `false`"}
-BOUNDS = {"minimum": "at least", "maximum": "at most", "exclusiveMinimum": "above", "exclusiveMaximum": "below"}
+TYPES = {"string": "text", "integer": "integer", "number": "number", "boolean": ""}
+BOUNDS = {"minimum": ">=", "maximum": "<=", "exclusiveMinimum": ">", "exclusiveMaximum": "<"}
 
 
 def pages() -> dict[str, str]:
-    """Each page by the name of its file."""
+    """Return each page by the name of its file."""
     return {"configuration.md": configuration(), "commands.md": commands()}
 
 
 def commands() -> str:
-    """The page of every verb: what `--help` prints."""
+    """Write the page of every verb: its arguments, its help and its options, those that several verbs share once."""
+    verbs = [main.commands[name] for name in main.list_commands(click.Context(main))]
+    by_line: dict[str, list[str]] = {}
+    for verb in verbs:
+        for line in _options(verb):
+            by_line.setdefault(line, []).append(str(verb.name))
+    shared = {line: names for line, names in by_line.items() if len(names) > 2}
     lines = [
-        "# Commands",
-        "",
-        MADE,
-        "",
-        "Exit codes: 0 success, 2 a mistake in the input, 1 a failure of ours or of the machine, 130 after Ctrl-C. "
-        "With `--json` the last line of stdout is one JSON object.",
-        "",
-        *_fenced(_help(main, "qpruner")),
+        *("# Commands", "", MADE, ""),
+        "`qpruner VERB --help` says the same. Exit codes: 0 success, 1 a failure of qpruner or the machine, 2 a "
+        "mistake in the input, 130 after Ctrl-C. With `--json` the last line of stdout is one JSON object.",
+        *("", "## Options of several verbs", ""),
+        *(f"{line} Of: {', '.join(names)}." for line, names in shared.items()),
     ]
-    for name in main.list_commands(click.Context(main)):
-        lines += [f"## qpruner {name}", "", *_fenced(_help(main.commands[name], f"qpruner {name}"))]
+    for verb in verbs:
+        _, *arguments = verb.collect_usage_pieces(click.Context(verb))
+        usage = " ".join([f"Usage: qpruner {verb.name}", *arguments])
+        own = [line for line in _options(verb) if line not in shared]
+        lines += ["", f"## qpruner {verb.name}", "", f"{_text(verb.help)} `{usage}`", *([""] if own else []), *own]
     return "\n".join(lines).rstrip() + "\n"
 
 
-def _help(command: click.Command, name: str) -> str:
-    context = click.Context(command, info_name=name, max_content_width=100, terminal_width=100, **main.context_settings)
-    return command.get_help(context)
+def _options(verb: click.Command) -> Iterator[str]:
+    """Yield a line for each option of a verb."""
+    context = click.Context(verb)
+    for option in verb.params:
+        record = option.get_help_record(context)
+        if isinstance(option, click.Option) and record:
+            yield f"- `{record[0]}`: {_text(record[1])}"
 
 
-def _fenced(text: str) -> tuple[str, ...]:
-    return ("```text", text, "```", "")
+def _text(text: str | None) -> str:
+    """Return a text as one line, with its sentence ended."""
+    line = " ".join((text or "").split())
+    return line if line.endswith((".", "]")) else f"{line}."
 
 
 def configuration() -> str:
-    """The page of every key: its type, rule, default and meaning, as the configuration's own JSON schema has them."""
+    """Write the page of every key: its type, rule, default and meaning, as the configuration's JSON schema has them."""
     schema = RunConfig.model_json_schema()
     lines = [
-        "# Configuration",
-        "",
-        MADE,
-        "",
-        "Every key of a configuration file. An unknown key is an error, and so is one that would be ignored beside "
-        "others: `qpruner check` names it. On the command line any key is `--set SECTION.KEY=VALUE`, items of lists "
-        "too, counted from 0 (`--set data.train.0.limit=8`); `--set SECTION.KEY=` takes a key of the file out, so that "
-        "its default holds, while `KEY=null` gives it the value null. Editors complete the file with "
-        "`tune_configs/schema.json`.",
+        *("# Configuration", "", MADE, ""),
+        "Every key of a configuration file, with its type, rule and default. An unknown key is an error. So is a value "
+        "that cannot work; `qpruner check` names it. On the command line `--set SECTION.KEY=VALUE` overrides a key, "
+        "`--set data.train.0.limit=8` one in an item of a list, counted from 0. `--set SECTION.KEY=` takes a key out, "
+        "so that its default holds. Editors complete the file with `tune_configs/schema.json`.",
         "",
         *_section("", schema, schema["$defs"], {}),
     ]
     return "\n".join(lines).rstrip() + "\n"
 
 
-def _section(path: str, schema: dict[str, Any], defined: dict[str, Any], told: dict[str, str]) -> Iterator[str]:
-    """A section's table, then the sections inside it that are not `told` yet, each under the first path to it."""
-    yield from (f"## {path.rstrip('.') or 'The file'}", "", " ".join(schema.get("description", "").split()), "")
-    yield from ("| key | type and rule | default | meaning |", "|---|---|---|---|")
+def _section(path: str, schema: dict[str, Any], defined: dict[str, Any], shown: dict[str, str]) -> Iterator[str]:
+    """Yield a section's keys, then the sections inside it that are not `shown` yet, each under the first path to it."""
+    yield from (f"## {path.rstrip('.') or 'The file'}", "", _text(schema.get("description")), "")
     required, inner = schema.get("required", ()), []
     for name, field in schema["properties"].items():
-        default = "must be given" if name in required else _default(field)
+        default = "required" if name in required else _default(field)
+        rule = ", ".join(part for part in (_type(field), default) if part)
         about, target = " ".join(field.get("description", "").split()), _referred(field)
-        if target:
-            if target not in told:
-                told[target] = f"{path}{name}"
-                inner.append(target)
-            about = f"{about} Keys: [{told[target]}](#{told[target].replace('.', '')}).".lstrip()
-        yield _row(f"`{path}{name}`", _type(field), default, about)
+        if target and target not in shown:
+            shown[target] = f"{path}{name}"
+            inner.append(target)
+        keys = f"[keys](#{shown[target].replace('.', '')})" if target else ""
+        yield f"- `{path}{name}` ({', '.join(filter(None, (rule, keys)))}){': ' if about else ''}{about}"
     yield ""
     for target in inner:
-        yield from _section(f"{told[target]}.", defined[target], defined, told)
-
-
-def _row(*cells: str) -> str:
-    return f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |"
+        yield from _section(f"{shown[target]}.", defined[target], defined, shown)
 
 
 def _referred(field: dict[str, Any]) -> str | None:
-    """The name of the section that a field holds, alone, in a list, or where null may stand in its place."""
+    """Return the name of the section that a field holds, alone, in a list, or where null may stand in its place."""
     if "$ref" in field:
         return str(field["$ref"]).rpartition("/")[2]
     inside = [*field.get("anyOf", ()), *([field["items"]] if "items" in field else [])]
@@ -99,40 +102,34 @@ def _referred(field: dict[str, Any]) -> str | None:
 
 
 def _type(field: dict[str, Any]) -> str:
-    """A field's type and bounds in words."""
+    """Say a field's type and bounds; null is told by the default."""
     if "anyOf" in field:
-        return " or ".join(_type(each) for each in field["anyOf"])
+        return " or ".join(_type(each) for each in field["anyOf"] if each.get("type") != "null")
     if "$ref" in field:
-        return "section"
+        return ""
     if "enum" in field:
-        return "one of " + ", ".join(f"`{value}`" for value in field["enum"])
+        return ", ".join(f"`{value}`" for value in field["enum"])
     if "const" in field:
         return f"`{field['const']}`"
     kind = field["type"]
-    if kind == "null":
-        return "null"
     if kind == "array":
-        least = field.get("minItems")
-        return f"list ({_type(field['items'])})" + (f", at least {least}" if least else "")
+        return f"list of {_type(field['items']) or 'sections'}" + (", not empty" if field.get("minItems") else "")
     if kind == "object":
-        values = field.get("additionalProperties", {})
-        return f"mapping to {_type(values)}"
-    bounds = [f"{word} {field[key]:g}" for key, word in BOUNDS.items() if key in field]
-    if field.get("minLength"):
-        bounds.append("not empty")
-    return ", ".join([TYPES[kind], *bounds])
+        return f"mapping to {_type(field.get('additionalProperties', {}))}"
+    bounds = [f"{sign} {field[key]:g}" for key, sign in BOUNDS.items() if key in field]
+    return " ".join(filter(None, (TYPES[kind], *bounds)))
 
 
 def _default(field: dict[str, Any]) -> str:
-    """A field's default as YAML would have it."""
+    """Say a field's default as YAML would have it."""
     value = field.get("default", {})
     if isinstance(value, dict):
-        return "its own defaults" if _referred(field) else "`{}`"
+        return "" if _referred(field) else "default `{}`"
     if isinstance(value, list):
-        return f"`[{', '.join(map(str, value))}]`"
+        return f"default `[{', '.join(map(str, value))}]`"
     if value is None or isinstance(value, bool):
-        return {None: "null", True: "`true`", False: "`false`"}[value]
-    return f"`{value}`"
+        return f"default `{str(value).lower().replace('none', 'null')}`"
+    return f"default `{value}`"
 
 
 if __name__ == "__main__":

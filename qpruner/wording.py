@@ -42,3 +42,13 @@ def as_called() -> str:
     name = Path(called).name
     program = ["python", "-m", "qpruner"] if name == "__main__.py" else [name if shutil.which(name) else called]
     return shlex.join([*program, *arguments])
+
+
+def duration(seconds: float) -> str:
+    """Format seconds: `42 s`, `3 min 20 s`, `2 h 05 min`."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"

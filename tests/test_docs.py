@@ -259,7 +259,7 @@ def test_code_of_the_package_is_quoted() -> None:
     shown = [block for block in BLOCKS if block.page == "docs/families.md" and block.language == "python"]
     theirs = "\n".join(
         ast.unparse(_without_docstrings(ast.parse(file.read_text(encoding="utf-8"))))
-        for file in (ROOT / "qpruner/models/structure").glob("*.py")
+        for file in (ROOT / "qpruner/models/families").glob("*.py")
     )
     for block in shown:
         for statement in ast.parse(block.text).body:

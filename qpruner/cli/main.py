@@ -182,8 +182,8 @@ def prune(
 
 @main.command(help="Validate a configuration and say what the run would be and take; loads no weights.")
 @_options("Ray cluster to look at (auto or HOST:PORT); looks at this machine without it, and starts no Ray.")
-@click.option("--measure", is_flag=True, help="Time a few steps of these shapes here, not only matrix products.")
-@click.option("--gpu", metavar="NAME", help="Assume this GPU (A100, H100, ...) instead of what is here.")
+@click.option("--measure", is_flag=True, help="Time a few steps of these shapes here, and estimate hours by them.")
+@click.option("--gpu", "for_gpus", is_flag=True, help="Assume a machine with GPUs, whatever is here.")
 @click.option("--show-config", is_flag=True, help="Print every key of the configuration in effect, defaults too.")
 @_plan_option("Check this plan, too")
 def check(
@@ -193,7 +193,7 @@ def check(
     as_json: bool,
     quiet: bool,
     measure: bool,
-    gpu: str | None,
+    for_gpus: bool,
     show_config: bool,
     plan_file: Path | None,
 ) -> None:
@@ -207,7 +207,7 @@ def check(
         from qpruner.cli.check import check
 
         with _plan_named(plan_file):
-            return check(loaded, address, quiet, measure, gpu, show_config)
+            return check(loaded, address, quiet, measure, for_gpus, show_config)
 
     _guarded(as_json, told)
 
@@ -268,7 +268,7 @@ def compare(runs: tuple[str, ...], as_json: bool) -> None:
 @click.option("--results", is_flag=True, help="That of results.json instead.")
 def schema(results: bool) -> None:
     if results:
-        from qpruner.report.summary import summary_schema
+        from qpruner.report.results_json import summary_schema
 
         click.echo(summary_schema(), nl=False)
     else:
@@ -396,7 +396,7 @@ def _export(root: str, form: Any, out: Path | None) -> dict[str, Any]:
     from qpruner.cli.terminal import Terminal
     from qpruner.export.folders import export
     from qpruner.pipeline.prepare import telling
-    from qpruner.report.life import warning_of_driver
+    from qpruner.report.liveness import warning_of_driver
     from qpruner.runs.paths import RunDir
 
     run = RunDir(root, create=False)
@@ -506,7 +506,7 @@ def _figures(results: Results) -> dict[str, Any]:
         figures["best_plan"] = results.search.best_plan
     if results.finetune and results.evaluate:
         from qpruner.report.claim import claim
-        from qpruner.report.table import rows
+        from qpruner.report.results import rows
 
         figures["claim"] = claim(results)
         figures["table"] = [vars(row) for row in rows(results)]

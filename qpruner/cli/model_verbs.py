@@ -21,7 +21,7 @@ from qpruner.cli.terminal import Terminal, can_redraw
 from qpruner.errors import OutOfMemory, UserError
 from qpruner.export.generate import WHICH, Answer, Sampling, Shelf, Source, sources
 from qpruner.pipeline.prepare import telling
-from qpruner.report.life import warning_of_driver
+from qpruner.report.liveness import warning_of_driver
 from qpruner.runs.paths import STATE, RunDir
 
 COLUMN = 36

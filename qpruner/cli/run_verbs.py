@@ -21,13 +21,12 @@ import yaml
 from qpruner.cli.terminal import Terminal
 from qpruner.errors import UserError
 from qpruner.plans.plan import told_of_budget
-from qpruner.report import life, run_views
-from qpruner.report.between_runs import against, shared_stages, told_against
-from qpruner.report.lines import duration
-from qpruner.report.standing import told_score
+from qpruner.report import liveness, run_views
+from qpruner.report.between_runs import against, against_text, shared_stages
+from qpruner.report.search_progress import score_with_step
 from qpruner.runs.records import plan_group_bytes
 from qpruner.search.trial_records import remedy_of
-from qpruner.wording import counted
+from qpruner.wording import counted, duration
 
 COMPARISONS: dict[str, Callable[[Any, Any], bool]] = {
     "<=": operator.le,
@@ -81,7 +80,7 @@ def status(run: str | Path, as_json: bool) -> dict[str, Any]:
             for each in facts["stages"]
         ]
         terminal.table(("stage", "state", "time", "steps", ""), rows)
-        is_running = facts["outcome"] == life.RUNNING and facts["has_begun"]
+        is_running = facts["outcome"] == liveness.RUNNING and facts["has_begun"]
         for line in _search_lines(facts["search"], is_running) if facts["search"] else ():
             terminal.say(line)
         if facts["to_compare"]:
@@ -95,10 +94,10 @@ def _headline(facts: dict[str, Any]) -> str:
     match facts["outcome"]:
         case "done":
             return told
-        case life.RUNNING:
+        case liveness.RUNNING:
             begun = "" if facts["has_begun"] else "; it has begun no stage yet, below is what the command before left"
             return f"{told} {process}, last sign of life {quiet} ago{begun}"
-        case life.GONE:
+        case liveness.GONE:
             told = (
                 f"{facts['run']}: no sign of life for {quiet} {process}: most likely gone; repeat the command to go on"
             )
@@ -204,7 +203,7 @@ def trials(run: str | Path, conditions: Sequence[str], sort: str, descending: bo
 def _cell(name: str, row: dict[str, Any]) -> str:
     """A trial's figure as the table shows it: a score, where the trial is past the rung that it is of, with that."""
     shown = _figure(name, row[name])
-    return told_score(shown, row["rung"], row["step"]) if name in ("loss", "accuracy") and row["rung"] else shown
+    return score_with_step(shown, row["rung"], row["step"]) if name in ("loss", "accuracy") and row["rung"] else shown
 
 
 def _where(rows: Sequence[dict[str, Any]], condition: str, names: Mapping[str, str]) -> list[dict[str, Any]]:
@@ -333,7 +332,7 @@ def compare(runs: Sequence[str | Path], as_json: bool) -> dict[str, Any]:
                 f"Of stages that ran once for several of these runs the hours count in each: {', '.join(shared)}."
             )
         for name, found in zip(headings[2:], apart, strict=True):
-            terminal.prose(f"{name} less {headings[1]}: {told_against(found)}.")
+            terminal.prose(f"{name} less {headings[1]}: {against_text(found)}.")
         if settings:
             terminal.say("Settings that differ:")
             terminal.table(headings, [[key, *map(_setting, values)] for key, values in settings.items()])

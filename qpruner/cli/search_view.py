@@ -11,11 +11,18 @@ from rich.measure import Measurement
 from rich.table import Column, Table
 from rich.text import Text
 
-from qpruner.report.lines import duration
-from qpruner.report.standing import Standing, bar, control_name, score, score_title, standing, told_score
+from qpruner.report.search_progress import (
+    SearchProgress,
+    bar,
+    control_name,
+    score,
+    score_title,
+    score_with_step,
+    search_progress,
+)
 from qpruner.runs import events
 from qpruner.runs.records import SearchState, TrialRecord
-from qpruner.wording import counted
+from qpruner.wording import counted, duration
 
 COLORS = {"4": "cyan", "8": "yellow", "F": "magenta"}
 WIDTHS = {"4": 4, "8": 8, "F": 16}
@@ -48,7 +55,7 @@ class SearchView:
                 del self._trials[index]
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        now = standing(self._search, tuple(self._trials.values()))
+        now = search_progress(self._search, tuple(self._trials.values()))
         above = Group(_counts(now, self._search), *_best(now, self._search))
         yield above
         height = options.size.height if options.height is None else options.height
@@ -116,7 +123,7 @@ def _num_listed(num_running: int, num_lines: int) -> int:
     return num_running if num_running < num_lines else max(0, num_lines - 2)
 
 
-def _counts(now: Standing, search: SearchState) -> Text:
+def _counts(now: SearchProgress, search: SearchState) -> Text:
     over = ", ".join(f"{now.count(status)} {status}" for status in ("finished", "stopped", "failed"))
     busy = f"{len(now.running)} running"
     if search.slots is not None:
@@ -128,7 +135,7 @@ def _counts(now: Standing, search: SearchState) -> Text:
     return Text(f"{len(now.trials)} of {counted(search.max_trials, 'trial')}: {over}; {busy}{left}", **FOLDED)
 
 
-def _best(now: Standing, search: SearchState) -> list[_Reached]:
+def _best(now: SearchProgress, search: SearchState) -> list[_Reached]:
     return [_Reached(trial, search) for trial in (now.best, now.best_control) if trial]
 
 
@@ -161,7 +168,7 @@ def _table(running: list[TrialRecord], num_listed: int, search: SearchState, ste
             trial.origin,
             f"{trial.plan_bytes / 1e6:.1f} MB",
             f"{step}/{search.steps}",
-            told_score(f"{score(last, search.metric):.4f}", last.step, step) if last else "-",
+            score_with_step(f"{score(last, search.metric):.4f}", last.step, step) if last else "-",
             PlanBar(trial),
         )
     if len(running) > num_listed:

@@ -28,8 +28,9 @@ from rich.table import Table
 from rich.text import Text
 
 from qpruner.cli.search_view import FOLDED, SearchView
-from qpruner.report.lines import duration, line_of
+from qpruner.report.search_progress import event_line
 from qpruner.runs import events
+from qpruner.wording import duration
 
 SECONDS_UNTOLD = 30.0
 """Where there is no live part, a line tells how far a stage has got after this long without any."""
@@ -103,7 +104,7 @@ class Terminal:
     def emit(self, event: events.Event) -> None:
         """Show one event; what keeps the command itself from beginning is said on stderr, in a quiet one, too."""
         if isinstance(event, events.Message) and event.stage == events.COMMAND:
-            click.echo(line_of(event, self._steps), err=True)
+            click.echo(event_line(event, self._steps), err=True)
             return
         if self._quiet:
             return
@@ -126,7 +127,7 @@ class Terminal:
                 self._advance(stage, done, total, detail)
             case events.SearchPlanned(search):
                 self._search, self._steps = SearchView(event), search.steps
-        line = line_of(event, self._steps)
+        line = event_line(event, self._steps)
         # The live part shows rungs.
         is_shown = self._live and isinstance(event, events.TrialChanged) and not event.trial.is_over
         if line and not is_shown:

@@ -11,7 +11,7 @@ from qpruner.errors import CorruptFile
 from qpruner.pipeline.finetune import row_set_aside_if_damaged
 from qpruner.pipeline.stage import Stage
 from qpruner.pipeline.table_rows import JobProgress, candidates_for, gpus_held, untuned_candidates, worker_jobs
-from qpruner.report.table import BASE, SEARCHED
+from qpruner.report.results import BASE, SEARCHED
 from qpruner.runs.events import Message
 from qpruner.runs.paths import for_each, read_json, remove, set_aside, write_json
 from qpruner.runs.records import (
@@ -83,7 +83,7 @@ class Evaluate(Stage[EvalRecord]):
 
 def held_out_text(context: Context, folder: Path) -> tuple[str | None, Path | None]:
     """What perplexity is measured on, in words and encoded; nothing where all there is are answers to questions."""
-    from qpruner.data.rows import load_confirmation, save_encoded, text_windows
+    from qpruner.data.encoding import load_confirmation, save_encoded, text_windows
     from qpruner.models.loading import load_tokenizer
 
     examples, length = context.inspection.examples, context.config.data.max_length

@@ -25,7 +25,7 @@ from qpruner.pipeline.table_rows import (
     worker_jobs,
 )
 from qpruner.plans.plan import Layout, PrecisionPlan
-from qpruner.report.table import SEARCHED
+from qpruner.report.results import SEARCHED
 from qpruner.runs.events import Emit, Message
 from qpruner.runs.mirror import FileList, emptied, fetch, list_beside, put_folders, workplace, written
 from qpruner.runs.object_store import is_mirror, name_of

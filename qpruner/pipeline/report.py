@@ -23,9 +23,9 @@ class Report(Stage[Record]):
     help = "Write a run folder's report anew, whole or not; given a configuration, run the whole flow."
 
     def warnings(self) -> Iterator[str]:
-        from qpruner.report.model_card import told_other_base
+        from qpruner.report.card import other_base_remark
 
-        if remark := told_other_base(self.config):
+        if remark := other_base_remark(self.config):
             yield remark
 
     def detail(self) -> str:

@@ -23,7 +23,7 @@ from qpruner.pipeline.prune import Prune
 from qpruner.pipeline.report import Report, report_unfinished
 from qpruner.pipeline.sender import Sender
 from qpruner.pipeline.stage import Stage
-from qpruner.report.lines import line_of
+from qpruner.report.search_progress import event_line
 from qpruner.report.tensorboard import Board
 from qpruner.runs.events import COMMAND, Emit, Event, Message
 from qpruner.runs.lock import sole_driver
@@ -120,7 +120,7 @@ def run(
         board = Board(run_dir.root, config)
 
         def on_event(event: Event) -> None:
-            if line := line_of(event, config.search.steps):
+            if line := event_line(event, config.search.steps):
                 logger.info(line)
             for listen in (progress.listen, board.listen, sender.listen, emit):
                 listen(event)

@@ -101,7 +101,7 @@ def _range(method: str, scores: MethodScores) -> str:
 
 def _scored(context: Context, missing: set[str]) -> Iterator[tuple[str, MethodScores]]:
     """Scores of the methods that are missing, and of those that come from the same passes."""
-    from qpruner.data.rows import load_encoded
+    from qpruner.data.encoding import load_encoded
     from qpruner.models.loading import load_tokenizer
     from qpruner.sensitivity import methods as scoring
 

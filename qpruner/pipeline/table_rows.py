@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from qpruner.cluster.slots import worker_resources
 from qpruner.plans.plan import FULL_BITS, PrecisionPlan
-from qpruner.report.table import (
+from qpruner.report.results import (
     BASE,
     BEST_SEED,
     MUTUAL_INFORMATION,

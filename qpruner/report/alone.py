@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from qpruner.data.measures import accuracy_in_full
-from qpruner.report.outcome import margin
-from qpruner.report.table import rows, untuned_accuracies
+from qpruner.report.results import rows, untuned_accuracies
+from qpruner.report.search_summary import margin
 from qpruner.runs.records import Results
 
 

@@ -14,7 +14,7 @@ from qpruner.report.differences import (
     paired,
     seeds_text,
 )
-from qpruner.report.table import SEARCHED, fine_tunes
+from qpruner.report.results import SEARCHED, fine_tunes
 from qpruner.runs.records import EvalRecord, Results
 
 
@@ -74,7 +74,7 @@ def _is_same_model(pair: Pair) -> bool:
     return bool(ours.adapter_sha256) and (ours.plan, ours.adapter_sha256) == (theirs.plan, theirs.adapter_sha256)
 
 
-def told_against(found: Against) -> str:
+def against_text(found: Against) -> str:
     """The differences in words."""
     if found.no_figures:
         return f"nothing to pair, {found.no_figures}"

@@ -7,7 +7,7 @@ import statistics
 from dataclasses import dataclass
 
 from qpruner.data.measures import Z_95, averaged, over_tasks
-from qpruner.report.table import model_title
+from qpruner.report.results import model_title
 from qpruner.runs.records import Results, TaskScore
 from qpruner.wording import counted
 

@@ -17,7 +17,7 @@ from qpruner.report.differences import (
     paired,
     seeds_text,
 )
-from qpruner.report.table import (
+from qpruner.report.results import (
     BASE,
     BEST_SEED,
     PRUNED,

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from qpruner.data import measures
 from qpruner.data.measures import Answers, Estimate
-from qpruner.report.table import FineTune
+from qpruner.report.results import FineTune
 from qpruner.runs.records import FinalistScore
 from qpruner.wording import counted
 

@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from qpruner.report.standing import cost, score
+from qpruner.report.search_progress import cost, score
 from qpruner.runs.records import TrialRecord
 from qpruner.wording import counted
 

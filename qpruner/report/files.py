@@ -7,11 +7,11 @@ from pathlib import Path
 import yaml
 
 from qpruner.report import markdown, page, tensorboard
+from qpruner.report.card import base_card, model_card
 from qpruner.report.importance_map import PICTURE
-from qpruner.report.model_card import base_card, model_card
 from qpruner.report.plots import charts
+from qpruner.report.results_json import summary_of, summary_text
 from qpruner.report.snapshot import Snapshot, read_snapshot
-from qpruner.report.summary import summary_of, summary_text
 from qpruner.runs.mirror import put_folders
 from qpruner.runs.paths import RunDir, exists, fetch_file, publish_folder, write_text
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from qpruner.data.measures import accuracy_in_full
-from qpruner.report.table import BASE, BEST_SEED, PRUNED, RANDOM, SEARCHED, rows
+from qpruner.report.results import BASE, BEST_SEED, PRUNED, RANDOM, SEARCHED, rows
 from qpruner.runs.records import EvalRecord, InferenceSetting, Results
 from qpruner.search.random_plans import SAME_BYTES
 

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from qpruner.report import by_task, legend, sections
 from qpruner.report.claim import claim
 from qpruner.report.importance_map import PICTURE
-from qpruner.report.outcome import search_text
 from qpruner.report.plots.chart import Chart
+from qpruner.report.search_summary import search_text
 from qpruner.report.snapshot import Snapshot
 from qpruner.runs.records import Results, SensitivityRecord
 

@@ -15,12 +15,12 @@ from typing import Any
 
 from qpruner.data.measures import accuracy_in_full
 from qpruner.errors import UserError
-from qpruner.report import table
+from qpruner.report import results as table
 from qpruner.report.alone import to_compare
-from qpruner.report.life import RUNNING, Life, read_life
-from qpruner.report.recorded import read_results
-from qpruner.report.standing import (
-    Standing,
+from qpruner.report.liveness import RUNNING, Liveness, read_liveness
+from qpruner.report.results import SEARCHED, read_results
+from qpruner.report.search_progress import (
+    SearchProgress,
     bar,
     best_of,
     best_so_far,
@@ -28,9 +28,8 @@ from qpruner.report.standing import (
     in_order_of_end,
     score,
     score_title,
-    standing,
+    search_progress,
 )
-from qpruner.report.table import SEARCHED
 from qpruner.runs.lock import driver_of
 from qpruner.runs.paths import LOG, STATE, RunDir, children, exists, for_each
 from qpruner.runs.records import (
@@ -60,7 +59,7 @@ class RunView:
     """
 
     run_dir: RunDir
-    life: Life
+    life: Liveness
 
     @property
     def state(self) -> RunState:
@@ -79,9 +78,9 @@ class RunView:
         return read_trials(self.run_dir.trials / search.trials_digest) if search else []
 
     @cached_property
-    def standing(self) -> Standing | None:
+    def progress(self) -> SearchProgress | None:
         """How the search stands; None before it."""
-        return standing(self.state.search, self.trials) if self.state.search else None
+        return search_progress(self.state.search, self.trials) if self.state.search else None
 
     @cached_property
     def search(self) -> SearchRecord | None:
@@ -109,7 +108,7 @@ def view(root: str | Path) -> RunView:
         UserError: If it is none, or none yet.
     """
     run_dir = RunDir(root, create=False)
-    life = read_life(run_dir)
+    life = read_liveness(run_dir)
     if life is None:
         driver = driver_of(run_dir.root)
         if driver and driver.state == "alive":
@@ -194,7 +193,7 @@ def _taken(run: RunView, name: str, state: StageState) -> float | None:
 
 
 def _search_status(run: RunView) -> dict[str, Any] | None:
-    search, now = run.state.search, run.standing
+    search, now = run.state.search, run.progress
     if search is None or now is None:
         return None
     return {
@@ -300,7 +299,7 @@ def group_bytes(run: RunView) -> dict[str, dict[str, int]]:
 
 def summary(run: RunView) -> dict[str, Any]:
     """What stands beside other runs."""
-    config, now, record = run.state.config, run.standing, run.search
+    config, now, record = run.state.config, run.progress, run.search
     facts: dict[str, Any] = {
         "run": run.run_dir.address,
         "outcome": run.outcome,
@@ -336,7 +335,7 @@ def summary(run: RunView) -> dict[str, Any]:
 def _best_control(run: RunView) -> float | None:
     """The score of the best control: of those that a given plan was compared with, though another search ran them."""
     metric = run.state.config["search"]["metric"]
-    finished = [each for each in run.standing.trials if each.status == "finished"] if run.standing else []
+    finished = [each for each in run.progress.trials if each.status == "finished"] if run.progress else []
     controls = [each for each in finished if each.is_control and not each.is_given]
     if run.search:
         # By their plan: a control may have run first as a plan that was given, or as one that another search found.

@@ -11,8 +11,8 @@ import numpy as np
 
 from qpruner.plans.pareto import non_dominated
 from qpruner.report.far import ARROWS, edge_of
-from qpruner.report.standing import best_of, cost, score, score_title, weighed
-from qpruner.report.stretched import stretched
+from qpruner.report.plots.budget_axis import budget_axis
+from qpruner.report.search_progress import best_of, cost, front_point, score, score_title
 from qpruner.runs.records import SearchState, SensitivityRecord, TrialRecord
 
 DOTS_PER_INCH = 90
@@ -93,7 +93,7 @@ def draw_front(trials: Sequence[TrialRecord], search: SearchState, winner: int |
         points = [place(trial) for trial in shown if trial.rungs]
         if points:
             axes.scatter(*zip(*points, strict=True), marker=marker, color=color, label=label, zorder=3)
-    front = [finished[position] for position in non_dominated([weighed(trial, metric) for trial in finished])]
+    front = [finished[position] for position in non_dominated([front_point(trial, metric) for trial in finished])]
     if winner is None:
         name, best = "best so far", best_of(kinds["searched"][0], metric)
     else:
@@ -128,7 +128,7 @@ def draw_front(trials: Sequence[TrialRecord], search: SearchState, winner: int |
 
 def _stretch(axes: Any, sizes: Sequence[float], budget: float) -> None:
     """The axis of sizes."""
-    axis = stretched(sizes, budget)
+    axis = budget_axis(sizes, budget)
     axes.set_xscale("function", functions=(np.vectorize(axis.along), np.vectorize(axis.back)))
     low, high = (axis.along(end(*sizes, budget)) for end in (min, max))
     beside = 0.05 * (high - low) or 1.0

@@ -12,10 +12,9 @@ from qpruner.data import measures
 from qpruner.plans.plan import PrecisionPlan
 from qpruner.report.differences import paired_losses
 from qpruner.report.marginal_effects import MarginalEffects, rank_correlation
-from qpruner.report.recorded import KINDS
+from qpruner.report.results import BASE, SEARCHED, Row, model_title, rows, under_first_seed
+from qpruner.report.search_progress import score, score_name
 from qpruner.report.snapshot import Snapshot
-from qpruner.report.standing import score, score_name
-from qpruner.report.table import BASE, SEARCHED, Row, model_title, rows, under_first_seed
 from qpruner.runs.records import (
     GIVEN,
     Confirmation,
@@ -375,7 +374,7 @@ def effects_text(effects: MarginalEffects | str) -> str:
 
 def stages(run: Snapshot) -> list[tuple[str, ...]]:
     """Every stage that was begun, its state and what it took in the command that recorded it; then all together."""
-    busy = {"search": sum(stretch.end - stretch.start for stretch in run.stretches)}
+    busy = {"search": sum(interval.end - interval.start for interval in run.worker_intervals)}
     # Of the trials that other searches left, too.
     gpu = run.results.gpu_seconds | {"search": sum(trial.gpu_seconds for trial in run.trials)}
     if run.results.search:
@@ -388,7 +387,7 @@ def stages(run: Snapshot) -> list[tuple[str, ...]]:
     def told(figures: dict[str, float], name: str) -> str:
         return f"{figures[name]:.1f}" if figures.get(name) else "-"
 
-    begun = {name: stage for name, stage in run.state.stages.items() if name in KINDS}
+    begun = {name: stage for name, stage in run.state.stages.items() if name in Results.model_fields}
     seconds, gpu = ({name: each.get(name, 0.0) for name in begun} for each in (run.results.seconds, gpu))
     rows = [
         (name, STATES[stage.state], told(seconds, name), told(busy, name), told(gpu, name))

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from qpruner.report.marginal_effects import rank_correlation
+from qpruner.report.results import MUTUAL_INFORMATION
+from qpruner.report.search_progress import cost
 from qpruner.report.snapshot import Snapshot
-from qpruner.report.standing import cost
-from qpruner.report.table import MUTUAL_INFORMATION
 from qpruner.runs.records import Confirmation, TrialRecord
 from qpruner.sensitivity.seeds import seed_origin
 

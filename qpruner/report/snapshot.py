@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING
 from qpruner.errors import UserError
 from qpruner.plans.plan import PrecisionPlan
 from qpruner.report.alone import to_compare
-from qpruner.report.life import RUNNING, Life, read_life
+from qpruner.report.liveness import RUNNING, Liveness, read_liveness
 from qpruner.report.marginal_effects import MarginalEffects, marginal_effects
-from qpruner.report.recorded import KINDS, read_results
-from qpruner.report.standing import best_of, score_title, shown_together
-from qpruner.report.stretches import Stretch, stretches
+from qpruner.report.results import read_results
+from qpruner.report.search_progress import best_of, score_title, shown_together
+from qpruner.report.worker_intervals import WorkerInterval, worker_intervals
 from qpruner.runs.lock import Driver
 from qpruner.runs.paths import RunDir
 from qpruner.runs.records import GIVEN, Results, RunState, SensitivityRecord, TrialRecord
@@ -106,9 +106,9 @@ class Snapshot:
         return record if record and record.methods else None
 
     @property
-    def stretches(self) -> list[Stretch]:
+    def worker_intervals(self) -> list[WorkerInterval]:
         """When workers had trials for this search."""
-        return stretches(self.trials, self.state.search.search) if self.state.search else []
+        return worker_intervals(self.trials, self.state.search.search) if self.state.search else []
 
     @property
     def metric(self) -> str:
@@ -135,7 +135,7 @@ class Snapshot:
     @property
     def is_running(self) -> bool:
         """Whether the latest command still works on it: else its trials have begun, and none of them runs."""
-        return Life(self.state, self.driver).outcome == RUNNING
+        return Liveness(self.state, self.driver).outcome == RUNNING
 
     @property
     def at_work(self) -> str | None:
@@ -158,7 +158,7 @@ class Snapshot:
     def _unfinished(self) -> str:
         """How the latest command ended before its last stage, or where it is."""
         stage = f" in stage {self.at_work}" if self.at_work else ""
-        life = Life(self.state, self.driver)
+        life = Liveness(self.state, self.driver)
         match life.outcome:
             case "failed":
                 cause = (self.state.error or "").removeprefix(f"stage `{self.at_work}` failed: ")
@@ -175,7 +175,7 @@ class Snapshot:
     @property
     def missing(self) -> str | None:
         """The stages that an unfinished run has no record of, in a sentence; some may have figures already."""
-        asked = [name for name in KINDS if name != "comparison" or self.lacks_comparison]
+        asked = [name for name in Results.model_fields if name != "comparison" or self.lacks_comparison]
         names = [name for name in asked if getattr(self.results, name) is None]
         return f"There is no result yet of: {', '.join(names)}." if names else None
 
@@ -187,7 +187,7 @@ def read_snapshot(run: RunDir) -> Snapshot:
         UserError: If no command has worked on it.
         CorruptFile: If a record cannot be read.
     """
-    life = read_life(run)
+    life = read_liveness(run)
     if life is None:
         raise UserError(f"{run.place} holds no run: it has no run.json; give a folder that `qpruner run` wrote")
     state = life.state

@@ -19,7 +19,7 @@ import yaml
 
 from qpruner.config.schema import RunConfig
 from qpruner.data.measures import accuracy_name
-from qpruner.report.standing import (
+from qpruner.report.search_progress import (
     bar,
     best_so_far,
     hypervolume_so_far,

@@ -9,8 +9,8 @@ from pathlib import Path
 import torch
 
 from qpruner.config.schema import RunConfig
-from qpruner.data.calibration import Rows, mean_loss
-from qpruner.data.rows import load_encoded
+from qpruner.data.encoding import load_encoded
+from qpruner.data.losses import Rows, mean_loss
 from qpruner.errors import TrainingDiverged
 from qpruner.models.loading import load_tokenizer
 from qpruner.quantization.assembly import workbench

@@ -27,9 +27,8 @@ from qpruner.pipeline.progress import RunProgress
 from qpruner.pipeline.search import FINALISTS
 from qpruner.plans.file import read_plan
 from qpruner.report import sections, table
-from qpruner.report.lines import duration
-from qpruner.report.outcome import search_text
 from qpruner.report.page import render
+from qpruner.report.search_summary import search_text
 from qpruner.report.snapshot import read_snapshot
 from qpruner.runs import events
 from qpruner.runs import object_store as objects
@@ -48,6 +47,7 @@ from qpruner.runs.records import (
     TrialRecord,
 )
 from qpruner.search.trial_records import remedy_of, write_pulse, write_trial
+from qpruner.wording import duration
 
 
 def qpruner(*arguments: object) -> Result:

@@ -21,13 +21,13 @@ from rich.console import Console
 from qpruner.api import read_run
 from qpruner.cli.terminal import Terminal
 from qpruner.report import sections
-from qpruner.report.lines import duration
+from qpruner.report.search_progress import bar
 from qpruner.report.snapshot import read_snapshot
-from qpruner.report.standing import bar
 from qpruner.runs import events
 from qpruner.runs.paths import LOG
 from qpruner.runs.records import TrialRecord
 from qpruner.search.trial_records import write_trial
+from qpruner.wording import duration
 
 TELL = """
 import sys, time
@@ -54,7 +54,7 @@ import sys
 from qpruner.cli import run_verbs as record_verbs
 from qpruner import read_run
 from qpruner.report import sections
-from qpruner.report.lines import duration
+from qpruner.wording import duration
 from qpruner.cli.terminal import Terminal
 run = sys.argv[3]
 record_verbs.trials(run, (), "trial", False, "text")

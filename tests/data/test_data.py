@@ -13,20 +13,17 @@ import pytest
 import torch
 
 from qpruner.config.schema import DataSource
-from qpruner.data.rows import (
-    Example,
-    check_disjoint,
+from qpruner.data.encoding import (
     collate,
     encode,
     load_encoded,
-    load_examples,
-    normalized,
     pack,
     packed_samples,
     row_lengths,
     row_samples,
     save_encoded,
 )
+from qpruner.data.sources import Example, check_disjoint, load_examples, normalized
 from qpruner.errors import CorruptFile, UserError
 from qpruner.models.loading import load_tokenizer
 
@@ -266,7 +263,7 @@ def test_a_mapping_of_an_unknown_column_is_refused(tmp_path: Path) -> None:
         ("open.tsv", 'instruction\toutput\na\t"b\nc\td\n', "line 2: unexpected end of data"),
         ("merged.tsv", 'instruction\toutput\na\t"b\nc\td\ne\tf" g\n', "a cell that begins with a double quote"),
         ("twice.csv", "instruction,output,output\na,b,c\n", "two of its columns are called 'output'"),
-        ("parted.csv", "instruction;output\na;b\n", "in a .csv file commas part the cells"),
+        ("parted.csv", "instruction;output\na;b\n", "in a .csv file commas separate the cells"),
         ("empty.csv", "\n\n", "no row under its header"),
         ("header.csv", "instruction,output\n", "no row under its header"),
         ("broken.jsonl", '{"instruction": "a", "outp', "line 1 is no JSON: Unterminated string"),

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from qpruner.config.schema import DataSource
-from qpruner.data.rows import check_disjoint, load_examples, normalized
+from qpruner.data.sources import check_disjoint, load_examples, normalized
 
 DATA = files("qpruner") / "demo" / "data"
 SPLITS = ("train", "validation", "confirmation", "test")

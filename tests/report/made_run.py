@@ -15,7 +15,7 @@ from made_records import made_confirmation, made_search
 from qpruner.config.schema import validate_config
 from qpruner.pipeline.progress import _environment
 from qpruner.report.files import write_report
-from qpruner.report.table import BASE, BEST_SEED, PRUNED, RANDOM, SEARCHED
+from qpruner.report.results import BASE, BEST_SEED, PRUNED, RANDOM, SEARCHED
 from qpruner.runs.paths import RunDir
 from qpruner.runs.records import (
     BankRecord,

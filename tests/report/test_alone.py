@@ -16,8 +16,8 @@ from made_run import STARTED, MadeRun
 from qpruner.cli.main import main
 from qpruner.report.claim import claim
 from qpruner.report.files import write_report
-from qpruner.report.outcome import margin
 from qpruner.report.page.answer import tiles
+from qpruner.report.search_summary import margin
 from qpruner.report.snapshot import Snapshot, read_snapshot
 from qpruner.runs.paths import RunDir
 from qpruner.runs.records import GIVEN, RunState, StageState

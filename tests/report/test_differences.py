@@ -11,7 +11,7 @@ import pytest
 
 from qpruner.report.claim import comparisons
 from qpruner.report.differences import Difference
-from qpruner.report.table import BEST_SEED, RANDOM, SEARCHED, rows
+from qpruner.report.results import BEST_SEED, RANDOM, SEARCHED, rows
 from qpruner.runs.records import CandidateRecord, EvalRecord, FinetuneRecord, Results, RowScores, TaskScore
 
 QUESTIONS = {

@@ -37,14 +37,14 @@ from qpruner.errors import UserError
 from qpruner.pipeline.run import run
 from qpruner.plans.plan import PrecisionPlan
 from qpruner.report import by_task, run_views, sections
+from qpruner.report.card import other_base_remark
 from qpruner.report.far import edge_of, edge_of_rungs
 from qpruner.report.files import write_report
 from qpruner.report.legend import terms
-from qpruner.report.model_card import told_other_base
 from qpruner.report.page import render
 from qpruner.report.plots import charts
+from qpruner.report.results_json import summary_of, summary_schema, summary_text
 from qpruner.report.snapshot import read_snapshot
-from qpruner.report.summary import summary_of, summary_schema, summary_text
 from qpruner.runs.paths import OWN_DIGEST, RunDir
 from qpruner.runs.records import (
     FrontPoint,
@@ -901,7 +901,7 @@ def test_a_card_has_the_licence_of_a_base_model_that_lies_in_a_run_that_was_move
 def test_a_card_that_was_copied_with_another_models_configuration_is_remarked(tmp_path: Path, tiny_model: Path) -> None:
     """By `check`, and by `run` before it begins anything; what a folder holds is its user's to say."""
     raw = raw_config(tiny_model, tmp_path / "run") | {"card": {"base_model": "HuggingFaceTB/SmolLM2-135M-Instruct"}}
-    assert told_other_base(validate_config(raw)) is None
+    assert other_base_remark(validate_config(raw)) is None
     path = tmp_path / "my.yaml"
     path.write_text(yaml.safe_dump(with_key(raw, "model.source", "me/base")))
     run_until_begun = (

@@ -21,7 +21,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Snapshot:
 
 
 def test_a_run_is_told_in_a_line(run: Snapshot) -> None:
-    stages = "prepare, prune, sensitivity, bank, search, finetune, evaluate, comparison"
+    stages = "prepare, prune, bank, sensitivity, search, finetune, evaluate, comparison"
     assert repr(run) == f"<Snapshot of the run 'run': 20 trials; {stages}>"
 
 

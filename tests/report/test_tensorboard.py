@@ -40,10 +40,10 @@ from tensorboard.plugins.hparams import metadata
 from tensorboard.plugins.scalar.scalars_plugin import ScalarsPlugin
 from tensorboard_server import serving
 
+from qpruner.report.plots.budget_axis import budget_axis
 from qpruner.report.search_pictures import _shades, draw_front, draw_plans, draw_sensitivity
+from qpruner.report.search_progress import hypervolume_so_far
 from qpruner.report.snapshot import read_snapshot
-from qpruner.report.standing import hypervolume_so_far
-from qpruner.report.stretched import stretched
 from qpruner.report.tensorboard import BEST, HYPERVOLUME, SELECTION, Board, run_name, write_result, write_trial
 from qpruner.runs.events import SearchPlanned, StageFinished, StageSkipped, StageStarted, TrialChanged
 from qpruner.runs.paths import RunDir
@@ -265,10 +265,10 @@ def test_plans_near_the_budget_stand_apart_in_the_picture_too() -> None:
     ("sizes", "budget"), [([109.54, 126.9, 127.07], 127.11), ([126.9, 127.07], 127.08), ([0.1, 0.099], 0.1001)]
 )
 def test_sizes_on_the_axis_are_told_apart(sizes: list[float], budget: float) -> None:
-    ticks, decimals = stretched(sizes, budget).ticks(sizes)
+    ticks, decimals = budget_axis(sizes, budget).ticks(sizes)
     assert len({f"{tick:.{decimals}f}" for tick in ticks}) == len(ticks) == 6
     assert ticks[0] == pytest.approx(min(sizes)) and ticks[-1] == pytest.approx(budget)
-    assert stretched([budget], budget).ticks([budget]) == ([budget], 1)
+    assert budget_axis([budget], budget).ticks([budget]) == ([budget], 1)
 
 
 def test_the_map_of_plans_names_the_winner() -> None:

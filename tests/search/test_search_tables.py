@@ -23,7 +23,7 @@ sys.path.insert(0, str(BENCHMARKS))
 from search_replay import BadTable, Table  # noqa: E402
 from search_tables import LORA, Evaluator, Job, build_bank  # noqa: E402
 
-from qpruner.data.calibration import mean_loss  # noqa: E402
+from qpruner.data.losses import mean_loss  # noqa: E402
 from qpruner.quantization.assembly import Workbench  # noqa: E402
 
 SMALL: dict[str, Any] = {"num_hidden_layers": 2, "hidden_size": 64, "num_attention_heads": 4, "vocab_size": 512}

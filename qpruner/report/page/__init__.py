@@ -20,11 +20,11 @@ from markupsafe import Markup
 
 from qpruner.report import by_task, legend, sections
 from qpruner.report.claim import claim
-from qpruner.report.outcome import search_text
 from qpruner.report.page.answer import tiles
 from qpruner.report.plots.chart import Chart
+from qpruner.report.search_progress import score
+from qpruner.report.search_summary import search_text
 from qpruner.report.snapshot import Snapshot
-from qpruner.report.standing import score
 from qpruner.runs.records import TrialRecord
 
 TRIAL_HEADINGS = (

@@ -9,10 +9,10 @@ from pathlib import Path
 from qpruner.data.measures import ACCURACY, Z_95, accuracy_in_full, accuracy_name
 from qpruner.report import sections
 from qpruner.report.claim import beside_base, comparisons, tally
-from qpruner.report.outcome import margin_error, rivals
+from qpruner.report.results import BASE, BEST_SEED, SEARCHED, Row, rows, untuned_accuracies
+from qpruner.report.search_progress import best_of, cost, score, score_name
+from qpruner.report.search_summary import margin_error, rivals
 from qpruner.report.snapshot import Snapshot
-from qpruner.report.standing import best_of, cost, score, score_name
-from qpruner.report.table import BASE, BEST_SEED, SEARCHED, Row, rows, untuned_accuracies
 from qpruner.runs.records import plan_group_bytes
 
 

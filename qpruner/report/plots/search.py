@@ -7,11 +7,11 @@ from collections.abc import Iterable, Iterator, Sequence
 from qpruner.plans.pareto import non_dominated
 from qpruner.plans.plan import PrecisionPlan
 from qpruner.report.far import ARROWS, Edge, edge_of, edge_of_rungs
+from qpruner.report.plots.budget_axis import BudgetAxis, budget_axis
 from qpruner.report.plots.chart import Chart, Spec, Values, aside, colored, quantity, shaped, tooltip
+from qpruner.report.search_progress import hypervolume_so_far, score
 from qpruner.report.snapshot import Snapshot
-from qpruner.report.standing import hypervolume_so_far, score
-from qpruner.report.stretched import Stretched, stretched
-from qpruner.report.stretches import Stretch, end_to_end
+from qpruner.report.worker_intervals import WorkerInterval, without_pauses
 from qpruner.runs.records import TrialRecord
 
 SECTION = "search"
@@ -53,7 +53,7 @@ def pareto(run: Snapshot) -> Iterator[Chart]:
     budget, edge = run.state.search.budget_bytes / 1e6, edge_of(scored, run.metric)
     points = [point | {"distance": point["megabytes"] - budget} for point in _points(run)]
     sizes = [point["megabytes"] for point in points]
-    axis = stretched(sizes, budget)
+    axis = budget_axis(sizes, budget)
     points = _placed(points, list(map(axis.along, sizes)), edge)
     place = {"x": _sizes(axis, sizes), "y": quantity("shown", run.metric_title)}
     kinds = _by_kind(points)
@@ -107,7 +107,7 @@ def pareto(run: Snapshot) -> Iterator[Chart]:
     )
 
 
-def _sizes(axis: Stretched, sizes: Sequence[float]) -> Spec:
+def _sizes(axis: BudgetAxis, sizes: Sequence[float]) -> Spec:
     """The axis of sizes; Vega has such a scale around zero, so points have their distance from the budget."""
     ticks, decimals = axis.ticks(sizes)
     scale = {"type": "symlog", "constant": axis.unit, "nice": False, "padding": BUDGET_PADDING}
@@ -251,7 +251,7 @@ def timeline(run: Snapshot) -> Iterator[Chart]:
     """Which slot had a trial of this search when, and which."""
     bars, ends = Values(), list[float]()
     trials = {trial.index: trial for trial in run.trials}
-    worked = end_to_end(run.stretches)
+    worked = without_pauses(run.worker_intervals)
     unit, seconds = ("minute", 60) if any(stretch.end > MANY_SECONDS for stretch in worked) else ("second", 1)
     for _, start, end, index in worked:
         slot = next((number for number, free in enumerate(ends) if free <= start), len(ends))
@@ -261,7 +261,7 @@ def timeline(run: Snapshot) -> Iterator[Chart]:
     if not bars:
         return
     slots = len(ends)
-    busy = sum(stretch.end - stretch.start for stretch in worked) / (slots * max(ends))
+    busy = sum(interval.end - interval.start for interval in worked) / (slots * max(ends))
     yield Chart(
         "timeline",
         "cost",
@@ -285,7 +285,7 @@ def timeline(run: Snapshot) -> Iterator[Chart]:
     )
 
 
-def _told_sessions(worked: Sequence[Stretch]) -> str:
+def _told_sessions(worked: Sequence[WorkerInterval]) -> str:
     """That the axis leaves out what lies between sessions; nothing where there was one."""
     sessions = len({stretch.session for stretch in worked})
     if sessions < 2:

@@ -14,7 +14,7 @@ NUM_TICKS = 6
 
 
 @dataclass(frozen=True)
-class Stretched:
+class BudgetAxis:
     """The axis.
 
     Attributes:
@@ -44,7 +44,7 @@ class Stretched:
         return ticks, max(1, math.ceil(-math.log10(closest)))
 
 
-def stretched(sizes: Sequence[float], budget: float) -> Stretched:
+def budget_axis(sizes: Sequence[float], budget: float) -> BudgetAxis:
     """The axis of plans of these sizes."""
     furthest = max(abs(size - budget) for size in sizes)
-    return Stretched(budget, furthest / UNITS or 1.0)
+    return BudgetAxis(budget, furthest / UNITS or 1.0)

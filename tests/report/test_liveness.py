@@ -16,7 +16,7 @@ from click.testing import CliRunner
 from recorded_runs import recorded_run
 
 from qpruner.cli.main import main
-from qpruner.report.life import MOMENT_SECONDS
+from qpruner.report.liveness import MOMENT_SECONDS
 from qpruner.report.snapshot import read_snapshot
 from qpruner.runs.lock import NAME, sole_driver, this_process
 from qpruner.runs.paths import RunDir

@@ -7,11 +7,10 @@ from collections.abc import Iterator, Sequence
 
 from qpruner.data.measures import Z_95, accuracy_in_full
 from qpruner.report.differences import paired_losses
-from qpruner.report.lines import duration
-from qpruner.report.standing import cost, score, score_name
+from qpruner.report.search_progress import cost, score, score_name
 from qpruner.runs.records import GIVEN, Confirmation, SearchRecord, TrialRecord
 from qpruner.search.trial_records import remedy_of
-from qpruner.wording import counted
+from qpruner.wording import counted, duration
 
 
 def search_text(search: SearchRecord, trials: Sequence[TrialRecord]) -> list[str]:

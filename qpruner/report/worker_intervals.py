@@ -9,7 +9,7 @@ from typing import NamedTuple
 from qpruner.runs.records import TrialRecord
 
 
-class Stretch(NamedTuple):
+class WorkerInterval(NamedTuple):
     """A worker's time on a trial."""
 
     session: int
@@ -20,7 +20,7 @@ class Stretch(NamedTuple):
     trial: int
 
 
-def stretches(trials: Iterable[TrialRecord], search: str) -> list[Stretch]:
+def worker_intervals(trials: Iterable[TrialRecord], search: str) -> list[WorkerInterval]:
     """Every stretch of work for one search, by session and start.
 
     Args:
@@ -31,13 +31,13 @@ def stretches(trials: Iterable[TrialRecord], search: str) -> list[Stretch]:
     return sorted(stretch for stretch in found if stretch.end > stretch.start)
 
 
-def end_to_end(worked: Iterable[Stretch]) -> list[Stretch]:
+def without_pauses(worked: Iterable[WorkerInterval]) -> list[WorkerInterval]:
     """The same in seconds from the first start, each session beginning where the one before ended.
 
     Args:
         worked: By session and start.
     """
-    moved: list[Stretch] = []
+    moved: list[WorkerInterval] = []
     until = 0.0
     for _, session in groupby(worked, key=lambda stretch: stretch.session):
         of_session = list(session)
@@ -50,13 +50,13 @@ def end_to_end(worked: Iterable[Stretch]) -> list[Stretch]:
     return moved
 
 
-def _of_trial(trial: TrialRecord, search: str) -> Iterator[Stretch]:
+def _of_trial(trial: TrialRecord, search: str) -> Iterator[WorkerInterval]:
     """Each start, for as long as it added to the trial's seconds: nobody sees the end of a worker that is cut off."""
     if not trial.begun:  # of an older version: all of it before its end
         if trial.times and trial.search == search:
-            yield Stretch(1, trial.times[-1] - trial.seconds, trial.times[-1], trial.index)
+            yield WorkerInterval(1, trial.times[-1] - trial.seconds, trial.times[-1], trial.index)
         return
     taken = [*(begun.seconds for begun in trial.begun[1:]), trial.seconds]
     for begun, until in zip(trial.begun, taken, strict=True):
         if begun.search == search:
-            yield Stretch(begun.session, begun.time, begun.time + until - begun.seconds, trial.index)
+            yield WorkerInterval(begun.session, begun.time, begun.time + until - begun.seconds, trial.index)

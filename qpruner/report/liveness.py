@@ -19,7 +19,7 @@ MOMENT_SECONDS = 0.3
 
 
 @dataclass(frozen=True)
-class Life:
+class Liveness:
     """The latest command on a run, and who drives the run.
 
     Attributes:
@@ -58,7 +58,7 @@ class Life:
         return self.driver is not None and told == (self.driver.holder.host, self.driver.holder.pid)
 
 
-def read_life(run: RunDir) -> Life | None:
+def read_liveness(run: RunDir) -> Liveness | None:
     """Look who works on a run, and leave no trace; None before the first command.
 
     A driver writes its state before it gives the lock back, so who looks in between sees neither of them: a command
@@ -74,7 +74,7 @@ def read_life(run: RunDir) -> Life | None:
     return life
 
 
-def told_driver(run: RunDir) -> str | None:
+def driver_text(run: RunDir) -> str | None:
     """Which living process works on a run; None where none does."""
     driver = driver_of(run.root)
     if driver is None or driver.state != "alive":
@@ -84,10 +84,10 @@ def told_driver(run: RunDir) -> str | None:
 
 def warning_of_driver(run: RunDir) -> str | None:
     """What they are told who read a run's models while a command works on it; None where none does."""
-    works = told_driver(run)
+    works = driver_text(run)
     return works and f"warning: {works}, whose models may be replaced meanwhile"
 
 
-def _look(run: RunDir) -> Life | None:
+def _look(run: RunDir) -> Liveness | None:
     state = run.read_state(RunState)
-    return Life(state, driver_of(run.root)) if state else None
+    return Liveness(state, driver_of(run.root)) if state else None

@@ -8,11 +8,12 @@ from dataclasses import dataclass
 from qpruner.data.measures import accuracy_name
 from qpruner.plans.pareto import Point, hypervolumes
 from qpruner.plans.plan import PrecisionPlan
+from qpruner.runs import events
 from qpruner.runs.records import FreshScore, RungResult, SearchRecord, SearchState, TrialRecord
 
 
 @dataclass(frozen=True)
-class Standing:
+class SearchProgress:
     """A search at one moment.
 
     Attributes:
@@ -53,7 +54,7 @@ class Standing:
         return min(len(self.running) - begun, max(0, self.slots - begun))
 
 
-def standing(search: SearchState, records: Iterable[TrialRecord]) -> Standing:
+def search_progress(search: SearchState, records: Iterable[TrialRecord]) -> SearchProgress:
     """How a search stands.
 
     Args:
@@ -68,7 +69,7 @@ def standing(search: SearchState, records: Iterable[TrialRecord]) -> Standing:
     if over and search.slots and len(over) < len(trials):
         under_way = sum(trial.seconds for trial in trials if not trial.is_over)
         left = max(0.0, (search.max_trials - len(over)) * sum(over) / len(over) - under_way) / search.slots
-    return Standing(
+    return SearchProgress(
         trials=trials,
         others=tuple(trial for trial in ordered if trial.search != search.search),
         best=best_of((trial for trial in finished if not trial.is_control), search.metric),
@@ -108,7 +109,7 @@ def cost(rung: RungResult | FreshScore, metric: str) -> float:
     return score(rung, metric) if metric == "loss" else -score(rung, metric)
 
 
-def weighed(trial: TrialRecord, metric: str) -> Point:
+def front_point(trial: TrialRecord, metric: str) -> Point:
     """A scored trial as a point of a front: its bytes, and what is minimized."""
     return trial.plan_bytes, cost(trial.rungs[-1], metric)
 
@@ -121,7 +122,7 @@ def score(rung: RungResult | FreshScore, metric: str) -> float:
     return rung.accuracy
 
 
-def told_score(shown: str, rung: int, step: int) -> str:
+def score_with_step(shown: str, rung: int, step: int) -> str:
     """A score beside the step that its trial is at: with the rung it is of where the trial is past it."""
     return shown if rung == step else f"{shown} @{rung}"
 
@@ -147,7 +148,7 @@ def hypervolume_so_far(
 ) -> list[float]:
     """The hypervolume of those that finished among the first 1, 2, ... of the trials given, by the smallest of all; of
     the controls alone on request, of which a plan that the user gave is none."""
-    points = {trial.index: weighed(trial, metric) for trial in over if trial.status == "finished"}
+    points = {trial.index: front_point(trial, metric) for trial in over if trial.status == "finished"}
     if not points:
         return [0.0] * len(over)
     left_out = {trial.index for trial in over if of_controls and (trial.is_given or not trial.is_control)}
@@ -165,7 +166,7 @@ def bar(trial: TrialRecord) -> str:
     return str(PrecisionPlan.from_dict(trial.plan))
 
 
-def told(trial: TrialRecord, steps: int) -> str:
+def trial_line(trial: TrialRecord, steps: int) -> str:
     """A trial in one line: number, plan, where it stands."""
     where = f"trial {trial.index:>3} [{bar(trial)}] {trial.plan_bytes / 1e6:.1f} MB"
     if trial.rungs:
@@ -174,3 +175,24 @@ def told(trial: TrialRecord, steps: int) -> str:
         where += f" step {last.step}/{steps} loss {last.loss:.4f}{accuracy}"
     ends = {"running": "", "finished": "", "stopped": ", stopped", "failed": f", failed: {trial.reason}"}
     return f"{where} ({trial.origin}){ends[trial.status]}"
+
+
+def event_line(event: events.Event, steps: int) -> str | None:
+    """Describe an event in a line for terminal and log; None for what is no news by itself.
+
+    Args:
+        event: What happened.
+        steps: Optimizer steps of a trial that runs to its end.
+    """
+    match event:
+        case events.StageStarted(stage, detail):
+            return f"[{stage}] {detail} ..."
+        case events.StageFinished(stage, seconds, figures):
+            return f"[{stage}] done in {seconds:.1f} s: {figures}"
+        case events.StageSkipped(stage, figures):
+            return f"[{stage}] already recorded: {figures}"
+        case events.Message(stage, text):
+            return f"[{stage}] {text}"
+        case events.TrialChanged(trial) if trial.is_over or trial.rungs:
+            return f"[search] {trial_line(trial, steps)}"
+    return None

@@ -10,12 +10,12 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCardData
 
 from qpruner.config.schema import RunConfig
-from qpruner.data.rows import BUILDERS
+from qpruner.data.sources import BUILDERS
 from qpruner.export.card_metadata import front_matter
 from qpruner.models.snippets import section
 from qpruner.report.markdown import code, measured, prose
+from qpruner.report.results import SEARCHED, rows
 from qpruner.report.snapshot import Snapshot
-from qpruner.report.table import SEARCHED, rows
 from qpruner.runs.paths import RunDir, read_text
 from qpruner.runs.records import GIVEN
 from qpruner.wording import counted
@@ -100,7 +100,7 @@ def _chosen(run: Snapshot) -> str:
     return "a searched plan"
 
 
-def told_other_base(config: RunConfig) -> str | None:
+def other_base_remark(config: RunConfig) -> str | None:
     """A remark on a card that names another base model than the one that is pruned, in a sentence; None where it does
     not, or where the source, which is on no hub, does not tell."""
     stated, base = config.card.base_model, config.model.source

@@ -6,10 +6,21 @@ import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import get_args
 
 from qpruner.data import measures
 from qpruner.plans.plan import PrecisionPlan
-from qpruner.runs.records import GIVEN, CandidateRecord, Results, RowScores, SearchRecord, StandardError
+from qpruner.runs.paths import RunDir
+from qpruner.runs.records import (
+    GIVEN,
+    CandidateRecord,
+    Record,
+    Results,
+    RowScores,
+    RunState,
+    SearchRecord,
+    StandardError,
+)
 
 BASE, PRUNED, BEST_SEED, RANDOM, SEARCHED = "base", "pruned", "best seed", "random", "searched"
 UNIFORM = "uniform"
@@ -174,3 +185,18 @@ def _row(title: str, found: list[FineTune]) -> Row:
 
 def _median_range(values: Sequence[float]) -> tuple[float, float, float] | None:
     return (statistics.median(values), min(values), max(values)) if values else None
+
+
+def read_results(run: RunDir, state: RunState) -> Results:
+    """Read the records that the run's latest command made or found; others are of an older configuration.
+
+    Raises:
+        CorruptFile: If one cannot be read.
+    """
+    ended = [name for name in Results.model_fields if name in state.stages and state.stages[name].state != "running"]
+    return Results.model_validate({name: run.read_record(name, _record_type(name)) for name in ended})
+
+
+def _record_type(stage: str) -> type[Record]:
+    found: type[Record] = get_args(Results.model_fields[stage].annotation)[0]
+    return found

@@ -9,8 +9,8 @@ from pydantic import BaseModel, ConfigDict
 
 from qpruner.report.claim import Comparison, claim, comparisons
 from qpruner.report.marginal_effects import MarginalEffects, rank_correlation
+from qpruner.report.results import Row, rows, under_first_seed
 from qpruner.report.snapshot import Snapshot
-from qpruner.report.table import Row, rows, under_first_seed
 from qpruner.runs.records import Results, RunState, TrialRecord
 from qpruner.wording import without_nan
 

@@ -15,18 +15,18 @@ from recorded_runs import trial as recorded_trial
 from scipy import stats
 
 from qpruner.report import by_task, sections
+from qpruner.report.card import model_card
 from qpruner.report.claim import claim, comparisons
 from qpruner.report.differences import Difference
 from qpruner.report.legend import terms
 from qpruner.report.marginal_effects import MarginalEffects
 from qpruner.report.markdown import render
-from qpruner.report.model_card import model_card
-from qpruner.report.outcome import search_text
 from qpruner.report.page.answer import tiles
+from qpruner.report.results import BEST_SEED, RANDOM, SEARCHED, rows, title_of
+from qpruner.report.results_json import summary_of
+from qpruner.report.search_summary import search_text
 from qpruner.report.sections import HEADINGS, cells, final_tables, steps
 from qpruner.report.snapshot import Snapshot
-from qpruner.report.summary import summary_of
-from qpruner.report.table import BEST_SEED, RANDOM, SEARCHED, rows, title_of
 from qpruner.runs.records import (
     GIVEN,
     BankRecord,
