@@ -373,11 +373,11 @@ def _rounded(loss: LossResult) -> tuple[float, ...]:
 
 def build(config: RunConfig, candidate: Candidate) -> PeftModel:
     """The row's model with its adapter start."""
-    from qpruner.quantization.assembly import workbench
+    from qpruner.quantization.assembly import plan_assembler
 
     quantize = config.quantize
     checkpoint, dtype = fetch(candidate.checkpoint), config.model.dtype
-    bench = workbench(checkpoint, candidate.bank, quantize.group, dtype, quantize.double_quant, config.lora)
+    bench = plan_assembler(checkpoint, candidate.bank, quantize.group, dtype, quantize.double_quant, config.lora)
     return bench.model(candidate.plan, config.seed)
 
 

@@ -19,7 +19,7 @@ import pytest
 import torch
 from conftest import flip_a_byte, flipped, full_until_noticed, raw_config, with_key
 
-from qpruner.config.schema import validate_config
+from qpruner.config.load import validate_config
 from qpruner.errors import CorruptFile, StageError, UserError
 from qpruner.pipeline.evaluate import Evaluate
 from qpruner.pipeline.failures import explained

@@ -15,7 +15,7 @@ import pytest
 from conftest import disk_of, flip_a_byte, raw_config, with_key
 from made_records import made_confirmation, made_search
 
-from qpruner.config.schema import validate_config
+from qpruner.config.load import validate_config
 from qpruner.data.encoding import load_encoded
 from qpruner.errors import CorruptFile, StageError
 from qpruner.estimate.hours import num_compared

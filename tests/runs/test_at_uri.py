@@ -17,7 +17,8 @@ import pytest
 from conftest import disk_of, raw_config, with_key
 from object_store import Store, object_store, talk_to
 
-from qpruner.config.schema import RunConfig, validate_config
+from qpruner.config.load import validate_config
+from qpruner.config.schema import RunConfig
 from qpruner.errors import CorruptFile, StageError, UserError
 from qpruner.pipeline import preflight
 from qpruner.pipeline.context import Context

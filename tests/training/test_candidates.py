@@ -15,7 +15,8 @@ import torch
 from conftest import DEMO_DATA, demo_rows, disk_of, flip_a_byte, full_until_noticed, raw_config, with_key
 from transformers import AutoConfig
 
-from qpruner.config.schema import RunConfig, validate_config
+from qpruner.config.load import validate_config
+from qpruner.config.schema import RunConfig
 from qpruner.data.encoding import load_encoded, save_encoded, text_windows
 from qpruner.data.losses import mean_loss
 from qpruner.errors import CorruptFile, StorageError
