@@ -23,7 +23,7 @@ from qpruner.runs.records import (
     TaskScore,
     digest_of,
 )
-from qpruner.training.candidates import Candidate, InferenceJob, evaluate_candidate, measure_inference
+from qpruner.training.table_rows import Candidate, InferenceJob, evaluate_candidate, measure_inference
 from qpruner.wording import counted, error_text
 
 if TYPE_CHECKING:

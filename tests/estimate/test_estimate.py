@@ -339,7 +339,7 @@ def test_two_cuts_take_both_and_the_passes_that_compare_them(inspection: Inspect
 FINETUNE = """
 import json, sys
 from pathlib import Path
-from qpruner.training.candidates import Candidate, CandidateJob, finetune_candidate
+from qpruner.training.table_rows import Candidate, CandidateJob, finetune_candidate
 from qpruner.config.load import load_config
 from qpruner.runs.paths import RunDir
 config = load_config(Path(sys.argv[1]))

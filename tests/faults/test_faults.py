@@ -196,7 +196,7 @@ def test_what_a_search_sets_aside_by_itself_nobody_is_told_to_delete(file: str, 
 
 
 def test_the_remedy_for_an_adapter_that_is_gone_names_its_row(tmp_path: Path) -> None:
-    from qpruner.training.candidates import load_adapter
+    from qpruner.training.checkpoints import load_adapter
 
     root = tmp_path / "run"
     with pytest.raises(StageError) as caught, explained(Evaluate, root):

@@ -55,7 +55,7 @@ from qpruner.runs.records import (
     TaskScore,
 )
 from qpruner.sensitivity.seeds import seed_plan
-from qpruner.training.candidates import Evaluation, FinetuneOutcome, evaluate_candidate, finetune_candidate
+from qpruner.training.table_rows import Evaluation, FinetuneOutcome, evaluate_candidate, finetune_candidate
 
 MI_ROW = "mutual-information seed"
 

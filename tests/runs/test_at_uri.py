@@ -33,15 +33,8 @@ from qpruner.runs.paths import RunDir, children, files_in, write_text
 from qpruner.runs.records import BankRecord, RungResult
 from qpruner.search.trial import run_trial
 from qpruner.search.trial_job import Materials, TrialJob
-from qpruner.training.candidates import (
-    ADAPTER_WEIGHTS,
-    Candidate,
-    CandidateJob,
-    evaluate_candidate,
-    finetune_candidate,
-    is_damaged,
-    latest_checkpoint,
-)
+from qpruner.training.checkpoints import ADAPTER_WEIGHTS, is_damaged, latest_checkpoint
+from qpruner.training.table_rows import Candidate, CandidateJob, evaluate_candidate, finetune_candidate
 
 pytestmark = pytest.mark.slow
 
@@ -50,7 +43,7 @@ Machine = Callable[[str], CandidateJob]
 FINETUNE = """
 import sys
 from test_at_uri import job_of
-from qpruner.training.candidates import finetune_candidate
+from qpruner.training.table_rows import finetune_candidate
 finetune_candidate(job_of(sys.argv[1], sys.argv[2]))
 """
 
