@@ -165,6 +165,25 @@ def test_files_that_commands_name_are_there() -> None:
     assert [name for name in named if not (ROOT / name).exists() and not re.search("[A-Z]{3}", name)] == []
 
 
+@pytest.mark.parametrize("page", [ROOT / "CONTRIBUTING.md", ROOT / "docs/architecture.md"], ids=lambda page: page.name)
+def test_paths_and_names_of_the_code_are_there(page: Path) -> None:
+    """`ROOM/` and `ROOM/FILE.py` are in the package or here; of `ROOM/FILE.py: NAME` the file has the name."""
+    text = FENCE.sub("", page.read_text(encoding="utf-8"))
+    paths = re.findall(r"`(?:qpruner/)?((?:[a-z_]+/)+(?:[a-z_]+\.py)?)(?:: ([A-Za-z_.]+))?`", text)
+    assert len(paths) > 10
+    for path, name in paths:
+        place = next(
+            (
+                folder / path
+                for folder in (ROOT / "qpruner", ROOT, *(ROOT / "qpruner").iterdir())
+                if (folder / path).exists()
+            ),
+            None,
+        )
+        assert place, f"{page.name}: {path}"
+        assert not name or re.search(rf"\b{re.escape(name)}\b", place.read_text()), f"{page.name}: {path}: {name}"
+
+
 @pytest.mark.parametrize("block", [block for block in BLOCKS if block.language in RUN], ids=str)
 def test_the_syntax_is_right(block: Block) -> None:
     if block.language == "python":
