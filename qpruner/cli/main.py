@@ -373,7 +373,7 @@ def generate(
 def _export(root: str, form: Any, out: Path | None) -> dict[str, Any]:
     quiet_libraries()
     from qpruner.cli.terminal import Terminal
-    from qpruner.export.folders import export
+    from qpruner.export.forms import export
     from qpruner.pipeline.prepare import telling
     from qpruner.report.liveness import warning_of_driver
     from qpruner.runs.paths import RunDir
