@@ -26,11 +26,10 @@ from ray import cloudpickle
 from ray.exceptions import NodeDiedError, RayActorError, RayTaskError
 from ray.train import ControllerError, RunConfig, ScalingConfig, WorkerGroupError
 from ray.train.torch import TorchConfig, TorchTrainer
-from ray.train.torch.config import _TorchBackend
-from ray.train.v2._internal.execution.callback import ControllerCallback, WorkerGroupCallback
 
-from qpruner.cluster.cluster import Result, run_tasks
-from qpruner.cluster.nodes import stays
+from qpruner.cluster.nodes import is_staying
+from qpruner.cluster.ray_private import ControllerCallback, TorchBackend, WorkerGroupCallback
+from qpruner.cluster.tasks import Result, run_tasks
 from qpruner.runs.paths import read_sign, write_sign
 
 
@@ -110,7 +109,7 @@ def _run(group: _Group) -> Any:
         return trainer.fit().return_value
     except WorkerGroupError as error:
         cause = _first_cause(error.worker_failures)
-        if isinstance(cause, RayActorError) and not all(map(stays, (read_sign(places) or "").split())):
+        if isinstance(cause, RayActorError) and not all(map(is_staying, (read_sign(places) or "").split())):
             raise NodeDiedError(str(cause)) from error
         raise cause from error
     except ControllerError as error:
@@ -164,11 +163,11 @@ class _Connection(TorchConfig):  # type: ignore[misc]
     """Torch's process group, over the interface that has the node's address in the cluster."""
 
     @property
-    def backend_cls(self) -> type[_TorchBackend]:
+    def backend_cls(self) -> type[TorchBackend]:
         return _Backend
 
 
-class _Backend(_TorchBackend):  # type: ignore[misc]
+class _Backend(TorchBackend):  # type: ignore[misc]
     def on_start(self, worker_group: Any, backend_config: TorchConfig) -> None:
         try:
             worker_group.execute(_choose_interface)

@@ -9,9 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qpruner.cluster import testimony
-from qpruner.cluster.cluster import first_line, size_of
+from qpruner.cluster import node_facts
+from qpruner.cluster.connect import size_of
 from qpruner.cluster.slots import Node
+from qpruner.cluster.tasks import first_line
 from qpruner.runs.object_store import CACHE, cache_root, is_mirror
 from qpruner.runs.paths import BANK_CACHE, RunDir
 from qpruner.runs.records import RUN_ID
@@ -134,19 +135,19 @@ def probe(storage: Path, driver: str, banked: Iterable[str] = (), seconds: float
 
 def packed_check(run: RunDir) -> bytes:
     """A pickled function that a worker calls before it reads anything of qpruner's: that may be another one on a node
-    that was not looked at. It raises a RuntimeError that names node and difference, see `testimony.check_like`."""
-    told = (testimony.versions(), str(run.root), run.place, RUN_ID, run.id, run.is_at_uri)
-    return _packed(functools.partial(testimony.check_like, *told))
+    that was not looked at. It raises a RuntimeError that names node and difference, see `node_facts.check_like`."""
+    told = (node_facts.versions(), str(run.root), run.place, RUN_ID, run.id, run.is_at_uri)
+    return _packed(functools.partial(node_facts.check_like, *told))
 
 
 def packed_check_of_installation() -> bytes:
     """As `packed_check`, for work that leaves nothing in a run's storage."""
-    return _packed(functools.partial(testimony.check_installed, testimony.versions()))
+    return _packed(functools.partial(node_facts.check_installed, node_facts.versions()))
 
 
 def packed_check_of_gpus() -> bytes:
     """As `packed_check`, where all work is done on this machine."""
-    return _packed(testimony.check_gpus)
+    return _packed(node_facts.check_gpus)
 
 
 def _packed(check: Callable[[], None]) -> bytes:
@@ -159,14 +160,14 @@ def _packed(check: Callable[[], None]) -> bytes:
 
 @contextmanager
 def _sent_whole() -> Iterator[None]:
-    """What is pickled meanwhile brings the module `testimony` along."""
+    """What is pickled meanwhile brings the module `node_facts` along."""
     from ray import cloudpickle
 
-    cloudpickle.register_pickle_by_value(testimony)
+    cloudpickle.register_pickle_by_value(node_facts)
     try:
         yield
     finally:
-        cloudpickle.unregister_pickle_by_value(testimony)
+        cloudpickle.unregister_pickle_by_value(node_facts)
 
 
 def _ask(
@@ -178,7 +179,7 @@ def _ask(
 
     with _sent_whole():
         # A process of its own, which ends with what importing torch took of a GPU.
-        task = ray.remote(num_cpus=0, max_calls=1, max_retries=1)(testimony.testify)
+        task = ray.remote(num_cpus=0, max_calls=1, max_retries=1)(node_facts.node_facts_here)
         asked = {}
         for node in nodes:
             there = task.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False))

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qpruner.cluster.workshop import Bench
+from qpruner.cluster.executor import ModelCache
 from qpruner.config.schema import RunConfig
 from qpruner.errors import CorruptFile
 from qpruner.pipeline.compress import telling
@@ -51,8 +51,8 @@ def finetune(context: Context, searched: SearchRecord) -> FinetuneRecord:
         context.forget("finetune")  # what it vouches for is about to be written over
         before = context.gpu_time.seconds
         with row_set_aside_if_damaged(context.run_dir, "finetune"):
-            context.workshop.do(write_final, FinalJob(context.config, winner, final), context.emit)
-        context.workshop.close()
+            context.executor.run(write_final, FinalJob(context.config, winner, final), context.emit)
+        context.executor.close()
         # The fine-tune may be one of an earlier session.
         held = sum(each.gpu_seconds for each in tuned) + context.gpu_time.seconds - before
         return {"winner": SEARCHED, "candidates": tuned, "gpu_seconds": held}
@@ -175,7 +175,7 @@ class FinalJob:
     folder: Path
 
 
-def write_final(job: FinalJob, bench: Bench, emit: Emit) -> None:
+def write_final(job: FinalJob, cache: ModelCache, emit: Emit) -> None:
     """The final folder: packed weights, adapter and tokenizer, loadable by transformers after `import qpruner.hf`."""
     from qpruner.models.checkpoint import save_checkpoint
     from qpruner.models.loading import load_tokenizer, tensors_told

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qpruner.cluster.workshop import Bench
+from qpruner.cluster.executor import ModelCache
 from qpruner.config.schema import PruneConfig, RunConfig
 from qpruner.models.families import ATTENTION, EXPERT, MLP, family_of
 from qpruner.models.layout import num_layers
@@ -44,7 +44,7 @@ def prune(context: Context, prepared: PrepareRecord) -> PruneRecord:
         _tell_of_earlier_cut(context)
         base, data = context.run_dir.base_model(prepared), context.data
         job = CutJob(config, _settings(context), base, data / "importance", data / "validation", scratch)
-        fields = context.workshop.do(cut_and_save, job, context.emit)
+        fields = context.executor.run(cut_and_save, job, context.emit)
         check_arrived(scratch)
         return fields
 
@@ -97,8 +97,8 @@ class CutJob:
     scratch: Path
 
 
-def cut_and_save(job: CutJob, bench: Bench, emit: Emit) -> dict[str, Any]:
-    """Cut the base model, write what loses least and leave it on the bench; returns the record's fields."""
+def cut_and_save(job: CutJob, cache: ModelCache, emit: Emit) -> dict[str, Any]:
+    """Cut the base model, write what loses least and keep it in the cache; returns the record's fields."""
     from qpruner.data.encoding import load_encoded
     from qpruner.models.checkpoint import save_checkpoint
     from qpruner.models.loading import load_dense, load_tokenizer
@@ -112,7 +112,7 @@ def cut_and_save(job: CutJob, bench: Bench, emit: Emit) -> dict[str, Any]:
     held_out = _samples(validation, tokenizer, job.config.evaluate.batch_size)
 
     def load() -> PreTrainedModel:
-        bench.clear()
+        cache.clear()
         return load_dense(base, job.config.model.dtype, job.config.model, told_of_weights)
 
     with written(job.scratch) as folder:
@@ -123,7 +123,7 @@ def cut_and_save(job: CutJob, bench: Bench, emit: Emit) -> dict[str, Any]:
             patiently(lambda: save_importance(folder, pruned.scores, pruned.block_scores), folder)
             told = PruneRecord(digest="", seconds=0.0, **fields)
             patiently(lambda: write_pictures(folder, told, load_importance(folder)), folder)
-            bench.keep(pruned.model)
+            cache.keep(pruned.model)
 
         fields = best_of(job.config, job.cuts, load, samples, held_out, emit, keep)
     return fields | {"weights": _weights_digest(job.scratch)}
@@ -143,7 +143,7 @@ def preview_prune(context: Context) -> PruneRecord:
     _tell_of_earlier_cut(context)
     validation = examples["validation"] if len(settings) > 1 else []
     job = PreviewJob(context.worker_config, settings, examples["calibration"], validation)
-    fields = context.workshop.do(cut_in_memory, job, context.emit)
+    fields = context.executor.run(cut_in_memory, job, context.emit)
     return PruneRecord(digest="", **fields)
 
 
@@ -164,7 +164,7 @@ class PreviewJob:
     validation: list[Example]
 
 
-def cut_in_memory(job: PreviewJob, bench: Bench, emit: Emit) -> dict[str, Any]:
+def cut_in_memory(job: PreviewJob, cache: ModelCache, emit: Emit) -> dict[str, Any]:
     """Cut the base model and drop it; returns the record's fields."""
     from qpruner.models.checkpoint import prepare_base
     from qpruner.models.loading import load_dense, load_model_config, load_tokenizer

@@ -14,7 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qpruner.cluster.room import Room
+from qpruner.cluster.slots import Room
 from qpruner.data.measures import accuracy_name
 from qpruner.errors import CorruptFile, StageError
 from qpruner.pipeline.context import Context
@@ -321,7 +321,7 @@ def _confirm(
 
 def _fresh_scores(context: Context, finalists: Sequence[TrialRecord], job: SearchJob) -> list[KeptScore]:
     """Scores of each finalist on what no trial was scored on; what a command before scored is not scored again."""
-    from qpruner.cluster.cluster import run_tasks
+    from qpruner.cluster.tasks import run_tasks
 
     paths = [fresh_path(job.trials, trial.index) for trial in finalists]
     # Which rows there are is told by the folder of trials, as all that they were trained on.

@@ -136,7 +136,7 @@ def _set_adapters(
     torch.manual_seed(seed)
 
 
-class Workbench:
+class PlanAssembler:
     """The model of one plan after the other: between two plans only the groups whose bits differ are exchanged.
 
     All adapters are set to their start, and so is the random state, so that a plan gives the same model as in a fresh
@@ -239,8 +239,10 @@ def _with_adapters(layers: Mapping[str, torch.nn.Module], lora: LoraConfig) -> d
     return found
 
 
-def workbench(checkpoint: Path, bank: Path, group: str, dtype: str, double_quant: bool, lora: LoraConfig) -> Workbench:
-    """This process's workbench for a model and a bank: kept from call to call, so that a worker loads a model once."""
+def plan_assembler(
+    checkpoint: Path, bank: Path, group: str, dtype: str, double_quant: bool, lora: LoraConfig
+) -> PlanAssembler:
+    """Return this process's `PlanAssembler` for a model and a bank; a worker so loads a model once."""
     index = read_json(bank / INDEX, BankIndex)
     digest = index.digest if index else ""
     return _held(checkpoint, bank, group, dtype, double_quant, lora, digest)
@@ -249,8 +251,8 @@ def workbench(checkpoint: Path, bank: Path, group: str, dtype: str, double_quant
 @functools.lru_cache(maxsize=1)
 def _held(
     checkpoint: Path, bank: Path, group: str, dtype: str, double_quant: bool, lora: LoraConfig, digest: str
-) -> Workbench:
-    return Workbench(checkpoint, bank, group, dtype, double_quant, lora)
+) -> PlanAssembler:
+    return PlanAssembler(checkpoint, bank, group, dtype, double_quant, lora)
 
 
 def _placed(model: PreTrainedModel) -> PreTrainedModel:

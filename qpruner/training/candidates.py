@@ -179,7 +179,7 @@ def finetune_candidate(job: CandidateJob) -> FinetuneOutcome:
     trackers = job.trackers if is_first else None
     bits = {f"bits/{group}": value for group, value in candidate.plan.items()}
     about = {"row": candidate.title, "training seed": candidate.seed, **bits}
-    with tracked(trackers, candidate.folder.name, candidate.label, about) as told_trackers:
+    with tracked(trackers, candidate.label, about) as logged:
         result = finetune(
             model,
             train,
@@ -194,7 +194,7 @@ def finetune_candidate(job: CandidateJob) -> FinetuneOutcome:
                 before_save=claim.check,
                 on_save=lambda checkpoint: _keep(checkpoint, work, claim),
             ),
-            callbacks=[told_trackers],
+            callbacks=[logged],
         )
     peak = memory.bytes()
     loss = mean_loss(model, validation, pad_id, config.evaluate.batch_size).mean
@@ -215,7 +215,7 @@ def finetune_candidate(job: CandidateJob) -> FinetuneOutcome:
         peak_memory_bytes=peak,
         memory_counter=memory.counter,
         adapter_sha256=digest,
-        untold=tuple(told_trackers.troubles),
+        untold=tuple(logged.errors),
     )
 
 
@@ -373,12 +373,12 @@ def _rounded(loss: LossResult) -> tuple[float, ...]:
 
 def build(config: RunConfig, candidate: Candidate) -> PeftModel:
     """The row's model with its adapter start."""
-    from qpruner.quantization.assembly import workbench
+    from qpruner.quantization.assembly import plan_assembler
 
     quantize = config.quantize
     checkpoint, dtype = fetch(candidate.checkpoint), config.model.dtype
-    bench = workbench(checkpoint, candidate.bank, quantize.group, dtype, quantize.double_quant, config.lora)
-    return bench.model(candidate.plan, config.seed)
+    assembler = plan_assembler(checkpoint, candidate.bank, quantize.group, dtype, quantize.double_quant, config.lora)
+    return assembler.model(candidate.plan, config.seed)
 
 
 def load_adapter(model: PeftModel, folder: Path) -> None:

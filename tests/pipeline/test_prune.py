@@ -651,20 +651,20 @@ def test_what_is_left_of_several_cuts_is_one_on_the_bench_and_in_the_folder(
     open_raw: tuple[Raw, bool], tmp_path: Path
 ) -> None:
     """The last that is better than those before it: no file of another stays."""
-    from qpruner.cluster.workshop import Bench
+    from qpruner.cluster.executor import ModelCache
     from qpruner.pipeline.preflight import inspect
     from qpruner.pipeline.prune import CutJob, cut_and_save
 
     raw, _ = open_raw
     config = validate_config(raw)
     run(config, lambda event: None, until="prepare")
-    prepared, bench, scratch = Path(raw["output"]) / "prepare" / "data", Bench(), tmp_path / "scratch"
+    prepared, cache, scratch = Path(raw["output"]) / "prepare" / "data", ModelCache(), tmp_path / "scratch"
     scratch.mkdir()
     (scratch / "model.safetensors.index.json").write_text("of a larger one")
     settings = tuple(cut.settings for cut in inspect(config).cuts)
     job = CutJob(config, settings, Path(config.model.source), prepared / "importance", prepared / "validation", scratch)
-    cut_and_save(job, bench, lambda event: None)
-    left = bench.pruned_model(scratch, "bfloat16")
+    cut_and_save(job, cache, lambda event: None)
+    left = cache.pruned_model(scratch, "bfloat16")
     assert torch.equal(logits_of(left), logits_of(load_dense(str(scratch), "bfloat16")))
     assert not (scratch / "model.safetensors.index.json").exists()
 

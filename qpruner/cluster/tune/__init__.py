@@ -29,11 +29,9 @@ from dataclasses import replace
 
 import ray
 from ray import tune
-from ray.train.constants import _get_ray_train_session_dir
 from ray.tune.error import TuneError
-from ray.tune.execution import tune_controller
-from ray.tune.execution.class_cache import ENV_VARS_TO_PROPAGATE
 
+from qpruner.cluster.ray_private import ENV_VARS_TO_PROPAGATE, session_dir, tune_controller
 from qpruner.cluster.tune.actors import ActorManager
 from qpruner.cluster.tune.asha import RecordedAsha
 from qpruner.cluster.tune.driver import Forgetful, HangWatch, PlanSearcher
@@ -163,7 +161,7 @@ def _trouble_with_disk(told: str) -> OSError | None:
     found = re.search(r"^OSError: \[Errno (\d+)\] ([^:\n]+)(?:: '(.+)')?\s*\Z", told, re.MULTILINE)
     if found is None:
         return None
-    trouble = OSError(int(found[1]), found[2], found[3] or _get_ray_train_session_dir())
+    trouble = OSError(int(found[1]), found[2], found[3] or session_dir())
     return trouble if storage_error(trouble) else None
 
 
@@ -176,7 +174,7 @@ def _outcome(job: SearchJob, ended: str, sessions: int) -> SearchOutcome:
     wait_for_storage(job.trials, job.search)
     recorded = read_trials(job.trials)
     trials = [trial for trial in recorded if job.owns(trial)][: job.config.search.max_trials]
-    mendable = [trial for trial in trials if trial.can_be_mended]
+    mendable = [trial for trial in trials if trial.infrastructure_failed]
     if mendable:
         first = mendable[0]
         raise StageError("search", f"trial {first.index}: {first.reason}", remedy_of(first.failure or ""))

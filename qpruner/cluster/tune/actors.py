@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from ray.air.execution._internal import RayActorManager
 from ray.exceptions import OutOfMemoryError, RayActorError
+
+from qpruner.cluster.ray_private import RayActorManager
 
 KILLED_FOR_MEMORY = "Ray killed this worker because its machine ran out of memory"
 

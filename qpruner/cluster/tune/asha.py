@@ -9,8 +9,8 @@ from typing import Any
 
 from ray.tune.experiment import Trial
 from ray.tune.schedulers import ASHAScheduler, TrialScheduler
-from ray.tune.schedulers.async_hyperband import _Bracket
 
+from qpruner.cluster.ray_private import AshaBracket
 from qpruner.cluster.tune.job import METRIC, TIME, params_to_plan
 from qpruner.config.schema import RunConfig
 from qpruner.plans.plan import PlanSpace, PrecisionPlan
@@ -94,7 +94,7 @@ class RecordedAsha(ASHAScheduler):  # type: ignore[misc]
         return PrecisionPlan(self._space.groups, tuple(bits[name] for name in self._space.groups))
 
 
-class _LikeSizes(_Bracket):  # type: ignore[misc]
+class _LikeSizes(AshaBracket):  # type: ignore[misc]
     """ASHA's rungs by trial number, so that one that goes on under another of Ray's ids is entered once; for a front, a
     trial is compared with those of no more bytes, since a smaller plan that scores worse is no worse a plan."""
 

@@ -14,7 +14,7 @@ from ray.tune.callback import Callback
 from ray.tune.experiment import Trial
 from ray.tune.search import Searcher
 
-from qpruner.cluster.nodes import kernel_kills_on, node_in, stays
+from qpruner.cluster.nodes import is_staying, kernel_kills_on, node_of_actor
 from qpruner.cluster.tune.actors import KILLED_FOR_MEMORY
 from qpruner.cluster.tune.halt import Halt
 from qpruner.cluster.tune.job import (
@@ -206,7 +206,7 @@ class PlanSearcher(LivesInDriver, Searcher):  # type: ignore[misc]
     def hear(self, trial_id: str, error: str) -> None:
         """Take the error that a trial is about to end in."""
         self._halt.hear(error)
-        node = node_in(error)
+        node = node_of_actor(error)
         if node:
             self._died_on[trial_id] = node
         found = re.search(rf"^[\w.]*\b{StorageError.__name__}: (.+)$", error, re.MULTILINE)
@@ -262,7 +262,7 @@ class PlanSearcher(LivesInDriver, Searcher):  # type: ignore[misc]
             return _killed_for_memory(record, self._job, "Ray")
         # What dies with its machine, or leaves one that is about to go, says nothing of the trial.
         node = self._died_on.pop(trial_id, None) or (pulse.node if pulse else None)
-        if node is not None and not stays(node):
+        if node is not None and not is_staying(node):
             return record
         if pulse and pulse.node == node and (kernel_kills_on(node) or 0) > (pulse.kernel_kills or 0):
             return _killed_for_memory(record, self._job, "the kernel")

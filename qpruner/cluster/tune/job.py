@@ -110,7 +110,7 @@ def smaller_batch(record: TrialRecord, config: RunConfig) -> int | None:
 
 def ending_of(record: TrialRecord) -> Ending:
     """What the searcher is told of how a trial that is over has ended."""
-    if record.is_ruined:
+    if record.plan_failed:
         return "ruined"
     return "failed" if record.status == "failed" else "scored"
 

@@ -44,7 +44,7 @@ def _revived(record: TrialRecord, job: SearchJob) -> TrialRecord:
     another search stopped early and is a control here."""
     plan = PrecisionPlan.from_dict(record.plan)
     control = job.control_of(plan)
-    cut_off = record.status == "running" or record.is_tried_again
+    cut_off = record.status == "running" or record.should_retry
     if not job.space.is_feasible(plan) or not (cut_off or (control and record.status == "stopped")):
         return record
     earlier = record.earlier_gpu_seconds

@@ -16,8 +16,9 @@ from typing import Any, Literal
 import ray
 from ray import cloudpickle, tune
 
-from qpruner.cluster.nodes import stays
-from qpruner.cluster.testimony import own_name
+from qpruner.cluster.executor import limit_threads
+from qpruner.cluster.node_facts import own_name
+from qpruner.cluster.nodes import is_staying
 from qpruner.cluster.tune.job import METRIC, TIME, SearchJob, params_to_plan, smaller_batch
 from qpruner.config.schema import RunConfig
 from qpruner.errors import CorruptFile, StorageError, TakenOver, TrainingDiverged
@@ -63,7 +64,7 @@ def sent_whole(job: SearchJob) -> Callable[[dict[str, Any]], None]:
 
 def run_recorded(params: dict[str, Any], job: SearchJob) -> None:
     """One trial, from its own last rung to its end."""
-    _limit_threads(job.resources)
+    limit_threads(max(1, int(job.resources.get("cpu", 1))))
     settle()
     release()  # the actor's last trial
     trial = _RecordedTrial(params, job)
@@ -79,7 +80,7 @@ def leave_if_drained() -> None:
     Ray gives such a node no new actors, but Tune would go on with this one, and hand it one trial after another (Ray
     2.60). A node that does nothing any more leaves the cluster by itself.
     """
-    if not stays(ray.get_runtime_context().get_node_id()):
+    if not is_staying(ray.get_runtime_context().get_node_id()):
         os._exit(0)
 
 
@@ -253,13 +254,6 @@ def _drop_others(aside: Path) -> None:
     for left in aside.parent.glob(".checkpoint-*"):
         if left != aside:
             shutil.rmtree(left, ignore_errors=True)
-
-
-def _limit_threads(resources: dict[str, float]) -> None:
-    import torch
-
-    if not torch.cuda.is_available():
-        torch.set_num_threads(max(1, int(resources.get("cpu", 1))))
 
 
 def _metrics(result: RungResult, config: RunConfig) -> dict[str, float]:

@@ -11,7 +11,7 @@ from transformers import AutoConfig, PreTrainedModel
 
 from qpruner.models.layout import group_linears
 from qpruner.quantization import assembly
-from qpruner.quantization.assembly import Workbench, assemble, attach_adapters, measured_bytes
+from qpruner.quantization.assembly import PlanAssembler, assemble, attach_adapters, measured_bytes
 
 Banked = tuple[Path, list[str], bool]
 PATTERNS = [(4,), (8,), (16,), (4, 8, 16, 8, 4), (16, 4, 8)]
@@ -46,15 +46,15 @@ def test_the_second_plan_is_the_model_of_a_fresh_process(
     tiny_model: Path, banked: Banked, first: tuple[int, ...], second: tuple[int, ...]
 ) -> None:
     folder, names, double = banked
-    bench = Workbench(tiny_model, folder, GROUP, DTYPE, double, LORA)
-    before = bench.model(mixed_plan(names, first), seed=3)
+    assembler = PlanAssembler(tiny_model, folder, GROUP, DTYPE, double, LORA)
+    before = assembler.model(mixed_plan(names, first), seed=3)
     train_a_little(before)
     before.disable_adapter_layers()
     plan = mixed_plan(names, second)
     model, starts = assemble(tiny_model, folder, GROUP, plan, DTYPE, double)
     fresh = attach_adapters(model, starts, LORA, GROUP, seed=3)
     state = torch.get_rng_state()
-    again = bench.model(plan, seed=3)
+    again = assembler.model(plan, seed=3)
     assert torch.equal(torch.get_rng_state(), state)
     expected, found = everything(fresh), everything(again)
     assert list(found) == list(expected)
@@ -73,10 +73,10 @@ def test_the_second_plan_is_the_model_of_a_fresh_process(
 
 def test_only_the_groups_whose_bits_differ_are_exchanged(tiny_model: Path, banked: Banked) -> None:
     folder, names, double = banked
-    bench = Workbench(tiny_model, folder, GROUP, DTYPE, double, LORA)
+    assembler = PlanAssembler(tiny_model, folder, GROUP, DTYPE, double, LORA)
     plan = mixed_plan(names, (4, 8))
-    before = weights_of(bench.model(plan, seed=0))
-    after = weights_of(bench.model({**plan, names[2]: 8}, seed=0))
+    before = weights_of(assembler.model(plan, seed=0))
+    after = weights_of(assembler.model({**plan, names[2]: 8}, seed=0))
     changed = {name for name, weight in after.items() if weight is not before[name]}
     paths = group_linears(AutoConfig.from_pretrained(tiny_model), GROUP)[names[2]]
     assert changed == {f"base_model.model.{path}.base_layer.weight" for path in paths}
@@ -99,13 +99,13 @@ def test_groups_of_a_spread_model_are_exchanged(
     """What takes the place of a layer with a hook computes and trains as in a model that was put together so."""
     folder, names, double = banked
     plan = {**mixed_plan(names, (4, 8)), names[1]: bits}
-    expected = Workbench(tiny_model, folder, GROUP, DTYPE, double, LORA).model(plan, seed=0)
+    expected = PlanAssembler(tiny_model, folder, GROUP, DTYPE, double, LORA).model(plan, seed=0)
     monkeypatch.setattr(assembly, "_placed", spread_over_hooks)
-    bench = Workbench(tiny_model, folder, GROUP, DTYPE, double, LORA)
-    first = bench.model(mixed_plan(names, (8, 4)), seed=0)
+    assembler = PlanAssembler(tiny_model, folder, GROUP, DTYPE, double, LORA)
+    first = assembler.model(mixed_plan(names, (8, 4)), seed=0)
     assert any(hasattr(module, "_hf_hook") for module in first.modules())
     train_a_little(first)
-    found = bench.model(plan, seed=0)
+    found = assembler.model(plan, seed=0)
     for model in (expected, found):
         train_a_little(model)
     assert torch.equal(logits_of(found.eval()), logits_of(expected.eval()))
@@ -121,9 +121,9 @@ def test_a_trial_over_several_gpus_is_that_of_one(
     logits = []
     for number in (2, 1):
         monkeypatch.setattr(torch.cuda, "device_count", lambda number=number: number)
-        bench = Workbench(tiny_model, folder, GROUP, DTYPE, double, LORA)
+        assembler = PlanAssembler(tiny_model, folder, GROUP, DTYPE, double, LORA)
         for plan in plans:
-            model = bench.model(plan, seed=0)
+            model = assembler.model(plan, seed=0)
             devices = {parameter.device for parameter in model.parameters()}
             assert len(devices) == number
             train_a_little(model)

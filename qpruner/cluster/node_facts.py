@@ -29,7 +29,7 @@ REFUSAL = "NodeDiffers: "
 """Begins the error of a machine that is not like the driver's, of a type that every qpruner can read."""
 
 
-def testify(
+def node_facts_here(
     storage: str, driver: str, me: str, caches: Mapping[str, Sequence[str]], has_gpus: bool, is_at_uri: bool
 ) -> dict[str, Any]:
     """Look at this machine.
