@@ -118,7 +118,7 @@ def search(context: Context, banked: BankRecord, measured: SensitivityRecord) ->
         while True:
             outcome = ray_tune.search(job, room, context.emit, context.trackers)
             tell(f"ended: {outcome.ended}")
-            usable = [*outcome.trials, *(trial for trial in outcome.taken_over if space.is_feasible(_plan(trial)))]
+            usable = [*outcome.trials, *(trial for trial in outcome.reused if space.is_feasible(_plan(trial)))]
             if given:
                 finalists = _beside_given(usable, given, known)
             else:
@@ -147,7 +147,7 @@ def search(context: Context, banked: BankRecord, measured: SensitivityRecord) ->
             "num_stopped": statuses.count("stopped"),
             "num_failed": statuses.count("failed"),
             "failures": dict(Counter(trial.failure for trial in outcome.trials if trial.failure)),
-            "num_taken_over": sum(1 for trial in outcome.taken_over if trial.rungs),
+            "num_taken_over": sum(1 for trial in outcome.reused if trial.rungs),
             "ended": outcome.ended,
             "search_seconds": outcome.seconds,
             "gpu_seconds": outcome.gpu_seconds,

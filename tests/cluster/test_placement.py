@@ -25,7 +25,8 @@ from raylets import Raylets, raylets
 from qpruner.cluster.connect import Cluster, connect, disconnect
 from qpruner.cluster.slots import Room, Slots
 from qpruner.cluster.tune import SearchJob, search
-from qpruner.cluster.tune.driver import MAX_ERRORS, Forgetful
+from qpruner.cluster.tune.driver import MAX_ERRORS
+from qpruner.cluster.tune.watch import Forgetful
 from qpruner.config.schema import validate_config
 from qpruner.errors import StageError
 from qpruner.plans.plan import Group, Layout, LinearShape, PlanSpace
