@@ -38,8 +38,8 @@ class Clock(TrainerCallback):  # type: ignore[misc]
 def our_model(setup: Setup, *bits: int) -> Any:
     """The pruned model as a trial gets it."""
     config, quantize, dtype = setup.config, setup.config.quantize, setup.config.model.dtype
-    assembler = PlanAssembler(setup.pruned, setup.bank, quantize.group, dtype, quantize.double_quant, config.lora)
-    return assembler.model(setup.plan(*bits), config.seed)
+    bench = PlanAssembler(setup.pruned, setup.bank, quantize.group, dtype, quantize.double_quant, config.lora)
+    return bench.model(setup.plan(*bits), config.seed)
 
 
 def train_ours(setup: Setup, model: Any, rows: Rows) -> float:

@@ -217,11 +217,11 @@ def effective_weights(bank: Path, group: str, bits: int, paths: Sequence[str]) -
 
 def finetuned(job: Job, plans: Sequence[tuple[tuple[int, ...], int]]) -> Iterator[dict[str, Any]]:
     """Loss of plans at every rung of a short fine-tune; each plan comes with its training seed."""
-    assembler = PlanAssembler(Path(job.model), Path(job.bank), job.base_group, DTYPE, double_quant=False, lora=LORA)
+    bench = PlanAssembler(Path(job.model), Path(job.bank), job.base_group, DTYPE, double_quant=False, lora=LORA)
     train, validation = job.windows(0, job.num_train), job.validation()
     for plan, seed in plans:
         started = time.monotonic()
-        model = assembler.model(job.bits(plan), seed)
+        model = bench.model(job.bits(plan), seed)
         losses = {0: mean_loss(model, validation, 0, 16).mean}
 
         def on_rung(step: int, checkpoint: Path, loss: float, model: Any = model, losses: Any = losses) -> None:

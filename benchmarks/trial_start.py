@@ -77,9 +77,9 @@ def measure(config: RunConfig, run: Path, turn: int, banked: bool) -> dict[str, 
     first, second = ({name: generator.choice((4, 8)) for name in names} for _ in range(2))
     if not banked:
         return {"from scratch": seconds(lambda: from_scratch(config, checkpoint, first))}
-    assembler = PlanAssembler(checkpoint, bank, quantize.group, config.model.dtype, quantize.double_quant, config.lora)
+    bench = PlanAssembler(checkpoint, bank, quantize.group, config.model.dtype, quantize.double_quant, config.lora)
     return {
-        kind: seconds(lambda plan=plan: assembler.model(plan, config.seed))  # type: ignore[misc]
+        kind: seconds(lambda plan=plan: bench.model(plan, config.seed))  # type: ignore[misc]
         for kind, plan in (("bank, first trial", first), ("bank, worker reused", second))
     }
 

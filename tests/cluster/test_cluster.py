@@ -18,7 +18,7 @@ from qpruner.cluster.connect import connect, disconnect
 from qpruner.cluster.slots import LOOK_SECONDS, Growth, Node, Room, Slots, local_slots, worker_resources
 from qpruner.config.schema import SearchConfig
 from qpruner.errors import UserError
-from qpruner.pipeline import check_search
+from qpruner.pipeline.resources import check_search
 from qpruner.runs.events import Event, Message, SlotsFound
 
 TWO_NODES = Slots((Node(8, 2), Node(8, 1)))

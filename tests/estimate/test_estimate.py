@@ -18,7 +18,8 @@ import yaml
 from conftest import raw_config, with_key
 
 from qpruner import estimate
-from qpruner.config.schema import LoraConfig, PruneConfig, RunConfig, TrainingConfig, validate_config
+from qpruner.config.load import validate_config
+from qpruner.config.schema import LoraConfig, RunConfig, TrainingConfig
 from qpruner.data.encoding import encode
 from qpruner.estimate import hours, memory
 from qpruner.estimate.step_times import StepTimes
@@ -28,7 +29,8 @@ from qpruner.models.loading import load_tokenizer
 from qpruner.pipeline import preflight
 from qpruner.pipeline.preflight import Inspection
 from qpruner.pipeline.preflight_rows import most_labelled
-from qpruner.pruning.best_cut import Cut
+from qpruner.pipeline.run import run
+from qpruner.pruning.prune import Cut
 from qpruner.quantization.assembly import attach_adapters
 from qpruner.training.finetune import Share, _Batches
 
@@ -216,15 +218,6 @@ def test_a_cut_counts_all_samples_and_every_weight(inspection: Inspection, cut: 
     assert "mean squares" not in first.parts | vector.parts
 
 
-def test_the_comparison_of_cuts_may_take_the_most_memory(inspection: Inspection, changed: Changed) -> None:
-    cut = inspection.cuts[0]
-    short, long = (changed(data__max_length=length, prune__aggregation="vector") for length in (64, 4096))
-    two = replace(inspection, cuts=(cut, cut))
-    assert memory.prune_memory(long, inspection) == memory.prune_memory(short, inspection)
-    assert memory.prune_memory(short, two) == memory.prune_memory(short, inspection)
-    assert memory.prune_memory(long, two).about == "passes of 8 rows x 4096 tokens (`evaluate.batch_size`)"
-
-
 # ---- hours
 
 
@@ -321,24 +314,13 @@ def test_the_comparison_is_a_fine_tune_for_each_row_and_seed(inspection: Inspect
     assert hours.num_compared(fewer) == hours.num_compared(changed()) - 12
 
 
-def test_two_cuts_take_both_and_the_passes_that_compare_them(inspection: Inspection, changed: Changed) -> None:
-    def seconds(config: RunConfig, *settings: PruneConfig) -> float:
-        cuts = tuple(Cut(each, inspection.cuts[0].expected) for each in settings)
-        return hours.slot_hours(config, replace(inspection, cuts=cuts), RATES)["prune"]
-
-    config = changed()
-    beside = config.prune.model_copy(update={"units": ("block", "attention", "mlp")})
-    alone = seconds(config, config.prune) + seconds(config, beside)
-    assert alone < seconds(config, config.prune, beside) < 1.5 * alone
-
-
 # ---- against reality
 
 FINETUNE = """
 import json, sys
 from pathlib import Path
-from qpruner.training.candidates import Candidate, CandidateJob, finetune_candidate
-from qpruner.config.schema import load_config
+from qpruner.training.table_rows import Candidate, CandidateJob, finetune_candidate
+from qpruner.config.load import load_config
 from qpruner.runs.paths import RunDir
 config = load_config(Path(sys.argv[1]))
 run = RunDir(Path(config.output))
@@ -354,8 +336,6 @@ print(json.dumps({"peak": done.peak_memory_bytes, "seconds": done.seconds}))
 def real(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[RunConfig, Path]:
     """A run up to its bank, of a model whose logits and activations stand out from what a process takes anyway."""
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
-
-    from qpruner.pipeline import run
 
     folder = tmp_path_factory.mktemp("real")
     config = AutoConfig.from_pretrained(tiny_model)

@@ -27,9 +27,9 @@ from qpruner.cluster.tune.halt import Halt
 from qpruner.cluster.tune.job import METRIC, TIME
 from qpruner.cluster.tune.resume import resume_search
 from qpruner.cluster.tune.watch import HangWatch
-from qpruner.config.schema import validate_config
+from qpruner.config.load import validate_config
 from qpruner.errors import StageError
-from qpruner.pipeline import run
+from qpruner.pipeline.run import run
 from qpruner.pipeline.search import FINALISTS, _best, _finalists, _front, _hypervolume
 from qpruner.plans.plan import Group, Layout, LinearShape, PlanSpace, PrecisionPlan
 from qpruner.runs.events import Event, Message, Progress, StepsSeen, TrialWithdrawn

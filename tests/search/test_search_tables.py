@@ -54,9 +54,9 @@ def test_plans_that_share_blocks_get_the_loss_of_their_own_models(
     evaluator = Evaluator(job)
     found = {plan: loss for prefix in ((4,), (8,)) for plan, loss in evaluator.every_plan(prefix)}
     assert list(found) == list(itertools.product((4, 8), repeat=2))
-    assembler = PlanAssembler(folder, tmp_path / "bank", "block", "bfloat16", double_quant=False, lora=LORA)
+    bench = PlanAssembler(folder, tmp_path / "bank", "block", "bfloat16", double_quant=False, lora=LORA)
     for plan, loss in found.items():
-        model = assembler.model(job.bits(plan), seed=0)
+        model = bench.model(job.bits(plan), seed=0)
         assert loss == pytest.approx(mean_loss(model, job.validation(), 0, 16).mean, abs=3e-3)
         assert loss == evaluator.one(plan)
     assert len(set(found.values())) == 4
