@@ -19,8 +19,13 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from qpruner.config.schema import config_schema, load_config
+from qpruner.config.load import config_schema, load_config
 from qpruner.errors import ConfigError, CorruptFile, PlanRefused, QprunerError, UserError, note_defect
+from qpruner.pipeline.flow import STAGES, stages_until
+from qpruner.pipeline.prune import Prune
+from qpruner.pipeline.report import Report
+from qpruner.pipeline.search import Search
+from qpruner.pipeline.stage import Stage
 from qpruner.runs.logs import logging_to, quiet_libraries
 from qpruner.runs.version import describe
 from qpruner.wording import as_called, counted, without_nan
@@ -29,19 +34,11 @@ if TYPE_CHECKING:
     from qpruner.cli.terminal import Terminal
     from qpruner.runs.records import PruneRecord, Results
 
-VERBS = {
-    "run": ("report", "Run the whole flow: prune, search, fine-tune, evaluate, report."),
-    "prepare": ("prepare", "Bring the base model into a folder and encode the data."),
-    "prune": ("prune", "Run up to the pruned checkpoint."),
-    "sensitivity": ("sensitivity", "Run up to the sensitivities."),
-    "bank": ("bank", "Run up to the bank of packed weights and adapter starts."),
-    "search": ("search", "Run up to the precision search."),
-    "finetune": ("finetune", "Run up to the final fine-tune."),
-    "evaluate": ("evaluate", "Run up to the held-out evaluation."),
-    "report": ("report", "Write a run folder's report anew, whole or not; given a configuration, run the whole flow."),
+VERBS: dict[str, tuple[type[Stage[Any]], str]] = {
+    "run": (Report, "Run the whole flow: prune, search, fine-tune, evaluate, report."),
+    **{stage.name: (stage, stage.help) for stage in STAGES if stage.help},
 }
-WITH_SEARCH = ("search", "finetune", "evaluate", "report")
-"""Last stages of verbs that search."""
+"""Verbs that run the flow: the last stage, and the help."""
 LOCAL_RAY = "Ray cluster to join (auto or HOST:PORT); starts a local one without it."
 NO_RAY = "Ray cluster to join (auto or HOST:PORT); starts none without it."
 ABOUT_DAMAGE = (
@@ -139,7 +136,7 @@ def _plan_named(plan_file: Path | None) -> Iterator[None]:
         raise ConfigError(named, error.source) from error
 
 
-def _add_verb(name: str, until: str, text: str) -> None:
+def _add_verb(name: str, last: type[Stage[Any]], text: str) -> None:
     def verb(
         config: str,
         overrides: tuple[str, ...],
@@ -152,26 +149,26 @@ def _add_verb(name: str, until: str, text: str) -> None:
 
         def told() -> dict[str, Any]:
             with _plan_named(plan_file):
-                return _run(Path(config), (*overrides, *given), address, until, as_json, quiet)
+                return _run(Path(config), (*overrides, *given), address, last.name, as_json, quiet)
 
         is_file = Path(config).is_file() or Path(config).suffix in (".yaml", ".yml")
-        if name == "report" and not is_file:
+        if name == Report.name and not is_file:
             _guarded(as_json, lambda: _report(config, bool(overrides or given or address)))
         else:
             _guarded(as_json, told)
 
-    if until in WITH_SEARCH:
+    if Search in stages_until(last.name):
         verb = _plan_option("Take this plan instead of searching for one")(verb)
-    about_address = NO_RAY if until == "prepare" else LOCAL_RAY
-    main.command(name, help=text)(_options(about_address, "RUN_OR_CONFIG" if name == "report" else "CONFIG")(verb))
+    about_address = LOCAL_RAY if last.starts_ray else NO_RAY
+    main.command(name, help=text)(_options(about_address, "RUN_OR_CONFIG" if name == Report.name else "CONFIG")(verb))
 
 
-for _name, (_until, _text) in VERBS.items():
-    if _name != "prune":
-        _add_verb(_name, _until, _text)
+for _name, (_last, _text) in VERBS.items():
+    if _last is not Prune:
+        _add_verb(_name, _last, _text)
 
 
-@main.command(help=VERBS["prune"][1])
+@main.command(help=Prune.help)
 @_options(NO_RAY)
 @click.option("--dry-run", is_flag=True, help="Show what would be kept; write nothing.")
 def prune(
@@ -180,13 +177,13 @@ def prune(
     if dry_run:
         _guarded(as_json, lambda: _preview(Path(config), overrides, address, quiet))
     else:
-        _guarded(as_json, lambda: _run(Path(config), overrides, address, "prune", as_json, quiet))
+        _guarded(as_json, lambda: _run(Path(config), overrides, address, Prune.name, as_json, quiet))
 
 
 @main.command(help="Validate a configuration and say what the run would be and take; loads no weights.")
 @_options("Ray cluster to look at (auto or HOST:PORT); looks at this machine without it, and starts no Ray.")
-@click.option("--measure", is_flag=True, help="Time a few steps of these shapes here, not only matrix products.")
-@click.option("--gpu", metavar="NAME", help="Assume this GPU (A100, H100, ...) instead of what is here.")
+@click.option("--measure", is_flag=True, help="Time a few steps of these shapes here, and estimate hours by them.")
+@click.option("--gpu", "for_gpus", is_flag=True, help="Assume a machine with GPUs, whatever is here.")
 @click.option("--show-config", is_flag=True, help="Print every key of the configuration in effect, defaults too.")
 @_plan_option("Check this plan, too")
 def check(
@@ -196,7 +193,7 @@ def check(
     as_json: bool,
     quiet: bool,
     measure: bool,
-    gpu: str | None,
+    for_gpus: bool,
     show_config: bool,
     plan_file: Path | None,
 ) -> None:
@@ -210,7 +207,7 @@ def check(
         from qpruner.cli.check import check
 
         with _plan_named(plan_file):
-            return check(loaded, address, quiet, measure, gpu, show_config)
+            return check(loaded, address, quiet, measure, for_gpus, show_config)
 
     _guarded(as_json, told)
 
@@ -325,30 +322,23 @@ def push(run: str, repo_id: str, is_public: bool, what: Any, as_json: bool) -> N
     _guarded(as_json, told)
 
 
-def _talk_options(function: Callable[..., None]) -> Callable[..., None]:
-    count = click.IntRange(min=1)
-    for option in (
-        click.option(
-            "--which", metavar="NAMES", help="Of a run's models: base,pruned,final. All that are there without it."
-        ),
-        click.option("--max-tokens", type=count, default=128, show_default=True, help="Tokens an answer may have."),
-        click.option(
-            "--temperature",
-            type=click.FloatRange(min=0),
-            default=0.0,
-            show_default=True,
-            help="0: the likeliest token every time.",
-        ),
-        click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of draws above 0."),
-        click.argument("place", metavar="RUN_OR_FOLDER", type=click.Path()),
-    ):
-        function = option(function)
-    return function
+_count = click.IntRange(min=1)
 
 
-@main.command(help="What a run's base, pruned and final model say to a prompt, side by side; or the model of a folder.")
+@main.command(help="Print what a run's base, pruned and final model, or the model of a folder, answer to a prompt.")
+@click.argument("place", metavar="RUN_OR_FOLDER", type=click.Path())
 @click.option("--prompt", "prompts", multiple=True, metavar="TEXT", help="What to answer; may be given several times.")
 @click.option("--file", type=click.Path(path_type=Path), help="More prompts, one a line.")
+@click.option("--which", metavar="NAMES", help="Of a run's models: base,pruned,final. All that are there without it.")
+@click.option("--max-tokens", type=_count, default=128, show_default=True, help="Tokens an answer may have.")
+@click.option(
+    "--temperature",
+    type=click.FloatRange(min=0),
+    default=0.0,
+    show_default=True,
+    help="0: the likeliest token every time.",
+)
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of draws above 0.")
 @click.option(
     "--template",
     type=click.Choice(["chat", "alpaca", "none"]),
@@ -358,47 +348,33 @@ def _talk_options(function: Callable[..., None]) -> Callable[..., None]:
     "`data.template: alpaca`, as in a fine-tune on instructions.",
 )
 @_json
-@_talk_options
 def generate(
     place: str,
     prompts: tuple[str, ...],
     file: Path | None,
-    template: Any,
     which: str | None,
     max_tokens: int,
     temperature: float,
     seed: int,
+    template: Any,
     as_json: bool,
 ) -> None:
-    def told() -> dict[str, Any]:
+    def work() -> dict[str, Any]:
         quiet_libraries()
-        from qpruner.cli import model_verbs as talk_verbs
-        from qpruner.export import generate as talk
+        from qpruner.cli.model_verbs import generate
+        from qpruner.export.generate import Sampling
 
-        sampling = talk.Sampling(max_tokens, temperature, seed, template)
-        return talk_verbs.generate(place, which, prompts, file, sampling, as_json)
+        sampling = Sampling(max_tokens, temperature, seed, template)
+        return generate(place, which, prompts, file, sampling, as_json)
 
-    _guarded(as_json, told)
-
-
-@main.command(help="Talk to a run's base, pruned and final model side by side, or to the model of a folder.")
-@_talk_options
-def chat(place: str, which: str | None, max_tokens: int, temperature: float, seed: int) -> None:
-    def told() -> dict[str, Any]:
-        quiet_libraries()
-        from qpruner.cli import model_verbs as talk_verbs
-        from qpruner.export import generate as talk
-
-        return talk_verbs.chat(place, which, talk.Sampling(max_tokens, temperature, seed))
-
-    _guarded(False, told)
+    _guarded(as_json, work)
 
 
 def _export(root: str, form: Any, out: Path | None) -> dict[str, Any]:
     quiet_libraries()
     from qpruner.cli.terminal import Terminal
     from qpruner.export.folders import export
-    from qpruner.pipeline.compress import telling
+    from qpruner.pipeline.prepare import telling
     from qpruner.report.liveness import warning_of_driver
     from qpruner.runs.paths import RunDir
 
@@ -439,7 +415,7 @@ def _run(
     config = load_config(path, list(overrides))
     quiet_libraries()
     from qpruner.cli.terminal import Terminal
-    from qpruner.pipeline import run
+    from qpruner.pipeline.run import run
     from qpruner.runs.object_store import address_of
     from qpruner.runs.paths import run_root
 
@@ -447,10 +423,10 @@ def _run(
     with logging_to(root):
         with Terminal(quiet=quiet) as terminal:
             results = run(config, terminal.emit, address, until)
-        if until == "prune":
+        if until == Prune.name:
             assert results.prune
             _print_layers(results.prune, terminal)
-        if until == "report":
+        if until == Report.name:
             _print_table(results, root, terminal)
     return {"status": "ok", "run": address_of(root), **_figures(results)}
 
@@ -459,7 +435,7 @@ def _preview(path: Path, overrides: tuple[str, ...], address: str | None, quiet:
     config = load_config(path, list(overrides))
     quiet_libraries()
     from qpruner.cli.terminal import Terminal
-    from qpruner.pipeline import preview
+    from qpruner.pipeline.run import preview
 
     with Terminal(quiet=quiet) as terminal:
         record = preview(config, terminal.emit, address)

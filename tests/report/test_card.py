@@ -18,7 +18,7 @@ from made_rows import results_of, searched_row, snapshot
 from made_run import MadeRun
 from safetensors.numpy import save
 
-from qpruner.config.schema import validate_config
+from qpruner.config.load import validate_config
 from qpruner.report.card import base_card, model_card, other_base_remark
 from qpruner.report.files import write_report
 from qpruner.report.snapshot import read_snapshot

@@ -19,9 +19,10 @@ from made_run import BUDGET, HOSTILE, STAGES, TRIALS, MadeRun, reported_run
 
 import qpruner
 from qpruner.cli.main import main
-from qpruner.config.schema import SensitivityMethod, validate_config
+from qpruner.config.load import validate_config
+from qpruner.config.schema import SensitivityMethod
 from qpruner.errors import UserError
-from qpruner.pipeline import run
+from qpruner.pipeline.run import run
 from qpruner.plans.plan import PrecisionPlan
 from qpruner.report import tables
 from qpruner.report.files import write_report
