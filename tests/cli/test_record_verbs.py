@@ -455,7 +455,7 @@ def test_compare_pairs_runs_that_were_measured_on_the_same_questions(tmp_path: P
     assert (confirmation["mean"], confirmation["verdict"]) == (0, "not distinguishable")
     text = qpruner("compare", *runs).stdout
     assert "second less first: +0.00% bytes, 3 training seeds, paired: acc +0." in text
-    assert "hours count in each: prepare, prune, sensitivity, bank, search, finetune, evaluate, comparison." in text
+    assert "hours count in each: prepare, prune, bank, sensitivity, search, finetune, evaluate, comparison." in text
 
 
 def test_compare_pairs_only_what_was_measured_alike(tmp_path: Path) -> None:
