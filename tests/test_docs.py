@@ -36,6 +36,7 @@ AWS = "needs an AWS account; tests/test_cluster_files.py checks the file against
 RECIPE = "needs an AWS account; tests/test_aws_recipe.py runs it against a stand-in of AWS"
 MACHINES = "needs machines of one's own; tests/cluster/test_ray_up.py runs these scripts on hosts made of namespaces"
 SLURM = "needs SLURM; tests/cluster/test_slurm.py runs the file under a real one"
+CLUSTER = "needs a cluster; tests/faults/test_search_faults.py drains a node of one"
 INDEX = "asks a package index; tests/test_packaging.py and tests/test_launch.py install from a checkout"
 HUB = "asks a model hub, or needs an account of one; tests/export/test_push.py has one on loopback"
 TESTS = "runs tests, which have their own command"
@@ -54,7 +55,7 @@ NOT_RUN = {
     ("docs/cluster.md", "cp tune_configs/smollm2_135m_p20.yaml"): HUB,
     ("docs/cluster.md", "export HF_HOME=/shared/hf"): SLURM,
     ("docs/cluster.md", "bash launch/up.sh launch/cluster_onprem.yaml"): MACHINES,
-    ("docs/cluster.md", "ray list nodes"): "needs a cluster; tests/faults/test_search_faults.py drains a node of one",
+    ("docs/cluster.md", "ray list nodes"): CLUSTER,
     ("docs/cluster.md", "sbatch"): SLURM,
 }
 """Page and start of the first line -> why the block is not run here."""
@@ -165,6 +166,19 @@ def test_files_that_commands_name_are_there() -> None:
     assert [name for name in named if not (ROOT / name).exists() and not re.search("[A-Z]{3}", name)] == []
 
 
+@pytest.mark.parametrize("page", [ROOT / "CONTRIBUTING.md", ROOT / "docs/architecture.md"], ids=lambda page: page.name)
+def test_paths_and_names_of_the_code_are_there(page: Path) -> None:
+    """`ROOM/` and `ROOM/FILE.py` are in the package or here; of `ROOM/FILE.py: NAME` the file has the name."""
+    text = FENCE.sub("", page.read_text(encoding="utf-8"))
+    paths = re.findall(r"`(?:qpruner/)?((?:[a-z_]+/)+(?:[a-z_]+\.py)?)(?:: ([A-Za-z_.]+))?`", text)
+    assert len(paths) > 10
+    homes = (ROOT, ROOT / "qpruner", *(ROOT / "qpruner").iterdir())
+    for path, name in paths:
+        found = [home / path for home in homes if (home / path).exists()]
+        assert found, f"{page.name}: {path}"
+        assert not name or re.search(rf"\b{re.escape(name)}\b", found[0].read_text()), f"{page.name}: {path}: {name}"
+
+
 @pytest.mark.parametrize("block", [block for block in BLOCKS if block.language in RUN], ids=str)
 def test_the_syntax_is_right(block: Block) -> None:
     if block.language == "python":
@@ -190,22 +204,13 @@ def test_verbs_and_options_exist(page: Path) -> None:
         assert set(options) <= known, f"{page.name}: `qpruner {verb} {' '.join(options)}`"
 
 
-def test_verbs_in_pages_are_found() -> None:
-    verbs = {verb for page in PAGES for verb, _ in commands_in(page)}
-    assert {"run", "check", "trials", "plan", "export", "status", "compare", "schema", "report"} <= verbs
-
-
-def known_keys() -> set[str]:
-    page = (ROOT / "docs/configuration.md").read_text()
-    return set(re.findall(r"^- `([\w.]+)`", page, re.MULTILINE)) | set(re.findall(r"^## ([\w.]+)$", page, re.MULTILINE))
-
-
 @each_page
 def test_keys_of_a_configuration_exist(page: Path) -> None:
-    sections = "|".join({key.partition(".")[0] for key in known_keys() if "." in key})
+    reference = (ROOT / "docs/configuration.md").read_text()
+    keys = set(re.findall(r"^(?:- `|## )([a-z_.]+)", reference, re.MULTILINE))
+    sections = "|".join({key.partition(".")[0] for key in keys if "." in key})
     found = re.findall(rf"`((?:{sections})(?:\.[a-z_]+)+)(?:: [^`]*)?`", page.read_text())
-    files = {"prune.files.json", "run.json", "data.jsonl"}
-    assert [key for key in found if key not in known_keys() | files and not key.startswith("run.")] == []
+    assert set(found) - keys - {"prune.files.json"} == set()
 
 
 @pytest.mark.parametrize("block", [block for block in BLOCKS if block.language == "yaml"], ids=str)

@@ -210,10 +210,8 @@ class _Count:
         return self._questions("evaluate") + sum(self._lengths.get("text", ())) * 2 * self._pruned
 
     def prune(self) -> float:
-        """Count all the cuts that are tried, and the comparison of several."""
-        cuts = [cut.settings for cut in self._inspection.cuts]
-        compared = len(cuts) * self.split("validation") if len(cuts) > 1 else 0.0
-        return sum(map(self._cut, cuts)) + compared
+        """Count every cut."""
+        return sum(self._cut(cut.settings) for cut in self._inspection.cuts)
 
     def _cut(self, settings: PruneConfig) -> float:
         """Count what whole blocks take, then importance and compensation for each of `prune.steps`."""
