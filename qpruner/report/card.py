@@ -11,8 +11,7 @@ from huggingface_hub import EvalResult, ModelCardData
 
 from qpruner.config.schema import RunConfig
 from qpruner.data.sources import BUILDERS
-from qpruner.export.card_metadata import front_matter
-from qpruner.models.snippets import section
+from qpruner.export.card import front_matter, loading_section
 from qpruner.report.markdown import code, parts_text, prose
 from qpruner.report.results import SEARCHED, rows
 from qpruner.report.sections import measured
