@@ -341,8 +341,8 @@ class PlanSpace:
             return None
         if not solution.success:
             raise SolverFailed(
-                f"no plan of {num_groups} groups inside {self.budget_bytes} bytes was told from none: HiGHS ended with "
-                f"status {solution.status} ({solution.message}); its limit is {SOLVER_SECONDS:g} s: try again, or take "
-                "fewer groups (`quantize.group`)"
+                f"no plan of {num_groups} groups inside {self.budget_bytes} bytes was found or ruled out: HiGHS ended "
+                f"with status {solution.status} ({solution.message}); its limit is {SOLVER_SECONDS:g} s: try again, or "
+                "take fewer groups (`quantize.group`)"
             )
         return self.plan_of(solution.x.reshape(num_groups, num_levels).argmax(axis=1))
