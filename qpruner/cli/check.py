@@ -22,7 +22,7 @@ from qpruner.pipeline.preflight_rows import SPLITS, num_cut
 from qpruner.plans.plan import FULL_BITS, LinearShape, told_of_budget
 from qpruner.report.card import other_base_remark
 from qpruner.report.liveness import driver_text
-from qpruner.runs.paths import RunDir
+from qpruner.runs.run_dir import RunDir
 from qpruner.wording import counted
 
 

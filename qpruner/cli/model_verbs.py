@@ -22,7 +22,7 @@ from qpruner.errors import OutOfMemory, UserError
 from qpruner.export.generate import WHICH, Answer, Sampling, Shelf, Source, sources
 from qpruner.pipeline.compress import telling
 from qpruner.report.liveness import warning_of_driver
-from qpruner.runs.paths import STATE, RunDir
+from qpruner.runs.run_dir import STATE, RunDir
 
 COLUMN = 36
 """Characters that a column needs."""

@@ -31,7 +31,7 @@ from ray.train.v2._internal.execution.callback import ControllerCallback, Worker
 
 from qpruner.cluster.cluster import Result, run_tasks
 from qpruner.cluster.nodes import stays
-from qpruner.runs.paths import read_sign, write_sign
+from qpruner.runs.storage import read_progress, write_progress
 
 
 @dataclass(frozen=True)
@@ -110,7 +110,7 @@ def _run(group: _Group) -> Any:
         return trainer.fit().return_value
     except WorkerGroupError as error:
         cause = _first_cause(error.worker_failures)
-        if isinstance(cause, RayActorError) and not all(map(stays, (read_sign(places) or "").split())):
+        if isinstance(cause, RayActorError) and not all(map(stays, (read_progress(places) or "").split())):
             raise NodeDiedError(str(cause)) from error
         raise cause from error
     except ControllerError as error:
@@ -143,7 +143,7 @@ class _Watch(WorkerGroupCallback, ControllerCallback):  # type: ignore[misc]
 
     def after_worker_group_start(self, worker_group: Any) -> None:
         self._state = worker_group.get_worker_group_state()
-        write_sign(self._places, " ".join(worker.metadata.node_id for worker in self._state.workers))
+        write_progress(self._places, " ".join(worker.metadata.node_id for worker in self._state.workers))
 
     async def before_controller_shutdown(self) -> None:
         if self._state is not None:

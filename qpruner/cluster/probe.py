@@ -12,9 +12,9 @@ from typing import Any
 from qpruner.cluster import testimony
 from qpruner.cluster.cluster import first_line, size_of
 from qpruner.cluster.slots import Node
-from qpruner.runs.object_store import CACHE, cache_root, is_mirror
-from qpruner.runs.paths import BANK_CACHE, RunDir
 from qpruner.runs.records import RUN_ID
+from qpruner.runs.run_dir import BANK_CACHE, RunDir
+from qpruner.runs.storage import storage_at
 
 ANSWER_SECONDS = 120.0
 """A node starts a worker and answers within this time, or is named as silent; importing torch from a cold network file
@@ -110,8 +110,7 @@ def probe(storage: Path, driver: str, banked: Iterable[str] = (), seconds: float
 
     nodes = [node for node in ray.nodes() if node["Alive"]]
     caches = {BANK_CACHE: [f"{sha256}.safetensors" for sha256 in banked]}
-    if is_mirror(storage):
-        caches[CACHE] = [f"{storage.parent.relative_to(cache_root())}/**/*"]
+    caches |= storage_at(storage.parent).copies()
     asked = _ask(nodes, storage, driver, caches)
     answered, _ = ray.wait(list(asked.values()), num_returns=len(asked), timeout=seconds)
     said: dict[str, NodeFacts | str] = {}
@@ -135,7 +134,7 @@ def probe(storage: Path, driver: str, banked: Iterable[str] = (), seconds: float
 def packed_check(run: RunDir) -> bytes:
     """A pickled function that a worker calls before it reads anything of qpruner's: that may be another one on a node
     that was not looked at. It raises a RuntimeError that names node and difference, see `testimony.check_like`."""
-    told = (testimony.versions(), str(run.root), run.place, RUN_ID, run.id, run.is_at_uri)
+    told = (testimony.versions(), str(run.root), run.place, RUN_ID, run.id)
     return _packed(functools.partial(testimony.check_like, *told))
 
 
@@ -183,9 +182,7 @@ def _ask(
         for node in nodes:
             there = task.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False))
             has_gpus = size_of(node).gpus > 0
-            asked[node["NodeID"]] = there.remote(
-                str(storage), driver, node["NodeID"], caches, has_gpus, is_mirror(storage)
-            )
+            asked[node["NodeID"]] = there.remote(str(storage), driver, node["NodeID"], caches, has_gpus)
         return asked
 
 

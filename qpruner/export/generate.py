@@ -7,7 +7,6 @@ matter which models lie in memory together.
 from __future__ import annotations
 
 import itertools
-import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,9 +22,9 @@ from qpruner.errors import UserError
 from qpruner.hf import load, weights_folder
 from qpruner.models.loading import OnLoading, check_folder, load_dense, load_tokenizer, untold
 from qpruner.models.memory import explaining_shortage, free_bytes, release
-from qpruner.runs.object_store import address_of, mirror_of
-from qpruner.runs.paths import STATE, RunDir
 from qpruner.runs.records import PrepareRecord, RunState
+from qpruner.runs.run_dir import STATE, RunDir
+from qpruner.runs.storage import run_path, storage_at
 
 BASE, PRUNED, FINAL = WHICH = ("base", "pruned", "final")
 """The models of a run, in the order they come to be."""
@@ -208,11 +207,10 @@ def sources(place: str | Path, which: Sequence[str]) -> list[Source]:
     Raises:
         UserError: If one is missing or damaged, or the run is at a URI.
     """
-    if "://" in str(place):
-        uri = shlex.quote(address_of(mirror_of(str(place))))
+    if "://" in str(place) and (command := storage_at(run_path(str(place))).export_command):
         raise UserError(
-            f"models are talked to from a folder, and this is a URI: `qpruner export {uri} --to peft --out FOLDER` "
-            "brings its final model here, then name FOLDER"
+            f"models are talked to from a folder, and this is a URI: `{command}` brings its final model here, then "
+            "name FOLDER"
         )
     place = Path(place).expanduser().resolve()
     if (place / STATE).is_file():

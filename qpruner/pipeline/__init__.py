@@ -26,15 +26,16 @@ from qpruner.pipeline.prune import preview_prune, prune
 from qpruner.pipeline.recorded import recorded, shares_done
 from qpruner.pipeline.report import report, report_unfinished
 from qpruner.pipeline.search import search
-from qpruner.pipeline.sender import Sender
 from qpruner.pipeline.stage import explained
 from qpruner.report.card import other_base_remark
 from qpruner.report.search_progress import event_line
-from qpruner.report.tensorboard import Board
+from qpruner.report.tensorboard import FOLDER, Board
 from qpruner.runs.events import COMMAND, Emit, Event, Message
-from qpruner.runs.lock import sole_driver
-from qpruner.runs.paths import RunDir, exists
+from qpruner.runs.lock import hold_run
 from qpruner.runs.records import STAGES, PruneRecord, Results
+from qpruner.runs.run_dir import LOG, RunDir
+from qpruner.runs.storage import exists
+from qpruner.runs.storage.upload import Uploader
 from qpruner.search.searchers import check_searcher
 from qpruner.training.trackers import check_trackers
 from qpruner.wording import counted
@@ -156,30 +157,30 @@ def run(
         check_room(planned)
     run_dir = RunDir(config.output)
     with (
-        sole_driver(run_dir.root, lambda text: emit(Message(COMMAND, text))) as is_ours,
-        contextlib.closing(Sender(run_dir)) as sender,
+        hold_run(run_dir.root, lambda text: emit(Message(COMMAND, text))) as holds_run,
+        contextlib.closing(Uploader(run_dir.root, FOLDER, LOG)) as uploader,
     ):
         _ = run_dir.id  # there from now on: beside it a lock that is gone was taken away
-        progress = RunProgress(run_dir, config, until, command, is_ours)
+        progress = RunProgress(run_dir, config, until, command, holds_run)
         board = Board(run_dir.root, config)
 
         def tell(event: Event) -> None:
             if line := event_line(event, config.search.steps):
                 logger.info(line)
-            for listen in (progress.listen, board.listen, sender.listen, emit):
+            for listen in (progress.listen, board.listen, uploader.listen, emit):
                 listen(event)
 
         try:
             with progress.ending():
-                results = _stages(Context(config, run_dir, tell, address, inspection, is_ours=is_ours), until)
+                results = _stages(Context(config, run_dir, tell, address, inspection, holds_run=holds_run), until)
         except BaseException as error:
             # Of a storage that was waited for a report would wait once more.
             is_away = isinstance(error, StorageError) or isinstance(error.__cause__, StorageError)
-            if progress.is_told and not is_away and is_ours():  # else the report of an earlier command stands
+            if progress.is_told and not is_away and holds_run():  # else the report of an earlier command stands
                 report_unfinished(run_dir)
             raise
         # Where nothing was done an earlier report, maybe of a whole run, tells more.
-        if until != "report" and is_ours() and (progress.has_begun or not exists(run_dir.root / "report.html")):
+        if until != "report" and holds_run() and (progress.has_begun or not exists(run_dir.root / "report.html")):
             tell(Message("report", report_unfinished(run_dir)))
         return results
 

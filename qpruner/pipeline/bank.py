@@ -15,9 +15,8 @@ from qpruner.pipeline.context import Context
 from qpruner.pipeline.stage import Stage, run_stage
 from qpruner.plans.plan import FULL_BITS, check_cpu_widths
 from qpruner.runs.events import Emit, Message, Progress
-from qpruner.runs.object_store import name_of
-from qpruner.runs.paths import files_in, remove
 from qpruner.runs.records import BankRecord, PruneRecord, digest_of
+from qpruner.runs.storage import display_name, files_in, remove
 
 if TYPE_CHECKING:
     from qpruner.quantization.bank import BankIndex, GroupJob, IndexEntry
@@ -35,7 +34,7 @@ def bank(context: Context, pruned: PruneRecord) -> BankRecord:
     def work(scratch: Path) -> dict[str, Any]:
         if 4 in levels and not context.trial_resources.get("gpu"):
             check_cpu_widths([linear for group in context.layout.groups for linear in group.linears])
-        files = _taken_over(context.bank, scratch, inputs, levels)
+        files = _reused_files(context.bank, scratch, inputs, levels)
 
         def write_index() -> None:
             store.write_index(scratch, store.BankIndex(digest=stage.digest, bitsandbytes=library, files=files))
@@ -85,7 +84,7 @@ def bank_stage(context: Context, pruned: PruneRecord) -> Stage:
     made_from = (*model, quantize.group, quantize.double_quant, starts, config.seed, FORMAT, library)
     named = ", ".join(map(str, levels))
     detail = f"packing every group at {named} bits, {config.lora.init} start"
-    return Stage("bank", detail, (*made_from, levels), goes_on=True)
+    return Stage("bank", detail, (*made_from, levels), resumes=True)
 
 
 def _made_from(stage: Stage) -> str:
@@ -130,20 +129,20 @@ def _forget_damaged_bank(context: Context, stage: Stage) -> None:
     if index.digest != record.digest:
         raise StageError(
             "bank",
-            f"{name_of(context.bank)} was built for other weights, settings or versions (digest {index.digest}, not "
-            f"{record.digest})",
+            f"{display_name(context.bank)} was built for other weights, settings or versions (digest {index.digest}, "
+            f"not {record.digest})",
             "delete that folder, then repeat the command",
         )
     intact = store.intact_files(context.bank, index)
     damaged = [name for name in index.files if name not in intact]
     for name in damaged:
-        text = f"{name_of(context.bank / name)} is missing or damaged; it alone is built again"
+        text = f"{display_name(context.bank / name)} is missing or damaged; it alone is built again"
         context.emit(Message("bank", text))
     if damaged:
         context.forget("bank")
 
 
-def _taken_over(bank: Path, scratch: Path, inputs: str, levels: tuple[int, ...]) -> dict[str, IndexEntry]:
+def _reused_files(bank: Path, scratch: Path, inputs: str, levels: tuple[int, ...]) -> dict[str, IndexEntry]:
     """The intact files of an earlier bank, and of what a killed command left, that were made from the same.
 
     Those of a bank in a folder are linked. Nothing else stays in `scratch`: a link of one that does not fit any more
@@ -210,7 +209,7 @@ def _check_room(context: Context, scratch: Path, jobs: list[GroupJob]) -> None:
     needed = packed + num_sets * layout.adapter_bytes
     num_entries = sum(len(job.bits) for job in jobs)
     context.emit(Message("bank", f"{num_entries} entries to build, {needed / 1e6:.1f} MB"))
-    if context.run_dir.is_at_uri:
+    if not context.run_dir.storage.fills_this_disk:
         return
     free = shutil.disk_usage(scratch).free
     if free < needed:

@@ -14,9 +14,19 @@ from qpruner.errors import CorruptFile
 from qpruner.pipeline.context import Context
 from qpruner.pipeline.stage import Stage, run_stage
 from qpruner.runs.events import Emit, Message, Progress
-from qpruner.runs.mirror import check_arrived, fetch, written
-from qpruner.runs.paths import children, exists, file_digest, read_json, remove, set_aside, write_json
 from qpruner.runs.records import BankRecord, MethodScores, PrepareRecord, PruneRecord, SensitivityRecord, digest_of
+from qpruner.runs.storage import (
+    children,
+    exists,
+    fetch,
+    file_digest,
+    quarantine,
+    read_json,
+    remove,
+    require_arrived,
+    write_json,
+    writing_folder,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -33,17 +43,15 @@ def prepare(context: Context) -> PrepareRecord:
     stage = prepare_stage(context)
 
     def work(scratch: Path) -> dict[str, Any]:
-        is_shared = bool(context.address) or context.run_dir.is_at_uri
+        is_shared = bool(context.address) or context.run_dir.storage.is_read_anywhere
         job = BaseJob(context.worker_config.model, scratch / "model", is_shared)
         base = context.workshop.do(bring_base, job, context.emit)
         if base.converted:
-            check_arrived(job.folder)
+            require_arrived(job.folder)
         counts = _encode_splits(context, str(fetch(Path(base.path))), scratch / "data")
-        # The scratch folder is about to get the stage's name; what is at a URI has another path on each machine.
-        place = Path("prepare") if context.run_dir.is_at_uri else context.run_dir.stage("prepare")
-        path = place / "model" if base.converted else base.path
         return {
-            "model_path": str(path),
+            # In the run's own folder, which has another path on each machine and may be moved.
+            "model_path": "prepare/model" if base.converted else str(base.path),
             "converted": base.converted,
             "source_bytes": base.source_bytes,
             "num_rows": counts,
@@ -81,7 +89,7 @@ def bring_base(job: BaseJob, bench: Bench, emit: Emit) -> Base:
     """The base model as a folder."""
     from qpruner.models.checkpoint import prepare_base
 
-    with written(job.folder) as folder:
+    with writing_folder(job.folder) as folder:
         base = prepare_base(job.model, folder, job.is_shared, telling(emit, "prepare"))
     return replace(base, path=str(job.folder)) if base.converted else base
 
@@ -132,7 +140,7 @@ def sensitivity_stage(context: Context, pruned: PruneRecord, banked: BankRecord)
         config.seed,
     )
     named = ", ".join(config.measured_methods) or "nothing to measure"
-    return Stage("sensitivity", named, (digest_of("scores", *inputs), config.measured_methods), goes_on=True)
+    return Stage("sensitivity", named, (digest_of("scores", *inputs), config.measured_methods), resumes=True)
 
 
 def _earlier_scores(context: Context, scratch: Path, digest: str) -> Iterator[tuple[str, MethodScores]]:
@@ -148,7 +156,7 @@ def _earlier_scores(context: Context, scratch: Path, digest: str) -> Iterator[tu
         try:
             scores = read_json(file, MethodScores)
         except CorruptFile as error:
-            where = set_aside(file, context.run_dir.root)
+            where = quarantine(file, context.run_dir.root)
             context.emit(Message("sensitivity", f"warning: {error}; set aside in {where}, its scores are made anew"))
             continue
         if scores:

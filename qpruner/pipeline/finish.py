@@ -9,7 +9,6 @@ from typing import Any
 
 from qpruner.cluster.workshop import Bench
 from qpruner.config.schema import RunConfig
-from qpruner.errors import CorruptFile
 from qpruner.pipeline.compress import telling
 from qpruner.pipeline.context import Context
 from qpruner.pipeline.jobs import (
@@ -27,11 +26,16 @@ from qpruner.pipeline.jobs import (
 from qpruner.pipeline.rows import candidates_for, untuned_candidates, winner_row
 from qpruner.pipeline.stage import Stage, is_whole, run_stage
 from qpruner.report.results import BASE, SEARCHED
-from qpruner.runs.events import Emit, Message
-from qpruner.runs.mirror import FileList, emptied, fetch, list_beside, workplace, written
-from qpruner.runs.object_store import name_of
-from qpruner.runs.paths import files_in, publish_folder, read_json
+from qpruner.runs.events import Emit
 from qpruner.runs.records import EvalRecord, FinetuneRecord, SearchRecord
+from qpruner.runs.storage import (
+    empty_folder,
+    fetch,
+    publish_folder,
+    staging_path,
+    storage_at,
+    writing_folder,
+)
 from qpruner.training.candidates import ADAPTER_WEIGHTS, Candidate
 from qpruner.wording import counted
 
@@ -80,22 +84,8 @@ def finetune_stage(context: Context, searched: SearchRecord, jobs: list[RowJob])
 
 
 def _is_there(context: Context, final: Path) -> bool:
-    """Whether the final folder is there whole; of one at a URI whether all of it is there, since who fetches it
-    compares it."""
-    if not context.run_dir.is_at_uri:
-        return final.is_dir() and is_whole(context.run_dir, final, "finetune", context.emit)
-    try:
-        listed = read_json(list_beside(final), FileList)
-    except CorruptFile as error:
-        trouble = str(error)
-    else:
-        if listed is None:
-            return False
-        missing = listed.sha256.keys() - files_in(final).keys()
-        trouble = f"{name_of(final / min(missing))} is missing" if missing else ""
-    if trouble:
-        context.emit(Message("finetune", f"warning: {trouble}; the final model is written again"))
-    return not trouble
+    """Whether the final folder is there and complete."""
+    return storage_at(final).is_published() and is_whole(context.run_dir, final, "finetune", context.emit)
 
 
 def evaluate(context: Context, tuned: FinetuneRecord) -> EvalRecord:
@@ -186,8 +176,8 @@ def write_final(job: FinalJob, bench: Bench, emit: Emit) -> None:
     checkpoint, adapter = fetch(winner.checkpoint), fetch(winner.adapter)
     with tensors_told(told):
         model, _ = assemble(checkpoint, winner.bank, quantize.group, winner.plan, dtype, quantize.double_quant)
-    scratch = emptied(workplace(job.folder.with_name(f".{job.folder.name}")))
-    with written(scratch):
+    scratch = empty_folder(staging_path(job.folder.with_name(f".{job.folder.name}")))
+    with writing_folder(scratch):
         save_checkpoint(model, load_tokenizer(str(checkpoint)), scratch, told)
         for file in ("adapter_config.json", ADAPTER_WEIGHTS):
             shutil.copy2(adapter / file, scratch / file)

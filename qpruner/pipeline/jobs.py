@@ -19,20 +19,19 @@ from qpruner.pipeline.preflight import layout_for
 from qpruner.pipeline.rows import Row, candidates_for
 from qpruner.plans.plan import Layout, PrecisionPlan
 from qpruner.runs.events import Message, Progress
-from qpruner.runs.mirror import put_folders
-from qpruner.runs.object_store import is_mirror, name_of
-from qpruner.runs.paths import (
-    RunDir,
+from qpruner.runs.records import CandidateRecord, Inference, InferenceSetting, RowScores, TaskScore, digest_of
+from qpruner.runs.run_dir import RunDir
+from qpruner.runs.storage import (
     exists,
-    file_digest,
     for_each,
+    published_folders,
+    quarantine,
     read_json,
-    read_sign,
+    read_progress,
     remove,
-    set_aside,
+    verify_folder,
     write_json,
 )
-from qpruner.runs.records import CandidateRecord, Inference, InferenceSetting, RowScores, TaskScore, digest_of
 from qpruner.training.candidates import (
     ADAPTER_WEIGHTS,
     Candidate,
@@ -81,13 +80,13 @@ def finetune_jobs(context: Context, stage: str, jobs: list[RowJob]) -> list[Cand
         if isinstance(each, CandidateRecord):
             found[job.folder] = each
         elif each:
-            where = set_aside(job.folder, job.folder.parent)
+            where = quarantine(job.folder, job.folder.parent)
             context.emit(Message(stage, f"warning: {each}; set aside in {where}, {job.label} is fine-tuned anew"))
     for_each(remove, [job.checkpoints for job in models if job.folder in found])  # of a driver that was killed
     left = [job for job in models if job.folder not in found]
     for job in left:
-        for checkpoint in filter(is_damaged, put_folders(job.checkpoints)):
-            where = set_aside(checkpoint, job.folder.parent)
+        for checkpoint in filter(is_damaged, published_folders(job.checkpoints)):
+            where = quarantine(checkpoint, job.folder.parent)
             text = f"warning: {checkpoint} is damaged; set aside in {where}, {job.label} does not go on from it"
             context.emit(Message(stage, text))
     if left:
@@ -117,8 +116,10 @@ def _recorded(folder: Path) -> CandidateRecord | str | None:
         return str(error)
     if record is None or not exists(weights):
         return None
-    if record.adapter_sha256 and not is_mirror(weights) and file_digest(weights) != record.adapter_sha256:
-        return f"{name_of(weights)} is damaged"
+    try:
+        verify_folder(weights.parent)
+    except CorruptFile as error:
+        return str(error)
     return record
 
 
@@ -128,7 +129,7 @@ def _finetuned(
     """Positions and outcomes as the fine-tunes end; as many at once as the slots take."""
 
     def saved(position: int) -> list[Path]:
-        return sorted(put_folders(jobs[position].checkpoints))
+        return sorted(published_folders(jobs[position].checkpoints))
 
     num_workers = context.config.finetune.num_workers
     tasks, resources, concurrent = _worker_jobs(context, jobs, num_workers)
@@ -194,7 +195,7 @@ def score_jobs(context: Context, stage: str, jobs: list[Candidate], text: Path |
         try:
             record = read_json(job.folder / "scores.json", RowScores)
         except CorruptFile as error:
-            where = set_aside(job.folder / "scores.json", job.folder.parent)
+            where = quarantine(job.folder / "scores.json", job.folder.parent)
             context.emit(Message(stage, f"warning: {error}; set aside in {where}, {job.label} is scored again"))
             continue
         if record and record.digest == digest:
@@ -287,13 +288,13 @@ def row_set_aside_if_damaged(run: RunDir, stage: str) -> Iterator[None]:
         if not (error.path and error.path.is_relative_to(run.candidates)):
             raise
         row = run.candidates / error.path.relative_to(run.candidates).parts[0]
-        if not run.is_at_uri and isinstance(_recorded(row), CandidateRecord):
+        if isinstance(_recorded(row), CandidateRecord):
             raise StageError(
                 stage,
                 f"{error}; seen from the driver's machine it is whole",
                 "let the machine that read it see `output` again, or leave it out, then repeat the command",
             ) from error
-        cause = f"{error}; set aside in {set_aside(row, run.candidates)}"
+        cause = f"{error}; set aside in {quarantine(row, run.candidates)}"
         raise StageError(stage, cause, "repeat the command: that row alone is fine-tuned anew") from error
 
 
@@ -313,7 +314,7 @@ class JobProgress:
         self._last = -1
 
     def tell(self) -> None:
-        found = [(text or "").split() for text in for_each(read_sign, self._signs)]
+        found = [(text or "").split() for text in for_each(read_progress, self._signs)]
         parts = [(int(fields[0]), int(fields[1])) for fields in found if len(fields) == 2]
         if not parts:
             return

@@ -21,9 +21,8 @@ from qpruner.pipeline.compress import encode_split, importance_samples, telling
 from qpruner.pipeline.context import Context
 from qpruner.pipeline.stage import Stage, run_stage
 from qpruner.runs.events import Emit, Message, Progress, StageStarted
-from qpruner.runs.mirror import check_arrived, fetch, read_list, written
 from qpruner.runs.records import LayerWidths, PrepareRecord, PruneRecord, digest_of
-from qpruner.runs.retry import patiently
+from qpruner.runs.storage import fetch, read_list, require_arrived, retry_storage, writing_folder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -44,7 +43,7 @@ def prune(context: Context, prepared: PrepareRecord) -> PruneRecord:
         base, data = context.run_dir.base_model(prepared), context.data
         job = CutJob(config, _settings(context), base, data / "importance", data / "validation", scratch)
         fields = context.workshop.do(cut_and_save, job, context.emit)
-        check_arrived(scratch)
+        require_arrived(scratch)
         return fields
 
     def figures(record: PruneRecord) -> str:
@@ -114,14 +113,14 @@ def cut_and_save(job: CutJob, bench: Bench, emit: Emit) -> dict[str, Any]:
         bench.clear()
         return load_dense(base, job.config.model.dtype, job.config.model, told_of_weights)
 
-    with written(job.scratch) as folder:
+    with writing_folder(job.scratch) as folder:
 
         def keep(pruned: Pruned, fields: dict[str, Any]) -> None:
             shutil.rmtree(folder, ignore_errors=True)  # of a cut that loses more
             save_checkpoint(pruned.model, tokenizer, folder, told_of_weights)
-            patiently(lambda: save_importance(folder, pruned.scores, pruned.block_scores), folder)
+            retry_storage(lambda: save_importance(folder, pruned.scores, pruned.block_scores), folder)
             told = PruneRecord(digest="", seconds=0.0, **fields)
-            patiently(lambda: write_pictures(folder, told, load_importance(folder)), folder)
+            retry_storage(lambda: write_pictures(folder, told, load_importance(folder)), folder)
             bench.keep(pruned.model)
 
         fields = best_of(job.config, job.cuts, load, samples, held_out, emit, keep)

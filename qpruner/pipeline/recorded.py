@@ -14,7 +14,6 @@ from qpruner.pipeline.finish import evaluate_jobs, evaluate_stage, finetune_stag
 from qpruner.pipeline.prune import prune_stage
 from qpruner.pipeline.search import search_stage
 from qpruner.pipeline.stage import Stage, matching
-from qpruner.runs.paths import exists
 from qpruner.runs.records import (
     BankRecord,
     ComparisonRecord,
@@ -27,6 +26,7 @@ from qpruner.runs.records import (
     SearchRecord,
     SensitivityRecord,
 )
+from qpruner.runs.storage import exists
 from qpruner.search.trial_records import readable_trials
 
 Kind = TypeVar("Kind", bound=Record)

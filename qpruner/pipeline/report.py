@@ -10,9 +10,9 @@ from qpruner.pipeline.context import Context
 from qpruner.pipeline.stage import explained
 from qpruner.report.files import CARD, write_report
 from qpruner.runs.events import Message, StageFinished, StageStarted
-from qpruner.runs.object_store import name_of
-from qpruner.runs.paths import RunDir, read_text
 from qpruner.runs.records import Results
+from qpruner.runs.run_dir import RunDir
+from qpruner.runs.storage import display_name, read_text
 
 
 def report(context: Context, results: Results) -> Results:
@@ -37,7 +37,7 @@ def report_unfinished(run_dir: RunDir) -> str:
         Where it is, or that there is none, for a person.
     """
     try:
-        return f"{name_of(write_report(run_dir))} has the run so far"
+        return f"{display_name(write_report(run_dir))} has the run so far"
     except Exception as error:
         logging.getLogger(__name__).exception("no report of the unfinished run could be written")
         return f"warning: no report of the run so far could be written: {error}; `qpruner report` writes it anew"

@@ -22,7 +22,6 @@ from qpruner.pipeline.stage import Stage, matching, run_stage
 from qpruner.plans.pareto import hypervolume, non_dominated
 from qpruner.plans.plan import PrecisionPlan
 from qpruner.runs.events import Message, Progress, SearchPlanned
-from qpruner.runs.paths import for_each, read_json, set_aside, write_json
 from qpruner.runs.records import (
     GIVEN,
     BankRecord,
@@ -36,6 +35,7 @@ from qpruner.runs.records import (
     TrialRecord,
     digest_of,
 )
+from qpruner.runs.storage import for_each, quarantine, read_json, write_json
 from qpruner.search.choice import controls_of, finalist_positions, winner_position
 from qpruner.search.trial_job import Materials
 from qpruner.search.trial_records import (
@@ -330,7 +330,7 @@ def _fresh_scores(context: Context, finalists: Sequence[TrialRecord], job: Searc
     found: dict[int, KeptScore] = {}
     for position, kept in enumerate(for_each(_kept_or_error, paths)):
         if isinstance(kept, CorruptFile):
-            where = set_aside(paths[position], job.trials)
+            where = quarantine(paths[position], job.trials)
             context.emit(Message("search", f"warning: {kept}; set aside in {where}, that finalist is scored again"))
         elif kept and kept.digest == digests[position]:
             found[position] = kept

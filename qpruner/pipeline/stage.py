@@ -17,11 +17,9 @@ from qpruner.errors import CorruptFile, QprunerError, StageError, StorageError, 
 from qpruner.models.memory import is_out_of_memory, told_shortage
 from qpruner.pipeline.context import Context
 from qpruner.runs.events import Emit, Message, StageFinished, StageSkipped, StageStarted
-from qpruner.runs.mirror import FILES, check
-from qpruner.runs.object_store import is_mirror, name_of
-from qpruner.runs.paths import RunDir, files_in, set_aside
-from qpruner.runs.records import Record, digest_of
-from qpruner.runs.retry import storage_error
+from qpruner.runs.records import STAGES, Record, digest_of
+from qpruner.runs.run_dir import RunDir
+from qpruner.runs.storage import FILES, display_name, files_in, quarantine, storage_error, verify_folder
 
 RecordType = TypeVar("RecordType", bound=Record)
 
@@ -44,13 +42,13 @@ class Stage:
         name: Its folder and record.
         detail: What it is about to do, for the line that starts it.
         inputs: Everything its result depends on.
-        goes_on: Whether its work takes over what a killed command left in the scratch folder.
+        resumes: Whether it uses what a killed command left in its scratch folder.
     """
 
     name: str
     detail: str
     inputs: tuple[Any, ...]
-    goes_on: bool = False
+    resumes: bool = False
 
     @property
     def digest(self) -> str:
@@ -85,7 +83,7 @@ def run_stage(
     started, held = time.monotonic(), gpu_time.seconds
     with explained(stage.name, run.root):
         context.check_ours(stage.name)
-        scratch = run.begin(stage.name, stage.goes_on)
+        scratch = run.begin(stage.name, stage.resumes)
         fields = work(scratch)
         own = {"gpu_seconds": gpu_time.seconds - held} | fields
         record = kind(digest=stage.digest, seconds=time.monotonic() - started, **own)
@@ -122,9 +120,9 @@ def is_whole(run: RunDir, folder: Path, stage: str, emit: Emit) -> bool:
     inner = [folder / name.removesuffix(FILES) for name in files_in(folder) if name.endswith(FILES)]
     for part in (folder, *inner):
         try:
-            check(part)
+            verify_folder(part)
         except CorruptFile as error:
-            where = f"set aside in {set_aside(part, run.root)}, " if files_in(part) else ""
+            where = f"set aside in {quarantine(part, run.root)}, " if files_in(part) else ""
             emit(Message(stage, f"warning: {error}; {where}the stage is run again"))
             return False
     return True
@@ -173,15 +171,15 @@ def _mend(path: Path | None, root: Path | None) -> str:
     parts = path.relative_to(root).parts
     if parts[0] == "trials":
         return "repeat the command: what is damaged is set aside, and a trial is run again with the plan that it had"
-    if parts[0] in LOOKED_THROUGH and not is_mirror(root):
+    if parts[0] in LOOKED_THROUGH:
         return "repeat the command: what is damaged is set aside, and that alone is made again"
     if parts[0] == "candidates":  # a row is a folder of its own
         doomed = root.joinpath(*parts[:2])
-    elif is_mirror(root):  # at a URI a stage is there when its record is
-        doomed = RunDir(root, create=False).record_path(parts[0])
+    elif parts[0] in STAGES:  # a stage is there when its record is
+        doomed = root / "records" / f"{parts[0]}.json"
     else:
         doomed = root / parts[0]
-    return f"delete {name_of(doomed)}, then repeat the command: what it held is made again"
+    return f"delete {display_name(doomed)}, then repeat the command: what it held is made again"
 
 
 def _against_shortage(stage: str) -> str:

@@ -14,21 +14,21 @@ from pydantic import ValidationError
 
 from qpruner.config.schema import RunConfig
 from qpruner.errors import CorruptFile
-from qpruner.runs.mirror import FILES
-from qpruner.runs.object_store import name_of
-from qpruner.runs.paths import (
+from qpruner.runs.records import FreshScore, RungResult, SearchClock, TrialPulse, TrialRecord
+from qpruner.runs.storage import (
+    FILES,
     children,
+    display_name,
     folder_digests,
     for_each,
+    quarantine,
+    read_existing,
     read_json,
-    read_sign,
-    read_written,
+    read_progress,
     remove,
-    set_aside,
     write_json,
-    write_sign,
+    write_progress,
 )
-from qpruner.runs.records import FreshScore, RungResult, SearchClock, TrialPulse, TrialRecord
 
 MENDED_BY = {
     "diverged": "lower `training.learning_rate`",
@@ -86,7 +86,7 @@ def set_aside_damaged(folder: Path, search: str, tell: Callable[[str], None]) ->
     try:
         _read_clock(folder, search)
     except CorruptFile as error:
-        where = set_aside(_clock_path(folder, search), folder)
+        where = quarantine(_clock_path(folder, search), folder)
         tell(f"{error}; set aside in {where}, and the search's time is taken from its trials")
         write_seconds(folder, search, _seconds_at_work(folder, search))
 
@@ -106,8 +106,8 @@ def begin_anew_if_damaged(folder: Path, record: TrialRecord, tell: Callable[[str
     found = _digests_found(checkpoint, folder, record)
     if found == record.checkpoint:
         return False
-    where = f"set aside in {set_aside(checkpoint, checkpoint.parent.parent)}" if found else "missing"
-    tell(f"{name_of(checkpoint)} is damaged: {where}; trial {record.index} starts anew")
+    where = f"set aside in {quarantine(checkpoint, checkpoint.parent.parent)}" if found else "missing"
+    tell(f"{display_name(checkpoint)} is damaged: {where}; trial {record.index} starts anew")
     afresh = {"status": "running", "rungs": (), "checkpoint": {}, "times": record.times[:1]}
     write_trial(folder, record.model_copy(update=afresh))
     return True
@@ -127,7 +127,7 @@ def _digests_found(checkpoint: Path, folder: Path, record: TrialRecord) -> dict[
 def _rebuild(folder: Path, path: Path, search: str) -> str:
     """Set a trial aside whose record cannot be read, and record that its plan is to be run again; tells of both."""
     suggested = _record_or_error(path.with_name(SUGGESTED))
-    where = f"set aside in {set_aside(path.parent, folder)}"
+    where = f"set aside in {quarantine(path.parent, folder)}"
     if not isinstance(suggested, TrialRecord):
         return f"{where}, and its number gets another plan"
     begin_trial(folder, suggested)
@@ -144,7 +144,7 @@ def _record_or_error(path: Path) -> TrialRecord | CorruptFile | None:
 
 def read_trial(folder: Path, index: int) -> TrialRecord:
     """The record of a trial that has one."""
-    return read_written(trial_path(folder, index), TrialRecord)
+    return read_existing(trial_path(folder, index), TrialRecord)
 
 
 def begin_trial(folder: Path, record: TrialRecord) -> None:
@@ -165,17 +165,17 @@ def read_pulse(folder: Path, index: int) -> TrialPulse | None:
 
 def read_pulses(folder: Path, indices: Sequence[int]) -> list[TrialPulse | None]:
     """The same of several trials."""
-    return [_pulse_in(text) for text in for_each(read_sign, [_pulse_path(folder, index) for index in indices])]
+    return [_pulse_in(text) for text in for_each(read_progress, [_pulse_path(folder, index) for index in indices])]
 
 
 def write_pulse(folder: Path, index: int, pulse: TrialPulse) -> None:
     """Tell of progress."""
-    write_sign(_pulse_path(folder, index), pulse.model_dump_json())
+    write_progress(_pulse_path(folder, index), pulse.model_dump_json())
 
 
 def takes_pulses(folder: Path) -> bool:
     """Whether a trial could tell of progress now, which none can while the storage is full or away."""
-    return write_sign(folder / "watch", "the driver looks for signs of life")
+    return write_progress(folder / "watch", "the driver looks for signs of life")
 
 
 def trial_path(trials: Path, index: int) -> Path:
@@ -240,7 +240,7 @@ def begin_session(trials: Path, search: str) -> int:
 
 def wait_for_storage(trials: Path, search: str) -> None:
     """Wait until what `begin_session` wrote is there: a storage that is away may show a folder without trials."""
-    read_written(_clock_path(trials, search), SearchClock)
+    read_existing(_clock_path(trials, search), SearchClock)
 
 
 def objective(result: RungResult | FreshScore, config: RunConfig) -> float:

@@ -16,8 +16,8 @@ from qpruner.config.schema import EXPANSION, MEASUREMENT, SensitivityConfig
 from qpruner.data.calibration import OnProgress, Rows, Samples
 from qpruner.models.layout import group_linears
 from qpruner.plans.plan import FULL_BITS
-from qpruner.runs.mirror import fetch
 from qpruner.runs.records import MethodScores
+from qpruner.runs.storage import fetch
 from qpruner.sensitivity import mutual_information
 from qpruner.sensitivity.expansion import expand
 from qpruner.sensitivity.measurement import Measurement, measure

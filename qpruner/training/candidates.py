@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import shutil
 import time
 import uuid
 from collections.abc import Mapping
@@ -20,32 +19,30 @@ from pydantic import BaseModel, ConfigDict
 
 from qpruner.config.schema import RunConfig
 from qpruner.errors import CorruptFile, TakenOver
-from qpruner.runs.mirror import (
+from qpruner.runs.records import FinalistScore, Inference, InferenceSetting, TaskScore
+from qpruner.runs.storage import (
     FILES,
     FileList,
-    check,
     fetch,
-    list_beside,
-    put_folder,
-    put_folders,
-    share_files,
-    workplace,
-    written,
-)
-from qpruner.runs.object_store import is_mirror
-from qpruner.runs.paths import (
     file_digest,
     folder_digests,
+    list_path,
+    progress_seconds,
     publish_folder,
-    read_written,
+    published_folders,
+    put_folder,
+    read_existing,
     remove,
-    sign_seconds,
+    retry_storage,
+    share_files,
+    staging_path,
+    storage_at,
+    verify_folder,
     write_json,
-    write_sign,
+    write_progress,
     write_text,
+    writing_folder,
 )
-from qpruner.runs.records import FinalistScore, Inference, InferenceSetting, TaskScore
-from qpruner.runs.retry import patiently
 from qpruner.training.trackers import Trackers
 from qpruner.wording import counted
 
@@ -185,7 +182,7 @@ def finetune_candidate(job: CandidateJob) -> FinetuneOutcome:
             train,
             config.training,
             Schedule(config.finetune.steps, config.finetune.epochs, save_steps=config.finetune.save_steps),
-            workplace(work),
+            staging_path(work),
             candidate.seed,
             pad_id,
             start=latest_checkpoint(work),
@@ -200,8 +197,7 @@ def finetune_candidate(job: CandidateJob) -> FinetuneOutcome:
     loss = mean_loss(model, validation, pad_id, config.evaluate.batch_size).mean
     fresh_loss = mean_loss(model, fresh, pad_id, config.evaluate.batch_size)
     digest = _publish(model, candidate, claim) if is_first else ""
-    if is_mirror(work):
-        shutil.rmtree(workplace(work), ignore_errors=True)
+    storage_at(work).forget_staging()
     size = measured_bytes(model)
     seconds = time.monotonic() - started
     return FinetuneOutcome(
@@ -402,10 +398,10 @@ def load_adapter(model: PeftModel, folder: Path) -> None:
 def latest_checkpoint(folder: Path) -> Path | None:
     """The newest whole checkpoint of an interrupted fine-tune, which has its state and a random state; on this machine,
     where it was in an object store."""
-    found = [path for path in put_folders(folder) if path.name.startswith("checkpoint-")]
+    found = [path for path in published_folders(folder) if path.name.startswith("checkpoint-")]
     for path in sorted(found, key=lambda path: int(path.name.rpartition("-")[2]), reverse=True):
         try:
-            check(path)
+            verify_folder(path)
             checkpoint = fetch(path)
         except CorruptFile:
             continue
@@ -429,7 +425,7 @@ def is_damaged(checkpoint: Path) -> bool:
     One whose process was killed before it wrote down what it had saved is none.
     """
     try:
-        check(checkpoint)
+        verify_folder(checkpoint)
     except CorruptFile:
         return True
     return False
@@ -464,15 +460,15 @@ class _Claim:
 
     def check(self) -> None:
         """Raises `TakenOver` if it is another's by now."""
-        if read_written(self._path, _Owner).worker != self.worker:
+        if read_existing(self._path, _Owner).worker != self.worker:
             raise TakenOver
 
 
 def _publish(model: PeftModel, candidate: Candidate, claim: _Claim) -> str:
     """Put the adapter where it belongs, from a place of this process's own; returns the digest of its weights."""
-    aside = workplace(candidate.checkpoints / f"adapter-{claim.worker}")
-    with written(aside):
-        patiently(lambda: model.save_pretrained(aside), aside)
+    aside = staging_path(candidate.checkpoints / f"adapter-{claim.worker}")
+    with writing_folder(aside):
+        retry_storage(lambda: model.save_pretrained(aside), aside)
     digest = file_digest(aside / ADAPTER_WEIGHTS)
     claim.check()
     publish_folder(aside, candidate.adapter)
@@ -494,10 +490,10 @@ def _keep(checkpoint: Path, work: Path, claim: _Claim) -> None:
     if checkpoint.parent == work:  # it lies there, and the one before it no longer does
         if share.rank == 0:
             claim.check()  # saving took its time
-            for old in set(work.glob(f"*{FILES}")) - {list_beside(checkpoint)}:
+            for old in set(work.glob(f"*{FILES}")) - {list_path(checkpoint)}:
                 old.unlink()
             share_files(checkpoint)
-            write_text(list_beside(checkpoint), FileList(sha256=_digests(checkpoint)).model_dump_json())
+            write_text(list_path(checkpoint), FileList(sha256=_digests(checkpoint)).model_dump_json())
         return
     if share.processes > 1:
         distributed.barrier()  # each has left its random state
@@ -505,7 +501,7 @@ def _keep(checkpoint: Path, work: Path, claim: _Claim) -> None:
         return
     put_folder(checkpoint, work / checkpoint.name)
     claim.check()  # sending took its time
-    for old in put_folders(work):
+    for old in published_folders(work):
         if old.name != checkpoint.name:
             remove(old)
 
@@ -519,14 +515,13 @@ class _Signs:
 
     def __init__(self, path: Path) -> None:
         self._path, self._told = path, float("-inf")
-        if not is_mirror(path):
-            with contextlib.suppress(OSError):  # a row that is not fine-tuned has no folder before its scores
-                path.parent.mkdir(exist_ok=True)
+        with contextlib.suppress(OSError):  # a row that is not fine-tuned has no folder before its scores
+            path.parent.mkdir(exist_ok=True)
 
     def tell(self, done: int, total: int) -> None:
-        if done == total or time.monotonic() - self._told >= sign_seconds(self._path):
+        if done == total or time.monotonic() - self._told >= progress_seconds(self._path):
             self._told = time.monotonic()
-            write_sign(self._path, f"{done} {total}")
+            write_progress(self._path, f"{done} {total}")
 
 
 def _start(threads: int) -> None:

@@ -28,7 +28,7 @@ from qpruner.config.schema import TrainingConfig
 from qpruner.data.calibration import Rows, labelled_only, predicted_labels
 from qpruner.data.rows import IGNORED_LABEL, collate, row_lengths
 from qpruner.errors import TrainingDiverged
-from qpruner.runs.retry import patiently
+from qpruner.runs.storage import retry_storage
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -231,7 +231,7 @@ class _Trainer(Trainer):  # type: ignore[misc]
             self.before_save()
         if share.processes > 1:
             distributed.barrier()  # the others write nothing either where the first one may not
-        patiently(lambda: super(_Trainer, self)._save_checkpoint(*arguments, **named), Path(self.args.output_dir))
+        retry_storage(lambda: super(_Trainer, self)._save_checkpoint(*arguments, **named), Path(self.args.output_dir))
 
     def store_flos(self) -> None:
         """Not counted: the processes would have to wait for one another, and one that saves again for all others."""

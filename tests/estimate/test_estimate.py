@@ -35,7 +35,7 @@ from qpruner.pipeline.preflight import Inspection
 from qpruner.pipeline.preflight_rows import most_labelled
 from qpruner.pruning.best_cut import Cut
 from qpruner.quantization.assembly import attach_adapters
-from qpruner.runs.lock import sole_driver
+from qpruner.runs.lock import hold_run
 from qpruner.training.finetune import Share, _Batches
 
 RATES = work.Rates(1e12, 2e12, "made up")
@@ -501,7 +501,7 @@ def test_check_tells_of_a_driver_at_work_and_of_a_cut_that_is_skipped(
     for key, value in {"output": str(tmp_path / "run"), "prune.rate": 0.2, "prune.first_layer": 1}.items():
         raw = with_key(raw, key, value)
     run(validate_config(raw), lambda event: None, until="prune")
-    with sole_driver(tmp_path / "run", print):
+    with hold_run(tmp_path / "run", print):
         said = _checked(raw)
     assert f"warning:     process {os.getpid()} on {socket.gethostname()} works on {tmp_path / 'run'}: `qpruner" in said
     assert "works on" not in _checked(raw)
@@ -672,7 +672,7 @@ import json, sys
 from pathlib import Path
 from qpruner.training.candidates import Candidate, CandidateJob, finetune_candidate
 from qpruner.config.schema import load_config
-from qpruner.runs.paths import RunDir
+from qpruner.runs.run_dir import RunDir
 config = load_config(Path(sys.argv[1]))
 run = RunDir(Path(config.output))
 names = sorted(path.stem for path in (run.stage("bank") / "4bit").iterdir())

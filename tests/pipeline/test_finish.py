@@ -35,7 +35,6 @@ from qpruner.pipeline.jobs import (
 from qpruner.pipeline.rows import Row, candidates_for, table_rows, untuned_candidates, winner_row
 from qpruner.plans.plan import PrecisionPlan
 from qpruner.runs.events import Event, Message, Progress, StageSkipped
-from qpruner.runs.paths import RunDir, file_digest, write_json
 from qpruner.runs.records import (
     GIVEN,
     CandidateRecord,
@@ -49,6 +48,8 @@ from qpruner.runs.records import (
     SensitivityRecord,
     TaskScore,
 )
+from qpruner.runs.run_dir import RunDir
+from qpruner.runs.storage import file_digest, write_json
 from qpruner.sensitivity.seeds import seed_plan
 from qpruner.training.candidates import Evaluation, FinetuneOutcome, evaluate_candidate, finetune_candidate
 

@@ -22,8 +22,8 @@ from qpruner.cli.main import VERBS, main
 from qpruner.errors import UserError
 from qpruner.pipeline import sender
 from qpruner.runs.events import StageFinished
-from qpruner.runs.paths import RunDir
 from qpruner.runs.records import STAGES, RunState
+from qpruner.runs.run_dir import RunDir
 
 WriteYaml = Callable[[dict[str, Any]], Path]
 

@@ -12,7 +12,6 @@ from made_records import made_confirmation, made_search
 
 from qpruner.config.schema import RunConfig, validate_config
 from qpruner.runs.events import SearchPlanned
-from qpruner.runs.paths import RunDir
 from qpruner.runs.records import (
     MethodScores,
     RungResult,
@@ -23,6 +22,7 @@ from qpruner.runs.records import (
     StageState,
     TrialRecord,
 )
+from qpruner.runs.run_dir import RunDir
 from qpruner.search.trial_records import write_trial
 
 GROUPS = tuple(f"layers.{index}" for index in range(6))

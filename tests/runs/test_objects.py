@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import logging
 import os
@@ -26,31 +25,39 @@ from test_rundir import watched
 
 from qpruner.cli.main import _where_next
 from qpruner.errors import CorruptFile, StorageError, UserError
-from qpruner.runs import object_store as objects
-from qpruner.runs.lock import NAME, Holder, driver_of, sole_driver, this_process
+from qpruner.runs.lock import NAME, Holder, driver_of, hold_run, this_process
 from qpruner.runs.logs import logging_to
-from qpruner.runs.mirror import check, fetch, list_beside, one_at_a_time, put_folders, written
-from qpruner.runs.object_store import address_of, mirror_of, name_of, objects_at
-from qpruner.runs.paths import (
-    LOG,
-    RunDir,
+from qpruner.runs.records import BankRecord, SearchClock
+from qpruner.runs.run_dir import LOG, RunDir
+from qpruner.runs.storage import (
+    address_of,
     children,
+    display_name,
+    exclusive,
     exists,
+    fetch,
     file_digest,
     files_in,
     folder_digests,
+    list_path,
     move,
     publish_folder,
+    published_folders,
     put_file,
     read_json,
-    read_sign,
+    read_progress,
     remove,
-    send_file,
+    storage_at,
+    verify_folder,
     write_json,
-    write_sign,
+    write_progress,
     write_text,
+    writing_folder,
 )
-from qpruner.runs.records import BankRecord, SearchClock
+from qpruner.runs.storage import bucket as objects
+from qpruner.runs.storage import files as file_parts
+from qpruner.runs.storage.bucket import mirror_of
+from qpruner.runs.storage.objects import objects_at
 
 
 @pytest.fixture(scope="module")
@@ -151,13 +158,13 @@ def test_a_path_in_the_mirror_finds_the_uri_on_any_machine(monkeypatch: pytest.M
         monkeypatch.setenv(objects.CACHE, cache)
         path = mirror_of(uri) / "records" / "prune.json"
         assert str(path).startswith(cache)
-        assert name_of(path) == "s3://bucket/team/run/records/prune.json"
+        assert display_name(path) == "s3://bucket/team/run/records/prune.json"
         assert address_of(mirror_of(uri)) == uri
         assert RunDir(mirror_of(uri)).address == uri
         # In quotes: a shell gives ? and & a meaning of their own.
         assert f"`qpruner plan '{uri}'`" in _where_next(mirror_of(uri))
     assert "`qpruner plan s3://bucket/run`" in _where_next(mirror_of("s3://bucket/run"))
-    assert name_of(Path("/shared/run")) == address_of(Path("/shared/run")) == "/shared/run"
+    assert display_name(Path("/shared/run")) == address_of(Path("/shared/run")) == "/shared/run"
     assert objects_at(Path("/home/anna/cache/runs/x")) is None
 
 
@@ -177,7 +184,7 @@ def test_records_are_read_as_they_were_written(run: RunDir) -> None:
 WRITE_FOR_EVER = """
 import itertools, sys, time
 from qpruner.runs.records import BankRecord
-from qpruner.runs.paths import RunDir
+from qpruner.runs.run_dir import RunDir
 run = RunDir(sys.argv[1])
 for turn in itertools.count():
     files = dict.fromkeys(map(str, range(100 * (turn % 2))), "0")
@@ -220,8 +227,8 @@ def test_a_folder_is_the_same_on_another_machine(run: RunDir, machine: Machine, 
 
 FETCH = """
 import logging, sys
-from qpruner.runs.mirror import fetch
-from qpruner.runs.paths import RunDir
+from qpruner.runs.storage import fetch
+from qpruner.runs.run_dir import RunDir
 logging.basicConfig(level="WARNING", format="%(message)s", stream=sys.stdout)
 for path in sorted(fetch(RunDir(sys.argv[1]).stage("prune")).iterdir()):
     print(path.read_text())
@@ -239,7 +246,7 @@ def fetched_by_another(run: RunDir) -> list[str]:
     "harm",
     [
         pytest.param(flip_a_byte, id="flipped"),
-        pytest.param(lambda path: os.truncate(path, 0), id="emptied"),  # as power that fails may leave it
+        pytest.param(lambda path: os.truncate(path, 0), id="empty_folder"),  # as power that fails may leave it
         pytest.param(Path.unlink, id="missing"),
     ],
 )
@@ -251,7 +258,7 @@ def test_a_copy_that_is_damaged_on_its_machine_is_fetched_again(
     there = machine("second")
     weights = fetch(there.stage("prune")) / "weights"
     harm(weights)
-    told = f"{weights} is not as it was fetched: all of {there.place}/prune is fetched again"
+    told = f"{weights} is damaged on this machine: all of {there.place}/prune is fetched again"
     assert fetched_by_another(there) == [told, "c", "w" * 1000]
     assert fetched_by_another(there) == ["c", "w" * 1000]
 
@@ -270,8 +277,8 @@ def test_a_copy_is_compared_once_a_process_while_others_do_so_too(
         return len(heard)
 
     assert (pieces(), pieces()) == (1, 0)
-    monkeypatch.setattr("qpruner.runs.mirror._found_whole", {})  # as another process has it
-    with one_at_a_time(target, lock=fcntl.LOCK_SH):
+    file_parts.verified.clear()  # as another process has it
+    with exclusive(target):
         assert (pieces(), pieces()) == (1, 0)
 
 
@@ -291,15 +298,15 @@ def test_whoever_waits_for_a_folder_hears_of_every_piece(
 ) -> None:
     """What a trial waits for is not what hangs: two files of several pieces, and a process that fetches first."""
     for name in ("PIECE_BYTES", "HASHED_BYTES"):
-        monkeypatch.setattr(objects, name, 2**16)
+        monkeypatch.setattr(file_parts, name, 2**16)
     pieces = {"one": 3, "other": 2}
-    files = {name: "w" * (number * objects.PIECE_BYTES - 1) for name, number in pieces.items()}
+    files = {name: "w" * (number * file_parts.PIECE_BYTES - 1) for name, number in pieces.items()}
     publish_folder(folder_of(tmp_path, **files), run.stage("prune"))
     target, heard = machine("second").stage("prune"), list[int]()
     begun, fetched = threading.Event(), threading.Event()
 
     def fetch_first() -> None:
-        with one_at_a_time(target):
+        with exclusive(target):
             begun.set()
             fetched.wait(30)
 
@@ -314,7 +321,7 @@ def test_whoever_waits_for_a_folder_hears_of_every_piece(
     first.join()
     assert heard[0] == 0 and len([number for number in heard if number]) >= sum(pieces.values())
     onto_disk = shutil.copytree(target, tmp_path / "disk" / "prune")
-    shutil.copy(list_beside(target), list_beside(onto_disk))
+    shutil.copy(list_path(target), list_path(onto_disk))
     heard.clear()
     fetch(onto_disk, hear)
     assert len(heard) == sum(pieces.values())
@@ -322,7 +329,7 @@ def test_whoever_waits_for_a_folder_hears_of_every_piece(
 
 def test_what_is_written_in_place_is_sent_and_need_not_be_fetched(run: RunDir, store: Store, tmp_path: Path) -> None:
     target = run.stage("prune")
-    with written(target) as folder:
+    with writing_folder(target) as folder:
         folder.mkdir()
         (folder / "weights").write_text("w")
         assert not store.keys(key_of(target))
@@ -333,7 +340,7 @@ def test_what_is_written_in_place_is_sent_and_need_not_be_fetched(run: RunDir, s
     (file := tmp_path / "q.safetensors").write_text("codes")
     assert put_file(file, entry) == file_digest(entry) and not file.exists()
     assert store.read(key_of(entry)) == b"codes"
-    with pytest.raises(FileNotFoundError), written(target) as folder:
+    with pytest.raises(FileNotFoundError), writing_folder(target) as folder:
         (folder / "weights").read_text()
     assert fetch(target).is_dir(), "what was not finished replaced nothing"
 
@@ -351,11 +358,12 @@ def test_a_folder_put_again_replaces_the_first_whole(run: RunDir, machine: Machi
 SEND_FOR_EVER = """
 import sys
 from pathlib import Path
-from qpruner.runs.mirror import emptied
-from qpruner.runs.paths import RunDir, publish_folder
+from qpruner.runs.storage import empty_folder
+from qpruner.runs.run_dir import RunDir
+from qpruner.runs.storage import publish_folder
 run, scratch, turn = RunDir(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
 while True:
-    emptied(scratch)
+    empty_folder(scratch)
     for index in range(6):
         (scratch / f"{turn}-{index}").write_text(f"{turn} " * 500)
         (scratch / f"part-{index}").write_text(f"{turn} " * 500)
@@ -374,7 +382,7 @@ def test_a_folder_is_whole_or_not_there_whenever_its_sender_is_killed(machine: M
             time.sleep(0.01 + turn / 10_000)
             process.send_signal(signal.SIGKILL)
         there = machine(f"after-{turn}")
-        if put_folders(there.root):
+        if published_folders(there.root):
             folder = fetch(there.stage("prune"))
             texts = {path.read_text() for path in folder.iterdir()}
             assert len(texts) == 1 and len(list(folder.iterdir())) == 12
@@ -388,7 +396,8 @@ def test_a_folder_is_whole_or_not_there_whenever_its_sender_is_killed(machine: M
 SEND_SLOWLY = """
 import sys
 from pathlib import Path
-from qpruner.runs.paths import RunDir, publish_folder
+from qpruner.runs.run_dir import RunDir
+from qpruner.runs.storage import publish_folder
 publish_folder(Path(sys.argv[2]), RunDir(sys.argv[1]).stage("prune"))
 """
 
@@ -404,7 +413,7 @@ def test_a_folder_whose_sender_is_killed_between_two_files_is_not_there(
         while not store.keys(key_of(there.root)):
             assert process.poll() is None
         process.send_signal(signal.SIGKILL)
-    assert put_folders(there.root) == []
+    assert published_folders(there.root) == []
     with pytest.raises(CorruptFile, match="was not put whole"):
         fetch(there.stage("prune"))
 
@@ -428,15 +437,15 @@ def test_an_object_that_changed_after_it_was_put_is_named_where_a_copy_is_whole(
     harm: str, run: RunDir, store: Store, tmp_path: Path
 ) -> None:
     """This machine would not fetch it, and others would meet it."""
-    with written(run.stage("prune")) as folder:
+    with writing_folder(run.stage("prune")) as folder:
         folder.mkdir(parents=True)
         (folder / "weights").write_text("w" * 1000)
     path = run.stage("prune") / "weights"
-    check(path.parent)
+    verify_folder(path.parent)
     store.damage(key_of(path)) if harm == "damaged" else store.delete(key_of(path))
     fetch(path.parent)
     with pytest.raises(CorruptFile, match=f"{run.place}/prune/weights is {harm}") as caught:
-        check(path.parent)
+        verify_folder(path.parent)
     assert caught.value.path == path
 
 
@@ -445,7 +454,7 @@ def test_folders_are_listed_measured_moved_and_removed(run: RunDir, tmp_path: Pa
     publish_folder(folder_of(tmp_path, adapter="a", state="ss"), trial / "checkpoint-4")
     write_json(trial / "trial.json", SearchClock(seconds=1.0))
     assert children(run.trials / "d") == ["0001"] and children(run.trials / "none") == []
-    assert put_folders(trial) == [trial / "checkpoint-4"]
+    assert published_folders(trial) == [trial / "checkpoint-4"]
     digests = folder_digests(trial / "checkpoint-4")
     assert digests == {name: file_digest(trial / "checkpoint-4" / name) for name in ("adapter", "state")}
     aside = run.trials / "d" / "damaged" / "checkpoint"
@@ -453,7 +462,7 @@ def test_folders_are_listed_measured_moved_and_removed(run: RunDir, tmp_path: Pa
     assert folder_digests(aside) == digests and folder_digests(trial / "checkpoint-4") == {}
     assert (fetch(aside) / "state").read_text() == "ss"
     remove(trial)
-    assert read_json(trial / "trial.json", SearchClock) is None and put_folders(trial) == []
+    assert read_json(trial / "trial.json", SearchClock) is None and published_folders(trial) == []
     remove(trial)
     with pytest.raises(FileNotFoundError):
         file_digest(trial / "trial.json")
@@ -461,7 +470,7 @@ def test_folders_are_listed_measured_moved_and_removed(run: RunDir, tmp_path: Pa
 
 def test_a_record_vouches_for_what_a_stage_put(run: RunDir) -> None:
     scratch = run.begin("bank")
-    with written(scratch) as folder:
+    with writing_folder(scratch) as folder:
         folder.mkdir()
         (folder / "q").write_text("codes")
     assert run.read_record("bank", BankRecord) is None
@@ -545,7 +554,7 @@ def test_a_store_that_cannot_be_reached_is_told_within_seconds(
         monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{free_port()}")
     if how == "unknown-host":
         monkeypatch.setenv("AWS_ENDPOINT_URL", "http://nowhere.invalid:9000")
-    objects._system.cache_clear()
+    objects.open_bucket.cache_clear()
     started = time.monotonic()
     with pytest.raises(UserError, match="`output`") as caught:
         RunDir(uri)
@@ -575,7 +584,7 @@ def test_missing_and_wrong_credentials_are_told_with_where_they_come_from(
         monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
         for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
             monkeypatch.setenv(name, "wrong") if keys else monkeypatch.delenv(name, raising=False)
-        objects._system.cache_clear()
+        objects.open_bucket.cache_clear()
         with pytest.raises(UserError, match=r"`output`: .*access is refused .*credentials come from the environment"):
             RunDir("s3://runs/refused")
         server.shutdown()
@@ -587,7 +596,7 @@ def test_a_store_that_is_away_for_a_while_is_waited_for(
     """Nobody listens for longer than one request tries; both who writes and who reads wait for it."""
     path, gate = run.root / "clock.json", Gate(store.port)
     monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{gate.port}")
-    objects._system.cache_clear()
+    objects.open_bucket.cache_clear()
     write_json(path, SearchClock(seconds=1.0))
     for action in (lambda: write_json(path, SearchClock(seconds=2.0)), lambda: read_json(path, SearchClock)):
         gate.shut()
@@ -600,15 +609,15 @@ def test_a_store_that_is_away_for_a_while_is_waited_for(
 
 
 def test_a_store_that_stays_away_is_told_with_its_remedy(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
-    write_sign(run.root / "pulse.json", "beat")
-    assert read_sign(run.root / "pulse.json") == "beat"
+    write_progress(run.root / "pulse.json", "beat")
+    assert read_progress(run.root / "pulse.json") == "beat"
     monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{free_port()}")
-    objects._system.cache_clear()
+    objects.open_bucket.cache_clear()
     expected = rf"{run.place}/clock.json cannot be reached \(NETWORK.*\n.*bring the storage back"
     with pytest.raises(StorageError, match=expected):
         write_json(run.root / "clock.json", SearchClock(seconds=2.0), patience_seconds=0.4)
-    write_sign(run.root / "pulse.json", "nobody waits for a sign of life")
-    assert read_sign(run.root / "pulse.json") is None
+    write_progress(run.root / "pulse.json", "nobody waits for a sign of life")
+    assert read_progress(run.root / "pulse.json") is None
 
 
 # ---- one driver
@@ -617,12 +626,12 @@ def test_a_store_that_stays_away_is_told_with_its_remedy(run: RunDir, monkeypatc
 def test_the_second_driver_at_a_uri_is_refused_and_a_dead_one_is_not_waited_for(run: RunDir, store: Store) -> None:
     told: list[str] = []
     refused = pytest.raises(UserError, match=rf"{run.place} is being worked on by process {os.getpid()}")
-    with sole_driver(run.root, told.append), refused, sole_driver(run.root, told.append):
+    with hold_run(run.root, told.append), refused, hold_run(run.root, told.append):
         pass
     assert not store.keys(key_of(run.root)), "who is done leaves no lock"
     dead = this_process().model_copy(update={"started": 1})
     write_text(run.root / NAME, dead.model_dump_json())
-    with sole_driver(run.root, told.append):
+    with hold_run(run.root, told.append):
         pass
     assert told == [f"taking over from process {os.getpid()} on {socket.gethostname()}: that process is dead"]
 
@@ -631,16 +640,16 @@ def test_a_store_that_is_away_when_the_run_is_taken_is_told_with_its_remedy(
     run: RunDir, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{free_port()}")
-    objects._system.cache_clear()
+    objects.open_bucket.cache_clear()
     away = pytest.raises(StorageError, match=rf"{run.place}/{NAME} cannot be reached .*\n.*bring the storage back")
-    with away, sole_driver(run.root, print):
+    with away, hold_run(run.root, print):
         pass
 
 
 HOLD = (
-    "import signal, sys, time; from qpruner.runs.paths import RunDir; from qpruner.runs.lock import sole_driver\n"
+    "import signal, sys, time; from qpruner.runs.run_dir import RunDir; from qpruner.runs.lock import hold_run\n"
     "{handler}"
-    "with sole_driver(RunDir(sys.argv[1]).root, lambda text: print(text, flush=True), {beat_seconds}):\n"
+    "with hold_run(RunDir(sys.argv[1]).root, lambda text: print(text, flush=True), {beat_seconds}):\n"
     "    print('held', flush=True); time.sleep(60)"
 )
 
@@ -653,10 +662,10 @@ def test_a_driver_on_another_machine_holds_a_run_at_a_uri_as_long_as_it_gives_si
     told: list[str] = []
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout and process.stdout.readline() == "held\n"
-        with pytest.raises(UserError, match="by process 1 on"), sole_driver(run.root, told.append, 0.5):
+        with pytest.raises(UserError, match="by process 1 on"), hold_run(run.root, told.append, 0.5):
             pass
         process.kill()
-    with sole_driver(run.root, told.append, 0.5):
+    with hold_run(run.root, told.append, 0.5):
         pass
     said = [text.partition(" process 1 on ")[0] for text in told]
     assert said == [*["waiting up to 3 s for a sign of life of"] * 2, "taking over from"]
@@ -666,7 +675,7 @@ def test_who_drives_a_run_at_a_uri_is_seen_and_nothing_is_written(run: RunDir) -
     assert driver_of(run.root) is None
     there = objects_at(run.root)
     assert there
-    with sole_driver(run.root, print):
+    with hold_run(run.root, print):
         before = there.files()
         found = driver_of(run.root)
         assert found and (found.holder.pid, found.state) == (os.getpid(), "alive")
@@ -700,18 +709,18 @@ def test_a_log_goes_on_where_it_ended_and_what_was_not_sent_yet_stays(machine: M
         logger.info("begun")
         with logging_to(here.root):
             logger.info("not sent yet: there is no object")
-        send_file(log)
+        storage_at(log).send()
         logger.info("killed before this was sent")
     with logging_to(here.root):
         logger.info("again")
     text = log.read_text()
     assert [text.count(said) for said in ("begun", "not sent yet", "killed before", "again")] == [1, 2, 1, 1]
-    send_file(log)
+    storage_at(log).send()
     there = machine("second")
     with logging_to(there.root):
         logger.info("elsewhere")
     assert (there.root / LOG).read_text().startswith(text)
-    send_file(there.root / LOG)
+    storage_at(there.root / LOG).send()
     back = machine("first")
     with logging_to(back.root):
         assert "elsewhere" in (back.root / LOG).read_text()

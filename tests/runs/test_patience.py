@@ -35,10 +35,21 @@ from qpruner.quantization.bank import (
     write_entry,
     write_index,
 )
-from qpruner.runs.mirror import check, written
-from qpruner.runs.paths import exists, file_digest, folder_digests, publish_folder, read_json, read_written, write_json
 from qpruner.runs.records import SearchClock
-from qpruner.runs.retry import LONG_ATTEMPTS, patiently, storage_error
+from qpruner.runs.storage import (
+    exists,
+    file_digest,
+    folder_digests,
+    publish_folder,
+    read_existing,
+    read_json,
+    retry_storage,
+    storage_error,
+    verify_folder,
+    write_json,
+    writing_folder,
+)
+from qpruner.runs.storage.retry import LONG_ATTEMPTS
 
 
 @pytest.fixture
@@ -82,7 +93,7 @@ def test_what_a_trial_reads_when_it_begins_is_waited_for(disk: Path) -> None:
     write_index(disk / "bank", BankIndex(digest="", bitsandbytes=version("bitsandbytes"), files=files))
     told = (str(disk / "run"), "the run", "run.id", "this run")
     for place, read in (
-        (disk / "run", lambda: check_like(versions(), *told, is_at_uri=False)),
+        (disk / "run", lambda: check_like(versions(), *told)),
         (disk / "rows", lambda: load_encoded(disk / "rows")),
         (file.parent, lambda: read_plan(disk / "bank", {"mlp": 8})),
     ):
@@ -127,7 +138,7 @@ def test_what_is_slow_by_itself_is_tried_again_all_the_same(disk: Path) -> None:
                 end()
             return (disk / "copy").write_bytes(b"c" * 10_000)
 
-        assert patiently(write, disk, seconds=0.2) == 10_000
+        assert retry_storage(write, disk, seconds=0.2) == 10_000
     assert attempts == 3
 
 
@@ -145,11 +156,11 @@ def test_what_is_slow_by_itself_is_not_tried_for_ever(disk: Path) -> None:
 
     with full(disk):  # type: ignore[attr-defined]
         with pytest.raises(StorageError, match="no space left"):
-            patiently(write, disk, seconds=0.2)
+            retry_storage(write, disk, seconds=0.2)
         assert attempts == LONG_ATTEMPTS + 1
         attempts = 0
         with pytest.raises(InterruptedError):
-            patiently(write, disk, seconds=0.2, goes_on=True)
+            retry_storage(write, disk, seconds=0.2, resumable=True)
 
 
 def test_a_disk_that_stays_full_is_told_with_its_remedy_and_the_old_record_stays(disk: Path) -> None:
@@ -168,7 +179,7 @@ def test_a_storage_that_stays_away_is_told_with_its_remedy(disk: Path) -> None:
         with pytest.raises(StorageError, match=r"cannot be reached \(Read-only.*\n.*bring the storage back"):
             write_json(path, SearchClock(seconds=2.0), patience_seconds=0.4)
         threading.Timer(0.8, back).start()
-        assert read_written(path, SearchClock) == SearchClock(seconds=1.0), "what was written is waited for"
+        assert read_existing(path, SearchClock) == SearchClock(seconds=1.0), "what was written is waited for"
 
 
 @contextmanager
@@ -207,7 +218,7 @@ def test_a_record_of_whose_renaming_no_answer_came_is_written(number: int, tmp_p
 def test_a_folder_of_whose_renaming_no_answer_came_is_published(renamed: int, number: int, tmp_path: Path) -> None:
     """A stage took hours to write the only copy."""
     scratch, target = tmp_path / "scratch", tmp_path / "prune"
-    with written(scratch) as folder:
+    with writing_folder(scratch) as folder:
         folder.mkdir()
         (folder / "weights").write_text("hours")
     target.mkdir()
@@ -215,7 +226,7 @@ def test_a_folder_of_whose_renaming_no_answer_came_is_published(renamed: int, nu
     with lost_answer(number, renamed):
         publish_folder(scratch, target)
     assert folder_digests(tmp_path).keys() == {"prune/weights", "prune.files.json"}
-    check(target)
+    verify_folder(target)
 
 
 def test_a_checkpoint_that_finds_no_room_is_known_for_what_it_is(disk: Path, tmp_path: Path) -> None:
@@ -223,7 +234,9 @@ def test_a_checkpoint_that_finds_no_room_is_known_for_what_it_is(disk: Path, tmp
     (tmp_path / "checkpoint").mkdir()
     (tmp_path / "checkpoint" / "weights").write_bytes(b"w" * 10_000)
     with full(disk), pytest.raises(StorageError, match="no space left") as caught:
-        patiently(lambda: shutil.copytree(tmp_path / "checkpoint", disk / "copy", dirs_exist_ok=True), disk, seconds=0)
+        retry_storage(
+            lambda: shutil.copytree(tmp_path / "checkpoint", disk / "copy", dirs_exist_ok=True), disk, seconds=0
+        )
     assert isinstance(caught.value.__cause__, shutil.Error)
 
 
@@ -246,15 +259,15 @@ def test_libraries_that_tell_of_a_full_disk_in_their_own_words_are_waited_for(
 ) -> None:
     path = disk / "saved"
     with full_until_noticed(disk, leave) as filler:
-        patiently(lambda: save(path), path, seconds=2)
+        retry_storage(lambda: save(path), path, seconds=2)
         assert not filler.exists()
     assert path.stat().st_size > 100_000
     path.unlink()
     with full(disk), pytest.raises(StorageError, match=rf"no space left for {path}\n.*make room"):
-        patiently(lambda: save(path), path, seconds=0)
+        retry_storage(lambda: save(path), path, seconds=0)
 
 
 def test_another_mistake_is_not_waited_for(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError) as caught:
-        patiently(lambda: (tmp_path / "nothing").read_text(), tmp_path)
+        retry_storage(lambda: (tmp_path / "nothing").read_text(), tmp_path)
     assert storage_error(caught.value) is None

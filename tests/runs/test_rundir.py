@@ -22,15 +22,15 @@ import torch
 from safetensors.torch import save_file
 
 from qpruner.errors import CorruptFile, UserError
-from qpruner.runs.mirror import written
-from qpruner.runs.paths import RunDir, file_digest, publish_folder, read_json, write_json
 from qpruner.runs.records import BankRecord, PrepareRecord
+from qpruner.runs.run_dir import RunDir
+from qpruner.runs.storage import file_digest, publish_folder, read_json, write_json, writing_folder
 
 WRITE_FOR_EVER = """
 import sys
 from pathlib import Path
 from qpruner.runs.records import BankRecord
-from qpruner.runs.paths import write_json
+from qpruner.runs.storage import write_json
 turn = 0
 while True:
     files = {f"4bit/layers.{index}.safetensors": str(turn) for index in range(400)}
@@ -44,7 +44,8 @@ COMMIT_FOR_EVER = """
 import sys
 from pathlib import Path
 from qpruner.runs.records import BankRecord
-from qpruner.runs.paths import RunDir, file_digest
+from qpruner.runs.run_dir import RunDir
+from qpruner.runs.storage import file_digest
 run = RunDir(Path(sys.argv[1]))
 turn = int(sys.argv[2])
 while True:
@@ -222,7 +223,7 @@ def test_a_record_is_on_the_disk_before_it_has_its_name(tmp_path: Path) -> None:
 
 def test_a_folder_is_on_the_disk_before_it_has_its_name(tmp_path: Path) -> None:
     """And so is the list that vouches for it: without its contents an intact folder would be set aside."""
-    with written(tmp_path / "scratch") as folder:
+    with writing_folder(tmp_path / "scratch") as folder:
         (folder / "4bit").mkdir(parents=True)
         (folder / "4bit" / "layers.0").write_text("codes")
     with watched(tmp_path) as calls:

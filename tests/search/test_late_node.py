@@ -33,8 +33,8 @@ from qpruner.pipeline import preview, run
 from qpruner.runs import events
 from qpruner.runs import retry as patience
 from qpruner.runs.events import Emit, Event, Message, TableMade
-from qpruner.runs.paths import RunDir
 from qpruner.runs.records import RungResult
+from qpruner.runs.run_dir import RunDir
 from qpruner.search.trial_job import Progress, Report, TrialJob
 from qpruner.search.trial_records import read_trials
 

@@ -27,7 +27,7 @@ from qpruner.data.rows import Example, encode
 from qpruner.errors import UserError
 from qpruner.models.loading import load_tokenizer
 from qpruner.quantization.assembly import assemble, attach_adapters
-from qpruner.runs.paths import RunDir
+from qpruner.runs.run_dir import RunDir
 from qpruner.training.finetune import Listener, Schedule, finetune
 from qpruner.training.tracked_finetune import tracked
 from qpruner.training.trackers import KIND, ROW, Trackers, check_trackers

@@ -23,8 +23,9 @@ from qpruner.models.layout import layout_of
 from qpruner.models.loading import load_dense, load_tokenizer
 from qpruner.pipeline import run
 from qpruner.plans.plan import PrecisionPlan
-from qpruner.runs.paths import RunDir, write_sign
 from qpruner.runs.records import TaskScore
+from qpruner.runs.run_dir import RunDir
+from qpruner.runs.storage import write_progress
 from qpruner.training.candidates import (
     Candidate,
     CandidateJob,
@@ -264,7 +265,7 @@ def test_answers_are_counted_between_batches_and_of_a_row_without_a_folder(
     told: list[str] = []
     monkeypatch.setattr("qpruner.training.candidates.sign_seconds", lambda path: 0.0)
     monkeypatch.setattr(
-        "qpruner.training.candidates.write_sign", lambda path, text: told.append(text) or write_sign(path, text)
+        "qpruner.training.candidates.write_sign", lambda path, text: told.append(text) or write_progress(path, text)
     )
     evaluate_candidate(job)
     assert job.candidate.scoring_progress.read_text() == "32 32"

@@ -45,7 +45,7 @@ from qpruner.cluster.tune.worker import sent_whole
 from qpruner.errors import StageError
 from qpruner.plans.plan import PlanSpace
 from qpruner.runs.events import Emit
-from qpruner.runs.retry import patiently, storage_error
+from qpruner.runs.storage import retry_storage, storage_error
 from qpruner.search.searchers import (
     Prior,
     Proposer,
@@ -75,7 +75,7 @@ def search(job: SearchJob, room: Callable[[], int], emit: Emit, trackers: Tracke
     """Run or continue the search until it is over.
 
     Trials that lost their workers when no new plan was left to hand out go on in another session of Tune. What Tune
-    cannot write is waited for, as in `patiently`.
+    cannot write is waited for, as in `retry_storage`.
 
     Args:
         job: What is searched.
@@ -95,7 +95,7 @@ def search(job: SearchJob, room: Callable[[], int], emit: Emit, trackers: Tracke
     sessions = begin_session(job.trials, job.search)
     job = replace(job, session=sessions)
     while True:
-        ended = patiently(lambda: _fit(job, room, emit, halt, trackers), job.scratch, goes_on=True)
+        ended = retry_storage(lambda: _fit(job, room, emit, halt, trackers), job.scratch, resumable=True)
         if halt.interrupted:
             raise KeyboardInterrupt
         if halt.trouble:
