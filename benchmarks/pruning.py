@@ -39,7 +39,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from qpruner.config.schema import LoraConfig, PruneConfig, TrainingConfig
-from qpruner.data.calibration import Samples, mean_loss
+from qpruner.data.calibration import Samples
+from qpruner.data.losses import mean_loss
 from qpruner.models.checkpoint import save_checkpoint
 from qpruner.models.loading import load_dense, load_tokenizer, resolve_source
 from qpruner.models.memory import release

@@ -35,11 +35,11 @@ import torch
 import yaml
 
 from qpruner.config.schema import RunConfig
-from qpruner.data.rows import collate, load_encoded, save_encoded
+from qpruner.data.encoding import collate, load_encoded, save_encoded
 from qpruner.models.layout import group_linears
 from qpruner.models.loading import load_dense
 from qpruner.models.memory import settle
-from qpruner.quantization.assembly import Workbench, attach_adapters
+from qpruner.quantization.assembly import PlanAssembler, attach_adapters
 from qpruner.quantization.bank import EntrySettings, build_entry
 from qpruner.quantization.mixed import packed_layer
 
@@ -77,7 +77,7 @@ def measure(config: RunConfig, run: Path, turn: int, banked: bool) -> dict[str, 
     first, second = ({name: generator.choice((4, 8)) for name in names} for _ in range(2))
     if not banked:
         return {"from scratch": seconds(lambda: from_scratch(config, checkpoint, first))}
-    bench = Workbench(checkpoint, bank, quantize.group, config.model.dtype, quantize.double_quant, config.lora)
+    bench = PlanAssembler(checkpoint, bank, quantize.group, config.model.dtype, quantize.double_quant, config.lora)
     return {
         kind: seconds(lambda plan=plan: bench.model(plan, config.seed))  # type: ignore[misc]
         for kind, plan in (("bank, first trial", first), ("bank, worker reused", second))

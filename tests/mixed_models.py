@@ -11,7 +11,7 @@ import torch
 from transformers import AutoConfig
 
 from qpruner.config.schema import LoraConfig
-from qpruner.data.rows import save_encoded
+from qpruner.data.encoding import save_encoded
 from qpruner.models.checkpoint import save_checkpoint
 from qpruner.models.layout import group_linears
 from qpruner.models.loading import load_tokenizer

@@ -22,7 +22,7 @@ from checkouts import copy_checkout, git
 from qpruner.runs.version import VERSION
 
 ROOT = Path(__file__).resolve().parent.parent
-VERSION_MODULE = Path("qpruner") / "version.py"
+VERSION_MODULE = Path("qpruner") / "runs" / "version.py"
 OTHERS = [f"3.{minor}" for minor in range(11, 15) if minor != sys.version_info.minor]
 """Versions of Python that this one is not, from the oldest that is supported."""
 MINUTES = 60

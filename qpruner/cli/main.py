@@ -185,8 +185,8 @@ def prune(
 
 @main.command(help="Validate a configuration and say what the run would be and take; loads no weights.")
 @_options("Ray cluster to look at (auto or HOST:PORT); looks at this machine without it, and starts no Ray.")
-@click.option("--measure", is_flag=True, help="Time a few steps of these shapes here, not only matrix products.")
-@click.option("--gpu", metavar="NAME", help="Assume this GPU (A100, H100, ...) instead of what is here.")
+@click.option("--measure", is_flag=True, help="Time a few steps of these shapes here, and estimate hours by them.")
+@click.option("--gpu", "for_gpus", is_flag=True, help="Assume a machine with GPUs, whatever is here.")
 @click.option("--show-config", is_flag=True, help="Print every key of the configuration in effect, defaults too.")
 @_plan_option("Check this plan, too")
 def check(
@@ -196,7 +196,7 @@ def check(
     as_json: bool,
     quiet: bool,
     measure: bool,
-    gpu: str | None,
+    for_gpus: bool,
     show_config: bool,
     plan_file: Path | None,
 ) -> None:
@@ -210,7 +210,7 @@ def check(
         from qpruner.cli.check import check
 
         with _plan_named(plan_file):
-            return check(loaded, address, quiet, measure, gpu, show_config)
+            return check(loaded, address, quiet, measure, for_gpus, show_config)
 
     _guarded(as_json, told)
 

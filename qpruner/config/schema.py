@@ -519,7 +519,6 @@ OF_SEARCHING = (
     "max_gpu_hours",
     "patience",
     "pareto",
-    "deterministic",
     "confirm",
 )
 """Keys that are about several trials."""
@@ -550,10 +549,6 @@ class SearchConfig(Section):
     """Start from the trials that a search with another budget or searcher left in this run."""
     max_concurrent: Positive | None = None
     """Trials in flight; null takes as many as fit on the machines there are and on those an autoscaler may start."""
-    deterministic: bool = False
-    """The same seed and the same `max_concurrent`, which it needs, give the same plans however long trials take: a plan
-    is proposed from what would be known if a step took all trials the same time, and ASHA compares a trial with that;
-    slots wait for it, and the first `max_concurrent` trials are not stopped."""
     steps: Positive = 16
     """Optimizer steps of a full trial: the last rung."""
     first_rung: Positive = 4
@@ -626,11 +621,6 @@ class SearchConfig(Section):
             (
                 self.first_rung > self.steps,
                 f"`first_rung` must be at most `steps` ({self.steps}), got {self.first_rung}",
-            ),
-            (
-                self.deterministic and self.max_concurrent is None,
-                "`deterministic` needs `max_concurrent`, since plans depend on how many trials run at a time: give "
-                f"that number, or {take_out('search.deterministic')}",
             ),
             (
                 self.by_accuracy and not self.tasks,

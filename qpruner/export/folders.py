@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from qpruner.data.rows import load_encoded
+from qpruner.data.encoding import load_encoded
 from qpruner.errors import StageError, UserError
 from qpruner.hf import load
 from qpruner.models.checkpoint import dense_tensors, save_checkpoint

@@ -17,7 +17,7 @@ from transformers import GenerationConfig
 from transformers.generation.streamers import TextStreamer
 
 from qpruner.config.schema import ModelConfig
-from qpruner.data.rows import alpaca_prompt
+from qpruner.data.encoding import alpaca_prompt
 from qpruner.errors import UserError
 from qpruner.hf import load, weights_folder
 from qpruner.models.loading import OnLoading, check_folder, load_dense, load_tokenizer, untold

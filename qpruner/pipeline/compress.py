@@ -31,7 +31,7 @@ from qpruner.runs.storage import (
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from qpruner.data.rows import Example
+    from qpruner.data.sources import Example
     from qpruner.models.checkpoint import Base
     from qpruner.models.loading import OnLoading
     from qpruner.sensitivity.measurement import Measurement
@@ -171,7 +171,7 @@ def _range(method: str, scores: MethodScores) -> str:
 
 def _scored(context: Context, missing: set[str]) -> Iterator[tuple[str, MethodScores]]:
     """Scores of the methods that are missing, and of those that come from the same passes."""
-    from qpruner.data.rows import load_encoded
+    from qpruner.data.encoding import load_encoded
     from qpruner.models.loading import load_tokenizer
     from qpruner.sensitivity import methods as scoring
 
@@ -282,7 +282,7 @@ def _measured(context: Context, job: ScoringJob) -> Measurement:
 
 def _encode_splits(context: Context, model_path: str, folder: Path) -> dict[str, int]:
     """Encode every split and the calibration samples; returns rows by split."""
-    from qpruner.data.rows import SENSITIVITY_KEYS, pack, row_samples, save_encoded, shuffled
+    from qpruner.data.encoding import SENSITIVITY_KEYS, pack, row_samples, save_encoded, shuffled
     from qpruner.models.loading import load_tokenizer
 
     config, settings = context.config, context.config.data
@@ -307,7 +307,7 @@ def encode_split(
     config: RunConfig, examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase
 ) -> list[dict[str, list[int]]]:
     """Rows of a split as the model sees them, one an example."""
-    from qpruner.data.rows import encode
+    from qpruner.data.encoding import encode
 
     settings = config.data
     return encode(examples, tokenizer, settings.max_length, settings.template, settings.response_only)
@@ -317,7 +317,7 @@ def importance_samples(
     config: RunConfig, examples: Sequence[Example], vocabulary: int, tokenizer: PreTrainedTokenizerBase
 ) -> list[dict[str, list[int]]]:
     """What importance is measured on: given token ids, or packed samples or rows in the order of a shuffle."""
-    from qpruner.data.rows import load_token_ids, packed_samples, row_samples, shuffled
+    from qpruner.data.encoding import load_token_ids, packed_samples, row_samples, shuffled
 
     settings, data = config.calibration, config.data
     if settings.token_ids:

@@ -131,7 +131,7 @@ def evaluate_jobs(context: Context, tuned: FinetuneRecord) -> list[Candidate]:
 
 def held_out_text(context: Context, folder: Path) -> tuple[str | None, Path | None]:
     """What perplexity is measured on, in words and encoded; nothing where all there is are answers to questions."""
-    from qpruner.data.rows import load_confirmation, save_encoded, text_windows
+    from qpruner.data.encoding import load_confirmation, save_encoded, text_windows
     from qpruner.models.loading import load_tokenizer
 
     examples, length = context.inspection.examples, context.config.data.max_length

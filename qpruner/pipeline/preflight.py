@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from qpruner.config.schema import RIDGE, BudgetConfig, PruneConfig, QuantizeConfig, RunConfig
-from qpruner.data.rows import Example
+from qpruner.data.sources import Example
 from qpruner.errors import PlanRefused, UserError, together
 from qpruner.models.families import ATTENTION, EXPERT, MLP, family_of
 from qpruner.models.layout import layout_of, num_layers

@@ -10,18 +10,8 @@ from functools import partial
 from pathlib import Path
 
 from qpruner.config.schema import DataConfig, RunConfig
-from qpruner.data.rows import (
-    SENSITIVITY_KEYS,
-    Example,
-    check_disjoint,
-    encode,
-    load_examples,
-    load_token_ids,
-    normalized,
-    packed_samples,
-    row_samples,
-    shuffled,
-)
+from qpruner.data.encoding import SENSITIVITY_KEYS, encode, load_token_ids, packed_samples, row_samples, shuffled
+from qpruner.data.sources import Example, check_disjoint, load_examples, normalized
 from qpruner.errors import UserError, together
 from qpruner.models.loading import check_source, load_tokenizer, resolve_source, whole_path
 from qpruner.training.evaluate import TaskQuestions, task_questions

@@ -27,8 +27,9 @@ from qpruner.runs.storage import fetch, read_list, require_arrived, retry_storag
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from qpruner.data.calibration import Rows, Samples
-    from qpruner.data.rows import Example
+    from qpruner.data.calibration import Samples
+    from qpruner.data.losses import Rows
+    from qpruner.data.sources import Example
     from qpruner.errors import QprunerError
     from qpruner.pruning.best_cut import Made
     from qpruner.pruning.prune import Pruned
@@ -97,7 +98,7 @@ class CutJob:
 
 def cut_and_save(job: CutJob, bench: Bench, emit: Emit) -> dict[str, Any]:
     """Cut the base model, write what loses least and leave it on the bench; returns the record's fields."""
-    from qpruner.data.rows import load_encoded
+    from qpruner.data.encoding import load_encoded
     from qpruner.models.checkpoint import save_checkpoint
     from qpruner.models.loading import load_dense, load_tokenizer
     from qpruner.report.importance_map import load_importance, save_importance, write_pictures

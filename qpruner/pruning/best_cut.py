@@ -14,7 +14,8 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from qpruner.config.schema import PruneConfig
-from qpruner.data.calibration import LossResult, Samples, mean_loss
+from qpruner.data.calibration import Samples
+from qpruner.data.losses import LossResult, mean_loss
 from qpruner.errors import QprunerError, TrainingDiverged, UserError
 from qpruner.models.families import family_of
 from qpruner.pruning.prune import Pruned, expected_config, prune, settled

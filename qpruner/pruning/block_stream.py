@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from qpruner.data.calibration import Samples, at_tokens, batches, entering
+from qpruner.data.calibration import Samples, at_tokens, block_inputs
+from qpruner.data.losses import batches
 from qpruner.models.families import family_of
 
 if TYPE_CHECKING:
@@ -38,7 +39,7 @@ class BlockStream:
         self._model = model
         self._path = family_of(model.config).block_path
         self._num_blocks = model.config.num_hidden_layers
-        self._told = samples.told
+        self._told = samples.on_progress
         self._hidden: list[torch.Tensor] = []
         self._tokens: list[torch.Tensor] = []
         self._calls: list[dict[int, tuple[tuple[Any, ...], dict[str, Any]]]] = []
@@ -118,7 +119,7 @@ class BlockStream:
         def hook_for(index: int) -> Callable[..., None]:
             def hook(block: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
                 if index == 0:
-                    self._hidden.append(entering(args, kwargs))
+                    self._hidden.append(block_inputs(args, kwargs))
                 others = {name: value for name, value in kwargs.items() if name != "hidden_states"}
                 self._calls[-1][index] = (args[1:], others)
 

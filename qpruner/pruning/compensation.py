@@ -86,7 +86,7 @@ def fold_blocks(
             weight.copy_(weight.float() + change.to(weight.device))
         stream.advance(index)
     if config.num_hidden_layers - 1 in gone:
-        samples.told(config.num_hidden_layers, config.num_hidden_layers)
+        samples.on_progress(config.num_hidden_layers, config.num_hidden_layers)
 
 
 def compensate(model: PreTrainedModel, kept: Kept, method: str, ridge: float, samples: Samples) -> None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from qpruner.data.calibration import Samples, at_tokens, entering
+from qpruner.data.calibration import Samples, at_tokens, block_inputs
 from qpruner.models.families import EXPERT, MLP, UnitKind, family_of
 from qpruner.pruning.importance import check_finite, taylor
 
@@ -60,7 +60,7 @@ def block_influence(model: PreTrainedModel, layers: Sequence[int], samples: Samp
 
     def hook_for(index: int) -> Callable[..., None]:
         def hook(block: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-            before = entering(args, kwargs)
+            before = block_inputs(args, kwargs)
             after = output[0] if isinstance(output, tuple) else output
             # Spread over several devices, a block is given what lies on the device of the one before.
             pair = at_tokens(before.to(after.device), tokens).float(), at_tokens(after, tokens).float()

@@ -88,7 +88,7 @@ class Measured:
         return partial(self._told, f"{what}{of_steps}")
 
     def _samples_telling(self, what: str) -> Samples:
-        return replace(self._samples, told=self.telling(what))
+        return replace(self._samples, on_progress=self.telling(what))
 
 
 class Unweighed:

@@ -14,14 +14,8 @@ from typing import TYPE_CHECKING, cast
 import torch
 
 from qpruner.config.schema import PruneConfig
-from qpruner.data.calibration import (
-    InputMoments,
-    Samples,
-    count_labels,
-    visit_gradients,
-    visit_inputs,
-    visit_mask_gradients,
-)
+from qpruner.data.calibration import InputMoments, Samples, visit_gradients, visit_inputs, visit_mask_gradients
+from qpruner.data.losses import count_labels
 from qpruner.errors import TrainingDiverged
 from qpruner.models.families import UnitKind, UnitSlice, family_of
 

@@ -10,7 +10,7 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCardData
 
 from qpruner.config.schema import RunConfig
-from qpruner.data.rows import BUILDERS
+from qpruner.data.sources import BUILDERS
 from qpruner.export.card_metadata import front_matter
 from qpruner.models.snippets import section
 from qpruner.report.markdown import code, measured, prose

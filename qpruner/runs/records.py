@@ -239,9 +239,6 @@ class TrialRecord(Recorded):
     """Over the best plan known when this one was proposed, by the searcher's model if it has one."""
     noise: float | None = None
     """Standard deviation of a score, by the same model."""
-    slot_from: tuple[int, int] | None = None
-    """Where the search is `deterministic`: when the trial began if a step took all trials the same time, in steps from
-    the beginning of the search, and the trial whose end gave it its slot (-1 where one was free)."""
     plan: dict[str, int]
     plan_bytes: int
     mean_bits: float
@@ -285,7 +282,7 @@ class TrialRecord(Recorded):
         """One row, with `loss at STEP` (and accuracy) for each rung."""
         told = self.model_copy(update={"checkpoint": {}, "earlier_gpu_seconds": {}})
         [row] = super(TrialRecord, told).table_rows()
-        for name in ("digest", "rungs", "times", "begun", "slot_from"):
+        for name in ("digest", "rungs", "times", "begun"):
             del row[name]
         for rung in self.rungs:
             row[f"loss at {rung.step}"] = rung.loss

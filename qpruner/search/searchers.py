@@ -2,8 +2,7 @@
 
 Nothing here knows of Ray. A `Proposer` turns what is known into a plan; the `Ledger` hands out controls first, repairs
 a proposal that is over budget to the nearest feasible plan, replaces one that is known, and remembers what ran.
-Suggestion k depends only on the seed, k and the results known when it is asked for; with a `Timetable` those do not
-depend on how long trials take.
+Suggestion k depends only on the seed, k and the results known when it is asked for.
 """
 
 from __future__ import annotations
@@ -18,7 +17,6 @@ import numpy as np
 
 from qpruner.errors import UserError
 from qpruner.plans.plan import PlanSpace, PrecisionPlan
-from qpruner.search.timetable import Moment, Timetable
 
 Ending = Literal["scored", "failed", "ruined"]
 """How a trial is over: with its last score, without the one it was to have, or because its plan cannot be trained."""
@@ -36,7 +34,6 @@ class Suggestion:
         plan: The plan.
         expected_improvement: As in `Proposal`, for a plan that a searcher with a model proposed.
         noise: Likewise.
-        begun: When its trial began by the timetable, where there is one.
     """
 
     index: int
@@ -44,7 +41,6 @@ class Suggestion:
     plan: PrecisionPlan
     expected_improvement: float | None = None
     noise: float | None = None
-    begun: Moment | None = None
 
 
 @dataclass(frozen=True)
@@ -205,8 +201,6 @@ class Ledger:
         max_trials: Suggestions in all; those that another budget's search made do not count.
         patience: Proposals in a row whose expected improvement is below the noise before the search ends; None never.
         proposes: Whether the searcher is asked for more plans than the controls.
-        timetable: Says what is known when a plan is proposed, so that it is the same on any machines; None takes what
-            is there.
         ended: Why there are no more suggestions, once there are none.
     """
 
@@ -216,7 +210,6 @@ class Ledger:
     max_trials: int
     patience: int | None = None
     proposes: bool = True
-    timetable: Timetable | None = None
     ended: str | None = None
     _known: dict[PrecisionPlan, int] = field(default_factory=dict)
     _counted: set[int] = field(default_factory=set)
@@ -249,20 +242,10 @@ class Ledger:
         if counts:
             self._counted.add(suggestion.index)
             self._weigh(suggestion)
-            if self.timetable and suggestion.begun:
-                self.timetable.take_up(suggestion.index, suggestion.begun)
-
-    @property
-    def waits(self) -> bool:
-        """Whether there is nothing to hand out before more is known of the trials under way."""
-        if self.timetable is None or any(suggestion.begun for suggestion in self._unfinished):
-            return False
-        is_over = not self._unfinished and (self.ended is not None or len(self._counted) >= self.max_trials)
-        return self.timetable.waits and not is_over
 
     def next(self) -> Suggestion | None:
-        """The next suggestion, or None when the search is over; `ended` then says why. Not asked while it `waits`."""
-        suggestion = self._taken_up() if self._unfinished else self._new()
+        """The next suggestion, or None when the search is over; `ended` then says why."""
+        suggestion = self._unfinished.pop(0) if self._unfinished else self._new()
         if suggestion:
             self._live[suggestion.index] = suggestion.plan
         return suggestion
@@ -273,24 +256,11 @@ class Ledger:
         key = observation.index, observation.step
         is_news = key not in self._observations
         self._observations[key] = observation
-        if self.timetable:
-            self.timetable.reach(*key)
         return is_news
-
-    def rivals(self, trial: int, step: int) -> dict[int, float]:
-        """Scores of other trials at a rung, by number, as far as the timetable has them known when a trial began."""
-        assert self.timetable
-        return {
-            index: item.score
-            for (index, at), item in self._observations.items()
-            if at == step and index != trial and self.timetable.is_known(index, step, to=trial)
-        }
 
     def close(self, suggestion: Suggestion, ending: Ending = "scored") -> None:
         """Tell that a trial is over, with what was observed or with nothing."""
         self._live.pop(suggestion.index, None)
-        if self.timetable:
-            self.timetable.end(suggestion.index, has_failed=ending != "scored")
         if ending == "ruined":
             self._ruined[suggestion.index] = suggestion.plan
 
@@ -304,8 +274,6 @@ class Ledger:
         self._live.pop(suggestion.index, None)
         self._known.pop(suggestion.plan, None)
         self._counted.discard(suggestion.index)
-        if self.timetable:
-            self.timetable.withdraw(suggestion.index)
 
     def end(self, reason: str) -> None:
         """No new suggestions from now on; the first reason stays."""
@@ -313,19 +281,17 @@ class Ledger:
 
     def history(self) -> History:
         """What the searcher is told."""
-        timetable = self.timetable
-        told = {key: item for key, item in self._observations.items() if timetable is None or timetable.is_known(*key)}
-        running = timetable.in_flight if timetable else frozenset(self._live)
-        told |= self._penalties(told.values(), running)
-        heard = {index for index, _ in told} | running
+        told = dict(self._observations)
+        told |= self._penalties(told.values())
+        heard = {index for index, _ in told} | self._live.keys()
         by_index = sorted(self._known.items(), key=lambda item: item[1])
         return History(
             tuple(told[key] for key in sorted(told)),
-            tuple(plan for plan, index in by_index if index in running),
+            tuple(plan for plan, index in by_index if index in self._live),
             tuple(plan for plan, index in by_index if index not in heard),
         )
 
-    def _penalties(self, told: Collection[Observation], running: Collection[int]) -> dict[tuple[int, int], Observation]:
+    def _penalties(self, told: Collection[Observation]) -> dict[tuple[int, int], Observation]:
         """What ruined plans are told with; nothing while nothing was scored."""
         step = max((item.step for item in told), default=None)
         if step is None:
@@ -333,25 +299,8 @@ class Ledger:
         scores = [item.score for item in told if item.step == step]
         worst, best = max(scores), min(scores)
         score = worst + ((worst - best) or abs(worst) / 100)
-        ruined = {index: plan for index, plan in self._ruined.items() if index not in running}
+        ruined = {index: plan for index, plan in self._ruined.items() if index not in self._live}
         return {(index, step): Observation(index, plan, step, score) for index, plan in ruined.items()}
-
-    def _taken_up(self) -> Suggestion:
-        """A trial that goes on: of those that the timetable knows, the first."""
-        under_way = [suggestion for suggestion in self._unfinished if suggestion.begun] or self._unfinished
-        self._unfinished.remove(suggestion := under_way[0])
-        if suggestion.begun:
-            return suggestion
-        self._advance()
-        return self._begun(suggestion)
-
-    def _advance(self) -> None:
-        if self.timetable:
-            assert not self.timetable.waits, "what the next plan is proposed from is not known yet"
-            self.timetable.advance()
-
-    def _begun(self, suggestion: Suggestion) -> Suggestion:
-        return replace(suggestion, begun=self.timetable.begin(suggestion.index)) if self.timetable else suggestion
 
     def _new(self) -> Suggestion | None:
         if self.ended:
@@ -359,7 +308,6 @@ class Ledger:
         if len(self._counted) >= self.max_trials:
             self.end(f"all {self.max_trials} trials were spent (`search.max_trials`)")
             return None
-        self._advance()
         taken = set(self._known.values())
         index = next(number for number in itertools.count() if number not in taken)
         suggestion = self._control(index) or self._proposal(index)
@@ -367,7 +315,7 @@ class Ledger:
             return None
         self._known[suggestion.plan] = index
         self._counted.add(index)
-        return self._begun(suggestion)
+        return suggestion
 
     def _control(self, index: int) -> Suggestion | None:
         for origin, plan in self.controls:

@@ -9,11 +9,11 @@ from pathlib import Path
 import torch
 
 from qpruner.config.schema import RunConfig
-from qpruner.data.calibration import Rows, mean_loss
-from qpruner.data.rows import load_encoded
+from qpruner.data.encoding import load_encoded
+from qpruner.data.losses import Rows, mean_loss
 from qpruner.errors import TrainingDiverged
 from qpruner.models.loading import load_tokenizer
-from qpruner.quantization.assembly import workbench
+from qpruner.quantization.assembly import plan_assembler
 from qpruner.runs.records import RungResult
 from qpruner.runs.scratch import working_folder
 from qpruner.runs.storage import fetch
@@ -37,7 +37,7 @@ def run_trial(job: TrialJob, start: Path | None, report: Report, progress: Progr
 
     checkpoint = fetch(materials.checkpoint, moved)
     # One seed for adapters, data order and dropout of all trials: another order moves the loss more than most plans do.
-    bench = workbench(
+    bench = plan_assembler(
         checkpoint,
         materials.bank,
         config.quantize.group,

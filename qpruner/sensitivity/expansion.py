@@ -23,7 +23,7 @@ import numpy.typing as npt
 import torch
 
 from qpruner.data.calibration import Samples, visit_linear_gradients
-from qpruner.data.rows import IGNORED_LABEL
+from qpruner.data.encoding import IGNORED_LABEL
 from qpruner.errors import TrainingDiverged
 from qpruner.sensitivity.starts import Starts
 

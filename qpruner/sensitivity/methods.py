@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qpruner.config.schema import EXPANSION, MEASUREMENT, SensitivityConfig
-from qpruner.data.calibration import OnProgress, Rows, Samples
+from qpruner.data.calibration import OnProgress, Samples
+from qpruner.data.losses import Rows
 from qpruner.models.layout import group_linears
 from qpruner.plans.plan import FULL_BITS
 from qpruner.runs.records import MethodScores

@@ -18,8 +18,9 @@ import numpy.typing as npt
 import torch
 
 from qpruner.config.schema import SensitivityConfig
-from qpruner.data.calibration import OnProgress, Rows, visit_outputs
-from qpruner.data.rows import IGNORED_LABEL
+from qpruner.data.calibration import OnProgress, visit_outputs
+from qpruner.data.encoding import IGNORED_LABEL
+from qpruner.data.losses import Rows
 from qpruner.errors import UserError
 from qpruner.models.layout import output_modules
 

@@ -49,7 +49,7 @@ from qpruner.wording import counted
 if TYPE_CHECKING:
     from peft import PeftModel
 
-    from qpruner.data.calibration import LossResult
+    from qpruner.data.losses import LossResult
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 
@@ -150,8 +150,8 @@ def finetune_candidate(job: CandidateJob) -> FinetuneOutcome:
     # Imported before memory is measured: the rise should be the model's, not the libraries'.
     import peft  # noqa: F401
 
-    from qpruner.data.calibration import mean_loss
-    from qpruner.data.rows import load_confirmation, load_encoded
+    from qpruner.data.encoding import load_confirmation, load_encoded
+    from qpruner.data.losses import mean_loss
     from qpruner.models.loading import load_tokenizer
     from qpruner.models.memory import PeakMemory
     from qpruner.quantization.assembly import measured_bytes
@@ -231,8 +231,8 @@ def evaluate_candidate(job: CandidateJob) -> Evaluation:
     Raises:
         CorruptFile: If the row was fine-tuned and its adapter cannot be read.
     """
-    from qpruner.data.calibration import mean_loss
-    from qpruner.data.rows import load_encoded
+    from qpruner.data.encoding import load_encoded
+    from qpruner.data.losses import mean_loss
     from qpruner.models.loading import load_tokenizer
     from qpruner.training.evaluate import score_tasks
 
@@ -286,7 +286,7 @@ def measure_inference(job: InferenceJob) -> tuple[InferenceSetting, list[Inferen
     exchanged."""
     import torch
 
-    from qpruner.data.rows import load_encoded
+    from qpruner.data.encoding import load_encoded
     from qpruner.training.inference import Turn, take_turn
 
     _start(job.threads)
@@ -332,8 +332,8 @@ class ConfirmationJob:
 def confirm_trial(job: ConfirmationJob) -> FinalistScore:
     """Score a trial's last rung on what no trial was scored on: the confirmation rows that choose and, where accuracy
     is searched, as many questions again of every task, those that come after the trials'."""
-    from qpruner.data.calibration import mean_loss
-    from qpruner.data.rows import load_confirmation
+    from qpruner.data.encoding import load_confirmation
+    from qpruner.data.losses import mean_loss
     from qpruner.models.loading import load_tokenizer
     from qpruner.training.evaluate import mean_accuracy, score_tasks
 
@@ -369,11 +369,11 @@ def _rounded(loss: LossResult) -> tuple[float, ...]:
 
 def build(config: RunConfig, candidate: Candidate) -> PeftModel:
     """The row's model with its adapter start."""
-    from qpruner.quantization.assembly import workbench
+    from qpruner.quantization.assembly import plan_assembler
 
     quantize = config.quantize
     checkpoint, dtype = fetch(candidate.checkpoint), config.model.dtype
-    bench = workbench(checkpoint, candidate.bank, quantize.group, dtype, quantize.double_quant, config.lora)
+    bench = plan_assembler(checkpoint, candidate.bank, quantize.group, dtype, quantize.double_quant, config.lora)
     return bench.model(candidate.plan, config.seed)
 
 

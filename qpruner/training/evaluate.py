@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, get_args
 
 from qpruner.config.schema import AccuracyMetric
 from qpruner.data import measures
-from qpruner.data.rows import cause_of
+from qpruner.data.sources import cause_of
 from qpruner.errors import UserError
 from qpruner.runs.records import MetricScore, TaskScore
 

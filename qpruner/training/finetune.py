@@ -25,8 +25,8 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, TrainerState
 
 from qpruner.config.schema import TrainingConfig
-from qpruner.data.calibration import Rows, labelled_only, predicted_labels
-from qpruner.data.rows import IGNORED_LABEL, collate, row_lengths
+from qpruner.data.encoding import IGNORED_LABEL, collate, row_lengths
+from qpruner.data.losses import Rows, labelled_only, predicted_labels
 from qpruner.errors import TrainingDiverged
 from qpruner.runs.storage import retry_storage
 

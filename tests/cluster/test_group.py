@@ -22,7 +22,8 @@ from safetensors.torch import load_file
 from qpruner.cluster.cluster import MAX_DEATHS, connect, disconnect
 from qpruner.cluster.probe import packed_check_of_gpus
 from qpruner.config.schema import LoraConfig, TrainingConfig
-from qpruner.data.rows import Example, encode
+from qpruner.data.encoding import encode
+from qpruner.data.sources import Example
 from qpruner.errors import TrainingDiverged, WorkerDied
 from qpruner.models.loading import load_tokenizer
 from qpruner.quantization.assembly import assemble, attach_adapters

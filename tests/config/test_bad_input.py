@@ -25,7 +25,7 @@ import yaml
 from conftest import DEMO_DATA, demo_rows, disk_of, raw_config, with_key
 
 from qpruner.config.schema import DataSource, RunConfig, load_config, validate_config
-from qpruner.data.rows import load_examples, normalized
+from qpruner.data.sources import load_examples, normalized
 from qpruner.errors import ConfigError, UserError
 from qpruner.models.families import families
 from qpruner.pipeline import check
@@ -242,10 +242,6 @@ CONFIGURATION = [
     refused(
         "searcher-misspelt", {"search.searcher": "hyperpot"}, "`search.searcher`", "'hyperpot'",
         "'gp', 'hyperopt', 'bayesopt' or 'random'"
-    ),
-    refused(
-        "deterministic-on-any-slots", {"search.deterministic": True}, "`deterministic`", "needs `max_concurrent`",
-        "--set search.deterministic="
     ),
     refused(
         "gpus-and-a-half", {"search.resources_per_trial": {"gpu": 1.5}}, "`gpu`", "got 1.5", "a whole number",

@@ -68,7 +68,6 @@ def config_of(changes: dict[str, Any]) -> RunConfig:
                 ("max_gpu_hours", {"max_gpu_hours": 1}),
                 ("patience", {"patience": 2}),
                 ("pareto", {"pareto": True}),
-                ("deterministic", {"deterministic": True, "max_concurrent": 2}),
                 ("confirm", {"confirm": 2}),
             )
         ),

@@ -22,7 +22,7 @@ import qpruner.hf  # noqa: F401
 from qpruner import pipeline
 from qpruner.cli.main import main
 from qpruner.config.schema import validate_config
-from qpruner.data.rows import load_encoded
+from qpruner.data.encoding import load_encoded
 from qpruner.errors import StageError, UserError
 from qpruner.export.folders import compare, export
 from qpruner.quantization.mixed import unpack

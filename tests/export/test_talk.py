@@ -30,7 +30,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import qpruner.hf  # noqa: F401
 from qpruner.cli.main import _where_next, main
 from qpruner.cli.model_verbs import printable, view
-from qpruner.data.rows import alpaca_prompt
+from qpruner.data.encoding import alpaca_prompt
 from qpruner.errors import UserError
 from qpruner.export.folders import export
 from qpruner.export.generate import Sampling, Shelf, sources

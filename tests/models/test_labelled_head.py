@@ -14,14 +14,13 @@ from transformers import Trainer
 from qpruner.config.schema import LoraConfig, TrainingConfig
 from qpruner.data.calibration import (
     Samples,
-    mean_loss,
-    token_losses,
     visit_gradients,
     visit_linear_gradients,
     visit_mask_gradients,
     visit_outputs,
 )
-from qpruner.data.rows import collate
+from qpruner.data.encoding import collate
+from qpruner.data.losses import mean_loss, token_losses
 from qpruner.models.layout import group_linears
 from qpruner.quantization.assembly import attach_adapters
 from qpruner.training.finetune import Schedule, Share, _arguments, _Trainer, finetune

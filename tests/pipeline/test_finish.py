@@ -16,9 +16,9 @@ from conftest import disk_of, flip_a_byte, raw_config, with_key
 from made_records import made_confirmation, made_search
 
 from qpruner.config.schema import validate_config
-from qpruner.data.rows import load_encoded
+from qpruner.data.encoding import load_encoded
 from qpruner.errors import CorruptFile, StageError
-from qpruner.estimate.work import num_compared
+from qpruner.estimate.hours import num_compared
 from qpruner.pipeline import preflight, run
 from qpruner.pipeline.comparison import compare, comparison_jobs
 from qpruner.pipeline.context import Context

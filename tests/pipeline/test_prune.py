@@ -374,7 +374,7 @@ def test_other_token_ids_in_the_same_file_run_it_again(raw: Raw, tmp_path: Path)
 
 
 def prepared_rows(raw: Raw, split: str) -> list[dict[str, list[int]]]:
-    from qpruner.data.rows import load_encoded
+    from qpruner.data.encoding import load_encoded
 
     return load_encoded(Path(raw["output"]) / "prepare" / "data" / split)
 
@@ -416,7 +416,7 @@ def test_sensitivities_are_of_the_task_beside_calibration_text(raw: Raw) -> None
 
 def test_packed_samples_are_all_of_the_asked_length(raw: Raw, tiny_model: Path) -> None:
     """As LLM-Pruner takes its samples, but from as many rows as it takes: none is short, none is padded."""
-    from qpruner.data.rows import load_examples
+    from qpruner.data.sources import load_examples
     from qpruner.models.loading import load_tokenizer
 
     raw = with_key(with_key(raw, "calibration.packing", True), "calibration.max_length", 50)
@@ -620,8 +620,8 @@ def open_raw(raw: Raw, deep: tuple[Path, Path, bool]) -> tuple[Raw, bool]:
 
 def test_whole_blocks_go_where_that_loses_less_on_validation_rows(open_raw: tuple[Raw, bool], tmp_path: Path) -> None:
     """What is left is what the settings that won leave alone: its files, its record and its model."""
-    from qpruner.data.calibration import mean_loss
-    from qpruner.data.rows import load_encoded
+    from qpruner.data.encoding import load_encoded
+    from qpruner.data.losses import mean_loss
 
     raw, drops = open_raw
     record, folder, events = pruned(raw)

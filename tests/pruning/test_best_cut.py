@@ -12,7 +12,8 @@ import torch
 from tiny_decoders import PAD, VOCABULARY, samples_of, tiny
 
 from qpruner.config.schema import PruneConfig
-from qpruner.data.calibration import LossResult, Samples, mean_loss
+from qpruner.data.calibration import Samples
+from qpruner.data.losses import LossResult, mean_loss
 from qpruner.errors import TrainingDiverged, UserError
 from qpruner.pruning.best_cut import Made, Tried, cuts_of, prune_best
 from qpruner.pruning.prune import prune, settled

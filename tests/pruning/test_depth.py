@@ -11,7 +11,8 @@ import torch
 from tiny_decoders import PAD, logits_of, rows_of, samples_of, tiny
 
 from qpruner.config.schema import PruneConfig
-from qpruner.data.calibration import Samples, mean_loss
+from qpruner.data.calibration import Samples
+from qpruner.data.losses import mean_loss
 from qpruner.errors import TrainingDiverged, UserError
 from qpruner.pruning.compensation import fold_blocks
 from qpruner.pruning.depth import block_importance, num_blocks_to_drop

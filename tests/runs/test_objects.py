@@ -246,7 +246,7 @@ def fetched_by_another(run: RunDir) -> list[str]:
     "harm",
     [
         pytest.param(flip_a_byte, id="flipped"),
-        pytest.param(lambda path: os.truncate(path, 0), id="empty_folder"),  # as power that fails may leave it
+        pytest.param(lambda path: os.truncate(path, 0), id="emptied"),  # as power that fails may leave it
         pytest.param(Path.unlink, id="missing"),
     ],
 )

@@ -24,7 +24,7 @@ from tokenizers.models import BPE
 
 from qpruner.cluster.testimony import check_like, versions
 from qpruner.config.schema import LoraConfig
-from qpruner.data.rows import load_encoded, save_encoded
+from qpruner.data.encoding import load_encoded, save_encoded
 from qpruner.errors import StorageError
 from qpruner.quantization.bank import (
     BankIndex,

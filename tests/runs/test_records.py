@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
-from qpruner.data.calibration import LossResult
+from qpruner.data.losses import LossResult
 from qpruner.runs.records import EvalRecord, KeptScore, MethodScores, MetricScore, RowScores, TaskScore
 from qpruner.runs.storage import read_json, write_json
 

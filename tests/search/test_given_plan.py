@@ -175,8 +175,8 @@ def test_check_tells_what_a_plan_takes_and_refuses_what_run_does(searched: Path)
 def test_check_tells_how_much_of_a_search_is_done(searched: Path) -> None:
     for trials, share in ((2, 1.0), (4, 0.5)):
         done = qpruner("check", searched, "--set", f"search.max_trials={trials}", "--json")
-        shares = json.loads(done.stdout.splitlines()[-1])["hours"]["share_done"]
-        assert shares == {"prune": 1, "bank": 1, "sensitivity": 1, "search": share, "finetune": 0, "evaluate": 0}
+        shares = json.loads(done.stdout.splitlines()[-1])["share_done"]
+        assert shares["search"] == share and shares["sensitivity"] == 1 and shares["finetune"] == 0
 
 
 @pytest.mark.slow
@@ -220,7 +220,7 @@ BY_INFORMATION = ("--set", "quantize.bits=[4, 8]", *METHODS, "--plan", "mutual_i
 
 
 def checked(*arguments: object) -> tuple[str, dict[str, Any]]:
-    done = CliRunner().invoke(main, ["check", *map(str, arguments), "--json", "--gpu", "A100"])
+    done = CliRunner().invoke(main, ["check", *map(str, arguments), "--json", "--gpu"])
     assert done.exit_code == 0, done.output
     return done.stdout, json.loads(done.stdout.splitlines()[-1])
 
@@ -230,7 +230,6 @@ def test_check_tells_of_one_bit_width(uniform: Path) -> None:
     assert "your plan:   every group at 4 bits, the only one of `quantize.bits`\n" in said
     assert "trials:      1, 1 at once" in said and "none for the sensitivities" in said
     assert facts["bytes_budget"] == facts["bytes_all_4"] and "sensitivity" not in facts["memory"]
-    assert facts["hours"]["stages"]["sensitivity"] == 0
     idle = "has no effect: `quantize.bits` is [4], so nothing is measured or searched"
     assert (
         f"`search.max_trials` {idle}" in facts["warnings"] and f"`sensitivity.methods` {idle}" not in facts["warnings"]
@@ -243,7 +242,6 @@ def test_check_tells_of_a_sensitivity_s_plan(uniform: Path) -> None:
     said, facts = checked(uniform, *BY_INFORMATION)
     assert "your plan:   the seed plan of mutual_information, inside the budget" in said
     assert "trials:      1, 1 at once" in said and facts["bytes_plan"] is None
-    assert facts["hours"]["stages"]["sensitivity"] > 0
 
 
 def test_random_plans_of_one_bit_width_are_none() -> None:

@@ -692,30 +692,6 @@ def test_a_trial_that_never_began_leaves_nothing_in_an_object_store(
         assert searcher.suggest("c") == given[0], "its plan is free again"
 
 
-def test_a_deterministic_search_hands_out_what_it_may_and_records_when(tmp_path: Path) -> None:
-    """The third trial has the slot of the first, in whatever order the first two end, also in another session."""
-    job = job_of(tmp_path, deterministic=True, max_concurrent=2)
-    searcher = PlanSearcher(job, ledger_of(job), lambda: 5, print, Halt(print))
-    first, second = searcher.suggest("a"), searcher.suggest("b")
-    assert isinstance(first, dict) and isinstance(second, dict)
-    assert searcher.suggest("c") is None
-
-    def end(searcher: PlanSearcher, trial_id: str, index: int) -> None:
-        rungs = tuple(RungResult(step=step, loss=3.0) for step in job.config.search.rungs)
-        record = read_trial(job.trials, index)
-        write_trial(job.trials, record.model_copy(update={"rungs": rungs, "status": "finished"}))
-        searcher.on_trial_complete(trial_id, {METRIC: 3.0, TIME: rungs[-1].step})
-
-    end(searcher, "b", second["trial"])
-    assert searcher.suggest("c") is None, "the first is not over"
-    again = PlanSearcher(job, ledger_of(job), lambda: 5, print, Halt(print))
-    assert again.suggest("a") == first and again.suggest("c") is None
-    end(again, "a", first["trial"])
-    assert isinstance(again.suggest("c"), dict)
-    found = [record.slot_from for record in read_trials(job.trials)]
-    assert found == [(0, -1), (0, -1), (job.config.search.steps, 0)]
-
-
 def test_a_trial_that_still_waits_when_the_hours_are_spent_never_was(tmp_path: Path) -> None:
     """Its plan is the next search's first, should there be one with more hours; one that had begun goes on."""
     job = job_of(tmp_path, max_hours=1.0)

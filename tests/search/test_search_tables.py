@@ -23,8 +23,8 @@ sys.path.insert(0, str(BENCHMARKS))
 from search_replay import BadTable, Table  # noqa: E402
 from search_tables import LORA, Evaluator, Job, build_bank  # noqa: E402
 
-from qpruner.data.calibration import mean_loss  # noqa: E402
-from qpruner.quantization.assembly import Workbench  # noqa: E402
+from qpruner.data.losses import mean_loss  # noqa: E402
+from qpruner.quantization.assembly import PlanAssembler  # noqa: E402
 
 SMALL: dict[str, Any] = {"num_hidden_layers": 2, "hidden_size": 64, "num_attention_heads": 4, "vocab_size": 512}
 TOKENS = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1, "max_position_embeddings": 256}
@@ -54,7 +54,7 @@ def test_plans_that_share_blocks_get_the_loss_of_their_own_models(
     evaluator = Evaluator(job)
     found = {plan: loss for prefix in ((4,), (8,)) for plan, loss in evaluator.every_plan(prefix)}
     assert list(found) == list(itertools.product((4, 8), repeat=2))
-    bench = Workbench(folder, tmp_path / "bank", "block", "bfloat16", double_quant=False, lora=LORA)
+    bench = PlanAssembler(folder, tmp_path / "bank", "block", "bfloat16", double_quant=False, lora=LORA)
     for plan, loss in found.items():
         model = bench.model(job.bits(plan), seed=0)
         assert loss == pytest.approx(mean_loss(model, job.validation(), 0, 16).mean, abs=3e-3)

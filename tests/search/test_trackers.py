@@ -23,7 +23,8 @@ from peft import PeftModel
 from real_driver import between_rungs, driver, rungs_of, search_config, trials_of
 
 from qpruner.config.schema import LoraConfig, TrainingConfig
-from qpruner.data.rows import Example, encode
+from qpruner.data.encoding import encode
+from qpruner.data.sources import Example
 from qpruner.errors import UserError
 from qpruner.models.loading import load_tokenizer
 from qpruner.quantization.assembly import assemble, attach_adapters

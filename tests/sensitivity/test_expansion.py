@@ -10,7 +10,8 @@ import pytest
 import torch
 from banked_decoders import FAMILIES, PAD, Banked, banked
 
-from qpruner.data.calibration import Samples, mean_loss
+from qpruner.data.calibration import Samples
+from qpruner.data.losses import mean_loss
 from qpruner.errors import TrainingDiverged
 from qpruner.sensitivity.expansion import Expansion, expand, rises
 

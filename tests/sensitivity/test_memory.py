@@ -14,7 +14,7 @@ from conftest import raw_config, with_key
 from torch.profiler import ProfilerActivity, profile
 
 from qpruner.config.schema import RunConfig, validate_config
-from qpruner.data.calibration import mean_loss
+from qpruner.data.losses import mean_loss
 from qpruner.estimate.memory import scoring_memory, sensitivity_memory
 from qpruner.models.layout import layout_of
 from qpruner.pipeline import preflight

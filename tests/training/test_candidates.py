@@ -16,8 +16,8 @@ from conftest import DEMO_DATA, demo_rows, disk_of, flip_a_byte, full_until_noti
 from transformers import AutoConfig
 
 from qpruner.config.schema import RunConfig, validate_config
-from qpruner.data.calibration import mean_loss
-from qpruner.data.rows import load_encoded, save_encoded, text_windows
+from qpruner.data.encoding import load_encoded, save_encoded, text_windows
+from qpruner.data.losses import mean_loss
 from qpruner.errors import CorruptFile, StorageError
 from qpruner.models.layout import layout_of
 from qpruner.models.loading import load_dense, load_tokenizer

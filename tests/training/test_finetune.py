@@ -16,7 +16,8 @@ from peft import PeftModel
 from transformers import TrainerCallback
 
 from qpruner.config.schema import LoraConfig, TrainingConfig
-from qpruner.data.rows import EncodedRows, Example, encode, load_encoded, save_encoded
+from qpruner.data.encoding import EncodedRows, encode, load_encoded, save_encoded
+from qpruner.data.sources import Example
 from qpruner.errors import TrainingDiverged
 from qpruner.models.loading import load_tokenizer
 from qpruner.quantization.assembly import assemble, attach_adapters

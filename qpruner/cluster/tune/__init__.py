@@ -126,7 +126,6 @@ def _fit(job: SearchJob, room: Callable[[], int], emit: Emit, halt: Halt, tracke
                 recorded,
                 searcher.is_recalled,
                 searcher.hear,
-                ledger.rivals if ledger.timetable else None,
             ),
             num_samples=-1,
             reuse_actors=True,

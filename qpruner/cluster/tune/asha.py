@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,8 +17,6 @@ from qpruner.plans.plan import PlanSpace, PrecisionPlan
 from qpruner.runs.records import TrialRecord
 from qpruner.search.trial_records import objective
 
-Rivals = Callable[[int, int], Mapping[int, float]]
-
 
 class RecordedAsha(ASHAScheduler):  # type: ignore[misc]
     """ASHA (Li et al., arXiv 1810.05934) that spares controls and knows what was recorded before.
@@ -31,8 +29,6 @@ class RecordedAsha(ASHAScheduler):  # type: ignore[misc]
         is_recalled: Asked by Ray's id whether a trial that waits for a machine is not to start any more.
         on_error: Told Ray's id of a trial that ends in an error, and the error's text, before the searcher hears that
             there was one.
-        rivals: Tells with which scores a trial is compared at a rung, of other trials by their numbers; None takes all
-            that are there.
     """
 
     def __init__(
@@ -43,7 +39,6 @@ class RecordedAsha(ASHAScheduler):  # type: ignore[misc]
         recorded: Sequence[TrialRecord],
         is_recalled: Callable[[str], bool],
         on_error: Callable[[str, str], None] = lambda trial_id, error: None,
-        rivals: Rivals | None = None,
     ) -> None:
         settings = config.search
         super().__init__(
@@ -67,7 +62,6 @@ class RecordedAsha(ASHAScheduler):  # type: ignore[misc]
             decided = record.rungs[:-1] if record.status == "running" else record.rungs
             for rung in decided:
                 bracket.enter(record.index, rung.step, -objective(rung, config))
-        bracket.rivals = rivals
 
     def on_trial_add(self, tune_controller: Any, trial: Any) -> None:
         super().on_trial_add(tune_controller, trial)
@@ -107,26 +101,23 @@ class _LikeSizes(_Bracket):  # type: ignore[misc]
     def __init__(self, first_rung: int, steps: int, factor: int, for_front: bool) -> None:
         super().__init__(first_rung, steps, factor, s=0)
         self.sizes: dict[int, int] = {}
-        self.rivals: Rivals | None = None
         self._for_front = for_front
-        self._entering = (0, 0)
+        self._entering = 0
 
     def on_result(self, trial: Any, cur_iter: int, cur_rew: float) -> str:
         return self.enter(trial.config["trial"], cur_iter, cur_rew)
 
     def enter(self, index: int, step: int, reward: float) -> str:
         """Record a trial's rung and decide on it; one that is recorded goes on."""
-        self._entering = (index, step)
+        self._entering = index
         action: str = super().on_result(_Numbered(index), step, reward)
         return action
 
     def cutoff(self, recorded: dict[int, float]) -> float | None:
-        trial, step = self._entering
-        if self.rivals:
-            found = self.rivals(trial, step)
-            recorded = {index: -score for index, score in found.items() if index in self.sizes}
         if self._for_front:
-            recorded = {index: reward for index, reward in recorded.items() if self.sizes[index] <= self.sizes[trial]}
+            recorded = {
+                index: reward for index, reward in recorded.items() if self.sizes[index] <= self.sizes[self._entering]
+            }
         limit: float | None = super().cutoff(recorded)
         return limit
 

@@ -89,7 +89,7 @@ class PlanSearcher(LivesInDriver, Searcher):  # type: ignore[misc]
 
     def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
         self._hours_are_over()
-        if not self._halt.requested and (len(self._live) >= self._room() or self._ledger.waits):
+        if not self._halt.requested and len(self._live) >= self._room():
             return None
         finished: str = Searcher.FINISHED
         suggestion = None if self._halt.requested else self._ledger.next()
@@ -97,9 +97,6 @@ class PlanSearcher(LivesInDriver, Searcher):  # type: ignore[misc]
             return finished
         if suggestion.index in self._recorded:
             record = read_trial(self._job.trials, suggestion.index)
-            if record.slot_from != suggestion.begun:
-                record = record.model_copy(update={"slot_from": suggestion.begun})
-                write_trial(self._job.trials, record)
         else:
             layout = self._job.layout
             record = TrialRecord(
@@ -109,7 +106,6 @@ class PlanSearcher(LivesInDriver, Searcher):  # type: ignore[misc]
                 origin=suggestion.origin,
                 expected_improvement=suggestion.expected_improvement,
                 noise=suggestion.noise,
-                slot_from=suggestion.begun,
                 plan=suggestion.plan.as_dict(),
                 plan_bytes=layout.plan_bytes(suggestion.plan),
                 mean_bits=layout.mean_bits(suggestion.plan),

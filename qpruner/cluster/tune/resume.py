@@ -6,7 +6,6 @@ from qpruner.cluster.tune.job import SearchJob, ending_of, observations_of
 from qpruner.plans.plan import PrecisionPlan
 from qpruner.runs.records import TrialRecord
 from qpruner.search.searchers import Ledger, Proposer, Suggestion
-from qpruner.search.timetable import Timetable
 from qpruner.search.trial_records import read_trials, remove_old_checkpoints, write_trial
 
 
@@ -17,7 +16,6 @@ def take_up(job: SearchJob, proposer: Proposer) -> tuple[Ledger, list[TrialRecor
     `search.max_trials`.
     """
     settings = job.config.search
-    slots = settings.max_concurrent if settings.deterministic else None
     ledger = Ledger(
         job.space,
         proposer,
@@ -25,14 +23,12 @@ def take_up(job: SearchJob, proposer: Proposer) -> tuple[Ledger, list[TrialRecor
         settings.max_trials,
         None if settings.pareto else settings.patience,
         proposes=job.config.is_searched,
-        timetable=Timetable(slots, settings.rungs) if slots else None,
     )
     recorded = [_revived(record, job) for record in read_trials(job.trials)]
     remove_old_checkpoints(job.trials, [record for record in recorded if record.is_over])
     for record in recorded:
         plan = PrecisionPlan.from_dict(record.plan)
-        proposed = (record.expected_improvement, record.noise, record.slot_from)
-        suggestion = Suggestion(record.index, record.origin, plan, *proposed)
+        suggestion = Suggestion(record.index, record.origin, plan, record.expected_improvement, record.noise)
         rungs = observations_of(record, job.config)
         if not job.owns(record):
             ledger.recall(suggestion, rungs, ending_of(record), counts=False)
@@ -62,7 +58,6 @@ def _revived(record: TrialRecord, job: SearchJob) -> TrialRecord:
         "reason": None,
         "failure": None,
         "times": record.times[: 1 + len(record.rungs)],
-        "slot_from": record.slot_from if record.status == "running" and job.owns(record) else None,
     }
     revived = record.model_copy(update=update)
     if revived != record:
