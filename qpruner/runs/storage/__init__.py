@@ -77,7 +77,8 @@ def run_path(output: str | Path, is_sought: bool = False) -> Path:
 def run_root(output: str | Path, is_sought: bool = False) -> Path:
     """Turn a run's folder or URI into its path, as `run_path` does, and check that its bucket answers."""
     root = run_path(output, is_sought)
-    _check_reachable(root)
+    if not isinstance(output, Path):
+        _check_reachable(root)
     return root
 
 
