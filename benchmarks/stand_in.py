@@ -21,7 +21,8 @@ from qpruner.cluster.cluster import OBJECT_STORE_BYTES, Cluster
 from qpruner.cluster.probe import packed_check
 from qpruner.cluster.room import Room
 from qpruner.cluster.tune import SearchJob, SearchOutcome, search
-from qpruner.config.schema import RunConfig, validate_config
+from qpruner.config.load import validate_config
+from qpruner.config.schema import RunConfig
 from qpruner.plans.plan import Group, Layout, LinearShape, PlanSpace
 from qpruner.runs.events import Event
 from qpruner.runs.records import RungResult

@@ -22,7 +22,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from qpruner.config.schema import RunConfig, load_config
+from qpruner.config.load import load_config
+from qpruner.config.schema import RunConfig
 from qpruner.data.encoding import collate, encode
 from qpruner.data.losses import labelled_only, mean_loss, predicted_labels
 from qpruner.data.sources import load_examples

@@ -31,7 +31,7 @@ def run(config: str | Path, *overrides: str, until: str = "report", address: str
         UserError: When the input cannot work.
         StageError: When a stage cannot go on.
     """
-    from qpruner.config.schema import load_config
+    from qpruner.config.load import load_config
     from qpruner.errors import UserError
     from qpruner.runs.logs import logging_to, quiet_libraries
     from qpruner.runs.records import STAGES

@@ -26,7 +26,7 @@ from doc_blocks import FENCE, PAGES, ROOT, Block, blocks
 from tensorboard_server import serving
 
 from qpruner.cli.main import main
-from qpruner.config.schema import validate_config
+from qpruner.config.load import validate_config
 
 RUN = ("bash", "python")
 LANGUAGES = (*RUN, "yaml", "text")

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from qpruner.config.schema import config_schema, load_config
+from qpruner.config.load import config_schema, load_config
 from qpruner.errors import ConfigError, CorruptFile, PlanRefused, QprunerError, UserError, note_defect
 from qpruner.runs.logs import logging_to, quiet_libraries
 from qpruner.runs.version import describe
@@ -325,30 +325,23 @@ def push(run: str, repo_id: str, is_public: bool, what: Any, as_json: bool) -> N
     _guarded(as_json, told)
 
 
-def _talk_options(function: Callable[..., None]) -> Callable[..., None]:
-    count = click.IntRange(min=1)
-    for option in (
-        click.option(
-            "--which", metavar="NAMES", help="Of a run's models: base,pruned,final. All that are there without it."
-        ),
-        click.option("--max-tokens", type=count, default=128, show_default=True, help="Tokens an answer may have."),
-        click.option(
-            "--temperature",
-            type=click.FloatRange(min=0),
-            default=0.0,
-            show_default=True,
-            help="0: the likeliest token every time.",
-        ),
-        click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of draws above 0."),
-        click.argument("place", metavar="RUN_OR_FOLDER", type=click.Path()),
-    ):
-        function = option(function)
-    return function
+_count = click.IntRange(min=1)
 
 
-@main.command(help="What a run's base, pruned and final model say to a prompt, side by side; or the model of a folder.")
+@main.command(help="Print what a run's base, pruned and final model, or the model of a folder, answer to a prompt.")
+@click.argument("place", metavar="RUN_OR_FOLDER", type=click.Path())
 @click.option("--prompt", "prompts", multiple=True, metavar="TEXT", help="What to answer; may be given several times.")
 @click.option("--file", type=click.Path(path_type=Path), help="More prompts, one a line.")
+@click.option("--which", metavar="NAMES", help="Of a run's models: base,pruned,final. All that are there without it.")
+@click.option("--max-tokens", type=_count, default=128, show_default=True, help="Tokens an answer may have.")
+@click.option(
+    "--temperature",
+    type=click.FloatRange(min=0),
+    default=0.0,
+    show_default=True,
+    help="0: the likeliest token every time.",
+)
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of draws above 0.")
 @click.option(
     "--template",
     type=click.Choice(["chat", "alpaca", "none"]),
@@ -358,40 +351,26 @@ def _talk_options(function: Callable[..., None]) -> Callable[..., None]:
     "`data.template: alpaca`, as in a fine-tune on instructions.",
 )
 @_json
-@_talk_options
 def generate(
     place: str,
     prompts: tuple[str, ...],
     file: Path | None,
-    template: Any,
     which: str | None,
     max_tokens: int,
     temperature: float,
     seed: int,
+    template: Any,
     as_json: bool,
 ) -> None:
-    def told() -> dict[str, Any]:
+    def work() -> dict[str, Any]:
         quiet_libraries()
-        from qpruner.cli import model_verbs as talk_verbs
-        from qpruner.export import generate as talk
+        from qpruner.cli.model_verbs import generate
+        from qpruner.export.generate import Sampling
 
-        sampling = talk.Sampling(max_tokens, temperature, seed, template)
-        return talk_verbs.generate(place, which, prompts, file, sampling, as_json)
+        sampling = Sampling(max_tokens, temperature, seed, template)
+        return generate(place, which, prompts, file, sampling, as_json)
 
-    _guarded(as_json, told)
-
-
-@main.command(help="Talk to a run's base, pruned and final model side by side, or to the model of a folder.")
-@_talk_options
-def chat(place: str, which: str | None, max_tokens: int, temperature: float, seed: int) -> None:
-    def told() -> dict[str, Any]:
-        quiet_libraries()
-        from qpruner.cli import model_verbs as talk_verbs
-        from qpruner.export import generate as talk
-
-        return talk_verbs.chat(place, which, talk.Sampling(max_tokens, temperature, seed))
-
-    _guarded(False, told)
+    _guarded(as_json, work)
 
 
 def _export(root: str, form: Any, out: Path | None) -> dict[str, Any]:

@@ -28,15 +28,9 @@ from qpruner.pipeline.stage import Stage, is_whole, run_stage
 from qpruner.report.results import BASE, SEARCHED
 from qpruner.runs.events import Emit
 from qpruner.runs.records import EvalRecord, FinetuneRecord, SearchRecord
-from qpruner.runs.storage import (
-    empty_folder,
-    fetch,
-    publish_folder,
-    staging_path,
-    storage_at,
-    writing_folder,
-)
-from qpruner.training.candidates import ADAPTER_WEIGHTS, Candidate
+from qpruner.runs.storage import empty_folder, fetch, publish_folder, staging_path, storage_at, writing_folder
+from qpruner.training.checkpoints import ADAPTER_WEIGHTS
+from qpruner.training.table_rows import Candidate
 from qpruner.wording import counted
 
 

@@ -32,15 +32,14 @@ from qpruner.runs.storage import (
     verify_folder,
     write_json,
 )
-from qpruner.training.candidates import (
-    ADAPTER_WEIGHTS,
+from qpruner.training.checkpoints import ADAPTER_WEIGHTS, is_damaged
+from qpruner.training.table_rows import (
     Candidate,
     CandidateJob,
     FinetuneOutcome,
     InferenceJob,
     evaluate_candidate,
     finetune_candidate,
-    is_damaged,
     measure_inference,
 )
 from qpruner.wording import counted, error_text
@@ -99,7 +98,7 @@ def finetune_jobs(context: Context, stage: str, jobs: list[RowJob]) -> list[Cand
             remove(job.checkpoints)
             text = f"{job.label}: validation loss {outcome.validation_loss:.4f} after {outcome.steps} steps"
             context.emit(Message(stage, f"{text}, peak memory {outcome.peak_memory_bytes / 1e6:.0f} MB"))
-            for trouble in outcome.untold:
+            for trouble in outcome.tracker_errors:
                 context.emit(Message(stage, f"warning: {job.label}: {trouble}"))
     records = []
     for row, job in jobs:
@@ -157,7 +156,7 @@ def _finetuned(
 def _record_of(context: Context, job: Candidate, origin: str, outcome: FinetuneOutcome) -> CandidateRecord:
     plan, layout = PrecisionPlan.from_dict(dict(job.plan)), _layout_of(context, job)
     assert job.seed is not None
-    measured = {name: value for name, value in vars(outcome).items() if name != "untold"}
+    measured = {name: value for name, value in vars(outcome).items() if name != "tracker_errors"}
     return CandidateRecord(
         digest=job.folder.name,
         name=job.name,

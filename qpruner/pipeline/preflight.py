@@ -11,7 +11,8 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from qpruner.config.schema import RIDGE, BudgetConfig, PruneConfig, QuantizeConfig, RunConfig
+from qpruner.config.pruning import RIDGE
+from qpruner.config.schema import BudgetConfig, PruneConfig, QuantizeConfig, RunConfig
 from qpruner.data.sources import Example
 from qpruner.errors import PlanRefused, UserError, together
 from qpruner.models.families import ATTENTION, EXPERT, MLP, family_of

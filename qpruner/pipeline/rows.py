@@ -23,7 +23,7 @@ from qpruner.search.choice import controls_of
 from qpruner.search.random_plans import random_plans
 from qpruner.search.trial_records import objective
 from qpruner.sensitivity.seeds import seed_origin, seed_plan
-from qpruner.training.candidates import Candidate
+from qpruner.training.table_rows import Candidate
 from qpruner.wording import counted
 
 

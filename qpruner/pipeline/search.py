@@ -48,7 +48,7 @@ from qpruner.search.trial_records import (
     set_aside_damaged,
 )
 from qpruner.sensitivity.seeds import seed_plan
-from qpruner.training.candidates import Candidate, ConfirmationJob, confirm_trial
+from qpruner.training.table_rows import Candidate, ConfirmationJob, confirm_trial
 from qpruner.wording import counted, error_text
 
 if TYPE_CHECKING:

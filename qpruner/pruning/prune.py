@@ -10,7 +10,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from qpruner.config.schema import MOST_OF_BLOCKS, PruneConfig
+from qpruner.config.pruning import MOST_OF_BLOCKS
+from qpruner.config.schema import PruneConfig
 from qpruner.data.calibration import Samples
 from qpruner.errors import TrainingDiverged, UserError
 from qpruner.models.families import ATTENTION, EXPERT, MLP, UnitKind, family_of

@@ -15,7 +15,7 @@ from click.testing import CliRunner
 from conftest import with_key
 
 from qpruner.cli.main import main
-from qpruner.config.schema import validate_config
+from qpruner.config.load import validate_config
 from qpruner.errors import UserError
 from qpruner.pipeline import preflight, run
 from qpruner.runs.lock import hold_run

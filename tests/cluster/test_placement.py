@@ -27,7 +27,7 @@ from qpruner.cluster.room import Room
 from qpruner.cluster.slots import Slots
 from qpruner.cluster.tune import SearchJob, search
 from qpruner.cluster.tune.driver import MAX_ERRORS, Forgetful
-from qpruner.config.schema import validate_config
+from qpruner.config.load import validate_config
 from qpruner.errors import StageError
 from qpruner.plans.plan import Group, Layout, LinearShape, PlanSpace
 from qpruner.runs.events import Event, Message, SlotsFound, StepsSeen, TrialChanged, TrialWithdrawn

@@ -21,7 +21,7 @@ from raylets import Raylets, raylets
 import qpruner
 from qpruner.cluster.cluster import connect, disconnect
 from qpruner.cluster.probe import Report, probe
-from qpruner.config.schema import validate_config
+from qpruner.config.load import validate_config
 from qpruner.errors import UserError
 from qpruner.pipeline import check
 from qpruner.runs.events import Event, TableMade

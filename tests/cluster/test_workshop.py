@@ -24,7 +24,7 @@ from qpruner.cluster.cluster import MAX_DEATHS, connect, disconnect, run_tasks
 from qpruner.cluster.gpu_time import GpuTime
 from qpruner.cluster.probe import packed_check_of_gpus
 from qpruner.cluster.workshop import Bench, Here, OnCluster, Workshop
-from qpruner.config.schema import validate_config
+from qpruner.config.load import validate_config
 from qpruner.errors import CorruptFile, StageError, UserError, WorkerDied
 from qpruner.pipeline import run
 from qpruner.pipeline.context import Context

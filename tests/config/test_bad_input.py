@@ -24,7 +24,8 @@ import torch
 import yaml
 from conftest import DEMO_DATA, demo_rows, disk_of, raw_config, with_key
 
-from qpruner.config.schema import DataSource, RunConfig, load_config, validate_config
+from qpruner.config.load import load_config, validate_config
+from qpruner.config.schema import DataSource, RunConfig
 from qpruner.data.sources import load_examples, normalized
 from qpruner.errors import ConfigError, UserError
 from qpruner.models.families import families

@@ -12,7 +12,8 @@ import pytest
 from conftest import raw_config, with_key
 
 import qpruner
-from qpruner.config.schema import PruneConfig, RunConfig, load_config, validate_config
+from qpruner.config.load import load_config, validate_config
+from qpruner.config.schema import PruneConfig, RunConfig
 from qpruner.errors import ConfigError
 
 DEMO = Path(__file__).parents[2] / "tune_configs" / "demo_smollm2_cpu.yaml"

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 import yaml
 
-from qpruner.config.schema import RunConfig, load_config
+from qpruner.config.load import load_config
+from qpruner.config.schema import RunConfig
 from qpruner.pipeline import preflight
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -18,7 +18,8 @@ import yaml
 from conftest import raw_config, with_key
 
 from qpruner import estimate
-from qpruner.config.schema import LoraConfig, PruneConfig, RunConfig, TrainingConfig, validate_config
+from qpruner.config.load import validate_config
+from qpruner.config.schema import LoraConfig, PruneConfig, RunConfig, TrainingConfig
 from qpruner.data.encoding import encode
 from qpruner.estimate import hours, memory
 from qpruner.estimate.step_times import StepTimes
@@ -337,8 +338,8 @@ def test_two_cuts_take_both_and_the_passes_that_compare_them(inspection: Inspect
 FINETUNE = """
 import json, sys
 from pathlib import Path
-from qpruner.training.candidates import Candidate, CandidateJob, finetune_candidate
-from qpruner.config.schema import load_config
+from qpruner.training.table_rows import Candidate, CandidateJob, finetune_candidate
+from qpruner.config.load import load_config
 from qpruner.runs.run_dir import RunDir
 config = load_config(Path(sys.argv[1]))
 run = RunDir(Path(config.output))

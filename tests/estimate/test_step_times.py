@@ -8,7 +8,8 @@ import pytest
 from conftest import raw_config, with_key
 from tiny_families import family_model, kept_of
 
-from qpruner.config.schema import LoraConfig, validate_config
+from qpruner.config.load import validate_config
+from qpruner.config.schema import LoraConfig
 from qpruner.estimate.step_times import measure, packing_operations
 from qpruner.plans.plan import LinearShape
 from qpruner.pruning.surgery import cut

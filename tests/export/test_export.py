@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM
 import qpruner.hf  # noqa: F401
 from qpruner import pipeline
 from qpruner.cli.main import main
-from qpruner.config.schema import validate_config
+from qpruner.config.load import validate_config
 from qpruner.data.encoding import load_encoded
 from qpruner.errors import StageError, UserError
 from qpruner.export.folders import compare, export

@@ -19,7 +19,7 @@ import pytest
 import torch
 from conftest import flip_a_byte, flipped, full_until_noticed, raw_config, with_key
 
-from qpruner.config.schema import validate_config
+from qpruner.config.load import validate_config
 from qpruner.errors import CorruptFile, StageError, UserError
 from qpruner.pipeline import run
 from qpruner.pipeline.stage import explained
@@ -193,7 +193,7 @@ def test_what_a_search_sets_aside_by_itself_nobody_is_told_to_delete(file: str, 
 
 
 def test_the_remedy_for_an_adapter_that_is_gone_names_its_row(tmp_path: Path) -> None:
-    from qpruner.training.candidates import load_adapter
+    from qpruner.training.checkpoints import load_adapter
 
     root = tmp_path / "run"
     with pytest.raises(StageError) as caught, explained("evaluate", root):

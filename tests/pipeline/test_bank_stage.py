@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from conftest import flip_a_byte, raw_config, with_key
 
-from qpruner.config.schema import validate_config
+from qpruner.config.load import validate_config
 from qpruner.errors import StageError
 from qpruner.pipeline import run
 from qpruner.quantization.bank import INDEX, read_index

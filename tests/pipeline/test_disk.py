@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from conftest import disk_of, with_key
 
-from qpruner.config.schema import validate_config
+from qpruner.config.load import validate_config
 from qpruner.errors import UserError
 from qpruner.pipeline import check, run
 from qpruner.pipeline.context import Context

@@ -15,7 +15,7 @@ import pytest
 from conftest import disk_of, flip_a_byte, raw_config, with_key
 from made_records import made_confirmation, made_search
 
-from qpruner.config.schema import validate_config
+from qpruner.config.load import validate_config
 from qpruner.data.encoding import load_encoded
 from qpruner.errors import CorruptFile, StageError
 from qpruner.estimate.hours import num_compared
@@ -51,7 +51,7 @@ from qpruner.runs.records import (
 from qpruner.runs.run_dir import RunDir
 from qpruner.runs.storage import file_digest, write_json
 from qpruner.sensitivity.seeds import seed_plan
-from qpruner.training.candidates import Evaluation, FinetuneOutcome, evaluate_candidate, finetune_candidate
+from qpruner.training.table_rows import Evaluation, FinetuneOutcome, evaluate_candidate, finetune_candidate
 
 MI_ROW = "mutual-information seed"
 

@@ -11,7 +11,7 @@ from conftest import raw_config, with_key
 
 from qpruner.cluster.probe import Cache, Gpu, NodeFacts, Report
 from qpruner.cluster.slots import Node
-from qpruner.config.schema import validate_config
+from qpruner.config.load import validate_config
 from qpruner.pipeline.nodes import Needs, row, troubles
 from qpruner.plans.plan import Group, Layout, LinearShape
 from qpruner.runs.run_dir import BANK_CACHE

@@ -10,7 +10,8 @@ import pytest
 from conftest import raw_config, with_key
 from transformers import AutoConfig
 
-from qpruner.config.schema import PruneConfig, RunConfig, validate_config
+from qpruner.config.load import validate_config
+from qpruner.config.schema import PruneConfig, RunConfig
 from qpruner.errors import UserError
 from qpruner.pipeline.preflight import cuts_on, inspect
 from qpruner.pruning.best_cut import Cut, cuts_of

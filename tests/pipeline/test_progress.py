@@ -13,7 +13,7 @@ import pytest
 import torch
 from conftest import raw_config, with_key
 
-from qpruner.config.schema import validate_config
+from qpruner.config.load import validate_config
 from qpruner.errors import StageError, UserError
 from qpruner.pipeline import run
 from qpruner.pipeline.context import Context

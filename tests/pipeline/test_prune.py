@@ -19,7 +19,7 @@ import torch
 from conftest import flip_a_byte, raw_config, with_key
 from plain_transformers import told_by_plain_transformers
 
-from qpruner.config.schema import validate_config
+from qpruner.config.load import validate_config
 from qpruner.errors import StageError, UserError
 from qpruner.models.loading import load_dense
 from qpruner.pipeline import preview, run

@@ -21,7 +21,7 @@ import pytest
 import yaml
 from conftest import disk_of, raw_config, with_key
 
-from qpruner.config.schema import load_config
+from qpruner.config.load import load_config
 from qpruner.pipeline import check
 from qpruner.pipeline.disk import SMALL_FILES
 
@@ -313,7 +313,7 @@ import json, sys
 from pathlib import Path
 import torch
 torch.set_num_threads(1)
-from qpruner.config.schema import load_config
+from qpruner.config.load import load_config
 from qpruner.search.trial import run_trial
 from qpruner.search.trial_job import Materials, TrialJob
 run, plan = Path(sys.argv[1]), json.loads(sys.argv[2])

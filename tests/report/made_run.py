@@ -12,7 +12,7 @@ import numpy as np
 from conftest import raw_config
 from made_records import made_confirmation, made_search
 
-from qpruner.config.schema import validate_config
+from qpruner.config.load import validate_config
 from qpruner.pipeline.progress import _environment
 from qpruner.report.files import write_report
 from qpruner.report.results import BASE, BEST_SEED, PRUNED, RANDOM, SEARCHED

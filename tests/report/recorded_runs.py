@@ -10,7 +10,8 @@ from typing import Any
 from conftest import raw_config, with_key
 from made_records import made_confirmation, made_search
 
-from qpruner.config.schema import RunConfig, validate_config
+from qpruner.config.load import validate_config
+from qpruner.config.schema import RunConfig
 from qpruner.runs.events import SearchPlanned
 from qpruner.runs.records import (
     MethodScores,

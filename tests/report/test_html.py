@@ -32,7 +32,8 @@ from safetensors.numpy import save
 
 import qpruner
 from qpruner.cli.main import main
-from qpruner.config.schema import SensitivityMethod, validate_config
+from qpruner.config.load import validate_config
+from qpruner.config.schema import SensitivityMethod
 from qpruner.errors import UserError
 from qpruner.pipeline import run
 from qpruner.plans.plan import PrecisionPlan
@@ -907,7 +908,7 @@ def test_a_card_that_was_copied_with_another_models_configuration_is_remarked(tm
     path.write_text(yaml.safe_dump(with_key(raw, "model.source", "me/base")))
     run_until_begun = (
         "import sys\nfrom pathlib import Path\n"
-        "from qpruner import events, pipeline\nfrom qpruner.config.schema import load_config\n"
+        "from qpruner import events, pipeline\nfrom qpruner.config.load import load_config\n"
         "def tell(event):\n"
         "    if isinstance(event, events.StageStarted):\n        raise SystemExit\n"
         "    print(vars(event))\n"

@@ -17,7 +17,8 @@ import pytest
 from conftest import disk_of, raw_config, with_key
 from object_store import Store, object_store, talk_to
 
-from qpruner.config.schema import RunConfig, validate_config
+from qpruner.config.load import validate_config
+from qpruner.config.schema import RunConfig
 from qpruner.errors import CorruptFile, StageError, UserError
 from qpruner.pipeline import check, preflight, run
 from qpruner.pipeline.context import Context
@@ -33,15 +34,8 @@ from qpruner.runs.storage import bucket as objects
 from qpruner.runs.storage.objects import objects_at
 from qpruner.search.trial import run_trial
 from qpruner.search.trial_job import Materials, TrialJob
-from qpruner.training.candidates import (
-    ADAPTER_WEIGHTS,
-    Candidate,
-    CandidateJob,
-    evaluate_candidate,
-    finetune_candidate,
-    is_damaged,
-    latest_checkpoint,
-)
+from qpruner.training.checkpoints import ADAPTER_WEIGHTS, is_damaged, latest_checkpoint
+from qpruner.training.table_rows import Candidate, CandidateJob, evaluate_candidate, finetune_candidate
 
 pytestmark = pytest.mark.slow
 
@@ -50,7 +44,7 @@ Machine = Callable[[str], CandidateJob]
 FINETUNE = """
 import sys
 from test_at_uri import job_of
-from qpruner.training.candidates import finetune_candidate
+from qpruner.training.table_rows import finetune_candidate
 finetune_candidate(job_of(sys.argv[1], sys.argv[2]))
 """
 

@@ -16,7 +16,8 @@ from conftest import raw_config, with_key
 
 from qpruner.cluster.tune.asha import RecordedAsha
 from qpruner.cluster.tune.job import METRIC, TIME
-from qpruner.config.schema import RunConfig, validate_config
+from qpruner.config.load import validate_config
+from qpruner.config.schema import RunConfig
 from qpruner.plans.plan import PlanSpace, PrecisionPlan
 from qpruner.runs.records import RungResult, TrialRecord
 from qpruner.search.trial_records import objective

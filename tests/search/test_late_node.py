@@ -27,7 +27,8 @@ from qpruner.cluster.gpu_time import GpuTime
 from qpruner.cluster.probe import packed_check, packed_check_of_gpus
 from qpruner.cluster.tune import SearchJob, search
 from qpruner.cluster.workshop import Bench, OnCluster
-from qpruner.config.schema import RunConfig, validate_config
+from qpruner.config.load import validate_config
+from qpruner.config.schema import RunConfig
 from qpruner.errors import NodeDiffers, StageError
 from qpruner.pipeline import preview, run
 from qpruner.runs import events

@@ -26,7 +26,7 @@ from qpruner.cluster.tune.driver import MAX_KILLS, HangWatch, PlanSearcher
 from qpruner.cluster.tune.halt import Halt
 from qpruner.cluster.tune.job import METRIC, TIME
 from qpruner.cluster.tune.resume import take_up
-from qpruner.config.schema import validate_config
+from qpruner.config.load import validate_config
 from qpruner.errors import StageError
 from qpruner.pipeline import run
 from qpruner.pipeline.search import FINALISTS, _best, _finalists, _front, _hypervolume

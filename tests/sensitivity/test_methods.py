@@ -13,7 +13,8 @@ from banked_decoders import LEVELS, Banked, banked
 from conftest import with_key
 from raylets import raylets
 
-from qpruner.config.schema import SensitivityConfig, validate_config
+from qpruner.config.load import validate_config
+from qpruner.config.schema import SensitivityConfig
 from qpruner.errors import ConfigError
 from qpruner.pipeline import run
 from qpruner.runs.events import Event, Message, Progress, StageSkipped

@@ -1,17 +1,14 @@
-"""`qpruner generate` and `qpruner chat`: every model of a run, and of a folder, says what transformers has it say."""
+"""`qpruner generate`: every model of a run, and of a folder, answers what transformers has it answer."""
 
 from __future__ import annotations
 
 import functools
-import gc
-import io
 import json
 import os
 import re
 import shlex
 import shutil
 import socket
-import weakref
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,17 +20,16 @@ from conftest import raw_config
 from mixed_models import finished_run
 from object_store import object_store, talk_to
 from peft import PeftModel
-from rich.console import Console
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import qpruner.hf  # noqa: F401
 from qpruner.cli.main import _where_next, main
-from qpruner.cli.model_verbs import printable, view
+from qpruner.cli.model_verbs import printable
 from qpruner.data.encoding import alpaca_prompt
 from qpruner.errors import UserError
 from qpruner.export.folders import export
-from qpruner.export.generate import Sampling, Shelf, sources
+from qpruner.export.generate import Sampling, sources
 from qpruner.runs.lock import hold_run
 from qpruner.runs.records import PrepareRecord, RunState
 from qpruner.runs.run_dir import RunDir
@@ -45,9 +41,9 @@ GREEDY = Sampling(max_tokens=12, temperature=0.0, seed=0)
 
 
 @pytest.fixture(scope="module")
-def talkative(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def lively(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tiny model with layers that count: as it is, it repeats the last token for ever."""
-    folder = Path(shutil.copytree(tiny_model, tmp_path_factory.mktemp("talkative") / "model"))
+    folder = Path(shutil.copytree(tiny_model, tmp_path_factory.mktemp("lively") / "model"))
     scale_layers(folder, 40)
     return folder
 
@@ -62,22 +58,22 @@ def scale_layers(folder: Path, factor: float) -> None:
 
 
 @pytest.fixture(scope="module")
-def run(talkative: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def run(lively: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run with its three models, all different."""
-    root = finished_run(talkative, tmp_path_factory.mktemp("talk") / "run")
-    pruned = Path(shutil.copytree(talkative, root / "prune"))
+    root = finished_run(lively, tmp_path_factory.mktemp("talk") / "run")
+    pruned = Path(shutil.copytree(lively, root / "prune"))
     scale_layers(pruned, -0.5)
     folder = RunDir(root)
     folder.write_record(
         "prepare",
-        PrepareRecord(digest="d", seconds=1.0, model_path=str(talkative), converted=False, num_rows={}),
+        PrepareRecord(digest="d", seconds=1.0, model_path=str(lively), converted=False, num_rows={}),
     )
     folder.write_state(
         RunState(
-            config=raw_config(talkative, root),
+            config=raw_config(lively, root),
             until="report",
             command="qpruner run config.yaml",
-            folder=str(talkative.parent),
+            folder=str(lively.parent),
             environment={},
             host=socket.gethostname(),
             pid=1,
@@ -89,8 +85,8 @@ def run(talkative: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def command(*arguments: object, typed: str = "") -> Result:
-    return CliRunner().invoke(main, [str(argument) for argument in arguments], input=typed)
+def command(*arguments: object) -> Result:
+    return CliRunner().invoke(main, [str(argument) for argument in arguments])
 
 
 def answers(*arguments: object) -> dict[str, str]:
@@ -117,10 +113,10 @@ def expected(folder: Path, prompt: str = PROMPT) -> str:
     return str(tokenizer.decode(written[0, ids.shape[1] :], skip_special_tokens=True))
 
 
-def test_every_model_of_a_run_says_what_transformers_has_it_say(run: Path, talkative: Path) -> None:
+def test_every_model_of_a_run_answers_as_in_transformers(run: Path, lively: Path) -> None:
     said = answers(run)
     assert said == {
-        "base": expected(talkative),
+        "base": expected(lively),
         "pruned": expected(run / "prune"),
         "final": expected(run / "final"),
     }
@@ -128,26 +124,22 @@ def test_every_model_of_a_run_says_what_transformers_has_it_say(run: Path, talka
     assert list(answers(run, "--which", "final,base")) == ["final", "base"]
 
 
-def test_models_on_their_way_are_told_of_beside_what_they_say(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Dense ones and quantized ones; what a program reads has nothing of it."""
+def test_loading_is_reported_beside_the_answers(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of dense and quantized models; what a program reads has nothing of it."""
     monkeypatch.setattr("qpruner.cli.terminal.SECONDS_UNTOLD", 0.0)
-    for told, verb in (
-        (command("generate", run, "--prompt", PROMPT, "--max-tokens", 2, "--json"), "generate"),
-        (command("chat", run, typed="/quit\n"), "chat"),
-    ):
-        counts = re.findall(rf"\[{verb}\] loading weights: (\d+) of (\d+)\n", told.stderr)
-        assert [done == total for done, total in counts].count(True) == 4, "the adapter by itself"
-        assert "loading" not in told.stdout
-    json.loads(command("generate", run, "--prompt", PROMPT, "--max-tokens", 2, "--json").stdout)
+    done = command("generate", run, "--prompt", PROMPT, "--max-tokens", 2, "--json")
+    counts = re.findall(r"\[generate\] loading weights: (\d+) of (\d+)\n", done.stderr)
+    assert [loaded == total for loaded, total in counts].count(True) == 4, "the adapter by itself"
+    json.loads(done.stdout)
 
 
-def test_a_folder_stands_alone(run: Path, talkative: Path, tmp_path: Path) -> None:
-    assert answers(talkative) == {talkative.name: expected(talkative)}
+def test_a_folder_stands_alone(run: Path, lively: Path, tmp_path: Path) -> None:
+    assert answers(lively) == {lively.name: expected(lively)}
     export(RunDir(run), "peft", tmp_path / "peft")
     assert answers(tmp_path / "peft") == {"peft": expected(tmp_path / "peft")}
 
 
-def test_prompts_of_a_file_are_answered_one_under_the_other(run: Path, talkative: Path, tmp_path: Path) -> None:
+def test_prompts_of_a_file_are_answered_in_turn(run: Path, lively: Path, tmp_path: Path) -> None:
     file = tmp_path / "prompts.txt"
     file.write_text(f"{PROMPT}\n\nAnswer: the\n")
     told = command("generate", run, "--which", "base,final", "--file", file, "--max-tokens", 12)
@@ -155,101 +147,53 @@ def test_prompts_of_a_file_are_answered_one_under_the_other(run: Path, talkative
     places = [
         told.stdout.index(text)
         for text in (
-            f"> {PROMPT}\n[base]\n{printable(expected(talkative))}\n[final]\n",
+            f"> {PROMPT}\n[base]\n{printable(expected(lively))}\n[final]\n",
             f"[final]\n{printable(expected(run / 'final'))}\n> Answer: the\n",
-            f"[base]\n{printable(expected(talkative, 'Answer: the'))}\n[final]\n",
+            f"[base]\n{printable(expected(lively, 'Answer: the'))}\n[final]\n",
         )
     ]
     assert places == sorted(places)
 
 
-def test_draws_depend_on_the_seed_alone(talkative: Path) -> None:
-    [source] = sources(talkative, ())
+def test_draws_depend_on_the_seed_alone(lively: Path) -> None:
+    [source] = sources(lively, ())
     talker = source.load()
     cold, once, again, other = (
-        talker.answer([PROMPT], Sampling(12, temperature, seed), lambda _: None).text
+        talker.answer(PROMPT, Sampling(12, temperature, seed)).text
         for temperature, seed in ((0, 1), (1, 1), (1, 1), (1, 2))
     )
     assert once == again
     assert len({cold, once, other}) == 3
 
 
-def test_a_chat_remembers_until_it_is_reset(talkative: Path) -> None:
-    told = command("chat", talkative, "--max-tokens", 12, typed=f"{PROMPT}\n{PROMPT}\n/reset\n/what\n\n{PROMPT}\n")
-    assert told.exit_code == 0, told.output
-    assert "there is no /what: /reset begins anew" in told.stderr
-    first = expected(talkative)
-    second = expected(talkative, "\n".join((PROMPT, first, PROMPT)))
-    assert first != second
-    assert told.stdout == f"> {printable(first)}\n> {printable(second)}\n> > > > {printable(first)}\n> \n"
-
-
-def test_a_chat_ends_at_quit_and_lives_through_a_full_context(talkative: Path) -> None:
-    told = command("chat", talkative, "--max-tokens", 4, typed=f"{'word ' * 300}\nhello\n/quit\nnever\n")
-    assert told.exit_code == 0, told.output
-    assert "the model's context 256: shorten the prompt" in told.stderr
-    assert told.stdout.count("> ") == 3
-
-
-def test_a_chat_template_is_used_where_there_is_one(talkative: Path, tmp_path: Path) -> None:
-    folder = Path(shutil.copytree(talkative, tmp_path / "instruct"))
+def test_a_chat_template_is_used_where_there_is_one(lively: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(lively, tmp_path / "instruct"))
     (folder / "chat_template.jinja").write_text(
         "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}\n{% endfor %}"
         "{% if add_generation_prompt %}<assistant>{% endif %}"
     )
     [source] = sources(folder, ())
-    talker = source.load()
-    turns = ["which", "that", "why"]
-    said = talker.answer(turns, GREEDY, lambda _: None)
-    assert said.text == expected(talkative, "<user>which\n<assistant>that\n<user>why\n<assistant>")
-    assert said.text != expected(talkative, "\n".join(turns))
-    plain = talker.answer(["which"], replace(GREEDY, template="none"), lambda _: None)
-    assert plain.text == expected(talkative, "which"), "as it is, whatever the tokenizer has"
+    generator = source.load()
+    assert generator.answer("which", GREEDY).text == expected(lively, "<user>which\n<assistant>")
+    plain = generator.answer("which", replace(GREEDY, template="none"))
+    assert plain.text == expected(lively, "which"), "as it is, whatever the tokenizer has"
     told = command("generate", folder, "--prompt", "which", "--max-tokens", 12, "--template", "alpaca", "--json")
     (answer,) = json.loads(told.stdout)["answers"]
-    assert answer["text"] == expected(talkative, alpaca_prompt("which")) != plain.text
+    assert answer["text"] == expected(lively, alpaca_prompt("which")) != plain.text
 
 
-def test_pieces_come_while_the_model_writes_and_make_up_the_answer(talkative: Path) -> None:
-    pieces: list[str] = []
-    [source] = sources(talkative, ())
-    said = source.load().answer([PROMPT], GREEDY, pieces.append)
-    assert "".join(pieces) == said.text
-    assert sum(map(bool, pieces)) > 2
-    assert (said.num_tokens, said.ended) == (12, "length")
-
-
-def test_an_answer_ends_where_the_model_ends_it(talkative: Path, tmp_path: Path) -> None:
+def test_an_answer_ends_where_the_model_ends_it(lively: Path, tmp_path: Path) -> None:
     """The model's own generation_config.json names another end than the tokenizer: both count."""
-    [source] = sources(talkative, ())
-    plain = source.load().answer([PROMPT], GREEDY, lambda _: None).text
-    folder = Path(shutil.copytree(talkative, tmp_path / "ending"))
+    [source] = sources(lively, ())
+    plain = source.load().answer(PROMPT, GREEDY).text
+    folder = Path(shutil.copytree(lively, tmp_path / "ending"))
     tokenizer = AutoTokenizer.from_pretrained(folder)
     third = tokenizer(plain)["input_ids"][2]
     settings = json.loads((folder / "generation_config.json").read_text())
     (folder / "generation_config.json").write_text(json.dumps(settings | {"eos_token_id": [third]}))
     [ending] = sources(folder, ())
-    said = ending.load().answer([PROMPT], GREEDY, lambda _: None)
+    said = ending.load().answer(PROMPT, GREEDY)
     assert said.ended == "end" and said.num_tokens <= 3
-
-
-def test_without_room_for_all_one_model_goes_before_the_next_comes(run: Path) -> None:
-    models = sources(run, ())
-    total = sum(source.weight_bytes for source in models)
-    roomy, tight = Shelf(models, 2 * total), Shelf(models, total)
-    assert roomy.holds_all and not tight.holds_all
-    assert roomy.take(models[0]) is roomy.take(models[0])
-    roomy.take(models[1])
-    assert roomy.take(models[0]) is roomy.take(models[0])
-    first = weakref.ref(tight.take(models[0]))
-    tight.take(models[1])
-    gc.collect()
-    assert first() is None
-    said: dict[str, str] = {}
-    for source in models:
-        said[source.name] = tight.take(source).answer([PROMPT], GREEDY, lambda _: None).text
-    assert said == {source.name: expected(source.folder) for source in models}
-    assert Shelf(models[:1], 0).holds_all
 
 
 @pytest.mark.parametrize(
@@ -268,7 +212,7 @@ def test_what_cannot_be_answered_says_what_to_do(run: Path, arguments: list[str]
     assert told in done.stderr
 
 
-def test_models_that_are_not_there_or_damaged(run: Path, talkative: Path, tmp_path: Path) -> None:
+def test_models_that_are_not_there_or_damaged(run: Path, lively: Path, tmp_path: Path) -> None:
     copy = Path(shutil.copytree(run, tmp_path / "run"))
     shutil.rmtree(copy / "final")
     assert [source.name for source in sources(copy, ())] == ["base", "pruned"]
@@ -282,32 +226,29 @@ def test_models_that_are_not_there_or_damaged(run: Path, talkative: Path, tmp_pa
     with pytest.raises(UserError, match=r"the pruned model: weight file \S+ is truncated or damaged"):
         sources(copy, ())
     with pytest.raises(UserError, match="`--which` chooses among the models of a run"):
-        sources(talkative, ["final"])
+        sources(lively, ["final"])
     with pytest.raises(UserError, match="name a run folder, or a model's"):
         sources(tmp_path / "nothing", ())
     with pytest.raises(UserError, match=r"has no config\.json"):
         sources(tmp_path, ())
 
 
-def test_a_base_model_that_the_run_wrote_is_found_in_a_copy_of_the_run(
-    run: Path, talkative: Path, tmp_path: Path
-) -> None:
+def test_a_copied_run_finds_the_base_model_it_wrote(run: Path, lively: Path, tmp_path: Path) -> None:
     """The folder of the run that made it is gone, or another run's by now."""
     copy = Path(shutil.copytree(run, tmp_path / "renamed"))
-    base = Path(shutil.copytree(talkative, copy / "prepare" / "model"))
+    base = Path(shutil.copytree(lively, copy / "prepare" / "model"))
     folder = RunDir(copy)
     prepared = folder.read_record("prepare", PrepareRecord)
     assert prepared
-    for recorded in (str(talkative), str(tmp_path / "gone" / "prepare" / "model"), "prepare/model"):
+    for recorded in (str(lively), str(tmp_path / "gone" / "prepare" / "model"), "prepare/model"):
         folder.write_record("prepare", prepared.model_copy(update={"model_path": recorded, "converted": True}))
         assert [source.folder for source in sources(copy, ["base"])] == [base]
 
 
-def test_who_reads_models_that_a_command_may_replace_is_told(run: Path, tmp_path: Path) -> None:
+def test_a_driver_at_work_is_a_warning(run: Path, tmp_path: Path) -> None:
     copy = Path(shutil.copytree(run, tmp_path / "run"))
     asked = (
         ("generate", copy, "--prompt", PROMPT, "--max-tokens", 2, "--json"),
-        ("chat", copy, "--which", "final"),
         ("export", copy, "--to", "peft", "--out", tmp_path / "peft", "--json"),
     )
     warning = f"warning: process {os.getpid()} on {socket.gethostname()} works on {copy}, whose models may be replaced"
@@ -316,20 +257,17 @@ def test_who_reads_models_that_a_command_may_replace_is_told(run: Path, tmp_path
             told = command(*arguments)
             assert told.exit_code == 0, told.output
             assert warning in told.stderr and "warning" not in told.stdout
-    assert "warning" not in command(*asked[1]).stderr
+    assert "warning" not in command(*asked[0]).stderr
 
 
-@pytest.mark.parametrize("verb", ["generate", "chat"])
 @pytest.mark.parametrize("uri", ["s3://AKIAKEY:HUSH/WORD@bucket/run", "s3://bucket/run?secret_key=HUSHWORD"])
-def test_a_key_in_a_uri_is_not_repeated(verb: str, uri: str) -> None:
-    told = command(verb, uri, *(("--prompt", PROMPT) if verb == "generate" else ()))
+def test_a_key_in_a_uri_is_not_repeated(uri: str) -> None:
+    told = command("generate", uri, "--prompt", PROMPT)
     assert told.exit_code == 2 and "URI" in told.stderr
     assert not [word for word in ("HUSH", "WORD", "AKIAKEY") if word in told.output]
 
 
-def test_what_a_run_at_a_uri_is_said_to_be_talked_to_by_works(
-    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_commands_named_for_a_run_at_a_uri_work(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """By the last line of the run, and by the verbs that take folders alone."""
     with object_store() as store:
         talk_to(store, monkeypatch)
@@ -343,9 +281,8 @@ def test_what_a_run_at_a_uri_is_said_to_be_talked_to_by_works(
             told = command(*(words.get(word, word) for word in shlex.split(line)))
             assert told.exit_code == 0, told.output
         assert printable(expected(tmp_path / "brought")).strip() in told.stdout
-        for verb in (("generate", there.address, "--prompt", PROMPT), ("chat", there.address)):
-            refused = command(*verb)
-            assert refused.exit_code == 2 and f"`qpruner {bring}` brings its final model here" in refused.stderr
+        refused = command("generate", there.address, "--prompt", PROMPT)
+        assert refused.exit_code == 2 and f"`qpruner {bring}` brings its final model here" in refused.stderr
 
 
 def test_a_pickled_adapter_is_not_read(run: Path, tmp_path: Path) -> None:
@@ -356,31 +293,5 @@ def test_a_pickled_adapter_is_not_read(run: Path, tmp_path: Path) -> None:
         sources(folder, ())
 
 
-class ATerminal(io.StringIO):
-    """A file that says that it is a terminal."""
-
-    def isatty(self) -> bool:
-        return True
-
-
-def shown(width: int, file: io.StringIO, **variables: str) -> str:
-    """What two models say, as a console of that width has it."""
-    console = Console(file=file, width=width, _environ={"TERM": "xterm", **variables})
-    with view(console, ["base", "final"]) as say:
-        for name, piece in (("base", "one "), ("base", "two"), ("final", "three\x1b[2J")):
-            say(name, piece)
-    return file.getvalue()
-
-
-def test_columns_where_the_terminal_is_wide_enough() -> None:
-    wide, narrow, piped = shown(80, ATerminal()), shown(60, ATerminal()), shown(200, io.StringIO())
-    assert any("one two" in line and "three" in line for line in wide.splitlines())
-    assert piped == "[base]\none two\n[final]\nthree\ufffd[2J\n"
-    assert narrow == piped
-    assert shown(200, io.StringIO(), FORCE_COLOR="1") == piped
-    assert shown(200, ATerminal(), TERM="dumb") == piped
-    assert "\x1b[2J" not in wide and "\ufffd[2J" in wide
-
-
-def test_what_a_model_says_cannot_take_the_terminal_over() -> None:
+def test_control_characters_are_replaced() -> None:
     assert printable("a\tb\nc\x1b]0;x\x07\x9b1m\r") == "a\tb\nc\ufffd]0;x\ufffd\ufffd1m\ufffd"
