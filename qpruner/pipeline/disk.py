@@ -10,23 +10,20 @@ from pathlib import Path
 
 from qpruner.errors import UserError
 from qpruner.pipeline.context import Context
+from qpruner.pipeline.flow import STAGES, recorded
 from qpruner.pipeline.preflight import amount
-from qpruner.pipeline.recorded import recorded, shares_done
 from qpruner.runs.records import Results
 from qpruner.runs.run_dir import BANK_CACHE
 from qpruner.runs.storage import CACHE, cache_root, storage_at
 
 SMALL_FILES = 2**20
 """Bytes of records, log and report, which every command writes."""
-WITH_ADAM = 3
-"""Copies of an adapter in a checkpoint: its weights and two moments each."""
-
 OF_ROWS = ("finetune", "comparison")
 """Stages that leave their files in the folders of the final table's rows."""
 
 
 def check_room(context: Context) -> None:
-    """Refuse a disk that cannot hold the large files that a run has still to write on this machine.
+    """Refuse a disk that cannot hold the large files that a run has still to write, or at a URI this machine's copies.
 
     Raises:
         UserError: Naming the bytes that are needed and those that are free.
@@ -46,31 +43,21 @@ def check_room(context: Context) -> None:
 
 
 def _sizes(context: Context) -> dict[str, int]:
-    """Estimate the bytes that each stage leaves on this machine."""
-    config, base, pruned = context.config, context.inspection.base, context.inspection.pruned
-    checkpoint = WITH_ADAM * pruned.adapter_bytes
-    return {
-        "prepare": base.num_parameters * base.element_bytes,
-        "prune": base.num_parameters * base.element_bytes,
-        "bank": sum(pruned.plan_bytes(pruned.uniform(bits)) for bits in config.quantize.bits),
-        "search": checkpoint * config.num_trials if context.run_dir.storage.fills_this_disk else 0,
-        "finetune": checkpoint * 2,
-        "comparison": checkpoint * 6 if config.finetune.compare else 0,
-    }
+    """About the bytes that each stage leaves on this machine."""
+    wanted = [stage for stage in STAGES if stage.record and stage.is_wanted(context.config)]
+    return dict.fromkeys(Results.model_fields, 0) | {stage.name: stage(context).disk_bytes() for stage in wanted}
 
 
 def _left(context: Context, sizes: dict[str, int]) -> int:
     """Count what of these bytes this machine has still to write or to copy; stages that share a folder count once."""
-    found = recorded(context)
-    shares, left = shares_done(context, found), 0
+    shares, left = recorded(context), 0
     for names in (*((name,) for name in sizes if name not in OF_ROWS), OF_ROWS):
         to_write = sum(round(sizes[name] * (1 - shares[name])) for name in names)
-        attempts = {file for name in names for file in _attempts(context, name)}
-        left += max(0, to_write - _bytes(attempts))
-        if any(shares[name] for name in names):
-            copied = _bytes(_bank_copies(found)) if "bank" in names else 0
+        left += max(0, to_write - _bytes({file for name in names for file in _attempts(context, name)}))
+        if done := [name for name in names if shares[name]]:
+            copied = _bytes(_bank_copies(context.records)) if "bank" in names else 0
             to_copy = storage_at(_folder(context, names[0])).bytes_to_copy() - copied
-            left += min(max(0, to_copy), sum(sizes.values()))
+            left += max(0, min(to_copy, sum(sizes[name] for name in done)))
     return left
 
 

@@ -22,7 +22,7 @@ from qpruner.data.losses import mean_loss
 from qpruner.errors import CorruptFile, StorageError
 from qpruner.models.layout import layout_of
 from qpruner.models.loading import load_dense, load_tokenizer
-from qpruner.pipeline import run
+from qpruner.pipeline.run import run
 from qpruner.plans.plan import PrecisionPlan
 from qpruner.runs.records import TaskScore
 from qpruner.runs.run_dir import RunDir
