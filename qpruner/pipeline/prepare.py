@@ -16,7 +16,7 @@ from qpruner.runs.storage import fetch, file_digest, require_arrived, writing_fo
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from qpruner.cluster.workshop import Bench
+    from qpruner.cluster.executor import ModelCache
     from qpruner.data.sources import Example
     from qpruner.models.checkpoint import Base
     from qpruner.models.loading import OnLoading
@@ -43,7 +43,7 @@ class Prepare(Stage[PrepareRecord]):
         context, run = self.context, self.context.run_dir
         is_shared = bool(context.address) or run.storage.is_read_anywhere
         job = BaseJob(context.worker_config.model, scratch / "model", is_shared)
-        base = context.workshop.do(bring_base, job, context.emit)
+        base = context.executor.run(bring_base, job, context.emit)
         if base.converted:
             require_arrived(job.folder)
         counts = _encode_splits(context, str(fetch(Path(base.path))), scratch / "data")
@@ -78,7 +78,7 @@ class BaseJob:
     is_shared: bool
 
 
-def bring_base(job: BaseJob, bench: Bench, emit: Emit) -> Base:
+def bring_base(job: BaseJob, cache: ModelCache, emit: Emit) -> Base:
     """The base model as a folder."""
     from qpruner.models.checkpoint import prepare_base
 
