@@ -139,7 +139,7 @@ def test_a_worker_that_is_killed_has_its_work_begun_again(joined: str, tmp_path:
         place.close()
 
 
-def test_a_worker_that_ray_kills_for_memory_has_its_work_begun_again(
+def test_work_killed_by_ray_for_memory_is_run_again(
     cluster: Raylets, joined: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """By its own monitor, on a node that allows 3 GB more than is in use; the only one with two cores."""
@@ -246,7 +246,7 @@ def test_work_goes_on_elsewhere_however_many_machines_go(place: str, tmp_path: P
 
     def done() -> int:
         if place == "executor":
-            return ClusterExecutor(GPU, GpuTime(), CHECK).do(work, None, lambda event: None)
+            return ClusterExecutor(GPU, GpuTime(), CHECK).run(work, None, lambda event: None)
         if place == "task":
             ((_, found),) = run_tasks(task, [None], GPU, 1, True, CHECK)
         else:
@@ -303,9 +303,7 @@ def same_figures(one: Results, other: Results) -> None:
 
 
 @pytest.mark.slow
-def test_a_head_without_a_gpu_prunes_packs_and_measures_on_the_only_one(
-    one_gpu: str, tiny_model: Path, tmp_path: Path
-) -> None:
+def test_a_head_without_a_gpu_works_on_the_only_one(one_gpu: str, tiny_model: Path, tmp_path: Path) -> None:
     """The worker that cut the model holds the GPU while the bank is built, which is no reason to wait for ever."""
     check_models, events = no_new_model(), list[Event]()
 
@@ -326,7 +324,7 @@ def test_a_head_without_a_gpu_prunes_packs_and_measures_on_the_only_one(
     )
 
 
-def test_a_model_and_tasks_named_from_the_drivers_folder_are_found_by_workers(
+def test_workers_find_paths_relative_to_the_driver(
     one_gpu: str, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Workers have the files, and the folder that Ray was started in."""
@@ -365,9 +363,7 @@ def test_every_node_builds_entries_of_the_bank(tiny_model: Path, tmp_path: Path)
 
 
 @pytest.mark.parametrize("until", ["prune", "search"])
-def test_more_gpus_than_any_node_has_are_refused_before_a_model_is_loaded(
-    until: str, one_gpu: str, tiny_model: Path, tmp_path: Path
-) -> None:
+def test_more_gpus_than_any_node_has_are_refused(until: str, one_gpu: str, tiny_model: Path, tmp_path: Path) -> None:
     """Ray would wait for ever."""
     raw = with_key(raw_config(tiny_model, tmp_path / "run"), "search.resources_per_trial", {"gpu": 2})
     events: list[Event] = []
