@@ -21,8 +21,8 @@ from qpruner.cluster.autoscaler import growth_of
 from qpruner.cluster.slots import Growth, Node, Slots
 from qpruner.cluster.tasks import first_line
 from qpruner.errors import RayNotStarted, UserError
-from qpruner.runs.object_store import CACHE, cache_root
-from qpruner.runs.paths import BANK_CACHE
+from qpruner.runs.run_dir import BANK_CACHE
+from qpruner.runs.storage import CACHE, cache_root
 
 # Set before Ray is imported: no usage report leaves the machine.
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")

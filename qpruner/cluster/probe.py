@@ -13,9 +13,9 @@ from qpruner.cluster import node_facts
 from qpruner.cluster.connect import size_of
 from qpruner.cluster.slots import Node
 from qpruner.cluster.tasks import first_line
-from qpruner.runs.object_store import CACHE, cache_root, is_mirror
-from qpruner.runs.paths import BANK_CACHE, RunDir
 from qpruner.runs.records import RUN_ID
+from qpruner.runs.run_dir import BANK_CACHE, RunDir
+from qpruner.runs.storage import storage_at
 
 ANSWER_SECONDS = 120.0
 """A node starts a worker and answers within this time; importing torch from a cold network file system can take a
@@ -84,8 +84,7 @@ def probe(storage: Path, driver: str, banked: Iterable[str] = (), seconds: float
 
     nodes = [node for node in ray.nodes() if node["Alive"]]
     caches = {BANK_CACHE: [f"{sha256}.safetensors" for sha256 in banked]}
-    if is_mirror(storage):
-        caches[CACHE] = [f"{storage.parent.relative_to(cache_root())}/**/*"]
+    caches |= storage_at(storage.parent).copies()
     asked = _ask(nodes, storage, driver, caches)
     answered, _ = ray.wait(list(asked.values()), num_returns=len(asked), timeout=seconds)
     answers: dict[str, NodeFacts | str] = {}
@@ -159,7 +158,7 @@ def _ask(
         for node in nodes:
             node_id, has_gpus = node["NodeID"], size_of(node).gpus > 0
             there = task.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node_id, soft=False))
-            asked[node_id] = there.remote(str(storage), driver, node_id, caches, has_gpus, is_mirror(storage))
+            asked[node_id] = there.remote(str(storage), driver, node_id, caches, has_gpus)
     return asked
 
 

@@ -30,8 +30,8 @@ from qpruner.pipeline.context import Context
 from qpruner.pipeline.preflight import inspect
 from qpruner.pipeline.run import run
 from qpruner.runs.events import Emit, Event, Message, Progress, StageFinished, StageStarted, TableMade
-from qpruner.runs.paths import RunDir
 from qpruner.runs.records import Results
+from qpruner.runs.run_dir import RunDir
 
 GPU = {"cpu": 1.0, "gpu": 1.0}
 CHECK = packed_check_of_gpus()

@@ -33,9 +33,9 @@ from qpruner.pipeline.run import run
 from qpruner.pipeline.search import FINALISTS, _best, _finalists, _front, _hypervolume
 from qpruner.plans.plan import Group, Layout, LinearShape, PlanSpace, PrecisionPlan
 from qpruner.runs.events import Event, Message, Progress, StepsSeen, TrialWithdrawn
-from qpruner.runs.object_store import CACHE
-from qpruner.runs.paths import RunDir, folder_digests
 from qpruner.runs.records import Confirmation, RungResult, SearchRecord, TrialPulse, TrialRecord
+from qpruner.runs.run_dir import RunDir
+from qpruner.runs.storage import CACHE, folder_digests
 from qpruner.search.searchers import History, Ledger, Proposal, RandomProposer
 from qpruner.search.trial import run_trial
 from qpruner.search.trial_job import Materials
