@@ -137,7 +137,7 @@ def packed_check(run: RunDir) -> bytes:
 
     It raises a RuntimeError that names node and difference, see `node_facts.check_like`.
     """
-    args = (node_facts.versions(), str(run.root), run.place, RUN_ID, run.id, run.is_at_uri)
+    args = (node_facts.versions(), str(run.root), run.place, RUN_ID, run.id)
     return _packed(functools.partial(node_facts.check_like, *args))
 
 
