@@ -41,15 +41,10 @@ ANSWER_SECONDS = 15.0
 
 @dataclass(frozen=True)
 class Cluster:
-    """The Ray cluster that this process has joined.
-
-    Attributes:
-        growth: What its autoscaler may make of it; None where it has none.
-        was_joined: Whether the process had joined it before.
-    """
+    """The Ray cluster that this process has joined."""
 
     growth: Growth | None
-    was_joined: bool = False
+    was_joined: bool = False  # before
 
     def slots(self) -> Slots:
         """Return what it can run now, on machines that stay, and what its autoscaler may add."""

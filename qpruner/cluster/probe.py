@@ -33,65 +33,38 @@ class Gpu:
 
 @dataclass(frozen=True)
 class Cache:
-    """A node's folder for copies of the run's files.
+    """A node's folder for copies of the run's files."""
 
-    Attributes:
-        variable: The environment variable that names it.
-        folder: Its path.
-        disk: Id of its file system.
-        is_writable: Whether it can be written.
-        free_bytes: On its file system.
-        held_bytes: Of this run's files that are there.
-    """
-
-    variable: str
+    variable: str  # of the environment, which names it
     folder: str
-    disk: int
+    disk: int  # id of its file system
     is_writable: bool
-    free_bytes: int
-    held_bytes: int
+    free_bytes: int  # on its file system
+    held_bytes: int  # of this run's files
 
 
 @dataclass(frozen=True)
 class NodeFacts:
-    """A node's answer.
+    """A node's answer."""
 
-    Attributes:
-        versions: By package; qpruner's is a digest of its code.
-        storage: Why the run's storage cannot be used there; empty where it can.
-        caches: Its folders for copies of the run's files.
-        has_hardware: Whether there is a GPU driver, or a card without one.
-        gpus: What torch sees; empty where Ray counts none.
-        gpu_trouble: Why they cannot quantize; empty where they can.
-    """
-
-    versions: dict[str, str]
-    storage: str
+    versions: dict[str, str]  # by package; qpruner's is a digest of its code
+    storage: str  # why the run's storage cannot be used there, or empty
     caches: tuple[Cache, ...]
-    has_hardware: bool
-    gpus: tuple[Gpu, ...]
-    gpu_trouble: str
+    has_hardware: bool  # a GPU driver, or a card without one
+    gpus: tuple[Gpu, ...]  # that torch sees; empty where Ray counts none
+    gpu_trouble: str  # why they cannot quantize, or empty
 
 
 @dataclass(frozen=True)
 class Report:
-    """One node and its answer.
+    """One node and its answer."""
 
-    Attributes:
-        id: Ray's.
-        name: For people.
-        size: The CPUs and GPUs that Ray counts there.
-        facts: Its answer.
-        silence: Why it did not answer.
-        has_left: Whether it left the cluster meanwhile.
-    """
-
-    id: str
-    name: str
+    id: str  # Ray's
+    name: str  # for people
     size: Node
     facts: NodeFacts | None
-    silence: str = ""
-    has_left: bool = False
+    silence: str = ""  # why it did not answer
+    has_left: bool = False  # meanwhile
 
 
 def probe(storage: Path, driver: str, banked: Iterable[str] = (), seconds: float = ANSWER_SECONDS) -> list[Report]:
