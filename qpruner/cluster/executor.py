@@ -19,7 +19,7 @@ from qpruner.cluster.tasks import DeathCounter, original_error
 from qpruner.models.loading import OnLoading, load_dense, untold
 from qpruner.models.memory import release
 from qpruner.runs.events import Emit, Event, Message
-from qpruner.runs.mirror import fetch
+from qpruner.runs.storage import fetch
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -132,7 +132,7 @@ class ClusterExecutor:
             except (OutOfMemoryError, RayActorError) as error:
                 self.close()
                 line = deaths.count(0, self._node, error)
-                emit(Message("cluster", f"a worker died, its work is begun again: {line}"))
+                emit(Message("cluster", f"a worker died, its work is run again: {line}"))
 
     def _start_actor(self, emit: Emit) -> None:
         import ray

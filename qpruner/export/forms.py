@@ -17,9 +17,9 @@ from qpruner.export.merged import write_merged
 from qpruner.export.peft import ADAPTER_FILES, write_peft
 from qpruner.models.loading import OnLoading, checkpoint_config, untold
 from qpruner.models.memory import explaining_shortage
-from qpruner.runs.mirror import fetch
-from qpruner.runs.paths import RunDir, exists, publish_folder, write_json
 from qpruner.runs.records import MARK, ExportRecord
+from qpruner.runs.run_dir import RunDir
+from qpruner.runs.storage import exists, fetch, publish_folder, write_json
 
 Form = Literal["merged", "peft"]
 AGAINST_SHORTAGE = (

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from qpruner.hf import PEFT_BASE
 from qpruner.models.loading import load_tokenizer
-from qpruner.runs.retry import patiently
+from qpruner.runs.storage import retry_storage
 
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 
@@ -26,4 +26,4 @@ def write_peft(final: Path, folder: Path, target: Path) -> None:
         shutil.copy2(final / ADAPTER_FILES[1], folder)
         tokenizer.save_pretrained(folder)
 
-    patiently(write, target)
+    retry_storage(write, target)

@@ -30,8 +30,8 @@ from qpruner.pipeline.context import Context
 from qpruner.pipeline.preflight import inspect
 from qpruner.pipeline.run import run
 from qpruner.runs.events import Emit, Event, Message, Progress, StageFinished, StageStarted, TableMade
-from qpruner.runs.paths import RunDir
 from qpruner.runs.records import Results
+from qpruner.runs.run_dir import RunDir
 
 GPU = {"cpu": 1.0, "gpu": 1.0}
 CHECK = packed_check_of_gpus()
@@ -169,17 +169,6 @@ def test_work_killed_by_ray_for_memory_is_run_again(
         cluster.nodes.remove(node)
     told = [event.text for event in events if isinstance(event, Message) and "waiting" not in event.text]
     assert len(told) == 1 and told[0].startswith("a worker died")
-
-
-def test_a_task_whose_worker_is_killed_is_run_again(joined: str, tmp_path: Path) -> None:
-    def task(job: Path) -> str:
-        if not job.exists():
-            job.touch()
-            os.kill(os.getpid(), signal.SIGKILL)
-        return job.name
-
-    jobs = [tmp_path / "a", tmp_path / "b"]
-    assert dict(run_tasks(task, jobs, GPU, 2, False, CHECK)) == {0: "a", 1: "b"}
 
 
 def test_deaths_between_which_a_task_got_on_are_forgiven_it(joined: str, tmp_path: Path) -> None:
@@ -362,11 +351,10 @@ def test_every_node_builds_entries_of_the_bank(tiny_model: Path, tmp_path: Path)
         assert builders == {node.node_id for node in cluster.nodes}
 
 
-@pytest.mark.parametrize("until", ["prune", "search"])
 def test_more_gpus_than_any_node_has_are_refused(until: str, one_gpu: str, tiny_model: Path, tmp_path: Path) -> None:
     """Ray would wait for ever."""
     raw = with_key(raw_config(tiny_model, tmp_path / "run"), "search.resources_per_trial", {"gpu": 2})
     events: list[Event] = []
     with pytest.raises(UserError, match=r"'gpu': 2.* the largest of 2 has 1 CPUs and 1 GPUs: ask for less"):
-        run(validate_config(raw), events.append, one_gpu, until)
+        run(validate_config(raw), events.append, one_gpu, "prune")
     assert not [event for event in events if isinstance(event, StageFinished)]

@@ -27,7 +27,7 @@ from qpruner.errors import StageError, UserError
 from qpruner.export.compare import compare
 from qpruner.export.forms import export
 from qpruner.quantization.mixed import unpack
-from qpruner.runs.paths import RunDir
+from qpruner.runs.run_dir import RunDir
 
 ADAPTER = "adapter_model.safetensors"
 

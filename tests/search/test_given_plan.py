@@ -102,7 +102,7 @@ def test_without_a_given_plan_the_winner_is_back(searched: Path) -> None:
     done = qpruner("search", searched, "--set", "search.confirm=9")
     assert done.returncode == 0, done.stderr[-3000:]
     again = search_of(run)
-    assert again["num_taken_over"] >= 1 and again["confirmations"] == before["confirmations"]
+    assert again["num_reused"] >= 1 and again["confirmations"] == before["confirmations"]
     assert (again["best_plan"], again["best_origin"]) == (before["best_plan"], before["best_origin"])
 
 
@@ -146,16 +146,6 @@ def test_a_plan_that_a_search_has_tried_is_not_tried_again(searched: Path) -> No
 
 
 @pytest.mark.slow
-def test_a_plan_over_the_budget_is_refused_with_both_sizes(searched: Path) -> None:
-    plan = yaml.safe_load(qpruner("plan", searched.parent / "run", "--trial", UNIFORM).stdout)
-    file = searched.parent / "large.yaml"
-    file.write_text(yaml.safe_dump(dict.fromkeys(plan, 8)))
-    done = qpruner("search", searched, "--plan", file)
-    assert done.returncode == 2
-    assert "MB more than the budget of" in done.stderr and "quantize.budget" in done.stderr
-
-
-@pytest.mark.slow
 def test_check_sizes_a_plan_and_refuses_what_run_does(searched: Path) -> None:
     plan = yaml.safe_load(qpruner("plan", searched.parent / "run", "--trial", UNIFORM).stdout)
     file = searched.parent / "checked.yaml"
@@ -168,15 +158,6 @@ def test_check_sizes_a_plan_and_refuses_what_run_does(searched: Path) -> None:
     refused = [qpruner(verb, searched, "--plan", file) for verb in ("check", "search")]
     assert [each.returncode for each in refused] == [2, 2]
     assert refused[0].stderr.endswith(f" ...\n{refused[1].stderr}"), "after the line that tells what it does"
-
-
-@pytest.mark.slow
-def test_check_refuses_a_plan_for_another_model(searched: Path) -> None:
-    file = searched.parent / "other.yaml"
-    file.write_text("layers.7.qkv: 4\n")
-    done = qpruner("check", searched, "--set", f"search.plan={file}")
-    assert done.returncode == 2
-    assert "`layers.7.qkv` is no group of this model" in done.stderr
 
 
 # ---- a plan that the configuration gives without a file

@@ -32,10 +32,10 @@ from qpruner.config.schema import RunConfig
 from qpruner.errors import NodeDiffers, StageError
 from qpruner.pipeline.run import preview, run
 from qpruner.runs import events
-from qpruner.runs import retry as patience
 from qpruner.runs.events import Emit, Event, Message, TableMade
-from qpruner.runs.paths import RunDir
 from qpruner.runs.records import RungResult
+from qpruner.runs.run_dir import RunDir
+from qpruner.runs.storage import retry as patience
 from qpruner.search.trial_job import Progress, Report, TrialJob
 from qpruner.search.trial_records import read_trials
 

@@ -33,9 +33,9 @@ from qpruner.pipeline.run import run
 from qpruner.pipeline.search import FINALISTS, _best, _finalists, _front, _hypervolume
 from qpruner.plans.plan import Group, Layout, LinearShape, PlanSpace, PrecisionPlan
 from qpruner.runs.events import Event, Message, Progress, StepsSeen, TrialWithdrawn
-from qpruner.runs.object_store import CACHE
-from qpruner.runs.paths import RunDir, folder_digests
 from qpruner.runs.records import Confirmation, RungResult, SearchRecord, TrialPulse, TrialRecord
+from qpruner.runs.run_dir import RunDir
+from qpruner.runs.storage import CACHE, folder_digests
 from qpruner.search.searchers import History, Ledger, Proposal, RandomProposer
 from qpruner.search.trial import run_trial
 from qpruner.search.trial_job import Materials
@@ -324,7 +324,7 @@ def test_a_trial_fails_after_three_deaths_in_a_row(tmp_path: Path) -> None:
     assert (first.status, first.failure, first.kills) == ("failed", "lost", 3) and len(first.times) == 2
     assert (second.status, second.failure, second.kills) == ("running", None, 1)
     told = [event.text for event in events if isinstance(event, Message)]
-    assert told[0] == "trial 0 lost its worker and goes on from its start" and len(told) == 3
+    assert told[0] == "trial 0 lost its worker and is resumed from its start" and len(told) == 3
 
 
 def test_a_trial_killed_for_no_progress_has_failed(tmp_path: Path) -> None:
@@ -377,7 +377,7 @@ def test_a_trial_killed_for_memory_halves_its_micro_batch(tmp_path: Path) -> Non
     assert record.reason == "out of memory: Ray killed its worker 3 times in a row"
     assert (record.micro_batch_size, record.peak_memory_bytes) == (1, 7_000)
     told = [event.text for event in events if isinstance(event, Message)]
-    assert told == ["trial 0 lost its worker, which Ray killed for memory, and goes on from its start"] * 6
+    assert told == ["trial 0 lost its worker, which Ray killed for memory, and is resumed from its start"] * 6
 
 
 def test_other_deaths_do_not_count_as_out_of_memory(tmp_path: Path) -> None:
@@ -718,7 +718,7 @@ def test_a_trial_whose_checkpoint_is_damaged_starts_anew(damage: str | None, tmp
     if damage is None:
         assert told == [] and len(found.rungs) == 2
         return
-    assert len(told) == 1 and str(checkpoint) in told[0] and "trial 0 starts anew" in told[0]
+    assert len(told) == 1 and str(checkpoint) in told[0] and "trial 0 is restarted" in told[0]
     assert (found.rungs, found.status, found.times) == ((), "running", (1.0,))
     assert not checkpoint.exists()
     assert len(list(job.trials.glob("damaged/*/weights"))) == (damage == "flipped")
@@ -778,7 +778,7 @@ def confirmation(index: int, loss: float, control: bool = False, accuracy: float
         index=index,
         origin="seed-kl" if control else "gp",
         control=control,
-        taken_over=False,
+        reused=False,
         loss=loss,
         stderr=0.1,
         accuracy=accuracy,

@@ -24,9 +24,9 @@ from qpruner.cluster.connect import Cluster, connect, disconnect
 from qpruner.cluster.slots import Room
 from qpruner.cluster.tune import SearchJob, search
 from qpruner.errors import StageError, StorageError
-from qpruner.runs import retry as patience
 from qpruner.runs.events import Event, Message, StepsSeen, TrialChanged
 from qpruner.runs.records import RungResult
+from qpruner.runs.storage import retry as patience
 from qpruner.search.trial_job import Progress, Report, TrialJob
 from qpruner.search.trial_records import read_trials, write_trial
 

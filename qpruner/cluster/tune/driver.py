@@ -17,10 +17,9 @@ from qpruner.cluster.tune.halt import Halt
 from qpruner.cluster.tune.job import METRIC, TIME, LivesInDriver, SearchJob, ending_of, observations_of, smaller_batch
 from qpruner.errors import QprunerError, StageError, StorageError
 from qpruner.runs.events import Emit, Message, Progress, TrialChanged, TrialWithdrawn
-from qpruner.runs.lock import taken_over
-from qpruner.runs.object_store import name_of
-from qpruner.runs.paths import exists, remove
+from qpruner.runs.lock import lock_lost
 from qpruner.runs.records import TrialPulse, TrialRecord
+from qpruner.runs.storage import display_name, exists, remove
 from qpruner.search.searchers import Ledger, Observation, Suggestion
 from qpruner.search.trial_records import (
     begin_trial,
@@ -109,7 +108,7 @@ class PlanSearcher(LivesInDriver, Searcher):  # type: ignore[misc]
         )
         path = trial_path(job.trials, record.index)
         if exists(path):  # this search has read all that there were, and wrote the others itself
-            self._halt.end(taken_over("search", f"it wrote {name_of(path)}"), at_once=True)
+            self._halt.end(lock_lost("search", f"it wrote {display_name(path)}"), at_once=True)
             return None
         begin_trial(job.trials, record)
         self._recorded.add(record.index)
@@ -152,7 +151,7 @@ class PlanSearcher(LivesInDriver, Searcher):  # type: ignore[misc]
             return
         place = f"step {record.rungs[-1].step}" if record.rungs else "its start"
         why = ", which Ray killed for memory," if death.by_ray else ""
-        self._emit(Message("search", f"trial {record.index} lost its worker{why} and goes on from {place}"))
+        self._emit(Message("search", f"trial {record.index} lost its worker{why} and is resumed from {place}"))
         self._ledger.hand_out_again(suggestion)
 
     def _close(self, suggestion: Suggestion, record: TrialRecord) -> None:
@@ -186,12 +185,12 @@ class PlanSearcher(LivesInDriver, Searcher):  # type: ignore[misc]
     def _is_out_of_hours(self) -> bool:
         """Return whether the search's hours are spent; with no machine left, end it at once.
 
-        What was begun could then neither go on nor be confirmed.
+        Running trials could then neither finish nor be confirmed.
         """
         over = self._clock.is_over(self._ledger)
         if over and not self._room():
             cause = f"{self._ledger.ended}, and no machine is left that could run a trial"
-            remedy = "bring machines back (`ray start` on them), then repeat the command: what was begun goes on"
+            remedy = "bring machines back (`ray start` on them), then repeat the command: it resumes what was running"
             self._halt.end(StageError("search", cause, remedy))
         return over
 
@@ -329,7 +328,7 @@ class _Clock:
         """Save the time: a session may be killed at any instant."""
         self._gpu_seconds[record.index] = record.gpu_seconds_of(self._job.search)
         if not write_seconds(self._job.trials, self._job.search, self._seconds(), self._job.session):
-            raise taken_over("search", "it began a session of this search")
+            raise lock_lost("search", "it began a session of this search")
 
     def is_over(self, ledger: Ledger) -> bool:
         """Return whether the hours are spent, and end the search then; looks once a second."""
