@@ -165,6 +165,25 @@ def test_files_that_commands_name_are_there() -> None:
     assert [name for name in named if not (ROOT / name).exists() and not re.search("[A-Z]{3}", name)] == []
 
 
+@pytest.mark.parametrize("page", [ROOT / "CONTRIBUTING.md", ROOT / "docs/architecture.md"], ids=lambda page: page.name)
+def test_paths_and_names_of_the_code_are_there(page: Path) -> None:
+    """`ROOM/` and `ROOM/FILE.py` are in the package or here; of `ROOM/FILE.py: NAME` the file has the name."""
+    text = FENCE.sub("", page.read_text(encoding="utf-8"))
+    paths = re.findall(r"`(?:qpruner/)?((?:[a-z_]+/)+(?:[a-z_]+\.py)?)(?:: ([A-Za-z_.]+))?`", text)
+    assert len(paths) > 10
+    for path, name in paths:
+        place = next(
+            (
+                folder / path
+                for folder in (ROOT / "qpruner", ROOT, *(ROOT / "qpruner").iterdir())
+                if (folder / path).exists()
+            ),
+            None,
+        )
+        assert place, f"{page.name}: {path}"
+        assert not name or re.search(rf"\b{re.escape(name)}\b", place.read_text()), f"{page.name}: {path}: {name}"
+
+
 @pytest.mark.parametrize("block", [block for block in BLOCKS if block.language in RUN], ids=str)
 def test_the_syntax_is_right(block: Block) -> None:
     if block.language == "python":
@@ -190,22 +209,13 @@ def test_verbs_and_options_exist(page: Path) -> None:
         assert set(options) <= known, f"{page.name}: `qpruner {verb} {' '.join(options)}`"
 
 
-def test_verbs_in_pages_are_found() -> None:
-    verbs = {verb for page in PAGES for verb, _ in commands_in(page)}
-    assert {"run", "check", "trials", "plan", "export", "status", "compare", "schema", "report"} <= verbs
-
-
-def known_keys() -> set[str]:
-    page = (ROOT / "docs/configuration.md").read_text()
-    return set(re.findall(r"^- `([\w.]+)`", page, re.MULTILINE)) | set(re.findall(r"^## ([\w.]+)$", page, re.MULTILINE))
-
-
 @each_page
 def test_keys_of_a_configuration_exist(page: Path) -> None:
-    sections = "|".join({key.partition(".")[0] for key in known_keys() if "." in key})
+    reference = (ROOT / "docs/configuration.md").read_text()
+    keys = set(re.findall(r"^(?:- `|## )([a-z_.]+)", reference, re.MULTILINE))
+    sections = "|".join({key.partition(".")[0] for key in keys if "." in key})
     found = re.findall(rf"`((?:{sections})(?:\.[a-z_]+)+)(?:: [^`]*)?`", page.read_text())
-    files = {"prune.files.json", "run.json", "data.jsonl"}
-    assert [key for key in found if key not in known_keys() | files and not key.startswith("run.")] == []
+    assert set(found) - keys - {"prune.files.json"} == set()
 
 
 @pytest.mark.parametrize("block", [block for block in BLOCKS if block.language == "yaml"], ids=str)

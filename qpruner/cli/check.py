@@ -8,7 +8,7 @@ from typing import Any
 import click
 import yaml
 
-from qpruner import estimate, pipeline
+from qpruner import estimate
 from qpruner.cli.terminal import Terminal
 from qpruner.config.schema import RunConfig
 from qpruner.errors import UserError
@@ -17,6 +17,8 @@ from qpruner.models.layout import num_layers
 from qpruner.models.memory import free_bytes
 from qpruner.pipeline.preflight import PRUNED_EARLIER, is_pruned
 from qpruner.pipeline.preflight_rows import SPLITS, num_cut
+from qpruner.pipeline.run import Checked
+from qpruner.pipeline.run import check as check_run
 from qpruner.plans.plan import told_of_budget
 from qpruner.report.card import other_base_remark
 from qpruner.report.liveness import driver_text
@@ -43,7 +45,7 @@ def check(
     if measure and for_gpus:
         raise UserError("`--measure` times this machine, `--gpu` assumes another one: leave one of them out")
     with Terminal(quiet=quiet) as terminal:
-        found = pipeline.check(config, terminal.emit, address, gpu_is_elsewhere=for_gpus and address is None)
+        found = check_run(config, terminal.emit, address, gpu_is_elsewhere=for_gpus and address is None)
     inspection, resources = found.inspection, found.resources
     rates = _measured_rates(config, found) if measure else None
     gpus = resources.get("gpu") or (1.0 if for_gpus else None)
@@ -108,7 +110,7 @@ def _driver_warnings(config: RunConfig) -> list[str]:
     return [f"{works}: `qpruner run` is refused until it ends"] if works else []
 
 
-def _measured_rates(config: RunConfig, found: pipeline.Checked) -> hours.Rates:
+def _measured_rates(config: RunConfig, found: Checked) -> hours.Rates:
     """Time a few steps on this machine.
 
     Raises:

@@ -21,6 +21,11 @@ import click
 
 from qpruner.config.load import config_schema, load_config
 from qpruner.errors import ConfigError, CorruptFile, PlanRefused, QprunerError, UserError, note_defect
+from qpruner.pipeline.flow import STAGES, stages_until
+from qpruner.pipeline.prune import Prune
+from qpruner.pipeline.report import Report
+from qpruner.pipeline.search import Search
+from qpruner.pipeline.stage import Stage
 from qpruner.runs.logs import logging_to, quiet_libraries
 from qpruner.runs.version import describe
 from qpruner.wording import as_called, counted, without_nan
@@ -29,19 +34,11 @@ if TYPE_CHECKING:
     from qpruner.cli.terminal import Terminal
     from qpruner.runs.records import PruneRecord, Results
 
-VERBS = {
-    "run": ("report", "Run the whole flow: prune, search, fine-tune, evaluate, report."),
-    "prepare": ("prepare", "Bring the base model into a folder and encode the data."),
-    "prune": ("prune", "Run up to the pruned checkpoint."),
-    "sensitivity": ("sensitivity", "Run up to the sensitivities."),
-    "bank": ("bank", "Run up to the bank of packed weights and adapter starts."),
-    "search": ("search", "Run up to the precision search."),
-    "finetune": ("finetune", "Run up to the final fine-tune."),
-    "evaluate": ("evaluate", "Run up to the held-out evaluation."),
-    "report": ("report", "Write a run folder's report anew, whole or not; given a configuration, run the whole flow."),
+VERBS: dict[str, tuple[type[Stage[Any]], str]] = {
+    "run": (Report, "Run the whole flow: prune, search, fine-tune, evaluate, report."),
+    **{stage.name: (stage, stage.help) for stage in STAGES if stage.help},
 }
-WITH_SEARCH = ("search", "finetune", "evaluate", "report")
-"""Last stages of verbs that search."""
+"""Verbs that run the flow: the last stage, and the help."""
 LOCAL_RAY = "Ray cluster to join (auto or HOST:PORT); starts a local one without it."
 NO_RAY = "Ray cluster to join (auto or HOST:PORT); starts none without it."
 ABOUT_DAMAGE = (
@@ -139,7 +136,7 @@ def _plan_named(plan_file: Path | None) -> Iterator[None]:
         raise ConfigError(named, error.source) from error
 
 
-def _add_verb(name: str, until: str, text: str) -> None:
+def _add_verb(name: str, last: type[Stage[Any]], text: str) -> None:
     def verb(
         config: str,
         overrides: tuple[str, ...],
@@ -152,26 +149,26 @@ def _add_verb(name: str, until: str, text: str) -> None:
 
         def told() -> dict[str, Any]:
             with _plan_named(plan_file):
-                return _run(Path(config), (*overrides, *given), address, until, as_json, quiet)
+                return _run(Path(config), (*overrides, *given), address, last.name, as_json, quiet)
 
         is_file = Path(config).is_file() or Path(config).suffix in (".yaml", ".yml")
-        if name == "report" and not is_file:
+        if name == Report.name and not is_file:
             _guarded(as_json, lambda: _report(config, bool(overrides or given or address)))
         else:
             _guarded(as_json, told)
 
-    if until in WITH_SEARCH:
+    if Search in stages_until(last.name):
         verb = _plan_option("Take this plan instead of searching for one")(verb)
-    about_address = NO_RAY if until == "prepare" else LOCAL_RAY
-    main.command(name, help=text)(_options(about_address, "RUN_OR_CONFIG" if name == "report" else "CONFIG")(verb))
+    about_address = LOCAL_RAY if last.starts_ray else NO_RAY
+    main.command(name, help=text)(_options(about_address, "RUN_OR_CONFIG" if name == Report.name else "CONFIG")(verb))
 
 
-for _name, (_until, _text) in VERBS.items():
-    if _name != "prune":
-        _add_verb(_name, _until, _text)
+for _name, (_last, _text) in VERBS.items():
+    if _last is not Prune:
+        _add_verb(_name, _last, _text)
 
 
-@main.command(help=VERBS["prune"][1])
+@main.command(help=Prune.help)
 @_options(NO_RAY)
 @click.option("--dry-run", is_flag=True, help="Show what would be kept; write nothing.")
 def prune(
@@ -180,7 +177,7 @@ def prune(
     if dry_run:
         _guarded(as_json, lambda: _preview(Path(config), overrides, address, quiet))
     else:
-        _guarded(as_json, lambda: _run(Path(config), overrides, address, "prune", as_json, quiet))
+        _guarded(as_json, lambda: _run(Path(config), overrides, address, Prune.name, as_json, quiet))
 
 
 @main.command(help="Validate a configuration and say what the run would be and take; loads no weights.")
@@ -377,7 +374,7 @@ def _export(root: str, form: Any, out: Path | None) -> dict[str, Any]:
     quiet_libraries()
     from qpruner.cli.terminal import Terminal
     from qpruner.export.folders import export
-    from qpruner.pipeline.compress import telling
+    from qpruner.pipeline.prepare import telling
     from qpruner.report.liveness import warning_of_driver
     from qpruner.runs.paths import RunDir
 
@@ -418,7 +415,7 @@ def _run(
     config = load_config(path, list(overrides))
     quiet_libraries()
     from qpruner.cli.terminal import Terminal
-    from qpruner.pipeline import run
+    from qpruner.pipeline.run import run
     from qpruner.runs.object_store import address_of
     from qpruner.runs.paths import run_root
 
@@ -426,10 +423,10 @@ def _run(
     with logging_to(root):
         with Terminal(quiet=quiet) as terminal:
             results = run(config, terminal.emit, address, until)
-        if until == "prune":
+        if until == Prune.name:
             assert results.prune
             _print_layers(results.prune, terminal)
-        if until == "report":
+        if until == Report.name:
             _print_table(results, root, terminal)
     return {"status": "ok", "run": address_of(root), **_figures(results)}
 
@@ -438,7 +435,7 @@ def _preview(path: Path, overrides: tuple[str, ...], address: str | None, quiet:
     config = load_config(path, list(overrides))
     quiet_libraries()
     from qpruner.cli.terminal import Terminal
-    from qpruner.pipeline import preview
+    from qpruner.pipeline.run import preview
 
     with Terminal(quiet=quiet) as terminal:
         record = preview(config, terminal.emit, address)

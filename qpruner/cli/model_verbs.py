@@ -18,7 +18,7 @@ from qpruner.cli.terminal import Terminal
 from qpruner.errors import UserError
 from qpruner.export.generate import WHICH, Sampling, Source, sources
 from qpruner.models.memory import release
-from qpruner.pipeline.compress import telling
+from qpruner.pipeline.prepare import telling
 from qpruner.report.liveness import warning_of_driver
 from qpruner.runs.paths import STATE, RunDir
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from qpruner.cluster.cluster import Cluster, connect, disconnect, local_slots
 from qpruner.cluster.gpu_time import GpuTime
@@ -26,10 +26,11 @@ from qpruner.runs.lock import taken_over
 from qpruner.runs.mirror import fetch
 from qpruner.runs.object_store import name_of
 from qpruner.runs.paths import RunDir, fetch_file, file_digest
-from qpruner.runs.records import digest_of
+from qpruner.runs.records import Record, Results, digest_of
 from qpruner.training.trackers import Trackers, check_trackers
 
 CONFIG_FILE = "config.json"
+RecordType = TypeVar("RecordType", bound=Record)
 
 
 @dataclass
@@ -46,6 +47,7 @@ class Context:
         gpu_time: What work outside the trials has held of GPUs.
         assumed: Slots to plan with instead of those that are here.
         is_ours: Whether no other driver has taken the run over.
+        records: Of the stages so far.
     """
 
     config: RunConfig
@@ -57,7 +59,16 @@ class Context:
     gpu_time: GpuTime = field(default_factory=GpuTime)
     assumed: Slots | None = None
     is_ours: Callable[[], bool] = lambda: True
+    records: Results = field(default_factory=Results)
     _has_joined: bool = False
+
+    def record(self, kind: type[RecordType]) -> RecordType:
+        """The record of an earlier stage, by its class."""
+        return next(record for _, record in self.records if isinstance(record, kind))
+
+    def add_record(self, stage: str, record: Record) -> None:
+        """Keep a stage's record for the stages after it."""
+        self.records = self.records.model_copy(update={stage: record})
 
     @property
     def data(self) -> Path:
@@ -92,17 +103,10 @@ class Context:
     def task_digest(self) -> str:
         """Digest of the tasks' questions and files: with others it is another measurement."""
         questions = self.inspection.questions
-        return digest_of({name: questions[name] for name in ("search", "evaluate")}, *self._task_files)
+        return digest_of({name: questions[name] for name in ("search", "evaluate")}, *self.task_files)
 
     @cached_property
-    def tested_digest(self) -> str:
-        """Digest of what the final models are asked, and how."""
-        asked, settings = self.inspection.questions["evaluate"], self.config.evaluate
-        metrics = self.inspection.metrics["evaluate"]
-        return digest_of(asked, metrics, settings.tasks, settings.limit, settings.num_fewshot, *self._task_files)
-
-    @cached_property
-    def _task_files(self) -> list[str]:
+    def task_files(self) -> list[str]:
         """Digests of the files of further tasks."""
         folder = include_path(self.config)
         files = sorted(path for path in Path(folder).rglob("*") if path.is_file()) if folder else []
@@ -122,6 +126,11 @@ class Context:
     def layout(self) -> Layout:
         """Groups and sizes of the pruned model as it is."""
         return preflight.layout_for(self.config, self.pruned_config)
+
+    @property
+    def checkpoint_bytes(self) -> int:
+        """About the bytes of a checkpoint of a fine-tune: the adapter, and Adam's two moments of it."""
+        return 3 * self.inspection.pruned.adapter_bytes
 
     @cached_property
     def space(self) -> PlanSpace:
@@ -244,6 +253,8 @@ class Context:
         _ = self._cluster
 
     def close(self) -> None:
-        """Leave the cluster, unless it was joined before."""
+        """Give back the model's memory, and leave the cluster unless it was joined before."""
+        if "workshop" in self.__dict__:
+            self.workshop.close()
         if self._has_joined:
             disconnect()

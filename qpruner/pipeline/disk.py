@@ -10,17 +10,14 @@ from pathlib import Path
 
 from qpruner.errors import UserError
 from qpruner.pipeline.context import Context
+from qpruner.pipeline.flow import STAGES, recorded
 from qpruner.pipeline.preflight import amount
-from qpruner.pipeline.recorded import recorded, shares_done
 from qpruner.runs.object_store import CACHE, cache_root
 from qpruner.runs.paths import BANK_CACHE, files_in
 from qpruner.runs.records import Results
 
 SMALL_FILES = 2**20
 """Bytes of records, log and report, which every command writes."""
-WITH_ADAM = 3
-"""Copies of an adapter in a checkpoint: its weights and two moments each."""
-
 OF_ROWS = ("finetune", "comparison")
 """Stages that leave their files in the folders of the final table's rows."""
 
@@ -46,22 +43,14 @@ def check_room(context: Context) -> None:
 
 def _sizes(context: Context) -> dict[str, int]:
     """About the bytes that each stage leaves on this machine."""
-    config, base, pruned = context.config, context.inspection.base, context.inspection.pruned
-    checkpoint = WITH_ADAM * pruned.adapter_bytes
-    return {
-        "prepare": base.num_parameters * base.element_bytes,
-        "prune": base.num_parameters * base.element_bytes,
-        "bank": sum(pruned.plan_bytes(pruned.uniform(bits)) for bits in config.quantize.bits),
-        "search": 0 if context.run_dir.is_at_uri else checkpoint * config.num_trials,
-        "finetune": checkpoint * 2,
-        "comparison": checkpoint * 6 if config.finetune.compare else 0,
-    }
+    wanted = [stage for stage in STAGES if stage.record and stage.is_wanted(context.config)]
+    return dict.fromkeys(Results.model_fields, 0) | {stage.name: stage(context).disk_bytes() for stage in wanted}
 
 
 def _left(context: Context, sizes: dict[str, int]) -> int:
     """Of these bytes those that are not on this machine yet; what stages share a folder is subtracted once."""
-    found = recorded(context)
-    shares, left = shares_done(context, found), 0
+    shares, left = recorded(context), 0
+    found = context.records
     for names in (*((name,) for name in sizes if name not in OF_ROWS), OF_ROWS):
         done = [name for name in names if shares[name]]
         if context.run_dir.is_at_uri:

@@ -6,20 +6,17 @@ import copy
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qpruner.cluster.workshop import Bench
 from qpruner.config.schema import PruneConfig, RunConfig
 from qpruner.models.families import ATTENTION, EXPERT, MLP, family_of
 from qpruner.models.layout import num_layers
 from qpruner.models.memory import release
-from qpruner.pipeline import preflight
-from qpruner.pipeline.compress import encode_split, importance_samples, telling
-from qpruner.pipeline.context import Context
-from qpruner.pipeline.stage import Stage, run_stage
+from qpruner.pipeline.prepare import encode_split, importance_samples, telling
+from qpruner.pipeline.stage import Stage
 from qpruner.runs.events import Emit, Message, Progress, StageStarted
 from qpruner.runs.mirror import check_arrived, fetch, read_list, written
 from qpruner.runs.records import LayerWidths, PrepareRecord, PruneRecord, digest_of
@@ -28,52 +25,82 @@ from qpruner.runs.retry import patiently
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from qpruner.cluster.workshop import Bench
     from qpruner.data.calibration import Samples
     from qpruner.data.losses import Rows
     from qpruner.data.sources import Example
     from qpruner.errors import QprunerError
+    from qpruner.pipeline.context import Context
     from qpruner.pruning.best_cut import Made
     from qpruner.pruning.prune import Pruned
 
 
-def prune(context: Context, prepared: PrepareRecord) -> PruneRecord:
-    """Score, select, compensate, cut, save."""
-    config = context.config
+class Prune(Stage[PruneRecord]):
+    """Score, select, compensate, cut and save."""
 
-    def work(scratch: Path) -> dict[str, Any]:
-        _tell_of_earlier_cut(context)
-        base, data = context.run_dir.base_model(prepared), context.data
-        job = CutJob(config, _settings(context), base, data / "importance", data / "validation", scratch)
+    name = "prune"
+    help = "Run up to the pruned checkpoint."
+    record = PruneRecord
+    repairs_files = True
+    starts_ray = False
+    memory_keys = "`calibration.batch_size` or `calibration.max_length`"
+
+    def inputs(self) -> tuple[Any, ...]:
+        from qpruner.pruning.prune import settled
+
+        settings = settled(self.context.inspection.model_config, self.config.prune)
+        return (self.context.record(PrepareRecord).digest, settings)
+
+    def warnings(self) -> Iterator[str]:
+        from qpruner.pipeline.preflight import remark_on_cut
+
+        context = self.context
+        is_all = not context.inspection.packs and not context.address
+        if is_all and (remark := remark_on_cut(self.config, context.inspection)):
+            yield remark
+
+    def detail(self) -> str:
+        return describe(_settings(self.context))
+
+    def run(self, scratch: Path) -> dict[str, Any]:
+        context = self.context
+        self._report_earlier_cut()
+        base, data = context.run_dir.base_model(context.record(PrepareRecord)), context.data
+        job = CutJob(self.config, _settings(context), base, data / "importance", data / "validation", scratch)
         fields = context.workshop.do(cut_and_save, job, context.emit)
         check_arrived(scratch)
         return fields
 
-    def figures(record: PruneRecord) -> str:
+    def summary(self, record: PruneRecord) -> str:
         return (
             f"{record.parameters_before / 1e6:.1f}M -> {record.parameters_after / 1e6:.1f}M parameters "
             f"({record.target}, {record.achieved})"
         )
 
-    stage = prune_stage(context, prepared)
-    return run_stage(context, stage, PruneRecord, work, figures)
+    def disk_bytes(self) -> int:
+        base = self.context.inspection.base
+        return base.num_parameters * base.element_bytes
 
+    def preview(self) -> PruneRecord:
+        """Cut the model in memory and drop it; return what the record would be."""
+        context = self.context
+        examples, settings = context.inspection.examples, _settings(context)
+        context.emit(StageStarted(self.name, f"{describe(settings)}; nothing is written"))
+        self._report_earlier_cut()
+        validation = examples["validation"] if len(settings) > 1 else []
+        job = PreviewJob(context.worker_config, settings, examples["calibration"], validation)
+        fields = context.workshop.do(cut_in_memory, job, context.emit)
+        return PruneRecord(digest="", **fields)
 
-def prune_stage(context: Context, prepared: PrepareRecord) -> Stage:
-    """What `prune` depends on. A given plan that says which cut is meant is not among it: with the plan of a run that
-    has its cut, that one is taken."""
-    from qpruner.pruning.prune import settled
+    def _report_earlier_cut(self) -> None:
+        from qpruner.pipeline import preflight
 
-    settings = settled(context.inspection.model_config, context.config.prune)
-    return Stage("prune", describe(_settings(context)), (prepared.digest, settings))
+        if preflight.is_pruned(self.context.inspection.model_config):
+            self.tell(f"the model was {preflight.PRUNED_EARLIER}")
 
 
 def _settings(context: Context) -> tuple[PruneConfig, ...]:
     return tuple(cut.settings for cut in context.inspection.cuts)
-
-
-def _tell_of_earlier_cut(context: Context) -> None:
-    if preflight.is_pruned(context.inspection.model_config):
-        context.emit(Message("prune", f"the model was {preflight.PRUNED_EARLIER}"))
 
 
 @dataclass(frozen=True)
@@ -134,17 +161,6 @@ def _weights_digest(folder: Path) -> str:
     listed = read_list(folder)
     assert listed
     return digest_of({name: sha256 for name, sha256 in listed.sha256.items() if name.endswith(".safetensors")})
-
-
-def preview_prune(context: Context) -> PruneRecord:
-    """What `prune` would leave, with nothing written: the model is cut in memory and dropped."""
-    examples, settings = context.inspection.examples, _settings(context)
-    context.emit(StageStarted("prune", f"{describe(settings)}; nothing is written"))
-    _tell_of_earlier_cut(context)
-    validation = examples["validation"] if len(settings) > 1 else []
-    job = PreviewJob(context.worker_config, settings, examples["calibration"], validation)
-    fields = context.workshop.do(cut_in_memory, job, context.emit)
-    return PruneRecord(digest="", **fields)
 
 
 @dataclass(frozen=True)
@@ -277,7 +293,9 @@ class _Watch:
 
 def _fields(config: RunConfig, settings: PruneConfig, pruned: Pruned, base: _Watch) -> dict[str, Any]:
     removed = pruned.parameters_before - pruned.parameters_after
-    element_bytes = preflight.DTYPE_BYTES[config.model.dtype]
+    from qpruner.pipeline.preflight import DTYPE_BYTES
+
+    element_bytes = DTYPE_BYTES[config.model.dtype]
     return {
         "importance": settings.criterion,
         "selection": settings.selection,

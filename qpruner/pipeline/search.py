@@ -9,16 +9,15 @@ from __future__ import annotations
 
 import contextlib
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
-from qpruner.cluster.room import Room
 from qpruner.data.measures import accuracy_name
 from qpruner.errors import CorruptFile, StageError
-from qpruner.pipeline.context import Context
-from qpruner.pipeline.stage import Stage, matching, run_stage
+from qpruner.pipeline.stage import Stage
 from qpruner.plans.pareto import hypervolume, non_dominated
 from qpruner.plans.plan import PrecisionPlan
 from qpruner.runs.events import Message, Progress, SearchPlanned
@@ -45,103 +44,182 @@ from qpruner.search.trial_records import (
     fresh_path,
     objective,
     read_trials,
+    readable_trials,
     set_aside_damaged,
 )
 from qpruner.sensitivity.seeds import seed_plan
-from qpruner.training.candidates import Candidate, ConfirmationJob, confirm_trial
+from qpruner.training.table_rows import Candidate, ConfirmationJob, confirm_trial
 from qpruner.wording import counted, error_text
 
 if TYPE_CHECKING:
-    from qpruner.cluster.tune import SearchJob
-
+    from qpruner.cluster.tune import SearchJob, SearchOutcome
+    from qpruner.pipeline.context import Context
 
 FINALISTS = "scoring finalists on fresh rows"
 REMEDY = "mend the cause, delete the folders of those trials in the run's `trials`"
 """What to do when all trials failed and no word is known for the reason, or there are several."""
 
 
-def search(context: Context, banked: BankRecord, measured: SensitivityRecord) -> SearchRecord:
-    """Candidate plans as parallel trials; the best few are scored again on fresh rows."""
-    settings, space = context.config.search, context.space
-    given, stage = given_plan(context, measured), search_stage(context, banked, measured)
-    trials_digest, search_digest = stage.inputs[:2]
-    state = SearchState(
-        trials_digest=trials_digest,
-        search=search_digest,
-        beside=_search_digest(context, measured, None) if given else None,
-        metric="accuracy" if settings.by_accuracy else "loss",
-        metrics=context.inspection.metrics["search"],
-        pareto=settings.pareto,
-        budget_bytes=space.budget_bytes,
-        max_trials=context.config.num_trials,
-        steps=settings.steps,
-    )
+class Search(Stage[SearchRecord]):
+    """Try candidate plans as parallel trials, and score the best few again on fresh rows."""
 
-    def tell(text: str) -> None:
-        context.emit(Message("search", text))
+    name = "search"
+    help = "Run up to the precision search."
+    record = SearchRecord
+    trains = True
 
-    set_aside_damaged(context.run_dir.trials / trials_digest, search_digest, tell)
-    recorded = read_trials(context.run_dir.trials / trials_digest)
-    own = [trial for trial in recorded if trial.search == search_digest][: settings.max_trials]
-    with contextlib.suppress(CorruptFile):  # which the stage meets, too
-        if not all(trial.is_over for trial in own) and matching(context.run_dir, stage, SearchRecord):
-            context.forget("search")  # all of them were over, before a trial's record was damaged
-    context.emit(SearchPlanned(state, tuple(recorded), measured))
+    @cached_property
+    def given(self) -> PrecisionPlan | None:
+        """The plan that is taken instead of a search."""
+        return given_plan(self.context)
 
-    def work(scratch: Path) -> dict[str, Any]:
-        from qpruner.cluster import tune as ray_tune
+    @cached_property
+    def search_digest(self) -> str:
+        """Digest of what is proposed."""
+        return _search_digest(self.context, self.given)
+
+    @cached_property
+    def trials_digest(self) -> str:
+        """Digest of what a trial's own result depends on."""
+        return _trials_digest(self.context, self.search_digest)
+
+    @property
+    def folder(self) -> Path:
+        """Where the trials are recorded."""
+        return self.context.run_dir.trials / self.trials_digest
+
+    def inputs(self) -> tuple[Any, ...]:
+        settings = self.config.search
+        # More trials or hours continue with those there are.
+        ends = (settings.max_trials, settings.max_hours, settings.max_gpu_hours, settings.patience, settings.confirm)
+        return (self.trials_digest, self.search_digest, *ends)
+
+    def warnings(self) -> Iterable[str]:
+        return self.context.inspection.warnings
+
+    def check(self) -> None:
+        from qpruner.pipeline.resources import check_search
+        from qpruner.training.trackers import check_trackers
+
+        check_search(self.config.search, self.context.known_slots)
+        check_trackers(self.config.trackers)
+
+    def begin(self) -> None:
+        """Report what is known of the trials, and forget the record where one of them was damaged."""
+        context, settings = self.context, self.config.search
+        # Its memory is needed before the trials start.
+        context.workshop.close()
+        set_aside_damaged(self.folder, self.search_digest, self.tell)
+        trials = read_trials(self.folder)
+        own = [trial for trial in trials if trial.search == self.search_digest][: settings.max_trials]
+        with contextlib.suppress(CorruptFile):  # which is met again where the record is read
+            if not all(trial.is_over for trial in own) and self.matching_record(self.digest):
+                context.forget("search")  # all of them were over, before a trial's record was damaged
+        state = SearchState(
+            trials_digest=self.trials_digest,
+            search=self.search_digest,
+            beside=_search_digest(context, None) if self.given else None,
+            metric=self._metric,
+            metrics=context.inspection.metrics["search"],
+            pareto=settings.pareto,
+            budget_bytes=context.space.budget_bytes,
+            max_trials=self.config.num_trials,
+            steps=settings.steps,
+        )
+        context.emit(SearchPlanned(state, tuple(trials), context.record(SensitivityRecord)))
+
+    @property
+    def _metric(self) -> Literal["loss", "accuracy"]:
+        return "accuracy" if self.config.search.by_accuracy else "loss"
+
+    def detail(self) -> str:
+        settings = self.config.search
+        trials = "the given plan" if self.given else f"{counted(settings.max_trials, 'trial')}, {settings.searcher}"
+        budget = self.context.space.budget_bytes / 1e6
+        return f"{trials}, {counted(settings.steps, 'step')} each, budget {budget:.1f} MB"
+
+    def run(self, scratch: Path) -> dict[str, Any]:
+        context, job = self.context, self._job()
+        # Beside a plan that was given the controls are not run, but known for what they are where a search ran them.
+        priors = job.priors
+        known = replace(job, controls=[*controls_of(job.space, priors), *job.controls]) if self.given else job
+        context.join()
+        resumed = _report_recorded(context, job)
+        outcome, finalists = self._finalists(job, known)
+        fresh = _fresh_scores(context, finalists, known)
+        confirmations = _confirm(context, finalists, fresh, known)
+        by_index = {trial.index: trial for trial in finalists}
+        eligible = [each for each in confirmations if self.given in (None, _plan(by_index[each.index]))]
+        best = _best(eligible, job)
+        best_control = _best([each for each in confirmations if each.control], job)
+        assert best is not None, "there are finalists"
+        write_json(scratch / "best.json", by_index[best.index])
+        front = _front(confirmations, by_index, job) if self.config.search.pareto else ()
+        return self._trial_fields(outcome) | {
+            "confirmation_gpu_seconds": sum(score.gpu_seconds for score in fresh),
+            "confirmations": confirmations,
+            "best_index": best.index,
+            "best_origin": GIVEN if self.given else best.origin,
+            "best_plan": by_index[best.index].plan,
+            "best_control": best_control.index if best_control else None,
+            "control_won": best.control and not self.given,
+            "front": front,
+            "hypervolume": _hypervolume(front, job) if front else None,
+            "resumed": resumed,
+        }
+
+    def _job(self) -> SearchJob:
+        """What the trials are run with."""
+        from qpruner.cluster.tune import SearchJob
         from qpruner.search.trial import run_trial
 
-        resources = context.trial_resources
-        priors = {name: method.values for name, method in measured.methods.items()}
-        controls = controls_of(space, priors)
-        job = ray_tune.SearchJob(
+        context, space = self.context, self.context.space
+        priors = {name: method.values for name, method in context.record(SensitivityRecord).methods.items()}
+        return SearchJob(
             config=context.worker_config,
             trial=run_trial,
             materials=Materials(context.checkpoint, context.bank, context.data),
             layout=context.layout,
             space=space,
-            controls=[(GIVEN, given)] if given else controls,
+            controls=[(GIVEN, self.given)] if self.given else controls_of(space, priors),
             priors=priors,
-            trials=context.run_dir.trials / trials_digest,
+            trials=self.folder,
             scratch=context.run_dir.tune,
-            digest=trials_digest,
-            search=search_digest,
-            resources=resources,
+            digest=self.trials_digest,
+            search=self.search_digest,
+            resources=context.trial_resources,
             check_node=context.check_node,
         )
-        # Beside a plan that was given the controls are not run, but known for what they are where a search ran them.
-        known = replace(job, controls=[*controls, *job.controls])
-        context.join()
-        room = Room(lambda: context.slots, resources, settings.max_concurrent, context.emit)
-        resumed = _tell_recorded(context, job)
+
+    def _finalists(self, job: SearchJob, known: SearchJob) -> tuple[SearchOutcome, list[TrialRecord]]:
+        """Run the trials, again where the files of a finalist turn out to be damaged."""
+        from qpruner.cluster import tune
+        from qpruner.cluster.room import Room
+
+        context = self.context
+        room = Room(lambda: context.slots, job.resources, self.config.search.max_concurrent, context.emit)
         while True:
-            outcome = ray_tune.search(job, room, context.emit, context.trackers)
-            tell(f"ended: {outcome.ended}")
-            usable = [*outcome.trials, *(trial for trial in outcome.taken_over if space.is_feasible(_plan(trial)))]
-            if given:
-                finalists = _beside_given(usable, given, known)
+            outcome = tune.search(job, room, context.emit, context.trackers)
+            self.tell(f"ended: {outcome.ended}")
+            earlier = [trial for trial in outcome.taken_over if job.space.is_feasible(_plan(trial))]
+            usable = [*outcome.trials, *earlier]
+            if self.given:
+                finalists = _beside_given(usable, self.given, known)
             else:
                 finalists = _finalists([trial for trial in usable if _competes(trial, job)], job)
             # What is fine to read may not be what was written.
-            if not [trial for trial in finalists if begin_anew_if_damaged(job.trials, trial, tell)]:
-                break
-        fresh = _fresh_scores(context, finalists, known)
-        confirmations = _confirm(context, finalists, fresh, known)
-        by_index = {trial.index: trial for trial in finalists}
-        eligible = [each for each in confirmations if given is None or _plan(by_index[each.index]) == given]
-        best = _best(eligible, job)
-        best_control = _best([each for each in confirmations if each.control], job)
-        assert best is not None, "there are finalists"
-        write_json(scratch / "best.json", by_index[best.index])
-        front = _front(confirmations, by_index, job) if settings.pareto else ()
+            if not [trial for trial in finalists if begin_anew_if_damaged(job.trials, trial, self.tell)]:
+                return outcome, finalists
+
+    def _trial_fields(self, outcome: SearchOutcome) -> dict[str, Any]:
+        """What the record says of the trials."""
         statuses = [trial.status for trial in outcome.trials]
         return {
-            "trials_digest": trials_digest,
-            "searcher": settings.searcher if context.config.is_searched else "none",
-            "metric": state.metric,
-            "metrics": state.metrics,
-            "budget_bytes": space.budget_bytes,
+            "trials_digest": self.trials_digest,
+            "searcher": self.config.search.searcher if self.config.is_searched else "none",
+            "metric": self._metric,
+            "metrics": self.context.inspection.metrics["search"],
+            "budget_bytes": self.context.space.budget_bytes,
             "num_trials": len(outcome.trials),
             "num_finished": statuses.count("finished"),
             "num_stopped": statuses.count("stopped"),
@@ -151,30 +229,26 @@ def search(context: Context, banked: BankRecord, measured: SensitivityRecord) ->
             "ended": outcome.ended,
             "search_seconds": outcome.seconds,
             "gpu_seconds": outcome.gpu_seconds,
-            "confirmation_gpu_seconds": sum(score.gpu_seconds for score in fresh),
-            "confirmations": confirmations,
-            "best_index": best.index,
-            "best_origin": GIVEN if given else best.origin,
-            "best_plan": by_index[best.index].plan,
-            "best_control": best_control.index if best_control else None,
-            "control_won": best.control and not given,
-            "front": front,
-            "hypervolume": _hypervolume(front, job) if front else None,
-            "resumed": resumed,
             "sessions": outcome.sessions,
         }
 
-    def figures(record: SearchRecord) -> str:
+    def summary(self, record: SearchRecord) -> str:
         front = f"a front of {counted(len(record.front), 'plan')}, " if record.front else ""
         return (
             f"{record.num_finished} finished, {record.num_stopped} stopped early, {record.num_failed} failed; {front}"
             f"winner: trial {record.best_index} [{PrecisionPlan.from_dict(record.best_plan)}] ({record.best_origin})"
         )
 
-    return run_stage(context, stage, SearchRecord, work, figures)
+    def share_done(self) -> float:
+        over = sum(trial.is_over and trial.search == self.search_digest for trial in readable_trials(self.folder))
+        return min(1.0, over / self.config.num_trials)
+
+    def disk_bytes(self) -> int:
+        is_at_uri = self.context.run_dir.is_at_uri
+        return 0 if is_at_uri else self.context.checkpoint_bytes * self.config.num_trials
 
 
-def given_plan(context: Context, measured: SensitivityRecord) -> PrecisionPlan | None:
+def given_plan(context: Context) -> PrecisionPlan | None:
     """The plan that is taken instead of a search: that of a file, a sensitivity's seed plan, or the only one there is;
     None where plans are searched.
 
@@ -183,29 +257,18 @@ def given_plan(context: Context, measured: SensitivityRecord) -> PrecisionPlan |
     """
     space, method = context.space, context.config.search.plan_method
     if method:
+        measured = context.record(SensitivityRecord)
         return seed_plan(measured.methods[method].values, space)
     if context.plan_in_file or len(space.levels) > 1:
         return context.plan_in_file
     return space.uniform(space.levels[0])
 
 
-def search_stage(context: Context, banked: BankRecord, measured: SensitivityRecord) -> Stage:
-    """What `search` depends on: the digests of its trials and of what is proposed, and where it ends."""
-    settings, space, given = context.config.search, context.space, given_plan(context, measured)
-    search_digest = _search_digest(context, measured, given)
-    trials_digest = _trials_digest(context, banked, search_digest)
-    trials = "the given plan" if given else f"{counted(settings.max_trials, 'trial')}, {settings.searcher}"
-    detail = f"{trials}, {counted(settings.steps, 'step')} each, budget {space.budget_bytes / 1e6:.1f} MB"
-    # More trials or hours go on from those there are.
-    ends = (settings.max_trials, settings.max_hours, settings.max_gpu_hours, settings.patience, settings.confirm)
-    return Stage("search", detail, (trials_digest, search_digest, *ends))
-
-
-def _search_digest(context: Context, measured: SensitivityRecord, given: PrecisionPlan | None) -> str:
+def _search_digest(context: Context, given: PrecisionPlan | None) -> str:
     """Digest of what is proposed, or of the plan that is given in its place."""
     settings = context.config.search
     return digest_of(
-        measured.digest,
+        context.record(SensitivityRecord).digest,
         context.space.budget_bytes,
         settings.searcher,
         settings.metric,
@@ -215,13 +278,13 @@ def _search_digest(context: Context, measured: SensitivityRecord, given: Precisi
     )
 
 
-def _trials_digest(context: Context, banked: BankRecord, search_digest: str) -> str:
+def _trials_digest(context: Context, search_digest: str) -> str:
     """Digest of what a trial's own result depends on; with `reuse_trials` off also of whose trial it is."""
     config, settings = context.config, context.config.search
     scored = (settings.steps, settings.rungs, settings.tasks, settings.limit, config.evaluate.batch_size)
     return digest_of(
         "trials",
-        banked.digest,
+        context.record(BankRecord).digest,
         context.space.levels,
         config.training,
         config.lora,
@@ -232,7 +295,7 @@ def _trials_digest(context: Context, banked: BankRecord, search_digest: str) -> 
     )
 
 
-def _tell_recorded(context: Context, job: SearchJob) -> int:
+def _report_recorded(context: Context, job: SearchJob) -> int:
     """Say what the search starts from; returns the number of its own trials that were recorded before."""
     recorded = [trial for trial in read_trials(job.trials) if trial.rungs]
     resumed = sum(1 for trial in recorded if job.owns(trial))

@@ -34,7 +34,6 @@ from qpruner.runs.lock import driver_of
 from qpruner.runs.paths import LOG, STATE, RunDir, children, exists, for_each
 from qpruner.runs.records import (
     GIVEN,
-    STAGES,
     BankRecord,
     Results,
     RunState,
@@ -158,9 +157,7 @@ def status(run: RunView, now: float) -> dict[str, Any]:
         now: Unix seconds.
     """
     stages: list[dict[str, Any]] = []
-    for name in STAGES[: STAGES.index(run.state.until) + 1]:
-        if name == "comparison" and not run.state.compares:
-            continue
+    for name in run.state.asked_stages:
         state = run.state.stages.get(name)
         if state is None:
             stages.append({"stage": name, "state": "waiting", "seconds": None, "steps": None, "text": ""})

@@ -15,8 +15,6 @@ from pydantic import BaseModel, ConfigDict, WithJsonSchema
 if TYPE_CHECKING:
     import pandas
 
-STAGES = ("prepare", "prune", "bank", "sensitivity", "search", "finetune", "evaluate", "comparison", "report")
-"""In the order of the flow; `comparison` with `finetune.compare` alone."""
 RUN_ID = "run.id"
 """The file in a run folder that tells it from another of the same name, and shows that its storage is there."""
 
@@ -685,6 +683,13 @@ class RunState(Recorded):
     search: SearchState | None = None
 
     @property
+    def asked_stages(self) -> list[str]:
+        """The stages that were asked for, in the order of the flow."""
+        names = [*Results.model_fields, "report"]  # which leaves no record
+        asked = names[: names.index(self.until) + 1]
+        return [name for name in asked if name != "comparison" or self.compares]
+
+    @property
     def compares(self) -> bool:
         """Whether a comparison is asked for (`finetune.compare`)."""
         return bool(self.config.get("finetune", {}).get("compare"))
@@ -702,7 +707,10 @@ class ExportRecord(Recorded):
 
 
 class Results(Recorded):
-    """Every record of a run; None for stages that have not run."""
+    """Every record of a run in the order of the flow; None for stages that have not run.
+
+    `pipeline/flow.py` has the stages: a field is named as its stage.
+    """
 
     prepare: PrepareRecord | None = None
     prune: PruneRecord | None = None

@@ -17,7 +17,8 @@ from conftest import with_key
 from qpruner.cli.main import main
 from qpruner.config.load import validate_config
 from qpruner.errors import UserError
-from qpruner.pipeline import preflight, run
+from qpruner.pipeline import preflight
+from qpruner.pipeline.run import run
 from qpruner.runs.lock import sole_driver
 
 pytestmark = pytest.mark.usefixtures("in_folder")

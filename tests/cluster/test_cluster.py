@@ -19,7 +19,7 @@ from qpruner.cluster.room import LOOK_SECONDS, Room
 from qpruner.cluster.slots import Growth, Node, Slots, worker_resources
 from qpruner.config.schema import SearchConfig
 from qpruner.errors import UserError
-from qpruner.pipeline import check_search
+from qpruner.pipeline.resources import check_search
 from qpruner.runs.events import Event, Message, SlotsFound
 
 TWO_NODES = Slots((Node(8, 2), Node(8, 1)))

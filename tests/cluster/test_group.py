@@ -27,7 +27,7 @@ from qpruner.data.sources import Example
 from qpruner.errors import TrainingDiverged, WorkerDied
 from qpruner.models.loading import load_tokenizer
 from qpruner.quantization.assembly import assemble, attach_adapters
-from qpruner.training.candidates import latest_checkpoint
+from qpruner.training.checkpoints import latest_checkpoint
 from qpruner.training.finetune import Listener, Schedule, Share, finetune
 
 pytestmark = pytest.mark.slow

@@ -23,7 +23,7 @@ from qpruner.cluster.cluster import connect, disconnect
 from qpruner.cluster.probe import Report, probe
 from qpruner.config.load import validate_config
 from qpruner.errors import UserError
-from qpruner.pipeline import check
+from qpruner.pipeline.run import check
 from qpruner.runs.events import Event, TableMade
 from qpruner.runs.paths import BANK_CACHE
 

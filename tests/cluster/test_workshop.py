@@ -26,9 +26,9 @@ from qpruner.cluster.probe import packed_check_of_gpus
 from qpruner.cluster.workshop import Bench, Here, OnCluster, Workshop
 from qpruner.config.load import validate_config
 from qpruner.errors import CorruptFile, StageError, UserError, WorkerDied
-from qpruner.pipeline import run
 from qpruner.pipeline.context import Context
 from qpruner.pipeline.preflight import inspect
+from qpruner.pipeline.run import run
 from qpruner.runs.events import Emit, Event, Message, Progress, StageFinished, StageStarted, TableMade
 from qpruner.runs.paths import RunDir
 from qpruner.runs.records import Results

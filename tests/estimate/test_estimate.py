@@ -29,6 +29,7 @@ from qpruner.models.loading import load_tokenizer
 from qpruner.pipeline import preflight
 from qpruner.pipeline.preflight import Inspection
 from qpruner.pipeline.preflight_rows import most_labelled
+from qpruner.pipeline.run import run
 from qpruner.pruning.best_cut import Cut
 from qpruner.quantization.assembly import attach_adapters
 from qpruner.training.finetune import Share, _Batches
@@ -338,7 +339,7 @@ def test_two_cuts_take_both_and_the_passes_that_compare_them(inspection: Inspect
 FINETUNE = """
 import json, sys
 from pathlib import Path
-from qpruner.training.candidates import Candidate, CandidateJob, finetune_candidate
+from qpruner.training.table_rows import Candidate, CandidateJob, finetune_candidate
 from qpruner.config.load import load_config
 from qpruner.runs.paths import RunDir
 config = load_config(Path(sys.argv[1]))
@@ -355,8 +356,6 @@ print(json.dumps({"peak": done.peak_memory_bytes, "seconds": done.seconds}))
 def real(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[RunConfig, Path]:
     """A run up to its bank, of a model whose logits and activations stand out from what a process takes anyway."""
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
-
-    from qpruner.pipeline import run
 
     folder = tmp_path_factory.mktemp("real")
     config = AutoConfig.from_pretrained(tiny_model)

@@ -21,8 +21,12 @@ from conftest import flip_a_byte, flipped, full_until_noticed, raw_config, with_
 
 from qpruner.config.load import validate_config
 from qpruner.errors import CorruptFile, StageError, UserError
-from qpruner.pipeline import run
-from qpruner.pipeline.stage import explained
+from qpruner.pipeline.evaluate import Evaluate
+from qpruner.pipeline.failures import explained
+from qpruner.pipeline.flow import REPAIRED, STAGES
+from qpruner.pipeline.prune import Prune
+from qpruner.pipeline.run import run
+from qpruner.pipeline.search import Search
 from qpruner.runs.events import Event, Message, Progress, StageFinished, StageSkipped, StageStarted
 from qpruner.runs.paths import RunDir, folder_digests, read_json
 from qpruner.runs.records import BankRecord, PrepareRecord, PruneRecord, Results, SensitivityRecord, TrialRecord
@@ -162,7 +166,7 @@ def test_the_remedy_costs_one_row_and_no_other(file: str, folder: str, tmp_path:
     path = tmp_path / "run" / file
     path.parent.mkdir(parents=True)
     path.write_text('{"index": 3, "dig')
-    with pytest.raises(StageError) as caught, explained("search", tmp_path / "run"):
+    with pytest.raises(StageError) as caught, explained(Search, tmp_path / "run"):
         read_json(path, TrialRecord)
     assert str(path) in caught.value.cause
     assert caught.value.remedy.startswith(f"delete {tmp_path / 'run' / folder}, then repeat the command")
@@ -171,7 +175,7 @@ def test_the_remedy_costs_one_row_and_no_other(file: str, folder: str, tmp_path:
 @pytest.mark.parametrize("file", ["bank/4bit/layers.0.json", "prune/model.safetensors", "trials/0/0003/checkpoint-4/a"])
 def test_what_a_command_finds_by_itself_nobody_is_told_to_delete(file: str, tmp_path: Path) -> None:
     """With a trial its plan would go, with a bank all that is whole, and a model may only have been out of sight."""
-    with pytest.raises(StageError) as caught, explained("search", tmp_path):
+    with pytest.raises(StageError) as caught, explained(Search, tmp_path, REPAIRED):
         raise CorruptFile("damaged", tmp_path / file)
     assert caught.value.remedy.startswith("repeat the command: what is damaged is set aside, and ")
 
@@ -182,7 +186,7 @@ def test_what_a_search_sets_aside_by_itself_nobody_is_told_to_delete(file: str, 
     path = tmp_path / "run" / "trials" / "0123abcd" / file
     path.parent.mkdir(parents=True)
     path.write_text('{"index": 3, "dig')
-    with pytest.raises(StageError) as caught, explained("search", tmp_path / "run"):
+    with pytest.raises(StageError) as caught, explained(Search, tmp_path / "run"):
         read_json(path, TrialRecord)
     assert str(path) in caught.value.cause
     assert caught.value.remedy.startswith("repeat the command") and "delete" not in caught.value.remedy
@@ -192,10 +196,10 @@ def test_what_a_search_sets_aside_by_itself_nobody_is_told_to_delete(file: str, 
 
 
 def test_the_remedy_for_an_adapter_that_is_gone_names_its_row(tmp_path: Path) -> None:
-    from qpruner.training.candidates import load_adapter
+    from qpruner.training.checkpoints import load_adapter
 
     root = tmp_path / "run"
-    with pytest.raises(StageError) as caught, explained("evaluate", root):
+    with pytest.raises(StageError) as caught, explained(Evaluate, root):
         load_adapter(torch.nn.Identity(), root / "candidates" / "searched" / "adapter")  # type: ignore[arg-type]
     assert caught.value.remedy.startswith(f"delete {root / 'candidates' / 'searched'}, then")
 
@@ -204,7 +208,7 @@ def test_nobody_is_told_to_delete_a_file_of_their_own(tmp_path: Path) -> None:
     path = tmp_path / "models" / "trials" / "record.json"
     path.parent.mkdir(parents=True)
     path.write_text("{")
-    with pytest.raises(StageError) as caught, explained("prune", tmp_path / "run"):
+    with pytest.raises(StageError) as caught, explained(Prune, tmp_path / "run"):
         read_json(path, TrialRecord)
     assert "delete" not in caught.value.remedy
     assert "fetch or write that file again" in caught.value.remedy
@@ -215,7 +219,7 @@ def test_nobody_is_told_to_delete_what_the_next_command_mends_by_itself(tmp_path
     from safetensors.torch import load_file
 
     (path := tmp_path / "model.safetensors").touch()
-    with pytest.raises(StageError, match="a safetensors file is damaged") as caught, explained("search", tmp_path):
+    with pytest.raises(StageError, match="a safetensors file is damaged") as caught, explained(Search, tmp_path):
         load_file(path)
     assert caught.value.remedy.startswith("repeat the command") and "delete" not in caught.value.remedy
 
@@ -232,7 +236,8 @@ def test_nobody_is_told_to_delete_what_the_next_command_mends_by_itself(tmp_path
     ],
 )
 def test_the_remedy_for_memory_is_the_stages_own(stage: str, key: str) -> None:
-    with pytest.raises(StageError) as caught, explained(stage):
+    stages = {each.name: each for each in STAGES}
+    with pytest.raises(StageError) as caught, explained(stages[stage]):
         torch.empty(2**50)
     assert caught.value.remedy.startswith(f"lower `{key}` or ")
     assert ("gradient_checkpointing" in caught.value.remedy) == key.startswith("training.")
@@ -420,7 +425,7 @@ def test_a_diverging_trial_names_the_step_and_the_learning_rate(
     assert bank is not None
     plan = dict.fromkeys(bank.residual_ratio["4"], 4)
     job = TrialJob(validate_config(raw), Materials(root / "prune", root / "bank", root / "prepare" / "data"), plan)
-    with pytest.raises(StageError) as caught, explained("search"):
+    with pytest.raises(StageError) as caught, explained(Search):
         run_trial(job, None, lambda result, checkpoint: None)
     assert caught.value.stage == "search"
     assert "nan" in caught.value.cause.lower() and "at step" in caught.value.cause

@@ -19,38 +19,43 @@ from qpruner.config.load import validate_config
 from qpruner.data.encoding import load_encoded
 from qpruner.errors import CorruptFile, StageError
 from qpruner.estimate.hours import num_compared
-from qpruner.pipeline import preflight, run
-from qpruner.pipeline.comparison import compare, comparison_jobs
+from qpruner.pipeline import preflight
+from qpruner.pipeline.comparison import Comparison
 from qpruner.pipeline.context import Context
-from qpruner.pipeline.finish import evaluate, finetune, finetune_stage, held_out_text, winner_jobs
-from qpruner.pipeline.jobs import (
+from qpruner.pipeline.evaluate import Evaluate, held_out_text, scores_digest
+from qpruner.pipeline.finetune import Finetune, finetune_jobs, row_set_aside_if_damaged
+from qpruner.pipeline.flow import recorded, run_stage
+from qpruner.pipeline.run import run
+from qpruner.pipeline.table_rows import (
     JobProgress,
+    Row,
+    candidates_for,
     distinct,
-    finetune_jobs,
     gpus_held,
     jobs_of,
-    row_set_aside_if_damaged,
-    scores_digest,
+    table_rows,
+    untuned_candidates,
+    winner_row,
 )
-from qpruner.pipeline.rows import Row, candidates_for, table_rows, untuned_candidates, winner_row
 from qpruner.plans.plan import PrecisionPlan
 from qpruner.runs.events import Event, Message, Progress, StageSkipped
 from qpruner.runs.paths import RunDir, file_digest, write_json
 from qpruner.runs.records import (
     GIVEN,
     CandidateRecord,
+    EvalRecord,
     FinetuneRecord,
     Inference,
     InferenceSetting,
     PrepareRecord,
-    Results,
+    Record,
     RowScores,
     SearchRecord,
     SensitivityRecord,
     TaskScore,
 )
 from qpruner.sensitivity.seeds import seed_plan
-from qpruner.training.candidates import Evaluation, FinetuneOutcome, evaluate_candidate, finetune_candidate
+from qpruner.training.table_rows import Evaluation, FinetuneOutcome, evaluate_candidate, finetune_candidate
 
 MI_ROW = "mutual-information seed"
 
@@ -77,19 +82,15 @@ def raw(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
 @pytest.fixture(scope="module")
 def context(raw: dict[str, Any]) -> Context:
     config = validate_config(raw)
-    return Context(config, RunDir(Path(config.output)), ignore, None, preflight.inspect(config))
+    context = Context(config, RunDir(Path(config.output)), ignore, None, preflight.inspect(config))
+    recorded(context)
+    return with_winner(context, a_winner(context))
 
 
 @pytest.fixture
 def changed(raw: dict[str, Any], context: Context) -> Callable[[str, Any], Context]:
     """The same run with another configuration."""
     return lambda key, value: replace(context, config=validate_config(with_key(raw, key, value)))
-
-
-def measured_of(context: Context) -> SensitivityRecord:
-    measured = context.run_dir.read_record("sensitivity", SensitivityRecord)
-    assert measured is not None
-    return measured
 
 
 def searched_record(plan: PrecisionPlan, losses: dict[str, float] | None = None) -> SearchRecord:
@@ -99,8 +100,17 @@ def searched_record(plan: PrecisionPlan, losses: dict[str, float] | None = None)
     return made_search(plan.as_dict(), digest="0" * 16, confirmations=confirmations, best_control=0)
 
 
+def with_winner(context: Context, winner: PrecisionPlan, losses: dict[str, float] | None = None) -> Context:
+    """The run once a search has ended with `winner`."""
+    return with_records(context, search=searched_record(winner, losses))
+
+
+def with_records(context: Context, **records: Record) -> Context:
+    return replace(context, records=context.records.model_copy(update=records))
+
+
 def rows_of(context: Context, winner: PrecisionPlan, losses: dict[str, float] | None = None) -> dict[str, Row]:
-    return {row.name: row for row in table_rows(context, searched_record(winner, losses), measured_of(context))}
+    return {row.name: row for row in table_rows(with_winner(context, winner, losses))}
 
 
 def a_winner(context: Context) -> PrecisionPlan:
@@ -113,8 +123,8 @@ def a_winner(context: Context) -> PrecisionPlan:
 
 def test_the_seed_rows_are_the_best_seeds_of_the_winners_bytes(context: Context) -> None:
     """A seed plan with the whole budget against a winner that left bytes unused would be no fair comparison."""
-    space, methods = context.space, measured_of(context).methods
-    assert space.groups == measured_of(context).groups
+    space, methods = context.space, context.record(SensitivityRecord).methods
+    assert space.groups == context.record(SensitivityRecord).groups
     every = [PrecisionPlan(space.groups, bits) for bits in itertools.product((4, 8), repeat=len(space.groups))]
 
     def gain(plan: PrecisionPlan, method: str) -> float:
@@ -202,14 +212,14 @@ def test_every_seed_plan_is_a_row_where_all_are_asked_for(changed: Callable[[str
     config = context.config
     sensitivity = config.sensitivity.model_copy(update={"methods": methods})
     context = replace(context, config=config.model_copy(update={"sensitivity": sensitivity}))
-    measured = measured_of(context)
+    measured = context.record(SensitivityRecord)
     fisher = measured.methods["fisher"]
     backwards = fisher.model_copy(update={"values": {bits: each[::-1] for bits, each in fisher.values.items()}})
     measured = measured.model_copy(update={"methods": {**measured.methods, "kl": backwards}})
 
     def seed_rows(best: str) -> dict[str, int]:
         searched = searched_record(a_winner(context), {f"seed-{best}": 2.0})
-        rows = table_rows(context, searched, measured)
+        rows = table_rows(with_records(context, search=searched, sensitivity=measured))
         shared = int(best == "mutual-information")  # that row's fine-tune is the best seed's first
         assert sum(len(row.plans) for row in rows) - shared == 1 + num_compared(context.config), "as check counts"
         return {row.name: len(row.plans) for row in rows if row.origin.startswith("seed-")}
@@ -237,20 +247,21 @@ def test_check_counts_the_fine_tunes_without_a_search(
     """The winner's own fine-tune is a row's, too, and no seed plan beside it was confirmed."""
     for key, value in changes.items():
         raw = with_key(raw, key, value)
-    given, measured = replace(context, config=validate_config(raw)), measured_of(context)
+    given, measured = replace(context, config=validate_config(raw)), context.record(SensitivityRecord)
     space = given.space
     methods = {name: each for name, each in measured.methods.items() if name in given.config.measured_methods}
     winner = space.plan_of([0, 1, 1, 0, 0, 1, 0, 0]) if len(space.levels) > 1 else space.uniform(space.levels[0])
     winner = seed_plan(methods[method].values, space) if method else winner
-    searched = searched_record(winner, {"given": 2.0})
-    rows = table_rows(given, searched, measured.model_copy(update={"methods": methods}))
+    measured = measured.model_copy(update={"methods": methods})
+    given = with_records(given, search=searched_record(winner, {"given": 2.0}), sensitivity=measured)
+    rows = table_rows(given)
     assert len(distinct(jobs_of(given, rows))) - 1 == num_compared(given.config) == number
 
 
 def test_the_winner_comes_first_under_one_training_seed(context: Context) -> None:
     """Whatever is compared with it afterwards: its fine-tune is one of its row in the comparison."""
     winner = context.space.uniform(4)
-    alone = winner_row(context, searched_record(winner))
+    alone = winner_row(with_winner(context, winner))
     assert alone == Row("searched", "gp, trial 7", ((1, winner),))
     row = rows_of(context, winner)["searched"]
     assert (row.name, row.origin, row.plans[0]) == (alone.name, alone.origin, alone.plans[0])
@@ -263,12 +274,8 @@ def test_what_is_compared_changes_nothing_of_the_winner(
     settings: dict[str, Any], context: Context, changed: Callable[[str, Any], Context]
 ) -> None:
     """`finetune` and `evaluate` of a finished run stay recorded when a comparison is added or taken away."""
-    searched = searched_record(a_winner(context))
-    one, other = (
-        finetune_stage(each, searched, winner_jobs(each, searched))
-        for each in (context, changed("finetune", {"steps": 4} | settings))
-    )
-    assert one.digest == other.digest
+    other = changed("finetune", {"steps": 4} | settings)
+    assert Finetune(context).digest == Finetune(other).digest
 
 
 # What is made once
@@ -292,15 +299,10 @@ def test_equal_models_with_equal_fine_tunes_are_one_job(context: Context) -> Non
 
 def test_the_base_row_has_the_model_that_lies_in_the_run(context: Context) -> None:
     """Wherever the run was when `prepare` wrote it."""
-    run = context.run_dir
-    prepared = run.read_record("prepare", PrepareRecord)
-    assert prepared
-    run.write_record("prepare", prepared.model_copy(update={"model_path": "/gone/prepare/model", "converted": True}))
-    try:
-        base = untuned_candidates(context, context.space.uniform(8).as_dict())[0]
-        assert base.checkpoint == run.root / "prepare" / "model"
-    finally:
-        run.write_record("prepare", prepared)
+    prepared = context.record(PrepareRecord).model_copy(update={"model_path": "/gone/prepare/model", "converted": True})
+    moved = with_records(context, prepare=prepared)
+    base = untuned_candidates(moved, context.space.uniform(8).as_dict())[0]
+    assert base.checkpoint == context.run_dir.root / "prepare" / "model"
 
 
 @pytest.mark.parametrize(
@@ -314,22 +316,20 @@ def test_the_base_row_has_the_model_that_lies_in_the_run(context: Context) -> No
 def test_a_row_is_called_as_the_final_table_calls_it(found: dict[str, Any], title: str, context: Context) -> None:
     """In every line that tells of it while it is worked on."""
     winner = a_winner(context)
-    context.run_dir.write_record("search", searched_record(winner).model_copy(update=found))
-    try:
-        jobs = comparison_jobs(context, searched_record(winner), measured_of(context))
-        labels = [job.label for row, job in jobs if row.name == "searched"]
-        assert labels == [f"{title}, training seed {seed}" for seed in (1, 2, 3)]
-        untuned = [job.label for job in untuned_candidates(context, winner.as_dict())]
-        assert untuned == [f"{name} (no fine-tune)" for name in ("base", "pruned", title)]
-    finally:
-        context.run_dir.forget("search")
+    found_context = with_records(context, search=searched_record(winner).model_copy(update=found))
+    labels = [job.label for row, job in Comparison(found_context).jobs if row.name == "searched"]
+    assert labels == [f"{title}, training seed {seed}" for seed in (1, 2, 3)]
+    untuned = [job.label for job in untuned_candidates(found_context, winner.as_dict())]
+    assert untuned == [f"{name} (no fine-tune)" for name in ("base", "pruned", title)]
 
 
 def test_the_line_that_begins_the_fine_tune_says_why_its_loss_is_not_the_trials(context: Context) -> None:
     """It may be 0.3 worse than as a trial, after as many steps."""
-    searched = searched_record(a_winner(context))
-    detail = finetune_stage(context, searched, winner_jobs(context, searched)).detail
-    assert detail.endswith(", under another training seed than the trials', so its loss is not that of a trial")
+    assert (
+        Finetune(context)
+        .detail()
+        .endswith(", under another training seed than the trials', so its loss is not that of a trial")
+    )
 
 
 @pytest.mark.parametrize(
@@ -390,7 +390,6 @@ def test_an_interrupted_comparison_goes_on_with_what_is_left(
     events: list[Event] = []
     one_plan, two_seeds = {"steps": 4, "random_plans": 1}, {"steps": 4, "random_plans": 1, "seeds": 2}
     whole, fewer = (replace(changed("finetune", each), emit=events.append) for each in (one_plan, two_seeds))
-    measured, searched = measured_of(context), searched_record(a_winner(context))
     jobs = folders(whole, rows_of(whole, a_winner(context)))
     seeds = {folder: seed for (_, seed), folder in jobs.items()}
     recorded = sorted(set(seeds) - {jobs["random", 2]})
@@ -402,7 +401,7 @@ def test_an_interrupted_comparison_goes_on_with_what_is_left(
 
     def finetune_all(context: Context) -> list[CandidateRecord]:
         events.clear()
-        return finetune_jobs(context, "comparison", comparison_jobs(context, searched, measured))
+        return finetune_jobs(context, "comparison", Comparison(context).jobs)
 
     try:
         records = finetune_all(whole)
@@ -439,44 +438,44 @@ def test_the_winner_is_trained_and_scored_once(context: Context, changed: Callab
     """Also where its adapter or the final folder is damaged, and where another final model could not be written."""
     events: list[Event] = []
     alone = replace(changed("finetune", {"steps": 4}), emit=events.append)
-    searched = searched_record(a_winner(context))
-    [(_, job)] = winner_jobs(alone, searched)
+    [(_, job)] = Finetune(alone).jobs
     weights, final = (folder / "adapter_model.safetensors" for folder in (job.adapter, alone.run_dir.root / "final"))
 
-    def messages(searched: SearchRecord) -> list[str]:
+    def messages() -> list[str]:
         events.clear()
-        finetune(alone, searched)
+        run_stage(Finetune(alone))
         return told(events, "finetune")
 
     try:
-        assert messages(searched) == ["searched, training seed 1"]
+        assert messages() == ["searched, training seed 1"]
         counted = progress_of(events, "finetune")
         assert list(counted) == ["steps", "loading weights", "saving weights"]
         assert all(steps[-1][0] == steps[-1][1] and steps == sorted(set(steps)) for steps in counted.values())
         flip_a_byte(weights)
-        assert messages(searched) == ["warning", "searched, training seed 1"]
+        assert messages() == ["warning", "searched, training seed 1"]
         written = file_digest(final)
         flip_a_byte(final)
-        assert messages(searched) == ["warning"] and file_digest(final) == written, "made again, nothing trained"
-        assert messages(searched) == [], "whole again"
+        assert messages() == ["warning"] and file_digest(final) == written, "made again, nothing trained"
+        assert messages() == [], "whole again"
 
         # A command that ends while it writes another final model must not leave the record of the one before.
-        other = searched_record(context.space.uniform(4))
+        other = with_winner(alone, context.space.uniform(4))
         (stone := alone.run_dir.root / ".final").touch()
         with pytest.raises(FileExistsError):
-            finetune(alone, other)
+            run_stage(Finetune(other))
         assert alone.run_dir.read_record("finetune", FinetuneRecord) is None
         stone.unlink()
 
-        tuned = finetune(alone, searched)
+        run_stage(Finetune(alone))
         scores = (TaskScore(task="arc", metric="acc", value=0.5, stderr=0.5, num_questions=1, correct=(1.0,)),)
         digest = scores_digest(alone)
-        for each in untuned_candidates(alone, searched.best_plan):
+        for each in untuned_candidates(alone, a_winner(context).as_dict()):
             write_json(
                 each.folder / "scores.json", RowScores(digest=digest, name=each.name, seed=each.seed, scores=scores)
             )
         events.clear()
-        scored = evaluate(alone, tuned)
+        run_stage(Evaluate(alone))
+        scored = alone.record(EvalRecord)
         assert [(row.name, row.seed) for row in scored.rows] == [
             *(("base", None), ("pruned", None), ("searched", None)),
             ("searched", 1),
@@ -491,7 +490,8 @@ def test_the_winner_is_trained_and_scored_once(context: Context, changed: Callab
         )
         assert scored.text is None and scored.inference, "answers to questions have no perplexity"
         alone.run_dir.forget("evaluate")
-        again_scored = evaluate(alone, tuned)
+        run_stage(Evaluate(alone))
+        again_scored = alone.record(EvalRecord)
         assert [row.scores for row in again_scored.rows] == [row.scores for row in scored.rows]
         assert told(events, "evaluate")[2:] == ["1 model in turns"], "nothing was scored again"
         assert told(events, "finetune") == []
@@ -500,10 +500,11 @@ def test_the_winner_is_trained_and_scored_once(context: Context, changed: Callab
 
 
 def test_gpu_seconds_are_those_of_every_fine_tune_and_every_evaluation(
-    changed: Callable[[str, Any], Context], monkeypatch: pytest.MonkeyPatch
+    context: Context, changed: Callable[[str, Any], Context], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Two rows that are one model count once; the work is made up, and a job holds half a GPU for 8 seconds."""
-    context = changed("training.learning_rate", 0.003)
+    winner = context.space.uniform(8)  # a control
+    context = with_winner(changed("training.learning_rate", 0.003), winner)
     context.__dict__["trial_resources"] = {"cpu": 1.0, "gpu": 0.5}
 
     def run_tasks(function: Any, jobs: Sequence[Any], resources: dict[str, float], *_: Any, **more: Any) -> Any:
@@ -524,24 +525,24 @@ def test_gpu_seconds_are_those_of_every_fine_tune_and_every_evaluation(
 
     monkeypatch.setattr("qpruner.cluster.cluster.run_tasks", run_tasks)
     monkeypatch.setattr(Context, "task_resources", lambda own, tasks, workers=1: (own.trial_resources, 1))
-    monkeypatch.setattr("qpruner.pipeline.finish.write_final", lambda job, bench, emit: None)
-    winner = context.space.uniform(8)  # a control
-    searched, measured = searched_record(winner), measured_of(context)
+    monkeypatch.setattr("qpruner.pipeline.finetune.write_final", lambda job, bench, emit: None)
     try:
-        tuned = finetune(context, searched)
+        for stage in (Finetune, Evaluate, Comparison):
+            run_stage(stage(context))
+        records = context.records
+        tuned, scored, compared = records.finetune, records.evaluate, records.comparison
+        assert tuned and scored and compared
         assert [each.gpu_seconds for each in tuned.candidates] == [4.0]
         assert tuned.gpu_seconds == pytest.approx(4.0, abs=0.1)
-        scored = evaluate(context, tuned)
         untuned = len(untuned_candidates(context, winner.as_dict()))
         assert scored.gpu_seconds == pytest.approx(4.0 * (1 + untuned) + 100.0, abs=0.1)
-        compared = compare(context, Results(search=searched, sensitivity=measured, finetune=tuned, evaluate=scored))
         others = len({each.digest for each in compared.candidates}) - 1
         assert others < len(compared.candidates) - 1
         assert compared.gpu_seconds == pytest.approx(2 * 4.0 * others + 100.0, abs=0.1), "the winner's are told"
         assert gpus_held(context, 2) == 2.0, "workers of one model have whole GPUs"
     finally:
-        for stage in ("finetune", "evaluate", "comparison"):
-            context.run_dir.forget(stage)
+        for stage in (Finetune, Evaluate, Comparison):
+            context.run_dir.forget(stage.name)
 
 
 # The text that perplexity is measured on
@@ -580,15 +581,15 @@ def test_the_final_folder_is_the_recorded_winners_and_whole(
     root = alone.run_dir.root
     weights, records = root / "final" / "model.safetensors", root / "records"
     try:
-        finetune(alone, searched_record(first))
+        run_stage(Finetune(with_winner(alone, first)))
         whole = weights.read_bytes()
         (root / "final" / "README.md").write_text("A card, which comes later.")
         events.clear()
-        finetune(alone, searched_record(first))
+        run_stage(Finetune(with_winner(alone, first)))
         assert [type(event) for event in events] == [StageSkipped]
 
         flip_a_byte(weights)
-        finetune(alone, searched_record(first))
+        run_stage(Finetune(with_winner(alone, first)))
         assert any(f"{weights} is damaged" in str(event) and "set aside in" in str(event) for event in events)
         assert weights.read_bytes() == whole and told(events, "finetune") == ["warning"], "no row is trained again"
 
@@ -601,10 +602,10 @@ def test_the_final_folder_is_the_recorded_winners_and_whole(
                 while filler.write(b"\0" * 4096):
                     pass
             with pytest.raises(StageError, match="no space left for"):
-                finetune(alone, searched_record(second))
+                run_stage(Finetune(with_winner(alone, second)))
             assert weights.read_bytes() != whole
             (records / "filler").unlink()
-            finetune(alone, searched_record(first))
+            run_stage(Finetune(with_winner(alone, first)))
             assert weights.read_bytes() == whole
         records.rmdir()
         aside.rename(records)
@@ -623,7 +624,8 @@ def test_two_workers_fine_tune_what_one_does(changed: Callable[[str, Any], Conte
         context = replace(changed("finetune", {"steps": 14}), config=config)
         plan = a_winner(context)
         try:
-            (found[workers],) = finetune(context, searched_record(plan)).candidates
+            run_stage(Finetune(context))
+            (found[workers],) = context.record(FinetuneRecord).candidates
         finally:
             context.close()
         [winner] = candidates_for(context, [("searched", plan.as_dict(), 1)])

@@ -15,11 +15,12 @@ from conftest import raw_config, with_key
 
 from qpruner.config.load import validate_config
 from qpruner.errors import StageError, UserError
-from qpruner.pipeline import run
 from qpruner.pipeline.context import Context
+from qpruner.pipeline.flow import run_stage
 from qpruner.pipeline.preflight import inspect
+from qpruner.pipeline.prepare import Prepare
 from qpruner.pipeline.progress import PACKAGES, RunProgress, _cpu_model, _environment
-from qpruner.pipeline.stage import Stage, run_stage
+from qpruner.pipeline.run import run
 from qpruner.runs.events import Event, Message, Progress, StageFinished, StageSkipped, StageStarted, StepsSeen
 from qpruner.runs.lock import NAME, sole_driver, this_process
 from qpruner.runs.paths import RunDir
@@ -146,24 +147,25 @@ def test_a_stage_whose_run_another_took_over_leaves_what_that_one_recorded(
 ) -> None:
     """The driver slept meanwhile, and its heartbeat has not noticed yet."""
     config, is_lost = validate_config(raw_config(tiny_model, tmp_path / "run")), when == "before its work"
-    run_dir, stage = RunDir(config.output), Stage("prune", "", ())
+    run_dir = RunDir(config.output)
     context = Context(config, run_dir, ignore, None, inspect(config), is_ours=lambda: not is_lost)
     theirs = PrepareRecord(digest="theirs", seconds=1.0, model_path="", converted=False, num_rows={})
-    run_dir.commit("prune", run_dir.scratch("prune"), theirs)
+    run_dir.commit("prepare", run_dir.scratch("prepare"), theirs)
 
-    def work(scratch: Path) -> dict[str, Any]:
-        nonlocal is_lost
-        assert not is_lost, "who lost its run before has nothing to do"
-        is_lost = True
-        (scratch / "model").touch()
-        return {"model_path": "", "converted": False, "num_rows": {}}
+    class LosingPrepare(Prepare):
+        def run(self, scratch: Path) -> dict[str, Any]:
+            nonlocal is_lost
+            assert not is_lost, "who lost its run before has nothing to do"
+            is_lost = True
+            (scratch / "model").touch()
+            return {"model_path": "", "converted": False, "num_rows": {}}
 
     with pytest.raises(StageError, match=r"another driver took this run over .*driver\.lock is another's, or gone"):
-        run_stage(context, stage, PrepareRecord, work, lambda record: "")
+        run_stage(LosingPrepare(context))
     is_lost = True
     with pytest.raises(StageError, match="another driver took this run over"):
-        context.forget("prune")
-    assert run_dir.read_record("prune", PrepareRecord) == theirs and not list(run_dir.stage("prune").iterdir())
+        context.forget("prepare")
+    assert run_dir.read_record("prepare", PrepareRecord) == theirs and not list(run_dir.stage("prepare").iterdir())
 
 
 def test_a_refused_command_leaves_what_the_last_one_told(tiny_model: Path, tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ from plain_transformers import told_by_plain_transformers
 from qpruner.config.load import validate_config
 from qpruner.errors import StageError, UserError
 from qpruner.models.loading import load_dense
-from qpruner.pipeline import preview, run
+from qpruner.pipeline.run import preview, run
 from qpruner.pruning.importance import score
 from qpruner.report.sections import prune_summary
 from qpruner.runs.events import Event, Message, Progress, StageFinished, StageSkipped, StageStarted

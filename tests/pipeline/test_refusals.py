@@ -25,9 +25,9 @@ from qpruner.config.schema import DataSource, RunConfig
 from qpruner.data.sources import load_examples, normalized
 from qpruner.errors import ConfigError, UserError
 from qpruner.models.families import families
-from qpruner.pipeline import check
 from qpruner.pipeline.preflight import Inspection, inspect
 from qpruner.pipeline.preflight_rows import num_cut
+from qpruner.pipeline.run import check
 from qpruner.plans.plan import PrecisionPlan
 
 QUESTIONS = "package:qpruner/demo/data/questions_{}.jsonl"

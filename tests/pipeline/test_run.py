@@ -22,8 +22,8 @@ import yaml
 from conftest import disk_of, raw_config, with_key
 
 from qpruner.config.load import load_config
-from qpruner.pipeline import check
 from qpruner.pipeline.disk import SMALL_FILES
+from qpruner.pipeline.run import check
 
 MINUTES = 60.0
 NOT_COMPARED = {

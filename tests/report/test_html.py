@@ -35,7 +35,7 @@ from qpruner.cli.main import main
 from qpruner.config.load import validate_config
 from qpruner.config.schema import SensitivityMethod
 from qpruner.errors import UserError
-from qpruner.pipeline import run
+from qpruner.pipeline.run import run
 from qpruner.plans.plan import PrecisionPlan
 from qpruner.report import by_task, run_views, sections
 from qpruner.report.card import other_base_remark

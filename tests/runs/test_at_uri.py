@@ -20,11 +20,11 @@ from object_store import Store, object_store, talk_to
 from qpruner.config.load import validate_config
 from qpruner.config.schema import RunConfig
 from qpruner.errors import CorruptFile, StageError, UserError
-from qpruner.pipeline import check, preflight, run
+from qpruner.pipeline import preflight
 from qpruner.pipeline.context import Context
-from qpruner.pipeline.finish import _is_there
-from qpruner.pipeline.jobs import row_set_aside_if_damaged
+from qpruner.pipeline.finetune import Finetune, row_set_aside_if_damaged
 from qpruner.pipeline.preflight_rows import include_path
+from qpruner.pipeline.run import check, run
 from qpruner.quantization.bank import read_plan
 from qpruner.runs import object_store as objects
 from qpruner.runs.events import Event, Message
@@ -33,15 +33,8 @@ from qpruner.runs.paths import RunDir, children, files_in, write_text
 from qpruner.runs.records import BankRecord, RungResult
 from qpruner.search.trial import run_trial
 from qpruner.search.trial_job import Materials, TrialJob
-from qpruner.training.candidates import (
-    ADAPTER_WEIGHTS,
-    Candidate,
-    CandidateJob,
-    evaluate_candidate,
-    finetune_candidate,
-    is_damaged,
-    latest_checkpoint,
-)
+from qpruner.training.checkpoints import ADAPTER_WEIGHTS, is_damaged, latest_checkpoint
+from qpruner.training.table_rows import Candidate, CandidateJob, evaluate_candidate, finetune_candidate
 
 pytestmark = pytest.mark.slow
 
@@ -50,7 +43,7 @@ Machine = Callable[[str], CandidateJob]
 FINETUNE = """
 import sys
 from test_at_uri import job_of
-from qpruner.training.candidates import finetune_candidate
+from qpruner.training.table_rows import finetune_candidate
 finetune_candidate(job_of(sys.argv[1], sys.argv[2]))
 """
 
@@ -180,14 +173,14 @@ def test_a_final_model_of_which_an_object_is_gone_is_written_again(
     config, events = machine("looking").config, list[Event]()
     context = Context(config, RunDir(config.output), events.append, None, preflight.inspect(config))
     final = context.run_dir.root / "final"
-    assert not _is_there(context, final)
+    assert not Finetune(context)._has_final()
     (folder := tmp_path / "final").mkdir()
     for name in ("config.json", "model.safetensors"):
         (folder / name).write_text(name)
     put_folder(folder, final)
-    assert _is_there(context, final) and not events
+    assert Finetune(context)._has_final() and not events
     config_file[0].delete("run/final/model.safetensors")
-    assert not _is_there(context, final)
+    assert not Finetune(context)._has_final()
     assert [event.text for event in events if isinstance(event, Message)] == [
         f"warning: {context.run_dir.place}/final/model.safetensors is missing; the final model is written again"
     ]

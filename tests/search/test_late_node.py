@@ -30,7 +30,7 @@ from qpruner.cluster.workshop import Bench, OnCluster
 from qpruner.config.load import validate_config
 from qpruner.config.schema import RunConfig
 from qpruner.errors import NodeDiffers, StageError
-from qpruner.pipeline import preview, run
+from qpruner.pipeline.run import preview, run
 from qpruner.runs import events
 from qpruner.runs import retry as patience
 from qpruner.runs.events import Emit, Event, Message, TableMade

@@ -28,7 +28,7 @@ from qpruner.cluster.tune.job import METRIC, TIME
 from qpruner.cluster.tune.resume import take_up
 from qpruner.config.load import validate_config
 from qpruner.errors import StageError
-from qpruner.pipeline import run
+from qpruner.pipeline.run import run
 from qpruner.pipeline.search import FINALISTS, _best, _finalists, _front, _hypervolume
 from qpruner.plans.plan import Group, Layout, LinearShape, PlanSpace, PrecisionPlan
 from qpruner.runs.events import Event, Message, Progress, StepsSeen, TrialWithdrawn

@@ -16,7 +16,7 @@ from raylets import raylets
 from qpruner.config.load import validate_config
 from qpruner.config.schema import SensitivityConfig
 from qpruner.errors import ConfigError
-from qpruner.pipeline import run
+from qpruner.pipeline.run import run
 from qpruner.runs.events import Event, Message, Progress, StageSkipped
 from qpruner.runs.records import MethodScores, SensitivityRecord
 from qpruner.sensitivity.measurement import measure

@@ -22,28 +22,24 @@ from qpruner.data.losses import mean_loss
 from qpruner.errors import CorruptFile, StorageError
 from qpruner.models.layout import layout_of
 from qpruner.models.loading import load_dense, load_tokenizer
-from qpruner.pipeline import run
+from qpruner.pipeline.run import run
 from qpruner.plans.plan import PrecisionPlan
 from qpruner.runs.paths import RunDir, write_sign
 from qpruner.runs.records import TaskScore
-from qpruner.training.candidates import (
+from qpruner.training.checkpoints import Ownership, is_damaged, keep_checkpoint, latest_checkpoint, load_adapter
+from qpruner.training.evaluate import score_tasks
+from qpruner.training.table_rows import (
     Candidate,
     CandidateJob,
     ConfirmationJob,
     FinetuneOutcome,
     InferenceJob,
-    _Claim,
-    _keep,
     build,
     confirm_trial,
     evaluate_candidate,
     finetune_candidate,
-    is_damaged,
-    latest_checkpoint,
-    load_adapter,
     measure_inference,
 )
-from qpruner.training.evaluate import score_tasks
 
 ADAPTER = "adapter_model.safetensors"
 
@@ -174,12 +170,12 @@ def test_the_newest_whole_checkpoint_is_the_one_to_go_on_from(tmp_path: Path) ->
 
 def test_a_checkpoint_that_is_not_as_it_was_saved_is_not_gone_on_from(tmp_path: Path) -> None:
     older, newest = checkpoint(tmp_path, 9), checkpoint(tmp_path, 10)
-    claim = _Claim(tmp_path / "owner.json")
-    claim.make()
+    claim = Ownership(tmp_path / "owner.json")
+    claim.take()
     for path in (older, newest):
         (path / "optimizer.pt").write_bytes(b"moments of the gradients")
         (path / ADAPTER).chmod(0o600)  # as safetensors leaves it
-        _keep(path, tmp_path, claim)
+        keep_checkpoint(path, tmp_path, claim)
         assert (path / ADAPTER).stat().st_mode & 0o444 == path.stat().st_mode & 0o444, "a team goes on from it"
     assert [path.name for path in tmp_path.glob("*.files.json")] == ["checkpoint-10.files.json"]
     assert latest_checkpoint(tmp_path) == newest and not is_damaged(newest)
@@ -263,9 +259,9 @@ def test_answers_are_counted_between_batches_and_of_a_row_without_a_folder(
     job = in_folder(untuned(tuned[0]), tmp_path / "base")
     assert not job.candidate.folder.exists()
     told: list[str] = []
-    monkeypatch.setattr("qpruner.training.candidates.sign_seconds", lambda path: 0.0)
+    monkeypatch.setattr("qpruner.training.table_rows.sign_seconds", lambda path: 0.0)
     monkeypatch.setattr(
-        "qpruner.training.candidates.write_sign", lambda path, text: told.append(text) or write_sign(path, text)
+        "qpruner.training.table_rows.write_sign", lambda path, text: told.append(text) or write_sign(path, text)
     )
     evaluate_candidate(job)
     assert job.candidate.scoring_progress.read_text() == "32 32"

@@ -1,12 +1,19 @@
-"""The rows of the final table: the winner, which plans stand beside it, and under how many training seeds."""
+"""The rows of the final table, and the jobs that fine-tune and score them.
+
+A row is a plan under some training seeds; a job is a row under one of them. What a job leaves lies in a folder named by
+the digest of all that it depends on, and is recorded as the job ends: nothing is trained or scored twice, not after an
+interruption, not where two rows are the same model, and not when rows or seeds are added.
+"""
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from qpruner.pipeline.context import Context
+from qpruner.cluster.slots import worker_resources
 from qpruner.plans.plan import FULL_BITS, PrecisionPlan
 from qpruner.report.results import (
     BASE,
@@ -18,13 +25,18 @@ from qpruner.report.results import (
     UNIFORM,
     title_of,
 )
+from qpruner.runs.events import Progress
+from qpruner.runs.paths import for_each, read_sign
 from qpruner.runs.records import BankRecord, PrepareRecord, SearchRecord, SensitivityRecord, digest_of
 from qpruner.search.choice import controls_of
 from qpruner.search.random_plans import random_plans
 from qpruner.search.trial_records import objective
 from qpruner.sensitivity.seeds import seed_origin, seed_plan
-from qpruner.training.candidates import Candidate
+from qpruner.training.table_rows import Candidate, CandidateJob
 from qpruner.wording import counted
+
+if TYPE_CHECKING:
+    from qpruner.pipeline.context import Context
 
 
 @dataclass(frozen=True)
@@ -42,21 +54,26 @@ class Row:
     plans: tuple[tuple[int, PrecisionPlan], ...]
 
 
-def winner_row(context: Context, searched: SearchRecord) -> Row:
+RowJob = tuple[Row, Candidate]
+
+
+def winner_row(context: Context) -> Row:
     """The winner under the first training seed, which is not the trials' own: under the data order that the winner was
     selected on it would be flattered."""
+    searched = context.record(SearchRecord)
     plan = PrecisionPlan.from_dict(searched.best_plan)
     return Row(SEARCHED, f"{searched.best_origin}, trial {searched.best_index}", ((context.config.seed + 1, plan),))
 
 
-def table_rows(context: Context, searched: SearchRecord, measured: SensitivityRecord) -> list[Row]:
+def table_rows(context: Context) -> list[Row]:
     """Every row of the comparison.
 
     Seed plans are solved again at the winner's own bytes, and the random plans weigh as much, so that the claim
     compares like with like. The searched plan, the best seed and each of the random plans get `finetune.seeds` training
     seeds, the others the first of them.
     """
-    config, space, winner = context.config, context.space, winner_row(context, searched)
+    config, space, winner = context.config, context.space, winner_row(context)
+    measured = context.record(SensitivityRecord)
     [(first, plan)] = winner.plans
     seeds = range(first, first + config.finetune.seeds)
     equal_bytes = replace(space, budget_bytes=space.plan_bytes(plan))
@@ -71,7 +88,7 @@ def table_rows(context: Context, searched: SearchRecord, measured: SensitivityRe
     full = space.uniform(FULL_BITS)
     rows = [same(BASE, "unquantized", full), same(PRUNED, "unquantized", full)]
     rows += [same(f"uniform {bits}-bit", UNIFORM, space.uniform(bits)) for bits in space.levels if bits != FULL_BITS]
-    best = _best_seed_method(context, searched, measured)
+    best = _best_seed_method(context)
     for method in measured.methods:
         if method == MUTUAL_INFORMATION or (config.finetune.seed_rows == "all" and method != best):
             rows.append(seed_row(f"{method.replace('_', '-')} seed", method, seeds[:1]))
@@ -83,8 +100,9 @@ def table_rows(context: Context, searched: SearchRecord, measured: SensitivityRe
     return [*rows, same(SEARCHED, winner.origin, plan, seeds)]
 
 
-def _best_seed_method(context: Context, searched: SearchRecord, measured: SensitivityRecord) -> str | None:
+def _best_seed_method(context: Context) -> str | None:
     """The sensitivity whose seed plan was best on fresh rows; None where none was confirmed."""
+    searched, measured = context.record(SearchRecord), context.record(SensitivityRecord)
     names = {seed_origin(method): method for method in measured.methods}
     controls = controls_of(context.space, {name: method.values for name, method in measured.methods.items()})
     # A plan that is several controls ran once, under one of its names.
@@ -110,10 +128,8 @@ def candidates_for(context: Context, wanted: Iterable[tuple[str, Mapping[str, in
         wanted: Name of a row, its plan and a training seed, None for no fine-tune.
     """
     config, run = context.config, context.run_dir
-    prepared, banked = run.read_record("prepare", PrepareRecord), run.read_record("bank", BankRecord)
-    searched = run.read_record("search", SearchRecord)
-    assert prepared and banked, "prepare and bank run before"
-    checkpoints = {BASE: run.base_model(prepared)}
+    banked, searched = context.record(BankRecord), context.record(SearchRecord)
+    checkpoints = {BASE: run.base_model(context.record(PrepareRecord))}
     # All that a fine-tune depends on. Where checkpoints fall and which rows stand beside it change nothing.
     length = (config.finetune.steps, config.finetune.epochs)
     inputs = (banked.digest, config.lora, config.training, length, config.seed, config.evaluate.batch_size)
@@ -129,3 +145,63 @@ def candidates_for(context: Context, wanted: Iterable[tuple[str, Mapping[str, in
         )
         for name, plan, seed in wanted
     ]
+
+
+def jobs_of(context: Context, rows: Iterable[Row]) -> list[RowJob]:
+    """Rows under each of their training seeds."""
+    fine_tunes = [(row, seed, plan) for row in rows for seed, plan in row.plans]
+    jobs = candidates_for(context, [(row.name, plan.as_dict(), seed) for row, seed, plan in fine_tunes])
+    return [(row, job) for (row, _, _), job in zip(fine_tunes, jobs, strict=True)]
+
+
+def job_keys(jobs: Iterable[RowJob]) -> list[tuple[str, str, int | None, str]]:
+    """Name, origin, seed and folder of each job, for a digest."""
+    return [(row.name, row.origin, job.seed, job.folder.name) for row, job in jobs]
+
+
+def distinct(jobs: Iterable[tuple[Any, Candidate]]) -> list[Candidate]:
+    """One job for each different model and training seed: a winner that is a control is not trained twice."""
+    return list({job.folder: job for _, job in jobs}.values())
+
+
+def worker_jobs(
+    context: Context, jobs: list[Candidate], num_workers: int = 1, text: Path | None = None
+) -> tuple[list[CandidateJob], dict[str, float], int]:
+    """Jobs as tasks of workers, the resources of each, and how many run at once."""
+    resources, concurrent = context.task_resources(len(jobs), num_workers)
+    threads = int(resources.get("cpu", 1))
+    tasks = [CandidateJob(context.worker_config, job, context.data, threads, text, context.trackers) for job in jobs]
+    return tasks, resources, concurrent
+
+
+def gpus_held(context: Context, num_workers: int = 1) -> float:
+    """GPUs that a job of this many workers holds."""
+    return num_workers * worker_resources(context.trial_resources, num_workers).get("gpu", 0.0)
+
+
+class JobProgress:
+    """Adds up what the workers of equally long jobs leave in small files: `done total`, as they go.
+
+    Args:
+        context: The run.
+        stage: Whose progress it is.
+        signs: A file for each job that is left.
+        num_jobs: Jobs in all; the others are done.
+        what: Is counted.
+    """
+
+    def __init__(self, context: Context, stage: str, signs: list[Path], num_jobs: int, what: str) -> None:
+        self._emit, self._stage, self._signs, self._num_jobs, self._what = context.emit, stage, signs, num_jobs, what
+        self._last = -1
+
+    def tell(self) -> None:
+        """Emit the sum where it has changed."""
+        found = [(text or "").split() for text in for_each(read_sign, self._signs)]
+        parts = [(int(fields[0]), int(fields[1])) for fields in found if len(fields) == 2]
+        if not parts:
+            return
+        each = parts[0][1]
+        done = (self._num_jobs - len(self._signs)) * each + sum(done for done, _ in parts)
+        if done != self._last:
+            self._last = done
+            self._emit(Progress(self._stage, done, self._num_jobs * each, self._what))

@@ -1,0 +1,159 @@
+"""The prepare stage: the base model in a folder, and every split encoded once."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qpruner.config.schema import DataSource, ModelConfig, RunConfig
+from qpruner.pipeline.stage import Stage
+from qpruner.runs.events import Emit, Progress
+from qpruner.runs.mirror import check_arrived, fetch, written
+from qpruner.runs.paths import file_digest
+from qpruner.runs.records import PrepareRecord
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from qpruner.cluster.workshop import Bench
+    from qpruner.data.sources import Example
+    from qpruner.models.checkpoint import Base
+    from qpruner.models.loading import OnLoading
+    from qpruner.pipeline.context import Context
+
+
+class Prepare(Stage[PrepareRecord]):
+    """Bring the base model into a folder and encode the data."""
+
+    name = "prepare"
+    help = "Bring the base model into a folder and encode the data."
+    record = PrepareRecord
+    repairs_files = True
+    starts_ray = False
+
+    def inputs(self) -> tuple[Any, ...]:
+        config = self.config
+        return (config.model, config.data, config.calibration, config.seed, *_source_digests(config))
+
+    def detail(self) -> str:
+        return f"base model {self.config.model.source}, encoding the data"
+
+    def run(self, scratch: Path) -> dict[str, Any]:
+        context, run = self.context, self.context.run_dir
+        is_shared = bool(context.address) or run.is_at_uri
+        job = BaseJob(context.worker_config.model, scratch / "model", is_shared)
+        base = context.workshop.do(bring_base, job, context.emit)
+        if base.converted:
+            check_arrived(job.folder)
+        counts = _encode_splits(context, str(fetch(Path(base.path))), scratch / "data")
+        # The scratch folder is about to get the stage's name; what is at a URI has another path on each machine.
+        place = Path("prepare") if run.is_at_uri else run.stage("prepare")
+        path = place / "model" if base.converted else base.path
+        return {
+            "model_path": str(path),
+            "converted": base.converted,
+            "source_bytes": base.source_bytes,
+            "num_rows": counts,
+        }
+
+    def summary(self, record: PrepareRecord) -> str:
+        return ", ".join(f"{count} {name}" for name, count in record.num_rows.items()) + " rows"
+
+    def disk_bytes(self) -> int:
+        base = self.context.inspection.base
+        return base.num_parameters * base.element_bytes
+
+
+@dataclass(frozen=True)
+class BaseJob:
+    """Where the base model is to be.
+
+    Attributes:
+        model: The configuration's section.
+        folder: Where its files go if it is none yet.
+        is_shared: Other machines read it too, and see the run's storage, but not each other's caches of the hub.
+    """
+
+    model: ModelConfig
+    folder: Path
+    is_shared: bool
+
+
+def bring_base(job: BaseJob, bench: Bench, emit: Emit) -> Base:
+    """The base model as a folder."""
+    from qpruner.models.checkpoint import prepare_base
+
+    with written(job.folder) as folder:
+        base = prepare_base(job.model, folder, job.is_shared, telling(emit, "prepare"))
+    return replace(base, path=str(job.folder)) if base.converted else base
+
+
+def telling(emit: Emit, stage: str) -> OnLoading:
+    """Tells of weights on their way as a stage's progress."""
+    return lambda what, done, total: emit(Progress(stage, done, total, what))
+
+
+def _encode_splits(context: Context, model_path: str, folder: Path) -> dict[str, int]:
+    """Encode every split and the calibration samples; returns rows by split."""
+    from qpruner.data.encoding import SENSITIVITY_KEYS, pack, row_samples, save_encoded, shuffled
+    from qpruner.models.loading import load_tokenizer
+
+    config, settings = context.config, context.config.data
+    tokenizer = load_tokenizer(model_path)
+    examples = context.inspection.examples
+    splits = {name: encode_split(config, examples[name], tokenizer) for name in ("train", "validation", "confirmation")}
+    if settings.packing:
+        splits["train"] = pack(splits["train"], settings.max_length)
+    vocabulary = context.inspection.model_config.vocab_size
+    splits["importance"] = importance_samples(config, examples["calibration"], vocabulary, tokenizer)
+    # Sensitivities are about the target task, so they take training rows whatever importance is calibrated on.
+    task_rows, number = shuffled(examples["train"], config.seed), config.calibration.num_sensitivity_samples
+    splits["sensitivity"] = row_samples(
+        task_rows, tokenizer, number, settings.max_length, settings.template, True, SENSITIVITY_KEYS
+    )
+    for name, rows in splits.items():
+        save_encoded(rows, folder / name)
+    return {name: len(rows) for name, rows in splits.items()}
+
+
+def encode_split(
+    config: RunConfig, examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase
+) -> list[dict[str, list[int]]]:
+    """Rows of a split as the model sees them, one an example."""
+    from qpruner.data.encoding import encode
+
+    settings = config.data
+    return encode(examples, tokenizer, settings.max_length, settings.template, settings.response_only)
+
+
+def importance_samples(
+    config: RunConfig, examples: Sequence[Example], vocabulary: int, tokenizer: PreTrainedTokenizerBase
+) -> list[dict[str, list[int]]]:
+    """What importance is measured on: given token ids, or packed samples or rows in the order of a shuffle."""
+    from qpruner.data.encoding import load_token_ids, packed_samples, row_samples, shuffled
+
+    settings, data = config.calibration, config.data
+    if settings.token_ids:
+        return load_token_ids(Path(settings.token_ids), vocabulary)
+    rows = shuffled(examples, config.seed)
+    take = packed_samples if settings.packing else row_samples
+    return take(rows, tokenizer, settings.num_samples, settings.max_length, data.template, data.response_only)
+
+
+def _source_digests(config: RunConfig) -> list[str]:
+    """sha256 of every local file that the stage reads; the configuration has id, revision and split of hub sources."""
+    from qpruner.models.loading import resolve_source
+
+    sources: list[DataSource] = [*config.data.train, *config.data.validation, *config.data.confirmation]
+    sources += config.calibration.data or ()
+    names = [source.source for source in sources] + [config.model.source]
+    paths = [Path(resolve_source(name, "source")) for name in names]
+    files = [path for path in paths if path.is_file()]
+    if config.calibration.token_ids:
+        files.append(Path(config.calibration.token_ids))
+    folder = paths[-1]
+    if folder.is_dir():
+        files += sorted(path for path in folder.rglob("*") if path.is_file())
+    return [file_digest(path) for path in files]
