@@ -43,15 +43,15 @@ def estimates(setup: Setup) -> Figures:
 def inspected(setup: Setup) -> Any:
     """What the estimates read of a `preflight.Inspection`, with rows of the benchmark's lengths and no task."""
     config, base = setup.config, setup.base()
-    layout, cuts = preflight.layout_for(config, base), preflight.cuts_in_effect(config.prune, base)
+    cuts = preflight.cuts_in_effect(config.prune, base)
+    pruned = preflight.layout_for(config, cuts[0].expected)
     shapes = preflight.Shapes(
         model_config=base,
-        base=layout,
+        base=preflight.layout_for(config, base),
         cuts=cuts,
-        left_out=(),
-        pruned=layout,
-        is_estimate=False,
-        budget_bytes=0,
+        pruned=pruned,
+        is_estimate=cuts[0].settings.selection == "global" or cuts[0].settings.drops_blocks,
+        budget_bytes=preflight.budget_bytes(config.quantize, pruned, config.search.pareto),
         plan=None,
         packs=True,
     )
@@ -61,8 +61,8 @@ def inspected(setup: Setup) -> Any:
     texts = {name: [as_text(len(row["input_ids"])) for row in rows] for name, rows in splits.items()}
     samples = {"importance": config.calibration.num_samples, "sensitivity": 0}
     counts = RowCounts(samples, {}, config.calibration.max_length)
-    on_device = preflight.shapes_on(capability, config, shapes)
-    return SimpleNamespace(**vars(on_device), examples=texts, questions={}, counts=counts)
+    preflight.check_device(capability, config, base, cuts, packs=True)
+    return SimpleNamespace(**vars(shapes), examples=texts, questions={}, counts=counts)
 
 
 def as_text(length: int) -> Example:

@@ -73,10 +73,12 @@ class PruneConfig(Section):
     layer_rate: Annotated[float, Field(gt=0.0, lt=1.0)] | None = None
     """Instead of `rate`: the share of its own units that every block loses (LLM-Pruner's ratio). With it `selection`
     is `per_layer`, `round_to` 1 and `query_heads` `modulo` unless given, so that LLM-Pruner's units stay."""
-    units: Annotated[tuple[Literal["block", "attention", "mlp", "expert"], ...], Field(min_length=1)] | None = None
+    units: Annotated[tuple[Literal["block", "attention", "mlp", "expert"], ...], Field(min_length=1)] = (
+        "attention",
+        "mlp",
+    )
     """What may go: whole blocks, key/value groups with their query heads, MLP channels (of every expert, where there
-    are experts), whole experts. Null: `attention` and `mlp`; where least squares can make up for whole blocks, the
-    same with `block` beside them is cut too, and what loses less on the rows of `data.validation` stays."""
+    are experts), whole experts."""
     depth_share: Annotated[float, Field(gt=0.0, lt=1.0)] | None = None
     """Share of `rate` that whole blocks take beside other units; null: half, at most a tenth of all parameters."""
     depth_importance: Literal["block_influence", "taylor"] = "block_influence"
@@ -126,12 +128,12 @@ class PruneConfig(Section):
     @property
     def drops_blocks(self) -> bool:
         """Whether `units` names whole blocks."""
-        return "block" in (self.units or ())
+        return "block" in self.units
 
     @property
     def width_units(self) -> tuple[str, ...]:
         """The kinds of unit that go out of blocks."""
-        return tuple(unit for unit in self.units or ("attention", "mlp") if unit != "block")
+        return tuple(unit for unit in self.units if unit != "block")
 
     @property
     def criterion(self) -> str:
@@ -142,12 +144,6 @@ class PruneConfig(Section):
     def compensates_by(self) -> Literal["none", "bias", "least_squares"]:
         """What makes up for what was cut, where no experts are."""
         return self.compensation or "least_squares"
-
-    @property
-    def may_add_blocks(self) -> bool:
-        """Whether a second cut with whole blocks is tried beside that of units, where the model allows it."""
-        is_open = self.units is None and bool(self.rate)
-        return is_open and self.compensates_by == "least_squares" and self.importance != "random"
 
     @property
     def num_steps(self) -> int:

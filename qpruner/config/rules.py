@@ -42,7 +42,7 @@ def take_out(*keys: str) -> str:
 
 def prune_rules(prune: PruneConfig) -> Iterator[str]:
     """Check what is cut and how units are selected."""
-    by_rate, units = prune.layer_rate is not None, prune.units or ()
+    by_rate, units = prune.layer_rate is not None, prune.units
     if not by_rate and prune.rate is None:
         yield "give `rate` or `layer_rate`, got neither"
     if by_rate and prune.rate is not None:
@@ -167,7 +167,7 @@ def idle_in_calibration(calibration: CalibrationConfig) -> tuple[Idle, ...]:
 def idle_in_prune(prune: PruneConfig) -> tuple[Idle, ...]:
     """Name keys of other units, importances and compensations than those of the cut."""
     blocks_only, importance = not prune.width_units, f"`prune.importance` is {prune.importance}"
-    may_drop, only = prune.drops_blocks or prune.may_add_blocks, "`prune.units` names whole blocks only"
+    only = "`prune.units` names whole blocks only"
     # `uniform` implies `selection`.
     others = [key for key in PruneConfig.model_fields if key != "rate" and not (key == "selection" and prune.uniform)]
     return (
@@ -177,7 +177,7 @@ def idle_in_prune(prune: PruneConfig) -> tuple[Idle, ...]:
         (blocks_only and prune.steps != 1, only, ("steps",)),
         (blocks_only and not prune.uniform, only, ("selection",)),
         (blocks_only, only, ("depth_share",)),
-        (not may_drop, "no whole blocks go (`prune.units`)", ("depth_share", "depth_importance")),
+        (not prune.drops_blocks, "no whole blocks go (`prune.units`)", ("depth_share", "depth_importance")),
         (prune.compensates_by != "least_squares", f"`prune.compensation` is {prune.compensation}", ("ridge",)),
         (prune.importance != "taylor", importance, ("order",)),
         (prune.importance not in ("fisher", "taylor"), importance, ("aggregation",)),

@@ -45,7 +45,7 @@ class DataConfig(Section):
     train: Annotated[tuple[DataSource, ...], Field(min_length=1)]
     """Rows to fine-tune on."""
     validation: Annotated[tuple[DataSource, ...], Field(min_length=1)]
-    """Rows that score a trial, and decide between two cuts where `prune.units` is open."""
+    """Rows that score a trial."""
     confirmation: Annotated[tuple[DataSource, ...], Field(min_length=1)]
     """Rows that no trial is scored on: the first, third, ... choose among the best trials, the others judge the
     winner."""

@@ -122,17 +122,13 @@ def _held(layout: Layout, plan_bytes: int) -> dict[str, int]:
 
 
 def prune_memory(config: RunConfig, inspection: Inspection) -> Memory:
-    """Estimate the cut: what importance, compensation, or the comparison of cuts holds beside the dense model."""
+    """Estimate the cut: what importance or compensation holds beside the dense model."""
     settings = [cut.settings for cut in inspection.cuts]
     weights = {"weights": inspection.base.num_parameters * inspection.base.element_bytes}
     if settings[0].is_off:
         return Memory("the base model", weights)
     works = [_importance_memory(config, inspection, each) for each in settings]
     works += [_compensation_memory(config, inspection, each) for each in settings if each.compensates_by != "none"]
-    if len(settings) > 1:
-        rows, length = config.evaluate.batch_size, config.data.max_length
-        parts = weights | _scored(config, inspection, inspection.base)
-        works.append(Memory(f"passes of {rows} rows x {length} tokens (`evaluate.batch_size`)", parts))
     return max(works, key=lambda memory: memory.total)
 
 

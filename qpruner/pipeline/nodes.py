@@ -19,7 +19,7 @@ from qpruner.cluster.testimony import differences, differing, versions
 from qpruner.config.schema import RunConfig
 from qpruner.errors import CorruptFile, UserError
 from qpruner.pipeline.context import Context
-from qpruner.pipeline.preflight import amount, check_gpu, shapes_on
+from qpruner.pipeline.preflight import amount, check_device, check_gpu
 from qpruner.plans.plan import FULL_BITS, Layout
 from qpruner.runs.events import Message, TableMade
 from qpruner.runs.object_store import CACHE, CREDENTIALS, is_mirror, name_of
@@ -83,9 +83,8 @@ def look_at_nodes(context: Context) -> None:
             text = f"warning: Ray counts {report.size.gpus:g} GPUs on {report.name}, which has none that can be seen"
             context.emit(Message("cluster", f"{text}: what holds them runs on the CPU"))
     if _works_on_cpus(reports, resources):
-        context.inspection = shapes_on(None, context.config, context.inspection)
-        for remark in context.inspection.left_out:
-            context.emit(Message("prune", f"warning: {remark}"))
+        inspection = context.inspection
+        check_device(None, context.config, inspection.model_config, inspection.cuts, inspection.packs)
 
 
 def _banked(run: RunDir) -> list[str]:

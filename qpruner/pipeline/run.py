@@ -72,11 +72,10 @@ def check(config: RunConfig, emit: Emit, address: str | None = None, gpu_is_else
         if address:
             look_at_nodes(context)
         done = recorded(context)
-        if pruned := context.records.prune:
-            made = inspection.cuts[-1 if pruned.dropped_blocks else 0]
+        if context.records.prune:
             inspection = replace(
                 inspection,
-                cuts=(replace(made, expected=context.pruned_config),),
+                cuts=(replace(inspection.cuts[0], expected=context.pruned_config),),
                 pruned=context.layout,
                 is_estimate=False,
                 budget_bytes=context.space.budget_bytes,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -25,8 +24,6 @@ from qpruner.pruning.selection import (
     Sizes,
     TooMuch,
     layer_range,
-    nearest_below_and_above,
-    neighbours,
     plain_counts,
     select,
     select_rate,
@@ -47,6 +44,14 @@ GONE = float("-inf")
 
 
 @dataclass(frozen=True)
+class Cut:
+    """A cut as planned: its settings as this model takes them, and the config that is expected after it."""
+
+    settings: PruneConfig
+    expected: Any
+
+
+@dataclass(frozen=True)
 class Pruned:
     """The cut model and what it kept, by block of the base model.
 
@@ -56,8 +61,6 @@ class Pruned:
         dropped_blocks: Blocks that went whole.
         scores: Importance of every unit, as measured before the first cut of one, whole blocks gone.
         block_scores: Importance of every block that might have gone whole.
-        possible_rates: Next to the rate that was asked for, below and above, where what may go is so coarse that few
-            are possible: all blocks alike, whole blocks alone, heads alone, experts alone.
         parameters_before: Parameters of the base model, tied ones once.
         parameters_after: Parameters of the smaller model.
     """
@@ -69,7 +72,6 @@ class Pruned:
     dropped_blocks: tuple[int, ...] = ()
     scores: Scores = field(default_factory=dict)
     block_scores: dict[int, float] = field(default_factory=dict)
-    possible_rates: tuple[float, ...] = ()
 
 
 def prune(
@@ -95,6 +97,16 @@ def prune(
     check_weights(model)
     settings = settled(model.config, settings)
     return cut_by(Measured(settings, samples, seed, told), model, settings)
+
+
+def planned_cut(model_config: Any, settings: PruneConfig) -> Cut:
+    """Settle the settings for this model and compute the config after the cut.
+
+    Raises:
+        UserError: For everything about the settings that this model cannot meet.
+    """
+    settings = settled(model_config, settings)
+    return Cut(settings, expected_config(model_config, settings))
 
 
 def expected_config(model_config: Any, settings: PruneConfig) -> Any:
@@ -132,13 +144,10 @@ def cut_by(evidence: Evidence, model: PreTrainedModel, settings: PruneConfig) ->
     asked = round((settings.rate or 0.0) * before)
     blocks, block_scores = list(range(num_layers(model.config))), {}
     gone: set[int] = set()
-    possible: tuple[int, ...] = ()
     if settings.drops_blocks:
         block_scores = evidence.of_blocks(model, layers)
         order = sorted(layers, key=lambda index: block_scores[index])
         gone = set(order[: num_dropped(model, settings, order)])
-        if not settings.width_units:
-            possible = nearest_below_and_above(list(itertools.accumulate(block_sizes(model, order)[:-1])), asked)
         evidence.make_up_for_blocks(model, gone, layers)
         blocks, layers = _drop_blocks(model, layers, gone)
     kept: Kept = {}
@@ -154,9 +163,6 @@ def cut_by(evidence: Evidence, model: PreTrainedModel, settings: PruneConfig) ->
                     raise UserError(str(error)) from error
                 most = math.floor(1000 * (asked - target + error.most) / before) / 1000
                 raise UserError(f"{error}; as it is, a rate of {most:g} is the most") from error
-        if settings.layer_rate is None:
-            found = neighbours(sizes, target, settings.round_to, settings.uniform)
-            possible = tuple(asked + number - target for number in found)
     return Pruned(
         model,
         {blocks[index]: by_kind for index, by_kind in kept.items()},
@@ -165,7 +171,6 @@ def cut_by(evidence: Evidence, model: PreTrainedModel, settings: PruneConfig) ->
         tuple(sorted(gone)),
         {blocks[index]: by_kind for index, by_kind in scores.items()},
         block_scores,
-        tuple(number / before for number in possible),
     )
 
 

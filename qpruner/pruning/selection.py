@@ -282,33 +282,6 @@ def counts_per_layer(sizes: Sizes, target: int, round_to: int = 1, uniform: bool
     return removed
 
 
-def neighbours(sizes: Sizes, target: int, round_to: int, uniform: bool) -> tuple[int, ...]:
-    """Numbers of parameters next to the target, below and above, that go where they are asked for; none where finer
-    units of some blocks make up the difference."""
-    if uniform:
-        return _neighbours_alike(sizes, target, round_to)
-    if any(MLP in kinds for kinds in sizes.values()):
-        return ()
-    found = [gone for gone, _ in _totals(_pools(sizes), target)]
-    if len(_pools(sizes)) > 1 and min(abs(target - gone) for gone in found) <= _finest(sizes, 1) / 2:
-        return ()  # heads make up the difference
-    return nearest_below_and_above(found, target)
-
-
-def _neighbours_alike(sizes: Sizes, target: int, round_to: int) -> tuple[int, ...]:
-    """What goes, all blocks alike, and what would go next to it on the target's other side."""
-    chosen = _parameters(sizes, _most_like(sizes, target, round_to))
-    if chosen == target:
-        return (chosen,)
-    possible = sorted({_parameters(sizes, alike) for alike in _alike(sizes, target, round_to)}, reverse=chosen > target)
-    others = (
-        number
-        for number in possible
-        if (number > target) == (chosen < target) and _parameters(sizes, _most_like(sizes, number, round_to)) == number
-    )
-    return tuple(sorted({chosen, next(others, chosen)}))
-
-
 @dataclass(frozen=True)
 class _Pool:
     """One kind of unit over all blocks.
@@ -380,13 +353,6 @@ def _most_even_totals(sizes: Sizes, target: int) -> dict[str, int]:
     return _nearest_totals(
         sizes, target, lambda totals: sum(abs(count / pools[name].count - share) for name, count in totals.items())
     )
-
-
-def nearest_below_and_above(found: Sequence[int], target: int) -> tuple[int, ...]:
-    """Of some numbers, those next to the target; itself alone where it is among them."""
-    below = max((number for number in found if number <= target), default=None)
-    above = min((number for number in found if number >= target), default=None)
-    return tuple(sorted({number for number in (below, above) if number is not None}))
 
 
 def _alike(sizes: Sizes, target: int, round_to: int) -> list[dict[str, int]]:

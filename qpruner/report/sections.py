@@ -28,7 +28,6 @@ from qpruner.runs.records import (
     SearchRecord,
     SensitivityRecord,
     TaskScore,
-    TriedCut,
 )
 from qpruner.wording import counted, error_text
 
@@ -197,22 +196,13 @@ def block_numbering(record: PruneRecord) -> str:
 def prune_summary(record: PruneRecord) -> str:
     """The cut in a few lines."""
     dropped = f"; whole blocks removed: {', '.join(map(str, record.dropped_blocks))}" if record.dropped_blocks else ""
-    compared = ", ".join(map(_told, record.tried))
-    tried = f"\nValidation loss in nats a token right after each cut that was tried: {compared}." if compared else ""
     return (
         f"{record.importance}, {record.selection}, compensation {record.compensation}: {record.target}, "
         f"{record.achieved}{dropped}.\n"
         f"{record.parameters_before:,} -> {record.parameters_after:,} parameters, {record.bytes_before / 1e6:.1f} -> "
         f"{record.bytes_after / 1e6:.1f} MB, {record.seconds:.1f} s, {record.peak_memory_bytes / 1e6:.0f} MB at most "
-        f"above the loaded model ({record.memory_counter}).{tried}"
+        f"above the loaded model ({record.memory_counter})."
     )
-
-
-def _told(cut: TriedCut) -> str:
-    """`2.621 without blocks 3, 13 (behind, with a standard error of 0.012)`."""
-    gone = ", ".join(map(str, cut.dropped_blocks))
-    behind = f" (behind, with a standard error of {cut.behind_stderr:.3f})" if cut.behind_stderr else ""
-    return f"{cut.validation_loss:.3f} {f'without blocks {gone}' if gone else 'with all blocks'}{behind}"
 
 
 def statuses(run: Snapshot) -> dict[str, str]:

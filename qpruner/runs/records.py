@@ -79,17 +79,6 @@ class LayerWidths(Recorded):
     kept_parameters: int
 
 
-class TriedCut(Recorded):
-    """A cut that was compared with others."""
-
-    dropped_blocks: tuple[int, ...]
-    """Whole blocks that went, as indices into the base model."""
-    validation_loss: float
-    """Right after it, in nats a predicted token of the validation rows."""
-    behind_stderr: float
-    """Standard error, over rows, of how far it is behind the cut that stays; 0 of that one."""
-
-
 class PruneRecord(Record):
     """The pruned checkpoint."""
 
@@ -101,33 +90,23 @@ class PruneRecord(Record):
     target_rate: float | None
     """Share of all parameters asked for; None when each block's own share was."""
     achieved_rate: float
-    possible_rates: tuple[float, ...] = ()
-    """Next to the rate that was asked for, below and above, where what may go is so coarse that few are possible; empty
-    elsewhere, and in records of older versions."""
     parameters_before: int
     parameters_after: int
     bytes_before: int
     bytes_after: int
     peak_memory_bytes: int
-    """Above the loaded model, of all cuts that were tried."""
+    """Above the loaded model."""
     memory_counter: str
     dropped_blocks: tuple[int, ...]
     layers: tuple[LayerWidths, ...]
-    tried: tuple[TriedCut, ...] = ()
-    """The cuts that `prune.units` left open, of which the one with the least loss stays; empty where it left none, and
-    in records of older versions."""
     weights: str = ""
     """Digest of its weight files, which from the same inputs another kind of machine may make otherwise; empty in
     records of older versions."""
 
     @property
     def achieved(self) -> str:
-        """The achieved rate in words, beside what else was possible where it is not what was asked for."""
-        told = f"achieved {self.achieved_rate:.2%}"
-        possible = [f"{rate:.2%}" for rate in self.possible_rates]
-        if not possible or f"{self.target_rate:.2%}" in possible:
-            return told
-        return f"{told}, possible with these settings next to the target {' and '.join(possible)}"
+        """The achieved rate in words."""
+        return f"achieved {self.achieved_rate:.2%}"
 
     def table_rows(self) -> list[dict[str, Any]]:
         """A row a block of the base model."""

@@ -105,7 +105,6 @@ def test_a_key_without_effect_is_named_with_the_reason(changes: dict[str, Any], 
     "changes",
     [
         {},
-        {"prune.depth_importance": "taylor", "prune.depth_share": 0.4},
         {"prune.units": ["block", "mlp"], "prune.depth_importance": "taylor", "prune.order": "first"},
         {"prune": {"layer_rate": 0.2, "importance": "random"}},
         {"prune": {"layer_rate": 0.2, "importance": "taylor", "order": "mixed", "query_heads": "served"}},

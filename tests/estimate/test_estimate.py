@@ -19,7 +19,7 @@ from conftest import raw_config, with_key
 
 from qpruner import estimate
 from qpruner.config.load import validate_config
-from qpruner.config.schema import LoraConfig, PruneConfig, RunConfig, TrainingConfig
+from qpruner.config.schema import LoraConfig, RunConfig, TrainingConfig
 from qpruner.data.encoding import encode
 from qpruner.estimate import hours, memory
 from qpruner.estimate.step_times import StepTimes
@@ -30,7 +30,7 @@ from qpruner.pipeline import preflight
 from qpruner.pipeline.preflight import Inspection
 from qpruner.pipeline.preflight_rows import most_labelled
 from qpruner.pipeline.run import run
-from qpruner.pruning.best_cut import Cut
+from qpruner.pruning.prune import Cut
 from qpruner.quantization.assembly import attach_adapters
 from qpruner.training.finetune import Share, _Batches
 
@@ -218,15 +218,6 @@ def test_a_cut_counts_all_samples_and_every_weight(inspection: Inspection, cut: 
     assert "mean squares" not in first.parts | vector.parts
 
 
-def test_the_comparison_of_cuts_may_take_the_most_memory(inspection: Inspection, changed: Changed) -> None:
-    cut = inspection.cuts[0]
-    short, long = (changed(data__max_length=length, prune__aggregation="vector") for length in (64, 4096))
-    two = replace(inspection, cuts=(cut, cut))
-    assert memory.prune_memory(long, inspection) == memory.prune_memory(short, inspection)
-    assert memory.prune_memory(short, two) == memory.prune_memory(short, inspection)
-    assert memory.prune_memory(long, two).about == "passes of 8 rows x 4096 tokens (`evaluate.batch_size`)"
-
-
 # ---- hours
 
 
@@ -321,17 +312,6 @@ def test_the_comparison_is_a_fine_tune_for_each_row_and_seed(inspection: Inspect
     fewer = changed(finetune={"steps": 4, "compare": True, "seeds": 1, "random_plans": 1})
     # two seeds of winner, best seed and 4 plans
     assert hours.num_compared(fewer) == hours.num_compared(changed()) - 12
-
-
-def test_two_cuts_take_both_and_the_passes_that_compare_them(inspection: Inspection, changed: Changed) -> None:
-    def seconds(config: RunConfig, *settings: PruneConfig) -> float:
-        cuts = tuple(Cut(each, inspection.cuts[0].expected) for each in settings)
-        return hours.slot_hours(config, replace(inspection, cuts=cuts), RATES)["prune"]
-
-    config = changed()
-    beside = config.prune.model_copy(update={"units": ("block", "attention", "mlp")})
-    alone = seconds(config, config.prune) + seconds(config, beside)
-    assert alone < seconds(config, config.prune, beside) < 1.5 * alone
 
 
 # ---- against reality
