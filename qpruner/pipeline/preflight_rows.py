@@ -94,13 +94,13 @@ def check_rows(config: RunConfig) -> Rows:
     _check_overlap(config, examples, words)
     uses = {"search": "search", "fresh": "fresh", "evaluate": "test"}
     numbers = {name: {task: len(texts) for task, texts in asked[use].items()} for use, name in uses.items()}
-    told = (
+    doubtful = (
         *_without_response(examples),
         *_without_room(config, examples),
         *_few_tokens(config, examples),
         *_few_questions(words),
     )
-    warnings = (*left_out, *_asked_again(words["search"], words["fresh"]), *told)
+    warnings = (*left_out, *_asked_again(words["search"], words["fresh"]), *doubtful)
     metrics = {use: {name: task.metric for name, task in of_use.items()} for use, of_use in tasks.items()}
     return Rows(examples, words, numbers, metrics, warnings)
 

@@ -148,7 +148,7 @@ def test_a_pipe_is_told_now_and_then_how_far_a_long_step_is(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Whether or not anything happens meanwhile: before the first count, and again while a count stays."""
-    monkeypatch.setattr("qpruner.cli.terminal.SECONDS_UNTOLD", 0.3)
+    monkeypatch.setattr("qpruner.cli.terminal.SILENCE_SECONDS", 0.3)
     said: list[str] = []
 
     def wait_for(line: str, times: int) -> None:
@@ -178,7 +178,7 @@ def test_a_pipe_is_told_now_and_then_how_far_a_long_step_is(
 def test_a_quiet_pipe_is_not_told_how_far_a_long_step_is(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("qpruner.cli.terminal.SECONDS_UNTOLD", 0.01)
+    monkeypatch.setattr("qpruner.cli.terminal.SILENCE_SECONDS", 0.01)
     with Terminal(quiet=True) as terminal:
         terminal.emit(events.StageStarted("evaluate", "arc for 9 models"))
         time.sleep(0.2)
@@ -190,7 +190,7 @@ import sys, time
 sys.path[:0] = sys.argv[1:]
 from qpruner.runs import events
 from qpruner.cli import terminal
-terminal.SECONDS_UNTOLD = 0.1
+terminal.SILENCE_SECONDS = 0.1
 with terminal.Terminal(quiet=False) as shown:
     shown.emit(events.StageStarted("evaluate", "arc for 9 models"))
     sys.stdin.readline()
