@@ -134,8 +134,10 @@ def probe(storage: Path, driver: str, banked: Iterable[str] = (), seconds: float
 
 
 def packed_check(run: RunDir) -> bytes:
-    """Pickle a function that a worker calls before it imports qpruner, which may be another one on a node that joined
-    later. It raises a RuntimeError that names node and difference, see `node_facts.check_like`."""
+    """Pickle a function that a worker calls before it imports qpruner, which may be another one on a node.
+
+    It raises a RuntimeError that names node and difference, see `node_facts.check_like`.
+    """
     args = (node_facts.versions(), str(run.root), run.place, RUN_ID, run.id, run.is_at_uri)
     return _packed(functools.partial(node_facts.check_like, *args))
 

@@ -38,13 +38,13 @@ from qpruner.runs.records import (
 from qpruner.search.choice import controls_of, finalist_positions, winner_position
 from qpruner.search.trial_job import Materials
 from qpruner.search.trial_records import (
-    MENDED_BY,
-    begin_anew_if_damaged,
+    SETTING_REMEDIES,
     checkpoint_of,
     fresh_path,
     objective,
     read_trials,
     readable_trials,
+    restart_if_damaged,
     set_aside_damaged,
 )
 from qpruner.sensitivity.seeds import seed_plan
@@ -208,7 +208,7 @@ class Search(Stage[SearchRecord]):
             else:
                 finalists = _finalists([trial for trial in usable if _competes(trial, job)], job)
             # What is fine to read may not be what was written.
-            if not [trial for trial in finalists if begin_anew_if_damaged(job.trials, trial, self.tell)]:
+            if not [trial for trial in finalists if restart_if_damaged(job.trials, trial, self.tell)]:
                 return outcome, finalists
 
     def _trial_fields(self, outcome: SearchOutcome) -> dict[str, Any]:
@@ -329,7 +329,7 @@ def _finalists(trials: Sequence[TrialRecord], job: SearchJob) -> list[TrialRecor
     if not finished:
         reasons = [trial.reason for trial in trials if trial.reason]
         kinds = {trial.failure for trial in trials}
-        mend = MENDED_BY.get(kinds.pop() or "", REMEDY) if len(kinds) == 1 else REMEDY
+        mend = SETTING_REMEDIES.get(kinds.pop() or "", REMEDY) if len(kinds) == 1 else REMEDY
         raise StageError(
             "search",
             f"none of {counted(len(trials), 'trial')} finished; the first said: {reasons[0] if reasons else 'nothing'}",

@@ -40,13 +40,13 @@ from qpruner.search.searchers import History, Ledger, Proposal, RandomProposer
 from qpruner.search.trial import run_trial
 from qpruner.search.trial_job import Materials
 from qpruner.search.trial_records import (
-    begin_anew_if_damaged,
     begin_session,
     begin_trial,
     read_pulses,
     read_seconds,
     read_trial,
     read_trials,
+    restart_if_damaged,
     set_aside_damaged,
     write_pulse,
     write_seconds,
@@ -846,7 +846,7 @@ def test_a_checkpoint_that_cannot_be_seen_while_the_storage_is_away_is_not_missi
     told: list[str] = []
     with away(tmp_path / hidden) as end:
         threading.Timer(0.3, end).start()
-        assert not begin_anew_if_damaged(job.trials, record, told.append)
+        assert not restart_if_damaged(job.trials, record, told.append)
     assert told == [] and read_trials(job.trials) == [record]
 
 
@@ -861,7 +861,7 @@ def test_a_finished_trial_whose_checkpoint_is_damaged_is_run_again_first(tmp_pat
         write_trial(job.trials, record.model_copy(update={"checkpoint": folder_digests(checkpoint)}))
     (job.trials / "0001" / "checkpoint-4" / "weights").write_bytes(b"w" * 500 + b"v" + b"w" * 499)
     told: list[str] = []
-    found = [begin_anew_if_damaged(job.trials, record, told.append) for record in read_trials(job.trials)]
+    found = [restart_if_damaged(job.trials, record, told.append) for record in read_trials(job.trials)]
     assert found == [False, True]
     assert len(told) == 1 and "trial 1 starts anew" in told[0]
     assert [record.status for record in read_trials(job.trials)] == ["finished", "running"]

@@ -109,7 +109,7 @@ def smaller_batch(record: TrialRecord, config: RunConfig) -> int | None:
 def ending_of(record: TrialRecord) -> Ending:
     """Return how a trial that is over ended, for the ledger."""
     if record.plan_failed:
-        return "ruined"
+        return "untrainable"
     return "failed" if record.status == "failed" else "scored"
 
 

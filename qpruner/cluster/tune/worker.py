@@ -30,11 +30,11 @@ from qpruner.runs.records import Begun, RungResult, TrialPulse
 from qpruner.runs.retry import patiently, storage_error
 from qpruner.search.trial_job import TrialJob
 from qpruner.search.trial_records import (
-    begin_anew_if_damaged,
     checkpoint_of,
     objective,
     read_pulse,
     read_trial,
+    restart_if_damaged,
     trial_folder,
     trial_path,
     write_pulse,
@@ -88,7 +88,7 @@ class _RecordedTrial:
     def __init__(self, params: dict[str, Any], job: SearchJob) -> None:
         self._job, self._plan = job, params_to_plan(params)
         self._record = read_trial(job.trials, params["trial"])
-        if begin_anew_if_damaged(job.trials, self._record, logger.warning):
+        if restart_if_damaged(job.trials, self._record, logger.warning):
             self._record = read_trial(job.trials, params["trial"])
         # What an earlier process held since its last rung is in its pulse alone.
         spent = [each for each in (self._record, read_pulse(job.trials, self._record.index)) if each]
