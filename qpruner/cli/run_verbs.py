@@ -181,8 +181,11 @@ def trials(run: str | Path, conditions: Sequence[str], sort: str, descending: bo
     for condition in conditions:
         rows = _where(rows, condition, names)
     key = _known(sort, names)
-    valued = [row for row in rows if row[key] is not None]
-    rows = [*sorted(valued, key=operator.itemgetter(key), reverse=descending), *(row for row in rows if row[key] is None)]
+    known = [row for row in rows if row[key] is not None]
+    rows = [
+        *sorted(known, key=operator.itemgetter(key), reverse=descending),
+        *(row for row in rows if row[key] is None),
+    ]
     if form == "csv":
         writer = csv.DictWriter(sys.stdout, columns, lineterminator="\n")
         writer.writeheader()
