@@ -26,8 +26,7 @@ from qpruner.report import results as table
 from qpruner.report.html import render
 from qpruner.report.sections import sections
 from qpruner.report.snapshot import read_snapshot
-from qpruner.runs.lock import sole_driver
-from qpruner.runs.paths import RunDir
+from qpruner.runs.lock import hold_run
 from qpruner.runs.records import (
     BankRecord,
     ComparisonRecord,
@@ -40,6 +39,7 @@ from qpruner.runs.records import (
     TrialPulse,
     TrialRecord,
 )
+from qpruner.runs.run_dir import RunDir
 from qpruner.search.trial_records import remedy_of, write_pulse, write_trial
 
 
@@ -58,7 +58,7 @@ def told(*arguments: object) -> dict[str, Any]:
 def run(tmp_path: Path) -> Iterator[Path]:
     """A run in its search, which this process drives."""
     root = recorded_run(tmp_path / "run")
-    with sole_driver(root, print):
+    with hold_run(root, print):
         yield root
 
 
@@ -144,7 +144,7 @@ def test_trials_of_an_ended_command_are_begun(tmp_path: Path, outcome: str) -> N
         assert "1 failed, 2 begun." in page and '<option value="running">begun</option>' in page
 
     check()
-    with sole_driver(run, print):
+    with hold_run(run, print):
         check()
 
 
