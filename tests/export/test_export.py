@@ -38,7 +38,7 @@ def finished(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
 
 
 def test_a_merged_model_predicts_the_same(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("qpruner.cli.terminal.SECONDS_UNTOLD", 0.0)
+    monkeypatch.setattr("qpruner.cli.terminal.SILENCE_SECONDS", 0.0)
     done = CliRunner().invoke(main, ["export", str(finished), "--to", "merged", "--json"])
     assert done.exit_code == 0, done.output
     progress = [re.fullmatch(r"\[export\] (.*): (\d+) of (\d+)", line) for line in done.stdout.splitlines()]
