@@ -117,7 +117,7 @@ def scores_digest(context: Context) -> str:
 
 def score_jobs(context: Context, stage: str, jobs: list[Candidate], text: Path | None) -> dict[Path, RowScores]:
     """Score the models without a record of these tasks and this text; return the scores by folder."""
-    from qpruner.cluster.cluster import run_tasks
+    from qpruner.cluster.tasks import run_tasks
 
     digest = scores_digest(context)
     found: dict[Path, RowScores] = {}
@@ -169,7 +169,7 @@ def measure_in_turns(
     context: Context, stage: str, jobs: Iterable[Candidate]
 ) -> tuple[InferenceSetting, dict[Path, Inference]]:
     """Measure memory and speed of each row, by its folder; training seeds of one plan are one model."""
-    from qpruner.cluster.cluster import run_tasks
+    from qpruner.cluster.tasks import run_tasks
 
     models: dict[tuple[Any, ...], list[Candidate]] = {}
     for job in sorted(jobs, key=lambda job: str(job.checkpoint)):

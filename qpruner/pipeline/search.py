@@ -114,7 +114,7 @@ class Search(Stage[SearchRecord]):
         """Report what is known of the trials, and forget the record where one of them was damaged."""
         context, settings = self.context, self.config.search
         # Its memory is needed before the trials start.
-        context.workshop.close()
+        context.executor.close()
         set_aside_damaged(self.folder, self.search_digest, self.tell)
         trials = read_trials(self.folder)
         own = [trial for trial in trials if trial.search == self.search_digest][: settings.max_trials]
@@ -202,14 +202,14 @@ class Search(Stage[SearchRecord]):
     def _finalists(self, job: SearchJob, known: SearchJob) -> tuple[SearchOutcome, list[TrialRecord]]:
         """Run the trials, again where the files of a finalist turn out to be damaged."""
         from qpruner.cluster import tune
-        from qpruner.cluster.room import Room
+        from qpruner.cluster.slots import Room
 
         context = self.context
         room = Room(lambda: context.slots, job.resources, self.config.search.max_concurrent, context.emit)
         while True:
             outcome = tune.search(job, room, context.emit, context.trackers)
             self.tell(f"ended: {outcome.ended}")
-            earlier = [trial for trial in outcome.taken_over if job.space.is_feasible(_plan(trial))]
+            earlier = [trial for trial in outcome.reused if job.space.is_feasible(_plan(trial))]
             usable = [*outcome.trials, *earlier]
             if self.given:
                 finalists = _beside_given(usable, self.given, known)
@@ -233,7 +233,7 @@ class Search(Stage[SearchRecord]):
             "num_stopped": statuses.count("stopped"),
             "num_failed": statuses.count("failed"),
             "failures": dict(Counter(trial.failure for trial in outcome.trials if trial.failure)),
-            "num_taken_over": sum(1 for trial in outcome.taken_over if trial.rungs),
+            "num_taken_over": sum(1 for trial in outcome.reused if trial.rungs),
             "ended": outcome.ended,
             "search_seconds": outcome.seconds,
             "gpu_seconds": outcome.gpu_seconds,
@@ -396,7 +396,7 @@ def _confirm(
 
 def _fresh_scores(context: Context, finalists: Sequence[TrialRecord], job: SearchJob) -> list[KeptScore]:
     """Score each finalist on fresh rows; scores of an earlier command are reused."""
-    from qpruner.cluster.cluster import run_tasks
+    from qpruner.cluster.tasks import run_tasks
 
     paths = [fresh_path(job.trials, trial.index) for trial in finalists]
     # Which rows there are is told by the folder of trials, as all that they were trained on.

@@ -37,7 +37,7 @@ def run_trial(job: TrialJob, start: Path | None, report: Report, progress: Progr
 
     checkpoint = fetch(materials.checkpoint, moved)
     # One seed for adapters, data order and dropout of all trials: another order moves the loss more than most plans do.
-    bench = plan_assembler(
+    assembler = plan_assembler(
         checkpoint,
         materials.bank,
         config.quantize.group,
@@ -45,7 +45,7 @@ def run_trial(job: TrialJob, start: Path | None, report: Report, progress: Progr
         config.quantize.double_quant,
         config.lora,
     )
-    peft_model = bench.model(job.plan, config.seed, moved)
+    peft_model = assembler.model(job.plan, config.seed, moved)
     progress(0)
     tokenizer = load_tokenizer(str(checkpoint))
     pad_id = int(tokenizer.pad_token_id)

@@ -173,7 +173,7 @@ def write_pulse(folder: Path, index: int, pulse: TrialPulse) -> None:
     write_sign(_pulse_path(folder, index), pulse.model_dump_json())
 
 
-def takes_pulses(folder: Path) -> bool:
+def can_write_pulses(folder: Path) -> bool:
     """Whether a trial could tell of progress now, which none can while the storage is full or away."""
     return write_sign(folder / "watch", "the driver looks for signs of life")
 
