@@ -36,17 +36,11 @@ class Node:
 
 @dataclass(frozen=True)
 class Growth:
-    """A cluster as large as its autoscaler may make it.
-
-    Attributes:
-        head: The machine that is always there.
-        workers: Those that may be started, each type as often as it is allowed.
-        max_workers: How many of them there may be at once.
-    """
+    """A cluster as large as its autoscaler may make it."""
 
     head: Node
-    workers: tuple[Node, ...]
-    max_workers: int
+    workers: tuple[Node, ...]  # each type as often as it is allowed
+    max_workers: int  # of them at once
 
     def fits(self, resources: Mapping[str, float]) -> int:
         """Count the tasks that fit at once."""
@@ -136,8 +130,7 @@ def with_gpus_for(trial: Mapping[str, float | None] | None) -> Slots:
 
 
 def worker_resources(trial: Mapping[str, float], num_workers: int) -> dict[str, float]:
-    """Return what each of several workers on one model reserves: as a trial, but a whole GPU, since NCCL refuses to
-    exchange gradients on a shared one."""
+    """Return what each of several workers on one model reserves; NCCL needs a whole GPU to exchange gradients."""
     shared = num_workers > 1 and 0 < trial.get("gpu", 0.0) < 1
     return {**trial, "gpu": 1.0} if shared else dict(trial)
 
@@ -163,6 +156,7 @@ class Room:
         self._room, self._next_look = 0, 0.0
 
     def __call__(self) -> int:
+        """Return how many trials may be in flight; looks again every `LOOK_SECONDS`."""
         now = time.monotonic()
         if now >= self._next_look:
             self._next_look = now + LOOK_SECONDS

@@ -20,8 +20,7 @@ from qpruner.models.loading import (
     tensors_told,
     untold,
 )
-from qpruner.runs.object_store import OnPiece
-from qpruner.runs.retry import patiently
+from qpruner.runs.storage import OnPiece, retry_storage
 
 if TYPE_CHECKING:
     import torch
@@ -132,8 +131,8 @@ def _bar_telling(told: OnLoading) -> Any:
 def save_checkpoint(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, told: OnLoading = untold
 ) -> None:
-    """Write weights (safetensors, shard by shard), config with `per_layer_config`, and tokenizer; waits as `patiently`
-    does.
+    """Write weights (safetensors, shard by shard), config with `per_layer_config`, and tokenizer, as
+    `retry_storage` does.
 
     Args:
         model: What is written.
@@ -142,8 +141,8 @@ def save_checkpoint(
         told: Told how many shards are written.
     """
     with tensors_told(told):
-        patiently(lambda: model.save_pretrained(folder, max_shard_size=SHARD_SIZE), folder)
-    patiently(lambda: tokenizer.save_pretrained(folder), folder)
+        retry_storage(lambda: model.save_pretrained(folder, max_shard_size=SHARD_SIZE), folder)
+    retry_storage(lambda: tokenizer.save_pretrained(folder), folder)
 
 
 def dense_tensors(

@@ -21,11 +21,10 @@ from qpruner.plans.file import check_affordable, read_plan
 from qpruner.plans.plan import Layout, PlanSpace, PrecisionPlan
 from qpruner.runs.events import Emit
 from qpruner.runs.lock import NAME as LOCK
-from qpruner.runs.lock import taken_over
-from qpruner.runs.mirror import fetch
-from qpruner.runs.object_store import name_of
-from qpruner.runs.paths import RunDir, fetch_file, file_digest
+from qpruner.runs.lock import lock_lost
 from qpruner.runs.records import Record, Results, digest_of
+from qpruner.runs.run_dir import RunDir
+from qpruner.runs.storage import display_name, fetch, fetch_file, file_digest
 from qpruner.training.trackers import Trackers, check_trackers
 
 CONFIG_FILE = "config.json"
@@ -45,7 +44,7 @@ class Context:
         writes: Whether the run's folder is written to.
         gpu_time: How long work outside the trials has held GPUs.
         assumed: Slots to plan with instead of those of this machine.
-        is_ours: False once another driver has the run.
+        holds_run: False once another driver has the run.
         records: Records of the stages so far.
     """
 
@@ -57,7 +56,7 @@ class Context:
     writes: bool = True
     gpu_time: GpuTime = field(default_factory=GpuTime)
     assumed: Slots | None = None
-    is_ours: Callable[[], bool] = lambda: True
+    holds_run: Callable[[], bool] = lambda: True
     records: Results = field(default_factory=Results)
     _has_joined: bool = False
 
@@ -114,8 +113,6 @@ class Context:
     def pruned_config(self) -> Any:
         """The transformers config of the pruned model, read without its weights."""
         folder = self.run_dir.stage("prune")
-        if not self.run_dir.is_at_uri:
-            return checkpoint_config(folder)
         with tempfile.TemporaryDirectory() as here:
             fetch_file(folder / CONFIG_FILE, Path(here) / CONFIG_FILE)
             return checkpoint_config(Path(here))
@@ -162,7 +159,7 @@ class Context:
         if not names:
             return None
         environment = check_trackers(names)
-        return Trackers(names, name_of(root).rstrip("/").rpartition("/")[2], root, environment)
+        return Trackers(names, display_name(root).rstrip("/").rpartition("/")[2], root, environment)
 
     @cached_property
     def _cluster(self) -> Cluster:
@@ -239,8 +236,8 @@ class Context:
         Raises:
             StageError: If another driver has the run.
         """
-        if not self.is_ours():
-            raise taken_over(stage, f"{name_of(self.run_dir.root / LOCK)} is another's, or gone")
+        if not self.holds_run():
+            raise lock_lost(stage, f"{display_name(self.run_dir.root / LOCK)} is another's, or gone")
 
     def forget(self, stage: str) -> None:
         """Remove the record of a stage."""

@@ -23,7 +23,6 @@ from qpruner.pipeline.stage import Stage
 from qpruner.plans.pareto import hypervolume, non_dominated
 from qpruner.plans.plan import PrecisionPlan
 from qpruner.runs.events import Message, Progress, SearchPlanned
-from qpruner.runs.paths import for_each, read_json, set_aside, write_json
 from qpruner.runs.records import (
     GIVEN,
     BankRecord,
@@ -37,16 +36,17 @@ from qpruner.runs.records import (
     TrialRecord,
     digest_of,
 )
+from qpruner.runs.storage import for_each, quarantine, read_json, write_json
 from qpruner.search.choice import controls_of, finalist_positions, winner_position
 from qpruner.search.trial_job import Materials
 from qpruner.search.trial_records import (
-    MENDED_BY,
-    begin_anew_if_damaged,
+    SETTING_REMEDIES,
     checkpoint_of,
     fresh_path,
     objective,
     read_trials,
     readable_trials,
+    restart_if_damaged,
     set_aside_damaged,
 )
 from qpruner.sensitivity.seeds import seed_plan
@@ -216,7 +216,7 @@ class Search(Stage[SearchRecord]):
             else:
                 finalists = _finalists([trial for trial in usable if _competes(trial, job)], job)
             # What is fine to read may not be what was written.
-            if not [trial for trial in finalists if begin_anew_if_damaged(job.trials, trial, self.tell)]:
+            if not [trial for trial in finalists if restart_if_damaged(job.trials, trial, self.tell)]:
                 return outcome, finalists
 
     def _trial_fields(self, outcome: SearchOutcome) -> dict[str, Any]:
@@ -255,8 +255,8 @@ class Search(Stage[SearchRecord]):
 
     @override
     def disk_bytes(self) -> int:
-        is_at_uri = self.context.run_dir.is_at_uri
-        return 0 if is_at_uri else self.context.checkpoint_bytes * self.config.num_trials
+        are_here = self.context.run_dir.storage.fills_this_disk
+        return self.context.checkpoint_bytes * self.config.num_trials if are_here else 0
 
 
 def given_plan(context: Context) -> PrecisionPlan | None:
@@ -341,7 +341,7 @@ def _finalists(trials: Sequence[TrialRecord], job: SearchJob) -> list[TrialRecor
     if not finished:
         reasons = [trial.reason for trial in trials if trial.reason]
         kinds = {trial.failure for trial in trials}
-        mend = MENDED_BY.get(kinds.pop() or "", REMEDY) if len(kinds) == 1 else REMEDY
+        mend = SETTING_REMEDIES.get(kinds.pop() or "", REMEDY) if len(kinds) == 1 else REMEDY
         raise StageError(
             "search",
             f"none of {counted(len(trials), 'trial')} finished; the first said: {reasons[0] if reasons else 'nothing'}",
@@ -405,7 +405,7 @@ def _fresh_scores(context: Context, finalists: Sequence[TrialRecord], job: Searc
     found: dict[int, KeptScore] = {}
     for position, kept in enumerate(for_each(_kept_or_error, paths)):
         if isinstance(kept, CorruptFile):
-            where = set_aside(paths[position], job.trials)
+            where = quarantine(paths[position], job.trials)
             context.emit(Message("search", f"warning: {kept}; set aside in {where}, that finalist is scored again"))
         elif kept and kept.digest == digests[position]:
             found[position] = kept

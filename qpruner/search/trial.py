@@ -14,9 +14,9 @@ from qpruner.data.losses import Rows, mean_loss
 from qpruner.errors import TrainingDiverged
 from qpruner.models.loading import load_tokenizer
 from qpruner.quantization.assembly import plan_assembler
-from qpruner.runs.mirror import fetch
 from qpruner.runs.records import RungResult
 from qpruner.runs.scratch import working_folder
+from qpruner.runs.storage import fetch
 from qpruner.search.trial_job import Progress, Report, TrialJob
 from qpruner.training.evaluate import mean_accuracy, score_tasks
 from qpruner.training.finetune import Listener, Schedule, finetune
@@ -86,8 +86,8 @@ def run_trial(job: TrialJob, start: Path | None, report: Report, progress: Progr
 def score(
     model: torch.nn.Module, tokenizer: object, validation: Rows, config: RunConfig, step: int, train_loss: float
 ) -> RungResult:
-    """Validation loss and, if the search has tasks, their mean accuracy."""
-    # Scoring must not move the random state that dropout and data order go on from.
+    """Score a rung: the validation loss and, if the search has tasks, their mean accuracy."""
+    # Scoring must not change the random state of dropout and data order.
     with torch.random.fork_rng():
         loss = mean_loss(model, validation, int(tokenizer.pad_token_id), config.evaluate.batch_size).mean  # type: ignore[attr-defined]
         if not config.search.tasks:

@@ -26,14 +26,14 @@ from qpruner.errors import PlanRefused
 from qpruner.pipeline.progress import RunProgress
 from qpruner.pipeline.search import FINALISTS
 from qpruner.plans.file import read_plan
-from qpruner.report import sections, table
-from qpruner.report.page import render
+from qpruner.report import results as table
+from qpruner.report import tables
+from qpruner.report.html import render
 from qpruner.report.search_summary import search_text
+from qpruner.report.sections import sections
 from qpruner.report.snapshot import read_snapshot
 from qpruner.runs import events
-from qpruner.runs import object_store as objects
-from qpruner.runs.lock import sole_driver
-from qpruner.runs.paths import RunDir
+from qpruner.runs.lock import hold_run
 from qpruner.runs.records import (
     BankRecord,
     ComparisonRecord,
@@ -46,6 +46,8 @@ from qpruner.runs.records import (
     TrialPulse,
     TrialRecord,
 )
+from qpruner.runs.run_dir import RunDir
+from qpruner.runs.storage import bucket as objects
 from qpruner.search.trial_records import remedy_of, write_pulse, write_trial
 from qpruner.wording import duration
 
@@ -65,7 +67,7 @@ def told(*arguments: object) -> dict[str, Any]:
 def run(tmp_path: Path) -> Iterator[Path]:
     """A run in its search, which this process drives."""
     root = recorded_run(tmp_path / "run")
-    with sole_driver(root, print):
+    with hold_run(root, print):
         yield root
 
 
@@ -112,7 +114,7 @@ def test_a_search_took_as_long_as_the_report_says(tmp_path: Path) -> None:
         snapshot = read_snapshot(RunDir(run))
         assert snapshot.results.search
         assert f" in {duration(seconds)}. It ended" in search_text(snapshot.results.search, snapshot.trials)[0]
-        assert {row[0]: row[2] for row in sections.stages(snapshot)}["search"] == f"{seconds:.1f}"
+        assert {row[0]: row[2] for row in tables.stages(snapshot).rows}["search"] == f"{seconds:.1f}"
 
 
 def test_status_and_trials_show_where_trials_are_and_why_they_failed(run: Path) -> None:
@@ -160,11 +162,11 @@ def test_trials_of_a_command_that_has_ended_are_begun_and_wait_for_nothing(tmp_p
         search = told("status", run)["search"]
         assert (search["starting"], search["waiting"]) == (0, 0)
         snapshot = read_snapshot(RunDir(run))
-        assert sections.unfinished_search_text(snapshot)[0].endswith("1 failed, 2 begun.")
-        assert '<option value="running">begun</option>' in render(snapshot, [], "")
+        page = render(snapshot, sections(snapshot, [], ""))
+        assert "1 failed, 2 begun." in page and '<option value="running">begun</option>' in page
 
     check()
-    with sole_driver(run, print):
+    with hold_run(run, print):
         check()
 
 
@@ -173,7 +175,7 @@ def test_status_tells_that_finalists_are_scored_from_the_first_moment_on(tmp_pat
     run, config = RunDir(tmp_path / "run"), config_of(tmp_path / "run")
     progress = RunProgress(run, config, "report", "qpruner run config.yaml", lambda: True)
     happened = [events.StageStarted("search", "20 trials"), events.Progress("search", 20, 20)]
-    with sole_driver(run.root, print):
+    with hold_run(run.root, print):
         for event in (*happened, events.Progress("search", 0, 3, FINALISTS)):
             progress.listen(event)
         [search] = [each for each in told("status", run.root)["stages"] if each["stage"] == "search"]
@@ -453,7 +455,7 @@ def test_compare_pairs_runs_that_were_measured_on_the_same_questions(tmp_path: P
     assert (confirmation["mean"], confirmation["verdict"]) == (0, "not distinguishable")
     text = qpruner("compare", *runs).stdout
     assert "second less first: +0.00% bytes, 3 training seeds, paired: acc +0." in text
-    assert "hours count in each: prepare, prune, sensitivity, bank, search, finetune, evaluate, comparison." in text
+    assert "hours count in each: prepare, prune, bank, sensitivity, search, finetune, evaluate, comparison." in text
 
 
 def test_compare_pairs_only_what_was_measured_alike(tmp_path: Path) -> None:

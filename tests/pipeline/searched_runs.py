@@ -22,8 +22,8 @@ from qpruner.pipeline.run import run
 from qpruner.pipeline.table_rows import Row, candidates_for, table_rows
 from qpruner.plans.plan import PrecisionPlan
 from qpruner.runs.events import Event, Message, Progress
-from qpruner.runs.paths import RunDir
 from qpruner.runs.records import Record, SearchRecord
+from qpruner.runs.run_dir import RunDir
 
 
 def ignore(event: Event) -> None:

@@ -23,12 +23,12 @@ from qpruner.pipeline.table_rows import (
     gpus_held,
     untuned_candidates,
 )
-from qpruner.runs.paths import RunDir
 from qpruner.runs.records import (
     Inference,
     InferenceSetting,
     TaskScore,
 )
+from qpruner.runs.run_dir import RunDir
 from qpruner.training.table_rows import Evaluation, FinetuneOutcome, evaluate_candidate, finetune_candidate
 
 

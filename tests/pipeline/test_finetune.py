@@ -25,7 +25,6 @@ from qpruner.pipeline.table_rows import (
     untuned_candidates,
 )
 from qpruner.runs.events import Event, StageSkipped
-from qpruner.runs.paths import RunDir, file_digest, write_json
 from qpruner.runs.records import (
     CandidateRecord,
     EvalRecord,
@@ -33,6 +32,8 @@ from qpruner.runs.records import (
     RowScores,
     TaskScore,
 )
+from qpruner.runs.run_dir import RunDir
+from qpruner.runs.storage import file_digest, write_json
 
 
 @pytest.mark.parametrize("settings", [{"seeds": 5}, {"compare": False, "random_plans": 1}], ids=str)

@@ -24,10 +24,10 @@ from qpruner.errors import StageError, UserError
 from qpruner.models.loading import load_dense
 from qpruner.pipeline.run import preview, run
 from qpruner.pruning.importance import score
-from qpruner.report.sections import prune_summary
+from qpruner.report.tables import prune_summary
 from qpruner.runs.events import Event, Message, Progress, StageFinished, StageSkipped, StageStarted
-from qpruner.runs.paths import RunDir
 from qpruner.runs.records import PrepareRecord, PruneRecord
+from qpruner.runs.run_dir import RunDir
 
 if TYPE_CHECKING:
     from click.testing import Result
@@ -286,7 +286,7 @@ def test_importance_is_kept_as_arrays(raw: Raw, tiny_model: Path) -> None:
 
 
 def test_tensorboard_shows_the_picture_of_the_report(raw: Raw) -> None:
-    import matplotlib.image
+    from PIL import Image
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     _, folder, _ = pruned(raw)
@@ -295,9 +295,8 @@ def test_tensorboard_shows_the_picture_of_the_report(raw: Raw) -> None:
     (tag,) = events.Tags()["images"]
     assert tag == "prune/importance"
     (image,) = events.Images(tag)
-    shown = matplotlib.image.imread(io.BytesIO(image.encoded_image_string))[..., :3]
-    saved = matplotlib.image.imread(folder / "importance.png")[..., :3]
-    np.testing.assert_array_equal(shown, saved)
+    assert image.encoded_image_string == (folder / "importance.png").read_bytes()
+    shown = np.asarray(Image.open(io.BytesIO(image.encoded_image_string)).convert("RGB"))
     assert len(np.unique(shown.reshape(-1, 3), axis=0)) > 50, "a heat map, not an empty page"
 
 
@@ -483,7 +482,7 @@ def test_a_damaged_weight_is_told_with_its_name_and_what_to_do(raw: Raw, tiny_mo
 def test_no_process_begins_with_a_model_that_was_damaged_meanwhile(raw: Raw) -> None:
     _, folder, _ = pruned(raw)
     flip_a_byte(folder / "model.safetensors")
-    code = f"from pathlib import Path; from qpruner.runs.mirror import fetch; fetch(Path({str(folder)!r}))"
+    code = f"from pathlib import Path; from qpruner.runs.storage import fetch; fetch(Path({str(folder)!r}))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert done.returncode == 1
     assert f"CorruptFile: {folder / 'model.safetensors'} is damaged" in done.stderr.replace("qpruner.errors.", "")
