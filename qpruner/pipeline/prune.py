@@ -42,7 +42,7 @@ class Prune(Stage[PruneRecord]):
     memory_keys = "`calibration.batch_size` or `calibration.max_length`"
 
     def inputs(self) -> tuple[Any, ...]:
-        from qpruner.pruning.prune import settled
+        from qpruner.pruning.settings import settled
 
         settings = settled(self.context.inspection.model_config, self.config.prune)
         return (self.context.record(PrepareRecord).digest, settings)
@@ -246,7 +246,7 @@ def target_text(settings: PruneConfig) -> str:
 
 
 def layer_widths(base: Any, pruned: Pruned, before: list[int]) -> list[LayerWidths]:
-    """What each block of the base model keeps, of this many parameters each before."""
+    """List what each block of the base model keeps; `before` has the parameters of each."""
     from qpruner.pruning.prune import block_sizes
 
     family, after = family_of(base), block_sizes(pruned.model, range(num_layers(pruned.model.config)))
