@@ -36,6 +36,7 @@ AWS = "needs an AWS account; tests/test_cluster_files.py checks the file against
 RECIPE = "needs an AWS account; tests/test_aws_recipe.py runs it against a stand-in of AWS"
 MACHINES = "needs machines of one's own; tests/cluster/test_ray_up.py runs these scripts on hosts made of namespaces"
 SLURM = "needs SLURM; tests/cluster/test_slurm.py runs the file under a real one"
+CLUSTER = "needs a cluster; tests/faults/test_search_faults.py drains a node of one"
 INDEX = "asks a package index; tests/test_packaging.py and tests/test_launch.py install from a checkout"
 HUB = "asks a model hub, or needs an account of one; tests/export/test_push.py has one on loopback"
 TESTS = "runs tests, which have their own command"
@@ -54,7 +55,7 @@ NOT_RUN = {
     ("docs/cluster.md", "cp tune_configs/smollm2_135m_p20.yaml"): HUB,
     ("docs/cluster.md", "export HF_HOME=/shared/hf"): SLURM,
     ("docs/cluster.md", "bash launch/up.sh launch/cluster_onprem.yaml"): MACHINES,
-    ("docs/cluster.md", "ray list nodes"): "needs a cluster; tests/faults/test_search_faults.py drains a node of one",
+    ("docs/cluster.md", "ray list nodes"): CLUSTER,
     ("docs/cluster.md", "sbatch"): SLURM,
 }
 """Page and start of the first line -> why the block is not run here."""
@@ -171,17 +172,11 @@ def test_paths_and_names_of_the_code_are_there(page: Path) -> None:
     text = FENCE.sub("", page.read_text(encoding="utf-8"))
     paths = re.findall(r"`(?:qpruner/)?((?:[a-z_]+/)+(?:[a-z_]+\.py)?)(?:: ([A-Za-z_.]+))?`", text)
     assert len(paths) > 10
+    homes = (ROOT, ROOT / "qpruner", *(ROOT / "qpruner").iterdir())
     for path, name in paths:
-        place = next(
-            (
-                folder / path
-                for folder in (ROOT / "qpruner", ROOT, *(ROOT / "qpruner").iterdir())
-                if (folder / path).exists()
-            ),
-            None,
-        )
-        assert place, f"{page.name}: {path}"
-        assert not name or re.search(rf"\b{re.escape(name)}\b", place.read_text()), f"{page.name}: {path}: {name}"
+        found = [home / path for home in homes if (home / path).exists()]
+        assert found, f"{page.name}: {path}"
+        assert not name or re.search(rf"\b{re.escape(name)}\b", found[0].read_text()), f"{page.name}: {path}: {name}"
 
 
 @pytest.mark.parametrize("block", [block for block in BLOCKS if block.language in RUN], ids=str)

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from qpruner.config.schema import EXPANSION, INFORMATION, MEASUREMENT, PruneConfig, RunConfig
 from qpruner.data.sources import Example
 from qpruner.estimate.step_times import StepTimes, packing_operations
+from qpruner.pipeline.flow import STAGES
 from qpruner.pipeline.preflight import Inspection
 from qpruner.pipeline.preflight_rows import CHARACTERS_A_TOKEN, about_labelled, about_tokens
 from qpruner.plans.plan import FULL_BITS, Layout
@@ -84,37 +85,85 @@ def _operations(config: RunConfig) -> int:
 
 def slot_hours(config: RunConfig, inspection: Inspection, rates: Rates) -> dict[str, float]:
     """Estimate the hours of one slot by stage, without starts of processes, loading and saving."""
-    count, steps = _Count(config, inspection), expected_steps(config)
-    evaluation = count.evaluation() / rates.scoring
-    scores = (count.split("validation") + count.split("confirmation") / 2) / rates.scoring
-    seconds = {
-        "prune": count.prune() / rates.training,
-        "bank": count.bank() / rates.packing,
-        "sensitivity": count.sensitivity() / rates.training,
-        "search": count.training(steps.steps) / rates.training + count.search_scores(steps) / rates.scoring,
-        "finetune": count.training(count.finetune_steps()) / rates.training + scores,
-        "evaluate": (1 + UNTUNED) * evaluation,
-    }
-    if config.finetune.compare:
-        seconds["comparison"] = num_compared(config) * (seconds["finetune"] + evaluation)
-    return {name: each / 3600 for name, each in seconds.items()}
+    return {name: seconds / 3600 for name, seconds in _by_stage(_SlotSeconds(config, inspection, rates), config)}
 
 
 def slots_sharing(config: RunConfig, inspection: Inspection, slots: int, has_gpus: bool) -> dict[str, int]:
     """Return how many of the slots each stage's jobs are shared among."""
-    workers = config.finetune.num_workers
-    measures_groups = has_gpus and set(MEASUREMENT) & set(config.measured_methods)
-    shared = {
-        "prune": 1,
-        "bank": min(slots, len(inspection.pruned.groups)),
-        "sensitivity": slots if measures_groups else 1,
-        "search": min(slots, config.num_trials),
-        "finetune": workers,
-        "evaluate": min(slots, 1 + UNTUNED),
-    }
-    if config.finetune.compare:
-        shared["comparison"] = max(1, min(slots // workers, num_compared(config))) * workers
-    return shared
+    return dict(_by_stage(_SlotsSharing(config, inspection, slots, has_gpus), config))
+
+
+def _by_stage(estimates: Any, config: RunConfig) -> Iterator[tuple[str, Any]]:
+    """Call the method of each stage's name, in the order of the flow."""
+    for stage in STAGES:
+        if stage.is_wanted(config) and hasattr(estimates, stage.name):
+            yield stage.name, getattr(estimates, stage.name)()
+
+
+class _SlotSeconds:
+    """Seconds of one slot: a method for each stage that takes long."""
+
+    def __init__(self, config: RunConfig, inspection: Inspection, rates: Rates) -> None:
+        self._config, self._rates, self._count = config, rates, _Count(config, inspection)
+
+    def prune(self) -> float:
+        return self._count.prune() / self._rates.training
+
+    def bank(self) -> float:
+        return self._count.bank() / self._rates.packing
+
+    def sensitivity(self) -> float:
+        return self._count.sensitivity() / self._rates.training
+
+    def search(self) -> float:
+        steps, rates = expected_steps(self._config), self._rates
+        return self._count.training(steps.steps) / rates.training + self._count.search_scores(steps) / rates.scoring
+
+    def finetune(self) -> float:
+        count, rates = self._count, self._rates
+        scores = (count.split("validation") + count.split("confirmation") / 2) / rates.scoring
+        return count.training(count.finetune_steps()) / rates.training + scores
+
+    def evaluate(self) -> float:
+        return (1 + UNTUNED) * self._one_evaluation()
+
+    def comparison(self) -> float:
+        return num_compared(self._config) * (self.finetune() + self._one_evaluation())
+
+    def _one_evaluation(self) -> float:
+        return self._count.evaluation() / self._rates.scoring
+
+
+@dataclass(frozen=True)
+class _SlotsSharing:
+    """Slots that share a stage's jobs: a method for each stage that takes long."""
+
+    config: RunConfig
+    inspection: Inspection
+    slots: int
+    has_gpus: bool
+
+    def prune(self) -> int:
+        return 1
+
+    def bank(self) -> int:
+        return min(self.slots, len(self.inspection.pruned.groups))
+
+    def sensitivity(self) -> int:
+        return self.slots if self.has_gpus and set(MEASUREMENT) & set(self.config.measured_methods) else 1
+
+    def search(self) -> int:
+        return min(self.slots, self.config.num_trials)
+
+    def finetune(self) -> int:
+        return self.config.finetune.num_workers
+
+    def evaluate(self) -> int:
+        return min(self.slots, 1 + UNTUNED)
+
+    def comparison(self) -> int:
+        workers = self.config.finetune.num_workers
+        return max(1, min(self.slots // workers, num_compared(self.config))) * workers
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import json
 import logging
 import subprocess
@@ -17,29 +16,15 @@ from click.testing import CliRunner
 from conftest import with_key
 
 import qpruner
-from qpruner import api as stages
-from qpruner.cli.main import VERBS, main
+from qpruner.cli.main import main
 from qpruner.errors import UserError
 from qpruner.pipeline import sender
-from qpruner.pipeline.flow import STAGES
 from qpruner.pipeline.prepare import Prepare
 from qpruner.runs.events import StageFinished
 from qpruner.runs.paths import RunDir
 from qpruner.runs.records import RunState
 
 WriteYaml = Callable[[dict[str, Any]], Path]
-
-
-def test_every_stage_is_a_function_that_runs_up_to_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[tuple[Any, ...]] = []
-    monkeypatch.setattr(stages, "run", lambda *given, **named: asked.append((*given, named)))
-    names = [stage.name for stage in STAGES if stage.record and stage.help]
-    assert set(VERBS) == {"run", "report", *names}
-    for name in names:
-        function = getattr(qpruner.api, name)
-        assert f"`results.{name}`" in (inspect.getdoc(function) or ""), "it says what it returns"
-        function("my.yaml", "seed=1", address="auto")
-        assert asked.pop() == ("my.yaml", "seed=1", {"until": name, "address": "auto"})
 
 
 def test_importing_it_loads_neither_torch_nor_ray() -> None:
@@ -93,20 +78,6 @@ def test_the_whole_flow_from_python(tiny_raw: dict[str, Any], write_yaml: WriteY
 
 def broken(*_: Any) -> Any:
     raise ZeroDivisionError("nobody foresaw this")
-
-
-@pytest.mark.parametrize(
-    ("given", "named", "said"),
-    [
-        (("my.yaml",), {"until": "finetun"}, r"`until` must be one of prepare, prune, .*, report, got 'finetun'"),
-        (({"output": "runs/mine"},), {}, "`config` must be the path of a YAML file, got dict"),
-    ],
-)
-def test_a_stage_or_configuration_that_cannot_be_is_refused(
-    given: tuple[Any, ...], named: dict[str, Any], said: str
-) -> None:
-    with pytest.raises(UserError, match=said):
-        stages.run(*given, **named)
 
 
 def test_an_error_that_nobody_foresaw_says_what_to_do(
