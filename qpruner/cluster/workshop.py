@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from qpruner.cluster.cluster import Deaths, told_by
 from qpruner.cluster.gpu_time import GpuTime
-from qpruner.models.loading import OnLoading, load_dense, untold
+from qpruner.models.loading import OnLoading, ignore_progress, load_dense
 from qpruner.models.memory import release
 from qpruner.runs.events import Emit, Event, Message
 from qpruner.runs.mirror import fetch
@@ -45,10 +45,10 @@ class Bench:
         self._pruned = None
         release()
 
-    def pruned_model(self, checkpoint: Path, dtype: str, told: OnLoading = untold) -> PreTrainedModel:
+    def pruned_model(self, checkpoint: Path, dtype: str, told: OnLoading = ignore_progress) -> PreTrainedModel:
         """The pruned model on this process's device; loaded if an earlier session cut it."""
         if self._pruned is None:
-            self._pruned = load_dense(str(fetch(checkpoint)), dtype, told=told)
+            self._pruned = load_dense(str(fetch(checkpoint)), dtype, on_progress=told)
         return self._pruned
 
 

@@ -41,7 +41,7 @@ def release() -> None:
 
 
 @functools.cache
-def settle() -> None:
+def freeze_libraries() -> None:
     """Keep the objects of the libraries out of the cycle collector's passes; for a process that holds no model yet.
 
     A pass over the objects of torch, transformers and Ray takes 0.2 s and more, and every trial makes two or three
@@ -51,7 +51,7 @@ def settle() -> None:
     gc.freeze()
 
 
-def page_in(model: torch.nn.Module) -> None:
+def read_weights(model: torch.nn.Module) -> None:
     """Read every weight once: those of a mapped .safetensors file take memory only when first read.
 
     SmolLM2's 266 MB counted as its generation's, twice in all (torch 2.13, transformers 5.24).
@@ -60,7 +60,7 @@ def page_in(model: torch.nn.Module) -> None:
         tensor.detach().sum()
 
 
-def take_in(model: torch.nn.Module) -> None:
+def copy_weights(model: torch.nn.Module) -> None:
     """Copy every weight out of its mapped .safetensors file.
 
     The file stays resident until its last tensor is gone, so a model cut in place would be there twice.
@@ -96,14 +96,14 @@ def kernel_kills() -> int | None:
     return None
 
 
-def told_shortage(error: BaseException) -> str:
+def shortage_text(error: BaseException) -> str:
     """Describe an out-of-memory error in a few words."""
     lines = str(error).strip().splitlines()
     return f"out of memory ({lines[0][:120] if lines else type(error).__name__})"
 
 
 @contextlib.contextmanager
-def explaining_shortage(remedy: str) -> Iterator[None]:
+def raising_out_of_memory(remedy: str) -> Iterator[None]:
     """Turn errors about memory that ran out into `OutOfMemory`.
 
     Args:
@@ -114,7 +114,7 @@ def explaining_shortage(remedy: str) -> Iterator[None]:
     except Exception as error:
         if not is_out_of_memory(error):
             raise
-        raise OutOfMemory(told_shortage(error), remedy) from error
+        raise OutOfMemory(shortage_text(error), remedy) from error
 
 
 class PeakMemory:

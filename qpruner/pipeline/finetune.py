@@ -277,13 +277,13 @@ class FinalJob:
 def write_final(job: FinalJob, bench: Bench, emit: Emit) -> None:
     """The final folder: packed weights, adapter and tokenizer, loadable by transformers after `import qpruner.hf`."""
     from qpruner.models.checkpoint import save_checkpoint
-    from qpruner.models.loading import load_tokenizer, tensors_told
+    from qpruner.models.loading import load_tokenizer, reporting_tensors
     from qpruner.quantization.assembly import assemble
 
     told = telling(emit, "finetune")
     winner, quantize, dtype = job.winner, job.config.quantize, job.config.model.dtype
     checkpoint, adapter = fetch(winner.checkpoint), fetch(winner.adapter)
-    with tensors_told(told):
+    with reporting_tensors(told):
         model, _ = assemble(checkpoint, winner.bank, quantize.group, winner.plan, dtype, quantize.double_quant)
     scratch = emptied(workplace(job.folder.with_name(f".{job.folder.name}")))
     with written(scratch):

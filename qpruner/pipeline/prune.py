@@ -163,7 +163,7 @@ def cut_in_memory(job: PreviewJob, bench: Bench, emit: Emit) -> dict[str, Any]:
 
     config = job.config
     with tempfile.TemporaryDirectory() as scratch:
-        base = prepare_base(config.model, Path(scratch), told=telling(emit, "prune"))
+        base = prepare_base(config.model, Path(scratch), on_progress=telling(emit, "prune"))
         tokenizer = load_tokenizer(base.path)
         vocabulary = load_model_config(config.model).vocab_size
         rows = importance_samples(config, job.examples, vocabulary, tokenizer)
@@ -184,11 +184,11 @@ def _cut(
     config: RunConfig, settings: PruneConfig, model: PreTrainedModel, samples: Samples, emit: Emit
 ) -> tuple[Pruned, dict[str, Any]]:
     """Cut a model in place; returns it with the record's fields."""
-    from qpruner.models.memory import PeakMemory, take_in
+    from qpruner.models.memory import PeakMemory, copy_weights
     from qpruner.pipeline.preflight import DTYPE_BYTES
     from qpruner.pruning.prune import block_sizes, prune
 
-    take_in(model)
+    copy_weights(model)
     base_config = copy.deepcopy(model.config)
     block_parameters = block_sizes(model, range(num_layers(base_config)))
     memory = PeakMemory()

@@ -21,8 +21,8 @@ from qpruner.errors import TrainingDiverged
 from qpruner.models import ragged
 from qpruner.models.families import UnitKind, family_of
 from qpruner.pruning.block_stream import BlockStream
-from qpruner.pruning.units import Kept
 from qpruner.pruning.surgery import unit_indices
+from qpruner.pruning.units import Kept
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

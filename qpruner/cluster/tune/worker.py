@@ -21,7 +21,7 @@ from qpruner.cluster.testimony import own_name
 from qpruner.cluster.tune.job import METRIC, TIME, SearchJob, params_to_plan, smaller_batch
 from qpruner.config.schema import RunConfig
 from qpruner.errors import CorruptFile, StorageError, TakenOver, TrainingDiverged
-from qpruner.models.memory import PeakMemory, is_out_of_memory, kernel_kills, release, settle
+from qpruner.models.memory import PeakMemory, freeze_libraries, is_out_of_memory, kernel_kills, release
 from qpruner.runs.mirror import fetch, workplace
 from qpruner.runs.object_store import is_mirror
 from qpruner.runs.paths import folder_digests, publish_folder, remove, sign_seconds
@@ -64,7 +64,7 @@ def sent_whole(job: SearchJob) -> Callable[[dict[str, Any]], None]:
 def run_recorded(params: dict[str, Any], job: SearchJob) -> None:
     """One trial, from its own last rung to its end."""
     _limit_threads(job.resources)
-    settle()
+    freeze_libraries()
     release()  # the actor's last trial
     trial = _RecordedTrial(params, job)
     leave_if_drained()
