@@ -17,9 +17,9 @@ from pathlib import Path
 import numpy as np
 import ray
 
-from qpruner.cluster.cluster import OBJECT_STORE_BYTES, Cluster
+from qpruner.cluster.connect import OBJECT_STORE_BYTES, Cluster
 from qpruner.cluster.probe import packed_check
-from qpruner.cluster.room import Room
+from qpruner.cluster.slots import Room
 from qpruner.cluster.tune import SearchJob, SearchOutcome, search
 from qpruner.config.load import validate_config
 from qpruner.config.schema import RunConfig

@@ -444,23 +444,23 @@ def _preview(path: Path, overrides: tuple[str, ...], address: str | None, quiet:
 
 
 def _print_layers(record: PruneRecord, terminal: Terminal) -> None:
-    from qpruner.report import sections
+    from qpruner.report.tables import kept_of_blocks, prune_summary
 
-    terminal.table(*sections.layers(record))
-    terminal.say(sections.prune_summary(record))
+    table = kept_of_blocks(record)
+    terminal.table(table.headings, table.rows)
+    terminal.say(prune_summary(record))
 
 
 def _print_table(results: Results, root: Path, terminal: Terminal) -> None:
-    from qpruner.report import sections
-    from qpruner.report.alone import to_compare
-    from qpruner.report.claim import claim
+    from qpruner.report.claim import claim, how_to_compare
+    from qpruner.report.tables import final_tables
 
-    for caption, headings, body in sections.final_tables(results):
-        terminal.say(f"{caption}:")
-        terminal.table(headings, body)
+    for table in final_tables(results):
+        terminal.say(f"{table.caption}:")
+        terminal.table(table.headings, table.rows)
     terminal.prose(claim(results))
     if results.comparison is None:
-        terminal.say(to_compare(as_called()))
+        terminal.say(how_to_compare(as_called()))
     terminal.say(_where_next(root))
 
 

@@ -18,7 +18,7 @@ from qpruner.runs.paths import files_in, remove
 from qpruner.runs.records import BankRecord, PruneRecord, digest_of
 
 if TYPE_CHECKING:
-    from qpruner.cluster.workshop import Bench
+    from qpruner.cluster.executor import ModelCache
     from qpruner.pipeline.context import Context
     from qpruner.quantization.bank import BankIndex, GroupJob, IndexEntry
 
@@ -237,12 +237,12 @@ def _built(context: Context, jobs: list[GroupJob]) -> Iterator[tuple[GroupJob, d
     resources, concurrent = ({}, 1) if is_small else context.task_resources(len(jobs))
     if concurrent <= 1:
         for job in jobs:
-            yield job, context.workshop.do(build_here, job, context.emit)
+            yield job, context.executor.run(build_here, job, context.emit)
         return
     if context.address:
         # Its machine builds, too; the sensitivities load the model again.
-        context.workshop.close()
-    from qpruner.cluster.cluster import run_tasks
+        context.executor.close()
+    from qpruner.cluster.tasks import run_tasks
 
     jobs = [replace(job, threads=int(resources.get("cpu", 1))) for job in jobs]
     for position, built in run_tasks(
@@ -257,7 +257,7 @@ def _built(context: Context, jobs: list[GroupJob]) -> Iterator[tuple[GroupJob, d
         yield jobs[position], built
 
 
-def build_here(job: GroupJob, bench: Bench, emit: Emit) -> dict[str, tuple[str, float]]:
+def build_here(job: GroupJob, cache: ModelCache, emit: Emit) -> dict[str, tuple[str, float]]:
     """A group beside the pruned model, which stays for the sensitivities."""
     from qpruner.quantization.bank import build_group
 

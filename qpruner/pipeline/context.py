@@ -1,4 +1,4 @@
-"""What every stage of a run shares: configuration, folders, the workshop, the cluster."""
+"""What every stage of a run shares: configuration, folders, the executor, the cluster."""
 
 from __future__ import annotations
 
@@ -9,11 +9,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 
-from qpruner.cluster.cluster import Cluster, connect, disconnect, local_slots
-from qpruner.cluster.gpu_time import GpuTime
+from qpruner.cluster.connect import Cluster, connect, disconnect
+from qpruner.cluster.executor import ClusterExecutor, GpuTime, LocalExecutor, ModelExecutor
 from qpruner.cluster.probe import packed_check, packed_check_of_gpus, packed_check_of_installation
-from qpruner.cluster.slots import Slots, worker_resources
-from qpruner.cluster.workshop import Here, OnCluster, Workshop
+from qpruner.cluster.slots import Slots, local_slots, worker_resources
 from qpruner.config.schema import RunConfig
 from qpruner.models.loading import absolute_source, checkpoint_config
 from qpruner.pipeline import preflight
@@ -164,7 +163,7 @@ class Context:
         if not names:
             return None
         environment = check_trackers(names)
-        return Trackers(names, name_of(root).rstrip("/").rpartition("/")[2], self.run_dir.id, root, environment)
+        return Trackers(names, name_of(root).rstrip("/").rpartition("/")[2], root, environment)
 
     @cached_property
     def _cluster(self) -> Cluster:
@@ -183,12 +182,12 @@ class Context:
         return self.slots if self.address else self.assumed or local_slots()
 
     @cached_property
-    def workshop(self) -> Workshop:
+    def executor(self) -> ModelExecutor:
         """Where the work on one model is done: on the cluster that was given, so that its head needs no GPU."""
         if self.address:
-            return OnCluster(self._workshop_resources(), self.gpu_time, self.check_node)
+            return ClusterExecutor(self._executor_resources(), self.gpu_time, self.check_node)
         present = local_slots().gpus
-        return Here(present if self._is_spread else min(present, 1.0), self.gpu_time)
+        return LocalExecutor(present if self._is_spread else min(present, 1.0), self.gpu_time)
 
     @cached_property
     def check_node(self) -> bytes:
@@ -203,7 +202,7 @@ class Context:
         """Whether the dense model lies on all GPUs of its machine."""
         return self.config.model.device_map == "auto"
 
-    def _workshop_resources(self) -> dict[str, float]:
+    def _executor_resources(self) -> dict[str, float]:
         """One machine's GPU, all of them where the dense model is spread; every core where trials run on CPUs."""
         trial, largest = self.trial_resources, self.slots.largest
         if not trial.get("gpu"):
@@ -254,7 +253,7 @@ class Context:
 
     def close(self) -> None:
         """Give back the model's memory, and leave the cluster unless it was joined before."""
-        if "workshop" in self.__dict__:
-            self.workshop.close()
+        if "executor" in self.__dict__:
+            self.executor.close()
         if self._has_joined:
             disconnect()

@@ -111,7 +111,7 @@ def scores_digest(context: Context) -> str:
 
 def score_jobs(context: Context, stage: str, jobs: list[Candidate], text: Path | None) -> dict[Path, RowScores]:
     """Score what has no record of these tasks and this text yet; the scores by folder."""
-    from qpruner.cluster.cluster import run_tasks
+    from qpruner.cluster.tasks import run_tasks
 
     digest = scores_digest(context)
     found: dict[Path, RowScores] = {}
@@ -163,7 +163,7 @@ def measure_in_turns(
     context: Context, stage: str, jobs: Iterable[Candidate]
 ) -> tuple[InferenceSetting, dict[Path, Inference]]:
     """What each row takes to use, by its folder; training seeds of one plan are one model."""
-    from qpruner.cluster.cluster import run_tasks
+    from qpruner.cluster.tasks import run_tasks
 
     models: dict[tuple[Any, ...], list[Candidate]] = {}
     for job in sorted(jobs, key=lambda job: str(job.checkpoint)):

@@ -47,7 +47,7 @@ from qpruner.training.table_rows import Candidate, FinetuneOutcome, finetune_can
 from qpruner.wording import counted
 
 if TYPE_CHECKING:
-    from qpruner.cluster.workshop import Bench
+    from qpruner.cluster.executor import ModelCache
     from qpruner.pipeline.context import Context
 
 
@@ -95,8 +95,8 @@ class Finetune(Stage[FinetuneRecord]):
         context.forget("finetune")  # the folder that it vouches for is about to be written over
         before = context.gpu_time.seconds
         with row_set_aside_if_damaged(context.run_dir, "finetune"):
-            context.workshop.do(write_final, FinalJob(self.config, winner, self._final), context.emit)
-        context.workshop.close()
+            context.executor.run(write_final, FinalJob(self.config, winner, self._final), context.emit)
+        context.executor.close()
         # The fine-tune may be one of an earlier session.
         held = sum(each.gpu_seconds for each in tuned) + context.gpu_time.seconds - before
         return {"winner": SEARCHED, "candidates": tuned, "gpu_seconds": held}
@@ -200,7 +200,7 @@ def _finetuned(
         return run_groups(
             finetune_candidate, tasks, resources, num_workers, concurrent, scratch, context.check_node, on_tick, saved
         )
-    from qpruner.cluster.cluster import run_tasks
+    from qpruner.cluster.tasks import run_tasks
 
     return run_tasks(
         finetune_candidate,
@@ -274,7 +274,7 @@ class FinalJob:
     folder: Path
 
 
-def write_final(job: FinalJob, bench: Bench, emit: Emit) -> None:
+def write_final(job: FinalJob, cache: ModelCache, emit: Emit) -> None:
     """The final folder: packed weights, adapter and tokenizer, loadable by transformers after `import qpruner.hf`."""
     from qpruner.models.checkpoint import save_checkpoint
     from qpruner.models.loading import load_tokenizer, reporting_tensors

@@ -14,8 +14,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from qpruner.cluster.node_facts import differences, differing, versions
 from qpruner.cluster.probe import Cache, Gpu, NodeFacts, Report, probe
-from qpruner.cluster.testimony import differences, differing, versions
 from qpruner.config.schema import RunConfig
 from qpruner.errors import CorruptFile, UserError
 from qpruner.pipeline.context import Context

@@ -17,7 +17,7 @@ from qpruner.runs.records import PrepareRecord
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from qpruner.cluster.workshop import Bench
+    from qpruner.cluster.executor import ModelCache
     from qpruner.data.sources import Example
     from qpruner.models.checkpoint import Base
     from qpruner.models.loading import OnLoading
@@ -44,7 +44,7 @@ class Prepare(Stage[PrepareRecord]):
         context, run = self.context, self.context.run_dir
         is_shared = bool(context.address) or run.is_at_uri
         job = BaseJob(context.worker_config.model, scratch / "model", is_shared)
-        base = context.workshop.do(bring_base, job, context.emit)
+        base = context.executor.run(bring_base, job, context.emit)
         if base.converted:
             check_arrived(job.folder)
         counts = _encode_splits(context, str(fetch(Path(base.path))), scratch / "data")
@@ -81,7 +81,7 @@ class BaseJob:
     is_shared: bool
 
 
-def bring_base(job: BaseJob, bench: Bench, emit: Emit) -> Base:
+def bring_base(job: BaseJob, cache: ModelCache, emit: Emit) -> Base:
     """The base model as a folder."""
     from qpruner.models.checkpoint import prepare_base
 

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import psutil
 
-from qpruner.cluster.cluster import num_cores
+from qpruner.cluster.slots import num_cores
 from qpruner.config.schema import RunConfig
 from qpruner.errors import CorruptFile, QprunerError, StorageError, UserError, note_defect
 from qpruner.runs import events

@@ -23,7 +23,7 @@ from qpruner.runs.retry import patiently
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from qpruner.cluster.workshop import Bench
+    from qpruner.cluster.executor import ModelCache
     from qpruner.data.calibration import Samples
     from qpruner.data.losses import Rows
     from qpruner.data.sources import Example
@@ -63,7 +63,7 @@ class Prune(Stage[PruneRecord]):
         self._report_earlier_cut()
         base = context.run_dir.base_model(context.record(PrepareRecord))
         job = CutJob(self.config, _settings(context), base, context.data / "importance", scratch)
-        fields = context.workshop.do(cut_and_save, job, context.emit)
+        fields = context.executor.run(cut_and_save, job, context.emit)
         check_arrived(scratch)
         return fields
 
@@ -84,7 +84,7 @@ class Prune(Stage[PruneRecord]):
         context.emit(StageStarted(self.name, f"{describe(settings)}; nothing is written"))
         self._report_earlier_cut()
         job = PreviewJob(context.worker_config, settings, context.inspection.examples["calibration"])
-        fields = context.workshop.do(cut_in_memory, job, context.emit)
+        fields = context.executor.run(cut_in_memory, job, context.emit)
         return PruneRecord(digest="", **fields)
 
     def _report_earlier_cut(self) -> None:
@@ -117,8 +117,8 @@ class CutJob:
     scratch: Path
 
 
-def cut_and_save(job: CutJob, bench: Bench, emit: Emit) -> dict[str, Any]:
-    """Cut the base model, save it and leave it on the bench; returns the record's fields."""
+def cut_and_save(job: CutJob, cache: ModelCache, emit: Emit) -> dict[str, Any]:
+    """Cut the base model, save it and keep it in the cache; returns the record's fields."""
     from qpruner.data.encoding import load_encoded
     from qpruner.models.checkpoint import save_checkpoint
     from qpruner.models.loading import load_dense, load_tokenizer
@@ -128,7 +128,7 @@ def cut_and_save(job: CutJob, bench: Bench, emit: Emit) -> dict[str, Any]:
     tokenizer = load_tokenizer(base)
     # As lists: an error that is kept would keep a mapped file open, and its disk busy.
     samples = _samples(list(load_encoded(job.rows)), tokenizer, job.config.calibration.batch_size)
-    bench.clear()
+    cache.clear()
     model = load_dense(base, job.config.model.dtype, job.config.model, on_weights)
     pruned, fields = _cut(job.config, job.settings, model, samples, emit)
     with written(job.scratch) as folder:
@@ -136,7 +136,7 @@ def cut_and_save(job: CutJob, bench: Bench, emit: Emit) -> dict[str, Any]:
         patiently(lambda: save_importance(folder, pruned.scores, pruned.block_scores), folder)
         record = PruneRecord(digest="", seconds=0.0, **fields)
         patiently(lambda: write_pictures(folder, record, load_importance(folder)), folder)
-    bench.keep(pruned.model)
+    cache.keep(pruned.model)
     return fields | {"weights": _weights_digest(job.scratch)}
 
 
@@ -156,7 +156,7 @@ class PreviewJob:
     examples: list[Example]
 
 
-def cut_in_memory(job: PreviewJob, bench: Bench, emit: Emit) -> dict[str, Any]:
+def cut_in_memory(job: PreviewJob, cache: ModelCache, emit: Emit) -> dict[str, Any]:
     """Cut the base model and drop it; returns the record's fields."""
     from qpruner.models.checkpoint import prepare_base
     from qpruner.models.loading import load_dense, load_model_config, load_tokenizer

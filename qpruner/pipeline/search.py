@@ -38,13 +38,13 @@ from qpruner.runs.records import (
 from qpruner.search.choice import controls_of, finalist_positions, winner_position
 from qpruner.search.trial_job import Materials
 from qpruner.search.trial_records import (
-    MENDED_BY,
-    begin_anew_if_damaged,
+    SETTING_REMEDIES,
     checkpoint_of,
     fresh_path,
     objective,
     read_trials,
     readable_trials,
+    restart_if_damaged,
     set_aside_damaged,
 )
 from qpruner.sensitivity.seeds import seed_plan
@@ -108,7 +108,7 @@ class Search(Stage[SearchRecord]):
         """Report what is known of the trials, and forget the record where one of them was damaged."""
         context, settings = self.context, self.config.search
         # Its memory is needed before the trials start.
-        context.workshop.close()
+        context.executor.close()
         set_aside_damaged(self.folder, self.search_digest, self.tell)
         trials = read_trials(self.folder)
         own = [trial for trial in trials if trial.search == self.search_digest][: settings.max_trials]
@@ -194,21 +194,21 @@ class Search(Stage[SearchRecord]):
     def _finalists(self, job: SearchJob, known: SearchJob) -> tuple[SearchOutcome, list[TrialRecord]]:
         """Run the trials, again where the files of a finalist turn out to be damaged."""
         from qpruner.cluster import tune
-        from qpruner.cluster.room import Room
+        from qpruner.cluster.slots import Room
 
         context = self.context
         room = Room(lambda: context.slots, job.resources, self.config.search.max_concurrent, context.emit)
         while True:
             outcome = tune.search(job, room, context.emit, context.trackers)
             self.tell(f"ended: {outcome.ended}")
-            earlier = [trial for trial in outcome.taken_over if job.space.is_feasible(_plan(trial))]
+            earlier = [trial for trial in outcome.reused if job.space.is_feasible(_plan(trial))]
             usable = [*outcome.trials, *earlier]
             if self.given:
                 finalists = _beside_given(usable, self.given, known)
             else:
                 finalists = _finalists([trial for trial in usable if _competes(trial, job)], job)
             # What is fine to read may not be what was written.
-            if not [trial for trial in finalists if begin_anew_if_damaged(job.trials, trial, self.tell)]:
+            if not [trial for trial in finalists if restart_if_damaged(job.trials, trial, self.tell)]:
                 return outcome, finalists
 
     def _trial_fields(self, outcome: SearchOutcome) -> dict[str, Any]:
@@ -225,7 +225,7 @@ class Search(Stage[SearchRecord]):
             "num_stopped": statuses.count("stopped"),
             "num_failed": statuses.count("failed"),
             "failures": dict(Counter(trial.failure for trial in outcome.trials if trial.failure)),
-            "num_taken_over": sum(1 for trial in outcome.taken_over if trial.rungs),
+            "num_taken_over": sum(1 for trial in outcome.reused if trial.rungs),
             "ended": outcome.ended,
             "search_seconds": outcome.seconds,
             "gpu_seconds": outcome.gpu_seconds,
@@ -329,7 +329,7 @@ def _finalists(trials: Sequence[TrialRecord], job: SearchJob) -> list[TrialRecor
     if not finished:
         reasons = [trial.reason for trial in trials if trial.reason]
         kinds = {trial.failure for trial in trials}
-        mend = MENDED_BY.get(kinds.pop() or "", REMEDY) if len(kinds) == 1 else REMEDY
+        mend = SETTING_REMEDIES.get(kinds.pop() or "", REMEDY) if len(kinds) == 1 else REMEDY
         raise StageError(
             "search",
             f"none of {counted(len(trials), 'trial')} finished; the first said: {reasons[0] if reasons else 'nothing'}",
@@ -384,7 +384,7 @@ def _confirm(
 
 def _fresh_scores(context: Context, finalists: Sequence[TrialRecord], job: SearchJob) -> list[KeptScore]:
     """Scores of each finalist on what no trial was scored on; what a command before scored is not scored again."""
-    from qpruner.cluster.cluster import run_tasks
+    from qpruner.cluster.tasks import run_tasks
 
     paths = [fresh_path(job.trials, trial.index) for trial in finalists]
     # Which rows there are is told by the folder of trials, as all that they were trained on.

@@ -19,7 +19,7 @@ from qpruner.runs.records import BankRecord, MethodScores, PruneRecord, Sensitiv
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from qpruner.cluster.workshop import Bench
+    from qpruner.cluster.executor import ModelCache
     from qpruner.pipeline.context import Context
     from qpruner.sensitivity.measurement import Measurement
     from qpruner.sensitivity.methods import Subject
@@ -117,7 +117,7 @@ def _scored(context: Context, missing: set[str]) -> Iterator[tuple[str, MethodSc
     job = ScoringJob(config, context.checkpoint, subject)
     for methods, score in ((INFORMATION, score_information), (EXPANSION, score_expansion)):
         if missing.intersection(methods):
-            yield from context.workshop.do(score, job, context.emit).items()
+            yield from context.executor.run(score, job, context.emit).items()
     if missing.intersection(MEASUREMENT):
         started = time.monotonic()
         found = _measured(context, job)
@@ -138,30 +138,30 @@ class ScoringJob:
     checkpoint: Path
     subject: Subject
 
-    def model(self, bench: Bench, emit: Emit) -> PreTrainedModel:
-        return bench.pruned_model(self.checkpoint, self.config.model.dtype, telling(emit, "sensitivity"))
+    def model(self, cache: ModelCache, emit: Emit) -> PreTrainedModel:
+        return cache.pruned_model(self.checkpoint, self.config.model.dtype, telling(emit, "sensitivity"))
 
 
-def score_information(job: ScoringJob, bench: Bench, emit: Emit) -> dict[str, MethodScores]:
+def score_information(job: ScoringJob, cache: ModelCache, emit: Emit) -> dict[str, MethodScores]:
     from qpruner.sensitivity import methods as scoring
 
-    config, model = job.config, job.model(bench, emit)
+    config, model = job.config, job.model(cache, emit)
     told, samples = _teller(emit, INFORMATION), _teller(emit, (*INFORMATION, "samples"))
     return scoring.by_information(model, job.subject, config.sensitivity, config.seed, told, samples)
 
 
-def score_expansion(job: ScoringJob, bench: Bench, emit: Emit) -> dict[str, MethodScores]:
+def score_expansion(job: ScoringJob, cache: ModelCache, emit: Emit) -> dict[str, MethodScores]:
     from qpruner.sensitivity import methods as scoring
 
     told = _teller(emit, EXPANSION)
-    return scoring.by_expansion(job.model(bench, emit), job.subject, job.config.sensitivity.batch_size, told)
+    return scoring.by_expansion(job.model(cache, emit), job.subject, job.config.sensitivity.batch_size, told)
 
 
-def measure_all(job: ScoringJob, bench: Bench, emit: Emit) -> Measurement:
+def measure_all(job: ScoringJob, cache: ModelCache, emit: Emit) -> Measurement:
     """KL and loss of every group, on every sample."""
     from qpruner.sensitivity.measurement import measure
 
-    model, settings = job.model(bench, emit), job.config.sensitivity
+    model, settings = job.model(cache, emit), job.config.sensitivity
     samples = job.subject.samples(settings.batch_size, settings.num_measured_samples)
     return measure(model, samples.by_length, job.subject.starts(model), _teller(emit, MEASUREMENT))
 
@@ -172,16 +172,16 @@ def _teller(emit: Emit, methods: Sequence[str]) -> Callable[[int, int], None]:
 
 def _measured(context: Context, job: ScoringJob) -> Measurement:
     """KL and loss of every group, the samples shared among the slots where several are there."""
-    from qpruner.cluster.cluster import run_tasks
+    from qpruner.cluster.tasks import run_tasks
     from qpruner.sensitivity.measurement import Measurement
     from qpruner.sensitivity.methods import MeasurementJob, measure_share
 
     slots = context.known_slots
     num_slots = slots.fits(context.trial_resources) if context.address else int(slots.gpus)
     if num_slots <= 1:
-        return context.workshop.do(measure_all, job, context.emit)
+        return context.executor.run(measure_all, job, context.emit)
     # Every slot loads the model, the one that held it too.
-    context.workshop.close()
+    context.executor.close()
     settings = context.config.sensitivity
     samples = job.subject.samples(settings.batch_size, settings.num_measured_samples).by_length
     resources, num_shares = context.task_resources(min(num_slots, len(samples.rows)))

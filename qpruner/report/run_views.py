@@ -16,7 +16,7 @@ from typing import Any
 from qpruner.data.measures import accuracy_in_full
 from qpruner.errors import UserError
 from qpruner.report import results as table
-from qpruner.report.alone import to_compare
+from qpruner.report.claim import how_to_compare
 from qpruner.report.liveness import RUNNING, Liveness, read_liveness
 from qpruner.report.results import SEARCHED, read_results
 from qpruner.report.search_progress import (
@@ -183,7 +183,7 @@ def status(run: RunView, now: float) -> dict[str, Any]:
         "seconds_since_sign_of_life": max(0.0, now - run.life.last_sign),
         "stages": stages,
         "search": _search_status(run),
-        "to_compare": to_compare(run.state.command) if run.could_compare else None,
+        "to_compare": how_to_compare(run.state.command) if run.could_compare else None,
     }
 
 

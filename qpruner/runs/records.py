@@ -294,20 +294,20 @@ class TrialRecord(Recorded):
         return self.is_given or self.origin.startswith(("uniform-", "seed-"))
 
     @property
-    def is_ruined(self) -> bool:
+    def plan_failed(self) -> bool:
         """Whether the plan itself cannot be trained here, so that searchers are told a bad score."""
         return self.failure in ("infeasible", "diverged")
 
     @property
-    def can_be_mended(self) -> bool:
+    def infrastructure_failed(self) -> bool:
         """Whether it failed for want of something that says nothing of the plan."""
         return self.failure in ("storage", "damaged", "machine")
 
     @property
-    def is_tried_again(self) -> bool:
+    def should_retry(self) -> bool:
         """Whether a search that goes on has it once more: so has what hung before its first rung, where its files were
         what it waited for, or its machine."""
-        return self.can_be_mended or (self.failure == "hung" and not self.rungs)
+        return self.infrastructure_failed or (self.failure == "hung" and not self.rungs)
 
 
 class TrialPulse(Recorded):

@@ -37,7 +37,7 @@ def run_trial(job: TrialJob, start: Path | None, report: Report, progress: Progr
 
     checkpoint = fetch(materials.checkpoint, moved)
     # One seed for adapters, data order and dropout of all trials: another order moves the loss more than most plans do.
-    bench = plan_assembler(
+    assembler = plan_assembler(
         checkpoint,
         materials.bank,
         config.quantize.group,
@@ -45,7 +45,7 @@ def run_trial(job: TrialJob, start: Path | None, report: Report, progress: Progr
         config.quantize.double_quant,
         config.lora,
     )
-    peft_model = bench.model(job.plan, config.seed, moved)
+    peft_model = assembler.model(job.plan, config.seed, moved)
     progress(0)
     tokenizer = load_tokenizer(str(checkpoint))
     pad_id = int(tokenizer.pad_token_id)
@@ -86,8 +86,8 @@ def run_trial(job: TrialJob, start: Path | None, report: Report, progress: Progr
 def score(
     model: torch.nn.Module, tokenizer: object, validation: Rows, config: RunConfig, step: int, train_loss: float
 ) -> RungResult:
-    """Validation loss and, if the search has tasks, their mean accuracy."""
-    # Scoring must not move the random state that dropout and data order go on from.
+    """Score a rung: the validation loss and, if the search has tasks, their mean accuracy."""
+    # Scoring must not change the random state of dropout and data order.
     with torch.random.fork_rng():
         loss = mean_loss(model, validation, int(tokenizer.pad_token_id), config.evaluate.batch_size).mean  # type: ignore[attr-defined]
         if not config.search.tasks:

@@ -171,7 +171,7 @@ def _train(
     trackers = job.trackers if Share.own().rank == 0 else None
     bits = {f"bits/{group}": value for group, value in candidate.plan.items()}
     about = {"row": candidate.title, "training seed": candidate.seed, **bits}
-    with tracked(trackers, candidate.folder.name, candidate.label, about) as logged:
+    with tracked(trackers, candidate.label, about) as logged:
         result = finetune(
             model,
             rows,
@@ -188,7 +188,7 @@ def _train(
             ),
             callbacks=[logged],
         )
-    return result, tuple(logged.troubles)
+    return result, tuple(logged.errors)
 
 
 @dataclass(frozen=True)

@@ -26,9 +26,11 @@ from qpruner.errors import PlanRefused
 from qpruner.pipeline.progress import RunProgress
 from qpruner.pipeline.search import FINALISTS
 from qpruner.plans.file import read_plan
-from qpruner.report import sections, table
-from qpruner.report.page import render
+from qpruner.report import results as table
+from qpruner.report import tables
+from qpruner.report.html import render
 from qpruner.report.search_summary import search_text
+from qpruner.report.sections import sections
 from qpruner.report.snapshot import read_snapshot
 from qpruner.runs import events
 from qpruner.runs import object_store as objects
@@ -112,7 +114,7 @@ def test_a_search_took_as_long_as_the_report_says(tmp_path: Path) -> None:
         snapshot = read_snapshot(RunDir(run))
         assert snapshot.results.search
         assert f" in {duration(seconds)}. It ended" in search_text(snapshot.results.search, snapshot.trials)[0]
-        assert {row[0]: row[2] for row in sections.stages(snapshot)}["search"] == f"{seconds:.1f}"
+        assert {row[0]: row[2] for row in tables.stages(snapshot).rows}["search"] == f"{seconds:.1f}"
 
 
 def test_status_and_trials_show_where_trials_are_and_why_they_failed(run: Path) -> None:
@@ -160,8 +162,8 @@ def test_trials_of_a_command_that_has_ended_are_begun_and_wait_for_nothing(tmp_p
         search = told("status", run)["search"]
         assert (search["starting"], search["waiting"]) == (0, 0)
         snapshot = read_snapshot(RunDir(run))
-        assert sections.unfinished_search_text(snapshot)[0].endswith("1 failed, 2 begun.")
-        assert '<option value="running">begun</option>' in render(snapshot, [], "")
+        page = render(snapshot, sections(snapshot, [], ""))
+        assert "1 failed, 2 begun." in page and '<option value="running">begun</option>' in page
 
     check()
     with sole_driver(run, print):
@@ -453,7 +455,7 @@ def test_compare_pairs_runs_that_were_measured_on_the_same_questions(tmp_path: P
     assert (confirmation["mean"], confirmation["verdict"]) == (0, "not distinguishable")
     text = qpruner("compare", *runs).stdout
     assert "second less first: +0.00% bytes, 3 training seeds, paired: acc +0." in text
-    assert "hours count in each: prepare, prune, sensitivity, bank, search, finetune, evaluate, comparison." in text
+    assert "hours count in each: prepare, prune, bank, sensitivity, search, finetune, evaluate, comparison." in text
 
 
 def test_compare_pairs_only_what_was_measured_alike(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from rich.console import Console
 
 from qpruner.api import read_run
 from qpruner.cli.terminal import Terminal
-from qpruner.report import sections
+from qpruner.report import tables
 from qpruner.report.search_progress import bar
 from qpruner.report.snapshot import read_snapshot
 from qpruner.runs import events
@@ -53,13 +53,13 @@ TABLES = """
 import sys
 from qpruner.cli import run_verbs as record_verbs
 from qpruner import read_run
-from qpruner.report import sections
+from qpruner.report import tables
 from qpruner.wording import duration
 from qpruner.cli.terminal import Terminal
 run = sys.argv[3]
 record_verbs.trials(run, (), "trial", False, "text")
-for _, headings, body in sections.final_tables(read_run(run).results):
-    Terminal(quiet=False).table(headings, body)
+for table in tables.final_tables(read_run(run).results):
+    Terminal(quiet=False).table(table.headings, table.rows)
 """
 TESTS = Path(__file__).resolve().parents[1] / "report"
 
@@ -329,7 +329,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> MadeRun:
 
 def final_cells(made: MadeRun) -> list[list[tuple[str, ...]]]:
     """Headings and cells of the final table's parts."""
-    return [[head, *body] for _, head, body in sections.final_tables(read_snapshot(made.run).results)]
+    return [[each.headings, *each.rows] for each in tables.final_tables(read_snapshot(made.run).results)]
 
 
 def test_a_pipe_gets_a_whole_line_a_row(made: MadeRun) -> None:

@@ -14,9 +14,8 @@ import pytest
 from raylets import raylets
 
 from qpruner.cluster.autoscaler import read_growth
-from qpruner.cluster.cluster import connect, disconnect, local_slots
-from qpruner.cluster.room import LOOK_SECONDS, Room
-from qpruner.cluster.slots import Growth, Node, Slots, worker_resources
+from qpruner.cluster.connect import connect, disconnect
+from qpruner.cluster.slots import LOOK_SECONDS, Growth, Node, Room, Slots, local_slots, worker_resources
 from qpruner.config.schema import SearchConfig
 from qpruner.errors import UserError
 from qpruner.pipeline.resources import check_search
@@ -145,7 +144,7 @@ def test_without_workers_a_search_is_refused_and_later_ones_are_found_as_they_co
 
 LISTENS = """
 import json, psutil
-from qpruner.cluster.cluster import connect, disconnect
+from qpruner.cluster.connect import connect, disconnect
 connect(None)
 us = [psutil.Process(), *psutil.Process().children(recursive=True)]
 sockets = [each for one in us for each in one.net_connections("tcp") if each.status == psutil.CONN_LISTEN]

@@ -19,8 +19,9 @@ import torch
 from conftest import demo_rows
 from safetensors.torch import load_file
 
-from qpruner.cluster.cluster import MAX_DEATHS, connect, disconnect
+from qpruner.cluster.connect import connect, disconnect
 from qpruner.cluster.probe import packed_check_of_gpus
+from qpruner.cluster.tasks import MAX_DEATHS
 from qpruner.config.schema import LoraConfig, TrainingConfig
 from qpruner.data.encoding import encode
 from qpruner.data.sources import Example

@@ -16,13 +16,13 @@ import pytest
 from raylets import raylets
 from real_driver import driver, search_config, trials_of
 
-from qpruner.cluster.cluster import MAX_STARTS, connect, disconnect
+from qpruner.cluster.connect import MAX_STARTS, connect, disconnect
 from qpruner.errors import UserError
 
 LOCAL = """
 import sys
 import ray
-from qpruner.cluster.cluster import connect, disconnect
+from qpruner.cluster.connect import connect, disconnect
 cluster = connect(None)
 print(ray.get_runtime_context().gcs_address, len(ray.nodes()), cluster.slots().largest.cpus > 0, flush=True)
 sys.stdin.readline()
@@ -117,7 +117,7 @@ def started_with_raylets_suspended(said: Path, times: int) -> tuple[int, list[ps
     """Start Ray, whose first raylets stand still from their first moment, as on a machine that is far too busy; the
     exit code, and those raylets."""
     work = "assert ray.get(ray.remote(lambda: 6 * 7).remote()) == 42"
-    start = f"import ray\nfrom qpruner.cluster.cluster import connect\nconnect(None)\n{work}"
+    start = f"import ray\nfrom qpruner.cluster.connect import connect\nconnect(None)\n{work}"
     stopped: list[psutil.Process] = []
     with (
         said.open("w") as heard,

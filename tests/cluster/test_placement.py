@@ -22,11 +22,11 @@ from conftest import raw_config, with_key
 from ray import tune
 from raylets import Raylets, raylets
 
-from qpruner.cluster.cluster import Cluster, connect, disconnect
-from qpruner.cluster.room import Room
-from qpruner.cluster.slots import Slots
+from qpruner.cluster.connect import Cluster, connect, disconnect
+from qpruner.cluster.slots import Room, Slots
 from qpruner.cluster.tune import SearchJob, search
-from qpruner.cluster.tune.driver import MAX_ERRORS, Forgetful
+from qpruner.cluster.tune.driver import MAX_ERRORS
+from qpruner.cluster.tune.watch import Forgetful
 from qpruner.config.load import validate_config
 from qpruner.errors import StageError
 from qpruner.plans.plan import Group, Layout, LinearShape, PlanSpace

@@ -523,9 +523,9 @@ def test_gpu_seconds_are_those_of_every_fine_tune_and_every_evaluation(
                 taken = Inference(memory_bytes=1, prefill_tokens_per_second=(1.0,), decode_tokens_per_second=(1.0,))
                 yield position, (setting, [taken] * len(job.candidates))
 
-    monkeypatch.setattr("qpruner.cluster.cluster.run_tasks", run_tasks)
+    monkeypatch.setattr("qpruner.cluster.tasks.run_tasks", run_tasks)
     monkeypatch.setattr(Context, "task_resources", lambda own, tasks, workers=1: (own.trial_resources, 1))
-    monkeypatch.setattr("qpruner.pipeline.finetune.write_final", lambda job, bench, emit: None)
+    monkeypatch.setattr("qpruner.pipeline.finetune.write_final", lambda job, cache, emit: None)
     try:
         for stage in (Finetune, Evaluate, Comparison):
             run_stage(stage(context))

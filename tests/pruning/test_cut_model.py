@@ -22,7 +22,7 @@ from qpruner.pruning import prune as prune_module
 from qpruner.pruning.prune import Pruned, block_sizes, expected_config, num_parameters, planned_cut, prune
 from qpruner.pruning.surgery import check_not_shared
 from qpruner.pruning.units import Kept, unit_sizes
-from qpruner.report.sections import layer_cells
+from qpruner.report.tables import block_cells
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -512,7 +512,7 @@ def test_the_record_lists_the_channels_of_the_experts_that_stay() -> None:
         experts = pruned.kept[layer.layer]["expert"]
         assert layer.kept_experts == experts
         assert layer.kept_mlp_channels == tuple(unit for unit in range(4 * 24) if unit // 24 in experts)
-        assert layer_cells(layer)[3] == f"{len(experts)} x 24 of 4 x 24"
+        assert block_cells(layer)[3] == f"{len(experts)} x 24 of 4 x 24"
 
 
 @pytest.mark.parametrize("options", [{"rate": 0.3}, {"rate": 0.3, "uniform": True}, {"layer_rate": 0.4}], ids=str)

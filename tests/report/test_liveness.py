@@ -70,7 +70,7 @@ def lock_of_another_machine(root: Path, seconds_ago: float) -> None:
     os.utime(root / NAME, (then, then))
 
 
-def test_a_driver_that_lives_is_running_also_when_it_is_stopped_or_has_said_nothing_for_long(tmp_path: Path) -> None:
+def test_a_stopped_driver_that_lives_is_running(tmp_path: Path) -> None:
     root = tmp_path / "run"
     root.mkdir()
     with driver(root) as process:
@@ -82,7 +82,7 @@ def test_a_driver_that_lives_is_running_also_when_it_is_stopped_or_has_said_noth
         assert f"running on {this_process().host} (process {process.pid}) when this was written" in standing(root)
 
 
-def test_a_driver_that_was_killed_is_cut_off_and_the_command_is_told(tmp_path: Path) -> None:
+def test_a_killed_driver_is_cut_off(tmp_path: Path) -> None:
     root = tmp_path / "run"
     root.mkdir()
     with driver(root) as process:
@@ -93,13 +93,13 @@ def test_a_driver_that_was_killed_is_cut_off_and_the_command_is_told(tmp_path: P
         assert standing(root).endswith("its process is cut off; repeat the command to go on from here.")
 
 
-def test_another_process_with_the_number_of_a_dead_driver_is_not_it(tmp_path: Path) -> None:
+def test_another_process_of_the_same_number_is_not_it(tmp_path: Path) -> None:
     root = recorded_run(tmp_path / "run")
     (root / NAME).write_text(this_process().model_copy(update={"started": 1}).model_dump_json())
     assert status(root)[0].endswith(f"cut off; {GO_ON}")
 
 
-def test_a_driver_elsewhere_runs_as_long_as_it_gives_signs_of_life(tmp_path: Path) -> None:
+def test_a_driver_elsewhere_runs_while_it_beats(tmp_path: Path) -> None:
     root = tmp_path / "run"
     lock_of_another_machine(root, seconds_ago=30)
     assert "running on" in status(root)[0]
@@ -110,7 +110,7 @@ def test_a_driver_elsewhere_runs_as_long_as_it_gives_signs_of_life(tmp_path: Pat
     assert "most likely gone; repeat the command" in standing(root)
 
 
-def test_a_command_that_could_not_say_how_it_ended_is_cut_off(tmp_path: Path) -> None:
+def test_a_command_that_could_not_report_its_end_is_cut_off(tmp_path: Path) -> None:
     """It gave its lock back, but its disk was full."""
     assert status(recorded_run(tmp_path / "run"))[0].endswith(f"cut off; {GO_ON}")
 
@@ -119,7 +119,7 @@ def test_a_run_that_is_over_needs_no_lock(tmp_path: Path) -> None:
     assert status(recorded_run(tmp_path / "run", is_over=True))[0].endswith(": done")
 
 
-def test_a_driver_that_has_just_begun_is_told_of_before_its_first_stage(tmp_path: Path) -> None:
+def test_a_driver_is_named_before_its_first_stage(tmp_path: Path) -> None:
     root = recorded_run(tmp_path / "run", pid=2**22 + 1)
     with sole_driver(root, print):
         lines = status(root)
@@ -127,7 +127,7 @@ def test_a_driver_that_has_just_begun_is_told_of_before_its_first_stage(tmp_path
     assert "cut off" in stage_line(lines)
 
 
-def test_a_first_command_that_has_begun_no_stage_is_told_of(tmp_path: Path) -> None:
+def test_a_first_command_is_named_before_its_first_stage(tmp_path: Path) -> None:
     """It holds the folder, and looks at the cluster and the model before it writes `run.json`."""
     root = tmp_path / "run"
     root.mkdir()
@@ -161,7 +161,7 @@ def test_what_is_no_run_is_told_with_what_there_is(tmp_path: Path) -> None:
     )
 
 
-def test_a_driver_that_ends_or_takes_the_run_in_that_instant_is_not_called_cut_off(tmp_path: Path) -> None:
+def test_a_driver_that_ends_in_that_instant_is_not_cut_off(tmp_path: Path) -> None:
     """The lock that is empty for a moment, and the state that is written a moment after it was read."""
     root = recorded_run(tmp_path / "run")
     (root / NAME).touch()

@@ -10,7 +10,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 from chromium import chromium
 from made_records import made_confirmation
@@ -40,8 +39,6 @@ from tensorboard.plugins.hparams import metadata
 from tensorboard.plugins.scalar.scalars_plugin import ScalarsPlugin
 from tensorboard_server import serving
 
-from qpruner.report.plots.budget_axis import budget_axis
-from qpruner.report.search_pictures import _shades, draw_front, draw_plans, draw_sensitivity
 from qpruner.report.search_progress import hypervolume_so_far
 from qpruner.report.snapshot import read_snapshot
 from qpruner.report.tensorboard import BEST, HYPERVOLUME, SELECTION, Board, run_name, write_result, write_trial
@@ -168,8 +165,6 @@ def test_accuracies_are_curves_named_by_their_metric(tmp_path: Path) -> None:
     search = search_state(metric="accuracy", metrics={"arc_easy": "acc_norm"})
     write_trial(tmp_path / "tensorboard", search, record)
     assert points(tmp_path, run_name(record), "validation/acc_norm") == [(step, 0.5) for step in RUNGS]
-    [axes] = draw_plans([record], search).axes
-    assert axes.get_title(loc="left").startswith("plans by acc_norm, ")
 
 
 def test_the_best_so_far_counts_searched_plans_and_controls_are_lines_beside_it(written: Path) -> None:
@@ -236,92 +231,6 @@ def test_pictures_and_texts_are_there(written: Path) -> None:
     assert read(written, "sensitivity").Images("sensitivity/by group")[0].encoded_image_string.startswith(b"\x89PNG")
     text = read(written, "search").Tensors("config/text_summary")[0].tensor_proto.string_val[0].decode()
     assert "max_trials: 20" in text
-
-
-def test_the_map_of_sensitivities_claims_no_unit_that_not_all_methods_have() -> None:
-    """Mutual information predicts no loss."""
-    [shown, _] = draw_sensitivity(sensitivity()).axes
-    assert shown.get_title(loc="left").startswith("what a method predicts that fewer bits cost, as a share of its ")
-
-
-def test_predictions_that_are_all_near_the_largest_are_told_apart() -> None:
-    """Mutual information is 0.7 to 0.9 of itself at fewer bits; of losses below zero zero stays in the middle."""
-    assert _shades(np.array([0.7, 0.8, 0.9])) == pytest.approx([0.0, 0.5, 1.0])
-    assert _shades(np.array([-0.1, 0.0, 0.2])) == pytest.approx([-0.5, 0.0, 1.0])
-    assert _shades(np.array([0.3, 0.3])) == pytest.approx([1.0, 1.0]) and not _shades(np.zeros(2)).any()
-
-
-def test_plans_near_the_budget_stand_apart_in_the_picture_too() -> None:
-    budget = search_state().budget_bytes
-    below = {10: 10_000, 11: 60_000, 12: 160_000, 13: 20_000_000}
-    near = [trial(index, "884444", [3.5, 3.4, 3.0], plan_bytes=budget - size) for index, size in below.items()]
-    [axes] = draw_front(near, search_state()).axes
-    along = axes.transData.transform([(record.plan_bytes / 1e6, 3.0) for record in near])[:, 0]
-    width = along[0] - along[3]
-    assert width > 0 and along[0] - along[1] > 0.02 * width and along[1] - along[2] > 0.04 * width
-
-
-@pytest.mark.parametrize(
-    ("sizes", "budget"), [([109.54, 126.9, 127.07], 127.11), ([126.9, 127.07], 127.08), ([0.1, 0.099], 0.1001)]
-)
-def test_sizes_on_the_axis_are_told_apart(sizes: list[float], budget: float) -> None:
-    ticks, decimals = budget_axis(sizes, budget).ticks(sizes)
-    assert len({f"{tick:.{decimals}f}" for tick in ticks}) == len(ticks) == 6
-    assert ticks[0] == pytest.approx(min(sizes)) and ticks[-1] == pytest.approx(budget)
-    assert budget_axis([budget], budget).ticks([budget]) == ([budget], 1)
-
-
-def test_the_map_of_plans_names_the_winner() -> None:
-    over = [record for record in trials() if record.is_over]
-    [axes] = draw_plans(over, search_state(), 1).axes
-    marked = [label.get_text() for label in axes.get_yticklabels() if "winner" in label.get_text()]
-    assert [label.split()[0] for label in marked] == ["1"]
-    assert not any("winner" in label.get_text() for label in draw_plans(over, search_state()).axes[0].get_yticklabels())
-
-
-@pytest.mark.parametrize(("winner", "name", "number"), [(None, "best so far", "2"), (1, "winner", "1")])
-def test_the_best_trial_has_a_ring_and_its_number(winner: int | None, name: str, number: str) -> None:
-    [axes] = draw_front([record for record in trials() if record.is_over], search_state(), winner).axes
-    assert [text.get_text() for text in axes.texts if text.get_fontweight() == "bold"] == [number]
-    assert name in [text.get_text() for text in axes.get_legend().get_texts()]
-    assert f"numbered: front, controls, {name}." in axes.get_title(loc="left")
-
-
-def drawn_texts(figure: Any) -> dict[str, Any]:
-    """Where each text in the plot lies, in pixels."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-
-    FigureCanvasAgg(figure).draw()
-    [axes] = figure.axes
-    return {text.get_text(): text.get_window_extent() for text in axes.texts}
-
-
-@pytest.mark.parametrize(("num_on_front", "is_numbered"), [(10, True), (40, False)])
-def test_numbers_of_a_long_front_do_not_lie_over_one_another(num_on_front: int, is_numbered: bool) -> None:
-    controls = [record for record in trials() if record.is_control]
-    front = [
-        trial(index, "884444", [3.5, 3.4, 2.9 - index / 1000], plan_bytes=40 * MEGABYTE + 10_000 * index)
-        for index in range(10, 10 + num_on_front)
-    ]
-    figure = draw_front([*controls, *front], search_state(), front[-1].index)
-    numbers = {int(text) for text in drawn_texts(figure) if text.isdigit()}
-    ends = {record.index for record in (*controls, front[-1])}
-    assert numbers == (ends | {record.index for record in front} if is_numbered else ends)
-    title = figure.axes[0].get_title(loc="left")
-    assert f"numbered: {'front, ' if is_numbered else ''}controls, winner." in title
-
-
-@pytest.mark.parametrize("metric", ["loss", "accuracy"])
-def test_the_arrow_of_a_far_control_leaves_its_number_to_be_read(metric: str) -> None:
-    def scored(record: TrialRecord, is_far: bool) -> TrialRecord:
-        last = record.rungs[-1]
-        value = {"loss": 12.0 if is_far else last.loss, "accuracy": 0.1 if is_far else 1 - last.loss / 10}
-        return record.model_copy(update={"rungs": (last.model_copy(update=value),)})
-
-    shown = [scored(record, record.index == 0) for record in trials() if record.status == "finished"]
-    texts = drawn_texts(draw_front(shown, search_state(metric=metric), 2))
-    arrow, number = texts["\u2191" if metric == "loss" else "\u2193"], texts["0"]
-    assert not arrow.overlaps(number)
 
 
 def test_the_last_picture_of_a_search_is_drawn_once_for_each_winner(tmp_path: Path) -> None:

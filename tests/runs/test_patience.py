@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from tokenizers.models import BPE
 
-from qpruner.cluster.testimony import check_like, versions
+from qpruner.cluster.node_facts import check_like, versions
 from qpruner.config.schema import LoraConfig
 from qpruner.data.encoding import load_encoded, save_encoded
 from qpruner.errors import StorageError

@@ -12,7 +12,8 @@ import torch
 
 from qpruner.plans.plan import PlanSpace, PrecisionPlan
 from qpruner.search.gaussian_process import GaussianProcessProposer, Plans, _best
-from qpruner.search.plan_model import NUM_RUNG_PAIRS, Data, PlanModel, Posterior, informative, settled
+from qpruner.search.plan_model import NUM_RUNG_PAIRS, Data, PlanModel, informative, settled
+from qpruner.search.posterior import Posterior
 from qpruner.search.searchers import History, Ledger, Observation
 
 

@@ -22,11 +22,11 @@ from raylets import Raylets, raylets
 from test_search_stage import job_of
 
 import qpruner
-from qpruner.cluster.cluster import connect, disconnect, run_tasks
-from qpruner.cluster.gpu_time import GpuTime
+from qpruner.cluster.connect import connect, disconnect
+from qpruner.cluster.executor import ClusterExecutor, GpuTime, ModelCache
 from qpruner.cluster.probe import packed_check, packed_check_of_gpus
+from qpruner.cluster.tasks import run_tasks
 from qpruner.cluster.tune import SearchJob, search
-from qpruner.cluster.workshop import Bench, OnCluster
 from qpruner.config.load import validate_config
 from qpruner.config.schema import RunConfig
 from qpruner.errors import NodeDiffers, StageError
@@ -133,12 +133,12 @@ def as_task(resources: dict[str, float], check_node: bytes, scratch: Path = Path
 
 
 def in_workshop(resources: dict[str, float], check_node: bytes, scratch: Path = Path()) -> int:
-    def work(job: int, bench: Bench, emit: Emit) -> int:
+    def work(job: int, cache: ModelCache, emit: Emit) -> int:
         return job
 
-    place = OnCluster(resources, GpuTime(), check_node)
+    place = ClusterExecutor(resources, GpuTime(), check_node)
     try:
-        return place.do(work, 1, lambda event: None)
+        return place.run(work, 1, lambda event: None)
     finally:
         place.close()
 

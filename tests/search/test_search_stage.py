@@ -22,10 +22,11 @@ from object_store import object_store, talk_to
 
 from qpruner.cluster.tune import SearchJob, _outcome, make_proposer
 from qpruner.cluster.tune.actors import KILLED_FOR_MEMORY
-from qpruner.cluster.tune.driver import MAX_KILLS, HangWatch, PlanSearcher
+from qpruner.cluster.tune.driver import MAX_KILLS, PlanSearcher
 from qpruner.cluster.tune.halt import Halt
 from qpruner.cluster.tune.job import METRIC, TIME
-from qpruner.cluster.tune.resume import take_up
+from qpruner.cluster.tune.resume import resume_search
+from qpruner.cluster.tune.watch import HangWatch
 from qpruner.config.load import validate_config
 from qpruner.errors import StageError
 from qpruner.pipeline.run import run
@@ -39,13 +40,13 @@ from qpruner.search.searchers import History, Ledger, Proposal, RandomProposer
 from qpruner.search.trial import run_trial
 from qpruner.search.trial_job import Materials
 from qpruner.search.trial_records import (
-    begin_anew_if_damaged,
     begin_session,
     begin_trial,
     read_pulses,
     read_seconds,
     read_trial,
     read_trials,
+    restart_if_damaged,
     set_aside_damaged,
     write_pulse,
     write_seconds,
@@ -113,7 +114,7 @@ def ledger_of(job: SearchJob, *records: TrialRecord) -> Ledger:
     """The ledger of a search that finds these records."""
     for record in records:
         write_trial(job.trials, record)
-    ledger, _ = take_up(job, RandomProposer(job.space, seed=0))
+    ledger, _ = resume_search(job, RandomProposer(job.space, seed=0))
     return ledger
 
 
@@ -141,7 +142,7 @@ def test_the_hours_of_earlier_sessions_count_and_what_was_cut_off_goes_on(tmp_pa
     assert isinstance(searcher_on(job, ledger).suggest("a"), dict)
 
     write_seconds(job.trials, job.search, 3601.0)
-    ledger, _ = take_up(job, RandomProposer(job.space, seed=0))
+    ledger, _ = resume_search(job, RandomProposer(job.space, seed=0))
     searcher = searcher_on(job, ledger)
     cut_off = searcher.suggest("a")
     assert isinstance(cut_off, dict) and cut_off["trial"] == 0
@@ -189,7 +190,7 @@ def test_a_trial_that_changes_hands_is_paid_for_by_each_search_for_its_own_part(
     assert (revived.search, revived.gpu_seconds_of(ANOTHER), revived.gpu_seconds_of(MINE)) == (MINE, 3500.0, 0.0)
 
     write_trial(job.trials, revived.model_copy(update={"gpu_seconds": 3500.0 + 3601.0}))
-    ledger, _ = take_up(job, RandomProposer(job.space, seed=0))
+    ledger, _ = resume_search(job, RandomProposer(job.space, seed=0))
     assert read_trial(job.trials, 0).gpu_seconds_of(MINE) == 3601.0, "taken up again, it is counted once"
     searcher = searcher_on(job, ledger)
     assert isinstance(searcher.suggest("a"), dict)  # what was cut off goes on
@@ -198,7 +199,7 @@ def test_a_trial_that_changes_hands_is_paid_for_by_each_search_for_its_own_part(
 
     # The first search takes its trial back: what it held in the beginning is still counted.
     back = replace(job, search=ANOTHER)
-    take_up(back, RandomProposer(job.space, seed=0))
+    resume_search(back, RandomProposer(job.space, seed=0))
     taken = read_trial(job.trials, 0)
     assert (taken.gpu_seconds_of(ANOTHER), taken.gpu_seconds_of(MINE)) == (3500.0, 3601.0)
 
@@ -210,7 +211,7 @@ def test_what_a_killed_worker_held_since_its_last_rung_counts(tmp_path: Path) ->
     searcher.suggest("a")
     pulse = {"node": "n", "pid": 1, "step": 1, "beats": 9, "peak_memory_bytes": 1}
     write_pulse(job.trials, 0, TrialPulse(**pulse, seconds=70.0, gpu_seconds=35.0))
-    searcher.hangs("a")
+    searcher.on_hung("a")
     searcher.on_trial_complete("a", error=True)
     record = read_trial(job.trials, 0)
     assert (record.failure, record.seconds, record.gpu_seconds) == ("hung", 70.0, 35.0)
@@ -247,7 +248,7 @@ def test_patience_outlives_an_interruption(tmp_path: Path) -> None:
     """Killed and repeated after every trial, the search is over after as many as without: 2 controls and 2 more."""
     job = job_of(tmp_path, searcher="gp", patience=3)
     for index in range(5):
-        ledger, _ = take_up(job, Hopeless(job.space))
+        ledger, _ = resume_search(job, Hopeless(job.space))
         running = searcher_on(job, ledger).suggest("a")
         if index < 4:
             assert isinstance(running, dict) and running["trial"] == index
@@ -265,7 +266,7 @@ def searched_by_accuracy(folder: Path, stderr: float | None) -> list[TrialRecord
     """Trials of a gp whose plans answer the same questions and report this binomial error, until the search ends."""
     settings = {"metric": "accuracy", "tasks": ["qpruner_everyday_validation"], "limit": 8}
     job = job_of(folder, searcher="gp", max_trials=20, patience=3, **settings)
-    ledger, _ = take_up(job, make_proposer("gp", job.space, 0, {}))
+    ledger, _ = resume_search(job, make_proposer("gp", job.space, 0, {}))
     searcher = PlanSearcher(job, ledger, lambda: 1, lambda event: None, Halt(lambda event: None))
     while isinstance(asked := searcher.suggest("a"), dict):
         record = read_trial(job.trials, asked["trial"])
@@ -293,7 +294,7 @@ def test_the_error_over_questions_does_not_steer_the_search(tmp_path: Path) -> N
 
 def test_patience_ends_no_search_for_a_front(tmp_path: Path) -> None:
     """As its warning says: what is expected there is in another unit than a score's noise."""
-    ledger, _ = take_up(
+    ledger, _ = resume_search(
         job := job_of(tmp_path, patience=1, pareto=True, max_trials=5), Hopeless(job_of(tmp_path).space)
     )
     assert len(suggested(ledger)) == 5 and job.config.warnings
@@ -326,9 +327,9 @@ def test_a_control_that_another_search_stopped_early_goes_on_as_this_searchs_own
     record = read_trials(job.trials)[1]
     assert (record.search, record.origin, record.status) == (MINE, "seed-kl", "running")
     # Killed before it went on, and once it is done, the search is the same: that trial and one more.
-    assert len(suggested(take_up(job, RandomProposer(job.space, 0))[0])) == 2
+    assert len(suggested(resume_search(job, RandomProposer(job.space, 0))[0])) == 2
     write_trial(job.trials, record.model_copy(update={"status": "finished"}))
-    assert [index for index, *_ in suggested(take_up(job, RandomProposer(job.space, 0))[0])] == [2]
+    assert [index for index, *_ in suggested(resume_search(job, RandomProposer(job.space, 0))[0])] == [2]
 
 
 @pytest.mark.parametrize(("plan", "goes_on"), [("848444", True), ("888848", False)])
@@ -378,7 +379,7 @@ def test_a_trial_that_was_killed_for_want_of_progress_has_failed(tmp_path: Path)
     job = job_of(tmp_path, trial_timeout_seconds=7)
     searcher, _, _ = searcher_of(job)
     searcher.suggest("a")
-    searcher.hangs("a")
+    searcher.on_hung("a")
     searcher.on_trial_complete("a", error=True)
     (record,) = read_trials(job.trials)
     assert (record.status, record.failure) == ("failed", "hung")
@@ -395,7 +396,7 @@ def test_the_searcher_is_told_of_a_plan_that_cannot_be_trained(failure: str, tmp
     record = read_trials(job.trials)[1]
     write_trial(job.trials, record.model_copy(update={"status": "failed", "failure": failure}))
     searcher.on_trial_complete("a", error=True)
-    for each in (ledger, take_up(job, RandomProposer(job.space, seed=0))[0]):
+    for each in (ledger, resume_search(job, RandomProposer(job.space, seed=0))[0]):
         history = each.history()
         scores = {item.index: item.score for item in history.observations if item.step == 4}
         assert scores[1] > scores[0] == 3.3 and history.failed == ()
@@ -404,7 +405,7 @@ def test_the_searcher_is_told_of_a_plan_that_cannot_be_trained(failure: str, tmp
 def killed_for_memory(searcher: PlanSearcher, job: SearchJob) -> TrialRecord:
     """The record of trial 0 after Ray killed its worker for memory."""
     assert isinstance(searcher.suggest("a"), dict)
-    searcher.hear("a", f"{KILLED_FOR_MEMORY}: 1 worker(s) were killed")
+    searcher.on_error_text("a", f"{KILLED_FOR_MEMORY}: 1 worker(s) were killed")
     searcher.on_trial_complete("a", error=True)
     return read_trial(job.trials, 0)
 
@@ -451,7 +452,7 @@ def test_the_watch_tells_the_step_of_each_trial_under_way_and_reads_each_pulse_o
         reads.append(list(indices))
         return read_pulses(folder, indices)
 
-    monkeypatch.setattr("qpruner.cluster.tune.driver.read_pulses", read)
+    monkeypatch.setattr("qpruner.cluster.tune.watch.read_pulses", read)
     watch = HangWatch(job, searcher, events.append)
     trials = [
         SimpleNamespace(trial_id=str(index), config={"trial": index}, temporary_state=SimpleNamespace(ray_actor=actor))
@@ -550,7 +551,7 @@ def test_a_machine_on_which_every_trial_fails_ends_the_search_and_costs_no_plan(
     failures = {record.index: record.failure for record in read_trials(job.trials)}
     assert failures == {0: None, 1: "machine", 2: "error", 3: "machine", 4: "error", 5: "error", 6: "machine"}
     assert read_trial(job.trials, 3).reason == "3 trials in a row failed on bad, trial 3 with error c"
-    ledger, _ = take_up(job, RandomProposer(job.space, seed=0))
+    ledger, _ = resume_search(job, RandomProposer(job.space, seed=0))
     assert [index for index, *_ in suggested(ledger)][:4] == [0, 1, 3, 6], "by the next command, before new plans"
 
 
@@ -634,10 +635,10 @@ def test_of_a_trial_that_is_over_the_last_checkpoint_alone_is_kept(tmp_path: Pat
 
     searcher.on_trial_complete("a", error=True)
     assert checkpoints() == [["checkpoint-4"], sorted(left)], "who goes on has its own"
-    take_up(job, RandomProposer(job.space, seed=0))
+    resume_search(job, RandomProposer(job.space, seed=0))
     assert checkpoints() == [["checkpoint-4"], sorted(left)]
     write_trial(job.trials, read_trial(job.trials, 1).model_copy(update={"status": "failed", "failure": "lost"}))
-    take_up(job, RandomProposer(job.space, seed=0))
+    resume_search(job, RandomProposer(job.space, seed=0))
     assert checkpoints() == [["checkpoint-4"], ["checkpoint-2"]]
 
 
@@ -653,7 +654,7 @@ def test_of_a_trial_that_failed_the_last_checkpoint_alone_is_kept(tmp_path: Path
     for each in left:
         (job.trials / "0000" / each).mkdir()
     if failure == "hung":
-        searcher.hangs("a")
+        searcher.on_hung("a")
     searcher.on_trial_complete("a", error=True)
     assert read_trial(job.trials, 0).failure == failure
     kept = sorted(path.name for path in (job.trials / "0000").glob("checkpoint-*"))
@@ -706,7 +707,7 @@ def test_a_trial_that_still_waits_when_the_hours_are_spent_never_was(tmp_path: P
     assert [record.index for record in read_trials(job.trials)] == [0]
     assert TrialWithdrawn(1) in events
     assert searcher.suggest("c") == "FINISHED"
-    more = take_up(job_of(tmp_path, max_hours=2.0), RandomProposer(job.space, seed=0))[0]
+    more = resume_search(job_of(tmp_path, max_hours=2.0), RandomProposer(job.space, seed=0))[0]
     assert suggested(more)[:2] == [(0, "uniform-4", "444444"), (1, "seed-kl", str(SEED_PLAN))]
 
 
@@ -845,7 +846,7 @@ def test_a_checkpoint_that_cannot_be_seen_while_the_storage_is_away_is_not_missi
     told: list[str] = []
     with away(tmp_path / hidden) as end:
         threading.Timer(0.3, end).start()
-        assert not begin_anew_if_damaged(job.trials, record, told.append)
+        assert not restart_if_damaged(job.trials, record, told.append)
     assert told == [] and read_trials(job.trials) == [record]
 
 
@@ -860,7 +861,7 @@ def test_a_finished_trial_whose_checkpoint_is_damaged_is_run_again_first(tmp_pat
         write_trial(job.trials, record.model_copy(update={"checkpoint": folder_digests(checkpoint)}))
     (job.trials / "0001" / "checkpoint-4" / "weights").write_bytes(b"w" * 500 + b"v" + b"w" * 499)
     told: list[str] = []
-    found = [begin_anew_if_damaged(job.trials, record, told.append) for record in read_trials(job.trials)]
+    found = [restart_if_damaged(job.trials, record, told.append) for record in read_trials(job.trials)]
     assert found == [False, True]
     assert len(told) == 1 and "trial 1 starts anew" in told[0]
     assert [record.status for record in read_trials(job.trials)] == ["finished", "running"]

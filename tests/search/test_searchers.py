@@ -82,7 +82,7 @@ def test_a_plan_that_cannot_be_trained_is_told_as_worse_than_all_that_can() -> N
     ledger = ledger_of(space_of(4), maker("random"))
     ruined, good, bad = (ledger.next() for _ in range(3))
     assert ruined and good and bad
-    ledger.close(ruined, "ruined")
+    ledger.close(ruined, "untrainable")
     assert ledger.history().observations == () and ledger.history().failed == (ruined.plan,), "nothing is known yet"
     ledger.observe(Observation(good.index, good.plan, 4, 3.0))
     told = [(item.index, item.step, item.score) for item in ledger.history().observations]
@@ -93,7 +93,7 @@ def test_a_plan_that_cannot_be_trained_is_told_as_worse_than_all_that_can() -> N
     assert ledger.history().failed == ()
     # And the same for a search that is taken up.
     again = ledger_of(space_of(4), maker("random"))
-    again.recall(ruined, [], "ruined")
+    again.recall(ruined, [], "untrainable")
     again.recall(good, [Observation(good.index, good.plan, 8, 2.9)])
     again.recall(bad, [Observation(bad.index, bad.plan, 8, 3.4)])
     assert Observation(ruined.index, ruined.plan, 8, pytest.approx(3.9)) in again.history().observations

@@ -20,8 +20,8 @@ from test_search_stage import job_of
 from test_search_stage import trial as finished
 from transformers import AutoConfig
 
-from qpruner.cluster.cluster import Cluster, connect, disconnect
-from qpruner.cluster.room import Room
+from qpruner.cluster.connect import Cluster, connect, disconnect
+from qpruner.cluster.slots import Room
 from qpruner.cluster.tune import SearchJob, search
 from qpruner.errors import StageError, StorageError
 from qpruner.runs import retry as patience

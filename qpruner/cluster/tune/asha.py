@@ -1,4 +1,4 @@
-"""ASHA that spares the controls, goes on from records, and for a front compares like sizes."""
+"""Ray's ASHA, which spares the controls, resumes from records, and for a Pareto front compares plans of like size."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from typing import Any
 
 from ray.tune.experiment import Trial
 from ray.tune.schedulers import ASHAScheduler, TrialScheduler
-from ray.tune.schedulers.async_hyperband import _Bracket
 
+from qpruner.cluster.ray_private import AshaBracket
 from qpruner.cluster.tune.job import METRIC, TIME, params_to_plan
 from qpruner.config.schema import RunConfig
 from qpruner.plans.plan import PlanSpace, PrecisionPlan
@@ -19,16 +19,15 @@ from qpruner.search.trial_records import objective
 
 
 class RecordedAsha(ASHAScheduler):  # type: ignore[misc]
-    """ASHA (Li et al., arXiv 1810.05934) that spares controls and knows what was recorded before.
+    """ASHA (Li et al., arXiv 1810.05934) that never stops controls and starts from the recorded rungs.
 
     Args:
         config: The run's configuration.
-        space: The feasible plans; a recorded plan over budget, of another search, is no measure for them.
+        space: The feasible plans; recorded plans outside it are not compared with.
         controls: Plans that run to the last rung.
         recorded: The trials so far.
-        is_recalled: Asked by Ray's id whether a trial that waits for a machine is not to start any more.
-        on_error: Told Ray's id of a trial that ends in an error, and the error's text, before the searcher hears that
-            there was one.
+        is_recalled: Returns, by Ray's id, whether a trial that waits for a machine is not to start any more.
+        on_error: Gets Ray's id of a trial that ends in an error and the error's text, before the searcher does.
     """
 
     def __init__(
@@ -64,29 +63,32 @@ class RecordedAsha(ASHAScheduler):  # type: ignore[misc]
                 bracket.enter(record.index, rung.step, -objective(rung, config))
 
     def on_trial_add(self, tune_controller: Any, trial: Any) -> None:
+        """Remember the size of the trial's plan."""
         super().on_trial_add(tune_controller, trial)
         self._brackets[0].sizes[trial.config["trial"]] = self._space.plan_bytes(self._plan_of(trial))
 
     def choose_trial_to_run(self, tune_controller: Any) -> Any:
-        """Before trials are started, those that are recalled are taken out; nothing else of Tune's can."""
+        """Take out recalled trials before any is started; no other hook of Tune can."""
         for trial in list(tune_controller.get_live_trials()):
             if trial.status == Trial.PENDING and self._is_recalled(trial.trial_id):
                 tune_controller.stop_trial(trial)
         return super().choose_trial_to_run(tune_controller)
 
     def on_trial_error(self, tune_controller: Any, trial: Any) -> None:
+        """Pass the error's text on."""
         super().on_trial_error(tune_controller, trial)
         # Tune keeps the text in this file alone; where there is no room for it, its session ends before this is called.
         self._on_error(trial.trial_id, Path(trial.error_file).read_text(encoding="utf-8", errors="replace"))
 
     def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
+        """Decide whether a trial goes on after a rung."""
         action: str = super().on_trial_result(tune_controller, trial, result)
         if self._plan_of(trial) in self._controls and result[self._time_attr] < self._max_t:
             return str(TrialScheduler.CONTINUE)
         return action
 
     def on_trial_complete(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> None:
-        """Rungs were recorded when reported; Ray would enter a stopped trial's last score again, lower down."""
+        """Forget the trial; Ray would enter a stopped trial's last score again, at a lower rung."""
         self._trial_info.pop(trial.trial_id, None)
 
     def _plan_of(self, trial: Any) -> PrecisionPlan:
@@ -94,9 +96,11 @@ class RecordedAsha(ASHAScheduler):  # type: ignore[misc]
         return PrecisionPlan(self._space.groups, tuple(bits[name] for name in self._space.groups))
 
 
-class _LikeSizes(_Bracket):  # type: ignore[misc]
-    """ASHA's rungs by trial number, so that one that goes on under another of Ray's ids is entered once; for a front, a
-    trial is compared with those of no more bytes, since a smaller plan that scores worse is no worse a plan."""
+class _LikeSizes(AshaBracket):  # type: ignore[misc]
+    """ASHA's rungs by trial number, so that a trial resumed under another of Ray's ids is entered once.
+
+    For a front, a trial is compared with those of no more bytes: a smaller plan that scores worse is no worse a plan.
+    """
 
     def __init__(self, first_rung: int, steps: int, factor: int, for_front: bool) -> None:
         super().__init__(first_rung, steps, factor, s=0)

@@ -1,4 +1,4 @@
-"""What a search under Tune is given, and the names that its parts share."""
+"""What a search under Tune gets and returns, and the names that its parts share."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ TIME = "step"
 
 @dataclass(frozen=True)
 class SearchJob:
-    """Everything the search needs.
+    """The inputs of a search.
 
     Attributes:
         config: The run's configuration.
@@ -36,8 +36,7 @@ class SearchJob:
         digest: Of what a trial's result depends on.
         search: Digest of what the proposals depend on besides.
         resources: Ray resources of one trial.
-        check_node: A pickled function that raises where a trial would begin on a machine that cannot be used; it needs
-            nothing of qpruner.
+        check_node: A pickled function that raises on a machine that cannot be used (`probe.packed_check`).
         session: Which session of the search this is, from 1.
     """
 
@@ -57,17 +56,16 @@ class SearchJob:
     session: int = 1
 
     def owns(self, record: TrialRecord) -> bool:
-        """Whether a trial is of this search, not of one with another budget or searcher."""
+        """Return whether a trial is of this search, not of one with another budget or searcher."""
         return record.search == self.search
 
     def control_of(self, plan: PrecisionPlan) -> str | None:
-        """A control's name by its plan: what is a seed at one budget is a plan like any other at the next."""
+        """Return the name of a control; a seed at one budget is a plan like any other at the next."""
         return next((origin for origin, control in self.controls if control == plan), None)
 
 
 class LivesInDriver:
-    """Tune pickles searcher, stopper and callbacks into a snapshot that is never restored; these hold the terminal, so
-    they leave nothing there."""
+    """Leaves nothing of an object in Tune's snapshot, which is never restored and cannot hold the terminal."""
 
     def __reduce__(self) -> tuple[type[object], tuple[()]]:
         return object, ()
@@ -79,15 +77,15 @@ class SearchOutcome:
 
     Attributes:
         trials: Its trials, in order of suggestion.
-        taken_over: Those that it started from, of searches with another budget or searcher.
+        reused: Trials of searches with another budget or searcher.
         ended: Why there were no more.
         seconds: Wall-clock seconds, all sessions together.
         sessions: How many there were.
-        gpu_seconds: What trials held GPUs for under this search.
+        gpu_seconds: GPU seconds that trials held under this search.
     """
 
     trials: list[TrialRecord]
-    taken_over: list[TrialRecord]
+    reused: list[TrialRecord]
     ended: str
     seconds: float
     sessions: int
@@ -95,12 +93,12 @@ class SearchOutcome:
 
 
 def params_to_plan(params: dict[str, Any]) -> dict[str, int]:
-    """The plan in a trial's Tune configuration, whose keys read `bits/GROUP`."""
+    """Return the plan in a trial's Tune configuration, whose keys read `bits/GROUP`."""
     return {name.removeprefix("bits/"): bits for name, bits in params.items() if name.startswith("bits/")}
 
 
 def smaller_batch(record: TrialRecord, config: RunConfig) -> int | None:
-    """Half of a trial's micro-batch, or the next smaller one that divides the batch; None where there is none."""
+    """Return half of a trial's micro-batch, or the next smaller divisor of the batch; None where there is none."""
     training = config.training
     if not config.search.retry_out_of_memory:
         return None
@@ -109,13 +107,13 @@ def smaller_batch(record: TrialRecord, config: RunConfig) -> int | None:
 
 
 def ending_of(record: TrialRecord) -> Ending:
-    """What the searcher is told of how a trial that is over has ended."""
-    if record.is_ruined:
-        return "ruined"
+    """Return how a trial that is over ended, for the ledger."""
+    if record.plan_failed:
+        return "untrainable"
     return "failed" if record.status == "failed" else "scored"
 
 
 def observations_of(record: TrialRecord, config: RunConfig) -> list[Observation]:
-    """What the searcher is told of a trial: its score at every rung it reached."""
+    """Return a trial's score at every rung it reached."""
     plan = PrecisionPlan.from_dict(record.plan)
     return [Observation(record.index, plan, rung.step, objective(rung, config)) for rung in record.rungs]

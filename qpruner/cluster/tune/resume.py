@@ -1,4 +1,4 @@
-"""A search taken up from the records: its own trials, and those that another budget's or searcher's search left."""
+"""Resumes a search from the records: its own trials, and those of searches with another budget or searcher."""
 
 from __future__ import annotations
 
@@ -9,11 +9,10 @@ from qpruner.search.searchers import Ledger, Proposer, Suggestion
 from qpruner.search.trial_records import read_trials, remove_old_checkpoints, write_trial
 
 
-def take_up(job: SearchJob, proposer: Proposer) -> tuple[Ledger, list[TrialRecord]]:
-    """The ledger with every recorded trial in it, and those trials.
+def resume_search(job: SearchJob, proposer: Proposer) -> tuple[Ledger, list[TrialRecord]]:
+    """Return a ledger of all recorded trials, and those trials.
 
-    Another search's trials inform the searcher, their plans are not run again, and they do not use up
-    `search.max_trials`.
+    The searcher learns from another search's trials; their plans are not run again and do not count as `max_trials`.
     """
     settings = job.config.search
     ledger = Ledger(
@@ -24,7 +23,7 @@ def take_up(job: SearchJob, proposer: Proposer) -> tuple[Ledger, list[TrialRecor
         None if settings.pareto else settings.patience,
         proposes=job.config.is_searched,
     )
-    recorded = [_revived(record, job) for record in read_trials(job.trials)]
+    recorded = [_resumed(record, job) for record in read_trials(job.trials)]
     remove_old_checkpoints(job.trials, [record for record in recorded if record.is_over])
     for record in recorded:
         plan = PrecisionPlan.from_dict(record.plan)
@@ -39,12 +38,11 @@ def take_up(job: SearchJob, proposer: Proposer) -> tuple[Ledger, list[TrialRecor
     return ledger, recorded
 
 
-def _revived(record: TrialRecord, job: SearchJob) -> TrialRecord:
-    """The record of a trial that has to go on, as one of this search: what was cut off, whosever it was, and what
-    another search stopped early and is a control here."""
+def _resumed(record: TrialRecord, job: SearchJob) -> TrialRecord:
+    """Take over a trial that has to go on: one that was cut off, or a control here that another search stopped."""
     plan = PrecisionPlan.from_dict(record.plan)
     control = job.control_of(plan)
-    cut_off = record.status == "running" or record.is_tried_again
+    cut_off = record.status == "running" or record.should_retry
     if not job.space.is_feasible(plan) or not (cut_off or (control and record.status == "stopped")):
         return record
     earlier = record.earlier_gpu_seconds
@@ -59,7 +57,7 @@ def _revived(record: TrialRecord, job: SearchJob) -> TrialRecord:
         "failure": None,
         "times": record.times[: 1 + len(record.rungs)],
     }
-    revived = record.model_copy(update=update)
-    if revived != record:
-        write_trial(job.trials, revived)
-    return revived
+    resumed = record.model_copy(update=update)
+    if resumed != record:
+        write_trial(job.trials, resumed)
+    return resumed

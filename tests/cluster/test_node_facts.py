@@ -13,8 +13,8 @@ import torch
 
 @pytest.mark.gpu
 def test_gpus_that_ray_hides_from_the_probe_are_seen() -> None:
-    told = "json.dumps(testify('', '', '', {}, True, False))"
-    code = f"import json; from qpruner.cluster.testimony import testify; print({told})"
+    told = "json.dumps(node_facts_here('', '', '', {}, True, False))"
+    code = f"import json; from qpruner.cluster.node_facts import node_facts_here; print({told})"
     command, hidden = [sys.executable, "-c", code], os.environ | {"CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(command, env=hidden, capture_output=True, text=True, check=True)
     found = json.loads(done.stdout.splitlines()[-1])

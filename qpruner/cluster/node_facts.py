@@ -1,7 +1,7 @@
-"""What a node says of itself.
+"""Finds out what this node is: versions, access to the run's storage, GPUs.
 
-Sent to it whole, as it stands here, since the qpruner there may be another one, or missing: so nothing in this module
-needs qpruner, but to reach an object store, and what it answers is plain data.
+The module is sent to a node whole, since the qpruner there may be another one, or missing. So it needs nothing of
+qpruner, except to reach an object store, and returns plain data.
 """
 
 from __future__ import annotations
@@ -20,26 +20,25 @@ from typing import Any
 
 PACKAGES = ("torch", "transformers", "peft", "bitsandbytes")
 DRIVERS = ("/proc/driver/nvidia/gpus", "/dev/kfd", "/dev/dxg")
-"""One of these is there where a driver for GPUs is: NVIDIA's, AMD's, that of Windows' Linux."""
+"""Paths of GPU drivers: NVIDIA's, AMD's, that of Windows' Linux."""
 DEVICES, NVIDIA, DISPLAY = "/sys/bus/pci/devices", "0x10de", "0x03"
-"""Where Linux lists the devices of a machine, and what it says of a GPU: its maker, and its class begins so."""
+"""Where Linux lists devices, and the vendor and the class prefix of a GPU there."""
 HIDERS = ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES")
 MISSING = "not installed"
 REFUSAL = "NodeDiffers: "
-"""Begins the error of a machine that is not like the driver's, of a type that every qpruner can read."""
+"""Begins the error of a node that is not like the driver's; its type is one that every qpruner can unpickle."""
 
 
-def testify(
+def node_facts_here(
     storage: str, driver: str, me: str, caches: Mapping[str, Sequence[str]], has_gpus: bool, is_at_uri: bool
 ) -> dict[str, Any]:
-    """Look at this machine.
+    """Return the fields of `probe.NodeFacts`.
 
     Args:
         storage: A folder in the run's storage.
-        driver: Name of a file that the driver left there, and what it says.
-        me: Name of a file to leave there, and what to say in it.
-        caches: Environment variables that name folders for copies of the run's files, and patterns of those that are of
-            this run; of a variable that is unset there is no folder.
+        driver: Name and content of a file that the driver wrote there.
+        me: Name and content of a file to write there.
+        caches: Environment variables that name folders for copies of the run's files, and patterns of this run's files.
         has_gpus: Whether Ray counts GPUs here; importing torch takes seconds.
         is_at_uri: Whether the storage is the mirror of an object store.
     """
@@ -53,7 +52,7 @@ def testify(
 
 
 def versions() -> dict[str, str]:
-    """What must be alike on all machines: `2.13.0+cpu` and `2.13.0+cu130` are, since devices differ."""
+    """Return what must be equal on all nodes; `2.13.0+cpu` and `2.13.0+cu130` count as equal, since devices differ."""
     found = {"python": ".".join(platform.python_version_tuple()[:2]), "qpruner's code": _code()}
     for name in PACKAGES:
         try:
@@ -64,43 +63,43 @@ def versions() -> dict[str, str]:
 
 
 def differing(theirs: Mapping[str, str], own: Mapping[str, str]) -> list[str]:
-    """Names of the packages that are others than the driver's."""
+    """Return the names of the packages whose versions differ from the driver's."""
     return [name for name in own if theirs[name] != own[name]]
 
 
 def differences(theirs: Mapping[str, str], own: Mapping[str, str]) -> str:
-    """What is other than the driver's, in words; nothing where all is alike."""
+    """Describe what differs from the driver's versions; empty where nothing does."""
     return ", ".join(f"{name} is {theirs[name]} there and {own[name]} here" for name in differing(theirs, own))
 
 
 def check_like(own: Mapping[str, str], storage: str, place: str, driver: str, text: str, is_at_uri: bool) -> None:
-    """Refuse to work on a machine that is not like the driver's.
+    """Check that this node can work on a run.
 
     Args:
         own: The driver's versions.
         storage: A folder in the run's storage.
-        place: As a person knows it.
+        place: Its name for people.
         driver: Name of a file that the driver keeps there.
-        text: What it says.
+        text: Content of that file.
         is_at_uri: Whether the storage is the mirror of an object store.
 
     Raises:
         RuntimeError: `NodeDiffers: `, the node's name and what differs.
     """
     trouble = differences(versions(), own)
-    if not trouble:  # else that qpruner cannot be asked
+    if not trouble:  # another qpruner could not be used for it
         unseen = _lasting_trouble(_store_trouble if is_at_uri else _storage_trouble, Path(storage), driver, text)
         trouble = f"`output`: {place} {unseen}" if unseen else ""
     _refuse(trouble or unseen_gpus())
 
 
 def check_installed(own: Mapping[str, str]) -> None:
-    """As `check_like`, for work that leaves nothing in the run's storage."""
+    """Check versions and GPUs, for work that writes nothing to the run's storage."""
     _refuse(differences(versions(), own) or unseen_gpus())
 
 
 def check_gpus() -> None:
-    """As `check_like`, on the driver's own machine."""
+    """Check GPUs, on the driver's own node."""
     _refuse(unseen_gpus())
 
 
@@ -110,7 +109,7 @@ def _refuse(trouble: str) -> None:
 
 
 def own_name() -> str:
-    """The node of this process, as a person knows it."""
+    """Return the name of this node for people."""
     import ray
 
     address, node_id = ray.util.get_node_ip_address(), ray.get_runtime_context().get_node_id()
@@ -118,8 +117,7 @@ def own_name() -> str:
 
 
 def unseen_gpus() -> str:
-    """Why the GPUs that this process holds cannot be used, which torch would do without; nothing where it holds none,
-    where torch sees them, and where somebody told Ray of GPUs that are not there."""
+    """Describe why torch cannot use the GPUs that this process holds; empty where it can, or there is no hardware."""
     import ray
 
     # Asked by a process that is no worker, Ray would start a cluster to answer.
@@ -133,7 +131,7 @@ def unseen_gpus() -> str:
 
 
 def has_hardware() -> bool:
-    """Whether there are GPUs: a driver for them, or a card that lacks one."""
+    """Return whether there is a GPU driver, or a card without one."""
     return any(Path(path).exists() for path in DRIVERS) or any(map(_is_card, Path(DEVICES).glob("*")))
 
 
@@ -146,25 +144,25 @@ def _is_card(device: Path) -> bool:
 
 
 def _lasting_trouble(look: Callable[[Path, str, str], str], folder: Path, driver: str, text: str) -> str:
-    """Why the storage cannot be used from here, for longer than a trial under way would wait for it."""
+    """Describe why the storage cannot be used, for longer than a running trial would wait for it."""
     from qpruner.errors import StorageError
     from qpruner.runs.retry import patiently
 
-    told = ""
+    trouble = ""
 
     def look_again() -> None:
-        nonlocal told
-        told = look(folder, driver, text)
-        if told:
-            raise OSError(errno.EIO, told, str(folder))
+        nonlocal trouble
+        trouble = look(folder, driver, text)
+        if trouble:
+            raise OSError(errno.EIO, trouble, str(folder))
 
     with contextlib.suppress(StorageError):
         patiently(look_again, folder)
-    return told
+    return trouble
 
 
 def _code() -> str:
-    """Digest of qpruner's own sources: two checkouts of one version may differ."""
+    """Return a digest of qpruner's sources: two checkouts of one version may differ."""
     spec = importlib.util.find_spec("qpruner")
     if spec is None or not spec.submodule_search_locations:
         return MISSING
@@ -176,7 +174,7 @@ def _code() -> str:
 
 
 def _storage_trouble(folder: Path, driver: str, text: str, me: str | None = None) -> str:
-    """Why the storage cannot be used from here; nothing where it can."""
+    """Describe why a shared folder cannot be used; empty where it can."""
     try:
         if (folder / driver).read_text(encoding="utf-8") != text:
             return "does not show there what the driver wrote"
@@ -193,7 +191,7 @@ def _storage_trouble(folder: Path, driver: str, text: str, me: str | None = None
 
 
 def _store_trouble(folder: Path, driver: str, text: str, me: str | None = None) -> str:
-    """Why the object store behind a folder cannot be used from here; nothing where it can."""
+    """Describe why the object store behind a mirror cannot be used; empty where it can."""
     try:
         from qpruner.runs.object_store import objects_at
 
@@ -209,7 +207,7 @@ def _store_trouble(folder: Path, driver: str, text: str, me: str | None = None) 
 
 
 def _cache(variable: str, folder: Path, own: Sequence[str]) -> dict[str, Any]:
-    """A folder for copies of the run's files, which may not be there yet."""
+    """Return the fields of `probe.Cache` for a folder, which may not exist yet."""
     existing = next(place for place in (folder, *folder.parents) if place.exists())
     return {
         "variable": variable,
@@ -222,7 +220,7 @@ def _cache(variable: str, folder: Path, own: Sequence[str]) -> dict[str, Any]:
 
 
 def _gpus() -> dict[str, Any]:
-    """The GPUs that torch sees, and why bitsandbytes cannot quantize on them."""
+    """Return the GPUs that torch sees, and why bitsandbytes cannot quantize on them."""
     for name in HIDERS:  # Ray hides GPUs from what reserves none
         os.environ.pop(name, None)
     try:

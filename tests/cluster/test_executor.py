@@ -20,10 +20,10 @@ from conftest import raw_config, with_key
 from raylets import Raylets, raylets
 from transformers import PreTrainedModel
 
-from qpruner.cluster.cluster import MAX_DEATHS, connect, disconnect, run_tasks
-from qpruner.cluster.gpu_time import GpuTime
+from qpruner.cluster.connect import connect, disconnect
+from qpruner.cluster.executor import ClusterExecutor, GpuTime, LocalExecutor, ModelCache, ModelExecutor
 from qpruner.cluster.probe import packed_check_of_gpus
-from qpruner.cluster.workshop import Bench, Here, OnCluster, Workshop
+from qpruner.cluster.tasks import MAX_DEATHS, run_tasks
 from qpruner.config.load import validate_config
 from qpruner.errors import CorruptFile, StageError, UserError, WorkerDied
 from qpruner.pipeline.context import Context
@@ -59,11 +59,11 @@ def joined(one_gpu: str) -> Iterator[str]:
 
 
 @pytest.fixture(scope="module", params=["here", "cluster"])
-def workshop(request: pytest.FixtureRequest) -> Iterator[Workshop]:
-    place: Workshop = Here(0.0, GpuTime())
+def executor(request: pytest.FixtureRequest) -> Iterator[ModelExecutor]:
+    place: ModelExecutor = LocalExecutor(0.0, GpuTime())
     if request.param == "cluster":
         request.getfixturevalue("joined")
-        place = OnCluster(GPU, GpuTime(), CHECK)
+        place = ClusterExecutor(GPU, GpuTime(), CHECK)
     yield place
     place.close()
 
@@ -71,21 +71,21 @@ def workshop(request: pytest.FixtureRequest) -> Iterator[Workshop]:
 # Functions that a worker cannot import are sent whole when they are made inside another.
 
 
-def test_events_arrive_while_the_work_goes_on(workshop: Workshop, tmp_path: Path) -> None:
+def test_events_arrive_while_the_work_goes_on(executor: ModelExecutor, tmp_path: Path) -> None:
     heard = tmp_path / "heard"
 
-    def work(job: int, bench: Bench, emit: Emit) -> int:
+    def work(job: int, cache: ModelCache, emit: Emit) -> int:
         emit(Progress("prune", 1, 2))
         while not heard.exists():
             time.sleep(0.01)
         return job + 1
 
-    assert workshop.do(work, 1, lambda event: heard.write_text(str(event))) == 2
+    assert executor.run(work, 1, lambda event: heard.write_text(str(event))) == 2
     assert "done=1" in heard.read_text()
 
 
-def test_errors_keep_their_type_and_all_they_say(workshop: Workshop) -> None:
-    def work(job: Exception, bench: Bench, emit: Emit) -> None:
+def test_errors_keep_their_type_and_all_they_say(executor: ModelExecutor) -> None:
+    def work(job: Exception, cache: ModelCache, emit: Emit) -> None:
         raise job
 
     for error in (
@@ -95,46 +95,46 @@ def test_errors_keep_their_type_and_all_they_say(workshop: Workshop) -> None:
         OSError(errno.ENOSPC, "No space left on device", "/run/prune"),
     ):
         with pytest.raises(type(error)) as caught:
-            workshop.do(work, error, lambda event: None)
+            executor.run(work, error, lambda event: None)
         assert str(caught.value) == str(error)
         for attribute in ("path", "stage", "cause", "remedy", "errno", "filename"):
             assert getattr(caught.value, attribute, None) == getattr(error, attribute, None)
 
 
-def test_what_lies_on_the_bench_is_there_for_the_next_work(workshop: Workshop) -> None:
-    def leave(job: Any, bench: Bench, emit: Emit) -> None:
-        bench.keep(job)
+def test_what_lies_on_the_bench_is_there_for_the_next_work(executor: ModelExecutor) -> None:
+    def leave(job: Any, cache: ModelCache, emit: Emit) -> None:
+        cache.keep(job)
 
-    def look(job: None, bench: Bench, emit: Emit) -> Any:
-        return bench.pruned_model(Path("nothing is loaded from here"), "bfloat16")
+    def look(job: None, cache: ModelCache, emit: Emit) -> Any:
+        return cache.pruned_model(Path("nothing is loaded from here"), "bfloat16")
 
-    workshop.do(leave, "a model", lambda event: None)
-    assert workshop.do(look, None, lambda event: None) == "a model"
-    workshop.close()
+    executor.run(leave, "a model", lambda event: None)
+    assert executor.run(look, None, lambda event: None) == "a model"
+    executor.close()
     with pytest.raises(Exception, match="nothing is loaded from here"):
-        workshop.do(look, None, lambda event: None)
-    workshop.close()  # gives the one GPU back
+        executor.run(look, None, lambda event: None)
+    executor.close()  # gives the one GPU back
 
 
 def test_a_worker_that_is_killed_has_its_work_begun_again(joined: str, tmp_path: Path) -> None:
     marks = tmp_path / "killed"
     events: list[Event] = []
 
-    def work(job: int, bench: Bench, emit: Emit) -> int:
+    def work(job: int, cache: ModelCache, emit: Emit) -> int:
         with marks.open("a") as file:
             file.write("x")
         if len(marks.read_text()) < job:
             os.kill(os.getpid(), signal.SIGKILL)
         return len(marks.read_text())
 
-    place = OnCluster(GPU, GpuTime(), CHECK)
+    place = ClusterExecutor(GPU, GpuTime(), CHECK)
     try:
-        assert place.do(work, 2, events.append) == 2
+        assert place.run(work, 2, events.append) == 2
         # Where it takes long to start, that is told as well.
         told = [event.text for event in events if isinstance(event, Message) and "waiting" not in event.text]
         assert len(told) == 1 and told[0].startswith("a worker died")
         with pytest.raises(WorkerDied, match="3 workers died"):
-            place.do(work, 10**6, events.append)
+            place.run(work, 10**6, events.append)
     finally:
         place.close()
 
@@ -147,7 +147,7 @@ def test_a_worker_that_ray_kills_for_memory_has_its_work_begun_again(
     limit, hogged = memory.available - 3 * 10**9, tmp_path / "hogged"
     monkeypatch.setenv("RAY_memory_usage_threshold", str(1 - limit / memory.total))
 
-    def work(job: Path, bench: Bench, emit: Emit) -> str:
+    def work(job: Path, cache: ModelCache, emit: Emit) -> str:
         if job.exists():
             return "done"
         job.touch()
@@ -160,9 +160,9 @@ def test_a_worker_that_ray_kills_for_memory_has_its_work_begun_again(
         return "Ray killed nobody"
 
     events: list[Event] = []
-    node, place = cluster.add(num_cpus=2, num_gpus=1), OnCluster({"cpu": 2.0, "gpu": 1.0}, GpuTime(), CHECK)
+    node, place = cluster.add(num_cpus=2, num_gpus=1), ClusterExecutor({"cpu": 2.0, "gpu": 1.0}, GpuTime(), CHECK)
     try:
-        assert place.do(work, hogged, events.append) == "done"
+        assert place.run(work, hogged, events.append) == "done"
     finally:
         place.close()
         cluster.cluster.remove_node(node)
@@ -199,17 +199,20 @@ def test_deaths_between_which_a_task_got_on_are_forgiven_it(joined: str, tmp_pat
 def test_gpus_are_counted_for_as_long_as_work_holds_them(joined: str) -> None:
     """Of two tasks for one GPU the second waits, which costs nothing; nor does the time between pieces of work."""
 
-    def work(job: float, bench: Bench, emit: Emit) -> None:
+    def work(job: float, cache: ModelCache, emit: Emit) -> None:
         time.sleep(job)
 
     def task(job: float) -> None:
         time.sleep(job)
 
-    for held, place in ((here := GpuTime(), Here(2.0, here)), (there := GpuTime(), OnCluster(GPU, there, CHECK))):
+    for held, place in (
+        (here := GpuTime(), LocalExecutor(2.0, here)),
+        (there := GpuTime(), ClusterExecutor(GPU, there, CHECK)),
+    ):
         try:
-            place.do(work, 0.0, lambda event: None)  # a worker that starts imports torch
+            place.run(work, 0.0, lambda event: None)  # a worker that starts imports torch
             before = held.seconds
-            place.do(work, 0.5, lambda event: None)
+            place.run(work, 0.5, lambda event: None)
             time.sleep(0.5)
             expected = 1.0 if held is here else 0.5
             assert expected <= held.seconds - before < expected + 0.4
@@ -223,7 +226,7 @@ def test_gpus_are_counted_for_as_long_as_work_holds_them(joined: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("place", ["task", "workshop", "group"])
+@pytest.mark.parametrize("place", ["task", "executor", "group"])
 def test_work_goes_on_elsewhere_however_many_machines_go(place: str, tmp_path: Path) -> None:
     """A spot instance that is gone says nothing of the work on it."""
 
@@ -238,12 +241,12 @@ def test_work_goes_on_elsewhere_however_many_machines_go(place: str, tmp_path: P
 
         return wait_for_the_last(ray.get_runtime_context().get_node_id())
 
-    def work(job: None, bench: Bench, emit: Emit) -> int:
+    def work(job: None, cache: ModelCache, emit: Emit) -> int:
         return task(job)
 
     def done() -> int:
-        if place == "workshop":
-            return OnCluster(GPU, GpuTime(), CHECK).do(work, None, lambda event: None)
+        if place == "executor":
+            return ClusterExecutor(GPU, GpuTime(), CHECK).do(work, None, lambda event: None)
         if place == "task":
             ((_, found),) = run_tasks(task, [None], GPU, 1, True, CHECK)
         else:

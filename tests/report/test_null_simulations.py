@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from qpruner.report.claim import comparisons
-from qpruner.report.differences import Difference
 from qpruner.report.results import BEST_SEED, RANDOM, SEARCHED, rows
+from qpruner.report.statistics import SAME, Difference
 from qpruner.runs.records import CandidateRecord, EvalRecord, FinetuneRecord, Results, RowScores, TaskScore
 
 QUESTIONS = {
@@ -24,7 +24,6 @@ QUESTIONS = {
     "openbookqa": 50,
 }
 """A tenth of those of the seven tasks of the recipes."""
-SAME = "not distinguishable"
 
 
 def scored(name: str, seed: int, plan: int, answers: Mapping[str, Any]) -> tuple[CandidateRecord, RowScores]:
