@@ -25,8 +25,8 @@ from qpruner.config.load import validate_config
 from qpruner.config.schema import RunConfig
 from qpruner.plans.plan import Group, Layout, LinearShape, PlanSpace
 from qpruner.runs.events import Event
-from qpruner.runs.paths import RunDir
 from qpruner.runs.records import RungResult
+from qpruner.runs.run_dir import RunDir
 from qpruner.search.trial_job import Materials, Progress, Report, TrialJob
 
 NUM_GROUPS = 64

@@ -27,8 +27,8 @@ from qpruner.api import read_run
 from qpruner.cli import terminal
 from qpruner.report.snapshot import Snapshot
 from qpruner.runs import events
-from qpruner.runs.paths import LOG
 from qpruner.runs.records import TrialRecord
+from qpruner.runs.run_dir import LOG
 
 ROOT = Path(__file__).resolve().parent.parent
 IMAGES = ROOT / "docs" / "images"

@@ -48,7 +48,7 @@ def run(config: str | Path, *overrides: str, until: str = "report", address: str
     quiet_libraries()
     from qpruner.cli.terminal import Terminal
     from qpruner.pipeline.run import run as run_flow
-    from qpruner.runs.paths import run_root
+    from qpruner.runs.storage import run_root
 
     # In a notebook the process's own command line says nothing.
     options = [*(part for each in overrides for part in ("--set", each)), *(["--address", address] if address else [])]
@@ -82,6 +82,6 @@ def read_run(folder: str | Path) -> Snapshot:
         CorruptFile: If a record cannot be read.
     """
     from qpruner.report.snapshot import read_snapshot
-    from qpruner.runs.paths import RunDir
+    from qpruner.runs.run_dir import RunDir
 
     return read_snapshot(RunDir(folder, create=False))

@@ -144,7 +144,7 @@ def full_until_noticed(disk: Path, leave: int = 0) -> Iterator[Path]:
                 filler.unlink(missing_ok=True)
 
     filler.write_bytes(b"\0" * (shutil.disk_usage(disk).free - leave))
-    logger, handler = logging.getLogger("qpruner.runs.retry"), MakeRoom()
+    logger, handler = logging.getLogger("qpruner.runs.storage.retry"), MakeRoom()
     logger.addHandler(handler)
     try:
         yield filler

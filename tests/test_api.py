@@ -18,11 +18,9 @@ from conftest import with_key
 import qpruner
 from qpruner.cli.main import main
 from qpruner.errors import UserError
-from qpruner.pipeline import sender
 from qpruner.pipeline.prepare import Prepare
-from qpruner.runs.events import StageFinished
-from qpruner.runs.paths import RunDir
 from qpruner.runs.records import RunState
+from qpruner.runs.run_dir import RunDir
 
 WriteYaml = Callable[[dict[str, Any]], Path]
 
@@ -112,23 +110,6 @@ def test_an_error_of_a_verb_without_a_run_says_what_to_do(monkeypatch: pytest.Mo
     monkeypatch.setattr("qpruner.cli.run_verbs.status", broken)
     done = CliRunner().invoke(main, ["status", str(tmp_path)])
     assert done.exit_code == 1 and done.stderr.rstrip().endswith("please report it with what stands above")
-
-
-def test_what_cannot_be_sent_to_the_store_says_what_to_do(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    def away(path: Path) -> None:
-        raise OSError("the store is away")
-
-    monkeypatch.setattr(sender, "send_file", away)
-    monkeypatch.setattr(RunDir, "is_at_uri", True)
-    (tmp_path / "qpruner.log").write_text("told")
-    sending = sender.Sender(RunDir(tmp_path))
-    sending.listen(StageFinished("prune", 1.0, ""))
-    assert "the store is away; that is tried again in 30 s, and costs no result" in caplog.text
-    sending.close()
-    assert "tried again by the next command" in caplog.text
-    assert caplog.text.count("see that the address of `output` is reached from here") == 2
 
 
 def test_an_output_that_may_not_be_written_is_refused(tiny_raw: dict[str, Any], write_yaml: WriteYaml) -> None:

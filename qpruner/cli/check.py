@@ -22,7 +22,7 @@ from qpruner.pipeline.run import check as check_run
 from qpruner.plans.plan import told_of_budget
 from qpruner.report.card import other_base_remark
 from qpruner.report.liveness import driver_text
-from qpruner.runs.paths import RunDir
+from qpruner.runs.run_dir import RunDir
 from qpruner.wording import counted
 
 

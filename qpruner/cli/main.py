@@ -307,7 +307,7 @@ def push(run: str, repo_id: str, is_public: bool, what: Any, as_json: bool) -> N
         quiet_libraries()
         from qpruner.export.card_metadata import told_lacking
         from qpruner.export.hub import push
-        from qpruner.runs.paths import RunDir
+        from qpruner.runs.run_dir import RunDir
 
         done = push(
             RunDir(run, create=False), repo_id, what, is_public, lambda text: click.echo(f"[push] {text}", err=True)
@@ -376,15 +376,14 @@ def _export(root: str, form: Any, out: Path | None) -> dict[str, Any]:
     from qpruner.export.folders import export
     from qpruner.pipeline.prepare import telling
     from qpruner.report.liveness import warning_of_driver
-    from qpruner.runs.paths import RunDir
+    from qpruner.runs.run_dir import RunDir
 
     run = RunDir(root, create=False)
-    if out is None and run.is_at_uri:
-        raise UserError(f"{run.place}: name a folder on this machine with `--out`")
+    out = out or run.require_folder("name a folder on this machine with `--out`") / "export" / form
     if warning := warning_of_driver(run):
         click.echo(warning, err=True)
     with Terminal(quiet=False) as terminal:
-        done = export(run, form, (out or run.root / "export" / form).resolve(), telling(terminal.emit, "export"))
+        done = export(run, form, out.resolve(), telling(terminal.emit, "export"))
     click.echo(
         f"{done.folder}: diverges by {done.divergence:.2g} nats a token from the final model, same prediction at "
         f"{done.agreement:.1%} of {done.num_positions} positions; loads "
@@ -400,11 +399,11 @@ def _report(root: str, has_settings: bool) -> dict[str, Any]:
             "name the configuration instead"
         )
     from qpruner.report.files import write_report
-    from qpruner.runs.object_store import name_of
-    from qpruner.runs.paths import RunDir
+    from qpruner.runs.run_dir import RunDir
+    from qpruner.runs.storage import display_name
 
     run = RunDir(root, create=False)
-    page = name_of(write_report(run))
+    page = display_name(write_report(run))
     click.echo(page)
     return {"status": "ok", "run": run.address, "page": page}
 
@@ -416,8 +415,7 @@ def _run(
     quiet_libraries()
     from qpruner.cli.terminal import Terminal
     from qpruner.pipeline.run import run
-    from qpruner.runs.object_store import address_of
-    from qpruner.runs.paths import run_root
+    from qpruner.runs.storage import address_of, run_root
 
     root = run_root(config.output)
     with logging_to(root):
@@ -465,15 +463,16 @@ def _print_table(results: Results, root: Path, terminal: Terminal) -> None:
 
 
 def _where_next(root: Path) -> str:
-    """What there is to look at once a run is over."""
-    from qpruner.runs.object_store import address_of, is_mirror, name_of
+    """Name what to look at once a run is over."""
+    from qpruner.runs.storage import storage_at
 
-    place = shlex.quote(address_of(root))
-    brought, folder = "", place
-    if is_mirror(root):  # models are talked to from a folder
-        brought, folder = f"`qpruner export {place} --to peft --out FOLDER`, then ", "FOLDER"
+    storage = storage_at(root)
+    place = folder = shlex.quote(storage.address)
+    brought = ""
+    if command := storage.export_command:  # models are talked to from a folder
+        brought, folder = f"`{command}`, then ", "FOLDER"
     return (
-        f"The report: {name_of(root)}/report.html; its plan: `qpruner plan {place}`; what the model says: "
+        f"The report: {storage.name}/report.html; its plan: `qpruner plan {place}`; what the model says: "
         f"{brought}`qpruner generate {folder} --prompt TEXT`"
     )
 

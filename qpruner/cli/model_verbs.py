@@ -20,7 +20,7 @@ from qpruner.export.generate import WHICH, Sampling, Source, sources
 from qpruner.models.memory import release
 from qpruner.pipeline.prepare import telling
 from qpruner.report.liveness import warning_of_driver
-from qpruner.runs.paths import STATE, RunDir
+from qpruner.runs.run_dir import STATE, RunDir
 
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 

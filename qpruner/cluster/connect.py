@@ -21,8 +21,8 @@ from qpruner.cluster.autoscaler import growth_of
 from qpruner.cluster.slots import Growth, Node, Slots
 from qpruner.cluster.tasks import first_line
 from qpruner.errors import RayNotStarted, UserError
-from qpruner.runs.object_store import CACHE, cache_root
-from qpruner.runs.paths import BANK_CACHE
+from qpruner.runs.run_dir import BANK_CACHE
+from qpruner.runs.storage import CACHE, cache_root
 
 # Set before Ray is imported: no usage report leaves the machine.
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -41,15 +41,10 @@ ANSWER_SECONDS = 15.0
 
 @dataclass(frozen=True)
 class Cluster:
-    """The Ray cluster that this process has joined.
-
-    Attributes:
-        growth: What its autoscaler may make of it; None where it has none.
-        was_joined: Whether the process had joined it before.
-    """
+    """The Ray cluster that this process has joined."""
 
     growth: Growth | None
-    was_joined: bool = False
+    was_joined: bool = False  # before
 
     def slots(self) -> Slots:
         """Return what it can run now, on machines that stay, and what its autoscaler may add."""

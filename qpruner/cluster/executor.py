@@ -19,7 +19,7 @@ from qpruner.cluster.tasks import DeathCounter, original_error
 from qpruner.models.loading import OnLoading, ignore_progress, load_dense
 from qpruner.models.memory import release
 from qpruner.runs.events import Emit, Event, Message
-from qpruner.runs.mirror import fetch
+from qpruner.runs.storage import fetch
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -29,7 +29,7 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from qpruner.cluster.nodes import is_staying
 from qpruner.cluster.ray_private import ControllerCallback, TorchBackend, WorkerGroupCallback
 from qpruner.cluster.tasks import Result, run_tasks
-from qpruner.runs.paths import read_sign, write_sign
+from qpruner.runs.storage import read_progress, write_progress
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,7 @@ def _run(group: _Group) -> Any:
         return trainer.fit().return_value
     except WorkerGroupError as error:
         cause = _first_cause(error.worker_failures)
-        if isinstance(cause, RayActorError) and not all(map(is_staying, (read_sign(places) or "").split())):
+        if isinstance(cause, RayActorError) and not all(map(is_staying, (read_progress(places) or "").split())):
             raise NodeDiedError(str(cause)) from error
         raise cause from error
     except ControllerError as error:
@@ -134,7 +134,7 @@ class _Watch(WorkerGroupCallback, ControllerCallback):  # type: ignore[misc]
     def after_worker_group_start(self, worker_group: Any) -> None:
         """Write the nodes' ids."""
         self._state = worker_group.get_worker_group_state()
-        write_sign(self._places, " ".join(worker.metadata.node_id for worker in self._state.workers))
+        write_progress(self._places, " ".join(worker.metadata.node_id for worker in self._state.workers))
 
     async def before_controller_shutdown(self) -> None:
         """Free the slots."""

@@ -14,7 +14,7 @@ import importlib.util
 import os
 import platform
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ REFUSAL = "NodeDiffers: "
 
 
 def node_facts_here(
-    storage: str, driver: str, me: str, caches: Mapping[str, Sequence[str]], has_gpus: bool, is_at_uri: bool
+    storage: str, driver: str, me: str, caches: Mapping[str, Sequence[str]], has_gpus: bool
 ) -> dict[str, Any]:
     """Return the fields of `probe.NodeFacts`.
 
@@ -40,11 +40,10 @@ def node_facts_here(
         me: Name and content of a file to write there.
         caches: Environment variables that name folders for copies of the run's files, and patterns of this run's files.
         has_gpus: Whether Ray counts GPUs here; importing torch takes seconds.
-        is_at_uri: Whether the storage is the mirror of an object store.
     """
     return {
         "versions": versions(),
-        "storage": (_store_trouble if is_at_uri else _storage_trouble)(Path(storage), driver, driver, me),
+        "storage": _storage_trouble(Path(storage), driver, driver, me),
         "caches": [_cache(name, Path(os.environ[name]), own) for name, own in caches.items() if name in os.environ],
         "has_hardware": has_hardware(),
         **(_gpus() if has_gpus else {"gpus": [], "gpu_trouble": ""}),
@@ -72,7 +71,7 @@ def differences(theirs: Mapping[str, str], own: Mapping[str, str]) -> str:
     return ", ".join(f"{name} is {theirs[name]} there and {own[name]} here" for name in differing(theirs, own))
 
 
-def check_like(own: Mapping[str, str], storage: str, place: str, driver: str, text: str, is_at_uri: bool) -> None:
+def check_like(own: Mapping[str, str], storage: str, place: str, driver: str, text: str) -> None:
     """Check that this node can work on a run.
 
     Args:
@@ -81,14 +80,13 @@ def check_like(own: Mapping[str, str], storage: str, place: str, driver: str, te
         place: Its name for people.
         driver: Name of a file that the driver keeps there.
         text: Content of that file.
-        is_at_uri: Whether the storage is the mirror of an object store.
 
     Raises:
         RuntimeError: `NodeDiffers: `, the node's name and what differs.
     """
     trouble = differences(versions(), own)
     if not trouble:  # another qpruner could not be used for it
-        unseen = _lasting_trouble(_store_trouble if is_at_uri else _storage_trouble, Path(storage), driver, text)
+        unseen = _lasting_trouble(Path(storage), driver, text)
         trouble = f"`output`: {place} {unseen}" if unseen else ""
     _refuse(trouble or unseen_gpus())
 
@@ -143,21 +141,21 @@ def _is_card(device: Path) -> bool:
     return maker.strip() == NVIDIA and kind.startswith(DISPLAY)
 
 
-def _lasting_trouble(look: Callable[[Path, str, str], str], folder: Path, driver: str, text: str) -> str:
+def _lasting_trouble(folder: Path, driver: str, text: str) -> str:
     """Describe why the storage cannot be used, for longer than a running trial would wait for it."""
     from qpruner.errors import StorageError
-    from qpruner.runs.retry import patiently
+    from qpruner.runs.storage import retry_storage
 
     trouble = ""
 
     def look_again() -> None:
         nonlocal trouble
-        trouble = look(folder, driver, text)
+        trouble = _storage_trouble(folder, driver, text)
         if trouble:
             raise OSError(errno.EIO, trouble, str(folder))
 
     with contextlib.suppress(StorageError):
-        patiently(look_again, folder)
+        retry_storage(look_again, folder)
     return trouble
 
 
@@ -174,36 +172,32 @@ def _code() -> str:
 
 
 def _storage_trouble(folder: Path, driver: str, text: str, me: str | None = None) -> str:
-    """Describe why a shared folder cannot be used; empty where it can."""
+    """Describe why the storage cannot be used here; empty where it can."""
     try:
-        if (folder / driver).read_text(encoding="utf-8") != text:
+        from qpruner.runs.storage import storage_at
+    except ImportError:  # another qpruner, or none, which the versions tell
+        return ""
+    try:
+        if storage_at(folder / driver).read().decode() != text:
             return "does not show there what the driver wrote"
     except FileNotFoundError:
         return "is not shared with it: what the driver wrote is not there"
     except OSError as error:
         return f"cannot be read there ({error.strerror})"
+    except Exception as error:  # credentials, or another qpruner
+        return _unusable(error)
     try:
         if me:
-            (folder / me).write_text(me, encoding="utf-8")
+            storage_at(folder / me).write_progress(me.encode())
     except OSError as error:
         return f"cannot be written there ({error.strerror})"
+    except Exception as error:
+        return _unusable(error)
     return ""
 
 
-def _store_trouble(folder: Path, driver: str, text: str, me: str | None = None) -> str:
-    """Describe why the object store behind a mirror cannot be used; empty where it can."""
-    try:
-        from qpruner.runs.object_store import objects_at
-
-        there = objects_at(folder)
-        if there is None or (there / driver).read().decode() != text:
-            return "does not show there what the driver wrote"
-        if me:
-            (there / me).write(me.encode())
-    except Exception as error:  # of another qpruner, or of none
-        line = str(error).strip().partition("\n")[0]
-        return f"cannot be used there ({type(error).__name__}: {line})"
-    return ""
+def _unusable(error: Exception) -> str:
+    return f"cannot be used there ({type(error).__name__}: {str(error).strip().partition(chr(10))[0]})"
 
 
 def _cache(variable: str, folder: Path, own: Sequence[str]) -> dict[str, Any]:

@@ -13,9 +13,9 @@ from qpruner.cluster import node_facts
 from qpruner.cluster.connect import size_of
 from qpruner.cluster.slots import Node
 from qpruner.cluster.tasks import first_line
-from qpruner.runs.object_store import CACHE, cache_root, is_mirror
-from qpruner.runs.paths import BANK_CACHE, RunDir
 from qpruner.runs.records import RUN_ID
+from qpruner.runs.run_dir import BANK_CACHE, RunDir
+from qpruner.runs.storage import storage_at
 
 ANSWER_SECONDS = 120.0
 """A node starts a worker and answers within this time; importing torch from a cold network file system can take a
@@ -33,65 +33,38 @@ class Gpu:
 
 @dataclass(frozen=True)
 class Cache:
-    """A node's folder for copies of the run's files.
+    """A node's folder for copies of the run's files."""
 
-    Attributes:
-        variable: The environment variable that names it.
-        folder: Its path.
-        disk: Id of its file system.
-        is_writable: Whether it can be written.
-        free_bytes: On its file system.
-        held_bytes: Of this run's files that are there.
-    """
-
-    variable: str
+    variable: str  # of the environment, which names it
     folder: str
-    disk: int
+    disk: int  # id of its file system
     is_writable: bool
-    free_bytes: int
-    held_bytes: int
+    free_bytes: int  # on its file system
+    held_bytes: int  # of this run's files
 
 
 @dataclass(frozen=True)
 class NodeFacts:
-    """A node's answer.
+    """A node's answer."""
 
-    Attributes:
-        versions: By package; qpruner's is a digest of its code.
-        storage: Why the run's storage cannot be used there; empty where it can.
-        caches: Its folders for copies of the run's files.
-        has_hardware: Whether there is a GPU driver, or a card without one.
-        gpus: What torch sees; empty where Ray counts none.
-        gpu_trouble: Why they cannot quantize; empty where they can.
-    """
-
-    versions: dict[str, str]
-    storage: str
+    versions: dict[str, str]  # by package; qpruner's is a digest of its code
+    storage: str  # why the run's storage cannot be used there, or empty
     caches: tuple[Cache, ...]
-    has_hardware: bool
-    gpus: tuple[Gpu, ...]
-    gpu_trouble: str
+    has_hardware: bool  # a GPU driver, or a card without one
+    gpus: tuple[Gpu, ...]  # that torch sees; empty where Ray counts none
+    gpu_trouble: str  # why they cannot quantize, or empty
 
 
 @dataclass(frozen=True)
 class Report:
-    """One node and its answer.
+    """One node and its answer."""
 
-    Attributes:
-        id: Ray's.
-        name: For people.
-        size: The CPUs and GPUs that Ray counts there.
-        facts: Its answer.
-        silence: Why it did not answer.
-        has_left: Whether it left the cluster meanwhile.
-    """
-
-    id: str
-    name: str
+    id: str  # Ray's
+    name: str  # for people
     size: Node
     facts: NodeFacts | None
-    silence: str = ""
-    has_left: bool = False
+    silence: str = ""  # why it did not answer
+    has_left: bool = False  # meanwhile
 
 
 def probe(storage: Path, driver: str, banked: Iterable[str] = (), seconds: float = ANSWER_SECONDS) -> list[Report]:
@@ -111,8 +84,7 @@ def probe(storage: Path, driver: str, banked: Iterable[str] = (), seconds: float
 
     nodes = [node for node in ray.nodes() if node["Alive"]]
     caches = {BANK_CACHE: [f"{sha256}.safetensors" for sha256 in banked]}
-    if is_mirror(storage):
-        caches[CACHE] = [f"{storage.parent.relative_to(cache_root())}/**/*"]
+    caches |= storage_at(storage.parent).copies()
     asked = _ask(nodes, storage, driver, caches)
     answered, _ = ray.wait(list(asked.values()), num_returns=len(asked), timeout=seconds)
     answers: dict[str, NodeFacts | str] = {}
@@ -138,7 +110,7 @@ def packed_check(run: RunDir) -> bytes:
 
     It raises a RuntimeError that names node and difference, see `node_facts.check_like`.
     """
-    args = (node_facts.versions(), str(run.root), run.place, RUN_ID, run.id, run.is_at_uri)
+    args = (node_facts.versions(), str(run.root), run.place, RUN_ID, run.id)
     return _packed(functools.partial(node_facts.check_like, *args))
 
 
@@ -186,7 +158,7 @@ def _ask(
         for node in nodes:
             node_id, has_gpus = node["NodeID"], size_of(node).gpus > 0
             there = task.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node_id, soft=False))
-            asked[node_id] = there.remote(str(storage), driver, node_id, caches, has_gpus, is_mirror(storage))
+            asked[node_id] = there.remote(str(storage), driver, node_id, caches, has_gpus)
     return asked
 
 

@@ -36,17 +36,11 @@ class Node:
 
 @dataclass(frozen=True)
 class Growth:
-    """A cluster as large as its autoscaler may make it.
-
-    Attributes:
-        head: The machine that is always there.
-        workers: Those that may be started, each type as often as it is allowed.
-        max_workers: How many of them there may be at once.
-    """
+    """A cluster as large as its autoscaler may make it."""
 
     head: Node
-    workers: tuple[Node, ...]
-    max_workers: int
+    workers: tuple[Node, ...]  # each type as often as it is allowed
+    max_workers: int  # of them at once
 
     def fits(self, resources: Mapping[str, float]) -> int:
         """Count the tasks that fit at once."""

@@ -6,8 +6,20 @@ import logging
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeVar
+
+import ray
+from ray import cloudpickle
+from ray.exceptions import (
+    NodeDiedError,
+    ObjectLostError,
+    OutOfMemoryError,
+    RayActorError,
+    RayTaskError,
+    WorkerCrashedError,
+)
 
 from qpruner.cluster import node_facts
 from qpruner.cluster.nodes import is_staying
@@ -17,6 +29,8 @@ logger = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
 
+DEATHS = (WorkerCrashedError, NodeDiedError, OutOfMemoryError, ObjectLostError, RayActorError)
+"""Errors of a worker that died; a group's task ends with the RayActorError of the process that it lost."""
 MAX_DEATHS = 3
 """Workers that may die under one job, on machines that stay and without progress, before that is an error."""
 
@@ -43,55 +57,55 @@ def run_tasks(
         check_node: A pickled function that raises on a machine that cannot be used (`probe.packed_check`).
         on_tick: Called about once a second.
         on_held: Gets the GPU seconds of each job that ends, without those that it waited for a slot.
-        progress: Returns what a job has saved so far, by its position; earlier deaths do not count once it changes.
+        progress: Returns what a job has saved, by its position; earlier deaths do not count once it changes.
 
     Yields:
-        Position of the job and its result, as they finish. An error of a job is raised as it was.
+        Position and result of each job that ends. An error of a job is raised as it was.
 
     Raises:
         NodeDiffers: If a job met a machine that cannot be used.
         WorkerDied: If workers die under one job again and again, on machines that stay and without progress.
     """
-    import ray
-    from ray import cloudpickle
-    from ray.exceptions import RayTaskError
-
     assert ray.is_initialized(), "Ray would choose a cluster itself"
     task = _task(check_node, resources, fresh, getattr(function, "__name__", "task"))
-    waiting = deque(enumerate(jobs))
-    running: dict[Any, int] = {}
-    nodes: dict[int, str] = {}
+    waiting = deque(_Job(at, cloudpickle.dumps(partial(function, job))) for at, job in enumerate(jobs))
+    running: dict[Any, _Job] = {}
     deaths = DeathCounter(progress)
     while waiting or running:
         while waiting and len(running) < max_concurrent:
-            position, job = waiting.popleft()
-            running[task.remote(cloudpickle.dumps(partial(function, job)))] = position
+            job = waiting.popleft()
+            running[task.remote(job.work)] = job
         done, _ = ray.wait(list(running), num_returns=1, timeout=1.0)
         on_tick()
         for answers in done:
-            position = running[answers]
+            job = running[answers]
             try:
                 answer = ray.get(next(answers))
-            except _death_errors() as error:
-                line = deaths.count(position, nodes.pop(position, None), error)
+            except DEATHS as error:
+                line = deaths.count(job.position, job.node, error)
                 logger.warning("a worker died, its job is run again: %s", line)
-                del running[answers]
-                waiting.append((position, jobs[position]))
+                waiting.append(_Job(job.position, running.pop(answers).work))
             except RayTaskError as error:
                 raise original_error(error) from error
             else:
                 if isinstance(answer, str):
-                    nodes[position] = answer
+                    job.node = answer
                     continue
                 del running[answers]
                 seconds, result = answer
                 on_held(resources.get("gpu", 0.0) * seconds)
-                yield position, result
+                yield job.position, result
+
+
+@dataclass
+class _Job:
+    position: int
+    work: bytes
+    node: str | None = None  # where it runs, by Ray's id
 
 
 def _task(check_node: bytes, resources: dict[str, float], fresh: bool, name: str) -> Any:
     """Return the remote function; it yields the id of its node, then its seconds and its result."""
-    import ray
 
     def located(work: bytes) -> Iterator[Any]:
         # A nested function is pickled whole; another qpruner on the node could not even read the job.
@@ -112,13 +126,6 @@ def _task(check_node: bytes, resources: dict[str, float], fresh: bool, name: str
         num_returns="streaming",
     )
     return remote(located).options(name=name)
-
-
-def _death_errors() -> tuple[type[Exception], ...]:
-    from ray.exceptions import NodeDiedError, ObjectLostError, OutOfMemoryError, RayActorError, WorkerCrashedError
-
-    # A group's task ends with the RayActorError of the process that it lost.
-    return WorkerCrashedError, NodeDiedError, OutOfMemoryError, ObjectLostError, RayActorError
 
 
 class DeathCounter:
@@ -144,8 +151,6 @@ class DeathCounter:
         Raises:
             WorkerDied: If there were too many.
         """
-        from ray.exceptions import NodeDiedError, RayTaskError
-
         death = error.cause if isinstance(error, RayTaskError) else error
         saved = self._progress(position)
         if saved != self._seen.get(position):

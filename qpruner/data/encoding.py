@@ -15,8 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast, overload
 
 from qpruner.data.sources import Example
 from qpruner.errors import CorruptFile, UserError
-from qpruner.runs.mirror import fetch, written
-from qpruner.runs.retry import patiently
+from qpruner.runs.storage import fetch, retry_storage, writing_folder
 from qpruner.wording import counted
 
 if TYPE_CHECKING:
@@ -256,8 +255,8 @@ def save_encoded(rows: Sequence[Mapping[str, list[int]]], folder: Path) -> None:
 
     datasets.disable_progress_bars()
     encoded = datasets.Dataset.from_list([dict(row) for row in rows])
-    with written(folder) as here:
-        patiently(lambda: encoded.save_to_disk(here), here)
+    with writing_folder(folder) as here:
+        retry_storage(lambda: encoded.save_to_disk(here), here)
 
 
 def load_encoded(folder: Path) -> EncodedRows:
@@ -269,7 +268,7 @@ def load_encoded(folder: Path) -> EncodedRows:
     import datasets
 
     try:
-        return patiently(lambda: EncodedRows(datasets.load_from_disk(str(fetch(folder)))), folder, was_there=True)
+        return retry_storage(lambda: EncodedRows(datasets.load_from_disk(str(fetch(folder)))), folder, was_there=True)
     except (OSError, ValueError, KeyError, AttributeError, NotImplementedError) as error:  # pyarrow's are among them
         raise CorruptFile(f"the encoded rows in {folder} cannot be read: {error}", folder) from error
 

@@ -20,10 +20,9 @@ from qpruner.models.checkpoint import dense_tensors, save_checkpoint
 from qpruner.models.loading import OnLoading, checkpoint_config, device, ignore_progress, load_tokenizer
 from qpruner.models.memory import raising_out_of_memory
 from qpruner.models.snippets import PEFT_BASE
-from qpruner.runs.mirror import fetch
-from qpruner.runs.paths import RunDir, exists, publish_folder, write_json
 from qpruner.runs.records import MARK, ExportRecord
-from qpruner.runs.retry import patiently
+from qpruner.runs.run_dir import RunDir
+from qpruner.runs.storage import exists, fetch, publish_folder, retry_storage, write_json
 
 if TYPE_CHECKING:
     import torch
@@ -159,7 +158,7 @@ def _write_peft(final: Path, folder: Path, target: Path) -> None:
         shutil.copy2(final / ADAPTER_FILES[1], folder)
         tokenizer.save_pretrained(folder)
 
-    patiently(write, target)
+    retry_storage(write, target)
 
 
 def compare(

@@ -5,7 +5,6 @@ An answer depends on model, prompt and sampling alone: the seed is set anew for 
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,9 +19,9 @@ from qpruner.errors import UserError
 from qpruner.hf import load, weights_folder
 from qpruner.models.loading import OnLoading, check_folder, ignore_progress, load_dense, load_tokenizer
 from qpruner.models.memory import raising_out_of_memory
-from qpruner.runs.object_store import address_of, mirror_of
-from qpruner.runs.paths import STATE, RunDir
 from qpruner.runs.records import PrepareRecord, RunState
+from qpruner.runs.run_dir import STATE, RunDir
+from qpruner.runs.storage import run_path, storage_at
 
 BASE, PRUNED, FINAL = WHICH = ("base", "pruned", "final")
 """The models of a run, in the order in which they are made."""
@@ -173,10 +172,9 @@ def sources(place: str | Path, which: Sequence[str]) -> list[Source]:
     Raises:
         UserError: If one is missing or damaged, or the run is at a URI.
     """
-    if "://" in str(place):
-        uri = shlex.quote(address_of(mirror_of(str(place))))
+    if "://" in str(place) and (command := storage_at(run_path(str(place))).export_command):
         raise UserError(
-            f"models are loaded from a folder, and this is a URI: `qpruner export {uri} --to peft --out FOLDER` "
+            f"models are loaded from a folder, and this is a URI: `{command}` "
             "brings its final model here, then name FOLDER"
         )
     place = Path(place).expanduser().resolve()

@@ -14,8 +14,9 @@ from typing import Any, Literal
 from qpruner.errors import StageError, UserError
 from qpruner.export.card_metadata import lacking
 from qpruner.models.snippets import Form, with_section
-from qpruner.runs.paths import RunDir, read_json
 from qpruner.runs.records import MARK, ExportRecord
+from qpruner.runs.run_dir import RunDir
+from qpruner.runs.storage import read_json
 from qpruner.runs.version import VERSION
 from qpruner.wording import counted
 
@@ -69,8 +70,7 @@ def push(
     # HTTPError is httpx's with huggingface_hub 1.x and httpx2's with 2.x, so it is taken from where both have it.
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError, OfflineModeIsEnabled
 
-    if run.is_at_uri:
-        raise UserError(f"{run.place} is in an object store: copy the run to a folder of this machine, and push that")
+    run.require_folder("copy the run to a folder of this machine, and push that")
     files = list(_files(run, what, repo_id))
     if get_token() is None:
         raise UserError("there is no token for the hub: set HF_TOKEN to one that may write, or run `hf auth login`")

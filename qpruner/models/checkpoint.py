@@ -20,8 +20,7 @@ from qpruner.models.loading import (
     load_tokenizer,
     reporting_tensors,
 )
-from qpruner.runs.object_store import OnPiece
-from qpruner.runs.retry import patiently
+from qpruner.runs.storage import OnPiece, retry_storage
 
 if TYPE_CHECKING:
     import torch
@@ -144,8 +143,8 @@ def save_checkpoint(
 ) -> None:
     """Write weights (safetensors, shard by shard), config with `per_layer_config`, and tokenizer."""
     with reporting_tensors(on_progress):
-        patiently(lambda: model.save_pretrained(folder, max_shard_size=SHARD_SIZE), folder)
-    patiently(lambda: tokenizer.save_pretrained(folder), folder)
+        retry_storage(lambda: model.save_pretrained(folder, max_shard_size=SHARD_SIZE), folder)
+    retry_storage(lambda: tokenizer.save_pretrained(folder), folder)
 
 
 def dense_tensors(

@@ -13,9 +13,8 @@ from qpruner.errors import CorruptFile, StageError
 from qpruner.pipeline.stage import Stage
 from qpruner.plans.plan import FULL_BITS, check_cpu_widths
 from qpruner.runs.events import Emit, Message, Progress
-from qpruner.runs.object_store import name_of
-from qpruner.runs.paths import files_in, remove
 from qpruner.runs.records import BankRecord, PruneRecord, digest_of
+from qpruner.runs.storage import display_name, files_in, remove
 
 if TYPE_CHECKING:
     from qpruner.cluster.executor import ModelCache
@@ -140,14 +139,14 @@ def _forget_damaged_bank(context: Context, digest: str, inputs: str) -> None:
     if index.digest != record.digest:
         raise StageError(
             "bank",
-            f"{name_of(context.bank)} was built for other weights, settings or versions (digest {index.digest}, not "
-            f"{record.digest})",
+            f"{display_name(context.bank)} was built for other weights, settings or versions (digest {index.digest}, "
+            f"not {record.digest})",
             "delete that folder, then repeat the command",
         )
     intact = store.intact_files(context.bank, index)
     damaged = [name for name in index.files if name not in intact]
     for name in damaged:
-        text = f"{name_of(context.bank / name)} is missing or damaged; it alone is built again"
+        text = f"{display_name(context.bank / name)} is missing or damaged; it alone is built again"
         context.emit(Message("bank", text))
     if damaged:
         context.forget("bank")
@@ -220,7 +219,7 @@ def _check_room(context: Context, scratch: Path, jobs: list[GroupJob]) -> None:
     needed = packed + num_sets * layout.adapter_bytes
     num_entries = sum(len(job.bits) for job in jobs)
     context.emit(Message("bank", f"{num_entries} entries to build, {needed / 1e6:.1f} MB"))
-    if context.run_dir.is_at_uri:
+    if not context.run_dir.storage.fills_this_disk:
         return
     free = shutil.disk_usage(scratch).free
     if free < needed:

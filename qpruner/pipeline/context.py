@@ -21,11 +21,10 @@ from qpruner.plans.file import check_affordable, read_plan
 from qpruner.plans.plan import Layout, PlanSpace, PrecisionPlan
 from qpruner.runs.events import Emit
 from qpruner.runs.lock import NAME as LOCK
-from qpruner.runs.lock import taken_over
-from qpruner.runs.mirror import fetch
-from qpruner.runs.object_store import name_of
-from qpruner.runs.paths import RunDir, fetch_file, file_digest
+from qpruner.runs.lock import lock_lost
 from qpruner.runs.records import Record, Results, digest_of
+from qpruner.runs.run_dir import RunDir
+from qpruner.runs.storage import display_name, fetch, fetch_file, file_digest
 from qpruner.training.trackers import Trackers, check_trackers
 
 CONFIG_FILE = "config.json"
@@ -45,7 +44,7 @@ class Context:
         writes: Whether the run's folder is written to.
         gpu_time: What work outside the trials has held of GPUs.
         assumed: Slots to plan with instead of those that are here.
-        is_ours: Whether no other driver has taken the run over.
+        holds_run: Whether no other driver has taken the run over.
         records: Of the stages so far.
     """
 
@@ -57,7 +56,7 @@ class Context:
     writes: bool = True
     gpu_time: GpuTime = field(default_factory=GpuTime)
     assumed: Slots | None = None
-    is_ours: Callable[[], bool] = lambda: True
+    holds_run: Callable[[], bool] = lambda: True
     records: Results = field(default_factory=Results)
     _has_joined: bool = False
 
@@ -115,8 +114,6 @@ class Context:
     def pruned_config(self) -> Any:
         """transformers config of the pruned model; its weights are not looked at."""
         folder = self.run_dir.stage("prune")
-        if not self.run_dir.is_at_uri:
-            return checkpoint_config(folder)
         with tempfile.TemporaryDirectory() as here:
             fetch_file(folder / CONFIG_FILE, Path(here) / CONFIG_FILE)
             return checkpoint_config(Path(here))
@@ -163,7 +160,7 @@ class Context:
         if not names:
             return None
         environment = check_trackers(names)
-        return Trackers(names, name_of(root).rstrip("/").rpartition("/")[2], root, environment)
+        return Trackers(names, display_name(root).rstrip("/").rpartition("/")[2], root, environment)
 
     @cached_property
     def _cluster(self) -> Cluster:
@@ -239,8 +236,8 @@ class Context:
         Raises:
             StageError: If another driver took the run over.
         """
-        if not self.is_ours():
-            raise taken_over(stage, f"{name_of(self.run_dir.root / LOCK)} is another's, or gone")
+        if not self.holds_run():
+            raise lock_lost(stage, f"{display_name(self.run_dir.root / LOCK)} is another's, or gone")
 
     def forget(self, stage: str) -> None:
         """Drop the record of a stage of ours."""

@@ -13,7 +13,6 @@ from qpruner.pipeline.stage import Stage
 from qpruner.pipeline.table_rows import JobProgress, candidates_for, gpus_held, untuned_candidates, worker_jobs
 from qpruner.report.results import BASE, SEARCHED
 from qpruner.runs.events import Message
-from qpruner.runs.paths import for_each, read_json, remove, set_aside, write_json
 from qpruner.runs.records import (
     EvalRecord,
     FinetuneRecord,
@@ -23,6 +22,7 @@ from qpruner.runs.records import (
     TaskScore,
     digest_of,
 )
+from qpruner.runs.storage import for_each, quarantine, read_json, remove, write_json
 from qpruner.training.table_rows import Candidate, InferenceJob, evaluate_candidate, measure_inference
 from qpruner.wording import counted, error_text
 
@@ -119,7 +119,7 @@ def score_jobs(context: Context, stage: str, jobs: list[Candidate], text: Path |
         try:
             record = read_json(job.folder / "scores.json", RowScores)
         except CorruptFile as error:
-            where = set_aside(job.folder / "scores.json", job.folder.parent)
+            where = quarantine(job.folder / "scores.json", job.folder.parent)
             context.emit(Message(stage, f"warning: {error}; set aside in {where}, {job.label} is scored again"))
             continue
         if record and record.digest == digest:

@@ -13,9 +13,9 @@ from typing import Any
 from qpruner.errors import CorruptFile, QprunerError, StageError, StorageError, TrainingDiverged
 from qpruner.models.memory import is_out_of_memory, shortage_text
 from qpruner.pipeline.stage import Stage
-from qpruner.runs.object_store import is_mirror, name_of
-from qpruner.runs.paths import RunDir
-from qpruner.runs.retry import storage_error
+from qpruner.runs.records import Results
+from qpruner.runs.run_dir import RunDir
+from qpruner.runs.storage import display_name, storage_error
 
 
 @contextmanager
@@ -63,15 +63,15 @@ def _damage_remedy(path: Path | None, root: Path | None, repaired: Collection[st
     parts = path.relative_to(root).parts
     if parts[0] == "trials":
         return "repeat the command: what is damaged is set aside, and a trial is run again with the plan that it had"
-    if parts[0] in repaired and not is_mirror(root):
+    if parts[0] in repaired:
         return "repeat the command: what is damaged is set aside, and that alone is made again"
     if parts[0] == "candidates":  # a row is a folder of its own
         doomed = root.joinpath(*parts[:2])
-    elif is_mirror(root):  # at a URI a stage is there when its record is
+    elif parts[0] in Results.model_fields:  # a stage is there when its record is
         doomed = RunDir(root, create=False).record_path(parts[0])
     else:
         doomed = root / parts[0]
-    return f"delete {name_of(doomed)}, then repeat the command: what it held is made again"
+    return f"delete {display_name(doomed)}, then repeat the command: what it held is made again"
 
 
 def _known_cause(stage: type[Stage[Any]], error: Exception) -> tuple[str, str] | None:

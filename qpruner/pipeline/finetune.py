@@ -27,21 +27,24 @@ from qpruner.pipeline.table_rows import (
 from qpruner.plans.plan import Layout, PrecisionPlan
 from qpruner.report.results import SEARCHED
 from qpruner.runs.events import Emit, Message
-from qpruner.runs.mirror import FileList, emptied, fetch, list_beside, put_folders, workplace, written
-from qpruner.runs.object_store import is_mirror, name_of
-from qpruner.runs.paths import (
-    RunDir,
+from qpruner.runs.records import CandidateRecord, FinetuneRecord, SearchRecord
+from qpruner.runs.run_dir import RunDir
+from qpruner.runs.storage import (
+    empty_folder,
     exists,
-    file_digest,
-    files_in,
+    fetch,
     for_each,
     publish_folder,
+    published_folders,
+    quarantine,
     read_json,
     remove,
-    set_aside,
+    staging_path,
+    storage_at,
+    verify_folder,
     write_json,
+    writing_folder,
 )
-from qpruner.runs.records import CandidateRecord, FinetuneRecord, SearchRecord
 from qpruner.training.checkpoints import ADAPTER_WEIGHTS, is_damaged
 from qpruner.training.table_rows import Candidate, FinetuneOutcome, finetune_candidate
 from qpruner.wording import counted
@@ -110,22 +113,8 @@ class Finetune(Stage[FinetuneRecord]):
         return 2 * self.context.checkpoint_bytes
 
     def _has_final(self) -> bool:
-        """Whether the final folder is intact; at a URI whether all of it is there, since a fetch compares checksums."""
-        final = self._final
-        if not self.context.run_dir.is_at_uri:
-            return final.is_dir() and self.is_whole(final)
-        try:
-            listed = read_json(list_beside(final), FileList)
-        except CorruptFile as error:
-            trouble = str(error)
-        else:
-            if listed is None:
-                return False
-            missing = listed.sha256.keys() - files_in(final).keys()
-            trouble = f"{name_of(final / min(missing))} is missing" if missing else ""
-        if trouble:
-            self.tell(f"warning: {trouble}; the final model is written again")
-        return not trouble
+        """Whether the final folder is there and complete."""
+        return storage_at(self._final).is_published() and self.is_whole(self._final)
 
 
 def have_rows(jobs: Iterable[RowJob]) -> bool:
@@ -142,13 +131,13 @@ def finetune_jobs(context: Context, stage: str, jobs: list[RowJob]) -> list[Cand
         if isinstance(each, CandidateRecord):
             found[job.folder] = each
         elif each:
-            where = set_aside(job.folder, job.folder.parent)
+            where = quarantine(job.folder, job.folder.parent)
             context.emit(Message(stage, f"warning: {each}; set aside in {where}, {job.label} is fine-tuned anew"))
     for_each(remove, [job.checkpoints for job in models if job.folder in found])  # of a driver that was killed
     left = [job for job in models if job.folder not in found]
     for job in left:
-        for checkpoint in filter(is_damaged, put_folders(job.checkpoints)):
-            where = set_aside(checkpoint, job.folder.parent)
+        for checkpoint in filter(is_damaged, published_folders(job.checkpoints)):
+            where = quarantine(checkpoint, job.folder.parent)
             text = f"warning: {checkpoint} is damaged; set aside in {where}, {job.label} does not go on from it"
             context.emit(Message(stage, text))
     if left:
@@ -178,8 +167,10 @@ def _recorded(folder: Path) -> CandidateRecord | str | None:
         return str(error)
     if record is None or not exists(weights):
         return None
-    if record.adapter_sha256 and not is_mirror(weights) and file_digest(weights) != record.adapter_sha256:
-        return f"{name_of(weights)} is damaged"
+    try:
+        verify_folder(weights.parent)
+    except CorruptFile as error:
+        return str(error)
     return record
 
 
@@ -189,7 +180,7 @@ def _finetuned(
     """Positions and outcomes as the fine-tunes end; as many at once as the slots take."""
 
     def saved(position: int) -> list[Path]:
-        return sorted(put_folders(jobs[position].checkpoints))
+        return sorted(published_folders(jobs[position].checkpoints))
 
     num_workers = context.config.finetune.num_workers
     tasks, resources, concurrent = worker_jobs(context, jobs, num_workers)
@@ -249,13 +240,13 @@ def row_set_aside_if_damaged(run: RunDir, stage: str) -> Iterator[None]:
         if not (error.path and error.path.is_relative_to(run.candidates)):
             raise
         row = run.candidates / error.path.relative_to(run.candidates).parts[0]
-        if not run.is_at_uri and isinstance(_recorded(row), CandidateRecord):
+        if isinstance(_recorded(row), CandidateRecord):
             raise StageError(
                 stage,
                 f"{error}; seen from the driver's machine it is whole",
                 "let the machine that read it see `output` again, or leave it out, then repeat the command",
             ) from error
-        cause = f"{error}; set aside in {set_aside(row, run.candidates)}"
+        cause = f"{error}; set aside in {quarantine(row, run.candidates)}"
         raise StageError(stage, cause, "repeat the command: that row alone is fine-tuned anew") from error
 
 
@@ -285,8 +276,8 @@ def write_final(job: FinalJob, cache: ModelCache, emit: Emit) -> None:
     checkpoint, adapter = fetch(winner.checkpoint), fetch(winner.adapter)
     with reporting_tensors(told):
         model, _ = assemble(checkpoint, winner.bank, quantize.group, winner.plan, dtype, quantize.double_quant)
-    scratch = emptied(workplace(job.folder.with_name(f".{job.folder.name}")))
-    with written(scratch):
+    scratch = empty_folder(staging_path(job.folder.with_name(f".{job.folder.name}")))
+    with writing_folder(scratch):
         save_checkpoint(model, load_tokenizer(str(checkpoint)), scratch, told)
         for file in ("adapter_config.json", ADAPTER_WEIGHTS):
             shutil.copy2(adapter / file, scratch / file)

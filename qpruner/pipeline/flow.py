@@ -22,8 +22,8 @@ from qpruner.pipeline.search import Search
 from qpruner.pipeline.sensitivity import Sensitivity
 from qpruner.pipeline.stage import RecordType, Stage
 from qpruner.runs.events import StageFinished, StageSkipped, StageStarted
-from qpruner.runs.paths import exists
 from qpruner.runs.records import Results
+from qpruner.runs.storage import exists
 
 if TYPE_CHECKING:
     from qpruner.pipeline.context import Context

@@ -7,7 +7,6 @@ Nodes that join later, as an autoscaler's do, are compared where work on them be
 from __future__ import annotations
 
 import contextlib
-import shutil
 import uuid
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -22,9 +21,9 @@ from qpruner.pipeline.context import Context
 from qpruner.pipeline.preflight import amount, check_device, check_gpu
 from qpruner.plans.plan import FULL_BITS, Layout
 from qpruner.runs.events import Message, TableMade
-from qpruner.runs.object_store import CACHE, CREDENTIALS, is_mirror, name_of
-from qpruner.runs.paths import BANK_CACHE, RunDir, read_sign, remove, write_text
 from qpruner.runs.records import BankRecord
+from qpruner.runs.run_dir import BANK_CACHE, RunDir
+from qpruner.runs.storage import CACHE, read_progress, remove, storage_at, write_text
 from qpruner.wording import counted
 
 HEADINGS = ("node", "CPUs", "GPUs", "bank cache free", "versions", "state")
@@ -71,7 +70,7 @@ def look_at_nodes(context: Context) -> None:
     needs = Needs(context.config, context.inspection.pruned, resources, context.run_dir.root, versions())
     with _left_in(needs.storage) as (folder, driver):
         reports = probe(folder, driver, _banked(context.run_dir))
-        unseen = {report.id for report in reports if read_sign(folder / report.id) != report.id}
+        unseen = {report.id for report in reports if read_progress(folder / report.id) != report.id}
     found = {report.id: troubles(report, needs, report.id in unseen) for report in reports}
     context.emit(TableMade(HEADINGS, tuple(row(report, needs, found[report.id]) for report in reports)))
     told = [f"{report.name}: {text}" for report in reports for text in found[report.id].values()]
@@ -102,24 +101,16 @@ def _left_in(storage: Path) -> Iterator[tuple[Path, str]]:
     The names are new each time: a network file system may remember for a while that a name is not there.
     """
     driver = uuid.uuid4().hex
-    if is_mirror(storage):
-        write_text(storage / f".nodes-{driver}" / driver, driver)
-        try:
-            yield storage / f".nodes-{driver}", driver
-        finally:
-            remove(storage / f".nodes-{driver}")
-        return
     made = [place for place in (storage, *storage.parents) if not place.exists()]
     folder = storage / f".nodes-{driver}"
     try:
-        folder.mkdir(parents=True)
-        (folder / driver).write_text(driver, encoding="utf-8")
+        write_text(folder / driver, driver)
     except OSError as error:
         raise UserError(f"`output`: {storage} cannot be written ({error.strerror}); name another folder") from error
     try:
         yield folder, driver
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        remove(folder)
         with contextlib.suppress(OSError):  # the first that is not empty ends it
             for place in made:
                 place.rmdir()
@@ -158,10 +149,8 @@ def _other_versions(facts: NodeFacts, own: Mapping[str, str]) -> str:
 
 def _storage(facts: NodeFacts, storage: Path, is_unseen: bool) -> str:
     trouble = facts.storage or ("is not shared with it: what it wrote is not here" if is_unseen else "")
-    remedy = "`output` must lie in a folder that every node reads and writes"
-    if is_mirror(storage):
-        remedy = f"every node must reach `output`: {CREDENTIALS}"
-    return f"`output`: {name_of(storage)} {trouble}; {remedy}" if trouble else ""
+    found = storage_at(storage)
+    return f"`output`: {found.name} {trouble}; {found.access_remedy}" if trouble else ""
 
 
 def _disk(caches: Sequence[Cache], copies: Mapping[str, tuple[str, int]]) -> str:

@@ -23,7 +23,7 @@ from qpruner.plans.file import check_affordable, read_plan
 from qpruner.plans.plan import WRONGLY_DECODED, Layout, PrecisionPlan, check_cpu_widths, decodes_wrongly
 from qpruner.pruning.prune import Cut, planned_cut
 from qpruner.pruning.settings import are_alike, cuttable_layers
-from qpruner.runs.paths import run_root
+from qpruner.runs.storage import run_root
 
 PRUNED_EARLIER = "pruned earlier: the cut is skipped"
 DTYPE_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}

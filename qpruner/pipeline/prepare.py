@@ -10,9 +10,8 @@ from typing import TYPE_CHECKING, Any
 from qpruner.config.schema import DataSource, ModelConfig, RunConfig
 from qpruner.pipeline.stage import Stage
 from qpruner.runs.events import Emit, Progress
-from qpruner.runs.mirror import check_arrived, fetch, written
-from qpruner.runs.paths import file_digest
 from qpruner.runs.records import PrepareRecord
+from qpruner.runs.storage import fetch, file_digest, require_arrived, writing_folder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -42,17 +41,15 @@ class Prepare(Stage[PrepareRecord]):
 
     def run(self, scratch: Path) -> dict[str, Any]:
         context, run = self.context, self.context.run_dir
-        is_shared = bool(context.address) or run.is_at_uri
+        is_shared = bool(context.address) or run.storage.is_read_anywhere
         job = BaseJob(context.worker_config.model, scratch / "model", is_shared)
         base = context.executor.run(bring_base, job, context.emit)
         if base.converted:
-            check_arrived(job.folder)
+            require_arrived(job.folder)
         counts = _encode_splits(context, str(fetch(Path(base.path))), scratch / "data")
-        # The scratch folder is about to get the stage's name; what is at a URI has another path on each machine.
-        place = Path("prepare") if run.is_at_uri else run.stage("prepare")
-        path = place / "model" if base.converted else base.path
         return {
-            "model_path": str(path),
+            # In the run's own folder, which has another path on each machine and may be moved.
+            "model_path": "prepare/model" if base.converted else str(base.path),
             "converted": base.converted,
             "source_bytes": base.source_bytes,
             "num_rows": counts,
@@ -85,7 +82,7 @@ def bring_base(job: BaseJob, cache: ModelCache, emit: Emit) -> Base:
     """The base model as a folder."""
     from qpruner.models.checkpoint import prepare_base
 
-    with written(job.folder) as folder:
+    with writing_folder(job.folder) as folder:
         base = prepare_base(job.model, folder, job.is_shared, telling(emit, "prepare"))
     return replace(base, path=str(job.folder)) if base.converted else base
 

@@ -23,8 +23,9 @@ from qpruner.cluster.slots import num_cores
 from qpruner.config.schema import RunConfig
 from qpruner.errors import CorruptFile, QprunerError, StorageError, UserError, note_defect
 from qpruner.runs import events
-from qpruner.runs.paths import LOG, RunDir, sign_seconds
 from qpruner.runs.records import RunState, StageState
+from qpruner.runs.run_dir import LOG, RunDir
+from qpruner.runs.storage import progress_seconds
 from qpruner.runs.version import describe
 from qpruner.wording import as_called
 
@@ -40,7 +41,7 @@ class RunProgress:
         config: The run's configuration.
         until: The last stage that was asked for.
         command: What repeats it; this process's own command line unless it is another one.
-        is_ours: Whether the run is still this command's; else `run.json` tells of another's, and is left alone.
+        holds_run: Whether the run is still this command's; else `run.json` tells of another's, and is left alone.
 
     Attributes:
         is_told: Whether `run.json` is this command's.
@@ -48,10 +49,10 @@ class RunProgress:
     """
 
     def __init__(
-        self, run: RunDir, config: RunConfig, until: str, command: str | None, is_ours: Callable[[], bool]
+        self, run: RunDir, config: RunConfig, until: str, command: str | None, holds_run: Callable[[], bool]
     ) -> None:
         now, before = time.time(), _earlier(run)
-        self._run, self._is_ours, self._written = run, is_ours, 0.0
+        self._run, self._holds_run, self._written = run, holds_run, 0.0
         self._earlier_stages = before.stages.keys() if before else set()
         self.is_told = self.has_begun = False
         self._state = RunState(
@@ -88,7 +89,7 @@ class RunProgress:
         is_small = isinstance(event, events.Progress | events.Message | events.TrialChanged | events.StepsSeen)
         begins_steps = isinstance(event, events.Progress) and event.done == 0
         if self.is_told and (
-            not is_small or begins_steps or time.monotonic() - self._written >= sign_seconds(self._run.root)
+            not is_small or begins_steps or time.monotonic() - self._written >= progress_seconds(self._run.root)
         ):
             self._write()
 
@@ -130,7 +131,7 @@ class RunProgress:
     def _write(self) -> None:
         self._state = self._state.model_copy(update={"updated": time.time()})
         self._written = time.monotonic()
-        if not self._is_ours():
+        if not self._holds_run():
             return
         try:
             self._run.write_state(self._state)

@@ -16,9 +16,8 @@ from qpruner.models.layout import num_layers
 from qpruner.pipeline.prepare import importance_samples, telling
 from qpruner.pipeline.stage import Stage
 from qpruner.runs.events import Emit, Message, Progress, StageStarted
-from qpruner.runs.mirror import check_arrived, fetch, read_list, written
 from qpruner.runs.records import LayerWidths, PrepareRecord, PruneRecord, digest_of
-from qpruner.runs.retry import patiently
+from qpruner.runs.storage import fetch, read_list, require_arrived, retry_storage, writing_folder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -64,7 +63,7 @@ class Prune(Stage[PruneRecord]):
         base = context.run_dir.base_model(context.record(PrepareRecord))
         job = CutJob(self.config, _settings(context), base, context.data / "importance", scratch)
         fields = context.executor.run(cut_and_save, job, context.emit)
-        check_arrived(scratch)
+        require_arrived(scratch)
         return fields
 
     def summary(self, record: PruneRecord) -> str:
@@ -131,11 +130,11 @@ def cut_and_save(job: CutJob, cache: ModelCache, emit: Emit) -> dict[str, Any]:
     cache.clear()
     model = load_dense(base, job.config.model.dtype, job.config.model, on_weights)
     pruned, fields = _cut(job.config, job.settings, model, samples, emit)
-    with written(job.scratch) as folder:
+    with writing_folder(job.scratch) as folder:
         save_checkpoint(pruned.model, tokenizer, folder, on_weights)
-        patiently(lambda: save_importance(folder, pruned.scores, pruned.block_scores), folder)
+        retry_storage(lambda: save_importance(folder, pruned.scores, pruned.block_scores), folder)
         record = PruneRecord(digest="", seconds=0.0, **fields)
-        patiently(lambda: write_pictures(folder, record, load_importance(folder)), folder)
+        retry_storage(lambda: write_pictures(folder, record, load_importance(folder)), folder)
     cache.keep(pruned.model)
     return fields | {"weights": _weights_digest(job.scratch)}
 

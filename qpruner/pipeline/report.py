@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from qpruner.pipeline.stage import Stage
-from qpruner.runs.object_store import name_of
-from qpruner.runs.paths import RunDir, read_text
 from qpruner.runs.records import Record
+from qpruner.runs.run_dir import RunDir
+from qpruner.runs.storage import display_name, read_text
 
 # A copied run folder keeps these words: the names alone stay true.
 WRITTEN = "report.html, report.md and results.json"
@@ -54,7 +54,7 @@ def report_unfinished(run_dir: RunDir) -> str:
     from qpruner.report.files import write_report
 
     try:
-        return f"{name_of(write_report(run_dir))} has the run so far"
+        return f"{display_name(write_report(run_dir))} has the run so far"
     except Exception as error:
         logging.getLogger(__name__).exception("no report of the unfinished run could be written")
         return f"warning: no report of the run so far could be written: {error}; `qpruner report` writes it anew"

@@ -21,14 +21,15 @@ from qpruner.pipeline.nodes import look_at_nodes
 from qpruner.pipeline.progress import RunProgress
 from qpruner.pipeline.prune import Prune
 from qpruner.pipeline.report import Report, report_unfinished
-from qpruner.pipeline.sender import Sender
 from qpruner.pipeline.stage import Stage
 from qpruner.report.search_progress import event_line
-from qpruner.report.tensorboard import Board
+from qpruner.report.tensorboard import FOLDER, Board
 from qpruner.runs.events import COMMAND, Emit, Event, Message
-from qpruner.runs.lock import sole_driver
-from qpruner.runs.paths import RunDir, exists
+from qpruner.runs.lock import hold_run
 from qpruner.runs.records import PruneRecord, Results
+from qpruner.runs.run_dir import LOG, RunDir
+from qpruner.runs.storage import exists
+from qpruner.runs.storage.upload import Uploader
 
 logger = logging.getLogger(__name__)
 
@@ -111,31 +112,31 @@ def run(
         check_room(planned)
     run_dir = RunDir(config.output)
     with (
-        sole_driver(run_dir.root, lambda text: emit(Message(COMMAND, text))) as is_ours,
-        contextlib.closing(Sender(run_dir)) as sender,
+        hold_run(run_dir.root, lambda text: emit(Message(COMMAND, text))) as holds_run,
+        contextlib.closing(Uploader(run_dir.root, FOLDER, LOG)) as uploader,
     ):
         _ = run_dir.id  # there from now on: beside it a lock that is gone was taken away
-        progress = RunProgress(run_dir, config, until, command, is_ours)
+        progress = RunProgress(run_dir, config, until, command, holds_run)
         board = Board(run_dir.root, config)
 
         def on_event(event: Event) -> None:
             if line := event_line(event, config.search.steps):
                 logger.info(line)
-            for listen in (progress.listen, board.listen, sender.listen, emit):
+            for listen in (progress.listen, board.listen, uploader.listen, emit):
                 listen(event)
 
-        context = Context(config, run_dir, on_event, address, inspection, is_ours=is_ours)
+        context = Context(config, run_dir, on_event, address, inspection, holds_run=holds_run)
         try:
             with progress.ending():
                 results = _checked_flow(context, until)
         except BaseException as error:
             # Of a storage that was waited for a report would wait once more.
             is_away = isinstance(error, StorageError) or isinstance(error.__cause__, StorageError)
-            if progress.is_told and not is_away and is_ours():  # else the report of an earlier command stands
+            if progress.is_told and not is_away and holds_run():  # else the report of an earlier command stands
                 report_unfinished(run_dir)
             raise
         # Where nothing was done an earlier report, maybe of a whole run, tells more.
-        if until != Report.name and is_ours() and (progress.has_begun or not exists(run_dir.root / "report.html")):
+        if until != Report.name and holds_run() and (progress.has_begun or not exists(run_dir.root / "report.html")):
             on_event(Message(Report.name, report_unfinished(run_dir)))
         return results
 

@@ -21,7 +21,6 @@ from qpruner.pipeline.stage import Stage
 from qpruner.plans.pareto import hypervolume, non_dominated
 from qpruner.plans.plan import PrecisionPlan
 from qpruner.runs.events import Message, Progress, SearchPlanned
-from qpruner.runs.paths import for_each, read_json, set_aside, write_json
 from qpruner.runs.records import (
     GIVEN,
     BankRecord,
@@ -35,6 +34,7 @@ from qpruner.runs.records import (
     TrialRecord,
     digest_of,
 )
+from qpruner.runs.storage import for_each, quarantine, read_json, write_json
 from qpruner.search.choice import controls_of, finalist_positions, winner_position
 from qpruner.search.trial_job import Materials
 from qpruner.search.trial_records import (
@@ -244,8 +244,8 @@ class Search(Stage[SearchRecord]):
         return min(1.0, over / self.config.num_trials)
 
     def disk_bytes(self) -> int:
-        is_at_uri = self.context.run_dir.is_at_uri
-        return 0 if is_at_uri else self.context.checkpoint_bytes * self.config.num_trials
+        are_here = self.context.run_dir.storage.fills_this_disk
+        return self.context.checkpoint_bytes * self.config.num_trials if are_here else 0
 
 
 def given_plan(context: Context) -> PrecisionPlan | None:
@@ -393,7 +393,7 @@ def _fresh_scores(context: Context, finalists: Sequence[TrialRecord], job: Searc
     found: dict[int, KeptScore] = {}
     for position, kept in enumerate(for_each(_kept_or_error, paths)):
         if isinstance(kept, CorruptFile):
-            where = set_aside(paths[position], job.trials)
+            where = quarantine(paths[position], job.trials)
             context.emit(Message("search", f"warning: {kept}; set aside in {where}, that finalist is scored again"))
         elif kept and kept.digest == digests[position]:
             found[position] = kept

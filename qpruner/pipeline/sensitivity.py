@@ -13,8 +13,8 @@ from qpruner.errors import CorruptFile
 from qpruner.pipeline.prepare import telling
 from qpruner.pipeline.stage import Stage
 from qpruner.runs.events import Emit, Message, Progress
-from qpruner.runs.paths import children, exists, read_json, remove, set_aside, write_json
 from qpruner.runs.records import BankRecord, MethodScores, PruneRecord, SensitivityRecord, digest_of
+from qpruner.runs.storage import children, exists, quarantine, read_json, remove, write_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -85,7 +85,7 @@ def _earlier_scores(context: Context, scratch: Path, digest: str) -> Iterator[tu
         try:
             scores = read_json(file, MethodScores)
         except CorruptFile as error:
-            where = set_aside(file, context.run_dir.root)
+            where = quarantine(file, context.run_dir.root)
             text = f"warning: {error}; set aside in {where}, its scores are made anew"
             context.emit(Message("sensitivity", text))
             continue

@@ -10,9 +10,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 from qpruner.config.schema import RunConfig
 from qpruner.errors import CorruptFile
 from qpruner.runs.events import Message
-from qpruner.runs.mirror import FILES, check
-from qpruner.runs.paths import files_in, set_aside
 from qpruner.runs.records import Record, digest_of
+from qpruner.runs.storage import FILES, files_in, quarantine, verify_folder
 
 if TYPE_CHECKING:
     from qpruner.pipeline.context import Context
@@ -119,9 +118,9 @@ class Stage(ABC, Generic[RecordType]):
         inner = [folder / name.removesuffix(FILES) for name in files_in(folder) if name.endswith(FILES)]
         for part in (folder, *inner):
             try:
-                check(part)
+                verify_folder(part)
             except CorruptFile as error:
-                where = f"set aside in {set_aside(part, root)}, " if files_in(part) else ""
+                where = f"set aside in {quarantine(part, root)}, " if files_in(part) else ""
                 self.tell(f"warning: {error}; {where}the stage is run again")
                 return False
         return True

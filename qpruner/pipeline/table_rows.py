@@ -26,8 +26,8 @@ from qpruner.report.results import (
     title_of,
 )
 from qpruner.runs.events import Progress
-from qpruner.runs.paths import for_each, read_sign
 from qpruner.runs.records import BankRecord, PrepareRecord, SearchRecord, SensitivityRecord, digest_of
+from qpruner.runs.storage import for_each, read_progress
 from qpruner.search.choice import controls_of
 from qpruner.search.random_plans import random_plans
 from qpruner.search.trial_records import objective
@@ -196,7 +196,7 @@ class JobProgress:
 
     def tell(self) -> None:
         """Emit the sum where it has changed."""
-        found = [(text or "").split() for text in for_each(read_sign, self._signs)]
+        found = [(text or "").split() for text in for_each(read_progress, self._signs)]
         parts = [(int(fields[0]), int(fields[1])) for fields in found if len(fields) == 2]
         if not parts:
             return

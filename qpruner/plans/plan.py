@@ -140,15 +140,10 @@ class Group:
 
 @dataclass(frozen=True)
 class PrecisionPlan:
-    """A bit-width for every group; hashable, ordered like the model.
+    """A bit-width for every group; hashable."""
 
-    Attributes:
-        groups: Names of the groups, from the first block to the last.
-        bits: One of 4, 8, 16 for each of them.
-    """
-
-    groups: tuple[str, ...]
-    bits: tuple[int, ...]
+    groups: tuple[str, ...]  # names, in model order
+    bits: tuple[int, ...]  # 4, 8 or 16 for each group
 
     def __post_init__(self) -> None:
         if len(self.groups) != len(self.bits):
@@ -179,23 +174,14 @@ class PrecisionPlan:
 
 @dataclass(frozen=True)
 class Layout:
-    """The groups of one model and the bytes that no plan changes.
+    """The groups of one model and the bytes that no plan changes."""
 
-    Attributes:
-        groups: The groups, in model order.
-        ungrouped_bytes: Embeddings, head, norms, biases: what stays unquantized.
-        adapter_bytes: The LoRA matrices (float32, as peft keeps them beside quantized weights).
-        element_bytes: Bytes of one unquantized weight.
-        double_quant: Whether 4-bit scales are quantized themselves.
-        num_parameters: Parameters of the model without adapters.
-    """
-
-    groups: tuple[Group, ...]
-    ungrouped_bytes: int
-    adapter_bytes: int
-    element_bytes: int
-    double_quant: bool
-    num_parameters: int
+    groups: tuple[Group, ...]  # in model order
+    ungrouped_bytes: int  # embeddings, head, norms, biases: what stays unquantized
+    adapter_bytes: int  # LoRA matrices in float32, as peft keeps them beside quantized weights
+    element_bytes: int  # of one unquantized weight
+    double_quant: bool  # whether 4-bit scales are quantized themselves
+    num_parameters: int  # without adapters
 
     def uniform(self, bits: int) -> PrecisionPlan:
         """Return the plan with every group at `bits`."""
@@ -227,20 +213,12 @@ class Layout:
 
 @dataclass(frozen=True)
 class PlanSpace:
-    """All plans inside a byte budget: what a searcher knows of a model.
+    """All plans inside a byte budget: what a searcher knows of a model."""
 
-    Attributes:
-        groups: Names of the groups, in model order.
-        levels: The bit-widths a group may take, ascending.
-        group_bytes: ``(groups, levels)``: bytes of each group at each level.
-        fixed_bytes: Bytes that no plan changes.
-        budget_bytes: The most a plan may weigh.
-    """
-
-    groups: tuple[str, ...]
-    levels: tuple[int, ...]
-    group_bytes: tuple[tuple[int, ...], ...]
-    fixed_bytes: int
+    groups: tuple[str, ...]  # names, in model order
+    levels: tuple[int, ...]  # bit-widths, ascending
+    group_bytes: tuple[tuple[int, ...], ...]  # (groups, levels)
+    fixed_bytes: int  # that no plan changes
     budget_bytes: int
 
     @classmethod
@@ -363,8 +341,8 @@ class PlanSpace:
             return None
         if not solution.success:
             raise SolverFailed(
-                f"no plan of {num_groups} groups inside {self.budget_bytes} bytes was told from none: HiGHS ended with "
-                f"status {solution.status} ({solution.message}); its limit is {SOLVER_SECONDS:g} s: try again, or take "
-                "fewer groups (`quantize.group`)"
+                f"no plan of {num_groups} groups inside {self.budget_bytes} bytes was found or ruled out: HiGHS ended "
+                f"with status {solution.status} ({solution.message}); its limit is {SOLVER_SECONDS:g} s: try again, or "
+                "take fewer groups (`quantize.group`)"
             )
         return self.plan_of(solution.x.reshape(num_groups, num_levels).argmax(axis=1))

@@ -23,8 +23,7 @@ from qpruner.models.loading import device
 from qpruner.plans.plan import FULL_BITS
 from qpruner.quantization.bank import INDEX, BankIndex, read_plan
 from qpruner.quantization.mixed import MixedPrecisionConfig, dense_layer, packed_layer
-from qpruner.runs.object_store import OnPiece
-from qpruner.runs.paths import read_json
+from qpruner.runs.storage import OnPiece, read_json
 
 if TYPE_CHECKING:
     from peft import PeftConfig, PeftModel

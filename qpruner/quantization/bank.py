@@ -26,10 +26,22 @@ from qpruner.models.loading import device
 from qpruner.plans.plan import FULL_BITS, Layout
 from qpruner.quantization.loftq import loftq_start
 from qpruner.quantization.mixed import pack
-from qpruner.runs.mirror import fetch, one_at_a_time, workplace
-from qpruner.runs.object_store import OnPiece, cache_root, is_mirror, name_of
-from qpruner.runs.paths import BANK_CACHE, fetch_file, file_digest, for_each, put_file, read_json, write_json
-from qpruner.runs.retry import patiently
+from qpruner.runs.run_dir import BANK_CACHE
+from qpruner.runs.storage import (
+    OnPiece,
+    display_name,
+    exclusive,
+    fetch,
+    fetch_file,
+    file_digest,
+    for_each,
+    put_file,
+    read_json,
+    retry_storage,
+    staging_path,
+    storage_at,
+    write_json,
+)
 
 FORMAT = 2
 """Rises when an entry of the same inputs would hold other tensors."""
@@ -120,7 +132,7 @@ def write_entry(bank: Path, group: str, bits: int, entry: Entry) -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)
         save_file(entry.tensors, path)
 
-    patiently(write, path)
+    retry_storage(write, path)
     return path
 
 
@@ -161,7 +173,7 @@ def build_group(job: GroupJob) -> dict[str, tuple[str, float]]:
     built = {}
     for bits in job.bits:
         entry = build_entry(weights, bits, job.settings)
-        file = write_entry(workplace(job.bank), job.group, bits, entry)
+        file = write_entry(staging_path(job.bank), job.group, bits, entry)
         sha256 = put_file(file, entry_file(job.bank, job.group, bits))
         built[str(entry_file(Path(), job.group, bits))] = (sha256, entry.residual_ratio)
     return built
@@ -180,7 +192,7 @@ def read_index(bank: Path) -> BankIndex:
     """
     index = read_json(bank / INDEX, BankIndex)
     if index is None:
-        raise CorruptFile(f"bank {name_of(bank)} has no {INDEX}", bank)
+        raise CorruptFile(f"bank {display_name(bank)} has no {INDEX}", bank)
     return index
 
 
@@ -212,7 +224,7 @@ def read_plan(
     index = read_index(bank)
     if index.bitsandbytes != version("bitsandbytes"):
         raise CorruptFile(
-            f"bank {name_of(bank)} was packed by bitsandbytes {index.bitsandbytes}, but this process has "
+            f"bank {display_name(bank)} was packed by bitsandbytes {index.bitsandbytes}, but this process has "
             f"{version('bitsandbytes')}; install the same version everywhere, or delete the folder to rebuild it",
             bank,
         )
@@ -223,16 +235,16 @@ def read_plan(
         try:
             source = None
             if entry:
-                source = patiently(functools.partial(_verified, path, entry.sha256, on_piece), path, was_there=True)
+                source = retry_storage(functools.partial(_verified, path, entry.sha256, on_piece), path, was_there=True)
             if source is None:
                 raise CorruptFile(
-                    f"bank file {name_of(path)} is not what {INDEX} says; repeat the command to rebuild it", path
+                    f"bank file {display_name(path)} is not what {INDEX} says; repeat the command to rebuild it", path
                 )
-            tensors |= patiently(functools.partial(load_file, source), path)
+            tensors |= retry_storage(functools.partial(load_file, source), path)
             on_piece()
         except (FileNotFoundError, SafetensorError) as error:
             raise CorruptFile(
-                f"bank file {name_of(path)} cannot be read: {error}; repeat the command to rebuild it", path
+                f"bank file {display_name(path)} cannot be read: {error}; repeat the command to rebuild it", path
             ) from error
     return tensors
 
@@ -242,13 +254,14 @@ def _verified(path: Path, sha256: str, on_piece: OnPiece) -> Path | None:
 
     None if the contents are others.
     """
-    cache = os.environ.get(BANK_CACHE)
-    if not cache and not is_mirror(path):
+    named = os.environ.get(BANK_CACHE)
+    copies = Path(named) if named else storage_at(path).bank_copies
+    if copies is None:
         return path if _digest_once(path, path.stat().st_mtime_ns) == sha256 else None
-    copy = Path(cache or cache_root() / "bank") / f"{sha256}.safetensors"
+    copy = copies / f"{sha256}.safetensors"
     if _is_intact(copy, sha256):
         return copy
-    with one_at_a_time(copy, on_piece):
+    with exclusive(copy, on_piece):
         if not _is_intact(copy, sha256):
             aside = copy.with_name(f"{copy.name}.part")  # the next reader overwrites what a killed one left
             if fetch_file(path, aside, on_piece) != sha256:

@@ -17,8 +17,9 @@ from qpruner.report.markdown import code, parts_text, prose
 from qpruner.report.results import SEARCHED, rows
 from qpruner.report.sections import measured
 from qpruner.report.snapshot import Snapshot
-from qpruner.runs.paths import RunDir, read_text
 from qpruner.runs.records import GIVEN
+from qpruner.runs.run_dir import RunDir
+from qpruner.runs.storage import read_text
 from qpruner.wording import counted
 
 METRICS = {"acc": "accuracy", "acc_norm": "accuracy"}

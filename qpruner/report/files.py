@@ -14,8 +14,8 @@ from qpruner.report.plots.of_run import charts
 from qpruner.report.results_json import summary_of, summary_text
 from qpruner.report.sections import sections
 from qpruner.report.snapshot import read_snapshot
-from qpruner.runs.mirror import put_folders
-from qpruner.runs.paths import RunDir, exists, fetch_file, publish_folder, write_text
+from qpruner.runs.run_dir import RunDir
+from qpruner.runs.storage import exists, fetch_file, publish_folder, published_folders, write_text
 
 CARD = "final/README.md"
 PICTURES = "pictures"
@@ -39,7 +39,7 @@ def write_report(run_dir: RunDir) -> Path:
     listed = sections(run, plots, yaml.safe_dump(run.state.config, sort_keys=False))
     write_text(run_dir.root / "results.json", summary_text(summary_of(run)))
     write_text(run_dir.root / "report.md", markdown.render(run, listed, PICTURES))
-    if run.is_whole and run_dir.root / "final" in put_folders(run_dir.root):
+    if run.is_whole and run_dir.root / "final" in published_folders(run_dir.root):
         write_text(run_dir.root / CARD, model_card(run, base_card(run, run_dir)))
     if run.is_whole:
         tensorboard.write_result(run_dir.root, run.results)

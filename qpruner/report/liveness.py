@@ -6,8 +6,8 @@ import time
 from dataclasses import dataclass
 
 from qpruner.runs.lock import Driver, Holder, driver_of
-from qpruner.runs.paths import RunDir
 from qpruner.runs.records import RunState
+from qpruner.runs.run_dir import RunDir
 
 RUNNING = "running"
 CUT_OFF = "cut off"

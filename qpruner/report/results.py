@@ -10,7 +10,6 @@ from typing import get_args
 
 from qpruner.data import measures
 from qpruner.plans.plan import PrecisionPlan
-from qpruner.runs.paths import RunDir
 from qpruner.runs.records import (
     GIVEN,
     CandidateRecord,
@@ -22,6 +21,7 @@ from qpruner.runs.records import (
     StandardError,
     TaskScore,
 )
+from qpruner.runs.run_dir import RunDir
 
 BASE, PRUNED, BEST_SEED, RANDOM, SEARCHED = "base", "pruned", "best seed", "random", "searched"
 UNIFORM = "uniform"

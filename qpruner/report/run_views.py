@@ -31,7 +31,6 @@ from qpruner.report.search_progress import (
     search_progress,
 )
 from qpruner.runs.lock import driver_of
-from qpruner.runs.paths import LOG, STATE, RunDir, children, exists, for_each
 from qpruner.runs.records import (
     GIVEN,
     BankRecord,
@@ -42,6 +41,8 @@ from qpruner.runs.records import (
     TrialRecord,
     flat,
 )
+from qpruner.runs.run_dir import LOG, STATE, RunDir
+from qpruner.runs.storage import children, exists, for_each
 from qpruner.search.trial_records import read_pulse, read_trials
 from qpruner.wording import counted
 
@@ -133,7 +134,7 @@ def _no_run(run_dir: RunDir, named: str) -> str:
         )
     if names or run_dir.root.is_dir():
         return f"{named} is no run folder, it has no {STATE}: {remedy}"
-    return f"{named} {'is empty' if run_dir.is_at_uri else 'does not exist'}: {remedy}"
+    return f"{named} does not exist or is empty: {remedy}"
 
 
 def _may_be_run(folder: Path) -> bool:

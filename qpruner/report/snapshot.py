@@ -15,8 +15,8 @@ from qpruner.report.search_progress import best_of, score_title, shown_together
 from qpruner.report.statistics import MarginalEffects, marginal_effects
 from qpruner.report.worker_intervals import WorkerInterval, worker_intervals
 from qpruner.runs.lock import Driver
-from qpruner.runs.paths import RunDir
 from qpruner.runs.records import GIVEN, Results, RunState, SensitivityRecord, TrialRecord
+from qpruner.runs.run_dir import RunDir
 from qpruner.search.trial_records import read_trials
 from qpruner.wording import counted
 

@@ -31,8 +31,8 @@ from qpruner.report.search_progress import (
     shown_together,
 )
 from qpruner.runs import events
-from qpruner.runs.paths import RunDir
 from qpruner.runs.records import Results, SearchRecord, SearchState, SensitivityRecord, TrialRecord, digest_of
+from qpruner.runs.run_dir import RunDir
 
 if TYPE_CHECKING:
     from tensorboardX.proto.event_pb2 import Event

@@ -166,19 +166,12 @@ class PlanModel:
 
 @dataclass(frozen=True)
 class Data:
-    """Scores as tensors.
+    """Scores as tensors."""
 
-    Attributes:
-        plans: ``(n, groups)`` level indices.
-        ranks: ``(n,)`` rungs below the last: 0 is the target.
-        scores: ``(n,)``, as observed.
-        num_rungs: How many rungs there are, whether or not any of these scores is from each.
-    """
-
-    plans: Tensor
-    ranks: Tensor
-    scores: Tensor
-    num_rungs: int
+    plans: Tensor  # (n, groups): level indices
+    ranks: Tensor  # (n,): rungs below the last; 0 is the target
+    scores: Tensor  # (n,), as observed
+    num_rungs: int  # of the search, also those without a score
 
     @classmethod
     def of(cls, space: PlanSpace, observations: Sequence[Observation], steps: Collection[int]) -> Data:

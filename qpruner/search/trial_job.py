@@ -20,17 +20,11 @@ Progress = Callable[[int], None]
 
 @dataclass(frozen=True)
 class Materials:
-    """Folders of the run that a trial reads, by paths that are the same on every node.
+    """Folders of the run that a trial reads, by paths that are the same on every node."""
 
-    Attributes:
-        checkpoint: Folder of the dense (pruned) model and its tokenizer.
-        bank: Folder of the bank.
-        data: Folder of the encoded rows.
-    """
-
-    checkpoint: Path
+    checkpoint: Path  # of the pruned model and its tokenizer
     bank: Path
-    data: Path
+    data: Path  # the encoded rows
 
 
 @dataclass(frozen=True)

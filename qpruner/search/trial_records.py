@@ -14,21 +14,21 @@ from pydantic import ValidationError
 
 from qpruner.config.schema import RunConfig
 from qpruner.errors import CorruptFile
-from qpruner.runs.mirror import FILES
-from qpruner.runs.object_store import name_of
-from qpruner.runs.paths import (
+from qpruner.runs.records import FreshScore, RungResult, SearchClock, TrialPulse, TrialRecord
+from qpruner.runs.storage import (
+    FILES,
     children,
+    display_name,
     folder_digests,
     for_each,
+    quarantine,
+    read_existing,
     read_json,
-    read_sign,
-    read_written,
+    read_progress,
     remove,
-    set_aside,
     write_json,
-    write_sign,
+    write_progress,
 )
-from qpruner.runs.records import FreshScore, RungResult, SearchClock, TrialPulse, TrialRecord
 
 SETTING_REMEDIES = {
     "diverged": "lower `training.learning_rate`",
@@ -86,7 +86,7 @@ def set_aside_damaged(folder: Path, search: str, notify: Callable[[str], None]) 
     try:
         _read_clock(folder, search)
     except CorruptFile as error:
-        where = set_aside(_clock_path(folder, search), folder)
+        where = quarantine(_clock_path(folder, search), folder)
         notify(f"{error}; set aside in {where}, and the search's time is taken from its trials")
         write_seconds(folder, search, _seconds_at_work(folder, search))
 
@@ -103,8 +103,8 @@ def restart_if_damaged(folder: Path, record: TrialRecord, notify: Callable[[str]
     found = _digests_found(checkpoint, folder, record)
     if found == record.checkpoint:
         return False
-    where = f"set aside in {set_aside(checkpoint, checkpoint.parent.parent)}" if found else "missing"
-    notify(f"{name_of(checkpoint)} is damaged: {where}; trial {record.index} starts anew")
+    where = f"set aside in {quarantine(checkpoint, checkpoint.parent.parent)}" if found else "missing"
+    notify(f"{display_name(checkpoint)} is damaged: {where}; trial {record.index} starts anew")
     afresh = {"status": "running", "rungs": (), "checkpoint": {}, "times": record.times[:1]}
     write_trial(folder, record.model_copy(update=afresh))
     return True
@@ -123,7 +123,7 @@ def _digests_found(checkpoint: Path, folder: Path, record: TrialRecord) -> dict[
 def _rebuild(folder: Path, path: Path, search: str) -> str:
     """Set a trial with a damaged record aside and record that its plan is to be run again; describe both."""
     suggested = _record_or_error(path.with_name(SUGGESTED))
-    where = f"set aside in {set_aside(path.parent, folder)}"
+    where = f"set aside in {quarantine(path.parent, folder)}"
     if not isinstance(suggested, TrialRecord):
         return f"{where}, and its number gets another plan"
     begin_trial(folder, suggested)
@@ -140,7 +140,7 @@ def _record_or_error(path: Path) -> TrialRecord | CorruptFile | None:
 
 def read_trial(folder: Path, index: int) -> TrialRecord:
     """Read the record of a trial that has one."""
-    return read_written(trial_path(folder, index), TrialRecord)
+    return read_existing(trial_path(folder, index), TrialRecord)
 
 
 def begin_trial(folder: Path, record: TrialRecord) -> None:
@@ -161,17 +161,17 @@ def read_pulse(folder: Path, index: int) -> TrialPulse | None:
 
 def read_pulses(folder: Path, indices: Sequence[int]) -> list[TrialPulse | None]:
     """Read the last pulses of several trials."""
-    return [_pulse_in(text) for text in for_each(read_sign, [_pulse_path(folder, index) for index in indices])]
+    return [_pulse_in(text) for text in for_each(read_progress, [_pulse_path(folder, index) for index in indices])]
 
 
 def write_pulse(folder: Path, index: int, pulse: TrialPulse) -> None:
     """Write a sign of progress."""
-    write_sign(_pulse_path(folder, index), pulse.model_dump_json())
+    write_progress(_pulse_path(folder, index), pulse.model_dump_json())
 
 
 def can_write_pulses(folder: Path) -> bool:
     """Return whether pulses can be written now, which they cannot while the storage is full or away."""
-    return write_sign(folder / "watch", "the driver looks for pulses")
+    return write_progress(folder / "watch", "the driver looks for pulses")
 
 
 def trial_path(trials: Path, index: int) -> Path:
@@ -235,7 +235,7 @@ def begin_session(trials: Path, search: str) -> int:
 
 def wait_for_storage(trials: Path, search: str) -> None:
     """Wait until what `begin_session` wrote is there; a storage that is away may show an empty folder."""
-    read_written(_clock_path(trials, search), SearchClock)
+    read_existing(_clock_path(trials, search), SearchClock)
 
 
 def objective(result: RungResult | FreshScore, config: RunConfig) -> float:

@@ -17,8 +17,8 @@ from qpruner.data.calibration import OnProgress, Samples
 from qpruner.data.losses import Rows
 from qpruner.models.layout import group_linears
 from qpruner.plans.plan import FULL_BITS
-from qpruner.runs.mirror import fetch
 from qpruner.runs.records import MethodScores
+from qpruner.runs.storage import fetch
 from qpruner.sensitivity import mutual_information
 from qpruner.sensitivity.expansion import expand
 from qpruner.sensitivity.measurement import Measurement, measure

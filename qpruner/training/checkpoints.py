@@ -10,28 +10,26 @@ from typing import TYPE_CHECKING, Any
 from pydantic import BaseModel, ConfigDict
 
 from qpruner.errors import CorruptFile, TakenOver
-from qpruner.runs.mirror import (
+from qpruner.runs.storage import (
     FILES,
     FileList,
-    check,
     fetch,
-    list_beside,
-    put_folder,
-    put_folders,
-    share_files,
-    workplace,
-    written,
-)
-from qpruner.runs.paths import (
     file_digest,
     folder_digests,
+    list_path,
     publish_folder,
-    read_written,
+    published_folders,
+    put_folder,
+    read_existing,
     remove,
+    retry_storage,
+    share_files,
+    staging_path,
+    verify_folder,
     write_json,
     write_text,
+    writing_folder,
 )
-from qpruner.runs.retry import patiently
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -59,16 +57,16 @@ class Ownership:
 
     def check(self) -> None:
         """Raise `TakenOver` if another process has taken it."""
-        if read_written(self._path, _Owner).worker != self.worker:
+        if read_existing(self._path, _Owner).worker != self.worker:
             raise TakenOver
 
 
 def latest_checkpoint(folder: Path) -> Path | None:
     """Find the newest complete checkpoint of an interrupted fine-tune; from an object store it is fetched."""
-    found = [path for path in put_folders(folder) if path.name.startswith("checkpoint-")]
+    found = [path for path in published_folders(folder) if path.name.startswith("checkpoint-")]
     for path in sorted(found, key=lambda path: int(path.name.rpartition("-")[2]), reverse=True):
         try:
-            check(path)
+            verify_folder(path)
             checkpoint = fetch(path)
             json.loads((checkpoint / "trainer_state.json").read_bytes())  # its last file, written in place (5.24)
         except (CorruptFile, FileNotFoundError, ValueError):
@@ -81,7 +79,7 @@ def latest_checkpoint(folder: Path) -> Path | None:
 def is_damaged(checkpoint: Path) -> bool:
     """Whether a checkpoint is not as it was saved; one whose process was killed before it listed the files is not."""
     try:
-        check(checkpoint)
+        verify_folder(checkpoint)
     except CorruptFile:
         return True
     return False
@@ -101,10 +99,10 @@ def keep_checkpoint(checkpoint: Path, folder: Path, ownership: Ownership) -> Non
     if checkpoint.parent == folder:  # it was saved in place, and the one before it is gone already
         if share.rank == 0:
             ownership.check()  # saving took its time
-            for old in set(folder.glob(f"*{FILES}")) - {list_beside(checkpoint)}:
+            for old in set(folder.glob(f"*{FILES}")) - {list_path(checkpoint)}:
                 old.unlink()
             share_files(checkpoint)
-            write_text(list_beside(checkpoint), FileList(sha256=_digests(checkpoint)).model_dump_json())
+            write_text(list_path(checkpoint), FileList(sha256=_digests(checkpoint)).model_dump_json())
         return
     if share.processes > 1:
         distributed.barrier()  # each has saved its random state
@@ -112,7 +110,7 @@ def keep_checkpoint(checkpoint: Path, folder: Path, ownership: Ownership) -> Non
         return
     put_folder(checkpoint, folder / checkpoint.name)
     ownership.check()  # uploading took its time
-    for old in put_folders(folder):
+    for old in published_folders(folder):
         if old.name != checkpoint.name:
             remove(old)
 
@@ -124,9 +122,9 @@ def _digests(checkpoint: Path) -> dict[str, str]:
 
 def publish_adapter(model: PeftModel, adapter: Path, checkpoints: Path, ownership: Ownership) -> str:
     """Save the adapter aside, move it to its folder, and return the digest of its weights."""
-    aside = workplace(checkpoints / f"adapter-{ownership.worker}")
-    with written(aside):
-        patiently(lambda: model.save_pretrained(aside), aside)
+    aside = staging_path(checkpoints / f"adapter-{ownership.worker}")
+    with writing_folder(aside):
+        retry_storage(lambda: model.save_pretrained(aside), aside)
     digest = file_digest(aside / ADAPTER_WEIGHTS)
     ownership.check()
     publish_folder(aside, adapter)

@@ -28,7 +28,7 @@ from qpruner.config.schema import TrainingConfig
 from qpruner.data.encoding import IGNORED_LABEL, collate, row_lengths
 from qpruner.data.losses import Rows, labelled_only, predicted_labels
 from qpruner.errors import TrainingDiverged
-from qpruner.runs.retry import patiently
+from qpruner.runs.storage import retry_storage
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -217,7 +217,7 @@ class _Trainer(Trainer):  # type: ignore[misc]
             self.before_save()
         if share.processes > 1:
             distributed.barrier()  # the others write nothing either where the first one may not
-        patiently(lambda: super(_Trainer, self)._save_checkpoint(*arguments, **named), Path(self.args.output_dir))
+        retry_storage(lambda: super(_Trainer, self)._save_checkpoint(*arguments, **named), Path(self.args.output_dir))
 
     def store_flos(self) -> None:
         """Count nothing: processes would wait for one another here, and one that saves again for all others."""

@@ -6,7 +6,6 @@ A worker process runs one of these functions for one row, alone or, a fine-tune,
 from __future__ import annotations
 
 import contextlib
-import shutil
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,10 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qpruner.config.schema import RunConfig
-from qpruner.runs.mirror import fetch, workplace
-from qpruner.runs.object_store import is_mirror
-from qpruner.runs.paths import sign_seconds, write_sign
 from qpruner.runs.records import FinalistScore, Inference, InferenceSetting, TaskScore
+from qpruner.runs.storage import fetch, progress_seconds, staging_path, storage_at, write_progress
 from qpruner.training.checkpoints import Ownership, keep_checkpoint, latest_checkpoint, load_adapter, publish_adapter
 from qpruner.training.trackers import Trackers
 from qpruner.wording import counted
@@ -142,8 +139,7 @@ def finetune_candidate(job: CandidateJob) -> FinetuneOutcome:
     validation_loss = mean_loss(model, validation, pad_id, config.evaluate.batch_size).mean
     confirmation = mean_loss(model, judging, pad_id, config.evaluate.batch_size)
     digest = publish_adapter(model, candidate.adapter, candidate.checkpoints, ownership) if is_first else ""
-    if is_mirror(candidate.checkpoints):
-        shutil.rmtree(workplace(candidate.checkpoints), ignore_errors=True)
+    storage_at(candidate.checkpoints).forget_staging()
     return FinetuneOutcome(
         seconds=time.monotonic() - started,
         steps=result.steps,
@@ -177,7 +173,7 @@ def _train(
             rows,
             job.config.training,
             Schedule(settings.steps, settings.epochs, save_steps=settings.save_steps),
-            workplace(checkpoints),
+            staging_path(checkpoints),
             candidate.seed,
             pad_id,
             start=latest_checkpoint(checkpoints),
@@ -347,15 +343,14 @@ class ProgressFile:
 
     def __init__(self, path: Path) -> None:
         self._path, self._written = path, float("-inf")
-        if not is_mirror(path):
-            with contextlib.suppress(OSError):  # a row that is not fine-tuned has no folder before its scores
-                path.parent.mkdir(exist_ok=True)
+        with contextlib.suppress(OSError):  # a row that is not fine-tuned has no folder before its scores
+            path.parent.mkdir(exist_ok=True)
 
     def write(self, done: int, total: int) -> None:
         """Write the progress if it is time."""
-        if done == total or time.monotonic() - self._written >= sign_seconds(self._path):
+        if done == total or time.monotonic() - self._written >= progress_seconds(self._path):
             self._written = time.monotonic()
-            write_sign(self._path, f"{done} {total}")
+            write_progress(self._path, f"{done} {total}")
 
 
 def _pad_id(candidate: Candidate) -> int:

@@ -19,7 +19,7 @@ from qpruner.config.load import validate_config
 from qpruner.errors import UserError
 from qpruner.pipeline import preflight
 from qpruner.pipeline.run import run
-from qpruner.runs.lock import sole_driver
+from qpruner.runs.lock import hold_run
 
 pytestmark = pytest.mark.usefixtures("in_folder")
 
@@ -140,7 +140,7 @@ def test_few_trials_and_rows_that_are_cut_are_no_warning(tiny_raw: dict[str, Any
 def test_a_driver_at_work_and_an_earlier_cut_are_named(tiny_raw: dict[str, Any], tmp_path: Path) -> None:
     raw = changed(tiny_raw, prune__first_layer=1)
     run(validate_config(raw), lambda event: None, until="prune")
-    with sole_driver(tmp_path / "run", print):
+    with hold_run(tmp_path / "run", print):
         said = check(raw)
     assert f"warning:     process {os.getpid()} on {socket.gethostname()} works on {tmp_path / 'run'}: `qpruner" in said
     assert "works on" not in check(raw)

@@ -33,9 +33,7 @@ from qpruner.report.search_summary import search_text
 from qpruner.report.sections import sections
 from qpruner.report.snapshot import read_snapshot
 from qpruner.runs import events
-from qpruner.runs import object_store as objects
-from qpruner.runs.lock import sole_driver
-from qpruner.runs.paths import RunDir
+from qpruner.runs.lock import hold_run
 from qpruner.runs.records import (
     BankRecord,
     ComparisonRecord,
@@ -48,6 +46,8 @@ from qpruner.runs.records import (
     TrialPulse,
     TrialRecord,
 )
+from qpruner.runs.run_dir import RunDir
+from qpruner.runs.storage import bucket as objects
 from qpruner.search.trial_records import remedy_of, write_pulse, write_trial
 from qpruner.wording import duration
 
@@ -67,7 +67,7 @@ def told(*arguments: object) -> dict[str, Any]:
 def run(tmp_path: Path) -> Iterator[Path]:
     """A run in its search, which this process drives."""
     root = recorded_run(tmp_path / "run")
-    with sole_driver(root, print):
+    with hold_run(root, print):
         yield root
 
 
@@ -166,7 +166,7 @@ def test_trials_of_a_command_that_has_ended_are_begun_and_wait_for_nothing(tmp_p
         assert "1 failed, 2 begun." in page and '<option value="running">begun</option>' in page
 
     check()
-    with sole_driver(run, print):
+    with hold_run(run, print):
         check()
 
 
@@ -175,7 +175,7 @@ def test_status_tells_that_finalists_are_scored_from_the_first_moment_on(tmp_pat
     run, config = RunDir(tmp_path / "run"), config_of(tmp_path / "run")
     progress = RunProgress(run, config, "report", "qpruner run config.yaml", lambda: True)
     happened = [events.StageStarted("search", "20 trials"), events.Progress("search", 20, 20)]
-    with sole_driver(run.root, print):
+    with hold_run(run.root, print):
         for event in (*happened, events.Progress("search", 0, 3, FINALISTS)):
             progress.listen(event)
         [search] = [each for each in told("status", run.root)["stages"] if each["stage"] == "search"]

@@ -24,8 +24,8 @@ from qpruner.report import tables
 from qpruner.report.search_progress import bar
 from qpruner.report.snapshot import read_snapshot
 from qpruner.runs import events
-from qpruner.runs.paths import LOG
 from qpruner.runs.records import TrialRecord
+from qpruner.runs.run_dir import LOG
 from qpruner.search.trial_records import write_trial
 from qpruner.wording import duration
 

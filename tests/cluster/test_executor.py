@@ -30,8 +30,8 @@ from qpruner.pipeline.context import Context
 from qpruner.pipeline.preflight import inspect
 from qpruner.pipeline.run import run
 from qpruner.runs.events import Emit, Event, Message, Progress, StageFinished, StageStarted, TableMade
-from qpruner.runs.paths import RunDir
 from qpruner.runs.records import Results
+from qpruner.runs.run_dir import RunDir
 
 GPU = {"cpu": 1.0, "gpu": 1.0}
 CHECK = packed_check_of_gpus()
@@ -139,7 +139,7 @@ def test_a_worker_that_is_killed_has_its_work_begun_again(joined: str, tmp_path:
         place.close()
 
 
-def test_a_worker_that_ray_kills_for_memory_has_its_work_begun_again(
+def test_work_killed_by_ray_for_memory_is_run_again(
     cluster: Raylets, joined: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """By its own monitor, on a node that allows 3 GB more than is in use; the only one with two cores."""
@@ -169,17 +169,6 @@ def test_a_worker_that_ray_kills_for_memory_has_its_work_begun_again(
         cluster.nodes.remove(node)
     told = [event.text for event in events if isinstance(event, Message) and "waiting" not in event.text]
     assert len(told) == 1 and told[0].startswith("a worker died")
-
-
-def test_a_task_whose_worker_is_killed_is_run_again(joined: str, tmp_path: Path) -> None:
-    def task(job: Path) -> str:
-        if not job.exists():
-            job.touch()
-            os.kill(os.getpid(), signal.SIGKILL)
-        return job.name
-
-    jobs = [tmp_path / "a", tmp_path / "b"]
-    assert dict(run_tasks(task, jobs, GPU, 2, False, CHECK)) == {0: "a", 1: "b"}
 
 
 def test_deaths_between_which_a_task_got_on_are_forgiven_it(joined: str, tmp_path: Path) -> None:
@@ -246,7 +235,7 @@ def test_work_goes_on_elsewhere_however_many_machines_go(place: str, tmp_path: P
 
     def done() -> int:
         if place == "executor":
-            return ClusterExecutor(GPU, GpuTime(), CHECK).do(work, None, lambda event: None)
+            return ClusterExecutor(GPU, GpuTime(), CHECK).run(work, None, lambda event: None)
         if place == "task":
             ((_, found),) = run_tasks(task, [None], GPU, 1, True, CHECK)
         else:
@@ -303,9 +292,7 @@ def same_figures(one: Results, other: Results) -> None:
 
 
 @pytest.mark.slow
-def test_a_head_without_a_gpu_prunes_packs_and_measures_on_the_only_one(
-    one_gpu: str, tiny_model: Path, tmp_path: Path
-) -> None:
+def test_a_head_without_a_gpu_works_on_the_only_one(one_gpu: str, tiny_model: Path, tmp_path: Path) -> None:
     """The worker that cut the model holds the GPU while the bank is built, which is no reason to wait for ever."""
     check_models, events = no_new_model(), list[Event]()
 
@@ -326,7 +313,7 @@ def test_a_head_without_a_gpu_prunes_packs_and_measures_on_the_only_one(
     )
 
 
-def test_a_model_and_tasks_named_from_the_drivers_folder_are_found_by_workers(
+def test_workers_find_paths_relative_to_the_driver(
     one_gpu: str, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Workers have the files, and the folder that Ray was started in."""
@@ -364,13 +351,10 @@ def test_every_node_builds_entries_of_the_bank(tiny_model: Path, tmp_path: Path)
         assert builders == {node.node_id for node in cluster.nodes}
 
 
-@pytest.mark.parametrize("until", ["prune", "search"])
-def test_more_gpus_than_any_node_has_are_refused_before_a_model_is_loaded(
-    until: str, one_gpu: str, tiny_model: Path, tmp_path: Path
-) -> None:
+def test_more_gpus_than_any_node_has_are_refused(until: str, one_gpu: str, tiny_model: Path, tmp_path: Path) -> None:
     """Ray would wait for ever."""
     raw = with_key(raw_config(tiny_model, tmp_path / "run"), "search.resources_per_trial", {"gpu": 2})
     events: list[Event] = []
     with pytest.raises(UserError, match=r"'gpu': 2.* the largest of 2 has 1 CPUs and 1 GPUs: ask for less"):
-        run(validate_config(raw), events.append, one_gpu, until)
+        run(validate_config(raw), events.append, one_gpu, "prune")
     assert not [event for event in events if isinstance(event, StageFinished)]

@@ -55,7 +55,7 @@ def go_on(process: subprocess.Popen[str]) -> None:
     process.stdin.flush()
 
 
-def test_a_run_without_an_address_joins_no_cluster_that_it_was_not_told_of() -> None:
+def test_a_run_without_an_address_joins_no_cluster() -> None:
     """Also where everything in the environment speaks of one, as on its head."""
     with raylets(1) as cluster:
         port = cluster.address.rpartition(":")[2]
@@ -67,9 +67,7 @@ def test_a_run_without_an_address_joins_no_cluster_that_it_was_not_told_of() -> 
 
 
 @pytest.mark.slow
-def test_a_search_without_an_address_leaves_the_cluster_of_the_environment_alone(
-    tiny_model: Path, tmp_path: Path
-) -> None:
+def test_a_search_ignores_the_cluster_of_the_environment(tiny_model: Path, tmp_path: Path) -> None:
     """Tune starts Ray by itself where it finds none up, and then joins that cluster."""
     from ray._raylet import GcsClient
 
@@ -83,7 +81,7 @@ def test_a_search_without_an_address_leaves_the_cluster_of_the_environment_alone
 
 
 @pytest.mark.slow
-def test_runs_that_start_together_on_a_new_machine_have_a_ray_each(tmp_path: Path) -> None:
+def test_runs_that_start_together_have_a_ray_each(tmp_path: Path) -> None:
     """Until the first run there is no token; each of them needs one that its own processes have, too."""
     with ExitStack() as stack:
         both = [stack.enter_context(local_run(HOME=str(tmp_path))) for _ in range(2)]
@@ -138,7 +136,7 @@ def started_with_raylets_suspended(said: Path, times: int) -> tuple[int, list[ps
 
 
 @pytest.mark.slow
-def test_a_ray_that_does_not_come_up_is_no_defect_and_leaves_nothing_behind(tmp_path: Path) -> None:
+def test_a_ray_that_does_not_come_up_leaves_nothing_behind(tmp_path: Path) -> None:
     code, stopped = started_with_raylets_suspended(tmp_path / "said", times=99)
     said = (tmp_path / "said").read_text()
     assert code == 1 and len(stopped) == MAX_STARTS

@@ -25,7 +25,7 @@ from qpruner.config.load import validate_config
 from qpruner.errors import UserError
 from qpruner.pipeline.run import check
 from qpruner.runs.events import Event, TableMade
-from qpruner.runs.paths import BANK_CACHE
+from qpruner.runs.run_dir import BANK_CACHE
 
 pytestmark = pytest.mark.slow
 CLONE_NEWNS = 0x20000

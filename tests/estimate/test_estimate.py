@@ -321,7 +321,7 @@ import json, sys
 from pathlib import Path
 from qpruner.training.table_rows import Candidate, CandidateJob, finetune_candidate
 from qpruner.config.load import load_config
-from qpruner.runs.paths import RunDir
+from qpruner.runs.run_dir import RunDir
 config = load_config(Path(sys.argv[1]))
 run = RunDir(Path(config.output))
 names = sorted(path.stem for path in (run.stage("bank") / "4bit").iterdir())

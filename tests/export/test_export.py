@@ -26,7 +26,7 @@ from qpruner.data.encoding import load_encoded
 from qpruner.errors import StageError, UserError
 from qpruner.export.folders import compare, export
 from qpruner.quantization.mixed import unpack
-from qpruner.runs.paths import RunDir
+from qpruner.runs.run_dir import RunDir
 
 ADAPTER = "adapter_model.safetensors"
 

@@ -30,11 +30,11 @@ from qpruner.data.encoding import alpaca_prompt
 from qpruner.errors import UserError
 from qpruner.export.folders import export
 from qpruner.export.generate import Sampling, sources
-from qpruner.runs import object_store as objects
-from qpruner.runs.lock import sole_driver
-from qpruner.runs.mirror import put_folder
-from qpruner.runs.paths import RunDir
+from qpruner.runs.lock import hold_run
 from qpruner.runs.records import PrepareRecord, RunState
+from qpruner.runs.run_dir import RunDir
+from qpruner.runs.storage import bucket as objects
+from qpruner.runs.storage import put_folder
 
 PROMPT = "Question: which of these"
 GREEDY = Sampling(max_tokens=12, temperature=0.0, seed=0)
@@ -252,7 +252,7 @@ def test_a_driver_at_work_is_a_warning(run: Path, tmp_path: Path) -> None:
         ("export", copy, "--to", "peft", "--out", tmp_path / "peft", "--json"),
     )
     warning = f"warning: process {os.getpid()} on {socket.gethostname()} works on {copy}, whose models may be replaced"
-    with sole_driver(copy, print):
+    with hold_run(copy, print):
         for arguments in asked:
             told = command(*arguments)
             assert told.exit_code == 0, told.output

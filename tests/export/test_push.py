@@ -22,8 +22,8 @@ import qpruner.hf
 from qpruner.errors import UserError
 from qpruner.export.folders import export
 from qpruner.models.snippets import section
-from qpruner.runs.paths import RunDir
 from qpruner.runs.records import MARK
+from qpruner.runs.run_dir import RunDir
 
 CARD = f"""---
 license: mit

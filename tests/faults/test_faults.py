@@ -28,8 +28,9 @@ from qpruner.pipeline.prune import Prune
 from qpruner.pipeline.run import run
 from qpruner.pipeline.search import Search
 from qpruner.runs.events import Event, Message, Progress, StageFinished, StageSkipped, StageStarted
-from qpruner.runs.paths import RunDir, folder_digests, read_json
 from qpruner.runs.records import BankRecord, PrepareRecord, PruneRecord, Results, SensitivityRecord, TrialRecord
+from qpruner.runs.run_dir import RunDir
+from qpruner.runs.storage import folder_digests, read_json
 from qpruner.search.trial_records import set_aside_damaged
 
 RECORDS = {"prepare": PrepareRecord, "prune": PruneRecord, "bank": BankRecord, "sensitivity": SensitivityRecord}

@@ -35,7 +35,7 @@ from safetensors.torch import load_file, save_file
 
 from qpruner.cluster.tune.driver import MAX_KILLS
 from qpruner.quantization.bank import read_index, write_index
-from qpruner.runs.paths import file_digest
+from qpruner.runs.storage import file_digest
 
 pytestmark = pytest.mark.slow
 

@@ -17,8 +17,8 @@ from qpruner.errors import StageError
 from qpruner.pipeline.run import run
 from qpruner.quantization.bank import INDEX, read_index
 from qpruner.runs.events import Event, Message, Progress, StageFinished, StageSkipped, StageStarted
-from qpruner.runs.paths import file_digest, folder_digests
 from qpruner.runs.records import BankRecord
+from qpruner.runs.storage import file_digest, folder_digests
 
 Raw = dict[str, Any]
 

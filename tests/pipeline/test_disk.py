@@ -21,7 +21,7 @@ from qpruner.pipeline.preflight import inspect
 from qpruner.pipeline.run import check, run
 from qpruner.pipeline.search import Search
 from qpruner.runs.events import Event
-from qpruner.runs.paths import RunDir
+from qpruner.runs.run_dir import RunDir
 from qpruner.search.trial_records import trial_path
 
 MIB = 2**20

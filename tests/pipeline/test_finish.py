@@ -39,7 +39,6 @@ from qpruner.pipeline.table_rows import (
 )
 from qpruner.plans.plan import PrecisionPlan
 from qpruner.runs.events import Event, Message, Progress, StageSkipped
-from qpruner.runs.paths import RunDir, file_digest, write_json
 from qpruner.runs.records import (
     GIVEN,
     CandidateRecord,
@@ -54,6 +53,8 @@ from qpruner.runs.records import (
     SensitivityRecord,
     TaskScore,
 )
+from qpruner.runs.run_dir import RunDir
+from qpruner.runs.storage import file_digest, write_json
 from qpruner.sensitivity.seeds import seed_plan
 from qpruner.training.table_rows import Evaluation, FinetuneOutcome, evaluate_candidate, finetune_candidate
 

@@ -22,9 +22,9 @@ from qpruner.pipeline.prepare import Prepare
 from qpruner.pipeline.progress import PACKAGES, RunProgress, _cpu_model, _environment
 from qpruner.pipeline.run import run
 from qpruner.runs.events import Event, Message, Progress, StageFinished, StageSkipped, StageStarted, StepsSeen
-from qpruner.runs.lock import NAME, sole_driver, this_process
-from qpruner.runs.paths import RunDir
+from qpruner.runs.lock import NAME, hold_run, this_process
 from qpruner.runs.records import PrepareRecord, RunState
+from qpruner.runs.run_dir import RunDir
 
 
 def ignore(event: Event) -> None:
@@ -115,8 +115,8 @@ def test_a_command_whose_run_another_took_over_tells_nothing_more(tiny_model: Pa
     """A driver that slept has steps of its own to tell of, mostly before its heartbeat notices."""
     root, config = RunDir(tmp_path / "run"), validate_config(raw_config(tiny_model, tmp_path / "run"))
     _ = root.id  # beside it a lock that is gone was taken away
-    with sole_driver(root.root, print) as is_ours:
-        progress = RunProgress(root, config, "report", None, is_ours)
+    with hold_run(root.root, print) as holds_run:
+        progress = RunProgress(root, config, "report", None, holds_run)
         progress.listen(StageStarted("search", "20 trials"))
         before = root.read_state(RunState)
         assert before and before.stages["search"].state == "running"
@@ -131,11 +131,11 @@ def test_whose_the_run_is_is_asked_no_oftener_than_its_state_is_written(tiny_mod
     """An object store is asked for money, and trials tell of every step."""
     config, asked = validate_config(raw_config(tiny_model, tmp_path / "run")), list[int]()
 
-    def is_ours() -> bool:
+    def holds_run() -> bool:
         asked.append(1)
         return True
 
-    progress = RunProgress(RunDir(config.output), config, "report", None, is_ours)
+    progress = RunProgress(RunDir(config.output), config, "report", None, holds_run)
     for event in (StageStarted("search", "20 trials"), *(StepsSeen({0: step}) for step in range(500))):
         progress.listen(event)
     assert 1 <= len(asked) < 50
@@ -148,7 +148,7 @@ def test_a_stage_whose_run_another_took_over_leaves_what_that_one_recorded(
     """The driver slept meanwhile, and its heartbeat has not noticed yet."""
     config, is_lost = validate_config(raw_config(tiny_model, tmp_path / "run")), when == "before its work"
     run_dir = RunDir(config.output)
-    context = Context(config, run_dir, ignore, None, inspect(config), is_ours=lambda: not is_lost)
+    context = Context(config, run_dir, ignore, None, inspect(config), holds_run=lambda: not is_lost)
     theirs = PrepareRecord(digest="theirs", seconds=1.0, model_path="", converted=False, num_rows={})
     run_dir.commit("prepare", run_dir.scratch("prepare"), theirs)
 

@@ -26,8 +26,8 @@ from qpruner.pipeline.run import preview, run
 from qpruner.pruning.importance import score
 from qpruner.report.tables import prune_summary
 from qpruner.runs.events import Event, Message, Progress, StageFinished, StageSkipped, StageStarted
-from qpruner.runs.paths import RunDir
 from qpruner.runs.records import PrepareRecord, PruneRecord
+from qpruner.runs.run_dir import RunDir
 
 if TYPE_CHECKING:
     from click.testing import Result
@@ -482,7 +482,7 @@ def test_a_damaged_weight_is_told_with_its_name_and_what_to_do(raw: Raw, tiny_mo
 def test_no_process_begins_with_a_model_that_was_damaged_meanwhile(raw: Raw) -> None:
     _, folder, _ = pruned(raw)
     flip_a_byte(folder / "model.safetensors")
-    code = f"from pathlib import Path; from qpruner.runs.mirror import fetch; fetch(Path({str(folder)!r}))"
+    code = f"from pathlib import Path; from qpruner.runs.storage import fetch; fetch(Path({str(folder)!r}))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert done.returncode == 1
     assert f"CorruptFile: {folder / 'model.safetensors'} is damaged" in done.stderr.replace("qpruner.errors.", "")

@@ -27,7 +27,8 @@ from qpruner.quantization.bank import (
     write_index,
 )
 from qpruner.quantization.mixed import pack, unpack
-from qpruner.runs.paths import BANK_CACHE, file_digest
+from qpruner.runs.run_dir import BANK_CACHE
+from qpruner.runs.storage import file_digest
 
 
 def weights() -> dict[str, torch.Tensor]:

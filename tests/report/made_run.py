@@ -16,7 +16,6 @@ from qpruner.config.load import validate_config
 from qpruner.pipeline.progress import _environment
 from qpruner.report.files import write_report
 from qpruner.report.results import BASE, BEST_SEED, PRUNED, RANDOM, SEARCHED
-from qpruner.runs.paths import RunDir
 from qpruner.runs.records import (
     BankRecord,
     CandidateRecord,
@@ -40,6 +39,7 @@ from qpruner.runs.records import (
     TaskScore,
     TrialRecord,
 )
+from qpruner.runs.run_dir import RunDir
 from qpruner.search.trial_records import write_trial
 
 TRIALS, SEARCH = "1" * 16, "2" * 16

@@ -19,8 +19,8 @@ from qpruner.report.claim import claim
 from qpruner.report.files import write_report
 from qpruner.report.search_summary import margins
 from qpruner.report.snapshot import Snapshot, read_snapshot
-from qpruner.runs.paths import RunDir
 from qpruner.runs.records import GIVEN, RunState, StageState
+from qpruner.runs.run_dir import RunDir
 
 COMMAND = "qpruner run my.yaml --set search.max_trials=200 --set finetune.compare=true"
 SURE = "How sure, on fresh rows"

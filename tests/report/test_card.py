@@ -22,8 +22,8 @@ from qpruner.config.load import validate_config
 from qpruner.report.card import base_card, model_card, other_base_remark
 from qpruner.report.files import write_report
 from qpruner.report.snapshot import read_snapshot
-from qpruner.runs.paths import RunDir
 from qpruner.runs.records import GIVEN, PrepareRecord
+from qpruner.runs.run_dir import RunDir
 
 
 def card_on(base: str, folder: Path, root: Path, converted: bool = False, **stated: Any) -> Any:

@@ -32,8 +32,9 @@ from qpruner.report.plots.of_run import charts
 from qpruner.report.results_json import summary_of, summary_schema, summary_text
 from qpruner.report.sections import sections
 from qpruner.report.snapshot import read_snapshot
-from qpruner.runs.paths import OWN_DIGEST, RunDir
 from qpruner.runs.records import PruneRecord, SearchRecord, SensitivityRecord, StageState
+from qpruner.runs.run_dir import RunDir
+from qpruner.runs.storage import OWN_DIGEST
 from qpruner.search.trial_records import write_trial
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -17,8 +17,8 @@ from PIL import Image
 
 from qpruner.report.files import write_report
 from qpruner.report.snapshot import read_snapshot
-from qpruner.runs.paths import RunDir
 from qpruner.runs.records import SensitivityRecord, StageState
+from qpruner.runs.run_dir import RunDir
 from qpruner.search.trial_records import write_trial
 
 pytestmark = pytest.mark.slow

@@ -18,15 +18,15 @@ from recorded_runs import recorded_run
 from qpruner.cli.main import main
 from qpruner.report.liveness import MOMENT_SECONDS
 from qpruner.report.snapshot import read_snapshot
-from qpruner.runs.lock import NAME, sole_driver, this_process
-from qpruner.runs.paths import RunDir
+from qpruner.runs.lock import NAME, hold_run, this_process
 from qpruner.runs.records import RunState
+from qpruner.runs.run_dir import RunDir
 
 HOLD = """
 import sys, time
 from pathlib import Path
-from qpruner.runs.lock import sole_driver
-with sole_driver(Path(sys.argv[1]), print):
+from qpruner.runs.lock import hold_run
+with hold_run(Path(sys.argv[1]), print):
     print("held", flush=True)
     time.sleep(60)
 """
@@ -121,7 +121,7 @@ def test_a_run_that_is_over_needs_no_lock(tmp_path: Path) -> None:
 
 def test_a_driver_is_named_before_its_first_stage(tmp_path: Path) -> None:
     root = recorded_run(tmp_path / "run", pid=2**22 + 1)
-    with sole_driver(root, print):
+    with hold_run(root, print):
         lines = status(root)
     assert f"(process {os.getpid()})" in lines[0] and "it has begun no stage yet" in lines[0]
     assert "cut off" in stage_line(lines)
@@ -131,7 +131,7 @@ def test_a_first_command_is_named_before_its_first_stage(tmp_path: Path) -> None
     """It holds the folder, and looks at the cluster and the model before it writes `run.json`."""
     root = tmp_path / "run"
     root.mkdir()
-    with sole_driver(root, print):
+    with hold_run(root, print):
         said = CliRunner().invoke(main, ["status", str(root)])
         assert said.exit_code == 2
         assert f"has no run.json yet: a command is starting there (process {os.getpid()} on " in said.stderr

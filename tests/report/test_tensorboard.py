@@ -43,8 +43,8 @@ from qpruner.report.search_progress import hypervolume_so_far
 from qpruner.report.snapshot import read_snapshot
 from qpruner.report.tensorboard import BEST, HYPERVOLUME, SELECTION, Board, run_name, write_result, write_trial
 from qpruner.runs.events import SearchPlanned, StageFinished, StageSkipped, StageStarted, TrialChanged
-from qpruner.runs.paths import RunDir
 from qpruner.runs.records import GIVEN, RungResult, SearchRecord, TrialRecord
+from qpruner.runs.run_dir import RunDir
 
 OVER = StageFinished("search", 1.0, "")
 

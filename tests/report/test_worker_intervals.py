@@ -11,8 +11,8 @@ from recorded_runs import ANOTHER, DIGEST, MINE, STARTED, recorded_run, trial
 from qpruner.report import tables
 from qpruner.report.plots.search import timeline
 from qpruner.report.snapshot import read_snapshot
-from qpruner.runs.paths import RunDir
 from qpruner.runs.records import Begun, TrialRecord
+from qpruner.runs.run_dir import RunDir
 from qpruner.search.trial_records import write_trial
 
 NIGHT = 12 * 3600.0

@@ -26,11 +26,12 @@ from qpruner.pipeline.finetune import Finetune, row_set_aside_if_damaged
 from qpruner.pipeline.preflight_rows import include_path
 from qpruner.pipeline.run import check, run
 from qpruner.quantization.bank import read_plan
-from qpruner.runs import object_store as objects
 from qpruner.runs.events import Event, Message
-from qpruner.runs.mirror import FILES, fetch, put_folder, put_folders
-from qpruner.runs.paths import RunDir, children, files_in, write_text
 from qpruner.runs.records import BankRecord, RungResult
+from qpruner.runs.run_dir import RunDir
+from qpruner.runs.storage import FILES, children, fetch, files_in, published_folders, put_folder, write_text
+from qpruner.runs.storage import bucket as objects
+from qpruner.runs.storage.objects import objects_at
 from qpruner.search.trial import run_trial
 from qpruner.search.trial_job import Materials, TrialJob
 from qpruner.training.checkpoints import ADAPTER_WEIGHTS, is_damaged, latest_checkpoint
@@ -113,11 +114,11 @@ def test_a_fine_tune_whose_machine_dies_goes_on_elsewhere_from_what_it_sent(
     with finetune_elsewhere(config_file[1], "searched") as process:
         process.kill()
     job = machine("third")
-    sent = [path.name for path in put_folders(job.candidate.checkpoints)]
+    sent = [path.name for path in published_folders(job.candidate.checkpoints)]
     assert sent and "checkpoint-12" not in sent
     found = finetune_candidate(job)
     assert (found.steps, found.train_loss, found.validation_loss) == (12, whole.train_loss, whole.validation_loss)
-    assert [path.name for path in put_folders(job.candidate.checkpoints)] == ["checkpoint-12"]
+    assert [path.name for path in published_folders(job.candidate.checkpoints)] == ["checkpoint-12"]
     assert {"adapter", "adapter.files.json", "progress"} <= set(children(job.candidate.folder))
     one, other = (evaluate_candidate(machine("fourth", row)) for row in ("whole", "searched"))
     assert (one.scores, one.text_loss) == (other.scores, other.text_loss)
@@ -131,7 +132,7 @@ def test_a_damaged_checkpoint_of_a_fine_tune_is_not_gone_on_from(
     with finetune_elsewhere(config_file[1], "broken") as process:
         process.kill()
     job = machine("second-half", "broken")
-    (sent,) = put_folders(job.candidate.checkpoints)
+    (sent,) = published_folders(job.candidate.checkpoints)
     assert not is_damaged(sent)
     store.damage(f"run/candidates/broken/checkpoints/{sent.name}/optimizer.pt")
     assert is_damaged(sent) and latest_checkpoint(job.candidate.checkpoints) is None
@@ -221,7 +222,7 @@ def in_a_folder(store: Store, config_file: Path, folder: Path) -> Path:
 
 def written_in(folder: Path) -> dict[str, float]:
     """When each file of a row was written; of its progress a process may give a sign before it knows."""
-    there, names = objects.objects_at(folder), set(files_in(folder)) - {"progress"}
+    there, names = objects_at(folder), set(files_in(folder)) - {"progress"}
     return {name: (there / name).modified() if there else (folder / name).stat().st_mtime for name in names}
 
 

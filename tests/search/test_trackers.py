@@ -242,9 +242,7 @@ def test_wandb_without_a_key_is_refused(tmp_path: Path) -> None:
 
 @WITH_MLFLOW
 @pytest.mark.parametrize("place", [None, "http://me:{secret}@127.0.0.1:9"])
-def test_mlflow_that_is_nowhere_is_refused_and_its_password_not_told(
-    place: str | None, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_mlflow_without_address_is_refused_without_password(place: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     if place:
         monkeypatch.setenv("MLFLOW_TRACKING_URI", place.format(secret=SECRET))

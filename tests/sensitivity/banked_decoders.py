@@ -16,7 +16,7 @@ from qpruner.data.calibration import Samples
 from qpruner.models import ragged
 from qpruner.models.layout import group_linears
 from qpruner.quantization.bank import BankIndex, EntrySettings, IndexEntry, build_entry, write_entry, write_index
-from qpruner.runs.paths import file_digest
+from qpruner.runs.storage import file_digest
 from qpruner.sensitivity.methods import Subject
 from qpruner.sensitivity.starts import Starts
 

@@ -18,7 +18,7 @@ from mixed_models import finished_run
 import qpruner.hf  # noqa: F401
 from qpruner.errors import StorageError
 from qpruner.export.folders import export
-from qpruner.runs.paths import RunDir
+from qpruner.runs.run_dir import RunDir
 
 WIDTH = 400_000
 """Channels of a block whose weights take 154 MB."""

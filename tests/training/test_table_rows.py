@@ -24,8 +24,9 @@ from qpruner.models.layout import layout_of
 from qpruner.models.loading import load_dense, load_tokenizer
 from qpruner.pipeline.run import run
 from qpruner.plans.plan import PrecisionPlan
-from qpruner.runs.paths import RunDir, write_sign
 from qpruner.runs.records import TaskScore
+from qpruner.runs.run_dir import RunDir
+from qpruner.runs.storage import write_progress
 from qpruner.training.checkpoints import Ownership, is_damaged, keep_checkpoint, latest_checkpoint, load_adapter
 from qpruner.training.evaluate import score_tasks
 from qpruner.training.table_rows import (
@@ -259,9 +260,9 @@ def test_answers_are_counted_between_batches_and_of_a_row_without_a_folder(
     job = in_folder(untuned(tuned[0]), tmp_path / "base")
     assert not job.candidate.folder.exists()
     told: list[str] = []
-    monkeypatch.setattr("qpruner.training.table_rows.sign_seconds", lambda path: 0.0)
+    monkeypatch.setattr("qpruner.training.table_rows.progress_seconds", lambda path: 0.0)
     monkeypatch.setattr(
-        "qpruner.training.table_rows.write_sign", lambda path, text: told.append(text) or write_sign(path, text)
+        "qpruner.training.table_rows.write_progress", lambda path, text: told.append(text) or write_progress(path, text)
     )
     evaluate_candidate(job)
     assert job.candidate.scoring_progress.read_text() == "32 32"

@@ -44,7 +44,7 @@ from qpruner.cluster.tune.worker import pickled_trial
 from qpruner.errors import StageError
 from qpruner.plans.plan import PlanSpace
 from qpruner.runs.events import Emit
-from qpruner.runs.retry import patiently, storage_error
+from qpruner.runs.storage import retry_storage, storage_error
 from qpruner.search.searchers import Prior, Proposer, RandomProposer, ScalarizedProposer, check_searcher
 from qpruner.search.trial_records import begin_session, read_seconds, read_trials, remedy_of, wait_for_storage
 from qpruner.training.trackers import Trackers
@@ -64,7 +64,7 @@ def search(job: SearchJob, room: Callable[[], int], emit: Emit, trackers: Tracke
     """Run or resume the search until it is over.
 
     Trials that lost their workers when no new plan was left are resumed in another session of Tune. Where Tune cannot
-    write, the search waits for the storage, as in `patiently`.
+    write, the search waits for the storage, as in `retry_storage`.
 
     Args:
         job: The inputs.
@@ -84,7 +84,7 @@ def search(job: SearchJob, room: Callable[[], int], emit: Emit, trackers: Tracke
     sessions = begin_session(job.trials, job.search)
     job = replace(job, session=sessions)
     while True:
-        ended = patiently(lambda: _fit(job, room, emit, halt, trackers), job.scratch, goes_on=True)
+        ended = retry_storage(lambda: _fit(job, room, emit, halt, trackers), job.scratch, resumable=True)
         if halt.interrupted:
             raise KeyboardInterrupt
         if halt.trouble:

@@ -29,9 +29,9 @@ class BayesOptProposer:
 
     def propose(self, index: int, history: History) -> Proposal:
         """Propose a plan; equal arguments give equal plans."""
-        # Another budget's search may have run the same plan; a point may be told once.
-        told = list({item.plan: item for item in history.last()}.values())
-        known = told if len(told) >= self.INITIAL_RANDOM else []
+        # Another budget's search may have run the same plan; a point may be given once.
+        scored = list({item.plan: item for item in history.last()}.values())
+        known = scored if len(scored) >= self.INITIAL_RANDOM else []
         search = BayesOptSearch(
             self._bounds,
             metric=METRIC,

@@ -17,10 +17,9 @@ from qpruner.cluster.tune.halt import Halt
 from qpruner.cluster.tune.job import METRIC, TIME, LivesInDriver, SearchJob, ending_of, observations_of, smaller_batch
 from qpruner.errors import QprunerError, StageError, StorageError
 from qpruner.runs.events import Emit, Message, Progress, TrialChanged, TrialWithdrawn
-from qpruner.runs.lock import taken_over
-from qpruner.runs.object_store import name_of
-from qpruner.runs.paths import exists, remove
+from qpruner.runs.lock import lock_lost
 from qpruner.runs.records import TrialPulse, TrialRecord
+from qpruner.runs.storage import display_name, exists, remove
 from qpruner.search.searchers import Ledger, Observation, Suggestion
 from qpruner.search.trial_records import (
     begin_trial,
@@ -109,7 +108,7 @@ class PlanSearcher(LivesInDriver, Searcher):  # type: ignore[misc]
         )
         path = trial_path(job.trials, record.index)
         if exists(path):  # this search has read all that there were, and wrote the others itself
-            self._halt.end(taken_over("search", f"it wrote {name_of(path)}"), at_once=True)
+            self._halt.end(lock_lost("search", f"it wrote {display_name(path)}"), at_once=True)
             return None
         begin_trial(job.trials, record)
         self._recorded.add(record.index)
@@ -329,7 +328,7 @@ class _Clock:
         """Save the time: a session may be killed at any instant."""
         self._gpu_seconds[record.index] = record.gpu_seconds_of(self._job.search)
         if not write_seconds(self._job.trials, self._job.search, self._seconds(), self._job.session):
-            raise taken_over("search", "it began a session of this search")
+            raise lock_lost("search", "it began a session of this search")
 
     def is_over(self, ledger: Ledger) -> bool:
         """Return whether the hours are spent, and end the search then; looks once a second."""

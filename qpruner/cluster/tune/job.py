@@ -21,39 +21,22 @@ TIME = "step"
 
 @dataclass(frozen=True)
 class SearchJob:
-    """The inputs of a search.
-
-    Attributes:
-        config: The run's configuration.
-        trial: What a worker runs.
-        materials: Model, bank and data.
-        layout: The pruned model's groups and sizes.
-        space: The feasible plans.
-        controls: (origin, plan) of the uniform and seed plans inside the budget.
-        priors: Sensitivities by method, for a searcher that starts from them.
-        trials: Folder of the trials' own folders.
-        scratch: Folder for Ray Tune's experiment files.
-        digest: Of what a trial's result depends on.
-        search: Digest of what the proposals depend on besides.
-        resources: Ray resources of one trial.
-        check_node: A pickled function that raises on a machine that cannot be used (`probe.packed_check`).
-        session: Which session of the search this is, from 1.
-    """
+    """The inputs of a search."""
 
     config: RunConfig
     trial: Trial
     materials: Materials
     layout: Layout
     space: PlanSpace
-    controls: Sequence[tuple[str, PrecisionPlan]]
-    priors: Mapping[str, Prior]
-    trials: Path
-    scratch: Path
-    digest: str
-    search: str
-    resources: dict[str, float]
-    check_node: bytes
-    session: int = 1
+    controls: Sequence[tuple[str, PrecisionPlan]]  # (origin, plan): uniform and seed plans inside the budget
+    priors: Mapping[str, Prior]  # sensitivities by method
+    trials: Path  # folder of the trials' own folders
+    scratch: Path  # folder for Ray Tune's files
+    digest: str  # of what a trial's result depends on
+    search: str  # digest of what the proposals depend on besides
+    resources: dict[str, float]  # of one trial
+    check_node: bytes  # raises on a machine that cannot be used, see `probe.packed_check`
+    session: int = 1  # of this search
 
     def owns(self, record: TrialRecord) -> bool:
         """Return whether a trial is of this search, not of one with another budget or searcher."""
@@ -73,21 +56,12 @@ class LivesInDriver:
 
 @dataclass(frozen=True)
 class SearchOutcome:
-    """A search that is over.
+    """A search that is over."""
 
-    Attributes:
-        trials: Its trials, in order of suggestion.
-        reused: Trials of searches with another budget or searcher.
-        ended: Why there were no more.
-        seconds: Wall-clock seconds, all sessions together.
-        sessions: How many there were.
-        gpu_seconds: GPU seconds that trials held under this search.
-    """
-
-    trials: list[TrialRecord]
-    reused: list[TrialRecord]
-    ended: str
-    seconds: float
+    trials: list[TrialRecord]  # in order of suggestion
+    reused: list[TrialRecord]  # of searches with another budget or searcher
+    ended: str  # why there were no more
+    seconds: float  # all sessions together
     sessions: int
     gpu_seconds: float
 

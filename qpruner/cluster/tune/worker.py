@@ -23,11 +23,18 @@ from qpruner.cluster.tune.job import METRIC, TIME, SearchJob, params_to_plan, sm
 from qpruner.config.schema import RunConfig
 from qpruner.errors import CorruptFile, StorageError, TakenOver, TrainingDiverged
 from qpruner.models.memory import PeakMemory, freeze_libraries, is_out_of_memory, kernel_kills, release
-from qpruner.runs.mirror import fetch, workplace
-from qpruner.runs.object_store import is_mirror
-from qpruner.runs.paths import folder_digests, publish_folder, remove, sign_seconds
 from qpruner.runs.records import Begun, RungResult, TrialPulse
-from qpruner.runs.retry import patiently, storage_error
+from qpruner.runs.storage import (
+    fetch,
+    folder_digests,
+    progress_seconds,
+    publish_folder,
+    remove,
+    retry_storage,
+    staging_path,
+    storage_at,
+    storage_error,
+)
 from qpruner.search.trial_job import TrialJob
 from qpruner.search.trial_records import (
     checkpoint_of,
@@ -144,7 +151,7 @@ class _RecordedTrial:
 
     def _report(self, result: RungResult, checkpoint: Path) -> None:
         target = trial_folder(self._job.trials, self._record.index) / f"checkpoint-{result.step}"
-        aside = patiently(lambda: _beside(checkpoint, target, str(self._record.worker)), target)
+        aside = retry_storage(lambda: _beside(checkpoint, target, str(self._record.worker)), target)
         digests = folder_digests(aside)
         # Asked again where it counts: copying took its time, and so does publishing.
         self._check_ownership()
@@ -172,7 +179,7 @@ class _RecordedTrial:
 
     def _progress(self, step: int) -> None:
         self._beats += 1
-        if time.monotonic() - self._last_pulse < sign_seconds(self._job.trials):
+        if time.monotonic() - self._last_pulse < progress_seconds(self._job.trials):
             return
         self._last_pulse = time.monotonic()
         pulse = TrialPulse(
@@ -189,13 +196,13 @@ class _RecordedTrial:
     def _was_away(self, error: Exception) -> bool:
         """Return whether an error came from a storage that was away and is back; libraries raise any type."""
         record = trial_path(self._job.trials, self._record.index)
-        if is_mirror(record) or diagnosis(error)[0] not in ("error", "damaged"):
+        if diagnosis(error)[0] not in ("error", "damaged"):
             return False
-        with contextlib.suppress(OSError):
-            record.stat()
+        with contextlib.suppress(OSError, StorageError):
+            storage_at(record).read()
             return False
         try:
-            patiently(record.stat, record, was_there=True)
+            retry_storage(storage_at(record).read, record, was_there=True)
         except (OSError, StorageError):
             return False
         logger.warning("trial %d goes on: the storage was away when it said %s", self._record.index, error)
@@ -244,7 +251,7 @@ def diagnosis(error: Exception) -> tuple[Failure, str]:
 
 def _beside(checkpoint: Path, target: Path, worker: str) -> Path:
     """Copy a checkpoint next to its final place, so that the last step can be a rename."""
-    aside = workplace(target.with_name(f".{target.name}.{worker}"))
+    aside = staging_path(target.with_name(f".{target.name}.{worker}"))
     shutil.rmtree(aside, ignore_errors=True)
     # training_args.bin is a pickle that nothing reads; it stays out of the run's storage.
     shutil.copytree(checkpoint, aside, ignore=shutil.ignore_patterns("training_args.bin", "README.md"))

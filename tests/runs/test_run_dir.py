@@ -1,4 +1,4 @@
-"""The run folder: a record that can be read vouches for whole files, whatever was killed and when.
+"""The run folder: a record that can be read vouches for complete files, whatever was killed and when.
 
 The writers here are processes of their own that are killed with SIGKILL in the middle of their work.
 """
@@ -22,15 +22,15 @@ import torch
 from safetensors.torch import save_file
 
 from qpruner.errors import CorruptFile, UserError
-from qpruner.runs.mirror import written
-from qpruner.runs.paths import RunDir, file_digest, publish_folder, read_json, write_json
 from qpruner.runs.records import BankRecord, PrepareRecord
+from qpruner.runs.run_dir import RunDir
+from qpruner.runs.storage import file_digest, publish_folder, read_json, write_json, writing_folder
 
 WRITE_FOR_EVER = """
 import sys
 from pathlib import Path
 from qpruner.runs.records import BankRecord
-from qpruner.runs.paths import write_json
+from qpruner.runs.storage import write_json
 turn = 0
 while True:
     files = {f"4bit/layers.{index}.safetensors": str(turn) for index in range(400)}
@@ -39,16 +39,16 @@ while True:
     if turn % 3 == 0:
         print(turn, flush=True)
 """
-
 COMMIT_FOR_EVER = """
 import sys
 from pathlib import Path
 from qpruner.runs.records import BankRecord
-from qpruner.runs.paths import RunDir, file_digest
+from qpruner.runs.run_dir import RunDir
+from qpruner.runs.storage import file_digest
 run = RunDir(Path(sys.argv[1]))
 turn = int(sys.argv[2])
 while True:
-    scratch = run.scratch("bank")
+    scratch = run.begin("bank")
     files = {}
     for index in range(12):
         path = scratch / "4bit" / f"layers.{index}.safetensors"
@@ -62,9 +62,8 @@ while True:
 """
 
 
-def bank_record(digest: str = "a", **changes: object) -> BankRecord:
-    fields = {"digest": digest, "seconds": 1.5, "files": {}, "bytes": 10, "residual_ratio": {"4": {"layers.0": 0.5}}}
-    return BankRecord.model_validate(fields | changes)
+def bank_record(digest: str = "a") -> BankRecord:
+    return BankRecord(digest=digest, seconds=1.5, files={}, bytes=10, residual_ratio={"4": {"layers.0": 0.5}})
 
 
 @contextmanager
@@ -81,68 +80,43 @@ def writer(program: str, *arguments: str) -> Iterator[tuple[subprocess.Popen[str
             process.kill()
 
 
-def wait_a_little(lines: IO[str], generator: random.Random) -> None:
-    """Let the writer get some way on, and then to some point inside a write."""
+def kill_within_a_write(process: subprocess.Popen[str], lines: IO[str], generator: random.Random) -> None:
     for _ in range(generator.randrange(1, 4)):
         assert lines.readline()
     threading.Event().wait(generator.uniform(0.0, 0.006))
+    os.kill(process.pid, signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
 
 
-def test_a_record_is_read_as_it_was_written(tmp_path: Path) -> None:
-    path = tmp_path / "records" / "bank.json"
+def test_a_killed_writer_leaves_the_old_record_or_the_new(tmp_path: Path) -> None:
+    """And a reader meanwhile never sees half of one: the terminal, `qpruner status` and other nodes are."""
+    path, generator, seen = tmp_path / "records" / "trial.json", random.Random(0), set[str]()
     assert read_json(path, BankRecord) is None
-    write_json(path, bank_record())
-    assert read_json(path, BankRecord) == bank_record()
-    write_json(path, bank_record("b"))
-    assert read_json(path, BankRecord) == bank_record("b")
-    assert [item.name for item in path.parent.iterdir()] == ["bank.json"], "nothing is left beside it"
-
-
-def test_a_reader_never_sees_half_a_record(tmp_path: Path) -> None:
-    """The terminal, `qpruner status` and other nodes read while a trial writes."""
-    path = tmp_path / "trial.json"
-    seen = set()
-    with writer(WRITE_FOR_EVER, str(path)) as (process, _):
-        while len(seen) < 30:
-            record = read_json(path, BankRecord)
-            assert record is not None
-            assert len(record.files) == 400
-            assert set(record.files.values()) == {record.digest}
-            seen.add(record.digest)
-            assert process.poll() is None
-
-
-def test_a_killed_writer_leaves_the_old_record_or_the_new_one(tmp_path: Path) -> None:
-    path, generator = tmp_path / "trial.json", random.Random(0)
-    for _ in range(4):
+    for turn in (1, 2, 3):
         with writer(WRITE_FOR_EVER, str(path)) as (process, lines):
-            wait_a_little(lines, generator)
-            os.kill(process.pid, signal.SIGKILL)
-            assert process.wait() == -signal.SIGKILL
+            while len(seen) < 5 * turn:
+                record = read_json(path, BankRecord)
+                assert record is not None and len(record.files) == 400
+                assert set(record.files.values()) == {record.digest}
+                seen.add(f"{turn} {record.digest}")
+            kill_within_a_write(process, lines, generator)
         record = read_json(path, BankRecord)
-        assert record is not None
-        assert len(record.files) == 400
-        assert set(record.files.values()) == {record.digest}
-        # What it left half written is in nobody's way.
-        write_json(path, bank_record("after"))
-        assert read_json(path, BankRecord) == bank_record("after")
+        assert record is not None and len(record.files) == 400 and set(record.files.values()) == {record.digest}
+    write_json(path, bank_record("after"))
+    assert read_json(path, BankRecord) == bank_record("after")
 
 
-def test_a_record_vouches_for_whole_files_whenever_the_stage_is_killed(tmp_path: Path) -> None:
-    run, generator = RunDir(tmp_path / "run"), random.Random(1)
-    turn = 0
-    for _ in range(8):
-        with writer(COMMIT_FOR_EVER, str(run.root), str(turn)) as (process, lines):
-            wait_a_little(lines, generator)
-            os.kill(process.pid, signal.SIGKILL)
-            assert process.wait() == -signal.SIGKILL
+def test_a_record_vouches_for_files_whenever_a_stage_is_killed(tmp_path: Path) -> None:
+    run, generator = RunDir(tmp_path / "a" / "run"), random.Random(1)
+    for turn in range(5):
+        with writer(COMMIT_FOR_EVER, str(run.root), str(1000 * turn)) as (process, lines):
+            kill_within_a_write(process, lines, generator)
         record = run.read_record("bank", BankRecord)
         if record is not None:
             folder = run.stage("bank")
             assert len(record.files) == 12
             assert {name: file_digest(folder / name) for name in record.files} == record.files
             assert {str(path.relative_to(folder)) for path in folder.rglob("*.safetensors")} == set(record.files)
-        turn += 1000
 
 
 @pytest.mark.parametrize(
@@ -169,26 +143,26 @@ def test_a_corrupt_record_is_named(tmp_path: Path, content: bytes) -> None:
         run.read_record("prepare", PrepareRecord)
 
 
-def test_a_commit_moves_the_folder_and_then_writes_the_record(tmp_path: Path) -> None:
-    run = RunDir(tmp_path / "run")
-    scratch = run.scratch("bank")
-    (scratch / "4bit").mkdir()
-    (scratch / "4bit" / "layers.0").write_text("codes")
-    assert run.read_record("bank", BankRecord) is None
-    run.commit("bank", scratch, bank_record())
-    assert (run.stage("bank") / "4bit" / "layers.0").read_text() == "codes"
-    assert run.read_record("bank", BankRecord) == bank_record()
-    assert not scratch.exists()
-
-
-def test_a_second_commit_replaces_the_first_whole(tmp_path: Path) -> None:
+def test_a_second_commit_replaces_the_first(tmp_path: Path) -> None:
     run = RunDir(tmp_path / "run")
     for name in ("old", "new"):
-        scratch = run.scratch("bank")
+        (run.stage("bank") / "unfinished").mkdir(parents=True, exist_ok=True)
+        scratch = run.begin("bank")
+        assert list(scratch.iterdir()) == []
         (scratch / name).write_text(name)
         run.commit("bank", scratch, bank_record(name))
+        assert not scratch.exists()
     assert [path.name for path in run.stage("bank").iterdir()] == ["new"]
     assert run.read_record("bank", BankRecord) == bank_record("new")
+
+
+def test_the_old_record_goes_before_the_old_folder(tmp_path: Path) -> None:
+    """A commit that fails half way must not leave a record that vouches for files which are gone."""
+    run = RunDir(tmp_path / "run")
+    run.commit("bank", run.begin("bank"), bank_record("old"))
+    with pytest.raises(FileNotFoundError):
+        run.commit("bank", run.root / "never-made", bank_record("new"))
+    assert run.read_record("bank", BankRecord) is None
 
 
 @contextmanager
@@ -213,16 +187,12 @@ def watched(folder: Path) -> Iterator[list[str]]:
         sys.setprofile(None)
 
 
-def test_a_record_is_on_the_disk_before_it_has_its_name(tmp_path: Path) -> None:
-    """Else a machine that loses power may keep the name and no contents."""
+def test_what_gets_its_name_is_on_the_disk_before(tmp_path: Path) -> None:
+    """Else a machine that loses power may keep the name and no contents; so is the list that vouches for a folder."""
     with watched(tmp_path) as calls:
         write_json(tmp_path / "records" / "bank.json", bank_record())
     assert calls == [f"fsync records/.bank.json.{os.getpid()}", "rename", "fsync records"]
-
-
-def test_a_folder_is_on_the_disk_before_it_has_its_name(tmp_path: Path) -> None:
-    """And so is the list that vouches for it: without its contents an intact folder would be set aside."""
-    with written(tmp_path / "scratch") as folder:
+    with writing_folder(tmp_path / "scratch") as folder:
         (folder / "4bit").mkdir(parents=True)
         (folder / "4bit" / "layers.0").write_text("codes")
     with watched(tmp_path) as calls:
@@ -231,45 +201,33 @@ def test_a_folder_is_on_the_disk_before_it_has_its_name(tmp_path: Path) -> None:
     assert calls[3:] == ["fsync scratch.files.json", "rename", "rename", "fsync ."]
 
 
-def test_the_old_record_goes_before_the_old_folder(tmp_path: Path) -> None:
-    """A commit that fails half way must not leave a record that vouches for files which are gone."""
-    run = RunDir(tmp_path / "run")
-    run.commit("bank", run.scratch("bank"), bank_record("old"))
-    with pytest.raises(FileNotFoundError):
-        run.commit("bank", run.root / "never-made", bank_record("new"))
-    assert run.read_record("bank", BankRecord) is None
-
-
-def test_a_scratch_folder_starts_empty(tmp_path: Path) -> None:
-    run = RunDir(tmp_path / "run")
-    (run.scratch("prune") / "half-written").write_text("x")
-    assert list(run.scratch("prune").iterdir()) == []
-
-
-def test_a_folder_is_published_over_an_unfinished_attempt(tmp_path: Path) -> None:
-    scratch, target = tmp_path / "scratch", tmp_path / "target"
-    for folder, name in ((scratch, "whole"), (target, "half")):
-        folder.mkdir()
-        (folder / name).write_text(name)
-    publish_folder(scratch, target)
-    assert [path.name for path in target.iterdir()] == ["whole"]
-    assert not scratch.exists()
-
-
 def test_an_output_that_is_a_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "taken").write_text("x")
     with pytest.raises(UserError, match=r"`output`: .*taken is a file"):
         RunDir(tmp_path / "taken")
 
 
-def test_a_run_folder_is_made_with_its_parents(tmp_path: Path) -> None:
-    assert RunDir(tmp_path / "a" / "b").root.is_dir()
-
-
-def test_who_may_read_the_folder_may_read_its_files(tmp_path: Path) -> None:
+def test_who_may_read_a_folder_may_read_its_files(tmp_path: Path) -> None:
     """safetensors writes for its owner alone, and a team shares a run."""
     scratch = tmp_path / "scratch"
     scratch.mkdir(mode=0o755)
     save_file({"weight": torch.ones(2)}, scratch / "model.safetensors")
     publish_folder(scratch, tmp_path / "final")
     assert (tmp_path / "final" / "model.safetensors").stat().st_mode & 0o777 == 0o644
+
+
+def test_only_the_storage_knows_where_a_run_is_kept() -> None:
+    """Everything else asks `storage_at` for what it needs."""
+    package = Path(__file__).parents[2] / "qpruner"
+    words = (
+        "is_at_uri",
+        "is_mirror",
+        "mirror_of",
+        "objects_at",
+        "ObjectStorage",
+        "FolderStorage",
+        "isinstance(storage",
+    )
+    files = [path for path in package.rglob("*.py") if "storage" not in path.relative_to(package).parts]
+    assert len(files) > 100
+    assert [(path.name, word) for path in files for word in words if word in path.read_text()] == []

@@ -1,4 +1,4 @@
-"""What a full disk or a storage that is away for a while costs: a wait, and then an error that says how to go on."""
+"""Repeat what fails because a disk is full or a storage is away; give up with an error that says how to go on."""
 
 from __future__ import annotations
 
@@ -35,31 +35,29 @@ AWAY = (
     errno.ECONNRESET,
 )
 ON_DISK = (*FULL, errno.EIO, errno.EROFS, errno.ESTALE)
-"""What libraries that are no Python tell under types of their own; with other numbers they may speak of a hub."""
+"""Numbers in the texts of libraries that are not Python; other numbers there may speak of a hub."""
 TORCH_CANNOT_WRITE = "inline_container.cc"
-"""torch.save says no more than where in its own code a write came out short, as it does on a full disk (2.13)."""
+"""torch.save names only the place in its own code where a write came out short, as on a full disk (2.13)."""
 
 logger = logging.getLogger(__name__)
 
 
-def patiently(
-    action: Callable[[], Result],
-    place: Path,
+def retry_storage(
+    operation: Callable[[], Result],
+    path: Path,
     seconds: float | None = None,
     was_there: bool = False,
-    goes_on: bool = False,
+    resumable: bool = False,
 ) -> Result:
-    """Do something on the run's storage, again and again while that is full or away, with growing pauses.
+    """Run an operation on the run's storage; repeat it, with growing pauses, while that is full or away.
 
     Args:
-        action: What may be repeated after it failed half way.
-        place: What to name where an error names no file.
-        seconds: Pauses in all, `PATIENCE_SECONDS` by default; counted anew after an attempt that itself took longer,
-            `LONG_ATTEMPTS` times.
-        was_there: Whether what it reads was found whole before, so that a file that is missing may be a storage that is
-            away.
-        goes_on: Whether an attempt goes on from where the one before came to, so that after a long one pauses are
-            counted anew however often that was.
+        operation: What may be repeated after it failed half way.
+        path: What to name where an error names no file.
+        seconds: Pauses in all, `PATIENCE_SECONDS` by default. They are counted anew after an attempt that took longer
+            than this, `LONG_ATTEMPTS` times.
+        was_there: Whether what it reads is known to exist, so that a missing file means a storage that is away.
+        resumable: Whether an attempt continues where the last one ended: any number of long attempts is allowed.
 
     Raises:
         StorageError: When the storage is still full or away after that.
@@ -70,12 +68,12 @@ def patiently(
     while True:
         started = time.monotonic()
         try:
-            return action()
+            return operation()
         except Exception as error:
-            trouble = storage_error(error, place)
+            trouble = storage_error(error, path)
             if trouble is None and not (was_there and isinstance(error, FileNotFoundError)):
                 raise
-            if time.monotonic() - started > limit and (goes_on or long_attempts < LONG_ATTEMPTS):
+            if time.monotonic() - started > limit and (resumable or long_attempts < LONG_ATTEMPTS):
                 waited, pause, long_attempts = 0.0, FIRST_PAUSE, long_attempts + 1
             if waited >= limit:
                 if trouble is None:
@@ -86,14 +84,14 @@ def patiently(
         waited, pause = waited + pause, min(2 * pause, LONGEST_PAUSE)
 
 
-def storage_error(error: Exception, place: Path | None = None) -> StorageError | None:
-    """An error of a storage that is full or away, with what to do about it; None for any other.
+def storage_error(error: Exception, path: Path | None = None) -> StorageError | None:
+    """Explain an error of a storage that is full or away; None for any other.
 
     Args:
         error: What was raised.
-        place: What to name where the error names no file.
+        path: What to name where the error names no file.
     """
-    number, place = _number_of(error), getattr(error, "filename", None) or place
+    number, place = _number_of(error), getattr(error, "filename", None) or path
     if number in FULL:
         return StorageError(f"no space left for {place or 'the disk'}", "make room, then repeat the command")
     if number in AWAY:
@@ -104,7 +102,7 @@ def storage_error(error: Exception, place: Path | None = None) -> StorageError |
 
 
 def _number_of(error: Exception) -> int:
-    """The system's number of an error; 0 where it tells none that speaks of storage."""
+    """Find the system's number of an error; 0 where it has none that speaks of storage."""
     text = str(error)
     if isinstance(error, OSError):
         found = re.search(r"\[[Ee]rrno (\d+)\]", text)  # shutil and pyarrow put it into the text only

@@ -22,7 +22,7 @@ def points_of(seed: int) -> list[Point]:
     return [(float(size), float(score)) for size, score in np.random.default_rng(seed).integers(0, 6, (20, 2))]
 
 
-@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("seed", range(3))
 def test_a_front_holds_what_none_of_fewer_or_equal_bytes_beats(seed: int) -> None:
     points = points_of(seed)
 
@@ -34,7 +34,7 @@ def test_a_front_holds_what_none_of_fewer_or_equal_bytes_beats(seed: int) -> Non
     assert found == sorted(expected)
 
 
-@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("budget", [4.0, 5.0, 8.0])
 def test_the_hypervolume_is_botorchs(seed: int, budget: float) -> None:
     """Which maximizes, and asks for a corner instead of the smallest plan."""
@@ -46,7 +46,7 @@ def test_the_hypervolume_is_botorchs(seed: int, budget: float) -> None:
     assert hypervolume(points, smallest, budget) == pytest.approx(area / (budget - smallest[0]))
 
 
-def test_the_hypervolume_is_the_mean_gain_of_the_best_plan_inside_a_budget() -> None:
+def test_the_hypervolume_is_the_mean_gain_inside_a_budget() -> None:
     points = [(10.0, 3.0), (20.0, 2.5), (30.0, 2.9), (40.0, 1.0)]
     best = [min(score for size, score in points if size <= budget) for budget in np.linspace(10, 50, 4001)]
     mean = np.mean([3.0 - score for score in best])

@@ -35,10 +35,21 @@ from qpruner.quantization.bank import (
     write_entry,
     write_index,
 )
-from qpruner.runs.mirror import check, written
-from qpruner.runs.paths import exists, file_digest, folder_digests, publish_folder, read_json, read_written, write_json
 from qpruner.runs.records import SearchClock
-from qpruner.runs.retry import LONG_ATTEMPTS, patiently, storage_error
+from qpruner.runs.storage import (
+    exists,
+    file_digest,
+    folder_digests,
+    publish_folder,
+    read_existing,
+    read_json,
+    retry_storage,
+    storage_error,
+    verify_folder,
+    write_json,
+    writing_folder,
+)
+from qpruner.runs.storage.retry import LONG_ATTEMPTS
 
 
 @pytest.fixture
@@ -70,7 +81,7 @@ def full(disk: Path) -> Iterator[Callable[[], None]]:
     filler.unlink(missing_ok=True)
 
 
-def test_what_a_trial_reads_when_it_begins_is_waited_for(disk: Path) -> None:
+def test_what_a_trial_reads_first_is_waited_for(disk: Path) -> None:
     """What tells that its machine has the storage, the rows and the plan's tensors."""
     (disk / "run").mkdir()
     (disk / "run" / "run.id").write_text("this run")
@@ -82,7 +93,7 @@ def test_what_a_trial_reads_when_it_begins_is_waited_for(disk: Path) -> None:
     write_index(disk / "bank", BankIndex(digest="", bitsandbytes=version("bitsandbytes"), files=files))
     told = (str(disk / "run"), "the run", "run.id", "this run")
     for place, read in (
-        (disk / "run", lambda: check_like(versions(), *told, is_at_uri=False)),
+        (disk / "run", lambda: check_like(versions(), *told)),
         (disk / "rows", lambda: load_encoded(disk / "rows")),
         (file.parent, lambda: read_plan(disk / "bank", {"mlp": 8})),
     ):
@@ -103,7 +114,7 @@ def test_a_record_is_written_once_the_storage_takes_it(trouble: Callable[..., It
     assert read_json(path, SearchClock) == SearchClock(seconds=2.0)
 
 
-def test_whether_there_is_a_file_is_asked_again_until_the_storage_answers(disk: Path) -> None:
+def test_exists_waits_until_the_storage_answers(disk: Path) -> None:
     """Who takes a number for a new trial asks so; one answer that is an error would end every trial at work."""
     (disk / "record.json").write_text("{}")
     with unconnected(disk) as end:
@@ -114,45 +125,28 @@ def test_whether_there_is_a_file_is_asked_again_until_the_storage_answers(disk: 
     assert not exists(disk / "nothing") and not exists(disk / "record.json" / "nothing") and not exists(disk)
 
 
-def test_what_is_slow_by_itself_is_tried_again_all_the_same(disk: Path) -> None:
-    """Each attempt takes longer than the patience, as a large copy to a storage that answers late does."""
-    attempts = 0
-    with full(disk) as end:  # type: ignore[attr-defined]
-
-        def write() -> int:
-            nonlocal attempts
-            attempts += 1
-            time.sleep(0.3)
-            if attempts == 3:
-                end()
-            return (disk / "copy").write_bytes(b"c" * 10_000)
-
-        assert patiently(write, disk, seconds=0.2) == 10_000
-    assert attempts == 3
-
-
-def test_what_is_slow_by_itself_is_not_tried_for_ever(disk: Path) -> None:
+def test_slow_attempts_are_repeated_but_not_for_ever(disk: Path) -> None:
     """A large model on a disk that fills up at its end; what goes on where it came to may be: each time it did some."""
     attempts, most = 0, 2 * LONG_ATTEMPTS + 1
 
     def write() -> None:
         nonlocal attempts
         attempts += 1
-        time.sleep(0.3)
+        time.sleep(0.12)
         if attempts == most:
             raise InterruptedError
         (disk / "copy").write_bytes(b"c" * 10_000)
 
     with full(disk):  # type: ignore[attr-defined]
         with pytest.raises(StorageError, match="no space left"):
-            patiently(write, disk, seconds=0.2)
+            retry_storage(write, disk, seconds=0.1)
         assert attempts == LONG_ATTEMPTS + 1
         attempts = 0
         with pytest.raises(InterruptedError):
-            patiently(write, disk, seconds=0.2, goes_on=True)
+            retry_storage(write, disk, seconds=0.1, resumable=True)
 
 
-def test_a_disk_that_stays_full_is_told_with_its_remedy_and_the_old_record_stays(disk: Path) -> None:
+def test_a_disk_that_stays_full_keeps_the_old_record(disk: Path) -> None:
     path = disk / "record.json"
     write_json(path, SearchClock(seconds=1.0))
     with full(disk), pytest.raises(StorageError, match=rf"no space left for {path}\n.*make room") as caught:
@@ -161,14 +155,14 @@ def test_a_disk_that_stays_full_is_told_with_its_remedy_and_the_old_record_stays
     assert read_json(path, SearchClock) == SearchClock(seconds=1.0)
 
 
-def test_a_storage_that_stays_away_is_told_with_its_remedy(disk: Path) -> None:
+def test_a_folder_that_stays_away_is_told_with_its_remedy(disk: Path) -> None:
     path = disk / "trials" / "record.json"
     write_json(path, SearchClock(seconds=1.0))
     with away(disk) as back:  # type: ignore[attr-defined]
         with pytest.raises(StorageError, match=r"cannot be reached \(Read-only.*\n.*bring the storage back"):
             write_json(path, SearchClock(seconds=2.0), patience_seconds=0.4)
         threading.Timer(0.8, back).start()
-        assert read_written(path, SearchClock) == SearchClock(seconds=1.0), "what was written is waited for"
+        assert read_existing(path, SearchClock) == SearchClock(seconds=1.0), "what was written is waited for"
 
 
 @contextmanager
@@ -193,7 +187,7 @@ def lost_answer(number: int, nth: int = 1) -> Iterator[None]:
 
 
 @pytest.mark.parametrize("number", [errno.EIO, errno.ENOENT], ids=["EIO", "ENOENT"])
-def test_a_record_of_whose_renaming_no_answer_came_is_written(number: int, tmp_path: Path) -> None:
+def test_a_record_whose_renaming_got_no_answer_is_written(number: int, tmp_path: Path) -> None:
     path = tmp_path / "record.json"
     write_json(path, SearchClock(seconds=1.0))
     with lost_answer(number):
@@ -204,10 +198,10 @@ def test_a_record_of_whose_renaming_no_answer_came_is_written(number: int, tmp_p
 
 @pytest.mark.parametrize("number", [errno.EIO, errno.ENOENT], ids=["EIO", "ENOENT"])
 @pytest.mark.parametrize("renamed", [1, 2], ids=["folder", "list"])
-def test_a_folder_of_whose_renaming_no_answer_came_is_published(renamed: int, number: int, tmp_path: Path) -> None:
+def test_a_folder_whose_renaming_got_no_answer_is_published(renamed: int, number: int, tmp_path: Path) -> None:
     """A stage took hours to write the only copy."""
     scratch, target = tmp_path / "scratch", tmp_path / "prune"
-    with written(scratch) as folder:
+    with writing_folder(scratch) as folder:
         folder.mkdir()
         (folder / "weights").write_text("hours")
     target.mkdir()
@@ -215,15 +209,17 @@ def test_a_folder_of_whose_renaming_no_answer_came_is_published(renamed: int, nu
     with lost_answer(number, renamed):
         publish_folder(scratch, target)
     assert folder_digests(tmp_path).keys() == {"prune/weights", "prune.files.json"}
-    check(target)
+    verify_folder(target)
 
 
-def test_a_checkpoint_that_finds_no_room_is_known_for_what_it_is(disk: Path, tmp_path: Path) -> None:
+def test_a_copy_that_finds_no_room_is_a_full_disk(disk: Path, tmp_path: Path) -> None:
     """shutil collects what its copies met into one error without a number."""
     (tmp_path / "checkpoint").mkdir()
     (tmp_path / "checkpoint" / "weights").write_bytes(b"w" * 10_000)
     with full(disk), pytest.raises(StorageError, match="no space left") as caught:
-        patiently(lambda: shutil.copytree(tmp_path / "checkpoint", disk / "copy", dirs_exist_ok=True), disk, seconds=0)
+        retry_storage(
+            lambda: shutil.copytree(tmp_path / "checkpoint", disk / "copy", dirs_exist_ok=True), disk, seconds=0
+        )
     assert isinstance(caught.value.__cause__, shutil.Error)
 
 
@@ -241,20 +237,18 @@ def save_with_tokenizers(path: Path) -> None:
 
 @pytest.mark.parametrize("save", [save_with_safetensors, save_with_torch, save_with_tokenizers])
 @pytest.mark.parametrize("leave", [0, 8192])
-def test_libraries_that_tell_of_a_full_disk_in_their_own_words_are_waited_for(
-    save: Callable[[Path], None], leave: int, disk: Path
-) -> None:
+def test_a_full_disk_in_a_librarys_words_is_waited_for(save: Callable[[Path], None], leave: int, disk: Path) -> None:
     path = disk / "saved"
     with full_until_noticed(disk, leave) as filler:
-        patiently(lambda: save(path), path, seconds=2)
+        retry_storage(lambda: save(path), path, seconds=2)
         assert not filler.exists()
     assert path.stat().st_size > 100_000
     path.unlink()
     with full(disk), pytest.raises(StorageError, match=rf"no space left for {path}\n.*make room"):
-        patiently(lambda: save(path), path, seconds=0)
+        retry_storage(lambda: save(path), path, seconds=0)
 
 
-def test_another_mistake_is_not_waited_for(tmp_path: Path) -> None:
+def test_another_error_is_not_repeated(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError) as caught:
-        patiently(lambda: (tmp_path / "nothing").read_text(), tmp_path)
+        retry_storage(lambda: (tmp_path / "nothing").read_text(), tmp_path)
     assert storage_error(caught.value) is None
