@@ -20,9 +20,9 @@ ROWS = {
 }
 """By what rows' names hold."""
 FIGURES = {
-    "seeds": "training seeds (data order and dropout): how many, and in brackets which; none is the trials', so a "
-    "plan's loss as a trial does not compare with its loss here. With several, figures are means ± standard deviation "
-    "over seeds, those of the random row over its plans, too.",
+    "seeds": "training seeds: how many, and in brackets which; none is the trials', so a plan's loss as a trial does "
+    "not compare with its loss here. With several, figures are means ± standard deviation, of the random row over its "
+    "plans, too.",
     "bytes": "the packed tensors, scales, unquantized rest and adapters.",
     "mean bits": "over the grouped weights.",
     "answer loss": "the negative log-likelihood of the right answer given the question, in nats per answer (not per "

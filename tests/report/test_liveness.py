@@ -149,7 +149,7 @@ def test_what_is_no_run_is_told_with_what_there_is(tmp_path: Path) -> None:
     (tmp_path / "runs" / "notes").mkdir(parents=True)
     (tmp_path / "runs" / "list.txt").touch()
     (tmp_path / "runs" / "loop").symlink_to("loop")
-    assert f"{tmp_path}/runs/demo does not exist: name the `output`" in said(tmp_path / "runs" / "demo")
+    assert f"{tmp_path}/runs/demo does not exist" in said(tmp_path / "runs" / "demo")
     assert "runs is no run folder, it has no run.json: name the `output`" in said(tmp_path / "runs")
     recorded_run(tmp_path / "runs" / "demo")
     assert "runs is no run folder, but has the run demo: name one" in said(tmp_path / "runs")

@@ -48,7 +48,7 @@ def report(results: Results, effects: MarginalEffects | str = NO_EFFECTS, config
     return markdown.render(run, sections(run, [], config), "pictures")
 
 
-def test_a_run_without_comparison_shows_base_and_pruned_as_they_are() -> None:
+def test_base_and_pruned_are_shown_as_they_are_without_comparison() -> None:
     """An accuracy alone says nothing; what was measured has no fine-tune, and the run's owner can ask for more."""
     untuned = [(name, (score(answers(40, right)),)) for name, right in zip(UNTUNED, (25, 24, 20), strict=True)]
     run = snapshot(results_of(searched_row([1.0]), untuned))
@@ -224,7 +224,7 @@ def test_the_claim_says_what_uniform_bits_know_for_their_bytes() -> None:
     assert "confirmation loss is" not in claim(results_of([*row_of(BEST_SEED, [2.0]), *searched_row([1.0])]))
 
 
-def test_the_report_holds_every_row_the_claim_and_the_configuration(whole: Results) -> None:
+def test_the_report_has_every_row_the_claim_and_the_configuration(whole: Results) -> None:
     config = "output: runs/demo\nlora:\n  rank: 8\n"
     text = report(whole, config=config)
     lines = text.splitlines()
@@ -294,7 +294,7 @@ def test_the_report_tells_how_search_and_pruning_ended(whole: Results) -> None:
     assert "Resumed: 2 sessions; the last began with 3 trials recorded before. Failed: 1 diverged (lower" in text
     assert "On fresh rows trial 11 (gp) was best, a searched plan." in text
     assert "\n| trial | from | selection loss |\n" in text, "no accuracy was searched"
-    assert "\n| 2 | seed-kl, taken over | 2.1250 (se 0.0625) |\n" in text
+    assert "\n| 2 | seed-kl, reused | 2.1250 (se 0.0625) |\n" in text
     assert "\n| 11 | gp | 2.0625 (se 0.0312) |\n" in text
     assert "none of fewer or equal bytes" not in text, "there is no front"
     assert "target 20.00% of all parameters, achieved 19.84%" in text

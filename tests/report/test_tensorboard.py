@@ -15,7 +15,6 @@ from chromium import chromium
 from made_records import made_confirmation
 from made_run import MadeRun
 from recorded_runs import (
-    ANOTHER,
     GROUPS,
     MEGABYTE,
     MINE,
@@ -98,21 +97,18 @@ def test_hparams_has_a_row_for_every_trial_that_is_over(written: Path) -> None:
     named = {"From": "seed-kl", "MB": 32, "plan": "884444", "Status": "finished", "#": "0001", "search": "this"}
     bits = dict(zip((f"bits {group}" for group in GROUPS), (8, 8, 4, 4, 4, 4), strict=True))
     assert rows[1] == {**named, **bits, "Mean bits": pytest.approx(32 / 6)}
-    running = read(written, run_name(trials()[5]))
-    assert metadata.SESSION_START_INFO_TAG not in running.Tags()["tensors"]
-    assert running.Scalars("validation/loss")
-
-
-def test_hparams_tells_whether_a_trial_failed_and_when_it_ran(written: Path) -> None:
     ends = {}
     for record in (trials()[2], trials()[4]):
         content = read(written, run_name(record)).SummaryMetadata(metadata.SESSION_END_INFO_TAG).plugin_data.content
         ends[record.index] = metadata.parse_session_end_info_plugin_data(content)
     assert (ends[2].status, ends[4].status) == (1, 2)
     assert ends[2].end_time_secs == STARTED + 2 * 60 + 3 * 60 + 1
+    running = read(written, run_name(trials()[5]))
+    assert metadata.SESSION_START_INFO_TAG not in running.Tags()["tensors"]
+    assert running.Scalars("validation/loss")
 
 
-def test_hparams_columns_are_metrics_at_each_rung_and_first_what_tells_trials_apart(written: Path) -> None:
+def test_hparams_columns_begin_with_what_tells_trials_apart(written: Path) -> None:
     content = read(written, "search").SummaryMetadata(metadata.EXPERIMENT_TAG).plugin_data.content
     columns = metadata.parse_experiment_plugin_data(content)
     assert [metric.display_name for metric in columns.metric_infos] == [
@@ -127,7 +123,7 @@ def test_hparams_columns_are_metrics_at_each_rung_and_first_what_tells_trials_ap
     assert {metric.name.tag for metric in columns.metric_infos} <= set(tags), "else the parallel coordinates lack it"
 
 
-def test_hparams_tells_what_finalists_scored_on_fresh_rows_and_which_won(tmp_path: Path) -> None:
+def test_hparams_has_scores_on_fresh_rows_and_the_winner(tmp_path: Path) -> None:
     """Not the one with the best loss as a trial: who sorts by that would take another for the winner."""
     root = recorded_run(tmp_path / "run", is_over=True)
     record = RunDir(root).read_record("search", SearchRecord)
@@ -149,25 +145,23 @@ def test_hparams_tells_what_finalists_scored_on_fresh_rows_and_which_won(tmp_pat
     assert not list((root / "tensorboard").glob("trial-*/*.fresh"))
 
 
-def test_curves_have_every_training_step_and_every_rung_at_its_time(written: Path) -> None:
+def test_curves_have_every_training_step_and_rung(written: Path, tmp_path: Path) -> None:
     run = run_name(trials()[2])
     assert points(written, run, "validation/loss") == [(2, 3.2), (4, 3.1), (8, 2.9)]
     assert points(written, run, "train/loss") == [(1, 4.7), (2, 4.7), (3, 4.6), (4, 4.6)] + [
         (s, 4.4) for s in range(5, 9)
     ]
+    accurate = trials()[2].model_copy(
+        update={"rungs": tuple(rung.model_copy(update={"accuracy": 0.5}) for rung in trials()[2].rungs)}
+    )
+    search = search_state(metric="accuracy", metrics={"arc_easy": "acc_norm"})
+    write_trial(tmp_path / "tensorboard", search, accurate)
+    assert points(tmp_path, run, "validation/acc_norm") == [(step, 0.5) for step in RUNGS]
     walls = [event.wall_time for event in read(written, run).Scalars("validation/loss")]
     assert walls == [STARTED + 2 * 60 + minutes * 60 for minutes in (1, 2, 3)]
 
 
-def test_accuracies_are_curves_named_by_their_metric(tmp_path: Path) -> None:
-    rungs = tuple(rung.model_copy(update={"accuracy": 0.5}) for rung in trials()[2].rungs)
-    record = trials()[2].model_copy(update={"rungs": rungs})
-    search = search_state(metric="accuracy", metrics={"arc_easy": "acc_norm"})
-    write_trial(tmp_path / "tensorboard", search, record)
-    assert points(tmp_path, run_name(record), "validation/acc_norm") == [(step, 0.5) for step in RUNGS]
-
-
-def test_the_best_so_far_counts_searched_plans_and_controls_are_lines_beside_it(written: Path) -> None:
+def test_controls_are_lines_beside_the_best_so_far(written: Path) -> None:
     # In the order of their ends: trial 4 failed at once and 3 was stopped before 2 finished.
     assert points(written, "search", BEST) == [(5, 2.9)]
     assert points(written, "control-uniform-4", BEST) == [(1, 3.2), (20, 3.2)]
@@ -175,7 +169,7 @@ def test_the_best_so_far_counts_searched_plans_and_controls_are_lines_beside_it(
     assert "custom_scalars__config__" in read(written, "search").Tags()["tensors"]
 
 
-def test_every_chart_of_the_custom_scalars_finds_the_curves_that_it_is_to_show(written: Path) -> None:
+def test_every_chart_of_the_custom_scalars_finds_its_curves(written: Path) -> None:
     """TensorBoard's own plugin reads the layout, and takes a chart's tags as regular expressions."""
     multiplexer = EventMultiplexer().AddRunsFromDirectory(str(written / "tensorboard")).Reload()
     plugins: dict[str, Any] = {}
@@ -206,7 +200,7 @@ def test_every_chart_of_the_custom_scalars_finds_the_curves_that_it_is_to_show(w
     }
 
 
-def test_a_search_for_a_front_tells_what_the_front_is_worth_after_each_trial(tmp_path: Path) -> None:
+def test_the_hypervolume_is_told_after_each_trial(tmp_path: Path) -> None:
     root = tmp_path / "run"
     board = board_of(root)
     state = search_state(pareto=True, budget_bytes=40 * MEGABYTE)
@@ -233,7 +227,7 @@ def test_pictures_and_texts_are_there(written: Path) -> None:
     assert "max_trials: 20" in text
 
 
-def test_the_last_picture_of_a_search_is_drawn_once_for_each_winner(tmp_path: Path) -> None:
+def test_the_last_picture_is_drawn_once_for_each_winner(tmp_path: Path) -> None:
     """A command that is repeated does not know the winner before it comes to the search."""
     root = recorded_run(tmp_path / "run", is_over=True)
     record = RunDir(root).read_record("search", SearchRecord)
@@ -270,7 +264,7 @@ def as_it_goes(root: Path, records: list[TrialRecord]) -> Board:
     return board
 
 
-def test_written_as_the_search_goes_is_what_its_records_give_at_once(written: Path, tmp_path: Path) -> None:
+def test_written_as_it_goes_is_what_the_records_give(written: Path, tmp_path: Path) -> None:
     as_it_goes(tmp_path / "run", trials()).listen(OVER)
     assert files(tmp_path / "run") == files(written)
     assert points(tmp_path / "run", "search", BEST) == points(written, "search", BEST)
@@ -290,7 +284,7 @@ def test_a_trials_file_only_grows_while_it_runs(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", ["cut short", "gone", "overwritten"])
-def test_what_is_lost_comes_back_from_the_records_and_nothing_is_doubled(shown: Path, damage: str) -> None:
+def test_what_is_lost_comes_back_and_nothing_is_doubled(shown: Path, damage: str) -> None:
     whole = files(shown)
     for path in whole:
         file = shown / path
@@ -316,14 +310,14 @@ def test_resuming_draws_and_writes_nothing_again(shown: Path) -> None:
     assert {path: path.stat().st_mtime_ns for path in (shown / "tensorboard").rglob("*")} == before
 
 
-def test_trials_of_a_search_that_is_not_compared_with_any_more_are_gone(shown: Path) -> None:
+def test_trials_of_another_search_are_gone(shown: Path) -> None:
     other = trial(0, "444444", [3.0, 2.9, 2.8], origin="uniform-4")
     board_of(shown).listen(planned([other]))
     runs = {path.name for path in (shown / "tensorboard").iterdir()}
     assert {run for run in runs if run.startswith(("trial", "control"))} == {run_name(other), "control-uniform-4"}
 
 
-def test_a_new_search_in_the_same_folder_shows_nothing_of_the_last_ones_end(tmp_path: Path) -> None:
+def test_a_new_search_shows_nothing_of_the_last_ones_end(tmp_path: Path) -> None:
     """From its first moment: no curve, no winner, no final table, and its own configuration."""
     made = MadeRun(tmp_path / "run", num_trials=5)
     root, folder = made.run.root, made.run.root / "tensorboard"
@@ -378,29 +372,11 @@ def test_plans_that_were_given_join_the_trials_of_the_search(shown: Path) -> Non
     assert not list((shown / "tensorboard").glob("control-given*"))
 
 
-def test_a_given_plan_that_the_search_has_tried_leaves_its_curves_and_pictures(shown: Path) -> None:
-    def compared() -> dict[Path, bytes]:
-        return {path: content for path, content in files(shown).items() if not path.parent.name.startswith("trial-")}
-
-    before = compared()
-    board = board_of(shown)
-    board.listen(given_plan(trials(), 2))
-    board.listen(OVER)
-    assert compared() == before
-
-
-def test_hparams_has_its_columns_where_only_other_searches_left_trials(tmp_path: Path) -> None:
-    other = trial(0, "444444", [3.0, 2.9, 2.8], origin="uniform-4", search=ANOTHER)
-    board_of(tmp_path / "run").listen(given_plan([other], 0))
-    assert read(tmp_path / "run", "search").SummaryMetadata(metadata.EXPERIMENT_TAG)
-
-
-@pytest.mark.parametrize("event", [OVER, StageSkipped("search", "best: trial 2", 1.0)])
-def test_the_winner_is_told_as_soon_as_the_search_is_over(event: StageFinished | StageSkipped, tmp_path: Path) -> None:
+def test_the_winner_is_shown_once_the_search_is_over(tmp_path: Path) -> None:
     """Fine-tunes and evaluation go on for hours after it, and begin with dropping an earlier command's end."""
     root = recorded_run(tmp_path / "run", is_over=True)
     board = board_of(root)
-    for each in (planned(trials()), event, StageStarted("finetune", "6 rows")):
+    for each in (planned(trials()), OVER, StageStarted("finetune", "6 rows")):
         board.listen(each)
     text = read(root, "winner").Tensors("winner/text_summary")[0].tensor_proto.string_val[0].decode()
     assert text.startswith("Trial 2 (gp).")
@@ -423,7 +399,7 @@ def test_a_long_trial_takes_less_than_200_kilobytes(tmp_path: Path) -> None:
     assert [event.step for event in found] == list(range(20, steps + 1, 20))
 
 
-def test_a_full_disk_stops_no_search_and_the_next_command_writes_what_is_missing(tmp_path: Path) -> None:
+def test_a_full_disk_stops_no_search_and_is_made_up_for(tmp_path: Path) -> None:
     root = tmp_path / "small"
     root.mkdir()
     mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "qpruner-test", root], capture_output=True)

@@ -7,7 +7,7 @@ from typing import Any
 
 from qpruner.report.plots.chart import Chart
 from qpruner.report.plots.model import importance, kept_of_blocks, plan_map, task_accuracy
-from qpruner.report.plots.search import Shown, best_so_far, front, hypervolume, rungs, timeline
+from qpruner.report.plots.search import Shown, best_so_far, front, rungs, timeline
 from qpruner.report.results import task_accuracies
 from qpruner.report.snapshot import Snapshot
 
@@ -24,7 +24,7 @@ def charts(run: Snapshot, importances: Mapping[str, Any] | None = None) -> Itera
         is_chosen = run.results.search is not None and not run.is_given
         shown = Shown(search, run.trials, run.best_trial, title, is_chosen, run.metric_title)
         together = Shown(search, run.shown_together, run.best_trial, title, is_chosen, run.metric_title)
-        drawn = (front(shown), best_so_far(together), hypervolume(together), rungs(shown))
+        drawn = (front(shown), best_so_far(together), rungs(shown))
         yield from (chart for chart in drawn if chart)
         if intervals := run.worker_intervals:
             yield timeline(intervals, run.trials)

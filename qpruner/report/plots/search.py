@@ -19,7 +19,7 @@ from qpruner.report.plots.chart import (
     quantity,
     tooltip,
 )
-from qpruner.report.search_progress import best_of, cost, front_point, hypervolume_so_far, score
+from qpruner.report.search_progress import best_of, cost, front_point, score
 from qpruner.report.worker_intervals import WorkerInterval, without_pauses
 from qpruner.runs.records import SearchState, TrialRecord
 
@@ -186,39 +186,6 @@ def best_so_far(shown: Shown) -> Chart | None:
         "Lines: the best score of searched plans and of controls after each trial. Points: the finished trials."
         f"{shown.choice}{beyond_text(num_beyond)}",
         {"height": 260, "data": {"values": points}, "layer": layers},
-    )
-
-
-def hypervolume(shown: Shown) -> Chart | None:
-    """Draw what the front is worth, trial by trial, of a search for one."""
-    over = [trial for trial in shown.trials if trial.is_over]
-    if not shown.search.pareto or not over:
-        return None
-    values: Values = []
-    for name, of_controls in (("all trials", False), (CONTROL, True)):
-        volumes = hypervolume_so_far(over, shown.search.metric, shown.search.budget_bytes, of_controls)
-        values += [
-            {"trial": trial.index, "of": name, "hypervolume": volume}
-            for trial, volume in zip(over, volumes, strict=True)
-        ]
-    return Chart(
-        "hypervolume",
-        "search",
-        "Hypervolume so far",
-        "What the front is worth after each trial, and that of the controls alone: how much better than the smallest "
-        f"plan the best one inside a budget is in {shown.score_title}, in the mean over all budgets up to the search's "
-        "own. Finished trials count, at their last rung.",
-        {
-            "height": 200,
-            "data": {"values": values},
-            "mark": {"type": "line", "interpolate": "step-after", "strokeWidth": 2.5, "point": True},
-            "encoding": {
-                "x": IN_ORDER,
-                "y": quantity("hypervolume", "hypervolume", zero=True),
-                "color": by_word("of", {"all trials": COLORS[SEARCHED], CONTROL: COLORS[CONTROL]}),
-                "tooltip": tooltip(trial="trial", of="of", hypervolume="hypervolume|.4f"),
-            },
-        },
     )
 
 
