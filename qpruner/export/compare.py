@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from qpruner.errors import StageError
 from qpruner.export.merged import PEFT_PREFIX
 from qpruner.hf import load
-from qpruner.models.loading import OnLoading, device, untold
+from qpruner.models.loading import OnLoading, device, ignore_progress
 
 if TYPE_CHECKING:
     import torch
@@ -45,7 +45,7 @@ class Likeness:
     num_positions: int
 
 
-def compare(final: Path, exported: Path, samples: Sequence[Sequence[int]], on_progress: OnLoading = untold) -> Likeness:
+def compare(final: Path, exported: Path, samples: Sequence[Sequence[int]], on_progress: OnLoading = ignore_progress) -> Likeness:
     """Load the final model and then the export, and compare layers and predictions on token ids.
 
     Raises:

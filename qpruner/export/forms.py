@@ -15,8 +15,8 @@ from qpruner.errors import UserError
 from qpruner.export.compare import Likeness, compare
 from qpruner.export.merged import write_merged
 from qpruner.export.peft import ADAPTER_FILES, write_peft
-from qpruner.models.loading import OnLoading, checkpoint_config, untold
-from qpruner.models.memory import explaining_shortage
+from qpruner.models.loading import OnLoading, checkpoint_config, ignore_progress
+from qpruner.models.memory import raising_out_of_memory
 from qpruner.runs.records import MARK, ExportRecord
 from qpruner.runs.run_dir import RunDir
 from qpruner.runs.storage import exists, fetch, publish_folder, write_json
@@ -38,8 +38,8 @@ class Exported(Likeness):
     is_plain: bool
 
 
-@explaining_shortage(AGAINST_SHORTAGE)
-def export(run: RunDir, form: Form, target: Path, on_progress: OnLoading = untold) -> Exported:
+@raising_out_of_memory(AGAINST_SHORTAGE)
+def export(run: RunDir, form: Form, target: Path, on_progress: OnLoading = ignore_progress) -> Exported:
     """Write the final model in another form.
 
     Args:
