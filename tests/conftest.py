@@ -179,6 +179,19 @@ def with_key(raw: dict[str, Any], key: str, value: Any) -> dict[str, Any]:
     return changed
 
 
+def changed_by(change: str, raw: dict[str, Any]) -> dict[str, Any]:
+    """A copy with keys changed as `key=value; key=value`, values in YAML."""
+    for part in change.split("; "):
+        key, _, value = part.partition("=")
+        raw = with_key(raw, key, yaml.safe_load(value))
+    return raw
+
+
+def said(message: str, text: str) -> bool:
+    """Whether a text has the parts of a message, which ` ... ` separates."""
+    return all(part in text for part in message.split(" ... "))
+
+
 @pytest.fixture
 def tiny_raw(tiny_model: Path, tmp_path: Path) -> dict[str, Any]:
     return raw_config(tiny_model, tmp_path / "run")

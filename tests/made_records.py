@@ -20,7 +20,7 @@ def made_search(plan: dict[str, int], **changes: Any) -> SearchRecord:
         "num_finished": 6,
         "num_stopped": 2,
         "num_failed": 1,
-        "num_taken_over": 0,
+        "num_reused": 0,
         "ended": "all 9 trials were spent (`search.max_trials`)",
         "search_seconds": 500.0,
         "gpu_seconds": 0.0,
@@ -38,7 +38,7 @@ def made_search(plan: dict[str, int], **changes: Any) -> SearchRecord:
 
 def made_confirmation(index: int, origin: str, loss: float, **changes: Any) -> Confirmation:
     """A trial on fresh rows; a control where a control's name is its origin."""
-    fields = {"control": origin.startswith(("uniform-", "seed-")), "taken_over": False, "stderr": 0.0625}
+    fields = {"control": origin.startswith(("uniform-", "seed-")), "reused": False, "stderr": 0.0625}
     return Confirmation(index=index, origin=origin, loss=loss, **fields | changes)
 
 

@@ -1,4 +1,4 @@
-"""What `qpruner check` prints: what the run would be and take; where it is asked for, every key in effect, too."""
+"""The verb `qpruner check`: print what a run would be and take."""
 
 from __future__ import annotations
 
@@ -136,7 +136,7 @@ def _measured_rates(config: RunConfig, found: Checked) -> hours.Rates:
 
 
 def _given_plan(config: RunConfig, facts: dict[str, Any]) -> list[str]:
-    """The plan that is taken instead of a search, and what it takes; none where a search chooses."""
+    """Describe the plan that is taken instead of a search, and its bytes."""
     search, bits = config.search, config.quantize.bits
     if search.plan_method:
         return [f"your plan:   the seed plan of {search.plan_method}, inside the budget (`search.plan`)"]
@@ -145,13 +145,13 @@ def _given_plan(config: RunConfig, facts: dict[str, Any]) -> list[str]:
     if search.plan is None:
         return []
     size, budget = facts["bytes_plan"], facts["bytes_budget"]
-    told = "" if size is None else f"{size / 1e6:.1f} MB, {told_of_budget(size, budget)}"
+    text = "" if size is None else f"{size / 1e6:.1f} MB, {told_of_budget(size, budget)}"
     later = "its bytes are compared with the budget once the model is pruned" if facts["is_estimate"] else ""
-    return [f"your plan:   {'; '.join(filter(None, (told, later)))}"]
+    return [f"your plan:   {'; '.join(filter(None, (text, later)))}"]
 
 
 def _row_lines(config: RunConfig, facts: dict[str, Any]) -> list[str]:
-    """What each step has to go by."""
+    """Count the rows, samples and questions of each step."""
     rows, calibration = facts["rows"], config.calibration
     samples, questions = facts["samples"], facts["questions"]
     source = "`calibration.data`" if calibration.data else "`data.train`"
@@ -182,13 +182,13 @@ def _measured(config: RunConfig, num_rows: int) -> str:
 
 
 def _questions(by_task: dict[str, int]) -> str:
-    """`48 questions (arc_easy 24, piqa 24)`."""
-    told = ", ".join(f"{task} {count}" for task, count in by_task.items())
-    return f"{counted(sum(by_task.values()), 'question')} ({told})"
+    """Render counts as `48 questions (arc_easy 24, piqa 24)`."""
+    text = ", ".join(f"{task} {count}" for task, count in by_task.items())
+    return f"{counted(sum(by_task.values()), 'question')} ({text})"
 
 
 def _lines(config: RunConfig, facts: dict[str, Any], has_gpu: bool) -> list[str]:
-    """What the run would be; then what it takes."""
+    """Render what the run would be, then what it takes."""
     about = " (estimate: what is cut is open until the model is pruned)" if facts["is_estimate"] else ""
     sizes = [f"all {bits}-bit {facts[f'bytes_all_{bits}'] / 1e6:.1f} MB" for bits in config.quantize.bits]
     cut = f" ({PRUNED_EARLIER})" if facts["is_pruned_earlier"] else ""

@@ -1,4 +1,4 @@
-"""The command line: verbs, options, and what a person sees while stages work.
+"""The command line: verbs and their options.
 
 Exit codes: 0 on success, 2 on a user's mistake, 1 on ours. With `--json` the last line of stdout is one JSON object.
 Heavy imports stay inside the verbs, so that `qpruner --help` answers at once.
@@ -118,13 +118,13 @@ def _plan_option(does: str) -> Callable[[Callable[..., None]], Callable[..., Non
 
 
 def _given(plan_file: Path | None) -> tuple[str, ...]:
-    """The setting that `--plan` stands for."""
+    """Return the setting that `--plan` stands for."""
     return () if plan_file is None else (f"search.plan={json.dumps(str(plan_file))}",)
 
 
 @contextmanager
 def _plan_named(plan_file: Path | None) -> Iterator[None]:
-    """A plan that is refused is named as it was given: by the option, or else by the setting."""
+    """Name a plan that is refused as it was given: by the option, or else by the setting."""
     try:
         yield
     except PlanRefused as error:
@@ -147,7 +147,7 @@ def _add_verb(name: str, last: type[Stage[Any]], text: str) -> None:
     ) -> None:
         given = _given(plan_file)
 
-        def told() -> dict[str, Any]:
+        def work() -> dict[str, Any]:
             with _plan_named(plan_file):
                 return _run(Path(config), (*overrides, *given), address, last.name, as_json, quiet)
 
@@ -155,7 +155,7 @@ def _add_verb(name: str, last: type[Stage[Any]], text: str) -> None:
         if name == Report.name and not is_file:
             _guarded(as_json, lambda: _report(config, bool(overrides or given or address)))
         else:
-            _guarded(as_json, told)
+            _guarded(as_json, work)
 
     if Search in stages_until(last.name):
         verb = _plan_option("Take this plan instead of searching for one")(verb)
@@ -174,13 +174,14 @@ for _name, (_last, _text) in VERBS.items():
 def prune(
     config: str, overrides: tuple[str, ...], address: str | None, as_json: bool, quiet: bool, dry_run: bool
 ) -> None:
+    """Run up to the pruned checkpoint, or preview it."""
     if dry_run:
         _guarded(as_json, lambda: _preview(Path(config), overrides, address, quiet))
     else:
         _guarded(as_json, lambda: _run(Path(config), overrides, address, Prune.name, as_json, quiet))
 
 
-@main.command(help="Validate a configuration and say what the run would be and take; loads no weights.")
+@main.command()
 @_options("Ray cluster to look at (auto or HOST:PORT); looks at this machine without it, and starts no Ray.")
 @click.option("--measure", is_flag=True, help="Time a few steps of these shapes here, and estimate hours by them.")
 @click.option("--gpu", "for_gpus", is_flag=True, help="Assume a machine with GPUs, whatever is here.")
@@ -197,7 +198,9 @@ def check(
     show_config: bool,
     plan_file: Path | None,
 ) -> None:
-    def told() -> dict[str, Any]:
+    """Validate a configuration and say what the run would be and take; loads no weights."""
+
+    def work() -> dict[str, Any]:
         loaded = load_config(Path(config), [*overrides, *_given(plan_file)])
         if not (quiet or as_json):
             # Before the imports, which take seconds by themselves.
@@ -209,23 +212,24 @@ def check(
         with _plan_named(plan_file):
             return check(loaded, address, quiet, measure, for_gpus, show_config)
 
-    _guarded(as_json, told)
+    _guarded(as_json, work)
 
 
 _run_folder = click.argument("run", type=click.Path())
 _json = click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead.")
 
 
-@main.command(help="Where a run stands: its stages, trials, and the best so far. From any shell or machine.")
+@main.command()
 @_run_folder
 @_json
 def status(run: str, as_json: bool) -> None:
-    from qpruner.cli import run_verbs as record_verbs
+    """Show where a run stands: its stages, trials, and the best so far. From any shell or machine."""
+    from qpruner.cli import run_verbs
 
-    _guarded(as_json, lambda: record_verbs.status(run, as_json))
+    _guarded(as_json, lambda: run_verbs.status(run, as_json))
 
 
-@main.command(help="List the trials of a run, the winner marked.")
+@main.command()
 @_run_folder
 @click.option(
     "--where",
@@ -239,34 +243,38 @@ def status(run: str, as_json: bool) -> None:
 @click.option("--csv", "as_csv", is_flag=True, help="Every column, the bits of each group too, as CSV.")
 @_json
 def trials(run: str, conditions: tuple[str, ...], sort: str, descending: bool, as_csv: bool, as_json: bool) -> None:
-    from qpruner.cli import run_verbs as record_verbs
+    """List the trials of a run, the winner marked."""
+    from qpruner.cli import run_verbs
 
     form = "json" if as_json else "csv" if as_csv else "text"
-    _guarded(as_json, lambda: record_verbs.trials(run, conditions, sort, descending, form))
+    _guarded(as_json, lambda: run_verbs.trials(run, conditions, sort, descending, form))
 
 
-@main.command(help="Print the winner's plan as YAML, for `--plan` of another run or to change it by hand.")
+@main.command()
 @_run_folder
 @click.option("--trial", "index", type=int, metavar="NUMBER", help="The plan of this trial instead.")
 @_json
 def plan(run: str, index: int | None, as_json: bool) -> None:
-    from qpruner.cli import run_verbs as record_verbs
+    """Print the winner's plan as YAML, for `--plan` of another run or to change it by hand."""
+    from qpruner.cli import run_verbs
 
-    _guarded(as_json, lambda: record_verbs.plan(run, index, as_json))
+    _guarded(as_json, lambda: run_verbs.plan(run, index, as_json))
 
 
-@main.command(help="Put runs side by side: figures, paired differences, settings that differ.")
+@main.command()
 @click.argument("runs", nargs=-1, required=True, type=click.Path())
 @_json
 def compare(runs: tuple[str, ...], as_json: bool) -> None:
-    from qpruner.cli import run_verbs as record_verbs
+    """Put runs side by side: figures, paired differences, settings that differ."""
+    from qpruner.cli import run_verbs
 
-    _guarded(as_json, lambda: record_verbs.compare(runs, as_json))
+    _guarded(as_json, lambda: run_verbs.compare(runs, as_json))
 
 
-@main.command(help="Print the JSON schema of the configuration, for editors.")
+@main.command()
 @click.option("--results", is_flag=True, help="That of results.json instead.")
 def schema(results: bool) -> None:
+    """Print the JSON schema of the configuration, for editors."""
     if results:
         from qpruner.report.results_json import summary_schema
 
@@ -275,7 +283,7 @@ def schema(results: bool) -> None:
         click.echo(config_schema(), nl=False)
 
 
-@main.command(help="Write the final model in another form, and compare its predictions before it counts.")
+@main.command()
 @_run_folder
 @click.option(
     "--to",
@@ -287,10 +295,11 @@ def schema(results: bool) -> None:
 @click.option("--out", type=click.Path(path_type=Path), help="Where to; RUN/export/FORM without it.")
 @click.option("--json", "as_json", is_flag=True, help="End stdout with one JSON object.")
 def export(run: str, form: str, out: Path | None, as_json: bool) -> None:
+    """Write the final model in another form, and compare its predictions before it counts."""
     _guarded(as_json, lambda: _export(run, form, out))
 
 
-@main.command(help="Upload the final model with its card to a model hub; nothing else of qpruner uploads anything.")
+@main.command()
 @_run_folder
 @click.argument("repo_id", metavar="OWNER/NAME")
 @click.option("--public/--private", "is_public", default=False, help="Who may see it; private without either.")
@@ -303,7 +312,9 @@ def export(run: str, form: str, out: Path | None, as_json: bool) -> None:
 )
 @click.option("--json", "as_json", is_flag=True, help="End stdout with one JSON object.")
 def push(run: str, repo_id: str, is_public: bool, what: Any, as_json: bool) -> None:
-    def told() -> dict[str, Any]:
+    """Upload the final model with its card to a model hub; nothing else of qpruner uploads anything."""
+
+    def work() -> dict[str, Any]:
         quiet_libraries()
         from qpruner.export.card_metadata import told_lacking
         from qpruner.export.hub import push
@@ -319,13 +330,13 @@ def push(run: str, repo_id: str, is_public: bool, what: Any, as_json: bool) -> N
             click.echo(remark, err=True)
         return {"status": "ok", **vars(done)}
 
-    _guarded(as_json, told)
+    _guarded(as_json, work)
 
 
 _count = click.IntRange(min=1)
 
 
-@main.command(help="Print what a run's base, pruned and final model, or the model of a folder, answer to a prompt.")
+@main.command()
 @click.argument("place", metavar="RUN_OR_FOLDER", type=click.Path())
 @click.option("--prompt", "prompts", multiple=True, metavar="TEXT", help="What to answer; may be given several times.")
 @click.option("--file", type=click.Path(path_type=Path), help="More prompts, one a line.")
@@ -359,6 +370,8 @@ def generate(
     template: Any,
     as_json: bool,
 ) -> None:
+    """Print what a run's base, pruned and final model, or the model of a folder, answer to a prompt."""
+
     def work() -> dict[str, Any]:
         quiet_libraries()
         from qpruner.cli.model_verbs import generate
@@ -478,7 +491,7 @@ def _where_next(root: Path) -> str:
 
 
 def _figures(results: Results) -> dict[str, Any]:
-    """What fits one line: the claim and table if there are any, and the seconds of each stage."""
+    """Return what fits one line: the claim and table if there are any, and the seconds of each stage."""
     figures: dict[str, Any] = {"seconds": results.seconds}
     if results.search:
         figures["best_plan"] = results.search.best_plan

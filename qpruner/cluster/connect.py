@@ -124,7 +124,7 @@ def _start(environment: dict[str, Any]) -> None:
                     raise RayNotStarted(
                         f"Ray did not come up on this machine in time, {attempt} times ({first_line(error)}); it has "
                         f"{os.cpu_count()} cores and a load of {os.getloadavg()[0]:.0f}\n  remedy: end what else runs "
-                        "or wait for it, then repeat the command: it goes on from what is recorded; Ray's own words "
+                        "or wait for it, then repeat the command: it resumes from what is recorded; Ray's own words "
                         "are in the newest folder of `/tmp/ray`"
                     ) from error
                 logger.warning("Ray did not come up in time (%s); it is started again", first_line(error))

@@ -132,7 +132,7 @@ class ClusterExecutor:
             except (OutOfMemoryError, RayActorError) as error:
                 self.close()
                 line = deaths.count(0, self._node, error)
-                emit(Message("cluster", f"a worker died, its work is begun again: {line}"))
+                emit(Message("cluster", f"a worker died, its work is run again: {line}"))
 
     def _start_actor(self, emit: Emit) -> None:
         import ray

@@ -1,4 +1,4 @@
-"""Read a configuration: YAML, overrides from the command line, and every problem told at once."""
+"""Read a configuration: YAML, overrides from the command line, and every problem reported at once."""
 
 from __future__ import annotations
 

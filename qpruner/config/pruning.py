@@ -32,8 +32,11 @@ class DataSource(Section):
 
 
 class CalibrationConfig(Section):
-    """Samples that importance and sensitivity are measured on. With `data.response_only` importance predicts responses
-    only, as the fine-tune does, and every token of plain text; sensitivities always predict responses."""
+    """Samples that importance and sensitivity are measured on.
+
+    With `data.response_only` importance predicts responses only, as the fine-tune does, and every token of plain text;
+    sensitivities always predict responses.
+    """
 
     data: tuple[DataSource, ...] | None = None
     """Rows for importance and compensation; null takes the training rows, as sensitivities always do."""

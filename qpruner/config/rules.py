@@ -1,7 +1,7 @@
 """What goes with what in a configuration: keys that cannot stand together, and keys without effect beside others.
 
 A rule yields a sentence with the key, the value, the rule and the remedy. It is checked with the fields of its section,
-so that every problem of a file is told at once. Keys without effect are warnings.
+so that every problem of a file is reported at once. Keys without effect are warnings.
 """
 
 from __future__ import annotations

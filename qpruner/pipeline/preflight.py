@@ -1,4 +1,4 @@
-"""Everything that can be known to be wrong before a weight is loaded, and what the run would be.
+"""Check a configuration against its model, rows, tasks and device before a weight is loaded.
 
 `inspect` is what `qpruner check` prints and what `qpruner run` does first.
 """
@@ -154,7 +154,7 @@ def _plan_in_file(config: RunConfig, model_config: Any, cut: Cut) -> PrecisionPl
 
 
 def _of_cut(config: RunConfig, shapes: Shapes) -> Iterator[str]:
-    """That keys of the cut have no effect on this model."""
+    """Warn of keys of the cut that have no effect on this model."""
     prune, source = config.prune, config.model.source
     key = "rate" if prune.layer_rate is None else "layer_rate"
     rate = getattr(prune, key)
@@ -172,7 +172,7 @@ def _of_cut(config: RunConfig, shapes: Shapes) -> Iterator[str]:
 
 
 def _few_trials(config: RunConfig) -> Iterator[str]:
-    """That the trials may end before the searcher begins."""
+    """Warn that the trials may end before the searcher begins."""
     trials, num_controls = config.search.max_trials, len(config.quantize.bits) - 1 + len(config.sensitivity.methods)
     if num_controls >= trials and config.is_searched:
         yield (
@@ -182,7 +182,7 @@ def _few_trials(config: RunConfig) -> Iterator[str]:
 
 
 def layout_for(config: RunConfig, model_config: Any) -> Layout:
-    """Groups and sizes of a model under this configuration's quantization and adapters."""
+    """Compute groups and sizes of a model under this configuration's quantization and adapters."""
     return layout_of(
         model_config,
         config.quantize.group,
@@ -234,7 +234,7 @@ def check_quantizable(model_config: Any) -> None:
 
 
 def budget_bytes(quantize: QuantizeConfig, layout: Layout, pareto: bool) -> int:
-    """The budget in bytes.
+    """Return the budget in bytes.
 
     Args:
         quantize: Names the budget and the bit-widths.
@@ -275,7 +275,7 @@ def budget_bytes(quantize: QuantizeConfig, layout: Layout, pareto: bool) -> int:
 
 
 def _asked_bytes(budget: BudgetConfig, levels: tuple[int, ...], sizes: list[int]) -> int:
-    """Bytes that a budget means, given those of the uniform plan of each level; mean bits lie between neighbours."""
+    """Convert a budget to bytes by those of each uniform plan; mean bits lie between neighbours."""
     if budget.fraction is not None:
         return round(sizes[0] + budget.fraction * (sizes[-1] - sizes[0]))
     if budget.mean_bits is None:
@@ -297,7 +297,7 @@ def _rounded_down_gib(size: int) -> float:
 
 
 def amount(size: int) -> str:
-    """`1.5 GiB`, or MiB where GiB would show nothing."""
+    """Render bytes as `1.5 GiB`, or MiB where GiB would show nothing."""
     return f"{size / GIB:.1f} GiB" if size >= GIB else f"{-(-size * 10 // 1024**2) / 10:.1f} MiB"
 
 

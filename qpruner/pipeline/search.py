@@ -225,7 +225,7 @@ class Search(Stage[SearchRecord]):
             "num_stopped": statuses.count("stopped"),
             "num_failed": statuses.count("failed"),
             "failures": dict(Counter(trial.failure for trial in outcome.trials if trial.failure)),
-            "num_taken_over": sum(1 for trial in outcome.reused if trial.rungs),
+            "num_reused": sum(1 for trial in outcome.reused if trial.rungs),
             "ended": outcome.ended,
             "search_seconds": outcome.seconds,
             "gpu_seconds": outcome.gpu_seconds,
@@ -363,12 +363,12 @@ def _confirm(
     """The finalists with their scores on what no trial was scored on."""
     confirmations = []
     for trial, score in zip(finalists, scores, strict=True):
-        control, taken_over = job.control_of(_plan(trial)), not job.owns(trial)
+        control, reused = job.control_of(_plan(trial)), not job.owns(trial)
         each = Confirmation(
             index=trial.index,
-            origin=control or (f"{trial.origin} of another search" if taken_over else trial.origin),
+            origin=control or (f"{trial.origin} of another search" if reused else trial.origin),
             control=control not in (None, GIVEN),
-            taken_over=taken_over,
+            reused=reused,
             **score.model_dump(exclude={"digest", "gpu_seconds"}),
         )
         text = (

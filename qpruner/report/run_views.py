@@ -197,7 +197,7 @@ def _search_status(run: RunView) -> dict[str, Any] | None:
         "trials": len(now.trials),
         "under_way": [trial_row(run, trial) for trial in now.running],
         "failures": [trial_row(run, trial) for trial in now.trials if trial.status == "failed"],
-        "taken_over": len(now.others),
+        "reused": len(now.others),
         "seconds_left": now.seconds_left,
         "best": trial_row(run, now.best) if now.best else None,
         "best_control": trial_row(run, now.best_control) if now.best_control else None,

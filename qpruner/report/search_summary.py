@@ -29,8 +29,8 @@ def _what_ran(search: SearchRecord) -> str:
         + (f", {duration(search.total_gpu_seconds)} on GPUs" if search.total_gpu_seconds else "")
         + f". It ended because {search.ended}."
     )
-    if search.num_taken_over:
-        told += f" It started from {counted(search.num_taken_over, 'trial')} that earlier searches left."
+    if search.num_reused:
+        told += f" It started from {counted(search.num_reused, 'trial')} that earlier searches left."
     if search.sessions > 1:
         before = counted(search.resumed, "trial")
         told += f" Resumed: {search.sessions} sessions; the last began with {before} recorded before."

@@ -223,7 +223,7 @@ def finalists(search: SearchRecord) -> Table:
     best = next((each for each in search.confirmations if each.index == search.best_index), None)
     body = []
     for each in search.confirmations:
-        origin = each.origin + (", taken over" if each.taken_over else "")
+        origin = each.origin + (", reused" if each.reused else "")
         body.append((f"{each.index}", origin, *_fresh(each), "-" if best in (None, each) else _less(each, best)))
     headings = ("trial", "from", *_fresh_headings(search), "loss less the winner's, paired by row")
     return Table("Finalists on fresh rows", headings, body).without_empty_columns()

@@ -370,7 +370,7 @@ class Confirmation(FinalistScore):
     """A control's name, else the searcher that proposed it; with `of another search` where that was another."""
     control: bool
     """Whether the plan is a control of this search."""
-    taken_over: bool
+    reused: bool
     """Whether a search with another budget, searcher or plan ran it."""
 
 
@@ -394,13 +394,13 @@ class SearchRecord(Record):
     """Task -> lm-eval's metric that `accuracy` is a mean of."""
     budget_bytes: int
     num_trials: int
-    """Of this search; those taken over are not among them."""
+    """Of this search; those reused from another are not among them."""
     num_finished: int
     num_stopped: int
     num_failed: int
     failures: dict[str, int] = {}
     """Failed trials by kind, as in `TrialRecord.failure`."""
-    num_taken_over: int
+    num_reused: int
     """Trials that searches with another budget, searcher or plan had left and this one started from."""
     ended: str
     """Why there were no more trials."""

@@ -37,13 +37,13 @@ SETTING_REMEDIES = {
 }
 """Remedies of failures that a setting can prevent."""
 OTHER_REMEDIES = {
-    "lost": "most often want of memory: lower `data.max_length`, or run fewer trials at once (`search.max_concurrent`)",
-    "storage": "make room or bring the storage back, then repeat the command: it goes on from its last rung",
-    "damaged": "repeat the command: what is damaged is built again",
-    "machine": "mend that machine or take it out of the cluster (`ray stop` on it), then repeat the command: it goes "
-    "on from its last rung",
-    "error": "one plan less is no harm to a search; for another try mend it, delete the trial's folder and the run's "
-    "`records/search.json`, then repeat the command",
+    "lost": "the usual cause is too little memory: lower `data.max_length`, or `search.max_concurrent`",
+    "storage": "make room or bring the storage back, then repeat the command: the trial resumes from its last rung",
+    "damaged": "repeat the command: it builds damaged files again",
+    "machine": "repair that machine or remove it from the cluster (`ray stop` on it), then repeat the command: its "
+    "trials are retried",
+    "error": "the search continues without this plan; to retry it, fix the cause, delete the trial's folder and the "
+    "run's `records/search.json`, then repeat the command",
 }
 """Remedies of the others."""
 
@@ -104,7 +104,7 @@ def restart_if_damaged(folder: Path, record: TrialRecord, notify: Callable[[str]
     if found == record.checkpoint:
         return False
     where = f"set aside in {quarantine(checkpoint, checkpoint.parent.parent)}" if found else "missing"
-    notify(f"{display_name(checkpoint)} is damaged: {where}; trial {record.index} starts anew")
+    notify(f"{display_name(checkpoint)} is damaged: {where}; trial {record.index} is restarted")
     afresh = {"status": "running", "rungs": (), "checkpoint": {}, "times": record.times[:1]}
     write_trial(folder, record.model_copy(update=afresh))
     return True

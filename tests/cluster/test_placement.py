@@ -200,7 +200,7 @@ def test_trials_of_a_broken_gpu_are_retried_once_mended(
     job = replace(job_of(tmp_path, slots, at_once=0), trial=broken_on(broken, tmp_path))
     with pytest.raises(StageError, match=rf"3 trials in a row failed on 127\.0\.0\.1 \(.*, {broken[:8]}\)") as caught:
         search(job, lambda: 3, lambda event: None)
-    assert "unspecified launch failure" in caught.value.cause and "mend that machine" in caught.value.remedy
+    assert "unspecified launch failure" in caught.value.cause and "repair that machine" in caught.value.remedy
     (tmp_path / "mended").touch()
     outcome = search(job, lambda: 3, lambda event: None)
     assert [trial.status for trial in outcome.trials] == ["finished"] * NUM_TRIALS, "no plan was lost"

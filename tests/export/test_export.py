@@ -74,7 +74,7 @@ def test_a_merged_model_of_a_uniform_run_needs_no_qpruner(tiny_model: Path, tmp_
 
 
 def test_an_export_tells_how_far_it_is(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("qpruner.cli.terminal.SECONDS_UNTOLD", 0.0)
+    monkeypatch.setattr("qpruner.cli.terminal.SILENCE_SECONDS", 0.0)
     done = CliRunner().invoke(main, ["export", str(finished), "--to", "merged", "--out", str(tmp_path / "out")])
     lines = [re.fullmatch(r"\[export\] (.*): (\d+) of (\d+)", line) for line in done.stdout.splitlines()]
     ended = [line[1] for line in lines if line and line[2] == line[3]]

@@ -126,7 +126,7 @@ def test_every_model_of_a_run_answers_as_in_transformers(run: Path, lively: Path
 
 def test_loading_is_reported_beside_the_answers(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of dense and quantized models; what a program reads has nothing of it."""
-    monkeypatch.setattr("qpruner.cli.terminal.SECONDS_UNTOLD", 0.0)
+    monkeypatch.setattr("qpruner.cli.terminal.SILENCE_SECONDS", 0.0)
     done = command("generate", run, "--prompt", PROMPT, "--max-tokens", 2, "--json")
     counts = re.findall(r"\[generate\] loading weights: (\d+) of (\d+)\n", done.stderr)
     assert [loaded == total for loaded, total in counts].count(True) == 4, "the adapter by itself"

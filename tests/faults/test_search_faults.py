@@ -92,7 +92,7 @@ def test_a_trial_whose_process_is_killed_goes_on_from_its_last_rung(config: Path
     with driver(config) as process:
         os.kill(between(process, 1), signal.SIGKILL)
         record = finished(process)
-        assert "trial 1 lost its worker and goes on from step" in process.said()
+        assert "trial 1 lost its worker and is resumed from step" in process.said()
     assert rungs_of(process.run) == rungs_of(undisturbed), "the same trials, each rung measured once"
     assert record["best_plan"] == search_record(undisturbed)["best_plan"]
     assert record["failures"] == {} and all(trial["kills"] == 0 for trial in trials_of(process.run).values())
@@ -446,7 +446,7 @@ def test_a_trial_that_the_kernel_kills_for_memory_goes_on_with_less_of_it(
             pids.append(process.wait_until(another, "a process that tells of its trial"))
             (group.parent / "cgroup.procs").write_text(str(pids[-1]))
         finished(process)
-        assert process.said().count("trial 0 lost its worker and goes on from its start") == MAX_KILLS + 1
+        assert process.said().count("trial 0 lost its worker and is resumed from its start") == MAX_KILLS + 1
     trial = trials_of(process.run)[0]
     assert (trial["status"], trial["micro_batch_size"], trial["kills"]) == ("finished", 2, 0)
 
@@ -541,7 +541,7 @@ def test_a_trial_whose_machine_dies_goes_on_elsewhere_and_that_is_not_held_again
         record = finished(process)
     assert rungs_of(process.run) == rungs_of(undisturbed)
     assert record["failures"] == {}
-    assert process.said().count("trial 1 lost its worker and goes on from step") == MAX_KILLS + 1
+    assert process.said().count("trial 1 lost its worker and is resumed from step") == MAX_KILLS + 1
 
 
 def test_a_machine_that_dies_before_its_worker_has_told_anything_is_not_held_against_the_trial(
@@ -564,7 +564,7 @@ def test_a_machine_that_dies_before_its_worker_has_told_anything_is_not_held_aga
             )
             assert not list(process.run.glob("trials/*/0000/pulse.json"))
         finished(process)
-        assert process.said().count("trial 0 lost its worker and goes on from its start") == MAX_KILLS
+        assert process.said().count("trial 0 lost its worker and is resumed from its start") == MAX_KILLS
     assert trials_of(process.run)[0]["status"] == "finished"
 
 
@@ -584,7 +584,7 @@ def test_trials_leave_a_machine_that_is_drained_and_that_is_not_held_against_the
         last = json.loads(next(process.run.glob("trials/*/0004/pulse.json")).read_text())["node"]
     assert last != node.node_id
     assert rungs_of(process.run) == rungs_of(undisturbed) and record["failures"] == {}
-    assert process.said().count("lost its worker and goes on from step") == 1
+    assert process.said().count("lost its worker and is resumed from step") == 1
 
 
 def test_a_worker_that_was_taken_for_dead_writes_nothing_when_it_comes_back(config: Path, undisturbed: Path) -> None:

@@ -290,12 +290,12 @@ def test_another_budget_measures_and_packs_nothing_and_starts_from_the_trials_th
     assert done.stdout.count("already recorded") == 4
     second, after = search_of(run)
     assert second["trials_digest"] == first["trials_digest"] and second["budget_bytes"] > first["budget_bytes"]
-    assert (second["num_trials"], second["num_taken_over"]) == (3, len(before))
+    assert (second["num_trials"], second["num_reused"]) == (3, len(before))
     assert second["ended"] == "all 3 trials were spent (`search.max_trials`)"
     assert {index: after[index] for index in before} == before, "what was taken over is as it was"
     assert len({tuple(trial["plan"].values()) for trial in after.values()}) == len(after) == len(before) + 3
     controls = {each["origin"]: each for each in second["confirmations"] if each["control"]}
-    assert controls["uniform-4"]["taken_over"] and controls["uniform-4"]["index"] == 0
+    assert controls["uniform-4"]["reused"] and controls["uniform-4"]["index"] == 0
     losses = {each["index"]: each["loss"] for each in second["confirmations"]}
     assert losses[second["best_index"]] == min(losses.values())
 

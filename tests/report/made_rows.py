@@ -122,10 +122,10 @@ def results_of(
         "num_trials": 16,
         "num_finished": 7,
         "num_stopped": 8,
-        "num_taken_over": 5,
+        "num_reused": 5,
         "ended": "all 16 trials were spent (`search.max_trials`)",
         "confirmations": (
-            made_confirmation(2, "seed-kl", 2.125, taken_over=True),
+            made_confirmation(2, "seed-kl", 2.125, reused=True),
             made_confirmation(11, "gp", 2.0625, stderr=0.03125),
         ),
         "best_index": 11,

@@ -294,7 +294,7 @@ def test_the_report_tells_how_search_and_pruning_ended(whole: Results) -> None:
     assert "Resumed: 2 sessions; the last began with 3 trials recorded before. Failed: 1 diverged (lower" in text
     assert "On fresh rows trial 11 (gp) was best, a searched plan." in text
     assert "\n| trial | from | selection loss |\n" in text, "no accuracy was searched"
-    assert "\n| 2 | seed-kl, taken over | 2.1250 (se 0.0625) |\n" in text
+    assert "\n| 2 | seed-kl, reused | 2.1250 (se 0.0625) |\n" in text
     assert "\n| 11 | gp | 2.0625 (se 0.0312) |\n" in text
     assert "none of fewer or equal bytes" not in text, "there is no front"
     assert "target 20.00% of all parameters, achieved 19.84%" in text

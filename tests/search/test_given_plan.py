@@ -102,7 +102,7 @@ def test_without_a_given_plan_the_winner_is_back(searched: Path) -> None:
     done = qpruner("search", searched, "--set", "search.confirm=9")
     assert done.returncode == 0, done.stderr[-3000:]
     again = search_of(run)
-    assert again["num_taken_over"] >= 1 and again["confirmations"] == before["confirmations"]
+    assert again["num_reused"] >= 1 and again["confirmations"] == before["confirmations"]
     assert (again["best_plan"], again["best_origin"]) == (before["best_plan"], before["best_origin"])
 
 

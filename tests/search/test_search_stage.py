@@ -324,7 +324,7 @@ def test_a_trial_fails_after_three_deaths_in_a_row(tmp_path: Path) -> None:
     assert (first.status, first.failure, first.kills) == ("failed", "lost", 3) and len(first.times) == 2
     assert (second.status, second.failure, second.kills) == ("running", None, 1)
     told = [event.text for event in events if isinstance(event, Message)]
-    assert told[0] == "trial 0 lost its worker and goes on from its start" and len(told) == 3
+    assert told[0] == "trial 0 lost its worker and is resumed from its start" and len(told) == 3
 
 
 def test_a_trial_killed_for_no_progress_has_failed(tmp_path: Path) -> None:
@@ -377,7 +377,7 @@ def test_a_trial_killed_for_memory_halves_its_micro_batch(tmp_path: Path) -> Non
     assert record.reason == "out of memory: Ray killed its worker 3 times in a row"
     assert (record.micro_batch_size, record.peak_memory_bytes) == (1, 7_000)
     told = [event.text for event in events if isinstance(event, Message)]
-    assert told == ["trial 0 lost its worker, which Ray killed for memory, and goes on from its start"] * 6
+    assert told == ["trial 0 lost its worker, which Ray killed for memory, and is resumed from its start"] * 6
 
 
 def test_other_deaths_do_not_count_as_out_of_memory(tmp_path: Path) -> None:
@@ -718,7 +718,7 @@ def test_a_trial_whose_checkpoint_is_damaged_starts_anew(damage: str | None, tmp
     if damage is None:
         assert told == [] and len(found.rungs) == 2
         return
-    assert len(told) == 1 and str(checkpoint) in told[0] and "trial 0 starts anew" in told[0]
+    assert len(told) == 1 and str(checkpoint) in told[0] and "trial 0 is restarted" in told[0]
     assert (found.rungs, found.status, found.times) == ((), "running", (1.0,))
     assert not checkpoint.exists()
     assert len(list(job.trials.glob("damaged/*/weights"))) == (damage == "flipped")
@@ -778,7 +778,7 @@ def confirmation(index: int, loss: float, control: bool = False, accuracy: float
         index=index,
         origin="seed-kl" if control else "gp",
         control=control,
-        taken_over=False,
+        reused=False,
         loss=loss,
         stderr=0.1,
         accuracy=accuracy,

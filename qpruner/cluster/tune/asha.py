@@ -81,7 +81,7 @@ class RecordedAsha(ASHAScheduler):  # type: ignore[misc]
         self._on_error(trial.trial_id, Path(trial.error_file).read_text(encoding="utf-8", errors="replace"))
 
     def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
-        """Decide whether a trial goes on after a rung."""
+        """Decide whether a trial continues after a rung."""
         action: str = super().on_trial_result(tune_controller, trial, result)
         if self._plan_of(trial) in self._controls and result[self._time_attr] < self._max_t:
             return str(TrialScheduler.CONTINUE)
@@ -112,7 +112,7 @@ class _LikeSizes(AshaBracket):  # type: ignore[misc]
         return self.enter(trial.config["trial"], cur_iter, cur_rew)
 
     def enter(self, index: int, step: int, reward: float) -> str:
-        """Record a trial's rung and decide on it; one that is recorded goes on."""
+        """Record a trial's rung and decide on it; a recorded one continues."""
         self._entering = index
         action: str = super().on_result(_Numbered(index), step, reward)
         return action

@@ -151,7 +151,7 @@ class PlanSearcher(LivesInDriver, Searcher):  # type: ignore[misc]
             return
         place = f"step {record.rungs[-1].step}" if record.rungs else "its start"
         why = ", which Ray killed for memory," if death.by_ray else ""
-        self._emit(Message("search", f"trial {record.index} lost its worker{why} and goes on from {place}"))
+        self._emit(Message("search", f"trial {record.index} lost its worker{why} and is resumed from {place}"))
         self._ledger.hand_out_again(suggestion)
 
     def _close(self, suggestion: Suggestion, record: TrialRecord) -> None:
@@ -185,12 +185,12 @@ class PlanSearcher(LivesInDriver, Searcher):  # type: ignore[misc]
     def _is_out_of_hours(self) -> bool:
         """Return whether the search's hours are spent; with no machine left, end it at once.
 
-        What was begun could then neither go on nor be confirmed.
+        Running trials could then neither finish nor be confirmed.
         """
         over = self._clock.is_over(self._ledger)
         if over and not self._room():
             cause = f"{self._ledger.ended}, and no machine is left that could run a trial"
-            remedy = "bring machines back (`ray start` on them), then repeat the command: what was begun goes on"
+            remedy = "bring machines back (`ray start` on them), then repeat the command: it resumes what was running"
             self._halt.end(StageError("search", cause, remedy))
         return over
 

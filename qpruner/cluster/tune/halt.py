@@ -26,7 +26,7 @@ class Halt(LivesInDriver, Stopper, Callback):  # type: ignore[misc]
     Attributes:
         requested: Whether the search is to end.
         interrupted: Whether a person asked for it.
-        trouble: The error that the search ends with; None where it may go on.
+        trouble: The error that the search ends with; None if it may be resumed.
     """
 
     def __init__(self, emit: Emit) -> None:

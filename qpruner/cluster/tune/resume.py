@@ -39,7 +39,7 @@ def resume_search(job: SearchJob, proposer: Proposer) -> tuple[Ledger, list[Tria
 
 
 def _resumed(record: TrialRecord, job: SearchJob) -> TrialRecord:
-    """Take over a trial that has to go on: one that was cut off, or a control here that another search stopped."""
+    """Resume a trial that is not over: one that was cut off, or a control here that another search stopped."""
     plan = PrecisionPlan.from_dict(record.plan)
     control = job.control_of(plan)
     cut_off = record.status == "running" or record.should_retry

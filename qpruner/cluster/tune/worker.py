@@ -205,7 +205,7 @@ class _RecordedTrial:
             retry_storage(storage_at(record).read, record, was_there=True)
         except (OSError, StorageError):
             return False
-        logger.warning("trial %d goes on: the storage was away when it said %s", self._record.index, error)
+        logger.warning("trial %d is resumed: the storage was away when it said %s", self._record.index, error)
         return True
 
     def _fail(self, error: Exception) -> None:
