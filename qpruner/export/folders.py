@@ -17,8 +17,8 @@ from qpruner.data.encoding import load_encoded
 from qpruner.errors import StageError, UserError
 from qpruner.hf import load
 from qpruner.models.checkpoint import dense_tensors, save_checkpoint
-from qpruner.models.loading import OnLoading, checkpoint_config, device, load_tokenizer, untold
-from qpruner.models.memory import explaining_shortage
+from qpruner.models.loading import OnLoading, checkpoint_config, device, ignore_progress, load_tokenizer
+from qpruner.models.memory import raising_out_of_memory
 from qpruner.models.snippets import PEFT_BASE
 from qpruner.runs.records import MARK, ExportRecord
 from qpruner.runs.run_dir import RunDir
@@ -76,8 +76,8 @@ class Exported(Likeness):
     is_plain: bool
 
 
-@explaining_shortage(AGAINST_SHORTAGE)
-def export(run: RunDir, form: Form, target: Path, told: OnLoading = untold) -> Exported:
+@raising_out_of_memory(AGAINST_SHORTAGE)
+def export(run: RunDir, form: Form, target: Path, told: OnLoading = ignore_progress) -> Exported:
     """Write the final model in another form.
 
     Args:
@@ -161,7 +161,9 @@ def _write_peft(final: Path, folder: Path, target: Path) -> None:
     retry_storage(write, target)
 
 
-def compare(final: Path, exported: Path, samples: Sequence[Sequence[int]], told: OnLoading = untold) -> Likeness:
+def compare(
+    final: Path, exported: Path, samples: Sequence[Sequence[int]], told: OnLoading = ignore_progress
+) -> Likeness:
     """Whether an export is the final model. They are loaded one after the other.
 
     Args:

@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from qpruner.errors import StageError, UserError
 from qpruner.export.card_metadata import lacking
-from qpruner.models.snippets import Form, retold
+from qpruner.models.snippets import Form, with_section
 from qpruner.runs.records import MARK, ExportRecord
 from qpruner.runs.run_dir import RunDir
 from qpruner.runs.storage import read_json
@@ -108,7 +108,7 @@ def _files(run: RunDir, what: What, repo_id: str) -> Iterator[tuple[str, Path | 
     if what != "final" and _made_of(folder) != run.final_digests():
         remedy = f"delete it, then repeat `qpruner export {run.root} --to {what}`"
         raise UserError(f"{folder} was not exported from the present final model, which the card is about: {remedy}")
-    yield CARD, retold(_card(run), _form(folder, what), repo_id).encode()
+    yield CARD, with_section(_card(run), _form(folder, what), repo_id).encode()
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder).as_posix()
         if name == ADAPTER:

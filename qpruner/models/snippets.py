@@ -22,7 +22,7 @@ _TO_GPU = '  # with a GPU: add .to("cuda")'
 
 
 def section(form: Form, place: str = "this folder") -> str:
-    """The part of a card that says how the model is loaded.
+    """Write the part of a card that says how the model is loaded.
 
     Args:
         form: `packed`: a final folder; `peft`: a peft export; `merged`: dense, blocks of different widths; `merged and
@@ -38,8 +38,8 @@ def section(form: Form, place: str = "this folder") -> str:
     return f'{TITLE}\n\n{lead}\n```python\n{ours}{code}tokenizer = AutoTokenizer.from_pretrained("{place}")\n```\n'
 
 
-def retold(card: str, form: Form, place: str) -> str:
-    """A run's card as that of a repository that has the model in this form."""
+def with_section(card: str, form: Form, place: str) -> str:
+    """Change a run's card to that of a repository that has the model in this form."""
     return _SECTION.sub(lambda _: f"{section(form, place)}\n", card)
 
 
@@ -51,8 +51,10 @@ def _plain(place: str) -> str:
 
 
 def _peft(place: str) -> str:
-    """First the base, then the adapter, both from a local folder: of a repository, transformers (5.24) attaches the
-    adapter by itself, and looks for its weights in the base's folder."""
+    """Load base and adapter from a local folder.
+
+    From a repository, transformers (5.24) attaches the adapter itself and looks for its weights in the base's folder.
+    """
     return (
         "from huggingface_hub import snapshot_download\n"
         "from peft import PeftModel\n"
