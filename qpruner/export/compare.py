@@ -45,7 +45,9 @@ class Likeness:
     num_positions: int
 
 
-def compare(final: Path, exported: Path, samples: Sequence[Sequence[int]], on_progress: OnLoading = ignore_progress) -> Likeness:
+def compare(
+    final: Path, exported: Path, samples: Sequence[Sequence[int]], on_progress: OnLoading = ignore_progress
+) -> Likeness:
     """Load the final model and then the export, and compare layers and predictions on token ids.
 
     Raises:
