@@ -14,7 +14,7 @@ import torch
 from click.testing import CliRunner
 from conftest import raw_config, with_key
 from mixed_models import LORA, finished_run, logits_of, token_ids
-from plain_transformers import told_by_plain_transformers
+from plain_transformers import plain_transformers_answers
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
@@ -74,7 +74,7 @@ def test_a_merged_uniform_model_needs_no_qpruner(tiny_model: Path, tmp_path: Pat
     ids = token_ids().tolist()
     merged, unadapted = (
         torch.tensor(answer["logits"]).log_softmax(-1)
-        for answer in told_by_plain_transformers(ids, [done.folder, pruned], tmp_path)
+        for answer in plain_transformers_answers(ids, [done.folder, pruned], tmp_path)
     )
     final = logits_of(AutoModelForCausalLM.from_pretrained(run / "final")).float().log_softmax(-1)
     assert merged.shape == final.shape
