@@ -177,9 +177,7 @@ def flip_a_bit(path: Path) -> None:
     path.write_bytes(content)
 
 
-def test_a_checkpoint_damaged_meanwhile_is_not_resumed(
-    config: Path, undisturbed: Path
-) -> None:
+def test_a_checkpoint_damaged_meanwhile_is_not_resumed(config: Path, undisturbed: Path) -> None:
     with driver(config) as process:
         pid = between(process, 1)
         os.kill(pid, signal.SIGSTOP)  # it would replace the checkpoint at its next rung
@@ -204,9 +202,7 @@ def test_a_flipped_checkpoint_is_named_and_its_trial_rerun(config: Path, undistu
     assert rungs_of(process.run) == rungs_of(undisturbed)
 
 
-def test_a_finalists_flipped_checkpoint_is_not_confirmed(
-    undisturbed: Path, tiny_model: Path, tmp_path: Path
-) -> None:
+def test_a_finalists_flipped_checkpoint_is_not_confirmed(undisturbed: Path, tiny_model: Path, tmp_path: Path) -> None:
     """It can be read, and would give other scores."""
     run = shutil.copytree(undisturbed, tmp_path / "run")
     (run / "records" / "search.json").unlink()
@@ -241,9 +237,7 @@ def test_scores_of_finalists_outlive_a_killed_driver(config: Path, undisturbed: 
     assert record["confirmations"] == search_record(undisturbed)["confirmations"]
 
 
-def test_a_finalists_damaged_score_alone_is_made_again(
-    undisturbed: Path, tiny_model: Path, tmp_path: Path
-) -> None:
+def test_a_finalists_damaged_score_alone_is_made_again(undisturbed: Path, tiny_model: Path, tmp_path: Path) -> None:
     run = shutil.copytree(undisturbed, tmp_path / "run")
     (run / "records" / "search.json").unlink()
     before = fresh_scores(run)
@@ -258,9 +252,7 @@ def test_a_finalists_damaged_score_alone_is_made_again(
     assert record["confirmations"] == search_record(undisturbed)["confirmations"]
 
 
-def test_a_trial_with_a_damaged_record_is_run_again(
-    undisturbed: Path, tiny_model: Path, tmp_path: Path
-) -> None:
+def test_a_trial_with_a_damaged_record_is_run_again(undisturbed: Path, tiny_model: Path, tmp_path: Path) -> None:
     run = shutil.copytree(undisturbed, tmp_path / "run")
     (record,) = run.glob("trials/*/0001/trial.json")
     flip_a_bit(record)
@@ -353,9 +345,7 @@ os._exit(0)
 """Takes memory until so little is left, and gives it back when a process is gone."""
 
 
-def test_a_machine_out_of_memory_costs_one_worker(
-    config: Path, tiny_model: Path, tmp_path: Path
-) -> None:
+def test_a_machine_out_of_memory_costs_one_worker(config: Path, tiny_model: Path, tmp_path: Path) -> None:
     """Ray's own monitor kills a worker of two: one gives back more than there is too little."""
     config = search_config(tiny_model, tmp_path, **{"search.max_concurrent": 2})
     memory = psutil.virtual_memory()
@@ -427,9 +417,7 @@ def group() -> Iterator[Path]:
         folder.rmdir()
 
 
-def test_a_trial_the_kernel_kills_for_memory_shrinks(
-    group: Path, big: Path, tiny_model: Path, tmp_path: Path
-) -> None:
+def test_a_trial_the_kernel_kills_for_memory_shrinks(group: Path, big: Path, tiny_model: Path, tmp_path: Path) -> None:
     """What it takes from its first sign of life on counts; each process that goes on is moved into the group until
     more have been killed than a trial may lose for another reason."""
     shutil.copytree(big / "measured" / "run", tmp_path / "run")
@@ -503,9 +491,7 @@ def test_a_storage_away_for_a_while_is_waited_for(
     assert rungs_of(process.run) == rungs_of(undisturbed)
 
 
-def test_a_trial_begun_while_the_storage_is_away_waits(
-    disk: Path, measured: Path, tiny_model: Path
-) -> None:
+def test_a_trial_begun_while_the_storage_is_away_waits(disk: Path, measured: Path, tiny_model: Path) -> None:
     """Its worker starts within seconds of its record, and looks for the storage first."""
     shutil.copytree(measured, disk / "run")
     config = search_config(tiny_model, disk, **{"search.max_trials": 1})
@@ -527,9 +513,7 @@ def node_of(cluster: Raylets, run: Path, index: int) -> Any:
     return next((node for node in cluster.nodes if node.node_id == pulse["node"]), None)
 
 
-def test_a_dead_machine_is_not_held_against_its_trial(
-    config: Path, undisturbed: Path
-) -> None:
+def test_a_dead_machine_is_not_held_against_its_trial(config: Path, undisturbed: Path) -> None:
     """Once more in a row than a trial's own process may die."""
     with raylets(MAX_KILLS + 2) as cluster, driver(config, "--address", cluster.address) as process:
         between(process, 1)
@@ -544,9 +528,7 @@ def test_a_dead_machine_is_not_held_against_its_trial(
     assert process.said().count("trial 1 lost its worker and is resumed from step") == MAX_KILLS + 1
 
 
-def test_a_machine_dead_before_any_pulse_is_no_strike(
-    config: Path, tiny_model: Path, tmp_path: Path
-) -> None:
+def test_a_machine_dead_before_any_pulse_is_no_strike(config: Path, tiny_model: Path, tmp_path: Path) -> None:
     """A worker imports for seconds before it can say where it is."""
     config = search_config(tiny_model, tmp_path, **{"search.max_trials": 1})
 
@@ -568,9 +550,7 @@ def test_a_machine_dead_before_any_pulse_is_no_strike(
     assert trials_of(process.run)[0]["status"] == "finished"
 
 
-def test_trials_leave_a_machine_that_is_drained(
-    config: Path, undisturbed: Path
-) -> None:
+def test_trials_leave_a_machine_that_is_drained(config: Path, undisturbed: Path) -> None:
     """A spot notice. Left alone by us, Tune goes on with the worker there and hands it one trial after another."""
     with raylets(2) as cluster, driver(config, "--address", cluster.address) as process:
         between(process, 1)
