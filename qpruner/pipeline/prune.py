@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from typing_extensions import override
+
 from qpruner.config.schema import PruneConfig, RunConfig
 from qpruner.models.families import ATTENTION, EXPERT, MLP, family_of
 from qpruner.models.layout import num_layers
@@ -40,12 +42,14 @@ class Prune(Stage[PruneRecord]):
     starts_ray = False
     memory_keys = "`calibration.batch_size` or `calibration.max_length`"
 
+    @override
     def inputs(self) -> tuple[Any, ...]:
-        from qpruner.pruning.prune import settled
+        from qpruner.pruning.settings import settled
 
         settings = settled(self.context.inspection.model_config, self.config.prune)
         return (self.context.record(PrepareRecord).digest, settings)
 
+    @override
     def warnings(self) -> Iterator[str]:
         from qpruner.pipeline.preflight import remark_on_cut
 
@@ -54,9 +58,11 @@ class Prune(Stage[PruneRecord]):
         if is_all and (remark := remark_on_cut(self.config, context.inspection)):
             yield remark
 
+    @override
     def detail(self) -> str:
         return describe(_settings(self.context))
 
+    @override
     def run(self, scratch: Path) -> dict[str, Any]:
         context = self.context
         self._report_earlier_cut()
@@ -66,12 +72,14 @@ class Prune(Stage[PruneRecord]):
         require_arrived(scratch)
         return fields
 
+    @override
     def summary(self, record: PruneRecord) -> str:
         return (
             f"{record.parameters_before / 1e6:.1f}M -> {record.parameters_after / 1e6:.1f}M parameters "
             f"({record.target}, {record.achieved})"
         )
 
+    @override
     def disk_bytes(self) -> int:
         base = self.context.inspection.base
         return base.num_parameters * base.element_bytes
@@ -162,7 +170,7 @@ def cut_in_memory(job: PreviewJob, cache: ModelCache, emit: Emit) -> dict[str, A
 
     config = job.config
     with tempfile.TemporaryDirectory() as scratch:
-        base = prepare_base(config.model, Path(scratch), told=telling(emit, "prune"))
+        base = prepare_base(config.model, Path(scratch), on_progress=telling(emit, "prune"))
         tokenizer = load_tokenizer(base.path)
         vocabulary = load_model_config(config.model).vocab_size
         rows = importance_samples(config, job.examples, vocabulary, tokenizer)
@@ -183,11 +191,11 @@ def _cut(
     config: RunConfig, settings: PruneConfig, model: PreTrainedModel, samples: Samples, emit: Emit
 ) -> tuple[Pruned, dict[str, Any]]:
     """Cut a model in place; returns it with the record's fields."""
-    from qpruner.models.memory import PeakMemory, take_in
+    from qpruner.models.memory import PeakMemory, copy_weights
     from qpruner.pipeline.preflight import DTYPE_BYTES
     from qpruner.pruning.prune import block_sizes, prune
 
-    take_in(model)
+    copy_weights(model)
     base_config = copy.deepcopy(model.config)
     block_parameters = block_sizes(model, range(num_layers(base_config)))
     memory = PeakMemory()
@@ -245,7 +253,7 @@ def target_text(settings: PruneConfig) -> str:
 
 
 def layer_widths(base: Any, pruned: Pruned, before: list[int]) -> list[LayerWidths]:
-    """What each block of the base model keeps, of this many parameters each before."""
+    """List what each block of the base model keeps; `before` has the parameters of each."""
     from qpruner.pruning.prune import block_sizes
 
     family, after = family_of(base), block_sizes(pruned.model, range(num_layers(pruned.model.config)))
