@@ -316,7 +316,7 @@ def push(run: str, repo_id: str, is_public: bool, what: Any, as_json: bool) -> N
 
     def work() -> dict[str, Any]:
         quiet_libraries()
-        from qpruner.export.card_metadata import told_lacking
+        from qpruner.export.card import missing_remark
         from qpruner.export.hub import push
         from qpruner.runs.run_dir import RunDir
 
@@ -326,7 +326,7 @@ def push(run: str, repo_id: str, is_public: bool, what: Any, as_json: bool) -> N
         seen = "private" if done.is_private else "public"
         gone = f"{counted(done.num_removed, 'earlier file')} removed, " if done.num_removed else ""
         click.echo(f"{done.url}: {counted(done.num_files, 'file')}, {done.num_bytes / 1e6:.1f} MB, {gone}{seen}")
-        if remark := told_lacking(done.card_lacks):
+        if remark := missing_remark(done.card_lacks):
             click.echo(remark, err=True)
         return {"status": "ok", **vars(done)}
 
@@ -386,7 +386,7 @@ def generate(
 def _export(root: str, form: Any, out: Path | None) -> dict[str, Any]:
     quiet_libraries()
     from qpruner.cli.terminal import Terminal
-    from qpruner.export.folders import export
+    from qpruner.export.forms import export
     from qpruner.pipeline.prepare import telling
     from qpruner.report.liveness import warning_of_driver
     from qpruner.runs.run_dir import RunDir

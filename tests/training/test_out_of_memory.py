@@ -17,7 +17,7 @@ from mixed_models import finished_run
 
 import qpruner.hf  # noqa: F401
 from qpruner.errors import StorageError
-from qpruner.export.folders import export
+from qpruner.export.forms import export
 from qpruner.runs.run_dir import RunDir
 
 WIDTH = 400_000
