@@ -53,7 +53,7 @@ assert not any(name.split(".")[0] == "qpruner" for name in sys.modules)
 def plain_transformers_answers(
     prompt: Sequence[Sequence[int]], folders: Iterable[Path], working_folder: Path
 ) -> list[dict[str, Any]]:
-    """Return each folder's logits of the prompt in float32, likeliest next tokens and number of layers, or its error."""
+    """Return of each folder the logits in float32, the likeliest next tokens and the number of layers, or the error."""
     arguments = json.dumps([prompt, *map(str, folders)])
     done = subprocess.run(
         [sys.executable, "-c", PROGRAM, arguments], cwd=working_folder, capture_output=True, text=True, timeout=100
