@@ -75,7 +75,7 @@ def __getattr__(name: str) -> Callable[..., Snapshot]:
 
 
 def read_run(folder: str | Path) -> Snapshot:
-    """What is recorded in a run's folder, whole or not.
+    """Read what is recorded in a run's folder, complete or not.
 
     Raises:
         UserError: If it holds no run.

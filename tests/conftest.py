@@ -30,6 +30,7 @@ os.environ.setdefault("RAY_ENABLE_AUTO_CONNECT", "0")
 import pytest
 import yaml
 
+pytest_plugins = ["searched_runs"]
 DEMO_DATA = files("qpruner") / "demo" / "data"
 
 

@@ -9,6 +9,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from typing_extensions import override
+
 from qpruner.errors import CorruptFile, StageError
 from qpruner.pipeline.stage import Stage
 from qpruner.plans.plan import FULL_BITS, check_cpu_widths
@@ -47,20 +49,25 @@ class Bank(Stage[BankRecord]):
         library = version("bitsandbytes")
         return (*model, quantize.group, quantize.double_quant, starts, config.seed, FORMAT, library)
 
+    @override
     def inputs(self) -> tuple[Any, ...]:
         return (*self._made_from(), self._levels)
 
+    @override
     def check(self) -> None:
         from qpruner.pipeline.preflight import check_quantizable
 
         check_quantizable(self.context.inspection.model_config)
 
+    @override
     def begin(self) -> None:
         _forget_damaged_bank(self.context, self.digest, digest_of(*self._made_from()))
 
+    @override
     def detail(self) -> str:
         return f"packing every group at {', '.join(map(str, self._levels))} bits, {self.config.lora.init} start"
 
+    @override
     def run(self, scratch: Path) -> dict[str, Any]:
         from qpruner.quantization import bank as store
 
@@ -92,6 +99,7 @@ class Bank(Stage[BankRecord]):
             },
         }
 
+    @override
     def summary(self, record: BankRecord) -> str:
         left = ", ".join(
             f"{bits}-bit {sum(ratio.values()) / len(ratio):.3f}" for bits, ratio in record.residual_ratio.items()
@@ -99,6 +107,7 @@ class Bank(Stage[BankRecord]):
         size = f"{len(record.files)} entries, {record.bytes / 1e6:.0f} MB"
         return f"{size}; share of the quantization error that LoftQ leaves: {left}"
 
+    @override
     def disk_bytes(self) -> int:
         pruned = self.context.inspection.pruned
         return sum(pruned.plan_bytes(pruned.uniform(bits)) for bits in self.config.quantize.bits)
@@ -117,7 +126,7 @@ def _index_of(record: BankRecord, inputs: str) -> BankIndex:
 
 
 def _forget_damaged_bank(context: Context, digest: str, inputs: str) -> None:
-    """Forget the record of a bank of which a file is missing or damaged, so that this file is built again.
+    """Forget the record of a bank with a missing or damaged file, so that this file is built again.
 
     Raises:
         StageError: If the folder holds a bank that is not the recorded one.
@@ -153,10 +162,10 @@ def _forget_damaged_bank(context: Context, digest: str, inputs: str) -> None:
 
 
 def _reused(bank: Path, scratch: Path, inputs: str, levels: tuple[int, ...]) -> dict[str, IndexEntry]:
-    """The intact files of an earlier bank, and of what a killed command left, that were made from the same.
+    """Reuse the intact files of an earlier bank, and of a killed command, that were made from the same inputs.
 
-    Those of a bank in a folder are linked. Nothing else stays in `scratch`: a link of one that does not fit any more
-    may be written through, into that bank.
+    Files of a bank in a folder are linked. Nothing else stays in `scratch`: writing to an old link would change that
+    bank.
     """
     from qpruner.quantization import bank as store
 
@@ -174,7 +183,7 @@ def _reused(bank: Path, scratch: Path, inputs: str, levels: tuple[int, ...]) -> 
 
 
 def _fitting(bank: Path, inputs: str, levels: tuple[int, ...]) -> dict[str, IndexEntry]:
-    """A bank's intact files of these levels that were made from the same."""
+    """List a bank's intact files of these bit-widths that were made from the same inputs."""
     from qpruner.quantization import bank as store
 
     try:
@@ -189,7 +198,7 @@ def _fitting(bank: Path, inputs: str, levels: tuple[int, ...]) -> dict[str, Inde
 
 
 def _group_jobs(context: Context, scratch: Path, levels: tuple[int, ...], kept: set[str]) -> list[GroupJob]:
-    """What is left to build, a job a group."""
+    """Make a job for each group of which entries are left to build."""
     from qpruner.quantization import bank as store
 
     config = context.config
@@ -205,10 +214,10 @@ def _group_jobs(context: Context, scratch: Path, levels: tuple[int, ...], kept: 
 
 
 def _check_room(context: Context, scratch: Path, jobs: list[GroupJob]) -> None:
-    """Tell how large the bank will be, and refuse a disk that cannot hold it.
+    """Report how large the bank will be.
 
     Raises:
-        StageError: Naming the bytes that are needed and those that are free.
+        StageError: If the disk cannot hold it.
     """
     layout = context.layout
     groups = {group.name: group for group in layout.groups}
@@ -229,7 +238,7 @@ def _check_room(context: Context, scratch: Path, jobs: list[GroupJob]) -> None:
 
 
 def _built(context: Context, jobs: list[GroupJob]) -> Iterator[tuple[GroupJob, dict[str, tuple[str, float]]]]:
-    """Build the groups: on the cluster's workers where that is worth starting them and there are or may be several."""
+    """Build the groups, on several workers where it takes long enough to start them."""
     from qpruner.quantization.bank import build_group, is_soon_packed
 
     is_small = is_soon_packed(context.layout) and not context.address
@@ -257,7 +266,7 @@ def _built(context: Context, jobs: list[GroupJob]) -> Iterator[tuple[GroupJob, d
 
 
 def build_here(job: GroupJob, cache: ModelCache, emit: Emit) -> dict[str, tuple[str, float]]:
-    """A group beside the pruned model, which stays for the sensitivities."""
+    """Build a group in the process that keeps the pruned model for the sensitivities."""
     from qpruner.quantization.bank import build_group
 
     return build_group(job)

@@ -6,6 +6,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from typing_extensions import override
+
 from qpruner.config.schema import RunConfig
 from qpruner.pipeline.evaluate import measure_in_turns, score_jobs
 from qpruner.pipeline.finetune import finetune_jobs, have_rows, row_set_aside_if_damaged
@@ -23,6 +25,7 @@ class Comparison(Stage[ComparisonRecord]):
     record = ComparisonRecord
     trains = True
 
+    @override
     @classmethod
     def is_wanted(cls, config: RunConfig) -> bool:
         return config.finetune.compare
@@ -32,17 +35,21 @@ class Comparison(Stage[ComparisonRecord]):
         """Every row of the table under every training seed."""
         return jobs_of(self.context, table_rows(self.context))
 
+    @override
     def inputs(self) -> tuple[Any, ...]:
         return (self.context.record(EvalRecord).digest, job_keys(self.jobs))
 
+    @override
     def begin(self) -> None:
         if not have_rows(self.jobs):
             self.context.forget("comparison")
 
+    @override
     def detail(self) -> str:
         others = len(distinct(self.jobs)) - 1
         return f"{counted(others, 'fine-tune')} beside the winner's, and their scores"
 
+    @override
     def run(self, scratch: Path) -> dict[str, Any]:
         context, jobs, models = self.context, self.jobs, distinct(self.jobs)
         # Whatever becomes of the comparison: the winner's report is there.
@@ -67,11 +74,13 @@ class Comparison(Stage[ComparisonRecord]):
             "gpu_seconds": sum(held.values()) + scoring + context.gpu_time.seconds - before,
         }
 
+    @override
     def summary(self, record: ComparisonRecord) -> str:
         titles, first = {job.name: job.title for _, job in self.jobs}, min(each.seed for each in record.candidates)
         losses = [(titles[each.name], each.confirmation_loss) for each in record.candidates if each.seed == first]
         told = ", ".join(f"{title} {loss:.4f}" for title, loss in losses)
         return f"training seed {first}: confirmation loss {told}"
 
+    @override
     def disk_bytes(self) -> int:
         return 6 * self.context.checkpoint_bytes

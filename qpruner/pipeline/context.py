@@ -1,4 +1,4 @@
-"""What every stage of a run shares: configuration, folders, the executor, the cluster."""
+"""What the stages of a run share: configuration, records so far, folders, cluster."""
 
 from __future__ import annotations
 
@@ -38,14 +38,14 @@ class Context:
     Attributes:
         config: The configuration.
         run_dir: The run folder.
-        emit: Told of every event.
+        emit: Receives every event.
         address: A Ray cluster to join, or None.
         inspection: What was known before the first stage.
         writes: Whether the run's folder is written to.
-        gpu_time: What work outside the trials has held of GPUs.
-        assumed: Slots to plan with instead of those that are here.
-        holds_run: Whether no other driver has taken the run over.
-        records: Of the stages so far.
+        gpu_time: How long work outside the trials has held GPUs.
+        assumed: Slots to plan with instead of those of this machine.
+        holds_run: False once another driver has the run.
+        records: Records of the stages so far.
     """
 
     config: RunConfig
@@ -61,7 +61,7 @@ class Context:
     _has_joined: bool = False
 
     def record(self, kind: type[RecordType]) -> RecordType:
-        """The record of an earlier stage, by its class."""
+        """Return the record of an earlier stage, by its class."""
         return next(record for _, record in self.records if isinstance(record, kind))
 
     def add_record(self, stage: str, record: Record) -> None:
@@ -75,7 +75,7 @@ class Context:
 
     @property
     def checkpoint(self) -> Path:
-        """The pruned model and its tokenizer; on this machine by now."""
+        """The pruned model and its tokenizer, fetched to this machine."""
         return fetch(self.run_dir.stage("prune"))
 
     @property
@@ -85,8 +85,7 @@ class Context:
 
     @cached_property
     def worker_config(self) -> RunConfig:
-        """The configuration as workers and lm-eval need it: what they read themselves is named by whole paths, since
-        they have another current folder."""
+        """The configuration with absolute paths: workers have another current folder."""
         model, calibration, evaluate = self.config.model, self.config.calibration, self.config.evaluate
         ids = calibration.token_ids
         return self.config.model_copy(
@@ -99,20 +98,20 @@ class Context:
 
     @cached_property
     def task_digest(self) -> str:
-        """Digest of the tasks' questions and files: with others it is another measurement."""
+        """Digest of the questions and files of the tasks."""
         questions = self.inspection.questions
         return digest_of({name: questions[name] for name in ("search", "evaluate")}, *self.task_files)
 
     @cached_property
     def task_files(self) -> list[str]:
-        """Digests of the files of further tasks."""
+        """Digests of the files in `evaluate.include_path`."""
         folder = include_path(self.config)
         files = sorted(path for path in Path(folder).rglob("*") if path.is_file()) if folder else []
         return [file_digest(path) for path in files if path.suffix != ".pyc"]
 
     @cached_property
     def pruned_config(self) -> Any:
-        """transformers config of the pruned model; its weights are not looked at."""
+        """The transformers config of the pruned model, read without its weights."""
         folder = self.run_dir.stage("prune")
         with tempfile.TemporaryDirectory() as here:
             fetch_file(folder / CONFIG_FILE, Path(here) / CONFIG_FILE)
@@ -137,7 +136,7 @@ class Context:
 
     @cached_property
     def plan_in_file(self) -> PrecisionPlan | None:
-        """The plan in the file that `search.plan` names; None where it names none.
+        """The plan in the file that `search.plan` names, or None.
 
         Raises:
             PlanRefused: If it is no plan for this model, or over the budget.
@@ -151,10 +150,10 @@ class Context:
 
     @cached_property
     def trackers(self) -> Trackers | None:
-        """Who is told of trials and fine-tunes beside TensorBoard; None where nobody is.
+        """The trackers beside TensorBoard, or None.
 
         Raises:
-            UserError: If one of them cannot be told.
+            UserError: If one of them cannot be used.
         """
         names, root = self.config.trackers, self.run_dir.root
         if not names:
@@ -175,7 +174,7 @@ class Context:
 
     @property
     def known_slots(self) -> Slots:
-        """The slots, without starting Ray where it may not be needed."""
+        """The slots, found without starting Ray."""
         return self.slots if self.address else self.assumed or local_slots()
 
     @cached_property
@@ -188,15 +187,14 @@ class Context:
 
     @cached_property
     def check_node(self) -> bytes:
-        """What each process on the cluster calls before it reads its work: its node may have joined since all were
-        looked at. This machine is like itself."""
+        """A pickled check that each process on the cluster calls first: its node may have joined late."""
         if not self.address:
             return packed_check_of_gpus()
         return packed_check(self.run_dir) if self.writes else packed_check_of_installation()
 
     @property
     def _is_spread(self) -> bool:
-        """Whether the dense model lies on all GPUs of its machine."""
+        """Whether the dense model is spread over all GPUs of its machine."""
         return self.config.model.device_map == "auto"
 
     def _executor_resources(self) -> dict[str, float]:
@@ -208,7 +206,7 @@ class Context:
 
     @cached_property
     def trial_resources(self) -> dict[str, float]:
-        """What Ray reserves for one trial; settled once, whatever machines go later.
+        """What Ray reserves for one trial; it stays the same when machines leave.
 
         Raises:
             UserError: If it fits on no machine that there is or may be.
@@ -219,8 +217,10 @@ class Context:
         return resources
 
     def task_resources(self, num_tasks: int, num_workers: int = 1) -> tuple[dict[str, float], int]:
-        """Resources of one of several equal tasks, or of each of a task's workers, and how many tasks run at once. On
-        CPUs the tasks share the cores."""
+        """Return the resources of one of several equal tasks, or of each of its workers, and how many run at once.
+
+        On CPUs the tasks share the cores.
+        """
         resources, slots = worker_resources(self.trial_resources, num_workers), self.slots
         limit = max(self.config.search.max_concurrent or num_tasks * num_workers, num_workers)
         room = max(slots.fits(resources), min(slots.at_most(resources), limit))
@@ -231,21 +231,21 @@ class Context:
         return resources, concurrent
 
     def check_ours(self, stage: str) -> None:
-        """Asked before a record goes or comes: this process may have slept until now, since its work began.
+        """Check the lock before a record is written or removed: this process may have slept.
 
         Raises:
-            StageError: If another driver took the run over.
+            StageError: If another driver has the run.
         """
         if not self.holds_run():
             raise lock_lost(stage, f"{display_name(self.run_dir.root / LOCK)} is another's, or gone")
 
     def forget(self, stage: str) -> None:
-        """Drop the record of a stage of ours."""
+        """Remove the record of a stage."""
         self.check_ours(stage)
         self.run_dir.forget(stage)
 
     def join(self) -> None:
-        """Have Ray up: where it is not, Tune and tasks join the cluster of `RAY_ADDRESS`, or one on this machine."""
+        """Connect to Ray: Tune and tasks join the cluster of `RAY_ADDRESS`, or one on this machine."""
         _ = self._cluster
 
     def close(self) -> None:

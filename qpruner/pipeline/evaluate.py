@@ -7,6 +7,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from typing_extensions import override
+
 from qpruner.errors import CorruptFile
 from qpruner.pipeline.finetune import row_set_aside_if_damaged
 from qpruner.pipeline.stage import Stage
@@ -45,12 +47,15 @@ class Evaluate(Stage[EvalRecord]):
         untuned = untuned_candidates(self.context, winner.plan)
         return [*untuned, *candidates_for(self.context, [(winner.name, winner.plan, winner.seed)])]
 
+    @override
     def inputs(self) -> tuple[Any, ...]:
         return (self.context.record(FinetuneRecord).digest, scores_digest(self.context))
 
+    @override
     def detail(self) -> str:
         return f"{', '.join(self.config.evaluate.tasks)} for {counted(len(self.jobs), 'model')}"
 
+    @override
     def run(self, scratch: Path) -> dict[str, Any]:
         context, jobs = self.context, self.jobs
         about, text = held_out_text(context, scratch / "text")
@@ -69,6 +74,7 @@ class Evaluate(Stage[EvalRecord]):
             "gpu_seconds": sum(row.gpu_seconds for row in rows) + context.gpu_time.seconds - before,
         }
 
+    @override
     def summary(self, record: EvalRecord) -> str:
         scores = {(row.name, row.seed is None): scores_line(row.scores) for row in record.rows}
         return f"{self.jobs[-1].label} {scores[SEARCHED, False]}; base as it is {scores[BASE, True]}"
@@ -82,7 +88,7 @@ class Evaluate(Stage[EvalRecord]):
 
 
 def held_out_text(context: Context, folder: Path) -> tuple[str | None, Path | None]:
-    """What perplexity is measured on, in words and encoded; nothing where all there is are answers to questions."""
+    """Encode the text that perplexity is measured on, and describe it; answers to questions are no text."""
     from qpruner.data.encoding import load_confirmation, save_encoded, text_windows
     from qpruner.models.loading import load_tokenizer
 
@@ -103,14 +109,14 @@ def held_out_text(context: Context, folder: Path) -> tuple[str | None, Path | No
 
 
 def scores_digest(context: Context) -> str:
-    """Digest of what a row is scored on."""
+    """Compute the digest of what a row is scored on."""
     texts = [row.response for row in context.inspection.examples.get("text", ())]
     metrics = context.inspection.metrics["evaluate"]
     return digest_of(context.config.evaluate, context.task_digest, metrics, texts, context.config.data.max_length)
 
 
 def score_jobs(context: Context, stage: str, jobs: list[Candidate], text: Path | None) -> dict[Path, RowScores]:
-    """Score what has no record of these tasks and this text yet; the scores by folder."""
+    """Score the models without a record of these tasks and this text; return the scores by folder."""
     from qpruner.cluster.tasks import run_tasks
 
     digest = scores_digest(context)
@@ -155,14 +161,14 @@ def score_jobs(context: Context, stage: str, jobs: list[Candidate], text: Path |
 
 
 def scores_line(scores: tuple[TaskScore, ...]) -> str:
-    """`task acc_norm 0.650 (se 0.048)` for every task."""
+    """Write `task acc_norm 0.650 (se 0.048)` for every task."""
     return ", ".join(f"{each.task} {each.metric} {each.value:.3f}{error_text(each.stderr, 3)}" for each in scores)
 
 
 def measure_in_turns(
     context: Context, stage: str, jobs: Iterable[Candidate]
 ) -> tuple[InferenceSetting, dict[Path, Inference]]:
-    """What each row takes to use, by its folder; training seeds of one plan are one model."""
+    """Measure memory and speed of each row, by its folder; training seeds of one plan are one model."""
     from qpruner.cluster.tasks import run_tasks
 
     models: dict[tuple[Any, ...], list[Candidate]] = {}

@@ -10,6 +10,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from typing_extensions import override
+
 from qpruner.config.schema import RunConfig
 from qpruner.errors import CorruptFile, StageError
 from qpruner.pipeline.prepare import telling
@@ -72,25 +74,30 @@ class Finetune(Stage[FinetuneRecord]):
         """Where people look for the model; the stage's own folder keeps nothing."""
         return self.context.run_dir.root / "final"
 
+    @override
     def inputs(self) -> tuple[Any, ...]:
         return (self.context.record(SearchRecord).digest, job_keys(self.jobs))
 
+    @override
     def check(self) -> None:
         from qpruner.pipeline.resources import check_finetune
 
         if not self.context.assumed:
             check_finetune(self.config, self.context.known_slots)
 
+    @override
     def begin(self) -> None:
         if not (have_rows(self.jobs) and self._has_final()):
             self.context.forget("finetune")
 
+    @override
     def detail(self) -> str:
         settings = self.config.finetune
         length = counted(settings.steps, "step") if settings.steps else counted(settings.epochs or 0.0, "epoch")
         # The plan's loss here beside its loss as a trial, after as many steps, looks like an error.
         return f"the winner, {length}, under another training seed than the trials', so its loss is not that of a trial"
 
+    @override
     def run(self, scratch: Path) -> dict[str, Any]:
         context = self.context
         tuned = finetune_jobs(context, "finetune", self.jobs)
@@ -104,11 +111,13 @@ class Finetune(Stage[FinetuneRecord]):
         held = sum(each.gpu_seconds for each in tuned) + context.gpu_time.seconds - before
         return {"winner": SEARCHED, "candidates": tuned, "gpu_seconds": held}
 
+    @override
     def summary(self, record: FinetuneRecord) -> str:
         [tuned] = record.candidates
         losses = f"validation loss {tuned.validation_loss:.4f}, confirmation loss {tuned.confirmation_loss:.4f}"
         return f"{losses}, training seed {tuned.seed}"
 
+    @override
     def disk_bytes(self) -> int:
         return 2 * self.context.checkpoint_bytes
 
@@ -123,7 +132,7 @@ def have_rows(jobs: Iterable[RowJob]) -> bool:
 
 
 def finetune_jobs(context: Context, stage: str, jobs: list[RowJob]) -> list[CandidateRecord]:
-    """Fine-tune what has no record yet, each in a process or a group of its own; a record for every row and seed."""
+    """Fine-tune the rows without a record, each in processes of its own; return a record for every row and seed."""
     models = distinct(jobs)
     recorded = for_each(_recorded, [job.folder for job in models])
     found: dict[Path, CandidateRecord] = {}
@@ -159,7 +168,7 @@ def finetune_jobs(context: Context, stage: str, jobs: list[RowJob]) -> list[Cand
 
 
 def _recorded(folder: Path) -> CandidateRecord | str | None:
-    """The record of a fine-tuned row, or what of it is damaged; of weights at a URI who fetches them finds that out."""
+    """Read the record of a fine-tuned row, or say what is damaged; a fetch checks weights at a URI."""
     weights = folder / "adapter" / ADAPTER_WEIGHTS
     try:
         record = read_json(folder / "record.json", CandidateRecord)
@@ -177,7 +186,7 @@ def _recorded(folder: Path) -> CandidateRecord | str | None:
 def _finetuned(
     context: Context, jobs: list[Candidate], on_tick: Callable[[], None]
 ) -> Iterator[tuple[int, FinetuneOutcome]]:
-    """Positions and outcomes as the fine-tunes end; as many at once as the slots take."""
+    """Yield positions and outcomes as the fine-tunes end; as many run at once as the slots take."""
 
     def saved(position: int) -> list[Path]:
         return sorted(published_folders(jobs[position].checkpoints))
@@ -233,7 +242,7 @@ def _layout_of(context: Context, job: Candidate) -> Layout:
 
 @contextmanager
 def row_set_aside_if_damaged(run: RunDir, stage: str) -> Iterator[None]:
-    """Set the row aside whose adapter turns out not to be as it was written, so that the next command makes it anew."""
+    """Set aside a row whose adapter is damaged, so that the next command makes it again."""
     try:
         yield
     except CorruptFile as error:
@@ -252,13 +261,7 @@ def row_set_aside_if_damaged(run: RunDir, stage: str) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class FinalJob:
-    """What the final folder is made of.
-
-    Attributes:
-        config: The run's configuration.
-        winner: The fine-tuned row.
-        folder: Where it goes.
-    """
+    """The fine-tuned winner, and the folder that the final model is written to."""
 
     config: RunConfig
     winner: Candidate
@@ -266,7 +269,7 @@ class FinalJob:
 
 
 def write_final(job: FinalJob, cache: ModelCache, emit: Emit) -> None:
-    """The final folder: packed weights, adapter and tokenizer, loadable by transformers after `import qpruner.hf`."""
+    """Write packed weights, adapter and tokenizer, which transformers loads after `import qpruner.hf`."""
     from qpruner.models.checkpoint import save_checkpoint
     from qpruner.models.loading import load_tokenizer, tensors_told
     from qpruner.quantization.assembly import assemble

@@ -43,7 +43,7 @@ REPAIRED = frozenset(stage.name for stage in STAGES if stage.repairs_files)
 
 
 def stages_until(until: str) -> tuple[type[Stage[Any]], ...]:
-    """The stages up to this one."""
+    """List the stages up to this one."""
     return STAGES[: [stage.name for stage in STAGES].index(until) + 1]
 
 
@@ -82,7 +82,7 @@ def run_stage(stage: Stage[Any]) -> None:
 
 
 def _record_of(stage: Stage[RecordType], digest: str, started: float) -> RecordType:
-    """Do a stage's work in a scratch folder, then publish folder and record."""
+    """Run a stage in a scratch folder, then publish folder and record."""
     assert stage.record
     context, run = stage.context, stage.context.run_dir
     held = context.gpu_time.seconds
@@ -97,7 +97,7 @@ def _record_of(stage: Stage[RecordType], digest: str, started: float) -> RecordT
 
 
 def _usable_record(stage: Stage[RecordType], digest: str) -> RecordType | None:
-    """The record for which a stage need not run, its files intact."""
+    """Return the record for which the stage need not run, if its files are intact."""
     try:
         record = stage.matching_record(digest)
     except CorruptFile as error:

@@ -1,7 +1,6 @@
-"""The cluster's nodes, looked at before anything expensive: one table of what they are, and an error that names each
-that the run could not use.
+"""Check the cluster's nodes before anything expensive: one table, and an error that names each unusable node.
 
-Nodes that join later, as an autoscaler's do, are compared where work on them begins (`execution.probe.packed_check`).
+Nodes that join later, as an autoscaler's do, are checked where work on them begins (`cluster.probe.packed_check`).
 """
 
 from __future__ import annotations
@@ -31,15 +30,7 @@ HEADINGS = ("node", "CPUs", "GPUs", "bank cache free", "versions", "state")
 
 @dataclass(frozen=True)
 class Needs:
-    """What a node is measured by.
-
-    Attributes:
-        config: The run's configuration.
-        layout: The pruned model's sizes.
-        resources: Ray resources of one trial.
-        storage: The run folder.
-        versions: Those of the driver.
-    """
+    """What a node must have: room for the pruned model, a trial's resources, the driver's versions."""
 
     config: RunConfig
     layout: Layout
@@ -48,20 +39,16 @@ class Needs:
     versions: Mapping[str, str]
 
     @property
-    def bank_bytes(self) -> int:
-        """What the bank's files will take on a node."""
-        levels = [bits for bits in self.config.quantize.bits if bits != FULL_BITS]
-        return sum(sum(self.layout.group_bytes(bits)) + self.layout.adapter_bytes for bits in levels)
-
-    @property
     def copies(self) -> dict[str, tuple[str, int]]:
-        """What a node's copies will take in all: by the variable that names their folder, in words and in bytes."""
+        """What a node keeps copies of, and their bytes, by the variable that names their folder."""
+        levels = [bits for bits in self.config.quantize.bits if bits != FULL_BITS]
+        bank_bytes = sum(sum(self.layout.group_bytes(bits)) + self.layout.adapter_bytes for bits in levels)
         model_bytes = self.layout.num_parameters * self.layout.element_bytes
-        return {BANK_CACHE: ("the bank", self.bank_bytes), CACHE: ("the pruned model", model_bytes)}
+        return {BANK_CACHE: ("the bank", bank_bytes), CACHE: ("the pruned model", model_bytes)}
 
 
 def look_at_nodes(context: Context) -> None:
-    """Have every node of the cluster looked at, and tell what they are in one table.
+    """Ask every node what it is, and show the answers in one table.
 
     Raises:
         UserError: Naming each node that the run could not use, why, and the remedy.
@@ -87,8 +74,8 @@ def look_at_nodes(context: Context) -> None:
 
 
 def _banked(run: RunDir) -> list[str]:
-    """sha256 of the files of the run's bank, as far as it has one."""
-    with contextlib.suppress(CorruptFile):  # told where the stage asks for its record
+    """List the sha256 of the bank's files, none where there is no bank."""
+    with contextlib.suppress(CorruptFile):  # reported where the stage reads its record
         record = run.read_record("bank", BankRecord)
         return list(record.files.values()) if record else []
     return []
@@ -96,13 +83,13 @@ def _banked(run: RunDir) -> list[str]:
 
 @contextlib.contextmanager
 def _left_in(storage: Path) -> Iterator[tuple[Path, str]]:
-    """A folder in the run's storage with a file of the driver's; it is gone afterwards, and so is what was made for it.
+    """Put a file of the driver's into a folder of the run's storage; afterwards remove all that was made for it.
 
     The names are new each time: a network file system may remember for a while that a name is not there.
     """
     driver = uuid.uuid4().hex
-    made = [place for place in (storage, *storage.parents) if not place.exists()]
     folder = storage / f".nodes-{driver}"
+    made = [place for place in (storage, *storage.parents) if not place.exists()]
     try:
         write_text(folder / driver, driver)
     except OSError as error:
@@ -117,12 +104,9 @@ def _left_in(storage: Path) -> Iterator[tuple[Path, str]]:
 
 
 def troubles(report: Report, needs: Needs, is_unseen: bool) -> dict[str, str]:
-    """What is wrong with a node, in a word or two and in a sentence.
+    """Find what is wrong with a node: short names and sentences.
 
-    Args:
-        report: The node.
-        needs: What it is measured by.
-        is_unseen: The driver does not see what it wrote to the storage.
+    `is_unseen` says that the driver does not see what the node wrote to the storage.
     """
     if report.has_left:
         return {}
@@ -185,7 +169,7 @@ def _gpus(report: Report, facts: NodeFacts, needs: Needs) -> str:
 
 
 def _is_declared(report: Report) -> bool:
-    """Whether somebody told Ray of GPUs that are not there: Ray itself counts none without a driver."""
+    """Whether somebody declared GPUs to Ray that are not there: Ray itself counts none without a driver."""
     facts = report.facts
     return facts is not None and report.size.gpus > 0 and not facts.gpus and not facts.has_hardware
 
@@ -196,7 +180,7 @@ def _works_on_cpus(reports: Sequence[Report], resources: Mapping[str, float]) ->
 
 
 def row(report: Report, needs: Needs, found: Mapping[str, str]) -> tuple[str, ...]:
-    """A node's row of the table."""
+    """Make a node's row of the table."""
     facts, size = report.facts, report.size
     state = "left the cluster" if report.has_left else ", ".join(found) or "ok"
     if facts is None:

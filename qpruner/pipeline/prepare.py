@@ -7,6 +7,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from typing_extensions import override
+
 from qpruner.config.schema import DataSource, ModelConfig, RunConfig
 from qpruner.pipeline.stage import Stage
 from qpruner.runs.events import Emit, Progress
@@ -32,13 +34,16 @@ class Prepare(Stage[PrepareRecord]):
     repairs_files = True
     starts_ray = False
 
+    @override
     def inputs(self) -> tuple[Any, ...]:
         config = self.config
         return (config.model, config.data, config.calibration, config.seed, *_source_digests(config))
 
+    @override
     def detail(self) -> str:
         return f"base model {self.config.model.source}, encoding the data"
 
+    @override
     def run(self, scratch: Path) -> dict[str, Any]:
         context, run = self.context, self.context.run_dir
         is_shared = bool(context.address) or run.storage.is_read_anywhere
@@ -55,9 +60,11 @@ class Prepare(Stage[PrepareRecord]):
             "num_rows": counts,
         }
 
+    @override
     def summary(self, record: PrepareRecord) -> str:
         return ", ".join(f"{count} {name}" for name, count in record.num_rows.items()) + " rows"
 
+    @override
     def disk_bytes(self) -> int:
         base = self.context.inspection.base
         return base.num_parameters * base.element_bytes
@@ -65,12 +72,9 @@ class Prepare(Stage[PrepareRecord]):
 
 @dataclass(frozen=True)
 class BaseJob:
-    """Where the base model is to be.
+    """The base model, and the folder for it where it is converted.
 
-    Attributes:
-        model: The configuration's section.
-        folder: Where its files go if it is none yet.
-        is_shared: Other machines read it too, and see the run's storage, but not each other's caches of the hub.
+    With `is_shared` other machines read it too: they see the run's storage, but not each other's caches of the hub.
     """
 
     model: ModelConfig
@@ -79,7 +83,7 @@ class BaseJob:
 
 
 def bring_base(job: BaseJob, cache: ModelCache, emit: Emit) -> Base:
-    """The base model as a folder."""
+    """Bring the base model into a folder."""
     from qpruner.models.checkpoint import prepare_base
 
     with writing_folder(job.folder) as folder:
@@ -88,7 +92,7 @@ def bring_base(job: BaseJob, cache: ModelCache, emit: Emit) -> Base:
 
 
 def telling(emit: Emit, stage: str) -> OnLoading:
-    """Tells of weights on their way as a stage's progress."""
+    """Report the loading and saving of weights as progress of a stage."""
     return lambda what, done, total: emit(Progress(stage, done, total, what))
 
 
@@ -118,7 +122,7 @@ def _encode_splits(context: Context, model_path: str, folder: Path) -> dict[str,
 def encode_split(
     config: RunConfig, examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase
 ) -> list[dict[str, list[int]]]:
-    """Rows of a split as the model sees them, one an example."""
+    """Encode each example of a split as one row."""
     from qpruner.data.encoding import encode
 
     settings = config.data
@@ -128,7 +132,7 @@ def encode_split(
 def importance_samples(
     config: RunConfig, examples: Sequence[Example], vocabulary: int, tokenizer: PreTrainedTokenizerBase
 ) -> list[dict[str, list[int]]]:
-    """What importance is measured on: given token ids, or packed samples or rows in the order of a shuffle."""
+    """Make the calibration samples: given token ids, or packed samples or rows in the order of a shuffle."""
     from qpruner.data.encoding import load_token_ids, packed_samples, row_samples, shuffled
 
     settings, data = config.calibration, config.data
@@ -140,7 +144,7 @@ def importance_samples(
 
 
 def _source_digests(config: RunConfig) -> list[str]:
-    """sha256 of every local file that the stage reads; the configuration has id, revision and split of hub sources."""
+    """List the sha256 of every local file that is read; the configuration identifies hub sources."""
     from qpruner.models.loading import resolve_source
 
     sources: list[DataSource] = [*config.data.train, *config.data.validation, *config.data.confirmation]

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from typing_extensions import override
+
 from qpruner.config.schema import PruneConfig, RunConfig
 from qpruner.models.families import ATTENTION, EXPERT, MLP, family_of
 from qpruner.models.layout import num_layers
@@ -40,12 +42,14 @@ class Prune(Stage[PruneRecord]):
     starts_ray = False
     memory_keys = "`calibration.batch_size` or `calibration.max_length`"
 
+    @override
     def inputs(self) -> tuple[Any, ...]:
         from qpruner.pruning.prune import settled
 
         settings = settled(self.context.inspection.model_config, self.config.prune)
         return (self.context.record(PrepareRecord).digest, settings)
 
+    @override
     def warnings(self) -> Iterator[str]:
         from qpruner.pipeline.preflight import remark_on_cut
 
@@ -54,9 +58,11 @@ class Prune(Stage[PruneRecord]):
         if is_all and (remark := remark_on_cut(self.config, context.inspection)):
             yield remark
 
+    @override
     def detail(self) -> str:
         return describe(_settings(self.context))
 
+    @override
     def run(self, scratch: Path) -> dict[str, Any]:
         context = self.context
         self._report_earlier_cut()
@@ -66,12 +72,14 @@ class Prune(Stage[PruneRecord]):
         require_arrived(scratch)
         return fields
 
+    @override
     def summary(self, record: PruneRecord) -> str:
         return (
             f"{record.parameters_before / 1e6:.1f}M -> {record.parameters_after / 1e6:.1f}M parameters "
             f"({record.target}, {record.achieved})"
         )
 
+    @override
     def disk_bytes(self) -> int:
         base = self.context.inspection.base
         return base.num_parameters * base.element_bytes

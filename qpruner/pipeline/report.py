@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from typing_extensions import override
+
 from qpruner.pipeline.stage import Stage
 from qpruner.runs.records import Record
 from qpruner.runs.run_dir import RunDir
@@ -22,15 +24,18 @@ class Report(Stage[Record]):
     name = "report"
     help = "Write a run folder's report anew, whole or not; given a configuration, run the whole flow."
 
+    @override
     def warnings(self) -> Iterator[str]:
         from qpruner.report.card import other_base_remark
 
         if remark := other_base_remark(self.config):
             yield remark
 
+    @override
     def detail(self) -> str:
         return WRITTEN
 
+    @override
     def run(self, scratch: Path) -> dict[str, Any]:
         from qpruner.export.card_metadata import lacking, told_lacking
         from qpruner.report.files import CARD, write_report
@@ -41,6 +46,7 @@ class Report(Stage[Record]):
             self.tell(remark)
         return {}
 
+    @override
     def summary(self, record: Record) -> str:
         return WRITTEN
 

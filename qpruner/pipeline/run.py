@@ -39,8 +39,8 @@ class Checked:
     """What a run would be.
 
     Attributes:
-        inspection: Sizes and rows; of the pruned model itself, where the run's folder has it already.
-        slots: Trials at once, were there enough of them; fine-tunes, too.
+        inspection: Sizes and rows; of the recorded pruned model where there is one.
+        slots: Trials, or fine-tunes, that fit at once.
         resources: What Ray reserves for one.
         done: How much of each stage is recorded with the same inputs, from 0 to 1.
         disk: Bytes that are needed at most, and bytes that are free.
@@ -58,10 +58,9 @@ def check(config: RunConfig, emit: Emit, address: str | None = None, gpu_is_else
 
     Args:
         config: The configuration.
-        emit: Told of the cluster's nodes.
+        emit: Receives the cluster's nodes.
         address: A running Ray cluster to join; None looks at this machine.
-        gpu_is_elsewhere: Without an address: assume a machine with the GPUs that a trial asks for. How many there will
-            be is not known.
+        gpu_is_elsewhere: Without an address, assume a machine with the GPUs that a trial asks for.
 
     Raises:
         UserError: For what cannot work.
@@ -96,10 +95,10 @@ def run(
 
     Args:
         config: The configuration.
-        emit: Told of every event.
+        emit: Receives every event.
         address: A running Ray cluster to join; None starts Ray on this machine when it is needed.
         until: Name of the last stage to run.
-        command: What repeats it in a shell; this process's own command line unless it is another one.
+        command: What repeats it in a shell; None takes this process's command line.
 
     Returns:
         The records so far; those of stages after `until` are None.
@@ -132,12 +131,12 @@ def run(
             with progress.ending():
                 results = _checked_flow(context, until)
         except BaseException as error:
-            # Of a storage that was waited for a report would wait once more.
+            # A report would wait once more for a storage that is away.
             is_away = isinstance(error, StorageError) or isinstance(error.__cause__, StorageError)
-            if progress.is_told and not is_away and holds_run():  # else the report of an earlier command stands
+            if progress.is_written and not is_away and holds_run():  # else the report of an earlier command stands
                 report_unfinished(run_dir)
             raise
-        # Where nothing was done an earlier report, maybe of a whole run, tells more.
+        # Where nothing was done, an earlier report, maybe of a whole run, has more.
         if until != Report.name and holds_run() and (progress.has_begun or not exists(run_dir.root / "report.html")):
             on_event(Message(Report.name, report_unfinished(run_dir)))
         return results
@@ -159,7 +158,7 @@ def preview(config: RunConfig, emit: Emit, address: str | None = None) -> PruneR
 
     Args:
         config: The configuration.
-        emit: Told of every event.
+        emit: Receives every event.
         address: A running Ray cluster to join; None cuts in this process.
 
     Raises:

@@ -15,6 +15,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from typing_extensions import override
+
 from qpruner.data.measures import accuracy_name
 from qpruner.errors import CorruptFile, StageError
 from qpruner.pipeline.stage import Stage
@@ -88,15 +90,18 @@ class Search(Stage[SearchRecord]):
         """Where the trials are recorded."""
         return self.context.run_dir.trials / self.trials_digest
 
+    @override
     def inputs(self) -> tuple[Any, ...]:
         settings = self.config.search
         # More trials or hours continue with those there are.
         ends = (settings.max_trials, settings.max_hours, settings.max_gpu_hours, settings.patience, settings.confirm)
         return (self.trials_digest, self.search_digest, *ends)
 
+    @override
     def warnings(self) -> Iterable[str]:
         return self.context.inspection.warnings
 
+    @override
     def check(self) -> None:
         from qpruner.pipeline.resources import check_search
         from qpruner.training.trackers import check_trackers
@@ -104,6 +109,7 @@ class Search(Stage[SearchRecord]):
         check_search(self.config.search, self.context.known_slots)
         check_trackers(self.config.trackers)
 
+    @override
     def begin(self) -> None:
         """Report what is known of the trials, and forget the record where one of them was damaged."""
         context, settings = self.context, self.config.search
@@ -132,12 +138,14 @@ class Search(Stage[SearchRecord]):
     def _metric(self) -> Literal["loss", "accuracy"]:
         return "accuracy" if self.config.search.by_accuracy else "loss"
 
+    @override
     def detail(self) -> str:
         settings = self.config.search
         trials = "the given plan" if self.given else f"{counted(settings.max_trials, 'trial')}, {settings.searcher}"
         budget = self.context.space.budget_bytes / 1e6
         return f"{trials}, {counted(settings.steps, 'step')} each, budget {budget:.1f} MB"
 
+    @override
     def run(self, scratch: Path) -> dict[str, Any]:
         context, job = self.context, self._job()
         # Beside a plan that was given the controls are not run, but known for what they are where a search ran them.
@@ -169,7 +177,7 @@ class Search(Stage[SearchRecord]):
         }
 
     def _job(self) -> SearchJob:
-        """What the trials are run with."""
+        """Collect what the trials are run with."""
         from qpruner.cluster.tune import SearchJob
         from qpruner.search.trial import run_trial
 
@@ -212,7 +220,7 @@ class Search(Stage[SearchRecord]):
                 return outcome, finalists
 
     def _trial_fields(self, outcome: SearchOutcome) -> dict[str, Any]:
-        """What the record says of the trials."""
+        """Return the fields of the record that describe the trials."""
         statuses = [trial.status for trial in outcome.trials]
         return {
             "trials_digest": self.trials_digest,
@@ -232,6 +240,7 @@ class Search(Stage[SearchRecord]):
             "sessions": outcome.sessions,
         }
 
+    @override
     def summary(self, record: SearchRecord) -> str:
         front = f"a front of {counted(len(record.front), 'plan')}, " if record.front else ""
         return (
@@ -239,21 +248,24 @@ class Search(Stage[SearchRecord]):
             f"winner: trial {record.best_index} [{PrecisionPlan.from_dict(record.best_plan)}] ({record.best_origin})"
         )
 
+    @override
     def share_done(self) -> float:
         over = sum(trial.is_over and trial.search == self.search_digest for trial in readable_trials(self.folder))
         return min(1.0, over / self.config.num_trials)
 
+    @override
     def disk_bytes(self) -> int:
         are_here = self.context.run_dir.storage.fills_this_disk
         return self.context.checkpoint_bytes * self.config.num_trials if are_here else 0
 
 
 def given_plan(context: Context) -> PrecisionPlan | None:
-    """The plan that is taken instead of a search: that of a file, a sensitivity's seed plan, or the only one there is;
-    None where plans are searched.
+    """Return the plan that is used instead of a search, or None.
+
+    It comes from a file, is a sensitivity's seed plan, or the only plan there is.
 
     Raises:
-        PlanRefused: If a file's plan is none for this model, or over the budget.
+        PlanRefused: If a file's plan does not fit this model or its budget.
     """
     space, method = context.space, context.config.search.plan_method
     if method:
@@ -296,7 +308,7 @@ def _trials_digest(context: Context, search_digest: str) -> str:
 
 
 def _report_recorded(context: Context, job: SearchJob) -> int:
-    """Say what the search starts from; returns the number of its own trials that were recorded before."""
+    """Report what the search starts from; return the number of its own recorded trials."""
     recorded = [trial for trial in read_trials(job.trials) if trial.rungs]
     resumed = sum(1 for trial in recorded if job.owns(trial))
     if resumed:
@@ -312,12 +324,12 @@ def _plan(trial: TrialRecord) -> PrecisionPlan:
 
 
 def _competes(trial: TrialRecord, job: SearchJob) -> bool:
-    """Whether a trial may win a search: one of a plan that was given instead of another search is none of its own."""
+    """Whether a trial may win: a plan that was given in place of an earlier search may not."""
     return not trial.is_given or job.control_of(_plan(trial)) is not None
 
 
 def _finalists(trials: Sequence[TrialRecord], job: SearchJob) -> list[TrialRecord]:
-    """The best finished trials and every finished control; for a front, no trial that could be on it is left out.
+    """Choose the best finished trials and every finished control; for a front, all trials that could be on it.
 
     Raises:
         StageError: If no trial finished, with the first reason.
@@ -347,7 +359,7 @@ def _finalists(trials: Sequence[TrialRecord], job: SearchJob) -> list[TrialRecor
 
 
 def _beside_given(trials: Sequence[TrialRecord], given: PrecisionPlan, job: SearchJob) -> list[TrialRecord]:
-    """The trial of the plan that was given, and every control that a search has finished: what it is compared with.
+    """Choose the trial of the given plan, and every control that a search has finished to compare it with.
 
     Raises:
         StageError: If the given plan's trial did not finish.
@@ -360,7 +372,7 @@ def _beside_given(trials: Sequence[TrialRecord], given: PrecisionPlan, job: Sear
 def _confirm(
     context: Context, finalists: Sequence[TrialRecord], scores: Sequence[KeptScore], job: SearchJob
 ) -> list[Confirmation]:
-    """The finalists with their scores on what no trial was scored on."""
+    """Report the finalists with their scores on fresh rows."""
     confirmations = []
     for trial, score in zip(finalists, scores, strict=True):
         control, reused = job.control_of(_plan(trial)), not job.owns(trial)
@@ -383,7 +395,7 @@ def _confirm(
 
 
 def _fresh_scores(context: Context, finalists: Sequence[TrialRecord], job: SearchJob) -> list[KeptScore]:
-    """Scores of each finalist on what no trial was scored on; what a command before scored is not scored again."""
+    """Score each finalist on fresh rows; scores of an earlier command are reused."""
     from qpruner.cluster.tasks import run_tasks
 
     paths = [fresh_path(job.trials, trial.index) for trial in finalists]
@@ -429,7 +441,7 @@ def _kept_or_error(path: Path) -> KeptScore | CorruptFile | None:
 def _confirmation_jobs(
     context: Context, finalists: Sequence[TrialRecord], job: SearchJob
 ) -> tuple[list[ConfirmationJob], dict[str, float], int]:
-    """A job a finalist, the resources of each, and how many run at once."""
+    """Make a job for each finalist; return them, the resources of each, and how many run at once."""
     resources, concurrent = context.task_resources(len(finalists))
     jobs = []
     for trial in finalists:
@@ -444,7 +456,7 @@ def _confirmation_jobs(
 
 
 def _best(confirmations: Sequence[Confirmation], job: SearchJob) -> Confirmation | None:
-    """The best on fresh rows; a control wins like any other plan, and a tie."""
+    """Return the best on fresh rows; a control wins a tie."""
     scores = [objective(each, job.config) for each in confirmations]
     position = winner_position(scores, [each.control for each in confirmations])
     return None if position is None else confirmations[position]
@@ -453,7 +465,7 @@ def _best(confirmations: Sequence[Confirmation], job: SearchJob) -> Confirmation
 def _front(
     confirmations: Sequence[Confirmation], trials: dict[int, TrialRecord], job: SearchJob
 ) -> tuple[FrontPoint, ...]:
-    """The confirmed plans that none of fewer or equal bytes beats, by bytes."""
+    """List the confirmed plans that no plan of fewer or equal bytes beats, by bytes."""
     weighed = [(trials[each.index].plan_bytes, objective(each, job.config)) for each in confirmations]
     return tuple(
         FrontPoint(

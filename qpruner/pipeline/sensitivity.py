@@ -8,6 +8,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from typing_extensions import override
+
 from qpruner.config.schema import EXPANSION, INFORMATION, MEASUREMENT, RunConfig
 from qpruner.errors import CorruptFile
 from qpruner.pipeline.prepare import telling
@@ -34,6 +36,7 @@ class Sensitivity(Stage[SensitivityRecord]):
     keeps_scratch = True
     memory_keys = "`sensitivity.batch_size` or `data.max_length`"
 
+    @override
     def inputs(self) -> tuple[Any, ...]:
         return (self._scores_digest(), self.config.measured_methods)
 
@@ -50,9 +53,11 @@ class Sensitivity(Stage[SensitivityRecord]):
             config.seed,
         )
 
+    @override
     def detail(self) -> str:
         return ", ".join(self.config.measured_methods) or "nothing to measure"
 
+    @override
     def run(self, scratch: Path) -> dict[str, Any]:
         context, digest = self.context, self._scores_digest()
         for name, scores in _earlier_scores(context, scratch, digest):
@@ -65,6 +70,7 @@ class Sensitivity(Stage[SensitivityRecord]):
         methods = {method: read_json(file, MethodScores) for method, file in files.items()}
         return {"groups": tuple(group.name for group in context.layout.groups), "methods": methods}
 
+    @override
     def summary(self, record: SensitivityRecord) -> str:
         ranges = ", ".join(_range(method, scores) for method, scores in record.methods.items())
         bits = self.config.quantize.bits
@@ -73,8 +79,7 @@ class Sensitivity(Stage[SensitivityRecord]):
 
 
 def _earlier_scores(context: Context, scratch: Path, digest: str) -> Iterator[tuple[str, MethodScores]]:
-    """Scores of the same inputs by the name of their file, of an earlier stage and of a killed command, which leaves
-    nothing else; one that is damaged is set aside."""
+    """Yield scores of the same inputs that an earlier stage or a killed command left; a damaged file is set aside."""
     stage, is_wanted = context.run_dir.stage("sensitivity"), f"-{digest}.json"
     if scratch != stage:  # as at a URI
         for name in children(scratch):
@@ -100,7 +105,7 @@ def _range(method: str, scores: MethodScores) -> str:
 
 
 def _scored(context: Context, missing: set[str]) -> Iterator[tuple[str, MethodScores]]:
-    """Scores of the methods that are missing, and of those that come from the same passes."""
+    """Compute the scores of the missing methods, and of those that come from the same passes."""
     from qpruner.data.encoding import load_encoded
     from qpruner.models.loading import load_tokenizer
     from qpruner.sensitivity import methods as scoring
@@ -126,23 +131,19 @@ def _scored(context: Context, missing: set[str]) -> Iterator[tuple[str, MethodSc
 
 @dataclass(frozen=True)
 class ScoringJob:
-    """What a sensitivity needs, wherever the pruned model is.
-
-    Attributes:
-        config: The run's configuration.
-        checkpoint: Folder of the pruned model.
-        subject: What is scored, and on what.
-    """
+    """What a sensitivity is computed from, wherever the pruned model is."""
 
     config: RunConfig
     checkpoint: Path
     subject: Subject
 
     def model(self, cache: ModelCache, emit: Emit) -> PreTrainedModel:
+        """Load the pruned model, or take the one that is at hand."""
         return cache.pruned_model(self.checkpoint, self.config.model.dtype, telling(emit, "sensitivity"))
 
 
 def score_information(job: ScoringJob, cache: ModelCache, emit: Emit) -> dict[str, MethodScores]:
+    """Score the groups by mutual information."""
     from qpruner.sensitivity import methods as scoring
 
     config, model = job.config, job.model(cache, emit)
@@ -151,6 +152,7 @@ def score_information(job: ScoringJob, cache: ModelCache, emit: Emit) -> dict[st
 
 
 def score_expansion(job: ScoringJob, cache: ModelCache, emit: Emit) -> dict[str, MethodScores]:
+    """Score the groups by the Taylor expansion of the loss."""
     from qpruner.sensitivity import methods as scoring
 
     told = _teller(emit, EXPANSION)
@@ -158,7 +160,7 @@ def score_expansion(job: ScoringJob, cache: ModelCache, emit: Emit) -> dict[str,
 
 
 def measure_all(job: ScoringJob, cache: ModelCache, emit: Emit) -> Measurement:
-    """KL and loss of every group, on every sample."""
+    """Measure KL and loss of every group, on every sample."""
     from qpruner.sensitivity.measurement import measure
 
     model, settings = job.model(cache, emit), job.config.sensitivity
@@ -171,7 +173,7 @@ def _teller(emit: Emit, methods: Sequence[str]) -> Callable[[int, int], None]:
 
 
 def _measured(context: Context, job: ScoringJob) -> Measurement:
-    """KL and loss of every group, the samples shared among the slots where several are there."""
+    """Measure KL and loss of every group, the samples shared among the slots."""
     from qpruner.cluster.tasks import run_tasks
     from qpruner.sensitivity.measurement import Measurement
     from qpruner.sensitivity.methods import MeasurementJob, measure_share

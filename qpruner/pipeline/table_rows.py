@@ -41,12 +41,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Row:
-    """One row.
+    """One row of the final table.
 
-    Attributes:
-        name: As the records have it.
-        origin: Where its plans came from.
-        plans: A training seed and a plan for each fine-tune; one plan under all seeds, except in the random row.
+    `plans` has a training seed and a plan for each fine-tune: one plan under all seeds, except in the random row.
     """
 
     name: str
@@ -58,15 +55,17 @@ RowJob = tuple[Row, Candidate]
 
 
 def winner_row(context: Context) -> Row:
-    """The winner under the first training seed, which is not the trials' own: under the data order that the winner was
-    selected on it would be flattered."""
+    """Return the winner under the first training seed.
+
+    It is not the trials' seed: the winner was selected under that data order, which would flatter it.
+    """
     searched = context.record(SearchRecord)
     plan = PrecisionPlan.from_dict(searched.best_plan)
     return Row(SEARCHED, f"{searched.best_origin}, trial {searched.best_index}", ((context.config.seed + 1, plan),))
 
 
 def table_rows(context: Context) -> list[Row]:
-    """Every row of the comparison.
+    """List every row of the comparison.
 
     Seed plans are solved again at the winner's own bytes, and the random plans weigh as much, so that the claim
     compares like with like. The searched plan, the best seed and each of the random plans get `finetune.seeds` training
@@ -101,7 +100,7 @@ def table_rows(context: Context) -> list[Row]:
 
 
 def _best_seed_method(context: Context) -> str | None:
-    """The sensitivity whose seed plan was best on fresh rows; None where none was confirmed."""
+    """Return the sensitivity whose seed plan was best on fresh rows; None where none was confirmed."""
     searched, measured = context.record(SearchRecord), context.record(SensitivityRecord)
     names = {seed_origin(method): method for method in measured.methods}
     controls = controls_of(context.space, {name: method.values for name, method in measured.methods.items()})
@@ -114,18 +113,16 @@ def _best_seed_method(context: Context) -> str | None:
 
 
 def untuned_candidates(context: Context, winner: Mapping[str, int]) -> list[Candidate]:
-    """The model as each step before the fine-tune leaves it: base, pruned, and quantized by the winner's plan."""
+    """List the models before any fine-tune: base, pruned, and quantized by the winner's plan."""
     full = context.space.uniform(FULL_BITS).as_dict()
     steps = ((BASE, full), (PRUNED, full), (SEARCHED, winner))
     return candidates_for(context, [(name, plan, None) for name, plan in steps])
 
 
 def candidates_for(context: Context, wanted: Iterable[tuple[str, Mapping[str, int], int | None]]) -> list[Candidate]:
-    """Rows' plans under training seeds; equal models with equal fine-tunes share a folder, whatever their rows.
+    """Make a candidate of each row name, plan and training seed (None for no fine-tune).
 
-    Args:
-        context: Of a run whose model is pruned and quantized.
-        wanted: Name of a row, its plan and a training seed, None for no fine-tune.
+    Equal models with equal fine-tunes share a folder, whatever their rows.
     """
     config, run = context.config, context.run_dir
     banked, searched = context.record(BankRecord), context.record(SearchRecord)
@@ -148,26 +145,26 @@ def candidates_for(context: Context, wanted: Iterable[tuple[str, Mapping[str, in
 
 
 def jobs_of(context: Context, rows: Iterable[Row]) -> list[RowJob]:
-    """Rows under each of their training seeds."""
+    """Make a job for each row and training seed."""
     fine_tunes = [(row, seed, plan) for row in rows for seed, plan in row.plans]
     jobs = candidates_for(context, [(row.name, plan.as_dict(), seed) for row, seed, plan in fine_tunes])
     return [(row, job) for (row, _, _), job in zip(fine_tunes, jobs, strict=True)]
 
 
 def job_keys(jobs: Iterable[RowJob]) -> list[tuple[str, str, int | None, str]]:
-    """Name, origin, seed and folder of each job, for a digest."""
+    """List name, origin, seed and folder of each job, for a digest."""
     return [(row.name, row.origin, job.seed, job.folder.name) for row, job in jobs]
 
 
 def distinct(jobs: Iterable[tuple[Any, Candidate]]) -> list[Candidate]:
-    """One job for each different model and training seed: a winner that is a control is not trained twice."""
+    """Keep one job for each different model and training seed: a winner that is a control is not trained twice."""
     return list({job.folder: job for _, job in jobs}.values())
 
 
 def worker_jobs(
     context: Context, jobs: list[Candidate], num_workers: int = 1, text: Path | None = None
 ) -> tuple[list[CandidateJob], dict[str, float], int]:
-    """Jobs as tasks of workers, the resources of each, and how many run at once."""
+    """Return the tasks of workers, the resources of each, and how many run at once."""
     resources, concurrent = context.task_resources(len(jobs), num_workers)
     threads = int(resources.get("cpu", 1))
     tasks = [CandidateJob(context.worker_config, job, context.data, threads, text, context.trackers) for job in jobs]
@@ -175,19 +172,19 @@ def worker_jobs(
 
 
 def gpus_held(context: Context, num_workers: int = 1) -> float:
-    """GPUs that a job of this many workers holds."""
+    """Count the GPUs that a job of this many workers holds."""
     return num_workers * worker_resources(context.trial_resources, num_workers).get("gpu", 0.0)
 
 
 class JobProgress:
-    """Adds up what the workers of equally long jobs leave in small files: `done total`, as they go.
+    """Adds up the progress of equally long jobs from the files that their workers write: `done total`.
 
     Args:
         context: The run.
-        stage: Whose progress it is.
+        stage: The stage whose progress it is.
         signs: A file for each job that is left.
         num_jobs: Jobs in all; the others are done.
-        what: Is counted.
+        what: What is counted.
     """
 
     def __init__(self, context: Context, stage: str, signs: list[Path], num_jobs: int, what: str) -> None:

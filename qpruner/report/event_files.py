@@ -86,12 +86,7 @@ def charts(layout: dict[str, dict[str, list[str]]]) -> Any:
 
 
 def experiment(columns: Mapping[str, str | float], metrics: Mapping[str, str]) -> Any:
-    """Make the HParams table's columns.
-
-    Args:
-        columns: Parameters, with a value of each.
-        metrics: Tag -> what its column is called.
-    """
+    """Make the HParams table's columns: of parameters, with a value of each, and of metrics, tag -> title."""
     content = HParamsPluginData(version=0)
     for name, value in columns.items():
         content.experiment.hparam_infos.add(name=name, type=TEXT if isinstance(value, str) else NUMBER)

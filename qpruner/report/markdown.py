@@ -11,13 +11,7 @@ from qpruner.report.snapshot import Snapshot
 
 
 def render(run: Snapshot, listed: Sequence[Section], pictures: str) -> str:
-    """Render a report.
-
-    Args:
-        run: What the run's folder holds.
-        listed: Its sections.
-        pictures: Folder of the plots' PNG files, seen from the report.
-    """
+    """Render a report from its sections; `pictures` is the folder of the plots' PNG files, seen from it."""
     blocks = [f"# qpruner: {prose(run.name)}"]
     if run.state.resumed or run.missing:
         blocks.append(prose(run.standing))

@@ -335,12 +335,7 @@ def write_selection(folder: Path, search: SearchRecord, trials: Mapping[int, Tri
 
 
 def write_result(root: Path, results: Results) -> None:
-    """Write the claim and the final table as a text.
-
-    Args:
-        root: The run folder.
-        results: Every record of a whole run.
-    """
+    """Write the claim and the final table as a text."""
     from qpruner.report import event_files, markdown, sections
 
     table = "\n\n".join(markdown.parts_text(sections.measured(results)))

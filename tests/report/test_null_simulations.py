@@ -114,7 +114,7 @@ def null_draws(
 @pytest.mark.parametrize(("spread", "num_random", "num_seeds"), [(0.05, 3, 2), (0.2, 5, 1)])
 def test_one_more_random_plan_is_told_apart_in_5_percent(spread: float, num_random: int, num_seeds: int) -> None:
     """Where plans differ little beside seeds and questions, and where they differ more."""
-    tasks, number = {"rows": 20, "arc": 20, "boolq": 50}, 3000
+    tasks, number = {"rows": 20, "arc": 20, "boolq": 50}, 2000
     spoke: Counter[str] = Counter()
     for results in null_draws(number, spread, num_random, num_seeds, tasks):
         found = differences(results, RANDOM)

@@ -41,16 +41,7 @@ HALO: Spec = {"stroke": "var(--page)", "strokeWidth": 4, "strokeJoin": "round", 
 
 @dataclass(frozen=True)
 class Chart:
-    """One plot.
-
-    Attributes:
-        name: Of its file and of its place in the page.
-        section: The part of the report it belongs to.
-        title: Its heading.
-        caption: How to read it.
-        spec: Vega-Lite, without what all plots share.
-        on_page: What a pointer does there, which no picture can.
-    """
+    """One plot of a section, as Vega-Lite without what all plots share; `on_page` tells what a pointer does there."""
 
     name: str
     section: str

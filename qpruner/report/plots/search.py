@@ -42,15 +42,9 @@ IN_ORDER = quantity("trial", "trial, in order of suggestion", format="d", tickMi
 
 @dataclass(frozen=True)
 class Shown:
-    """What plots of a search show.
+    """What plots of a search show: its trials, and the best one with a ring and a title.
 
-    Attributes:
-        search: What it is about.
-        trials: Those of the plot.
-        best: The trial with a ring.
-        best_title: What it is called.
-        is_chosen: Whether fresh rows chose it, so that another one may have a better score.
-        score_title: What scores are called.
+    Where fresh rows chose the best trial (`is_chosen`), another one may have a better score.
     """
 
     search: SearchState

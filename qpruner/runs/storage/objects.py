@@ -84,7 +84,7 @@ class ObjectStorage(Storage):
         self.scheme, self.bucket, self.query, self.key = scheme, bucket, query, key
 
     def at(self, path: Path, ending: str) -> ObjectStorage:
-        """The object whose key has this ending more."""
+        """Return the object whose key has one more ending."""
         return ObjectStorage(path, self.scheme, self.bucket, self.query, self.key + ending)
 
     def __truediv__(self, name: str) -> ObjectStorage:
