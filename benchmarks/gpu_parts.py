@@ -29,7 +29,7 @@ from prune_7b import random_llama, tokenizer
 from qpruner.data.calibration import Samples
 from qpruner.models.checkpoint import save_checkpoint
 from qpruner.models.loading import device
-from qpruner.models.memory import PeakMemory, release, settle
+from qpruner.models.memory import PeakMemory, freeze_libraries, release
 from qpruner.pruning.prune import prune as prune_model
 from qpruner.quantization.bank import INDEX, BankIndex, EntrySettings, GroupJob, IndexEntry, build_group, write_index
 from qpruner.runs.records import RungResult
@@ -166,7 +166,7 @@ def main() -> None:
         parser.error("`--shape 7b` needs a GPU, and torch sees none here: try `--shape tiny`")
     arguments.work.mkdir(parents=True, exist_ok=True)
     setup = SHAPES[arguments.shape](arguments.shape, arguments.work.absolute())
-    settle()  # as a worker does
+    freeze_libraries()  # as a worker does
     facts = about()  # before anything can leave the GPU in a state in which it answers no more
     for part in arguments.parts:
         run_part(part, setup, facts)

@@ -31,7 +31,7 @@ from qpruner.config.schema import PruneConfig
 from qpruner.data.calibration import Samples
 from qpruner.models.checkpoint import save_checkpoint
 from qpruner.models.loading import load_dense
-from qpruner.models.memory import release, take_in
+from qpruner.models.memory import copy_weights, release
 from qpruner.pruning.prune import Pruned, num_parameters, prune
 
 LIMIT_BYTES = 22 * 1024**3
@@ -112,7 +112,7 @@ def prune_folder(base: Path, folder: Path, settings: PruneConfig, steps: Steps) 
     """Load, cut and save, as the stage does; returns the cut without its model."""
     rows = torch.randint(3, 32000, (10, 64), generator=torch.Generator().manual_seed(1)).tolist()
     model = load_dense(str(base), "bfloat16")
-    take_in(model)
+    copy_weights(model)
     steps.end("load")
     pruned = prune(model, settings, Samples([{"input_ids": row, "labels": row} for row in rows], 0, 10))
     steps.end("cut")
@@ -140,7 +140,7 @@ def main() -> None:
         pruned = prune_folder(base, folder, settings, steps)
         release()
         model = load_dense(str(folder), "bfloat16")
-        take_in(model)
+        copy_weights(model)
         steps.end("reload")
         assert num_parameters(model) == pruned.parameters_after
     highest = max(figure["peak_gib"] for figure in steps.figures)

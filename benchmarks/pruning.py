@@ -44,9 +44,10 @@ from qpruner.data.losses import mean_loss
 from qpruner.models.checkpoint import save_checkpoint
 from qpruner.models.loading import load_dense, load_tokenizer, resolve_source
 from qpruner.models.memory import release
-from qpruner.pruning.evidence import Measured
+from qpruner.pruning.criteria import CalibratedCriteria
 from qpruner.pruning.importance import Scores, score
-from qpruner.pruning.prune import cut_by, num_parameters, settled
+from qpruner.pruning.prune import num_parameters, prune_by
+from qpruner.pruning.settings import settled
 from qpruner.quantization.assembly import attach_adapters
 from qpruner.runs.version import commit
 from qpruner.training.finetune import Schedule, finetune
@@ -139,17 +140,17 @@ COLUMNS = ("per_layer 4-25", "per_layer", "global", "none", "bias", "least_squar
 """In a table's order."""
 
 
-class Remembered(Measured):
+class Remembered(CalibratedCriteria):
     """Importance of the base model's units as the bench knows it; all else is measured."""
 
     def __init__(self, bench: Bench, settings: PruneConfig, calibration: str, seed: int) -> None:
         super().__init__(settings, bench.samples(calibration, seed), seed)
         self._bench, self._key = bench, (settings, calibration, seed)
 
-    def of_units(self, model: Any, layers: Sequence[int]) -> Scores:
+    def score_units(self, model: Any, layers: Sequence[int]) -> Scores:
         """The scores of the bench, where nothing was cut yet."""
         if num_parameters(model) < self._bench.num_parameters:
-            return super().of_units(model, layers)
+            return super().score_units(model, layers)
         scores = self._bench.scores(*self._key)
         return {index: scores[index] for index in layers}
 
@@ -222,7 +223,7 @@ class Bench:
     def prune(self, settings: PruneConfig, calibration: str, seed: int = 0) -> Any:
         """The pruned model; importance is measured once for each criterion and text."""
         settings = settled(self.base.config, settings)
-        return cut_by(Remembered(self, settings, calibration, seed), copy.deepcopy(self.base), settings).model
+        return prune_by(Remembered(self, settings, calibration, seed), copy.deepcopy(self.base), settings).model
 
     def pruned(self, task: Task) -> Any:
         """A task's pruned model, kept where the fine-tune starts from it too."""

@@ -16,7 +16,7 @@ import click
 
 from qpruner.cli.terminal import Terminal
 from qpruner.errors import UserError
-from qpruner.export import folders
+from qpruner.export import forms
 from qpruner.export.generate import WHICH, Sampling, Source, sources
 from qpruner.models.memory import release
 from qpruner.pipeline.prepare import telling
@@ -115,14 +115,14 @@ def _lines(file: Path) -> list[str]:
     return [line for line in lines if line.strip()]
 
 
-def export(root: str, form: folders.Form, out: Path | None) -> dict[str, Any]:
+def export(root: str, form: forms.Form, out: Path | None) -> dict[str, Any]:
     """Write the final model in another form."""
     run = RunDir(root, create=False)
     out = out or run.require_folder("name a folder on this machine with `--out`") / "export" / form
     if warning := warning_of_driver(run):
         click.echo(warning, err=True)
     with Terminal(quiet=False) as terminal:
-        done = folders.export(run, form, out.resolve(), telling(terminal.emit, "export"))
+        done = forms.export(run, form, out.resolve(), telling(terminal.emit, "export"))
     click.echo(
         f"{done.folder}: diverges by {done.divergence:.2g} nats a token from the final model, same prediction at "
         f"{done.agreement:.1%} of {done.num_positions} positions; loads "

@@ -393,7 +393,7 @@ def report(root: str) -> dict[str, Any]:
 
 def push(root: str, repo_id: str, what: Any, is_public: bool) -> dict[str, Any]:
     """Upload the final model with its card to a model hub."""
-    from qpruner.export.card_metadata import told_lacking
+    from qpruner.export.card import missing_remark
     from qpruner.export.hub import push as upload
 
     done = upload(
@@ -402,6 +402,6 @@ def push(root: str, repo_id: str, what: Any, is_public: bool) -> dict[str, Any]:
     seen = "private" if done.is_private else "public"
     gone = f"{counted(done.num_removed, 'earlier file')} removed, " if done.num_removed else ""
     click.echo(f"{done.url}: {counted(done.num_files, 'file')}, {done.num_bytes / 1e6:.1f} MB, {gone}{seen}")
-    if remark := told_lacking(done.card_lacks):
+    if remark := missing_remark(done.card_lacks):
         click.echo(remark, err=True)
     return {"status": "ok", **vars(done)}

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from qpruner.cluster.tasks import DeathCounter, original_error
-from qpruner.models.loading import OnLoading, load_dense, untold
+from qpruner.models.loading import OnLoading, ignore_progress, load_dense
 from qpruner.models.memory import release
 from qpruner.runs.events import Emit, Event, Message
 from qpruner.runs.storage import fetch
@@ -66,10 +66,10 @@ class ModelCache:
         self._pruned = None
         release()
 
-    def pruned_model(self, checkpoint: Path, dtype: str, told: OnLoading = untold) -> PreTrainedModel:
+    def pruned_model(self, checkpoint: Path, dtype: str, told: OnLoading = ignore_progress) -> PreTrainedModel:
         """Return the pruned model on this process's device; load it if it is not kept."""
         if self._pruned is None:
-            self._pruned = load_dense(str(fetch(checkpoint)), dtype, told=told)
+            self._pruned = load_dense(str(fetch(checkpoint)), dtype, on_progress=told)
         return self._pruned
 
 

@@ -21,8 +21,8 @@ from qpruner.models.layout import num_layers, skeleton
 from qpruner.pipeline.preflight import Inspection
 from qpruner.pipeline.preflight_rows import most_labelled
 from qpruner.plans.plan import FULL_BITS, Layout, LinearShape
-from qpruner.pruning.prune import cuttable_layers
-from qpruner.pruning.selection import available, unit_sizes
+from qpruner.pruning.settings import cuttable_layers
+from qpruner.pruning.units import available, unit_sizes
 from qpruner.sensitivity.expansion import BYTES_A_WEIGHT
 from qpruner.sensitivity.measurement import POSITIONS
 

@@ -17,8 +17,8 @@ from qpruner.config.schema import ModelConfig
 from qpruner.data.encoding import alpaca_prompt
 from qpruner.errors import UserError
 from qpruner.hf import load, weights_folder
-from qpruner.models.loading import OnLoading, check_folder, load_dense, load_tokenizer, untold
-from qpruner.models.memory import explaining_shortage
+from qpruner.models.loading import OnLoading, check_folder, ignore_progress, load_dense, load_tokenizer
+from qpruner.models.memory import raising_out_of_memory
 from qpruner.runs.records import PrepareRecord, RunState
 from qpruner.runs.run_dir import STATE, RunDir
 from qpruner.runs.storage import run_path, storage_at
@@ -64,7 +64,7 @@ class Generator:
     def __init__(self, model: Any, tokenizer: Any) -> None:
         self._model, self._tokenizer = model.eval(), tokenizer
 
-    @explaining_shortage(AGAINST_SHORTAGE)
+    @raising_out_of_memory(AGAINST_SHORTAGE)
     def answer(self, prompt: str, sampling: Sampling) -> Answer:
         """Answer a prompt.
 
@@ -138,7 +138,7 @@ class Source:
         places = {self.folder, weights_folder(self.folder)}
         return sum(file.stat().st_size for place in places for file in place.glob("*.safetensors"))
 
-    def load(self, on_progress: OnLoading = untold) -> Generator:
+    def load(self, on_progress: OnLoading = ignore_progress) -> Generator:
         """Load the model.
 
         Args:
@@ -149,7 +149,7 @@ class Source:
             OutOfMemory: If there is no room for it.
         """
         try:
-            with explaining_shortage(AGAINST_SHORTAGE):
+            with raising_out_of_memory(AGAINST_SHORTAGE):
                 if self.dense:
                     model = load_dense(str(self.folder), self.dense.dtype, self.dense, on_progress)
                 else:

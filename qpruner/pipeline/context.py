@@ -14,7 +14,7 @@ from qpruner.cluster.executor import ClusterExecutor, GpuTime, LocalExecutor, Mo
 from qpruner.cluster.probe import packed_check, packed_check_of_gpus, packed_check_of_installation
 from qpruner.cluster.slots import Slots, local_slots, worker_resources
 from qpruner.config.schema import RunConfig
-from qpruner.models.loading import checkpoint_config, whole_path
+from qpruner.models.loading import absolute_source, checkpoint_config
 from qpruner.pipeline import preflight
 from qpruner.pipeline.preflight_rows import include_path
 from qpruner.plans.file import check_affordable, read_plan
@@ -90,8 +90,8 @@ class Context:
         ids = calibration.token_ids
         return self.config.model_copy(
             update={
-                "model": model.model_copy(update={"source": whole_path(model.source)}),
-                "calibration": calibration.model_copy(update={"token_ids": ids and whole_path(ids)}),
+                "model": model.model_copy(update={"source": absolute_source(model.source)}),
+                "calibration": calibration.model_copy(update={"token_ids": ids and absolute_source(ids)}),
                 "evaluate": evaluate.model_copy(update={"include_path": include_path(self.config)}),
             }
         )

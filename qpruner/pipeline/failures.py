@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from qpruner.errors import CorruptFile, QprunerError, StageError, StorageError, TrainingDiverged
-from qpruner.models.memory import is_out_of_memory, told_shortage
+from qpruner.models.memory import is_out_of_memory, shortage_text
 from qpruner.pipeline.stage import Stage
 from qpruner.runs.records import Results
 from qpruner.runs.run_dir import RunDir
@@ -77,7 +77,7 @@ def _damage_remedy(path: Path | None, root: Path | None, repaired: Collection[st
 def _known_cause(stage: type[Stage[Any]], error: Exception) -> tuple[str, str] | None:
     """Cause and remedy of errors that libraries raise under types of their own."""
     if is_out_of_memory(error):
-        return told_shortage(error), f"lower {stage.memory_keys}"
+        return shortage_text(error), f"lower {stage.memory_keys}"
     if type(error).__name__ == "SafetensorError":
         # Of the run's own, and of this machine's copies, a command that begins finds what is damaged by itself.
         remedy = "repeat the command, which makes or fetches anew what is the run's; a model of yours has to be mended"

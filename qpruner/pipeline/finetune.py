@@ -271,13 +271,13 @@ class FinalJob:
 def write_final(job: FinalJob, cache: ModelCache, emit: Emit) -> None:
     """Write packed weights, adapter and tokenizer, which transformers loads after `import qpruner.hf`."""
     from qpruner.models.checkpoint import save_checkpoint
-    from qpruner.models.loading import load_tokenizer, tensors_told
+    from qpruner.models.loading import load_tokenizer, reporting_tensors
     from qpruner.quantization.assembly import assemble
 
     told = telling(emit, "finetune")
     winner, quantize, dtype = job.winner, job.config.quantize, job.config.model.dtype
     checkpoint, adapter = fetch(winner.checkpoint), fetch(winner.adapter)
-    with tensors_told(told):
+    with reporting_tensors(told):
         model, _ = assemble(checkpoint, winner.bank, quantize.group, winner.plan, dtype, quantize.double_quant)
     scratch = empty_folder(staging_path(job.folder.with_name(f".{job.folder.name}")))
     with writing_folder(scratch):

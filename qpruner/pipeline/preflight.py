@@ -21,7 +21,8 @@ from qpruner.models.loading import load_model_config
 from qpruner.pipeline.preflight_rows import RowCounts, Rows, check_encoding, check_rows, size_of_importance_samples
 from qpruner.plans.file import check_affordable, read_plan
 from qpruner.plans.plan import WRONGLY_DECODED, Layout, PrecisionPlan, check_cpu_widths, decodes_wrongly
-from qpruner.pruning.prune import Cut, are_alike, cuttable_layers, planned_cut
+from qpruner.pruning.prune import Cut, planned_cut
+from qpruner.pruning.settings import are_alike, cuttable_layers
 from qpruner.runs.storage import run_root
 
 PRUNED_EARLIER = "pruned earlier: the cut is skipped"

@@ -13,7 +13,7 @@ from qpruner.config.schema import DataConfig, RunConfig
 from qpruner.data.encoding import SENSITIVITY_KEYS, encode, load_token_ids, packed_samples, row_samples, shuffled
 from qpruner.data.sources import Example, check_disjoint, load_examples, normalized
 from qpruner.errors import UserError, together
-from qpruner.models.loading import check_source, load_tokenizer, resolve_source, whole_path
+from qpruner.models.loading import absolute_source, check_source, load_tokenizer, resolve_source
 from qpruner.training.evaluate import TaskQuestions, task_questions
 from qpruner.wording import counted
 
@@ -293,7 +293,7 @@ def include_path(config: RunConfig) -> str | None:
         raise UserError(
             f"`evaluate.include_path`: {Path(path).absolute()} {state}; name a folder of lm-eval task files"
         )
-    return whole_path(path)
+    return absolute_source(path)
 
 
 def _tasks(config: RunConfig) -> dict[str, dict[str, TaskQuestions]]:

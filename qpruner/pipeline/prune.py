@@ -44,7 +44,7 @@ class Prune(Stage[PruneRecord]):
 
     @override
     def inputs(self) -> tuple[Any, ...]:
-        from qpruner.pruning.prune import settled
+        from qpruner.pruning.settings import settled
 
         settings = settled(self.context.inspection.model_config, self.config.prune)
         return (self.context.record(PrepareRecord).digest, settings)
@@ -170,7 +170,7 @@ def cut_in_memory(job: PreviewJob, cache: ModelCache, emit: Emit) -> dict[str, A
 
     config = job.config
     with tempfile.TemporaryDirectory() as scratch:
-        base = prepare_base(config.model, Path(scratch), told=telling(emit, "prune"))
+        base = prepare_base(config.model, Path(scratch), on_progress=telling(emit, "prune"))
         tokenizer = load_tokenizer(base.path)
         vocabulary = load_model_config(config.model).vocab_size
         rows = importance_samples(config, job.examples, vocabulary, tokenizer)
@@ -191,11 +191,11 @@ def _cut(
     config: RunConfig, settings: PruneConfig, model: PreTrainedModel, samples: Samples, emit: Emit
 ) -> tuple[Pruned, dict[str, Any]]:
     """Cut a model in place; returns it with the record's fields."""
-    from qpruner.models.memory import PeakMemory, take_in
+    from qpruner.models.memory import PeakMemory, copy_weights
     from qpruner.pipeline.preflight import DTYPE_BYTES
     from qpruner.pruning.prune import block_sizes, prune
 
-    take_in(model)
+    copy_weights(model)
     base_config = copy.deepcopy(model.config)
     block_parameters = block_sizes(model, range(num_layers(base_config)))
     memory = PeakMemory()
@@ -253,7 +253,7 @@ def target_text(settings: PruneConfig) -> str:
 
 
 def layer_widths(base: Any, pruned: Pruned, before: list[int]) -> list[LayerWidths]:
-    """What each block of the base model keeps, of this many parameters each before."""
+    """List what each block of the base model keeps; `before` has the parameters of each."""
     from qpruner.pruning.prune import block_sizes
 
     family, after = family_of(base), block_sizes(pruned.model, range(num_layers(pruned.model.config)))

@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-class _Enough(Exception):
-    """What was listened for has been heard: the rest of the block need not run."""
+class _InputsSeen(Exception):
+    """Stops a block once its inputs were seen: the rest need not run."""
 
 
 class BlockStream:
@@ -39,7 +39,7 @@ class BlockStream:
         self._model = model
         self._path = family_of(model.config).block_path
         self._num_blocks = model.config.num_hidden_layers
-        self._told = samples.on_progress
+        self._on_progress = samples.on_progress
         self._hidden: list[torch.Tensor] = []
         self._tokens: list[torch.Tensor] = []
         self._calls: list[dict[int, tuple[tuple[Any, ...], dict[str, Any]]]] = []
@@ -64,12 +64,12 @@ class BlockStream:
 
             def hook(module: torch.nn.Module, inputs: tuple[torch.Tensor, ...], at: torch.Tensor = tokens) -> None:
                 visit(at_tokens(inputs[0], at))
-                raise _Enough
+                raise _InputsSeen
 
             handle = block.get_submodule(linear).register_forward_pre_hook(hook)
             try:
                 self._run(index, batch, self._hidden[batch])
-            except _Enough:
+            except _InputsSeen:
                 pass
             finally:
                 handle.remove()
@@ -104,7 +104,7 @@ class BlockStream:
         """Take the hidden states through a block, each batch's in the place of what they were."""
         for batch, hidden in enumerate(self._hidden):
             self._hidden[batch] = self._run(index, batch, hidden)
-        self._told(index + 1, self._num_blocks)
+        self._on_progress(index + 1, self._num_blocks)
 
     def _run(self, index: int, batch: int, hidden: torch.Tensor) -> torch.Tensor:
         args, kwargs = self._calls[batch][index]

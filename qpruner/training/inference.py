@@ -13,7 +13,7 @@ import torch
 from transformers import GenerationConfig
 from transformers.generation.streamers import BaseStreamer
 
-from qpruner.models.memory import PeakMemory, page_in, release
+from qpruner.models.memory import PeakMemory, read_weights, release
 from qpruner.quantization.assembly import measured_bytes
 
 if TYPE_CHECKING:
@@ -76,7 +76,7 @@ def take_turn(model: PreTrainedModel, prompt: list[int], num_tokens: int) -> Tur
     ids = torch.tensor([prompt], device=model.device)
     model.eval()
     release()
-    page_in(model)
+    read_weights(model)
     memory = PeakMemory()
     held = torch.cuda.memory_allocated() if torch.cuda.is_available() else measured_bytes(model)
     generate(model, ids[:, :WARM_UP_TOKENS], 2)

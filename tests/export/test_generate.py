@@ -29,7 +29,7 @@ from qpruner.cli.main import main
 from qpruner.cli.model_verbs import printable
 from qpruner.data.encoding import alpaca_prompt
 from qpruner.errors import UserError
-from qpruner.export.folders import export
+from qpruner.export.forms import export
 from qpruner.export.generate import Sampling, sources
 from qpruner.runs.lock import hold_run
 from qpruner.runs.records import PrepareRecord, RunState

@@ -47,7 +47,7 @@ from qpruner.pruning.surgery import cut, keep_blocks
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from qpruner.pruning.selection import Kept
+    from qpruner.pruning.units import Kept
 
 NEW_TOKENS = 8
 

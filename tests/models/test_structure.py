@@ -45,13 +45,13 @@ from qpruner.config.schema import LoraConfig, PruneConfig
 from qpruner.errors import UserError
 from qpruner.models.families import families, family_of, family_of_type
 from qpruner.models.layout import group_linears, layout_of, output_modules
-from qpruner.pruning.prune import check_settings
-from qpruner.pruning.selection import unit_sizes
+from qpruner.pruning.settings import check_settings
 from qpruner.pruning.surgery import cut, keep_blocks
+from qpruner.pruning.units import unit_sizes
 from qpruner.quantization.assembly import attach_adapters
 
 if TYPE_CHECKING:
-    from qpruner.pruning.selection import Kept
+    from qpruner.pruning.units import Kept
 
 MIXTURE_MODELS = tuple(name for name in MODEL_NAMES if family_name(name) in MIXTURES)
 

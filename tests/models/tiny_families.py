@@ -16,7 +16,7 @@ from qpruner.models import ragged
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from qpruner.pruning.selection import Kept
+    from qpruner.pruning.units import Kept
 
 HIDDEN, HEAD_DIM, DERIVED_HEAD_DIM, CHANNELS, LAYERS = 60, 14, 10, 40, 3
 QUERY_HEADS, KEY_VALUE_HEADS = 6, 3

@@ -14,7 +14,8 @@ from qpruner.config.load import validate_config
 from qpruner.config.schema import PruneConfig, RunConfig
 from qpruner.errors import UserError
 from qpruner.pipeline.preflight import check_device, inspect
-from qpruner.pruning.prune import planned_cut, settled
+from qpruner.pruning.prune import planned_cut
+from qpruner.pruning.settings import settled
 
 SHAPES = {"num_hidden_layers": 2, "vocab_size": 64, "pad_token_id": 0}
 PHI = {"hidden_size": 384, "num_attention_heads": 4, "num_key_value_heads": 4, "intermediate_size": 1024}

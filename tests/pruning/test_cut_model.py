@@ -17,11 +17,11 @@ from qpruner.errors import UserError
 from qpruner.models.families import family_of
 from qpruner.models.loading import check_reachable, load_dense
 from qpruner.pipeline.prune import layer_widths
-from qpruner.pruning import evidence as evidence_module
+from qpruner.pruning import criteria as criteria_module
 from qpruner.pruning import prune as prune_module
 from qpruner.pruning.prune import Pruned, block_sizes, expected_config, num_parameters, planned_cut, prune
-from qpruner.pruning.selection import Kept, unit_sizes
 from qpruner.pruning.surgery import check_not_shared
+from qpruner.pruning.units import Kept, unit_sizes
 from qpruner.report.tables import block_cells
 
 if TYPE_CHECKING:
@@ -58,7 +58,7 @@ def is_inside(inner: Kept, outer: Kept) -> bool:
 
 
 @pytest.mark.parametrize("selection", ["per_layer", "global"])
-@pytest.mark.parametrize("rate", [0.2, 0.3, 0.5])
+@pytest.mark.parametrize("rate", [0.2, 0.5])
 @pytest.mark.parametrize("criterion", CRITERIA, ids=str)
 def test_the_model_loses_the_rate_that_was_asked(criterion: dict[str, Any], rate: float, selection: str) -> None:
     model = decoder()
@@ -273,7 +273,7 @@ def test_steps_remove_nested_sets_and_end_where_one_step_does(
     """Importance is measured anew on the model that is left, so other units may go; never one that went comes back."""
     chosen: list[Kept] = []
     sizes_seen: list[int] = []
-    choose, score = prune_module.choose, evidence_module.score
+    choose, score = prune_module.choose, criteria_module.score
 
     def spy_choose(*args: Any, **kwargs: Any) -> Kept:
         chosen.append(choose(*args, **kwargs))
@@ -285,10 +285,10 @@ def test_steps_remove_nested_sets_and_end_where_one_step_does(
 
     once = prune(decoder(), settings_of(rate=0.4, selection=selection, importance=importance), samples_of())
     monkeypatch.setattr(prune_module, "choose", spy_choose)
-    monkeypatch.setattr(evidence_module, "score", spy_score)
+    monkeypatch.setattr(criteria_module, "score", spy_score)
     told: list[tuple[str, int, int]] = []
     settings = settings_of(rate=0.4, selection=selection, importance=importance, steps=3)
-    stepped = prune(decoder(), settings, samples_of(), told=lambda *progress: told.append(progress))
+    stepped = prune(decoder(), settings, samples_of(), on_work=lambda *progress: told.append(progress))
     steps = [f"importance, step {step} of 3" for step in (1, 2, 3)]
     assert [what for what, done, total in told if done == total and what in steps] == steps
     assert sizes_seen == sorted(set(sizes_seen), reverse=True) and len(sizes_seen) == 3
@@ -561,9 +561,9 @@ def test_experts_are_cut_by_default_with_nothing_made_up_for(units: Any, expecte
     assert prune(model, settings, samples_of()).parameters_after < before
 
 
-@pytest.mark.parametrize("steps", [1, 3, 5])
+@pytest.mark.parametrize("steps", [1, 3])
 @pytest.mark.parametrize("selection", ["per_layer", "global"])
-@pytest.mark.parametrize("rate", [0.05 + 0.03 * number for number in range(15)])
+@pytest.mark.parametrize("rate", [0.05, 0.14, 0.23, 0.32, 0.47])
 def test_heads_and_whole_experts_come_as_near_as_they_can(rate: float, selection: str, steps: int) -> None:
     """Where heads alone cannot give what experts leave, one more expert goes."""
     model, units = tiny("mixtral"), ["attention", "expert"]

@@ -14,9 +14,10 @@ from qpruner.config.schema import PruneConfig
 from qpruner.data.calibration import Samples
 from qpruner.data.losses import mean_loss
 from qpruner.errors import TrainingDiverged, UserError
-from qpruner.pruning.compensation import fold_blocks
+from qpruner.pruning.compensation import compensate_blocks
 from qpruner.pruning.depth import block_importance, num_blocks_to_drop
-from qpruner.pruning.prune import expected_config, num_parameters, prune, settled
+from qpruner.pruning.prune import expected_config, num_parameters, prune
+from qpruner.pruning.settings import settled
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -195,7 +196,7 @@ def made_up_by_hand(model: PreTrainedModel, name: str, front: int, last: int, ri
 def test_the_block_in_front_adds_what_went(name: str) -> None:
     """By least squares over the calibration tokens, padding left out; nothing else changes."""
     model, (path, linear) = decoder(name), FRONTS[name]
-    fold_blocks(model, {3, 4}, (1, 2, 3, 4), 0.05, samples_of())
+    compensate_blocks(model, {3, 4}, (1, 2, 3, 4), 0.05, samples_of())
     front = f"{path}.2.{linear}.weight"
     expected = made_up_by_hand(decoder(name), name, 2, 4, 0.05)
     torch.testing.assert_close(model.get_parameter(front).double(), expected, rtol=1e-3, atol=1e-4)
@@ -206,7 +207,7 @@ def test_the_block_in_front_adds_what_went(name: str) -> None:
 @pytest.mark.parametrize(("gone", "layers"), [({0, 1}, range(6)), ({3, 4}, (3, 4, 5)), (set(), range(6))])
 def test_no_block_outside_the_range_is_changed_to_make_up_for_others(gone: set[int], layers: Sequence[int]) -> None:
     model = decoder()
-    fold_blocks(model, gone, layers, 0.05, samples_of())
+    compensate_blocks(model, gone, layers, 0.05, samples_of())
     assert all(torch.equal(value, decoder().state_dict()[key]) for key, value in model.state_dict().items())
 
 
@@ -230,7 +231,7 @@ def test_where_the_output_projection_does_not_reach_the_stream_blocks_go_without
     assert settled(model_config, unsaid).compensates_by == "none"
     model = decoder(name)
     expected = logits_of(model)
-    fold_blocks(model, {2, 4}, range(NUM_BLOCKS), 0.3, samples_of())
+    compensate_blocks(model, {2, 4}, range(NUM_BLOCKS), 0.3, samples_of())
     assert torch.equal(logits_of(model), expected), "beside units that least squares makes up for, blocks go without"
     assert logits_of(prune(model, unsaid, samples_of()).model).isfinite().all()
 

@@ -22,7 +22,7 @@ from qpruner.cluster.nodes import is_staying
 from qpruner.cluster.tune.job import METRIC, TIME, SearchJob, params_to_plan, smaller_batch
 from qpruner.config.schema import RunConfig
 from qpruner.errors import CorruptFile, StorageError, TakenOver, TrainingDiverged
-from qpruner.models.memory import PeakMemory, is_out_of_memory, kernel_kills, release, settle
+from qpruner.models.memory import PeakMemory, freeze_libraries, is_out_of_memory, kernel_kills, release
 from qpruner.runs.records import Begun, RungResult, TrialPulse
 from qpruner.runs.storage import (
     fetch,
@@ -72,7 +72,7 @@ def pickled_trial(job: SearchJob) -> Callable[[dict[str, Any]], None]:
 def run_recorded(params: dict[str, Any], job: SearchJob) -> None:
     """Run one trial from its own last rung to its end."""
     limit_threads(max(1, int(job.resources.get("cpu", 1))))
-    settle()
+    freeze_libraries()
     release()  # the actor's last trial
     trial = _RecordedTrial(params, job)
     leave_if_drained()
