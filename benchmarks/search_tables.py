@@ -53,7 +53,7 @@ from qpruner.quantization.bank import (
     write_index,
 )
 from qpruner.quantization.mixed import unpack
-from qpruner.sensitivity.measurement import handing_on, measure
+from qpruner.sensitivity.measurement import measure, returning_outputs
 from qpruner.sensitivity.methods import Subject, by_expansion, by_information, by_measurement
 from qpruner.training.finetune import Listener, Schedule, finetune
 
@@ -174,7 +174,7 @@ class Evaluator:
             labels = self.labels[start : start + len(batch)]
             # The model's own end: norm, scaling of the logits and what else a family has.
             output = (batch,) if self.puts_tuples else batch
-            with handing_on(self.modules, [output] * len(self.modules)):
+            with returning_outputs(self.modules, [output] * len(self.modules)):
                 inputs = {"input_ids": labels, "attention_mask": torch.ones_like(labels), "labels": labels}
                 total += float(token_losses(self.model, inputs).sum())
             start += len(batch)

@@ -1,6 +1,6 @@
-"""`import qpruner.hf` once, and plain transformers loads qpruner's folders.
+"""Let plain transformers load qpruner's folders: import this once.
 
-Registers the mixed-precision quantizer and lets the supported families build blocks of different widths, so that
+It registers the mixed-precision quantizer and lets the supported families build blocks of different widths, so that
 `AutoModelForCausalLM.from_pretrained(folder)` works on pruned and on final folders; an adapter beside the weights is
 attached by transformers itself. On a CPU without bfloat16 instructions its products are computed in float32.
 """
@@ -12,10 +12,12 @@ from typing import Any
 
 from qpruner.models import cpu, ragged
 from qpruner.models.loading import OnLoading, device, ignore_progress, reporting_tensors
-from qpruner.models.snippets import PEFT_BASE
 from qpruner.quantization import mixed
 
 __all__ = ["load", "mixed", "ragged", "weights_folder"]
+
+PEFT_BASE = "base"
+"""Folder of the quantized model inside a peft export."""
 
 ragged.install()
 cpu.install()

@@ -68,6 +68,8 @@ INLINE_NOT_RUN = {
     "pip install": INDEX,
     "pytest": TESTS,
     "python -m pytest": TESTS,
+    "python docs/pictures.py": "needs Chromium; tests/cli/test_terminal.py has its picture of the terminal",
+    "qpruner export --to": "names no run: the help of `push`",
     "python benchmarks/": HOURS,
     "benchmarks/": HOURS,
     "bash launch/": MACHINES,

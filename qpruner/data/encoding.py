@@ -1,7 +1,7 @@
 """Turn rows into prompts and responses, and those into tokens and labels.
 
-A multiple-choice row is written as lm-eval writes ARC, "Question: ...\\nAnswer: ...", so that training, validation loss
-and lm-eval accuracy measure the same thing.
+A multiple-choice row is written as lm-eval writes ARC, so that training, validation loss and lm-eval accuracy measure
+the same thing.
 """
 
 from __future__ import annotations

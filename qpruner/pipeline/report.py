@@ -37,12 +37,12 @@ class Report(Stage[Record]):
 
     @override
     def run(self, scratch: Path) -> dict[str, Any]:
-        from qpruner.export.card_metadata import lacking, told_lacking
+        from qpruner.export.card import missing_keys, missing_remark
         from qpruner.report.files import CARD, write_report
 
         run_dir = self.context.run_dir
         write_report(run_dir)
-        if remark := told_lacking(lacking(read_text(run_dir.root / CARD) or "")):
+        if remark := missing_remark(missing_keys(read_text(run_dir.root / CARD) or "")):
             self.tell(remark)
         return {}
 

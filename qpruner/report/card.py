@@ -11,8 +11,7 @@ from huggingface_hub import EvalResult, ModelCardData
 
 from qpruner.config.schema import RunConfig
 from qpruner.data.sources import BUILDERS
-from qpruner.export.card_metadata import front_matter
-from qpruner.models.snippets import section
+from qpruner.export.card import front_matter, loading_section
 from qpruner.report.markdown import code, parts_text, prose
 from qpruner.report.results import SEARCHED, rows
 from qpruner.report.sections import measured
@@ -54,7 +53,7 @@ def model_card(run: Snapshot, base_card: str | None) -> str:
             f"by qpruner {run.state.environment['qpruner']}: {winner.measured_bytes / 1e6:.1f} MB. Of the fine-tunes "
             f"below it is that of training seed {winner.seeds[0]}.{_expanded(run)}",
             "",
-            section("packed"),
+            loading_section("packed"),
             "## Measured",
             "",
             "\n\n".join(parts_text(measured(run.results))),

@@ -101,7 +101,7 @@ def test_errors_keep_their_type_and_all_they_say(executor: ModelExecutor) -> Non
             assert getattr(caught.value, attribute, None) == getattr(error, attribute, None)
 
 
-def test_what_lies_on_the_bench_is_there_for_the_next_work(executor: ModelExecutor) -> None:
+def test_the_cache_keeps_the_model_for_the_next_work(executor: ModelExecutor) -> None:
     def leave(job: Any, cache: ModelCache, emit: Emit) -> None:
         cache.keep(job)
 
@@ -139,6 +139,7 @@ def test_a_worker_that_is_killed_has_its_work_begun_again(joined: str, tmp_path:
         place.close()
 
 
+@pytest.mark.slow
 def test_work_killed_by_ray_for_memory_is_run_again(
     cluster: Raylets, joined: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

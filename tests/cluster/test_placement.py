@@ -193,6 +193,7 @@ def test_what_still_waits_when_the_hours_are_over_is_not_begun(slots: Slots, tmp
     assert outcome.ended.endswith("GPU hours were spent (`search.max_gpu_hours` is 1e-07)")
 
 
+@pytest.mark.slow
 def test_trials_of_a_broken_gpu_are_retried_once_mended(
     joined: tuple[Raylets, Cluster], slots: Slots, tmp_path: Path
 ) -> None:
@@ -206,6 +207,7 @@ def test_trials_of_a_broken_gpu_are_retried_once_mended(
     assert [trial.status for trial in outcome.trials] == ["finished"] * NUM_TRIALS, "no plan was lost"
 
 
+@pytest.mark.slow
 def test_repeated_rungs_do_not_hide_a_broken_machine(
     joined: tuple[Raylets, Cluster], slots: Slots, tmp_path: Path
 ) -> None:

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import flip_a_byte, raw_config, with_key
-from plain_transformers import told_by_plain_transformers
+from plain_transformers import plain_transformers_answers
 
 from qpruner.config.load import validate_config
 from qpruner.errors import StageError, UserError
@@ -252,7 +252,7 @@ def test_uniform_folders_run_where_qpruner_is_not_installed(raw: Raw, tmp_path: 
     folders = {
         name: pruned(with_key(changed(raw, **keys), "output", str(tmp_path / name)))[1] for name, keys in kinds.items()
     }
-    told = dict(zip(folders, told_by_plain_transformers(PROMPT, folders.values(), tmp_path), strict=True))
+    told = dict(zip(folders, plain_transformers_answers(PROMPT, folders.values(), tmp_path), strict=True))
     for name in ("width", "solved", "depth", "both"):
         model = load_dense(str(folders[name]), "float32")
         assert "refused" not in told[name], told[name]

@@ -113,7 +113,7 @@ def test_a_machine_keeps_a_copy_of_what_it_read(tmp_path: Path, monkeypatch: pyt
     path = write_entry(bank, "layers.0.mlp", 4, entry)
     seal(bank)
     assert same(read_plan(bank, {"layers.0.mlp": 4}), entry.tensors)
-    (copy,) = cache.iterdir()
+    (copy,) = cache.glob("*.safetensors")
     path.write_bytes(b"no longer read")
     assert same(read_plan(bank, {"layers.0.mlp": 4}), entry.tensors)
     copy.write_bytes(b"damaged")
@@ -121,7 +121,7 @@ def test_a_machine_keeps_a_copy_of_what_it_read(tmp_path: Path, monkeypatch: pyt
         read_plan(bank, {"layers.0.mlp": 4})
     write_entry(bank, "layers.0.mlp", 4, entry)
     assert same(read_plan(bank, {"layers.0.mlp": 4}), entry.tensors)
-    assert [file.name for file in cache.iterdir()] == [copy.name]
+    assert [file.name for file in cache.glob("*.safetensors")] == [copy.name]
 
 
 def test_a_full_cache_keeps_no_half_of_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -131,7 +131,7 @@ def test_a_full_cache_keeps_no_half_of_a_file(tmp_path: Path, monkeypatch: pytes
         monkeypatch.setenv(BANK_CACHE, str(cache))
         with pytest.raises(StorageError, match=f"no space left for {cache}/[0-9a-f]+.safetensors"):
             read_plan(tmp_path, {"layers.0.mlp": 8})
-        assert list(cache.iterdir()) == []
+        assert {file.suffix for file in cache.iterdir()} <= {".lock"}
 
 
 def test_a_folder_that_is_no_bank_of_this_version_is_refused(tmp_path: Path) -> None:

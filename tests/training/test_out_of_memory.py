@@ -17,7 +17,7 @@ from mixed_models import finished_run
 
 import qpruner.hf  # noqa: F401
 from qpruner.errors import StorageError
-from qpruner.export.folders import export
+from qpruner.export.forms import export
 from qpruner.runs.run_dir import RunDir
 
 WIDTH = 400_000
@@ -121,7 +121,7 @@ for spare in range(4, 22, 2):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_whatever_torch_says_when_a_process_may_take_no_more_is_known_as_want_of_memory(dtype: str) -> None:
+def test_torchs_errors_are_known_as_out_of_memory(dtype: str) -> None:
     """oneDNN's words for it among them, where it multiplies in bfloat16. With less to spare torch may crash."""
     done = subprocess.run([sys.executable, "-c", MULTIPLIES, dtype], capture_output=True, text=True)
     told = [line for line in done.stdout.splitlines() if line.startswith(("True", "False"))]

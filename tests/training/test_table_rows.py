@@ -104,7 +104,7 @@ def test_a_fine_tune_leaves_its_adapter_and_its_last_step(tuned: tuple[Candidate
     assert job.candidate.progress.read_text() == "4 4"
 
 
-def test_a_fine_tune_that_ended_and_was_not_recorded_takes_no_step_again(
+def test_a_finished_unrecorded_fine_tune_takes_no_step(
     tuned: tuple[CandidateJob, FinetuneOutcome], copied: CandidateJob
 ) -> None:
     """Its driver was killed in between; the adapter that it had is given to nobody."""
@@ -125,9 +125,7 @@ def test_the_outcome_is_that_of_the_saved_adapter(tuned: tuple[CandidateJob, Fin
     assert outcome.validation_loss < before
 
 
-def test_another_training_seed_is_another_fine_tune_from_the_same_start(
-    tuned: tuple[CandidateJob, FinetuneOutcome], tmp_path: Path
-) -> None:
+def test_training_seeds_share_the_start(tuned: tuple[CandidateJob, FinetuneOutcome], tmp_path: Path) -> None:
     """Over training seeds the data order differs; starts drawn anew would be one more noise between plans."""
     job, outcome = tuned
     other = replace(job, candidate=replace(job.candidate, folder=tmp_path / "other", seed=1))
@@ -154,7 +152,7 @@ def checkpoint(folder: Path, step: int, *lacking: str) -> Path:
     return path
 
 
-def test_the_newest_whole_checkpoint_is_the_one_to_go_on_from(tmp_path: Path) -> None:
+def test_the_newest_complete_checkpoint_is_resumed(tmp_path: Path) -> None:
     assert latest_checkpoint(tmp_path / "none") is None
     checkpoint(tmp_path, 9)
     newest = checkpoint(tmp_path, 10)
@@ -169,7 +167,7 @@ def test_the_newest_whole_checkpoint_is_the_one_to_go_on_from(tmp_path: Path) ->
     assert latest_checkpoint(tmp_path) == shared, "a group's workers leave a random state each"
 
 
-def test_a_checkpoint_that_is_not_as_it_was_saved_is_not_gone_on_from(tmp_path: Path) -> None:
+def test_a_damaged_checkpoint_is_not_resumed(tmp_path: Path) -> None:
     older, newest = checkpoint(tmp_path, 9), checkpoint(tmp_path, 10)
     claim = Ownership(tmp_path / "owner.json")
     claim.take()
@@ -201,7 +199,7 @@ def test_a_checkpoint_waits_for_room(tuned: tuple[CandidateJob, FinetuneOutcome]
         assert outcome.validation_loss == undisturbed.validation_loss
 
 
-def test_a_fine_tune_that_finds_no_room_says_so_and_goes_on_once_there_is(
+def test_a_fine_tune_without_room_fails_and_resumes(
     tuned: tuple[CandidateJob, FinetuneOutcome], tmp_path: Path
 ) -> None:
     job, undisturbed = tuned
@@ -229,9 +227,7 @@ def test_a_fine_tuned_row_is_scored_with_its_adapter(tuned: tuple[CandidateJob, 
     assert with_adapter.text_loss is without.text_loss is None
 
 
-def test_the_loss_on_a_text_is_that_of_every_token_of_its_windows(
-    tuned: tuple[CandidateJob, FinetuneOutcome], tmp_path: Path
-) -> None:
+def test_the_loss_on_a_text_covers_all_its_windows(tuned: tuple[CandidateJob, FinetuneOutcome], tmp_path: Path) -> None:
     """Against transformers' own loss, a window at a time; the adapter counts."""
     job = tuned[0]
     tokenizer = load_tokenizer(str(job.candidate.checkpoint))
@@ -253,7 +249,7 @@ def test_the_loss_on_a_text_is_that_of_every_token_of_its_windows(
     assert [token for row in rows for token in row["input_ids"]] == tokenizer(joined)["input_ids"], "nothing is cut off"
 
 
-def test_answers_are_counted_between_batches_and_of_a_row_without_a_folder(
+def test_answers_are_counted_between_batches(
     tuned: tuple[CandidateJob, FinetuneOutcome], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Rows that are not fine-tuned have none before their scores are written."""
@@ -270,9 +266,7 @@ def test_answers_are_counted_between_batches_and_of_a_row_without_a_folder(
     assert told == [f"{done} 32" for done in range(0, 33, size)], "whole batches, the first before any is answered"
 
 
-def test_rows_take_turns_and_a_larger_model_takes_more_memory(
-    tuned: tuple[CandidateJob, FinetuneOutcome], tmp_path: Path
-) -> None:
+def test_rows_take_turns_at_inference(tuned: tuple[CandidateJob, FinetuneOutcome], tmp_path: Path) -> None:
     """The unquantized row is of other groups than the tuned one, with the same adapter."""
     job = tuned[0]
     dense = replace(job.candidate, plan=dict.fromkeys(job.candidate.plan, 16))
@@ -324,7 +318,7 @@ def test_an_untuned_row_is_the_model_as_it_is(config: RunConfig, tuned: tuple[Ca
     assert evaluate_candidate(job).scores == expected
 
 
-def test_answers_are_scored_from_the_logits_at_their_own_tokens(config: RunConfig, tiny_model: Path) -> None:
+def test_answers_are_scored_as_lm_eval_does(config: RunConfig, tiny_model: Path) -> None:
     """As lm-eval's own model scores them, which computes logits at every token of the questions, too."""
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
@@ -350,7 +344,7 @@ def test_answers_are_scored_from_the_logits_at_their_own_tokens(config: RunConfi
     assert ours < sum(positions) / 2
 
 
-def test_a_quantized_row_without_a_fine_tune_is_where_its_fine_tune_begins(
+def test_an_untuned_quantized_row_has_its_adapter_start(
     config: RunConfig, tuned: tuple[CandidateJob, FinetuneOutcome]
 ) -> None:
     """With the adapter start, and not with the adapter that a fine-tune left in its folder."""
@@ -401,7 +395,7 @@ def test_a_confirmation_scores_the_last_rungs_adapter(tuned: tuple[CandidateJob,
         confirm_trial(replace(confirmation, checkpoint=job.candidate.folder))
 
 
-def test_a_trial_by_accuracy_is_confirmed_by_the_questions_after_the_trials(
+def test_accuracy_is_confirmed_on_later_questions(
     tuned: tuple[CandidateJob, FinetuneOutcome],
 ) -> None:
     job, task = tuned[0], "qpruner_everyday_validation"

@@ -152,7 +152,13 @@ def exclusive(path: Path, on_piece: OnPiece = lambda: None) -> Iterator[None]:
     try:
         yield
     finally:
-        lock.release()
+        release(lock)
+
+
+def release(lock: FileLock) -> None:
+    """Delete a lock's file, then release it: filelock sees that the file it waited for is gone, and makes another."""
+    Path(lock.lock_file).unlink(missing_ok=True)
+    lock.release()
 
 
 # ---- lists

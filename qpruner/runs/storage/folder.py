@@ -23,6 +23,7 @@ from qpruner.runs.storage.files import (
     empty_folder,
     list_path,
     read_list,
+    release,
     rename,
     sha256_of,
     share_files,
@@ -259,9 +260,7 @@ class FolderStorage(Storage):
         try:
             yield
         finally:
-            # While it is held: filelock sees that the file it waited for is gone, and makes another.
-            Path(guard.lock_file).unlink(missing_ok=True)
-            guard.release()
+            release(guard)
 
     @override
     def check_reachable(self) -> None:
