@@ -19,7 +19,6 @@ import traceback
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import torch
 from gpu_estimates import estimates
@@ -30,8 +29,8 @@ from prune_7b import random_llama, tokenizer
 from qpruner.data.calibration import Samples
 from qpruner.models.checkpoint import save_checkpoint
 from qpruner.models.loading import device
-from qpruner.models.memory import PeakMemory, release, settle
-from qpruner.pruning.best_cut import Made, cuts_of, prune_best
+from qpruner.models.memory import PeakMemory, freeze_libraries, release
+from qpruner.pruning.prune import prune as prune_model
 from qpruner.quantization.bank import INDEX, BankIndex, EntrySettings, GroupJob, IndexEntry, build_group, write_index
 from qpruner.runs.records import RungResult
 from qpruner.runs.version import describe
@@ -52,19 +51,13 @@ def prune(setup: Setup) -> Figures:
     figures: Figures = {}
     peak, laps = PeakMemory(), Laps()
 
-    def load() -> Any:
-        model = random_llama(setup.base(), device())
-        laps.end("build")
-        return model
-
-    def keep(made: Made) -> None:
-        laps.end("cut")
-        pruned = made.pruned
-        figures.update(before=pruned.parameters_before, after=pruned.parameters_after, peak_bytes=peak.bytes())
-        save_checkpoint(pruned.model, tokenizer(), aside)
-        laps.end("save")
-
-    prune_best(load, [cut.settings for cut in cuts_of(base, setup.config.prune)], samples, samples, keep)
+    model = random_llama(setup.base(), device())
+    laps.end("build")
+    pruned = prune_model(model, setup.config.prune, samples)
+    laps.end("cut")
+    figures.update(before=pruned.parameters_before, after=pruned.parameters_after, peak_bytes=peak.bytes())
+    save_checkpoint(pruned.model, tokenizer(), aside)
+    laps.end("save")
     aside.rename(setup.pruned)
     return figures | laps.seconds
 
@@ -173,7 +166,7 @@ def main() -> None:
         parser.error("`--shape 7b` needs a GPU, and torch sees none here: try `--shape tiny`")
     arguments.work.mkdir(parents=True, exist_ok=True)
     setup = SHAPES[arguments.shape](arguments.shape, arguments.work.absolute())
-    settle()  # as a worker does
+    freeze_libraries()  # as a worker does
     facts = about()  # before anything can leave the GPU in a state in which it answers no more
     for part in arguments.parts:
         run_part(part, setup, facts)

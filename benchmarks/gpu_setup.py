@@ -17,7 +17,7 @@ from prune_7b import llama_7b
 from transformers import AutoConfig, LlamaConfig
 
 from qpruner.config.schema import RunConfig
-from qpruner.data.rows import IGNORED_LABEL
+from qpruner.data.encoding import IGNORED_LABEL
 from qpruner.models.layout import group_linears
 
 PAD_ID = 0

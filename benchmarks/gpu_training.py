@@ -15,9 +15,9 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, Trainer, Trai
 from transformers.trainer_callback import PrinterCallback
 
 import qpruner.hf  # noqa: F401  (plain transformers then loads blocks of different widths)
-from qpruner.data.rows import collate
+from qpruner.data.encoding import collate
 from qpruner.models.memory import PeakMemory, release
-from qpruner.quantization.assembly import Workbench
+from qpruner.quantization.assembly import PlanAssembler
 from qpruner.runs.scratch import working_folder
 from qpruner.training.finetune import Schedule, finetune
 
@@ -38,7 +38,7 @@ class Clock(TrainerCallback):  # type: ignore[misc]
 def our_model(setup: Setup, *bits: int) -> Any:
     """The pruned model as a trial gets it."""
     config, quantize, dtype = setup.config, setup.config.quantize, setup.config.model.dtype
-    bench = Workbench(setup.pruned, setup.bank, quantize.group, dtype, quantize.double_quant, config.lora)
+    bench = PlanAssembler(setup.pruned, setup.bank, quantize.group, dtype, quantize.double_quant, config.lora)
     return bench.model(setup.plan(*bits), config.seed)
 
 

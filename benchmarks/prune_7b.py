@@ -1,7 +1,7 @@
 """Prune a Llama-2-7B-shaped random model by 20 %, and say what it took.
 
     .venv/bin/python benchmarks/prune_7b.py              # first-order Taylor, nothing made up for, as LLM-Pruner
-    .venv/bin/python benchmarks/prune_7b.py --default    # what `rate: 0.2` alone means: two cuts, the better one kept
+    .venv/bin/python benchmarks/prune_7b.py --default    # what `rate: 0.2` alone means
 
 13.5 GB of random bf16 weights are made here and written as a checkpoint of files of at most 10 GB, as Llama-2-7B's is,
 which is then loaded, cut on 10 samples of 64 tokens, saved and loaded again, by the functions that `qpruner prune`
@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import shutil
 import tempfile
 import threading
 import time
@@ -26,15 +25,14 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
-from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from qpruner.config.schema import PruneConfig
 from qpruner.data.calibration import Samples
 from qpruner.models.checkpoint import save_checkpoint
 from qpruner.models.loading import load_dense
-from qpruner.models.memory import release, take_in
-from qpruner.pruning.best_cut import Made, cuts_of, prune_best
-from qpruner.pruning.prune import num_parameters
+from qpruner.models.memory import copy_weights, release
+from qpruner.pruning.prune import Pruned, num_parameters, prune
 
 LIMIT_BYTES = 22 * 1024**3
 
@@ -110,33 +108,17 @@ class Steps:
         print(f"{name:6} {seconds:7.1f} s  peak {peak:.2f} GiB", flush=True)
 
 
-def prune_folder(base: Path, folder: Path, settings: PruneConfig, steps: Steps) -> Made:
-    """The stage's work: load, cut, save where it is the best so far, and anew for another cut."""
-    rows = [
-        [{"input_ids": row, "labels": row} for row in torch.randint(3, 32000, (10, 64), generator=generator).tolist()]
-        for generator in (torch.Generator().manual_seed(seed) for seed in (1, 2))
-    ]
-    kept: list[Made] = []
-
-    def load() -> Any:
-        release()
-        model = load_dense(str(base), "bfloat16")
-        take_in(model)
-        steps.end("load")
-        return model
-
-    def keep(made: Made) -> None:
-        steps.end("cut")
-        if made.is_best:
-            shutil.rmtree(folder, ignore_errors=True)
-            save_checkpoint(made.pruned.model, tokenizer(), folder)
-            kept[:] = [replace(made, pruned=replace(made.pruned, model=None))]
-            steps.end("save")
-
-    cuts = [cut.settings for cut in cuts_of(AutoConfig.from_pretrained(base), settings)]
-    for tried in prune_best(load, cuts, Samples(rows[0], 0, 10), Samples(rows[1], 0, 10), keep):
-        print(f"loss {tried.loss:.3f} without blocks {tried.dropped_blocks}", flush=True)
-    return kept[0]
+def prune_folder(base: Path, folder: Path, settings: PruneConfig, steps: Steps) -> Pruned:
+    """Load, cut and save, as the stage does; returns the cut without its model."""
+    rows = torch.randint(3, 32000, (10, 64), generator=torch.Generator().manual_seed(1)).tolist()
+    model = load_dense(str(base), "bfloat16")
+    copy_weights(model)
+    steps.end("load")
+    pruned = prune(model, settings, Samples([{"input_ids": row, "labels": row} for row in rows], 0, 10))
+    steps.end("cut")
+    save_checkpoint(pruned.model, tokenizer(), folder)
+    steps.end("save")
+    return replace(pruned, model=None)
 
 
 def main() -> None:
@@ -155,10 +137,10 @@ def main() -> None:
         base, folder = Path(scratch, "base"), Path(scratch, "pruned")
         random_llama(llama_7b(arguments.num_layers)).save_pretrained(base, max_shard_size="10GB")
         steps.end("build")
-        pruned = prune_folder(base, folder, settings, steps).pruned
+        pruned = prune_folder(base, folder, settings, steps)
         release()
         model = load_dense(str(folder), "bfloat16")
-        take_in(model)
+        copy_weights(model)
         steps.end("reload")
         assert num_parameters(model) == pruned.parameters_after
     highest = max(figure["peak_gib"] for figure in steps.figures)

@@ -39,14 +39,15 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from qpruner.config.schema import LoraConfig, PruneConfig, TrainingConfig
-from qpruner.data.calibration import Samples, mean_loss
+from qpruner.data.calibration import Samples
+from qpruner.data.losses import mean_loss
 from qpruner.models.checkpoint import save_checkpoint
 from qpruner.models.loading import load_dense, load_tokenizer, resolve_source
 from qpruner.models.memory import release
-from qpruner.pruning.best_cut import Made, cuts_of, prune_best
-from qpruner.pruning.evidence import Measured
+from qpruner.pruning.criteria import CalibratedCriteria
 from qpruner.pruning.importance import Scores, score
-from qpruner.pruning.prune import cut_by, num_parameters
+from qpruner.pruning.prune import num_parameters, prune_by
+from qpruner.pruning.settings import settled
 from qpruner.quantization.assembly import attach_adapters
 from qpruner.runs.version import commit
 from qpruner.training.finetune import Schedule, finetune
@@ -88,10 +89,7 @@ LLM_PRUNER = PruneConfig(
 first-order Taylor summed weight by weight, one batch of 10 x 64 tokens; at 34 % of their units 19.6 % of all parameters
 go."""
 DEFAULT = ("default", "global", "least_squares")
-"""What a configuration that says nothing gets: of fisher with and without whole blocks, what loses less on validation
-rows; they are other windows of the evaluated text, as a user's are of the task."""
-ALONE = " alone"
-"""Behind a calibration text: it gives the default's validation rows, too."""
+"""What a configuration that says nothing gets."""
 WITH_BLOCKS = {f"fisher, {share:.0%} in blocks": (CRITERIA["fisher"], share) for share in (0.06, 0.08, 0.1, 0.14)}
 """Share of all parameters that go in whole blocks (two to five of 30), channels making up the rest; at other rates than
 20 % the best of them alone. Importance is measured anew between blocks and channels, so that a row takes three times as
@@ -142,17 +140,17 @@ COLUMNS = ("per_layer 4-25", "per_layer", "global", "none", "bias", "least_squar
 """In a table's order."""
 
 
-class Remembered(Measured):
+class Remembered(CalibratedCriteria):
     """Importance of the base model's units as the bench knows it; all else is measured."""
 
     def __init__(self, bench: Bench, settings: PruneConfig, calibration: str, seed: int) -> None:
         super().__init__(settings, bench.samples(calibration, seed), seed)
         self._bench, self._key = bench, (settings, calibration, seed)
 
-    def of_units(self, model: Any, layers: Sequence[int]) -> Scores:
+    def score_units(self, model: Any, layers: Sequence[int]) -> Scores:
         """The scores of the bench, where nothing was cut yet."""
         if num_parameters(model) < self._bench.num_parameters:
-            return super().of_units(model, layers)
+            return super().score_units(model, layers)
         scores = self._bench.scores(*self._key)
         return {index: scores[index] for index in layers}
 
@@ -180,7 +178,7 @@ class Bench:
 
     @cached_property
     def windows(self) -> dict[str, list[dict[str, list[int]]]]:
-        """Rows by use: `evaluated`, `training`, `validation` (the last of these), and calibration samples by name of
+        """Rows by use: `evaluated`, `training`, and calibration samples by name of
         their text."""
         if self.evaluated == PUBLIC:
             ids = self._tokens((self._evaldata / "text" / "wikitext2_valid.txt").read_text())
@@ -194,9 +192,7 @@ class Bench:
         half = len(ids) // 2
         first = min(NUM_EVALUATED * CONTEXT, half // 2)  # the demo's own text is short
         texts = {"same text": _rows(ids[half:], CONTEXT)} | ({"web text": _rows(web, CONTEXT)} if web else {})
-        between = _rows(ids[first:half], CONTEXT)
-        validation = between[-NUM_CALIBRATION:]
-        return {"evaluated": _rows(ids[:first], CONTEXT), "training": between, "validation": validation, **texts}
+        return {"evaluated": _rows(ids[:first], CONTEXT), "training": _rows(ids[first:half], CONTEXT), **texts}
 
     @property
     def texts(self) -> list[str]:
@@ -210,7 +206,7 @@ class Bench:
             number, length = map(int, size.split(" x "))
             tokens = [token for row in self.windows[text][:NUM_CALIBRATION] for token in row["input_ids"]]
             return Samples(_rows(tokens, length)[:number], self.pad_id, number)
-        rows = self.windows[calibration.removesuffix(ALONE)]
+        rows = self.windows[calibration]
         number = min(NUM_CALIBRATION, len(rows))
         chosen = random.Random(seed).sample(rows, number) if seed else rows[:number]
         return Samples(chosen, self.pad_id, 8)
@@ -225,26 +221,9 @@ class Bench:
         return self.perplexity(self.base)
 
     def prune(self, settings: PruneConfig, calibration: str, seed: int = 0) -> Any:
-        """The pruned model; importance is measured once for each criterion and text, but for what is compared."""
-        cuts = [cut.settings for cut in cuts_of(self.base.config, settings)]
-        if len(cuts) == 1:
-            evidence = Remembered(self, settings, calibration, seed)
-            return cut_by(evidence, copy.deepcopy(self.base), settings).model
-        best: list[Any] = []
-
-        def made(cut: Made) -> None:
-            if cut.is_best:
-                best[:] = [cut.pruned.model]
-
-        samples, held_out = self.samples(calibration, seed), self.windows["validation"]
-        if calibration.endswith(ALONE):
-            others = [row for row in self.windows[calibration.removesuffix(ALONE)] if row not in samples.rows]
-            held_out = others[-NUM_CALIBRATION:]
-        validation = Samples(held_out, self.pad_id, 8)
-        tried = prune_best(lambda: copy.deepcopy(self.base), cuts, samples, validation, made, seed)
-        for each in tried:
-            print(f"    validation loss {each.loss:.3f} without blocks {each.dropped_blocks}", flush=True)
-        return best[0]
+        """The pruned model; importance is measured once for each criterion and text."""
+        settings = settled(self.base.config, settings)
+        return prune_by(Remembered(self, settings, calibration, seed), copy.deepcopy(self.base), settings).model
 
     def pruned(self, task: Task) -> Any:
         """A task's pruned model, kept where the fine-tune starts from it too."""
@@ -414,13 +393,6 @@ def repeated(texts: Sequence[str], recipes: Sequence[tuple[str, ...]]) -> list[T
     ]
 
 
-def validated(texts: Sequence[str]) -> list[Task]:
-    """The default at 20 % by validation rows of the calibration text, where that is not the evaluated one."""
-    return [
-        Task("validation", DEFAULT[0], recipe(*DEFAULT), f"{text}{ALONE}", seed) for text in texts[1:] for seed in SEEDS
-    ]
-
-
 def finetuned(texts: Sequence[str], recipes: Sequence[tuple[str, ...]], once: Sequence[tuple[str, ...]]) -> list[Task]:
     """Recipes at 20 % and LLM-Pruner's setting, each after the same short LoRA fine-tune; some with one choice of
     calibration windows alone."""
@@ -493,7 +465,6 @@ def tables(rows: Sequence[Row]) -> str:
         ("Every criterion, nothing made up for", by_part.get("quality", []), ("criterion",), "selection"),
         ("Blocks 4 to 25 alone", by_part.get("ends", []), ("criterion", "selection"), "compensation"),
         ("By rate and compensation", compensated, of_one, "rate"),
-        ("By validation rows of the calibration text", by_part.get("validation", []), of_one, "rate"),
         ("Before the fine-tune", before, of_one, "rate"),
         ("After it", tuned, of_one, "rate"),
     ]
@@ -602,8 +573,7 @@ def every_part(measured: Measurements, texts: Sequence[str]) -> list[Row]:
     with_blocks = [recipe for recipe in best if recipe[0] in BESIDE]
     more_blocks = ranked([row for row in at_first if row.criterion in WITH_BLOCKS], "criterion")[0]
     rows += at_first + measured.rows(compensated(texts, chosen, others, more_blocks))
-    rows += measured.rows(repeated(texts, [DEFAULT, *best])) + measured.rows(validated(texts))
-    # The default is the cut with blocks wherever that one is better.
+    rows += measured.rows(repeated(texts, [DEFAULT, *best]))
     several = [DEFAULT, *(recipe for recipe in best if recipe not in with_blocks)]
     return rows + measured.rows(finetuned(texts, several, with_blocks))
 

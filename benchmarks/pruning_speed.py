@@ -33,15 +33,15 @@ from pruning import SOURCE, Bench
 from qpruner.config.schema import PruneConfig
 from qpruner.models.checkpoint import save_checkpoint
 from qpruner.models.loading import device, load_dense, load_tokenizer, resolve_source
-from qpruner.pruning.best_cut import cuts_of
-from qpruner.pruning.evidence import Unweighed
-from qpruner.pruning.prune import cut_by, num_parameters
+from qpruner.pruning.criteria import ShapeCriteria
+from qpruner.pruning.prune import num_parameters, prune_by
+from qpruner.pruning.settings import settled
 
 RECIPES: dict[str, dict[str, Any]] = {
     "default": {},
     "round_to 1": {"round_to": 1},
     "round_to 32": {"round_to": 32},
-    "no whole blocks": {"units": ("attention", "mlp")},
+    "whole blocks": {"units": ("block", "attention", "mlp")},
 }
 """Name -> what it has other than the default, at 20 %."""
 WORKLOADS = {
@@ -92,9 +92,8 @@ def _make_random(folders: dict[str, Path], evaldata: Path, scratch: Path) -> Non
         torch.manual_seed(0)
         model = AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **LLAMA_1B), dtype=torch.bfloat16)
         keys = {"rate": 0.2, **RECIPES[name]} if name in RECIPES else {"rate": 0.0}
-        # Nothing is measured here, so of what is open the cut with whole blocks, as of the other model.
-        settings = cuts_of(model.config, PruneConfig(selection="per_layer", **keys))[-1].settings
-        save_checkpoint(cut_by(Unweighed(settings), model, settings).model, tokenizer, path)
+        settings = settled(model.config, PruneConfig(selection="per_layer", **keys))
+        save_checkpoint(prune_by(ShapeCriteria(settings), model, settings).model, tokenizer, path)
 
 
 def bytes_read(model: Any) -> int:

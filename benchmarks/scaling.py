@@ -25,7 +25,8 @@ from pathlib import Path
 
 import numpy as np
 
-from qpruner.config.schema import RunConfig, load_config
+from qpruner.config.load import load_config
+from qpruner.config.schema import RunConfig
 
 NUM_PLANS = 8
 NUM_EMPTY, NUM_SIZES = 2000, 20
@@ -71,7 +72,7 @@ import json, sys
 from pathlib import Path
 import torch
 torch.set_num_threads(1)
-from qpruner.config.schema import validate_config
+from qpruner.config.load import validate_config
 from qpruner.search.trial import run_trial
 from qpruner.search.trial_job import Materials, TrialJob
 run, config, plans = Path(sys.argv[1]), validate_config(json.loads(sys.argv[2])), json.loads(sys.argv[3])

@@ -32,7 +32,6 @@ from qpruner.config.schema import RunConfig, SearchConfig, SensitivityConfig
 from qpruner.plans.plan import PlanSpace, PrecisionPlan
 from qpruner.search.choice import controls_of, finalist_positions, winner_position
 from qpruner.search.searchers import History, Ledger, Observation, Proposal, Proposer, Suggestion
-from qpruner.search.timetable import Timetable
 
 NUM_TRIALS = 64
 CONFIRM = SearchConfig().confirm
@@ -265,7 +264,6 @@ class Task:
         in_flight: Trials at a time.
         seed: Seeds the searcher, the noise and the trials' durations.
         asha: Whether ASHA stops trials at rungs.
-        deterministic: Whether plans are those of `search.deterministic`.
     """
 
     path: Path
@@ -275,7 +273,6 @@ class Task:
     in_flight: int
     seed: int
     asha: bool = False
-    deterministic: bool = False
 
 
 @dataclass(frozen=True)
@@ -386,13 +383,11 @@ class _Witness:
 class _Asha:
     """The scheduler of a run, called as Ray Tune's controller calls it."""
 
-    def __init__(self, table: Table, space: PlanSpace, controls: Collection[PrecisionPlan], ledger: Ledger) -> None:
+    def __init__(self, table: Table, space: PlanSpace, controls: Collection[PrecisionPlan]) -> None:
         settings = SearchConfig(steps=table.steps[-1], first_rung=table.steps[0])
         # Of the configuration it reads `search` alone, and a whole one would name a model.
         config = RunConfig.model_construct(search=settings)
-        self._scheduler = RecordedAsha(
-            config, space, controls, [], lambda trial_id: False, rivals=ledger.rivals if ledger.timetable else None
-        )
+        self._scheduler = RecordedAsha(config, space, controls, [], lambda trial_id: False)
         self._trials: dict[int, SimpleNamespace] = {}
 
     def stops(self, suggestion: Suggestion, step: int, score: float) -> bool:
@@ -419,9 +414,8 @@ def replay(task: Task, patience: int | None = None, proposer: Proposer | None = 
     plans = {plan for _, plan in controls}
     priors = table.sensitivities if task.seeded else {}
     witness = _Witness(proposer or make_proposer(task.searcher, space, task.seed, priors))
-    timetable = Timetable(task.in_flight, table.steps) if task.deterministic else None
-    ledger = Ledger(space, witness, controls, NUM_TRIALS, patience, timetable=timetable)
-    asha = _Asha(table, space, plans, ledger) if task.asha else None
+    ledger = Ledger(space, witness, controls, NUM_TRIALS, patience)
+    asha = _Asha(table, space, plans) if task.asha else None
     generator = np.random.default_rng([task.seed, 2])
     started: list[Suggestion] = []
     ended: dict[int, EndedTrial] = {}
@@ -430,7 +424,7 @@ def replay(task: Task, patience: int | None = None, proposer: Proposer | None = 
     events: list[tuple[float, int, Suggestion, int]] = []
 
     def fill(now: float) -> None:
-        while len(started) - len(ended) < task.in_flight and not ledger.waits:
+        while len(started) - len(ended) < task.in_flight:
             suggestion = ledger.next()
             if suggestion is None:
                 return

@@ -36,13 +36,13 @@ import numpy as np
 import torch
 
 from qpruner.config.schema import LoraConfig, SensitivityConfig, TrainingConfig
-from qpruner.data.calibration import mean_loss, token_losses
+from qpruner.data.losses import mean_loss, token_losses
 from qpruner.models.families import family_of
 from qpruner.models.layout import group_linears, layout_of
 from qpruner.models.loading import load_dense, load_tokenizer
 from qpruner.plans.plan import FULL_BITS
 from qpruner.pruning.block_stream import BlockStream
-from qpruner.quantization.assembly import Workbench
+from qpruner.quantization.assembly import PlanAssembler
 from qpruner.quantization.bank import (
     BankIndex,
     EntrySettings,
@@ -53,7 +53,7 @@ from qpruner.quantization.bank import (
     write_index,
 )
 from qpruner.quantization.mixed import unpack
-from qpruner.sensitivity.measurement import handing_on, measure
+from qpruner.sensitivity.measurement import measure, returning_outputs
 from qpruner.sensitivity.methods import Subject, by_expansion, by_information, by_measurement
 from qpruner.training.finetune import Listener, Schedule, finetune
 
@@ -174,7 +174,7 @@ class Evaluator:
             labels = self.labels[start : start + len(batch)]
             # The model's own end: norm, scaling of the logits and what else a family has.
             output = (batch,) if self.puts_tuples else batch
-            with handing_on(self.modules, [output] * len(self.modules)):
+            with returning_outputs(self.modules, [output] * len(self.modules)):
                 inputs = {"input_ids": labels, "attention_mask": torch.ones_like(labels), "labels": labels}
                 total += float(token_losses(self.model, inputs).sum())
             start += len(batch)
@@ -217,7 +217,7 @@ def effective_weights(bank: Path, group: str, bits: int, paths: Sequence[str]) -
 
 def finetuned(job: Job, plans: Sequence[tuple[tuple[int, ...], int]]) -> Iterator[dict[str, Any]]:
     """Loss of plans at every rung of a short fine-tune; each plan comes with its training seed."""
-    bench = Workbench(Path(job.model), Path(job.bank), job.base_group, DTYPE, double_quant=False, lora=LORA)
+    bench = PlanAssembler(Path(job.model), Path(job.bank), job.base_group, DTYPE, double_quant=False, lora=LORA)
     train, validation = job.windows(0, job.num_train), job.validation()
     for plan, seed in plans:
         started = time.monotonic()

@@ -17,15 +17,16 @@ from pathlib import Path
 import numpy as np
 import ray
 
-from qpruner.cluster.cluster import OBJECT_STORE_BYTES, Cluster
+from qpruner.cluster.connect import OBJECT_STORE_BYTES, Cluster
 from qpruner.cluster.probe import packed_check
-from qpruner.cluster.room import Room
+from qpruner.cluster.slots import Room
 from qpruner.cluster.tune import SearchJob, SearchOutcome, search
-from qpruner.config.schema import RunConfig, validate_config
+from qpruner.config.load import validate_config
+from qpruner.config.schema import RunConfig
 from qpruner.plans.plan import Group, Layout, LinearShape, PlanSpace
 from qpruner.runs.events import Event
-from qpruner.runs.paths import RunDir
 from qpruner.runs.records import RungResult
+from qpruner.runs.run_dir import RunDir
 from qpruner.search.trial_job import Materials, Progress, Report, TrialJob
 
 NUM_GROUPS = 64

@@ -22,9 +22,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from qpruner.config.schema import RunConfig, load_config
-from qpruner.data.calibration import labelled_only, mean_loss, predicted_labels
-from qpruner.data.rows import collate, encode, load_examples
+from qpruner.config.load import load_config
+from qpruner.config.schema import RunConfig
+from qpruner.data.encoding import collate, encode
+from qpruner.data.losses import labelled_only, mean_loss, predicted_labels
+from qpruner.data.sources import load_examples
 from qpruner.estimate.step_times import _small_model
 from qpruner.models.loading import load_model_config, load_tokenizer, resolve_source
 from qpruner.training.finetune import Share, _Batches

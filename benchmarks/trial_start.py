@@ -35,11 +35,11 @@ import torch
 import yaml
 
 from qpruner.config.schema import RunConfig
-from qpruner.data.rows import collate, load_encoded, save_encoded
+from qpruner.data.encoding import collate, load_encoded, save_encoded
 from qpruner.models.layout import group_linears
 from qpruner.models.loading import load_dense
-from qpruner.models.memory import settle
-from qpruner.quantization.assembly import Workbench, attach_adapters
+from qpruner.models.memory import freeze_libraries
+from qpruner.quantization.assembly import PlanAssembler, attach_adapters
 from qpruner.quantization.bank import EntrySettings, build_entry
 from qpruner.quantization.mixed import packed_layer
 
@@ -71,13 +71,13 @@ def seconds(work: Callable[[], Any]) -> tuple[float, float]:
 def measure(config: RunConfig, run: Path, turn: int, banked: bool) -> dict[str, tuple[float, float]]:
     """What this process, which has built no model yet, takes for a trial's start; from the bank for two in a row."""
     checkpoint, bank, quantize = run / "prune", run / "bank", config.quantize
-    settle()
+    freeze_libraries()
     names = group_names(bank)
     generator = random.Random(turn)
     first, second = ({name: generator.choice((4, 8)) for name in names} for _ in range(2))
     if not banked:
         return {"from scratch": seconds(lambda: from_scratch(config, checkpoint, first))}
-    bench = Workbench(checkpoint, bank, quantize.group, config.model.dtype, quantize.double_quant, config.lora)
+    bench = PlanAssembler(checkpoint, bank, quantize.group, config.model.dtype, quantize.double_quant, config.lora)
     return {
         kind: seconds(lambda plan=plan: bench.model(plan, config.seed))  # type: ignore[misc]
         for kind, plan in (("bank, first trial", first), ("bank, worker reused", second))
@@ -100,7 +100,7 @@ def make_rows(count: int, folder: Path) -> None:
 
 def read_rows(folder: Path) -> tuple[float, float, float]:
     """Wall-clock and processor seconds until the first batch is there, and the megabytes that stay."""
-    settle()
+    freeze_libraries()
     kept: list[Any] = []
 
     def start() -> None:

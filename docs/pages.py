@@ -1,4 +1,4 @@
-"""What MkDocs adds to the pages here: those of the root.
+"""Add the pages of the root to the site.
 
 The site's root is that of the repository with `docs/` laid into it, so links between the two lose their folder.
 """
@@ -23,5 +23,5 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
-    """Links from this folder to the root, and from the root to this folder."""
+    """Mend links from this folder to the root, and from the root to this folder."""
     return markdown.replace("](../", "](").replace("](docs/", "](")

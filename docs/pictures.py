@@ -1,8 +1,8 @@
-"""The pictures of README and docs/report.md, from one run that a single command made from its beginning to its end.
+"""Take the pictures of README and docs/report.md, from one run that a single command made whole.
 
     python docs/pictures.py runs/demo
 
-`terminal.svg` is the run's search told again: the lines of its log, and its trials' records as they stood at one
+`terminal.svg` is the run's search shown again: the lines of its log, and its trials' records as they stood at one
 moment, go through the view that `qpruner run` has. For `tensorboard.png` Chromium opens the real TensorBoard on the
 run, for `report.png`, `pareto.png` and `winner.png` its report.
 """
@@ -27,8 +27,8 @@ from qpruner.api import read_run
 from qpruner.cli import terminal
 from qpruner.report.snapshot import Snapshot
 from qpruner.runs import events
-from qpruner.runs.paths import LOG
 from qpruner.runs.records import TrialRecord
+from qpruner.runs.run_dir import LOG
 
 ROOT = Path(__file__).resolve().parent.parent
 IMAGES = ROOT / "docs" / "images"
@@ -36,7 +36,7 @@ COLUMNS, LINES = 118, 40
 LOG_LINE = re.compile(r"(\S+ \S+) INFO qpruner\.pipeline: \[(\w+)\] (.*)")
 FONT = re.compile(r"@font-face \{\{.*?\}\}", re.DOTALL)
 """Rich's format would ask another host for one."""
-Told = tuple[float, events.Event]
+TimedEvent = tuple[float, events.Event]
 """When, in Unix seconds, and what."""
 
 
@@ -58,17 +58,17 @@ class Screen(io.StringIO):
 
 
 def terminal_picture(run: Snapshot, log: Path) -> str:
-    """The search as `qpruner run` showed it when most trials were past their first rung and not over, as SVG."""
+    """Draw the search as `qpruner run` showed it when most trials were past their first rung and not over, as SVG."""
     moment = moment_of(run.own_trials)
-    told = sorted((*told_in_log(log, moment), *told_of_trials(run, moment)), key=lambda each: each[0])
+    timed = sorted((*events_in_log(log, moment), *events_of_trials(run, moment)), key=lambda each: each[0])
     clock = SimpleNamespace(now=0.0, monotonic=lambda: clock.now)
     with contextlib.redirect_stdout(Screen()), patch.object(terminal, "time", clock):
         view = terminal.Terminal(quiet=False)
         view._console.size, view._console.record = (COLUMNS, LINES), True
-        # A terminal itself wraps long lines, a picture has to be told.
+        # A terminal itself wraps long lines, a picture does not.
         view._console.print = partial(unwrapped, view._console.print)  # type: ignore[method-assign]
         view._progress.get_time = clock.monotonic
-        for clock.now, event in told:
+        for clock.now, event in timed:
             view.emit(event)
         clock.now = moment
         view._console.print(view._view())
@@ -83,13 +83,13 @@ def unwrapped(print_: Callable[..., None], *what: Any, **options: Any) -> None:
 
 
 def moment_of(trials: Sequence[TrialRecord]) -> float:
-    """The last time that as many trials as ever were past their first rung and not over."""
+    """Return the last time that as many trials as ever were past their first rung and not over."""
     spans = [(trial.times[1], trial.times[-1]) for trial in trials if trial.rungs]
     return max((begin for begin, _ in spans), key=lambda now: (sum(begin <= now < end for begin, end in spans), now))
 
 
-def told_in_log(log: Path, until: float) -> Iterator[Told]:
-    """What the log's lines were made of; what was said of trials is in their records."""
+def events_in_log(log: Path, until: float) -> Iterator[TimedEvent]:
+    """Yield the events of the log's lines; those of trials are in their records."""
     for line in log.read_text(encoding="utf-8").splitlines():
         parts = LOG_LINE.fullmatch(line)
         if parts is None or re.match(r"trial +\d+ \[", parts[3]):
@@ -100,7 +100,7 @@ def told_in_log(log: Path, until: float) -> Iterator[Told]:
 
 
 def event_of(stage: str, text: str) -> events.Event:
-    """The event whose line this is."""
+    """Return the event whose line this is."""
     if begun := re.fullmatch(r"(.*) \.\.\.", text):
         return events.StageStarted(stage, begun[1])
     if done := re.fullmatch(r"done in ([\d.]+) s: (.*)", text):
@@ -108,8 +108,8 @@ def event_of(stage: str, text: str) -> events.Event:
     return events.Message(stage, text)
 
 
-def told_of_trials(run: Snapshot, until: float) -> Iterator[Told]:
-    """What the search told of its trials, and of how many are over."""
+def events_of_trials(run: Snapshot, until: float) -> Iterator[TimedEvent]:
+    """Yield what the search reported of its trials, and of how many are over."""
     search = run.state.search
     assert search, "the run has searched"
     begun = [trial for trial in run.own_trials if trial.times[0] <= until]
@@ -127,7 +127,7 @@ def told_of_trials(run: Snapshot, until: float) -> Iterator[Told]:
 
 
 def as_of(trial: TrialRecord, moment: float) -> TrialRecord:
-    """The record of a trial under way, with the rungs that it had reached."""
+    """Return the record of a trial under way, with the rungs that it had reached."""
     reached = sum(when <= moment for when in trial.times[1:-1])
     update = {"status": "running", "rungs": trial.rungs[:reached], "times": trial.times[: 1 + reached], "reason": None}
     return trial.model_copy(update=update)
@@ -137,7 +137,7 @@ def as_of(trial: TrialRecord, moment: float) -> TrialRecord:
 
 
 def browser_pictures(run: Snapshot, root: Path) -> None:
-    """TensorBoard's table of the trials, the first screen of the report, and two of its plots."""
+    """Take TensorBoard's table of the trials, the first screen of the report, and two of its plots."""
     sys.path.append(str(ROOT / "tests"))
     from chromium import chromium
     from tensorboard_server import serving

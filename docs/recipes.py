@@ -17,7 +17,8 @@ from safetensors.torch import save_file
 from transformers import LlamaConfig, PretrainedConfig, Qwen3Config
 
 from qpruner import estimate
-from qpruner.config.schema import RunConfig, load_config
+from qpruner.config.load import load_config
+from qpruner.config.schema import RunConfig
 from qpruner.pipeline.preflight import GIB, Inspection, shapes_of
 from qpruner.pipeline.preflight_rows import RowCounts
 

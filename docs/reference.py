@@ -30,12 +30,13 @@ def commands() -> str:
         for line in _options(verb):
             by_line.setdefault(line, []).append(str(verb.name))
     shared = {line: names for line, names in by_line.items() if len(names) > 2}
+    of_config = {str(verb.name) for verb in verbs if any(option.name == "overrides" for option in verb.params)}
     lines = [
         *("# Commands", "", MADE, ""),
         "`qpruner VERB --help` says the same. Exit codes: 0 success, 1 a failure of qpruner or the machine, 2 a "
         "mistake in the input, 130 after Ctrl-C. With `--json` the last line of stdout is one JSON object.",
         *("", "## Options of several verbs", ""),
-        *(f"{line} Of: {', '.join(names)}." for line, names in shared.items()),
+        *(f"{line} Of {_named(names, of_config)}." for line, names in shared.items()),
     ]
     for verb in verbs:
         _, *arguments = verb.collect_usage_pieces(click.Context(verb))
@@ -43,6 +44,13 @@ def commands() -> str:
         own = [line for line in _options(verb) if line not in shared]
         lines += ["", f"## qpruner {verb.name}", "", f"{_text(verb.help)} `{usage}`", *([""] if own else []), *own]
     return "\n".join(lines).rstrip() + "\n"
+
+
+def _named(names: list[str], of_config: set[str]) -> str:
+    """Name verbs, those that take a CONFIG together."""
+    if not of_config <= set(names):
+        return ", ".join(names)
+    return ", ".join(["every verb of a CONFIG", *(name for name in names if name not in of_config)])
 
 
 def _options(verb: click.Command) -> Iterator[str]:
@@ -87,6 +95,8 @@ def _section(path: str, schema: dict[str, Any], defined: dict[str, Any], shown: 
             shown[target] = f"{path}{name}"
             inner.append(target)
         keys = f"[keys](#{shown[target].replace('.', '')})" if target else ""
+        if target and not about:
+            continue  # a section of its own, which follows
         yield f"- `{path}{name}` ({', '.join(filter(None, (rule, keys)))}){': ' if about else ''}{about}"
     yield ""
     for target in inner:

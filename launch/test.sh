@@ -3,6 +3,11 @@
 # Usage: bash launch/test.sh [options of pytest]     Long tests: .venv/bin/pytest -m slow
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
+# Minutes of one core, on a machine that does nothing else, packages installed.
+CORE_MINUTES=16
+cores=$(nproc)
+processes=$((cores < 8 ? cores : 8))
+echo "== about $(((CORE_MINUTES + processes - 1) / processes)) minutes on $cores cores, and the installation before it the first time"
 bash launch/setup.sh dev demo-model
 for check in "ruff check ." "ruff format --check ." "mypy" "lint-imports"; do
   echo "== $check"

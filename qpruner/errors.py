@@ -16,7 +16,7 @@ DEFECT = (
     "this is most likely a defect of qpruner, not of your input: the command can be repeated and goes on from what is "
     "recorded"
 )
-"""What is said of an error that nobody foresaw."""
+"""Message for an unexpected error."""
 
 
 class QprunerError(Exception):
@@ -32,12 +32,7 @@ class UserError(QprunerError):
 
 
 class ConfigError(UserError):
-    """One or more problems in a configuration, collected and shown together.
-
-    Attributes:
-        problems: One complete sentence a problem.
-        source: The file that has them; None where they are not of a file alone.
-    """
+    """One or more problems in a configuration, shown together; `source` is the file that has them."""
 
     def __init__(self, problems: Iterable[str], source: str | None = None) -> None:
         self.problems, self.source = tuple(problems), source
@@ -48,7 +43,7 @@ class ConfigError(UserError):
 
 
 def together(*checks: Callable[[], Any]) -> list[Any]:
-    """What checks found, none of which rests on another: a person is told every mistake at once.
+    """Run independent checks, and report every mistake at once.
 
     Raises:
         UserError: What one of them raised, as it is; a `ConfigError` of what several raised.
@@ -71,11 +66,7 @@ def together(*checks: Callable[[], Any]) -> list[Any]:
 
 
 class PlanRefused(UserError):
-    """A plan in a file cannot be used.
-
-    Attributes:
-        problem: What is wrong with the file, in one sentence.
-    """
+    """A plan in a file cannot be used."""
 
     def __init__(self, problem: str, key: str = "search.plan") -> None:
         self.problem = problem
@@ -83,13 +74,7 @@ class PlanRefused(UserError):
 
 
 class StageError(QprunerError):
-    """A stage failed while it ran; what was recorded before it stays valid.
-
-    Attributes:
-        stage: Name of the stage, as in the records.
-        cause: What happened, in one sentence.
-        remedy: What to do next, in one sentence.
-    """
+    """A stage failed while it ran; what was recorded before it stays valid."""
 
     def __init__(self, stage: str, cause: str, remedy: str) -> None:
         self.stage, self.cause, self.remedy = stage, cause, remedy
@@ -101,12 +86,7 @@ class StageError(QprunerError):
 
 
 class StorageError(QprunerError):
-    """The run's storage stayed full or away for longer than a write waits.
-
-    Attributes:
-        cause: What happened, in one sentence.
-        remedy: What to do next, in one sentence.
-    """
+    """The run's storage stayed full or unreachable for longer than a write waits."""
 
     def __init__(self, cause: str, remedy: str) -> None:
         self.cause, self.remedy = cause, remedy
@@ -124,11 +104,7 @@ class OutOfMemory(QprunerError):
 
 
 class NodeDiffers(QprunerError):
-    """A node that joined the cluster later cannot be used for the run.
-
-    Attributes:
-        cause: Its name and what is different there, in one line.
-    """
+    """A node that joined the cluster later cannot be used for the run."""
 
     def __init__(self, cause: str) -> None:
         self.cause = cause
@@ -142,7 +118,7 @@ class NodeDiffers(QprunerError):
 
 
 def note_defect(error: Exception, evidence: str = "what stands above") -> str:
-    """Note on an error that nobody foresaw what to do about it, unless that is noted; returns the note.
+    """Add a note to an unexpected error that says what to do, once; returns the note.
 
     Args:
         error: Its traceback ends in the note.
@@ -177,11 +153,7 @@ class TakenOver(QprunerError):
 
 
 class CorruptFile(QprunerError):
-    """A file the run folder vouches for cannot be read as what it should be.
-
-    Attributes:
-        path: The file or folder, as far as it is known.
-    """
+    """A file that a record lists cannot be read as what it should be."""
 
     def __init__(self, message: str, path: Path | None = None) -> None:
         self.path = path

@@ -1,6 +1,6 @@
-"""`import qpruner.hf` once, and plain transformers loads qpruner's folders.
+"""Let plain transformers load qpruner's folders: import this once.
 
-Registers the mixed-precision quantizer and lets the supported families build blocks of different widths, so that
+It registers the mixed-precision quantizer and lets the supported families build blocks of different widths, so that
 `AutoModelForCausalLM.from_pretrained(folder)` works on pruned and on final folders; an adapter beside the weights is
 attached by transformers itself. On a CPU without bfloat16 instructions its products are computed in float32.
 """
@@ -11,33 +11,30 @@ from pathlib import Path
 from typing import Any
 
 from qpruner.models import cpu, ragged
-from qpruner.models.loading import OnLoading, device, tensors_told, untold
-from qpruner.models.snippets import PEFT_BASE
+from qpruner.models.loading import OnLoading, device, ignore_progress, reporting_tensors
 from qpruner.quantization import mixed
 
 __all__ = ["load", "mixed", "ragged", "weights_folder"]
+
+PEFT_BASE = "base"
+"""Folder of the quantized model inside a peft export."""
 
 ragged.install()
 cpu.install()
 
 
 def weights_folder(folder: Path) -> Path:
-    """Where a model's weights are: in a folder of its own below a peft export, else in the folder itself."""
+    """Find a model's weights: below a peft export in a folder of its own, else in the folder itself."""
     base = folder / PEFT_BASE
     return base if base.is_dir() and not (folder / "config.json").exists() else folder
 
 
-def load(folder: Path, told: OnLoading = untold) -> Any:
-    """A folder as who uses it would load it, on the best device: final, an export of ours, or of any plain model.
-
-    Args:
-        folder: The folder.
-        told: Told how many tensors are there.
-    """
+def load(folder: Path, on_progress: OnLoading = ignore_progress) -> Any:
+    """Load a final folder, an export or any plain model on the best device, as its user would."""
     from transformers import AutoModelForCausalLM
 
     weights = weights_folder(folder)
-    with tensors_told(told):
+    with reporting_tensors(on_progress):
         model = AutoModelForCausalLM.from_pretrained(weights, use_safetensors=True).to(device())
     if weights == folder:
         return model

@@ -1,4 +1,4 @@
-"""Numbers and this command as people and other programs read them."""
+"""Render numbers and this command for people and other programs."""
 
 from __future__ import annotations
 
@@ -11,23 +11,18 @@ from typing import Any
 
 
 def counted(number: float, noun: str) -> str:
-    """A number of things: ``1 trial``, ``2 trials``.
-
-    Args:
-        number: How many.
-        noun: One of them; its plural takes an s.
-    """
-    told = f"{number:g}" if isinstance(number, float) else f"{number}"
-    return f"{told} {noun}{'' if number == 1 else 's'}"
+    """Render a number of things: ``1 trial``, ``2 trials``; the plural takes an s."""
+    text = f"{number:g}" if isinstance(number, float) else f"{number}"
+    return f"{text} {noun}{'' if number == 1 else 's'}"
 
 
 def error_text(stderr: float | None, digits: int) -> str:
-    """A standard error behind its mean, `` (se 0.048)``; nothing where one question or row has none."""
+    """Render a standard error behind its mean, `` (se 0.048)``; nothing where there is none."""
     return "" if stderr is None or math.isnan(stderr) else f" (se {stderr:.{digits}f})"
 
 
 def without_nan(value: Any) -> Any:
-    """A value for JSON, which knows no NaN: the standard error of a single question, say, is null."""
+    """Replace NaN and infinities by None, for JSON: the standard error of a single question, say, is null."""
     if isinstance(value, dict):
         return {key: without_nan(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
@@ -36,8 +31,10 @@ def without_nan(value: Any) -> Any:
 
 
 def as_called() -> str:
-    """The command of this process as a shell takes it again: `launch/demo.sh` calls the program by its path, since
-    `.venv` need not be active."""
+    """Return the command of this process for a shell.
+
+    `launch/demo.sh` calls the program by its path, since `.venv` need not be active.
+    """
     called, *arguments = sys.argv
     name = Path(called).name
     program = ["python", "-m", "qpruner"] if name == "__main__.py" else [name if shutil.which(name) else called]

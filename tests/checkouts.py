@@ -1,4 +1,4 @@
-"""Copies of this checkout, for what builds, installs or runs it as a newcomer would."""
+"""Copy this checkout, for what builds, installs or runs it as a newcomer would."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def copy_checkout(into: Path) -> Path:
-    """Every file that git would take, committed or not; skips the test where this is no git checkout."""
+    """Copy every file that git would take, committed or not; skips the test where this is no git checkout."""
     if not (ROOT / ".git").exists():
         pytest.skip("no git checkout: nothing says which files are the project's")
     for name in git(ROOT, "ls-files", "--cached", "--others", "--exclude-standard").splitlines():
@@ -23,7 +23,7 @@ def copy_checkout(into: Path) -> Path:
 
 
 def git(folder: Path, *arguments: str) -> str:
-    """What a git command prints."""
+    """Return what a git command prints."""
     done = subprocess.run(["git", "-C", folder, *arguments], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()

@@ -30,6 +30,7 @@ os.environ.setdefault("RAY_ENABLE_AUTO_CONNECT", "0")
 import pytest
 import yaml
 
+pytest_plugins = ["searched_runs"]
 DEMO_DATA = files("qpruner") / "demo" / "data"
 
 
@@ -144,7 +145,7 @@ def full_until_noticed(disk: Path, leave: int = 0) -> Iterator[Path]:
                 filler.unlink(missing_ok=True)
 
     filler.write_bytes(b"\0" * (shutil.disk_usage(disk).free - leave))
-    logger, handler = logging.getLogger("qpruner.runs.retry"), MakeRoom()
+    logger, handler = logging.getLogger("qpruner.runs.storage.retry"), MakeRoom()
     logger.addHandler(handler)
     try:
         yield filler
@@ -177,6 +178,19 @@ def with_key(raw: dict[str, Any], key: str, value: Any) -> dict[str, Any]:
     else:
         here[last] = value
     return changed
+
+
+def changed_by(change: str, raw: dict[str, Any]) -> dict[str, Any]:
+    """A copy with keys changed as `key=value; key=value`, values in YAML."""
+    for part in change.split("; "):
+        key, _, value = part.partition("=")
+        raw = with_key(raw, key, yaml.safe_load(value))
+    return raw
+
+
+def said(message: str, text: str) -> bool:
+    """Whether a text has the parts of a message, which ` ... ` separates."""
+    return all(part in text for part in message.split(" ... "))
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""The fenced blocks of README, docs and the other pages of the project."""
+"""Find the fenced blocks of README, docs and the other pages of the project."""
 
 from __future__ import annotations
 
@@ -13,14 +13,7 @@ FENCE = re.compile(r"^```(?P<language>\S*)\n(?P<text>.*?)^```$", re.MULTILINE | 
 
 @dataclass(frozen=True)
 class Block:
-    """A fenced block.
-
-    Attributes:
-        page: The file, as seen from the project's root.
-        line: Of the opening fence, counted from 1.
-        language: What stands behind the fence.
-        text: What is inside.
-    """
+    """A fenced block: its file as seen from the root, the line of its opening fence, and what is behind and inside."""
 
     page: str
     line: int
@@ -29,7 +22,7 @@ class Block:
 
     @property
     def first(self) -> str:
-        """The line that it is known by: the first that is no comment."""
+        """Return the line that it is known by: the first that is no comment."""
         return next((line for line in self.text.splitlines() if line.strip() and not line.startswith("#")), "")
 
     def __str__(self) -> str:
@@ -37,7 +30,7 @@ class Block:
 
 
 def blocks() -> list[Block]:
-    """All of them, page by page."""
+    """Return all of them, page by page."""
     return [
         Block(str(page.relative_to(ROOT)), text[: found.start()].count("\n") + 1, found["language"], found["text"])
         for page in PAGES

@@ -1,10 +1,10 @@
-"""A search's record as a stage would leave it, made without a search; tests change what they look at."""
+"""Records of a search and of a cut as stages would leave them; tests change what they look at."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from qpruner.runs.records import Confirmation, SearchRecord
+from qpruner.runs.records import Confirmation, LayerWidths, PruneRecord, SearchRecord
 
 
 def made_search(plan: dict[str, int], **changes: Any) -> SearchRecord:
@@ -20,7 +20,7 @@ def made_search(plan: dict[str, int], **changes: Any) -> SearchRecord:
         "num_finished": 6,
         "num_stopped": 2,
         "num_failed": 1,
-        "num_taken_over": 0,
+        "num_reused": 0,
         "ended": "all 9 trials were spent (`search.max_trials`)",
         "search_seconds": 500.0,
         "gpu_seconds": 0.0,
@@ -38,5 +38,44 @@ def made_search(plan: dict[str, int], **changes: Any) -> SearchRecord:
 
 def made_confirmation(index: int, origin: str, loss: float, **changes: Any) -> Confirmation:
     """A trial on fresh rows; a control where a control's name is its origin."""
-    fields = {"control": origin.startswith(("uniform-", "seed-")), "taken_over": False, "stderr": 0.0625}
+    fields = {"control": origin.startswith(("uniform-", "seed-")), "reused": False, "stderr": 0.0625}
     return Confirmation(index=index, origin=origin, loss=loss, **fields | changes)
+
+
+def made_layer(index: int, groups: int, channels: int, experts: int | None = None) -> LayerWidths:
+    """A block of 4 groups, 200 channels and perhaps 8 experts that keeps the first of them."""
+    return LayerWidths(
+        layer=index,
+        kept_kv_groups=tuple(range(groups)),
+        kept_mlp_channels=tuple(range(channels)),
+        kept_experts=None if experts is None else tuple(range(experts)),
+        base_kv_groups=4,
+        base_mlp_channels=200,
+        base_experts=None if experts is None else 8,
+        heads_per_group=2,
+        base_parameters=1000,
+        kept_parameters=5 * channels,
+    )
+
+
+def made_prune(*layers: LayerWidths, **changes: Any) -> PruneRecord:
+    """A cut of 150 to 120.24 million parameters."""
+    fields: dict[str, Any] = {
+        "digest": "0" * 16,
+        "seconds": 1.5,
+        "importance": "taylor",
+        "selection": "global",
+        "compensation": "none",
+        "target": "target 20.00% of all parameters",
+        "target_rate": 0.2,
+        "achieved_rate": 0.1984,
+        "parameters_before": 150_000_000,
+        "parameters_after": 120_240_000,
+        "bytes_before": 300_000_000,
+        "bytes_after": 240_480_000,
+        "peak_memory_bytes": 0,
+        "memory_counter": "rise of resident memory",
+        "dropped_blocks": (),
+        "layers": layers,
+    }
+    return PruneRecord(**fields | changes)

@@ -11,13 +11,13 @@ import torch
 from transformers import AutoConfig
 
 from qpruner.config.schema import LoraConfig
-from qpruner.data.rows import save_encoded
+from qpruner.data.encoding import save_encoded
 from qpruner.models.checkpoint import save_checkpoint
 from qpruner.models.layout import group_linears
 from qpruner.models.loading import load_tokenizer
 from qpruner.quantization.assembly import assemble, attach_adapters
 from qpruner.quantization.bank import BankIndex, EntrySettings, GroupJob, IndexEntry, build_group, write_index
-from qpruner.runs.paths import file_digest
+from qpruner.runs.storage import file_digest
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

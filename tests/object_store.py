@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from qpruner.runs import object_store as objects
+from qpruner.runs.storage import bucket as objects
 
 BUCKET = "runs"
 KEYS = {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test", "AWS_DEFAULT_REGION": "us-east-1"}
@@ -129,7 +129,7 @@ def talk_to(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     """Have this process find that server, not one that another test had."""
     for name, value in store.environment.items():
         monkeypatch.setenv(name, value)
-    objects._system.cache_clear()
+    objects.open_bucket.cache_clear()
 
 
 class Gate:

@@ -50,11 +50,10 @@ assert not any(name.split(".")[0] == "qpruner" for name in sys.modules)
 """
 
 
-def told_by_plain_transformers(
+def plain_transformers_answers(
     prompt: Sequence[Sequence[int]], folders: Iterable[Path], working_folder: Path
 ) -> list[dict[str, Any]]:
-    """Of each folder: logits of the prompt in float32, tokens that are likeliest after it, number of layers; or why it
-    was refused."""
+    """Return of each folder the logits in float32, the likeliest next tokens and the number of layers, or the error."""
     arguments = json.dumps([prompt, *map(str, folders)])
     done = subprocess.run(
         [sys.executable, "-c", PROGRAM, arguments], cwd=working_folder, capture_output=True, text=True, timeout=100

@@ -67,7 +67,7 @@ def test_the_head_settles_versions_and_token_and_both_travel(path: Path) -> None
     assert "source ~/qpruner/launch/node_env.sh" in head and "source ~/qpruner/launch/node_env.sh" in worker
 
 
-def test_a_token_that_anybody_could_read_is_its_owners_alone_from_then_on(tmp_path: Path) -> None:
+def test_a_token_becomes_its_owners_alone(tmp_path: Path) -> None:
     """As Ray leaves it where somebody called `ray.init()` before; the head goes on with it."""
     files = [yaml.safe_load(path.read_text()) for path in (AWS, ON_PREMISE)]
     [command] = {each for file in files for each in file["head_setup_commands"] if "get-auth-token" in each}
@@ -94,7 +94,7 @@ def test_keys_lie_in_a_file_of_their_own_that_git_never_takes(tmp_path: Path) ->
     subprocess.run(["git", "check-ignore", "--quiet", "launch/node_secrets.sh"], cwd=ROOT, check=True)
 
 
-def test_aws_workers_come_on_demand_and_spot_and_go_when_idle() -> None:
+def test_aws_workers_come_on_demand_and_go_when_idle() -> None:
     config = prepared(AWS)
     types = config["available_node_types"]
     head = types.pop(config["head_node_type"])
@@ -107,7 +107,7 @@ def test_aws_workers_come_on_demand_and_spot_and_go_when_idle() -> None:
     assert config["provider"]["cache_stopped_nodes"] is False
 
 
-def test_aws_machines_may_use_a_bucket_and_workers_are_not_given_the_heads_role() -> None:
+def test_aws_workers_are_not_given_the_heads_role() -> None:
     config = prepared(AWS)
     types = config["available_node_types"]
     profiles = {name: kind["node_config"]["IamInstanceProfile"]["Name"] for name, kind in types.items()}
@@ -216,7 +216,7 @@ def test_without_aws_credentials_it_says_so(tmp_path: Path, with_programs: dict[
     assert "no AWS credentials were found" in done.stderr
 
 
-def test_what_aws_still_has_of_a_cluster_is_told_whatever_the_shell_says_of_a_region(tmp_path: Path) -> None:
+def test_machines_left_at_aws_are_named(tmp_path: Path) -> None:
     pytest.importorskip("moto", reason="needs moto: pip install 'qpruner[dev]'")
     import boto3
 
@@ -245,7 +245,7 @@ def test_what_aws_still_has_of_a_cluster_is_told_whatever_the_shell_says_of_a_re
 
 
 @FILES
-def test_a_machine_without_ssh_is_told_before_anything_is_started(path: Path, tmp_path: Path) -> None:
+def test_a_machine_without_ssh_is_refused(path: Path, tmp_path: Path) -> None:
     known = {"HEAD": "10.0.0.1", "WORKER": "10.0.0.2", "USER": "nobody"}
     file = filled_aws(tmp_path) if path == AWS else filled(ON_PREMISE, tmp_path, **known)
     file.write_text(file.read_text().replace("~/.ssh/id_ed25519", str(file)))
@@ -268,7 +268,7 @@ needs_ssh = pytest.mark.skipif(not shutil.which("ssh-keygen"), reason="needs ssh
 
 
 @needs_ssh
-def test_a_host_without_ssh_is_named_before_ray_is_started(tmp_path: Path, with_programs: dict[str, str]) -> None:
+def test_a_host_without_ssh_is_named_before_ray_starts(tmp_path: Path, with_programs: dict[str, str]) -> None:
     # Whether this machine has no sshd or one that refuses the key: Ray would try for 15 minutes.
     path = filled_on_premise(tmp_path)
     environment = {**os.environ, **with_programs}
@@ -281,7 +281,7 @@ def test_a_host_without_ssh_is_named_before_ray_is_started(tmp_path: Path, with_
 
 
 @needs_ssh
-def test_a_missing_key_and_a_head_among_the_workers_are_named(tmp_path: Path, with_programs: dict[str, str]) -> None:
+def test_a_missing_key_and_a_head_among_workers_are_named(tmp_path: Path, with_programs: dict[str, str]) -> None:
     done = check(filled_on_premise(tmp_path, key="~/.ssh/not-there"))
     assert "`auth.ssh_private_key`: there is no ~/.ssh/not-there" in done.stderr
     done = check(filled_on_premise(tmp_path, head="127.0.0.2"), **with_programs)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import shutil
 import subprocess
 from collections.abc import Iterator
@@ -108,6 +109,14 @@ def test_no_disk(small_disk: Path) -> None:
     done = setup(small_disk, os.environ["PATH"])
     assert done.returncode == 1
     assert "the installation takes up to 8 GB, but only" in done.stderr
+
+
+def test_the_test_script_says_how_long_it_takes(checkout: Path, bare_path: Path) -> None:
+    (bare_path / "nproc").write_text("#!/bin/bash\necho 4\n")
+    (bare_path / "nproc").chmod(0o755)
+    command = ["bash", "launch/test.sh"]
+    done = subprocess.run(command, cwd=checkout, env={"PATH": str(bare_path)}, capture_output=True, text=True)
+    assert re.match(r"== about \d+ minutes on 4 cores, ", done.stdout), done.stderr
 
 
 def test_ci_runs_the_test_script_and_nothing_else() -> None:

@@ -13,7 +13,7 @@ import yaml
 from click.testing import CliRunner
 
 from qpruner.cli.main import main
-from qpruner.config.schema import config_schema
+from qpruner.config.load import config_schema
 from qpruner.runs.version import VERSION
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -1,61 +1,82 @@
-"""What `qpruner check` prints: what the run would be and take; where it is asked for, every key in effect, too."""
+"""The verb `qpruner check`: print what a run would be and take."""
 
 from __future__ import annotations
 
-import os
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from typing import Any
 
 import click
 import yaml
 
-from qpruner import estimate, pipeline
+from qpruner import estimate
 from qpruner.cli.terminal import Terminal
-from qpruner.cluster.cluster import local_slots
 from qpruner.config.schema import RunConfig
 from qpruner.errors import UserError
-from qpruner.estimate import work
+from qpruner.estimate import hours
 from qpruner.models.layout import num_layers
 from qpruner.models.memory import free_bytes
-from qpruner.pipeline.preflight import PRUNED_EARLIER, Inspection, is_pruned
+from qpruner.pipeline.preflight import PRUNED_EARLIER, Inspection, amount, is_pruned
 from qpruner.pipeline.preflight_rows import SPLITS, num_cut
-from qpruner.plans.plan import FULL_BITS, LinearShape, told_of_budget
+from qpruner.pipeline.run import Checked
+from qpruner.pipeline.run import check as check_run
+from qpruner.plans.plan import told_of_budget
 from qpruner.report.card import other_base_remark
 from qpruner.report.liveness import driver_text
-from qpruner.runs.paths import RunDir
+from qpruner.runs.run_dir import RunDir
 from qpruner.wording import counted
 
 
 def check(
-    config: RunConfig, address: str | None, quiet: bool, measure: bool, gpu: str | None, show_config: bool
+    config: RunConfig, address: str | None, quiet: bool, measure: bool, for_gpus: bool, show_config: bool
 ) -> dict[str, Any]:
-    """Everything that can be known of a run before it is begun.
+    """Print and return everything that can be known of a run before it is begun.
 
     Args:
         config: The configuration.
         address: A Ray cluster to look at; None looks at this machine.
         quiet: Print the last line only, and warnings on stderr.
-        measure: Time a few steps here.
-        gpu: Name of a GPU to assume.
+        measure: Time a few steps here, to estimate hours.
+        for_gpus: Assume a machine with the GPUs that a trial asks for.
         show_config: Print every key in effect, too.
 
     Raises:
         UserError: For what cannot work, as `preflight.inspect` tells it.
     """
-    if measure and gpu:
-        raise UserError("`--measure` times what is here, `--gpu` assumes what is not: leave one of them out")
-    if gpu is not None and gpu not in work.TERAFLOPS:
-        raise UserError(f"`--gpu` knows {', '.join(work.TERAFLOPS)}; got {gpu}")
+    if measure and for_gpus:
+        raise UserError("`--measure` times this machine, `--gpu` assumes another one: leave one of them out")
     with Terminal(quiet=quiet) as terminal:
-        found = pipeline.check(config, terminal.emit, address, gpu_is_elsewhere=gpu is not None and address is None)
+        found = check_run(config, terminal.emit, address, gpu_is_elsewhere=for_gpus and address is None)
     inspection, resources = found.inspection, found.resources
-    rates = _rates(config, found, measure, gpu)
-    gpus = resources.get("gpu") or (1.0 if gpu else None)
-    is_here = address is None and gpu is None and config.model.device_map == "single" and (gpus or 0) <= 1
+    rates = _measured_rates(config, found) if measure else None
+    gpus = resources.get("gpu") or (1.0 if for_gpus else None)
+    is_here = address is None and not for_gpus and config.model.device_map == "single" and (gpus or 0) <= 1
     free = free_bytes() if is_here else None
     taken = estimate.facts(config, inspection, rates, found.slots, found.done, gpus)
+    disk_needed, disk_free = found.disk
+    here = {"memory_free": free, "disk_needed": disk_needed, "disk_free": disk_free}
+    facts = _facts(config, inspection, found.slots) | here | taken
+    facts["warnings"] = [
+        *_driver_warnings(config),
+        *config.warnings,
+        *inspection.warnings,
+        *_memory_warnings(taken["memory_at_once"], free),
+        *_card_warnings(config),
+    ]
+    if show_config:
+        click.echo(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
+    if not quiet:
+        click.echo("\n".join(_lines(config, facts, has_gpu=gpus is not None)))
+    for warning in facts["warnings"]:
+        click.echo(f"warning:     {warning}", err=quiet)
+    keys = "" if quiet or show_config else "; `--show-config` prints every key in effect"
+    click.echo(f"The configuration is valid{keys}.")
+    return {"status": "ok", **facts}
+
+
+def _facts(config: RunConfig, inspection: Inspection, slots: int) -> dict[str, Any]:
+    """Return what the run would be as plain data."""
     layout, levels = inspection.pruned, config.quantize.bits
-    facts = {
+    return {
         "num_groups": len(layout.groups),
         "parameters_base": inspection.base.num_parameters,
         "parameters_pruned": layout.num_parameters,
@@ -66,30 +87,12 @@ def check(
         **{f"bytes_all_{bits}": layout.plan_bytes(layout.uniform(bits)) for bits in levels},
         "bytes_budget": inspection.budget_bytes,
         "bytes_plan": None if inspection.plan is None else layout.plan_bytes(inspection.plan),
-        "concurrent_trials": min(found.slots, config.num_trials),
+        "concurrent_trials": min(slots, config.num_trials),
         "rungs": list(config.search.rungs),
         "rows": {name: len(rows) for name, rows in inspection.examples.items()},
         "rows_cut": {name: num_cut(inspection.examples[name], config.data.max_length) for name in SPLITS},
         **asdict(inspection.counts),
-        "memory_free": free,
-        "warnings": [
-            *_driver_warnings(config),
-            *config.warnings,
-            *inspection.warnings,
-            *_memory_warnings(taken["memory_at_once"], free),
-            *_card_warnings(config),
-        ],
-        **taken,
     }
-    if show_config:
-        click.echo(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
-    if not quiet:
-        click.echo("\n".join(_lines(config, facts, has_gpu=gpus is not None)))
-    for warning in facts["warnings"]:
-        click.echo(f"warning:     {warning}", err=quiet)
-    keys = "" if quiet or show_config else "; `--show-config` prints every key in effect"
-    click.echo(f"The configuration is valid{keys}.")
-    return {"status": "ok", **facts}
 
 
 def _memory_warnings(at_once: int, free: int | None) -> list[str]:
@@ -112,88 +115,33 @@ def _driver_warnings(config: RunConfig) -> list[str]:
     return [f"{works}: `qpruner run` is refused until it ends"] if works else []
 
 
-def _rates(config: RunConfig, found: pipeline.Checked, measure: bool, gpu: str | None) -> work.Rates:
-    """How fast a slot is: its steps timed here, its matrix products timed here, or assumed of a GPU that is elsewhere.
+def _measured_rates(config: RunConfig, found: Checked) -> hours.Rates:
+    """Time a few steps on this machine.
 
     Raises:
         UserError: If trials hold GPUs and there is none here to be timed.
     """
     import torch
 
-    load = os.getloadavg()[0]  # before anything is timed
+    from qpruner.estimate import step_times
+
     inspection, resources = found.inspection, found.resources
     cores = max(1, int(resources.get("cpu", 1)))
-    here = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    if gpu or (resources.get("gpu") and not here and not measure):
-        return work.assumed_rates(gpu or "a GPU elsewhere")
-    if measure and resources.get("gpu") and not here:
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    if resources.get("gpu") and not gpu:
         raise UserError(
-            "`--measure` times this machine, which has no GPU, and trials hold one: check on a machine like the "
-            f"cluster's, or name its GPU with `--gpu` ({', '.join(work.TERAFLOPS)})"
+            "`--measure` times this machine, which has no GPU, and trials hold one: run it on a machine like the "
+            "cluster's, or leave it out"
         )
-    slots = max(1, min(found.slots, local_slots().fits({"cpu": cores})))
-    rates = (
-        _rates_by_steps(config, inspection, here, cores)
-        if measure
-        else _rates_by_products(config, inspection, here, cores, slots)
-    )
-    packing = _packing_rate(config, inspection, cores, slots)
-    return replace(rates, packing=packing, busy=None if here else _told_busy(load))
-
-
-def _told_busy(load: float) -> str | None:
-    """That something else works on this machine, where its load was above half its cores."""
-    cores = os.cpu_count() or 1
-    if load <= cores / 2:
-        return None
-    return (
-        f"this machine is busy (load {load:.1f} on {counted(cores, 'core')}): all but the bank is told as if it were "
-        "free, so expect longer"
-    )
-
-
-def _rates_by_steps(config: RunConfig, inspection: Inspection, gpu: str | None, cores: int) -> work.Rates:
-    from qpruner.estimate import step_times as pace
-
-    high, labelled = work.share_at_highest(config, inspection), work.share_labelled(config, inspection)
-    seconds = pace.measure(config, inspection.cuts[0].expected, high, labelled, cores)
-    where = gpu or counted(cores, "CPU core")
-    return work.measured_rates(config, inspection, seconds.training, seconds.scoring, where)
-
-
-def _packing_rate(config: RunConfig, inspection: Inspection, cores: int, slots: int) -> float:
-    from qpruner.estimate.matmul_speed import packing_per_second
-    from qpruner.quantization.bank import EntrySettings
-
-    widest, quantize = _widest(inspection), config.quantize
-    settings = EntrySettings(config.lora, quantize.double_quant, config.seed)
-    levels = tuple(bits for bits in quantize.bits if bits != FULL_BITS)
-    return packing_per_second(widest.rows, widest.columns, settings, levels, config.model.dtype, cores, slots)
-
-
-def _widest(inspection: Inspection) -> LinearShape:
     linears = (linear for group in inspection.pruned.groups for linear in group.linears)
-    return max(linears, key=lambda linear: linear.num_weights)
-
-
-def _rates_by_products(
-    config: RunConfig, inspection: Inspection, gpu: str | None, cores: int, slots: int
-) -> work.Rates:
-    """Of this machine's GPU, or of its cores while as many slots are busy as it has."""
-    from qpruner.estimate.matmul_speed import operations_per_second
-
-    widest = _widest(inspection)
-    tokens, dtype = config.training.micro_batch_size * config.data.max_length, config.model.dtype
-    products = operations_per_second(widest.rows, widest.columns, tokens, dtype, cores, slots)
-    about = f"estimated by {dtype} matrix products timed on this machine's"
-    if gpu:
-        return work.gpu_rates(products, f"{about} {gpu}")
-    busy = f"{about} cores, {counted(cores, 'core')} a slot, {counted(slots, 'slot')} busy"
-    return work.cpu_rates(products, int(inspection.model_config.hidden_size), cores, busy)
+    widest = max(linears, key=lambda linear: linear.num_weights)
+    high, labelled = hours.share_at_highest(config, inspection), hours.share_labelled(config, inspection)
+    times = step_times.measure(config, inspection.cuts[0].expected, widest, high, labelled, cores)
+    return hours.measured_rates(config, inspection, times, gpu or counted(cores, "CPU core"))
 
 
 def _given_plan(config: RunConfig, facts: dict[str, Any]) -> list[str]:
-    """The plan that is taken instead of a search, and what it takes; none where a search chooses."""
+    """Describe the plan that is taken instead of a search, and its bytes."""
     search, bits = config.search, config.quantize.bits
     if search.plan_method:
         return [f"your plan:   the seed plan of {search.plan_method}, inside the budget (`search.plan`)"]
@@ -202,13 +150,13 @@ def _given_plan(config: RunConfig, facts: dict[str, Any]) -> list[str]:
     if search.plan is None:
         return []
     size, budget = facts["bytes_plan"], facts["bytes_budget"]
-    told = "" if size is None else f"{size / 1e6:.1f} MB, {told_of_budget(size, budget)}"
+    text = "" if size is None else f"{size / 1e6:.1f} MB, {told_of_budget(size, budget)}"
     later = "its bytes are compared with the budget once the model is pruned" if facts["is_estimate"] else ""
-    return [f"your plan:   {'; '.join(filter(None, (told, later)))}"]
+    return [f"your plan:   {'; '.join(filter(None, (text, later)))}"]
 
 
 def _row_lines(config: RunConfig, facts: dict[str, Any]) -> list[str]:
-    """What each step has to go by."""
+    """Count the rows, samples and questions of each step."""
     rows, calibration = facts["rows"], config.calibration
     samples, questions = facts["samples"], facts["questions"]
     source = "`calibration.data`" if calibration.data else "`data.train`"
@@ -239,13 +187,13 @@ def _measured(config: RunConfig, num_rows: int) -> str:
 
 
 def _questions(by_task: dict[str, int]) -> str:
-    """`48 questions (arc_easy 24, piqa 24)`."""
-    told = ", ".join(f"{task} {count}" for task, count in by_task.items())
-    return f"{counted(sum(by_task.values()), 'question')} ({told})"
+    """Render counts as `48 questions (arc_easy 24, piqa 24)`."""
+    text = ", ".join(f"{task} {count}" for task, count in by_task.items())
+    return f"{counted(sum(by_task.values()), 'question')} ({text})"
 
 
 def _lines(config: RunConfig, facts: dict[str, Any], has_gpu: bool) -> list[str]:
-    """What the run would be; then what it takes."""
+    """Render what the run would be, then what it takes."""
     about = " (estimate: what is cut is open until the model is pruned)" if facts["is_estimate"] else ""
     sizes = [f"all {bits}-bit {facts[f'bytes_all_{bits}'] / 1e6:.1f} MB" for bits in config.quantize.bits]
     cut = f" ({PRUNED_EARLIER})" if facts["is_pruned_earlier"] else ""
@@ -262,6 +210,7 @@ def _lines(config: RunConfig, facts: dict[str, Any], has_gpu: bool) -> list[str]
         *_row_lines(config, facts),
         f"trials:      {trials}",
         *estimate.memory_text(facts),
+        f"disk:        about {amount(facts['disk_needed'])} at most; {amount(facts['disk_free'])} free here",
         *estimate.time_text(facts, has_gpu),
         f"plan bytes:  {', '.join(sizes)}, budget {facts['bytes_budget'] / 1e6:.1f} MB{about}",
         *_given_plan(config, facts),

@@ -1,4 +1,4 @@
-"""The command line: verbs, options, and what a person sees while stages work.
+"""The command line: verbs and their options.
 
 Exit codes: 0 on success, 2 on a user's mistake, 1 on ours. With `--json` the last line of stdout is one JSON object.
 Heavy imports stay inside the verbs, so that `qpruner --help` answers at once.
@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import shlex
 import sys
 import traceback
 from collections.abc import Callable, Iterator
@@ -19,29 +18,25 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from qpruner.config.schema import config_schema, load_config
+from qpruner.config.load import config_schema, load_config
 from qpruner.errors import ConfigError, CorruptFile, PlanRefused, QprunerError, UserError, note_defect
-from qpruner.runs.logs import logging_to, quiet_libraries
+from qpruner.pipeline.flow import STAGES, stages_until
+from qpruner.pipeline.prune import Prune
+from qpruner.pipeline.report import Report
+from qpruner.pipeline.search import Search
+from qpruner.pipeline.stage import Stage
+from qpruner.runs.logs import quiet_libraries
 from qpruner.runs.version import describe
-from qpruner.wording import as_called, counted, without_nan
+from qpruner.wording import as_called, without_nan
 
 if TYPE_CHECKING:
-    from qpruner.cli.terminal import Terminal
-    from qpruner.runs.records import PruneRecord, Results
+    from qpruner.config.schema import RunConfig
 
-VERBS = {
-    "run": ("report", "Run the whole flow: prune, search, fine-tune, evaluate, report."),
-    "prepare": ("prepare", "Bring the base model into a folder and encode the data."),
-    "prune": ("prune", "Run up to the pruned checkpoint."),
-    "sensitivity": ("sensitivity", "Run up to the sensitivities."),
-    "bank": ("bank", "Run up to the bank of packed weights and adapter starts."),
-    "search": ("search", "Run up to the precision search."),
-    "finetune": ("finetune", "Run up to the final fine-tune."),
-    "evaluate": ("evaluate", "Run up to the held-out evaluation."),
-    "report": ("report", "Write a run folder's report anew, whole or not; given a configuration, run the whole flow."),
+VERBS: dict[str, tuple[type[Stage[Any]], str]] = {
+    "run": (Report, "Run the whole flow: prune, search, fine-tune, evaluate, report."),
+    **{stage.name: (stage, stage.help) for stage in STAGES if stage.help},
 }
-WITH_SEARCH = ("search", "finetune", "evaluate", "report")
-"""Last stages of verbs that search."""
+"""Verbs that run the flow: the last stage, and the help."""
 LOCAL_RAY = "Ray cluster to join (auto or HOST:PORT); starts a local one without it."
 NO_RAY = "Ray cluster to join (auto or HOST:PORT); starts none without it."
 ABOUT_DAMAGE = (
@@ -121,13 +116,13 @@ def _plan_option(does: str) -> Callable[[Callable[..., None]], Callable[..., Non
 
 
 def _given(plan_file: Path | None) -> tuple[str, ...]:
-    """The setting that `--plan` stands for."""
+    """Return the setting that `--plan` stands for."""
     return () if plan_file is None else (f"search.plan={json.dumps(str(plan_file))}",)
 
 
 @contextmanager
 def _plan_named(plan_file: Path | None) -> Iterator[None]:
-    """A plan that is refused is named as it was given: by the option, or else by the setting."""
+    """Name a plan that is refused as it was given: by the option, or else by the setting."""
     try:
         yield
     except PlanRefused as error:
@@ -139,7 +134,7 @@ def _plan_named(plan_file: Path | None) -> Iterator[None]:
         raise ConfigError(named, error.source) from error
 
 
-def _add_verb(name: str, until: str, text: str) -> None:
+def _add_verb(name: str, last: type[Stage[Any]], text: str) -> None:
     def verb(
         config: str,
         overrides: tuple[str, ...],
@@ -150,43 +145,53 @@ def _add_verb(name: str, until: str, text: str) -> None:
     ) -> None:
         given = _given(plan_file)
 
-        def told() -> dict[str, Any]:
+        def work() -> dict[str, Any]:
             with _plan_named(plan_file):
-                return _run(Path(config), (*overrides, *given), address, until, as_json, quiet)
+                loaded = _load(config, (*overrides, *given))
+                from qpruner.cli import flow_verbs
+
+                return flow_verbs.run(loaded, address, last.name, quiet)
 
         is_file = Path(config).is_file() or Path(config).suffix in (".yaml", ".yml")
-        if name == "report" and not is_file:
+        if name == Report.name and not is_file:
             _guarded(as_json, lambda: _report(config, bool(overrides or given or address)))
         else:
-            _guarded(as_json, told)
+            _guarded(as_json, work)
 
-    if until in WITH_SEARCH:
+    if Search in stages_until(last.name):
         verb = _plan_option("Take this plan instead of searching for one")(verb)
-    about_address = NO_RAY if until == "prepare" else LOCAL_RAY
-    main.command(name, help=text)(_options(about_address, "RUN_OR_CONFIG" if name == "report" else "CONFIG")(verb))
+    about_address = LOCAL_RAY if last.starts_ray else NO_RAY
+    main.command(name, help=text)(_options(about_address, "RUN_OR_CONFIG" if name == Report.name else "CONFIG")(verb))
 
 
-for _name, (_until, _text) in VERBS.items():
-    if _name != "prune":
-        _add_verb(_name, _until, _text)
+for _name, (_last, _text) in VERBS.items():
+    if _last is not Prune:
+        _add_verb(_name, _last, _text)
 
 
-@main.command(help=VERBS["prune"][1])
+@main.command(help=Prune.help)
 @_options(NO_RAY)
 @click.option("--dry-run", is_flag=True, help="Show what would be kept; write nothing.")
 def prune(
     config: str, overrides: tuple[str, ...], address: str | None, as_json: bool, quiet: bool, dry_run: bool
 ) -> None:
-    if dry_run:
-        _guarded(as_json, lambda: _preview(Path(config), overrides, address, quiet))
-    else:
-        _guarded(as_json, lambda: _run(Path(config), overrides, address, "prune", as_json, quiet))
+    """Run up to the pruned checkpoint, or preview it."""
+
+    def work() -> dict[str, Any]:
+        loaded = _load(config, overrides)
+        from qpruner.cli import flow_verbs
+
+        if dry_run:
+            return flow_verbs.preview(loaded, address, quiet)
+        return flow_verbs.run(loaded, address, Prune.name, quiet)
+
+    _guarded(as_json, work)
 
 
-@main.command(help="Validate a configuration and say what the run would be and take; loads no weights.")
+@main.command()
 @_options("Ray cluster to look at (auto or HOST:PORT); looks at this machine without it, and starts no Ray.")
-@click.option("--measure", is_flag=True, help="Time a few steps of these shapes here, not only matrix products.")
-@click.option("--gpu", metavar="NAME", help="Assume this GPU (A100, H100, ...) instead of what is here.")
+@click.option("--measure", is_flag=True, help="Time a few steps of these shapes here, and estimate hours by them.")
+@click.option("--gpu", "for_gpus", is_flag=True, help="Assume a machine with GPUs, whatever is here.")
 @click.option("--show-config", is_flag=True, help="Print every key of the configuration in effect, defaults too.")
 @_plan_option("Check this plan, too")
 def check(
@@ -196,11 +201,13 @@ def check(
     as_json: bool,
     quiet: bool,
     measure: bool,
-    gpu: str | None,
+    for_gpus: bool,
     show_config: bool,
     plan_file: Path | None,
 ) -> None:
-    def told() -> dict[str, Any]:
+    """Validate a configuration and say what the run would be and take; loads no weights."""
+
+    def work() -> dict[str, Any]:
         loaded = load_config(Path(config), [*overrides, *_given(plan_file)])
         if not (quiet or as_json):
             # Before the imports, which take seconds by themselves.
@@ -210,25 +217,26 @@ def check(
         from qpruner.cli.check import check
 
         with _plan_named(plan_file):
-            return check(loaded, address, quiet, measure, gpu, show_config)
+            return check(loaded, address, quiet, measure, for_gpus, show_config)
 
-    _guarded(as_json, told)
+    _guarded(as_json, work)
 
 
 _run_folder = click.argument("run", type=click.Path())
 _json = click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead.")
 
 
-@main.command(help="Where a run stands: its stages, trials, and the best so far. From any shell or machine.")
+@main.command()
 @_run_folder
 @_json
 def status(run: str, as_json: bool) -> None:
-    from qpruner.cli import run_verbs as record_verbs
+    """Show where a run stands: its stages, trials, and the best so far. From any shell or machine."""
+    from qpruner.cli import run_verbs
 
-    _guarded(as_json, lambda: record_verbs.status(run, as_json))
+    _guarded(as_json, lambda: run_verbs.status(run, as_json))
 
 
-@main.command(help="List the trials of a run, the winner marked.")
+@main.command()
 @_run_folder
 @click.option(
     "--where",
@@ -242,34 +250,38 @@ def status(run: str, as_json: bool) -> None:
 @click.option("--csv", "as_csv", is_flag=True, help="Every column, the bits of each group too, as CSV.")
 @_json
 def trials(run: str, conditions: tuple[str, ...], sort: str, descending: bool, as_csv: bool, as_json: bool) -> None:
-    from qpruner.cli import run_verbs as record_verbs
+    """List the trials of a run, the winner marked."""
+    from qpruner.cli import run_verbs
 
     form = "json" if as_json else "csv" if as_csv else "text"
-    _guarded(as_json, lambda: record_verbs.trials(run, conditions, sort, descending, form))
+    _guarded(as_json, lambda: run_verbs.trials(run, conditions, sort, descending, form))
 
 
-@main.command(help="Print the winner's plan as YAML, for `--plan` of another run or to change it by hand.")
+@main.command()
 @_run_folder
 @click.option("--trial", "index", type=int, metavar="NUMBER", help="The plan of this trial instead.")
 @_json
 def plan(run: str, index: int | None, as_json: bool) -> None:
-    from qpruner.cli import run_verbs as record_verbs
+    """Print the winner's plan as YAML, for `--plan` of another run or to change it by hand."""
+    from qpruner.cli import run_verbs
 
-    _guarded(as_json, lambda: record_verbs.plan(run, index, as_json))
+    _guarded(as_json, lambda: run_verbs.plan(run, index, as_json))
 
 
-@main.command(help="Put runs side by side: figures, paired differences, settings that differ.")
+@main.command()
 @click.argument("runs", nargs=-1, required=True, type=click.Path())
 @_json
 def compare(runs: tuple[str, ...], as_json: bool) -> None:
-    from qpruner.cli import run_verbs as record_verbs
+    """Put runs side by side: figures, paired differences, settings that differ."""
+    from qpruner.cli import run_verbs
 
-    _guarded(as_json, lambda: record_verbs.compare(runs, as_json))
+    _guarded(as_json, lambda: run_verbs.compare(runs, as_json))
 
 
-@main.command(help="Print the JSON schema of the configuration, for editors.")
+@main.command()
 @click.option("--results", is_flag=True, help="That of results.json instead.")
 def schema(results: bool) -> None:
+    """Print the JSON schema of the configuration, for editors."""
     if results:
         from qpruner.report.results_json import summary_schema
 
@@ -278,7 +290,7 @@ def schema(results: bool) -> None:
         click.echo(config_schema(), nl=False)
 
 
-@main.command(help="Write the final model in another form, and compare its predictions before it counts.")
+@main.command()
 @_run_folder
 @click.option(
     "--to",
@@ -289,11 +301,19 @@ def schema(results: bool) -> None:
 )
 @click.option("--out", type=click.Path(path_type=Path), help="Where to; RUN/export/FORM without it.")
 @click.option("--json", "as_json", is_flag=True, help="End stdout with one JSON object.")
-def export(run: str, form: str, out: Path | None, as_json: bool) -> None:
-    _guarded(as_json, lambda: _export(run, form, out))
+def export(run: str, form: Any, out: Path | None, as_json: bool) -> None:
+    """Write the final model in another form, and compare its predictions before it counts."""
+
+    def work() -> dict[str, Any]:
+        quiet_libraries()
+        from qpruner.cli import model_verbs
+
+        return model_verbs.export(run, form, out)
+
+    _guarded(as_json, work)
 
 
-@main.command(help="Upload the final model with its card to a model hub; nothing else of qpruner uploads anything.")
+@main.command()
 @_run_folder
 @click.argument("repo_id", metavar="OWNER/NAME")
 @click.option("--public/--private", "is_public", default=False, help="Who may see it; private without either.")
@@ -306,49 +326,34 @@ def export(run: str, form: str, out: Path | None, as_json: bool) -> None:
 )
 @click.option("--json", "as_json", is_flag=True, help="End stdout with one JSON object.")
 def push(run: str, repo_id: str, is_public: bool, what: Any, as_json: bool) -> None:
-    def told() -> dict[str, Any]:
+    """Upload the final model with its card to a model hub; nothing else of qpruner uploads anything."""
+
+    def work() -> dict[str, Any]:
         quiet_libraries()
-        from qpruner.export.card_metadata import told_lacking
-        from qpruner.export.hub import push
-        from qpruner.runs.paths import RunDir
+        from qpruner.cli import run_verbs
 
-        done = push(
-            RunDir(run, create=False), repo_id, what, is_public, lambda text: click.echo(f"[push] {text}", err=True)
-        )
-        seen = "private" if done.is_private else "public"
-        gone = f"{counted(done.num_removed, 'earlier file')} removed, " if done.num_removed else ""
-        click.echo(f"{done.url}: {counted(done.num_files, 'file')}, {done.num_bytes / 1e6:.1f} MB, {gone}{seen}")
-        if remark := told_lacking(done.card_lacks):
-            click.echo(remark, err=True)
-        return {"status": "ok", **vars(done)}
+        return run_verbs.push(run, repo_id, what, is_public)
 
-    _guarded(as_json, told)
+    _guarded(as_json, work)
 
 
-def _talk_options(function: Callable[..., None]) -> Callable[..., None]:
-    count = click.IntRange(min=1)
-    for option in (
-        click.option(
-            "--which", metavar="NAMES", help="Of a run's models: base,pruned,final. All that are there without it."
-        ),
-        click.option("--max-tokens", type=count, default=128, show_default=True, help="Tokens an answer may have."),
-        click.option(
-            "--temperature",
-            type=click.FloatRange(min=0),
-            default=0.0,
-            show_default=True,
-            help="0: the likeliest token every time.",
-        ),
-        click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of draws above 0."),
-        click.argument("place", metavar="RUN_OR_FOLDER", type=click.Path()),
-    ):
-        function = option(function)
-    return function
+_count = click.IntRange(min=1)
 
 
-@main.command(help="What a run's base, pruned and final model say to a prompt, side by side; or the model of a folder.")
+@main.command()
+@click.argument("place", metavar="RUN_OR_FOLDER", type=click.Path())
 @click.option("--prompt", "prompts", multiple=True, metavar="TEXT", help="What to answer; may be given several times.")
 @click.option("--file", type=click.Path(path_type=Path), help="More prompts, one a line.")
+@click.option("--which", metavar="NAMES", help="Of a run's models: base,pruned,final. All that are there without it.")
+@click.option("--max-tokens", type=_count, default=128, show_default=True, help="Tokens an answer may have.")
+@click.option(
+    "--temperature",
+    type=click.FloatRange(min=0),
+    default=0.0,
+    show_default=True,
+    help="0: the likeliest token every time.",
+)
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of draws above 0.")
 @click.option(
     "--template",
     type=click.Choice(["chat", "alpaca", "none"]),
@@ -358,63 +363,28 @@ def _talk_options(function: Callable[..., None]) -> Callable[..., None]:
     "`data.template: alpaca`, as in a fine-tune on instructions.",
 )
 @_json
-@_talk_options
 def generate(
     place: str,
     prompts: tuple[str, ...],
     file: Path | None,
-    template: Any,
     which: str | None,
     max_tokens: int,
     temperature: float,
     seed: int,
+    template: Any,
     as_json: bool,
 ) -> None:
-    def told() -> dict[str, Any]:
+    """Print what a run's base, pruned and final model, or the model of a folder, answer to a prompt."""
+
+    def work() -> dict[str, Any]:
         quiet_libraries()
-        from qpruner.cli import model_verbs as talk_verbs
-        from qpruner.export import generate as talk
+        from qpruner.cli.model_verbs import generate
+        from qpruner.export.generate import Sampling
 
-        sampling = talk.Sampling(max_tokens, temperature, seed, template)
-        return talk_verbs.generate(place, which, prompts, file, sampling, as_json)
+        sampling = Sampling(max_tokens, temperature, seed, template)
+        return generate(place, which, prompts, file, sampling, as_json)
 
-    _guarded(as_json, told)
-
-
-@main.command(help="Talk to a run's base, pruned and final model side by side, or to the model of a folder.")
-@_talk_options
-def chat(place: str, which: str | None, max_tokens: int, temperature: float, seed: int) -> None:
-    def told() -> dict[str, Any]:
-        quiet_libraries()
-        from qpruner.cli import model_verbs as talk_verbs
-        from qpruner.export import generate as talk
-
-        return talk_verbs.chat(place, which, talk.Sampling(max_tokens, temperature, seed))
-
-    _guarded(False, told)
-
-
-def _export(root: str, form: Any, out: Path | None) -> dict[str, Any]:
-    quiet_libraries()
-    from qpruner.cli.terminal import Terminal
-    from qpruner.export.folders import export
-    from qpruner.pipeline.compress import telling
-    from qpruner.report.liveness import warning_of_driver
-    from qpruner.runs.paths import RunDir
-
-    run = RunDir(root, create=False)
-    if out is None and run.is_at_uri:
-        raise UserError(f"{run.place}: name a folder on this machine with `--out`")
-    if warning := warning_of_driver(run):
-        click.echo(warning, err=True)
-    with Terminal(quiet=False) as terminal:
-        done = export(run, form, (out or run.root / "export" / form).resolve(), telling(terminal.emit, "export"))
-    click.echo(
-        f"{done.folder}: diverges by {done.divergence:.2g} nats a token from the final model, same prediction at "
-        f"{done.agreement:.1%} of {done.num_positions} positions; loads "
-        + ("in plain transformers" if done.is_plain else "after `import qpruner.hf`")
-    )
-    return {"status": "ok", **vars(done), "folder": str(done.folder)}
+    _guarded(as_json, work)
 
 
 def _report(root: str, has_settings: bool) -> dict[str, Any]:
@@ -423,97 +393,16 @@ def _report(root: str, has_settings: bool) -> dict[str, Any]:
             f"`--set`, `--plan` and `--address` belong to a configuration, and {root} is a run: leave them out, or "
             "name the configuration instead"
         )
-    from qpruner.report.files import write_report
-    from qpruner.runs.object_store import name_of
-    from qpruner.runs.paths import RunDir
+    from qpruner.cli import run_verbs
 
-    run = RunDir(root, create=False)
-    page = name_of(write_report(run))
-    click.echo(page)
-    return {"status": "ok", "run": run.address, "page": page}
+    return run_verbs.report(root)
 
 
-def _run(
-    path: Path, overrides: tuple[str, ...], address: str | None, until: str, as_json: bool, quiet: bool
-) -> dict[str, Any]:
-    config = load_config(path, list(overrides))
+def _load(path: str, overrides: tuple[str, ...]) -> RunConfig:
+    """Read the configuration, and only then let libraries be imported."""
+    config = load_config(Path(path), list(overrides))
     quiet_libraries()
-    from qpruner.cli.terminal import Terminal
-    from qpruner.pipeline import run
-    from qpruner.runs.object_store import address_of
-    from qpruner.runs.paths import run_root
-
-    root = run_root(config.output)
-    with logging_to(root):
-        with Terminal(quiet=quiet) as terminal:
-            results = run(config, terminal.emit, address, until)
-        if until == "prune":
-            assert results.prune
-            _print_layers(results.prune, terminal)
-        if until == "report":
-            _print_table(results, root, terminal)
-    return {"status": "ok", "run": address_of(root), **_figures(results)}
-
-
-def _preview(path: Path, overrides: tuple[str, ...], address: str | None, quiet: bool) -> dict[str, Any]:
-    config = load_config(path, list(overrides))
-    quiet_libraries()
-    from qpruner.cli.terminal import Terminal
-    from qpruner.pipeline import preview
-
-    with Terminal(quiet=quiet) as terminal:
-        record = preview(config, terminal.emit, address)
-    _print_layers(record, terminal)
-    return {"status": "ok", "dry_run": True, "prune": record.model_dump(mode="json")}
-
-
-def _print_layers(record: PruneRecord, terminal: Terminal) -> None:
-    from qpruner.report import sections
-
-    terminal.table(*sections.layers(record))
-    terminal.say(sections.prune_summary(record))
-
-
-def _print_table(results: Results, root: Path, terminal: Terminal) -> None:
-    from qpruner.report import sections
-    from qpruner.report.alone import to_compare
-    from qpruner.report.claim import claim
-
-    for caption, headings, body in sections.final_tables(results):
-        terminal.say(f"{caption}:")
-        terminal.table(headings, body)
-    terminal.prose(claim(results))
-    if results.comparison is None:
-        terminal.say(to_compare(as_called()))
-    terminal.say(_where_next(root))
-
-
-def _where_next(root: Path) -> str:
-    """What there is to look at once a run is over."""
-    from qpruner.runs.object_store import address_of, is_mirror, name_of
-
-    place = shlex.quote(address_of(root))
-    brought, folder = "", place
-    if is_mirror(root):  # models are talked to from a folder
-        brought, folder = f"`qpruner export {place} --to peft --out FOLDER`, then ", "FOLDER"
-    return (
-        f"The report: {name_of(root)}/report.html; its plan: `qpruner plan {place}`; what the model says: "
-        f"{brought}`qpruner generate {folder} --prompt TEXT`"
-    )
-
-
-def _figures(results: Results) -> dict[str, Any]:
-    """What fits one line: the claim and table if there are any, and the seconds of each stage."""
-    figures: dict[str, Any] = {"seconds": results.seconds}
-    if results.search:
-        figures["best_plan"] = results.search.best_plan
-    if results.finetune and results.evaluate:
-        from qpruner.report.claim import claim
-        from qpruner.report.results import rows
-
-        figures["claim"] = claim(results)
-        figures["table"] = [vars(row) for row in rows(results)]
-    return figures
+    return config
 
 
 def _guarded(as_json: bool, work: Callable[[], dict[str, Any]]) -> None:

@@ -1,46 +1,41 @@
-"""What `qpruner generate` and `qpruner chat` print: in columns on a terminal that is wide enough, else one under the
-other; what a model says is shown without control characters, so that it cannot take the terminal over."""
+"""The verbs that load models: `generate` and `export`.
+
+Answers are shown without control characters, so that a model cannot take the terminal over.
+"""
 
 from __future__ import annotations
 
-import contextlib
 import difflib
 import re
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import click
-from rich.console import Console
-from rich.live import Live
-from rich.table import Table
-from rich.text import Text
 
-from qpruner.cli.terminal import Terminal, can_redraw
-from qpruner.errors import OutOfMemory, UserError
-from qpruner.export.generate import WHICH, Answer, Sampling, Shelf, Source, sources
-from qpruner.pipeline.compress import telling
+from qpruner.cli.terminal import Terminal
+from qpruner.errors import UserError
+from qpruner.export import forms
+from qpruner.export.generate import WHICH, Sampling, Source, sources
+from qpruner.models.memory import release
+from qpruner.pipeline.prepare import telling
 from qpruner.report.liveness import warning_of_driver
-from qpruner.runs.paths import STATE, RunDir
+from qpruner.runs.run_dir import STATE, RunDir
 
-COLUMN = 36
-"""Characters that a column needs."""
-REFRESHES_PER_SECOND = 8
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
-COMMANDS = "/reset begins anew, /quit or Ctrl-D ends, Ctrl-C stops an answer"
 
 
 def generate(
     place: str, which: str | None, prompts: Sequence[str], file: Path | None, sampling: Sampling, as_json: bool
 ) -> dict[str, Any]:
-    """What every model says to every prompt.
+    """Let every model answer every prompt.
 
     Args:
         place: A run folder, or that of a model.
         which: Of a run's models, separated by commas.
-        prompts: Each one a conversation of its own.
-        file: More of them, one a line.
+        prompts: What to answer.
+        file: More prompts, one a line.
         sampling: How answers are drawn.
         as_json: Print nothing but what is returned.
 
@@ -53,128 +48,42 @@ def generate(
     if not all(prompt.strip() for prompt in asked):
         raise UserError("`--prompt` is empty: give it some text")
     models = _sources(place, which)
-    shelf = _shelf(models)
-    answers: list[dict[str, Any]] = []
-    for source in models:
-        click.echo(f"{_told(source)} ...", err=True)
-        _load(shelf, [source], "generate")  # loading it is not answering
-        for number, prompt in enumerate(asked):
-            started = time.perf_counter()
-            said = shelf.take(source).answer([prompt], sampling, lambda _: None)
-            seconds = time.perf_counter() - started
-            answers.append({"prompt": number, "model": source.name, **vars(said), "seconds": seconds})
+    answers = [answer for source in models for answer in _answers(source, asked, sampling)]
     if not as_json:
-        console = Console()
         for number, prompt in enumerate(asked):
             if len(asked) > 1:
-                console.out(f"> {printable(prompt)}", highlight=False)
-            with view(console, [source.name for source in models]) as say:
-                for answer in answers:
-                    if answer["prompt"] == number:
-                        say(answer["model"], answer["text"])
+                click.echo(f"> {printable(prompt)}")
+            for answer in answers:
+                if answer["prompt"] == number:
+                    heading = f"[{answer['model']}]\n" if len(models) > 1 else ""
+                    click.echo(f"{heading}{printable(answer['text'])}")
     described = [{"name": each.name, "folder": str(each.folder), "bytes": each.weight_bytes} for each in models]
     return {"status": "ok", "models": described, "prompts": asked, "answers": answers}
 
 
-def chat(place: str, which: str | None, sampling: Sampling) -> dict[str, Any]:
-    """Talk to every model until the person has enough; each remembers what it said itself.
-
-    Args:
-        place: A run folder, or that of a model.
-        which: Of a run's models, separated by commas.
-        sampling: How answers are drawn.
-    """
-    with contextlib.suppress(ImportError):
-        import readline  # noqa: F401  gives `input` its arrow keys and history
-
-    models = _sources(place, which)
-    shelf, console = _shelf(models), Console()
-    click.echo(f"{', '.join(map(_told, models))}; {COMMANDS}", err=True)
-    if shelf.holds_all:
-        _load(shelf, models, "chat")
-    turns: dict[str, list[str]] = {source.name: [] for source in models}
-    for line in _typed():
-        if line == "/quit":
-            break
-        if line == "/reset":
-            turns = {name: [] for name in turns}
-        elif line.startswith("/"):
-            click.echo(f"there is no {line.split()[0]}: {COMMANDS}", err=True)
-        elif line.strip():
-            try:
-                said = _answers(console, shelf, models, {name: [*told, line] for name, told in turns.items()}, sampling)
-            except KeyboardInterrupt:
-                click.echo("\nstopped; nothing of this turn is remembered", err=True)
-            except (UserError, OutOfMemory) as error:
-                click.echo(f"error: {error}", err=True)
-            else:
-                turns = {name: [*told, line, said[name].text] for name, told in turns.items()}
-    return {"status": "ok"}
-
-
-def _answers(
-    console: Console, shelf: Shelf, models: Sequence[Source], turns: Mapping[str, Sequence[str]], sampling: Sampling
-) -> dict[str, Answer]:
-    """What every model says to its conversation, shown as it comes."""
-    said: dict[str, Answer] = {}
-    with view(console, [source.name for source in models]) as say:
-        for source in models:
-
-            def on_text(piece: str, name: str = source.name) -> None:
-                say(name, piece)
-
-            said[source.name] = shelf.take(source).answer(turns[source.name], sampling, on_text)
-    return said
-
-
-@contextlib.contextmanager
-def view(console: Console, names: Sequence[str]) -> Iterator[Callable[[str, str], None]]:
-    """A place for what models say at a time; gives a function that takes a model's name and its next piece of text."""
-    texts = dict.fromkeys(names, "")
-    if 1 < len(names) <= console.width // COLUMN and can_redraw(console):
-
-        def add(name: str, piece: str) -> None:
-            texts[name] += printable(piece)
-
-        with Live(get_renderable=lambda: _columns(texts), console=console, refresh_per_second=REFRESHES_PER_SECOND):
-            yield add
-        return
-
-    def write(name: str, piece: str) -> None:
-        if not texts[name] and len(names) > 1:
-            console.out(f"\n[{name}]" if any(texts.values()) else f"[{name}]", highlight=False)
-        texts[name] += piece
-        console.out(printable(piece), highlight=False, end="")
-
-    yield write
-    console.out()
-
-
-def _columns(texts: Mapping[str, str]) -> Table:
-    table = Table(expand=True)
-    for name in texts:
-        table.add_column(name, ratio=1)
-    table.add_row(*(Text(text) for text in texts.values()))
-    return table
+def _answers(source: Source, prompts: Sequence[str], sampling: Sampling) -> list[dict[str, Any]]:
+    """Load a model, let it answer, and free its memory."""
+    click.echo(f"{source.name} ({source.weight_bytes / 1e6:.1f} MB) ...", err=True)
+    with Terminal(quiet=False, stderr=True) as terminal:
+        generator = source.load(telling(terminal.emit, "generate"))
+    answers = []
+    for number, prompt in enumerate(prompts):
+        started = time.perf_counter()
+        answer = generator.answer(prompt, sampling)
+        seconds = time.perf_counter() - started
+        answers.append({"prompt": number, "model": source.name, **vars(answer), "seconds": seconds})
+    del generator
+    release()
+    return answers
 
 
 def printable(text: str) -> str:
-    """A text with its control characters replaced, line feeds and tabs aside."""
+    """Replace the control characters of a text, line feeds and tabs aside."""
     return CONTROL.sub("\ufffd", text)
 
 
-def _typed() -> Iterator[str]:
-    """What the person types, line by line, to Ctrl-D."""
-    while True:
-        try:
-            yield input("> ")
-        except EOFError:
-            click.echo()
-            return
-
-
 def _sources(place: str, which: str | None) -> list[Source]:
-    """The models to talk to; of a run it is told which are missing, and that a command works on it."""
+    """Find the models; of a run, name those that are missing, and a command that works on it."""
     root = Path(place).expanduser()
     is_run = (root / STATE).is_file()
     if is_run and (warning := warning_of_driver(RunDir(root, create=False))):
@@ -187,7 +96,7 @@ def _sources(place: str, which: str | None) -> list[Source]:
 
 
 def _names(which: str | None) -> list[str]:
-    """The models that `--which` names."""
+    """Split the models that `--which` names."""
     names = list(dict.fromkeys(name.strip() for name in which.split(","))) if which is not None else []
     for name in names:
         if name not in WHICH:
@@ -198,7 +107,7 @@ def _names(which: str | None) -> list[str]:
 
 
 def _lines(file: Path) -> list[str]:
-    """The prompts of a file, one a line."""
+    """Read the prompts of a file, one a line."""
     try:
         lines = file.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
@@ -206,23 +115,17 @@ def _lines(file: Path) -> list[str]:
     return [line for line in lines if line.strip()]
 
 
-def _shelf(models: Sequence[Source]) -> Shelf:
-    shelf = Shelf.of(models)
-    if not shelf.holds_all:
-        click.echo(
-            "memory does not hold all of these models at once: each is loaded when it is its turn; name fewer with "
-            "`--which`",
-            err=True,
-        )
-    return shelf
-
-
-def _load(shelf: Shelf, models: Sequence[Source], verb: str) -> None:
-    """Bring models into memory, and show how far that is."""
-    with Terminal(quiet=False, stderr=True) as terminal:
-        for source in models:
-            shelf.take(source, telling(terminal.emit, verb))
-
-
-def _told(source: Source) -> str:
-    return f"{source.name} ({source.weight_bytes / 1e6:.1f} MB)"
+def export(root: str, form: forms.Form, out: Path | None) -> dict[str, Any]:
+    """Write the final model in another form."""
+    run = RunDir(root, create=False)
+    out = out or run.require_folder("name a folder on this machine with `--out`") / "export" / form
+    if warning := warning_of_driver(run):
+        click.echo(warning, err=True)
+    with Terminal(quiet=False) as terminal:
+        done = forms.export(run, form, out.resolve(), telling(terminal.emit, "export"))
+    click.echo(
+        f"{done.folder}: diverges by {done.divergence:.2g} nats a token from the final model, same prediction at "
+        f"{done.agreement:.1%} of {done.num_positions} positions; loads "
+        + ("in plain transformers" if done.is_plain else "after `import qpruner.hf`")
+    )
+    return {"status": "ok", **vars(done), "folder": str(done.folder)}

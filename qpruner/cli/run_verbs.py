@@ -1,4 +1,7 @@
-"""What `qpruner status`, `trials`, `plan` and `compare` print; the figures are those of `report.run_views`."""
+"""The verbs on a run's folder that load no model: `status`, `trials`, `plan`, `compare`, `report` and `push`.
+
+Figures come from `report.run_views`.
+"""
 
 from __future__ import annotations
 
@@ -25,6 +28,8 @@ from qpruner.report import liveness, run_views
 from qpruner.report.between_runs import against, against_text, shared_stages
 from qpruner.report.search_progress import score_with_step
 from qpruner.runs.records import plan_group_bytes
+from qpruner.runs.run_dir import RunDir
+from qpruner.runs.storage import display_name
 from qpruner.search.trial_records import remedy_of
 from qpruner.wording import counted, duration
 
@@ -70,7 +75,7 @@ MOST_WORDS = 12
 
 
 def status(run: str | Path, as_json: bool) -> dict[str, Any]:
-    """Where a run stands."""
+    """Print where a run stands."""
     facts = run_views.status(run_views.view(run), time.time())
     if not as_json:
         terminal = Terminal(quiet=False)
@@ -89,23 +94,23 @@ def status(run: str | Path, as_json: bool) -> dict[str, Any]:
 
 
 def _headline(facts: dict[str, Any]) -> str:
-    told, quiet = f"{facts['run']}: {facts['outcome']}", duration(facts["seconds_since_sign_of_life"])
+    text, quiet = f"{facts['run']}: {facts['outcome']}", duration(facts["seconds_since_sign_of_life"])
     process = f"on {facts['host']} (process {facts['pid']})"
     match facts["outcome"]:
         case "done":
-            return told
+            return text
         case liveness.RUNNING:
             begun = "" if facts["has_begun"] else "; it has begun no stage yet, below is what the command before left"
-            return f"{told} {process}, last sign of life {quiet} ago{begun}"
+            return f"{text} {process}, last sign of life {quiet} ago{begun}"
         case liveness.GONE:
-            told = (
+            text = (
                 f"{facts['run']}: no sign of life for {quiet} {process}: most likely gone; repeat the command to go on"
             )
         case "failed":
-            return f"{told}: {facts['error']}"
+            return f"{text}: {facts['error']}"
         case _:
-            told += "; repeat the command to go on"
-    return f"{told}, in {facts['folder']}: {facts['command']}"
+            text += "; repeat the command to go on"
+    return f"{text}, in {facts['folder']}: {facts['command']}"
 
 
 def _search_lines(search: dict[str, Any], is_running: bool) -> list[str]:
@@ -129,24 +134,24 @@ def _search_lines(search: dict[str, Any], is_running: bool) -> list[str]:
 
 
 def _slots(search: dict[str, Any]) -> str:
-    """Where the trials under way are."""
+    """Say where the trials under way are."""
     slots = f" on {counted(search['slots'], 'slot')}" if search["slots"] and search["running"] else ""
     without = [f"{search[name]} {why}" for name, why in WITHOUT_WORKER.items() if search[name]]
     return slots + (f" ({', '.join(without)})" if without else "")
 
 
 def _winner(search: dict[str, Any]) -> str:
-    """What fresh rows chose."""
+    """Describe the winner that fresh rows chose."""
     metric, chosen = search["metric"], search["winner"]
     fresh = next(each for each in search["confirmations"] if each["index"] == chosen)
     name = search["score_title"].removeprefix("validation ")
-    told = f"winner:        selection {name} {fresh[metric]:.4f}, trial {chosen} ({fresh['origin']})"
+    text = f"winner:        selection {name} {fresh[metric]:.4f}, trial {chosen} ({fresh['origin']})"
     unbeaten = ", a control that no searched plan beat" if search["control_won"] else ""
-    return f"{told}{unbeaten}; `qpruner plan` prints its plan"
+    return f"{text}{unbeaten}; `qpruner plan` prints its plan"
 
 
 def _told(lines: list[str]) -> list[str]:
-    """The first few, and how many more there are."""
+    """Return the first few, and how many more there are."""
     more = len(lines) - MOST_LINES
     return [*lines[:MOST_LINES], f"... and {more} more: `qpruner trials` lists them"] if more > 0 else lines
 
@@ -156,12 +161,12 @@ def _under_way(trial: dict[str, Any], steps: int) -> str:
 
 
 def _failed(trial: dict[str, Any]) -> str:
-    told = f"failed:        trial {trial['trial']} ({trial['from']}), {trial['failure']}: {trial['reason']}"
-    return f"{told}\n  remedy: {remedy_of(trial['failure'])}" if trial["failure"] else told
+    text = f"failed:        trial {trial['trial']} ({trial['from']}), {trial['failure']}: {trial['reason']}"
+    return f"{text}\n  remedy: {remedy_of(trial['failure'])}" if trial["failure"] else text
 
 
 def trials(run: str | Path, conditions: Sequence[str], sort: str, descending: bool, form: str) -> dict[str, Any]:
-    """The trials of a run.
+    """Print the trials of a run.
 
     Args:
         run: The run folder.
@@ -181,8 +186,11 @@ def trials(run: str | Path, conditions: Sequence[str], sort: str, descending: bo
     for condition in conditions:
         rows = _where(rows, condition, names)
     key = _known(sort, names)
-    told = [row for row in rows if row[key] is not None]
-    rows = [*sorted(told, key=operator.itemgetter(key), reverse=descending), *(row for row in rows if row[key] is None)]
+    known = [row for row in rows if row[key] is not None]
+    rows = [
+        *sorted(known, key=operator.itemgetter(key), reverse=descending),
+        *(row for row in rows if row[key] is None),
+    ]
     if form == "csv":
         writer = csv.DictWriter(sys.stdout, columns, lineterminator="\n")
         writer.writeheader()
@@ -201,13 +209,13 @@ def trials(run: str | Path, conditions: Sequence[str], sort: str, descending: bo
 
 
 def _cell(name: str, row: dict[str, Any]) -> str:
-    """A trial's figure as the table shows it: a score, where the trial is past the rung that it is of, with that."""
+    """Render a trial's figure; a score of an earlier rung than the trial's step names its rung."""
     shown = _figure(name, row[name])
     return score_with_step(shown, row["rung"], row["step"]) if name in ("loss", "accuracy") and row["rung"] else shown
 
 
 def _where(rows: Sequence[dict[str, Any]], condition: str, names: Mapping[str, str]) -> list[dict[str, Any]]:
-    """The rows of which a condition holds; one without a value differs from every value.
+    """Select the rows of which a condition holds; one without a value differs from every value.
 
     A value of no more digits than the table shows compares with what it shows: 6 mean bits are those of 5.998.
     """
@@ -229,7 +237,7 @@ def _where(rows: Sequence[dict[str, Any]], condition: str, names: Mapping[str, s
 
 
 def _number(key: str, text: str) -> float:
-    """A figure as a person writes it, with units as the table shows them, too: `126.91 MB`, `1 min 15 s`."""
+    """Parse a figure, with units as the table shows them, too: `126.91 MB`, `1 min 15 s`."""
     units, total = _units(key), 0.0
     for part in re.split(r"(?<=[A-Za-z])\s+", text):
         unit = next((unit for unit in units if part.endswith(unit)), "")
@@ -238,12 +246,12 @@ def _number(key: str, text: str) -> float:
 
 
 def _units(key: str) -> dict[str, float]:
-    """The units of a figure by their names; none where it has no base unit."""
+    """Return the units of a figure; none where it has no base unit."""
     return next((units for base, units in UNITS.items() if key.endswith(base)), {})
 
 
 def _parts(condition: str, names: Mapping[str, str]) -> tuple[str, str, str]:
-    """Column, sign and value of a condition."""
+    """Split a condition into column, sign and value."""
     parts = re.fullmatch(r"(.+?)(<=|>=|!=|<|>|=)(.*)", condition)
     if parts is None:
         raise UserError(
@@ -256,7 +264,7 @@ def _parts(condition: str, names: Mapping[str, str]) -> tuple[str, str, str]:
 def _what_there_is(
     rows: Sequence[dict[str, Any]], conditions: Sequence[str], names: Mapping[str, str]
 ) -> Iterator[str]:
-    """Of each condition that no row meets, the words that there are, or how far the numbers go."""
+    """Say, for each condition that no row meets, which words there are, or how far the numbers go."""
     for condition in conditions:
         key = _parts(condition, names)[0]
         if _where(rows, condition, names):
@@ -270,18 +278,18 @@ def _what_there_is(
 
 
 def _known(key: str, names: Mapping[str, str]) -> str:
-    """The column that is called so."""
+    """Return the column of that name, or refuse it with the nearest one."""
     if key in names:
         return names[key]
     nearest = difflib.get_close_matches(key, names, n=1)
     bits = [name for name in names if name.startswith("bits ")]
-    told = [name for name in names if name not in bits] + [f"`{name}` and so on, a group each" for name in bits[:1]]
-    hint = f"did you mean `{nearest[0]}`?" if nearest else f"they have {', '.join(told)}"
+    text = [name for name in names if name not in bits] + [f"`{name}` and so on, a group each" for name in bits[:1]]
+    hint = f"did you mean `{nearest[0]}`?" if nearest else f"they have {', '.join(text)}"
     raise UserError(f"trials have no `{key}`; {hint}")
 
 
 def plan(run: str | Path, index: int | None, as_json: bool) -> dict[str, Any]:
-    """The winner's plan, or a trial's: YAML that `--plan` takes back."""
+    """Print the winner's plan, or a trial's, as YAML that `--plan` takes back."""
     looked = run_views.view(run)
     trial = run_views.winner(looked) if index is None else run_views.trial(looked, index)
     budget, sizes = run_views.budget_bytes(looked), run_views.group_bytes(looked)
@@ -309,13 +317,13 @@ def plan(run: str | Path, index: int | None, as_json: bool) -> dict[str, Any]:
 
 
 def _sizes(group: str, sizes: dict[str, dict[str, int]]) -> str:
-    """What the group takes at each level, as a comment."""
-    told = ", ".join(f"{by_group[group] / 1e6:.2f} MB at {bits}" for bits, by_group in sizes.items())
-    return f"  # {told}" if told else ""
+    """Render the bytes of a group at each level as a comment."""
+    text = ", ".join(f"{by_group[group] / 1e6:.2f} MB at {bits}" for bits, by_group in sizes.items())
+    return f"  # {text}" if text else ""
 
 
 def compare(runs: Sequence[str | Path], as_json: bool) -> dict[str, Any]:
-    """Runs side by side, by how much each is apart from the first, and the settings in which they differ."""
+    """Print runs side by side, their differences from the first, and the settings in which they differ."""
     views = [run_views.view(run) for run in runs]
     facts, settings = [run_views.summary(run) for run in views], run_views.differing_settings(views)
     results = [run.results for run in views]
@@ -346,7 +354,7 @@ def compare(runs: Sequence[str | Path], as_json: bool) -> dict[str, Any]:
 
 
 def _short(place: str, places: Sequence[str]) -> str:
-    """The end of a run's place, as long as it takes to tell it from the others."""
+    """Return the end of a run's place, as long as it takes to tell it from the others."""
     parts = place.split("/")
     ends = ("/".join(parts[-count:]) for count in range(1, len(parts)))
     others = [other for other in places if other != place]
@@ -354,14 +362,14 @@ def _short(place: str, places: Sequence[str]) -> str:
 
 
 def _setting(value: Any) -> str:
-    """A setting's value as a table shows it."""
+    """Render a setting's value for a table."""
     if value is None:
         return "-"
     return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
 def _figure(name: str, value: Any) -> str:
-    """A value as a table shows it."""
+    """Render a value for a table."""
     if value is None:
         return "-"
     if name.endswith("bytes"):
@@ -371,3 +379,29 @@ def _figure(name: str, value: Any) -> str:
     if name == "mean_bits" or name.endswith("hours"):
         return f"{value:.2f}"
     return f"{value:.4f}" if isinstance(value, float) else str(value)
+
+
+def report(root: str) -> dict[str, Any]:
+    """Write a run's report anew."""
+    from qpruner.report.files import write_report  # draws pictures
+
+    run = RunDir(root, create=False)
+    page = display_name(write_report(run))
+    click.echo(page)
+    return {"status": "ok", "run": run.address, "page": page}
+
+
+def push(root: str, repo_id: str, what: Any, is_public: bool) -> dict[str, Any]:
+    """Upload the final model with its card to a model hub."""
+    from qpruner.export.card import missing_remark
+    from qpruner.export.hub import push as upload
+
+    done = upload(
+        RunDir(root, create=False), repo_id, what, is_public, lambda text: click.echo(f"[push] {text}", err=True)
+    )
+    seen = "private" if done.is_private else "public"
+    gone = f"{counted(done.num_removed, 'earlier file')} removed, " if done.num_removed else ""
+    click.echo(f"{done.url}: {counted(done.num_files, 'file')}, {done.num_bytes / 1e6:.1f} MB, {gone}{seen}")
+    if remark := missing_remark(done.card_lacks):
+        click.echo(remark, err=True)
+    return {"status": "ok", **vars(done)}

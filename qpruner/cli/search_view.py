@@ -1,4 +1,4 @@
-"""The search as a terminal shows it while it runs: trials under way, the best so far, the controls, the time left."""
+"""The live view of a search: trials under way, the best so far, the controls, the time left."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class SearchView:
         self._steps: Mapping[int, int] = {}
 
     def listen(self, event: events.Event) -> None:
-        """Take one event in."""
+        """Update the view by one event."""
         match event:
             case events.SlotsFound(slots):
                 self._search = self._search.model_copy(update={"slots": slots})
@@ -87,7 +87,7 @@ class PlanBar:
         yield self.within(options.max_width)
 
     def within(self, width: int) -> Text:
-        """The bar in at most so many columns."""
+        """Render the bar in at most so many columns."""
         if len(self) <= width:
             return _colored(self._groups)
         number = f" (of {len(self)})"
@@ -119,7 +119,7 @@ def _colored(groups: str) -> Text:
 
 
 def _num_listed(num_running: int, num_lines: int) -> int:
-    """Running trials that a table of so many lines lists: one line is its heading, and one tells of those left out."""
+    """Count the running trials that a table of so many lines lists, beside its heading and a last line."""
     return num_running if num_running < num_lines else max(0, num_lines - 2)
 
 

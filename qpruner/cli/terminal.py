@@ -1,5 +1,7 @@
-"""The terminal's view of a run: lines for what happens and, where stdout is a terminal, a live part under them that
-shows the stages, the steps inside one, and the search. The whole log is in the run folder (`qpruner.log`)."""
+"""The terminal's view of a run: a line for each event and, on a terminal, a live part below them.
+
+The live part shows the stages, the steps inside one, and the search. The log is in the run folder (`qpruner.log`).
+"""
 
 from __future__ import annotations
 
@@ -32,30 +34,24 @@ from qpruner.report.search_progress import event_line
 from qpruner.runs import events
 from qpruner.wording import duration
 
-SECONDS_UNTOLD = 30.0
-"""Where there is no live part, a line tells how far a stage has got after this long without any."""
+SILENCE_SECONDS = 30.0
+"""Without a live part, a line reports progress after this long without any other."""
 REFRESHES_PER_SECOND = 2
 PACE_SECONDS = 600.0
-"""The time left follows the pace of so long: one answer, group or step of a large model may take a minute."""
+"""Window of the pace that the time left follows: one step of a large model may take a minute."""
 LONGEST_FIGURE = 24
-"""Characters of a cell that a table on a terminal never breaks; columns with longer ones are text, and fold."""
+"""Characters of a cell that a table never breaks; columns with longer ones are text, and fold."""
 LEAST_TEXT = 12
 """Characters that a column of text keeps when it folds."""
 
 
 def can_redraw(console: Console) -> bool:
-    """Whether what was drawn there can be drawn over: a terminal, whatever `FORCE_COLOR` makes rich believe of a pipe,
-    and one that moves its cursor."""
+    """Whether a console is a terminal that moves its cursor, whatever `FORCE_COLOR` makes rich believe of a pipe."""
     return console.file.isatty() and console.is_terminal and not console.is_dumb_terminal
 
 
 class Terminal:
-    """Prints events; `NO_COLOR` is honoured by rich.
-
-    Args:
-        quiet: Print results only.
-        stderr: Print there: stdout is for what a verb gives.
-    """
+    """Prints events, to stderr on request; a quiet one prints results only."""
 
     def __init__(self, quiet: bool, stderr: bool = False) -> None:
         self._console = Console(highlight=False, emoji=False, soft_wrap=True, stderr=stderr)
@@ -66,7 +62,7 @@ class Terminal:
         self._counts: dict[str, str] = {}
         self._steps = 0
         self._last_line, self._is_cut = time.monotonic(), False
-        self._telling, self._closed = threading.RLock(), threading.Event()
+        self._lock, self._closed = threading.RLock(), threading.Event()
         self._search: SearchView | None = None
         self._progress = Progress(
             TextColumn("{task.description}", markup=False),
@@ -96,19 +92,19 @@ class Terminal:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        with self._telling:  # what is printed from here on stays last
+        with self._lock:  # what is printed from here on stays last
             self._closed.set()
         if self._live:
             self._live.stop()
 
     def emit(self, event: events.Event) -> None:
-        """Show one event; what keeps the command itself from beginning is said on stderr, in a quiet one, too."""
+        """Show one event; messages about the command itself go to stderr, of a quiet terminal, too."""
         if isinstance(event, events.Message) and event.stage == events.COMMAND:
             click.echo(event_line(event, self._steps), err=True)
             return
         if self._quiet:
             return
-        with self._telling:
+        with self._lock:
             if self._is_cut:
                 raise SystemExit(1)
             self._show(event)
@@ -136,7 +132,7 @@ class Terminal:
             self._search.listen(event)
 
     def table(self, headings: Sequence[str], body: Sequence[Sequence[str]]) -> None:
-        """Print a table of the result: in a pipe one whole line a row, for `grep` and `awk`."""
+        """Print a table of the result; in a pipe a row is one whole line, for `grep` and `awk`."""
         columns = [_Column(heading, cells) for heading, *cells in zip(headings, *body, strict=True)]
         if self._is_plain:
             for cells in zip(*(column.padded() for column in columns), strict=True):
@@ -155,7 +151,7 @@ class Terminal:
         self._line(text)
 
     def prose(self, text: str) -> None:
-        """Print sentences of the result: on a terminal a line ends between words; what a line says may be copied."""
+        """Print sentences of the result, broken between words on a terminal."""
         self._line(text, is_prose=not self._is_plain)
 
     def _line(self, text: str, is_prose: bool = False) -> None:
@@ -181,19 +177,19 @@ class Terminal:
             self._counts.pop(stage, None)
 
     def _is_silent(self) -> bool:
-        return time.monotonic() - self._last_line >= SECONDS_UNTOLD
+        return time.monotonic() - self._last_line >= SILENCE_SECONDS
 
     def _break_silence(self) -> None:
-        """Tell of the stages under way whenever nothing was told for long: what counts may itself be slow to."""
-        while not self._closed.wait(max(SECONDS_UNTOLD / 30, 0.05)):
-            with self._telling:
+        """Report the stages under way whenever nothing was printed for long."""
+        while not self._closed.wait(max(SILENCE_SECONDS / 30, 0.05)):
+            with self._lock:
                 if not self._closed.is_set() and self._is_silent():
                     try:
-                        self._tell_of_stages()
+                        self._report_stages()
                     except SystemExit:  # rich found the pipe closed; to end is for the command's own thread
                         self._is_cut = True
 
-    def _tell_of_stages(self) -> None:
+    def _report_stages(self) -> None:
         for stage in {**self._stages, **self._counts}:  # what export and talk do begins with no event
             began, count = self._stages.get(stage), self._counts.get(stage, "running")
             if not isinstance(began, str):
@@ -209,7 +205,7 @@ class Terminal:
             self._search = None
 
     def _view(self) -> RenderableType:
-        """What the live part shows now."""
+        """Render the live part."""
         now = time.monotonic()
         stages = [
             f"{stage} {outcome}" if isinstance(outcome, str) else f"{stage} running, {duration(now - outcome)}"
@@ -220,7 +216,7 @@ class Terminal:
 
 
 class _Stacked:
-    """The search under the rest of the live part, in the lines that this leaves of the window."""
+    """The search below the rest of the live part, in the lines that are left of the window."""
 
     def __init__(self, above: RenderableType, search: SearchView) -> None:
         self._above, self._search = above, search
@@ -233,14 +229,14 @@ class _Stacked:
 
 
 class _TimeTaken(TimeElapsedColumn):
-    """The time taken, but that of a search's trials, whose bar begins when the first is over: the stage's is above."""
+    """The time taken; none for a search's trials, whose stage shows it above."""
 
     def render(self, task: Task) -> Text:
         return Text() if task.fields["counts_trials"] else super().render(task)
 
 
 class _TimeLeft(TimeRemainingColumn):
-    """The time left, but that of a search's trials, which its own view tells from what its trials took."""
+    """The time left; none for a search's trials, whose own view shows it."""
 
     def render(self, task: Task) -> Text:
         return Text() if task.fields["counts_trials"] else Text.assemble(super().render(task), " left")
@@ -256,23 +252,23 @@ class _Column:
 
     @property
     def folded_heading(self) -> Text:
-        """The heading, which by itself makes the column no wider than its longest word does."""
+        """The heading, folded to the width of the cells or its longest word."""
         return Text("\n".join(textwrap.wrap(self.heading, max(self._width, 1), break_long_words=False)))
 
     @property
     def least_width(self) -> int:
-        """What the column takes on a terminal at least, with its border."""
+        """Characters that the column takes at least, with its border."""
         return 3 + (LEAST_TEXT if self.is_text else self._width)
 
     def padded(self) -> list[str]:
-        """Heading and cells, each in one line and equally wide."""
+        """Return heading and cells, each in one line and equally wide."""
         lines = [" ".join(text.splitlines()) for text in (self.heading, *self.cells)]
         width = max(map(cell_len, lines))
         return [set_cell_size(line, width) for line in lines]
 
 
 def _fitting(columns: Sequence[_Column], width: int) -> list[list[_Column]]:
-    """The columns in as many tables as a terminal needs to cut none; each begins with the first column."""
+    """Split the columns into as many tables as the width needs; each begins with the first column."""
     parts = [list(columns[:1])]
     for column in columns[1:]:
         if 1 + sum(each.least_width for each in (*parts[-1], column)) > width and len(parts[-1]) > 1:

@@ -1,0 +1,1 @@
+"""Everything that imports Ray: connection, tasks, nodes, the search under Tune."""

@@ -1,9 +1,8 @@
-"""What Ray's autoscaler may make of a cluster: the machine types of the cluster file that it was given.
+"""How large Ray's autoscaler may make a cluster, read from its cluster file.
 
-Ray tells nobody (2.60): the control store's own place for it stays empty (`get_cluster_config` is None), the status
-names machines that are there, coming or failed, and nodes do not say their type. So it is read where the autoscaler
-reads it: the head's monitor, of either version, has the file's path on its command line. A driver that is not on the
-head, and one on Kubernetes, whose autoscaler has no such file, sees a cluster of the machines that have joined.
+Ray has no API for it (2.60): `get_cluster_config` is None and nodes do not say their type. The head's monitor process
+has the file's path on its command line. A driver that is not on the head, or on Kubernetes, sees only the machines that
+have joined.
 """
 
 from __future__ import annotations
@@ -22,10 +21,10 @@ OPTION = "--autoscaling-config="
 
 
 def growth_of(session: str, head: Node) -> Growth | None:
-    """How large the autoscaler of a Ray session may make it; None where there is none, or it only keeps what is there.
+    """Return how large the autoscaler of a Ray session may make it; None where there is no autoscaler.
 
     Raises:
-        UserError: If the autoscaler's cluster file cannot be read.
+        UserError: If the cluster file cannot be read.
     """
     files = [
         Path(argument.removeprefix(OPTION)).expanduser()
@@ -38,7 +37,7 @@ def growth_of(session: str, head: Node) -> Growth | None:
 
 
 def read_growth(file: Path, head: Node) -> Growth | None:
-    """How large a cluster file lets the cluster become; types that do not say their size count once they have joined.
+    """Return how large a cluster file lets the cluster become; types without a size count once they have joined.
 
     Raises:
         UserError: If it cannot be read.
@@ -48,8 +47,8 @@ def read_growth(file: Path, head: Node) -> Growth | None:
         config = yaml.safe_load(file.read_text())
     except (OSError, yaml.YAMLError) as error:
         raise UserError(
-            f"{file}, the cluster file of Ray's autoscaler, cannot be read ({error}): mend it, and run as who started "
-            "Ray there"
+            f"{file}, the cluster file of Ray's autoscaler, cannot be read ({error}): correct it, and run as the user "
+            "who started Ray there"
         ) from error
     max_workers = int(config.get("max_workers", 0))
     workers: list[Node] = []
@@ -62,8 +61,7 @@ def read_growth(file: Path, head: Node) -> Growth | None:
 
 
 def _commands() -> Iterator[list[str]]:
-    """Command lines of this machine's processes."""
+    """Yield the command lines of this machine's processes."""
     for process in Path("/proc").glob("[0-9]*"):
-        # One that ends meanwhile.
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError):  # it may have ended
             yield os.fsdecode((process / "cmdline").read_bytes()).split("\0")

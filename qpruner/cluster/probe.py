@@ -1,4 +1,4 @@
-"""Every node of the cluster is asked what it is, before anything expensive."""
+"""Asks every node of the cluster what it is, before anything expensive."""
 
 from __future__ import annotations
 
@@ -9,16 +9,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qpruner.cluster import testimony
-from qpruner.cluster.cluster import first_line, size_of
+from qpruner.cluster import node_facts
+from qpruner.cluster.connect import size_of
 from qpruner.cluster.slots import Node
-from qpruner.runs.object_store import CACHE, cache_root, is_mirror
-from qpruner.runs.paths import BANK_CACHE, RunDir
+from qpruner.cluster.tasks import first_line
 from qpruner.runs.records import RUN_ID
+from qpruner.runs.run_dir import BANK_CACHE, RunDir
+from qpruner.runs.storage import storage_at
 
 ANSWER_SECONDS = 120.0
-"""A node starts a worker and answers within this time, or is named as silent; importing torch from a cold network file
-system can take a minute."""
+"""A node starts a worker and answers within this time; importing torch from a cold network file system can take a
+minute."""
 
 
 @dataclass(frozen=True)
@@ -32,72 +33,45 @@ class Gpu:
 
 @dataclass(frozen=True)
 class Cache:
-    """A node's folder for copies of the run's files, and the room there.
+    """A node's folder for copies of the run's files."""
 
-    Attributes:
-        variable: Of the environment, which names it.
-        folder: Where it is.
-        disk: What tells its file system from the node's others.
-        is_writable: Whether it can be written.
-        free_bytes: On its file system.
-        held_bytes: Of this run's files, by those that are there.
-    """
-
-    variable: str
+    variable: str  # of the environment, which names it
     folder: str
-    disk: int
+    disk: int  # id of its file system
     is_writable: bool
-    free_bytes: int
-    held_bytes: int
+    free_bytes: int  # on its file system
+    held_bytes: int  # of this run's files
 
 
 @dataclass(frozen=True)
 class NodeFacts:
-    """What a node said.
+    """A node's answer."""
 
-    Attributes:
-        versions: By package; qpruner's is a digest of its code.
-        storage: Why the run's storage cannot be used from there; empty where it can.
-        caches: Its own folders for the bank's files and, of a run at a URI, for the pruned model.
-        has_hardware: Whether there is a driver for GPUs, or a card that lacks one.
-        gpus: What torch sees; not looked for where Ray counts none.
-        gpu_trouble: Why they cannot quantize; empty where they can.
-    """
-
-    versions: dict[str, str]
-    storage: str
+    versions: dict[str, str]  # by package; qpruner's is a digest of its code
+    storage: str  # why the run's storage cannot be used there, or empty
     caches: tuple[Cache, ...]
-    has_hardware: bool
-    gpus: tuple[Gpu, ...]
-    gpu_trouble: str
+    has_hardware: bool  # a GPU driver, or a card without one
+    gpus: tuple[Gpu, ...]  # that torch sees; empty where Ray counts none
+    gpu_trouble: str  # why they cannot quantize, or empty
 
 
 @dataclass(frozen=True)
 class Report:
-    """One node.
+    """One node and its answer."""
 
-    Attributes:
-        id: Ray's.
-        name: For people.
-        size: The CPUs and GPUs that Ray counts there.
-        facts: What it said.
-        silence: Why it said nothing.
-        has_left: It was in the cluster when it was asked, and no longer is.
-    """
-
-    id: str
-    name: str
+    id: str  # Ray's
+    name: str  # for people
     size: Node
     facts: NodeFacts | None
-    silence: str = ""
-    has_left: bool = False
+    silence: str = ""  # why it did not answer
+    has_left: bool = False  # meanwhile
 
 
 def probe(storage: Path, driver: str, banked: Iterable[str] = (), seconds: float = ANSWER_SECONDS) -> list[Report]:
-    """Ask every live node; this process has joined the cluster.
+    """Ask every live node of the cluster that this process has joined.
 
     Args:
-        storage: A folder in the run's storage; every node leaves a file there, named by its id, that holds that id.
+        storage: A folder in the run's storage; every node writes a file there that is named by its id and holds it.
         driver: Name and content of the driver's own file there.
         banked: sha256 of the files of the run's bank, as far as it has one.
         seconds: How long to wait for answers.
@@ -110,83 +84,82 @@ def probe(storage: Path, driver: str, banked: Iterable[str] = (), seconds: float
 
     nodes = [node for node in ray.nodes() if node["Alive"]]
     caches = {BANK_CACHE: [f"{sha256}.safetensors" for sha256 in banked]}
-    if is_mirror(storage):
-        caches[CACHE] = [f"{storage.parent.relative_to(cache_root())}/**/*"]
+    caches |= storage_at(storage.parent).copies()
     asked = _ask(nodes, storage, driver, caches)
     answered, _ = ray.wait(list(asked.values()), num_returns=len(asked), timeout=seconds)
-    said: dict[str, NodeFacts | str] = {}
+    answers: dict[str, NodeFacts | str] = {}
     left: set[str] = set()
     for node_id, reference in asked.items():
         if reference not in answered:
             ray.cancel(reference, force=True)
-            said[node_id] = f"no answer in {seconds:g} s"
+            answers[node_id] = f"no answer in {seconds:g} s"
             continue
         try:
-            said[node_id] = _facts(ray.get(reference))
+            answers[node_id] = _facts(ray.get(reference))
         except RayError as error:
-            said[node_id] = first_line(getattr(error, "cause", None) or error)
+            answers[node_id] = first_line(getattr(error, "cause", None) or error)
             if isinstance(error, NodeDiedError | TaskUnschedulableError):
                 # This can be known before the table of nodes says so.
                 left.add(node_id)
     staying = {node["NodeID"] for node in ray.nodes() if node["Alive"]} - left
-    return [_report(node, said[node["NodeID"]], node["NodeID"] not in staying) for node in nodes]
+    return [_report(node, answers[node["NodeID"]], node["NodeID"] not in staying) for node in nodes]
 
 
 def packed_check(run: RunDir) -> bytes:
-    """A pickled function that a worker calls before it reads anything of qpruner's: that may be another one on a node
-    that was not looked at. It raises a RuntimeError that names node and difference, see `testimony.check_like`."""
-    told = (testimony.versions(), str(run.root), run.place, RUN_ID, run.id, run.is_at_uri)
-    return _packed(functools.partial(testimony.check_like, *told))
+    """Pickle a function that a worker calls before it imports qpruner, which may be another one on a node.
+
+    It raises a RuntimeError that names node and difference, see `node_facts.check_like`.
+    """
+    args = (node_facts.versions(), str(run.root), run.place, RUN_ID, run.id)
+    return _packed(functools.partial(node_facts.check_like, *args))
 
 
 def packed_check_of_installation() -> bytes:
-    """As `packed_check`, for work that leaves nothing in a run's storage."""
-    return _packed(functools.partial(testimony.check_installed, testimony.versions()))
+    """Pickle the same for work that writes nothing to a run's storage."""
+    return _packed(functools.partial(node_facts.check_installed, node_facts.versions()))
 
 
 def packed_check_of_gpus() -> bytes:
-    """As `packed_check`, where all work is done on this machine."""
-    return _packed(testimony.check_gpus)
+    """Pickle the same for a run on this machine alone."""
+    return _packed(node_facts.check_gpus)
 
 
 def _packed(check: Callable[[], None]) -> bytes:
     from ray import cloudpickle
 
-    with _sent_whole():
+    with _module_by_value():
         packed: bytes = cloudpickle.dumps(check)
     return packed
 
 
 @contextmanager
-def _sent_whole() -> Iterator[None]:
-    """What is pickled meanwhile brings the module `testimony` along."""
+def _module_by_value() -> Iterator[None]:
+    """Make what is pickled inside contain the module `node_facts`."""
     from ray import cloudpickle
 
-    cloudpickle.register_pickle_by_value(testimony)
+    cloudpickle.register_pickle_by_value(node_facts)
     try:
         yield
     finally:
-        cloudpickle.unregister_pickle_by_value(testimony)
+        cloudpickle.unregister_pickle_by_value(node_facts)
 
 
 def _ask(
     nodes: list[dict[str, Any]], storage: Path, driver: str, caches: Mapping[str, Sequence[str]]
 ) -> dict[str, Any]:
-    """The answers to come, by node."""
+    """Start a task on every node; returns references to the answers by node."""
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    with _sent_whole():
+    asked = {}
+    with _module_by_value():
         # A process of its own, which ends with what importing torch took of a GPU.
-        task = ray.remote(num_cpus=0, max_calls=1, max_retries=1)(testimony.testify)
-        asked = {}
+        task = ray.remote(num_cpus=0, max_calls=1, max_retries=1)(node_facts.node_facts_here)
         for node in nodes:
-            there = task.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False))
-            has_gpus = size_of(node).gpus > 0
-            asked[node["NodeID"]] = there.remote(
-                str(storage), driver, node["NodeID"], caches, has_gpus, is_mirror(storage)
-            )
-        return asked
+            node_id, has_gpus = node["NodeID"], size_of(node).gpus > 0
+            there = task.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node_id, soft=False))
+            asked[node_id] = there.remote(str(storage), driver, node_id, caches, has_gpus)
+    return asked
 
 
 def _facts(answer: dict[str, Any]) -> NodeFacts:
@@ -194,9 +167,9 @@ def _facts(answer: dict[str, Any]) -> NodeFacts:
     return NodeFacts(**{**answer, "caches": tuple(caches), "gpus": tuple(gpus)})
 
 
-def _report(node: dict[str, Any], said: NodeFacts | str, has_left: bool) -> Report:
+def _report(node: dict[str, Any], answer: NodeFacts | str, has_left: bool) -> Report:
     node_id, size = node["NodeID"], size_of(node)
     name = f"{node['NodeManagerAddress']} ({node['NodeManagerHostname']}, {node_id[:8]})"
-    if isinstance(said, NodeFacts):
-        return Report(node_id, name, size, said)
-    return Report(node_id, name, size, None, said, has_left)
+    if isinstance(answer, NodeFacts):
+        return Report(node_id, name, size, answer)
+    return Report(node_id, name, size, None, answer, has_left)

@@ -1,29 +1,28 @@
-"""What the machines of a cluster can run at once: those that are there, and those that an autoscaler may start."""
+"""How many trials or tasks fit on the machines that are there, and on those that an autoscaler may start."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import os
+import time
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from qpruner.errors import UserError
+from qpruner.runs.events import Emit, Message, SlotsFound
 
-
-def worker_resources(trial: Mapping[str, float], num_workers: int) -> dict[str, float]:
-    """What a worker of so many on one model reserves: what a trial does, but a whole GPU where they exchange gradients,
-    which NCCL refuses to do on a shared one."""
-    shared = num_workers > 1 and 0 < trial.get("gpu", 0.0) < 1
-    return {**trial, "gpu": 1.0} if shared else dict(trial)
+LOOK_SECONDS = 2.0
+"""How often a search looks for machines that came or went."""
 
 
 @dataclass(frozen=True)
 class Node:
-    """One machine's CPU cores and GPUs."""
+    """The CPU cores and GPUs of one machine."""
 
     cpus: float
     gpus: float
 
     def fits(self, resources: Mapping[str, float]) -> int:
-        """Trials of such resources at once; several GPUs of one trial, or shares of one, lie on this machine."""
+        """Count the trials that fit at once; all GPUs of a trial, or its share of one, are on this machine."""
         cpu, gpu = resources.get("cpu", 0.0), resources.get("gpu", 0.0)
         by_cpu = int(self.cpus // cpu) if cpu else 10**6
         if not gpu:
@@ -37,81 +36,63 @@ class Node:
 
 @dataclass(frozen=True)
 class Growth:
-    """A cluster as large as its autoscaler may make it.
-
-    Attributes:
-        head: The machine that is always there.
-        workers: Those that it may start, each type as often as it may have it.
-        max_workers: How many of them there may be at once.
-    """
+    """A cluster as large as its autoscaler may make it."""
 
     head: Node
-    workers: tuple[Node, ...]
-    max_workers: int
+    workers: tuple[Node, ...]  # each type as often as it is allowed
+    max_workers: int  # of them at once
 
     def fits(self, resources: Mapping[str, float]) -> int:
-        """Tasks of such resources at once."""
+        """Count the tasks that fit at once."""
         by_worker = sorted((node.fits(resources) for node in self.workers), reverse=True)
         return self.head.fits(resources) + sum(by_worker[: self.max_workers])
 
 
-def with_gpus_for(trial: Mapping[str, float | None] | None) -> Slots:
-    """A machine that is not here, with the GPUs that a trial asks for, or one, and the cores of all that share it."""
-    asked = trial or {}
-    gpu = asked.get("gpu") or 1.0
-    return Slots((Node((asked.get("cpu") or 1.0) * max(1, int(1 / gpu)), max(1.0, gpu)),))
-
-
 @dataclass(frozen=True)
 class Slots:
-    """What the cluster can run at once.
-
-    Attributes:
-        nodes: The machines that are there.
-        growth: What its autoscaler can make of it; None where there is none.
-    """
+    """The machines that are there, and what an autoscaler may add."""
 
     nodes: tuple[Node, ...]
     growth: Growth | None = None
 
     @property
     def gpus(self) -> float:
-        """GPUs of the machines that are there."""
+        """Count the GPUs that are there."""
         return sum(node.gpus for node in self.nodes)
 
     @property
     def possible(self) -> tuple[Node, ...]:
-        """The machines that are there, and those that may be started."""
+        """Return the machines that are there and those that may be started."""
         return (*self.nodes, *self.growth.workers) if self.growth else self.nodes
 
     @property
     def largest(self) -> Node:
-        """The possible machine with the most GPUs, and of those the most cores."""
+        """Return the possible machine with the most GPUs, and of those the most cores."""
         return max(self.possible, key=lambda node: (node.gpus, node.cpus))
 
     def fits(self, resources: Mapping[str, float]) -> int:
-        """Tasks of such resources at once on what is there."""
+        """Count the tasks that fit at once on the machines that are there."""
         return sum(node.fits(resources) for node in self.nodes)
 
     def at_most(self, resources: Mapping[str, float]) -> int:
-        """Tasks of such resources at once when the autoscaler has started what helps them."""
-        there = self.fits(resources)
-        return max(there, self.growth.fits(resources)) if self.growth else there
+        """Count the tasks that fit at once when the autoscaler has started what it may."""
+        now = self.fits(resources)
+        return max(now, self.growth.fits(resources)) if self.growth else now
 
     def resources_per_trial(self, asked: Mapping[str, float | None] | None) -> dict[str, float]:
-        """What one trial reserves: what was asked for, else a GPU where there is or may be one, else a core."""
+        """Return what one trial reserves: what was asked for, else a GPU where there may be one, else a core."""
         automatic = {"cpu": 1.0, "gpu": 1.0} if self.largest.gpus >= 1 else {"cpu": 1.0}
         given = {name: amount for name, amount in (asked or {}).items() if amount is not None}
         return {name: amount for name, amount in (automatic | given).items() if amount > 0}
 
     def cores_each(self, num_tasks: int) -> float:
-        """The most cores that so many tasks can have each, at once and every task on one machine."""
+        """Return the most cores that this many tasks can have each, all at once, each task on one machine."""
         most = max((int(node.cpus) for node in self.possible), default=0)
         each = next((cores for cores in range(most, 1, -1) if self.at_most({"cpu": cores}) >= num_tasks), 1)
         return float(each)
 
     def concurrent(self, resources: Mapping[str, float], limit: int | None) -> int:
-        """Trials that may be in flight, at most `limit`.
+        """Return how many trials may be in flight, at most `limit`.
 
         Raises:
             UserError: If not even one will ever fit.
@@ -127,3 +108,68 @@ class Slots:
                 f"has {self.largest}: ask for less, or add {larger}"
             )
         return min(most, limit) if limit else most
+
+
+def num_cores() -> int:
+    """Count the cores that this process may use; macOS does not limit them."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def local_slots() -> Slots:
+    """Return this machine's slots, without starting Ray."""
+    import torch
+
+    return Slots((Node(float(num_cores()), float(torch.cuda.device_count())),))
+
+
+def with_gpus_for(trial: Mapping[str, float | None] | None) -> Slots:
+    """Return a machine with the GPUs that a trial asks for, or one, and the cores of all trials that share it."""
+    asked = trial or {}
+    gpu = asked.get("gpu") or 1.0
+    return Slots((Node((asked.get("cpu") or 1.0) * max(1, int(1 / gpu)), max(1.0, gpu)),))
+
+
+def worker_resources(trial: Mapping[str, float], num_workers: int) -> dict[str, float]:
+    """Return what each of several workers on one model reserves; NCCL needs a whole GPU to exchange gradients."""
+    shared = num_workers > 1 and 0 < trial.get("gpu", 0.0) < 1
+    return {**trial, "gpu": 1.0} if shared else dict(trial)
+
+
+class Room:
+    """Tells how many trials may be in flight now, on a cluster whose machines come and go.
+
+    An autoscaler starts machines for trials that wait, so the room includes machines that it may start. Ray's
+    `request_resources` is not used: it would outlive a driver that is killed, and keep unused machines.
+
+    Args:
+        look: Finds out what the cluster can run.
+        resources: What one trial reserves.
+        limit: Trials in flight at most.
+        emit: Gets the number of slots when it changes.
+    """
+
+    def __init__(
+        self, look: Callable[[], Slots], resources: Mapping[str, float], limit: int | None, emit: Emit
+    ) -> None:
+        self._look, self._resources, self._limit, self._emit = look, resources, limit, emit
+        self._num_slots: int | None = None
+        self._room, self._next_look = 0, 0.0
+
+    def __call__(self) -> int:
+        """Return how many trials may be in flight; looks again every `LOOK_SECONDS`."""
+        now = time.monotonic()
+        if now >= self._next_look:
+            self._next_look = now + LOOK_SECONDS
+            slots = self._look()
+            self._room = self._limited(slots.at_most(self._resources))
+            num_slots = self._limited(slots.fits(self._resources))
+            if num_slots != self._num_slots:
+                self._num_slots = num_slots
+                self._emit(SlotsFound(num_slots))
+                if not self._room:
+                    text = "no machine is there that could run a trial, and none may be started: one has to join"
+                    self._emit(Message("search", f"warning: {text}"))
+        return self._room
+
+    def _limited(self, number: int) -> int:
+        return min(number, self._limit) if self._limit else number

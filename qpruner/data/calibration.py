@@ -1,12 +1,11 @@
-"""Calibration samples and what is read off a model with them: gradients, inputs, outputs and losses, batch by batch.
+"""Run calibration samples through a model and visit gradients, inputs and outputs, batch by batch.
 
-Nothing here keeps more than it was asked for: a gradient is handed over in its own hook and dropped at once, inputs of
-layers are reduced as they come. Outputs are kept, and the head is run, only where a labelled token is predicted.
+Nothing is kept longer than its visit: a gradient is dropped in its own hook, inputs are reduced as they come. Outputs
+are collected, and the head runs, only where a labelled token is predicted.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -14,33 +13,27 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from qpruner.data import measures
-from qpruner.data.rows import IGNORED_LABEL, collate, row_lengths
+from qpruner.data.losses import Rows, batches, predicted_logits, predicting, token_losses
 from qpruner.errors import TrainingDiverged
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-Rows = Sequence[Mapping[str, list[int]]]
 OnProgress = Callable[[int, int], None]
-"""Told how many of how many are done."""
+"""Called with how many of how many are done."""
 
 
 @dataclass(frozen=True)
 class Samples:
     """Encoded calibration samples and how they go through a model.
 
-    Attributes:
-        rows: Token ids and labels; the loss is over every token that has a label.
-        pad_id: Padding token.
-        batch_size: Samples a pass.
-        told: Told how many batches of how many are through; of what goes down block by block, how many blocks.
+    Progress counts batches; where the samples go block by block, blocks.
     """
 
     rows: Rows
     pad_id: int
     batch_size: int
-    told: OnProgress = lambda done, total: None
+    on_progress: OnProgress = lambda done, total: None
 
     @property
     def one_by_one(self) -> Samples:
@@ -53,42 +46,16 @@ class Samples:
         return replace(self, rows=sorted(self.rows, key=lambda row: len(row["input_ids"])))
 
     def batches(self, device: torch.device) -> Iterator[dict[str, torch.Tensor]]:
-        """Padded batches on the model's device, in order."""
+        """Yield padded batches on the model's device, in order."""
         total = -(-len(self.rows) // self.batch_size)
         for done, batch in enumerate(batches(self.rows, self.batch_size, self.pad_id, device), 1):
             yield batch
-            self.told(done, total)
+            self.on_progress(done, total)
 
     def split(self) -> Iterator[Samples]:
-        """One batch after the other."""
+        """Yield the samples of one batch after the other."""
         for start in range(0, len(self.rows), self.batch_size):
             yield replace(self, rows=self.rows[start : start + self.batch_size])
-
-
-@dataclass(frozen=True)
-class LossResult:
-    """Loss in nats per predicted token, with its standard error over rows (a ratio estimator).
-
-    Attributes:
-        mean: Over all predicted tokens.
-        by_row: What each row says of the mean, in the order given: the rows' mean is `mean`, and their spread its
-            standard error, although rows have more and fewer tokens.
-    """
-
-    mean: float
-    by_row: tuple[float, ...]
-
-    @property
-    def stderr(self) -> float:
-        """Standard error of the mean over rows; NaN with one row."""
-        return measures.over_questions(self.by_row).stderr
-
-
-def batches(rows: Rows, batch_size: int, pad_id: int, device: torch.device) -> Iterator[dict[str, torch.Tensor]]:
-    """Padded batches on the model's device, in order."""
-    for start in range(0, len(rows), batch_size):
-        batch = collate(rows[start : start + batch_size], pad_id)
-        yield {name: tensor.to(device) for name, tensor in batch.items()}
 
 
 def visit_gradients(
@@ -97,22 +64,20 @@ def visit_gradients(
     samples: Samples,
     visit: Callable[[str, torch.nn.Parameter, torch.Tensor], None],
 ) -> None:
-    """Run the loss backward batch by batch and hand each parameter's gradient over before it is dropped.
+    """Run the loss backward batch by batch and visit each parameter's gradient before it is dropped.
 
-    The peak above the weights is one parameter's gradient plus the activations of one batch.
+    A batch's loss is the mean over its tokens. The peak above the weights is one parameter's gradient plus the
+    activations of one batch.
 
     Args:
-        model: A dense model; its `requires_grad` flags are restored afterwards.
+        model: A dense model.
         parameters: The parameters to visit, by name.
-        samples: The samples; a batch's loss is the mean over its tokens.
+        samples: The samples.
         visit: Called with name, parameter and gradient ``(rows, columns)`` once per batch.
 
     Raises:
         TrainingDiverged: Naming the parameter whose gradient is NaN or infinite.
     """
-    flags = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
-    wanted = {id(parameter) for parameter in parameters.values()}
-    handles = []
 
     def hook_for(name: str) -> Callable[[torch.Tensor], None]:
         def hook(parameter: torch.Tensor) -> None:
@@ -126,18 +91,12 @@ def visit_gradients(
 
         return hook
 
-    try:
-        for parameter in model.parameters():
-            parameter.requires_grad_(id(parameter) in wanted)
+    handles: list[Any] = []
+    with _gradients_of(model, parameters.values(), handles):
         for name, parameter in parameters.items():
             handles.append(parameter.register_post_accumulate_grad_hook(hook_for(name)))  # type: ignore[no-untyped-call]
         for batch in samples.batches(model.device):
             _backward(model, batch, lambda losses, counts: losses.sum() / counts.sum())
-    finally:
-        for handle in handles:
-            handle.remove()
-        for name, parameter in model.named_parameters():
-            parameter.requires_grad_(flags[name])
 
 
 def visit_mask_gradients(
@@ -146,14 +105,14 @@ def visit_mask_gradients(
     samples: Samples,
     visit: Callable[[str, torch.Tensor], None],
 ) -> None:
-    """Hand over ``sum_j w_ij dL/dw_ij`` for every row, or ``sum_i`` for every column, of linear layers, by sample.
+    """Visit ``sum_j w_ij dL/dw_ij`` for every row, or ``sum_i`` for every column, of linear layers, by sample.
 
     It is the gradient of a sample's mean loss L with respect to a factor (a mask) on the row or column, and needs no
     gradient of any weight: with ``y = W x + b`` token t adds ``(y_ti - b_i) dL/dy_ti`` to a row's and ``x_tj dL/dx_tj``
     to a column's. So a batch gives every sample's own in one backward pass.
 
     Args:
-        model: A dense model; its `requires_grad` flags are restored afterwards.
+        model: A dense model.
         linears: Name -> the layer, and 0 for its rows or 1 for its columns.
         samples: The samples.
         visit: Called per batch with name and values ``(samples, rows or columns)`` float32.
@@ -193,13 +152,13 @@ def visit_linear_gradients(
     samples: Samples,
     visit: Callable[[str, torch.Tensor, torch.Tensor], None],
 ) -> None:
-    """Hand over what goes into linear layers and the gradient at what comes out, batch by batch, sample by sample.
+    """Visit linear layers' inputs and the gradients at their outputs, batch by batch.
 
-    The weight's gradient of sample s is ``gradients[s].T @ inputs[s]``: every sample's own, out of one backward pass.
+    The weight's gradient of sample s is ``gradients[s].T @ inputs[s]``: every sample's own, from one backward pass.
     The loss of a sample is the sum over its labelled tokens; at padding the gradient is zero.
 
     Args:
-        model: A dense model; its `requires_grad` flags are restored afterwards.
+        model: A dense model.
         linears: The layers, by name.
         samples: The samples.
         visit: Called per batch with name, inputs ``(samples, seq, columns)`` and gradients ``(samples, seq, rows)``.
@@ -229,12 +188,9 @@ def _backward(
     batch: dict[str, torch.Tensor],
     loss: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
 ) -> None:
-    """One pass forward and backward, of which nothing is left before the next begins.
+    """Run one pass forward and backward; nothing of it is left before the next begins.
 
-    Args:
-        model: The model.
-        batch: Rows, padded.
-        loss: From each token's loss ``(samples, seq)`` and how many tokens of each sample are labelled.
+    `loss` takes each token's loss ``(samples, seq)`` and the number of labelled tokens of each sample.
     """
     losses = token_losses(model, batch)
     counts = predicting(batch["labels"]).sum(dim=1).to(losses.device)
@@ -242,22 +198,31 @@ def _backward(
 
 
 @contextmanager
-def _activation_gradients(
-    model: PreTrainedModel, hooks: Sequence[tuple[torch.nn.Module, Callable[..., None]]]
-) -> Iterator[None]:
-    """Gradients reach activations, from the embeddings on, but no weight; forward hooks are set meanwhile."""
+def _gradients_of(model: PreTrainedModel, parameters: Any, handles: list[Any]) -> Iterator[None]:
+    """Let these parameters alone have gradients; flags are restored and hooks removed at the end."""
     flags = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
-    embeddings = model.get_input_embeddings()
-    handles = [embeddings.register_forward_hook(lambda module, inputs, output: output.requires_grad_(True))]
-    handles += [module.register_forward_hook(hook) for module, hook in hooks]
+    wanted = {id(parameter) for parameter in parameters}
     try:
-        model.requires_grad_(False)
+        for parameter in model.parameters():
+            parameter.requires_grad_(id(parameter) in wanted)
         yield
     finally:
         for handle in handles:
             handle.remove()
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(flags[name])
+
+
+@contextmanager
+def _activation_gradients(
+    model: PreTrainedModel, hooks: Sequence[tuple[torch.nn.Module, Callable[..., None]]]
+) -> Iterator[None]:
+    """Let gradients reach activations, from the embeddings on, but no weight; forward hooks are set meanwhile."""
+    embeddings = model.get_input_embeddings()
+    handles = [embeddings.register_forward_hook(lambda module, inputs, output: output.requires_grad_(True))]
+    handles += [module.register_forward_hook(hook) for module, hook in hooks]
+    with _gradients_of(model, (), handles):
+        yield
 
 
 class InputMoments:
@@ -267,7 +232,7 @@ class InputMoments:
         self._count, self._sum, self._squares = 0, torch.zeros(()), torch.zeros(())
 
     def add(self, inputs: torch.Tensor) -> None:
-        """Count inputs ``(tokens, features)`` in."""
+        """Add inputs ``(tokens, features)``."""
         self._count += len(inputs)
         self._sum = self._sum + inputs.sum(dim=0, dtype=torch.float32).double().cpu()
         self._squares = self._squares + inputs.float().square().sum(dim=0).double().cpu()
@@ -295,14 +260,7 @@ def visit_inputs(
     samples: Samples,
     visit: Callable[[str, torch.Tensor], None],
 ) -> None:
-    """Run the samples forward and hand over each module's inputs, padding left out, as they come.
-
-    Args:
-        model: The model.
-        modules: The modules to listen to, by name.
-        samples: The samples.
-        visit: Called per batch and module with name and inputs ``(tokens, features)``.
-    """
+    """Run the samples forward and visit each module's inputs ``(tokens, features)``, without padding, by batch."""
     tokens = torch.empty(0, dtype=torch.bool)
 
     def hook_for(name: str) -> Callable[..., None]:
@@ -322,14 +280,14 @@ def visit_inputs(
             handle.remove()
 
 
-def entering(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> torch.Tensor:
-    """The hidden states ``(batch, seq, hidden)`` that a decoder block was called with."""
+def block_inputs(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> torch.Tensor:
+    """Find the hidden states ``(batch, seq, hidden)`` among the arguments of a decoder block."""
     states: torch.Tensor = args[0] if args else kwargs["hidden_states"]
     return states
 
 
 def at_tokens(inputs: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-    """Inputs ``(batch, seq, features)``, or with batch and sequence in one, at the tokens ``(batch, seq)``."""
+    """Select inputs ``(batch, seq, features)``, or with batch and sequence in one, at the tokens ``(batch, seq)``."""
     return inputs.reshape(-1, inputs.shape[-1])[tokens.flatten().to(inputs.device)]
 
 
@@ -342,7 +300,7 @@ def visit_outputs(
     visit: Callable[[dict[str, torch.Tensor], torch.Tensor], None],
     batch_size: int,
 ) -> None:
-    """Run the samples forward and hand over each module's output where the model predicts a labelled token.
+    """Run the samples forward and visit each module's output where the model predicts a labelled token.
 
     Args:
         model: The model.
@@ -368,92 +326,11 @@ def visit_outputs(
         for batch in batches(rows, batch_size, pad_id, model.device):
             positions = predicting(batch["labels"])
             logits = predicted_logits(model, batch)
-            for name, output in outputs.items():
+            for name, output in (outputs | {"model.lm_head": logits}).items():
                 if not torch.isfinite(output).all():
                     raise TrainingDiverged(f"the output of {name} is NaN or infinite on the calibration samples")
-            if not torch.isfinite(logits).all():
-                raise TrainingDiverged("the output of model.lm_head is NaN or infinite on the calibration samples")
             visit(outputs, logits.argmax(dim=-1).cpu())
             outputs.clear()
     finally:
         for handle in handles:
             handle.remove()
-
-
-@torch.no_grad()
-def mean_loss(model: torch.nn.Module, rows: Rows, pad_id: int, batch_size: int) -> LossResult:
-    """Cross entropy on the labelled tokens, in nats.
-
-    Raises:
-        TrainingDiverged: If it is NaN or infinite.
-    """
-    was_training = model.training
-    model.eval()
-    device = next(model.parameters()).device
-    # Rows of like length together, so that little is spent on padding.
-    lengths = row_lengths(rows)
-    order = sorted(range(len(rows)), key=lengths.__getitem__)
-    sums: list[float] = []
-    counts: list[int] = []
-    for batch in batches([rows[index] for index in order], batch_size, pad_id, device):
-        sums.extend(token_losses(model, batch).sum(dim=1).tolist())
-        counts.extend(predicting(batch["labels"]).sum(dim=1).tolist())
-    model.train(was_training)
-    total, tokens = sum(sums), sum(counts)
-    mean = total / tokens
-    if not math.isfinite(mean):
-        raise TrainingDiverged(f"the validation loss is {mean}")
-    off = [row - mean * count for row, count in zip(sums, counts, strict=True)]
-    by_row = dict(zip(order, (mean + each * len(rows) / tokens for each in off), strict=True))
-    return LossResult(mean, tuple(by_row[index] for index in range(len(rows))))
-
-
-def token_losses(model: torch.nn.Module, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    """Cross entropy of each next token in nats, ``(batch, seq)`` float32; zero where no labelled token is predicted."""
-    logits = predicted_logits(model, batch)
-    positions = predicting(batch["labels"]).to(logits.device)
-    losses = torch.zeros(positions.shape, device=logits.device)
-    losses[positions] = torch.nn.functional.cross_entropy(
-        logits.float(), predicted_labels(batch["labels"]).to(logits.device), reduction="none"
-    )
-    return losses
-
-
-def predicted_logits(model: torch.nn.Module, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    """Logits ``(positions, vocabulary)`` where a labelled token is predicted, all samples in one."""
-    inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
-    with labelled_only(model, batch["labels"]):
-        logits: torch.Tensor = model(**inputs, use_cache=False).logits
-    return logits
-
-
-@contextmanager
-def labelled_only(model: torch.nn.Module, labels: torch.Tensor) -> Iterator[None]:
-    """Run the head only where a labelled token is predicted: logits are ``(positions, vocabulary)`` meanwhile.
-
-    Args:
-        model: A causal language model of any family, with or without adapters.
-        labels: Those of the batch that goes through it, ``(batch, seq)``.
-    """
-    positions = predicting(labels)
-    head = model.get_output_embeddings()  # type: ignore[operator]
-    handle = head.register_forward_pre_hook(lambda _, inputs: inputs[0][positions.to(inputs[0].device)])
-    try:
-        yield
-    finally:
-        handle.remove()
-
-
-def predicting(labels: torch.Tensor) -> torch.Tensor:
-    """Positions whose next token has a label: ``(batch, seq)`` bool."""
-    return torch.nn.functional.pad(labels[:, 1:] != IGNORED_LABEL, (0, 1))
-
-
-def predicted_labels(labels: torch.Tensor) -> torch.Tensor:
-    """The labels at these positions, in the order of `predicted_logits`: ``(positions,)``."""
-    return labels[:, 1:][labels[:, 1:] != IGNORED_LABEL]
-
-
-def count_labels(labels: torch.Tensor) -> int:
-    """Tokens that are predicted in a batch of labels ``(batch, seq)``."""
-    return int(predicting(labels).sum())

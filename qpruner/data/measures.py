@@ -1,12 +1,12 @@
-"""The one definition of every measure over tasks and questions: tables, claims, comparisons and trials use it.
+"""Define every measure over tasks and questions, for tables, claims, comparisons and trials alike.
 
 With the values v of n_t questions of each of T tasks, and their standard deviation s_t (n_t - 1 degrees of freedom):
 
     a task       mean_t = sum_q v_tq / n_t      stderr_t = s_t / sqrt(n_t)
     all tasks    mean = sum_t mean_t / T        stderr = sqrt(sum_t stderr_t^2) / T
 
-Every task counts the same, however many questions it has. Of several fine-tunes v is their mean on the question; of two
-rows it is their difference on it. Rows of text are the questions of one task.
+Every task counts the same, however many questions it has. For several fine-tunes v is their mean on the question; for
+two rows it is their difference on it. Rows of text are the questions of one task.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class Estimate(NamedTuple):
 
 
 def over_questions(values: Sequence[float]) -> Estimate:
-    """Mean over the questions of one task."""
+    """Average over the questions of one task."""
     count, mean = len(values), statistics.fmean(values)
     if count == 1:
         return Estimate(mean, math.nan)
@@ -40,39 +40,35 @@ def over_questions(values: Sequence[float]) -> Estimate:
 
 
 def over_tasks(tasks: Answers) -> Estimate:
-    """Unweighted mean over tasks of the mean over their questions."""
+    """Average the means of the tasks, unweighted."""
     each = [over_questions(values) for values in tasks]
     stderr = math.sqrt(sum(task.stderr**2 for task in each)) / len(each)
     return Estimate(statistics.fmean(task.mean for task in each), stderr)
 
 
 def averaged(models: Sequence[Answers]) -> list[list[float]]:
-    """Mean over models of their values on each question."""
+    """Average models on each question."""
     return [[sum(values) / len(models) for values in zip(*task, strict=True)] for task in zip(*models, strict=True)]
 
 
 def student_half_width(values: Sequence[float]) -> float:
-    """Half of Student's 95 % interval for the mean that `values` are draws around."""
+    """Compute half the width of Student's 95 % interval for the mean that `values` are drawn around."""
     return _student(values) / math.sqrt(len(values))
 
 
 def prediction_half_width(values: Sequence[float]) -> float:
-    """Half of the 95 % interval, around the mean of `values`, for one more draw like them."""
+    """Compute half the width of the 95 % interval, around the mean of `values`, for one more draw."""
     return _student(values) * math.sqrt(1 + 1 / len(values))
 
 
 def accuracy_name(metrics: Mapping[str, str]) -> str:
-    """lm-eval's name of the metric that all tasks have, `accuracy` where they have several.
-
-    Args:
-        metrics: Task -> metric.
-    """
+    """Name the metric that all tasks (task -> metric) have in lm-eval; `accuracy` if they have several."""
     names = set(metrics.values())
     return names.pop() if len(names) == 1 else ACCURACY
 
 
 def accuracy_in_full(metrics: Mapping[str, str]) -> str:
-    """The same, with which task has which metric: `accuracy (acc_norm of arc_easy, piqa; acc of boolq)`."""
+    """Name the metric with the tasks of each: `accuracy (acc_norm of arc_easy, piqa; acc of boolq)`."""
     name = accuracy_name(metrics)
     if name != ACCURACY or not metrics:
         return name

@@ -1,4 +1,4 @@
-"""Peak memory of each kind of work, by part, counted from the shapes.
+"""Estimate the peak memory of each kind of work, by part, from the shapes.
 
 For n tokens in a forward pass (rows x length), a vocabulary of V and elements of e bytes:
 
@@ -21,8 +21,8 @@ from qpruner.models.layout import num_layers, skeleton
 from qpruner.pipeline.preflight import Inspection
 from qpruner.pipeline.preflight_rows import most_labelled
 from qpruner.plans.plan import FULL_BITS, Layout, LinearShape
-from qpruner.pruning.prune import cuttable_layers
-from qpruner.pruning.selection import available, unit_sizes
+from qpruner.pruning.settings import cuttable_layers
+from qpruner.pruning.units import available, unit_sizes
 from qpruner.sensitivity.expansion import BYTES_A_WEIGHT
 from qpruner.sensitivity.measurement import POSITIONS
 
@@ -41,23 +41,19 @@ COMPONENT_BYTES = 32
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of one piece of work, by part.
-
-    Attributes:
-        about: What is worked on, in words.
-        parts: Name -> bytes, all held at once at the highest point.
-    """
+    """Bytes that one kind of work holds at its highest point, by part."""
 
     about: str
     parts: dict[str, int]
 
     @property
     def total(self) -> int:
+        """Bytes of all parts."""
         return sum(self.parts.values())
 
 
 def training_memory(config: RunConfig, inspection: Inspection) -> Memory:
-    """Peak of a training step of a trial, or of the final fine-tune, with the budget's plan and rows of full length."""
+    """Estimate a training step of a trial or of the final fine-tune: the budget's plan, rows of full length."""
     return Memory(
         f"a step of {config.training.micro_batch_size} rows x {config.data.max_length} tokens "
         "(`training.micro_batch_size`), the final fine-tune's, too",
@@ -66,7 +62,7 @@ def training_memory(config: RunConfig, inspection: Inspection) -> Memory:
 
 
 def comparison_memory(config: RunConfig, inspection: Inspection) -> Memory:
-    """Peak of the comparison: a training step of the base model, which is neither pruned nor quantized."""
+    """Estimate the comparison: a training step of the base model, which is neither pruned nor quantized."""
     base = inspection.base
     return Memory(
         f"a step of {config.training.micro_batch_size} rows x {config.data.max_length} tokens of the base model at "
@@ -76,7 +72,7 @@ def comparison_memory(config: RunConfig, inspection: Inspection) -> Memory:
 
 
 def _step(config: RunConfig, inspection: Inspection, layout: Layout, plan_bytes: int) -> dict[str, int]:
-    """A training step of a model whose weights and adapters take so many bytes."""
+    """Count a training step of a model whose weights and adapters take so many bytes."""
     training, hidden_size = config.training, int(inspection.model_config.hidden_size)
     rows = training.micro_batch_size
     labelled = rows * most_labelled(inspection.examples.get("train"), config.data)
@@ -88,7 +84,7 @@ def _step(config: RunConfig, inspection: Inspection, layout: Layout, plan_bytes:
 
 
 def scoring_memory(config: RunConfig, inspection: Inspection) -> Memory:
-    """Peak of scoring a trial at a rung, which its optimizer's state outlasts."""
+    """Estimate the scoring of a trial at a rung; its optimizer's state is kept meanwhile."""
     return Memory(
         f"scoring {config.evaluate.batch_size} rows x {config.data.max_length} tokens (`evaluate.batch_size`)",
         _held(inspection.pruned, _trial_bytes(config, inspection)) | _scored(config, inspection, inspection.pruned),
@@ -96,7 +92,7 @@ def scoring_memory(config: RunConfig, inspection: Inspection) -> Memory:
 
 
 def _scored(config: RunConfig, inspection: Inspection, layout: Layout) -> dict[str, int]:
-    """A forward pass over a batch of rows; where lm-eval pads answers, its head may run at every token."""
+    """Count a forward pass over a batch of rows; where lm-eval pads answers, the head may run at every token."""
     rows, length = config.evaluate.batch_size, config.data.max_length
     labelled = length
     if not config.search.tasks:
@@ -109,13 +105,13 @@ def _scored(config: RunConfig, inspection: Inspection, layout: Layout) -> dict[s
 
 
 def _trial_bytes(config: RunConfig, inspection: Inspection) -> int:
-    """Weights and adapters of a trial at most."""
+    """Return the bytes of a trial's weights and adapters at most."""
     layout = inspection.pruned
     return min(inspection.budget_bytes, layout.plan_bytes(layout.uniform(config.quantize.bits[-1])))
 
 
 def _held(layout: Layout, plan_bytes: int) -> dict[str, int]:
-    """What training holds all the time."""
+    """Count what training holds all the time."""
     adapters = layout.adapter_bytes
     return {
         "weights": plan_bytes - adapters,
@@ -126,22 +122,18 @@ def _held(layout: Layout, plan_bytes: int) -> dict[str, int]:
 
 
 def prune_memory(config: RunConfig, inspection: Inspection) -> Memory:
-    """Peak of the cut: what importance, compensation, or the comparison of two cuts holds beside the dense model."""
+    """Estimate the cut: what importance or compensation holds beside the dense model."""
     settings = [cut.settings for cut in inspection.cuts]
     weights = {"weights": inspection.base.num_parameters * inspection.base.element_bytes}
     if settings[0].is_off:
         return Memory("the base model", weights)
     works = [_importance_memory(config, inspection, each) for each in settings]
     works += [_compensation_memory(config, inspection, each) for each in settings if each.compensates_by != "none"]
-    if len(settings) > 1:
-        rows, length = config.evaluate.batch_size, config.data.max_length
-        parts = weights | _scored(config, inspection, inspection.base)
-        works.append(Memory(f"passes of {rows} rows x {length} tokens (`evaluate.batch_size`)", parts))
     return max(works, key=lambda memory: memory.total)
 
 
 def _importance_memory(config: RunConfig, inspection: Inspection, settings: PruneConfig) -> Memory:
-    """Where importance asks for gradients, those of one batch; `mixed` by element keeps a float32 for every weight."""
+    """Count importance: gradients of one batch if it needs any; `mixed` by element keeps a float32 a weight."""
     calibration, base = config.calibration, inspection.base
     parts = {"weights": base.num_parameters * base.element_bytes}
     by_gradient = bool(settings.width_units) and settings.importance in ("fisher", "taylor")
@@ -161,7 +153,7 @@ def _importance_memory(config: RunConfig, inspection: Inspection, settings: Prun
 
 
 def _compensation_memory(config: RunConfig, inspection: Inspection, settings: PruneConfig) -> Memory:
-    """The hidden states of all samples in front of one block, with a mask of a byte for every pair of tokens."""
+    """Count the hidden states of all samples before one block, with a mask of a byte for every pair of tokens."""
     calibration, base = config.calibration, inspection.base
     samples, length = inspection.counts.samples["importance"], inspection.counts.sample_length
     hidden_bytes = int(inspection.model_config.hidden_size) * base.element_bytes
@@ -179,7 +171,7 @@ def _compensation_memory(config: RunConfig, inspection: Inspection, settings: Pr
 
 
 def sensitivity_memory(config: RunConfig, inspection: Inspection) -> Memory:
-    """Peak of the sensitivities: the dense pruned model, and the most that a pass of any method takes beside it.
+    """Estimate the sensitivities: the dense pruned model, and the most that a pass of any method takes beside it.
 
     The gradients of the logits are gone when the backward pass comes to the layers: the larger of the two counts.
     """
@@ -200,7 +192,7 @@ def sensitivity_memory(config: RunConfig, inspection: Inspection) -> Memory:
 
 
 def _by_information(config: RunConfig, inspection: Inspection, tokens: int) -> list[dict[str, int]]:
-    """What mutual information holds: in a pass, and when it takes the components of a group's outputs in float64.
+    """Count mutual information: in a pass, and when it takes the components of a group's outputs in float64.
 
     Outputs are kept at the drawn positions, and a batch's in float32 besides; of these it has all at most.
     """
@@ -221,8 +213,7 @@ def _by_information(config: RunConfig, inspection: Inspection, tokens: int) -> l
 
 
 def _by_measurement(inspection: Inspection, tokens: int) -> dict[str, int]:
-    """What KL and loss hold: every block's output for a batch, a group at other bits, its largest layer while that is
-    unpacked, and the log-probabilities at the predicted positions, which are all of them at most.
+    """Count KL and loss: every block's output, a group at other bits, its largest layer unpacked, log-probabilities.
 
     For V words and elements of e bytes: while the unquantized model's are made the logits (e V a position), a float32
     copy and the log-probabilities; later those, the other weights' logits, and four copies of `POSITIONS` of them.
@@ -240,7 +231,7 @@ def _by_measurement(inspection: Inspection, tokens: int) -> dict[str, int]:
 
 
 def _by_gradient(inspection: Inspection, dense: Layout, tokens: int) -> dict[str, int]:
-    """What a backward pass through a dense model takes whose gradients are dropped one parameter at a time."""
+    """Count a backward pass through a dense model whose gradients are dropped one parameter at a time."""
     return {
         "gradient": FLOAT32_BYTES * _largest(dense),
         "activations": _kept_dense(dense, tokens),
@@ -249,7 +240,7 @@ def _by_gradient(inspection: Inspection, dense: Layout, tokens: int) -> dict[str
 
 
 def activation_bytes(layout: Layout, hidden_size: int, tokens: int, rank: int, checkpointing: bool) -> int:
-    """What is kept for the backward pass of a forward pass with adapters."""
+    """Count what a forward pass with adapters keeps for the backward pass."""
     blocks = _by_block(layout)
     kept = [_kept(linears, tokens, layout.element_bytes, rank) for linears in blocks]
     if not checkpointing:
@@ -258,12 +249,12 @@ def activation_bytes(layout: Layout, hidden_size: int, tokens: int, rank: int, c
 
 
 def logit_bytes(inspection: Inspection, tokens: int) -> int:
-    """Logits and the gradients of the loss."""
+    """Count the logits and the gradients of the loss."""
     return LOGIT_BYTES * tokens * int(inspection.model_config.vocab_size)
 
 
 def _kept(linears: Iterable[LinearShape], tokens: int, element_bytes: int, rank: int | None) -> int:
-    """What layers keep for the backward pass; without a rank they have no adapter."""
+    """Count what layers keep for the backward pass; without a rank they have no adapter."""
     adapter = 0 if rank is None else FLOAT32_BYTES
     return tokens * sum(
         element_bytes * (linear.rows + linear.columns) + adapter * (linear.columns + (rank or 0)) for linear in linears
@@ -271,22 +262,22 @@ def _kept(linears: Iterable[LinearShape], tokens: int, element_bytes: int, rank:
 
 
 def _kept_dense(dense: Layout, tokens: int) -> int:
-    """What a model without adapters keeps for the backward pass."""
+    """Count what a model without adapters keeps for the backward pass."""
     return int(DENSE * sum(_kept(group.linears, tokens, dense.element_bytes, None) for group in dense.groups))
 
 
 def _largest(layout: Layout) -> int:
-    """Weights of the largest layer."""
+    """Count the weights of the largest layer."""
     return max(linear.num_weights for group in layout.groups for linear in group.linears)
 
 
 def _widest(layout: Layout, tokens: int) -> int:
-    """What a forward pass holds at once: the inputs and outputs of the widest group's layers."""
+    """Count what a forward pass holds at once: the inputs and outputs of the widest group's layers."""
     return max(_kept(group.linears, tokens, layout.element_bytes, None) for group in layout.groups)
 
 
 def _by_block(layout: Layout) -> list[list[LinearShape]]:
-    """The linear layers of each block; a group's name begins with its block's, `layers.07`."""
+    """Collect the linear layers of each block; a group's name begins with its block's, `layers.07`."""
     blocks: dict[str, list[LinearShape]] = {}
     for group in layout.groups:
         blocks.setdefault(".".join(group.name.split(".")[:2]), []).extend(group.linears)

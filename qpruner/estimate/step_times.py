@@ -1,4 +1,4 @@
-"""How fast this device trains and scores: a few real steps on a few blocks of the model's own shapes.
+"""Time a few real steps on this device: training, scoring and packing of the model's own shapes.
 
 The blocks have random weights, packed as the plans' are, and adapters; embeddings and head are whole. A model of one
 block and one of five tell what a block costs and what the rest does; no weight of the model is read.
@@ -9,46 +9,57 @@ from __future__ import annotations
 import contextlib
 import copy
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from qpruner.config.schema import RunConfig
-from qpruner.data.calibration import token_losses
-from qpruner.data.rows import IGNORED_LABEL
+from qpruner.config.schema import LoraConfig, RunConfig
+from qpruner.data.encoding import IGNORED_LABEL
+from qpruner.data.losses import token_losses
 from qpruner.models import cpu, ragged
 from qpruner.models.layout import group_linears
 from qpruner.models.loading import device
 from qpruner.models.memory import release
-from qpruner.plans.plan import FULL_BITS
+from qpruner.plans.plan import FULL_BITS, LinearShape
 from qpruner.quantization.assembly import attach_adapters
+from qpruner.quantization.bank import EntrySettings, build_entry
 from qpruner.quantization.mixed import pack, packed_layer
 
 FEW, MORE = 1, 5
 """Blocks of the two models."""
 REPEATS = 3
+LARGEST = 1024
+"""Rows and columns, at most, of the layer whose packing is timed."""
+SVD_OPERATIONS = 150
+"""Operations a weight, for packing and a randomized SVD of rank 8."""
 
 
 @dataclass(frozen=True)
-class Seconds:
-    """Of one batch through the whole model.
+class StepTimes:
+    """Seconds of one micro-batch through the whole model, and the operations a second of packing.
 
     Attributes:
         training: Forward and backward.
         scoring: Forward.
+        packing_rate: `packing_operations` a second.
     """
 
     training: float
     scoring: float
+    packing_rate: float
 
 
-def measure(config: RunConfig, model_config: Any, share_high: float, share_labelled: float, threads: int) -> Seconds:
-    """Time a micro-batch of rows of full length.
+def measure(
+    config: RunConfig, model_config: Any, linear: LinearShape, share_high: float, share_labelled: float, threads: int
+) -> StepTimes:
+    """Time a micro-batch of rows of full length, and the packing of a layer.
 
     Args:
         config: Its batch size, length, bit-widths and adapters.
         model_config: transformers config of the pruned model.
+        linear: The layer whose packing is timed, of `LARGEST` rows and columns at most.
         share_high: Share of the weights that are at the highest bits, the others being at the lowest.
         share_labelled: Share of the tokens that have a label, to which the head is applied.
         threads: CPU cores of a slot.
@@ -58,8 +69,36 @@ def measure(config: RunConfig, model_config: Any, share_high: float, share_label
     levels = config.quantize.bits
     batch = _batch(config, model_config, share_labelled)
     low, high = (_whole_model(config, model_config, batch, bits) for bits in (levels[0], levels[-1]))
-    mixed = ((1 - share_high) * least + share_high * most for least, most in zip(low, high, strict=True))
-    return Seconds(*mixed)
+    training, scoring = ((1 - share_high) * less + share_high * more for less, more in zip(low, high, strict=True))
+    return StepTimes(training, scoring, _packing_rate(config, linear))
+
+
+def packing_operations(rows: int, columns: int, lora: LoraConfig, num_levels: int) -> float:
+    """Count the operations of packing a layer at so many bit-widths."""
+    by_weight = 10 * min(rows, columns) if _is_exact(lora) else SVD_OPERATIONS
+    return float(num_levels * lora.loftq_iterations * by_weight * rows * columns)
+
+
+def _packing_rate(config: RunConfig, linear: LinearShape) -> float:
+    """Time the packing of a layer: it is far slower than products, 2 of a core's 100 GFLOP/s with AVX2."""
+    levels = [bits for bits in config.quantize.bits if bits != FULL_BITS]
+    if not levels:
+        return 1.0  # nothing is packed
+    lora = config.lora.model_copy(update={"loftq_iterations": 1})  # all count alike
+    most = LARGEST // (2 if _is_exact(lora) else 1)
+    rows, columns = min(linear.rows, most), min(linear.columns, most)
+    weight = torch.randn(rows, columns, device=device()).to(getattr(torch, config.model.dtype))
+    settings = EntrySettings(lora, config.quantize.double_quant, config.seed)
+
+    def build() -> None:
+        for bits in levels:
+            build_entry({"": weight}, bits, settings)
+
+    return packing_operations(rows, columns, lora, len(levels)) / _least(build)
+
+
+def _is_exact(lora: LoraConfig) -> bool:
+    return lora.init == "loftq" and lora.svd == "exact"
 
 
 def _batch(config: RunConfig, model_config: Any, share_labelled: float) -> dict[str, torch.Tensor]:
@@ -73,7 +112,7 @@ def _batch(config: RunConfig, model_config: Any, share_labelled: float) -> dict[
 def _whole_model(
     config: RunConfig, model_config: Any, batch: dict[str, torch.Tensor], bits: int
 ) -> tuple[float, float]:
-    """Seconds of training and of scoring with every group at some bits, from the two small models."""
+    """Return the seconds of training and of scoring with every group at some bits, from the two small models."""
     blocks = int(model_config.num_hidden_layers)
     few, more = min(FEW, blocks), min(MORE, blocks)
     timed = {}
@@ -106,7 +145,8 @@ def _timed(model: Any, batch: dict[str, torch.Tensor]) -> tuple[float, float]:
     return _least(train), _least(score)
 
 
-def _least(work: Any) -> float:
+def _least(work: Callable[[], None]) -> float:
+    """Time some work: the least of a few tries, since what else the machine does only adds."""
     taken = []
     for _ in range(1 + REPEATS):
         _wait()
@@ -114,7 +154,7 @@ def _least(work: Any) -> float:
         work()
         _wait()
         taken.append(time.perf_counter() - started)
-    return min(taken[1:])  # the first warms up; what else the machine does only adds
+    return min(taken[1:])  # the first warms up
 
 
 def _wait() -> None:
@@ -123,7 +163,7 @@ def _wait() -> None:
 
 
 def _small_model(config: RunConfig, model_config: Any, num_blocks: int, bits: int) -> Any:
-    """Blocks from the middle of the model, whose widths are neither the first's nor the last's."""
+    """Build blocks from the middle of the model, whose widths are neither the first's nor the last's."""
     from transformers import AutoModelForCausalLM
 
     ragged.install(model_config.model_type)

@@ -1,0 +1,1 @@
+"""Other forms of the final model: dense, peft, and on a model hub."""

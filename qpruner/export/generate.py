@@ -1,57 +1,41 @@
-"""Models side by side: which ones a run or a folder has, and what each says to a prompt.
+"""Load the models of a run or a folder, and let each answer a prompt.
 
-An answer is a function of model, conversation and sampling alone (the seed is set anew for each), so that it does not
-matter which models lie in memory together.
+An answer depends on model, prompt and sampling alone: the seed is set anew for each.
 """
 
 from __future__ import annotations
 
-import itertools
-import shlex
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from transformers import GenerationConfig
-from transformers.generation.streamers import TextStreamer
 
 from qpruner.config.schema import ModelConfig
-from qpruner.data.rows import alpaca_prompt
+from qpruner.data.encoding import alpaca_prompt
 from qpruner.errors import UserError
 from qpruner.hf import load, weights_folder
-from qpruner.models.loading import OnLoading, check_folder, load_dense, load_tokenizer, untold
-from qpruner.models.memory import explaining_shortage, free_bytes, release
-from qpruner.runs.object_store import address_of, mirror_of
-from qpruner.runs.paths import STATE, RunDir
+from qpruner.models.loading import OnLoading, check_folder, ignore_progress, load_dense, load_tokenizer
+from qpruner.models.memory import raising_out_of_memory
 from qpruner.runs.records import PrepareRecord, RunState
+from qpruner.runs.run_dir import STATE, RunDir
+from qpruner.runs.storage import run_path, storage_at
 
 BASE, PRUNED, FINAL = WHICH = ("base", "pruned", "final")
-"""The models of a run, in the order they come to be."""
-SPARE = 1.25
-"""Memory that models have to leave free beside their weights, for activations and caches: a quarter of those."""
+"""The models of a run, in the order in which they are made."""
 AGAINST_SHORTAGE = (
     "name fewer models with `--which`, allow fewer `--max-tokens` or shorten the prompt; where a GPU's memory ran out, "
     "set `CUDA_VISIBLE_DEVICES=` to use the machine's"
 )
-
-
 Template = Literal["chat", "alpaca", "none"]
-"""The tokenizer's own, none where it has none; that of the fine-tune's instructions (`data.template: alpaca`), around
-the last turn alone; none."""
+"""The tokenizer's own, none where it has none; that of the fine-tune's instructions (`data.template: alpaca`); none."""
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How answers are asked for and drawn.
-
-    Attributes:
-        max_tokens: Tokens an answer may have.
-        temperature: 0 for the likeliest token every time.
-        seed: Of the draws.
-        template: What is put around a prompt.
-    """
+    """How answers are drawn; temperature 0 takes the likeliest token every time."""
 
     max_tokens: int
     temperature: float
@@ -61,12 +45,12 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Answer:
-    """What a model said.
+    """An answer of a model.
 
     Attributes:
         text: Without special tokens.
         num_tokens: Special ones included.
-        ended: `end`: the model ended it; `length`: it was cut off at the most tokens, or where the context is full.
+        ended: `end`: the model ended it; `length`: the most tokens were reached, or the context is full.
     """
 
     text: str
@@ -74,40 +58,31 @@ class Answer:
     ended: Literal["end", "length"]
 
 
-class Talker:
+class Generator:
     """A model in memory, with its tokenizer."""
 
     def __init__(self, model: Any, tokenizer: Any) -> None:
         self._model, self._tokenizer = model.eval(), tokenizer
 
-    @explaining_shortage(AGAINST_SHORTAGE)
-    def answer(self, turns: Sequence[str], sampling: Sampling, on_text: Callable[[str], None]) -> Answer:
-        """Say something to a conversation.
-
-        Args:
-            turns: The person's and the model's in turn, the person's first and last; without a template the model goes
-                on with their lines.
-            sampling: How.
-            on_text: Told of each piece of text as soon as it is there.
+    @raising_out_of_memory(AGAINST_SHORTAGE)
+    def answer(self, prompt: str, sampling: Sampling) -> Answer:
+        """Answer a prompt.
 
         Raises:
-            UserError: If the conversation leaves no room in the model's context.
-            OutOfMemory: If it does so in memory.
+            UserError: If the prompt leaves no room in the model's context.
+            OutOfMemory: If memory runs out.
         """
-        prompt = self._encoded(turns, sampling.template).to(self._model.device)
-        length = prompt.shape[1]
+        ids = self._encoded(prompt, sampling.template).to(self._model.device)
+        length = ids.shape[1]
         context = getattr(self._model.config, "max_position_embeddings", None) or length + sampling.max_tokens
         if length >= context:
-            raise UserError(
-                f"the conversation has {length} tokens, and the model's context {context}: shorten the prompt, or "
-                "begin anew with /reset in `qpruner chat`"
-            )
+            raise UserError(f"the prompt has {length} tokens, and the model's context {context}: shorten the prompt")
         ends = self._end_tokens()
         how: dict[str, Any] = {"temperature": sampling.temperature} if sampling.temperature else {}
         torch.manual_seed(sampling.seed)
         written = self._model.generate(
-            input_ids=prompt,
-            attention_mask=torch.ones_like(prompt),
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
             generation_config=GenerationConfig(
                 max_new_tokens=min(sampling.max_tokens, context - length),
                 do_sample=bool(how),
@@ -115,52 +90,41 @@ class Talker:
                 pad_token_id=self._tokenizer.pad_token_id,
                 **how,
             ),
-            streamer=_Stream(self._tokenizer, on_text),
         )
         tokens = written[0, length:].tolist()
         text = self._tokenizer.decode(tokens, skip_special_tokens=True)
         return Answer(text, len(tokens), "end" if tokens[-1] in ends else "length")
 
-    def _encoded(self, turns: Sequence[str], template: Template) -> torch.Tensor:
-        """Token ids ``(1, seq)``."""
+    def _encoded(self, prompt: str, template: Template) -> torch.Tensor:
+        """Return the token ids ``(1, seq)`` of a prompt with its template."""
         if template == "alpaca":
-            encoded = self._tokenizer(alpaca_prompt(turns[-1]), return_tensors="pt")
+            encoded = self._tokenizer(alpaca_prompt(prompt), return_tensors="pt")
         elif template == "none" or not self._tokenizer.chat_template:
-            encoded = self._tokenizer("\n".join(turns), return_tensors="pt")
+            encoded = self._tokenizer(prompt, return_tensors="pt")
         else:
-            roles = itertools.cycle(("user", "assistant"))
-            messages = [{"role": role, "content": turn} for role, turn in zip(roles, turns, strict=False)]
             encoded = self._tokenizer.apply_chat_template(
-                messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
+                [{"role": "user", "content": prompt}],
+                add_generation_prompt=True,
+                return_tensors="pt",
+                return_dict=True,
             )
         ids: torch.Tensor = encoded["input_ids"]
         return ids
 
     def _end_tokens(self) -> list[int]:
-        """What ends an answer: the tokenizer's end token, and those of the model's own generation_config.json."""
+        """Return what ends an answer: the tokenizer's end token, and those of the model's generation_config.json."""
         own = self._model.generation_config.eos_token_id
         found = [*(own if isinstance(own, list) else [own]), self._tokenizer.eos_token_id]
         return sorted({token for token in found if token is not None})
 
 
-class _Stream(TextStreamer):  # type: ignore[misc]
-    """Hands on the text that transformers' `generate` has finished."""
-
-    def __init__(self, tokenizer: Any, on_text: Callable[[str], None]) -> None:
-        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
-        self._on_text = on_text
-
-    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-        self._on_text(text)
-
-
 @dataclass(frozen=True)
 class Source:
-    """A model to talk to.
+    """Where a model is.
 
     Attributes:
-        name: `base`, `pruned` or `final` of a run; of a folder, its own name.
-        folder: Where it is.
+        name: `base`, `pruned` or `final` of a run; the name of a folder.
+        folder: Its folder.
         dense: The run's `model` section, for its dense models.
     """
 
@@ -170,27 +134,27 @@ class Source:
 
     @property
     def weight_bytes(self) -> int:
-        """Of the weights as they lie on disk, adapter included, which is what they take in memory."""
+        """Bytes of the weights on disk, adapter included, which is what they take in memory."""
         places = {self.folder, weights_folder(self.folder)}
         return sum(file.stat().st_size for place in places for file in place.glob("*.safetensors"))
 
-    def load(self, told: OnLoading = untold) -> Talker:
-        """Bring it into memory.
+    def load(self, on_progress: OnLoading = ignore_progress) -> Generator:
+        """Load the model.
 
         Args:
-            told: Told how many tensors are there.
+            on_progress: Called with how many tensors are loaded.
 
         Raises:
-            UserError: If transformers cannot.
+            UserError: If transformers cannot load it.
             OutOfMemory: If there is no room for it.
         """
         try:
-            with explaining_shortage(AGAINST_SHORTAGE):
+            with raising_out_of_memory(AGAINST_SHORTAGE):
                 if self.dense:
-                    model = load_dense(str(self.folder), self.dense.dtype, self.dense, told)
+                    model = load_dense(str(self.folder), self.dense.dtype, self.dense, on_progress)
                 else:
-                    model = load(self.folder, told)
-                return Talker(model, load_tokenizer(str(self.folder), self.dense))
+                    model = load(self.folder, on_progress)
+                return Generator(model, load_tokenizer(str(self.folder), self.dense))
         except (OSError, ValueError, ImportError) as error:
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise UserError(
@@ -199,7 +163,7 @@ class Source:
 
 
 def sources(place: str | Path, which: Sequence[str]) -> list[Source]:
-    """The models of a run, or of a folder alone.
+    """Find the models of a run, or of a folder alone.
 
     Args:
         place: A run folder, or that of a model.
@@ -208,10 +172,9 @@ def sources(place: str | Path, which: Sequence[str]) -> list[Source]:
     Raises:
         UserError: If one is missing or damaged, or the run is at a URI.
     """
-    if "://" in str(place):
-        uri = shlex.quote(address_of(mirror_of(str(place))))
+    if "://" in str(place) and (command := storage_at(run_path(str(place))).export_command):
         raise UserError(
-            f"models are talked to from a folder, and this is a URI: `qpruner export {uri} --to peft --out FOLDER` "
+            f"models are loaded from a folder, and this is a URI: `{command}` "
             "brings its final model here, then name FOLDER"
         )
     place = Path(place).expanduser().resolve()
@@ -232,6 +195,7 @@ def sources(place: str | Path, which: Sequence[str]) -> list[Source]:
 
 
 def _of_run(run: RunDir, which: Sequence[str]) -> list[Source]:
+    """Find the models that a run's folder has."""
     state, prepared = run.read_state(RunState), run.read_record("prepare", PrepareRecord)
     assert state
     dense = ModelConfig.model_validate(state.config["model"])
@@ -249,7 +213,7 @@ def _of_run(run: RunDir, which: Sequence[str]) -> list[Source]:
 
 
 def _check(source: Source) -> None:
-    """What can be told without reading weights."""
+    """Refuse a folder that lacks files; no weights are read."""
     check_folder(weights_folder(source.folder), f"the {source.name} model")
     settings = source.folder / "adapter_config.json"
     if settings.is_file() and not (source.folder / "adapter_model.safetensors").is_file():
@@ -257,33 +221,3 @@ def _check(source: Source) -> None:
             f"the {source.name} model: folder {source.folder} has no adapter_model.safetensors beside {settings.name} "
             "(pickled adapters are not read; save it anew with peft's save_pretrained)"
         )
-
-
-class Shelf:
-    """Models in memory: all of them while there is room, else the one that was asked for last.
-
-    Args:
-        wanted: Those that will be asked for.
-        free: Bytes of memory for them.
-
-    Attributes:
-        holds_all: Whether there is room for all.
-    """
-
-    def __init__(self, wanted: Sequence[Source], free: int) -> None:
-        self._talkers: dict[str, Talker] = {}
-        self.holds_all = len(wanted) == 1 or SPARE * sum(source.weight_bytes for source in wanted) <= free
-
-    @classmethod
-    def of(cls, wanted: Sequence[Source]) -> Shelf:
-        """With the memory that is free now."""
-        return cls(wanted, free_bytes())
-
-    def take(self, source: Source, told: OnLoading = untold) -> Talker:
-        """The model; where there is no room for all, whoever had another must not keep it."""
-        if source.name not in self._talkers:
-            if not self.holds_all:
-                self._talkers.clear()
-                release()
-            self._talkers[source.name] = source.load(told)
-        return self._talkers[source.name]

@@ -1,4 +1,4 @@
-"""A final model on a model hub, when its owner asks for that: private unless they say otherwise, with its model card.
+"""Push a final model to a model hub, with its model card; private unless its owner says otherwise.
 
 The token comes from `HF_TOKEN` or the hub client's own login; it is sent to the hub and written nowhere.
 """
@@ -6,16 +6,16 @@ The token comes from `HF_TOKEN` or the hub client's own login; it is sent to the
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from qpruner.errors import StageError, UserError
-from qpruner.export.card_metadata import lacking
-from qpruner.models.snippets import Form, retold
-from qpruner.runs.paths import RunDir, read_json
+from qpruner.export.card import Form, missing_keys, with_loading_section
 from qpruner.runs.records import MARK, ExportRecord
+from qpruner.runs.run_dir import RunDir
+from qpruner.runs.storage import read_json
 from qpruner.runs.version import VERSION
 from qpruner.wording import counted
 
@@ -28,13 +28,8 @@ HUBS_OWN = ".gitattributes"
 class Pushed:
     """What the hub has now.
 
-    Attributes:
-        url: Of the commit.
-        num_files: Files in it.
-        num_bytes: Of all of them.
-        num_removed: Files of an earlier push that are gone; the repository's history has them.
-        is_private: Whether nobody else sees it.
-        card_lacks: What its card does not state, by the keys of `card` in the configuration that state it.
+    `url` is that of the commit. `num_removed` files of an earlier push are gone; the repository's history has them.
+    `card_lacks` names the configuration's keys in `card` for what the card does not state.
     """
 
     url: str
@@ -46,22 +41,21 @@ class Pushed:
 
 
 def push(
-    run: RunDir, repo_id: str, what: What, is_public: bool, told: Callable[[str], None] = lambda _: None
+    run: RunDir, repo_id: str, what: What, is_public: bool, notify: Callable[[str], None] = lambda _: None
 ) -> Pushed:
     """Upload the final model, packed, merged or as peft has it, as one commit.
 
-    The repository has nothing else afterwards: transformers attaches an adapter that lies beside a merged model, and so
-    would have it twice.
+    Everything else in the repository is removed: transformers would attach an adapter that lies beside a merged model.
 
     Args:
-        run: A whole run.
-        repo_id: OWNER/NAME; made when it is not there.
+        run: A complete run.
+        repo_id: OWNER/NAME; created if it does not exist.
         what: `final`: packed layers and adapter; others: what `qpruner export RUN --to` wrote.
         is_public: Whether everybody may see it.
-        told: Told what is about to be uploaded: gigabytes may take hours.
+        notify: Called before the upload, which may take hours.
 
     Raises:
-        UserError: If there is nothing to upload, no token, or what is there is public and should not be.
+        UserError: If there is nothing to upload, no token, or the repository is public and should not be.
         StageError: If the hub refuses, or cannot be reached.
     """
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token
@@ -69,9 +63,9 @@ def push(
     # HTTPError is httpx's with huggingface_hub 1.x and httpx2's with 2.x, so it is taken from where both have it.
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError, OfflineModeIsEnabled
 
-    if run.is_at_uri:
-        raise UserError(f"{run.place} is in an object store: copy the run to a folder of this machine, and push that")
+    run.require_folder("copy the run to a folder of this machine, and push that")
     files = list(_files(run, what, repo_id))
+    num_bytes = sum(len(each) if isinstance(each, bytes) else each.stat().st_size for _, each in files)
     if get_token() is None:
         raise UserError("there is no token for the hub: set HF_TOKEN to one that may write, or run `hf auth login`")
     api = HfApi()
@@ -80,7 +74,7 @@ def push(
         is_private = bool(api.repo_info(repo).private)
         if not is_private and not is_public:
             raise UserError(f"{repo} is there and public: give `--public` if the model may be, or name another")
-        told(f"{counted(len(files), 'file')}, {_num_bytes(files) / 1e6:.1f} MB, on their way to {repo} ...")
+        notify(f"{counted(len(files), 'file')}, {num_bytes / 1e6:.1f} MB, on their way to {repo} ...")
         added = [CommitOperationAdd(path_in_repo=name, path_or_fileobj=content) for name, content in files]
         earlier = set(api.list_repo_files(repo)) - {HUBS_OWN, *(name for name, _ in files)}
         removed = [CommitOperationDelete(path_in_repo=name, is_folder=False) for name in sorted(earlier)]
@@ -95,49 +89,41 @@ def push(
         raise StageError("push", _first_line(error), remedy) from error
     except (OSError, HTTPError) as error:
         raise StageError("push", f"the hub cannot be reached: {_first_line(error)}", "repeat the command") from error
-    return Pushed(commit.commit_url, len(added), _num_bytes(files), len(removed), is_private, lacking(_card(run)))
+    return Pushed(commit.commit_url, len(added), num_bytes, len(removed), is_private, missing_keys(_card(run)))
 
 
 def _files(run: RunDir, what: What, repo_id: str) -> Iterator[tuple[str, Path | bytes]]:
-    """Names in the repository, and where the content is or what it is."""
+    """Yield names in the repository with their local path or content."""
     final = run.root / "final"
     folder = final if what == "final" else run.root / "export" / what
     if not (folder / (ADAPTER if what == "peft" else "config.json")).is_file():
         remedy = "repeat `qpruner run` until it has" if what == "final" else f"`qpruner export {run.root} --to {what}`"
         raise UserError(f"{run.root} has no {what} model: {remedy}")
-    if what != "final" and _made_of(folder) != run.final_digests():
-        remedy = f"delete it, then repeat `qpruner export {run.root} --to {what}`"
-        raise UserError(f"{folder} was not exported from the present final model, which the card is about: {remedy}")
-    yield CARD, retold(_card(run), _form(folder, what), repo_id).encode()
+    if what != "final":
+        record = read_json(folder / MARK, ExportRecord)
+        if not record or record.final != run.final_digests():
+            remedy = f"delete it, then repeat `qpruner export {run.root} --to {what}`"
+            raise UserError(
+                f"{folder} was not exported from the present final model, which the card is about: {remedy}"
+            )
+    yield CARD, with_loading_section(_card(run), _form(folder, what), repo_id).encode()
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder).as_posix()
         if name == ADAPTER:
-            yield ADAPTER, _adapter(path, repo_id)
+            yield ADAPTER, _adapter_config(path, repo_id)
         elif path.is_file() and name not in (CARD, MARK):
             yield name, path
 
 
-def _num_bytes(files: Sequence[tuple[str, Path | bytes]]) -> int:
-    """Of all of them together."""
-    return sum(len(content) if isinstance(content, bytes) else content.stat().st_size for _, content in files)
-
-
 def _card(run: RunDir) -> str:
-    """The card of the final model, as its owner may have changed it."""
+    """Read the card of the final model, which its owner may have changed."""
     final = run.root / "final"
     if not (final / CARD).is_file():
         raise UserError(f"{final} has no model card, which is written once the model is measured: repeat `qpruner run`")
     return (final / CARD).read_text(encoding="utf-8")
 
 
-def _made_of(folder: Path) -> dict[str, str] | None:
-    """The final model that an export is; None where it does not tell."""
-    record = read_json(folder / MARK, ExportRecord)
-    return record.final if record else None
-
-
 def _form(folder: Path, what: What) -> Form:
-    """What the card has to say of it."""
     if what != "merged":
         return "packed" if what == "final" else "peft"
     from qpruner.models.loading import checkpoint_config
@@ -145,9 +131,11 @@ def _form(folder: Path, what: What) -> Form:
     return "merged" if checkpoint_config(folder).is_heterogeneous else "merged and plain"
 
 
-def _adapter(path: Path, repo_id: str) -> bytes:
-    """The adapter's settings with the repository as its base: for a model that is no local folder, transformers (5.24)
-    takes the weights from there, and a path of this machine is nobody's business."""
+def _adapter_config(path: Path, repo_id: str) -> bytes:
+    """Name the repository as the adapter's base: transformers (5.24) takes the weights from there.
+
+    A path of this machine is nobody's business.
+    """
     settings: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     return (json.dumps(settings | {"base_model_name_or_path": repo_id}, indent=2) + "\n").encode()
 

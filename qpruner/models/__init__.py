@@ -1,0 +1,1 @@
+"""Model families, loading, checkpoints, blocks of different widths, layouts and memory."""

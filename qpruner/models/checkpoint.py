@@ -15,13 +15,12 @@ from qpruner.models.loading import (
     check_folder,
     check_hub_files,
     check_source,
+    ignore_progress,
     load_dense,
     load_tokenizer,
-    tensors_told,
-    untold,
+    reporting_tensors,
 )
-from qpruner.runs.object_store import OnPiece
-from qpruner.runs.retry import patiently
+from qpruner.runs.storage import OnPiece, retry_storage
 
 if TYPE_CHECKING:
     import torch
@@ -31,42 +30,48 @@ if TYPE_CHECKING:
 
 
 SHARD_SIZE = "1GB"
-"""Of a weight file; so often somebody who waits for a model to be written is told how far it is."""
+"""Of a weight file, after which progress is reported."""
 
 
 @dataclass(frozen=True)
 class Base:
-    """Where the base model is, whether its files were written there for this run, and the bytes of the .gguf file that
-    they were expanded from."""
+    """Where the base model is.
+
+    Attributes:
+        path: Its folder.
+        converted: Whether its files were written for this run.
+        source_bytes: Of the .gguf file that they were expanded from.
+    """
 
     path: str
     converted: bool
     source_bytes: int | None = None
 
 
-def prepare_base(model: ModelConfig, folder: Path, is_shared: bool = False, told: OnLoading = untold) -> Base:
+def prepare_base(
+    model: ModelConfig, folder: Path, is_shared: bool = False, on_progress: OnLoading = ignore_progress
+) -> Base:
     """Make the base model a local safetensors folder.
 
-    A local folder is used as it is, a hub model is the hub's own cached snapshot, a .gguf file is dequantized into
-    `folder` (reading one takes 15 to 25 s, so it is done once a run).
-
-    A hub model's card comes with it, where it has one: the final model's card tells its licence.
+    A local folder is used as it is; a hub model is the hub's cached snapshot, with its card, which names the licence; a
+    .gguf file is dequantized into `folder` once a run (15 to 25 s).
 
     Args:
         model: Where it comes from.
         folder: Where its files go if it has to be written.
         is_shared: Write a hub model to `folder` too: other machines do not see this one's cache.
-        told: Told of what is fetched or read.
+        on_progress: Told of what is fetched or read.
 
     Raises:
         UserError: If the source is no model, lacks safetensors weights, or is here in part while the hub is away.
     """
     source = check_source(model)
     if Path(source).is_dir():
-        # Whoever reads the record has another current folder.
         return Base(str(Path(source).absolute()), converted=False)
     if source.endswith(".gguf"):
-        save_checkpoint(load_dense(source, model.dtype, told=told), load_tokenizer(source), folder, told)
+        save_checkpoint(
+            load_dense(source, model.dtype, on_progress=on_progress), load_tokenizer(source), folder, on_progress
+        )
         return Base(str(folder), converted=True, source_bytes=Path(source).stat().st_size)
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
@@ -80,23 +85,27 @@ def prepare_base(model: ModelConfig, folder: Path, is_shared: bool = False, told
         "README.md",
         *(["*.py"] if model.trust_remote_code else []),
     ]
-    place = folder if is_shared else None
+    place, bar = folder if is_shared else None, _reporting_bar(on_progress)
     try:
         path = snapshot_download(
-            source, revision=model.revision, allow_patterns=patterns, local_dir=place, tqdm_class=_bar_telling(told)
+            source,
+            revision=model.revision,
+            allow_patterns=patterns,
+            local_dir=place,
+            tqdm_class=bar,
         )
     except LocalEntryNotFoundError as error:
-        raise _in_part(model, is_shared) from error
+        raise _incomplete(model, is_shared) from error
     fetched = Path(path).absolute()
     if not any(fetched.glob("*.safetensors")):
         check_hub_files(model)
-        raise _in_part(model, is_shared)
+        raise _incomplete(model, is_shared)
     check_folder(fetched, "`model.source`")
     return Base(str(fetched), converted=is_shared)
 
 
-def _in_part(model: ModelConfig, is_shared: bool) -> UserError:
-    """What a hub model is refused with that is not all here, where the hub cannot be asked for the rest."""
+def _incomplete(model: ModelConfig, is_shared: bool) -> UserError:
+    """Make the error for a hub model that is not all here while the hub does not answer."""
     revision = f" --revision {model.revision}" if model.revision else ""
     here, remedy = "the run's folder", ": `qpruner prepare CONFIG`"
     if not is_shared:
@@ -111,8 +120,8 @@ def _in_part(model: ModelConfig, is_shared: bool) -> UserError:
     )
 
 
-def _bar_telling(told: OnLoading) -> Any:
-    """A progress bar that shows nothing and tells of the megabytes of all files together."""
+def _reporting_bar(on_progress: OnLoading) -> Any:
+    """Make a progress bar that shows nothing and reports the megabytes of all files together."""
     from huggingface_hub.utils import tqdm
 
     class Bar(tqdm):  # type: ignore[misc,type-arg]
@@ -124,32 +133,24 @@ def _bar_telling(told: OnLoading) -> Any:
         def update(self, n: float | None = 1) -> None:
             self._num_bytes += n or 0
             if self._counts and self.total:
-                told("fetching MB", round(self._num_bytes / 1e6), round(self.total / 1e6))
+                on_progress("fetching MB", round(self._num_bytes / 1e6), round(self.total / 1e6))
 
     return Bar
 
 
 def save_checkpoint(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, told: OnLoading = untold
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, on_progress: OnLoading = ignore_progress
 ) -> None:
-    """Write weights (safetensors, shard by shard), config with `per_layer_config`, and tokenizer; waits as `patiently`
-    does.
-
-    Args:
-        model: What is written.
-        tokenizer: Goes with it.
-        folder: Where to.
-        told: Told how many shards are written.
-    """
-    with tensors_told(told):
-        patiently(lambda: model.save_pretrained(folder, max_shard_size=SHARD_SIZE), folder)
-    patiently(lambda: tokenizer.save_pretrained(folder), folder)
+    """Write weights (safetensors, shard by shard), config with `per_layer_config`, and tokenizer."""
+    with reporting_tensors(on_progress):
+        retry_storage(lambda: model.save_pretrained(folder, max_shard_size=SHARD_SIZE), folder)
+    retry_storage(lambda: tokenizer.save_pretrained(folder), folder)
 
 
 def dense_tensors(
     checkpoint: Path, wanted: Callable[[str], bool], on_piece: OnPiece = lambda: None
 ) -> dict[str, torch.Tensor]:
-    """The wanted ones of the checkpoint's tensors, read shard by shard.
+    """Read the wanted tensors of a checkpoint, shard by shard.
 
     Raises:
         CorruptFile: Naming the weight file that is missing or damaged.

@@ -15,7 +15,7 @@ ADAPTER_ELEMENT_BYTES = 4
 
 
 def skeleton(config: Any) -> PreTrainedModel:
-    """The model on torch's meta device: shapes, no memory."""
+    """Build the model on torch's meta device: shapes, no memory."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -26,11 +26,12 @@ def skeleton(config: Any) -> PreTrainedModel:
 
 
 def num_layers(config: Any) -> int:
+    """Count the blocks."""
     return int(config.num_hidden_layers)
 
 
 def group_linears(config: Any, group: str) -> dict[str, tuple[str, ...]]:
-    """Group name -> full paths of its linear layers, in model order."""
+    """Map each group to the full paths of its linear layers, in model order."""
     family = family_of(config)
     width = len(str(num_layers(config) - 1))
     return {
@@ -43,7 +44,7 @@ def group_linears(config: Any, group: str) -> dict[str, tuple[str, ...]]:
 
 
 def layout_of(config: Any, group: str, dtype_bytes: int, double_quant: bool, lora_rank: int) -> Layout:
-    """Groups and sizes of a model.
+    """Compute the groups and sizes of a model.
 
     Args:
         config: transformers config, pruned widths included.
@@ -77,7 +78,7 @@ def _shape(path: str, module: Any) -> LinearShape:
 
 
 def output_modules(config: Any, group: str) -> dict[str, tuple[str, ...]]:
-    """Group name -> the modules whose outputs are the group's output, in model order."""
+    """Map each group to the modules whose outputs are its output, in model order."""
     family = family_of(config)
     outputs = [
         tuple(".".join(part for part in (family.block_path(index), path) if part) for path in paths)

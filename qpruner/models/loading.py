@@ -34,11 +34,11 @@ CONVERT = (
 """What makes pickled weights readable."""
 
 OnLoading = Callable[[str, int, int], None]
-"""Told what is on its way, and how much of how much of it is there."""
+"""Called with what is loaded or written, how much of it is done, and how much there is."""
 
 
-def untold(what: str, done: int, total: int) -> None:
-    """Nobody watches."""
+def ignore_progress(what: str, done: int, total: int) -> None:
+    """Report to nobody."""
 
 
 def resolve_source(source: str, key: str) -> str:
@@ -69,8 +69,8 @@ def resolve_source(source: str, key: str) -> str:
     return str(path)
 
 
-def whole_path(source: str) -> str:
-    """A source that lies here, for processes with another current folder; any other source as it is."""
+def absolute_source(source: str) -> str:
+    """Make a path absolute, for processes with another current folder; return any other source as it is."""
     return str(Path(source).absolute()) if Path(source).exists() else source
 
 
@@ -100,7 +100,7 @@ def check_source(model: ModelConfig) -> str:
 
 
 def load_model_config(model: ModelConfig) -> Any:
-    """The model's transformers config; no weights are read."""
+    """Read the model's transformers config; no weights are read."""
     from transformers import AutoConfig
 
     source = check_source(model)
@@ -109,7 +109,7 @@ def load_model_config(model: ModelConfig) -> Any:
             **_where(source), revision=model.revision, trust_remote_code=model.trust_remote_code
         )
     except Exception as error:  # a broken config or .gguf header ends in many types
-        remedy = "mend its config.json"
+        remedy = "repair its config.json"
         if source.endswith(".gguf"):
             remedy = "the file may be truncated: fetch it again"
         elif not Path(source).exists():
@@ -128,8 +128,9 @@ def load_model_config(model: ModelConfig) -> Any:
 
 
 def check_hub_files(model: ModelConfig) -> None:
-    """Refuse a hub model without safetensors weights before gigabytes are fetched; where no hub answers, what is
-    fetched is looked at later.
+    """Refuse a hub model without safetensors weights before gigabytes are fetched.
+
+    Where no hub answers, nothing is refused: what is fetched is checked later.
 
     Raises:
         UserError: If the hub lists none.
@@ -138,7 +139,7 @@ def check_hub_files(model: ModelConfig) -> None:
 
     try:
         listed = HfApi().model_info(model.source, revision=model.revision, timeout=HUB_SECONDS).siblings
-    except Exception:  # the client's errors have other types from release to release; who cannot be asked refuses none
+    except Exception:  # the client's errors change their types from release to release
         return
     if listed is not None and not any(_is_weights(file.rfilename) for file in listed):
         revision = f"revision {model.revision}" if model.revision else "its newest revision"
@@ -154,7 +155,7 @@ def _is_weights(name: str) -> bool:
 
 
 def load_tokenizer(source: str, model: ModelConfig | None = None) -> PreTrainedTokenizerBase:
-    """The tokenizer; its padding token is set when it has none."""
+    """Load the tokenizer and set its padding token when it has none."""
     from transformers import AutoTokenizer
 
     options = {"revision": model.revision, "trust_remote_code": model.trust_remote_code} if model else {}
@@ -164,14 +165,16 @@ def load_tokenizer(source: str, model: ModelConfig | None = None) -> PreTrainedT
     return tokenizer
 
 
-def load_dense(source: str, dtype: str, model: ModelConfig | None = None, told: OnLoading = untold) -> PreTrainedModel:
-    """Dense weights, pruned widths included, on the best device or spread over all of them.
+def load_dense(
+    source: str, dtype: str, model: ModelConfig | None = None, on_progress: OnLoading = ignore_progress
+) -> PreTrainedModel:
+    """Load dense weights, pruned widths included, on the best device or spread over all of them.
 
     Args:
         source: A folder, hub id or .gguf file (already resolved).
         dtype: Name of the torch dtype of the weights.
         model: Revision and trust settings for a hub model, and its `device_map`.
-        told: Told how many tensors are there.
+        on_progress: Told how many tensors are loaded.
 
     Raises:
         CorruptFile: If a weight file is truncated.
@@ -194,7 +197,7 @@ def load_dense(source: str, dtype: str, model: ModelConfig | None = None, told: 
     if is_spread:
         options["device_map"] = "auto"
     try:
-        with tensors_told(told):
+        with reporting_tensors(on_progress):
             loaded: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
                 **_where(source), dtype=getattr(torch, dtype), **options
             )
@@ -210,7 +213,7 @@ def load_dense(source: str, dtype: str, model: ModelConfig | None = None, told: 
 
 
 def check_reachable(model: PreTrainedModel) -> None:
-    """Refuse a model that was spread over devices and of which a part found room in none.
+    """Refuse a model spread over devices of which a part found room in none.
 
     Raises:
         UserError: Naming the first module that lies on the disk, or in memory beside GPUs.
@@ -228,34 +231,35 @@ def check_reachable(model: PreTrainedModel) -> None:
 
 
 @contextmanager
-def tensors_told(told: OnLoading) -> Iterator[None]:
-    """Tell of the tensors that transformers reads meanwhile, and of the weight files that it writes; its own bars are
-    where it counts them."""
+def reporting_tensors(on_progress: OnLoading) -> Iterator[None]:
+    """Report the tensors that transformers reads and the weight files that it writes, through its progress bars."""
     from transformers.utils import logging
 
-    before = logging.set_tqdm_hook(lambda factory, args, kwargs: _Counted(told, *args, **kwargs))
+    before = logging.set_tqdm_hook(lambda factory, args, kwargs: _ReportingBar(on_progress, *args, **kwargs))
     try:
         yield
     finally:
         logging.set_tqdm_hook(before)
 
 
-class _Counted:
-    """Stands where a progress bar would, around what is gone through."""
+class _ReportingBar:
+    """Stand in for a progress bar and report instead."""
 
-    def __init__(self, told: OnLoading, items: Collection[Any] = (), desc: str | None = None, **ignored: Any) -> None:
-        self._told, self._items = told, items
+    def __init__(
+        self, on_progress: OnLoading, items: Collection[Any] = (), desc: str | None = None, **ignored: Any
+    ) -> None:
+        self._on_progress, self._items = on_progress, items
         named = {"GGUF": "reading GGUF", "Writing": "saving weights"}
         self._what = next((what for word, what in named.items() if word in (desc or "")), "loading weights")
 
     def __iter__(self) -> Iterator[Any]:
         for done, item in enumerate(self._items, 1):
             yield item
-            self._told(self._what, done, len(self._items))
+            self._on_progress(self._what, done, len(self._items))
 
 
 def checkpoint_config(folder: Path) -> Any:
-    """transformers config of a checkpoint of the run; `CorruptFile` when it cannot be read."""
+    """Read the transformers config of a checkpoint of the run; `CorruptFile` when it cannot be read."""
     from transformers import AutoConfig
 
     try:
@@ -266,7 +270,7 @@ def checkpoint_config(folder: Path) -> Any:
 
 
 def damaged_file(folder: Path) -> Path:
-    """The first file of a checkpoint that cannot be read; the folder itself when all can."""
+    """Find the first file of a checkpoint that cannot be read; the folder itself when all can."""
     config, weights = folder / "config.json", sorted(folder.glob("*.safetensors"))
     try:
         json.loads(config.read_bytes())
@@ -274,11 +278,11 @@ def damaged_file(folder: Path) -> Path:
         return config
     if not weights:
         return folder / "model.safetensors"
-    return next((file for file in weights if not _is_whole(file)), folder)
+    return next((file for file in weights if not _is_complete(file)), folder)
 
 
 def device() -> str:
-    """`cuda` when torch sees a GPU, `cpu` otherwise."""
+    """Return `cuda` when torch sees a GPU, `cpu` otherwise."""
     import torch
 
     return "cuda" if torch.cuda.is_available() else "cpu"
@@ -292,7 +296,7 @@ def _where(source: str) -> dict[str, str]:
 
 
 def check_folder(path: Path, named: str) -> None:
-    """Check that a folder is a model's, with whole safetensors weights; they are not read.
+    """Check that a folder is a model's with complete safetensors files; weights are not read.
 
     Args:
         path: The folder.
@@ -317,19 +321,19 @@ def check_folder(path: Path, named: str) -> None:
                 "model again"
             )
     for file in sorted(path.glob("*.safetensors")):
-        if not _is_whole(file):
+        if not _is_complete(file):
             raise UserError(f"{named}: weight file {file} is truncated or damaged; fetch it again")
 
 
 def _shards(index: Path, named: str) -> set[str]:
-    """The weight files that a shard index names."""
+    """List the weight files that a shard index names."""
     try:
         return set(json.loads(index.read_bytes())["weight_map"].values())
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{named}: {index} is not valid JSON with a `weight_map`; fetch it again") from error
 
 
-def _is_whole(file: Path) -> bool:
+def _is_complete(file: Path) -> bool:
     """Whether a safetensors file is as long as its header says; the weights are not read."""
     size = file.stat().st_size
     try:
@@ -343,7 +347,7 @@ def _is_whole(file: Path) -> bool:
 
 
 def _reason(error: Exception) -> str:
-    """The last line of an error's text: the first one of a validation error only says that there is one."""
+    """Return the telling line of an error: of a validation error the last, of any other the first."""
     lines = str(error).strip().splitlines()
     if isinstance(error, (OSError, KeyError)) or len(lines) < 2:
         return lines[0] if lines else type(error).__name__

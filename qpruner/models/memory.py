@@ -26,10 +26,10 @@ SHORTAGE = re.compile(
 
 
 def release() -> None:
-    """Give back what dropped models held: to the GPU's other users, and on Linux to the system.
+    """Free what dropped models held: to the GPU's other users, and on Linux to the system.
 
-    Trainer, model and callbacks refer to each other, so a dropped model waits for the cycle collector, which counts
-    objects and not bytes: without this a reused actor grew by 0.6 GB a trial on SmolLM2 (measured 2026-11-25).
+    Trainer, model and callbacks refer to each other, so a dropped model waits for the cycle collector: without this a
+    reused actor grew by 0.6 GB a trial on SmolLM2 (measured 2026-11-25).
     """
     import torch
 
@@ -41,36 +41,37 @@ def release() -> None:
 
 
 @functools.cache
-def settle() -> None:
-    """Once in a process that holds no model yet: what its libraries made stays out of the cycle collector's passes.
+def freeze_libraries() -> None:
+    """Keep the objects of the libraries out of the cycle collector's passes; for a process that holds no model yet.
 
-    A pass over the objects of torch, transformers and Ray takes 0.2 s and more of processor time, and every trial would
-    make two or three: `release` one, and the model's own objects the others (measured 2026-11-28). Whatever is alive
-    now and ends up in a cycle is never given back.
+    A pass over the objects of torch, transformers and Ray takes 0.2 s and more, and every trial makes two or three
+    (measured 2026-11-28). Whatever is alive now and ends up in a cycle is never freed.
     """
     gc.collect()
     gc.freeze()
 
 
-def page_in(model: torch.nn.Module) -> None:
-    """Read every weight once. Those of a .safetensors file are mapped: until something reads them they are in no
-    memory, and what does so first seems to take it (SmolLM2's 266 MB counted as its generation's, twice in all; torch
-    2.13, transformers 5.24)."""
+def read_weights(model: torch.nn.Module) -> None:
+    """Read every weight once: those of a mapped .safetensors file take memory only when first read.
+
+    SmolLM2's 266 MB counted as its generation's, twice in all (torch 2.13, transformers 5.24).
+    """
     for tensor in (*model.parameters(), *model.buffers()):
         tensor.detach().sum()
 
 
-def take_in(model: torch.nn.Module) -> None:
-    """Move every weight into memory of this process. A mapped .safetensors file stays resident until its last tensor is
-    gone, norms included, so that a model cut in place would be there twice. Until all of a file is moved its pages
-    stay, which the system may take back."""
+def copy_weights(model: torch.nn.Module) -> None:
+    """Copy every weight out of its mapped .safetensors file.
+
+    The file stays resident until its last tensor is gone, so a model cut in place would be there twice.
+    """
     for tensor in (*model.parameters(), *model.buffers()):
         if tensor.device.type == "cpu":
             tensor.data = tensor.data.clone()
 
 
 def free_bytes() -> int:
-    """Memory that is free for another model: the GPU's, or the machine's where torch sees no GPU."""
+    """Return the free memory of the GPU, or of the machine where torch sees no GPU."""
     import psutil
     import torch
 
@@ -88,23 +89,22 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def kernel_kills() -> int | None:
-    """Processes that this machine's kernel has killed for want of memory since it was started, the machine's or that of
-    a group (`memory.max`); None where no Linux counts them."""
+    """Count the processes that this machine's kernel has killed for want of memory; None where it does not count."""
     with contextlib.suppress(OSError):
         found = re.search(r"^oom_kill (\d+)$", VMSTAT.read_text(), re.MULTILINE)
         return int(found[1]) if found else None
     return None
 
 
-def told_shortage(error: BaseException) -> str:
-    """Such an error in a few words."""
+def shortage_text(error: BaseException) -> str:
+    """Describe an out-of-memory error in a few words."""
     lines = str(error).strip().splitlines()
     return f"out of memory ({lines[0][:120] if lines else type(error).__name__})"
 
 
 @contextlib.contextmanager
-def explaining_shortage(remedy: str) -> Iterator[None]:
-    """Turn an error that says that memory ran out into `OutOfMemory`.
+def raising_out_of_memory(remedy: str) -> Iterator[None]:
+    """Turn errors about memory that ran out into `OutOfMemory`.
 
     Args:
         remedy: What to do next, in one sentence.
@@ -114,11 +114,11 @@ def explaining_shortage(remedy: str) -> Iterator[None]:
     except Exception as error:
         if not is_out_of_memory(error):
             raise
-        raise OutOfMemory(told_shortage(error), remedy) from error
+        raise OutOfMemory(shortage_text(error), remedy) from error
 
 
 class PeakMemory:
-    """Peak memory from now on: CUDA's own counter, or the rise of resident memory on a CPU.
+    """Measure the peak from now on: CUDA's own counter, or the rise of resident memory on a CPU.
 
     Attributes:
         counter: What was counted, for the record.
@@ -148,7 +148,7 @@ class PeakMemory:
 
 
 def _reset_high_water_mark() -> bool:
-    """Linux resets VmHWM to the present size when 5 is written here; False where there is no such file."""
+    """Reset VmHWM to the present size, as Linux does when 5 is written here; False where there is no such file."""
     try:
         CLEAR_REFS.write_text("5")
     except OSError:

@@ -24,10 +24,7 @@ _IMPLEMENTATIONS = ("_attn_implementation_internal", "_experts_implementation_in
 
 
 class _GlobalReadFilter(logging.Filter):
-    """Drops transformers' warning that a global value was read on a ragged config.
-
-    It warns once for each per-layer key while the config is copied and validated; the blocks are built from their own.
-    """
+    """Drop transformers' warning that a global value was read: blocks are built from their own configs."""
 
     def filter(self, record: logging.LogRecord) -> bool:
         return "Reading global config value for per-layer attribute" not in record.getMessage()
@@ -63,7 +60,7 @@ def _install_family(family: Family) -> None:
 
 
 def _following(layer_config: Any, config: Any) -> Any:
-    """A block's config with the model's implementations (of attention, experts), also when they are changed later."""
+    """Let a block's config follow the model's implementations (of attention, experts) when they change."""
     if layer_config is not config:
         config_class: Any = type(config)
         layer_config.__class__ = _following_class(config_class)
@@ -80,7 +77,7 @@ def _following_class(config_class: type) -> type:
 
 
 def block_class_of(family: Family) -> Any:
-    """The family's decoder block."""
+    """Import the class of the family's decoder block."""
     module_name, class_name = family.decoder_layer
     return getattr(importlib.import_module(module_name), class_name)
 

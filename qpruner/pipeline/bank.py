@@ -1,4 +1,4 @@
-"""The bank stage: what is packed once, where it is packed, and what of an earlier bank still serves."""
+"""The bank stage: what is packed once, where it is packed, and what of an earlier bank is reused."""
 
 from __future__ import annotations
 
@@ -9,106 +9,124 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qpruner.cluster.workshop import Bench
+from typing_extensions import override
+
 from qpruner.errors import CorruptFile, StageError
-from qpruner.pipeline.context import Context
-from qpruner.pipeline.stage import Stage, run_stage
+from qpruner.pipeline.stage import Stage
 from qpruner.plans.plan import FULL_BITS, check_cpu_widths
 from qpruner.runs.events import Emit, Message, Progress
-from qpruner.runs.object_store import name_of
-from qpruner.runs.paths import files_in, remove
 from qpruner.runs.records import BankRecord, PruneRecord, digest_of
+from qpruner.runs.storage import display_name, files_in, remove
 
 if TYPE_CHECKING:
+    from qpruner.cluster.executor import ModelCache
+    from qpruner.pipeline.context import Context
     from qpruner.quantization.bank import BankIndex, GroupJob, IndexEntry
 
 
-def bank(context: Context, pruned: PruneRecord) -> BankRecord:
-    """Packed weights and adapter starts of every (group, bits)."""
-    from qpruner.quantization import bank as store
+class Bank(Stage[BankRecord]):
+    """Pack the weights of every group at every bit-width, with the start of its adapter."""
 
-    quantize, stage = context.config.quantize, bank_stage(context, pruned)
-    *_, library, levels = stage.inputs
-    inputs = _made_from(stage)
-    _forget_damaged_bank(context, stage)
+    name = "bank"
+    help = "Run up to the bank of packed weights and adapter starts."
+    record = BankRecord
+    keeps_scratch = True
+    repairs_files = True
 
-    def work(scratch: Path) -> dict[str, Any]:
+    @property
+    def _levels(self) -> tuple[int, ...]:
+        """The bit-widths that are packed."""
+        return tuple(bits for bits in self.config.quantize.bits if bits != FULL_BITS)
+
+    def _made_from(self) -> tuple[Any, ...]:
+        """Everything that an entry is made from."""
+        from qpruner.quantization.bank import FORMAT
+
+        config, pruned = self.config, self.context.record(PruneRecord)
+        model = (pruned.digest, *([pruned.weights] if pruned.weights else []))
+        starts = config.lora.model_copy(update={"dropout": 0.0})
+        quantize = config.quantize
+        library = version("bitsandbytes")
+        return (*model, quantize.group, quantize.double_quant, starts, config.seed, FORMAT, library)
+
+    @override
+    def inputs(self) -> tuple[Any, ...]:
+        return (*self._made_from(), self._levels)
+
+    @override
+    def check(self) -> None:
+        from qpruner.pipeline.preflight import check_quantizable
+
+        check_quantizable(self.context.inspection.model_config)
+
+    @override
+    def begin(self) -> None:
+        _forget_damaged_bank(self.context, self.digest, digest_of(*self._made_from()))
+
+    @override
+    def detail(self) -> str:
+        return f"packing every group at {', '.join(map(str, self._levels))} bits, {self.config.lora.init} start"
+
+    @override
+    def run(self, scratch: Path) -> dict[str, Any]:
+        from qpruner.quantization import bank as store
+
+        context, levels, layout = self.context, self._levels, self.context.layout
         if 4 in levels and not context.trial_resources.get("gpu"):
-            check_cpu_widths([linear for group in context.layout.groups for linear in group.linears])
-        files = _taken_over(context.bank, scratch, inputs, levels)
-
-        def write_index() -> None:
-            store.write_index(scratch, store.BankIndex(digest=stage.digest, bitsandbytes=library, files=files))
-
-        write_index()
+            check_cpu_widths([linear for group in layout.groups for linear in group.linears])
+        made_from = digest_of(*self._made_from())
+        files = _reused(context.bank, scratch, made_from, levels)
+        index = store.BankIndex(digest=self.digest, bitsandbytes=version("bitsandbytes"), files=files)
+        store.write_index(scratch, index)
         jobs = _group_jobs(context, scratch, levels, set(files))
         _check_room(context, scratch, jobs)
         for done, (job, built) in enumerate(_built(context, jobs), 1):
             for name, (sha256, ratio) in built.items():
-                files[name] = store.IndexEntry(inputs=inputs, sha256=sha256, residual_ratio=ratio)
-            write_index()
+                files[name] = store.IndexEntry(inputs=made_from, sha256=sha256, residual_ratio=ratio)
+            store.write_index(scratch, index.model_copy(update={"files": files}))
             context.emit(Progress("bank", done, len(jobs), job.group))
-        groups, sizes = context.layout.groups, files_in(scratch)
-        ratios: dict[str, dict[str, float]] = {}
-        for bits in levels:
-            by_group = {group.name: store.entry_file(Path(), group.name, bits) for group in groups}
-            ratios[str(bits)] = {name: files[str(file)].residual_ratio for name, file in by_group.items()}
+        names, sizes = [group.name for group in layout.groups], files_in(scratch)
+        ratios = {
+            str(bits): {name: files[str(store.entry_file(Path(), name, bits))].residual_ratio for name in names}
+            for bits in levels
+        }
         return {
             "files": {name: entry.sha256 for name, entry in files.items()},
             "bytes": sum(sizes[name] for name in files),
             "residual_ratio": ratios,
             "group_bytes": {
-                str(bits): dict(zip((group.name for group in groups), context.layout.group_bytes(bits), strict=True))
-                for bits in quantize.bits
+                str(bits): dict(zip(names, layout.group_bytes(bits), strict=True)) for bits in self.config.quantize.bits
             },
         }
 
-    def figures(record: BankRecord) -> str:
+    @override
+    def summary(self, record: BankRecord) -> str:
         left = ", ".join(
             f"{bits}-bit {sum(ratio.values()) / len(ratio):.3f}" for bits, ratio in record.residual_ratio.items()
         )
         size = f"{len(record.files)} entries, {record.bytes / 1e6:.0f} MB"
         return f"{size}; share of the quantization error that LoftQ leaves: {left}"
 
-    return run_stage(context, stage, BankRecord, work, figures)
+    @override
+    def disk_bytes(self) -> int:
+        pruned = self.context.inspection.pruned
+        return sum(pruned.plan_bytes(pruned.uniform(bits)) for bits in self.config.quantize.bits)
 
 
-def bank_stage(context: Context, pruned: PruneRecord) -> Stage:
-    """What `bank` depends on: what every entry is made from, last the packing library's version, and the levels."""
-    from qpruner.quantization.bank import FORMAT
-
-    config, quantize = context.config, context.config.quantize
-    levels = tuple(bits for bits in quantize.bits if bits != FULL_BITS)
-    starts = config.lora.model_copy(update={"dropout": 0.0})
-    library = version("bitsandbytes")
-    model = (pruned.digest, *([pruned.weights] if pruned.weights else []))
-    made_from = (*model, quantize.group, quantize.double_quant, starts, config.seed, FORMAT, library)
-    named = ", ".join(map(str, levels))
-    detail = f"packing every group at {named} bits, {config.lora.init} start"
-    return Stage("bank", detail, (*made_from, levels), goes_on=True)
-
-
-def _made_from(stage: Stage) -> str:
-    """Digest of what every entry is made from."""
-    *made_from, _ = stage.inputs
-    return digest_of(*made_from)
-
-
-def _index_of(record: BankRecord, stage: Stage) -> BankIndex:
-    """The index of a recorded bank."""
+def _index_of(record: BankRecord, inputs: str) -> BankIndex:
+    """Rebuild the index of a recorded bank."""
     from qpruner.quantization import bank as store
 
-    inputs, library = _made_from(stage), stage.inputs[-2]
     files = {}
     for bits, by_group in record.residual_ratio.items():
         for group, ratio in by_group.items():
             name = str(store.entry_file(Path(), group, int(bits)))
             files[name] = store.IndexEntry(inputs=inputs, sha256=record.files[name], residual_ratio=ratio)
-    return store.BankIndex(digest=record.digest, bitsandbytes=library, files=files)
+    return store.BankIndex(digest=record.digest, bitsandbytes=version("bitsandbytes"), files=files)
 
 
-def _forget_damaged_bank(context: Context, stage: Stage) -> None:
-    """Have a recorded bank made whole again where a file of it is missing or damaged.
+def _forget_damaged_bank(context: Context, digest: str, inputs: str) -> None:
+    """Forget the record of a bank with a missing or damaged file, so that this file is built again.
 
     Raises:
         StageError: If the folder holds a bank that is not the recorded one.
@@ -117,37 +135,37 @@ def _forget_damaged_bank(context: Context, stage: Stage) -> None:
 
     try:
         record = context.run_dir.read_record("bank", BankRecord)
-    except CorruptFile:  # told where the stage asks for its record
+    except CorruptFile:  # reported where the stage asks for its record
         return
-    if record is None or record.digest != stage.digest or not context.run_dir.has_folder("bank"):
+    if record is None or record.digest != digest or not context.run_dir.has_folder("bank"):
         return
     try:
         index = store.read_index(context.bank)
     except CorruptFile as error:
         context.emit(Message("bank", f"{error}; it is made again from the stage's record"))
-        index = _index_of(record, stage)
+        index = _index_of(record, inputs)
         store.write_index(context.bank, index)
     if index.digest != record.digest:
         raise StageError(
             "bank",
-            f"{name_of(context.bank)} was built for other weights, settings or versions (digest {index.digest}, not "
-            f"{record.digest})",
+            f"{display_name(context.bank)} was built for other weights, settings or versions (digest {index.digest}, "
+            f"not {record.digest})",
             "delete that folder, then repeat the command",
         )
     intact = store.intact_files(context.bank, index)
     damaged = [name for name in index.files if name not in intact]
     for name in damaged:
-        text = f"{name_of(context.bank / name)} is missing or damaged; it alone is built again"
+        text = f"{display_name(context.bank / name)} is missing or damaged; it alone is built again"
         context.emit(Message("bank", text))
     if damaged:
         context.forget("bank")
 
 
-def _taken_over(bank: Path, scratch: Path, inputs: str, levels: tuple[int, ...]) -> dict[str, IndexEntry]:
-    """The intact files of an earlier bank, and of what a killed command left, that were made from the same.
+def _reused(bank: Path, scratch: Path, inputs: str, levels: tuple[int, ...]) -> dict[str, IndexEntry]:
+    """Reuse the intact files of an earlier bank, and of a killed command, that were made from the same inputs.
 
-    Those of a bank in a folder are linked. Nothing else stays in `scratch`: a link of one that does not fit any more
-    may be written through, into that bank.
+    Files of a bank in a folder are linked. Nothing else stays in `scratch`: writing to an old link would change that
+    bank.
     """
     from qpruner.quantization import bank as store
 
@@ -165,7 +183,7 @@ def _taken_over(bank: Path, scratch: Path, inputs: str, levels: tuple[int, ...])
 
 
 def _fitting(bank: Path, inputs: str, levels: tuple[int, ...]) -> dict[str, IndexEntry]:
-    """A bank's intact files of these levels that were made from the same."""
+    """List a bank's intact files of these bit-widths that were made from the same inputs."""
     from qpruner.quantization import bank as store
 
     try:
@@ -180,7 +198,7 @@ def _fitting(bank: Path, inputs: str, levels: tuple[int, ...]) -> dict[str, Inde
 
 
 def _group_jobs(context: Context, scratch: Path, levels: tuple[int, ...], kept: set[str]) -> list[GroupJob]:
-    """What is left to build, a job a group."""
+    """Make a job for each group of which entries are left to build."""
     from qpruner.quantization import bank as store
 
     config = context.config
@@ -196,10 +214,10 @@ def _group_jobs(context: Context, scratch: Path, levels: tuple[int, ...], kept: 
 
 
 def _check_room(context: Context, scratch: Path, jobs: list[GroupJob]) -> None:
-    """Tell how large the bank will be, and refuse a disk that cannot hold it.
+    """Report how large the bank will be.
 
     Raises:
-        StageError: Naming the bytes that are needed and those that are free.
+        StageError: If the disk cannot hold it.
     """
     layout = context.layout
     groups = {group.name: group for group in layout.groups}
@@ -210,7 +228,7 @@ def _check_room(context: Context, scratch: Path, jobs: list[GroupJob]) -> None:
     needed = packed + num_sets * layout.adapter_bytes
     num_entries = sum(len(job.bits) for job in jobs)
     context.emit(Message("bank", f"{num_entries} entries to build, {needed / 1e6:.1f} MB"))
-    if context.run_dir.is_at_uri:
+    if not context.run_dir.storage.fills_this_disk:
         return
     free = shutil.disk_usage(scratch).free
     if free < needed:
@@ -220,19 +238,19 @@ def _check_room(context: Context, scratch: Path, jobs: list[GroupJob]) -> None:
 
 
 def _built(context: Context, jobs: list[GroupJob]) -> Iterator[tuple[GroupJob, dict[str, tuple[str, float]]]]:
-    """Build the groups: on the cluster's workers where that is worth starting them and there are or may be several."""
+    """Build the groups, on several workers where it takes long enough to start them."""
     from qpruner.quantization.bank import build_group, is_soon_packed
 
     is_small = is_soon_packed(context.layout) and not context.address
     resources, concurrent = ({}, 1) if is_small else context.task_resources(len(jobs))
     if concurrent <= 1:
         for job in jobs:
-            yield job, context.workshop.do(build_here, job, context.emit)
+            yield job, context.executor.run(build_here, job, context.emit)
         return
     if context.address:
         # Its machine builds, too; the sensitivities load the model again.
-        context.workshop.close()
-    from qpruner.cluster.cluster import run_tasks
+        context.executor.close()
+    from qpruner.cluster.tasks import run_tasks
 
     jobs = [replace(job, threads=int(resources.get("cpu", 1))) for job in jobs]
     for position, built in run_tasks(
@@ -247,8 +265,8 @@ def _built(context: Context, jobs: list[GroupJob]) -> Iterator[tuple[GroupJob, d
         yield jobs[position], built
 
 
-def build_here(job: GroupJob, bench: Bench, emit: Emit) -> dict[str, tuple[str, float]]:
-    """A group beside the pruned model, which stays for the sensitivities."""
+def build_here(job: GroupJob, cache: ModelCache, emit: Emit) -> dict[str, tuple[str, float]]:
+    """Build a group in the process that keeps the pruned model for the sensitivities."""
     from qpruner.quantization.bank import build_group
 
     return build_group(job)

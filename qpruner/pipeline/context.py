@@ -1,4 +1,4 @@
-"""What every stage of a run shares: configuration, folders, the workshop, the cluster."""
+"""What the stages of a run share: configuration, records so far, folders, cluster."""
 
 from __future__ import annotations
 
@@ -7,29 +7,28 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from qpruner.cluster.cluster import Cluster, connect, disconnect, local_slots
-from qpruner.cluster.gpu_time import GpuTime
+from qpruner.cluster.connect import Cluster, connect, disconnect
+from qpruner.cluster.executor import ClusterExecutor, GpuTime, LocalExecutor, ModelExecutor
 from qpruner.cluster.probe import packed_check, packed_check_of_gpus, packed_check_of_installation
-from qpruner.cluster.slots import Slots, worker_resources
-from qpruner.cluster.workshop import Here, OnCluster, Workshop
+from qpruner.cluster.slots import Slots, local_slots, worker_resources
 from qpruner.config.schema import RunConfig
-from qpruner.models.loading import checkpoint_config, whole_path
+from qpruner.models.loading import absolute_source, checkpoint_config
 from qpruner.pipeline import preflight
 from qpruner.pipeline.preflight_rows import include_path
 from qpruner.plans.file import check_affordable, read_plan
 from qpruner.plans.plan import Layout, PlanSpace, PrecisionPlan
 from qpruner.runs.events import Emit
 from qpruner.runs.lock import NAME as LOCK
-from qpruner.runs.lock import taken_over
-from qpruner.runs.mirror import fetch
-from qpruner.runs.object_store import name_of
-from qpruner.runs.paths import RunDir, fetch_file, file_digest
-from qpruner.runs.records import digest_of
+from qpruner.runs.lock import lock_lost
+from qpruner.runs.records import Record, Results, digest_of
+from qpruner.runs.run_dir import RunDir
+from qpruner.runs.storage import display_name, fetch, fetch_file, file_digest
 from qpruner.training.trackers import Trackers, check_trackers
 
 CONFIG_FILE = "config.json"
+RecordType = TypeVar("RecordType", bound=Record)
 
 
 @dataclass
@@ -39,13 +38,14 @@ class Context:
     Attributes:
         config: The configuration.
         run_dir: The run folder.
-        emit: Told of every event.
+        emit: Receives every event.
         address: A Ray cluster to join, or None.
         inspection: What was known before the first stage.
         writes: Whether the run's folder is written to.
-        gpu_time: What work outside the trials has held of GPUs.
-        assumed: Slots to plan with instead of those that are here.
-        is_ours: Whether no other driver has taken the run over.
+        gpu_time: How long work outside the trials has held GPUs.
+        assumed: Slots to plan with instead of those of this machine.
+        holds_run: False once another driver has the run.
+        records: Records of the stages so far.
     """
 
     config: RunConfig
@@ -56,8 +56,17 @@ class Context:
     writes: bool = True
     gpu_time: GpuTime = field(default_factory=GpuTime)
     assumed: Slots | None = None
-    is_ours: Callable[[], bool] = lambda: True
+    holds_run: Callable[[], bool] = lambda: True
+    records: Results = field(default_factory=Results)
     _has_joined: bool = False
+
+    def record(self, kind: type[RecordType]) -> RecordType:
+        """Return the record of an earlier stage, by its class."""
+        return next(record for _, record in self.records if isinstance(record, kind))
+
+    def add_record(self, stage: str, record: Record) -> None:
+        """Keep a stage's record for the stages after it."""
+        self.records = self.records.model_copy(update={stage: record})
 
     @property
     def data(self) -> Path:
@@ -66,7 +75,7 @@ class Context:
 
     @property
     def checkpoint(self) -> Path:
-        """The pruned model and its tokenizer; on this machine by now."""
+        """The pruned model and its tokenizer, fetched to this machine."""
         return fetch(self.run_dir.stage("prune"))
 
     @property
@@ -76,44 +85,34 @@ class Context:
 
     @cached_property
     def worker_config(self) -> RunConfig:
-        """The configuration as workers and lm-eval need it: what they read themselves is named by whole paths, since
-        they have another current folder."""
+        """The configuration with absolute paths: workers have another current folder."""
         model, calibration, evaluate = self.config.model, self.config.calibration, self.config.evaluate
         ids = calibration.token_ids
         return self.config.model_copy(
             update={
-                "model": model.model_copy(update={"source": whole_path(model.source)}),
-                "calibration": calibration.model_copy(update={"token_ids": ids and whole_path(ids)}),
+                "model": model.model_copy(update={"source": absolute_source(model.source)}),
+                "calibration": calibration.model_copy(update={"token_ids": ids and absolute_source(ids)}),
                 "evaluate": evaluate.model_copy(update={"include_path": include_path(self.config)}),
             }
         )
 
     @cached_property
     def task_digest(self) -> str:
-        """Digest of the tasks' questions and files: with others it is another measurement."""
+        """Digest of the questions and files of the tasks."""
         questions = self.inspection.questions
-        return digest_of({name: questions[name] for name in ("search", "evaluate")}, *self._task_files)
+        return digest_of({name: questions[name] for name in ("search", "evaluate")}, *self.task_files)
 
     @cached_property
-    def tested_digest(self) -> str:
-        """Digest of what the final models are asked, and how."""
-        asked, settings = self.inspection.questions["evaluate"], self.config.evaluate
-        metrics = self.inspection.metrics["evaluate"]
-        return digest_of(asked, metrics, settings.tasks, settings.limit, settings.num_fewshot, *self._task_files)
-
-    @cached_property
-    def _task_files(self) -> list[str]:
-        """Digests of the files of further tasks."""
+    def task_files(self) -> list[str]:
+        """Digests of the files in `evaluate.include_path`."""
         folder = include_path(self.config)
         files = sorted(path for path in Path(folder).rglob("*") if path.is_file()) if folder else []
         return [file_digest(path) for path in files if path.suffix != ".pyc"]
 
     @cached_property
     def pruned_config(self) -> Any:
-        """transformers config of the pruned model; its weights are not looked at."""
+        """The transformers config of the pruned model, read without its weights."""
         folder = self.run_dir.stage("prune")
-        if not self.run_dir.is_at_uri:
-            return checkpoint_config(folder)
         with tempfile.TemporaryDirectory() as here:
             fetch_file(folder / CONFIG_FILE, Path(here) / CONFIG_FILE)
             return checkpoint_config(Path(here))
@@ -122,6 +121,11 @@ class Context:
     def layout(self) -> Layout:
         """Groups and sizes of the pruned model as it is."""
         return preflight.layout_for(self.config, self.pruned_config)
+
+    @property
+    def checkpoint_bytes(self) -> int:
+        """About the bytes of a checkpoint of a fine-tune: the adapter, and Adam's two moments of it."""
+        return 3 * self.inspection.pruned.adapter_bytes
 
     @cached_property
     def space(self) -> PlanSpace:
@@ -132,7 +136,7 @@ class Context:
 
     @cached_property
     def plan_in_file(self) -> PrecisionPlan | None:
-        """The plan in the file that `search.plan` names; None where it names none.
+        """The plan in the file that `search.plan` names, or None.
 
         Raises:
             PlanRefused: If it is no plan for this model, or over the budget.
@@ -146,16 +150,16 @@ class Context:
 
     @cached_property
     def trackers(self) -> Trackers | None:
-        """Who is told of trials and fine-tunes beside TensorBoard; None where nobody is.
+        """The trackers beside TensorBoard, or None.
 
         Raises:
-            UserError: If one of them cannot be told.
+            UserError: If one of them cannot be used.
         """
         names, root = self.config.trackers, self.run_dir.root
         if not names:
             return None
         environment = check_trackers(names)
-        return Trackers(names, name_of(root).rstrip("/").rpartition("/")[2], self.run_dir.id, root, environment)
+        return Trackers(names, display_name(root).rstrip("/").rpartition("/")[2], root, environment)
 
     @cached_property
     def _cluster(self) -> Cluster:
@@ -170,31 +174,30 @@ class Context:
 
     @property
     def known_slots(self) -> Slots:
-        """The slots, without starting Ray where it may not be needed."""
+        """The slots, found without starting Ray."""
         return self.slots if self.address else self.assumed or local_slots()
 
     @cached_property
-    def workshop(self) -> Workshop:
+    def executor(self) -> ModelExecutor:
         """Where the work on one model is done: on the cluster that was given, so that its head needs no GPU."""
         if self.address:
-            return OnCluster(self._workshop_resources(), self.gpu_time, self.check_node)
+            return ClusterExecutor(self._executor_resources(), self.gpu_time, self.check_node)
         present = local_slots().gpus
-        return Here(present if self._is_spread else min(present, 1.0), self.gpu_time)
+        return LocalExecutor(present if self._is_spread else min(present, 1.0), self.gpu_time)
 
     @cached_property
     def check_node(self) -> bytes:
-        """What each process on the cluster calls before it reads its work: its node may have joined since all were
-        looked at. This machine is like itself."""
+        """A pickled check that each process on the cluster calls first: its node may have joined late."""
         if not self.address:
             return packed_check_of_gpus()
         return packed_check(self.run_dir) if self.writes else packed_check_of_installation()
 
     @property
     def _is_spread(self) -> bool:
-        """Whether the dense model lies on all GPUs of its machine."""
+        """Whether the dense model is spread over all GPUs of its machine."""
         return self.config.model.device_map == "auto"
 
-    def _workshop_resources(self) -> dict[str, float]:
+    def _executor_resources(self) -> dict[str, float]:
         """One machine's GPU, all of them where the dense model is spread; every core where trials run on CPUs."""
         trial, largest = self.trial_resources, self.slots.largest
         if not trial.get("gpu"):
@@ -203,7 +206,7 @@ class Context:
 
     @cached_property
     def trial_resources(self) -> dict[str, float]:
-        """What Ray reserves for one trial; settled once, whatever machines go later.
+        """What Ray reserves for one trial; it stays the same when machines leave.
 
         Raises:
             UserError: If it fits on no machine that there is or may be.
@@ -214,8 +217,10 @@ class Context:
         return resources
 
     def task_resources(self, num_tasks: int, num_workers: int = 1) -> tuple[dict[str, float], int]:
-        """Resources of one of several equal tasks, or of each of a task's workers, and how many tasks run at once. On
-        CPUs the tasks share the cores."""
+        """Return the resources of one of several equal tasks, or of each of its workers, and how many run at once.
+
+        On CPUs the tasks share the cores.
+        """
         resources, slots = worker_resources(self.trial_resources, num_workers), self.slots
         limit = max(self.config.search.max_concurrent or num_tasks * num_workers, num_workers)
         room = max(slots.fits(resources), min(slots.at_most(resources), limit))
@@ -226,24 +231,26 @@ class Context:
         return resources, concurrent
 
     def check_ours(self, stage: str) -> None:
-        """Asked before a record goes or comes: this process may have slept until now, since its work began.
+        """Check the lock before a record is written or removed: this process may have slept.
 
         Raises:
-            StageError: If another driver took the run over.
+            StageError: If another driver has the run.
         """
-        if not self.is_ours():
-            raise taken_over(stage, f"{name_of(self.run_dir.root / LOCK)} is another's, or gone")
+        if not self.holds_run():
+            raise lock_lost(stage, f"{display_name(self.run_dir.root / LOCK)} is another's, or gone")
 
     def forget(self, stage: str) -> None:
-        """Drop the record of a stage of ours."""
+        """Remove the record of a stage."""
         self.check_ours(stage)
         self.run_dir.forget(stage)
 
     def join(self) -> None:
-        """Have Ray up: where it is not, Tune and tasks join the cluster of `RAY_ADDRESS`, or one on this machine."""
+        """Connect to Ray: Tune and tasks join the cluster of `RAY_ADDRESS`, or one on this machine."""
         _ = self._cluster
 
     def close(self) -> None:
-        """Leave the cluster, unless it was joined before."""
+        """Give back the model's memory, and leave the cluster unless it was joined before."""
+        if "executor" in self.__dict__:
+            self.executor.close()
         if self._has_joined:
             disconnect()

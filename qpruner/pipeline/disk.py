@@ -10,23 +10,23 @@ from pathlib import Path
 
 from qpruner.errors import UserError
 from qpruner.pipeline.context import Context
+from qpruner.pipeline.flow import STAGES, recorded
 from qpruner.pipeline.preflight import amount
-from qpruner.pipeline.recorded import recorded, shares_done
-from qpruner.runs.object_store import CACHE, cache_root
-from qpruner.runs.paths import BANK_CACHE, files_in
 from qpruner.runs.records import Results
+from qpruner.runs.run_dir import BANK_CACHE
+from qpruner.runs.storage import CACHE, cache_root, storage_at
 
 SMALL_FILES = 2**20
 """Bytes of records, log and report, which every command writes."""
-WITH_ADAM = 3
-"""Copies of an adapter in a checkpoint: its weights and two moments each."""
-
 OF_ROWS = ("finetune", "comparison")
 """Stages that leave their files in the folders of the final table's rows."""
 
 
-def check_room(context: Context) -> None:
+def check_room(context: Context) -> tuple[int, int]:
     """Refuse a disk that cannot hold the large files that a run has still to write, or at a URI this machine's copies.
+
+    Returns:
+        About the bytes that are needed at most, and those that are free.
 
     Raises:
         UserError: Naming the bytes that are needed and those that are free.
@@ -38,58 +38,49 @@ def check_room(context: Context) -> None:
     if free < needed:  # what is recorded takes time to find out
         needed = SMALL_FILES + _left(context, sizes)
     if free < needed:
+        other = "" if context.run_dir.storage.fills_this_disk else f" by {CACHE}"
         raise UserError(
             f"`output`: the run needs about {amount(needed)} more in {existing}, where {amount(free)} are free: "
-            f"make room or name another folder{f' by {CACHE}' if context.run_dir.is_at_uri else ''}"
+            f"make room or name another folder{other}"
         )
+    return needed, free
 
 
 def _sizes(context: Context) -> dict[str, int]:
     """About the bytes that each stage leaves on this machine."""
-    config, base, pruned = context.config, context.inspection.base, context.inspection.pruned
-    checkpoint = WITH_ADAM * pruned.adapter_bytes
-    return {
-        "prepare": base.num_parameters * base.element_bytes,
-        "prune": base.num_parameters * base.element_bytes,
-        "bank": sum(pruned.plan_bytes(pruned.uniform(bits)) for bits in config.quantize.bits),
-        "search": 0 if context.run_dir.is_at_uri else checkpoint * config.num_trials,
-        "finetune": checkpoint * 2,
-        "comparison": checkpoint * 6 if config.finetune.compare else 0,
-    }
+    wanted = [stage for stage in STAGES if stage.record and stage.is_wanted(context.config)]
+    return dict.fromkeys(Results.model_fields, 0) | {stage.name: stage(context).disk_bytes() for stage in wanted}
 
 
 def _left(context: Context, sizes: dict[str, int]) -> int:
-    """Of these bytes those that are not on this machine yet; what stages share a folder is subtracted once."""
-    found = recorded(context)
-    shares, left = shares_done(context, found), 0
+    """Count what of these bytes this machine has still to write or to copy; stages that share a folder count once."""
+    shares, left = recorded(context), 0
     for names in (*((name,) for name in sizes if name not in OF_ROWS), OF_ROWS):
-        done = [name for name in names if shares[name]]
-        if context.run_dir.is_at_uri:
-            there = sum(files_in(_folder(context, names[0])).values()) if done else 0
-            size = sum(sizes[name] for name in names if name not in done)
-            size += min(there, sum(sizes[name] for name in done))
-        else:
-            size = sum(round(sizes[name] * (1 - shares[name])) for name in names)
-        left += max(0, size - _bytes({file for name in names for file in _held(context, name, found)}))
+        to_write = sum(round(sizes[name] * (1 - shares[name])) for name in names)
+        left += max(0, to_write - _bytes({file for name in names for file in _attempts(context, name)}))
+        if done := [name for name in names if shares[name]]:
+            copied = _bytes(_bank_copies(context.records)) if "bank" in names else 0
+            to_copy = storage_at(_folder(context, names[0])).bytes_to_copy() - copied
+            left += max(0, min(to_copy, sum(sizes[name] for name in done)))
     return left
 
 
 def _folder(context: Context, stage: str) -> Path:
-    """What a stage leaves its large files in."""
+    """Name the folder of a stage's large files."""
     return context.run_dir.candidates if stage in OF_ROWS else context.run_dir.stage(stage)
 
 
-def _held(context: Context, stage: str, found: Results) -> Iterator[Path]:
-    """Files on this machine that a stage need not write again, or writes over: what an attempt left that was killed."""
-    run = context.run_dir
-    places = [run.scratch_path(stage)]
-    if run.is_at_uri or stage in OF_ROWS:
-        places.append(_folder(context, stage))
+def _attempts(context: Context, stage: str) -> Iterator[Path]:
+    """List what a killed attempt left on this machine, which the stage uses or writes over."""
+    places = [context.run_dir.scratch_path(stage), *([_folder(context, stage)] if stage in OF_ROWS else [])]
     for folder, _, names in (step for place in places for step in os.walk(place)):
         yield from (Path(folder, name) for name in names)
-    if run.is_at_uri and stage == "bank" and found.bank:
-        copies = Path(os.environ.get(BANK_CACHE) or cache_root() / "bank")
-        yield from (copies / f"{sha256}.safetensors" for sha256 in found.bank.files.values())
+
+
+def _bank_copies(found: Results) -> Iterator[Path]:
+    """Name this machine's copies of the bank's files."""
+    copies = Path(os.environ.get(BANK_CACHE) or cache_root() / "bank")
+    yield from (copies / f"{sha256}.safetensors" for sha256 in (found.bank.files.values() if found.bank else ()))
 
 
 def _bytes(files: Iterable[Path]) -> int:

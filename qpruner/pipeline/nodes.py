@@ -1,30 +1,28 @@
-"""The cluster's nodes, looked at before anything expensive: one table of what they are, and an error that names each
-that the run could not use.
+"""Check the cluster's nodes before anything expensive: one table, and an error that names each unusable node.
 
-Nodes that join later, as an autoscaler's do, are compared where work on them begins (`execution.probe.packed_check`).
+Nodes that join later, as an autoscaler's do, are checked where work on them begins (`cluster.probe.packed_check`).
 """
 
 from __future__ import annotations
 
 import contextlib
-import shutil
 import uuid
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from qpruner.cluster.node_facts import differences, differing, versions
 from qpruner.cluster.probe import Cache, Gpu, NodeFacts, Report, probe
-from qpruner.cluster.testimony import differences, differing, versions
 from qpruner.config.schema import RunConfig
 from qpruner.errors import CorruptFile, UserError
 from qpruner.pipeline.context import Context
-from qpruner.pipeline.preflight import amount, check_gpu, shapes_on
+from qpruner.pipeline.preflight import amount, check_device, check_gpu
 from qpruner.plans.plan import FULL_BITS, Layout
 from qpruner.runs.events import Message, TableMade
-from qpruner.runs.object_store import CACHE, CREDENTIALS, is_mirror, name_of
-from qpruner.runs.paths import BANK_CACHE, RunDir, read_sign, remove, write_text
 from qpruner.runs.records import BankRecord
+from qpruner.runs.run_dir import BANK_CACHE, RunDir
+from qpruner.runs.storage import CACHE, read_progress, remove, storage_at, write_text
 from qpruner.wording import counted
 
 HEADINGS = ("node", "CPUs", "GPUs", "bank cache free", "versions", "state")
@@ -32,15 +30,7 @@ HEADINGS = ("node", "CPUs", "GPUs", "bank cache free", "versions", "state")
 
 @dataclass(frozen=True)
 class Needs:
-    """What a node is measured by.
-
-    Attributes:
-        config: The run's configuration.
-        layout: The pruned model's sizes.
-        resources: Ray resources of one trial.
-        storage: The run folder.
-        versions: Those of the driver.
-    """
+    """What a node must have: room for the pruned model, a trial's resources, the driver's versions."""
 
     config: RunConfig
     layout: Layout
@@ -49,20 +39,16 @@ class Needs:
     versions: Mapping[str, str]
 
     @property
-    def bank_bytes(self) -> int:
-        """What the bank's files will take on a node."""
-        levels = [bits for bits in self.config.quantize.bits if bits != FULL_BITS]
-        return sum(sum(self.layout.group_bytes(bits)) + self.layout.adapter_bytes for bits in levels)
-
-    @property
     def copies(self) -> dict[str, tuple[str, int]]:
-        """What a node's copies will take in all: by the variable that names their folder, in words and in bytes."""
+        """What a node keeps copies of, and their bytes, by the variable that names their folder."""
+        levels = [bits for bits in self.config.quantize.bits if bits != FULL_BITS]
+        bank_bytes = sum(sum(self.layout.group_bytes(bits)) + self.layout.adapter_bytes for bits in levels)
         model_bytes = self.layout.num_parameters * self.layout.element_bytes
-        return {BANK_CACHE: ("the bank", self.bank_bytes), CACHE: ("the pruned model", model_bytes)}
+        return {BANK_CACHE: ("the bank", bank_bytes), CACHE: ("the pruned model", model_bytes)}
 
 
 def look_at_nodes(context: Context) -> None:
-    """Have every node of the cluster looked at, and tell what they are in one table.
+    """Ask every node what it is, and show the answers in one table.
 
     Raises:
         UserError: Naming each node that the run could not use, why, and the remedy.
@@ -71,7 +57,7 @@ def look_at_nodes(context: Context) -> None:
     needs = Needs(context.config, context.inspection.pruned, resources, context.run_dir.root, versions())
     with _left_in(needs.storage) as (folder, driver):
         reports = probe(folder, driver, _banked(context.run_dir))
-        unseen = {report.id for report in reports if read_sign(folder / report.id) != report.id}
+        unseen = {report.id for report in reports if read_progress(folder / report.id) != report.id}
     found = {report.id: troubles(report, needs, report.id in unseen) for report in reports}
     context.emit(TableMade(HEADINGS, tuple(row(report, needs, found[report.id]) for report in reports)))
     told = [f"{report.name}: {text}" for report in reports for text in found[report.id].values()]
@@ -83,14 +69,13 @@ def look_at_nodes(context: Context) -> None:
             text = f"warning: Ray counts {report.size.gpus:g} GPUs on {report.name}, which has none that can be seen"
             context.emit(Message("cluster", f"{text}: what holds them runs on the CPU"))
     if _works_on_cpus(reports, resources):
-        context.inspection = shapes_on(None, context.config, context.inspection)
-        for remark in context.inspection.left_out:
-            context.emit(Message("prune", f"warning: {remark}"))
+        inspection = context.inspection
+        check_device(None, context.config, inspection.model_config, inspection.cuts, inspection.packs)
 
 
 def _banked(run: RunDir) -> list[str]:
-    """sha256 of the files of the run's bank, as far as it has one."""
-    with contextlib.suppress(CorruptFile):  # told where the stage asks for its record
+    """List the sha256 of the bank's files, none where there is no bank."""
+    with contextlib.suppress(CorruptFile):  # reported where the stage reads its record
         record = run.read_record("bank", BankRecord)
         return list(record.files.values()) if record else []
     return []
@@ -98,41 +83,30 @@ def _banked(run: RunDir) -> list[str]:
 
 @contextlib.contextmanager
 def _left_in(storage: Path) -> Iterator[tuple[Path, str]]:
-    """A folder in the run's storage with a file of the driver's; it is gone afterwards, and so is what was made for it.
+    """Put a file of the driver's into a folder of the run's storage; afterwards remove all that was made for it.
 
     The names are new each time: a network file system may remember for a while that a name is not there.
     """
     driver = uuid.uuid4().hex
-    if is_mirror(storage):
-        write_text(storage / f".nodes-{driver}" / driver, driver)
-        try:
-            yield storage / f".nodes-{driver}", driver
-        finally:
-            remove(storage / f".nodes-{driver}")
-        return
-    made = [place for place in (storage, *storage.parents) if not place.exists()]
     folder = storage / f".nodes-{driver}"
+    made = [place for place in (storage, *storage.parents) if not place.exists()]
     try:
-        folder.mkdir(parents=True)
-        (folder / driver).write_text(driver, encoding="utf-8")
+        write_text(folder / driver, driver)
     except OSError as error:
         raise UserError(f"`output`: {storage} cannot be written ({error.strerror}); name another folder") from error
     try:
         yield folder, driver
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        remove(folder)
         with contextlib.suppress(OSError):  # the first that is not empty ends it
             for place in made:
                 place.rmdir()
 
 
 def troubles(report: Report, needs: Needs, is_unseen: bool) -> dict[str, str]:
-    """What is wrong with a node, in a word or two and in a sentence.
+    """Find what is wrong with a node: short names and sentences.
 
-    Args:
-        report: The node.
-        needs: What it is measured by.
-        is_unseen: The driver does not see what it wrote to the storage.
+    `is_unseen` says that the driver does not see what the node wrote to the storage.
     """
     if report.has_left:
         return {}
@@ -159,10 +133,8 @@ def _other_versions(facts: NodeFacts, own: Mapping[str, str]) -> str:
 
 def _storage(facts: NodeFacts, storage: Path, is_unseen: bool) -> str:
     trouble = facts.storage or ("is not shared with it: what it wrote is not here" if is_unseen else "")
-    remedy = "`output` must lie in a folder that every node reads and writes"
-    if is_mirror(storage):
-        remedy = f"every node must reach `output`: {CREDENTIALS}"
-    return f"`output`: {name_of(storage)} {trouble}; {remedy}" if trouble else ""
+    found = storage_at(storage)
+    return f"`output`: {found.name} {trouble}; {found.access_remedy}" if trouble else ""
 
 
 def _disk(caches: Sequence[Cache], copies: Mapping[str, tuple[str, int]]) -> str:
@@ -197,7 +169,7 @@ def _gpus(report: Report, facts: NodeFacts, needs: Needs) -> str:
 
 
 def _is_declared(report: Report) -> bool:
-    """Whether somebody told Ray of GPUs that are not there: Ray itself counts none without a driver."""
+    """Whether somebody declared GPUs to Ray that are not there: Ray itself counts none without a driver."""
     facts = report.facts
     return facts is not None and report.size.gpus > 0 and not facts.gpus and not facts.has_hardware
 
@@ -208,7 +180,7 @@ def _works_on_cpus(reports: Sequence[Report], resources: Mapping[str, float]) ->
 
 
 def row(report: Report, needs: Needs, found: Mapping[str, str]) -> tuple[str, ...]:
-    """A node's row of the table."""
+    """Make a node's row of the table."""
     facts, size = report.facts, report.size
     state = "left the cluster" if report.has_left else ", ".join(found) or "ok"
     if facts is None:

@@ -1,28 +1,29 @@
-"""Everything that can be known to be wrong before a weight is loaded, and what the run would be.
+"""Check a configuration against its model, rows, tasks and device before a weight is loaded.
 
 `inspect` is what `qpruner check` prints and what `qpruner run` does first.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
-from typing import Any, TypeVar
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
-from qpruner.config.schema import RIDGE, BudgetConfig, PruneConfig, QuantizeConfig, RunConfig
-from qpruner.data.rows import Example
-from qpruner.errors import PlanRefused, UserError, together
+from qpruner.config.pruning import RIDGE
+from qpruner.config.schema import BudgetConfig, PruneConfig, QuantizeConfig, RunConfig
+from qpruner.data.sources import Example
+from qpruner.errors import UserError, together
 from qpruner.models.families import ATTENTION, EXPERT, MLP, family_of
 from qpruner.models.layout import layout_of, num_layers
 from qpruner.models.loading import load_model_config
 from qpruner.pipeline.preflight_rows import RowCounts, Rows, check_encoding, check_rows, size_of_importance_samples
 from qpruner.plans.file import check_affordable, read_plan
 from qpruner.plans.plan import WRONGLY_DECODED, Layout, PrecisionPlan, check_cpu_widths, decodes_wrongly
-from qpruner.pruning.best_cut import Cut, cuts_of, with_or_without
-from qpruner.pruning.prune import are_alike, cuttable_layers
-from qpruner.runs.paths import run_root
+from qpruner.pruning.prune import Cut, planned_cut
+from qpruner.pruning.settings import are_alike, cuttable_layers
+from qpruner.runs.storage import run_root
 
 PRUNED_EARLIER = "pruned earlier: the cut is skipped"
 DTYPE_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
@@ -38,27 +39,22 @@ class Shapes:
     Attributes:
         model_config: transformers config of the base model.
         base: Sizes of the base model.
-        cuts: The cuts of this model that are tried, the one without whole blocks first where that is open.
-        left_out: Why some are not tried on the device that the run works on.
-        pruned: Sizes after the first that is tried; an estimate when `is_estimate`.
+        cuts: The cuts that are made: one.
+        pruned: Sizes after it; an estimate when `is_estimate`.
         is_estimate: Global selection, or which blocks go, leaves the widths open until the scores are known.
         budget_bytes: The byte budget for the pruned model.
         plan: That of the file that `search.plan` names; None where it names none, or where how many blocks go is open.
-        packs: Whether the cut is gone on from. One that is only made may have widths that a device cannot run.
+        packs: Whether later stages use the pruned model. One that is only saved may have widths no device can run.
     """
 
     model_config: Any
     base: Layout
     cuts: tuple[Cut, ...]
-    left_out: tuple[str, ...]
     pruned: Layout
     is_estimate: bool
     budget_bytes: int
     plan: PrecisionPlan | None
     packs: bool
-
-
-AnyShapes = TypeVar("AnyShapes", bound=Shapes)
 
 
 @dataclass(frozen=True)
@@ -86,7 +82,7 @@ def inspect(config: RunConfig, works_here: bool = True, packs: bool = True) -> I
     Args:
         config: The configuration.
         works_here: Whether this machine's device is what the run works on, not those of a cluster.
-        packs: Whether the cut is gone on from.
+        packs: Whether later stages use the pruned model.
 
     Raises:
         UserError: For what cannot work: of the folder, the model, each source of rows and the tasks all that is found,
@@ -108,7 +104,7 @@ def inspect(config: RunConfig, works_here: bool = True, packs: bool = True) -> I
         questions=rows.questions,
         metrics=rows.metrics,
         counts=RowCounts(samples, rows.asked, sample_length),
-        warnings=(*rows.warnings, *cut, *shapes.left_out, *_few_trials(config)),
+        warnings=(*rows.warnings, *cut, *_few_trials(config)),
     )
 
 
@@ -130,73 +126,36 @@ def _check_positions(config: RunConfig, shapes: Shapes, sample_length: int) -> N
 
 
 def shapes_of(config: RunConfig, works_here: bool, packs: bool) -> Shapes:
-    """What the configuration makes of the model."""
+    """Compute what the configuration makes of the model."""
     model_config = load_model_config(config.model)
     family_of(model_config)
     base = layout_for(config, model_config)
-    cuts, plan = _for_plan(config, model_config, cuts_in_effect(config.prune, model_config))
-    shapes = Shapes(model_config, base, cuts, (), base, False, 0, plan, packs)
-    return shapes_on(_own_capability(), config, shapes) if works_here else _with_cuts(config, shapes, cuts)
-
-
-def shapes_on(capability: tuple[int, int] | None, config: RunConfig, shapes: AnyShapes) -> AnyShapes:
-    """With those cuts alone that a device can train and run; all of them where it can none and nothing more is to be
-    done.
-
-    Args:
-        capability: Compute capability of the GPU; None of a CPU.
-        config: The configuration.
-        shapes: What the configuration makes of the model, whatever the device.
-
-    Raises:
-        UserError: Naming the key, the rule and the remedy, where it can run no cut: that of the first.
-    """
-    cuts, refusals = cuts_on(capability, config, shapes.model_config, shapes.cuts, shapes.packs)
-    left_out = tuple(
-        f"the cut {with_or_without(cut.settings)} whole blocks is left out: {refusal}"
-        for cut, refusal in refusals
-        if cut not in cuts
-    )
-    return replace(_with_cuts(config, shapes, cuts), left_out=left_out)
-
-
-def _with_cuts(config: RunConfig, shapes: AnyShapes, cuts: tuple[Cut, ...]) -> AnyShapes:
-    """The sizes after these cuts."""
+    cuts = cuts_in_effect(config.prune, model_config)
+    plan = _plan_in_file(config, model_config, cuts[0])
+    if works_here:
+        check_device(_own_capability(), config, model_config, cuts, packs)
     pruned = layout_for(config, cuts[0].expected)
     budget = budget_bytes(config.quantize, pruned, config.search.pareto)
     is_estimate = any(
         not cut.settings.is_off and (cut.settings.selection == "global" or cut.settings.drops_blocks) for cut in cuts
     )
-    if shapes.plan and not is_estimate:
+    if plan and not is_estimate:
         assert config.search.plan_file
-        check_affordable(config.search.plan_file, pruned.plan_bytes(shapes.plan), budget)
-    return replace(shapes, cuts=cuts, pruned=pruned, is_estimate=is_estimate, budget_bytes=budget)
+        check_affordable(config.search.plan_file, pruned.plan_bytes(plan), budget)
+    return Shapes(model_config, base, cuts, pruned, is_estimate, budget, plan, packs)
 
 
-def _for_plan(
-    config: RunConfig, model_config: Any, cuts: tuple[Cut, ...]
-) -> tuple[tuple[Cut, ...], PrecisionPlan | None]:
-    """The plan in the file of `search.plan`, with the cut whose groups it names; no plan where there is none, or where
-    the groups are known after the cut alone."""
+def _plan_in_file(config: RunConfig, model_config: Any, cut: Cut) -> PrecisionPlan | None:
+    """Read the plan of `search.plan`; None where there is none, or the groups are known after the cut alone."""
+    file, drops_blocks = config.search.plan_file, cut.settings.drops_blocks and not cut.settings.is_off
     # Where blocks are not alike, how many go depends on which.
-    has_known_groups = are_alike(model_config) or not any(
-        cut.settings.drops_blocks and not cut.settings.is_off for cut in cuts
-    )
-    file = config.search.plan_file
-    if file is None or not has_known_groups:
-        return cuts, None
-    refusals = []
-    for cut in cuts:
-        groups = [group.name for group in layout_for(config, cut.expected).groups]
-        try:
-            return (cut,), read_plan(file, groups, config.quantize.bits)
-        except PlanRefused as error:
-            refusals.append(error)
-    raise refusals[0]
+    if file is None or (drops_blocks and not are_alike(model_config)):
+        return None
+    return read_plan(file, [group.name for group in layout_for(config, cut.expected).groups], config.quantize.bits)
 
 
 def _of_cut(config: RunConfig, shapes: Shapes) -> Iterator[str]:
-    """That keys of the cut have no effect on this model."""
+    """Warn of keys of the cut that have no effect on this model."""
     prune, source = config.prune, config.model.source
     key = "rate" if prune.layer_rate is None else "layer_rate"
     rate = getattr(prune, key)
@@ -214,7 +173,7 @@ def _of_cut(config: RunConfig, shapes: Shapes) -> Iterator[str]:
 
 
 def _few_trials(config: RunConfig) -> Iterator[str]:
-    """That the trials may end before the searcher begins."""
+    """Warn that the trials may end before the searcher begins."""
     trials, num_controls = config.search.max_trials, len(config.quantize.bits) - 1 + len(config.sensitivity.methods)
     if num_controls >= trials and config.is_searched:
         yield (
@@ -224,7 +183,7 @@ def _few_trials(config: RunConfig) -> Iterator[str]:
 
 
 def layout_for(config: RunConfig, model_config: Any) -> Layout:
-    """Groups and sizes of a model under this configuration's quantization and adapters."""
+    """Compute groups and sizes of a model under this configuration's quantization and adapters."""
     return layout_of(
         model_config,
         config.quantize.group,
@@ -240,7 +199,7 @@ def is_pruned(model_config: Any) -> bool:
 
 
 def cuts_in_effect(settings: PruneConfig, model_config: Any) -> tuple[Cut, ...]:
-    """The cuts of this model that are tried; of one that was pruned earlier, that there is none.
+    """Plan the cut of this model; one that was pruned earlier is not cut again.
 
     Raises:
         UserError: If the model cannot meet the settings.
@@ -248,7 +207,7 @@ def cuts_in_effect(settings: PruneConfig, model_config: Any) -> tuple[Cut, ...]:
     if is_pruned(model_config):
         return (Cut(settings.model_copy(update={"rate": 0.0, "layer_rate": None}), model_config),)
     try:
-        return cuts_of(model_config, settings)
+        return (planned_cut(model_config, settings),)
     except UserError as error:
         key, rate = ("rate", settings.rate) if settings.layer_rate is None else ("layer_rate", settings.layer_rate)
         raise UserError(f"{error} (`prune.{key}` is {rate:g})") from error
@@ -276,7 +235,7 @@ def check_quantizable(model_config: Any) -> None:
 
 
 def budget_bytes(quantize: QuantizeConfig, layout: Layout, pareto: bool) -> int:
-    """The budget in bytes.
+    """Return the budget in bytes.
 
     Args:
         quantize: Names the budget and the bit-widths.
@@ -317,7 +276,7 @@ def budget_bytes(quantize: QuantizeConfig, layout: Layout, pareto: bool) -> int:
 
 
 def _asked_bytes(budget: BudgetConfig, levels: tuple[int, ...], sizes: list[int]) -> int:
-    """Bytes that a budget means, given those of the uniform plan of each level; mean bits lie between neighbours."""
+    """Convert a budget to bytes by those of each uniform plan; mean bits lie between neighbours."""
     if budget.fraction is not None:
         return round(sizes[0] + budget.fraction * (sizes[-1] - sizes[0]))
     if budget.mean_bits is None:
@@ -339,7 +298,7 @@ def _rounded_down_gib(size: int) -> float:
 
 
 def amount(size: int) -> str:
-    """`1.5 GiB`, or MiB where GiB would show nothing."""
+    """Render bytes as `1.5 GiB`, or MiB where GiB would show nothing."""
     return f"{size / GIB:.1f} GiB" if size >= GIB else f"{-(-size * 10 // 1024**2) / 10:.1f} MiB"
 
 
@@ -359,44 +318,43 @@ def check_gpu(config: RunConfig, capability: tuple[int, int]) -> None:
             )
 
 
-def cuts_on(
-    capability: tuple[int, int] | None, config: RunConfig, model_config: Any, cuts: tuple[Cut, ...], packs: bool
-) -> tuple[tuple[Cut, ...], list[tuple[Cut, UserError]]]:
-    """Of the cuts that are tried, those that a device can train and run, all of them where it can none and nothing more
-    is to be done; and what it cannot, with the reasons.
+def check_device(
+    capability: tuple[int, int] | None, config: RunConfig, model_config: Any, cuts: Sequence[Cut], packs: bool
+) -> None:
+    """Refuse a device that cannot train and run the pruned model.
 
     Args:
         capability: Compute capability of the GPU; None of a CPU.
         config: The configuration.
         model_config: Of the model before the cut.
-        cuts: The cuts.
-        packs: Whether the cut is gone on from.
+        cuts: The cuts that are made.
+        packs: Whether later stages use the pruned model.
 
     Raises:
-        UserError: Naming the key, the rule and the remedy, where it can run none: that of the first.
+        UserError: Naming the key, the rule and the remedy.
     """
     if capability is None and config.model.dtype == "float16":
         raise UserError("`model.dtype`: float16 cannot be trained on a CPU; use bfloat16 or float32")
-    found: list[Cut] = []
-    refusals: list[tuple[Cut, UserError]] = []
-    for cut in cuts:
-        try:
-            _check_cpu(config, model_config, cut) if capability is None else check_gpu(config, capability)
-            found.append(cut)
-        except UserError as error:
-            refusals.append((cut, error))
-    if not found and packs:
-        refused, why = refusals[0]
-        raise UserError(str(why) + ("" if refused.settings.is_off else " (`qpruner prune` alone still makes this cut)"))
-    return tuple(found) or cuts, refusals
+    for cut in cuts if packs else ():
+        if refusal := _refusal(capability, config, model_config, cut):
+            raise UserError(refusal + ("" if cut.settings.is_off else " (`qpruner prune` alone still makes this cut)"))
 
 
 def remark_on_cut(config: RunConfig, shapes: Shapes) -> str | None:
-    """That this machine can make it, and no more; None where it can go on."""
-    _, refusals = cuts_on(_own_capability(), config, shapes.model_config, shapes.cuts, packs=False)
-    if len(refusals) < len(shapes.cuts):
+    """Say that this machine can prune but not train the pruned model; None where it can."""
+    refusals = [_refusal(_own_capability(), config, shapes.model_config, cut) for cut in shapes.cuts]
+    if None in refusals:
         return None
-    return f"nothing but the cut can be done on this machine: {refusals[0][1]}"
+    return f"nothing but the cut can be done on this machine: {refusals[0]}"
+
+
+def _refusal(capability: tuple[int, int] | None, config: RunConfig, model_config: Any, cut: Cut) -> str | None:
+    """Why a device cannot train and run a model after a cut; None where it can."""
+    try:
+        _check_cpu(config, model_config, cut) if capability is None else check_gpu(config, capability)
+    except UserError as error:
+        return str(error)
+    return None
 
 
 def _check_cpu(config: RunConfig, model_config: Any, cut: Cut) -> None:

@@ -1,4 +1,4 @@
-"""The rows of a run before it is begun: which there are, that no two uses share any, that they can be encoded."""
+"""Check the rows of a run before it begins: they exist, no two uses share any, and they can be encoded."""
 
 from __future__ import annotations
 
@@ -10,20 +10,10 @@ from functools import partial
 from pathlib import Path
 
 from qpruner.config.schema import DataConfig, RunConfig
-from qpruner.data.rows import (
-    SENSITIVITY_KEYS,
-    Example,
-    check_disjoint,
-    encode,
-    load_examples,
-    load_token_ids,
-    normalized,
-    packed_samples,
-    row_samples,
-    shuffled,
-)
+from qpruner.data.encoding import SENSITIVITY_KEYS, encode, load_token_ids, packed_samples, row_samples, shuffled
+from qpruner.data.sources import Example, check_disjoint, load_examples, normalized
 from qpruner.errors import UserError, together
-from qpruner.models.loading import check_source, load_tokenizer, resolve_source, whole_path
+from qpruner.models.loading import absolute_source, check_source, load_tokenizer, resolve_source
 from qpruner.training.evaluate import TaskQuestions, task_questions
 from qpruner.wording import counted
 
@@ -54,13 +44,12 @@ Questions = dict[str, list[str]]
 
 @dataclass(frozen=True)
 class RowCounts:
-    """How many samples and questions the steps of a run have, where `Inspection.examples` does not say it.
+    """Counts of samples and questions.
 
     Attributes:
-        samples: Those that importance and sensitivities are measured on (`importance`, `sensitivity`).
-        questions: By use and task: those that score the trials (`search`), further ones that choose the winner
-            (`fresh`) and those of the final table (`test`).
-        sample_length: Tokens of the longest sample of importance, at most.
+        samples: Of `importance` and `sensitivity`.
+        questions: By use (`search`, `fresh`, `test`) and task.
+        sample_length: Tokens of the longest importance sample, at most.
     """
 
     samples: dict[str, int]
@@ -74,11 +63,11 @@ class Rows:
 
     Attributes:
         examples: Rows by split.
-        questions: Words of the tasks' questions, by use: those that score the trials (`search`), further ones that
-            choose the winner (`fresh`), those of the final table (`evaluate`).
-        asked: How many questions, as `RowCounts.questions`.
-        metrics: lm-eval's metric that scores each task, by section (`search`, `evaluate`).
-        warnings: What will work, but perhaps not as hoped.
+        questions: Texts of questions by use: they score trials (`search`), choose the winner (`fresh`) or test
+            (`evaluate`).
+        asked: Numbers of questions, as `RowCounts.questions`.
+        metrics: lm-eval's metric of each task, by section (`search`, `evaluate`).
+        warnings: Remarks on what will work, but perhaps not as hoped.
     """
 
     examples: dict[str, list[Example]]
@@ -104,19 +93,19 @@ def check_rows(config: RunConfig) -> Rows:
     _check_overlap(config, examples, words)
     uses = {"search": "search", "fresh": "fresh", "evaluate": "test"}
     numbers = {name: {task: len(texts) for task, texts in asked[use].items()} for use, name in uses.items()}
-    told = (
+    doubtful = (
         *_without_response(examples),
         *_without_room(config, examples),
         *_few_tokens(config, examples),
         *_few_questions(words),
     )
-    warnings = (*left_out, *_asked_again(words["search"], words["fresh"]), *told)
+    warnings = (*left_out, *_asked_again(words["search"], words["fresh"]), *doubtful)
     metrics = {use: {name: task.metric for name, task in of_use.items()} for use, of_use in tasks.items()}
     return Rows(examples, words, numbers, metrics, warnings)
 
 
 def _load_splits(config: RunConfig) -> tuple[dict[str, list[Example]], list[str]]:
-    """Rows by split, and what of them is left out, in words."""
+    """Load rows by split, with a sentence on those that are left out."""
     sources = {name: (getattr(config.data, name), f"data.{name}") for name in SPLITS}
     sources["calibration"] = (config.calibration.data, "calibration.data")
     sources["text"] = (config.evaluate.text, "evaluate.text")
@@ -134,7 +123,7 @@ def _load_splits(config: RunConfig) -> tuple[dict[str, list[Example]], list[str]
 
 
 def _without_repeats(rows: list[Example]) -> tuple[list[Example], list[str]]:
-    """The confirmation rows, each once: every other one chooses, and a row that comes again might judge as well."""
+    """Drop repeated confirmation rows: every other one chooses, and a repeated one might judge as well."""
     different: dict[str | int, Example] = {}
     for position, row in enumerate(rows):
         different.setdefault(row.identity or position, row)
@@ -148,7 +137,7 @@ def _without_repeats(rows: list[Example]) -> tuple[list[Example], list[str]]:
 
 
 def _asked_again(asked: list[str], fresh: list[str]) -> list[str]:
-    """Whether questions that choose the winner are some of the trials' own."""
+    """Warn that questions that choose the winner are some of the trials' own."""
     shared = set(asked) & set(fresh)
     if not shared:
         return []
@@ -159,7 +148,7 @@ def _asked_again(asked: list[str], fresh: list[str]) -> list[str]:
 
 
 def _without_response(examples: dict[str, list[Example]]) -> Iterator[str]:
-    """That rows have no answer: columns that are empty or that single rows of a file lack."""
+    """Warn of rows without an answer: their column is empty, or they lack it."""
     for split in SPLITS:
         empty = [row for row in examples[split] if row.format != "text" and not row.response.strip()]
         if empty:
@@ -170,7 +159,7 @@ def _without_response(examples: dict[str, list[Example]]) -> Iterator[str]:
 
 
 def _without_room(config: RunConfig, examples: dict[str, list[Example]]) -> Iterator[str]:
-    """That prompts leave no room for a response, in about how many tokens they have."""
+    """Warn that prompts leave no room for a response, by about how many tokens they have."""
     longest = config.data.max_length
     for split in SPLITS:
         rows = examples[split]
@@ -183,32 +172,34 @@ def _without_room(config: RunConfig, examples: dict[str, list[Example]]) -> Iter
 
 
 def num_cut(rows: list[Example], longest: int) -> int:
-    """About how many rows have more tokens than this and lose their ends."""
+    """Estimate how many rows have more tokens than this and lose their ends."""
     return sum(sum(about_tokens(row)) > longest for row in rows)
 
 
 def about_tokens(row: Example) -> tuple[int, int]:
-    """About how many tokens of a row are its prompt's, with the template's, and its response's."""
+    """Estimate the tokens of a row's prompt, with its template, and of its response."""
     template = {"instruction": ALPACA_TOKENS, "multiple_choice": QUESTION_TOKENS}.get(row.format, 0)
     return template + _tokens_of(f"{row.prompt}{row.context}"), _tokens_of(row.response)
 
 
 def about_labelled(row: Example, data: DataConfig) -> int:
-    """About how many tokens of a row have a label."""
+    """Estimate how many tokens of a row have a label."""
     prompt, response = about_tokens(row)
     return max(0, min(prompt + response, data.max_length) - (prompt if data.response_only else 0))
 
 
 def most_labelled(rows: Sequence[Example] | None, data: DataConfig) -> int:
-    """At most so many tokens of a row have a label, though its language may take twice the tokens of English; all that
-    a row can have where the rows are not known, are packed or are labelled throughout."""
+    """Return how many tokens of a row have a label at most, in a language of twice the tokens of English.
+
+    Where the rows are not known, are packed or are labelled throughout, all tokens may have one.
+    """
     if not rows or data.packing or not data.response_only:
         return data.max_length
     return min(data.max_length, TEMPLATE_END + 2 * max(about_tokens(row)[1] for row in rows))
 
 
 def _few_tokens(config: RunConfig, examples: dict[str, list[Example]]) -> Iterator[str]:
-    """That losses are means over too few tokens to tell plans apart; every other confirmation row chooses."""
+    """Warn that losses are means over too few tokens to tell plans apart; every other confirmation row chooses."""
     if config.search.metric != "loss" or not config.is_searched:
         return
     # The smaller half judges the winner.
@@ -226,7 +217,7 @@ def _few_tokens(config: RunConfig, examples: dict[str, list[Example]]) -> Iterat
 
 
 def _few_questions(words: dict[str, list[str]]) -> Iterator[str]:
-    """That accuracies are over too few questions to tell models apart."""
+    """Warn that accuracies are over too few questions to tell models apart."""
     uses = {"search": "`search.tasks` score the trials", "evaluate": "`evaluate.tasks` test the models"}
     for section, use in uses.items():
         asked = len(words[section])
@@ -238,7 +229,7 @@ def _few_questions(words: dict[str, list[str]]) -> Iterator[str]:
 
 
 def _tokens_of(text: str) -> int:
-    """Letters of other scripts than the Latin one are tokens of their own, or several."""
+    """Estimate the tokens of a text; letters of other scripts than the Latin one are tokens of their own."""
     num_latin = len(text.encode("ascii", "ignore"))
     return len(text) - num_latin + num_latin // CHARACTERS_A_TOKEN
 
@@ -246,8 +237,11 @@ def _tokens_of(text: str) -> int:
 def size_of_importance_samples(
     config: RunConfig, vocabulary_size: int, examples: dict[str, list[Example]]
 ) -> tuple[int, int]:
-    """How many samples importance is measured on, and the tokens of the longest, at most; refuses fewer rows than
-    importance or sensitivities ask for."""
+    """Return the number of importance samples, and the tokens of the longest at most.
+
+    Raises:
+        UserError: If there are fewer rows than importance or sensitivities ask for.
+    """
     calibration = config.calibration
     given = calibration.token_ids and load_token_ids(Path(calibration.token_ids), vocabulary_size)
     asked = {"num_sensitivity_samples": examples["train"]}
@@ -266,7 +260,7 @@ def size_of_importance_samples(
 
 
 def _source_of(config: RunConfig, key: str) -> str:
-    """Where the rows are that a key of `calibration` counts."""
+    """Name the source of the rows that a key of `calibration` counts."""
     return "`calibration.data`" if config.calibration.data and key == "num_samples" else "`data.train`"
 
 
@@ -289,7 +283,7 @@ def _check_overlap(config: RunConfig, examples: dict[str, list[Example]], words:
 
 
 def include_path(config: RunConfig) -> str | None:
-    """The folder of further lm-eval tasks, as a whole path."""
+    """Return the absolute path of the folder of further lm-eval tasks."""
     source = config.evaluate.include_path
     if source is None:
         return None
@@ -299,11 +293,11 @@ def include_path(config: RunConfig) -> str | None:
         raise UserError(
             f"`evaluate.include_path`: {Path(path).absolute()} {state}; name a folder of lm-eval task files"
         )
-    return whole_path(path)
+    return absolute_source(path)
 
 
 def _tasks(config: RunConfig) -> dict[str, dict[str, TaskQuestions]]:
-    """The tasks of `search` and of `evaluate` with the questions that the run looks at."""
+    """Load the tasks of `search` and of `evaluate` with the questions that the run uses."""
     search, evaluate, folder = config.search, config.evaluate, include_path(config)
     looked_at: dict[str, TaskQuestions]
     tested: dict[str, TaskQuestions]
@@ -321,7 +315,7 @@ def _tasks(config: RunConfig) -> dict[str, dict[str, TaskQuestions]]:
 
 
 def _asked_questions(config: RunConfig, tasks: dict[str, dict[str, TaskQuestions]]) -> dict[str, Questions]:
-    """The questions that score the trials (`search`), choose the winner (`fresh`) and test the models (`evaluate`)."""
+    """Split the questions: they score trials (`search`), choose the winner (`fresh`) or test models (`evaluate`)."""
     limit, looked_at = config.search.limit, tasks["search"]
     return {
         "search": {name: task.texts[:limit] for name, task in looked_at.items()},
@@ -391,6 +385,6 @@ def _are_plainly_enough(config: RunConfig, examples: dict[str, list[Example]]) -
 
 
 def _with_room(rows: list[Example], length: int) -> list[Example]:
-    """The rows that have a response and a prompt that leaves room for some of it in so many tokens."""
+    """Return the rows with a response, and a prompt that leaves room for some of it in so many tokens."""
     room = length / PROMPT_MARGIN
     return [row for row in rows if row.response.strip() and about_tokens(row)[0] < room]

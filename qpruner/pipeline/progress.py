@@ -1,7 +1,6 @@
-"""`run.json`: where the latest command on a run folder stands, kept for who looks at it from another shell or machine.
+"""Keep `run.json`: where the latest command on a run folder stands, for other shells and machines.
 
-Not a record: nothing is skipped because of it. A command writes it anew once it has begun a stage; one that began none,
-since it was refused, ended before, or found less recorded than there is, leaves what an earlier command told.
+It is no record: nothing is skipped because of it. A command that begins no stage leaves the file alone.
 """
 
 from __future__ import annotations
@@ -19,12 +18,13 @@ from pathlib import Path
 
 import psutil
 
-from qpruner.cluster.cluster import num_cores
+from qpruner.cluster.slots import num_cores
 from qpruner.config.schema import RunConfig
 from qpruner.errors import CorruptFile, QprunerError, StorageError, UserError, note_defect
 from qpruner.runs import events
-from qpruner.runs.paths import LOG, RunDir, sign_seconds
 from qpruner.runs.records import RunState, StageState
+from qpruner.runs.run_dir import LOG, RunDir
+from qpruner.runs.storage import progress_seconds
 from qpruner.runs.version import describe
 from qpruner.wording import as_called
 
@@ -33,27 +33,27 @@ PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "ray", "botorch", "
 
 
 class RunProgress:
-    """Turns events into `run.json`: steps inside a stage now and then, what begins and ends a stage always.
+    """Turns events into `run.json`: steps inside a stage now and then, the beginning and end of a stage always.
 
     Args:
         run: The run folder.
         config: The run's configuration.
         until: The last stage that was asked for.
-        command: What repeats it; this process's own command line unless it is another one.
-        is_ours: Whether the run is still this command's; else `run.json` tells of another's, and is left alone.
+        command: What repeats it; None takes this process's command line.
+        holds_run: False once another driver has the run, whose `run.json` is left alone.
 
     Attributes:
-        is_told: Whether `run.json` is this command's.
-        has_begun: Whether a stage was begun, not only taken from records.
+        is_written: Whether `run.json` is this command's.
+        has_begun: Whether a stage ran; recorded ones do not count.
     """
 
     def __init__(
-        self, run: RunDir, config: RunConfig, until: str, command: str | None, is_ours: Callable[[], bool]
+        self, run: RunDir, config: RunConfig, until: str, command: str | None, holds_run: Callable[[], bool]
     ) -> None:
         now, before = time.time(), _earlier(run)
-        self._run, self._is_ours, self._written = run, is_ours, 0.0
+        self._run, self._holds_run, self._written = run, holds_run, 0.0
         self._earlier_stages = before.stages.keys() if before else set()
-        self.is_told = self.has_begun = False
+        self.is_written = self.has_begun = False
         self._state = RunState(
             config=config.model_dump(mode="json"),
             until=until,
@@ -69,10 +69,10 @@ class RunProgress:
         )
 
     def listen(self, event: events.Event) -> None:
-        """Take one event in."""
+        """Note one event."""
         match event:
             case events.StageStarted(stage, detail):
-                self.is_told = self.has_begun = True
+                self.is_written = self.has_begun = True
                 self._set(stage, StageState(state="running", started=time.time(), text=detail))
             case events.StageFinished(stage, seconds, figures):
                 self._update(stage, {"state": "done", "seconds": seconds, "text": figures})
@@ -87,14 +87,14 @@ class RunProgress:
                 self._update(stage, {"done": done, "total": total} | ({"text": detail} if detail else {}))
         is_small = isinstance(event, events.Progress | events.Message | events.TrialChanged | events.StepsSeen)
         begins_steps = isinstance(event, events.Progress) and event.done == 0
-        if self.is_told and (
-            not is_small or begins_steps or time.monotonic() - self._written >= sign_seconds(self._run.root)
+        if self.is_written and (
+            not is_small or begins_steps or time.monotonic() - self._written >= progress_seconds(self._run.root)
         ):
             self._write()
 
     @contextmanager
     def ending(self) -> Iterator[None]:
-        """Note how the command ends."""
+        """Write how the command ends."""
         try:
             yield
         except UserError as error:
@@ -121,28 +121,28 @@ class RunProgress:
             self._set(stage, self._state.stages[stage].model_copy(update=update))
 
     def _end(self, outcome: str, error: str | None) -> None:
-        # Else what an earlier command told has stages that this one did not come to.
-        self.is_told = self.has_begun or self._earlier_stages <= self._state.stages.keys()
-        if self.is_told:
+        # An earlier command's file may have stages that this one did not reach.
+        self.is_written = self.has_begun or self._earlier_stages <= self._state.stages.keys()
+        if self.is_written:
             self._state = self._state.model_copy(update={"outcome": outcome, "error": error})
             self._write()
 
     def _write(self) -> None:
         self._state = self._state.model_copy(update={"updated": time.time()})
         self._written = time.monotonic()
-        if not self._is_ours():
+        if not self._holds_run():
             return
         try:
             self._run.write_state(self._state)
         except (OSError, StorageError) as error:
             # Where the disk is full the stage will say so, and better.
             logger.warning(
-                "run.json could not be written: %s; until it can, `qpruner status` tells what was before", error
+                "run.json could not be written: %s; until it can, `qpruner status` shows an earlier state", error
             )
 
 
 def _earlier(run: RunDir) -> RunState | None:
-    """What an earlier command told, if it can be read."""
+    """Read what an earlier command left; None where it cannot be read."""
     try:
         return run.read_state(RunState)
     except CorruptFile:
@@ -150,7 +150,7 @@ def _earlier(run: RunDir) -> RunState | None:
 
 
 def _environment() -> dict[str, str]:
-    """Versions, and the hardware of the machine that the command was started on; a cluster's is in the evaluation."""
+    """List versions, and the hardware of the machine that the command was started on."""
     return {
         "python": platform.python_version(),
         "platform": platform.platform(),
@@ -164,7 +164,7 @@ def _environment() -> dict[str, str]:
 
 
 def _cpu_model(cpuinfo: Path) -> str:
-    """As the kernel names it; on ARM and elsewhere than on Linux as far as Python knows."""
+    """Name the CPU as the kernel does; on ARM and on other systems as Python does."""
     with suppress(OSError):
         for line in cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines():
             name, _, value = line.partition(":")
@@ -174,7 +174,7 @@ def _cpu_model(cpuinfo: Path) -> str:
 
 
 def _gpus() -> str:
-    """`2 x NVIDIA H100 80GB HBM3, 79.2 GiB` for each kind, or `none`."""
+    """Describe each kind of GPU, as `2 x NVIDIA H100 80GB HBM3, 79.2 GiB`; `none` without any."""
     import torch
 
     seen = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]

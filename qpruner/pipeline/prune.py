@@ -3,76 +3,106 @@
 from __future__ import annotations
 
 import copy
-import shutil
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qpruner.cluster.workshop import Bench
+from typing_extensions import override
+
 from qpruner.config.schema import PruneConfig, RunConfig
 from qpruner.models.families import ATTENTION, EXPERT, MLP, family_of
 from qpruner.models.layout import num_layers
-from qpruner.models.memory import release
-from qpruner.pipeline import preflight
-from qpruner.pipeline.compress import encode_split, importance_samples, telling
-from qpruner.pipeline.context import Context
-from qpruner.pipeline.stage import Stage, run_stage
+from qpruner.pipeline.prepare import importance_samples, telling
+from qpruner.pipeline.stage import Stage
 from qpruner.runs.events import Emit, Message, Progress, StageStarted
-from qpruner.runs.mirror import check_arrived, fetch, read_list, written
 from qpruner.runs.records import LayerWidths, PrepareRecord, PruneRecord, digest_of
-from qpruner.runs.retry import patiently
+from qpruner.runs.storage import fetch, read_list, require_arrived, retry_storage, writing_folder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from qpruner.data.calibration import Rows, Samples
-    from qpruner.data.rows import Example
-    from qpruner.errors import QprunerError
-    from qpruner.pruning.best_cut import Made
+    from qpruner.cluster.executor import ModelCache
+    from qpruner.data.calibration import Samples
+    from qpruner.data.losses import Rows
+    from qpruner.data.sources import Example
+    from qpruner.pipeline.context import Context
     from qpruner.pruning.prune import Pruned
 
 
-def prune(context: Context, prepared: PrepareRecord) -> PruneRecord:
-    """Score, select, compensate, cut, save."""
-    config = context.config
+class Prune(Stage[PruneRecord]):
+    """Score, select, compensate, cut and save."""
 
-    def work(scratch: Path) -> dict[str, Any]:
-        _tell_of_earlier_cut(context)
-        base, data = context.run_dir.base_model(prepared), context.data
-        job = CutJob(config, _settings(context), base, data / "importance", data / "validation", scratch)
-        fields = context.workshop.do(cut_and_save, job, context.emit)
-        check_arrived(scratch)
+    name = "prune"
+    help = "Run up to the pruned checkpoint."
+    record = PruneRecord
+    repairs_files = True
+    starts_ray = False
+    memory_keys = "`calibration.batch_size` or `calibration.max_length`"
+
+    @override
+    def inputs(self) -> tuple[Any, ...]:
+        from qpruner.pruning.settings import settled
+
+        settings = settled(self.context.inspection.model_config, self.config.prune)
+        return (self.context.record(PrepareRecord).digest, settings)
+
+    @override
+    def warnings(self) -> Iterator[str]:
+        from qpruner.pipeline.preflight import remark_on_cut
+
+        context = self.context
+        is_all = not context.inspection.packs and not context.address
+        if is_all and (remark := remark_on_cut(self.config, context.inspection)):
+            yield remark
+
+    @override
+    def detail(self) -> str:
+        return describe(_settings(self.context))
+
+    @override
+    def run(self, scratch: Path) -> dict[str, Any]:
+        context = self.context
+        self._report_earlier_cut()
+        base = context.run_dir.base_model(context.record(PrepareRecord))
+        job = CutJob(self.config, _settings(context), base, context.data / "importance", scratch)
+        fields = context.executor.run(cut_and_save, job, context.emit)
+        require_arrived(scratch)
         return fields
 
-    def figures(record: PruneRecord) -> str:
+    @override
+    def summary(self, record: PruneRecord) -> str:
         return (
             f"{record.parameters_before / 1e6:.1f}M -> {record.parameters_after / 1e6:.1f}M parameters "
             f"({record.target}, {record.achieved})"
         )
 
-    stage = prune_stage(context, prepared)
-    return run_stage(context, stage, PruneRecord, work, figures)
+    @override
+    def disk_bytes(self) -> int:
+        base = self.context.inspection.base
+        return base.num_parameters * base.element_bytes
+
+    def preview(self) -> PruneRecord:
+        """Cut the model in memory and drop it; return what the record would be."""
+        context = self.context
+        settings = _settings(context)
+        context.emit(StageStarted(self.name, f"{describe(settings)}; nothing is written"))
+        self._report_earlier_cut()
+        job = PreviewJob(context.worker_config, settings, context.inspection.examples["calibration"])
+        fields = context.executor.run(cut_in_memory, job, context.emit)
+        return PruneRecord(digest="", **fields)
+
+    def _report_earlier_cut(self) -> None:
+        from qpruner.pipeline import preflight
+
+        if preflight.is_pruned(self.context.inspection.model_config):
+            self.tell(f"the model was {preflight.PRUNED_EARLIER}")
 
 
-def prune_stage(context: Context, prepared: PrepareRecord) -> Stage:
-    """What `prune` depends on. A given plan that says which cut is meant is not among it: with the plan of a run that
-    has its cut, that one is taken."""
-    from qpruner.pruning.prune import settled
-
-    settings = settled(context.inspection.model_config, context.config.prune)
-    return Stage("prune", describe(_settings(context)), (prepared.digest, settings))
-
-
-def _settings(context: Context) -> tuple[PruneConfig, ...]:
-    return tuple(cut.settings for cut in context.inspection.cuts)
-
-
-def _tell_of_earlier_cut(context: Context) -> None:
-    if preflight.is_pruned(context.inspection.model_config):
-        context.emit(Message("prune", f"the model was {preflight.PRUNED_EARLIER}"))
+def _settings(context: Context) -> PruneConfig:
+    return context.inspection.cuts[0].settings
 
 
 @dataclass(frozen=True)
@@ -81,50 +111,39 @@ class CutJob:
 
     Attributes:
         config: The run's configuration.
-        cuts: Settings of every cut that is tried.
+        settings: The cut.
         base: Folder of the base model.
         rows: Folder of the encoded importance samples.
-        validation: Folder of the encoded validation rows.
         scratch: Folder for the pruned checkpoint.
     """
 
     config: RunConfig
-    cuts: tuple[PruneConfig, ...]
+    settings: PruneConfig
     base: Path
     rows: Path
-    validation: Path
     scratch: Path
 
 
-def cut_and_save(job: CutJob, bench: Bench, emit: Emit) -> dict[str, Any]:
-    """Cut the base model, write what loses least and leave it on the bench; returns the record's fields."""
-    from qpruner.data.rows import load_encoded
+def cut_and_save(job: CutJob, cache: ModelCache, emit: Emit) -> dict[str, Any]:
+    """Cut the base model, save it and keep it in the cache; returns the record's fields."""
+    from qpruner.data.encoding import load_encoded
     from qpruner.models.checkpoint import save_checkpoint
     from qpruner.models.loading import load_dense, load_tokenizer
     from qpruner.report.importance_map import load_importance, save_importance, write_pictures
 
-    base, told_of_weights = str(fetch(job.base)), telling(emit, "prune")
+    base, on_weights = str(fetch(job.base)), telling(emit, "prune")
     tokenizer = load_tokenizer(base)
     # As lists: an error that is kept would keep a mapped file open, and its disk busy.
     samples = _samples(list(load_encoded(job.rows)), tokenizer, job.config.calibration.batch_size)
-    validation = list(load_encoded(job.validation)) if len(job.cuts) > 1 else []
-    held_out = _samples(validation, tokenizer, job.config.evaluate.batch_size)
-
-    def load() -> PreTrainedModel:
-        bench.clear()
-        return load_dense(base, job.config.model.dtype, job.config.model, told_of_weights)
-
-    with written(job.scratch) as folder:
-
-        def keep(pruned: Pruned, fields: dict[str, Any]) -> None:
-            shutil.rmtree(folder, ignore_errors=True)  # of a cut that loses more
-            save_checkpoint(pruned.model, tokenizer, folder, told_of_weights)
-            patiently(lambda: save_importance(folder, pruned.scores, pruned.block_scores), folder)
-            told = PruneRecord(digest="", seconds=0.0, **fields)
-            patiently(lambda: write_pictures(folder, told, load_importance(folder)), folder)
-            bench.keep(pruned.model)
-
-        fields = best_of(job.config, job.cuts, load, samples, held_out, emit, keep)
+    cache.clear()
+    model = load_dense(base, job.config.model.dtype, job.config.model, on_weights)
+    pruned, fields = _cut(job.config, job.settings, model, samples, emit)
+    with writing_folder(job.scratch) as folder:
+        save_checkpoint(pruned.model, tokenizer, folder, on_weights)
+        retry_storage(lambda: save_importance(folder, pruned.scores, pruned.block_scores), folder)
+        record = PruneRecord(digest="", seconds=0.0, **fields)
+        retry_storage(lambda: write_pictures(folder, record, load_importance(folder)), folder)
+    cache.keep(pruned.model)
     return fields | {"weights": _weights_digest(job.scratch)}
 
 
@@ -135,55 +154,30 @@ def _weights_digest(folder: Path) -> str:
     return digest_of({name: sha256 for name, sha256 in listed.sha256.items() if name.endswith(".safetensors")})
 
 
-def preview_prune(context: Context) -> PruneRecord:
-    """What `prune` would leave, with nothing written: the model is cut in memory and dropped."""
-    examples, settings = context.inspection.examples, _settings(context)
-    context.emit(StageStarted("prune", f"{describe(settings)}; nothing is written"))
-    _tell_of_earlier_cut(context)
-    validation = examples["validation"] if len(settings) > 1 else []
-    job = PreviewJob(context.worker_config, settings, examples["calibration"], validation)
-    fields = context.workshop.do(cut_in_memory, job, context.emit)
-    return PruneRecord(digest="", **fields)
-
-
 @dataclass(frozen=True)
 class PreviewJob:
-    """What a cut that is only looked at needs.
-
-    Attributes:
-        config: The run's configuration.
-        cuts: Settings of every cut that is tried.
-        examples: Calibration rows.
-        validation: Validation rows, where there are several.
-    """
+    """What a cut in memory needs: the configuration, the cut, the calibration rows."""
 
     config: RunConfig
-    cuts: tuple[PruneConfig, ...]
+    settings: PruneConfig
     examples: list[Example]
-    validation: list[Example]
 
 
-def cut_in_memory(job: PreviewJob, bench: Bench, emit: Emit) -> dict[str, Any]:
+def cut_in_memory(job: PreviewJob, cache: ModelCache, emit: Emit) -> dict[str, Any]:
     """Cut the base model and drop it; returns the record's fields."""
     from qpruner.models.checkpoint import prepare_base
     from qpruner.models.loading import load_dense, load_model_config, load_tokenizer
 
     config = job.config
     with tempfile.TemporaryDirectory() as scratch:
-        base = prepare_base(config.model, Path(scratch), told=telling(emit, "prune"))
+        base = prepare_base(config.model, Path(scratch), on_progress=telling(emit, "prune"))
         tokenizer = load_tokenizer(base.path)
         vocabulary = load_model_config(config.model).vocab_size
         rows = importance_samples(config, job.examples, vocabulary, tokenizer)
         samples = _samples(rows, tokenizer, config.calibration.batch_size)
-        validation = encode_split(config, job.validation, tokenizer) if len(job.cuts) > 1 else []
-        held_out = _samples(validation, tokenizer, config.evaluate.batch_size)
-
-        def load() -> PreTrainedModel:
-            release()
-            return load_dense(base.path, config.model.dtype, config.model, telling(emit, "prune"))
-
         started = time.monotonic()  # what was prepared is another stage's
-        fields = best_of(config, job.cuts, load, samples, held_out, emit)
+        model = load_dense(base.path, config.model.dtype, config.model, telling(emit, "prune"))
+        _, fields = _cut(config, job.settings, model, samples, emit)
         return fields | {"seconds": time.monotonic() - started}
 
 
@@ -193,118 +187,54 @@ def _samples(rows: Rows, tokenizer: PreTrainedTokenizerBase, batch_size: int) ->
     return Samples(rows, int(tokenizer.pad_token_id), batch_size)
 
 
-def best_of(
-    config: RunConfig,
-    cuts: Sequence[PruneConfig],
-    load: Callable[[], PreTrainedModel],
-    samples: Samples,
-    held_out: Samples,
-    emit: Emit,
-    keep: Callable[[Pruned, dict[str, Any]], None] = lambda pruned, fields: None,
-) -> dict[str, Any]:
-    """Make every cut that is open; returns the record's fields of the best.
+def _cut(
+    config: RunConfig, settings: PruneConfig, model: PreTrainedModel, samples: Samples, emit: Emit
+) -> tuple[Pruned, dict[str, Any]]:
+    """Cut a model in place; returns it with the record's fields."""
+    from qpruner.models.memory import PeakMemory, copy_weights
+    from qpruner.pipeline.preflight import DTYPE_BYTES
+    from qpruner.pruning.prune import block_sizes, prune
 
-    Args:
-        config: The run's configuration.
-        cuts: Settings of each cut.
-        load: Gives the base model, once a cut.
-        samples: What cuts are made by.
-        held_out: What several are compared on.
-        emit: Told how far it is.
-        keep: Given each cut that is better than those before it, and its fields.
-    """
-    from qpruner.models.memory import take_in
-    from qpruner.pruning.best_cut import prune_best, with_or_without
-
-    watch, fields = _Watch(), {}
-
-    def fresh() -> PreTrainedModel:
-        model = load()
-        take_in(model)
-        watch.begin(model)
-        return model
-
-    def made(cut: Made) -> None:
-        watch.end()
-        if cut.is_best:
-            fields.update(_fields(config, cut.settings, cut.pruned, watch))
-            keep(cut.pruned, fields)
-
-    def failed(settings: PruneConfig, error: QprunerError) -> None:
-        emit(Message("prune", f"warning: the cut {with_or_without(settings)} whole blocks is left out: {error}"))
-
-    tried = prune_best(
-        fresh,
-        cuts,
+    copy_weights(model)
+    base_config = copy.deepcopy(model.config)
+    block_parameters = block_sizes(model, range(num_layers(base_config)))
+    memory = PeakMemory()
+    pruned = prune(
+        model,
+        settings,
         samples,
-        held_out,
-        made,
         config.seed,
         lambda what, done, total: emit(Progress("prune", done, total, what)),
-        failed,
     )
-    compared = [
-        {"dropped_blocks": each.dropped_blocks, "validation_loss": each.loss, "behind_stderr": each.behind_stderr}
-        for each in tried
-    ]
-    if fields["parameters_after"] == fields["parameters_before"] and not all(cut.is_off for cut in cuts):
+    peak_bytes = memory.bytes()
+    if pruned.parameters_after == pruned.parameters_before and not settings.is_off:
         emit(Message("prune", "warning: nothing was cut: the rate is less than half of the smallest step"))
-    return fields | {"tried": compared, "peak_memory_bytes": watch.peak_bytes}
-
-
-class _Watch:
-    """What is told of the base model once it is cut, and the memory that cuts take."""
-
-    def __init__(self) -> None:
-        self.config: Any = None
-        self.block_parameters: list[int] = []
-        self.peak_bytes = 0
-
-    def begin(self, base: PreTrainedModel) -> None:
-        """Before a cut."""
-        from qpruner.models.memory import PeakMemory
-        from qpruner.pruning.prune import block_sizes
-
-        self.config = copy.deepcopy(base.config)
-        self.block_parameters = block_sizes(base, range(num_layers(base.config)))
-        self.memory = PeakMemory()
-
-    def end(self) -> None:
-        """After it."""
-        self.peak_bytes = max(self.peak_bytes, self.memory.bytes())
-
-
-def _fields(config: RunConfig, settings: PruneConfig, pruned: Pruned, base: _Watch) -> dict[str, Any]:
-    removed = pruned.parameters_before - pruned.parameters_after
-    element_bytes = preflight.DTYPE_BYTES[config.model.dtype]
-    return {
+    element_bytes = DTYPE_BYTES[config.model.dtype]
+    fields = {
         "importance": settings.criterion,
         "selection": settings.selection,
         "compensation": settings.compensates_by,
         "target": target_text(settings),
         "target_rate": settings.rate,
-        "achieved_rate": removed / pruned.parameters_before,
-        "possible_rates": pruned.possible_rates,
+        "achieved_rate": (pruned.parameters_before - pruned.parameters_after) / pruned.parameters_before,
         "parameters_before": pruned.parameters_before,
         "parameters_after": pruned.parameters_after,
         "bytes_before": pruned.parameters_before * element_bytes,
         "bytes_after": pruned.parameters_after * element_bytes,
-        "peak_memory_bytes": base.peak_bytes,
-        "memory_counter": base.memory.counter,
+        "peak_memory_bytes": peak_bytes,
+        "memory_counter": memory.counter,
         "dropped_blocks": pruned.dropped_blocks,
-        "layers": layer_widths(base.config, pruned, base.block_parameters),
+        "layers": layer_widths(base_config, pruned, block_parameters),
     }
+    return pruned, fields
 
 
-def describe(cuts: Sequence[PruneConfig]) -> str:
-    """What the prune stage is about to do, in one line, of the settings of the cuts that are tried."""
-    settings = cuts[0]
+def describe(settings: PruneConfig) -> str:
+    """Describe the cut in one line."""
     if settings.is_off:
         return target_text(settings)
     parts = [target_text(settings), f"by {settings.criterion.replace('_', ' ')}", settings.selection]
-    if len(cuts) > 1:
-        parts.append("without whole blocks and with some, whichever loses less")
-    elif settings.drops_blocks:
+    if settings.drops_blocks:
         parts.append("whole blocks first" if settings.width_units else "whole blocks only")
     if settings.num_steps > 1:
         parts.append(f"in {settings.num_steps} steps")
@@ -323,7 +253,7 @@ def target_text(settings: PruneConfig) -> str:
 
 
 def layer_widths(base: Any, pruned: Pruned, before: list[int]) -> list[LayerWidths]:
-    """What each block of the base model keeps, of this many parameters each before."""
+    """List what each block of the base model keeps; `before` has the parameters of each."""
     from qpruner.pruning.prune import block_sizes
 
     family, after = family_of(base), block_sizes(pruned.model, range(num_layers(pruned.model.config)))

@@ -3,31 +3,52 @@
 from __future__ import annotations
 
 import logging
-import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
-from qpruner.export.card_metadata import lacking, told_lacking
-from qpruner.pipeline.context import Context
-from qpruner.pipeline.stage import explained
-from qpruner.report.files import CARD, write_report
-from qpruner.runs.events import Message, StageFinished, StageStarted
-from qpruner.runs.object_store import name_of
-from qpruner.runs.paths import RunDir, read_text
-from qpruner.runs.records import Results
+from typing_extensions import override
+
+from qpruner.pipeline.stage import Stage
+from qpruner.runs.records import Record
+from qpruner.runs.run_dir import RunDir
+from qpruner.runs.storage import display_name, read_text
+
+# A copied run folder keeps these words: the names alone stay true.
+WRITTEN = "report.html, report.md and results.json"
 
 
-def report(context: Context, results: Results) -> Results:
-    """Write every file; cheap, so it is done anew each time."""
-    # A copied run folder keeps these words: the names alone stay true.
-    files = "report.html, report.md and results.json"
-    context.emit(StageStarted("report", files))
-    started = time.monotonic()
-    with explained("report"):
-        write_report(context.run_dir)
-        remark = told_lacking(lacking(read_text(context.run_dir.root / CARD) or ""))
-    if remark:
-        context.emit(Message("report", remark))
-    context.emit(StageFinished("report", time.monotonic() - started, files))
-    return results
+class Report(Stage[Record]):
+    """Write every file of the report; cheap, so it is done anew each time."""
+
+    name = "report"
+    help = "Write a run folder's report anew, whole or not; given a configuration, run the whole flow."
+
+    @override
+    def warnings(self) -> Iterator[str]:
+        from qpruner.report.card import other_base_remark
+
+        if remark := other_base_remark(self.config):
+            yield remark
+
+    @override
+    def detail(self) -> str:
+        return WRITTEN
+
+    @override
+    def run(self, scratch: Path) -> dict[str, Any]:
+        from qpruner.export.card import missing_keys, missing_remark
+        from qpruner.report.files import CARD, write_report
+
+        run_dir = self.context.run_dir
+        write_report(run_dir)
+        if remark := missing_remark(missing_keys(read_text(run_dir.root / CARD) or "")):
+            self.tell(remark)
+        return {}
+
+    @override
+    def summary(self, record: Record) -> str:
+        return WRITTEN
 
 
 def report_unfinished(run_dir: RunDir) -> str:
@@ -36,8 +57,10 @@ def report_unfinished(run_dir: RunDir) -> str:
     Returns:
         Where it is, or that there is none, for a person.
     """
+    from qpruner.report.files import write_report
+
     try:
-        return f"{name_of(write_report(run_dir))} has the run so far"
+        return f"{display_name(write_report(run_dir))} has the run so far"
     except Exception as error:
         logging.getLogger(__name__).exception("no report of the unfinished run could be written")
         return f"warning: no report of the run so far could be written: {error}; `qpruner report` writes it anew"

@@ -9,20 +9,20 @@ from __future__ import annotations
 
 import contextlib
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
-from qpruner.cluster.room import Room
+from typing_extensions import override
+
 from qpruner.data.measures import accuracy_name
 from qpruner.errors import CorruptFile, StageError
-from qpruner.pipeline.context import Context
-from qpruner.pipeline.stage import Stage, matching, run_stage
+from qpruner.pipeline.stage import Stage
 from qpruner.plans.pareto import hypervolume, non_dominated
 from qpruner.plans.plan import PrecisionPlan
 from qpruner.runs.events import Message, Progress, SearchPlanned
-from qpruner.runs.paths import for_each, read_json, set_aside, write_json
 from qpruner.runs.records import (
     GIVEN,
     BankRecord,
@@ -36,176 +36,251 @@ from qpruner.runs.records import (
     TrialRecord,
     digest_of,
 )
+from qpruner.runs.storage import for_each, quarantine, read_json, write_json
 from qpruner.search.choice import controls_of, finalist_positions, winner_position
 from qpruner.search.trial_job import Materials
 from qpruner.search.trial_records import (
-    MENDED_BY,
-    begin_anew_if_damaged,
+    SETTING_REMEDIES,
     checkpoint_of,
     fresh_path,
     objective,
     read_trials,
+    readable_trials,
+    restart_if_damaged,
     set_aside_damaged,
 )
 from qpruner.sensitivity.seeds import seed_plan
-from qpruner.training.candidates import Candidate, ConfirmationJob, confirm_trial
+from qpruner.training.table_rows import Candidate, ConfirmationJob, confirm_trial
 from qpruner.wording import counted, error_text
 
 if TYPE_CHECKING:
-    from qpruner.cluster.tune import SearchJob
-
+    from qpruner.cluster.tune import SearchJob, SearchOutcome
+    from qpruner.pipeline.context import Context
 
 FINALISTS = "scoring finalists on fresh rows"
 REMEDY = "mend the cause, delete the folders of those trials in the run's `trials`"
 """What to do when all trials failed and no word is known for the reason, or there are several."""
 
 
-def search(context: Context, banked: BankRecord, measured: SensitivityRecord) -> SearchRecord:
-    """Candidate plans as parallel trials; the best few are scored again on fresh rows."""
-    settings, space = context.config.search, context.space
-    given, stage = given_plan(context, measured), search_stage(context, banked, measured)
-    trials_digest, search_digest = stage.inputs[:2]
-    state = SearchState(
-        trials_digest=trials_digest,
-        search=search_digest,
-        beside=_search_digest(context, measured, None) if given else None,
-        metric="accuracy" if settings.by_accuracy else "loss",
-        metrics=context.inspection.metrics["search"],
-        pareto=settings.pareto,
-        budget_bytes=space.budget_bytes,
-        max_trials=context.config.num_trials,
-        steps=settings.steps,
-    )
+class Search(Stage[SearchRecord]):
+    """Try candidate plans as parallel trials, and score the best few again on fresh rows."""
 
-    def tell(text: str) -> None:
-        context.emit(Message("search", text))
+    name = "search"
+    help = "Run up to the precision search."
+    record = SearchRecord
+    trains = True
 
-    set_aside_damaged(context.run_dir.trials / trials_digest, search_digest, tell)
-    recorded = read_trials(context.run_dir.trials / trials_digest)
-    own = [trial for trial in recorded if trial.search == search_digest][: settings.max_trials]
-    with contextlib.suppress(CorruptFile):  # which the stage meets, too
-        if not all(trial.is_over for trial in own) and matching(context.run_dir, stage, SearchRecord):
-            context.forget("search")  # all of them were over, before a trial's record was damaged
-    context.emit(SearchPlanned(state, tuple(recorded), measured))
+    @cached_property
+    def given(self) -> PrecisionPlan | None:
+        """The plan that is taken instead of a search."""
+        return given_plan(self.context)
 
-    def work(scratch: Path) -> dict[str, Any]:
-        from qpruner.cluster import tune as ray_tune
+    @cached_property
+    def search_digest(self) -> str:
+        """Digest of what is proposed."""
+        return _search_digest(self.context, self.given)
+
+    @cached_property
+    def trials_digest(self) -> str:
+        """Digest of what a trial's own result depends on."""
+        return _trials_digest(self.context, self.search_digest)
+
+    @property
+    def folder(self) -> Path:
+        """Where the trials are recorded."""
+        return self.context.run_dir.trials / self.trials_digest
+
+    @override
+    def inputs(self) -> tuple[Any, ...]:
+        settings = self.config.search
+        # More trials or hours continue with those there are.
+        ends = (settings.max_trials, settings.max_hours, settings.max_gpu_hours, settings.patience, settings.confirm)
+        return (self.trials_digest, self.search_digest, *ends)
+
+    @override
+    def warnings(self) -> Iterable[str]:
+        return self.context.inspection.warnings
+
+    @override
+    def check(self) -> None:
+        from qpruner.pipeline.resources import check_search
+        from qpruner.training.trackers import check_trackers
+
+        check_search(self.config.search, self.context.known_slots)
+        check_trackers(self.config.trackers)
+
+    @override
+    def begin(self) -> None:
+        """Report what is known of the trials, and forget the record where one of them was damaged."""
+        context, settings = self.context, self.config.search
+        # Its memory is needed before the trials start.
+        context.executor.close()
+        set_aside_damaged(self.folder, self.search_digest, self.tell)
+        trials = read_trials(self.folder)
+        own = [trial for trial in trials if trial.search == self.search_digest][: settings.max_trials]
+        with contextlib.suppress(CorruptFile):  # which is met again where the record is read
+            if not all(trial.is_over for trial in own) and self.matching_record(self.digest):
+                context.forget("search")  # all of them were over, before a trial's record was damaged
+        state = SearchState(
+            trials_digest=self.trials_digest,
+            search=self.search_digest,
+            beside=_search_digest(context, None) if self.given else None,
+            metric=self._metric,
+            metrics=context.inspection.metrics["search"],
+            pareto=settings.pareto,
+            budget_bytes=context.space.budget_bytes,
+            max_trials=self.config.num_trials,
+            steps=settings.steps,
+        )
+        context.emit(SearchPlanned(state, tuple(trials), context.record(SensitivityRecord)))
+
+    @property
+    def _metric(self) -> Literal["loss", "accuracy"]:
+        return "accuracy" if self.config.search.by_accuracy else "loss"
+
+    @override
+    def detail(self) -> str:
+        settings = self.config.search
+        trials = "the given plan" if self.given else f"{counted(settings.max_trials, 'trial')}, {settings.searcher}"
+        budget = self.context.space.budget_bytes / 1e6
+        return f"{trials}, {counted(settings.steps, 'step')} each, budget {budget:.1f} MB"
+
+    @override
+    def run(self, scratch: Path) -> dict[str, Any]:
+        context, job = self.context, self._job()
+        # Beside a plan that was given the controls are not run, but known for what they are where a search ran them.
+        priors = job.priors
+        known = replace(job, controls=[*controls_of(job.space, priors), *job.controls]) if self.given else job
+        context.join()
+        resumed = _report_recorded(context, job)
+        outcome, finalists = self._finalists(job, known)
+        fresh = _fresh_scores(context, finalists, known)
+        confirmations = _confirm(context, finalists, fresh, known)
+        by_index = {trial.index: trial for trial in finalists}
+        eligible = [each for each in confirmations if self.given in (None, _plan(by_index[each.index]))]
+        best = _best(eligible, job)
+        best_control = _best([each for each in confirmations if each.control], job)
+        assert best is not None, "there are finalists"
+        write_json(scratch / "best.json", by_index[best.index])
+        front = _front(confirmations, by_index, job) if self.config.search.pareto else ()
+        return self._trial_fields(outcome) | {
+            "confirmation_gpu_seconds": sum(score.gpu_seconds for score in fresh),
+            "confirmations": confirmations,
+            "best_index": best.index,
+            "best_origin": GIVEN if self.given else best.origin,
+            "best_plan": by_index[best.index].plan,
+            "best_control": best_control.index if best_control else None,
+            "control_won": best.control and not self.given,
+            "front": front,
+            "hypervolume": _hypervolume(front, job) if front else None,
+            "resumed": resumed,
+        }
+
+    def _job(self) -> SearchJob:
+        """Collect what the trials are run with."""
+        from qpruner.cluster.tune import SearchJob
         from qpruner.search.trial import run_trial
 
-        resources = context.trial_resources
-        priors = {name: method.values for name, method in measured.methods.items()}
-        controls = controls_of(space, priors)
-        job = ray_tune.SearchJob(
+        context, space = self.context, self.context.space
+        priors = {name: method.values for name, method in context.record(SensitivityRecord).methods.items()}
+        return SearchJob(
             config=context.worker_config,
             trial=run_trial,
             materials=Materials(context.checkpoint, context.bank, context.data),
             layout=context.layout,
             space=space,
-            controls=[(GIVEN, given)] if given else controls,
+            controls=[(GIVEN, self.given)] if self.given else controls_of(space, priors),
             priors=priors,
-            trials=context.run_dir.trials / trials_digest,
+            trials=self.folder,
             scratch=context.run_dir.tune,
-            digest=trials_digest,
-            search=search_digest,
-            resources=resources,
+            digest=self.trials_digest,
+            search=self.search_digest,
+            resources=context.trial_resources,
             check_node=context.check_node,
         )
-        # Beside a plan that was given the controls are not run, but known for what they are where a search ran them.
-        known = replace(job, controls=[*controls, *job.controls])
-        context.join()
-        room = Room(lambda: context.slots, resources, settings.max_concurrent, context.emit)
-        resumed = _tell_recorded(context, job)
+
+    def _finalists(self, job: SearchJob, known: SearchJob) -> tuple[SearchOutcome, list[TrialRecord]]:
+        """Run the trials, again where the files of a finalist turn out to be damaged."""
+        from qpruner.cluster import tune
+        from qpruner.cluster.slots import Room
+
+        context = self.context
+        room = Room(lambda: context.slots, job.resources, self.config.search.max_concurrent, context.emit)
         while True:
-            outcome = ray_tune.search(job, room, context.emit, context.trackers)
-            tell(f"ended: {outcome.ended}")
-            usable = [*outcome.trials, *(trial for trial in outcome.taken_over if space.is_feasible(_plan(trial)))]
-            if given:
-                finalists = _beside_given(usable, given, known)
+            outcome = tune.search(job, room, context.emit, context.trackers)
+            self.tell(f"ended: {outcome.ended}")
+            earlier = [trial for trial in outcome.reused if job.space.is_feasible(_plan(trial))]
+            usable = [*outcome.trials, *earlier]
+            if self.given:
+                finalists = _beside_given(usable, self.given, known)
             else:
                 finalists = _finalists([trial for trial in usable if _competes(trial, job)], job)
             # What is fine to read may not be what was written.
-            if not [trial for trial in finalists if begin_anew_if_damaged(job.trials, trial, tell)]:
-                break
-        fresh = _fresh_scores(context, finalists, known)
-        confirmations = _confirm(context, finalists, fresh, known)
-        by_index = {trial.index: trial for trial in finalists}
-        eligible = [each for each in confirmations if given is None or _plan(by_index[each.index]) == given]
-        best = _best(eligible, job)
-        best_control = _best([each for each in confirmations if each.control], job)
-        assert best is not None, "there are finalists"
-        write_json(scratch / "best.json", by_index[best.index])
-        front = _front(confirmations, by_index, job) if settings.pareto else ()
+            if not [trial for trial in finalists if restart_if_damaged(job.trials, trial, self.tell)]:
+                return outcome, finalists
+
+    def _trial_fields(self, outcome: SearchOutcome) -> dict[str, Any]:
+        """Return the fields of the record that describe the trials."""
         statuses = [trial.status for trial in outcome.trials]
         return {
-            "trials_digest": trials_digest,
-            "searcher": settings.searcher if context.config.is_searched else "none",
-            "metric": state.metric,
-            "metrics": state.metrics,
-            "budget_bytes": space.budget_bytes,
+            "trials_digest": self.trials_digest,
+            "searcher": self.config.search.searcher if self.config.is_searched else "none",
+            "metric": self._metric,
+            "metrics": self.context.inspection.metrics["search"],
+            "budget_bytes": self.context.space.budget_bytes,
             "num_trials": len(outcome.trials),
             "num_finished": statuses.count("finished"),
             "num_stopped": statuses.count("stopped"),
             "num_failed": statuses.count("failed"),
             "failures": dict(Counter(trial.failure for trial in outcome.trials if trial.failure)),
-            "num_taken_over": sum(1 for trial in outcome.taken_over if trial.rungs),
+            "num_reused": sum(1 for trial in outcome.reused if trial.rungs),
             "ended": outcome.ended,
             "search_seconds": outcome.seconds,
             "gpu_seconds": outcome.gpu_seconds,
-            "confirmation_gpu_seconds": sum(score.gpu_seconds for score in fresh),
-            "confirmations": confirmations,
-            "best_index": best.index,
-            "best_origin": GIVEN if given else best.origin,
-            "best_plan": by_index[best.index].plan,
-            "best_control": best_control.index if best_control else None,
-            "control_won": best.control and not given,
-            "front": front,
-            "hypervolume": _hypervolume(front, job) if front else None,
-            "resumed": resumed,
             "sessions": outcome.sessions,
         }
 
-    def figures(record: SearchRecord) -> str:
+    @override
+    def summary(self, record: SearchRecord) -> str:
         front = f"a front of {counted(len(record.front), 'plan')}, " if record.front else ""
         return (
             f"{record.num_finished} finished, {record.num_stopped} stopped early, {record.num_failed} failed; {front}"
             f"winner: trial {record.best_index} [{PrecisionPlan.from_dict(record.best_plan)}] ({record.best_origin})"
         )
 
-    return run_stage(context, stage, SearchRecord, work, figures)
+    @override
+    def share_done(self) -> float:
+        over = sum(trial.is_over and trial.search == self.search_digest for trial in readable_trials(self.folder))
+        return min(1.0, over / self.config.num_trials)
+
+    @override
+    def disk_bytes(self) -> int:
+        are_here = self.context.run_dir.storage.fills_this_disk
+        return self.context.checkpoint_bytes * self.config.num_trials if are_here else 0
 
 
-def given_plan(context: Context, measured: SensitivityRecord) -> PrecisionPlan | None:
-    """The plan that is taken instead of a search: that of a file, a sensitivity's seed plan, or the only one there is;
-    None where plans are searched.
+def given_plan(context: Context) -> PrecisionPlan | None:
+    """Return the plan that is used instead of a search, or None.
+
+    It comes from a file, is a sensitivity's seed plan, or the only plan there is.
 
     Raises:
-        PlanRefused: If a file's plan is none for this model, or over the budget.
+        PlanRefused: If a file's plan does not fit this model or its budget.
     """
     space, method = context.space, context.config.search.plan_method
     if method:
+        measured = context.record(SensitivityRecord)
         return seed_plan(measured.methods[method].values, space)
     if context.plan_in_file or len(space.levels) > 1:
         return context.plan_in_file
     return space.uniform(space.levels[0])
 
 
-def search_stage(context: Context, banked: BankRecord, measured: SensitivityRecord) -> Stage:
-    """What `search` depends on: the digests of its trials and of what is proposed, and where it ends."""
-    settings, space, given = context.config.search, context.space, given_plan(context, measured)
-    search_digest = _search_digest(context, measured, given)
-    trials_digest = _trials_digest(context, banked, search_digest)
-    trials = "the given plan" if given else f"{counted(settings.max_trials, 'trial')}, {settings.searcher}"
-    detail = f"{trials}, {counted(settings.steps, 'step')} each, budget {space.budget_bytes / 1e6:.1f} MB"
-    # More trials or hours go on from those there are.
-    ends = (settings.max_trials, settings.max_hours, settings.max_gpu_hours, settings.patience, settings.confirm)
-    return Stage("search", detail, (trials_digest, search_digest, *ends))
-
-
-def _search_digest(context: Context, measured: SensitivityRecord, given: PrecisionPlan | None) -> str:
+def _search_digest(context: Context, given: PrecisionPlan | None) -> str:
     """Digest of what is proposed, or of the plan that is given in its place."""
     settings = context.config.search
     return digest_of(
-        measured.digest,
+        context.record(SensitivityRecord).digest,
         context.space.budget_bytes,
         settings.searcher,
         settings.metric,
@@ -215,13 +290,13 @@ def _search_digest(context: Context, measured: SensitivityRecord, given: Precisi
     )
 
 
-def _trials_digest(context: Context, banked: BankRecord, search_digest: str) -> str:
+def _trials_digest(context: Context, search_digest: str) -> str:
     """Digest of what a trial's own result depends on; with `reuse_trials` off also of whose trial it is."""
     config, settings = context.config, context.config.search
     scored = (settings.steps, settings.rungs, settings.tasks, settings.limit, config.evaluate.batch_size)
     return digest_of(
         "trials",
-        banked.digest,
+        context.record(BankRecord).digest,
         context.space.levels,
         config.training,
         config.lora,
@@ -232,8 +307,8 @@ def _trials_digest(context: Context, banked: BankRecord, search_digest: str) -> 
     )
 
 
-def _tell_recorded(context: Context, job: SearchJob) -> int:
-    """Say what the search starts from; returns the number of its own trials that were recorded before."""
+def _report_recorded(context: Context, job: SearchJob) -> int:
+    """Report what the search starts from; return the number of its own recorded trials."""
     recorded = [trial for trial in read_trials(job.trials) if trial.rungs]
     resumed = sum(1 for trial in recorded if job.owns(trial))
     if resumed:
@@ -249,12 +324,12 @@ def _plan(trial: TrialRecord) -> PrecisionPlan:
 
 
 def _competes(trial: TrialRecord, job: SearchJob) -> bool:
-    """Whether a trial may win a search: one of a plan that was given instead of another search is none of its own."""
+    """Whether a trial may win: a plan that was given in place of an earlier search may not."""
     return not trial.is_given or job.control_of(_plan(trial)) is not None
 
 
 def _finalists(trials: Sequence[TrialRecord], job: SearchJob) -> list[TrialRecord]:
-    """The best finished trials and every finished control; for a front, no trial that could be on it is left out.
+    """Choose the best finished trials and every finished control; for a front, all trials that could be on it.
 
     Raises:
         StageError: If no trial finished, with the first reason.
@@ -266,7 +341,7 @@ def _finalists(trials: Sequence[TrialRecord], job: SearchJob) -> list[TrialRecor
     if not finished:
         reasons = [trial.reason for trial in trials if trial.reason]
         kinds = {trial.failure for trial in trials}
-        mend = MENDED_BY.get(kinds.pop() or "", REMEDY) if len(kinds) == 1 else REMEDY
+        mend = SETTING_REMEDIES.get(kinds.pop() or "", REMEDY) if len(kinds) == 1 else REMEDY
         raise StageError(
             "search",
             f"none of {counted(len(trials), 'trial')} finished; the first said: {reasons[0] if reasons else 'nothing'}",
@@ -284,7 +359,7 @@ def _finalists(trials: Sequence[TrialRecord], job: SearchJob) -> list[TrialRecor
 
 
 def _beside_given(trials: Sequence[TrialRecord], given: PrecisionPlan, job: SearchJob) -> list[TrialRecord]:
-    """The trial of the plan that was given, and every control that a search has finished: what it is compared with.
+    """Choose the trial of the given plan, and every control that a search has finished to compare it with.
 
     Raises:
         StageError: If the given plan's trial did not finish.
@@ -297,15 +372,15 @@ def _beside_given(trials: Sequence[TrialRecord], given: PrecisionPlan, job: Sear
 def _confirm(
     context: Context, finalists: Sequence[TrialRecord], scores: Sequence[KeptScore], job: SearchJob
 ) -> list[Confirmation]:
-    """The finalists with their scores on what no trial was scored on."""
+    """Report the finalists with their scores on fresh rows."""
     confirmations = []
     for trial, score in zip(finalists, scores, strict=True):
-        control, taken_over = job.control_of(_plan(trial)), not job.owns(trial)
+        control, reused = job.control_of(_plan(trial)), not job.owns(trial)
         each = Confirmation(
             index=trial.index,
-            origin=control or (f"{trial.origin} of another search" if taken_over else trial.origin),
+            origin=control or (f"{trial.origin} of another search" if reused else trial.origin),
             control=control not in (None, GIVEN),
-            taken_over=taken_over,
+            reused=reused,
             **score.model_dump(exclude={"digest", "gpu_seconds"}),
         )
         text = (
@@ -320,8 +395,8 @@ def _confirm(
 
 
 def _fresh_scores(context: Context, finalists: Sequence[TrialRecord], job: SearchJob) -> list[KeptScore]:
-    """Scores of each finalist on what no trial was scored on; what a command before scored is not scored again."""
-    from qpruner.cluster.cluster import run_tasks
+    """Score each finalist on fresh rows; scores of an earlier command are reused."""
+    from qpruner.cluster.tasks import run_tasks
 
     paths = [fresh_path(job.trials, trial.index) for trial in finalists]
     # Which rows there are is told by the folder of trials, as all that they were trained on.
@@ -330,7 +405,7 @@ def _fresh_scores(context: Context, finalists: Sequence[TrialRecord], job: Searc
     found: dict[int, KeptScore] = {}
     for position, kept in enumerate(for_each(_kept_or_error, paths)):
         if isinstance(kept, CorruptFile):
-            where = set_aside(paths[position], job.trials)
+            where = quarantine(paths[position], job.trials)
             context.emit(Message("search", f"warning: {kept}; set aside in {where}, that finalist is scored again"))
         elif kept and kept.digest == digests[position]:
             found[position] = kept
@@ -366,7 +441,7 @@ def _kept_or_error(path: Path) -> KeptScore | CorruptFile | None:
 def _confirmation_jobs(
     context: Context, finalists: Sequence[TrialRecord], job: SearchJob
 ) -> tuple[list[ConfirmationJob], dict[str, float], int]:
-    """A job a finalist, the resources of each, and how many run at once."""
+    """Make a job for each finalist; return them, the resources of each, and how many run at once."""
     resources, concurrent = context.task_resources(len(finalists))
     jobs = []
     for trial in finalists:
@@ -381,7 +456,7 @@ def _confirmation_jobs(
 
 
 def _best(confirmations: Sequence[Confirmation], job: SearchJob) -> Confirmation | None:
-    """The best on fresh rows; a control wins like any other plan, and a tie."""
+    """Return the best on fresh rows; a control wins a tie."""
     scores = [objective(each, job.config) for each in confirmations]
     position = winner_position(scores, [each.control for each in confirmations])
     return None if position is None else confirmations[position]
@@ -390,7 +465,7 @@ def _best(confirmations: Sequence[Confirmation], job: SearchJob) -> Confirmation
 def _front(
     confirmations: Sequence[Confirmation], trials: dict[int, TrialRecord], job: SearchJob
 ) -> tuple[FrontPoint, ...]:
-    """The confirmed plans that none of fewer or equal bytes beats, by bytes."""
+    """List the confirmed plans that no plan of fewer or equal bytes beats, by bytes."""
     weighed = [(trials[each.index].plan_bytes, objective(each, job.config)) for each in confirmations]
     return tuple(
         FrontPoint(

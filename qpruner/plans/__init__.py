@@ -1,0 +1,1 @@
+"""Plans: a bit-width for every group, and their bytes."""

@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from qpruner.config.schema import parse_yaml
+from qpruner.config.load import parse_yaml
 from qpruner.errors import PlanRefused
 from qpruner.plans.plan import PrecisionPlan
 

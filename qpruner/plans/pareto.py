@@ -1,4 +1,4 @@
-"""The front of two figures that are both to be small, as a plan's bytes and its loss, and what a front is worth."""
+"""The Pareto front of two figures to be minimized, such as a plan's bytes and its loss, and its hypervolume."""
 
 from __future__ import annotations
 
@@ -9,8 +9,7 @@ Point = tuple[float, float]
 
 
 def non_dominated(points: Sequence[Point]) -> list[int]:
-    """Positions of the points that no other equals in one figure and beats in the other, or beats in both; both are
-    minimized, and of equal points the first counts."""
+    """Return the positions of the points that no other dominates; of equal points the first counts."""
     front, lowest = [], float("inf")
     for position in sorted(range(len(points)), key=lambda position: points[position]):
         if points[position][1] < lowest:
@@ -20,16 +19,11 @@ def non_dominated(points: Sequence[Point]) -> list[int]:
 
 
 def hypervolume(points: Sequence[Point], smallest: Point, budget_bytes: float) -> float:
-    """The hypervolume of a front by bytes and score (Zitzler and Thiele, 1998), in the unit of the score.
+    """Compute the hypervolume of a front by bytes and score (Zitzler and Thiele, 1998), in the unit of the score.
 
-    That is the area of what the points dominate, up to the budget and to the score of the smallest plan, divided by the
-    bytes from that plan to the budget: how much better than it the best plan inside a budget is, in the mean over all
-    budgets between them. So a plan of the whole budget adds nothing.
-
-    Args:
-        points: Of plans, dominated ones too.
-        smallest: The plan that all others are measured by.
-        budget_bytes: The largest budget.
+    It is the area that the points dominate, up to the budget and to the score of the smallest plan, divided by the
+    bytes between that plan and the budget: by how much the best plan inside a budget beats the smallest one, in the
+    mean over all budgets between them. So a plan of the whole budget adds nothing.
     """
     area, lowest = 0.0, smallest[1]
     for position in non_dominated(points):
@@ -41,7 +35,7 @@ def hypervolume(points: Sequence[Point], smallest: Point, budget_bytes: float) -
 
 
 def hypervolumes(points: Iterable[Point | None], smallest: Point, budget_bytes: float) -> Iterator[float]:
-    """The hypervolume of the first 1, 2, ... points, where a None adds nothing."""
+    """Yield the hypervolume of the first 1, 2, ... points; a None adds nothing."""
     front: list[Point] = []
     for point in points:
         if point is not None:

@@ -1,4 +1,4 @@
-"""Precision plans, the groups they speak of, and what a plan weighs.
+"""Precision plans, the groups they are about, and their bytes.
 
 The byte formulas below are those of the packed bitsandbytes tensors (QLoRA, arXiv 2305.14314, section 3, for NF4 and
 double quantization; LLM.int8(), arXiv 2208.07339, for 8 bits). A test holds formula == packed tensors.
@@ -36,8 +36,10 @@ _INFEASIBLE = 2
 
 @contextmanager
 def _native_output_dropped() -> Iterator[None]:
-    """Drop what native code prints: HiGHS (scipy 1.18) leaves a debugging line in C's buffer on some problems, which
-    would follow the JSON object at the end of stdout."""
+    """Drop what native code prints.
+
+    HiGHS (scipy 1.18) leaves a debugging line in C's buffer on some problems, which would follow the JSON on stdout.
+    """
     library = ctypes.CDLL(None)
     sys.stdout.flush()
     library.fflush(None)
@@ -62,11 +64,12 @@ class LinearShape:
 
     @property
     def num_weights(self) -> int:
+        """Count the weights."""
         return self.rows * self.columns
 
 
 def packed_bytes(linear: LinearShape, bits: int, element_bytes: int, double_quant: bool) -> int:
-    """Bytes of one linear layer's packed weight, its scales and code tables included (bias excluded).
+    """Count the bytes of one linear layer's packed weight, its scales and code tables included (bias excluded).
 
     Args:
         linear: The layer.
@@ -87,7 +90,7 @@ def packed_bytes(linear: LinearShape, bits: int, element_bytes: int, double_quan
 
 
 def told_of_budget(plan_bytes: int, budget_bytes: int) -> str:
-    """`0.75 MB left of the budget of 127.11 MB`, or above it."""
+    """Describe what is left: `0.75 MB left of the budget of 127.11 MB`, or above it."""
     left = (budget_bytes - plan_bytes) / 1e6
     return f"{abs(left):.2f} MB {'left of' if left >= 0 else 'above'} the budget of {budget_bytes / 1e6:.2f} MB"
 
@@ -96,7 +99,7 @@ WRONGLY_DECODED = "and on a CPU bitsandbytes decodes 4-bit weights wrongly where
 
 
 def check_cpu_widths(linears: Iterable[LinearShape]) -> None:
-    """Refuse 4-bit layers that bitsandbytes' CPU kernel decodes wrongly.
+    """Check that no 4-bit layer has a width that bitsandbytes' CPU kernel decodes wrongly.
 
     Measured with bitsandbytes 0.50.2 on AVX512: where the number of columns is a multiple of 16 but not of 64, the
     kernel takes scales of the wrong blocks, and the relative error of a random weight is 0.25 instead of 0.09.
@@ -114,7 +117,7 @@ def check_cpu_widths(linears: Iterable[LinearShape]) -> None:
 
 
 def decodes_wrongly(columns: int) -> bool:
-    """Whether bitsandbytes' CPU kernel decodes 4-bit weights of so many columns wrongly, see `check_cpu_widths`."""
+    """Return whether bitsandbytes' CPU kernel decodes 4-bit weights of this width wrongly, see `check_cpu_widths`."""
     return columns % 16 == 0 and columns % NF4_BLOCK_SIZE != 0
 
 
@@ -127,23 +130,20 @@ class Group:
 
     @property
     def num_weights(self) -> int:
+        """Count the weights."""
         return sum(linear.num_weights for linear in self.linears)
 
     def bytes_at(self, bits: int, element_bytes: int, double_quant: bool) -> int:
+        """Count the packed bytes, see `packed_bytes`."""
         return sum(packed_bytes(linear, bits, element_bytes, double_quant) for linear in self.linears)
 
 
 @dataclass(frozen=True)
 class PrecisionPlan:
-    """A bit-width for every group; hashable, ordered like the model.
+    """A bit-width for every group; hashable."""
 
-    Attributes:
-        groups: Names of the groups, from the first block to the last.
-        bits: One of 4, 8, 16 for each of them.
-    """
-
-    groups: tuple[str, ...]
-    bits: tuple[int, ...]
+    groups: tuple[str, ...]  # names, in model order
+    bits: tuple[int, ...]  # 4, 8 or 16 for each group
 
     def __post_init__(self) -> None:
         if len(self.groups) != len(self.bits):
@@ -151,14 +151,16 @@ class PrecisionPlan:
 
     @classmethod
     def from_dict(cls, bits: Mapping[str, int]) -> PrecisionPlan:
-        # Interned: a searcher keeps every plan it is told of, and each record that is read spells the names anew.
+        """Make a plan from bits by group."""
+        # Interned: a searcher keeps every plan, and each record has its own copy of the names.
         return cls(tuple(sys.intern(name) for name in bits), tuple(int(value) for value in bits.values()))
 
     def as_dict(self) -> dict[str, int]:
+        """Return bits by group."""
         return dict(zip(self.groups, self.bits, strict=True))
 
     def _repr_html_(self) -> str:
-        """For notebooks: a cell a group, shaded by its bits, its name on pointing."""
+        """Render for notebooks: a shaded cell for each group, with its name as a tooltip."""
         style = "display:inline-block;width:1.6em;text-align:center;margin:1px;background:"
         return "".join(
             f'<span title="{html.escape(group)}" style="{style}{SHADES[bits]}">{bits}</span>'
@@ -166,39 +168,31 @@ class PrecisionPlan:
         )
 
     def __str__(self) -> str:
-        """The plan as a short bar: one character a group (``4``, ``8``, ``F`` for 16)."""
+        """Return the plan as a short bar: one character a group (``4``, ``8``, ``F`` for 16)."""
         return "".join({4: "4", 8: "8", FULL_BITS: "F"}[value] for value in self.bits)
 
 
 @dataclass(frozen=True)
 class Layout:
-    """The groups of one model and the bytes that no plan changes.
+    """The groups of one model and the bytes that no plan changes."""
 
-    Attributes:
-        groups: The groups, in model order.
-        ungrouped_bytes: Embeddings, head, norms, biases: what stays unquantized.
-        adapter_bytes: The LoRA matrices (float32, as peft keeps them beside quantized weights).
-        element_bytes: Bytes of one unquantized weight.
-        double_quant: Whether 4-bit scales are quantized themselves.
-        num_parameters: Parameters of the model without adapters.
-    """
-
-    groups: tuple[Group, ...]
-    ungrouped_bytes: int
-    adapter_bytes: int
-    element_bytes: int
-    double_quant: bool
-    num_parameters: int
+    groups: tuple[Group, ...]  # in model order
+    ungrouped_bytes: int  # embeddings, head, norms, biases: what stays unquantized
+    adapter_bytes: int  # LoRA matrices in float32, as peft keeps them beside quantized weights
+    element_bytes: int  # of one unquantized weight
+    double_quant: bool  # whether 4-bit scales are quantized themselves
+    num_parameters: int  # without adapters
 
     def uniform(self, bits: int) -> PrecisionPlan:
+        """Return the plan with every group at `bits`."""
         return PrecisionPlan(tuple(group.name for group in self.groups), (bits,) * len(self.groups))
 
     def group_bytes(self, bits: int) -> list[int]:
-        """Bytes of each group at ``bits``, in model order."""
+        """Return the bytes of each group at ``bits``, in model order."""
         return [group.bytes_at(bits, self.element_bytes, self.double_quant) for group in self.groups]
 
     def plan_bytes(self, plan: PrecisionPlan) -> int:
-        """Bytes of the whole model under ``plan``: packed groups, unquantized rest, adapters."""
+        """Count the bytes of the whole model under ``plan``: packed groups, unquantized rest, adapters."""
         grouped = sum(
             group.bytes_at(bits, self.element_bytes, self.double_quant)
             for group, bits in zip(self.groups, plan.bits, strict=True)
@@ -206,12 +200,12 @@ class Layout:
         return grouped + self.ungrouped_bytes + self.adapter_bytes
 
     def mean_bits(self, plan: PrecisionPlan) -> float:
-        """Nominal bits per grouped weight (scales and the unquantized rest not counted)."""
+        """Return the nominal bits per grouped weight (scales and the unquantized rest not counted)."""
         total = sum(group.num_weights for group in self.groups)
         return sum(group.num_weights * bits for group, bits in zip(self.groups, plan.bits, strict=True)) / total
 
     def bits_by_linear(self, plan: PrecisionPlan) -> dict[str, int]:
-        """The plan spelled out: bit-width by full module path."""
+        """Return the bit-width of each linear layer, by its full module path."""
         return {
             linear.name: bits for group, bits in zip(self.groups, plan.bits, strict=True) for linear in group.linears
         }
@@ -219,25 +213,17 @@ class Layout:
 
 @dataclass(frozen=True)
 class PlanSpace:
-    """All plans that stay inside a byte budget: what a searcher knows of a model.
+    """All plans inside a byte budget: what a searcher knows of a model."""
 
-    Attributes:
-        groups: Names of the groups, in model order.
-        levels: The bit-widths a group may take, ascending.
-        group_bytes: ``(groups, levels)``: bytes of each group at each level.
-        fixed_bytes: Bytes that no plan changes.
-        budget_bytes: The most a plan may weigh.
-    """
-
-    groups: tuple[str, ...]
-    levels: tuple[int, ...]
-    group_bytes: tuple[tuple[int, ...], ...]
-    fixed_bytes: int
+    groups: tuple[str, ...]  # names, in model order
+    levels: tuple[int, ...]  # bit-widths, ascending
+    group_bytes: tuple[tuple[int, ...], ...]  # (groups, levels)
+    fixed_bytes: int  # that no plan changes
     budget_bytes: int
 
     @classmethod
     def of(cls, layout: Layout, levels: tuple[int, ...], budget_bytes: int) -> PlanSpace:
-        """The plans of a model that stay inside a budget."""
+        """Return the plans of a model that stay inside a budget."""
         by_level = [layout.group_bytes(bits) for bits in levels]
         return cls(
             groups=tuple(group.name for group in layout.groups),
@@ -248,27 +234,28 @@ class PlanSpace:
         )
 
     def uniform(self, bits: int) -> PrecisionPlan:
-        """Every group at `bits`."""
+        """Return the plan with every group at `bits`."""
         return PrecisionPlan(self.groups, (bits,) * len(self.groups))
 
     def plan_of(self, indices: Iterable[int]) -> PrecisionPlan:
-        """The plan that gives each group the level of that index."""
+        """Return the plan that gives each group the level of that index."""
         return PrecisionPlan(self.groups, tuple(self.levels[int(index)] for index in indices))
 
     def indices_of(self, plan: PrecisionPlan) -> tuple[int, ...]:
-        """Index of each group's level."""
+        """Return the index of each group's level."""
         return tuple(self.levels.index(bits) for bits in plan.bits)
 
     def plan_bytes(self, plan: PrecisionPlan) -> int:
-        """Bytes of the whole model under `plan`."""
+        """Count the bytes of the whole model under `plan`."""
         grouped = sum(sizes[level] for sizes, level in zip(self.group_bytes, self.indices_of(plan), strict=True))
         return grouped + self.fixed_bytes
 
     def is_feasible(self, plan: PrecisionPlan) -> bool:
+        """Return whether a plan is inside the budget."""
         return self.plan_bytes(plan) <= self.budget_bytes
 
     def best_by_gain(self, gains: Sequence[Sequence[float]]) -> PrecisionPlan:
-        """The feasible plan with the largest summed gain: a multiple-choice knapsack, solved exactly.
+        """Return the feasible plan with the largest summed gain: a multiple-choice knapsack, solved exactly.
 
         Args:
             gains: ``(groups, levels)``: what giving a group that level is worth.
@@ -283,7 +270,7 @@ class PlanSpace:
         return plan
 
     def nearest_feasible(self, plan: PrecisionPlan, avoid: Iterable[PrecisionPlan] = ()) -> PrecisionPlan | None:
-        """The feasible plan that agrees with ``plan`` in the most groups and is not in ``avoid``.
+        """Return the feasible plan not in ``avoid`` that agrees with ``plan`` in the most groups.
 
         Ties go to the plan that keeps more bytes. Returns None when every feasible plan is to be avoided.
 
@@ -304,11 +291,10 @@ class PlanSpace:
         return self._solve(gains, known) if found in known else found
 
     def _solve(self, gains: Sequence[Sequence[float]], avoid: Iterable[PrecisionPlan]) -> PrecisionPlan | None:
-        """Maximize the summed gain under the budget, each group at one level, none of ``avoid``; None if there is no
-        such plan.
+        """Maximize the summed gain under the budget, without the plans of ``avoid``; None if there is no plan.
 
-        HiGHS accepts a row that is violated by up to 1e-6. Where that lets a plan over the budget, a margin is asked
-        for, and where only plans within the margin are left, such plans are excluded one by one.
+        HiGHS accepts a row that is violated by up to 1e-6. If its plan is over the budget, it solves with a margin; if
+        only plans within the margin are left, such plans are excluded one by one.
         """
         known = list(avoid)
         for margin in (0.0, 2e-6, 2e-5):
@@ -330,7 +316,7 @@ class PlanSpace:
     def _optimum(
         self, gains: Sequence[Sequence[float]], avoid: Sequence[PrecisionPlan], margin: float
     ) -> PrecisionPlan | None:
-        """What HiGHS finds; None where it proves that there is none."""
+        """Solve with HiGHS; None where it proves that there is no plan."""
         import numpy as np
         from scipy.optimize import Bounds, LinearConstraint, milp
 
@@ -355,8 +341,8 @@ class PlanSpace:
             return None
         if not solution.success:
             raise SolverFailed(
-                f"no plan of {num_groups} groups inside {self.budget_bytes} bytes was told from none: HiGHS ended with "
-                f"status {solution.status} ({solution.message}); its limit is {SOLVER_SECONDS:g} s: try again, or take "
-                "fewer groups (`quantize.group`)"
+                f"no plan of {num_groups} groups inside {self.budget_bytes} bytes was found or ruled out: HiGHS ended "
+                f"with status {solution.status} ({solution.message}); its limit is {SOLVER_SECONDS:g} s: try again, or "
+                "take fewer groups (`quantize.group`)"
             )
         return self.plan_of(solution.x.reshape(num_groups, num_levels).argmax(axis=1))

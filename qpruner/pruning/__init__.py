@@ -1,0 +1,1 @@
+"""The one-time structured cut: importance, selection, compensation, surgery."""

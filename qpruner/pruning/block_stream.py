@@ -14,15 +14,16 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from qpruner.data.calibration import Samples, at_tokens, batches, entering
+from qpruner.data.calibration import Samples, at_tokens, block_inputs
+from qpruner.data.losses import batches
 from qpruner.models.families import family_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-class _Enough(Exception):
-    """What was listened for has been heard: the rest of the block need not run."""
+class _InputsSeen(Exception):
+    """Stops a block once its inputs were seen: the rest need not run."""
 
 
 class BlockStream:
@@ -38,7 +39,7 @@ class BlockStream:
         self._model = model
         self._path = family_of(model.config).block_path
         self._num_blocks = model.config.num_hidden_layers
-        self._told = samples.told
+        self._on_progress = samples.on_progress
         self._hidden: list[torch.Tensor] = []
         self._tokens: list[torch.Tensor] = []
         self._calls: list[dict[int, tuple[tuple[Any, ...], dict[str, Any]]]] = []
@@ -63,12 +64,12 @@ class BlockStream:
 
             def hook(module: torch.nn.Module, inputs: tuple[torch.Tensor, ...], at: torch.Tensor = tokens) -> None:
                 visit(at_tokens(inputs[0], at))
-                raise _Enough
+                raise _InputsSeen
 
             handle = block.get_submodule(linear).register_forward_pre_hook(hook)
             try:
                 self._run(index, batch, self._hidden[batch])
-            except _Enough:
+            except _InputsSeen:
                 pass
             finally:
                 handle.remove()
@@ -103,7 +104,7 @@ class BlockStream:
         """Take the hidden states through a block, each batch's in the place of what they were."""
         for batch, hidden in enumerate(self._hidden):
             self._hidden[batch] = self._run(index, batch, hidden)
-        self._told(index + 1, self._num_blocks)
+        self._on_progress(index + 1, self._num_blocks)
 
     def _run(self, index: int, batch: int, hidden: torch.Tensor) -> torch.Tensor:
         args, kwargs = self._calls[batch][index]
@@ -118,7 +119,7 @@ class BlockStream:
         def hook_for(index: int) -> Callable[..., None]:
             def hook(block: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
                 if index == 0:
-                    self._hidden.append(entering(args, kwargs))
+                    self._hidden.append(block_inputs(args, kwargs))
                 others = {name: value for name, value in kwargs.items() if name != "hidden_states"}
                 self._calls[-1][index] = (args[1:], others)
 

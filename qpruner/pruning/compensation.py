@@ -21,15 +21,15 @@ from qpruner.errors import TrainingDiverged
 from qpruner.models import ragged
 from qpruner.models.families import UnitKind, family_of
 from qpruner.pruning.block_stream import BlockStream
-from qpruner.pruning.selection import Kept
 from qpruner.pruning.surgery import unit_indices
+from qpruner.pruning.units import Kept
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
 class _Gram:
-    """Sums of outer products of a layer's inputs, and of targets with them: all that least squares needs to know."""
+    """Sum outer products of a layer's inputs, and of targets with them, as least squares needs them."""
 
     def __init__(self) -> None:
         self.matrix: torch.Tensor | None = None
@@ -50,10 +50,10 @@ class _Gram:
             self.targets = product if self.targets is None else self.targets.add_(product)
 
 
-def fold_blocks(
+def compensate_blocks(
     model: PreTrainedModel, gone: Collection[int], layers: Collection[int], ridge: float, samples: Samples
 ) -> None:
-    """Let the block in front of blocks that go whole add what they added, as far as its channels can say.
+    """Solve the MLP output in front of blocks that go whole, so that it adds what they added.
 
     With X the inputs of its output projection (down) over the calibration tokens, and D what the blocks that go add to
     the residual stream, its weights become the ``W'`` that minimize ``|X (W' - W)^T - D|^2 + lambda |W' - W|^2``:
@@ -86,7 +86,7 @@ def fold_blocks(
             weight.copy_(weight.float() + change.to(weight.device))
         stream.advance(index)
     if config.num_hidden_layers - 1 in gone:
-        samples.told(config.num_hidden_layers, config.num_hidden_layers)
+        samples.on_progress(config.num_hidden_layers, config.num_hidden_layers)
 
 
 def compensate(model: PreTrainedModel, kept: Kept, method: str, ridge: float, samples: Samples) -> None:
@@ -134,7 +134,7 @@ def compensate(model: PreTrainedModel, kept: Kept, method: str, ridge: float, sa
 
 
 def _columns(kind: UnitKind, units: tuple[int, ...]) -> torch.Tensor:
-    """The columns of the output projection that some units own."""
+    """List the columns of the output projection that some units own."""
     output = next(item for item in kind.slices if item.parameter == f"{kind.output_linear}.weight")
     return unit_indices(output, units)
 
@@ -186,7 +186,7 @@ def _others(stays: torch.Tensor, length: int) -> torch.Tensor:
 
 
 def new_biases(model: PreTrainedModel, settings: PruneConfig, layers: Sequence[int]) -> list[str]:
-    """Output projections that compensation gives a bias where the family has none."""
+    """List the output projections that compensation gives a bias where the family has none."""
     if settings.compensates_by != "bias":
         return []
     family = family_of(model.config)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from qpruner.data.calibration import Samples, at_tokens, entering
+from qpruner.data.calibration import Samples, at_tokens, block_inputs
 from qpruner.models.families import EXPERT, MLP, UnitKind, family_of
 from qpruner.pruning.importance import check_finite, taylor
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def block_importance(model: PreTrainedModel, layers: Sequence[int], method: str, samples: Samples) -> dict[int, float]:
-    """Importance of every block that may go.
+    """Score every block that may go.
 
     Args:
         model: Dense model.
@@ -51,8 +51,10 @@ def _once(kinds: Sequence[UnitKind]) -> tuple[UnitKind, ...]:
 
 @torch.no_grad()
 def block_influence(model: PreTrainedModel, layers: Sequence[int], samples: Samples) -> dict[int, float]:
-    """One minus the mean cosine between a block's input and output (ShortGPT, arXiv 2403.03853, eq. 1): a block that
-    hardly turns its hidden states can go."""
+    """Compute one minus the mean cosine between a block's input and output (ShortGPT, arXiv 2403.03853, eq. 1).
+
+    A block that hardly turns its hidden states can go.
+    """
     family = family_of(model.config)
     sums = dict.fromkeys(layers, 0.0)
     tokens = torch.empty(0, dtype=torch.bool)
@@ -60,7 +62,7 @@ def block_influence(model: PreTrainedModel, layers: Sequence[int], samples: Samp
 
     def hook_for(index: int) -> Callable[..., None]:
         def hook(block: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-            before = entering(args, kwargs)
+            before = block_inputs(args, kwargs)
             after = output[0] if isinstance(output, tuple) else output
             # Spread over several devices, a block is given what lies on the device of the one before.
             pair = at_tokens(before.to(after.device), tokens).float(), at_tokens(after, tokens).float()
@@ -84,6 +86,6 @@ def block_influence(model: PreTrainedModel, layers: Sequence[int], samples: Samp
 
 
 def num_blocks_to_drop(rate: float, num_parameters: int, block_parameters: Sequence[int]) -> int:
-    """How many blocks, given in the order in which they go, are nearest to a share of all parameters; one stays."""
+    """Count the first blocks that come nearest to a share of all parameters; one stays."""
     gone = list(itertools.accumulate(block_parameters[:-1], initial=0))
     return min(range(len(gone)), key=lambda count: abs(gone[count] - rate * num_parameters))

@@ -14,14 +14,8 @@ from typing import TYPE_CHECKING, cast
 import torch
 
 from qpruner.config.schema import PruneConfig
-from qpruner.data.calibration import (
-    InputMoments,
-    Samples,
-    count_labels,
-    visit_gradients,
-    visit_inputs,
-    visit_mask_gradients,
-)
+from qpruner.data.calibration import InputMoments, Samples, visit_gradients, visit_inputs, visit_mask_gradients
+from qpruner.data.losses import count_labels
 from qpruner.errors import TrainingDiverged
 from qpruner.models.families import UnitKind, UnitSlice, family_of
 
@@ -38,7 +32,7 @@ Owner = tuple[int, UnitKind, int]
 def score(
     model: PreTrainedModel, layers: Sequence[int], settings: PruneConfig, samples: Samples, seed: int = 0
 ) -> Scores:
-    """Importance of every unit that may go, by the criterion of `settings`.
+    """Score every unit that may go, by the criterion of `settings`.
 
     Args:
         model: Dense model.
@@ -74,8 +68,8 @@ def magnitude(
     reduction: str = "sum",
     modulo: bool = False,
 ) -> Scores:
-    """Sum over a unit's weights of ``|w|`` (`l1`) or ``w^2`` (`l2`; no root is taken, as in LLM-Pruner)."""
-    collected = _Collected(kinds)
+    """Sum ``|w|`` (`l1`) or ``w^2`` (`l2`; no root is taken, as in LLM-Pruner) over a unit's weights."""
+    collected = _UnitScores(kinds)
     for name, (parameter, owners) in _matrices(model, kinds).items():
         weight = parameter.detach().float()
         collected.add(owners, weight.abs() if norm == "l1" else weight.square(), f"the importance of {name}")
@@ -91,7 +85,7 @@ def taylor(
     reduction: str = "sum",
     modulo: bool = False,
 ) -> Scores:
-    """The change of the loss when a unit's weights are set to zero (arXiv 2305.11627, eqs. 3 to 5).
+    """Estimate the change of the loss when a unit's weights are set to zero (arXiv 2305.11627, eqs. 3 to 5).
 
     The entries of a matrix's salience are ``s = w g`` weight by weight (`element`, eq. 5), or summed over each row or
     column a unit owns (`vector`, eq. 4). With ``s`` from the gradient of the mean loss over a batch and ``s_j`` from
@@ -120,7 +114,7 @@ def taylor(
 
 def _taylor_by_vector(
     model: PreTrainedModel, kinds: Mapping[int, Sequence[UnitKind]], samples: Samples, order: str
-) -> _Collected:
+) -> _UnitScores:
     """From the gradients of masks on rows and columns: one pass, whatever the order."""
     matrices = _matrices(model, kinds)
     linears = {
@@ -141,7 +135,7 @@ def _taylor_by_vector(
         squares[name] = squares.get(name, 0) + by_sample.square().sum(dim=0) / len(samples.rows)
 
     visit_mask_gradients(model, linears, samples, visit)
-    collected = _Collected(kinds)
+    collected = _UnitScores(kinds)
     for name, (_, owners) in matrices.items():
         if order == "second":
             entries = squares[name]
@@ -153,11 +147,11 @@ def _taylor_by_vector(
 
 def _taylor_by_element(
     model: PreTrainedModel, kinds: Mapping[int, Sequence[UnitKind]], samples: Samples, order: str
-) -> _Collected:
+) -> _UnitScores:
     """From every weight's own gradient, which its hook hands over and drops."""
     matrices = _matrices(model, kinds)
     parameters = {name: parameter for name, (parameter, _) in matrices.items()}
-    collected = _Collected(kinds)
+    collected = _UnitScores(kinds)
     mean_squares: dict[str, torch.Tensor] = {}
 
     def add(name: str, entries: torch.Tensor) -> None:
@@ -195,7 +189,7 @@ def _salience(parameter: torch.nn.Parameter, gradient: torch.Tensor) -> torch.Te
 def output_moments(
     model: PreTrainedModel, kinds: Mapping[int, Sequence[UnitKind]], samples: Samples
 ) -> dict[str, InputMoments]:
-    """Mean and mean square of every input feature of the output projections, in one pass over the samples."""
+    """Measure mean and mean square of every input feature of the output projections, in one pass."""
     linears = {path: model.get_submodule(path) for path in output_linears(model, kinds).values()}
     moments = {path: InputMoments() for path in linears}
     visit_inputs(model, linears, samples, lambda path, inputs: moments[path].add(inputs))
@@ -205,21 +199,25 @@ def output_moments(
 def fluctuation(
     model: PreTrainedModel, kinds: Mapping[int, Sequence[UnitKind]], moments: Mapping[str, InputMoments]
 ) -> Scores:
-    """FLAP's weighted input feature variance, ``Var(x_j) * ||W_:j||^2`` (arXiv 2312.11983, eq. 4), summed over a unit's
-    columns: what the output loses when a feature is replaced by its mean."""
+    """Sum FLAP's ``Var(x_j) * ||W_:j||^2`` (arXiv 2312.11983, eq. 4) over a unit's columns.
+
+    That is what the output loses when a feature is replaced by its mean.
+    """
     return _by_output(model, kinds, lambda path: moments[path].variance)
 
 
 def activation_norm(
     model: PreTrainedModel, kinds: Mapping[int, Sequence[UnitKind]], moments: Mapping[str, InputMoments]
 ) -> Scores:
-    """Wanda's ``|W| * ||x||`` for structures, squared: ``E[x_j^2] * ||W_:j||^2`` (after arXiv 2306.11695, eq. 1),
-    summed over a unit's columns: what the output loses when a feature is replaced by zero."""
+    """Sum Wanda's ``|W| * ||x||`` squared, ``E[x_j^2] * ||W_:j||^2`` (after arXiv 2306.11695, eq. 1), over columns.
+
+    That is what the output loses when a feature is replaced by zero.
+    """
     return _by_output(model, kinds, lambda path: moments[path].mean_square)
 
 
 def output_linears(model: PreTrainedModel, kinds: Mapping[int, Sequence[UnitKind]]) -> dict[tuple[int, str], str]:
-    """(block, kind) -> full path of the output projection, for kinds that have one."""
+    """Map (block, kind) to the full path of the output projection, for kinds that have one."""
     family = family_of(model.config)
     return {
         (index, kind.name): f"{family.block_path(index)}.{kind.output_linear}"
@@ -250,7 +248,7 @@ def _by_output(
 def unit_kinds_of(
     model: PreTrainedModel, layers: Sequence[int], units: Sequence[str]
 ) -> dict[int, tuple[UnitKind, ...]]:
-    """The kinds of unit that may go, by block."""
+    """List the kinds of unit that may go, by block."""
     family = family_of(model.config)
     return {
         index: tuple(
@@ -279,8 +277,8 @@ def _matrices(
     return found
 
 
-class _Collected:
-    """Scores of units by matrix, until they are reduced to one; of key/value groups, head by head."""
+class _UnitScores:
+    """Add up scores of units by matrix, until they are reduced to one; of key/value groups, head by head."""
 
     def __init__(self, kinds: Mapping[int, Sequence[UnitKind]]) -> None:
         self._kinds = kinds
@@ -298,7 +296,7 @@ class _Collected:
             scores[position] = scores[position] + by_head if position in scores else by_head
 
     def reduce(self, reduction: str, modulo: bool = False) -> Scores:
-        """One score a unit."""
+        """Reduce the matrices of each unit to one score."""
         scores: Scores = {index: {} for index in self._kinds}
         for (index, kind), by_matrix in self._scores.items():
             by_unit = [
@@ -322,7 +320,7 @@ REDUCTIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 
 
 def check_weights(model: PreTrainedModel) -> None:
-    """Name a broken weight: one makes every gradient NaN, and blocks have other numbers once some are gone.
+    """Refuse a broken weight: one makes every gradient NaN.
 
     Raises:
         TrainingDiverged: Naming the first parameter, norms, biases and embeddings too, that is NaN or infinite.
@@ -332,7 +330,7 @@ def check_weights(model: PreTrainedModel) -> None:
 
 
 def check_finite(values: torch.Tensor, what: str) -> None:
-    """`TrainingDiverged` where some value is not."""
+    """Raise `TrainingDiverged` where a value is NaN or infinite."""
     least_and_most = torch.stack(torch.aminmax(values.detach()))  # NaN if one is; `isfinite` of all takes 5 bytes each
     if not torch.isfinite(least_and_most).all():
         raise TrainingDiverged(f"{what} is NaN or infinite")

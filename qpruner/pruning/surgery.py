@@ -12,13 +12,13 @@ from qpruner.data.calibration import OnProgress
 from qpruner.errors import UserError
 from qpruner.models import ragged
 from qpruner.models.families import UnitKind, UnitSlice, family_of, owned_parameters
-from qpruner.pruning.selection import Kept
+from qpruner.pruning.units import Kept
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-def cut(model: PreTrainedModel, kept: Kept, told: OnProgress = lambda done, total: None) -> PreTrainedModel:
+def cut(model: PreTrainedModel, kept: Kept, on_progress: OnProgress = lambda done, total: None) -> PreTrainedModel:
     """Remove every unit that is not kept, in place.
 
     Parameters are cut one after the other and the old ones freed at once; a cut block is built anew from its own config
@@ -27,7 +27,7 @@ def cut(model: PreTrainedModel, kept: Kept, told: OnProgress = lambda done, tota
     Args:
         model: Dense model.
         kept: The units that stay; blocks and kinds that are not named keep everything.
-        told: Told how many of the blocks are cut.
+        on_progress: Told how many of the blocks are cut.
 
     Returns:
         The same model, as loading its checkpoint would give it.
@@ -43,7 +43,7 @@ def cut(model: PreTrainedModel, kept: Kept, told: OnProgress = lambda done, tota
         for kind in kinds:
             if kind.name in by_kind:
                 num_units[index][kind.name] = _cut_kind(block, kind, by_kind[kind.name])
-        told(done, len(kept))
+        on_progress(done, len(kept))
     ragged.set_widths(config, num_units)
     for index in kept:
         _rebuild_block(model, index)
@@ -90,7 +90,7 @@ def check_not_shared(model: PreTrainedModel) -> None:
 
 
 def unit_indices(item: UnitSlice, units: Sequence[int]) -> torch.Tensor:
-    """The indices along `item.dim` that some units own."""
+    """List the indices along `item.dim` that some units own."""
     starts = torch.tensor(units, dtype=torch.long).unsqueeze(1) * item.width + item.offset
     return (starts + torch.arange(item.width)).flatten()
 
@@ -120,7 +120,7 @@ def _cut_kind(block: torch.nn.Module, kind: UnitKind, units: tuple[int, ...]) ->
 
 
 def _stays(length: int, items: Sequence[UnitSlice], num_units: int, units: Sequence[int]) -> torch.Tensor:
-    """The indices of a dimension that stay: those of the kept units, and those that no unit owns."""
+    """List the indices of a dimension that stay: those of the kept units, and those that no unit owns."""
     stays = torch.ones(length, dtype=torch.bool)
     for item in items:
         stays[item.offset : item.offset + num_units * item.width] = False

@@ -1,6 +1,6 @@
-"""From a plan to a model that can be fine-tuned: dense tensors, packed tensors and adapters put together.
+"""Assemble a plan's model from the checkpoint's dense tensors and the bank's packed ones, and add its adapters.
 
-No weight is quantized here: a plan's groups come from the bank, everything else from the checkpoint.
+No weight is quantized here.
 """
 
 from __future__ import annotations
@@ -23,8 +23,7 @@ from qpruner.models.loading import device
 from qpruner.plans.plan import FULL_BITS
 from qpruner.quantization.bank import INDEX, BankIndex, read_plan
 from qpruner.quantization.mixed import MixedPrecisionConfig, dense_layer, packed_layer
-from qpruner.runs.object_store import OnPiece
-from qpruner.runs.paths import read_json
+from qpruner.runs.storage import OnPiece, read_json
 
 if TYPE_CHECKING:
     from peft import PeftConfig, PeftModel
@@ -47,12 +46,12 @@ def assemble(
 
     Args:
         checkpoint: Folder of the dense model.
-        bank: Folder of the bank; not read when every group is at 16 bits.
-        group: How layers are grouped: `block`, `sublayer` or `projection`.
+        bank: Folder of the bank; not read if every group is at 16 bits.
+        group: `block`, `sublayer` or `projection`.
         bits_by_group: The plan.
-        dtype: Name of the torch dtype of what stays unquantized.
+        dtype: Name of the torch dtype of unquantized tensors.
         double_quant: Whether the bank's 4-bit scales are quantized.
-        on_piece: Hears that something moves.
+        on_piece: Called after every piece that is read.
 
     Returns:
         The model, and its adapter starts: `<layer>.lora_A` ``(rank, columns)`` and `<layer>.lora_B` ``(rows, rank)``.
@@ -83,17 +82,10 @@ def assemble(
 def attach_adapters(
     model: PreTrainedModel, starts: Mapping[str, torch.Tensor], lora: LoraConfig, group: str, seed: int
 ) -> PeftModel:
-    """Put a LoRA adapter on every grouped layer; layers without a LoftQ start begin at zero.
+    """Put a LoRA adapter on every grouped layer of an assembled model; layers without a start begin at zero.
 
     With `lora.init: loftq` their rows of ``A`` get the length that LoftQ's have, so that unquantized layers learn as
-    fast as quantized ones.
-
-    Args:
-        model: What `assemble` built.
-        starts: The adapter starts.
-        lora: Rank, scaling, dropout.
-        group: How layers are grouped.
-        seed: Seeds the plain starts, each layer's apart, and the random state.
+    fast as quantized ones. `seed` seeds the plain starts, each layer's apart, and the random state.
     """
     from peft import get_peft_model
 
@@ -136,19 +128,11 @@ def _set_adapters(
     torch.manual_seed(seed)
 
 
-class Workbench:
-    """The model of one plan after the other: between two plans only the groups whose bits differ are exchanged.
+class PlanAssembler:
+    """Assemble one plan after the other, exchanging only the groups whose bits differ.
 
-    All adapters are set to their start, and so is the random state, so that a plan gives the same model as in a fresh
-    process.
-
-    Args:
-        checkpoint: Folder of the dense model.
-        bank: Folder of the bank.
-        group: How layers are grouped.
-        dtype: Name of the torch dtype of what stays unquantized.
-        double_quant: Whether the bank's 4-bit scales are quantized.
-        lora: The adapters.
+    All adapters are set to their start, and so is the random state: a plan gives the same model as in a fresh process.
+    The arguments are those of `assemble`, and the settings of the adapters.
     """
 
     def __init__(
@@ -161,14 +145,8 @@ class Workbench:
         self._starts: dict[str, torch.Tensor] = {}
 
     def model(self, plan: Mapping[str, int], seed: int, on_piece: OnPiece = lambda: None) -> PeftModel:
-        """The model of a plan with adapters at their start; the one handed out before must not be used any more.
-
-        Args:
-            plan: Bits by group.
-            seed: Seeds the plain starts.
-            on_piece: Hears that something moves.
-        """
-        # Dropped first: an exchange that fails half way must not be gone on from.
+        """Assemble the model of a plan (group -> bits); the model returned before must not be used any more."""
+        # Dropped first: after an exchange that fails half way, the next plan is assembled from nothing.
         held, self._peft_model = self._peft_model, None
         if held is None:
             model, self._starts = assemble(
@@ -184,8 +162,8 @@ class Workbench:
     def _exchange(self, held: PeftModel, plan: Mapping[str, int], seed: int, on_piece: OnPiece) -> None:
         model = held.get_base_model()
         model.disable_input_require_grads()
-        held.enable_adapter_layers()  # whoever had the model may have switched them off
-        # As in MixedPrecisionQuantizer: a model that began unquantized has not told peft of its new layers.
+        held.enable_adapter_layers()  # evaluation may have disabled them
+        # As in MixedPrecisionQuantizer: a model that began unquantized does not say that it has such layers.
         model.is_loaded_in_4bit = model.is_loaded_in_8bit = True
         paths = group_linears(model.config, self._group)
         different = [name for name, bits in plan.items() if bits != self._plan[name]]
@@ -212,7 +190,7 @@ class Workbench:
 
 
 def _by_layer(tensors: Mapping[str, torch.Tensor]) -> dict[str, dict[str, torch.Tensor]]:
-    """A bank's tensors, `<layer>.<name>`, as layer -> name -> tensor."""
+    """Group a bank's tensors, `<layer>.<name>`, as layer -> name -> tensor."""
     layers: dict[str, dict[str, torch.Tensor]] = {}
     for key, tensor in tensors.items():
         path, name = re.split(r"\.(?=weight|SCB|lora_)", key, maxsplit=1)
@@ -221,7 +199,7 @@ def _by_layer(tensors: Mapping[str, torch.Tensor]) -> dict[str, dict[str, torch.
 
 
 def _with_adapters(layers: Mapping[str, torch.nn.Module], lora: LoraConfig) -> dict[str, torch.nn.Module]:
-    """The layers, each inside peft's LoRA layer for its kind: what `get_peft_model` does, without the other layers."""
+    """Put each layer inside peft's LoRA layer for its kind, as `get_peft_model` does."""
     from peft import inject_adapter_in_model
 
     holder = torch.nn.Module()
@@ -239,24 +217,25 @@ def _with_adapters(layers: Mapping[str, torch.nn.Module], lora: LoraConfig) -> d
     return found
 
 
-def workbench(checkpoint: Path, bank: Path, group: str, dtype: str, double_quant: bool, lora: LoraConfig) -> Workbench:
-    """This process's workbench for a model and a bank: kept from call to call, so that a worker loads a model once."""
+def plan_assembler(
+    checkpoint: Path, bank: Path, group: str, dtype: str, double_quant: bool, lora: LoraConfig
+) -> PlanAssembler:
+    """Return this process's assembler for a model and a bank; it is kept, so that a worker loads a model once."""
     index = read_json(bank / INDEX, BankIndex)
-    digest = index.digest if index else ""
-    return _held(checkpoint, bank, group, dtype, double_quant, lora, digest)
+    return _kept_assembler(checkpoint, bank, group, dtype, double_quant, lora, index.digest if index else "")
 
 
 @functools.lru_cache(maxsize=1)
-def _held(
+def _kept_assembler(
     checkpoint: Path, bank: Path, group: str, dtype: str, double_quant: bool, lora: LoraConfig, digest: str
-) -> Workbench:
-    return Workbench(checkpoint, bank, group, dtype, double_quant, lora)
+) -> PlanAssembler:
+    return PlanAssembler(checkpoint, bank, group, dtype, double_quant, lora)
 
 
 def _placed(model: PreTrainedModel) -> PreTrainedModel:
-    """On the one device, or spread over the GPUs where this process sees several: Ray shows a trial its own.
+    """Move a model to the device, or spread it over the GPUs if this process sees several: Ray shows a trial its own.
 
-    Processes that train together see those of all on their machine; each has one of its own, torch's current one.
+    Processes that train together see all GPUs of their machine; each uses one, torch's current one.
     """
     if torch.cuda.device_count() < 2 or torch.distributed.is_initialized():
         return model.to(device())
@@ -272,7 +251,7 @@ def _placed(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def measured_bytes(model: torch.nn.Module) -> int:
-    """Bytes of a model's tensors as they are packed: codes, scales, what is unquantized, adapters; shared ones once.
+    """Count the bytes of a model's tensors as they are packed, with scales and adapters, and shared ones once.
 
     bitsandbytes' small JSON blob beside each 4-bit layer and the format byte beside each 8-bit one are left out.
     """

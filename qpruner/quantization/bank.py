@@ -1,8 +1,8 @@
-"""The bank: for every (group, bits) the packed weights and the adapter start, computed once, shared by all trials.
+"""Build and read the bank: packed weights and adapter start of every (group, bits), computed once for all trials.
 
-The start of a group depends on the group and its bits, not on the rest of the plan. One safetensors file an entry:
-the layers' serialized bitsandbytes tensors, and `<layer>.lora_A` / `<layer>.lora_B`. `bank.json` beside them says what
-each was made from and its sha256, which a process checks when it first reads the file.
+The start of a group depends on the group and its bits, not on the rest of the plan. Every entry is a safetensors file:
+the layers' serialized bitsandbytes tensors, and `<layer>.lora_A` / `<layer>.lora_B`. `bank.json` beside them holds
+what each was made from and its sha256, which a process checks when it first reads the file.
 """
 
 from __future__ import annotations
@@ -26,26 +26,32 @@ from qpruner.models.loading import device
 from qpruner.plans.plan import FULL_BITS, Layout
 from qpruner.quantization.loftq import loftq_start
 from qpruner.quantization.mixed import pack
-from qpruner.runs.mirror import fetch, one_at_a_time, workplace
-from qpruner.runs.object_store import OnPiece, cache_root, is_mirror, name_of
-from qpruner.runs.paths import BANK_CACHE, fetch_file, file_digest, for_each, put_file, read_json, write_json
-from qpruner.runs.retry import patiently
+from qpruner.runs.run_dir import BANK_CACHE
+from qpruner.runs.storage import (
+    OnPiece,
+    display_name,
+    exclusive,
+    fetch,
+    fetch_file,
+    file_digest,
+    for_each,
+    put_file,
+    read_json,
+    retry_storage,
+    staging_path,
+    storage_at,
+    write_json,
+)
 
 FORMAT = 2
-"""Counts up when an entry of the same inputs would hold other tensors."""
+"""Rises when an entry of the same inputs would hold other tensors."""
 INDEX = "bank.json"
 FEW_WEIGHTS = 10_000_000
-"""Packing fewer takes less time than a start of Ray."""
+"""Packing fewer takes less time than starting Ray."""
 
 
 class IndexEntry(BaseModel):
-    """What the index says of one file.
-
-    Attributes:
-        inputs: Digest of what it was made from.
-        sha256: Of the file.
-        residual_ratio: Frobenius norm of W - Q - BA over that of W - Q.
-    """
+    """One file of the index: the digest of its inputs, its sha256, and |W - Q - BA| / |W - Q| (Frobenius)."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -75,30 +81,19 @@ class EntrySettings:
 
 @dataclass(frozen=True)
 class Entry:
-    """Tensors of one (group, bits) and how much of the quantization error the adapters gave back.
-
-    Attributes:
-        tensors: What the entry's file holds.
-        residual_ratio: Frobenius norm of the error left over that of plain quantization; 1 without LoftQ.
-    """
+    """Tensors of one (group, bits), and the error left over that of plain quantization; 1 without LoftQ."""
 
     tensors: dict[str, torch.Tensor]
     residual_ratio: float
 
 
 def is_soon_packed(layout: Layout) -> bool:
-    """Whether a model's weights are so few that workers are not worth starting for them."""
+    """Whether a model is so small that workers are not worth starting."""
     return sum(group.num_weights for group in layout.groups) < FEW_WEIGHTS
 
 
 def build_entry(weights: Mapping[str, torch.Tensor], bits: int, settings: EntrySettings) -> Entry:
-    """Quantize a group's layers; a pure function of its arguments.
-
-    Args:
-        weights: Layer path -> weight ``(rows, columns)``.
-        bits: 4 or 8.
-        settings: Adapter and quantization settings.
-    """
+    """Quantize a group's layers (path -> weight ``(rows, columns)``) at 4 or 8 bits; a pure function."""
     tensors: dict[str, torch.Tensor] = {}
     plain, left = 0.0, 0.0
     for path, weight in weights.items():
@@ -125,35 +120,27 @@ def build_entry(weights: Mapping[str, torch.Tensor], bits: int, settings: EntryS
 
 
 def entry_file(bank: Path, group: str, bits: int) -> Path:
-    """Where the entry of a (group, bits) lies."""
+    """Return the path of an entry."""
     return bank / f"{bits}bit" / f"{group}.safetensors"
 
 
 def write_entry(bank: Path, group: str, bits: int, entry: Entry) -> Path:
-    """Write an entry's file; returns its path. Waits as `patiently` does."""
+    """Write an entry's file and return its path; waits for the storage."""
     path = entry_file(bank, group, bits)
 
     def write() -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         save_file(entry.tensors, path)
 
-    patiently(write, path)
+    retry_storage(write, path)
     return path
 
 
 @dataclass(frozen=True)
 class GroupJob:
-    """One group to be packed at some bit-widths, by whoever has its weights within reach.
+    """One group to be packed at some bit-widths below 16, here or on a worker.
 
-    Attributes:
-        checkpoint: Folder of the dense model.
-        bank: Folder to write to.
-        group: Its name.
-        paths: Its layers.
-        bits: The bit-widths, without 16.
-        dtype: Name of the model's torch dtype.
-        settings: Adapter and quantization settings.
-        threads: CPU threads to take; None leaves them as they are.
+    `paths` are its layers, `dtype` names the model's torch dtype, and `threads` of None leaves torch's threads alone.
     """
 
     checkpoint: Path
@@ -167,7 +154,7 @@ class GroupJob:
 
 
 def build_group(job: GroupJob) -> dict[str, tuple[str, float]]:
-    """Pack a group and write its files; returns sha256 and residual ratio by file name.
+    """Pack a group, write its files and return sha256 and residual ratio by file name.
 
     Raises:
         CorruptFile: If the checkpoint lacks a weight.
@@ -186,31 +173,31 @@ def build_group(job: GroupJob) -> dict[str, tuple[str, float]]:
     built = {}
     for bits in job.bits:
         entry = build_entry(weights, bits, job.settings)
-        file = write_entry(workplace(job.bank), job.group, bits, entry)
+        file = write_entry(staging_path(job.bank), job.group, bits, entry)
         sha256 = put_file(file, entry_file(job.bank, job.group, bits))
         built[str(entry_file(Path(), job.group, bits))] = (sha256, entry.residual_ratio)
     return built
 
 
 def write_index(bank: Path, index: BankIndex) -> None:
-    """Seal a bank: its files are what this index says."""
+    """Write a bank's index."""
     write_json(bank / INDEX, index)
 
 
 def read_index(bank: Path) -> BankIndex:
-    """What the bank says of itself.
+    """Read a bank's index.
 
     Raises:
         CorruptFile: If there is no index, or none that can be read.
     """
     index = read_json(bank / INDEX, BankIndex)
     if index is None:
-        raise CorruptFile(f"bank {name_of(bank)} has no {INDEX}", bank)
+        raise CorruptFile(f"bank {display_name(bank)} has no {INDEX}", bank)
     return index
 
 
 def intact_files(bank: Path, index: BankIndex) -> list[str]:
-    """Names of the files that are there and are what the index says."""
+    """List the files that exist and have the sha256 of the index."""
     found = for_each(_digest_if_there, [bank / name for name in index.files])
     return [name for (name, entry), sha256 in zip(index.files.items(), found, strict=True) if sha256 == entry.sha256]
 
@@ -225,12 +212,7 @@ def _digest_if_there(path: Path) -> str | None:
 def read_plan(
     bank: Path, bits_by_group: Mapping[str, int], on_piece: OnPiece = lambda: None
 ) -> dict[str, torch.Tensor]:
-    """The tensors of all groups that a plan quantizes.
-
-    Args:
-        bank: Its folder.
-        bits_by_group: The plan.
-        on_piece: Hears that something moves.
+    """Read the tensors of all groups that a plan quantizes; `on_piece` is called as bytes arrive.
 
     Raises:
         CorruptFile: Naming the file that is missing or is not what the index says, or the bank that another version
@@ -242,7 +224,7 @@ def read_plan(
     index = read_index(bank)
     if index.bitsandbytes != version("bitsandbytes"):
         raise CorruptFile(
-            f"bank {name_of(bank)} was packed by bitsandbytes {index.bitsandbytes}, but this process has "
+            f"bank {display_name(bank)} was packed by bitsandbytes {index.bitsandbytes}, but this process has "
             f"{version('bitsandbytes')}; install the same version everywhere, or delete the folder to rebuild it",
             bank,
         )
@@ -251,36 +233,37 @@ def read_plan(
         path = entry_file(bank, group, bits)
         entry = index.files.get(str(path.relative_to(bank)))
         try:
-            whole = None
-            if entry:  # looked through before any trial began
-                whole = patiently(functools.partial(_whole, path, entry.sha256, on_piece), path, was_there=True)
-            if whole is None:
+            source = None
+            if entry:
+                source = retry_storage(functools.partial(_verified, path, entry.sha256, on_piece), path, was_there=True)
+            if source is None:
                 raise CorruptFile(
-                    f"bank file {name_of(path)} is not what {INDEX} says; repeat the command to rebuild it", path
+                    f"bank file {display_name(path)} is not what {INDEX} says; repeat the command to rebuild it", path
                 )
-            tensors |= patiently(functools.partial(load_file, whole), path)
+            tensors |= retry_storage(functools.partial(load_file, source), path)
             on_piece()
         except (FileNotFoundError, SafetensorError) as error:
             raise CorruptFile(
-                f"bank file {name_of(path)} cannot be read: {error}; repeat the command to rebuild it", path
+                f"bank file {display_name(path)} cannot be read: {error}; repeat the command to rebuild it", path
             ) from error
     return tensors
 
 
-def _whole(path: Path, sha256: str, on_piece: OnPiece) -> Path | None:
-    """Where to read a bank's file: this machine's copy, which the first reader makes, or the file itself.
+def _verified(path: Path, sha256: str, on_piece: OnPiece) -> Path | None:
+    """Return the path to read a bank's file from: the file, or this machine's copy, which the first reader makes.
 
-    None if its contents are others.
+    None if the contents are others.
     """
-    cache = os.environ.get(BANK_CACHE)
-    if not cache and not is_mirror(path):
+    named = os.environ.get(BANK_CACHE)
+    copies = Path(named) if named else storage_at(path).bank_copies
+    if copies is None:
         return path if _digest_once(path, path.stat().st_mtime_ns) == sha256 else None
-    copy = Path(cache or cache_root() / "bank") / f"{sha256}.safetensors"
-    if _is_whole(copy, sha256):
+    copy = copies / f"{sha256}.safetensors"
+    if _is_intact(copy, sha256):
         return copy
-    with one_at_a_time(copy, on_piece):
-        if not _is_whole(copy, sha256):
-            aside = copy.with_name(f"{copy.name}.part")  # what one that was killed left, the next writes over
+    with exclusive(copy, on_piece):
+        if not _is_intact(copy, sha256):
+            aside = copy.with_name(f"{copy.name}.part")  # the next reader overwrites what a killed one left
             if fetch_file(path, aside, on_piece) != sha256:
                 aside.unlink()
                 return None
@@ -288,11 +271,11 @@ def _whole(path: Path, sha256: str, on_piece: OnPiece) -> Path | None:
     return copy
 
 
-def _is_whole(copy: Path, sha256: str) -> bool:
+def _is_intact(copy: Path, sha256: str) -> bool:
     return copy.is_file() and _digest_once(copy, copy.stat().st_mtime_ns) == sha256
 
 
 @functools.cache
 def _digest_once(path: Path, modified_ns: int) -> str:
-    """sha256 of a file, read once a process unless it was written again."""
+    """Compute a file's sha256 once a process, and again after it was written."""
     return file_digest(path)

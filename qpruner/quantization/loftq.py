@@ -1,4 +1,4 @@
-"""LoftQ: an adapter start that gives back what quantization took (Li et al., arXiv 2310.08659, algorithm 1).
+"""Compute LoftQ: an adapter start that restores what quantization lost (Li et al., arXiv 2310.08659, algorithm 1).
 
 Alternate ``Q_t = quantize(W - s B A)`` and a rank-r SVD of ``W - dequantize(Q_t)``; with one iteration the codes are
 those of plain quantization and only the adapter differs. An iteration is kept only if the residual shrank.
@@ -20,12 +20,8 @@ OVERSAMPLING = 8
 class LoftqStart:
     """A packed weight and the adapter that starts from its error.
 
-    Attributes:
-        packed: Serialized tensors of the layer.
-        lora_a: ``(rank, columns)`` float32.
-        lora_b: ``(rows, rank)`` float32.
-        plain_error: Frobenius norm of ``W - dequantize(quantize(W))``.
-        error: Frobenius norm of ``W - dequantize(Q) - scaling * B A``.
+    `lora_a` is ``(rank, columns)`` and `lora_b` ``(rows, rank)``, both float32. `plain_error` is the Frobenius norm of
+    ``W - dequantize(quantize(W))``, `error` that of ``W - dequantize(Q) - scaling * B A``.
     """
 
     packed: dict[str, torch.Tensor]
@@ -45,14 +41,14 @@ def loftq_start(
     double_quant: bool,
     seed: int,
 ) -> LoftqStart:
-    """The LoftQ start of one linear layer; a pure function of its arguments.
+    """Compute the LoftQ start of one linear layer; a pure function of its arguments.
 
     Args:
-        weight: ``(rows, columns)``.
+        weight: W, ``(rows, columns)``.
         bits: 4 or 8.
-        rank: Rank of the adapter.
-        scaling: What peft multiplies ``B A`` with (alpha / rank).
-        iterations: Alternations, at least 1.
+        rank: r.
+        scaling: s, what peft multiplies ``B A`` with (alpha / rank).
+        iterations: T, at least 1.
         svd: `exact` or `randomized`.
         double_quant: Whether the 4-bit scales are quantized.
         seed: Seeds the randomized SVD.
@@ -84,7 +80,7 @@ def loftq_start(
 def _factorize(
     residual: torch.Tensor, rank: int, scaling: float, svd: str, seed: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """``A``, of rows of length 1, and ``B``: ``scaling * B A`` is the best rank-r approximation of the residual.
+    """Factorize so that ``scaling * B A`` is the best rank-r approximation, with rows of ``A`` of length 1.
 
     LoftQ shares the scale of the product evenly. How fast an adapter learns then depends on the bits: at 8, where the
     error is small, both factors are near zero, and there neither has a gradient. On SmolLM2 rows of ``A`` had a length

@@ -1,4 +1,4 @@
-"""Real bitsandbytes layers of several bit-widths in one model, and their registration with transformers.
+"""Build bitsandbytes layers of several bit-widths in one model, and register them with transformers.
 
 `BitsAndBytesConfig` refuses 4 and 8 bits at once, so a quantization method of our own, `qpruner`, builds each linear
 layer at its own width and leaves reading and writing of the packed tensors to transformers' and bitsandbytes' code.
@@ -26,7 +26,7 @@ METHOD = "qpruner"
 
 
 class _CastFilter(logging.Filter):
-    """Drops bitsandbytes' warning that 8-bit layers cast to float16, which it repeats at every call."""
+    """Drop bitsandbytes' warning that 8-bit layers cast to float16, which it repeats at every call."""
 
     def filter(self, record: logging.LogRecord) -> bool:
         return not record.getMessage().startswith("MatMul8bitLt: inputs will be cast")
@@ -57,7 +57,7 @@ def pack(weight: torch.Tensor, bits: int, double_quant: bool) -> dict[str, torch
 
 
 def unpack(tensors: dict[str, torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
-    """Dequantize what `pack` made: ``(rows, columns)`` in ``dtype``."""
+    """Dequantize what `pack` made, to ``(rows, columns)`` in ``dtype``."""
     if "SCB" in tensors:
         weight: torch.Tensor = int8_vectorwise_dequant(tensors["weight"], tensors["SCB"])
         return weight.to(dtype)
@@ -106,14 +106,9 @@ def replace_linears(
 def packed_layer(
     linear: torch.nn.Linear, bits: int, tensors: dict[str, torch.Tensor], dtype: torch.dtype, double_quant: bool
 ) -> torch.nn.Module:
-    """A bitsandbytes layer in place of another, as `from_pretrained` would have made it from the packed tensors.
+    """Build the bitsandbytes layer that `from_pretrained` would make of `pack`'s tensors.
 
-    Args:
-        linear: The layer whose place it takes; its size, bias and device are kept.
-        bits: 4 or 8.
-        tensors: What `pack` made.
-        dtype: Of the computation.
-        double_quant: Whether the 4-bit scales are quantized.
+    It takes the place of `linear`, whose size, bias and device are kept; `dtype` is that of the computation.
     """
     device = linear.weight.device
     with torch.device("meta"):
@@ -132,7 +127,7 @@ def packed_layer(
 
 
 def dense_layer(linear: torch.nn.Linear, weight: torch.Tensor) -> torch.nn.Module:
-    """An `nn.Linear` with a weight ``(rows, columns)`` in place of another layer, whose bias and device are kept."""
+    """Build an `nn.Linear` of a weight ``(rows, columns)`` in place of a layer, whose bias and device are kept."""
     with torch.device("meta"):
         layer = torch.nn.Linear(weight.shape[1], weight.shape[0], bias=False, dtype=weight.dtype)
     layer.weight = torch.nn.Parameter(weight.to(linear.weight.device), requires_grad=False)
@@ -174,7 +169,7 @@ class MixedPrecisionConfig(QuantizationConfigMixin):  # type: ignore[misc]
 
 
 class _Deserialize(ConversionOps):  # type: ignore[misc]
-    """Hands a layer's packed tensors to transformers' own 4- or 8-bit reader.
+    """Pass a layer's packed tensors to transformers' own 4- or 8-bit reader.
 
     transformers leaves the dtypes of packed tensors alone only if the op has an attribute named `hf_quantizer`;
     otherwise the 8-bit scales (SCB) are cast to int8 (seen with 5.24).
@@ -184,10 +179,11 @@ class _Deserialize(ConversionOps):  # type: ignore[misc]
         self.hf_quantizer = hf_quantizer
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _Deserialize:
-        """Itself: transformers copies the op for each layer, which would copy the quantizer's bits of every layer."""
+        """Return itself: transformers copies the op for each layer, and with it the bits of every layer."""
         return self
 
     def convert(self, input_dict: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
+        """Read the tensors of one layer."""
         reader = Bnb8bitDeserialize if "SCB" in input_dict else Bnb4bitDeserialize
         result: dict[str, Any] = reader(self.hf_quantizer).convert(input_dict, **kwargs)
         return result
@@ -195,7 +191,7 @@ class _Deserialize(ConversionOps):  # type: ignore[misc]
 
 @register_quantizer(METHOD)
 class MixedPrecisionQuantizer(HfQuantizer):  # type: ignore[misc]
-    """Builds the mixed model for `from_pretrained` and lets `save_pretrained` write it."""
+    """Build the mixed model for `from_pretrained` and let `save_pretrained` write it."""
 
     requires_calibration = True
     serialized_names = {
@@ -212,6 +208,7 @@ class MixedPrecisionQuantizer(HfQuantizer):  # type: ignore[misc]
     }
 
     def param_needs_quantization(self, model: Any, param_name: str, **kwargs: Any) -> bool:
+        """Whether a parameter is a packed layer's."""
         module, name = get_module_from_name(model, param_name)
         return isinstance(module, bnb.nn.Linear4bit | bnb.nn.Linear8bitLt) and name != "bias"
 
@@ -232,11 +229,14 @@ class MixedPrecisionQuantizer(HfQuantizer):  # type: ignore[misc]
         return model
 
     def get_load_operations(self) -> dict[str, type[ConversionOps]]:
+        """Return the readers by name."""
         return {"deserialize": _Deserialize}
 
     def is_serializable(self) -> bool:
+        """Return True: a mixed model can be saved."""
         return True
 
     @property
     def is_trainable(self) -> bool:
+        """Adapters on a mixed model can be trained."""
         return True

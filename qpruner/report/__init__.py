@@ -1,0 +1,1 @@
+"""Results of a run: figures, statistics, report in HTML and Markdown, TensorBoard, model card."""

@@ -1,10 +1,11 @@
-"""What the searched rows of two runs differ by, where both were measured on the same questions and rows."""
+"""Compares the searched rows of two runs, where both were measured on the same questions and rows."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from qpruner.report.differences import (
+from qpruner.report.results import SEARCHED, fine_tunes
+from qpruner.report.statistics import (
     Difference,
     Pair,
     difference_text,
@@ -12,10 +13,10 @@ from qpruner.report.differences import (
     over_confirmation_rows,
     over_questions,
     paired,
+    seeds_of,
     seeds_text,
 )
-from qpruner.report.results import SEARCHED, fine_tunes
-from qpruner.runs.records import EvalRecord, Results
+from qpruner.runs.records import Results
 
 
 @dataclass(frozen=True)
@@ -24,10 +25,9 @@ class Against:
 
     Attributes:
         seeds: Training seeds both have.
-        more_bytes: The run's bytes above the other's, as a share of these, of the seed where they differ most; None
-            without a row in both.
-        no_figures: Why nothing is told; None where something is.
-        differ: What the two were measured on and is not the same, so that nothing is told of it.
+        more_bytes: The run's bytes above the other's, as a share of these, of the seed where they differ most.
+        no_figures: Why there is no difference; None where there is one.
+        differ: What the two were measured on and is not the same.
         differences: By measure, of those that were measured alike in both.
     """
 
@@ -39,34 +39,27 @@ class Against:
 
 
 def against(run: Results, other: Results) -> Against:
-    """Pair two runs by training seed, and by question or confirmation row, of which digests tell whether they are the
-    same: the latter where data, base model, calibration and seed are."""
+    """Pair two runs by training seed, and by question or confirmation row; digests tell whether these are the same."""
     if run.finetune is None or other.finetune is None or run.evaluate is None or other.evaluate is None:
         return Against((), None, "the final table of one of them is not there yet", (), ())
     pairs = paired(fine_tunes(run)[SEARCHED], fine_tunes(other)[SEARCHED])
     if not pairs:
         return Against((), None, "they have no training seed in common", (), ())
-    seeds = tuple(dict.fromkeys(ours.seed for (ours, _), _ in pairs))
     share = more_bytes([(theirs, ours) for ours, theirs in pairs])
     if all(_is_same_model(pair) for pair in pairs):
-        return Against(seeds, share, "it is the same fine-tuned model", (), ())
+        return Against(seeds_of(pairs), share, "it is the same fine-tuned model", (), ())
+    # Records of older versions tell the questions together with those of trials, and the text.
+    tested = [record.tested or record.rows[-1].digest for record in (run.evaluate, other.evaluate)]
+    prepared = [each.prepare.digest if each.prepare else None for each in (run, other)]
     measured: dict[str, list[Difference] | None] = {
-        "test questions": over_questions(pairs) if _tested(run.evaluate) == _tested(other.evaluate) else None,
-        "confirmation rows": [over_confirmation_rows(pairs)] if _prepared(run) == _prepared(other) else None,
+        "test questions": over_questions(pairs) if tested[0] == tested[1] else None,
+        "confirmation rows": [over_confirmation_rows(pairs)] if prepared[0] == prepared[1] else None,
     }
     differ = tuple(name for name, differences in measured.items() if differences is None)
-    reason = f"{' and '.join(differ)} are others" if len(differ) == len(measured) else None
+    if len(differ) == len(measured):
+        return Against(seeds_of(pairs), share, f"{' and '.join(differ)} are others", (), ())
     found = tuple(each for differences in measured.values() for each in differences or ())
-    return Against(seeds, share, reason, () if reason else differ, found)
-
-
-def _tested(record: EvalRecord) -> str:
-    """What the final models were asked; older records tell it with what trials were asked, and the text."""
-    return record.tested or record.rows[-1].digest
-
-
-def _prepared(run: Results) -> str | None:
-    return run.prepare.digest if run.prepare else None
+    return Against(seeds_of(pairs), share, None, differ, found)
 
 
 def _is_same_model(pair: Pair) -> bool:
@@ -75,7 +68,7 @@ def _is_same_model(pair: Pair) -> bool:
 
 
 def against_text(found: Against) -> str:
-    """The differences in words."""
+    """Describe the differences."""
     if found.no_figures:
         return f"nothing to pair, {found.no_figures}"
     differences = "; ".join(map(difference_text, found.differences))
@@ -84,7 +77,7 @@ def against_text(found: Against) -> str:
 
 
 def shared_stages(runs: list[Results]) -> list[str]:
-    """Stages whose record is one and the same in several runs, as in a folder and its copy."""
+    """Return the stages whose record is one and the same in several runs, as in a folder and its copy."""
     found = []
     for stage in Results.model_fields:
         records = [record for run in runs if (record := getattr(run, stage))]

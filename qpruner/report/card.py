@@ -1,4 +1,4 @@
-"""`final/README.md`: the model card that hubs show, written once the model is measured."""
+"""Writes `final/README.md`: the model card that hubs show, once the model is measured."""
 
 from __future__ import annotations
 
@@ -10,14 +10,15 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCardData
 
 from qpruner.config.schema import RunConfig
-from qpruner.data.rows import BUILDERS
-from qpruner.export.card_metadata import front_matter
-from qpruner.models.snippets import section
-from qpruner.report.markdown import code, measured, prose
+from qpruner.data.sources import BUILDERS
+from qpruner.export.card import front_matter, loading_section
+from qpruner.report.markdown import code, parts_text, prose
 from qpruner.report.results import SEARCHED, rows
+from qpruner.report.sections import measured
 from qpruner.report.snapshot import Snapshot
-from qpruner.runs.paths import RunDir, read_text
 from qpruner.runs.records import GIVEN
+from qpruner.runs.run_dir import RunDir
+from qpruner.runs.storage import read_text
 from qpruner.wording import counted
 
 METRICS = {"acc": "accuracy", "acc_norm": "accuracy"}
@@ -27,12 +28,7 @@ SPDX_ON_HUB = ("apache-2.0", "mit", "bsd-2-clause", "bsd-3-clause", "isc", "mpl-
 
 
 def model_card(run: Snapshot, base_card: str | None) -> str:
-    """The card of a whole run's final model.
-
-    Args:
-        run: The run.
-        base_card: The base model's own card, where it is at hand.
-    """
+    """Write the card of a whole run's final model; `base_card` is the base model's own, where it is at hand."""
     assert run.results.evaluate and run.results.search
     config = run.state.config
     base = config["model"]["source"]
@@ -57,16 +53,17 @@ def model_card(run: Snapshot, base_card: str | None) -> str:
             f"by qpruner {run.state.environment['qpruner']}: {winner.measured_bytes / 1e6:.1f} MB. Of the fine-tunes "
             f"below it is that of training seed {winner.seeds[0]}.{_expanded(run)}",
             "",
-            section("packed"),
+            loading_section("packed"),
             "## Measured",
             "",
-            *measured(run.results),
+            "\n\n".join(parts_text(measured(run.results))),
+            "",
         ]
     )
 
 
 def _measured(run: Snapshot) -> Iterator[EvalResult]:
-    """The final model's scores: those of the first training seed, whose adapter this is."""
+    """Yield the final model's scores: those of the first training seed, whose adapter this is."""
     assert run.results.evaluate
     row = next(row for row in run.results.evaluate.rows if row.name == SEARCHED and row.seed is not None)
     for score in row.scores:
@@ -81,7 +78,7 @@ def _measured(run: Snapshot) -> Iterator[EvalResult]:
 
 
 def _expanded(run: Snapshot) -> str:
-    """That the base's weights came from a .gguf file, which is mostly a quantized one, as a sentence."""
+    """State that the base's weights came from a .gguf file, which is mostly a quantized one."""
     prepared = run.results.prepare
     if prepared is None or prepared.source_bytes is None:
         return ""
@@ -90,7 +87,7 @@ def _expanded(run: Snapshot) -> str:
 
 
 def _chosen(run: Snapshot) -> str:
-    """Where the plan came from, for people who know nothing of the run."""
+    """Name where the plan came from, for people who know nothing of the run."""
     search = run.results.search
     assert search
     if search.best_origin == GIVEN:
@@ -101,8 +98,7 @@ def _chosen(run: Snapshot) -> str:
 
 
 def other_base_remark(config: RunConfig) -> str | None:
-    """A remark on a card that names another base model than the one that is pruned, in a sentence; None where it does
-    not, or where the source, which is on no hub, does not tell."""
+    """Remark on a card that names another base model than the one that is pruned; None where that is not known."""
     stated, base = config.card.base_model, config.model.source
     if stated in (None, base) or not _is_hub_id(base, Path()):
         return None
@@ -113,7 +109,7 @@ def other_base_remark(config: RunConfig) -> str | None:
 
 
 def _is_hub_id(source: str, folder: Path) -> bool:
-    """Whether a source is a hub's: no file or folder, as seen from the folder that the command was given in."""
+    """Tell whether a source is a hub's: no file or folder, seen from the folder that the command was given in."""
     return (
         source.count("/") == 1
         and not source.startswith(("/", ".", "~", "package:"))
@@ -123,7 +119,7 @@ def _is_hub_id(source: str, folder: Path) -> bool:
 
 
 def base_card(run: Snapshot, run_dir: RunDir) -> str | None:
-    """The base model's own card, which lies where its files do; None where it has none or they are gone."""
+    """Read the base model's own card, which lies beside its files; None where it has none or they are gone."""
     assert run.results.prepare
     try:
         return read_text(run_dir.base_model(run.results.prepare) / "README.md")
@@ -132,12 +128,12 @@ def base_card(run: Snapshot, run_dir: RunDir) -> str | None:
 
 
 def _stated(config: dict[str, Any]) -> dict[str, Any]:
-    """What the user states; a configuration of an earlier version has no such section."""
+    """Return what the user states; a configuration of an earlier version has no such section."""
     return {key: value for key, value in config.get("card", {}).items() if value is not None}
 
 
 def _known(config: dict[str, Any], folder: Path, base_card: str) -> dict[str, Any]:
-    """What the sources tell by themselves; a licence that is stated takes the place of all that is known of one."""
+    """Return what the sources tell; a licence that is stated replaces all that is known of one."""
     source = config["model"]["source"]
     base = source if _is_hub_id(source, folder) else None
     licence = {} if "license" in _stated(config) else _license(base_card, base) or _package_license(source)
@@ -145,7 +141,7 @@ def _known(config: dict[str, Any], folder: Path, base_card: str) -> dict[str, An
 
 
 def _license(card: str, base: str | None) -> dict[str, Any]:
-    """What the base model's card says of its licence; a file that it names is one of its repository, if it has one."""
+    """Return the licence of the base model's card; a file that it names is one of its repository, if it has one."""
     metadata = front_matter(card)
     told = {name: metadata[name] for name in ("license", "license_name", "license_link") if metadata.get(name)}
     link = told.get("license_link")
@@ -155,7 +151,7 @@ def _license(card: str, base: str | None) -> dict[str, Any]:
 
 
 def _package_license(base: str) -> dict[str, Any]:
-    """What the metadata of the installed package that a model lies in say of its licence."""
+    """Return the licence in the metadata of the installed package that a model lies in."""
     if not base.startswith("package:"):
         return {}
     package = base.removeprefix("package:").partition("/")[0]
@@ -167,6 +163,6 @@ def _package_license(base: str) -> dict[str, Any]:
 
 
 def _datasets(config: dict[str, Any], folder: Path) -> list[str]:
-    """Hub data sets that the model was fine-tuned on."""
+    """List the hub data sets that the model was fine-tuned on."""
     sources = dict.fromkeys(each["source"] for each in config["data"]["train"])
     return [source for source in sources if _is_hub_id(source, folder)]

@@ -1,4 +1,4 @@
-"""What may be said of the searched plan beside others, from records alone."""
+"""States what the records allow to say of the searched plan beside others, never more than the spread allows."""
 
 from __future__ import annotations
 
@@ -6,17 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from qpruner.data.measures import accuracy_in_full
-from qpruner.report.alone import told_alone
-from qpruner.report.differences import (
-    Difference,
-    Pair,
-    difference_text,
-    more_bytes,
-    over_confirmation_rows,
-    over_questions,
-    paired,
-    seeds_text,
-)
 from qpruner.report.results import (
     BASE,
     BEST_SEED,
@@ -24,14 +13,29 @@ from qpruner.report.results import (
     RANDOM,
     SEARCHED,
     UNIFORM,
-    Row,
+    beside_base,
     fine_tunes,
     rows,
     title_of,
     under_first_seed,
+    untuned_accuracies,
 )
-from qpruner.runs.records import GIVEN, CandidateRecord, Results, SearchRecord
+from qpruner.report.search_summary import margins
+from qpruner.report.statistics import (
+    Difference,
+    Pair,
+    difference_text,
+    more_bytes,
+    over_confirmation_rows,
+    over_questions,
+    paired,
+    seeds_of,
+    seeds_text,
+)
+from qpruner.runs.records import GIVEN, Results, SearchRecord
 from qpruner.search.random_plans import SAME_BYTES
+
+RIVALS = {BEST_SEED: "the best seed", RANDOM: "random plans of equal bytes"}
 
 
 @dataclass(frozen=True)
@@ -54,9 +58,16 @@ class Comparison:
     no_claim: str | None
     differences: tuple[Difference, ...]
 
+    def by_verdict(self) -> dict[str, list[str]]:
+        """Group the measures by verdict."""
+        found: dict[str, list[str]] = {}
+        for difference in self.differences:
+            found.setdefault(difference.verdict, []).append(difference.measure)
+        return found
+
 
 def comparisons(results: Results) -> list[Comparison]:
-    """The searched plan against the best seed and against random plans of equal bytes; empty without such rows."""
+    """Compare the searched plan with the best seed and with random plans of equal bytes; empty without such rows."""
     if set(fine_tunes(results)) == {SEARCHED}:
         return []
     # One random plan does not show how far random plans lie apart.
@@ -65,46 +76,78 @@ def comparisons(results: Results) -> list[Comparison]:
 
 
 def claim(results: Results) -> str:
-    """What the searched plan lost against the base and the pruned model, and what can be said of it at equal bytes,
-    never more than the spread allows: a line, then a list."""
+    """State what the searched plan lost against base and pruned model, and how it compares at equal bytes.
+
+    Returns:
+        A paragraph in the first line; in each further line an item of what it rests on, after a dash.
+    """
     assert results.search
-    found = comparisons(results)
-    winner = _winner(results.search, fine_tunes(results)[SEARCHED][0][0])
+    found, winner = comparisons(results), _winner(results, results.search)
     if not found:
-        return told_alone(results, winner)
-    lead = f"{winner}{_lost(results)}{_beside_uniform(results)}{_in_words(found)}"
-    return "\n".join([lead, *map(_stated, found)])
+        return "\n".join([f"{winner}{_alone(results)}", *_items_alone(results.search)])
+    lead = f"{winner}{_lost(results)}{_beside_uniform(results)}{_verdicts(found)}"
+    return "\n".join([lead, *map(_item, found)])
+
+
+def how_to_compare(command: str) -> str:
+    """Tell how the comparison is added to a finished run."""
+    return (
+        "The comparison with the base, uniform bits, seed and random plans after the same fine-tune is added by "
+        f"`{command} --set finetune.compare=true`; the winner's own fine-tune is kept."
+    )
 
 
 def tally(found: Sequence[Comparison]) -> tuple[str, str]:
-    """In how many of all comparisons the searched plan is better or worse, and how many these are: of several one may
-    show a difference by chance."""
+    """Count in how many of all comparisons the searched plan is better or worse, and how many these are.
+
+    Of several comparisons one may show a difference by chance.
+    """
     verdicts = [difference.verdict for each in found for difference in each.differences]
-    told = [f"{verdict} in {verdicts.count(verdict)}" for verdict in ("better", "worse") if verdict in verdicts]
-    headline = f"{' and '.join(told)} of {len(verdicts)}" if told else "no difference shown"
+    counts = [f"{verdict} in {verdicts.count(verdict)}" for verdict in ("better", "worse") if verdict in verdicts]
+    headline = f"{' and '.join(counts)} of {len(verdicts)}" if counts else "no difference shown"
     return headline, f"{len(verdicts)} comparisons, each at 95 % by itself"
 
 
-def _winner(search: SearchRecord, winner: CandidateRecord) -> str:
-    size, title = f"{winner.measured_bytes / 1e6:.2f} MB", title_of(SEARCHED, search)
+def _winner(results: Results, search: SearchRecord) -> str:
+    record, _ = fine_tunes(results)[SEARCHED][0]
+    size, title = f"{record.measured_bytes / 1e6:.2f} MB", title_of(SEARCHED, search)
     if search.control_won:
         return (
             f"No searched plan beat the best control on fresh rows: the control {search.best_origin} ({size}) is what "
             f"the search returned, in the row `{title}`."
         )
-    return f"{title.capitalize()}: {winner.origin}, {size}."
+    return f"{title.capitalize()}: {record.origin}, {size}."
+
+
+def _alone(results: Results) -> str:
+    """Describe a winner that was compared with nothing after its fine-tune."""
+    assert results.prune and results.evaluate
+    [row] = rows(results)
+    untuned = "".join(f", {name} {accuracy:.3f}" for name, accuracy in untuned_accuracies(results).items())
+    return (
+        f" It is {results.prune.bytes_before / row.measured_bytes:.1f} times smaller than the base model. "
+        f"After its fine-tune its validation loss is {row.validation_loss:.4f} and its confirmation loss "
+        f"{row.confirmation_loss:.4f} nats per token, and its test {accuracy_in_full(results.evaluate.metrics)} "
+        f"{row.accuracy:.3f} (without a fine-tune{untuned})."
+    )
+
+
+def _items_alone(search: SearchRecord) -> list[str]:
+    fresh = [f"- On the search's fresh rows, before this fine-tune: {margin}" for margin in margins(search)]
+    return [*fresh, "- No other plan had this fine-tune, so nothing is claimed at equal bytes."]
 
 
 def _compared(results: Results, other: str) -> Comparison:
     by_name = fine_tunes(results)
     pairs = paired(by_name[SEARCHED], by_name.get(other, ()))
     if not pairs:
-        return Comparison(other, "", (), None, _without_seed(results.search), ())
+        given = results.search is not None and results.search.best_origin == GIVEN
+        reason = "a plan was given, and no seed plan of this budget has finished in this folder"
+        return Comparison(other, "", (), None, reason if given else "no seed plan was confirmed", ())
     share, origin = more_bytes(pairs), pairs[0][1][0].origin
-    seeds = tuple(dict.fromkeys(ours.seed for (ours, _), _ in pairs))
-    reason = _why_no_claim(pairs, share)
-    found = [] if reason else [*over_questions(pairs), over_confirmation_rows(pairs)]
-    return Comparison(other, origin, seeds, share, reason, tuple(found))
+    no_claim = _why_no_claim(pairs, share)
+    found = [] if no_claim else [*over_questions(pairs), over_confirmation_rows(pairs)]
+    return Comparison(other, origin, seeds_of(pairs), share, no_claim, tuple(found))
 
 
 def _why_no_claim(pairs: Sequence[Pair], share: float) -> str | None:
@@ -115,81 +158,55 @@ def _why_no_claim(pairs: Sequence[Pair], share: float) -> str | None:
     return None
 
 
-def _without_seed(search: SearchRecord | None) -> str:
-    """Why there is no row of the best seed."""
-    if search and search.best_origin == GIVEN:
-        return "a plan was given, and no seed plan of this budget has finished in this folder"
-    return "no seed plan was confirmed"
-
-
-def _rival(found: Comparison) -> str:
-    return "the best seed" if found.other == BEST_SEED else "random plans of equal bytes"
-
-
-def beside_base(results: Results) -> tuple[list[Row], str]:
-    """The searched row, then the base's and the pruned model's as far as there are such, all under the training seed
-    that each had, and that seed in words; no words where no row had more."""
-    alike = {row.name: row for row in under_first_seed(results)}
-    found = [alike[name] for name in (SEARCHED, BASE, PRUNED) if name in alike]
-    several = any(len(row.seeds) > 1 for row in rows(results))
-    return found, f" under training seed {found[0].seeds[0]}" if several else ""
-
-
 def _lost(results: Results) -> str:
-    """What the winner weighs and knows beside the base and the pruned model, as a sentence; nothing without them."""
+    """State the winner's bytes, accuracy and answer loss beside base and pruned model; nothing without these rows."""
     three, under = beside_base(results)
-    if len(three) < 3:
+    if [row.name for row in three] != [SEARCHED, BASE, PRUNED]:
         return ""
-    winner, base, _ = three
     assert results.evaluate
-    told = f"test {accuracy_in_full(results.evaluate.metrics)}"
-    told += " is {:.3f} (base {:.3f}, pruned {:.3f})".format(*(row.accuracy for row in three))
+    figures = f"test {accuracy_in_full(results.evaluate.metrics)}"
+    figures += " is {:.3f} (base {:.3f}, pruned {:.3f})".format(*(row.accuracy for row in three))
     losses = [row.answer_loss for row in three if row.answer_loss is not None]
     if len(losses) == len(three):
-        told += " and its answer loss {:.3f} (base {:.3f}, pruned {:.3f})".format(*losses)
+        figures += " and its answer loss {:.3f} (base {:.3f}, pruned {:.3f})".format(*losses)
     return (
-        f" At {winner.measured_bytes / base.measured_bytes:.1%} of the bytes of the base with such an adapter, its "
-        f"{told}, all after the same fine-tune{under}."
+        f" At {three[0].measured_bytes / three[1].measured_bytes:.1%} of the bytes of the base with such an adapter, "
+        f"its {figures}, all after the same fine-tune{under}."
     )
 
 
 def _beside_uniform(results: Results) -> str:
-    """What the winner weighs and knows beside uniform bits, as a sentence; nothing without such rows."""
+    """State the winner's confirmation loss beside uniform bits; nothing without such rows."""
     alike = {row.name: row for row in under_first_seed(results)}
     winner = alike[SEARCHED]
     uniform = [row for row in alike.values() if row.origin == UNIFORM and row.plans != winner.plans]
     if not uniform:
         return ""
-    told = [f"{row.title} {row.confirmation_loss:.3f} at {row.measured_bytes / 1e6:.1f} MB" for row in uniform]
+    others = [f"{row.title} {row.confirmation_loss:.3f} at {row.measured_bytes / 1e6:.1f} MB" for row in uniform]
     return (
         f" Its confirmation loss is {winner.confirmation_loss:.3f} at {winner.measured_bytes / 1e6:.1f} MB "
-        f"({', '.join(told)}), under the same training seed."
+        f"({', '.join(others)}), under the same training seed."
     )
 
 
-def _in_words(found: Sequence[Comparison]) -> str:
-    """The verdicts as a sentence, and how many they are; nothing where there are none."""
+def _verdicts(found: Sequence[Comparison]) -> str:
     parts = []
     for each in (each for each in found if each.differences):
-        by_verdict = {
-            verdict: " and ".join(one.measure for one in each.differences if one.verdict == verdict)
-            for verdict in ("better", "worse")
-        }
-        told = [
-            f"is {verdict} than {_rival(each)} in {measures}" for verdict, measures in by_verdict.items() if measures
-        ]
-        parts.append(" and ".join(told) or f"cannot be told from {_rival(each)}")
+        rival, measures = RIVALS[each.other], each.by_verdict()
+        shown = [verdict for verdict in ("better", "worse") if verdict in measures]
+        told = [f"is {verdict} than {rival} in {' and '.join(measures[verdict])}" for verdict in shown]
+        parts.append(" and ".join(told) or f"cannot be told from {rival}")
     if not parts:
         return ""
     headline, among = tally(found)
     return f" It {'; it '.join(parts)}. Over {among}: {headline}."
 
 
-def _stated(found: Comparison) -> str:
-    named = _rival(found)
+def _item(found: Comparison) -> str:
+    rival = RIVALS[found.other]
     if found.more_bytes is None:
-        return f"- Against {named}: no claim, {found.no_claim}."
-    against = f"- Against {named} ({found.origin}, {found.more_bytes:+.2%} bytes)"
+        return f"- Against {rival}: no claim, {found.no_claim}."
+    against = f"- Against {rival} ({found.origin}, {found.more_bytes:+.2%} bytes)"
     if found.no_claim:
         return f"{against}: {found.no_claim}."
     return f"{against}, {seeds_text(found.seeds)}: {'; '.join(map(difference_text, found.differences))}."

@@ -1,8 +1,8 @@
-"""TensorBoard's event files, written so that writing twice changes nothing.
+"""Writes TensorBoard's event files with tensorboardX, so that writing twice changes nothing.
 
-A file is a function of what it shows. While a search goes on it grows at the end, which a TensorBoard that is open
-follows; after a crash, a resume or a loss the same call completes or rewrites it, and no row is there twice.
-Format: TFRecord frames (length, masked CRC-32C, bytes, masked CRC-32C) of `Event` messages.
+A file is a function of what it shows. While a search runs it grows at the end, which a TensorBoard that is open
+follows; after a crash, a resume or a loss the same call completes or rewrites it, and no row is in it twice.
+`SummaryWriter` only appends, with its own times and file names, so messages are made here.
 """
 
 from __future__ import annotations
@@ -10,12 +10,15 @@ from __future__ import annotations
 import struct
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from tensorboardX.proto.event_pb2 import Event
 from tensorboardX.proto.plugin_hparams_pb2 import HParamsPluginData
 from tensorboardX.proto.summary_pb2 import Summary, SummaryMetadata
-from tensorboardX.record_writer import masked_crc32c
+from tensorboardX.record_writer import RecordWriter
+from tensorboardX.summary import custom_scalars
+from tensorboardX.summary import text as text_summary
 
 FILE = "events.out.tfevents"
 """How the names of event files begin, for TensorBoard to see them."""
@@ -32,8 +35,7 @@ def write_events(folder: Path, events: Sequence[Any], name: str = "0") -> None:
         name: End of the file's name.
     """
     version = Event(wall_time=events[0].wall_time, file_version="brain.Event:2")
-    wanted = b"".join(_framed(event.SerializeToString(deterministic=True)) for event in (version, *events))
-    path = folder / f"{FILE}.{name}"
+    path, wanted = folder / f"{FILE}.{name}", _framed([version, *events])
     found = path.read_bytes() if path.is_file() else b""
     if found == wanted:
         return
@@ -47,37 +49,35 @@ def write_events(folder: Path, events: Sequence[Any], name: str = "0") -> None:
     aside.replace(path)
 
 
+def _framed(events: Sequence[Any]) -> bytes:
+    with TemporaryDirectory() as folder:  # tensorboardX's writer knows files alone
+        file = Path(folder) / FILE
+        writer = RecordWriter(str(file))
+        for event in events:
+            writer.write(event.SerializeToString(deterministic=True))
+        writer.close()
+        return file.read_bytes()
+
+
 def scalar(tag: str, value: float, step: int, time: float) -> Any:
-    """One point of a curve."""
+    """Make one point of a curve."""
     return _event(Summary.Value(tag=tag, simple_value=value), step, time)
 
 
-def image(tag: str, png: bytes, size: tuple[int, int], step: int, time: float) -> Any:
-    """A picture.
-
-    Args:
-        tag: Its name.
-        png: The file.
-        size: Width and height in pixels.
-        step: Where the slider shows it.
-        time: Unix seconds.
-    """
-    width, height = size
+def image(tag: str, png: bytes, step: int, time: float) -> Any:
+    """Make a picture of a PNG file, which the slider shows at a step."""
+    width, height = struct.unpack(">II", png[16:24])
     picture = Summary.Image(width=width, height=height, colorspace=3, encoded_image_string=png)
     return _event(Summary.Value(tag=tag, image=picture), step, time)
 
 
 def text(tag: str, markdown: str, time: float = 0.0) -> Any:
-    """A text, shown as Markdown."""
-    from tensorboardX.summary import text as text_summary
-
+    """Make a text, shown as Markdown."""
     return Event(wall_time=time, summary=text_summary(tag, markdown))
 
 
 def charts(layout: dict[str, dict[str, list[str]]]) -> Any:
-    """The layout of the custom scalars: category -> chart -> tags, every run with such a tag a line."""
-    from tensorboardX.summary import custom_scalars
-
+    """Make the layout of the custom scalars: category -> chart -> tags, every run with such a tag a line."""
     lines = {
         category: {chart: ["Multiline", tags] for chart, tags in of_category.items()}
         for category, of_category in layout.items()
@@ -86,32 +86,29 @@ def charts(layout: dict[str, dict[str, list[str]]]) -> Any:
 
 
 def experiment(columns: Mapping[str, str | float], metrics: Mapping[str, str]) -> Any:
-    """The HParams table's columns.
-
-    Args:
-        columns: Parameters, with a value of each.
-        metrics: Tag -> what its column is called.
-    """
+    """Make the HParams table's columns: of parameters, with a value of each, and of metrics, tag -> title."""
     content = HParamsPluginData(version=0)
     for name, value in columns.items():
         content.experiment.hparam_infos.add(name=name, type=TEXT if isinstance(value, str) else NUMBER)
-    for tag, called in metrics.items():
-        content.experiment.metric_infos.add(name={"tag": tag}, display_name=called)
-    return _event(Summary.Value(tag="_hparams_/experiment", metadata=_of_hparams(content)), 0, 0.0)
+    for tag, title in metrics.items():
+        content.experiment.metric_infos.add(name={"tag": tag}, display_name=title)
+    return _hparams("experiment", content, 0.0)
 
 
-def session(called: str, parameters: dict[str, str | float], is_success: bool, times: tuple[float, float]) -> list[Any]:
-    """A row of the HParams table; its metrics are the run's last scalars.
+def session(title: str, parameters: dict[str, str | float], is_success: bool, times: tuple[float, float]) -> list[Any]:
+    """Make a row of the HParams table; its metrics are the run's last scalars.
+
+    tensorboardX's own `hparams` has neither titles nor times.
 
     Args:
-        called: What its first column says; rows of one name are merged, whatever runs they are from.
+        title: Of its first column; rows of one title are merged, whatever runs they are from.
         parameters: Columns.
         is_success: Whether the trial did not fail.
         times: Unix seconds of start and end.
     """
     start, end = HParamsPluginData(version=0), HParamsPluginData(version=0)
     start.session_start_info.start_time_secs = times[0]
-    start.session_start_info.group_name = called
+    start.session_start_info.group_name = title
     for name, value in parameters.items():
         column = start.session_start_info.hparams[name]
         if isinstance(value, str):
@@ -120,21 +117,13 @@ def session(called: str, parameters: dict[str, str | float], is_success: bool, t
             column.number_value = value
     end.session_end_info.status = SUCCESS if is_success else FAILURE
     end.session_end_info.end_time_secs = times[1]
-    return [
-        _event(Summary.Value(tag=f"_hparams_/session_{name}_info", metadata=_of_hparams(content)), 0, times[1])
-        for name, content in (("start", start), ("end", end))
-    ]
+    return [_hparams("session_start_info", start, times[1]), _hparams("session_end_info", end, times[1])]
 
 
-def _of_hparams(content: Any) -> Any:
+def _hparams(name: str, content: Any, time: float) -> Any:
     data = SummaryMetadata.PluginData(plugin_name="hparams", content=content.SerializeToString(deterministic=True))
-    return SummaryMetadata(plugin_data=data)
+    return _event(Summary.Value(tag=f"_hparams_/{name}", metadata=SummaryMetadata(plugin_data=data)), 0, time)
 
 
 def _event(value: Any, step: int, time: float) -> Any:
     return Event(wall_time=time, step=step, summary=Summary(value=[value]))
-
-
-def _framed(data: bytes) -> bytes:
-    length = struct.pack("<Q", len(data))
-    return length + struct.pack("<I", masked_crc32c(length)) + data + struct.pack("<I", masked_crc32c(data))

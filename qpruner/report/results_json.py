@@ -1,4 +1,4 @@
-"""`results.json`: every figure of a run in one file with a published JSON schema (`qpruner schema --results`)."""
+"""Writes `results.json`: every figure of a run, with a JSON schema (`qpruner schema --results`)."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict
 
 from qpruner.report.claim import Comparison, claim, comparisons
-from qpruner.report.marginal_effects import MarginalEffects, rank_correlation
 from qpruner.report.results import Row, rows, under_first_seed
 from qpruner.report.snapshot import Snapshot
+from qpruner.report.statistics import MarginalEffects, rank_correlation
 from qpruner.runs.records import Results, RunState, TrialRecord
 from qpruner.wording import without_nan
 
@@ -51,7 +51,7 @@ class Summary(BaseModel):
 
 
 def summary_of(run: Snapshot) -> Summary:
-    """Everything that the run's folder tells."""
+    """Collect everything that the run's folder holds."""
     methods = run.sensitivity.methods if run.sensitivity else {}
     return Summary(
         standing=run.standing,
@@ -70,12 +70,12 @@ def summary_of(run: Snapshot) -> Summary:
 
 
 def summary_text(summary: Summary) -> str:
-    """The file's text."""
+    """Return the file's text."""
     return json.dumps(without_nan(summary.model_dump(mode="json")), indent=2, allow_nan=False) + "\n"
 
 
 def summary_schema() -> str:
-    """The JSON schema of `results.json`."""
+    """Return the JSON schema of `results.json`."""
     schema = Summary.model_json_schema(mode="serialization")
     about = {"$schema": "https://json-schema.org/draft/2020-12/schema", "$id": f"urn:qpruner:results:{FORMAT}"}
     return json.dumps(about | schema, indent=2, sort_keys=True) + "\n"

@@ -16,7 +16,7 @@ from typing import Any
 from qpruner.data.measures import accuracy_in_full
 from qpruner.errors import UserError
 from qpruner.report import results as table
-from qpruner.report.alone import to_compare
+from qpruner.report.claim import how_to_compare
 from qpruner.report.liveness import RUNNING, Liveness, read_liveness
 from qpruner.report.results import SEARCHED, read_results
 from qpruner.report.search_progress import (
@@ -31,10 +31,8 @@ from qpruner.report.search_progress import (
     search_progress,
 )
 from qpruner.runs.lock import driver_of
-from qpruner.runs.paths import LOG, STATE, RunDir, children, exists, for_each
 from qpruner.runs.records import (
     GIVEN,
-    STAGES,
     BankRecord,
     Results,
     RunState,
@@ -43,6 +41,8 @@ from qpruner.runs.records import (
     TrialRecord,
     flat,
 )
+from qpruner.runs.run_dir import LOG, STATE, RunDir
+from qpruner.runs.storage import children, exists, for_each
 from qpruner.search.trial_records import read_pulse, read_trials
 from qpruner.wording import counted
 
@@ -52,20 +52,15 @@ MOST_RUNS = 10
 
 @dataclass(frozen=True)
 class RunView:
-    """A run folder, read when asked.
-
-    Attributes:
-        run_dir: The folder.
-        life: Whether its latest command still works on it.
-    """
+    """A run folder, read when asked, and whether its latest command still works on it."""
 
     run_dir: RunDir
-    life: Liveness
+    liveness: Liveness
 
     @property
     def state(self) -> RunState:
         """Of its latest command."""
-        return self.life.state
+        return self.liveness.state
 
     @cached_property
     def results(self) -> Results:
@@ -99,7 +94,7 @@ class RunView:
     @property
     def outcome(self) -> str:
         """How the latest command ended, or `running`, also where another one has taken the run up since."""
-        return RUNNING if self.life.successor else self.life.outcome
+        return RUNNING if self.liveness.successor else self.liveness.outcome
 
 
 def view(root: str | Path) -> RunView:
@@ -109,18 +104,18 @@ def view(root: str | Path) -> RunView:
         UserError: If it is none, or none yet.
     """
     run_dir = RunDir(root, create=False)
-    life = read_liveness(run_dir)
-    if life is None:
+    liveness = read_liveness(run_dir)
+    if liveness is None:
         driver = driver_of(run_dir.root)
         if driver and driver.state == "alive":
             process = f"process {driver.holder.pid} on {driver.holder.host}, since {driver.holder.since}"
             raise UserError(f"{root} has no {STATE} yet: a command is starting there ({process}); look again soon")
         raise UserError(_no_run(run_dir, str(root)))
-    return RunView(run_dir, life)
+    return RunView(run_dir, liveness)
 
 
 def _no_run(run_dir: RunDir, named: str) -> str:
-    """Why a place is no run, and what to name instead."""
+    """Tell why a place is no run, and what to name instead."""
     names = children(run_dir.root)
     are_runs = for_each(_may_be_run, [run_dir.root / name for name in names])
     runs = [name for name, is_run in zip(names, are_runs, strict=True) if is_run]
@@ -134,7 +129,7 @@ def _no_run(run_dir: RunDir, named: str) -> str:
         )
     if names or run_dir.root.is_dir():
         return f"{named} is no run folder, it has no {STATE}: {remedy}"
-    return f"{named} {'is empty' if run_dir.is_at_uri else 'does not exist'}: {remedy}"
+    return f"{named} does not exist or is empty: {remedy}"
 
 
 def _may_be_run(folder: Path) -> bool:
@@ -145,34 +140,27 @@ def _may_be_run(folder: Path) -> bool:
 
 
 def _listed(runs: Sequence[str]) -> str:
-    """`runs a, b`, the first few."""
+    """List the first few: `runs a, b`."""
     more = f" and {len(runs) - MOST_RUNS} more" if len(runs) > MOST_RUNS else ""
     return f"{'runs' if len(runs) > 1 else 'run'} {', '.join(runs[:MOST_RUNS])}{more}"
 
 
 def status(run: RunView, now: float) -> dict[str, Any]:
-    """Stages with state and time, and the search at a glance.
-
-    Args:
-        run: The run.
-        now: Unix seconds.
-    """
+    """Report the stages with state and time, and the search; `now` is in Unix seconds."""
     stages: list[dict[str, Any]] = []
-    for name in STAGES[: STAGES.index(run.state.until) + 1]:
-        if name == "comparison" and not run.state.compares:
-            continue
+    for name in run.state.asked_stages:
         state = run.state.stages.get(name)
         if state is None:
             stages.append({"stage": name, "state": "waiting", "seconds": None, "steps": None, "text": ""})
             continue
         is_running = state.state == "running"
         # What the command left unfinished when it ended is running no more.
-        shown = run.life.outcome if is_running else state.state
+        shown = run.liveness.outcome if is_running else state.state
         end = now if shown == RUNNING else run.state.updated
         steps = f"{state.done}/{state.total}" if state.total and is_running else None
         seconds = end - state.started if is_running else _taken(run, name, state)
         stages.append({"stage": name, "state": shown, "seconds": seconds, "steps": steps, "text": state.text})
-    worker = run.life.successor or run.state
+    worker = run.liveness.successor or run.state
     return {
         "run": run.run_dir.address,
         "outcome": run.outcome,
@@ -182,16 +170,16 @@ def status(run: RunView, now: float) -> dict[str, Any]:
         "started": run.state.started,
         "command": run.state.command,
         "folder": run.state.folder,
-        "has_begun": run.life.successor is None,
-        "seconds_since_sign_of_life": max(0.0, now - run.life.last_sign),
+        "has_begun": run.liveness.successor is None,
+        "seconds_since_sign_of_life": max(0.0, now - run.liveness.last_sign),
         "stages": stages,
         "search": _search_status(run),
-        "to_compare": to_compare(run.state.command) if run.could_compare else None,
+        "to_compare": how_to_compare(run.state.command) if run.could_compare else None,
     }
 
 
 def _taken(run: RunView, name: str, state: StageState) -> float | None:
-    """Seconds of a stage that is over: of a search those of all its sessions, as the report tells them."""
+    """Return the seconds of a stage that is over: of a search those of all its sessions."""
     return run.search.total_seconds if name == "search" and run.search else state.seconds
 
 
@@ -204,12 +192,12 @@ def _search_status(run: RunView) -> dict[str, Any] | None:
         "score_title": score_title(search),
         **{name: now.count(name) for name in ("finished", "stopped", "failed", "running")},
         # What the command left unfinished when it ended waits for nothing.
-        "waiting": now.waiting if run.life.outcome == RUNNING else 0,
-        "starting": now.starting if run.life.outcome == RUNNING else 0,
+        "waiting": now.waiting if run.liveness.outcome == RUNNING else 0,
+        "starting": now.starting if run.liveness.outcome == RUNNING else 0,
         "trials": len(now.trials),
         "under_way": [trial_row(run, trial) for trial in now.running],
         "failures": [trial_row(run, trial) for trial in now.trials if trial.status == "failed"],
-        "taken_over": len(now.others),
+        "reused": len(now.others),
         "seconds_left": now.seconds_left,
         "best": trial_row(run, now.best) if now.best else None,
         "best_control": trial_row(run, now.best_control) if now.best_control else None,
@@ -224,10 +212,9 @@ def _search_status(run: RunView) -> dict[str, Any] | None:
 
 
 def trial_row(run: RunView, trial: TrialRecord) -> dict[str, Any]:
-    """A trial as a flat row: figures first, then the bits of every group.
+    """Return a trial as a flat row: figures of its last rung, then the bits of every group.
 
-    Losses are those of its last rung, the step `rung`; the step of one that runs is where it is now, between two rungs,
-    too.
+    The step of a trial that runs is where it is now, also between two rungs.
     """
     last = trial.rungs[-1] if trial.rungs else None
     assert run.state.search
@@ -255,7 +242,7 @@ def trial_row(run: RunView, trial: TrialRecord) -> dict[str, Any]:
 
 
 def winner(run: RunView) -> TrialRecord:
-    """The trial whose plan the search returned.
+    """Return the trial whose plan the search returned.
 
     Raises:
         UserError: If the search is not over, or the plan that was given not scored.
@@ -275,7 +262,7 @@ def winner(run: RunView) -> TrialRecord:
 
 
 def trial(run: RunView, index: int) -> TrialRecord:
-    """A trial by its number.
+    """Find a trial by its number.
 
     Raises:
         UserError: If there is none.
@@ -290,18 +277,18 @@ def trial(run: RunView, index: int) -> TrialRecord:
 
 
 def budget_bytes(run: RunView) -> int | None:
-    """What a plan of the latest search may take; None before there is one."""
+    """Return what a plan of the latest search may take; None before there is one."""
     return run.state.search.budget_bytes if run.state.search else None
 
 
 def group_bytes(run: RunView) -> dict[str, dict[str, int]]:
-    """bits -> group -> bytes; empty where there is no bank, or one of an older qpruner."""
+    """Return bytes by bits and group; empty where there is no bank, or one of an older qpruner."""
     banked = run.run_dir.read_record("bank", BankRecord)
     return banked.group_bytes if banked else {}
 
 
 def summary(run: RunView) -> dict[str, Any]:
-    """What stands beside other runs."""
+    """Collect what stands beside other runs."""
     config, now, record = run.state.config, run.progress, run.search
     facts: dict[str, Any] = {
         "run": run.run_dir.address,
@@ -330,13 +317,14 @@ def summary(run: RunView) -> dict[str, Any]:
         **({} if record.hypervolume is None else {"hypervolume": record.hypervolume}),
         "search_hours": record.total_seconds / 3600,
         "search_gpu_hours": record.total_gpu_seconds / 3600,
-        **_whole_run(results),
+        "run_hours": sum(results.seconds.values()) / 3600,
+        "run_gpu_hours": sum(results.gpu_seconds.values()) / 3600,
     }
     return facts | _final(results)
 
 
 def _best_control(run: RunView) -> float | None:
-    """The score of the best control: of those that a given plan was compared with, though another search ran them."""
+    """Return the score of the best control, also of another search that a given plan was compared with."""
     metric = run.state.config["search"]["metric"]
     finished = [each for each in run.progress.trials if each.status == "finished"] if run.progress else []
     controls = [each for each in finished if each.is_control and not each.is_given]
@@ -348,16 +336,8 @@ def _best_control(run: RunView) -> float | None:
     return score(best.rungs[-1], metric) if best else None
 
 
-def _whole_run(results: Results) -> dict[str, float]:
-    """Hours of all stages that are recorded."""
-    return {
-        "run_hours": sum(results.seconds.values()) / 3600,
-        "run_gpu_hours": sum(results.gpu_seconds.values()) / 3600,
-    }
-
-
 def _final(results: Results) -> dict[str, float | str | None]:
-    """The searched row after its fine-tune, where the latest command came that far."""
+    """Return figures of the searched row after its fine-tune, where the latest command came that far."""
     tuned = [each for each in results.candidates if each.name == SEARCHED]
     if not tuned:
         return {}
@@ -381,8 +361,7 @@ def _final(results: Results) -> dict[str, float | str | None]:
 
 
 def differing_settings(runs: Sequence[RunView]) -> dict[str, list[Any]]:
-    """Settings that are not the same in all runs: key -> a value a run, None where it is unset; the run folder itself
-    aside."""
+    """Return the settings that are not the same in all runs: key -> a value a run, None where it is unset."""
     settings = [flat(_by_place(run.state.config)) for run in runs]
     keys = dict.fromkeys(key for each in settings for key in each if key != "output")
     values = {key: [each.get(key) for each in settings] for key in keys}
@@ -390,7 +369,7 @@ def differing_settings(runs: Sequence[RunView]) -> dict[str, list[Any]]:
 
 
 def _by_place(setting: Any) -> Any:
-    """A setting whose lists of mappings are mappings by place: `data.train.0.limit` is a key of its own."""
+    """Turn lists of mappings into mappings by place: `data.train.0.limit` is a key of its own."""
     if isinstance(setting, list) and setting and isinstance(setting[0], dict):
         setting = {f"{place}": item for place, item in enumerate(setting)}
     return {key: _by_place(value) for key, value in setting.items()} if isinstance(setting, dict) else setting

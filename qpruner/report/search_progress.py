@@ -1,4 +1,4 @@
-"""How a search stands, from the records of its trials alone: counts, the best so far, the controls, the time left."""
+"""Computes how a search stands from the records of its trials: counts, the best so far, the controls, the time left."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ class SearchProgress:
         others: Trials that searches with another budget, searcher or plan left in the same folder.
         best: The finished trial with the best score that is no control; None before there is one.
         best_control: The finished control with the best score.
-        seconds_left: Of trials; an estimate from the mean time of those that are over; None before there is one, and
-            where no trial runs: then the search has ended, maybe before all of its trials.
+        seconds_left: Estimated from the mean time of trials that are over; None before there is one, and where no
+            trial runs.
         slots: Trials that machines have room for.
     """
 
@@ -34,7 +34,7 @@ class SearchProgress:
     slots: int
 
     def count(self, status: str) -> int:
-        """Trials of this search with that status."""
+        """Count the trials of this search with a status."""
         return sum(1 for trial in self.trials if trial.status == status)
 
     @property
@@ -44,23 +44,18 @@ class SearchProgress:
 
     @property
     def waiting(self) -> int:
-        """Of these, how many no machine has room for."""
+        """How many of these no machine has room for."""
         return sum(not trial.has_begun for trial in self.running) - self.starting
 
     @property
     def starting(self) -> int:
-        """How many have room, and no worker yet: its process is being started."""
+        """How many of these have room, and no worker yet: its process is being started."""
         begun = sum(trial.has_begun for trial in self.running)
         return min(len(self.running) - begun, max(0, self.slots - begun))
 
 
 def search_progress(search: SearchState, records: Iterable[TrialRecord]) -> SearchProgress:
-    """How a search stands.
-
-    Args:
-        search: Its settings and digests.
-        records: Every trial in its folder.
-    """
+    """Compute how a search stands from every trial in its folder."""
     ordered = sorted(records, key=lambda trial: trial.index)
     trials = tuple(trial for trial in ordered if trial.search == search.search)
     finished = [trial for trial in trials if trial.status == "finished"]
@@ -80,42 +75,38 @@ def search_progress(search: SearchState, records: Iterable[TrialRecord]) -> Sear
 
 
 def shown_together(search: SearchState, records: Iterable[TrialRecord]) -> list[TrialRecord]:
-    """The trials that curves and pictures compare: those of the search; of a plan that was given, it, every other one
-    that was, and the search that it stands beside."""
-    return [
-        trial
-        for trial in records
-        if trial.search in (search.search, search.beside) or (search.beside and trial.is_given)
-    ]
+    """Return the trials that curves compare: a given plan stands among other given ones and the search beside it."""
+    beside = (search.search, search.beside)
+    return [trial for trial in records if trial.search in beside or (search.beside and trial.is_given)]
 
 
 def best_of(finished: Iterable[TrialRecord], metric: str) -> TrialRecord | None:
-    """The trial with the best score at its last rung; the first of equal ones."""
+    """Return the trial with the best score at its last rung; the first of equal ones."""
     return min(finished, key=lambda trial: (cost(trial.rungs[-1], metric), trial.index), default=None)
 
 
 def score_name(search: SearchState | SearchRecord) -> str:
-    """What the search's scores are called: `loss`, or the accuracy by lm-eval's name."""
+    """Name the search's scores: `loss`, or the accuracy by lm-eval's name."""
     return "loss" if search.metric == "loss" else accuracy_name(search.metrics)
 
 
 def score_title(search: SearchState | SearchRecord) -> str:
-    """The same of a trial, whose loss is on the validation rows."""
+    """Name the scores of trials, whose loss is on the validation rows."""
     return f"{'validation ' if search.metric == 'loss' else ''}{score_name(search)}"
 
 
 def cost(rung: RungResult | FreshScore, metric: str) -> float:
-    """What is minimized: the loss, or the accuracy with its sign turned."""
+    """Return what is minimized: the loss, or the accuracy with its sign turned."""
     return score(rung, metric) if metric == "loss" else -score(rung, metric)
 
 
 def front_point(trial: TrialRecord, metric: str) -> Point:
-    """A scored trial as a point of a front: its bytes, and what is minimized."""
+    """Return a scored trial as a point of a front: its bytes, and what is minimized."""
     return trial.plan_bytes, cost(trial.rungs[-1], metric)
 
 
 def score(rung: RungResult | FreshScore, metric: str) -> float:
-    """The score as people read it."""
+    """Return the score as people read it."""
     if metric == "loss":
         return rung.loss
     assert rung.accuracy is not None, "a search by accuracy scores it at every rung"
@@ -123,17 +114,17 @@ def score(rung: RungResult | FreshScore, metric: str) -> float:
 
 
 def score_with_step(shown: str, rung: int, step: int) -> str:
-    """A score beside the step that its trial is at: with the rung it is of where the trial is past it."""
+    """Write a score with the rung it is of where its trial is past it."""
     return shown if rung == step else f"{shown} @{rung}"
 
 
 def control_name(control: TrialRecord) -> str:
-    """What the best control is called: a plan that the user gave stands for itself."""
+    """Name the best control: a plan that the user gave stands for itself."""
     return "given plan" if control.is_given else "best control"
 
 
 def best_so_far(over: Sequence[TrialRecord], metric: str) -> list[float | None]:
-    """The best score of the searched plans that finished among the first 1, 2, ... of the trials given."""
+    """Return the best score of the searched plans that finished among the first 1, 2, ... of the trials given."""
     best: TrialRecord | None = None
     curve = []
     for trial in over:
@@ -146,28 +137,30 @@ def best_so_far(over: Sequence[TrialRecord], metric: str) -> list[float | None]:
 def hypervolume_so_far(
     over: Sequence[TrialRecord], metric: str, budget_bytes: int, of_controls: bool = False
 ) -> list[float]:
-    """The hypervolume of those that finished among the first 1, 2, ... of the trials given, by the smallest of all; of
-    the controls alone on request, of which a plan that the user gave is none."""
+    """Return the hypervolume of those that finished among the first 1, 2, ... of the trials, by the smallest of all.
+
+    With `of_controls` it is that of the controls alone; a plan that the user gave is none.
+    """
     points = {trial.index: front_point(trial, metric) for trial in over if trial.status == "finished"}
     if not points:
         return [0.0] * len(over)
     left_out = {trial.index for trial in over if of_controls and (trial.is_given or not trial.is_control)}
-    told = (None if trial.index in left_out else points.get(trial.index) for trial in over)
-    return list(hypervolumes(told, min(points.values()), budget_bytes))
+    counted = (None if trial.index in left_out else points.get(trial.index) for trial in over)
+    return list(hypervolumes(counted, min(points.values()), budget_bytes))
 
 
 def in_order_of_end(trials: Iterable[TrialRecord]) -> list[TrialRecord]:
-    """The trials that are over, in the order in which they ended."""
+    """Return the trials that are over, in the order in which they ended."""
     return sorted((trial for trial in trials if trial.is_over), key=lambda trial: (trial.times[-1:], trial.index))
 
 
 def bar(trial: TrialRecord) -> str:
-    """The plan as one character a group."""
+    """Write the plan as one character a group."""
     return str(PrecisionPlan.from_dict(trial.plan))
 
 
 def trial_line(trial: TrialRecord, steps: int) -> str:
-    """A trial in one line: number, plan, where it stands."""
+    """Describe a trial in one line: number, plan, where it stands."""
     where = f"trial {trial.index:>3} [{bar(trial)}] {trial.plan_bytes / 1e6:.1f} MB"
     if trial.rungs:
         last = trial.rungs[-1]

@@ -1,4 +1,4 @@
-"""What a search came to, in sentences: what ran, why it ended, who won and why."""
+"""Summarizes a search in sentences: what ran, why it ended, who won and by how much."""
 
 from __future__ import annotations
 
@@ -6,20 +6,19 @@ import math
 from collections.abc import Iterator, Sequence
 
 from qpruner.data.measures import Z_95, accuracy_in_full
-from qpruner.report.differences import paired_losses
 from qpruner.report.search_progress import cost, score, score_name
+from qpruner.report.statistics import paired_losses
 from qpruner.runs.records import GIVEN, Confirmation, SearchRecord, TrialRecord
 from qpruner.search.trial_records import remedy_of
 from qpruner.wording import counted, duration
 
 
 def search_text(search: SearchRecord, trials: Sequence[TrialRecord]) -> list[str]:
-    """What ran, why it ended, and who was best on fresh rows, by how much.
+    """Tell what ran and why it ended; then who was best on fresh rows, by how much."""
+    return [_what_ran(search), _who_won(search, trials)]
 
-    Args:
-        search: Its record.
-        trials: Every trial that it knew.
-    """
+
+def _what_ran(search: SearchRecord) -> str:
     by = "a given plan" if search.best_origin == GIVEN else search.searcher
     what = "loss" if search.metric == "loss" else accuracy_in_full(search.metrics)
     told = (
@@ -30,29 +29,32 @@ def search_text(search: SearchRecord, trials: Sequence[TrialRecord]) -> list[str
         + (f", {duration(search.total_gpu_seconds)} on GPUs" if search.total_gpu_seconds else "")
         + f". It ended because {search.ended}."
     )
-    if search.num_taken_over:
-        told += f" It started from {counted(search.num_taken_over, 'trial')} that earlier searches left."
+    if search.num_reused:
+        told += f" It started from {counted(search.num_reused, 'trial')} that earlier searches left."
     if search.sessions > 1:
         before = counted(search.resumed, "trial")
         told += f" Resumed: {search.sessions} sessions; the last began with {before} recorded before."
     if search.failures:
         failed = [f"{number} {kind} ({remedy_of(kind)})" for kind, number in sorted(search.failures.items())]
         told += f" Failed: {', '.join(failed)}."
+    return told
+
+
+def _who_won(search: SearchRecord, trials: Sequence[TrialRecord]) -> str:
     if search.best_origin == GIVEN:
         controls = len(search.confirmations) - 1
         beside = f"scored on fresh rows beside {counted(controls, 'control')} that a search had tried"
         scored = beside if controls else "the only one scored on fresh rows"
         given = f"Trial {search.best_index} is the plan that was given, {scored}"
-        return [told, f"{given}; where this report speaks of a winner, it is meant."]
+        return f"{given}; where this report speaks of a winner, it is meant."
     outcome = "a control: no searched plan beat it" if search.control_won else "a searched plan"
     best = f"On fresh rows trial {search.best_index} ({search.best_origin}) was best, {outcome}."
-    apart = (f"I{clause[1:]}" for clause in margin(search))
-    return [told, " ".join([best, *apart, *_flattered(search, trials)])]
+    apart = (f"I{clause[1:]}" for clause in margins(search))
+    return " ".join([best, *apart, *_better_as_trial(search, trials)])
 
 
-def margin(search: SearchRecord) -> Iterator[str]:
-    """By how much the winner beat the best of the other kind on fresh rows, as a clause; nothing where there was
-    none."""
+def margins(search: SearchRecord) -> Iterator[str]:
+    """Yield by how much the winner beat the best of the other kind on fresh rows; nothing where there was none."""
     best, rival = rivals(search)
     if rival:
         ours, theirs = (score(each, search.metric) for each in (best, rival))
@@ -66,14 +68,14 @@ def margin(search: SearchRecord) -> Iterator[str]:
 
 
 def rivals(search: SearchRecord) -> tuple[Confirmation, Confirmation | None]:
-    """The winner on fresh rows, and the best of the other kind there: a control's is a searched plan."""
+    """Return the winner on fresh rows, and the best of the other kind there: a control's is a searched plan."""
     best = next(each for each in search.confirmations if each.index == search.best_index)
     others = [each for each in search.confirmations if each.control != search.control_won and each != best]
     return best, min(others, key=lambda each: (cost(each, search.metric), each.index), default=None)
 
 
 def margin_error(one: Confirmation, other: Confirmation, metric: str) -> str:
-    """The standard error of a margin: of its rows where they are known, else of each score."""
+    """Describe the standard error of a margin: of its rows where they are known, else of each score."""
     apart = paired_losses(one, other) if metric == "loss" else None
     if apart:
         mean, paired = apart
@@ -85,8 +87,8 @@ def margin_error(one: Confirmation, other: Confirmation, metric: str) -> str:
     return f" (standard errors {' and '.join(known)}, over the same {over})" if len(known) == 2 else ""
 
 
-def _flattered(search: SearchRecord, trials: Sequence[TrialRecord]) -> Iterator[str]:
-    """Which finalist scored better than the winner as a trial, and what fresh rows say of it."""
+def _better_as_trial(search: SearchRecord, trials: Sequence[TrialRecord]) -> Iterator[str]:
+    """Yield which finalist scored better than the winner as a trial, and what fresh rows say of it."""
     fresh = {each.index: score(each, search.metric) for each in search.confirmations}
     finalists = {trial.index: trial.rungs[-1] for trial in trials if trial.index in fresh}
     winner = finalists.get(search.best_index)

@@ -1,4 +1,4 @@
-"""A run as its folder tells it, whole or not: what every report is made of."""
+"""Reads a run from its folder, whole or not: what every report is made of."""
 
 from __future__ import annotations
 
@@ -8,20 +8,22 @@ from typing import TYPE_CHECKING
 
 from qpruner.errors import UserError
 from qpruner.plans.plan import PrecisionPlan
-from qpruner.report.alone import to_compare
+from qpruner.report.claim import how_to_compare
 from qpruner.report.liveness import RUNNING, Liveness, read_liveness
-from qpruner.report.marginal_effects import MarginalEffects, marginal_effects
 from qpruner.report.results import read_results
 from qpruner.report.search_progress import best_of, score_title, shown_together
+from qpruner.report.statistics import MarginalEffects, marginal_effects
 from qpruner.report.worker_intervals import WorkerInterval, worker_intervals
 from qpruner.runs.lock import Driver
-from qpruner.runs.paths import RunDir
 from qpruner.runs.records import GIVEN, Results, RunState, SensitivityRecord, TrialRecord
+from qpruner.runs.run_dir import RunDir
 from qpruner.search.trial_records import read_trials
 from qpruner.wording import counted
 
 if TYPE_CHECKING:
     import pandas
+
+STATUSES = {"finished": "finished", "stopped": "stopped early", "failed": "failed", "running": "running"}
 
 
 @dataclass(frozen=True)
@@ -31,7 +33,7 @@ class Snapshot:
     Attributes:
         name: Of its folder.
         state: What its latest command did.
-        results: Records of the stages that this command made or found; others would be of an older configuration.
+        results: Records of the stages that this command made or found; others are of an older configuration.
         trials: Every trial that the search knew, in order of suggestion.
         effects: What the trials show of each group, or why they show nothing.
         driver: The process that the run's lock names; None where nobody holds it.
@@ -55,14 +57,14 @@ class Snapshot:
 
     @property
     def lacks_comparison(self) -> bool:
-        """Whether the comparison that `finetune.compare` asks for is not there."""
+        """Whether the comparison that `finetune.compare` asks for is missing."""
         return self.state.compares and self.results.comparison is None
 
     @property
-    def to_compare(self) -> str | None:
+    def how_to_compare(self) -> str | None:
         """How the comparison is added to a finished run that was asked for none; None for another run."""
         is_finished = self.is_whole and self.state.until == "report" and not self.state.compares
-        return to_compare(self.state.command) if is_finished else None
+        return how_to_compare(self.state.command) if is_finished else None
 
     @property
     def best_plan(self) -> dict[str, int] | None:
@@ -86,18 +88,23 @@ class Snapshot:
 
     @property
     def own_trials(self) -> list[TrialRecord]:
-        """Without those that a search with another budget or searcher left."""
+        """The trials without those that a search with another budget or searcher left."""
         return [trial for trial in self.trials if self.state.search and trial.search == self.state.search.search]
 
     @property
     def shown_together(self) -> list[TrialRecord]:
-        """The trials that best-so-far is told of: beside a plan that was given those of the search, too."""
+        """The trials that best-so-far compares; beside a plan that was given those of the search, too."""
         return shown_together(self.state.search, self.trials) if self.state.search else []
 
     @property
     def is_given(self) -> bool:
         """Whether the plan was given, not searched for."""
         return self.results.search is not None and self.results.search.best_origin == GIVEN
+
+    @property
+    def statuses(self) -> dict[str, str]:
+        """Every status of a trial in words; what no command works on has begun, and does not run."""
+        return STATUSES if self.is_running else {**STATUSES, "running": "begun"}
 
     @property
     def sensitivity(self) -> SensitivityRecord | None:
@@ -122,25 +129,20 @@ class Snapshot:
         return score_title(search) if search and search.metric != "loss" else "validation loss (nats per token)"
 
     def to_dataframe(self) -> pandas.DataFrame:
-        """The trials, one a row, as `TrialRecord.to_dataframe` has it."""
+        """Return the trials, one a row, as `TrialRecord.to_dataframe` has it."""
         import pandas
 
         return pandas.DataFrame([row for trial in self.trials for row in trial.table_rows()])
 
     def _repr_html_(self) -> str:
-        from qpruner.report.page import notebook_view
+        from qpruner.report.html import notebook_view
 
         return notebook_view(self)
 
     @property
     def is_running(self) -> bool:
-        """Whether the latest command still works on it: else its trials have begun, and none of them runs."""
+        """Whether the latest command still works on the run."""
         return Liveness(self.state, self.driver).outcome == RUNNING
-
-    @property
-    def at_work(self) -> str | None:
-        """The stage that was begun and has no record."""
-        return next((name for name, stage in self.state.stages.items() if stage.state == "running"), None)
 
     @property
     def standing(self) -> str:
@@ -157,20 +159,21 @@ class Snapshot:
     @property
     def _unfinished(self) -> str:
         """How the latest command ended before its last stage, or where it is."""
-        stage = f" in stage {self.at_work}" if self.at_work else ""
-        life = Liveness(self.state, self.driver)
-        match life.outcome:
+        at_work = next((name for name, stage in self.state.stages.items() if stage.state == "running"), None)
+        stage = f" in stage {at_work}" if at_work else ""
+        outcome = Liveness(self.state, self.driver).outcome
+        match outcome:
             case "failed":
-                cause = (self.state.error or "").removeprefix(f"stage `{self.at_work}` failed: ")
+                cause = (self.state.error or "").removeprefix(f"stage `{at_work}` failed: ")
                 return f"Failed{stage}: {cause}"
             case "interrupted":
                 return f"Interrupted{stage}; the same command goes on from here."
             case "done":
                 return f"Ended after stage {self.state.until}, as asked."
             case "running":
-                told = f"it was running on {self.state.host} (process {self.state.pid}) when this was written"
-                return f"Unfinished{stage}: {told}; `qpruner status` tells whether it still is."
-        return f"Unfinished{stage}: its process is {life.outcome}; repeat the command to go on from here."
+                process = f"it was running on {self.state.host} (process {self.state.pid}) when this was written"
+                return f"Unfinished{stage}: {process}; `qpruner status` tells whether it still is."
+        return f"Unfinished{stage}: its process is {outcome}; repeat the command to go on from here."
 
     @property
     def missing(self) -> str | None:
@@ -187,10 +190,10 @@ def read_snapshot(run: RunDir) -> Snapshot:
         UserError: If no command has worked on it.
         CorruptFile: If a record cannot be read.
     """
-    life = read_liveness(run)
-    if life is None:
+    liveness = read_liveness(run)
+    if liveness is None:
         raise UserError(f"{run.place} holds no run: it has no run.json; give a folder that `qpruner run` wrote")
-    state = life.state
+    state = liveness.state
     results = read_results(run, state)
     trials = read_trials(run.trials / state.search.trials_digest) if state.search else []
-    return Snapshot(Path(run.place).name, state, results, tuple(trials), marginal_effects(trials), life.driver)
+    return Snapshot(Path(run.place).name, state, results, tuple(trials), marginal_effects(trials), liveness.driver)

@@ -1,8 +1,8 @@
-"""A search in TensorBoard: `tensorboard --logdir RUN` compares its trials.
+"""Shows a search in TensorBoard: `tensorboard --logdir RUN` compares its trials.
 
 HParams has a row a trial that is over; Scalars its curves; Custom Scalars the best so far against the controls; Images
 the plans by score, the front as it grows and the sensitivities; Text the configuration, the winner and the final table.
-All of it is made from the records, as the search goes and again when it is lost (`event_files`).
+All of it is made from the records, as the search runs and again when it is lost (`event_files`).
 """
 
 from __future__ import annotations
@@ -21,16 +21,18 @@ from qpruner.config.schema import RunConfig
 from qpruner.data.measures import accuracy_name
 from qpruner.report.search_progress import (
     bar,
+    best_of,
     best_so_far,
     hypervolume_so_far,
     in_order_of_end,
     score,
     score_name,
+    score_title,
     shown_together,
 )
 from qpruner.runs import events
-from qpruner.runs.paths import RunDir
 from qpruner.runs.records import Results, SearchRecord, SearchState, SensitivityRecord, TrialRecord, digest_of
+from qpruner.runs.run_dir import RunDir
 
 if TYPE_CHECKING:
     from tensorboardX.proto.event_pb2 import Event
@@ -65,7 +67,7 @@ class Board:
         self._trials: dict[int, TrialRecord] = {}
 
     def listen(self, event: events.Event) -> None:
-        """Take one event in; a disk that is full stops no search, and the next command writes what is missing."""
+        """Write what an event shows; a full disk stops no search, and the next command writes what is missing."""
         try:
             self._listen(event)
         except OSError as error:
@@ -102,7 +104,7 @@ class Board:
                     write_selection(self._folder, record, self._trials)
 
     def _drop_others(self) -> None:
-        """Drop what an earlier search on this folder left and this one does not compare with."""
+        """Delete what an earlier search on this folder left and this one does not compare with."""
         assert self._search
         trials = self._trials.values()
         kept = {run_name(trial) for trial in trials}
@@ -120,17 +122,17 @@ class Board:
 
 
 def run_name(trial: TrialRecord) -> str:
-    """How TensorBoard lists a trial."""
+    """Name a trial's run in TensorBoard."""
     return f"trial-{trial.index:04d}-{trial.origin}"
 
 
 def control_name(trial: TrialRecord) -> str:
-    """How TensorBoard lists the line of a control; of plans that were given there may be several."""
+    """Name a control's run in TensorBoard; of plans that were given there may be several."""
     return f"control-{trial.origin}{f'-{trial.index:04d}' if trial.is_given else ''}"
 
 
 def write_trial(folder: Path, search: SearchState, trial: TrialRecord) -> None:
-    """A trial's curves and, once it is over, its row of the HParams table."""
+    """Write a trial's curves and, once it is over, its row of the HParams table."""
     from qpruner.report import event_files
 
     if not trial.rungs and not trial.is_over:
@@ -152,14 +154,14 @@ def write_trial(folder: Path, search: SearchState, trial: TrialRecord) -> None:
     if trial.is_over:
         found.append(event_files.scalar(f"{SELECTION}/{WINNER}", 0.0, search.steps, moments[-1]))
         # For a column of 10 em. The path of its files, which TensorBoard shows otherwise, begins alike in all rows.
-        called = f"{trial.index:04d} of {folder.parent.name}"
+        title = f"{trial.index:04d} of {folder.parent.name}"
         times = (started, moments[-1])
-        found += event_files.session(called, _columns(search, trial), trial.status != "failed", times)
+        found += event_files.session(title, _columns(search, trial), trial.status != "failed", times)
     event_files.write_events(folder / run_name(trial), found)
 
 
 def _columns(search: SearchState, trial: TrialRecord) -> dict[str, str | float]:
-    """TensorBoard shows the first five at first, in the order of ASCII."""
+    """Return the columns of a trial's row; TensorBoard shows the first five at first, in the order of ASCII."""
     return {
         "#": f"{trial.index:04d}",  # numbers are shown with four decimals
         "From": trial.origin,
@@ -179,8 +181,7 @@ def write_curves(
     listed: Sequence[TrialRecord],
     config: RunConfig,
 ) -> None:
-    """The best so far of the searched plans against trials, each control as a run and line of its own, the hypervolume
-    of a search for a front, the columns of the HParams table and the configuration.
+    """Write best so far, a line a control, the hypervolume, the columns of the HParams table and the configuration.
 
     Args:
         folder: Where the runs lie.
@@ -217,8 +218,10 @@ def write_curves(
 
 
 def _metrics(search: SearchState, config: RunConfig) -> dict[str, str]:
-    """Tag -> column of the HParams table: first what trials are compared by, since a window shows a few. None that
-    trials lack which reached all rungs: the parallel coordinates leave out whoever lacks one."""
+    """Map tags to columns of the HParams table, first what trials are compared by.
+
+    Every trial that reached all rungs has all of them: the parallel coordinates leave out whoever lacks one.
+    """
     scored = ("loss", accuracy_name(search.metrics)) if config.search.tasks else ("loss",)
     steps = config.search.rungs
     rungs = {f"{RUNGS}/{name} at step {step}": f"{name} at step {step}" for name in scored for step in steps}
@@ -234,7 +237,7 @@ def write_pictures(
     max_trials: int,
     winner: int | None,
 ) -> None:
-    """The plans by score and the front, after every tenth of the trials and at the end.
+    """Draw the plans by score and the front, after every tenth of the trials and at the end.
 
     A picture is an event file of its own, named by what it shows, so that none is drawn twice: the number of trials, a
     digest of them, and the winner where it is known.
@@ -267,43 +270,49 @@ def write_pictures(
 
 def _write_moment(runs: Path, search: SearchState, over: Sequence[TrialRecord], name: str, winner: int | None) -> None:
     from qpruner.report import event_files
-    from qpruner.report.search_pictures import draw_front, draw_plans, png_of
+    from qpruner.report.plots.search import Shown, front, plans_by_score
 
-    drawn = {
-        "plans by score": draw_plans(over, search, winner),
-        "bytes and score": draw_front(over, search, winner),
-    }
+    searched = [trial for trial in over if trial.status == "finished" and not trial.is_control]
+    best = best_of(
+        (trial for trial in over if trial.index == winner) if winner is not None else searched, search.metric
+    )
+    title = WINNER if winner is not None else "best so far"
+    shown = Shown(search, over, best, title, winner is not None, score_title(search))
+    drawn = {"plans by score": plans_by_score(shown), "bytes and score": front(shown)}
     moment = over[-1].times[-1] if over[-1].times else 0.0
-    found = [event_files.image(f"search/{tag}", *png_of(each), len(over), moment) for tag, each in drawn.items()]
+    found = [
+        event_files.image(f"search/{tag}", chart.png(), len(over), moment) for tag, chart in drawn.items() if chart
+    ]
     event_files.write_events(runs, found, name)
 
 
 def write_sensitivity(folder: Path, record: SensitivityRecord) -> None:
-    """The heat map of the sensitivities."""
+    """Draw the sensitivities."""
     from qpruner.report import event_files
-    from qpruner.report.search_pictures import draw_sensitivity, png_of
+    from qpruner.report.plots.model import sensitivities
 
     runs = folder / "sensitivity"
     if not record.methods or (runs / f"{event_files.FILE}.{record.digest}").is_file():
         return
     shutil.rmtree(runs, ignore_errors=True)
-    drawn = event_files.image("sensitivity/by group", *png_of(draw_sensitivity(record)), 0, time.time())
+    drawn = event_files.image("sensitivity/by group", sensitivities(record).png(), 0, time.time())
     event_files.write_events(runs, [drawn], record.digest)
 
 
 def write_winner(folder: Path, search: SearchRecord) -> None:
-    """The winner's plan as a text: fine-tunes and evaluation take hours after it is known."""
+    """Write the winner's plan as a text: fine-tunes and evaluation take hours after it is known."""
     from qpruner.report import event_files, markdown
 
     plan = [(group, str(bits)) for group, bits in search.best_plan.items()]
     chosen = f"Trial {search.best_index} ({markdown.prose(search.best_origin)})."
-    told = f"{chosen}\n\n{markdown.pipe_table(('group', 'bits'), plan)}"
-    event_files.write_events(folder / WINNER, [event_files.text("winner", told)])
+    table = f"{chosen}\n\n{markdown.pipe_table(('group', 'bits'), plan)}"
+    event_files.write_events(folder / WINNER, [event_files.text("winner", table)])
 
 
 def write_selection(folder: Path, search: SearchRecord, trials: Mapping[int, TrialRecord]) -> None:
-    """What each finalist scored on fresh rows, and which won, a step after the trial's last, so that it is what counts.
-    A file of its own: what it says may change when the trial is long over.
+    """Write what each finalist scored on fresh rows, and which won, a step after the trial's last.
+
+    It is a file of its own, since it may change when the trial is long over.
 
     Args:
         folder: Where the runs lie.
@@ -326,13 +335,8 @@ def write_selection(folder: Path, search: SearchRecord, trials: Mapping[int, Tri
 
 
 def write_result(root: Path, results: Results) -> None:
-    """The final table with the claim under it, as a text.
+    """Write the claim and the final table as a text."""
+    from qpruner.report import event_files, markdown, sections
 
-    Args:
-        root: The run folder.
-        results: Every record of a whole run.
-    """
-    from qpruner.report import event_files, markdown
-
-    told = "\n".join([*markdown.final_tables(results), *markdown.claimed(results)])
-    event_files.write_events(root / FOLDER / RESULT, [event_files.text("final table", told)])
+    table = "\n\n".join(markdown.parts_text(sections.measured(results)))
+    event_files.write_events(root / FOLDER / RESULT, [event_files.text("final table", table)])

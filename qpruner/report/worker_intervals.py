@@ -1,4 +1,4 @@
-"""When workers had a search's trials, as the trials' records tell: without the pauses of interrupted ones."""
+"""Finds when workers had a search's trials, from the trials' records: without the pauses of interrupted ones."""
 
 from __future__ import annotations
 
@@ -10,53 +10,48 @@ from qpruner.runs.records import TrialRecord
 
 
 class WorkerInterval(NamedTuple):
-    """A worker's time on a trial."""
+    """A worker's time on a trial, in the search's session (from 1); start and end in seconds."""
 
     session: int
-    """Of the search, from 1."""
     start: float
-    """Seconds; Unix ones as recorded."""
     end: float
     trial: int
 
 
 def worker_intervals(trials: Iterable[TrialRecord], search: str) -> list[WorkerInterval]:
-    """Every stretch of work for one search, by session and start.
+    """List every interval of work for one search, by session and start.
 
     Args:
-        trials: Those in its folder, also other searches'; one may have had a trial before another took it over.
+        trials: Those in its folder, also of other searches, which may have reused a trial.
         search: The search's digest.
     """
-    found = (stretch for trial in trials for stretch in _of_trial(trial, search))
-    return sorted(stretch for stretch in found if stretch.end > stretch.start)
+    found = (interval for trial in trials for interval in _of_trial(trial, search))
+    return sorted(interval for interval in found if interval.end > interval.start)
 
 
-def without_pauses(worked: Iterable[WorkerInterval]) -> list[WorkerInterval]:
-    """The same in seconds from the first start, each session beginning where the one before ended.
+def without_pauses(intervals: Iterable[WorkerInterval]) -> list[WorkerInterval]:
+    """Shift intervals to seconds from the first start, each session beginning where the one before ended.
 
     Args:
-        worked: By session and start.
+        intervals: By session and start.
     """
     moved: list[WorkerInterval] = []
     until = 0.0
-    for _, session in groupby(worked, key=lambda stretch: stretch.session):
+    for _, session in groupby(intervals, key=lambda each: each.session):
         of_session = list(session)
-        begin = of_session[0].start
-        moved += [
-            stretch._replace(start=stretch.start - begin + until, end=stretch.end - begin + until)
-            for stretch in of_session
-        ]
-        until = max(stretch.end for stretch in moved)
+        shift = until - of_session[0].start
+        moved += [each._replace(start=each.start + shift, end=each.end + shift) for each in of_session]
+        until = max(each.end for each in moved)
     return moved
 
 
 def _of_trial(trial: TrialRecord, search: str) -> Iterator[WorkerInterval]:
-    """Each start, for as long as it added to the trial's seconds: nobody sees the end of a worker that is cut off."""
+    """Yield each start, for as long as it added to the trial's seconds: the end of a killed worker is not recorded."""
     if not trial.begun:  # of an older version: all of it before its end
         if trial.times and trial.search == search:
             yield WorkerInterval(1, trial.times[-1] - trial.seconds, trial.times[-1], trial.index)
         return
-    taken = [*(begun.seconds for begun in trial.begun[1:]), trial.seconds]
-    for begun, until in zip(trial.begun, taken, strict=True):
+    ends = [*(begun.seconds for begun in trial.begun[1:]), trial.seconds]
+    for begun, until in zip(trial.begun, ends, strict=True):
         if begun.search == search:
             yield WorkerInterval(begun.session, begun.time, begun.time + until - begun.seconds, trial.index)

@@ -1,0 +1,1 @@
+"""A run: its folder, records, events, log, lock and storage."""

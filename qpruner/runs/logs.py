@@ -6,13 +6,12 @@ import logging
 import os
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 
 from qpruner.errors import QprunerError, UserError, note_defect
-from qpruner.runs.object_store import name_of, objects_at
-from qpruner.runs.paths import LOG, fetch_file
-from qpruner.runs.retry import patiently, storage_error
+from qpruner.runs.run_dir import LOG
+from qpruner.runs.storage import display_name, retry_storage, storage_at, storage_error
 
 logger = logging.getLogger(__name__)
 
@@ -43,7 +42,7 @@ def logging_to(root: Path) -> Iterator[None]:
     """
     try:
         root.mkdir(parents=True, exist_ok=True)
-        _take_up(root / LOG)
+        retry_storage(storage_at(root / LOG).resume_local, root / LOG)
         handler = logging.FileHandler(root / LOG)
     except OSError as error:
         trouble = storage_error(error, root)
@@ -65,7 +64,7 @@ def logging_to(root: Path) -> Iterator[None]:
         logger.debug("failed", exc_info=True)
         raise
     except Exception as error:
-        note_defect(error, f"{name_of(root).rstrip('/')}/{LOG}, which has all of it")
+        note_defect(error, f"{display_name(root).rstrip('/')}/{LOG}, which has all of it")
         logger.exception("unexpected error")
         raise
     finally:
@@ -75,14 +74,3 @@ def logging_to(root: Path) -> Iterator[None]:
         everything.setLevel(level)
         everything.removeHandler(handler)
         handler.close()
-
-
-def _take_up(log: Path) -> None:
-    """Have what other machines said go on here. A driver at work here, or one that was killed, has written more than
-    was sent: that stays."""
-    there = objects_at(log)
-    if not there:
-        return
-    with suppress(FileNotFoundError):
-        if not log.is_file() or log.stat().st_size < patiently(there.size, log):
-            fetch_file(log, log)

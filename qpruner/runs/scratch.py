@@ -13,10 +13,10 @@ from pathlib import Path
 
 @contextmanager
 def working_folder(prefix: str) -> Iterator[Path]:
-    """A folder for as long as this process needs it. What killed processes left under the same prefix is removed first.
+    """Yield a folder for as long as this process needs it, and remove what killed processes left of the same prefix.
 
-    Each holds a lock on its folder, which the kernel gives back whatever ends the process; that is also so between
-    containers that share the folder of temporary files, whose process numbers say nothing.
+    Each process locks its folder, and the kernel releases the lock whatever ends the process. That also works between
+    containers that share the folder of temporary files.
 
     Args:
         prefix: Of its name.

@@ -15,7 +15,7 @@ COMMIT_FILE = "commit.txt"
 
 
 def commit() -> str | None:
-    """The commit of this code, with `+modified` where the checkout differs from it.
+    """Return the commit of this code, with `+modified` where the checkout differs from it.
 
     Returns:
         None where neither git nor the build tells: an archive without history, a checkout on a machine without git.
@@ -27,7 +27,7 @@ def commit() -> str | None:
 
 
 def describe() -> str:
-    """The version as people are told it: `0.1.0 (commit f314f2b0c1d2)`, the number alone where no commit is known."""
+    """Name the version for people: `0.1.0 (commit f314f2b0c1d2)`, the number alone where no commit is known."""
     known = commit()
     return f"{VERSION} (commit {known})" if known else VERSION
 

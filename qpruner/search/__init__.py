@@ -1,0 +1,1 @@
+"""Searches a plan: trials, their records, searchers."""

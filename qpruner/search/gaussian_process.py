@@ -26,11 +26,12 @@ from linear_operator.operators import DiagLinearOperator
 from torch import Tensor
 
 from qpruner.plans.plan import PlanSpace, PrecisionPlan
-from qpruner.search.plan_model import Data, PlanModel, Posterior, informative, settled
+from qpruner.search.plan_model import Data, PlanModel, informative, settled
+from qpruner.search.posterior import Posterior
 from qpruner.search.searchers import History, Observation, Prior, Proposal
 
 MAX_ENUMERATED = 4096
-"""Spaces of at most this many plans, over budget or not, are looked at whole."""
+"""Spaces of at most this many plans, over budget or not, are enumerated."""
 NUM_SAMPLES = 12
 """Samples of the effects whose knapsacks become candidates."""
 NUM_CENTERS = 6
@@ -60,7 +61,7 @@ class GaussianProcessProposer:
         self._fit: tuple[tuple[set[int], tuple[Observation, ...]], Posterior] | None = None
 
     def propose(self, index: int, history: History) -> Proposal:
-        """A feasible plan that `history` does not hold; the smallest plan when there is none."""
+        """Return a feasible plan that `history` does not hold; the smallest plan when there is none."""
         with _one_thread():
             return self._propose(index, history)
 
@@ -79,7 +80,7 @@ class GaussianProcessProposer:
         best = int(values.argmax())
         plan = self._plans.plan(candidates[best])
         if len(history.observations) < 2:
-            # What a score's unit is, nobody knows yet: an improvement and a noise would be in none.
+            # The scale of the scores is unknown yet, and with it an improvement and a noise.
             return Proposal(plan)
         return Proposal(plan, math.exp(float(values[best])), posterior.noise)
 
@@ -97,7 +98,7 @@ class GaussianProcessProposer:
     def _candidates(
         self, posterior: Posterior, goal: Goal, seen: set[bytes], generator: np.random.Generator
     ) -> tuple[Tensor, Tensor]:
-        """New plans ``(n, groups)`` and their log expected improvement ``(n,)``."""
+        """Return new plans ``(n, groups)`` and their log expected improvement ``(n,)``."""
         if self._plans.all is not None:
             candidates = self._plans.new(self._plans.all, seen)
             return candidates, goal.log_improvement(posterior, candidates)
@@ -116,7 +117,7 @@ class GaussianProcessProposer:
         return candidates, values
 
     def _ascents(self, posterior: Posterior, goal: Goal, generator: np.random.Generator) -> Tensor:
-        """Plans on the way up the expected improvement, from knapsacks of sampled effects."""
+        """Improve knapsacks of sampled effects by ascending the expected improvement."""
         noise = torch.tensor(generator.standard_normal((NUM_SAMPLES, self._model.num_effects)))
         effects = posterior.effects(noise)
         capacities = torch.full((len(effects),), float(self._plans.capacity), dtype=torch.float64)
@@ -132,8 +133,11 @@ class GaussianProcessProposer:
 
 @contextmanager
 def _one_thread() -> Iterator[None]:
-    """The matrices are small. Where trials share the driver's cores, threads that wait for one another took 12 s for a
-    proposal from 24 observations of 64 groups, one thread 0.9 s (two cores, two other jobs)."""
+    """Use one thread, as the matrices are small.
+
+    Where trials share the driver's cores, threads that wait for one another took 12 s for a proposal from 24
+    observations of 64 groups, one thread 0.9 s (two cores, two other jobs).
+    """
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -144,7 +148,7 @@ def _one_thread() -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Goal:
-    """What a plan is to improve on: reference plans, each over a range of bytes.
+    """The reference plans that a new plan is to beat, each over a range of bytes.
 
     Attributes:
         plans: The arithmetic of plans.
@@ -159,13 +163,13 @@ class Goal:
     centers: Tensor
 
     def rivals(self, capacities: Tensor) -> Tensor:
-        """The reference ``(n, groups)`` that a plan of each size ``(n,)`` has to beat."""
+        """Return the reference ``(n, groups)`` that a plan of each size ``(n,)`` has to beat."""
         if self.edges is None:
             return self.references.expand(len(capacities), -1)
         return self.references[torch.searchsorted(self.edges[1:-1].to(capacities.dtype), capacities, right=True)]
 
     def log_improvement(self, posterior: Posterior, candidates: Tensor) -> Tensor:
-        """Log expected improvement ``(n,)`` of ``(n, groups)`` plans, in the score's unit."""
+        """Compute the log expected improvement ``(n,)`` of ``(n, groups)`` plans, in the score's unit."""
         mean, variance = posterior.gap(candidates, self.references)
         # BoTorch bounds the variance from below at 1e-12: give it numbers of the scores' own size.
         scaled = torch.stack([mean / posterior.unit, variance / posterior.unit**2], dim=-1)
@@ -180,29 +184,31 @@ class Goal:
 
 
 class _Marginals(Model):  # type: ignore[misc]
-    """Lets BoTorch's acquisition functions work on marginals that are there already.
+    """Lets BoTorch's acquisition functions use given marginals: inputs ``(..., 1, 2)`` are mean and variance.
 
-    Its inputs ``(..., 1, 2)`` are mean and variance: gpytorch's exact inference over thousands of candidates, one
-    posterior each, took 0.4 s at 64 observations and 3 s at 500 where the same numbers take a hundredth of that.
+    gpytorch's exact inference over thousands of candidates, one posterior each, took 0.4 s at 64 observations and 3 s
+    at 500; the same numbers take a hundredth of that.
     """
 
     @property
     def num_outputs(self) -> int:
+        """Return 1."""
         return 1
 
     def posterior(self, X: Tensor, **options: object) -> GPyTorchPosterior:  # noqa: N803
+        """Wrap the marginals."""
         return GPyTorchPosterior(MultivariateNormal(X[..., 0], DiagLinearOperator(X[..., 1])))
 
 
 def _best(posterior: Posterior, plans: Plans, known: Tensor) -> Goal:
-    """Beat the best plan inside the budget."""
+    """Set the goal to beat the best plan inside the budget."""
     inside = torch.cat([known[plans.sizes(known) <= plans.capacity], plans.smallest[None]])
     order = posterior.mean(inside).argsort()
     return Goal(plans, inside[order[:1]], None, inside[order[:NUM_CENTERS]])
 
 
 def _front(posterior: Posterior, plans: Plans, known: Tensor) -> Goal:
-    """Dominate more of the square between the smallest plan, the budget and the worst plan's score."""
+    """Set the goal to dominate more of the area between the smallest plan, the budget and the worst score."""
     inside = torch.cat([known[plans.sizes(known) <= plans.capacity], plans.smallest[None]])
     means, sizes = posterior.mean(inside), plans.sizes(inside)
     order = torch.tensor(np.lexsort((means.numpy(), sizes.numpy())))
@@ -228,7 +234,7 @@ class Plans:
 
     @cached_property
     def all(self) -> Tensor | None:
-        """Every plan inside the budget, where plans are few."""
+        """Enumerate the plans inside the budget, where plans are few."""
         num_levels, num_groups = len(self.space.levels), len(self.space.groups)
         if num_levels**num_groups > MAX_ENUMERATED:
             return None
@@ -236,18 +242,20 @@ class Plans:
         return plans[self.sizes(plans) <= self.capacity]
 
     def tensor(self, plans: Iterable[PrecisionPlan]) -> Tensor:
+        """Convert plans to rows."""
         rows = [self.space.indices_of(plan) for plan in plans]
         return torch.tensor(rows, dtype=torch.long).reshape(-1, len(self.space.groups))
 
     def plan(self, row: Tensor) -> PrecisionPlan:
+        """Convert a row to a plan."""
         return self.space.plan_of(row.tolist())
 
     def sizes(self, plans: Tensor) -> Tensor:
-        """Bytes ``(n,)`` of all groups together."""
+        """Return the bytes ``(n,)`` of all groups together."""
         return self.bytes[self._rows, plans].sum(1)
 
     def new(self, plans: Tensor, seen: set[bytes]) -> Tensor:
-        """Those inside the budget and not in `seen`, which they join."""
+        """Return the plans inside the budget and not in `seen`, and add them to it."""
         inside = plans[self.sizes(plans) <= self.capacity]
         fresh = []
         for at, row in enumerate(inside.numpy()):
@@ -292,7 +300,7 @@ class Plans:
             plans[rows, at[rows] // costs.shape[2]] = at[rows] % costs.shape[2]
 
     def neighbours(self, plan: Tensor, effects: Tensor) -> Tensor:
-        """Every move of one group, and the `NUM_SWAPS` raises of one paid by another whose effects promise most.
+        """Return every move of one group, and the `NUM_SWAPS` most promising raises of one group paid by another.
 
         Args:
             plan: ``(groups,)``.

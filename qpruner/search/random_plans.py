@@ -1,4 +1,4 @@
-"""Random plans of equal bytes: what a search has to beat that costs nothing at all."""
+"""Random plans of equal bytes: the baseline of a search that costs nothing."""
 
 from __future__ import annotations
 
@@ -12,20 +12,12 @@ BATCH, MAX_BATCHES = 1024, 128
 
 
 def random_plans(space: PlanSpace, plan: PrecisionPlan, count: int, seed: int) -> list[PrecisionPlan]:
-    """Different plans, uniform over all others whose bytes are those of `plan` to within `SAME_BYTES`, more or less.
+    """Draw different plans, almost uniformly over all others whose bytes are within `SAME_BYTES` of those of `plan`.
 
     Levels are drawn group by group with probabilities ``exp(-tilt * bytes)``, which makes plans of the wanted bytes
-    likely and equally heavy ones equally so; a draw is kept with the probability that evens out what is left
-    (rejection sampling, von Neumann 1951).
+    likely, and plans of equal bytes equally likely. Rejection sampling (von Neumann 1951) evens out the rest.
 
-    Args:
-        space: Groups, levels and bytes; its budget plays no part.
-        plan: Whose bytes are wanted.
-        count: How many.
-        seed: Equal seeds give equal plans.
-
-    Returns:
-        `count` plans, or fewer where 131072 draws found no more.
+    The budget of `space` plays no part. Returns `count` plans, or fewer where 131072 draws found no more.
     """
     if count == 0 or len(space.levels) == 1:
         return []
@@ -54,7 +46,7 @@ def random_plans(space: PlanSpace, plan: PrecisionPlan, count: int, seed: int) -
 
 
 def _chances(sizes: np.ndarray, tilt: float) -> np.ndarray:
-    """``(groups, levels)``: probability of each level."""
+    """Return the probability ``(groups, levels)`` of each level."""
     logits = -tilt * (sizes - sizes.min(axis=1, keepdims=True))
     weights = np.exp(logits - logits.max(axis=1, keepdims=True))
     chances: np.ndarray = weights / weights.sum(axis=1, keepdims=True)
@@ -62,7 +54,7 @@ def _chances(sizes: np.ndarray, tilt: float) -> np.ndarray:
 
 
 def _tilt(sizes: np.ndarray, wanted: float) -> float:
-    """The tilt under which the expected bytes are `wanted`, found by bisection; bounded where no plan is as heavy."""
+    """Find by bisection the tilt under which the expected bytes are `wanted`; it is bounded."""
     low, high = -50.0 / np.ptp(sizes, axis=1).mean(), 50.0 / np.ptp(sizes, axis=1).mean()
     for _ in range(60):
         middle = (low + high) / 2

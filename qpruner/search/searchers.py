@@ -1,9 +1,8 @@
-"""What proposes the next plan, and the ledger that keeps every proposal inside the budget and new.
+"""Proposers of plans, and the ledger that keeps every proposal inside the budget and new.
 
-Nothing here knows of Ray. A `Proposer` turns what is known into a plan; the `Ledger` hands out controls first, repairs
-a proposal that is over budget to the nearest feasible plan, replaces one that is known, and remembers what ran.
-Suggestion k depends only on the seed, k and the results known when it is asked for; with a `Timetable` those do not
-depend on how long trials take.
+Nothing here knows of Ray. A `Proposer` turns a history into a plan; the `Ledger` hands out controls first, repairs a
+proposal that is over budget to the nearest feasible plan, replaces one that is known, and remembers what ran.
+Suggestion k depends only on the seed, k and the results known when it is asked for.
 """
 
 from __future__ import annotations
@@ -18,47 +17,30 @@ import numpy as np
 
 from qpruner.errors import UserError
 from qpruner.plans.plan import PlanSpace, PrecisionPlan
-from qpruner.search.timetable import Moment, Timetable
 
-Ending = Literal["scored", "failed", "ruined"]
-"""How a trial is over: with its last score, without the one it was to have, or because its plan cannot be trained."""
+Ending = Literal["scored", "failed", "untrainable"]
+"""How a trial ended: with its last score, without it, or because its plan cannot be trained."""
 Prior = Mapping[int, Sequence[float]]
-"""One sensitivity as a searcher sees it: bits -> predicted rise of the loss of every group, in nats or its own unit."""
+"""A sensitivity: bits -> predicted rise of the loss of every group, in nats or its own unit."""
 
 
 @dataclass(frozen=True)
 class Suggestion:
-    """A plan to run.
-
-    Attributes:
-        index: Counts suggestions from 0.
-        origin: Where the plan came from.
-        plan: The plan.
-        expected_improvement: As in `Proposal`, for a plan that a searcher with a model proposed.
-        noise: Likewise.
-        begun: When its trial began by the timetable, where there is one.
-    """
+    """A plan to run, its number from 0 and where it came from; the rest as in `Proposal`."""
 
     index: int
     origin: str
     plan: PrecisionPlan
     expected_improvement: float | None = None
     noise: float | None = None
-    begun: Moment | None = None
 
 
 @dataclass(frozen=True)
 class Observation:
-    """A trial's score at one rung; smaller is better.
+    """The score of suggestion `index` at the rung of `step` optimizer steps; smaller is better.
 
-    It has no standard error. All trials answer the same questions, so what the choice of questions does to a score
-    moves all scores alike and is no noise between plans; the binomial error of an accuracy would overstate it.
-
-    Attributes:
-        index: The suggestion.
-        plan: The plan that ran.
-        step: Optimizer steps of the rung.
-        score: What is minimized.
+    It has no standard error. All trials answer the same questions, so the choice of questions moves all scores alike
+    and is no noise between plans; the binomial error of an accuracy would overstate it.
     """
 
     index: int
@@ -69,12 +51,12 @@ class Observation:
 
 @dataclass(frozen=True)
 class History:
-    """All that is known when a plan is asked for.
+    """All that is known when a plan is proposed.
 
     Attributes:
         observations: Every rung of every trial, also of those still running; by index, then step.
         pending: Plans in flight, by index.
-        failed: Plans that ran and left no score, by index. Those that cannot be trained are told a score, see `Ledger`.
+        failed: Plans that left no score, by index. Those that cannot be trained are in `observations`, see `Ledger`.
     """
 
     observations: tuple[Observation, ...] = ()
@@ -82,7 +64,7 @@ class History:
     failed: tuple[PrecisionPlan, ...] = ()
 
     def last(self) -> list[Observation]:
-        """The latest rung of each trial that is over."""
+        """Return the latest rung of each trial that is over."""
         running = set(self.pending)
         latest = {item.index: item for item in self.observations if item.plan not in running}
         return list(latest.values())
@@ -90,10 +72,10 @@ class History:
 
 @dataclass(frozen=True)
 class Proposal:
-    """A plan, feasible or not.
+    """A proposed plan, feasible or not.
 
     Attributes:
-        plan: What is proposed.
+        plan: The plan.
         expected_improvement: Over the best plan so far, in the score's unit; None where the searcher has no model.
         noise: Standard deviation of a score, as the searcher's model has it.
     """
@@ -104,20 +86,20 @@ class Proposal:
 
 
 class Proposer(Protocol):
-    """Proposes a plan from what is known."""
+    """Proposes a plan from a history."""
 
     @property
     def name(self) -> str:
-        """What the records call it."""
+        """Return its name in the records."""
         ...
 
     def propose(self, index: int, history: History) -> Proposal:
-        """The plan for suggestion `index`; equal arguments give equal plans."""
+        """Propose the plan of suggestion `index`; equal arguments give equal plans."""
         ...
 
 
 def check_searcher(name: str) -> None:
-    """Refuse a searcher whose extra is not installed, without importing it.
+    """Check that a searcher's extra is installed, without importing it.
 
     Raises:
         UserError: With the command that installs it.
@@ -138,23 +120,24 @@ def check_searcher(name: str) -> None:
 
 @dataclass(frozen=True)
 class RandomProposer:
-    """Uniform over levels, group by group: the control every searcher is compared with."""
+    """Proposes levels uniformly, group by group: the baseline of every searcher."""
 
     space: PlanSpace
     seed: int
     name: str = "random"
 
     def propose(self, index: int, history: History) -> Proposal:
+        """Draw a plan."""
         generator = np.random.default_rng([self.seed, index])
         return Proposal(self.space.plan_of(generator.integers(len(self.space.levels), size=len(self.space.groups))))
 
 
 @dataclass(frozen=True)
 class ScalarizedProposer:
-    """Serves the Pareto front of score and bytes with a searcher of one objective.
+    """Searches the Pareto front of score and bytes with a searcher of one objective.
 
-    As in ParEGO (Knowles 2006): every suggestion weighs the two anew and the searcher is told the augmented
-    Chebyshev distance of each plan from the best of both.
+    As in ParEGO (Knowles 2006): every suggestion draws a new weight, and the searcher gets the augmented Chebyshev
+    distance of each plan from the best of both.
     """
 
     inner: Proposer
@@ -163,17 +146,21 @@ class ScalarizedProposer:
 
     @property
     def name(self) -> str:
+        """Return the inner searcher's name."""
         return self.inner.name
 
     def propose(self, index: int, history: History) -> Proposal:
+        """Propose a plan for the weight of this suggestion."""
         weight = float(np.random.default_rng([self.seed, index, 1]).uniform())
         scores = np.array([item.score for item in history.observations])
         sizes = np.array([float(self.space.plan_bytes(item.plan)) for item in history.observations])
-        told = [
+        distances = [
             replace(item, score=float(score))
             for item, score in zip(history.observations, _chebyshev(scores, sizes, weight), strict=True)
         ]
-        return replace(self.inner.propose(index, replace(history, observations=tuple(told))), expected_improvement=None)
+        return replace(
+            self.inner.propose(index, replace(history, observations=tuple(distances))), expected_improvement=None
+        )
 
 
 def _chebyshev(scores: np.ndarray, sizes: np.ndarray, weight: float) -> np.ndarray:
@@ -193,9 +180,9 @@ def _to_unit(values: np.ndarray) -> np.ndarray:
 
 @dataclass
 class Ledger:
-    """Every plan of a search, in order.
+    """Keeps every plan of a search, in order.
 
-    A plan that diverges or does not fit in memory is told as bad, not as unknown: at the last step that any plan has
+    A plan that diverges or does not fit in memory counts as bad, not as unknown: at the last step that any plan has
     reached, with the worst score there plus that score's distance from the best (1 % of it where there is only one).
 
     Attributes:
@@ -205,8 +192,6 @@ class Ledger:
         max_trials: Suggestions in all; those that another budget's search made do not count.
         patience: Proposals in a row whose expected improvement is below the noise before the search ends; None never.
         proposes: Whether the searcher is asked for more plans than the controls.
-        timetable: Says what is known when a plan is proposed, so that it is the same on any machines; None takes what
-            is there.
         ended: Why there are no more suggestions, once there are none.
     """
 
@@ -216,142 +201,95 @@ class Ledger:
     max_trials: int
     patience: int | None = None
     proposes: bool = True
-    timetable: Timetable | None = None
     ended: str | None = None
     _known: dict[PrecisionPlan, int] = field(default_factory=dict)
     _counted: set[int] = field(default_factory=set)
     _live: dict[int, PrecisionPlan] = field(default_factory=dict)
     _unfinished: list[Suggestion] = field(default_factory=list)
     _observations: dict[tuple[int, int], Observation] = field(default_factory=dict)
-    _ruined: dict[int, PrecisionPlan] = field(default_factory=dict)
+    _untrainable: dict[int, PrecisionPlan] = field(default_factory=dict)
     _unpromising: int = 0
 
     def recall(
         self, suggestion: Suggestion, rungs: Sequence[Observation], ending: Ending = "scored", counts: bool = True
     ) -> None:
-        """Take over a trial that is over; `counts` is off for another budget's."""
-        self._take_over(suggestion, counts)
+        """Enter a recorded trial that is over; `counts` is False for another search's."""
+        self._enter(suggestion, counts)
         for rung in rungs:
             self.observe(rung)
         self.close(suggestion, ending)
 
     def resume(self, suggestion: Suggestion, rungs: Sequence[Observation]) -> None:
-        """Take over a trial that was still running; it is handed out again before new ones, and says its last rung
-        again, which may stop it."""
-        self._take_over(suggestion, counts=True)
+        """Enter a recorded trial that was running; it is handed out before new ones and reports its last rung again."""
+        self._enter(suggestion, counts=True)
         for rung in rungs[:-1]:
             self.observe(rung)
         self._observations |= {(rung.index, rung.step): rung for rung in rungs[-1:]}
         self._unfinished.append(suggestion)
 
-    def _take_over(self, suggestion: Suggestion, counts: bool) -> None:
+    def _enter(self, suggestion: Suggestion, counts: bool) -> None:
         self._known[suggestion.plan] = suggestion.index
         if counts:
             self._counted.add(suggestion.index)
-            self._weigh(suggestion)
-            if self.timetable and suggestion.begun:
-                self.timetable.take_up(suggestion.index, suggestion.begun)
-
-    @property
-    def waits(self) -> bool:
-        """Whether there is nothing to hand out before more is known of the trials under way."""
-        if self.timetable is None or any(suggestion.begun for suggestion in self._unfinished):
-            return False
-        is_over = not self._unfinished and (self.ended is not None or len(self._counted) >= self.max_trials)
-        return self.timetable.waits and not is_over
+            self._count_unpromising(suggestion)
 
     def next(self) -> Suggestion | None:
-        """The next suggestion, or None when the search is over; `ended` then says why. Not asked while it `waits`."""
-        suggestion = self._taken_up() if self._unfinished else self._new()
+        """Return the next suggestion, or None when the search is over; `ended` then says why."""
+        suggestion = self._unfinished.pop(0) if self._unfinished else self._new()
         if suggestion:
             self._live[suggestion.index] = suggestion.plan
         return suggestion
 
     def observe(self, observation: Observation) -> bool:
-        """Tell a rung's score; the plan that ran is told, not the one that was proposed. Returns whether it is news: a
-        trial that goes on says its last rung again."""
+        """Enter a rung's score of the plan that ran; return False for a rung that a resumed trial reports again."""
         key = observation.index, observation.step
-        is_news = key not in self._observations
+        is_new = key not in self._observations
         self._observations[key] = observation
-        if self.timetable:
-            self.timetable.reach(*key)
-        return is_news
-
-    def rivals(self, trial: int, step: int) -> dict[int, float]:
-        """Scores of other trials at a rung, by number, as far as the timetable has them known when a trial began."""
-        assert self.timetable
-        return {
-            index: item.score
-            for (index, at), item in self._observations.items()
-            if at == step and index != trial and self.timetable.is_known(index, step, to=trial)
-        }
+        return is_new
 
     def close(self, suggestion: Suggestion, ending: Ending = "scored") -> None:
-        """Tell that a trial is over, with what was observed or with nothing."""
+        """End a trial."""
         self._live.pop(suggestion.index, None)
-        if self.timetable:
-            self.timetable.end(suggestion.index, has_failed=ending != "scored")
-        if ending == "ruined":
-            self._ruined[suggestion.index] = suggestion.plan
+        if ending == "untrainable":
+            self._untrainable[suggestion.index] = suggestion.plan
 
     def hand_out_again(self, suggestion: Suggestion) -> None:
-        """Tell that a trial lost its worker; it goes on before new ones are made."""
+        """Take back a trial that lost its worker; it is handed out before new ones."""
         self._live.pop(suggestion.index, None)
         self._unfinished.append(suggestion)
 
     def withdraw(self, suggestion: Suggestion) -> None:
-        """Tell that a trial was never begun; its plan and number are free again."""
+        """Remove a trial that never started; its plan and number are free again."""
         self._live.pop(suggestion.index, None)
         self._known.pop(suggestion.plan, None)
         self._counted.discard(suggestion.index)
-        if self.timetable:
-            self.timetable.withdraw(suggestion.index)
 
     def end(self, reason: str) -> None:
-        """No new suggestions from now on; the first reason stays."""
+        """Make no new suggestions from now on; the first reason is kept."""
         self.ended = self.ended or reason
 
     def history(self) -> History:
-        """What the searcher is told."""
-        timetable = self.timetable
-        told = {key: item for key, item in self._observations.items() if timetable is None or timetable.is_known(*key)}
-        running = timetable.in_flight if timetable else frozenset(self._live)
-        told |= self._penalties(told.values(), running)
-        heard = {index for index, _ in told} | running
+        """Return what the searcher may know."""
+        known = dict(self._observations)
+        known |= self._penalties(known.values())
+        seen = {index for index, _ in known} | self._live.keys()
         by_index = sorted(self._known.items(), key=lambda item: item[1])
         return History(
-            tuple(told[key] for key in sorted(told)),
-            tuple(plan for plan, index in by_index if index in running),
-            tuple(plan for plan, index in by_index if index not in heard),
+            tuple(known[key] for key in sorted(known)),
+            tuple(plan for plan, index in by_index if index in self._live),
+            tuple(plan for plan, index in by_index if index not in seen),
         )
 
-    def _penalties(self, told: Collection[Observation], running: Collection[int]) -> dict[tuple[int, int], Observation]:
-        """What ruined plans are told with; nothing while nothing was scored."""
-        step = max((item.step for item in told), default=None)
+    def _penalties(self, known: Collection[Observation]) -> dict[tuple[int, int], Observation]:
+        """Return the scores of plans that cannot be trained; none while nothing was scored."""
+        step = max((item.step for item in known), default=None)
         if step is None:
             return {}
-        scores = [item.score for item in told if item.step == step]
+        scores = [item.score for item in known if item.step == step]
         worst, best = max(scores), min(scores)
         score = worst + ((worst - best) or abs(worst) / 100)
-        ruined = {index: plan for index, plan in self._ruined.items() if index not in running}
-        return {(index, step): Observation(index, plan, step, score) for index, plan in ruined.items()}
-
-    def _taken_up(self) -> Suggestion:
-        """A trial that goes on: of those that the timetable knows, the first."""
-        under_way = [suggestion for suggestion in self._unfinished if suggestion.begun] or self._unfinished
-        self._unfinished.remove(suggestion := under_way[0])
-        if suggestion.begun:
-            return suggestion
-        self._advance()
-        return self._begun(suggestion)
-
-    def _advance(self) -> None:
-        if self.timetable:
-            assert not self.timetable.waits, "what the next plan is proposed from is not known yet"
-            self.timetable.advance()
-
-    def _begun(self, suggestion: Suggestion) -> Suggestion:
-        return replace(suggestion, begun=self.timetable.begin(suggestion.index)) if self.timetable else suggestion
+        untrainable = {index: plan for index, plan in self._untrainable.items() if index not in self._live}
+        return {(index, step): Observation(index, plan, step, score) for index, plan in untrainable.items()}
 
     def _new(self) -> Suggestion | None:
         if self.ended:
@@ -359,7 +297,6 @@ class Ledger:
         if len(self._counted) >= self.max_trials:
             self.end(f"all {self.max_trials} trials were spent (`search.max_trials`)")
             return None
-        self._advance()
         taken = set(self._known.values())
         index = next(number for number in itertools.count() if number not in taken)
         suggestion = self._control(index) or self._proposal(index)
@@ -367,7 +304,7 @@ class Ledger:
             return None
         self._known[suggestion.plan] = index
         self._counted.add(index)
-        return self._begun(suggestion)
+        return suggestion
 
     def _control(self, index: int) -> Suggestion | None:
         for origin, plan in self.controls:
@@ -384,7 +321,7 @@ class Ledger:
         if plan is None:
             self.end("every plan inside the budget was tried")
             return None
-        self._weigh(proposal)
+        self._count_unpromising(proposal)
         if self.patience is not None and self._unpromising >= self.patience:
             self.end(
                 f"the expected improvement ({proposal.expected_improvement:.2g}) was below the noise "
@@ -393,7 +330,7 @@ class Ledger:
             return None
         return Suggestion(index, self.proposer.name, plan, proposal.expected_improvement, proposal.noise)
 
-    def _weigh(self, proposal: Proposal | Suggestion) -> None:
-        """Count the proposals in a row that promised less than the noise, those of earlier sessions included."""
+    def _count_unpromising(self, proposal: Proposal | Suggestion) -> None:
+        """Count the proposals in a row whose expected improvement is below the noise, over all sessions."""
         if proposal.expected_improvement is not None and proposal.noise is not None:
             self._unpromising = self._unpromising + 1 if proposal.expected_improvement < proposal.noise else 0

@@ -9,14 +9,14 @@ from pathlib import Path
 import torch
 
 from qpruner.config.schema import RunConfig
-from qpruner.data.calibration import Rows, mean_loss
-from qpruner.data.rows import load_encoded
+from qpruner.data.encoding import load_encoded
+from qpruner.data.losses import Rows, mean_loss
 from qpruner.errors import TrainingDiverged
 from qpruner.models.loading import load_tokenizer
-from qpruner.quantization.assembly import workbench
-from qpruner.runs.mirror import fetch
+from qpruner.quantization.assembly import plan_assembler
 from qpruner.runs.records import RungResult
 from qpruner.runs.scratch import working_folder
+from qpruner.runs.storage import fetch
 from qpruner.search.trial_job import Progress, Report, TrialJob
 from qpruner.training.evaluate import mean_accuracy, score_tasks
 from qpruner.training.finetune import Listener, Schedule, finetune
@@ -37,7 +37,7 @@ def run_trial(job: TrialJob, start: Path | None, report: Report, progress: Progr
 
     checkpoint = fetch(materials.checkpoint, moved)
     # One seed for adapters, data order and dropout of all trials: another order moves the loss more than most plans do.
-    bench = workbench(
+    assembler = plan_assembler(
         checkpoint,
         materials.bank,
         config.quantize.group,
@@ -45,7 +45,7 @@ def run_trial(job: TrialJob, start: Path | None, report: Report, progress: Progr
         config.quantize.double_quant,
         config.lora,
     )
-    peft_model = bench.model(job.plan, config.seed, moved)
+    peft_model = assembler.model(job.plan, config.seed, moved)
     progress(0)
     tokenizer = load_tokenizer(str(checkpoint))
     pad_id = int(tokenizer.pad_token_id)
@@ -86,8 +86,8 @@ def run_trial(job: TrialJob, start: Path | None, report: Report, progress: Progr
 def score(
     model: torch.nn.Module, tokenizer: object, validation: Rows, config: RunConfig, step: int, train_loss: float
 ) -> RungResult:
-    """Validation loss and, if the search has tasks, their mean accuracy."""
-    # Scoring must not move the random state that dropout and data order go on from.
+    """Score a rung: the validation loss and, if the search has tasks, their mean accuracy."""
+    # Scoring must not change the random state of dropout and data order.
     with torch.random.fork_rng():
         loss = mean_loss(model, validation, int(tokenizer.pad_token_id), config.evaluate.batch_size).mean  # type: ignore[attr-defined]
         if not config.search.tasks:

@@ -1,7 +1,7 @@
-"""What a trial is given and whom it tells, without the libraries that run it.
+"""The interface of a trial, without the libraries that run it.
 
-A trial is a function `(job, start, report, progress)`: `start` is nothing or the trial's own last checkpoint; `report`
-takes the rung's result and its checkpoint folder, and may raise to stop; `progress` hears of every forward pass.
+A trial is a function `(job, start, report, progress)`: `start` is None or the trial's own last checkpoint; `report`
+takes a rung's result and its checkpoint folder, and may raise to stop; `progress` is called at every forward pass.
 """
 
 from __future__ import annotations
@@ -15,27 +15,21 @@ from qpruner.runs.records import RungResult
 
 Report = Callable[[RungResult, Path], None]
 Progress = Callable[[int], None]
-"""Told the last optimizer step, before every forward pass and when something is loaded."""
+"""Takes the last optimizer step, before every forward pass and when something is loaded."""
 
 
 @dataclass(frozen=True)
 class Materials:
-    """Where a trial finds what it needs; paths of the run, which mean the same on every node.
+    """Folders of the run that a trial reads, by paths that are the same on every node."""
 
-    Attributes:
-        checkpoint: Folder of the dense (pruned) model and its tokenizer.
-        bank: Folder of the bank.
-        data: Folder of the encoded rows.
-    """
-
-    checkpoint: Path
+    checkpoint: Path  # of the pruned model and its tokenizer
     bank: Path
-    data: Path
+    data: Path  # the encoded rows
 
 
 @dataclass(frozen=True)
 class TrialJob:
-    """What a trial is: a plan on the run's materials."""
+    """A plan on the run's materials."""
 
     config: RunConfig
     materials: Materials
@@ -43,4 +37,4 @@ class TrialJob:
 
 
 Trial = Callable[[TrialJob, Path | None, Report, Progress], None]
-"""`run_trial`, or what stands in for it where only the search is looked at."""
+"""`run_trial`, or a stand-in in tests and benchmarks."""

@@ -1,4 +1,4 @@
-"""How much each group suffers at fewer bits, by several methods, and the plan that each of them suggests."""
+"""How much each group loses at fewer bits, by several methods, and the plan that each suggests."""
 
 from qpruner.sensitivity.seeds import seed_origin, seed_plan
 

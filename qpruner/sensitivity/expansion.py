@@ -1,4 +1,4 @@
-"""The loss's rise by expansion: gradients against the error that quantization leaves in the weights.
+"""Predict the loss's rise by expansion: gradients times the error that quantization leaves in the weights.
 
 With ``E = W_start - W``, ``g_s`` the gradient of sample s's summed loss and N labelled tokens in all, a group rises by
 
@@ -14,7 +14,6 @@ All come from one backward pass over the samples, for every group and bit-width 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -22,8 +21,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from qpruner.data.calibration import Samples, visit_linear_gradients
-from qpruner.data.rows import IGNORED_LABEL
+from qpruner.data.calibration import OnProgress, Samples, visit_linear_gradients
+from qpruner.data.encoding import IGNORED_LABEL
 from qpruner.errors import TrainingDiverged
 from qpruner.sensitivity.starts import Starts
 
@@ -32,19 +31,13 @@ if TYPE_CHECKING:
 
 Floats = npt.NDArray[np.float64]
 BYTES_A_WEIGHT = 17
-"""Held for each weight of the layer that the backward pass is at: its gradients' sum and their squares' sum, a level's
+"""For each weight of the layer that the backward pass is at: the sums of its gradients and of their squares, a level's
 error and a product with it (or what unpacking takes), each in float32, and its code."""
 
 
 @dataclass(frozen=True)
 class Expansion:
-    """Predicted rises of the loss.
-
-    Attributes:
-        num_tokens: Labelled tokens.
-        first_order: ``(levels, groups)`` in nats per token.
-        fisher: ``(levels, groups)`` in nats per token.
-    """
+    """Predicted rises of the loss ``(levels, groups)`` in nats per token, over `num_tokens` labelled tokens."""
 
     num_tokens: int
     first_order: Floats
@@ -52,7 +45,7 @@ class Expansion:
 
     @property
     def second_order(self) -> Floats:
-        """``(levels, groups)`` in nats per token."""
+        """First order plus Fisher."""
         return self.first_order + self.fisher
 
 
@@ -60,17 +53,11 @@ def expand(
     model: PreTrainedModel,
     samples: Samples,
     starts: Starts,
-    on_samples: Callable[[int, int], None] = lambda done, total: None,
+    on_samples: OnProgress = lambda done, total: None,
 ) -> Expansion:
-    """Run the samples forward and backward once.
+    """Run the samples forward and backward once through the pruned, unquantized model.
 
     Memory above the weights: the activations of a batch, and `BYTES_A_WEIGHT` for each weight of one layer.
-
-    Args:
-        model: The pruned model, unquantized.
-        samples: The samples.
-        starts: Groups, bit-widths and the weights at the start of a trial.
-        on_samples: Told how many samples of how many are done.
 
     Raises:
         TrainingDiverged: Naming the layer where a number is NaN or infinite.
@@ -105,7 +92,7 @@ def expand(
 
 
 def rises(error: torch.Tensor, slopes: torch.Tensor, squares: torch.Tensor) -> tuple[float, float]:
-    """First-order and Fisher term of one weight, all ``(rows, columns)`` float32; `error` is overwritten.
+    """Compute the first-order and Fisher term of one weight, all ``(rows, columns)`` float32; overwrites `error`.
 
     Sums and no dot products: those of 45 million terms, a layer of a 7B model, were 0.4 to 0.9 % short (2026-11).
     """
@@ -113,11 +100,9 @@ def rises(error: torch.Tensor, slopes: torch.Tensor, squares: torch.Tensor) -> t
 
 
 def _sums_over_samples(inputs: torch.Tensor, gradients: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Sum of the samples' weight gradients, and of their squares: two ``(rows, columns)`` float32.
+    """Sum the samples' weight gradients, and their squares: two ``(rows, columns)`` float32.
 
-    Args:
-        inputs: ``(samples, seq, columns)`` of a linear layer.
-        gradients: ``(samples, seq, rows)`` at its output.
+    Inputs of the layer are ``(samples, seq, columns)``, gradients at its output ``(samples, seq, rows)``.
     """
     slope = torch.empty(gradients.shape[-1], inputs.shape[-1], device=inputs.device)
     slopes, squares = torch.zeros_like(slope), torch.zeros_like(slope)

@@ -1,13 +1,13 @@
-"""The rise as it is measured: one group at a time starts as a trial would, and the samples run through the model.
+"""Measure the rise: one group at a time starts as in a trial, and the samples run through the model.
 
-KL divergence of the predictions from the unquantized model's, and the change of the loss, from the same passes. Blocks
-in front of the changed one hand on what they put out before, so a group costs the blocks from its own to the last; the
-head runs at the predicted positions only.
+The same passes give the KL divergence of the predictions from the unquantized model's, and the change of the loss.
+Blocks in front of the changed one return their earlier outputs, so a group costs the blocks from its own to the last;
+the head runs at the predicted positions only.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -16,7 +16,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from qpruner.data.calibration import Samples, batches, predicted_labels, predicted_logits, predicting
+from qpruner.data.calibration import OnProgress, Samples
+from qpruner.data.losses import batches, predicted_labels, predicted_logits, predicting
 from qpruner.errors import TrainingDiverged
 from qpruner.models.families import family_of
 from qpruner.sensitivity.starts import Starts
@@ -26,18 +27,15 @@ if TYPE_CHECKING:
 
 Floats = npt.NDArray[np.float64]
 POSITIONS = 256
-"""Predicted positions whose distributions are compared at once: float32 copies of so many rows of the vocabulary."""
+"""Predicted positions compared at once, each a row of the vocabulary in float32."""
 
 
 @dataclass(frozen=True)
 class Measurement:
     """Sums over each sample's predicted positions, in nats.
 
-    Attributes:
-        counts: ``(samples,)`` predicted positions.
-        base_loss: ``(samples,)`` loss of the unquantized model.
-        kl: ``(levels, groups, samples)`` divergence from the unquantized model.
-        loss: ``(levels, groups, samples)`` loss less that of the unquantized model.
+    `counts` of positions and `base_loss`, the unquantized model's, are ``(samples,)``; the divergence `kl` from it and
+    `loss`, the difference to its loss, are ``(levels, groups, samples)``.
     """
 
     counts: Floats
@@ -47,17 +45,17 @@ class Measurement:
 
     @classmethod
     def joined(cls, parts: Sequence[Measurement]) -> Measurement:
-        """Measurements of different samples as one."""
+        """Join measurements of different samples."""
         fields = ("counts", "base_loss", "kl", "loss")
         return cls(*(np.concatenate([getattr(part, name) for part in parts], axis=-1) for name in fields))
 
     def mean(self, sums: Floats) -> Floats:
-        """Mean over positions ``(...)`` of sums ``(..., samples)``."""
+        """Average sums ``(..., samples)`` over positions."""
         mean: Floats = sums.sum(axis=-1) / self.counts.sum()
         return mean
 
     def stderr(self, sums: Floats) -> Floats:
-        """Standard error of the mean over samples (a ratio estimator); NaN with one sample."""
+        """Compute the standard error of the mean over samples (a ratio estimator); NaN with one sample."""
         if len(self.counts) == 1:
             return np.full(sums.shape[:-1], np.nan)
         rest = sums - self.mean(sums)[..., None] * self.counts
@@ -70,7 +68,7 @@ def measure(
     model: PreTrainedModel,
     samples: Samples,
     starts: Starts,
-    on_start: Callable[[int, int], None] = lambda done, total: None,
+    on_pass: OnProgress = lambda done, total: None,
 ) -> Measurement:
     """Measure every (group, bits).
 
@@ -81,10 +79,10 @@ def measure(
     batch's predicted positions in float32, a group's weights once more, and one layer's while it is unpacked.
 
     Args:
-        model: The pruned model, unquantized; its weights are put back as they were.
+        model: The pruned model, unquantized; its weights are restored.
         samples: The samples.
         starts: Groups, bit-widths and the weights at the start of a trial.
-        on_start: Told how many passes of how many are done.
+        on_pass: Called after every pass.
 
     Raises:
         TrainingDiverged: Naming the group whose predictions are NaN or infinite.
@@ -104,7 +102,7 @@ def measure(
                 with _replaced(model, weights):
                     sums[level, index] = run.rise(run.block_of(paths[0]), f"{group} at {bits} bits")
                 done += 1
-                on_start(done, total)
+                on_pass(done, total)
         parts.append(
             Measurement(run.counts.numpy(), run.base_loss.numpy(), sums[:, :, 0].numpy(), sums[:, :, 1].numpy())
         )
@@ -114,9 +112,7 @@ def measure(
 class _Rerun:
     """A batch that was run once and is run again from any block with other weights in it.
 
-    Attributes:
-        counts: ``(samples,)`` float64, predicted positions.
-        base_loss: ``(samples,)`` float64, summed over them.
+    `counts` of predicted positions and `base_loss`, summed over them, are ``(samples,)`` float64.
     """
 
     def __init__(self, model: PreTrainedModel, batch: Mapping[str, torch.Tensor]) -> None:
@@ -143,12 +139,12 @@ class _Rerun:
         self.base_loss = self._by_sample(self._losses, "the unquantized model")
 
     def block_of(self, path: str) -> int:
-        """The block that a layer lies in."""
+        """Find the block of a layer."""
         return next(index for index, block in enumerate(self._paths) if path.startswith(f"{block}."))
 
     def rise(self, first: int, what: str) -> torch.Tensor:
-        """Summed divergence and change of the loss with blocks run from `first` on: ``(2, samples)`` float64."""
-        with handing_on(self._blocks[:first], self._outputs):
+        """Run from block `first` on; sum divergence and change of the loss to ``(2, samples)`` float64."""
+        with returning_outputs(self._blocks[:first], self._outputs):
             logits = predicted_logits(self._model, self._batch)
         kl, loss = [], []
         for start in range(0, len(logits), POSITIONS):
@@ -170,8 +166,8 @@ class _Rerun:
 
 
 @contextmanager
-def handing_on(blocks: Sequence[torch.nn.Module], outputs: Sequence[Any]) -> Iterator[None]:
-    """Let blocks put out what they put out before instead of running."""
+def returning_outputs(blocks: Sequence[torch.nn.Module], outputs: Sequence[Any]) -> Iterator[None]:
+    """Let blocks return earlier outputs instead of running."""
     before = [vars(block).get("forward") for block in blocks]
     for block, output in zip(blocks, outputs, strict=False):
         block.forward = lambda *args, output=output, **kwargs: output  # type: ignore[method-assign]
@@ -187,7 +183,7 @@ def handing_on(blocks: Sequence[torch.nn.Module], outputs: Sequence[Any]) -> Ite
 
 @contextmanager
 def _replaced(model: torch.nn.Module, weights: Mapping[str, torch.Tensor]) -> Iterator[None]:
-    """Let layers have other weights for a while; their own tensors are put back, not copies."""
+    """Replace layers' weights for a while; their own tensors are restored, not copies."""
     parameters = {path: model.get_parameter(f"{path}.weight") for path in weights}
     own = {path: parameter.data for path, parameter in parameters.items()}
     try:

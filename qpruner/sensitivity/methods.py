@@ -1,7 +1,7 @@
-"""Every sensitivity in one shape: for each (group, bits) the predicted rise over the unquantized pruned model.
+"""Compute every sensitivity in one shape: the predicted rise of each (group, bits) over the unquantized pruned model.
 
-Methods that need the same passes over the samples share them: the record of each says how long the passes took and
-with whom they were shared.
+Methods that need the same passes over the samples share them; the record of each has their seconds and the methods that
+shared them.
 """
 
 from __future__ import annotations
@@ -13,11 +13,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qpruner.config.schema import EXPANSION, MEASUREMENT, SensitivityConfig
-from qpruner.data.calibration import OnProgress, Rows, Samples
+from qpruner.data.calibration import OnProgress, Samples
+from qpruner.data.losses import Rows
 from qpruner.models.layout import group_linears
 from qpruner.plans.plan import FULL_BITS
-from qpruner.runs.mirror import fetch
 from qpruner.runs.records import MethodScores
+from qpruner.runs.storage import fetch
 from qpruner.sensitivity import mutual_information
 from qpruner.sensitivity.expansion import expand
 from qpruner.sensitivity.measurement import Measurement, measure
@@ -41,15 +42,10 @@ SOURCES = {
 
 @dataclass(frozen=True)
 class Subject:
-    """What is scored, and on what.
+    """Calibration rows, groups and bank to score with.
 
-    Attributes:
-        rows: Encoded calibration samples.
-        pad_id: Padding token.
-        group: `block`, `sublayer` or `projection`.
-        levels: Bit-widths of the plans, ascending.
-        bank: Folder of the bank.
-        scaling: What the product of the adapters is multiplied with (alpha / rank).
+    `group` is `block`, `sublayer` or `projection`, `levels` are the plans' bit-widths in ascending order, and `scaling`
+    is the factor of the adapters' product (alpha / rank).
     """
 
     rows: Rows
@@ -60,11 +56,11 @@ class Subject:
     scaling: float
 
     def starts(self, model: PreTrainedModel) -> Starts:
-        """What the bank holds for the model's groups."""
+        """Open the bank for the model's groups."""
         return Starts(self.bank, group_linears(model.config, self.group), self.levels, self.scaling)
 
     def samples(self, batch_size: int, limit: int | None = None) -> Samples:
-        """The rows, or the first of them."""
+        """Take the rows, or the first of them."""
         return Samples(self.rows[:limit], self.pad_id, batch_size)
 
 
@@ -76,7 +72,7 @@ def by_information(
     on_progress: OnProgress,
     on_samples: OnProgress = lambda done, total: None,
 ) -> dict[str, MethodScores]:
-    """Mutual information: a pass forward over samples with drawn positions (`on_samples`), then nearest neighbours."""
+    """Score by mutual information: a pass forward (`on_samples`), then nearest neighbours (`on_progress`)."""
     started = time.monotonic()
     found = mutual_information.measure(
         model, subject.rows, subject.group, settings, subject.pad_id, seed, on_progress, on_samples
@@ -108,7 +104,7 @@ def by_information(
 def by_expansion(
     model: PreTrainedModel, subject: Subject, batch_size: int, on_progress: OnProgress
 ) -> dict[str, MethodScores]:
-    """First order, Fisher and their sum: one pass forward and backward."""
+    """Score by first order, Fisher and their sum: one pass forward and backward."""
     started = time.monotonic()
     samples = subject.samples(batch_size)
     found = expand(model, samples, subject.starts(model), on_progress)
@@ -118,7 +114,7 @@ def by_expansion(
 
 
 def by_measurement(found: Measurement, levels: tuple[int, ...], seconds: float) -> dict[str, MethodScores]:
-    """KL and loss of what `measure` found, its standard errors over samples beside them."""
+    """Score by the KL divergence and loss of a measurement, with standard errors over samples."""
     by_method = {}
     for name in MEASUREMENT:
         sums = getattr(found, name)
@@ -134,15 +130,7 @@ def by_measurement(found: Measurement, levels: tuple[int, ...], seconds: float) 
 
 @dataclass(frozen=True)
 class MeasurementJob:
-    """A share of the samples to be measured in a process of its own.
-
-    Attributes:
-        checkpoint: Folder of the pruned model.
-        dtype: Name of the torch dtype of its weights.
-        subject: With the share's rows.
-        batch_size: Samples a pass.
-        threads: CPU threads.
-    """
+    """A share of the samples, the subject's rows, to be measured on the pruned model in a process of its own."""
 
     checkpoint: Path
     dtype: str
@@ -178,6 +166,6 @@ def _scores(
 
 
 def _by_bits(values: Any, levels: tuple[int, ...]) -> dict[int, tuple[float, ...]]:
-    """``(levels below 16, groups)`` by bits; 16 bits cost nothing."""
+    """Key ``(levels below 16, groups)`` by bits; 16 bits cost nothing."""
     found = {bits: tuple(row.tolist()) for bits, row in zip(levels, values, strict=False)}
     return found | ({FULL_BITS: (0.0,) * values.shape[1]} if FULL_BITS in levels else {})

@@ -1,4 +1,4 @@
-"""Mutual information between each group's output and the model's prediction: QPruner's sensitivity signal.
+"""Estimate mutual information between each group's output and the model's prediction: QPruner's sensitivity signal.
 
 Estimator: Ross (2014, doi:10.1371/journal.pone.0087357), the k-nearest-neighbour estimator for a continuous and a
 discrete variable that scikit-learn's `mutual_info_classif` uses, here over several components jointly. The continuous
@@ -18,8 +18,9 @@ import numpy.typing as npt
 import torch
 
 from qpruner.config.schema import SensitivityConfig
-from qpruner.data.calibration import OnProgress, Rows, visit_outputs
-from qpruner.data.rows import IGNORED_LABEL
+from qpruner.data.calibration import OnProgress, visit_outputs
+from qpruner.data.encoding import IGNORED_LABEL
+from qpruner.data.losses import Rows
 from qpruner.errors import UserError
 from qpruner.models.layout import output_modules
 
@@ -69,8 +70,8 @@ def measure(
         settings: Positions, components, neighbours, baselines, samples per forward pass.
         pad_id: Padding token.
         seed: Seeds the draw of positions and the shuffles.
-        on_group: Told how many groups of how many are done, after the pass.
-        on_samples: Told how many samples of how many have passed.
+        on_group: Called after every group, after the pass.
+        on_samples: Called after every batch of the pass.
 
     Raises:
         UserError: If the samples have too few predicted positions or the model predicts one token only.
@@ -108,11 +109,8 @@ def measure(
 def spread_positions(rows: Rows, max_positions: int, seed: int) -> list[dict[str, list[int]]]:
     """Draw positions evenly from all rows, and keep only what it takes to predict there.
 
-    Neighbouring positions of one text say much the same, so the estimate gains by positions from many rows.
-
-    Returns:
-        Rows with a label at each position that was drawn and nowhere else, cut behind the last of them, the shortest
-        first. A row without any is left out.
+    Neighbouring positions of one text say much the same, so the estimate gains by positions from many rows. The rows
+    have labels at drawn positions only, are cut behind the last of them, and come the shortest first.
     """
     labelled = [
         (row, at)
@@ -132,7 +130,7 @@ def spread_positions(rows: Rows, max_positions: int, seed: int) -> list[dict[str
 
 
 def estimate(components: Floats, labels: Integers, num_neighbors: int) -> float:
-    """Ross's estimator, ``psi(N) + <psi(k)> - <psi(N_c)> - <psi(m)>``, in nats; may be negative.
+    """Compute Ross's estimator, ``psi(N) + <psi(k)> - <psi(N_c)> - <psi(m)>``, in nats; may be negative.
 
     Args:
         components: ``(samples, components)``.
@@ -158,14 +156,14 @@ def estimate(components: Floats, labels: Integers, num_neighbors: int) -> float:
 
 
 def whitened_components(outputs: torch.Tensor, num_components: int) -> Floats:
-    """Leading principal components of outputs ``(samples, features)``, each scaled to unit variance."""
+    """Compute the leading principal components of outputs ``(samples, features)``, scaled to unit variance."""
     centered = outputs.to(torch.float64, copy=True)
     centered -= centered.mean(dim=0)
     left, values, _ = torch.linalg.svd(centered, full_matrices=False)
     kept = max(1, min(num_components, int((values > values[0] * 1e-9).sum())))
     whitened: Floats = (left[:, :kept] * len(outputs) ** 0.5).numpy()
     # The estimator is one of densities: outputs that repeat exactly (the first projections see one token and no
-    # context) would count as knowing nothing. A little noise parts them, as in scikit-learn's mutual_info_classif.
+    # context) would carry no information. A little noise separates them, as in scikit-learn's mutual_info_classif.
     return whitened + 1e-6 * np.random.default_rng(0).standard_normal(whitened.shape)
 
 

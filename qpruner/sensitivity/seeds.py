@@ -1,4 +1,4 @@
-"""From a sensitivity to a plan: bits where they are predicted to save the most loss, under the byte budget."""
+"""Turn a sensitivity into a plan: bits where they are predicted to save the most loss, under the byte budget."""
 
 from __future__ import annotations
 
@@ -9,23 +9,23 @@ import numpy as np
 from qpruner.plans.plan import PlanSpace, PrecisionPlan
 
 RESOLUTION = 1e-5
-"""What a step to more bits is worth at least, of the largest gain: the budget is used whatever is predicted."""
+"""Least gain of a step to more bits, as a share of the largest: the budget is used whatever is predicted."""
 SCALE = 1e3
-"""The largest gain as the solver sees it: `RESOLUTION` of that is far above its absolute tolerances (1e-6)."""
+"""The solver's largest gain: `RESOLUTION` of that is far above its absolute tolerances (1e-6)."""
 
 
 def seed_origin(method: str) -> str:
-    """The name under which a method's seed plan stands in trials and tables."""
+    """Name a method's seed plan as trials and tables do."""
     return f"seed-{method.replace('_', '-')}"
 
 
 def seed_plan(values: Mapping[int, Sequence[float]], space: PlanSpace) -> PrecisionPlan:
-    """The feasible plan with the least predicted rise: an exact knapsack, whatever the values' unit.
+    """Solve an exact knapsack for the feasible plan with the least predicted rise.
 
-    More bits are never taken to be worse: where a prediction says so (noise, a negative slope) they are worth nothing.
+    More bits are never worse: where a prediction says so (noise, a negative slope) they are worth nothing.
 
     Args:
-        values: Bits -> predicted rise of every group, for each of the space's levels.
+        values: Bits -> predicted rise of every group, in any unit, for each of the space's levels.
         space: The plans inside the budget.
 
     Raises:

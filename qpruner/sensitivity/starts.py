@@ -1,4 +1,4 @@
-"""The weights that trials start from, as the bank holds them: what the error-based sensitivities look at."""
+"""Read the weights that trials start from, for the error-based sensitivities."""
 
 from __future__ import annotations
 
@@ -13,18 +13,10 @@ from qpruner.quantization.mixed import unpack
 
 
 class Starts:
-    """Dequantized weights with their adapters added, for every (group, bits); read from the bank's files as asked for.
+    """Dequantized weights with their adapters added, for every (group, bits) below 16 in the bank.
 
-    On the CPU the files are mapped, not copied, so memory is one layer's float32 weight.
-
-    Args:
-        bank: Folder of the bank.
-        groups: Group -> full paths of its linear layers.
-        levels: Bit-widths; 16 bits are the model's own weights and have no start.
-        scaling: What the product of the adapters is multiplied with (alpha / rank).
-
-    Raises:
-        CorruptFile: Naming the file of the bank that is missing or cannot be read.
+    Files of the bank are mapped, not copied, so on a CPU memory is one layer's float32 weight. `groups` maps each
+    group to the paths of its linear layers; `scaling` is the factor of the adapters' product (alpha / rank).
     """
 
     def __init__(self, bank: Path, groups: Mapping[str, Sequence[str]], levels: Sequence[int], scaling: float) -> None:
@@ -34,7 +26,7 @@ class Starts:
         self._entries = {(group, bits): read_plan(bank, {group: bits}) for group in groups for bits in self.levels}
 
     def weight(self, group: str, bits: int, path: str, device: torch.device) -> torch.Tensor:
-        """``(rows, columns)`` float32: what the layer at `path` multiplies with at the start of a trial.
+        """Compute the weight ``(rows, columns)`` float32 of the layer at `path` at the start of a trial.
 
         8-bit layers round their inputs too (LLM.int8), which no weight can show.
         """

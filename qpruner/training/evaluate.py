@@ -1,4 +1,4 @@
-"""Accuracy on lm-eval tasks, built-in ones and those of a folder."""
+"""Score models on lm-eval tasks, built-in ones and those of a folder."""
 
 from __future__ import annotations
 
@@ -8,13 +8,14 @@ import logging
 import math
 import os
 import shlex
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, get_args
 
 from qpruner.config.schema import AccuracyMetric
 from qpruner.data import measures
-from qpruner.data.rows import cause_of
+from qpruner.data.calibration import OnProgress
+from qpruner.data.sources import cause_of
 from qpruner.errors import UserError
 from qpruner.runs.records import MetricScore, TaskScore
 
@@ -27,7 +28,7 @@ METRICS: tuple[str, ...] = get_args(AccuracyMetric)
 
 @dataclass(frozen=True)
 class TaskQuestions:
-    """What a task asks, to compare with the training rows, and the metric that scores it."""
+    """A task's questions, to compare with the training rows, and the metric that scores it."""
 
     texts: list[str]
     metric: str
@@ -43,7 +44,7 @@ def score_tasks(
     num_fewshot: int = 0,
     skip: int = 0,
     metric: str | None = None,
-    told: Callable[[int, int], None] = lambda done, total: None,
+    on_progress: OnProgress = lambda done, total: None,
 ) -> tuple[TaskScore, ...]:
     """Run lm-eval on a model in memory.
 
@@ -52,12 +53,12 @@ def score_tasks(
         tokenizer: Its tokenizer.
         tasks: Task or group names.
         include_path: Folder of further task files.
-        limit: First questions of each task, all when None.
+        limit: Questions of each task, all if None.
         batch_size: Requests per forward pass.
         num_fewshot: Worked examples before each question.
-        skip: Questions of each task that are left out before those; every task must have more.
+        skip: Questions of each task before those; every task must have more.
         metric: The metric of every `TaskScore`; None takes the first of `METRICS` that the task reports.
-        told: Told how many requests (a question's choices, or a generation) of how many are answered.
+        on_progress: Called with answered and all requests (a question's choices, or a generation).
 
     Returns:
         One score a task (the subtasks of a group one by one), with every metric that it reports.
@@ -68,7 +69,7 @@ def score_tasks(
     model.eval()
     results: Any = simple_evaluate(
         # In bf16 a log-probability of -6 is known to 0.03, more than most plans differ by.
-        model=_telling_model(told)(
+        model=_counting_model(on_progress)(
             pretrained=model, tokenizer=tokenizer, batch_size=batch_size, softmax_dtype="float32"
         ),
         tasks=list(tasks),
@@ -85,10 +86,12 @@ def score_tasks(
     )
 
 
-def _telling_model(told: Callable[[int, int], None]) -> Any:
-    """lm-eval's model, which tells before every batch how many answers there are, and after the last one. It hands each
-    answer to a cache, of which there is none here; a batch's come all at once. The head runs at the end of the rows
-    only, where their answers are: lm-eval reads no other logits, and counts positions from the end."""
+def _counting_model(on_progress: OnProgress) -> Any:
+    """Derive a class from lm-eval's model that reports progress and runs the head only where answers are.
+
+    Progress is reported before every batch and after the last one: lm-eval passes each answer to a cache hook, a
+    batch's all at once. It reads logits at the end of the rows only, and counts positions from the end.
+    """
     import torch
     from lm_eval.api.model import CacheHook
     from lm_eval.models.huggingface import HFLM
@@ -99,12 +102,12 @@ def _telling_model(told: Callable[[int, int], None]) -> Any:
         def add_partial(self, attr: str, req: Any, res: Any) -> None:
             self.done += 1
             if self.done >= self.total:
-                self.tell()
+                self.report()
 
-        def tell(self) -> None:
-            told(self.done, max(self.done, self.total))
+        def report(self) -> None:
+            on_progress(self.done, max(self.done, self.total))
 
-    class Telling(HFLM):  # type: ignore[misc]
+    class CountingModel(HFLM):  # type: ignore[misc]
         def __init__(self, **options: Any) -> None:
             super().__init__(**options)
             self.counter = Counter(None)
@@ -115,14 +118,14 @@ def _telling_model(told: Callable[[int, int], None]) -> Any:
             return super()._loglikelihood_tokens(requests, *args, **kwargs)
 
         def _model_call(self, inps: Any, *args: Any, **kwargs: Any) -> Any:
-            self.counter.tell()
+            self.counter.report()
             ends = ((inps != 0) * torch.arange(1, inps.shape[1] + 1, device=inps.device)).amax(dim=1)  # padding is 0
             padding = inps.shape[1] - int(ends.min())
             with torch.no_grad():
                 return self.model(inps, logits_to_keep=padding + self.longest_answer).logits
 
         def _model_generate(self, *args: Any, **kwargs: Any) -> Any:
-            self.counter.tell()
+            self.counter.report()
             return super()._model_generate(*args, **kwargs)
 
         def loglikelihood(self, requests: Any, *args: Any, **kwargs: Any) -> Any:
@@ -133,25 +136,25 @@ def _telling_model(told: Callable[[int, int], None]) -> Any:
             self.counter.total += len(requests)
             return super().generate_until(requests, *args, **kwargs)
 
-    return Telling
+    return CountingModel
 
 
 def mean_accuracy(scores: Sequence[TaskScore]) -> measures.Estimate:
-    """Unweighted mean over tasks and its standard error."""
+    """Average the tasks' scores, unweighted, with the standard error."""
     return measures.over_tasks([score.correct for score in scores])
 
 
 def task_questions(
     tasks: Sequence[str], include_path: str | None, key: str, limit: int | None, metric: str | None = None
 ) -> dict[str, TaskQuestions]:
-    """The first `limit` questions of each task.
+    """Load the first `limit` questions of each task.
 
     Args:
         tasks: Task or group names.
         include_path: Folder of further task files.
         key: Configuration key of the tasks, for errors.
-        limit: All when None.
-        metric: That `search.metric` names; None takes the first of `METRICS` that each task reports.
+        limit: All if None.
+        metric: That of `search.metric`; None takes the first of `METRICS` that each task reports.
 
     Raises:
         UserError: For an unknown task, one whose rows cannot be loaded, or one that does not report the metric.
@@ -176,7 +179,7 @@ def task_questions(
 
 
 def _used_metric(task: str, reported: Collection[str], wanted: str | None, key: str) -> str:
-    """The metric that scores a task: the wanted one, else the first of `METRICS` that it reports."""
+    """Choose the metric that scores a task: the wanted one, else the first of `METRICS` that it reports."""
     accuracies = [name for name in METRICS if name in reported]
     if not accuracies:
         raise UserError(
@@ -210,7 +213,7 @@ def _check_answer(task: Any, doc: dict[str, Any], place: str) -> None:
 
 
 def _positions(tasks: Sequence[str], include_path: str | None, skip: int, limit: int | None) -> dict[str, list[int]]:
-    """Which questions of each task come after the first `skip`, at most `limit` of them."""
+    """List at most `limit` positions of each task's questions after the first `skip`."""
     loaded = _task_manager(include_path, tuple(tasks)).load(list(tasks))["tasks"]
     stop = None if limit is None else skip + limit
     return {name: list(range(len(task.eval_docs)))[skip:stop] for name, task in loaded.items()}
@@ -231,9 +234,9 @@ def _check_known(tasks: Sequence[str], include_path: str | None, key: str) -> No
 
 @functools.lru_cache(maxsize=4)
 def _task_manager(include_path: str | None, tasks: tuple[str, ...]) -> Any:
-    """lm-eval's index of tasks; the built-in ones (6 s to read) only if the folder alone does not serve `tasks`.
+    """Read lm-eval's index of tasks; the built-in ones (6 s) only if the folder does not have all of `tasks`.
 
-    Groups of a folder may name built-in tasks, so only plain tasks count as served.
+    Groups of a folder may name built-in tasks, so only plain tasks count.
     """
     # lm-eval draws progress bars and logs every request it builds; the stages emit their own events.
     os.environ.setdefault("TQDM_DISABLE", "1")
@@ -248,7 +251,7 @@ def _task_manager(include_path: str | None, tasks: tuple[str, ...]) -> Any:
 
 
 def _question(task: Any, doc: dict[str, Any]) -> str:
-    """A task's question without the words around it, where the row has it in a column of its own."""
+    """Return a task's question, without the words around it if the row has it in a column of its own."""
     for column in ("question", "goal", "query", "ctx", "sentence"):
         if isinstance(doc.get(column), str):
             passage = doc.get("passage", "")
@@ -257,13 +260,13 @@ def _question(task: Any, doc: dict[str, Any]) -> str:
 
 
 def _score(task: str, samples: list[dict[str, Any]], aggregated: Mapping[str, Any], wanted: str | None) -> TaskScore:
-    """A task's score from lm-eval's log, which has each question once for every filter of the task's answers."""
+    """Read a task's score from lm-eval's log, which has each question once for every filter of its answers."""
     by_filter: dict[str, list[dict[str, Any]]] = {}
     for sample in sorted(samples, key=lambda sample: int(sample["doc_id"])):
         by_filter.setdefault(sample["filter"], []).append(sample)
     keys = [(metric, name) for name, found in by_filter.items() for metric in found[0]["metrics"]]
     metrics = {
-        _called(metric, name): _metric_score(
+        _full_name(metric, name): _metric_score(
             aggregated[f"{metric},{name}"], [sample[metric] for sample in by_filter[name]]
         )
         for metric, name in keys
@@ -274,7 +277,7 @@ def _score(task: str, samples: list[dict[str, Any]], aggregated: Mapping[str, An
     value, stderr = measures.over_questions(correct)
     return TaskScore(
         task=task,
-        metric=_called(metric, name),
+        metric=_full_name(metric, name),
         value=value,
         stderr=stderr,
         num_questions=len(correct),
@@ -284,13 +287,13 @@ def _score(task: str, samples: list[dict[str, Any]], aggregated: Mapping[str, An
     )
 
 
-def _called(metric: str, name: str) -> str:
-    """lm-eval's name of a metric of the answers that a filter leaves."""
+def _full_name(metric: str, name: str) -> str:
+    """Name a metric of a filter's answers as lm-eval does."""
     return metric if name == "none" else f"{metric},{name}"
 
 
 def _metric_score(value: float, values: Sequence[Any]) -> MetricScore:
-    """lm-eval's value, with a standard error where it is the mean of numbers, one a question."""
+    """Add a standard error to lm-eval's value if it is the mean of numbers, one a question."""
     if all(isinstance(each, int | float) for each in values):
         mean, stderr = measures.over_questions(values)
         if math.isclose(mean, value):
@@ -299,7 +302,7 @@ def _metric_score(value: float, values: Sequence[Any]) -> MetricScore:
 
 
 def _answer_losses(samples: list[dict[str, Any]]) -> tuple[float, ...]:
-    """Negative log-likelihood of the right choice: finer than right or wrong, so small differences show sooner."""
+    """Compute the negative log-likelihood of right choices, which shows small differences sooner than accuracy."""
     losses = []
     for sample in samples:
         responses, target = sample["filtered_resps"], sample["target"]

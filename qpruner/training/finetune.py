@@ -1,11 +1,11 @@
-"""The one training loop: transformers' Trainer and a callback, for trials and the final fine-tune alike.
+"""Train adapters with transformers' Trainer, for trials and the final fine-tune alike.
 
-Rungs are steps at which the loop saves a checkpoint and then calls back; a checkpoint holds adapter, optimizer,
-scheduler and random state, so a run that goes on from one is the run that was never interrupted.
+Rungs are steps at which the loop saves a checkpoint and then calls back. A checkpoint holds adapter, optimizer,
+scheduler and random state, so a resumed run is the run that was never interrupted.
 
 Where torch's process group is up, its processes share the work: each takes its part of every batch, gradients are
-added up over all, and the losses are those of one process. Every process calls `finetune` alike; the first one saves
-and tells.
+summed over all, and the losses are those of one process. Every process calls `finetune`; the first one saves and calls
+the listener.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, TrainerState
 
 from qpruner.config.schema import TrainingConfig
-from qpruner.data.calibration import Rows, labelled_only, predicted_labels
-from qpruner.data.rows import IGNORED_LABEL, collate, row_lengths
+from qpruner.data.encoding import IGNORED_LABEL, collate, row_lengths
+from qpruner.data.losses import Rows, labelled_only, predicted_labels
 from qpruner.errors import TrainingDiverged
-from qpruner.runs.retry import patiently
+from qpruner.runs.storage import retry_storage
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -40,13 +40,9 @@ DIVERGED_BY = 1.0
 
 @dataclass(frozen=True)
 class Schedule:
-    """How long to train and where to save.
+    """How long to train, in optimizer steps or in epochs, and when to save.
 
-    Attributes:
-        steps: Optimizer steps, or None to count epochs.
-        epochs: Passes over the rows, or None to count steps.
-        rungs: Steps at which a checkpoint is saved and `on_rung` is called.
-        save_steps: Steps between further checkpoints; None saves at rungs only.
+    A checkpoint is saved at rungs, where `on_rung` is called, and every `save_steps`.
     """
 
     steps: int | None
@@ -57,13 +53,11 @@ class Schedule:
 
 @dataclass(frozen=True)
 class Listener:
-    """Who is told how the training goes; of several processes the first one's.
+    """Callbacks of a training, called in the first process.
 
-    Attributes:
-        on_rung: Step, checkpoint folder and training loss; may raise to stop.
-        on_step: Step, steps in all and training loss.
-        before_save: Before every checkpoint; may raise so that nothing is written.
-        on_save: Folder of every checkpoint, a rung's before `on_rung`.
+    `on_rung` gets step, checkpoint folder and training loss, and may raise to stop; `on_step` gets step, total steps
+    and training loss. `before_save` may raise so that nothing is written; `on_save` gets the folder of every
+    checkpoint, a rung's before `on_rung`.
     """
 
     on_rung: Callable[[int, Path, float], None] = lambda step, checkpoint, loss: None
@@ -74,19 +68,14 @@ class Listener:
 
 @dataclass(frozen=True)
 class Share:
-    """Which of the processes that train together this one is.
-
-    Attributes:
-        rank: 0 is the first, which saves and tells.
-        processes: How many there are; 1 where no process group is up.
-    """
+    """This process's rank among those that train together; rank 0 saves. Without a process group it is alone."""
 
     rank: int
     processes: int
 
     @classmethod
     def own(cls) -> Share:
-        """This process's."""
+        """Ask torch's process group."""
         if not (distributed.is_available() and distributed.is_initialized()):
             return cls(0, 1)
         return cls(distributed.get_rank(), distributed.get_world_size())
@@ -122,10 +111,9 @@ def finetune(
         output: Folder for checkpoints.
         seed: Seeds data order and dropout.
         pad_id: Padding token.
-        start: A checkpoint of this very training to go on from; of several processes the first one's counts. After its
-            last step nothing is left to do.
-        listener: Told of steps, checkpoints and rungs.
-        callbacks: Told of what transformers tells besides.
+        start: A checkpoint of this very training to resume from; of several processes the first one's counts.
+        listener: Callbacks for steps, checkpoints and rungs.
+        callbacks: Further callbacks of transformers.
 
     Raises:
         TrainingDiverged: At the step whose loss or gradient is NaN or infinite, or whose loss is more than
@@ -161,12 +149,12 @@ def finetune(
 
 
 def _losses(state: TrainerState) -> Iterator[float]:
-    """Of every step of the whole training; a checkpoint brings its history with it."""
+    """Yield the losses of every step of the whole training; a checkpoint has its history."""
     return (float(each["loss"]) for each in state.log_history if "loss" in each)
 
 
 def _share_adapters_only(model: PeftModel) -> None:
-    """Keep what is not trained out of what the processes exchange: each has read the same from the bank."""
+    """Exchange adapters alone between the processes: each has read the same weights from the bank."""
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     tensors = [*model.named_parameters(), *model.named_buffers()]
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(  # type: ignore[no-untyped-call]
@@ -175,22 +163,21 @@ def _share_adapters_only(model: PeftModel) -> None:
 
 
 def _agreed(start: Path | None) -> Path | None:
-    """The first process's checkpoint; a shared folder may show other machines an older listing."""
-    told: list[str | None] = [str(start) if start else None]
-    distributed.broadcast_object_list(told, src=0)
-    return Path(told[0]) if told[0] else None
+    """Take the first process's checkpoint: other machines may see an older listing of a shared folder."""
+    agreed: list[str | None] = [str(start) if start else None]
+    distributed.broadcast_object_list(agreed, src=0)
+    return Path(agreed[0]) if agreed[0] else None
 
 
 class _Batches(Sampler[list[int]]):
-    """One process's micro-batches of an epoch, as positions of rows.
+    """Sample one process's micro-batches of an epoch, as positions of rows.
 
     An optimizer batch is the next `batch_size` rows of the epoch's random order, however many processes share it. Its
-    rows are sorted by length, the longest first, and the processes take a micro-batch each, in turns. So all rows of a
-    turn are of like length, and little is spent on padding; the gradient stays that of the same rows.
+    rows are sorted by length, the longest first, and the processes take a micro-batch each, in turns: rows of a turn
+    are of like length, so little is spent on padding, and the gradient is that of the same rows.
 
-    Every process has as many micro-batches. One that finds no row left in the last turn takes the blank row, which
-    comes after all others and has no token to learn. Accelerate's own shares repeat rows there, and begin with the
-    first epoch's order when they resume in the middle of another one (1.15).
+    A process that finds no row left in the last turn takes the blank row, which follows all others and has no token to
+    learn. Accelerate's own shares repeat rows there, and resume an epoch with the first epoch's order (1.15).
     """
 
     def __init__(self, lengths: Sequence[int], settings: TrainingConfig, seed: int, share: Share) -> None:
@@ -212,14 +199,13 @@ class _Batches(Sampler[list[int]]):
 
 
 class _Trainer(Trainer):  # type: ignore[misc]
-    """Trainer with micro-batches of our own, whose head computes no logits that the loss does not read, and whose
-    checkpoints wait for room on the disk or for the storage."""
+    """Trainer with `_Batches`, logits at labelled tokens only, and checkpoints that wait for room or the storage."""
 
     batches: _Batches
     before_save: Callable[[], None]
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], *arguments: Any, **named: Any) -> Any:
-        """Compute the model's own loss, a mixture's router loss included, with logits at the labelled tokens only."""
+        """Compute the model's own loss, with a mixture's router loss, from logits at the labelled tokens only."""
         with labelled_only(self.model, inputs["labels"]):
             return super().compute_loss(
                 model, inputs | {"shift_labels": predicted_labels(inputs["labels"])}, *arguments, **named
@@ -231,12 +217,13 @@ class _Trainer(Trainer):  # type: ignore[misc]
             self.before_save()
         if share.processes > 1:
             distributed.barrier()  # the others write nothing either where the first one may not
-        patiently(lambda: super(_Trainer, self)._save_checkpoint(*arguments, **named), Path(self.args.output_dir))
+        retry_storage(lambda: super(_Trainer, self)._save_checkpoint(*arguments, **named), Path(self.args.output_dir))
 
     def store_flos(self) -> None:
-        """Not counted: the processes would have to wait for one another, and one that saves again for all others."""
+        """Count nothing: processes would wait for one another here, and one that saves again for all others."""
 
     def get_train_dataloader(self) -> DataLoader[Any]:
+        """Load the micro-batches of `batches`."""
         return DataLoader(
             self.train_dataset,
             batch_sampler=self.batches,
@@ -291,9 +278,9 @@ def _arguments(
 
 
 class _Callback(TrainerCallback):  # type: ignore[misc]
-    """Names the epoch, saves at rungs, tells the listener, and stops a diverging run.
+    """Set the epoch, save at rungs, call the listener, and stop a diverging run.
 
-    Loss and gradient norm are those of all processes, so that all of them stop at the same step.
+    Loss and gradient norm are those of all processes, so all of them stop at the same step.
     """
 
     def __init__(self, rungs: Sequence[int], listener: Listener, blind_loss: float, batches: _Batches) -> None:
@@ -304,13 +291,20 @@ class _Callback(TrainerCallback):  # type: ignore[misc]
         self.train_loss = math.nan
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Set the epoch of the row order."""
         self.batches.epoch = int(state.epoch or 0)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Save at a rung."""
         if state.global_step in self.rungs:
             control.should_save = True
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
+        """Report a step, or stop the run.
+
+        Raises:
+            TrainingDiverged: See `finetune`.
+        """
         if not logs or "loss" not in logs:
             return
         self.train_loss = float(logs["loss"])
@@ -329,6 +323,7 @@ class _Callback(TrainerCallback):  # type: ignore[misc]
             self.listener.on_step(state.global_step, state.max_steps, self.train_loss)
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Report a checkpoint, then a rung."""
         checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         self.listener.on_save(checkpoint)
         if state.global_step in self.rungs and state.is_world_process_zero:

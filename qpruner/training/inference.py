@@ -1,7 +1,6 @@
-"""What a model costs to use: memory of a generation, and tokens a second of prefill and of decode.
+"""Measure what a model costs to use: memory of a generation, and tokens a second of prefill and of decode.
 
-The final table and `benchmarks/pruning.py` time with the same function. Timings of neighbours differ more over minutes
-than within one, so models that are compared are timed in turns.
+Timings differ more over minutes than within one, so models that are compared are timed in turns.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ import torch
 from transformers import GenerationConfig
 from transformers.generation.streamers import BaseStreamer
 
-from qpruner.models.memory import PeakMemory, page_in, release
+from qpruner.models.memory import PeakMemory, read_weights, release
 from qpruner.quantization.assembly import measured_bytes
 
 if TYPE_CHECKING:
@@ -33,13 +32,7 @@ class Speed:
 
 @dataclass(frozen=True)
 class Turn:
-    """One generation: its speed, and the memory it took with the model's own.
-
-    Attributes:
-        speed: Of one sequence.
-        memory_bytes: At the highest point.
-        memory_counter: What was counted.
-    """
+    """One generation of one sequence: its speed, its peak memory with the model's own, and what that counts."""
 
     speed: Speed
     memory_bytes: int
@@ -47,20 +40,21 @@ class Turn:
 
 
 class _Clock(BaseStreamer):  # type: ignore[misc]
-    """Notes when transformers' `generate` has taken the prompt and when it has each new token."""
+    """Record when transformers' `generate` has read the prompt and when it has each new token."""
 
     def __init__(self) -> None:
         self.seconds: list[float] = []
 
     def put(self, value: torch.Tensor) -> None:
+        """Record a token's time."""
         self.seconds.append(time.perf_counter())  # the tokens are on the CPU, so the GPU has done its part
 
     def end(self) -> None:
-        """Nothing to add."""
+        """Do nothing."""
 
 
 def generate(model: PreTrainedModel, prompt: torch.Tensor, num_tokens: int) -> Speed:
-    """Read prompts ``(batch, seq)`` and write `num_tokens` (2 at least), greedily; the first comes with reading."""
+    """Generate `num_tokens` (2 at least) greedily after prompts ``(batch, seq)``; the first one belongs to prefill."""
     clock = _Clock()
     model.generate(
         input_ids=prompt,
@@ -75,14 +69,14 @@ def generate(model: PreTrainedModel, prompt: torch.Tensor, num_tokens: int) -> S
 
 
 def take_turn(model: PreTrainedModel, prompt: list[int], num_tokens: int) -> Turn:
-    """One sequence's generation, after a short one that warms up.
+    """Generate from one sequence, after a short generation that warms up.
 
     Memory is CUDA's peak on a GPU; on a CPU the packed tensors and the rise of resident memory above the loaded model.
     """
     ids = torch.tensor([prompt], device=model.device)
     model.eval()
     release()
-    page_in(model)
+    read_weights(model)
     memory = PeakMemory()
     held = torch.cuda.memory_allocated() if torch.cuda.is_available() else measured_bytes(model)
     generate(model, ids[:, :WARM_UP_TOKENS], 2)

@@ -1,9 +1,9 @@
-"""A fine-tune as trackers show it: transformers' own callbacks, each in the row that is this fine-tune's."""
+"""A fine-tune in the trackers: transformers' own callbacks, each in a row of this fine-tune."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -11,101 +11,85 @@ from typing import Any
 from transformers import TrainerCallback
 from transformers.integrations import MLflowCallback, WandbCallback
 
-from qpruner.training.trackers import KIND, ROW, Guard, Trackers, mlflow_row, mlflow_steps
+from qpruner.training.trackers import Guard, Trackers
 
 
 class Tracked(TrainerCallback):  # type: ignore[misc]
-    """Passes on what a training loop tells of itself; models and checkpoints are not uploaded.
+    """Passes a training loop's logs to the trackers; models and checkpoints are not uploaded.
 
     Attributes:
-        troubles: Why a tracker was not told of all.
+        errors: Why a tracker did not get all logs, one line each.
     """
 
     def __init__(self) -> None:
-        self.troubles: list[str] = []
-        self._rows: list[tuple[Guard, WandbRow | MlflowRow]] = []
+        self.errors: list[str] = []
+        self._rows: list[tuple[Guard, TrainerCallback, Callable[[], object]]] = []
 
-    def open(self, tracker: str, trackers: Trackers, name: str, label: str, about: Mapping[str, Any]) -> None:
-        """Open one tracker's row."""
-        guard = Guard(tracker, self.troubles.append)
-        row = trackers.row("fine-tune", name)
-        guard.tell(lambda: self._rows.append((guard, ROWS[tracker](trackers, row, label, about))))
+    def open(self, tracker: str, trackers: Trackers, label: str, about: Mapping[str, Any]) -> None:
+        """Open a row of one tracker."""
+        guard = Guard(tracker, self.errors.append)
+        guard.run(lambda: self._rows.append((guard, *ROWS[tracker](trackers, label, about))))
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        for guard, row in self._rows:
-            guard.tell(partial(row.on_train_begin, args, state, control, **kwargs))
+        """Pass the event on."""
+        for guard, row, _ in self._rows:
+            guard.run(partial(row.on_train_begin, args, state, control, **kwargs))
 
     def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        for guard, row in self._rows:
-            guard.tell(partial(row.on_log, args, state, control, **kwargs))
+        """Pass the event on."""
+        for guard, row, _ in self._rows:
+            guard.run(partial(row.on_log, args, state, control, **kwargs))
 
     def close(self) -> None:
         """Close the rows."""
-        for guard, row in self._rows:
-            guard.tell(row.close)
+        for guard, _, close in self._rows:
+            guard.run(close)
 
 
 @contextmanager
-def tracked(trackers: Trackers | None, name: str, label: str, about: Mapping[str, Any]) -> Iterator[Tracked]:
-    """Have trackers told of the fine-tune inside.
+def tracked(trackers: Trackers | None, label: str, about: Mapping[str, Any]) -> Iterator[Tracked]:
+    """Log the fine-tune inside to the trackers, if there are any.
 
     Args:
-        trackers: Who is told; nobody where there are none.
-        name: Tells this fine-tune from others of the run.
-        label: The same for people.
-        about: What its row says from the beginning.
+        trackers: Those of the run.
+        label: Name of the row.
+        about: Parameters of the row.
     """
-    told = Tracked()
+    callback = Tracked()
     if trackers:
         os.environ.update(trackers.environment)
         for tracker in trackers.names:
-            told.open(tracker, trackers, name, label, about)
+            callback.open(tracker, trackers, label, about)
     try:
-        yield told
+        yield callback
     finally:
-        told.close()
+        callback.close()
 
 
-class WandbRow(WandbCallback):  # type: ignore[misc]
-    """A row of Weights & Biases; a step that is told again is the same line of it."""
+def _wandb_row(
+    trackers: Trackers, label: str, about: Mapping[str, Any]
+) -> tuple[TrainerCallback, Callable[[], object]]:
+    import wandb
 
-    def __init__(self, trackers: Trackers, row: str, label: str, about: Mapping[str, Any]) -> None:
-        super().__init__()
-        settings = trackers.wandb_settings("fine-tune")
-        self._wandb.init(id=row, name=label, config=dict(about), **settings)
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-        step = state.global_step
-        figures = {f"train/{name}": value for name, value in logs.items()}
-        self._wandb.log(figures | {"train/global_step": step}, step=step)
-
-    def close(self) -> None:
-        self._wandb.finish()
+    wandb.init(name=label, config=dict(about), **trackers.wandb_settings("fine-tune"))
+    return WandbCallback(), wandb.finish
 
 
-class MlflowRow(MLflowCallback):  # type: ignore[misc]
-    """A row of MLflow; what it has of a step is not told again."""
+def _mlflow_row(
+    trackers: Trackers, label: str, about: Mapping[str, Any]
+) -> tuple[TrainerCallback, Callable[[], object]]:
+    import mlflow
 
-    def __init__(self, trackers: Trackers, row: str, label: str, about: Mapping[str, Any]) -> None:
-        super().__init__()
-        mlflow = self._ml_flow
-        mlflow.set_tracking_uri(trackers.tracking_uri)
-        experiment = mlflow.set_experiment(trackers.experiment)
-        client = mlflow.MlflowClient()
-        known = mlflow_row(client, experiment.experiment_id, row)
-        self._steps = mlflow_steps(client, known, "loss") if known else frozenset()
-        tags = {ROW: row, KIND: "fine-tune"}
-        mlflow.start_run(run_id=known) if known else mlflow.start_run(run_name=label, tags=tags)
-        if not known:
-            mlflow.log_params(dict(about))
+    mlflow.set_tracking_uri(trackers.tracking_uri)
+    mlflow.set_experiment(trackers.experiment)
+    mlflow.start_run(run_name=label)
+    mlflow.log_params(dict(about))
 
-    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-        if state.global_step not in self._steps:
-            super().on_log(args, state, control, logs, **kwargs)
+    def close() -> None:
+        mlflow.flush_async_logging()
+        mlflow.end_run()
 
-    def close(self) -> None:
-        self._ml_flow.flush_async_logging()
-        self._ml_flow.end_run()
+    return MLflowCallback(), close
 
 
-ROWS: dict[str, type[WandbRow] | type[MlflowRow]] = {"wandb": WandbRow, "mlflow": MlflowRow}
+ROWS = {"wandb": _wandb_row, "mlflow": _mlflow_row}

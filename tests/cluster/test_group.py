@@ -19,14 +19,16 @@ import torch
 from conftest import demo_rows
 from safetensors.torch import load_file
 
-from qpruner.cluster.cluster import MAX_DEATHS, connect, disconnect
+from qpruner.cluster.connect import connect, disconnect
 from qpruner.cluster.probe import packed_check_of_gpus
+from qpruner.cluster.tasks import MAX_DEATHS
 from qpruner.config.schema import LoraConfig, TrainingConfig
-from qpruner.data.rows import Example, encode
+from qpruner.data.encoding import encode
+from qpruner.data.sources import Example
 from qpruner.errors import TrainingDiverged, WorkerDied
 from qpruner.models.loading import load_tokenizer
 from qpruner.quantization.assembly import assemble, attach_adapters
-from qpruner.training.candidates import latest_checkpoint
+from qpruner.training.checkpoints import latest_checkpoint
 from qpruner.training.finetune import Listener, Schedule, Share, finetune
 
 pytestmark = pytest.mark.slow
@@ -205,7 +207,7 @@ def test_two_processes_take_the_steps_of_one(name: str, trained: dict[str, tuple
         torch.testing.assert_close(adapter(together)[name], tensor, rtol=1e-3, atol=1e-5)
 
 
-def test_two_processes_go_on_from_a_checkpoint_in_the_middle_of_an_epoch(
+def test_two_processes_resume_in_the_middle_of_an_epoch(
     trained: dict[str, tuple[Training, Losses]],
 ) -> None:
     """From their own, and from one that a single process left."""
@@ -214,7 +216,7 @@ def test_two_processes_go_on_from_a_checkpoint_in_the_middle_of_an_epoch(
     assert trained["resumed-from-one"][1] == pytest.approx(expected, rel=1e-5)
 
 
-def test_a_job_whose_process_is_killed_goes_on_from_its_last_checkpoint(
+def test_a_killed_group_resumes_from_its_checkpoint(
     trained: dict[str, tuple[Training, Losses]], run: Run, tmp_path: Path
 ) -> None:
     """With dropout, whose random state each process has saved for itself."""
@@ -229,13 +231,13 @@ def test_a_job_whose_process_is_killed_goes_on_from_its_last_checkpoint(
     assert all(loss == losses[step] for step, loss in steps)
 
 
-def test_one_processs_error_is_raised_as_it_was_and_not_tried_again(run: Run, tmp_path: Path) -> None:
+def test_an_error_of_one_process_is_raised_as_it_was(run: Run, tmp_path: Path) -> None:
     with pytest.raises(TrainingDiverged, match=r"^the second process's own words$"):
         run(fail, tmp_path, tmp_path)
     assert len(list(tmp_path.glob("tried-*"))) == 2
 
 
-def test_a_process_that_is_killed_while_its_group_is_connected_costs_that_group_only(run: Run, tmp_path: Path) -> None:
+def test_a_process_killed_while_connecting_frees_its_slots(run: Run, tmp_path: Path) -> None:
     """Its slots are free again; Ray Train alone would wait for them."""
     killed: list[int] = []
 

@@ -16,13 +16,13 @@ import pytest
 from raylets import raylets
 from real_driver import driver, search_config, trials_of
 
-from qpruner.cluster.cluster import MAX_STARTS, connect, disconnect
+from qpruner.cluster.connect import MAX_STARTS, connect, disconnect
 from qpruner.errors import UserError
 
 LOCAL = """
 import sys
 import ray
-from qpruner.cluster.cluster import connect, disconnect
+from qpruner.cluster.connect import connect, disconnect
 cluster = connect(None)
 print(ray.get_runtime_context().gcs_address, len(ray.nodes()), cluster.slots().largest.cpus > 0, flush=True)
 sys.stdin.readline()
@@ -55,7 +55,7 @@ def go_on(process: subprocess.Popen[str]) -> None:
     process.stdin.flush()
 
 
-def test_a_run_without_an_address_joins_no_cluster_that_it_was_not_told_of() -> None:
+def test_a_run_without_an_address_joins_no_cluster() -> None:
     """Also where everything in the environment speaks of one, as on its head."""
     with raylets(1) as cluster:
         port = cluster.address.rpartition(":")[2]
@@ -67,9 +67,7 @@ def test_a_run_without_an_address_joins_no_cluster_that_it_was_not_told_of() -> 
 
 
 @pytest.mark.slow
-def test_a_search_without_an_address_leaves_the_cluster_of_the_environment_alone(
-    tiny_model: Path, tmp_path: Path
-) -> None:
+def test_a_search_ignores_the_cluster_of_the_environment(tiny_model: Path, tmp_path: Path) -> None:
     """Tune starts Ray by itself where it finds none up, and then joins that cluster."""
     from ray._raylet import GcsClient
 
@@ -83,7 +81,7 @@ def test_a_search_without_an_address_leaves_the_cluster_of_the_environment_alone
 
 
 @pytest.mark.slow
-def test_runs_that_start_together_on_a_new_machine_have_a_ray_each(tmp_path: Path) -> None:
+def test_runs_that_start_together_have_a_ray_each(tmp_path: Path) -> None:
     """Until the first run there is no token; each of them needs one that its own processes have, too."""
     with ExitStack() as stack:
         both = [stack.enter_context(local_run(HOME=str(tmp_path))) for _ in range(2)]
@@ -117,7 +115,7 @@ def started_with_raylets_suspended(said: Path, times: int) -> tuple[int, list[ps
     """Start Ray, whose first raylets stand still from their first moment, as on a machine that is far too busy; the
     exit code, and those raylets."""
     work = "assert ray.get(ray.remote(lambda: 6 * 7).remote()) == 42"
-    start = f"import ray\nfrom qpruner.cluster.cluster import connect\nconnect(None)\n{work}"
+    start = f"import ray\nfrom qpruner.cluster.connect import connect\nconnect(None)\n{work}"
     stopped: list[psutil.Process] = []
     with (
         said.open("w") as heard,
@@ -138,7 +136,7 @@ def started_with_raylets_suspended(said: Path, times: int) -> tuple[int, list[ps
 
 
 @pytest.mark.slow
-def test_a_ray_that_does_not_come_up_is_no_defect_and_leaves_nothing_behind(tmp_path: Path) -> None:
+def test_a_ray_that_does_not_come_up_leaves_nothing_behind(tmp_path: Path) -> None:
     code, stopped = started_with_raylets_suspended(tmp_path / "said", times=99)
     said = (tmp_path / "said").read_text()
     assert code == 1 and len(stopped) == MAX_STARTS

@@ -19,13 +19,13 @@ from conftest import raw_config
 from raylets import Raylets, raylets
 
 import qpruner
-from qpruner.cluster.cluster import connect, disconnect
+from qpruner.cluster.connect import connect, disconnect
 from qpruner.cluster.probe import Report, probe
-from qpruner.config.schema import validate_config
+from qpruner.config.load import validate_config
 from qpruner.errors import UserError
-from qpruner.pipeline import check
+from qpruner.pipeline.run import check
 from qpruner.runs.events import Event, TableMade
-from qpruner.runs.paths import BANK_CACHE
+from qpruner.runs.run_dir import BANK_CACHE
 
 pytestmark = pytest.mark.slow
 CLONE_NEWNS = 0x20000
@@ -65,7 +65,7 @@ def test_nodes_that_differ_are_named_with_what_differs(cluster: Raylets, tiny_mo
     shared.mkdir()
     same = Path(qpruner.__file__).parent.parent
     other = tmp_path / "other"
-    without = shutil.ignore_patterns("__pycache__", "testimony.py")
+    without = shutil.ignore_patterns("__pycache__", "node_facts.py")
     shutil.copytree(same / "qpruner", other / "qpruner", ignore=without)
     old = other / "peft-0.1.0.dist-info"
     old.mkdir()

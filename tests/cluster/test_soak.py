@@ -24,9 +24,10 @@ import pytest
 from raylets import Raylets, raylets
 from real_driver import Driver, driver, search_config, search_record, trials_of
 
-from qpruner.config.schema import load_config
-from qpruner.runs.paths import RunDir, file_digest, folder_digests
+from qpruner.config.load import load_config
 from qpruner.runs.records import BankRecord
+from qpruner.runs.run_dir import RunDir
+from qpruner.runs.storage import file_digest, folder_digests
 
 pytestmark = pytest.mark.cluster
 

@@ -12,7 +12,8 @@ import pytest
 from conftest import raw_config, with_key
 
 import qpruner
-from qpruner.config.schema import PruneConfig, RunConfig, load_config, validate_config
+from qpruner.config.load import load_config, validate_config
+from qpruner.config.schema import PruneConfig, RunConfig
 from qpruner.errors import ConfigError
 
 DEMO = Path(__file__).parents[2] / "tune_configs" / "demo_smollm2_cpu.yaml"
@@ -68,7 +69,6 @@ def config_of(changes: dict[str, Any]) -> RunConfig:
                 ("max_gpu_hours", {"max_gpu_hours": 1}),
                 ("patience", {"patience": 2}),
                 ("pareto", {"pareto": True}),
-                ("deterministic", {"deterministic": True, "max_concurrent": 2}),
                 ("confirm", {"confirm": 2}),
             )
         ),
@@ -105,7 +105,6 @@ def test_a_key_without_effect_is_named_with_the_reason(changes: dict[str, Any], 
     "changes",
     [
         {},
-        {"prune.depth_importance": "taylor", "prune.depth_share": 0.4},
         {"prune.units": ["block", "mlp"], "prune.depth_importance": "taylor", "prune.order": "first"},
         {"prune": {"layer_rate": 0.2, "importance": "random"}},
         {"prune": {"layer_rate": 0.2, "importance": "taylor", "order": "mixed", "query_heads": "served"}},

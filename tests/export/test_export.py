@@ -14,19 +14,20 @@ import torch
 from click.testing import CliRunner
 from conftest import raw_config, with_key
 from mixed_models import LORA, finished_run, logits_of, token_ids
-from plain_transformers import told_by_plain_transformers
+from plain_transformers import plain_transformers_answers
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import qpruner.hf  # noqa: F401
 from qpruner import pipeline
 from qpruner.cli.main import main
-from qpruner.config.schema import validate_config
-from qpruner.data.rows import load_encoded
+from qpruner.config.load import validate_config
+from qpruner.data.encoding import load_encoded
 from qpruner.errors import StageError, UserError
-from qpruner.export.folders import compare, export
+from qpruner.export.compare import compare
+from qpruner.export.forms import export
 from qpruner.quantization.mixed import unpack
-from qpruner.runs.paths import RunDir
+from qpruner.runs.run_dir import RunDir
 
 ADAPTER = "adapter_model.safetensors"
 
@@ -36,10 +37,17 @@ def finished(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     return finished_run(tiny_model, tmp_path_factory.mktemp("finished"))
 
 
-def test_a_merged_model_is_dense_plain_and_predicts_the_same(finished: Path) -> None:
-    told = CliRunner().invoke(main, ["export", str(finished), "--to", "merged", "--json"])
-    assert told.exit_code == 0, told.output
-    outcome = json.loads(told.output.splitlines()[-1])
+def test_a_merged_model_predicts_the_same(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("qpruner.cli.terminal.SILENCE_SECONDS", 0.0)
+    done = CliRunner().invoke(main, ["export", str(finished), "--to", "merged", "--json"])
+    assert done.exit_code == 0, done.output
+    progress = [re.fullmatch(r"\[export\] (.*): (\d+) of (\d+)", line) for line in done.stdout.splitlines()]
+    ended = [line[1] for line in progress if line and line[2] == line[3]]
+    compared = ["loading weights", "comparing predictions"]
+    # The final model's adapter is loaded by itself.
+    expected_steps = ["merging the adapter", "saving weights", *compared, *compared]
+    assert [step for step, _ in groupby(ended)] == expected_steps, done.output
+    outcome = json.loads(done.output.splitlines()[-1])
     folder = finished / "export" / "merged"
     assert outcome["folder"] == str(folder) and outcome["is_plain"] and outcome["num_positions"] == 48
     config = json.loads((folder / "config.json").read_text())
@@ -55,7 +63,7 @@ def test_a_merged_model_is_dense_plain_and_predicts_the_same(finished: Path) -> 
     assert (merged - expected).abs().mean() < 0.05 * (without - expected).abs().mean()
 
 
-def test_a_merged_model_of_a_uniform_run_needs_no_qpruner(tiny_model: Path, tmp_path: Path) -> None:
+def test_a_merged_uniform_model_needs_no_qpruner(tiny_model: Path, tmp_path: Path) -> None:
     """A model that was really cut, in a process where qpruner cannot be imported: the final model's predictions."""
     raw = with_key(raw_config(tiny_model, tmp_path / "cut"), "prune", {"rate": 0.2, "uniform": True})
     pipeline.run(validate_config(raw), lambda event: None, until="prune")
@@ -65,23 +73,12 @@ def test_a_merged_model_of_a_uniform_run_needs_no_qpruner(tiny_model: Path, tmp_
     assert done.is_plain
     ids = token_ids().tolist()
     merged, unadapted = (
-        torch.tensor(told["logits"]).log_softmax(-1)
-        for told in told_by_plain_transformers(ids, [done.folder, pruned], tmp_path)
+        torch.tensor(answer["logits"]).log_softmax(-1)
+        for answer in plain_transformers_answers(ids, [done.folder, pruned], tmp_path)
     )
     final = logits_of(AutoModelForCausalLM.from_pretrained(run / "final")).float().log_softmax(-1)
     assert merged.shape == final.shape
     assert (merged - final).abs().mean() < 0.05 * (unadapted - final).abs().mean()
-
-
-def test_an_export_tells_how_far_it_is(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("qpruner.cli.terminal.SECONDS_UNTOLD", 0.0)
-    done = CliRunner().invoke(main, ["export", str(finished), "--to", "merged", "--out", str(tmp_path / "out")])
-    lines = [re.fullmatch(r"\[export\] (.*): (\d+) of (\d+)", line) for line in done.stdout.splitlines()]
-    ended = [line[1] for line in lines if line and line[2] == line[3]]
-    compared = ["loading weights", "comparing predictions"]
-    # The final model's adapter is loaded by itself.
-    made = ["merging the adapter", "saving weights"]
-    assert [what for what, _ in groupby(ended)] == [*made, *compared, *compared], done.output
 
 
 def test_a_peft_export_is_the_same_model(finished: Path, tmp_path: Path) -> None:
@@ -132,22 +129,22 @@ DAMAGES: dict[str, tuple[Callable[[torch.Tensor, torch.Tensor], torch.Tensor], s
 }
 
 
-@pytest.mark.parametrize("bits", LAYERS)
-@pytest.mark.parametrize("damage", DAMAGES)
-def test_one_layer_that_is_not_what_it_was_is_noticed(
-    damage: str, bits: int, faint: Path, merged: Path, tmp_path: Path
-) -> None:
+@pytest.mark.parametrize(
+    ("damage", "bits"),
+    [*(("adapter lost", bits) for bits in LAYERS), ("adapter twice", 4), ("another base", 8), ("not a number", 16)],
+)
+def test_one_damaged_layer_is_noticed(damage: str, bits: int, faint: Path, merged: Path, tmp_path: Path) -> None:
     layer = f"model.layers.0.{LAYERS[bits]}"
     state, adapter = load_file(faint / "final" / "model.safetensors"), load_file(faint / "final" / ADAPTER)
     parts = {name.removeprefix(f"{layer}."): part for name, part in state.items() if name.startswith(f"{layer}.")}
     base = parts["weight"].float() if bits == 16 else unpack(parts, torch.float32)
     lora_a, lora_b = (adapter[f"base_model.model.{layer}.lora_{side}.weight"].float() for side in "AB")
-    change, told = DAMAGES[damage]
+    change, message = DAMAGES[damage]
     folder = Path(shutil.copytree(merged, tmp_path / "out"))
     weights = load_file(folder / "model.safetensors")
     weights[f"{layer}.weight"] = change(base, LORA.alpha / LORA.rank * lora_b @ lora_a).to(torch.bfloat16)
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
-    with pytest.raises(StageError, match=rf"`{layer}` {told}"):
+    with pytest.raises(StageError, match=rf"`{layer}` {message}"):
         compare(faint / "final", folder, rows_of(faint))
 
 
@@ -162,7 +159,7 @@ def test_a_lost_adapter_of_a_peft_export_is_noticed(faint: Path, tmp_path: Path)
         compare(faint / "final", folder, rows_of(faint))
 
 
-def test_what_is_no_layer_with_an_adapter_shows_in_the_predictions(faint: Path, merged: Path, tmp_path: Path) -> None:
+def test_other_damage_shows_in_the_predictions(faint: Path, merged: Path, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(merged, tmp_path / "out"))
     weights = load_file(folder / "model.safetensors")
     weights["model.norm.weight"] = torch.full_like(weights["model.norm.weight"], 3.0)

@@ -20,10 +20,10 @@ from transformers import AutoModelForCausalLM
 import qpruner.export.hub
 import qpruner.hf
 from qpruner.errors import UserError
-from qpruner.export.folders import export
-from qpruner.models.snippets import section
-from qpruner.runs.paths import RunDir
+from qpruner.export.card import loading_section
+from qpruner.export.forms import export
 from qpruner.runs.records import MARK
+from qpruner.runs.run_dir import RunDir
 
 CARD = f"""---
 license: mit
@@ -31,7 +31,7 @@ license: mit
 
 # mine
 
-{section("packed")}
+{loading_section("packed")}
 ## Measured
 
 A note of its owner.

@@ -19,13 +19,17 @@ import pytest
 import torch
 from conftest import flip_a_byte, flipped, full_until_noticed, raw_config, with_key
 
-from qpruner.config.schema import validate_config
+from qpruner.config.load import validate_config
 from qpruner.errors import CorruptFile, StageError, UserError
-from qpruner.pipeline import run
-from qpruner.pipeline.stage import explained
+from qpruner.pipeline.evaluate import Evaluate
+from qpruner.pipeline.failures import explained
+from qpruner.pipeline.flow import REPAIRED, STAGES
+from qpruner.pipeline.run import run
+from qpruner.pipeline.search import Search
 from qpruner.runs.events import Event, Message, Progress, StageFinished, StageSkipped, StageStarted
-from qpruner.runs.paths import RunDir, folder_digests, read_json
 from qpruner.runs.records import BankRecord, PrepareRecord, PruneRecord, Results, SensitivityRecord, TrialRecord
+from qpruner.runs.run_dir import RunDir
+from qpruner.runs.storage import folder_digests, read_json
 from qpruner.search.trial_records import set_aside_damaged
 
 RECORDS = {"prepare": PrepareRecord, "prune": PruneRecord, "bank": BankRecord, "sensitivity": SensitivityRecord}
@@ -89,7 +93,7 @@ def copy_of(root: Path, raw: dict[str, Any]) -> Path:
         pytest.param(shutil.rmtree, id="missing"),
     ],
 )
-def test_damaged_rows_are_named_and_set_aside_and_they_alone_are_made_again(
+def test_damaged_rows_alone_are_set_aside_and_made_again(
     split: str, damage: Callable[[Path], object], banked: Path, tiny_raw: dict[str, Any]
 ) -> None:
     """Trials alone read those of `train`: a search that met them would meet them again."""
@@ -106,9 +110,7 @@ def test_damaged_rows_are_named_and_set_aside_and_they_alone_are_made_again(
     assert names(go(tiny_raw, "bank")[1], StageFinished) == [], "whole again"
 
 
-def test_rows_that_are_damaged_while_a_command_runs_are_named_with_the_remedy(
-    pruned: Path, tiny_raw: dict[str, Any]
-) -> None:
+def test_rows_damaged_meanwhile_are_named_with_the_remedy(pruned: Path, tiny_raw: dict[str, Any]) -> None:
     root = copy_of(pruned, tiny_raw)
     rows = root / "prepare" / "data" / "sensitivity"
 
@@ -133,7 +135,7 @@ def test_rows_that_are_damaged_while_a_command_runs_are_named_with_the_remedy(
         pytest.param("prune.files.json", flip_a_byte, id="list-flipped"),
     ],
 )
-def test_a_damaged_model_is_named_and_set_aside_and_it_alone_is_made_again(
+def test_a_damaged_model_alone_is_set_aside_and_made_again(
     file: str, damage: Callable[[Path], object], banked: Path, tiny_raw: dict[str, Any]
 ) -> None:
     root = copy_of(banked, tiny_raw)
@@ -149,73 +151,52 @@ def test_a_damaged_model_is_named_and_set_aside_and_it_alone_is_made_again(
     assert names(go(tiny_raw, "bank")[1], StageFinished) == [], "whole again"
 
 
+SET_ASIDE = "repeat the command: what is damaged is set aside, and "
+
+
 @pytest.mark.parametrize(
-    ("file", "folder"),
+    ("file", "remedy"),
     [
-        ("candidates/uniform-4-bit/record.json", "candidates/uniform-4-bit"),
-        ("candidates/searched/adapter/adapter_config.json", "candidates/searched"),
-        ("search/best.json", "search"),
+        ("candidates/uniform-4-bit/record.json", "delete {run}/candidates/uniform-4-bit, then repeat the command"),
+        ("candidates/searched/adapter/adapter_config.json", "delete {run}/candidates/searched, then repeat"),
+        ("search/best.json", "delete {run}/records/search.json, then repeat the command"),
+        ("final/config.json", "delete {run}/final, then repeat the command"),
+        # With a trial its plan would go, with a bank all that is whole, and a model may only have been out of sight.
+        ("bank/4bit/layers.0.json", SET_ASIDE),
+        ("prune/model.safetensors", SET_ASIDE),
+        ("trials/0123abcd/0003/trial.json", SET_ASIDE),
+        ("trials/0123abcd/search-0123abcd.json", SET_ASIDE),
+        ("../models/trials/record.json", "fetch or write that file again"),
     ],
 )
-def test_the_remedy_costs_one_row_and_no_other(file: str, folder: str, tmp_path: Path) -> None:
-    """What can be read of the others took hours; half of the damaged one would be met again."""
-    path = tmp_path / "run" / file
+def test_a_damaged_files_remedy_costs_nothing_else(file: str, remedy: str, tmp_path: Path) -> None:
+    """What can be read of the others took hours, and nobody is told to delete a file of their own."""
+    run = tmp_path / "run"
+    path = (run / file).resolve()
     path.parent.mkdir(parents=True)
     path.write_text('{"index": 3, "dig')
-    with pytest.raises(StageError) as caught, explained("search", tmp_path / "run"):
+    with pytest.raises(StageError) as caught, explained(Search, run, REPAIRED):
         read_json(path, TrialRecord)
     assert str(path) in caught.value.cause
-    assert caught.value.remedy.startswith(f"delete {tmp_path / 'run' / folder}, then repeat the command")
+    assert caught.value.remedy.startswith(remedy.format(run=run))
+    if file.startswith("trials/"):
+        notes: list[str] = []
+        set_aside_damaged(run / "trials" / "0123abcd", "0123abcd", notes.append)
+        assert len(notes) == 1 and str(path) in notes[0] and "set aside" in notes[0]
 
 
-@pytest.mark.parametrize("file", ["bank/4bit/layers.0.json", "prune/model.safetensors", "trials/0/0003/checkpoint-4/a"])
-def test_what_a_command_finds_by_itself_nobody_is_told_to_delete(file: str, tmp_path: Path) -> None:
-    """With a trial its plan would go, with a bank all that is whole, and a model may only have been out of sight."""
-    with pytest.raises(StageError) as caught, explained("search", tmp_path):
-        raise CorruptFile("damaged", tmp_path / file)
-    assert caught.value.remedy.startswith("repeat the command: what is damaged is set aside, and ")
-
-
-@pytest.mark.parametrize("file", ["0003/trial.json", "search-0123abcd.json"])
-def test_what_a_search_sets_aside_by_itself_nobody_is_told_to_delete(file: str, tmp_path: Path) -> None:
-    """With its folder the plan of a trial would go, and with its clock the time that a search has had."""
-    path = tmp_path / "run" / "trials" / "0123abcd" / file
-    path.parent.mkdir(parents=True)
-    path.write_text('{"index": 3, "dig')
-    with pytest.raises(StageError) as caught, explained("search", tmp_path / "run"):
-        read_json(path, TrialRecord)
-    assert str(path) in caught.value.cause
-    assert caught.value.remedy.startswith("repeat the command") and "delete" not in caught.value.remedy
-    told: list[str] = []
-    set_aside_damaged(tmp_path / "run" / "trials" / "0123abcd", "0123abcd", told.append)
-    assert len(told) == 1 and str(path) in told[0] and "set aside" in told[0]
-
-
-def test_the_remedy_for_an_adapter_that_is_gone_names_its_row(tmp_path: Path) -> None:
-    from qpruner.training.candidates import load_adapter
-
-    root = tmp_path / "run"
-    with pytest.raises(StageError) as caught, explained("evaluate", root):
-        load_adapter(torch.nn.Identity(), root / "candidates" / "searched" / "adapter")  # type: ignore[arg-type]
-    assert caught.value.remedy.startswith(f"delete {root / 'candidates' / 'searched'}, then")
-
-
-def test_nobody_is_told_to_delete_a_file_of_their_own(tmp_path: Path) -> None:
-    path = tmp_path / "models" / "trials" / "record.json"
-    path.parent.mkdir(parents=True)
-    path.write_text("{")
-    with pytest.raises(StageError) as caught, explained("prune", tmp_path / "run"):
-        read_json(path, TrialRecord)
-    assert "delete" not in caught.value.remedy
-    assert "fetch or write that file again" in caught.value.remedy
-
-
-def test_nobody_is_told_to_delete_what_the_next_command_mends_by_itself(tmp_path: Path) -> None:
-    """At a URI the folder of a stage is no more than a copy, and may be whole in the store."""
+def test_other_readers_errors_get_their_remedy(tmp_path: Path) -> None:
+    """An adapter that is gone names its row; safetensors' own error is mended by the next command."""
     from safetensors.torch import load_file
 
+    from qpruner.training.checkpoints import load_adapter
+
+    row = tmp_path / "candidates" / "searched"
+    with pytest.raises(StageError) as caught, explained(Evaluate, tmp_path):
+        load_adapter(torch.nn.Identity(), row / "adapter")  # type: ignore[arg-type]
+    assert caught.value.remedy.startswith(f"delete {row}, then")
     (path := tmp_path / "model.safetensors").touch()
-    with pytest.raises(StageError, match="a safetensors file is damaged") as caught, explained("search", tmp_path):
+    with pytest.raises(StageError, match="a safetensors file is damaged") as caught, explained(Search, tmp_path):
         load_file(path)
     assert caught.value.remedy.startswith("repeat the command") and "delete" not in caught.value.remedy
 
@@ -232,7 +213,8 @@ def test_nobody_is_told_to_delete_what_the_next_command_mends_by_itself(tmp_path
     ],
 )
 def test_the_remedy_for_memory_is_the_stages_own(stage: str, key: str) -> None:
-    with pytest.raises(StageError) as caught, explained(stage):
+    stages = {each.name: each for each in STAGES}
+    with pytest.raises(StageError) as caught, explained(stages[stage]):
         torch.empty(2**50)
     assert caught.value.remedy.startswith(f"lower `{key}` or ")
     assert ("gradient_checkpointing" in caught.value.remedy) == key.startswith("training.")
@@ -246,7 +228,7 @@ def test_a_stage_whose_folder_is_gone_is_run_again(banked: Path, tiny_raw: dict[
     assert names(events, StageSkipped) == ["prepare", "bank"]
 
 
-def test_a_model_that_is_cut_again_otherwise_gets_a_bank_of_its_own(tiny_raw: dict[str, Any]) -> None:
+def test_a_model_cut_otherwise_gets_a_bank_of_its_own(tiny_raw: dict[str, Any]) -> None:
     """Another kind of machine rounds differently; here other instructions of this one do."""
     raw = with_key(tiny_raw, "prune.compensation", "least_squares")
     before, _ = go(raw, "bank")
@@ -275,7 +257,7 @@ def test_a_model_that_is_cut_again_otherwise_gets_a_bank_of_its_own(tiny_raw: di
     ],
 )
 @pytest.mark.parametrize("stage", ["prepare", "prune", "bank"])
-def test_a_corrupt_record_is_told_and_its_stage_run_again(
+def test_a_corrupt_record_is_named_and_its_stage_run_again(
     stage: str, damage: Callable[[bytes], bytes], banked: Path, tiny_raw: dict[str, Any]
 ) -> None:
     root = copy_of(banked, tiny_raw)
@@ -325,7 +307,7 @@ def test_a_full_disk_is_refused_before_the_first_stage(disk: Path, tiny_raw: dic
 
 @pytest.mark.parametrize("leave", [0, 4096, 100_000])
 @pytest.mark.parametrize("stage", ["prune", "bank"])
-def test_a_disk_that_fills_up_in_a_stage_costs_that_stage_only(
+def test_a_disk_that_fills_up_costs_that_stage_only(
     stage: str, leave: int, disk: Path, banked: Path, tiny_raw: dict[str, Any]
 ) -> None:
     raw = with_key(tiny_raw, "output", str(disk / "run"))
@@ -354,7 +336,7 @@ def test_a_disk_that_fills_up_in_a_stage_costs_that_stage_only(
 
 @pytest.mark.parametrize("leave", [4096, 100_000])
 @pytest.mark.parametrize(("stage", "kind"), [("prepare", StageStarted), ("prune", StageStarted), ("bank", Progress)])
-def test_a_disk_that_is_full_for_a_while_costs_a_stage_nothing_but_the_wait(
+def test_a_disk_full_for_a_while_costs_a_stage_only_time(
     stage: str, kind: type[Event], leave: int, disk: Path, banked: Path, tiny_raw: dict[str, Any]
 ) -> None:
     """The bank's first entry is built by then: a bank that has no room at all is refused with its size."""
@@ -394,7 +376,7 @@ def poisoned_model(model: Path, folder: Path, parameter: str) -> Path:
         pytest.param("taylor", 0.0, "model.layers.0.self_attn.q_proj.weight", id="not-pruned"),
     ],
 )
-def test_weights_that_are_no_numbers_stop_the_first_stage_that_reads_them(
+def test_nan_weights_stop_the_first_stage_that_reads_them(
     importance: str, rate: float, parameter: str, tiny_raw: dict[str, Any], tmp_path: Path
 ) -> None:
     model = poisoned_model(Path(tiny_raw["model"]["source"]), tmp_path / "model", parameter)
@@ -408,7 +390,7 @@ def test_weights_that_are_no_numbers_stop_the_first_stage_that_reads_them(
 
 
 @pytest.mark.parametrize("first_rung", [1, 4])
-def test_a_diverging_trial_names_the_step_and_the_learning_rate(
+def test_a_diverging_trial_names_step_and_learning_rate(
     first_rung: int, banked: Path, tiny_raw: dict[str, Any]
 ) -> None:
     from qpruner.search.trial import run_trial
@@ -420,14 +402,14 @@ def test_a_diverging_trial_names_the_step_and_the_learning_rate(
     assert bank is not None
     plan = dict.fromkeys(bank.residual_ratio["4"], 4)
     job = TrialJob(validate_config(raw), Materials(root / "prune", root / "bank", root / "prepare" / "data"), plan)
-    with pytest.raises(StageError) as caught, explained("search"):
+    with pytest.raises(StageError) as caught, explained(Search):
         run_trial(job, None, lambda result, checkpoint: None)
     assert caught.value.stage == "search"
     assert "nan" in caught.value.cause.lower() and "at step" in caught.value.cause
     assert "`training.learning_rate`" in caught.value.remedy
 
 
-def test_a_trial_tells_of_all_that_it_loads_before_its_first_pass(banked: Path, tiny_raw: dict[str, Any]) -> None:
+def test_a_trial_reports_progress_while_it_loads(banked: Path, tiny_raw: dict[str, Any]) -> None:
     """It may take longer than a trial may stand still: every file of the model, every group of the bank. The rows come
     last, and are not there."""
     from qpruner.search.trial import run_trial
@@ -445,7 +427,7 @@ def test_a_trial_tells_of_all_that_it_loads_before_its_first_pass(banked: Path, 
 
 
 @pytest.mark.slow
-def test_a_search_of_diverging_trials_only_fails_with_their_reason(banked: Path, tiny_raw: dict[str, Any]) -> None:
+def test_a_search_of_diverging_trials_fails_with_the_reason(banked: Path, tiny_raw: dict[str, Any]) -> None:
     copy_of(banked, tiny_raw)
     error = failing(with_key(with_key(tiny_raw, "training.learning_rate", 1e30), "search.max_trials", 2), "search")
     assert error.stage == "search"

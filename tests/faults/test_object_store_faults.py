@@ -90,7 +90,7 @@ def taken_up(
     return before, json.loads(done.stdout.splitlines()[-1])
 
 
-def test_a_killed_run_is_taken_up_on_an_empty_machine_and_ends_as_if_nothing_had_happened(
+def test_a_killed_run_ends_as_undisturbed_on_another_machine(
     store: Store, taken_up: tuple[list[dict[str, Any]], dict[str, Any]], undisturbed: dict[str, Any]
 ) -> None:
     before, told = taken_up
@@ -127,7 +127,7 @@ def test_verbs_that_look_at_a_run_take_its_uri(
     assert exported["status"] == "ok" and (merged / "config.json").is_file()
 
 
-def test_of_a_bank_with_a_damaged_object_that_object_alone_is_built_again(
+def test_a_banks_damaged_object_alone_is_built_again(
     store: Store, taken_up: tuple[list[dict[str, Any]], dict[str, Any]], tiny_model: Path, tmp_path: Path
 ) -> None:
     key = f"{KILLED}/bank/4bit/layers.0.o.safetensors"
@@ -143,7 +143,7 @@ def test_of_a_bank_with_a_damaged_object_that_object_alone_is_built_again(
         assert f"[{stage}] already recorded" in said
 
 
-def test_damaged_weights_are_named_and_set_aside_and_made_again(
+def test_damaged_weights_are_set_aside_and_made_again(
     store: Store, taken_up: tuple[list[dict[str, Any]], dict[str, Any]], tiny_model: Path, tmp_path: Path
 ) -> None:
     store.copy(KILLED, "damaged/run", ("prepare", "prune", "records", "run.json"))
@@ -159,7 +159,7 @@ def test_damaged_weights_are_named_and_set_aside_and_made_again(
 
 
 @pytest.mark.parametrize("comes_back", [True, False])
-def test_a_server_that_is_away_is_waited_for_and_then_told_of(
+def test_a_server_away_is_waited_for_then_told(
     comes_back: bool,
     store: Store,
     taken_up: tuple[list[dict[str, Any]], dict[str, Any]],

@@ -35,7 +35,7 @@ from safetensors.torch import load_file, save_file
 
 from qpruner.cluster.tune.driver import MAX_KILLS
 from qpruner.quantization.bank import read_index, write_index
-from qpruner.runs.paths import file_digest
+from qpruner.runs.storage import file_digest
 
 pytestmark = pytest.mark.slow
 
@@ -88,17 +88,17 @@ def between(process: Driver, index: int) -> int:
 # ---- processes
 
 
-def test_a_trial_whose_process_is_killed_goes_on_from_its_last_rung(config: Path, undisturbed: Path) -> None:
+def test_a_killed_trial_resumes_from_its_last_rung(config: Path, undisturbed: Path) -> None:
     with driver(config) as process:
         os.kill(between(process, 1), signal.SIGKILL)
         record = finished(process)
-        assert "trial 1 lost its worker and goes on from step" in process.said()
+        assert "trial 1 lost its worker and is resumed from step" in process.said()
     assert rungs_of(process.run) == rungs_of(undisturbed), "the same trials, each rung measured once"
     assert record["best_plan"] == search_record(undisturbed)["best_plan"]
     assert record["failures"] == {} and all(trial["kills"] == 0 for trial in trials_of(process.run).values())
 
 
-def test_a_trial_whose_process_dies_again_and_again_fails_and_the_others_do_not(config: Path, tmp_path: Path) -> None:
+def test_a_trial_that_dies_again_and_again_fails_alone(config: Path, tmp_path: Path) -> None:
     with driver(config) as process:
         killed = 0
         while trials_of(process.run).get(1, {}).get("status") != "failed":
@@ -116,7 +116,7 @@ def test_a_trial_whose_process_dies_again_and_again_fails_and_the_others_do_not(
     assert record["failures"] == {"lost": 1} and record["num_failed"] == 1 and record["num_trials"] == 5
 
 
-def test_a_hanging_trial_is_killed_and_its_slot_is_free_again(config: Path, undisturbed: Path) -> None:
+def test_a_hanging_trial_is_killed_and_its_slot_freed(config: Path, undisturbed: Path) -> None:
     """A stopped process ignores SIGTERM."""
     with driver(config, "--set", "search.trial_timeout_seconds=20") as process:
         pid = between(process, 1)
@@ -133,7 +133,7 @@ def test_a_hanging_trial_is_killed_and_its_slot_is_free_again(config: Path, undi
 # ---- Ctrl-C
 
 
-def test_ctrl_c_once_finishes_the_rung_and_says_how_to_go_on(config: Path, undisturbed: Path) -> None:
+def test_ctrl_c_once_finishes_the_rung(config: Path, undisturbed: Path) -> None:
     with driver(config) as process:
         between(process, 1)
         process.interrupt()
@@ -177,9 +177,7 @@ def flip_a_bit(path: Path) -> None:
     path.write_bytes(content)
 
 
-def test_a_checkpoint_that_is_damaged_while_the_search_runs_is_not_gone_on_from(
-    config: Path, undisturbed: Path
-) -> None:
+def test_a_checkpoint_damaged_meanwhile_is_not_resumed(config: Path, undisturbed: Path) -> None:
     with driver(config) as process:
         pid = between(process, 1)
         os.kill(pid, signal.SIGSTOP)  # it would replace the checkpoint at its next rung
@@ -191,7 +189,7 @@ def test_a_checkpoint_that_is_damaged_while_the_search_runs_is_not_gone_on_from(
     assert rungs_of(process.run) == rungs_of(undisturbed)
 
 
-def test_a_checkpoint_with_a_flipped_bit_is_named_and_its_trial_starts_anew(config: Path, undisturbed: Path) -> None:
+def test_a_flipped_checkpoint_is_named_and_its_trial_rerun(config: Path, undisturbed: Path) -> None:
     with driver(config) as process:
         between(process, 1)
         process.interrupt()
@@ -204,9 +202,7 @@ def test_a_checkpoint_with_a_flipped_bit_is_named_and_its_trial_starts_anew(conf
     assert rungs_of(process.run) == rungs_of(undisturbed)
 
 
-def test_a_finalists_checkpoint_with_a_flipped_bit_is_not_what_is_confirmed(
-    undisturbed: Path, tiny_model: Path, tmp_path: Path
-) -> None:
+def test_a_finalists_flipped_checkpoint_is_not_confirmed(undisturbed: Path, tiny_model: Path, tmp_path: Path) -> None:
     """It can be read, and would give other scores."""
     run = shutil.copytree(undisturbed, tmp_path / "run")
     (run / "records" / "search.json").unlink()
@@ -228,7 +224,7 @@ def fresh_scores(run: Path) -> dict[int, tuple[int, str]]:
     return {int(path.parent.name): (path.stat().st_mtime_ns, path.read_text()) for path in paths}
 
 
-def test_what_finalists_scored_before_the_driver_was_killed_is_kept(config: Path, undisturbed: Path) -> None:
+def test_scores_of_finalists_outlive_a_killed_driver(config: Path, undisturbed: Path) -> None:
     with driver(config) as process:
         process.wait_until(lambda: fresh_scores(process.run), "the first finalist's score")
         process.process.send_signal(signal.SIGKILL)
@@ -241,9 +237,7 @@ def test_what_finalists_scored_before_the_driver_was_killed_is_kept(config: Path
     assert record["confirmations"] == search_record(undisturbed)["confirmations"]
 
 
-def test_a_finalists_damaged_score_is_made_again_and_no_other(
-    undisturbed: Path, tiny_model: Path, tmp_path: Path
-) -> None:
+def test_a_finalists_damaged_score_alone_is_made_again(undisturbed: Path, tiny_model: Path, tmp_path: Path) -> None:
     run = shutil.copytree(undisturbed, tmp_path / "run")
     (run / "records" / "search.json").unlink()
     before = fresh_scores(run)
@@ -258,9 +252,7 @@ def test_a_finalists_damaged_score_is_made_again_and_no_other(
     assert record["confirmations"] == search_record(undisturbed)["confirmations"]
 
 
-def test_a_trial_whose_record_is_damaged_after_the_search_is_run_again(
-    undisturbed: Path, tiny_model: Path, tmp_path: Path
-) -> None:
+def test_a_trial_with_a_damaged_record_is_run_again(undisturbed: Path, tiny_model: Path, tmp_path: Path) -> None:
     run = shutil.copytree(undisturbed, tmp_path / "run")
     (record,) = run.glob("trials/*/0001/trial.json")
     flip_a_bit(record)
@@ -285,7 +277,7 @@ def spoil(bank: Path, name: str) -> None:
     write_index(bank, index.model_copy(update={"files": index.files | {name: spoilt}}))
 
 
-def test_of_plans_that_diverge_the_searcher_hears_and_keeps_away(config: Path, tiny_model: Path) -> None:
+def test_the_searcher_avoids_plans_that_diverge(config: Path, tiny_model: Path) -> None:
     keys = {"search.searcher": "gp", "search.max_trials": 12, "search.max_concurrent": 1}
     config = search_config(tiny_model, config.parent, **keys)
     with driver(config, verb="bank") as process:
@@ -353,9 +345,7 @@ os._exit(0)
 """Takes memory until so little is left, and gives it back when a process is gone."""
 
 
-def test_a_machine_out_of_memory_costs_one_trial_its_worker_and_nothing_else(
-    config: Path, tiny_model: Path, tmp_path: Path
-) -> None:
+def test_a_machine_out_of_memory_costs_one_worker(config: Path, tiny_model: Path, tmp_path: Path) -> None:
     """Ray's own monitor kills a worker of two: one gives back more than there is too little."""
     config = search_config(tiny_model, tmp_path, **{"search.max_concurrent": 2})
     memory = psutil.virtual_memory()
@@ -378,7 +368,7 @@ def test_a_machine_out_of_memory_costs_one_trial_its_worker_and_nothing_else(
 
 
 @pytest.mark.parametrize("retry", [True, False])
-def test_a_trial_that_runs_out_of_memory_goes_on_with_less_of_it_or_is_infeasible(
+def test_a_trial_out_of_memory_shrinks_or_is_infeasible(
     retry: bool, big: Path, tiny_model: Path, tmp_path: Path
 ) -> None:
     """Its process may take 280 MiB of address space more than it has when the trial begins. Whole batches took 490, 16
@@ -427,9 +417,7 @@ def group() -> Iterator[Path]:
         folder.rmdir()
 
 
-def test_a_trial_that_the_kernel_kills_for_memory_goes_on_with_less_of_it(
-    group: Path, big: Path, tiny_model: Path, tmp_path: Path
-) -> None:
+def test_a_trial_the_kernel_kills_for_memory_shrinks(group: Path, big: Path, tiny_model: Path, tmp_path: Path) -> None:
     """What it takes from its first sign of life on counts; each process that goes on is moved into the group until
     more have been killed than a trial may lose for another reason."""
     shutil.copytree(big / "measured" / "run", tmp_path / "run")
@@ -446,7 +434,7 @@ def test_a_trial_that_the_kernel_kills_for_memory_goes_on_with_less_of_it(
             pids.append(process.wait_until(another, "a process that tells of its trial"))
             (group.parent / "cgroup.procs").write_text(str(pids[-1]))
         finished(process)
-        assert process.said().count("trial 0 lost its worker and goes on from its start") == MAX_KILLS + 1
+        assert process.said().count("trial 0 lost its worker and is resumed from its start") == MAX_KILLS + 1
     trial = trials_of(process.run)[0]
     assert (trial["status"], trial["micro_batch_size"], trial["kills"]) == ("finished", 2, 0)
 
@@ -462,7 +450,7 @@ def disk(tmp_path: Path) -> Iterator[Path]:
 
 
 @pytest.mark.parametrize("room_again", [True, False])
-def test_a_disk_that_fills_up_is_waited_for_and_then_the_search_ends_with_the_remedy(
+def test_a_full_disk_is_waited_for_then_told_with_its_remedy(
     room_again: bool, disk: Path, measured: Path, undisturbed: Path, tiny_model: Path
 ) -> None:
     shutil.copytree(measured, disk / "run")
@@ -488,7 +476,7 @@ def test_a_disk_that_fills_up_is_waited_for_and_then_the_search_ends_with_the_re
     assert rungs_of(process.run) == rungs_of(undisturbed)
 
 
-def test_a_storage_that_is_away_for_a_while_is_waited_for(
+def test_a_storage_away_for_a_while_is_waited_for(
     disk: Path, measured: Path, undisturbed: Path, tiny_model: Path
 ) -> None:
     """Covered by an empty read-only file system, the run's own files cannot be reached."""
@@ -503,9 +491,7 @@ def test_a_storage_that_is_away_for_a_while_is_waited_for(
     assert rungs_of(process.run) == rungs_of(undisturbed)
 
 
-def test_a_trial_that_begins_while_the_storage_is_away_waits_for_it(
-    disk: Path, measured: Path, tiny_model: Path
-) -> None:
+def test_a_trial_begun_while_the_storage_is_away_waits(disk: Path, measured: Path, tiny_model: Path) -> None:
     """Its worker starts within seconds of its record, and looks for the storage first."""
     shutil.copytree(measured, disk / "run")
     config = search_config(tiny_model, disk, **{"search.max_trials": 1})
@@ -527,9 +513,7 @@ def node_of(cluster: Raylets, run: Path, index: int) -> Any:
     return next((node for node in cluster.nodes if node.node_id == pulse["node"]), None)
 
 
-def test_a_trial_whose_machine_dies_goes_on_elsewhere_and_that_is_not_held_against_it(
-    config: Path, undisturbed: Path
-) -> None:
+def test_a_dead_machine_is_not_held_against_its_trial(config: Path, undisturbed: Path) -> None:
     """Once more in a row than a trial's own process may die."""
     with raylets(MAX_KILLS + 2) as cluster, driver(config, "--address", cluster.address) as process:
         between(process, 1)
@@ -541,12 +525,10 @@ def test_a_trial_whose_machine_dies_goes_on_elsewhere_and_that_is_not_held_again
         record = finished(process)
     assert rungs_of(process.run) == rungs_of(undisturbed)
     assert record["failures"] == {}
-    assert process.said().count("trial 1 lost its worker and goes on from step") == MAX_KILLS + 1
+    assert process.said().count("trial 1 lost its worker and is resumed from step") == MAX_KILLS + 1
 
 
-def test_a_machine_that_dies_before_its_worker_has_told_anything_is_not_held_against_the_trial(
-    config: Path, tiny_model: Path, tmp_path: Path
-) -> None:
+def test_a_machine_dead_before_any_pulse_is_no_strike(config: Path, tiny_model: Path, tmp_path: Path) -> None:
     """A worker imports for seconds before it can say where it is."""
     config = search_config(tiny_model, tmp_path, **{"search.max_trials": 1})
 
@@ -564,13 +546,11 @@ def test_a_machine_that_dies_before_its_worker_has_told_anything_is_not_held_aga
             )
             assert not list(process.run.glob("trials/*/0000/pulse.json"))
         finished(process)
-        assert process.said().count("trial 0 lost its worker and goes on from its start") == MAX_KILLS
+        assert process.said().count("trial 0 lost its worker and is resumed from its start") == MAX_KILLS
     assert trials_of(process.run)[0]["status"] == "finished"
 
 
-def test_trials_leave_a_machine_that_is_drained_and_that_is_not_held_against_them(
-    config: Path, undisturbed: Path
-) -> None:
+def test_trials_leave_a_machine_that_is_drained(config: Path, undisturbed: Path) -> None:
     """A spot notice. Left alone by us, Tune goes on with the worker there and hands it one trial after another."""
     with raylets(2) as cluster, driver(config, "--address", cluster.address) as process:
         between(process, 1)
@@ -584,10 +564,10 @@ def test_trials_leave_a_machine_that_is_drained_and_that_is_not_held_against_the
         last = json.loads(next(process.run.glob("trials/*/0004/pulse.json")).read_text())["node"]
     assert last != node.node_id
     assert rungs_of(process.run) == rungs_of(undisturbed) and record["failures"] == {}
-    assert process.said().count("lost its worker and goes on from step") == 1
+    assert process.said().count("lost its worker and is resumed from step") == 1
 
 
-def test_a_worker_that_was_taken_for_dead_writes_nothing_when_it_comes_back(config: Path, undisturbed: Path) -> None:
+def test_a_worker_taken_for_dead_writes_nothing_more(config: Path, undisturbed: Path) -> None:
     """A machine that is cut off for a while: its raylet does not answer, and its trial goes on elsewhere."""
     with raylets(2) as cluster, driver(config, "--address", cluster.address) as process:
         pid = between(process, 1)
@@ -607,7 +587,7 @@ def test_a_worker_that_was_taken_for_dead_writes_nothing_when_it_comes_back(conf
     assert rungs_of(process.run) == rungs_of(undisturbed)
 
 
-def test_a_new_head_goes_on_from_what_the_run_folder_holds(config: Path, undisturbed: Path) -> None:
+def test_a_new_head_resumes_from_the_run_folder(config: Path, undisturbed: Path) -> None:
     """The head's machine takes the control store and the driver with it; a worker's machine lives on for a while."""
     with raylets(1) as cluster, driver(config, "--address", cluster.address) as process:
         between(process, 1)

@@ -32,7 +32,7 @@ from qpruner.pruning.surgery import cut
 from qpruner.quantization.assembly import assemble, attach_adapters, measured_bytes
 from qpruner.quantization.bank import BankIndex, EntrySettings, IndexEntry, build_entry, write_entry, write_index
 from qpruner.quantization.mixed import unpack
-from qpruner.runs.paths import file_digest
+from qpruner.runs.storage import file_digest
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

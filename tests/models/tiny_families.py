@@ -16,7 +16,7 @@ from qpruner.models import ragged
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from qpruner.pruning.selection import Kept
+    from qpruner.pruning.units import Kept
 
 HIDDEN, HEAD_DIM, DERIVED_HEAD_DIM, CHANNELS, LAYERS = 60, 14, 10, 40, 3
 QUERY_HEADS, KEY_VALUE_HEADS = 6, 3
@@ -167,7 +167,7 @@ def with_output_biases(name: str) -> PreTrainedModel:
     return model
 
 
-# Cuts -----------------------------------------------------------------------------------------------------------------
+# ---- cuts
 
 
 def kept_of(name: str) -> Kept:
@@ -205,7 +205,7 @@ def has_experts(name: str, index: int) -> bool:
     return family_name(name) in MIXTURES and index not in dense.get(name, ())
 
 
-# What a cut must do ---------------------------------------------------------------------------------------------------
+# ---- what a cut must do
 
 
 def blocks_of(model: PreTrainedModel) -> Any:
@@ -326,7 +326,7 @@ def num_parameters(model: PreTrainedModel) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-# Looking at models ----------------------------------------------------------------------------------------------------
+# ---- looking at models
 
 
 def prompt() -> torch.Tensor:

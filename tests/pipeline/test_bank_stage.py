@@ -12,13 +12,13 @@ from typing import Any
 import pytest
 from conftest import flip_a_byte, raw_config, with_key
 
-from qpruner.config.schema import validate_config
+from qpruner.config.load import validate_config
 from qpruner.errors import StageError
-from qpruner.pipeline import run
+from qpruner.pipeline.run import run
 from qpruner.quantization.bank import INDEX, read_index
 from qpruner.runs.events import Event, Message, Progress, StageFinished, StageSkipped, StageStarted
-from qpruner.runs.paths import file_digest, folder_digests
 from qpruner.runs.records import BankRecord
+from qpruner.runs.storage import file_digest, folder_digests
 
 Raw = dict[str, Any]
 

@@ -13,15 +13,15 @@ from typing import Any
 import pytest
 from conftest import disk_of, with_key
 
-from qpruner.config.schema import validate_config
+from qpruner.config.load import validate_config
 from qpruner.errors import UserError
-from qpruner.pipeline import check, run
 from qpruner.pipeline.context import Context
+from qpruner.pipeline.flow import recorded
 from qpruner.pipeline.preflight import inspect
-from qpruner.pipeline.recorded import recorded
-from qpruner.pipeline.search import search_stage
+from qpruner.pipeline.run import check, run
+from qpruner.pipeline.search import Search
 from qpruner.runs.events import Event
-from qpruner.runs.paths import RunDir
+from qpruner.runs.run_dir import RunDir
 from qpruner.search.trial_records import trial_path
 
 MIB = 2**20
@@ -98,9 +98,8 @@ def test_a_damaged_trial_record_is_no_reason_to_look_no_further(raw: dict[str, A
     run(config, ignore, until="sensitivity")
     run_dir = RunDir(config.output)
     context = Context(config, run_dir, ignore, None, inspect(config))
-    found = recorded(context)
-    assert found.bank and found.sensitivity
-    trials = run_dir.trials / search_stage(context, found.bank, found.sensitivity).inputs[0]
+    recorded(context)
+    trials = Search(context).folder
     trial_path(trials, 0).parent.mkdir(parents=True)
     trial_path(trials, 0).write_text('{"index": 0, "dig')
     left = needed(raw)

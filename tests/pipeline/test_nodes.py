@@ -11,11 +11,11 @@ from conftest import raw_config, with_key
 
 from qpruner.cluster.probe import Cache, Gpu, NodeFacts, Report
 from qpruner.cluster.slots import Node
-from qpruner.config.schema import validate_config
+from qpruner.config.load import validate_config
 from qpruner.pipeline.nodes import Needs, row, troubles
 from qpruner.plans.plan import Group, Layout, LinearShape
-from qpruner.runs import object_store as objects
-from qpruner.runs.paths import BANK_CACHE
+from qpruner.runs.run_dir import BANK_CACHE
+from qpruner.runs.storage import bucket as objects
 
 GIB = 1024**3
 GROUPS = tuple(Group(f"layers.{index}", (LinearShape(f"layers.{index}", 4096, 4096),)) for index in range(32))

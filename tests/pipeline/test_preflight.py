@@ -10,11 +10,12 @@ import pytest
 from conftest import raw_config, with_key
 from transformers import AutoConfig
 
-from qpruner.config.schema import PruneConfig, RunConfig, validate_config
+from qpruner.config.load import validate_config
+from qpruner.config.schema import PruneConfig, RunConfig
 from qpruner.errors import UserError
-from qpruner.pipeline.preflight import cuts_on, inspect
-from qpruner.pruning.best_cut import Cut, cuts_of
-from qpruner.pruning.prune import settled
+from qpruner.pipeline.preflight import check_device, inspect
+from qpruner.pruning.prune import planned_cut
+from qpruner.pruning.settings import settled
 
 SHAPES = {"num_hidden_layers": 2, "vocab_size": 64, "pad_token_id": 0}
 PHI = {"hidden_size": 384, "num_attention_heads": 4, "num_key_value_heads": 4, "intermediate_size": 1024}
@@ -26,54 +27,42 @@ def config_of(folder: Path, bits: list[int], **prune: Any) -> RunConfig:
     return validate_config(with_key(raw, "quantize.bits", bits))
 
 
-def checked_on_cpu(model_config: Any, config: RunConfig) -> int:
-    """How many cuts a CPU can go on from."""
-    return len(cuts_on(None, config, model_config, cuts_of(model_config, config.prune), packs=True)[0])
+def check_on_cpu(model_config: Any, config: RunConfig) -> None:
+    check_device(None, config, model_config, [planned_cut(model_config, config.prune)], packs=True)
 
 
-def test_heads_that_a_cpu_would_decode_wrongly_are_refused_before_the_cut(tmp_path: Path) -> None:
+def test_heads_that_a_cpu_would_decode_wrongly_are_refused(tmp_path: Path) -> None:
     """Where scores decide, any number may stay of what is expected to be even in every block."""
     units = ["attention", "mlp"]
     model_config = AutoConfig.for_model("phi3", **SHAPES, **PHI)
     config = config_of(tmp_path, [4, 8], rate=0.1, selection="global", units=units)
     with pytest.raises(UserError) as caught:
-        checked_on_cpu(model_config, config)
+        check_on_cpu(model_config, config)
     for told in ("`prune.selection: global`", "layers.0.self_attn.o_proj with 96 columns", "set `prune.units: [mlp]`"):
         assert told in str(caught.value)
-    assert checked_on_cpu(model_config, config_of(tmp_path, [8, 16], rate=0.1, selection="global", units=units)) == 1
-    assert checked_on_cpu(model_config, config_of(tmp_path, [4, 8], rate=0.1, selection="global", units=["mlp"])) == 1
+    check_on_cpu(model_config, config_of(tmp_path, [8, 16], rate=0.1, selection="global", units=units))
+    check_on_cpu(model_config, config_of(tmp_path, [4, 8], rate=0.1, selection="global", units=["mlp"]))
     for share, is_even in ((0.5, True), (0.25, False)):
         known = config_of(tmp_path, [4, 8], layer_rate=share, units=units, round_to=64)
         if is_even:
-            assert checked_on_cpu(model_config, known) == 1
+            check_on_cpu(model_config, known)
             continue
         with pytest.raises(
             UserError, match=r"o_proj has 288 columns, .* `prune\.units: \[mlp\]` where the size of heads"
         ):
-            checked_on_cpu(model_config, known)
+            check_on_cpu(model_config, known)
 
 
-def test_a_block_that_loses_nothing_keeps_a_width_of_the_base_model(tmp_path: Path) -> None:
+def test_a_block_that_loses_nothing_keeps_its_width(tmp_path: Path) -> None:
     llama = {"hidden_size": 64, "num_attention_heads": 1, "num_key_value_heads": 1}
     for width, is_refused in ((176, True), (192, False)):
         model_config = AutoConfig.for_model("llama", **SHAPES, **llama, intermediate_size=width)
         config = config_of(tmp_path, [4, 8], rate=0.2, selection="global", units=["mlp"])
         if is_refused:
             with pytest.raises(UserError, match=r"may leave model\.layers\.0\.mlp\.down_proj with 176 columns"):
-                checked_on_cpu(model_config, config)
+                check_on_cpu(model_config, config)
         else:
-            assert checked_on_cpu(model_config, config) == 1
-
-
-def test_of_several_cuts_those_that_a_cpu_can_go_on_from_are_tried(tmp_path: Path) -> None:
-    bad, good = (AutoConfig.for_model("phi3", **SHAPES, **PHI | {"intermediate_size": width}) for width in (144, 128))
-    config = config_of(tmp_path, [4, 8], rate=0.2, selection="per_layer")
-    settings = PruneConfig(selection="per_layer")
-    cuts = Cut(settings, bad), Cut(settings, good)
-    tried, [(left_out, why)] = cuts_on(None, config, good, cuts, packs=True)
-    assert (tried, left_out) == (cuts[1:], cuts[0]) and "144 columns" in str(why)
-    with pytest.raises(UserError, match="144 columns"):
-        cuts_on(None, config, good, cuts[:1], packs=True)
+            check_on_cpu(model_config, config)
 
 
 @pytest.mark.parametrize(

@@ -13,17 +13,18 @@ import pytest
 import torch
 from conftest import raw_config, with_key
 
-from qpruner.config.schema import validate_config
+from qpruner.config.load import validate_config
 from qpruner.errors import StageError, UserError
-from qpruner.pipeline import run
 from qpruner.pipeline.context import Context
+from qpruner.pipeline.flow import run_stage
 from qpruner.pipeline.preflight import inspect
+from qpruner.pipeline.prepare import Prepare
 from qpruner.pipeline.progress import PACKAGES, RunProgress, _cpu_model, _environment
-from qpruner.pipeline.stage import Stage, run_stage
+from qpruner.pipeline.run import run
 from qpruner.runs.events import Event, Message, Progress, StageFinished, StageSkipped, StageStarted, StepsSeen
-from qpruner.runs.lock import NAME, sole_driver, this_process
-from qpruner.runs.paths import RunDir
+from qpruner.runs.lock import NAME, hold_run, this_process
 from qpruner.runs.records import PrepareRecord, RunState
+from qpruner.runs.run_dir import RunDir
 
 
 def ignore(event: Event) -> None:
@@ -114,8 +115,8 @@ def test_a_command_whose_run_another_took_over_tells_nothing_more(tiny_model: Pa
     """A driver that slept has steps of its own to tell of, mostly before its heartbeat notices."""
     root, config = RunDir(tmp_path / "run"), validate_config(raw_config(tiny_model, tmp_path / "run"))
     _ = root.id  # beside it a lock that is gone was taken away
-    with sole_driver(root.root, print) as is_ours:
-        progress = RunProgress(root, config, "report", None, is_ours)
+    with hold_run(root.root, print) as holds_run:
+        progress = RunProgress(root, config, "report", None, holds_run)
         progress.listen(StageStarted("search", "20 trials"))
         before = root.read_state(RunState)
         assert before and before.stages["search"].state == "running"
@@ -130,11 +131,11 @@ def test_whose_the_run_is_is_asked_no_oftener_than_its_state_is_written(tiny_mod
     """An object store is asked for money, and trials tell of every step."""
     config, asked = validate_config(raw_config(tiny_model, tmp_path / "run")), list[int]()
 
-    def is_ours() -> bool:
+    def holds_run() -> bool:
         asked.append(1)
         return True
 
-    progress = RunProgress(RunDir(config.output), config, "report", None, is_ours)
+    progress = RunProgress(RunDir(config.output), config, "report", None, holds_run)
     for event in (StageStarted("search", "20 trials"), *(StepsSeen({0: step}) for step in range(500))):
         progress.listen(event)
     assert 1 <= len(asked) < 50
@@ -146,24 +147,25 @@ def test_a_stage_whose_run_another_took_over_leaves_what_that_one_recorded(
 ) -> None:
     """The driver slept meanwhile, and its heartbeat has not noticed yet."""
     config, is_lost = validate_config(raw_config(tiny_model, tmp_path / "run")), when == "before its work"
-    run_dir, stage = RunDir(config.output), Stage("prune", "", ())
-    context = Context(config, run_dir, ignore, None, inspect(config), is_ours=lambda: not is_lost)
+    run_dir = RunDir(config.output)
+    context = Context(config, run_dir, ignore, None, inspect(config), holds_run=lambda: not is_lost)
     theirs = PrepareRecord(digest="theirs", seconds=1.0, model_path="", converted=False, num_rows={})
-    run_dir.commit("prune", run_dir.scratch("prune"), theirs)
+    run_dir.commit("prepare", run_dir.scratch("prepare"), theirs)
 
-    def work(scratch: Path) -> dict[str, Any]:
-        nonlocal is_lost
-        assert not is_lost, "who lost its run before has nothing to do"
-        is_lost = True
-        (scratch / "model").touch()
-        return {"model_path": "", "converted": False, "num_rows": {}}
+    class LosingPrepare(Prepare):
+        def run(self, scratch: Path) -> dict[str, Any]:
+            nonlocal is_lost
+            assert not is_lost, "who lost its run before has nothing to do"
+            is_lost = True
+            (scratch / "model").touch()
+            return {"model_path": "", "converted": False, "num_rows": {}}
 
     with pytest.raises(StageError, match=r"another driver took this run over .*driver\.lock is another's, or gone"):
-        run_stage(context, stage, PrepareRecord, work, lambda record: "")
+        run_stage(LosingPrepare(context))
     is_lost = True
     with pytest.raises(StageError, match="another driver took this run over"):
-        context.forget("prune")
-    assert run_dir.read_record("prune", PrepareRecord) == theirs and not list(run_dir.stage("prune").iterdir())
+        context.forget("prepare")
+    assert run_dir.read_record("prepare", PrepareRecord) == theirs and not list(run_dir.stage("prepare").iterdir())
 
 
 def test_a_refused_command_leaves_what_the_last_one_told(tiny_model: Path, tmp_path: Path) -> None:

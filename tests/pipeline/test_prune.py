@@ -17,17 +17,17 @@ import numpy as np
 import pytest
 import torch
 from conftest import flip_a_byte, raw_config, with_key
-from plain_transformers import told_by_plain_transformers
+from plain_transformers import plain_transformers_answers
 
-from qpruner.config.schema import validate_config
+from qpruner.config.load import validate_config
 from qpruner.errors import StageError, UserError
 from qpruner.models.loading import load_dense
-from qpruner.pipeline import preview, run
+from qpruner.pipeline.run import preview, run
 from qpruner.pruning.importance import score
-from qpruner.report.sections import prune_summary
+from qpruner.report.tables import prune_summary
 from qpruner.runs.events import Event, Message, Progress, StageFinished, StageSkipped, StageStarted
-from qpruner.runs.paths import RunDir
 from qpruner.runs.records import PrepareRecord, PruneRecord
+from qpruner.runs.run_dir import RunDir
 
 if TYPE_CHECKING:
     from click.testing import Result
@@ -149,7 +149,7 @@ def test_the_figures_are_those_of_the_two_models(raw: Raw, tiny_model: Path) -> 
     }
 
 
-def test_a_grid_too_coarse_is_told_with_target_and_what_was_possible(raw: Raw) -> None:
+def test_a_coarse_grid_reports_target_and_achieved(raw: Raw) -> None:
     """Two key/value groups a block: a few per cent of the parameters each, so 10 % cannot be met."""
     record, _, events = pruned(changed(raw, rate=0.1, units=["attention"]))
     groups = [len(layer.kept_kv_groups) for layer in record.layers]
@@ -157,12 +157,7 @@ def test_a_grid_too_coarse_is_told_with_target_and_what_was_possible(raw: Raw) -
     assert record.achieved_rate == min(possible, key=lambda rate: abs(rate - 0.1)) != 0.1
     assert sum(2 - count for count in groups) == possible.index(record.achieved_rate)
     told = next(event.figures for event in events if isinstance(event, StageFinished) and event.stage == "prune")
-    next_to_it = [max(rate for rate in possible if rate < 0.1), min(rate for rate in possible if rate > 0.1)]
-    assert record.possible_rates == pytest.approx(next_to_it)
-    told_of = (
-        f"achieved {record.achieved_rate:.2%}, possible with these settings next to the target "
-        f"{next_to_it[0]:.2%} and {next_to_it[1]:.2%}"
-    )
+    told_of = f"achieved {record.achieved_rate:.2%}"
     assert f"target 10.00% of all parameters, {told_of}" in told and told_of in prune_summary(record)
 
 
@@ -257,7 +252,7 @@ def test_uniform_folders_run_where_qpruner_is_not_installed(raw: Raw, tmp_path: 
     folders = {
         name: pruned(with_key(changed(raw, **keys), "output", str(tmp_path / name)))[1] for name, keys in kinds.items()
     }
-    told = dict(zip(folders, told_by_plain_transformers(PROMPT, folders.values(), tmp_path), strict=True))
+    told = dict(zip(folders, plain_transformers_answers(PROMPT, folders.values(), tmp_path), strict=True))
     for name in ("width", "solved", "depth", "both"):
         model = load_dense(str(folders[name]), "float32")
         assert "refused" not in told[name], told[name]
@@ -291,7 +286,7 @@ def test_importance_is_kept_as_arrays(raw: Raw, tiny_model: Path) -> None:
 
 
 def test_tensorboard_shows_the_picture_of_the_report(raw: Raw) -> None:
-    import matplotlib.image
+    from PIL import Image
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     _, folder, _ = pruned(raw)
@@ -300,9 +295,8 @@ def test_tensorboard_shows_the_picture_of_the_report(raw: Raw) -> None:
     (tag,) = events.Tags()["images"]
     assert tag == "prune/importance"
     (image,) = events.Images(tag)
-    shown = matplotlib.image.imread(io.BytesIO(image.encoded_image_string))[..., :3]
-    saved = matplotlib.image.imread(folder / "importance.png")[..., :3]
-    np.testing.assert_array_equal(shown, saved)
+    assert image.encoded_image_string == (folder / "importance.png").read_bytes()
+    shown = np.asarray(Image.open(io.BytesIO(image.encoded_image_string)).convert("RGB"))
     assert len(np.unique(shown.reshape(-1, 3), axis=0)) > 50, "a heat map, not an empty page"
 
 
@@ -374,7 +368,7 @@ def test_other_token_ids_in_the_same_file_run_it_again(raw: Raw, tmp_path: Path)
 
 
 def prepared_rows(raw: Raw, split: str) -> list[dict[str, list[int]]]:
-    from qpruner.data.rows import load_encoded
+    from qpruner.data.encoding import load_encoded
 
     return load_encoded(Path(raw["output"]) / "prepare" / "data" / split)
 
@@ -416,7 +410,7 @@ def test_sensitivities_are_of_the_task_beside_calibration_text(raw: Raw) -> None
 
 def test_packed_samples_are_all_of_the_asked_length(raw: Raw, tiny_model: Path) -> None:
     """As LLM-Pruner takes its samples, but from as many rows as it takes: none is short, none is padded."""
-    from qpruner.data.rows import load_examples
+    from qpruner.data.sources import load_examples
     from qpruner.models.loading import load_tokenizer
 
     raw = with_key(with_key(raw, "calibration.packing", True), "calibration.max_length", 50)
@@ -488,7 +482,7 @@ def test_a_damaged_weight_is_told_with_its_name_and_what_to_do(raw: Raw, tiny_mo
 def test_no_process_begins_with_a_model_that_was_damaged_meanwhile(raw: Raw) -> None:
     _, folder, _ = pruned(raw)
     flip_a_byte(folder / "model.safetensors")
-    code = f"from pathlib import Path; from qpruner.runs.mirror import fetch; fetch(Path({str(folder)!r}))"
+    code = f"from pathlib import Path; from qpruner.runs.storage import fetch; fetch(Path({str(folder)!r}))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert done.returncode == 1
     assert f"CorruptFile: {folder / 'model.safetensors'} is damaged" in done.stderr.replace("qpruner.errors.", "")
@@ -569,172 +563,9 @@ NUM_BLOCKS = 12
 """So many that one block is less than a tenth of all parameters, the most that whole blocks may take."""
 
 
-@pytest.fixture(scope="module", params=["block", "channels"])
-def deep(
-    tiny_model: Path, tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest
-) -> tuple[Path, Path, bool]:
-    """The tiny model with 12 blocks, text that it would say itself, and whether a block of it should go.
-
-    Block 7, or else half of all channels, adds nothing: what goes beside that is missed, for any other model has less
-    to say for this text.
-    """
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
-
-    folder, drops = tmp_path_factory.mktemp("deep") / "model", request.param == "block"
-    shutil.copytree(tiny_model, folder, ignore=shutil.ignore_patterns("*.safetensors"))
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(tiny_model, num_hidden_layers=NUM_BLOCKS))
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() > 1:
-                parameter.mul_(6)
-        for index, layer in enumerate(model.model.layers):
-            if not drops:
-                layer.mlp.down_proj.weight[:, ::2] = 0
-            elif index == 7:
-                layer.self_attn.o_proj.weight.zero_()
-                layer.mlp.down_proj.weight.zero_()
-    model.save_pretrained(folder)
-    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
-    words = {token: its_id for token, its_id in tokenizer.get_vocab().items() if re.fullmatch("\u0120[a-z]{2,}", token)}
-    rows = torch.tensor(sorted(words.values()))[:64, None]
-    others = torch.ones(model.config.vocab_size, dtype=torch.bool)
-    others[rows.flatten()] = False
-    for _ in range(24):
-        with torch.no_grad():
-            logits = model(rows).logits[:, -1].masked_fill(others, -torch.inf)
-        rows = torch.cat([rows, logits.argmax(dim=1, keepdim=True)], dim=1)
-    file = folder.parent / "rows.jsonl"
-    file.write_text("".join(json.dumps({"text": tokenizer.decode(row)}) + "\n" for row in rows))
-    return folder, file, drops
-
-
-@pytest.fixture
-def open_raw(raw: Raw, deep: tuple[Path, Path, bool]) -> tuple[Raw, bool]:
-    """A configuration that leaves `units` open, and whether a block should go."""
-    model, text, drops = deep
-    raw = changed(raw, compensation="least_squares", round_to=64, rate=0.5 if drops else 0.15)
-    raw = with_key(raw, "data.validation", [{"source": str(text), "format": "text"}])
-    return with_key(raw, "model.source", str(model)), drops
-
-
-def test_whole_blocks_go_where_that_loses_less_on_validation_rows(open_raw: tuple[Raw, bool], tmp_path: Path) -> None:
-    """What is left is what the settings that won leave alone: its files, its record and its model."""
-    from qpruner.data.calibration import mean_loss
-    from qpruner.data.rows import load_encoded
-
-    raw, drops = open_raw
-    record, folder, events = pruned(raw)
-    (without, beside), dropped = record.tried, record.dropped_blocks
-    assert without.dropped_blocks == () and len(beside.dropped_blocks) == 1
-    assert dropped == (beside if drops else without).dropped_blocks and (not drops or dropped == (7,))
-    best, other = (beside, without) if drops else (without, beside)
-    assert other.validation_loss - best.validation_loss > 0.03, "far more than rounding does"
-    assert other.behind_stderr > 0 == best.behind_stderr
-    cut = load_dense(str(folder), "bfloat16")
-    assert len(cut.model.layers) == NUM_BLOCKS - drops
-    rows = load_encoded(folder.parent / "prepare" / "data" / "validation")
-    assert len(rows) == 64 and mean_loss(cut, rows, 1, 8).mean == pytest.approx(best.validation_loss)
-    started = next(event for event in events if isinstance(event, StageStarted) and event.stage == "prune")
-    assert "without whole blocks and with some, whichever loses less" in started.detail
-
-    alone = changed(raw, units=["block", "attention", "mlp"] if drops else ["attention", "mlp"])
-    same, same_folder, _ = pruned(with_key(alone, "output", str(tmp_path / "alone")))
-    assert same.weights == record.weights and same.layers == record.layers and same.tried == ()
-    assert same.peak_memory_bytes > 0 and record.peak_memory_bytes > 0
-    files = {path.name: path for path in folder.iterdir()}
-    assert set(files) == {path.name for path in same_folder.iterdir()}
-    assert files["importance.npz"].read_bytes() == (same_folder / "importance.npz").read_bytes()
-
-
-def test_what_is_left_of_several_cuts_is_one_on_the_bench_and_in_the_folder(
-    open_raw: tuple[Raw, bool], tmp_path: Path
-) -> None:
-    """The last that is better than those before it: no file of another stays."""
-    from qpruner.cluster.workshop import Bench
-    from qpruner.pipeline.preflight import inspect
-    from qpruner.pipeline.prune import CutJob, cut_and_save
-
-    raw, _ = open_raw
-    config = validate_config(raw)
-    run(config, lambda event: None, until="prepare")
-    prepared, bench, scratch = Path(raw["output"]) / "prepare" / "data", Bench(), tmp_path / "scratch"
-    scratch.mkdir()
-    (scratch / "model.safetensors.index.json").write_text("of a larger one")
-    settings = tuple(cut.settings for cut in inspect(config).cuts)
-    job = CutJob(config, settings, Path(config.model.source), prepared / "importance", prepared / "validation", scratch)
-    cut_and_save(job, bench, lambda event: None)
-    left = bench.pruned_model(scratch, "bfloat16")
-    assert torch.equal(logits_of(left), logits_of(load_dense(str(scratch), "bfloat16")))
-    assert not (scratch / "model.safetensors.index.json").exists()
-
-
-def test_the_summary_and_a_dry_run_tell_what_each_cut_lost(
-    open_raw: tuple[Raw, bool], write_yaml: Callable[[Raw], Path]
-) -> None:
-    raw, drops = open_raw
-    path = write_yaml(raw)
-    preview_told = json.loads(command("prune", path, "--dry-run", "--json").output.splitlines()[-1])
-    done = command("prune", path)
-    record = RunDir(raw["output"]).read_record("prune", PruneRecord)
-    assert record and preview_told["prune"]["tried"] == record.model_dump(mode="json")["tried"]
-    told = done.output.replace("\n", " ")
-    for each, which in zip(
-        record.tried, ("with all blocks", f"without blocks {record.tried[1].dropped_blocks[0]}"), strict=True
-    ):
-        behind = f" (behind, with a standard error of {each.behind_stderr:.3f})" if each.behind_stderr else ""
-        assert f" {each.validation_loss:.3f} {which}{behind}" in told
-    checked = command("check", path)
-    parameters = next(line for line in checked.output.splitlines() if line.startswith("parameters:"))
-    assert parameters.endswith(f"{NUM_BLOCKS} -> {NUM_BLOCKS - 1} blocks" if drops else " M")
-
-
-def test_check_tells_that_it_is_open_and_a_plan_says_which_cut_is_meant(
-    open_raw: tuple[Raw, bool], write_yaml: Callable[[Raw], Path], tmp_path: Path
-) -> None:
-    raw, _ = open_raw
-    path, plan = write_yaml(raw), tmp_path / "plan.yaml"
-    checked = command("check", path)
-    assert f", {NUM_BLOCKS} -> {NUM_BLOCKS} or {NUM_BLOCKS - 1} blocks" in checked.output
-    kinds = ("qkv", "o", "gate_up", "down")
-
-    def with_plan(verb: str, num_blocks: int) -> Result:
-        names = [f"layers.{index:02d}.{kind}" for index in range(num_blocks) for kind in kinds]
-        plan.write_text(json.dumps(dict.fromkeys(names, 8)))
-        return command(verb, path, "--plan", plan, "--json")
-
-    for num_blocks in (NUM_BLOCKS, NUM_BLOCKS - 1):
-        told = json.loads(with_plan("check", num_blocks).output.splitlines()[-1])
-        assert told["blocks_pruned"] == [num_blocks] and told["bytes_plan"] > 0
-    refused = with_plan("check", NUM_BLOCKS - 2)
-    assert refused.exit_code == 2 and f"8 of {4 * NUM_BLOCKS} groups are missing" in refused.output
-
-
-def test_only_the_cut_that_a_plan_means_is_made(open_raw: tuple[Raw, bool], tmp_path: Path) -> None:
-    raw, drops = open_raw
-    names = [
-        f"layers.{index:02d}.{kind}" for index in range(NUM_BLOCKS - drops) for kind in ("qkv", "o", "gate_up", "down")
-    ]
+def test_a_plan_of_a_cut_with_whole_blocks_names_those_that_stay(raw: Raw, tmp_path: Path) -> None:
+    names = [f"layers.0.{kind}" for kind in ("qkv", "o", "gate_up", "down")]
     (tmp_path / "plan.yaml").write_text(json.dumps(dict.fromkeys(names, 8)))
-    record, _, events = pruned(with_key(raw, "search.plan", str(tmp_path / "plan.yaml")))
-    assert record.tried == () and len(record.dropped_blocks) == drops
-    assert not any(isinstance(event, Progress) and "whole blocks" in event.detail for event in events)
-    again, _, events = pruned(raw)
-    assert again == record and not stages(events)["prune"]
-
-
-def test_of_what_is_open_a_cut_whose_widths_a_cpu_cannot_run_is_not_tried(
-    deep: tuple[Path, Path, bool], raw: Raw
-) -> None:
-    """bitsandbytes decodes some of them wrongly in 4 bits; nobody has asked for whole blocks."""
-    from qpruner.pipeline.preflight import inspect
-
-    raw = changed(with_key(raw, "model.source", str(deep[0])), compensation="least_squares", rate=0.25, round_to=8)
-    counts = {
-        str(bits): len(inspect(validate_config(with_key(raw, "quantize.bits", list(bits)))).cuts)
-        for bits in ((8, 16), (4, 16))
-    }
-    assert counts == {"(8, 16)": 2, "(4, 16)": 1}
-    asked = changed(with_key(raw, "quantize.bits", [4, 16]), units=["block", "attention", "mlp"])
-    with pytest.raises(UserError, match=r"`prune\.round_to: 64` for MLP channels"):
-        inspect(validate_config(asked))
+    raw = with_key(changed(raw, rate=0.3, units=["block"]), "search.plan", str(tmp_path / "plan.yaml"))
+    record, _, _ = pruned(raw)
+    assert len(record.dropped_blocks) == 1

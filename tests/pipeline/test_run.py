@@ -21,9 +21,9 @@ import pytest
 import yaml
 from conftest import disk_of, raw_config, with_key
 
-from qpruner.config.schema import load_config
-from qpruner.pipeline import check
+from qpruner.config.load import load_config
 from qpruner.pipeline.disk import SMALL_FILES
+from qpruner.pipeline.run import check
 
 MINUTES = 60.0
 NOT_COMPARED = {
@@ -290,12 +290,12 @@ def test_another_budget_measures_and_packs_nothing_and_starts_from_the_trials_th
     assert done.stdout.count("already recorded") == 4
     second, after = search_of(run)
     assert second["trials_digest"] == first["trials_digest"] and second["budget_bytes"] > first["budget_bytes"]
-    assert (second["num_trials"], second["num_taken_over"]) == (3, len(before))
+    assert (second["num_trials"], second["num_reused"]) == (3, len(before))
     assert second["ended"] == "all 3 trials were spent (`search.max_trials`)"
     assert {index: after[index] for index in before} == before, "what was taken over is as it was"
     assert len({tuple(trial["plan"].values()) for trial in after.values()}) == len(after) == len(before) + 3
     controls = {each["origin"]: each for each in second["confirmations"] if each["control"]}
-    assert controls["uniform-4"]["taken_over"] and controls["uniform-4"]["index"] == 0
+    assert controls["uniform-4"]["reused"] and controls["uniform-4"]["index"] == 0
     losses = {each["index"]: each["loss"] for each in second["confirmations"]}
     assert losses[second["best_index"]] == min(losses.values())
 
@@ -313,7 +313,7 @@ import json, sys
 from pathlib import Path
 import torch
 torch.set_num_threads(1)
-from qpruner.config.schema import load_config
+from qpruner.config.load import load_config
 from qpruner.search.trial import run_trial
 from qpruner.search.trial_job import Materials, TrialJob
 run, plan = Path(sys.argv[1]), json.loads(sys.argv[2])

@@ -11,7 +11,7 @@ import torch
 
 from qpruner.errors import SolverFailed
 from qpruner.plans import plan as plan_module
-from qpruner.plans.plan import FULL_BITS, Group, Layout, LinearShape, PlanSpace, PrecisionPlan, packed_bytes
+from qpruner.plans.plan import Group, Layout, LinearShape, PlanSpace, PrecisionPlan, packed_bytes
 from qpruner.quantization.mixed import pack
 
 SHAPES = [(64, 64), (77, 64), (96, 77), (1, 1), (3, 5), (192, 576), (129, 130), (256, 1024)]
@@ -65,14 +65,7 @@ def test_the_formula_is_the_size_of_the_packed_tensors(shape: tuple[int, int], b
     assert packed_bytes(LinearShape("layer", *shape), bits, 2, double_quant) == measured
 
 
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
-def test_an_unquantized_group_weighs_what_its_weights_weigh(shape: tuple[int, int], dtype: torch.dtype) -> None:
-    weight = torch.zeros(shape, dtype=dtype)
-    assert packed_bytes(LinearShape("layer", *shape), FULL_BITS, weight.element_size(), False) == weight.nbytes
-
-
-def test_a_plan_weighs_its_groups_and_everything_that_no_plan_changes() -> None:
+def test_plan_bytes_are_groups_and_fixed_bytes() -> None:
     layout = layout_of([(77, 64), (96, 77)], rest=12345)
     plan = PrecisionPlan(("layers.0", "layers.1"), (4, 8))
     first = packed_bytes(LinearShape("a", 77, 64), 4, 2, False)
@@ -84,7 +77,7 @@ def test_a_plan_weighs_its_groups_and_everything_that_no_plan_changes() -> None:
 
 
 @pytest.mark.parametrize("levels", [(4, 8), (4, 16), (4, 8, 16)], ids=str)
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("seed", range(2))
 def test_the_seed_plan_is_the_best_plan_there_is(levels: tuple[int, ...], seed: int) -> None:
     generator = np.random.default_rng(seed)
     layout = random_layout(generator, 7 if len(levels) == 2 else 5)
@@ -99,7 +92,7 @@ def test_the_seed_plan_is_the_best_plan_there_is(levels: tuple[int, ...], seed: 
     assert total(found) == pytest.approx(max(total(plan) for plan in feasible_plans(space)), abs=1e-9)
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", range(2))
 def test_the_seed_plan_is_exact_for_a_whole_model_too(seed: int) -> None:
     """30 blocks of one size, room for 8 bits in half of them: in the half with the larger gains, however close."""
     generator = np.random.default_rng(seed)
@@ -140,18 +133,6 @@ def test_the_seed_plan_is_exact_for_blocks_of_different_widths(seed: int) -> Non
     assert total == pytest.approx(knapsack_optimum(layout, room, gains), abs=1e-9)
 
 
-@pytest.mark.parametrize("levels", [(4, 8), (4, 8, 16)], ids=str)
-@pytest.mark.parametrize("seed", range(3))
-def test_a_budget_of_exactly_the_extremes_is_used_and_never_passed(levels: tuple[int, ...], seed: int) -> None:
-    layout = random_layout(np.random.default_rng(seed), 6)
-    gains = [[float(bits) for bits in levels] for _ in layout.groups]
-    lowest, highest = layout.uniform(levels[0]), layout.uniform(levels[-1])
-    assert PlanSpace.of(layout, levels, layout.plan_bytes(highest)).best_by_gain(gains) == highest
-    assert PlanSpace.of(layout, levels, layout.plan_bytes(lowest)).best_by_gain(gains) == lowest
-    one_byte_less = PlanSpace.of(layout, levels, layout.plan_bytes(highest) - 1)
-    assert layout.plan_bytes(one_byte_less.best_by_gain(gains)) < layout.plan_bytes(highest)
-
-
 def test_a_plan_over_by_one_byte_of_a_large_model_is_not_taken() -> None:
     """Solvers work with tolerances; on gigabytes one byte is far below them, and still over."""
     layout = layout_of([(4096, 11008)] * 12, rest=2**30)
@@ -165,7 +146,7 @@ def test_a_plan_over_by_one_byte_of_a_large_model_is_not_taken() -> None:
     assert sorted(near.bits) == [4] + [8] * 11
 
 
-def test_a_plan_that_fills_the_budget_to_the_byte_is_found_below_a_solvers_tolerance() -> None:
+def test_a_plan_that_fills_the_budget_exactly_is_found() -> None:
     """All others are over by a billionth, which HiGHS lets pass, and no margin leaves one."""
     half = 500_000_000
     groups = tuple(f"layers.{index}" for index in range(3))
@@ -175,7 +156,7 @@ def test_a_plan_that_fills_the_budget_to_the_byte_is_found_below_a_solvers_toler
     assert space.nearest_feasible(space.uniform(8), avoid=[space.uniform(4)]) is None
 
 
-def test_a_solver_with_nothing_but_plans_over_the_budget_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_solver_with_only_plans_over_budget_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(plan_module, "MAX_EXCLUDED", 1)
     sizes = ((500_000_000, 500_000_001),) * 3
     space = PlanSpace(tuple("abc"), (4, 8), sizes, fixed_bytes=0, budget_bytes=1_500_000_000)
@@ -183,7 +164,7 @@ def test_a_solver_with_nothing_but_plans_over_the_budget_says_what_to_do(monkeyp
         space.best_by_gain([[0.0, 1.0]] * 3)
 
 
-def test_a_solver_that_gives_up_is_not_taken_for_a_budget_that_no_plan_meets(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_solver_that_gives_up_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(plan_module, "SOLVER_SECONDS", 0.0)
     layout = layout_of([(64 * (3 + index), 77 + index) for index in range(40)])
     space = PlanSpace.of(
@@ -204,8 +185,8 @@ def test_no_plan_below_the_lowest_levels() -> None:
 
 
 @pytest.mark.parametrize("levels", [(4, 8), (4, 8, 16)], ids=str)
-@pytest.mark.parametrize("seed", range(6))
-def test_a_repaired_proposal_keeps_as_much_of_it_as_the_budget_allows(levels: tuple[int, ...], seed: int) -> None:
+@pytest.mark.parametrize("seed", range(2))
+def test_a_repaired_proposal_keeps_what_the_budget_allows(levels: tuple[int, ...], seed: int) -> None:
     generator = np.random.default_rng(seed)
     layout = random_layout(generator, 5)
     space = PlanSpace.of(layout, levels, budget_between(layout, levels, float(generator.uniform(0.2, 0.8))))
@@ -220,15 +201,6 @@ def test_a_repaired_proposal_keeps_as_much_of_it_as_the_budget_allows(levels: tu
         assert agreement(found, wanted) == best
         heaviest = max(layout.plan_bytes(plan) for plan in candidates if agreement(plan, wanted) == best)
         assert layout.plan_bytes(found) == heaviest
-
-
-def test_a_new_plan_inside_the_budget_is_left_as_it_is() -> None:
-    layout = random_layout(np.random.default_rng(0), 4)
-    space = PlanSpace.of(layout, (4, 8), budget_between(layout, (4, 8), 0.6))
-    for plan in feasible_plans(space):
-        assert space.nearest_feasible(plan) == plan
-        others = [other for other in feasible_plans(space) if other != plan]
-        assert space.nearest_feasible(plan, avoid=others) == plan
 
 
 @pytest.mark.parametrize("levels", [(4, 8), (4, 8, 16)], ids=str)
@@ -248,11 +220,6 @@ def test_a_plan_survives_being_written_down(bits: tuple[int, ...]) -> None:
     assert PrecisionPlan.from_dict(plan.as_dict()) == plan
     assert hash(PrecisionPlan.from_dict(plan.as_dict())) == hash(plan)
     assert str(plan) == "".join({4: "4", 8: "8", 16: "F"}[value] for value in bits)
-
-
-def test_a_plan_needs_a_width_for_every_group() -> None:
-    with pytest.raises(ValueError, match="2 groups but 1"):
-        PrecisionPlan(("layers.0", "layers.1"), (4,))
 
 
 def test_the_solver_leaves_nothing_on_stdout(capfd: pytest.CaptureFixture[str]) -> None:

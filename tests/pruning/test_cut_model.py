@@ -17,13 +17,12 @@ from qpruner.errors import UserError
 from qpruner.models.families import family_of
 from qpruner.models.loading import check_reachable, load_dense
 from qpruner.pipeline.prune import layer_widths
-from qpruner.pruning import evidence as evidence_module
+from qpruner.pruning import criteria as criteria_module
 from qpruner.pruning import prune as prune_module
-from qpruner.pruning.best_cut import cuts_of
-from qpruner.pruning.prune import Pruned, block_sizes, expected_config, num_parameters, prune
-from qpruner.pruning.selection import Kept, unit_sizes
+from qpruner.pruning.prune import Pruned, block_sizes, expected_config, num_parameters, planned_cut, prune
 from qpruner.pruning.surgery import check_not_shared
-from qpruner.report.sections import layer_cells
+from qpruner.pruning.units import Kept, unit_sizes
+from qpruner.report.tables import block_cells
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -59,7 +58,7 @@ def is_inside(inner: Kept, outer: Kept) -> bool:
 
 
 @pytest.mark.parametrize("selection", ["per_layer", "global"])
-@pytest.mark.parametrize("rate", [0.2, 0.3, 0.5])
+@pytest.mark.parametrize("rate", [0.2, 0.5])
 @pytest.mark.parametrize("criterion", CRITERIA, ids=str)
 def test_the_model_loses_the_rate_that_was_asked(criterion: dict[str, Any], rate: float, selection: str) -> None:
     model = decoder()
@@ -135,7 +134,7 @@ def test_what_is_not_said_follows_from_what_is(given: dict[str, Any], implied: d
 
 
 @pytest.mark.parametrize("selection", ["per_layer", "global"])
-@pytest.mark.parametrize("round_to", [32, 64, 128])
+@pytest.mark.parametrize("round_to", [32, 128])
 def test_the_rate_is_met_to_within_a_multiple_of_channels(selection: str, round_to: int) -> None:
     model = decoder(intermediate_size=512)
     before = num_parameters(model)
@@ -147,29 +146,8 @@ def test_the_rate_is_met_to_within_a_multiple_of_channels(selection: str, round_
 
 
 @pytest.mark.parametrize("selection", ["per_layer", "global"])
-@pytest.mark.parametrize("importance", ["magnitude", "taylor"])
-def test_a_half_precision_checkpoint_loses_the_rate_too(tiny_model: Path, selection: str, importance: str) -> None:
-    """The widths of the search are those of this model: bfloat16, two key/value heads, multiples of 64."""
-    model = load_dense(str(tiny_model), "bfloat16")
-    before = num_parameters(model)
-    channel = unit_sizes(model, range(1), ("attention", "mlp"))[0]["mlp"].parameters
-    settings = settings_of(rate=0.2, selection=selection, importance=importance, round_to=64)
-    pruned = prune(model, settings, Samples(rows_of((20, 20)), 1, 2))
-    assert abs(before - pruned.parameters_after - 0.2 * before) <= channel * 64
-    assert model.dtype == torch.bfloat16
-
-
-def test_a_bias_that_compensation_adds_is_made_up_for() -> None:
-    model = decoder()
-    before = num_parameters(model)
-    pruned = prune(model, settings_of(rate=0.2, compensation="bias"), samples_of())
-    assert any(name.endswith("bias") for name, _ in model.named_parameters())
-    assert abs(before - num_parameters(pruned.model) - 0.2 * before) <= CHANNEL
-
-
-@pytest.mark.parametrize("selection", ["per_layer", "global"])
 @pytest.mark.parametrize("rate", [0.05, 0.15, 0.2])
-def test_where_the_grid_is_coarse_the_nearest_possible_rate_is_achieved(rate: float, selection: str) -> None:
+def test_a_coarse_grid_reaches_the_nearest_rate(rate: float, selection: str) -> None:
     """Three key/value heads and nothing else: SmolLM2-135M's attention."""
     model = decoder(hidden_size=48, num_attention_heads=6, num_key_value_heads=3)
     before = num_parameters(model)
@@ -179,27 +157,6 @@ def test_where_the_grid_is_coarse_the_nearest_possible_rate_is_achieved(rate: fl
     assert removed % head == 0
     assert abs(removed - rate * before) <= head / 2
     assert all(list(kinds) == ["attention"] for kinds in pruned.kept.values())
-
-
-@pytest.mark.parametrize(
-    ("rate", "keys"),
-    [
-        (0.22, {"uniform": True, "round_to": 16}),
-        (0.5, {"units": ["block"]}),
-        (0.22, {"units": ["attention"]}),
-        (0.22, {"units": ["attention"], "compensation": "bias"}),
-        (0.45, {"units": ["block", "attention"], "depth_share": 0.8}),
-    ],
-    ids=str,
-)
-def test_the_achieved_rate_is_one_of_those_that_are_told_as_possible(rate: float, keys: dict[str, Any]) -> None:
-    model = decoder()
-    before = num_parameters(model)
-    pruned = prune(model, settings_of(rate=rate, **keys), samples_of())
-    achieved = 1 - pruned.parameters_after / before
-    assert any(abs(achieved - possible) * before < 0.5 for possible in pruned.possible_rates)
-    below, above = pruned.possible_rates
-    assert below < rate < above and abs(achieved - rate) == pytest.approx(min(rate - below, above - rate))
 
 
 def test_a_rate_of_zero_changes_nothing() -> None:
@@ -264,20 +221,6 @@ def test_blocks_outside_the_range_keep_their_weights(options: dict[str, Any], wh
         assert is_same == (index in whole)
 
 
-@pytest.mark.parametrize(("units", "other"), [("attention", "mlp"), ("mlp", "attention")])
-def test_only_the_named_kind_is_cut(units: str, other: str) -> None:
-    model = decoder()
-    pruned = prune(model, settings_of(rate=0.15, units=[units]), samples_of())
-    assert {tuple(kinds) for kinds in pruned.kept.values()} == {(units,)}
-    layers = model.model.layers
-    is_whole = {
-        "attention": {block.self_attn.k_proj.out_features for block in layers} == {32},
-        "mlp": {block.mlp.up_proj.out_features for block in layers} == {64},
-    }
-    assert is_whole[other]
-    assert not is_whole[units]
-
-
 def test_random_units_are_those_of_the_seed() -> None:
     settings = settings_of(rate=0.3, importance="random")
     first, again, other = (prune(decoder(), settings, samples_of(), seed=seed).kept for seed in (1, 1, 2))
@@ -295,7 +238,7 @@ def test_steps_remove_nested_sets_and_end_where_one_step_does(
     """Importance is measured anew on the model that is left, so other units may go; never one that went comes back."""
     chosen: list[Kept] = []
     sizes_seen: list[int] = []
-    choose, score = prune_module.choose, evidence_module.score
+    choose, score = prune_module.choose, criteria_module.score
 
     def spy_choose(*args: Any, **kwargs: Any) -> Kept:
         chosen.append(choose(*args, **kwargs))
@@ -307,10 +250,10 @@ def test_steps_remove_nested_sets_and_end_where_one_step_does(
 
     once = prune(decoder(), settings_of(rate=0.4, selection=selection, importance=importance), samples_of())
     monkeypatch.setattr(prune_module, "choose", spy_choose)
-    monkeypatch.setattr(evidence_module, "score", spy_score)
+    monkeypatch.setattr(criteria_module, "score", spy_score)
     told: list[tuple[str, int, int]] = []
     settings = settings_of(rate=0.4, selection=selection, importance=importance, steps=3)
-    stepped = prune(decoder(), settings, samples_of(), told=lambda *progress: told.append(progress))
+    stepped = prune(decoder(), settings, samples_of(), on_work=lambda *progress: told.append(progress))
     steps = [f"importance, step {step} of 3" for step in (1, 2, 3)]
     assert [what for what, done, total in told if done == total and what in steps] == steps
     assert sizes_seen == sorted(set(sizes_seen), reverse=True) and len(sizes_seen) == 3
@@ -325,17 +268,10 @@ def test_steps_remove_nested_sets_and_end_where_one_step_does(
     assert {kind: len(values) for kind, values in stepped.scores[0].items()} == {"attention": 4, "mlp": 64}
 
 
-@pytest.mark.parametrize("options", [{"layer_rate": 0.5}, {"rate": 0.4, "uniform": True, "round_to": 8}], ids=str)
-def test_steps_keep_to_what_one_step_promises(options: dict[str, Any]) -> None:
-    once, stepped = (prune(decoder(), settings_of(steps=steps, **options), samples_of()) for steps in (1, 4))
-    assert widths(stepped) == widths(once)
-    assert stepped.model.config.is_heterogeneous == once.model.config.is_heterogeneous
-
-
 # ---- every block alike
 
 
-@pytest.mark.parametrize("rate", [0.2, 0.3, 0.5])
+@pytest.mark.parametrize("rate", [0.2, 0.5])
 @pytest.mark.parametrize("compensation", ["none", "least_squares"])
 def test_uniform_widths_make_a_plain_config(rate: float, compensation: str, tmp_path: Path) -> None:
     """Every block alike, so the config has no entry by block: and what a plain Llama may not be, it never becomes."""
@@ -439,7 +375,7 @@ def test_the_config_is_known_without_weights(options: dict[str, Any]) -> None:
     }
 
 
-def test_where_scores_decide_the_config_is_what_it_is_on_average() -> None:
+def test_under_global_selection_the_config_is_the_average() -> None:
     from transformers import AutoModelForCausalLM
 
     settings, model = settings_of(rate=0.3, selection="global"), decoder()
@@ -534,7 +470,7 @@ def test_the_record_lists_the_channels_of_the_experts_that_stay() -> None:
         experts = pruned.kept[layer.layer]["expert"]
         assert layer.kept_experts == experts
         assert layer.kept_mlp_channels == tuple(unit for unit in range(4 * 24) if unit // 24 in experts)
-        assert layer_cells(layer)[3] == f"{len(experts)} x 24 of 4 x 24"
+        assert block_cells(layer)[3] == f"{len(experts)} x 24 of 4 x 24"
 
 
 @pytest.mark.parametrize("options", [{"rate": 0.3}, {"rate": 0.3, "uniform": True}, {"layer_rate": 0.4}], ids=str)
@@ -571,20 +507,21 @@ def test_what_stacked_experts_cannot_do_is_refused(options: dict[str, Any], said
 
 
 @pytest.mark.parametrize(
-    ("units", "expected"), [(None, "none"), (("expert",), "none"), (("attention",), "least_squares")], ids=str
+    ("units", "expected"),
+    [(("attention", "mlp"), "none"), (("expert",), "none"), (("attention",), "least_squares")],
+    ids=str,
 )
-def test_experts_are_cut_by_default_with_nothing_made_up_for(units: Any, expected: str) -> None:
+def test_experts_get_no_compensation_by_default(units: Any, expected: str) -> None:
     """What only linear layers can have is no default for those that have none."""
     model, settings = tiny("mixtral"), PruneConfig(rate=0.1, units=units, round_to=8)
-    (cut,) = cuts_of(model.config, settings)
-    assert cut.settings.compensates_by == expected
+    assert planned_cut(model.config, settings).settings.compensates_by == expected
     before = num_parameters(model)
     assert prune(model, settings, samples_of()).parameters_after < before
 
 
-@pytest.mark.parametrize("steps", [1, 3, 5])
+@pytest.mark.parametrize("steps", [1, 3])
 @pytest.mark.parametrize("selection", ["per_layer", "global"])
-@pytest.mark.parametrize("rate", [0.05 + 0.03 * number for number in range(15)])
+@pytest.mark.parametrize("rate", [0.05, 0.14, 0.23, 0.32, 0.47])
 def test_heads_and_whole_experts_come_as_near_as_they_can(rate: float, selection: str, steps: int) -> None:
     """Where heads alone cannot give what experts leave, one more expert goes."""
     model, units = tiny("mixtral"), ["attention", "expert"]
@@ -599,9 +536,6 @@ def test_heads_and_whole_experts_come_as_near_as_they_can(rate: float, selection
     pruned = prune(model, settings_of(**options), samples_of())
     nearest = min(abs(number - asked) for number in sums)
     assert abs(before - pruned.parameters_after - asked) <= max(nearest, pools[0][0] / 2)
-    told = sorted({max(n for n in sums if n <= asked), min(n for n in sums if n >= asked)})
-    is_met = nearest <= pools[0][0] / 2
-    assert [round(each * before) for each in pruned.possible_rates] == ([] if is_met else told)
 
 
 @pytest.mark.parametrize("options", [{"units": ["mlp"]}, {"units": ["attention"]}, {"last_layer": 1}], ids=str)
@@ -615,7 +549,7 @@ def test_the_highest_rate_that_is_told_can_be_had(options: dict[str, Any]) -> No
         expected_config(model_config, settings_of(rate=float(told) + 0.1, **options))
 
 
-def test_no_highest_rate_is_told_where_fewer_blocks_would_go_at_it() -> None:
+def test_no_highest_rate_is_named_beside_dropped_blocks() -> None:
     settings = settings_of(rate=0.9, units=["block", "attention"], depth_share=0.5)
     with pytest.raises(UserError, match=r"at most .* can .*\(once \d whole blocks? went") as caught:
         expected_config(tiny(num_hidden_layers=6).config, settings)
@@ -656,7 +590,7 @@ def _share_with_the_head(model: PreTrainedModel) -> None:
         (_share_with_the_head, ("model.layers.1.self_attn.o_proj.weight", "model.norm.weight")),
     ],
 )
-def test_weights_that_a_cut_would_break_for_another_block_are_refused(share: Any, names: tuple[str, ...]) -> None:
+def test_shared_weights_are_refused(share: Any, names: tuple[str, ...]) -> None:
     model = decoder()
     share(model)
     with pytest.raises(UserError, match=r"one shared \(tied\) weight.*untie them, or leave pruning out") as caught:
@@ -693,9 +627,7 @@ def test_a_tied_output_head_is_no_obstacle() -> None:
     ],
     ids=str,
 )
-def test_what_a_model_cannot_meet_is_refused_before_and_after_its_weights_are_read(
-    name: str, options: dict[str, Any], said: str
-) -> None:
+def test_what_a_model_cannot_meet_is_refused(name: str, options: dict[str, Any], said: str) -> None:
     """And the model is as it was."""
     grouped = {"num_key_value_heads": 4} if name == "llama" else {}
     model, settings = tiny(name, **grouped), settings_of(**options)

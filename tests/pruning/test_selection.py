@@ -9,18 +9,9 @@ import numpy as np
 import pytest
 
 from qpruner.errors import UserError
-from qpruner.pruning.selection import (
-    Kept,
-    KindSize,
-    Sizes,
-    available,
-    counts_per_layer,
-    layer_range,
-    neighbours,
-    select,
-    select_rate,
-    units_at_rate,
-)
+from qpruner.pruning.allocation import counts_per_layer
+from qpruner.pruning.selection import select, select_rate, units_at_rate
+from qpruner.pruning.units import Kept, KindSize, Sizes, available, layer_range
 
 Values = dict[int, dict[str, list[float]]]
 SELECTIONS = ["per_layer", "global"]
@@ -100,7 +91,7 @@ def spread(counts: dict[int, dict[str, int]], kind: str) -> int:
 # ---- the rate
 
 
-@pytest.mark.parametrize("seed", range(300))
+@pytest.mark.parametrize("seed", range(20))
 def test_the_asked_share_goes_to_within_one_channel(seed: int) -> None:
     generator = np.random.default_rng(seed)
     sizes = random_sizes(generator)
@@ -113,23 +104,9 @@ def test_the_asked_share_goes_to_within_one_channel(seed: int) -> None:
     assert spread(counts, "attention") <= 1
 
 
-@pytest.mark.parametrize("round_to", [8, 64, 128])
-@pytest.mark.parametrize("seed", range(40))
-def test_rounded_widths_cost_at_most_one_bundle(seed: int, round_to: int) -> None:
-    generator = np.random.default_rng(seed)
-    sizes = random_sizes(generator, multiple=round_to)
-    if sizes[3]["mlp"].count <= round_to:
-        sizes = sizes_of(len(sizes), (sizes[3]["attention"].parameters, 4), (sizes[3]["mlp"].parameters, 4 * round_to))
-    target = int(available(sizes) * generator.uniform(0.01, 0.5))
-    counts = counts_per_layer(sizes, target, round_to)
-    assert abs(target - parameters_of(counts, sizes)) <= sizes[3]["mlp"].parameters * round_to
-    assert all((sizes[index]["mlp"].count - kinds["mlp"]) % round_to == 0 for index, kinds in counts.items())
-    assert spread(counts, "mlp") <= round_to
-
-
 @pytest.mark.parametrize("selection", SELECTIONS)
 @pytest.mark.parametrize("channels", [640, 600])
-@pytest.mark.parametrize("round_to", [32, 64, 128])
+@pytest.mark.parametrize("round_to", [32, 128])
 @pytest.mark.parametrize("rate", [0.05, 0.4])
 def test_what_stays_is_a_multiple_of_round_to(selection: str, channels: int, round_to: int, rate: float) -> None:
     """Also when the base model's own width is none."""
@@ -181,7 +158,7 @@ def test_coarse_attention_units_do_not_overshoot(
 
 @pytest.mark.parametrize("selection", SELECTIONS)
 @pytest.mark.parametrize("weight_of_heads", [0.01, 1.0, 30.0])
-@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("seed", range(7))
 def test_every_block_keeps_a_unit_of_each_kind(selection: str, weight_of_heads: float, seed: int) -> None:
     """However the scores fall: heads that matter most of all still go where channels cannot make up the rate."""
     generator = np.random.default_rng(seed)
@@ -200,8 +177,8 @@ def test_every_block_keeps_a_unit_of_each_kind(selection: str, weight_of_heads: 
 
 
 @pytest.mark.parametrize("selection", SELECTIONS)
-@pytest.mark.parametrize("rate", [0.18, 0.2, 0.25, 0.3, 0.5])
-def test_three_key_value_heads_alone_go_to_the_nearest_possible_number(selection: str, rate: float) -> None:
+@pytest.mark.parametrize("rate", [0.18, 0.3, 0.5])
+def test_heads_alone_go_to_the_nearest_number(selection: str, rate: float) -> None:
     """SmolLM2's attention: not every rate is possible, but none nearer than what goes."""
     size = 64 * 576 * 8
     sizes = sizes_of(5, attention=(size, 3))
@@ -217,7 +194,7 @@ def test_three_key_value_heads_alone_go_to_the_nearest_possible_number(selection
 
 
 @pytest.mark.parametrize("selection", SELECTIONS)
-def test_more_than_the_blocks_have_is_refused_with_what_to_do(selection: str) -> None:
+def test_more_than_the_blocks_have_is_refused(selection: str) -> None:
     sizes = sizes_of(2, attention=(2000, 2), mlp=(60, 50))
     scores = random_scores(np.random.default_rng(0), sizes)
     everything = available(sizes)
@@ -228,19 +205,10 @@ def test_more_than_the_blocks_have_is_refused_with_what_to_do(selection: str) ->
     assert removed_by(select(scores, sizes, 2 * (2000 + 49 * 60), selection), sizes) == 2 * (2000 + 49 * 60)
 
 
-@pytest.mark.parametrize("selection", SELECTIONS)
-def test_a_share_that_rounds_to_every_head_leaves_one(selection: str) -> None:
-    sizes = sizes_of(3, attention=(1000, 2), mlp=(10, 2000))
-    target = int(0.85 * available(sizes))
-    kept = select(random_scores(np.random.default_rng(0), sizes, weight_of_heads=0.01), sizes, target, selection)
-    assert [len(kinds["attention"]) for kinds in kept.values()] == [1, 1, 1]
-    assert abs(target - removed_by(kept, sizes)) <= 10
-
-
 # ---- which
 
 
-@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("seed", range(3))
 def test_the_least_important_go_first_in_every_block(seed: int) -> None:
     generator = np.random.default_rng(seed)
     sizes = sizes_of(4, attention=(2000, 4), mlp=(60, 200))
@@ -253,8 +221,8 @@ def test_the_least_important_go_first_in_every_block(seed: int) -> None:
             assert max(values[unit] for unit in gone) <= min(values[unit] for unit in kept[index][kind])
 
 
-@pytest.mark.parametrize("seed", range(5))
-def test_a_global_selection_takes_the_least_important_wherever_they_are(seed: int) -> None:
+@pytest.mark.parametrize("seed", range(3))
+def test_global_selection_takes_the_least_important_anywhere(seed: int) -> None:
     generator = np.random.default_rng(seed)
     sizes = sizes_of(4, attention=(2000, 4), mlp=(60, 200))
     scores = random_scores(generator, sizes, weight_of_heads=0.1)
@@ -316,21 +284,9 @@ def test_steps_remove_more_and_more_of_the_same(selection: str, round_to: int) -
     assert abs(removed[-1] - target) <= 60 * round_to
 
 
-def test_what_an_earlier_step_removed_never_comes_back() -> None:
-    """Channels went first; the head that the last step must take is worth more of them than can still return."""
-    sizes = {0: {"attention": KindSize(1000, 2), "mlp": KindSize(10, 100)}}
-    scores: Values = {0: {"attention": [1e9, 1e8], "mlp": [float(unit) for unit in range(100)]}}
-    first = select(scores, sizes, 1200, "global", progress=0.5)
-    assert first[0] == {"attention": (0, 1), "mlp": tuple(range(60, 100))}
-    scores[0]["mlp"][:60] = [float("-inf")] * 60
-    last = select(scores, sizes, 1200, "global")
-    assert set(last[0]["mlp"]) <= set(first[0]["mlp"])
-    assert 1200 <= removed_by(last, sizes) <= 1200 + 1000
-
-
 @pytest.mark.parametrize("selection", ["global", "per_layer"])
-@pytest.mark.parametrize("seed", range(60))
-def test_a_step_that_took_more_than_the_next_ones_share_is_gone_on_from(seed: int, selection: str) -> None:
+@pytest.mark.parametrize("seed", range(20))
+def test_nothing_comes_back_after_a_step_that_took_too_much(seed: int, selection: str) -> None:
     """A head is worth several steps here: once it went, there are steps with nothing to do."""
     generator = np.random.default_rng(seed)
     sizes = {
@@ -361,8 +317,8 @@ def test_a_step_that_took_more_than_the_next_ones_share_is_gone_on_from(seed: in
 
 
 @pytest.mark.parametrize("round_to", [1, 64])
-@pytest.mark.parametrize("seed", range(40))
-def test_uniform_widths_are_alike_and_as_near_as_one_unit_of_every_block(seed: int, round_to: int) -> None:
+@pytest.mark.parametrize("seed", range(10))
+def test_uniform_widths_are_alike_and_near(seed: int, round_to: int) -> None:
     generator = np.random.default_rng(seed)
     sizes = random_sizes(generator, multiple=round_to)
     target = int(available(sizes) * generator.uniform(0.05, 0.5))
@@ -374,7 +330,7 @@ def test_uniform_widths_are_alike_and_as_near_as_one_unit_of_every_block(seed: i
 
 
 @pytest.mark.parametrize(("rate", "stays"), [(0.1, 16), (0.2, 16), (0.3, 8), (0.6, 8), (0.7, 4)])
-def test_uniform_heads_are_of_a_number_that_a_plain_checkpoint_can_have(rate: float, stays: int) -> None:
+def test_uniform_heads_keep_a_plain_number(rate: float, stays: int) -> None:
     """transformers refuses a Llama whose hidden size is no multiple of its heads: 26 of 32 cannot be loaded."""
     plain = tuple(count for count in range(1, 17) if 64 % count == 0)
     sizes = {index: {"attention": KindSize(1000, 16, plain=plain)} for index in range(3)}
@@ -389,7 +345,7 @@ def test_uniform_heads_are_of_a_number_that_a_plain_checkpoint_can_have(rate: fl
     assert abs(target - parameters_of(counts, both)) <= 3 * 10
 
 
-def test_uniform_heads_go_further_when_channels_cannot_give_the_rest() -> None:
+def test_uniform_heads_give_what_channels_cannot() -> None:
     plain = (1, 2, 4, 8)
     sizes = {index: {"attention": KindSize(1000, 8, plain=plain), "mlp": KindSize(10, 101)} for index in range(2)}
     counts = counts_per_layer(sizes, 2 * 3500, uniform=True)
@@ -398,8 +354,8 @@ def test_uniform_heads_go_further_when_channels_cannot_give_the_rest() -> None:
 
 
 @pytest.mark.parametrize("kinds", [("attention", "mlp"), ("expert", "attention"), ("attention",)], ids=str)
-@pytest.mark.parametrize("seed", range(20))
-def test_no_uniform_widths_are_nearer_and_those_next_to_the_target_are_told(seed: int, kinds: tuple[str, ...]) -> None:
+@pytest.mark.parametrize("seed", range(7))
+def test_no_uniform_widths_are_nearer(seed: int, kinds: tuple[str, ...]) -> None:
     """Against every combination; one that is half a unit of every block off may be passed over for a more even one."""
     generator = np.random.default_rng(seed)
     plain = tuple(sorted({int(count) for count in generator.integers(1, 12, 4)} | {12}))
@@ -418,29 +374,20 @@ def test_no_uniform_widths_are_nearer_and_those_next_to_the_target_are_told(seed
     removed = parameters_of(counts_per_layer(sizes, target, 64, uniform=True), sizes)
     one = min(every[kind].parameters * (64 if kind == "mlp" else 1) for kind in kinds)
     assert abs(removed - target) <= max(5 * one / 2, min(abs(each - target) for each in possible))
-    told = neighbours(sizes, target, 64, uniform=True)
-    assert removed in told and set(told) <= set(possible)
-    assert min(told) <= target <= max(told) or len(told) == 1
-    for number in told:
-        if number != removed:
-            assert parameters_of(counts_per_layer(sizes, number, 64, uniform=True), sizes) == number, (
-                "asked for, it goes"
-            )
 
 
 SMOLLM2 = (3, 64 * 576 * 8, 1536, 3 * 576, 30, 134_515_008, (1, 2, 3))
 LLAMA_2_7B = (32, 4 * 128 * 4096, 11008, 3 * 4096, 32, 6_738_415_616, (1, 2, 4, 8, 16, 32))
-QWEN3_8B = (8, 10 * 128 * 4096, 12288, 3 * 4096, 36, 8_190_735_360, tuple(range(1, 9)))
 
 
-@pytest.mark.parametrize("shape", [SMOLLM2, LLAMA_2_7B, QWEN3_8B], ids=["SmolLM2-135M", "Llama-2-7B", "Qwen3-8B"])
-def test_uniform_heads_lose_about_the_share_and_no_more_and_a_higher_rate_gives_none_back(shape: Any) -> None:
+@pytest.mark.parametrize("shape", [SMOLLM2, LLAMA_2_7B], ids=["SmolLM2-135M", "Llama-2-7B"])
+def test_uniform_heads_lose_at_most_the_share(shape: Any) -> None:
     """Which of the nearest widths hits a rate most closely is chance: half of all heads went for 0.1 % of the rate."""
     heads, head, channels, channel, blocks, parameters, plain = shape
     kinds = {"attention": KindSize(head, heads, plain=plain), "mlp": KindSize(channel, channels)}
     sizes = dict.fromkeys(range(blocks), kinds)
     before = 0
-    for rate in np.arange(0.02, 0.5, 0.005):
+    for rate in np.arange(0.02, 0.5, 0.02):
         target = int(rate * parameters)
         counts = counts_per_layer(sizes, target, 64, uniform=True)[0]
         assert counts["attention"] / heads <= target / available(sizes)
@@ -451,30 +398,7 @@ def test_uniform_heads_lose_about_the_share_and_no_more_and_a_higher_rate_gives_
         before = counts["attention"]
 
 
-@pytest.mark.parametrize(("rate", "achieved"), [(0.2, 0.1973), (0.3, 0.2878), (0.5, 0.5097)])
-def test_smollm2_with_blocks_all_alike_comes_within_half_of_64_channels_of_every_block(
-    rate: float, achieved: float
-) -> None:
-    """64 channels of every block are 2.5 % of all parameters, one of three heads of every block 6.6 %."""
-    heads, head, channels, channel, blocks, parameters, plain = SMOLLM2
-    kinds = {"attention": KindSize(head, heads, plain=plain), "mlp": KindSize(channel, channels)}
-    sizes = dict.fromkeys(range(blocks), kinds)
-    removed = parameters_of(counts_per_layer(sizes, int(rate * parameters), 64, uniform=True), sizes)
-    assert removed / parameters == pytest.approx(achieved, abs=1e-4)
-
-
-@pytest.mark.parametrize("selection", SELECTIONS)
-def test_heads_alone_are_told_with_what_is_next_to_the_target(selection: str) -> None:
-    sizes = sizes_of(4, attention=(1000, 3))
-    scores: Values = {index: {"attention": [1.0, 2.0, 3.0]} for index in sizes}
-    kept = select(scores, sizes, 3400, selection)
-    assert removed_by(kept, sizes) == 3000
-    assert neighbours(sizes, 3400, 1, uniform=False) == (3000, 4000)
-    assert neighbours(sizes, 8400, 1, uniform=False) == (8000,), "one of each block must stay"
-    assert neighbours(sizes_of(4, (1000, 3), (9, 100)), 3400, 1, uniform=False) == ()
-
-
-def test_heads_of_plain_numbers_that_cannot_give_what_is_asked_are_refused() -> None:
+def test_too_few_plain_heads_are_refused() -> None:
     """A silent cut of half as much would be taken for the one that was asked for."""
     sizes = {index: {"attention": KindSize(1000, 8, plain=(4, 8)), "mlp": KindSize(10, 100)} for index in range(2)}
     with pytest.raises(UserError, match=r"at most 9,980 can .* 4 key/value groups, .*`uniform: false`"):
@@ -518,7 +442,7 @@ def test_a_token_finds_as_many_experts_as_it_is_sent_to(selection: str, rate: fl
 
 
 @pytest.mark.parametrize("uniform", [True, False])
-@pytest.mark.parametrize("target", range(0, 20000, 700))
+@pytest.mark.parametrize("target", range(0, 20000, 2300))
 def test_the_nearest_goes_where_channels_can_give_nothing(target: int, uniform: bool) -> None:
     """`round_to` as wide as the MLP: heads alone, 3000 parameters each, in all three blocks at once where uniform."""
     sizes = sizes_of(3, (3000, 3), (180, 40))
@@ -592,14 +516,6 @@ def test_a_blocks_own_share_that_leaves_too_few_is_refused(
     assert len(kept[3][name]) == size.least
 
 
-def test_the_bound_that_is_told_is_that_of_every_kind() -> None:
-    sizes = {0: {"attention": KindSize(900, 4, rows=8), "expert": KindSize(3000, 8, least=2)}}
-    scores: Values = {0: {name: [float(unit) for unit in range(size.count)] for name, size in sizes[0].items()}}
-    with pytest.raises(UserError, match=r"at least 2 must stay: make it at most 0\.75$"):
-        select_rate(scores, sizes, 0.999)
-    assert len(select_rate(scores, sizes, 0.75)[0]["expert"]) == 2
-
-
 def test_a_blocks_own_share_takes_its_least_important() -> None:
     sizes = {0: {"attention": KindSize(900, 4, rows=8), "mlp": KindSize(10, 10)}, 5: {"mlp": KindSize(10, 20)}}
     scores: Values = {
@@ -629,24 +545,23 @@ def test_a_blocks_own_share_takes_its_least_important() -> None:
         (2, 4, (0, 7), (2, 3, 4)),
     ],
 )
-def test_a_range_of_blocks_includes_both_ends_but_not_the_protected(
+def test_a_range_includes_both_ends_but_not_the_protected(
     first: int, last: int, protected: tuple[int, ...], expected: Any
 ) -> None:
     assert layer_range(first, last, 8, protected) == tuple(expected)
 
 
-@pytest.mark.parametrize(("first", "last"), [(8, -1), (0, 8), (5, 4), (0, -9), (3, -7)])
-def test_a_range_outside_the_model_is_refused(first: int, last: int) -> None:
-    with pytest.raises(UserError, match="8 blocks, 0 to 7"):
-        layer_range(first, last, 8)
-
-
-@pytest.mark.parametrize("protected", [(8,), (-9,), (1, 12)])
-def test_a_protected_block_outside_the_model_is_refused(protected: tuple[int, ...]) -> None:
-    with pytest.raises(UserError, match=rf"no block {protected[-1]}; the model has 8, 0 to 7"):
-        layer_range(0, -1, 8, protected)
-
-
-def test_protecting_every_block_is_refused() -> None:
-    with pytest.raises(UserError, match=r"leaves no block that may be cut: name fewer, or widen `prune\.first_layer`"):
-        layer_range(2, 3, 8, (2, -5))
+@pytest.mark.parametrize(
+    ("first", "last", "protected", "said"),
+    [
+        (8, -1, (), "8 blocks, 0 to 7"),
+        (5, 4, (), "8 blocks, 0 to 7"),
+        (0, -9, (), "8 blocks, 0 to 7"),
+        (0, -1, (1, 12), "no block 12; the model has 8, 0 to 7"),
+        (0, -1, (-9,), "no block -9; the model has 8, 0 to 7"),
+        (2, 3, (2, -5), r"leaves no block that may be cut: name fewer, or widen `prune\.first_layer`"),
+    ],
+)
+def test_blocks_outside_the_model_are_refused(first: int, last: int, protected: tuple[int, ...], said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        layer_range(first, last, 8, protected)

@@ -1,25 +1,162 @@
-"""A plan's model, weighed: the bytes of its tensors are the bytes that the budget counts."""
+"""A plan's model: its bytes are those that the budget counts, and the next plan's is that of a fresh process."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 import pytest
-from mixed_models import DTYPE, GROUP, LORA, fill_bank, mixed_plan
-from transformers import AutoConfig
+import torch
+from mixed_models import DTYPE, GROUP, LORA, fill_bank, logits_of, mixed_plan, token_ids
+from transformers import AutoConfig, PreTrainedModel
 
-from qpruner.models.layout import layout_of
+from qpruner.models.layout import group_linears, layout_of
 from qpruner.plans.plan import PrecisionPlan
-from qpruner.quantization.assembly import assemble, attach_adapters, measured_bytes
+from qpruner.quantization import assembly
+from qpruner.quantization.assembly import PlanAssembler, assemble, attach_adapters, measured_bytes
+from qpruner.quantization.bank import read_plan
+
+Banked = tuple[Path, list[str], bool]
+PATTERNS = [(4,), (8,), (16,), (4, 8, 16, 8, 4), (8,), (16, 4, 8), (4,)]
 
 
-@pytest.mark.parametrize("double_quant", [False, True])
-def test_a_model_weighs_exactly_what_its_plan_says(tiny_model: Path, tmp_path: Path, double_quant: bool) -> None:
-    names = fill_bank(tiny_model, tmp_path, double_quant)
+@pytest.fixture(scope="module", params=[False, True], ids=["single", "double"])
+def banked(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Banked:
+    folder = tmp_path_factory.mktemp("bank")
+    return folder, fill_bank(tiny_model, folder, request.param), request.param
+
+
+def assembler_of(tiny_model: Path, banked: Banked) -> PlanAssembler:
+    return PlanAssembler(tiny_model, banked[0], GROUP, DTYPE, banked[2], LORA)
+
+
+def fresh_model(tiny_model: Path, banked: Banked, plan: dict[str, int], seed: int) -> torch.nn.Module:
+    model, starts = assemble(tiny_model, banked[0], GROUP, plan, DTYPE, banked[2])
+    peft_model: torch.nn.Module = attach_adapters(model, starts, LORA, GROUP, seed)
+    return peft_model
+
+
+def everything(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    return {name: value for name, value in model.state_dict().items() if isinstance(value, torch.Tensor)}
+
+
+def train_a_little(model: torch.nn.Module) -> None:
+    ids = torch.randint(3, 400, (2, 9), generator=torch.Generator().manual_seed(1))
+    ids = ids.to(next(model.parameters()).device)
+    model.train()
+    optimizer = torch.optim.SGD([each for each in model.parameters() if each.requires_grad], lr=1.0)
+    model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+    optimizer.step()
+
+
+def assert_same(found: torch.nn.Module, expected: torch.nn.Module) -> None:
+    one, other = everything(found), everything(expected)
+    assert list(one) == list(other)
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    assert torch.equal(logits_of(found.eval()), logits_of(expected.eval()))
+
+
+def test_a_model_weighs_what_its_plan_says(tiny_model: Path, banked: Banked) -> None:
+    folder, names, double_quant = banked
     layout = layout_of(AutoConfig.from_pretrained(tiny_model), GROUP, 2, double_quant, LORA.rank)
-    for pattern in ((4,), (8,), (16,), (4, 8, 16, 8, 4)):
+    for pattern in PATTERNS[:4]:
         plan = mixed_plan(names, pattern)
-        model, starts = assemble(tiny_model, tmp_path, GROUP, plan, DTYPE, double_quant)
+        model, starts = assemble(tiny_model, folder, GROUP, plan, DTYPE, double_quant)
         promised = layout.plan_bytes(PrecisionPlan.from_dict(plan))
         assert measured_bytes(model) == promised - layout.adapter_bytes
         assert measured_bytes(attach_adapters(model, starts, LORA, GROUP, seed=0)) == promised
+
+
+def test_the_next_plan_is_the_model_of_a_fresh_process(tiny_model: Path, banked: Banked) -> None:
+    """Before and after training, whatever was done to the model of the plan before."""
+    assembler = assembler_of(tiny_model, banked)
+    for pattern in PATTERNS:
+        plan = mixed_plan(banked[1], pattern)
+        expected = fresh_model(tiny_model, banked, plan, seed=3)
+        state = torch.get_rng_state()
+        found = assembler.model(plan, seed=3)
+        assert torch.equal(torch.get_rng_state(), state)
+        assert measured_bytes(found) == measured_bytes(expected)
+        assert_same(found, expected)
+        for each in (expected, found):
+            train_a_little(each)
+        trained = [sum(each.requires_grad for each in model.parameters()) for model in (found, expected)]
+        assert trained[0] == trained[1]
+        assert_same(found, expected)
+        found.disable_adapter_layers()
+
+
+def test_only_groups_of_other_bits_are_exchanged(tiny_model: Path, banked: Banked) -> None:
+    assembler, names = assembler_of(tiny_model, banked), banked[1]
+    plan = mixed_plan(names, (4, 8))
+    before = dict(assembler.model(plan, seed=0).named_parameters())
+    after = dict(assembler.model({**plan, names[2]: 8}, seed=0).named_parameters())
+    changed = {name for name, weight in after.items() if "lora_" not in name and weight is not before[name]}
+    paths = group_linears(AutoConfig.from_pretrained(tiny_model), GROUP)[names[2]]
+    assert changed == {f"base_model.model.{path}.base_layer.weight" for path in paths}
+
+
+def test_every_grouped_layer_gets_its_own_start(tiny_model: Path, banked: Banked) -> None:
+    plan = mixed_plan(banked[1], (4, 8, 16))
+    starts = {}
+    for seed in (0, 1):
+        torch.manual_seed(11 + seed)
+        model = fresh_model(tiny_model, banked, plan, seed)
+        paths = {path: plan[name] for name, paths in group_linears(model.config, GROUP).items() for path in paths}
+        read = read_plan(banked[0], plan)
+        for path, bits in paths.items():
+            layer = model.base_model.model.get_submodule(path)
+            a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+            assert a.dtype == b.dtype == torch.float32
+            if bits == 16:
+                assert a.abs().max() > 0 and not b.any(), "an unquantized layer starts as it is"
+                starts[seed] = a
+            else:
+                assert torch.equal(a, read[f"{path}.lora_A"]) and torch.equal(b, read[f"{path}.lora_B"])
+    assert not torch.equal(starts[0], starts[1]), "the seed reaches the plain starts"
+
+
+def spread_over_hooks(model: PreTrainedModel) -> PreTrainedModel:
+    """As over several GPUs, all of which are the one CPU: accelerate's hooks move what goes into every module."""
+    from accelerate import dispatch_model
+
+    places = {"model.embed_tokens": "cpu", "model.norm": "cpu", "model.rotary_emb": "cpu", "lm_head": "cpu"}
+    places |= {f"model.layers.{index}": "cpu" for index in range(model.config.num_hidden_layers)}
+    spread: PreTrainedModel = dispatch_model(model, places, force_hooks=True)
+    return spread
+
+
+@pytest.mark.parametrize("bits", [4, 8, 16])
+def test_groups_of_a_spread_model_are_exchanged(
+    bits: int, tiny_model: Path, banked: Banked, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = banked[1]
+    plan = {**mixed_plan(names, (4, 8)), names[1]: bits}
+    expected = assembler_of(tiny_model, banked).model(plan, seed=0)
+    monkeypatch.setattr(assembly, "_placed", spread_over_hooks)
+    assembler = assembler_of(tiny_model, banked)
+    first = assembler.model(mixed_plan(names, (8, 4)), seed=0)
+    assert any(hasattr(module, "_hf_hook") for module in first.modules())
+    train_a_little(first)
+    found = assembler.model(plan, seed=0)
+    for model in (expected, found):
+        train_a_little(model)
+    assert torch.equal(logits_of(found.eval()), logits_of(expected.eval()))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="two GPUs to spread a model over")
+def test_a_trial_over_several_gpus_is_that_of_one(
+    tiny_model: Path, banked: Banked, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = banked[1]
+    logits = []
+    for number in (2, 1):
+        monkeypatch.setattr(torch.cuda, "device_count", lambda number=number: number)
+        assembler = assembler_of(tiny_model, banked)
+        for plan in (mixed_plan(names, (4, 8)), mixed_plan(names, (8, 16, 4))):
+            model = assembler.model(plan, seed=0)
+            assert len({parameter.device for parameter in model.parameters()}) == number
+            train_a_little(model)
+        ids = token_ids().to(next(model.parameters()).device)
+        logits.append(model.eval()(input_ids=ids, use_cache=False).logits.float().cpu())
+    assert (logits[0] - logits[1]).norm() < 0.01 * logits[1].norm()

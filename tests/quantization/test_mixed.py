@@ -24,7 +24,7 @@ from qpruner.plans.plan import LinearShape, PrecisionPlan, check_cpu_widths
 from qpruner.quantization.assembly import assemble, attach_adapters
 from qpruner.quantization.mixed import pack, replace_linears, unpack
 
-PATTERNS = {"all-4": (4,), "all-8": (8,), "all-16": (16,), "mixed": (4, 8, 16, 8, 4)}
+MIXED = (4, 8, 16, 8, 4)
 LAYERS = {4: bnb.nn.Linear4bit, 8: bnb.nn.Linear8bitLt, 16: torch.nn.Linear}
 
 FRESH_PROCESS = """
@@ -52,7 +52,7 @@ def bank(tiny_model: Path, double_quant: bool, tmp_path_factory: pytest.TempPath
     return folder, fill_bank(tiny_model, folder, double_quant)
 
 
-@pytest.mark.parametrize("pattern", PATTERNS.values(), ids=PATTERNS)
+@pytest.mark.parametrize("pattern", [(8,), MIXED], ids=str)
 def test_a_saved_model_loads_bit_for_bit(
     tiny_model: Path, bank: tuple[Path, list[str]], double_quant: bool, pattern: tuple[int, ...], tmp_path: Path
 ) -> None:
@@ -67,14 +67,17 @@ def test_a_saved_model_loads_bit_for_bit(
     written, again = load_file(tmp_path / "model.safetensors"), load_file(tmp_path / "again" / "model.safetensors")
     assert written.keys() == again.keys()
     assert all(torch.equal(written[name], again[name]) for name in written)
+    config = json.loads((tmp_path / "config.json").read_text()).get("quantization_config", {})
+    paths = group_linears(AutoConfig.from_pretrained(tiny_model), GROUP)
+    assert (config["quant_method"], config["double_quant"]) == ("qpruner", double_quant)
+    assert config["bits"] == {path: plan[name] for name in names for path in paths[name] if plan[name] != 16}
 
 
-@pytest.mark.parametrize("pattern", PATTERNS.values(), ids=PATTERNS)
-def test_each_layer_is_of_its_plan(
-    tiny_model: Path, bank: tuple[Path, list[str]], double_quant: bool, pattern: tuple[int, ...]
+def test_each_layer_has_the_width_of_its_plan(
+    tiny_model: Path, bank: tuple[Path, list[str]], double_quant: bool
 ) -> None:
     folder, names = bank
-    plan = mixed_plan(names, pattern)
+    plan = mixed_plan(names, MIXED)
     model = mixed_model(tiny_model, folder, plan, double_quant)
     for name, paths in group_linears(model.config, GROUP).items():
         for path in paths:
@@ -92,7 +95,7 @@ def test_each_layer_is_of_its_plan(
     assert type(model.lm_head) is torch.nn.Linear
 
 
-@pytest.mark.parametrize("pattern", [(4,), (8,), (4, 8, 16, 8, 4)], ids=str)
+@pytest.mark.parametrize("pattern", [(8,), (4, 8, 16, 8, 4)], ids=str)
 def test_the_model_computes_what_its_packed_weights_say(
     tiny_model: Path, bank: tuple[Path, list[str]], double_quant: bool, pattern: tuple[int, ...]
 ) -> None:
@@ -117,18 +120,6 @@ def test_the_model_computes_what_its_packed_weights_say(
         assert distance < 0.5 * (found - before).norm() / before.norm()
 
 
-def test_the_plan_stands_in_the_config(
-    tiny_model: Path, bank: tuple[Path, list[str]], double_quant: bool, tmp_path: Path
-) -> None:
-    folder, names = bank
-    plan = mixed_plan(names, (4, 8, 16))
-    mixed_model(tiny_model, folder, plan, double_quant).save_pretrained(tmp_path)
-    written = json.loads((tmp_path / "config.json").read_text())["quantization_config"]
-    paths = group_linears(AutoConfig.from_pretrained(tiny_model), GROUP)
-    assert (written["quant_method"], written["double_quant"]) == ("qpruner", double_quant)
-    assert written["bits"] == {path: plan[name] for name in names for path in paths[name] if plan[name] != 16}
-
-
 @pytest.fixture(scope="module")
 def larger(double_quant: bool, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
     """A model large enough that file headers are small change, with its bank: `dense` and `bank` in one folder."""
@@ -147,7 +138,7 @@ def larger(double_quant: bool, tmp_path_factory: pytest.TempPathFactory) -> tupl
     return root, fill_bank(root / "dense", root / "bank", double_quant, LORA.model_copy(update={"init": "plain"}))
 
 
-@pytest.mark.parametrize("pattern", PATTERNS.values(), ids=PATTERNS)
+@pytest.mark.parametrize("pattern", [(4,), (8,), MIXED], ids=str)
 def test_the_folder_is_as_large_as_the_plan_said(
     larger: tuple[Path, list[str]], double_quant: bool, pattern: tuple[int, ...], tmp_path: Path
 ) -> None:
@@ -161,28 +152,17 @@ def test_the_folder_is_as_large_as_the_plan_said(
     assert on_disk == pytest.approx(promised, rel=0.01)
 
 
-def test_adapters_weigh_what_the_layout_says(
-    tiny_model: Path, bank: tuple[Path, list[str]], double_quant: bool
-) -> None:
-    folder, names = bank
-    peft_model = peft_of(tiny_model, folder, mixed_plan(names, (4, 8)), double_quant)
-    layout = layout_of(AutoConfig.from_pretrained(tiny_model), GROUP, 2, False, LORA.rank)
-    adapters = [parameter for name, parameter in peft_model.named_parameters() if "lora_" in name]
-    assert sum(parameter.nbytes for parameter in adapters) == layout.adapter_bytes
-
-
 def peft_of(checkpoint: Path, bank: Path, plan: dict[str, int], double_quant: bool) -> torch.nn.Module:
     model, starts = assemble(checkpoint, bank, GROUP, plan, DTYPE, double_quant)
     peft_model: torch.nn.Module = attach_adapters(model, starts, LORA, GROUP, seed=0)
     return peft_model
 
 
-@pytest.mark.parametrize("pattern", PATTERNS.values(), ids=PATTERNS)
-def test_a_training_step_moves_the_adapters_and_nothing_else(
-    tiny_model: Path, bank: tuple[Path, list[str]], double_quant: bool, pattern: tuple[int, ...]
+def test_a_training_step_moves_the_adapters_alone(
+    tiny_model: Path, bank: tuple[Path, list[str]], double_quant: bool
 ) -> None:
     folder, names = bank
-    model = peft_of(tiny_model, folder, mixed_plan(names, pattern), double_quant).train()
+    model = peft_of(tiny_model, folder, mixed_plan(names, MIXED), double_quant).train()
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.SGD(trained, lr=1.0)
@@ -205,11 +185,8 @@ def test_a_training_step_moves_the_adapters_and_nothing_else(
     assert losses[1] < losses[0]
 
 
-SHAPES = [(64, 64), (96, 77), (77, 64), (192, 576), (1, 64), (33, 130)]
-
-
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("shape", [(96, 77), (192, 576), (1, 64)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_packing_loses_little_at_8_bits_and_more_at_4(shape: tuple[int, int], dtype: torch.dtype) -> None:
     weight = torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(dtype)
 
@@ -233,26 +210,20 @@ def test_a_row_of_zeros_stays_zero() -> None:
         assert (unpacked[3] == 0).all()
 
 
-def is_refused(columns: int) -> bool:
-    try:
-        check_cpu_widths([LinearShape("layer", 64, columns)])
-    except UserError:
-        return True
-    return False
-
-
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the CPU kernel's limits")
-@pytest.mark.parametrize("columns", [*range(1, 18), *range(24, 264, 8), 63, 65, 77, 130, 576, 1536])
-def test_every_width_is_decoded_rightly_or_refused(columns: int) -> None:
+def test_every_width_is_decoded_rightly_or_refused() -> None:
     """Some widths come out of bitsandbytes' CPU kernel as noise; nobody may train on those unawares."""
-    if is_refused(columns):
-        with pytest.raises(UserError, match=f"layer has {columns} columns"):
+    for columns in (*range(1, 18), *range(24, 264, 8), 63, 65, 77, 130, 576, 1536):
+        weight = torch.randn(16, columns, generator=torch.Generator().manual_seed(0))
+        try:
             check_cpu_widths([LinearShape("layer", 64, columns)])
-        assert columns % 64, "multiples of 64 are what models are made of"
-        return
-    weight = torch.randn(16, columns, generator=torch.Generator().manual_seed(0))
-    error = (unpack(pack(weight, 4, False), torch.float32) - weight).norm() / weight.norm()
-    assert error < 0.15
+        except UserError:
+            assert columns % 64, "multiples of 64 are what models are made of"
+        else:
+            error = (unpack(pack(weight, 4, False), torch.float32) - weight).norm() / weight.norm()
+            assert error < 0.15, columns
+    with pytest.raises(UserError, match="layer has 80 columns"):
+        check_cpu_widths([LinearShape("layer", 64, 80)])
 
 
 def test_only_linear_layers_can_be_quantized(tiny_model: Path) -> None:
@@ -261,7 +232,7 @@ def test_only_linear_layers_can_be_quantized(tiny_model: Path) -> None:
         replace_linears(model, {"model.embed_tokens": 8}, torch.bfloat16, double_quant=False)
 
 
-def test_a_final_folder_stops_where_the_base_model_stops(
+def test_a_final_folder_keeps_the_generation_config(
     tiny_model: Path, bank: tuple[Path, list[str]], double_quant: bool, tmp_path: Path
 ) -> None:
     """Chat models end a turn with a token that only generation_config.json names."""
@@ -277,7 +248,7 @@ def test_a_final_folder_stops_where_the_base_model_stops(
 def test_a_final_folder_carries_its_adapter(tiny_model: Path, tmp_path: Path) -> None:
     """What a person who got the folder does: one import of ours, and plain transformers in a new process."""
     names = fill_bank(tiny_model, tmp_path / "bank", double_quant=True)
-    plan = mixed_plan(names, PATTERNS["mixed"])
+    plan = mixed_plan(names, MIXED)
     peft_model = peft_of(tiny_model, tmp_path / "bank", plan, double_quant=True).eval()
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():

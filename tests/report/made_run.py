@@ -10,13 +10,12 @@ from typing import Any
 
 import numpy as np
 from conftest import raw_config
-from made_records import made_confirmation, made_search
+from made_records import made_confirmation, made_layer, made_prune, made_search
 
-from qpruner.config.schema import validate_config
+from qpruner.config.load import validate_config
 from qpruner.pipeline.progress import _environment
 from qpruner.report.files import write_report
 from qpruner.report.results import BASE, BEST_SEED, PRUNED, RANDOM, SEARCHED
-from qpruner.runs.paths import RunDir
 from qpruner.runs.records import (
     BankRecord,
     CandidateRecord,
@@ -25,10 +24,8 @@ from qpruner.runs.records import (
     FinetuneRecord,
     Inference,
     InferenceSetting,
-    LayerWidths,
     MethodScores,
     PrepareRecord,
-    PruneRecord,
     Record,
     RowScores,
     RungResult,
@@ -40,6 +37,7 @@ from qpruner.runs.records import (
     TaskScore,
     TrialRecord,
 )
+from qpruner.runs.run_dir import RunDir
 from qpruner.search.trial_records import write_trial
 
 TRIALS, SEARCH = "1" * 16, "2" * 16
@@ -163,10 +161,9 @@ class MadeRun:
         return trials
 
     def _records(self, num_blocks: int) -> dict[str, Any]:
+        prepared = {"model_path": "/models/base", "converted": False, "num_rows": {"train": 48}}
         return {
-            "prepare": lambda: PrepareRecord(
-                **self._stage, model_path="/models/base", converted=False, num_rows={"train": 48}
-            ),
+            "prepare": lambda: PrepareRecord(**self._stage, **prepared),
             "prune": lambda: self._prune(num_blocks),
             "bank": lambda: BankRecord(**self._stage, files={}, bytes=1, residual_ratio={}),
             "sensitivity": self._sensitivity,
@@ -178,35 +175,18 @@ class MadeRun:
 
     def _prune(self, num_blocks: int) -> Record:
         kept = self._random.integers(600, 1500, num_blocks)
-        return PruneRecord(
-            **self._stage,
-            importance="fisher",
-            selection="global",
-            compensation="least_squares",
-            target="target 20.00% of all parameters",
-            target_rate=0.2,
-            achieved_rate=0.2005,
-            parameters_before=134_515_008,
-            parameters_after=107_545_344,
-            bytes_before=278_800_000,
-            bytes_after=223_400_000,
-            peak_memory_bytes=400_000_000,
-            memory_counter="rise of resident memory",
-            dropped_blocks=(),
-            layers=tuple(
-                LayerWidths(
-                    layer=block,
-                    kept_kv_groups=(0, 1),
-                    kept_mlp_channels=tuple(range(channels)),
-                    base_kv_groups=3,
-                    base_mlp_channels=1536,
-                    heads_per_group=3,
-                    base_parameters=3_539_000,
-                    kept_parameters=int(884_000 * 2 / 3 + 2_655_000 * channels / 1536),
-                )
-                for block, channels in enumerate(kept.tolist())
-            ),
-        )
+        layers = [
+            made_layer(block, 3, channels).model_copy(
+                update={
+                    "base_mlp_channels": 1536,
+                    "base_parameters": 3_539_000,
+                    "kept_parameters": int(884_000 * 2 / 3 + 2_655_000 * channels / 1536),
+                }
+            )
+            for block, channels in enumerate(kept.tolist())
+        ]
+        sizes = {"bytes_before": 278_800_000, "bytes_after": 223_400_000}
+        return made_prune(*layers, **self._stage, **sizes, parameters_before=134_515_008, parameters_after=107_545_344)
 
     def _sensitivity(self) -> Record:
         def method(noise: float) -> MethodScores:

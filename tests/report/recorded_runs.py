@@ -10,9 +10,9 @@ from typing import Any
 from conftest import raw_config, with_key
 from made_records import made_confirmation, made_search
 
-from qpruner.config.schema import RunConfig, validate_config
+from qpruner.config.load import validate_config
+from qpruner.config.schema import RunConfig
 from qpruner.runs.events import SearchPlanned
-from qpruner.runs.paths import RunDir
 from qpruner.runs.records import (
     MethodScores,
     RungResult,
@@ -23,6 +23,7 @@ from qpruner.runs.records import (
     StageState,
     TrialRecord,
 )
+from qpruner.runs.run_dir import RunDir
 from qpruner.search.trial_records import write_trial
 
 GROUPS = tuple(f"layers.{index}" for index in range(6))

@@ -14,36 +14,32 @@ from made_records import made_confirmation, made_search
 from made_run import STARTED, MadeRun
 
 from qpruner.cli.main import main
+from qpruner.report.answer import tiles
 from qpruner.report.claim import claim
 from qpruner.report.files import write_report
-from qpruner.report.page.answer import tiles
-from qpruner.report.search_summary import margin
+from qpruner.report.search_summary import margins
 from qpruner.report.snapshot import Snapshot, read_snapshot
-from qpruner.runs.paths import RunDir
 from qpruner.runs.records import GIVEN, RunState, StageState
+from qpruner.runs.run_dir import RunDir
 
-COMMAND = "qpruner run my.yaml --set search.max_trials=200"
-"""Of the made runs."""
+COMMAND = "qpruner run my.yaml --set search.max_trials=200 --set finetune.compare=true"
+SURE = "How sure, on fresh rows"
 
 
-def made_alone(root: Path) -> MadeRun:
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished run that was asked for no comparison."""
+    root = tmp_path_factory.mktemp("alone") / "run"
     report = {"report": StageState(state="done", started=STARTED, seconds=1.0)}
     made = MadeRun(root, num_trials=40, num_blocks=2, until="evaluate", stages=report)
     (root / "final").mkdir()
     config = with_key(made.state.config, "finetune.compare", False)
     made.run.write_state(made.state.model_copy(update={"config": config}))
-    return made
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    made = made_alone(tmp_path_factory.mktemp("alone") / "run")
     write_report(made.run)
-    return made.run.root
+    return root
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def alone(folder: Path) -> Snapshot:
     return read_snapshot(RunDir(folder, create=False))
 
@@ -60,107 +56,84 @@ def test_the_claim_tells_size_losses_and_accuracies(alone: Snapshot) -> None:
     [tuned], scored = results.finetune.candidates, results.evaluate.rows
     base, pruned, _, winner = (sum(score.value for score in row.scores) / 2 for row in scored)
     lead, fresh, nothing = claim(results).splitlines()
-    for told in (
+    for figures in (
         "Searched: gp, trial 57, 92.00 MB. It is 3.0 times smaller than the base model.",
         f"validation loss is {tuned.validation_loss:.4f} and its confirmation loss {tuned.confirmation_loss:.4f}",
         f"test acc {winner:.3f} (without a fine-tune, base {base:.3f}, pruned {pruned:.3f})",
     ):
-        assert told in lead
-    [apart] = margin(results.search)
-    assert fresh == f"- On the search's fresh rows, before this fine-tune: {apart}"
-    assert "that of the best control" in apart and "a margin of" in apart
-    assert nothing == "- No other plan had this fine-tune, so nothing is claimed at equal bytes."
+        assert figures in lead
+    [margin] = margins(results.search)
+    assert fresh.endswith(margin) and "a margin of" in margin
+    assert "nothing is claimed at equal bytes" in nothing
 
 
 def test_the_page_shows_the_margin_on_fresh_rows(alone: Snapshot) -> None:
-    tile = {tile.heading: tile for tile in tiles(alone)}["How sure, on fresh rows"]
-    assert alone.results.search
-    ours, theirs = (score.loss for score in (alone.results.search.confirmations[-1], best_control(alone)))
-    assert tile.figure == f"{theirs - ours:.4f} better"
-    assert tile.lines[-1] == "finetune.compare gives other plans the same fine-tune"
-
-
-def test_the_margin_of_an_accuracy_is_told_by_its_name(alone: Snapshot) -> None:
+    tile = {tile.heading: tile for tile in tiles(alone)}[SURE]
     search = alone.results.search
     assert search
+    best = min((each for each in search.confirmations if each.control), key=lambda each: each.loss)
+    assert tile.figure == f"{best.loss - search.confirmations[-1].loss:.4f} better"
+    assert "finetune.compare" in tile.lines[-1]
     fresh = [each.model_copy(update={"accuracy": 0.5, "accuracy_stderr": 0.1}) for each in search.confirmations]
     changed = {"metric": "accuracy", "metrics": {"piqa": "acc_norm"}, "confirmations": tuple(fresh)}
     results = alone.results.model_copy(update={"search": search.model_copy(update=changed)})
-    tile = {tile.heading: tile for tile in tiles(replace(alone, results=results))}["How sure, on fresh rows"]
+    tile = {tile.heading: tile for tile in tiles(replace(alone, results=results))}[SURE]
     assert tile.lines[0].startswith("selection acc_norm of trial ")
-
-
-def best_control(run: Snapshot) -> Any:
-    assert run.results.search
-    return min((each for each in run.results.search.confirmations if each.control), key=lambda each: each.loss)
 
 
 def test_a_given_plan_may_be_behind_the_best_control() -> None:
     fresh = (made_confirmation(2, "seed-kl", 2.0), made_confirmation(9, GIVEN, 2.5))
     search = made_search({"a": 4}, confirmations=fresh, best_index=9, best_origin=GIVEN)
-    [told] = margin(search)
-    assert told.startswith(
-        "its selection loss is 2.5000, that of the best control 2.0000 (trial 2, seed-kl): behind by"
-    )
+    [margin] = margins(search)
+    assert "is 2.5000, that of the best control 2.0000 (trial 2, seed-kl): behind by" in margin
 
 
-def test_owners_are_told_how_to_add_the_comparison(folder: Path) -> None:
-    command = f"{COMMAND} --set finetune.compare=true"
+def test_owners_are_told_how_to_add_the_comparison(folder: Path, alone: Snapshot) -> None:
     facts, text = status(folder)
-    assert f"`{command}`" in facts["to_compare"] and command in text
-    assert facts["to_compare"].endswith("; the winner's own fine-tune is kept."), "further seeds of it are trained"
-    assert f"`{command}`" in (folder / "report.md").read_text()
-    assert f"<code>{command}</code>" in (folder / "report.html").read_text()
+    assert f"`{COMMAND}`" in facts["to_compare"] and COMMAND in text
+    assert f"`{COMMAND}`" in (folder / "report.md").read_text()
+    assert f"<code>{COMMAND}</code>" in (folder / "report.html").read_text()
     assert "finetune.compare" not in (folder / "final" / "README.md").read_text(), "its readers have no such run"
-
-
-def test_nothing_is_missing_where_no_comparison_is_asked_for(alone: Snapshot, folder: Path) -> None:
     assert (alone.standing, alone.missing) == ("Finished.", None)
-    facts, _ = status(folder)
     assert [each["stage"] for each in facts["stages"]][-3:] == ["finetune", "evaluate", "report"]
     assert "**interval**" not in (folder / "report.md").read_text(), "a term of the comparison's claim"
 
 
 @pytest.mark.parametrize(
-    ("outcome", "told"),
+    ("outcome", "words"),
     [
         ("interrupted", "Interrupted in stage comparison; the same command goes on from here."),
         ("failed", "Failed in stage comparison: no memory"),
     ],
 )
-def test_without_its_comparison_the_winner_is_reported_whole(outcome: str, told: str, tmp_path: Path) -> None:
+def test_without_its_comparison_the_winner_is_reported_whole(outcome: str, words: str, tmp_path: Path) -> None:
     begun = {"comparison": StageState(state="running", started=STARTED)}
     error = "no memory" if outcome == "failed" else None
-    made = MadeRun(
-        tmp_path / "run", num_trials=6, num_blocks=2, until="evaluate", stages=begun, outcome=outcome, error=error
-    )
+    made = MadeRun(tmp_path / "run", 6, 2, until="evaluate", stages=begun, outcome=outcome, error=error)
     (tmp_path / "run" / "final").mkdir()
     write_report(made.run)
     run, summary = read_snapshot(made.run), json.loads((tmp_path / "run" / "results.json").read_text())
-    assert run.standing == f"The winner is finished, its comparison is not. {told}"
+    assert run.standing == f"The winner is finished, its comparison is not. {words}"
     assert run.missing == "There is no result yet of: comparison."
     assert [row["name"] for row in summary["table"]] == ["searched"] and summary["claim"] == claim(run.results)
     assert run.standing in (tmp_path / "run" / "report.md").read_text()
     assert "Measured" in (tmp_path / "run" / "final" / "README.md").read_text()
     facts, text = status(tmp_path / "run")
     assert facts["to_compare"] is None and "finetune.compare" not in text, "it is asked for"
-    assert [(each["stage"], each["state"]) for each in facts["stages"]][-2:] == [
-        ("comparison", outcome),
-        ("report", "waiting"),
-    ]
+    last = [(each["stage"], each["state"]) for each in facts["stages"]][-2:]
+    assert last == [("comparison", outcome), ("report", "waiting")]
 
 
-def test_a_compared_run_is_told_by_its_comparison(tmp_path: Path) -> None:
+def test_a_compared_run_goes_by_its_comparison(tmp_path: Path) -> None:
     """The winner's row has all its training seeds, and the memory and speed that were measured beside the others."""
     run = read_snapshot(MadeRun(tmp_path / "run", num_trials=6, num_blocks=2).run)
     assert run.results.comparison and run.results.evaluate
     assert run.results.candidates == run.results.comparison.candidates
     assert run.results.scores == (*run.results.evaluate.rows[:3], *run.results.comparison.rows)
     assert run.results.inference == run.results.comparison.inference
-    assert run.to_compare is None and run.standing == "Finished."
+    assert run.how_to_compare is None and run.standing == "Finished."
 
 
 def test_the_state_of_an_older_run_asks_for_no_comparison() -> None:
     fields = {"until": "report", "command": "", "folder": "", "environment": {}, "host": "", "pid": 1}
-    state = RunState(config={}, **fields, started=0.0, updated=0.0, outcome="done")
-    assert not state.compares
+    assert not RunState(config={}, **fields, started=0.0, updated=0.0, outcome="done").compares

@@ -17,8 +17,8 @@ from PIL import Image
 
 from qpruner.report.files import write_report
 from qpruner.report.snapshot import read_snapshot
-from qpruner.runs.paths import RunDir
 from qpruner.runs.records import SensitivityRecord, StageState
+from qpruner.runs.run_dir import RunDir
 from qpruner.search.trial_records import write_trial
 
 pytestmark = pytest.mark.slow
@@ -112,11 +112,9 @@ def test_the_map_tells_a_prediction_below_zero_from_none(opened: Any, tmp_path: 
     drawn = [(cell.evaluate("it => getComputedStyle(it).fill"), cell.get_attribute("fill-opacity")) for cell in cells]
     below, above = (rgb(variable(page, name)) for name in ("--below-zero", "--control"))
     assert drawn == [(below, "1"), (above, "0.5"), (above, "0")]
-    key = page.locator('figure[data-plot="winner"] .concat_2_group')
-    assert [text for text in key.locator("text").all_text_contents() if "%" in text] == ["\u2212100%", "0%", "100%"]
 
 
-def test_the_map_tells_groups_apart_that_a_sensitivity_holds_nearly_equal(opened: Any, tmp_path: Path) -> None:
+def test_the_map_tells_nearly_equal_groups_apart(opened: Any, tmp_path: Path) -> None:
     """As mutual information does: all of them far above zero."""
     made = MadeRun(tmp_path / "run", num_trials=6, num_blocks=2, noises={"mutual_information": 0.6})
     record = made.run.read_record("sensitivity", SensitivityRecord)
@@ -129,9 +127,6 @@ def test_the_map_tells_groups_apart_that_a_sensitivity_holds_nearly_equal(opened
     cells = [figure.locator(f'path[aria-label*="method: "][aria-label*="{group};"]') for group in made.groups]
     drawn = [float(cell.get_attribute("fill-opacity")) for cell in cells]
     assert drawn == pytest.approx([0.5, 0.0, 1.0, 0.25])
-    key = figure.locator(".concat_2_group")
-    assert [text for text in key.locator("text").all_text_contents() if "%" in text] == ["80%", "100%"]
-    assert key.locator(".mark-rect path").count() == 10, "no shade stands for what is below zero"
 
 
 @pytest.mark.parametrize("width", [390, 1280])
@@ -164,7 +159,7 @@ def test_the_first_stop_of_the_keyboard_leads_to_the_answer(opened: Any, long_ru
 @pytest.mark.parametrize(
     ("outcome", "said"), [("failed", "Failed in stage {}: no space left"), ("running", "Unfinished in stage {}:")]
 )
-def test_a_run_that_is_not_whole_opens_without_complaint_and_says_what_is_missing(
+def test_an_unfinished_run_opens_and_says_what_is_missing(
     opened: Any, tmp_path: Path, until: str, outcome: str, said: str
 ) -> None:
     missing = STAGES[STAGES.index(until) + 1 :]
@@ -223,9 +218,7 @@ def test_hostile_names_do_nothing_in_a_browser(opened: Any, tmp_path: Path) -> N
 
 @pytest.mark.parametrize("width", [390, 1280])
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_nothing_is_wider_than_the_window_and_text_is_readable(
-    opened: Any, long_run: Path, scheme: str, width: int
-) -> None:
+def test_the_page_fits_the_window_and_text_is_readable(opened: Any, long_run: Path, scheme: str, width: int) -> None:
     page = opened(long_run / "report.html", color_scheme=scheme, viewport={"width": width, "height": 900})
     assert page.evaluate("document.documentElement.scrollWidth") <= width
     pairs = [("--text", "--page"), ("--text", "--panel"), ("--muted", "--page"), ("--muted", "--panel")]
@@ -250,36 +243,6 @@ def test_a_table_that_is_cut_at_the_edge_shows_that_it_scrolls(opened: Any, long
         columns = [[drawn.getpixel((x, y)) for y in range(drawn.height)] for x in (0, drawn.width - 1)]
         sides[where] = [Counter(column).most_common(1)[0][0] != ground for column in columns]
     assert sides == {"start": [False, True], "end": [True, False]}
-
-
-def test_the_sensitivities_stand_beside_the_map_where_there_is_room(opened: Any, tmp_path: Path) -> None:
-    """Of a plan by blocks the map is a third as wide as the page."""
-    write_report(MadeRun(tmp_path / "run", num_trials=6, parts=("block",)).run)
-    for width, is_beside in ((1280, True), (420, False)):
-        page = opened(tmp_path / "run" / "report.html", viewport={"width": width, "height": 900})
-        assert page.evaluate("document.documentElement.scrollWidth") <= width
-        figure, table = (page.locator(part).bounding_box() for part in (".beside figure", ".beside > div"))
-        assert (table["x"] > figure["x"] + figure["width"]) == is_beside
-        assert (table["y"] > figure["y"] + figure["height"]) != is_beside
-
-
-def test_the_map_makes_room_for_every_methods_name(opened: Any, tmp_path: Path) -> None:
-    """The longest one moves the key to the right; it and its title are whole all the same."""
-    write_report(MadeRun(tmp_path / "run", num_trials=6, parts=("block",)).run)
-    page = opened(tmp_path / "run" / "report.html", viewport={"width": 1280, "height": 900})
-    choice = page.locator("select[name=method]")
-    for method in choice.locator("option").all_inner_texts():
-        choice.select_option(method)
-        figure = page.locator('figure[data-plot="winner"] svg')
-        figure.locator("text").filter(
-            has_text=re.compile(f"^{re.escape(method)}$|by{re.escape(method)}$")
-        ).first.wait_for()
-        drawing = figure.bounding_box()
-        texts = figure.locator("text").filter(has_text=re.compile("share|100%")).all()
-        assert len(texts) >= 2
-        for text in texts:
-            box = text.bounding_box()
-            assert drawing["x"] <= box["x"] and box["x"] + box["width"] <= drawing["x"] + drawing["width"] + 1, method
 
 
 def test_print_shows_every_trial_in_light_colours(opened: Any, long_run: Path, tmp_path: Path) -> None:

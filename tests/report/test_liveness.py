@@ -18,15 +18,15 @@ from recorded_runs import recorded_run
 from qpruner.cli.main import main
 from qpruner.report.liveness import MOMENT_SECONDS
 from qpruner.report.snapshot import read_snapshot
-from qpruner.runs.lock import NAME, sole_driver, this_process
-from qpruner.runs.paths import RunDir
+from qpruner.runs.lock import NAME, hold_run, this_process
 from qpruner.runs.records import RunState
+from qpruner.runs.run_dir import RunDir
 
 HOLD = """
 import sys, time
 from pathlib import Path
-from qpruner.runs.lock import sole_driver
-with sole_driver(Path(sys.argv[1]), print):
+from qpruner.runs.lock import hold_run
+with hold_run(Path(sys.argv[1]), print):
     print("held", flush=True)
     time.sleep(60)
 """
@@ -70,7 +70,7 @@ def lock_of_another_machine(root: Path, seconds_ago: float) -> None:
     os.utime(root / NAME, (then, then))
 
 
-def test_a_driver_that_lives_is_running_also_when_it_is_stopped_or_has_said_nothing_for_long(tmp_path: Path) -> None:
+def test_a_stopped_driver_that_lives_is_running(tmp_path: Path) -> None:
     root = tmp_path / "run"
     root.mkdir()
     with driver(root) as process:
@@ -82,7 +82,7 @@ def test_a_driver_that_lives_is_running_also_when_it_is_stopped_or_has_said_noth
         assert f"running on {this_process().host} (process {process.pid}) when this was written" in standing(root)
 
 
-def test_a_driver_that_was_killed_is_cut_off_and_the_command_is_told(tmp_path: Path) -> None:
+def test_a_killed_driver_is_cut_off(tmp_path: Path) -> None:
     root = tmp_path / "run"
     root.mkdir()
     with driver(root) as process:
@@ -93,13 +93,13 @@ def test_a_driver_that_was_killed_is_cut_off_and_the_command_is_told(tmp_path: P
         assert standing(root).endswith("its process is cut off; repeat the command to go on from here.")
 
 
-def test_another_process_with_the_number_of_a_dead_driver_is_not_it(tmp_path: Path) -> None:
+def test_another_process_of_the_same_number_is_not_it(tmp_path: Path) -> None:
     root = recorded_run(tmp_path / "run")
     (root / NAME).write_text(this_process().model_copy(update={"started": 1}).model_dump_json())
     assert status(root)[0].endswith(f"cut off; {GO_ON}")
 
 
-def test_a_driver_elsewhere_runs_as_long_as_it_gives_signs_of_life(tmp_path: Path) -> None:
+def test_a_driver_elsewhere_runs_while_it_beats(tmp_path: Path) -> None:
     root = tmp_path / "run"
     lock_of_another_machine(root, seconds_ago=30)
     assert "running on" in status(root)[0]
@@ -110,7 +110,7 @@ def test_a_driver_elsewhere_runs_as_long_as_it_gives_signs_of_life(tmp_path: Pat
     assert "most likely gone; repeat the command" in standing(root)
 
 
-def test_a_command_that_could_not_say_how_it_ended_is_cut_off(tmp_path: Path) -> None:
+def test_a_command_that_could_not_report_its_end_is_cut_off(tmp_path: Path) -> None:
     """It gave its lock back, but its disk was full."""
     assert status(recorded_run(tmp_path / "run"))[0].endswith(f"cut off; {GO_ON}")
 
@@ -119,19 +119,19 @@ def test_a_run_that_is_over_needs_no_lock(tmp_path: Path) -> None:
     assert status(recorded_run(tmp_path / "run", is_over=True))[0].endswith(": done")
 
 
-def test_a_driver_that_has_just_begun_is_told_of_before_its_first_stage(tmp_path: Path) -> None:
+def test_a_driver_is_named_before_its_first_stage(tmp_path: Path) -> None:
     root = recorded_run(tmp_path / "run", pid=2**22 + 1)
-    with sole_driver(root, print):
+    with hold_run(root, print):
         lines = status(root)
     assert f"(process {os.getpid()})" in lines[0] and "it has begun no stage yet" in lines[0]
     assert "cut off" in stage_line(lines)
 
 
-def test_a_first_command_that_has_begun_no_stage_is_told_of(tmp_path: Path) -> None:
+def test_a_first_command_is_named_before_its_first_stage(tmp_path: Path) -> None:
     """It holds the folder, and looks at the cluster and the model before it writes `run.json`."""
     root = tmp_path / "run"
     root.mkdir()
-    with sole_driver(root, print):
+    with hold_run(root, print):
         said = CliRunner().invoke(main, ["status", str(root)])
         assert said.exit_code == 2
         assert f"has no run.json yet: a command is starting there (process {os.getpid()} on " in said.stderr
@@ -149,7 +149,7 @@ def test_what_is_no_run_is_told_with_what_there_is(tmp_path: Path) -> None:
     (tmp_path / "runs" / "notes").mkdir(parents=True)
     (tmp_path / "runs" / "list.txt").touch()
     (tmp_path / "runs" / "loop").symlink_to("loop")
-    assert f"{tmp_path}/runs/demo does not exist: name the `output`" in said(tmp_path / "runs" / "demo")
+    assert f"{tmp_path}/runs/demo does not exist" in said(tmp_path / "runs" / "demo")
     assert "runs is no run folder, it has no run.json: name the `output`" in said(tmp_path / "runs")
     recorded_run(tmp_path / "runs" / "demo")
     assert "runs is no run folder, but has the run demo: name one" in said(tmp_path / "runs")
@@ -161,7 +161,7 @@ def test_what_is_no_run_is_told_with_what_there_is(tmp_path: Path) -> None:
     )
 
 
-def test_a_driver_that_ends_or_takes_the_run_in_that_instant_is_not_called_cut_off(tmp_path: Path) -> None:
+def test_a_driver_that_ends_in_that_instant_is_not_cut_off(tmp_path: Path) -> None:
     """The lock that is empty for a moment, and the state that is written a moment after it was read."""
     root = recorded_run(tmp_path / "run")
     (root / NAME).touch()

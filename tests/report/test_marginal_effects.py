@@ -7,7 +7,7 @@ import itertools
 import numpy as np
 import pytest
 
-from qpruner.report.marginal_effects import MarginalEffects, marginal_effects, rank_correlation
+from qpruner.report.statistics import MarginalEffects, marginal_effects, rank_correlation
 from qpruner.runs.records import MethodScores, RungResult, TrialRecord
 
 LEVELS = (4, 8, 16)

@@ -75,7 +75,7 @@ def test_a_trial_is_a_row_of_the_run_s_table(run: Snapshot) -> None:
     assert len(trial.rungs[0].to_dataframe()) == 1
 
 
-def test_a_score_has_a_row_a_question_and_the_results_a_row_a_stage(run: Snapshot) -> None:
+def test_a_score_has_a_row_a_question_and_results_a_row_a_stage(run: Snapshot) -> None:
     assert run.results.evaluate
     frame = run.results.evaluate.rows[0].scores[0].to_dataframe()
     assert len(frame) == 400 and frame["correct"].mean() == run.results.evaluate.rows[0].scores[0].value

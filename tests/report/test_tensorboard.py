@@ -10,13 +10,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 from chromium import chromium
 from made_records import made_confirmation
 from made_run import MadeRun
 from recorded_runs import (
-    ANOTHER,
     GROUPS,
     MEGABYTE,
     MINE,
@@ -40,14 +38,12 @@ from tensorboard.plugins.hparams import metadata
 from tensorboard.plugins.scalar.scalars_plugin import ScalarsPlugin
 from tensorboard_server import serving
 
-from qpruner.report.plots.budget_axis import budget_axis
-from qpruner.report.search_pictures import _shades, draw_front, draw_plans, draw_sensitivity
 from qpruner.report.search_progress import hypervolume_so_far
 from qpruner.report.snapshot import read_snapshot
 from qpruner.report.tensorboard import BEST, HYPERVOLUME, SELECTION, Board, run_name, write_result, write_trial
 from qpruner.runs.events import SearchPlanned, StageFinished, StageSkipped, StageStarted, TrialChanged
-from qpruner.runs.paths import RunDir
 from qpruner.runs.records import GIVEN, RungResult, SearchRecord, TrialRecord
+from qpruner.runs.run_dir import RunDir
 
 OVER = StageFinished("search", 1.0, "")
 
@@ -101,21 +97,18 @@ def test_hparams_has_a_row_for_every_trial_that_is_over(written: Path) -> None:
     named = {"From": "seed-kl", "MB": 32, "plan": "884444", "Status": "finished", "#": "0001", "search": "this"}
     bits = dict(zip((f"bits {group}" for group in GROUPS), (8, 8, 4, 4, 4, 4), strict=True))
     assert rows[1] == {**named, **bits, "Mean bits": pytest.approx(32 / 6)}
-    running = read(written, run_name(trials()[5]))
-    assert metadata.SESSION_START_INFO_TAG not in running.Tags()["tensors"]
-    assert running.Scalars("validation/loss")
-
-
-def test_hparams_tells_whether_a_trial_failed_and_when_it_ran(written: Path) -> None:
     ends = {}
     for record in (trials()[2], trials()[4]):
         content = read(written, run_name(record)).SummaryMetadata(metadata.SESSION_END_INFO_TAG).plugin_data.content
         ends[record.index] = metadata.parse_session_end_info_plugin_data(content)
     assert (ends[2].status, ends[4].status) == (1, 2)
     assert ends[2].end_time_secs == STARTED + 2 * 60 + 3 * 60 + 1
+    running = read(written, run_name(trials()[5]))
+    assert metadata.SESSION_START_INFO_TAG not in running.Tags()["tensors"]
+    assert running.Scalars("validation/loss")
 
 
-def test_hparams_columns_are_metrics_at_each_rung_and_first_what_tells_trials_apart(written: Path) -> None:
+def test_hparams_columns_begin_with_what_tells_trials_apart(written: Path) -> None:
     content = read(written, "search").SummaryMetadata(metadata.EXPERIMENT_TAG).plugin_data.content
     columns = metadata.parse_experiment_plugin_data(content)
     assert [metric.display_name for metric in columns.metric_infos] == [
@@ -130,7 +123,7 @@ def test_hparams_columns_are_metrics_at_each_rung_and_first_what_tells_trials_ap
     assert {metric.name.tag for metric in columns.metric_infos} <= set(tags), "else the parallel coordinates lack it"
 
 
-def test_hparams_tells_what_finalists_scored_on_fresh_rows_and_which_won(tmp_path: Path) -> None:
+def test_hparams_has_scores_on_fresh_rows_and_the_winner(tmp_path: Path) -> None:
     """Not the one with the best loss as a trial: who sorts by that would take another for the winner."""
     root = recorded_run(tmp_path / "run", is_over=True)
     record = RunDir(root).read_record("search", SearchRecord)
@@ -152,27 +145,23 @@ def test_hparams_tells_what_finalists_scored_on_fresh_rows_and_which_won(tmp_pat
     assert not list((root / "tensorboard").glob("trial-*/*.fresh"))
 
 
-def test_curves_have_every_training_step_and_every_rung_at_its_time(written: Path) -> None:
+def test_curves_have_every_training_step_and_rung(written: Path, tmp_path: Path) -> None:
     run = run_name(trials()[2])
     assert points(written, run, "validation/loss") == [(2, 3.2), (4, 3.1), (8, 2.9)]
     assert points(written, run, "train/loss") == [(1, 4.7), (2, 4.7), (3, 4.6), (4, 4.6)] + [
         (s, 4.4) for s in range(5, 9)
     ]
+    accurate = trials()[2].model_copy(
+        update={"rungs": tuple(rung.model_copy(update={"accuracy": 0.5}) for rung in trials()[2].rungs)}
+    )
+    search = search_state(metric="accuracy", metrics={"arc_easy": "acc_norm"})
+    write_trial(tmp_path / "tensorboard", search, accurate)
+    assert points(tmp_path, run, "validation/acc_norm") == [(step, 0.5) for step in RUNGS]
     walls = [event.wall_time for event in read(written, run).Scalars("validation/loss")]
     assert walls == [STARTED + 2 * 60 + minutes * 60 for minutes in (1, 2, 3)]
 
 
-def test_accuracies_are_curves_named_by_their_metric(tmp_path: Path) -> None:
-    rungs = tuple(rung.model_copy(update={"accuracy": 0.5}) for rung in trials()[2].rungs)
-    record = trials()[2].model_copy(update={"rungs": rungs})
-    search = search_state(metric="accuracy", metrics={"arc_easy": "acc_norm"})
-    write_trial(tmp_path / "tensorboard", search, record)
-    assert points(tmp_path, run_name(record), "validation/acc_norm") == [(step, 0.5) for step in RUNGS]
-    [axes] = draw_plans([record], search).axes
-    assert axes.get_title(loc="left").startswith("plans by acc_norm, ")
-
-
-def test_the_best_so_far_counts_searched_plans_and_controls_are_lines_beside_it(written: Path) -> None:
+def test_controls_are_lines_beside_the_best_so_far(written: Path) -> None:
     # In the order of their ends: trial 4 failed at once and 3 was stopped before 2 finished.
     assert points(written, "search", BEST) == [(5, 2.9)]
     assert points(written, "control-uniform-4", BEST) == [(1, 3.2), (20, 3.2)]
@@ -180,7 +169,7 @@ def test_the_best_so_far_counts_searched_plans_and_controls_are_lines_beside_it(
     assert "custom_scalars__config__" in read(written, "search").Tags()["tensors"]
 
 
-def test_every_chart_of_the_custom_scalars_finds_the_curves_that_it_is_to_show(written: Path) -> None:
+def test_every_chart_of_the_custom_scalars_finds_its_curves(written: Path) -> None:
     """TensorBoard's own plugin reads the layout, and takes a chart's tags as regular expressions."""
     multiplexer = EventMultiplexer().AddRunsFromDirectory(str(written / "tensorboard")).Reload()
     plugins: dict[str, Any] = {}
@@ -211,7 +200,7 @@ def test_every_chart_of_the_custom_scalars_finds_the_curves_that_it_is_to_show(w
     }
 
 
-def test_a_search_for_a_front_tells_what_the_front_is_worth_after_each_trial(tmp_path: Path) -> None:
+def test_the_hypervolume_is_told_after_each_trial(tmp_path: Path) -> None:
     root = tmp_path / "run"
     board = board_of(root)
     state = search_state(pareto=True, budget_bytes=40 * MEGABYTE)
@@ -238,93 +227,7 @@ def test_pictures_and_texts_are_there(written: Path) -> None:
     assert "max_trials: 20" in text
 
 
-def test_the_map_of_sensitivities_claims_no_unit_that_not_all_methods_have() -> None:
-    """Mutual information predicts no loss."""
-    [shown, _] = draw_sensitivity(sensitivity()).axes
-    assert shown.get_title(loc="left").startswith("what a method predicts that fewer bits cost, as a share of its ")
-
-
-def test_predictions_that_are_all_near_the_largest_are_told_apart() -> None:
-    """Mutual information is 0.7 to 0.9 of itself at fewer bits; of losses below zero zero stays in the middle."""
-    assert _shades(np.array([0.7, 0.8, 0.9])) == pytest.approx([0.0, 0.5, 1.0])
-    assert _shades(np.array([-0.1, 0.0, 0.2])) == pytest.approx([-0.5, 0.0, 1.0])
-    assert _shades(np.array([0.3, 0.3])) == pytest.approx([1.0, 1.0]) and not _shades(np.zeros(2)).any()
-
-
-def test_plans_near_the_budget_stand_apart_in_the_picture_too() -> None:
-    budget = search_state().budget_bytes
-    below = {10: 10_000, 11: 60_000, 12: 160_000, 13: 20_000_000}
-    near = [trial(index, "884444", [3.5, 3.4, 3.0], plan_bytes=budget - size) for index, size in below.items()]
-    [axes] = draw_front(near, search_state()).axes
-    along = axes.transData.transform([(record.plan_bytes / 1e6, 3.0) for record in near])[:, 0]
-    width = along[0] - along[3]
-    assert width > 0 and along[0] - along[1] > 0.02 * width and along[1] - along[2] > 0.04 * width
-
-
-@pytest.mark.parametrize(
-    ("sizes", "budget"), [([109.54, 126.9, 127.07], 127.11), ([126.9, 127.07], 127.08), ([0.1, 0.099], 0.1001)]
-)
-def test_sizes_on_the_axis_are_told_apart(sizes: list[float], budget: float) -> None:
-    ticks, decimals = budget_axis(sizes, budget).ticks(sizes)
-    assert len({f"{tick:.{decimals}f}" for tick in ticks}) == len(ticks) == 6
-    assert ticks[0] == pytest.approx(min(sizes)) and ticks[-1] == pytest.approx(budget)
-    assert budget_axis([budget], budget).ticks([budget]) == ([budget], 1)
-
-
-def test_the_map_of_plans_names_the_winner() -> None:
-    over = [record for record in trials() if record.is_over]
-    [axes] = draw_plans(over, search_state(), 1).axes
-    marked = [label.get_text() for label in axes.get_yticklabels() if "winner" in label.get_text()]
-    assert [label.split()[0] for label in marked] == ["1"]
-    assert not any("winner" in label.get_text() for label in draw_plans(over, search_state()).axes[0].get_yticklabels())
-
-
-@pytest.mark.parametrize(("winner", "name", "number"), [(None, "best so far", "2"), (1, "winner", "1")])
-def test_the_best_trial_has_a_ring_and_its_number(winner: int | None, name: str, number: str) -> None:
-    [axes] = draw_front([record for record in trials() if record.is_over], search_state(), winner).axes
-    assert [text.get_text() for text in axes.texts if text.get_fontweight() == "bold"] == [number]
-    assert name in [text.get_text() for text in axes.get_legend().get_texts()]
-    assert f"numbered: front, controls, {name}." in axes.get_title(loc="left")
-
-
-def drawn_texts(figure: Any) -> dict[str, Any]:
-    """Where each text in the plot lies, in pixels."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-
-    FigureCanvasAgg(figure).draw()
-    [axes] = figure.axes
-    return {text.get_text(): text.get_window_extent() for text in axes.texts}
-
-
-@pytest.mark.parametrize(("num_on_front", "is_numbered"), [(10, True), (40, False)])
-def test_numbers_of_a_long_front_do_not_lie_over_one_another(num_on_front: int, is_numbered: bool) -> None:
-    controls = [record for record in trials() if record.is_control]
-    front = [
-        trial(index, "884444", [3.5, 3.4, 2.9 - index / 1000], plan_bytes=40 * MEGABYTE + 10_000 * index)
-        for index in range(10, 10 + num_on_front)
-    ]
-    figure = draw_front([*controls, *front], search_state(), front[-1].index)
-    numbers = {int(text) for text in drawn_texts(figure) if text.isdigit()}
-    ends = {record.index for record in (*controls, front[-1])}
-    assert numbers == (ends | {record.index for record in front} if is_numbered else ends)
-    title = figure.axes[0].get_title(loc="left")
-    assert f"numbered: {'front, ' if is_numbered else ''}controls, winner." in title
-
-
-@pytest.mark.parametrize("metric", ["loss", "accuracy"])
-def test_the_arrow_of_a_far_control_leaves_its_number_to_be_read(metric: str) -> None:
-    def scored(record: TrialRecord, is_far: bool) -> TrialRecord:
-        last = record.rungs[-1]
-        value = {"loss": 12.0 if is_far else last.loss, "accuracy": 0.1 if is_far else 1 - last.loss / 10}
-        return record.model_copy(update={"rungs": (last.model_copy(update=value),)})
-
-    shown = [scored(record, record.index == 0) for record in trials() if record.status == "finished"]
-    texts = drawn_texts(draw_front(shown, search_state(metric=metric), 2))
-    arrow, number = texts["\u2191" if metric == "loss" else "\u2193"], texts["0"]
-    assert not arrow.overlaps(number)
-
-
-def test_the_last_picture_of_a_search_is_drawn_once_for_each_winner(tmp_path: Path) -> None:
+def test_the_last_picture_is_drawn_once_for_each_winner(tmp_path: Path) -> None:
     """A command that is repeated does not know the winner before it comes to the search."""
     root = recorded_run(tmp_path / "run", is_over=True)
     record = RunDir(root).read_record("search", SearchRecord)
@@ -361,7 +264,7 @@ def as_it_goes(root: Path, records: list[TrialRecord]) -> Board:
     return board
 
 
-def test_written_as_the_search_goes_is_what_its_records_give_at_once(written: Path, tmp_path: Path) -> None:
+def test_written_as_it_goes_is_what_the_records_give(written: Path, tmp_path: Path) -> None:
     as_it_goes(tmp_path / "run", trials()).listen(OVER)
     assert files(tmp_path / "run") == files(written)
     assert points(tmp_path / "run", "search", BEST) == points(written, "search", BEST)
@@ -381,7 +284,7 @@ def test_a_trials_file_only_grows_while_it_runs(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", ["cut short", "gone", "overwritten"])
-def test_what_is_lost_comes_back_from_the_records_and_nothing_is_doubled(shown: Path, damage: str) -> None:
+def test_what_is_lost_comes_back_and_nothing_is_doubled(shown: Path, damage: str) -> None:
     whole = files(shown)
     for path in whole:
         file = shown / path
@@ -407,14 +310,14 @@ def test_resuming_draws_and_writes_nothing_again(shown: Path) -> None:
     assert {path: path.stat().st_mtime_ns for path in (shown / "tensorboard").rglob("*")} == before
 
 
-def test_trials_of_a_search_that_is_not_compared_with_any_more_are_gone(shown: Path) -> None:
+def test_trials_of_another_search_are_gone(shown: Path) -> None:
     other = trial(0, "444444", [3.0, 2.9, 2.8], origin="uniform-4")
     board_of(shown).listen(planned([other]))
     runs = {path.name for path in (shown / "tensorboard").iterdir()}
     assert {run for run in runs if run.startswith(("trial", "control"))} == {run_name(other), "control-uniform-4"}
 
 
-def test_a_new_search_in_the_same_folder_shows_nothing_of_the_last_ones_end(tmp_path: Path) -> None:
+def test_a_new_search_shows_nothing_of_the_last_ones_end(tmp_path: Path) -> None:
     """From its first moment: no curve, no winner, no final table, and its own configuration."""
     made = MadeRun(tmp_path / "run", num_trials=5)
     root, folder = made.run.root, made.run.root / "tensorboard"
@@ -469,29 +372,11 @@ def test_plans_that_were_given_join_the_trials_of_the_search(shown: Path) -> Non
     assert not list((shown / "tensorboard").glob("control-given*"))
 
 
-def test_a_given_plan_that_the_search_has_tried_leaves_its_curves_and_pictures(shown: Path) -> None:
-    def compared() -> dict[Path, bytes]:
-        return {path: content for path, content in files(shown).items() if not path.parent.name.startswith("trial-")}
-
-    before = compared()
-    board = board_of(shown)
-    board.listen(given_plan(trials(), 2))
-    board.listen(OVER)
-    assert compared() == before
-
-
-def test_hparams_has_its_columns_where_only_other_searches_left_trials(tmp_path: Path) -> None:
-    other = trial(0, "444444", [3.0, 2.9, 2.8], origin="uniform-4", search=ANOTHER)
-    board_of(tmp_path / "run").listen(given_plan([other], 0))
-    assert read(tmp_path / "run", "search").SummaryMetadata(metadata.EXPERIMENT_TAG)
-
-
-@pytest.mark.parametrize("event", [OVER, StageSkipped("search", "best: trial 2", 1.0)])
-def test_the_winner_is_told_as_soon_as_the_search_is_over(event: StageFinished | StageSkipped, tmp_path: Path) -> None:
+def test_the_winner_is_shown_once_the_search_is_over(tmp_path: Path) -> None:
     """Fine-tunes and evaluation go on for hours after it, and begin with dropping an earlier command's end."""
     root = recorded_run(tmp_path / "run", is_over=True)
     board = board_of(root)
-    for each in (planned(trials()), event, StageStarted("finetune", "6 rows")):
+    for each in (planned(trials()), OVER, StageStarted("finetune", "6 rows")):
         board.listen(each)
     text = read(root, "winner").Tensors("winner/text_summary")[0].tensor_proto.string_val[0].decode()
     assert text.startswith("Trial 2 (gp).")
@@ -514,7 +399,7 @@ def test_a_long_trial_takes_less_than_200_kilobytes(tmp_path: Path) -> None:
     assert [event.step for event in found] == list(range(20, steps + 1, 20))
 
 
-def test_a_full_disk_stops_no_search_and_the_next_command_writes_what_is_missing(tmp_path: Path) -> None:
+def test_a_full_disk_stops_no_search_and_is_made_up_for(tmp_path: Path) -> None:
     root = tmp_path / "small"
     root.mkdir()
     mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "qpruner-test", root], capture_output=True)

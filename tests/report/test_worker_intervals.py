@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 from recorded_runs import ANOTHER, DIGEST, MINE, STARTED, recorded_run, trial
 
-from qpruner.report import sections
+from qpruner.report import tables
 from qpruner.report.plots.search import timeline
 from qpruner.report.snapshot import read_snapshot
-from qpruner.runs.paths import RunDir
 from qpruner.runs.records import Begun, TrialRecord
+from qpruner.runs.run_dir import RunDir
 from qpruner.search.trial_records import write_trial
 
 NIGHT = 12 * 3600.0
@@ -30,16 +30,17 @@ def shown(root: Path, *records: TrialRecord) -> tuple[list[dict[str, Any]], str,
     for record in records:
         write_trial(run.trials / DIGEST, record)
     snapshot = read_snapshot(run)
-    [chart] = timeline(snapshot)
-    [row] = [row for row in sections.stages(snapshot) if row[0] == "search"]
-    return chart.spec["data"]["values"], chart.caption, row[sections.STAGE_HEADINGS.index("busy seconds")]
+    chart = timeline(snapshot.worker_intervals, snapshot.trials)
+    table = tables.stages(snapshot)
+    [row] = [row for row in table.rows if row[0] == "search"]
+    return chart.spec["data"]["values"], chart.caption, row[table.headings.index("busy seconds")]
 
 
 def spans(bars: list[dict[str, Any]]) -> list[tuple[int, int, float, float]]:
     return [(bar["trial"], bar["slot"], pytest.approx(bar["start"]), pytest.approx(bar["end"])) for bar in bars]
 
 
-def test_a_trial_that_was_interrupted_is_not_busy_in_the_pause_and_the_pause_is_no_idle_time(tmp_path: Path) -> None:
+def test_a_pause_between_sessions_is_neither_busy_nor_idle(tmp_path: Path) -> None:
     """Ctrl-C in the evening after 100 s of trial 1, whose last rung was at 60 s; in the morning it goes on."""
     whole = trial(0, "444444", [3.4, 3.3, 3.2], begun=(begun(1, 0.0),))
     times = tuple(STARTED + moment for moment in (80.0, 140.0, NIGHT + 20, NIGHT + 80, NIGHT + 81))
@@ -52,7 +53,7 @@ def test_a_trial_that_was_interrupted_is_not_busy_in_the_pause_and_the_pause_is_
     assert busy == "360.0"
 
 
-def test_a_trial_that_lost_its_worker_in_a_session_leaves_a_gap_there(tmp_path: Path) -> None:
+def test_a_trial_that_lost_its_worker_leaves_a_gap(tmp_path: Path) -> None:
     lost = trial(0, "444444", [3.4, 3.3, 3.2], begun=(begun(1, 0.0), begun(1, 160.0, 40.0)), seconds=180.0)
     bars, caption, busy = shown(tmp_path / "run", lost)
     assert spans(bars) == [(0, 1, 0, 40 / 60), (0, 1, 160 / 60, 5)]
@@ -60,7 +61,7 @@ def test_a_trial_that_lost_its_worker_in_a_session_leaves_a_gap_there(tmp_path: 
     assert busy == "180.0"
 
 
-def test_other_searches_trials_are_neither_slots_in_use_nor_busy_seconds(tmp_path: Path) -> None:
+def test_other_searches_trials_take_no_slots(tmp_path: Path) -> None:
     """One is theirs alone, one was ours before they took it over, one was theirs before."""
     theirs = trial(0, "444444", [3.4, 3.3, 3.2], search=ANOTHER, begun=(begun(1, -NIGHT, search=ANOTHER),))
     given = (begun(1, 0.0), begun(3, NIGHT, 60.0, ANOTHER))
@@ -73,7 +74,7 @@ def test_other_searches_trials_are_neither_slots_in_use_nor_busy_seconds(tmp_pat
     assert busy == "120.0"
 
 
-def test_records_of_before_starts_were_kept_are_drawn_by_their_seconds(tmp_path: Path) -> None:
+def test_older_records_are_drawn_by_their_seconds(tmp_path: Path) -> None:
     old = trial(0, "444444", [3.4, 3.3, 3.2], times=(STARTED - NIGHT, STARTED, STARTED + 60, STARTED + 120))
     bars, _, busy = shown(tmp_path / "run", old)
     assert spans(bars) == [(0, 1, 0, 180)]
@@ -86,6 +87,7 @@ def test_a_short_search_is_told_in_seconds(tmp_path: Path, seconds: float, title
     for path in (run.trials / DIGEST).glob("*/trial.json"):
         path.unlink()
     write_trial(run.trials / DIGEST, trial(0, "444444", [3.4], begun=(begun(1, 0.0),), seconds=seconds))
-    [chart] = timeline(read_snapshot(run))
+    snapshot = read_snapshot(run)
+    chart = timeline(snapshot.worker_intervals, snapshot.trials)
     assert chart.spec["encoding"]["x"]["axis"]["title"] == f"{title} of searching since the first trial"
     assert spans(chart.spec["data"]["values"]) == [(0, 1, 0, end)]

@@ -17,30 +17,25 @@ import pytest
 from conftest import disk_of, raw_config, with_key
 from object_store import Store, object_store, talk_to
 
-from qpruner.config.schema import RunConfig, validate_config
+from qpruner.config.load import validate_config
+from qpruner.config.schema import RunConfig
 from qpruner.errors import CorruptFile, StageError, UserError
-from qpruner.pipeline import check, preflight, run
+from qpruner.pipeline import preflight
 from qpruner.pipeline.context import Context
-from qpruner.pipeline.finish import _is_there
-from qpruner.pipeline.jobs import row_set_aside_if_damaged
+from qpruner.pipeline.finetune import Finetune, row_set_aside_if_damaged
 from qpruner.pipeline.preflight_rows import include_path
+from qpruner.pipeline.run import check, run
 from qpruner.quantization.bank import read_plan
-from qpruner.runs import object_store as objects
 from qpruner.runs.events import Event, Message
-from qpruner.runs.mirror import FILES, fetch, put_folder, put_folders
-from qpruner.runs.paths import RunDir, children, files_in, write_text
 from qpruner.runs.records import BankRecord, RungResult
+from qpruner.runs.run_dir import RunDir
+from qpruner.runs.storage import FILES, children, fetch, files_in, published_folders, put_folder, write_text
+from qpruner.runs.storage import bucket as objects
+from qpruner.runs.storage.objects import objects_at
 from qpruner.search.trial import run_trial
 from qpruner.search.trial_job import Materials, TrialJob
-from qpruner.training.candidates import (
-    ADAPTER_WEIGHTS,
-    Candidate,
-    CandidateJob,
-    evaluate_candidate,
-    finetune_candidate,
-    is_damaged,
-    latest_checkpoint,
-)
+from qpruner.training.checkpoints import ADAPTER_WEIGHTS, is_damaged, latest_checkpoint
+from qpruner.training.table_rows import Candidate, CandidateJob, evaluate_candidate, finetune_candidate
 
 pytestmark = pytest.mark.slow
 
@@ -49,7 +44,7 @@ Machine = Callable[[str], CandidateJob]
 FINETUNE = """
 import sys
 from test_at_uri import job_of
-from qpruner.training.candidates import finetune_candidate
+from qpruner.training.table_rows import finetune_candidate
 finetune_candidate(job_of(sys.argv[1], sys.argv[2]))
 """
 
@@ -111,33 +106,29 @@ def job_of(config_file: str, row: str) -> CandidateJob:
     return CandidateJob(config, candidate, run_dir.stage("prepare") / "data", threads=1)
 
 
-def test_a_fine_tune_whose_machine_dies_goes_on_elsewhere_from_what_it_sent(
-    machine: Machine, config_file: tuple[Store, Path]
-) -> None:
+def test_a_fine_tune_resumes_on_another_machine(machine: Machine, config_file: tuple[Store, Path]) -> None:
     whole = finetune_candidate(machine("whole", "whole"))
     job = machine("second")
     with finetune_elsewhere(config_file[1], "searched") as process:
         process.kill()
     job = machine("third")
-    sent = [path.name for path in put_folders(job.candidate.checkpoints)]
+    sent = [path.name for path in published_folders(job.candidate.checkpoints)]
     assert sent and "checkpoint-12" not in sent
     found = finetune_candidate(job)
     assert (found.steps, found.train_loss, found.validation_loss) == (12, whole.train_loss, whole.validation_loss)
-    assert [path.name for path in put_folders(job.candidate.checkpoints)] == ["checkpoint-12"]
+    assert [path.name for path in published_folders(job.candidate.checkpoints)] == ["checkpoint-12"]
     assert {"adapter", "adapter.files.json", "progress"} <= set(children(job.candidate.folder))
     one, other = (evaluate_candidate(machine("fourth", row)) for row in ("whole", "searched"))
     assert (one.scores, one.text_loss) == (other.scores, other.text_loss)
 
 
-def test_a_damaged_checkpoint_of_a_fine_tune_is_not_gone_on_from(
-    machine: Machine, config_file: tuple[Store, Path]
-) -> None:
+def test_a_fine_tunes_damaged_checkpoint_is_not_resumed(machine: Machine, config_file: tuple[Store, Path]) -> None:
     store = config_file[0]
     machine("first-half", "broken")
     with finetune_elsewhere(config_file[1], "broken") as process:
         process.kill()
     job = machine("second-half", "broken")
-    (sent,) = put_folders(job.candidate.checkpoints)
+    (sent,) = published_folders(job.candidate.checkpoints)
     assert not is_damaged(sent)
     store.damage(f"run/candidates/broken/checkpoints/{sent.name}/optimizer.pt")
     assert is_damaged(sent) and latest_checkpoint(job.candidate.checkpoints) is None
@@ -154,7 +145,7 @@ def adapter_at(store: Store, run: RunDir, folder: Path) -> Path:
     return adapter
 
 
-def test_a_row_whose_adapter_is_damaged_is_set_aside_by_whoever_meets_that(
+def test_a_row_with_a_damaged_adapter_is_set_aside(
     machine: Machine, config_file: tuple[Store, Path], tmp_path: Path
 ) -> None:
     run_dir = RunDir(machine("evaluating").config.output)
@@ -172,28 +163,27 @@ def test_a_row_whose_adapter_is_damaged_is_set_aside_by_whoever_meets_that(
         fetch(run_dir.stage("nowhere"))
 
 
-def test_a_final_model_of_which_an_object_is_gone_is_written_again(
+def test_a_final_model_with_a_missing_object_is_incomplete(
     machine: Machine, config_file: tuple[Store, Path], tmp_path: Path
 ) -> None:
     """As an object is deleted that whoever fetched it found damaged."""
     config, events = machine("looking").config, list[Event]()
     context = Context(config, RunDir(config.output), events.append, None, preflight.inspect(config))
     final = context.run_dir.root / "final"
-    assert not _is_there(context, final)
+    assert not Finetune(context)._has_final()
     (folder := tmp_path / "final").mkdir()
     for name in ("config.json", "model.safetensors"):
         (folder / name).write_text(name)
     put_folder(folder, final)
-    assert _is_there(context, final) and not events
+    assert Finetune(context)._has_final() and not events
     config_file[0].delete("run/final/model.safetensors")
-    assert not _is_there(context, final)
-    assert [event.text for event in events if isinstance(event, Message)] == [
-        f"warning: {context.run_dir.place}/final/model.safetensors is missing; the final model is written again"
-    ]
+    assert not Finetune(context)._has_final()
+    (text,) = [event.text for event in events if isinstance(event, Message)]
+    assert f"{context.run_dir.place}/final/model.safetensors is missing" in text and "set aside in" in text
 
 
 @pytest.mark.parametrize("place", ["uri", "folder"])
-def test_a_fine_tune_that_was_cut_off_and_comes_back_writes_nothing_more(
+def test_a_fine_tune_that_was_cut_off_writes_nothing_more(
     place: str, machine: Machine, config_file: tuple[Store, Path], tmp_path: Path
 ) -> None:
     """Its machine stands still from its first checkpoint on, until another one has ended what it began."""
@@ -227,11 +217,11 @@ def in_a_folder(store: Store, config_file: Path, folder: Path) -> Path:
 
 def written_in(folder: Path) -> dict[str, float]:
     """When each file of a row was written; of its progress a process may give a sign before it knows."""
-    there, names = objects.objects_at(folder), set(files_in(folder)) - {"progress"}
+    there, names = objects_at(folder), set(files_in(folder)) - {"progress"}
     return {name: (there / name).modified() if there else (folder / name).stat().st_mtime for name in names}
 
 
-def test_a_trial_finds_its_materials_on_a_machine_that_has_nothing(machine: Machine, tmp_path: Path) -> None:
+def test_a_trial_runs_on_a_machine_that_has_nothing(machine: Machine, tmp_path: Path) -> None:
     job = machine("fifth")
     candidate = job.candidate
     trial = TrialJob(job.config, Materials(candidate.checkpoint, candidate.bank, job.data), candidate.plan)
@@ -243,7 +233,7 @@ def test_a_trial_finds_its_materials_on_a_machine_that_has_nothing(machine: Mach
     assert len(copies) == len(candidate.plan)
 
 
-def test_room_is_asked_for_what_is_not_on_this_machine_yet(
+def test_room_is_asked_for_what_is_not_here_yet(
     config_file: tuple[Store, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = RunConfig.model_validate_json(config_file[1].read_text())

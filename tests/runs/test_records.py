@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
-from qpruner.data.calibration import LossResult
-from qpruner.runs.paths import read_json, write_json
+from qpruner.data.losses import LossResult
 from qpruner.runs.records import EvalRecord, KeptScore, MethodScores, MetricScore, RowScores, TaskScore
+from qpruner.runs.storage import read_json, write_json
 
 
 def test_the_score_of_one_question_can_be_read_again(tmp_path: Path) -> None:

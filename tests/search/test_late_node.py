@@ -22,19 +22,20 @@ from raylets import Raylets, raylets
 from test_search_stage import job_of
 
 import qpruner
-from qpruner.cluster.cluster import connect, disconnect, run_tasks
-from qpruner.cluster.gpu_time import GpuTime
+from qpruner.cluster.connect import connect, disconnect
+from qpruner.cluster.executor import ClusterExecutor, GpuTime, ModelCache
 from qpruner.cluster.probe import packed_check, packed_check_of_gpus
+from qpruner.cluster.tasks import run_tasks
 from qpruner.cluster.tune import SearchJob, search
-from qpruner.cluster.workshop import Bench, OnCluster
-from qpruner.config.schema import RunConfig, validate_config
+from qpruner.config.load import validate_config
+from qpruner.config.schema import RunConfig
 from qpruner.errors import NodeDiffers, StageError
-from qpruner.pipeline import preview, run
+from qpruner.pipeline.run import preview, run
 from qpruner.runs import events
-from qpruner.runs import retry as patience
 from qpruner.runs.events import Emit, Event, Message, TableMade
-from qpruner.runs.paths import RunDir
 from qpruner.runs.records import RungResult
+from qpruner.runs.run_dir import RunDir
+from qpruner.runs.storage import retry as patience
 from qpruner.search.trial_job import Progress, Report, TrialJob
 from qpruner.search.trial_records import read_trials
 
@@ -132,12 +133,12 @@ def as_task(resources: dict[str, float], check_node: bytes, scratch: Path = Path
 
 
 def in_workshop(resources: dict[str, float], check_node: bytes, scratch: Path = Path()) -> int:
-    def work(job: int, bench: Bench, emit: Emit) -> int:
+    def work(job: int, cache: ModelCache, emit: Emit) -> int:
         return job
 
-    place = OnCluster(resources, GpuTime(), check_node)
+    place = ClusterExecutor(resources, GpuTime(), check_node)
     try:
-        return place.do(work, 1, lambda event: None)
+        return place.run(work, 1, lambda event: None)
     finally:
         place.close()
 
@@ -159,7 +160,7 @@ def job_with_two_in_flight(folder: Path) -> SearchJob:
     return replace(job, trials=run.trials, trial=standing_in(folder), resources=held, check_node=packed_check(run))
 
 
-def test_all_work_that_holds_a_gpu_which_torch_does_not_see_is_refused(cluster: Raylets, tmp_path: Path) -> None:
+def test_a_gpu_that_torch_does_not_see_is_refused(cluster: Raylets, tmp_path: Path) -> None:
     """It would go on for days on the CPU. Where GPUs are only counted, that is what was asked for. Groups need no look:
     they have no way to connect."""
     held, check = {"cpu": 1.0, "gpu": 1.0}, packed_check_of_gpus()
@@ -206,7 +207,7 @@ def prepared(config: RunConfig, emit: Emit, address: str) -> None:
         (prepared, with_a_folder_of_its_own, "is not shared with it"),
     ],
 )
-def test_the_first_work_of_a_command_is_not_done_on_a_node_that_came_after_the_look(
+def test_a_node_that_joined_after_the_probe_is_refused(
     command: Callable[[RunConfig, Emit, str], None],
     join: Callable[[Raylets, Path], Any],
     what: str,
@@ -230,7 +231,7 @@ def test_the_first_work_of_a_command_is_not_done_on_a_node_that_came_after_the_l
     assert command is not previewed or not (tmp_path / "run").exists(), "a preview leaves nothing"
 
 
-def test_what_a_node_wrote_to_its_own_disk_is_not_taken_for_the_runs(
+def test_a_folder_that_is_not_shared_is_refused(
     cluster: Raylets, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The shared folder is gone from the node while it works, and whatever is written there goes to its own disk."""
@@ -264,7 +265,7 @@ def test_what_a_node_wrote_to_its_own_disk_is_not_taken_for_the_runs(
         (with_a_gpu_that_torch_does_not_see, "a GPU is reserved for work there, but torch "),
     ],
 )
-def test_a_node_that_joins_late_and_differs_is_named_and_takes_no_retry(
+def test_a_late_node_that_differs_is_named_and_not_retried(
     join: Callable[[Raylets, Path], Any], what: str, cluster: Raylets, tmp_path: Path
 ) -> None:
     job = job_with_two_in_flight(tmp_path)

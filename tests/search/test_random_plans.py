@@ -26,7 +26,7 @@ def equal_plans(space: PlanSpace, plan: PrecisionPlan) -> list[PrecisionPlan]:
     return [other for other in every if abs(space.plan_bytes(other) - size) <= 0.01 * size and other != plan]
 
 
-@pytest.mark.parametrize("share_of_high", [0.05, 0.3, 0.5, 0.9, 1.0])
+@pytest.mark.parametrize("share_of_high", [0.05, 0.5, 1.0])
 @pytest.mark.parametrize(("num_groups", "levels"), [(30, (4, 8)), (224, (4, 8, 16))])
 def test_random_plans_have_equal_bytes_and_differ(
     num_groups: int, levels: tuple[int, ...], share_of_high: float

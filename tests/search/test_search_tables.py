@@ -23,23 +23,19 @@ sys.path.insert(0, str(BENCHMARKS))
 from search_replay import BadTable, Table  # noqa: E402
 from search_tables import LORA, Evaluator, Job, build_bank  # noqa: E402
 
-from qpruner.data.calibration import mean_loss  # noqa: E402
-from qpruner.quantization.assembly import Workbench  # noqa: E402
+from qpruner.data.losses import mean_loss  # noqa: E402
+from qpruner.quantization.assembly import PlanAssembler  # noqa: E402
 
 SMALL: dict[str, Any] = {"num_hidden_layers": 2, "hidden_size": 64, "num_attention_heads": 4, "vocab_size": 512}
 TOKENS = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1, "max_position_embeddings": 256}
 FAMILIES: dict[str, dict[str, Any]] = {
     "gpt_neox": {"intermediate_size": 256},
-    "opt": {"ffn_dim": 256, "word_embed_proj_dim": 64},
     "gemma2": {"intermediate_size": 256, "num_key_value_heads": 2, "head_dim": 64, "final_logit_softcapping": 1.0},
-    "granite": {"intermediate_size": 256, "num_key_value_heads": 2, "logits_scaling": 8.0},
 }
 
 
-@pytest.mark.parametrize("family", ["llama", *FAMILIES])
-def test_plans_that_share_blocks_get_the_loss_of_their_own_models(
-    family: str, tiny_model: Path, tmp_path: Path
-) -> None:
+@pytest.mark.parametrize("family", ["llama", "gpt_neox", "gemma2"])
+def test_plans_that_share_blocks_get_their_own_loss(family: str, tiny_model: Path, tmp_path: Path) -> None:
     text, folder = tmp_path / "text.txt", tiny_model
     text.write_text("\n".join(row["question"] for row in demo_rows("questions_train.jsonl")))
     if family != "llama":
@@ -54,7 +50,7 @@ def test_plans_that_share_blocks_get_the_loss_of_their_own_models(
     evaluator = Evaluator(job)
     found = {plan: loss for prefix in ((4,), (8,)) for plan, loss in evaluator.every_plan(prefix)}
     assert list(found) == list(itertools.product((4, 8), repeat=2))
-    bench = Workbench(folder, tmp_path / "bank", "block", "bfloat16", double_quant=False, lora=LORA)
+    bench = PlanAssembler(folder, tmp_path / "bank", "block", "bfloat16", double_quant=False, lora=LORA)
     for plan, loss in found.items():
         model = bench.model(job.bits(plan), seed=0)
         assert loss == pytest.approx(mean_loss(model, job.validation(), 0, 16).mean, abs=3e-3)
@@ -78,15 +74,12 @@ def table() -> dict[str, Any]:
 
 WRONG: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     "no groups": (lambda content: content.pop("groups"), "KeyError 'groups'"),
-    "one level": (lambda content: content.update(levels=[4]), "`levels` must be two or more different"),
     "the same group": (lambda content: content.update(groups=["a", "a", "b"]), "`groups` must be different names"),
     "bytes of two groups": (
         lambda content: content["group_bytes"].update({"4": [1, 2]}),
         "`group_bytes` at 4 must be 3",
     ),
     "a NaN": (lambda content: content["loss"].__setitem__(2, float("nan")), "`loss` must be 8 numbers"),
-    "a null": (lambda content: content["loss"].__setitem__(2, None), "`loss` must be 8 numbers"),
-    "too few losses": (lambda content: content["loss"].pop(), "`loss` must be 8 numbers"),
     "a plan twice": (lambda content: content["plans"].__setitem__(0, [8, 8, 8]), "`plans` has 1 plans more than once"),
     "another level": (lambda content: content["plans"].__setitem__(0, [4, 4, 5]), "got [4, 4, 5]"),
     "a plan missing": (lambda content: (content["plans"].pop(0), content["loss"].pop(0)), "of the"),
@@ -102,7 +95,7 @@ WRONG: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
 
 
 @pytest.mark.parametrize("what", WRONG)
-def test_what_is_no_table_is_said_before_anything_is_replayed(what: str, tmp_path: Path) -> None:
+def test_what_is_no_table_is_refused(what: str, tmp_path: Path) -> None:
     content, (spoil, said) = table(), WRONG[what]
     spoil(content)
     path = tmp_path / "theirs.json"
@@ -116,10 +109,10 @@ def test_tables_that_somebody_else_wrote_are_replayed(tmp_path: Path) -> None:
     """As they are, with strings for numbers, and flat; one that is no table ends the command before it begins."""
     content = table()
     strings = {"levels": ["4", "8"], "plans": [[str(bits) for bits in plan] for plan in content["plans"]]}
-    changes = {"theirs": {}, "strings": strings, "flat": {"loss": [3.0] * 8}, "spoilt": {"loss": []}}
+    changes = {"theirs": strings, "flat": {"loss": [3.0] * 8}, "spoilt": {"loss": []}}
     for name, change in changes.items():
         (tmp_path / f"{name}.json").write_text(json.dumps(content | change))
-    command = [sys.executable, str(BENCHMARKS / "search_regret.py"), "--seeds", "1", "--searchers", "gp", "random"]
+    command = [sys.executable, str(BENCHMARKS / "search_regret.py"), "--seeds", "1", "--searchers", "random"]
     named = [["--table", str(tmp_path / f"{name}.json")] for name in changes]
     tables = list(itertools.chain(*named[:-1], ["--plot", str(tmp_path / "plot.png")]))
     done = subprocess.run([*command, *tables], check=True, capture_output=True, text=True)
@@ -129,7 +122,7 @@ def test_tables_that_somebody_else_wrote_are_replayed(tmp_path: Path) -> None:
 
     found = json.loads(done.stdout.splitlines()[-1], parse_constant=refuse)
     assert {(row["table"], row["searcher"]) for row in found["rows"]} == set(
-        itertools.product(("theirs", "strings", "flat"), ("gp", "random"))
+        itertools.product(("theirs", "flat"), ("random",))
     )
     done = subprocess.run([*command, *tables, *named[-1]], capture_output=True, text=True)
     assert done.returncode == 2 and "`loss` must be 8 numbers" in done.stderr and "Traceback" not in done.stderr

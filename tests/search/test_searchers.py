@@ -77,12 +77,12 @@ def rungs_of(suggestion: Suggestion) -> list[Observation]:
     return [Observation(suggestion.index, suggestion.plan, step, score + 1 / step) for step in STEPS]
 
 
-def test_a_plan_that_cannot_be_trained_is_told_as_worse_than_all_that_can() -> None:
+def test_an_untrainable_plan_scores_worse_than_all_others() -> None:
     """At the last step that any plan reached; an unknown plan would be a hole that the searcher knows nothing of."""
     ledger = ledger_of(space_of(4), maker("random"))
     ruined, good, bad = (ledger.next() for _ in range(3))
     assert ruined and good and bad
-    ledger.close(ruined, "ruined")
+    ledger.close(ruined, "untrainable")
     assert ledger.history().observations == () and ledger.history().failed == (ruined.plan,), "nothing is known yet"
     ledger.observe(Observation(good.index, good.plan, 4, 3.0))
     told = [(item.index, item.step, item.score) for item in ledger.history().observations]
@@ -93,21 +93,10 @@ def test_a_plan_that_cannot_be_trained_is_told_as_worse_than_all_that_can() -> N
     assert ledger.history().failed == ()
     # And the same for a search that is taken up.
     again = ledger_of(space_of(4), maker("random"))
-    again.recall(ruined, [], "ruined")
+    again.recall(ruined, [], "untrainable")
     again.recall(good, [Observation(good.index, good.plan, 8, 2.9)])
     again.recall(bad, [Observation(bad.index, bad.plan, 8, 3.4)])
     assert Observation(ruined.index, ruined.plan, 8, pytest.approx(3.9)) in again.history().observations
-
-
-def test_a_trial_that_lost_its_worker_is_handed_out_before_new_ones() -> None:
-    ledger = ledger_of(space_of(4), maker("random"))
-    first, second = ledger.next(), ledger.next()
-    assert first and second
-    ledger.hand_out_again(first)
-    assert ledger.history().pending == (second.plan,)
-    assert ledger.next() == first
-    third = ledger.next()
-    assert third and third.index == 2
 
 
 def finish(ledger: Ledger, suggestion: Suggestion) -> None:
@@ -134,7 +123,7 @@ def test_the_controls_run_first(make: MakeProposer) -> None:
 
 
 @PROPOSERS
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", range(1))
 @pytest.mark.parametrize("levels", [(4, 8), (4, 8, 16)], ids=str)
 def test_no_plan_twice_and_none_over_budget(make: MakeProposer, seed: int, levels: tuple[int, ...]) -> None:
     space = space_of(8, 0.4, levels)
@@ -154,12 +143,6 @@ def test_a_small_space_is_tried_out_and_then_it_is_over(make: MakeProposer) -> N
     suggestions = run(ledger)
     assert {item.plan for item in suggestions} == feasible_plans(space)
     assert 10 < len(suggestions) < 32
-    assert ledger.next() is None
-
-
-def test_the_trials_that_were_asked_for_are_given_and_no_more() -> None:
-    ledger = ledger_of(space_of(8), RandomProposer, max_trials=5)
-    assert len(run(ledger)) == 5
     assert ledger.next() is None
 
 
@@ -229,23 +212,6 @@ def test_a_suggestion_depends_on_seed_position_and_results_only(make: MakePropos
     assert len({nth(seed, range(8)) for seed in range(4)}) > 1
 
 
-def test_a_random_proposal_does_not_look_at_results() -> None:
-    space = space_of(10)
-    proposer = RandomProposer(space, 4)
-    history = History((Observation(0, space.uniform(4), 8, 1.0),))
-    assert proposer.propose(7, history) == proposer.propose(7, History())
-    plans = {proposer.propose(index, History()).plan for index in range(20)}
-    assert len(plans) > 15
-
-
-def test_random_proposals_use_every_level_alike() -> None:
-    space = space_of(10, levels=(4, 8, 16))
-    proposer = RandomProposer(space, 0)
-    bits = [value for index in range(200) for value in proposer.propose(index, History()).plan.bits]
-    for level in (4, 8, 16):
-        assert bits.count(level) / len(bits) == pytest.approx(1 / 3, abs=0.05)
-
-
 @pytest.mark.parametrize("name", ["hyperopt", "bayesopt", "gp"])
 def test_a_searcher_learns_from_what_ran(name: str) -> None:
     """After 30 results that all say "8 bits in the first groups", it proposes that more often than chance does."""
@@ -288,8 +254,8 @@ def test_a_failed_trial_is_not_learned_from_and_not_repeated(make: MakeProposer)
 
 
 @PROPOSERS
-@pytest.mark.parametrize("killed_after", [1, 5, 11])
-def test_a_search_taken_up_again_is_the_search_that_was_not_interrupted(make: MakeProposer, killed_after: int) -> None:
+@pytest.mark.parametrize("killed_after", [5])
+def test_a_resumed_search_proposes_the_same_plans(make: MakeProposer, killed_after: int) -> None:
     space = space_of(9)
     whole = run(ledger_of(space, make))
     ledger = ledger_of(space, make)
@@ -326,31 +292,7 @@ def test_what_was_running_goes_on_first(make: MakeProposer) -> None:
     assert fresh.plan not in {item.plan for item in before}
 
 
-def test_controls_that_had_not_run_are_not_forgotten() -> None:
-    space = space_of(7)
-    controls = controls_of(space)
-    ledger = ledger_of(space, RandomProposer)
-    first = Suggestion(0, *controls[0])
-    ledger.recall(first, rungs_of(first))
-    following = ledger.next()
-    assert following is not None
-    assert (following.index, following.origin, following.plan) == (1, *controls[1])
-
-
-def test_recorded_trials_count_towards_the_trials_asked_for() -> None:
-    space = space_of(9)
-    whole = run(ledger_of(space, RandomProposer))
-    ledger = ledger_of(space, RandomProposer)
-    for suggestion in whole:
-        ledger.recall(suggestion, ())
-    assert ledger.next() is None
-    longer = ledger_of(space, RandomProposer, max_trials=14)
-    for suggestion in whole:
-        longer.recall(suggestion, rungs_of(suggestion))
-    assert [item.index for item in run(longer)] == [12, 13]
-
-
-def test_a_trial_whose_folder_was_deleted_leaves_its_number_free() -> None:
+def test_a_deleted_trial_frees_its_number() -> None:
     """To have a failed trial run again people delete its folder; no other trial may get a number that is taken."""
     space = space_of(9)
     whole = run(ledger_of(space, RandomProposer))[:8]
@@ -388,7 +330,7 @@ class Hopeless:
         return Proposal(plan, expected_improvement=0.1 if index < 3 else 0.001, noise=0.01)
 
 
-def test_patience_ends_a_search_that_has_nothing_to_win_and_says_so() -> None:
+def test_patience_ends_a_search_and_says_so() -> None:
     space = space_of(8)
     ledger = Ledger(space, Hopeless(space), [], max_trials=50, patience=3)
     assert len(run(ledger)) == 3 + 2
@@ -410,7 +352,7 @@ def test_a_front_is_searched_at_large_and_at_small_sizes(name: str) -> None:
     assert max(shares) > 0.6
 
 
-def test_a_scalarized_searcher_is_told_of_bytes_as_well_as_scores() -> None:
+def test_a_scalarized_searcher_weighs_bytes_and_scores() -> None:
     """Of two plans with equal scores the smaller one is the better."""
     told = []
 

@@ -20,13 +20,13 @@ from test_search_stage import job_of
 from test_search_stage import trial as finished
 from transformers import AutoConfig
 
-from qpruner.cluster.cluster import Cluster, connect, disconnect
-from qpruner.cluster.room import Room
+from qpruner.cluster.connect import Cluster, connect, disconnect
+from qpruner.cluster.slots import Room
 from qpruner.cluster.tune import SearchJob, search
 from qpruner.errors import StageError, StorageError
-from qpruner.runs import retry as patience
 from qpruner.runs.events import Event, Message, StepsSeen, TrialChanged
 from qpruner.runs.records import RungResult
+from qpruner.runs.storage import retry as patience
 from qpruner.search.trial_job import Progress, Report, TrialJob
 from qpruner.search.trial_records import read_trials, write_trial
 
@@ -72,9 +72,7 @@ def one_trial_on(disk: Path, folder: Path, once: str) -> SearchJob:
     return replace(job_of(folder, max_trials=1), trial=trial, trials=disk / "trials", resources=HELD)
 
 
-def test_a_search_whose_hours_are_over_and_whose_machines_are_gone_ends_and_goes_on_when_one_is_back(
-    joined: tuple[Raylets, Cluster], tmp_path: Path
-) -> None:
+def test_a_search_without_hours_and_machines_ends_and_resumes(joined: tuple[Raylets, Cluster], tmp_path: Path) -> None:
     """They are over with the first rung, after which its machine goes."""
     cluster, facts = joined
     told: list[str] = []
@@ -120,7 +118,7 @@ def disk(tmp_path: Path) -> Iterator[Path]:
 
 
 @pytest.mark.parametrize("room", [1, 2])
-def test_a_disk_without_room_for_what_the_driver_writes_is_what_the_search_ends_with(
+def test_a_full_disk_of_the_driver_ends_the_search(
     room: int, joined: tuple[Raylets, Cluster], disk: Path, tmp_path: Path
 ) -> None:
     """It fills up when the trial has recorded its last rung and the driver has not heard of it; with room for another
@@ -144,9 +142,7 @@ def test_a_disk_without_room_for_what_the_driver_writes_is_what_the_search_ends_
     assert [(trial.status, trial.kills) for trial in outcome.trials] == [("finished", 0)]
 
 
-def test_a_search_whose_run_another_driver_took_over_ends_and_leaves_the_others_trials(
-    joined: tuple[Raylets, Cluster], tmp_path: Path
-) -> None:
+def test_a_search_that_lost_its_lock_leaves_others_trials(joined: tuple[Raylets, Cluster], tmp_path: Path) -> None:
     """It slept while the other did the trial after the one under way, which ends, and gives its slot to the next."""
 
     def trial(job: TrialJob, start: Path | None, report: Report, progress: Progress) -> None:
@@ -170,7 +166,7 @@ def test_a_search_whose_run_another_driver_took_over_ends_and_leaves_the_others_
     assert (first.status, second) == ("finished", theirs)
 
 
-def test_a_worker_that_had_no_room_to_say_so_is_not_taken_for_one_that_was_killed(
+def test_a_worker_without_storage_does_not_count_as_killed(
     joined: tuple[Raylets, Cluster], disk: Path, tmp_path: Path
 ) -> None:
     """There is room again when the driver notices that it has none either."""
@@ -191,7 +187,7 @@ def test_a_worker_that_had_no_room_to_say_so_is_not_taken_for_one_that_was_kille
     assert [(trial.status, trial.kills) for trial in outcome.trials] == [("finished", 0)]
 
 
-def test_what_goes_wrong_after_its_last_rung_takes_nothing_from_a_trial(
+def test_an_error_after_the_last_rung_changes_nothing(
     joined: tuple[Raylets, Cluster], disk: Path, tmp_path: Path
 ) -> None:
     """The checkpoint before its last cannot be removed: a file system lies on it."""
@@ -210,9 +206,7 @@ def test_what_goes_wrong_after_its_last_rung_takes_nothing_from_a_trial(
     assert (disk / "trials" / "0000" / "checkpoint-1").exists()
 
 
-def test_a_trial_that_misses_its_files_while_the_storage_is_away_goes_on_once_it_is_back(
-    joined: tuple[Raylets, Cluster], disk: Path, tmp_path: Path
-) -> None:
+def test_a_trial_waits_for_a_storage_that_is_away(joined: tuple[Raylets, Cluster], disk: Path, tmp_path: Path) -> None:
     """transformers tells of a missing file without the system's number, as of any other mistake."""
     (disk / "config.json").write_text('{"model_type": "llama"}')
 
@@ -279,17 +273,13 @@ def processes(folder: Path) -> set[str]:
     return {path.name.split("-")[1] for path in folder.glob("made-*")}
 
 
-def test_a_trial_waits_for_a_worker_that_is_slow_to_leave_the_trial_before_it(
-    joined: tuple[Raylets, Cluster], tmp_path: Path
-) -> None:
+def test_a_trial_waits_for_a_slow_worker(joined: tuple[Raylets, Cluster], tmp_path: Path) -> None:
     outcome = search(slow_to_end(tmp_path, seconds=5.0), within(lambda: 1), lambda event: None)
     assert [(trial.status, trial.kills) for trial in outcome.trials] == [("finished", 0)] * 2
     assert len(processes(tmp_path)) == 1
 
 
-def test_a_worker_that_never_leaves_its_trial_is_killed_and_the_next_trial_is_not_blamed(
-    joined: tuple[Raylets, Cluster], tmp_path: Path
-) -> None:
+def test_a_worker_that_never_leaves_its_trial_is_killed(joined: tuple[Raylets, Cluster], tmp_path: Path) -> None:
     job = slow_to_end(tmp_path, seconds=10 * SECONDS, trial_timeout_seconds=20.0)
     kills = []
 

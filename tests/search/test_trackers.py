@@ -1,12 +1,10 @@
-"""Weights & Biases and MLflow as they really are: what they have of a run that was killed, read back by their own
-packages."""
+"""Weights & Biases and MLflow as they really are: what they got, read back by their own packages."""
 
 from __future__ import annotations
 
 import importlib.util
 import json
 import os
-import signal
 import subprocess
 import sys
 import tempfile
@@ -20,17 +18,17 @@ import pytest
 import torch
 from conftest import demo_rows
 from peft import PeftModel
-from real_driver import between_rungs, driver, rungs_of, search_config, trials_of
+from real_driver import driver, rungs_of, search_config, trials_of
 
 from qpruner.config.schema import LoraConfig, TrainingConfig
-from qpruner.data.rows import Example, encode
+from qpruner.data.encoding import encode
+from qpruner.data.sources import Example
 from qpruner.errors import UserError
 from qpruner.models.loading import load_tokenizer
 from qpruner.quantization.assembly import assemble, attach_adapters
-from qpruner.runs.paths import RunDir
 from qpruner.training.finetune import Listener, Schedule, finetune
 from qpruner.training.tracked_finetune import tracked
-from qpruner.training.trackers import KIND, ROW, Trackers, check_trackers
+from qpruner.training.trackers import Trackers, check_trackers
 
 WITHOUT = {name: importlib.util.find_spec(name) is None for name in ("wandb", "mlflow")}
 WITH_WANDB = pytest.mark.skipif(WITHOUT["wandb"], reason="wandb is not installed")
@@ -58,14 +56,12 @@ def environment(folder: Path) -> dict[str, str]:
 
 
 def mlflow_rows(folder: Path, experiment: str = "run") -> dict[str, Any]:
-    """MLflow's runs by the name that stays; fails where two have one."""
+    """MLflow's runs by name."""
     from mlflow import MlflowClient
 
     client = MlflowClient(tracking_uri=environment(folder)["MLFLOW_TRACKING_URI"])
     found = client.search_runs([client.get_experiment_by_name(experiment).experiment_id])
-    rows = {run.data.tags[ROW]: run for run in found}
-    assert len(rows) == len(found)
-    return rows
+    return {run.info.run_name: run for run in found}
 
 
 def mlflow_curve(folder: Path, run: Any, metric: str) -> list[tuple[int, float]]:
@@ -103,18 +99,17 @@ def wandb_has_ended(file: Path) -> bool:
 
 
 def wandb_rows(folder: Path) -> dict[str, dict[str, Any]]:
-    """Name for people, configuration, and lines by step of every row; a row may have a folder for every session."""
+    """Configuration and lines of every row, by name."""
     rows: dict[str, dict[str, Any]] = {}
     for file in sorted(folder.glob("wandb/offline-run-*/run-*.wandb")):
         row: dict[str, Any] = {}
         for record in wandb_records(file):
             if record.HasField("run"):
-                row = rows.setdefault(record.run.run_id, {"lines": {}})
-                row |= {"name": record.run.display_name, "group": record.run.run_group}
+                row = rows.setdefault(record.run.display_name, {"lines": []})
                 row["config"] = {each.key: json.loads(each.value_json) for each in record.run.config.update}
             if record.HasField("history"):
                 line = {each.key or each.nested_key[-1]: json.loads(each.value_json) for each in record.history.item}
-                row["lines"].setdefault(line["_step"], {}).update(line)
+                row["lines"].append(line)
     return rows
 
 
@@ -138,44 +133,31 @@ def short_folder() -> Iterator[Path]:
 @pytest.mark.slow
 @WITH_WANDB
 @WITH_MLFLOW
-def test_a_search_that_was_killed_goes_on_in_the_rows_it_had(
-    tiny_model: Path, tmp_path: Path, short_folder: Path
-) -> None:
+def test_trackers_get_every_rung_and_no_key_is_logged(tiny_model: Path, tmp_path: Path, short_folder: Path) -> None:
     config = search_config(
         tiny_model,
         tmp_path,
-        **{"trackers": ["wandb", "mlflow"], "search.max_trials": 3, "finetune.compare": False},
+        **{"trackers": ["wandb", "mlflow"], "search.max_trials": 2, "finetune.compare": False},
     )
     variables = environment(tmp_path) | {"RAY_TMPDIR": str(short_folder)}
-    with driver(config, verb="finetune", **variables) as first:
-        pid = first.wait_until(lambda: between_rungs(first.run, 1), "a rung of the second trial")
-        os.kill(pid, signal.SIGSTOP)  # it must not reach the end of the trial meanwhile
-        first.process.kill()
-        os.kill(pid, signal.SIGKILL)
-    with driver(config, verb="finetune", **variables) as second:
-        code, said = second.end()
+    with driver(config, verb="finetune", **variables) as command:
+        code, said = command.end()
         assert code == 0, said
         assert "pid=" not in said, "what workers print is no line of the run"
-    run = RunDir(second.run)
-    names = {index: f"{run.id}-trial-{index:04d}" for index in range(3)}
-    rungs, trials = rungs_of(second.run), trials_of(second.run)
-    assert len(trials[1]["times"]) > 0
-
-    by_mlflow, by_wandb = mlflow_rows(tmp_path), wandb_rows(second.run)
-    tuned = [name for name in by_mlflow if name not in names.values()]
-    assert len(tuned) == 1 and by_mlflow[tuned[0]].data.tags[KIND] == "fine-tune"
-    assert set(by_wandb) == set(by_mlflow)
+    rungs, trials = rungs_of(command.run), trials_of(command.run)
+    by_mlflow, by_wandb = mlflow_rows(tmp_path), wandb_rows(command.run)
+    names = {index: f"trial-{index:04d}-{trials[index]['origin']}" for index in range(2)}
+    [tuned] = by_mlflow.keys() - set(names.values())
+    assert by_mlflow.keys() == by_wandb.keys()
     for index, name in names.items():
-        expected = {rung["step"]: rung["loss"] for rung in rungs[index]}
-        assert dict(mlflow_curve(tmp_path, by_mlflow[name], "loss")) == pytest.approx(expected)
-        assert len(mlflow_curve(tmp_path, by_mlflow[name], "loss")) == len(expected), "a rung is told once"
-        assert {step: line["loss"] for step, line in by_wandb[name]["lines"].items()} == pytest.approx(expected)
-        told = by_mlflow[name].data.params
-        assert int(told["plan_bytes"]) == by_wandb[name]["config"]["plan_bytes"] == trials[index]["plan_bytes"]
-        assert told["origin"] == trials[index]["origin"]
+        expected = [(rung["step"], pytest.approx(rung["loss"])) for rung in rungs[index]]
+        assert mlflow_curve(tmp_path, by_mlflow[name], "loss") == expected
+        assert [(line["_step"], line["loss"]) for line in by_wandb[name]["lines"]] == expected
+        size = trials[index]["plan_bytes"]
+        assert int(by_mlflow[name].data.params["plan_bytes"]) == by_wandb[name]["config"]["plan_bytes"] == size
         assert by_mlflow[name].info.status == "FINISHED"
-    assert [step for step, _ in mlflow_curve(tmp_path, by_mlflow[tuned[0]], "loss")] == [1, 2, 3, 4]
-    assert sorted(by_wandb[tuned[0]]["lines"]) == [1, 2, 3, 4]
+    assert [step for step, _ in mlflow_curve(tmp_path, by_mlflow[tuned], "loss")] == [1, 2, 3, 4]
+    assert [line["train/global_step"] for line in by_wandb[tuned]["lines"]] == [1, 2, 3, 4]
     assert [place for place in (tmp_path, short_folder) if mentions(place, SECRET)] == [], "recorded or logged"
 
 
@@ -189,56 +171,39 @@ def build(tiny_model: Path) -> Callable[[], PeftModel]:
 
 
 def trackers_in(folder: Path, *names: str) -> Trackers:
-    return Trackers(names, "run", "0123456789ab", folder, environment(folder))
-
-
-class _Killed(Exception):
-    """Stands for the end of a process between two checkpoints."""
+    return Trackers(names, "run", folder, environment(folder))
 
 
 @pytest.mark.parametrize(
     "tracker", [pytest.param("wandb", marks=WITH_WANDB), pytest.param("mlflow", marks=WITH_MLFLOW)]
 )
-def test_a_fine_tune_that_goes_on_tells_each_step_once(
+def test_a_tracker_gets_every_step_of_a_fine_tune(
     tracker: str, build: Callable[[], PeftModel], tiny_model: Path, tmp_path: Path
 ) -> None:
     examples = [Example("multiple_choice", row["question"], "", "yes") for row in demo_rows("questions_train.jsonl")]
     rows = encode(examples[:24], load_tokenizer(str(tiny_model)), 64)
     settings = TrainingConfig(learning_rate=1e-2, batch_size=4, micro_batch_size=4)
-    told: dict[int, float] = {}
-
-    def go(start: Path | None, last: int) -> None:
-        def on_step(step: int, total: int, loss: float) -> None:
-            told[step] = loss
-            if step == last:
-                raise _Killed
-
-        with tracked(trackers_in(tmp_path, tracker), "row", "searched, training seed 0", {"row": "searched"}) as now:
-            work, schedule = tmp_path / "work", Schedule(steps=6, save_steps=2)
-            listener = Listener(on_step=on_step)
-            torch.manual_seed(0)
-            finetune(build(), rows, settings, schedule, work, 5, 1, start=start, listener=listener, callbacks=[now])
-        assert now.troubles == []
-
-    with suppress(_Killed):
-        go(None, last=4)
-    time.sleep(1)  # `wandb` names an offline session's folder by the second
-    go(tmp_path / "work" / "checkpoint-2", last=0)
+    losses: dict[int, float] = {}
+    listener = Listener(on_step=lambda step, total, loss: losses.update({step: loss}))
+    with tracked(trackers_in(tmp_path, tracker), "searched, training seed 0", {"row": "searched"}) as now:
+        torch.manual_seed(0)
+        finetune(build(), rows, settings, Schedule(steps=4), tmp_path, 5, 1, listener=listener, callbacks=[now])
+    assert now.errors == []
     if tracker == "mlflow":
-        ((_, row),) = mlflow_rows(tmp_path).items()
+        row = mlflow_rows(tmp_path)["searched, training seed 0"]
         curve = mlflow_curve(tmp_path, row, "loss")
-        assert row.data.params["row"] == "searched" and row.info.run_name == "searched, training seed 0"
+        assert row.data.params["row"] == "searched"
     else:
         # Its service may still be writing when `finish` returns (wandb 0.31).
         deadline = time.monotonic() + 60
         while not all(map(wandb_has_ended, tmp_path.glob("wandb/offline-run-*/run-*.wandb"))):
             assert time.monotonic() < deadline
             time.sleep(0.1)
-        ((_, row),) = wandb_rows(tmp_path).items()
-        curve = [(step, line["train/loss"]) for step, line in sorted(row["lines"].items())]
-        assert row["config"]["row"] == "searched" and row["name"] == "searched, training seed 0"
-    assert [step for step, _ in curve] == [1, 2, 3, 4, 5, 6]
-    assert dict(curve) == pytest.approx(told, rel=1e-3)
+        row = wandb_rows(tmp_path)["searched, training seed 0"]
+        curve = [(line["train/global_step"], line["train/loss"]) for line in row["lines"] if "train/loss" in line]
+        assert row["config"]["row"] == "searched"
+    assert [step for step, _ in curve] == [1, 2, 3, 4]
+    assert dict(curve) == pytest.approx(losses, rel=1e-3)
 
 
 @WITH_MLFLOW
@@ -252,12 +217,12 @@ def test_a_tracker_that_goes_away_stops_no_fine_tune(
         if step == 1:
             (tmp_path / "mlflow.db").write_bytes(b"no data base any more")
 
-    with tracked(trackers_in(tmp_path, "mlflow"), "row", "row", {}) as now:
+    with tracked(trackers_in(tmp_path, "mlflow"), "row", {}) as now:
         listener = Listener(on_step=on_step)
         done = finetune(build(), rows, settings, Schedule(steps=3), tmp_path, 5, 1, listener=listener, callbacks=[now])
     assert done.steps == 3
-    (trouble,) = now.troubles
-    assert trouble.startswith("mlflow is not told any more: ")
+    (trouble,) = now.errors
+    assert trouble.startswith("nothing more is logged to mlflow: ")
 
 
 def test_a_tracker_whose_package_is_missing_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -277,9 +242,7 @@ def test_wandb_without_a_key_is_refused(tmp_path: Path) -> None:
 
 @WITH_MLFLOW
 @pytest.mark.parametrize("place", [None, "http://me:{secret}@127.0.0.1:9"])
-def test_mlflow_that_is_nowhere_is_refused_and_its_password_not_told(
-    place: str | None, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_mlflow_without_address_is_refused_without_password(place: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     if place:
         monkeypatch.setenv("MLFLOW_TRACKING_URI", place.format(secret=SECRET))

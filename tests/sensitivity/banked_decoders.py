@@ -16,7 +16,7 @@ from qpruner.data.calibration import Samples
 from qpruner.models import ragged
 from qpruner.models.layout import group_linears
 from qpruner.quantization.bank import BankIndex, EntrySettings, IndexEntry, build_entry, write_entry, write_index
-from qpruner.runs.paths import file_digest
+from qpruner.runs.storage import file_digest
 from qpruner.sensitivity.methods import Subject
 from qpruner.sensitivity.starts import Starts
 
@@ -32,13 +32,9 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {**HEADS, "head_dim": 16, "intermediate_size": 128},
     # A window shorter than the samples in every second block, and logits that are capped after the head.
     "gemma2": {**HEADS, "head_dim": 16, "intermediate_size": 128, "sliding_window": 4},
-    # Logits that are scaled after the head.
-    "granite": {**HEADS, "intermediate_size": 128, "logits_scaling": 0.5},
     # Query, key and value in one matrix, gate and up in another.
     "phi3": {**HEADS, "intermediate_size": 128},
-    # Biases, and a projection between the last block and the head.
-    "opt": {"num_attention_heads": 4, "ffn_dim": 128, "word_embed_proj_dim": 32, "do_layer_norm_before": False},
-    # Attention and MLP side by side.
+    # Biases; attention and MLP side by side.
     "gpt_neox": {"num_attention_heads": 4, "intermediate_size": 128},
     # Experts, which no group holds.
     "mixtral": {**HEADS, "head_dim": 16, "intermediate_size": 24, "num_local_experts": 4, "num_experts_per_tok": 2},

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from banked_decoders import FAMILIES, LORA, Banked, banked
+from banked_decoders import LORA, Banked, banked
 
 from qpruner.data.calibration import Samples
 from qpruner.errors import TrainingDiverged
@@ -48,8 +48,8 @@ def exchanged(subject: Banked, group: str, bits: int) -> torch.nn.Module:
     return model
 
 
-@pytest.mark.parametrize("name", FAMILIES)
-def test_every_rise_is_that_of_a_whole_model_with_one_group_exchanged(tmp_path: Path, name: str) -> None:
+@pytest.mark.parametrize("name", ["llama", "gemma2", "mixtral"])
+def test_every_rise_is_that_of_an_exchanged_model(tmp_path: Path, name: str) -> None:
     """Padded batches, blocks that are not run again and the head at some positions only change nothing."""
     subject = banked(tmp_path, name, "sublayer" if name == "llama" else "block")
     samples = subject.samples()
@@ -64,7 +64,7 @@ def test_every_rise_is_that_of_a_whole_model_with_one_group_exchanged(tmp_path: 
 
 
 @pytest.mark.parametrize(("init", "double_quant"), [("loftq", False), ("plain", True)])
-def test_the_rise_is_that_of_a_trial_before_its_first_step(tmp_path: Path, init: str, double_quant: bool) -> None:
+def test_the_rise_is_that_of_a_trials_start(tmp_path: Path, init: str, double_quant: bool) -> None:
     """Real bitsandbytes layers and peft adapters; 8-bit layers round their inputs too, so only 4 bits agree closely."""
     subject = banked(tmp_path / "bank", "llama", "block", init, double_quant)
     subject.model.save_pretrained(tmp_path / "model")
@@ -144,7 +144,7 @@ def test_a_group_without_numbers_is_named(llama: Banked) -> None:
         measure(llama.model, llama.samples(), broken)
 
 
-def test_a_broken_model_is_told(llama: Banked) -> None:
+def test_a_broken_model_is_named(llama: Banked) -> None:
     with torch.no_grad():
         llama.model.model.norm.weight[0] = torch.nan
     with pytest.raises(TrainingDiverged, match="the unquantized model"):

@@ -13,8 +13,9 @@ from banked_decoders import HEADS, PAD, Banked, banked, rows_of
 from conftest import raw_config, with_key
 from torch.profiler import ProfilerActivity, profile
 
-from qpruner.config.schema import RunConfig, validate_config
-from qpruner.data.calibration import mean_loss
+from qpruner.config.load import validate_config
+from qpruner.config.schema import RunConfig
+from qpruner.data.losses import mean_loss
 from qpruner.estimate.memory import scoring_memory, sensitivity_memory
 from qpruner.models.layout import layout_of
 from qpruner.pipeline import preflight

@@ -13,9 +13,10 @@ from banked_decoders import LEVELS, Banked, banked
 from conftest import with_key
 from raylets import raylets
 
-from qpruner.config.schema import SensitivityConfig, validate_config
+from qpruner.config.load import validate_config
+from qpruner.config.schema import SensitivityConfig
 from qpruner.errors import ConfigError
-from qpruner.pipeline import run
+from qpruner.pipeline.run import run
 from qpruner.runs.events import Event, Message, Progress, StageSkipped
 from qpruner.runs.records import MethodScores, SensitivityRecord
 from qpruner.sensitivity.measurement import measure
@@ -137,7 +138,7 @@ def test_batches_are_the_sensitivities_own(tiny_raw: dict[str, Any]) -> None:
     assert record_of(with_key(raw, "evaluate.batch_size", 2), events) == first, "scoring's batches are no input"
 
 
-def test_damaged_scores_are_set_aside_and_made_anew_and_no_others(tiny_raw: dict[str, Any]) -> None:
+def test_damaged_scores_alone_are_made_anew(tiny_raw: dict[str, Any]) -> None:
     """Nobody reads them before another method is asked for."""
     raw = copy.deepcopy(tiny_raw) | {"prune": {"rate": 0}}
     raw["quantize"]["group"] = "block"
@@ -154,7 +155,7 @@ def test_damaged_scores_are_set_aside_and_made_anew_and_no_others(tiny_raw: dict
     assert second.methods["kl"].values == first.methods["kl"].values
 
 
-def test_scores_that_an_interrupted_command_made_are_not_made_again(tiny_raw: dict[str, Any]) -> None:
+def test_scores_of_an_interrupted_command_are_kept(tiny_raw: dict[str, Any]) -> None:
     raw = copy.deepcopy(tiny_raw) | {"prune": {"rate": 0}, "sensitivity": {"methods": ["mutual_information", "kl"]}}
     raw["quantize"]["group"] = "block"
     events: list[Event] = []

@@ -48,9 +48,9 @@ def mixture_information(means: Array, weights: Array) -> float:
     return entropy - float(np.log(2 * np.pi * np.e))
 
 
-@pytest.mark.parametrize("distance", [0.5, 1.5, 3.0, 6.0])
+@pytest.mark.parametrize("distance", [0.5, 3.0])
 @pytest.mark.parametrize("num_classes", [2, 5])
-def test_a_gaussian_mixture_has_the_information_of_its_integral(distance: float, num_classes: int) -> None:
+def test_a_mixture_has_the_information_of_its_integral(distance: float, num_classes: int) -> None:
     generator = np.random.default_rng(0)
     angles = np.arange(num_classes) * 2 * np.pi / num_classes
     means = distance * np.stack([np.cos(angles), np.sin(angles)], axis=1)
@@ -79,10 +79,10 @@ def test_scale_and_rotation_do_not_matter() -> None:
     assert less_baseline(outputs @ rotation + 7, labels) == pytest.approx(expected, abs=0.02)
 
 
-@pytest.mark.parametrize(("samples", "num_classes"), [(128, 3), (512, 8), (512, 40)])
+@pytest.mark.parametrize(("samples", "num_classes"), [(128, 3), (512, 40)])
 def test_independent_labels_carry_nothing(samples: int, num_classes: int) -> None:
     found = []
-    for seed in range(12):
+    for seed in range(6):
         generator = np.random.default_rng(seed)
         labels = pool_rare(generator.integers(0, num_classes, samples), 4)
         found.append(less_baseline(generator.normal(size=(samples, 32)), labels))
@@ -91,8 +91,8 @@ def test_independent_labels_carry_nothing(samples: int, num_classes: int) -> Non
 
 
 @pytest.mark.parametrize("num_classes", [2, 8])
-@pytest.mark.parametrize("jitter", [1e-1, 1e-3, 0.0])
-def test_an_output_that_decides_the_prediction_carries_its_entropy(num_classes: int, jitter: float) -> None:
+@pytest.mark.parametrize("jitter", [1e-1, 0.0])
+def test_a_decisive_output_carries_the_entropy(num_classes: int, jitter: float) -> None:
     """Without jitter outputs repeat exactly, as those of the first projections do: they see a token and no context."""
     generator = np.random.default_rng(3)
     labels = generator.integers(0, num_classes, 400)
@@ -109,7 +109,7 @@ def test_a_dead_output_carries_nothing() -> None:
     assert abs(less_baseline(np.full((200, 16), 0.5), labels)) < 0.05
 
 
-@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("seed", range(5))
 def test_pooling_leaves_no_rare_label(seed: int) -> None:
     generator = np.random.default_rng(seed)
     minimum = int(generator.integers(2, 7))
@@ -148,7 +148,7 @@ def measured(model: PreTrainedModel, rows: list[dict[str, list[int]]], group: st
     return measure(model, rows, group, settings, pad_id=1, seed=0)
 
 
-@pytest.mark.parametrize("group", ["block", "sublayer", "projection"])
+@pytest.mark.parametrize("group", ["block", "projection"])
 def test_every_group_gets_one_finite_estimate(
     model: PreTrainedModel, rows: list[dict[str, list[int]]], group: str
 ) -> None:
@@ -206,7 +206,7 @@ def test_the_last_block_tells_of_the_prediction(model: PreTrainedModel, rows: li
     assert values["layers.1"] > 0.3
 
 
-def test_a_model_that_predicts_one_token_is_told(tiny_model: Path, rows: list[dict[str, list[int]]]) -> None:
+def test_a_model_that_predicts_one_token_is_refused(tiny_model: Path, rows: list[dict[str, list[int]]]) -> None:
     model = load_dense(str(tiny_model), "float32").eval()
     with torch.no_grad():
         model.lm_head.weight = torch.nn.Parameter(torch.zeros_like(model.lm_head.weight))

@@ -39,7 +39,7 @@ def rise(values: Mapping[int, Sequence[float]], plan: PrecisionPlan) -> float:
     return sum(values[bits][index] for index, bits in enumerate(plan.bits))
 
 
-@pytest.mark.parametrize("unit", [1e-9, 1.0, 1e6])
+@pytest.mark.parametrize("unit", [1e-9, 1e6])
 @pytest.mark.parametrize("levels", [(4, 8), (4, 8, 16), (8, 16)], ids=str)
 @pytest.mark.parametrize("seed", range(3))
 def test_no_plan_inside_the_budget_is_predicted_better(levels: tuple[int, ...], seed: int, unit: float) -> None:
@@ -70,7 +70,7 @@ def test_the_budget_is_used_whatever_is_predicted(lowest: tuple[float, ...]) -> 
     assert all(bits == 8 for bits, value in zip(plan.bits, lowest, strict=True) if value == max(lowest) > 0)
 
 
-def test_noise_between_two_levels_does_not_keep_a_group_from_the_best() -> None:
+def test_noise_between_levels_keeps_no_group_from_the_best() -> None:
     """8 bits measured a little worse than 4: a group still goes to 16 for what that saves."""
     space = space_of(2, 0.5, (4, 8, 16))
     plan = seed_plan({4: (0.2, 0.1), 8: (0.21, 0.05), 16: (0.0, 0.0)}, space)

@@ -16,7 +16,8 @@ from peft import PeftModel
 from transformers import TrainerCallback
 
 from qpruner.config.schema import LoraConfig, TrainingConfig
-from qpruner.data.rows import EncodedRows, Example, encode, load_encoded, save_encoded
+from qpruner.data.encoding import EncodedRows, encode, load_encoded, save_encoded
+from qpruner.data.sources import Example
 from qpruner.errors import TrainingDiverged
 from qpruner.models.loading import load_tokenizer
 from qpruner.quantization.assembly import assemble, attach_adapters
@@ -105,7 +106,7 @@ def test_accumulation_is_the_same_batch(
     assert small[0] == pytest.approx(large[0], rel=1e-2)
 
 
-def test_half_the_micro_batch_from_a_rung_on_is_the_same_training(
+def test_a_halved_micro_batch_is_the_same_training(
     tiny_model: Path, rows: list[dict[str, list[int]]], tmp_path: Path
 ) -> None:
     """What a trial that ran out of memory goes on with."""
@@ -126,7 +127,7 @@ def some_lengths(num_rows: int) -> list[int]:
     return np.random.default_rng(1).lognormal(3.5, 0.8, num_rows).astype(int).clip(4, 200).tolist()
 
 
-@pytest.mark.parametrize("num_rows", [1, 4, 5, 21, 24, 30])
+@pytest.mark.parametrize("num_rows", [1, 5, 24, 30])
 @pytest.mark.parametrize("processes", [2, 3])
 def test_processes_share_the_batches_of_one(num_rows: int, processes: int) -> None:
     """A batch of twelve: what the processes take for a step is what one process takes, each row once."""
@@ -190,7 +191,7 @@ class Gradients(TrainerCallback):
         self.steps.append(torch.cat([each.grad.flatten() for each in model.parameters() if each.grad is not None]))
 
 
-@pytest.mark.parametrize("micro_batch_size", [1, 2, 4])
+@pytest.mark.parametrize("micro_batch_size", [1, 4])
 def test_the_gradient_is_that_of_the_whole_batch(micro_batch_size: int, tiny_model: Path, tmp_path: Path) -> None:
     """The mean over all labelled tokens of the optimizer batch, in float32, however its rows are dealt."""
     generator = np.random.default_rng(0)
@@ -232,7 +233,7 @@ def test_every_epoch_has_an_order_of_its_own(
     assert len(second) == 8 and sorted(first) == sorted(second) and first != second
 
 
-def test_no_epoch_of_a_seed_has_the_order_of_another_seeds_epoch() -> None:
+def test_no_two_epochs_of_any_seeds_share_an_order() -> None:
     """Training seeds that share orders would be no independent ones."""
     orders = set()
     for seed in range(4):
@@ -252,7 +253,7 @@ def test_only_adapters_change(fresh: Callable[[], PeftModel], rows: list[dict[st
     assert all("lora_" in name for name in changed)
 
 
-def test_a_loss_that_leaves_all_bounds_stops_the_run_while_it_is_still_a_number(
+def test_a_loss_far_above_the_first_stops_the_run(
     tiny_model: Path, rows: list[dict[str, list[int]]], tmp_path: Path
 ) -> None:
     """A model that has learnt its four rows meets a learning rate far too high; its logits are ten times as large as

@@ -1,9 +1,9 @@
-"""The search under Ray Tune: the only module that imports it.
+"""The search under Ray Tune; no other package imports it.
 
-Ray Tune schedules, places and stops trials; what counts is written by the trials themselves. A trial's folder holds
-its record and last checkpoint, and a search that is started again reads those: finished trials are told to the
-searcher in order, running ones go on from their own last rung, ASHA's rungs are filled as they were. Tune's snapshot
-is scratch and never restored (its own restore loses what finished since the last snapshot, measured with Ray 2.60).
+Ray Tune schedules, places and stops trials; the trials themselves write what counts. A trial's folder holds its record
+and last checkpoint, and a search that is started again reads those: finished trials go to the searcher in order,
+running ones resume from their own last rung, ASHA's rungs are filled as they were. Tune's snapshot is never restored
+(its own restore loses what finished since the last snapshot, measured with Ray 2.60).
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
 os.environ["TUNE_DISABLE_AUTO_CALLBACK_LOGGERS"] = "1"
 # Its handler makes fit() return as if the search were over, and stays installed after it.
 os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"
-# How many trials wait for a machine is the searcher's business; without a limit of Ray's own Tune would let one wait.
+# The searcher decides how many trials wait for a machine; by itself Tune would let one wait.
 os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(10**6)
-# A trial waits for as long as its worker takes to leave the trial before it: after 2 s Tune would give it up and tell
-# nobody (2.60). Workers read it, which import this module, too.
+# A trial waits until its worker has left the trial before it; after 2 s Tune would give it up silently (2.60). Workers
+# read it, which import this module, too.
 os.environ["TUNE_FUNCTION_THREAD_TIMEOUT_S"] = str(10**6)
 
 from collections.abc import Callable, Mapping
@@ -29,65 +29,54 @@ from dataclasses import replace
 
 import ray
 from ray import tune
-from ray.train.constants import _get_ray_train_session_dir
 from ray.tune.error import TuneError
-from ray.tune.execution import tune_controller
-from ray.tune.execution.class_cache import ENV_VARS_TO_PROPAGATE
 
+from qpruner.cluster import ray_private
 from qpruner.cluster.tune.actors import ActorManager
 from qpruner.cluster.tune.asha import RecordedAsha
-from qpruner.cluster.tune.driver import Forgetful, HangWatch, PlanSearcher
+from qpruner.cluster.tune.driver import PlanSearcher
 from qpruner.cluster.tune.halt import Halt
 from qpruner.cluster.tune.job import SearchJob, SearchOutcome
-from qpruner.cluster.tune.resume import take_up
+from qpruner.cluster.tune.resume import resume_search
 from qpruner.cluster.tune.trackers import tracker_callbacks
-from qpruner.cluster.tune.worker import sent_whole
+from qpruner.cluster.tune.watch import Forgetful, HangWatch
+from qpruner.cluster.tune.worker import pickled_trial
 from qpruner.errors import StageError
 from qpruner.plans.plan import PlanSpace
 from qpruner.runs.events import Emit
-from qpruner.runs.retry import patiently, storage_error
-from qpruner.search.searchers import (
-    Prior,
-    Proposer,
-    RandomProposer,
-    ScalarizedProposer,
-    check_searcher,
-)
-from qpruner.search.trial_records import (
-    begin_session,
-    read_seconds,
-    read_trials,
-    remedy_of,
-    wait_for_storage,
-)
+from qpruner.runs.storage import retry_storage, storage_error
+from qpruner.search.searchers import Prior, Proposer, RandomProposer, ScalarizedProposer, check_searcher
+from qpruner.search.trial_records import begin_session, read_seconds, read_trials, remedy_of, wait_for_storage
 from qpruner.training.trackers import Trackers
 
 # Tune would hand the driver's keys to its actors in their runtime environment, which Ray's agents write to their logs
 # (2.60). Every machine has its own, as for all other work.
-ENV_VARS_TO_PROPAGATE.difference_update([name for name in ENV_VARS_TO_PROPAGATE if name.startswith("AWS_")])
-# Tune asks nobody for it.
-tune_controller.RayActorManager = ActorManager
+ray_private.ENV_VARS_TO_PROPAGATE.difference_update(
+    [name for name in ray_private.ENV_VARS_TO_PROPAGATE if name.startswith("AWS_")]
+)
+# Tune has no option for it.
+ray_private.tune_controller.RayActorManager = ActorManager
 
 __all__ = ["SearchJob", "SearchOutcome", "check_searcher", "make_proposer", "search"]
 
 
 def search(job: SearchJob, room: Callable[[], int], emit: Emit, trackers: Trackers | None = None) -> SearchOutcome:
-    """Run or continue the search until it is over.
+    """Run or resume the search until it is over.
 
-    Trials that lost their workers when no new plan was left to hand out go on in another session of Tune. What Tune
-    cannot write is waited for, as in `patiently`.
+    Trials that lost their workers when no new plan was left are resumed in another session of Tune. Where Tune cannot
+    write, the search waits for the storage, as in `retry_storage`.
 
     Args:
-        job: What is searched.
-        room: Tells how many trials may be in flight now, those that wait for a machine among them.
-        emit: Told of every event.
-        trackers: Told of every trial.
+        job: The inputs.
+        room: Returns how many trials may be in flight now, those that wait for a machine among them.
+        emit: Gets every event.
+        trackers: Get every trial.
 
     Raises:
-        KeyboardInterrupt: On Ctrl-C; trials under way are recorded up to their last rung.
-        NodeDiffers: If a trial met a node that cannot be used; it goes on when the command is repeated.
+        KeyboardInterrupt: On Ctrl-C; running trials are recorded up to their last rung.
+        NodeDiffers: If a trial met a node that cannot be used; it is resumed when the command is repeated.
         StageError: If trials failed for want of storage, for a damaged file or for a broken machine, or if the hours
-            were over when no machine was left; trials are tried again, or go on, when the command is repeated.
+            were over when no machine was left; trials are retried or resumed when the command is repeated.
         StorageError: If the storage stays full or away.
     """
     assert ray.is_initialized(), "Tune would choose a cluster itself"
@@ -95,7 +84,7 @@ def search(job: SearchJob, room: Callable[[], int], emit: Emit, trackers: Tracke
     sessions = begin_session(job.trials, job.search)
     job = replace(job, session=sessions)
     while True:
-        ended = patiently(lambda: _fit(job, room, emit, halt, trackers), job.scratch, goes_on=True)
+        ended = retry_storage(lambda: _fit(job, room, emit, halt, trackers), job.scratch, resumable=True)
         if halt.interrupted:
             raise KeyboardInterrupt
         if halt.trouble:
@@ -106,27 +95,22 @@ def search(job: SearchJob, room: Callable[[], int], emit: Emit, trackers: Tracke
 
 
 def _fit(job: SearchJob, room: Callable[[], int], emit: Emit, halt: Halt, trackers: Trackers | None) -> str | None:
-    """One session of Ray Tune, from the records to the last trial; returns why there are no more."""
+    """Run one session of Ray Tune; returns why there are no more trials."""
     settings = job.config.search
     name = settings.searcher if job.config.is_searched else "random"
     proposer = make_proposer(name, job.space, job.config.seed, job.priors, settings.pareto)
     wait_for_storage(job.trials, job.search)
-    ledger, recorded = take_up(job, proposer)
+    ledger, recorded = resume_search(job, proposer)
     searcher = PlanSearcher(job, ledger, room, emit, halt)
     watch = HangWatch(job, searcher, emit)
+    controls = [plan for _, plan in job.controls]
     attempt = len(list(job.scratch.glob("search-*"))) if job.scratch.exists() else 0
     tuner = tune.Tuner(
-        tune.with_resources(sent_whole(job), job.resources),
+        tune.with_resources(pickled_trial(job), job.resources),
         tune_config=tune.TuneConfig(
             search_alg=searcher,
             scheduler=RecordedAsha(
-                job.config,
-                job.space,
-                [plan for _, plan in job.controls],
-                recorded,
-                searcher.is_recalled,
-                searcher.hear,
-                ledger.rivals if ledger.timetable else None,
+                job.config, job.space, controls, recorded, searcher.is_recalled, searcher.on_error_text
             ),
             num_samples=-1,
             reuse_actors=True,
@@ -148,28 +132,27 @@ def _fit(job: SearchJob, room: Callable[[], int], emit: Emit, halt: Halt, tracke
     except Exception as error:
         # The next session must not meet them on the same trials.
         watch.kill_all()
-        trouble = _trouble_with_disk(str(error)) if isinstance(error, TuneError) else None
+        trouble = _disk_error(str(error)) if isinstance(error, TuneError) else None
         if trouble is None:
             raise
         raise trouble from error
     return ledger.ended
 
 
-def _trouble_with_disk(told: str) -> OSError | None:
-    """The error of a full or broken disk in which a traceback ends that Tune made a TuneError of; None where it ends in
-    another one.
+def _disk_error(text: str) -> OSError | None:
+    """Return the error of a full or broken disk that a TuneError's traceback ends in; None where it ends in another.
 
-    What Tune keeps of a trial's error lies with Ray on this machine, and a write that fails names no file (2.60).
+    Tune keeps a trial's error in Ray's folder on this machine, and a write that fails names no file (2.60).
     """
-    found = re.search(r"^OSError: \[Errno (\d+)\] ([^:\n]+)(?:: '(.+)')?\s*\Z", told, re.MULTILINE)
+    found = re.search(r"^OSError: \[Errno (\d+)\] ([^:\n]+)(?:: '(.+)')?\s*\Z", text, re.MULTILINE)
     if found is None:
         return None
-    trouble = OSError(int(found[1]), found[2], found[3] or _get_ray_train_session_dir())
+    trouble = OSError(int(found[1]), found[2], found[3] or ray_private.session_dir())
     return trouble if storage_error(trouble) else None
 
 
 def _outcome(job: SearchJob, ended: str, sessions: int) -> SearchOutcome:
-    """The records of a search that ended by itself, or was halted.
+    """Read the records of a search that ended by itself, or was halted.
 
     Raises:
         StageError: If trials failed for want of storage, for a damaged file or for a broken machine.
@@ -177,13 +160,12 @@ def _outcome(job: SearchJob, ended: str, sessions: int) -> SearchOutcome:
     wait_for_storage(job.trials, job.search)
     recorded = read_trials(job.trials)
     trials = [trial for trial in recorded if job.owns(trial)][: job.config.search.max_trials]
-    mendable = [trial for trial in trials if trial.can_be_mended]
-    if mendable:
-        first = mendable[0]
+    first = next((trial for trial in trials if trial.infrastructure_failed), None)
+    if first:
         raise StageError("search", f"trial {first.index}: {first.reason}", remedy_of(first.failure or ""))
     return SearchOutcome(
         trials=trials,
-        taken_over=[trial for trial in recorded if not job.owns(trial)],
+        reused=[trial for trial in recorded if not job.owns(trial)],
         ended=ended,
         seconds=read_seconds(job.trials, job.search),
         sessions=sessions,
@@ -194,7 +176,7 @@ def _outcome(job: SearchJob, ended: str, sessions: int) -> SearchOutcome:
 def make_proposer(
     name: str, space: PlanSpace, seed: int, priors: Mapping[str, Prior], pareto: bool = False
 ) -> Proposer:
-    """The searcher that `search.searcher` names.
+    """Make the searcher that `search.searcher` names.
 
     Args:
         name: `gp`, `hyperopt`, `bayesopt` or `random`.
@@ -207,7 +189,7 @@ def make_proposer(
         UserError: If the searcher's extra is not installed.
     """
     check_searcher(name)
-    # Imported where it is chosen: this module is imported by every worker, and HyperOpt alone takes a second.
+    # Imported where it is chosen: every worker imports this module, and HyperOpt alone takes a second.
     if name == "gp":
         from qpruner.search.gaussian_process import GaussianProcessProposer
 

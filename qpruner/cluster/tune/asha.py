@@ -1,38 +1,33 @@
-"""ASHA that spares the controls, goes on from records, and for a front compares like sizes."""
+"""Ray's ASHA, which spares the controls, resumes from records, and for a Pareto front compares plans of like size."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ray.tune.experiment import Trial
 from ray.tune.schedulers import ASHAScheduler, TrialScheduler
-from ray.tune.schedulers.async_hyperband import _Bracket
 
+from qpruner.cluster.ray_private import AshaBracket
 from qpruner.cluster.tune.job import METRIC, TIME, params_to_plan
 from qpruner.config.schema import RunConfig
 from qpruner.plans.plan import PlanSpace, PrecisionPlan
 from qpruner.runs.records import TrialRecord
 from qpruner.search.trial_records import objective
 
-Rivals = Callable[[int, int], Mapping[int, float]]
-
 
 class RecordedAsha(ASHAScheduler):  # type: ignore[misc]
-    """ASHA (Li et al., arXiv 1810.05934) that spares controls and knows what was recorded before.
+    """ASHA (Li et al., arXiv 1810.05934) that never stops controls and starts from the recorded rungs.
 
     Args:
         config: The run's configuration.
-        space: The feasible plans; a recorded plan over budget, of another search, is no measure for them.
+        space: The feasible plans; recorded plans outside it are not compared with.
         controls: Plans that run to the last rung.
         recorded: The trials so far.
-        is_recalled: Asked by Ray's id whether a trial that waits for a machine is not to start any more.
-        on_error: Told Ray's id of a trial that ends in an error, and the error's text, before the searcher hears that
-            there was one.
-        rivals: Tells with which scores a trial is compared at a rung, of other trials by their numbers; None takes all
-            that are there.
+        is_recalled: Returns, by Ray's id, whether a trial that waits for a machine is not to start any more.
+        on_error: Gets Ray's id of a trial that ends in an error and the error's text, before the searcher does.
     """
 
     def __init__(
@@ -43,7 +38,6 @@ class RecordedAsha(ASHAScheduler):  # type: ignore[misc]
         recorded: Sequence[TrialRecord],
         is_recalled: Callable[[str], bool],
         on_error: Callable[[str, str], None] = lambda trial_id, error: None,
-        rivals: Rivals | None = None,
     ) -> None:
         settings = config.search
         super().__init__(
@@ -67,32 +61,34 @@ class RecordedAsha(ASHAScheduler):  # type: ignore[misc]
             decided = record.rungs[:-1] if record.status == "running" else record.rungs
             for rung in decided:
                 bracket.enter(record.index, rung.step, -objective(rung, config))
-        bracket.rivals = rivals
 
     def on_trial_add(self, tune_controller: Any, trial: Any) -> None:
+        """Remember the size of the trial's plan."""
         super().on_trial_add(tune_controller, trial)
         self._brackets[0].sizes[trial.config["trial"]] = self._space.plan_bytes(self._plan_of(trial))
 
     def choose_trial_to_run(self, tune_controller: Any) -> Any:
-        """Before trials are started, those that are recalled are taken out; nothing else of Tune's can."""
+        """Take out recalled trials before any is started; no other hook of Tune can."""
         for trial in list(tune_controller.get_live_trials()):
             if trial.status == Trial.PENDING and self._is_recalled(trial.trial_id):
                 tune_controller.stop_trial(trial)
         return super().choose_trial_to_run(tune_controller)
 
     def on_trial_error(self, tune_controller: Any, trial: Any) -> None:
+        """Pass the error's text on."""
         super().on_trial_error(tune_controller, trial)
         # Tune keeps the text in this file alone; where there is no room for it, its session ends before this is called.
         self._on_error(trial.trial_id, Path(trial.error_file).read_text(encoding="utf-8", errors="replace"))
 
     def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
+        """Decide whether a trial continues after a rung."""
         action: str = super().on_trial_result(tune_controller, trial, result)
         if self._plan_of(trial) in self._controls and result[self._time_attr] < self._max_t:
             return str(TrialScheduler.CONTINUE)
         return action
 
     def on_trial_complete(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> None:
-        """Rungs were recorded when reported; Ray would enter a stopped trial's last score again, lower down."""
+        """Forget the trial; Ray would enter a stopped trial's last score again, at a lower rung."""
         self._trial_info.pop(trial.trial_id, None)
 
     def _plan_of(self, trial: Any) -> PrecisionPlan:
@@ -100,33 +96,32 @@ class RecordedAsha(ASHAScheduler):  # type: ignore[misc]
         return PrecisionPlan(self._space.groups, tuple(bits[name] for name in self._space.groups))
 
 
-class _LikeSizes(_Bracket):  # type: ignore[misc]
-    """ASHA's rungs by trial number, so that one that goes on under another of Ray's ids is entered once; for a front, a
-    trial is compared with those of no more bytes, since a smaller plan that scores worse is no worse a plan."""
+class _LikeSizes(AshaBracket):  # type: ignore[misc]
+    """ASHA's rungs by trial number, so that a trial resumed under another of Ray's ids is entered once.
+
+    For a front, a trial is compared with those of no more bytes: a smaller plan that scores worse is no worse a plan.
+    """
 
     def __init__(self, first_rung: int, steps: int, factor: int, for_front: bool) -> None:
         super().__init__(first_rung, steps, factor, s=0)
         self.sizes: dict[int, int] = {}
-        self.rivals: Rivals | None = None
         self._for_front = for_front
-        self._entering = (0, 0)
+        self._entering = 0
 
     def on_result(self, trial: Any, cur_iter: int, cur_rew: float) -> str:
         return self.enter(trial.config["trial"], cur_iter, cur_rew)
 
     def enter(self, index: int, step: int, reward: float) -> str:
-        """Record a trial's rung and decide on it; one that is recorded goes on."""
-        self._entering = (index, step)
+        """Record a trial's rung and decide on it; a recorded one continues."""
+        self._entering = index
         action: str = super().on_result(_Numbered(index), step, reward)
         return action
 
     def cutoff(self, recorded: dict[int, float]) -> float | None:
-        trial, step = self._entering
-        if self.rivals:
-            found = self.rivals(trial, step)
-            recorded = {index: -score for index, score in found.items() if index in self.sizes}
         if self._for_front:
-            recorded = {index: reward for index, reward in recorded.items() if self.sizes[index] <= self.sizes[trial]}
+            recorded = {
+                index: reward for index, reward in recorded.items() if self.sizes[index] <= self.sizes[self._entering]
+            }
         limit: float | None = super().cutoff(recorded)
         return limit
 

@@ -1,4 +1,4 @@
-"""bayesian-optimization through Ray's BayesOptSearch, as a proposer."""
+"""The searcher `bayesopt`: bayesian-optimization through Ray's BayesOptSearch."""
 
 from __future__ import annotations
 
@@ -15,9 +15,8 @@ from qpruner.search.searchers import History, Proposal
 class BayesOptProposer:
     """A Gaussian process with upper confidence bounds (Snoek et al. 2012) through Ray's BayesOptSearch.
 
-    It refuses whole numbers and choices, so a group's level is a float that is rounded to the nearest. It remembers
-    what it proposed and stops at repetitions, so, as with `hyperopt`, each proposal is made by a fresh one, seeded from
-    (seed, index), which is told every known plan where it lies.
+    It takes no whole numbers or choices, so a group's level is a float that is rounded. It stops at repetitions, so, as
+    with `hyperopt`, each proposal is made by a fresh one, seeded from (seed, index), that evaluates every known plan.
     """
 
     name = "bayesopt"
@@ -29,10 +28,10 @@ class BayesOptProposer:
         self._bounds = {name: (0.0, len(space.levels) - 1.0) for name in space.groups}
 
     def propose(self, index: int, history: History) -> Proposal:
-        """A plan; equal arguments give equal plans."""
-        # Another budget's search may have run the same plan; a point may be told once.
-        told = list({item.plan: item for item in history.last()}.values())
-        known = told if len(told) >= self.INITIAL_RANDOM else []
+        """Propose a plan; equal arguments give equal plans."""
+        # Another budget's search may have run the same plan; a point may be given once.
+        scored = list({item.plan: item for item in history.last()}.values())
+        known = scored if len(scored) >= self.INITIAL_RANDOM else []
         search = BayesOptSearch(
             self._bounds,
             metric=METRIC,

@@ -1,5 +1,4 @@
-"""What lives in the driver while Tune runs: the searcher that hands out plans and tells how trials go, and the watch
-over trials that hang."""
+"""The searcher in the driver: hands plans to Ray Tune and records how trials go."""
 
 from __future__ import annotations
 
@@ -7,41 +6,28 @@ import functools
 import re
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-import ray
-from ray.tune.callback import Callback
-from ray.tune.experiment import Trial
 from ray.tune.search import Searcher
 
-from qpruner.cluster.nodes import kernel_kills_on, node_in, stays
+from qpruner.cluster.nodes import is_staying, kernel_kills_on, node_of_actor
 from qpruner.cluster.tune.actors import KILLED_FOR_MEMORY
 from qpruner.cluster.tune.halt import Halt
-from qpruner.cluster.tune.job import (
-    METRIC,
-    TIME,
-    LivesInDriver,
-    SearchJob,
-    ending_of,
-    observations_of,
-    smaller_batch,
-)
+from qpruner.cluster.tune.job import METRIC, TIME, LivesInDriver, SearchJob, ending_of, observations_of, smaller_batch
 from qpruner.errors import QprunerError, StageError, StorageError
-from qpruner.runs.events import Emit, Message, Progress, StepsSeen, TrialChanged, TrialWithdrawn
-from qpruner.runs.lock import taken_over
-from qpruner.runs.object_store import name_of
-from qpruner.runs.paths import exists, remove
+from qpruner.runs.events import Emit, Message, Progress, TrialChanged, TrialWithdrawn
+from qpruner.runs.lock import lock_lost
 from qpruner.runs.records import TrialPulse, TrialRecord
+from qpruner.runs.storage import display_name, exists, remove
 from qpruner.search.searchers import Ledger, Observation, Suggestion
 from qpruner.search.trial_records import (
     begin_trial,
     read_pulse,
-    read_pulses,
     read_seconds,
     read_trial,
     read_trials,
     remove_old_checkpoints,
-    takes_pulses,
     trial_folder,
     trial_path,
     write_seconds,
@@ -49,23 +35,23 @@ from qpruner.search.trial_records import (
 )
 
 MAX_KILLS = 3
-"""Deaths of its worker process for one cause, memory or another, at which a trial without a rung between them fails, on
-machines that live on."""
+"""Worker deaths in a row, without a rung between them and on machines that stay, at which a trial fails. Those for want
+of memory are counted apart."""
 MAX_ERRORS = 3
-"""Trials that may end in an error on one machine without a rung of any there, before the machine is what is broken."""
+"""Trials in a row that may end in an error on one machine before the machine counts as broken."""
 
 
-def _or_ends(take: Callable[..., None]) -> Callable[..., None]:
-    """What the searcher takes from Tune while that handles a result; an error of ours then ends the search."""
+def _ends_search(method: Callable[..., None]) -> Callable[..., None]:
+    """Make an error of ours in a method that Tune calls with a result end the search."""
 
-    @functools.wraps(take)
-    def took(self: PlanSearcher, *args: Any, **kwargs: Any) -> None:
+    @functools.wraps(method)
+    def wrapped(self: PlanSearcher, *args: Any, **kwargs: Any) -> None:
         try:
-            take(self, *args, **kwargs)
+            method(self, *args, **kwargs)
         except QprunerError as error:
             self._halt.end(error, at_once=True)
 
-    return took
+    return wrapped
 
 
 class PlanSearcher(LivesInDriver, Searcher):  # type: ignore[misc]
@@ -77,11 +63,7 @@ class PlanSearcher(LivesInDriver, Searcher):  # type: ignore[misc]
         # Made once: Tune keeps every trial's parameters to the end.
         self._keys = tuple(f"bits/{name}" for name in job.space.groups)
         self._live: dict[str, Suggestion] = {}
-        self._hung: set[str] = set()
-        self._kept_waiting: set[str] = set()
-        self._died_on: dict[str, str] = {}
-        self._starved: dict[str, str] = {}
-        self._killed_by_ray: set[str] = set()
+        self._deaths: dict[str, _Death] = {}
         self._failed_on: dict[str | None, list[TrialRecord]] = {}
         recorded = read_trials(job.trials)
         self._recorded = {record.index for record in recorded}
@@ -89,62 +71,68 @@ class PlanSearcher(LivesInDriver, Searcher):  # type: ignore[misc]
         self._clock = _Clock(job, recorded)
 
     def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
-        self._hours_are_over()
-        if not self._halt.requested and (len(self._live) >= self._room() or self._ledger.waits):
-            return None
+        """Return the next trial's parameters, None while there is no room, or that the search is over."""
+        self._is_out_of_hours()
         finished: str = Searcher.FINISHED
-        suggestion = None if self._halt.requested else self._ledger.next()
-        if suggestion is None:
+        if self._halt.requested:
             return finished
-        if suggestion.index in self._recorded:
-            record = read_trial(self._job.trials, suggestion.index)
-            if record.slot_from != suggestion.begun:
-                record = record.model_copy(update={"slot_from": suggestion.begun})
-                write_trial(self._job.trials, record)
-        else:
-            layout = self._job.layout
-            record = TrialRecord(
-                index=suggestion.index,
-                digest=self._job.digest,
-                search=self._job.search,
-                origin=suggestion.origin,
-                expected_improvement=suggestion.expected_improvement,
-                noise=suggestion.noise,
-                slot_from=suggestion.begun,
-                plan=suggestion.plan.as_dict(),
-                plan_bytes=layout.plan_bytes(suggestion.plan),
-                mean_bits=layout.mean_bits(suggestion.plan),
-                status="running",
-                times=(time.time(),),
-            )
-            path = trial_path(self._job.trials, record.index)
-            if exists(path):  # this search read all that there were, and wrote the others itself
-                self._halt.end(taken_over("search", f"it wrote {name_of(path)}"), at_once=True)
-                return finished
-            begin_trial(self._job.trials, record)
-            self._recorded.add(record.index)
+        if len(self._live) >= self._room():
+            return None
+        suggestion = self._ledger.next()
+        record = self._record_of(suggestion) if suggestion else None
+        if suggestion is None or record is None:
+            return finished
         self._live[trial_id] = suggestion
         self._emit(TrialChanged(record))
         about = {"plan_bytes": record.plan_bytes, "mean_bits": record.mean_bits}
         bits = dict(zip(self._keys, suggestion.plan.bits, strict=True))
         return {"trial": suggestion.index, "origin": suggestion.origin, **about, **bits}
 
+    def _record_of(self, suggestion: Suggestion) -> TrialRecord | None:
+        """Read a trial's record, or write its first one; None where another process has written it."""
+        job = self._job
+        if suggestion.index in self._recorded:
+            return read_trial(job.trials, suggestion.index)
+        record = TrialRecord(
+            index=suggestion.index,
+            digest=job.digest,
+            search=job.search,
+            origin=suggestion.origin,
+            expected_improvement=suggestion.expected_improvement,
+            noise=suggestion.noise,
+            plan=suggestion.plan.as_dict(),
+            plan_bytes=job.layout.plan_bytes(suggestion.plan),
+            mean_bits=job.layout.mean_bits(suggestion.plan),
+            status="running",
+            times=(time.time(),),
+        )
+        path = trial_path(job.trials, record.index)
+        if exists(path):  # this search has read all that there were, and wrote the others itself
+            self._halt.end(lock_lost("search", f"it wrote {display_name(path)}"), at_once=True)
+            return None
+        begin_trial(job.trials, record)
+        self._recorded.add(record.index)
+        return record
+
     # Ray calls these by keyword, so the parameters keep its names.
-    @_or_ends
+    @_ends_search
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
+        """Pass a rung to the ledger."""
         suggestion = self._live[trial_id]
-        is_news = self._ledger.observe(
+        is_new = self._ledger.observe(
             Observation(suggestion.index, suggestion.plan, int(result[TIME]), float(result[METRIC]))
         )
         record = read_trial(self._job.trials, suggestion.index)
-        if is_news:
+        if is_new:
             self._failed_on.pop(record.node, None)
         self._clock.tick(record)
         self._emit(TrialChanged(record))
 
-    @_or_ends
+    @_ends_search
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
+        """Record how a trial ended, or hand it out again if it lost its worker."""
         suggestion = self._live.pop(trial_id)
+        death = self._deaths.pop(trial_id, _Death())
         record = read_trial(self._job.trials, suggestion.index)
         self._clock.tick(record)
         if record.status == "running" and self._halt.requested:
@@ -154,20 +142,24 @@ class PlanSearcher(LivesInDriver, Searcher):  # type: ignore[misc]
             return
         if record.status == "running":
             # A trial's own errors are in its record: this one's process was killed, or never came up.
-            record = self._killed(record, trial_id) if error else self._stopped(record)
+            record = _after_death(record, death, self._job) if error else _stopped(record, self._job)
         if record.is_over:
             record = record.model_copy(update={"times": (*record.times, time.time())})
         write_trial(self._job.trials, record)
-        if not record.is_over:
-            place = f"step {record.rungs[-1].step}" if record.rungs else "its start"
-            why = ", which Ray killed for memory," if trial_id in self._killed_by_ray else ""
-            self._emit(Message("search", f"trial {record.index} lost its worker{why} and goes on from {place}"))
-            self._ledger.hand_out_again(suggestion)
+        if record.is_over:
+            self._close(suggestion, record)
             return
-        if record.failure != "hung":  # it may be at work still
+        place = f"step {record.rungs[-1].step}" if record.rungs else "its start"
+        why = ", which Ray killed for memory," if death.by_ray else ""
+        self._emit(Message("search", f"trial {record.index} lost its worker{why} and is resumed from {place}"))
+        self._ledger.hand_out_again(suggestion)
+
+    def _close(self, suggestion: Suggestion, record: TrialRecord) -> None:
+        """Tell the ledger and the user of a trial that is over."""
+        if record.failure != "hung":  # its worker may still be writing
             try:
                 remove_old_checkpoints(self._job.trials, [record])
-            except OSError as error:  # takes nothing from a trial that is over
+            except OSError as error:
                 self._emit(Message("search", f"warning: an old checkpoint stays where it is: {error}"))
         for observation in observations_of(record, self._job.config):
             self._ledger.observe(observation)
@@ -181,8 +173,8 @@ class PlanSearcher(LivesInDriver, Searcher):  # type: ignore[misc]
             self._suspect(record)
 
     def is_recalled(self, trial_id: str) -> bool:
-        """Whether a trial that waits for a machine is not to start any more."""
-        over = self._hours_are_over()
+        """Return whether a trial that waits for a machine is not to start any more."""
+        over = self._is_out_of_hours()
         if self._halt.requested:
             return True
         suggestion = self._live.get(trial_id)
@@ -190,46 +182,50 @@ class PlanSearcher(LivesInDriver, Searcher):  # type: ignore[misc]
             return False
         return not read_trial(self._job.trials, suggestion.index).has_begun
 
-    def _hours_are_over(self) -> bool:
-        """Whether the search's hours are spent. Where no machine is left by then, and none may come, what was begun
-        can neither go on nor be confirmed: the search ends with that."""
+    def _is_out_of_hours(self) -> bool:
+        """Return whether the search's hours are spent; with no machine left, end it at once.
+
+        Running trials could then neither finish nor be confirmed.
+        """
         over = self._clock.is_over(self._ledger)
         if over and not self._room():
             cause = f"{self._ledger.ended}, and no machine is left that could run a trial"
-            remedy = "bring machines back (`ray start` on them), then repeat the command: what was begun goes on"
+            remedy = "bring machines back (`ray start` on them), then repeat the command: it resumes what was running"
             self._halt.end(StageError("search", cause, remedy))
         return over
 
     def _withdraw(self, suggestion: Suggestion) -> None:
-        """Have a trial that never began never have been."""
+        """Delete a proposed trial that never started."""
         remove(trial_folder(self._job.trials, suggestion.index))
         self._recorded.discard(suggestion.index)
         self._ledger.withdraw(suggestion)
         self._emit(TrialWithdrawn(suggestion.index))
 
-    def hear(self, trial_id: str, error: str) -> None:
-        """Take the error that a trial is about to end in."""
-        self._halt.hear(error)
-        node = node_in(error)
-        if node:
-            self._died_on[trial_id] = node
+    def on_error_text(self, trial_id: str, error: str) -> None:
+        """Take the text of the error that a trial is about to end with."""
+        self._halt.on_error_text(error)
+        death = self._death(trial_id)
+        death.node = node_of_actor(error) or death.node
         found = re.search(rf"^[\w.]*\b{StorageError.__name__}: (.+)$", error, re.MULTILINE)
-        if found:
-            self._starved[trial_id] = found[1]
-        if KILLED_FOR_MEMORY in error:
-            self._killed_by_ray.add(trial_id)
+        death.storage = found[1] if found else death.storage
+        death.by_ray = death.by_ray or KILLED_FOR_MEMORY in error
 
-    def hangs(self, trial_id: str) -> None:
-        """Tell that a trial is killed for want of progress."""
-        self._hung.add(trial_id)
+    def on_hung(self, trial_id: str) -> None:
+        """Take that a trial is killed since it made no progress."""
+        self._death(trial_id).hung = True
 
-    def waits_in_vain(self, trial_id: str) -> None:
-        """Tell that a trial's worker is killed because it does not leave the trial before it."""
-        self._kept_waiting.add(trial_id)
+    def on_never_started(self, trial_id: str) -> None:
+        """Take that a worker is killed since it does not leave the trial before this one."""
+        self._death(trial_id).never_started = True
+
+    def _death(self, trial_id: str) -> _Death:
+        return self._deaths.setdefault(trial_id, _Death())
 
     def _suspect(self, record: TrialRecord) -> None:
-        """Halt where one trial after the other fails on one machine, which takes the next plan as soon as it is free;
-        those trials are tried again when the command is repeated."""
+        """Halt where trials in a row failed on one machine, which takes the next plan as soon as it is free.
+
+        Those trials are retried when the command is repeated.
+        """
         failed = self._failed_on.setdefault(record.node, [])
         failed.append(record)
         if len(failed) < MAX_ERRORS:
@@ -241,46 +237,61 @@ class PlanSearcher(LivesInDriver, Searcher):  # type: ignore[misc]
             write_trial(self._job.trials, each.model_copy(update={"failure": "machine", "reason": reason}))
         self._emit(Message("search", f"warning: {what}; running rungs finish, nothing new starts"))
 
-    def _stopped(self, record: TrialRecord) -> TrialRecord:
-        step = record.rungs[-1].step
-        if step >= self._job.config.search.steps:
-            return record.model_copy(update={"status": "finished"})
-        reason = f"stopped by ASHA at step {step}"
-        return record.model_copy(update={"status": "stopped", "reason": reason})
-
-    def _killed(self, record: TrialRecord, trial_id: str) -> TrialRecord:
-        """The record of a trial whose worker is dead: hung, lost too often, or to go on elsewhere."""
-        if trial_id in self._kept_waiting:
-            return record
-        pulse = read_pulse(self._job.trials, record.index)
-        record = _as_last_seen(record, pulse)
-        if trial_id in self._starved:
-            # Its worker could not even write that.
-            reason = f"{self._starved[trial_id]} (on {record.node})"
-            return record.model_copy(update={"status": "failed", "failure": "storage", "reason": reason})
-        if trial_id in self._hung:
-            limit = self._job.config.search.trial_timeout_seconds
-            reason = f"no progress for {limit:g} s (`search.trial_timeout_seconds`); its worker was killed"
-            return record.model_copy(update={"status": "failed", "failure": "hung", "reason": reason})
-        if trial_id in self._killed_by_ray:
-            return _killed_for_memory(record, self._job, "Ray")
-        # What dies with its machine, or leaves one that is about to go, says nothing of the trial.
-        node = self._died_on.pop(trial_id, None) or (pulse.node if pulse else None)
-        if node is not None and not stays(node):
-            return record
-        if pulse and pulse.node == node and (kernel_kills_on(node) or 0) > (pulse.kernel_kills or 0):
-            return _killed_for_memory(record, self._job, "the kernel")
-        return _with_kill(record, "kills", "lost", "its worker process died {} times in a row")
-
     def save(self, checkpoint_path: str) -> None:
-        """Nothing to save: the trials' records are the searcher's state."""
+        """Save nothing: the trials' records are the searcher's state."""
 
     def restore(self, checkpoint_path: str) -> None:
-        """Nothing to restore; see `save`."""
+        """Restore nothing; see `save`."""
 
 
-def _as_last_seen(record: TrialRecord, pulse: TrialPulse | None) -> TrialRecord:
-    """The record with the memory and the time that a worker's last sign of life tells."""
+@dataclass
+class _Death:
+    """What is known of why a trial's worker died."""
+
+    node: str | None = None  # where it was, by Ray's id
+    storage: str = ""  # what its storage error said
+    by_ray: bool = False  # for memory
+    hung: bool = False
+    never_started: bool = False
+
+
+def _stopped(record: TrialRecord, job: SearchJob) -> TrialRecord:
+    step = record.rungs[-1].step
+    if step >= job.config.search.steps:
+        return record.model_copy(update={"status": "finished"})
+    return record.model_copy(update={"status": "stopped", "reason": f"stopped by ASHA at step {step}"})
+
+
+def _after_death(record: TrialRecord, death: _Death, job: SearchJob) -> TrialRecord:
+    """Return the record of a trial whose worker is dead: failed, or to be resumed elsewhere."""
+    if death.never_started:
+        return record
+    pulse = read_pulse(job.trials, record.index)
+    record = _with_pulse(record, pulse)
+    if death.storage:
+        # Its worker could not even write that.
+        return _failed(record, "storage", f"{death.storage} (on {record.node})")
+    if death.hung:
+        limit = job.config.search.trial_timeout_seconds
+        reason = f"no progress for {limit:g} s (`search.trial_timeout_seconds`); its worker was killed"
+        return _failed(record, "hung", reason)
+    if death.by_ray:
+        return _killed_for_memory(record, job, "Ray")
+    # A worker that dies with its machine, or leaves one that is about to go, says nothing of the trial.
+    node = death.node or (pulse.node if pulse else None)
+    if node is not None and not is_staying(node):
+        return record
+    if pulse and pulse.node == node and (kernel_kills_on(node) or 0) > (pulse.kernel_kills or 0):
+        return _killed_for_memory(record, job, "the kernel")
+    return _with_kill(record, "kills", "lost", "its worker process died {} times in a row")
+
+
+def _failed(record: TrialRecord, failure: str, reason: str) -> TrialRecord:
+    return record.model_copy(update={"status": "failed", "failure": failure, "reason": reason})
+
+
+def _with_pulse(record: TrialRecord, pulse: TrialPulse | None) -> TrialRecord:
+    """Add the memory and the time of a worker's last sign of life."""
     if pulse is None:
         return record
     spent = {"seconds": max(record.seconds, pulse.seconds), "gpu_seconds": max(record.gpu_seconds, pulse.gpu_seconds)}
@@ -288,85 +299,24 @@ def _as_last_seen(record: TrialRecord, pulse: TrialPulse | None) -> TrialRecord:
 
 
 def _killed_for_memory(record: TrialRecord, job: SearchJob, by: str) -> TrialRecord:
-    """The record of a trial whose worker was killed, by Ray or the kernel, because its machine ran out of memory; such
-    kills count where its micro-batch can be no smaller."""
+    """Halve the micro-batch of a trial that Ray or the kernel killed for memory; count the kill if it cannot be."""
     smaller = smaller_batch(record, job.config)
     if smaller is not None:
         return record.model_copy(update={"micro_batch_size": smaller})
-    reason = f"out of memory: {by} killed its worker {{}} times in a row"
-    return _with_kill(record, "memory_kills", "infeasible", reason)
+    return _with_kill(
+        record, "memory_kills", "infeasible", f"out of memory: {by} killed its worker {{}} times in a row"
+    )
 
 
 def _with_kill(record: TrialRecord, counter: str, failure: str, reason: str) -> TrialRecord:
-    """The record with one more kill of a kind; with too many of them, it is that of a trial that failed."""
+    """Count a kill; a trial with `MAX_KILLS` of them has failed."""
     kills = getattr(record, counter) + 1
-    failed = {"status": "failed", "failure": failure, "reason": reason.format(kills)} if kills >= MAX_KILLS else {}
-    return record.model_copy(update={counter: kills} | failed)
-
-
-class HangWatch(LivesInDriver, Callback):  # type: ignore[misc]
-    """Kills the worker of a trial that makes no progress, so that its slot is free again; tells of those that do.
-
-    Ray ends the process by SIGKILL where it does not answer, so a stopped one goes too (5 s, Ray 2.60). Time counts
-    from the last change of the trial's pulse that this process saw, whatever the machines' clocks say, and from one
-    look to the next: not while this process waits for the storage itself, nor while trials cannot tell of progress. A
-    trial that is given the worker of another has it before it runs; if that one does not end, this one is not what
-    hangs.
-    """
-
-    def __init__(self, job: SearchJob, searcher: PlanSearcher, emit: Emit) -> None:
-        self._trials, self._limit = job.trials, job.config.search.trial_timeout_seconds
-        self._searcher, self._emit = searcher, emit
-        self._seen: dict[str, tuple[object, float]] = {}
-        self._pause, self._next_look = min(5.0, self._limit / 4), 0.0
-        self._all: list[Any] = []
-
-    def on_step_begin(self, iteration: int, trials: list[Any], **info: Any) -> None:
-        self._all = trials
-
-    def kill_all(self) -> None:
-        """End every worker: when Tune fails, it leaves them at work."""
-        for trial in self._all:
-            if trial.temporary_state.ray_actor is not None:
-                ray.kill(trial.temporary_state.ray_actor)
-
-    def on_step_end(self, iteration: int, trials: list[Any], **info: Any) -> None:
-        now = time.monotonic()
-        if now < self._next_look:
-            return
-        self._next_look = now + self._pause
-        at_work = {trial.trial_id: trial for trial in trials if trial.temporary_state.ray_actor is not None}
-        seen, self._seen = self._seen, {}
-        indices = [trial.config["trial"] for trial in at_work.values()]
-        pulses = read_pulses(self._trials, indices)
-        self._emit(StepsSeen({index: pulse.step for index, pulse in zip(indices, pulses, strict=True) if pulse}))
-        for trial_id, pulse in zip(at_work, pulses, strict=True):
-            last, stood = seen.get(trial_id, (None, -self._pause))
-            self._seen[trial_id] = (pulse, stood + self._pause if pulse == last else 0.0)
-        if any(stood > self._limit / 4 for _, stood in self._seen.values()) and not takes_pulses(self._trials):
-            self._seen = {trial_id: (pulse, 0.0) for trial_id, (pulse, _) in self._seen.items()}
-        for trial_id, trial in at_work.items():
-            if self._seen[trial_id][1] >= self._limit:
-                runs = trial.status == Trial.RUNNING
-                (self._searcher.hangs if runs else self._searcher.waits_in_vain)(trial_id)
-                ray.kill(trial.temporary_state.ray_actor)
-
-
-class Forgetful(LivesInDriver, Callback):  # type: ignore[misc]
-    """Drops the averages that Tune keeps of every metric of every trial, and their JSON, once a trial is over.
-
-    Nobody reads them, and they stay until the search ends (Ray 2.60): half of what a trial costs the driver.
-    """
-
-    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        trial.run_metadata.metric_analysis = {}
-        trial.run_metadata.metric_n_steps = {}
-
-    on_trial_error = on_trial_complete
+    record = record.model_copy(update={counter: kills})
+    return _failed(record, failure, reason.format(kills)) if kills >= MAX_KILLS else record
 
 
 class _Clock:
-    """What a search has spent, all its sessions together, and the end that its settings put to it."""
+    """Counts the hours of a search over all its sessions, and ends it when they are spent."""
 
     def __init__(self, job: SearchJob, recorded: Sequence[TrialRecord]) -> None:
         self._job = job
@@ -375,13 +325,13 @@ class _Clock:
         self._is_over, self._next_look = False, 0.0
 
     def tick(self, record: TrialRecord) -> None:
-        """Keep the time, and what a trial held: a session may be killed at any instant."""
+        """Save the time: a session may be killed at any instant."""
         self._gpu_seconds[record.index] = record.gpu_seconds_of(self._job.search)
         if not write_seconds(self._job.trials, self._job.search, self._seconds(), self._job.session):
-            raise taken_over("search", "it began a session of this search")
+            raise lock_lost("search", "it began a session of this search")
 
     def is_over(self, ledger: Ledger) -> bool:
-        """Whether the search's hours are spent; ends it then. Looks once a second."""
+        """Return whether the hours are spent, and end the search then; looks once a second."""
         now = time.monotonic()
         if not self._is_over and now >= self._next_look:
             self._next_look = now + 1.0
@@ -396,10 +346,9 @@ class _Clock:
         hours = self._seconds() / 3600
         if settings.max_hours is not None and hours >= settings.max_hours:
             return f"{hours:.3g} hours were spent (`search.max_hours` is {settings.max_hours:g})"
-        if settings.max_gpu_hours is not None:
-            held = sum(self._gpu_seconds.values()) / 3600
-            if held >= settings.max_gpu_hours:
-                return f"{held:.3g} GPU hours were spent (`search.max_gpu_hours` is {settings.max_gpu_hours:g})"
+        held = sum(self._gpu_seconds.values()) / 3600
+        if settings.max_gpu_hours is not None and held >= settings.max_gpu_hours:
+            return f"{held:.3g} GPU hours were spent (`search.max_gpu_hours` is {settings.max_gpu_hours:g})"
         return None
 
     def _seconds(self) -> float:

@@ -1,4 +1,4 @@
-"""How a search is halted: running rungs finish, nothing new starts, and the records say where to go on."""
+"""Halts a search: running rungs finish, nothing new starts, and the records say where to resume."""
 
 from __future__ import annotations
 
@@ -21,22 +21,22 @@ from qpruner.wording import counted
 
 
 class Halt(LivesInDriver, Stopper, Callback):  # type: ignore[misc]
-    """Ends Tune's session between rungs, on Ctrl-C or on request; a second Ctrl-C is a KeyboardInterrupt at once.
+    """Ends Tune's session between rungs, on Ctrl-C or on request; a second Ctrl-C raises KeyboardInterrupt at once.
 
     Attributes:
         requested: Whether the search is to end.
         interrupted: Whether a person asked for it.
-        trouble: What the search ends with; None where it may go on.
+        trouble: The error that the search ends with; None if it may be resumed.
     """
 
     def __init__(self, emit: Emit) -> None:
         self.requested = self.interrupted = False
         self.trouble: QprunerError | None = None
-        self._emit, self._told, self._num_running, self._at_once = emit, False, 0, False
+        self._emit, self._announced, self._num_running, self._at_once = emit, False, 0, False
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Take Ctrl-C while the search runs; signals reach the main thread only."""
+        """Handle Ctrl-C inside; signals reach the main thread only."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return
@@ -47,18 +47,18 @@ class Halt(LivesInDriver, Stopper, Callback):  # type: ignore[misc]
             signal.signal(signal.SIGINT, before)
 
     def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
-        """Whether a trial that reported a rung is to stop there."""
+        """Return whether a trial that reported a rung is to stop there."""
         return self.requested
 
-    def hear(self, error: str) -> None:
-        """Take a trial's error; a node that cannot be used would meet one trial after the other with it."""
+    def on_error_text(self, error: str) -> None:
+        """End the search if a trial's error is of a node that cannot be used: the next trials would fail there too."""
         found = re.search(rf"^RuntimeError: {NodeDiffers.__name__}: (.+)$", error, re.MULTILINE)
         if found and self.trouble is None:
             self.end(NodeDiffers(found[1]))
             self._emit(Message("search", f"warning: {found[1]}; running rungs finish, nothing new starts"))
 
     def end(self, trouble: QprunerError, at_once: bool = False) -> None:
-        """Have the search end with an error, the first there was: between rungs, or at Tune's next step if it has one.
+        """End the search with an error, the first there is: between rungs, or at Tune's next step.
 
         Raised while Tune handles a result, it would come out as a TuneError, after Tune had told the searcher a second
         time that its trial is over (Ray 2.60).
@@ -67,16 +67,17 @@ class Halt(LivesInDriver, Stopper, Callback):  # type: ignore[misc]
         self._at_once = self._at_once or at_once
 
     def stop_all(self) -> bool:
-        """Whether nothing is left to wait for; trials that wait for a slot are not started any more."""
+        """Return whether no trial is running; those that wait for a slot are not started any more."""
         return self.requested and not self._num_running
 
     def on_step_begin(self, iteration: int, trials: list[Any], **info: Any) -> None:
+        """Raise the error that ends the search at once; announce an interruption."""
         if self.trouble and self._at_once:
             raise self.trouble
         self._num_running = sum(1 for trial in trials if trial.status == Trial.RUNNING)
-        if self.interrupted and not self._told:
-            # Not said by the signal's handler, which may have come in the middle of a line.
-            self._told = True
+        if self.interrupted and not self._announced:
+            # Not in the signal's handler, which may come in the middle of a line.
+            self._announced = True
             awaited = counted(self._num_running, "running rung")
             text = f"interrupted: waiting for {awaited} to finish; Ctrl-C again leaves at once"
             self._emit(Message("search", text))

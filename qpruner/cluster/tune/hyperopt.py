@@ -1,4 +1,4 @@
-"""TPE through Ray's HyperOptSearch, as a proposer."""
+"""The searcher `hyperopt`: TPE through Ray's HyperOptSearch."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from qpruner.search.searchers import History, Proposal
 class HyperOptProposer:
     """TPE (Bergstra et al. 2011) through Ray's HyperOptSearch.
 
-    HyperOptSearch cannot be told of plans it did not propose, and its proposals depend on all it was asked before. So
-    each proposal is made by a fresh one, seeded from (seed, index), that takes every known plan as a point to evaluate
-    and is told its score: what ran is what it learns from (0.6 ms a known plan, 30 groups).
+    HyperOptSearch takes no scores of plans it did not propose, and its proposals depend on all earlier ones. So each
+    proposal is made by a fresh one, seeded from (seed, index), that first evaluates every known plan (0.6 ms a known
+    plan, 30 groups).
     """
 
     name = "hyperopt"
@@ -31,7 +31,7 @@ class HyperOptProposer:
         self._search_space = HyperOptSearch.convert_search_space({name: tune.choice(levels) for name in self._names})
 
     def propose(self, index: int, history: History) -> Proposal:
-        """A plan; equal arguments give equal plans."""
+        """Propose a plan; equal arguments give equal plans."""
         known = history.last()
         points = [{name: str(bits) for name, bits in item.plan.as_dict().items()} for item in known]
         search = HyperOptSearch(

@@ -1,4 +1,4 @@
-"""What a search under Tune is given, and the names that its parts share."""
+"""What a search under Tune gets and returns, and the names that its parts share."""
 
 from __future__ import annotations
 
@@ -21,53 +21,34 @@ TIME = "step"
 
 @dataclass(frozen=True)
 class SearchJob:
-    """Everything the search needs.
-
-    Attributes:
-        config: The run's configuration.
-        trial: What a worker runs.
-        materials: Model, bank and data.
-        layout: The pruned model's groups and sizes.
-        space: The feasible plans.
-        controls: (origin, plan) of the uniform and seed plans inside the budget.
-        priors: Sensitivities by method, for a searcher that starts from them.
-        trials: Folder of the trials' own folders.
-        scratch: Folder for Ray Tune's experiment files.
-        digest: Of what a trial's result depends on.
-        search: Digest of what the proposals depend on besides.
-        resources: Ray resources of one trial.
-        check_node: A pickled function that raises where a trial would begin on a machine that cannot be used; it needs
-            nothing of qpruner.
-        session: Which session of the search this is, from 1.
-    """
+    """The inputs of a search."""
 
     config: RunConfig
     trial: Trial
     materials: Materials
     layout: Layout
     space: PlanSpace
-    controls: Sequence[tuple[str, PrecisionPlan]]
-    priors: Mapping[str, Prior]
-    trials: Path
-    scratch: Path
-    digest: str
-    search: str
-    resources: dict[str, float]
-    check_node: bytes
-    session: int = 1
+    controls: Sequence[tuple[str, PrecisionPlan]]  # (origin, plan): uniform and seed plans inside the budget
+    priors: Mapping[str, Prior]  # sensitivities by method
+    trials: Path  # folder of the trials' own folders
+    scratch: Path  # folder for Ray Tune's files
+    digest: str  # of what a trial's result depends on
+    search: str  # digest of what the proposals depend on besides
+    resources: dict[str, float]  # of one trial
+    check_node: bytes  # raises on a machine that cannot be used, see `probe.packed_check`
+    session: int = 1  # of this search
 
     def owns(self, record: TrialRecord) -> bool:
-        """Whether a trial is of this search, not of one with another budget or searcher."""
+        """Return whether a trial is of this search, not of one with another budget or searcher."""
         return record.search == self.search
 
     def control_of(self, plan: PrecisionPlan) -> str | None:
-        """A control's name by its plan: what is a seed at one budget is a plan like any other at the next."""
+        """Return the name of a control; a seed at one budget is a plan like any other at the next."""
         return next((origin for origin, control in self.controls if control == plan), None)
 
 
 class LivesInDriver:
-    """Tune pickles searcher, stopper and callbacks into a snapshot that is never restored; these hold the terminal, so
-    they leave nothing there."""
+    """Leaves nothing of an object in Tune's snapshot, which is never restored and cannot hold the terminal."""
 
     def __reduce__(self) -> tuple[type[object], tuple[()]]:
         return object, ()
@@ -75,32 +56,23 @@ class LivesInDriver:
 
 @dataclass(frozen=True)
 class SearchOutcome:
-    """A search that is over.
+    """A search that is over."""
 
-    Attributes:
-        trials: Its trials, in order of suggestion.
-        taken_over: Those that it started from, of searches with another budget or searcher.
-        ended: Why there were no more.
-        seconds: Wall-clock seconds, all sessions together.
-        sessions: How many there were.
-        gpu_seconds: What trials held GPUs for under this search.
-    """
-
-    trials: list[TrialRecord]
-    taken_over: list[TrialRecord]
-    ended: str
-    seconds: float
+    trials: list[TrialRecord]  # in order of suggestion
+    reused: list[TrialRecord]  # of searches with another budget or searcher
+    ended: str  # why there were no more
+    seconds: float  # all sessions together
     sessions: int
     gpu_seconds: float
 
 
 def params_to_plan(params: dict[str, Any]) -> dict[str, int]:
-    """The plan in a trial's Tune configuration, whose keys read `bits/GROUP`."""
+    """Return the plan in a trial's Tune configuration, whose keys read `bits/GROUP`."""
     return {name.removeprefix("bits/"): bits for name, bits in params.items() if name.startswith("bits/")}
 
 
 def smaller_batch(record: TrialRecord, config: RunConfig) -> int | None:
-    """Half of a trial's micro-batch, or the next smaller one that divides the batch; None where there is none."""
+    """Return half of a trial's micro-batch, or the next smaller divisor of the batch; None where there is none."""
     training = config.training
     if not config.search.retry_out_of_memory:
         return None
@@ -109,13 +81,13 @@ def smaller_batch(record: TrialRecord, config: RunConfig) -> int | None:
 
 
 def ending_of(record: TrialRecord) -> Ending:
-    """What the searcher is told of how a trial that is over has ended."""
-    if record.is_ruined:
-        return "ruined"
+    """Return how a trial that is over ended, for the ledger."""
+    if record.plan_failed:
+        return "untrainable"
     return "failed" if record.status == "failed" else "scored"
 
 
 def observations_of(record: TrialRecord, config: RunConfig) -> list[Observation]:
-    """What the searcher is told of a trial: its score at every rung it reached."""
+    """Return a trial's score at every rung it reached."""
     plan = PrecisionPlan.from_dict(record.plan)
     return [Observation(record.index, plan, rung.step, objective(rung, config)) for rung in record.rungs]

@@ -1,4 +1,4 @@
-"""A search taken up from the records: its own trials, and those that another budget's or searcher's search left."""
+"""Resumes a search from the records: its own trials, and those of searches with another budget or searcher."""
 
 from __future__ import annotations
 
@@ -6,18 +6,15 @@ from qpruner.cluster.tune.job import SearchJob, ending_of, observations_of
 from qpruner.plans.plan import PrecisionPlan
 from qpruner.runs.records import TrialRecord
 from qpruner.search.searchers import Ledger, Proposer, Suggestion
-from qpruner.search.timetable import Timetable
 from qpruner.search.trial_records import read_trials, remove_old_checkpoints, write_trial
 
 
-def take_up(job: SearchJob, proposer: Proposer) -> tuple[Ledger, list[TrialRecord]]:
-    """The ledger with every recorded trial in it, and those trials.
+def resume_search(job: SearchJob, proposer: Proposer) -> tuple[Ledger, list[TrialRecord]]:
+    """Return a ledger of all recorded trials, and those trials.
 
-    Another search's trials inform the searcher, their plans are not run again, and they do not use up
-    `search.max_trials`.
+    The searcher learns from another search's trials; their plans are not run again and do not count as `max_trials`.
     """
     settings = job.config.search
-    slots = settings.max_concurrent if settings.deterministic else None
     ledger = Ledger(
         job.space,
         proposer,
@@ -25,14 +22,12 @@ def take_up(job: SearchJob, proposer: Proposer) -> tuple[Ledger, list[TrialRecor
         settings.max_trials,
         None if settings.pareto else settings.patience,
         proposes=job.config.is_searched,
-        timetable=Timetable(slots, settings.rungs) if slots else None,
     )
-    recorded = [_revived(record, job) for record in read_trials(job.trials)]
+    recorded = [_resumed(record, job) for record in read_trials(job.trials)]
     remove_old_checkpoints(job.trials, [record for record in recorded if record.is_over])
     for record in recorded:
         plan = PrecisionPlan.from_dict(record.plan)
-        proposed = (record.expected_improvement, record.noise, record.slot_from)
-        suggestion = Suggestion(record.index, record.origin, plan, *proposed)
+        suggestion = Suggestion(record.index, record.origin, plan, record.expected_improvement, record.noise)
         rungs = observations_of(record, job.config)
         if not job.owns(record):
             ledger.recall(suggestion, rungs, ending_of(record), counts=False)
@@ -43,12 +38,11 @@ def take_up(job: SearchJob, proposer: Proposer) -> tuple[Ledger, list[TrialRecor
     return ledger, recorded
 
 
-def _revived(record: TrialRecord, job: SearchJob) -> TrialRecord:
-    """The record of a trial that has to go on, as one of this search: what was cut off, whosever it was, and what
-    another search stopped early and is a control here."""
+def _resumed(record: TrialRecord, job: SearchJob) -> TrialRecord:
+    """Resume a trial that is not over: one that was cut off, or a control here that another search stopped."""
     plan = PrecisionPlan.from_dict(record.plan)
     control = job.control_of(plan)
-    cut_off = record.status == "running" or record.is_tried_again
+    cut_off = record.status == "running" or record.should_retry
     if not job.space.is_feasible(plan) or not (cut_off or (control and record.status == "stopped")):
         return record
     earlier = record.earlier_gpu_seconds
@@ -62,9 +56,8 @@ def _revived(record: TrialRecord, job: SearchJob) -> TrialRecord:
         "reason": None,
         "failure": None,
         "times": record.times[: 1 + len(record.rungs)],
-        "slot_from": record.slot_from if record.status == "running" and job.owns(record) else None,
     }
-    revived = record.model_copy(update=update)
-    if revived != record:
-        write_trial(job.trials, revived)
-    return revived
+    resumed = record.model_copy(update=update)
+    if resumed != record:
+        write_trial(job.trials, resumed)
+    return resumed

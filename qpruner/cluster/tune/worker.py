@@ -1,4 +1,4 @@
-"""What a Ray worker does with one trial: its record is written before each report, and says how it ended."""
+"""Runs one trial in a Ray worker; writes its record before each report, and how it ended."""
 
 from __future__ import annotations
 
@@ -16,24 +16,32 @@ from typing import Any, Literal
 import ray
 from ray import cloudpickle, tune
 
-from qpruner.cluster.nodes import stays
-from qpruner.cluster.testimony import own_name
+from qpruner.cluster.executor import limit_threads
+from qpruner.cluster.node_facts import own_name
+from qpruner.cluster.nodes import is_staying
 from qpruner.cluster.tune.job import METRIC, TIME, SearchJob, params_to_plan, smaller_batch
 from qpruner.config.schema import RunConfig
 from qpruner.errors import CorruptFile, StorageError, TakenOver, TrainingDiverged
-from qpruner.models.memory import PeakMemory, is_out_of_memory, kernel_kills, release, settle
-from qpruner.runs.mirror import fetch, workplace
-from qpruner.runs.object_store import is_mirror
-from qpruner.runs.paths import folder_digests, publish_folder, remove, sign_seconds
+from qpruner.models.memory import PeakMemory, freeze_libraries, is_out_of_memory, kernel_kills, release
 from qpruner.runs.records import Begun, RungResult, TrialPulse
-from qpruner.runs.retry import patiently, storage_error
+from qpruner.runs.storage import (
+    fetch,
+    folder_digests,
+    progress_seconds,
+    publish_folder,
+    remove,
+    retry_storage,
+    staging_path,
+    storage_at,
+    storage_error,
+)
 from qpruner.search.trial_job import TrialJob
 from qpruner.search.trial_records import (
-    begin_anew_if_damaged,
     checkpoint_of,
     objective,
     read_pulse,
     read_trial,
+    restart_if_damaged,
     trial_folder,
     trial_path,
     write_pulse,
@@ -45,15 +53,15 @@ logger = logging.getLogger(__name__)
 Failure = Literal["infeasible", "diverged", "storage", "damaged", "error"]
 
 
-def sent_whole(job: SearchJob) -> Callable[[dict[str, Any]], None]:
-    """What Tune sends to a worker: `run_recorded`, unpickled where the machine has been found to be like the driver's.
+def pickled_trial(job: SearchJob) -> Callable[[dict[str, Any]], None]:
+    """Return what Tune sends to a worker: `run_recorded`, unpickled only after the node was found like the driver's.
 
-    A nested function brings itself along; another qpruner there could not even read the job.
+    A nested function is pickled whole; another qpruner on the node could not even read the job.
     """
     check, work = job.check_node, cloudpickle.dumps(functools.partial(run_recorded, job=job))
 
     def run_where_alike(params: dict[str, Any]) -> None:
-        from ray import cloudpickle  # what this module's names stand for may differ there
+        from ray import cloudpickle  # the module's names may differ there
 
         cloudpickle.loads(check)()
         cloudpickle.loads(work)(params)
@@ -62,9 +70,9 @@ def sent_whole(job: SearchJob) -> Callable[[dict[str, Any]], None]:
 
 
 def run_recorded(params: dict[str, Any], job: SearchJob) -> None:
-    """One trial, from its own last rung to its end."""
-    _limit_threads(job.resources)
-    settle()
+    """Run one trial from its own last rung to its end."""
+    limit_threads(max(1, int(job.resources.get("cpu", 1))))
+    freeze_libraries()
     release()  # the actor's last trial
     trial = _RecordedTrial(params, job)
     leave_if_drained()
@@ -74,12 +82,12 @@ def run_recorded(params: dict[str, Any], job: SearchJob) -> None:
 
 
 def leave_if_drained() -> None:
-    """End this process where its machine is about to go: its trial goes on elsewhere, from the rung that is recorded.
+    """End this process where its node is about to go: its trial is resumed elsewhere, from the recorded rung.
 
-    Ray gives such a node no new actors, but Tune would go on with this one, and hand it one trial after another (Ray
-    2.60). A node that does nothing any more leaves the cluster by itself.
+    Ray gives such a node no new actors, but Tune would hand this one trial after trial (Ray 2.60). An idle node leaves
+    the cluster by itself.
     """
-    if not stays(ray.get_runtime_context().get_node_id()):
+    if not is_staying(ray.get_runtime_context().get_node_id()):
         os._exit(0)
 
 
@@ -87,7 +95,7 @@ class _RecordedTrial:
     def __init__(self, params: dict[str, Any], job: SearchJob) -> None:
         self._job, self._plan = job, params_to_plan(params)
         self._record = read_trial(job.trials, params["trial"])
-        if begin_anew_if_damaged(job.trials, self._record, logger.warning):
+        if restart_if_damaged(job.trials, self._record, logger.warning):
             self._record = read_trial(job.trials, params["trial"])
         # What an earlier process held since its last rung is in its pulse alone.
         spent = [each for each in (self._record, read_pulse(job.trials, self._record.index)) if each]
@@ -95,7 +103,7 @@ class _RecordedTrial:
         self._started = time.monotonic()
         self._memory = PeakMemory()
         self._node = ray.get_runtime_context().get_node_id()
-        self._beats, self._told = 0, float("-inf")
+        self._beats, self._last_pulse = 0, float("-inf")
         begun = Begun(search=job.search, session=job.session, time=time.time(), seconds=self._before[0])
         times = {} if self._record.rungs else {"times": (begun.time,)}  # it may have waited long for a machine
         ours = {"worker": uuid.uuid4().hex, "node": own_name(), "begun": (*self._record.begun, begun)}
@@ -104,13 +112,16 @@ class _RecordedTrial:
         self._progress(self._record.rungs[-1].step if self._record.rungs else 0)
 
     def report_last_rung(self) -> None:
-        """A trial that goes on says its last rung again: the scheduler may have been killed before it decided."""
+        """Report the last rung of a resumed trial again: the scheduler may have been killed before it decided."""
         if self._record.rungs:
             tune.report(_metrics(self._record.rungs[-1], self._job.config))
 
     def ran(self) -> bool:
-        """Run the trial to its end; False when it should go on from its last rung, with a smaller micro-batch or since
-        the storage is back."""
+        """Run the trial to its end.
+
+        Returns:
+            False if it is to be resumed from its last rung, with a smaller micro-batch or since the storage is back.
+        """
         start = checkpoint_of(self._job.trials, self._record)
         try:
             job = TrialJob(self._config(), self._job.materials, self._plan)
@@ -129,7 +140,7 @@ class _RecordedTrial:
         return True
 
     def _config(self) -> RunConfig:
-        """The configuration, with batches as small as want of memory made them."""
+        """Return the configuration with the micro-batch that fits."""
         config, size = self._job.config, self._record.micro_batch_size
         if size is None:
             return config
@@ -140,15 +151,15 @@ class _RecordedTrial:
 
     def _report(self, result: RungResult, checkpoint: Path) -> None:
         target = trial_folder(self._job.trials, self._record.index) / f"checkpoint-{result.step}"
-        aside = patiently(lambda: _beside(checkpoint, target, str(self._record.worker)), target)
+        aside = retry_storage(lambda: _beside(checkpoint, target, str(self._record.worker)), target)
         digests = folder_digests(aside)
         # Asked again where it counts: copying took its time, and so does publishing.
-        self._check_that_it_is_ours()
+        self._check_ownership()
         _drop_others(aside)
         publish_folder(aside, target)
         old = checkpoint_of(self._job.trials, self._record)
         ended = result.step >= self._job.config.search.steps
-        self._check_that_it_is_ours()
+        self._check_ownership()
         self._write(
             rungs=(*self._record.rungs, result),
             checkpoint=digests,
@@ -162,15 +173,15 @@ class _RecordedTrial:
         tune.report(_metrics(result, self._job.config))
         leave_if_drained()
 
-    def _check_that_it_is_ours(self) -> None:
+    def _check_ownership(self) -> None:
         if read_trial(self._job.trials, self._record.index).worker != self._record.worker:
             raise TakenOver
 
     def _progress(self, step: int) -> None:
         self._beats += 1
-        if time.monotonic() - self._told < sign_seconds(self._job.trials):
+        if time.monotonic() - self._last_pulse < progress_seconds(self._job.trials):
             return
-        self._told = time.monotonic()
+        self._last_pulse = time.monotonic()
         pulse = TrialPulse(
             node=self._node,
             pid=os.getpid(),
@@ -183,32 +194,31 @@ class _RecordedTrial:
         write_pulse(self._job.trials, self._record.index, pulse)
 
     def _was_away(self, error: Exception) -> bool:
-        """Whether what a trial missed or took for damaged was a storage that was away, and is back: what libraries say
-        of it may have no number, and is then any other error."""
+        """Return whether an error came from a storage that was away and is back; libraries raise any type."""
         record = trial_path(self._job.trials, self._record.index)
-        if is_mirror(record) or diagnosis(error)[0] not in ("error", "damaged"):
+        if diagnosis(error)[0] not in ("error", "damaged"):
             return False
-        with contextlib.suppress(OSError):
-            record.stat()
+        with contextlib.suppress(OSError, StorageError):
+            storage_at(record).read()
             return False
         try:
-            patiently(record.stat, record, was_there=True)
+            retry_storage(storage_at(record).read, record, was_there=True)
         except (OSError, StorageError):
             return False
-        logger.warning("trial %d goes on: the storage was away when it said %s", self._record.index, error)
+        logger.warning("trial %d is resumed: the storage was away when it said %s", self._record.index, error)
         return True
 
     def _fail(self, error: Exception) -> None:
         if self._record.is_over:
-            return  # what came after its last rung takes nothing from it
+            return  # an error after its last rung changes nothing
         failure, reason = diagnosis(error)
         if failure == "infeasible":
             reason += f" (micro-batch {self._config().training.micro_batch_size})"
         if failure in ("storage", "damaged"):
             reason += f" (on {own_name()})"  # whose disk or copy it may be
-        # Where even this cannot be written, the record says "running", and the trial goes on from its last rung.
+        # If even this cannot be written, the record says "running", and the trial is resumed from its last rung.
         with contextlib.suppress(OSError, StorageError):
-            self._check_that_it_is_ours()
+            self._check_ownership()
             self._write(patience_seconds=0.0, status="failed", failure=failure, reason=reason)
 
     def _write(self, patience_seconds: float | None = None, **update: Any) -> None:
@@ -217,14 +227,14 @@ class _RecordedTrial:
         write_trial(self._job.trials, self._record, patience_seconds)
 
     def _spent(self) -> dict[str, float]:
-        """What the trial has taken, all sessions together."""
+        """Return what the trial has taken, all sessions together."""
         seconds = time.monotonic() - self._started
         held = seconds * self._job.resources.get("gpu", 0.0)
         return {"seconds": self._before[0] + seconds, "gpu_seconds": self._before[1] + held}
 
 
 def diagnosis(error: Exception) -> tuple[Failure, str]:
-    """What kind of failure an error is, and one line that says so."""
+    """Return the kind of failure and one line about it."""
     if isinstance(error, StorageError):
         return "storage", error.cause
     if isinstance(error, CorruptFile):
@@ -240,8 +250,8 @@ def diagnosis(error: Exception) -> tuple[Failure, str]:
 
 
 def _beside(checkpoint: Path, target: Path, worker: str) -> Path:
-    """Copy a checkpoint next to its final place, so that the last step is a rename where there are any."""
-    aside = workplace(target.with_name(f".{target.name}.{worker}"))
+    """Copy a checkpoint next to its final place, so that the last step can be a rename."""
+    aside = staging_path(target.with_name(f".{target.name}.{worker}"))
     shutil.rmtree(aside, ignore_errors=True)
     # training_args.bin is a pickle that nothing reads; it stays out of the run's storage.
     shutil.copytree(checkpoint, aside, ignore=shutil.ignore_patterns("training_args.bin", "README.md"))
@@ -249,17 +259,10 @@ def _beside(checkpoint: Path, target: Path, worker: str) -> Path:
 
 
 def _drop_others(aside: Path) -> None:
-    """Remove what workers before this one copied and did not publish; only the trial's own worker may."""
+    """Remove unpublished copies of earlier workers; only the trial's own worker may."""
     for left in aside.parent.glob(".checkpoint-*"):
         if left != aside:
             shutil.rmtree(left, ignore_errors=True)
-
-
-def _limit_threads(resources: dict[str, float]) -> None:
-    import torch
-
-    if not torch.cuda.is_available():
-        torch.set_num_threads(max(1, int(resources.get("cpu", 1))))
 
 
 def _metrics(result: RungResult, config: RunConfig) -> dict[str, float]:

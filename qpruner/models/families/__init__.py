@@ -45,12 +45,12 @@ def families() -> dict[str, Family]:
 
 
 def family_of(config: Any) -> Family:
-    """The family of a transformers config; `UserError` with the supported list when there is none."""
+    """Find the family of a transformers config; `UserError` with the supported list when there is none."""
     return family_of_type(config.model_type)
 
 
 def family_of_type(model_type: str) -> Family:
-    """The family of a `model_type`; `UserError` with the supported list when there is none."""
+    """Find the family of a `model_type`; `UserError` with the supported list when there is none."""
     family = families().get(model_type)
     if family is None:
         raise UserError(

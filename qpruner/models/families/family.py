@@ -98,9 +98,10 @@ class Family:
     has_learned_positions: bool = False
 
     def block_path(self, index: int) -> str:
+        """Return the path of block `index` in the model."""
         return f"{self.blocks}.{index}"
 
-    # What servers fuse ------------------------------------------------------------------------------------------------
+    # ---- what servers fuse
 
     def projections(self) -> dict[str, tuple[str, ...]]:
         """Fused the way servers fuse them: name -> paths of linear layers inside a block; attention's are qkv and o."""
@@ -113,7 +114,7 @@ class Family:
         }
 
     def groups(self, group: str) -> dict[str, tuple[str, ...]]:
-        """The linear layers of a block by group: `block`, `sublayer` or `projection`; '' names the whole block."""
+        """List the linear layers of a block by group: `block`, `sublayer` or `projection`; '' is the whole block."""
         projections = self.projections()
         if group == "projection":
             return projections
@@ -124,7 +125,7 @@ class Family:
         return {"attention": attention, "mlp": mlp} if mlp else {"attention": attention}
 
     def group_outputs(self, group: str) -> dict[str, tuple[str, ...]]:
-        """The modules whose outputs are a group's output, in the order of `groups`; '' is the block itself."""
+        """List the modules whose outputs are a group's output, in the order of `groups`; '' is the block itself."""
         if group == "projection":
             return self.projections()
         down = list(self.projections().values())[-1]
@@ -132,7 +133,7 @@ class Family:
         return {name: outputs[name] for name in self.groups(group)}
 
     def least_experts(self, layer_config: Any) -> int:
-        """Experts that a block must keep."""
+        """Count the experts that a block must keep."""
         return 1
 
     @property
@@ -140,14 +141,14 @@ class Family:
         """Weights of a block that no group can hold, because they are stacked in one parameter."""
         return ()
 
-    # What pruning removes ---------------------------------------------------------------------------------------------
+    # ---- what pruning removes
 
     def unit_kinds(self, layer_config: Any, index: int) -> tuple[UnitKind, ...]:
-        """The units of block `index`, from that block's own config; whole experts before channels."""
+        """List the units of block `index` from that block's own config; whole experts before channels."""
         return (self.attention_kind(layer_config), self.mlp_kind(layer_config))
 
     def attention_kind(self, layer_config: Any) -> UnitKind:
-        """Key/value heads with their query heads."""
+        """Describe key/value heads with their query heads."""
         head_dim = self.head_dim(layer_config)
         heads = layer_config.num_attention_heads // layer_config.num_key_value_heads
         attention = self.attention
@@ -160,7 +161,7 @@ class Family:
         return UnitKind(ATTENTION, layer_config.num_key_value_heads, slices)
 
     def mlp_kind(self, layer_config: Any) -> UnitKind:
-        """Channels: a row of gate and of up, a column of down."""
+        """Describe channels: a row of gate and of up, a column of down."""
         slices = (
             UnitSlice(f"{self.mlp}.gate_proj.weight", 0, 1),
             UnitSlice(f"{self.mlp}.up_proj.weight", 0, 1),
@@ -169,19 +170,20 @@ class Family:
         return UnitKind(MLP, layer_config.intermediate_size, slices)
 
     def residual_factor(self, config: Any) -> float | None:
-        """What arrives in the residual stream of the MLP's output projection: this times its output; None where a norm
-        comes between, or experts are stacked in its place."""
+        """Return the factor between the MLP's output projection and the residual stream.
+
+        None where a norm comes between, or experts are stacked in its place.
+        """
         return 1.0
 
     def as_cut(self, block: torch.nn.Module, kind: UnitKind, kept: Sequence[int]) -> AbstractContextManager[None]:
-        """Let a whole block compute the units that stay as the cut one will, where other units have a part in them."""
+        """Let a block that is not cut yet compute the units that stay as the cut one will."""
         return nullcontext()
 
-    # How a config says it ---------------------------------------------------------------------------------------------
+    # ---- what the config holds
 
     def widths(self, layer_config: Any, index: int, num_units: dict[str, int]) -> dict[str, int]:
-        """The config keys of block `index` when it keeps `num_units` of each kind; for MLPs with experts, channels of
-        one expert."""
+        """Return the config keys of block `index` when it keeps `num_units` of each kind (channels of one expert)."""
         heads_per_group = layer_config.num_attention_heads // layer_config.num_key_value_heads
         return {
             "num_key_value_heads": num_units[ATTENTION],
@@ -194,6 +196,7 @@ class Family:
         return True
 
     def head_dim(self, config: Any) -> int:
+        """Return the rows of a head."""
         return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
 
     def keep_blocks(self, config: Any, kept: list[int]) -> None:
@@ -203,23 +206,25 @@ class Family:
             if values is not None:
                 setattr(config, key, [values[index] for index in kept])
 
-    # How a block of other widths is built -----------------------------------------------------------------------------
+    # ---- how a block of other widths is built
 
     def build_config(self, config: Any, index: int) -> Any:
-        """What the block's own class is given."""
+        """Return the config that the block's own class is given."""
         return config.per_layer_config[index]
 
     def after_build(self, block: Any, config: Any, index: int) -> None:
-        """Mend what the block's own class cannot build from `build_config`."""
+        """Resize what the block's own class cannot build from `build_config`."""
 
     def after_cut(self, model: Any) -> None:
-        """Mend what a model noted of its config when it was built."""
+        """Update what a model copied from its config when it was built."""
 
 
 @dataclass(frozen=True)
 class DerivedHeadFamily(Family):
-    """The block's class takes hidden size / heads for the head size, so a block with fewer heads is built with all of
-    them and resized, and attention of fewer heads is never plain."""
+    """Families whose block takes hidden size / heads for the head size.
+
+    A block with fewer heads is built with all of them and resized; attention of fewer heads is never plain.
+    """
 
     def is_plain(self, config: Any, widths: dict[str, int]) -> bool:
         return bool(widths["num_attention_heads"] * self.head_dim(config) == config.hidden_size)
@@ -233,15 +238,14 @@ class DerivedHeadFamily(Family):
 
 @dataclass(frozen=True)
 class DividedFamily(Family):
-    """The family's config refuses a hidden size that is no multiple of the query heads, though the head size is given:
-    a plain checkpoint can have only some numbers of them."""
+    """Families whose config refuses a hidden size that is no multiple of the query heads, whatever the head size."""
 
     def is_plain(self, config: Any, widths: dict[str, int]) -> bool:
         return bool(config.hidden_size % widths["num_attention_heads"] == 0)
 
 
 def resized(linear: torch.nn.Linear, rows: int, columns: int) -> torch.nn.Linear:
-    """An empty layer of another size on the same device, of the same dtype, with a bias if the old one had one."""
+    """Make an empty layer of another size with the device, dtype and bias of the old one."""
     import torch
 
     return torch.nn.Linear(

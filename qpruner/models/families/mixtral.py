@@ -9,8 +9,10 @@ from qpruner.models.families.family import ATTENTION, EXPERT, MLP, Family, UnitK
 
 @dataclass(frozen=True)
 class MixtureFamily(Family):
-    """Experts in `mlp.experts.gate_up_proj` ``(experts, 2 * channels, hidden)`` and `mlp.experts.down_proj`
-    ``(experts, hidden, channels)``, a router in `mlp.gate.weight` ``(experts, hidden)``.
+    """Experts stacked in one parameter for each projection.
+
+    `mlp.experts.gate_up_proj` is ``(experts, 2 * channels, hidden)``, `mlp.experts.down_proj`
+    ``(experts, hidden, channels)``, the router `mlp.gate.weight` ``(experts, hidden)``.
 
     Attributes:
         experts_key: Config key of the number of experts.
@@ -32,12 +34,12 @@ class MixtureFamily(Family):
         return (self.attention_kind(layer_config), self.expert_kind(layer_config), self.channel_kind(layer_config))
 
     def expert_kind(self, layer_config: Any) -> UnitKind:
-        """Whole experts with their row of the router."""
+        """Describe whole experts with their row of the router."""
         names = ("mlp.experts.gate_up_proj", "mlp.gate.weight", "mlp.experts.down_proj")
         return UnitKind(EXPERT, getattr(layer_config, self.experts_key), tuple(UnitSlice(name, 0, 1) for name in names))
 
     def channel_kind(self, layer_config: Any) -> UnitKind:
-        """Channels of the experts; each expert keeps its own, all the same number."""
+        """Describe channels of the experts; each expert keeps its own, all the same number."""
         experts, channels = getattr(layer_config, self.experts_key), getattr(layer_config, self.channels_key)
         slices = (
             UnitSlice("mlp.experts.gate_up_proj", 1, 1),
@@ -50,7 +52,7 @@ class MixtureFamily(Family):
         return None
 
     def least_experts(self, layer_config: Any) -> int:
-        """A token is sent to this many experts, so a block must keep them."""
+        """Count the experts that a token is sent to, which a block must keep."""
         return int(layer_config.num_experts_per_tok)
 
     def widths(self, layer_config: Any, index: int, num_units: dict[str, int]) -> dict[str, int]:
@@ -73,7 +75,7 @@ class MixtureFamily(Family):
 
 
 def _widen_logits(router: Any, args: Any, output: tuple[Any, ...], missing: int) -> tuple[Any, ...]:
-    """Logits of minus infinity, a share of nothing, for the experts that are gone; who routes does not read them."""
+    """Pad the logits with minus infinity for the experts that are gone; routing does not read them."""
     from torch.nn.functional import pad
 
     return (pad(output[0], (0, missing), value=float("-inf")), *output[1:])

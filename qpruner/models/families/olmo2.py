@@ -53,7 +53,7 @@ class Olmo2(Family):
 
 
 def _normed_over(norm: Any, args: tuple[torch.Tensor], output: torch.Tensor, stays: list[int]) -> torch.Tensor:
-    """What an RMS norm gives when its mean is over some entries alone."""
+    """Compute an RMS norm with its mean over some entries alone."""
     hidden = args[0].float()
     mean_square = hidden[..., stays].square().mean(-1, keepdim=True)
     normed: torch.Tensor = norm.weight * (hidden * (mean_square + norm.variance_epsilon).rsqrt()).to(output.device)

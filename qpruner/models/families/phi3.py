@@ -40,7 +40,7 @@ class Phi3(Family):
         return UnitKind(MLP, channels, slices)
 
     def is_plain(self, config: Any, widths: dict[str, int]) -> bool:
-        """The config wants a rope factor for every pair of hidden size / heads, whatever the head size."""
+        """Check the rope factors: one for every pair of hidden size / heads, whatever the head size."""
         rope = config.rope_parameters
         pairs = int(config.hidden_size // widths["num_attention_heads"] * rope["partial_rotary_factor"]) // 2
         return all(len(rope[key]) == pairs for key in ("short_factor", "long_factor") if rope.get(key))

@@ -19,8 +19,13 @@ Values = list[dict[str, Any]]
 PNG_WIDTH, PNG_SCALE = 640, 1.5
 CHARACTER_WIDTH = 8
 """Pixels that a bold character of a plot's text takes at most, in the mean."""
-FONT_SIZES = {"labelFontSize": 12, "titleFontSize": 12}
-TEXT = {"labelColor": "var(--text)", "titleColor": "var(--text)", "titleFontWeight": "normal", **FONT_SIZES}
+TEXT = {
+    "labelColor": "var(--text)",
+    "titleColor": "var(--text)",
+    "titleFontWeight": "normal",
+    "labelFontSize": 12,
+    "titleFontSize": 12,
+}
 CONFIG: Spec = {
     "background": "transparent",
     "font": "sans-serif",
@@ -30,20 +35,13 @@ CONFIG: Spec = {
     "title": {"color": "var(--text)", "fontSize": 13, "fontWeight": "normal", "anchor": "start"},
     "text": {"color": "var(--text)", "fontSize": 12},
 }
+HALO: Spec = {"stroke": "var(--page)", "strokeWidth": 4, "strokeJoin": "round", "aria": False}
+"""Of a text that points may lie under."""
 
 
 @dataclass(frozen=True)
 class Chart:
-    """One plot.
-
-    Attributes:
-        name: Of its file and of its place in the page.
-        section: The part of the report it belongs to.
-        title: Its heading.
-        caption: How to read it.
-        spec: Vega-Lite, without what all plots share.
-        on_page: What a pointer does there, which no picture can.
-    """
+    """One plot of a section, as Vega-Lite without what all plots share; `on_page` tells what a pointer does there."""
 
     name: str
     section: str
@@ -65,11 +63,11 @@ class Chart:
         }
 
     def png(self) -> bytes:
-        """The plot as a PNG file, in the light theme."""
+        """Draw the plot as a PNG file, in the light theme."""
         import vl_convert
 
         drawn = self.complete | {"background": "var(--page)"}
-        if "width" in drawn:
+        if drawn.get("width") == "container":
             drawn["width"] = PNG_WIDTH
         text = re.sub(r"var\((--[a-z0-9-]+)\)", lambda found: light_theme()[found[1]], json.dumps(drawn))
         return bytes(vl_convert.vegalite_to_png(text, scale=PNG_SCALE))
@@ -77,30 +75,30 @@ class Chart:
 
 @cache
 def light_theme() -> dict[str, str]:
-    """The style sheet's colours by variable, those of the light theme."""
-    style = (files("qpruner.report") / "page" / "style.css").read_text(encoding="utf-8")
+    """Read the style sheet's colours by variable, those of the light theme."""
+    style = (files("qpruner.report") / "html" / "style.css").read_text(encoding="utf-8")
     return dict(re.findall(r"(--[a-z0-9-]+):\s*([^;]+);", style[: style.index("}")]))
 
 
 def quantity(field: str, title: str, zero: bool = False, **axis: Any) -> Spec:
-    """A numeric axis."""
+    """Encode a number along an axis."""
     return {"field": field, "type": "quantitative", "scale": {"zero": zero}, "axis": {"title": title, **axis}}
 
 
-def colored(field: str, colors: dict[str, str], title: str | None = None) -> Spec:
-    """One colour for each word."""
-    scale = {"domain": list(colors), "range": list(colors.values())}
+def by_word(field: str, values: dict[str, str], title: str | None = None) -> Spec:
+    """Encode words by one colour or shape each."""
+    scale = {"domain": list(values), "range": list(values.values())}
     return {"field": field, "type": "nominal", "scale": scale, "legend": {"title": title}}
 
 
-def shaped(field: str, shapes: dict[str, str]) -> Spec:
-    """One shape for each word."""
-    scale = {"domain": list(shapes), "range": list(shapes.values())}
-    return {"field": field, "type": "nominal", "scale": scale, "legend": {"title": None}}
+def by_bits(levels: list[int], prefix: str) -> Spec:
+    """Encode bit-widths by the colours `--PREFIX-4`, `--PREFIX-8` and so on."""
+    scale = {"domain": levels, "range": [f"var(--{prefix}-{bits})" for bits in levels]}
+    return {"field": "bits", "type": "ordinal", "scale": scale, "legend": None}
 
 
-def aside(field: str, distance: int, num_characters: int) -> Spec:
-    """Of a text beside a point: right of it or, where the plot's edge would cut the text, left.
+def beside_point(field: str, distance: int, num_characters: int) -> Spec:
+    """Place a text right of a point or, where the plot's edge would cut the text, left.
 
     Args:
         field: Of the point's place on the x axis.
@@ -112,7 +110,7 @@ def aside(field: str, distance: int, num_characters: int) -> Spec:
 
 
 def tooltip(**fields: str) -> list[Spec]:
-    """Fields to show on pointing; a number's format follows its title after a bar: ``loss="loss|.4f"``."""
+    """List fields to show on pointing; a number's format follows its title after a bar: ``loss="loss|.4f"``."""
     shown = []
     for field, text in fields.items():
         title, _, number_format = text.partition("|")

@@ -1,20 +1,28 @@
-"""Plots of the search: score against bytes, best so far, rungs, slots in use."""
+"""Plots of the search: score against bytes with the front, best so far, rungs, workers in use, plans by score."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 from qpruner.plans.pareto import non_dominated
 from qpruner.plans.plan import PrecisionPlan
-from qpruner.report.far import ARROWS, Edge, edge_of, edge_of_rungs
-from qpruner.report.plots.budget_axis import BudgetAxis, budget_axis
-from qpruner.report.plots.chart import Chart, Spec, Values, aside, colored, quantity, shaped, tooltip
-from qpruner.report.search_progress import hypervolume_so_far, score
-from qpruner.report.snapshot import Snapshot
+from qpruner.report.plots.budget_axis import beyond_text, budget_axis, score_axis
+from qpruner.report.plots.chart import (
+    HALO,
+    Chart,
+    Spec,
+    Values,
+    beside_point,
+    by_bits,
+    by_word,
+    quantity,
+    tooltip,
+)
+from qpruner.report.search_progress import best_of, cost, front_point, score
 from qpruner.report.worker_intervals import WorkerInterval, without_pauses
-from qpruner.runs.records import TrialRecord
+from qpruner.runs.records import SearchState, TrialRecord
 
-SECTION = "search"
 SEARCHED, CONTROL, GIVEN, STOPPED, FAILED = "searched", "control", "given plan", "stopped early", "failed"
 FINISHED = (SEARCHED, CONTROL, GIVEN)
 COLORS = {
@@ -24,19 +32,56 @@ COLORS = {
     STOPPED: "var(--stopped)",
     FAILED: "var(--failed)",
 }
+SHAPES = {SEARCHED: "circle", CONTROL: "diamond", GIVEN: "square", STOPPED: "cross", FAILED: "triangle-down"}
 MANY_SECONDS = 240
 """Beyond them an axis of time counts minutes."""
-BUDGET_PADDING = 24
-"""Pixels beside the budget's line, for its name."""
-ROOM_OF_A_SCORE, CHARACTERS_OF_A_SCORE = 0.2, 7
-"""Of a plot's width, and in characters."""
-HALO: Spec = {"stroke": "var(--page)", "strokeWidth": 4, "strokeJoin": "round", "aria": False}
-"""Of a text that points may lie under."""
-SHAPES = {SEARCHED: "circle", CONTROL: "diamond", GIVEN: "square", STOPPED: "cross", FAILED: "triangle-down"}
+MOST_PLANS = 40
+"""Plans that the bit map shows: the best ones."""
+IN_ORDER = quantity("trial", "trial, in order of suggestion", format="d", tickMinStep=1)
+
+
+@dataclass(frozen=True)
+class Shown:
+    """What plots of a search show: its trials, and the best one with a ring and a title.
+
+    Where fresh rows chose the best trial (`is_chosen`), another one may have a better score.
+    """
+
+    search: SearchState
+    trials: Sequence[TrialRecord]
+    best: TrialRecord | None
+    best_title: str
+    is_chosen: bool
+    score_title: str
+
+    @property
+    def scored(self) -> list[TrialRecord]:
+        """Every trial that was scored and is over."""
+        return [trial for trial in self.trials if trial.rungs and trial.status != "running"]
+
+    @property
+    def choice(self) -> str:
+        """A remark that the winner need not have the best score, if so."""
+        text = " The winner was chosen on fresh rows, so another trial may have a better score."
+        return text if self.is_chosen else ""
+
+    def point(self, trial: TrialRecord) -> Spec:
+        """Return a trial at its last rung, as plots and tooltips show it."""
+        return {
+            "trial": trial.index,
+            "origin": trial.origin,
+            "kind": kind_of(trial),
+            "plan": str(PrecisionPlan.from_dict(trial.plan)),
+            "megabytes": trial.plan_bytes / 1e6,
+            "mean_bits": trial.mean_bits,
+            "score": score(trial.rungs[-1], self.search.metric),
+            "step": trial.rungs[-1].step,
+            "best": trial == self.best,
+        }
 
 
 def kind_of(trial: TrialRecord) -> str:
-    """What a trial is, in the legend's words."""
+    """Return what a trial is, in the legend's words."""
     if trial.status in ("stopped", "failed"):
         return {"stopped": STOPPED, "failed": FAILED}[trial.status]
     if trial.is_given:
@@ -44,19 +89,20 @@ def kind_of(trial: TrialRecord) -> str:
     return CONTROL if trial.is_control else SEARCHED
 
 
-def pareto(run: Snapshot) -> Iterator[Chart]:
-    """Score against bytes."""
-    scored = _scored(run)
-    if not scored:
-        return
-    assert run.state.search
-    budget, edge = run.state.search.budget_bytes / 1e6, edge_of(scored, run.metric)
-    points = [point | {"distance": point["megabytes"] - budget} for point in _points(run)]
-    sizes = [point["megabytes"] for point in points]
-    axis = budget_axis(sizes, budget)
-    points = _placed(points, list(map(axis.along, sizes)), edge)
-    place = {"x": _sizes(axis, sizes), "y": quantity("shown", run.metric_title)}
-    kinds = _by_kind(points)
+def front(shown: Shown) -> Chart | None:
+    """Draw score against bytes, with the front of the finished trials and the budget."""
+    if not shown.scored:
+        return None
+    budget, metric = shown.search.budget_bytes / 1e6, shown.search.metric
+    points = [shown.point(trial) for trial in shown.scored]
+    for point in points:
+        point["distance"] = point["megabytes"] - budget
+    scores, num_beyond = score_axis([point["score"] for point in points], shown.score_title, metric)
+    place = {"x": budget_axis([point["megabytes"] for point in points], budget), "y": scores}
+    finished = [trial for trial in shown.scored if trial.status == "finished"]
+    best = [finished[at] for at in non_dominated([front_point(trial, metric) for trial in finished])]
+    steps = [{"distance": each.plan_bytes / 1e6 - budget, "score": score(each.rungs[-1], metric)} for each in best]
+    line = {"type": "line", "interpolate": "step-after", "color": "var(--muted)", "strokeWidth": 1.5}
     details = tooltip(
         trial="trial",
         origin="from",
@@ -64,212 +110,129 @@ def pareto(run: Snapshot) -> Iterator[Chart]:
         plan="plan",
         megabytes="MB|.2f",
         mean_bits="mean bits|.2f",
-        score=f"{run.metric_title}|.4f",
+        score=f"{shown.score_title}|.4f",
         step="at step",
     )
-    layers: list[Spec] = [
-        {
-            "data": {"values": [{"distance": 0, "text": "budget"}]},
-            "encoding": {"x": place["x"]},
-            "layer": [
-                {"mark": {"type": "rule", "color": "var(--muted)", "strokeDash": [2, 3]}},
-                {
-                    # Along the line, on the side of no plan: at its end an arrow may stand.
-                    "mark": {"type": "text", "angle": 270, "baseline": "top", "dy": 7, "y": {"expr": "height / 2"}},
-                    "encoding": {"text": {"field": "text"}},
-                },
-            ],
-        },
-        {
-            "data": {"values": list(_front(points, run.metric == "accuracy"))},
-            "mark": {"type": "line", "interpolate": "step-after", "color": "var(--muted)", "strokeWidth": 1.5},
-            "encoding": place,
-        },
+    opacity = {"condition": {"param": "kinds", "value": 0.85}, "value": 0.1}
+    layers = [
+        _budget_line(place["x"]),
+        {"data": {"values": steps}, "mark": line, "encoding": place},
         {
             "params": [{"name": "kinds", "select": {"type": "point", "fields": ["kind"]}, "bind": "legend"}],
             "mark": {"type": "point", "filled": True, "size": 75},
-            "encoding": place
-            | kinds
-            | {"opacity": {"condition": {"param": "kinds", "value": 0.85}, "value": 0.1}, "tooltip": details},
+            "encoding": place | _by_kind(points) | {"opacity": opacity, "tooltip": details},
         },
-        *_ring(run, points, place),
+        *_ring(shown, points, place),
     ]
-    yield Chart(
+    return Chart(
         "pareto",
-        SECTION,
+        "search",
         "Score against size",
-        "Every trial by its plan's bytes and its last score. The axis is stretched near the budget, which most plans "
-        "use up. The step line joins finished trials that none of fewer or equal bytes beats. A cross was stopped "
-        "early, so its score is of fewer steps. "
-        f"{_told_choice(run)}{edge.told(scored)}".rstrip(),
-        {"height": 340, "data": {"values": points}, "layer": layers + _arrows(points, place, edge)},
+        "Every trial by its plan's bytes and its last score. The step line joins finished trials that none of fewer or "
+        "equal bytes beats. A cross was stopped early, so its score is of fewer steps."
+        f"{shown.choice}{beyond_text(num_beyond)}",
+        {"height": 340, "data": {"values": points}, "layer": layers},
         "Point at a trial to see its plan; click in the legend to single out a kind.",
     )
 
 
-def _sizes(axis: BudgetAxis, sizes: Sequence[float]) -> Spec:
-    """The axis of sizes; Vega has such a scale around zero, so points have their distance from the budget."""
-    ticks, decimals = axis.ticks(sizes)
-    scale = {"type": "symlog", "constant": axis.unit, "nice": False, "padding": BUDGET_PADDING}
-    told = quantity(
-        "distance",
-        f"size in MB, stretched near the budget of {axis.budget:,.1f} MB",
-        values=[tick - axis.budget for tick in ticks],
-        labelExpr=f"format(datum.value + {axis.budget}, ',.{decimals}f')",
-        labelOverlap=True,
-    )
-    return told | {"scale": scale}
-
-
-def progress(run: Snapshot) -> Iterator[Chart]:
-    """The best score so far, trial by trial."""
-    compared = {trial.index for trial in run.shown_together}
-    trials = [trial for trial in _scored(run) if kind_of(trial) in FINISHED and trial.index in compared]
-    if not trials:
-        return
-    edge, shown = edge_of(trials, run.metric), {trial.index for trial in trials}
-    told = ("trial", "origin", "kind", "score", "best")
-    points = [{name: point[name] for name in told} for point in _points(run) if point["trial"] in shown]
-    points = _placed(points, [point["trial"] for point in points], edge)
-    last = max(trial.index for trial in run.shown_together if trial.is_over)
-    # The last trials may all have been stopped: the best stays what it was.
-    after_each = points if points[-1]["trial"] == last else [*points, {"trial": last, "kind": None}]
-    better, best = (max if run.metric == "accuracy" else min), Values()
-    for kind in (SEARCHED, CONTROL):
-        reached = None
-        for point in after_each:
-            if point["kind"] == kind:
-                reached = point["score"] if reached is None else better(reached, point["score"])
-            if reached is not None:
-                best.append({"trial": point["trial"], "kind": kind, "score": reached, "shown": edge.place(reached)})
-    place = {
-        "x": quantity("trial", "trial, in order of suggestion", format="d", tickMinStep=1),
-        "y": quantity("shown", run.metric_title),
+def _budget_line(x: Spec) -> Spec:
+    text = {"type": "text", "angle": 270, "baseline": "top", "dy": 7, "y": {"expr": "height / 2"}}
+    return {
+        "data": {"values": [{"distance": 0, "text": "budget"}]},
+        "encoding": {"x": x},
+        "layer": [
+            {"mark": {"type": "rule", "color": "var(--muted)", "strokeDash": [2, 3]}},
+            {"mark": text, "encoding": {"text": {"field": "text"}}},
+        ],
     }
+
+
+def best_so_far(shown: Shown) -> Chart | None:
+    """Draw the best score so far, trial by trial."""
+    points = [shown.point(trial) for trial in shown.scored if kind_of(trial) in FINISHED]
+    if not points:
+        return None
+    metric = shown.search.metric
+    scores, num_beyond = score_axis([point["score"] for point in points], shown.score_title, metric)
+    over = [trial for trial in shown.trials if trial.is_over]
+    lines: Values = []
+    for kind in (SEARCHED, CONTROL):
+        best: TrialRecord | None = None
+        for trial in over:  # also those that were stopped: the best stays what it was
+            if kind_of(trial) == kind:
+                best = best_of([trial] if best is None else [best, trial], metric)
+            if best:
+                lines.append({"trial": trial.index, "kind": kind, "score": score(best.rungs[-1], metric)})
+    place = {"x": IN_ORDER, "y": scores}
     line = {"type": "line", "interpolate": "step-after", "strokeWidth": 2.5}
     point = {"type": "point", "filled": True, "size": 45, "opacity": 0.75}
-    yield Chart(
+    kinds = _by_kind(points)
+    layers = [
+        {"data": {"values": lines}, "mark": line, "encoding": place | {"color": kinds["color"]}},
+        {"mark": point, "encoding": place | kinds | _details(shown)},
+        *_ring(shown, points, place),
+    ]
+    return Chart(
         "progress",
-        SECTION,
+        "search",
         "Best so far",
-        "Lines: the best score of searched plans and of controls after each trial. Points: the finished trials. "
-        f"{_told_choice(run)}{edge.told(trials)}".rstrip(),
-        {
-            "height": 260,
-            "data": {"values": points},
-            "layer": [
-                {"data": {"values": best}, "mark": line, "encoding": place | {"color": _by_kind(points)["color"]}},
-                {"mark": point, "encoding": place | _by_kind(points) | _details(run)},
-                *_ring(run, points, place),
-                *_arrows(points, place, edge),
-            ],
-        },
+        "Lines: the best score of searched plans and of controls after each trial. Points: the finished trials."
+        f"{shown.choice}{beyond_text(num_beyond)}",
+        {"height": 260, "data": {"values": points}, "layer": layers},
     )
 
 
-def hypervolume(run: Snapshot) -> Iterator[Chart]:
-    """What the front is worth, trial by trial, of a search for one."""
-    search = run.state.search
-    if search is None or not search.pareto:
-        return
-    trials = [trial for trial in run.shown_together if trial.is_over]
-    values: Values = [
-        {"trial": trial.index, "of": name, "hypervolume": volume}
-        for name, alone in (("all trials", False), (CONTROL, True))
-        for trial, volume in zip(
-            trials, hypervolume_so_far(trials, run.metric, search.budget_bytes, alone), strict=True
-        )
-    ]
-    if not values:
-        return
-    yield Chart(
-        "hypervolume",
-        SECTION,
-        "Hypervolume so far",
-        "What the front is worth after each trial, and that of the controls alone: how much better than the smallest "
-        f"plan the best one inside a budget is in {run.metric_title}, in the mean over all budgets up to the search's "
-        "own. Finished trials count, at their last rung.",
-        {
-            "height": 200,
-            "data": {"values": values},
-            "mark": {"type": "line", "interpolate": "step-after", "strokeWidth": 2.5, "point": True},
-            "encoding": {
-                "x": quantity("trial", "trial, in order of suggestion", format="d", tickMinStep=1),
-                "y": quantity("hypervolume", "hypervolume", zero=True),
-                "color": colored("of", {"all trials": COLORS[SEARCHED], CONTROL: COLORS[CONTROL]}),
-                "tooltip": tooltip(trial="trial", of="of", hypervolume="hypervolume|.4f"),
-            },
-        },
-    )
-
-
-def rungs(run: Snapshot) -> Iterator[Chart]:
-    """Every trial from rung to rung."""
-    scores: Values = [
-        {
-            "trial": trial.index,
-            "origin": trial.origin,
-            "kind": kind_of(trial),
-            "step": rung.step,
-            "score": score(rung, run.metric),
-        }
-        for trial in run.trials
-        for rung in trial.rungs
-    ]
-    steps = sorted({each["step"] for each in scores})
+def rungs(shown: Shown) -> Chart | None:
+    """Draw every trial from rung to rung."""
+    values: Values = []
+    for trial in shown.trials:
+        about = {"trial": trial.index, "origin": trial.origin, "kind": kind_of(trial)}
+        values += [about | {"step": each.step, "score": score(each, shown.search.metric)} for each in trial.rungs]
+    steps = sorted({each["step"] for each in values})
     if len(steps) < 2:
-        return
-    edge = edge_of_rungs(run.trials, run.metric)
-    scores = _placed(scores, [steps.index(each["step"]) for each in scores], edge)
-    kinds, faint = _by_kind(scores), max(0.12, min(0.6, 12 / len(run.trials)))
-    place = {
-        "x": quantity("step", "optimizer step", format="d", values=steps) | {"scale": {"type": "log", "base": 2}},
-        "y": quantity("shown", run.metric_title),
-    }
-    each = place | {"detail": {"field": "trial"}, "color": kinds["color"]}
-    yield Chart(
+        return None
+    scores, num_beyond = score_axis([each["score"] for each in values], shown.score_title, shown.search.metric)
+    kinds, faint = _by_kind(values), max(0.12, min(0.6, 12 / len(shown.trials)))
+    place = {"x": quantity("step", "optimizer step", format="d", values=steps), "y": scores}
+    place["x"] |= {"scale": {"type": "log", "base": 2}}
+    of_trial = place | {"detail": {"field": "trial"}, "color": kinds["color"]}
+    point = {"type": "point", "filled": True, "size": 30, "opacity": min(1.0, 2 * faint)}
+    layers = [
+        {"mark": {"type": "line", "opacity": faint}, "encoding": of_trial},
+        {"mark": point, "encoding": of_trial | {"shape": kinds["shape"]} | _details(shown)},
+    ]
+    return Chart(
         "rungs",
-        SECTION,
+        "search",
         "From rung to rung",
-        f"Each trial's score at the rungs; a line that ends early was stopped there. {edge.told(run.trials)}".rstrip(),
-        {
-            "height": 260,
-            "data": {"values": scores},
-            "layer": [
-                {"mark": {"type": "line", "opacity": faint}, "encoding": each},
-                {
-                    "mark": {"type": "point", "filled": True, "size": 30, "opacity": min(1.0, 2 * faint)},
-                    "encoding": each | {"shape": kinds["shape"]} | _details(run),
-                },
-                *_arrows(scores, place, edge),
-            ],
-        },
+        f"Each trial's score at the rungs; a line that ends early was stopped there.{beyond_text(num_beyond)}",
+        {"height": 260, "data": {"values": values}, "layer": layers},
     )
 
 
-def timeline(run: Snapshot) -> Iterator[Chart]:
-    """Which slot had a trial of this search when, and which."""
+def timeline(intervals: Sequence[WorkerInterval], trials: Sequence[TrialRecord]) -> Chart:
+    """Draw which slot had a trial when, without the pauses between sessions."""
+    worked, by_index = without_pauses(intervals), {trial.index: trial for trial in trials}
+    unit, seconds = ("minute", 60) if any(each.end > MANY_SECONDS for each in worked) else ("second", 1)
     bars, ends = Values(), list[float]()
-    trials = {trial.index: trial for trial in run.trials}
-    worked = without_pauses(run.worker_intervals)
-    unit, seconds = ("minute", 60) if any(stretch.end > MANY_SECONDS for stretch in worked) else ("second", 1)
     for _, start, end, index in worked:
         slot = next((number for number, free in enumerate(ends) if free <= start), len(ends))
         ends[slot : slot + 1] = [end]
-        about = {"trial": index, "origin": trials[index].origin, "kind": kind_of(trials[index]), "slot": slot + 1}
-        bars.append(about | {"start": start / seconds, "end": end / seconds})
-    if not bars:
-        return
-    slots = len(ends)
-    busy = sum(interval.end - interval.start for interval in worked) / (slots * max(ends))
-    yield Chart(
+        trial, span = by_index[index], {"start": start / seconds, "end": end / seconds}
+        bars.append({"trial": index, "origin": trial.origin, "kind": kind_of(trial), "slot": slot + 1, **span})
+    busy = sum(each.end - each.start for each in worked) / (len(ends) * max(ends))
+    sessions = len({each.session for each in worked})
+    cut = f" The search went on over {sessions} sessions; the time between them is cut out of axis and percentage."
+    moments = {"start": f"from {unit}|.1f", "end": f"to {unit}|.1f"}
+    return Chart(
         "timeline",
         "cost",
         "Slots in use during the search",
         "Each bar is a worker's time on a trial of this search; the fine-tunes after it are not shown. Slots ever in "
-        f"use: {slots}; they had a trial {busy:.0%} of the time. {_told_sessions(worked)}".rstrip(),
+        f"use: {len(ends)}; they had a trial {busy:.0%} of the time.{cut if sessions > 1 else ''}",
         {
-            "height": 22 * slots,
+            "height": 22 * len(ends),
             "data": {"values": bars},
             "mark": {"type": "bar", "stroke": "var(--page)"},
             "encoding": {
@@ -277,133 +240,66 @@ def timeline(run: Snapshot) -> Iterator[Chart]:
                 "x2": {"field": "end"},
                 "y": {"field": "slot", "type": "ordinal", "axis": {"title": "slot"}},
                 "color": _by_kind(bars)["color"],
-                "tooltip": tooltip(
-                    trial="trial", origin="from", kind="kind", start=f"from {unit}|.1f", end=f"to {unit}|.1f"
-                ),
+                "tooltip": tooltip(trial="trial", origin="from", kind="kind", **moments),
             },
         },
     )
 
 
-def _told_sessions(worked: Sequence[WorkerInterval]) -> str:
-    """That the axis leaves out what lies between sessions; nothing where there was one."""
-    sessions = len({stretch.session for stretch in worked})
-    if sessions < 2:
-        return ""
-    return f"The search went on over {sessions} sessions; the time between them is cut out of axis and percentage."
-
-
-def _scored(run: Snapshot) -> list[TrialRecord]:
-    """Every trial that was scored and is over."""
-    return [trial for trial in run.trials if trial.rungs and trial.status != "running"]
-
-
-def _points(run: Snapshot) -> Values:
-    """The same, at their last rungs."""
-    return [
+def plans_by_score(shown: Shown) -> Chart:
+    """Draw a map of bits, a row a trial and a column a group, the best score on top."""
+    metric = shown.search.metric
+    # Finished ones first: a score at an earlier rung does not compare.
+    ranked = sorted(
+        shown.scored, key=lambda each: (each.status != "finished", cost(each.rungs[-1], metric), each.index)
+    )
+    values: Values = []
+    for trial in ranked[:MOST_PLANS]:
+        star = "*" if trial.status == "stopped" else ""
+        title = f", {shown.best_title}" if trial == shown.best and shown.is_chosen else ""
+        name = f"{trial.index} {trial.origin}{title}  {score(trial.rungs[-1], metric):.4f}{star}"
+        values += [{"trial": name, "group": group, "bits": bits} for group, bits in trial.plan.items()]
+    groups = {"sort": list(ranked[0].plan), "axis": {"title": None, "labelAngle": -90, "labelOverlap": True}}
+    rows = {"sort": None, "axis": {"title": None, "labelLimit": 260}}
+    bits = by_bits(sorted({each["bits"] for each in values}), "bits") | {"legend": {"title": "bits"}}
+    return Chart(
+        "plans",
+        "search",
+        "Plans by score",
+        "Best on top; * was stopped early.",
         {
-            "trial": trial.index,
-            "origin": trial.origin,
-            "kind": kind_of(trial),
-            "plan": str(PrecisionPlan.from_dict(trial.plan)),
-            "megabytes": trial.plan_bytes / 1e6,
-            "mean_bits": trial.mean_bits,
-            "score": score(trial.rungs[-1], run.metric),
-            "step": trial.rungs[-1].step,
-            "best": trial == run.best_trial,
-        }
-        for trial in _scored(run)
-    ]
+            "title": f"plans by {shown.score_title}, best on top (* stopped early)",
+            "height": {"step": 17},
+            "data": {"values": values},
+            "mark": {"type": "rect", "stroke": "var(--page)"},
+            "encoding": {
+                "x": {"field": "group", "type": "nominal", **groups},
+                "y": {"field": "trial", "type": "nominal", **rows},
+                "color": bits,
+            },
+        },
+    )
 
 
-def _title_of_best(run: Snapshot) -> str:
-    if run.is_given:
-        return GIVEN
-    return "winner" if run.results.search else "best so far"
-
-
-def _told_choice(run: Snapshot) -> str:
-    """That another trial than the winner may have the best score; nothing where no search chose one."""
-    if run.results.search is None or run.is_given:
-        return ""
-    return "The winner was chosen on fresh rows, so another trial may have a better score. "
-
-
-def _ring(run: Snapshot, points: Values, place: Spec) -> list[Spec]:
-    """What marks the best trial and names it; nothing where it is not among the points."""
+def _ring(shown: Shown, points: Values, place: Spec) -> list[Spec]:
+    """Mark the best trial and name it, where it is among the points."""
     if not any(point["best"] for point in points):
         return []
-    title, is_best = _title_of_best(run), [{"filter": "datum.best"}]
+    is_best = [{"filter": "datum.best"}]
     ring = {"type": "point", "filled": False, "size": 330, "strokeWidth": 2.5, "color": "var(--text)"}
-    label = {"type": "text", "fontWeight": "bold"} | aside(place["x"]["field"], 15, len(title))
+    label = {"type": "text", "fontWeight": "bold"} | beside_point(place["x"]["field"], 15, len(shown.best_title))
+    text = place | {"text": {"value": shown.best_title}}
     return [
         {"transform": is_best, "mark": ring, "encoding": place},
-        {
-            "transform": is_best,
-            "layer": [{"mark": label | HALO}, {"mark": label}],
-            "encoding": place | {"text": {"value": title}},
-        },
+        {"transform": is_best, "layer": [{"mark": label | HALO}, {"mark": label}], "encoding": text},
     ]
 
 
-def _placed(points: Values, along: Sequence[float], edge: Edge) -> Values:
-    """Points and how high they are drawn; `far` is what stands beside the arrow of one beyond the edge.
-
-    That is its score, but not of trials that were stopped, maybe many, nor where another's would cover it.
-
-    Args:
-        points: With `score` and `kind`.
-        along: Where each is from left to right.
-        edge: Of the plot.
-    """
-    placed = list(zip(points, along, strict=True))
-    told = [at for point, at in placed if edge.is_beyond(point["score"]) and point["kind"] != STOPPED]
-    room = ROOM_OF_A_SCORE * (max(along) - min(along))
-
-    def beside_arrow(point: Spec, at: float) -> str:
-        near = sum(abs(at - other) <= room for other in told)
-        return f"{point['score']:.4f}" if point["kind"] != STOPPED and near == 1 else ""
-
-    return [
-        point
-        | {"shown": edge.place(point["score"])}
-        | ({"far": beside_arrow(point, at)} if edge.is_beyond(point["score"]) else {})
-        for point, at in placed
-    ]
-
-
-def _arrows(points: Values, place: Spec, edge: Edge) -> list[Spec]:
-    """What stands at the points beyond the edge; nothing, of which Vega would warn, where there are none."""
-    mark = {"type": "text", "dy": 14 if edge.metric == "accuracy" else -14, "fontWeight": "bold"}
-    layers: list[Spec] = []
-    if any("far" in point for point in points):
-        arrow = {"value": ARROWS[edge.metric]}
-        layers.append(
-            {"transform": [{"filter": "isValid(datum.far)"}], "mark": mark, "encoding": place | {"text": arrow}}
-        )
-    if any(point.get("far") for point in points):
-        beside = mark | aside(place["x"]["field"], 8, CHARACTERS_OF_A_SCORE)
-        told = {"field": "far", "type": "nominal"}
-        layers.append({"transform": [{"filter": "datum.far"}], "mark": beside, "encoding": place | {"text": told}})
-    return layers
-
-
-def _front(points: Values, by_accuracy: bool) -> Iterator[Spec]:
-    """The finished trials that none of fewer or equal bytes beats, by bytes."""
-    sign = -1 if by_accuracy else 1
-    finished = [point for point in points if point["kind"] in FINISHED]
-    for position in non_dominated([(point["megabytes"], sign * point["score"]) for point in finished]):
-        yield {"distance": finished[position]["distance"], "shown": finished[position]["shown"]}
-
-
-def _by_kind(values: Iterable[Spec]) -> Spec:
-    """Colour and shape by kind, of the kinds there are."""
+def _by_kind(values: Values) -> Spec:
     there = {value["kind"] for value in values}
-    return {
-        "color": colored("kind", {kind: color for kind, color in COLORS.items() if kind in there}),
-        "shape": shaped("kind", {kind: shape for kind, shape in SHAPES.items() if kind in there}),
-    }
+    color, shape = ({kind: each for kind, each in found.items() if kind in there} for found in (COLORS, SHAPES))
+    return {"color": by_word("kind", color), "shape": by_word("kind", shape)}
 
 
-def _details(run: Snapshot) -> Spec:
-    return {"tooltip": tooltip(trial="trial", origin="from", kind="kind", score=f"{run.metric_title}|.4f")}
+def _details(shown: Shown) -> Spec:
+    return {"tooltip": tooltip(trial="trial", origin="from", kind="kind", score=f"{shown.score_title}|.4f")}

@@ -1,0 +1,234 @@
+"""Runs work on one model: in this process, or in an actor on a node of the cluster.
+
+A stage passes a module-level function and plain data for it. What one piece of work leaves in the `ModelCache` is there
+for the next: the model that prune cut is not loaded again to be scored.
+"""
+
+from __future__ import annotations
+
+import queue
+import time
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+
+from qpruner.cluster.tasks import DeathCounter, original_error
+from qpruner.models.loading import OnLoading, ignore_progress, load_dense
+from qpruner.models.memory import release
+from qpruner.runs.events import Emit, Event, Message
+from qpruner.runs.storage import fetch
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+QUIET_SECONDS = 20.0
+"""A worker process takes a few seconds to start; one that takes longer waits for a machine, and the user is told."""
+
+Job = TypeVar("Job")
+Result = TypeVar("Result")
+
+
+@dataclass
+class GpuTime:
+    """Adds up the GPU seconds that work has reserved, whether it kept the GPUs busy or not."""
+
+    seconds: float = 0.0
+
+    def add(self, seconds: float) -> None:
+        """Add seconds times GPUs."""
+        self.seconds += seconds
+
+    @contextmanager
+    def held(self, gpus: float) -> Iterator[None]:
+        """Count this many GPUs while the block runs, however it ends."""
+        started = time.monotonic()
+        try:
+            yield
+        finally:
+            self.add(gpus * (time.monotonic() - started))
+
+
+class ModelCache:
+    """Keeps the pruned model of this process, once it was cut or loaded here."""
+
+    def __init__(self) -> None:
+        self._pruned: PreTrainedModel | None = None
+
+    def keep(self, pruned: PreTrainedModel) -> None:
+        """Keep the pruned model for the next piece of work."""
+        self._pruned = pruned
+
+    def clear(self) -> None:
+        """Drop the model, to free its memory."""
+        self._pruned = None
+        release()
+
+    def pruned_model(self, checkpoint: Path, dtype: str, told: OnLoading = ignore_progress) -> PreTrainedModel:
+        """Return the pruned model on this process's device; load it if it is not kept."""
+        if self._pruned is None:
+            self._pruned = load_dense(str(fetch(checkpoint)), dtype, on_progress=told)
+        return self._pruned
+
+
+Work = Callable[[Job, ModelCache, Emit], Result]
+"""A module-level function of plain data, the cache, and a function that takes events."""
+
+
+class ModelExecutor(Protocol):
+    """Runs work on one model."""
+
+    def run(self, work: Work[Job, Result], job: Job, emit: Emit) -> Result:
+        """Run `work`; its events and errors arrive as they are."""
+
+    def close(self) -> None:
+        """Free memory and resources; the next `run` takes them again."""
+
+
+class LocalExecutor:
+    """Runs work in this process, on this many GPUs."""
+
+    def __init__(self, gpus: float, gpu_time: GpuTime) -> None:
+        self._gpus, self._gpu_time = gpus, gpu_time
+        self._cache = ModelCache()
+
+    def run(self, work: Work[Job, Result], job: Job, emit: Emit) -> Result:
+        """Run `work` here."""
+        with self._gpu_time.held(self._gpus):
+            return work(job, self._cache, emit)
+
+    def close(self) -> None:
+        """Free the model's memory."""
+        self._cache = ModelCache()
+        release()
+
+
+class ClusterExecutor:
+    """Runs work in an actor on a node that has the resources; the driver holds no model.
+
+    Args:
+        resources: Ray resources of the actor.
+        gpu_time: Gets the GPU seconds of the work, without those that it waited for a machine.
+        check_node: As of `run_tasks`.
+    """
+
+    def __init__(self, resources: Mapping[str, float], gpu_time: GpuTime, check_node: bytes) -> None:
+        self._resources, self._gpu_time, self._check_node = resources, gpu_time, check_node
+        self._actor: Any = None
+        self._node: str | None = None
+
+    def run(self, work: Work[Job, Result], job: Job, emit: Emit) -> Result:
+        """Run `work` in the actor, and again in another one when it dies."""
+        from ray.exceptions import OutOfMemoryError, RayActorError
+
+        deaths = DeathCounter()
+        while True:
+            try:
+                self._start_actor(emit)
+                with self._gpu_time.held(self._resources.get("gpu", 0.0)):
+                    return self._result(work, job, emit)
+            except (OutOfMemoryError, RayActorError) as error:
+                self.close()
+                line = deaths.count(0, self._node, error)
+                emit(Message("cluster", f"a worker died, its work is run again: {line}"))
+
+    def _start_actor(self, emit: Emit) -> None:
+        import ray
+
+        if self._actor is not None:
+            return
+        options = {"num_cpus": self._resources.get("cpu", 0.0), "num_gpus": self._resources.get("gpu", 0.0)}
+        actor = ray.remote(_checked_worker(self._check_node)).options(**options)
+        self._actor = actor.remote(int(self._resources.get("cpu", 1.0)))
+        self._node, place = None, self._actor.place.remote()
+        if not ray.wait([place], timeout=QUIET_SECONDS)[0]:
+            emit(Message("cluster", f"waiting for a machine with room for {dict(self._resources)}"))
+        self._node = ray.get(place)
+
+    def _result(self, work: Work[Job, Result], job: Job, emit: Emit) -> Result:
+        """Emit the worker's events; return its result."""
+        import ray
+        from ray import cloudpickle
+        from ray.exceptions import RayTaskError
+
+        for reference in self._actor.run.options(num_returns="streaming").remote(cloudpickle.dumps((work, job))):
+            try:
+                answer = ray.get(reference)
+            except RayTaskError as error:
+                raise original_error(error) from error
+            if isinstance(answer, _Done):
+                result: Result = answer.result
+                return result
+            emit(answer)
+        raise AssertionError("a worker's last answer is its result")
+
+    def close(self) -> None:
+        """End the actor."""
+        if self._actor is not None:
+            import ray
+
+            ray.kill(self._actor)
+            self._actor = None
+
+
+@dataclass(frozen=True)
+class _Done:
+    result: Any
+
+
+def _checked_worker(check_node: bytes) -> type:
+    """Return the actor: a `_Worker` that is unpickled only after the node was found to be like the driver's.
+
+    A nested class is pickled whole; another qpruner on the node could not even read the job.
+    """
+    from ray import cloudpickle
+
+    worker = cloudpickle.dumps(_Worker)
+
+    class Worker:
+        def __init__(self, threads: int) -> None:
+            self._threads = threads
+            self._worker: Any = None
+
+        def place(self) -> str:
+            """Return Ray's id of its node."""
+            import ray
+
+            node: str = ray.get_runtime_context().get_node_id()
+            return node
+
+        def run(self, packed: bytes) -> Iterator[Any]:
+            from ray import cloudpickle
+
+            if self._worker is None:
+                cloudpickle.loads(check_node)()
+                self._worker = cloudpickle.loads(worker)(self._threads)
+            yield from self._worker.run(*cloudpickle.loads(packed))
+
+    return Worker
+
+
+class _Worker:
+    """Runs work in one thread, so that its events leave as they happen."""
+
+    def __init__(self, threads: int) -> None:
+        self._cache = ModelCache()
+        self._thread = ThreadPoolExecutor(1, initializer=limit_threads, initargs=(threads,))
+
+    def run(self, work: Work[Any, Any], job: Any) -> Iterator[Event | _Done]:
+        events: queue.SimpleQueue[Event | None] = queue.SimpleQueue()
+        outcome = self._thread.submit(work, job, self._cache, events.put)
+        outcome.add_done_callback(lambda _: events.put(None))
+        while (event := events.get()) is not None:
+            yield event
+        yield _Done(outcome.result())
+
+
+def limit_threads(threads: int) -> None:
+    """Give torch this many threads on a CPU."""
+    import torch
+
+    if not torch.cuda.is_available():
+        torch.set_num_threads(threads)

@@ -1,0 +1,177 @@
+"""Runs functions as Ray tasks; a task whose worker or node dies is run again."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, TypeVar
+
+import ray
+from ray import cloudpickle
+from ray.exceptions import (
+    NodeDiedError,
+    ObjectLostError,
+    OutOfMemoryError,
+    RayActorError,
+    RayTaskError,
+    WorkerCrashedError,
+)
+
+from qpruner.cluster import node_facts
+from qpruner.cluster.nodes import is_staying
+from qpruner.errors import NodeDiffers, WorkerDied
+
+logger = logging.getLogger(__name__)
+
+Result = TypeVar("Result")
+
+DEATHS = (WorkerCrashedError, NodeDiedError, OutOfMemoryError, ObjectLostError, RayActorError)
+"""Errors of a worker that died; a group's task ends with the RayActorError of the process that it lost."""
+MAX_DEATHS = 3
+"""Workers that may die under one job, on machines that stay and without progress, before that is an error."""
+
+
+def run_tasks(
+    function: Callable[[Any], Result],
+    jobs: Sequence[Any],
+    resources: dict[str, float],
+    max_concurrent: int,
+    fresh: bool,
+    check_node: bytes,
+    on_tick: Callable[[], None] = lambda: None,
+    on_held: Callable[[float], None] = lambda seconds: None,
+    progress: Callable[[int], object] = lambda position: None,
+) -> Iterator[tuple[int, Result]]:
+    """Run `function(job)` for every job in worker processes.
+
+    Args:
+        function: A module-level function.
+        jobs: Its arguments.
+        resources: Ray resources of one job.
+        max_concurrent: Jobs in flight.
+        fresh: Give every job a process that ends with it, so that its memory can be measured.
+        check_node: A pickled function that raises on a machine that cannot be used (`probe.packed_check`).
+        on_tick: Called about once a second.
+        on_held: Gets the GPU seconds of each job that ends, without those that it waited for a slot.
+        progress: Returns what a job has saved, by its position; earlier deaths do not count once it changes.
+
+    Yields:
+        Position and result of each job that ends. An error of a job is raised as it was.
+
+    Raises:
+        NodeDiffers: If a job met a machine that cannot be used.
+        WorkerDied: If workers die under one job again and again, on machines that stay and without progress.
+    """
+    assert ray.is_initialized(), "Ray would choose a cluster itself"
+    task = _task(check_node, resources, fresh, getattr(function, "__name__", "task"))
+    waiting = deque(_Job(at, cloudpickle.dumps(partial(function, job))) for at, job in enumerate(jobs))
+    running: dict[Any, _Job] = {}
+    deaths = DeathCounter(progress)
+    while waiting or running:
+        while waiting and len(running) < max_concurrent:
+            job = waiting.popleft()
+            running[task.remote(job.work)] = job
+        done, _ = ray.wait(list(running), num_returns=1, timeout=1.0)
+        on_tick()
+        for answers in done:
+            job = running[answers]
+            try:
+                answer = ray.get(next(answers))
+            except DEATHS as error:
+                line = deaths.count(job.position, job.node, error)
+                logger.warning("a worker died, its job is run again: %s", line)
+                waiting.append(_Job(job.position, running.pop(answers).work))
+            except RayTaskError as error:
+                raise original_error(error) from error
+            else:
+                if isinstance(answer, str):
+                    job.node = answer
+                    continue
+                del running[answers]
+                seconds, result = answer
+                on_held(resources.get("gpu", 0.0) * seconds)
+                yield job.position, result
+
+
+@dataclass
+class _Job:
+    position: int
+    work: bytes
+    node: str | None = None  # where it runs, by Ray's id
+
+
+def _task(check_node: bytes, resources: dict[str, float], fresh: bool, name: str) -> Any:
+    """Return the remote function; it yields the id of its node, then its seconds and its result."""
+
+    def located(work: bytes) -> Iterator[Any]:
+        # A nested function is pickled whole; another qpruner on the node could not even read the job.
+        from ray import cloudpickle
+
+        yield ray.get_runtime_context().get_node_id()
+        cloudpickle.loads(check_node)()
+        run = cloudpickle.loads(work)
+        started = time.monotonic()
+        result = run()
+        yield time.monotonic() - started, result
+
+    remote = ray.remote(
+        num_cpus=resources.get("cpu", 1.0),
+        num_gpus=resources.get("gpu", 0.0),
+        max_calls=1 if fresh else 0,
+        max_retries=0,
+        num_returns="streaming",
+    )
+    return remote(located).options(name=name)
+
+
+class DeathCounter:
+    """Counts the workers that died under each job; deaths of a whole machine do not count.
+
+    Args:
+        progress: As of `run_tasks`.
+    """
+
+    def __init__(self, progress: Callable[[int], object] = lambda position: None) -> None:
+        self._progress = progress
+        self._in_a_row: Counter[int] = Counter()
+        self._seen: dict[int, object] = {}
+
+    def count(self, position: int, node: str | None, error: Exception) -> str:
+        """Count a death and return its error in one line.
+
+        Args:
+            position: Of the job.
+            node: Ray's id of the worker's machine, if it ever came up.
+            error: Ray's.
+
+        Raises:
+            WorkerDied: If there were too many.
+        """
+        death = error.cause if isinstance(error, RayTaskError) else error
+        saved = self._progress(position)
+        if saved != self._seen.get(position):
+            self._seen[position], self._in_a_row[position] = saved, 0
+        if not isinstance(death, NodeDiedError) and (node is None or is_staying(node)):
+            self._in_a_row[position] += 1
+        if self._in_a_row[position] == MAX_DEATHS:
+            raise WorkerDied(
+                f"{MAX_DEATHS} workers died under the same piece of work, the last one: {first_line(death)}\n  remedy: "
+                "the usual cause is too little memory on the node; see Ray's log there, then repeat the command"
+            ) from error
+        return first_line(death)
+
+
+def original_error(error: Any) -> Exception:
+    """Return what a worker raised, from Ray's `RayTaskError`; the check of a node can only raise a built-in type."""
+    cause: Exception = error.cause
+    text = str(cause)
+    return NodeDiffers(text.removeprefix(node_facts.REFUSAL)) if text.startswith(node_facts.REFUSAL) else cause
+
+
+def first_line(error: Exception) -> str:
+    """Return the first line of an error's text; Ray's texts fill a screen."""
+    return str(error).strip().partition("\n")[0]

@@ -1,0 +1,219 @@
+"""Read a configuration: YAML, overrides from the command line, and every problem reported at once."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import math
+from collections.abc import Hashable
+from pathlib import Path
+from typing import Any, get_args
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from qpruner.config.schema import RunConfig
+from qpruner.errors import ConfigError, UserError
+from qpruner.wording import counted
+
+TAB_FOUND = "found character '\\t'"
+"""PyYAML's words for a tab where YAML allows none."""
+
+
+class _UniqueKeyLoader(yaml.SafeLoader):
+    """A safe loader that refuses a key given twice; YAML would silently keep the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[Any] = set()
+        for key_node, _ in node.value:
+            if key_node.tag == "tag:yaml.org,2002:merge":
+                continue
+            key = self.construct_object(key_node, deep=True)
+            if not isinstance(key, Hashable):
+                raise yaml.constructor.ConstructorError(None, None, f"{key!r} cannot be a key", key_node.start_mark)
+            if key in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"key `{key}` is given twice", key_node.start_mark)
+            seen.add(key)
+        return super().construct_mapping(node, deep=deep)
+
+
+def parse_yaml(text: str) -> Any:
+    """Parse a YAML or JSON text; raises `yaml.YAMLError`, also where a key is given twice."""
+    return yaml.load(text, Loader=_UniqueKeyLoader)  # noqa: S506 (a SafeLoader)
+
+
+def load_config(path: Path, overrides: list[str] | None = None) -> RunConfig:
+    """Read and validate a configuration file.
+
+    Args:
+        path: The YAML file.
+        overrides: `section.key=value` pairs; values are YAML. An item of a list is its number, counted from 0
+            (`data.train.0.limit=8`). `section.key=` takes the key out, so that its default holds.
+
+    Raises:
+        UserError: If the file is missing or is no YAML.
+        ConfigError: With every problem found.
+    """
+    if path.is_dir():
+        raise UserError(
+            f"{path} is a folder; give a configuration file: of a run, the one that `qpruner run` was given"
+        )
+    if not path.is_file():
+        raise UserError(f"configuration file {path} does not exist; see tune_configs/ for complete examples")
+    try:
+        raw = parse_yaml(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(_explain_yaml(path, error)) from error
+    if not isinstance(raw, dict):
+        raise UserError(
+            f"{path} must be a mapping of sections, got {type(raw).__name__}; see tune_configs/ for complete examples"
+        )
+    for override in overrides or []:
+        _apply_override(raw, override)
+    return validate_config(raw, f"{path}, overrides included" if overrides else str(path))
+
+
+def _explain_yaml(path: Path, error: Exception) -> str:
+    """Say what is wrong with a file that is no YAML; a tab, which editors do not show, is located."""
+    if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark and TAB_FOUND in (error.problem or ""):
+        line, column = error.problem_mark.line + 1, error.problem_mark.column + 1
+        return (
+            f"{path}, line {line}, column {column}: a tab; YAML indents and separates by spaces alone: replace the "
+            "file's tabs by spaces, two for each level"
+        )
+    return f"{path} is not valid YAML: {error}; correct it, or see tune_configs/ for complete examples"
+
+
+def validate_config(raw: dict[str, Any], source: str | None = None) -> RunConfig:
+    """Build a `RunConfig` from plain data; raises `ConfigError` with every problem found."""
+    try:
+        return RunConfig.model_validate(raw)
+    except ValidationError as error:
+        raise ConfigError([_explain(problem) for problem in _root_causes(error)], source) from error
+
+
+def _root_causes(error: ValidationError) -> list[Any]:
+    """Return the problems without those that only repeat that something inside them is wrong."""
+    problems = error.errors()
+    places = [problem["loc"] for problem in problems]
+
+    def repeats(problem: Any) -> bool:
+        place = problem["loc"]
+        inside = any(other[: len(place)] == place and len(other) > len(place) for other in places)
+        return inside and problem["type"] == "too_short"
+
+    return [problem for problem in problems if not repeats(problem)]
+
+
+def config_schema() -> str:
+    """Return the JSON schema of the configuration, for editors."""
+    return json.dumps(RunConfig.model_json_schema(), indent=2, sort_keys=True) + "\n"
+
+
+def _apply_override(raw: dict[str, Any], override: str) -> None:
+    key, separator, text = override.partition("=")
+    if not separator or not key:
+        raise UserError(f"--set takes section.key=value, such as search.max_trials=20; got {override!r}")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise UserError(f"--set {override}: the value is not valid YAML: {error}; quote a text") from error
+    *sections, last = key.split(".")
+    here: Any = raw
+    for section in sections:
+        place = _place_in(here, section, override)
+        here = here[place] if isinstance(here, list) else here.setdefault(place, {})
+        if not isinstance(here, dict | list):
+            raise UserError(
+                f"--set {override}: `{section}` is not a section; `qpruner check --show-config` prints every key"
+            )
+    place = _place_in(here, last, override)
+    if text.strip():
+        here[place] = value
+    elif isinstance(here, dict) and place not in here:
+        raise UserError(f"--set {override}: {_why_not_there(key)}")
+    else:
+        del here[place]
+
+
+def _why_not_there(key: str) -> str:
+    """Say why a key cannot be taken out of a file: it is unknown, or the file does not have it."""
+    location = [int(part) if part.isdecimal() else part for part in key.split(".")]
+    for depth, part in enumerate(location):
+        if isinstance(part, str) and part not in _known_keys(location[:depth]):
+            return _explain_unknown_key(location[: depth + 1])
+    return f"there is no `{key}` in the file to be taken out, its default holds anyway"
+
+
+def _place_in(here: dict[str, Any] | list[Any], part: str, override: str) -> Any:
+    """Return where a part of a key leads: a name in a section, a number in a list."""
+    if isinstance(here, dict):
+        return part
+    if not part.isdecimal():
+        raise UserError(f"--set {override}: `{part}` must be the number of an item, since it is of a list: 0, 1, ...")
+    if int(part) >= len(here):
+        raise UserError(
+            f"--set {override}: there is no item {part} in a list of {counted(len(here), 'item')}, counted from 0; to "
+            "add one, give the whole list"
+        )
+    return int(part)
+
+
+def _explain(problem: Any) -> str:
+    """Turn a pydantic error into a sentence that names the key, the value, the rule and the remedy."""
+    location = list(problem["loc"])
+    key = ".".join(str(part) for part in location) or "configuration"
+    if problem["type"] == "extra_forbidden":
+        return _explain_unknown_key(location)
+    if problem["type"] == "missing":
+        return f"`{key}` is missing: it must be given"
+    rule = problem["msg"].removeprefix("Value error, ")
+    if problem["type"] == "value_error":
+        return f"`{key}`: {rule}" if location else rule
+    # pydantic's own words for these name Python types.
+    rule = {
+        "tuple_type": "must be a list",
+        "dict_type": "must be a mapping of keys",
+        "model_type": "must be a mapping of keys (a section)",
+        "too_short": "must have at least 1 item",
+    }.get(problem["type"], rule)
+    return f"`{key}`: {rule[0].lower() + rule[1:]}, got {problem['input']!r}{_as_share(problem)}"
+
+
+def _as_share(problem: Any) -> str:
+    """Say how a share is written that was given in per cent."""
+    limits = problem.get("ctx", {})
+    most, given = limits.get("le", limits.get("lt", math.inf)), problem["input"]
+    if not (most <= 1 and isinstance(given, int | float) and 2 <= given <= 100 * most):
+        return ""
+    return f": a share, so {given:g} % is {given / 100:g}"
+
+
+def _explain_unknown_key(location: list[str | int]) -> str:
+    known = _known_keys(location[:-1])
+    name = str(location[-1])
+    prefix = "".join(f"{part}." for part in location[:-1])
+    inside = [f"{section}.{name}" for section in known if name in _known_keys([*location[:-1], section])]
+    nearest = inside or [f"{prefix}{key}" for key in difflib.get_close_matches(name, known, n=1, cutoff=0.5)]
+    hint = f"did you mean `{nearest[0]}`?" if nearest else f"known keys: {', '.join(sorted(known))}"
+    return f"`{prefix}{name}` is not a known key; {hint}"
+
+
+def _known_keys(location: list[str | int]) -> list[str]:
+    """Return the fields of the section that a location leads to."""
+    section: type[BaseModel] = RunConfig
+    for part in location:
+        if isinstance(part, int):
+            continue
+        section = _section_of(section.model_fields[part].annotation) or section
+    return list(section.model_fields)
+
+
+def _section_of(annotation: Any) -> type[BaseModel] | None:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    for argument in get_args(annotation):
+        found = _section_of(argument)
+        if found:
+            return found
+    return None

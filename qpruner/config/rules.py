@@ -1,0 +1,250 @@
+"""What goes with what in a configuration: keys that cannot stand together, and keys without effect beside others.
+
+A rule yields a sentence with the key, the value, the rule and the remedy. It is checked with the fields of its section,
+so that every problem of a file is reported at once. Keys without effect are warnings.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from qpruner.config.pruning import REDUCING, CalibrationConfig, PruneConfig
+from qpruner.config.schema import (
+    INFORMATION,
+    MEASUREMENT,
+    BudgetConfig,
+    EvaluateConfig,
+    FinetuneConfig,
+    LoraConfig,
+    QuantizeConfig,
+    ResourcesConfig,
+    RunConfig,
+    SearchConfig,
+    SensitivityConfig,
+    TrainingConfig,
+)
+from qpruner.config.section import Idle
+
+OF_UNITS = ("importance", "order", "aggregation", "norm", "reduction", "query_heads", "round_to")
+"""Keys of `prune` about units inside blocks alone."""
+OF_SEARCHING = ("searcher", "max_trials", "max_hours", "max_gpu_hours", "patience", "pareto", "confirm")
+"""Keys of `search` about several trials."""
+
+
+def take_out(*keys: str) -> str:
+    """Say how to remove a key, or one of several, from a file that is only overridden, too."""
+    options = " or ".join(f"`--set {key}=`" for key in keys)
+    return f"take {'it' if len(keys) == 1 else 'one'} out (on the command line {options})"
+
+
+# ---- what cannot stand together
+
+
+def prune_rules(prune: PruneConfig) -> Iterator[str]:
+    """Check what is cut and how units are selected."""
+    by_rate, units = prune.layer_rate is not None, prune.units
+    if not by_rate and prune.rate is None:
+        yield "give `rate` or `layer_rate`, got neither"
+    if by_rate and prune.rate is not None:
+        yield f"give `rate` or `layer_rate`, not both: {take_out('prune.rate', 'prune.layer_rate')}"
+    if len(set(units)) < len(units):
+        yield f"`units` names a kind twice: {list(units)}; name each once"
+    if {"expert", "mlp"} <= set(units):
+        yield "`units` may name `expert` or `mlp`, not both: whole experts go, or channels of every expert"
+    if by_rate and prune.drops_blocks:
+        yield "`layer_rate` is about units inside blocks: take `block` out of `units`"
+    for key, needs in (("layer_rate", by_rate), ("uniform", prune.uniform)):
+        if needs and prune.selection == "global":
+            yield f"`{key}` needs `selection: per_layer`, its default; got global: {take_out('prune.selection')}"
+    if prune.reduction == "product" and prune.selection == "global" and prune.width_units:
+        yield (
+            "`reduction: product` needs `selection: per_layer`: heads and channels have different numbers of "
+            "matrices, so their products cannot be compared; or take another reduction, such as sum"
+        )
+
+
+def budget_rules(budget: BudgetConfig) -> Iterator[str]:
+    """Check that the budget is given once."""
+    given = [name for name, value in budget if value is not None]
+    if len(given) != 1:
+        named = [f"quantize.budget.{name}" for name in given]
+        remedy = f"{', '.join(given)}: {take_out(*named)}" if given else "none"
+        yield f"give exactly one of fraction, mean_bits, gib, bytes; got {remedy}"
+
+
+def quantize_rules(quantize: QuantizeConfig) -> Iterator[str]:
+    """Check the order of the bit-widths."""
+    if list(quantize.bits) != sorted(set(quantize.bits)):
+        yield f"`bits` must be different bit-widths in ascending order, got {list(quantize.bits)}"
+
+
+def training_rules(training: TrainingConfig) -> Iterator[str]:
+    """Check that micro-batches fill a batch."""
+    if training.batch_size % training.micro_batch_size:
+        yield (
+            f"`batch_size` must be a multiple of `micro_batch_size`, got {training.batch_size} and "
+            f"{training.micro_batch_size}: take another batch size or a smaller micro-batch"
+        )
+
+
+def sensitivity_rules(sensitivity: SensitivityConfig) -> Iterator[str]:
+    """Check that methods differ."""
+    if len(set(sensitivity.methods)) < len(sensitivity.methods):
+        yield f"`methods` names a method twice, got {', '.join(sensitivity.methods)}: name each once"
+
+
+def resources_rules(resources: ResourcesConfig) -> Iterator[str]:
+    """Check that several GPUs are whole ones."""
+    if resources.gpu is not None and resources.gpu > 1 and resources.gpu != int(resources.gpu):
+        yield f"`gpu` must be a share of one GPU or a whole number of them, got {resources.gpu:g}"
+
+
+def search_rules(search: SearchConfig) -> Iterator[str]:
+    """Check rungs, and what a search by accuracy needs."""
+    if search.first_rung > search.steps:
+        yield f"`first_rung` must be at most `steps` ({search.steps}), got {search.first_rung}"
+    if search.by_accuracy and not search.tasks:
+        yield f"`metric: {search.metric}` needs at least one task under `tasks`"
+    elif search.by_accuracy and (search.limit is None or search.limit < 2):
+        yield (
+            f"`metric: {search.metric}` needs a `limit` of at least 2, since one question has no standard error and "
+            f"those after the limit choose the winner, got {search.limit}"
+        )
+
+
+def finetune_rules(finetune: FinetuneConfig) -> Iterator[str]:
+    """Check that the length is given once."""
+    if (finetune.steps is None) == (finetune.epochs is None):
+        given = "neither" if finetune.steps is None else f"both: {take_out('finetune.steps', 'finetune.epochs')}"
+        yield f"give exactly one of `steps` and `epochs`, got {given}"
+
+
+def evaluate_rules(evaluate: EvaluateConfig) -> Iterator[str]:
+    """Check that text is text."""
+    if other := [source.format for source in evaluate.text or () if source.format != "text"]:
+        yield f"`text` is running text: give its sources `format: text`, got {', '.join(other)}"
+
+
+def run_rules(run: RunConfig) -> Iterator[str]:
+    """Check what sections ask of one another."""
+    method, bits, training = run.search.plan_method, run.quantize.bits, run.training
+    if method and method not in run.measured_methods:
+        yield (
+            f"`search.plan` takes the seed plan of {method}, which is not measured: name it in "
+            f"`sensitivity.methods`, got {list(run.sensitivity.methods)}, and two bit-widths or more in "
+            f"`quantize.bits`, got {list(bits)}; a file of that name is `./{method}`"
+        )
+    if seen := sorted(set(run.search.tasks) & set(run.evaluate.tasks)):
+        yield (
+            f"`evaluate.tasks` must not share tasks with `search.tasks`, both name {', '.join(seen)}: the report "
+            "must be on tasks the search never saw"
+        )
+    workers, asked = run.finetune.num_workers, run.search.resources_per_trial
+    if training.batch_size % (workers * training.micro_batch_size):
+        yield (
+            f"`training.batch_size` must be a multiple of `finetune.num_workers` x `training.micro_batch_size` "
+            f"({workers} x {training.micro_batch_size}), got {training.batch_size}: the workers share every batch; "
+            "take fewer workers, a smaller micro-batch or another batch size"
+        )
+    gpus = (asked.gpu if asked else None) or 0
+    if workers > 1 and gpus > 1:
+        yield (
+            f"`finetune.num_workers` above 1 needs workers with one GPU each, got {workers} with "
+            f"`search.resources_per_trial.gpu` {gpus:g}: a model is spread over several GPUs, or shared among "
+            "workers, not both"
+        )
+
+
+# ---- what has no effect
+
+
+def idle_in_calibration(calibration: CalibrationConfig) -> tuple[Idle, ...]:
+    """Name what given token ids replace."""
+    is_given = calibration.token_ids is not None
+    return ((is_given, "`calibration.token_ids` is given", ("data", "packing", "num_samples", "max_length")),)
+
+
+def idle_in_prune(prune: PruneConfig) -> tuple[Idle, ...]:
+    """Name keys of other units, importances and compensations than those of the cut."""
+    blocks_only, importance = not prune.width_units, f"`prune.importance` is {prune.importance}"
+    only = "`prune.units` names whole blocks only"
+    # `uniform` implies `selection`.
+    others = [key for key in PruneConfig.model_fields if key != "rate" and not (key == "selection" and prune.uniform)]
+    return (
+        (prune.is_off, "`prune.rate` is 0", tuple(others)),
+        (blocks_only, only, OF_UNITS),
+        (blocks_only and prune.compensation == "bias", only, ("compensation",)),
+        (blocks_only and prune.steps != 1, only, ("steps",)),
+        (blocks_only and not prune.uniform, only, ("selection",)),
+        (blocks_only, only, ("depth_share",)),
+        (not prune.drops_blocks, "no whole blocks go (`prune.units`)", ("depth_share", "depth_importance")),
+        (prune.compensates_by != "least_squares", f"`prune.compensation` is {prune.compensation}", ("ridge",)),
+        (prune.importance != "taylor", importance, ("order",)),
+        (prune.importance not in ("fisher", "taylor"), importance, ("aggregation",)),
+        (prune.importance != "magnitude", importance, ("norm",)),
+        (prune.importance not in REDUCING, importance, ("reduction", "query_heads")),
+    )
+
+
+def idle_in_quantize(quantize: QuantizeConfig) -> tuple[Idle, ...]:
+    """Name what only 4 bits have."""
+    return ((4 not in quantize.bits, "`quantize.bits` has no 4", ("double_quant",)),)
+
+
+def idle_in_lora(lora: LoraConfig) -> tuple[Idle, ...]:
+    """Name what only LoftQ has."""
+    return ((lora.init == "plain", "`lora.init` is plain", ("loftq_iterations", "svd")),)
+
+
+def idle_in_sensitivity(sensitivity: SensitivityConfig) -> tuple[Idle, ...]:
+    """Name keys of methods that are not measured."""
+    methods = set(sensitivity.methods)
+    of_information = ("num_components", "num_neighbors", "num_shuffles", "max_positions")
+    by_methods = ((INFORMATION, of_information), (MEASUREMENT, ("num_measured_samples",)))
+    return (
+        (not methods, "`sensitivity.methods` is empty", ("batch_size",)),
+        *(
+            (not set(needed) & methods, f"`sensitivity.methods` lacks {' and '.join(needed)}", keys)
+            for needed, keys in by_methods
+        ),
+    )
+
+
+def idle_in_search(search: SearchConfig) -> tuple[Idle, ...]:
+    """Name keys of other searchers and metrics."""
+    return (
+        (search.searcher != "gp", f"`search.searcher` is {search.searcher}", ("patience",)),
+        (search.pareto, "`search.pareto` is true", ("patience",)),
+        (not search.tasks, "`search.tasks` names none", ("limit",)),
+    )
+
+
+def idle_in_finetune(finetune: FinetuneConfig) -> tuple[Idle, ...]:
+    """Name keys of the comparison where there is none."""
+    return ((not finetune.compare, "`finetune.compare` is false", ("seeds", "random_plans", "seed_rows")),)
+
+
+def idle_in_run(run: RunConfig) -> tuple[Idle, ...]:
+    """Name keys, `section.key`, that have no effect beside those of another section.
+
+    `search.plan` is no reason: `--plan` takes a plan for a file that was written for a search.
+    `calibration.num_sensitivity_samples` always has an effect: only runs of the same rows are compared as pairs.
+    """
+    only = f"`quantize.bits` is {list(run.quantize.bits)}, so nothing is measured or searched"
+    searched = (f"search.{key}" for key in OF_SEARCHING)
+    measured = (f"sensitivity.{key}" for key in SensitivityConfig.model_fields)
+    return ((len(run.quantize.bits) == 1, only, (*searched, *measured)),)
+
+
+PruneConfig.rules, PruneConfig.idle_keys = prune_rules, idle_in_prune
+BudgetConfig.rules = budget_rules
+QuantizeConfig.rules, QuantizeConfig.idle_keys = quantize_rules, idle_in_quantize
+LoraConfig.idle_keys = idle_in_lora
+TrainingConfig.rules = training_rules
+SensitivityConfig.rules, SensitivityConfig.idle_keys = sensitivity_rules, idle_in_sensitivity
+ResourcesConfig.rules = resources_rules
+SearchConfig.rules, SearchConfig.idle_keys = search_rules, idle_in_search
+FinetuneConfig.rules, FinetuneConfig.idle_keys = finetune_rules, idle_in_finetune
+EvaluateConfig.rules = evaluate_rules
+CalibrationConfig.idle_keys = idle_in_calibration
+RunConfig.rules, RunConfig.idle_keys = run_rules, idle_in_run

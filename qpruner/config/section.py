@@ -1,0 +1,53 @@
+"""The base of every section of a configuration."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any, ClassVar, Self
+
+from pydantic import BaseModel, ConfigDict, field_validator, model_validator
+from pydantic_core.core_schema import ValidationInfo
+
+Idle = tuple[bool, str, tuple[str, ...]]
+"""Whether some keys have no effect, why, and which keys."""
+
+
+class Section(BaseModel):
+    """Base of every section: frozen, no unknown keys, no infinities, no `yes` for a 1."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
+    rules: ClassVar[Callable[[Any], Iterable[str]]] = lambda _: ()
+    """Yields what keys of the section break together; `qpruner.config.rules` sets it."""
+    idle_keys: ClassVar[Callable[[Any], tuple[Idle, ...]]] = lambda _: ()
+    """Returns which keys have no effect beside others; `qpruner.config.rules` sets it."""
+
+    def is_set(self, key: str) -> bool:
+        """Return whether a key differs from its default."""
+        return bool(getattr(self, key) != type(self).model_fields[key].default)
+
+    def ignored(self) -> dict[str, str]:
+        """Return the keys that are set and have no effect, each with the first reason."""
+        found: dict[str, str] = {}
+        for is_idle, reason, keys in type(self).idle_keys(self):
+            for key in keys if is_idle else ():
+                if self.is_set(key):
+                    found.setdefault(key, reason)
+        return found
+
+    def in_effect(self) -> Self:
+        """Return the section with defaults in place of keys that have no effect."""
+        return self.model_copy(update={key: type(self).model_fields[key].default for key in self.ignored()})
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_boolean_number(cls, value: Any, info: ValidationInfo) -> Any:
+        field = cls.model_fields[str(info.field_name)]
+        if isinstance(value, bool) and field.annotation is not bool:
+            raise ValueError(f"must not be a boolean, got {value}; YAML reads yes, no, on and off as booleans")
+        return value
+
+    @model_validator(mode="after")
+    def _obey_rules(self) -> Self:
+        if problems := list(type(self).rules(self)):
+            raise ValueError("; ".join(problems))
+        return self

@@ -1,0 +1,309 @@
+"""Turn rows into prompts and responses, and those into tokens and labels.
+
+A multiple-choice row is written as lm-eval writes ARC, so that training, validation loss and lm-eval accuracy measure
+the same thing.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import random
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, cast, overload
+
+from qpruner.data.sources import Example
+from qpruner.errors import CorruptFile, UserError
+from qpruner.runs.storage import fetch, retry_storage, writing_folder
+from qpruner.wording import counted
+
+if TYPE_CHECKING:
+    import datasets
+    from transformers import PreTrainedTokenizerBase
+
+Row = dict[str, list[int]]
+"""`input_ids` and `labels` of one sample."""
+IGNORED_LABEL = -100
+"""Label of a token without a loss, as in torch's cross entropy."""
+IMPORTANCE_KEYS = ("calibration.num_samples", "calibration.max_length")
+SENSITIVITY_KEYS = ("calibration.num_sensitivity_samples", "data.max_length")
+"""Configuration keys for the number of calibration rows and their length."""
+ALPACA = (
+    "Below is an instruction that describes a task{context}. Write a response that appropriately completes the "
+    "request.\n\n### Instruction:\n{instruction}\n\n{input}### Response:\n"
+)
+"""The prompt of Stanford Alpaca."""
+
+
+def encode(
+    examples: Sequence[Example],
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+    template: str = "alpaca",
+    response_only: bool = True,
+) -> list[Row]:
+    """Tokenize rows, cut at `max_length` tokens; rows without a token to predict are dropped.
+
+    With `response_only`, the prompt's labels are -100.
+
+    Raises:
+        UserError: If no row has a token to predict within `max_length`.
+    """
+    encoded = list(_encoded(examples, tokenizer, max_length, template, response_only))
+    if not encoded:
+        raise UserError(f"`data.max_length` of {max_length} tokens leaves no row a token to predict: make it longer")
+    return encoded
+
+
+def shuffled(examples: Iterable[Example], seed: int) -> list[Example]:
+    """Shuffle the rows into the order in which calibration takes them."""
+    rows = list(examples)
+    random.Random(seed).shuffle(rows)
+    return rows
+
+
+def row_samples(
+    examples: Iterable[Example],
+    tokenizer: PreTrainedTokenizerBase,
+    count: int,
+    length: int,
+    template: str,
+    response_only: bool,
+    keys: tuple[str, str] = IMPORTANCE_KEYS,
+) -> list[Row]:
+    """Take the first `count` rows that have a token to predict, cut at `length` tokens.
+
+    Raises:
+        UserError: If there are fewer; names `keys`, the configuration keys of `count` and `length`.
+    """
+    samples = list(itertools.islice(_encoded(examples, tokenizer, length, template, response_only), count))
+    if len(samples) < count:
+        asked, limit = keys
+        raise UserError(
+            f"`{asked}` asks for {counted(count, 'row')}, but only {len(samples)} of the calibration rows have a token "
+            f"to predict within {length} tokens (`{limit}`): ask for fewer, give more rows or make it longer"
+        )
+    return samples
+
+
+def packed_samples(
+    examples: Iterable[Example],
+    tokenizer: PreTrainedTokenizerBase,
+    count: int,
+    length: int,
+    template: str,
+    response_only: bool,
+) -> list[Row]:
+    """Cut `count` samples of exactly `length` tokens from the rows joined together; all have a token to predict.
+
+    Raises:
+        UserError: If the rows make fewer.
+    """
+    rows = (_labelled(example, tokenizer, template, response_only) for example in examples)
+    samples = list(itertools.islice(_joined_samples(rows, length), count))
+    if len(samples) < count:
+        fewer = f"ask for at most {len(samples)}, " if samples else ""
+        raise UserError(
+            f"`calibration.num_samples` asks for {counted(count, 'sample')} of {length} tokens "
+            f"(`calibration.max_length`), but the calibration rows make {len(samples)} with a token to predict, since "
+            f"`calibration.packing` cuts samples from the rows joined together: {fewer}make `calibration.max_length` "
+            "shorter, give more rows, or set `calibration.packing: false`, which takes a row for a sample"
+        )
+    return samples
+
+
+def _joined_samples(rows: Iterable[tuple[list[int], list[int]]], length: int) -> Iterator[Row]:
+    """Join rows and cut them; rows without a token to predict, such as blank lines, are left out."""
+    ids: list[int] = []
+    labels: list[int] = []
+    for row_ids, row_labels in rows:
+        if not _has_label(row_labels):
+            continue
+        ids += row_ids
+        labels += row_labels
+        while len(ids) >= length:
+            if _has_label(labels[:length]):
+                yield {"input_ids": ids[:length], "labels": labels[:length]}
+            ids, labels = ids[length:], labels[length:]
+
+
+def _encoded(
+    examples: Iterable[Example],
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+    template: str,
+    response_only: bool,
+) -> Iterator[Row]:
+    for example in examples:
+        ids, labels = _labelled(example, tokenizer, template, response_only)
+        if _has_label(labels[:max_length]):
+            yield {"input_ids": ids[:max_length], "labels": labels[:max_length]}
+
+
+def _labelled(
+    example: Example, tokenizer: PreTrainedTokenizerBase, template: str, response_only: bool
+) -> tuple[list[int], list[int]]:
+    """Tokenize a row; with `response_only` the prompt has no labels."""
+    prompt, response = _render(example, tokenizer, template)
+    # A chat template writes its own special tokens.
+    special = example.format != "instruction" or template != "chat"
+    # Tokenized together and split where the prompt ends, as lm-eval does: some tokenizers put a space before a lone
+    # response.
+    ids: list[int] = tokenizer(prompt + response, add_special_tokens=special)["input_ids"]
+    prompt_length = len(tokenizer(prompt, add_special_tokens=special)["input_ids"]) if prompt and response_only else 0
+    return ids, [IGNORED_LABEL] * prompt_length + ids[prompt_length:]
+
+
+def _render(example: Example, tokenizer: PreTrainedTokenizerBase, template: str) -> tuple[str, str]:
+    """Write prompt and response as the model reads them."""
+    if example.format == "text":
+        return "", example.response
+    if example.format == "multiple_choice":
+        return f"Question: {example.prompt}\nAnswer:", f" {example.response}"
+    response = f"{example.response}{tokenizer.eos_token or ''}"
+    if template == "alpaca":
+        return alpaca_prompt(example.prompt, example.context), response
+    if not tokenizer.chat_template:
+        raise UserError("`data.template: chat` needs a tokenizer with a chat template; this one has none: use alpaca")
+    content = f"{example.prompt}\n\n{example.context}" if example.context else example.prompt
+    messages = [{"role": "user", "content": content}]
+    return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)), response
+
+
+def alpaca_prompt(instruction: str, context: str = "") -> str:
+    """Write an instruction, with its input if it has one, as the prompt of Stanford Alpaca."""
+    return ALPACA.format(
+        context=", paired with an input that provides further context" if context else "",
+        instruction=instruction,
+        input=f"### Input:\n{context}\n\n" if context else "",
+    )
+
+
+def pack(rows: Sequence[Row], length: int) -> list[Row]:
+    """Concatenate encoded rows into chunks of `length` tokens; chunks without a token to predict are dropped."""
+    ids = [token for row in rows for token in row["input_ids"]]
+    # The first label of a row would be predicted from the row before it.
+    labels = [label for row in rows for label in (IGNORED_LABEL, *row["labels"][1:])]
+    chunks = [
+        {"input_ids": ids[start : start + length], "labels": labels[start : start + length]}
+        for start in range(0, len(ids), length)
+    ]
+    return [chunk for chunk in chunks if _has_label(chunk["labels"])]
+
+
+def text_windows(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase, length: int) -> list[Row]:
+    """Join texts by blank lines and cut windows of `length` tokens; all but a window's first token are predicted."""
+    ids: list[int] = tokenizer("\n\n".join(texts), add_special_tokens=False, verbose=False)["input_ids"]
+    parts = [ids[start : start + length] for start in range(0, len(ids), length)]
+    return [{"input_ids": part, "labels": part} for part in parts if len(part) > 1]
+
+
+def load_token_ids(path: Path, vocabulary_size: int) -> list[Row]:
+    """Read samples given as token ids: a JSON file with a list of lists.
+
+    Raises:
+        UserError: If the file is none, or an id is outside the vocabulary.
+    """
+    key = "`calibration.token_ids`"
+    try:
+        samples = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{key}: {path} cannot be read as JSON: {error}; write it anew or name another") from error
+    if not (isinstance(samples, list) and samples and all(isinstance(sample, list) for sample in samples)):
+        raise UserError(f"{key}: {path} must hold a list of lists of token ids, such as [[1, 306, 4658], [1, 910]]")
+    for position, sample in enumerate(samples):
+        wrong = [token for token in sample if type(token) is not int or not 0 <= token < vocabulary_size]
+        if wrong:
+            raise UserError(
+                f"{key}: sample {position} of {path} has {wrong[0]!r}, but a token id is a whole number from 0 to "
+                f"{vocabulary_size - 1} for this model"
+            )
+        if len(sample) < 2:
+            raise UserError(
+                f"{key}: sample {position} of {path} has {counted(len(sample), 'token')}; two at least are needed: "
+                "leave it out"
+            )
+    return [{"input_ids": sample, "labels": sample} for sample in samples]
+
+
+def _has_label(labels: Sequence[int]) -> bool:
+    """Whether any token is predicted; the first one of a row never is."""
+    return any(label != IGNORED_LABEL for label in labels[1:])
+
+
+def collate(rows: Sequence[Mapping[str, list[int]]], pad_id: int) -> dict[str, Any]:
+    """Right-pad rows to one batch: ``input_ids``, ``attention_mask``, ``labels``, each ``(batch, seq)`` int64."""
+    import torch
+
+    longest = max(len(row["input_ids"]) for row in rows)
+
+    def padded(name: str, fill: int) -> Any:
+        return torch.tensor([list(row[name]) + [fill] * (longest - len(row[name])) for row in rows])
+
+    mask = [[1] * len(row["input_ids"]) + [0] * (longest - len(row["input_ids"])) for row in rows]
+    return {
+        "input_ids": padded("input_ids", pad_id),
+        "attention_mask": torch.tensor(mask),
+        "labels": padded("labels", IGNORED_LABEL),
+    }
+
+
+def save_encoded(rows: Sequence[Mapping[str, list[int]]], folder: Path) -> None:
+    """Write encoded rows as an Arrow folder, which trials map into memory."""
+    import datasets
+
+    datasets.disable_progress_bars()
+    encoded = datasets.Dataset.from_list([dict(row) for row in rows])
+    with writing_folder(folder) as here:
+        retry_storage(lambda: encoded.save_to_disk(here), here)
+
+
+def load_encoded(folder: Path) -> EncodedRows:
+    """Map what `save_encoded` wrote into memory.
+
+    Raises:
+        CorruptFile: If the folder is damaged; reading a row later raises nothing.
+    """
+    import datasets
+
+    try:
+        return retry_storage(lambda: EncodedRows(datasets.load_from_disk(str(fetch(folder)))), folder, was_there=True)
+    except (OSError, ValueError, KeyError, AttributeError, NotImplementedError) as error:  # pyarrow's are among them
+        raise CorruptFile(f"the encoded rows in {folder} cannot be read: {error}", folder) from error
+
+
+def load_confirmation(data: Path, part: Literal["choose", "judge"]) -> list[Row]:
+    """Load the half of the confirmation rows that chooses the winner, or the half that judges it in the claim.
+
+    The rows that chose would flatter the winner.
+    """
+    return load_encoded(data / "confirmation")[("choose", "judge").index(part) :: 2]
+
+
+class EncodedRows(Sequence[Row]):
+    """Encoded rows in a memory-mapped Arrow file; a row is read when it is indexed, and a slice is a list of rows."""
+
+    def __init__(self, rows: datasets.Dataset) -> None:
+        from pyarrow.compute import list_value_length
+
+        rows.data.validate(full=True)  # wrong offsets of a damaged file would be followed anywhere
+        self._rows = rows
+        self.lengths: list[int] = list_value_length(rows.data["input_ids"]).to_pylist()  # without reading a row
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    @overload
+    def __getitem__(self, index: int) -> Row: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Row]: ...
+    def __getitem__(self, index: int | slice) -> Row | list[Row]:
+        if isinstance(index, slice):
+            return [self[position] for position in range(len(self))[index]]
+        return cast("Row", self._rows[index])
+
+
+def row_lengths(rows: Sequence[Mapping[str, list[int]]]) -> list[int]:
+    """Count the tokens of each row."""
+    return rows.lengths if isinstance(rows, EncodedRows) else [len(row["input_ids"]) for row in rows]

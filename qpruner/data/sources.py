@@ -1,0 +1,283 @@
+"""Read rows of text from data files and the hub, and map their columns.
+
+Three row formats: `instruction` (instruction, input, output), `multiple_choice` (question, choices, answer; also as ARC
+writes them) and `text`.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import logging
+import re
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from qpruner.config.schema import DataSource
+from qpruner.errors import UserError, together
+from qpruner.wording import counted
+
+COLUMNS = {
+    "instruction": ("instruction", "input", "output"),
+    "multiple_choice": ("question", "choices", "answer"),
+    "text": ("text",),
+}
+OPTIONAL_COLUMNS = {"input"}
+ARC_NAMES = {"answer": "answerKey"}
+"""Names of columns in ARC and data like it."""
+BUILDERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv", ".tsv": "csv", ".txt": "text"}
+"""Suffixes of the files that are read, and their builders in datasets."""
+OTHER_SUFFIXES = {".xlsx", ".gz", ".zip", ".arrow", ".yaml", ".yml"}
+"""Files that are refused; a relative path of theirs would otherwise be looked up on the hub."""
+LARGEST_CELL = 2**30
+"""Characters; Python's own limit of 131072 is less than a long text."""
+
+
+@dataclass(frozen=True)
+class Example:
+    """One row: a bare question or instruction, an instruction's input, and the response; a text is all response."""
+
+    format: str
+    prompt: str
+    context: str
+    response: str
+
+    @property
+    def identity(self) -> str:
+        """What makes two rows the same row: the words of prompt and context, or of the text."""
+        return normalized(f"{self.prompt} {self.context}" if self.prompt else self.response)
+
+
+def normalized(text: str) -> str:
+    """Lower the case and drop spacing and punctuation; operators stay, since 7 + 5 is not 7 * 5."""
+    return " ".join(re.findall(r"[^\W_]+|-(?=\d)|[+*/=<>#%$^&|~\u20ac\u00a3\u00d7\u00f7]", text.lower()))
+
+
+def load_examples(sources: Sequence[DataSource], key: str) -> list[Example]:
+    """Read the rows of all sources and map their columns.
+
+    Args:
+        sources: Where the rows are.
+        key: The configuration key of `sources`, for errors.
+
+    Raises:
+        UserError: For missing files and columns of every source, or no rows at all.
+    """
+    read = together(*(partial(_examples_of, source, f"{key}.{index}") for index, source in enumerate(sources)))
+    examples = [example for rows in read for example in rows]
+    if not examples:
+        raise UserError(f"`{key}` has no rows: name a source that has some, or raise its `limit`")
+    return examples
+
+
+def _examples_of(source: DataSource, key: str) -> list[Example]:
+    return [_to_example(row, source, key) for row in _read_rows(source, key)]
+
+
+def check_disjoint(splits: Mapping[str, Iterable[str]]) -> None:
+    """Refuse a row that is in two splits.
+
+    Args:
+        splits: Split -> identities of its rows (`Example.identity` or `normalized` text).
+    """
+    seen: list[tuple[str, set[str]]] = []
+    for name, identities in splits.items():
+        rows = {identity for identity in identities if identity}
+        for other, other_rows in seen:
+            if shared := rows & other_rows:
+                raise UserError(
+                    f"{other} and {name} share {counted(len(shared), 'row')}, such as {min(shared)[:90]!r}; training, "
+                    "validation, confirmation and test data must not overlap: take other rows or another split"
+                )
+        seen.append((name, rows))
+
+
+def _read_rows(source: DataSource, key: str) -> list[dict[str, Any]]:
+    import datasets
+
+    from qpruner.models.loading import resolve_source
+
+    datasets.disable_progress_bars()
+    path = resolve_source(source.source, f"{key}.source")
+    suffix = Path(path).suffix.lower()
+    logging.getLogger("datasets").setLevel(logging.CRITICAL)  # the error below says what fails
+    try:
+        if suffix in BUILDERS:
+            rows = _read_file(Path(path), source.split, key)
+        elif path.startswith((".", "/")) or Path(path).exists() or suffix in OTHER_SUFFIXES:
+            *others, last = BUILDERS
+            raise UserError(
+                f"`{key}.source`: {path} is no data file; give a {', '.join(others)} or {last} file, or a hub id"
+            )
+        else:
+            rows = datasets.load_dataset(path, source.subset, split=source.split)
+    except UserError:
+        raise
+    except Exception as error:  # datasets raises many types for files that cannot be parsed and hubs out of reach
+        reason = (suffix == ".jsonl" and _line_without_row(Path(path))) or cause_of(error)
+        if "corresponds to no data" in reason or reason.startswith("Unknown split"):
+            raise UserError(
+                f"`{key}.split`: {source.split} takes no rows of {source.source!r} ({reason}): name another part of it"
+            ) from error
+        raise UserError(
+            f"`{key}.source`: no rows can be read from {source.source!r}: {reason}; mend it or name another"
+        ) from error
+    _check_columns(rows.column_names, source, key)
+    count = len(rows) if source.limit is None else min(source.limit, len(rows))
+    return [dict(row) for row in rows.select(range(count))]
+
+
+def _read_file(path: Path, split: str, key: str) -> Any:
+    import datasets
+
+    if not path.is_file():
+        raise UserError(f"`{key}.source`: file {path} does not exist; name a data file or a hub id")
+    if not path.stat().st_size:
+        raise UserError(f"`{key}.source`: file {path} is empty; name another")
+    suffix = path.suffix.lower()
+    options: dict[str, Any] = {}
+    if BUILDERS[suffix] == "csv":
+        # Left to itself pandas makes numbers of 007 and 1.50, and holes of "None" and "NA"; a column whose first
+        # 10,000 cells are numbers then refuses the word that follows. It calls a nameless column "Unnamed".
+        separator = "\t" if suffix == ".tsv" else ","
+        names = [name or f"Unnamed: {at}" for at, name in enumerate(_check_table(path, separator))]
+        features = datasets.Features({name: datasets.Value("string") for name in names})
+        options = {"sep": separator, "features": features, "keep_default_na": False}
+    return datasets.load_dataset(BUILDERS[suffix], data_files=str(path), split=split, **options)
+
+
+def _check_table(path: Path, separator: str) -> list[str]:
+    """Return the header of a table, and refuse one of which pandas silently makes other rows than it has."""
+    csv.field_size_limit(LARGEST_CELL)
+    header: list[str] = []
+    num_rows, begins = 0, 1
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        table = csv.reader(file, delimiter=separator, strict=True)
+        try:
+            for row in filter(None, table):
+                if header and len(row) != len(header):
+                    remedy = f"a cell that holds {separator!r} stands in double quotes"
+                    if len(row) < len(header):
+                        remedy = f"an empty cell has its {separator!r}, too"
+                    raise ValueError(
+                        f"line {table.line_num} has {counted(len(row), 'cell')}, its header {len(header)} "
+                        f"({', '.join(header)}): {remedy}"
+                    )
+                num_rows += bool(header)
+                header, begins = header or row, table.line_num + 1
+        except csv.Error as error:
+            raise ValueError(
+                f"line {begins}: {error}: a cell that begins with a double quote ends with one, and those "
+                "in it are doubled"
+            ) from None
+        except UnicodeDecodeError:
+            raise ValueError(_line_without_utf8(path)) from None
+    if separator == "," and len(header) == 1 and ";" in header[0]:
+        raise ValueError("its header is one cell with semicolons: in a .csv file commas separate the cells")
+    if twice := [name for name, count in Counter(filter(None, header)).items() if count > 1]:
+        raise ValueError(f"two of its columns are called {twice[0]!r}")
+    if not num_rows:
+        raise ValueError("it has no row under its header")
+    return header
+
+
+def cause_of(error: Exception) -> str:
+    """Return the first line of an error's cause; datasets itself only says that generating the data set failed."""
+    cause = error.__cause__ or error
+    return str(cause).strip().splitlines()[0] if str(cause).strip() else type(cause).__name__
+
+
+def _line_without_utf8(path: Path) -> str:
+    for number, line in enumerate(path.read_bytes().splitlines(), 1):
+        try:
+            line.decode()
+        except UnicodeDecodeError:
+            return f"line {number} is no UTF-8: save the file as UTF-8"
+    return "it is no UTF-8: save it as UTF-8"
+
+
+def _line_without_row(path: Path) -> str | None:
+    """Name the first line of a file that is no JSON object; datasets counts lines from the block it reads."""
+    with path.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line.rstrip())
+            except json.JSONDecodeError as error:
+                return f"line {number} is no JSON: {error.msg} at column {error.colno}"
+            except UnicodeDecodeError:
+                return f"line {number} is no UTF-8"
+            if not isinstance(row, dict):
+                return f"line {number} is no JSON object"
+    return None
+
+
+def _check_columns(available: Sequence[str], source: DataSource, key: str) -> None:
+    """Refuse a mapping of unknown columns, or to columns that the data lack."""
+    ours = COLUMNS[source.format]
+    if unknown := sorted(set(source.columns) - set(ours)):
+        raise UserError(
+            f"`{key}.columns` names {', '.join(unknown)}; rows of format {source.format} have the columns "
+            f"{', '.join(ours)}"
+        )
+    for column in ours:
+        theirs = _mapped(source, column, available)
+        if len(theirs) > 1 and column != "choices":
+            raise UserError(f"`{key}.columns.{column}` must name one column, got {', '.join(theirs)}")
+        missing = [name for name in theirs if name not in available]
+        if missing and not (column in OPTIONAL_COLUMNS and column not in source.columns):
+            is_table = BUILDERS.get(Path(source.source).suffix.lower()) == "csv"
+            header = ", which the first line of the file says: it is the header" if is_table else ""
+            raise UserError(
+                f"`{key}.columns.{column}`: the data have no column {', '.join(missing)}; "
+                f"they have {', '.join(available)}{header}; name yours with, for example, "
+                f"`columns: {{{column}: {available[0]}}}`"
+            )
+
+
+def _mapped(source: DataSource, column: str, available: Collection[str]) -> tuple[str, ...]:
+    other = ARC_NAMES.get(column, column)
+    value = source.columns.get(column, column if column in available or other not in available else other)
+    return (value,) if isinstance(value, str) else tuple(value)
+
+
+def _to_example(row: dict[str, Any], source: DataSource, key: str) -> Example:
+    def value(column: str) -> str:
+        found = row.get(_mapped(source, column, row)[0])
+        return "" if found is None else str(found)
+
+    if source.format == "text":
+        return Example("text", "", "", value("text"))
+    if source.format == "instruction":
+        return Example("instruction", value("instruction"), value("input"), value("output"))
+    columns = _mapped(source, "choices", row)
+    if len(columns) == 1 and not isinstance(row[columns[0]], (list, dict)):
+        raise UserError(
+            f"`{key}.columns.choices`: column {columns[0]} must hold a list of choices, got {row[columns[0]]!r:.60}; "
+            "where each choice has a column, give a list of columns"
+        )
+    choices, labels = _choices(row, columns)
+    answer = row[_mapped(source, "answer", row)[0]]
+    if isinstance(answer, str) and answer in labels:
+        index = labels.index(answer)
+    elif str(answer).isdigit() and int(answer) < len(choices):
+        index = int(answer)
+    else:
+        raise UserError(
+            f"`{key}.columns.answer`: {answer!r} is neither one of the labels {', '.join(labels)} nor a position "
+            f"from 0 to {len(choices) - 1}; the question is {value('question')[:90]!r}"
+        )
+    return Example("multiple_choice", value("question"), "", choices[index])
+
+
+def _choices(row: dict[str, Any], columns: tuple[str, ...]) -> tuple[list[str], list[str]]:
+    """Read texts and labels of the choices: several columns, a list, or ARC's {text, label}."""
+    found = [row[column] for column in columns] if len(columns) > 1 else row[columns[0]]
+    if isinstance(found, dict):
+        return list(found["text"]), list(found["label"])
+    return [str(text) for text in found], [chr(ord("A") + position) for position in range(len(found))]

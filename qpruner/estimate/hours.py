@@ -1,0 +1,319 @@
+"""Estimate the hours of each stage: operations counted from the shapes, over the speed of timed steps.
+
+Operations (Kaplan et al., arXiv 2001.08361, section 2.1): 2 per weight and token forward, 2 backward to the inputs and
+2 to the weights. Adapters leave the latter out; gradient checkpointing adds a forward pass.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from qpruner.config.schema import EXPANSION, INFORMATION, MEASUREMENT, PruneConfig, RunConfig
+from qpruner.data.sources import Example
+from qpruner.estimate.step_times import StepTimes, packing_operations
+from qpruner.pipeline.flow import STAGES
+from qpruner.pipeline.preflight import Inspection
+from qpruner.pipeline.preflight_rows import CHARACTERS_A_TOKEN, about_labelled, about_tokens
+from qpruner.plans.plan import FULL_BITS, Layout
+
+CHOICES = 4
+"""Answers that a question of a task is asked with."""
+UNTUNED = 3
+"""Models that are scored without a fine-tune: base, pruned, and quantized by the winner's plan."""
+
+
+@dataclass(frozen=True)
+class Rates:
+    """Operations a second of one slot, by kind of work, and what was timed."""
+
+    training: float
+    scoring: float
+    packing: float
+    origin: str
+
+    def on(self, gpus: float) -> Rates:
+        """Scale to a slot that holds a share of a GPU; several GPUs do not make a trial faster."""
+        if gpus >= 1:
+            return self
+        return replace(
+            self,
+            training=self.training * gpus,
+            scoring=self.scoring * gpus,
+            packing=self.packing * gpus,
+            origin=f"{self.origin}, {gpus:g} of a GPU a slot",
+        )
+
+
+def measured_rates(config: RunConfig, inspection: Inspection, times: StepTimes, where: str) -> Rates:
+    """Convert the seconds of a timed micro-batch to operations a second."""
+    rows, length = config.training.micro_batch_size, config.data.max_length
+    operations = rows * length * _Count(config, inspection).weights_a_token("train")
+    origin = (
+        f"measured on {where}: {rows} rows x {length} tokens take {times.training:.3g} s forward and backward, "
+        f"{times.scoring:.3g} s forward"
+    )
+    training = _operations(config) * operations / times.training
+    return Rates(training, 2 * operations / times.scoring, times.packing_rate, origin)
+
+
+def share_at_highest(config: RunConfig, inspection: Inspection) -> float:
+    """Return where the budget lies between all groups at the lowest bits (0) and all at the highest (1)."""
+    layout, levels = inspection.pruned, config.quantize.bits
+    low, high = (layout.plan_bytes(layout.uniform(bits)) for bits in (levels[0], levels[-1]))
+    return min(1.0, (inspection.budget_bytes - low) / (high - low)) if high > low else 0.0
+
+
+def share_labelled(config: RunConfig, inspection: Inspection) -> float:
+    """Return the share of the training rows' tokens that have a label."""
+    return _Count(config, inspection).share_labelled("train")
+
+
+def multiply_adds(layout: Layout, model_config: Any) -> int:
+    """Count the weights that every token is multiplied with: all but an embedding table that is not the head too."""
+    embeddings = int(model_config.vocab_size) * int(model_config.hidden_size)
+    return layout.num_parameters - (0 if model_config.tie_word_embeddings else embeddings)
+
+
+def _operations(config: RunConfig) -> int:
+    """Return the operations of a training step for a weight and token."""
+    return 6 if config.training.gradient_checkpointing else 4
+
+
+def slot_hours(config: RunConfig, inspection: Inspection, rates: Rates) -> dict[str, float]:
+    """Estimate the hours of one slot by stage, without starts of processes, loading and saving."""
+    return {name: seconds / 3600 for name, seconds in _by_stage(_SlotSeconds(config, inspection, rates), config)}
+
+
+def slots_sharing(config: RunConfig, inspection: Inspection, slots: int, has_gpus: bool) -> dict[str, int]:
+    """Return how many of the slots each stage's jobs are shared among."""
+    return dict(_by_stage(_SlotsSharing(config, inspection, slots, has_gpus), config))
+
+
+def _by_stage(estimates: Any, config: RunConfig) -> Iterator[tuple[str, Any]]:
+    """Call the method of each stage's name, in the order of the flow."""
+    for stage in STAGES:
+        if stage.is_wanted(config) and hasattr(estimates, stage.name):
+            yield stage.name, getattr(estimates, stage.name)()
+
+
+class _SlotSeconds:
+    """Seconds of one slot: a method for each stage that takes long."""
+
+    def __init__(self, config: RunConfig, inspection: Inspection, rates: Rates) -> None:
+        self._config, self._rates, self._count = config, rates, _Count(config, inspection)
+
+    def prune(self) -> float:
+        return self._count.prune() / self._rates.training
+
+    def bank(self) -> float:
+        return self._count.bank() / self._rates.packing
+
+    def sensitivity(self) -> float:
+        return self._count.sensitivity() / self._rates.training
+
+    def search(self) -> float:
+        steps, rates = expected_steps(self._config), self._rates
+        return self._count.training(steps.steps) / rates.training + self._count.search_scores(steps) / rates.scoring
+
+    def finetune(self) -> float:
+        count, rates = self._count, self._rates
+        scores = (count.split("validation") + count.split("confirmation") / 2) / rates.scoring
+        return count.training(count.finetune_steps()) / rates.training + scores
+
+    def evaluate(self) -> float:
+        return (1 + UNTUNED) * self._one_evaluation()
+
+    def comparison(self) -> float:
+        return num_compared(self._config) * (self.finetune() + self._one_evaluation())
+
+    def _one_evaluation(self) -> float:
+        return self._count.evaluation() / self._rates.scoring
+
+
+@dataclass(frozen=True)
+class _SlotsSharing:
+    """Slots that share a stage's jobs: a method for each stage that takes long."""
+
+    config: RunConfig
+    inspection: Inspection
+    slots: int
+    has_gpus: bool
+
+    def prune(self) -> int:
+        return 1
+
+    def bank(self) -> int:
+        return min(self.slots, len(self.inspection.pruned.groups))
+
+    def sensitivity(self) -> int:
+        return self.slots if self.has_gpus and set(MEASUREMENT) & set(self.config.measured_methods) else 1
+
+    def search(self) -> int:
+        return min(self.slots, self.config.num_trials)
+
+    def finetune(self) -> int:
+        return self.config.finetune.num_workers
+
+    def evaluate(self) -> int:
+        return min(self.slots, 1 + UNTUNED)
+
+    def comparison(self) -> int:
+        workers = self.config.finetune.num_workers
+        return max(1, min(self.slots // workers, num_compared(self.config))) * workers
+
+
+@dataclass(frozen=True)
+class _Steps:
+    """Optimizer steps, and rungs reached, of all trials."""
+
+    steps: float
+    rungs: float
+
+
+def expected_steps(config: RunConfig) -> _Steps:
+    """Estimate the steps of a search: ASHA keeps one in `reduction_factor` at each rung, controls run to the end.
+
+    A trial that is first at a rung is never stopped there, so a small search takes more.
+    """
+    search = config.search
+    controls = min(config.num_trials, max(1, len(config.quantize.bits) - 1 + len(config.measured_methods)))
+    shares = [search.reduction_factor**-position for position in range(len(search.rungs))]
+    lengths = [after - before for before, after in zip((0, *search.rungs), search.rungs, strict=False)]
+    others = config.num_trials - controls
+    steps = sum(share * length for share, length in zip(shares, lengths, strict=True))
+    return _Steps(controls * search.steps + others * steps, controls * len(search.rungs) + others * sum(shares))
+
+
+def num_compared(config: RunConfig) -> int:
+    """Count the fine-tunes that `finetune.compare` adds to the winner's first.
+
+    They are those of the other rows, and of the winner under further training seeds. Rows of one plan share theirs.
+    Without a search only one trial is confirmed, so no seed is the best, and the winner is its own row.
+    """
+    methods, settings, bits = config.measured_methods, config.finetune, config.quantize.bits
+    has_best = bool(methods) and config.is_searched
+    shown = set(methods) if settings.seed_rows == "all" else {"mutual_information"} & set(methods)
+    # `all`: every method but the best
+    seed_rows = len(shown) - (has_best and settings.seed_rows == "all")
+    is_own_row = len(bits) == 1 or config.search.plan_method in shown
+    once = 2 + sum(each != FULL_BITS for each in bits) + seed_rows - is_own_row
+    drawn = settings.random_plans if len(bits) > 1 else 0
+    return once + (1 + has_best + drawn) * settings.seeds - 1
+
+
+class _Count:
+    """Counts the operations of each kind of work."""
+
+    def __init__(self, config: RunConfig, inspection: Inspection) -> None:
+        self._config, self._inspection = config, inspection
+        self._pruned = multiply_adds(inspection.pruned, inspection.model_config)
+        self._base = multiply_adds(inspection.base, inspection.model_config)
+        self._head = int(inspection.model_config.vocab_size) * int(inspection.model_config.hidden_size)
+        self._lengths = {name: _lengths(rows, config) for name, rows in inspection.examples.items()}
+
+    def share_labelled(self, name: str) -> float:
+        """Return the share of a split's tokens that have a label."""
+        rows = self._inspection.examples[name]
+        return sum(about_labelled(row, self._config.data) for row in rows) / sum(self._lengths[name])
+
+    def weights_a_token(self, name: str) -> float:
+        """Return the weights that a token of a split is multiplied with on average: the head's where it has a label."""
+        return self._pruned - (1 - self.share_labelled(name)) * self._head
+
+    def training(self, steps: float) -> float:
+        """Count optimizer steps, padding included."""
+        training, lengths = self._config.training, self._lengths["train"]
+        mean, padding = sum(lengths) / len(lengths), 0.0
+        if self._config.data.packing:
+            mean = float(self._config.data.max_length)
+        else:
+            rows = random.Random(self._config.seed).sample(lengths, len(lengths))
+            padding = _padded(rows, training.batch_size, training.micro_batch_size) - mean
+        weights = mean * self.weights_a_token("train") + padding * (self._pruned - self._head)
+        return steps * training.batch_size * weights * _operations(self._config)
+
+    def finetune_steps(self) -> float:
+        """Return the steps of the final fine-tune."""
+        settings, batch = self._config.finetune, self._config.training.batch_size
+        return settings.steps or (settings.epochs or 0) * math.ceil(len(self._lengths["train"]) / batch)
+
+    def split(self, name: str) -> float:
+        """Count a forward pass over a split; rows of like length go together, so there is no padding."""
+        return 2 * self.weights_a_token(name) * sum(self._lengths[name])
+
+    def search_scores(self, steps: _Steps) -> float:
+        """Count validation at every rung, and the finalists on fresh rows."""
+        search = self._config.search
+        rung = self.split("validation") + self._questions("search")
+        # Of a plan that is given only that: the controls beside it were scored by the search that tried them.
+        best = min(search.max_trials, search.confirm + len(self._config.measured_methods))
+        finalists = best if self._config.is_searched else 1
+        return steps.rungs * rung + finalists * (self.split("confirmation") / 2 + self._questions("search"))
+
+    def evaluation(self) -> float:
+        """Count the evaluation of one model."""
+        return self._questions("evaluate") + sum(self._lengths.get("text", ())) * 2 * self._pruned
+
+    def prune(self) -> float:
+        """Count every cut."""
+        return sum(self._cut(cut.settings) for cut in self._inspection.cuts)
+
+    def _cut(self, settings: PruneConfig) -> float:
+        """Count what whole blocks take, then importance and compensation for each of `prune.steps`."""
+        counts = self._inspection.counts
+        if settings.is_off:
+            return 0.0
+        per_weight = {"fisher": 6, "taylor": 6, "fluctuation": 2, "activation_norm": 2}.get(settings.importance, 0)
+        per_weight += 4 if settings.compensates_by != "none" else 0
+        tokens = counts.samples["importance"] * counts.sample_length
+        passes = settings.num_steps * per_weight * tokens if settings.width_units else 0
+        if settings.drops_blocks:
+            passes += {"block_influence": 2, "taylor": 6}[settings.depth_importance] * tokens
+            passes += 4 * tokens if settings.compensates_by == "least_squares" else 0
+        return passes * self._base
+
+    def sensitivity(self) -> float:
+        """Count the passes of every method."""
+        settings, calibration = self._config.sensitivity, self._config.calibration
+        rows = self._lengths["train"][: calibration.num_sensitivity_samples]
+        tokens = sum(rows)
+        methods = set(self._config.measured_methods)
+        operations = 2.0 * tokens if methods & set(INFORMATION) else 0.0
+        if methods & set(EXPANSION):
+            operations += 6 * tokens
+        if methods & set(MEASUREMENT):
+            measured = tokens * min(1.0, settings.num_measured_samples / max(1, len(rows)))
+            lower = len(self._config.quantize.bits) - 1 + (self._config.quantize.bits[-1] != FULL_BITS)
+            # Half a forward pass a group and level: what lies before the group is kept.
+            operations += measured * len(self._inspection.pruned.groups) * lower
+        return operations * self._pruned
+
+    def bank(self) -> float:
+        """Count the packing of every layer at every bit-width."""
+        levels = sum(bits != FULL_BITS for bits in self._config.quantize.bits)
+        linears = [linear for group in self._inspection.pruned.groups for linear in group.linears]
+        return sum(packing_operations(each.rows, each.columns, self._config.lora, levels) for each in linears)
+
+    def _questions(self, section: str) -> float:
+        """Count a task section's questions; every answer is a row of its own."""
+        words = self._inspection.questions.get(section, [])
+        tokens = sum(len(text) for text in words) / CHARACTERS_A_TOKEN
+        return 2 * self._pruned * CHOICES * (tokens + 8 * len(words)) * (1 + self._config.evaluate.num_fewshot)
+
+
+def _lengths(rows: Sequence[Example], config: RunConfig) -> list[int]:
+    """Return about how many tokens each row has."""
+    return [min(sum(about_tokens(row)), config.data.max_length) for row in rows]
+
+
+def _padded(lengths: Sequence[int], batch_size: int, rows: int) -> float:
+    """Return the mean length of rows in micro-batches, each padded to its longest; rows of a batch come by length."""
+    padded = 0
+    for start in range(0, len(lengths), batch_size):
+        batch = sorted(lengths[start : start + batch_size], reverse=True)
+        padded += sum(longest * len(batch[at : at + rows]) for at, longest in enumerate(batch) if at % rows == 0)
+    return padded / len(lengths)

@@ -1,0 +1,195 @@
+"""The evaluate stage: held-out accuracies, memory and speed, step by step and of the fine-tuned winner."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from typing_extensions import override
+
+from qpruner.errors import CorruptFile
+from qpruner.pipeline.finetune import row_set_aside_if_damaged
+from qpruner.pipeline.stage import Stage
+from qpruner.pipeline.table_rows import JobProgress, candidates_for, gpus_held, untuned_candidates, worker_jobs
+from qpruner.report.results import BASE, SEARCHED
+from qpruner.runs.events import Message
+from qpruner.runs.records import (
+    EvalRecord,
+    FinetuneRecord,
+    Inference,
+    InferenceSetting,
+    RowScores,
+    TaskScore,
+    digest_of,
+)
+from qpruner.runs.storage import for_each, quarantine, read_json, remove, write_json
+from qpruner.training.table_rows import Candidate, InferenceJob, evaluate_candidate, measure_inference
+from qpruner.wording import counted, error_text
+
+if TYPE_CHECKING:
+    from qpruner.pipeline.context import Context
+
+
+class Evaluate(Stage[EvalRecord]):
+    """Score the model before any fine-tune, step by step, and the winner after, on tasks the search never saw."""
+
+    name = "evaluate"
+    help = "Run up to the held-out evaluation."
+    record = EvalRecord
+    memory_keys = "`evaluate.batch_size` or `data.max_length`"
+
+    @cached_property
+    def jobs(self) -> list[Candidate]:
+        """Base, pruned and quantized before any fine-tune, then the winner after its own."""
+        [winner] = self.context.record(FinetuneRecord).candidates
+        untuned = untuned_candidates(self.context, winner.plan)
+        return [*untuned, *candidates_for(self.context, [(winner.name, winner.plan, winner.seed)])]
+
+    @override
+    def inputs(self) -> tuple[Any, ...]:
+        return (self.context.record(FinetuneRecord).digest, scores_digest(self.context))
+
+    @override
+    def detail(self) -> str:
+        return f"{', '.join(self.config.evaluate.tasks)} for {counted(len(self.jobs), 'model')}"
+
+    @override
+    def run(self, scratch: Path) -> dict[str, Any]:
+        context, jobs = self.context, self.jobs
+        about, text = held_out_text(context, scratch / "text")
+        with row_set_aside_if_damaged(context.run_dir, "evaluate"):
+            scored = score_jobs(context, "evaluate", jobs, text)
+            before = context.gpu_time.seconds
+            setting, taken = measure_in_turns(context, "evaluate", [job for job in jobs if job.seed is not None])
+        rows = [
+            scored[job.folder].model_copy(update={"name": job.name, "inference": taken.get(job.folder)}) for job in jobs
+        ]
+        return {
+            "rows": rows,
+            "text": about,
+            "inference": setting,
+            "tested": self._tested_digest(),
+            "gpu_seconds": sum(row.gpu_seconds for row in rows) + context.gpu_time.seconds - before,
+        }
+
+    @override
+    def summary(self, record: EvalRecord) -> str:
+        scores = {(row.name, row.seed is None): scores_line(row.scores) for row in record.rows}
+        return f"{self.jobs[-1].label} {scores[SEARCHED, False]}; base as it is {scores[BASE, True]}"
+
+    def _tested_digest(self) -> str:
+        """Digest of what the final models are asked, and how."""
+        inspection, settings = self.context.inspection, self.config.evaluate
+        questions, metrics = inspection.questions["evaluate"], inspection.metrics["evaluate"]
+        asked = (settings.tasks, settings.limit, settings.num_fewshot)
+        return digest_of(questions, metrics, *asked, *self.context.task_files)
+
+
+def held_out_text(context: Context, folder: Path) -> tuple[str | None, Path | None]:
+    """Encode the text that perplexity is measured on, and describe it; answers to questions are no text."""
+    from qpruner.data.encoding import load_confirmation, save_encoded, text_windows
+    from qpruner.models.loading import load_tokenizer
+
+    examples, length = context.inspection.examples, context.config.data.max_length
+    if "text" in examples:
+        tokenizer = load_tokenizer(str(context.checkpoint))
+        rows = text_windows((row.response for row in examples["text"]), tokenizer, length)
+        save_encoded(rows, folder)
+        return f"`evaluate.text` in {len(rows)} windows of {length} tokens", folder
+    if any(row.format == "multiple_choice" for row in examples["confirmation"]):
+        return None, None
+    rows = load_confirmation(context.data, "judge")
+    save_encoded(rows, folder)
+    counted = "responses" if context.config.data.response_only else "whole rows"
+    if all(row.format == "text" for row in examples["confirmation"]):
+        counted = "text"
+    return f"the {counted} of the {len(rows)} confirmation rows that chose nothing", folder
+
+
+def scores_digest(context: Context) -> str:
+    """Compute the digest of what a row is scored on."""
+    texts = [row.response for row in context.inspection.examples.get("text", ())]
+    metrics = context.inspection.metrics["evaluate"]
+    return digest_of(context.config.evaluate, context.task_digest, metrics, texts, context.config.data.max_length)
+
+
+def score_jobs(context: Context, stage: str, jobs: list[Candidate], text: Path | None) -> dict[Path, RowScores]:
+    """Score the models without a record of these tasks and this text; return the scores by folder."""
+    from qpruner.cluster.tasks import run_tasks
+
+    digest = scores_digest(context)
+    found: dict[Path, RowScores] = {}
+    for job in jobs:
+        try:
+            record = read_json(job.folder / "scores.json", RowScores)
+        except CorruptFile as error:
+            where = quarantine(job.folder / "scores.json", job.folder.parent)
+            context.emit(Message(stage, f"warning: {error}; set aside in {where}, {job.label} is scored again"))
+            continue
+        if record and record.digest == digest:
+            found[job.folder] = record
+    left = [job for job in jobs if job.folder not in found]
+    if left:
+        tasks, resources, concurrent = worker_jobs(context, left, text=text)
+        signs = [job.scoring_progress for job in left]
+        for_each(remove, signs)  # of a session that was interrupted
+        progress = JobProgress(context, stage, signs, len(jobs), "answers")
+        for position, scored in run_tasks(
+            evaluate_candidate,
+            tasks,
+            resources,
+            concurrent,
+            fresh=False,
+            check_node=context.check_node,
+            on_tick=progress.tell,
+        ):
+            job = left[position]
+            record = RowScores(
+                digest=digest,
+                name=job.name,
+                seed=job.seed,
+                scores=scored.scores,
+                text_loss=scored.text_loss,
+                gpu_seconds=scored.seconds * gpus_held(context),
+            )
+            write_json(job.folder / "scores.json", record)
+            found[job.folder] = record
+            context.emit(Message(stage, f"{job.label}: {scores_line(record.scores)}"))
+    return found
+
+
+def scores_line(scores: tuple[TaskScore, ...]) -> str:
+    """Write `task acc_norm 0.650 (se 0.048)` for every task."""
+    return ", ".join(f"{each.task} {each.metric} {each.value:.3f}{error_text(each.stderr, 3)}" for each in scores)
+
+
+def measure_in_turns(
+    context: Context, stage: str, jobs: Iterable[Candidate]
+) -> tuple[InferenceSetting, dict[Path, Inference]]:
+    """Measure memory and speed of each row, by its folder; training seeds of one plan are one model."""
+    from qpruner.cluster.tasks import run_tasks
+
+    models: dict[tuple[Any, ...], list[Candidate]] = {}
+    for job in sorted(jobs, key=lambda job: str(job.checkpoint)):
+        models.setdefault((job.checkpoint, *job.plan.items()), []).append(job)
+    resources, _ = context.task_resources(1)
+    alone = tuple(same[0] for same in models.values())
+    context.emit(Message(stage, f"{counted(len(alone), 'model')} in turns: memory and tokens a second"))
+    signs = context.run_dir.candidates / "turns"
+    task = InferenceJob(context.worker_config, alone, context.data, int(resources.get("cpu", 1)), signs)
+    remove(signs)  # of an earlier command
+    progress = JobProgress(context, stage, [signs], 1, "memory and tokens a second")
+    [(_, (setting, found))] = run_tasks(
+        measure_inference,
+        [task],
+        resources,
+        1,
+        fresh=True,
+        check_node=context.check_node,
+        on_tick=progress.tell,
+        on_held=context.gpu_time.add,
+    )
+    folders = zip(models.values(), found, strict=True)
+    return setting, {job.folder: taken for same, taken in folders for job in same}

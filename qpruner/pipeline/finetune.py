@@ -1,0 +1,287 @@
+"""The finetune stage: the winner's full fine-tune, and the final folder made of it."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from typing_extensions import override
+
+from qpruner.config.schema import RunConfig
+from qpruner.errors import CorruptFile, StageError
+from qpruner.pipeline.prepare import telling
+from qpruner.pipeline.stage import Stage
+from qpruner.pipeline.table_rows import (
+    JobProgress,
+    RowJob,
+    distinct,
+    gpus_held,
+    job_keys,
+    jobs_of,
+    winner_row,
+    worker_jobs,
+)
+from qpruner.plans.plan import Layout, PrecisionPlan
+from qpruner.report.results import SEARCHED
+from qpruner.runs.events import Emit, Message
+from qpruner.runs.records import CandidateRecord, FinetuneRecord, SearchRecord
+from qpruner.runs.run_dir import RunDir
+from qpruner.runs.storage import (
+    empty_folder,
+    exists,
+    fetch,
+    for_each,
+    publish_folder,
+    published_folders,
+    quarantine,
+    read_json,
+    remove,
+    staging_path,
+    storage_at,
+    verify_folder,
+    write_json,
+    writing_folder,
+)
+from qpruner.training.checkpoints import ADAPTER_WEIGHTS, is_damaged
+from qpruner.training.table_rows import Candidate, FinetuneOutcome, finetune_candidate
+from qpruner.wording import counted
+
+if TYPE_CHECKING:
+    from qpruner.cluster.executor import ModelCache
+    from qpruner.pipeline.context import Context
+
+
+class Finetune(Stage[FinetuneRecord]):
+    """Fine-tune the winner in full and write the final folder."""
+
+    name = "finetune"
+    help = "Run up to the final fine-tune."
+    record = FinetuneRecord
+    trains = True
+
+    @cached_property
+    def jobs(self) -> list[RowJob]:
+        """The winner under the first training seed."""
+        return jobs_of(self.context, [winner_row(self.context)])
+
+    @property
+    def _final(self) -> Path:
+        """Where people look for the model; the stage's own folder keeps nothing."""
+        return self.context.run_dir.root / "final"
+
+    @override
+    def inputs(self) -> tuple[Any, ...]:
+        return (self.context.record(SearchRecord).digest, job_keys(self.jobs))
+
+    @override
+    def check(self) -> None:
+        from qpruner.pipeline.resources import check_finetune
+
+        if not self.context.assumed:
+            check_finetune(self.config, self.context.known_slots)
+
+    @override
+    def begin(self) -> None:
+        if not (have_rows(self.jobs) and self._has_final()):
+            self.context.forget("finetune")
+
+    @override
+    def detail(self) -> str:
+        settings = self.config.finetune
+        length = counted(settings.steps, "step") if settings.steps else counted(settings.epochs or 0.0, "epoch")
+        # The plan's loss here beside its loss as a trial, after as many steps, looks like an error.
+        return f"the winner, {length}, under another training seed than the trials', so its loss is not that of a trial"
+
+    @override
+    def run(self, scratch: Path) -> dict[str, Any]:
+        context = self.context
+        tuned = finetune_jobs(context, "finetune", self.jobs)
+        [(_, winner)] = self.jobs
+        context.forget("finetune")  # the folder that it vouches for is about to be written over
+        before = context.gpu_time.seconds
+        with row_set_aside_if_damaged(context.run_dir, "finetune"):
+            context.executor.run(write_final, FinalJob(self.config, winner, self._final), context.emit)
+        context.executor.close()
+        # The fine-tune may be one of an earlier session.
+        held = sum(each.gpu_seconds for each in tuned) + context.gpu_time.seconds - before
+        return {"winner": SEARCHED, "candidates": tuned, "gpu_seconds": held}
+
+    @override
+    def summary(self, record: FinetuneRecord) -> str:
+        [tuned] = record.candidates
+        losses = f"validation loss {tuned.validation_loss:.4f}, confirmation loss {tuned.confirmation_loss:.4f}"
+        return f"{losses}, training seed {tuned.seed}"
+
+    @override
+    def disk_bytes(self) -> int:
+        return 2 * self.context.checkpoint_bytes
+
+    def _has_final(self) -> bool:
+        """Whether the final folder is there and complete."""
+        return storage_at(self._final).is_published() and self.is_whole(self._final)
+
+
+def have_rows(jobs: Iterable[RowJob]) -> bool:
+    """Whether every fine-tuned row is recorded and intact."""
+    return all(isinstance(each, CandidateRecord) for each in for_each(_recorded, [job.folder for _, job in jobs]))
+
+
+def finetune_jobs(context: Context, stage: str, jobs: list[RowJob]) -> list[CandidateRecord]:
+    """Fine-tune the rows without a record, each in processes of its own; return a record for every row and seed."""
+    models = distinct(jobs)
+    recorded = for_each(_recorded, [job.folder for job in models])
+    found: dict[Path, CandidateRecord] = {}
+    for job, each in zip(models, recorded, strict=True):
+        if isinstance(each, CandidateRecord):
+            found[job.folder] = each
+        elif each:
+            where = quarantine(job.folder, job.folder.parent)
+            context.emit(Message(stage, f"warning: {each}; set aside in {where}, {job.label} is fine-tuned anew"))
+    for_each(remove, [job.checkpoints for job in models if job.folder in found])  # of a driver that was killed
+    left = [job for job in models if job.folder not in found]
+    for job in left:
+        for checkpoint in filter(is_damaged, published_folders(job.checkpoints)):
+            where = quarantine(checkpoint, job.folder.parent)
+            text = f"warning: {checkpoint} is damaged; set aside in {where}, {job.label} does not go on from it"
+            context.emit(Message(stage, text))
+    if left:
+        origins = {job.folder: row.origin for row, job in jobs}
+        progress = JobProgress(context, stage, [job.progress for job in left], len(models), "steps")
+        for position, outcome in _finetuned(context, left, progress.tell):
+            job = left[position]
+            record = found[job.folder] = _record_of(context, job, origins[job.folder], outcome)
+            write_json(job.folder / "record.json", record)
+            remove(job.checkpoints)
+            text = f"{job.label}: validation loss {outcome.validation_loss:.4f} after {outcome.steps} steps"
+            context.emit(Message(stage, f"{text}, peak memory {outcome.peak_memory_bytes / 1e6:.0f} MB"))
+            for trouble in outcome.tracker_errors:
+                context.emit(Message(stage, f"warning: {job.label}: {trouble}"))
+    records = []
+    for row, job in jobs:
+        records.append(found[job.folder].model_copy(update={"name": row.name, "origin": row.origin}))
+    return records
+
+
+def _recorded(folder: Path) -> CandidateRecord | str | None:
+    """Read the record of a fine-tuned row, or say what is damaged; a fetch checks weights at a URI."""
+    weights = folder / "adapter" / ADAPTER_WEIGHTS
+    try:
+        record = read_json(folder / "record.json", CandidateRecord)
+    except CorruptFile as error:
+        return str(error)
+    if record is None or not exists(weights):
+        return None
+    try:
+        verify_folder(weights.parent)
+    except CorruptFile as error:
+        return str(error)
+    return record
+
+
+def _finetuned(
+    context: Context, jobs: list[Candidate], on_tick: Callable[[], None]
+) -> Iterator[tuple[int, FinetuneOutcome]]:
+    """Yield positions and outcomes as the fine-tunes end; as many run at once as the slots take."""
+
+    def saved(position: int) -> list[Path]:
+        return sorted(published_folders(jobs[position].checkpoints))
+
+    num_workers = context.config.finetune.num_workers
+    tasks, resources, concurrent = worker_jobs(context, jobs, num_workers)
+    if num_workers > 1:
+        from qpruner.cluster.group import run_groups
+
+        scratch = context.run_dir.scratch("train")
+        return run_groups(
+            finetune_candidate, tasks, resources, num_workers, concurrent, scratch, context.check_node, on_tick, saved
+        )
+    from qpruner.cluster.tasks import run_tasks
+
+    return run_tasks(
+        finetune_candidate,
+        tasks,
+        resources,
+        concurrent,
+        fresh=True,
+        check_node=context.check_node,
+        on_tick=on_tick,
+        progress=saved,
+    )
+
+
+def _record_of(context: Context, job: Candidate, origin: str, outcome: FinetuneOutcome) -> CandidateRecord:
+    plan, layout = PrecisionPlan.from_dict(dict(job.plan)), _layout_of(context, job)
+    assert job.seed is not None
+    measured = {name: value for name, value in vars(outcome).items() if name != "tracker_errors"}
+    return CandidateRecord(
+        digest=job.folder.name,
+        name=job.name,
+        origin=origin,
+        seed=job.seed,
+        plan=dict(job.plan),
+        plan_bytes=layout.plan_bytes(plan),
+        mean_bits=layout.mean_bits(plan),
+        gpu_seconds=outcome.seconds * gpus_held(context, context.config.finetune.num_workers),
+        num_parameters=layout.num_parameters,
+        **measured,
+    )
+
+
+def _layout_of(context: Context, job: Candidate) -> Layout:
+    if job.checkpoint == context.checkpoint:
+        return context.layout
+    from qpruner.pipeline.preflight import layout_for
+
+    return layout_for(context.config, context.inspection.model_config)
+
+
+@contextmanager
+def row_set_aside_if_damaged(run: RunDir, stage: str) -> Iterator[None]:
+    """Set aside a row whose adapter is damaged, so that the next command makes it again."""
+    try:
+        yield
+    except CorruptFile as error:
+        if not (error.path and error.path.is_relative_to(run.candidates)):
+            raise
+        row = run.candidates / error.path.relative_to(run.candidates).parts[0]
+        if isinstance(_recorded(row), CandidateRecord):
+            raise StageError(
+                stage,
+                f"{error}; seen from the driver's machine it is whole",
+                "let the machine that read it see `output` again, or leave it out, then repeat the command",
+            ) from error
+        cause = f"{error}; set aside in {quarantine(row, run.candidates)}"
+        raise StageError(stage, cause, "repeat the command: that row alone is fine-tuned anew") from error
+
+
+@dataclass(frozen=True)
+class FinalJob:
+    """The fine-tuned winner, and the folder that the final model is written to."""
+
+    config: RunConfig
+    winner: Candidate
+    folder: Path
+
+
+def write_final(job: FinalJob, cache: ModelCache, emit: Emit) -> None:
+    """Write packed weights, adapter and tokenizer, which transformers loads after `import qpruner.hf`."""
+    from qpruner.models.checkpoint import save_checkpoint
+    from qpruner.models.loading import load_tokenizer, reporting_tensors
+    from qpruner.quantization.assembly import assemble
+
+    told = telling(emit, "finetune")
+    winner, quantize, dtype = job.winner, job.config.quantize, job.config.model.dtype
+    checkpoint, adapter = fetch(winner.checkpoint), fetch(winner.adapter)
+    with reporting_tensors(told):
+        model, _ = assemble(checkpoint, winner.bank, quantize.group, winner.plan, dtype, quantize.double_quant)
+    scratch = empty_folder(staging_path(job.folder.with_name(f".{job.folder.name}")))
+    with writing_folder(scratch):
+        save_checkpoint(model, load_tokenizer(str(checkpoint)), scratch, told)
+        for file in ("adapter_config.json", ADAPTER_WEIGHTS):
+            shutil.copy2(adapter / file, scratch / file)
+    publish_folder(scratch, job.folder)

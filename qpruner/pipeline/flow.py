@@ -1,0 +1,135 @@
+"""The flow: its stages, and the one loop that runs them.
+
+Each stage leaves a record. A stage whose record has the digest of its present inputs is skipped, which makes
+`qpruner run` safe to repeat after any crash. Verbs, functions of the API, `status` and estimates derive from `STAGES`.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING, Any
+
+from qpruner.errors import CorruptFile
+from qpruner.pipeline.bank import Bank
+from qpruner.pipeline.comparison import Comparison
+from qpruner.pipeline.evaluate import Evaluate
+from qpruner.pipeline.failures import explained
+from qpruner.pipeline.finetune import Finetune
+from qpruner.pipeline.prepare import Prepare
+from qpruner.pipeline.prune import Prune
+from qpruner.pipeline.report import Report
+from qpruner.pipeline.search import Search
+from qpruner.pipeline.sensitivity import Sensitivity
+from qpruner.pipeline.stage import RecordType, Stage
+from qpruner.runs.events import StageFinished, StageSkipped, StageStarted
+from qpruner.runs.records import Results
+from qpruner.runs.storage import exists
+
+if TYPE_CHECKING:
+    from qpruner.pipeline.context import Context
+
+STAGES: tuple[type[Stage[Any]], ...] = (
+    Prepare,
+    Prune,
+    Bank,
+    Sensitivity,
+    Search,
+    Finetune,
+    Evaluate,
+    Comparison,
+    Report,
+)
+REPAIRED = frozenset(stage.name for stage in STAGES if stage.repairs_files)
+
+
+def stages_until(until: str) -> tuple[type[Stage[Any]], ...]:
+    """List the stages up to this one."""
+    return STAGES[: [stage.name for stage in STAGES].index(until) + 1]
+
+
+def run_flow(context: Context, until: str) -> Results:
+    """Run every stage up to `until` that the configuration asks for; return the records."""
+    for kind in stages_until(until):
+        if kind.is_wanted(context.config):
+            run_stage(kind(context))
+    return context.records
+
+
+def run_stage(stage: Stage[Any]) -> None:
+    """Run one stage unless it is recorded, and add its record to those of the context.
+
+    Raises:
+        StageError: If the stage cannot go on.
+    """
+    context = stage.context
+    stage.begin()
+    digest = stage.digest if stage.record else ""
+    record = _usable_record(stage, digest)
+    if record is not None:
+        context.add_record(stage.name, record)
+        context.emit(StageSkipped(stage.name, stage.summary(record), record.seconds))
+        return
+    context.emit(StageStarted(stage.name, stage.detail()))
+    started = time.monotonic()
+    with explained(type(stage), context.run_dir.root, REPAIRED):
+        if stage.record is None:
+            stage.run(context.run_dir.root)
+        else:
+            record = _record_of(stage, digest, started)
+            context.add_record(stage.name, record)
+    seconds = record.seconds if record else time.monotonic() - started
+    context.emit(StageFinished(stage.name, seconds, stage.summary(record)))
+
+
+def _record_of(stage: Stage[RecordType], digest: str, started: float) -> RecordType:
+    """Run a stage in a scratch folder, then publish folder and record."""
+    assert stage.record
+    context, run = stage.context, stage.context.run_dir
+    held = context.gpu_time.seconds
+    context.check_ours(stage.name)
+    scratch = run.begin(stage.name, stage.keeps_scratch)
+    fields = stage.run(scratch)
+    own = {"gpu_seconds": context.gpu_time.seconds - held} | fields
+    record = stage.record(digest=digest, seconds=time.monotonic() - started, **own)
+    context.check_ours(stage.name)
+    run.commit(stage.name, scratch, record)
+    return record
+
+
+def _usable_record(stage: Stage[RecordType], digest: str) -> RecordType | None:
+    """Return the record for which the stage need not run, if its files are intact."""
+    try:
+        record = stage.matching_record(digest)
+    except CorruptFile as error:
+        stage.tell(f"{error}; the stage is run again")
+        return None
+    return record if record and stage.is_whole(stage.context.run_dir.stage(stage.name)) else None
+
+
+def recorded(context: Context) -> dict[str, float]:
+    """Add to the context the records for which `run` would skip stages; nothing is run, mended or written.
+
+    Returns:
+        How much of each stage is done, from 0 to 1. Whether its files are intact is left to the run.
+    """
+    context.records, shares = Results(), dict.fromkeys(Results.model_fields, 0.0)
+    for kind in STAGES:
+        if kind.record is None or not kind.is_wanted(context.config):
+            continue
+        stage = kind(context)
+        record = _known_record(stage)
+        if record is None:
+            shares[kind.name] = stage.share_done()
+            break
+        context.add_record(kind.name, record)
+        shares[kind.name] = 1.0
+    return shares
+
+
+def _known_record(stage: Stage[RecordType]) -> RecordType | None:
+    if not exists(stage.context.run_dir.record_path(stage.name)):
+        return None  # what the stage depends on takes time to read
+    try:
+        return stage.matching_record(stage.digest)
+    except CorruptFile:
+        return None

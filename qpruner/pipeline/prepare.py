@@ -1,0 +1,160 @@
+"""The prepare stage: the base model in a folder, and every split encoded once."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from typing_extensions import override
+
+from qpruner.config.schema import DataSource, ModelConfig, RunConfig
+from qpruner.pipeline.stage import Stage
+from qpruner.runs.events import Emit, Progress
+from qpruner.runs.records import PrepareRecord
+from qpruner.runs.storage import fetch, file_digest, require_arrived, writing_folder
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from qpruner.cluster.executor import ModelCache
+    from qpruner.data.sources import Example
+    from qpruner.models.checkpoint import Base
+    from qpruner.models.loading import OnLoading
+    from qpruner.pipeline.context import Context
+
+
+class Prepare(Stage[PrepareRecord]):
+    """Bring the base model into a folder and encode the data."""
+
+    name = "prepare"
+    help = "Bring the base model into a folder and encode the data."
+    record = PrepareRecord
+    repairs_files = True
+    starts_ray = False
+
+    @override
+    def inputs(self) -> tuple[Any, ...]:
+        config = self.config
+        return (config.model, config.data, config.calibration, config.seed, *_source_digests(config))
+
+    @override
+    def detail(self) -> str:
+        return f"base model {self.config.model.source}, encoding the data"
+
+    @override
+    def run(self, scratch: Path) -> dict[str, Any]:
+        context, run = self.context, self.context.run_dir
+        is_shared = bool(context.address) or run.storage.is_read_anywhere
+        job = BaseJob(context.worker_config.model, scratch / "model", is_shared)
+        base = context.executor.run(bring_base, job, context.emit)
+        if base.converted:
+            require_arrived(job.folder)
+        counts = _encode_splits(context, str(fetch(Path(base.path))), scratch / "data")
+        return {
+            # In the run's own folder, which has another path on each machine and may be moved.
+            "model_path": "prepare/model" if base.converted else str(base.path),
+            "converted": base.converted,
+            "source_bytes": base.source_bytes,
+            "num_rows": counts,
+        }
+
+    @override
+    def summary(self, record: PrepareRecord) -> str:
+        return ", ".join(f"{count} {name}" for name, count in record.num_rows.items()) + " rows"
+
+    @override
+    def disk_bytes(self) -> int:
+        base = self.context.inspection.base
+        return base.num_parameters * base.element_bytes
+
+
+@dataclass(frozen=True)
+class BaseJob:
+    """The base model, and the folder for it where it is converted.
+
+    With `is_shared` other machines read it too: they see the run's storage, but not each other's caches of the hub.
+    """
+
+    model: ModelConfig
+    folder: Path
+    is_shared: bool
+
+
+def bring_base(job: BaseJob, cache: ModelCache, emit: Emit) -> Base:
+    """Bring the base model into a folder."""
+    from qpruner.models.checkpoint import prepare_base
+
+    with writing_folder(job.folder) as folder:
+        base = prepare_base(job.model, folder, job.is_shared, telling(emit, "prepare"))
+    return replace(base, path=str(job.folder)) if base.converted else base
+
+
+def telling(emit: Emit, stage: str) -> OnLoading:
+    """Report the loading and saving of weights as progress of a stage."""
+    return lambda what, done, total: emit(Progress(stage, done, total, what))
+
+
+def _encode_splits(context: Context, model_path: str, folder: Path) -> dict[str, int]:
+    """Encode every split and the calibration samples; returns rows by split."""
+    from qpruner.data.encoding import SENSITIVITY_KEYS, pack, row_samples, save_encoded, shuffled
+    from qpruner.models.loading import load_tokenizer
+
+    config, settings = context.config, context.config.data
+    tokenizer = load_tokenizer(model_path)
+    examples = context.inspection.examples
+    splits = {name: encode_split(config, examples[name], tokenizer) for name in ("train", "validation", "confirmation")}
+    if settings.packing:
+        splits["train"] = pack(splits["train"], settings.max_length)
+    vocabulary = context.inspection.model_config.vocab_size
+    splits["importance"] = importance_samples(config, examples["calibration"], vocabulary, tokenizer)
+    # Sensitivities are about the target task, so they take training rows whatever importance is calibrated on.
+    task_rows, number = shuffled(examples["train"], config.seed), config.calibration.num_sensitivity_samples
+    splits["sensitivity"] = row_samples(
+        task_rows, tokenizer, number, settings.max_length, settings.template, True, SENSITIVITY_KEYS
+    )
+    for name, rows in splits.items():
+        save_encoded(rows, folder / name)
+    return {name: len(rows) for name, rows in splits.items()}
+
+
+def encode_split(
+    config: RunConfig, examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase
+) -> list[dict[str, list[int]]]:
+    """Encode each example of a split as one row."""
+    from qpruner.data.encoding import encode
+
+    settings = config.data
+    return encode(examples, tokenizer, settings.max_length, settings.template, settings.response_only)
+
+
+def importance_samples(
+    config: RunConfig, examples: Sequence[Example], vocabulary: int, tokenizer: PreTrainedTokenizerBase
+) -> list[dict[str, list[int]]]:
+    """Make the calibration samples: given token ids, or packed samples or rows in the order of a shuffle."""
+    from qpruner.data.encoding import load_token_ids, packed_samples, row_samples, shuffled
+
+    settings, data = config.calibration, config.data
+    if settings.token_ids:
+        return load_token_ids(Path(settings.token_ids), vocabulary)
+    rows = shuffled(examples, config.seed)
+    take = packed_samples if settings.packing else row_samples
+    return take(rows, tokenizer, settings.num_samples, settings.max_length, data.template, data.response_only)
+
+
+def _source_digests(config: RunConfig) -> list[str]:
+    """List the sha256 of every local file that is read; the configuration identifies hub sources."""
+    from qpruner.models.loading import resolve_source
+
+    sources: list[DataSource] = [*config.data.train, *config.data.validation, *config.data.confirmation]
+    sources += config.calibration.data or ()
+    names = [source.source for source in sources] + [config.model.source]
+    paths = [Path(resolve_source(name, "source")) for name in names]
+    files = [path for path in paths if path.is_file()]
+    if config.calibration.token_ids:
+        files.append(Path(config.calibration.token_ids))
+    folder = paths[-1]
+    if folder.is_dir():
+        files += sorted(path for path in folder.rglob("*") if path.is_file())
+    return [file_digest(path) for path in files]

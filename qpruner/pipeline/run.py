@@ -1,0 +1,193 @@
+"""What a command does around the flow: checks before, the run folder's lock, log and report."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from qpruner.cluster.slots import with_gpus_for
+from qpruner.config.schema import RunConfig
+from qpruner.errors import StorageError
+from qpruner.pipeline import preflight
+from qpruner.pipeline.bank import Bank
+from qpruner.pipeline.context import Context
+from qpruner.pipeline.disk import check_room
+from qpruner.pipeline.failures import explained
+from qpruner.pipeline.flow import STAGES, recorded, run_flow, stages_until
+from qpruner.pipeline.nodes import look_at_nodes
+from qpruner.pipeline.progress import RunProgress
+from qpruner.pipeline.prune import Prune
+from qpruner.pipeline.report import Report, report_unfinished
+from qpruner.pipeline.stage import Stage
+from qpruner.report.search_progress import event_line
+from qpruner.report.tensorboard import FOLDER, Board
+from qpruner.runs.events import COMMAND, Emit, Event, Message
+from qpruner.runs.lock import hold_run
+from qpruner.runs.records import PruneRecord, Results
+from qpruner.runs.run_dir import LOG, RunDir
+from qpruner.runs.storage import exists
+from qpruner.runs.storage.upload import Uploader
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Checked:
+    """What a run would be.
+
+    Attributes:
+        inspection: Sizes and rows; of the recorded pruned model where there is one.
+        slots: Trials, or fine-tunes, that fit at once.
+        resources: What Ray reserves for one.
+        done: How much of each stage is recorded with the same inputs, from 0 to 1.
+        disk: Bytes that are needed at most, and bytes that are free.
+    """
+
+    inspection: preflight.Inspection
+    slots: int
+    resources: dict[str, float]
+    done: dict[str, float]
+    disk: tuple[int, int]
+
+
+def check(config: RunConfig, emit: Emit, address: str | None = None, gpu_is_elsewhere: bool = False) -> Checked:
+    """Find what `run` would refuse before its first stage, and what it would do.
+
+    Args:
+        config: The configuration.
+        emit: Receives the cluster's nodes.
+        address: A running Ray cluster to join; None looks at this machine.
+        gpu_is_elsewhere: Without an address, assume a machine with the GPUs that a trial asks for.
+
+    Raises:
+        UserError: For what cannot work.
+    """
+    inspection = preflight.inspect(config, works_here=not (address or gpu_is_elsewhere))
+    run_dir, asked = RunDir(config.output, create=False), config.search.resources_per_trial
+    assumed = with_gpus_for(asked.model_dump() if asked else None) if gpu_is_elsewhere else None
+    with contextlib.closing(Context(config, run_dir, emit, address, inspection, assumed=assumed)) as context:
+        disk = check_room(context)
+        _check_stages(context, STAGES)
+        if address:
+            look_at_nodes(context)
+        done = recorded(context)
+        if context.records.prune:
+            inspection = replace(
+                inspection,
+                cuts=(replace(inspection.cuts[0], expected=context.pruned_config),),
+                pruned=context.layout,
+                is_estimate=False,
+                budget_bytes=context.space.budget_bytes,
+                plan=context.plan_in_file,
+            )
+        resources = context.trial_resources
+        slots = context.known_slots.concurrent(resources, config.search.max_concurrent)
+        return Checked(inspection, slots, resources, done, disk)
+
+
+def run(
+    config: RunConfig, emit: Emit, address: str | None = None, until: str = Report.name, command: str | None = None
+) -> Results:
+    """Run the flow up to a stage, skipping what is recorded.
+
+    Args:
+        config: The configuration.
+        emit: Receives every event.
+        address: A running Ray cluster to join; None starts Ray on this machine when it is needed.
+        until: Name of the last stage to run.
+        command: What repeats it in a shell; None takes this process's command line.
+
+    Returns:
+        The records so far; those of stages after `until` are None.
+
+    Raises:
+        UserError: Before any weight is loaded, when the input cannot work.
+        StageError: When a stage cannot go on.
+    """
+    packs = Bank in stages_until(until)
+    inspection = preflight.inspect(config, works_here=address is None, packs=packs)
+    with contextlib.closing(Context(config, RunDir(config.output, create=False), emit, address, inspection)) as planned:
+        check_room(planned)
+    run_dir = RunDir(config.output)
+    with (
+        hold_run(run_dir.root, lambda text: emit(Message(COMMAND, text))) as holds_run,
+        contextlib.closing(Uploader(run_dir.root, FOLDER, LOG)) as uploader,
+    ):
+        _ = run_dir.id  # there from now on: beside it a lock that is gone was taken away
+        progress = RunProgress(run_dir, config, until, command, holds_run)
+        board = Board(run_dir.root, config)
+
+        def on_event(event: Event) -> None:
+            if line := event_line(event, config.search.steps):
+                logger.info(line)
+            for listen in (progress.listen, board.listen, uploader.listen, emit):
+                listen(event)
+
+        context = Context(config, run_dir, on_event, address, inspection, holds_run=holds_run)
+        try:
+            with progress.ending():
+                results = _checked_flow(context, until)
+        except BaseException as error:
+            # A report would wait once more for a storage that is away.
+            is_away = isinstance(error, StorageError) or isinstance(error.__cause__, StorageError)
+            if progress.is_written and not is_away and holds_run():  # else the report of an earlier command stands
+                report_unfinished(run_dir)
+            raise
+        # Where nothing was done, an earlier report, maybe of a whole run, has more.
+        if until != Report.name and holds_run() and (progress.has_begun or not exists(run_dir.root / "report.html")):
+            on_event(Message(Report.name, report_unfinished(run_dir)))
+        return results
+
+
+def _checked_flow(context: Context, until: str) -> Results:
+    """Warn, refuse what cannot work, then run the flow up to a stage."""
+    stages = stages_until(until)
+    with contextlib.closing(context):
+        _warn(context, stages)
+        _check_stages(context, stages)
+        if context.address:
+            look_at_nodes(context)
+        return run_flow(context, until)
+
+
+def preview(config: RunConfig, emit: Emit, address: str | None = None) -> PruneRecord:
+    """Return what the prune stage would record, with nothing written.
+
+    Args:
+        config: The configuration.
+        emit: Receives every event.
+        address: A running Ray cluster to join; None cuts in this process.
+
+    Raises:
+        UserError: When the input cannot work.
+    """
+    inspection = preflight.inspect(config, works_here=address is None, packs=False)
+    run_dir = RunDir(config.output, create=False)
+    with contextlib.closing(Context(config, run_dir, emit, address, inspection, writes=False)) as context:
+        if address:
+            look_at_nodes(context)
+        _warn(context, [Prune])
+        with explained(Prune):
+            return Prune(context).preview()
+
+
+def _check_stages(context: Context, stages: Sequence[type[Stage[Any]]]) -> None:
+    """Refuse what cannot work in one of these stages.
+
+    Raises:
+        UserError: From the first of them.
+    """
+    for stage in stages:
+        stage(context).check()
+
+
+def _warn(context: Context, stages: Sequence[type[Stage[Any]]]) -> None:
+    """Name the keys that have no effect, and what these stages will meet."""
+    for warning in context.config.warnings:
+        context.emit(Message(COMMAND, f"warning: {warning}"))
+    for stage in stages:
+        for warning in stage(context).warnings():
+            context.emit(Message(stage.name, f"warning: {warning}"))

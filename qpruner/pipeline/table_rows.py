@@ -1,0 +1,204 @@
+"""The rows of the final table, and the jobs that fine-tune and score them.
+
+A row is a plan under some training seeds; a job is a row under one of them. What a job leaves lies in a folder named by
+the digest of all that it depends on, and is recorded as the job ends: nothing is trained or scored twice, not after an
+interruption, not where two rows are the same model, and not when rows or seeds are added.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qpruner.cluster.slots import worker_resources
+from qpruner.plans.plan import FULL_BITS, PrecisionPlan
+from qpruner.report.results import (
+    BASE,
+    BEST_SEED,
+    MUTUAL_INFORMATION,
+    PRUNED,
+    RANDOM,
+    SEARCHED,
+    UNIFORM,
+    title_of,
+)
+from qpruner.runs.events import Progress
+from qpruner.runs.records import BankRecord, PrepareRecord, SearchRecord, SensitivityRecord, digest_of
+from qpruner.runs.storage import for_each, read_progress
+from qpruner.search.choice import controls_of
+from qpruner.search.random_plans import random_plans
+from qpruner.search.trial_records import objective
+from qpruner.sensitivity.seeds import seed_origin, seed_plan
+from qpruner.training.table_rows import Candidate, CandidateJob
+from qpruner.wording import counted
+
+if TYPE_CHECKING:
+    from qpruner.pipeline.context import Context
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row of the final table.
+
+    `plans` has a training seed and a plan for each fine-tune: one plan under all seeds, except in the random row.
+    """
+
+    name: str
+    origin: str
+    plans: tuple[tuple[int, PrecisionPlan], ...]
+
+
+RowJob = tuple[Row, Candidate]
+
+
+def winner_row(context: Context) -> Row:
+    """Return the winner under the first training seed.
+
+    It is not the trials' seed: the winner was selected under that data order, which would flatter it.
+    """
+    searched = context.record(SearchRecord)
+    plan = PrecisionPlan.from_dict(searched.best_plan)
+    return Row(SEARCHED, f"{searched.best_origin}, trial {searched.best_index}", ((context.config.seed + 1, plan),))
+
+
+def table_rows(context: Context) -> list[Row]:
+    """List every row of the comparison.
+
+    Seed plans are solved again at the winner's own bytes, and the random plans weigh as much, so that the claim
+    compares like with like. The searched plan, the best seed and each of the random plans get `finetune.seeds` training
+    seeds, the others the first of them.
+    """
+    config, space, winner = context.config, context.space, winner_row(context)
+    measured = context.record(SensitivityRecord)
+    [(first, plan)] = winner.plans
+    seeds = range(first, first + config.finetune.seeds)
+    equal_bytes = replace(space, budget_bytes=space.plan_bytes(plan))
+
+    def same(name: str, origin: str, plan: PrecisionPlan, under: Iterable[int] = seeds[:1]) -> Row:
+        return Row(name, origin, tuple((seed, plan) for seed in under))
+
+    def seed_row(name: str, method: str, under: Iterable[int]) -> Row:
+        origin = f"{seed_origin(method)} at the winner's bytes"
+        return same(name, origin, seed_plan(measured.methods[method].values, equal_bytes), under)
+
+    full = space.uniform(FULL_BITS)
+    rows = [same(BASE, "unquantized", full), same(PRUNED, "unquantized", full)]
+    rows += [same(f"uniform {bits}-bit", UNIFORM, space.uniform(bits)) for bits in space.levels if bits != FULL_BITS]
+    best = _best_seed_method(context)
+    for method in measured.methods:
+        if method == MUTUAL_INFORMATION or (config.finetune.seed_rows == "all" and method != best):
+            rows.append(seed_row(f"{method.replace('_', '-')} seed", method, seeds[:1]))
+    if best:
+        rows.append(seed_row(BEST_SEED, best, seeds))
+    drawn = random_plans(space, plan, config.finetune.random_plans, config.seed)
+    if drawn:
+        rows.append(Row(RANDOM, counted(len(drawn), "random plan"), tuple(itertools.product(seeds, drawn))))
+    return [*rows, same(SEARCHED, winner.origin, plan, seeds)]
+
+
+def _best_seed_method(context: Context) -> str | None:
+    """Return the sensitivity whose seed plan was best on fresh rows; None where none was confirmed."""
+    searched, measured = context.record(SearchRecord), context.record(SensitivityRecord)
+    names = {seed_origin(method): method for method in measured.methods}
+    controls = controls_of(context.space, {name: method.values for name, method in measured.methods.items()})
+    # A plan that is several controls ran once, under one of its names.
+    of_plan = {plan: names[origin] for origin, plan in reversed(controls) if origin in names}
+    methods = {origin: of_plan[plan] for origin, plan in controls if plan in of_plan}
+    seeds = [each for each in searched.confirmations if each.control and each.origin in methods]
+    best = min(seeds, key=lambda each: (objective(each, context.config), each.index), default=None)
+    return methods[best.origin] if best else None
+
+
+def untuned_candidates(context: Context, winner: Mapping[str, int]) -> list[Candidate]:
+    """List the models before any fine-tune: base, pruned, and quantized by the winner's plan."""
+    full = context.space.uniform(FULL_BITS).as_dict()
+    steps = ((BASE, full), (PRUNED, full), (SEARCHED, winner))
+    return candidates_for(context, [(name, plan, None) for name, plan in steps])
+
+
+def candidates_for(context: Context, wanted: Iterable[tuple[str, Mapping[str, int], int | None]]) -> list[Candidate]:
+    """Make a candidate of each row name, plan and training seed (None for no fine-tune).
+
+    Equal models with equal fine-tunes share a folder, whatever their rows.
+    """
+    config, run = context.config, context.run_dir
+    banked, searched = context.record(BankRecord), context.record(SearchRecord)
+    checkpoints = {BASE: run.base_model(context.record(PrepareRecord))}
+    # All that a fine-tune depends on. Where checkpoints fall and which rows stand beside it change nothing.
+    length = (config.finetune.steps, config.finetune.epochs)
+    inputs = (banked.digest, config.lora, config.training, length, config.seed, config.evaluate.batch_size)
+    return [
+        Candidate(
+            name=name,
+            title=title_of(name, searched),
+            checkpoint=checkpoints.get(name, run.stage("prune")),
+            bank=context.bank,
+            plan=dict(plan),
+            folder=run.candidates / digest_of(*inputs, name == BASE, dict(plan), seed),
+            seed=seed,
+        )
+        for name, plan, seed in wanted
+    ]
+
+
+def jobs_of(context: Context, rows: Iterable[Row]) -> list[RowJob]:
+    """Make a job for each row and training seed."""
+    fine_tunes = [(row, seed, plan) for row in rows for seed, plan in row.plans]
+    jobs = candidates_for(context, [(row.name, plan.as_dict(), seed) for row, seed, plan in fine_tunes])
+    return [(row, job) for (row, _, _), job in zip(fine_tunes, jobs, strict=True)]
+
+
+def job_keys(jobs: Iterable[RowJob]) -> list[tuple[str, str, int | None, str]]:
+    """List name, origin, seed and folder of each job, for a digest."""
+    return [(row.name, row.origin, job.seed, job.folder.name) for row, job in jobs]
+
+
+def distinct(jobs: Iterable[tuple[Any, Candidate]]) -> list[Candidate]:
+    """Keep one job for each different model and training seed: a winner that is a control is not trained twice."""
+    return list({job.folder: job for _, job in jobs}.values())
+
+
+def worker_jobs(
+    context: Context, jobs: list[Candidate], num_workers: int = 1, text: Path | None = None
+) -> tuple[list[CandidateJob], dict[str, float], int]:
+    """Return the tasks of workers, the resources of each, and how many run at once."""
+    resources, concurrent = context.task_resources(len(jobs), num_workers)
+    threads = int(resources.get("cpu", 1))
+    tasks = [CandidateJob(context.worker_config, job, context.data, threads, text, context.trackers) for job in jobs]
+    return tasks, resources, concurrent
+
+
+def gpus_held(context: Context, num_workers: int = 1) -> float:
+    """Count the GPUs that a job of this many workers holds."""
+    return num_workers * worker_resources(context.trial_resources, num_workers).get("gpu", 0.0)
+
+
+class JobProgress:
+    """Adds up the progress of equally long jobs from the files that their workers write: `done total`.
+
+    Args:
+        context: The run.
+        stage: The stage whose progress it is.
+        signs: A file for each job that is left.
+        num_jobs: Jobs in all; the others are done.
+        what: What is counted.
+    """
+
+    def __init__(self, context: Context, stage: str, signs: list[Path], num_jobs: int, what: str) -> None:
+        self._emit, self._stage, self._signs, self._num_jobs, self._what = context.emit, stage, signs, num_jobs, what
+        self._last = -1
+
+    def tell(self) -> None:
+        """Emit the sum where it has changed."""
+        found = [(text or "").split() for text in for_each(read_progress, self._signs)]
+        parts = [(int(fields[0]), int(fields[1])) for fields in found if len(fields) == 2]
+        if not parts:
+            return
+        each = parts[0][1]
+        done = (self._num_jobs - len(self._signs)) * each + sum(done for done, _ in parts)
+        if done != self._last:
+            self._last = done
+            self._emit(Progress(self._stage, done, self._num_jobs * each, self._what))

@@ -1,0 +1,264 @@
+"""How many units each block loses when all blocks lose about the same share.
+
+Attention units and experts are coarse (a key/value head of Llama-2-7B with its query head is 2.1 million weights), so
+they are allocated first and channels make up the difference. Without channels the nearest number of coarse units goes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from qpruner.errors import UserError
+from qpruner.models.families import ATTENTION, EXPERT, MLP
+from qpruner.pruning.units import KindSize, Sizes, TooMuch, available, most_removable, smallest_step
+
+COARSE = (EXPERT, ATTENTION)
+"""Kinds of unit other than channels, the coarsest first."""
+
+
+def counts_per_layer(sizes: Sizes, target: int, round_to: int = 1, uniform: bool = False) -> dict[int, dict[str, int]]:
+    """Count the units that each block loses when all lose the same share.
+
+    Args:
+        sizes: What the units weigh.
+        target: Parameters to remove.
+        round_to: Channels that stay in a block are a multiple of this.
+        uniform: Every block keeps the same number of units.
+
+    Raises:
+        UserError: If the blocks do not have that many parameters to give.
+    """
+    if uniform:
+        return {index: dict(_uniform_counts(sizes, target, round_to)) for index in sizes}
+    if any(MLP in kinds for kinds in sizes.values()):
+        return _counts_with_channels(sizes, target, round_to)
+    share = target / available(sizes)
+    pools = _pools(sizes)
+    totals = nearest_totals(
+        sizes, target, lambda totals: sum(abs(count / pools[name].count - share) for name, count in totals.items())
+    )
+    removed: dict[int, dict[str, int]] = {index: {} for index in sizes}
+    for name in pools:
+        for index, count in _spread_evenly(_having(sizes, name), totals[name]).items():
+            removed[index][name] = count
+    return removed
+
+
+def _counts_with_channels(sizes: Sizes, target: int, round_to: int) -> dict[int, dict[str, int]]:
+    share, left = target / available(sizes), target
+    removed: dict[int, dict[str, int]] = {index: {} for index in sizes}
+    for name in COARSE:
+        having = _having(sizes, name)
+        for index, count in _share_counts(having, share, left).items():
+            removed[index][name] = count
+        left -= sum(removed[index][name] * size.parameters for index, size in having.items())
+    channels = _having(sizes, MLP)
+    # Where channels cannot give the rest, coarse units give more, of whichever kind has them.
+    most = sum((size.count - round_to) * size.parameters for size in channels.values())
+    half_a_bundle = min(size.parameters for size in channels.values()) * round_to / 2
+    has_coarse = any(removed.values())
+    while has_coarse and left > most + half_a_bundle:
+        place = _next_coarse(sizes, removed)
+        if place is None:
+            raise TooMuch(target, most_removable(sizes, round_to))
+        index, name = place
+        gained = sizes[index][name].parameters
+        if gained - left > left - most:  # too much by more than is missing
+            break
+        removed[index][name] += 1
+        left -= gained
+    for index, count in _channel_counts(channels, left, round_to).items():
+        removed[index][MLP] = count
+    return removed
+
+
+def _having(sizes: Sizes, name: str) -> dict[int, KindSize]:
+    return {index: kinds[name] for index, kinds in sizes.items() if name in kinds}
+
+
+def _share_counts(having: Mapping[int, KindSize], share: float, room: int) -> dict[int, int]:
+    """Round the share to whole units of each block, at most what the target has room for.
+
+    Finer units can take more away, not give it back.
+    """
+    counts = {index: min(int(share * size.count + 0.5), size.count - size.least) for index, size in having.items()}
+    while sum(count * having[index].parameters for index, count in counts.items()) > room:
+        counts = {index: max(count - 1, 0) for index, count in counts.items()}
+    return counts
+
+
+def _spread_evenly(having: Mapping[int, KindSize], total: int) -> dict[int, int]:
+    """Divide a number of units among blocks; the first lose one more where it is uneven."""
+    base, extra = divmod(total, len(having))
+    return {
+        index: min(base + (1 if position < extra else 0), size.count - size.least)
+        for position, (index, size) in enumerate(having.items())
+    }
+
+
+def _next_coarse(sizes: Sizes, removed: Mapping[int, Mapping[str, int]]) -> tuple[int, str] | None:
+    """Choose the next coarse unit: of the block that has lost the fewest; None where none is left."""
+    for name in COARSE:
+        having = _having(sizes, name)
+        able = [index for index, size in having.items() if removed[index][name] < size.count - size.least]
+        if able:
+            return min(able, key=lambda index: (removed[index][name], index)), name
+    return None
+
+
+def _channel_counts(channels: Mapping[int, KindSize], left: int, round_to: int) -> dict[int, int]:
+    """Count the channels that each block loses so that `left` parameters go: the same share, in whole bundles."""
+    total = sum(size.parameters * size.count for size in channels.values())
+    share = max(left, 0) / total
+    bundles = {index: (1 - share) * size.count / round_to for index, size in channels.items()}
+    stays = {index: min(max(int(bundles[index]), 1), size.count // round_to) for index, size in channels.items()}
+    # Blocks get bundles back, those first that rounding down took the most from, until the target is nearest.
+    order = sorted(stays, key=lambda index: (stays[index] - bundles[index], index))
+    over = sum((size.count - stays[index] * round_to) * size.parameters for index, size in channels.items()) - left
+    has_changed = True
+    while over > 0 and has_changed:
+        has_changed = False
+        for index in order:
+            bundle = channels[index].parameters * round_to
+            if over >= bundle / 2 and (stays[index] + 1) * round_to <= channels[index].count:
+                stays[index] += 1
+                over -= bundle
+                has_changed = True
+    return {index: size.count - stays[index] * round_to for index, size in channels.items()}
+
+
+# ---- coarse units alone
+
+
+@dataclass(frozen=True)
+class _Pool:
+    """One kind of unit over all blocks: parameters of a unit, units, units that can go."""
+
+    parameters: int
+    count: int
+    most: int
+
+
+def _pools(sizes: Sizes) -> dict[str, _Pool]:
+    """Add up each coarse kind, the coarsest first."""
+    pools = {}
+    for name in COARSE:
+        if having := list(_having(sizes, name).values()):
+            count = sum(size.count for size in having)
+            pools[name] = _Pool(having[0].parameters, count, count - sum(size.least for size in having))
+    return pools
+
+
+def coarsest_kind(sizes: Sizes) -> str:
+    """Name the coarsest kind of unit, channels aside."""
+    return next(iter(_pools(sizes)))
+
+
+def nearest_totals(
+    sizes: Sizes,
+    target: int,
+    penalty: Callable[[Mapping[str, int]], float],
+    before: Mapping[str, int] | None = None,
+) -> dict[str, int]:
+    """Choose how many units of each coarse kind go.
+
+    Returns:
+        Lowest-penalty allocation within half a head of the target, otherwise the closest.
+
+    Args:
+        sizes: What the units weigh.
+        target: Parameters to remove.
+        penalty: Ranks allocations that are near enough.
+        before: Units that an earlier step removed; at least as many go.
+    """
+    near = smallest_step(sizes, 1) / 2
+
+    def order(found: tuple[int, Mapping[str, int]]) -> tuple[float, ...]:
+        gone, totals = found
+        return max(abs(target - gone), near), penalty(totals), abs(target - gone)
+
+    return min(_possible_totals(_pools(sizes), target, before), key=order)[1]
+
+
+def _possible_totals(
+    pools: Mapping[str, _Pool], target: int, before: Mapping[str, int] | None
+) -> list[tuple[int, dict[str, int]]]:
+    """List any number of the coarser kind, each with the two numbers of the finest kind that come next to the target.
+
+    Each comes with the parameters that go.
+    """
+    least = before or dict.fromkeys(pools, 0)
+    *coarser, finest = pools
+    found: list[tuple[int, dict[str, int]]] = [(0, {})]
+    for name in coarser:
+        one = pools[name].parameters
+        found = [
+            (gone + count * one, totals | {name: count})
+            for gone, totals in found
+            for count in range(least[name], pools[name].most + 1)
+        ]
+    one = pools[finest].parameters
+    return [
+        (gone + count * one, totals | {finest: count})
+        for gone, totals in found
+        for count in {min(max((target - gone) // one + more, least[finest]), pools[finest].most) for more in (0, 1)}
+    ]
+
+
+# ---- all blocks alike
+
+
+def _uniform_counts(sizes: Sizes, target: int, round_to: int) -> dict[str, int]:
+    """Choose the units that every block loses.
+
+    Returns:
+        Of allocations within half a unit of every block of the target, otherwise of the closest, that which takes the
+        most even share of every kind; of heads and experts rather less.
+    """
+    share, kinds = target / available(sizes), next(iter(sizes.values()))
+    near = len(sizes) * smallest_step(sizes, round_to) / 2
+
+    def removed(counts: Mapping[str, int]) -> int:
+        return len(sizes) * sum(kinds[name].parameters * count for name, count in counts.items())
+
+    def order(counts: Mapping[str, int]) -> tuple[float, ...]:
+        coarse = [count / kinds[name].count for name, count in counts.items() if name != MLP]
+        missed = abs(target - removed(counts))
+        too_far = sum(max(of_kind - share, 0) for of_kind in coarse)
+        return max(missed, near), too_far, sum(abs(of_kind - share) for of_kind in coarse), missed
+
+    found = _possible_uniform(kinds, target / len(sizes), round_to)
+    if target > (most := max(map(removed, found))) + near:
+        plain = kinds[ATTENTION].plain if ATTENTION in kinds else ()
+        heads = f" and {min(plain)} key/value groups, the fewest that its plain checkpoint can have" if plain else ""
+        raise UserError(
+            f"`prune.rate` asks for {target:,} parameters to go, but with `prune.uniform` at most {most:,} can when "
+            f"each block keeps at least one unit of each kind{heads}: lower the rate, name more `prune.units`, or set "
+            "`uniform: false`"
+        )
+    return min(found, key=order)
+
+
+def _possible_uniform(kinds: Mapping[str, KindSize], share: float, round_to: int) -> list[dict[str, int]]:
+    """List the units of each kind that a block may lose to come near `share` parameters.
+
+    Any number of coarse units that a plain checkpoint can have, each with the channels next to what is left.
+    """
+    found: list[dict[str, int]] = [{}]
+    for name in COARSE:
+        if name in kinds:
+            size = kinds[name]
+            stays: Sequence[int] = size.plain or range(size.least, size.count + 1)
+            found = [counts | {name: size.count - count} for counts in found for count in stays]
+    if MLP not in kinds:
+        return found
+    channels = kinds[MLP]
+    with_channels = []
+    for counts in found:
+        left = share - sum(count * kinds[name].parameters for name, count in counts.items())
+        bundles = (channels.count - left / channels.parameters) / round_to
+        near = {min(max(count, 1), channels.count // round_to) for count in (math.floor(bundles), math.ceil(bundles))}
+        with_channels += [counts | {MLP: channels.count - count * round_to} for count in sorted(near)]
+    return with_channels

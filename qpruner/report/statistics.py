@@ -1,0 +1,228 @@
+"""Estimates differences between rows with their intervals, and what trials show of each group.
+
+Rows are paired by training seed, and by question or confirmation row. Means and standard errors over tasks and
+questions are those of `qpruner.data.measures`.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from qpruner.data import measures
+from qpruner.data.measures import Answers, Estimate
+from qpruner.report.results import FineTune
+from qpruner.runs.records import FinalistScore, MethodScores, TrialRecord
+from qpruner.wording import counted
+
+SAME = "not distinguishable"
+ANSWER_LOSS, CONFIRMATION_LOSS = "answer loss", "confirmation loss"
+LOSSES = (ANSWER_LOSS, CONFIRMATION_LOSS)
+"""Measures in nats, of which less is better; every other one is an accuracy."""
+Pair = tuple[FineTune, FineTune]
+"""One of the first row and one of the other, under the same training seed."""
+TRIALS_PER_UNKNOWN = 1.5
+"""With fewer trials an effect is mostly their noise."""
+
+
+@dataclass(frozen=True)
+class Difference:
+    """The searched row less another one in one measure.
+
+    Attributes:
+        measure: lm-eval's name of the accuracy (`accuracy` where tasks have several), answer loss or confirmation loss.
+        mean: Mean over training seeds.
+        spread: Standard deviation over training seeds; None with one.
+        half_width: Of the 95 % interval; None where there is none.
+        num_pairs: Questions or confirmation rows; None where records of older versions do not have the rows.
+        verdict: `better` or `worse` beyond the interval, else `not distinguishable`.
+    """
+
+    measure: str
+    mean: float
+    spread: float | None
+    half_width: float | None
+    num_pairs: int | None
+    verdict: str
+
+
+def paired(ours: Sequence[FineTune], theirs: Sequence[FineTune]) -> list[Pair]:
+    """Pair every fine-tune of one row with every one of the other under the same training seed."""
+    return [(one, other) for one in ours for other in theirs if one[0].seed == other[0].seed]
+
+
+def seeds_of(pairs: Sequence[Pair]) -> tuple[int, ...]:
+    """Return the training seeds that both rows have."""
+    return tuple(dict.fromkeys(ours.seed for (ours, _), _ in pairs))
+
+
+def more_bytes(pairs: Sequence[Pair]) -> float:
+    """Return the other row's bytes above the first one's, as a share of these, of the pair that differs most."""
+    sizes = [(ours.measured_bytes, theirs.measured_bytes) for (ours, _), (theirs, _) in pairs]
+    return max(((theirs - ours) / ours for ours, theirs in sizes), key=abs)
+
+
+def over_questions(pairs: Sequence[Pair]) -> list[Difference]:
+    """Compare accuracy, and the answer loss where every task has choices, over the questions of every task."""
+    (_, scored), _ = pairs[0]
+    accuracy = measures.accuracy_name({score.task: score.metric for score in scored.scores})
+    found = (_over_questions(accuracy, pairs, "correct"), _over_questions(ANSWER_LOSS, pairs, "answer_loss"))
+    return [each for each in found if each]
+
+
+def over_confirmation_rows(pairs: Sequence[Pair]) -> Difference:
+    """Compare confirmation losses, row by row where records have the rows."""
+    values = [ours.confirmation_loss - theirs.confirmation_loss for (ours, _), (theirs, _) in pairs]
+    both = [(ours.confirmation_losses, theirs.confirmation_losses) for (ours, _), (theirs, _) in pairs]
+    by_pair = [[_less(ours, theirs)] for ours, theirs in both] if all(all(each) for each in both) else []
+    return _difference(CONFIRMATION_LOSS, pairs, values, by_pair)
+
+
+def paired_losses(one: FinalistScore, other: FinalistScore) -> Estimate | None:
+    """Estimate one finalist's loss less another's, row by row; None where older records do not have the rows."""
+    if not len(one.losses) == len(other.losses) > 1:
+        return None
+    return measures.over_questions(_less(one.losses, other.losses))
+
+
+def difference_text(found: Difference) -> str:
+    """Describe a difference with its interval and verdict."""
+    unit = " nats" if found.measure in LOSSES else ""
+    about = []
+    if found.spread is not None:
+        about.append(f"± {found.spread:.4f} over seeds")
+    if found.num_pairs:
+        about.append(counted(found.num_pairs, "row" if found.measure == CONFIRMATION_LOSS else "question"))
+    interval = "no interval"
+    if found.half_width is not None:
+        interval = f"95 % interval {found.mean - found.half_width:+.4f} to {found.mean + found.half_width:+.4f}"
+    return f"{found.measure} {found.mean:+.4f}{unit} ({', '.join([*about, interval])}), {found.verdict}"
+
+
+def seeds_text(seeds: Sequence[int]) -> str:
+    """Describe how differences are paired."""
+    if len(seeds) > 1:
+        return f"{len(seeds)} training seeds, paired"
+    return "one training seed, whose luck the intervals leave out, paired by question and row"
+
+
+def _over_questions(measure: str, pairs: Sequence[Pair], values: str) -> Difference | None:
+    by_pair = []
+    for (_, ours), (_, theirs) in pairs:
+        tasks = zip(ours.scores, theirs.scores, strict=True)
+        both = [(getattr(one, values), getattr(other, values)) for one, other in tasks]
+        if not all(one and other for one, other in both):
+            return None
+        by_pair.append([_less(one, other) for one, other in both])
+    return _difference(measure, pairs, [measures.over_tasks(tasks).mean for tasks in by_pair], by_pair)
+
+
+def _less(ours: Sequence[float], theirs: Sequence[float]) -> list[float]:
+    return [one - other for one, other in zip(ours, theirs, strict=True)]
+
+
+def _difference(measure: str, pairs: Sequence[Pair], values: Sequence[float], by_pair: Sequence[Answers]) -> Difference:
+    by_seed = _means(values, [theirs.seed for _, (theirs, _) in pairs])
+    by_plan = _means(values, [tuple(theirs.plan.values()) for _, (theirs, _) in pairs])
+    by_row = measures.averaged(by_pair)
+    mean, half_width = statistics.fmean(values), _half_width(by_seed, by_plan, by_row)
+    verdict = SAME
+    # Seeds or plans that agree to the last bit are no evidence of a spread of zero.
+    if half_width and abs(mean) > half_width:
+        verdict = "better" if (mean < 0) == (measure in LOSSES) else "worse"
+    spread = statistics.stdev(by_seed) if len(by_seed) > 1 else None
+    return Difference(measure, mean, spread, half_width, sum(map(len, by_row)) or None, verdict)
+
+
+def _half_width(by_seed: Sequence[float], by_plan: Sequence[float], by_row: Answers) -> float | None:
+    """Return half of the 95 % interval; None where there is nothing to take a spread of.
+
+    Against several random plans it is the prediction interval for one more plan drawn like them, each plan's value a
+    mean over seeds: their spread holds the plan and its luck with seeds and questions, so nothing is added to it.
+
+    Against one plan it is the wider of Student's over seeds and the normal one over questions or rows. Under one
+    training seed it leaves out that seed's luck: equal plans then differ by more in over 5 % of cases.
+    """
+    if len(by_plan) > 1:
+        return measures.prediction_half_width(by_plan)
+    widths = [measures.student_half_width(by_seed)] if len(by_seed) > 1 else []
+    if by_row and not math.isnan(stderr := measures.over_tasks(by_row).stderr):
+        widths.append(measures.Z_95 * stderr)
+    return max(widths, default=None)
+
+
+def _means(values: Sequence[float], keys: Sequence[object]) -> list[float]:
+    grouped: dict[object, list[float]] = {}
+    for key, value in zip(keys, values, strict=True):
+        grouped.setdefault(key, []).append(value)
+    return [statistics.fmean(each) for each in grouped.values()]
+
+
+@dataclass(frozen=True)
+class MarginalEffects:
+    """Least-squares main effects of the plans on the loss.
+
+    Attributes:
+        values: Bits -> rise of the loss over the highest level, a group, in nats; for every lower level.
+        num_trials: Finished trials that were fitted.
+        residual: Standard deviation of what is left, in nats.
+    """
+
+    values: Mapping[int, Sequence[float]]
+    num_trials: int
+    residual: float
+
+
+def marginal_effects(trials: Sequence[TrialRecord]) -> MarginalEffects | str:
+    """Fit ``loss = constant + sum of an effect for each (group, bits)`` to the trials that finished.
+
+    Returns:
+        The effects, or why there are none: there must be `TRIALS_PER_UNKNOWN` finished trials for each and for
+        the constant, with plans that tell them apart.
+    """
+    finished = [trial for trial in trials if trial.status == "finished"]
+    if not finished:
+        return "no trial finished"
+    plans = np.array([list(trial.plan.values()) for trial in finished])
+    *lower, highest = sorted(set(plans.ravel().tolist()))
+    if not lower:
+        return f"every finished trial has {highest} bits for every group"
+    num_effects = plans.shape[1] * len(lower)
+    num_unknowns = num_effects + 1
+    num_needed = math.ceil(TRIALS_PER_UNKNOWN * num_unknowns)
+    if len(finished) < num_needed:
+        return (
+            f"{num_effects} effects and a constant need {num_needed} finished trials, {TRIALS_PER_UNKNOWN:g} for each, "
+            f"got {len(finished)}"
+        )
+    design = np.concatenate([np.ones((len(plans), 1)), *[plans == bits for bits in lower]], axis=1)
+    losses = np.array([trial.rungs[-1].loss for trial in finished])
+    solution, _, rank, _ = np.linalg.lstsq(design, losses, rcond=None)
+    if rank < num_unknowns:
+        return f"the plans of {len(finished)} finished trials do not tell {num_effects} effects apart"
+    by_level = solution[1:].reshape(len(lower), -1)
+    residual = float(np.sqrt(np.sum((losses - design @ solution) ** 2) / (len(finished) - num_unknowns)))
+    values = {bits: tuple(map(float, row)) for bits, row in zip(lower, by_level, strict=True)}
+    return MarginalEffects(values, len(finished), residual)
+
+
+def rank_correlation(method: MethodScores, effects: MarginalEffects | str) -> float | None:
+    """Correlate a sensitivity with the effects by rank (Spearman), over all groups and lower levels.
+
+    Returns:
+        None where there are no effects, or one of the two is constant.
+    """
+    from scipy.stats import spearmanr
+
+    if isinstance(effects, str):
+        return None
+    highest = np.array(method.values[max(method.values)])
+    predicted = np.concatenate([np.array(method.values[bits]) - highest for bits in effects.values])
+    shown = np.concatenate([np.array(row) for row in effects.values.values()])
+    if np.ptp(predicted) == 0 or np.ptp(shown) == 0:
+        return None
+    return float(spearmanr(predicted, shown).statistic)

@@ -1,0 +1,158 @@
+"""Records of a run as a whole: its state, its exports, all its stages."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from qpruner.runs.records.base import Recorded
+from qpruner.runs.records.evaluation import (
+    CandidateRecord,
+    ComparisonRecord,
+    EvalRecord,
+    FinetuneRecord,
+    InferenceSetting,
+    RowScores,
+)
+from qpruner.runs.records.search import SearchRecord
+from qpruner.runs.records.stages import BankRecord, PrepareRecord, PruneRecord, SensitivityRecord
+
+
+class StageState(Recorded):
+    """Where a stage of the latest command stands."""
+
+    state: Literal["running", "done", "recorded"]
+    """`recorded`: there was nothing to do."""
+    started: float
+    """Unix seconds."""
+    seconds: float | None = None
+    """It took, or had taken when it was recorded; None while it runs."""
+    done: int | None = None
+    total: int | None = None
+    """Steps of its own, where it tells them."""
+    text: str = ""
+    """What it is about to do, what its present steps are, or what came out."""
+
+
+class SearchState(Recorded):
+    """What the latest command's search is about."""
+
+    trials_digest: str
+    search: str
+    """Of its own trials; see `TrialRecord.search`."""
+    beside: str | None = None
+    """Where a plan was given: of the search that the configuration asks for without it, which that plan is shown
+    beside."""
+    metric: Literal["loss", "accuracy"]
+    metrics: dict[str, str] = {}
+    """Task -> lm-eval's metric that `accuracy` is a mean of."""
+    pareto: bool = False
+    """Whether the front of metric against bytes is searched."""
+    budget_bytes: int
+    max_trials: int
+    steps: int
+    slots: int | None = None
+    """Trials at once; None where no trial had to run."""
+
+
+class RunState(Recorded):
+    """`run.json`: what the latest command on a run folder is doing or did, for who looks at it from elsewhere."""
+
+    config: dict[str, Any]
+    until: str
+    """The last stage it was asked for."""
+    command: str
+    """As the shell had it."""
+    folder: str
+    """Where it was started."""
+    environment: dict[str, str]
+    """Versions of Python and packages, and the machine it was started on."""
+    host: str
+    pid: int
+    started: float
+    """Unix seconds."""
+    updated: float
+    """The last sign of life, in Unix seconds."""
+    outcome: Literal["running", "done", "failed", "interrupted"]
+    error: str | None = None
+    resumed: int = 0
+    """Earlier commands on the folder that did not come to their end."""
+    stages: dict[str, StageState] = {}
+    search: SearchState | None = None
+
+    @property
+    def asked_stages(self) -> list[str]:
+        """The stages that were asked for, in the order of the flow."""
+        names = [*Results.model_fields, "report"]  # which leaves no record
+        asked = names[: names.index(self.until) + 1]
+        return [name for name in asked if name != "comparison" or self.compares]
+
+    @property
+    def compares(self) -> bool:
+        """Whether a comparison is asked for (`finetune.compare`)."""
+        return bool(self.config.get("finetune", {}).get("compare"))
+
+
+MARK = "qpruner_export.json"
+"""Name of an `ExportRecord` in the export's folder."""
+
+
+class ExportRecord(Recorded):
+    """Which final model an export was made of."""
+
+    final: dict[str, str]
+    """sha256 of what differs between final models, by file name: the adapter, and the configuration with the plan."""
+
+
+class Results(Recorded):
+    """Every record of a run in the order of the flow; None for stages that have not run.
+
+    `pipeline/flow.py` has the stages: a field is named as its stage.
+    """
+
+    prepare: PrepareRecord | None = None
+    prune: PruneRecord | None = None
+    bank: BankRecord | None = None
+    sensitivity: SensitivityRecord | None = None
+    search: SearchRecord | None = None
+    finetune: FinetuneRecord | None = None
+    evaluate: EvalRecord | None = None
+    comparison: ComparisonRecord | None = None
+
+    @property
+    def candidates(self) -> tuple[CandidateRecord, ...]:
+        """The fine-tunes of the final table: every row's, or without a comparison the winner's."""
+        record = self.comparison or self.finetune
+        return record.candidates if record else ()
+
+    @property
+    def scores(self) -> tuple[RowScores, ...]:
+        """The models as they are before any fine-tune, then the `candidates`, on the held-out tasks."""
+        rows = self.evaluate.rows if self.evaluate else ()
+        if self.comparison is None:
+            return rows
+        return (*(row for row in rows if row.seed is None), *self.comparison.rows)
+
+    @property
+    def inference(self) -> InferenceSetting | None:
+        """How memory and speed of the `candidates` were measured."""
+        record = self.comparison or self.evaluate
+        return record.inference if record else None
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        """What each stage took that has run."""
+        taken = {name: record.seconds for name, record in self if record}
+        return taken | ({"search": self.search.total_seconds} if self.search else {})
+
+    @property
+    def gpu_seconds(self) -> dict[str, float]:
+        """What each stage held GPUs for that has run."""
+        held = {name: record.gpu_seconds for name, record in self if record}
+        return held | ({"search": self.search.total_gpu_seconds} if self.search else {})
+
+    def table_rows(self) -> list[dict[str, Any]]:
+        """Return a row a stage that has run, with what it took."""
+        return [
+            {"stage": name, "seconds": seconds, "gpu_seconds": self.gpu_seconds[name]}
+            for name, seconds in self.seconds.items()
+        ]

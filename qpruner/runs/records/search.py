@@ -1,0 +1,278 @@
+"""Records of the search: its trials, its finalists and its outcome."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from qpruner.runs.records.base import Record, Recorded, StandardError
+
+
+class RungResult(Recorded):
+    """A trial's score at one rung."""
+
+    step: int
+    loss: float
+    accuracy: float | None = None
+    accuracy_stderr: float | None = None
+    train_loss: float | None = None
+    train_losses: tuple[float, ...] = ()
+    """Of every step since the rung before."""
+
+
+GIVEN = "given"
+"""Origin of the plan that is taken instead of a search."""
+
+
+class Begun(Recorded):
+    """A worker process's start on a trial."""
+
+    search: str
+    """Digest of the search that it was for."""
+    session: int
+    """Which of that search's sessions, from 1."""
+    time: float
+    """Unix seconds."""
+    seconds: float
+    """What the trial had taken before."""
+
+
+class TrialRecord(Recorded):
+    """One plan's life in the search. `index` counts suggestions from 0; records, not Tune's snapshot, are the truth."""
+
+    index: int
+    digest: str
+    """Of what the trial's result depends on."""
+    search: str
+    """Digest of what the proposals depended on besides: budget, searcher, sensitivities."""
+    origin: str
+    """`uniform-4`, `seed-mutual-information`, ... for controls of that search; the searcher's name otherwise."""
+    expected_improvement: float | None = None
+    """Over the best plan known when this one was proposed, by the searcher's model if it has one."""
+    noise: float | None = None
+    """Standard deviation of a score, by the same model."""
+    plan: dict[str, int]
+    plan_bytes: int
+    mean_bits: float
+    status: Literal["running", "finished", "stopped", "failed"]
+    rungs: tuple[RungResult, ...] = ()
+    reason: str | None = None
+    failure: Literal["infeasible", "diverged", "hung", "lost", "storage", "damaged", "machine", "error"] | None = None
+    """Of a failed trial: out of memory, a loss out of bounds, no progress, worker processes that died, storage that
+    was full or away, a file that could not be read, a machine on which one trial after the other failed, anything
+    else. Storage, damage and machine are tried again."""
+    seconds: float = 0.0
+    """Of all sessions, up to the last rung."""
+    gpu_seconds: float = 0.0
+    """The same times the GPUs it held."""
+    earlier_gpu_seconds: dict[str, float] = {}
+    """Of these, what searches held that had the trial before another took it over, by their digests."""
+    peak_memory_bytes: int | None = None
+    """Above what its worker process held when it started."""
+    memory_counter: str | None = None
+    checkpoint: dict[str, str] = {}
+    """Of the last rung: file name -> sha256."""
+    worker: str | None = None
+    """Of all processes that worked on it the latest: one that was taken for dead and is not must write nothing more."""
+    node: str | None = None
+    """The machine that process is on, by its name for people."""
+    micro_batch_size: int | None = None
+    """Rows a forward pass saw, where want of memory forced it below `training.micro_batch_size`."""
+    kills: int = 0
+    """Times since its last rung that its worker process died, except for want of memory."""
+    memory_kills: int = 0
+    """Times since its last rung that it was killed for want of memory, except where fewer rows at once were the
+    answer."""
+    times: tuple[float, ...] = ()
+    """Unix seconds: when it began (until then, when its plan was handed out), when each rung was recorded and, once it
+    is over, when it ended."""
+    begun: tuple[Begun, ...] = ()
+    """Every start of a worker on it, in order: it may be interrupted and lose workers."""
+
+    def table_rows(self) -> list[dict[str, Any]]:
+        """Return one row, with `loss at STEP` (and accuracy) for each rung."""
+        told = self.model_copy(update={"checkpoint": {}, "earlier_gpu_seconds": {}})
+        [row] = super(TrialRecord, told).table_rows()
+        for name in ("digest", "rungs", "times", "begun"):
+            del row[name]
+        for rung in self.rungs:
+            row[f"loss at {rung.step}"] = rung.loss
+            if rung.accuracy is not None:
+                row[f"accuracy at {rung.step}"] = rung.accuracy
+        return [row]
+
+    def gpu_seconds_of(self, search: str) -> float:
+        """Return the GPU seconds that one search spent on the trial."""
+        earlier = self.earlier_gpu_seconds
+        own = self.gpu_seconds - sum(earlier.values()) if self.search == search else 0.0
+        return earlier.get(search, 0.0) + own
+
+    @property
+    def is_over(self) -> bool:
+        """Whether nothing of it will change."""
+        return self.status != "running"
+
+    @property
+    def has_begun(self) -> bool:
+        """Whether a worker ever had it; before, one is started for it, or it waits for a machine."""
+        return self.worker is not None or bool(self.rungs)
+
+    @property
+    def is_given(self) -> bool:
+        """Whether its plan was first tried because it was given."""
+        return self.origin == GIVEN
+
+    @property
+    def is_control(self) -> bool:
+        """Whether its plan was there before the search: a uniform one, a sensitivity's seed, or one that was given."""
+        return self.is_given or self.origin.startswith(("uniform-", "seed-"))
+
+    @property
+    def plan_failed(self) -> bool:
+        """Whether the plan itself cannot be trained here, so that searchers are told a bad score."""
+        return self.failure in ("infeasible", "diverged")
+
+    @property
+    def infrastructure_failed(self) -> bool:
+        """Whether it failed for a reason that says nothing about the plan."""
+        return self.failure in ("storage", "damaged", "machine")
+
+    @property
+    def should_retry(self) -> bool:
+        """Whether the next session runs it again.
+
+        A trial that hung before its first rung waited for its files or its machine.
+        """
+        return self.infrastructure_failed or (self.failure == "hung" and not self.rungs)
+
+
+class TrialPulse(Recorded):
+    """What a trial's worker tells while it works, at most once a second and only when something moved."""
+
+    node: str
+    """Ray's id of the machine."""
+    pid: int
+    step: int
+    """The last optimizer step."""
+    beats: int
+    """Forward passes so far."""
+    peak_memory_bytes: int
+    seconds: float = 0.0
+    """Of the trial, all sessions together: what it has taken by now, its last rung or not."""
+    gpu_seconds: float = 0.0
+    kernel_kills: int | None = None
+    """Processes that the machine's kernel had killed for want of memory by then."""
+
+
+class SearchClock(Recorded):
+    """Seconds a search has taken, all its sessions together, and how many there were."""
+
+    seconds: float
+    sessions: int = 0
+
+
+class FreshScore(Recorded):
+    """A finished trial on what no trial was scored on: confirmation rows and, for accuracy, further questions."""
+
+    loss: float
+    """The selection loss: on the half of the confirmation rows that chooses, in nats per token."""
+    stderr: StandardError
+    """Of the loss, over these rows."""
+    accuracy: float | None = None
+    accuracy_stderr: float | None = None
+
+
+class FinalistScore(FreshScore):
+    """The same with what its rows say, so that two finalists can be paired by row."""
+
+    losses: tuple[float, ...] = ()
+    """As `CandidateRecord.confirmation_losses`, of the half that chooses."""
+
+
+class KeptScore(FinalistScore):
+    """The same as a trial's folder keeps it, for commands to come."""
+
+    digest: str
+    """Of the weights and of what they were scored by."""
+    gpu_seconds: float
+    """Seconds that the scoring held GPUs, times how many."""
+
+
+class Confirmation(FinalistScore):
+    """A finalist: one of the best trials, or a control."""
+
+    index: int
+    origin: str
+    """A control's name, else the searcher that proposed it; with `of another search` where that was another."""
+    control: bool
+    """Whether the plan is a control of this search."""
+    reused: bool
+    """Whether a search with another budget, searcher or plan ran it."""
+
+
+class FrontPoint(FreshScore):
+    """A plan that no confirmed plan of this few bytes beats."""
+
+    index: int
+    origin: str
+    plan: dict[str, int]
+    plan_bytes: int
+
+
+class SearchRecord(Record):
+    """The outcome of the search; the trials' own records lie under `trials/<trials_digest>/`."""
+
+    trials_digest: str
+    searcher: str
+    metric: Literal["loss", "accuracy"]
+    """What was searched, and what chose among the confirmations."""
+    metrics: dict[str, str] = {}
+    """Task -> lm-eval's metric that `accuracy` is a mean of."""
+    budget_bytes: int
+    num_trials: int
+    """Of this search; those reused from another are not among them."""
+    num_finished: int
+    num_stopped: int
+    num_failed: int
+    failures: dict[str, int] = {}
+    """Failed trials by kind, as in `TrialRecord.failure`."""
+    num_reused: int
+    """Trials that searches with another budget, searcher or plan had left and this one started from."""
+    ended: str
+    """Why there were no more trials."""
+    search_seconds: float
+    """Wall-clock seconds of the trials' part, all sessions together."""
+    gpu_seconds: float
+    """Seconds that trials held GPUs, times how many."""
+    confirmation_gpu_seconds: float = 0.0
+    """The same of the finalists' scores on fresh rows, whichever command made them."""
+    confirmations: tuple[Confirmation, ...]
+    best_index: int
+    best_origin: str
+    best_plan: dict[str, int]
+    best_control: int | None
+    """The control that was best on fresh rows; None where none finished."""
+    control_won: bool
+    """No searched plan beat the best control on fresh rows, so that control is returned."""
+    front: tuple[FrontPoint, ...]
+    """With `search.pareto`, by bytes: the plans that none of fewer or equal bytes beats on fresh rows; else empty."""
+    hypervolume: float | None = None
+    """With `search.pareto`: how much better than the smallest plan of the front its best inside a budget is on fresh
+    rows, in the unit of the metric, in the mean over all budgets from that plan's bytes to `budget_bytes`."""
+    resumed: int
+    """Trials that an earlier, interrupted run had already recorded."""
+    sessions: int = 1
+    """Times that the command was started until the search was over."""
+
+    @property
+    def total_seconds(self) -> float:
+        """What the search took, all sessions together, with the finalists that the last one scored on fresh rows."""
+        return max(self.seconds, self.search_seconds)
+
+    @property
+    def total_gpu_seconds(self) -> float:
+        """What it held GPUs for: its trials, and the finalists on fresh rows."""
+        return self.gpu_seconds + self.confirmation_gpu_seconds
+
+    def table_rows(self) -> list[dict[str, Any]]:
+        """Return a row a finalist."""
+        return [row for each in self.confirmations for row in each.table_rows()]

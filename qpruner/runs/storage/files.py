@@ -1,0 +1,223 @@
+"""Files and folders of this machine: digests, copies, durable writes, and the lists that vouch for a folder's files."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TypeVar
+
+from filelock import FileLock, Timeout
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from qpruner.errors import CorruptFile
+from qpruner.runs.storage.retry import retry_storage
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+FILES = ".files.json"
+"""Ending of a folder's list: `prune.files.json` beside `prune/`."""
+PIECE_BYTES, HASHED_BYTES = 16 * 2**20, 2**20
+"""Bytes read at once to copy, and to digest: many threads digest, in processes whose memory is measured."""
+WAITING_SECONDS = 0.1
+CONCURRENT = 16
+"""Files that are read, sent or fetched at once."""
+OnPiece = Callable[[], object]
+"""Called after each piece that was read, from any thread, and while another process fetches the same."""
+
+
+class FileList(BaseModel):
+    """The digests of a folder's files; a file that differs is damaged."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    sha256: dict[str, str]
+
+
+verified: dict[Path, FileList] = {}
+"""Folders of this machine that this process wrote or compared, with their lists then."""
+
+
+def in_parallel(action: Callable[[Item], Result], items: Sequence[Item]) -> list[Result]:
+    """Apply a function to several items at once; return the results in order."""
+    with ThreadPoolExecutor(CONCURRENT) as pool:
+        return list(pool.map(action, items))
+
+
+def copy_pieces(
+    read: Callable[[int], bytes],
+    write: Callable[[bytes], object] = lambda piece: None,
+    on_piece: OnPiece = lambda: None,
+    piece_bytes: int | None = None,
+) -> str:
+    """Copy piece by piece; return the sha256."""
+    digest = hashlib.sha256()
+    while piece := read(piece_bytes or PIECE_BYTES):
+        digest.update(piece)
+        write(piece)
+        on_piece()
+    return digest.hexdigest()
+
+
+@contextmanager
+def writer_of(file: Path) -> Iterator[Callable[[bytes], object]]:
+    """Open a file to write; errors name it, since Python's own do not say which disk is full."""
+
+    def write(piece: bytes) -> None:
+        try:
+            target.write(piece)
+            target.flush()
+        except OSError as error:
+            error.filename = str(file)
+            raise
+
+    with file.open("wb") as target:
+        yield write
+
+
+def sha256_of(file: Path, on_piece: OnPiece = lambda: None) -> str:
+    """Digest a file."""
+    with file.open("rb") as stream:
+        return copy_pieces(stream.read, on_piece=on_piece, piece_bytes=HASHED_BYTES)
+
+
+def copy_file(file: Path, target: Path, on_piece: OnPiece = lambda: None) -> str:
+    """Copy a file; return its sha256."""
+    with file.open("rb") as source, writer_of(target) as write:
+        return copy_pieces(source.read, write, on_piece)
+
+
+def sync(path: Path) -> None:
+    """Make a file's contents, or a folder's names, durable."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sync_tree(folder: Path) -> None:
+    """Make a folder and all below it durable."""
+    for path in (folder, *folder.rglob("*")):
+        sync(path)
+
+
+def rename(path: Path, target: Path) -> None:
+    """Rename a file or folder that exists.
+
+    A network file system may rename and lose the answer. A repetition then finds nothing under the old name.
+    """
+    try:
+        path.replace(target)
+    except FileNotFoundError:
+        target.stat()
+
+
+def share_files(folder: Path) -> None:
+    """Let whoever may read a folder read its files: safetensors writes files for their owner only."""
+    readable = folder.stat().st_mode & 0o666
+    for path in folder.rglob("*"):
+        if path.is_file():
+            path.chmod(readable)
+
+
+def empty_folder(folder: Path) -> Path:
+    """Make an empty folder on this machine in place of what was there."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    return folder
+
+
+@contextmanager
+def exclusive(path: Path, on_piece: OnPiece = lambda: None) -> Iterator[None]:
+    """Hold a path for this process, so that the processes of a machine fetch a copy once.
+
+    Args:
+        path: What is to be fetched.
+        on_piece: Called while another process holds the path: who waits does not hang.
+    """
+    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    lock = FileLock(path.with_name(f".{path.name}.lock"))
+    while True:
+        try:
+            lock.acquire(timeout=WAITING_SECONDS, poll_interval=WAITING_SECONDS / 2)
+            break
+        except Timeout:
+            on_piece()
+    try:
+        yield
+    finally:
+        release(lock)
+
+
+def release(lock: FileLock) -> None:
+    """Delete a lock's file, then release it: filelock sees that the file it waited for is gone, and makes another."""
+    Path(lock.lock_file).unlink(missing_ok=True)
+    lock.release()
+
+
+# ---- lists
+
+
+def list_path(folder: Path) -> Path:
+    """Name the list of a folder."""
+    return folder.with_name(folder.name + FILES)
+
+
+def names_of_files(folder: Path) -> list[str]:
+    """Name every file of a folder of this machine, by its path from there."""
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+
+
+def read_list(folder: Path) -> FileList | None:
+    """Read the list beside a folder of this machine; None where there is none.
+
+    Raises:
+        CorruptFile: If it cannot be read as a list.
+    """
+    file = list_path(folder)
+    try:
+        return FileList.model_validate_json(retry_storage(file.read_bytes, file))
+    except FileNotFoundError:
+        return None
+    except ValidationError as error:
+        raise CorruptFile(f"{file} is damaged", file) from error
+
+
+def write_list(folder: Path, listed: FileList | None = None) -> None:
+    """Write the list of a folder of this machine that was just written, from its files unless it is given."""
+    if listed is None:
+        names = names_of_files(folder)
+        digests = in_parallel(lambda name: sha256_of(folder / name), names)
+        listed = FileList(sha256=dict(zip(names, digests, strict=True)))
+    list_path(folder).write_text(listed.model_dump_json(), encoding="utf-8")
+    verified[folder] = listed
+
+
+def verify_files(listed: FileList, folder: Path, on_piece: OnPiece = lambda: None) -> None:
+    """Compare the files of a folder of this machine with a list."""
+
+    def digest(name: str) -> str | None:
+        try:
+            return retry_storage(lambda: sha256_of(folder / name, on_piece), folder / name)
+        except FileNotFoundError:
+            return None
+
+    compare(listed, in_parallel(digest, list(listed.sha256)), folder, str(folder))
+    verified[folder] = listed
+
+
+def compare(listed: FileList, found: Sequence[str | None], folder: Path, name_of_folder: str) -> None:
+    """Raise `CorruptFile` for the first file whose digest is not the listed one."""
+    for (name, sha256), digest in zip(listed.sha256.items(), found, strict=True):
+        if digest != sha256:
+            state = "missing" if digest is None else "damaged"
+            raise CorruptFile(
+                f"{name_of_folder}/{name} is {state}: its sha256 is not the one in {name_of_folder}{FILES}",
+                folder / name,
+            )

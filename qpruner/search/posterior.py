@@ -1,0 +1,295 @@
+"""The Gaussian process of the searcher `gp`, conditioned on the scores so far.
+
+Rungs are tied as in the intrinsic coregionalization model (Bonilla et al. 2008), with a correlation that falls with
+the distance in rungs, so that a trial stopped early informs the last rung. Hyperparameters are set to their maximum a
+posteriori, in float64.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import cached_property
+
+import numpy as np
+import torch
+from scipy.optimize import minimize
+from torch import Tensor
+
+from qpruner.search.plan_model import AMPLITUDE, NUM_FITTED, OTHERS, SHARES, Data, PlanModel
+
+JITTER = 1e-8
+MIN_VARIANCE = 1e-9
+CONSTANT_VARIANCE = 100.0
+"""Of a rung's level, in units of the scores' variance: as good as unknown."""
+FREEDOM, NUM_STEPS = 1.0, 10
+"""Degrees of freedom of the groups' own effects, and steps of expectation maximization to find their scales."""
+OWN = ("group", "sensitive")
+"""Parts in which every group has an effect of its own."""
+
+
+class Posterior:
+    """A `PlanModel` conditioned on scores; its methods are about the last rung, in the score's unit.
+
+    Args:
+        model: The prior.
+        data: The scores; at least one.
+        pending: ``(p, groups)`` plans in flight: their score is taken to be what is expected of it, so that the
+            mean stays and the variance falls (Ginsbourger et al. 2010, the kriging believer).
+        fitted: A posterior of the same model and rungs whose hyperparameters are taken over; by default they are
+            fitted to `data`.
+    """
+
+    unit: Tensor
+    hyper: Tensor
+    _center: Tensor
+    _parts: Tensor
+
+    def __init__(self, model: PlanModel, data: Data, pending: Tensor, fitted: Posterior | None = None) -> None:
+        self._model, self._data, num = model, data, len(data.scores)
+        self._names = [*model.parts, *OTHERS]
+        if fitted is None:
+            self._learn()
+        else:
+            self._center, self.unit = fitted._center, fitted.unit
+            self.hyper, self._parts = fitted.hyper, fitted._parts
+        self._covariance = self._effect_covariance(self.hyper)
+        self._plans = torch.cat([data.plans, pending])
+        self._features = model.features(self._plans)
+        self._ranks = torch.cat([data.ranks, torch.zeros(len(pending), dtype=torch.long)])
+        gram = self._between(self._plans, self._features, self._ranks, self._plans, self._features, self._ranks)
+        noise = (self._value("noise") + JITTER) * torch.eye(len(gram), dtype=torch.float64)
+        self._factor = torch.linalg.cholesky(gram + noise)
+        residual = (data.scores - self._center) / self.unit - self._prior_mean(self.hyper, data)
+        # A pending plan's weight is zero: its score is the one expected.
+        self._weights = torch.zeros(len(self._plans), dtype=torch.float64)
+        self._weights[:num] = torch.cholesky_solve(residual[:, None], self._factor[:num, :num])[:, 0]
+
+    def _learn(self) -> None:
+        """Learn the unit, the hyperparameters and the stretched parts from the scores."""
+        data, num = self._data, len(self._data.scores)
+        beliefs = [SHARES.get(name.split()[0]) or OTHERS[name] for name in self._names]
+        beliefs += [AMPLITUDE] * max(0, data.num_rungs - 1)
+        self._medians = torch.tensor([belief.median for belief in beliefs], dtype=torch.float64).log()
+        self._spreads = torch.tensor([belief.spread for belief in beliefs], dtype=torch.float64)
+        # The rung with the most scores says where they are and how far they spread.
+        widest = data.subset(data.ranks == data.ranks.mode().values) if num else data
+        self._center = widest.scores.mean() if num else torch.zeros((), dtype=torch.float64)
+        self._parts = torch.stack(list(self._model.parts.values()))
+        self.unit = self._score_unit(widest)
+        self.hyper = self._fit()
+        self._parts = self._stretched()
+
+    @property
+    def noise(self) -> float:
+        """Return the standard deviation of a repeated score."""
+        return float(self._value("noise").sqrt() * self.unit)
+
+    def mean(self, plans: Tensor) -> Tensor:
+        """Return the expected scores of ``(n, groups)`` plans."""
+        features = self._model.features(plans)
+        return self._expected(features, self._cross(plans, features))
+
+    def marginals(self, plans: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return mean ``(n,)``, whitened covariance with the known plans ``(known, n)`` and variance ``(n,)``."""
+        features = self._model.features(plans)
+        cross = self._cross(plans, features)
+        additive = (features @ self._covariance * features).sum(1)
+        prior = self._shape(self.hyper, additive, torch.zeros_like(additive)) + CONSTANT_VARIANCE
+        white = torch.linalg.solve_triangular(self._factor, cross, upper=False)
+        return self._expected(features, cross), white, prior
+
+    def _cross(self, plans: Tensor, features: Tensor) -> Tensor:
+        ranks = torch.zeros(len(plans), dtype=torch.long)
+        return self._between(self._plans, self._features, self._ranks, plans, features, ranks)
+
+    def _expected(self, features: Tensor, cross: Tensor) -> Tensor:
+        return self._center + self.unit * (features @ self._effect_mean(self.hyper) + self._weights @ cross)
+
+    def gap(self, plans: Tensor, reference: Tensor) -> tuple[Tensor, Tensor]:
+        """Return mean and variance ``(references, n)`` of how much plans score above each reference plan.
+
+        The level of a rung, uncertain as it is, drops out.
+        """
+        mean, white, prior = self.marginals(plans)
+        mean_at, white_at, prior_at = self.marginals(reference)
+        zero = torch.zeros(1, dtype=torch.long)
+        shared = self._between(
+            reference, self._model.features(reference), zero.expand(len(reference)),
+            plans, self._model.features(plans), zero.expand(len(plans)),
+        )  # fmt: skip
+        explained = (white**2).sum(0) + (white_at**2).sum(0)[:, None] - 2 * white_at.T @ white
+        variance = prior + prior_at[:, None] - 2 * shared - explained
+        return mean - mean_at[:, None], variance.clamp_min(MIN_VARIANCE) * self.unit**2
+
+    @cached_property
+    def _effects(self) -> tuple[Tensor, Tensor]:
+        """Compute mean ``(effects,)`` and covariance of the additive part's effects, in units of the scores."""
+        cross = self._covariance @ self._features.T * self._to_target()
+        white = torch.linalg.solve_triangular(self._factor, cross.T, upper=False)
+        return self._effect_mean(self.hyper) + cross @ self._weights, self._covariance - white.T @ white
+
+    def effects(self, noise: Tensor) -> Tensor:
+        """Return effects ``(1 + s, groups, levels)``: the mean, then a sample a row of ``(s, effects)`` white noise."""
+        mean, covariance = self._effects
+        values, vectors = torch.linalg.eigh(covariance)
+        samples = mean + noise @ (vectors * values.clamp_min(0).sqrt()).T
+        return self._by_level(torch.cat([mean[None], samples]))
+
+    def slopes(self, plans: Tensor, references: Tensor) -> Tensor:
+        """Return the first-order loss of expected improvement ``(n, groups, levels)`` by each level of `plans`.
+
+        For ``u`` the expected gain over the reference by its standard deviation ``s``, ``EI = s (u Phi(u) + phi(u))``
+        changes by ``-Phi(u)`` with the mean and by ``phi(u)`` with ``s``. As ``s`` is convex in the features, the plan
+        of least summed slope is no worse at the same ratio of the two. Additive part only.
+
+        Args:
+            plans: ``(n, groups)``.
+            references: ``(n, groups)`` that they are to improve on.
+        """
+        mean, covariance = self._effects
+        moved = self._model.features(plans) - self._model.features(references)
+        toward = moved @ covariance
+        deviation = (toward * moved).sum(1).clamp_min(MIN_VARIANCE).sqrt()
+        gain = -(moved @ mean) / deviation
+        log_density = -0.5 * (gain**2 + math.log(2 * math.pi))
+        spread = (log_density - torch.special.log_ndtr(gain)).exp() / deviation
+        return self._by_level(mean - spread[:, None] * toward)
+
+    def _by_level(self, effects: Tensor) -> Tensor:
+        shaped = effects.reshape(-1, self._model.num_groups, self._model.num_levels - 1)
+        return torch.nn.functional.pad(shaped, (0, 1)) * self.unit
+
+    def _value(self, name: str) -> Tensor:
+        return self.hyper[self._names.index(name)].exp()
+
+    def _score_unit(self, data: Data) -> Tensor:
+        """Return the factor between the scores' sample variance and the prior's; 1 where there is none."""
+        deviation = data.scores - data.scores.mean()
+        if len(data.scores) < 2 or not bool(deviation.abs().max() > 0):
+            return torch.ones((), dtype=torch.float64)
+        features = self._model.features(data.plans)
+        features = features - features.mean(0)
+        expected = (features @ self._effect_covariance(self._medians) * features).sum()
+        expected += ((features @ self._effect_mean(self._medians)) ** 2).sum()
+        return ((deviation**2).sum() / expected.clamp_min(1e-12)).sqrt()
+
+    def _fit(self) -> Tensor:
+        """Fit the logarithms of the hyperparameters, at the maximum of posterior density."""
+        data = self._data
+        if len(data.scores) < 2:
+            return self._medians
+        if len(data.scores) > NUM_FITTED:
+            half = NUM_FITTED // 2
+            order = data.scores.argsort()
+            rest = order[half:][torch.linspace(0, len(order) - half - 1, half).long()]
+            data = data.subset(torch.cat([order[:half], rest]))
+        features = self._model.features(data.plans)
+        grams = torch.stack([features @ part @ features.T for part in self._model.parts.values()])
+        distance = self._model.mismatches(data.plans, data.plans)
+        same_rung = _levels(data.ranks, data.ranks)
+        diagonal = torch.eye(len(data.scores), dtype=torch.float64)
+        scores = (data.scores - self._center) / self.unit
+        shares = len(self._model.parts)
+
+        def negative_log_density(vector: np.ndarray) -> tuple[float, np.ndarray]:
+            hyper = torch.tensor(vector, requires_grad=True)
+            additive = torch.einsum("c,cnm->nm", hyper[:shares].exp(), grams)
+            kernel = self._shape(hyper, additive, distance) * self._rung_factor(hyper, data.ranks, data.ranks)
+            noise = hyper[self._names.index("noise")].exp()
+            factor = torch.linalg.cholesky(kernel + same_rung + (noise + JITTER) * diagonal)
+            residual = scores - self._prior_mean(hyper, data)
+            white = torch.linalg.solve_triangular(factor, residual[:, None], upper=False)
+            belief = ((hyper - self._medians) / self._spreads) ** 2
+            total = 0.5 * (white**2).sum() + factor.diagonal().log().sum() + 0.5 * belief.sum()
+            total.backward()
+            assert hyper.grad is not None
+            return float(total.detach()), hyper.grad.numpy()
+
+        start = self._medians.numpy()
+        bounds = list(zip(start - 4 * self._spreads.numpy(), start + 4 * self._spreads.numpy(), strict=True))
+        found = minimize(
+            negative_log_density, start, jac=True, method="L-BFGS-B", bounds=bounds, options={"maxfun": 25}
+        )
+        return torch.tensor(found.x)
+
+    def _stretched(self) -> Tensor:
+        """Return the parts ``(parts, effects, effects)``, wider for groups whose own effect stands out.
+
+        A few groups matter far more than the rest (outlier channels, the last blocks), which normal effects of one
+        variance smooth away. So a group's own effect has Student's t, as a normal of unknown scale; the scales are
+        found by expectation maximization (Tipping 2001; of its weights: Lange et al. 1989).
+        """
+        data, levels = self._data, self._model.num_levels - 1
+        if len(data.scores) < 2:
+            return self._parts
+        own = torch.tensor([name.split()[0] in OWN for name in self._model.parts])
+        weights, features = self.hyper[: len(own)].exp(), self._model.features(data.plans)
+        mine, rest = (torch.einsum("c,cde->de", weights[which], self._parts[which]) for which in (own, ~own))
+        noise = (self._value("noise") + JITTER) * torch.eye(len(data.scores), dtype=torch.float64)
+        residual = (data.scores - self._center) / self.unit - self._prior_mean(self.hyper, data)
+        seen = features * self._rung_factor(self.hyper, data.ranks, torch.zeros(1, dtype=torch.long))
+        distance = self._model.mismatches(data.plans, data.plans)
+        rungs, apart = self._rung_factor(self.hyper, data.ranks, data.ranks), _levels(data.ranks, data.ranks) + noise
+        stretch = torch.ones_like(mine)
+        for _ in range(NUM_STEPS):
+            additive = features @ (rest + mine * stretch) @ features.T
+            factor = torch.linalg.cholesky(self._shape(self.hyper, additive, distance) * rungs + apart)
+            white = torch.linalg.solve_triangular(factor, seen @ (mine * stretch), upper=False)
+            mean = white.T @ torch.linalg.solve_triangular(factor, residual[:, None], upper=False)[:, 0]
+            square = mean**2 + (mine * stretch).diagonal() - (white**2).sum(0)
+            ratio = (square / mine.diagonal().clamp_min(1e-300)).reshape(-1, levels).mean(1)
+            scales = ((FREEDOM + ratio) / (FREEDOM + 1)).sqrt().repeat_interleave(levels)
+            stretch = torch.outer(scales, scales)
+        return torch.where(own[:, None, None], self._parts * stretch, self._parts)
+
+    def _effect_covariance(self, hyper: Tensor) -> Tensor:
+        return torch.einsum("c,cde->de", hyper[: len(self._parts)].exp(), self._parts)
+
+    def _effect_mean(self, hyper: Tensor) -> Tensor:
+        return hyper[self._names.index("mean")].exp() * self._model.mean
+
+    def _prior_mean(self, hyper: Tensor, data: Data) -> Tensor:
+        return self._model.features(data.plans) @ self._effect_mean(hyper) * self._amplitude(hyper, data.ranks)
+
+    def _amplitude(self, hyper: Tensor, ranks: Tensor) -> Tensor:
+        return torch.cat([torch.ones(1, dtype=torch.float64), hyper[len(self._names) :].exp()])[ranks]
+
+    def _rung_factor(self, hyper: Tensor, left: Tensor, right: Tensor) -> Tensor:
+        ranks = torch.arange(len(hyper) - len(self._names) + 1)
+        amplitudes = self._amplitude(hyper, ranks)
+        apart = (ranks[:, None] - ranks).abs()
+        table = torch.outer(amplitudes, amplitudes) * torch.exp(
+            -apart * hyper[self._names.index("decorrelation")].exp()
+        )
+        return table[left][:, right]
+
+    def _to_target(self) -> Tensor:
+        return self._rung_factor(self.hyper, torch.zeros(1, dtype=torch.long), self._ranks)[0]
+
+    def _shape(self, hyper: Tensor, additive: Tensor, distance: Tensor) -> Tensor:
+        """Return the kernel of one rung, from its additive part and the share of groups that differ.
+
+        `pairwise`: products of the additive terms, so that groups which matter interact; `local`: anything else, as
+        alike as the plans are.
+        """
+        pairwise, local, reach = (hyper[self._names.index(name)].exp() for name in ("pairwise", "local", "reach"))
+        total = hyper[: len(self._model.parts)].exp().sum()
+        return additive + pairwise * additive**2 / total + local * torch.exp(-distance / reach)
+
+    def _between(
+        self,
+        plans: Tensor,
+        features: Tensor,
+        ranks: Tensor,
+        others: Tensor,
+        their_features: Tensor,
+        their_ranks: Tensor,
+    ) -> Tensor:
+        additive = features @ self._covariance @ their_features.T
+        kernel = self._shape(self.hyper, additive, self._model.mismatches(plans, others))
+        return kernel * self._rung_factor(self.hyper, ranks, their_ranks) + _levels(ranks, their_ranks)
+
+
+def _levels(left: Tensor, right: Tensor) -> Tensor:
+    """Return the kernel of the rungs' own levels, which are as good as unknown."""
+    return CONSTANT_VARIANCE * (left[:, None] == right).to(torch.float64)

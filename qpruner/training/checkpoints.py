@@ -1,0 +1,149 @@
+"""Keep a fine-tune's checkpoints and adapter, so that it resumes after an interruption and one process alone writes."""
+
+from __future__ import annotations
+
+import json
+import uuid
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pydantic import BaseModel, ConfigDict
+
+from qpruner.errors import CorruptFile, TakenOver
+from qpruner.runs.storage import (
+    FILES,
+    FileList,
+    fetch,
+    file_digest,
+    folder_digests,
+    list_path,
+    publish_folder,
+    published_folders,
+    put_folder,
+    read_existing,
+    remove,
+    retry_storage,
+    share_files,
+    staging_path,
+    verify_folder,
+    write_json,
+    write_text,
+    writing_folder,
+)
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+
+
+class _Owner(BaseModel):
+    """The latest process that worked on a fine-tune; of a group its first."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    worker: str
+
+
+class Ownership:
+    """One process's ownership of a fine-tune: a process that was wrongly taken for dead must write nothing more."""
+
+    def __init__(self, path: Path) -> None:
+        self._path, self.worker = path, uuid.uuid4().hex
+
+    def take(self) -> None:
+        """Take the fine-tune from its former owner."""
+        write_json(self._path, _Owner(worker=self.worker))
+
+    def check(self) -> None:
+        """Raise `TakenOver` if another process has taken it."""
+        if read_existing(self._path, _Owner).worker != self.worker:
+            raise TakenOver
+
+
+def latest_checkpoint(folder: Path) -> Path | None:
+    """Find the newest complete checkpoint of an interrupted fine-tune; from an object store it is fetched."""
+    found = [path for path in published_folders(folder) if path.name.startswith("checkpoint-")]
+    for path in sorted(found, key=lambda path: int(path.name.rpartition("-")[2]), reverse=True):
+        try:
+            verify_folder(path)
+            checkpoint = fetch(path)
+            json.loads((checkpoint / "trainer_state.json").read_bytes())  # its last file, written in place (5.24)
+        except (CorruptFile, FileNotFoundError, ValueError):
+            continue
+        if any(checkpoint.glob("rng_state*.pth")):
+            return checkpoint
+    return None
+
+
+def is_damaged(checkpoint: Path) -> bool:
+    """Whether a checkpoint is not as it was saved; one whose process was killed before it listed the files is not."""
+    try:
+        verify_folder(checkpoint)
+    except CorruptFile:
+        return True
+    return False
+
+
+def keep_checkpoint(checkpoint: Path, folder: Path, ownership: Ownership) -> None:
+    """Publish a checkpoint in the fine-tune's folder, with the sha256 of its files, and remove the one before it.
+
+    Random states of workers on other machines than the first one's stay there: if such a fine-tune is interrupted,
+    their dropout begins anew.
+    """
+    from torch import distributed
+
+    from qpruner.training.finetune import Share
+
+    share = Share.own()
+    if checkpoint.parent == folder:  # it was saved in place, and the one before it is gone already
+        if share.rank == 0:
+            ownership.check()  # saving took its time
+            for old in set(folder.glob(f"*{FILES}")) - {list_path(checkpoint)}:
+                old.unlink()
+            share_files(checkpoint)
+            write_text(list_path(checkpoint), FileList(sha256=_digests(checkpoint)).model_dump_json())
+        return
+    if share.processes > 1:
+        distributed.barrier()  # each has saved its random state
+    if share.rank > 0:
+        return
+    put_folder(checkpoint, folder / checkpoint.name)
+    ownership.check()  # uploading took its time
+    for old in published_folders(folder):
+        if old.name != checkpoint.name:
+            remove(old)
+
+
+def _digests(checkpoint: Path) -> dict[str, str]:
+    """Digest what a fine-tune resumes from; each worker has its own random state, and may save it later."""
+    return {name: digest for name, digest in folder_digests(checkpoint).items() if not name.startswith("rng_state")}
+
+
+def publish_adapter(model: PeftModel, adapter: Path, checkpoints: Path, ownership: Ownership) -> str:
+    """Save the adapter aside, move it to its folder, and return the digest of its weights."""
+    aside = staging_path(checkpoints / f"adapter-{ownership.worker}")
+    with writing_folder(aside):
+        retry_storage(lambda: model.save_pretrained(aside), aside)
+    digest = file_digest(aside / ADAPTER_WEIGHTS)
+    ownership.check()
+    publish_folder(aside, adapter)
+    return digest
+
+
+def load_adapter(model: PeftModel, folder: Path) -> None:
+    """Load saved adapter weights into a model that has adapters.
+
+    Raises:
+        CorruptFile: If the file is missing or cut short.
+    """
+    from peft import set_peft_model_state_dict
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    path = fetch(folder) / ADAPTER_WEIGHTS
+    try:
+        state: dict[str, Any] = load_file(path)
+    except (FileNotFoundError, SafetensorError) as error:
+        raise CorruptFile(f"adapter {path} cannot be read: {error}", path) from error
+    set_peft_model_state_dict(model, state)

@@ -1,0 +1,375 @@
+"""Run the rows of the final table: each gets the same fine-tune and the same evaluation.
+
+A worker process runs one of these functions for one row, alone or, a fine-tune, in a group; none of them knows of Ray.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from qpruner.config.schema import RunConfig
+from qpruner.runs.records import FinalistScore, Inference, InferenceSetting, TaskScore
+from qpruner.runs.storage import fetch, progress_seconds, staging_path, storage_at, write_progress
+from qpruner.training.checkpoints import Ownership, keep_checkpoint, latest_checkpoint, load_adapter, publish_adapter
+from qpruner.training.trackers import Trackers
+from qpruner.wording import counted
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+
+    from qpruner.data.losses import LossResult, Rows
+    from qpruner.training.finetune import TrainingResult
+
+PROMPT_TOKENS, NEW_TOKENS, TURNS = 128, 16, 3
+"""Of a timed generation, and how many of them every row gets."""
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One row: a plan on a checkpoint; its `folder` holds adapter and checkpoints.
+
+    `name` is that of the records and `title` that of the table. `seed` seeds data order and dropout of the fine-tune; a
+    row without one is scored as it is, quantized layers with their adapter start.
+    """
+
+    name: str
+    title: str
+    checkpoint: Path
+    bank: Path
+    plan: Mapping[str, int]
+    folder: Path
+    seed: int | None
+
+    @property
+    def label(self) -> str:
+        """Its title, and its training seed."""
+        return f"{self.title} (no fine-tune)" if self.seed is None else f"{self.title}, training seed {self.seed}"
+
+    @property
+    def adapter(self) -> Path:
+        """The fine-tuned adapter, in peft's format."""
+        return self.folder / "adapter"
+
+    @property
+    def checkpoints(self) -> Path:
+        """What its fine-tune resumes from, until its outcome is recorded."""
+        return self.folder / "checkpoints"
+
+    @property
+    def owner(self) -> Path:
+        """The process that fine-tunes it."""
+        return self.folder / "owner.json"
+
+    @property
+    def progress(self) -> Path:
+        """`step total` of a fine-tune under way."""
+        return self.folder / "progress"
+
+    @property
+    def scoring_progress(self) -> Path:
+        """`done total` of its answers to the held-out tasks."""
+        return self.folder / "scoring"
+
+
+@dataclass(frozen=True)
+class CandidateJob:
+    """A row and what a worker needs for it; `text` is held-out text in windows, for `evaluate_candidate`."""
+
+    config: RunConfig
+    candidate: Candidate
+    data: Path
+    threads: int
+    text: Path | None = None
+    trackers: Trackers | None = None
+
+
+@dataclass(frozen=True)
+class FinetuneOutcome:
+    """What a fine-tune ended with; bytes are those of one process."""
+
+    seconds: float
+    steps: int
+    train_loss: float
+    validation_loss: float
+    confirmation_loss: float
+    confirmation_losses: tuple[float, ...]
+    measured_bytes: int
+    peak_memory_bytes: int
+    memory_counter: str
+    adapter_sha256: str
+    tracker_errors: tuple[str, ...] = ()
+
+
+def finetune_candidate(job: CandidateJob) -> FinetuneOutcome:
+    """Fine-tune a row from its LoftQ start on all training rows and save the adapter; resumes from a checkpoint.
+
+    Checkpoints stay until the driver has recorded the outcome.
+
+    Raises:
+        TakenOver: If another process has started the same fine-tune, before anything more is written.
+    """
+    # Imported before memory is measured: the rise should be the model's, not the libraries'.
+    import peft  # noqa: F401
+
+    from qpruner.data.encoding import load_confirmation, load_encoded
+    from qpruner.data.losses import mean_loss
+    from qpruner.models.memory import PeakMemory
+    from qpruner.quantization.assembly import measured_bytes
+    from qpruner.training.finetune import Share
+
+    started = time.monotonic()
+    _start(job.threads)
+    config, candidate = job.config, job.candidate
+    train, validation = (load_encoded(job.data / name) for name in ("train", "validation"))
+    judging = load_confirmation(job.data, "judge")
+    pad_id = _pad_id(candidate)
+    ownership = Ownership(candidate.owner)
+    is_first = Share.own().rank == 0
+    if is_first:
+        ownership.take()
+    memory = PeakMemory()
+    model = build(config, candidate)
+    result, tracker_errors = _train(job, model, train, pad_id, ownership)
+    peak = memory.bytes()
+    validation_loss = mean_loss(model, validation, pad_id, config.evaluate.batch_size).mean
+    confirmation = mean_loss(model, judging, pad_id, config.evaluate.batch_size)
+    digest = publish_adapter(model, candidate.adapter, candidate.checkpoints, ownership) if is_first else ""
+    storage_at(candidate.checkpoints).forget_staging()
+    return FinetuneOutcome(
+        seconds=time.monotonic() - started,
+        steps=result.steps,
+        train_loss=result.train_loss,
+        validation_loss=validation_loss,
+        confirmation_loss=confirmation.mean,
+        confirmation_losses=_rounded(confirmation),
+        measured_bytes=measured_bytes(model),
+        peak_memory_bytes=peak,
+        memory_counter=memory.counter,
+        adapter_sha256=digest,
+        tracker_errors=tracker_errors,
+    )
+
+
+def _train(
+    job: CandidateJob, model: PeftModel, rows: Rows, pad_id: int, ownership: Ownership
+) -> tuple[TrainingResult, tuple[str, ...]]:
+    from qpruner.training.finetune import Listener, Schedule, Share, finetune
+    from qpruner.training.tracked_finetune import tracked
+
+    candidate, settings = job.candidate, job.config.finetune
+    assert candidate.seed is not None
+    checkpoints, progress = candidate.checkpoints, ProgressFile(candidate.progress)
+    trackers = job.trackers if Share.own().rank == 0 else None
+    bits = {f"bits/{group}": value for group, value in candidate.plan.items()}
+    about = {"row": candidate.title, "training seed": candidate.seed, **bits}
+    with tracked(trackers, candidate.label, about) as logged:
+        result = finetune(
+            model,
+            rows,
+            job.config.training,
+            Schedule(settings.steps, settings.epochs, save_steps=settings.save_steps),
+            staging_path(checkpoints),
+            candidate.seed,
+            pad_id,
+            start=latest_checkpoint(checkpoints),
+            listener=Listener(
+                on_step=lambda step, total, loss: progress.write(step, total),
+                before_save=ownership.check,
+                on_save=lambda checkpoint: keep_checkpoint(checkpoint, checkpoints, ownership),
+            ),
+            callbacks=[logged],
+        )
+    return result, tuple(logged.errors)
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """A row's scores on the held-out tasks, its loss on held-out text, if any, in nats per token, and the seconds."""
+
+    scores: tuple[TaskScore, ...]
+    text_loss: float | None
+    seconds: float
+
+
+def evaluate_candidate(job: CandidateJob) -> Evaluation:
+    """Score a row on held-out tasks and text.
+
+    Raises:
+        CorruptFile: If the row was fine-tuned and its adapter cannot be read.
+    """
+    from qpruner.data.encoding import load_encoded
+    from qpruner.data.losses import mean_loss
+    from qpruner.models.loading import load_tokenizer
+    from qpruner.training.evaluate import score_tasks
+
+    started = time.monotonic()
+    _start(job.threads)
+    settings, candidate = job.config.evaluate, job.candidate
+    model = build(job.config, candidate)
+    if candidate.seed is not None:
+        load_adapter(model, candidate.adapter)
+    loss = None
+    if job.text:
+        loss = mean_loss(model, load_encoded(job.text), _pad_id(candidate), settings.batch_size).mean
+    scores = score_tasks(
+        model,  # type: ignore[arg-type]
+        load_tokenizer(str(fetch(candidate.checkpoint))),
+        settings.tasks,
+        settings.include_path,
+        settings.limit,
+        settings.batch_size,
+        settings.num_fewshot,
+        on_progress=ProgressFile(candidate.scoring_progress).write,
+    )
+    return Evaluation(scores, loss, time.monotonic() - started)
+
+
+@dataclass(frozen=True)
+class InferenceJob:
+    """Fine-tuned rows of different models that take turns in one process.
+
+    The prompt is the beginning of the confirmation rows in `data`; `progress` is a file for `done total` of the turns.
+    """
+
+    config: RunConfig
+    candidates: tuple[Candidate, ...]
+    data: Path
+    threads: int
+    progress: Path
+
+
+def measure_inference(job: InferenceJob) -> tuple[InferenceSetting, list[Inference]]:
+    """Measure memory and speed of each row's model.
+
+    Rows of one checkpoint should follow one another: only their groups are exchanged.
+    """
+    import torch
+
+    from qpruner.data.encoding import load_encoded
+    from qpruner.training.inference import Turn, take_turn
+
+    _start(job.threads)
+    ids = [token for row in load_encoded(job.data / "confirmation") for token in row["input_ids"]]
+    prompt = (ids * -(-PROMPT_TOKENS // len(ids)))[:PROMPT_TOKENS]
+    turns: list[list[Turn]] = [[] for _ in job.candidates]
+    progress, num_turns = ProgressFile(job.progress), TURNS * len(job.candidates)
+    progress.write(0, num_turns)
+    for turn in range(num_turns):
+        position = turn % len(turns)
+        model = build(job.config, job.candidates[position])
+        load_adapter(model, job.candidates[position].adapter)
+        turns[position].append(take_turn(model, prompt, NEW_TOKENS))  # type: ignore[arg-type]
+        progress.write(turn + 1, num_turns)
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else counted(job.threads, "CPU core")
+    setting = InferenceSetting(
+        device=device,
+        prompt_tokens=PROMPT_TOKENS,
+        new_tokens=NEW_TOKENS,
+        memory_counter=turns[0][0].memory_counter,
+    )
+    return setting, [
+        Inference(
+            memory_bytes=max(turn.memory_bytes for turn in taken),
+            prefill_tokens_per_second=tuple(turn.speed.prefill for turn in taken),
+            decode_tokens_per_second=tuple(turn.speed.decode for turn in taken),
+        )
+        for taken in turns
+    ]
+
+
+@dataclass(frozen=True)
+class ConfirmationJob:
+    """A finished trial to be scored on the confirmation rows that choose."""
+
+    config: RunConfig
+    candidate: Candidate
+    checkpoint: Path
+    data: Path
+    threads: int
+
+
+def confirm_trial(job: ConfirmationJob) -> FinalistScore:
+    """Score a trial's last rung on what no trial was scored on.
+
+    These are the confirmation rows that choose and, where accuracy is searched, as many questions again of every task,
+    those after the trials'.
+    """
+    from qpruner.data.encoding import load_confirmation
+    from qpruner.data.losses import mean_loss
+    from qpruner.models.loading import load_tokenizer
+    from qpruner.training.evaluate import mean_accuracy, score_tasks
+
+    _start(job.threads)
+    model = build(job.config, job.candidate)
+    load_adapter(model, job.checkpoint)
+    search, settings = job.config.search, job.config.evaluate
+    rows = load_confirmation(job.data, "choose")
+    loss = mean_loss(model, rows, _pad_id(job.candidate), settings.batch_size)
+    score = FinalistScore(loss=loss.mean, stderr=loss.stderr, losses=_rounded(loss))
+    if search.metric == "loss":
+        return score
+    assert search.limit is not None
+    scores = score_tasks(
+        model,  # type: ignore[arg-type]
+        load_tokenizer(str(fetch(job.candidate.checkpoint))),
+        search.tasks,
+        settings.include_path,
+        search.limit,
+        settings.batch_size,
+        skip=search.limit,
+        metric=search.named_metric,
+    )
+    accuracy, stderr = mean_accuracy(scores)
+    return score.model_copy(update={"accuracy": accuracy, "accuracy_stderr": stderr})
+
+
+def build(config: RunConfig, candidate: Candidate) -> PeftModel:
+    """Build the row's model with its adapter start."""
+    from qpruner.quantization.assembly import plan_assembler
+
+    quantize = config.quantize
+    checkpoint, dtype = fetch(candidate.checkpoint), config.model.dtype
+    assembler = plan_assembler(checkpoint, candidate.bank, quantize.group, dtype, quantize.double_quant, config.lora)
+    return assembler.model(candidate.plan, config.seed)
+
+
+class ProgressFile:
+    """A file with `done total` for the driver, written now and then and at the end."""
+
+    def __init__(self, path: Path) -> None:
+        self._path, self._written = path, float("-inf")
+        with contextlib.suppress(OSError):  # a row that is not fine-tuned has no folder before its scores
+            path.parent.mkdir(exist_ok=True)
+
+    def write(self, done: int, total: int) -> None:
+        """Write the progress if it is time."""
+        if done == total or time.monotonic() - self._written >= progress_seconds(self._path):
+            self._written = time.monotonic()
+            write_progress(self._path, f"{done} {total}")
+
+
+def _pad_id(candidate: Candidate) -> int:
+    from qpruner.models.loading import load_tokenizer
+
+    return int(load_tokenizer(str(fetch(candidate.checkpoint))).pad_token_id)
+
+
+def _rounded(loss: LossResult) -> tuple[float, ...]:
+    """Round each row's share of the mean to the digits of a record."""
+    return tuple(round(each, 4) for each in loss.by_row)
+
+
+def _start(threads: int) -> None:
+    """Begin a job in a worker that may have done others: free their memory, and use only the reserved cores."""
+    import torch
+
+    from qpruner.models.memory import release
+
+    release()
+    if not torch.cuda.is_available():
+        torch.set_num_threads(threads)

@@ -1,0 +1,215 @@
+"""What `qpruner check` prints of a run before it is begun."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import socket
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from click.testing import CliRunner
+from conftest import with_key
+
+from qpruner.cli.main import main
+from qpruner.config.load import validate_config
+from qpruner.errors import UserError
+from qpruner.pipeline import preflight
+from qpruner.pipeline.run import run
+from qpruner.runs.lock import hold_run
+
+pytestmark = pytest.mark.usefixtures("in_folder")
+
+
+@pytest.fixture
+def in_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def check(raw: dict[str, Any], *options: str, code: int = 0, verb: str = "check") -> str:
+    """Everything that is printed."""
+    Path("config.yaml").write_text(yaml.safe_dump(raw))
+    done = CliRunner().invoke(main, [verb, "config.yaml", *map(str, options)])
+    assert done.exit_code == code, done.output
+    return done.output
+
+
+def facts(raw: dict[str, Any], *options: str) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(check(raw, "--json", *options).splitlines()[-1])
+    return found
+
+
+def changed(raw: dict[str, Any], **keys: Any) -> dict[str, Any]:
+    """The configuration with other keys; `section__key=value`."""
+    for key, value in keys.items():
+        raw = with_key(raw, key.replace("__", "."), value)
+    return raw
+
+
+def test_memory_is_printed_by_kind_of_work_and_part(tiny_raw: dict[str, Any]) -> None:
+    said, told = check(tiny_raw), facts(tiny_raw)
+    assert list(told["memory"]) == ["trial, training", "trial, scoring", "prune", "sensitivity", "comparison"]
+    parts = told["memory"]["trial, training"]["parts"]
+    assert list(parts) == ["weights", "adapters", "gradients", "optimizer", "activations", "logits"]
+    text = said.splitlines()
+    start = next(index for index, each in enumerate(text) if each.startswith("    trial, training"))
+    assert re.search(
+        r"trial, training +\S+ MB: a step of 4 rows x 64 tokens .*, the final fine-tune's, too$", text[start]
+    )
+    sizes = {name: float(size) for name, size in re.findall(r"(\w+) ([\d.]+) MB", text[start + 1])}
+    assert sizes == {name: round(size / 1e6, 1) for name, size in parts.items()}
+    assert list(sizes.values()) == sorted(sizes.values(), reverse=True)
+    assert "free here" in said and told["memory_free"] > 0
+    assert re.search(r"disk: +about [\d.]+ [MG]iB at most; [\d.]+ [MG]iB free here\n", said) and told["disk_needed"] > 0
+    # Logits of batches that no machine of ours holds.
+    warning = r"warning: +\S+ GB of memory are needed at most, and \S+ GB are free here: lower `eval"
+    assert re.search(warning, check(with_key(tiny_raw, "evaluate.batch_size", 10**8)))
+
+
+def test_hours_are_estimated_where_steps_are_timed(tiny_raw: dict[str, Any]) -> None:
+    assert "time:        not estimated; `--measure` times" in check(tiny_raw)
+    assert facts(tiny_raw)["hours"] is None
+    raw = changed(tiny_raw, prune__selection="per_layer")
+    said = check(raw, "--measure")
+    assert re.search(r"time: +about .* on \d+ slots?, .* of slot time\n", said)
+    assert re.search(r"on 1 slot: prune .*\n", said) and "measured on 1 CPU core: 4 rows x 64 tokens take" in said
+    assert " 0 s" not in said, "a stage that takes something is not told to take nothing"
+    refused = check(raw, "--measure", "--gpu", code=2)
+    assert "leave one of them out" in refused
+
+
+def test_gpus_elsewhere_are_not_refused_for_want_of_one_here(tiny_raw: dict[str, Any]) -> None:
+    """What docs/cluster.md recommends for a cluster is checked on a laptop."""
+    raw = changed(
+        tiny_raw,
+        search__max_gpu_hours=2,
+        search__resources_per_trial={"cpu": 4, "gpu": 1},
+        finetune__num_workers=4,
+        training__micro_batch_size=1,
+        model__dtype="float16",
+    )
+    told = facts(raw, "--gpu")
+    assert told["concurrent_trials"] == 1 and told["memory_free"] is None
+    halves = changed(raw, finetune__num_workers=1, search__resources_per_trial={"cpu": 4, "gpu": 0.5})
+    assert facts(halves, "--gpu")["concurrent_trials"] == 2
+    refused = check(changed(raw, search__resources_per_trial={"gpu": 0}), "--gpu", code=2)
+    assert "use `search.max_hours`" in refused, "trials that hold no GPU anywhere"
+
+
+def test_the_answer_comes_last_and_all_keys_when_asked_for(tiny_raw: dict[str, Any]) -> None:
+    Path("config.yaml").write_text(yaml.safe_dump(tiny_raw))
+    done = CliRunner().invoke(main, ["check", "config.yaml"])
+    assert done.stderr == "[check] model, rows, tasks and machine of config.yaml ...\n"
+    assert done.stdout.endswith("The configuration is valid; `--show-config` prints every key in effect.\n")
+    keys, _, answer = CliRunner().invoke(main, ["check", "config.yaml", "--show-config"]).stdout.partition("\n\n")
+    assert yaml.safe_load(keys) == validate_config(tiny_raw).model_dump(mode="json")
+    assert answer.splitlines()[-1] == "The configuration is valid."
+    quiet = CliRunner().invoke(main, ["check", "config.yaml", "--quiet", "--set", "search.max_trials=2"])
+    assert quiet.stdout == "The configuration is valid.\n"
+    assert quiet.stderr.startswith("warning:     ") and "`search.max_trials`" in quiet.stderr
+
+
+def test_rows_samples_and_questions_of_every_step_are_counted(tiny_raw: dict[str, Any]) -> None:
+    said = check(changed(tiny_raw, data__confirmation__0__limit=15))
+    assert "48 train, 16 validation, 15 confirmation (8 fresh ones choose the winner, 7 judge it)" in said
+    assert "8 samples of 128 tokens packed from the 48 rows of `data.train` for importance; 32 rows of" in said
+    assert "test:        8 questions (qpruner_everyday_test 8)\n" in said and "search:" not in said
+    Path("ids.json").write_text("[[1, 2, 3], [4, 5]]")
+    tasks = {"search__tasks": ["qpruner_everyday_validation"], "search__limit": 6, "search__metric": "accuracy"}
+    raw = changed(tiny_raw, calibration__token_ids="ids.json", **tasks)
+    said, six = check(raw), "6 questions (qpruner_everyday_validation 6)"
+    assert "2 samples of token ids for importance" in said
+    assert f"search:      {six} score the trials; {six}, fresh, choose the winner\n" in said
+    assert facts(raw)["questions"]["fresh"] == {"qpruner_everyday_validation": 6}
+
+
+def test_few_trials_and_rows_that_are_cut_are_no_warning(tiny_raw: dict[str, Any]) -> None:
+    """Two blocks of four projections at two levels are eight unknowns."""
+    Path("rows.jsonl").write_text("".join(f'{{"text": "{number} {"word " * 400}"}}\n' for number in range(3)))
+    rows = {"data__validation": [{"source": "rows.jsonl", "format": "text"}], "sensitivity__methods": ["fisher"]}
+    enough = check(changed(tiny_raw, search__max_trials=8, data__max_length=800, **rows))
+    few = check(changed(tiny_raw, search__max_trials=7, data__max_length=256, **rows))
+    assert "to estimate" not in enough and "lose their ends" not in enough
+    assert "; fewer than the 8 values to estimate, so the sensitivities guide the search" in few
+    assert "; about 3 validation lose their ends (`data.max_length` 256)" in few
+    assert not re.search(r"warning:.*(values to estimate|lose their ends)", few)
+
+
+def test_a_driver_at_work_and_an_earlier_cut_are_named(tiny_raw: dict[str, Any], tmp_path: Path) -> None:
+    raw = changed(tiny_raw, prune__first_layer=1)
+    run(validate_config(raw), lambda event: None, until="prune")
+    with hold_run(tmp_path / "run", print):
+        said = check(raw)
+    assert f"warning:     process {os.getpid()} on {socket.gethostname()} works on {tmp_path / 'run'}: `qpruner" in said
+    assert "works on" not in check(raw)
+    again = changed(raw, output="again", model__source="run/prune")
+    said = check(again)
+    assert re.search(r"parameters: +(\S+ M) -> \1 \(pruned earlier: the cut is skipped\)\n", said)
+    assert (
+        "`prune.rate` is 0.2, but run/prune was pruned earlier" in said and "set `prune.rate: 0`, or name the" in said
+    )
+    for keys in ({"rate": 0}, {"first_layer": 1}):
+        assert "`prune.rate` is" not in check(with_key(again, "prune", keys)), "nobody asked for a cut"
+    said = check(again, "--dry-run", verb="prune")
+    assert "pruned earlier: the cut is skipped" in said and "no cut, achieved 0.00%" in said
+
+
+def test_a_plan_is_compared_with_what_was_cut(tiny_raw: dict[str, Any]) -> None:
+    """Global selection leaves the widths open until then."""
+    groups = [group.name for group in preflight.inspect(validate_config(tiny_raw)).pruned.groups]
+    for bits in (4, 8):
+        Path(f"{bits}.yaml").write_text(yaml.safe_dump(dict.fromkeys(groups, bits)))
+    said = check(tiny_raw, "--plan", "8.yaml")
+    assert "its bytes are compared with the budget once the model is pruned" in said
+    run(validate_config(tiny_raw), lambda event: None, until="prune")
+    assert "(estimate" not in check(tiny_raw), "the widths are those of the pruned model"
+    assert "left of the budget" in check(tiny_raw, "--plan", "4.yaml")
+    assert facts(tiny_raw, "--plan", "4.yaml")["concurrent_trials"] == 1
+    assert "more than the budget of" in check(tiny_raw, "--plan", "8.yaml", code=2)
+    assert "done:        prepare 100%, prune 100%\n" in check(tiny_raw)
+    assert {name for name, share in facts(tiny_raw)["share_done"].items() if share} == {"prepare", "prune"}
+
+
+def test_the_number_of_blocks_that_go_is_told(tiny_raw: dict[str, Any]) -> None:
+    """A multiple of 64 is what 4-bit layers on a CPU need of channels that stay."""
+    raw = changed(tiny_raw, prune__units=["block"], prune__rate=0.5)
+    assert re.search(r"^parameters: .* M -> \S+ M, 2 -> 1 blocks$", check(raw), re.MULTILINE)
+    cut = ("--set", "prune.units=[mlp]", "--set", "prune.rate=0.2", "--set", "prune.round_to=32")
+    assert "`prune.round_to: 64` for MLP channels" in check(raw, *cut, code=2)
+
+
+def test_a_plan_is_read_where_the_number_of_blocks_is_known(tiny_raw: dict[str, Any], tmp_path: Path) -> None:
+    """Groups are named after the blocks that stay; whichever go, of blocks that are alike it is the same number."""
+    raw = changed(tiny_raw, prune__units=["block", "mlp"], prune__depth_share=0.5, prune__rate=0.5)
+    inspection = preflight.inspect(validate_config(raw))
+    before, after = ([group.name for group in layout.groups] for layout in (inspection.base, inspection.pruned))
+    assert before[: len(after)] == after and len(after) == len(before) // 2
+    plan = tmp_path / "plan.yaml"
+    raw = with_key(raw, "search.plan", str(plan))
+    plan.write_text(yaml.safe_dump(dict.fromkeys(after, 4)))
+    read = preflight.inspect(validate_config(raw)).plan
+    assert read and read.as_dict() == dict.fromkeys(after, 4)
+    plan.write_text(yaml.safe_dump(dict.fromkeys(before, 4)))
+    with pytest.raises(UserError, match=f"`{before[len(after)]}` is no group of this model"):
+        preflight.inspect(validate_config(raw))
+
+
+@pytest.mark.parametrize("verb", ["check", "run"])
+@pytest.mark.parametrize("key", ["--plan", "search.plan"])
+def test_a_plan_over_the_budget_is_refused(key: str, verb: str, tiny_raw: dict[str, Any], tmp_path: Path) -> None:
+    """By the name under which it was given, and with what else is wrong."""
+    raw = with_key(tiny_raw, "prune.selection", "per_layer")
+    inspection = preflight.inspect(validate_config(raw))
+    plan = tmp_path / "plan.yaml"
+    plan.write_text(yaml.safe_dump({group.name: 8 for group in inspection.pruned.groups}))
+    options = (key, str(plan)) if key == "--plan" else ("--set", f"search.plan={plan}")
+    said = check(raw, *options, code=2, verb=verb)
+    assert f"error: `{key}`: the plan in {plan} takes " in said
+    told = re.search(r"takes [\d.]+ MB, ([\d.]+) MB more than the budget of", said)
+    over = inspection.pruned.plan_bytes(inspection.pruned.uniform(8)) - inspection.budget_bytes
+    assert told and 0 <= float(told[1]) * 1e6 - over < 101, "never too little"
+    both = check(raw, *options, "--set", "data.train.0.source=/no/rows.jsonl", code=2, verb=verb)
+    assert "2 problems" in both and "/no/rows.jsonl" in both and f"  - `{key}`: the plan in {plan} takes " in both

@@ -1,0 +1,361 @@
+"""Work on the cluster is as work in this process: events at once, errors as they were, the model kept."""
+
+from __future__ import annotations
+
+import errno
+import gc
+import os
+import shutil
+import signal
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from conftest import raw_config, with_key
+from raylets import Raylets, raylets
+from transformers import PreTrainedModel
+
+from qpruner.cluster.connect import connect, disconnect
+from qpruner.cluster.executor import ClusterExecutor, GpuTime, LocalExecutor, ModelCache, ModelExecutor
+from qpruner.cluster.probe import packed_check_of_gpus
+from qpruner.cluster.tasks import MAX_DEATHS, run_tasks
+from qpruner.config.load import validate_config
+from qpruner.errors import CorruptFile, StageError, UserError, WorkerDied
+from qpruner.pipeline.context import Context
+from qpruner.pipeline.preflight import inspect
+from qpruner.pipeline.run import run
+from qpruner.runs.events import Emit, Event, Message, Progress, StageFinished, StageStarted, TableMade
+from qpruner.runs.records import Results
+from qpruner.runs.run_dir import RunDir
+
+GPU = {"cpu": 1.0, "gpu": 1.0}
+CHECK = packed_check_of_gpus()
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Raylets]:
+    """A cluster with one GPU node."""
+    with raylets(1, num_gpus=1) as started:
+        yield started
+
+
+@pytest.fixture(scope="module")
+def one_gpu(cluster: Raylets) -> str:
+    """Its address."""
+    return cluster.address
+
+
+@pytest.fixture(scope="module")
+def joined(one_gpu: str) -> Iterator[str]:
+    """The same, with this process as its driver."""
+    connect(one_gpu)
+    yield one_gpu
+    disconnect()
+
+
+@pytest.fixture(scope="module", params=["here", "cluster"])
+def executor(request: pytest.FixtureRequest) -> Iterator[ModelExecutor]:
+    place: ModelExecutor = LocalExecutor(0.0, GpuTime())
+    if request.param == "cluster":
+        request.getfixturevalue("joined")
+        place = ClusterExecutor(GPU, GpuTime(), CHECK)
+    yield place
+    place.close()
+
+
+# Functions that a worker cannot import are sent whole when they are made inside another.
+
+
+def test_events_arrive_while_the_work_goes_on(executor: ModelExecutor, tmp_path: Path) -> None:
+    heard = tmp_path / "heard"
+
+    def work(job: int, cache: ModelCache, emit: Emit) -> int:
+        emit(Progress("prune", 1, 2))
+        while not heard.exists():
+            time.sleep(0.01)
+        return job + 1
+
+    assert executor.run(work, 1, lambda event: heard.write_text(str(event))) == 2
+    assert "done=1" in heard.read_text()
+
+
+def test_errors_keep_their_type_and_all_they_say(executor: ModelExecutor) -> None:
+    def work(job: Exception, cache: ModelCache, emit: Emit) -> None:
+        raise job
+
+    for error in (
+        UserError("`model.source`: no such model"),
+        StageError("prune", "a disk is full", "make room"),
+        CorruptFile("a weight file is damaged", Path("/run/prune/model.safetensors")),
+        OSError(errno.ENOSPC, "No space left on device", "/run/prune"),
+    ):
+        with pytest.raises(type(error)) as caught:
+            executor.run(work, error, lambda event: None)
+        assert str(caught.value) == str(error)
+        for attribute in ("path", "stage", "cause", "remedy", "errno", "filename"):
+            assert getattr(caught.value, attribute, None) == getattr(error, attribute, None)
+
+
+def test_the_cache_keeps_the_model_for_the_next_work(executor: ModelExecutor) -> None:
+    def leave(job: Any, cache: ModelCache, emit: Emit) -> None:
+        cache.keep(job)
+
+    def look(job: None, cache: ModelCache, emit: Emit) -> Any:
+        return cache.pruned_model(Path("nothing is loaded from here"), "bfloat16")
+
+    executor.run(leave, "a model", lambda event: None)
+    assert executor.run(look, None, lambda event: None) == "a model"
+    executor.close()
+    with pytest.raises(Exception, match="nothing is loaded from here"):
+        executor.run(look, None, lambda event: None)
+    executor.close()  # gives the one GPU back
+
+
+def test_a_worker_that_is_killed_has_its_work_begun_again(joined: str, tmp_path: Path) -> None:
+    marks = tmp_path / "killed"
+    events: list[Event] = []
+
+    def work(job: int, cache: ModelCache, emit: Emit) -> int:
+        with marks.open("a") as file:
+            file.write("x")
+        if len(marks.read_text()) < job:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return len(marks.read_text())
+
+    place = ClusterExecutor(GPU, GpuTime(), CHECK)
+    try:
+        assert place.run(work, 2, events.append) == 2
+        # Where it takes long to start, that is told as well.
+        told = [event.text for event in events if isinstance(event, Message) and "waiting" not in event.text]
+        assert len(told) == 1 and told[0].startswith("a worker died")
+        with pytest.raises(WorkerDied, match="3 workers died"):
+            place.run(work, 10**6, events.append)
+    finally:
+        place.close()
+
+
+@pytest.mark.slow
+def test_work_killed_by_ray_for_memory_is_run_again(
+    cluster: Raylets, joined: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By its own monitor, on a node that allows 3 GB more than is in use; the only one with two cores."""
+    memory = psutil.virtual_memory()
+    limit, hogged = memory.available - 3 * 10**9, tmp_path / "hogged"
+    monkeypatch.setenv("RAY_memory_usage_threshold", str(1 - limit / memory.total))
+
+    def work(job: Path, cache: ModelCache, emit: Emit) -> str:
+        if job.exists():
+            return "done"
+        job.touch()
+        kept: list[bytes] = []
+        deadline = time.monotonic() + 120
+        while time.monotonic() < deadline:
+            if psutil.virtual_memory().available > limit - 2 * 10**8:
+                kept.append(b"x" * 2**26)
+            time.sleep(0.01)
+        return "Ray killed nobody"
+
+    events: list[Event] = []
+    node, place = cluster.add(num_cpus=2, num_gpus=1), ClusterExecutor({"cpu": 2.0, "gpu": 1.0}, GpuTime(), CHECK)
+    try:
+        assert place.run(work, hogged, events.append) == "done"
+    finally:
+        place.close()
+        cluster.cluster.remove_node(node)
+        cluster.nodes.remove(node)
+    told = [event.text for event in events if isinstance(event, Message) and "waiting" not in event.text]
+    assert len(told) == 1 and told[0].startswith("a worker died")
+
+
+def test_deaths_between_which_a_task_got_on_are_forgiven_it(joined: str, tmp_path: Path) -> None:
+    """As a fine-tune of days does, from checkpoint to checkpoint."""
+
+    def task(job: Path) -> int:
+        made = len(list(job.iterdir()))
+        if made <= MAX_DEATHS:
+            (job / str(made)).touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return made
+
+    found = run_tasks(task, [tmp_path], GPU, 1, True, CHECK, progress=lambda position: len(list(tmp_path.iterdir())))
+    assert list(found) == [(0, MAX_DEATHS + 1)]
+
+
+def test_gpus_are_counted_for_as_long_as_work_holds_them(joined: str) -> None:
+    """Of two tasks for one GPU the second waits, which costs nothing; nor does the time between pieces of work."""
+
+    def work(job: float, cache: ModelCache, emit: Emit) -> None:
+        time.sleep(job)
+
+    def task(job: float) -> None:
+        time.sleep(job)
+
+    for held, place in (
+        (here := GpuTime(), LocalExecutor(2.0, here)),
+        (there := GpuTime(), ClusterExecutor(GPU, there, CHECK)),
+    ):
+        try:
+            place.run(work, 0.0, lambda event: None)  # a worker that starts imports torch
+            before = held.seconds
+            place.run(work, 0.5, lambda event: None)
+            time.sleep(0.5)
+            expected = 1.0 if held is here else 0.5
+            assert expected <= held.seconds - before < expected + 0.4
+        finally:
+            place.close()
+    tasks: list[float] = []
+    list(run_tasks(task, [0.5, 0.5], GPU, 2, False, CHECK, on_held=tasks.append))
+    assert len(tasks) == 2 and all(0.5 <= seconds < 0.9 for seconds in tasks)
+    list(run_tasks(task, [0.0], {"cpu": 1.0}, 1, False, CHECK, on_held=tasks.append))
+    assert tasks[2] == 0.0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("place", ["task", "executor", "group"])
+def test_work_goes_on_elsewhere_however_many_machines_go(place: str, tmp_path: Path) -> None:
+    """A spot instance that is gone says nothing of the work on it."""
+
+    def wait_for_the_last(node: str) -> int:
+        (tmp_path / node).touch()
+        while not (tmp_path / "last").exists():
+            time.sleep(0.05)
+        return 3
+
+    def task(job: None) -> int:
+        import ray
+
+        return wait_for_the_last(ray.get_runtime_context().get_node_id())
+
+    def work(job: None, cache: ModelCache, emit: Emit) -> int:
+        return task(job)
+
+    def done() -> int:
+        if place == "executor":
+            return ClusterExecutor(GPU, GpuTime(), CHECK).run(work, None, lambda event: None)
+        if place == "task":
+            ((_, found),) = run_tasks(task, [None], GPU, 1, True, CHECK)
+        else:
+            from qpruner.cluster.group import run_groups
+
+            ((_, found),) = run_groups(task, [None], {"cpu": 1.0}, 1, 1, tmp_path / "train", CHECK)
+        return found
+
+    def take_machines_away() -> None:
+        for _ in range(MAX_DEATHS):
+            node = cluster.nodes[0]
+            while not (tmp_path / node.node_id).exists():
+                time.sleep(0.05)
+            cluster.add(num_gpus=1)
+            cluster.kill_machine(node)
+        (tmp_path / "last").touch()
+
+    with raylets(1, num_gpus=1) as cluster, ThreadPoolExecutor(1) as thread:
+        cluster.cluster._shutdown_at_exit = False  # by a handler of signals, which only the main thread may set
+        disconnect()  # what tests before it have joined
+        connect(cluster.address)
+        try:
+            taking = thread.submit(take_machines_away)
+            assert done() == 3
+            taking.result()
+        finally:
+            disconnect()
+
+
+def models() -> set[int]:
+    return {id(each) for each in gc.get_objects() if issubclass(type(each), PreTrainedModel)}
+
+
+def no_new_model() -> Callable[[Event], None]:
+    """Fails as soon as this process holds a model that it did not hold before."""
+    gc.collect()
+    before = models()
+
+    def check(event: Event) -> None:
+        assert models() <= before, f"the driver holds another model at {event}"
+
+    return check
+
+
+def same_figures(one: Results, other: Results) -> None:
+    assert one.prune and other.prune and one.bank and other.bank and one.sensitivity and other.sensitivity
+    assert one.prune.layers == other.prune.layers
+    assert one.bank.files == other.bank.files
+    measured, expected = (results.sensitivity.methods for results in (one, other) if results.sensitivity)
+    assert measured.keys() == expected.keys()
+    for name, method in measured.items():
+        for bits, values in method.values.items():
+            assert values == pytest.approx(expected[name].values[bits], rel=1e-4, abs=1e-6)
+
+
+@pytest.mark.slow
+def test_a_head_without_a_gpu_works_on_the_only_one(one_gpu: str, tiny_model: Path, tmp_path: Path) -> None:
+    """The worker that cut the model holds the GPU while the bank is built, which is no reason to wait for ever."""
+    check_models, events = no_new_model(), list[Event]()
+
+    def tell(event: Event) -> None:
+        events.append(event)
+        check_models(event)
+
+    there = run(validate_config(raw_config(tiny_model, tmp_path / "there")), tell, one_gpu, "sensitivity")
+    nodes, declared = events[:2]
+    assert isinstance(nodes, TableMade) and [row[-1] for row in nodes.body] == ["ok", "ok"], "head and worker"
+    assert isinstance(declared, Message) and "Ray counts 1 GPUs on 127.0.0.1" in declared.text
+    assert isinstance(events[2], StageStarted), "nodes were looked at before anything was done"
+    assert there.prune and there.bank and there.sensitivity
+    for record in (there.prune, there.bank, there.sensitivity):
+        assert 0 < record.gpu_seconds <= record.seconds, "the one GPU was held while work went on"
+    same_figures(
+        there, run(validate_config(raw_config(tiny_model, tmp_path / "here")), lambda event: None, None, "sensitivity")
+    )
+
+
+def test_workers_find_paths_relative_to_the_driver(
+    one_gpu: str, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Workers have the files, and the folder that Ray was started in."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(tiny_model, "data/model")
+    shutil.copytree(str(files("qpruner") / "demo"), "data/demo")
+    Path("data/ids.json").write_text("[[1, 2, 3], [4, 5]]")
+    raw = with_key(raw_config(Path("data/model"), tmp_path / "run"), "evaluate.include_path", "data/demo/tasks")
+    config = validate_config(with_key(raw, "calibration.token_ids", "data/ids.json"))
+    prepared = run(config, lambda event: None, one_gpu, "prepare").prepare
+    assert prepared and prepared.model_path == str(tmp_path / "data/model")
+    context = Context(config, RunDir(tmp_path / "run"), lambda event: None, None, inspect(config))
+    assert context.worker_config.evaluate.include_path == str(tmp_path / "data/demo/tasks")
+    assert context.worker_config.calibration.token_ids == str(tmp_path / "data/ids.json"), "a dry run reads it there"
+    assert context.config.model.source == "data/model", "what is recorded and digested stays as the user wrote it"
+
+
+@pytest.mark.slow
+def test_every_node_builds_entries_of_the_bank(tiny_model: Path, tmp_path: Path) -> None:
+    """The one that cut the model, too."""
+    raw = with_key(raw_config(tiny_model, tmp_path / "run"), "lora.loftq_iterations", 60)
+    builders: set[str] = set()
+    with raylets(2, num_gpus=1) as cluster:
+
+        def look(event: Event) -> None:
+            """While one node's entry arrives, the other one is at its own."""
+            if not isinstance(event, Progress) or event.stage != "bank":
+                return
+            for node in cluster.nodes:
+                workers = psutil.Process(node.all_processes["raylet"][0].process.pid).children()
+                if any("ray::build_group" in " ".join(worker.cmdline()) for worker in workers):
+                    builders.add(node.node_id)
+
+        assert run(validate_config(raw), look, cluster.address, "bank").bank
+        assert builders == {node.node_id for node in cluster.nodes}
+
+
+def test_more_gpus_than_any_node_has_are_refused(until: str, one_gpu: str, tiny_model: Path, tmp_path: Path) -> None:
+    """Ray would wait for ever."""
+    raw = with_key(raw_config(tiny_model, tmp_path / "run"), "search.resources_per_trial", {"gpu": 2})
+    events: list[Event] = []
+    with pytest.raises(UserError, match=r"'gpu': 2.* the largest of 2 has 1 CPUs and 1 GPUs: ask for less"):
+        run(validate_config(raw), events.append, one_gpu, "prune")
+    assert not [event for event in events if isinstance(event, StageFinished)]

@@ -1,0 +1,264 @@
+"""From rows to tokens: the loss is on the response, and every token stands where lm-eval would have it."""
+
+from __future__ import annotations
+
+import struct
+import tracemalloc
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+
+from qpruner.data.encoding import (
+    collate,
+    encode,
+    load_encoded,
+    pack,
+    packed_samples,
+    row_lengths,
+    row_samples,
+    save_encoded,
+)
+from qpruner.data.sources import Example
+from qpruner.errors import CorruptFile, UserError
+from qpruner.models.loading import load_tokenizer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+IGNORED = -100
+CHAT_TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}[{{ message['role'] }}]{{ message['content'] }}{% endfor %}"
+    "{% if add_generation_prompt %}[assistant]{% endif %}"
+)
+CHOICE = Example("multiple_choice", "Why?", "", "because")
+COLOUR = Example("instruction", "Name a colour.", "", "red")
+SUM = Example("instruction", "Add them.", "2 and 3", "5")
+TEXT = Example("text", "", "", "Just some words here.")
+ALPACA = (
+    "Below is an instruction that describes a task{}. Write a response that appropriately completes the request.\n\n"
+    "### Instruction:\n{}\n\n### Response:\n"
+)
+
+
+@pytest.fixture
+def tokenizer(tiny_model: Path) -> PreTrainedTokenizerBase:
+    found = load_tokenizer(str(tiny_model))
+    found.chat_template = CHAT_TEMPLATE
+    return found
+
+
+@pytest.fixture
+def with_bos(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+    """The tokenizer as Llama's: a text begins with the beginning-of-sequence token."""
+    from tokenizers.processors import TemplateProcessing
+
+    tokenizer._tokenizer.post_processor = TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", tokenizer.bos_token_id)]
+    )
+    return tokenizer
+
+
+def predicted(row: dict[str, list[int]]) -> list[int]:
+    return [label for label in row["labels"] if label != IGNORED]
+
+
+@pytest.mark.parametrize(
+    ("example", "template", "prompt", "response"),
+    [
+        (CHOICE, "alpaca", "Question: Why?\nAnswer:", " because"),
+        (COLOUR, "alpaca", ALPACA.format("", "Name a colour."), "red</s>"),
+        (
+            SUM,
+            "alpaca",
+            ALPACA.format(", paired with an input that provides further context", "Add them.\n\n### Input:\n2 and 3"),
+            "5</s>",
+        ),
+        (COLOUR, "chat", "<s>[user]Name a colour.[assistant]", "red</s>"),
+        (SUM, "chat", "<s>[user]Add them.\n\n2 and 3[assistant]", "5</s>"),
+        (TEXT, "alpaca", "", "Just some words here."),
+    ],
+)
+def test_the_loss_is_on_the_response(
+    tokenizer: PreTrainedTokenizerBase, example: Example, template: str, prompt: str, response: str
+) -> None:
+    row = encode([example], tokenizer, 512, template)[0]
+    num_prompt = len(tokenizer(prompt)["input_ids"]) if prompt else 0
+    assert tokenizer.decode(row["input_ids"]) == prompt + response
+    assert row["labels"] == [IGNORED] * num_prompt + row["input_ids"][num_prompt:]
+    assert tokenizer.decode(predicted(row)) == response
+    everything = encode([example], tokenizer, 512, template, response_only=False)[0]
+    assert everything["labels"] == everything["input_ids"] == row["input_ids"]
+
+
+@pytest.mark.parametrize(
+    ("example", "template"),
+    [(CHOICE, "alpaca"), (COLOUR, "alpaca"), (TEXT, "alpaca"), (COLOUR, "chat"), (CHOICE, "chat")],
+)
+def test_a_row_has_one_beginning_of_sequence(
+    with_bos: PreTrainedTokenizerBase, example: Example, template: str
+) -> None:
+    row = encode([example], with_bos, 512, template)[0]
+    assert row["input_ids"][0] == with_bos.bos_token_id
+    assert row["input_ids"].count(with_bos.bos_token_id) == 1
+
+
+@pytest.mark.parametrize("template", ["alpaca", "chat"])
+def test_a_response_begins_without_a_space(tokenizer: PreTrainedTokenizerBase, template: str) -> None:
+    """Some tokenizers put a space before every text; prompt and response are one text, as in lm-eval."""
+    from tokenizers.pre_tokenizers import ByteLevel
+
+    tokenizer._tokenizer.pre_tokenizer = ByteLevel(add_prefix_space=True)
+    assert tokenizer.decode(tokenizer("red")["input_ids"]) == " red", "the tokenizer must be one of those"
+    row = encode([COLOUR], tokenizer, 512, template)[0]
+    assert tokenizer.decode(predicted(row)) == "red</s>"
+
+
+def test_a_token_across_the_border_is_one(tokenizer: PreTrainedTokenizerBase) -> None:
+    """A prompt that ends in a space: the space belongs to the word after it wherever both are one text."""
+    tokenizer.chat_template = "{{ messages[0]['content'] }} Answer: "
+    prompt, response = "Name a gas. Answer: ", "oxygen"
+    row = encode([Example("instruction", "Name a gas.", "", response)], tokenizer, 512, template="chat")[0]
+    apart = tokenizer(prompt)["input_ids"] + tokenizer(f"{response}</s>")["input_ids"]
+    assert row["input_ids"] == tokenizer(f"{prompt}{response}</s>")["input_ids"] != apart
+    num_prompt = len(tokenizer(prompt)["input_ids"])
+    assert row["labels"] == [IGNORED] * num_prompt + row["input_ids"][num_prompt:]
+
+
+@pytest.mark.parametrize("template", ["alpaca", "chat"])
+def test_no_end_of_sequence_is_invented(tokenizer: PreTrainedTokenizerBase, template: str) -> None:
+    tokenizer.eos_token = None
+    row = encode([COLOUR], tokenizer, 512, template)[0]
+    assert tokenizer.decode(predicted(row)) == "red"
+
+
+def test_chat_without_a_template_is_refused(tokenizer: PreTrainedTokenizerBase) -> None:
+    tokenizer.chat_template = None
+    with pytest.raises(UserError, match="this one has none"):
+        encode([SUM], tokenizer, 512, template="chat")
+
+
+def test_long_rows_are_cut_or_dropped(tokenizer: PreTrainedTokenizerBase) -> None:
+    short = Example("multiple_choice", "Why?", "", "because of the rain")
+    long_prompt = Example("multiple_choice", "Why " * 200, "", "because")
+    num_prompt = len(tokenizer("Question: Why?\nAnswer:")["input_ids"])
+    whole = encode([short], tokenizer, 512)[0]
+    (cut,) = encode([short, long_prompt], tokenizer, num_prompt + 2)
+    assert cut["input_ids"] == whole["input_ids"][: num_prompt + 2]
+    assert len(predicted(cut)) == 2
+    with pytest.raises(UserError, match=f"`data.max_length` of {num_prompt} tokens"):
+        encode([short], tokenizer, num_prompt)
+
+
+def test_packing_predicts_no_token_across_rows() -> None:
+    rows = [
+        {
+            "input_ids": list(range(start, start + length)),
+            "labels": [IGNORED] * masked + list(range(start + masked, start + length)),
+        }
+        for start, length, masked in ((100, 7, 3), (200, 4, 0), (300, 9, 1))
+    ]
+    packed = pack(rows, 8)
+    assert [len(row["input_ids"]) for row in packed] == [len(row["labels"]) for row in packed] == [8, 8, 4]
+    ids = [token for row in packed for token in row["input_ids"]]
+    labels = [label for row in packed for label in row["labels"]]
+    assert ids == [token for row in rows for token in row["input_ids"]]
+    assert labels == [label for row in rows for label in [IGNORED, *row["labels"][1:]]]
+
+
+def test_a_chunk_without_a_token_to_predict_is_dropped() -> None:
+    """The loss of a batch of such chunks is a division by zero, and one NaN ends a trial."""
+    rows = [
+        {"input_ids": [10, 11, 12, 13, 14, 15], "labels": [IGNORED] * 5 + [15]},
+        {"input_ids": [20, 21, 22, 23, 24, 25], "labels": [IGNORED] * 6},
+        {"input_ids": [30, 31, 32, 33], "labels": [IGNORED, IGNORED, IGNORED, 33]},
+        {"input_ids": [40, 41, 42, 43], "labels": [IGNORED, 41, IGNORED, IGNORED]},
+    ]
+    # Chunks of 4: 10-13, 14 15 20 21, 22-25, 30-33, 40-43.
+    packed = pack(rows, 4)
+    assert packed == [
+        {"input_ids": [14, 15, 20, 21], "labels": [IGNORED, 15, IGNORED, IGNORED]},
+        {"input_ids": [30, 31, 32, 33], "labels": [IGNORED, IGNORED, IGNORED, 33]},
+        {"input_ids": [40, 41, 42, 43], "labels": [IGNORED, 41, IGNORED, IGNORED]},
+    ]
+    # Chunks of 5: that of 15 to 23 has its only label in the first place, where nothing comes before it.
+    assert [chunk["input_ids"] for chunk in pack(rows, 5)] == [[33, 40, 41, 42, 43]]
+    for chunk in packed:
+        shifted = collate([chunk], pad_id=1)["labels"][:, 1:].flatten()
+        assert torch.isfinite(torch.nn.functional.cross_entropy(torch.zeros(3, 50), shifted, ignore_index=IGNORED))
+
+
+@pytest.mark.parametrize("take", [packed_samples, row_samples])
+def test_calibration_predicts_responses_only(take: Any, tokenizer: PreTrainedTokenizerBase) -> None:
+    rows = [Example("instruction", f"Name the colour of plum {number}.", "", f"purple {number}") for number in range(6)]
+    samples = take(rows, tokenizer, 3, 160, "alpaca", True)
+    words = tokenizer.decode([token for sample in samples for token in predicted(sample)])
+    assert "purple" in words
+    assert "Name the colour" not in words and "Instruction" not in words
+    read = tokenizer.decode([token for sample in samples for token in sample["input_ids"]])
+    assert "Instruction" in read, "prompts are read all the same"
+
+
+def test_packed_samples_without_a_response_are_left_out(tokenizer: PreTrainedTokenizerBase) -> None:
+    rows = [Example("multiple_choice", "which gas do plants take in? " * 20, "", " carbon") for _ in range(4)]
+    samples = packed_samples(rows, tokenizer, 4, 16, "alpaca", True)
+    assert [len(sample["input_ids"]) for sample in samples] == [16] * 4
+    assert all(predicted({"labels": sample["labels"][1:]}) for sample in samples)
+    with pytest.raises(UserError, match="make 4 with a token to predict"):
+        packed_samples(rows, tokenizer, 5, 16, "alpaca", True)
+
+
+@pytest.mark.parametrize("take", [packed_samples, row_samples])
+def test_calibration_text_skips_blank_lines(take: Any, with_bos: PreTrainedTokenizerBase) -> None:
+    """Half the rows of WikiText are blank: each would be a beginning of sequence and nothing else."""
+    rows = [Example("text", "", "", text) for text in ("", "Plants take in carbon dioxide.", "") * 4]
+    samples = take(rows, with_bos, 2, 8, "alpaca", True)
+    begins = [sample["input_ids"].count(with_bos.bos_token_id) for sample in samples]
+    assert begins in ([1, 0], [1, 1]), "one for each row with words"
+    assert all(sample["labels"] == sample["input_ids"] for sample in samples), "every token is predicted"
+
+
+def test_a_batch_is_padded_on_the_right() -> None:
+    rows = [{"input_ids": [5, 6, 7, 8], "labels": [IGNORED, IGNORED, 7, 8]}, {"input_ids": [9, 3], "labels": [9, 3]}]
+    batch = collate(rows, pad_id=1)
+    assert batch["input_ids"].tolist() == [[5, 6, 7, 8], [9, 3, 1, 1]]
+    assert batch["attention_mask"].tolist() == [[1, 1, 1, 1], [1, 1, 0, 0]]
+    assert batch["labels"].tolist() == [[IGNORED, IGNORED, 7, 8], [9, 3, IGNORED, IGNORED]]
+
+
+def test_saved_rows_are_read_back_one_by_one(tmp_path: Path) -> None:
+    rows = [{"input_ids": [5, 6, 7], "labels": [IGNORED, 6, 7]}, {"input_ids": [9], "labels": [9]}]
+    save_encoded(rows, tmp_path / "train")
+    found = load_encoded(tmp_path / "train")
+    assert list(found) == rows and len(found) == 2
+    assert found[-1] == rows[1] and found[1:] == rows[1:] and found[::2] == rows[:1]
+    assert found.lengths == row_lengths(rows) == [3, 1]
+
+
+def test_loading_reads_no_row(tmp_path: Path) -> None:
+    """Two lists of 200 numbers take 3.2 kB of Python's memory a row; a number for its length takes 40 bytes."""
+    num_rows = 2000
+    save_encoded([{"input_ids": [row] * 200, "labels": [row] * 200} for row in range(num_rows)], tmp_path / "train")
+    load_encoded(tmp_path / "train")  # imports what it needs
+    tracemalloc.start()
+    try:
+        rows = load_encoded(tmp_path / "train")
+        assert rows[num_rows - 1]["input_ids"] == [num_rows - 1] * 200
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < 200 * num_rows
+
+
+def test_offsets_out_of_order_are_damage(tmp_path: Path) -> None:
+    """Without a list of digests beside the folder; followed, such an offset leads out of the file."""
+    save_encoded([{"input_ids": [1] * 8, "labels": [1] * 8} for _ in range(4)], tmp_path / "train")
+    (tmp_path / "train.files.json").unlink()
+    (file,) = (tmp_path / "train").glob("*.arrow")
+    offsets = struct.pack("<5i", 0, 8, 16, 24, 32)
+    content = file.read_bytes()
+    assert content.count(offsets) == 2, "those of both columns"
+    file.write_bytes(content.replace(offsets, struct.pack("<5i", 0, 8, 16, 7, 32)))
+    with pytest.raises(CorruptFile, match="the encoded rows in"):
+        load_encoded(tmp_path / "train")

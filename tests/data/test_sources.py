@@ -1,0 +1,238 @@
+"""From files to rows: people must not train on the wrong columns, nor be scored on rows that they trained on."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from qpruner.config.schema import DataSource
+from qpruner.data.sources import Example, check_disjoint, load_examples, normalized
+from qpruner.errors import UserError
+
+ARC = {
+    "question": "Which gas do plants take in?",
+    "choices": {"text": ["oxygen", "carbon dioxide", "helium", "neon"], "label": ["A", "B", "C", "D"]},
+    "answerKey": "B",
+}
+PIQA = {"question": "goal", "choices": ("sol1", "sol2"), "answer": "label"}
+
+
+def rows_file(tmp_path: Path, rows: list[dict[str, Any]], name: str = "rows.jsonl") -> str:
+    path = tmp_path / name
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def examples_of(tmp_path: Path, rows: list[dict[str, Any]], **source: Any) -> list[Example]:
+    return load_examples([DataSource(source=rows_file(tmp_path, rows), **source)], "data.train")
+
+
+def examples_in(path: Path, **source: Any) -> list[Example]:
+    return load_examples([DataSource(source=str(path), **source)], "data.train")
+
+
+@pytest.mark.parametrize(
+    ("row", "columns", "expected"),
+    [
+        ({"instruction": "Add.", "input": "2 and 3", "output": "5"}, {}, ("Add.", "2 and 3", "5")),
+        ({"instruction": "Name one.", "input": "", "output": "red"}, {}, ("Name one.", "", "red")),
+        ({"instruction": "Name one.", "input": None, "output": "red"}, {}, ("Name one.", "", "red")),
+        ({"instruction": "Name one.", "output": "red"}, {}, ("Name one.", "", "red")),
+        ({"instruction": "What is left?", "output": 0}, {}, ("What is left?", "", "0")),
+        ({"instruction": "Is it?", "output": False}, {}, ("Is it?", "", "False")),
+        (
+            {"prompt": "Name one.", "completion": "red", "context": "warm"},
+            {"instruction": "prompt", "output": "completion", "input": "context"},
+            ("Name one.", "warm", "red"),
+        ),
+    ],
+)
+def test_instruction_rows(
+    tmp_path: Path, row: dict[str, Any], columns: dict[str, str], expected: tuple[str, str, str]
+) -> None:
+    assert examples_of(tmp_path, [row], columns=columns) == [Example("instruction", *expected)]
+
+
+@pytest.mark.parametrize(
+    ("row", "columns", "expected"),
+    [
+        (ARC, {}, "carbon dioxide"),
+        # The key "1" of a row that is labelled 1 to 4 is its first choice, not its second.
+        (ARC | {"choices": {"text": ["a", "b"], "label": ["1", "2"]}, "answerKey": "1"}, {}, "a"),
+        ({"question": "Is it?", "choices": ["no", "yes"], "answer": 1}, {}, "yes"),
+        ({"question": "Is it?", "choices": ["no", "yes"], "answer": 0, "answerKey": "B"}, {}, "no"),
+        ({"goal": "How?", "sol1": "first", "sol2": "second", "label": 1}, PIQA, "second"),
+        ({"goal": "How?", "sol1": "first", "sol2": "second", "label": "0"}, PIQA, "first"),
+        ({"goal": "How?", "sol1": "first", "sol2": "second", "label": "B"}, PIQA, "second"),
+        ({"question": "How many?", "endings": [10, 11, 12], "answer": "C"}, {"choices": "endings"}, "12"),
+        ({"question": "How many?", "endings": [10, 11, 12], "answer": 2}, {"choices": "endings"}, "12"),
+    ],
+)
+def test_multiple_choice_layouts(tmp_path: Path, row: dict[str, Any], columns: dict[str, Any], expected: str) -> None:
+    (found,) = examples_of(tmp_path, [row], format="multiple_choice", columns=columns)
+    assert (found.format, found.response) == ("multiple_choice", expected)
+
+
+@pytest.mark.parametrize("answer", ["E", 4, -1, "", "carbon dioxide"])
+def test_an_answer_that_is_no_choice_is_refused(tmp_path: Path, answer: int | str) -> None:
+    with pytest.raises(UserError, match=r"`data\.train\.0\.columns\.answer`.*A, B, C, D") as caught:
+        examples_of(tmp_path, [ARC | {"answerKey": answer}], format="multiple_choice")
+    assert repr(answer) in str(caught.value)
+
+
+def test_every_file_type_reads_the_same(tmp_path: Path) -> None:
+    import datasets
+
+    rows = [{"instruction": f"Say {number}.", "output": str(number)} for number in range(3)]
+    datasets.Dataset.from_list(rows).to_parquet(tmp_path / "rows.parquet")
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    for name, separator in (("rows.csv", ","), ("rows.tsv", "\t")):
+        lines = [separator.join(("instruction", "output")), *(separator.join(row.values()) for row in rows)]
+        (tmp_path / name).write_text("\n".join(lines))
+    expected = examples_of(tmp_path, rows)
+    for name in ("rows.parquet", "rows.json", "rows.csv", "rows.tsv"):
+        assert examples_in(tmp_path / name) == expected
+    (tmp_path / "plain.txt").write_text("The first line.\nThe second.\n")
+    assert [each.response for each in examples_in(tmp_path / "plain.txt", format="text")] == [
+        "The first line.",
+        "The second.",
+    ]
+
+
+def test_table_cells_stay_text(tmp_path: Path) -> None:
+    """Numbers, "NA" and empty cells too, and a word that follows ten thousand numbers."""
+    cells = ["007", "1.50", "None", "NA", "", "two\nlines", 'a "word", quoted', *["1"] * 11_000, "nine"]
+    with (tmp_path / "rows.csv").open("w", encoding="utf-8-sig", newline="") as file:
+        table = csv.writer(file)
+        table.writerow(["prompt", "answer"])
+        table.writerows((f"Say {position}.", cell) for position, cell in enumerate(cells))
+    found = examples_in(tmp_path / "rows.csv", columns={"instruction": "prompt", "output": "answer"})
+    assert [example.response for example in found] == cells
+
+
+def test_a_table_may_have_columns_without_a_name(tmp_path: Path) -> None:
+    (tmp_path / "rows.CSV").write_text(",instruction,output,\n0,Say it.,it,\n\n1,Say no.,no,\n")
+    found = examples_in(tmp_path / "rows.CSV")
+    assert [(example.prompt, example.response) for example in found] == [("Say it.", "it"), ("Say no.", "no")]
+
+
+def test_limit_and_split_take_the_first_rows(tmp_path: Path) -> None:
+    rows = [{"instruction": f"Say {number}.", "output": str(number)} for number in range(10)]
+    assert [example.response for example in examples_of(tmp_path, rows, limit=3)] == ["0", "1", "2"]
+    assert [example.response for example in examples_of(tmp_path, rows, split="train[4:6]")] == ["4", "5"]
+    assert len(examples_of(tmp_path, rows, limit=99)) == 10
+
+
+def test_several_sources_are_joined_in_order(tmp_path: Path) -> None:
+    first = DataSource(source=rows_file(tmp_path, [{"text": "one"}], "a.jsonl"), format="text")
+    second = DataSource(source=rows_file(tmp_path, [ARC], "b.jsonl"), format="multiple_choice")
+    assert [each.response for each in load_examples([first, second], "data.train")] == ["one", "carbon dioxide"]
+
+
+@pytest.mark.parametrize("split", ["train[5:9]", "test"])
+def test_a_split_that_is_not_there_is_named(tmp_path: Path, split: str) -> None:
+    with pytest.raises(UserError, match=r"`data\.train\.0\.split`: .*rows\.jsonl.*name another part") as caught:
+        examples_of(tmp_path, [ARC], format="multiple_choice", split=split)
+    assert split in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("row", "source", "message"),
+    [
+        (
+            {"prompt": "Say it.", "completion": "it"},
+            {},
+            "`data.train.0.columns.instruction`: the data have no column instruction; they have prompt, completion; "
+            "name yours with, for example, `columns: {instruction: prompt}`",
+        ),
+        ({"instruction": "a", "output": "b"}, {"columns": {"input": "context"}}, "no column context"),
+        (
+            {"text": "a"},
+            {"format": "text", "columns": {"question": "text"}},
+            "names question; rows of format text have the columns text",
+        ),
+    ],
+)
+def test_columns_that_are_not_there(tmp_path: Path, row: dict[str, Any], source: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError) as caught:
+        examples_of(tmp_path, [row], **source)
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("gone.jsonl", None, "does not exist"),
+        ("rows.xlsx", "PK", "give a .jsonl, .json, .parquet, .csv, .tsv or .txt file"),
+        ("torn.csv", "instruction,output\na,b\na,b,c\n", "line 3 has 3 cells, its header 2 (instruction, output)"),
+        (
+            "short.csv",
+            "instruction,input,output\na,b\n",
+            "line 2 has 2 cells, its header 3 (instruction, input, output): an empty cell has its ','",
+        ),
+        ("latin.csv", b"instruction,output\na,b\ncaf\xe9,b\n", "line 3 is no UTF-8: save the file as UTF-8"),
+        ("open.tsv", 'instruction\toutput\na\t"b\nc\td\n', "line 2: unexpected end of data"),
+        ("merged.tsv", 'instruction\toutput\na\t"b\nc\td\ne\tf" g\n', "a cell that begins with a double quote"),
+        ("twice.csv", "instruction,output,output\na,b,c\n", "two of its columns are called 'output'"),
+        ("semicolons.csv", "instruction;output\na;b\n", "in a .csv file commas separate the cells"),
+        ("empty.csv", "\n\n", "no row under its header"),
+        ("header.csv", "instruction,output\n", "no row under its header"),
+        ("broken.jsonl", '{"instruction": "a", "outp', "line 1 is no JSON: Unterminated string"),
+        (
+            "second.jsonl",
+            '{"instruction": "a", "output": "b"}\n\n{"output": }\n',
+            "line 3 is no JSON: Expecting value at column 12",
+        ),
+        ("list.jsonl", '{"instruction": "a", "output": "b"}\n["a"]\n', "line 2 is no JSON object"),
+        ("broken.parquet", "not parquet", "no rows can be read"),
+        ("rows.csv", "Say it.,it\nSay that.,that\n", "the first line of the file says: it is the header"),
+    ],
+)
+def test_a_broken_file_is_named(tmp_path: Path, name: str, content: str | bytes | None, message: str) -> None:
+    path = tmp_path / name
+    if content is not None:
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(UserError, match=r"`data\.train\.0\.") as caught:
+        examples_in(path)
+    assert message in str(caught.value)
+    assert str(path) in str(caught.value) or name == "rows.csv"
+
+
+@pytest.mark.parametrize(
+    "same", ["which gas do plants take in", "Which gas do plants take in?!", "  Which  gas, do plants TAKE in ?"]
+)
+def test_punctuation_and_case_hide_no_shared_row(same: str) -> None:
+    splits = {"data.train": [normalized("Which gas do plants take in?")], "evaluate.tasks": [normalized(same)]}
+    with pytest.raises(UserError, match=r"data\.train and evaluate\.tasks share 1 row,.*which gas do plants take in"):
+        check_disjoint(splits)
+
+
+def test_all_pairs_of_splits_are_compared() -> None:
+    with pytest.raises(UserError, match="b and c share 1"):
+        check_disjoint({"a": ["one", "two"], "b": ["three"], "c": ["four", "three"]})
+    check_disjoint({"a": ["one", "one"], "b": ["two"], "c": [""], "d": [""]})
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ("Which gas do plants take in?", "Which gas do plants give off?"),
+        ("What is 7 + 5?", "What is 7 * 5?"),
+        ("What is C++?", "What is C#?"),
+        ("Что это?", "Кто это?"),
+    ],
+)
+def test_different_questions_are_different_rows(one: str, other: str) -> None:
+    check_disjoint({"train": [normalized(one)], "test": [normalized(other)]})
+
+
+def test_what_identifies_a_row() -> None:
+    add = [Example("instruction", "Add them.", context, "x").identity for context in ("2 and 3", "4 and 5")]
+    assert add[0] != add[1]
+    assert Example("text", "", "", "Some words.").identity == normalized("some words")
+    question = [Example("multiple_choice", "Why?", "", response).identity for response in ("a", "b")]
+    assert question[0] == question[1]

@@ -1,0 +1,34 @@
+"""A few real steps of a family's shapes, cut ones too, are timed without a weight of the model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from conftest import raw_config, with_key
+from tiny_families import family_model, kept_of
+
+from qpruner.config.load import validate_config
+from qpruner.config.schema import LoraConfig
+from qpruner.estimate.step_times import measure, packing_operations
+from qpruner.plans.plan import LinearShape
+from qpruner.pruning.surgery import cut
+
+
+@pytest.mark.parametrize("name", ["gemma2", "opt", "phi3"])
+def test_a_cut_model_of_the_family_is_timed(name: str) -> None:
+    """Layers of two kinds, a family with biases and one with fused projections; how long it takes is the machine's."""
+    raw = raw_config(Path("a-model"), Path("a-run"))
+    for key, value in {"data.max_length": 16, "lora.dropout": 0.1, "training.gradient_checkpointing": True}.items():
+        raw = with_key(raw, key, value)
+    config = cut(family_model(name), kept_of(name)).config
+    linear = LinearShape("layer", 128, 64)
+    times = measure(validate_config(raw), config, linear, share_high=0.5, share_labelled=0.25, threads=1)
+    assert times.scoring > 0 and times.training > 0 and times.packing_rate > 0
+    assert config.num_hidden_layers == 3, "the config is not changed"
+
+
+def test_packing_counts_levels_and_iterations() -> None:
+    once = packing_operations(10, 20, LoraConfig(), 1)
+    assert packing_operations(10, 20, LoraConfig(loftq_iterations=3), 2) == 6 * once
+    assert packing_operations(100, 200, LoraConfig(svd="exact"), 1) == 10 * 100 * 100 * 200

@@ -1,0 +1,298 @@
+"""`qpruner generate`: every model of a run, and of a folder, answers what transformers has it answer."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import re
+import shlex
+import shutil
+import socket
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from click.testing import CliRunner, Result
+from conftest import raw_config
+from mixed_models import finished_run
+from object_store import object_store, talk_to
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import qpruner.hf  # noqa: F401
+from qpruner.cli.flow_verbs import where_next
+from qpruner.cli.main import main
+from qpruner.cli.model_verbs import printable
+from qpruner.data.encoding import alpaca_prompt
+from qpruner.errors import UserError
+from qpruner.export.forms import export
+from qpruner.export.generate import Sampling, sources
+from qpruner.runs.lock import hold_run
+from qpruner.runs.records import PrepareRecord, RunState
+from qpruner.runs.run_dir import RunDir
+from qpruner.runs.storage import bucket as objects
+from qpruner.runs.storage import put_folder
+
+PROMPT = "Question: which of these"
+GREEDY = Sampling(max_tokens=12, temperature=0.0, seed=0)
+
+
+@pytest.fixture(scope="module")
+def lively(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny model with layers that count: as it is, it repeats the last token for ever."""
+    folder = Path(shutil.copytree(tiny_model, tmp_path_factory.mktemp("lively") / "model"))
+    scale_layers(folder, 40)
+    return folder
+
+
+def scale_layers(folder: Path, factor: float) -> None:
+    """Change what every block adds."""
+    weights = load_file(folder / "model.safetensors")
+    for name in weights:
+        if name.endswith(("down_proj.weight", "o_proj.weight")):
+            weights[name] *= factor
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+
+
+@pytest.fixture(scope="module")
+def run(lively: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run with its three models, all different."""
+    root = finished_run(lively, tmp_path_factory.mktemp("talk") / "run")
+    pruned = Path(shutil.copytree(lively, root / "prune"))
+    scale_layers(pruned, -0.5)
+    folder = RunDir(root)
+    folder.write_record(
+        "prepare",
+        PrepareRecord(digest="d", seconds=1.0, model_path=str(lively), converted=False, num_rows={}),
+    )
+    folder.write_state(
+        RunState(
+            config=raw_config(lively, root),
+            until="report",
+            command="qpruner run config.yaml",
+            folder=str(lively.parent),
+            environment={},
+            host=socket.gethostname(),
+            pid=1,
+            started=0.0,
+            updated=0.0,
+            outcome="done",
+        )
+    )
+    return root
+
+
+def command(*arguments: object) -> Result:
+    return CliRunner().invoke(main, [str(argument) for argument in arguments])
+
+
+def answers(*arguments: object) -> dict[str, str]:
+    """What `generate` has each model say to the one prompt."""
+    told = command("generate", *arguments, "--prompt", PROMPT, "--max-tokens", 12, "--json")
+    assert told.exit_code == 0, told.output
+    return {answer["model"]: answer["text"] for answer in json.loads(told.stdout)["answers"]}
+
+
+@functools.cache
+def plain(folder: Path) -> Any:
+    """A model, or a peft export, as transformers and peft load it."""
+    if not (folder / "base").is_dir():
+        return AutoModelForCausalLM.from_pretrained(folder)
+    return PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(folder / "base"), folder)
+
+
+def expected(folder: Path, prompt: str = PROMPT) -> str:
+    """What plain transformers makes of it, greedily."""
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
+    model = plain(folder)
+    written = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, do_sample=False)
+    return str(tokenizer.decode(written[0, ids.shape[1] :], skip_special_tokens=True))
+
+
+def test_every_model_of_a_run_answers_as_in_transformers(run: Path, lively: Path) -> None:
+    said = answers(run)
+    assert said == {
+        "base": expected(lively),
+        "pruned": expected(run / "prune"),
+        "final": expected(run / "final"),
+    }
+    assert len(set(said.values())) == 3
+    assert list(answers(run, "--which", "final,base")) == ["final", "base"]
+
+
+def test_loading_is_reported_beside_the_answers(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of dense and quantized models; what a program reads has nothing of it."""
+    monkeypatch.setattr("qpruner.cli.terminal.SILENCE_SECONDS", 0.0)
+    done = command("generate", run, "--prompt", PROMPT, "--max-tokens", 2, "--json")
+    counts = re.findall(r"\[generate\] loading weights: (\d+) of (\d+)\n", done.stderr)
+    assert [loaded == total for loaded, total in counts].count(True) == 4, "the adapter by itself"
+    json.loads(done.stdout)
+
+
+def test_a_folder_stands_alone(run: Path, lively: Path, tmp_path: Path) -> None:
+    assert answers(lively) == {lively.name: expected(lively)}
+    export(RunDir(run), "peft", tmp_path / "peft")
+    assert answers(tmp_path / "peft") == {"peft": expected(tmp_path / "peft")}
+
+
+def test_prompts_of_a_file_are_answered_in_turn(run: Path, lively: Path, tmp_path: Path) -> None:
+    file = tmp_path / "prompts.txt"
+    file.write_text(f"{PROMPT}\n\nAnswer: the\n")
+    told = command("generate", run, "--which", "base,final", "--file", file, "--max-tokens", 12)
+    assert told.exit_code == 0, told.output
+    places = [
+        told.stdout.index(text)
+        for text in (
+            f"> {PROMPT}\n[base]\n{printable(expected(lively))}\n[final]\n",
+            f"[final]\n{printable(expected(run / 'final'))}\n> Answer: the\n",
+            f"[base]\n{printable(expected(lively, 'Answer: the'))}\n[final]\n",
+        )
+    ]
+    assert places == sorted(places)
+
+
+def test_draws_depend_on_the_seed_alone(lively: Path) -> None:
+    [source] = sources(lively, ())
+    talker = source.load()
+    cold, once, again, other = (
+        talker.answer(PROMPT, Sampling(12, temperature, seed)).text
+        for temperature, seed in ((0, 1), (1, 1), (1, 1), (1, 2))
+    )
+    assert once == again
+    assert len({cold, once, other}) == 3
+
+
+def test_a_chat_template_is_used_where_there_is_one(lively: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(lively, tmp_path / "instruct"))
+    (folder / "chat_template.jinja").write_text(
+        "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}\n{% endfor %}"
+        "{% if add_generation_prompt %}<assistant>{% endif %}"
+    )
+    [source] = sources(folder, ())
+    generator = source.load()
+    assert generator.answer("which", GREEDY).text == expected(lively, "<user>which\n<assistant>")
+    plain = generator.answer("which", replace(GREEDY, template="none"))
+    assert plain.text == expected(lively, "which"), "as it is, whatever the tokenizer has"
+    told = command("generate", folder, "--prompt", "which", "--max-tokens", 12, "--template", "alpaca", "--json")
+    (answer,) = json.loads(told.stdout)["answers"]
+    assert answer["text"] == expected(lively, alpaca_prompt("which")) != plain.text
+
+
+def test_an_answer_ends_where_the_model_ends_it(lively: Path, tmp_path: Path) -> None:
+    """The model's own generation_config.json names another end than the tokenizer: both count."""
+    [source] = sources(lively, ())
+    plain = source.load().answer(PROMPT, GREEDY).text
+    folder = Path(shutil.copytree(lively, tmp_path / "ending"))
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    third = tokenizer(plain)["input_ids"][2]
+    settings = json.loads((folder / "generation_config.json").read_text())
+    (folder / "generation_config.json").write_text(json.dumps(settings | {"eos_token_id": [third]}))
+    [ending] = sources(folder, ())
+    said = ending.load().answer(PROMPT, GREEDY)
+    assert said.ended == "end" and said.num_tokens <= 3
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["--prompt", "x", "--which", "finl"], "did you mean `final`?"),
+        (["--prompt", " "], "`--prompt` is empty"),
+        ([], "give `--prompt TEXT`, or `--file FILE`"),
+        (["--file", "/nowhere/prompts"], "name a text file in UTF-8"),
+        (["--prompt", "word " * 300], "the model's context 256: shorten the prompt"),
+    ],
+)
+def test_what_cannot_be_answered_says_what_to_do(run: Path, arguments: list[str], told: str) -> None:
+    done = command("generate", run, *arguments)
+    assert done.exit_code == 2, done.output
+    assert told in done.stderr
+
+
+def test_models_that_are_not_there_or_damaged(run: Path, lively: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(run, tmp_path / "run"))
+    shutil.rmtree(copy / "final")
+    assert [source.name for source in sources(copy, ())] == ["base", "pruned"]
+    asked = ("--prompt", PROMPT, "--max-tokens", 2)
+    assert "final: not there yet; `qpruner run` makes them" in command("generate", copy, *asked).stderr
+    assert "not there yet" not in command("generate", copy, *asked, "--which", "base").stderr
+    with pytest.raises(UserError, match="repeat `qpruner run` to make it; `--which base,pruned` is there"):
+        sources(copy, ["final"])
+    weights = copy / "prune" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1])
+    with pytest.raises(UserError, match=r"the pruned model: weight file \S+ is truncated or damaged"):
+        sources(copy, ())
+    with pytest.raises(UserError, match="`--which` chooses among the models of a run"):
+        sources(lively, ["final"])
+    with pytest.raises(UserError, match="name a run folder, or a model's"):
+        sources(tmp_path / "nothing", ())
+    with pytest.raises(UserError, match=r"has no config\.json"):
+        sources(tmp_path, ())
+
+
+def test_a_copied_run_finds_the_base_model_it_wrote(run: Path, lively: Path, tmp_path: Path) -> None:
+    """The folder of the run that made it is gone, or another run's by now."""
+    copy = Path(shutil.copytree(run, tmp_path / "renamed"))
+    base = Path(shutil.copytree(lively, copy / "prepare" / "model"))
+    folder = RunDir(copy)
+    prepared = folder.read_record("prepare", PrepareRecord)
+    assert prepared
+    for recorded in (str(lively), str(tmp_path / "gone" / "prepare" / "model"), "prepare/model"):
+        folder.write_record("prepare", prepared.model_copy(update={"model_path": recorded, "converted": True}))
+        assert [source.folder for source in sources(copy, ["base"])] == [base]
+
+
+def test_a_driver_at_work_is_a_warning(run: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(run, tmp_path / "run"))
+    asked = (
+        ("generate", copy, "--prompt", PROMPT, "--max-tokens", 2, "--json"),
+        ("export", copy, "--to", "peft", "--out", tmp_path / "peft", "--json"),
+    )
+    warning = f"warning: process {os.getpid()} on {socket.gethostname()} works on {copy}, whose models may be replaced"
+    with hold_run(copy, print):
+        for arguments in asked:
+            told = command(*arguments)
+            assert told.exit_code == 0, told.output
+            assert warning in told.stderr and "warning" not in told.stdout
+    assert "warning" not in command(*asked[0]).stderr
+
+
+@pytest.mark.parametrize("uri", ["s3://AKIAKEY:HUSH/WORD@bucket/run", "s3://bucket/run?secret_key=HUSHWORD"])
+def test_a_key_in_a_uri_is_not_repeated(uri: str) -> None:
+    told = command("generate", uri, "--prompt", PROMPT)
+    assert told.exit_code == 2 and "URI" in told.stderr
+    assert not [word for word in ("HUSH", "WORD", "AKIAKEY") if word in told.output]
+
+
+def test_the_commands_named_for_a_run_at_a_uri_work(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the last line of the run, and by the verbs that take folders alone."""
+    with object_store() as store:
+        talk_to(store, monkeypatch)
+        monkeypatch.setenv(objects.CACHE, str(tmp_path / "cache"))
+        there = RunDir(f"{store.uri('run')}?endpoint_override={store.environment['AWS_ENDPOINT_URL']}")
+        for name in ("final", "prepare/data/confirmation"):
+            put_folder(run / name, there.root / name)
+        bring, generate = re.findall("`qpruner ((?:export|generate) [^`]*)`", where_next(there.root))
+        for line in (bring, generate):
+            words = {"FOLDER": tmp_path / "brought", "TEXT": PROMPT}
+            told = command(*(words.get(word, word) for word in shlex.split(line)))
+            assert told.exit_code == 0, told.output
+        assert printable(expected(tmp_path / "brought")).strip() in told.stdout
+        refused = command("generate", there.address, "--prompt", PROMPT)
+        assert refused.exit_code == 2 and f"`qpruner {bring}` brings its final model here" in refused.stderr
+
+
+def test_a_pickled_adapter_is_not_read(run: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(run / "final", tmp_path / "final"))
+    torch.save(load_file(folder / "adapter_model.safetensors"), folder / "adapter_model.bin")
+    (folder / "adapter_model.safetensors").unlink()
+    with pytest.raises(UserError, match="pickled adapters are not read"):
+        sources(folder, ())
+
+
+def test_control_characters_are_replaced() -> None:
+    assert printable("a\tb\nc\x1b]0;x\x07\x9b1m\r") == "a\tb\nc\ufffd]0;x\ufffd\ufffd1m\ufffd"

@@ -1,0 +1,106 @@
+"""A run that has got as far as the sensitivities, searches that might have followed, and what later stages report.
+
+`tests/conftest.py` loads the fixtures.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import raw_config, with_key
+from made_records import made_confirmation, made_search
+
+from qpruner.config.load import validate_config
+from qpruner.pipeline import preflight
+from qpruner.pipeline.context import Context
+from qpruner.pipeline.flow import recorded
+from qpruner.pipeline.run import run
+from qpruner.pipeline.table_rows import Row, candidates_for, table_rows
+from qpruner.plans.plan import PrecisionPlan
+from qpruner.runs.events import Event, Message, Progress
+from qpruner.runs.records import Record, SearchRecord
+from qpruner.runs.run_dir import RunDir
+
+
+def ignore(event: Event) -> None:
+    """Nobody watches."""
+
+
+def searched_record(plan: PrecisionPlan, losses: dict[str, float] | None = None) -> SearchRecord:
+    """A search that ended with `plan`; `losses` are those of its confirmed controls."""
+    fresh = enumerate((losses or {"seed-fisher": 2.0}).items())
+    confirmations = tuple(made_confirmation(index, origin, loss) for index, (origin, loss) in fresh)
+    return made_search(plan.as_dict(), digest="0" * 16, confirmations=confirmations, best_control=0)
+
+
+def with_winner(context: Context, winner: PrecisionPlan, losses: dict[str, float] | None = None) -> Context:
+    """The run once a search has ended with `winner`."""
+    return with_records(context, search=searched_record(winner, losses))
+
+
+def with_records(context: Context, **records: Record) -> Context:
+    return replace(context, records=context.records.model_copy(update=records))
+
+
+def a_winner(context: Context) -> PrecisionPlan:
+    """A plan that is no control."""
+    return context.space.plan_of([0, 1, 1, 0, 0, 1, 0, 0])
+
+
+def told(events: Sequence[Event], stage: str) -> list[str]:
+    """Which rows a stage worked on."""
+    messages = [event.text for event in events if isinstance(event, Message) and event.stage == stage]
+    return [text.partition(":")[0] for text in messages]
+
+
+def progress_of(events: Sequence[Event], stage: str) -> dict[str, list[tuple[int, int]]]:
+    """What a stage counted, and how far it was."""
+    found: dict[str, list[tuple[int, int]]] = {}
+    for event in events:
+        if isinstance(event, Progress) and event.stage == stage:
+            found.setdefault(event.detail, []).append((event.done, event.total))
+    return found
+
+
+def rows_of(context: Context, winner: PrecisionPlan, losses: dict[str, float] | None = None) -> dict[str, Row]:
+    return {row.name: row for row in table_rows(with_winner(context, winner, losses))}
+
+
+def folders(context: Context, rows: dict[str, Row]) -> dict[tuple[str, int], Path]:
+    """By row and training seed; of several random plans the last."""
+    wanted = [(name, plan.as_dict(), seed) for name, row in rows.items() for seed, plan in row.plans]
+    found = candidates_for(context, wanted)
+    return {(name, seed): job.folder for (name, _, seed), job in zip(wanted, found, strict=True)}
+
+
+@pytest.fixture(scope="session")
+def sensed_raw(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """A configuration whose run has got as far as the sensitivities."""
+    raw = raw_config(tiny_model, tmp_path_factory.mktemp("finish") / "run")
+    for key, value in (
+        ("sensitivity.methods", ["mutual_information", "fisher"]),
+        ("finetune.seeds", 3),
+        ("finetune.random_plans", 3),
+        ("evaluate.limit", 2),
+    ):
+        raw = with_key(raw, key, value)
+    run(validate_config(raw), ignore, until="sensitivity")
+    return raw
+
+
+@pytest.fixture(scope="session")
+def context(sensed_raw: dict[str, Any]) -> Context:
+    config = validate_config(sensed_raw)
+    context = Context(config, RunDir(Path(config.output)), ignore, None, preflight.inspect(config))
+    recorded(context)
+    return with_winner(context, a_winner(context))
+
+
+@pytest.fixture
+def changed(sensed_raw: dict[str, Any], context: Context) -> Callable[[str, Any], Context]:
+    """The same run with another configuration."""
+    return lambda key, value: replace(context, config=validate_config(with_key(sensed_raw, key, value)))

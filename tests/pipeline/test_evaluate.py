@@ -1,0 +1,101 @@
+"""The held-out evaluation: the GPU seconds that it counts, and the text that perplexity is measured on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import with_key
+from searched_runs import ignore, with_winner
+
+from qpruner.config.load import validate_config
+from qpruner.data.encoding import load_encoded
+from qpruner.pipeline import preflight
+from qpruner.pipeline.comparison import Comparison
+from qpruner.pipeline.context import Context
+from qpruner.pipeline.evaluate import Evaluate, held_out_text
+from qpruner.pipeline.finetune import Finetune
+from qpruner.pipeline.flow import run_stage
+from qpruner.pipeline.run import run
+from qpruner.pipeline.table_rows import (
+    gpus_held,
+    untuned_candidates,
+)
+from qpruner.runs.records import (
+    Inference,
+    InferenceSetting,
+    TaskScore,
+)
+from qpruner.runs.run_dir import RunDir
+from qpruner.training.table_rows import Evaluation, FinetuneOutcome, evaluate_candidate, finetune_candidate
+
+
+def test_gpu_seconds_of_each_job_are_counted_once(
+    context: Context, changed: Callable[[str, Any], Context], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two rows that are one model count once; the work is made up, and a job holds half a GPU for 8 seconds."""
+    winner = context.space.uniform(8)  # a control
+    context = with_winner(changed("training.learning_rate", 0.003), winner)
+    context.__dict__["trial_resources"] = {"cpu": 1.0, "gpu": 0.5}
+
+    def run_tasks(function: Any, jobs: Sequence[Any], resources: dict[str, float], *_: Any, **more: Any) -> Any:
+        assert resources["gpu"] == 0.5
+        for position, job in enumerate(jobs):
+            if function is finetune_candidate:
+                (job.candidate.adapter).mkdir(parents=True)
+                (job.candidate.adapter / "adapter_model.safetensors").touch()
+                yield position, FinetuneOutcome(8.0, 4, 2.0, 2.0, 2.0, (2.0,), 1, 1, "rss", "")
+            elif function is evaluate_candidate:
+                scores = (TaskScore(task="arc", metric="acc", value=0.5, stderr=0.5, num_questions=1, correct=(1.0,)),)
+                yield position, Evaluation(scores, None, 8.0)
+            else:
+                more["on_held"](100.0)
+                setting = InferenceSetting(device="a GPU", prompt_tokens=1, new_tokens=1, memory_counter="rss")
+                taken = Inference(memory_bytes=1, prefill_tokens_per_second=(1.0,), decode_tokens_per_second=(1.0,))
+                yield position, (setting, [taken] * len(job.candidates))
+
+    monkeypatch.setattr("qpruner.cluster.tasks.run_tasks", run_tasks)
+    monkeypatch.setattr(Context, "task_resources", lambda own, tasks, workers=1: (own.trial_resources, 1))
+    monkeypatch.setattr("qpruner.pipeline.finetune.write_final", lambda job, cache, emit: None)
+    try:
+        for stage in (Finetune, Evaluate, Comparison):
+            run_stage(stage(context))
+        records = context.records
+        tuned, scored, compared = records.finetune, records.evaluate, records.comparison
+        assert tuned and scored and compared
+        assert [each.gpu_seconds for each in tuned.candidates] == [4.0]
+        assert tuned.gpu_seconds == pytest.approx(4.0, abs=0.1)
+        untuned = len(untuned_candidates(context, winner.as_dict()))
+        assert scored.gpu_seconds == pytest.approx(4.0 * (1 + untuned) + 100.0, abs=0.1)
+        others = len({each.digest for each in compared.candidates}) - 1
+        assert others < len(compared.candidates) - 1
+        assert compared.gpu_seconds == pytest.approx(2 * 4.0 * others + 100.0, abs=0.1), "the winner's are told"
+        assert gpus_held(context, 2) == 2.0, "workers of one model have whole GPUs"
+    finally:
+        for stage in (Finetune, Evaluate, Comparison):
+            context.run_dir.forget(stage.name)
+
+
+def test_the_text_is_described(sensed_raw: dict[str, Any], tmp_path: Path) -> None:
+    """Answers to questions are none; responses are, and so is a text that is named."""
+    source = "package:qpruner/demo/data"
+    text = {"source": f"{source}/questions_test.jsonl", "format": "text", "columns": {"text": "question"}}
+    instructions = {"source": f"{source}/instructions.jsonl", "limit": 16}
+
+    def found(name: str, **keys: Any) -> tuple[str | None, Path | None]:
+        changed = with_key(sensed_raw, "output", str(tmp_path / name))
+        for key, value in keys.items():
+            changed = with_key(changed, key.replace("__", "."), value)
+        config = validate_config(changed)
+        run(config, ignore, until="prune")
+        own = Context(config, RunDir(Path(config.output)), ignore, None, preflight.inspect(config))
+        return held_out_text(own, tmp_path / f"{name}-text")
+
+    assert found("questions") == (None, None)
+    told, folder = found("text", evaluate__text=[text])
+    assert folder and told == f"`evaluate.text` in {len(load_encoded(folder))} windows of 64 tokens"
+    told, folder = found("responses", data__confirmation=[instructions], data__max_length=256)
+    assert folder and told == f"the responses of the {len(load_encoded(folder))} confirmation rows that chose nothing"
+    assert len(load_encoded(folder)) == 8, "half of 16"

@@ -1,0 +1,282 @@
+"""The winner's fine-tune and the rows beside it: nothing is trained twice, and the final folder is the winner's."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import disk_of, flip_a_byte, with_key
+from searched_runs import a_winner, folders, progress_of, rows_of, told, with_winner
+
+from qpruner.config.load import validate_config
+from qpruner.errors import CorruptFile, StageError
+from qpruner.pipeline.comparison import Comparison
+from qpruner.pipeline.context import Context
+from qpruner.pipeline.evaluate import Evaluate, scores_digest
+from qpruner.pipeline.finetune import Finetune, finetune_jobs, row_set_aside_if_damaged
+from qpruner.pipeline.flow import run_stage
+from qpruner.pipeline.table_rows import (
+    candidates_for,
+    untuned_candidates,
+)
+from qpruner.runs.events import Event, StageSkipped
+from qpruner.runs.records import (
+    CandidateRecord,
+    EvalRecord,
+    FinetuneRecord,
+    RowScores,
+    TaskScore,
+)
+from qpruner.runs.run_dir import RunDir
+from qpruner.runs.storage import file_digest, write_json
+
+
+@pytest.mark.parametrize("settings", [{"seeds": 5}, {"compare": False, "random_plans": 1}], ids=str)
+def test_the_comparison_changes_nothing_of_the_winner(
+    settings: dict[str, Any], context: Context, changed: Callable[[str, Any], Context]
+) -> None:
+    """`finetune` and `evaluate` of a finished run stay recorded when a comparison is added or taken away."""
+    other = changed("finetune", {"steps": 4} | settings)
+    assert Finetune(context).digest == Finetune(other).digest
+
+
+def test_the_fine_tune_says_why_its_loss_is_not_the_trials(context: Context) -> None:
+    """It may be 0.3 worse than as a trial, after as many steps."""
+    assert (
+        Finetune(context)
+        .detail()
+        .endswith(", under another training seed than the trials', so its loss is not that of a trial")
+    )
+
+
+@pytest.mark.slow
+def test_an_interrupted_comparison_is_completed(context: Context, changed: Callable[[str, Any], Context]) -> None:
+    """All fine-tunes but one were recorded before; what is recorded stands when seeds are taken away."""
+    events: list[Event] = []
+    one_plan, two_seeds = {"steps": 4, "random_plans": 1}, {"steps": 4, "random_plans": 1, "seeds": 2}
+    whole, fewer = (replace(changed("finetune", each), emit=events.append) for each in (one_plan, two_seeds))
+    jobs = folders(whole, rows_of(whole, a_winner(context)))
+    seeds = {folder: seed for (_, seed), folder in jobs.items()}
+    recorded = sorted(set(seeds) - {jobs["random", 2]})
+    for number, folder in enumerate(recorded):
+        (folder / "adapter").mkdir(parents=True)
+        (folder / "adapter" / "adapter_model.safetensors").touch()
+        write_json(folder / "record.json", a_record(folder, seeds[folder], 2.0 + number))
+    (recorded[0] / "checkpoints" / "checkpoint-4").mkdir(parents=True)  # its driver was killed just then
+
+    def finetune_all(context: Context) -> list[CandidateRecord]:
+        events.clear()
+        return finetune_jobs(context, "comparison", Comparison(context).jobs)
+
+    try:
+        records = finetune_all(whole)
+        assert not list(whole.run_dir.candidates.glob("*/checkpoints")), "what is recorded is not gone on from"
+        assert told(events, "comparison") == ["random, training seed 2"]
+        counted = progress_of(events, "comparison")
+        assert list(counted) == ["steps"]
+        assert counted["steps"][-1] == (4 * len(set(jobs.values())),) * 2, "those that were recorded are done"
+        assert counted["steps"] == sorted(set(counted["steps"]))
+        assert [(each.name, each.seed) for each in records] == list(jobs)
+        for each in records:
+            folder = jobs[each.name, each.seed]
+            assert folder not in recorded or each.validation_loss == 2.0 + recorded.index(folder)
+
+        weights = jobs["random", 2] / "adapter" / "adapter_model.safetensors"
+        flip_a_byte(weights)
+        mended = finetune_all(whole)
+        assert told(events, "comparison") == ["warning", "random, training seed 2"], "only what was damaged"
+        assert any(f"{weights} is damaged; set aside in " in str(event) for event in events)
+        trained = next(each for each in mended if (each.name, each.seed) == ("random", 2))
+        assert trained.adapter_sha256 == file_digest(weights)
+
+        again = finetune_all(fewer)
+        assert [(each.name, each.seed) for each in again] == [job for job in jobs if job[1] < 3]
+        assert told(events, "comparison") == [], "nothing was trained again"
+    finally:
+        whole.close()
+        for folder in set(jobs.values()):
+            shutil.rmtree(folder)
+
+
+@pytest.mark.slow
+def test_the_winner_is_trained_and_scored_once(context: Context, changed: Callable[[str, Any], Context]) -> None:
+    """Also where its adapter or the final folder is damaged, and where another final model could not be written."""
+    events: list[Event] = []
+    alone = replace(changed("finetune", {"steps": 4}), emit=events.append)
+    [(_, job)] = Finetune(alone).jobs
+    weights, final = (folder / "adapter_model.safetensors" for folder in (job.adapter, alone.run_dir.root / "final"))
+
+    def messages() -> list[str]:
+        events.clear()
+        run_stage(Finetune(alone))
+        return told(events, "finetune")
+
+    try:
+        assert messages() == ["searched, training seed 1"]
+        counted = progress_of(events, "finetune")
+        assert list(counted) == ["steps", "loading weights", "saving weights"]
+        assert all(steps[-1][0] == steps[-1][1] and steps == sorted(set(steps)) for steps in counted.values())
+        flip_a_byte(weights)
+        assert messages() == ["warning", "searched, training seed 1"]
+        written = file_digest(final)
+        flip_a_byte(final)
+        assert messages() == ["warning"] and file_digest(final) == written, "made again, nothing trained"
+        assert messages() == [], "whole again"
+
+        # A command that ends while it writes another final model must not leave the record of the one before.
+        other = with_winner(alone, context.space.uniform(4))
+        (stone := alone.run_dir.root / ".final").touch()
+        with pytest.raises(FileExistsError):
+            run_stage(Finetune(other))
+        assert alone.run_dir.read_record("finetune", FinetuneRecord) is None
+        stone.unlink()
+
+        run_stage(Finetune(alone))
+        scores = (TaskScore(task="arc", metric="acc", value=0.5, stderr=0.5, num_questions=1, correct=(1.0,)),)
+        digest = scores_digest(alone)
+        for each in untuned_candidates(alone, a_winner(context).as_dict()):
+            write_json(
+                each.folder / "scores.json", RowScores(digest=digest, name=each.name, seed=each.seed, scores=scores)
+            )
+        events.clear()
+        run_stage(Evaluate(alone))
+        scored = alone.record(EvalRecord)
+        assert [(row.name, row.seed) for row in scored.rows] == [
+            *(("base", None), ("pruned", None), ("searched", None)),
+            ("searched", 1),
+        ]
+        assert scored.rows[0].scores == scored.rows[1].scores == scored.rows[2].scores == scores
+        assert told(events, "evaluate") == ["searched, training seed 1", "1 model in turns"]
+        counted = progress_of(events, "evaluate")
+        assert counted["answers"][-1] == (32, 32), "of four models, two questions each with four answers"
+        assert counted["memory and tokens a second"][-1] == (3, 3)
+        assert [row.inference is None for row in scored.rows] == [True, True, True, False], (
+            "only what is handed over is timed"
+        )
+        assert scored.text is None and scored.inference, "answers to questions have no perplexity"
+        alone.run_dir.forget("evaluate")
+        run_stage(Evaluate(alone))
+        again_scored = alone.record(EvalRecord)
+        assert [row.scores for row in again_scored.rows] == [row.scores for row in scored.rows]
+        assert told(events, "evaluate")[2:] == ["1 model in turns"], "nothing was scored again"
+        assert told(events, "finetune") == []
+    finally:
+        alone.close()
+
+
+@pytest.mark.slow
+def test_the_final_folder_is_the_recorded_winners(
+    context: Context, changed: Callable[[str, Any], Context], tmp_path: Path
+) -> None:
+    events: list[Event] = []
+    alone = replace(changed("finetune", {"steps": 4}), emit=events.append)
+    first, second = a_winner(context), context.space.uniform(4)
+    root = alone.run_dir.root
+    weights, records = root / "final" / "model.safetensors", root / "records"
+    try:
+        run_stage(Finetune(with_winner(alone, first)))
+        whole = weights.read_bytes()
+        (root / "final" / "README.md").write_text("A card, which comes later.")
+        events.clear()
+        run_stage(Finetune(with_winner(alone, first)))
+        assert [type(event) for event in events] == [StageSkipped]
+
+        flip_a_byte(weights)
+        run_stage(Finetune(with_winner(alone, first)))
+        assert any(f"{weights} is damaged" in str(event) and "set aside in" in str(event) for event in events)
+        assert weights.read_bytes() == whole and told(events, "finetune") == ["warning"], "no row is trained again"
+
+        # Of another winner: ended before its record is written, as by a kill.
+        records.rename(aside := tmp_path / "records")
+        with disk_of("8m", records):
+            shutil.copytree(aside, records, dirs_exist_ok=True)
+            alone.run_dir.forget("finetune")
+            with suppress(OSError), (records / "filler").open("wb", buffering=0) as filler:
+                while filler.write(b"\0" * 4096):
+                    pass
+            with pytest.raises(StageError, match="no space left for"):
+                run_stage(Finetune(with_winner(alone, second)))
+            assert weights.read_bytes() != whole
+            (records / "filler").unlink()
+            run_stage(Finetune(with_winner(alone, first)))
+            assert weights.read_bytes() == whole
+        records.rmdir()
+        aside.rename(records)
+    finally:
+        alone.close()
+
+
+@pytest.mark.slow
+def test_two_workers_fine_tune_what_one_does(
+    changed: Callable[[str, Any], Context], sensed_raw: dict[str, Any]
+) -> None:
+    """Through Ray Train, on packed 4- and 8-bit layers; in bfloat16, whose numbers have three digits, as does what both
+    agree on."""
+    found = {}
+    for workers in (2, 1):
+        whole = with_key(sensed_raw, "training.micro_batch_size", 2)
+        config = validate_config(with_key(whole, "finetune", {"steps": 14, "save_steps": 4, "num_workers": workers}))
+        context = replace(changed("finetune", {"steps": 14}), config=config)
+        plan = a_winner(context)
+        try:
+            run_stage(Finetune(context))
+            (found[workers],) = context.record(FinetuneRecord).candidates
+        finally:
+            context.close()
+        [winner] = candidates_for(context, [("searched", plan.as_dict(), 1)])
+        folder = winner.folder
+        left = sorted(path.name for path in folder.iterdir())
+        assert left == ["adapter", "adapter.files.json", "owner.json", "progress", "record.json"]
+        assert folder.joinpath("progress").read_text() == "14 14"
+        assert not list(context.run_dir.root.glob(".scratch*"))
+        shutil.rmtree(folder)
+        context.run_dir.forget("finetune")
+    one, two = found[1], found[2]
+    assert two.digest == one.digest and two.steps == one.steps == 14
+    assert two.measured_bytes == one.measured_bytes
+    assert two.train_loss == pytest.approx(one.train_loss, rel=1e-3)
+    assert two.validation_loss == pytest.approx(one.validation_loss, rel=1e-3)
+
+
+def test_an_intact_row_is_not_set_aside(tmp_path: Path) -> None:
+    """The machine that could not read it may not see the storage; the row took hours."""
+    run_dir = RunDir(tmp_path)
+    folder = run_dir.candidates / "0123abcd"
+    weights = folder / "adapter" / "adapter_model.safetensors"
+    weights.parent.mkdir(parents=True)
+    weights.write_bytes(b"weights")
+    write_json(folder / "record.json", a_record(folder, 1, 2.0))
+    for is_there, cause in ((True, "seen from the driver's machine it is whole"), (False, "set aside in")):
+        if not is_there:
+            weights.unlink()
+        with pytest.raises(StageError) as caught, row_set_aside_if_damaged(run_dir, "evaluate"):
+            raise CorruptFile(f"adapter {weights} cannot be read", weights)
+        assert cause in caught.value.cause and "repeat the command" in caught.value.remedy
+        assert (folder / "record.json").exists() == is_there
+
+
+def a_record(folder: Path, seed: int, loss: float) -> CandidateRecord:
+    """As an earlier session left it for some row."""
+    return CandidateRecord(
+        digest=folder.name,
+        seconds=1.0,
+        name="",
+        origin="",
+        seed=seed,
+        plan={},
+        plan_bytes=1,
+        measured_bytes=1,
+        mean_bits=4.0,
+        num_parameters=1,
+        steps=4,
+        train_loss=loss,
+        validation_loss=loss,
+        confirmation_loss=loss,
+        peak_memory_bytes=1,
+        memory_counter="rss",
+    )

@@ -1,0 +1,101 @@
+"""The flow is data: one tuple of stages, and no second list of them."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import qpruner
+from qpruner import api
+from qpruner.cli.main import VERBS
+from qpruner.errors import UserError
+from qpruner.pipeline.flow import STAGES, stages_until
+from qpruner.runs.records import Results, RunState
+
+PACKAGE = Path(qpruner.__file__).parent
+NAMES = [stage.name for stage in STAGES]
+
+
+def named_in(node: ast.AST) -> set[str]:
+    """The stages that a literal or a comparison names as strings."""
+    match node:
+        case ast.Tuple(elts=parts) | ast.List(elts=parts) | ast.Set(elts=parts) | ast.Dict(keys=parts):
+            pass
+        case ast.Compare() | ast.BoolOp():
+            parts = list(ast.walk(node))
+        case _:
+            return set()
+    return {part.value for part in parts if isinstance(part, ast.Constant) and part.value in NAMES}
+
+
+def lists_of_stages(source: str) -> Iterator[set[str]]:
+    return (found for node in ast.walk(ast.parse(source)) if len(found := named_in(node)) > 2)
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "a = ('prune', 'bank', 'search')",
+        "a = {'prune': 1, 'bank': 2, 'search': 3}",
+        "a = b == 'prune' or b == 'bank' or b == 'search'",
+    ],
+)
+def test_a_second_list_of_stages_is_found(source: str) -> None:
+    assert list(lists_of_stages(source)) == [{"prune", "bank", "search"}]
+
+
+def test_there_is_no_second_list_of_stages() -> None:
+    found = {path: list(lists_of_stages(path.read_text())) for path in PACKAGE.rglob("*.py")}
+    assert not {path: lists for path, lists in found.items() if lists}
+
+
+def test_records_are_in_the_order_of_the_flow() -> None:
+    assert [stage.name for stage in STAGES if stage.record] == list(Results.model_fields)
+    assert [*Results.model_fields, "report"] == NAMES
+    kinds = {stage.name: stage.record for stage in STAGES if stage.record}
+    assert {name: Results.model_fields[name].annotation for name in kinds} == {
+        name: kind | None for name, kind in kinds.items()
+    }
+
+
+def test_verbs_and_functions_are_the_stages(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[Any, ...]] = []
+    monkeypatch.setattr(api, "run", lambda *given, **named: asked.append((*given, named)))
+    names = [stage.name for stage in STAGES if stage.record and stage.help]
+    assert list(VERBS) == ["run", *names, "report"]
+    for name in names:
+        function: Callable[..., Any] = getattr(qpruner.api, name)
+        assert f"`results.{name}`" in (inspect.getdoc(function) or ""), "it says what it returns"
+        function("my.yaml", "seed=1", address="auto")
+        assert asked.pop() == ("my.yaml", "seed=1", {"until": name, "address": "auto"})
+    with pytest.raises(AttributeError):
+        _ = qpruner.api.comparison
+
+
+def test_each_stage_is_in_the_module_of_its_name() -> None:
+    assert [stage.__module__ for stage in STAGES] == [f"qpruner.pipeline.{name}" for name in NAMES]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_until_ends_with_its_stage(name: str) -> None:
+    state = {"config": {"finetune": {"compare": True}}, "until": name}
+    asked = RunState.model_construct(**state).asked_stages
+    assert asked == [stage.name for stage in stages_until(name)]
+    assert asked[-1] == name
+
+
+@pytest.mark.parametrize(
+    ("given", "named", "said"),
+    [
+        (("my.yaml",), {"until": "finetun"}, r"`until` must be one of prepare, prune, .*, report, got 'finetun'"),
+        (({"output": "runs/mine"},), {}, "`config` must be the path of a YAML file, got dict"),
+    ],
+)
+def test_an_unknown_stage_or_configuration_is_refused(given: tuple[Any, ...], named: dict[str, Any], said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        api.run(*given, **named)

@@ -1,0 +1,248 @@
+"""Which plans the final table compares, under which training seeds, and which jobs they are."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import with_key
+from searched_runs import a_winner, folders, progress_of, rows_of, searched_record, with_records, with_winner
+
+from qpruner.config.load import validate_config
+from qpruner.estimate.hours import num_compared
+from qpruner.pipeline.comparison import Comparison
+from qpruner.pipeline.context import Context
+from qpruner.pipeline.table_rows import (
+    JobProgress,
+    Row,
+    candidates_for,
+    distinct,
+    jobs_of,
+    table_rows,
+    untuned_candidates,
+    winner_row,
+)
+from qpruner.plans.plan import PrecisionPlan
+from qpruner.runs.events import Event
+from qpruner.runs.records import (
+    GIVEN,
+    PrepareRecord,
+    SensitivityRecord,
+)
+from qpruner.sensitivity.seeds import seed_plan
+
+MI_ROW = "mutual-information seed"
+
+
+def test_seed_rows_are_the_best_of_the_winners_bytes(context: Context) -> None:
+    """A seed plan with the whole budget against a winner that left bytes unused would be no fair comparison."""
+    space, methods = context.space, context.record(SensitivityRecord).methods
+    assert space.groups == context.record(SensitivityRecord).groups
+    every = [PrecisionPlan(space.groups, bits) for bits in itertools.product((4, 8), repeat=len(space.groups))]
+
+    def gain(plan: PrecisionPlan, method: str) -> float:
+        rises = methods[method].values
+        # More bits are never taken to be worse.
+        worth = np.maximum(np.array(rises[4]) - np.array(rises[8]), 0.0)
+        return float(worth @ (np.array(plan.bits) == 8))
+
+    below_budget = 0
+    for winner in np.random.default_rng(0).choice(len(every), 6, replace=False):
+        size = space.plan_bytes(every[winner])
+        below_budget += size < space.budget_bytes
+        found = rows_of(context, every[winner])
+        assert found["searched"].plans == tuple((seed, every[winner]) for seed in (1, 2, 3))
+        for row, method in ((MI_ROW, "mutual_information"), ("best seed", "fisher")):
+            (seed,) = {plan for _, plan in found[row].plans}
+            assert space.plan_bytes(seed) <= size
+            best = max(gain(plan, method) for plan in every if space.plan_bytes(plan) <= size)
+            assert gain(seed, method) == pytest.approx(best)
+    assert below_budget, "some winners must leave bytes unused for this to say anything"
+
+
+@pytest.mark.parametrize(
+    ("losses", "method"),
+    [
+        ({"uniform-4": 1.0, "seed-fisher": 2.0, "seed-mutual-information": 2.1}, "seed-fisher"),
+        ({"uniform-4": 1.0, "seed-fisher": 2.2, "seed-mutual-information": 2.1}, "seed-mutual-information"),
+        ({"uniform-4": 1.0}, None),
+    ],
+)
+def test_the_best_seed_is_the_best_confirmed_one(
+    losses: dict[str, float], method: str | None, context: Context
+) -> None:
+    found = rows_of(context, a_winner(context), losses)
+    origins = {name: row.origin for name, row in found.items()}
+    assert origins.get("best seed") == (f"{method} at the winner's bytes" if method else None)
+    assert origins[MI_ROW] == "seed-mutual-information at the winner's bytes", "the paper's ablation stays"
+    assert found["searched"].origin == "gp, trial 7"
+
+
+@pytest.mark.parametrize("name", ["uniform-8", "seed-mutual-information"])
+def test_a_seed_equal_to_a_uniform_plan_is_found(name: str, context: Context, sensed_raw: dict[str, Any]) -> None:
+    """Where all groups fit at their highest bits, every seed plan has them there."""
+    everything = with_key(with_key(sensed_raw, "quantize.budget", {"fraction": 1.0}), "search.pareto", True)
+    front = replace(context, config=validate_config(everything))
+    found = rows_of(front, a_winner(context), {"uniform-4": 1.0, name: 2.0})
+    assert found["best seed"].origin == "seed-mutual-information at the winner's bytes"
+    assert "best seed" not in rows_of(front, a_winner(context), {"uniform-4": 1.0})
+
+
+def test_random_plans_have_equal_bytes_and_all_seeds(context: Context, changed: Callable[[str, Any], Context]) -> None:
+    winner, space = a_winner(context), context.space
+    plans = rows_of(context, winner)["random"].plans
+    drawn = {plan for _, plan in plans}
+    assert len(drawn) == 3 and winner not in drawn
+    assert set(plans) == set(itertools.product((1, 2, 3), drawn)) and len(plans) == 9
+    for plan in drawn:
+        assert space.plan_bytes(plan) == pytest.approx(space.plan_bytes(winner), rel=0.01)
+    one = changed("finetune.random_plans", 1)
+    assert [seed for seed, _ in rows_of(one, winner)["random"].plans] == [1, 2, 3]
+    assert rows_of(replace(context), winner)["random"].plans == plans
+
+
+def test_only_rows_of_the_claim_have_several_seeds(
+    changed: Callable[[str, Any], Context],
+) -> None:
+    context = changed("finetune.seeds", 2)
+    found = rows_of(context, a_winner(context))
+    assert sum(len(row.plans) for row in found.values()) == 1 + num_compared(context.config), "as `check` counts"
+    seeds = {name: {seed for seed, _ in row.plans} for name, row in found.items()}
+    assert {name for name, each in seeds.items() if each == {1, 2}} == {"best seed", "random", "searched"}
+    assert {name for name, each in seeds.items() if each == {1}} == {
+        *("base", "pruned", "uniform 4-bit", "uniform 8-bit", MI_ROW)
+    }
+
+
+def test_all_seed_plans_are_rows_on_request(changed: Callable[[str, Any], Context]) -> None:
+    """The best has its own row, under all training seeds."""
+    context = changed("finetune.seed_rows", "all")
+    methods = ("mutual_information", "fisher", "kl")
+    config = context.config
+    sensitivity = config.sensitivity.model_copy(update={"methods": methods})
+    context = replace(context, config=config.model_copy(update={"sensitivity": sensitivity}))
+    measured = context.record(SensitivityRecord)
+    fisher = measured.methods["fisher"]
+    backwards = fisher.model_copy(update={"values": {bits: each[::-1] for bits, each in fisher.values.items()}})
+    measured = measured.model_copy(update={"methods": {**measured.methods, "kl": backwards}})
+
+    def seed_rows(best: str) -> dict[str, int]:
+        searched = searched_record(a_winner(context), {f"seed-{best}": 2.0})
+        rows = table_rows(with_records(context, search=searched, sensitivity=measured))
+        shared = int(best == "mutual-information")  # that row's fine-tune is the best seed's first
+        assert sum(len(row.plans) for row in rows) - shared == 1 + num_compared(context.config), "as check counts"
+        return {row.name: len(row.plans) for row in rows if row.origin.startswith("seed-")}
+
+    assert seed_rows("fisher") == {MI_ROW: 1, "kl seed": 1, "best seed": 3}
+    assert seed_rows("kl") == {MI_ROW: 1, "fisher seed": 1, "best seed": 3}
+    assert seed_rows("mutual-information") == {MI_ROW: 1, "fisher seed": 1, "kl seed": 1, "best seed": 3}
+
+
+@pytest.mark.parametrize(
+    ("changes", "method", "number"),
+    [
+        ({"quantize.bits": [4]}, None, 4),
+        ({"quantize.bits": [16]}, None, 3),
+        ({"search.plan": "mutual_information"}, "mutual_information", 15),
+        ({"search.plan": "fisher", "finetune.seed_rows": "all"}, "fisher", 16),
+        ({"search.plan": "plan.yaml"}, None, 16),
+    ],
+    ids=str,
+)
+def test_check_counts_the_fine_tunes_without_a_search(
+    changes: dict[str, Any], method: str | None, number: int, context: Context, sensed_raw: dict[str, Any]
+) -> None:
+    """The winner's own fine-tune is a row's, too, and no seed plan beside it was confirmed."""
+    for key, value in changes.items():
+        sensed_raw = with_key(sensed_raw, key, value)
+    given, measured = replace(context, config=validate_config(sensed_raw)), context.record(SensitivityRecord)
+    space = given.space
+    methods = {name: each for name, each in measured.methods.items() if name in given.config.measured_methods}
+    winner = space.plan_of([0, 1, 1, 0, 0, 1, 0, 0]) if len(space.levels) > 1 else space.uniform(space.levels[0])
+    winner = seed_plan(methods[method].values, space) if method else winner
+    measured = measured.model_copy(update={"methods": methods})
+    given = with_records(given, search=searched_record(winner, {"given": 2.0}), sensitivity=measured)
+    rows = table_rows(given)
+    assert len(distinct(jobs_of(given, rows))) - 1 == num_compared(given.config) == number
+
+
+def test_the_winners_fine_tune_is_one_of_its_row(context: Context) -> None:
+    """Whatever is compared with it afterwards: its fine-tune is one of its row in the comparison."""
+    winner = context.space.uniform(4)
+    alone = winner_row(with_winner(context, winner))
+    assert alone == Row("searched", "gp, trial 7", ((1, winner),))
+    row = rows_of(context, winner)["searched"]
+    assert (row.name, row.origin, row.plans[0]) == (alone.name, alone.origin, alone.plans[0])
+
+
+def test_equal_models_with_equal_fine_tunes_are_one_job(context: Context) -> None:
+    found = folders(context, rows_of(context, context.space.uniform(8)))
+    assert found["searched", 1] == found["uniform 8-bit", 1]
+    assert len({found["searched", seed] for seed in (1, 2, 3)}) == 3
+    assert found["base", 1] != found["pruned", 1]
+    untuned = {each.folder for each in untuned_candidates(context, context.space.uniform(8).as_dict())}
+    assert len(untuned) == 3 and not untuned & set(found.values())
+
+
+def test_the_base_row_uses_the_model_in_the_run(context: Context) -> None:
+    """Wherever the run was when `prepare` wrote it."""
+    prepared = context.record(PrepareRecord).model_copy(update={"model_path": "/gone/prepare/model", "converted": True})
+    moved = with_records(context, prepare=prepared)
+    base = untuned_candidates(moved, context.space.uniform(8).as_dict())[0]
+    assert base.checkpoint == context.run_dir.root / "prepare" / "model"
+
+
+@pytest.mark.parametrize(
+    ("found", "title"),
+    [
+        ({}, "searched"),
+        ({"best_origin": "seed-fisher", "control_won": True}, "winner (seed-fisher)"),
+        ({"best_origin": GIVEN}, "given plan"),
+    ],
+)
+def test_a_row_is_named_as_in_the_final_table(found: dict[str, Any], title: str, context: Context) -> None:
+    """In every line that tells of it while it is worked on."""
+    winner = a_winner(context)
+    found_context = with_records(context, search=searched_record(winner).model_copy(update=found))
+    labels = [job.label for row, job in Comparison(found_context).jobs if row.name == "searched"]
+    assert labels == [f"{title}, training seed {seed}" for seed in (1, 2, 3)]
+    untuned = [job.label for job in untuned_candidates(found_context, winner.as_dict())]
+    assert untuned == [f"{name} (no fine-tune)" for name in ("base", "pruned", title)]
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "is_same"),
+    [
+        ("finetune.seeds", 5, True),
+        ("evaluate.limit", 1, True),
+        ("quantize.budget", {"fraction": 0.75}, True),
+        ("finetune.steps", 5, False),
+        ("training.learning_rate", 0.002, False),
+        ("lora.dropout", 0.1, False),
+    ],
+)
+def test_only_what_a_fine_tune_depends_on_repeats_it(
+    key: str, value: Any, is_same: bool, context: Context, changed: Callable[[str, Any], Context]
+) -> None:
+    plan = context.space.uniform(4).as_dict()
+    contexts = (context, changed(key, value))
+    before, after = (job for each in contexts for job in candidates_for(each, [("searched", plan, 0)]))
+    assert (before.folder == after.folder) == is_same
+
+
+def test_progress_of_workers_and_records_adds_up(context: Context, tmp_path: Path) -> None:
+    """One of three jobs was done before; nothing is told twice, and half a file is nothing."""
+    events: list[Event] = []
+    signs = [tmp_path / "a", tmp_path / "b"]
+    progress = JobProgress(replace(context, emit=events.append), "evaluate", signs, 3, "answers")
+    for a, b in ((None, None), ("2 8", None), ("2 8", None), ("8 8", "3"), ("8 8", "8 8")):
+        for sign, text in zip(signs, (a, b), strict=True):
+            if text:
+                sign.write_text(text)
+        progress.tell()
+    assert progress_of(events, "evaluate") == {"answers": [(10, 24), (16, 24), (24, 24)]}

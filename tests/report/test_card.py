@@ -1,0 +1,169 @@
+"""The model card: what hubs read of it is what is known and what the user states."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import raw_config, with_key
+from hub_server import Repository, serving
+from huggingface_hub import ModelCard
+from made_rows import results_of, searched_row, snapshot
+from made_run import MadeRun
+from safetensors.numpy import save
+
+from qpruner.config.load import validate_config
+from qpruner.report.card import base_card, model_card, other_base_remark
+from qpruner.report.files import write_report
+from qpruner.report.snapshot import read_snapshot
+from qpruner.runs.records import GIVEN, PrepareRecord
+from qpruner.runs.run_dir import RunDir
+
+
+def card_on(base: str, folder: Path, root: Path, converted: bool = False, **stated: Any) -> Any:
+    """The metadata of the card of a run on `base`, whose files lie in `folder`, written by the run where it is
+    converted; `stated` are keys of `card`."""
+    made = MadeRun(root, num_trials=4, num_blocks=2, model=base)
+    train = [{"source": "data/train.jsonl"}, {"source": "yahma/alpaca-cleaned"}]
+    config = made.state.config | {"data": made.state.config["data"] | {"train": train}, "card": stated}
+    made.run.write_state(made.state.model_copy(update={"config": config, "folder": f"{root.parent}"}))
+    prepared = made.run.read_record("prepare", PrepareRecord)
+    assert prepared
+    made.run.write_record("prepare", prepared.model_copy(update={"model_path": str(folder), "converted": converted}))
+    run = read_snapshot(made.run)
+    return ModelCard(model_card(run, base_card(run, made.run))).data
+
+
+def test_the_final_model_gets_a_card_that_the_hub_can_read(tmp_path: Path) -> None:
+    root = MadeRun(tmp_path / "run", num_trials=6, num_blocks=2).run.root
+    (root / "final").mkdir()
+    write_report(RunDir(root))
+    card = ModelCard((root / "final" / "README.md").read_text())
+    assert card.data.model_name == "run" and card.data.base_model is None, "a local folder is no hub id"
+    scored = {result.dataset_type: result.metric_value for result in card.data.eval_results}
+    results = json.loads((root / "results.json").read_text())
+    (row,) = [row for row in results["records"]["evaluate"]["rows"] if (row["name"], row["seed"]) == ("searched", 0)]
+    assert scored == {score["task"]: round(score["value"], 4) for score in row["scores"]}
+    assert results["claim"].splitlines()[0] in card.text and "import qpruner.hf" in card.text
+
+
+@pytest.mark.parametrize(
+    ("found", "words"),
+    [
+        ({}, "a searched plan and"),
+        ({"best_origin": "seed-kl", "control_won": True}, "the plan seed-kl, which no searched plan beat, and"),
+        ({"best_origin": GIVEN}, "a plan that was given, not searched for, and"),
+    ],
+)
+def test_the_card_says_where_the_plan_came_from(found: dict[str, Any], words: str) -> None:
+    card = model_card(snapshot(results_of(searched_row([1.0]), **found)), None)
+    assert f"`me/base`, pruned, quantized to 6.00 mean bits by {words} fine-tuned by qpruner" in card
+    assert "nothing is claimed" in card and "finetune.compare" not in card, "its readers have no such run"
+
+
+def test_a_card_names_the_hub_model_and_data_and_its_licence(tmp_path: Path) -> None:
+    """From a hub on loopback, as `prepare` fetches a model."""
+    card = "---\nlicense: other\nlicense_name: qwen-research\nlicense_link: LICENSE\n---\n# Base\n"
+    code = (
+        "from pathlib import Path\nfrom qpruner.config.schema import ModelConfig\n"
+        "from qpruner.models.checkpoint import prepare_base\n"
+        "for name in ('with', 'without'):\n"
+        "    print(prepare_base(ModelConfig(source='me/' + name), Path('unused')).path)"
+    )
+    with serving() as hub:
+        files = {"config.json": b"{}", "model.safetensors": save({"weight": np.zeros(1)})}
+        hub.repositories["me/without"] = Repository(private=False, files=files)
+        hub.repositories["me/with"] = Repository(private=False, files=files | {"README.md": card.encode()})
+        variables = {"HF_ENDPOINT": hub.endpoint, "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "0"}
+        command = [sys.executable, "-c", code]
+        done = subprocess.run(command, env=os.environ | variables, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-2000:]
+    folders = [Path(line) for line in done.stdout.splitlines()[-2:]]
+    found = card_on("me/with", folders[0], tmp_path / "one")
+    assert (found.base_model, found.datasets) == ("me/with", ["yahma/alpaca-cleaned"])
+    assert (found.license, found.license_name) == ("other", "qwen-research")
+    assert found.license_link == "https://huggingface.co/me/with/blob/main/LICENSE"
+    found = card_on("me/without", folders[1], tmp_path / "two")
+    assert (found.base_model, found.license) == ("me/without", None)
+
+
+def test_a_licence_is_found_in_a_run_that_was_moved(tmp_path: Path) -> None:
+    base = tmp_path / "run" / "prepare" / "model"
+    base.mkdir(parents=True)
+    (base / "README.md").write_text("---\nlicense: mit\n---\n# Base\n")
+    moved = card_on("me/base", tmp_path / "gone" / "prepare" / "model", tmp_path / "run", converted=True)
+    assert moved.license == "mit"
+
+
+def test_a_card_copied_from_another_model_is_remarked(tmp_path: Path, tiny_model: Path) -> None:
+    """What a folder holds is its user's to say."""
+    raw = raw_config(tiny_model, tmp_path / "run") | {"card": {"base_model": "HuggingFaceTB/SmolLM2-135M-Instruct"}}
+    assert other_base_remark(validate_config(raw)) is None
+    remark = other_base_remark(validate_config(with_key(raw, "model.source", "me/base")))
+    assert remark and remark.startswith(
+        "`card.base_model` is HuggingFaceTB/SmolLM2-135M-Instruct, but `model.source` is me/base"
+    )
+
+
+def test_a_local_folder_is_no_hub_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Relative paths are those of the folder that the command was given in, wherever the report is written."""
+    base = tmp_path / "models" / "base"
+    base.mkdir(parents=True)
+    monkeypatch.chdir(base)
+    card = card_on("models/base", base, tmp_path / "run")
+    assert (card.base_model, card.datasets) == (None, ["yahma/alpaca-cleaned"])
+
+
+@pytest.mark.parametrize(
+    ("card", "license"),
+    [
+        (b"---\nlicense: apache-2.0\n---\n# Base\n", "apache-2.0"),
+        (b"---\nlicense: [broken\n---\n", None),
+        (b"---\n- license\n---\n", None),
+        (b"# no metadata", None),
+        (b"\xff\xfe", None),
+    ],
+    ids=["whole", "broken", "no-mapping", "none", "no-text"],
+)
+def test_a_local_models_licence_is_read_where_it_can_be(card: bytes, license: str | None, tmp_path: Path) -> None:
+    base = tmp_path / "base"
+    base.mkdir()
+    (base / "README.md").write_bytes(card)
+    assert card_on(str(base), base, tmp_path / "run").license == license
+
+
+def test_what_a_user_states_replaces_what_is_known(tmp_path: Path) -> None:
+    base = tmp_path / "base"
+    base.mkdir()
+    (base / "README.md").write_text("---\nlicense: other\nlicense_name: research\n---\n# Base\n")
+    found = card_on(str(base), base, tmp_path / "one", base_model="me/base", license="mit", datasets=None)
+    assert (found.base_model, found.license, found.license_name) == ("me/base", "mit", None)
+    assert found.datasets == ["yahma/alpaca-cleaned"]
+    assert card_on(str(base), base, tmp_path / "two", datasets=["me/rows"]).datasets == ["me/rows"]
+
+
+@pytest.mark.parametrize(
+    ("line", "license"),
+    [
+        ("License-Expression: Apache-2.0", "apache-2.0"),
+        ("License: MIT", "mit"),
+        ("License: see the file", None),
+        ("Summary: weights", None),
+    ],
+)
+def test_a_packages_model_has_the_licence_of_its_metadata(
+    line: str, license: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    installed = tmp_path / "site" / "some_weights-1.0.dist-info"
+    installed.mkdir(parents=True)
+    (installed / "METADATA").write_text(f"Metadata-Version: 2.4\nName: some-weights\nVersion: 1.0\n{line}\n")
+    (installed / "top_level.txt").write_text("some_weights\n")
+    monkeypatch.syspath_prepend(tmp_path / "site")
+    found = card_on("package:some_weights/model.gguf", tmp_path / "none", tmp_path / "run")
+    assert (found.license, found.base_model) == (license, None)

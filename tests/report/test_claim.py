@@ -1,0 +1,380 @@
+"""Nobody may read a gain into the claim that the measurements do not carry."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+
+import numpy as np
+import pytest
+from made_records import made_confirmation, made_search
+from made_rows import (
+    ORIGINS,
+    PLAN,
+    SEED_PLAN,
+    Scored,
+    answers,
+    candidate,
+    random_rows,
+    results_of,
+    row_of,
+    score,
+    searched_row,
+    snapshot,
+    whole_results,
+)
+from recorded_runs import trial as recorded_trial
+from scipy import stats
+
+from qpruner.report.answer import tiles
+from qpruner.report.claim import claim, comparisons
+from qpruner.report.results import BEST_SEED, RANDOM, SEARCHED, rows
+from qpruner.report.search_summary import search_text
+from qpruner.report.statistics import SAME, Difference
+from qpruner.report.tables import by_task, cells, steps
+from qpruner.runs.records import GIVEN, Confirmation, Results, RungResult, TrialRecord
+
+
+def line_about(results: Results, other: str) -> str:
+    """The claim's line about a row."""
+    begins = {BEST_SEED: "- Against the best seed", RANDOM: "- Against random plans"}[other]
+    (line,) = [line for line in claim(results).splitlines() if line.startswith(begins)]
+    return line
+
+
+def difference(results: Results, measure: str, other: str = BEST_SEED) -> Difference:
+    (compared,) = [each for each in comparisons(results) if each.other == other]
+    (found,) = [each for each in compared.differences if each.measure == measure]
+    return found
+
+
+def test_a_search_that_returns_the_seed_claims_nothing() -> None:
+    """The rows share their fine-tunes; were they made apart, noise must still not look like a gain."""
+    results = results_of([*row_of(BEST_SEED, [2.0, 2.1], plan=PLAN), *searched_row([1.0, 1.1])])
+    line = line_about(results, BEST_SEED)
+    assert "it is the winner's plan itself, so there is no gain to claim" in line
+    assert "better" not in line and "loss" not in line
+
+
+@pytest.mark.parametrize(
+    ("other_bytes", "told"), [(101_100_000, "1.1% more"), (98_900_000, "1.1% fewer"), (150_000_000, "50.0% more")]
+)
+@pytest.mark.parametrize("other", [BEST_SEED, RANDOM])
+def test_other_bytes_are_no_comparison(other_bytes: int, told: str, other: str) -> None:
+    plans = (SEED_PLAN, {"layers.0": 4, "layers.1": 16})[: 2 if other == RANDOM else 1]
+    rivals = [each for plan in plans for each in row_of(other, [2.0, 2.1], plan=plan, measured_bytes=other_bytes)]
+    results = results_of([*rivals, *searched_row([1.0, 1.1])])
+    line = line_about(results, other)
+    assert "no claim at equal bytes" in line
+    assert told in line
+    assert "better" not in line and "loss" not in line
+    (compared,) = [each for each in comparisons(results) if each.other == other]
+    assert not compared.differences
+
+
+@pytest.mark.parametrize("other_bytes", [101_000_000, 99_000_000])
+def test_a_percent_either_way_counts_as_equal_bytes(other_bytes: int) -> None:
+    results = results_of([*row_of(BEST_SEED, [2.0], measured_bytes=other_bytes), *searched_row([1.0])])
+    assert f"({ORIGINS[BEST_SEED]}, {other_bytes / 1e8 - 1:+.2%} bytes)" in line_about(results, BEST_SEED)
+    assert "no claim" not in line_about(results, BEST_SEED)
+
+
+def test_one_random_plan_of_other_bytes_spoils_the_comparison() -> None:
+    fine = row_of(RANDOM, [2.0, 2.1])
+    off = row_of(RANDOM, [2.0, 2.1], plan={"layers.0": 4, "layers.1": 16}, measured_bytes=97_000_000)
+    assert "no claim at equal bytes" in line_about(results_of([*fine, *off, *searched_row([1.0, 1.1])]), RANDOM)
+
+
+def test_rows_that_are_not_there_are_missed_aloud() -> None:
+    only_random = results_of([*row_of(RANDOM, [2.0]), *searched_row([1.0])])
+    assert line_about(only_random, BEST_SEED).endswith("no claim, no seed plan was confirmed.")
+    given = results_of([*row_of(RANDOM, [2.0]), *searched_row([1.0])], best_origin=GIVEN)
+    assert line_about(given, BEST_SEED).endswith(
+        "no claim, a plan was given, and no seed plan of this budget has finished in this folder."
+    )
+
+
+@pytest.mark.parametrize("origin", ["uniform-4", "seed-kl"])
+def test_a_control_that_won_is_named(origin: str) -> None:
+    scored = [*row_of(BEST_SEED, [2.0]), *searched_row([1.0])]
+    results = results_of(scored, best_origin=origin, control_won=True)
+    text, title = claim(results), f"winner ({origin})"
+    assert text.startswith(f"No searched plan beat the best control on fresh rows: the control {origin} (100.00 MB)")
+    assert f"in the row `{title}`." in text
+    assert [row.name for row in rows(results)] == [BEST_SEED, SEARCHED], "programs find it as ever"
+    assert [cells(row)["row"] for row in rows(results)] == [BEST_SEED, title]
+    assert title in by_task(results).rows[-1] and title in steps(results).rows[-1][0]
+    assert "control" not in claim(results_of(scored))
+    assert claim(results_of(scored)).startswith("Searched: gp, trial 11, 100.00 MB.")
+
+
+def test_a_plan_that_was_given_is_not_called_searched() -> None:
+    results = results_of([*row_of(BEST_SEED, [2.0]), *searched_row([1.0])], best_origin=GIVEN)
+    assert claim(results).startswith("Given plan: ")
+    assert cells(rows(results)[-1])["row"] == "given plan"
+    alone = made_search(PLAN, best_origin=GIVEN, confirmations=(made_confirmation(7, GIVEN, 2.0),))
+    assert search_text(alone, ())[1].startswith(
+        "Trial 7 is the plan that was given, the only one scored on fresh rows; "
+    )
+    assert search_text(alone, ())[0].startswith("a given plan on loss, "), "no searcher chose it"
+    beside = made_search(PLAN, best_origin=GIVEN)
+    assert "given, scored on fresh rows beside 1 control that a search had tried; " in search_text(beside, ())[1]
+
+
+@pytest.mark.parametrize("metric", ["loss", "accuracy"])
+def test_the_winner_is_told_with_its_margin(metric: str) -> None:
+    """Fresh rows choose; without a reason the winner looks like a mistake beside a trial that scored better."""
+
+    def fresh(index: int, origin: str, value: float) -> Confirmation:
+        return made_confirmation(index, origin, value, accuracy=1 - value, accuracy_stderr=0.1)
+
+    def trial(index: int, value: float) -> TrialRecord:
+        rung = RungResult(step=8, loss=value, accuracy=1 - value, train_loss=value)
+        return recorded_trial(index, "444444", [value] * 3, rungs=(rung,))
+
+    finalists = (fresh(2, "seed-kl", 0.4), fresh(3, "seed-fisher", 0.5), fresh(7, "gp", 0.3))
+    search = made_search(PLAN, metric=metric, confirmations=(*finalists, fresh(9, "gp", 0.35)))
+    trials = [trial(2, 0.35), trial(7, 0.35), trial(9, 0.25)]
+    ours, theirs, first = ("0.3000", "0.4000", "0.2500") if metric == "loss" else ("0.7000", "0.6000", "0.7500")
+    text = search_text(search, trials)[1]
+    assert text.startswith("On fresh rows trial 7 (gp) was best, a searched plan. Its selection ")
+    assert f"is {ours}, that of the best control {theirs} (trial 2, seed-kl): a margin of 0.1000 (stand" in text
+    assert f"Trial 9 had the best score as a trial ({first}," in text
+    assert "Trial 9" not in search_text(search, trials[:2])[1], "no finalist scored better"
+    alone = made_search(PLAN, metric=metric, confirmations=finalists[-1:])
+    assert search_text(alone, trials)[1].endswith("was best, a searched plan."), "there was no control"
+    won = {"best_index": 2, "best_origin": "seed-kl", "control_won": True}
+    behind = (fresh(2, "seed-kl", 0.3), fresh(7, "gp", 0.5), fresh(8, "gp", 0.4))
+    text = search_text(made_search(PLAN, metric=metric, **won, confirmations=behind), ())[1]
+    assert "that of the best searched plan" in text and "(trial 8, gp): a margin of 0.1000" in text
+
+
+def test_a_margin_has_the_error_of_its_rows_where_known() -> None:
+    """Rows are hard and easy for all: their spread is far larger than that of the differences by row."""
+    control, best = np.array([1.0, 3.0, 2.0, 6.0]), np.array([0.9, 2.7, 1.9, 5.5])
+    finalists = [
+        made_confirmation(index, origin, float(rows.mean()), losses=tuple(rows))
+        for index, origin, rows in ((2, "seed-kl", control), (7, "gp", best))
+    ]
+    error = float((control - best).std(ddof=1) / 2)
+    told = search_text(made_search(PLAN, confirmations=tuple(finalists)), ())[1]
+    assert told.endswith(f"a margin of 0.2500 (standard error {error:.4f}, paired over 4 rows).")
+    near = control - np.array([0.3, -0.1, 0.2, -0.1])
+    unsure = (finalists[0], finalists[1].model_copy(update={"losses": tuple(near), "loss": float(near.mean())}))
+    assert search_text(made_search(PLAN, confirmations=unsure), ())[1].endswith("over 4 rows, so it may be chance).")
+    older = (finalists[0], finalists[1].model_copy(update={"losses": ()}))
+    assert "(standard errors 0.0625 and 0.0625, " in search_text(made_search(PLAN, confirmations=older), ())[1]
+
+
+@pytest.mark.parametrize("num_seeds", [2, 3, 5])
+def test_the_interval_is_students_over_paired_differences(num_seeds: int) -> None:
+    generator = np.random.default_rng(num_seeds)
+    order = generator.normal(0, 0.1, num_seeds)  # what a data order does to every plan
+    theirs, ours = 2.0 + order + generator.normal(0, 0.01, (2, num_seeds))
+    found = difference(results_of([*row_of(BEST_SEED, list(theirs)), *searched_row(list(ours))]), "confirmation loss")
+    expected = stats.ttest_1samp(ours - theirs, 0.0)
+    low, high = expected.confidence_interval(0.95)
+    assert found.mean == pytest.approx((ours - theirs).mean())
+    assert found.spread == pytest.approx((ours - theirs).std(ddof=1))
+    assert found.half_width == pytest.approx((high - low) / 2)
+    assert (found.verdict != SAME) == (expected.pvalue < 0.05)
+
+
+@pytest.mark.parametrize(
+    ("widths", "verdict"), [(0.97, SAME), (-0.97, SAME), (0.0, SAME), (1.03, "worse"), (-1.03, "better")]
+)
+@pytest.mark.parametrize("other", [BEST_SEED, RANDOM])
+def test_inside_the_interval_nothing_is_distinguishable(widths: float, verdict: str, other: str) -> None:
+    """Against one plan the interval is Student's over seeds, against several that of one more plan."""
+    noise = np.array([-0.02, 0.0, 0.02])
+    half_width = stats.t.ppf(0.975, 2) * 0.02 * math.sqrt(1 / 3 if other == BEST_SEED else 1 + 1 / 3)
+    ours = 2.0 + noise + widths * half_width
+    theirs = row_of(other, [2.0] * 3) if other == BEST_SEED else random_rows([2.0] * 3, noise)
+    results = results_of([*theirs, *searched_row(list(ours))])
+    found = difference(results, "confirmation loss", other)
+    assert (found.half_width, found.verdict) == (pytest.approx(half_width), verdict)
+    line = line_about(results, other)
+    assert ", 3 training seeds, paired: " in line
+    assert f"confirmation loss {widths * half_width:+.4f} nats (± 0.0200 over seeds" in line
+    assert line.endswith(f"), {verdict}.")
+    rival = "the best seed" if other == BEST_SEED else "random plans of equal bytes"
+    told = f"cannot be told from {rival}" if verdict == SAME else f"is {verdict} than {rival} in confirmation loss"
+    counts = "no difference shown" if verdict == SAME else f"{verdict} in 1 of 3"
+    first = claim(results).splitlines()[0]
+    assert first.endswith(f" It {told}. Over 3 comparisons, each at 95 % by itself: {counts}."), "words before figures"
+
+
+@pytest.mark.parametrize(
+    ("seed", "random", "said"),
+    [
+        (-0.1, 0.0, "better in 1 of 6"),
+        (-0.1, -0.1, "better in 2 of 6"),
+        (0.0, 0.1, "worse in 1 of 6"),
+        (0.1, -0.1, "better in 1 and worse in 1 of 6"),
+        (0.0, 0.0, "no difference shown"),
+    ],
+)
+def test_one_verdict_of_six_is_not_told_as_that_of_all(seed: float, random: float, said: str) -> None:
+    """Of six comparisons at 95 % each, one may show a difference by chance."""
+    ours = [2.0, 2.1, 1.9]
+    off = (0.001, -0.001, 0.0)
+    best = row_of(BEST_SEED, [loss - seed + each for loss, each in zip(ours, off, strict=True)])
+    drawn = random_rows([loss - random for loss in ours], off)
+    results = results_of([*best, *drawn, *searched_row(ours)])
+    among = "6 comparisons, each at 95 % by itself"
+    assert claim(results).splitlines()[0].endswith(f" Over {among}: {said}.")
+    (tile,) = [each for each in tiles(snapshot(results)) if each.heading.startswith("How sure")]
+    assert (tile.figure, tile.lines[0]) == (said, among)
+
+
+def test_more_accuracy_and_less_loss_are_better() -> None:
+    generator = np.random.default_rng(0)
+    base = [score(answers(400, 200), generator.gamma(2.0, 1.0, 400)) for _ in range(3)]
+    gained = [
+        score(answers(400, 230 + seed), np.array(each.answer_loss) - 0.2 - generator.normal(0, 0.02, 400))
+        for seed, each in enumerate(base)
+    ]
+    losses = [2.0, 2.1, 1.9]
+    lower = [1.81, 1.9, 1.69]
+    up = results_of([*row_of(BEST_SEED, losses, base), *searched_row(lower, gained)])
+    down = results_of([*row_of(BEST_SEED, lower, gained), *searched_row(losses, base)])
+    for results, verdict in ((up, "better"), (down, "worse")):
+        for measure in ("acc", "answer loss", "confirmation loss"):
+            assert difference(results, measure).verdict == verdict, measure
+        assert line_about(results, BEST_SEED).count(f", {verdict}") == 3
+
+
+def test_seeds_that_agree_on_a_few_questions_prove_nothing() -> None:
+    """One more right answer of 50 under every seed has no spread over seeds, but other questions would differ."""
+    base, ours = [score(answers(50, 20))] * 3, [score(answers(50, 21))] * 3
+    results = results_of([*row_of(BEST_SEED, [2.0] * 3, base), *searched_row([1.9] * 3, ours)])
+    found = difference(results, "acc")
+    assert found.spread == pytest.approx(0.0)
+    assert found.half_width == pytest.approx(1.96 * np.std(answers(50, 1), ddof=1) / math.sqrt(50))
+    assert found.verdict == SAME
+    # Losses that agree to the last bit are no evidence of a spread of zero either.
+    assert difference(results, "confirmation loss").verdict == SAME
+
+
+def test_seeds_that_agree_on_a_few_rows_prove_nothing() -> None:
+    """One row that every seed learns better says little of other rows; many that agree say much."""
+    noise = np.array([-0.001, 0.0, 0.001])
+    few = np.array([0.8, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0])
+    for gains, verdict in ((few, SAME), (np.repeat(0.1, 8) + few / 100, "better")):
+        theirs = [2.0 + np.arange(8) + off for off in noise]
+        ours = [rows_of_seed - gains + off for rows_of_seed, off in zip(theirs, noise, strict=True)]
+        results = results_of([*row_by_row(BEST_SEED, SEED_PLAN, theirs), *row_by_row(SEARCHED, PLAN, ours)])
+        found = difference(results, "confirmation loss")
+        assert found.mean == pytest.approx(-gains.mean())
+        assert found.half_width == pytest.approx(
+            max(1.96 * gains.std(ddof=1) / math.sqrt(8), stats.t.ppf(0.975, 2) * 0.001 / math.sqrt(3))
+        )
+        assert found.verdict == verdict
+        assert "over seeds, 8 rows, 95 % interval" in line_about(results, BEST_SEED)
+
+
+def row_by_row(name: str, plan: dict[str, int], losses: Sequence[np.ndarray]) -> list[Scored]:
+    """A row whose seeds had these losses on each confirmation row."""
+    return [
+        (tuned.model_copy(update={"confirmation_losses": tuple(map(float, by_row))}), scores)
+        for (tuned, scores), by_row in zip(
+            row_of(name, [float(by_row.mean()) for by_row in losses], plan=plan), losses, strict=True
+        )
+    ]
+
+
+def test_only_seeds_that_both_rows_have_are_paired_and_counted() -> None:
+    results = results_of([*row_of(BEST_SEED, [2.0, 2.2]), *searched_row([1.0, 1.1, 7.0])])
+    assert difference(results, "confirmation loss").mean == pytest.approx(-1.05)
+    assert ", 2 training seeds, paired: " in line_about(results, BEST_SEED)
+
+
+def test_one_random_plan_says_nothing_of_random_plans() -> None:
+    """`finetune.random_plans: 1`, or no more of equal bytes: the row stays, and nothing is claimed."""
+    losses = [2.0, 2.1, 1.9]
+    results = results_of([*row_of(BEST_SEED, losses), *random_rows(losses, [0.0]), *searched_row([1.0, 1.11, 0.9])])
+    first, *lines = claim(results).splitlines()
+    assert "random" not in first and first.endswith("each at 95 % by itself: better in 1 of 3.")
+    assert len(lines) == 1 and lines[0].startswith("- Against the best seed")
+    (tile,) = [each for each in tiles(snapshot(results)) if each.heading.startswith("How sure")]
+    assert not any("random" in line for line in tile.lines)
+    assert RANDOM in [row.name for row in rows(results)]
+
+
+def test_random_plans_count_by_plan_not_by_fine_tune() -> None:
+    """Three plans under three seeds are nine fine-tunes, but three plans: a further one would lie as far from them."""
+    by_plan, by_seed = np.array([0.1, 0.0, -0.1]), np.array([0.02, 0.0, -0.02])
+    ours = np.array([2.0, 2.1, 1.9])
+    results = results_of([*random_rows(list(ours + 0.4 + by_seed), by_plan), *searched_row(list(ours))])
+    found = difference(results, "confirmation loss", RANDOM)
+    assert found.mean == pytest.approx(-0.4)
+    assert found.spread == pytest.approx(0.02)
+    assert found.half_width == pytest.approx(stats.t.ppf(0.975, 2) * 0.1 * math.sqrt(1 + 1 / 3))
+    # Student's interval for the mean of the three plans, or of nine fine-tunes, would have made it "better".
+    assert found.verdict == SAME and abs(found.mean) > stats.t.ppf(0.975, 2) * 0.1 / math.sqrt(3)
+    (row,) = [row for row in rows(results) if row.name == RANDOM]
+    assert row.seeds == (0, 1, 2) and len(row.plans) == 3
+    assert ", 3 training seeds, paired: " in line_about(results, RANDOM)
+
+
+def test_one_training_seed_goes_by_its_questions() -> None:
+    generator = np.random.default_rng(4)
+    their_correct, our_correct = generator.integers(0, 2, (2, 60)).astype(float)
+    hardness = generator.gamma(2.0, 1.0, 60)
+    their_loss, our_loss = hardness + generator.normal(0, 0.1, (2, 60))
+    results = results_of(
+        [
+            *row_of(BEST_SEED, [2.0], [score(their_correct, their_loss)]),
+            *searched_row([1.0], [score(our_correct, our_loss)]),
+        ]
+    )
+    for measure, differences in (("acc", our_correct - their_correct), ("answer loss", our_loss - their_loss)):
+        found = difference(results, measure)
+        assert found.mean == pytest.approx(differences.mean())
+        assert found.half_width == pytest.approx(1.96 * differences.std(ddof=1) / math.sqrt(60))
+        assert (found.spread, found.num_pairs) == (None, 60)
+    # Unpaired, the spread of the questions themselves would drown the difference.
+    assert difference(results, "answer loss").half_width < 0.4 * np.std(hardness) / math.sqrt(60)  # type: ignore[operator]
+    line = line_about(results, BEST_SEED)
+    assert ", one training seed, whose luck the intervals leave out, paired by question and row: " in line
+    assert line.endswith("confirmation loss -1.0000 nats (no interval), not distinguishable.")
+
+
+@pytest.mark.parametrize(
+    ("their_correct", "our_correct", "verdict"),
+    # Of 100 questions 4 gained are 2.03 standard errors, 3 are 1.75.
+    [(50, 54, "better"), (54, 50, "worse"), (50, 53, SAME), (53, 50, SAME), (50, 50, SAME)],
+)
+def test_one_seed_is_distinguishable_beyond_1_96_errors(their_correct: int, our_correct: int, verdict: str) -> None:
+    theirs, ours = score(answers(100, their_correct)), score(answers(100, our_correct))
+    results = results_of([*row_of(BEST_SEED, [2.0], [theirs]), *searched_row([2.0], [ours])])
+    assert difference(results, "acc").verdict == verdict
+
+
+def test_one_question_distinguishes_nothing() -> None:
+    """`evaluate.limit: 1` is what people try first; one answer has no spread to speak of."""
+    scored = [*row_of(BEST_SEED, [2.0], [score([0.0], [3.0])]), *searched_row([1.0], [score([1.0], [0.1])])]
+    assert not re.search("better|worse", claim(results_of(scored)))
+
+
+@pytest.mark.parametrize("lacking", [0, 1])
+def test_a_task_without_choices_leaves_the_answer_loss_out(lacking: int) -> None:
+    """A mean over some of the tasks would be taken for one over all."""
+    losses: list[list[float]] = [[1.0, 2.0, 3.0, 4.0]] * 2
+    losses[lacking] = []
+    scores = tuple(score([1.0, 0.0, 1.0, 0.0], each, f"task-{number}") for number, each in enumerate(losses))
+    results = results_of([(candidate(BEST_SEED, SEED_PLAN), scores), (candidate(SEARCHED, PLAN), scores)])
+    assert "answer loss" not in claim(results)
+    assert difference(results, "acc").num_pairs == 8
+    assert rows(results)[0].answer_loss is None
+
+
+def test_the_searched_plan_without_a_fine_tune_is_no_rival() -> None:
+    """The claim and the table are those of equal fine-tunes, whatever the quantized model scored before."""
+    whole = whole_results()
+    assert whole.evaluate
+    without = [row for row in whole.evaluate.rows if (row.name, row.seed) != (SEARCHED, None)]
+    assert len(without) == len(whole.evaluate.rows) - 1
+    alone = whole.model_copy(update={"evaluate": whole.evaluate.model_copy(update={"rows": tuple(without)})})
+    assert (rows(whole), comparisons(whole), claim(whole)) == (rows(alone), comparisons(alone), claim(alone))

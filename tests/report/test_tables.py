@@ -1,0 +1,343 @@
+"""The tables: each figure is the one that was measured."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from made_records import made_confirmation, made_search
+from made_rows import (
+    NO_EFFECTS,
+    ORIGINS,
+    PLAN,
+    SEED_PLAN,
+    STAGE,
+    UNTUNED,
+    answers,
+    results_of,
+    row_of,
+    score,
+    searched_row,
+    snapshot,
+    whole_results,
+    with_figures,
+)
+
+from qpruner.report import markdown, tables
+from qpruner.report.answer import tiles
+from qpruner.report.card import model_card
+from qpruner.report.claim import claim
+from qpruner.report.legend import terms
+from qpruner.report.results import BEST_SEED, RANDOM, SEARCHED, rows, task_accuracies
+from qpruner.report.results_json import summary_of
+from qpruner.report.sections import sections
+from qpruner.report.statistics import MarginalEffects
+from qpruner.runs.records import GIVEN, BankRecord, FrontPoint, Results, TaskScore
+
+
+@pytest.fixture
+def whole() -> Results:
+    return whole_results()
+
+
+def report(results: Results, effects: MarginalEffects | str = NO_EFFECTS, config: str = "output: x\n") -> str:
+    """The Markdown report, plots left out."""
+    run = snapshot(results, effects)
+    return markdown.render(run, sections(run, [], config), "pictures")
+
+
+def test_base_and_pruned_are_shown_as_they_are_without_comparison() -> None:
+    """An accuracy alone says nothing; what was measured has no fine-tune, and the run's owner can ask for more."""
+    untuned = [(name, (score(answers(40, right)),)) for name, right in zip(UNTUNED, (25, 24, 20), strict=True)]
+    run = snapshot(results_of(searched_row([1.0]), untuned))
+    by_heading = {tile.heading: tile.lines for tile in tiles(run)}
+    accuracy = by_heading["Test acc"]
+    assert accuracy[1:3] == ("base, not fine-tuned: 0.625", "pruned, not fine-tuned: 0.600")
+    assert "finetune.compare gives other plans the same fine-tune" in by_heading["How sure, on fresh rows"]
+    tuned = [*row_of("base", [1.0]), *row_of("pruned", [1.0]), *searched_row([1.0])]
+    compared = snapshot(results_of(tuned, untuned))
+    assert not any("not fine-tuned" in line for tile in tiles(compared) for line in tile.lines)
+
+
+def test_finalists_stand_beside_the_winner_row_by_row() -> None:
+    """Their own errors say that nothing differs; most of them is which rows there are."""
+    rows_of = {2: np.array([1.0, 3.0, 2.0, 6.0]), 3: np.array([1.1, 3.3, 2.1, 6.1]), 7: np.array([0.9, 2.7, 1.9, 5.5])}
+    scored = tuple(
+        made_confirmation(index, origin, float(rows_of[index].mean()), losses=tuple(rows_of[index]))
+        for index, origin in ((2, "seed-kl"), (3, "gp"), (7, "gp"))
+    )
+    found = tables.finalists(made_search(PLAN, confirmations=scored))
+    apart = [row[found.headings.index("loss less the winner's, paired by row")] for row in found.rows]
+    errors = [float((rows_of[index] - rows_of[7]).std(ddof=1) / 2) for index in (2, 3)]
+    assert apart == [f"+0.2500 (se {errors[0]:.4f})", f"+0.4000 (se {errors[1]:.4f})", "-"]
+    older = tuple(each.model_copy(update={"losses": ()}) for each in scored)
+    table = tables.finalists(made_search(PLAN, confirmations=older))
+    assert table.headings == ("trial", "from", "selection loss")
+
+
+def test_the_size_tells_what_the_plan_decides_on() -> None:
+    results = results_of(searched_row([1.0]))
+    assert results.prepare and results.search
+    (size, *_) = tiles(snapshot(results))
+    assert not any("in the plan's groups" in line or "expanded" in line for line in size.lines), "older records"
+    group_bytes = {f"{bits}": dict.fromkeys(results.search.best_plan, bits * 1_000_000) for bits in (4, 8)}
+    told = {
+        "bank": BankRecord(**STAGE, files={}, bytes=1, residual_ratio={}, group_bytes=group_bytes),
+        "prepare": results.prepare.model_copy(update={"source_bytes": 98_400_000}),
+    }
+    run = snapshot(results.model_copy(update=told))
+    config = run.state.config | {"model": {"source": "package:some_weights/small.Q4_1.gguf"}}
+    (size, *_) = tiles(replace(run, state=run.state.model_copy(update={"config": config})))
+    others = "88.0 MB besides (embeddings, norms, head, adapter), whatever the plan"
+    assert f"12.0 MB in the plan's groups; {others}" in size.lines
+    assert "the base was expanded from a file of 98.4 MB, small.Q4_1.gguf" in size.lines
+
+
+def test_a_plan_that_was_given_is_told_whole_to_repeat_it() -> None:
+    """Its file may be gone, and the configuration only names it."""
+    text = report(results_of(searched_row([1.0]), best_origin=GIVEN))
+    assert "The plan:\n\n```yaml\nlayers.0: 8\nlayers.1: 4\n```" in text[text.index("## To repeat it") :]
+    assert "`search.plan`" not in report(results_of(searched_row([1.0])))
+
+
+def test_a_row_is_the_mean_of_its_tasks_and_of_its_seeds(whole: Results) -> None:
+    table = {row.name: row for row in rows(whole)}
+    assert [row.seeds for row in table.values()] == [(0,)] * 5 + [(0, 1)] * 3
+    assert [row.plans for row in table.values()] == [
+        *[("FF",), ("FF",), ("44",), ("88",), ("48",), ("48",), ("48", "84"), ("84",)]
+    ]
+    first, random = table["base"], table[RANDOM]
+    assert first.accuracy == pytest.approx((10 / 50 + 30 / 40) / 2)
+    variances = [0.2 * 0.8 / 49, 0.75 * 0.25 / 39]
+    assert first.accuracy_stderr == pytest.approx(math.sqrt(sum(variances)) / 2)
+    assert first.accuracy_spread is first.validation_loss_spread is first.answer_loss_spread is None
+    assert random.accuracy == pytest.approx(((16 + 21) / 2 / 50 + 30 / 40) / 2)
+    assert random.accuracy_spread == pytest.approx(0.05 / math.sqrt(2))
+    assert (random.validation_loss, random.validation_loss_spread) == pytest.approx((2.25, 0.25 / math.sqrt(2)))
+    assert (random.confirmation_loss, random.confirmation_loss_spread) == pytest.approx((2.5, 1 / math.sqrt(2)))
+    assert (random.answer_loss, random.answer_loss_spread) == pytest.approx((1.75, 0.5 / math.sqrt(2)))
+    assert random.measured_bytes == 100_650_000
+    assert {name: row.origin for name, row in table.items() if name in ORIGINS} == ORIGINS
+
+
+def test_a_rows_standard_error_is_that_of_its_mean() -> None:
+    """Of the accuracy that stands there: luck with a question under one seed counts for less than under all of them."""
+    by_seed = [answers(4, 2), answers(4, 3), answers(4, 3)]
+    results = results_of([*row_of(BEST_SEED, [2.0]), *searched_row([1.0] * 3, [score(each) for each in by_seed])])
+    (row,) = [row for row in rows(results) if row.name == SEARCHED]
+    assert row.accuracy == pytest.approx(np.mean(by_seed))
+    expected = np.mean(by_seed, axis=0).std(ddof=1) / 2
+    assert row.accuracy_stderr == pytest.approx(expected)
+    (told,) = [each for each in task_accuracies(results)["arc", "acc"] if each.row == SEARCHED]
+    assert (told.value, told.value - told.low) == pytest.approx((row.accuracy, 1.96 * expected))
+
+
+@pytest.mark.parametrize(
+    ("metrics", "name", "in_full"),
+    [
+        (("acc_norm", "acc_norm"), "acc_norm", "acc_norm"),
+        (("acc_norm", "acc"), "accuracy", "accuracy (acc_norm of arc; acc of boolq)"),
+    ],
+)
+def test_every_accuracy_is_shown_with_the_metric_it_is(metrics: tuple[str, str], name: str, in_full: str) -> None:
+    """acc and acc_norm of one model lie as far apart as models do (HellaSwag 53 and 69)."""
+    scores = tuple(
+        score(answers(50, 20), [1.0] * 50, task, metric) for task, metric in zip(("arc", "boolq"), metrics, strict=True)
+    )
+    tuned = [*row_of("base", [1.0]), *row_of("pruned", [1.0]), *row_of(BEST_SEED, [2.0]), *searched_row([1.0])]
+    results = results_of([(row, scores) for row, _ in tuned])
+    first = tables.final_tables(results)[0]
+    assert f"test {name}" in first.headings and first.caption.endswith(f"; {in_full}") == (name == "accuracy")
+    assert f"its test {in_full} is 0.400 (base 0.400, pruned 0.400)" in claim(results)
+    assert f"\n- Against the best seed ({ORIGINS[BEST_SEED]}, +0.00% bytes)" in claim(results)
+    assert f": {name} +0.0000 (100 questions, " in claim(results)
+    tile = tiles(snapshot(results))[1]
+    assert tile.heading == f"Test {name}" and (in_full in tile.lines) == (name == "accuracy")
+    legend = dict(terms(results))[f"test {in_full}"]
+    assert all(f"({metric})" in legend for metric in metrics) and "has the highest log-likelihood" in legend
+    assert tables.by_task(results).headings[1:] == tuple(
+        f"{task} {metric} (50 questions)" for task, metric in zip(("arc", "boolq"), metrics, strict=True)
+    )
+    card = model_card(snapshot(results), None)
+    assert all(f"name: {metric}\n" in card for metric in metrics), "in what the hub reads"
+    assert f"| test {name} |" in card
+
+
+def test_rows_of_unequal_seeds_are_shown_alike(whole: Results) -> None:
+    told = {row.name: tables.cells(row) for row in rows(whole)}
+    assert (told["base"]["seeds"], told[SEARCHED]["seeds"]) == ("1 (0)", "2 (0-1)")
+    second = tables.final_tables(whole)[1]
+    assert "under training seed 0 alone" in second.caption
+    alike = {row[0]: dict(zip(second.headings, row, strict=True)) for row in second.rows}
+    assert list(alike) == [row.title for row in rows(whole)]
+    assert alike["base"]["confirmation loss"] == told["base"]["confirmation loss"]
+    assert told[SEARCHED]["confirmation loss"] == "2.5000 ± 0.7071"
+    assert alike[SEARCHED]["confirmation loss"] == "2.0000"
+    assert {row.seeds for row in summary_of(snapshot(whole)).first_seed_table} == {(0,)}
+    equal = results_of([*row_of(BEST_SEED, [2.0, 2.1]), *searched_row([1.0, 1.1])])
+    assert len(tables.final_tables(equal)) == 3
+
+
+def test_a_seed_plan_that_is_the_best_seed_says_so() -> None:
+    """Else one plan stands there with two sets of figures."""
+    seed = row_of("mutual-information seed", [2.0], plan=SEED_PLAN)
+    base = row_of("base", [1.0], plan=SEED_PLAN)
+    same = results_of([*base, *seed, *row_of(BEST_SEED, [2.0, 2.1], plan=SEED_PLAN), *searched_row([1.0, 1.1])])
+    titles = [row.title for row in rows(same)]
+    assert titles == ["base", "mutual-information seed = best seed", BEST_SEED, SEARCHED]
+    other = results_of([*seed, *row_of(BEST_SEED, [2.0, 2.1], plan=PLAN), *searched_row([1.0, 1.1])])
+    assert [row.title for row in rows(other)] == ["mutual-information seed", BEST_SEED, SEARCHED]
+
+
+def test_the_claim_says_what_was_lost_against_base_and_pruned(whole: Results) -> None:
+    lost = (
+        "At 100.7% of the bytes of the base with such an adapter, its test acc is 0.545 (base 0.475, pruned "
+        "0.485) and its answer loss 1.500 (base 1.500, pruned 1.500), all after the same fine-tune under "
+        "training seed 0."
+    )
+    card = model_card(snapshot(whole), None)
+    assert f" {lost} Its confirmation loss is 2.000 " in claim(whole).splitlines()[0]
+    assert lost in report(whole) and lost in card
+    alike = [*row_of("base", [1.0]), *row_of("pruned", [1.0]), *row_of(BEST_SEED, [2.0]), *searched_row([1.0])]
+    assert "after the same fine-tune. It" in claim(results_of(alike)), "one seed each"
+    wordless = [(tuned, (score(answers(50, 20)),)) for tuned, _ in alike]
+    assert " (base 0.400, pruned 0.400), all after" in claim(results_of(wordless))
+    assert "base" not in claim(results_of(alike[1:])), "there is no such row"
+
+
+def test_the_claim_says_what_uniform_bits_know_for_their_bytes() -> None:
+    """The winner beside fewer bytes and beside more, each under the one seed that all had."""
+    four, eight = dict.fromkeys(PLAN, 4), dict.fromkeys(PLAN, 8)
+    uniform = [
+        *row_of("uniform 4-bit", [1.75], plan=four, measured_bytes=80_000_000),
+        *row_of("uniform 8-bit", [1.25], plan=eight, measured_bytes=120_000_000),
+    ]
+    told = claim(results_of([*uniform, *row_of(BEST_SEED, [2.0, 2.1]), *searched_row([1.5, 1.0])]))
+    assert (
+        " Its confirmation loss is 1.500 at 100.0 MB (uniform 4-bit 1.750 at 80.0 MB, uniform 8-bit 1.250 at 120.0 "
+        "MB), under the same training seed." in told
+    )
+    won = claim(results_of([*uniform, *searched_row([1.5], plan=four)]))
+    assert "(uniform 8-bit 1.250 at 120.0 MB)" in won, "the winner is no row beside itself"
+    assert "confirmation loss is" not in claim(results_of([*row_of(BEST_SEED, [2.0]), *searched_row([1.0])]))
+
+
+def test_the_report_has_every_row_the_claim_and_the_configuration(whole: Results) -> None:
+    config = "output: runs/demo\nlora:\n  rank: 8\n"
+    text = report(whole, config=config)
+    lines = text.splitlines()
+    for each in tables.final_tables(whole):
+        start = lines.index(f"{each.caption}:")
+        table = ["| " + " | ".join(cells) + " |" for cells in (each.headings, *each.rows)]
+        assert [line for line in lines[start + 2 : start + 3 + len(table)] if "---" not in line] == table
+    assert " | gp, trial 11 | 2 (0-1) | 2.2500 ± 0.1768 | 2.5000 ± 0.7071 |" in text
+    assert "\n\n".join(claim(whole).split("\n", 1)) in text
+    assert f"```yaml\n{config}```" in text and "| python | 3.11.9 |" in lines
+    told = dict(terms(whole))
+    assert list(told)[:7] == ["base", "pruned", "uniform", "seed", BEST_SEED, RANDOM, SEARCHED]
+    assert all(f"\n- **{term}**: {meaning}\n" in text for term, meaning in told.items())
+    assert terms(results_of(searched_row([1.0])))[0][0] == SEARCHED, "there are no other rows to explain"
+    steps = lines[lines.index("Step by step:") :]
+    scored = "arc acc 0.100 (se 0.043) (50 questions), piqa acc 0.150 (se 0.057) (40 questions)"
+    tuned = "arc acc 0.340 (se 0.068) (50 questions), piqa acc 0.750 (se 0.069) (40 questions)"
+    base = "arc acc 0.200 (se 0.057) (50 questions), piqa acc 0.750 (se 0.069) (40 questions)"
+    assert [line for line in steps[:11] if line.startswith("| ")] == [
+        "| model | scores | answer loss |",
+        *(f"| {name} (no fine-tune) | {scored} | - |" for name in UNTUNED),
+        f"| searched, training seed 0 | {tuned} | 1.5000 |",
+        f"| base, training seed 0 | {base} | 1.5000 |",
+    ]
+
+
+def test_each_step_tells_its_finer_losses() -> None:
+    """By accuracies of 48 questions alone a pruned model may look better than its base."""
+
+    def of_losses(accuracy: int, *losses: float) -> tuple[TaskScore, ...]:
+        return tuple(score(answers(48, accuracy), [loss] * 48 if loss else []) for loss in losses)
+
+    untuned = [("base", of_losses(30, 11.0, 12.0)), ("pruned", of_losses(31, 12.0, 13.0))]
+    results = results_of(searched_row([1.0], of_losses(33, 8.0)), untuned)
+    found, with_text = tables.steps(results), tables.steps(with_figures(results))
+    assert found.headings == ("model", "scores", "answer loss"), "no text, no perplexity"
+    assert [row[2] for row in found.rows] == ["11.5000", "12.5000", "8.0000"]
+    assert with_text.headings[3] == "perplexity" and [row[3] for row in with_text.rows] == ["8.00"] * 3
+    wordless = results_of(searched_row([1.0], of_losses(33, 0.0)), [("base", of_losses(30, 11.0, 0.0))])
+    assert tables.steps(wordless).headings == ("model", "scores"), (
+        "of some of the tasks alone it would be no mean over all"
+    )
+
+
+def test_a_row_tells_what_its_model_takes_to_use(whole: Results) -> None:
+    """Over all turns of all its models, since each training seed may have its own plan."""
+    table = {row.name: row for row in rows(with_figures(whole))}
+    assert table["base"].prefill_tokens_per_second == (110.0, 100.0, 150.0)
+    assert table["base"].decode_tokens_per_second == (12.0, 10.0, 20.0)
+    assert table[RANDOM].prefill_tokens_per_second == (110.5, 100.0, 151.0)
+    assert table[RANDOM].inference_memory_bytes == 310_000_000
+    assert table["base"].perplexity == pytest.approx(8.0) and table["base"].perplexity_spread is None
+    assert (table[RANDOM].perplexity, table[RANDOM].perplexity_spread) == pytest.approx((9.0, math.sqrt(2)))
+    shown = tables.cells(table["base"])
+    assert list(shown.values())[-3:] == ["300 MB", "110 (100-150)", "12.0 (10.0-20.0)"]
+    assert shown["perplexity"] == "8.00"
+    assert "mean loss a token on the text." in dict(terms(with_figures(whole)))["perplexity"]
+    without = tables.cells(rows(whole)[0])
+    assert list(without.values())[-3:] == ["-", "-", "-"] and without["perplexity"] == "-"
+
+
+def test_the_report_tells_how_search_and_pruning_ended(whole: Results) -> None:
+    text = report(whole)
+    assert "16 trials, 7 finished, 8 stopped early, 1 failed" in text
+    assert "It ended because all 16 trials were spent (`search.max_trials`)." in text
+    assert "started from 5 trials that earlier searches left" in text
+    assert "Resumed: 2 sessions; the last began with 3 trials recorded before. Failed: 1 diverged (lower" in text
+    assert "On fresh rows trial 11 (gp) was best, a searched plan." in text
+    assert "\n| trial | from | selection loss |\n" in text, "no accuracy was searched"
+    assert "\n| 2 | seed-kl, reused | 2.1250 (se 0.0625) |\n" in text
+    assert "\n| 11 | gp | 2.0625 (se 0.0312) |\n" in text
+    assert "none of fewer or equal bytes" not in text, "there is no front"
+    assert "target 20.00% of all parameters, achieved 19.84%" in text
+    assert "150,000,000 -> 120,240,000 parameters, 300.0 -> 240.5 MB" in text
+    assert "| 0 | 4 of 8 | 2 of 4 | 100 of 200 | 50.0% |" in text
+
+
+def test_the_report_shows_a_front() -> None:
+    front = (
+        FrontPoint(index=4, origin="gp", plan=SEED_PLAN, plan_bytes=9_000_000, loss=2.5, stderr=0.25),
+        FrontPoint(
+            index=7,
+            origin="gp",
+            plan=PLAN,
+            plan_bytes=9_900_000,
+            loss=2.25,
+            stderr=0.25,
+            accuracy=0.5,
+            accuracy_stderr=0.1,
+        ),
+    )
+    text = report(results_of(searched_row([1.0]), front=front))
+    assert "| trial | from | bytes | plan | selection loss | selection accuracy |" in text
+    assert "| 4 | gp | 9.0 MB | 48 | 2.5000 (se 0.2500) | - |" in text
+    assert "| 7 | gp | 9.9 MB | 84 | 2.2500 (se 0.2500) | 0.500 (se 0.100) |" in text
+
+
+def test_the_report_shows_sensitivities_beside_what_trials_show(whole: Results) -> None:
+    text = report(whole)
+    assert "| method | what | unit | seconds |\n" in text, "no column of dashes"
+    assert "| kl | one group at a time | nats | 12.5 |\n" in text
+    assert f"Rank correlations with what trials show were not computed: {NO_EFFECTS}." in text, "which is none of zero"
+    assert "| layers.0 | 8 | 0.5 |" in text and "| layers.1 | 4 | 0.25 |" in text
+    effects = MarginalEffects({4: (0.01, 0.02)}, num_trials=9, residual=0.005)
+    text = report(whole, effects)
+    assert "| seconds | rank correlation |\n" in text and "| kl | one group at a time | nats | 12.5 | -1.00 |" in text
+    assert "main effects of 9 finished trials (residual 0.0050 nats)" in text
+    assert "| layers.0 | 8 | 0.5 | 0.01 |" in text
+
+
+def test_no_cell_of_the_table_breaks_it(whole: Results) -> None:
+    lines = report(whole).splitlines()
+    start = next(number for number, line in enumerate(lines) if line.startswith("| row |"))
+    table = lines[start : start + 10]
+    assert len({line.count("|") for line in table}) == 1
+    assert lines[start + 10] == ""

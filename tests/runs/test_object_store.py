@@ -1,0 +1,645 @@
+"""A run at a URI: what lies there is complete or not there, wherever it is read. A real S3 server on loopback."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+
+import pytest
+from conftest import flip_a_byte
+from cryptography.hazmat.primitives.asymmetric import rsa
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
+from object_store import Gate, Store, free_port, object_store, talk_to
+from test_lock import ELSEWHERE, EXIT_7, HOLD, holding, word
+from test_run_dir import bank_record, watched
+
+from qpruner.cli.flow_verbs import where_next
+from qpruner.errors import CorruptFile, StorageError, UserError
+from qpruner.runs.events import StageFinished
+from qpruner.runs.lock import NAME, Holder, driver_of, hold_run, this_process
+from qpruner.runs.logs import logging_to
+from qpruner.runs.records import BankRecord, SearchClock
+from qpruner.runs.run_dir import LOG, RunDir
+from qpruner.runs.storage import (
+    address_of,
+    children,
+    display_name,
+    exclusive,
+    exists,
+    fetch,
+    file_digest,
+    files_in,
+    folder_digests,
+    list_path,
+    move,
+    publish_folder,
+    published_folders,
+    put_file,
+    read_json,
+    read_progress,
+    remove,
+    storage_at,
+    verify_folder,
+    write_json,
+    write_progress,
+    write_text,
+    writing_folder,
+)
+from qpruner.runs.storage import bucket as objects
+from qpruner.runs.storage import files as file_parts
+from qpruner.runs.storage.bucket import mirror_of
+from qpruner.runs.storage.objects import objects_at
+from qpruner.runs.storage.upload import Uploader
+
+
+@pytest.fixture(scope="module")
+def store() -> Iterator[Store]:
+    with object_store() as found:
+        yield found
+
+
+Machine = Callable[[str], RunDir]
+
+
+@pytest.fixture
+def machine(store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Machine:
+    """Goes to a machine of that name, with a cache of its own; returns the test's run as it is seen there."""
+    talk_to(store, monkeypatch)
+
+    def go(name: str) -> RunDir:
+        monkeypatch.setenv(objects.CACHE, str(tmp_path / name))
+        return RunDir(store.uri(f"{tmp_path.name}/run"))
+
+    return go
+
+
+@pytest.fixture
+def run(machine: Machine) -> RunDir:
+    """A run of its own in the store, seen from a machine of its own."""
+    return machine("first")
+
+
+@pytest.fixture
+def unreachable(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> RunDir:
+    """The same; nobody answers."""
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{free_port()}")
+    objects.open_bucket.cache_clear()
+    return run
+
+
+def key_of(path: Path) -> str:
+    there = objects_at(path)
+    assert there is not None
+    return there.key
+
+
+def folder_of(tmp_path: Path, **files: str) -> Path:
+    """A folder with such files, `a__b` for `a/b`."""
+    folder = tmp_path / "made"
+    shutil.rmtree(folder, ignore_errors=True)
+    for name, text in files.items():
+        path = folder / name.replace("__", "/")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    return folder
+
+
+# ---- names
+
+
+@pytest.mark.parametrize(
+    ("uri", "message"),
+    [
+        ("http://example.org/run", "must be a folder or begin with s3:// or gs://"),
+        ("s3://bucket", "must read s3://BUCKET/PREFIX"),
+        ("s3:///run", "must read s3://BUCKET/PREFIX"),
+        ("s3://bucket/a/../b", "must read s3://BUCKET/PREFIX"),
+        ("s3://bucket/run?acl=public", "unknown options acl in the URI; there are endpoint_override, region, scheme"),
+        ("s3://bucket/run?scheme=ftp", "must be http or https, got 'ftp'"),
+        ("s3://bucket/run?scheme=", "must be http or https, got ''"),
+        ("s3://[bucket/run", "must read s3://BUCKET/PREFIX"),
+        ("s3://bucket/" + "r" * 300, "must be shorter"),
+    ],
+)
+def test_other_uris_are_refused(uri: str, message: str) -> None:
+    with pytest.raises(UserError, match=message.replace("?", r"\?")):
+        mirror_of(uri)
+
+
+@pytest.mark.parametrize(
+    ("uri", "message"),
+    [
+        ("s3://AKIAKEY:HUSHWORD@bucket/run", "credentials come from the environment"),
+        # A key may have a slash in it: what comes after is a path then, to who reads URIs.
+        ("s3://AKIAKEY:HUSH/WORD@bucket/run", "credentials come from the environment"),
+        ("s3://HUSHWORD@bucket/run", "credentials come from the environment"),
+        ("https://AKIAKEY:HUSHWORD@store.example/bucket/run", "credentials come from the environment"),
+        ("s3://[AKIAKEY:HUSHWORD@bucket/run", "must read s3://BUCKET/PREFIX"),
+        ("s3://bucket/run?endpoint_override=http://AKIAKEY:HUSHWORD@store:9000", "credentials come from the"),
+        ("s3://bucket/run?access_key=AKIAKEY&secret_key=HUSHWORD", "unknown options access_key, secret_key in the"),
+        ("https://bucket/run?secret_key=HUSHWORD", "unknown options secret_key in the URI"),
+        ("s3://bucket/run?HUSHWORD", "unknown options .which may be keys. in the URI; there are endpoint_override,"),
+        ("s3://bucket/run?acl&HUSHWORD=", "unknown options acl in the URI"),
+    ],
+)
+def test_credentials_in_a_uri_are_not_repeated(uri: str, message: str) -> None:
+    with pytest.raises(UserError, match=message) as caught:
+        mirror_of(uri)
+    assert not [word for word in ("HUSH", "WORD", "AKIAKEY") if word in str(caught.value)]
+
+
+def test_a_path_finds_its_object_on_any_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    uri = "s3://bucket/team/run?endpoint_override=http://10.0.0.1:9000&region=eu-west-1"
+    for cache in ("/home/anna/cache", "/home/bert/cache"):
+        monkeypatch.setenv(objects.CACHE, cache)
+        path = mirror_of(uri) / "records" / "prune.json"
+        assert str(path).startswith(cache)
+        assert display_name(path) == "s3://bucket/team/run/records/prune.json"
+        assert address_of(mirror_of(uri)) == uri
+        assert RunDir(mirror_of(uri)).address == uri
+        # In quotes: a shell gives ? and & a meaning of their own.
+        assert f"`qpruner plan '{uri}'`" in where_next(mirror_of(uri))
+    assert "`qpruner plan s3://bucket/run`" in where_next(mirror_of("s3://bucket/run"))
+    assert display_name(Path("/shared/run")) == address_of(Path("/shared/run")) == "/shared/run"
+    assert objects_at(Path("/home/anna/cache/runs/x")) is None
+
+
+# ---- files and folders
+
+
+def test_records_are_read_as_they_were_written(run: RunDir, store: Store) -> None:
+    assert run.read_record("bank", BankRecord) is None
+    run.write_record("bank", bank_record("a"))
+    run.write_record("bank", bank_record("b"))
+    assert run.read_record("bank", BankRecord) == bank_record("b")
+    assert exists(run.record_path("bank")) and children(run.root / "records") == ["bank.json"]
+    store.write(key_of(run.record_path("bank")), b'{"digest": "a", "seco')
+    with pytest.raises(CorruptFile, match=f"{run.place}/records/bank.json is not a BankRecord"):
+        run.read_record("bank", BankRecord)
+    run.forget("bank")
+    assert run.read_record("bank", BankRecord) is None and not exists(run.record_path("bank"))
+
+
+WRITE_FOR_EVER = """
+import itertools, sys, time
+from qpruner.runs.records import BankRecord
+from qpruner.runs.run_dir import RunDir
+run = RunDir(sys.argv[1])
+for turn in itertools.count():
+    files = dict.fromkeys(map(str, range(100 * (turn % 2))), "0")
+    run.write_record("bank", BankRecord(digest=str(turn), seconds=1.0, files=files, bytes=1, residual_ratio={}))
+    print(turn, flush=True)
+    time.sleep(0.01)
+"""
+
+
+def test_a_record_that_grows_while_read_is_old_or_new(run: RunDir) -> None:
+    """A trial's record does, at each rung, while the driver and `qpruner status` look at it."""
+    command = [sys.executable, "-c", WRITE_FOR_EVER, run.place]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout and process.stdout.readline()
+            seen = set()
+            while len(seen) < 40:
+                record = run.read_record("bank", BankRecord)
+                assert record is not None and len(record.files) == 100 * (int(record.digest) % 2)
+                seen.add(record.digest)
+        finally:
+            process.kill()
+
+
+FETCH = """
+import logging, sys
+from qpruner.runs.run_dir import RunDir
+from qpruner.runs.storage import fetch
+logging.basicConfig(level="WARNING", format="%(message)s", stream=sys.stdout)
+for path in sorted(fetch(RunDir(sys.argv[1]).stage("prune")).iterdir()):
+    print(path.read_text())
+"""
+
+
+def fetched_by_another(run: RunDir) -> list[str]:
+    """What another process of this machine says while it fetches a folder, and what it finds there then."""
+    return subprocess.run(
+        [sys.executable, "-c", FETCH, run.place], capture_output=True, text=True, check=True
+    ).stdout.splitlines()
+
+
+@pytest.mark.parametrize(
+    "harm",
+    [
+        pytest.param(flip_a_byte, id="flipped"),
+        pytest.param(lambda path: os.truncate(path, 0), id="emptied"),  # as power that fails may leave it
+        pytest.param(Path.unlink, id="missing"),
+    ],
+)
+def test_a_damaged_copy_is_fetched_again(
+    harm: Callable[[Path], object], run: RunDir, machine: Machine, tmp_path: Path
+) -> None:
+    """By the next process that uses it, and by no one else."""
+    publish_folder(folder_of(tmp_path, config="c", weights="w" * 1000), run.stage("prune"))
+    there = machine("second")
+    weights = fetch(there.stage("prune")) / "weights"
+    harm(weights)
+    warning = f"{weights} is damaged on this machine: all of {there.place}/prune is fetched again"
+    assert fetched_by_another(there) == [warning, "c", "w" * 1000]
+    if harm is flip_a_byte:
+        assert fetched_by_another(there) == ["c", "w" * 1000]
+
+
+def test_a_copy_is_fetched_and_compared_once(run: RunDir, machine: Machine, tmp_path: Path) -> None:
+    """A large model takes half a minute to compare, and there may be a trial for each of eight GPUs."""
+    publish_folder(folder_of(tmp_path, config="c", data__rows="r" * 100_000, data__empty=""), run.stage("prune"))
+    target, heard = machine("second").stage("prune"), list[int]()
+
+    def num_pieces() -> int:
+        """How many are read when it is fetched now."""
+        heard.clear()
+        fetch(target, lambda: heard.append(len(heard)) if len(heard) < 50 else pytest.fail("it waits"))
+        return len(heard)
+
+    with watched(tmp_path / "second") as calls:
+        assert num_pieces() == 2
+    assert target.is_relative_to(tmp_path / "second")
+    assert (target / "data" / "rows").read_text() == "r" * 100_000 and (target / "data" / "empty").read_bytes() == b""
+    assert files_in(target) == {"config": 1, "data/rows": 100_000, "data/empty": 0}
+    named = calls.index("rename")
+    assert {Path(call).name for call in calls[:named]} >= {"config", "data", "prune", "rows"}, "durable before its list"
+    assert num_pieces() == 0
+    file_parts.verified.clear()  # as another process has it
+    with exclusive(target):  # whoever compares waits for nobody
+        assert (num_pieces(), num_pieces()) == (2, 0)
+
+
+def test_who_waits_for_a_folder_hears_of_every_piece(
+    run: RunDir, machine: Machine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a trial waits for is not what hangs: two files of several pieces, and a process that fetches first."""
+    for name in ("PIECE_BYTES", "HASHED_BYTES"):
+        monkeypatch.setattr(file_parts, name, 2**16)
+    pieces = {"one": 3, "other": 2}
+    files = {name: "w" * (number * file_parts.PIECE_BYTES - 1) for name, number in pieces.items()}
+    publish_folder(folder_of(tmp_path, **files), run.stage("prune"))
+    target, heard = machine("second").stage("prune"), list[int]()
+    begun, fetched = threading.Event(), threading.Event()
+
+    def fetch_first() -> None:
+        with exclusive(target):
+            begun.set()
+            fetched.wait(30)
+
+    def hear() -> None:
+        heard.append(len(list(tmp_path.glob("second/scratch/*/prune/*"))))
+        fetched.set()
+
+    first = threading.Thread(target=fetch_first)
+    first.start()
+    begun.wait(30)
+    fetch(target, hear)
+    first.join()
+    assert heard[0] == 0 and len([number for number in heard if number]) >= sum(pieces.values())
+    onto_disk = shutil.copytree(target, tmp_path / "disk" / "prune")
+    shutil.copy(list_path(target), list_path(onto_disk))
+    heard.clear()
+    fetch(onto_disk, hear)
+    assert len(heard) == sum(pieces.values())
+
+
+def test_what_is_written_is_sent_and_need_not_be_fetched(run: RunDir, store: Store, tmp_path: Path) -> None:
+    target = run.stage("prune")
+    with writing_folder(target) as folder:
+        folder.mkdir()
+        (folder / "weights").write_text("w")
+        assert not store.keys(key_of(target))
+    inode = (target / "weights").stat().st_ino
+    assert (fetch(target) / "weights").stat().st_ino == inode
+    assert set(store.keys(key_of(run.root))) == {"prune/weights", "prune.files.json"}
+    entry = run.stage("bank") / "4bit" / "q.safetensors"
+    (file := tmp_path / "q.safetensors").write_text("codes")
+    assert put_file(file, entry) == file_digest(entry) and not file.exists()
+    assert store.read(key_of(entry)) == b"codes"
+    with pytest.raises(FileNotFoundError), writing_folder(target) as folder:
+        (folder / "weights").read_text()
+    assert fetch(target).is_dir(), "what was not finished replaced nothing"
+
+
+def test_a_folder_put_again_replaces_the_first(run: RunDir, machine: Machine, tmp_path: Path) -> None:
+    publish_folder(folder_of(tmp_path, old="1", same="2"), run.stage("prune"))
+    fetch(run.stage("prune"))
+    publish_folder(folder_of(tmp_path, new="3", same="4"), machine("second").stage("prune"))
+    machine("first")
+    folder = fetch(run.stage("prune"))
+    assert {path.name: path.read_text() for path in folder.iterdir()} == {"new": "3", "same": "4"}
+    assert files_in(run.stage("prune")) == {"new": 1, "same": 1}
+
+
+SEND = """
+import sys
+from pathlib import Path
+from qpruner.runs.run_dir import RunDir
+from qpruner.runs.storage import publish_folder
+publish_folder(Path(sys.argv[2]), RunDir(sys.argv[1]).stage("prune"))
+"""
+
+
+def test_a_folder_whose_sender_is_killed_is_not_there(machine: Machine, store: Store, tmp_path: Path) -> None:
+    """The small file arrives long before the large one."""
+    there = machine("first")
+    scratch = folder_of(tmp_path, small="s")
+    (scratch / "large").write_bytes(bytes(96 * 2**20))
+    with subprocess.Popen([sys.executable, "-c", SEND, there.place, str(scratch)]) as process:
+        while not store.keys(key_of(there.root)):
+            assert process.poll() is None
+        process.send_signal(signal.SIGKILL)
+    assert published_folders(there.root) == []
+    with pytest.raises(CorruptFile, match="was not put whole"):
+        fetch(there.stage("prune"))
+    publish_folder(folder_of(tmp_path, after="1"), there.stage("prune"))
+    assert [path.name for path in fetch(there.stage("prune")).iterdir()] == ["after"]
+
+
+@pytest.mark.parametrize("harm", ["damaged", "missing"])
+def test_a_changed_object_is_named(harm: str, run: RunDir, machine: Machine, store: Store, tmp_path: Path) -> None:
+    """By whoever fetches it, and by a check on a machine whose own copy is whole."""
+    with writing_folder(run.stage("prune")) as folder:
+        folder.mkdir(parents=True)
+        (folder / "weights").write_text("w" * 1000)
+    path = run.stage("prune") / "weights"
+    verify_folder(path.parent)
+    store.damage(key_of(path)) if harm == "damaged" else store.delete(key_of(path))
+    fetch(path.parent)
+    place = run.place
+    for verify in (verify_folder, fetch):
+        with pytest.raises(CorruptFile, match=f"{place}/prune/weights is {harm}") as caught:
+            verify(path.parent)
+        assert caught.value.path == path
+        path = machine("second").stage("prune") / "weights"
+    assert not path.parent.exists(), "nothing of it is taken for whole"
+
+
+def test_folders_are_listed_moved_and_removed(run: RunDir, tmp_path: Path) -> None:
+    trial = run.trials / "d" / "0001"
+    publish_folder(folder_of(tmp_path, adapter="a", state="ss"), trial / "checkpoint-4")
+    write_json(trial / "trial.json", SearchClock(seconds=1.0))
+    assert children(run.trials / "d") == ["0001"] and children(run.trials / "none") == []
+    assert published_folders(trial) == [trial / "checkpoint-4"]
+    digests = folder_digests(trial / "checkpoint-4")
+    assert digests == {name: file_digest(trial / "checkpoint-4" / name) for name in ("adapter", "state")}
+    aside = run.trials / "d" / "damaged" / "checkpoint"
+    assert move(trial / "checkpoint-4", aside) == aside
+    assert folder_digests(aside) == digests and folder_digests(trial / "checkpoint-4") == {}
+    assert (fetch(aside) / "state").read_text() == "ss"
+    remove(trial)
+    assert read_json(trial / "trial.json", SearchClock) is None and published_folders(trial) == []
+    remove(trial)
+    with pytest.raises(FileNotFoundError):
+        file_digest(trial / "trial.json")
+
+
+def test_a_record_vouches_for_what_a_stage_put(run: RunDir) -> None:
+    scratch = run.begin("bank")
+    with writing_folder(scratch) as folder:
+        folder.mkdir()
+        (folder / "q").write_text("codes")
+    assert run.read_record("bank", BankRecord) is None
+    run.commit("bank", scratch, bank_record("a"))
+    assert run.read_record("bank", BankRecord) == bank_record("a") and run.has_folder("bank")
+    run.begin("bank")
+    assert run.read_record("bank", BankRecord) is None, "the old record goes before the old files"
+
+
+# ---- a store that is away, or refuses
+
+
+class Google(BaseHTTPRequestHandler):
+    """Answers as Google's storage does to a role of this kind."""
+
+    role = "objects"
+
+    def do_GET(self) -> None:
+        path = self.path.partition("?")[0]
+        if self.role == "none" or path.endswith("/b/runs"):
+            self._answer(403, "a@p.iam.gserviceaccount.com does not have storage.buckets.get access")
+        elif "/b/runs/o" not in path:
+            self._answer(404, "The specified bucket does not exist.")
+        elif not path.endswith("/o"):
+            self._answer(404, "No such object: runs/mine")
+        else:
+            self._answer(200, "")
+
+    def _answer(self, code: int, message: str) -> None:
+        body = json.dumps({"error": {"code": code, "message": message}} if message else {"kind": "storage#objects"})
+        self.send_response(code)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body.encode())
+
+    def log_message(self, *arguments: object) -> None:
+        """Nobody reads it."""
+
+
+@pytest.mark.parametrize(
+    ("role", "bucket", "message"),
+    [
+        ("objects", "runs", None),
+        ("none", "runs", "access is refused"),
+        ("objects", "other", "there is no bucket other"),
+    ],
+)
+def test_what_googles_storage_refuses_is_told(
+    role: str, bucket: str, message: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its role for a bucket's objects may not see the bucket. Requests are signed here, so any key will do."""
+    key = rsa.generate_private_key(public_exponent=65537, key_size=2048)
+    as_text = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()).decode()
+    account = {"type": "service_account", "client_email": "a@p.iam.gserviceaccount.com", "private_key_id": "k"}
+    nowhere = {"token_uri": "http://127.0.0.1:9/", "private_key": as_text}
+    (tmp_path / "key.json").write_text(json.dumps(account | nowhere))
+    monkeypatch.setenv("GOOGLE_APPLICATION_CREDENTIALS", str(tmp_path / "key.json"))
+    monkeypatch.setattr(Google, "role", role)
+    server = HTTPServer(("127.0.0.1", 0), Google)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    uri = f"gs://{bucket}/mine?scheme=http&endpoint_override=127.0.0.1:{server.server_port}"
+    try:
+        if message is None:
+            assert read_json(RunDir(uri).root / "run.json", SearchClock) is None
+        else:
+            with pytest.raises(UserError, match=f"`output`: .*{message}"):
+                RunDir(uri)
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
+
+
+@pytest.mark.parametrize("how", ["unused-port", "unknown-host", "no-bucket"])
+def test_an_unreachable_store_is_told_within_seconds(how: str, run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
+    uri = "s3://no-such-bucket/run" if how == "no-bucket" else f"{run.place}-other"
+    if how != "no-bucket":
+        place = f"127.0.0.1:{free_port()}" if how == "unused-port" else "nowhere.invalid:9000"
+        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://{place}")
+    objects.open_bucket.cache_clear()
+    started = time.monotonic()
+    with pytest.raises(UserError, match="`output`") as caught:
+        RunDir(uri)
+    assert time.monotonic() - started < 15
+    expected = "there is no bucket no-such-bucket" if how == "no-bucket" else "check the network and the endpoint"
+    assert expected in str(caught.value)
+
+
+class _Refusing(BaseHTTPRequestHandler):
+    """What S3 answers to who may not list a bucket."""
+
+    def do_GET(self) -> None:
+        self.send_response(403)
+        self.end_headers()
+        self.wfile.write(b"<Error><Code>AccessDenied</Code><Message>Access Denied</Message></Error>")
+
+
+@pytest.mark.parametrize("keys", [True, False])
+def test_missing_and_wrong_credentials_are_explained(
+    keys: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with HTTPServer(("127.0.0.1", 0), _Refusing) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{server.server_port}")
+        monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+        monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "none"))
+        monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+        for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+            monkeypatch.setenv(name, "wrong") if keys else monkeypatch.delenv(name, raising=False)
+        objects.open_bucket.cache_clear()
+        with pytest.raises(UserError, match=r"`output`: .*access is refused .*credentials come from the environment"):
+            RunDir("s3://runs/refused")
+        server.shutdown()
+
+
+def test_a_store_away_for_a_while_is_waited_for(run: RunDir, store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody listens for longer than one request tries; both who writes and who reads wait for it."""
+    path, gate = run.root / "clock.json", Gate(store.port)
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{gate.port}")
+    objects.open_bucket.cache_clear()
+    write_json(path, SearchClock(seconds=1.0))
+    for action in (lambda: write_json(path, SearchClock(seconds=2.0)), lambda: read_json(path, SearchClock)):
+        gate.shut()
+        threading.Timer(1.0, gate.open).start()
+        started = time.monotonic()
+        found = action()
+        assert time.monotonic() - started > 0.9
+    assert found == SearchClock(seconds=2.0)
+    gate.shut()
+
+
+def test_a_store_that_stays_away_is_told_with_its_remedy(unreachable: RunDir, caplog: pytest.LogCaptureFixture) -> None:
+    run = unreachable
+    expected = rf"{run.place}/clock.json cannot be reached \(NETWORK.*\n.*bring the storage back"
+    with pytest.raises(StorageError, match=expected):
+        write_json(run.root / "clock.json", SearchClock(seconds=2.0), patience_seconds=0.4)
+    assert not write_progress(run.root / "pulse.json", "nobody waits for progress")
+    assert read_progress(run.root / "pulse.json") is None
+    taken = pytest.raises(StorageError, match=rf"{run.place}/{NAME} cannot be reached .*\n.*bring the storage back")
+    with taken, hold_run(run.root, print):
+        pass
+    (run.root / LOG).write_text("begun")
+    uploader = Uploader(run.root, "tensorboard", LOG)
+    uploader.listen(StageFinished("prune", 1.0, ""))
+    assert "that is tried again in 30 s" in caplog.text
+    uploader.close()
+    assert "tried again by the next command" in caplog.text
+
+
+def test_files_that_grow_are_sent_as_they_changed(run: RunDir, store: Store) -> None:
+    """Those of an earlier command that this one did not write are deleted."""
+    folder, key = run.root / "tensorboard", key_of(run.root)
+    store.write(f"{key}/tensorboard/old", b"of an earlier command")
+    uploader = Uploader(run.root, "tensorboard", LOG)
+    folder.mkdir(parents=True)
+    for text in ("one", "two"):
+        (folder / "events").write_text(text)
+        (run.root / LOG).write_text("begun")
+        uploader.listen(StageFinished("prune", 1.0, ""))
+        assert store.read(f"{key}/tensorboard/events") == text.encode()
+    uploader.close()
+    assert set(store.keys(key)) == {"tensorboard/events", LOG}
+
+
+# ---- one driver
+
+
+def test_the_second_driver_at_a_uri_is_refused(run: RunDir, store: Store) -> None:
+    notes: list[str] = []
+    refused = pytest.raises(UserError, match=rf"{run.place} is being worked on by process {os.getpid()}")
+    with hold_run(run.root, notes.append):
+        before = files_in(run.root)
+        with refused, hold_run(run.root, notes.append):
+            pass
+        found = driver_of(run.root)
+        assert found and (found.holder.pid, found.state) == (os.getpid(), "alive")
+        assert files_in(run.root) == before, "who looks writes nothing"
+    assert not store.keys(key_of(run.root)) and driver_of(run.root) is None, "who is done leaves no lock"
+    dead = this_process().model_copy(update={"started": 1})
+    write_text(run.root / NAME, dead.model_dump_json())
+    with hold_run(run.root, notes.append):
+        pass
+    assert notes == [f"taking over from process {os.getpid()} on {socket.gethostname()}: that process is dead"]
+
+
+def test_a_live_driver_elsewhere_holds_a_run_at_a_uri(run: RunDir) -> None:
+    notes: list[str] = []
+    with holding(run.place, 0.5, ELSEWHERE) as process:
+        assert word(process) == "held"
+        with pytest.raises(UserError, match="by process 1 on"), hold_run(run.root, notes.append, 0.5):
+            pass
+        process.kill()
+    with hold_run(run.root, notes.append, 0.5):
+        pass
+    said = [text.partition(" process 1 on ")[0] for text in notes]
+    assert said == [*["waiting up to 3 s for a sign of life of"] * 2, "taking over from"]
+
+
+@pytest.mark.parametrize(("handler", "code"), [("", -signal.SIGTERM), (EXIT_7, 7)])
+def test_who_lost_a_run_at_a_uri_ends(run: RunDir, handler: str, code: int) -> None:
+    with holding(run.place, 0.1, program=handler + HOLD) as process:
+        assert word(process) == "held"
+        other = this_process().model_copy(update={"host": "gpu-7"})
+        write_text(run.root / NAME, other.model_dump_json())
+        assert word(process) == f"process {os.getpid()} on gpu-7 took this run over"
+        assert process.wait(timeout=20) == code
+    assert read_json(run.root / NAME, Holder) == other, "the lock of who took it over is left alone"
+
+
+def test_a_log_goes_on_where_other_machines_ended(machine: Machine) -> None:
+    """Of two commands on one machine, too: the second is refused only after its log is open."""
+    here, logger = machine("first"), logging.getLogger("qpruner.test")
+    log = here.root / LOG
+    with logging_to(here.root):
+        logger.info("begun")
+        with logging_to(here.root):
+            logger.info("not sent yet: there is no object")
+        storage_at(log).send()
+        logger.info("killed before this was sent")
+    with logging_to(here.root):
+        logger.info("again")
+    text = log.read_text()
+    assert [text.count(said) for said in ("begun", "not sent yet", "killed before", "again")] == [1, 2, 1, 1]
+    storage_at(log).send()
+    there = machine("second")
+    with logging_to(there.root):
+        logger.info("elsewhere")
+    assert (there.root / LOG).read_text().startswith(text)
+    storage_at(there.root / LOG).send()
+    back = machine("first")
+    with logging_to(back.root):
+        assert "elsewhere" in (back.root / LOG).read_text()

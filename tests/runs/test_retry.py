@@ -1,0 +1,254 @@
+"""A storage that is full or away: waited for, then told with the remedy; what was written stays whole."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+from types import FrameType
+
+import pytest
+import torch
+from conftest import away, disk_of, full_until_noticed
+from safetensors.torch import save_file
+from tokenizers import Tokenizer
+from tokenizers.models import BPE
+
+from qpruner.cluster.node_facts import check_like, versions
+from qpruner.config.schema import LoraConfig
+from qpruner.data.encoding import load_encoded, save_encoded
+from qpruner.errors import StorageError
+from qpruner.quantization.bank import (
+    BankIndex,
+    EntrySettings,
+    IndexEntry,
+    build_entry,
+    read_plan,
+    write_entry,
+    write_index,
+)
+from qpruner.runs.records import SearchClock
+from qpruner.runs.storage import (
+    exists,
+    file_digest,
+    folder_digests,
+    publish_folder,
+    read_existing,
+    read_json,
+    retry_storage,
+    storage_error,
+    verify_folder,
+    write_json,
+    writing_folder,
+)
+from qpruner.runs.storage.retry import LONG_ATTEMPTS
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[Path]:
+    """A real file system of 1 MiB."""
+    with disk_of("1m", tmp_path / "disk") as folder:
+        yield folder
+
+
+@contextmanager
+def unconnected(disk: Path) -> Iterator[Callable[[], None]]:
+    """Covered by a file system whose server died, so that all it is asked fails, until what is handed out is called."""
+    try:
+        server = os.open("/dev/fuse", os.O_RDWR)
+    except OSError as error:
+        pytest.skip(f"no file system of a process's own here: {error}")
+    options = f"fd={server},rootmode=40000,user_id={os.getuid()},group_id={os.getgid()}"
+    subprocess.run(["mount", "-t", "fuse", "-o", options, "qpruner-dead", disk], pass_fds=[server], check=True)
+    os.close(server)
+    yield lambda: subprocess.run(["umount", disk], check=True) and None
+
+
+@contextmanager
+def full(disk: Path) -> Iterator[Callable[[], None]]:
+    """No byte is left until what is handed out is called."""
+    filler = disk / "filler"
+    filler.write_bytes(b"\0" * shutil.disk_usage(disk).free)
+    yield filler.unlink
+    filler.unlink(missing_ok=True)
+
+
+def test_what_a_trial_reads_first_is_waited_for(disk: Path) -> None:
+    """What tells that its machine has the storage, the rows and the plan's tensors."""
+    (disk / "run").mkdir()
+    (disk / "run" / "run.id").write_text("this run")
+    save_encoded([{"input_ids": [1], "labels": [1]}], disk / "rows")
+    entry = build_entry({"mlp": torch.randn(8, 64)}, 8, EntrySettings(LoraConfig(), double_quant=False, seed=0))
+    file = write_entry(disk / "bank", "mlp", 8, entry)
+    listed = IndexEntry(inputs="", sha256=file_digest(file), residual_ratio=entry.residual_ratio)
+    files = {str(file.relative_to(disk / "bank")): listed}
+    write_index(disk / "bank", BankIndex(digest="", bitsandbytes=version("bitsandbytes"), files=files))
+    told = (str(disk / "run"), "the run", "run.id", "this run")
+    for place, read in (
+        (disk / "run", lambda: check_like(versions(), *told)),
+        (disk / "rows", lambda: load_encoded(disk / "rows")),
+        (file.parent, lambda: read_plan(disk / "bank", {"mlp": 8})),
+    ):
+        with away(place) as end:  # type: ignore[attr-defined]
+            threading.Timer(0.3, end).start()
+            read()  # raises where nobody waits
+
+
+@pytest.mark.parametrize("trouble", [full, away])
+def test_a_record_is_written_once_the_storage_takes_it(trouble: Callable[..., Iterator[None]], disk: Path) -> None:
+    path = disk / "record.json"
+    write_json(path, SearchClock(seconds=1.0))
+    with trouble(disk) as end:  # type: ignore[attr-defined]
+        threading.Timer(0.8, end).start()
+        started = time.monotonic()
+        write_json(path, SearchClock(seconds=2.0), patience_seconds=20)
+        assert time.monotonic() - started > 0.7
+    assert read_json(path, SearchClock) == SearchClock(seconds=2.0)
+
+
+def test_exists_waits_until_the_storage_answers(disk: Path) -> None:
+    """Who takes a number for a new trial asks so; one answer that is an error would end every trial at work."""
+    (disk / "record.json").write_text("{}")
+    with unconnected(disk) as end:
+        with pytest.raises(OSError, match="Transport endpoint is not connected"):
+            (disk / "record.json").read_text()
+        threading.Timer(0.3, end).start()
+        assert exists(disk / "record.json")
+    assert not exists(disk / "nothing") and not exists(disk / "record.json" / "nothing") and not exists(disk)
+
+
+def test_slow_attempts_are_repeated_but_not_for_ever(disk: Path) -> None:
+    """A large model on a disk that fills up at its end; what goes on where it came to may be: each time it did some."""
+    attempts, most = 0, 2 * LONG_ATTEMPTS + 1
+
+    def write() -> None:
+        nonlocal attempts
+        attempts += 1
+        time.sleep(0.12)
+        if attempts == most:
+            raise InterruptedError
+        (disk / "copy").write_bytes(b"c" * 10_000)
+
+    with full(disk):  # type: ignore[attr-defined]
+        with pytest.raises(StorageError, match="no space left"):
+            retry_storage(write, disk, seconds=0.1)
+        assert attempts == LONG_ATTEMPTS + 1
+        attempts = 0
+        with pytest.raises(InterruptedError):
+            retry_storage(write, disk, seconds=0.1, resumable=True)
+
+
+def test_a_disk_that_stays_full_keeps_the_old_record(disk: Path) -> None:
+    path = disk / "record.json"
+    write_json(path, SearchClock(seconds=1.0))
+    with full(disk), pytest.raises(StorageError, match=rf"no space left for {path}\n.*make room") as caught:
+        write_json(path, SearchClock(seconds=2.0), patience_seconds=0.4)
+    assert caught.value.exit_code == 1
+    assert read_json(path, SearchClock) == SearchClock(seconds=1.0)
+
+
+def test_a_folder_that_stays_away_is_told_with_its_remedy(disk: Path) -> None:
+    path = disk / "trials" / "record.json"
+    write_json(path, SearchClock(seconds=1.0))
+    with away(disk) as back:  # type: ignore[attr-defined]
+        with pytest.raises(StorageError, match=r"cannot be reached \(Read-only.*\n.*bring the storage back"):
+            write_json(path, SearchClock(seconds=2.0), patience_seconds=0.4)
+        threading.Timer(0.8, back).start()
+        assert read_existing(path, SearchClock) == SearchClock(seconds=1.0), "what was written is waited for"
+
+
+@contextmanager
+def lost_answer(number: int, nth: int = 1) -> Iterator[None]:
+    """The system really renames something, and the answer is an error: EIO as of a server that went away in between,
+    ENOENT as of one that was asked again."""
+    renames = 0
+
+    def on_call(frame: FrameType, event: str, function: object) -> None:
+        nonlocal renames
+        if event == "c_return" and function in (os.rename, os.replace):
+            renames += 1
+            if renames == nth:
+                raise OSError(number, os.strerror(number))  # the interpreter calls no profiler after that
+
+    sys.setprofile(on_call)
+    try:
+        yield
+    finally:
+        sys.setprofile(None)
+    assert renames >= nth
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.ENOENT], ids=["EIO", "ENOENT"])
+def test_a_record_whose_renaming_got_no_answer_is_written(number: int, tmp_path: Path) -> None:
+    path = tmp_path / "record.json"
+    write_json(path, SearchClock(seconds=1.0))
+    with lost_answer(number):
+        write_json(path, SearchClock(seconds=2.0))
+    assert read_json(path, SearchClock) == SearchClock(seconds=2.0)
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.ENOENT], ids=["EIO", "ENOENT"])
+@pytest.mark.parametrize("renamed", [1, 2], ids=["folder", "list"])
+def test_a_folder_whose_renaming_got_no_answer_is_published(renamed: int, number: int, tmp_path: Path) -> None:
+    """A stage took hours to write the only copy."""
+    scratch, target = tmp_path / "scratch", tmp_path / "prune"
+    with writing_folder(scratch) as folder:
+        folder.mkdir()
+        (folder / "weights").write_text("hours")
+    target.mkdir()
+    (target / "unfinished").write_text("half")
+    with lost_answer(number, renamed):
+        publish_folder(scratch, target)
+    assert folder_digests(tmp_path).keys() == {"prune/weights", "prune.files.json"}
+    verify_folder(target)
+
+
+def test_a_copy_that_finds_no_room_is_a_full_disk(disk: Path, tmp_path: Path) -> None:
+    """shutil collects what its copies met into one error without a number."""
+    (tmp_path / "checkpoint").mkdir()
+    (tmp_path / "checkpoint" / "weights").write_bytes(b"w" * 10_000)
+    with full(disk), pytest.raises(StorageError, match="no space left") as caught:
+        retry_storage(
+            lambda: shutil.copytree(tmp_path / "checkpoint", disk / "copy", dirs_exist_ok=True), disk, seconds=0
+        )
+    assert isinstance(caught.value.__cause__, shutil.Error)
+
+
+def save_with_safetensors(path: Path) -> None:
+    save_file({"weight": torch.zeros(50_000)}, path)
+
+
+def save_with_torch(path: Path) -> None:
+    torch.save({"weight": torch.zeros(50_000)}, path)
+
+
+def save_with_tokenizers(path: Path) -> None:
+    Tokenizer(BPE(vocab={f"word {number}": number for number in range(10_000)}, merges=[])).save(str(path))
+
+
+@pytest.mark.parametrize("save", [save_with_safetensors, save_with_torch, save_with_tokenizers])
+@pytest.mark.parametrize("leave", [0, 8192])
+def test_a_full_disk_in_a_librarys_words_is_waited_for(save: Callable[[Path], None], leave: int, disk: Path) -> None:
+    path = disk / "saved"
+    with full_until_noticed(disk, leave) as filler:
+        retry_storage(lambda: save(path), path, seconds=2)
+        assert not filler.exists()
+    assert path.stat().st_size > 100_000
+    path.unlink()
+    with full(disk), pytest.raises(StorageError, match=rf"no space left for {path}\n.*make room"):
+        retry_storage(lambda: save(path), path, seconds=0)
+
+
+def test_another_error_is_not_repeated(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError) as caught:
+        retry_storage(lambda: (tmp_path / "nothing").read_text(), tmp_path)
+    assert storage_error(caught.value) is None

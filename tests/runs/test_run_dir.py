@@ -1,0 +1,233 @@
+"""The run folder: a record that can be read vouches for complete files, whatever was killed and when.
+
+The writers here are processes of their own that are killed with SIGKILL in the middle of their work.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from types import FrameType
+from typing import IO
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from qpruner.errors import CorruptFile, UserError
+from qpruner.runs.records import BankRecord, PrepareRecord
+from qpruner.runs.run_dir import RunDir
+from qpruner.runs.storage import file_digest, publish_folder, read_json, write_json, writing_folder
+
+WRITE_FOR_EVER = """
+import sys
+from pathlib import Path
+from qpruner.runs.records import BankRecord
+from qpruner.runs.storage import write_json
+turn = 0
+while True:
+    files = {f"4bit/layers.{index}.safetensors": str(turn) for index in range(400)}
+    write_json(Path(sys.argv[1]), BankRecord(digest=str(turn), seconds=1.0, files=files, bytes=turn, residual_ratio={}))
+    turn += 1
+    if turn % 3 == 0:
+        print(turn, flush=True)
+"""
+COMMIT_FOR_EVER = """
+import sys
+from pathlib import Path
+from qpruner.runs.records import BankRecord
+from qpruner.runs.run_dir import RunDir
+from qpruner.runs.storage import file_digest
+run = RunDir(Path(sys.argv[1]))
+turn = int(sys.argv[2])
+while True:
+    scratch = run.begin("bank")
+    files = {}
+    for index in range(12):
+        path = scratch / "4bit" / f"layers.{index}.safetensors"
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(f"{turn} {index} " * 500)
+        files[str(path.relative_to(scratch))] = file_digest(path)
+    record = BankRecord(digest=str(turn), seconds=1.0, files=files, bytes=turn, residual_ratio={})
+    run.commit("bank", scratch, record)
+    turn += 1
+    print(turn, flush=True)
+"""
+
+
+def bank_record(digest: str = "a") -> BankRecord:
+    return BankRecord(digest=digest, seconds=1.5, files={}, bytes=10, residual_ratio={"4": {"layers.0": 0.5}})
+
+
+@contextmanager
+def writer(program: str, *arguments: str) -> Iterator[tuple[subprocess.Popen[str], IO[str]]]:
+    """A process that writes until it is killed; it prints a line each time it has got somewhere."""
+    with subprocess.Popen(
+        [sys.executable, "-c", program, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None
+        try:
+            assert process.stdout.readline(), process.stderr.read() if process.stderr else ""
+            yield process, process.stdout
+        finally:
+            process.kill()
+
+
+def kill_within_a_write(process: subprocess.Popen[str], lines: IO[str], generator: random.Random) -> None:
+    for _ in range(generator.randrange(1, 4)):
+        assert lines.readline()
+    threading.Event().wait(generator.uniform(0.0, 0.006))
+    os.kill(process.pid, signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+
+
+def test_a_killed_writer_leaves_the_old_record_or_the_new(tmp_path: Path) -> None:
+    """And a reader meanwhile never sees half of one: the terminal, `qpruner status` and other nodes are."""
+    path, generator, seen = tmp_path / "records" / "trial.json", random.Random(0), set[str]()
+    assert read_json(path, BankRecord) is None
+    for turn in (1, 2, 3):
+        with writer(WRITE_FOR_EVER, str(path)) as (process, lines):
+            while len(seen) < 5 * turn:
+                record = read_json(path, BankRecord)
+                assert record is not None and len(record.files) == 400
+                assert set(record.files.values()) == {record.digest}
+                seen.add(f"{turn} {record.digest}")
+            kill_within_a_write(process, lines, generator)
+        record = read_json(path, BankRecord)
+        assert record is not None and len(record.files) == 400 and set(record.files.values()) == {record.digest}
+    write_json(path, bank_record("after"))
+    assert read_json(path, BankRecord) == bank_record("after")
+
+
+def test_a_record_vouches_for_files_whenever_a_stage_is_killed(tmp_path: Path) -> None:
+    run, generator = RunDir(tmp_path / "a" / "run"), random.Random(1)
+    for turn in range(5):
+        with writer(COMMIT_FOR_EVER, str(run.root), str(1000 * turn)) as (process, lines):
+            kill_within_a_write(process, lines, generator)
+        record = run.read_record("bank", BankRecord)
+        if record is not None:
+            folder = run.stage("bank")
+            assert len(record.files) == 12
+            assert {name: file_digest(folder / name) for name in record.files} == record.files
+            assert {str(path.relative_to(folder)) for path in folder.rglob("*.safetensors")} == set(record.files)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b'{"digest": "a", "seco',
+        b"\x00" * 200,
+        b"\xff\xfe\x80\x81 not utf-8",
+        b"[]",
+        b"null",
+        b'{"digest": "a"}',
+        b'{"digest": "a", "seconds": 1.0, "model_path": "m", "converted": false, "num_rows": {}, "extra": 1}',
+    ],
+    ids=["empty", "cut", "zeros", "binary", "list", "null", "fields-missing", "field-unknown"],
+)
+def test_a_corrupt_record_is_named(tmp_path: Path, content: bytes) -> None:
+    """A disk that was full or lost power; the stage is then run again instead of ending in a traceback."""
+    run = RunDir(tmp_path / "run")
+    path = run.root / "records" / "prepare.json"
+    path.parent.mkdir()
+    path.write_bytes(content)
+    with pytest.raises(CorruptFile, match=str(path)):
+        run.read_record("prepare", PrepareRecord)
+
+
+def test_a_second_commit_replaces_the_first(tmp_path: Path) -> None:
+    run = RunDir(tmp_path / "run")
+    for name in ("old", "new"):
+        (run.stage("bank") / "unfinished").mkdir(parents=True, exist_ok=True)
+        scratch = run.begin("bank")
+        assert list(scratch.iterdir()) == []
+        (scratch / name).write_text(name)
+        run.commit("bank", scratch, bank_record(name))
+        assert not scratch.exists()
+    assert [path.name for path in run.stage("bank").iterdir()] == ["new"]
+    assert run.read_record("bank", BankRecord) == bank_record("new")
+
+
+def test_the_old_record_goes_before_the_old_folder(tmp_path: Path) -> None:
+    """A commit that fails half way must not leave a record that vouches for files which are gone."""
+    run = RunDir(tmp_path / "run")
+    run.commit("bank", run.begin("bank"), bank_record("old"))
+    with pytest.raises(FileNotFoundError):
+        run.commit("bank", run.root / "never-made", bank_record("new"))
+    assert run.read_record("bank", BankRecord) is None
+
+
+@contextmanager
+def watched(folder: Path) -> Iterator[list[str]]:
+    """Hands out what the interpreter has the system do, in order: `rename`, and `fsync PATH` for what is below a folder
+    and open then."""
+    calls: list[str] = []
+
+    def on_call(frame: FrameType, event: str, function: object) -> None:
+        if event == "c_call" and function in (os.rename, os.replace):
+            calls.append("rename")
+        elif event == "c_call" and function is os.fsync:
+            for descriptor in Path("/proc/self/fd").iterdir():
+                with suppress(OSError):
+                    path = descriptor.readlink()
+                    calls.extend([f"fsync {path.relative_to(folder)}"] if path.is_relative_to(folder) else [])
+
+    sys.setprofile(on_call)
+    try:
+        yield calls
+    finally:
+        sys.setprofile(None)
+
+
+def test_what_gets_its_name_is_on_the_disk_before(tmp_path: Path) -> None:
+    """Else a machine that loses power may keep the name and no contents; so is the list that vouches for a folder."""
+    with watched(tmp_path) as calls:
+        write_json(tmp_path / "records" / "bank.json", bank_record())
+    assert calls == [f"fsync records/.bank.json.{os.getpid()}", "rename", "fsync records"]
+    with writing_folder(tmp_path / "scratch") as folder:
+        (folder / "4bit").mkdir(parents=True)
+        (folder / "4bit" / "layers.0").write_text("codes")
+    with watched(tmp_path) as calls:
+        publish_folder(tmp_path / "scratch", tmp_path / "bank")
+    assert calls[:3] == ["fsync scratch", "fsync scratch/4bit", "fsync scratch/4bit/layers.0"]
+    assert calls[3:] == ["fsync scratch.files.json", "rename", "rename", "fsync ."]
+
+
+def test_an_output_that_is_a_file_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "taken").write_text("x")
+    with pytest.raises(UserError, match=r"`output`: .*taken is a file"):
+        RunDir(tmp_path / "taken")
+
+
+def test_who_may_read_a_folder_may_read_its_files(tmp_path: Path) -> None:
+    """safetensors writes for its owner alone, and a team shares a run."""
+    scratch = tmp_path / "scratch"
+    scratch.mkdir(mode=0o755)
+    save_file({"weight": torch.ones(2)}, scratch / "model.safetensors")
+    publish_folder(scratch, tmp_path / "final")
+    assert (tmp_path / "final" / "model.safetensors").stat().st_mode & 0o777 == 0o644
+
+
+def test_only_the_storage_knows_where_a_run_is_kept() -> None:
+    """Everything else asks `storage_at` for what it needs."""
+    package = Path(__file__).parents[2] / "qpruner"
+    words = (
+        "is_at_uri",
+        "is_mirror",
+        "mirror_of",
+        "objects_at",
+        "ObjectStorage",
+        "FolderStorage",
+        "isinstance(storage",
+    )
+    files = [path for path in package.rglob("*.py") if "storage" not in path.relative_to(package).parts]
+    assert len(files) > 100
+    assert [(path.name, word) for path in files for word in words if word in path.read_text()] == []

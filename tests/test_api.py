@@ -1,0 +1,118 @@
+"""qpruner from Python: stages as functions, the run's log, and what becomes of an error that nobody foresaw."""
+
+from __future__ import annotations
+
+import json
+import logging
+import subprocess
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+from conftest import with_key
+
+import qpruner
+from qpruner.cli.main import main
+from qpruner.errors import UserError
+from qpruner.pipeline.prepare import Prepare
+from qpruner.runs.records import RunState
+from qpruner.runs.run_dir import RunDir
+
+WriteYaml = Callable[[dict[str, Any]], Path]
+
+
+def test_importing_it_loads_neither_torch_nor_ray() -> None:
+    code = (
+        "import sys, qpruner\nassert qpruner.run and qpruner.read_run and qpruner.api.search\n"
+        "heavy = {'torch', 'ray', 'transformers'} & set(sys.modules)\nassert not heavy, heavy"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+def test_a_stage_then_the_run_goes_on_and_logs(
+    tiny_raw: dict[str, Any], write_yaml: WriteYaml, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Up to the sensitivities, which need no Ray; what is recorded is not made again."""
+    config = write_yaml(with_key(tiny_raw, "sensitivity.methods", ["fisher"]))
+    before = (logging.getLogger().handlers[:], logging.getLogger().level, warnings.showwarning)
+    pruned = qpruner.api.prune(config, "prune.rate=0.3")
+    assert pruned.results.prune and pruned.results.bank is None and pruned.results.prune.achieved_rate > 0.2
+    log = tmp_path / "run" / "qpruner.log"
+    first = log.stat().st_size
+    further = qpruner.run(config, "prune.rate=0.3", until="sensitivity")
+    assert further.results.prune == pruned.results.prune and further.results.sensitivity
+    assert {name: stage.state for name, stage in further.state.stages.items()} == {
+        "prepare": "recorded",
+        "prune": "recorded",
+        "bank": "done",
+        "sensitivity": "done",
+    }
+    assert "prune" in capsys.readouterr().out
+    assert log.stat().st_size > first
+    said = log.read_text()
+    assert said.count("[prune] done in") == 1 and "[prune] already recorded: " in said and "[bank] done in" in said
+    assert (logging.getLogger().handlers, logging.getLogger().level, warnings.showwarning) == before, "as it was"
+
+
+@pytest.mark.slow
+def test_the_whole_flow_from_python(tiny_raw: dict[str, Any], write_yaml: WriteYaml) -> None:
+    """In a process of its own, as a script is: with a Ray of its own and the winner in hand."""
+    raw = with_key(with_key(tiny_raw, "sensitivity.methods", ["fisher"]), "quantize.group", "block")
+    raw = with_key(with_key(raw, "search.max_trials", 2), "finetune", {"steps": 2, "compare": False})
+    code = (
+        "import sys, qpruner\nif __name__ == '__main__':\n"
+        "    qpruner.api.prune(sys.argv[1])\n    run = qpruner.run(sys.argv[1])\n"
+        "    assert run.is_whole and set(run.best_plan.values()) <= {4, 8}\n    assert len(run.to_dataframe()) == 2\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(write_yaml(raw))], capture_output=True, text=True, timeout=900
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def broken(*_: Any) -> Any:
+    raise ZeroDivisionError("nobody foresaw this")
+
+
+def test_an_error_that_nobody_foresaw_says_what_to_do(
+    tiny_raw: dict[str, Any], write_yaml: WriteYaml, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On the terminal, in the run's state and log, in JSON, and to who called it from Python."""
+
+    def told_and_broken(*_: Any) -> Any:
+        warnings.warn("a library's word", stacklevel=1)
+        return broken()
+
+    monkeypatch.setattr(Prepare, "run", told_and_broken)
+    config, log = write_yaml(tiny_raw), tmp_path / "run" / "qpruner.log"
+    done = CliRunner().invoke(main, ["prepare", str(config), "--json"])
+    assert done.exit_code == 1
+    told = "ZeroDivisionError: nobody foresaw this\n  remedy: this is most likely a defect of qpruner"
+    assert told in done.stderr and f"please report it with {log}, which has all of it" in done.stderr
+    assert done.stderr.count("remedy:") == 1
+    assert "can be repeated" in json.loads(done.stdout.splitlines()[-1])["error"]
+    state = RunDir(tmp_path / "run").read_state(RunState)
+    assert state and told in str(state.error)
+    assert told in log.read_text() and "a library's word" in log.read_text()
+    with pytest.raises(ZeroDivisionError) as caught:
+        qpruner.api.prepare(config, "seed=1")
+    state = RunDir(tmp_path / "run").read_state(RunState)
+    assert state and state.command == f"qpruner prepare {config} --set seed=1", "what repeats it, from Python, too"
+    assert [str(log) in note for note in caught.value.__notes__] == [True]
+    assert log.read_text().count(told) == 2
+
+
+def test_an_error_of_a_verb_without_a_run_says_what_to_do(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("qpruner.cli.run_verbs.status", broken)
+    done = CliRunner().invoke(main, ["status", str(tmp_path)])
+    assert done.exit_code == 1 and done.stderr.rstrip().endswith("please report it with what stands above")
+
+
+def test_an_output_that_may_not_be_written_is_refused(tiny_raw: dict[str, Any], write_yaml: WriteYaml) -> None:
+    """/proc takes no folders, not even root's."""
+    with pytest.raises(UserError, match=r"`output`: /proc/1/run cannot be written .*; name a folder"):
+        qpruner.api.prepare(write_yaml(with_key(tiny_raw, "output", "/proc/1/run")))

@@ -1,0 +1,415 @@
+"""The rows of the final table, on real files: a row is scored with the adapter it was given, or not at all."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import DEMO_DATA, demo_rows, disk_of, flip_a_byte, full_until_noticed, raw_config, with_key
+from transformers import AutoConfig
+
+from qpruner.config.load import validate_config
+from qpruner.config.schema import RunConfig
+from qpruner.data.encoding import load_encoded, save_encoded, text_windows
+from qpruner.data.losses import mean_loss
+from qpruner.errors import CorruptFile, StorageError
+from qpruner.models.layout import layout_of
+from qpruner.models.loading import load_dense, load_tokenizer
+from qpruner.pipeline.run import run
+from qpruner.plans.plan import PrecisionPlan
+from qpruner.runs.records import TaskScore
+from qpruner.runs.run_dir import RunDir
+from qpruner.runs.storage import write_progress
+from qpruner.training.checkpoints import Ownership, is_damaged, keep_checkpoint, latest_checkpoint, load_adapter
+from qpruner.training.evaluate import score_tasks
+from qpruner.training.table_rows import (
+    Candidate,
+    CandidateJob,
+    ConfirmationJob,
+    FinetuneOutcome,
+    InferenceJob,
+    build,
+    confirm_trial,
+    evaluate_candidate,
+    finetune_candidate,
+    measure_inference,
+)
+
+ADAPTER = "adapter_model.safetensors"
+
+
+@pytest.fixture(scope="module")
+def config(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
+    """A configuration whose run has got as far as the bank."""
+    raw = raw_config(tiny_model, tmp_path_factory.mktemp("candidates") / "run")
+    for key, value in (
+        ("evaluate.include_path", str(DEMO_DATA.parent / "tasks")),
+        ("training.learning_rate", 0.01),
+    ):
+        raw = with_key(raw, key, value)
+    config = validate_config(raw)
+    run(config, lambda event: None, until="bank")
+    return config
+
+
+def job_of(config: RunConfig, folder: Path, bits: tuple[int, ...] = (4, 8), seed: int | None = 0) -> CandidateJob:
+    run_dir = RunDir(Path(config.output))
+    names = sorted(path.stem for path in (run_dir.stage("bank") / "4bit").iterdir())
+    plan = {name: bits[position % len(bits)] for position, name in enumerate(names)}
+    row = Candidate("searched", "searched", run_dir.stage("prune"), run_dir.stage("bank"), plan, folder, seed)
+    return CandidateJob(config, row, run_dir.stage("prepare") / "data", threads=1)
+
+
+@pytest.fixture(scope="module")
+def tuned(config: RunConfig, tmp_path_factory: pytest.TempPathFactory) -> tuple[CandidateJob, FinetuneOutcome]:
+    """A row that was fine-tuned."""
+    job = job_of(config, tmp_path_factory.mktemp("tuned") / "searched")
+    return job, finetune_candidate(job)
+
+
+@pytest.fixture
+def copied(tuned: tuple[CandidateJob, FinetuneOutcome], tmp_path: Path) -> CandidateJob:
+    """The row in a folder of its own, to be damaged."""
+    job = tuned[0]
+    folder = shutil.copytree(job.candidate.folder, tmp_path / "searched")
+    return replace(job, candidate=replace(job.candidate, folder=folder))
+
+
+def untuned(job: CandidateJob) -> CandidateJob:
+    return replace(job, candidate=replace(job.candidate, seed=None))
+
+
+def validation_loss(job: CandidateJob, model: torch.nn.Module) -> float:
+    pad_id = int(load_tokenizer(str(job.candidate.checkpoint)).pad_token_id)
+    return mean_loss(model, load_encoded(job.data / "validation"), pad_id, job.config.evaluate.batch_size).mean
+
+
+# Fine-tuning
+
+
+def test_a_fine_tune_leaves_its_adapter_and_its_last_step(tuned: tuple[CandidateJob, FinetuneOutcome]) -> None:
+    job, outcome = tuned
+    assert (job.candidate.adapter / ADAPTER).is_file()
+    left = sorted(path.name for path in job.candidate.folder.iterdir())
+    assert left == ["adapter", "adapter.files.json", "checkpoints", "owner.json", "progress"]
+    assert latest_checkpoint(job.candidate.checkpoints) == job.candidate.checkpoints / "checkpoint-4"
+    assert outcome.steps == 4
+    assert job.candidate.progress.read_text() == "4 4"
+
+
+def test_a_finished_unrecorded_fine_tune_takes_no_step(
+    tuned: tuple[CandidateJob, FinetuneOutcome], copied: CandidateJob
+) -> None:
+    """Its driver was killed in between; the adapter that it had is given to nobody."""
+    shutil.rmtree(copied.candidate.adapter)
+    copied.candidate.progress.unlink()
+    again = finetune_candidate(copied)
+    assert not copied.candidate.progress.exists(), "no step was told"
+    figures = ("steps", "train_loss", "validation_loss", "confirmation_loss", "adapter_sha256")
+    assert [getattr(again, name) for name in figures] == [getattr(tuned[1], name) for name in figures]
+
+
+def test_the_outcome_is_that_of_the_saved_adapter(tuned: tuple[CandidateJob, FinetuneOutcome]) -> None:
+    job, outcome = tuned
+    start = build(job.config, job.candidate)
+    before = validation_loss(job, start)
+    load_adapter(start, job.candidate.adapter)
+    assert validation_loss(job, start) == pytest.approx(outcome.validation_loss, abs=1e-6)
+    assert outcome.validation_loss < before
+
+
+def test_training_seeds_share_the_start(tuned: tuple[CandidateJob, FinetuneOutcome], tmp_path: Path) -> None:
+    """Over training seeds the data order differs; starts drawn anew would be one more noise between plans."""
+    job, outcome = tuned
+    other = replace(job, candidate=replace(job.candidate, folder=tmp_path / "other", seed=1))
+    assert finetune_candidate(other).validation_loss != outcome.validation_loss
+    starts = [build(each.config, each.candidate).state_dict() for each in (job, other)]
+    assert all(torch.equal(value, starts[1][name]) for name, value in starts[0].items())
+
+
+def test_the_measured_bytes_are_those_of_the_plan(tuned: tuple[CandidateJob, FinetuneOutcome]) -> None:
+    job, outcome = tuned
+    settings = job.config.quantize
+    model_config = AutoConfig.from_pretrained(job.candidate.checkpoint)
+    layout = layout_of(model_config, settings.group, 2, settings.double_quant, job.config.lora.rank)
+    names = [group.name for group in layout.groups]
+    plan = PrecisionPlan.from_dict({name: job.candidate.plan[name] for name in names})
+    assert outcome.measured_bytes == layout.plan_bytes(plan)
+
+
+def checkpoint(folder: Path, step: int, *lacking: str) -> Path:
+    path = folder / f"checkpoint-{step}"
+    path.mkdir(parents=True)
+    for name in {ADAPTER, "trainer_state.json", "rng_state.pth"} - set(lacking):
+        (path / name).write_text("{}")
+    return path
+
+
+def test_the_newest_complete_checkpoint_is_resumed(tmp_path: Path) -> None:
+    assert latest_checkpoint(tmp_path / "none") is None
+    checkpoint(tmp_path, 9)
+    newest = checkpoint(tmp_path, 10)
+    checkpoint(tmp_path, 11, "rng_state.pth")
+    checkpoint(tmp_path, 12, "trainer_state.json")
+    for step, written in ((13, ""), (14, '{"epoch": 1.0, "glob')):  # its process was killed meanwhile
+        (checkpoint(tmp_path, step) / "trainer_state.json").write_text(written)
+    assert latest_checkpoint(tmp_path) == newest
+    shared = checkpoint(tmp_path, 15, "rng_state.pth")
+    for rank in (0, 1):
+        (shared / f"rng_state_{rank}.pth").touch()
+    assert latest_checkpoint(tmp_path) == shared, "a group's workers leave a random state each"
+
+
+def test_a_damaged_checkpoint_is_not_resumed(tmp_path: Path) -> None:
+    older, newest = checkpoint(tmp_path, 9), checkpoint(tmp_path, 10)
+    claim = Ownership(tmp_path / "owner.json")
+    claim.take()
+    for path in (older, newest):
+        (path / "optimizer.pt").write_bytes(b"moments of the gradients")
+        (path / ADAPTER).chmod(0o600)  # as safetensors leaves it
+        keep_checkpoint(path, tmp_path, claim)
+        assert (path / ADAPTER).stat().st_mode & 0o444 == path.stat().st_mode & 0o444, "a team goes on from it"
+    assert [path.name for path in tmp_path.glob("*.files.json")] == ["checkpoint-10.files.json"]
+    assert latest_checkpoint(tmp_path) == newest and not is_damaged(newest)
+    flip_a_byte(newest / "optimizer.pt")
+    assert is_damaged(newest) and latest_checkpoint(tmp_path) == older
+    (tmp_path / "checkpoint-10.files.json").write_text('{"sha256"')
+    assert is_damaged(newest), "what vouches for it is damaged"
+
+
+def in_folder(job: CandidateJob, folder: Path) -> CandidateJob:
+    return replace(job, candidate=replace(job.candidate, folder=folder))
+
+
+def test_a_checkpoint_waits_for_room(tuned: tuple[CandidateJob, FinetuneOutcome], tmp_path: Path) -> None:
+    job, undisturbed = tuned
+    with disk_of("16m", tmp_path / "disk") as disk:
+        again = in_folder(job, disk / "searched")
+        again.candidate.folder.mkdir()
+        with full_until_noticed(disk) as filler:
+            outcome = finetune_candidate(again)
+            assert not filler.exists()
+        assert outcome.validation_loss == undisturbed.validation_loss
+
+
+def test_a_fine_tune_without_room_fails_and_resumes(
+    tuned: tuple[CandidateJob, FinetuneOutcome], tmp_path: Path
+) -> None:
+    job, undisturbed = tuned
+    with disk_of("16m", tmp_path / "disk") as disk:
+        again = in_folder(job, disk / "searched")
+        again.candidate.folder.mkdir()
+        (disk / "filler").write_bytes(b"\0" * shutil.disk_usage(disk).free)
+        with pytest.raises(StorageError, match=r"no space left for .*\n.*make room, then repeat the command"):
+            finetune_candidate(again)
+        (disk / "filler").unlink()
+        assert finetune_candidate(again).validation_loss == undisturbed.validation_loss
+
+
+# Scoring
+
+
+def test_a_fine_tuned_row_is_scored_with_its_adapter(tuned: tuple[CandidateJob, FinetuneOutcome]) -> None:
+    job = tuned[0]
+    with_adapter, without = evaluate_candidate(job), evaluate_candidate(untuned(job))
+    assert job.candidate.scoring_progress.read_text() == "32 32", "8 questions with 4 answers each"
+    assert [score.task for score in with_adapter.scores] == ["qpruner_everyday_test"]
+    tuned_score, untuned_score = with_adapter.scores[0], without.scores[0]
+    assert tuned_score.num_questions == len(tuned_score.answer_loss) == 8
+    assert sum(tuned_score.answer_loss) < sum(untuned_score.answer_loss), "it learned how an answer looks"
+    assert with_adapter.text_loss is without.text_loss is None
+
+
+def test_the_loss_on_a_text_covers_all_its_windows(tuned: tuple[CandidateJob, FinetuneOutcome], tmp_path: Path) -> None:
+    """Against transformers' own loss, a window at a time; the adapter counts."""
+    job = tuned[0]
+    tokenizer = load_tokenizer(str(job.candidate.checkpoint))
+    rows = text_windows([row["question"] for row in demo_rows("questions_confirmation.jsonl")], tokenizer, 32)
+    save_encoded(rows, tmp_path / "text")
+    found = evaluate_candidate(replace(job, text=tmp_path / "text")).text_loss
+    model = build(job.config, job.candidate)
+    load_adapter(model, job.candidate.adapter)
+    model.eval()
+    total, count = 0.0, 0
+    with torch.no_grad():
+        for row in rows:
+            ids = torch.tensor([row["input_ids"]])
+            total += float(model(input_ids=ids, labels=ids).loss) * (ids.shape[1] - 1)
+            count += ids.shape[1] - 1
+    assert found == pytest.approx(total / count, rel=1e-3)
+    assert [len(row["input_ids"]) for row in rows[:-1]] == [32] * (len(rows) - 1)
+    joined = "\n\n".join(row["question"] for row in demo_rows("questions_confirmation.jsonl"))
+    assert [token for row in rows for token in row["input_ids"]] == tokenizer(joined)["input_ids"], "nothing is cut off"
+
+
+def test_answers_are_counted_between_batches(
+    tuned: tuple[CandidateJob, FinetuneOutcome], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows that are not fine-tuned have none before their scores are written."""
+    job = in_folder(untuned(tuned[0]), tmp_path / "base")
+    assert not job.candidate.folder.exists()
+    told: list[str] = []
+    monkeypatch.setattr("qpruner.training.table_rows.progress_seconds", lambda path: 0.0)
+    monkeypatch.setattr(
+        "qpruner.training.table_rows.write_progress", lambda path, text: told.append(text) or write_progress(path, text)
+    )
+    evaluate_candidate(job)
+    assert job.candidate.scoring_progress.read_text() == "32 32"
+    size = job.config.evaluate.batch_size
+    assert told == [f"{done} 32" for done in range(0, 33, size)], "whole batches, the first before any is answered"
+
+
+def test_rows_take_turns_at_inference(tuned: tuple[CandidateJob, FinetuneOutcome], tmp_path: Path) -> None:
+    """The unquantized row is of other groups than the tuned one, with the same adapter."""
+    job = tuned[0]
+    dense = replace(job.candidate, plan=dict.fromkeys(job.candidate.plan, 16))
+    signs = tmp_path / "turns"
+    task = InferenceJob(job.config, (job.candidate, dense), job.data, threads=1, progress=signs)
+    setting, (packed, full) = measure_inference(task)
+    assert signs.read_text() == "6 6", "three turns each"
+    assert (setting.prompt_tokens, setting.new_tokens) == (128, 16)
+    for each in (packed, full):
+        assert len(each.prefill_tokens_per_second) == len(each.decode_tokens_per_second) == 3
+        assert min(each.prefill_tokens_per_second) > 0 and min(each.decode_tokens_per_second) > 0
+    layout = layout_of(AutoConfig.from_pretrained(job.candidate.checkpoint), job.config.quantize.group, 2, False, 4)
+    assert packed.memory_bytes >= tuned[1].measured_bytes
+    assert full.memory_bytes >= layout.plan_bytes(layout.uniform(16))
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        pytest.param(lambda adapter: shutil.rmtree(adapter), id="folder-missing"),
+        pytest.param(lambda adapter: (adapter / ADAPTER).unlink(), id="file-missing"),
+        pytest.param(lambda adapter: os.truncate(adapter / ADAPTER, 1000), id="truncated"),
+        pytest.param(lambda adapter: os.truncate(adapter / ADAPTER, 0), id="empty"),
+    ],
+)
+def test_a_fine_tuned_row_without_its_adapter_is_not_scored(
+    copied: CandidateJob, damage: Callable[[Path], object]
+) -> None:
+    """The untuned model's accuracy would stand in the table as the fine-tuned one's."""
+    damage(copied.candidate.adapter)
+    with pytest.raises(CorruptFile) as caught:
+        evaluate_candidate(copied)
+    assert caught.value.path and caught.value.path.parent == copied.candidate.adapter
+    assert str(caught.value.path) in str(caught.value)
+
+
+def test_an_untuned_row_is_the_model_as_it_is(config: RunConfig, tuned: tuple[CandidateJob, FinetuneOutcome]) -> None:
+    """Neither an adapter that lies in its folder nor a start may touch the `no fine-tune` rows."""
+    job = job_of(config, tuned[0].candidate.folder, bits=(16,), seed=None)
+    settings = config.evaluate
+    expected = score_tasks(
+        load_dense(str(job.candidate.checkpoint), config.model.dtype),
+        load_tokenizer(str(job.candidate.checkpoint)),
+        settings.tasks,
+        settings.include_path,
+        settings.limit,
+        settings.batch_size,
+    )
+    assert evaluate_candidate(job).scores == expected
+
+
+def test_answers_are_scored_as_lm_eval_does(config: RunConfig, tiny_model: Path) -> None:
+    """As lm-eval's own model scores them, which computes logits at every token of the questions, too."""
+    from lm_eval import simple_evaluate
+    from lm_eval.models.huggingface import HFLM
+
+    from qpruner.training.evaluate import _task_manager
+
+    model, tokenizer = load_dense(str(tiny_model), "float32"), load_tokenizer(str(tiny_model))
+    positions: list[int] = []
+    head = model.get_output_embeddings()
+    head.register_forward_hook(lambda _, inputs, __: positions.append(inputs[0][..., 0].numel()))
+    settings = config.evaluate
+    (score,) = score_tasks(model, tokenizer, settings.tasks, settings.include_path, 12, 7)
+    ours = sum(positions)
+    positions.clear()
+    lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=7, softmax_dtype="float32")
+    manager = _task_manager(settings.include_path, settings.tasks)
+    asked = {"limit": 12, "bootstrap_iters": 0, "log_samples": True, "task_manager": manager}
+    found: Any = simple_evaluate(model=lm, tasks=list(settings.tasks), **asked)
+    (samples,) = found["samples"].values()
+    expected = [-sample["filtered_resps"][int(sample["target"])][0] for sample in samples]
+    assert score.answer_loss == pytest.approx(expected, rel=1e-5)
+    assert score.correct == tuple(sample["acc"] for sample in samples)
+    assert ours < sum(positions) / 2
+
+
+def test_an_untuned_quantized_row_has_its_adapter_start(
+    config: RunConfig, tuned: tuple[CandidateJob, FinetuneOutcome]
+) -> None:
+    """With the adapter start, and not with the adapter that a fine-tune left in its folder."""
+    job = untuned(tuned[0])
+    assert (job.candidate.adapter / ADAPTER).is_file() and 4 in job.candidate.plan.values()
+    model, settings = build(job.config, job.candidate), config.evaluate
+    model.eval()
+
+    def scored() -> tuple[TaskScore, ...]:
+        return score_tasks(
+            model,  # type: ignore[arg-type]
+            load_tokenizer(str(job.candidate.checkpoint)),
+            settings.tasks,
+            settings.include_path,
+            settings.limit,
+            settings.batch_size,
+        )
+
+    found, expected = evaluate_candidate(job).scores, scored()
+    model.disable_adapter_layers()
+    assert found == expected != scored()
+
+
+def test_a_confirmation_scores_the_last_rungs_adapter(tuned: tuple[CandidateJob, FinetuneOutcome]) -> None:
+    job = tuned[0]
+    confirmation = ConfirmationJob(job.config, job.candidate, job.candidate.adapter, job.data, threads=1)
+    model = build(job.config, job.candidate)
+    load_adapter(model, job.candidate.adapter)
+    pad_id = int(load_tokenizer(str(job.candidate.checkpoint)).pad_token_id)
+    rows = load_encoded(job.data / "confirmation")
+    choosing, judging = (mean_loss(model, rows[part::2], pad_id, job.config.evaluate.batch_size) for part in (0, 1))
+    found = confirm_trial(confirmation)
+    assert (found.loss, found.stderr) == pytest.approx((choosing.mean, choosing.stderr), abs=1e-6)
+    assert found.losses == pytest.approx(choosing.by_row, abs=1e-4), "so that finalists can be paired by row"
+    # What the claim is told in is on rows that chose nothing.
+    assert tuned[1].confirmation_loss == pytest.approx(judging.mean, abs=1e-6)
+    assert choosing.mean != pytest.approx(judging.mean)
+    by_row = tuned[1].confirmation_losses
+    assert by_row == pytest.approx(judging.by_row, abs=1e-4)
+    assert np.mean(by_row) == pytest.approx(judging.mean, abs=1e-4)
+    assert np.std(by_row, ddof=1) / np.sqrt(len(by_row)) == pytest.approx(judging.stderr, abs=1e-4)
+    lengths = sorted(range(8), key=lambda index: len(rows[1::2][index]["input_ids"]))
+    assert lengths != list(range(8)), "rows are batched by length, and yet told in their order"
+    alone = [mean_loss(model, [row], pad_id, 1).mean for row in rows[1::2]]
+    assert np.corrcoef(alone, by_row)[0, 1] > 0.9
+    assert found.loss != pytest.approx(tuned[1].validation_loss), "rows of its own"
+    with pytest.raises(CorruptFile, match="adapter"):
+        confirm_trial(replace(confirmation, checkpoint=job.candidate.folder))
+
+
+def test_accuracy_is_confirmed_on_later_questions(
+    tuned: tuple[CandidateJob, FinetuneOutcome],
+) -> None:
+    job, task = tuned[0], "qpruner_everyday_validation"
+    model = build(job.config, job.candidate)
+    load_adapter(model, job.candidate.adapter)
+    settings, tokenizer = job.config.evaluate, load_tokenizer(str(job.candidate.checkpoint))
+    (score,) = score_tasks(model, tokenizer, [task], settings.include_path, 60, settings.batch_size)  # type: ignore[arg-type]
+
+    def accuracy(begin: int, end: int) -> float:
+        return float(np.mean(score.correct[begin:end]))
+
+    # So many that other questions would tell.
+    limit = next(n for n in range(4, 31) if accuracy(n, 2 * n) not in (accuracy(0, n), accuracy(n, 60)))
+    search = job.config.search.model_copy(update={"metric": "accuracy", "tasks": (task,), "limit": limit})
+    config = job.config.model_copy(update={"search": search})
+    found = confirm_trial(ConfirmationJob(config, job.candidate, job.candidate.adapter, job.data, threads=1))
+    assert found.accuracy == pytest.approx(accuracy(limit, 2 * limit))
