@@ -15,7 +15,7 @@ from qpruner.errors import UserError
 from qpruner.estimate import hours
 from qpruner.models.layout import num_layers
 from qpruner.models.memory import free_bytes
-from qpruner.pipeline.preflight import PRUNED_EARLIER, is_pruned
+from qpruner.pipeline.preflight import PRUNED_EARLIER, Inspection, amount, is_pruned
 from qpruner.pipeline.preflight_rows import SPLITS, num_cut
 from qpruner.pipeline.run import Checked
 from qpruner.pipeline.run import check as check_run
@@ -52,8 +52,31 @@ def check(
     is_here = address is None and not for_gpus and config.model.device_map == "single" and (gpus or 0) <= 1
     free = free_bytes() if is_here else None
     taken = estimate.facts(config, inspection, rates, found.slots, found.done, gpus)
+    disk_needed, disk_free = found.disk
+    here = {"memory_free": free, "disk_needed": disk_needed, "disk_free": disk_free}
+    facts = _facts(config, inspection, found.slots) | here | taken
+    facts["warnings"] = [
+        *_driver_warnings(config),
+        *config.warnings,
+        *inspection.warnings,
+        *_memory_warnings(taken["memory_at_once"], free),
+        *_card_warnings(config),
+    ]
+    if show_config:
+        click.echo(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
+    if not quiet:
+        click.echo("\n".join(_lines(config, facts, has_gpu=gpus is not None)))
+    for warning in facts["warnings"]:
+        click.echo(f"warning:     {warning}", err=quiet)
+    keys = "" if quiet or show_config else "; `--show-config` prints every key in effect"
+    click.echo(f"The configuration is valid{keys}.")
+    return {"status": "ok", **facts}
+
+
+def _facts(config: RunConfig, inspection: Inspection, slots: int) -> dict[str, Any]:
+    """Return what the run would be as plain data."""
     layout, levels = inspection.pruned, config.quantize.bits
-    facts = {
+    return {
         "num_groups": len(layout.groups),
         "parameters_base": inspection.base.num_parameters,
         "parameters_pruned": layout.num_parameters,
@@ -64,30 +87,12 @@ def check(
         **{f"bytes_all_{bits}": layout.plan_bytes(layout.uniform(bits)) for bits in levels},
         "bytes_budget": inspection.budget_bytes,
         "bytes_plan": None if inspection.plan is None else layout.plan_bytes(inspection.plan),
-        "concurrent_trials": min(found.slots, config.num_trials),
+        "concurrent_trials": min(slots, config.num_trials),
         "rungs": list(config.search.rungs),
         "rows": {name: len(rows) for name, rows in inspection.examples.items()},
         "rows_cut": {name: num_cut(inspection.examples[name], config.data.max_length) for name in SPLITS},
         **asdict(inspection.counts),
-        "memory_free": free,
-        "warnings": [
-            *_driver_warnings(config),
-            *config.warnings,
-            *inspection.warnings,
-            *_memory_warnings(taken["memory_at_once"], free),
-            *_card_warnings(config),
-        ],
-        **taken,
     }
-    if show_config:
-        click.echo(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
-    if not quiet:
-        click.echo("\n".join(_lines(config, facts, has_gpu=gpus is not None)))
-    for warning in facts["warnings"]:
-        click.echo(f"warning:     {warning}", err=quiet)
-    keys = "" if quiet or show_config else "; `--show-config` prints every key in effect"
-    click.echo(f"The configuration is valid{keys}.")
-    return {"status": "ok", **facts}
 
 
 def _memory_warnings(at_once: int, free: int | None) -> list[str]:
@@ -205,6 +210,7 @@ def _lines(config: RunConfig, facts: dict[str, Any], has_gpu: bool) -> list[str]
         *_row_lines(config, facts),
         f"trials:      {trials}",
         *estimate.memory_text(facts),
+        f"disk:        about {amount(facts['disk_needed'])} at most; {amount(facts['disk_free'])} free here",
         *estimate.time_text(facts, has_gpu),
         f"plan bytes:  {', '.join(sizes)}, budget {facts['bytes_budget'] / 1e6:.1f} MB{about}",
         *_given_plan(config, facts),

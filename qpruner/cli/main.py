@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import shlex
 import sys
 import traceback
 from collections.abc import Callable, Iterator
@@ -26,13 +25,12 @@ from qpruner.pipeline.prune import Prune
 from qpruner.pipeline.report import Report
 from qpruner.pipeline.search import Search
 from qpruner.pipeline.stage import Stage
-from qpruner.runs.logs import logging_to, quiet_libraries
+from qpruner.runs.logs import quiet_libraries
 from qpruner.runs.version import describe
-from qpruner.wording import as_called, counted, without_nan
+from qpruner.wording import as_called, without_nan
 
 if TYPE_CHECKING:
-    from qpruner.cli.terminal import Terminal
-    from qpruner.runs.records import PruneRecord, Results
+    from qpruner.config.schema import RunConfig
 
 VERBS: dict[str, tuple[type[Stage[Any]], str]] = {
     "run": (Report, "Run the whole flow: prune, search, fine-tune, evaluate, report."),
@@ -149,7 +147,10 @@ def _add_verb(name: str, last: type[Stage[Any]], text: str) -> None:
 
         def work() -> dict[str, Any]:
             with _plan_named(plan_file):
-                return _run(Path(config), (*overrides, *given), address, last.name, as_json, quiet)
+                loaded = _load(config, (*overrides, *given))
+                from qpruner.cli import flow_verbs
+
+                return flow_verbs.run(loaded, address, last.name, quiet)
 
         is_file = Path(config).is_file() or Path(config).suffix in (".yaml", ".yml")
         if name == Report.name and not is_file:
@@ -175,10 +176,16 @@ def prune(
     config: str, overrides: tuple[str, ...], address: str | None, as_json: bool, quiet: bool, dry_run: bool
 ) -> None:
     """Run up to the pruned checkpoint, or preview it."""
-    if dry_run:
-        _guarded(as_json, lambda: _preview(Path(config), overrides, address, quiet))
-    else:
-        _guarded(as_json, lambda: _run(Path(config), overrides, address, Prune.name, as_json, quiet))
+
+    def work() -> dict[str, Any]:
+        loaded = _load(config, overrides)
+        from qpruner.cli import flow_verbs
+
+        if dry_run:
+            return flow_verbs.preview(loaded, address, quiet)
+        return flow_verbs.run(loaded, address, Prune.name, quiet)
+
+    _guarded(as_json, work)
 
 
 @main.command()
@@ -294,9 +301,16 @@ def schema(results: bool) -> None:
 )
 @click.option("--out", type=click.Path(path_type=Path), help="Where to; RUN/export/FORM without it.")
 @click.option("--json", "as_json", is_flag=True, help="End stdout with one JSON object.")
-def export(run: str, form: str, out: Path | None, as_json: bool) -> None:
+def export(run: str, form: Any, out: Path | None, as_json: bool) -> None:
     """Write the final model in another form, and compare its predictions before it counts."""
-    _guarded(as_json, lambda: _export(run, form, out))
+
+    def work() -> dict[str, Any]:
+        quiet_libraries()
+        from qpruner.cli import model_verbs
+
+        return model_verbs.export(run, form, out)
+
+    _guarded(as_json, work)
 
 
 @main.command()
@@ -316,19 +330,9 @@ def push(run: str, repo_id: str, is_public: bool, what: Any, as_json: bool) -> N
 
     def work() -> dict[str, Any]:
         quiet_libraries()
-        from qpruner.export.card import missing_remark
-        from qpruner.export.hub import push
-        from qpruner.runs.run_dir import RunDir
+        from qpruner.cli import run_verbs
 
-        done = push(
-            RunDir(run, create=False), repo_id, what, is_public, lambda text: click.echo(f"[push] {text}", err=True)
-        )
-        seen = "private" if done.is_private else "public"
-        gone = f"{counted(done.num_removed, 'earlier file')} removed, " if done.num_removed else ""
-        click.echo(f"{done.url}: {counted(done.num_files, 'file')}, {done.num_bytes / 1e6:.1f} MB, {gone}{seen}")
-        if remark := missing_remark(done.card_lacks):
-            click.echo(remark, err=True)
-        return {"status": "ok", **vars(done)}
+        return run_verbs.push(run, repo_id, what, is_public)
 
     _guarded(as_json, work)
 
@@ -383,125 +387,22 @@ def generate(
     _guarded(as_json, work)
 
 
-def _export(root: str, form: Any, out: Path | None) -> dict[str, Any]:
-    quiet_libraries()
-    from qpruner.cli.terminal import Terminal
-    from qpruner.export.forms import export
-    from qpruner.pipeline.prepare import telling
-    from qpruner.report.liveness import warning_of_driver
-    from qpruner.runs.run_dir import RunDir
-
-    run = RunDir(root, create=False)
-    out = out or run.require_folder("name a folder on this machine with `--out`") / "export" / form
-    if warning := warning_of_driver(run):
-        click.echo(warning, err=True)
-    with Terminal(quiet=False) as terminal:
-        done = export(run, form, out.resolve(), telling(terminal.emit, "export"))
-    click.echo(
-        f"{done.folder}: diverges by {done.divergence:.2g} nats a token from the final model, same prediction at "
-        f"{done.agreement:.1%} of {done.num_positions} positions; loads "
-        + ("in plain transformers" if done.is_plain else "after `import qpruner.hf`")
-    )
-    return {"status": "ok", **vars(done), "folder": str(done.folder)}
-
-
 def _report(root: str, has_settings: bool) -> dict[str, Any]:
     if has_settings:
         raise UserError(
             f"`--set`, `--plan` and `--address` belong to a configuration, and {root} is a run: leave them out, or "
             "name the configuration instead"
         )
-    from qpruner.report.files import write_report
-    from qpruner.runs.run_dir import RunDir
-    from qpruner.runs.storage import display_name
+    from qpruner.cli import run_verbs
 
-    run = RunDir(root, create=False)
-    page = display_name(write_report(run))
-    click.echo(page)
-    return {"status": "ok", "run": run.address, "page": page}
+    return run_verbs.report(root)
 
 
-def _run(
-    path: Path, overrides: tuple[str, ...], address: str | None, until: str, as_json: bool, quiet: bool
-) -> dict[str, Any]:
-    config = load_config(path, list(overrides))
+def _load(path: str, overrides: tuple[str, ...]) -> RunConfig:
+    """Read the configuration, and only then let libraries be imported."""
+    config = load_config(Path(path), list(overrides))
     quiet_libraries()
-    from qpruner.cli.terminal import Terminal
-    from qpruner.pipeline.run import run
-    from qpruner.runs.storage import address_of, run_root
-
-    root = run_root(config.output)
-    with logging_to(root):
-        with Terminal(quiet=quiet) as terminal:
-            results = run(config, terminal.emit, address, until)
-        if until == Prune.name:
-            assert results.prune
-            _print_layers(results.prune, terminal)
-        if until == Report.name:
-            _print_table(results, root, terminal)
-    return {"status": "ok", "run": address_of(root), **_figures(results)}
-
-
-def _preview(path: Path, overrides: tuple[str, ...], address: str | None, quiet: bool) -> dict[str, Any]:
-    config = load_config(path, list(overrides))
-    quiet_libraries()
-    from qpruner.cli.terminal import Terminal
-    from qpruner.pipeline.run import preview
-
-    with Terminal(quiet=quiet) as terminal:
-        record = preview(config, terminal.emit, address)
-    _print_layers(record, terminal)
-    return {"status": "ok", "dry_run": True, "prune": record.model_dump(mode="json")}
-
-
-def _print_layers(record: PruneRecord, terminal: Terminal) -> None:
-    from qpruner.report.tables import kept_of_blocks, prune_summary
-
-    table = kept_of_blocks(record)
-    terminal.table(table.headings, table.rows)
-    terminal.say(prune_summary(record))
-
-
-def _print_table(results: Results, root: Path, terminal: Terminal) -> None:
-    from qpruner.report.claim import claim, how_to_compare
-    from qpruner.report.tables import final_tables
-
-    for table in final_tables(results):
-        terminal.say(f"{table.caption}:")
-        terminal.table(table.headings, table.rows)
-    terminal.prose(claim(results))
-    if results.comparison is None:
-        terminal.say(how_to_compare(as_called()))
-    terminal.say(_where_next(root))
-
-
-def _where_next(root: Path) -> str:
-    """Name what to look at once a run is over."""
-    from qpruner.runs.storage import storage_at
-
-    storage = storage_at(root)
-    place = folder = shlex.quote(storage.address)
-    brought = ""
-    if command := storage.export_command:  # models are talked to from a folder
-        brought, folder = f"`{command}`, then ", "FOLDER"
-    return (
-        f"The report: {storage.name}/report.html; its plan: `qpruner plan {place}`; what the model says: "
-        f"{brought}`qpruner generate {folder} --prompt TEXT`"
-    )
-
-
-def _figures(results: Results) -> dict[str, Any]:
-    """Return what fits one line: the claim and table if there are any, and the seconds of each stage."""
-    figures: dict[str, Any] = {"seconds": results.seconds}
-    if results.search:
-        figures["best_plan"] = results.search.best_plan
-    if results.finetune and results.evaluate:
-        from qpruner.report.claim import claim
-        from qpruner.report.results import rows
-
-        figures["claim"] = claim(results)
-        figures["table"] = [vars(row) for row in rows(results)]
-    return figures
+    return config
 
 
 def _guarded(as_json: bool, work: Callable[[], dict[str, Any]]) -> None:

@@ -1,4 +1,4 @@
-"""The verb `qpruner generate`: print what models answer to prompts.
+"""The verbs that load models: `generate` and `export`.
 
 Answers are shown without control characters, so that a model cannot take the terminal over.
 """
@@ -16,6 +16,7 @@ import click
 
 from qpruner.cli.terminal import Terminal
 from qpruner.errors import UserError
+from qpruner.export import forms
 from qpruner.export.generate import WHICH, Sampling, Source, sources
 from qpruner.models.memory import release
 from qpruner.pipeline.prepare import telling
@@ -112,3 +113,19 @@ def _lines(file: Path) -> list[str]:
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"`--file`: {file} cannot be read: {error}; name a text file in UTF-8") from error
     return [line for line in lines if line.strip()]
+
+
+def export(root: str, form: forms.Form, out: Path | None) -> dict[str, Any]:
+    """Write the final model in another form."""
+    run = RunDir(root, create=False)
+    out = out or run.require_folder("name a folder on this machine with `--out`") / "export" / form
+    if warning := warning_of_driver(run):
+        click.echo(warning, err=True)
+    with Terminal(quiet=False) as terminal:
+        done = forms.export(run, form, out.resolve(), telling(terminal.emit, "export"))
+    click.echo(
+        f"{done.folder}: diverges by {done.divergence:.2g} nats a token from the final model, same prediction at "
+        f"{done.agreement:.1%} of {done.num_positions} positions; loads "
+        + ("in plain transformers" if done.is_plain else "after `import qpruner.hf`")
+    )
+    return {"status": "ok", **vars(done), "folder": str(done.folder)}

@@ -1,4 +1,7 @@
-"""The verbs that look at runs: `status`, `trials`, `plan` and `compare`; figures come from `report.run_views`."""
+"""The verbs on a run's folder that load no model: `status`, `trials`, `plan`, `compare`, `report` and `push`.
+
+Figures come from `report.run_views`.
+"""
 
 from __future__ import annotations
 
@@ -25,6 +28,8 @@ from qpruner.report import liveness, run_views
 from qpruner.report.between_runs import against, against_text, shared_stages
 from qpruner.report.search_progress import score_with_step
 from qpruner.runs.records import plan_group_bytes
+from qpruner.runs.run_dir import RunDir
+from qpruner.runs.storage import display_name
 from qpruner.search.trial_records import remedy_of
 from qpruner.wording import counted, duration
 
@@ -374,3 +379,29 @@ def _figure(name: str, value: Any) -> str:
     if name == "mean_bits" or name.endswith("hours"):
         return f"{value:.2f}"
     return f"{value:.4f}" if isinstance(value, float) else str(value)
+
+
+def report(root: str) -> dict[str, Any]:
+    """Write a run's report anew."""
+    from qpruner.report.files import write_report  # draws pictures
+
+    run = RunDir(root, create=False)
+    page = display_name(write_report(run))
+    click.echo(page)
+    return {"status": "ok", "run": run.address, "page": page}
+
+
+def push(root: str, repo_id: str, what: Any, is_public: bool) -> dict[str, Any]:
+    """Upload the final model with its card to a model hub."""
+    from qpruner.export.card import missing_remark
+    from qpruner.export.hub import push as upload
+
+    done = upload(
+        RunDir(root, create=False), repo_id, what, is_public, lambda text: click.echo(f"[push] {text}", err=True)
+    )
+    seen = "private" if done.is_private else "public"
+    gone = f"{counted(done.num_removed, 'earlier file')} removed, " if done.num_removed else ""
+    click.echo(f"{done.url}: {counted(done.num_files, 'file')}, {done.num_bytes / 1e6:.1f} MB, {gone}{seen}")
+    if remark := missing_remark(done.card_lacks):
+        click.echo(remark, err=True)
+    return {"status": "ok", **vars(done)}

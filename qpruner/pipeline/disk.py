@@ -22,8 +22,11 @@ OF_ROWS = ("finetune", "comparison")
 """Stages that leave their files in the folders of the final table's rows."""
 
 
-def check_room(context: Context) -> None:
+def check_room(context: Context) -> tuple[int, int]:
     """Refuse a disk that cannot hold the large files that a run has still to write, or at a URI this machine's copies.
+
+    Returns:
+        About the bytes that are needed at most, and those that are free.
 
     Raises:
         UserError: Naming the bytes that are needed and those that are free.
@@ -40,6 +43,7 @@ def check_room(context: Context) -> None:
             f"`output`: the run needs about {amount(needed)} more in {existing}, where {amount(free)} are free: "
             f"make room or name another folder{other}"
         )
+    return needed, free
 
 
 def _sizes(context: Context) -> dict[str, int]:

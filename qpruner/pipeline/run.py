@@ -43,12 +43,14 @@ class Checked:
         slots: Trials, or fine-tunes, that fit at once.
         resources: What Ray reserves for one.
         done: How much of each stage is recorded with the same inputs, from 0 to 1.
+        disk: Bytes that are needed at most, and bytes that are free.
     """
 
     inspection: preflight.Inspection
     slots: int
     resources: dict[str, float]
     done: dict[str, float]
+    disk: tuple[int, int]
 
 
 def check(config: RunConfig, emit: Emit, address: str | None = None, gpu_is_elsewhere: bool = False) -> Checked:
@@ -67,7 +69,7 @@ def check(config: RunConfig, emit: Emit, address: str | None = None, gpu_is_else
     run_dir, asked = RunDir(config.output, create=False), config.search.resources_per_trial
     assumed = with_gpus_for(asked.model_dump() if asked else None) if gpu_is_elsewhere else None
     with contextlib.closing(Context(config, run_dir, emit, address, inspection, assumed=assumed)) as context:
-        check_room(context)
+        disk = check_room(context)
         _check_stages(context, STAGES)
         if address:
             look_at_nodes(context)
@@ -83,7 +85,7 @@ def check(config: RunConfig, emit: Emit, address: str | None = None, gpu_is_else
             )
         resources = context.trial_resources
         slots = context.known_slots.concurrent(resources, config.search.max_concurrent)
-        return Checked(inspection, slots, resources, done)
+        return Checked(inspection, slots, resources, done, disk)
 
 
 def run(

@@ -63,6 +63,7 @@ def test_memory_is_printed_by_kind_of_work_and_part(tiny_raw: dict[str, Any]) ->
     assert sizes == {name: round(size / 1e6, 1) for name, size in parts.items()}
     assert list(sizes.values()) == sorted(sizes.values(), reverse=True)
     assert "free here" in said and told["memory_free"] > 0
+    assert re.search(r"disk: +about [\d.]+ [MG]iB at most; [\d.]+ [MG]iB free here\n", said) and told["disk_needed"] > 0
     # Logits of batches that no machine of ours holds.
     warning = r"warning: +\S+ GB of memory are needed at most, and \S+ GB are free here: lower `eval"
     assert re.search(warning, check(with_key(tiny_raw, "evaluate.batch_size", 10**8)))

@@ -270,7 +270,7 @@ def test_the_plan_that_is_printed_can_be_read_back(tmp_path: Path) -> None:
     assert set(read_plan(file, GROUPS, (4, 8)).bits) == {4}
 
 
-def test_a_plan_is_printed_with_what_each_group_takes_and_what_the_budget_has_left(tmp_path: Path) -> None:
+def test_a_plan_is_printed_with_bytes_and_budget(tmp_path: Path) -> None:
     run = recorded_run(tmp_path / "run", is_over=True)
     sizes = {str(bits): dict.fromkeys(GROUPS, bits * 250_000) for bits in (4, 8)}
     RunDir(run).write_record(
@@ -284,7 +284,7 @@ def test_a_plan_is_printed_with_what_each_group_takes_and_what_the_budget_has_le
     assert told("plan", run)["group_bytes"] == sizes
 
 
-def test_while_a_given_plan_is_tried_there_is_no_search_that_could_be_over(tmp_path: Path) -> None:
+def test_a_given_plan_is_no_search_that_could_be_over(tmp_path: Path) -> None:
     run = recorded_run(tmp_path / "run", search__plan="mine.yaml")
     refused = qpruner("plan", run)
     assert refused.exit_code == 2

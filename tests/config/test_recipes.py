@@ -74,7 +74,7 @@ def test_a_header_tells_the_memory_that_check_counts(path: Path) -> None:
         assert card and max(peaks.values()) < 0.95 * int(card[1]) * 2**30
 
 
-def test_the_large_recipes_are_for_24_gib_or_80_and_say_where_the_comparison_runs() -> None:
+def test_the_large_recipes_fit_24_or_80_gib() -> None:
     """It trains the unquantized base: on the small card with checkpointing only."""
     for path in (*PAPER.glob("llama2*.yaml"), ROOT / "tune_configs" / "qwen3_8b_p20.yaml"):
         assert re.findall(r"fits a GPU with (\d+) GiB", path.read_text()) == ["24", "80", "40"], path

@@ -24,7 +24,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import qpruner.hf  # noqa: F401
-from qpruner.cli.main import _where_next, main
+from qpruner.cli.flow_verbs import where_next
+from qpruner.cli.main import main
 from qpruner.cli.model_verbs import printable
 from qpruner.data.encoding import alpaca_prompt
 from qpruner.errors import UserError
@@ -275,7 +276,7 @@ def test_the_commands_named_for_a_run_at_a_uri_work(run: Path, tmp_path: Path, m
         there = RunDir(f"{store.uri('run')}?endpoint_override={store.environment['AWS_ENDPOINT_URL']}")
         for name in ("final", "prepare/data/confirmation"):
             put_folder(run / name, there.root / name)
-        bring, generate = re.findall("`qpruner ((?:export|generate) [^`]*)`", _where_next(there.root))
+        bring, generate = re.findall("`qpruner ((?:export|generate) [^`]*)`", where_next(there.root))
         for line in (bring, generate):
             words = {"FOLDER": tmp_path / "brought", "TEXT": PROMPT}
             told = command(*(words.get(word, word) for word in shlex.split(line)))

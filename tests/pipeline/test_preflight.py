@@ -31,7 +31,7 @@ def check_on_cpu(model_config: Any, config: RunConfig) -> None:
     check_device(None, config, model_config, [planned_cut(model_config, config.prune)], packs=True)
 
 
-def test_heads_that_a_cpu_would_decode_wrongly_are_refused_before_the_cut(tmp_path: Path) -> None:
+def test_heads_that_a_cpu_would_decode_wrongly_are_refused(tmp_path: Path) -> None:
     """Where scores decide, any number may stay of what is expected to be even in every block."""
     units = ["attention", "mlp"]
     model_config = AutoConfig.for_model("phi3", **SHAPES, **PHI)
@@ -53,7 +53,7 @@ def test_heads_that_a_cpu_would_decode_wrongly_are_refused_before_the_cut(tmp_pa
             check_on_cpu(model_config, known)
 
 
-def test_a_block_that_loses_nothing_keeps_a_width_of_the_base_model(tmp_path: Path) -> None:
+def test_a_block_that_loses_nothing_keeps_its_width(tmp_path: Path) -> None:
     llama = {"hidden_size": 64, "num_attention_heads": 1, "num_key_value_heads": 1}
     for width, is_refused in ((176, True), (192, False)):
         model_config = AutoConfig.for_model("llama", **SHAPES, **llama, intermediate_size=width)

@@ -24,7 +24,7 @@ from object_store import Gate, Store, free_port, object_store, talk_to
 from test_lock import ELSEWHERE, EXIT_7, HOLD, holding, word
 from test_run_dir import bank_record, watched
 
-from qpruner.cli.main import _where_next
+from qpruner.cli.flow_verbs import where_next
 from qpruner.errors import CorruptFile, StorageError, UserError
 from qpruner.runs.events import StageFinished
 from qpruner.runs.lock import NAME, Holder, driver_of, hold_run, this_process
@@ -169,8 +169,8 @@ def test_a_path_finds_its_object_on_any_machine(monkeypatch: pytest.MonkeyPatch)
         assert address_of(mirror_of(uri)) == uri
         assert RunDir(mirror_of(uri)).address == uri
         # In quotes: a shell gives ? and & a meaning of their own.
-        assert f"`qpruner plan '{uri}'`" in _where_next(mirror_of(uri))
-    assert "`qpruner plan s3://bucket/run`" in _where_next(mirror_of("s3://bucket/run"))
+        assert f"`qpruner plan '{uri}'`" in where_next(mirror_of(uri))
+    assert "`qpruner plan s3://bucket/run`" in where_next(mirror_of("s3://bucket/run"))
     assert display_name(Path("/shared/run")) == address_of(Path("/shared/run")) == "/shared/run"
     assert objects_at(Path("/home/anna/cache/runs/x")) is None
 

@@ -1,0 +1,82 @@
+"""The verbs that run the flow: a run up to a stage, and a preview of the cut."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+from typing import Any
+
+from qpruner.cli.terminal import Terminal
+from qpruner.config.schema import RunConfig
+from qpruner.pipeline import run as pipeline
+from qpruner.pipeline.prune import Prune
+from qpruner.pipeline.report import Report
+from qpruner.report.claim import claim, how_to_compare
+from qpruner.report.results import rows
+from qpruner.report.tables import final_tables, kept_of_blocks, prune_summary
+from qpruner.runs.logs import logging_to
+from qpruner.runs.records import PruneRecord, Results
+from qpruner.runs.storage import address_of, run_root, storage_at
+from qpruner.wording import as_called
+
+
+def run(config: RunConfig, address: str | None, until: str, quiet: bool) -> dict[str, Any]:
+    """Run the flow up to a stage, and print its result."""
+    root = run_root(config.output)
+    with logging_to(root):
+        with Terminal(quiet=quiet) as terminal:
+            results = pipeline.run(config, terminal.emit, address, until)
+        if until == Prune.name:
+            assert results.prune
+            _print_layers(results.prune, terminal)
+        if until == Report.name:
+            _print_table(results, root, terminal)
+    return {"status": "ok", "run": address_of(root), **_figures(results)}
+
+
+def preview(config: RunConfig, address: str | None, quiet: bool) -> dict[str, Any]:
+    """Print what the cut would keep."""
+    with Terminal(quiet=quiet) as terminal:
+        record = pipeline.preview(config, terminal.emit, address)
+    _print_layers(record, terminal)
+    return {"status": "ok", "dry_run": True, "prune": record.model_dump(mode="json")}
+
+
+def _print_layers(record: PruneRecord, terminal: Terminal) -> None:
+    table = kept_of_blocks(record)
+    terminal.table(table.headings, table.rows)
+    terminal.say(prune_summary(record))
+
+
+def _print_table(results: Results, root: Path, terminal: Terminal) -> None:
+    for table in final_tables(results):
+        terminal.say(f"{table.caption}:")
+        terminal.table(table.headings, table.rows)
+    terminal.prose(claim(results))
+    if results.comparison is None:
+        terminal.say(how_to_compare(as_called()))
+    terminal.say(where_next(root))
+
+
+def where_next(root: Path) -> str:
+    """Name what to look at once a run is over."""
+    storage = storage_at(root)
+    place = folder = shlex.quote(storage.address)
+    brought = ""
+    if command := storage.export_command:  # models are loaded from a folder
+        brought, folder = f"`{command}`, then ", "FOLDER"
+    return (
+        f"The report: {storage.name}/report.html; its plan: `qpruner plan {place}`; what the model says: "
+        f"{brought}`qpruner generate {folder} --prompt TEXT`"
+    )
+
+
+def _figures(results: Results) -> dict[str, Any]:
+    """Return what fits one line: the claim and table if there are any, and the seconds of each stage."""
+    figures: dict[str, Any] = {"seconds": results.seconds}
+    if results.search:
+        figures["best_plan"] = results.search.best_plan
+    if results.finetune and results.evaluate:
+        figures["claim"] = claim(results)
+        figures["table"] = [vars(row) for row in rows(results)]
+    return figures
