@@ -38,9 +38,9 @@ from qpruner.runs.records import (
 )
 from qpruner.runs.storage import for_each, quarantine, read_json, write_json
 from qpruner.search.choice import controls_of, finalist_positions, winner_position
-from qpruner.search.trial_job import Materials
 from qpruner.search.trial_records import (
     SETTING_REMEDIES,
+    Materials,
     checkpoint_of,
     fresh_path,
     objective,

@@ -38,8 +38,8 @@ from qpruner.runs.run_dir import RunDir
 from qpruner.runs.storage import CACHE, folder_digests
 from qpruner.search.searchers import History, Ledger, Proposal, RandomProposer
 from qpruner.search.trial import run_trial
-from qpruner.search.trial_job import Materials
 from qpruner.search.trial_records import (
+    Materials,
     begin_session,
     begin_trial,
     read_pulses,
