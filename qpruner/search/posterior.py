@@ -40,6 +40,11 @@ class Posterior:
             fitted to `data`.
     """
 
+    unit: Tensor
+    hyper: Tensor
+    _center: Tensor
+    _parts: Tensor
+
     def __init__(self, model: PlanModel, data: Data, pending: Tensor, fitted: Posterior | None = None) -> None:
         self._model, self._data, num = model, data, len(data.scores)
         self._names = [*model.parts, *OTHERS]
