@@ -160,7 +160,8 @@ class Posterior:
         features = features - features.mean(0)
         expected = (features @ self._effect_covariance(self._medians) * features).sum()
         expected += ((features @ self._effect_mean(self._medians)) ** 2).sum()
-        return ((deviation**2).sum() / expected.clamp_min(1e-12)).sqrt()
+        unit: Tensor = ((deviation**2).sum() / expected.clamp_min(1e-12)).sqrt()
+        return unit
 
     def _fit(self) -> Tensor:
         """Fit the logarithms of the hyperparameters, at the maximum of posterior density."""
