@@ -44,6 +44,7 @@ class Posterior:
     hyper: Tensor
     _center: Tensor
     _parts: Tensor
+    _medians: Tensor
 
     def __init__(self, model: PlanModel, data: Data, pending: Tensor, fitted: Posterior | None = None) -> None:
         self._model, self._data, num = model, data, len(data.scores)
@@ -160,8 +161,7 @@ class Posterior:
         features = features - features.mean(0)
         expected = (features @ self._effect_covariance(self._medians) * features).sum()
         expected += ((features @ self._effect_mean(self._medians)) ** 2).sum()
-        unit: Tensor = ((deviation**2).sum() / expected.clamp_min(1e-12)).sqrt()
-        return unit
+        return ((deviation**2).sum() / expected.clamp_min(1e-12)).sqrt()
 
     def _fit(self) -> Tensor:
         """Fit the logarithms of the hyperparameters, at the maximum of posterior density."""
